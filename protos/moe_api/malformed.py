@@ -1,0 +1,87 @@
+"""Answers requests that are not valid protobuf messages with INVALID_ARGUMENT and a sentence.
+
+Left to itself gRPC answers INTERNAL, "Exception deserializing request!", and logs a stack trace: the
+client reads that the server is broken, where its own request is (text that is not UTF-8, for one).
+"""
+
+from __future__ import annotations  # grpc.RpcMethodHandler takes no parameters at run time
+
+import contextlib
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf import message
+
+from moe_api import rich_status
+
+_Deserializer = Callable[[bytes], Any]
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class _Malformed:
+    """Stands in for a request that could not be parsed."""
+
+
+class MalformedRequestInterceptor(grpc.aio.ServerInterceptor):
+    """For ``grpc.aio.server(interceptors=[...])``; covers calls that take a single request."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Returns the handler of the call, made tolerant."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming or handler.request_deserializer is None:
+            return handler
+        deserialize = _tolerant(handler.request_deserializer)
+        if handler.unary_unary is not None:
+            return grpc.unary_unary_rpc_method_handler(
+                _guard_unary(handler.unary_unary), deserialize, handler.response_serializer
+            )
+        return grpc.unary_stream_rpc_method_handler(
+            _guard_stream(handler.unary_stream), deserialize, handler.response_serializer
+        )
+
+
+def _tolerant(deserialize: _Deserializer) -> _Deserializer:
+    def parse(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except message.DecodeError:
+            return _Malformed()
+
+    return parse
+
+
+def _guard_unary(behaviour: Any) -> Any:
+    async def guarded(request: Any, context: _Context) -> Any:
+        await _refuse_malformed(request, context)
+        return await behaviour(request, context)
+
+    return guarded
+
+
+def _guard_stream(behaviour: Any) -> Any:
+    """A streaming handler is an async generator, or a coroutine that calls ``context.write``."""
+
+    async def guarded_generator(request: Any, context: _Context) -> AsyncIterator[Any]:
+        await _refuse_malformed(request, context)
+        async with contextlib.aclosing(behaviour(request, context)) as responses:
+            async for response in responses:
+                yield response
+
+    return guarded_generator if inspect.isasyncgenfunction(behaviour) else _guard_unary(behaviour)
+
+
+async def _refuse_malformed(request: Any, context: _Context) -> None:
+    if isinstance(request, _Malformed):
+        sentence = (
+            "the request is not a valid protobuf message: send one that the .proto file describes, "
+            "with all text fields (prompt, stop, model) in UTF-8"
+        )
+        await rich_status.abort(
+            context, rich_status.invalid_argument([rich_status.FieldViolation("", sentence)])
+        )

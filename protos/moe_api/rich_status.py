@@ -1,0 +1,122 @@
+"""Errors with details: google.rpc.Status in the trailing metadata of a call, for both sides.
+
+https://google.aip.dev/193 and grpcio-status describe the form; details used here are
+google.rpc.BadRequest (which field, and what would be right) and google.rpc.RetryInfo.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Final, NoReturn, cast
+
+import grpc
+from google.protobuf import duration_pb2, message
+from google.rpc import error_details_pb2, status_pb2
+
+DETAILS_KEY: Final = "grpc-status-details-bin"
+
+# gRPC refuses calls whose trailing metadata exceeds 8 KiB (base64 takes a third more), so texts that
+# may quote what a user sent are cut.
+_MAX_TEXT: Final = 512
+_MAX_VIOLATIONS: Final = 4
+
+_CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
+
+
+@dataclasses.dataclass(frozen=True)
+class FieldViolation:
+    """One field of a request that cannot be accepted.
+
+    Attributes:
+        field: path of the field, e.g. ``sampling.top_p``.
+        description: a sentence that says what is wrong and what would be right.
+    """
+
+    field: str
+    description: str
+
+
+def build(code: grpc.StatusCode, sentence: str, details: Iterable[message.Message] = ()) -> status_pb2.Status:
+    """A google.rpc.Status; texts longer than 512 characters are cut."""
+    status = status_pb2.Status(code=code.value[0], message=_cut(sentence))
+    for detail in details:
+        status.details.add().Pack(detail)
+    return status
+
+
+def invalid_argument(violations: Sequence[FieldViolation]) -> status_pb2.Status:
+    """INVALID_ARGUMENT with one BadRequest violation for each field (the first four are named)."""
+    shown = violations[:_MAX_VIOLATIONS]
+    detail = error_details_pb2.BadRequest(
+        field_violations=[
+            error_details_pb2.BadRequest.FieldViolation(field=v.field, description=_cut(v.description))
+            for v in shown
+        ]
+    )
+    sentence = "; ".join(f"{v.field}: {v.description}" if v.field else v.description for v in shown)
+    return build(grpc.StatusCode.INVALID_ARGUMENT, sentence, [detail])
+
+
+def retry_later(code: grpc.StatusCode, sentence: str, delay_s: float) -> status_pb2.Status:
+    """RESOURCE_EXHAUSTED or UNAVAILABLE with the delay in seconds after which to try again."""
+    delay = duration_pb2.Duration()
+    delay.FromNanoseconds(round(delay_s * 1e9))
+    return build(code, sentence, [error_details_pb2.RetryInfo(retry_delay=delay)])
+
+
+async def abort(context: grpc.aio.ServicerContext[object, object], status: status_pb2.Status) -> NoReturn:
+    """Ends a call with this status.
+
+    Raises:
+        grpc.aio.AbortError: always; let it pass.
+    """
+    await context.abort(status_code(status), status.message, ((DETAILS_KEY, status.SerializeToString()),))
+
+
+def status_code(status: status_pb2.Status) -> grpc.StatusCode:
+    """The gRPC code of a google.rpc.Status; UNKNOWN for a number that gRPC does not define."""
+    return _CODES.get(status.code, grpc.StatusCode.UNKNOWN)
+
+
+def from_error(error: grpc.RpcError | grpc.aio.AioRpcError) -> status_pb2.Status:
+    """The google.rpc.Status of a failed call, as a client sees it; without details if none were sent.
+
+    Details that cannot be parsed, or that contradict the call's own code, are left out.
+    """
+    code, sentence = error.code(), error.details() or ""
+    # grpcio's stubs call an entry a class of its own; at run time it is a tuple of two.
+    trailing = cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ())
+    for key, value in trailing:
+        if key == DETAILS_KEY and isinstance(value, bytes):
+            status = _parse(value)
+            if status is not None and status.code == code.value[0]:
+                return status
+    return status_pb2.Status(code=code.value[0], message=sentence)
+
+
+def field_violations(status: status_pb2.Status) -> tuple[FieldViolation, ...]:
+    """The fields that a status complains about."""
+    bad_request = error_details_pb2.BadRequest()
+    for detail in status.details:
+        if detail.Unpack(bad_request):
+            return tuple(FieldViolation(v.field, v.description) for v in bad_request.field_violations)
+    return ()
+
+
+def retry_delay(status: status_pb2.Status) -> float | None:
+    """Seconds after which to try again, if the status says so."""
+    info = error_details_pb2.RetryInfo()
+    for detail in status.details:
+        if detail.Unpack(info):
+            return float(info.retry_delay.ToNanoseconds() / 1e9)
+    return None
+
+
+def _parse(data: bytes) -> status_pb2.Status | None:
+    try:
+        return status_pb2.Status.FromString(data)
+    except message.DecodeError:
+        return None
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 1] + "…"
