@@ -110,7 +110,7 @@ CLUSTER = Source(
     programs=(
         Program("./kubernetes", KUBERNETES),
         Program("./otelcol", ("otelcol",)),
-        Program("./helm", ("helm",)),
+        Program("helm.sh/helm/v4/cmd/helm", ("helm",)),
         Program("github.com/fullstorydev/grpcurl/cmd/grpcurl", ("grpcurl",)),
     ),
 )
@@ -257,8 +257,8 @@ class Compilation:
 
     def _failure(self, verb: str, tail: Sequence[str]) -> BuildError:
         return BuildError(
-            f"`go {verb}` failed for {self._files()} in {self.source.directory}. It needs a Go module proxy, 4 GB of"
-            f" memory and 6 GB of disk, {golang.OTHERWISE}. It said at the end:\n" + "\n".join(tail)
+            f"`go {verb}` failed for {self._files()} in {self.source.directory}. It needs a Go module proxy,"
+            f" 4 GB of memory and 6 GB of disk, {golang.OTHERWISE}. It said at the end:\n" + "\n".join(tail)
         )
 
 
