@@ -1,0 +1,139 @@
+"""From a deployment's state to its conditions, each with a reason for programs and a sentence for people."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal
+
+from moe_operator.manifests.problems import Problem
+from moe_operator.manifests.state import State
+from moe_operator.resources.status import MODEL_LOADED, PROGRESSING, READY, Condition, Status
+
+_NAMES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A condition before it has a time."""
+
+    holds: bool
+    reason: str
+    message: str
+
+    @property
+    def status(self) -> Literal["True", "False"]:
+        """As Kubernetes writes it."""
+        return "True" if self.holds else "False"
+
+
+def verdicts(state: State) -> dict[str, Verdict]:
+    """What holds of a deployment, by condition type."""
+    return {READY: ready(state), PROGRESSING: progressing(state), MODEL_LOADED: model_loaded(state)}
+
+
+def ready(state: State) -> Verdict:
+    """Whether every replica and the frontend answer."""
+    if state.conflicts:
+        return Verdict(False, "NameConflict", _conflict_sentence(state))
+    if state.wanted == 0:
+        return Verdict(False, "ScaledToZero", "spec.replicas is 0; set it to 1 or more to serve requests")
+    count = f"{state.ready} of {state.wanted} replicas answer"
+    if state.ready < state.wanted:
+        return _not_all_ready(state, count)
+    if state.frontend_ready == 0:
+        problem = state.frontend_problem or Problem("FrontendNotReady", "it is starting")
+        return Verdict(False, problem.reason, f"{count}; no frontend does: {problem.message}")
+    return Verdict(True, "AllReplicasReady", f"{count}, and {state.frontend_ready} frontends")
+
+
+def _not_all_ready(state: State, count: str) -> Verdict:
+    if state.problem is not None:
+        pod, problem = state.problem
+        return Verdict(False, problem.reason, f"{count}; {pod.name}: {problem.message}")
+    return Verdict(False, "ReplicasNotReady", f"{count}; {_waiting_for(state)}")
+
+
+def _waiting_for(state: State) -> str:
+    pods = state.unready_pods
+    if not pods:
+        return "waiting for their pods to be made"
+    more = f" and {len(pods) - _NAMES_SHOWN} more" if len(pods) > _NAMES_SHOWN else ""
+    return f"waiting for {', '.join(pods[:_NAMES_SHOWN])}{more} to load the model"
+
+
+def progressing(state: State) -> Verdict:
+    """Whether work towards the spec goes on. False is both done and stuck; the reason says which."""
+    if state.conflicts:
+        return Verdict(False, "NameConflict", _conflict_sentence(state))
+    if state.problem is not None:
+        pod, problem = state.problem
+        return Verdict(False, problem.reason, f"{pod.name} cannot start: {problem.message}")
+    if any(state.replicas[rank].revision != state.revision for rank in state.replicas if rank < state.wanted):
+        message = f"{state.updated} of {state.wanted} replicas run revision {state.revision}"
+        return Verdict(True, "RollingOut", message)
+    if state.surplus:
+        return Verdict(True, "ScalingDown", f"{state.surplus} replicas too many are being stopped")
+    if state.ready < state.wanted:
+        message = f"{state.ready} of {state.wanted} replicas answer; {_waiting_for(state)}"
+        return Verdict(True, "Starting", message)
+    return Verdict(False, "Complete", f"all {state.wanted} replicas run revision {state.revision}")
+
+
+def model_loaded(state: State) -> Verdict:
+    """Whether at least one worker has loaded the model."""
+    if state.ready:
+        return Verdict(True, "Loaded", _model_sentence(state))
+    if state.problem is not None:
+        pod, problem = state.problem
+        return Verdict(False, problem.reason, f"{pod.name}: {problem.message}")
+    if state.wanted == 0:
+        return Verdict(False, "ScaledToZero", "no worker is wanted")
+    return Verdict(False, "Loading", _waiting_for(state))
+
+
+def _model_sentence(state: State) -> str:
+    model = state.model
+    if model is None or model.revision != state.revision:
+        return f"{state.ready} workers have loaded the model"
+    total, active = _short(model.parameters_total), _short(model.parameters_active)
+    return f"{model.architecture}, {total} parameters of which a token uses {active}, in {model.format}"
+
+
+def _short(count: int) -> str:
+    """A count with three digits and a unit: 671B, 11.2M."""
+    for scale, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= scale:
+            return f"{count / scale:.3g}{unit}"
+    return str(count)
+
+
+def _conflict_sentence(state: State) -> str:
+    found = ", ".join(state.conflicts)
+    return f"{found} exists and belongs to somebody else; delete or rename it, or rename this MoEDeployment"
+
+
+def dated(
+    found: dict[str, Verdict], previous: Status, generation: int, now: datetime
+) -> tuple[Condition, ...]:
+    """The conditions with their times: lastTransitionTime moves only when the status changes."""
+    conditions = []
+    for kind, verdict in found.items():
+        before = previous.condition(kind)
+        same = before is not None and before.status == verdict.status
+        conditions.append(
+            Condition(
+                type=kind,
+                status=verdict.status,
+                reason=verdict.reason,
+                message=verdict.message,
+                observed_generation=generation,
+                last_transition_time=before.last_transition_time if before and same else timestamp(now),
+            )
+        )
+    return tuple(conditions)
+
+
+def timestamp(now: datetime) -> str:
+    """RFC 3339 in UTC, to the second, as Kubernetes writes times."""
+    return now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

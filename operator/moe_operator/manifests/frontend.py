@@ -1,0 +1,110 @@
+"""The frontend: Deployment, Service, and the right to read where the leaders are."""
+
+from __future__ import annotations
+
+from moe_operator.manifests import pods
+from moe_operator.manifests.objects import Manifest, child
+from moe_operator.resources import names
+from moe_operator.resources.deployment import Deployment
+
+# It is Ready only while a worker is, so only "liveness" may restart it.
+_STARTUP_PROBE = pods.probe(names.LIVENESS_SERVICE, period=2, failures=30)
+_READINESS_PROBE = pods.probe("", period=2, failures=2)
+_LIVENESS_PROBE = pods.probe(names.LIVENESS_SERVICE, period=10, failures=3)
+
+
+def labels(name: str) -> dict[str, str]:
+    """Labels of the frontend's pods."""
+    return {names.LABEL_NAME: name, names.LABEL_ROLE: names.ROLE_FRONTEND}
+
+
+def command(deployment: Deployment) -> list[str]:
+    """The frontend's command line."""
+    return [
+        "moe-frontend",
+        "--listen",
+        f"0.0.0.0:{names.GRPC_PORT}",
+        "--namespace",
+        deployment.identity.namespace,
+        "--deployment",
+        deployment.name,
+    ]
+
+
+def pod_spec(deployment: Deployment) -> Manifest:
+    """Pod spec of the frontend."""
+    settings = deployment.spec.frontend
+    container = {
+        "name": "frontend",
+        "image": settings.image,
+        "command": command(deployment),
+        "env": pods.environment(deployment, names.ROLE_FRONTEND, settings),
+        "ports": pods.PORTS,
+        "resources": settings.resources.manifest(),
+        "startupProbe": _STARTUP_PROBE,
+        "readinessProbe": _READINESS_PROBE,
+        "livenessProbe": _LIVENESS_PROBE,
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "securityContext": pods.CONTAINER_SECURITY,
+    }
+    return {
+        "serviceAccountName": names.frontend(deployment.name),
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": settings.termination_grace_period_seconds,
+        "securityContext": pods.POD_SECURITY,
+        "containers": [container],
+        **pods.placement(settings),
+    }
+
+
+def _child(deployment: Deployment, api_version: str, kind: str) -> Manifest:
+    name = names.frontend(deployment.name)
+    return child(deployment.identity, api_version, kind, name, names.ROLE_FRONTEND)
+
+
+def deployment(of: Deployment) -> Manifest:
+    """The frontend's Deployment: a new pod is Ready before an old one goes."""
+    manifest = _child(of, "apps/v1", "Deployment")
+    selector = labels(of.name)
+    manifest["spec"] = {
+        "replicas": of.spec.frontend.replicas,
+        "revisionHistoryLimit": 2,
+        "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
+        "selector": {"matchLabels": selector},
+        "template": {"metadata": {"labels": selector}, "spec": pod_spec(of)},
+    }
+    return manifest
+
+
+def service(of: Deployment) -> Manifest:
+    """The Service that clients call."""
+    manifest = _child(of, "v1", "Service")
+    manifest["spec"] = {"type": "ClusterIP", "selector": labels(of.name), "ports": pods.SERVICE_PORTS}
+    return manifest
+
+
+def role(of: Deployment) -> Manifest:
+    """What the frontend may read: the EndpointSlices of its namespace."""
+    manifest = _child(of, "rbac.authorization.k8s.io/v1", "Role")
+    manifest["rules"] = [
+        {
+            "apiGroups": ["discovery.k8s.io"],
+            "resources": ["endpointslices"],
+            "verbs": ["get", "list", "watch"],
+        }
+    ]
+    return manifest
+
+
+def role_binding(of: Deployment) -> Manifest:
+    """Gives that right to the frontend's account."""
+    name = names.frontend(of.name)
+    manifest = _child(of, "rbac.authorization.k8s.io/v1", "RoleBinding")
+    manifest["roleRef"] = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": name}
+    manifest["subjects"] = [{"kind": "ServiceAccount", "name": name, "namespace": of.identity.namespace}]
+    return manifest
+
+
+def account(of: Deployment) -> Manifest:
+    """The frontend's ServiceAccount."""
+    return _child(of, "v1", "ServiceAccount")

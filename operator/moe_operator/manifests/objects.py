@@ -1,0 +1,90 @@
+"""What all rendered objects have in common."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from moe_operator.resources import names
+from moe_operator.resources.deployment import Identity
+
+Manifest = dict[str, Any]
+
+
+class Key(NamedTuple):
+    """Identifies a child of a deployment within its namespace."""
+
+    kind: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}"
+
+
+def key(manifest: Mapping[str, Any]) -> Key:
+    """The key of an object."""
+    return Key(manifest["kind"], manifest["metadata"]["name"])
+
+
+def child(
+    owner: Identity,
+    api_version: str,
+    kind: str,
+    name: str,
+    role: str,
+    labels: Mapping[str, str] | None = None,
+) -> Manifest:
+    """An object without content that belongs to a deployment: deleted with it, found by its labels."""
+    return {
+        "apiVersion": api_version,
+        "kind": kind,
+        "metadata": {
+            "name": name,
+            "namespace": owner.namespace,
+            "labels": {
+                "app.kubernetes.io/managed-by": names.FIELD_MANAGER,
+                names.LABEL_NAME: owner.name,
+                names.LABEL_ROLE: role,
+                **(labels or {}),
+            },
+            "ownerReferences": [_owner_reference(owner)],
+        },
+    }
+
+
+def _owner_reference(owner: Identity) -> Manifest:
+    return {
+        "apiVersion": names.API_VERSION,
+        "kind": names.KIND,
+        "name": owner.name,
+        "uid": owner.uid,
+        "controller": True,
+        "blockOwnerDeletion": True,
+    }
+
+
+def owner_uid(manifest: Mapping[str, Any]) -> str | None:
+    """UID of the object's controller, or None when nothing controls it."""
+    references = manifest["metadata"].get("ownerReferences", ())
+    return next((reference["uid"] for reference in references if reference.get("controller")), None)
+
+
+def digest(content: Any, length: int = 10) -> str:
+    """Hash of a JSON value, in hexadecimal digits; the same for equal values in every process."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def applied_digest(manifest: Mapping[str, Any]) -> str | None:
+    """The digest that `sealed` wrote, or None when there is none."""
+    digest_text: str | None = manifest["metadata"].get("annotations", {}).get(names.ANNOTATION_DIGEST)
+    return digest_text
+
+
+def sealed(manifest: Manifest) -> Manifest:
+    """The object with an annotation that holds the digest of the rest."""
+    metadata = manifest["metadata"]
+    annotations = {**metadata.get("annotations", {}), names.ANNOTATION_DIGEST: digest(manifest, length=16)}
+    return {**manifest, "metadata": {**metadata, "annotations": annotations}}

@@ -1,0 +1,98 @@
+"""What there is in the cluster, read into typed values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe_operator.manifests import problems
+from moe_operator.manifests.objects import Key, Manifest, owner_uid
+from moe_operator.manifests.problems import Problem
+from moe_operator.resources import names
+from moe_operator.resources.status import ModelInfo
+
+
+@dataclass(frozen=True)
+class Observed:
+    """The cluster, as far as it concerns one deployment."""
+
+    children: Mapping[Key, Manifest] = field(default_factory=dict)
+    """Objects that carry the deployment's label, and objects of others under names that it wants."""
+    pods: tuple[Manifest, ...] = ()
+    """Pods that carry the deployment's label."""
+    model: ModelInfo | None = None
+    """What a Ready leader just said of its model; None when none was asked or none answered."""
+
+
+@dataclass(frozen=True)
+class Pod:
+    """One pod of a deployment."""
+
+    name: str
+    address: str
+    """Pod IP; empty until it has one."""
+    ready: bool
+    terminating: bool
+    revision: str
+    data_rank: int
+    problem: Problem | None
+
+
+def leaders(observed: Observed) -> dict[int, Pod]:
+    """The leader of each replica, by data rank. One that is on its way out loses to its successor."""
+    found: dict[int, Pod] = {}
+    for manifest in observed.pods:
+        labels = manifest["metadata"].get("labels", {})
+        if _is_leader(labels):
+            pod = _pod(manifest)
+            if pod.data_rank not in found or found[pod.data_rank].terminating:
+                found[pod.data_rank] = pod
+    return dict(sorted(found.items()))
+
+
+def frontends(observed: Observed) -> list[Pod]:
+    """The frontend's pods."""
+    manifests = (
+        manifest
+        for manifest in observed.pods
+        if manifest["metadata"].get("labels", {}).get(names.LABEL_ROLE) == names.ROLE_FRONTEND
+    )
+    return [_pod(manifest) for manifest in manifests]
+
+
+def _is_leader(labels: Mapping[str, str]) -> bool:
+    wanted = names.leader_labels(labels.get(names.LABEL_NAME, ""))
+    return labels.get(names.LABEL_DATA_RANK, "").isdecimal() and wanted.items() <= labels.items()
+
+
+def _pod(manifest: Mapping[str, Any]) -> Pod:
+    metadata, status = manifest["metadata"], manifest.get("status", {})
+    labels = metadata.get("labels", {})
+    terminating = "deletionTimestamp" in metadata
+    conditions = {condition["type"]: condition["status"] for condition in status.get("conditions", ())}
+    ready = not terminating and conditions.get("Ready") == "True"
+    return Pod(
+        name=metadata["name"],
+        address=status.get("podIP", ""),
+        ready=ready,
+        terminating=terminating,
+        revision=labels.get(names.LABEL_REVISION, ""),
+        data_rank=int(labels.get(names.LABEL_DATA_RANK, 0)),
+        problem=None if ready or terminating else problems.of_pod(manifest),
+    )
+
+
+def owned(observed: Observed, kind: str, uid: str) -> dict[str, Manifest]:
+    """Children of one kind that the deployment with this UID controls, by name."""
+    return {
+        key.name: manifest
+        for key, manifest in observed.children.items()
+        if key.kind == kind and owner_uid(manifest) == uid
+    }
+
+
+def frontend_ready(observed: Observed, name: str) -> int:
+    """Frontend pods that the Deployment counts as Ready."""
+    manifest = observed.children.get(Key("Deployment", names.frontend(name)), {})
+    return int(manifest.get("status", {}).get("readyReplicas", 0))

@@ -1,0 +1,172 @@
+"""The operator's mind: (deployment, observed, now) -> Plan. Everything that is decided is decided here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+
+from moe_operator.manifests import children, conditions, drift, rollout, state, worker
+from moe_operator.manifests.conditions import Verdict
+from moe_operator.manifests.objects import Key, Manifest, applied_digest, key, owner_uid
+from moe_operator.manifests.observed import Observed, leaders
+from moe_operator.manifests.rollout import Step
+from moe_operator.manifests.state import State
+from moe_operator.resources import names
+from moe_operator.resources.deployment import Deployment, Identity
+from moe_operator.resources.status import PROGRESSING, READY, Condition, Status
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Something that was decided, for people to read: it becomes an Event."""
+
+    reason: str
+    """One CamelCase word."""
+    message: str
+    """A sentence."""
+    warning: bool = False
+
+
+@dataclass(frozen=True)
+class Deletion:
+    """An object to delete; the UID guards one of the same name that somebody made since."""
+
+    key: Key
+    uid: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do now."""
+
+    apply: tuple[Manifest, ...]
+    """Objects to apply, in this order."""
+    delete: tuple[Deletion, ...]
+    """Objects to delete, in this order."""
+    status: Status
+    decisions: tuple[Decision, ...]
+    recheck: bool
+    """Something is awaited that sends no event: look again soon."""
+
+
+def plan(deployment: Deployment, observed: Observed, now: datetime) -> Plan:
+    """What to do now so that the cluster gets closer to the deployment."""
+    desired = [*children.shared(deployment), *children.replicas(deployment)]
+    foreign = _foreign(desired, observed, deployment.identity.uid)
+    revision = worker.revision(deployment)
+    current = state.read(deployment, observed, revision, tuple(str(found) for found in foreign))
+    steps = rollout.steps(current.replicas, deployment.spec.replicas, revision)
+    waiting = [rank for rank, step in steps.items() if step is Step.WAIT]
+    held = {Key("StatefulSet", names.replica(deployment.name, rank)) for rank in waiting}
+    candidates = [manifest for manifest in desired if key(manifest) not in {*held, *foreign}]
+    changes = [(manifest, _change(manifest, observed, deployment)) for manifest in candidates]
+    status = _status(deployment, current, now)
+    deletions = _deletions(deployment, observed, current)
+    return Plan(
+        apply=tuple(manifest for manifest, decision in changes if decision is not None),
+        delete=deletions,
+        status=status,
+        decisions=(
+            *(decision for _, decision in changes if decision is not None),
+            *(_removal(gone, current.wanted) for gone in deletions),
+            *transitions(deployment.status, status),
+        ),
+        recheck=observed.model is None and model_address(deployment, observed) is not None,
+    )
+
+
+def model_address(deployment: Deployment, observed: Observed) -> str | None:
+    """IP address of a worker to ask for its model; None when there is none or the answer is known."""
+    revision = worker.revision(deployment)
+    known = deployment.status.model
+    if known is not None and known.revision == revision:
+        return None
+    pods = leaders(observed).values()
+    return next((pod.address for pod in pods if pod.ready and pod.revision == revision and pod.address), None)
+
+
+def _foreign(desired: Iterable[Manifest], observed: Observed, uid: str) -> list[Key]:
+    """Wanted names that objects of somebody else have; those are never touched."""
+    found = (key(manifest) for manifest in desired)
+    return [name for name in found if name in observed.children and owner_uid(observed.children[name]) != uid]
+
+
+def _change(manifest: Manifest, observed: Observed, deployment: Deployment) -> Decision | None:
+    """Why an object has to be applied; None when it is there as it should be."""
+    name = key(manifest)
+    actual = observed.children.get(name)
+    if actual is None:
+        return _creation(name, deployment)
+    if applied_digest(actual) != applied_digest(manifest):
+        return Decision("Updated", f"{name} follows the change of the spec")
+    place = drift.first_difference(manifest, actual)
+    if place is None:
+        return None
+    return Decision("PutBack", f"{name}: {place} was changed by hand and is put back", warning=True)
+
+
+def _creation(name: Key, deployment: Deployment) -> Decision:
+    progressing = deployment.status.condition(PROGRESSING)
+    settled = progressing is not None and progressing.reason == "Complete"
+    if settled and deployment.status.observed_generation == deployment.identity.generation:
+        return Decision("MadeAgain", f"{name} was gone and is made again", warning=True)
+    return Decision("Created", f"made {name}")
+
+
+def _deletions(deployment: Deployment, observed: Observed, current: State) -> tuple[Deletion, ...]:
+    gone = []
+    for rank in rollout.surplus(current.replicas, deployment.spec.replicas):
+        name = Key("StatefulSet", names.replica(deployment.name, rank))
+        if name in observed.children:
+            gone.append(Deletion(name, observed.children[name]["metadata"]["uid"]))
+    return tuple(gone)
+
+
+def _removal(gone: Deletion, wanted: int) -> Decision:
+    return Decision("ReplicaRemoved", f"deleting {gone.key}: spec.replicas is {wanted}")
+
+
+def _status(deployment: Deployment, current: State, now: datetime) -> Status:
+    generation = deployment.identity.generation
+    return Status(
+        observed_generation=generation,
+        replicas=sum(not pod.terminating for pod in current.leaders.values()),
+        ready_replicas=current.ready,
+        updated_replicas=current.updated,
+        selector=names.selector_text(names.leader_labels(deployment.name)),
+        revision=current.revision,
+        model=current.model,
+        conditions=conditions.dated(conditions.verdicts(current), deployment.status, generation, now),
+    )
+
+
+def transitions(before: Status, after: Status) -> list[Decision]:
+    """A decision for every condition that changed its status or its reason."""
+    changed = []
+    for condition in after.conditions:
+        old = before.condition(condition.type)
+        if old is None or (old.status, old.reason) != (condition.status, condition.reason):
+            changed.append(condition)
+    return [_announcement(condition) for condition in changed if condition.type in (READY, PROGRESSING)]
+
+
+_EXPECTED = ("Complete", "ReplicasNotReady", "FrontendNotReady", "ScaledToZero")
+"""Reasons of a condition that is False without anything being wrong."""
+
+
+def _announcement(condition: Condition) -> Decision:
+    trouble = condition.status == "False" and condition.reason not in _EXPECTED
+    return Decision(condition.reason, condition.message, warning=trouble)
+
+
+def blocked(identity: Identity, before: Status, reason: str, message: str, now: datetime) -> Status:
+    """The status of a deployment that nothing can be done for before somebody changes it."""
+    stuck = {kind: Verdict(False, reason, message) for kind in (READY, PROGRESSING)}
+    kept = tuple(condition for condition in before.conditions if condition.type not in stuck)
+    return before.model_copy(
+        update={
+            "observed_generation": identity.generation,
+            "conditions": (*conditions.dated(stuck, before, identity.generation, now), *kept),
+        }
+    )

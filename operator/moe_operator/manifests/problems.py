@@ -1,0 +1,82 @@
+"""Says in a sentence why a pod does not run, from what the kubelet and the scheduler wrote in its status."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_ERROR_LINE = "error: "
+_EXIT_BAD_INPUT = 2
+"""Exit code of a worker that refuses its checkpoint or its configuration: starting it again is of no use."""
+
+_WAITING = {
+    "ErrImagePull": "ImagePullFailed",
+    "ImagePullBackOff": "ImagePullFailed",
+    "InvalidImageName": "ImagePullFailed",
+    "ErrImageNeverPull": "ImagePullFailed",
+    "CreateContainerConfigError": "ContainerCreateFailed",
+    "CreateContainerError": "ContainerCreateFailed",
+    "RunContainerError": "ContainerCreateFailed",
+}
+_UNINFORMATIVE = ("ImagePullBackOff",)
+"""Reasons whose message repeats that there was an error instead of saying which."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a pod does not run."""
+
+    reason: str
+    """One CamelCase word."""
+    message: str
+    """A sentence."""
+
+
+def of_pod(pod: Mapping[str, Any]) -> Problem | None:
+    """What keeps a pod from becoming Ready; None when it runs or just needs time."""
+    status = pod.get("status", {})
+    for container in status.get("containerStatuses", ()):
+        found = _waiting(container) or (None if container.get("ready") else _terminated(container))
+        if found is not None:
+            return found
+    return _unschedulable(status)
+
+
+def _waiting(container: Mapping[str, Any]) -> Problem | None:
+    waiting = container.get("state", {}).get("waiting") or {}
+    reason = _WAITING.get(waiting.get("reason", ""))
+    if reason is None:
+        return None
+    detail = waiting.get("message") or waiting["reason"]
+    if waiting["reason"] in _UNINFORMATIVE:
+        detail = f"image {container.get('image')}: {detail}"
+    return Problem(reason, detail.strip())
+
+
+def _terminated(container: Mapping[str, Any]) -> Problem | None:
+    """The container's last end, when that was an error; it stays the news while the next try starts."""
+    ends = (container.get("state", {}).get("terminated"), container.get("lastState", {}).get("terminated"))
+    end = next((end for end in ends if end), None)
+    if end is None or end.get("exitCode", 0) == 0:
+        return None
+    code = end["exitCode"]
+    said = error_sentence(end.get("message", ""))
+    if said is None:
+        why = f", {end['reason']}" if end.get("reason") not in (None, "Error") else ""
+        return Problem("ContainerCrashed", f"{container['name']} ended with exit code {code}{why}")
+    return Problem("ModelLoadFailed" if code == _EXIT_BAD_INPUT else "WorkerFailed", said)
+
+
+def error_sentence(log: str) -> str | None:
+    """The last line of a log that starts with "error: ", without these words; None when there is none."""
+    lines = [line for line in log.splitlines() if line.startswith(_ERROR_LINE)]
+    return lines[-1].removeprefix(_ERROR_LINE).strip() if lines else None
+
+
+def _unschedulable(status: Mapping[str, Any]) -> Problem | None:
+    for condition in status.get("conditions", ()):
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            message = condition.get("message", "no node takes it")
+            return Problem(condition.get("reason", "Unschedulable"), message)
+    return None

@@ -1,0 +1,108 @@
+"""The workers: one StatefulSet for each replica, and the headless Service that lists their leaders."""
+
+from __future__ import annotations
+
+from moe_operator.manifests import pods
+from moe_operator.manifests.objects import Manifest, child, digest
+from moe_operator.resources import names
+from moe_operator.resources.deployment import Deployment
+
+GANG_SIZE = 1
+"""Pods of a replica: pipeline x expert, both 1 so far."""
+
+# A checkpoint of hundreds of GB takes tens of minutes to read; a worker that has not loaded after an hour is
+# started anew. Two seconds between looks, so that a small model's replica is Ready as soon as it is loaded.
+_STARTUP_PROBE = pods.probe("", period=2, failures=1800)
+_READINESS_PROBE = pods.probe("", period=2, failures=2)
+_LIVENESS_PROBE = pods.probe(names.LIVENESS_SERVICE, period=10, failures=3)
+
+
+def command(deployment: Deployment) -> list[str]:
+    """The worker's command line. What the spec leaves to the worker is left out."""
+    engine = deployment.spec.engine
+    words = ["moe-worker", "serve", "--model", deployment.spec.model.path]
+    words += ["--served-name", deployment.served_name]
+    if engine.context_length is not None:
+        words += ["--context-length", str(engine.context_length)]
+    words += ["--max-batch-size", str(engine.max_batch_size), "--kv-memory", str(engine.kv_memory_bytes)]
+    words += ["--device", engine.device, "--dtype", engine.dtype]
+    return [*words, "--listen", f"0.0.0.0:{names.GRPC_PORT}"]
+
+
+def pod_spec(deployment: Deployment) -> Manifest:
+    """Pod spec of every worker of the deployment, whatever its replica."""
+    settings = deployment.spec.worker
+    path = deployment.spec.model.path
+    container = {
+        "name": "worker",
+        "image": settings.image,
+        "command": command(deployment),
+        "env": pods.environment(deployment, names.ROLE_WORKER, settings),
+        "ports": pods.PORTS,
+        "resources": settings.resources.manifest(),
+        "startupProbe": _STARTUP_PROBE,
+        "readinessProbe": _READINESS_PROBE,
+        "livenessProbe": _LIVENESS_PROBE,
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "securityContext": pods.CONTAINER_SECURITY,
+        "volumeMounts": [
+            {"name": "model", "mountPath": path, "readOnly": True},
+            {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - the pod's own
+        ],
+    }
+    # hostPath without a type: a missing directory is then reported by the worker, in a sentence.
+    volumes = [{"name": "model", "hostPath": {"path": path}}, {"name": "tmp", "emptyDir": {}}]
+    return {
+        "serviceAccountName": names.worker_account(deployment.name),
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": settings.termination_grace_period_seconds,
+        "securityContext": pods.POD_SECURITY,
+        "containers": [container],
+        "volumes": volumes,
+        **pods.placement(settings),
+    }
+
+
+def revision(deployment: Deployment) -> str:
+    """Hash of the resolved pod template: pods with another one are out of date."""
+    return digest(pod_spec(deployment))
+
+
+def stateful_set(deployment: Deployment, data_rank: int) -> Manifest:
+    """One replica: a gang of workers that start and stop together."""
+    name = deployment.name
+    current = revision(deployment)
+    rank_labels = {names.LABEL_DATA_RANK: str(data_rank)}
+    labels = {**names.leader_labels(name), **rank_labels, names.LABEL_REVISION: current}
+    manifest = child(
+        deployment.identity,
+        "apps/v1",
+        "StatefulSet",
+        names.replica(name, data_rank),
+        names.ROLE_WORKER,
+        {**rank_labels, names.LABEL_REVISION: current},
+    )
+    manifest["spec"] = {
+        "replicas": GANG_SIZE,
+        "serviceName": names.workers(name),
+        "podManagementPolicy": "Parallel",
+        "updateStrategy": {"type": "RollingUpdate"},
+        "revisionHistoryLimit": 2,
+        "selector": {"matchLabels": {**rank_labels, names.LABEL_NAME: name, names.LABEL_ROLE: "worker"}},
+        "template": {"metadata": {"labels": labels}, "spec": pod_spec(deployment)},
+    }
+    return manifest
+
+
+def service(deployment: Deployment) -> Manifest:
+    """Headless Service of the leaders that are Ready; the frontend reads its EndpointSlices."""
+    name = deployment.name
+    manifest = child(deployment.identity, "v1", "Service", names.workers(name), names.ROLE_WORKER)
+    manifest["spec"] = {
+        "clusterIP": "None",
+        "publishNotReadyAddresses": False,
+        "selector": names.leader_labels(name),
+        "ports": pods.SERVICE_PORTS,
+    }
+    return manifest

@@ -1,0 +1,30 @@
+"""Common base of the resource's models, and the helper that attaches CEL rules to them."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from pydantic import BaseModel, ConfigDict
+from pydantic.alias_generators import to_camel
+
+RULES: Final = "x-kubernetes-validations"
+LIST_TYPE: Final = "x-kubernetes-list-type"
+LIST_KEYS: Final = "x-kubernetes-list-map-keys"
+INT_OR_STRING: Final = "x-kubernetes-int-or-string"
+
+
+class Model(BaseModel):
+    """Frozen; camelCase outside, snake_case inside; unknown fields are refused."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", alias_generator=to_camel, validate_by_name=True, validate_by_alias=True
+    )
+
+    def manifest(self) -> dict[str, Any]:
+        """The JSON form, with camelCase keys and without fields that are not set."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def rules(*pairs: tuple[str, str], **more: Any) -> dict[str, Any]:
+    """Schema extras with CEL rules, each a pair (expression, sentence that says what would be right)."""
+    return {RULES: [{"rule": rule, "message": message} for rule, message in pairs], **more}

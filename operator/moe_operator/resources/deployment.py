@@ -1,0 +1,78 @@
+"""A MoEDeployment as it is read from the API server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from moe_operator.errors import InvalidSpecError
+from moe_operator.resources.spec import Spec
+from moe_operator.resources.status import Status
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which object it is."""
+
+    namespace: str
+    name: str
+    uid: str
+    generation: int
+    """Counts the changes of the spec."""
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """One MoEDeployment."""
+
+    identity: Identity
+    spec: Spec
+    status: Status
+
+    @property
+    def name(self) -> str:
+        """metadata.name."""
+        return self.identity.name
+
+    @property
+    def served_name(self) -> str:
+        """The name that requests ask for."""
+        return self.spec.model.served_name or self.name
+
+
+def identity(body: Mapping[str, Any]) -> Identity:
+    """The identity of an object as the API server returns it."""
+    metadata = body["metadata"]
+    return Identity(metadata["namespace"], metadata["name"], metadata["uid"], metadata.get("generation", 0))
+
+
+def parse(body: Mapping[str, Any]) -> Deployment:
+    """Reads an object as the API server returns it.
+
+    Raises InvalidSpecError, which names every field that is wrong.
+    """
+    try:
+        spec = Spec.model_validate(body.get("spec") or {})
+    except ValidationError as error:
+        raise InvalidSpecError(sentence(error)) from error
+    return Deployment(identity(body), spec, parse_status(body))
+
+
+def parse_status(body: Mapping[str, Any]) -> Status:
+    """The object's status; an empty one when there is none, or somebody broke what we wrote last."""
+    try:
+        return Status.model_validate(body.get("status") or {})
+    except ValidationError:
+        return Status()
+
+
+def sentence(error: ValidationError) -> str:
+    """Every violation as "spec.field: what is wrong", joined by semicolons."""
+    parts = []
+    for problem in error.errors():
+        path = ".".join(str(part) for part in ("spec", *problem["loc"]))
+        parts.append(f"{path}: {problem['msg']}")
+    return "; ".join(parts)

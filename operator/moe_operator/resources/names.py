@@ -1,0 +1,76 @@
+"""Names that the operator, the frontend and the users' tools share."""
+
+from __future__ import annotations
+
+from typing import Final
+
+GROUP: Final = "serving.moe-operator.dev"
+VERSION: Final = "v1alpha1"
+API_VERSION: Final = f"{GROUP}/{VERSION}"
+KIND: Final = "MoEDeployment"
+PLURAL: Final = "moedeployments"
+SINGULAR: Final = "moedeployment"
+SHORT_NAME: Final = "moed"
+CATEGORY: Final = "moe"
+
+FIELD_MANAGER: Final = "moe-operator"
+"""Field manager of everything the operator applies (server-side apply)."""
+
+LABEL_NAME: Final = f"{GROUP}/name"
+LABEL_ROLE: Final = f"{GROUP}/role"
+LABEL_DATA_RANK: Final = f"{GROUP}/data-rank"
+LABEL_PIPELINE_RANK: Final = f"{GROUP}/pipeline-rank"
+LABEL_EXPERT_RANK: Final = f"{GROUP}/expert-rank"
+LABEL_REVISION: Final = f"{GROUP}/revision"
+ANNOTATION_DIGEST: Final = f"{GROUP}/digest"
+"""Digest of what the operator last applied: tells a change of ours from one made by hand."""
+
+ROLE_WORKER: Final = "worker"
+ROLE_FRONTEND: Final = "frontend"
+
+GRPC_PORT: Final = 8000
+GRPC_PORT_NAME: Final = "grpc"
+LIVENESS_SERVICE: Final = "liveness"
+"""grpc.health.v1 service that says that the process is alive; the service "" says that it is ready."""
+
+DEFAULT_WORKER_IMAGE: Final = "ghcr.io/moe-operator/worker:dev"
+DEFAULT_OPERATOR_IMAGE: Final = "ghcr.io/moe-operator/operator:dev"
+
+NAME_LENGTH_MOST: Final = 40
+"""A StatefulSet's name plus an 11-character hash must fit a label (63), and ours adds a rank of up to 4
+digits; 40 leaves room for the names to come."""
+
+
+def replica(name: str, data_rank: int) -> str:
+    """StatefulSet of one replica."""
+    return f"{name}-{data_rank}"
+
+
+def workers(name: str) -> str:
+    """Headless Service of the leaders."""
+    return f"{name}-workers"
+
+
+def worker_account(name: str) -> str:
+    """ServiceAccount of the workers."""
+    return f"{name}-worker"
+
+
+def frontend(name: str) -> str:
+    """Deployment, Service, ServiceAccount, Role and RoleBinding of the frontend."""
+    return f"{name}-frontend"
+
+
+def leader_labels(name: str) -> dict[str, str]:
+    """Labels that exactly the leaders of a deployment carry: one pod for each replica."""
+    return {
+        LABEL_NAME: name,
+        LABEL_ROLE: ROLE_WORKER,
+        LABEL_PIPELINE_RANK: "0",
+        LABEL_EXPERT_RANK: "0",
+    }
+
+
+def selector_text(labels: dict[str, str]) -> str:
+    """Labels in the text form of a selector: "a=b,c=d"."""
+    return ",".join(f"{key}={value}" for key, value in sorted(labels.items()))

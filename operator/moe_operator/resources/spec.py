@@ -1,0 +1,199 @@
+"""What users write: the spec of a MoEDeployment."""
+
+from __future__ import annotations
+
+from typing import Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field
+
+from moe_operator.resources import names, quantity
+from moe_operator.resources.base import Model, rules
+from moe_operator.resources.pods import PodSettings, Quantity
+
+REPLICAS_MOST = 1000
+_PATH_SEGMENT = "[A-Za-z0-9._@+=,~-]+"
+
+
+class ModelSource(Model):
+    """Which model is served."""
+
+    uri: str = Field(
+       default= description="Where the checkpoint is: file:// followed by the absolute path of a directory that "
+        "every node has, with config.json, tokenizer.json and safetensors files, e.g. file:///mnt/models/docs-moe. "
+        "Required.",
+        min_length=1,
+        max_length=1024,
+        json_schema_extra=rules(
+            (
+                "self.startsWith('file://')",
+                "only file:// is served so far: write file:///absolute/path of a checkpoint directory on "
+                "the nodes",
+            ),
+            (
+                f"!self.startsWith('file://') || self.matches('^file://(/{_PATH_SEGMENT})+/?$')",
+                "after file:// comes an absolute path (three slashes in all) made of letters, digits and "
+                "._@+=,~-, e.g. file:///mnt/models/docs-moe",
+            ),
+            ("!self.matches('/[.][.]?(/|$)')", "the path must not hold . or .. as a part: write it out"),
+        ),
+    )
+    served_name: str | None = Field(
+        default=None,
+        description="Name that requests ask for. Default: metadata.name.",
+        min_length=1,
+        max_length=128,
+        pattern="^[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?$",
+    )
+
+    @property
+    def path(self) -> str:
+        """Absolute path of the checkpoint directory on the node, without a slash at its end."""
+        return urlsplit(self.uri).path.rstrip("/")
+
+
+class Expert(Model):
+    """How the routed experts are spread."""
+
+    size: int = Field(
+        default=1,
+        description="Workers of a pipeline stage among which the experts are divided. Default: 1.",
+        json_schema_extra=rules(
+            ("self == 1", "expert parallelism is not there yet: set parallelism.expert.size to 1")
+        ),
+    )
+
+
+class Parallelism(Model):
+    """How one replica is spread over workers."""
+
+    pipeline: int = Field(
+        default=1,
+        description="Stages, of some layers each, that a replica is cut into. Default: 1.",
+        json_schema_extra=rules(
+            ("self == 1", "pipeline parallelism is not there yet: set parallelism.pipeline to 1")
+        ),
+    )
+    expert: Expert = Field(default=Expert(), description="How the routed experts are spread.")
+
+
+class Engine(Model):
+    """How a worker runs the model."""
+
+    context_length: int | None = Field(
+        default=None,
+        description="Tokens of prompt and continuation together, at most. Default: what the checkpoint was "
+        "made for (max_position_embeddings in its config.json).",
+        json_schema_extra=rules(
+            ("self >= 1 && self <= 4194304", "contextLength is a number of tokens from 1 to 4194304")
+        ),
+    )
+    max_batch_size: int = Field(
+        default=16,
+        description="Requests that a worker decodes together, at most; more wait in its queue. Default: 16.",
+        json_schema_extra=rules(
+            ("self >= 1 && self <= 4096", "maxBatchSize is a number of requests from 1 to 4096")
+        ),
+    )
+    kv_memory: Quantity = Field(
+        default="512Mi",
+        description="Memory of one worker for the KV cache, in bytes, on its device. Default: 512Mi.",
+        json_schema_extra=rules(
+            (
+                "isQuantity(string(self)) && quantity(string(self)).compareTo(quantity('1Mi')) >= 0",
+                "kvMemory is an amount of memory of 1Mi or more, e.g. 512Mi or 40Gi",
+            )
+        ),
+    )
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        default="auto",
+        description="Number format of weights and activations; auto takes bfloat16 on GPUs and float32 on "
+        "CPUs. Default: auto.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where the model runs; auto takes a GPU when the pod has one. Default: auto."
+    )
+
+    @property
+    def kv_memory_bytes(self) -> int:
+        """`kv_memory` in bytes."""
+        return int(quantity.parse(self.kv_memory))
+
+
+_GRACE_RULE = (
+    "self >= 0 && self <= 3600",
+    "terminationGracePeriodSeconds is a number of seconds from 0 to 3600",
+)
+
+
+class Worker(PodSettings):
+    """The pods that run the model."""
+
+    image: str = Field(
+        default=names.DEFAULT_WORKER_IMAGE,
+        description=f"Image of the workers. Default: {names.DEFAULT_WORKER_IMAGE}.",
+        min_length=1,
+    )
+    termination_grace_period_seconds: int = Field(
+        default=60,
+        description="Seconds that a worker which is stopped has to finish its requests. Default: 60.",
+        json_schema_extra=rules(_GRACE_RULE),
+    )
+
+
+class Frontend(PodSettings):
+    """The pods that clients talk to; they pass requests on to the workers and need no GPU."""
+
+    replicas: int = Field(
+        default=1,
+        description="Frontend pods. Default: 1.",
+        json_schema_extra=rules(("self >= 1 && self <= 100", "frontend.replicas is a number from 1 to 100")),
+    )
+    image: str = Field(
+        default=names.DEFAULT_OPERATOR_IMAGE,
+        description=f"Image of the frontend. Default: {names.DEFAULT_OPERATOR_IMAGE}.",
+        min_length=1,
+    )
+    termination_grace_period_seconds: int = Field(
+        default=60,
+        description="Seconds that a frontend which is stopped has to finish its streams. Default: 60.",
+        json_schema_extra=rules(_GRACE_RULE),
+    )
+
+
+class Telemetry(Model):
+    """Where traces go."""
+
+    otlp_endpoint: str | None = Field(
+        default=None,
+        description="OpenTelemetry Collector that takes OTLP over gRPC, e.g. "
+        "http://otel-collector.moe-system:4317. Default: none, and no traces.",
+        max_length=1024,
+        json_schema_extra=rules(
+            (
+                "self.matches('^https?://[^/ ]+/?$')",
+                "otlpEndpoint is http:// or https://, a host and a port, e.g. http://otel-collector.moe-system:4317",
+            )
+        ),
+    )
+
+
+class Spec(Model):
+    """What is to be served, and how."""
+
+    model: ModelSource = Field(description="The model that is served. Required.")
+    replicas: int = Field(
+        default=1,
+        description="Copies of the model that share the requests; 0 stops serving. `kubectl scale` sets it. "
+        "Default: 1.",
+        json_schema_extra=rules(
+            (f"self >= 0 && self <= {REPLICAS_MOST}", f"replicas is a number from 0 to {REPLICAS_MOST}")
+        ),
+    )
+    parallelism: Parallelism = Field(default=Parallelism(), description="How one replica is spread over worker pods.")
+    engine: Engine = Field(default=Engine(), description="How a worker runs the model.")
+    worker: Worker = Field(default=Worker(), description="The pods that run the model.")
+    frontend: Frontend = Field(
+        default=Frontend(), description="The pods that clients talk to; they pass requests on to the workers."
+    )
+    telemetry: Telemetry = Field(default=Telemetry(), description="Where traces go.")

@@ -1,0 +1,75 @@
+"""What users read: the status of a MoEDeployment."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import ConfigDict, Field
+
+from moe_operator.resources.base import LIST_KEYS, LIST_TYPE, Model
+
+_INT64 = {"format": "int64"}
+
+READY = "Ready"
+PROGRESSING = "Progressing"
+MODEL_LOADED = "ModelLoaded"
+
+
+class Observed(Model):
+    """Base of what is read back from the cluster: fields of a newer operator are passed over."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class Condition(Observed):
+    """One aspect of the deployment's state."""
+
+    type: str = Field(description="Which aspect: Ready, Progressing or ModelLoaded.", max_length=64)
+    status: Literal["True", "False", "Unknown"] = Field(description="Whether it holds.")
+    reason: str = Field(description="Why, in one CamelCase word for programs.", max_length=128)
+    message: str = Field(default="", description="Why, in a sentence for people.", max_length=32768)
+    observed_generation: int | None = Field(
+        default=None, description="metadata.generation of the spec that this was said of.", json_schema_extra=_INT64
+    )
+    last_transition_time: str = Field(
+       default= description="When status last changed (RFC 3339, UTC).", json_schema_extra={"format": "date-time"}
+    )
+
+
+class ModelInfo(Observed):
+    """The model as a worker reports it."""
+
+    architecture: str = Field(default="", description='Architecture as the checkpoint names it, e.g. "deepseek_v3".')
+    parameters_total: int = Field(
+        default=0, description="Weights in the whole model.", json_schema_extra=_INT64
+    )
+    parameters_active: int = Field(
+        default=0, description="Weights that one token passes through.", json_schema_extra=_INT64
+    )
+    format: str = Field(default="", description='Number format of the weights as served, e.g. "bf16".')
+    context_length: int = Field(default=0, description="Tokens of prompt and continuation together, at most.")
+    revision: str = Field(default="", description="Revision of the worker that reported this.")
+
+
+class Status(Observed):
+    """What the operator saw when it last looked."""
+
+    observed_generation: int | None = Field(
+        default=None, description="metadata.generation of the spec last acted on.", json_schema_extra=_INT64
+    )
+    replicas: int = Field(default=0, description="Replicas that have a leader pod.")
+    ready_replicas: int = Field(default=0, description="Replicas whose leader answers requests.")
+    updated_replicas: int = Field(default=0, description="Replicas whose leader runs the current revision.")
+    selector: str = Field(default="", description="Label selector of the leaders, for the scale subresource.")
+    revision: str = Field(default="", description="Hash of the worker's pod template that the spec asks for.")
+    model: ModelInfo | None = Field(default=None, description="The model as a worker reports it; absent before.")
+    conditions: tuple[Condition, ...] = Field(
+        default=(),
+        description="Ready: every replica and the frontend answer. Progressing: work towards the spec goes "
+        "on. ModelLoaded: at least one worker has loaded the model.",
+        json_schema_extra={LIST_TYPE: "map", LIST_KEYS: ["type"]},
+    )
+
+    def condition(self, kind: str) -> Condition | None:
+        """The condition of a type, or None."""
+        return next((condition for condition in self.conditions if condition.type == kind), None)

@@ -1,0 +1,74 @@
+"""How the operator process behaves. What is served is in the MoEDeployment, not here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from moe_operator.errors import InstallationError
+
+ENVIRONMENT_PREFIX = "MOE_OPERATOR_"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of one operator process; each can be set as MOE_OPERATOR_<NAME IN CAPITALS>."""
+
+    peering: str = "moe-operator"
+    """Name of the ClusterKopfPeering object through which operator processes find each other."""
+
+    peering_lifetime_seconds: float = 20.0
+    """A process that was killed is taken for alive this long. kopf renews 5 to 10 s before the end."""
+
+    debounce_seconds: float = 0.25
+    """A burst of changes of one deployment is answered once, this long after its first one."""
+
+    resync_seconds: float = 300.0
+    """Every deployment is looked at this often even when nothing was heard of it."""
+
+    recheck_seconds: float = 5.0
+    """How soon to look again while something that sends no event is awaited (a worker's answer)."""
+
+    retry_first_seconds: float = 1.0
+    """Pause after the first failed reconcile of a deployment; doubles with each further failure."""
+
+    retry_most_seconds: float = 60.0
+    """The longest pause between two tries."""
+
+    api_timeout_seconds: float = 15.0
+    """Limit of one request to the API server."""
+
+    rpc_timeout_seconds: float = 2.0
+    """Limit of one call to a worker."""
+
+    workers: int = 8
+    """Deployments that are reconciled at the same time, each in a thread."""
+
+
+def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
+    """Reads the settings from environment variables; those not set keep their default.
+
+    Raises InstallationError when a value is not a positive number where one is needed.
+    """
+    defaults = Settings()
+    values: dict[str, Any] = {}
+    for field in fields(Settings):
+        variable = ENVIRONMENT_PREFIX + field.name.upper()
+        if variable in environment:
+            values[field.name] = _parse(variable, environment[variable], type(getattr(defaults, field.name)))
+    return Settings(**values)
+
+
+def _parse(variable: str, text: str, kind: type) -> object:
+    if kind is str:
+        return text
+    try:
+        number = kind(text)
+    except ValueError:
+        number = 0
+    if number <= 0:
+        expected = "a whole number of 1 or more" if kind is int else "a number of seconds above 0"
+        raise InstallationError(f"{variable} is {text!r}; it must be {expected}")
+    return number
