@@ -1,0 +1,57 @@
+"""What the user chooses about the engine."""
+
+from dataclasses import dataclass
+
+from moe_worker.errors import SettingsError
+
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Choices for one engine; SettingsError from the constructor where one is impossible.
+
+    device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N".
+    dtype: of weights and cache. "auto" is bfloat16 on GPUs, float32 on CPUs, where torch's bfloat16 is
+        slower unless the processor has AMX.
+    context_length: tokens of prompt and continuation together; None: the model's own limit.
+    max_batch_size: sequences computed together at most.
+    max_queue: requests that may wait beyond those in the batch.
+    kv_memory: bytes for the KV cache; None: as much as max_batch_size contexts take.
+    prefill_tokens: prompt tokens computed in one step at most (a longer prompt takes a step of its own);
+        2048 keep a step of a small model below a second on two cores.
+    threads: of torch on the CPU; None: as many as cores this process may use.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    context_length: int | None = None
+    max_batch_size: int = 16
+    max_queue: int = 256
+    kv_memory: int | None = None
+    prefill_tokens: int = 2048
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES and not self.device.removeprefix("cuda:").isdecimal():
+            raise SettingsError(f"device {self.device!r} is unknown; it must be auto, cpu, cuda or cuda:N")
+        if self.dtype not in DTYPES:
+            raise SettingsError(f"dtype {self.dtype!r} is unknown; it must be one of {', '.join(DTYPES)}")
+        for name in ("context_length", "max_batch_size", "kv_memory", "prefill_tokens", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingsError(f"{name} is {value}; it must be at least 1")
+        if self.max_queue < 0:
+            raise SettingsError(f"max_queue is {self.max_queue}; it must be at least 0")
+
+    def context_for(self, longest: int) -> int:
+        """The context length, given the model's limit `longest`. Raises SettingsError if above it."""
+        if self.context_length is None:
+            return longest
+        if self.context_length > longest:
+            raise SettingsError(
+                f"context length {self.context_length} is too long; the model (max_position_embeddings) "
+                f"allows {longest} at most"
+            )
+        return self.context_length

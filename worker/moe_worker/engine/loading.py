@@ -1,0 +1,83 @@
+"""From a checkpoint directory and the user's choices to a model that is ready to run."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moe_worker.config.directory import read_checkpoint_config
+from moe_worker.config.engine import EngineOptions
+from moe_worker.config.model import ModelConfig
+from moe_worker.errors import SettingsError
+from moe_worker.kvcache.latent import LatentCache, slots_that_fit
+from moe_worker.models.checkpoint import load_model
+from moe_worker.models.deepseek import DeepseekModel
+from moe_worker.models.tokenizer import Tokenizer
+
+DTYPE_BY_NAME = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """Everything that stays the same while the engine runs, and its cache."""
+
+    config: ModelConfig
+    model: DeepseekModel
+    tokenizer: Tokenizer
+    cache: LatentCache
+
+
+def load(directory: Path, options: EngineOptions, progress: bool) -> LoadedModel:
+    """Checks everything cheap first, then reads the weights. Raises WorkerError."""
+    config = read_checkpoint_config(directory)
+    context = options.context_for(config.max_position_embeddings)
+    tokenizer = Tokenizer.load(directory, config)
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
+    slots = slots_that_fit(config, dtype, context, options.kv_memory, options.max_batch_size)
+    torch.set_num_threads(options.threads or usable_cores())
+    with torch.inference_mode():
+        model = load_model(directory, config, dtype, device, context, progress)
+        cache = LatentCache.allocate(config, slots, context, dtype, device)
+    return LoadedModel(config, model, tokenizer, cache)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `name` ("auto", "cpu", "cuda", "cuda:N") means here. Raises SettingsError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SettingsError(
+            f"device {name} is not there: torch sees {torch.cuda.device_count()} GPUs; use cpu or auto"
+        )
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that `name` ("auto", "float32", "bfloat16") means on `device`."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return DTYPE_BY_NAME[name]
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, and its cgroup's quota (v2 or v1) if any."""
+    cores = len(os.sched_getaffinity(0))
+    quota = _cgroup_quota()
+    return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def _cgroup_quota() -> float | None:
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        pass
+    try:
+        quota = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text()
+        period = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text()
+    except OSError:
+        return None
+    return int(quota) / int(period) if int(quota) > 0 else None

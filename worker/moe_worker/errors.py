@@ -1,0 +1,64 @@
+"""One tree of errors; the type says whether trying again can help."""
+
+from typing import ClassVar
+
+
+class WorkerError(Exception):
+    """Root of everything this package raises on purpose; the message is a sentence for the user.
+
+    `exit_code` is what `moe-worker` exits with: 2 for bad input or configuration, 1 for failures of the
+    machine. `retryable` says whether the same call can succeed later without being changed.
+    """
+
+    exit_code: ClassVar[int] = 1
+    retryable: ClassVar[bool] = False
+
+
+class InputError(WorkerError):
+    """What the user gave cannot work; the same input fails again."""
+
+    exit_code = 2
+
+
+class CheckpointError(InputError):
+    """A checkpoint directory, or a file in it, cannot be used."""
+
+
+class ConfigError(CheckpointError):
+    """A field of config.json is missing, impossible or not supported."""
+
+
+class TokenizerError(CheckpointError):
+    """tokenizer.json is missing, unreadable or does not belong to the model."""
+
+
+class DataError(InputError):
+    """A file of text to train on or to evaluate cannot be used."""
+
+
+class SettingsError(InputError):
+    """A flag or a keyword argument of the engine is impossible (on this machine, with this model)."""
+
+
+class RequestError(InputError):
+    """One field of a request is out of range."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class QueueFullError(WorkerError):
+    """More requests wait than the queue holds; try again after `retry_after_s` seconds."""
+
+    retryable = True
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class EngineDiedError(WorkerError):
+    """The engine process ended while it was needed; another worker may answer."""
+
+    retryable = True

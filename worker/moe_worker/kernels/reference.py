@@ -1,0 +1,39 @@
+"""Operations of the model in plain torch."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Root-mean-square normalisation (arXiv:1910.07467) over the last axis; same dtype out as in.
+
+    Computes in float32 and rounds before the weight is applied, as DeepSeek's own code does.
+    """
+    if x_TD.dtype == torch.float32:
+        return functional.rms_norm(x_TD, weight_D.shape, weight_D, eps)
+    return weight_D * functional.rms_norm(x_TD.float(), weight_D.shape, None, eps).to(x_TD.dtype)
+
+
+def swiglu(gate_up_TF: Tensor) -> Tensor:
+    """silu(gate) * up (arXiv:2002.05202), where gate and up are the halves of the last axis."""
+    gate, up = gate_up_TF.chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
+def grouped_linear(x_MI: Tensor, weights_AOI: Tensor, ends_A: Tensor) -> Tensor:
+    """Multiplies rows ends[a - 1] to ends[a] of x by weights[a] transposed; [M, O].
+
+    `ends_A` (int32) does not fall and ends at M. torch's own grouped product wants rows of whole 16-byte
+    pieces, and on CUDA bfloat16; the plain loop takes what is left.
+    """
+    aligned = all(size * x_MI.element_size() % 16 == 0 for size in weights_AOI.shape[1:])
+    if aligned and (x_MI.device.type == "cpu" or x_MI.dtype == torch.bfloat16):
+        return functional.grouped_mm(x_MI, weights_AOI.transpose(1, 2), offs=ends_A)
+    out_MO = x_MI.new_empty(x_MI.shape[0], weights_AOI.shape[1])
+    start = 0
+    for weight_OI, end in zip(weights_AOI, ends_A.tolist(), strict=True):
+        if end > start:
+            torch.mm(x_MI[start:end], weight_OI.t(), out=out_MO[start:end])
+        start = end
+    return out_MO

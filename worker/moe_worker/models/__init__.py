@@ -1,0 +1,1 @@
+"""Reading checkpoints, and the models built from them."""

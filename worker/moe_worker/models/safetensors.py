@@ -1,0 +1,94 @@
+"""Which tensors a checkpoint holds, read from the headers of its safetensors files (no torch, no data).
+
+Format: https://huggingface.co/docs/safetensors: 8 bytes of header length (little endian), a header in JSON,
+data.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_worker.config.directory import read_json
+from moe_worker.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+# The same bound as the safetensors library sets.
+LARGEST_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies and what it is."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """All tensors of the checkpoint by name, from one file or from the shards that the index lists.
+
+    Raises CheckpointError for a missing or damaged file.
+    """
+    if (directory / INDEX_FILE).exists():
+        return _sharded(directory)
+    if not (directory / SINGLE_FILE).exists():
+        raise CheckpointError(
+            f"{directory} holds no weights; it must hold {SINGLE_FILE}, or {INDEX_FILE} and shards"
+        )
+    return {tensor.name: tensor for tensor in read_header(directory / SINGLE_FILE)}
+
+
+def _sharded(directory: Path) -> dict[str, StoredTensor]:
+    index = directory / INDEX_FILE
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index}: weight_map must be an object that gives a file name for each tensor")
+    found: dict[str, StoredTensor] = {}
+    for name in sorted(set(weight_map.values())):
+        path = directory / name
+        if Path(name).name != name:
+            raise CheckpointError(f"{index}: shard {name!r} must be the name of a file beside it")
+        if not path.exists():
+            raise CheckpointError(f"{path} is missing, but {INDEX_FILE} lists it; copy the shard too")
+        found.update((tensor.name, tensor) for tensor in read_header(path))
+    return found
+
+
+def read_header(path: Path) -> list[StoredTensor]:
+    """The tensors in one file, checked against its size. Raises CheckpointError."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8 or length > LARGEST_HEADER:
+            raise _truncated(path, f"its header should take {length} bytes, the file has {size}")
+        header = file.read(length)
+    try:
+        entries = json.loads(header)
+    except (ValueError, RecursionError) as error:
+        raise _truncated(path, "its header is not JSON") from error
+    if not isinstance(entries, dict):
+        raise _truncated(path, "its header is no JSON object")
+    tensors = [_entry(path, name, entry) for name, entry in entries.items() if name != "__metadata__"]
+    promised = 8 + length + sum(tensor.nbytes for tensor in tensors)
+    if promised != size:
+        raise _truncated(path, f"its header promises {promised} bytes, the file has {size}")
+    return tensors
+
+
+def _entry(path: Path, name: str, entry: Mapping[str, Any]) -> StoredTensor:
+    try:
+        begin, end = (int(offset) for offset in entry["data_offsets"])
+        shape = tuple(int(extent) for extent in entry["shape"])
+        return StoredTensor(name, path, str(entry["dtype"]), shape, end - begin)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _truncated(path, f"the header entry of {name} is malformed") from error
+
+
+def _truncated(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"{path} is truncated or damaged: {why}; copy it again")

@@ -1,0 +1,84 @@
+"""The byte-level BPE tokenizer of a checkpoint (tokenizer.json). Imports no torch."""
+
+from functools import cached_property
+from pathlib import Path
+
+import tokenizers
+
+from moe_worker.config.directory import read_json
+from moe_worker.config.model import ModelConfig
+from moe_worker.errors import TokenizerError
+
+
+class Tokenizer:
+    """Text to token ids, and token ids to the bytes they stand for."""
+
+    def __init__(self, inner: tokenizers.Tokenizer, bos: int | None, vocab_size: int) -> None:
+        self._inner = inner
+        self._bos = bos
+        self._vocab_size = vocab_size
+
+    @classmethod
+    def load(cls, directory: Path, config: ModelConfig) -> "Tokenizer":
+        """Reads tokenizer.json and checks that it belongs to the model. Raises TokenizerError."""
+        path = directory / "tokenizer.json"
+        if not path.exists():
+            raise TokenizerError(f"{path} is missing; a checkpoint directory holds the model's tokenizer")
+        decoder = read_json(path).get("decoder")
+        if not isinstance(decoder, dict) or decoder.get("type") != "ByteLevel":
+            raise TokenizerError(f"{path}: the decoder must be ByteLevel (byte-level BPE), as DeepSeek's is")
+        try:
+            inner = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise TokenizerError(f"{path} is no tokenizer ({error}); copy it again") from error
+        inner.no_truncation()
+        inner.no_padding()
+        _check_matches(path, inner, config)
+        return cls(inner, config.bos_token_id, config.vocab_size)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`, behind the begin-of-text token where the model has one and it is asked for."""
+        ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
+        return [self._bos, *ids] if add_special_tokens and self._bos is not None else ids
+
+    def token_bytes(self, token: int) -> bytes:
+        """What one token adds to the text; special tokens and ids without a token add nothing."""
+        return self._bytes[token]
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        special = {id_ for id_, added in self._inner.get_added_tokens_decoder().items() if added.special}
+        names = [None if id_ in special else self._inner.id_to_token(id_) for id_ in range(self._vocab_size)]
+        return [b"" if name is None else _from_byte_level(name) for name in names]
+
+
+def byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's table: the printable character that stands for each byte in a token's name."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_ALPHABET = byte_level_alphabet()
+
+
+def _from_byte_level(name: str) -> bytes:
+    """Bytes of a token from its name; a name outside the alphabet (an added token) is plain text."""
+    if all(character in _ALPHABET for character in name):
+        return bytes(_ALPHABET[character] for character in name)
+    return name.encode()
+
+
+def _check_matches(path: Path, inner: tokenizers.Tokenizer, config: ModelConfig) -> None:
+    largest = max(inner.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= config.vocab_size:
+        raise TokenizerError(
+            f"{path} does not match the model: it has token id {largest}, "
+            f"but config.json's vocab_size allows ids below {config.vocab_size}"
+        )
+    named = [("bos_token_id", config.bos_token_id), *(("eos_token_id", id_) for id_ in config.eos_token_ids)]
+    for name, id_ in named:
+        if id_ is not None and inner.id_to_token(id_) is None:
+            raise TokenizerError(
+                f"{path} does not match the model: it has no token {id_}, which is config.json's {name}"
+            )

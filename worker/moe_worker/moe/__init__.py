@@ -1,0 +1,1 @@
+"""Routing tokens to experts, and the experts themselves."""
