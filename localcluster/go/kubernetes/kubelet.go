@@ -36,7 +36,7 @@ func newKubeletCommand() *cobra.Command {
 	flags := options.NewKubeletFlags()
 	command := &cobra.Command{
 		Use:          "kubelet --config FILE --kubeconfig FILE --hostname-override NAME --node-ip IP --root-dir DIR",
-		Short:        "The kubelet, without cgroups and mounts of its own, for pods that are local processes",
+		Short:        "The kubelet, without cgroups, for pods that are local processes",
 		Args:         cobra.NoArgs,
 		SilenceUsage: true,
 		RunE: func(command *cobra.Command, _ []string) error {
@@ -108,11 +108,12 @@ func applyConfiguration(configuration *kubeletconfig.KubeletConfiguration) error
 
 // unprivilegedDependencies replaces what would need root on the host:
 //   - the container manager, which would write cgroups (the pods are plain processes);
-//   - cAdvisor, which would read them: the machine's real size comes from /proc instead;
+//   - cAdvisor, which would read them: the machine's real size comes from the kernel instead;
 //   - the OOM adjuster, because lowering one's own OOM score is forbidden in a user namespace;
-//   - the mounter: the tmpfs that would hold Secret, ConfigMap and projected volumes stays a directory under
-//     --root-dir, which the launcher may put on a tmpfs as a whole. A container sees it through a bind mount
-//     that the runtime makes, so no mount of the kubelet's has to reach into another mount namespace.
+//   - the mounter, by the same without systemd, which would move every mount(8) into a cgroup.
+//
+// Mounts themselves are real (tmpfs for Secrets, bind mounts for subPath): the root of a user namespace may make
+// them in its own mount namespace, which the runtime has to share.
 func unprivilegedDependencies(ctx context.Context, server *options.KubeletServer) (*kubelet.Dependencies, error) {
 	dependencies, err := kubeletapp.UnsecuredDependencies(ctx, server, utilfeature.DefaultFeatureGate)
 	if err != nil {
@@ -122,6 +123,6 @@ func unprivilegedDependencies(ctx context.Context, server *options.KubeletServer
 	dependencies.CAdvisorInterface = machine
 	dependencies.ContainerManager = newContainerManager(machine)
 	dependencies.OOMAdjuster = oom.NewFakeOOMAdjuster()
-	dependencies.Mounter = mount.NewFakeMounter(nil)
+	dependencies.Mounter = mount.NewWithoutSystemd("")
 	return dependencies, nil
 }

@@ -10,6 +10,7 @@ import (
 
 	cadvisor "github.com/google/cadvisor/info/v1"
 	cadvisorv2 "github.com/google/cadvisor/info/v2"
+	"github.com/prometheus/procfs"
 	"golang.org/x/sys/unix"
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
@@ -18,7 +19,7 @@ import (
 )
 
 // localMachine answers what the kubelet asks cAdvisor about the node with the figures of the real machine. What
-// cAdvisor would know about cgroups (the use of each container) comes empty from the embedded fake.
+// cAdvisor would know of each container's cgroup comes empty from the embedded fake.
 type localMachine struct {
 	cadvisortest.Fake
 	root string // a directory on the file system that pods write to
@@ -44,6 +45,51 @@ func (m *localMachine) MachineInfo() (*cadvisor.MachineInfo, error) {
 		MachineID:      bootID, // /etc/machine-id may be missing; nothing here outlives a boot
 		SystemUUID:     bootID,
 	}, nil
+}
+
+// ContainerInfoV2 gives CPU time and memory of the whole machine as those of the root container: from them the
+// kubelet makes its summary, without which it neither notices pressure nor enforces the size limits of volumes.
+func (m *localMachine) ContainerInfoV2(
+	name string, options cadvisorv2.RequestOptions,
+) (map[string]cadvisorv2.ContainerInfo, error) {
+	if name != "/" {
+		return m.Fake.ContainerInfoV2(name, options)
+	}
+	system, err := procfs.NewDefaultFS()
+	if err != nil {
+		return nil, err
+	}
+	memory, err := system.Meminfo()
+	if err != nil {
+		return nil, err
+	}
+	processors, err := system.Stat()
+	if err != nil {
+		return nil, err
+	}
+	return map[string]cadvisorv2.ContainerInfo{name: rootContainer(memory, processors)}, nil
+}
+
+func rootContainer(memory procfs.Meminfo, processors procfs.Stat) cadvisorv2.ContainerInfo {
+	total := *memory.MemTotalBytes
+	cpu := processors.CPUTotal
+	busySeconds := cpu.User + cpu.Nice + cpu.System + cpu.IRQ + cpu.SoftIRQ + cpu.Steal
+	return cadvisorv2.ContainerInfo{
+		Spec: cadvisorv2.ContainerSpec{
+			CreationTime: time.Unix(int64(processors.BootTime), 0),
+			HasCpu:       true,
+			HasMemory:    true,
+			Memory:       cadvisorv2.MemorySpec{Limit: total},
+		},
+		Stats: []*cadvisorv2.ContainerStats{{
+			Timestamp: time.Now(),
+			Cpu:       &cadvisor.CpuStats{Usage: cadvisor.CpuUsage{Total: uint64(busySeconds * 1e9)}},
+			Memory: &cadvisor.MemoryStats{
+				Usage:      total - *memory.MemFreeBytes,
+				WorkingSet: total - *memory.MemAvailableBytes, // what page reclaim can not give back
+			},
+		}},
+	}
 }
 
 // VersionInfo gives the kernel and operating system that `kubectl get nodes -o wide` shows.
@@ -107,6 +153,9 @@ func (c *containerManager) GetCapacity(localStorageCapacityIsolation bool) v1.Re
 		v1.ResourceEphemeralStorage: *resource.NewQuantity(int64(disk.Capacity), resource.BinarySI),
 	}
 }
+
+// GetPodCgroupRoot is where all pods are: with no cgroup of their own, in the root with the rest of the machine.
+func (c *containerManager) GetPodCgroupRoot() string { return "/" }
 
 func osName() string {
 	release, err := os.ReadFile("/etc/os-release")
