@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 GROUP: Final = "serving.moe-operator.dev"
@@ -71,6 +72,6 @@ def leader_labels(name: str) -> dict[str, str]:
     }
 
 
-def selector_text(labels: dict[str, str]) -> str:
+def selector_text(labels: Mapping[str, str]) -> str:
     """Labels in the text form of a selector: "a=b,c=d"."""
     return ",".join(f"{key}={value}" for key, value in sorted(labels.items()))

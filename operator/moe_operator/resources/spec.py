@@ -19,9 +19,9 @@ class ModelSource(Model):
     """Which model is served."""
 
     uri: str = Field(
-       default= description="Where the checkpoint is: file:// followed by the absolute path of a directory that "
-        "every node has, with config.json, tokenizer.json and safetensors files, e.g. file:///mnt/models/docs-moe. "
-        "Required.",
+        description="Where the checkpoint is: file:// followed by the absolute path of a directory that "
+        "every node has, with config.json, tokenizer.json and safetensors files, e.g. "
+        "file:///mnt/models/docs-moe. Required.",
         min_length=1,
         max_length=1024,
         json_schema_extra=rules(
@@ -111,7 +111,8 @@ class Engine(Model):
         "CPUs. Default: auto.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="Where the model runs; auto takes a GPU when the pod has one. Default: auto."
+        default="auto",
+        description="Where the model runs; auto takes a GPU when the pod has one. Default: auto.",
     )
 
     @property
@@ -190,7 +191,9 @@ class Spec(Model):
             (f"self >= 0 && self <= {REPLICAS_MOST}", f"replicas is a number from 0 to {REPLICAS_MOST}")
         ),
     )
-    parallelism: Parallelism = Field(default=Parallelism(), description="How one replica is spread over worker pods.")
+    parallelism: Parallelism = Field(
+        default=Parallelism(), description="How one replica is spread over worker pods."
+    )
     engine: Engine = Field(default=Engine(), description="How a worker runs the model.")
     worker: Worker = Field(default=Worker(), description="The pods that run the model.")
     frontend: Frontend = Field(

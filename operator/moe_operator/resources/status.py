@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
 from moe_operator.resources.base import LIST_KEYS, LIST_TYPE, Model
 
-_INT64 = {"format": "int64"}
+_INT64: dict[str, Any] = {"format": "int64"}
 
 READY = "Ready"
 PROGRESSING = "Progressing"
@@ -29,17 +29,21 @@ class Condition(Observed):
     reason: str = Field(description="Why, in one CamelCase word for programs.", max_length=128)
     message: str = Field(default="", description="Why, in a sentence for people.", max_length=32768)
     observed_generation: int | None = Field(
-        default=None, description="metadata.generation of the spec that this was said of.", json_schema_extra=_INT64
+        default=None,
+        description="metadata.generation of the spec that this was said of.",
+        json_schema_extra=_INT64,
     )
     last_transition_time: str = Field(
-       default= description="When status last changed (RFC 3339, UTC).", json_schema_extra={"format": "date-time"}
+        description="When status last changed (RFC 3339, UTC).", json_schema_extra={"format": "date-time"}
     )
 
 
 class ModelInfo(Observed):
     """The model as a worker reports it."""
 
-    architecture: str = Field(default="", description='Architecture as the checkpoint names it, e.g. "deepseek_v3".')
+    architecture: str = Field(
+        default="", description='Architecture as the checkpoint names it, e.g. "deepseek_v3".'
+    )
     parameters_total: int = Field(
         default=0, description="Weights in the whole model.", json_schema_extra=_INT64
     )
@@ -62,7 +66,9 @@ class Status(Observed):
     updated_replicas: int = Field(default=0, description="Replicas whose leader runs the current revision.")
     selector: str = Field(default="", description="Label selector of the leaders, for the scale subresource.")
     revision: str = Field(default="", description="Hash of the worker's pod template that the spec asks for.")
-    model: ModelInfo | None = Field(default=None, description="The model as a worker reports it; absent before.")
+    model: ModelInfo | None = Field(
+        default=None, description="The model as a worker reports it; absent before."
+    )
     conditions: tuple[Condition, ...] = Field(
         default=(),
         description="Ready: every replica and the frontend answer. Progressing: work towards the spec goes "

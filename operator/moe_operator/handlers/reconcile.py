@@ -1,0 +1,104 @@
+"""One reconcile: gather, plan, apply, report."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from opentelemetry import trace
+
+from moe_operator.errors import ApplyRefusedError, InvalidSpecError, MoEOperatorError, RetryableError
+from moe_operator.handlers.queue import Name
+from moe_operator.kube import execute, peering
+from moe_operator.kube.client import Cluster
+from moe_operator.kube.gather import gather
+from moe_operator.manifests.observed import Observed
+from moe_operator.manifests.plan import Decision, Plan, blocked, model_address, plan, transitions
+from moe_operator.manifests.worker import revision
+from moe_operator.resources import names
+from moe_operator.resources.deployment import Deployment, identity, parse, parse_status
+from moe_operator.rpc.leader import get_model
+from moe_operator.settings import Settings
+
+logger = logging.getLogger(__name__)
+tracer = trace.get_tracer(__name__)
+
+
+@dataclass(frozen=True)
+class Reconciler:
+    """Brings deployments closer to their specs. Blocking; may run in several threads at once."""
+
+    cluster: Cluster
+    settings: Settings
+    priority: int
+    """Rank of this process among its peers."""
+    clock: Callable[[], datetime]
+
+    def reconcile(self, name: Name) -> float | None:
+        """Looks at one deployment and does what there is to do.
+
+        Returns the seconds after which to look again, or None when the deployment is gone.
+        Raises RetryableError when something did not work that may work later.
+        """
+        with tracer.start_as_current_span("reconcile") as span:
+            span.set_attributes({"k8s.namespace.name": name.namespace, f"{names.GROUP}.name": name.name})
+            if peering.outranked(self.cluster, self.settings.peering, self.priority, self.clock()):
+                span.set_attribute(f"{names.GROUP}.outranked", value=True)
+                return self.settings.recheck_seconds
+            body = self.cluster.get(names.KIND, name.namespace, name.name)
+            if body is None or "deletionTimestamp" in body["metadata"]:
+                return None
+            try:
+                return self._advance(parse(body), span)
+            except (InvalidSpecError, ApplyRefusedError) as error:
+                self._report_blocked(body, error)
+                return self.settings.resync_seconds
+
+    def _advance(self, deployment: Deployment, span: trace.Span) -> float:
+        observed = self._with_model(deployment, gather(self.cluster, deployment))
+        todo = plan(deployment, observed, self.clock())
+        _describe(span, deployment, todo)
+        execute.execute(self.cluster, deployment.identity, todo)
+        execute.write_status(self.cluster, deployment.identity, deployment.status, todo.status)
+        self._announce(deployment, todo.decisions)
+        return self.settings.recheck_seconds if todo.recheck else self.settings.resync_seconds
+
+    def _with_model(self, deployment: Deployment, observed: Observed) -> Observed:
+        address = model_address(deployment, observed)
+        if address is None:
+            return observed
+        try:
+            model = get_model(address, revision(deployment), self.settings.rpc_timeout_seconds)
+        except RetryableError as error:
+            # The plan asks to be called again soon; meanwhile nothing else has to wait for a busy worker.
+            logger.info("%s: %s", deployment.name, error)
+            return observed
+        return replace(observed, model=model)
+
+    def _report_blocked(self, body: dict[str, dict[str, str]], error: MoEOperatorError) -> None:
+        reason = "InvalidSpec" if isinstance(error, InvalidSpecError) else "ApplyRefused"
+        who, before = identity(body), parse_status(body)
+        after = blocked(who, before, reason, str(error), self.clock())
+        logger.warning("%s: %s", who.name, error)
+        execute.write_status(self.cluster, who, before, after)
+        for decision in transitions(before, after):
+            execute.post(self.cluster, who, decision, self.clock())
+
+    def _announce(self, deployment: Deployment, decisions: Iterable[Decision]) -> None:
+        for decision in decisions:
+            logger.info("%s: %s: %s", deployment.name, decision.reason, decision.message)
+            execute.post(self.cluster, deployment.identity, decision, self.clock())
+
+
+def _describe(span: trace.Span, deployment: Deployment, todo: Plan) -> None:
+    span.set_attributes(
+        {
+            f"{names.GROUP}.generation": deployment.identity.generation,
+            f"{names.GROUP}.applied": len(todo.apply),
+            f"{names.GROUP}.deleted": len(todo.delete),
+        }
+    )
+    for decision in todo.decisions:
+        span.add_event(decision.reason, {"message": decision.message})

@@ -1,0 +1,105 @@
+"""What kopf calls: start, stop, and every change of a deployment or of something that belongs to one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+import kopf
+
+from moe_api import telemetry
+from moe_operator.errors import InstallationError
+from moe_operator.handlers.queue import Name, ReconcileQueue
+from moe_operator.handlers.reconcile import Reconciler
+from moe_operator.kube import peering
+from moe_operator.kube.client import Cluster, connect
+from moe_operator.manifests.children import KINDS
+from moe_operator.resources import names
+from moe_operator.settings import Settings
+
+_WATCHED = {**KINDS, "Pod": "v1"}
+
+
+def register(registry: kopf.OperatorRegistry, settings: Settings) -> None:
+    """Adds the operator's handlers to a registry."""
+    kopf.on.startup(registry=registry)(partial(start, own=settings))
+    kopf.on.cleanup(registry=registry)(stop)
+    kopf.on.event(names.GROUP, names.VERSION, names.PLURAL, registry=registry, id="deployment")(
+        deployment_changed
+    )
+    for kind, api_version in _WATCHED.items():
+        handler = kopf.on.event(api_version, f"{kind.lower()}s", registry=registry, id=kind)
+        handler(child_changed)
+
+
+async def start(*, settings: kopf.OperatorSettings, memo: kopf.Memo, own: Settings, **_: Any) -> None:
+    """Connects, checks the installation, and starts the queue that the other handlers fill."""
+    started = datetime.now(UTC)
+    configure(settings, own, started)
+    memo.telemetry = telemetry.configure("moe-operator")
+    cluster = await asyncio.to_thread(connect, own.api_timeout_seconds)
+    await asyncio.to_thread(check_installation, cluster, own)
+    reconciler = Reconciler(cluster, own, settings.peering.priority, lambda: datetime.now(UTC))
+    memo.threads = ThreadPoolExecutor(own.workers, thread_name_prefix="reconcile")
+
+    async def work(name: Name) -> float | None:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(memo.threads, reconciler.reconcile, name)
+
+    memo.queue = ReconcileQueue(work, own)
+
+
+async def stop(*, memo: kopf.Memo, **_: Any) -> None:
+    """Lets the reconciles under way end, and sends the last spans."""
+    if "queue" in memo:
+        await memo.queue.close()
+        await asyncio.to_thread(memo.threads.shutdown)
+    if "telemetry" in memo:
+        await asyncio.to_thread(memo.telemetry.shutdown)
+
+
+def deployment_changed(
+    *, namespace: str, name: str, memo: kopf.Memo, event: Any, meta: Any, **_: Any
+) -> None:
+    """A deployment was made, changed or deleted. What the operator wrote into its status is no news."""
+    seen = memo.get("generation")
+    memo.generation = meta.get("generation")
+    if event["type"] in (None, "ADDED", "DELETED") or seen != memo.generation:
+        memo.queue.add(Name(namespace, name))
+
+
+def child_changed(*, namespace: str, labels: Mapping[str, str], memo: kopf.Memo, **_: Any) -> None:
+    """Something that carries a deployment's label was made, changed or deleted."""
+    if names.LABEL_NAME in labels:
+        memo.queue.add(Name(namespace, labels[names.LABEL_NAME]))
+
+
+def configure(settings: kopf.OperatorSettings, own: Settings, started: datetime) -> None:
+    """Settings of kopf itself."""
+    settings.peering.name = own.peering
+    settings.peering.mandatory = not settings.peering.standalone
+    settings.peering.lifetime = int(own.peering_lifetime_seconds)
+    settings.peering.priority = settings.peering.priority or peering.priority(started)
+    # Events are made from decisions; kopf's own say what its handlers did.
+    settings.posting.enabled = False
+    # The CRDs are there before the operator starts: watching for more of them would need more rights.
+    settings.scanning.disabled = True
+    settings.networking.request_timeout = own.api_timeout_seconds
+    settings.networking.connect_timeout = own.api_timeout_seconds
+    settings.watching.connect_timeout = own.api_timeout_seconds
+    settings.watching.server_timeout = 300.0
+    settings.process.ultimate_exiting_timeout = 20.0
+    for kind, api_version in _WATCHED.items():
+        settings.watching.label_selectors[api_version, f"{kind.lower()}s"] = names.LABEL_NAME
+
+
+def check_installation(cluster: Cluster, own: Settings) -> None:
+    """Raises InstallationError when the peering object is missing: kopf would wait for it without a word."""
+    if cluster.get("ClusterKopfPeering", None, own.peering) is None:
+        raise InstallationError(
+            f"there is no ClusterKopfPeering {own.peering}; install the chart, or apply charts/install.yaml"
+        )

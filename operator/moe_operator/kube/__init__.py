@@ -1,0 +1,1 @@
+"""The API server: reading a deployment's objects, and carrying out a plan. Decides nothing."""

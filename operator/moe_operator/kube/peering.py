@@ -1,0 +1,32 @@
+"""Whether this process is the one that acts, among several operators of one cluster.
+
+kopf writes every process into the status of one ClusterKopfPeering object and stops the watches of those that
+are outranked. It cannot stop what is under way or waits for its turn, so every reconcile asks here first.
+Ranks are start times: the process that started last acts, so a replaced operator never waits for its
+predecessor's record to expire.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import Any
+
+from moe_operator.kube.client import Cluster
+
+
+def priority(started: datetime) -> int:
+    """Rank of a process that started then: milliseconds of the epoch, so that two are never the same."""
+    return int(started.timestamp() * 1000)
+
+
+def outranked(cluster: Cluster, name: str, own_priority: int, now: datetime) -> bool:
+    """Whether another live process ranks higher."""
+    peering = cluster.get("ClusterKopfPeering", None, name) or {}
+    peers: Mapping[str, Any] = peering.get("status") or {}
+    return any(peer["priority"] > own_priority and alive(peer, now) for peer in peers.values())
+
+
+def alive(peer: Mapping[str, Any], now: datetime) -> bool:
+    """Whether a peer's record has not expired. The record is kopf's: priority, lifetime in s, lastseen."""
+    return datetime.fromisoformat(peer["lastseen"]) + timedelta(seconds=int(peer["lifetime"])) > now

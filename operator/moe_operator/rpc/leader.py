@@ -1,0 +1,40 @@
+"""Asks a leader about its model."""
+
+from __future__ import annotations
+
+import ipaddress
+
+import grpc
+
+from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
+from moe_operator.errors import RetryableError
+from moe_operator.resources import names
+from moe_operator.resources.status import ModelInfo
+
+
+def get_model(address: str, revision: str, timeout_seconds: float) -> ModelInfo:
+    """What the worker at an IP address says of its model; it is known to be of this revision.
+
+    Raises RetryableError when it does not answer within the timeout.
+    """
+    with grpc.insecure_channel(_target(address)) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        try:
+            model = stub.GetModel(inference_pb2.GetModelRequest(), timeout=timeout_seconds)
+        except grpc.RpcError as error:
+            raise RetryableError(
+                f"the worker at {address} did not say what model it serves: {error}"
+            ) from error
+    return ModelInfo(
+        architecture=model.architecture,
+        parameters_total=model.parameters_total,
+        parameters_active=model.parameters_active,
+        format=model.format,
+        context_length=model.context_length,
+        revision=revision,
+    )
+
+
+def _target(address: str) -> str:
+    host = f"[{address}]" if ipaddress.ip_address(address).version == 6 else address
+    return f"{host}:{names.GRPC_PORT}"
