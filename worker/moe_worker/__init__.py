@@ -9,8 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_worker.engine.offline import Engine as Engine
+    from moe_worker.engine.offline import GenerationResult as GenerationResult
+    from moe_worker.sampling.parameters import SamplingParameters as SamplingParameters
 
-_HOMES = {"Engine": "moe_worker.engine.offline"}
+_HOMES = {
+    "Engine": "moe_worker.engine.offline",
+    "GenerationResult": "moe_worker.engine.offline",
+    "SamplingParameters": "moe_worker.sampling.parameters",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,18 +1,34 @@
 """The engine as a Python library."""
 
+import secrets
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from moe_worker.config.engine import EngineOptions
 from moe_worker.config.model import ModelConfig
+from moe_worker.engine.core import EngineCore
 from moe_worker.engine.loading import load
+from moe_worker.engine.requests import Delta, FinishReason, Request, prompt_violations
 from moe_worker.errors import RequestError
 from moe_worker.kvcache.latent import LatentCache
 from moe_worker.models.attention import Span
 from moe_worker.models.tokenizer import Tokenizer
+from moe_worker.sampling.parameters import SamplingParameters
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """A continuation; `finish_reason` is "stop" or "length", `token_ids` hold the end-of-text token too."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    prompt_tokens: int
 
 
 class Engine:
@@ -44,6 +60,28 @@ class Engine:
         """The model's tokenizer."""
         return self._loaded.tokenizer
 
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
+        sampling: SamplingParameters | None = None,
+    ) -> list[GenerationResult]:
+        """Continues each prompt; one result a prompt, in their order.
+
+        A prompt is a text (the begin-of-text token is put before it) or a list of token ids, used as given;
+        a single one may stand without a list. Raises RequestError.
+        """
+        sampling = sampling or SamplingParameters()
+        requests = [
+            Request(number, self._prompt(prompt), sampling, _seed(sampling))
+            for number, prompt in enumerate(_listed(prompts))
+        ]
+        for request in requests:
+            self._check(request)
+        core = EngineCore(self._loaded, replace(self._options, max_queue=len(requests)))
+        for request in requests:
+            core.submit(request)
+        return _collect(core, requests)
+
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Scores of the token after each of `token_ids`: float32 [positions, vocabulary] on the CPU.
@@ -55,6 +93,47 @@ class Engine:
         model = self._loaded.model
         scratch = LatentCache.allocate(self.config, 1, len(token_ids), model.dtype, model.device)
         return model.logits(model.forward(token_ids, [Span(0, 0, len(token_ids))], scratch)).cpu()
+
+    def _prompt(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+
+    def _check(self, request: Request) -> None:
+        context = self._loaded.cache.context
+        violations = prompt_violations("prompt", request.prompt, self.config.vocab_size, context)
+        for violation in violations + request.sampling.violations(context):
+            raise RequestError(violation.field, f"{violation.field} {violation.description}")
+
+
+def _listed(
+    prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
+) -> list[str | Sequence[int]]:
+    """A single prompt as a list of one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int):
+        return [cast("Sequence[int]", prompts)]
+    return list(cast("Sequence[str | Sequence[int]]", prompts))
+
+
+def _seed(sampling: SamplingParameters) -> int:
+    return secrets.randbits(64) if sampling.seed is None else sampling.seed
+
+
+def _collect(core: EngineCore, requests: Sequence[Request]) -> list[GenerationResult]:
+    deltas: dict[int, list[Delta]] = {request.id: [] for request in requests}
+    while not core.idle:
+        for delta in core.step():
+            deltas[delta.id].append(delta)
+    return [_result(request, deltas[request.id]) for request in requests]
+
+
+def _result(request: Request, deltas: Sequence[Delta]) -> GenerationResult:
+    return GenerationResult(
+        text="".join(delta.text for delta in deltas),
+        token_ids=[delta.token for delta in deltas],
+        finish_reason=(deltas[-1].finish_reason or FinishReason.LENGTH).value,
+        prompt_tokens=len(request.prompt),
+    )
 
 
 def check_token_ids(token_ids: Sequence[int], vocab_size: int, context: int) -> None:

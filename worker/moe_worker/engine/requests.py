@@ -1,0 +1,59 @@
+"""What goes into the engine and what comes out. No torch: the RPC edge speaks in these too."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from moe_worker.sampling.parameters import SamplingParameters, Violation
+
+
+class FinishReason(Enum):
+    """Why a text ended."""
+
+    STOP = "stop"  # the model ended it, or a stop text was met
+    LENGTH = "length"  # max_tokens or the context length was reached
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to continue. `seed` is the one to use: sampling.seed, or a fresh one."""
+
+    id: int
+    prompt: tuple[int, ...]
+    sampling: SamplingParameters
+    seed: int
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one step adds to a request. Text waits for whole characters and stop texts; tokens do not."""
+
+    id: int
+    token: int
+    text: str
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Load:
+    """How busy the engine is; KV figures are in tokens."""
+
+    queued: int = 0
+    running: int = 0
+    kv_tokens_capacity: int = 0
+    kv_tokens_used: int = 0
+
+
+def prompt_violations(
+    field: str, prompt: Sequence[int], vocab_size: int, context_length: int
+) -> list[Violation]:
+    """What is wrong with the token ids of a prompt; one token of room must be left for the continuation."""
+    if not prompt:
+        return [Violation(field, "is empty; give at least one token")]
+    if len(prompt) >= context_length:
+        allowed = f"use {context_length - 1} at most, the context length of {context_length} less one"
+        return [Violation(field, f"has {len(prompt)} tokens; {allowed}")]
+    wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
+    if wrong is not None:
+        return [Violation(field, f"has token id {wrong}; ids are 0 to {vocab_size - 1}")]
+    return []

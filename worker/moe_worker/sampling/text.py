@@ -1,0 +1,73 @@
+"""Turns the bytes of tokens into text as it can be sent: whole characters, and nothing of a stop text."""
+
+import codecs
+from collections.abc import Sequence
+
+
+class StopMatcher:
+    """Follows how much of one stop text the characters seen last spell (Knuth, Morris and Pratt 1977)."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._fallback = _fallbacks(text)
+        self.matched = 0
+
+    def advance(self, character: str) -> bool:
+        """Takes one character; True once the whole text has been seen."""
+        while self.matched and self._text[self.matched] != character:
+            self.matched = self._fallback[self.matched - 1]
+        if self._text[self.matched] == character:
+            self.matched += 1
+        return self.matched == len(self._text)
+
+
+def _fallbacks(text: str) -> list[int]:
+    """For each position, the length of the longest proper prefix of `text` that also ends there."""
+    lengths = [0] * len(text)
+    matched = 0
+    for position in range(1, len(text)):
+        while matched and text[matched] != text[position]:
+            matched = lengths[matched - 1]
+        if text[matched] == text[position]:
+            matched += 1
+        lengths[position] = matched
+    return lengths
+
+
+class TextStream:
+    """The text of one request.
+
+    The joined deltas are the UTF-8 decoding of all bytes (invalid ones become U+FFFD), cut before the stop
+    text that is complete first; how the bytes were cut into tokens makes no difference.
+    """
+
+    def __init__(self, stops: Sequence[str] = ()) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._stops = [StopMatcher(stop) for stop in stops]
+        self._held = ""
+        self.stopped = False
+
+    def push(self, data: bytes) -> str:
+        """Takes the bytes of one token; what can be sent now."""
+        return self._take(self._decoder.decode(data))
+
+    def finish(self) -> str:
+        """What was held back: the text has ended without it becoming a stop text or a whole character."""
+        ready = self._take(self._decoder.decode(b"", final=True))
+        ready, self._held = ready + self._held, ""
+        return ready
+
+    def _take(self, text: str) -> str:
+        if self.stopped:
+            return ""
+        for position, character in enumerate(text):
+            complete = [stop.matched for stop in self._stops if stop.advance(character)]
+            if complete:
+                self.stopped = True
+                ready = (self._held + text[: position + 1])[: -max(complete)]
+                self._held = ""
+                return ready
+        text = self._held + text
+        keep = max((stop.matched for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
