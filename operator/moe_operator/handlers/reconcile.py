@@ -14,8 +14,9 @@ from moe_operator.handlers.queue import Name
 from moe_operator.kube import execute, peering
 from moe_operator.kube.client import Cluster
 from moe_operator.kube.gather import gather
+from moe_operator.manifests.decision import Decision
 from moe_operator.manifests.observed import Observed
-from moe_operator.manifests.plan import Decision, Plan, blocked, model_address, plan, transitions
+from moe_operator.manifests.plan import Plan, blocked, model_address, plan, transitions
 from moe_operator.manifests.worker import revision
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, identity, parse, parse_status

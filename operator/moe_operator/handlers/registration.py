@@ -62,20 +62,22 @@ async def stop(*, memo: kopf.Memo, **_: Any) -> None:
         await asyncio.to_thread(memo.telemetry.shutdown)
 
 
-def deployment_changed(
-    *, namespace: str, name: str, memo: kopf.Memo, event: Any, meta: Any, **_: Any
+async def deployment_changed(
+    *, namespace: str | None, name: str, memo: kopf.Memo, event: Any, meta: Any, **_: Any
 ) -> None:
     """A deployment was made, changed or deleted. What the operator wrote into its status is no news."""
     seen = memo.get("generation")
     memo.generation = meta.get("generation")
     if event["type"] in (None, "ADDED", "DELETED") or seen != memo.generation:
-        memo.queue.add(Name(namespace, name))
+        memo.queue.add(Name(str(namespace), name))
 
 
-def child_changed(*, namespace: str, labels: Mapping[str, str], memo: kopf.Memo, **_: Any) -> None:
+async def child_changed(
+    *, namespace: str | None, labels: Mapping[str, str], memo: kopf.Memo, **_: Any
+) -> None:
     """Something that carries a deployment's label was made, changed or deleted."""
     if names.LABEL_NAME in labels:
-        memo.queue.add(Name(namespace, labels[names.LABEL_NAME]))
+        memo.queue.add(Name(str(namespace), labels[names.LABEL_NAME]))
 
 
 def configure(settings: kopf.OperatorSettings, own: Settings, started: datetime) -> None:
@@ -91,14 +93,18 @@ def configure(settings: kopf.OperatorSettings, own: Settings, started: datetime)
     settings.networking.request_timeout = own.api_timeout_seconds
     settings.networking.connect_timeout = own.api_timeout_seconds
     settings.watching.connect_timeout = own.api_timeout_seconds
-    settings.watching.server_timeout = 300.0
+    settings.watching.server_timeout = 300
     settings.process.ultimate_exiting_timeout = 20.0
     for kind, api_version in _WATCHED.items():
         settings.watching.label_selectors[api_version, f"{kind.lower()}s"] = names.LABEL_NAME
 
 
 def check_installation(cluster: Cluster, own: Settings) -> None:
-    """Raises InstallationError when the peering object is missing: kopf would wait for it without a word."""
+    """Raises InstallationError when a CRD or the peering object is missing: kopf would just wait."""
+    if not cluster.serves(names.API_VERSION):
+        raise InstallationError(
+            f"the cluster does not know {names.API_VERSION}; install the chart, or apply charts/install.yaml"
+        )
     if cluster.get("ClusterKopfPeering", None, own.peering) is None:
         raise InstallationError(
             f"there is no ClusterKopfPeering {own.peering}; install the chart, or apply charts/install.yaml"

@@ -46,6 +46,10 @@ class Cluster:
         """One object, or None when there is none."""
         return self._request("get", _path(kind, namespace, name))
 
+    def serves(self, api_version: str) -> bool:
+        """Whether the API server knows a group and version such as "apps/v1"."""
+        return self._request("get", f"/apis/{api_version}") is not None
+
     def list(self, kind: str, namespace: str, labels: Mapping[str, str]) -> list[Manifest]:
         """The objects of a namespace that carry all labels."""
         selector = names.selector_text(labels)

@@ -6,26 +6,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
-from moe_operator.manifests import children, conditions, drift, rollout, state, worker
+from moe_operator.manifests import changes, children, conditions, rollout, state, worker
 from moe_operator.manifests.conditions import Verdict
-from moe_operator.manifests.objects import Key, Manifest, applied_digest, key, owner_uid
+from moe_operator.manifests.decision import Decision
+from moe_operator.manifests.objects import Key, Manifest, key, owner_uid
 from moe_operator.manifests.observed import Observed, leaders
 from moe_operator.manifests.rollout import Step
 from moe_operator.manifests.state import State
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Identity
 from moe_operator.resources.status import PROGRESSING, READY, Condition, Status
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Something that was decided, for people to read: it becomes an Event."""
-
-    reason: str
-    """One CamelCase word."""
-    message: str
-    """A sentence."""
-    warning: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,16 +49,16 @@ def plan(deployment: Deployment, observed: Observed, now: datetime) -> Plan:
     steps = rollout.steps(current.replicas, deployment.spec.replicas, revision)
     waiting = [rank for rank, step in steps.items() if step is Step.WAIT]
     held = {Key("StatefulSet", names.replica(deployment.name, rank)) for rank in waiting}
-    candidates = [manifest for manifest in desired if key(manifest) not in {*held, *foreign}]
-    changes = [(manifest, _change(manifest, observed, deployment)) for manifest in candidates]
+    candidates = (manifest for manifest in desired if key(manifest) not in {*held, *foreign})
+    made = changes.changes(candidates, observed, deployment)
     status = _status(deployment, current, now)
     deletions = _deletions(deployment, observed, current)
     return Plan(
-        apply=tuple(manifest for manifest, decision in changes if decision is not None),
+        apply=tuple(change.manifest for change in made),
         delete=deletions,
         status=status,
         decisions=(
-            *(decision for _, decision in changes if decision is not None),
+            *changes.decisions(made),
             *(_removal(gone, current.wanted) for gone in deletions),
             *transitions(deployment.status, status),
         ),
@@ -90,28 +80,6 @@ def _foreign(desired: Iterable[Manifest], observed: Observed, uid: str) -> list[
     """Wanted names that objects of somebody else have; those are never touched."""
     found = (key(manifest) for manifest in desired)
     return [name for name in found if name in observed.children and owner_uid(observed.children[name]) != uid]
-
-
-def _change(manifest: Manifest, observed: Observed, deployment: Deployment) -> Decision | None:
-    """Why an object has to be applied; None when it is there as it should be."""
-    name = key(manifest)
-    actual = observed.children.get(name)
-    if actual is None:
-        return _creation(name, deployment)
-    if applied_digest(actual) != applied_digest(manifest):
-        return Decision("Updated", f"{name} follows the change of the spec")
-    place = drift.first_difference(manifest, actual)
-    if place is None:
-        return None
-    return Decision("PutBack", f"{name}: {place} was changed by hand and is put back", warning=True)
-
-
-def _creation(name: Key, deployment: Deployment) -> Decision:
-    progressing = deployment.status.condition(PROGRESSING)
-    settled = progressing is not None and progressing.reason == "Complete"
-    if settled and deployment.status.observed_generation == deployment.identity.generation:
-        return Decision("MadeAgain", f"{name} was gone and is made again", warning=True)
-    return Decision("Created", f"made {name}")
 
 
 def _deletions(deployment: Deployment, observed: Observed, current: State) -> tuple[Deletion, ...]:

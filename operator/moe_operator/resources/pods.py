@@ -8,34 +8,37 @@ from pydantic import Field, WithJsonSchema
 
 from moe_operator.resources.base import INT_OR_STRING, LIST_KEYS, LIST_TYPE, Model, rules
 
+# The API server bounds the cost of all rules together: maxLength and maxProperties keep these within it.
 _QUANTITY_SCHEMA: dict[str, Any] = {
     "anyOf": [{"type": "integer"}, {"type": "string"}],
     INT_OR_STRING: True,
+    "maxLength": 32,
 }
+_AMOUNT_RULE = (
+    "isQuantity(string(self)) && quantity(string(self)).compareTo(quantity('0')) >= 0",
+    "an amount is a number of 0 or more with an optional suffix, e.g. 2, 500m, 8Gi",
+)
 Quantity = Annotated[str | int, WithJsonSchema(_QUANTITY_SCHEMA)]
 """A Kubernetes quantity as written: an integer, or a text such as "512Mi"."""
 
-_QUANTITY_RULE = (
-    "self.all(name, isQuantity(string(self[name])) && quantity(string(self[name])).sign() >= 0)",
-    "an amount is a number of 0 or more with an optional suffix, e.g. 2, 500m, 8Gi",
-)
-_AMOUNTS: dict[str, Any] = rules(_QUANTITY_RULE, maxProperties=32)
+Amount = Annotated[str | int, WithJsonSchema({**_QUANTITY_SCHEMA, **rules(_AMOUNT_RULE)})]
+"""A quantity of 0 or more."""
 
 
 class Resources(Model):
     """What a container asks of its node."""
 
-    requests: dict[str, Quantity] | None = Field(
+    requests: dict[str, Amount] | None = Field(
         default=None,
         description="What the scheduler sets aside, by resource name: cpu in cores, memory in bytes, "
         'devices in pieces, e.g. {"cpu": "2", "memory": "8Gi"}. Default: the limits.',
-        json_schema_extra=_AMOUNTS,
+        max_length=16,
     )
-    limits: dict[str, Quantity] | None = Field(
+    limits: dict[str, Amount] | None = Field(
         default=None,
         description="What the container may use at most, by resource name, e.g. "
         '{"nvidia.com/gpu": 1, "memory": "16Gi"}. Default: no limit.',
-        json_schema_extra=_AMOUNTS,
+        max_length=16,
     )
 
 
