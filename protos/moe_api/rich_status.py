@@ -6,7 +6,7 @@ google.rpc.BadRequest (which field, and what would be right) and google.rpc.Retr
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Final, NoReturn, cast
+from typing import Any, Final, NoReturn, cast
 
 import grpc
 from google.protobuf import duration_pb2, message
@@ -63,7 +63,7 @@ def retry_later(code: grpc.StatusCode, sentence: str, delay_s: float) -> status_
     return build(code, sentence, [error_details_pb2.RetryInfo(retry_delay=delay)])
 
 
-async def abort(context: grpc.aio.ServicerContext[object, object], status: status_pb2.Status) -> NoReturn:
+async def abort(context: grpc.aio.ServicerContext[Any, Any], status: status_pb2.Status) -> NoReturn:
     """Ends a call with this status.
 
     Raises:

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 import grpc
 from opentelemetry import trace
@@ -25,7 +25,7 @@ SERVER_ERRORS: Final = frozenset(
 
 @contextlib.contextmanager
 def server_span(
-    tracer: trace.Tracer, context: grpc.aio.ServicerContext[object, object], method: str
+    tracer: trace.Tracer, context: grpc.aio.ServicerContext[Any, Any], method: str
 ) -> Iterator[trace.Span]:
     """The server span of one RPC, a child of the caller's; ends with the status of the call.
 

@@ -1,0 +1,1 @@
+"""The router in front of the leaders of a deployment; it needs no torch."""

@@ -1,0 +1,66 @@
+"""Which leaders are ready, read out of EndpointSlices. Pure."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+PORT_NAME: Final = "grpc"
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Endpoint:
+    """A leader that takes requests.
+
+    Attributes:
+        name: of the pod; of the address where there is no pod.
+        address: ``HOST:PORT``, with an IPv6 host in brackets.
+    """
+
+    name: str
+    address: str
+
+
+def ready_endpoints(slices: Iterable[Mapping[str, Any]]) -> frozenset[Endpoint]:
+    """The endpoints that are ready and not going away.
+
+    Args:
+        slices: discovery.k8s.io/v1 EndpointSlice objects as JSON gives them.
+    """
+    return frozenset(endpoint for piece in slices for endpoint in _of_slice(piece))
+
+
+def static_endpoints(addresses: Iterable[str]) -> frozenset[Endpoint]:
+    """Endpoints given by address rather than by a cluster; each is named after its address."""
+    return frozenset(Endpoint(address, address) for address in addresses)
+
+
+def _of_slice(piece: Mapping[str, Any]) -> Iterable[Endpoint]:
+    port = _port(piece.get("ports") or ())
+    if port is None or piece.get("addressType") not in ("IPv4", "IPv6"):
+        return
+    for endpoint in piece.get("endpoints") or ():
+        if _is_ready(endpoint.get("conditions") or {}):
+            yield _endpoint(endpoint, port)
+
+
+def _port(ports: Iterable[Mapping[str, Any]]) -> int | None:
+    """The port named ``grpc``, or else the only one."""
+    numbers = {port.get("name"): port.get("port") for port in ports}
+    only = next(iter(numbers.values())) if len(numbers) == 1 else None
+    return numbers.get(PORT_NAME, only)
+
+
+def _is_ready(conditions: Mapping[str, bool | None]) -> bool:
+    """`serving` comes first: `ready` is always true where a service publishes addresses not ready."""
+    if conditions.get("terminating"):
+        return False
+    serving = conditions.get("serving")
+    ready = conditions.get("ready") if serving is None else serving
+    return ready is not False  # the API says: unknown is to be taken as ready
+
+
+def _endpoint(endpoint: Mapping[str, Any], port: int) -> Endpoint:
+    host = endpoint["addresses"][0]  # the API says: consumers use the first one
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    name = (endpoint.get("targetRef") or {}).get("name")
+    return Endpoint(name or address, address)

@@ -1,0 +1,193 @@
+"""Carries one request to a replica and the answer back, message by message.
+
+Answers pass through as bytes: the frontend has no business inside them, and a message is neither parsed
+nor buffered here. The next one is read only when the client's connection took the last one, so that
+HTTP/2 flow control reaches from the client to the worker.
+"""
+
+import asyncio
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Final
+
+import grpc
+from google.protobuf.message import Message
+from google.rpc import status_pb2
+from opentelemetry import trace
+
+from moe_api import rich_status, spans, telemetry
+from moe_operator.frontend import routing
+from moe_operator.frontend.replicas import Lease, Replicas
+
+Context = grpc.aio.ServicerContext[Any, bytes]
+_Pairs = tuple[tuple[str, str | bytes], ...]
+
+ROUTING_REPLICA: Final = "moe.routing.replica"
+ROUTING_ADDRESS: Final = "moe.routing.address"
+ROUTING_CANDIDATES: Final = "moe.routing.candidates"
+ROUTING_ATTEMPT: Final = "moe.routing.attempt"
+ROUTING_REASON: Final = "moe.routing.reason"
+
+# Belong to one connection or one call, and are set anew on the next.
+_HOP_KEYS: Final = frozenset({"user-agent", "content-type", "te", "host", "traceparent", "tracestate"})
+_RESERVED_PREFIXES: Final = (":", "grpc-")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Failure:
+    """How an attempt ended that did not succeed.
+
+    Attributes:
+        status: what the replica, or the connection to it, said.
+        metadata: trailing metadata to pass on.
+        started: whether the client already has a part of the answer.
+    """
+
+    status: status_pb2.Status
+    metadata: _Pairs
+    started: bool
+
+    @property
+    def code(self) -> grpc.StatusCode:
+        return rich_status.status_code(self.status)
+
+
+class Forwarder:
+    """Forwards the calls of one service to the replicas.
+
+    Args:
+        replicas: where requests may go.
+        tracer: for the server span of every call.
+        deployment: name, for sentences.
+    """
+
+    def __init__(self, replicas: Replicas, tracer: trace.Tracer, deployment: str) -> None:
+        self._replicas = replicas
+        self._tracer = tracer
+        self._deployment = deployment
+
+    async def forward(self, method: str, request: Message, context: Context) -> None:
+        """Answers one call; `method` is ``package.Service/Method``."""
+        with spans.server_span(self._tracer, context, method) as span:
+            failure = await self._attempts(method, request, context, span)
+            if failure is not None:
+                await _give_up(failure, context)
+
+    async def _attempts(
+        self, method: str, request: Message, context: Context, span: trace.Span
+    ) -> _Failure | None:
+        tried: frozenset[str] = frozenset()
+        failure: _Failure | None = None
+        for attempt in range(1, routing.MAX_ATTEMPTS + 1):
+            with self._replicas.lease(tried) as lease:
+                if lease is None:
+                    return failure or self._nobody()
+                _record(span, lease, attempt)
+                failure = await self._attempt(method, request, context, span, lease)
+            if failure is None or failure.started or failure.code is not grpc.StatusCode.UNAVAILABLE:
+                return failure
+            tried |= {lease.endpoint.name}
+            wait = routing.backoff_s(attempt, context.time_remaining())
+            if wait is None:
+                return failure
+            await asyncio.sleep(wait)
+        return failure
+
+    async def _attempt(
+        self, method: str, request: Message, context: Context, span: trace.Span, lease: Lease
+    ) -> _Failure | None:
+        call = _call(method, request, context, span, lease.channel)
+        started = False
+        try:
+            async for message in call:
+                await context.write(message)
+                started = True
+        except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:
+            failure = _explain(error, lease, started=started)
+            if failure.code is grpc.StatusCode.UNAVAILABLE:
+                self._replicas.report_failure(lease.endpoint)
+            return failure
+        finally:
+            call.cancel()  # does nothing to a call that has ended
+        self._replicas.report_success(lease.endpoint)
+        return None
+
+    def _nobody(self) -> _Failure:
+        sentence = f"no worker of {self._deployment} is ready; try again, or see `moe status`"
+        return _Failure(_unavailable(sentence), (), started=False)
+
+
+def _call(
+    method: str, request: Message, context: Context, span: trace.Span, channel: grpc.aio.Channel
+) -> grpc.aio.UnaryStreamCall[Message, bytes]:
+    """On the wire a unary answer is a stream of one message, so one way of calling serves both."""
+    serialize: Callable[[Message], bytes] = type(request).SerializeToString
+    multicallable: grpc.aio.UnaryStreamMultiCallable[Message, bytes] = channel.unary_stream(
+        f"/{method}", request_serializer=serialize
+    )
+    metadata = telemetry.inject(_passed_on(context.invocation_metadata()), trace.set_span_in_context(span))
+    return multicallable(request, timeout=context.time_remaining(), metadata=metadata)
+
+
+def _record(span: trace.Span, lease: Lease, attempt: int) -> None:
+    attributes: dict[str, str | int] = {
+        ROUTING_REPLICA: lease.decision.replica,
+        ROUTING_ADDRESS: lease.endpoint.address,
+        ROUTING_CANDIDATES: lease.decision.candidates,
+        ROUTING_ATTEMPT: attempt,
+        ROUTING_REASON: lease.decision.reason,
+    }
+    span.set_attributes(attributes)
+    span.add_event("route", {**attributes, "message": lease.decision.message})
+
+
+def _explain(
+    error: grpc.aio.AioRpcError | asyncio.CancelledError, lease: Lease, *, started: bool
+) -> _Failure:
+    """Puts what gRPC reports of an attempt into words for the client.
+
+    Raises:
+        asyncio.CancelledError: our own client went away.
+    """
+    if isinstance(error, asyncio.CancelledError):
+        # grpc.aio raises this, too, where the *replica* ended the call with CANCELLED, as it does to
+        # what still runs when its grace period is over.
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise error
+        return _Failure(_died(lease, "it was stopped", started=started), (), started)
+    status = rich_status.from_error(error)
+    if error.code() is grpc.StatusCode.UNAVAILABLE and not status.details:
+        return _Failure(_died(lease, error.details() or "connection lost", started=started), (), started)
+    return _Failure(status, _passed_on(error.trailing_metadata()), started)
+
+
+def _died(lease: Lease, cause: str, *, started: bool) -> status_pb2.Status:
+    name = lease.endpoint.name
+    if started:
+        return _unavailable(
+            f"replica {name} was lost in the middle of the answer ({cause}); what arrived is valid, "
+            "and sending the request again starts it anew on another replica"
+        )
+    return _unavailable(f"replica {name} cannot be reached ({cause}); send the request again")
+
+
+def _unavailable(sentence: str) -> status_pb2.Status:
+    return rich_status.retry_later(grpc.StatusCode.UNAVAILABLE, sentence, routing.RETRY_AFTER_S)
+
+
+async def _give_up(failure: _Failure, context: Context) -> None:
+    metadata = tuple(pair for pair in failure.metadata if pair[0] != rich_status.DETAILS_KEY)
+    details = (
+        ((rich_status.DETAILS_KEY, failure.status.SerializeToString()),) if failure.status.details else ()
+    )
+    await context.abort(failure.code, failure.status.message, (*metadata, *details))
+
+
+def _passed_on(metadata: Any) -> _Pairs:
+    """What callers and workers say to each other beyond what gRPC itself puts there."""
+    return tuple(
+        (key, value)
+        for key, value in metadata or ()
+        if key not in _HOP_KEYS and (not key.startswith(_RESERVED_PREFIXES) or key == rich_status.DETAILS_KEY)
+    )

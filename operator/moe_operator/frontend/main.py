@@ -1,0 +1,173 @@
+"""The command `moe-frontend`."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Final
+
+import click
+from opentelemetry import trace
+
+from moe_api import telemetry
+from moe_operator.errors import InstallationError, MoEOperatorError
+from moe_operator.frontend.endpoints import Endpoint, static_endpoints
+from moe_operator.frontend.forwarding import Forwarder
+from moe_operator.frontend.replicas import Replicas
+from moe_operator.frontend.service import Frontend
+
+_LOG: Final = logging.getLogger("moe-frontend")
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+
+
+class _Addresses(click.ParamType[tuple[str, ...]]):
+    """``HOST:PORT[,HOST:PORT...]``."""
+
+    name = "HOST:PORT,..."
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        addresses = tuple(part.strip() for part in str(value).split(","))
+        for address in addresses:
+            host, _, port = address.rpartition(":")
+            if not host or not port.isdecimal() or int(port) > 65535:
+                self.fail(f"{address!r} is not HOST:PORT, as in 127.0.0.1:8000", param, ctx)
+        return addresses
+
+
+@click.command(epilog="Stop it with SIGTERM: running streams finish, within --grace seconds.")
+@click.option(
+    "--listen",
+    type=_Addresses(),
+    default="0.0.0.0:8000",
+    show_default=True,
+    metavar="HOST:PORT",
+    help="Address to serve on; port 0 takes a free one.",
+)
+@click.option("--namespace", default="default", show_default=True, help="Namespace of the deployment.")
+@click.option("--deployment", help="Name of the MoEDeployment; its workers are found by EndpointSlices.")
+@click.option("--static", type=_Addresses(), help="Workers by address instead, without Kubernetes.")
+@click.option(
+    "--grace",
+    type=click.FloatRange(min=0),
+    default=25.0,
+    show_default=True,
+    help="Seconds that running requests get to finish after SIGTERM. Keep it below the pod's "
+    "terminationGracePeriodSeconds (30 by default).",
+)
+def main(
+    listen: tuple[str, ...],
+    namespace: str,
+    deployment: str | None,
+    static: tuple[str, ...] | None,
+    grace: float,
+) -> None:
+    """Routes requests to the replicas of a MoEDeployment.
+
+    Serves moe_api.inference.v1.InferenceService, grpc.health.v1 and reflection. A request goes to the
+    replica with the fewest requests in flight; one whose worker dies before its first token is tried on
+    another replica. Health service "" is SERVING while at least one worker is ready, "liveness" always.
+
+    \b
+    In a cluster:      moe-frontend --namespace prod --deployment deepseek
+    Without a cluster: moe-frontend --listen 127.0.0.1:8000 --static 127.0.0.1:8001,127.0.0.1:8002
+
+    Traces are sent when OTEL_EXPORTER_OTLP_ENDPOINT names an OpenTelemetry Collector.
+    """
+    if (deployment is None) == (static is None):
+        raise click.UsageError(
+            "say where the workers are, by one of --deployment NAME and --static HOST:PORT,..."
+        )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        with telemetry.configure("moe-frontend"):
+            asyncio.run(_serve(listen[0], namespace, deployment, static or (), grace))
+    except MoEOperatorError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+async def _serve(
+    listen: str, namespace: str, deployment: str | None, static: tuple[str, ...], grace_s: float
+) -> None:
+    replicas = Replicas()
+    tracer = trace.get_tracer("moe_operator.frontend")
+    frontend = Frontend(Forwarder(replicas, tracer, deployment or "this frontend"))
+    changes: asyncio.Queue[frozenset[Endpoint]] = asyncio.Queue()
+    with _discovery(changes, namespace, deployment, static), _stop_signal() as stop:
+        port = await _listen(frontend, listen)
+        _LOG.info("serving on %s:%d", listen.rpartition(":")[0], port)
+        following = asyncio.create_task(_follow(changes, replicas, frontend))
+        await stop.wait()
+        _LOG.info("draining for %g s at most", grace_s)
+        await frontend.drain(grace_s)
+        following.cancel()
+    await replicas.close()
+
+
+async def _listen(frontend: Frontend, address: str) -> int:
+    try:
+        return await frontend.start(address)
+    except RuntimeError as error:
+        raise InstallationError(
+            f"cannot listen on {address}; is the port taken, or the address another machine's?"
+        ) from error
+
+
+async def _follow(
+    changes: "asyncio.Queue[frozenset[Endpoint]]", replicas: Replicas, frontend: Frontend
+) -> None:
+    while True:
+        endpoints = await changes.get()
+        replicas.update(endpoints)
+        await frontend.set_ready(ready=len(endpoints) > 0)
+        _LOG.info("replicas: %s", ", ".join(sorted(e.name for e in endpoints)) or "none")
+
+
+@contextlib.contextmanager
+def _discovery(
+    changes: "asyncio.Queue[frozenset[Endpoint]]",
+    namespace: str,
+    deployment: str | None,
+    static: tuple[str, ...],
+) -> Iterator[None]:
+    if deployment is None:
+        changes.put_nowait(static_endpoints(static))
+        yield
+        return
+    # Importing the Kubernetes client takes half a second, which a frontend without a cluster saves.
+    from moe_operator.frontend import discovery  # noqa: PLC0415
+
+    loop = asyncio.get_running_loop()
+
+    def publish(endpoints: frozenset[Endpoint]) -> None:
+        loop.call_soon_threadsafe(changes.put_nowait, endpoints)
+
+    watcher = discovery.SliceWatcher(discovery.cluster_api(), namespace, f"{deployment}-workers", publish)
+    watcher.start()
+    try:
+        yield
+    finally:
+        watcher.stop()
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[asyncio.Event]:
+    """An event that SIGTERM or SIGINT sets; a second signal acts as usual and ends the process at once."""
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+
+    def on_signal() -> None:
+        stop.set()
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
+
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, on_signal)
+    try:
+        yield stop
+    finally:
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)

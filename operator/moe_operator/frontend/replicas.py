@@ -1,0 +1,110 @@
+"""The replicas that are ready, a channel to each, and what runs on them. For one event loop."""
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import grpc
+
+from moe_api import transport
+from moe_operator.frontend import routing
+from moe_operator.frontend.endpoints import Endpoint
+
+# Pods reuse addresses: a channel of its own per replica shares no backoff with a predecessor's.
+_OPTIONS = (*transport.CLIENT_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
+
+
+@dataclasses.dataclass
+class _Replica:
+    endpoint: Endpoint
+    channel: grpc.aio.Channel
+    load: routing.Load
+
+
+@dataclasses.dataclass(frozen=True)
+class Lease:
+    """One request's hold on a replica: where to send it, and why there."""
+
+    endpoint: Endpoint
+    channel: grpc.aio.Channel
+    decision: routing.Decision
+
+
+class Replicas:
+    """Keeps channels and counts, and leaves every choice to `routing`.
+
+    Args:
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._ready: dict[str, _Replica] = {}
+        self._leaving: list[_Replica] = []
+        self._requests = 0
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._ready)
+
+    def update(self, endpoints: frozenset[Endpoint]) -> None:
+        """Takes over which endpoints are ready; requests on others run to their end."""
+        wanted = {endpoint.name: endpoint for endpoint in endpoints}
+        for name, replica in list(self._ready.items()):
+            if wanted.get(name) != replica.endpoint:
+                self._leaving.append(self._ready.pop(name))
+        for name, endpoint in wanted.items():
+            if name not in self._ready:
+                channel = grpc.aio.insecure_channel(endpoint.address, options=_OPTIONS)
+                self._ready[name] = _Replica(endpoint, channel, routing.Load(name))
+        self._close_idle()
+
+    @contextlib.contextmanager
+    def lease(self, tried: frozenset[str]) -> Iterator[Lease | None]:
+        """Holds the best replica that was not tried for the time of the block; None if there is none."""
+        decision = routing.choose((r.load for r in self._ready.values()), tried, self._clock())
+        if decision is None:
+            yield None
+            return
+        replica = self._ready[decision.replica]
+        self._requests += 1
+        replica.load = replace(replica.load, in_flight=replica.load.in_flight + 1, last_chosen=self._requests)
+        try:
+            yield Lease(replica.endpoint, replica.channel, decision)
+        finally:
+            replica.load = replace(replica.load, in_flight=replica.load.in_flight - 1)
+            self._close_idle()
+
+    def report_failure(self, endpoint: Endpoint) -> None:
+        """A request died with the replica, or could not reach it."""
+        replica = self._find(endpoint)
+        if replica is not None:
+            replica.load = replace(replica.load, failures=replica.load.failures + 1, failed_at=self._clock())
+
+    def report_success(self, endpoint: Endpoint) -> None:
+        """The replica answered."""
+        replica = self._find(endpoint)
+        if replica is not None and replica.load.failures:
+            replica.load = replace(replica.load, failures=0)
+
+    async def close(self) -> None:
+        """Closes all channels and ends what runs on them."""
+        replicas = [*self._ready.values(), *self._leaving]
+        self._ready.clear()
+        self._leaving.clear()
+        await asyncio.gather(*(replica.channel.close() for replica in replicas), *self._closing)
+
+    def _find(self, endpoint: Endpoint) -> _Replica | None:
+        replica = self._ready.get(endpoint.name)
+        return replica if replica is not None and replica.endpoint == endpoint else None
+
+    def _close_idle(self) -> None:
+        idle = [replica for replica in self._leaving if replica.load.in_flight == 0]
+        self._leaving = [replica for replica in self._leaving if replica.load.in_flight > 0]
+        for replica in idle:
+            task = asyncio.get_running_loop().create_task(replica.channel.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)

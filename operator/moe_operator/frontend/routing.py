@@ -1,0 +1,99 @@
+"""Which replica takes the next request, and whether a failed one is tried again. Pure.
+
+Least loaded first, where the load of a replica is what this frontend has running on it. Replicas that
+just failed come last, for a time that doubles with every failure in a row: the EndpointSlice learns of a
+dead pod only after its readiness probe failed, and until then it would look the least loaded of all.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Final
+
+MAX_ATTEMPTS: Final = 3
+FIRST_SUSPICION_S: Final = 0.5
+LONGEST_SUSPICION_S: Final = 10.0
+FIRST_BACKOFF_S: Final = 0.02
+RETRY_AFTER_S: Final = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What is known of a replica.
+
+    Attributes:
+        name: of the replica's leader.
+        in_flight: requests of this frontend that run on it.
+        last_chosen: number of the request that went there last; ties go to the lowest.
+        failures: in a row.
+        failed_at: time of the last of them, in seconds.
+    """
+
+    name: str
+    in_flight: int = 0
+    last_chosen: int = 0
+    failures: int = 0
+    failed_at: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """Where a request goes and why.
+
+    Attributes:
+        replica: name of the chosen replica.
+        candidates: how many there were to choose from.
+        reason: CamelCase, for machines.
+        message: for people.
+    """
+
+    replica: str
+    candidates: int
+    reason: str
+    message: str
+
+
+def is_suspect(load: Load, now: float) -> bool:
+    """Whether a replica failed so lately that others are better; `now` in seconds."""
+    if load.failures == 0:
+        return False
+    # The exponent is bounded: 2**10 * 0.5 s is far beyond the longest time, and stays a small number.
+    suspicion = math.ldexp(FIRST_SUSPICION_S, min(load.failures - 1, 10))
+    return now - load.failed_at < min(suspicion, LONGEST_SUSPICION_S)
+
+
+def choose(loads: Iterable[Load], tried: frozenset[str], now: float) -> Decision | None:
+    """The replica for a request, or None when there is none left that was not tried.
+
+    Args:
+        loads: of the replicas that are ready.
+        tried: names of replicas where this request failed before.
+        now: seconds, on the clock of `Load.failed_at`.
+    """
+    candidates = [load for load in loads if load.name not in tried]
+    if not candidates:
+        return None
+    best = min(candidates, key=lambda load: (is_suspect(load, now), load.in_flight, load.last_chosen))
+    reason, message = _why(best, candidates, now)
+    return Decision(best.name, len(candidates), reason, message)
+
+
+def backoff_s(attempt: int, remaining_s: float | None) -> float | None:
+    """Seconds to wait before attempt number `attempt` + 1, or None when there is to be none.
+
+    Args:
+        attempt: number of the attempt that failed, from 1.
+        remaining_s: until the deadline of the request; None without one.
+    """
+    wait = math.ldexp(FIRST_BACKOFF_S, attempt - 1)
+    if attempt >= MAX_ATTEMPTS or (remaining_s is not None and wait >= remaining_s):
+        return None
+    return wait
+
+
+def _why(best: Load, candidates: list[Load], now: float) -> tuple[str, str]:
+    if len(candidates) == 1:
+        return "OnlyReplica", f"{best.name} is the only replica to choose"
+    if is_suspect(best, now):
+        return "AllSuspect", f"all {len(candidates)} replicas failed lately; {best.name} has the least load"
+    return "LeastLoaded", f"{best.name} runs {best.in_flight} requests, the least of {len(candidates)}"

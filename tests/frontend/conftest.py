@@ -1,0 +1,101 @@
+import asyncio
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from moe_api import transport
+from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
+from moe_operator.frontend.endpoints import Endpoint
+from moe_operator.frontend.forwarding import Forwarder
+from moe_operator.frontend.replicas import Replicas
+from moe_operator.frontend.service import Frontend
+from tests.frontend.fake_worker import FakeWorker
+
+FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
+
+
+class Bench:
+    """A frontend on loopback with real workers behind it, and a client."""
+
+    def __init__(self):
+        self.spans = InMemorySpanExporter()
+        provider = TracerProvider()
+        provider.add_span_processor(SimpleSpanProcessor(self.spans))
+        self.tracer = provider.get_tracer("test")
+        self.replicas = Replicas()
+        self.frontend = Frontend(Forwarder(self.replicas, self.tracer, "demo"))
+        self.workers = []
+        self.processes = {}
+        self.extra = frozenset()
+        self.address = None
+        self.channel = None
+
+    async def start(self, workers):
+        port = await self.frontend.start("127.0.0.1:0")
+        self.address = f"127.0.0.1:{port}"
+        self.channel = grpc.aio.insecure_channel(self.address, options=transport.CLIENT_OPTIONS)
+        for i in range(workers):
+            self.workers.append(FakeWorker(f"w-{i}"))
+            await self.workers[-1].start()
+        await self.publish()
+
+    async def publish(self):
+        ready = frozenset(w.endpoint for w in self.workers) | self.extra
+        self.replicas.update(ready)
+        await self.frontend.set_ready(ready=len(ready) > 0)
+
+    async def add_process(self, name):
+        """A worker in a process of its own, to be killed."""
+        process = await asyncio.to_thread(
+            subprocess.Popen, [sys.executable, FAKE_WORKER, name], stdout=subprocess.PIPE, text=True
+        )
+        self.processes[name] = process
+        address = (await asyncio.to_thread(process.stdout.readline)).strip()
+        self.extra |= {Endpoint(name, address)}
+        await self.publish()
+        return process
+
+    @property
+    def stub(self):
+        return inference_pb2_grpc.InferenceServiceStub(self.channel)
+
+    def generate(self, prompt, **options):
+        return self.stub.Generate(inference_pb2.GenerateRequest(prompt=prompt), **options)
+
+    async def text(self, prompt, **options):
+        return "".join([r.text async for r in self.generate(prompt, **options)])
+
+    def worker(self, name):
+        return next(w for w in self.workers if w.name == name)
+
+    async def close(self):
+        await self.channel.close()
+        await self.frontend.drain(0)
+        await self.replicas.close()
+        for worker in self.workers:
+            await worker.server.stop(None)
+        for process in self.processes.values():
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
+@pytest.fixture
+async def bench():
+    """`await bench(workers=2)` gives a running Bench."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start(workers=2):
+            running = Bench()
+            await running.start(workers)
+            stack.push_async_callback(running.close)
+            return running
+
+        yield start

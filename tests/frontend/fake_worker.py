@@ -1,0 +1,130 @@
+"""A real gRPC server in a worker's place; the prompt says what it should do.
+
+``count N [SECONDS]``: N messages, with a pause before each. ``hold``: one message, then nothing more.
+``silent``: nothing at all. ``flood N``: N messages of 64 KiB, as fast as they are taken.
+``full``, ``bad``, ``loading``, ``crash``: the errors a worker answers with.
+As a program it prints its port and serves until it is killed.
+"""
+
+import asyncio
+import sys
+
+import grpc
+
+from moe_api import rich_status, transport
+from moe_api.health import Health
+from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
+from moe_api.malformed import MalformedRequestInterceptor
+from moe_api.rich_status import FieldViolation
+from moe_operator.frontend.endpoints import Endpoint
+
+ERRORS = {
+    "full": rich_status.retry_later(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", 2.5),
+    "bad": rich_status.invalid_argument([FieldViolation("sampling.top_p", "is 7; use a number in (0, 1]")]),
+    "loading": rich_status.retry_later(grpc.StatusCode.UNAVAILABLE, "the model is still loading", 4.0),
+    "unknown-model": rich_status.build(grpc.StatusCode.NOT_FOUND, "no model of that name; this is m"),
+}
+
+
+class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
+    """Counts what it sees."""
+
+    def __init__(self, name):
+        self.name = name
+        self.requests = 0
+        self.running = 0
+        self.most_running = 0
+        self.cancelled = 0
+        self.sent = 0
+        self.metadata = []
+        self.deadlines = []
+        self.server = None
+        self.endpoint = None
+        self.changed = asyncio.Condition()
+
+    async def start(self, address="127.0.0.1:0"):
+        self.server = grpc.aio.server(
+            interceptors=[MalformedRequestInterceptor()], options=transport.SERVER_OPTIONS
+        )
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, self.server)
+        health = Health(["moe_api.inference.v1.InferenceService"])
+        await health.register(self.server)
+        port = self.server.add_insecure_port(address)
+        await self.server.start()
+        await health.set_ready(ready=True)
+        self.endpoint = Endpoint(self.name, f"127.0.0.1:{port}")
+        return self.endpoint
+
+    async def until(self, condition):
+        """Waits until the condition holds for this worker."""
+        async with asyncio.timeout(10), self.changed:
+            await self.changed.wait_for(lambda: condition(self))
+
+    async def _change(self, **differences):
+        async with self.changed:
+            for field, by in differences.items():
+                setattr(self, field, getattr(self, field) + by)
+            self.most_running = max(self.most_running, self.running)
+            self.changed.notify_all()
+
+    async def Generate(self, request, context):
+        self.metadata.append(dict(context.invocation_metadata()))
+        self.deadlines.append(context.time_remaining())
+        await self._change(requests=1, running=1)
+        try:
+            async for response in self._behave(request.prompt.split(), context):
+                yield response
+                await self._change(sent=1)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.running -= 1
+            async with self.changed:
+                self.changed.notify_all()
+
+    async def _behave(self, prompt, context):
+        match prompt:
+            case ["count", number, *pause]:
+                for i in range(int(number)):
+                    if pause:
+                        await asyncio.sleep(float(pause[0]))
+                    yield inference_pb2.GenerateResponse(text=f"{self.name}:{i} ")
+                yield self._last(int(number))
+            case ["flood", number]:
+                for _ in range(int(number)):
+                    yield inference_pb2.GenerateResponse(text="x" * 65536)
+            case ["hold"]:
+                yield inference_pb2.GenerateResponse(text="first ")
+                await asyncio.Event().wait()
+            case ["silent"]:
+                await asyncio.Event().wait()
+            case ["crash"]:
+                raise ValueError("a bug")
+            case [error]:
+                await rich_status.abort(context, ERRORS[error])
+
+    def _last(self, tokens):
+        return inference_pb2.GenerateResponse(
+            finish_reason=inference_pb2.FINISH_REASON_LENGTH,
+            usage=inference_pb2.Usage(prompt_tokens=3, completion_tokens=tokens),
+        )
+
+    async def Tokenize(self, request, context):
+        return inference_pb2.TokenizeResponse(tokens=inference_pb2.TokenIds(ids=list(request.text.encode())))
+
+    async def GetModel(self, request, context):
+        if request.model not in ("", "m"):
+            await rich_status.abort(context, ERRORS["unknown-model"])
+        return inference_pb2.Model(name=self.name, vocabulary_size=256)
+
+
+async def serve():
+    worker = FakeWorker(sys.argv[1])
+    endpoint = await worker.start()
+    print(endpoint.address, flush=True)
+    await worker.server.wait_for_termination()
+
+
+if __name__ == "__main__":
+    asyncio.run(serve())

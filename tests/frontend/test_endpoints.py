@@ -1,0 +1,91 @@
+"""EndpointSlices as the API server writes them, and endpoints out of them."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_operator.frontend.discovery import apply_event
+from moe_operator.frontend.endpoints import Endpoint, ready_endpoints, static_endpoints
+
+
+def slice_of(*endpoints, ports=({"name": "grpc", "port": 8000, "protocol": "TCP"},), kind="IPv4"):
+    return {
+        "addressType": kind,
+        "metadata": {"name": "demo-workers-abcde"},
+        "ports": list(ports),
+        "endpoints": list(endpoints),
+    }
+
+
+def pod(name, address, **conditions):
+    return {
+        "addresses": [address],
+        "conditions": conditions,
+        "targetRef": {"kind": "Pod", "name": name, "namespace": "default"},
+    }
+
+
+READY = {"ready": True, "serving": True, "terminating": False}
+
+
+def test_only_ready_pods_that_stay_count():
+    piece = slice_of(
+        pod("a", "10.0.0.1", **READY),
+        pod("b", "10.0.0.2", ready=False, serving=False, terminating=False),
+        pod("c", "10.0.0.3", ready=False, serving=True, terminating=True),
+        pod("d", "10.0.0.4"),
+    )
+    assert ready_endpoints([piece]) == {Endpoint("a", "10.0.0.1:8000"), Endpoint("d", "10.0.0.4:8000")}
+
+
+def test_addresses_published_before_they_are_ready_do_not_count():
+    """Where the service has publishNotReadyAddresses, `ready` is true for every pod."""
+    piece = slice_of(pod("a", "10.0.0.1", ready=True, serving=False, terminating=False))
+    assert ready_endpoints([piece]) == frozenset()
+
+
+def test_the_grpc_port_is_found_by_name_or_alone():
+    metrics = {"name": "metrics", "port": 9000}
+    named = slice_of(pod("a", "10.0.0.1", **READY), ports=[metrics, {"name": "grpc", "port": 8001}])
+    assert ready_endpoints([named]) == {Endpoint("a", "10.0.0.1:8001")}
+    alone = slice_of(pod("a", "10.0.0.1", **READY), ports=[{"name": "", "port": 8002}])
+    assert ready_endpoints([alone]) == {Endpoint("a", "10.0.0.1:8002")}
+    unclear = slice_of(pod("a", "10.0.0.1", **READY), ports=[metrics, {"name": "http", "port": 80}])
+    assert ready_endpoints([unclear]) == frozenset()
+
+
+def test_ipv6_hosts_are_bracketed_and_names_skipped():
+    six = slice_of(pod("a", "fd00::1", **READY), kind="IPv6")
+    assert ready_endpoints([six]) == {Endpoint("a", "[fd00::1]:8000")}
+    assert ready_endpoints([slice_of(pod("a", "example.com", **READY), kind="FQDN")]) == frozenset()
+
+
+def test_slices_that_are_empty_as_the_api_server_writes_them():
+    assert ready_endpoints([{"addressType": "IPv4", "endpoints": None, "ports": None}]) == frozenset()
+    assert ready_endpoints([slice_of({"addresses": ["10.0.0.9"], "conditions": None})]) == {
+        Endpoint("10.0.0.9:8000", "10.0.0.9:8000")
+    }
+
+
+def test_static_addresses_name_themselves():
+    assert static_endpoints(["127.0.0.1:1"]) == {Endpoint("127.0.0.1:1", "127.0.0.1:1")}
+
+
+names = st.sampled_from(["x", "y", "z"])
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["ADDED", "MODIFIED", "DELETED", "BOOKMARK"]), names, st.integers()))
+)
+def test_events_leave_what_the_server_has(events):
+    """Against a plain replay: the last thing said of a name is what holds."""
+    slices, server = {}, {}
+    for kind, name, version in events:
+        item = {"metadata": {"name": name, "resourceVersion": str(version)}}
+        before = dict(slices)
+        changed = apply_event(slices, kind, item)
+        assert changed or slices == before
+        if kind in ("ADDED", "MODIFIED"):
+            server[name] = item
+        elif kind == "DELETED":
+            server.pop(name, None)
+    assert slices == server

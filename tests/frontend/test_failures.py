@@ -1,0 +1,283 @@
+"""Workers and frontends that die, vanish or drain, as real processes and connections."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from moe_api import rich_status
+from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
+from moe_operator.frontend.endpoints import Endpoint
+
+MOE_FRONTEND = Path(sys.executable).with_name("moe-frontend")
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def test_a_worker_killed_in_the_middle_ends_the_stream_at_once(bench):
+    b = await bench(workers=0)
+    process = await b.add_process("victim")
+    call = b.generate("count 1000 0.01")
+    assert (await call.read()).text == "victim:0 "
+    process.kill()
+    started = time.monotonic()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        while True:
+            await call.read()
+    assert time.monotonic() - started < 1
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert caught.value.details().startswith("replica victim was lost in the middle of the answer")
+    assert rich_status.retry_delay(rich_status.from_error(caught.value)) is not None
+
+
+async def test_a_request_whose_worker_is_killed_before_its_first_token_is_answered_by_another(bench):
+    b = await bench(workers=0)
+    process = await b.add_process("victim")
+    call = asyncio.create_task(b.text("count 2 0.5"))
+    async with asyncio.timeout(5):
+        while b.replicas._ready["victim"].load.in_flight == 0:
+            await asyncio.sleep(0.01)
+    await b.add_process("heir")
+    process.kill()
+    assert await call == "heir:0 heir:1 "
+
+
+async def test_twenty_streams_end_when_one_of_two_workers_is_killed(bench):
+    b = await bench(workers=0)
+    victim = await b.add_process("victim")
+    await b.add_process("survivor")
+    calls = [b.generate("count 50 0.02") for _ in range(20)]
+    firsts = [(await call.read()).text for call in calls]
+    victim.kill()
+    started = time.monotonic()
+    ends = await asyncio.gather(*(_end(call) for call in calls))
+    assert time.monotonic() - started < 4
+    for first, end in zip(firsts, ends, strict=True):
+        assert end is (grpc.StatusCode.OK if first.startswith("survivor") else grpc.StatusCode.UNAVAILABLE)
+    assert sum(first.startswith("victim") for first in firsts) == 10
+
+
+async def _end(call):
+    with contextlib.suppress(grpc.aio.AioRpcError):
+        while await call.read() is not grpc.aio.EOF:
+            pass
+    return await call.code()
+
+
+async def test_a_worker_that_shuts_down_with_streams_running_is_unavailable(bench):
+    """Its grace period over, grpc ends what runs with CANCELLED, which would read as the client's doing."""
+    b = await bench(workers=1)
+    call = b.generate("hold")
+    await call.read()
+    stopping = asyncio.create_task(b.workers[0].server.stop(0.1))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call.read()
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    await stopping
+
+
+class CutOff:
+    """Relays TCP until it is told to swallow everything, as a network that is gone does."""
+
+    def __init__(self, target):
+        self.target = target
+        self.cut = False
+        self.tasks = set()
+
+    async def start(self):
+        self.server = await asyncio.start_server(self._relay, "127.0.0.1", 0)
+        return "127.0.0.1:%d" % self.server.sockets[0].getsockname()[1]
+
+    async def _relay(self, reader, writer):
+        host, port = self.target.split(":")
+        far_reader, far_writer = await asyncio.open_connection(host, int(port))
+        for pair in ((reader, far_writer), (far_reader, writer)):
+            self.tasks.add(asyncio.create_task(self._pump(*pair)))
+
+    async def _pump(self, reader, writer):
+        while data := await reader.read(65536):
+            if not self.cut:
+                writer.write(data)
+
+    async def stop(self):
+        self.server.close()
+        for task in self.tasks:
+            task.cancel()
+
+
+async def test_a_worker_that_is_cut_off_does_not_leave_the_stream_hanging(bench):
+    b = await bench(workers=1)
+    relay = CutOff(b.workers[0].endpoint.address)
+    b.replicas.update(frozenset({Endpoint("far", await relay.start())}))
+    call = b.generate("hold")
+    await call.read()
+    relay.cut = True
+    started = time.monotonic()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call.read()
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert time.monotonic() - started < 12, "pings are 5 s apart and answered within 5 s"
+    await relay.stop()
+
+
+# The command itself, as a pod would run it.
+
+
+@pytest.fixture
+async def command():
+    """`await command(*args)` starts `moe-frontend` and gives (process, address)."""
+    processes = []
+
+    async def start(*args, env=None):
+        process = await asyncio.create_subprocess_exec(
+            MOE_FRONTEND,
+            "--listen",
+            "127.0.0.1:0",
+            *args,
+            stderr=subprocess.PIPE,
+            env={**os.environ, **(env or {})},
+        )
+        processes.append(process)
+        while line := (await process.stderr.readline()).decode():
+            if "serving on" in line:
+                return process, line.split()[-1]
+        raise AssertionError(f"moe-frontend ended with {await process.wait()}")
+
+    yield start
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+async def health(channel, service):
+    request = health_pb2.HealthCheckRequest(service=service)
+    return (await health_pb2_grpc.HealthStub(channel).Check(request)).status
+
+
+async def test_sigterm_lets_streams_finish_and_takes_no_more(bench, command):
+    b = await bench(workers=1)
+    process, address = await command("--static", b.workers[0].endpoint.address)
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        call = stub.Generate(inference_pb2.GenerateRequest(prompt="count 10 0.1"))
+        await call.read()
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await watch.read()).status == SERVING
+        process.send_signal(signal.SIGTERM)
+        assert (await watch.read()).status == NOT_SERVING
+        refused = stub.Generate(inference_pb2.GenerateRequest(prompt="count 1"))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await refused.read()
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        rest = [message async for message in _rest(call)]
+        assert len(rest) == 10
+        assert await call.code() is grpc.StatusCode.OK
+        started = time.monotonic()
+        assert await asyncio.wait_for(process.wait(), 10) == 0
+        assert time.monotonic() - started < 2, "a watch of health must not hold it up"
+
+
+async def _rest(call):
+    while (message := await call.read()) is not grpc.aio.EOF:
+        yield message
+
+
+async def test_streams_are_ended_when_the_grace_period_is_over(bench, command):
+    b = await bench(workers=1)
+    process, address = await command("--static", b.workers[0].endpoint.address, "--grace", "0.5")
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        call = stub.Generate(inference_pb2.GenerateRequest(prompt="hold"))
+        await call.read()
+        process.send_signal(signal.SIGTERM)
+        _, errors = await asyncio.wait_for(process.communicate(), 5)
+        assert process.returncode == 0, errors.decode()
+        assert await call.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+    await b.workers[0].until(lambda w: w.running == 0)
+
+
+async def test_health_follows_the_workers(bench):
+    b = await bench(workers=0)
+    assert await health(b.channel, "") == NOT_SERVING
+    assert await health(b.channel, "liveness") == SERVING
+    b.extra = frozenset({Endpoint("w", "127.0.0.1:1")})
+    await b.publish()
+    assert await health(b.channel, "") == SERVING
+    assert await health(b.channel, "moe_api.inference.v1.InferenceService") == SERVING
+    b.extra = frozenset()
+    await b.publish()
+    assert await health(b.channel, "") == NOT_SERVING
+    assert await health(b.channel, "liveness") == SERVING
+
+
+async def test_reflection_names_the_services(bench):
+    b = await bench(workers=0)
+    stub = reflection_pb2_grpc.ServerReflectionStub(b.channel)
+    call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+    listed = {s.name for s in (await call.read()).list_services_response.service}
+    assert {"moe_api.inference.v1.InferenceService", "grpc.health.v1.Health"} <= listed
+
+
+async def test_an_unreachable_collector_costs_requests_nothing(bench, command):
+    b = await bench(workers=1)
+    environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}
+    process, address = await command("--static", b.workers[0].endpoint.address, env=environ)
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        started = time.monotonic()
+        for _ in range(50):
+            call = stub.Generate(inference_pb2.GenerateRequest(prompt="count 1"))
+            assert (await call.read()).text == "w-0:0 "
+            await _end(call)
+        assert time.monotonic() - started < 2
+    process.send_signal(signal.SIGTERM)
+    _, errors = await asyncio.wait_for(process.communicate(), 10)
+    assert process.returncode == 0
+    assert errors.decode().count("traces do not reach the collector") == 1
+
+
+def run(*args):
+    return subprocess.run([MOE_FRONTEND, *args], capture_output=True, text=True, timeout=30, check=False)
+
+
+def test_help_teaches():
+    result = run("--help")
+    assert result.returncode == 0
+    for text in ("--static", "--deployment", "least one worker is ready", "terminationGracePeriodSeconds"):
+        assert text in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ((), "say where the workers are"),
+        (("--static", "a:1", "--deployment", "d"), "say where the workers are"),
+        (("--static", "nowhere"), "'nowhere' is not HOST:PORT"),
+        (("--static", "127.0.0.1:99999"), "is not HOST:PORT"),
+        (("--static", "127.0.0.1:1", "--listen", "x"), "'x' is not HOST:PORT"),
+    ],
+)
+def test_wrong_options_are_explained(args, sentence):
+    result = run(*args)
+    assert result.returncode == 2
+    assert sentence in result.stderr
+
+
+def test_a_taken_port_is_explained_without_a_stack_trace():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = "127.0.0.1:%d" % taken.getsockname()[1]
+        result = run("--listen", address, "--static", "127.0.0.1:1")
+    assert result.returncode == 2
+    assert f"error: cannot listen on {address}" in result.stderr
+    assert "Traceback" not in result.stderr

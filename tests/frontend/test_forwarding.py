@@ -1,0 +1,264 @@
+"""What clients see of a frontend with workers behind it, over real connections."""
+
+import asyncio
+import collections
+import time
+
+import grpc
+import pytest
+from opentelemetry import trace
+
+from moe_api import rich_status, semconv, telemetry
+from moe_api.inference.v1 import inference_pb2
+from moe_operator.frontend import forwarding
+from moe_operator.frontend.endpoints import Endpoint
+
+
+async def failure(call):
+    """Reads a stream to its error; gives the messages before it, and the error."""
+    messages = []
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for message in call:
+            messages.append(message)
+    return messages, caught.value
+
+
+async def test_an_answer_arrives_as_the_worker_sent_it(bench):
+    b = await bench(workers=1)
+    responses = [r async for r in b.generate("count 3")]
+    assert [r.text for r in responses] == ["w-0:0 ", "w-0:1 ", "w-0:2 ", ""]
+    assert responses[-1].finish_reason == inference_pb2.FINISH_REASON_LENGTH
+    assert responses[-1].usage == inference_pb2.Usage(prompt_tokens=3, completion_tokens=3)
+
+
+async def test_unary_calls_pass_through(bench):
+    b = await bench(workers=1)
+    tokens = await b.stub.Tokenize(inference_pb2.TokenizeRequest(text="né"))
+    assert list(tokens.tokens.ids) == list("né".encode())
+    assert (await b.stub.GetModel(inference_pb2.GetModelRequest())).name == "w-0"
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await b.stub.GetModel(inference_pb2.GetModelRequest(model="other"))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    assert caught.value.details() == "no model of that name; this is m"
+
+
+async def test_text_arrives_while_the_worker_still_generates(bench):
+    b = await bench(workers=1)
+    call = b.generate("hold")
+    assert (await call.read()).text == "first "
+    assert b.workers[0].running == 1
+    call.cancel()
+
+
+async def test_requests_go_where_fewest_run(bench):
+    b = await bench(workers=3)
+    holds = [b.generate("hold") for _ in range(9)]
+    for call in holds:
+        await call.read()
+    assert [w.running for w in b.workers] == [3, 3, 3]
+    for call in holds:
+        call.cancel()
+
+
+async def test_idle_replicas_take_turns(bench):
+    b = await bench(workers=3)
+    for _ in range(9):
+        await b.text("count 1")
+    assert [w.requests for w in b.workers] == [3, 3, 3]
+
+
+async def test_512_streams_run_at_once(bench):
+    b = await bench(workers=2)
+    answers = await asyncio.gather(*(b.text("count 5 0.2") for _ in range(512)))
+    names = collections.Counter(answer.split(":")[0] for answer in answers)
+    assert names == {"w-0": 256, "w-1": 256}
+    assert all(len(answer.split()) == 5 for answer in answers)
+    assert [w.most_running for w in b.workers] == [256, 256]
+
+
+async def test_errors_pass_through_with_their_details(bench):
+    b = await bench(workers=2)
+    _, full = await failure(b.generate("full"))
+    assert full.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert rich_status.retry_delay(rich_status.from_error(full)) == 2.5
+    _, bad = await failure(b.generate("bad"))
+    assert bad.code() is grpc.StatusCode.INVALID_ARGUMENT
+    (violation,) = rich_status.field_violations(rich_status.from_error(bad))
+    assert violation.field == "sampling.top_p"
+    assert [w.requests for w in b.workers] == [1, 1], "neither error may be tried again"
+
+
+async def test_a_worker_that_still_loads_is_passed_over_and_its_sentence_kept(bench):
+    b = await bench(workers=2)
+    _, error = await failure(b.generate("loading"))
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert error.details() == "the model is still loading"
+    assert rich_status.retry_delay(rich_status.from_error(error)) == 4.0
+    assert [w.requests for w in b.workers] == [1, 1]
+
+
+async def test_a_bug_in_a_worker_is_not_hidden(bench):
+    b = await bench(workers=2)
+    _, error = await failure(b.generate("crash"))
+    assert error.code() is grpc.StatusCode.UNKNOWN
+    assert "a bug" in error.details()
+
+
+async def test_a_client_that_goes_away_frees_the_worker_at_once(bench):
+    b = await bench(workers=1)
+    for prompt in ("hold", "silent"):
+        call = b.generate(prompt)
+        await b.workers[0].until(lambda w: w.running == 1)
+        started = time.monotonic()
+        call.cancel()
+        await b.workers[0].until(lambda w: w.running == 0)
+        assert time.monotonic() - started < 0.5
+    assert b.workers[0].cancelled == 2
+    assert await b.text("count 1") == "w-0:0 "
+
+
+async def test_deadlines_reach_the_worker_and_end_the_call(bench):
+    b = await bench(workers=1)
+    _, error = await failure(b.generate("hold", timeout=0.5))
+    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    await b.workers[0].until(lambda w: w.running == 0)
+    assert 0 < b.workers[0].deadlines[0] < 0.51
+
+
+async def test_metadata_of_the_caller_reaches_the_worker(bench):
+    b = await bench(workers=1)
+    await b.text("count 1", metadata=(("x-tenant", "a"), ("x-key-bin", b"\x00\xff")))
+    seen = b.workers[0].metadata[0]
+    assert (seen["x-tenant"], seen["x-key-bin"]) == ("a", b"\x00\xff")
+
+
+async def test_a_slow_reader_holds_the_worker_back(bench):
+    b = await bench(workers=1)
+    call = b.generate("flood 2000")  # 125 MiB in all
+    await call.read()
+    # The worker stops when the windows on both ways are full: wait until it sends no more.
+    sent = -1
+    while sent != b.workers[0].sent:
+        sent = b.workers[0].sent
+        await asyncio.sleep(0.2)
+    assert sent < 400
+    call.cancel()
+
+
+async def test_a_malformed_request_is_the_callers_fault(bench):
+    b = await bench(workers=1)
+    method = "/moe_api.inference.v1.InferenceService/Generate"
+    _, error = await failure(b.channel.unary_stream(method)(b"\x22\x03\x32\x01\xe9"))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "UTF-8" in error.details()
+    assert b.workers[0].requests == 0
+
+
+async def test_without_a_worker_the_answer_says_so(bench):
+    b = await bench(workers=0)
+    _, error = await failure(b.generate("count 1"))
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert error.details().startswith("no worker of demo is ready")
+    assert rich_status.retry_delay(rich_status.from_error(error)) == 1.0
+
+
+async def test_an_unreachable_replica_costs_a_retry_and_no_error(bench):
+    b = await bench(workers=1)
+    b.extra = frozenset({Endpoint("gone-0", "127.0.0.1:1")})
+    await b.publish()
+    answers = [await b.text("count 1") for _ in range(10)]
+    assert answers == ["w-0:0 "] * 10
+
+
+async def test_when_no_replica_can_be_reached_the_answer_names_one(bench):
+    b = await bench(workers=0)
+    b.extra = frozenset({Endpoint("gone-0", "127.0.0.1:1")})
+    await b.publish()
+    started = time.monotonic()
+    _, error = await failure(b.generate("count 1"))
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert error.details().startswith("replica gone-0 cannot be reached")
+    assert time.monotonic() - started < 5
+
+
+async def test_a_retry_after_the_deadline_is_not_begun(bench):
+    b = await bench(workers=1)
+    b.extra = frozenset({Endpoint("gone-0", "127.0.0.1:1"), Endpoint("gone-1", "127.0.0.1:2")})
+    await b.publish()
+    started = time.monotonic()
+    with pytest.raises(grpc.aio.AioRpcError):
+        await b.text("silent", timeout=0.3)
+    assert time.monotonic() - started < 2
+
+
+async def test_requests_on_a_replica_that_leaves_run_to_their_end(bench):
+    b = await bench(workers=2)
+    call = b.generate("count 5 0.1")
+    first = (await call.read()).text
+    name = first.split(":")[0]
+    b.replicas.update(frozenset(w.endpoint for w in b.workers if w.name != name))
+    rest = [r.text async for r in _rest(call)]
+    assert rest[:4] == [f"{name}:{i} " for i in range(1, 5)]
+    assert not (await b.text("count 1")).startswith(name)
+
+
+async def _rest(call):
+    while (message := await call.read()) is not grpc.aio.EOF:
+        yield message
+
+
+async def test_the_trace_says_where_the_request_went_and_why(bench):
+    b = await bench(workers=1)
+    b.extra = frozenset({Endpoint("gone-0", "127.0.0.1:1")})
+    await b.publish()
+    for _ in range(2):  # one of the two meets the dead replica first
+        client = b.tracer.start_span("client")
+        metadata = telemetry.inject((), trace.set_span_in_context(client))
+        await b.text("count 1", metadata=metadata)
+        client.end()
+        span = next(s for s in b.spans.get_finished_spans() if s.kind is trace.SpanKind.SERVER)
+        if len(span.events) == 2:
+            break
+        b.spans.clear()
+    assert span.name == "moe_api.inference.v1.InferenceService/Generate"
+    assert span.parent.span_id == client.get_span_context().span_id
+    assert span.attributes[semconv.RPC_METHOD] == span.name
+    assert span.attributes[semconv.RPC_RESPONSE_STATUS_CODE] == "OK"
+    assert [e.attributes[forwarding.ROUTING_REPLICA] for e in span.events] == ["gone-0", "w-0"]
+    assert span.attributes[forwarding.ROUTING_REPLICA] == "w-0"
+    assert span.attributes[forwarding.ROUTING_ATTEMPT] == 2
+    assert span.events[0].attributes[forwarding.ROUTING_CANDIDATES] == 2
+    sent = b.workers[0].metadata[-1]["traceparent"]
+    assert sent.startswith(f"00-{span.context.trace_id:032x}-{span.context.span_id:016x}-")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "code", "failed"),
+    [
+        ("bad", "INVALID_ARGUMENT", False),
+        ("full", "RESOURCE_EXHAUSTED", False),
+        ("loading", "UNAVAILABLE", True),
+    ],
+)
+async def test_the_span_carries_the_status(bench, prompt, code, failed):
+    b = await bench(workers=1)
+    await failure(b.generate(prompt))
+    await asyncio.wait_for(_finished(b), 5)
+    (span,) = b.spans.get_finished_spans()
+    assert span.attributes[semconv.RPC_RESPONSE_STATUS_CODE] == code
+    assert (span.status.status_code is trace.StatusCode.ERROR) == failed
+
+
+async def test_the_span_of_a_cancelled_call_ends_too(bench):
+    b = await bench(workers=1)
+    call = b.generate("hold")
+    await call.read()
+    call.cancel()
+    await asyncio.wait_for(_finished(b), 5)
+    (span,) = b.spans.get_finished_spans()
+    assert span.attributes[semconv.RPC_RESPONSE_STATUS_CODE] == "CANCELLED"
+
+
+async def _finished(b):
+    while not b.spans.get_finished_spans():
+        await asyncio.sleep(0.01)
