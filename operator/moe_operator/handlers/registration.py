@@ -42,7 +42,7 @@ async def start(*, settings: kopf.OperatorSettings, memo: kopf.Memo, own: Settin
     configure(settings, own, started)
     memo.telemetry = telemetry.configure("moe-operator")
     cluster = await asyncio.to_thread(connect, own.api_timeout_seconds)
-    await asyncio.to_thread(check_installation, cluster, own)
+    await asyncio.to_thread(prepare_installation, cluster, own)
     reconciler = Reconciler(cluster, own, settings.peering.priority, lambda: datetime.now(UTC))
     memo.threads = ThreadPoolExecutor(own.workers, thread_name_prefix="reconcile")
 
@@ -99,13 +99,14 @@ def configure(settings: kopf.OperatorSettings, own: Settings, started: datetime)
         settings.watching.label_selectors[api_version, f"{kind.lower()}s"] = names.LABEL_NAME
 
 
-def check_installation(cluster: Cluster, own: Settings) -> None:
-    """Raises InstallationError when a CRD or the peering object is missing: kopf would just wait."""
-    if not cluster.serves(names.API_VERSION):
-        raise InstallationError(
-            f"the cluster does not know {names.API_VERSION}; install the chart, or apply charts/install.yaml"
-        )
-    if cluster.get("ClusterKopfPeering", None, own.peering) is None:
-        raise InstallationError(
-            f"there is no ClusterKopfPeering {own.peering}; install the chart, or apply charts/install.yaml"
-        )
+def prepare_installation(cluster: Cluster, own: Settings) -> None:
+    """Makes the peering object unless it is there.
+
+    Raises InstallationError when a CRD is missing: kopf would wait for it without a word.
+    """
+    for api_version in (names.API_VERSION, peering.API_VERSION):
+        if not cluster.serves(api_version):
+            raise InstallationError(
+                f"the cluster does not know {api_version}; install the chart, or apply charts/install.yaml"
+            )
+    cluster.apply(peering.manifest(own.peering))

@@ -61,7 +61,7 @@ class Cluster:
         metadata = manifest["metadata"]
         self._request(
             "patch",
-            _path(manifest["kind"], metadata["namespace"], metadata["name"]) + subresource,
+            _path(manifest["kind"], metadata.get("namespace"), metadata["name"]) + subresource,
             body=manifest,
             content_type="application/apply-patch+yaml",
             field_manager=names.FIELD_MANAGER,

@@ -7,8 +7,8 @@ from datetime import datetime
 
 from moe_operator.kube.client import Cluster
 from moe_operator.manifests.conditions import timestamp
-from moe_operator.manifests.objects import Manifest
 from moe_operator.manifests.decision import Decision
+from moe_operator.manifests.objects import Manifest
 from moe_operator.manifests.plan import Plan
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Identity

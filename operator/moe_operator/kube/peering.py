@@ -10,9 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Final
 
 from moe_operator.kube.client import Cluster
+from moe_operator.manifests.objects import Manifest
+
+KIND: Final = "ClusterKopfPeering"
+API_VERSION: Final = "kopf.dev/v1"
+
+
+def manifest(name: str) -> Manifest:
+    """The object; kopf fills its status."""
+    return {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": name}}
 
 
 def priority(started: datetime) -> int:
@@ -22,7 +31,7 @@ def priority(started: datetime) -> int:
 
 def outranked(cluster: Cluster, name: str, own_priority: int, now: datetime) -> bool:
     """Whether another live process ranks higher."""
-    peering = cluster.get("ClusterKopfPeering", None, name) or {}
+    peering = cluster.get(KIND, None, name) or {}
     peers: Mapping[str, Any] = peering.get("status") or {}
     return any(peer["priority"] > own_priority and alive(peer, now) for peer in peers.values())
 

@@ -24,7 +24,7 @@ def first_difference(desired: Any, actual: Any, path: str = "") -> str | None:
 def _in_mapping(desired: Mapping[str, Any], actual: Any, path: str) -> str | None:
     if not isinstance(actual, Mapping):
         # The API server drops objects that say nothing.
-        return path if desired or actual is not None else None
+        return None if not desired and actual is None else path
     for name, value in desired.items():
         if name not in actual and value not in ("", False, {}, []):
             return _join(path, name)
@@ -38,18 +38,25 @@ def _in_mapping(desired: Mapping[str, Any], actual: Any, path: str) -> str | Non
 def _in_list(desired: Sequence[Any], actual: Any, path: str) -> str | None:
     if not isinstance(actual, Sequence) or isinstance(actual, str):
         return path
-    if desired and all(isinstance(item, Mapping) and "name" in item for item in desired):
-        by_name = {item["name"]: item for item in actual if isinstance(item, Mapping) and "name" in item}
-        pairs = [(f"{path}[{item['name']}]", item, by_name.get(item["name"])) for item in desired]
-    elif len(desired) != len(actual):
-        return path
+    wanted = _named(desired)
+    if wanted:
+        there = _named(actual)
+        items = {f"{path}[{name}]": (item, there.get(name)) for name, item in wanted.items()}
+    elif len(desired) == len(actual):
+        items = {f"{path}[{index}]": pair for index, pair in enumerate(zip(desired, actual, strict=True))}
     else:
-        pairs = [(f"{path}[{index}]", item, actual[index]) for index, item in enumerate(desired)]
-    for place, item, other in pairs:
-        found = place if other is None else first_difference(item, other, place)
-        if found is not None:
-            return found
-    return None
+        return path
+    found = (first_difference(item, other, place) for place, (item, other) in items.items())
+    return next((place for place in found if place is not None), None)
+
+
+def _named(items: Sequence[Any]) -> dict[str, Any]:
+    """The items by name, when each has one of its own (containers, ports, variables); else an empty dict."""
+    names = [
+        item["name"] for item in items if isinstance(item, Mapping) and isinstance(item.get("name"), str)
+    ]
+    unique = len(set(names)) == len(items)
+    return {item["name"]: item for item in items} if unique else {}
 
 
 def _join(path: str, name: str) -> str:

@@ -1,0 +1,288 @@
+"""The plan as timelines: what the operator does, step by step, and what it says meanwhile."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_operator.manifests.objects import Key, key
+from moe_operator.manifests.plan import Plan
+from moe_operator.resources.status import MODEL_LOADED, PROGRESSING, READY, Condition
+from tests.operator.worlds import START, World, deployment, settled
+
+
+def condition(world: World, kind: str) -> Condition:
+    found = world.status.condition(kind)
+    assert found is not None
+    return found
+
+
+def reasons(plan: Plan) -> list[str]:
+    return [decision.reason for decision in plan.decisions]
+
+
+def test_a_new_deployment_gets_its_objects_accounts_first():
+    world = World(deployment(replicas=2))
+    plan = world.step()
+    kinds = [key(manifest) for manifest in plan.apply]
+    assert kinds == [
+        Key("ServiceAccount", "docs-worker"),
+        Key("ServiceAccount", "docs-frontend"),
+        Key("Role", "docs-frontend"),
+        Key("RoleBinding", "docs-frontend"),
+        Key("Service", "docs-workers"),
+        Key("Service", "docs-frontend"),
+        Key("Deployment", "docs-frontend"),
+        Key("StatefulSet", "docs-0"),
+        Key("StatefulSet", "docs-1"),
+    ]
+    assert all(m["metadata"]["ownerReferences"][0]["uid"] == "uid-docs" for m in plan.apply)
+    assert reasons(plan) == ["Created", "ReplicasNotReady", "Starting"]
+
+
+def test_it_becomes_ready_when_every_replica_and_the_frontend_answer():
+    world = World(deployment(replicas=2))
+    world.step()
+    world.ready(0)
+    world.step()
+    assert condition(world, READY).reason == "ReplicasNotReady"
+    assert "1 of 2 replicas answer; waiting for docs-1-0" in condition(world, READY).message
+    assert condition(world, MODEL_LOADED).status == "True"
+    world.ready(1)
+    world.step()
+    assert condition(world, READY).reason == "FrontendNotReady"
+    world.frontend_ready()
+    world.step()
+    assert (condition(world, READY).status, condition(world, READY).reason) == ("True", "AllReplicasReady")
+    assert condition(world, PROGRESSING).reason == "Complete"
+
+
+def test_a_settled_deployment_is_left_alone():
+    plan = settled().step()
+    assert (plan.apply, plan.delete, plan.decisions, plan.recheck) == ((), (), (), False)
+
+
+def test_a_transition_keeps_its_time_until_the_status_changes():
+    world = World(deployment())
+    world.step()
+    first = condition(world, READY).last_transition_time
+    world.now += timedelta(minutes=5)
+    world.fail(0, 2, "error: no such directory")
+    world.step()
+    assert condition(world, READY).reason == "ModelLoadFailed"
+    assert condition(world, READY).last_transition_time == first == "2026-01-01T00:00:00Z"
+    world.ready(0)
+    world.frontend_ready()
+    world.step()
+    assert condition(world, READY).last_transition_time == "2026-01-01T00:05:02Z"
+    assert world.now > START
+
+
+def test_a_change_rolls_one_replica_at_a_time():
+    world = settled(replicas=3)
+    old = world.revisions()[0]
+    world.change(engine={"maxBatchSize": 4})
+    order = []
+    for _ in range(3):
+        world.step()
+        updated = [rank for rank, revision in world.revisions().items() if revision != old]
+        order.append(updated)
+        assert world.serving() == 2
+        world.step()
+        assert [rank for rank, revision in world.revisions().items() if revision != old] == updated
+        assert condition(world, READY).status == "False"
+        world.ready(updated[-1])
+    world.step()
+    assert order == [[0], [0, 1], [0, 1, 2]]
+    assert condition(world, PROGRESSING).reason == "Complete"
+    assert world.status.updated_replicas == 3
+
+
+def test_a_broken_change_stops_after_the_first_replica_and_its_repair_starts_there():
+    world = settled(replicas=3)
+    good = world.revisions()[0]
+    world.change(model={"uri": "file:///mnt/models/missing"})
+    world.step()
+    world.fail(0, 2, "loading\nerror: /mnt/models/missing/config.json: no such file\n")
+    for _ in range(3):
+        world.step()
+    assert [revision == good for revision in world.revisions().values()] == [False, True, True]
+    assert condition(world, READY).message == (
+        "2 of 3 replicas answer; docs-0-0: /mnt/models/missing/config.json: no such file"
+    )
+    world.change(model={"uri": "file:///mnt/models/docs-moe"})
+    plan = world.step()
+    assert [key(manifest).name for manifest in plan.apply] == ["docs-0"]
+    assert set(world.revisions().values()) == {good}
+
+
+def test_replicas_that_do_not_serve_are_updated_at_once():
+    world = World(deployment(replicas=3, model={"uri": "file:///mnt/models/missing"}))
+    world.step()
+    world.change(model={"uri": "file:///mnt/models/docs-moe"})
+    assert [key(m).name for m in world.step().apply if m["kind"] == "StatefulSet"] == [
+        "docs-0",
+        "docs-1",
+        "docs-2",
+    ]
+
+
+@given(st.data())
+def test_a_rollout_never_has_two_serving_replicas_down(data):
+    replicas = data.draw(st.integers(1, 5))
+    world = settled(replicas=replicas)
+    world.change(engine={"maxBatchSize": 7})
+    for _ in range(data.draw(st.integers(0, 30))):
+        before = {name: pod["metadata"]["labels"] for name, pod in world.pods.items()}
+        serving = world.serving()
+        world.step()
+        taken_down = [
+            name
+            for name, labels in before.items()
+            if world.pods[name]["metadata"]["labels"] != labels and serving == replicas
+        ]
+        assert len(taken_down) <= 1
+        assert world.serving() >= min(serving, replicas - 1)
+        rank = data.draw(st.integers(0, replicas - 1))
+        world.ready(rank, ready=data.draw(st.booleans()))
+    for _ in range(2 * replicas):
+        world.ready(*range(replicas))
+        world.step()
+    assert set(world.revisions().values()) == {world.status.revision}
+
+
+def test_scaling_down_deletes_the_highest_ranks_first():
+    world = settled(replicas=4)
+    world.change(replicas=2)
+    plan = world.step()
+    assert [deletion.key.name for deletion in plan.delete] == ["docs-3", "docs-2"]
+    assert "ReplicaRemoved" in reasons(plan)
+    world.step()
+    assert (world.status.replicas, condition(world, READY).status) == (2, "True")
+
+
+def test_scaling_does_not_restart_the_replicas_that_stay():
+    world = settled(replicas=2)
+    world.change(replicas=3)
+    assert [key(manifest).name for manifest in world.step().apply] == ["docs-2"]
+
+
+def test_no_replicas_is_a_state_of_its_own():
+    world = settled(replicas=1)
+    world.change(replicas=0)
+    world.step()
+    world.step()
+    assert condition(world, READY).reason == "ScaledToZero"
+    assert condition(world, PROGRESSING).status == "False"
+
+
+def test_a_field_changed_by_hand_is_put_back_with_a_warning():
+    world = settled()
+    world.children[Key("StatefulSet", "docs-1")]["spec"]["replicas"] = 5
+    plan = world.step()
+    assert [key(manifest).name for manifest in plan.apply] == ["docs-1"]
+    (decision,) = (found for found in plan.decisions if found.reason == "PutBack")
+    assert decision.warning
+    assert "StatefulSet docs-1: spec.replicas" in decision.message
+
+
+def test_a_deleted_child_is_made_again_with_a_warning():
+    world = settled()
+    del world.children[Key("Service", "docs-workers")]
+    plan = world.step()
+    assert [key(manifest) for manifest in plan.apply] == [Key("Service", "docs-workers")]
+    assert "MadeAgain" in reasons(plan)
+
+
+def test_defaults_and_fields_of_others_are_no_difference():
+    world = settled()
+    child = world.children[Key("StatefulSet", "docs-0")]
+    child["spec"]["persistentVolumeClaimRetentionPolicy"] = {"whenDeleted": "Retain"}
+    child["metadata"]["annotations"]["someone.else/note"] = "hello"
+    assert world.step().apply == ()
+
+
+def test_an_amount_in_another_spelling_is_no_difference():
+    world = settled(worker={"resources": {"requests": {"cpu": "0.5", "memory": 1073741824}}})
+    pod = world.children[Key("StatefulSet", "docs-0")]["spec"]["template"]["spec"]
+    pod["containers"][0]["resources"]["requests"] = {"cpu": "500m", "memory": "1Gi"}
+    assert world.step().apply == ()
+    pod["containers"][0]["resources"]["requests"]["cpu"] = "600m"
+    assert len(world.step().apply) == 1
+
+
+def test_objects_of_others_are_never_touched():
+    world = World(deployment(replicas=2))
+    name = Key("StatefulSet", "docs-1")
+    world.children[name] = {"kind": "StatefulSet", "metadata": {"name": "docs-1", "uid": "other"}, "spec": {}}
+    plan = world.step()
+    assert name not in [key(manifest) for manifest in plan.apply]
+    assert condition(world, READY).reason == "NameConflict"
+    assert "StatefulSet docs-1 exists and belongs to somebody else" in condition(world, READY).message
+    world.change(replicas=1)
+    assert world.step().delete == ()
+
+
+def test_the_model_is_asked_for_once_a_revision():
+    world = World(deployment())
+    world.step()
+    assert not world.look().recheck
+    world.ready(0)
+    assert world.look().recheck
+    settled_world = settled()
+    assert not settled_world.look().recheck
+    assert (
+        "11.2M parameters of which a token uses 4.1M, in fp32"
+        in condition(settled_world, MODEL_LOADED).message
+    )
+
+
+POD_PROBLEMS = {
+    "ImagePullFailed": {
+        "containerStatuses": [
+            {
+                "name": "worker",
+                "ready": False,
+                "image": "nowhere/worker:1",
+                "state": {"waiting": {"reason": "ErrImagePull", "message": "no such image; there are a, b"}},
+            }
+        ]
+    },
+    "Unschedulable": {
+        "conditions": [
+            {
+                "type": "PodScheduled",
+                "status": "False",
+                "reason": "Unschedulable",
+                "message": "0/1 nodes are available: 1 Insufficient nvidia.com/gpu.",
+            }
+        ]
+    },
+    "ContainerCrashed": {
+        "containerStatuses": [
+            {
+                "name": "worker",
+                "ready": False,
+                "state": {"running": {}},
+                "lastState": {
+                    "terminated": {"exitCode": 137, "reason": "OOMKilled", "message": "no error line"}
+                },
+            }
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("reason", POD_PROBLEMS)
+def test_what_keeps_a_pod_down_is_the_reason_of_the_condition(reason):
+    world = World(deployment())
+    world.step()
+    world.pods["docs-0-0"]["status"] = POD_PROBLEMS[reason]
+    plan = world.step()
+    assert condition(world, READY).reason == reason
+    assert condition(world, PROGRESSING).status == "False"
+    warnings = [decision for decision in plan.decisions if decision.warning]
+    assert [decision.reason for decision in warnings] == [reason, reason]

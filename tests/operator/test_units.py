@@ -1,0 +1,132 @@
+"""The small pure parts: quantities, drift, revisions, log lines, the queue's pauses, peers."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from kubernetes.utils.quantity import parse_quantity
+
+from moe_operator.errors import InstallationError, InvalidSpecError
+from moe_operator.handlers.queue import backoff
+from moe_operator.kube import peering
+from moe_operator.manifests import worker
+from moe_operator.manifests.drift import first_difference
+from moe_operator.manifests.problems import error_sentence
+from moe_operator.resources import quantity
+from moe_operator.resources.deployment import parse
+from moe_operator.settings import Settings, from_environment
+from tests.operator.worlds import deployment
+
+SUFFIXES = ["", "n", "u", "m", "k", "M", "G", "T", "P", "E", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei", "e3", "E-2"]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(
+    st.decimals(0, 10**6, places=3), st.sampled_from([s for s in SUFFIXES if not s.lower().startswith("e")])
+)
+def test_quantities_mean_what_the_kubernetes_client_says(number, suffix):
+    text = f"{number}{suffix}"
+    assert quantity.parse(text) == parse_quantity(text)
+
+
+@pytest.mark.parametrize(("text", "value"), [("12e6", 12_000_000), ("1E", 10**18), ("2E-2", Decimal("0.02"))])
+def test_quantities_with_exponents(text, value):
+    assert quantity.parse(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "Mi", "512MiB", "1 Gi", "0x10", "1.2.3"])
+def test_what_is_no_quantity_is_refused(text):
+    with pytest.raises(ValueError, match="is not a quantity; write a number"):
+        quantity.parse(text)
+
+
+@given(JSON)
+def test_nothing_differs_from_itself(value):
+    assert first_difference(value, value) is None
+
+
+def test_a_difference_is_named_by_its_path():
+    desired = {"spec": {"containers": [{"name": "a", "args": ["x", "y"]}, {"name": "b", "image": "i"}]}}
+    actual = {"spec": {"containers": [{"name": "b", "image": "j"}, {"name": "a", "args": ["x", "y"]}]}}
+    assert first_difference(desired, actual) == "spec.containers[b].image"
+    actual["spec"]["containers"][0]["image"] = "i"
+    actual["spec"]["containers"][1]["args"].append("z")
+    assert first_difference(desired, actual) == "spec.containers[a].args"
+
+
+def test_only_what_changes_the_pods_changes_the_revision():
+    base = worker.revision(deployment())
+    assert worker.revision(deployment(replicas=5)) == base
+    assert worker.revision(deployment(frontend={"replicas": 3})) == base
+    assert worker.revision(deployment(engine={"contextLength": 512})) != base
+    assert worker.revision(deployment(worker={"env": [{"name": "A", "value": "1"}]})) != base
+
+
+def test_what_the_spec_leaves_open_is_left_to_the_worker():
+    assert "--context-length" not in worker.command(deployment())
+    command = worker.command(deployment(engine={"contextLength": 512, "kvMemory": "2Gi"}))
+    assert command[command.index("--context-length") + 1] == "512"
+    assert command[command.index("--kv-memory") + 1] == str(2 * 1024**3)
+
+
+def test_a_variable_of_the_user_wins_over_ours():
+    spec = deployment(worker={"env": [{"name": "OTEL_SERVICE_NAME", "value": "mine"}]})
+    env = worker.pod_spec(spec)["containers"][0]["env"]
+    assert [item["value"] for item in env if item["name"] == "OTEL_SERVICE_NAME"] == ["mine"]
+
+
+def test_traces_are_off_unless_there_is_an_endpoint():
+    def endpoint(**spec):
+        env = worker.pod_spec(deployment(**spec))["containers"][0]["env"]
+        return [item["value"] for item in env if item["name"] == "OTEL_EXPORTER_OTLP_ENDPOINT"]
+
+    assert endpoint() == []
+    assert endpoint(telemetry={"otlpEndpoint": "http://otel:4317"}) == ["http://otel:4317"]
+
+
+def test_the_last_error_line_is_the_sentence():
+    assert error_sentence("error: first\nloading\nerror: second: it is so\n") == "second: it is so"
+    assert error_sentence("Traceback\nValueError: error: inside") is None
+
+
+def test_a_spec_that_got_past_the_crd_is_refused_with_every_field_named():
+    body = {
+        "metadata": {"namespace": "n", "name": "x", "uid": "u"},
+        "spec": {"model": {}, "replicas": "many", "speed": "fast"},
+    }
+    with pytest.raises(InvalidSpecError) as caught:
+        parse(body)
+    for field in ("spec.model.uri", "spec.replicas", "spec.speed"):
+        assert field in str(caught.value)
+
+
+def test_settings_come_from_the_environment_and_are_checked():
+    assert from_environment({"MOE_OPERATOR_WORKERS": "3"}) == Settings(workers=3)
+    assert from_environment({}) == Settings()
+    with pytest.raises(
+        InstallationError, match="MOE_OPERATOR_DEBOUNCE_SECONDS is 'soon'; it must be a number"
+    ):
+        from_environment({"MOE_OPERATOR_DEBOUNCE_SECONDS": "soon"})
+
+
+@given(st.integers(0, 10**6))
+def test_pauses_grow_up_to_a_limit(failures):
+    settings = Settings()
+    assert settings.retry_first_seconds <= backoff(settings, failures) <= settings.retry_most_seconds
+    assert backoff(settings, failures) <= backoff(settings, failures + 1)
+
+
+def test_the_process_that_started_last_ranks_highest_and_an_expired_record_counts_for_nothing():
+    start = datetime(2026, 1, 1, tzinfo=UTC)
+    assert peering.priority(start + timedelta(milliseconds=1)) > peering.priority(start)
+    record = {"priority": 1, "lifetime": 20, "lastseen": start.isoformat()}
+    assert peering.alive(record, start + timedelta(seconds=19))
+    assert not peering.alive(record, start + timedelta(seconds=20))

@@ -1,0 +1,137 @@
+"""A cluster in a dictionary: enough of Kubernetes to run plans against, one step at a time.
+
+It applies what a plan says, and plays the StatefulSet controller and the kubelet when told to.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from moe_operator.manifests.objects import Key, key
+from moe_operator.manifests.observed import Observed
+from moe_operator.manifests.plan import Plan, plan
+from moe_operator.resources import names
+from moe_operator.resources.deployment import Deployment, Identity
+from moe_operator.resources.spec import Spec
+from moe_operator.resources.status import ModelInfo, Status
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def deployment(**spec: Any) -> Deployment:
+    return Deployment(
+        Identity("default", "docs", "uid-docs", 1),
+        Spec.model_validate({"model": {"uri": "file:///mnt/models/docs-moe"}, **spec}),
+        Status(),
+    )
+
+
+@dataclass
+class World:
+    deployment: Deployment
+    children: dict[Key, dict[str, Any]] = field(default_factory=dict)
+    pods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    now: datetime = START
+    model: ModelInfo | None = None
+
+    @property
+    def status(self) -> Status:
+        return self.deployment.status
+
+    def look(self) -> Plan:
+        observed = Observed(self.children, tuple(self.pods.values()), self.model)
+        return plan(self.deployment, observed, self.now)
+
+    def step(self) -> Plan:
+        """One reconcile: plan, apply, write the status; a second passes."""
+        todo = self.look()
+        for manifest in todo.apply:
+            self._apply(copy.deepcopy(manifest))
+        for deletion in todo.delete:
+            del self.children[deletion.key]
+            self.pods.pop(f"{deletion.key.name}-0", None)
+        self.deployment = replace(self.deployment, status=todo.status)
+        self.now += timedelta(seconds=1)
+        return todo
+
+    def _apply(self, manifest: dict[str, Any]) -> None:
+        name = key(manifest)
+        manifest["metadata"]["uid"] = f"uid-{name}"
+        before = self.children.get(name, {})
+        self.children[name] = {**before, **manifest}
+        if name.kind == "StatefulSet":
+            self._roll(name.name, manifest)
+
+    def _roll(self, name: str, manifest: dict[str, Any]) -> None:
+        """The StatefulSet controller: a pod with another revision is replaced by one that is not Ready yet."""
+        labels = manifest["spec"]["template"]["metadata"]["labels"]
+        pod = self.pods.get(f"{name}-0")
+        if pod is None or pod["metadata"]["labels"] != labels:
+            self.pods[f"{name}-0"] = {
+                "metadata": {"name": f"{name}-0", "labels": labels},
+                "status": {"podIP": "10.244.0.9", "conditions": []},
+            }
+
+    def change(self, **spec: Any) -> None:
+        manifest = {**self.deployment.spec.manifest(), **spec}
+        identity = replace(self.deployment.identity, generation=self.deployment.identity.generation + 1)
+        self.deployment = replace(self.deployment, identity=identity, spec=Spec.model_validate(manifest))
+
+    def ready(self, *ranks: int, ready: bool = True) -> None:
+        """The kubelet: the leaders' readiness probes pass, or fail."""
+        for rank in ranks:
+            status = self.pods[f"docs-{rank}-0"]["status"]
+            status["conditions"] = [{"type": "Ready", "status": "True" if ready else "False"}]
+            status["containerStatuses"] = [{"name": "worker", "ready": ready, "state": {"running": {}}}]
+
+    def frontend_ready(self, count: int = 1) -> None:
+        self.children[Key("Deployment", "docs-frontend")]["status"] = {"readyReplicas": count}
+
+    def fail(self, rank: int, code: int, log: str) -> None:
+        """The container of a leader ended, and the kubelet waits before the next try."""
+        end = {"terminated": {"exitCode": code, "reason": "Error", "message": log}}
+        self.pods[f"docs-{rank}-0"]["status"]["containerStatuses"] = [
+            {
+                "name": "worker",
+                "ready": False,
+                "state": {"waiting": {"reason": "CrashLoopBackOff"}},
+                "lastState": end,
+            }
+        ]
+
+    def revisions(self) -> dict[int, str]:
+        """Revision of each replica's StatefulSet."""
+        found = {}
+        for name, manifest in self.children.items():
+            if name.kind == "StatefulSet":
+                labels = manifest["spec"]["template"]["metadata"]["labels"]
+                found[int(labels[names.LABEL_DATA_RANK])] = labels[names.LABEL_REVISION]
+        return dict(sorted(found.items()))
+
+    def serving(self) -> int:
+        """Leaders that answer now."""
+        conditions = (pod["status"]["conditions"] for pod in self.pods.values())
+        return sum(bool(found) and found[0]["status"] == "True" for found in conditions)
+
+
+def settled(replicas: int = 2, **spec: Any) -> World:
+    """A deployment that is Ready."""
+    world = World(deployment(replicas=replicas, **spec))
+    world.step()
+    world.ready(*range(replicas))
+    world.frontend_ready()
+    world.model = ModelInfo(
+        architecture="deepseek_v3",
+        parameters_total=11_200_000,
+        parameters_active=4_100_000,
+        format="fp32",
+        context_length=2048,
+        revision=world.status.revision,
+    )
+    world.step()
+    world.model = None
+    world.step()
+    return world
