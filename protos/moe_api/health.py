@@ -1,7 +1,8 @@
 """grpc.health.v1 and server reflection, the same on the frontend and on the workers."""
 
+import asyncio
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -13,6 +14,28 @@ _SERVING: Final = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING: Final = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
+class _Servicer(health.aio.HealthServicer):  # type: ignore[misc]  # grpcio-health-checking has no types
+    """Ends watches when told to: a server that stops gracefully waits for all calls, and they never end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closed = asyncio.Event()
+
+    async def Watch(  # noqa: N802 - gRPC's name
+        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
+        """Reports every change of a service's status until the client or this server has enough."""
+        watching = asyncio.create_task(super().Watch(request, context))
+        closed = asyncio.create_task(self.closed.wait())
+        try:
+            await asyncio.wait({watching, closed}, return_when=asyncio.FIRST_COMPLETED)
+            if watching.done():
+                watching.result()
+        finally:
+            watching.cancel()
+            closed.cancel()
+
+
 class Health:
     """What probes are told.
 
@@ -21,7 +44,7 @@ class Health:
     """
 
     def __init__(self, services: Sequence[str]) -> None:
-        self._servicer = health.aio.HealthServicer()
+        self._servicer = _Servicer()
         self._readiness = ("", *services)
 
     async def register(self, server: grpc.aio.Server) -> None:
@@ -36,3 +59,9 @@ class Health:
         """Tells probes and watchers whether requests are taken."""
         for service in self._readiness:
             await self._servicer.set(service, _SERVING if ready else _NOT_SERVING)
+
+    async def close(self) -> None:
+        """For a server about to stop: not ready, and watches end once they have said so."""
+        await self.set_ready(ready=False)
+        await asyncio.sleep(0.05)  # the watches need a few turns of the loop to send it
+        self._servicer.closed.set()

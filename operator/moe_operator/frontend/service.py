@@ -8,7 +8,7 @@ from typing import Any, Final, cast
 import grpc
 from google.protobuf.message import Message
 
-from moe_api import transport
+from moe_api import rich_status, transport
 from moe_api.health import Health
 from moe_api.inference.v1 import inference_pb2
 from moe_api.malformed import MalformedRequestInterceptor
@@ -16,8 +16,12 @@ from moe_operator.frontend.forwarding import Context, Forwarder
 
 SERVICE: Final = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
-# A call that was accepted just before the stop takes a few turns of the event loop to be counted.
-_SETTLE_S: Final = 0.1
+# gRPC answers calls that meet the very moment of the stop with CANCELLED. For this long before, they are
+# told what goes on, and clients turn elsewhere.
+_SETTLE_S: Final = 0.2
+_SHUTTING_DOWN: Final = rich_status.retry_later(
+    grpc.StatusCode.UNAVAILABLE, "this frontend is shutting down; send the request again", 0.1
+)
 
 _REQUESTS: Final[dict[str, type[Message]]] = {
     "Generate": inference_pb2.GenerateRequest,
@@ -39,9 +43,6 @@ class Frontend:
         self._server = grpc.aio.server(
             interceptors=[MalformedRequestInterceptor()], options=transport.SERVER_OPTIONS
         )
-        self._in_flight = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
         self._draining = False
 
     async def start(self, address: str) -> int:
@@ -66,17 +67,9 @@ class Frontend:
         """Takes no more calls, lets those that run finish for `grace_s` seconds, and stops."""
         self._draining = True
         await self._health.set_ready(ready=False)
-        stopping = asyncio.create_task(self._server.stop(grace_s))
-        await asyncio.wait({stopping}, timeout=_SETTLE_S)
-        idle = asyncio.create_task(self._idle.wait())
-        await asyncio.wait({stopping, idle}, return_when=asyncio.FIRST_COMPLETED)
-        idle.cancel()
-        if not stopping.done():
-            # What is left is health watches and reflection, which never end by themselves. The first stop
-            # must be out of the way: two at a time crash grpcio 1.85 (the loser uses a destroyed server).
-            stopping.cancel()
-            await asyncio.wait({stopping})
-            await self._server.stop(None)
+        await asyncio.sleep(_SETTLE_S)
+        await self._health.close()
+        await self._server.stop(grace_s)
 
     def _handler(self, name: str, request_type: type[Message]) -> grpc.RpcMethodHandler[Message, bytes]:
         """All methods answer as streams: on the wire a unary answer is a stream of one message."""
@@ -89,13 +82,6 @@ class Frontend:
         return grpc.unary_stream_rpc_method_handler(cast("Any", behaviour), request_type.FromString)
 
     async def _serve(self, method: str, request: Message, context: Context) -> None:
-        self._in_flight += 1
-        self._idle.clear()
-        context.add_done_callback(cast("Any", self._done))  # a callable, whatever its stub says
+        if self._draining:
+            await rich_status.abort(context, _SHUTTING_DOWN)
         await self._forwarder.forward(method, request, context)
-
-    def _done(self, ctx: Context) -> None:  # noqa: ARG002 - gRPC passes it
-        """Called after the status was sent, so that draining cannot cut it off."""
-        self._in_flight -= 1
-        if self._in_flight == 0:
-            self._idle.set()
