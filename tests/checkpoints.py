@@ -1,9 +1,11 @@
 """Random checkpoints for tests, written by transformers: small enough to load in milliseconds."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 TINY: dict[str, Any] = {
     "vocab_size": 320,
@@ -39,9 +41,6 @@ def write_checkpoint(
     Weights are larger than transformers would make them, and the routing bias is not zero: with its own
     initialisation every expert does nearly nothing and the bias, which decides the routing, is zero.
     """
-    import torch
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-
     torch.manual_seed(seed)
     config = DeepseekV3Config(**TINY | changes)
     model = DeepseekV3ForCausalLM(config)
@@ -61,8 +60,6 @@ def write_checkpoint(
 
 def write_tokenizer(directory: Path, vocab_size: int = 320) -> None:
     """A byte-level BPE tokenizer: two special tokens, the 256 bytes, and merges up to `vocab_size`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -10,7 +10,7 @@ class WorkerError(Exception):
     machine. `retryable` says whether the same call can succeed later without being changed.
     """
 
-    exit_code: ClassVar[int] = 1
+    exit_code: int = 1
     retryable: ClassVar[bool] = False
 
 

@@ -1,0 +1,58 @@
+"""The command line. A command's module is imported when it is used: torch takes seconds to load."""
+
+import sys
+from collections.abc import Mapping
+from importlib import import_module
+
+import click
+
+from moe_worker.errors import WorkerError
+
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "serve": ("moe_worker.service.command:serve", "Serve a model over gRPC."),
+    "train": ("moe_worker.train.cli:train", "Train a model on text."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported on first use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        """The names of all commands."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """The command of that name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """Lists the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, sentence) for name, (_, sentence) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup)
+def cli() -> None:
+    """Serve, train and evaluate Mixture-of-Experts language models."""
+
+
+def main() -> None:
+    """Runs the command line; the last line on stderr says `error: ` and why if it fails."""
+    try:
+        sys.exit(cli.main(standalone_mode=False))
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code)
+    except click.Abort:
+        _fail("interrupted", 130)
+    except WorkerError as error:
+        _fail(str(error), error.exit_code)
+
+
+def _fail(sentence: str, exit_code: int) -> None:
+    """Line breaks would hide the sentence from who reads the last line."""
+    click.echo(f"error: {' '.join(sentence.split())}", err=True)
+    sys.exit(exit_code)

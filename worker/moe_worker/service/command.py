@@ -1,0 +1,52 @@
+"""`moe-worker serve`."""
+
+import logging
+from pathlib import Path
+
+import click
+
+from moe_worker.config.engine import DTYPES, EngineOptions
+from moe_worker.config.quantity import parse_bytes
+from moe_worker.service.server import ServeSettings
+from moe_worker.service.server import serve as run
+
+
+@click.command()
+@click.option(
+    "--model",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Checkpoint directory (Hugging Face layout).",
+)
+@click.option("--served-name", help="What clients call the model. Default: the directory's name.")
+@click.option("--listen", default="127.0.0.1:8000", show_default=True, help="HOST:PORT of the gRPC server.")
+@click.option(
+    "--context-length", type=int, help="Tokens of prompt and answer together. Default: the model's limit."
+)
+@click.option(
+    "--max-batch-size", type=int, default=16, show_default=True, help="Sequences computed together, at most."
+)
+@click.option(
+    "--max-queue", type=int, default=256, show_default=True, help="Requests that may wait beyond the batch."
+)
+@click.option("--kv-memory", help="Bytes for the KV cache, e.g. 2Gi. Default: room for a full batch.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--dtype", default="auto", show_default=True, help=", ".join(DTYPES) + " (auto: float32 on CPUs)."
+)
+@click.option(
+    "--threads", type=int, envvar="MOE_WORKER_THREADS", help="Threads of torch. Default: the usable cores."
+)
+def serve(
+    model: Path, served_name: str | None, listen: str, kv_memory: str | None, **options: int | str | None
+) -> None:
+    """Serve a model over gRPC.
+
+    \b
+    Example:
+      moe-worker serve --model examples/docs-moe --listen 127.0.0.1:8000
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    memory = None if kv_memory is None else parse_bytes(kv_memory)
+    engine_options = EngineOptions(kv_memory=memory, **options)  # type: ignore[arg-type]
+    run(ServeSettings(model, served_name or model.resolve().name, listen, engine_options))

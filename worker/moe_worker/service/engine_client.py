@@ -1,0 +1,151 @@
+"""The edge's side of the engine process: starts it, submits requests, hands out what comes back."""
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from itertools import count
+
+from moe_worker.engine.requests import Load, Request
+from moe_worker.errors import EngineDiedError, QueueFullError
+from moe_worker.sampling.parameters import SamplingParameters
+from moe_worker.scheduler.batching import RETRY_AFTER_S
+from moe_worker.service.streams import Stream, Timeline
+from moe_worker.service.wire import (
+    LENGTH_BYTES,
+    Cancel,
+    Failed,
+    Loaded,
+    Message,
+    Start,
+    Stepped,
+    Submit,
+    decode,
+    encode,
+)
+
+# An engine that does not end by itself once its socket is closed is killed after this long.
+END_TIMEOUT_S = 2.0
+log = logging.getLogger(__name__)
+
+
+class EngineFailedError(EngineDiedError):
+    """The engine said why it ended."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass
+class EngineClient:
+    """One engine process. All methods belong to the event loop's thread."""
+
+    process: asyncio.subprocess.Process
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    most_requests: int
+    load: Load = field(default_factory=Load)
+    format: str = ""
+    _streams: dict[int, Stream] = field(default_factory=dict)
+    _ids: "count[int]" = field(default_factory=count)
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
+    _submitted: int = 0
+    _acknowledged: int = 0
+
+    @classmethod
+    async def start(cls, message: Start) -> "EngineClient":
+        """Starts the process and tells it what to load; `run` then follows it."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "moe_worker.service.engine_process",
+                str(theirs.fileno()),
+                pass_fds=[theirs.fileno()],
+            )
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        writer.write(encode(message))
+        return cls(process, reader, writer, message.options.max_batch_size + message.options.max_queue)
+
+    @property
+    def requests(self) -> int:
+        """Requests under way: waiting, computed, or finished and not yet read by their clients."""
+        return len(self._streams)
+
+    @property
+    def current_load(self) -> Load:
+        """The engine's last word, with what was submitted since counted as queued."""
+        return replace(self.load, queued=self.load.queued + self._submitted - self._acknowledged)
+
+    def submit(self, prompt: tuple[int, ...], sampling: SamplingParameters, seed: int) -> tuple[int, Stream]:
+        """Sends a checked request; its number and its stream. Raises QueueFullError."""
+        if self.requests >= self.most_requests:
+            raise QueueFullError(f"the queue is full ({self.requests} requests are under way)", RETRY_AFTER_S)
+        number = next(self._ids)
+        stream = self._streams[number] = Stream(Timeline(submitted_ns=time.time_ns()))
+        self.writer.write(encode(Submit(Request(number, prompt, sampling, seed))))
+        self._submitted += 1
+        self._idle.clear()
+        return number, stream
+
+    def close(self, number: int) -> None:
+        """Forgets a request; the engine stops computing it if it has not finished."""
+        stream = self._streams.pop(number, None)
+        if stream is not None and stream.timeline.finish_reason is None:
+            self.writer.write(encode(Cancel(number)))
+        if not self._streams:
+            self._idle.set()
+
+    async def until_idle(self) -> None:
+        """Waits until no request is under way."""
+        if self._streams:
+            await self._idle.wait()
+
+    async def loaded(self) -> None:
+        """Waits until the model is loaded. Raises EngineDiedError with the reason if it cannot be."""
+        message = await self._receive()
+        if not isinstance(message, Loaded):
+            raise await self._death(message)
+        self.format, self.load = message.format, message.load
+
+    async def run(self) -> EngineDiedError:
+        """Hands out what the engine produces until it ends; why it did."""
+        while isinstance(message := await self._receive(), Stepped):
+            self.load, self._acknowledged = message.load, message.submitted
+            for delta in message.deltas:
+                if delta.id in self._streams:
+                    self._streams[delta.id].push(delta, message.start_ns, message.end_ns)
+        error = await self._death(message)
+        for stream in self._streams.values():
+            stream.fail(error)
+        return error
+
+    async def stop(self) -> None:
+        """Ends the process, which by itself ends when its socket closes."""
+        self.writer.close()
+        try:
+            await asyncio.wait_for(self.process.wait(), END_TIMEOUT_S)
+        except TimeoutError:
+            self.process.kill()
+            await self.process.wait()
+
+    async def _receive(self) -> Message | None:
+        """The next message; None once the process is gone."""
+        try:
+            size = int.from_bytes(await self.reader.readexactly(LENGTH_BYTES), "big")
+            return decode(await self.reader.readexactly(size))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+
+    async def _death(self, last: Message | None) -> EngineDiedError:
+        code = await self.process.wait()
+        if isinstance(last, Failed):
+            return EngineFailedError(last.message, last.exit_code)
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        why = "; the machine may be out of memory" if code == -signal.SIGKILL else ""
+        return EngineDiedError(f"the engine process {how}{why}")

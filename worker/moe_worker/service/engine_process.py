@@ -1,0 +1,104 @@
+"""The engine in a process of its own, so that no step of it ever holds up an RPC.
+
+Started by the edge as `python -m moe_worker.service.engine_process FD`, where FD is its end of a socket pair.
+It ends with the edge: the socket is closed then.
+"""
+
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from moe_worker.engine.core import EngineCore
+from moe_worker.engine.loading import load
+from moe_worker.errors import WorkerError
+from moe_worker.service.wire import (
+    LENGTH_BYTES,
+    Cancel,
+    Failed,
+    Loaded,
+    Message,
+    Start,
+    Stepped,
+    Submit,
+    decode,
+    encode,
+)
+
+FORMATS = {"torch.float32": "fp32", "torch.bfloat16": "bf16"}
+log = logging.getLogger("moe_worker.engine")
+
+
+def main() -> None:
+    """Serves the edge until it goes away. Exits with the code of the error that ends it."""
+    # The edge drains before it ends; a signal to the whole process group must not break that.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    try:
+        _serve(connection)
+    except WorkerError as error:
+        connection.sendall(encode(Failed(str(error), error.exit_code)))
+        sys.exit(error.exit_code)
+    except Exception as error:
+        log.exception("the engine failed")
+        connection.sendall(encode(Failed(f"the engine failed: {type(error).__name__}: {error}", 1)))
+        sys.exit(1)
+
+
+def _serve(connection: socket.socket) -> None:
+    inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
+    start = inbox.get()
+    if not isinstance(start, Start):
+        raise WorkerError(f"the engine must be started with a Start message, not {type(start).__name__}")
+    loaded = load(Path(start.model), start.options, progress=True)
+    core = EngineCore(loaded, start.options)
+    connection.sendall(encode(Loaded(FORMATS[str(loaded.model.dtype)], core.load)))
+    submitted = 0
+    while True:
+        submitted += _take_commands(core, inbox)
+        begin = time.time_ns()
+        deltas = tuple(core.step())
+        connection.sendall(encode(Stepped(begin, time.time_ns(), deltas, core.load, submitted)))
+
+
+def _take_commands(core: EngineCore, inbox: "queue.SimpleQueue[Message]") -> int:
+    """Carries out what the edge has asked for, waiting for it while there is nothing to compute."""
+    submitted = 0
+    for message in _pending(inbox, wait=core.idle):
+        if isinstance(message, Submit):
+            core.submit(message.request)
+            submitted += 1
+        elif isinstance(message, Cancel):
+            core.cancel(message.id)
+    return submitted
+
+
+def _pending(inbox: "queue.SimpleQueue[Message]", wait: bool) -> Iterator[Message]:
+    if wait:
+        yield inbox.get()
+    while True:
+        try:
+            yield inbox.get_nowait()
+        except queue.Empty:
+            return
+
+
+def _receive(connection: socket.socket, inbox: "queue.SimpleQueue[Message]") -> None:
+    """Reads frames until the edge is gone; then ends the process, whatever the main thread is in."""
+    with connection.makefile("rb") as stream:
+        while head := stream.read(LENGTH_BYTES):
+            inbox.put(decode(stream.read(int.from_bytes(head, "big"))))
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The life of a worker: listen, load, serve, drain, end."""
+
+import asyncio
+import logging
+import signal
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from opentelemetry import trace
+
+from moe_api import telemetry, transport
+from moe_api.health import Health
+from moe_api.inference.v1 import inference_pb2_grpc
+from moe_api.malformed import MalformedRequestInterceptor
+from moe_api.worker.v1 import worker_pb2_grpc
+from moe_worker.config.directory import read_checkpoint_config
+from moe_worker.config.engine import EngineOptions
+from moe_worker.errors import SettingsError
+from moe_worker.models.tokenizer import Tokenizer
+from moe_worker.service.engine_client import EngineClient
+from moe_worker.service.servicers import InferenceService, Phase, Served, WorkerService
+from moe_worker.service.wire import Start
+
+SERVICES = ("moe_api.inference.v1.InferenceService", "moe_api.worker.v1.WorkerService")
+# Calls that are still open when the worker ends (health watches, answers under way) get this long.
+CLOSE_GRACE_S = 2.0
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """model: checkpoint directory; served_name: what clients ask for; listen: HOST:PORT."""
+
+    model: Path
+    served_name: str
+    listen: str
+    options: EngineOptions
+
+
+def serve(settings: ServeSettings) -> None:
+    """Serves until SIGTERM or SIGINT, then drains. Raises WorkerError."""
+    with telemetry.configure("moe-worker"):
+        asyncio.run(_serve(settings))
+
+
+async def _serve(settings: ServeSettings) -> None:
+    stop = _stop_on_signal()
+    inference = InferenceService(trace.get_tracer("moe_worker"))
+    health = Health(SERVICES)
+    server = await _listen(settings.listen, inference, health)
+    try:
+        await _load_and_run(settings, inference, health, stop)
+    finally:
+        await server.stop(CLOSE_GRACE_S)
+
+
+def _stop_on_signal() -> asyncio.Event:
+    """An event that SIGTERM and SIGINT set; a second signal ends the process at once."""
+    loop, stop, numbers = asyncio.get_running_loop(), asyncio.Event(), (signal.SIGTERM, signal.SIGINT)
+
+    def on_signal() -> None:
+        stop.set()
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+    for number in numbers:
+        loop.add_signal_handler(number, on_signal)
+    return stop
+
+
+async def _listen(address: str, inference: InferenceService, health: Health) -> grpc.aio.Server:
+    """Answers probes from here on, and requests with UNAVAILABLE."""
+    server = grpc.aio.server(interceptors=[MalformedRequestInterceptor()], options=transport.SERVER_OPTIONS)
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(inference), server)
+    await health.register(server)
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise SettingsError(f"cannot listen on {address}; give a free HOST:PORT of this machine") from error
+    await server.start()
+    log.info("listening on port %d, loading the model", port)
+    return server
+
+
+async def _load_and_run(
+    settings: ServeSettings, inference: InferenceService, health: Health, stop: asyncio.Event
+) -> None:
+    config = read_checkpoint_config(settings.model)
+    context_length = settings.options.context_for(config.max_position_embeddings)
+    tokenizer = await asyncio.to_thread(Tokenizer.load, settings.model, config)
+    engine = await EngineClient.start(Start(str(settings.model), settings.options))
+    try:
+        if not await _unless_stopped(engine.loaded(), stop):
+            return
+        inference.served = Served(settings.served_name, config, context_length, tokenizer, engine)
+        inference.phase = Phase.SERVING
+        await health.set_ready(ready=True)
+        log.info("serving %s (%s)", settings.served_name, engine.format)
+        await _run_until_drained(engine, inference, health, stop)
+    finally:
+        await engine.stop()
+
+
+async def _unless_stopped(loading: Coroutine[None, None, None], stop: asyncio.Event) -> bool:
+    """Waits for `loading`, or for `stop`: False then."""
+    task, stopped = asyncio.ensure_future(loading), asyncio.ensure_future(stop.wait())
+    await asyncio.wait((task, stopped), return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if task.done():
+        task.result()
+        return True
+    task.cancel()
+    return False
+
+
+async def _run_until_drained(
+    engine: EngineClient, inference: InferenceService, health: Health, stop: asyncio.Event
+) -> None:
+    """Raises EngineDiedError if the engine ends first."""
+    running, drained = (
+        asyncio.ensure_future(engine.run()),
+        asyncio.ensure_future(_drain(engine, inference, health, stop)),
+    )
+    await asyncio.wait((running, drained), return_when=asyncio.FIRST_COMPLETED)
+    if running.done() and not drained.done():
+        drained.cancel()
+        inference.phase = Phase.DRAINING
+        await health.set_ready(ready=False)
+        raise running.result()
+    running.cancel()
+
+
+async def _drain(
+    engine: EngineClient, inference: InferenceService, health: Health, stop: asyncio.Event
+) -> None:
+    """Waits for `stop`, refuses new requests from then on, and ends when those under way have ended."""
+    await stop.wait()
+    inference.phase = Phase.DRAINING
+    await health.set_ready(ready=False)
+    log.info("draining: %d requests under way", engine.requests)
+    await engine.until_idle()

@@ -1,0 +1,176 @@
+"""The RPCs of a worker."""
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import grpc
+from opentelemetry import trace
+
+from moe_api import rich_status, spans
+from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
+from moe_api.rich_status import FieldViolation
+from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
+from moe_worker.config.model import ARCHITECTURE, ModelConfig
+from moe_worker.engine.requests import FinishReason, Load
+from moe_worker.errors import EngineDiedError, QueueFullError
+from moe_worker.models.tokenizer import Tokenizer
+from moe_worker.service.engine_client import EngineClient
+from moe_worker.service.streams import Chunk
+from moe_worker.service.tracing import describe_request, record_outcome
+from moe_worker.service.validation import Checked, Limits, check_generate
+
+GENERATE = "moe_api.inference.v1.InferenceService/Generate"
+# Loading takes seconds to minutes, a drained worker does not come back: a frontend asks another one.
+RETRY_ELSEWHERE_S = 1.0
+# Longer texts are tokenized in a thread: 64 KiB take some 10 ms, which other streams would wait for.
+TOKENIZE_INLINE_CHARACTERS = 2_000
+FINISH_REASONS = {
+    FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
+}
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Phase(Enum):
+    """Where the worker is in its life; the text is what refused requests are told."""
+
+    LOADING = "the model is still loading; try again"
+    SERVING = ""
+    DRAINING = "this worker is shutting down; try another one"
+
+
+@dataclass(frozen=True)
+class Served:
+    """The model behind the RPCs."""
+
+    name: str
+    config: ModelConfig
+    context_length: int
+    tokenizer: Tokenizer
+    engine: EngineClient
+
+    @property
+    def limits(self) -> Limits:
+        """What requests are checked against."""
+        return Limits(self.config.vocab_size, self.context_length)
+
+
+class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
+    """moe_api.inference.v1.InferenceService; takes requests while its phase is SERVING."""
+
+    def __init__(self, tracer: trace.Tracer) -> None:
+        self.phase = Phase.LOADING
+        self.served: Served | None = None
+        self._tracer = tracer
+
+    async def Generate(  # noqa: N802
+        self, request: inference_pb2.GenerateRequest, context: Context
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+        """Streams a continuation."""
+        with spans.server_span(self._tracer, context, GENERATE) as span:
+            served = await self._available(request.model, context)
+            checked = await _check(request, served, context)
+            describe_request(span, served.name, checked.sampling, len(checked.prompt))
+            async with contextlib.aclosing(self._stream(served, checked, span, context)) as responses:
+                async for response in responses:
+                    yield response
+
+    async def Tokenize(  # noqa: N802
+        self, request: inference_pb2.TokenizeRequest, context: Context
+    ) -> inference_pb2.TokenizeResponse:
+        """Turns text into token ids."""
+        served = await self._available(request.model, context)
+        ids = await asyncio.to_thread(served.tokenizer.encode, request.text, request.add_special_tokens)
+        return inference_pb2.TokenizeResponse(tokens=inference_pb2.TokenIds(ids=ids))
+
+    async def GetModel(  # noqa: N802
+        self, request: inference_pb2.GetModelRequest, context: Context
+    ) -> inference_pb2.Model:
+        """Says which model is served."""
+        served = await self._available(request.model, context)
+        return inference_pb2.Model(
+            name=served.name,
+            architecture=ARCHITECTURE,
+            parameters_total=served.config.parameters_total,
+            parameters_active=served.config.parameters_active,
+            format=served.engine.format,
+            context_length=served.context_length,
+            vocabulary_size=served.config.vocab_size,
+        )
+
+    async def _available(self, model: str, context: Context) -> Served:
+        """The served model, if it is the one asked for and takes requests; else ends the call."""
+        if self.phase is not Phase.SERVING or self.served is None:
+            code = grpc.StatusCode.UNAVAILABLE
+            await rich_status.abort(
+                context, rich_status.retry_later(code, self.phase.value, RETRY_ELSEWHERE_S)
+            )
+        if model not in ("", self.served.name):
+            sentence = f"model {model!r} is not served here; ask for {self.served.name!r}, or leave it empty"
+            await rich_status.abort(context, rich_status.build(grpc.StatusCode.NOT_FOUND, sentence))
+        return self.served
+
+    async def _stream(
+        self, served: Served, checked: Checked, span: trace.Span, context: Context
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+        seed = secrets.randbits(64) if checked.sampling.seed is None else checked.sampling.seed
+        try:
+            number, stream = served.engine.submit(checked.prompt, checked.sampling, seed)
+        except QueueFullError as error:
+            code = grpc.StatusCode.RESOURCE_EXHAUSTED
+            await rich_status.abort(context, rich_status.retry_later(code, str(error), error.retry_after_s))
+        try:
+            while stream.timeline.finish_reason is None or stream.pending:
+                yield _response(await stream.take(), len(checked.prompt), stream.timeline.tokens)
+        except EngineDiedError as error:
+            code = grpc.StatusCode.UNAVAILABLE
+            await rich_status.abort(context, rich_status.retry_later(code, str(error), RETRY_ELSEWHERE_S))
+        finally:
+            # Also when the client has gone: the engine frees the slot before its next step.
+            served.engine.close(number)
+            record_outcome(self._tracer, span, served.name, stream.timeline, time.time_ns())
+
+
+class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
+    """moe_api.worker.v1.WorkerService; answers from what the engine said last, so at once."""
+
+    def __init__(self, inference: InferenceService) -> None:
+        self._inference = inference
+
+    async def GetLoad(self, request: worker_pb2.GetLoadRequest, context: Context) -> worker_pb2.Load:  # noqa: N802, ARG002
+        """Says how busy this worker is."""
+        served = self._inference.served
+        load = Load() if served is None else served.engine.current_load
+        return worker_pb2.Load(
+            queued=load.queued,
+            running=load.running,
+            kv_tokens_capacity=load.kv_tokens_capacity,
+            kv_tokens_used=load.kv_tokens_used,
+        )
+
+
+async def _check(request: inference_pb2.GenerateRequest, served: Served, context: Context) -> Checked:
+    """The request in the engine's terms; else ends the call with a violation for each wrong field."""
+    if len(request.prompt) <= TOKENIZE_INLINE_CHARACTERS:
+        checked = check_generate(request, served.tokenizer, served.limits)
+    else:
+        checked = await asyncio.to_thread(check_generate, request, served.tokenizer, served.limits)
+    if isinstance(checked, list):
+        violations = [FieldViolation(violation.field, violation.description) for violation in checked]
+        await rich_status.abort(context, rich_status.invalid_argument(violations))
+    return checked
+
+
+def _response(chunk: Chunk, prompt_tokens: int, completion_tokens: int) -> inference_pb2.GenerateResponse:
+    response = inference_pb2.GenerateResponse(text=chunk.text, tokens=chunk.tokens)
+    if chunk.finish_reason is not None:
+        response.finish_reason = FINISH_REASONS[chunk.finish_reason]
+        response.usage.prompt_tokens = prompt_tokens
+        response.usage.completion_tokens = completion_tokens
+    return response

@@ -1,0 +1,77 @@
+"""What the engine has produced for one request and the client has not yet taken."""
+
+import asyncio
+from dataclasses import dataclass, field
+
+from moe_worker.engine.requests import Delta, FinishReason
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The next message to the client. `finish_reason` is set on the last one."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason | None
+
+
+@dataclass
+class Timeline:
+    """Wall-clock times of one request in nanoseconds; 0 for what has not happened."""
+
+    submitted_ns: int
+    prefill_start_ns: int = 0
+    first_token_ns: int = 0
+    last_token_ns: int = 0
+    tokens: int = 0
+    finish_reason: FinishReason | None = None
+
+    def add(self, delta: Delta, start_ns: int, end_ns: int) -> None:
+        """Takes in a token from a step that began at `start_ns` and ended at `end_ns`."""
+        if self.tokens == 0:
+            self.prefill_start_ns, self.first_token_ns = start_ns, end_ns
+        self.tokens += 1
+        self.last_token_ns = end_ns
+        self.finish_reason = delta.finish_reason
+
+
+@dataclass
+class Stream:
+    """Gathers deltas until they are taken: a slow reader gets fewer, larger messages.
+
+    It holds at most the rest of the request's own tokens, so a context length bounds it.
+    """
+
+    timeline: Timeline
+    _text: list[str] = field(default_factory=list)
+    _tokens: list[int] = field(default_factory=list)
+    _error: Exception | None = None
+    _ready: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is something to take."""
+        return bool(self._tokens)
+
+    def push(self, delta: Delta, start_ns: int, end_ns: int) -> None:
+        """Adds what a step has produced."""
+        self.timeline.add(delta, start_ns, end_ns)
+        self._text.append(delta.text)
+        self._tokens.append(delta.token)
+        self._ready.set()
+
+    def fail(self, error: Exception) -> None:
+        """Ends the stream: the next `take` raises `error`."""
+        self._error = error
+        self._ready.set()
+
+    async def take(self) -> Chunk:
+        """Everything since the last call, at least one token; waits for it."""
+        await self._ready.wait()
+        if self._error is not None:
+            raise self._error
+        self._ready.clear()
+        chunk = Chunk("".join(self._text), tuple(self._tokens), self.timeline.finish_reason)
+        self._text.clear()
+        self._tokens.clear()
+        return chunk

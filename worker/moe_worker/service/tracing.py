@@ -1,0 +1,54 @@
+"""The spans of one request: attributes of the server span, and queue, prefill and decode below it.
+
+Times were measured where things happened, in the engine process; spans are made of them afterwards.
+"""
+
+from opentelemetry import trace
+
+from moe_api import semconv
+from moe_worker.sampling.parameters import SamplingParameters
+from moe_worker.service.streams import Timeline
+
+
+def describe_request(span: trace.Span, model: str, sampling: SamplingParameters, prompt_tokens: int) -> None:
+    """Sets what is known when a request has been checked."""
+    span.set_attributes(
+        {
+            semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_TEXT_COMPLETION,
+            semconv.GEN_AI_PROVIDER_NAME: semconv.PROVIDER,
+            semconv.GEN_AI_REQUEST_MODEL: model,
+            semconv.GEN_AI_REQUEST_STREAM: True,
+            semconv.GEN_AI_REQUEST_MAX_TOKENS: sampling.max_tokens,
+            semconv.GEN_AI_REQUEST_TEMPERATURE: sampling.temperature,
+            semconv.GEN_AI_REQUEST_TOP_P: sampling.top_p,
+            semconv.GEN_AI_REQUEST_TOP_K: sampling.top_k,
+            semconv.GEN_AI_USAGE_INPUT_TOKENS: prompt_tokens,
+        }
+    )
+    if sampling.seed is not None:
+        # Attributes are signed 64-bit integers; a seed may be larger.
+        span.set_attribute(semconv.GEN_AI_REQUEST_SEED, str(sampling.seed))
+    if sampling.stop:
+        span.set_attribute(semconv.GEN_AI_REQUEST_STOP_SEQUENCES, sampling.stop)
+
+
+def record_outcome(
+    tracer: trace.Tracer, span: trace.Span, model: str, timeline: Timeline, now_ns: int
+) -> None:
+    """Adds what happened, at the latest by `now_ns`; a request that was cancelled shows how far it came."""
+    span.set_attribute(semconv.GEN_AI_RESPONSE_MODEL, model)
+    span.set_attribute(semconv.GEN_AI_USAGE_OUTPUT_TOKENS, timeline.tokens)
+    if timeline.finish_reason is not None:
+        span.set_attribute(semconv.GEN_AI_RESPONSE_FINISH_REASONS, [timeline.finish_reason.value])
+    queue_end_ns = timeline.prefill_start_ns or now_ns
+    _child(tracer, span, "queue", timeline.submitted_ns, max(queue_end_ns, timeline.submitted_ns))
+    if timeline.tokens:
+        waited_s = (timeline.first_token_ns - timeline.submitted_ns) / 1e9
+        span.set_attribute(semconv.GEN_AI_RESPONSE_TIME_TO_FIRST_CHUNK, waited_s)
+        _child(tracer, span, "prefill", timeline.prefill_start_ns, timeline.first_token_ns)
+        _child(tracer, span, "decode", timeline.first_token_ns, timeline.last_token_ns)
+
+
+def _child(tracer: trace.Tracer, parent: trace.Span, name: str, start_ns: int, end_ns: int) -> None:
+    span = tracer.start_span(name, context=trace.set_span_in_context(parent), start_time=start_ns)
+    span.end(end_time=end_ns)

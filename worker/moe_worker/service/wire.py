@@ -1,0 +1,116 @@
+"""What the edge and the engine process say to one another: frozen dataclasses as JSON, one a frame.
+
+A frame is 4 bytes of length (big endian) and a JSON object whose "type" names the class. Plain data, so that
+neither side can make the other run code.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
+
+from moe_worker.config.engine import EngineOptions
+from moe_worker.engine.requests import Delta, FinishReason, Load, Request
+from moe_worker.sampling.parameters import SamplingParameters
+
+LENGTH_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Start:
+    """Edge to engine, first: load this."""
+
+    model: str
+    options: EngineOptions
+
+
+@dataclass(frozen=True)
+class Submit:
+    """Edge to engine: compute this request, which has been checked."""
+
+    request: Request
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Edge to engine: nobody waits for this request any more."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Engine to edge: requests can come."""
+
+    format: str
+    load: Load
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Engine to edge, last: why the engine ends, for the user."""
+
+    message: str
+    exit_code: int
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """Engine to edge: what happened since the last one.
+
+    `start_ns` and `end_ns` are wall-clock times of the step; `submitted` counts all requests taken so far.
+    """
+
+    start_ns: int
+    end_ns: int
+    deltas: tuple[Delta, ...]
+    load: Load
+    submitted: int
+
+
+Message = Start | Submit | Cancel | Loaded | Failed | Stepped
+
+
+def encode(message: Message) -> bytes:
+    """The frame of one message."""
+    body = {"type": type(message).__name__} | asdict(message)
+    payload = json.dumps(body, default=_plain, separators=(",", ":")).encode()
+    return len(payload).to_bytes(LENGTH_BYTES, "big") + payload
+
+
+def decode(payload: bytes) -> Message:
+    """The message in a frame, without its length."""
+    body = json.loads(payload)
+    return _READERS[body.pop("type")](body)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Enum):
+        return value.value
+    raise TypeError(f"{type(value).__name__} cannot be sent")
+
+
+def _request(body: Mapping[str, Any]) -> Request:
+    sampling = SamplingParameters(**body["sampling"] | {"stop": tuple(body["sampling"]["stop"])})
+    return Request(body["id"], tuple(body["prompt"]), sampling, body["seed"])
+
+
+def _delta(body: Mapping[str, Any]) -> Delta:
+    reason = body["finish_reason"]
+    return Delta(body["id"], body["token"], body["text"], None if reason is None else FinishReason(reason))
+
+
+def _stepped(body: Mapping[str, Any]) -> Stepped:
+    deltas = tuple(_delta(delta) for delta in body["deltas"])
+    return Stepped(body["start_ns"], body["end_ns"], deltas, Load(**body["load"]), body["submitted"])
+
+
+_READERS: Mapping[str, Callable[[dict[str, Any]], Message]] = {
+    "Start": lambda body: Start(body["model"], EngineOptions(**body["options"])),
+    "Submit": lambda body: Submit(_request(body["request"])),
+    "Cancel": lambda body: Cancel(body["id"]),
+    "Loaded": lambda body: Loaded(body["format"], Load(**body["load"])),
+    "Failed": lambda body: Failed(**body),
+    "Stepped": _stepped,
+}
