@@ -28,3 +28,13 @@ GEN_AI_USAGE_INPUT_TOKENS: Final = "gen_ai.usage.input_tokens"
 GEN_AI_USAGE_OUTPUT_TOKENS: Final = "gen_ai.usage.output_tokens"
 OPERATION_TEXT_COMPLETION: Final = "text_completion"
 PROVIDER: Final = "moe_operator"  # the conventions leave room for names that are not on their list
+
+# Which attribute a field of moe_api.inference.v1.SamplingParameters becomes.
+SAMPLING_ATTRIBUTES: Final = {
+    "max_tokens": GEN_AI_REQUEST_MAX_TOKENS,
+    "temperature": GEN_AI_REQUEST_TEMPERATURE,
+    "top_p": GEN_AI_REQUEST_TOP_P,
+    "top_k": GEN_AI_REQUEST_TOP_K,
+    "seed": GEN_AI_REQUEST_SEED,
+    "stop": GEN_AI_REQUEST_STOP_SEQUENCES,
+}

@@ -127,13 +127,20 @@ def cluster_api() -> kubernetes.client.DiscoveryV1Api:
         InstallationError: there is neither.
     """
     try:
-        kubernetes.config.load_config()
+        kubernetes.config.load_incluster_config()
+    except kubernetes.config.ConfigException:
+        _load_kubeconfig()
+    return kubernetes.client.DiscoveryV1Api()
+
+
+def _load_kubeconfig() -> None:
+    try:
+        kubernetes.config.load_kube_config()
     except kubernetes.config.ConfigException as error:
         raise InstallationError(
             "no Kubernetes cluster to be found: run inside a pod with a service account, set KUBECONFIG, "
             "or name the workers with --static HOST:PORT,..."
         ) from error
-    return kubernetes.client.DiscoveryV1Api()
 
 
 def _brief(error: Exception) -> str:

@@ -12,6 +12,7 @@ import click
 from opentelemetry import trace
 
 from moe_api import telemetry
+from moe_api.address import check_address
 from moe_operator.errors import InstallationError, MoEOperatorError
 from moe_operator.frontend.endpoints import Endpoint, static_endpoints
 from moe_operator.frontend.forwarding import Forwarder
@@ -30,12 +31,10 @@ class _Addresses(click.ParamType[tuple[str, ...]]):
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, ...]:
-        addresses = tuple(part.strip() for part in str(value).split(","))
-        for address in addresses:
-            host, _, port = address.rpartition(":")
-            if not host or not port.isdecimal() or int(port) > 65535:
-                self.fail(f"{address!r} is not HOST:PORT, as in 127.0.0.1:8000", param, ctx)
-        return addresses
+        try:
+            return tuple(check_address(part) for part in str(value).split(","))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 @click.command(epilog="Stop it with SIGTERM: running streams finish, within --grace seconds.")

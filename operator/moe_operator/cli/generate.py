@@ -1,0 +1,146 @@
+"""`moe generate`: a prompt in, text out as it is generated."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import click
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+
+from moe_api import semconv, telemetry
+from moe_api.inference.v1 import inference_pb2
+from moe_operator.cli import calling, errors, timing
+from moe_operator.cli.timing import Timing
+
+_UINT32 = click.IntRange(0, 2**32 - 1)
+
+
+@click.command()
+@calling.model_options
+@click.option(
+    "--max-tokens", type=click.IntRange(1, 2**32 - 1), help="Tokens to generate at most. [server: 128]"
+)
+@click.option("--temperature", type=float, help="0 takes the likeliest token; up to 2. [server: 0]")
+@click.option("--top-p", type=float, help="Keep the likeliest tokens up to this probability. [server: 1]")
+@click.option(
+    "--top-k", type=_UINT32, help="Keep this many of the likeliest tokens; 0 keeps all. [server: 0]"
+)
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Makes sampling repeatable. [server: random]")
+@click.option("--stop", type=calling.TEXT, multiple=True, help="End before this text; may be repeated.")
+@click.option("--stats", is_flag=True, help="Print usage, TTFT and TPOT to stderr.")
+@click.option(
+    "--trace-id", is_flag=True, help="Print the trace id to stderr (as is done when traces are sent)."
+)
+@click.argument("prompt", type=calling.TEXT)
+def generate(
+    endpoint: str,
+    model: str,
+    timeout: float | None,
+    prompt: str,
+    *,
+    stats: bool,
+    trace_id: bool,
+    **sampling: Any,
+) -> None:
+    """Continues PROMPT and prints the text as it comes ("-" reads the prompt from standard input).
+
+    \b
+    moe generate "A Service in Kubernetes is" --max-tokens 64 --stats
+    echo "Once" | moe generate - --temperature 0.8 --seed 1
+    """
+    request = build_request(model, prompt, sampling)
+    with telemetry.configure("moe") as handle:
+        tracer = _tracer(sent=handle.enabled, wanted=trace_id)
+        with tracer.start_as_current_span(
+            "moe generate", kind=trace.SpanKind.CLIENT, record_exception=False
+        ) as span:
+            if trace_id or handle.enabled:
+                click.echo(f"trace: {span.get_span_context().trace_id:032x}", err=True)
+            _describe_request(span, request)
+            result = _call(endpoint, request, timeout)
+            _describe_result(span, result)
+    if stats:
+        click.echo(timing.summary(result), err=True)
+
+
+def build_request(model: str, prompt: str, sampling: dict[str, Any]) -> inference_pb2.GenerateRequest:
+    """The request for what was asked on the command line; what was not asked is left to the server."""
+    given = {name: value for name, value in sampling.items() if value is not None}
+    return inference_pb2.GenerateRequest(
+        model=model, prompt=prompt, sampling=inference_pb2.SamplingParameters(**given)
+    )
+
+
+def print_stream(
+    responses: Iterable[inference_pb2.GenerateResponse], clock: Callable[[], float] = time.monotonic
+) -> Timing:
+    """Prints text as it comes; says when the first and the last message came.
+
+    Args:
+        responses: of one call, begun now.
+        clock: seconds, monotonic.
+    """
+    started = clock()
+    first = last = None
+    usage, reason, text = inference_pb2.Usage(), inference_pb2.FINISH_REASON_UNSPECIFIED, ""
+    for response in responses:
+        last = clock()
+        first = last if first is None and response.tokens else first
+        text = response.text or text
+        sys.stdout.write(response.text)
+        sys.stdout.flush()
+        if response.HasField("usage"):
+            usage, reason = response.usage, response.finish_reason
+    if sys.stdout.isatty() and not text.endswith("\n"):
+        sys.stdout.write("\n")
+    return Timing(
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        finish_reason=timing.reason_name(reason),
+        first_s=None if first is None else first - started,
+        total_s=(last or clock()) - started,
+    )
+
+
+def _tracer(*, sent: bool, wanted: bool) -> trace.Tracer:
+    """With --trace-id the request gets a trace even where this side sends none: the servers may."""
+    if wanted and not sent:
+        return TracerProvider(shutdown_on_exit=False).get_tracer(__name__)
+    return trace.get_tracer(__name__)
+
+
+def _call(endpoint: str, request: inference_pb2.GenerateRequest, timeout: float | None) -> Timing:
+    with calling.calling(endpoint) as stub:
+        call = stub.Generate(request, timeout=timeout, metadata=telemetry.inject())
+        try:
+            return print_stream(call)
+        except KeyboardInterrupt:
+            call.cancel()
+            sys.exit(errors.INTERRUPTED)
+        except BrokenPipeError:
+            # Whoever reads us, `head` for one, has enough. Python would complain once more at exit.
+            call.cancel()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+
+
+def _describe_request(span: trace.Span, request: inference_pb2.GenerateRequest) -> None:
+    span.set_attribute(semconv.GEN_AI_OPERATION_NAME, semconv.OPERATION_TEXT_COMPLETION)
+    span.set_attribute(semconv.GEN_AI_PROVIDER_NAME, semconv.PROVIDER)
+    span.set_attribute(semconv.GEN_AI_REQUEST_STREAM, value=True)
+    if request.model:
+        span.set_attribute(semconv.GEN_AI_REQUEST_MODEL, request.model)
+    for field, value in request.sampling.ListFields():
+        attribute = semconv.SAMPLING_ATTRIBUTES[field.name]
+        span.set_attribute(attribute, list(value) if attribute.endswith("sequences") else value)
+
+
+def _describe_result(span: trace.Span, result: Timing) -> None:
+    span.set_attribute(semconv.GEN_AI_USAGE_INPUT_TOKENS, result.prompt_tokens)
+    span.set_attribute(semconv.GEN_AI_USAGE_OUTPUT_TOKENS, result.completion_tokens)
+    span.set_attribute(semconv.GEN_AI_RESPONSE_FINISH_REASONS, [result.finish_reason])
+    if result.first_s is not None:
+        span.set_attribute(semconv.GEN_AI_RESPONSE_TIME_TO_FIRST_CHUNK, result.first_s)

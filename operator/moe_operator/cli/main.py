@@ -1,0 +1,31 @@
+"""The command `moe`."""
+
+import click
+
+from moe_operator.cli.generate import generate
+from moe_operator.cli.status import status
+from moe_operator.cli.tokenize import tokenize
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="moe-operator")
+def main() -> None:
+    """Uses and inspects Mixture-of-Experts models served by moe-operator.
+
+    \b
+    See what is deployed:    moe status
+    Reach it from here:      kubectl port-forward service/NAME-frontend 8000
+    Ask it:                  moe generate "A pod is"
+
+    The address comes from --endpoint or MOE_ENDPOINT. Traces are sent when OTEL_EXPORTER_OTLP_ENDPOINT
+    names an OpenTelemetry Collector.
+
+    \b
+    Exit codes: 0 done, 2 wrong request or options, 3 nothing there to answer (try again),
+    4 too busy (try again), 5 out of time, 1 anything else, 130 stopped with Ctrl-C.
+    """
+
+
+main.add_command(generate)
+main.add_command(tokenize)
+main.add_command(status)

@@ -1,0 +1,16 @@
+"""Addresses as people write them: ``HOST:PORT``, with an IPv6 host in brackets."""
+
+
+def check_address(text: str) -> str:
+    """Returns the address without surrounding space.
+
+    Raises:
+        ValueError: it is not ``HOST:PORT``; the text is a sentence.
+    """
+    address = text.strip()
+    host, _, port = address.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]") and len(host) > 2
+    plain = bool(host) and not set(host) & set("[]:/ ")
+    if not (bracketed or plain) or not port.isascii() or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"{text!r} is not HOST:PORT, as in 127.0.0.1:8000 or [::1]:8000")
+    return address
