@@ -1,0 +1,175 @@
+"""The command line: `python -m localcluster`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from localcluster import images
+from localcluster.cluster import DEFAULT_DIRECTORY, DEFAULT_MOUNTS, Cluster, Ready
+from localcluster.errors import LocalClusterError, NotRunningError
+from localcluster.forward import Forward
+from localcluster.images import Image
+from localcluster.layout import Layout
+from localcluster.progress import Reporter
+from localcluster.settings import parse_mount
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option(
+    "--dir",
+    "directory",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=DEFAULT_DIRECTORY,
+    help="State directory; one cluster each. Default: .local in the checkout.",
+)
+@click.pass_context
+def cli(context: click.Context, directory: Path) -> None:
+    """Run a real Kubernetes on this machine, without containers and without root.
+
+    etcd, API server, controllers, scheduler and kubelet are the real ones; the pods' containers are local processes
+    in namespaces of their own.
+
+    \b
+    Begin with:
+      python -m localcluster up
+      export KUBECONFIG=$PWD/.local/kubeconfig PATH=$PWD/.local/bin:$PATH
+      kubectl get nodes
+      python -m localcluster down
+    """
+    context.obj = directory.absolute()
+
+
+@cli.command()
+@click.option(
+    "--mount",
+    "mounts",
+    multiple=True,
+    metavar="HOST:NODE",
+    help="Show a directory, read-only, on the node below /mnt.",
+)
+@click.option(
+    "--tool",
+    "tools",
+    multiple=True,
+    metavar="NAME",
+    help="Also build and link helm, grpcurl or otelcol (and its image).",
+)
+@click.option(
+    "--api-port", default=0, metavar="PORT", help="The API server's port on 127.0.0.1. Default: a free one."
+)
+@click.pass_obj
+def up(directory: Path, mounts: tuple[str, ...], tools: tuple[str, ...], api_port: int) -> None:
+    """Start the cluster and leave it running.
+
+    The first time, this builds Kubernetes from source (5 to 8 minutes on 2 cores); later it takes some seconds. The
+    checkout's examples/ is /mnt/models on the node. Ctrl-C at any moment undoes everything.
+    """
+    wanted = (*DEFAULT_MOUNTS, *map(parse_mount, mounts))
+    cluster = Cluster(directory, mounts=wanted, extra_tools=tools, api_port=api_port)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` of `up` undoes everything too
+    started = time.monotonic()
+
+    def show(ready: Ready) -> None:
+        click.echo(f"  {ready.component:<24} ready   {ready.seconds:5.1f} s")
+
+    with Reporter(sys.stderr) as reporter:
+        cluster.up(show, reporter.show)
+    click.echo(f"The cluster is up after {time.monotonic() - started:.1f} s. To use it:")
+    click.echo(f"  export KUBECONFIG={cluster.kubeconfig}\n  export PATH={directory / 'bin'}:$PATH")
+
+
+@cli.command()
+@click.pass_obj
+def down(directory: Path) -> None:
+    """Stop the cluster and delete it; only its logs stay. Also clears up after a crash."""
+    click.echo(
+        "The cluster is down." if Cluster(directory).down() else f"No cluster was running in {directory}."
+    )
+
+
+@cli.command()
+@click.pass_obj
+def status(directory: Path) -> None:
+    """Show the components: memory, age, restarts. Ends with code 1 when no cluster runs."""
+    components = Cluster(directory).status()
+    click.echo(f"{'COMPONENT':<24} {'MEMORY':>8} {'UP':>9} {'RESTARTS':>9}")
+    for item in components:
+        memory = f"{item['resident'] / 2**20:.0f} MB"
+        click.echo(f"{item['name']:<24} {memory:>8} {item['seconds']:>7.0f} s {item['restarts']:>9}")
+    click.echo(f"{'total':<24} {sum(item['resident'] for item in components) / 2**20:.0f} MB")
+
+
+@cli.command()
+@click.argument("target", metavar="NAMESPACE/SERVICE:PORT")
+@click.option("--local-port", default=0, metavar="PORT", help="The port on 127.0.0.1. Default: a free one.")
+@click.pass_obj
+def forward(directory: Path, target: str, local_port: int) -> None:
+    """Make a service reachable at a port of 127.0.0.1, until Ctrl-C.
+
+    Each connection goes to the next ready endpoint, chosen when it comes, so it survives restarts of pods.
+    """
+    service, _, port = target.rpartition(":")
+    namespace, slash, name = service.partition("/")
+    if not (slash and name and port):
+        raise click.UsageError(
+            f"{target}: expected NAMESPACE/SERVICE:PORT, like default/docs-moe-frontend:8000"
+        )
+    with Forward(directory, namespace, name, port, local_port) as opened:
+        click.echo(f"{opened.address} leads to {target}; Ctrl-C ends it", err=True)
+        click.echo(opened.address)
+        signal.pause()
+
+
+@cli.command("load-image")
+@click.argument("name")
+@click.option(
+    "--path",
+    "paths",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A directory to put before the PATH; may repeat.",
+)
+@click.option("--env", "environment", multiple=True, metavar="KEY=VALUE", help="A variable; may repeat.")
+@click.option("--entrypoint", default="", help="The command of containers that name none.")
+@click.pass_obj
+def load_image(
+    directory: Path, name: str, paths: tuple[Path, ...], environment: tuple[str, ...], entrypoint: str
+) -> None:
+    """Say what an image NAME stands for: containers run this machine's programs, found along a PATH.
+
+    \b
+    Example, a second Python environment as an image:
+      python -m localcluster load-image ghcr.io/me/worker:test --path ~/other/.venv/bin
+    """
+    file = Layout(directory).images
+    if not file.exists():
+        raise NotRunningError(f"no cluster runs in {directory}; start one with `python -m localcluster up`")
+    pairs = [text.partition("=") for text in environment]
+    if wrong := [key for key, equals, _ in pairs if not equals]:
+        raise click.UsageError(f"--env {wrong[0]}: expected KEY=VALUE")
+    variables = {key: value for key, _, value in pairs}
+    folders = tuple(str(path.absolute()) for path in paths)
+    images.load(file, Image(images.normalize(name), folders, variables, (entrypoint,) if entrypoint else ()))
+    click.echo(f"{images.normalize(name)} is ready for pods.")
+
+
+def main() -> None:
+    """Runs a command; what a user can do something about is shown as one sentence."""
+    try:
+        cli.main(prog_name="python -m localcluster", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped", err=True)
+        sys.exit(130)
+    except LocalClusterError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)

@@ -1,0 +1,151 @@
+"""The node's network agent: what kube-proxy, CoreDNS and `kubectl port-forward` are elsewhere.
+
+Watches Services and EndpointSlices; listens at every service's address and relays to its ready endpoints;
+answers DNS; relays the API server's host port, and the host ports that `forward` hands over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import socket
+import threading
+from ipaddress import IPv4Address, IPv4Interface
+from typing import Any
+
+from localcluster.errors import ForwardError
+from localcluster.layout import API_PORT, API_SERVICE_ADDRESS, DNS_ADDRESS, INSIDE, NODE_ADDRESS
+from localcluster.netlink import Netlink
+from localcluster.network import catalog, dns, relay, watch
+from localcluster.network.catalog import Address, Catalog, ServicePort
+
+_API_LISTENER_FD = 3
+_SERVICES = "/api/v1/services"
+_SLICES = "/apis/discovery.k8s.io/v1/endpointslices"
+_PERMANENT = {str(API_SERVICE_ADDRESS), str(DNS_ADDRESS)}
+_log = logging.getLogger(__name__)
+
+
+class Agent:
+    """Keeps listeners in step with the services of the cluster."""
+
+    def __init__(self) -> None:
+        self._objects: dict[str, dict[str, Any]] = {_SERVICES: {}, _SLICES: {}}
+        self.catalog: Catalog = catalog.build({}, {})
+        self._servers: dict[Address, asyncio.Server] = {}
+        self._addresses: set[str] = set()
+        self._changed = asyncio.Event()
+
+    def lookup(self, name: str) -> tuple[IPv4Address, ...] | None:
+        """The addresses of a DNS name; None where it does not exist."""
+        found = self.catalog.records.get(name)
+        if found is None and any(known.endswith(f".{name}") for known in self.catalog.records):
+            return ()  # a name with others below it exists, without addresses (RFC 8020)
+        return found
+
+    def watch(self) -> None:
+        """Starts following the API server, in threads that end with the process."""
+        loop = asyncio.get_running_loop()
+        for path in (_SERVICES, _SLICES):
+
+            def changed(objects: dict[str, Any], path: str = path) -> None:
+                loop.call_soon_threadsafe(self._update, path, objects)
+
+            threading.Thread(target=watch.follow, args=(path, changed), daemon=True, name=path).start()
+
+    def _update(self, path: str, objects: dict[str, Any]) -> None:
+        self._objects[path] = objects
+        self.catalog = catalog.build(self._objects[_SERVICES], self._objects[_SLICES])
+        self._changed.set()
+
+    async def keep_listening(self) -> None:
+        """Opens and closes listeners as services come and go. Never returns."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            wanted = self.catalog.listeners()
+            for address in self._servers.keys() - wanted.keys():
+                self._servers.pop(address).close()
+            self._set_addresses({a.host for a in wanted} - _PERMANENT)
+            for address in wanted.keys() - self._servers.keys():
+                await self._listen(address, wanted[address])
+
+    def _set_addresses(self, wanted: set[str]) -> None:
+        with Netlink() as netlink:
+            for host in wanted - self._addresses:
+                netlink.add_address("lo", IPv4Interface(f"{host}/32"))
+            for host in self._addresses - wanted:
+                netlink.delete_address("lo", IPv4Interface(f"{host}/32"))
+        self._addresses = wanted
+
+    async def _listen(self, address: Address, port: ServicePort) -> None:
+        choose = relay.RoundRobin(lambda: self.catalog.behind(port))
+        try:
+            server = await asyncio.start_server(relay.handler(choose), address.host, address.port)
+        except OSError as error:
+            _log.warning("service %s cannot listen at %s: %s", port.service, address, error)
+        else:
+            self._servers[address] = server
+
+    async def forward(self, control: socket.socket) -> None:
+        """Serves one forward: takes a listening socket of the host, and relays its connections while `control` is open.
+
+        The request is JSON, {"namespace", "service", "port"}, and comes together with the socket's descriptor
+        (SCM_RIGHTS); the answer is JSON, {"error": TEXT}, empty for success.
+        """
+        control.setblocking(True)
+        request, descriptors, _, _ = await asyncio.to_thread(socket.recv_fds, control, 65536, 1)
+        control.setblocking(False)
+        loop = asyncio.get_running_loop()
+        if not request:
+            return
+        listener = socket.socket(fileno=descriptors[0])
+        try:
+            port = self.catalog.find(**json.loads(request))
+        except ForwardError as error:
+            listener.close()
+            await loop.sock_sendall(control, json.dumps({"error": str(error)}).encode())
+            return
+        choose = relay.RoundRobin(lambda: self.catalog.behind(port))
+        server = await asyncio.start_server(relay.handler(choose), sock=listener)
+        await loop.sock_sendall(control, b'{"error": ""}')
+        with contextlib.suppress(ConnectionError):
+            await loop.sock_recv(control, 1)
+        server.close()
+
+    async def serve_forwards(self) -> None:
+        """Accepts requests for forwards. Never returns."""
+        INSIDE.network_socket.unlink(missing_ok=True)
+        loop = asyncio.get_running_loop()
+        tasks: set[asyncio.Task[None]] = set()
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(INSIDE.network_socket))
+            listener.listen()
+            listener.setblocking(False)
+            while True:
+                control, _ = await loop.sock_accept(listener)
+                task = asyncio.create_task(self._forward_and_close(control))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+
+    async def _forward_and_close(self, control: socket.socket) -> None:
+        with control:
+            await self.forward(control)
+
+
+async def main() -> None:
+    """Runs the agent until the process ends."""
+    agent = Agent()
+    api = [Address(str(NODE_ADDRESS), API_PORT)]
+    listener = socket.socket(fileno=_API_LISTENER_FD)
+    await asyncio.start_server(relay.handler(lambda: api), sock=listener)
+    agent.watch()
+    await dns.serve(agent.lookup)
+    await asyncio.gather(agent.keep_listening(), agent.serve_forwards())
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    asyncio.run(main())

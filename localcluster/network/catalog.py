@@ -1,0 +1,150 @@
+"""What services exist and who stands behind them: pure functions from API objects to backends and DNS records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from ipaddress import IPv4Address
+from typing import Any
+
+from localcluster.errors import ForwardError
+from localcluster.layout import CLUSTER_DOMAIN
+
+_SERVICE_LABEL = "kubernetes.io/service-name"
+Object = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Address:
+    """A TCP address in the cluster's network."""
+
+    host: str
+    port: int
+
+
+@dataclass(frozen=True)
+class ServicePort:
+    """One TCP port of a service.
+
+    Attributes:
+        service: "namespace/name".
+        name: the port's name; empty for the only one.
+        port: its number.
+        address: the service's own address; None for a headless service.
+    """
+
+    service: str
+    name: str
+    port: int
+    address: str | None
+
+    @property
+    def listen(self) -> Address | None:
+        """Where the service is to be reached; None for a headless service."""
+        return Address(self.address, self.port) if self.address else None
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Everything at one moment: ports by service, ready backends by (service, port name), DNS records by lower-case name."""
+
+    ports: Mapping[str, tuple[ServicePort, ...]]
+    backends: Mapping[tuple[str, str], tuple[Address, ...]]
+    records: Mapping[str, tuple[IPv4Address, ...]]
+
+    def listeners(self) -> dict[Address, ServicePort]:
+        """The addresses to listen at."""
+        every = (port for ports in self.ports.values() for port in ports)
+        return {port.listen: port for port in every if port.listen is not None}
+
+    def behind(self, port: ServicePort) -> tuple[Address, ...]:
+        """The ready backends of a service port."""
+        return self.backends.get((port.service, port.name), ())
+
+    def find(self, namespace: str, name: str, port: str) -> ServicePort:
+        """A service's port by name or number; raises ForwardError saying what there is instead."""
+        service = f"{namespace}/{name}"
+        if service not in self.ports:
+            known = ", ".join(sorted(s for s in self.ports if s.startswith(f"{namespace}/"))) or "none"
+            raise ForwardError(f"there is no service {service}; services in namespace {namespace}: {known}")
+        for candidate in self.ports[service]:
+            if port in (candidate.name, str(candidate.port)):
+                return candidate
+        known = ", ".join(f"{p.port} {p.name}".strip() for p in self.ports[service]) or "none"
+        raise ForwardError(f"service {service} has no TCP port {port}; its ports: {known}")
+
+
+def build(services: Mapping[str, Object], slices: Mapping[str, Object]) -> Catalog:
+    """The catalog of these Services and EndpointSlices, each by "namespace/name"."""
+    return Catalog(
+        ports={key: tuple(_ports(key, service)) for key, service in services.items()},
+        backends=_backends(slices.values()),
+        records=_records(services, slices.values()),
+    )
+
+
+def _ports(key: str, service: Object) -> Iterator[ServicePort]:
+    spec = service["spec"]
+    address = spec.get("clusterIP")
+    for port in spec.get("ports", []):
+        if port.get("protocol", "TCP") == "TCP":
+            yield ServicePort(
+                key,
+                port.get("name", ""),
+                port["port"],
+                address if address not in (None, "", "None") else None,
+            )
+
+
+def _owner(endpoint_slice: Object) -> str | None:
+    metadata = endpoint_slice["metadata"]
+    name = metadata.get("labels", {}).get(_SERVICE_LABEL)
+    return f"{metadata['namespace']}/{name}" if name and endpoint_slice["addressType"] == "IPv4" else None
+
+
+def _ready(endpoint_slice: Object) -> Iterator[Object]:
+    """Endpoints that take traffic. No condition means ready (EndpointConditions in the API reference)."""
+    for endpoint in endpoint_slice.get("endpoints") or []:
+        if endpoint.get("conditions", {}).get("ready") is not False:
+            yield endpoint
+
+
+def _backends(slices: Iterable[Object]) -> dict[tuple[str, str], tuple[Address, ...]]:
+    found: dict[tuple[str, str], tuple[Address, ...]] = {}
+    for item in slices:
+        owner = _owner(item)
+        if owner is None:
+            continue
+        for port in item.get("ports") or []:
+            key = (owner, port.get("name") or "")
+            addresses = tuple(
+                Address(e["addresses"][0], port["port"]) for e in _ready(item) if port.get("port")
+            )
+            found[key] = found.get(key, ()) + addresses
+    return found
+
+
+def _records(services: Mapping[str, Object], slices: Iterable[Object]) -> dict[str, tuple[IPv4Address, ...]]:
+    """A records by the rules of github.com/kubernetes/dns, docs/specification.md, sections 2.3 and 2.4."""
+    records: dict[str, list[IPv4Address]] = {}
+    for key, service in services.items():
+        address = service["spec"].get("clusterIP")
+        if address not in (None, "", "None"):
+            records[_domain(key)] = [IPv4Address(address)]
+        else:
+            records.setdefault(_domain(key), [])
+    for item in slices:
+        owner = _owner(item)
+        if owner not in services or services[owner]["spec"].get("clusterIP") != "None":
+            continue
+        for endpoint in _ready(item):
+            address = IPv4Address(endpoint["addresses"][0])
+            records[_domain(owner)].append(address)
+            if endpoint.get("hostname"):
+                records.setdefault(f"{endpoint['hostname']}.{_domain(owner)}", []).append(address)
+    return {name: tuple(dict.fromkeys(addresses)) for name, addresses in records.items()}
+
+
+def _domain(key: str) -> str:
+    namespace, _, name = key.partition("/")
+    return f"{name}.{namespace}.svc.{CLUSTER_DOMAIN}".lower()
