@@ -29,7 +29,7 @@ KUBERNETES = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-schedul
 CLUSTER = Source(
     directory=Path(__file__).parent / "go",
     programs=(
-        Program("./kubernetes", KUBERNETES),
+        Program("./kubernetes", (*KUBERNETES, "cri-descriptor")),
         Program("./otelcol", ("otelcol",)),
         Program("helm.sh/helm/v4/cmd/helm", ("helm",)),
         Program("github.com/fullstorydev/grpcurl/cmd/grpcurl", ("grpcurl",)),

@@ -257,7 +257,7 @@ def test_a_program_may_be_the_first_argument(executables: dict[str, Path]) -> No
     assert "Kubernetes v1.36.3" in run(kubernetes, "kube-apiserver", "--version")
     wrong = subprocess.run([kubernetes, "kube-proxy"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
-    assert wrong.stderr.startswith("error: call this program by one of the names etcd, kube-apiserver, ")
+    assert wrong.stderr.startswith("error: call this program by one of the names cri-descriptor, etcd, ")
 
 
 @pytest.mark.timeout(1200)

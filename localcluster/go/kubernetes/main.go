@@ -20,6 +20,7 @@ import (
 
 func programs() map[string]func() {
 	return map[string]func(){
+		"cri-descriptor":          printRuntimeInterface,
 		"etcd":                    runEtcd,
 		"kube-apiserver":          runAPIServer,
 		"kube-controller-manager": runControllerManager,
