@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from localcluster import build, processes
-from localcluster.cri import stubs
 from localcluster.errors import (
     AlreadyRunningError,
     CommandError,
@@ -125,7 +124,6 @@ class Cluster:
             state=layout.root,
             mounts=tuple(m for m in self._mounts if m.host.is_dir()),
             tools=tools,
-            stubs=stubs.ensure(stubs.find_definition(tools["kubelet"])),
             needed=tuple(needed_paths()),
             api_port=self._api_port,
         )

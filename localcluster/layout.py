@@ -7,7 +7,6 @@ under the kernel's 108 bytes.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from dataclasses import dataclass
@@ -28,7 +27,15 @@ API_PORT = 6443
 API_ADDRESS = f"{NODE_ADDRESS}:{API_PORT}"
 CLUSTER_DOMAIN = "cluster.local"
 
-TOOLS = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kubectl")
+TOOLS = (
+    "etcd",
+    "kube-apiserver",
+    "kube-controller-manager",
+    "kube-scheduler",
+    "kubelet",
+    "kubectl",
+    "cri-descriptor",
+)
 
 
 @dataclass(frozen=True)
@@ -129,8 +136,3 @@ def needed_paths() -> list[Path]:
     return [
         path for path in existing if path != Path("/usr") and not any(p in existing for p in path.parents)
     ]
-
-
-def digest(text: str) -> str:
-    """A short name for a text: 16 hexadecimal digits of its SHA-256."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -28,7 +28,6 @@ class Settings:
         state: the state directory by its path on the host.
         mounts: directories of the host shown on the node.
         tools: tool name -> executable.
-        stubs: directory of the generated Container Runtime Interface modules.
         needed: directories that every pod sees at the same path as the host, read-only.
         api_port: wanted port of 127.0.0.1 for the API server; 0 takes a free one.
     """
@@ -36,7 +35,6 @@ class Settings:
     state: Path
     mounts: tuple[Mount, ...]
     tools: dict[str, Path]
-    stubs: Path
     needed: tuple[Path, ...]
     api_port: int = 0
 
@@ -52,7 +50,6 @@ def read_settings(path: Path) -> Settings:
         state=Path(content["state"]),
         mounts=tuple(Mount(Path(m["host"]), Path(m["node"])) for m in content["mounts"]),
         tools={name: Path(tool) for name, tool in content["tools"].items()},
-        stubs=Path(content["stubs"]),
         needed=tuple(Path(p) for p in content["needed"]),
         api_port=content["api_port"],
     )

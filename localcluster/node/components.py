@@ -14,6 +14,7 @@ from typing import Any
 
 from localcluster.layout import (
     API_PORT,
+    CHECKOUT,
     CLUSTER_DOMAIN,
     DNS_ADDRESS,
     INSIDE,
@@ -21,7 +22,6 @@ from localcluster.layout import (
     NODE_NAME,
     SERVICE_NETWORK,
 )
-from localcluster.settings import Settings
 
 ETCD_URL = "http://127.0.0.1:2379"
 KUBELET_DIRECTORY = INSIDE.node / "kubelet"
@@ -193,18 +193,14 @@ def write_kubelet_configuration() -> None:
     KUBELET_CONFIGURATION.write_text(json.dumps(kubelet_configuration(), indent=1))
 
 
-def runtime(settings: Settings) -> Component:
+def runtime() -> Component:
     """The process runtime."""
     command = (sys.executable, "-m", "localcluster.cri.server")
-    return Component("runtime", command, INSIDE.cri_socket, {"PYTHONPATH": _python_path(settings)})
+    return Component("runtime", command, INSIDE.cri_socket, {"PYTHONPATH": str(CHECKOUT)})
 
 
-def network_agent(settings: Settings) -> Component:
+def network_agent() -> Component:
     """DNS, service addresses and the relays to the host."""
     command = (sys.executable, "-m", "localcluster.network.agent")
-    environment = {"PYTHONPATH": _python_path(settings)}
+    environment = {"PYTHONPATH": str(CHECKOUT)}
     return Component("network-agent", command, INSIDE.network_socket, environment, inherit_listener=True)
-
-
-def _python_path(settings: Settings) -> str:
-    return f"{Path(__file__).resolve().parents[2]}:{settings.stubs}"

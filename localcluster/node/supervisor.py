@@ -216,12 +216,12 @@ async def bring_up(supervisor: Supervisor, settings: Settings, progress: socket.
         report(progress, component.name, seconds=await supervisor.start(component))
 
     async with asyncio.TaskGroup() as group:
-        group.create_task(start(components.runtime(settings)))
+        group.create_task(start(components.runtime()))
         await start(components.etcd(settings.tools))
         await start(components.api_server(settings.tools))
         for make in (components.controller_manager, components.scheduler, components.kubelet):
             group.create_task(start(make(settings.tools)))
-        group.create_task(start(components.network_agent(settings)))
+        group.create_task(start(components.network_agent()))
     began = time.monotonic()
     while not await asyncio.to_thread(probe.node_is_ready):
         if time.monotonic() - began > _START_TIMEOUT:
