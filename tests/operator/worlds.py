@@ -66,7 +66,7 @@ class World:
             self._roll(name.name, manifest)
 
     def _roll(self, name: str, manifest: dict[str, Any]) -> None:
-        """The StatefulSet controller: a pod with another revision is replaced by one that is not Ready yet."""
+        """The StatefulSet controller: replaces a pod of another revision by one that is not Ready yet."""
         labels = manifest["spec"]["template"]["metadata"]["labels"]
         pod = self.pods.get(f"{name}-0")
         if pod is None or pod["metadata"]["labels"] != labels:

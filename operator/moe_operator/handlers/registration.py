@@ -12,7 +12,7 @@ from typing import Any
 import kopf
 
 from moe_api import telemetry
-from moe_operator.errors import InstallationError
+from moe_operator.errors import InstallationError, MoEOperatorError
 from moe_operator.handlers.queue import Name, ReconcileQueue
 from moe_operator.handlers.reconcile import Reconciler
 from moe_operator.kube import peering
@@ -38,13 +38,16 @@ def register(registry: kopf.OperatorRegistry, settings: Settings) -> None:
 
 async def start(*, settings: kopf.OperatorSettings, memo: kopf.Memo, own: Settings, **_: Any) -> None:
     """Connects, checks the installation, and starts the queue that the other handlers fill."""
-    started = datetime.now(UTC)
-    configure(settings, own, started)
+    configure(settings, own, datetime.now(UTC))
+    try:
+        cluster = await asyncio.to_thread(connect, own.api_timeout_seconds)
+        await asyncio.to_thread(prepare_installation, cluster, own)
+    except MoEOperatorError as error:
+        # The CRDs may be on their way: one `kubectl apply` brings them and the operator.
+        raise kopf.TemporaryError(str(error), delay=own.retry_first_seconds) from error
     memo.telemetry = telemetry.configure("moe-operator")
-    cluster = await asyncio.to_thread(connect, own.api_timeout_seconds)
-    await asyncio.to_thread(prepare_installation, cluster, own)
-    reconciler = Reconciler(cluster, own, settings.peering.priority, lambda: datetime.now(UTC))
     memo.threads = ThreadPoolExecutor(own.workers, thread_name_prefix="reconcile")
+    reconciler = Reconciler(cluster, own, settings.peering.priority, lambda: datetime.now(UTC))
 
     async def work(name: Name) -> float | None:
         loop = asyncio.get_running_loop()

@@ -1,0 +1,14 @@
+#!/bin/sh
+# Writes the chart, rendered with its defaults, to standard output: what charts/install.yaml holds. HELM names the helm to use.
+set -eu
+cd "$(dirname "$0")"
+cat <<'HEADER'
+# Everything of the operator, for `kubectl apply -f` without helm.
+# Generated from charts/moe-operator by charts/render.sh. Do not edit.
+---
+apiVersion: v1
+kind: Namespace
+metadata:
+  name: moe-system
+HEADER
+"${HELM:-helm}" template moe-operator moe-operator --namespace moe-system --include-crds 2>/dev/null

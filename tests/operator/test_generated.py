@@ -1,0 +1,61 @@
+"""Committed files that are made from other files are what their makers make now."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from localcluster.build import ensure
+from localcluster.progress import Reporter
+from moe_operator.resources import crd
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_crd_is_the_one_of_the_typed_definition():
+    assert (ROOT / "crds/moedeployments.yaml").read_text() == crd.text(), (
+        "run: python -m moe_operator.resources.crd > crds/moedeployments.yaml"
+    )
+
+
+def test_the_plain_manifest_is_the_chart_rendered():
+    with Reporter(sys.stderr) as progress:
+        helm = ensure(["helm"], progress.show)["helm"]
+    done = subprocess.run(
+        [ROOT / "charts/render.sh"],
+        env={**os.environ, "HELM": str(helm)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (ROOT / "charts/install.yaml").read_text() == done.stdout, (
+        "run: charts/render.sh > charts/install.yaml"
+    )
+
+
+def test_every_field_of_the_crd_is_described_with_its_default():
+    def walk(schema, path):
+        for name, field in schema.get("properties", {}).items():
+            yield f"{path}.{name}", field
+            yield from walk(field, f"{path}.{name}")
+            yield from walk(field.get("items", {}), f"{path}.{name}[]")
+
+    version = crd.manifest()["spec"]["versions"][0]
+    spec = version["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    for path, field in walk(spec, "spec"):
+        assert field.get("description", "").endswith("."), f"{path} has no description"
+        nested = "properties" in field
+        said = any(word in field["description"] for word in ("Default:", "Required."))
+        assert nested or said or "valueFrom." in path, f"{path} does not say its default"
+
+
+def test_the_manifest_asks_for_no_right_on_secrets_and_none_for_everything():
+    documents = list(yaml.safe_load_all((ROOT / "charts/install.yaml").read_text()))
+    (role,) = (document for document in documents if document["kind"] == "ClusterRole")
+    for rule in role["rules"]:
+        assert "*" not in (*rule["verbs"], *rule["resources"], *rule["apiGroups"])
+        assert not {"secrets", "nodes", "configmaps"} & set(rule["resources"])
