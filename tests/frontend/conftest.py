@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from moe_operator.frontend.replicas import Replicas
 from moe_operator.frontend.service import Frontend
 from tests.frontend.fake_worker import FakeWorker
 
+MOE_FRONTEND = Path(sys.executable).with_name("moe-frontend")
 FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
 
 
@@ -99,3 +101,30 @@ async def bench():
             return running
 
         yield start
+
+
+@pytest.fixture
+async def command():
+    """`await command(*args)` starts `moe-frontend` and gives (process, address)."""
+    processes = []
+
+    async def start(*args, env=None):
+        process = await asyncio.create_subprocess_exec(
+            MOE_FRONTEND,
+            "--listen",
+            "127.0.0.1:0",
+            *args,
+            stderr=subprocess.PIPE,
+            env={**os.environ, **(env or {})},
+        )
+        processes.append(process)
+        while line := (await process.stderr.readline()).decode():
+            if "serving on" in line:
+                return process, line.split()[-1]
+        raise AssertionError(f"moe-frontend ended with {await process.wait()}")
+
+    yield start
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()

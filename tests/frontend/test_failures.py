@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import signal
 import socket
 import subprocess
@@ -127,33 +126,6 @@ async def test_a_worker_that_is_cut_off_does_not_leave_the_stream_hanging(bench)
 
 
 # The command itself, as a pod would run it.
-
-
-@pytest.fixture
-async def command():
-    """`await command(*args)` starts `moe-frontend` and gives (process, address)."""
-    processes = []
-
-    async def start(*args, env=None):
-        process = await asyncio.create_subprocess_exec(
-            MOE_FRONTEND,
-            "--listen",
-            "127.0.0.1:0",
-            *args,
-            stderr=subprocess.PIPE,
-            env={**os.environ, **(env or {})},
-        )
-        processes.append(process)
-        while line := (await process.stderr.readline()).decode():
-            if "serving on" in line:
-                return process, line.split()[-1]
-        raise AssertionError(f"moe-frontend ended with {await process.wait()}")
-
-    yield start
-    for process in processes:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
 
 
 async def health(channel, service):

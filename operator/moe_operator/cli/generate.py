@@ -55,12 +55,16 @@ def generate(
     with telemetry.configure("moe") as handle:
         tracer = _tracer(sent=handle.enabled, wanted=trace_id)
         with tracer.start_as_current_span(
-            "moe generate", kind=trace.SpanKind.CLIENT, record_exception=False
+            "moe generate", kind=trace.SpanKind.CLIENT, record_exception=False, set_status_on_exception=False
         ) as span:
             if trace_id or handle.enabled:
                 click.echo(f"trace: {span.get_span_context().trace_id:032x}", err=True)
             _describe_request(span, request)
-            result = _call(endpoint, request, timeout)
+            try:
+                result = _call(endpoint, request, timeout)
+            except errors.CommandError as error:
+                span.set_status(trace.StatusCode.ERROR, error.format_message())
+                raise
             _describe_result(span, result)
     if stats:
         click.echo(timing.summary(result), err=True)
@@ -88,7 +92,7 @@ def print_stream(
     usage, reason, text = inference_pb2.Usage(), inference_pb2.FINISH_REASON_UNSPECIFIED, ""
     for response in responses:
         last = clock()
-        first = last if first is None and response.tokens else first
+        first = last if first is None and (response.tokens or response.text) else first
         text = response.text or text
         sys.stdout.write(response.text)
         sys.stdout.flush()
