@@ -44,7 +44,7 @@ def ready(state: State) -> Verdict:
     if state.frontend_ready == 0:
         problem = state.frontend_problem or Problem("FrontendNotReady", "it is starting")
         return Verdict(False, problem.reason, f"{count}; no frontend does: {problem.message}")
-    return Verdict(True, "AllReplicasReady", f"{count}, and {state.frontend_ready} frontends")
+    return Verdict(True, "AllReplicasReady", f"{count}, and so does the frontend")
 
 
 def _not_all_ready(state: State, count: str) -> Verdict:

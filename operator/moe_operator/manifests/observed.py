@@ -43,8 +43,7 @@ def leaders(observed: Observed) -> dict[int, Pod]:
     """The leader of each replica, by data rank. One that is on its way out loses to its successor."""
     found: dict[int, Pod] = {}
     for manifest in observed.pods:
-        labels = manifest["metadata"].get("labels", {})
-        if _is_leader(labels):
+        if _is_leader(manifest["metadata"]):
             pod = _pod(manifest)
             if pod.data_rank not in found or found[pod.data_rank].terminating:
                 found[pod.data_rank] = pod
@@ -61,9 +60,12 @@ def frontends(observed: Observed) -> list[Pod]:
     return [_pod(manifest) for manifest in manifests]
 
 
-def _is_leader(labels: Mapping[str, str]) -> bool:
-    wanted = names.leader_labels(labels.get(names.LABEL_NAME, ""))
-    return labels.get(names.LABEL_DATA_RANK, "").isdecimal() and wanted.items() <= labels.items()
+def _is_leader(metadata: Mapping[str, Any]) -> bool:
+    labels = metadata.get("labels", {})
+    name, rank = labels.get(names.LABEL_NAME, ""), labels.get(names.LABEL_DATA_RANK, "")
+    if not rank.isdecimal() or metadata["name"] != names.leader(name, int(rank)):
+        return False
+    return names.leader_labels(name).items() <= labels.items()
 
 
 def _pod(manifest: Mapping[str, Any]) -> Pod:

@@ -47,6 +47,11 @@ def replica(name: str, data_rank: int) -> str:
     return f"{name}-{data_rank}"
 
 
+def leader(name: str, data_rank: int) -> str:
+    """Leader pod of one replica: the first of its StatefulSet."""
+    return f"{replica(name, data_rank)}-0"
+
+
 def workers(name: str) -> str:
     """Headless Service of the leaders."""
     return f"{name}-workers"

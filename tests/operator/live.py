@@ -1,0 +1,96 @@
+"""A namespace of a running cluster, and MoEDeployments in it whose workers are stand-ins."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from localcluster import Cluster
+
+ROOT = Path(__file__).parents[2]
+# The checkout is visible in pods at its own path; the stand-in's `moe-worker` comes first.
+STANDIN_PATH = f"{ROOT}/tests/operator/standin:{ROOT}/.venv/bin:/usr/bin:/bin"
+CHILD_KINDS = "statefulsets,deployments,services,serviceaccounts,roles,rolebindings"
+ALL_KINDS = f"{CHILD_KINDS},replicasets,controllerrevisions,endpointslices,pods"
+T = TypeVar("T")
+
+
+def manifest(name: str = "docs", **spec: Any) -> dict[str, Any]:
+    """A MoEDeployment as users write it; spec fields replace the defaults here."""
+    return {
+        "apiVersion": "serving.moe-operator.dev/v1alpha1",
+        "kind": "MoEDeployment",
+        "metadata": {"name": name},
+        "spec": {
+            "model": {"uri": "file:///mnt/models/docs-moe"},
+            "worker": {"env": [{"name": "PATH", "value": STANDIN_PATH}]},
+            **spec,
+        },
+    }
+
+
+def eventually(look: Callable[[], T], wanted: Callable[[T], bool], what: str, seconds: float = 40.0) -> T:
+    """What `look` returns as soon as it is wanted; fails with the last one after the deadline."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = look()
+        if wanted(found):
+            return found
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}; last seen: {found}"
+        time.sleep(0.2)
+
+
+@dataclass(frozen=True)
+class Live:
+    cluster: Cluster
+    namespace: str
+
+    def kubectl(self, *arguments: str, input: str | None = None) -> str:  # noqa: A002
+        return self.cluster.kubectl("-n", self.namespace, *arguments, input=input)
+
+    def apply(self, body: dict[str, Any]) -> str:
+        return self.kubectl("apply", "-f", "-", input=yaml.safe_dump(body))
+
+    def patch(self, kind: str, name: str, body: dict[str, Any]) -> None:
+        self.kubectl("patch", kind, name, "--type=merge", "-p", json.dumps(body))
+
+    def get(self, kind: str, name: str) -> dict[str, Any]:
+        return json.loads(self.kubectl("get", kind, name, "-o", "json"))
+
+    def list(self, kinds: str, selector: str = "serving.moe-operator.dev/name") -> list[dict[str, Any]]:
+        return json.loads(self.kubectl("get", kinds, "-l", selector, "-o", "json"))["items"]
+
+    def condition(self, kind: str, name: str = "docs") -> dict[str, Any]:
+        """A condition of a deployment that speaks of its latest spec, or {}."""
+        body = self.get("moed", name)
+        found = body.get("status", {}).get("conditions", [])
+        current = [c for c in found if c.get("observedGeneration") == body["metadata"]["generation"]]
+        return next((c for c in current if c["type"] == kind), {})
+
+    def wait(self, kind: str, reason: str, name: str = "docs", seconds: float = 60.0) -> dict[str, Any]:
+        """Waits until a condition has a reason."""
+
+        def look() -> dict[str, Any]:
+            return self.condition(kind, name)
+
+        return eventually(look, lambda c: c.get("reason") == reason, f"{kind} {reason}", seconds)
+
+    def settled(self, name: str = "docs") -> None:
+        self.wait("Progressing", "Complete", name)
+        self.wait("Ready", "AllReplicasReady", name)
+
+    def leaders(self, name: str = "docs") -> dict[str, dict[str, Any]]:
+        selector = self.get("moed", name)["status"]["selector"]
+        return {pod["metadata"]["name"]: pod for pod in self.list("pods", selector)}
+
+    def events(self, reason: str, name: str = "docs") -> list[str]:
+        """Messages of the operator's events with a reason."""
+        fields = f"involvedObject.kind=MoEDeployment,involvedObject.name={name},reason={reason}"
+        found = json.loads(self.kubectl("get", "events", f"--field-selector={fields}", "-o", "json"))["items"]
+        return [event["message"] for event in found]

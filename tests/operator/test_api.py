@@ -1,0 +1,138 @@
+"""The resource on a real API server: what it takes, what it refuses and in which words, what it shows."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from localcluster.errors import CommandError
+from tests.operator.live import Live, manifest
+
+
+@pytest.fixture
+def crd(api, namespace):
+    return Live(api, namespace)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "wrong type": ({"replicas": "two"}, "spec.replicas in body must be of type integer"),
+    "unknown field": ({"replicsa": 2}, 'unknown field "spec.replicsa"'),
+    "unknown field inside": ({"engine": {"batch": 2}}, 'unknown field "spec.engine.batch"'),
+    "no model": ({"model": {}}, "spec.model.uri: Required value"),
+    "pipeline": (
+        {"parallelism": {"pipeline": 2}},
+        "pipeline parallelism is not there yet: set parallelism.pipeline to 1",
+    ),
+    "experts": (
+        {"parallelism": {"expert": {"size": 2}}},
+        "expert parallelism is not there yet: set parallelism.expert.size",
+    ),
+    "experts zero": ({"parallelism": {"expert": {"size": 0}}}, "set parallelism.expert.size to 1"),
+    "replicas negative": ({"replicas": -1}, "replicas is a number from 0 to 1000"),
+    "replicas huge": ({"replicas": 2_000_000_000}, "replicas is a number from 0 to 1000"),
+    "context zero": ({"engine": {"contextLength": 0}}, "contextLength is a number of tokens from 1"),
+    "batch negative": ({"engine": {"maxBatchSize": -3}}, "maxBatchSize is a number of requests from 1"),
+    "memory zero": ({"engine": {"kvMemory": 0}}, "kvMemory is an amount of memory of 1Mi or more"),
+    "memory unit": (
+        {"engine": {"kvMemory": "8GiB"}},
+        "kvMemory is an amount of memory of 1Mi or more, e.g. 512Mi",
+    ),
+    "dtype": ({"engine": {"dtype": "int3"}}, 'supported values: "auto", "bfloat16", "float32"'),
+    "another scheme": (
+        {"model": {"uri": "s3://bucket/model"}},
+        "only file:// is served so far: write file:///absolute",
+    ),
+    "relative path": (
+        {"model": {"uri": "models/x"}},
+        "only file:// is served so far: write file:///absolute",
+    ),
+    "host in the path": ({"model": {"uri": "file://models/x"}}, "an absolute path (three slashes in all)"),
+    "way up": ({"model": {"uri": "file:///mnt/../etc"}}, "must not hold . or .. as a part"),
+    "resources": ({"worker": {"resources": {"limits": {"cpu": -1}}}}, "an amount is a number of 0 or more"),
+    "frontends": ({"frontend": {"replicas": 0}}, "frontend.replicas is a number from 1 to 100"),
+    "variable twice": ({"worker": {"env": [{"name": "A"}, {"name": "A"}]}}, 'Duplicate value: {"name":"A"}'),
+    "endpoint": (
+        {"telemetry": {"otlpEndpoint": "otel:4317"}},
+        "otlpEndpoint is http:// or https://, a host and a port",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_bad_manifest_is_refused_at_apply_with_a_sentence(crd, case):
+    spec, sentence = REFUSED[case]
+    with pytest.raises(CommandError) as caught:
+        crd.apply(manifest(**spec))
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("docs.v1", "lower-case letters, digits and - only"),
+        ("d" * 41, "metadata.name has 40 characters at most"),
+    ],
+)
+def test_a_name_that_services_cannot_have_is_refused(crd, name, sentence):
+    with pytest.raises(CommandError, match=sentence):
+        crd.apply(manifest(name))
+
+
+def test_defaults_are_written_into_the_object(crd):
+    crd.apply({**manifest(), "spec": {"model": {"uri": "file:///mnt/models/docs-moe"}}})
+    spec = crd.get("moed", "docs")["spec"]
+    assert spec["replicas"] == 1
+    assert spec["parallelism"] == {"pipeline": 1, "expert": {"size": 1}}
+    assert spec["engine"] == {"maxBatchSize": 16, "kvMemory": "512Mi", "dtype": "auto", "device": "auto"}
+    assert spec["worker"]["image"] == "ghcr.io/moe-operator/worker:dev"
+    assert spec["frontend"]["replicas"] == 1
+
+
+def test_everything_that_can_be_set_is_taken_and_kept(crd):
+    pod = {
+        "resources": {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"nvidia.com/gpu": 1}},
+        "nodeSelector": {"zone": "a"},
+        "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}],
+        "env": [{"name": "HOST", "valueFrom": {"fieldRef": {"fieldPath": "status.hostIP"}}}],
+        "image": "example.org/image:1",
+        "terminationGracePeriodSeconds": 5,
+    }
+    spec = {
+        "model": {"uri": "file:///mnt/models/docs-moe/", "servedName": "docs/one"},
+        "replicas": 0,
+        "parallelism": {"pipeline": 1, "expert": {"size": 1}},
+        "engine": {
+            "contextLength": 512,
+            "maxBatchSize": 2,
+            "kvMemory": 104857600,
+            "dtype": "float32",
+            "device": "cpu",
+        },
+        "worker": pod,
+        "frontend": {**pod, "replicas": 2},
+        "telemetry": {"otlpEndpoint": "http://otel.moe-system:4317"},
+    }
+    crd.apply(manifest(**spec))
+    assert crd.get("moed", "docs")["spec"] == spec
+
+
+def test_the_spec_explains_itself(api):
+    said = " ".join(api.kubectl("explain", "moedeployment.spec.engine").split())
+    assert "contextLength <integer> Tokens of prompt and continuation together, at most. Default:" in said
+    assert "Memory of one worker for the KV cache, in bytes, on its device. Default: 512Mi." in said
+
+
+def test_the_columns_and_the_short_name(crd):
+    crd.apply(manifest(replicas=3))
+    header, row = crd.kubectl("get", "moed").splitlines()
+    assert header.split() == ["NAME", "READY", "DESIRED", "AVAILABLE", "UPDATED", "REASON", "AGE"]
+    assert row.split()[:2] == ["docs", "3"]
+
+
+def test_scale_is_a_subresource(crd):
+    crd.apply(manifest())
+    crd.kubectl("scale", "moed/docs", "--replicas=4")
+    path = f"/apis/serving.moe-operator.dev/v1alpha1/namespaces/{crd.namespace}/moedeployments/docs/scale"
+    assert json.loads(crd.kubectl("get", "--raw", path))["spec"]["replicas"] == 4

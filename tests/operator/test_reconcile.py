@@ -1,0 +1,230 @@
+"""The operator on a real cluster, as a pod under its own account. Workers are stand-ins without a model."""
+
+from __future__ import annotations
+
+import pytest
+
+from localcluster.errors import CommandError
+from tests.operator.live import ALL_KINDS, CHILD_KINDS, STANDIN_PATH, Live, eventually, manifest
+
+NAME = "serving.moe-operator.dev/name"
+REVISION = "serving.moe-operator.dev/revision"
+
+
+@pytest.fixture(scope="module")
+def docs(live: Live) -> Live:
+    """A deployment with two replicas that is Ready."""
+    live.apply(manifest(replicas=2))
+    live.settled()
+    return live
+
+
+def uids(live: Live) -> dict[str, str]:
+    return {name: pod["metadata"]["uid"] for name, pod in live.leaders().items()}
+
+
+def test_an_applied_deployment_becomes_its_children_and_ready(docs):
+    owner = docs.get("moed", "docs")
+    children = docs.list(CHILD_KINDS)
+    assert {f"{child['kind']} {child['metadata']['name']}" for child in children} == {
+        "StatefulSet docs-0",
+        "StatefulSet docs-1",
+        "Deployment docs-frontend",
+        "Service docs-frontend",
+        "Service docs-workers",
+        "ServiceAccount docs-frontend",
+        "ServiceAccount docs-worker",
+        "Role docs-frontend",
+        "RoleBinding docs-frontend",
+    }
+    for child in children:
+        (reference,) = child["metadata"]["ownerReferences"]
+        assert (reference["uid"], reference["controller"]) == (owner["metadata"]["uid"], True)
+    assert owner["metadata"].get("finalizers", []) == []
+    assert list(owner["metadata"]["annotations"]) == ["kubectl.kubernetes.io/last-applied-configuration"]
+    assert len(docs.events("Created")) == 1
+
+
+def test_the_status_says_what_a_worker_said_of_its_model(docs):
+    status = docs.get("moed", "docs")["status"]
+    assert (status["replicas"], status["readyReplicas"], status["updatedReplicas"]) == (2, 2, 2)
+    assert status["model"]["architecture"] == "deepseek_v3"
+    assert (status["model"]["parametersTotal"], status["model"]["parametersActive"]) == (
+        11_200_000,
+        4_100_000,
+    )
+    assert "11.2M parameters" in docs.condition("ModelLoaded")["message"]
+    assert sorted(docs.leaders()) == ["docs-0-0", "docs-1-0"]
+
+
+def test_a_settled_deployment_is_not_written_to(docs):
+    def versions():
+        objects = [docs.get("moed", "docs"), *docs.list(CHILD_KINDS)]
+        return {(o["kind"], o["metadata"]["name"]): o["metadata"]["resourceVersion"] for o in objects}
+
+    before = versions()
+    # A change of a child that is no difference makes the operator look, and see that all is well.
+    docs.kubectl("annotate", "statefulset", "docs-0", "someone.else/note=1")
+    docs.kubectl("annotate", "statefulset", "docs-0", "someone.else/note-")
+    docs.patch("statefulset", "docs-1", {"spec": {"replicas": 3}})
+    eventually(lambda: docs.get("statefulset", "docs-1")["spec"]["replicas"], lambda n: n == 1, "put back")
+    docs.settled()
+    changed = {name for name, version in versions().items() if before[name] != version}
+    assert changed - {("MoEDeployment", "docs")} == {("StatefulSet", "docs-0"), ("StatefulSet", "docs-1")}
+
+
+def test_a_hand_edited_child_is_put_back(docs):
+    docs.kubectl("set", "image", "deployment/docs-frontend", "frontend=busybox")
+    docs.patch("service", "docs-frontend", {"spec": {"selector": {"app": "other"}}})
+    docs.patch("role", "docs-frontend", {"rules": []})
+
+    def look():
+        image = docs.get("deployment", "docs-frontend")["spec"]["template"]["spec"]["containers"][0]["image"]
+        selector = docs.get("service", "docs-frontend")["spec"]["selector"].get(NAME)
+        return image, selector, len(docs.get("role", "docs-frontend")["rules"])
+
+    wanted = ("ghcr.io/moe-operator/operator:dev", "docs", 1)
+    eventually(look, lambda found: found == wanted, "image, selector and rules put back")
+    said = " ".join(eventually(lambda: docs.events("PutBack"), lambda e: len(e) >= 3, "events"))
+    assert "Deployment docs-frontend: spec.template.spec.containers[frontend].image was changed" in said
+
+
+def test_a_deleted_child_is_made_again(docs):
+    docs.settled()
+    names = [("service", "docs-workers"), ("rolebinding", "docs-frontend"), ("statefulset", "docs-1")]
+    before = {name: docs.get(*name)["metadata"]["uid"] for name in names}
+    for name in names:
+        docs.kubectl("delete", *name, "--wait=false")
+
+    def uid(name):
+        try:
+            return docs.get(*name)["metadata"]["uid"]
+        except CommandError:
+            return None
+
+    for name in names:
+        eventually(
+            lambda n=name: uid(n), lambda found, n=name: found not in (None, before[n]), f"{name} again"
+        )
+    assert docs.events("MadeAgain")
+    docs.settled()
+
+
+def test_kubectl_scale_adds_and_removes_the_highest_replica(docs):
+    before = uids(docs)
+    docs.kubectl("scale", "moed/docs", "--replicas=3")
+    docs.settled()
+    assert docs.get("moed", "docs")["status"]["readyReplicas"] == 3
+    docs.kubectl("scale", "moed/docs", "--replicas=2")
+    eventually(lambda: sorted(docs.leaders()), lambda pods: pods == ["docs-0-0", "docs-1-0"], "docs-2-0 gone")
+    docs.settled()
+    assert uids(docs) == before
+
+
+def test_a_change_of_the_spec_rolls_one_replica_at_a_time(docs):
+    before = uids(docs)
+    docs.patch("moed", "docs", {"spec": {"engine": {"maxBatchSize": 4}}})
+    fewest = 2
+
+    def look():
+        nonlocal fewest
+        pods = docs.leaders().values()
+        ready = [
+            pod
+            for pod in pods
+            if {"type": "Ready", "status": "True"}.items()
+            <= {
+                k: v
+                for c in pod["status"].get("conditions", [])
+                if c["type"] == "Ready"
+                for k, v in c.items()
+            }.items()
+        ]
+        fewest = min(fewest, len(ready))
+        return docs.condition("Progressing").get("reason")
+
+    eventually(look, lambda reason: reason == "Complete", "rolled out", 60)
+    assert fewest == 1
+    after = uids(docs)
+    assert all(after[name] != uid for name, uid in before.items())
+    revisions = {pod["metadata"]["labels"][REVISION] for pod in docs.leaders().values()}
+    assert revisions == {docs.get("moed", "docs")["status"]["revision"]}
+
+
+def test_a_change_that_cannot_start_stops_at_the_first_replica_and_says_why(docs):
+    sentence = "/mnt/models/x/model.safetensors: it ends at byte 10, 90 bytes early"
+    env = [{"name": "PATH", "value": STANDIN_PATH}, {"name": "STANDIN_ERROR", "value": sentence}]
+    kept = uids(docs)["docs-1-0"]
+    docs.patch("moed", "docs", {"spec": {"worker": {"env": env}}})
+    condition = docs.wait("Ready", "ModelLoadFailed")
+    assert condition["status"] == "False"
+    assert condition["message"] == f"1 of 2 replicas answer; docs-0-0: {sentence}"
+    assert docs.condition("Progressing")["reason"] == "ModelLoadFailed"
+    assert uids(docs)["docs-1-0"] == kept
+    docs.patch("moed", "docs", {"spec": {"worker": {"env": env[:1]}}})
+    docs.settled()
+    assert uids(docs)["docs-1-0"] == kept
+
+
+def test_an_image_that_does_not_exist_is_the_reason(live):
+    live.apply(manifest("image", worker={"image": "nowhere.example/worker:1"}))
+    condition = live.wait("Ready", "ImagePullFailed", "image")
+    assert "nowhere.example/worker:1" in condition["message"]
+    live.kubectl("delete", "moed", "image")
+
+
+def test_a_pod_that_fits_no_node_is_the_reason(live):
+    live.apply(
+        manifest(
+            "big", worker={"resources": {"requests": {"nvidia.com/gpu": 8}, "limits": {"nvidia.com/gpu": 8}}}
+        )
+    )
+    condition = live.wait("Ready", "Unschedulable", "big")
+    assert "Insufficient nvidia.com/gpu" in condition["message"]
+    live.kubectl("delete", "moed", "big")
+
+
+def test_what_the_api_server_refuses_is_the_reason(live):
+    resources = {"requests": {"cpu": 2}, "limits": {"cpu": 1}}
+    live.apply(manifest("odd", worker={"resources": resources}))
+    condition = live.wait("Ready", "ApplyRefused", "odd")
+    assert "must be less than or equal to cpu limit" in condition["message"]
+    live.kubectl("delete", "moed", "odd")
+
+
+def test_an_object_of_somebody_else_is_left_alone(live):
+    live.kubectl("create", "service", "clusterip", "taken-workers", "--tcp=80")
+    live.apply(manifest("taken", replicas=0))
+    condition = live.wait("Ready", "NameConflict", "taken")
+    assert "Service taken-workers exists and belongs to somebody else" in condition["message"]
+    assert live.get("service", "taken-workers")["spec"]["ports"][0]["port"] == 80
+    live.kubectl("delete", "moed", "taken")
+
+
+def test_the_operator_may_not_read_secrets_nor_write_a_spec(live):
+    account = "--as=system:serviceaccount:moe-system:moe-operator"
+    for command in (
+        ("get", "secrets"),
+        ("get", "secrets", "-A"),
+        ("get", "configmaps"),
+        ("delete", "pods", "--all"),
+        ("patch", "moed", "docs", "--type=merge", "-p", '{"spec":{"replicas":1}}'),
+        ("auth", "can-i", "create", "pods/exec"),
+        ("auth", "can-i", "create", "clusterrolebindings"),
+    ):
+        with pytest.raises(CommandError, match=r"forbidden|code 1: *$|no$"):
+            live.kubectl(*command, account)
+    pod = live.cluster.kubectl(
+        "-n", "moe-system", "get", "pods", "-o", "jsonpath={.items[*].spec.serviceAccountName}"
+    )
+    assert set(pod.split()) == {"moe-operator"}
+
+
+def test_deletion_leaves_nothing(docs):
+    docs.kubectl("delete", "moed", "docs")
+    eventually(
+        lambda: [f"{o['kind']} {o['metadata']['name']}" for o in docs.list(ALL_KINDS, f"{NAME}=docs")],
+        lambda left: left == [],
+        "everything of docs is gone",
+        60,
+    )
