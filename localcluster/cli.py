@@ -57,7 +57,7 @@ def cli(context: click.Context, directory: Path) -> None:
     "tools",
     multiple=True,
     metavar="NAME",
-    help="Also build and link helm, grpcurl or otelcol (and its image).",
+    help="Also build and link helm or grpcurl.",
 )
 @click.option(
     "--api-port", default=0, metavar="PORT", help="The API server's port on 127.0.0.1. Default: a free one."

@@ -10,8 +10,8 @@ import socket
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from localcluster.errors import (
 from localcluster.forward import connect_unix
 from localcluster.layout import CHECKOUT, TOOLS, Layout, needed_paths
 from localcluster.progress import Step
-from localcluster.settings import Mount, Settings
+from localcluster.settings import STAY, STAY_WITH_PARENT, Mount, Settings
 
 DEFAULT_DIRECTORY = CHECKOUT / ".local"
 DEFAULT_MOUNTS = (Mount(CHECKOUT / "examples", Path("/mnt/models")),)
@@ -63,6 +63,7 @@ class Cluster:
         """
         self._layout = Layout(Path(directory).absolute())
         self._mounts, self._extra_tools, self._api_port = tuple(mounts), tuple(extra_tools), api_port
+        self._tie = ExitStack()
 
     @property
     def directory(self) -> Path:
@@ -83,12 +84,16 @@ class Cluster:
         self,
         on_ready: Callable[[Ready], None] = lambda _: None,
         on_build: Callable[[Step], None] = lambda _: None,
+        *,
+        detached: bool = True,
     ) -> None:
         """Starts the cluster and returns when its node is Ready. Whatever goes wrong, nothing is left behind.
 
         Args:
             on_ready: told of every component that has become ready.
             on_build: told what the build does, if one is needed.
+            detached: whether the cluster outlives this process; otherwise it ends when this process does, however that
+                comes about.
 
         Raises:
             AlreadyRunningError: it runs, or someone else is just starting or stopping it.
@@ -104,7 +109,7 @@ class Cluster:
             self._remove()
             try:
                 self._prepare(on_build)
-                self._start(on_ready)
+                self._start(on_ready, detached=detached)
             except BaseException:
                 self._stop()
                 raise
@@ -129,38 +134,37 @@ class Cluster:
         )
         settings.write(layout.settings)
 
-    def _start(self, on_ready: Callable[[Ready], None]) -> None:
-        """Starts the launcher and follows its messages. Until it is told to stay, the cluster ends with this process."""
-        ours, theirs = socket.socketpair()
-        with ours, self._layout.log("supervisor").open("wb") as log:
-            with theirs:
-                command = [
-                    sys.executable,
-                    "-m",
-                    "localcluster.node.launcher",
-                    str(self.directory),
-                    str(theirs.fileno()),
-                ]
-                launcher = subprocess.Popen(
-                    command,
-                    cwd=CHECKOUT,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    pass_fds=[theirs.fileno()],
-                    start_new_session=True,
-                )
+    def _start(self, on_ready: Callable[[Ready], None], *, detached: bool) -> None:
+        """Starts the launcher and follows its messages. Until told how long to stay, the cluster ends with this process."""
+        with ExitStack() as stack:
+            ours = self._launch(stack)
             for message in _messages(ours):
                 if message["error"]:
-                    launcher.wait()
                     raise StartError(message["error"])
                 on_ready(Ready(message["component"], message["seconds"]))
                 if message["component"] == "node":
-                    ours.sendall(b"k")
-                    launcher.wait()
+                    ours.sendall(STAY if detached else STAY_WITH_PARENT)
+                    self._tie = ExitStack() if detached else stack.pop_all()
                     return
-            launcher.wait()
         raise StartError(f"the cluster ended while starting; see {self._layout.log('supervisor')}")
+
+    def _launch(self, stack: ExitStack) -> socket.socket:
+        """Starts the launcher; returns our end of the socket whose other end the cluster's PID 1 will hold."""
+        ours, theirs = socket.socketpair()
+        stack.enter_context(ours)
+        with theirs, self._layout.log("supervisor").open("wb") as log:
+            arguments = (str(self.directory), str(theirs.fileno()))
+            launcher = subprocess.Popen(
+                [sys.executable, "-m", "localcluster.node.launcher", *arguments],
+                cwd=CHECKOUT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        stack.callback(launcher.wait)  # it ends as soon as it has forked PID 1
+        return ours
 
     def down(self) -> bool:
         """Stops the cluster and deletes its state, except logs; fine when nothing runs. Returns whether something ran.
@@ -179,6 +183,7 @@ class Cluster:
             raise LocalClusterError(
                 f"process {record.init.pid} did not end within {_KILL_TIMEOUT:.0f} s; try `down` again"
             )
+        self._tie.close()
         self._remove()
         return ran
 
@@ -244,12 +249,3 @@ def _remove_tree(directory: Path) -> None:
             Path(path).chmod(stat.S_IRWXU)
     if directory.exists():
         shutil.rmtree(directory)
-
-
-def wait_until(condition: Callable[[], bool], timeout: float, what: str) -> None:
-    """Polls until a condition holds; raises TimeoutError saying what did not come within `timeout` seconds."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{what} did not come within {timeout:.0f} s")
-        time.sleep(0.1)

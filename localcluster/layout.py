@@ -27,6 +27,7 @@ API_PORT = 6443
 API_ADDRESS = f"{NODE_ADDRESS}:{API_PORT}"
 CLUSTER_DOMAIN = "cluster.local"
 
+# What every cluster has: Kubernetes, the runtime's interface definition, and the collector as an image.
 TOOLS = (
     "etcd",
     "kube-apiserver",
@@ -35,6 +36,7 @@ TOOLS = (
     "kubelet",
     "kubectl",
     "cri-descriptor",
+    "otelcol",
 )
 
 

@@ -11,6 +11,9 @@ from localcluster.errors import LocalClusterError
 # The only places where the node can show directories of the host under names that the host does not have.
 _NODE_MOUNT_ROOT = Path("/mnt")
 
+# What `up` says to the cluster's PID 1 once the cluster is ready: stay until `down`, or no longer than `up`'s process.
+STAY, STAY_WITH_PARENT = b"s", b"p"
+
 
 @dataclass(frozen=True)
 class Mount:

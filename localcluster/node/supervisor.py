@@ -37,7 +37,7 @@ from localcluster.layout import (
 from localcluster.netlink import Netlink
 from localcluster.node import components, mounts, pki, probe
 from localcluster.node.components import Component
-from localcluster.settings import Settings
+from localcluster.settings import STAY, Settings
 
 _START_TIMEOUT = 90.0  # seconds until a component must be ready; the slowest takes 3 on an idle machine
 _POLL = 0.05
@@ -231,11 +231,11 @@ async def bring_up(supervisor: Supervisor, settings: Settings, progress: socket.
 
 
 async def supervise(settings: Settings, listener: socket.socket, progress: socket.socket) -> None:
-    """Brings the cluster up, waits for the word that it shall stay, and then runs until SIGTERM.
+    """Brings the cluster up, learns how long it shall stay, and runs until then, at most until SIGTERM.
 
     Raises:
         StartError: a component did not start.
-        ConnectionError: `up` has gone before it said that the cluster shall stay.
+        ConnectionError: `up` has gone before the cluster was ready.
     """
     loop = asyncio.get_running_loop()
     supervisor = Supervisor(listener)
@@ -250,11 +250,15 @@ async def supervise(settings: Settings, listener: socket.socket, progress: socke
     if not starting.done():
         raise ConnectionError("`up` ended before the cluster was ready")
     await starting
-    if await word != b"k":
-        raise ConnectionError("`up` ended before it said that the cluster shall stay")
-    progress.close()
+    stopped = asyncio.ensure_future(stop.wait())
     async with server:
-        await stop.wait()
+        if await word == STAY:
+            progress.close()
+            await stopped
+        else:
+            # The process that asked for the cluster keeps its end open for as long as it wants it, or lives.
+            gone = asyncio.ensure_future(loop.sock_recv(progress, 1))
+            await asyncio.wait([stopped, gone], return_when=asyncio.FIRST_COMPLETED)
 
 
 def main(layout: Layout, settings: Settings, listener: socket.socket, progress: socket.socket) -> NoReturn:

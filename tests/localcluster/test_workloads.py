@@ -1,0 +1,327 @@
+"""Workloads behave on the local cluster as on any other: started, probed, restarted, stopped by the real kubelet."""
+
+import os
+import re
+import secrets
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from localcluster import Cluster
+from localcluster.errors import CommandError
+from tests.localcluster.objects import (
+    apply,
+    container_status,
+    get,
+    output_of,
+    pod,
+    service,
+    until,
+    wait_ready,
+)
+
+HTTP = ("python", "-m", "http.server", "8000")
+HTTP_READY = {"readinessProbe": {"httpGet": {"port": 8000}, "periodSeconds": 1}}
+
+
+def host_pids(marker: str) -> list[int]:
+    """Processes of this machine with that text on their command line: the containers are among them."""
+    found = []
+    for directory in Path("/proc").iterdir():
+        if directory.name.isdigit():
+            try:
+                command = (directory / "cmdline").read_text().split("\0")
+            except OSError:
+                continue
+            if marker in command:
+                found.append(int(directory.name))
+    return found
+
+
+def stateful_set(name: str, replicas: int) -> dict:
+    template = pod(name, *HTTP, image="python:3", container=HTTP_READY)
+    template["spec"]["restartPolicy"] = "Always"
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "StatefulSet",
+        "metadata": {"name": name},
+        "spec": {
+            "serviceName": name,
+            "replicas": replicas,
+            "podManagementPolicy": "Parallel",
+            "selector": {"matchLabels": {"app": name}},
+            "template": {"metadata": template["metadata"], "spec": template["spec"]},
+        },
+    }
+
+
+def test_a_stateful_sets_pods_are_ready_addressable_and_listed(cluster: Cluster, namespace: str) -> None:
+    apply(
+        cluster,
+        namespace,
+        service("web", "web", 8000, 8000, headless=True),
+        service("front", "web", 80, 8000),
+        stateful_set("web", 2),
+    )
+    cluster.kubectl("rollout", "status", "-n", namespace, "statefulset/web", "--timeout=30s")
+    addresses = {p["status"]["podIP"] for p in get(cluster, namespace, "pods")["items"]}
+    assert len(addresses) == 2
+
+    def listed() -> set[str]:
+        slices = get(cluster, namespace, "endpointslices")["items"]
+        web = [s for s in slices if s["metadata"]["labels"]["kubernetes.io/service-name"] == "web"]
+        return {e["addresses"][0] for s in web for e in s["endpoints"] or [] if e["conditions"]["ready"]}
+
+    until(lambda: listed() == addresses, 10, "both addresses in the EndpointSlice")
+
+    # Names as the specification of cluster DNS has them, short and long; and the service's own address works.
+    script = f"""
+import socket, urllib.request
+def resolve(name): return sorted({{i[4][0] for i in socket.getaddrinfo(name, 80, socket.AF_INET)}})
+print(resolve("web"), resolve("web-0.web"), resolve("web-1.web.{namespace}.svc.cluster.local"))
+print(resolve("front.{namespace}") == resolve("front.{namespace}.svc"))
+print(urllib.request.urlopen("http://front/", timeout=5).status)
+try: resolve("web-2.web")
+except socket.gaierror as error: print(error.errno == socket.EAI_NONAME)
+"""
+    printed = output_of(cluster, namespace, pod("client", "python", "-c", script, image="python:3"))
+    names, *rest = printed.splitlines()
+    both = sorted(addresses)
+    assert names.startswith(str(both))
+    assert sorted(re.findall(r"\d+\.\d+\.\d+\.\d+", names.removeprefix(str(both)))) == both
+    assert rest == ["True", "200", "True"]
+
+
+def test_a_killed_process_is_restarted_with_backoff_and_shows_its_exit_code(
+    cluster: Cluster, namespace: str
+) -> None:
+    marker = secrets.token_hex(8)
+    apply(cluster, namespace, pod("victim", "sh", "-c", "sleep 1000; true", marker, restartPolicy="Always"))
+    (first,) = until(lambda: host_pids(marker), 15, "the process")
+    os.kill(first, signal.SIGKILL)
+    (second,) = until(lambda: set(host_pids(marker)) - {first}, 15, "the restarted process")
+    status = until(
+        lambda: (s := container_status(cluster, namespace, "victim"))["restartCount"] == 1 and s,
+        10,
+        "a restart",
+    )
+    assert status["lastState"]["terminated"]["exitCode"] == 128 + signal.SIGKILL
+    os.kill(second, signal.SIGKILL)
+
+    # The waiting reason CrashLoopBackOff shows at the kubelet's next sync of the pod, some 10 s later; the event at once.
+    def reasons() -> str:
+        return cluster.kubectl("get", "events", "-n", namespace, "-o", "jsonpath={.items[*].reason}")
+
+    until(lambda: "BackOff" in reasons(), 10, "the back-off")
+    assert host_pids(marker) == []
+
+
+def test_a_container_shows_its_exit_code_and_last_words(cluster: Cluster, namespace: str) -> None:
+    spec = pod(
+        "failing",
+        "sh",
+        "-c",
+        "echo starting; echo 'error: no such model' >&2; exit 3",
+        container={"terminationMessagePolicy": "FallbackToLogsOnError"},
+    )
+    apply(cluster, namespace, spec)
+    ended = until(
+        lambda: container_status(cluster, namespace, "failing").get("state", {}).get("terminated"),
+        15,
+        "the end",
+    )
+    assert ended["exitCode"] == 3
+    assert ended["message"].splitlines() == ["starting", "error: no such model"]
+
+
+def test_a_failing_liveness_probe_restarts(cluster: Cluster, namespace: str) -> None:
+    probe = {
+        "exec": {"command": ["sh", "-c", "test ! -e /tmp/sick"]},
+        "periodSeconds": 1,
+        "failureThreshold": 1,
+    }
+    command = "if test -e /data/once; then sleep 1000; fi; touch /data/once /tmp/sick; sleep 1000"
+    spec = pod(
+        "sickly",
+        "sh",
+        "-c",
+        command,
+        container={"livenessProbe": probe, "volumeMounts": [{"name": "data", "mountPath": "/data"}]},
+        volumes=[{"name": "data", "emptyDir": {}}],
+        restartPolicy="Always",
+    )
+    apply(cluster, namespace, spec)
+    until(
+        lambda: (s := container_status(cluster, namespace, "sickly")).get("restartCount") == 1 and s["ready"],
+        25,
+        "a restart",
+    )
+    events = cluster.kubectl("get", "events", "-n", namespace, "-o", "jsonpath={.items[*].message}")
+    assert "failed liveness probe, will be restarted" in events
+
+
+@pytest.mark.parametrize(
+    ("trap", "grace", "at_least", "at_most"),
+    [("echo asked", 2, 2.0, 9.0), ("echo asked; exit 0", 30, 0.0, 9.0)],
+    ids=["killed after the grace period", "gone at once when it obeys"],
+)
+def test_deletion_honours_the_grace_period(
+    cluster: Cluster, namespace: str, trap: str, grace: int, at_least: float, at_most: float
+) -> None:
+    marker = secrets.token_hex(8)
+    script = f"trap '{trap}' TERM; echo up; while true; do sleep 0.1; done"
+    spec = pod("stubborn", "sh", "-c", script, marker, terminationGracePeriodSeconds=grace)
+    apply(cluster, namespace, spec)
+    wait_ready(cluster, namespace, "stubborn")
+    with subprocess.Popen(
+        [
+            cluster.directory / "bin/kubectl",
+            f"--kubeconfig={cluster.kubeconfig}",
+            "logs",
+            "-f",
+            "-n",
+            namespace,
+            "stubborn",
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as follower:
+        assert follower.stdout is not None
+        assert follower.stdout.readline() == "up\n"
+        began = time.monotonic()
+        cluster.kubectl("delete", "pod", "-n", namespace, "stubborn", "--wait=true")
+        took = time.monotonic() - began
+        assert follower.stdout.readline() == "asked\n"
+    assert at_least <= took <= at_most
+    assert host_pids(marker) == []
+
+
+def test_volumes_are_readable_at_their_mount_paths(cluster: Cluster, namespace: str) -> None:
+    objects = [
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "c"}, "data": {"key": "from-config"}},
+        {
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "metadata": {"name": "s"},
+            "stringData": {"key": "from-secret"},
+        },
+    ]
+    field = {"path": "labels", "fieldRef": {"fieldPath": "metadata.labels"}}
+    token = {"serviceAccountToken": {"path": "token", "audience": "someone", "expirationSeconds": 600}}
+    volumes = [
+        {"name": "c", "configMap": {"name": "c"}},
+        {"name": "s", "secret": {"secretName": "s"}},
+        {"name": "d", "downwardAPI": {"items": [field]}},
+        {"name": "p", "projected": {"sources": [token]}},
+        {"name": "e", "emptyDir": {}},
+        {"name": "m", "emptyDir": {"medium": "Memory"}},
+    ]
+    mounts = [{"name": v["name"], "mountPath": f"/srv/not/there/{v['name']}"} for v in volumes]
+    mounts.append({"name": "c", "mountPath": "/etc/one-file", "subPath": "key"})
+    script = (
+        "cd /srv/not/there; cat c/key; echo; cat s/key; echo; cat d/labels; echo; cut -d. -f1 p/token; echo kept > e/f;"
+        " cat e/f; echo kept > m/f; cat m/f; cat /etc/one-file; echo; touch c/key 2>/dev/null || echo read-only"
+    )
+    main = {
+        "volumeMounts": mounts,
+        "env": [{"name": "NODE", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}}],
+    }
+    apply(cluster, namespace, *objects)
+    reader = pod("reader", "sh", "-c", f"{script}; echo $NODE", container=main, volumes=volumes)
+    config, secret, labels, header, *rest = output_of(cluster, namespace, reader).splitlines()
+    assert (config, secret, labels) == ("from-config", "from-secret", 'app="reader"')
+    assert header.startswith("eyJ")  # '{"' in base64: the header of a JSON Web Token
+    assert rest == ["kept", "kept", "from-config", "read-only", "local"]
+
+
+def test_a_containers_files_are_its_own(cluster: Cluster, namespace: str) -> None:
+    name = f"made-by-{namespace}"
+    script = f'echo x > /usr/{name} && echo x > /tmp/{name} && echo x > /root/{name} && test -z "$(ls {cluster.directory})"'
+    output_of(cluster, namespace, pod("writer", "sh", "-c", f"mkdir -p {cluster.directory}; {script}"))
+    assert [p for p in ("/usr", "/tmp", "/root") if os.access(p, os.R_OK) and (Path(p) / name).exists()] == []
+    main = {"securityContext": {"readOnlyRootFilesystem": True}}
+    script = f"touch /usr/{name} || touch /tmp/{name} || echo refused"
+    assert "refused" in output_of(cluster, namespace, pod("reader", "sh", "-c", script, container=main))
+
+
+def test_kubectl_logs_follows(cluster: Cluster, namespace: str) -> None:
+    script = "n=0; while true; do n=$((n+1)); echo line $n; sleep 0.2; done"
+    apply(cluster, namespace, pod("talker", "sh", "-c", script))
+    wait_ready(cluster, namespace, "talker")
+    command = [
+        cluster.directory / "bin/kubectl",
+        f"--kubeconfig={cluster.kubeconfig}",
+        "logs",
+        "-f",
+        "-n",
+        namespace,
+    ]
+    with subprocess.Popen([*command, "talker"], stdout=subprocess.PIPE, text=True) as follower:
+        assert follower.stdout is not None
+        lines, times = [], []
+        for _ in range(10):
+            lines.append(follower.stdout.readline())
+            times.append(time.monotonic())
+        follower.terminate()
+    assert lines == [f"line {n}\n" for n in range(1, 11)]
+    assert times[-1] - times[0] > 0.5  # they came one by one, not when the container ended
+
+
+def test_a_kubelet_restart_keeps_running_pods(cluster: Cluster, namespace: str) -> None:
+    marker = secrets.token_hex(8)
+    apply(cluster, namespace, pod("keeper", "sh", "-c", "echo first; sleep 2000; true", marker))
+    wait_ready(cluster, namespace, "keeper")
+    before, pids = container_status(cluster, namespace, "keeper"), host_pids(marker)
+    cluster.restart_kubelet()
+    apply(cluster, namespace, pod("later", "sleep", "1000"))
+    wait_ready(cluster, namespace, "later")
+    after = container_status(cluster, namespace, "keeper")
+    assert (after["containerID"], after["restartCount"]) == (before["containerID"], 0)
+    assert host_pids(marker) == pids
+    assert cluster.kubectl("logs", "-n", namespace, "keeper") == "first\n"
+
+
+def test_a_dead_runtime_takes_its_containers_along_and_pods_come_back(
+    cluster: Cluster, namespace: str
+) -> None:
+    marker = secrets.token_hex(8)
+    apply(cluster, namespace, pod("phoenix", "sh", "-c", "sleep 3000; true", marker, restartPolicy="Always"))
+    (before,) = until(lambda: host_pids(marker), 15, "the process")
+    cluster.restart("runtime")
+    (after,) = until(lambda: [p for p in host_pids(marker) if p != before], 30, "the new process")
+    assert host_pids(marker) == [after]
+
+
+def test_what_cannot_start_says_why(cluster: Cluster, namespace: str) -> None:
+    apply(
+        cluster,
+        namespace,
+        pod("nothing", "no-such-program"),
+        pod("unknown", "true", image="example.com/unknown:1"),
+        pod("imageless-command", image="busybox"),
+    )
+
+    def state(name: str) -> str:
+        found = container_status(cluster, namespace, name).get("state", {})
+        return str(found.get("waiting", {}).get("message", "")) + str(
+            found.get("terminated", {}).get("message", "")
+        )
+
+    assert 'exec: "no-such-program": executable file not found in $PATH' in until(
+        lambda: state("nothing"), 15, "a message"
+    )
+    assert "Known: busybox:latest, ghcr.io/moe-operator/operator:dev" in until(
+        lambda: state("unknown"), 15, "a message"
+    )
+    assert "has no entrypoint" in until(lambda: state("imageless-command"), 15, "a message")
+    assert container_status(cluster, namespace, "unknown")["state"]["waiting"]["reason"] in (
+        "ErrImagePull",
+        "ImagePullBackOff",
+    )
+    apply(cluster, namespace, pod("alive", "sleep", "1000"))
+    wait_ready(cluster, namespace, "alive")
+    with pytest.raises(CommandError, match="no exec: containers here are processes of this machine"):
+        cluster.kubectl("exec", "-n", namespace, "alive", "--", "true")
