@@ -15,7 +15,10 @@ _MARKS: Final = {"True": ("yes", "green"), "False": ("no", "red"), "Unknown": ("
 
 
 def show(body: Mapping[str, Any], console: Console | None = None) -> None:
-    """Prints one MoEDeployment, or a list of them, as the API server gave it."""
+    """Prints one MoEDeployment, or a list of them, as the API server gave it.
+
+    Cells are `Text` throughout: in plain strings rich would take brackets of a message for markup.
+    """
     console = console or Console()
     if "items" not in body:
         console.print(one(body))
@@ -34,12 +37,12 @@ def table(bodies: list[Mapping[str, Any]]) -> Table:
         status, metadata = parse_status(body), body["metadata"]
         ready = status.condition(READY)
         result.add_row(
-            metadata["namespace"],
-            metadata["name"],
+            Text(metadata["namespace"]),
+            Text(metadata["name"]),
             _mark(ready),
-            f"{status.ready_replicas}/{_desired(body)}",
-            _model_brief(status.model),
-            ready.reason if ready else "NotSeenYet",
+            Text(f"{status.ready_replicas}/{_desired(body)}"),
+            Text(_model_brief(status.model)),
+            Text(ready.reason if ready else "NotSeenYet"),
         )
     return result
 
@@ -50,9 +53,9 @@ def one(body: Mapping[str, Any]) -> RenderableType:
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold")
     facts.add_column()
-    facts.add_row("MoEDeployment", f"{metadata['namespace']}/{metadata['name']}")
-    facts.add_row("Model", _model(body, status.model))
-    facts.add_row("Replicas", _replicas(body, status))
+    facts.add_row("MoEDeployment", Text(f"{metadata['namespace']}/{metadata['name']}"))
+    facts.add_row("Model", Text(_model(body, status.model)))
+    facts.add_row("Replicas", Text(_replicas(body, status)))
     if status.observed_generation != metadata.get("generation"):
         facts.add_row("", Text("the operator has not acted on the latest change yet", style="yellow"))
     return Group(facts, "", _conditions(status))
@@ -67,13 +70,8 @@ def _conditions(status: Status) -> RenderableType:
     for heading in ("Condition", "", "Reason", "Message", "Since"):
         result.add_column(heading)
     for condition in status.conditions:
-        result.add_row(
-            condition.type,
-            _mark(condition),
-            condition.reason,
-            condition.message,
-            condition.last_transition_time,
-        )
+        told = (condition.reason, condition.message, condition.last_transition_time)
+        result.add_row(Text(condition.type), _mark(condition), *map(Text, told))
     return result
 
 
