@@ -10,10 +10,11 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from localcluster import build, processes
@@ -52,6 +53,7 @@ class Cluster:
         mounts: Sequence[Mount] = DEFAULT_MOUNTS,
         extra_tools: Sequence[str] = (),
         api_port: int = 0,
+        replacements: Mapping[str, Path] = MappingProxyType({}),
     ) -> None:
         """Says where, and touches nothing yet.
 
@@ -60,9 +62,11 @@ class Cluster:
             mounts: directories of the machine to show on the node.
             extra_tools: names that `localcluster.build` knows, besides Kubernetes' own, to have ready and linked.
             api_port: the API server's port on 127.0.0.1; 0 takes a free one.
+            replacements: executables to use instead of the built ones, by tool name.
         """
         self._layout = Layout(Path(directory).absolute())
         self._mounts, self._extra_tools, self._api_port = tuple(mounts), tuple(extra_tools), api_port
+        self._replacements = dict(replacements)
         self._tie = ExitStack()
 
     @property
@@ -116,7 +120,7 @@ class Cluster:
 
     def _prepare(self, on_build: Callable[[Step], None]) -> None:
         names = list(dict.fromkeys((*TOOLS, *self._extra_tools)))
-        tools = build.ensure(names, on_build)
+        tools = {**build.ensure(names, on_build), **self._replacements}
         layout = self._layout
         for directory in (layout.bin, layout.logs, layout.run, layout.node):
             directory.mkdir(parents=True, exist_ok=True)

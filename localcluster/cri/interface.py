@@ -41,7 +41,7 @@ class Interface:
 
     def handler(
         self, service: str, methods: Mapping[str, Method], codes: Mapping[type[Exception], grpc.StatusCode]
-    ) -> grpc.GenericRpcHandler[Any, Any]:
+    ) -> grpc.GenericRpcHandler:
         """A gRPC service with these methods; gRPC answers UNIMPLEMENTED for the interface's others.
 
         Args:
@@ -50,7 +50,7 @@ class Interface:
             codes: status codes of the exceptions that methods raise; the exception's text is the message.
         """
         description = self.file.services_by_name[service]
-        handlers = {
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             name: grpc.unary_unary_rpc_method_handler(
                 _answering(method, codes),
                 request_deserializer=_message_class(description.methods_by_name[name].input_type).FromString,

@@ -38,10 +38,10 @@ class Finished:
 async def readable(descriptor: int) -> None:
     """Waits until a descriptor is readable; a pidfd is when its process has ended."""
     loop = asyncio.get_running_loop()
-    future: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(descriptor, lambda: future.done() or future.set_result(None))
+    event = asyncio.Event()
+    loop.add_reader(descriptor, event.set)
     try:
-        await future
+        await event.wait()
     finally:
         loop.remove_reader(descriptor)
 

@@ -61,17 +61,17 @@ class Catalog:
         """The ready backends of a service port."""
         return self.backends.get((port.service, port.name), ())
 
-    def find(self, namespace: str, name: str, port: str) -> ServicePort:
+    def find(self, namespace: str, service: str, port: str) -> ServicePort:
         """A service's port by name or number; raises ForwardError saying what there is instead."""
-        service = f"{namespace}/{name}"
-        if service not in self.ports:
+        key = f"{namespace}/{service}"
+        if key not in self.ports:
             known = ", ".join(sorted(s for s in self.ports if s.startswith(f"{namespace}/"))) or "none"
-            raise ForwardError(f"there is no service {service}; services in namespace {namespace}: {known}")
-        for candidate in self.ports[service]:
+            raise ForwardError(f"there is no service {key}; services in namespace {namespace}: {known}")
+        for candidate in self.ports[key]:
             if port in (candidate.name, str(candidate.port)):
                 return candidate
-        known = ", ".join(f"{p.port} {p.name}".strip() for p in self.ports[service]) or "none"
-        raise ForwardError(f"service {service} has no TCP port {port}; its ports: {known}")
+        known = ", ".join(f"{p.port} {p.name}".strip() for p in self.ports[key]) or "none"
+        raise ForwardError(f"service {key} has no TCP port {port}; its ports: {known}")
 
 
 def build(services: Mapping[str, Object], slices: Mapping[str, Object]) -> Catalog:
@@ -96,10 +96,11 @@ def _ports(key: str, service: Object) -> Iterator[ServicePort]:
             )
 
 
-def _owner(endpoint_slice: Object) -> str | None:
+def _owner(endpoint_slice: Object) -> str:
+    """The service ("namespace/name") that an EndpointSlice with IPv4 addresses belongs to; empty for others."""
     metadata = endpoint_slice["metadata"]
     name = metadata.get("labels", {}).get(_SERVICE_LABEL)
-    return f"{metadata['namespace']}/{name}" if name and endpoint_slice["addressType"] == "IPv4" else None
+    return f"{metadata['namespace']}/{name}" if name and endpoint_slice["addressType"] == "IPv4" else ""
 
 
 def _ready(endpoint_slice: Object) -> Iterator[Object]:
@@ -113,7 +114,7 @@ def _backends(slices: Iterable[Object]) -> dict[tuple[str, str], tuple[Address, 
     found: dict[tuple[str, str], tuple[Address, ...]] = {}
     for item in slices:
         owner = _owner(item)
-        if owner is None:
+        if not owner:
             continue
         for port in item.get("ports") or []:
             key = (owner, port.get("name") or "")
