@@ -48,6 +48,7 @@ class SliceWatcher:
     ) -> None:
         self._api = api
         self._namespace = namespace
+        self._service = service
         self._selector = f"{SERVICE_LABEL}={service}"
         self._publish = publish
         self._stopping = threading.Event()
@@ -69,6 +70,8 @@ class SliceWatcher:
                     failures = 0
                     self._publish(ready_endpoints(slices.values()))
             except (kubernetes.client.ApiException, urllib3.exceptions.HTTPError, OSError) as error:
+                if self._stopping.is_set():
+                    return
                 failures += 1
                 self._complain(error, failures)
                 self._stopping.wait(min(_BACKOFF_S * failures, _LONGEST_BACKOFF_S))
@@ -105,7 +108,9 @@ class SliceWatcher:
         expired = isinstance(error, kubernetes.client.ApiException) and error.status == 410
         if failures == 1 and not expired:
             _LOG.warning(
-                "cannot follow EndpointSlices (%s); going on with the endpoints known last", _brief(error)
+                "cannot follow the EndpointSlices of %s (%s); going on with the endpoints known last",
+                self._service,
+                _brief(error),
             )
 
 
@@ -130,7 +135,11 @@ def cluster_api() -> kubernetes.client.DiscoveryV1Api:
         kubernetes.config.load_incluster_config()
     except kubernetes.config.ConfigException:
         _load_kubeconfig()
-    return kubernetes.client.DiscoveryV1Api()
+    configuration = kubernetes.client.Configuration.get_default_copy()
+    configuration.retries = (
+        False  # the watcher tries again itself; urllib3 would log each of its own attempts
+    )
+    return kubernetes.client.DiscoveryV1Api(kubernetes.client.ApiClient(configuration))
 
 
 def _load_kubeconfig() -> None:
