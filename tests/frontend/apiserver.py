@@ -27,7 +27,7 @@ class ApiServer:
 
     def __init__(self, directory):
         with Reporter(sys.stderr) as reporter:
-            self.executables = build.ensure(["etcd", "kube-apiserver"], reporter.show)
+            self.executables = build.ensure(["etcd", "kube-apiserver", "kubectl"], reporter.show)
         self.directory = directory
         self.port, self.etcd_port = free_port(), free_port()
         self.processes = {}

@@ -264,3 +264,20 @@ async def test_the_span_of_a_cancelled_call_ends_too(bench):
 async def _finished(b):
     while not b.spans.get_finished_spans():
         await asyncio.sleep(0.01)
+
+
+async def test_a_storm_of_cancellations_leaves_nothing_behind(bench, caplog):
+    b = await bench(workers=2)
+
+    async def use(number):
+        call = b.generate(("count 20 0.01", "hold", "silent", "flood 50")[number % 4])
+        await asyncio.sleep(number % 7 * 0.02)
+        call.cancel()
+
+    for _ in range(3):
+        await asyncio.gather(*(use(number) for number in range(100)))
+    for worker in b.workers:
+        await worker.until(lambda w: w.running == 0)
+    assert await asyncio.gather(*(b.text("count 1") for _ in range(4)))
+    assert [replica.load.in_flight for replica in b.replicas._ready.values()] == [0, 0]
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
