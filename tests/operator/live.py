@@ -29,7 +29,12 @@ def manifest(name: str = "docs", **spec: Any) -> dict[str, Any]:
         "metadata": {"name": name},
         "spec": {
             "model": {"uri": "file:///mnt/models/docs-moe"},
-            "worker": {"env": [{"name": "PATH", "value": STANDIN_PATH}]},
+            # A process stopped while Python starts has no handler yet: it ends with the grace period.
+            "worker": {
+                "env": [{"name": "PATH", "value": STANDIN_PATH}],
+                "terminationGracePeriodSeconds": 5,
+            },
+            "frontend": {"terminationGracePeriodSeconds": 5},
             **spec,
         },
     }

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 
 import pytest
+from kubernetes import config
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from moe_operator.handlers.queue import Name
+from moe_operator.handlers.reconcile import Reconciler
+from moe_operator.kube.client import Cluster
+from moe_operator.settings import Settings
 from tests.operator.live import Live, eventually, manifest
 
 
@@ -57,8 +66,8 @@ def test_of_two_operators_one_acts_and_the_other_takes_over(live, processes):
     live.settled("one")
     assert len(live.events("Created", "one")) == 1
     assert len(live.events("PutBack", "one")) == 1
-    assert ": PutBack: " in processes.logs(first)
-    assert ": PutBack: " not in processes.logs(other)
+    assert "/one: PutBack: " in processes.logs(first)
+    assert "/one: PutBack: " not in processes.logs(other)
 
 
 def test_a_killed_operator_comes_back_and_restarts_no_worker(live, processes):
@@ -70,3 +79,25 @@ def test_a_killed_operator_comes_back_and_restarts_no_worker(live, processes):
     after = {name: pod["metadata"]["uid"] for name, pod in live.leaders("one").items()}
     assert after["one-0-0"] == before["one-0-0"]
     assert processes.acting() != killed
+
+
+def test_a_reconcile_is_a_span_and_an_outranked_process_does_nothing(live):
+    def reconcile(priority):
+        spans = InMemorySpanExporter()
+        provider = TracerProvider()
+        provider.add_span_processor(SimpleSpanProcessor(spans))
+        api = Cluster(config.new_client_from_config(str(live.cluster.kubeconfig)), timeout_seconds=15)
+        process = Reconciler(
+            api, Settings(), priority, lambda: datetime.now(UTC), provider.get_tracer("test")
+        )
+        pause = process.reconcile(Name(live.namespace, "one"))
+        (span,) = spans.get_finished_spans()
+        return pause, span
+
+    pause, span = reconcile(priority=1)
+    assert (pause, span.name) == (Settings().recheck_seconds, "reconcile")
+    assert span.attributes["serving.moe-operator.dev.outranked"]
+    pause, span = reconcile(priority=2**60)
+    assert pause == Settings().resync_seconds
+    assert span.attributes["serving.moe-operator.dev.name"] == "one"
+    assert span.attributes["serving.moe-operator.dev.applied"] == 0

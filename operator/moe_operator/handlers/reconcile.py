@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from opentelemetry import trace
@@ -19,12 +19,11 @@ from moe_operator.manifests.observed import Observed
 from moe_operator.manifests.plan import Plan, blocked, model_address, plan, transitions
 from moe_operator.manifests.worker import revision
 from moe_operator.resources import names
-from moe_operator.resources.deployment import Deployment, identity, parse, parse_status
+from moe_operator.resources.deployment import Deployment, Identity, identity, parse, parse_status
 from moe_operator.rpc.leader import get_model
 from moe_operator.settings import Settings
 
 logger = logging.getLogger(__name__)
-tracer = trace.get_tracer(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,7 @@ class Reconciler:
     priority: int
     """Rank of this process among its peers."""
     clock: Callable[[], datetime]
+    tracer: trace.Tracer = field(default_factory=lambda: trace.get_tracer(__name__))
 
     def reconcile(self, name: Name) -> float | None:
         """Looks at one deployment and does what there is to do.
@@ -43,7 +43,7 @@ class Reconciler:
         Returns the seconds after which to look again, or None when the deployment is gone.
         Raises RetryableError when something did not work that may work later.
         """
-        with tracer.start_as_current_span("reconcile") as span:
+        with self.tracer.start_as_current_span("reconcile") as span:
             span.set_attributes({"k8s.namespace.name": name.namespace, f"{names.GROUP}.name": name.name})
             if peering.outranked(self.cluster, self.settings.peering, self.priority, self.clock()):
                 span.set_attribute(f"{names.GROUP}.outranked", value=True)
@@ -63,7 +63,7 @@ class Reconciler:
         _describe(span, deployment, todo)
         execute.execute(self.cluster, deployment.identity, todo)
         execute.write_status(self.cluster, deployment.identity, deployment.status, todo.status)
-        self._announce(deployment, todo.decisions)
+        self._announce(deployment.identity, todo.decisions)
         return self.settings.recheck_seconds if todo.recheck else self.settings.resync_seconds
 
     def _with_model(self, deployment: Deployment, observed: Observed) -> Observed:
@@ -84,13 +84,16 @@ class Reconciler:
         after = blocked(who, before, reason, str(error), self.clock())
         logger.warning("%s: %s", who.name, error)
         execute.write_status(self.cluster, who, before, after)
-        for decision in transitions(before, after):
-            execute.post(self.cluster, who, decision, self.clock())
+        self._announce(who, transitions(before, after))
 
-    def _announce(self, deployment: Deployment, decisions: Iterable[Decision]) -> None:
+    def _announce(self, who: Identity, decisions: Iterable[Decision]) -> None:
         for decision in decisions:
-            logger.info("%s: %s: %s", deployment.name, decision.reason, decision.message)
-            execute.post(self.cluster, deployment.identity, decision, self.clock())
+            logger.info("%s/%s: %s: %s", who.namespace, who.name, decision.reason, decision.message)
+            try:
+                execute.post(self.cluster, who, decision, self.clock())
+            except MoEOperatorError as error:
+                # Events are for people to read; what was decided is done, with or without one.
+                logger.warning("%s/%s: no event was made: %s", who.namespace, who.name, error)
 
 
 def _describe(span: trace.Span, deployment: Deployment, todo: Plan) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -98,6 +99,9 @@ def configure(settings: kopf.OperatorSettings, own: Settings, started: datetime)
     settings.watching.connect_timeout = own.api_timeout_seconds
     settings.watching.server_timeout = 300
     settings.process.ultimate_exiting_timeout = 20.0
+    # Both write a line for every event and every probe; what was decided has its own lines.
+    for noisy in ("kopf.objects", "aiohttp.access"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
     for kind, api_version in _WATCHED.items():
         settings.watching.label_selectors[api_version, f"{kind.lower()}s"] = names.LABEL_NAME
 

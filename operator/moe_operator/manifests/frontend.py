@@ -12,6 +12,9 @@ _STARTUP_PROBE = pods.probe(names.LIVENESS_SERVICE, period=2, failures=30)
 _READINESS_PROBE = pods.probe("", period=2, failures=2)
 _LIVENESS_PROBE = pods.probe(names.LIVENESS_SERVICE, period=10, failures=3)
 
+_EXIT_SECONDS = 5
+"""Of a pod's grace period, what the process keeps for itself after its last stream."""
+
 
 def labels(name: str) -> dict[str, str]:
     """Labels of the frontend's pods."""
@@ -28,6 +31,8 @@ def command(deployment: Deployment) -> list[str]:
         deployment.identity.namespace,
         "--deployment",
         deployment.name,
+        "--grace",
+        str(max(deployment.spec.frontend.termination_grace_period_seconds - _EXIT_SECONDS, 0)),
     ]
 
 

@@ -65,7 +65,7 @@ def _is_leader(metadata: Mapping[str, Any]) -> bool:
     name, rank = labels.get(names.LABEL_NAME, ""), labels.get(names.LABEL_DATA_RANK, "")
     if not rank.isdecimal() or metadata["name"] != names.leader(name, int(rank)):
         return False
-    return names.leader_labels(name).items() <= labels.items()
+    return all(labels.get(label) == value for label, value in names.leader_labels(name).items())
 
 
 def _pod(manifest: Mapping[str, Any]) -> Pod:
