@@ -11,6 +11,7 @@ from moe_worker.errors import WorkerError
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "serve": ("moe_worker.service.command:serve", "Serve a model over gRPC."),
     "train": ("moe_worker.train.cli:train", "Train a model on text."),
+    "eval": ("moe_worker.train.evaluate_cli:evaluate", "Score a model on text, in bits per byte."),
 }
 
 

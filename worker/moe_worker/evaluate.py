@@ -1,0 +1,85 @@
+"""Bits per byte: how many bits a model needs for a byte of text, whatever its tokenizer.
+
+Protocol: every document is scored alone. Its tokens stand behind one begin-of-text token and are cut
+into windows of `context` tokens without overlap; a later window begins with the one token before it, so
+that each token of the document is predicted exactly once. The sum of their negative log-likelihoods, in
+bits, is divided by the UTF-8 bytes of the documents. The end-of-text token is neither given nor scored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Window = NDArray[np.int32]
+"""Up to context + 1 token ids: each but the last is given, each but the first is predicted."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model needed for some documents."""
+
+    nats: float
+    """Negative log-likelihood of all tokens, natural logarithm."""
+    tokens: int
+    """Tokens predicted."""
+    utf8_bytes: int
+    """Bytes of text."""
+    documents: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits needed for a byte of text; lower is better."""
+        return self.nats / math.log(2) / self.utf8_bytes
+
+    def to_json(self) -> dict[str, float | int]:
+        """Returns what `moe-worker eval --json` prints."""
+        return {
+            "bits_per_byte": self.bits_per_byte,
+            "bits": self.nats / math.log(2),
+            "utf8_bytes": self.utf8_bytes,
+            "tokens": self.tokens,
+            "documents": self.documents,
+        }
+
+
+def cut_windows(tokens_N: Window, context: int, bos_id: int) -> Iterator[Window]:
+    """Cuts one document's N token ids into windows of at most `context` given tokens."""
+    behind_bos = np.concatenate([np.array([bos_id], np.int32), tokens_N])
+    for start in range(0, len(tokens_N), context):
+        yield behind_bos[start : start + context + 1]
+
+
+def score_documents(
+    documents: Sequence[str],
+    tokens: Sequence[Window],
+    context: int,
+    bos_id: int,
+    nats: Callable[[Window], float],
+    progress: Callable[[int], None] = lambda _: None,
+) -> Score:
+    """Scores documents with a model.
+
+    Args:
+        documents: texts, for their bytes.
+        tokens: the token ids of each, without special tokens.
+        context: tokens that the model is given at most.
+        bos_id: id of the begin-of-text token.
+        nats: returns the summed negative log-likelihood of a window's tokens after the first.
+        progress: is told how many tokens a finished window predicted.
+    """
+    total = 0.0
+    for document in tokens:
+        for window in cut_windows(document, context, bos_id):
+            total += nats(window)
+            progress(len(window) - 1)
+    return Score(
+        nats=total,
+        tokens=sum(len(document) for document in tokens),
+        utf8_bytes=sum(len(document.encode()) for document in documents),
+        documents=len(documents),
+    )

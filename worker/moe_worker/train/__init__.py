@@ -1,0 +1,1 @@
+"""Trains a DeepSeek-V3-architecture model from text; `moe-worker train` is its face."""

@@ -1,0 +1,90 @@
+"""`moe-worker train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moe_worker.train.settings import TrainSettings
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_DEFAULT = TrainSettings
+
+
+@click.command()
+@click.option("--config", type=_FILE, required=True, help="config.json of the model to train (deepseek_v3).")
+@click.option(
+    "--data",
+    type=_FILE,
+    required=True,
+    help="Training text, plain or .zst; documents between NUL bytes, else between blank lines.",
+)
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write to."
+)
+@click.option("--valid", type=_FILE, help="Text to score along the way.")
+@click.option(
+    "--start-from",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Checkpoint directory of the same shape to start from. Default: random weights.",
+)
+@click.option("--tokenizer", type=_FILE, help="tokenizer.json to use. Default: train one on the text.")
+@click.option("--steps", type=click.IntRange(1), default=_DEFAULT.steps, help="Optimizer steps.")
+@click.option("--batch", type=click.IntRange(1), default=_DEFAULT.batch, help="Windows in a step.")
+@click.option("--window", type=click.IntRange(2), default=_DEFAULT.window, help="Tokens in a window.")
+@click.option(
+    "--learning-rate",
+    type=click.FloatRange(0, min_open=True),
+    default=_DEFAULT.learning_rate,
+    help="Peak learning rate.",
+)
+@click.option(
+    "--weight-decay", type=click.FloatRange(0), default=_DEFAULT.weight_decay, help="Of the matrices."
+)
+@click.option("--dropout", type=click.FloatRange(0, 0.9), default=_DEFAULT.dropout, help="Share dropped.")
+@click.option("--warmup", type=click.IntRange(0), default=_DEFAULT.warmup, help="Steps of rising rate.")
+@click.option(
+    "--decay-share",
+    type=click.FloatRange(0, 1),
+    default=_DEFAULT.decay_share,
+    help="Share of the steps over which the rate falls to zero.",
+)
+@click.option(
+    "--balance-speed",
+    type=click.FloatRange(0),
+    default=_DEFAULT.balance_speed,
+    help="How far one step moves the routers' balancing bias.",
+)
+@click.option("--seed", type=click.IntRange(0), default=_DEFAULT.seed, help="Same seed, same run.")
+@click.option(
+    "--evaluate-every", type=click.IntRange(1), default=_DEFAULT.evaluate_every, help="Steps between scores."
+)
+@click.option(
+    "--checkpoint-every",
+    type=click.IntRange(1),
+    default=_DEFAULT.checkpoint_every,
+    help="Steps between states to resume from.",
+)
+@click.option(
+    "--stop-after",
+    type=click.FloatRange(0),
+    help="Seconds after which to save and end early, to resume later.",
+)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+def train(**settings: Any) -> None:
+    """Train a model on text.
+
+    Writes a checkpoint directory that `moe-worker serve` loads, metrics.jsonl, and loss.png. The same
+    command goes on with an interrupted run.
+
+    \b
+    Example:
+      moe-worker train --config examples/docs-moe/config.json --data train.txt.zst \\
+          --valid valid.txt.zst --out runs/docs-moe
+    """
+    from moe_worker.train.trainer import train as run  # torch takes seconds to load: not for --help
+
+    folder = run(TrainSettings(**settings))
+    click.echo(f"written to {folder}")

@@ -1,0 +1,153 @@
+"""Text in, batches of token windows out: documents, tokenizer, and a sampler that can resume at any step.
+
+Legend: B windows in a batch, T tokens in a window, N tokens in the corpus.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from moe_worker.errors import DataError
+
+BEGIN_OF_TEXT = "<|begin_of_text|>"
+END_OF_TEXT = "<|end_of_text|>"
+BOS_ID, EOS_ID = 0, 1
+
+# Words with the character before them, numbers in threes, punctuation with its line end, runs of
+# spaces: the last matters for manuals, where indentation is a fifth of all bytes.
+_SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def read_documents(path: Path) -> list[str]:
+    """Reads documents from a text file, plain or compressed with Zstandard (`.zst`).
+
+    Documents are separated by NUL bytes where there are any, by blank lines otherwise; empty ones
+    are dropped.
+
+    Raises:
+        DataError: the file cannot be read, is not Zstandard, is not UTF-8, or holds no text.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give a file of UTF-8 text") from error
+    if path.suffix == ".zst":
+        data = _decompress(path, data)
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8 text") from error
+    separator = "\0" if "\0" in text else "\n\n"
+    documents = [document for document in text.split(separator) if document.strip()]
+    if not documents:
+        raise DataError(f"{path}: holds no text; give a file with at least one document")
+    return documents
+
+
+def _decompress(path: Path, data: bytes) -> bytes:
+    import zstandard  # only for compressed files: a machine without the package still trains on plain text
+
+    try:
+        return zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data)).read()
+    except zstandard.ZstdError as error:
+        raise DataError(f"{path}: is not a Zstandard file ({error}); compress it with `zstd`") from error
+
+
+def train_tokenizer(documents: list[str], vocabulary_size: int) -> Tokenizer:
+    """Trains a byte-level BPE (Sennrich et al., arXiv 1508.07909) that can write any text.
+
+    Token 0 begins a text and is put before every encoded one; token 1 ends it.
+    """
+    smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 2
+    if vocabulary_size < smallest:
+        raise DataError(
+            f"a vocabulary of {vocabulary_size} cannot hold every byte and the two special tokens; "
+            f"ask for {smallest} or more"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        documents,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary_size,
+            special_tokens=[BEGIN_OF_TEXT, END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=True,
+        ),
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN_OF_TEXT} $A", special_tokens=[(BEGIN_OF_TEXT, BOS_ID)]
+    )
+    return tokenizer
+
+
+def encode_documents(tokenizer: Tokenizer, documents: list[str]) -> list[NDArray[np.int32]]:
+    """Returns the token ids of each document, without special tokens."""
+    encodings = tokenizer.encode_batch_fast(documents, add_special_tokens=False)
+    return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+
+def join_documents(documents: list[NDArray[np.int32]]) -> NDArray[np.int32]:
+    """Joins documents to one stream of N tokens, each between a begin-of-text and an end-of-text token."""
+    bos, eos = np.array([BOS_ID], np.int32), np.array([EOS_ID], np.int32)
+    return np.concatenate([part for document in documents for part in (bos, document, eos)])
+
+
+@dataclass(frozen=True)
+class WindowSampler:
+    """Draws batches from a token stream: each pass cuts it at a new offset and shuffles the windows.
+
+    The batch of a step depends on nothing but the seed and the step, so that a resumed run sees what
+    the uninterrupted one would have seen.
+    """
+
+    tokens_N: torch.Tensor
+    """Token stream, int32 or int64, on the device that trains."""
+    window: int
+    """Tokens in a window, T."""
+    batch: int
+    """Windows in a batch, B."""
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.windows_per_pass < self.batch:
+            raise DataError(
+                f"the training text has {len(self.tokens_N):,} tokens, too few for a batch of {self.batch} "
+                f"windows of {self.window} tokens; give more text or a smaller batch"
+            )
+
+    @property
+    def windows_per_pass(self) -> int:
+        """Windows in one pass; one window's worth of tokens is left out so that any offset fits."""
+        return (len(self.tokens_N) - 1) // self.window - 1
+
+    @property
+    def steps_per_pass(self) -> int:
+        """Whole batches in one pass."""
+        return self.windows_per_pass // self.batch
+
+    def at(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns inputs and targets of a step, both int64 of shape [B, T]."""
+        order, offset = self._pass(step // self.steps_per_pass)
+        place = step % self.steps_per_pass * self.batch
+        starts_B = torch.from_numpy(order[place : place + self.batch] * self.window + offset)
+        index_BT = starts_B[:, None] + torch.arange(self.window + 1)
+        window_BT = self.tokens_N[index_BT.to(self.tokens_N.device)].long()
+        return window_BT[:, :-1], window_BT[:, 1:]
+
+    def _pass(self, number: int) -> tuple[NDArray[np.int64], int]:
+        random = np.random.default_rng([self.seed, number])
+        return random.permutation(self.windows_per_pass), int(random.integers(self.window))

@@ -1,0 +1,45 @@
+"""Scores a checkpoint on a file of text, with the engine that serves it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from moe_worker.engine.offline import Engine
+from moe_worker.errors import SettingsError
+from moe_worker.evaluate import Score, Window, score_documents
+from moe_worker.train.data import read_documents
+
+
+def score_checkpoint(
+    checkpoint: Path, data: Path, *, context: int | None, device: str, dtype: str
+) -> Score:
+    """Returns the score of the model in `checkpoint` on the documents in `data`.
+
+    Raises:
+        WorkerError: the checkpoint or the text cannot be used, or `context` is longer than the model allows.
+    """
+    documents = read_documents(data)
+    engine = Engine(checkpoint, device=device, dtype=dtype, progress=True)
+    longest, bos_id = engine.config.max_position_embeddings, engine.config.bos_token_id
+    if bos_id is None:
+        raise SettingsError(f"{checkpoint}/config.json names no bos_token_id, which every document begins with")
+    if context is not None and context > longest:
+        raise SettingsError(f"--context is {context}; the model allows {longest} tokens at most")
+    tokens = [
+        np.asarray(engine.tokenizer.encode(document, add_special_tokens=False), np.int32)
+        for document in tqdm(documents, desc="tokenize", unit="document")
+    ]
+
+    def nats(window: Window) -> float:
+        logits_TV = engine.logits(window[:-1].tolist())
+        targets_T = torch.from_numpy(window[1:].astype(np.int64))
+        return float(torch.nn.functional.cross_entropy(logits_TV, targets_T, reduction="sum"))
+
+    with tqdm(total=sum(map(len, tokens)), desc="score", unit="token", unit_scale=True) as bar:
+        return score_documents(
+            documents, tokens, context or longest, bos_id, nats, bar.update
+        )

@@ -1,0 +1,70 @@
+"""Everything a run needs to go on where it stopped, in one safetensors file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.optim import Optimizer
+
+from moe_worker.errors import CheckpointError
+
+
+def save_state(
+    path: Path, step: int, model: nn.Module, optimizers: list[Optimizer], fingerprint: str
+) -> None:
+    """Writes weights, optimizer state and random state; the file is replaced at once or not at all."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for index, optimizer in enumerate(optimizers):
+        for parameter, values in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{parameter}.{key}": value for key, value in values.items()}
+    tensors |= {f"random.{name}": state for name, state in _random_states(model).items()}
+    unshared = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    unfinished = path.with_suffix(".unfinished")
+    save_file(unshared, unfinished, metadata={"step": json.dumps(step), "fingerprint": fingerprint})
+    unfinished.replace(path)
+
+
+def load_state(path: Path, model: nn.Module, optimizers: list[Optimizer], fingerprint: str) -> int:
+    """Restores what `save_state` wrote and returns the step to go on with.
+
+    Raises:
+        CheckpointError: the file is damaged or belongs to a run with other settings.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); remove it to start anew") from error
+    if metadata.get("fingerprint") != fingerprint:
+        raise CheckpointError(
+            f"{path}: belongs to a run with other settings; train with the same ones, or into another --out"
+        )
+    model.load_state_dict(_below(tensors, "model."))
+    for index, optimizer in enumerate(optimizers):
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in _below(tensors, f"optimizer.{index}.").items():
+            parameter, key = name.split(".", 1)
+            state.setdefault(int(parameter), {})[key] = tensor
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    random = _below(tensors, "random.")
+    torch.set_rng_state(random["cpu"])
+    if "cuda" in random and torch.cuda.is_available():
+        torch.cuda.set_rng_state(random["cuda"])
+    return int(json.loads(metadata["step"]))
+
+
+def _random_states(model: nn.Module) -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if next(model.parameters()).is_cuda:
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _below(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
