@@ -175,6 +175,18 @@ async def test_one_request_is_one_trace_from_client_to_frontend_to_worker(bench,
     assert seen_by_worker.split("-")[1:3] == [trace_id, frontend.span_id]
 
 
+async def test_the_largest_seed_and_stop_texts_do_not_cost_the_trace(bench, collector):
+    b = await bench(workers=1)
+    environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint}
+    options = ["--seed", str(2**64 - 1), "--stop", "a", "--endpoint", b.address]
+    result = await run(MOE, "generate", "count 1", *options, env=environ)
+    trace_id = result.stderr.split()[1]
+    received = collector.wait_for(lambda spans: any(s.trace_id == trace_id for s in spans))
+    (client,) = [s for s in received if s.trace_id == trace_id]
+    assert client.attributes["gen_ai.request.seed"] == str(2**64 - 1)
+    assert client.attributes["gen_ai.request.stop_sequences"] == ["a"]
+
+
 async def run(*args, env=None):
     return await asyncio.to_thread(
         subprocess.run,

@@ -138,8 +138,14 @@ def _describe_request(span: trace.Span, request: inference_pb2.GenerateRequest) 
     if request.model:
         span.set_attribute(semconv.GEN_AI_REQUEST_MODEL, request.model)
     for field, value in request.sampling.ListFields():
-        attribute = semconv.SAMPLING_ATTRIBUTES[field.name]
-        span.set_attribute(attribute, list(value) if attribute.endswith("sequences") else value)
+        span.set_attribute(semconv.SAMPLING_ATTRIBUTES[field.name], _attribute_value(value))
+
+
+def _attribute_value(value: Any) -> Any:
+    """Attributes know lists of texts, and integers of 64 bits with a sign; a seed may be larger."""
+    if isinstance(value, int | float | str):
+        return str(value) if isinstance(value, int) and value >= 2**63 else value
+    return list(value)
 
 
 def _describe_result(span: trace.Span, result: Timing) -> None:
