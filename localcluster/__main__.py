@@ -1,4 +1,6 @@
-"""`python -m localcluster`. `build` works before any package is installed; the rest needs the environment of `make`."""
+"""`python -m localcluster`. `build` works before any package is installed; the rest needs the environment of
+`make`.
+"""
 
 import sys
 

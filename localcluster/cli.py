@@ -31,8 +31,8 @@ from localcluster.settings import parse_mount
 def cli(context: click.Context, directory: Path) -> None:
     """Run a real Kubernetes on this machine, without containers and without root.
 
-    etcd, API server, controllers, scheduler and kubelet are the real ones; the pods' containers are local processes
-    in namespaces of their own.
+    etcd, API server, controllers, scheduler and kubelet are the real ones; the pods' containers are local
+    processes in namespaces of their own.
 
     \b
     Begin with:
@@ -66,8 +66,8 @@ def cli(context: click.Context, directory: Path) -> None:
 def up(directory: Path, mounts: tuple[str, ...], tools: tuple[str, ...], api_port: int) -> None:
     """Start the cluster and leave it running.
 
-    The first time, this builds Kubernetes from source (5 to 8 minutes on 2 cores); later it takes some seconds. The
-    checkout's examples/ is /mnt/models on the node. Ctrl-C at any moment undoes everything.
+    The first time, this builds Kubernetes from source (5 to 8 minutes on 2 cores); later it takes some
+    seconds. The checkout's examples/ is /mnt/models on the node. Ctrl-C at any moment undoes everything.
     """
     wanted = (*DEFAULT_MOUNTS, *map(parse_mount, mounts))
     cluster = Cluster(directory, mounts=wanted, extra_tools=tools, api_port=api_port)

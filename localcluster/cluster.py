@@ -60,7 +60,8 @@ class Cluster:
         Args:
             directory: the state directory, made by `up`.
             mounts: directories of the machine to show on the node.
-            extra_tools: names that `localcluster.build` knows, besides Kubernetes' own, to have ready and linked.
+            extra_tools: names that `localcluster.build` knows, besides Kubernetes' own, to have ready and
+                linked.
             api_port: the API server's port on 127.0.0.1; 0 takes a free one.
             replacements: executables to use instead of the built ones, by tool name.
         """
@@ -96,8 +97,8 @@ class Cluster:
         Args:
             on_ready: told of every component that has become ready.
             on_build: told what the build does, if one is needed.
-            detached: whether the cluster outlives this process; otherwise it ends when this process does, however that
-                comes about.
+            detached: whether the cluster outlives this process; otherwise it ends when this process does,
+                however that comes about.
 
         Raises:
             AlreadyRunningError: it runs, or someone else is just starting or stopping it.
@@ -108,7 +109,8 @@ class Cluster:
         with processes.locked(self._layout.lock):
             if self.is_running():
                 raise AlreadyRunningError(
-                    f"the cluster in {self.directory} runs already; stop it with `python -m localcluster down`"
+                    f"the cluster in {self.directory} runs already; "
+                    "stop it with `python -m localcluster down`"
                 )
             self._remove()
             try:
@@ -139,7 +141,9 @@ class Cluster:
         settings.write(layout.settings)
 
     def _start(self, on_ready: Callable[[Ready], None], *, detached: bool) -> None:
-        """Starts the launcher and follows its messages. Until told how long to stay, the cluster ends with this process."""
+        """Starts the launcher and follows its messages. Until told how long to stay, the cluster ends with
+        this process.
+        """
         with ExitStack() as stack:
             ours = self._launch(stack)
             for message in _messages(ours):
@@ -153,7 +157,7 @@ class Cluster:
         raise StartError(f"the cluster ended while starting; see {self._layout.log('supervisor')}")
 
     def _launch(self, stack: ExitStack) -> socket.socket:
-        """Starts the launcher; returns our end of the socket whose other end the cluster's PID 1 will hold."""
+        """Starts the launcher; returns our end of the socket whose other end PID 1 will hold."""
         ours, theirs = socket.socketpair()
         stack.enter_context(ours)
         with theirs, self._layout.log("supervisor").open("wb") as log:
@@ -171,7 +175,8 @@ class Cluster:
         return ours
 
     def down(self) -> bool:
-        """Stops the cluster and deletes its state, except logs; fine when nothing runs. Returns whether something ran.
+        """Stops the cluster and deletes its state, except logs; fine when nothing runs. Returns whether
+        something ran.
 
         Raises:
             AlreadyRunningError: someone else is just starting or stopping it.
@@ -247,7 +252,9 @@ def _messages(connection: socket.socket) -> Iterator[dict[str, Any]]:
 
 
 def _remove_tree(directory: Path) -> None:
-    """Deletes a directory tree, also where permissions forbid it (the kernel's overlay and containers leave such)."""
+    """Deletes a directory tree, also where permissions forbid it (the kernel's overlay and containers leave
+    such).
+    """
     for path, _, _ in os.walk(directory):
         with contextlib.suppress(PermissionError):
             Path(path).chmod(stat.S_IRWXU)

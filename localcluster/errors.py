@@ -1,4 +1,6 @@
-"""The errors of the local cluster: one tree, so that a caller can catch `LocalClusterError` and show its message."""
+"""The errors of the local cluster: one tree, so that a caller can catch `LocalClusterError` and show its
+message.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,11 @@ class NotRunningError(LocalClusterError):
 
 
 class AlreadyRunningError(LocalClusterError):
-    """`up` was asked for a cluster that runs already, or that another process is just starting or stopping."""
+    """`up` was asked for a cluster that runs already, or that another process is starting or stopping."""
 
 
 class ForwardError(LocalClusterError):
-    """A port of the host could not be connected to a service; the message says which services or ports exist."""
+    """A port of the host cannot be connected to a service; the message says which services or ports exist."""
 
 
 class ImageError(LocalClusterError):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
-from contextlib import ExitStack, contextmanager
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -27,7 +27,8 @@ def connect_unix(path: Path) -> Iterator[socket.socket]:
 
 
 class Forward:
-    """A port of 127.0.0.1 on the host that leads to the ready endpoints of a service, each connection to the next.
+    """A port of 127.0.0.1 on the host that leads to the ready endpoints of a service, each connection to the
+    next.
 
     The listening socket is made here, in the host's network, and handed to the cluster's network agent,
     which accepts from it until this object is closed; no thread or process stays on the host.
@@ -52,10 +53,12 @@ class Forward:
                 answer = control.recv(65536)
             if not answer:
                 raise ForwardError(
-                    "the cluster's network agent ended; `python -m localcluster status` shows whether it is back"
+                    "the cluster's network agent ended; `python -m localcluster status` "
+                    "shows whether it is back"
                 )
             if error := json.loads(answer)["error"]:
                 raise ForwardError(error)
+            stack.callback(_say_goodbye, control)
             self._close = stack.pop_all()
 
     def __enter__(self) -> Forward:
@@ -69,6 +72,13 @@ class Forward:
     def close(self) -> None:
         """Ends the forward; open connections go on."""
         self._close.close()
+
+
+def _say_goodbye(control: socket.socket) -> None:
+    """Ends the forward, and returns when the agent no longer listens."""
+    with suppress(OSError):  # the agent, or all of the cluster, may be gone already
+        control.shutdown(socket.SHUT_WR)
+        control.recv(1)
 
 
 def _open_control(stack: ExitStack, layout: Layout) -> socket.socket:

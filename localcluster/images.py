@@ -1,4 +1,6 @@
-"""Images: in this cluster, an image name stands for an environment of the machine (search path and variables)."""
+"""Images: in this cluster, an image name stands for an environment of the machine (search path and
+variables).
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ class Image:
         path: directories put before the system's in PATH.
         environment: variables.
         entrypoint: the command of a container that names none.
-        user: the user id that the image declares; recorded, not enforced (containers run as the cluster's user).
+        user: the user id that the image declares; recorded, not enforced (containers run as the cluster's
+            user).
     """
 
     name: str
@@ -53,7 +56,9 @@ def normalize(name: str) -> str:
 
 
 def defaults(tools: Mapping[str, Path]) -> list[Image]:
-    """The images every cluster knows: the project's own, run from the checkout's environment, and two for tests."""
+    """The images every cluster knows: the project's own, run from the checkout's environment, and two for
+    tests.
+    """
     environment = str(Path(sys.prefix) / "bin")
     project = [
         Image(f"ghcr.io/moe-operator/{name}:dev", (environment,), user=_NONROOT)
@@ -95,21 +100,26 @@ def find(images: Mapping[str, Image], name: str) -> Image:
     if image is None:
         known = ", ".join(sorted(images))
         raise ImageError(
-            f"this local cluster has no image {name}: its images are environments of this machine, not downloads. Known: "
-            f"{known}. Add one with `python -m localcluster load-image {name} --path DIRECTORY`"
+            f"this local cluster has no image {name}: "
+            "its images are environments of this machine, not downloads. "
+            f"Known: {known}. Add one with `python -m localcluster load-image {name} --path DIRECTORY`"
         )
     return image
 
 
 def load(file: Path, image: Image) -> None:
-    """Adds or replaces an image in a cluster's images file; raises ImageError where a directory of its path is missing."""
+    """Adds or replaces an image in a cluster's images file; raises ImageError where a directory of its path
+    is missing.
+    """
     for directory in image.path:
         if not Path(directory).is_dir():
             raise ImageError(
-                f"image {image.name}: {directory} is not a directory; --path takes directories with executables"
+                f"image {image.name}: {directory} is not a directory; "
+                "--path takes directories with executables"
             )
     if image.entrypoint and shutil.which(image.entrypoint[0], path=image.variables["PATH"]) is None:
         raise ImageError(
-            f"image {image.name}: its entrypoint {image.entrypoint[0]} is not in {', '.join(image.path) or 'PATH'}"
+            f"image {image.name}: its entrypoint {image.entrypoint[0]} is not in "
+            f"{', '.join(image.path) or 'PATH'}"
         )
     _write(file, {**read(file), normalize(image.name): image})

@@ -1,4 +1,5 @@
-"""Where everything is: the state directory as the host sees it and as the node sees it, and the cluster's addresses.
+"""Where everything is: the state directory as the host sees it and as the node sees it, and the cluster's
+addresses.
 
 Inside the cluster's mount namespace the state directory also appears at the short, fixed path
 `/run/localcluster`, so that configuration files do not depend on the checkout and unix socket paths stay
@@ -68,7 +69,7 @@ class Layout:
 
     @property
     def node(self) -> Path:
-        """What the node's programs write: keys, etcd's data, the kubelet's and the containers' directories."""
+        """What the node's programs write: keys, etcd's data, volumes, containers."""
         return self.root / "node"
 
     @property

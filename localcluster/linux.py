@@ -66,14 +66,18 @@ def mount(source: str, target: Path, kind: str = "", flags: int = 0, options: st
 
 
 def bind(source: Path | str, target: Path, *, read_only: bool = False) -> None:
-    """Makes `source`, with what is mounted below it, appear at the existing path `target` (both files or both directories)."""
+    """Makes `source`, with what is mounted below it, appear at the existing path `target` (both files or both
+    directories).
+    """
     mount(str(source), target, flags=MS_BIND | MS_REC)
     if read_only:
         make_read_only(target)
 
 
 def make_read_only(target: Path) -> None:
-    """Makes the mount at `target` and those below it read-only, in this mount namespace (mount_setattr(2), Linux 5.12)."""
+    """Makes the mount at `target` and those below it read-only, in this mount namespace (mount_setattr(2),
+    Linux 5.12).
+    """
     attributes = struct.pack("=QQQQ", _MOUNT_ATTR_RDONLY, 0, 0, 0)
     _call(
         "syscall",

@@ -1,7 +1,8 @@
 """The few rtnetlink requests the cluster's network needs: links, addresses and a default route.
 
 Written on the bare socket (rtnetlink(7)) rather than with a library because a pod's interface is made
-from a thread inside the pod's network namespace, in about a millisecond, and nothing has to be imported there.
+from a thread inside the pod's network namespace, in about a millisecond, and nothing has to be imported
+there.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ class Netlink:
         self._request(_RTM_NEWLINK, link_message() + _name(name) + link_kind(kind), _CREATE | _EXCL)
 
     def add_veth(self, name: str, master: str, peer: str, peer_namespace: int) -> None:
-        """Makes a pair: `name` up in this namespace as a port of bridge `master`, `peer` in another namespace.
+        """Makes a pair: `name` up in this namespace as a port of bridge `master`, `peer` in another
+        namespace.
 
         Args:
             name: this end's interface name, at most 15 characters.
@@ -130,7 +132,7 @@ class Netlink:
 
     def add_default_route(self, gateway: IPv4Address) -> None:
         """Sends everything that is not on a connected network to `gateway`."""
-        # struct rtmsg: family, dst_len, src_len, tos, table=main, protocol=static, scope=universe, type=unicast
+        # struct rtmsg: the main table is 254, protocol static 4, scope universe 0, type unicast 1
         message = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, 254, 4, 0, 1, 0)
         self._request(_RTM_NEWROUTE, message + attribute(_RTA_GATEWAY, gateway.packed), _CREATE | _EXCL)
 

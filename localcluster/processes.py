@@ -32,7 +32,9 @@ class Identity:
 
 @dataclass(frozen=True)
 class Record:
-    """What `up` leaves for later commands: the process that is the cluster, and the API server's port on 127.0.0.1."""
+    """What `up` leaves for later commands: the process that is the cluster, and the API server's port on
+    127.0.0.1.
+    """
 
     init: Identity
     api_port: int
@@ -80,8 +82,8 @@ def is_running(identity: Identity) -> bool:
 def kill(identity: Identity, timeout: float) -> bool:
     """Kills exactly this process and waits, at most `timeout` seconds, until it is gone.
 
-    The pidfd is opened before the identity is compared, so the signal cannot reach a later process with the same PID.
-    Returns whether it is gone.
+    The pidfd is opened before the identity is compared, so the signal cannot reach a later process with the
+    same PID. Returns whether it is gone.
     """
     try:
         descriptor = os.pidfd_open(identity.pid)
@@ -98,7 +100,7 @@ def kill(identity: Identity, timeout: float) -> bool:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock on a file; raises AlreadyRunningError at once where another process holds it."""
+    """Holds an exclusive lock on a file; raises AlreadyRunningError where another process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:

@@ -11,7 +11,8 @@ from localcluster.errors import LocalClusterError
 # The only places where the node can show directories of the host under names that the host does not have.
 _NODE_MOUNT_ROOT = Path("/mnt")
 
-# What `up` says to the cluster's PID 1 once the cluster is ready: stay until `down`, or no longer than `up`'s process.
+# What `up` says to the cluster's PID 1 once the cluster is ready: stay until `down`, or no longer than `up`'s
+# process.
 STAY, STAY_WITH_PARENT = b"s", b"p"
 
 
@@ -70,7 +71,8 @@ def parse_mount(text: str) -> Mount:
         or ".." in path.parts
     ):
         raise LocalClusterError(
-            f"--mount {text}: expected HOST:NODE with NODE below {_NODE_MOUNT_ROOT}, like ./models:/mnt/models"
+            f"--mount {text}: expected HOST:NODE with NODE below {_NODE_MOUNT_ROOT}, "
+            "like ./models:/mnt/models"
         )
     if not Path(host).is_dir():
         raise LocalClusterError(f"--mount {text}: {host} is not a directory on this machine")

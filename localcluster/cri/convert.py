@@ -1,4 +1,6 @@
-"""Between Container Runtime Interface messages and the runtime's own types. `pb` is the generated module `api_pb2`."""
+"""Between Container Runtime Interface messages and the runtime's own types. `pb` is the generated module
+`api_pb2`.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def sorted_mounts(mounts: Iterable[Any]) -> list[Any]:
 
 
 def stop_signal(number: int) -> signal.Signals:
-    """From the interface's enum Signal, which numbers the names in alphabetical order; 0 is the runtime's default."""
+    """From the interface's enum Signal, which numbers the names in alphabetical order; 0 is the runtime's
+    default.
+    """
     names = sorted(s for s in signal.Signals.__members__ if not s.startswith("SIGRT")) if number else []
     return signal.Signals[names[number - 1]] if 0 < number <= len(names) else signal.SIGTERM
 

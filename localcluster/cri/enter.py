@@ -1,8 +1,10 @@
-"""The program between the runtime and a container's command: `python -m localcluster.cri.enter SPEC_FD STATUS_FD`.
+"""The program between the runtime and a container's command: `python -m localcluster.cri.enter SPEC_FD
+STATUS_FD`.
 
 Started once per container and once per exec; enters or makes the namespaces, builds the root file system and
 executes the command. A program of its own because unshare(CLONE_NEWPID) and mounts need a process with one
-thread, and a fork of the runtime, which has several, would not be safe. It imports next to nothing and starts in 20 ms.
+thread, and a fork of the runtime, which has several, would not be safe. It imports next to nothing and starts
+in 20 ms.
 
 Tells on STATUS_FD: a line {"pid": PID} and, if the command could not be executed, a line {"error": TEXT}.
 """
@@ -137,7 +139,9 @@ def _enter(spec: Spec) -> None:
 
 
 def main() -> NoReturn:
-    """Forks the command's process into its namespaces. For a new container ends at once; for an exec waits for it."""
+    """Forks the command's process into its namespaces. For a new container ends at once; for an exec waits
+    for it.
+    """
     spec_fd, status = int(sys.argv[1]), int(sys.argv[2])
     with os.fdopen(spec_fd, "rb") as file:
         spec = decode(file.read())

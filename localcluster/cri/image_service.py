@@ -1,4 +1,6 @@
-"""The interface's ImageService: image names stand for environments of the machine, so there is nothing to download."""
+"""The interface's ImageService: image names stand for environments of the machine, so there is nothing to
+download.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ class ImageService:
     """Images. Every public coroutine is a method of the interface: request message in, response out."""
 
     def __init__(self, images_file: Path, pb: Any) -> None:
-        """`pb` holds the interface's messages; the images file is read for every call, because it may change."""
+        """`pb` holds the interface's messages. The images file is read for every call: it may change."""
         self._images_file, self._pb = images_file, pb
 
     def methods(self) -> dict[str, Method]:

@@ -1,7 +1,8 @@
-"""The Container Runtime Interface (v1): its messages, made from the definition that the kubelet itself carries.
+"""The Container Runtime Interface (v1): its messages, made from the definition that the kubelet itself
+carries.
 
-`Interface.load` takes the serialized FileDescriptorProto that the tool `cri-descriptor` prints, so there is neither
-generated code nor a protobuf compiler, and the runtime always speaks the kubelet's version.
+`Interface.load` takes the serialized FileDescriptorProto that the tool `cri-descriptor` prints, so there is
+neither generated code nor a protobuf compiler, and the runtime always speaks the kubelet's version.
 """
 
 from __future__ import annotations

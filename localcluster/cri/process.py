@@ -86,23 +86,26 @@ async def start(spec: Spec, stdout: int, stderr: int) -> Started:
     when the process was made but could not execute the command: it then ends with code 128.
     """
     result, status = os.pipe()
+    # Not asyncio's: its child watchers would compete for the children that `exit_code` reaps.
     helper = _popen(spec, status, stdout, stderr)
     os.close(status)
     lines = (await _collect(result)).splitlines()
-    await asyncio.to_thread(helper.wait)
+    code = await asyncio.to_thread(helper.wait)
     told: dict[str, object] = {}
     for line in lines:
         told.update(json.loads(line))
-    missing = "" if "pid" in told else f"the container's helper ended with code {helper.returncode}"
+    missing = "" if "pid" in told else f"the container's helper ended with code {code}"
     return Started(int(str(told.get("pid", 0))), str(told.get("error", missing)))
 
 
 async def exit_code(pid: int) -> int:
-    """Waits for a child to end and reaps it; a process ended by signal N gives 128 + N, as shells and containerd do."""
+    """Waits for a child to end and reaps it; a process ended by signal N gives 128 + N, as shells and
+    containerd do.
+    """
     descriptor = os.pidfd_open(pid)
     try:
         await readable(descriptor)
-        result = os.waitid(os.P_PIDFD, descriptor, os.WEXITED)
+        result = os.waitid(os.P_PIDFD, descriptor, os.WEXITED)  # noqa: ASYNC222 - it has ended
     finally:
         os.close(descriptor)
     if result is None:
@@ -119,9 +122,11 @@ def send(pid: int, number: signal.Signals) -> None:
 
 
 async def execute(
-    pid: int, command: Sequence[str], environment: dict[str, str], timeout: float
+    pid: int, command: Sequence[str], environment: dict[str, str], limit: float
 ) -> Finished | None:
-    """Executes a command in the namespaces of container process `pid`; None when it took longer than `timeout` seconds."""
+    """Executes a command in the namespaces of container process `pid`; None when it took over `limit` seconds
+    (0: none).
+    """
     container = os.pidfd_open(pid)
     (result, status), (output, stdout), (errors, stderr) = os.pipe(), os.pipe(), os.pipe()
     spec = Spec(list(command), environment, "/", [], join=container)
@@ -130,7 +135,7 @@ async def execute(
         os.close(descriptor)
     gathered = asyncio.gather(_collect(result), _collect(output), _collect(errors))
     try:
-        told, out, err = await asyncio.wait_for(gathered, timeout or None)
+        told, out, err = await asyncio.wait_for(gathered, limit or None)
     except TimeoutError:
         helper.kill()
         await asyncio.to_thread(helper.wait)

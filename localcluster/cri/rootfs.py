@@ -59,7 +59,9 @@ def _mount_copy(source: Path, target: Path, layer: Path) -> None:
 
 
 def resolve(root: Path, path: str) -> Path:
-    """Where `path` of the container lies below `root`, following the symbolic links of the container's own tree."""
+    """Where `path` of the container lies below `root`, following the symbolic links of the container's own
+    tree.
+    """
     parts = [p for p in path.split("/") if p not in ("", ".")]
     current, links = root, 0
     while parts:
@@ -92,7 +94,7 @@ def mount_kernel(root: Path) -> None:
     """Mounts /proc of the caller's PID namespace, /sys and a small /dev with this machine's accelerators."""
     linux.mount("proc", root / "proc", "proc", _NOSUID_NODEV | linux.MS_NOEXEC)
     linux.bind("/sys", root / "sys", read_only=True)
-    mount_devices(root / "dev", os.listdir("/dev"))
+    mount_devices(root / "dev", [path.name for path in Path("/dev").iterdir()])
 
 
 def mount_devices(target: Path, present: Iterable[str]) -> None:

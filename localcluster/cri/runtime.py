@@ -209,7 +209,9 @@ class Runtime:
         return {**config.image.variables, "HOSTNAME": container.sandbox.config.hostname, **config.environment}
 
     async def start(self, container: Container) -> None:
-        """Starts a container's process; raises CannotStartError, and shows the same in the container's status."""
+        """Starts a container's process; raises CannotStartError, and shows the same in the container's
+        status.
+        """
         (output, stdout), (errors, stderr) = os.pipe(), os.pipe()
         container.log = LogFile(Path(container.sandbox.config.log_directory) / container.config.log_path)
         pumps = [Pump(output, "stdout", container.log), Pump(errors, "stderr", container.log)]

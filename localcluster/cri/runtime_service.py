@@ -11,10 +11,9 @@ from localcluster.cri.interface import Method
 from localcluster.cri.runtime import Container, NoSuchObjectError, Runtime, Sandbox
 from localcluster.errors import LocalClusterError
 
-
 _STREAMING = (
-    "the local cluster's runtime has no {what}: containers here are processes of this machine. Use `kubectl logs`, "
-    "or `python -m localcluster forward NAMESPACE/SERVICE:PORT` to reach a service"
+    "the local cluster's runtime has no {what}: containers here are processes of this machine. "
+    "Use `kubectl logs`, or `python -m localcluster forward NAMESPACE/SERVICE:PORT` to reach a service"
 )
 
 
@@ -27,7 +26,9 @@ class CommandTimeoutError(LocalClusterError):
 
 
 class RuntimeService:
-    """Pods and containers. Every public coroutine is a method of the interface: request message in, response out."""
+    """Pods and containers. Every public coroutine is a method of the interface: request message in, response
+    out.
+    """
 
     def __init__(self, runtime: Runtime, pb: Any) -> None:
         """`pb` holds the interface's messages."""

@@ -1,4 +1,6 @@
-"""Pod sandboxes: a network, host name and IPC namespace for each pod, held by open descriptors, without a process."""
+"""Pod sandboxes: a network, host name and IPC namespace for each pod, held by open descriptors, without a
+process.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ class Namespaces:
     """The namespaces of a pod and its address.
 
     Attributes:
-        descriptors: open namespace descriptors, to enter by setns(2); the namespaces live as long as they are open or in use.
+        descriptors: open namespace descriptors, to enter by setns(2); the namespaces live as long as they
+            are open or in use.
         address: the pod's own, or the node's for a pod in the node's network.
         interface: the node's end of the pod's cable; empty for a pod in the node's network.
     """

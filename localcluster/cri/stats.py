@@ -12,7 +12,9 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True)
 class Usage:
-    """Processor time in nanoseconds, resident memory in bytes (shared pages count once per process), processes."""
+    """Processor time in nanoseconds, resident memory in bytes (shared pages count once per process),
+    processes.
+    """
 
     cpu: int = 0
     resident: int = 0
@@ -23,7 +25,7 @@ def usage(pid: int) -> Usage:
     """What the processes in the PID namespace of process `pid` use; ended ones no longer count."""
     total = Usage()
     try:
-        namespace = os.readlink(f"/proc/{pid}/ns/pid")
+        namespace = str(Path(f"/proc/{pid}/ns/pid").readlink())
     except OSError:
         return total
     for directory in Path("/proc").iterdir():

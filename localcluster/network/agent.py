@@ -34,7 +34,7 @@ class Agent:
     def __init__(self) -> None:
         self._objects: dict[str, dict[str, Any]] = {_SERVICES: {}, _SLICES: {}}
         self.catalog: Catalog = catalog.build({}, {})
-        self._servers: dict[Address, asyncio.Server] = {}
+        self._servers: dict[ServicePort, asyncio.Server] = {}
         self._addresses: set[str] = set()
         self._changed = asyncio.Event()
 
@@ -66,11 +66,11 @@ class Agent:
             await self._changed.wait()
             self._changed.clear()
             wanted = self.catalog.listeners()
-            for address in self._servers.keys() - wanted.keys():
-                self._servers.pop(address).close()
-            self._set_addresses({a.host for a in wanted} - _PERMANENT)
-            for address in wanted.keys() - self._servers.keys():
-                await self._listen(address, wanted[address])
+            for port in self._servers.keys() - wanted.keys():
+                self._servers.pop(port).close()
+            self._set_addresses({address.host for address in wanted.values()} - _PERMANENT)
+            for port in wanted.keys() - self._servers.keys():
+                await self._listen(wanted[port], port)
 
     def _set_addresses(self, wanted: set[str]) -> None:
         with Netlink() as netlink:
@@ -87,10 +87,11 @@ class Agent:
         except OSError as error:
             _log.warning("service %s cannot listen at %s: %s", port.service, address, error)
         else:
-            self._servers[address] = server
+            self._servers[port] = server
 
     async def forward(self, control: socket.socket) -> None:
-        """Serves one forward: takes a listening socket of the host, and relays its connections while `control` is open.
+        """Serves one forward: takes a listening socket of the host, and relays its connections while
+        `control` is open.
 
         The request is JSON, {"namespace", "service", "port"}, and comes together with the socket's descriptor
         (SCM_RIGHTS); the answer is JSON, {"error": TEXT}, empty for success.

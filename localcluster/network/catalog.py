@@ -1,4 +1,6 @@
-"""What services exist and who stands behind them: pure functions from API objects to backends and DNS records."""
+"""What services exist and who stands behind them: pure functions from API objects to backends and DNS
+records.
+"""
 
 from __future__ import annotations
 
@@ -46,16 +48,18 @@ class ServicePort:
 
 @dataclass(frozen=True)
 class Catalog:
-    """Everything at one moment: ports by service, ready backends by (service, port name), DNS records by lower-case name."""
+    """Everything at one moment: ports by service, ready backends by (service, port name), DNS records by
+    lower-case name.
+    """
 
     ports: Mapping[str, tuple[ServicePort, ...]]
     backends: Mapping[tuple[str, str], tuple[Address, ...]]
     records: Mapping[str, tuple[IPv4Address, ...]]
 
-    def listeners(self) -> dict[Address, ServicePort]:
-        """The addresses to listen at."""
+    def listeners(self) -> dict[ServicePort, Address]:
+        """Which service ports to listen for, and where."""
         every = (port for ports in self.ports.values() for port in ports)
-        return {port.listen: port for port in every if port.listen is not None}
+        return {port: port.listen for port in every if port.listen is not None}
 
     def behind(self, port: ServicePort) -> tuple[Address, ...]:
         """The ready backends of a service port."""
@@ -97,7 +101,7 @@ def _ports(key: str, service: Object) -> Iterator[ServicePort]:
 
 
 def _owner(endpoint_slice: Object) -> str:
-    """The service ("namespace/name") that an EndpointSlice with IPv4 addresses belongs to; empty for others."""
+    """The service ("namespace/name") that an EndpointSlice of IPv4 addresses belongs to; empty for others."""
     metadata = endpoint_slice["metadata"]
     name = metadata.get("labels", {}).get(_SERVICE_LABEL)
     return f"{metadata['namespace']}/{name}" if name and endpoint_slice["addressType"] == "IPv4" else ""

@@ -1,4 +1,6 @@
-"""The cluster's DNS server: A records of services and StatefulSet pods, over UDP and TCP (RFC 1035, RFC 7766)."""
+"""The cluster's DNS server: A records of services and StatefulSet pods, over UDP and TCP (RFC 1035, RFC
+7766).
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ Lookup = Callable[[str], "tuple[IPv4Address, ...] | None"]
 
 @dataclass(frozen=True)
 class Question:
-    """A parsed query: its id and flags, the name (lower case, no final dot), the type, and the question's own bytes."""
+    """A parsed query: its id and flags, the name (lower case, no final dot), the type, and the question's own
+    bytes.
+    """
 
     id: int
     flags: int
@@ -99,8 +103,9 @@ class _Datagrams(asyncio.DatagramProtocol):
         self._lookup = lookup
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # A cast, because the event loop's own class does not inherit from DatagramTransport before Python 3.12.
-        self._transport = cast(asyncio.DatagramTransport, transport)
+        # A cast, because the event loop's own class does not inherit from DatagramTransport before Python
+        # 3.12.
+        self._transport = cast("asyncio.DatagramTransport", transport)
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
         reply = answer(data, self._lookup)

@@ -53,7 +53,9 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 def handler(choose: Choose) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], asyncio.Future[None]]:
-    """A callback for asyncio.start_server; without a ready backend it resets the connection, as kube-proxy rejects it."""
+    """A callback for asyncio.start_server; without a ready backend it resets the connection, as kube-proxy
+    rejects it.
+    """
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream = await _connect(choose())

@@ -1,6 +1,7 @@
 """Lists and watches one kind of object at the API server, with the standard library only.
 
-The list-then-watch protocol: kubernetes.io/docs/reference/using-api/api-concepts, "Efficient detection of changes".
+The list-then-watch protocol: kubernetes.io/docs/reference/using-api/api-concepts, "Efficient detection of
+changes".
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ def changes(path: str, version: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (ADDED, MODIFIED or DELETED; object) until the API server ends the watch."""
     connection = _connect(timeout=_WATCH_SECONDS + 30)
     try:
-        query = f"{path}?watch=1&allowWatchBookmarks=true&resourceVersion={version}&timeoutSeconds={_WATCH_SECONDS}"
-        for line in _open(connection, query):
+        query = f"watch=1&allowWatchBookmarks=true&resourceVersion={version}&timeoutSeconds={_WATCH_SECONDS}"
+        for line in _open(connection, f"{path}?{query}"):
             event = json.loads(line)
             if event["type"] == "ERROR":
                 raise WatchExpiredError
@@ -66,7 +67,9 @@ def changes(path: str, version: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def follow(path: str, on_change: Callable[[dict[str, dict[str, Any]]], None]) -> None:
-    """Calls `on_change` with all objects by "namespace/name", now and after every change. Never returns; for a thread of its own."""
+    """Calls `on_change` with all objects by "namespace/name", now and after every change. Never returns; for
+    a thread of its own.
+    """
     while True:
         try:
             version, items = list_objects(path)

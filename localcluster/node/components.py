@@ -1,6 +1,7 @@
 """The Kubernetes components: command lines, configuration files and how to tell that each is ready.
 
-Paths are the node's (`layout.INSIDE`). Ports are the upstream defaults: nothing but the cluster is in its network.
+Paths are the node's (`layout.INSIDE`). Ports are the upstream defaults: nothing but the cluster is in its
+network.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ def _text(value: object) -> str:
 
 
 def etcd(tools: Mapping[str, Path]) -> Component:
-    """The store. `unsafe-no-fsync`: the data does not outlive the cluster, so waiting for the disk buys nothing."""
+    """The store. `unsafe-no-fsync`: the data does not outlive the cluster, so waiting for the disk buys
+    nothing.
+    """
     flags = _flags(
         name="local",
         data_dir=INSIDE.node / "etcd",
@@ -108,7 +111,8 @@ def controller_manager(tools: Mapping[str, Path]) -> Component:
         service_account_private_key_file=_PKI / "service-account.key",
         root_ca_file=_PKI / "ca.crt",
         use_service_account_credentials=True,
-        # Each of its 40 controllers begins by making its account; at the default 20 requests a second that takes 4 s.
+        # Each of its 40 controllers begins by making its account; at the default 20 requests a second that
+        # takes 4 s.
         kube_api_qps=500,
         kube_api_burst=1000,
         leader_elect=False,

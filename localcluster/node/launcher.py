@@ -1,4 +1,5 @@
-"""Starts the cluster's PID 1 in namespaces of its own: `python -m localcluster.node.launcher STATE_DIR SOCKET_FD`.
+"""Starts the cluster's PID 1 in namespaces of its own: `python -m localcluster.node.launcher STATE_DIR
+SOCKET_FD`.
 
 Runs on the host for some milliseconds: binds the API server's host port (a socket stays in the network
 namespace where it was made), enters new namespaces, forks PID 1, writes down who that is, and ends. PID 1
@@ -15,15 +16,18 @@ from pathlib import Path
 from localcluster import linux
 from localcluster.errors import NamespacesForbiddenError
 from localcluster.layout import Layout
-from localcluster.node import supervisor
+from localcluster.node import init
+from localcluster.node.supervisor import report
 from localcluster.processes import Record, identify
 from localcluster.settings import read_settings
 
 _FORBIDDEN = (
-    "this machine does not allow {what} to an ordinary user ({error}). The local cluster needs unprivileged user "
-    "namespaces: on Debian and Ubuntu `sysctl kernel.unprivileged_userns_clone=1` and "
-    "`sysctl kernel.apparmor_restrict_unprivileged_userns=0`, elsewhere `sysctl user.max_user_namespaces=10000`; in Docker "
-    "`--privileged`. Or use a cluster that exists already: set KUBECONFIG to its kubeconfig file."
+    "this machine does not allow {what} to an ordinary user ({error}). "
+    "The local cluster needs unprivileged user namespaces: "
+    "on Debian and Ubuntu `sysctl kernel.unprivileged_userns_clone=1` and "
+    "`sysctl kernel.apparmor_restrict_unprivileged_userns=0`, "
+    "elsewhere `sysctl user.max_user_namespaces=10000`; "
+    "in Docker `--privileged`. Or use a cluster that exists already: set KUBECONFIG to its kubeconfig file."
 )
 
 
@@ -82,7 +86,7 @@ def launch(layout: Layout, progress: socket.socket) -> None:
         if os.read(recorded, 1) != b"w":
             os._exit(1)
         os.close(recorded)
-        supervisor.main(layout, settings, listener, progress)
+        init.main(layout, settings, listener, progress)
     identity = identify(pid)
     if identity is None:
         raise ChildProcessError(
@@ -99,7 +103,7 @@ def main() -> None:
     try:
         launch(layout, progress)
     except (NamespacesForbiddenError, OSError) as error:
-        supervisor.report(progress, "launcher", error=str(error))
+        report(progress, "launcher", error=str(error))
         sys.exit(1)
 
 

@@ -64,7 +64,9 @@ class Authority:
         return self.certificate.public_bytes(Encoding.PEM)
 
     def issue(self, name: str, organization: str | None, names: tuple[str, ...] = ()) -> tuple[bytes, bytes]:
-        """A new key and its certificate, as PEM (key, certificate); for a server when it has `names` (DNS or IP)."""
+        """A new key and its certificate, as PEM (key, certificate); for a server when it has `names` (DNS or
+        IP).
+        """
         key = ec.generate_private_key(ec.SECP256R1())
         usage = ExtendedKeyUsageOID.SERVER_AUTH if names else ExtendedKeyUsageOID.CLIENT_AUTH
         builder = _builder(_subject(name, organization), self.certificate.subject, key.public_key(), self.now)

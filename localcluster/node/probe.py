@@ -16,7 +16,9 @@ _TIMEOUT = 2.0  # seconds for one answer; a component that is starting is asked 
 
 
 def _context() -> ssl.SSLContext:
-    """The administrator's identity. Servers are not verified: two of them sign their own certificates, and all are ours."""
+    """The administrator's identity. Servers are not verified: two of them sign their own certificates, and
+    all are ours.
+    """
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE

@@ -1,4 +1,6 @@
-"""Starting and stopping: what `up` leaves running, what `down` leaves behind (nothing), whatever happens in between."""
+"""Starting and stopping: what `up` leaves running, what `down` leaves behind (nothing), whatever happens in
+between.
+"""
 
 import json
 import os
@@ -185,7 +187,9 @@ def test_a_forward_reaches_ready_endpoints_from_the_host(cluster: Cluster, names
     script = (
         "import http.server, os\n"
         "class H(http.server.BaseHTTPRequestHandler):\n"
-        "    def do_GET(self): self.send_response(200); self.end_headers(); self.wfile.write(os.environ['HOSTNAME'].encode())\n"
+        "    def do_GET(self):\n"
+        "        self.send_response(200); self.end_headers()\n"
+        "        self.wfile.write(os.environ['HOSTNAME'].encode())\n"
         "http.server.HTTPServer(('', 8000), H).serve_forever()"
     )
     ready = {"readinessProbe": {"httpGet": {"port": 8000}, "periodSeconds": 1}}

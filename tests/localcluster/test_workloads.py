@@ -1,4 +1,4 @@
-"""Workloads behave on the local cluster as on any other: started, probed, restarted, stopped by the real kubelet."""
+"""Workloads behave on the local cluster as on any other: the real kubelet starts, probes and stops them."""
 
 import os
 import re
@@ -24,6 +24,7 @@ from tests.localcluster.objects import (
 )
 
 HTTP = ("python", "-m", "http.server", "8000")
+PLACES = ("/usr", "/tmp", "/root")  # noqa: S108 - the container's own /tmp
 HTTP_READY = {"readinessProbe": {"httpGet": {"port": 8000}, "periodSeconds": 1}}
 
 
@@ -111,7 +112,7 @@ def test_a_killed_process_is_restarted_with_backoff_and_shows_its_exit_code(
     assert status["lastState"]["terminated"]["exitCode"] == 128 + signal.SIGKILL
     os.kill(second, signal.SIGKILL)
 
-    # The waiting reason CrashLoopBackOff shows at the kubelet's next sync of the pod, some 10 s later; the event at once.
+    # The waiting reason CrashLoopBackOff shows at the kubelet's next sync, 10 s later; the event at once.
     def reasons() -> str:
         return cluster.kubectl("get", "events", "-n", namespace, "-o", "jsonpath={.items[*].reason}")
 
@@ -222,8 +223,9 @@ def test_volumes_are_readable_at_their_mount_paths(cluster: Cluster, namespace: 
     mounts = [{"name": v["name"], "mountPath": f"/srv/not/there/{v['name']}"} for v in volumes]
     mounts.append({"name": "c", "mountPath": "/etc/one-file", "subPath": "key"})
     script = (
-        "cd /srv/not/there; cat c/key; echo; cat s/key; echo; cat d/labels; echo; cut -d. -f1 p/token; echo kept > e/f;"
-        " cat e/f; echo kept > m/f; cat m/f; cat /etc/one-file; echo; touch c/key 2>/dev/null || echo read-only"
+        "cd /srv/not/there; cat c/key; echo; cat s/key; echo; cat d/labels; echo; cut -d. -f1 p/token; "
+        "echo kept > e/f; cat e/f; echo kept > m/f; cat m/f; cat /etc/one-file; echo; "
+        "touch c/key 2>/dev/null || echo read-only"
     )
     main = {
         "volumeMounts": mounts,
@@ -239,9 +241,10 @@ def test_volumes_are_readable_at_their_mount_paths(cluster: Cluster, namespace: 
 
 def test_a_containers_files_are_its_own(cluster: Cluster, namespace: str) -> None:
     name = f"made-by-{namespace}"
-    script = f'echo x > /usr/{name} && echo x > /tmp/{name} && echo x > /root/{name} && test -z "$(ls {cluster.directory})"'
+    written = " && ".join(f"echo x > {place}/{name}" for place in PLACES)
+    script = f'{written} && test -z "$(ls {cluster.directory})"'
     output_of(cluster, namespace, pod("writer", "sh", "-c", f"mkdir -p {cluster.directory}; {script}"))
-    assert [p for p in ("/usr", "/tmp", "/root") if os.access(p, os.R_OK) and (Path(p) / name).exists()] == []
+    assert [p for p in PLACES if os.access(p, os.R_OK) and (Path(p) / name).exists()] == []
     main = {"securityContext": {"readOnlyRootFilesystem": True}}
     script = f"touch /usr/{name} || touch /tmp/{name} || echo refused"
     assert "refused" in output_of(cluster, namespace, pod("reader", "sh", "-c", script, container=main))
