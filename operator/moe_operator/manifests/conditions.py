@@ -38,13 +38,22 @@ def ready(state: State) -> Verdict:
         return Verdict(False, "NameConflict", _conflict_sentence(state))
     if state.wanted == 0:
         return Verdict(False, "ScaledToZero", "spec.replicas is 0; set it to 1 or more to serve requests")
-    count = f"{state.ready} of {state.wanted} replicas answer"
+    count = _count(state)
     if state.ready < state.wanted:
         return _not_all_ready(state, count)
     if state.frontend_ready == 0:
         problem = state.frontend_problem or Problem("FrontendNotReady", "it is starting")
         return Verdict(False, problem.reason, f"{count}; no frontend does: {problem.message}")
     return Verdict(True, "AllReplicasReady", f"{count}, and so does the frontend")
+
+
+def _replicas(number: int) -> str:
+    return f"{number} replica" if number == 1 else f"{number} replicas"
+
+
+def _count(state: State) -> str:
+    verb = "answers" if state.wanted == 1 else "answer"
+    return f"{state.ready} of {_replicas(state.wanted)} {verb}"
 
 
 def _not_all_ready(state: State, count: str) -> Verdict:
@@ -66,18 +75,17 @@ def progressing(state: State) -> Verdict:
     """Whether work towards the spec goes on. False is both done and stuck; the reason says which."""
     if state.conflicts:
         return Verdict(False, "NameConflict", _conflict_sentence(state))
-    if state.problem is not None:
+    if state.problem is not None and state.problem[1].stuck:
         pod, problem = state.problem
         return Verdict(False, problem.reason, f"{pod.name} cannot start: {problem.message}")
     if any(state.replicas[rank].revision != state.revision for rank in state.replicas if rank < state.wanted):
-        message = f"{state.updated} of {state.wanted} replicas run revision {state.revision}"
+        message = f"{state.updated} of {_replicas(state.wanted)} at revision {state.revision}"
         return Verdict(True, "RollingOut", message)
     if state.surplus:
-        return Verdict(True, "ScalingDown", f"{state.surplus} replicas too many are being stopped")
+        return Verdict(True, "ScalingDown", f"{_replicas(state.surplus)} beyond spec.replicas on the way out")
     if state.ready < state.wanted:
-        message = f"{state.ready} of {state.wanted} replicas answer; {_waiting_for(state)}"
-        return Verdict(True, "Starting", message)
-    return Verdict(False, "Complete", f"all {state.wanted} replicas run revision {state.revision}")
+        return Verdict(True, "Starting", f"{_count(state)}; {_waiting_for(state)}")
+    return Verdict(False, "Complete", f"{_replicas(state.wanted)} at revision {state.revision}")
 
 
 def model_loaded(state: State) -> Verdict:
@@ -95,7 +103,7 @@ def model_loaded(state: State) -> Verdict:
 def _model_sentence(state: State) -> str:
     model = state.model
     if model is None or model.revision != state.revision:
-        return f"{state.ready} workers have loaded the model"
+        return "the model is loaded"
     total, active = _short(model.parameters_total), _short(model.parameters_active)
     return f"{model.architecture}, {total} parameters of which a token uses {active}, in {model.format}"
 

@@ -40,7 +40,7 @@ def pod_spec(deployment: Deployment) -> Manifest:
     """Pod spec of the frontend."""
     settings = deployment.spec.frontend
     container = {
-        "name": "frontend",
+        "name": names.ROLE_FRONTEND,
         "image": settings.image,
         "command": command(deployment),
         "env": pods.environment(deployment, names.ROLE_FRONTEND, settings),

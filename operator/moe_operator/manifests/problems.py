@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moe_operator.resources import names
+
 _ERROR_LINE = "error: "
 _EXIT_BAD_INPUT = 2
 """Exit code of a worker that refuses its checkpoint or its configuration: starting it again is of no use."""
@@ -31,6 +33,8 @@ class Problem:
     """One CamelCase word."""
     message: str
     """A sentence."""
+    stuck: bool = True
+    """Time alone will not help; False while a crashed container is on its way back."""
 
 
 def of_pod(pod: Mapping[str, Any]) -> Problem | None:
@@ -60,12 +64,19 @@ def _terminated(container: Mapping[str, Any]) -> Problem | None:
     end = next((end for end in ends if end), None)
     if end is None or end.get("exitCode", 0) == 0:
         return None
-    code = end["exitCode"]
     said = error_sentence(end.get("message", ""))
-    if said is None:
-        why = f", {end['reason']}" if end.get("reason") not in (None, "Error") else ""
-        return Problem("ContainerCrashed", f"{container['name']} ended with exit code {code}{why}")
-    return Problem("ModelLoadFailed" if code == _EXIT_BAD_INPUT else "WorkerFailed", said)
+    name = container["name"]
+    if name == names.ROLE_WORKER and end["exitCode"] == _EXIT_BAD_INPUT and said is not None:
+        return Problem("ModelLoadFailed", said)
+    runs = "running" in container.get("state", {})
+    sentence = said or _crash_sentence(name, end)
+    reason = f"{name.capitalize()}Failed" if said else "ContainerCrashed"
+    return Problem(reason, f"{sentence}; it is started again" if runs else sentence, stuck=not runs)
+
+
+def _crash_sentence(name: str, end: Mapping[str, Any]) -> str:
+    why = f", {end['reason']}" if end.get("reason") not in (None, "Error") else ""
+    return f"{name} ended with exit code {end['exitCode']}{why}"
 
 
 def error_sentence(log: str) -> str | None:

@@ -34,7 +34,7 @@ def pod_spec(deployment: Deployment) -> Manifest:
     settings = deployment.spec.worker
     path = deployment.spec.model.path
     container = {
-        "name": "worker",
+        "name": names.ROLE_WORKER,
         "image": settings.image,
         "command": command(deployment),
         "env": pods.environment(deployment, names.ROLE_WORKER, settings),
