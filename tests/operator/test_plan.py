@@ -266,7 +266,7 @@ POD_PROBLEMS = {
             {
                 "name": "worker",
                 "ready": False,
-                "state": {"running": {}},
+                "state": {"waiting": {"reason": "CrashLoopBackOff"}},
                 "lastState": {
                     "terminated": {"exitCode": 137, "reason": "OOMKilled", "message": "no error line"}
                 },
@@ -286,3 +286,41 @@ def test_what_keeps_a_pod_down_is_the_reason_of_the_condition(reason):
     assert condition(world, PROGRESSING).status == "False"
     warnings = [decision for decision in plan.decisions if decision.warning]
     assert [decision.reason for decision in warnings] == [reason, reason]
+
+
+def test_a_crashed_worker_that_starts_again_is_progress():
+    world = settled()
+    world.pods["docs-1-0"]["status"] = {
+        "containerStatuses": [
+            {
+                "name": "worker",
+                "ready": False,
+                "state": {"running": {}},
+                "lastState": {"terminated": {"exitCode": 137, "reason": "Error"}},
+            }
+        ]
+    }
+    world.step()
+    assert condition(world, READY).message == (
+        "1 of 2 replicas answer; docs-1-0: worker ended with exit code 137; it is started again"
+    )
+    assert (condition(world, PROGRESSING).status, condition(world, PROGRESSING).reason) == (
+        "True",
+        "Starting",
+    )
+
+
+def test_a_frontend_that_fails_is_the_reason():
+    world = settled()
+    world.frontend_ready(0)
+    end = {"terminated": {"exitCode": 2, "message": "error: --listen: there is no port 99999"}}
+    world.pods["docs-frontend-x"] = {
+        "metadata": {
+            "name": "docs-frontend-x",
+            "labels": {"serving.moe-operator.dev/name": "docs", "serving.moe-operator.dev/role": "frontend"},
+        },
+        "status": {"containerStatuses": [{"name": "frontend", "ready": False, "state": end}]},
+    }
+    world.step()
+    assert condition(world, READY).reason == "FrontendFailed"
+    assert "--listen: there is no port 99999" in condition(world, READY).message

@@ -85,7 +85,7 @@ def test_a_hand_edited_child_is_put_back(docs):
     def look():
         image = docs.get("deployment", "docs-frontend")["spec"]["template"]["spec"]["containers"][0]["image"]
         selector = docs.get("service", "docs-frontend")["spec"]["selector"].get(NAME)
-        return image, selector, len(docs.get("role", "docs-frontend")["rules"])
+        return image, selector, len(docs.get("role", "docs-frontend")["rules"] or [])
 
     wanted = ("ghcr.io/moe-operator/operator:dev", "docs", 1)
     eventually(look, lambda found: found == wanted, "image, selector and rules put back")
