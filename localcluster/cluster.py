@@ -154,7 +154,8 @@ class Cluster:
                     ours.sendall(STAY if detached else STAY_WITH_PARENT)
                     self._tie = ExitStack() if detached else stack.pop_all()
                     return
-        raise StartError(f"the cluster ended while starting; see {self._layout.log('supervisor')}")
+        last = self._layout.log("supervisor").read_text(errors="replace").strip().splitlines()[-1:]
+        raise StartError(f"the cluster ended while starting: {''.join(last) or 'it was killed'}")
 
     def _launch(self, stack: ExitStack) -> socket.socket:
         """Starts the launcher; returns our end of the socket whose other end PID 1 will hold."""

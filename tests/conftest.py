@@ -10,7 +10,7 @@ from localcluster import Cluster
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A real Kubernetes, started once for all tests (about 7 s) and deleted after them, or with the test process."""
+    """A real Kubernetes, started once for all tests (about 7 s); it ends with the test process at last."""
     running = Cluster(tmp_path_factory.mktemp("cluster"))
     running.up(detached=False)
     yield running

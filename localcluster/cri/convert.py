@@ -1,6 +1,4 @@
-"""Between Container Runtime Interface messages and the runtime's own types. `pb` is the generated module
-`api_pb2`.
-"""
+"""Between the messages of the Container Runtime Interface (`pb`) and the runtime's own types."""
 
 from __future__ import annotations
 
@@ -50,7 +48,7 @@ def container_config(config: Any, image: Image) -> ContainerConfig:
         ),
         read_only=config.linux.security_context.readonly_rootfs,
         log_path=config.log_path,
-        stop_signal=stop_signal(config.stop_signal),
+        stop_signal=stop_signal(_stop_signal_name(config)),
     )
 
 
@@ -59,12 +57,14 @@ def sorted_mounts(mounts: Iterable[Any]) -> list[Any]:
     return sorted(mounts, key=lambda m: Path(m.container_path).parts)
 
 
-def stop_signal(number: int) -> signal.Signals:
-    """From the interface's enum Signal, which numbers the names in alphabetical order; 0 is the runtime's
-    default.
-    """
-    names = sorted(s for s in signal.Signals.__members__ if not s.startswith("SIGRT")) if number else []
-    return signal.Signals[names[number - 1]] if 0 < number <= len(names) else signal.SIGTERM
+def stop_signal(name: str) -> signal.Signals:
+    """From a name of the interface's enum Signal; RUNTIME_DEFAULT and names unknown to Python are SIGTERM."""
+    return signal.Signals.__members__.get(name, signal.SIGTERM)
+
+
+def _stop_signal_name(config: Any) -> str:
+    kind = config.DESCRIPTOR.fields_by_name["stop_signal"].enum_type
+    return str(kind.values_by_number[config.stop_signal].name)
 
 
 def pod_sandbox(pb: Any, sandbox: Sandbox, config: Any) -> Any:

@@ -58,7 +58,7 @@ def _popen(spec: Spec, status: int, stdout: int, stderr: int) -> subprocess.Pope
             stdout=stdout,
             stderr=stderr,
             pass_fds=inherited,
-            env={"PYTHONPATH": str(CHECKOUT)},
+            env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
         )
     finally:
         os.close(memory)

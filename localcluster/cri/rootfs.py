@@ -1,7 +1,7 @@
 """A container's root file system: the machine's own files, copy-on-write, with volumes on top.
 
 Every top-level directory of the machine is the lower layer of an overlay whose upper layer is a tmpfs, so a
-container can write anywhere and make any mount point, and nothing of it reaches the machine. Directories with
+container can write wherever its user may, and nothing of it reaches the machine. Directories with
 other file systems inside cannot be a lower layer in a user namespace (the kernel does not let the
 mounts below be looked under); they appear read-only instead. Built and used inside a new mount namespace.
 """
@@ -82,12 +82,36 @@ def resolve(root: Path, path: str) -> Path:
 def prepare_target(root: Path, source: Path, path: str) -> Path:
     """Makes the mount point for `source` (a file or a directory) at `path` of the container; returns it."""
     target = resolve(root, path)
+    try:
+        _make_mount_point(source, target)
+    except PermissionError:
+        # Directories of other users cannot be written to, copy or not: their owners do not exist in here.
+        _make_writable(next(p for p in target.parents if p.is_dir()))
+        _make_mount_point(source, target)
+    return target
+
+
+def _make_mount_point(source: Path, target: Path) -> None:
     if source.is_dir():
         target.mkdir(parents=True, exist_ok=True)
     elif not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         target.touch()
-    return target
+
+
+def _make_writable(directory: Path) -> None:
+    """Covers a directory with a tmpfs that shows the same entries, each by a link or a bind mount."""
+    original = os.open(directory, os.O_PATH | os.O_DIRECTORY)
+    try:
+        linux.mount("tmpfs", directory, "tmpfs", _NOSUID_NODEV, "mode=755")
+        for entry in os.scandir(f"/proc/self/fd/{original}"):
+            if entry.is_symlink():
+                (directory / entry.name).symlink_to(Path(entry.path).readlink())
+            else:
+                _make_mount_point(Path(entry.path), directory / entry.name)
+                linux.bind(entry.path, directory / entry.name)
+    finally:
+        os.close(original)
 
 
 def mount_kernel(root: Path) -> None:

@@ -150,7 +150,7 @@ def test_without_go_and_without_pip_the_error_says_what_to_do(
     message = str(caught.value)
     assert message.startswith("No Go compiler is on PATH, and ")
     assert "Install Go 1.21 or newer" in message
-    assert "set MOE_KUBECONFIG" in message
+    assert "kubeconfig in KUBECONFIG" in message
 
 
 def test_an_old_go_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ def processes_of(directory: Path) -> list[int]:
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
                 mounts = (entry / "mountinfo").read_text()
-                command = (entry / "cmdline").read_text()
+                command = (entry / "cmdline").read_text(errors="replace")
             except OSError:
                 continue
             if f"{directory} /run/localcluster " in mounts or f"\0{directory}\0" in command:

@@ -24,7 +24,7 @@ from tests.localcluster.objects import (
 )
 
 HTTP = ("python", "-m", "http.server", "8000")
-PLACES = ("/usr", "/tmp", "/root")  # noqa: S108 - the container's own /tmp
+PLACES = ("/", "/tmp", "/run")  # noqa: S108 - the container's own /tmp
 HTTP_READY = {"readinessProbe": {"httpGet": {"port": 8000}, "periodSeconds": 1}}
 
 
@@ -34,7 +34,7 @@ def host_pids(marker: str) -> list[int]:
     for directory in Path("/proc").iterdir():
         if directory.name.isdigit():
             try:
-                command = (directory / "cmdline").read_text().split("\0")
+                command = (directory / "cmdline").read_text(errors="replace").split("\0")
             except OSError:
                 continue
             if marker in command:
@@ -246,7 +246,7 @@ def test_a_containers_files_are_its_own(cluster: Cluster, namespace: str) -> Non
     output_of(cluster, namespace, pod("writer", "sh", "-c", f"mkdir -p {cluster.directory}; {script}"))
     assert [p for p in PLACES if os.access(p, os.R_OK) and (Path(p) / name).exists()] == []
     main = {"securityContext": {"readOnlyRootFilesystem": True}}
-    script = f"touch /usr/{name} || touch /tmp/{name} || echo refused"
+    script = f"touch /{name} || touch /tmp/{name} || echo refused"
     assert "refused" in output_of(cluster, namespace, pod("reader", "sh", "-c", script, container=main))
 
 
