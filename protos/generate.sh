@@ -1,8 +1,9 @@
 #!/bin/sh
-# Writes the Python code of every .proto file beside it. Used by `make proto`; CI fails when the result differs.
+# Writes the Python code of every .proto file beside it, or below the folder given. Used by `make proto`.
 set -eu
+out=$(realpath "${1:-$(dirname "$0")}")
 cd "$(dirname "$0")"
 python=${PYTHON:-../.venv/bin/python}
 PATH="$(dirname "$(realpath -s "$python")"):$PATH" "$python" -m grpc_tools.protoc -I . \
-    --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. \
-    moe_api/inference/v1/inference.proto moe_api/worker/v1/worker.proto
+    --python_out="$out" --grpc_python_out="$out" --mypy_out="$out" --mypy_grpc_out="$out" \
+    $(find moe_api -name '*.proto')

@@ -1,0 +1,1 @@
+"""Generated code of the API between workers and their operator, by version."""

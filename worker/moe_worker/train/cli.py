@@ -13,7 +13,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _DEFAULT = TrainSettings
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.option("--config", type=_FILE, required=True, help="config.json of the model to train (deepseek_v3).")
 @click.option(
     "--data",
@@ -72,7 +72,12 @@ _DEFAULT = TrainSettings
     type=click.FloatRange(0),
     help="Seconds after which to save and end early, to resume later.",
 )
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default=_DEFAULT.device,
+    help="Where to train; auto takes a GPU where there is one.",
+)
 def train(**settings: Any) -> None:
     """Train a model on text.
 
@@ -84,7 +89,7 @@ def train(**settings: Any) -> None:
       moe-worker train --config examples/docs-moe/config.json --data train.txt.zst \\
           --valid valid.txt.zst --out runs/docs-moe
     """
-    from moe_worker.train.trainer import train as run  # torch takes seconds to load: not for --help
+    from moe_worker.train.trainer import train as run  # noqa: PLC0415 - torch: seconds, not for --help
 
     folder = run(TrainSettings(**settings))
     click.echo(f"written to {folder}")

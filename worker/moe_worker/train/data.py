@@ -5,7 +5,6 @@ Legend: B windows in a batch, T tokens in a window, N tokens in the corpus.
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,12 +51,19 @@ def read_documents(path: Path) -> list[str]:
 
 
 def _decompress(path: Path, data: bytes) -> bytes:
-    import zstandard  # only for compressed files: a machine without the package still trains on plain text
+    import zstandard  # noqa: PLC0415 - machines without it still train on plain text
 
-    try:
-        return zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data)).read()
-    except zstandard.ZstdError as error:
-        raise DataError(f"{path}: is not a Zstandard file ({error}); compress it with `zstd`") from error
+    parts = []
+    while data:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        try:
+            parts.append(frame.decompress(data))
+        except zstandard.ZstdError as error:
+            raise DataError(f"{path}: is not a Zstandard file ({error}); compress it with `zstd`") from error
+        if not frame.eof:
+            raise DataError(f"{path}: ends in the middle; copy it again")
+        data = frame.unused_data
+    return b"".join(parts)
 
 
 def train_tokenizer(documents: list[str], vocabulary_size: int) -> Tokenizer:

@@ -10,13 +10,11 @@ from tqdm import tqdm
 
 from moe_worker.engine.offline import Engine
 from moe_worker.errors import SettingsError
-from moe_worker.evaluate import Score, Window, score_documents
 from moe_worker.train.data import read_documents
+from moe_worker.train.score import Score, Window, score_documents
 
 
-def score_checkpoint(
-    checkpoint: Path, data: Path, *, context: int | None, device: str, dtype: str
-) -> Score:
+def score_checkpoint(checkpoint: Path, data: Path, *, context: int | None, device: str, dtype: str) -> Score:
     """Returns the score of the model in `checkpoint` on the documents in `data`.
 
     Raises:
@@ -26,7 +24,9 @@ def score_checkpoint(
     engine = Engine(checkpoint, device=device, dtype=dtype, progress=True)
     longest, bos_id = engine.config.max_position_embeddings, engine.config.bos_token_id
     if bos_id is None:
-        raise SettingsError(f"{checkpoint}/config.json names no bos_token_id, which every document begins with")
+        raise SettingsError(
+            f"{checkpoint}/config.json names no bos_token_id, which every document begins with"
+        )
     if context is not None and context > longest:
         raise SettingsError(f"--context is {context}; the model allows {longest} tokens at most")
     tokens = [
@@ -40,6 +40,8 @@ def score_checkpoint(
         return float(torch.nn.functional.cross_entropy(logits_TV, targets_T, reduction="sum"))
 
     with tqdm(total=sum(map(len, tokens)), desc="score", unit="token", unit_scale=True) as bar:
-        return score_documents(
-            documents, tokens, context or longest, bos_id, nats, bar.update
-        )
+
+        def progress(predicted: int) -> None:
+            bar.update(predicted)
+
+        return score_documents(documents, tokens, context or longest, bos_id, nats, progress)

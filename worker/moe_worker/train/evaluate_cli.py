@@ -38,7 +38,7 @@ def evaluate(
     Example:
       moe-worker eval examples/docs-moe --data test.txt.zst
     """
-    from moe_worker.train.evaluate import score_checkpoint  # torch takes seconds to load: not for --help
+    from moe_worker.train.evaluate import score_checkpoint  # noqa: PLC0415 - torch: not for --help
 
     score = score_checkpoint(checkpoint, data, context=context, device=device, dtype=dtype)
     if as_json:

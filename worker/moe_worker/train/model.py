@@ -27,6 +27,7 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalises the last axis."""
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.epsilon)
 
 
@@ -37,7 +38,7 @@ def rotate(x_BHTR: torch.Tensor, theta: float) -> torch.Tensor:
     frequencies = theta ** -(torch.arange(0, size, 2, device=device, dtype=torch.float32) / size)
     angles_TR = torch.outer(torch.arange(tokens, device=device, dtype=torch.float32), frequencies)
     cos, sin = angles_TR.cos(), angles_TR.sin()
-    even, odd = x_BHTR.float().unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = torch.unflatten(x_BHTR.float(), -1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x_BHTR.dtype)
 
 
@@ -62,13 +63,15 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=False)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """Lets each token look at itself and those before it."""
         c = self.config
         nope, rope, heads = c.qk_nope_head_dim, c.qk_rope_head_dim, c.num_attention_heads
-        q_BHTQ = self._query(x_BTD).unflatten(-1, (heads, -1)).transpose(1, 2)
-        q_nope, q_rope = q_BHTQ.split([nope, rope], -1)
-        latent_BTL, k_rope = self.kv_a_proj_with_mqa(x_BTD).split([c.kv_lora_rank, rope], -1)
-        kv_BHTK = self.kv_b_proj(self.kv_a_layernorm(latent_BTL)).unflatten(-1, (heads, -1)).transpose(1, 2)
-        k_nope, v_BHTW = kv_BHTK.split([nope, c.v_head_dim], -1)
+        q_BHTQ = torch.unflatten(self._query(x_BTD), -1, (heads, -1)).transpose(1, 2)
+        q_nope, q_rope = torch.split(q_BHTQ, [nope, rope], -1)
+        latent_BTL, k_rope = torch.split(self.kv_a_proj_with_mqa(x_BTD), [c.kv_lora_rank, rope], -1)
+        kv_BTK = self.kv_b_proj(self.kv_a_layernorm(latent_BTL))
+        kv_BHTK = torch.unflatten(kv_BTK, -1, (heads, -1)).transpose(1, 2)
+        k_nope, v_BHTW = torch.split(kv_BHTK, [nope, c.v_head_dim], -1)
         k_rope = rotate(k_rope.unsqueeze(1), c.rope_theta).expand(-1, heads, -1, -1)
         out_BHTW = F.scaled_dot_product_attention(
             torch.cat((q_nope, rotate(q_rope, c.rope_theta)), -1),
@@ -97,6 +100,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Applies the network to the last axis."""
         out: torch.Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return out
 
@@ -120,12 +124,13 @@ class MixtureOfExperts(nn.Module):
         self.register_buffer("load_E", torch.zeros(experts), persistent=False)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """Adds up the shared experts and the chosen ones; counts the choices while training."""
         weight_BTE = self.route(x_BTD)
         if self.training:
             self.load_E.add_((weight_BTE > 0).sum((0, 1)))
         gate = F.linear(x_BTD, self.gate_EFD.flatten(0, 1).to(x_BTD.dtype))
         up = F.linear(x_BTD, self.up_EFD.flatten(0, 1).to(x_BTD.dtype))
-        inner = (F.silu(gate) * up).unflatten(-1, (self.config.n_routed_experts, -1))
+        inner = torch.unflatten(F.silu(gate) * up, -1, (self.config.n_routed_experts, -1))
         weighted = (inner * weight_BTE.to(x_BTD.dtype).unsqueeze(-1)).flatten(-2)
         down = self.down_EDF.transpose(0, 1).flatten(1).to(x_BTD.dtype)
         shared: torch.Tensor = self.shared(x_BTD)
@@ -141,7 +146,7 @@ class MixtureOfExperts(nn.Module):
         with torch.autocast(x_BTD.device.type, enabled=False):
             scores_BTE = F.linear(x_BTD.float(), self.router_ED.float()).sigmoid()
         choice_BTE = scores_BTE.detach() + self.bias_E
-        by_group = choice_BTE.unflatten(-1, (c.n_group, -1))
+        by_group = torch.unflatten(choice_BTE, -1, (c.n_group, -1))
         best_groups = by_group.topk(2, -1).values.sum(-1).topk(c.topk_group, -1).indices
         allowed = torch.zeros_like(by_group[..., 0], dtype=torch.bool).scatter(-1, best_groups, value=True)
         candidates = by_group.masked_fill(~allowed.unsqueeze(-1), float("-inf")).flatten(-2)
@@ -167,6 +172,7 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """Adds what attention and the feed-forward network find to the residual stream."""
         x_BTD = x_BTD + self.dropout(self.self_attn(self.input_layernorm(x_BTD)))
         out: torch.Tensor = x_BTD + self.dropout(self.mlp(self.post_attention_layernorm(x_BTD)))
         return out

@@ -8,11 +8,6 @@ from collections.abc import Iterable
 import torch
 
 
-@torch.compile(dynamic=False)
-def _orthogonalize_compiled(update: torch.Tensor, steps: int) -> torch.Tensor:
-    return _orthogonalize(update, steps)
-
-
 def _orthogonalize(update: torch.Tensor, steps: int) -> torch.Tensor:
     """Moves the singular values of each matrix towards 1 by a quintic Newton-Schulz iteration.
 
@@ -27,7 +22,7 @@ def _orthogonalize(update: torch.Tensor, steps: int) -> torch.Tensor:
     coefficients are the published ones.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = update.bfloat16()
+    x: torch.Tensor = update.bfloat16()
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
@@ -36,6 +31,9 @@ def _orthogonalize(update: torch.Tensor, steps: int) -> torch.Tensor:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
+
+
+_orthogonalize_compiled = torch.compile(_orthogonalize, dynamic=False)
 
 
 class Muon(torch.optim.Optimizer):
@@ -59,22 +57,23 @@ class Muon(torch.optim.Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
         """Updates every parameter that has a gradient; takes no closure."""
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[torch.nn.Parameter]] = defaultdict(list)
+            by_shape: dict[torch.Size, list[torch.Tensor]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     by_shape[parameter.shape[-2:]].append(parameter)
             for parameters in by_shape.values():
                 self._step_shape(parameters, group)
 
-    def _step_shape(self, parameters: list[torch.nn.Parameter], group: dict[str, float]) -> None:
+    def _step_shape(self, parameters: list[torch.Tensor], group: dict[str, float]) -> None:
         updates = [self._momentum(parameter, group["momentum"]) for parameter in parameters]
         rows, columns = parameters[0].shape[-2:]
         stacked = torch.cat([update.reshape(-1, rows, columns) for update in updates])
         orthogonalize = _orthogonalize_compiled if stacked.is_cuda else _orthogonalize
-        pieces = orthogonalize(stacked, 5).split([update.numel() // (rows * columns) for update in updates])
+        sizes = [update.numel() // (rows * columns) for update in updates]
+        pieces = torch.split(orthogonalize(stacked, 5), sizes)
         scale = group["lr"] * 0.2 * max(rows, columns) ** 0.5
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(
@@ -86,7 +85,7 @@ class Muon(torch.optim.Optimizer):
             alpha=-scale,
         )
 
-    def _momentum(self, parameter: torch.nn.Parameter, momentum: float) -> torch.Tensor:
+    def _momentum(self, parameter: torch.Tensor, momentum: float) -> torch.Tensor:
         """Nesterov momentum of the gradient."""
         state = self.state[parameter]
         if "momentum" not in state:

@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from moe_worker.config import ModelConfig, read_model_config
 from moe_worker.errors import DataError
-from moe_worker.evaluate import Score, Window, score_documents
 from moe_worker.train import data
 from moe_worker.train.export import write_checkpoint
 from moe_worker.train.model import TrainingModel, load_checkpoint_tensors
 from moe_worker.train.optimizer import Muon, learning_rate_factor
 from moe_worker.train.plot import plot_metrics
+from moe_worker.train.score import Score, Window, score_documents
 from moe_worker.train.settings import TrainSettings
 from moe_worker.train.state import load_state, save_state
 
@@ -199,7 +199,8 @@ def _resolve_device(device: str) -> str:
 
 def _optimizers(model: TrainingModel, settings: TrainSettings) -> list[Optimizer]:
     """Muon for the matrices inside the layers, AdamW for embeddings, output head, routers and norms."""
-    matrices, others = [], []
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inside = name.startswith("layers.") and parameter.dim() > 1 and "router" not in name
         (matrices if inside else others).append(parameter)

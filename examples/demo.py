@@ -1,0 +1,175 @@
+"""The main job from start to end: `make demo` (KEEP=1 leaves everything running).
+
+A real Kubernetes on this machine, the operator installed as a user would, a MoEDeployment applied, text
+streamed through its frontend, and the trace of that request as the OpenTelemetry Collector received it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from localcluster import Cluster, Forward, traces
+from localcluster.errors import LocalClusterError
+from localcluster.progress import Reporter
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = "docs-moe"
+PROMPT = "The PostgreSQL query planner"
+READY_WITHIN_S = 300.0
+TRACE_WITHIN_S = 30.0
+
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+class DemoError(Exception):
+    """Something that should have happened did not; the message says what and where to look."""
+
+
+def main() -> int:
+    """Runs the demonstration; returns the exit code."""
+    cluster, keep = Cluster(), os.environ.get("KEEP") == "1"
+    started = time.monotonic()
+    found_running = cluster.is_running()
+    try:
+        run(cluster, found_running=found_running)
+        console.print(f"\n[bold]Done[/] in {time.monotonic() - started:.0f} s.")
+    except (DemoError, LocalClusterError) as error:
+        console.print(f"\n[red]error:[/] {error}", markup=True)
+        return 1
+    except KeyboardInterrupt:
+        console.print("\nstopped")
+        return 130
+    finally:
+        if not keep:
+            clean_up(cluster, found_running=found_running)
+    what_next(cluster, kept=keep)
+    return 0
+
+
+def run(cluster: Cluster, *, found_running: bool) -> None:
+    """Every step, each with its time."""
+    if not found_running:
+        title = "start a Kubernetes on this machine (etcd, API server, scheduler, kubelet)"
+        with step(title), Reporter(sys.stderr) as reporter:
+            cluster.up(on_build=reporter.show)
+    with step("install the CRDs and the operator: kubectl apply -f charts/install.yaml"):
+        cluster.kubectl("apply", "-f", str(ROOT / "charts/install.yaml"))
+        cluster.kubectl("apply", "-f", str(ROOT / "examples/collector.yaml"))
+        cluster.kubectl("-n", "moe-system", "rollout", "status", "deployment/moe-operator", "--timeout=120s")
+        cluster.kubectl("-n", "observability", "rollout", "status", "deployment/otelcol", "--timeout=60s")
+    with step(f"kubectl apply -f examples/{NAME}.yaml"):
+        cluster.kubectl("apply", "-f", str(ROOT / f"examples/{NAME}.yaml"))
+        wait_until_ready(cluster)
+    trace_id = generate(cluster)
+    show_trace(cluster, trace_id)
+    console.print("\n[bold]$ kubectl get moed[/]")
+    console.print(cluster.kubectl("get", "moed"), end="")
+
+
+@contextmanager
+def step(title: str) -> Iterator[None]:
+    """Prints what is done, and how long it took."""
+    console.print(f"[bold cyan]==>[/] {title}")
+    started = time.monotonic()
+    yield
+    console.print(f"    [dim]{time.monotonic() - started:.1f} s[/]")
+
+
+def wait_until_ready(cluster: Cluster) -> None:
+    """Prints each new reason of the Ready condition until it is true."""
+    deadline = time.monotonic() + READY_WITHIN_S
+    shown = ""
+    while time.monotonic() < deadline:
+        status = json.loads(cluster.kubectl("get", "moed", NAME, "-o", "json")).get("status", {})
+        ready = next((c for c in status.get("conditions", []) if c["type"] == "Ready"), None)
+        line = f"{ready['reason']}: {ready['message']}" if ready else "waiting for the operator"
+        if line != shown:
+            console.print(f"    {line}", markup=False)
+            shown = line
+        if ready and ready["status"] == "True":
+            return
+        time.sleep(0.5)
+    raise DemoError(
+        f"{NAME} was not Ready within {READY_WITHIN_S:.0f} s ({shown}); "
+        "run with KEEP=1 and look at `.local/bin/kubectl --kubeconfig .local/kubeconfig describe moed`"
+    )
+
+
+def generate(cluster: Cluster) -> str:
+    """Streams an answer through the frontend; returns the request's trace id."""
+    with (
+        Forward(cluster.directory, "default", f"{NAME}-frontend", 8000) as frontend,
+        Forward(cluster.directory, "observability", "otelcol", 4317) as collector,
+    ):
+        console.print(f'\n[bold]$ moe generate --endpoint {frontend.address} "{PROMPT}" --stats[/]')
+        command = [str(Path(sys.executable).with_name("moe")), "generate", "--endpoint", frontend.address]
+        command += [PROMPT, "--max-tokens", "96", "--temperature", "0.7", "--seed", "1", "--stats"]
+        environment = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{collector.address}"}
+        console.print(PROMPT, style="bold", end="")
+        result = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    console.print(f"\n[dim]{result.stderr.strip()}[/]")
+    found = re.search(r"trace: ([0-9a-f]{32})", result.stderr)
+    if result.returncode or not found:
+        raise DemoError(f"`moe generate` ended with code {result.returncode}: {result.stderr.strip()}")
+    return found[1]
+
+
+def show_trace(cluster: Cluster, trace_id: str) -> None:
+    """Prints the trace as a tree once the collector has all of it (processes send every second)."""
+    console.print("\n[bold]The request as the OpenTelemetry Collector received it[/]")
+    deadline = time.monotonic() + TRACE_WITHIN_S
+    while time.monotonic() < deadline:
+        log = cluster.kubectl("-n", "observability", "logs", "deployment/otelcol")
+        for trace in traces.trees(traces.parse(log)):
+            services = {span.service for span in trace}
+            if trace[0].trace_id == trace_id and traces.is_complete(trace) and len(services) >= 3:
+                console.print(traces.render(trace))
+                return
+        time.sleep(0.5)
+    raise DemoError(f"the trace {trace_id} did not arrive whole within {TRACE_WITHIN_S:.0f} s")
+
+
+def clean_up(cluster: Cluster, *, found_running: bool) -> None:
+    """Stops the cluster, or takes what the demo made out of one that ran before."""
+    if not found_running:
+        cluster.down()
+        console.print("The cluster is stopped; nothing is left running.")
+        return
+    for manifest in (f"examples/{NAME}.yaml", "examples/collector.yaml", "charts/install.yaml"):
+        cluster.kubectl("delete", "--ignore-not-found", "-f", str(ROOT / manifest))
+
+
+def what_next(cluster: Cluster, *, kept: bool) -> None:
+    """Says what to try."""
+    here = cluster.directory.relative_to(ROOT)
+    if not kept:
+        console.print("\nTo keep it running and look around: [bold]make demo KEEP=1[/]")
+        return
+    console.print(
+        f"""
+Running. Try:
+  export KUBECONFIG=$PWD/{here}/kubeconfig PATH=$PWD/{here}/bin:$PWD/.venv/bin:$PATH
+  kubectl get moed,pods                              who is there
+  moe status {NAME}                                what the operator thinks
+  kubectl scale moed {NAME} --replicas=3           one more replica
+  kubectl delete pod {NAME}-0-0                    a worker dies, and comes back
+  python -m localcluster forward default/{NAME}-frontend:8000 --local-port 8000 &
+  moe generate --endpoint 127.0.0.1:8000 "DESCRIPTION" --stats
+  kubectl explain moedeployment.spec                 every field
+  make down                                          stop everything""",
+        markup=False,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
