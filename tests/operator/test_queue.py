@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+
 from moe_operator.errors import ClusterUnavailableError
 from moe_operator.handlers.queue import Name, ReconcileQueue
 from moe_operator.settings import Settings
