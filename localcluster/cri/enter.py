@@ -78,9 +78,6 @@ def _build_root(spec: Spec) -> None:
     targets = [
         (volume, rootfs.prepare_target(root, Path(volume.source), volume.target)) for volume in spec.volumes
     ]
-    for hidden in spec.hidden:
-        if (root / hidden.lstrip("/")).is_dir():
-            linux.mount("tmpfs", root / hidden.lstrip("/"), "tmpfs", linux.MS_NOSUID, "mode=555,size=4k")
     if spec.read_only:
         linux.make_read_only(root)
     rootfs.mount_kernel(root)
@@ -88,6 +85,10 @@ def _build_root(spec: Spec) -> None:
         # Resolved again: an earlier volume may have covered a part of the path.
         target = rootfs.prepare_target(root, Path(volume.source), volume.target)
         linux.bind(volume.source, target, read_only=volume.read_only)
+    # Last, because they may lie inside what was mounted just now, as .local does in the checkout.
+    for place in (rootfs.resolve(root, hidden) for hidden in spec.hidden):
+        if place.is_dir():
+            linux.mount("tmpfs", place, "tmpfs", linux.MS_NOSUID, "mode=555,size=4k")
     os.chdir(root)
     linux.pivot_root_here()
 

@@ -142,8 +142,7 @@ def test_up_works_again_after_a_crash(directory: Path) -> None:
     crashed.up()
     record = json.loads(Layout(directory).record.read_text())
     os.kill(record["init"]["pid"], signal.SIGKILL)
-    until(lambda: not processes_of(directory), 10, "the end of all processes")
-    assert not crashed.is_running()
+    until(lambda: not processes_of(directory) and not crashed.is_running(), 10, "the end of all processes")
     with pytest.raises(NotRunningError, match="no cluster runs in"):
         crashed.status()
     crashed.up()
@@ -170,6 +169,18 @@ def test_only_one_command_works_on_a_directory_at_a_time(directory: Path) -> Non
         Cluster(directory).down()
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
+
+
+def test_where_namespaces_are_forbidden_the_error_says_what_to_do(directory: Path) -> None:
+    up = f"{sys.executable} -m localcluster --dir {directory} up"
+    # The limit of a user namespace made for this test: nothing of the machine changes.
+    script = f"echo 0 > /proc/sys/user/max_user_namespaces && exec {up}"
+    command = ["unshare", "--user", "--map-root-user", "sh", "-c", script]
+    result = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "error: this machine does not allow user namespaces to an ordinary user" in result.stderr
+    assert "set KUBECONFIG to its kubeconfig file" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_component_that_cannot_start_is_named_with_its_log(directory: Path) -> None:
