@@ -1,7 +1,8 @@
 """A real gRPC server in a worker's place; the prompt says what it should do.
 
 ``count N [SECONDS]``: N messages, with a pause before each. ``hold``: one message, then nothing more.
-``silent``: nothing at all. ``flood N``: N messages of 64 KiB, as fast as they are taken.
+``silent``: nothing at all. ``together N``: one message, once N requests run at once.
+``flood N``: N messages of 64 KiB, as fast as they are taken.
 ``full``, ``bad``, ``loading``, ``crash``: the errors a worker answers with.
 As a program it prints its port and serves until it is killed.
 """
@@ -57,7 +58,7 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
 
     async def until(self, condition):
         """Waits until the condition holds for this worker."""
-        async with asyncio.timeout(10), self.changed:
+        async with asyncio.timeout(30), self.changed:
             await self.changed.wait_for(lambda: condition(self))
 
     async def _change(self, **differences):
@@ -86,11 +87,11 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
     async def _behave(self, prompt, context):
         match prompt:
             case ["count", number, *pause]:
-                for i in range(int(number)):
-                    if pause:
-                        await asyncio.sleep(float(pause[0]))
-                    yield inference_pb2.GenerateResponse(text=f"{self.name}:{i} ")
-                yield self._last(int(number))
+                async for response in self._count(int(number), float(pause[0]) if pause else 0):
+                    yield response
+            case ["together", number]:
+                await self.until(lambda worker: worker.most_running >= int(number))
+                yield inference_pb2.GenerateResponse(text=f"{self.name} ")
             case ["flood", number]:
                 for _ in range(int(number)):
                     yield inference_pb2.GenerateResponse(text="x" * 65536)
@@ -104,10 +105,13 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
             case [error]:
                 await rich_status.abort(context, ERRORS[error])
 
-    def _last(self, tokens):
-        return inference_pb2.GenerateResponse(
+    async def _count(self, number, pause_s):
+        for i in range(number):
+            await asyncio.sleep(pause_s)
+            yield inference_pb2.GenerateResponse(text=f"{self.name}:{i} ")
+        yield inference_pb2.GenerateResponse(
             finish_reason=inference_pb2.FINISH_REASON_LENGTH,
-            usage=inference_pb2.Usage(prompt_tokens=3, completion_tokens=tokens),
+            usage=inference_pb2.Usage(prompt_tokens=3, completion_tokens=number),
         )
 
     async def Tokenize(self, request, context):

