@@ -100,7 +100,7 @@ class Engine:
     def _check(self, request: Request) -> None:
         context = self._loaded.cache.context
         violations = prompt_violations("prompt", request.prompt, self.config.vocab_size, context)
-        for violation in violations + request.sampling.violations(context):
+        for violation in violations + request.sampling.violations():
             raise RequestError(violation.field, f"{violation.field} {violation.description}")
 
 

@@ -20,8 +20,10 @@ def rotation_table(config: ModelConfig, positions: int, device: torch.device) ->
 
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:
     """Turns each pair (x[2i], x[2i + 1]) of the last axis by rotations[..., i]; same shape and dtype."""
-    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)
+    # The copy makes storage offset and strides even, whatever slice x is: complex views need that.
+    real = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    pairs = torch.view_as_complex(real.view(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs.mul_(rotations)).flatten(-2).to(x.dtype)
 
 
 def attention_scale(config: ModelConfig) -> float:

@@ -83,11 +83,17 @@ def read_header(path: Path) -> list[StoredTensor]:
 
 def _entry(path: Path, name: str, entry: Mapping[str, Any]) -> StoredTensor:
     try:
-        begin, end = (int(offset) for offset in entry["data_offsets"])
-        shape = tuple(int(extent) for extent in entry["shape"])
+        begin, end = _sizes(entry["data_offsets"])
+        shape = _sizes(entry["shape"])
         return StoredTensor(name, path, str(entry["dtype"]), shape, end - begin)
     except (KeyError, TypeError, ValueError) as error:
         raise _truncated(path, f"the header entry of {name} is malformed") from error
+
+
+def _sizes(value: object) -> tuple[int, ...]:
+    if not isinstance(value, list) or not all(isinstance(size, int) and size >= 0 for size in value):
+        raise TypeError("sizes must be a list of integers of at least 0")
+    return tuple(value)
 
 
 def _truncated(path: Path, why: str) -> CheckpointError:

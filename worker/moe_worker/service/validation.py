@@ -30,8 +30,7 @@ def check_generate(
     """The request in the engine's terms, or all that is wrong with it. Tokenizes: slow for long texts."""
     sampling = sampling_parameters(request.sampling)
     found = [
-        Violation(f"sampling.{violation.field}", violation.description)
-        for violation in sampling.violations(limits.context_length)
+        Violation(f"sampling.{violation.field}", violation.description) for violation in sampling.violations()
     ]
     prompt = _prompt(request, tokenizer)
     if isinstance(prompt, Violation):

@@ -1,0 +1,68 @@
+"""The command line: what it says when something is wrong, and how quickly it helps."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.worker.serving import COMMAND
+
+
+def run(*arguments):
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def failure(*arguments):
+    """The sentence and the exit code of a command that fails."""
+    done = run(*arguments)
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    return last.removeprefix("error: "), done.returncode
+
+
+def test_help_needs_no_torch():
+    code = "import sys; sys.modules['torch'] = None; sys.argv[1:] = ['--help']\n"
+    code += "from moe_worker.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0
+    assert "serve" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--context-length", "5000"], "context length 5000 is too long"),
+        (["--kv-memory", "lots"], "'lots' is no size; write bytes as 2Gi"),
+        (["--kv-memory", "1Ki"], "KV memory of 1024 bytes is too small"),
+        (["--max-batch-size", "0"], "max_batch_size is 0; it must be at least 1"),
+        (["--device", "tpu"], "device 'tpu' is unknown"),
+        (["--listen", "256.1.1.1:1"], "cannot listen on 256.1.1.1:1; give a free HOST:PORT"),
+        (["--nonsense"], "No such option"),
+    ],
+)
+def test_a_wrong_flag_is_told_in_the_last_line(checkpoint, flags, sentence):
+    text, code = failure("serve", "--model", checkpoint, "--listen", "127.0.0.1:0", *flags)
+    assert sentence in text
+    assert code == 2
+
+
+def test_a_broken_checkpoint_is_told_in_the_last_line(checkpoint, tmp_path):
+    """Found by the engine process: its sentence crosses over to the worker's last line."""
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    text, code = failure("serve", "--model", tmp_path, "--listen", "127.0.0.1:0")
+    assert text.startswith(f"{weights} is truncated or damaged")
+    assert code == 2
+
+
+def test_a_missing_checkpoint_is_told_in_the_last_line(tmp_path):
+    text, code = failure("serve", "--model", tmp_path / "gone", "--listen", "127.0.0.1:0")
+    assert text == f"{tmp_path / 'gone'} does not exist; the model must be a checkpoint directory"
+    assert code == 2
