@@ -4,7 +4,7 @@
 ``silent``: nothing at all. ``together N``: one message, once N requests run at once.
 ``flood N``: N messages of 64 KiB, as fast as they are taken.
 ``full``, ``bad``, ``loading``, ``crash``: the errors a worker answers with.
-As a program it prints its port and serves until it is killed.
+As a program (NAME [LISTEN]) it prints its address and serves until it is killed.
 """
 
 import asyncio
@@ -125,7 +125,7 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
 
 async def serve():
     worker = FakeWorker(sys.argv[1])
-    endpoint = await worker.start()
+    endpoint = await worker.start(*sys.argv[2:])
     print(endpoint.address, flush=True)
     await worker.server.wait_for_termination()
 

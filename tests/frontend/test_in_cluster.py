@@ -1,0 +1,125 @@
+"""The frontend as the operator runs it: a pod that knows its workers from the API server alone."""
+
+import asyncio
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+
+from localcluster import Forward
+from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
+from moe_operator.manifests import frontend
+from moe_operator.resources import names
+from moe_operator.resources.deployment import parse
+from tests.localcluster.objects import apply, wait_ready
+
+FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
+DEPLOYMENT = "demo"
+
+
+def frontend_objects(namespace):
+    """What the operator renders, without the owner, which is not there to own it."""
+    body = {
+        "metadata": {"name": DEPLOYMENT, "namespace": namespace, "uid": "0", "generation": 1},
+        "spec": {"model": {"uri": "file:///mnt/models/none"}},
+    }
+    parts = (frontend.account, frontend.role, frontend.role_binding, frontend.service, frontend.deployment)
+    for part in parts:
+        manifest = part(parse(body))
+        manifest["metadata"].pop("ownerReferences")
+        yield manifest
+
+
+def worker_objects():
+    labels = names.leader_labels(DEPLOYMENT)
+    container = {
+        "name": "worker",
+        "image": names.DEFAULT_WORKER_IMAGE,
+        "command": ["sh", "-c", f"exec python {FAKE_WORKER} $HOSTNAME 0.0.0.0:8000"],
+        "readinessProbe": {"grpc": {"port": 8000}, "periodSeconds": 1},
+    }
+    service = {"clusterIP": "None", "selector": labels, "ports": [{"name": "grpc", "port": 8000}]}
+    stateful_set = {
+        "serviceName": names.workers(DEPLOYMENT),
+        "replicas": 2,
+        "podManagementPolicy": "Parallel",
+        "selector": {"matchLabels": labels},
+        "template": {
+            "metadata": {"labels": labels},
+            "spec": {"terminationGracePeriodSeconds": 1, "containers": [container]},
+        },
+    }
+    yield {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": names.workers(DEPLOYMENT)},
+        "spec": service,
+    }
+    yield {"apiVersion": "apps/v1", "kind": "StatefulSet", "metadata": {"name": "w"}, "spec": stateful_set}
+
+
+async def one_answer(stub):
+    """Name of the worker that answered, or the status of the failure."""
+    try:
+        call = stub.Generate(inference_pb2.GenerateRequest(prompt="count 1"), timeout=20)
+        texts = [r.text async for r in call]
+        return texts[0].partition(":")[0]
+    except grpc.aio.AioRpcError as error:
+        return f"{error.code().name}: {error.details()}"
+
+
+async def answers(stub, number=10):
+    return set(await asyncio.gather(*(one_answer(stub) for _ in range(number))))
+
+
+@pytest.fixture
+async def stub(cluster, namespace):
+    apply(cluster, namespace, *frontend_objects(namespace))
+    selector = ",".join(f"{k}={v}" for k, v in frontend.labels(DEPLOYMENT).items())
+    cluster.kubectl(
+        *("wait", "-n", namespace, "pod", "-l", selector, "--timeout=60s"),
+        "--for=jsonpath={.status.containerStatuses[0].started}=true",
+    )
+    apply(cluster, namespace, *worker_objects())
+    wait_ready(cluster, namespace, "w-0", "w-1")
+    cluster.kubectl("wait", "-n", namespace, "--for=condition=Ready", "pod", "-l", selector, "--timeout=30s")
+    with Forward(cluster.directory, namespace, names.frontend(DEPLOYMENT), 8000) as forward:
+        async with grpc.aio.insecure_channel(forward.address) as channel:
+            yield inference_pb2_grpc.InferenceServiceStub(channel)
+
+
+async def test_pods_come_and_go_and_requests_follow(cluster, namespace, stub):
+    await eventually(stub, {"w-0", "w-1"})
+
+    cluster.kubectl("scale", "-n", namespace, "statefulset/w", "--replicas=3")
+    await eventually(stub, {"w-0", "w-1", "w-2"})
+
+    call = stub.Generate(inference_pb2.GenerateRequest(prompt="count 100000 0.01"))
+    victim = (await call.read()).text.partition(":")[0]
+    started = time.monotonic()
+    cluster.kubectl("delete", "pod", "-n", namespace, victim, "--grace-period=0", "--force")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await to_the_end(call)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert f"replica {victim} was lost" in caught.value.details()
+    assert time.monotonic() - started < 12
+
+    # No request fails while the pod is gone and made again: others take what it cannot.
+    seen = set()
+    deadline = time.monotonic() + 60
+    while victim not in seen and time.monotonic() < deadline:
+        seen |= await answers(stub)
+    assert seen == {"w-0", "w-1", "w-2"}
+
+
+async def to_the_end(call):
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
+async def eventually(stub, wanted):
+    deadline = time.monotonic() + 30
+    while (seen := await answers(stub, 30)) != wanted:
+        assert time.monotonic() < deadline, seen
+        await asyncio.sleep(0.1)
