@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
@@ -74,10 +75,13 @@ def up(directory: Path, mounts: tuple[str, ...], tools: tuple[str, ...], api_por
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` of `up` undoes everything too
     started = time.monotonic()
 
-    def show(ready: Ready) -> None:
-        click.echo(f"  {ready.component:<24} ready   {ready.seconds:5.1f} s")
+    with ExitStack() as building:
+        reporter = building.enter_context(Reporter(sys.stderr))
 
-    with Reporter(sys.stderr) as reporter:
+        def show(ready: Ready) -> None:
+            building.close()  # ends the build's last line
+            click.echo(f"  {ready.component:<24} ready   {ready.seconds:5.1f} s")
+
         cluster.up(show, reporter.show)
     click.echo(f"The cluster is up after {time.monotonic() - started:.1f} s. To use it:")
     click.echo(f"  export KUBECONFIG={cluster.kubeconfig}\n  export PATH={directory / 'bin'}:$PATH")

@@ -207,7 +207,10 @@ class Cluster:
 
         Raises:
             CommandError: it failed; the message holds its standard error.
+            NotRunningError: no cluster runs here.
         """
+        if not self.kubeconfig.exists():
+            raise self._not_running()
         command = [str(self._layout.bin / "kubectl"), f"--kubeconfig={self.kubeconfig}", *arguments]
         result = subprocess.run(
             command, input=input, capture_output=True, text=True, timeout=timeout, check=False
@@ -231,15 +234,18 @@ class Cluster:
         """`restart("kubelet")`; pods go on running."""
         self.restart("kubelet")
 
+    def _not_running(self) -> NotRunningError:
+        return NotRunningError(
+            f"no cluster runs in {self.directory}; start one with `python -m localcluster up`"
+        )
+
     def _ask(self, request: dict[str, str]) -> list[dict[str, Any]]:
         try:
             with connect_unix(self._layout.control_socket) as connection:
                 connection.sendall(json.dumps(request).encode() + b"\n")
                 answer = json.loads(b"".join(iter(lambda: connection.recv(65536), b"")))
         except (FileNotFoundError, ConnectionRefusedError):
-            raise NotRunningError(
-                f"no cluster runs in {self.directory}; start one with `python -m localcluster up`"
-            ) from None
+            raise self._not_running() from None
         if "error" in answer:
             raise LocalClusterError(answer["error"])
         components: list[dict[str, Any]] = answer["components"]

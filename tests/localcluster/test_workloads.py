@@ -298,6 +298,32 @@ def test_a_dead_runtime_takes_its_containers_along_and_pods_come_back(
     assert host_pids(marker) == [after]
 
 
+def test_any_component_may_die(cluster: Cluster, namespace: str) -> None:
+    steady = pod("steady", *HTTP, image="python:3", container=HTTP_READY)
+    apply(cluster, namespace, service("steady", "steady", 80, 8000), steady)
+    wait_ready(cluster, namespace, "steady")
+    for component in ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "network-agent"):
+        cluster.restart(component)
+    script = "import urllib.request as r; print(r.urlopen('http://steady/', timeout=5).status)"
+    assert output_of(cluster, namespace, pod("later", "python", "-c", script, image="python:3")) == "200\n"
+    assert container_status(cluster, namespace, "steady")["restartCount"] == 0
+    assert {c["name"]: c["restarts"] > 0 for c in cluster.status()}["etcd"]
+
+
+def test_a_pod_in_the_nodes_network_has_its_address(cluster: Cluster, namespace: str) -> None:
+    spec = pod("near", "python", "-m", "http.server", "8123", image="python:3", hostNetwork=True)
+    apply(cluster, namespace, spec)
+    wait_ready(cluster, namespace, "near")
+    assert get(cluster, namespace, "pod", "near")["status"]["podIP"] == "10.244.0.1"
+    script = (
+        "import urllib.request as r, time\n"
+        "for _ in range(50):\n"
+        "    try: print(r.urlopen('http://10.244.0.1:8123/', timeout=5).status); break\n"
+        "    except OSError: time.sleep(0.1)"
+    )
+    assert output_of(cluster, namespace, pod("client", "python", "-c", script, image="python:3")) == "200\n"
+
+
 def test_what_cannot_start_says_why(cluster: Cluster, namespace: str) -> None:
     apply(
         cluster,
