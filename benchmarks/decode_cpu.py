@@ -1,10 +1,10 @@
 """Decode speed on the CPU, beside transformers on the same checkpoint in the same run.
 
-    python -m benchmarks.decode_cpu CHECKPOINT [--tokens 64] [--prompt 64] [--rounds 5] [--batch 1] [--json]
+    python -m benchmarks.decode_cpu CHECKPOINT [--tokens 64] [--prompt 64] [--batch 1] [--threads N]
 
-Both decode greedily in float32 with as many threads as cores; rounds alternate between the two, so that a
-busy machine slows both, and medians are reported. The time of prefill is taken off: a round is the time for
-TOKENS + 1 tokens less the time for 1.
+Both decode greedily in float32 with the same number of threads (by default all cores). Rounds alternate
+between the two, so that a busy machine slows both, and medians are reported. The time of prefill is taken
+off: a round is the time for TOKENS + 1 tokens less the time for 1.
 """
 
 import argparse
@@ -33,10 +33,10 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    torch.set_num_threads(usable_cores())
-    candidates = {"ours": ours(args.checkpoint, args.prompt, args.batch)}
+    candidates = {"ours": ours(args.checkpoint, args.prompt, args.batch, args.threads)}
     for experts in PEER_EXPERTS:
         candidates[experts] = transformers(args.checkpoint, experts, args.prompt, args.batch)
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
@@ -48,14 +48,14 @@ def main() -> None:
     report({name: args.batch * args.tokens / statistics.median(s) for name, s in seconds.items()}, args)
 
 
-def ours(checkpoint: Path, prompt: int, batch: int) -> Callable[[int], object]:
-    engine = moe_worker.Engine(checkpoint, max_batch_size=batch)
+def ours(checkpoint: Path, prompt: int, batch: int, threads: int) -> Callable[[int], object]:
+    engine = moe_worker.Engine(checkpoint, max_batch_size=batch, threads=threads)
     prompts = make_prompts(engine.config.vocab_size, prompt, batch)
     return lambda tokens: engine.generate(prompts.tolist(), moe_worker.SamplingParameters(max_tokens=tokens))
 
 
 def transformers(checkpoint: Path, experts: str, prompt: int, batch: int) -> Callable[[int], object]:
-    model = DeepseekV3ForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    model = DeepseekV3ForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).train(False)
     model.set_experts_implementation(experts)
     prompts = make_prompts(model.config.vocab_size, prompt, batch)
 
@@ -88,11 +88,11 @@ def report(rates: dict[str, float], args: argparse.Namespace) -> None:
             "peer": rates[peer],
             "ratio": rates["ours"] / rates[peer],
             "unit": "tokens/s",
-            "device": f"cpu, {usable_cores()} cores",
+            "device": f"cpu, {args.threads} threads",
         }
         print(json.dumps(row))
         return
-    print(f"batch {args.batch}, prompt {args.prompt}, {args.tokens} tokens, {usable_cores()} cores, float32")
+    print(f"batch {args.batch}, prompt {args.prompt}, {args.tokens} tokens, {args.threads} threads, float32")
     for name, rate in rates.items():
         label = "moe_worker" if name == "ours" else f"transformers {name}"
         print(f"{label:26} {rate:8.1f} tokens/s  {rate / rates[peer]:6.2f}x")

@@ -21,7 +21,7 @@ class EngineOptions:
     kv_memory: bytes for the KV cache; None: as much as max_batch_size contexts take.
     prefill_tokens: prompt tokens computed in one step at most (a longer prompt takes a step of its own);
         2048 keep a step of a small model below a second on two cores.
-    threads: of torch on the CPU; None: as many as cores this process may use.
+    threads: of torch on the CPU; None: all cores that this process may use, but one for small models.
     """
 
     device: str = "auto"

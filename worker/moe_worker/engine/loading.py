@@ -15,6 +15,8 @@ from moe_worker.models.checkpoint import load_model
 from moe_worker.models.deepseek import DeepseekModel
 from moe_worker.models.tokenizer import Tokenizer
 
+# Active weights up to which one thread is as good as any.
+SINGLE_THREAD_BYTES = 64 * 2**20
 DTYPE_BY_NAME = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -36,7 +38,7 @@ def load(directory: Path, options: EngineOptions, progress: bool) -> LoadedModel
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     slots = slots_that_fit(config, dtype, context, options.kv_memory, options.max_batch_size)
-    torch.set_num_threads(options.threads or usable_cores())
+    torch.set_num_threads(options.threads or suggested_threads(config, dtype))
     with torch.inference_mode():
         model = load_model(directory, config, dtype, device, context, progress)
         cache = LatentCache.allocate(config, slots, context, dtype, device)
@@ -60,6 +62,16 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return DTYPE_BY_NAME[name]
+
+
+def suggested_threads(config: ModelConfig, dtype: torch.dtype) -> int:
+    """All usable cores, or a single one for models so small that threads mostly wait for one another.
+
+    A step over 20 MB of active weights takes 5.8 ms on one thread whatever else runs; on two it takes 4.3 ms
+    on idle cores, and 13 to 400 ms on cores that others use too, as those of a Kubernetes node are.
+    """
+    small = config.parameters_active * dtype.itemsize <= SINGLE_THREAD_BYTES
+    return 1 if small else usable_cores()
 
 
 def usable_cores() -> int:

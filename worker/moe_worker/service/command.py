@@ -35,7 +35,10 @@ from moe_worker.service.server import serve as run
     "--dtype", default="auto", show_default=True, help=", ".join(DTYPES) + " (auto: float32 on CPUs)."
 )
 @click.option(
-    "--threads", type=int, envvar="MOE_WORKER_THREADS", help="Threads of torch. Default: the usable cores."
+    "--threads",
+    type=int,
+    envvar="MOE_WORKER_THREADS",
+    help="Threads of torch. Default: the usable cores; 1 for small models.",
 )
 def serve(
     model: Path, served_name: str | None, listen: str, kv_memory: str | None, **options: int | str | None

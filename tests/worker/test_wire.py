@@ -1,0 +1,38 @@
+"""Messages between the edge and the engine process arrive as they were sent."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_worker.config import EngineOptions
+from moe_worker.engine.requests import Delta, FinishReason, Load, Request
+from moe_worker.sampling.parameters import SamplingParameters
+from moe_worker.service import wire
+
+NUMBERS = st.integers(0, 2**64 - 1)
+TEXTS = st.text(max_size=20)
+LOADS = st.builds(Load, NUMBERS, NUMBERS, NUMBERS, NUMBERS)
+SAMPLING = st.builds(
+    SamplingParameters,
+    max_tokens=NUMBERS,
+    temperature=st.floats(0, 2),
+    top_p=st.floats(0, 1),
+    top_k=NUMBERS,
+    seed=st.none() | NUMBERS,
+    stop=st.lists(TEXTS, max_size=3).map(tuple),
+)
+DELTAS = st.builds(Delta, NUMBERS, NUMBERS, TEXTS, st.none() | st.sampled_from(FinishReason))
+MESSAGES = st.one_of(
+    st.builds(wire.Start, TEXTS, st.builds(EngineOptions, kv_memory=st.none() | st.integers(1, 2**50))),
+    st.builds(wire.Submit, st.builds(Request, NUMBERS, st.lists(NUMBERS).map(tuple), SAMPLING, NUMBERS)),
+    st.builds(wire.Cancel, NUMBERS),
+    st.builds(wire.Loaded, TEXTS, LOADS),
+    st.builds(wire.Failed, TEXTS, st.integers(0, 255)),
+    st.builds(wire.Stepped, NUMBERS, NUMBERS, st.lists(DELTAS, max_size=3).map(tuple), LOADS, NUMBERS),
+)
+
+
+@given(MESSAGES)
+def test_a_message_survives_the_wire(message):
+    frame = wire.encode(message)
+    assert int.from_bytes(frame[: wire.LENGTH_BYTES], "big") == len(frame) - wire.LENGTH_BYTES
+    assert wire.decode(frame[wire.LENGTH_BYTES :]) == message
