@@ -2,10 +2,13 @@
 
 import secrets
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from localcluster import Cluster
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +27,19 @@ def namespace(cluster: Cluster) -> Iterator[str]:
     cluster.kubectl("create", "namespace", name)
     yield name
     cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture(scope="session")
+def api(cluster: Cluster) -> Cluster:
+    """A cluster that knows MoEDeployments."""
+    cluster.kubectl("apply", "-f", str(ROOT / "crds"))
+    cluster.kubectl("wait", "--for=condition=Established", "crd/moedeployments.serving.moe-operator.dev")
+    return cluster
+
+
+@pytest.fixture(scope="session")
+def operator(api: Cluster) -> Cluster:
+    """A cluster in which the operator runs, installed as users install it: as a pod under its own account."""
+    api.kubectl("apply", "-f", str(ROOT / "charts/install.yaml"))
+    api.kubectl("-n", "moe-system", "rollout", "status", "deployment/moe-operator", "--timeout=90s")
+    return api

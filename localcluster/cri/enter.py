@@ -128,6 +128,9 @@ def _enter(spec: Spec) -> None:
         linux.setns(descriptor)
     if spec.join is None:
         linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWPID)
+        # The kubelet shares its mounts with the namespaces made after; what is mounted below a volume here
+        # would go when the old root does.
+        linux.mount("none", Path("/"), flags=linux.MS_REC | linux.MS_PRIVATE)
     else:
         kinds = (
             linux.CLONE_NEWNS

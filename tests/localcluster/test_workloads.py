@@ -239,6 +239,19 @@ def test_volumes_are_readable_at_their_mount_paths(cluster: Cluster, namespace: 
     assert rest == ["kept", "kept", "from-config", "read-only", "local"]
 
 
+def test_a_volume_below_another_volume_is_readable(cluster: Cluster, namespace: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("from the node")
+    main = {
+        "volumeMounts": [
+            {"name": "outer", "mountPath": "/srv/outer"},
+            {"name": "inner", "mountPath": "/srv/outer/inner"},
+        ]
+    }
+    volumes = [{"name": "outer", "emptyDir": {}}, {"name": "inner", "hostPath": {"path": str(tmp_path)}}]
+    reader = pod("reader", "cat", "/srv/outer/inner/file", container=main, volumes=volumes)
+    assert output_of(cluster, namespace, reader) == "from the node\n"
+
+
 def test_a_containers_files_are_its_own(cluster: Cluster, namespace: str) -> None:
     name = f"made-by-{namespace}"
     written = " && ".join(f"echo x > {place}/{name}" for place in PLACES)
