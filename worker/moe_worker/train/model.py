@@ -3,7 +3,7 @@
 The worker's own model absorbs projections and skips experts, which is what decoding wants. Training
 wants large matrix products: the experts of a layer are one wide feed-forward network whose inner
 channels are multiplied by the router's weight, zero for an expert that was not chosen. That is the same
-function, and at a dozen million parameters faster than gathering tokens by expert.
+function; its cost grows with all experts, which suits models of a few million parameters (docs/adr/0007).
 
 Legend: B sequences, T tokens, D hidden size, H heads, E routed experts, F expert channels, V vocabulary.
 """
