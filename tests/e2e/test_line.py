@@ -86,6 +86,24 @@ def test_one_trace_leads_from_the_client_to_decode(served):
     assert 0 < worker.attributes["gen_ai.response.time_to_first_chunk"] < 30
 
 
+def test_a_reconcile_is_a_trace_of_its_own(served):
+    endpoint = "OTEL_EXPORTER_OTLP_ENDPOINT=http://otelcol.observability:4317"
+    operator = ("-n", "moe-system", "deployment/moe-operator")
+    served.cluster.kubectl("set", "env", *operator, endpoint)
+    served.cluster.kubectl("rollout", "status", *operator, "--timeout=60s")
+
+    def reconciled():
+        return [
+            span
+            for trace in collected(served)
+            for span in trace
+            if span.service == "moe-operator" and served.namespace in span.attributes.values()
+        ]
+
+    eventually(reconciled, "a span of a reconcile arrives", 40)
+    assert not reconciled()[0].parent_id
+
+
 def kill_worker(served):
     (first, *_) = served.pods("worker")
     return kill_processes(f"HOSTNAME={first}")
