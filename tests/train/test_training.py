@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_worker
 from moe_worker.config import read_model_config
-from moe_worker.errors import CheckpointError, DataError
+from moe_worker.errors import CheckpointError, DataError, InputError
 from moe_worker.train.model import (
     MixtureOfExperts,
     TrainingModel,
@@ -85,6 +85,23 @@ def test_a_tokenizer_larger_than_the_model_is_refused(run_settings, write_config
     write_config(vocab_size=300)
     with pytest.raises(DataError, match="has 319 tokens, more than the vocab_size of 300"):
         train(small)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"attention_bias": True}, "attention_bias must be false"),
+        ({"rope_interleave": False}, "rope_interleave must be true"),
+        ({"bos_token_id": 5}, "bos_token_id must be 0"),
+        ({"eos_token_id": [1, 2]}, "eos_token_id must be 1"),
+        ({"hidden_size": -1}, "hidden_size is -1"),
+        ({"max_position_embeddings": 16}, "--window is 32; the model's max_position_embeddings allows 16"),
+    ],
+)
+def test_a_model_that_would_be_served_otherwise_is_not_trained(run_settings, write_config, changes, sentence):
+    write_config(**changes)
+    with pytest.raises(InputError, match=sentence):
+        train(run_settings)
 
 
 @pytest.mark.parametrize(

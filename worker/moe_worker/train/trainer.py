@@ -18,6 +18,7 @@ from tqdm import tqdm
 from moe_worker.config import ModelConfig, read_model_config
 from moe_worker.errors import DataError
 from moe_worker.train import data
+from moe_worker.train.checks import check_trainable
 from moe_worker.train.export import write_checkpoint
 from moe_worker.train.model import TrainingModel, load_checkpoint_tensors
 from moe_worker.train.optimizer import Muon, learning_rate_factor
@@ -49,6 +50,7 @@ class _Run:
         self.settings = settings
         self.device = torch.device(_resolve_device(settings.device))
         self.config: ModelConfig = read_model_config(settings.config)
+        check_trainable(self.config, settings)
         settings.out.mkdir(parents=True, exist_ok=True)
         documents = data.read_documents(settings.data)
         self.tokenizer = self._tokenizer(documents)

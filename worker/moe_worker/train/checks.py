@@ -1,0 +1,33 @@
+"""What a configuration must be like for this trainer, beyond what makes it one."""
+
+from __future__ import annotations
+
+from moe_worker.config import ModelConfig
+from moe_worker.errors import ConfigError, SettingsError
+from moe_worker.train.data import BOS_ID, EOS_ID
+from moe_worker.train.settings import TrainSettings
+
+
+def check_trainable(config: ModelConfig, settings: TrainSettings) -> None:
+    """Refuses what the training model would silently do otherwise than the served one.
+
+    Raises:
+        ConfigError: a field of the model's configuration cannot be trained here.
+        SettingsError: windows are longer than the model's context.
+    """
+    problems = [
+        (config.yarn is not None, "rope_scaling", "null: positions are trained as they are"),
+        (config.attention_bias, "attention_bias", "false"),
+        (not config.rope_interleave, "rope_interleave", "true"),
+        (config.n_shared_experts < 1, "n_shared_experts", "1 or more"),
+        (config.bos_token_id != BOS_ID, "bos_token_id", f"{BOS_ID}"),
+        (config.eos_token_ids != (EOS_ID,), "eos_token_id", f"{EOS_ID}"),
+    ]
+    for wrong, field, allowed in problems:
+        if wrong:
+            raise ConfigError(f"{settings.config}: to be trained here, {field} must be {allowed}")
+    if settings.window > config.max_position_embeddings:
+        raise SettingsError(
+            f"--window is {settings.window}; the model's max_position_embeddings allows "
+            f"{config.max_position_embeddings} at most"
+        )
