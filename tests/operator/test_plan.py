@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_operator.manifests.objects import Key, key
-from moe_operator.manifests.plan import Plan
-from moe_operator.resources.status import MODEL_LOADED, PROGRESSING, READY, Condition
+from moe_operator.manifests.plan import Plan, blocked, transitions
+from moe_operator.resources.status import MODEL_LOADED, PROGRESSING, READY, Condition, Status
 from tests.operator.worlds import START, World, deployment, settled
 
 
@@ -228,6 +228,28 @@ def test_objects_of_others_are_never_touched():
     assert world.step().delete == ()
 
 
+def test_a_child_whose_owner_was_taken_away_is_adopted_without_a_restart():
+    world = settled()
+    before = world.revisions()
+    for name in (Key("Service", "docs-workers"), Key("StatefulSet", "docs-1")):
+        del world.children[name]["metadata"]["ownerReferences"]
+    plan = world.step()
+    assert {change.message for change in plan.decisions if change.reason == "PutBack"} == {
+        "Service docs-workers: metadata.ownerReferences was changed and is put back",
+        "StatefulSet docs-1: metadata.ownerReferences was changed and is put back",
+    }
+    assert world.step().apply == ()
+    assert (world.revisions(), condition(world, READY).status) == (before, "True")
+
+
+def test_a_child_that_another_object_controls_is_left_alone():
+    world = settled()
+    name = Key("Service", "docs-workers")
+    world.children[name]["metadata"]["ownerReferences"] = [{"uid": "another", "controller": True}]
+    assert world.step().apply == ()
+    assert condition(world, READY).reason == "NameConflict"
+
+
 def test_the_model_is_asked_for_once_a_revision():
     world = World(deployment())
     world.step()
@@ -326,3 +348,36 @@ def test_a_frontend_that_fails_is_the_reason():
     world.step()
     assert condition(world, READY).reason == "FrontendFailed"
     assert "--listen: there is no port 99999" in condition(world, READY).message
+
+
+def test_a_new_frontend_that_cannot_start_is_said_while_the_old_one_serves():
+    world = settled()
+    world.change(frontend={"image": "nope:1"})
+    world.step()
+    world.children[Key("Deployment", "docs-frontend")]["status"] = {
+        "replicas": 2,
+        "updatedReplicas": 1,
+        "readyReplicas": 1,
+    }
+    world.step()
+    assert condition(world, PROGRESSING).message == "the frontend is being brought up to date"
+    world.pods["docs-frontend-y"] = {
+        "metadata": {
+            "name": "docs-frontend-y",
+            "labels": {"serving.moe-operator.dev/name": "docs", "serving.moe-operator.dev/role": "frontend"},
+        },
+        "status": POD_PROBLEMS["ImagePullFailed"],
+    }
+    world.step()
+    assert condition(world, READY).status == "True"
+    assert (condition(world, PROGRESSING).status, condition(world, PROGRESSING).reason) == (
+        "False",
+        "ImagePullFailed",
+    )
+
+
+def test_what_two_conditions_say_alike_is_one_event():
+    before = Status()
+    identity = deployment().identity
+    after = blocked(identity, before, "ApplyRefused", "no", START)
+    assert [decision.message for decision in transitions(before, after)] == ["no"]

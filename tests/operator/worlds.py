@@ -88,7 +88,8 @@ class World:
             status["containerStatuses"] = [{"name": "worker", "ready": ready, "state": {"running": {}}}]
 
     def frontend_ready(self, count: int = 1) -> None:
-        self.children[Key("Deployment", "docs-frontend")]["status"] = {"readyReplicas": count}
+        status = {"replicas": 1, "updatedReplicas": 1, "readyReplicas": count}
+        self.children[Key("Deployment", "docs-frontend")]["status"] = status
 
     def fail(self, rank: int, code: int, log: str) -> None:
         """The container of a leader ended, and the kubelet waits before the next try."""

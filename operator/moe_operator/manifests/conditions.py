@@ -78,6 +78,11 @@ def progressing(state: State) -> Verdict:
     if state.problem is not None and state.problem[1].stuck:
         pod, problem = state.problem
         return Verdict(False, problem.reason, f"{pod.name} cannot start: {problem.message}")
+    complete = Verdict(False, "Complete", f"{_replicas(state.wanted)} at revision {state.revision}")
+    return _replicas_progressing(state) or _frontend_progressing(state) or complete
+
+
+def _replicas_progressing(state: State) -> Verdict | None:
     if any(state.replicas[rank].revision != state.revision for rank in state.replicas if rank < state.wanted):
         message = f"{state.updated} of {_replicas(state.wanted)} at revision {state.revision}"
         return Verdict(True, "RollingOut", message)
@@ -85,7 +90,18 @@ def progressing(state: State) -> Verdict:
         return Verdict(True, "ScalingDown", f"{_replicas(state.surplus)} beyond spec.replicas on the way out")
     if state.ready < state.wanted:
         return Verdict(True, "Starting", f"{_count(state)}; {_waiting_for(state)}")
-    return Verdict(False, "Complete", f"{_replicas(state.wanted)} at revision {state.revision}")
+    return None
+
+
+def _frontend_progressing(state: State) -> Verdict | None:
+    # Without a worker no frontend becomes Ready, so a change of it waits for the first replica.
+    if state.frontend_updated or state.wanted == 0:
+        return None
+    problem = state.frontend_problem
+    if problem is not None and problem.stuck:
+        message = f"the frontend cannot be brought up to date: {problem.message}"
+        return Verdict(False, problem.reason, message)
+    return Verdict(True, "RollingOut", "the frontend is being brought up to date")
 
 
 def model_loaded(state: State) -> Verdict:

@@ -71,6 +71,17 @@ def owner_uid(manifest: Mapping[str, Any]) -> str | None:
     return next((reference["uid"] for reference in references if reference.get("controller")), None)
 
 
+def belongs(manifest: Mapping[str, Any], owner: Identity) -> bool:
+    """Whether an object is a deployment's: controlled by it, or made by us for one of its name and controlled
+    by nobody, as after `kubectl delete --cascade=orphan` or when somebody took its ownerReferences away.
+    """
+    controller = owner_uid(manifest)
+    if controller is not None:
+        return controller == owner.uid
+    labels = manifest["metadata"].get("labels", {})
+    return applied_digest(manifest) is not None and labels.get(names.LABEL_NAME) == owner.name
+
+
 def digest(content: Any, length: int = 10) -> str:
     """Hash of a JSON value, in hexadecimal digits; the same for equal values in every process."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_operator.manifests import problems
-from moe_operator.manifests.objects import Key, Manifest, owner_uid
+from moe_operator.manifests.objects import Key, Manifest, belongs
 from moe_operator.manifests.problems import Problem
 from moe_operator.resources import names
+from moe_operator.resources.deployment import Identity
 from moe_operator.resources.status import ModelInfo
 
 
@@ -85,12 +86,12 @@ def _pod(manifest: Mapping[str, Any]) -> Pod:
     )
 
 
-def owned(observed: Observed, kind: str, uid: str) -> dict[str, Manifest]:
-    """Children of one kind that the deployment with this UID controls, by name."""
+def owned(observed: Observed, kind: str, owner: Identity) -> dict[str, Manifest]:
+    """Children of one kind that are this deployment's, by name."""
     return {
         key.name: manifest
         for key, manifest in observed.children.items()
-        if key.kind == kind and owner_uid(manifest) == uid
+        if key.kind == kind and belongs(manifest, owner)
     }
 
 
@@ -98,3 +99,13 @@ def frontend_ready(observed: Observed, name: str) -> int:
     """Frontend pods that the Deployment counts as Ready."""
     manifest = observed.children.get(Key("Deployment", names.frontend(name)), {})
     return int(manifest.get("status", {}).get("readyReplicas", 0))
+
+
+def frontend_updated(observed: Observed, name: str) -> bool:
+    """Whether all frontend pods are of the Deployment's current template, and none is there beyond them."""
+    manifest = observed.children.get(Key("Deployment", names.frontend(name)))
+    if manifest is None:
+        return False
+    status, wanted = manifest.get("status", {}), manifest["spec"]["replicas"]
+    seen = status.get("observedGeneration", 0) >= manifest["metadata"].get("generation", 0)
+    return seen and status.get("replicas", 0) == status.get("updatedReplicas", 0) == wanted

@@ -9,7 +9,7 @@ from datetime import datetime
 from moe_operator.manifests import changes, children, conditions, rollout, state, worker
 from moe_operator.manifests.conditions import Verdict
 from moe_operator.manifests.decision import Decision
-from moe_operator.manifests.objects import Key, Manifest, key, owner_uid
+from moe_operator.manifests.objects import Key, Manifest, belongs, key
 from moe_operator.manifests.observed import Observed, leaders
 from moe_operator.manifests.rollout import Step
 from moe_operator.manifests.state import State
@@ -43,7 +43,7 @@ class Plan:
 def plan(deployment: Deployment, observed: Observed, now: datetime) -> Plan:
     """What to do now so that the cluster gets closer to the deployment."""
     desired = [*children.shared(deployment), *children.replicas(deployment)]
-    foreign = _foreign(desired, observed, deployment.identity.uid)
+    foreign = _foreign(desired, observed, deployment.identity)
     revision = worker.revision(deployment)
     current = state.read(deployment, observed, revision, tuple(str(found) for found in foreign))
     steps = rollout.steps(current.replicas, deployment.spec.replicas, revision)
@@ -76,10 +76,12 @@ def model_address(deployment: Deployment, observed: Observed) -> str | None:
     return next((pod.address for pod in pods if pod.ready and pod.revision == revision and pod.address), None)
 
 
-def _foreign(desired: Iterable[Manifest], observed: Observed, uid: str) -> list[Key]:
+def _foreign(desired: Iterable[Manifest], observed: Observed, owner: Identity) -> list[Key]:
     """Wanted names that objects of somebody else have; those are never touched."""
     found = (key(manifest) for manifest in desired)
-    return [name for name in found if name in observed.children and owner_uid(observed.children[name]) != uid]
+    return [
+        name for name in found if name in observed.children and not belongs(observed.children[name], owner)
+    ]
 
 
 def _deletions(deployment: Deployment, observed: Observed, current: State) -> tuple[Deletion, ...]:
@@ -110,13 +112,14 @@ def _status(deployment: Deployment, current: State, now: datetime) -> Status:
 
 
 def transitions(before: Status, after: Status) -> list[Decision]:
-    """A decision for every condition that changed its status or its reason."""
+    """A decision for every condition that changed its status or its reason; those that say the same share one."""
     changed = []
     for condition in after.conditions:
         old = before.condition(condition.type)
         if old is None or (old.status, old.reason) != (condition.status, condition.reason):
             changed.append(condition)
-    return [_announcement(condition) for condition in changed if condition.type in (READY, PROGRESSING)]
+    told = (_announcement(condition) for condition in changed if condition.type in (READY, PROGRESSING))
+    return list(dict.fromkeys(told))
 
 
 _EXPECTED = ("Complete", "ReplicasNotReady", "FrontendNotReady", "ScaledToZero")

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_operator.manifests.observed import Observed, Pod, frontend_ready, frontends, leaders, owned
+from moe_operator.manifests.observed import (
+    Observed,
+    Pod,
+    frontend_ready,
+    frontend_updated,
+    frontends,
+    leaders,
+    owned,
+)
 from moe_operator.manifests.problems import Problem
 from moe_operator.manifests.rollout import Replica
 from moe_operator.resources import names
@@ -26,6 +34,8 @@ class State:
     """Leader pods by data rank; surplus ones included."""
     frontend_ready: int
     """Frontend pods that are Ready."""
+    frontend_updated: bool
+    """All frontend pods are of the template asked for."""
     frontend_problem: Problem | None
     model: ModelInfo | None
     """What a worker said of the model, now or earlier."""
@@ -69,6 +79,7 @@ def read(deployment: Deployment, observed: Observed, revision: str, conflicts: t
         replicas=_replicas(deployment, observed, pods),
         leaders=pods,
         frontend_ready=frontend_ready(observed, deployment.name),
+        frontend_updated=frontend_updated(observed, deployment.name),
         frontend_problem=next((problem for problem in problems if problem is not None), None),
         model=observed.model or deployment.status.model,
         conflicts=conflicts,
@@ -77,7 +88,7 @@ def read(deployment: Deployment, observed: Observed, revision: str, conflicts: t
 
 def _replicas(deployment: Deployment, observed: Observed, pods: dict[int, Pod]) -> dict[int, Replica]:
     found = {}
-    for manifest in owned(observed, "StatefulSet", deployment.identity.uid).values():
+    for manifest in owned(observed, "StatefulSet", deployment.identity).values():
         labels = manifest["metadata"].get("labels", {})
         rank_text = labels.get(names.LABEL_DATA_RANK, "")
         if not rank_text.isdecimal() or "deletionTimestamp" in manifest["metadata"]:
