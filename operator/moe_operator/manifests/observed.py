@@ -108,4 +108,4 @@ def frontend_updated(observed: Observed, name: str) -> bool:
         return False
     status, wanted = manifest.get("status", {}), manifest["spec"]["replicas"]
     seen = status.get("observedGeneration", 0) >= manifest["metadata"].get("generation", 0)
-    return seen and status.get("replicas", 0) == status.get("updatedReplicas", 0) == wanted
+    return bool(seen and status.get("replicas", 0) == status.get("updatedReplicas", 0) == wanted)

@@ -112,7 +112,7 @@ def _status(deployment: Deployment, current: State, now: datetime) -> Status:
 
 
 def transitions(before: Status, after: Status) -> list[Decision]:
-    """A decision for every condition that changed its status or its reason; those that say the same share one."""
+    """A decision for every condition that changed its status or its reason; two that say the same share it."""
     changed = []
     for condition in after.conditions:
         old = before.condition(condition.type)
