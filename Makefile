@@ -4,12 +4,12 @@ BIN := $(VENV)/bin
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu-test up down lint proto manifests clean setup tools all-tools
+.PHONY: help demo test up down lint proto manifests clean setup setup-all tools all-tools environment
 
 help: ## Show this help
 	@echo "moe-operator: serves Mixture-of-Experts language models on Kubernetes"
 	@echo
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
 
 demo: setup ## Start a Kubernetes here, serve the example, stream text, show its trace (KEEP=1 keeps it)
 	$(BIN)/python -m examples.demo
@@ -34,7 +34,7 @@ proto: $(VENV)/.ready ## Generate the Python code of the .proto files
 
 manifests: setup-all ## Generate the CRD and the plain manifest
 	$(BIN)/python -m moe_operator.resources.crd > crds/moedeployments.yaml
-	HELM=$$($(PYTHON) -m localcluster.build helm | cut -d' ' -f2) && HELM=$$HELM charts/render.sh > charts/install.yaml
+	HELM=$$($(BIN)/python -m localcluster.build helm | cut -d' ' -f2) && HELM=$$HELM charts/render.sh > charts/install.yaml
 
 clean: down ## Stop the cluster and delete everything generated here (not the cache of built tools)
 	rm -rf $(VENV) .local .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist
@@ -47,15 +47,21 @@ setup:
 setup-all:
 	@$(MAKE) --no-print-directory -j2 $(VENV)/.ready all-tools
 
-tools:
-	@$(PYTHON) -m localcluster.build etcd kube-apiserver kube-controller-manager kube-scheduler kubelet kubectl cri-descriptor otelcol > /dev/null
+tools: environment
+	@$(BIN)/python -m localcluster.build etcd kube-apiserver kube-controller-manager kube-scheduler kubelet kubectl cri-descriptor otelcol > /dev/null
 
-all-tools:
-	@$(PYTHON) -m localcluster.build > /dev/null
+all-tools: environment
+	@$(BIN)/python -m localcluster.build > /dev/null
 
-$(VENV)/.ready: pyproject.toml
+# The tools are built with this environment's Python too: it has the pip that brings a Go compiler, which the
+# system's Python often lacks. Made again when it was interrupted: pip is the last thing that venv installs.
+environment:
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || { \
+		$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: $(PYTHON) is Python %d.%d; 3.11 or newer is needed: make PYTHON=python3.12 ..." % sys.version_info[:2])' && \
+		$(PYTHON) -m venv $(VENV); }
+
+$(VENV)/.ready: pyproject.toml | environment
 	@echo "Python environment: installing into $(VENV) (5.5 GB, mostly torch; some minutes the first time)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'
 	@touch $@

@@ -112,7 +112,7 @@ def _status(deployment: Deployment, current: State, now: datetime) -> Status:
 
 
 def transitions(before: Status, after: Status) -> list[Decision]:
-    """A decision for every condition that changed its status or its reason; two that say the same share it."""
+    """A decision for every condition that changed its status or its reason; equal ones count once."""
     changed = []
     for condition in after.conditions:
         old = before.condition(condition.type)
