@@ -1,9 +1,15 @@
 """The engine as a library."""
 
+import resource
+from pathlib import Path
+
 import pytest
+import torch
 
 import moe_worker
+from moe_worker.config import read_checkpoint_config
 from moe_worker.errors import RequestError
+from moe_worker.kvcache.latent import LatentCache
 from moe_worker.sampling.parameters import SamplingParameters
 
 PROMPTS = ["hello", "the quick brown fox " * 5, "x", "naïve café", "日本語", "a b c d", "lazy dog", "🙂"]
@@ -66,6 +72,19 @@ def test_the_context_length_ends_a_text(checkpoint):
     engine = moe_worker.Engine(checkpoint, context_length=16, threads=1)
     [result] = engine.generate([5] * 10, SamplingParameters(max_tokens=16))
     assert (len(result.token_ids), result.finish_reason) == (6, "length")
+
+
+def test_the_cache_takes_memory_only_as_it_is_written(checkpoint):
+    def resident_bytes():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    config = read_checkpoint_config(checkpoint)
+    before = resident_bytes()
+    cache = LatentCache.allocate(config, 1024, 4096, torch.float32, torch.device("cpu"))  # 1.2 GB
+    assert resident_bytes() - before < 50 * 2**20
+    rows = cache.slot_rows(layer=2, slot=1023, length=4096)
+    assert rows.shape == (4096, 24)
+    assert not rows.any()
 
 
 def test_kv_memory_limits_the_batch_but_not_the_answers(checkpoint, engine):

@@ -1,5 +1,8 @@
 """Token bytes become text that can be sent: whole characters, nothing of a stop text."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import tokenizers
 from hypothesis import given
@@ -84,6 +87,17 @@ def test_bytes_of_any_tokens_decode_as_the_library_does(tokenizer, checkpoint, i
     library = tokenizers.Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     ours = b"".join(tokenizer.token_bytes(token) for token in ids).decode(errors="replace")
     assert ours == library.decode(ids, skip_special_tokens=True)
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(tokenizer):
+    """The library's `encode` would hold them up to its end: probes of the worker went unanswered."""
+    text, ticks = "the quick brown fox " * 50_000, []
+    with ThreadPoolExecutor(1) as pool:
+        encoding = pool.submit(tokenizer.encode, text)
+        while not encoding.done():
+            ticks.append(time.monotonic())
+            time.sleep(0.001)
+    assert len(ticks) > 20
 
 
 def test_begin_of_text_comes_first_only_where_asked_for(tokenizer):

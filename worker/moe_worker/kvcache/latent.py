@@ -5,8 +5,10 @@ of the flat array is its token at that position, so that the model sees only row
 layout can take this one's place.
 """
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,7 +60,7 @@ class LatentCache:
         """
         shape = (config.num_hidden_layers, slots * context, config.latent_width)
         try:
-            layers = torch.zeros(shape, dtype=dtype, device=device)
+            layers = _zeros(shape, dtype, device)
         except (RuntimeError, MemoryError) as error:
             size = slots * context * bytes_per_token(config, dtype)
             raise SettingsError(
@@ -71,3 +73,11 @@ class LatentCache:
         """The first `length` rows [length, W] of one slot, as a view."""
         start = slot * self.context
         return self.layers[layer][start : start + length]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.zeros writes every page; numpy's zeros on a CPU come from the kernel when they are touched."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    nbytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(nbytes, np.uint8)).view(dtype).view(shape)
