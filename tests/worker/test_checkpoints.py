@@ -248,6 +248,7 @@ def test_kv_memory_too_small_for_one_context(checkpoint):
         ({"context_length": 0}, "context_length is 0; it must be at least 1"),
         ({"max_batch_size": -1}, "max_batch_size is -1"),
         ({"device": "tpu"}, "device 'tpu' is unknown"),
+        ({"device": "3"}, "device '3' is unknown"),
         ({"device": "cuda:99"}, "device cuda:99 is not there"),
         ({"dtype": "int3"}, "dtype 'int3' is unknown"),
     ],

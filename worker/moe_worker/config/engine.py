@@ -1,10 +1,11 @@
 """What the user chooses about the engine."""
 
+import re
 from dataclasses import dataclass
 
 from moe_worker.errors import SettingsError
 
-DEVICES = ("auto", "cpu", "cuda")
+DEVICES = re.compile(r"auto|cpu|cuda(:[0-9]{1,2})?")
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -34,7 +35,7 @@ class EngineOptions:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.device not in DEVICES and not self.device.removeprefix("cuda:").isdecimal():
+        if not DEVICES.fullmatch(self.device):
             raise SettingsError(f"device {self.device!r} is unknown; it must be auto, cpu, cuda or cuda:N")
         if self.dtype not in DTYPES:
             raise SettingsError(f"dtype {self.dtype!r} is unknown; it must be one of {', '.join(DTYPES)}")

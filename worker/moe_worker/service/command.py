@@ -5,8 +5,10 @@ from pathlib import Path
 
 import click
 
+from moe_api.address import check_address
 from moe_worker.config.engine import DTYPES, EngineOptions
 from moe_worker.config.quantity import parse_bytes
+from moe_worker.errors import SettingsError
 from moe_worker.service.server import ServeSettings
 from moe_worker.service.server import serve as run
 
@@ -52,4 +54,12 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     memory = None if kv_memory is None else parse_bytes(kv_memory)
     engine_options = EngineOptions(kv_memory=memory, **options)  # type: ignore[arg-type]
-    run(ServeSettings(model, served_name or model.resolve().name, listen, engine_options))
+    run(ServeSettings(model, served_name or model.resolve().name, _address(listen), engine_options))
+
+
+def _address(text: str) -> str:
+    """Left to itself, gRPC takes port 443 where there is none, and 99999 modulo 65536."""
+    try:
+        return check_address(text)
+    except ValueError as error:
+        raise SettingsError(f"--listen {error}") from None
