@@ -25,15 +25,17 @@ NOTHING = inference_pb2.GenerateRequest()
 class Worker:
     """Starts on a free port; the port is read from its log, which is kept in `lines`."""
 
-    def __init__(self, checkpoint, *flags, environment=None):
+    def __init__(self, checkpoint, *flags, environment=None, **process):
         self.command = [*COMMAND, "serve", "--model", str(checkpoint), "--served-name", "tiny"]
         self.command += ["--listen", "127.0.0.1:0", "--threads", "1", *flags]
-        self.environment = os.environ | (environment or {})
+        self.process_options = {"env": os.environ | (environment or {}), **process}
         self.lines = []
         self._fresh = queue.SimpleQueue()
 
     def __enter__(self):
-        self.process = subprocess.Popen(self.command, stderr=subprocess.PIPE, text=True, env=self.environment)
+        self.process = subprocess.Popen(
+            self.command, stderr=subprocess.PIPE, text=True, **self.process_options
+        )
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
         port = self.wait_line("listening on port ").split("port ")[1].split(",")[0]

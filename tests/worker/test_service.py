@@ -10,12 +10,17 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from opentelemetry import trace
 
 import moe_worker
 from moe_api import rich_status
-from moe_api.inference.v1 import inference_pb2
+from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
+from moe_worker.config import read_checkpoint_config
 from moe_worker.engine.requests import Delta, FinishReason
+from moe_worker.errors import EngineDiedError
+from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.sampling.parameters import SamplingParameters
+from moe_worker.service.servicers import InferenceService, Phase, Served
 from moe_worker.service.streams import Stream, Timeline
 from tests.worker.serving import DEADLINE_S, Worker, refused, wait_gone
 
@@ -139,6 +144,20 @@ def test_a_full_queue_says_when_to_try_again_and_serves_on(worker):
     assert list(worker.generate(max_tokens=3))[-1].usage.completion_tokens == 3
 
 
+def test_a_queue_behind_a_batch_cut_by_kv_memory_is_full_earlier_and_serves_on(endless):
+    """Memory for one context: one request is computed and one waits, where the batch would be four."""
+    one_context = str(4096 * 3 * (16 + 8) * 4)
+    flags = ("--kv-memory", one_context, "--max-batch-size", "4", "--max-queue", "1")
+    with Worker(endless, *flags) as worker:
+        worker.wait_ready()
+        calls = [worker.generate(**LONG) for _ in range(2)]
+        worker.wait_load(running=1, queued=1)
+        assert refused(worker.generate()).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        for call in calls:
+            call.cancel()
+        assert list(worker.generate(max_tokens=3))[-1].usage.completion_tokens == 3
+
+
 def test_a_cancelled_stream_frees_its_slot(worker):
     call = worker.generate(**LONG)
     next(call)
@@ -175,6 +194,41 @@ async def test_what_a_reader_has_not_taken_yet_becomes_one_message():
     assert not stream.pending
 
 
+async def test_a_dead_engine_takes_nothing_back():
+    stream = Stream(Timeline(submitted_ns=0))
+    stream.push(Delta(1, 7, "a"), start_ns=0, end_ns=1)
+    stream.fail(EngineDiedError("gone"))
+    assert (await stream.take()).tokens == (7,)
+    for _ in range(2):
+        with pytest.raises(EngineDiedError, match="gone"):
+            await stream.take()
+
+
+async def test_a_request_whose_prompt_was_tokenized_while_draining_began_is_refused(checkpoint):
+    """Nobody would compute it: the engine may be gone once those before it have ended."""
+    service = InferenceService(trace.get_tracer("test"))
+
+    class SlowTokenizer(Tokenizer):
+        def encode(self, text, add_special_tokens=True):
+            service.phase = Phase.DRAINING
+            return super().encode(text, add_special_tokens)
+
+    config = read_checkpoint_config(checkpoint)
+    service.served = Served("tiny", config, 4096, SlowTokenizer.load(checkpoint, config), engine=None)
+    service.phase = Phase.SERVING
+    server = grpc.aio.server()
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        call = inference_pb2_grpc.InferenceServiceStub(channel).Generate(
+            inference_pb2.GenerateRequest(prompt="hello")
+        )
+        assert await call.code() is grpc.StatusCode.UNAVAILABLE
+        assert "shutting down" in await call.details()
+    await server.stop(None)
+
+
 def test_health_of_a_ready_worker(worker):
     assert worker.status("") == worker.status("liveness") == SERVING
 
@@ -204,6 +258,23 @@ def test_sigterm_drains(own_worker):
     assert list(running)[-1].usage.completion_tokens == 2000
     assert own_worker.process.wait(DEADLINE_S) == 0
     wait_gone(engine)
+
+
+def test_an_open_health_watch_does_not_hold_up_the_end(own_worker):
+    """It is told and ended; cut off by the worker's death, it would raise."""
+    watch = own_worker.health.Watch(health_pb2.HealthCheckRequest(service=""))
+    assert next(watch).status == SERVING
+    own_worker.terminate()
+    assert own_worker.process.wait(DEADLINE_S) == 0
+    assert [update.status for update in watch] == [NOT_SERVING]
+
+
+def test_ctrl_c_while_the_model_loads_is_no_stack_trace(checkpoint):
+    """A terminal sends it to the whole process group."""
+    with Worker(checkpoint, start_new_session=True) as worker:
+        os.killpg(worker.process.pid, signal.SIGINT)
+        assert worker.process.wait(DEADLINE_S) == 0
+    assert "Traceback" not in "\n".join(worker.lines)
 
 
 def test_a_killed_engine_ends_streams_and_worker_with_a_sentence(own_worker):

@@ -25,7 +25,7 @@ MESSAGES = st.one_of(
     st.builds(wire.Start, TEXTS, st.builds(EngineOptions, kv_memory=st.none() | st.integers(1, 2**50))),
     st.builds(wire.Submit, st.builds(Request, NUMBERS, st.lists(NUMBERS).map(tuple), SAMPLING, NUMBERS)),
     st.builds(wire.Cancel, NUMBERS),
-    st.builds(wire.Loaded, TEXTS, LOADS),
+    st.builds(wire.Loaded, TEXTS, LOADS, NUMBERS),
     st.builds(wire.Failed, TEXTS, st.integers(0, 255)),
     st.builds(wire.Stepped, NUMBERS, NUMBERS, st.lists(DELTAS, max_size=3).map(tuple), LOADS, NUMBERS),
 )

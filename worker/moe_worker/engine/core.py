@@ -45,6 +45,11 @@ class EngineCore:
         return not self._sequences
 
     @property
+    def most_requests(self) -> int:
+        """Requests that `submit` takes at once."""
+        return self._scheduler.limits.requests
+
+    @property
     def load(self) -> Load:
         """How busy the engine is now."""
         cache = self._loaded.cache

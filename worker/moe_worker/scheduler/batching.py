@@ -28,6 +28,11 @@ class Limits:
     waiting: int
     prefill_tokens: int
 
+    @property
+    def requests(self) -> int:
+        """Requests taken at once: those in the batch and those that wait."""
+        return self.slots + self.waiting
+
 
 @dataclass(frozen=True)
 class Placed:
@@ -73,7 +78,7 @@ class Scheduler:
 
     def submit(self, request: int, prompt_tokens: int) -> None:
         """Takes a request into the queue. Raises QueueFullError."""
-        if self.waiting + self.running >= self.limits.slots + self.limits.waiting:
+        if self.waiting + self.running >= self.limits.requests:
             raise QueueFullError(
                 f"the queue is full ({self.limits.waiting} requests wait); try again", RETRY_AFTER_S
             )

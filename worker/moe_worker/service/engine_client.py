@@ -51,7 +51,7 @@ class EngineClient:
     process: asyncio.subprocess.Process
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
-    most_requests: int
+    most_requests: int = 0
     load: Load = field(default_factory=Load)
     format: str = ""
     _streams: dict[int, Stream] = field(default_factory=dict)
@@ -72,10 +72,12 @@ class EngineClient:
                 str(theirs.fileno()),
                 pass_fds=[theirs.fileno()],
                 env=ENGINE_ENVIRONMENT | os.environ,
+                # Ctrl-C in a terminal goes to the whole group; the edge alone decides when the engine ends.
+                process_group=0,
             )
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         writer.write(encode(message))
-        return cls(process, reader, writer, message.options.max_batch_size + message.options.max_queue)
+        return cls(process, reader, writer)
 
     @property
     def requests(self) -> int:
@@ -101,7 +103,7 @@ class EngineClient:
     def close(self, number: int) -> None:
         """Forgets a request; the engine stops computing it if it has not finished."""
         stream = self._streams.pop(number, None)
-        if stream is not None and stream.timeline.finish_reason is None:
+        if stream is not None and stream.timeline.finish_reason is None and not stream.failed:
             self.writer.write(encode(Cancel(number)))
         if not self._streams:
             self._idle.set()
@@ -116,7 +118,7 @@ class EngineClient:
         message = await self._receive()
         if not isinstance(message, Loaded):
             raise await self._death(message)
-        self.format, self.load = message.format, message.load
+        self.format, self.load, self.most_requests = message.format, message.load, message.most_requests
 
     async def run(self) -> EngineDiedError:
         """Hands out what the engine produces until it ends; why it did."""

@@ -61,7 +61,7 @@ def _serve(connection: socket.socket) -> None:
         raise WorkerError(f"the engine must be started with a Start message, not {type(start).__name__}")
     loaded = load(Path(start.model), start.options, progress=True)
     core = EngineCore(loaded, start.options)
-    connection.sendall(encode(Loaded(FORMATS[str(loaded.model.dtype)], core.load)))
+    connection.sendall(encode(Loaded(FORMATS[str(loaded.model.dtype)], core.load, core.most_requests)))
     submitted = 0
     while True:
         submitted += _take_commands(core, inbox)

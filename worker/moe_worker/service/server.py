@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 from collections.abc import Coroutine
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from moe_worker.service.servicers import InferenceService, Phase, Served, Worker
 from moe_worker.service.wire import Start
 
 SERVICES = ("moe_api.inference.v1.InferenceService", "moe_api.worker.v1.WorkerService")
-# Calls that are still open when the worker ends (health watches, answers under way) get this long.
+# Calls that are still open when the worker ends (the last answers, errors) get this long.
 CLOSE_GRACE_S = 2.0
 log = logging.getLogger(__name__)
 
@@ -53,17 +54,21 @@ async def _serve(settings: ServeSettings) -> None:
     try:
         await _load_and_run(settings, inference, health, stop)
     finally:
+        await health.close()
         await server.stop(CLOSE_GRACE_S)
 
 
 def _stop_on_signal() -> asyncio.Event:
-    """An event that SIGTERM and SIGINT set; a second signal ends the process at once."""
+    """An event that SIGTERM and SIGINT set; a second signal ends the process at once.
+
+    Not by the default action: the kernel spares a container's first process from that.
+    """
     loop, stop, numbers = asyncio.get_running_loop(), asyncio.Event(), (signal.SIGTERM, signal.SIGINT)
 
     def on_signal() -> None:
         stop.set()
         for number in numbers:
-            loop.remove_signal_handler(number)
+            loop.add_signal_handler(number, os._exit, 128 + number)
 
     for number in numbers:
         loop.add_signal_handler(number, on_signal)
@@ -105,14 +110,15 @@ async def _load_and_run(
 
 
 async def _unless_stopped(loading: Coroutine[None, None, None], stop: asyncio.Event) -> bool:
-    """Waits for `loading`, or for `stop`: False then."""
+    """Waits for `loading`, or for `stop`: False then, whatever became of `loading`."""
     task, stopped = asyncio.ensure_future(loading), asyncio.ensure_future(stop.wait())
     await asyncio.wait((task, stopped), return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
-    if task.done():
+    if not stop.is_set():
         task.result()
         return True
     task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
     return False
 
 

@@ -76,6 +76,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         with spans.server_span(self._tracer, context, GENERATE) as span:
             served = await self._available(request.model, context)
             checked = await _check(request, served, context)
+            await self._available(request.model, context)  # a long prompt takes time: draining may have begun
             describe_request(span, served.name, checked.sampling, len(checked.prompt))
             async with contextlib.aclosing(self._stream(served, checked, span, context)) as responses:
                 async for response in responses:

@@ -53,6 +53,11 @@ class Stream:
         """Whether there is something to take."""
         return bool(self._tokens)
 
+    @property
+    def failed(self) -> bool:
+        """Whether nothing more will come, because the engine is gone."""
+        return self._error is not None
+
     def push(self, delta: Delta, start_ns: int, end_ns: int) -> None:
         """Adds what a step has produced."""
         self.timeline.add(delta, start_ns, end_ns)
@@ -61,16 +66,17 @@ class Stream:
         self._ready.set()
 
     def fail(self, error: Exception) -> None:
-        """Ends the stream: the next `take` raises `error`."""
+        """Ends the stream: once what came before has been taken, `take` raises `error`."""
         self._error = error
         self._ready.set()
 
     async def take(self) -> Chunk:
-        """Everything since the last call, at least one token; waits for it."""
+        """Everything since the last call, at least one token; waits for it. Raises what `fail` was given."""
         await self._ready.wait()
-        if self._error is not None:
+        if self._error is not None and not self._tokens:
             raise self._error
-        self._ready.clear()
+        if self._error is None:
+            self._ready.clear()
         chunk = Chunk("".join(self._text), tuple(self._tokens), self.timeline.finish_reason)
         self._text.clear()
         self._tokens.clear()

@@ -41,10 +41,11 @@ class Cancel:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Engine to edge: requests can come."""
+    """Engine to edge: requests can come, `most_requests` at once (KV memory may cut the batch)."""
 
     format: str
     load: Load
+    most_requests: int
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ _READERS: Mapping[str, Callable[[dict[str, Any]], Message]] = {
     "Start": lambda body: Start(body["model"], EngineOptions(**body["options"])),
     "Submit": lambda body: Submit(_request(body["request"])),
     "Cancel": lambda body: Cancel(body["id"]),
-    "Loaded": lambda body: Loaded(body["format"], Load(**body["load"])),
+    "Loaded": lambda body: Loaded(body["format"], Load(**body["load"]), body["most_requests"]),
     "Failed": lambda body: Failed(**body),
     "Stepped": _stepped,
 }
