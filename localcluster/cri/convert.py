@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +43,11 @@ def container_config(config: Any, image: Image) -> ContainerConfig:
         command=(*(config.command or image.entrypoint), *config.args),
         environment=environment,
         directory=config.working_dir,
-        volumes=tuple(
-            Volume(m.host_path, m.container_path, m.readonly) for m in sorted_mounts(config.mounts)
-        ),
+        volumes=tuple(Volume(m.host_path, m.container_path, m.readonly) for m in config.mounts),
         read_only=config.linux.security_context.readonly_rootfs,
         log_path=config.log_path,
         stop_signal=stop_signal(_stop_signal_name(config)),
     )
-
-
-def sorted_mounts(mounts: Iterable[Any]) -> list[Any]:
-    """Outer paths first, so that an inner mount is not covered by an outer one."""
-    return sorted(mounts, key=lambda m: Path(m.container_path).parts)
 
 
 def stop_signal(name: str) -> signal.Signals:

@@ -198,7 +198,7 @@ class Runtime:
             directory=config.directory or "/",
             namespaces=list(pod.namespaces.descriptors),
             home=str(container.home),
-            volumes=(*shared, *files, *config.volumes),
+            volumes=tuple(outer_first((*shared, *files, *config.volumes))),
             hidden=self._hidden,
             read_only=config.read_only,
         )
@@ -266,3 +266,8 @@ class Runtime:
         await self.stop(container, 0)
         shutil.rmtree(container.home, ignore_errors=True)
         self.containers.pop(container.id, None)
+
+
+def outer_first(volumes: Iterable[Volume]) -> list[Volume]:
+    """Sorted so that no volume covers one that lies inside it; of two at the same path, the later one wins."""
+    return sorted(volumes, key=lambda volume: Path(volume.target).parts)

@@ -12,6 +12,7 @@ import pytest
 
 from localcluster import Cluster
 from localcluster.errors import CommandError
+from localcluster.layout import CHECKOUT
 from tests.localcluster.objects import (
     apply,
     container_status,
@@ -250,6 +251,14 @@ def test_a_volume_below_another_volume_is_readable(cluster: Cluster, namespace: 
     volumes = [{"name": "outer", "emptyDir": {}}, {"name": "inner", "hostPath": {"path": str(tmp_path)}}]
     reader = pod("reader", "cat", "/srv/outer/inner/file", container=main, volumes=volumes)
     assert output_of(cluster, namespace, reader) == "from the node\n"
+
+
+def test_a_volume_does_not_hide_the_programs_of_the_image(cluster: Cluster, namespace: str) -> None:
+    main = {"volumeMounts": [{"name": "outer", "mountPath": str(CHECKOUT.parent)}]}
+    volumes = [{"name": "outer", "emptyDir": {}}]
+    script = "import click; print(click.__name__)"
+    reader = pod("reader", "python3", "-c", script, image="python:3", container=main, volumes=volumes)
+    assert output_of(cluster, namespace, reader) == "click\n"
 
 
 def test_a_containers_files_are_its_own(cluster: Cluster, namespace: str) -> None:
