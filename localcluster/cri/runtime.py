@@ -269,5 +269,5 @@ class Runtime:
 
 
 def outer_first(volumes: Iterable[Volume]) -> list[Volume]:
-    """Sorted so that no volume covers one that lies inside it; of two at the same path, the later one wins."""
+    """Sorted so that no volume covers one inside it; of two at the same path, the later one wins."""
     return sorted(volumes, key=lambda volume: Path(volume.target).parts)
