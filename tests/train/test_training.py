@@ -111,6 +111,7 @@ def test_a_model_that_would_be_served_otherwise_is_not_trained(run_settings, wri
         {"q_lora_rank": 16, "tie_word_embeddings": False},
         {"n_shared_experts": 2, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 3},
         {"first_k_dense_replace": 0, "norm_topk_prob": False, "routed_scaling_factor": 1.0},
+        {"q_lora_rank": 16, "rms_norm_eps": 1e-2},
     ],
 )
 def test_the_trained_model_is_the_one_transformers_loads(run_settings, write_config, changes):
@@ -143,6 +144,28 @@ def test_a_run_can_start_from_the_weights_of_another(run_settings, tmp_path):
     train(next_run)
     before, after = (load_file(run.out / "model.safetensors") for run in (run_settings, next_run))
     assert all(torch.equal(before[name], after[name]) for name in before if "bias" not in name)
+
+
+@pytest.mark.parametrize("wrong", ["start_from", "tokenizer"])
+def test_files_to_start_with_that_are_none_are_named(run_settings, tmp_path, wrong):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    given = {"start_from": tmp_path, "tokenizer": tmp_path / "tokenizer.json"}
+    with pytest.raises(InputError, match=rf"{tmp_path}/tokenizer\.json is no tokenizer"):
+        train(replace(run_settings, **{wrong: given[wrong]}))
+
+
+def test_weights_to_start_from_that_are_missing_are_named(run_settings, tmp_path):
+    train(replace(run_settings, steps=1))
+    (run_settings.out / "model.safetensors").unlink()
+    again = replace(run_settings, steps=1, start_from=run_settings.out, out=tmp_path / "next")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read"):
+        train(again)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_told(run_settings):
+    with pytest.raises(InputError, match="device cuda is not there"):
+        train(replace(run_settings, device="cuda"))
 
 
 def test_starting_from_another_shape_is_refused(run_settings, write_config, tmp_path):

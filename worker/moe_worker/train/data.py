@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from moe_worker.errors import DataError
+from moe_worker.errors import DataError, TokenizerError
 
 BEGIN_OF_TEXT = "<|begin_of_text|>"
 END_OF_TEXT = "<|end_of_text|>"
@@ -98,6 +98,18 @@ def train_tokenizer(documents: list[str], vocabulary_size: int) -> Tokenizer:
         single=f"{BEGIN_OF_TEXT} $A", special_tokens=[(BEGIN_OF_TEXT, BOS_ID)]
     )
     return tokenizer
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Reads a tokenizer.json.
+
+    Raises:
+        TokenizerError: it is missing or none.
+    """
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise TokenizerError(f"{path} is no tokenizer ({error}); give a tokenizer.json") from error
 
 
 def encode_documents(tokenizer: Tokenizer, documents: list[str]) -> list[NDArray[np.int32]]:

@@ -16,6 +16,7 @@ from torch import nn
 
 from moe_worker.config import ModelConfig
 from moe_worker.errors import CheckpointError
+from moe_worker.models.attention import INNER_NORM_EPS
 
 
 class RMSNorm(nn.Module):
@@ -54,10 +55,10 @@ class Attention(nn.Module):
             self.q_proj = nn.Linear(hidden, query, bias=False)
         else:
             self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, INNER_NORM_EPS)
             self.q_b_proj = nn.Linear(config.q_lora_rank, query, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim, bias=False)
-        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps)
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, INNER_NORM_EPS)
         per_head = config.qk_nope_head_dim + config.v_head_dim
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, heads * per_head, bias=False)
         self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=False)

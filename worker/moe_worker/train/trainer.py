@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 from moe_worker.config import ModelConfig, read_model_config
+from moe_worker.engine.loading import choose_device
 from moe_worker.errors import DataError
 from moe_worker.train import data
 from moe_worker.train.checks import check_trainable
@@ -25,7 +25,7 @@ from moe_worker.train.optimizer import Muon, learning_rate_factor
 from moe_worker.train.plot import plot_metrics
 from moe_worker.train.score import Score, Window, score_documents
 from moe_worker.train.settings import TrainSettings
-from moe_worker.train.state import load_state, save_state
+from moe_worker.train.state import load_state, read_tensors, save_state
 
 _LOG_EVERY = 50  # steps; reading the loss waits for the device, which every step would slow it down
 
@@ -48,7 +48,7 @@ class _Text:
 class _Run:
     def __init__(self, settings: TrainSettings) -> None:
         self.settings = settings
-        self.device = torch.device(_resolve_device(settings.device))
+        self.device = choose_device(settings.device)
         self.config: ModelConfig = read_model_config(settings.config)
         check_trainable(self.config, settings)
         settings.out.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ class _Run:
         torch.set_float32_matmul_precision("high")
         self.model = TrainingModel(self.config, settings.dropout).to(self.device)
         if settings.start_from is not None:
-            load_checkpoint_tensors(self.model, load_file(settings.start_from / "model.safetensors"))
+            load_checkpoint_tensors(self.model, read_tensors(settings.start_from / "model.safetensors"))
         self.loss = torch.compile(self.model) if self.device.type == "cuda" else self.model
         self.optimizers = _optimizers(self.model, settings)
         self.state_file = settings.out / "state.safetensors"
@@ -166,7 +166,7 @@ class _Run:
             tokenizer = data.train_tokenizer(documents, self.config.vocab_size)
             tokenizer.save(str(own))
             return tokenizer
-        tokenizer = Tokenizer.from_file(str(given))
+        tokenizer = data.read_tokenizer(given)
         if tokenizer.get_vocab_size() > self.config.vocab_size:
             raise DataError(
                 f"{given}: has {tokenizer.get_vocab_size()} tokens, more than the vocab_size of "
@@ -193,10 +193,6 @@ class _Run:
     def _record(self, **figures: float | None) -> None:
         with self.metrics_file.open("a") as file:
             file.write(json.dumps(figures) + "\n")
-
-
-def _resolve_device(device: str) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def _optimizers(model: TrainingModel, settings: TrainSettings) -> list[Optimizer]:
