@@ -134,6 +134,12 @@ def test_truncated_weights(broken, keep):
     refuse(broken, "model.safetensors is truncated or damaged", "copy it again")
 
 
+def test_weights_that_cannot_be_opened(broken):
+    (broken / "model.safetensors").unlink()
+    (broken / "model.safetensors").mkdir()
+    refuse(broken, "model.safetensors cannot be read: Is a directory")
+
+
 @given(head=st.binary(max_size=64), length=st.none() | st.integers(0, 2**64 - 1))
 def test_a_hostile_header_is_refused(tmp_path_factory, head, length):
     path = tmp_path_factory.getbasetemp() / "hostile.safetensors"

@@ -62,12 +62,15 @@ def _sharded(directory: Path) -> dict[str, StoredTensor]:
 
 def read_header(path: Path) -> list[StoredTensor]:
     """The tensors in one file, checked against its size. Raises CheckpointError."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8 or length > LARGEST_HEADER:
-            raise _truncated(path, f"its header should take {length} bytes, the file has {size}")
-        header = file.read(length)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8 or length > LARGEST_HEADER:
+                raise _truncated(path, f"its header should take {length} bytes, the file has {size}")
+            header = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; give a readable file") from error
     try:
         entries = json.loads(header)
     except (ValueError, RecursionError) as error:
