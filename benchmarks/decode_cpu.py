@@ -51,7 +51,15 @@ def main() -> None:
 def ours(checkpoint: Path, prompt: int, batch: int, threads: int) -> Callable[[int], object]:
     engine = moe_worker.Engine(checkpoint, max_batch_size=batch, threads=threads)
     prompts = make_prompts(engine.config.vocab_size, prompt, batch)
-    return lambda tokens: engine.generate(prompts.tolist(), moe_worker.SamplingParameters(max_tokens=tokens))
+
+    def generate(tokens: int) -> object:
+        results = engine.generate(prompts.tolist(), moe_worker.SamplingParameters(max_tokens=tokens))
+        # The peer, whose tokens are the same, would end early too: a rate would count what nobody computed.
+        if any(len(result.token_ids) < tokens for result in results):
+            raise SystemExit(f"a text ended before {tokens} tokens; give fewer --tokens or another --prompt")
+        return results
+
+    return generate
 
 
 def transformers(checkpoint: Path, experts: str, prompt: int, batch: int) -> Callable[[int], object]:
