@@ -21,7 +21,7 @@ up: setup ## Start the local cluster and leave it running
 	$(BIN)/python -m localcluster up
 
 down: ## Stop the local cluster; leaves no process, mount or interface behind
-	@if [ -x $(BIN)/python ]; then $(BIN)/python -m localcluster down; else echo "nothing was ever started"; fi
+	@if [ -e $(VENV)/.ready ]; then $(BIN)/python -m localcluster down; else echo "nothing was ever started"; fi
 
 lint: $(VENV)/.ready ## Check types, style, import contracts and generated files
 	$(BIN)/ruff check .

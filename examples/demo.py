@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from localcluster import Cluster, Forward, traces
 from localcluster.errors import LocalClusterError
@@ -40,40 +41,49 @@ def main() -> int:
     cluster, keep = Cluster(), os.environ.get("KEEP") == "1"
     started = time.monotonic()
     found_running = cluster.is_running()
+    made: list[str] = []
     try:
-        run(cluster, found_running=found_running)
+        run(cluster, made, found_running=found_running, keep=keep)
         console.print(f"\n[bold]Done[/] in {time.monotonic() - started:.0f} s.")
     except (DemoError, LocalClusterError) as error:
-        console.print(f"\n[red]error:[/] {error}", markup=True)
+        console.print(f"\n[red]error:[/] {escape(str(error))}")
         return 1
     except KeyboardInterrupt:
         console.print("\nstopped")
         return 130
     finally:
         if not keep:
-            clean_up(cluster, found_running=found_running)
+            clean_up(cluster, made, found_running=found_running)
     what_next(cluster, kept=keep)
     return 0
 
 
-def run(cluster: Cluster, *, found_running: bool) -> None:
-    """Every step, each with its time."""
+def run(cluster: Cluster, made: list[str], *, found_running: bool, keep: bool) -> None:
+    """Every step, each with its time; adds to `made` the manifests of which nothing was there before."""
     if not found_running:
         title = "start a Kubernetes on this machine (etcd, API server, scheduler, kubelet)"
         with step(title), Reporter(sys.stderr) as reporter:
-            cluster.up(on_build=reporter.show)
+            # Tied to this process unless it is to stay: then not even SIGKILL leaves it behind.
+            cluster.up(on_build=reporter.show, detached=keep)
     with step("install the CRDs and the operator: kubectl apply -f charts/install.yaml"):
-        cluster.kubectl("apply", "-f", str(ROOT / "charts/install.yaml"))
-        cluster.kubectl("apply", "-f", str(ROOT / "examples/collector.yaml"))
+        apply(cluster, "charts/install.yaml", made)
+        apply(cluster, "examples/collector.yaml", made)
         cluster.kubectl("-n", "moe-system", "rollout", "status", "deployment/moe-operator", "--timeout=120s")
         cluster.kubectl("-n", "observability", "rollout", "status", "deployment/otelcol", "--timeout=60s")
     with step(f"kubectl apply -f examples/{NAME}.yaml"):
-        cluster.kubectl("apply", "-f", str(ROOT / f"examples/{NAME}.yaml"))
+        apply(cluster, f"examples/{NAME}.yaml", made)
         wait_until_ready(cluster)
     trace_id = generate(cluster)
     show_trace(cluster, trace_id)
     console.print("\n[bold]$ kubectl get moed[/]")
-    console.print(cluster.kubectl("get", "moed"), end="")
+    console.print(cluster.kubectl("get", "moed"), end="", markup=False)
+
+
+def apply(cluster: Cluster, manifest: str, made: list[str]) -> None:
+    """Applies a manifest, and notes it in `made` when all its objects are new."""
+    lines = cluster.kubectl("apply", "-f", str(ROOT / manifest)).splitlines()
+    if all(line.endswith(" created") for line in lines):
+        made.append(manifest)
 
 
 @contextmanager
@@ -117,7 +127,7 @@ def generate(cluster: Cluster) -> str:
         environment = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{collector.address}"}
         console.print(PROMPT, style="bold", end="")
         result = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
-    console.print(f"\n[dim]{result.stderr.strip()}[/]")
+    console.print(f"\n[dim]{escape(result.stderr.strip())}[/]")
     found = re.search(r"trace: ([0-9a-f]{32})", result.stderr)
     if result.returncode or not found:
         raise DemoError(f"`moe generate` ended with code {result.returncode}: {result.stderr.strip()}")
@@ -139,13 +149,16 @@ def show_trace(cluster: Cluster, trace_id: str) -> None:
     raise DemoError(f"the trace {trace_id} did not arrive whole within {TRACE_WITHIN_S:.0f} s")
 
 
-def clean_up(cluster: Cluster, *, found_running: bool) -> None:
-    """Stops the cluster, or takes what the demo made out of one that ran before."""
+def clean_up(cluster: Cluster, made: list[str], *, found_running: bool) -> None:
+    """Stops the cluster, or takes what the demo made out of one that ran before.
+
+    The CRDs go only if they came with it, for every MoEDeployment goes with them.
+    """
     if not found_running:
         cluster.down()
         console.print("The cluster is stopped; nothing is left running.")
         return
-    for manifest in (f"examples/{NAME}.yaml", "examples/collector.yaml", "charts/install.yaml"):
+    for manifest in reversed(made):
         cluster.kubectl("delete", "--ignore-not-found", "-f", str(ROOT / manifest))
 
 
