@@ -69,6 +69,23 @@ def test_a_state_of_other_settings_is_refused(run_settings):
         train(replace(run_settings, steps=3, batch=4))
 
 
+def test_a_state_of_another_text_is_refused(run_settings, tmp_path):
+    train(replace(run_settings, steps=3, stop_after=0.0))
+    other = tmp_path / "other.txt"
+    other.write_text(run_settings.data.read_text() + "\0one more document")
+    with pytest.raises(CheckpointError, match="belongs to a run with other settings"):
+        train(replace(run_settings, steps=3, data=other))
+
+
+def test_a_resumed_run_records_no_step_twice(run_settings):
+    train(replace(run_settings, steps=3, stop_after=0.0))
+    file = run_settings.out / "metrics.jsonl"
+    file.write_text('{"step": 1, "loss": 5.0}\n{"step": 2, "loss": 4.0}\n')
+    settings = replace(run_settings, steps=3)
+    train(settings)
+    assert [row["step"] for row in metrics(settings)] == [1, 3]
+
+
 def test_a_damaged_state_is_refused(run_settings):
     settings = replace(run_settings, steps=2)
     train(settings)

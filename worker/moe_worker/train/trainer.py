@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -55,6 +56,7 @@ class _Run:
         documents = data.read_documents(settings.data)
         self.tokenizer = self._tokenizer(documents)
         stream_N = data.join_documents(data.encode_documents(self.tokenizer, documents))
+        self.text_digest = hashlib.sha256(stream_N.tobytes()).hexdigest()
         self.sampler = data.WindowSampler(
             torch.from_numpy(stream_N).to(self.device), settings.window, settings.batch, settings.seed
         )
@@ -175,17 +177,23 @@ class _Run:
         return tokenizer
 
     def _fingerprint(self) -> str:
-        """Names the settings that a resumed run must share with the interrupted one."""
+        """Names the settings, the model's shape and the text that a resumed run must share."""
         free = {"out", "stop_after", "device", "data", "valid", "tokenizer", "config", "start_from"}
         free |= {"evaluate_every", "checkpoint_every"}
         fixed = {key: value for key, value in asdict(self.settings).items() if key not in free}
-        return json.dumps({**fixed, "model": json.loads(self.settings.config.read_text())}, sort_keys=True)
+        model = json.loads(self.settings.config.read_text())
+        return json.dumps({**fixed, "model": model, "text": self.text_digest}, sort_keys=True)
 
     def _resume(self) -> int:
         if not self.state_file.exists():
             self.metrics_file.unlink(missing_ok=True)
             return 0
-        return load_state(self.state_file, self.model, self.optimizers, self._fingerprint())
+        first = load_state(self.state_file, self.model, self.optimizers, self._fingerprint())
+        lines = self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []
+        # What the interrupted run recorded after its last state will be recorded again.
+        kept = [line for line in lines if json.loads(line)["step"] <= first]
+        self.metrics_file.write_text("".join(f"{line}\n" for line in kept))
+        return first
 
     def _save(self, step: int) -> None:
         save_state(self.state_file, step, self.model, self.optimizers, self._fingerprint())
