@@ -300,6 +300,18 @@ POD_PROBLEMS = {
 }
 
 
+def test_a_command_that_does_not_exist_is_the_reason_also_while_the_next_try_waits():
+    world = World(deployment())
+    world.step()
+    end = {"exitCode": 128, "reason": "StartError", "message": 'exec: "moe-worker": not found'}
+    waiting = {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 10s restarting failed container"}}
+    container = {"name": "worker", "ready": False, "state": waiting, "lastState": {"terminated": end}}
+    world.pods["docs-0-0"]["status"] = {"containerStatuses": [container]}
+    world.step()
+    assert condition(world, READY).reason == "ContainerCreateFailed"
+    assert condition(world, READY).message.endswith('docs-0-0: exec: "moe-worker": not found')
+
+
 @pytest.mark.parametrize("reason", POD_PROBLEMS)
 def test_what_keeps_a_pod_down_is_the_reason_of_the_condition(reason):
     world = World(deployment())

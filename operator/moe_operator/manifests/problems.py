@@ -64,6 +64,9 @@ def _terminated(container: Mapping[str, Any]) -> Problem | None:
     end = next((end for end in ends if end), None)
     if end is None or end.get("exitCode", 0) == 0:
         return None
+    if end.get("reason") == "StartError":
+        # What the runtime says while the kubelet waits for the next try; between the two nothing changed.
+        return Problem("ContainerCreateFailed", end.get("message", "the runtime gave no reason").strip())
     said = error_sentence(end.get("message", ""))
     name = container["name"]
     if name == names.ROLE_WORKER and end["exitCode"] == _EXIT_BAD_INPUT and said is not None:
