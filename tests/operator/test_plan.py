@@ -304,7 +304,9 @@ def test_a_command_that_does_not_exist_is_the_reason_also_while_the_next_try_wai
     world = World(deployment())
     world.step()
     end = {"exitCode": 128, "reason": "StartError", "message": 'exec: "moe-worker": not found'}
-    waiting = {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 10s restarting failed container"}}
+    waiting = {
+        "waiting": {"reason": "CrashLoopBackOff", "message": "back-off 10s restarting failed container"}
+    }
     container = {"name": "worker", "ready": False, "state": waiting, "lastState": {"terminated": end}}
     world.pods["docs-0-0"]["status"] = {"containerStatuses": [container]}
     world.step()
