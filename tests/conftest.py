@@ -1,6 +1,7 @@
 """Fixtures that every part's tests may use: a running local cluster, and a namespace of one's own in it."""
 
 import secrets
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,12 @@ import pytest
 from localcluster import Cluster
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_configure() -> None:
+    """Lets SIGINT through: a shell's background jobs ignore it, and so would every process that tests start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
