@@ -11,4 +11,4 @@ kind: Namespace
 metadata:
   name: moe-system
 HEADER
-"${HELM:-helm}" template moe-operator moe-operator --namespace moe-system --include-crds 2>/dev/null
+"${HELM:-helm}" template moe-operator moe-operator --namespace moe-system --include-crds

@@ -68,7 +68,7 @@ def _conditions(status: Status) -> RenderableType:
         )
     result = Table(box=box.SIMPLE, pad_edge=False)
     for heading in ("Condition", "", "Reason", "Message", "Since"):
-        result.add_column(heading)
+        result.add_column(heading, overflow="fold")  # a reason cut short cannot be searched for
     for condition in status.conditions:
         told = (condition.reason, condition.message, condition.last_transition_time)
         result.add_row(Text(condition.type), _mark(condition), *map(Text, told))

@@ -43,12 +43,13 @@ def _read(
     """
     import kubernetes  # noqa: PLC0415
     import urllib3  # noqa: PLC0415
+    import yaml  # noqa: PLC0415
 
     try:
         kubernetes.config.load_kube_config(context=context)
         namespace = namespace or _default_namespace(context)
         return _request(kubernetes.client.CustomObjectsApi(), namespace, name, everywhere=everywhere)
-    except kubernetes.config.ConfigException as error:
+    except (kubernetes.config.ConfigException, yaml.YAMLError) as error:
         raise CommandError(
             f"no usable kubeconfig ({error}); set KUBECONFIG, to .local/kubeconfig after `make up` for one",
             errors.WRONG,
