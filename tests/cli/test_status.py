@@ -110,6 +110,15 @@ async def test_without_a_kubeconfig_the_way_out_is_named(moe):
     assert "Traceback" not in result.stderr.decode()
 
 
+async def test_a_kubeconfig_that_is_no_yaml(moe, tmp_path):
+    kubeconfig = tmp_path / "config"
+    kubeconfig.write_text("clusters: [{name: c\n")
+    result = await moe("status", KUBECONFIG=str(kubeconfig))
+    assert result.returncode == 2
+    (line,) = result.stderr.decode().splitlines()
+    assert line.startswith("error: no usable kubeconfig")
+
+
 async def test_a_cluster_that_does_not_answer(moe, tmp_path):
     kubeconfig = tmp_path / "config"
     kubeconfig.write_text(

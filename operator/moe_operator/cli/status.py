@@ -51,7 +51,8 @@ def _read(
         return _request(kubernetes.client.CustomObjectsApi(), namespace, name, everywhere=everywhere)
     except (kubernetes.config.ConfigException, yaml.YAMLError) as error:
         raise CommandError(
-            f"no usable kubeconfig ({error}); set KUBECONFIG, to .local/kubeconfig after `make up` for one",
+            f"no usable kubeconfig ({_one_line(error)}); "
+            "set KUBECONFIG, to .local/kubeconfig after `make up` for one",
             errors.WRONG,
         ) from error
     except kubernetes.client.ApiException as error:
@@ -64,6 +65,10 @@ def _read(
             "is it running, and is the kubeconfig's address right?",
             errors.ABSENT,
         ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _default_namespace(context: str | None) -> str:
