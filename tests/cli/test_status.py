@@ -32,9 +32,9 @@ MODEL = {
 }
 
 
-def shown(body):
+def shown(body, width=120):
     output = io.StringIO()
-    show(body, Console(file=output, width=120))
+    show(body, Console(file=output, width=width))
     return output.getvalue()
 
 
@@ -84,6 +84,11 @@ def test_a_list_has_a_row_for_each():
 
 def test_an_empty_list_says_what_to_do():
     assert "no MoEDeployments here" in shown({"items": []})
+
+
+@pytest.mark.parametrize("wrap", [lambda body: body, lambda body: {"items": [body]}], ids=["one", "list"])
+def test_a_narrow_terminal_cuts_nothing_short(wrap):
+    assert "…" not in shown(wrap(deployment(conditions=[READY], model=MODEL)), width=50)
 
 
 def test_messages_are_text_and_not_markup():

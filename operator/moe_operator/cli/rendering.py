@@ -30,9 +30,7 @@ def show(body: Mapping[str, Any], console: Console | None = None) -> None:
 
 def table(bodies: list[Mapping[str, Any]]) -> Table:
     """A row for each deployment."""
-    result = Table(box=box.SIMPLE)
-    for heading in ("Namespace", "Name", "Ready", "Replicas", "Model", "Reason"):
-        result.add_column(heading)
+    result = _table("Namespace", "Name", "Ready", "Replicas", "Model", "Reason")
     for body in bodies:
         status, metadata = parse_status(body), body["metadata"]
         ready = status.condition(READY)
@@ -66,12 +64,18 @@ def _conditions(status: Status) -> RenderableType:
         return Text(
             "no conditions yet: is the operator running? (kubectl get pods -n moe-system)", style="yellow"
         )
-    result = Table(box=box.SIMPLE, pad_edge=False)
-    for heading in ("Condition", "", "Reason", "Message", "Since"):
-        result.add_column(heading, overflow="fold")  # a reason cut short cannot be searched for
+    result = _table("Condition", "", "Reason", "Message", "Since", pad_edge=False)
     for condition in status.conditions:
         told = (condition.reason, condition.message, condition.last_transition_time)
         result.add_row(Text(condition.type), _mark(condition), *map(Text, told))
+    return result
+
+
+def _table(*headings: str, pad_edge: bool = True) -> Table:
+    """An empty table that folds cells which do not fit: a reason cut short cannot be searched for."""
+    result = Table(box=box.SIMPLE, pad_edge=pad_edge)
+    for heading in headings:
+        result.add_column(heading, overflow="fold")
     return result
 
 
