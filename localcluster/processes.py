@@ -8,7 +8,7 @@ import os
 import select
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -70,32 +70,49 @@ def identify(pid: int) -> Identity | None:
 
 
 def is_running(identity: Identity) -> bool:
-    """Whether exactly this process still exists (a zombie does not count: nothing of it runs)."""
-    if identify(identity.pid) != identity:
-        return False
-    try:
-        return Path(f"/proc/{identity.pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    """Whether exactly this process still exists, in any of its threads (a zombie does not count)."""
+    with _opened(identity) as descriptor:
+        return descriptor is not None and not _ended(descriptor, timeout=0)
 
 
 def kill(identity: Identity, timeout: float) -> bool:
     """Kills exactly this process and waits, at most `timeout` seconds, until it is gone.
 
-    The pidfd is opened before the identity is compared, so the signal cannot reach a later process with the
-    same PID. Returns whether it is gone.
+    Returns whether it is gone.
+    """
+    with _opened(identity) as descriptor:
+        if descriptor is None:
+            return True
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        return _ended(descriptor, timeout)
+
+
+@contextmanager
+def _opened(identity: Identity) -> Iterator[int | None]:
+    """A pidfd of exactly this process, or None where there is none.
+
+    It is opened before the identity is compared, so that nothing done to it reaches a later process with the
+    same PID.
     """
     try:
         descriptor = os.pidfd_open(identity.pid)
     except ProcessLookupError:
-        return True
+        yield None
+        return
     try:
-        if not is_running(identity):
-            return True
-        signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-        return bool(select.select([descriptor], [], [], timeout)[0])
+        yield descriptor if identify(identity.pid) == identity else None
     finally:
         os.close(descriptor)
+
+
+def _ended(descriptor: int, timeout: float) -> bool:
+    """Whether the last thread of the process ends within `timeout` seconds.
+
+    The state in /proc/PID/stat is the first thread's: it reads zombie while another thread, for the first
+    process of a PID namespace, still waits for the processes in there to end.
+    """
+    return bool(select.select([descriptor], [], [], timeout)[0])
 
 
 @contextmanager

@@ -14,9 +14,10 @@ from google.rpc import error_details_pb2, status_pb2
 
 DETAILS_KEY: Final = "grpc-status-details-bin"
 
-# gRPC refuses calls whose trailing metadata exceeds 8 KiB (base64 takes a third more), so texts that
-# may quote what a user sent are cut.
-_MAX_TEXT: Final = 512
+# gRPC may drop a call whose trailing metadata exceeds 8 KiB, so texts that may quote what a user sent are
+# cut. At worst the message is percent-encoded to three times its bytes, and the details (the message and
+# four violations) take a third more in base64: 1.5 + 3.5 KiB.
+_MAX_TEXT_BYTES: Final = 512
 _MAX_VIOLATIONS: Final = 4
 
 _CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
@@ -36,7 +37,7 @@ class FieldViolation:
 
 
 def build(code: grpc.StatusCode, sentence: str, details: Iterable[message.Message] = ()) -> status_pb2.Status:
-    """A google.rpc.Status; texts longer than 512 characters are cut."""
+    """A google.rpc.Status; texts longer than 512 bytes are cut."""
     status = status_pb2.Status(code=code.value[0], message=_cut(sentence))
     for detail in details:
         status.details.add().Pack(detail)
@@ -119,4 +120,9 @@ def _parse(data: bytes) -> status_pb2.Status | None:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 1] + "…"
+    """At most 512 bytes of UTF-8."""
+    data = text.encode()
+    if len(data) <= _MAX_TEXT_BYTES:
+        return text
+    ellipsis = "…"
+    return data[: _MAX_TEXT_BYTES - len(ellipsis.encode())].decode(errors="ignore") + ellipsis

@@ -3,6 +3,8 @@
 import os
 import socket
 import struct
+import subprocess
+import sys
 from ipaddress import IPv4Address
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from localcluster.cri.sandbox import AddressPool
 from localcluster.errors import ForwardError, ImageError, LocalClusterError
 from localcluster.network import catalog, dns
 from localcluster.network.catalog import Address
+from localcluster.processes import identify, is_running, kill
+from tests.localcluster.objects import until
 
 ADDRESSES = (IPv4Address("10.244.0.7"), IPv4Address("10.244.0.8"))
 LABELS = st.from_regex(r"[a-z]([a-z0-9-]{0,20}[a-z0-9])?", fullmatch=True)
@@ -211,3 +215,23 @@ def test_settings_survive_their_file(tmp_path: Path) -> None:
 def test_stop_signals_go_by_their_names() -> None:
     names = ("RUNTIME_DEFAULT", "SIGINT", "SIGUSR1")
     assert [convert.stop_signal(name).name for name in names] == ["SIGTERM", "SIGINT", "SIGUSR1"]
+
+
+def test_a_process_runs_until_its_last_thread_has_ended() -> None:
+    """Its state in /proc reads zombie as soon as the first thread has ended."""
+    first_thread_ends = (
+        "import ctypes, platform, threading, time\n"
+        "threading.Thread(target=time.sleep, args=(1000,)).start()\n"
+        "print('ready', flush=True)\n"
+        "ctypes.CDLL(None).syscall({'x86_64': 60}.get(platform.machine(), 93), 0)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", first_thread_ends], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        stat = Path(f"/proc/{process.pid}/stat")
+        until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "Z", 10, "the first thread's end")
+        identity = identify(process.pid)
+        assert identity is not None
+        assert is_running(identity)
+        assert kill(identity, timeout=10)
+        assert not is_running(identity)
