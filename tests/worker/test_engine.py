@@ -7,9 +7,8 @@ import pytest
 import torch
 
 import moe_worker
-from moe_worker.config import read_checkpoint_config
 from moe_worker.errors import RequestError
-from moe_worker.kvcache.latent import LatentCache
+from moe_worker.kvcache.paged import CacheShape, PagedCache
 from moe_worker.sampling.parameters import SamplingParameters
 
 PROMPTS = ["hello", "the quick brown fox " * 5, "x", "naïve café", "日本語", "a b c d", "lazy dog", "🙂"]
@@ -74,15 +73,15 @@ def test_the_context_length_ends_a_text(checkpoint):
     assert (len(result.token_ids), result.finish_reason) == (6, "length")
 
 
-def test_the_cache_takes_memory_only_as_it_is_written(checkpoint):
+def test_the_cache_takes_memory_only_as_it_is_written():
     def resident_bytes():
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
-    config = read_checkpoint_config(checkpoint)
     before = resident_bytes()
-    cache = LatentCache.allocate(config, 1024, 4096, torch.float32, torch.device("cpu"))  # 1.2 GB
+    shape = CacheShape(layers=3, width=24, page_size=16, dtype=torch.float32)
+    cache = PagedCache.allocate(shape, 1024 * 256, torch.device("cpu"))  # 1.2 GB
     assert resident_bytes() - before < 50 * 2**20
-    rows = cache.slot_rows(layer=2, slot=1023, length=4096)
+    rows = cache.sequence(layer=2, pages=range(1023 * 256, 1024 * 256), length=4096)
     assert rows.shape == (4096, 24)
     assert not rows.any()
 

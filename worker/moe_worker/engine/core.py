@@ -1,6 +1,5 @@
 """One step of the engine: plan, compute, choose, and turn tokens into text."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -8,10 +7,10 @@ import torch
 from moe_worker.config.engine import EngineOptions
 from moe_worker.engine.loading import LoadedModel
 from moe_worker.engine.requests import Delta, FinishReason, Load, Request
-from moe_worker.models.attention import Span
+from moe_worker.models.batch import Batch, Chunk
 from moe_worker.sampling.sampler import Draw, choose
 from moe_worker.sampling.text import TextStream
-from moe_worker.scheduler.batching import Limits, Phase, Placed, Scheduler, Step
+from moe_worker.scheduler.batching import Limits, Phase, Placed, Scheduler
 
 
 @dataclass
@@ -36,7 +35,9 @@ class EngineCore:
     def __init__(self, loaded: LoadedModel, options: EngineOptions) -> None:
         self._loaded = loaded
         self._ends = frozenset(loaded.config.eos_token_ids)
-        self._scheduler = Scheduler(Limits(loaded.cache.slots, options.max_queue, options.prefill_tokens))
+        self._pages_each = loaded.cache.shape.pages_for(loaded.context)
+        slots = loaded.cache.pages // self._pages_each
+        self._scheduler = Scheduler(Limits(slots, options.max_queue, options.prefill_tokens))
         self._sequences: dict[int, _Sequence] = {}
 
     @property
@@ -56,14 +57,14 @@ class EngineCore:
         return Load(
             queued=self._scheduler.waiting,
             running=self._scheduler.running,
-            kv_tokens_capacity=cache.slots * cache.context,
+            kv_tokens_capacity=cache.pages * cache.page_size,
             kv_tokens_used=sum(sequence.cached for sequence in self._sequences.values()),
         )
 
     def submit(self, request: Request) -> None:
         """Takes a checked request. Raises QueueFullError."""
         self._scheduler.submit(request.id, len(request.prompt))
-        room = self._loaded.cache.context - len(request.prompt)
+        room = self._loaded.context - len(request.prompt)
         limit = min(request.sampling.max_tokens, room)
         self._sequences[request.id] = _Sequence(request, limit, TextStream(request.sampling.stop))
 
@@ -79,16 +80,29 @@ class EngineCore:
         if step is None:
             return []
         sequences = [self._sequences[placed.request] for placed in step.sequences]
-        tokens, spans = _inputs(step, sequences)
-        hidden_TD = self._loaded.model.forward(tokens, spans, self._loaded.cache)
+        chunks = [
+            self._chunk(step.phase, placed, sequence)
+            for placed, sequence in zip(step.sequences, sequences, strict=True)
+        ]
+        order = sorted(range(len(chunks)), key=lambda index: chunks[index].count > 1)
+        chunks, sequences = [chunks[i] for i in order], [sequences[i] for i in order]
+        batch = Batch.of(chunks, self._loaded.cache)
+        hidden_TD = self._loaded.model.forward(batch, self._loaded.cache)
         if step.phase is Phase.PREFILL:
-            hidden_TD = hidden_TD[_last_rows(spans)]
+            hidden_TD = hidden_TD[batch.last_rows]
         logits_BV = self._loaded.model.logits(hidden_TD)
         chosen = choose(logits_BV, [sequence.draw for sequence in sequences])
         return [
-            self._advance(sequence, span.end, token)
-            for sequence, span, token in zip(sequences, spans, chosen, strict=True)
+            self._advance(sequence, chunk.end, token)
+            for sequence, chunk, token in zip(sequences, chunks, chosen, strict=True)
         ]
+
+    def _chunk(self, phase: Phase, placed: Placed, sequence: _Sequence) -> Chunk:
+        first = placed.slot * self._pages_each
+        pages = range(first, first + self._pages_each)
+        if phase is Phase.DECODE:
+            return Chunk([sequence.last], sequence.cached, pages)
+        return Chunk(sequence.request.prompt, 0, pages)
 
     def _advance(self, sequence: _Sequence, cached: int, token: int) -> Delta:
         sequence.cached = cached
@@ -104,27 +118,3 @@ class EngineCore:
             return Delta(sequence.request.id, token, text)
         self.cancel(sequence.request.id)
         return Delta(sequence.request.id, token, text + sequence.text.finish(), reason)
-
-
-def _inputs(step: Step, sequences: Sequence[_Sequence]) -> tuple[list[int], list[Span]]:
-    """The tokens to compute, one sequence behind the other, and where they stand."""
-    if step.phase is Phase.DECODE:
-        tokens = [sequence.last for sequence in sequences]
-        return tokens, [
-            _span(placed, s.cached, 1) for placed, s in zip(step.sequences, sequences, strict=True)
-        ]
-    prompts = [sequence.request.prompt for sequence in sequences]
-    spans = [_span(placed, 0, len(prompt)) for placed, prompt in zip(step.sequences, prompts, strict=True)]
-    return [token for prompt in prompts for token in prompt], spans
-
-
-def _span(placed: Placed, start: int, count: int) -> Span:
-    return Span(placed.slot, start, count)
-
-
-def _last_rows(spans: Sequence[Span]) -> list[int]:
-    rows, total = [], 0
-    for span in spans:
-        total += span.count
-        rows.append(total - 1)
-    return rows

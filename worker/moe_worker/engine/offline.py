@@ -15,8 +15,8 @@ from moe_worker.engine.core import EngineCore
 from moe_worker.engine.loading import load
 from moe_worker.engine.requests import Delta, FinishReason, Request, prompt_violations
 from moe_worker.errors import RequestError
-from moe_worker.kvcache.latent import LatentCache
-from moe_worker.models.attention import Span
+from moe_worker.kvcache.paged import PagedCache
+from moe_worker.models.batch import Batch, Chunk
 from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.sampling.parameters import SamplingParameters
 
@@ -89,16 +89,18 @@ class Engine:
         The sequence is taken as given (no begin-of-text token is put before it) and may be as long as the
         context length. Raises RequestError.
         """
-        check_token_ids(token_ids, self.config.vocab_size, self._loaded.cache.context)
+        check_token_ids(token_ids, self.config.vocab_size, self._loaded.context)
         model = self._loaded.model
-        scratch = LatentCache.allocate(self.config, 1, len(token_ids), model.dtype, model.device)
-        return model.logits(model.forward(token_ids, [Span(0, 0, len(token_ids))], scratch)).cpu()
+        shape = self._loaded.cache.shape
+        scratch = PagedCache.allocate(shape, shape.pages_for(len(token_ids)), model.device)
+        chunk = Chunk(token_ids, 0, range(scratch.pages))
+        return model.logits(model.forward(Batch.of([chunk], scratch), scratch)).cpu()
 
     def _prompt(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
 
     def _check(self, request: Request) -> None:
-        context = self._loaded.cache.context
+        context = self._loaded.context
         violations = prompt_violations("prompt", request.prompt, self.config.vocab_size, context)
         for violation in violations + request.sampling.violations():
             raise RequestError(violation.field, f"{violation.field} {violation.description}")

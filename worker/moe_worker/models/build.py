@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from moe_worker.config.model import ModelConfig
-from moe_worker.models.attention import Attention
+from moe_worker.kernels.linear import DenseLinear
 from moe_worker.models.deepseek import DeepseekModel, DenseBlock, Layer, MoeBlock
+from moe_worker.models.mla import LatentAttention, QueryExpansion
 from moe_worker.models.rope import attention_scale, rotation_table
 from moe_worker.moe.experts import Experts
 from moe_worker.moe.router import Router
@@ -37,7 +38,9 @@ def build_model(config: ModelConfig, source: TensorSource, context: int) -> Deep
         embedding_VD=embedding_VD,
         layers=tuple(_layer(config, source, index) for index in range(config.num_hidden_layers)),
         norm_D=source.take("model.norm.weight", d),
-        head_VD=embedding_VD if config.tie_word_embeddings else source.take("lm_head.weight", vocabulary, d),
+        head=DenseLinear(
+            embedding_VD if config.tie_word_embeddings else source.take("lm_head.weight", vocabulary, d)
+        ),
         rotations_CP=rotation_table(config, context, source.device),
     )
 
@@ -53,32 +56,35 @@ def _layer(config: ModelConfig, source: TensorSource, index: int) -> Layer:
     )
 
 
-def _attention(config: ModelConfig, source: TensorSource, prefix: str) -> Attention:
+def _attention(config: ModelConfig, source: TensorSource, prefix: str) -> LatentAttention:
     d, heads, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
     plain, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
     query_rank, queries = config.q_lora_rank, heads * config.qk_head_dim
     if query_rank is None:
         first_OD = _interleave(config, source.take(f"{prefix}.q_proj.weight", queries, d), config.qk_head_dim)
-        query_norm_Q = query_QO = None
+        expansion = None
     else:
         first_OD = source.take(f"{prefix}.q_a_proj.weight", query_rank, d)
-        query_norm_Q = source.take(f"{prefix}.q_a_layernorm.weight", query_rank)
+        norm_Q = source.take(f"{prefix}.q_a_layernorm.weight", query_rank)
         expand = source.take(f"{prefix}.q_b_proj.weight", queries, query_rank)
-        query_QO = _interleave(config, expand, config.qk_head_dim)
+        expansion = QueryExpansion(norm_Q, DenseLinear(_interleave(config, expand, config.qk_head_dim)))
     latent_WD = source.take(f"{prefix}.kv_a_proj_with_mqa.weight", config.latent_width, d)
     expand_HOR = source.take(f"{prefix}.kv_b_proj.weight", heads * (plain + value), rank).view(
         heads, -1, rank
     )
-    return Attention(
-        input_OD=torch.cat((first_OD, _interleave(config, latent_WD, config.latent_width))),
-        input_bias_O=_input_bias(config, source, prefix) if config.attention_bias else None,
-        query_norm_Q=query_norm_Q,
-        query_QO=query_QO,
+    return LatentAttention(
+        input=DenseLinear(
+            torch.cat((first_OD, _interleave(config, latent_WD, config.latent_width))),
+            _input_bias(config, source, prefix) if config.attention_bias else None,
+        ),
+        query=expansion,
         latent_norm_R=source.take(f"{prefix}.kv_a_layernorm.weight", rank),
         key_HNR=expand_HOR[:, :plain].contiguous(),
         value_HRV=expand_HOR[:, plain:].transpose(1, 2).contiguous(),
-        output_DO=source.take(f"{prefix}.o_proj.weight", d, heads * value),
-        output_bias_D=source.take(f"{prefix}.o_proj.bias", d) if config.attention_bias else None,
+        output=DenseLinear(
+            source.take(f"{prefix}.o_proj.weight", d, heads * value),
+            source.take(f"{prefix}.o_proj.bias", d) if config.attention_bias else None,
+        ),
         rope_width=rope,
         scale=attention_scale(config),
     )
@@ -112,7 +118,10 @@ def _dense(config: ModelConfig, source: TensorSource, prefix: str) -> DenseBlock
     d, width = config.hidden_size, config.intermediate_size
     gate = source.take(f"{prefix}.gate_proj.weight", width, d)
     up = source.take(f"{prefix}.up_proj.weight", width, d)
-    return DenseBlock(torch.cat((gate, up)), source.take(f"{prefix}.down_proj.weight", d, width))
+    return DenseBlock(
+        DenseLinear(torch.cat((gate, up))),
+        DenseLinear(source.take(f"{prefix}.down_proj.weight", d, width)),
+    )
 
 
 def _moe(config: ModelConfig, source: TensorSource, prefix: str) -> MoeBlock:

@@ -16,7 +16,7 @@ from torch import nn
 
 from moe_worker.config import ModelConfig
 from moe_worker.errors import CheckpointError
-from moe_worker.models.attention import INNER_NORM_EPS
+from moe_worker.models.mla import INNER_NORM_EPS
 
 
 class RMSNorm(nn.Module):

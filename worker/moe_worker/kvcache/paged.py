@@ -1,0 +1,116 @@
+"""Storage of the KV cache: pages of rows, one row for each token and layer.
+
+What a row holds is the attention's matter: kv_lora_rank + qk_rope_head_dim values for latent attention
+(arXiv:2405.04434), keys and values of all key heads for grouped queries. Row page * page_size + offset of a
+layer is the token at that offset of the page.
+
+Legend: W values of a row, S tokens of a sequence, P pages of a sequence, B sequences.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_worker.errors import SettingsError
+
+# Tokens of a page on CPUs; small, so that a short text wastes little and a prefix is shared early.
+PAGE_SIZE = 16
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """layers, values of a row, tokens of a page, and the dtype they are stored in."""
+
+    layers: int
+    width: int
+    page_size: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token over all layers."""
+        return self.layers * self.width * self.dtype.itemsize
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold `tokens` tokens of one sequence."""
+        return -(-tokens // self.page_size)
+
+    def pages_that_fit(self, context: int, memory: int | None, sequences: int) -> int:
+        """Pages for `sequences` of `context` tokens, or as many as `memory` bytes hold, if that is fewer.
+
+        Raises SettingsError where not even one such sequence fits.
+        """
+        most = sequences * self.pages_for(context)
+        if memory is None:
+            return most
+        pages = memory // (self.page_size * self.bytes_per_token)
+        if pages < self.pages_for(context):
+            one = self.pages_for(context) * self.page_size * self.bytes_per_token
+            raise SettingsError(
+                f"KV memory of {memory} bytes is too small: one context of {context} tokens takes {one} "
+                f"bytes; give at least that, or a context length of at most {pages * self.page_size}"
+            )
+        return min(most, pages)
+
+
+@dataclass(frozen=True)
+class PagedCache:
+    """Storage for `pages` pages, and one more that belongs to nobody (padding of fixed-size batches)."""
+
+    shape: CacheShape
+    pages: int
+    layers: tuple[Tensor, ...]  # [(pages + 1) * page_size, W] each
+
+    @classmethod
+    def allocate(cls, shape: CacheShape, pages: int, device: torch.device) -> "PagedCache":
+        """Zeroed storage; on Linux CPUs memory is taken only as it is written.
+
+        Raises SettingsError where the device has not enough memory.
+        """
+        size = (shape.layers, (pages + 1) * shape.page_size, shape.width)
+        try:
+            layers = _zeros(size, shape.dtype, device)
+        except (RuntimeError, MemoryError) as error:
+            nbytes = math.prod(size) * shape.dtype.itemsize
+            raise SettingsError(
+                f"the KV cache of {pages} pages of {shape.page_size} tokens takes {nbytes} bytes, more than "
+                f"{device} has free; lower the KV memory, the batch size or the context length"
+            ) from error
+        return cls(shape, pages, layers.unbind(0))
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page."""
+        return self.shape.page_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pages are."""
+        return self.layers[0].device
+
+    def sequence(self, layer: int, pages: Sequence[int], length: int) -> Tensor:
+        """The first `length` rows of a sequence, [S, W]; a view where its pages follow one another."""
+        pages = pages[: self.shape.pages_for(length)]
+        if all(page == pages[0] + index for index, page in enumerate(pages)):
+            start = pages[0] * self.page_size
+            return self.layers[layer][start : start + length]
+        paged = self.layers[layer].view(-1, self.page_size, self.shape.width)
+        return paged.index_select(0, torch.tensor(pages, device=self.device)).flatten(0, 1)[:length]
+
+    def sequences(self, layer: int, pages_BP: Tensor, length: int) -> Tensor:
+        """The first `length` rows of several sequences, [B, S, W], copied; rows behind an end mean nothing."""
+        paged = self.layers[layer].view(-1, self.page_size, self.shape.width)
+        count = self.shape.pages_for(length)
+        return paged[pages_BP[:, :count].long()].flatten(1, 2)[:, :length]
+
+
+def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.zeros writes every page; numpy's zeros on a CPU come from the kernel when they are touched."""
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    nbytes = math.prod(size) * dtype.itemsize
+    return torch.from_numpy(np.zeros(nbytes, np.uint8)).view(dtype).view(size)

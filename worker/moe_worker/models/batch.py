@@ -1,0 +1,84 @@
+"""What one pass of the model computes, as tensors on its device.
+
+Legend: T tokens of all sequences one behind the other, B sequences, P pages of the longest one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_worker.kvcache.paged import PagedCache
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The next tokens of one sequence: `tokens`, the first at position `start`.
+
+    `pages` are the cache pages of the sequence in order, enough for all its tokens up to these.
+    """
+
+    tokens: Sequence[int]
+    start: int
+    pages: Sequence[int]
+
+    @property
+    def count(self) -> int:
+        """Tokens in this pass."""
+        return len(self.tokens)
+
+    @property
+    def end(self) -> int:
+        """Length of the sequence once these tokens are in the cache."""
+        return self.start + len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One pass: decode (one token a sequence), prefill (many tokens of one), or both, decodes first.
+
+    tokens_T, positions_T: int64. rows_T: int64, the row of each layer's cache that a token's entry goes to.
+    lengths_B: int32, tokens of a sequence in the cache once this pass has written its own.
+    pages_BP: int32, page numbers, 0 behind a sequence's last.
+    decodes: how many of the leading chunks have one token.
+    """
+
+    chunks: tuple[Chunk, ...]
+    tokens_T: Tensor
+    positions_T: Tensor
+    rows_T: Tensor
+    lengths_B: Tensor
+    pages_BP: Tensor
+    decodes: int
+
+    @classmethod
+    def of(cls, chunks: Sequence[Chunk], cache: PagedCache) -> "Batch":
+        """Places `chunks` in `cache`; those of one token must come before longer ones."""
+        device, size = cache.device, cache.page_size
+        positions = [p for chunk in chunks for p in range(chunk.start, chunk.end)]
+        rows = [
+            chunk.pages[p // size] * size + p % size
+            for chunk in chunks
+            for p in range(chunk.start, chunk.end)
+        ]
+        longest = max(len(chunk.pages) for chunk in chunks)
+        pages = [[*chunk.pages, *[0] * (longest - len(chunk.pages))] for chunk in chunks]
+        return cls(
+            chunks=tuple(chunks),
+            tokens_T=torch.tensor([token for chunk in chunks for token in chunk.tokens], device=device),
+            positions_T=torch.tensor(positions, device=device),
+            rows_T=torch.tensor(rows, device=device),
+            lengths_B=torch.tensor([chunk.end for chunk in chunks], dtype=torch.int32, device=device),
+            pages_BP=torch.tensor(pages, dtype=torch.int32, device=device),
+            decodes=next((i for i, chunk in enumerate(chunks) if chunk.count > 1), len(chunks)),
+        )
+
+    @property
+    def last_rows(self) -> list[int]:
+        """Where in T each sequence's last token stands."""
+        rows, total = [], 0
+        for chunk in self.chunks:
+            total += chunk.count
+            rows.append(total - 1)
+        return rows
