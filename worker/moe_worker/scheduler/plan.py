@@ -1,0 +1,148 @@
+"""What the scheduler is told and what it answers. Times are seconds of any clock that never goes back."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+# Priorities a request may have; higher is sooner.
+LEAST_PRIORITY = 0
+MOST_PRIORITY = 9
+
+# Stands in `Chunk.tokens` for a token that an earlier step samples and the host does not know yet.
+UNKNOWN_TOKEN = -1
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much runs at once.
+
+    sequences: running at once, at most. waiting: requests beyond them. pages, page_size: the cache; a page
+    holds page_size tokens. prefill_tokens: most prompt tokens of one step. least_tokens: tokens of a step
+    that are always allowed, however slow the machine. target_s: aim for the time of one step, which is the time per
+    output token of a stream. aging_s: waiting so long outweighs one level of priority. prefix_cache:
+    whether prompts share pages.
+    """
+
+    sequences: int
+    waiting: int
+    pages: int
+    page_size: int = 16
+    prefill_tokens: int = 2048
+    least_tokens: int = 64
+    target_s: float = 0.05
+    aging_s: float = 10.0
+    prefix_cache: bool = True
+
+    @property
+    def requests(self) -> int:
+        """Requests taken at once: those that run and those that wait."""
+        return self.sequences + self.waiting
+
+    @property
+    def step_tokens(self) -> int:
+        """No step computes more tokens than this; size buffers by it."""
+        return self.sequences + self.prefill_tokens
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the whole cache holds."""
+        return self.pages * self.page_size
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold `tokens` tokens of one sequence."""
+        return -(-tokens // self.page_size)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request as the scheduler sees it.
+
+    id: unique among live requests. prompt: token ids, at least one. max_new_tokens: tokens sampled at most,
+    at least one. arrived, deadline: times; None: no deadline. priority: LEAST_PRIORITY to MOST_PRIORITY.
+    namespace: prompts of two namespaces (tenants) never share pages.
+    """
+
+    id: int
+    prompt: Sequence[int]
+    max_new_tokens: int
+    arrived: float
+    priority: int = LEAST_PRIORITY
+    deadline: float | None = None
+    namespace: str = ""
+
+
+class Chunk(NamedTuple):
+    """The tokens of one sequence that one step computes; a tuple because a step makes hundreds of them.
+
+    start: position of the first. tokens: their ids; the last is UNKNOWN_TOKEN where an earlier step, not
+    completed yet, samples it. samples: whether the step samples the token that follows. The page table of
+    the sequence changed from entry `pages_from` on: there it is `pages` now (empty: it did not change).
+    After a sequence is admitted (again), pages_from is 0.
+    """
+
+    id: int
+    start: int
+    tokens: list[int]
+    samples: bool
+    pages_from: int
+    pages: list[int]
+
+    @property
+    def length(self) -> int:
+        """Context length of the sequence once the step is done."""
+        return self.start + len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass over the model: decoding sequences first, then pieces of prompts, each by importance.
+
+    number: counts steps. planned: when. tokens: tokens of all chunks.
+    """
+
+    number: int
+    planned: float
+    chunks: list[Chunk]
+    tokens: int
+
+
+class Admitted(NamedTuple):
+    """A request that began to run (or runs again): `cached` of its tokens were in the prefix tree."""
+
+    id: int
+    cached: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do next, and what was decided on the way.
+
+    step: what to compute; None where nothing can be. expired: requests dropped because their deadline has
+    passed; everything of theirs is free already. preempted: ids that lost their pages and wait again.
+    admitted: requests that begin to run with this step.
+    """
+
+    step: Step | None
+    expired: tuple[int, ...] = ()
+    preempted: tuple[int, ...] = ()
+    admitted: tuple[Admitted, ...] = ()
+
+
+@dataclass
+class Counters:
+    """Sums since the start; a gap is counted in steps from one token of a stream to its next.
+
+    prompt_tokens, prefix_hit_tokens: of requests when they first ran. recomputed_tokens: computed again
+    after a preemption. A stream that was not preempted between two tokens has gap 1 by construction;
+    largest_preempted_gap is that of the others.
+    """
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    recomputed_tokens: int = 0
+    preemptions: int = 0
+    finished: int = 0
+    expired: int = 0
+    largest_gap: int = 0
+    largest_preempted_gap: int = 0
