@@ -50,7 +50,7 @@ class PagePool:
         return count + 1
 
     def release(self, page: int) -> int:
-        """One fewer refers to the page, which is free at 0; returns how many do. Raises ValueError if free."""
+        """One fewer refers to the page, free at 0; returns how many do. Raises ValueError if it is free."""
         count = self._references[page] - 1
         if count < 0:
             raise ValueError(f"page {page} is free already; it was released twice")

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from moe_worker.errors import RequestError
+
 # Priorities a request may have; higher is sooner.
 LEAST_PRIORITY = 0
 MOST_PRIORITY = 9
@@ -17,10 +19,10 @@ class Limits:
     """How much runs at once.
 
     sequences: running at once, at most. waiting: requests beyond them. pages, page_size: the cache; a page
-    holds page_size tokens. prefill_tokens: most prompt tokens of one step. least_tokens: tokens of a step
-    that are always allowed, however slow the machine. target_s: aim for the time of one step, which is the time per
-    output token of a stream. aging_s: waiting so long outweighs one level of priority. prefix_cache:
-    whether prompts share pages.
+    holds page_size tokens. prefill_tokens: most prompt tokens of one step. least_tokens: prompt
+    tokens that a step may always compute, and sequences that may always run, however slow the machine.
+    target_s: aim for the time of one step, which is the time per output token of a stream. aging_s: waiting
+    so long outweighs one level of priority. prefix_cache: whether prompts share pages.
     """
 
     sequences: int
@@ -85,7 +87,7 @@ class Chunk(NamedTuple):
     tokens: list[int]
     samples: bool
     pages_from: int
-    pages: list[int]
+    pages: Sequence[int]
 
     @property
     def length(self) -> int:
@@ -95,7 +97,7 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """One pass over the model: decoding sequences first, then pieces of prompts, each by importance.
+    """One pass over the model: chunks of one token first, then longer ones, each by importance.
 
     number: counts steps. planned: when. tokens: tokens of all chunks.
     """
@@ -146,3 +148,24 @@ class Counters:
     expired: int = 0
     largest_gap: int = 0
     largest_preempted_gap: int = 0
+
+
+def check(arrival: Arrival, limits: Limits) -> None:
+    """Raises RequestError where a request can never run, however long it waits."""
+    if not arrival.prompt:
+        raise RequestError("prompt", "the prompt is empty; it needs at least one token")
+    if arrival.max_new_tokens < 1:
+        raise RequestError("max_tokens", f"max_tokens is {arrival.max_new_tokens}; it must be at least 1")
+    if not LEAST_PRIORITY <= arrival.priority <= MOST_PRIORITY:
+        raise RequestError(
+            "priority",
+            f"priority {arrival.priority} is out of range; it must be {LEAST_PRIORITY} to {MOST_PRIORITY}",
+        )
+    # The last sampled token is never computed, so it needs no place.
+    tokens = len(arrival.prompt) + arrival.max_new_tokens - 1
+    if tokens > limits.tokens:
+        raise RequestError(
+            "prompt",
+            f"{len(arrival.prompt)} prompt tokens and {arrival.max_new_tokens} new ones do not fit the KV "
+            f"cache, which holds {limits.tokens} tokens; shorten the prompt or lower max_tokens",
+        )

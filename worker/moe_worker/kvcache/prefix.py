@@ -1,0 +1,163 @@
+"""The prefix tree: cache pages of texts that begin alike are computed once and shared.
+
+A node is one whole page of token ids, so that a path from the root spells a text, and equal texts of one
+namespace meet in one path. The pool's reference counts say who uses a page: the tree holds one reference to
+each of its pages, and every user of a path holds one to each page on it. A page with the tree's reference
+only is idle and may be evicted; since users hold whole paths, what is below an idle page is idle too.
+
+The least useful leaf goes first. Usefulness is the time of the last use, counted in lookups, plus a credit
+for each hit: HIT_CREDIT lookups for each of the first MOST_HITS. Plain recency would let a burst of prompts
+that never come back wash out a system prompt that everybody shares; without the bound on hits, one that was
+popular once would stay for ever.
+"""
+
+from collections.abc import Sequence
+
+from moe_worker.kvcache.heap import LazyHeap
+from moe_worker.kvcache.pages import PagePool
+
+HIT_CREDIT = 32
+MOST_HITS = 8
+
+
+class Node:
+    """A page in the tree, and at the same time the text from the root to its end. To users it is opaque."""
+
+    __slots__ = ("children", "hits", "key", "page", "parent", "used")
+
+    def __init__(self, parent: "Node | None", key: tuple[int, ...], page: int, used: int) -> None:
+        self.parent = parent
+        self.key = key
+        self.page = page
+        self.used = used
+        self.hits = 0
+        self.children: dict[tuple[int, ...], Node] = {}
+
+    @property
+    def usefulness(self) -> int:
+        """The leaf with the least is evicted first."""
+        return self.used + HIT_CREDIT * min(self.hits, MOST_HITS)
+
+
+class _Root(Node):
+    """The empty text of a namespace."""
+
+    __slots__ = ("namespace",)
+
+    def __init__(self, namespace: str) -> None:
+        super().__init__(None, (), -1, 0)
+        self.namespace = namespace
+
+
+class PrefixTree:
+    """Texts whose pages are in `pool`, `page_size` tokens a page. Not for several threads at once."""
+
+    def __init__(self, pool: PagePool, page_size: int) -> None:
+        self._pool = pool
+        self._page_size = page_size
+        self._roots: dict[str, _Root] = {}
+        self._leaves: LazyHeap[float, Node] = LazyHeap(self._is_idle_leaf)
+        self._lookups = 0
+        self.pages = 0
+        self.idle = 0
+        self.evictions = 0
+
+    def match(
+        self, tokens: Sequence[int], namespace: str = "", most: int | None = None
+    ) -> tuple[Node, list[int]]:
+        """The longest known beginning of `tokens`, in whole pages (`most` at most), and its pages in order.
+
+        The caller uses these pages from now on, until it gives the node to `release`.
+        """
+        self._lookups += 1
+        node: Node = self._roots.get(namespace) or _Root(namespace)
+        pages: list[int] = []
+        size = self._page_size
+        last = len(tokens) // size if most is None else min(most, len(tokens) // size)
+        for index in range(last):
+            child = node.children.get(tuple(tokens[index * size : (index + 1) * size]))
+            if child is None:
+                break
+            self._use(child)
+            pages.append(child.page)
+            node = child
+        return node, pages
+
+    def insert(self, node: Node, tokens: Sequence[int], pages: Sequence[int]) -> tuple[Node, list[int]]:
+        """Adds pages filled with `tokens` behind a node in use; returns the node of the last, and its pages.
+
+        The caller's reference to each page becomes its use of the tree's page. Where the tree has a page
+        for the same text already, that one takes the place of the caller's, which is given back: then
+        the pages returned differ from those given. Raises ValueError where the pages are not whole.
+        """
+        size = self._page_size
+        if len(tokens) != size * len(pages):
+            raise ValueError(f"{len(tokens)} tokens do not fill {len(pages)} pages of {size} tokens")
+        kept: list[int] = []
+        for index, page in enumerate(pages):
+            node = self._insert_page(node, tuple(tokens[index * size : (index + 1) * size]), page)
+            kept.append(node.page)
+        return node, kept
+
+    def release(self, node: Node) -> None:
+        """The caller no longer uses the text that ends in `node`; its pages stay until they are evicted."""
+        while node.parent is not None:
+            if self._pool.release(node.page) == 1:
+                self.idle += 1
+                if not node.children:
+                    self._leaves.push(node.usefulness, node)
+            node = node.parent
+
+    def evict(self, count: int) -> int:
+        """Frees up to `count` idle pages, the least useful first; returns how many."""
+        for freed in range(count):
+            leaf = self._leaves.pop()
+            if leaf is None:
+                return freed
+            self._remove(leaf)
+        return count
+
+    def _use(self, node: Node) -> None:
+        if self._pool.retain(node.page) == 2:
+            self.idle -= 1
+        node.used = self._lookups
+        node.hits += 1
+
+    def _insert_page(self, node: Node, key: tuple[int, ...], page: int) -> Node:
+        if isinstance(node, _Root):
+            # While it was held, its last page may have been evicted, and the root forgotten.
+            node = self._roots.setdefault(node.namespace, node)
+        child = node.children.get(key)
+        if child is not None:
+            self._use(child)
+            self._pool.release(page)
+            return child
+        self._pool.retain(page)
+        child = node.children[key] = Node(node, key, page, self._lookups)
+        self.pages += 1
+        return child
+
+    def _remove(self, leaf: Node) -> None:
+        parent = leaf.parent
+        if parent is None:
+            raise ValueError("the root of a namespace holds no page to evict")
+        del parent.children[leaf.key]
+        leaf.parent = None
+        self._pool.release(leaf.page)
+        self.pages -= 1
+        self.idle -= 1
+        self.evictions += 1
+        if parent.children:
+            return
+        if isinstance(parent, _Root):
+            self._roots.pop(parent.namespace)
+        elif self._pool.references(parent.page) == 1:
+            self._leaves.push(parent.usefulness, parent)
+
+    def _is_idle_leaf(self, key: float, node: Node) -> bool:
+        return (
+            node.parent is not None
+            and not node.children
+            and node.usefulness == key
+            and self._pool.references(node.page) == 1
+        )

@@ -1,0 +1,100 @@
+"""Automatic batch size: how many tokens fit into a step of the aimed-for time."""
+
+from dataclasses import dataclass, field
+
+from moe_worker.scheduler.plan import Limits
+
+# Weight that a measurement keeps with each later one: about the last 50 steps count.
+MEMORY = 0.98
+# A step that takes more than so many times its estimate (a compilation, a machine that was asleep) counts
+# as this much, once there are enough measurements to trust the estimate.
+SURPRISE = 4.0
+TRUSTED = 8
+# The slope is fitted while the standard deviation of step sizes is at least this part of their mean. Steps
+# of one size say nothing about what a token costs; the slope then stays as it was.
+SPREAD = 0.25
+
+
+@dataclass
+class StepTime:
+    """Estimates seconds = fixed + per_token * tokens, by least squares with exponentially fading weights.
+
+    Until steps of several sizes were seen, the time is taken to be proportional to the tokens, which errs
+    towards small steps.
+    """
+
+    fixed: float = 0.0
+    per_token: float = 0.0
+    count: int = 0
+    _weight: float = 0.0
+    _mean_tokens: float = 0.0
+    _mean_s: float = 0.0
+    _variance: float = 0.0
+    _covariance: float = 0.0
+    _fitted: bool = False
+
+    def estimate(self, tokens: int) -> float:
+        """Seconds that a step of `tokens` tokens takes."""
+        return self.fixed + self.per_token * tokens
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """Takes in a measured step."""
+        if self.count >= TRUSTED:
+            seconds = min(seconds, SURPRISE * self.estimate(tokens))
+        self.count += 1
+        self._weight = MEMORY * self._weight + 1.0
+        part = 1.0 / self._weight
+        off_tokens, off_s = tokens - self._mean_tokens, seconds - self._mean_s
+        self._mean_tokens += part * off_tokens
+        self._mean_s += part * off_s
+        self._variance = (1.0 - part) * (self._variance + part * off_tokens * off_tokens)
+        self._covariance = (1.0 - part) * (self._covariance + part * off_tokens * off_s)
+        self._fit()
+
+    def _fit(self) -> None:
+        if self._variance >= (SPREAD * self._mean_tokens) ** 2:
+            self._fitted = True
+            self.per_token = max(0.0, self._covariance / self._variance)
+        elif not self._fitted:
+            self.per_token = self._mean_s / self._mean_tokens
+        self.fixed = max(0.0, self._mean_s - self.per_token * self._mean_tokens)
+
+
+@dataclass
+class TokenBudget:
+    """Tokens of the next step, from measured step times.
+
+    The budget is what the estimate allows in target_s. Where the fixed cost of a step (reading all weights)
+    takes more than half of that alone, the budget is what doubles the fixed cost: smaller steps would cost
+    throughput and hardly be shorter. It stays between least_tokens and the ceiling.
+    """
+
+    limits: Limits
+    time: StepTime = field(default_factory=StepTime)
+    ceiling: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ceiling = self.limits.step_tokens
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step in which streams wait for their next token; also, sequences that may run."""
+        if not self.time.count:
+            return self.limits.least_tokens
+        room_s = max(self.limits.target_s, 2 * self.time.fixed) - self.time.fixed
+        if room_s >= self.time.per_token * self.ceiling:
+            return self.ceiling
+        return min(max(self.limits.least_tokens, int(room_s / self.time.per_token)), self.ceiling)
+
+    def prompt_tokens(self, decoding: int) -> int:
+        """Prompt tokens that the next step may compute beside `decoding` streams; at least one.
+
+        Where no stream waits there is nothing to hold up, and the whole of prefill_tokens is allowed.
+        """
+        most = min(self.limits.prefill_tokens, self.ceiling - decoding)
+        wanted = max(self.tokens - decoding, self.limits.least_tokens) if decoding else most
+        return max(1, min(wanted, most))
+
+    def shrink(self, tokens: int) -> None:
+        """From now on no step has more than `tokens` tokens (but one for each stream, and one more)."""
+        self.ceiling = max(1, min(self.ceiling, tokens))

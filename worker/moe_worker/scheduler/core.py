@@ -1,0 +1,183 @@
+"""Continuous batching over a paged cache: requests come, steps are planned and completed, requests end."""
+
+from collections import deque
+from collections.abc import Sequence
+
+from moe_worker.errors import QueueFullError
+from moe_worker.kvcache.heap import LazyHeap
+from moe_worker.scheduler.budget import TokenBudget
+from moe_worker.scheduler.job import Job, State
+from moe_worker.scheduler.lineup import Draft, Lineup
+from moe_worker.scheduler.plan import Arrival, Counters, Limits, Plan, Step, check
+from moe_worker.scheduler.rate import EndRate
+
+
+class Scheduler:
+    """Plans steps. Not for several threads at once; time is what the caller says it is.
+
+    Step n + 1 may be planned before the tokens of step n are known. Steps complete in the order in which
+    they were planned, and must run in that order too: a page freed between two plans is used again by the
+    later one while the earlier may still be running.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.counters = Counters()
+        self._lineup = Lineup(limits, self.counters)
+        self._live: dict[int, Job] = {}
+        self._deadlines: LazyHeap[float, Job] = LazyHeap(lambda _, job: job.state is not State.ENDED)
+        self._flights: deque[tuple[Step, list[Job]]] = deque()
+        self._end_rate = EndRate()
+        self._now = self._completed = float("-inf")
+
+    @property
+    def budget(self) -> TokenBudget:
+        """Tokens of a step, and the estimate of its time that they come from."""
+        return self._lineup.budget
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait, preempted ones among them."""
+        return len(self._live) - len(self._lineup.running)
+
+    @property
+    def running(self) -> int:
+        """Requests that hold pages."""
+        return len(self._lineup.running)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is neither a request nor a step under way."""
+        return not self._live and not self._flights
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that hold nothing."""
+        return self._lineup.memory.pool.free
+
+    @property
+    def cached_pages(self) -> int:
+        """Pages that hold prefixes nobody uses now."""
+        return self._lineup.memory.tree.idle
+
+    @property
+    def used_pages(self) -> int:
+        """Pages of running requests; a page that several share counts once."""
+        return self.limits.pages - self._lineup.memory.available
+
+    @property
+    def evictions(self) -> int:
+        """Pages evicted from the prefix tree since the start."""
+        return self._lineup.memory.tree.evictions
+
+    def submit(self, arrival: Arrival) -> None:
+        """Takes a request into the queue.
+
+        Raises RequestError where it can never run, QueueFullError where too many wait, and ValueError where
+        a request of the same id is live.
+        """
+        check(arrival, self.limits)
+        if arrival.id in self._live:
+            raise ValueError(f"request {arrival.id} is live already; ids must be unique")
+        self._now = max(self._now, arrival.arrived)
+        self._end_rate.start(self._now)
+        if len(self._live) >= self.limits.requests:
+            raise QueueFullError(
+                f"the queue is full ({self.waiting} requests wait, {self.running} run); try again",
+                self._end_rate.delay_s(self._now),
+            )
+        job = self._live[arrival.id] = self._lineup.add(arrival)
+        if arrival.deadline is not None:
+            self._deadlines.push(arrival.deadline, job)
+
+    def plan(self, now: float) -> Plan:
+        """The next step. Every stream that runs gets its token in it; prompts take what the budget leaves."""
+        self._now = max(self._now, now)
+        expired = self._expire()
+        draft = self._lineup.draft(self.counters.steps + 1)
+        return Plan(self._launch(draft), expired, tuple(draft.preempted), tuple(draft.admitted))
+
+    def complete(self, step: Step, tokens: Sequence[int], now: float) -> tuple[int, ...]:
+        """Takes in what a step sampled: one token for each chunk that samples, in order.
+
+        Tokens of requests released meanwhile are ignored. Returns the requests that have all their tokens
+        now; they are released. Raises ValueError where the step is not the oldest under way, or the number
+        of tokens is wrong.
+        """
+        if not self._flights or self._flights[0][0] is not step:
+            raise ValueError(f"step {step.number} is not the oldest one under way")
+        if len(tokens) != sum(chunk.samples for chunk in step.chunks):
+            raise ValueError(f"step {step.number} does not sample {len(tokens)} tokens")
+        jobs = self._flights.popleft()[1]
+        self._now = max(self._now, now)
+        self.budget.time.observe(step.tokens, max(0.0, now - max(step.planned, self._completed)))
+        self._completed = now
+        finished = self._advance(step, jobs, tokens)
+        for job in finished:
+            self._end(job)
+        self.counters.finished += len(finished)
+        return tuple(job.arrival.id for job in finished)
+
+    def retract(self, step: Step, *, shrink: bool) -> None:
+        """Takes back the newest step, which did not run. `shrink`: it was too large for the device's memory.
+
+        Later steps then have at most half as many prompt tokens, or, where this one had none, half as many
+        streams. Raises ValueError where it is not the newest step under way.
+        """
+        if not self._flights or self._flights[-1][0] is not step:
+            raise ValueError(f"step {step.number} is not the newest one under way")
+        jobs = self._flights.pop()[1]
+        for chunk, job in zip(step.chunks, jobs, strict=True):
+            if job.state is not State.ENDED:
+                job.undo(chunk, step.number)
+        if shrink and step.tokens > len(step.chunks):
+            self.budget.shrink(step.tokens // 2)
+        elif shrink:
+            self._lineup.most_running = max(1, len(step.chunks) // 2)
+
+    def release(self, request: int) -> None:
+        """Forgets a request that has finished or was cancelled; its pages are free at once. Idempotent."""
+        job = self._live.get(request)
+        if job is not None:
+            self._end(job)
+
+    def _expire(self) -> tuple[int, ...]:
+        expired = []
+        while (first := self._deadlines.peek()) is not None and first[0] <= self._now:
+            self._end(first[1])
+            expired.append(first[1].arrival.id)
+        self.counters.expired += len(expired)
+        return tuple(expired)
+
+    def _launch(self, draft: Draft) -> Step | None:
+        chunks = draft.single + draft.long
+        if not chunks:
+            return None
+        self.counters.steps = draft.number
+        tokens = len(draft.single) + sum(len(chunk.tokens) for chunk in draft.long)
+        step = Step(draft.number, self._now, chunks, tokens)
+        self._flights.append((step, draft.single_jobs + draft.long_jobs))
+        return step
+
+    def _advance(self, step: Step, jobs: list[Job], tokens: Sequence[int]) -> list[Job]:
+        """Adds the tokens to the jobs, and full pages to the prefix tree; returns the jobs that are done."""
+        values, size, done = iter(tokens), self.limits.page_size, []
+        for chunk, job in zip(step.chunks, jobs, strict=True):
+            token = next(values) if chunk.samples else None
+            if job.state is State.ENDED:
+                continue
+            if token is not None:
+                job.tokens.append(token)
+            # A job that has given way since has other pages now, or none.
+            if job.state is State.RUNNING and job.admitted <= step.number:
+                job.written = chunk.length
+                if job.written >= (job.shared + 1) * size:
+                    self._lineup.memory.share(job)
+            if len(job.tokens) == job.ends:
+                done.append(job)
+        return done
+
+    def _end(self, job: Job) -> None:
+        self._lineup.end(job)
+        del self._live[job.arrival.id]
+        self._end_rate.count(self._now)

@@ -1,0 +1,88 @@
+"""A live request inside the scheduler."""
+
+from enum import Enum
+
+from moe_worker.kvcache.prefix import Node
+from moe_worker.scheduler.plan import UNKNOWN_TOKEN, Arrival, Chunk
+
+
+class State(Enum):
+    """Where a request is. A preempted one waits again."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+class Job:
+    """What a request has computed, and where its pages are.
+
+    tokens: known ones, of the prompt and sampled. length: tokens, with those sampled by steps under way.
+    computed: tokens in the cache once all planned steps are done; written: once all completed ones are.
+    table: its pages; the first `shared` are the path to `node` in the prefix tree. told: entries of
+    the table that planned chunks have told already. admitted, sampled: numbers of the steps in which it
+    began to run last, and was given its newest token.
+    """
+
+    __slots__ = (
+        "admitted",
+        "arrival",
+        "computed",
+        "ends",
+        "length",
+        "node",
+        "preempted",
+        "rank",
+        "sampled",
+        "shared",
+        "state",
+        "table",
+        "tokens",
+        "told",
+        "written",
+    )
+
+    def __init__(self, arrival: Arrival, rank: tuple[float, int]) -> None:
+        self.arrival = arrival
+        self.rank = rank
+        self.state = State.WAITING
+        self.tokens = list(arrival.prompt)
+        self.length = len(self.tokens)
+        self.ends = self.length + arrival.max_new_tokens
+        self.computed = self.written = 0
+        self.table: list[int] = []
+        self.node: Node | None = None
+        self.shared = 0
+        self.told = 0
+        self.admitted = 0
+        self.sampled = 0
+        self.preempted = False
+
+    @property
+    def known(self) -> bool:
+        """Whether the host knows all its tokens."""
+        return self.length == len(self.tokens)
+
+    @property
+    def left(self) -> int:
+        """Tokens to compute until it can be given its next one; 0 where it gets no more."""
+        return self.length - self.computed if self.length < self.ends else 0
+
+    def chunk(self, count: int) -> Chunk:
+        """Plans its next `count` tokens, for which it has pages."""
+        start, end, told = self.computed, self.computed + count, self.told
+        tokens = self.tokens[start:end]
+        if len(tokens) < count:
+            tokens.append(UNKNOWN_TOKEN)
+        samples = end == self.length
+        self.computed = end
+        self.length += samples
+        self.told = len(self.table)
+        return Chunk(self.arrival.id, start, tokens, samples, told, self.table[told:])
+
+    def undo(self, chunk: Chunk, step: int) -> None:
+        """Takes back the newest chunk, planned in step number `step`."""
+        self.length -= chunk.samples
+        if self.state is State.RUNNING and self.admitted <= step:
+            self.computed = chunk.start
+            self.told = min(self.told, chunk.pages_from)

@@ -1,0 +1,173 @@
+"""Who runs and who waits, and which tokens each of them gets in a step.
+
+The order of importance is fixed when a request arrives: its arrival time less aging_s for each level of
+priority. So a higher priority is served first among requests of about the same time, a lower one is
+served once it has waited aging_s longer for each level between them, and two requests never change places,
+which is why nobody can give way to another for ever. Waiting requests begin strictly in this order, and
+where pages run out (after the idle ones of the prefix tree are evicted) the least important gives way.
+"""
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass, field
+
+from moe_worker.kvcache.heap import LazyHeap
+from moe_worker.scheduler.budget import TokenBudget
+from moe_worker.scheduler.job import Job, State
+from moe_worker.scheduler.memory import Memory
+from moe_worker.scheduler.plan import Admitted, Arrival, Chunk, Counters, Limits
+
+
+@dataclass
+class Draft:
+    """The step in the making: chunks of one token and longer ones, each beside its job."""
+
+    number: int
+    single: list[Chunk] = field(default_factory=list)
+    single_jobs: list[Job] = field(default_factory=list)
+    long: list[Chunk] = field(default_factory=list)
+    long_jobs: list[Job] = field(default_factory=list)
+    preempted: list[int] = field(default_factory=list)
+    admitted: list[Admitted] = field(default_factory=list)
+
+
+class Lineup:
+    """Jobs by importance, and the pages they hold."""
+
+    def __init__(self, limits: Limits, counters: Counters) -> None:
+        self.budget = TokenBudget(limits)
+        self.memory = Memory(limits)
+        self.running: list[Job] = []  # the most important first
+        self.most_running = limits.sequences
+        self._limits = limits
+        self._counters = counters
+        self._waiting: LazyHeap[tuple[float, int], Job] = LazyHeap(lambda _, job: job.state is State.WAITING)
+        self._short: tuple[Job, int] | None = None  # who lacked pages in the queue, and how many it needs
+        self._arrivals = 0
+
+    def add(self, arrival: Arrival) -> Job:
+        """Puts a new request where it belongs in the queue."""
+        self._arrivals += 1
+        job = Job(arrival, (arrival.arrived - self._limits.aging_s * arrival.priority, self._arrivals))
+        self._waiting.push(job.rank, job)
+        return job
+
+    def end(self, job: Job) -> None:
+        """The job is over, wherever it was; its pages are free."""
+        if job.state is State.RUNNING:
+            del self.running[bisect_left(self.running, job.rank, key=_rank)]
+        self.memory.free(job)
+        job.state = State.ENDED
+
+    def draft(self, number: int) -> Draft:
+        """Step `number`. Every stream that runs gets its token in it; prompts take what the budget leaves."""
+        draft = Draft(number)
+        while len(self.running) > self.most_running:
+            self._preempt(draft)
+        prompts = self._decode(draft)
+        self._prefill(draft, [job for job in prompts if job.state is State.RUNNING])
+        return draft
+
+    def _decode(self, draft: Draft) -> list[Job]:
+        """Plans every job with one token to compute; returns those with more.
+
+        The most important come first, so that whoever gives way to one has not been planned yet.
+        """
+        prompts = []
+        running, size, index = self.running, self._limits.page_size, 0
+        while index < len(running):
+            job = running[index]
+            index += 1
+            left = job.left
+            if left > 1:
+                prompts.append(job)
+            elif left and (job.computed < len(job.table) * size or self._grow(draft, job)):
+                self._place(draft, job, 1)
+        return prompts
+
+    def _grow(self, draft: Draft, job: Job) -> bool:
+        """One more page for a job; where none is left the least important give way, in the end itself."""
+        while not self.memory.grow(job):
+            if self._preempt(draft) is job:
+                return False
+        return True
+
+    def _preempt(self, draft: Draft) -> Job:
+        job = self.running.pop()
+        self.memory.free(job)
+        job.state, job.preempted = State.WAITING, True
+        self._waiting.push(job.rank, job)
+        draft.preempted.append(job.arrival.id)
+        self._counters.preemptions += 1
+        return job
+
+    def _prefill(self, draft: Draft, prompts: list[Job]) -> None:
+        """Gives the budget for prompts to those that run and to those that may begin, by importance."""
+        budget = self.budget.prompt_tokens(len(draft.single))
+        prompts.reverse()
+        open_ = True
+        while budget and (open_ or prompts):
+            first = self._waiting.peek() if open_ else None
+            if first is not None and (not prompts or first[0] < prompts[-1].rank):
+                job = first[1]
+                open_ = self._admit(draft, job)
+                if not open_:
+                    continue
+            elif prompts:
+                job = prompts.pop()
+            else:
+                return
+            count = min(budget, job.left)
+            self._place(draft, job, count)
+            budget -= count
+
+    def _admit(self, draft: Draft, job: Job) -> bool:
+        """Whether the first in the queue can begin; nobody passes it, so that none waits for ever."""
+        running, memory = len(self.running), self.memory
+        if running >= min(self.most_running, self.budget.tokens) or not job.known:
+            return False
+        # Each running job may soon take a page; without them in reserve the new one would soon give way.
+        if self._short is not None and self._short[0] is job and memory.available < self._short[1] + running:
+            return False
+        needed = memory.missing(job, reserve=running)
+        if needed:
+            self._short = (job, needed)
+            return False
+        self._short = None
+        self._waiting.pop()
+        job.state, job.admitted = State.RUNNING, draft.number
+        insort(self.running, job, key=_rank)
+        draft.admitted.append(Admitted(job.arrival.id, job.computed))
+        self._count_admission(job)
+        return True
+
+    def _place(self, draft: Draft, job: Job, count: int) -> None:
+        chunk = job.chunk(count)
+        if count == 1:
+            draft.single.append(chunk)
+            draft.single_jobs.append(job)
+        else:
+            draft.long.append(chunk)
+            draft.long_jobs.append(job)
+        if chunk.samples:
+            self._count_gap(job, draft.number)
+
+    def _count_admission(self, job: Job) -> None:
+        if job.preempted:
+            self._counters.recomputed_tokens += job.length - job.computed
+        else:
+            self._counters.prompt_tokens += job.length
+            self._counters.prefix_hit_tokens += job.computed
+
+    def _count_gap(self, job: Job, number: int) -> None:
+        gap, counters = number - job.sampled, self._counters
+        if not job.sampled:
+            pass
+        elif job.preempted:
+            counters.largest_preempted_gap = max(counters.largest_preempted_gap, gap)
+        elif gap > counters.largest_gap:
+            counters.largest_gap = gap
+        job.sampled, job.preempted = number, False
+
+
+def _rank(job: Job) -> tuple[float, int]:
+    return job.rank

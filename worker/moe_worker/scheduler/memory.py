@@ -1,0 +1,72 @@
+"""The pages of jobs: from the pool, from the prefix tree, and back."""
+
+from moe_worker.kvcache.pages import PagePool
+from moe_worker.kvcache.prefix import PrefixTree
+from moe_worker.scheduler.job import Job
+from moe_worker.scheduler.plan import Limits
+
+
+class Memory:
+    """Gives pages to jobs, shares those of equal prefixes, and evicts idle ones where the pool is empty."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._size = limits.page_size
+        self.pool = PagePool(limits.pages)
+        self.tree = PrefixTree(self.pool, limits.page_size)
+
+    @property
+    def available(self) -> int:
+        """Pages that are free or can be made so."""
+        return self.pool.free + self.tree.idle
+
+    def missing(self, job: Job, reserve: int) -> int:
+        """Gives a waiting job the pages of all its tokens; `reserve` must stay available beside them.
+
+        Returns 0, or else, where pages are short, changing nothing, how many it needs beside the reserve.
+        """
+        before = self.available
+        # The last token is always computed, to have the logits behind it: its page is never shared.
+        most = (job.length - 1) // self._size if self._limits.prefix_cache else 0
+        job.node, shared = self.tree.match(job.tokens, job.arrival.namespace, most)
+        fresh = self._limits.pages_for(job.length) - len(shared)
+        if self.available < fresh + reserve:
+            needed = fresh + before - self.available
+            self.free(job)
+            return needed
+        job.shared = len(shared)
+        job.table = shared + self._take(fresh)
+        job.computed = job.written = len(shared) * self._size
+        return 0
+
+    def grow(self, job: Job) -> bool:
+        """One more page for a running job; False where there is none."""
+        if not self.available:
+            return False
+        job.table += self._take(1)
+        return True
+
+    def share(self, job: Job) -> None:
+        """Puts the pages that the job has filled into the tree; equal ones there take their place."""
+        if not self._limits.prefix_cache or job.node is None:
+            return
+        first, last = job.shared, job.written // self._size
+        pages = job.table[first:last]
+        job.node, kept = self.tree.insert(job.node, job.tokens[first * self._size : last * self._size], pages)
+        job.shared = last
+        if kept != pages:
+            job.table[first:last] = kept
+            job.told = min(job.told, first)
+
+    def free(self, job: Job) -> None:
+        """Takes all pages from a job; those in the tree stay there for others."""
+        for page in job.table[job.shared :]:
+            self.pool.release(page)
+        if job.node is not None:
+            self.tree.release(job.node)
+        job.node, job.table = None, []
+        job.shared = job.told = job.computed = job.written = 0
+
+    def _take(self, count: int) -> list[int]:
+        self.tree.evict(count - self.pool.free)
+        return self.pool.take(count)

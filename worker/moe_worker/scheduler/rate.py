@@ -1,0 +1,42 @@
+"""How fast requests end, from which a refused client learns when to come back."""
+
+import math
+from dataclasses import dataclass
+
+# Requests that ended so long ago count about a third.
+HORIZON_S = 30.0
+# Told to clients while nothing has ended yet, and the bounds of what is told later.
+FIRST_DELAY_S = 1.0
+LEAST_DELAY_S = 0.05
+MOST_DELAY_S = 30.0
+
+
+@dataclass
+class EndRate:
+    """Counts ends with exponentially fading weights; `started` is the time of the first request."""
+
+    started: float | None = None
+    _weight: float = 0.0
+    _at: float = 0.0
+
+    def start(self, now: float) -> None:
+        """The first request has come; later calls change nothing."""
+        if self.started is None:
+            self.started = self._at = now
+
+    def count(self, now: float) -> None:
+        """A request has ended."""
+        self._weight = self._faded(now) + 1.0
+        self._at = max(now, self._at)
+
+    def delay_s(self, now: float) -> float:
+        """Seconds until one more request is likely to have ended."""
+        weight = self._faded(now)
+        if not weight or self.started is None:
+            return FIRST_DELAY_S
+        # Weights of a constant rate r over a time t add up to r * HORIZON_S * (1 - exp(-t / HORIZON_S)).
+        span_s = HORIZON_S * -math.expm1(-max(now - self.started, LEAST_DELAY_S) / HORIZON_S)
+        return min(max(span_s / weight, LEAST_DELAY_S), MOST_DELAY_S)
+
+    def _faded(self, now: float) -> float:
+        return self._weight * math.exp(-max(0.0, now - self._at) / HORIZON_S)
