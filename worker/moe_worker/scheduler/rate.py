@@ -31,12 +31,12 @@ class EndRate:
 
     def delay_s(self, now: float) -> float:
         """Seconds until one more request is likely to have ended."""
-        weight = self._faded(now)
-        if not weight or self.started is None:
+        if self.started is None or not self._weight:
             return FIRST_DELAY_S
         # Weights of a constant rate r over a time t add up to r * HORIZON_S * (1 - exp(-t / HORIZON_S)).
         span_s = HORIZON_S * -math.expm1(-max(now - self.started, LEAST_DELAY_S) / HORIZON_S)
-        return min(max(span_s / weight, LEAST_DELAY_S), MOST_DELAY_S)
+        least_weight = span_s / MOST_DELAY_S
+        return max(span_s / max(self._faded(now), least_weight), LEAST_DELAY_S)
 
     def _faded(self, now: float) -> float:
         return self._weight * math.exp(-max(0.0, now - self._at) / HORIZON_S)

@@ -1,0 +1,103 @@
+"""The scheduler's own cost of a step, on one core, without a model.
+
+    python -m benchmarks.scheduler_step [--sequences 256] [--steps 2000] [--json]
+
+A step is one `plan` and one `complete`. "decode": all sequences run, none begins or ends. "serving": texts
+end and others begin all the time (prompts of 512 tokens, half of it shared with others, 128 new tokens).
+The peer is the budget of 1 ms that a step may cost; below 1 the ratio is within it.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import random
+import statistics
+import time
+
+from moe_worker.errors import QueueFullError
+from moe_worker.scheduler.core import Scheduler
+from moe_worker.scheduler.plan import Arrival, Limits
+
+BUDGET_MS = 1.0
+PROMPT, SHARED, NEW = 512, 256, 128
+WARM_UP = 300
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sequences", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    for load, samples_ms in (
+        ("decode", measure(args.sequences, args.steps, new_tokens=args.steps + 2 * WARM_UP)),
+        ("serving", measure(args.sequences, args.steps, new_tokens=NEW)),
+    ):
+        p99 = statistics.quantiles(samples_ms, n=100)[98]
+        for name, figure in (("median", statistics.median(samples_ms)), ("p99", p99)):
+            report(f"scheduler step, {args.sequences} running, {load}, {name}", figure, as_json=args.json)
+
+
+def measure(sequences: int, steps: int, new_tokens: int) -> list[float]:
+    """Milliseconds of each step."""
+    chance = random.Random(0)
+    pages = sequences * (PROMPT + new_tokens) // 16 + sequences
+    scheduler = Scheduler(Limits(sequences, sequences, pages, prefill_tokens=2048, target_s=10.0))
+    shared = [chance.choices(range(32_000), k=SHARED) for _ in range(8)]
+    samples_ms: list[float] = []
+    submitted, now = 0, 0.0
+    # What lives already (modules, this benchmark's prompts) is not the scheduler's to walk through.
+    gc.collect()
+    gc.freeze()
+    while len(samples_ms) < WARM_UP + steps:
+        submitted = fill_queue(scheduler, submitted, new_tokens, shared, chance, now)
+        before = time.perf_counter()
+        step = scheduler.plan(now).step
+        planned = time.perf_counter()
+        if step is None:
+            raise SystemExit("nothing is left to schedule; give fewer --steps")
+        tokens = [chance.randrange(32_000) for chunk in step.chunks if chunk.samples]
+        now += 0.02
+        resumed = time.perf_counter()
+        scheduler.complete(step, tokens, now)
+        elapsed = time.perf_counter() - resumed + planned - before
+        samples_ms.append(1e3 * elapsed)
+    return samples_ms[WARM_UP:]
+
+
+def fill_queue(
+    scheduler: Scheduler,
+    submitted: int,
+    new_tokens: int,
+    shared: list[list[int]],
+    chance: random.Random,
+    now: float,
+) -> int:
+    """Keeps some requests waiting; returns how many were submitted so far."""
+    while scheduler.waiting < 16:
+        prompt = chance.choice(shared) + chance.choices(range(32_000), k=PROMPT - SHARED)
+        try:
+            scheduler.submit(Arrival(submitted, prompt, chance.randint(new_tokens // 2, new_tokens), now))
+        except QueueFullError:
+            break
+        submitted += 1
+    return submitted
+
+
+def report(what: str, ours_ms: float, *, as_json: bool) -> None:
+    line = {
+        "what": what,
+        "ours": round(ours_ms, 4),
+        "peer": BUDGET_MS,
+        "ratio": round(ours_ms / BUDGET_MS, 4),
+        "unit": "ms",
+        "device": f"{platform.machine()}, one core, Python {platform.python_version()}",
+    }
+    print(json.dumps(line) if as_json else f"{what}: {ours_ms:.3f} ms (budget {BUDGET_MS} ms)")
+
+
+if __name__ == "__main__":
+    main()
