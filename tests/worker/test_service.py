@@ -145,14 +145,14 @@ def test_a_full_queue_says_when_to_try_again_and_serves_on(worker):
     assert list(worker.generate(max_tokens=3))[-1].usage.completion_tokens == 3
 
 
-def test_a_queue_behind_a_batch_cut_by_kv_memory_is_full_earlier_and_serves_on(endless):
-    """Memory for one context: one request is computed and one waits, where the batch would be four."""
+def test_kv_memory_for_one_context_still_runs_a_batch(endless):
+    """Pages are taken as texts grow: four requests begin at once where four contexts would not fit."""
     one_context = str(4096 * 3 * (16 + 8) * 4)
     flags = ("--kv-memory", one_context, "--max-batch-size", "4", "--max-queue", "1")
     with Worker(endless, *flags) as worker:
         worker.wait_ready()
-        calls = [worker.generate(**LONG) for _ in range(2)]
-        worker.wait_load(running=1, queued=1)
+        calls = [worker.generate(**LONG) for _ in range(5)]
+        worker.wait_load(running=4, queued=1)
         assert refused(worker.generate()).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         for call in calls:
             call.cancel()
@@ -186,8 +186,8 @@ def test_a_slow_reader_holds_up_nobody_and_misses_nothing(worker):
 async def test_what_a_reader_has_not_taken_yet_becomes_one_message():
     stream = Stream(Timeline(submitted_ns=0))
     for token in range(100):
-        stream.push(Delta(1, token, str(token)), start_ns=token, end_ns=token + 1)
-    stream.push(Delta(1, 100, "!", FinishReason.LENGTH), start_ns=100, end_ns=101)
+        stream.push(Delta(1, str(token), token), start_ns=token, end_ns=token + 1)
+    stream.push(Delta(1, "!", 100, FinishReason.LENGTH), start_ns=100, end_ns=101)
     chunk = await stream.take()
     assert chunk.tokens == tuple(range(101))
     assert chunk.text == "".join(map(str, range(100))) + "!"
@@ -197,7 +197,7 @@ async def test_what_a_reader_has_not_taken_yet_becomes_one_message():
 
 async def test_a_dead_engine_takes_nothing_back():
     stream = Stream(Timeline(submitted_ns=0))
-    stream.push(Delta(1, 7, "a"), start_ns=0, end_ns=1)
+    stream.push(Delta(1, "a", 7), start_ns=0, end_ns=1)
     stream.fail(EngineDiedError("gone"))
     assert (await stream.take()).tokens == (7,)
     for _ in range(2):

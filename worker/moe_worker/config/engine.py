@@ -20,8 +20,12 @@ class EngineOptions:
     max_batch_size: sequences computed together at most.
     max_queue: requests that may wait beyond those in the batch.
     kv_memory: bytes for the KV cache; None: as much as max_batch_size contexts take.
-    prefill_tokens: prompt tokens computed in one step at most (a longer prompt takes a step of its own);
-        2048 keep a step of a small model below a second on two cores.
+    prefill_tokens: prompt tokens computed in one step at most; longer prompts take several.
+    target_step_ms: aim for the time of a step while streams run, so the time between two tokens of a
+        stream: prompts beside them are cut into pieces that keep to it. 50 ms is faster than people read.
+    page_size: tokens of a page of the KV cache, a power of two. Small pages waste little behind a text and
+        share prompts early.
+    prefix_cache: whether requests share the cached beginnings of their prompts.
     threads: of torch on the CPU; None: all cores that this process may use, but one for small models.
     """
 
@@ -32,6 +36,9 @@ class EngineOptions:
     max_queue: int = 256
     kv_memory: int | None = None
     prefill_tokens: int = 2048
+    target_step_ms: float = 50.0
+    page_size: int = 16
+    prefix_cache: bool = True
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -39,10 +46,19 @@ class EngineOptions:
             raise SettingsError(f"device {self.device!r} is unknown; it must be auto, cpu, cuda or cuda:N")
         if self.dtype not in DTYPES:
             raise SettingsError(f"dtype {self.dtype!r} is unknown; it must be one of {', '.join(DTYPES)}")
-        for name in ("context_length", "max_batch_size", "kv_memory", "prefill_tokens", "threads"):
+        for name in (
+            "context_length",
+            "max_batch_size",
+            "kv_memory",
+            "prefill_tokens",
+            "target_step_ms",
+            "threads",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"{name} is {value}; it must be at least 1")
+        if self.page_size < 1 or self.page_size & (self.page_size - 1):
+            raise SettingsError(f"page_size is {self.page_size}; it must be a power of two")
         if self.max_queue < 0:
             raise SettingsError(f"max_queue is {self.max_queue}; it must be at least 0")
 

@@ -1,5 +1,8 @@
 """One step of the engine: plan, compute, choose, and turn tokens into text."""
 
+import logging
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -7,37 +10,44 @@ import torch
 from moe_worker.config.engine import EngineOptions
 from moe_worker.engine.loading import LoadedModel
 from moe_worker.engine.requests import Delta, FinishReason, Load, Request
-from moe_worker.models.batch import Batch, Chunk
+from moe_worker.models.batch import Batch, Segment
 from moe_worker.sampling.sampler import Draw, choose
 from moe_worker.sampling.text import TextStream
-from moe_worker.scheduler.batching import Limits, Phase, Placed, Scheduler
+from moe_worker.scheduler.core import Scheduler
+from moe_worker.scheduler.plan import Arrival, Chunk, Counters, Limits, Step
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
 class _Sequence:
-    """A request under way. `cached` tokens of it are in the cache; `last` is the newest, not yet cached."""
+    """A request under way; `pages` is its page table."""
 
     request: Request
-    limit: int
     text: TextStream
-    cached: int = 0
+    pages: list[int] = field(default_factory=list)
     generated: int = 0
-    last: int = field(default=-1)
 
-    @property
-    def draw(self) -> Draw:
-        return Draw(self.request.sampling, self.request.seed, self.generated)
+    def follow(self, chunk: Chunk) -> Segment:
+        """What the model computes for `chunk`."""
+        if chunk.pages:
+            self.pages[chunk.pages_from :] = chunk.pages
+        return Segment(chunk.tokens, chunk.start, self.pages)
 
 
 class EngineCore:
-    """Runs requests over one loaded model. Not for several threads at once."""
+    """Runs requests over one loaded model. Not for several threads at once.
 
-    def __init__(self, loaded: LoadedModel, options: EngineOptions) -> None:
+    `clock` gives seconds and never goes back; deadlines of requests are in its time.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, options: EngineOptions, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._loaded = loaded
+        self._clock = clock
         self._ends = frozenset(loaded.config.eos_token_ids)
-        self._pages_each = loaded.cache.shape.pages_for(loaded.context)
-        slots = loaded.cache.pages // self._pages_each
-        self._scheduler = Scheduler(Limits(slots, options.max_queue, options.prefill_tokens))
+        self._scheduler = Scheduler(_limits(loaded, options))
         self._sequences: dict[int, _Sequence] = {}
 
     @property
@@ -53,68 +63,98 @@ class EngineCore:
     @property
     def load(self) -> Load:
         """How busy the engine is now."""
-        cache = self._loaded.cache
+        scheduler = self._scheduler
         return Load(
-            queued=self._scheduler.waiting,
-            running=self._scheduler.running,
-            kv_tokens_capacity=cache.pages * cache.page_size,
-            kv_tokens_used=sum(sequence.cached for sequence in self._sequences.values()),
+            queued=scheduler.waiting,
+            running=scheduler.running,
+            kv_tokens_capacity=scheduler.limits.tokens,
+            kv_tokens_used=scheduler.used_pages * scheduler.limits.page_size,
         )
+
+    @property
+    def counters(self) -> Counters:
+        """What the scheduler has counted so far."""
+        return self._scheduler.counters
 
     def submit(self, request: Request) -> None:
         """Takes a checked request. Raises QueueFullError."""
-        self._scheduler.submit(request.id, len(request.prompt))
         room = self._loaded.context - len(request.prompt)
-        limit = min(request.sampling.max_tokens, room)
-        self._sequences[request.id] = _Sequence(request, limit, TextStream(request.sampling.stop))
+        arrival = Arrival(
+            id=request.id,
+            prompt=request.prompt,
+            max_new_tokens=min(request.sampling.max_tokens, room),
+            arrived=self._clock(),
+            priority=request.priority,
+            deadline=request.deadline,
+        )
+        self._scheduler.submit(arrival)
+        self._sequences[request.id] = _Sequence(request, TextStream(request.sampling.stop))
 
     def cancel(self, request: int) -> None:
-        """Drops a request and frees its slot; one that has finished already is no error."""
+        """Drops a request and frees all it holds; one that has finished already is no error."""
         self._sequences.pop(request, None)
         self._scheduler.release(request)
 
     @torch.inference_mode()
     def step(self) -> list[Delta]:
-        """Computes one step: a token for each sequence in it. Empty where there is nothing to do."""
-        step = self._scheduler.plan()
-        if step is None:
+        """Computes one step: a token for each sequence that is so far. Empty where there is nothing to do."""
+        plan = self._scheduler.plan(self._clock())
+        late = [self._expire(request) for request in plan.expired]
+        return late if plan.step is None else late + self._run(plan.step)
+
+    def _run(self, step: Step) -> list[Delta]:
+        try:
+            chosen = self._compute(step)
+        except torch.OutOfMemoryError:
+            log.warning("out of memory in a step of %d tokens; going on with smaller ones", step.tokens)
+            torch.cuda.empty_cache()
+            self._scheduler.retract(step, shrink=True)
             return []
-        sequences = [self._sequences[placed.request] for placed in step.sequences]
-        chunks = [
-            self._chunk(step.phase, placed, sequence)
-            for placed, sequence in zip(step.sequences, sequences, strict=True)
-        ]
-        order = sorted(range(len(chunks)), key=lambda index: chunks[index].count > 1)
-        chunks, sequences = [chunks[i] for i in order], [sequences[i] for i in order]
-        batch = Batch.of(chunks, self._loaded.cache)
-        hidden_TD = self._loaded.model.forward(batch, self._loaded.cache)
-        if step.phase is Phase.PREFILL:
-            hidden_TD = hidden_TD[batch.last_rows]
-        logits_BV = self._loaded.model.logits(hidden_TD)
-        chosen = choose(logits_BV, [sequence.draw for sequence in sequences])
+        full = frozenset(self._scheduler.complete(step, chosen, self._clock()))
+        sampling = [chunk.id for chunk in step.chunks if chunk.samples]
         return [
-            self._advance(sequence, chunk.end, token)
-            for sequence, chunk, token in zip(sequences, chunks, chosen, strict=True)
+            self._advance(name, token, name in full) for name, token in zip(sampling, chosen, strict=True)
         ]
 
-    def _chunk(self, phase: Phase, placed: Placed, sequence: _Sequence) -> Chunk:
-        first = placed.slot * self._pages_each
-        pages = range(first, first + self._pages_each)
-        if phase is Phase.DECODE:
-            return Chunk([sequence.last], sequence.cached, pages)
-        return Chunk(sequence.request.prompt, 0, pages)
+    def _compute(self, step: Step) -> list[int]:
+        """Tokens for the chunks that sample, in their order."""
+        model, cache = self._loaded.model, self._loaded.cache
+        batch = Batch.of([self._sequences[chunk.id].follow(chunk) for chunk in step.chunks], cache)
+        hidden_TD = model.forward(batch, cache)
+        rows = [row for row, chunk in zip(batch.last_rows, step.chunks, strict=True) if chunk.samples]
+        if not rows:
+            return []
+        if len(rows) < hidden_TD.shape[0]:
+            hidden_TD = hidden_TD[rows]
+        return choose(model.logits(hidden_TD), self._draws(step.chunks))
 
-    def _advance(self, sequence: _Sequence, cached: int, token: int) -> Delta:
-        sequence.cached = cached
+    def _draws(self, chunks: Sequence[Chunk]) -> list[Draw]:
+        sequences = [self._sequences[chunk.id] for chunk in chunks if chunk.samples]
+        return [Draw(s.request.sampling, s.request.seed, s.generated) for s in sequences]
+
+    def _advance(self, request: int, token: int, full: bool) -> Delta:
+        sequence = self._sequences[request]
         sequence.generated += 1
-        sequence.last = token
         ended = token in self._ends
         text = "" if ended else sequence.text.push(self._loaded.tokenizer.token_bytes(token))
-        if sequence.text.stopped or ended:
-            reason = FinishReason.STOP
-        elif sequence.generated >= sequence.limit:
-            reason = FinishReason.LENGTH
-        else:
-            return Delta(sequence.request.id, token, text)
-        self.cancel(sequence.request.id)
-        return Delta(sequence.request.id, token, text + sequence.text.finish(), reason)
+        if not (ended or full or sequence.text.stopped):
+            return Delta(request, text, token)
+        reason = FinishReason.STOP if ended or sequence.text.stopped else FinishReason.LENGTH
+        self.cancel(request)
+        return Delta(request, text + sequence.text.finish(), token, reason)
+
+    def _expire(self, request: int) -> Delta:
+        sequence = self._sequences.pop(request)
+        return Delta(request, sequence.text.finish(), None, FinishReason.DEADLINE)
+
+
+def _limits(loaded: LoadedModel, options: EngineOptions) -> Limits:
+    return Limits(
+        sequences=options.max_batch_size,
+        waiting=options.max_queue,
+        pages=loaded.cache.pages,
+        page_size=loaded.cache.page_size,
+        prefill_tokens=options.prefill_tokens,
+        target_s=options.target_step_ms / 1000,
+        prefix_cache=options.prefix_cache,
+    )

@@ -10,7 +10,7 @@ from moe_worker.config.directory import read_checkpoint_config
 from moe_worker.config.engine import EngineOptions
 from moe_worker.config.model import ModelConfig
 from moe_worker.errors import SettingsError
-from moe_worker.kvcache.paged import PAGE_SIZE, CacheShape, PagedCache
+from moe_worker.kvcache.paged import CacheShape, PagedCache
 from moe_worker.models.checkpoint import load_model
 from moe_worker.models.deepseek import DeepseekModel
 from moe_worker.models.tokenizer import Tokenizer
@@ -38,7 +38,7 @@ def load(directory: Path, options: EngineOptions, progress: bool) -> LoadedModel
     tokenizer = Tokenizer.load(directory, config)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
-    shape = CacheShape(config.num_hidden_layers, config.latent_width, PAGE_SIZE, dtype)
+    shape = CacheShape(config.num_hidden_layers, config.latent_width, options.page_size, dtype)
     pages = shape.pages_that_fit(context, options.kv_memory, options.max_batch_size)
     torch.set_num_threads(options.threads or suggested_threads(config, dtype))
     with torch.inference_mode():

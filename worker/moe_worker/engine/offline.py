@@ -16,7 +16,7 @@ from moe_worker.engine.loading import load
 from moe_worker.engine.requests import Delta, FinishReason, Request, prompt_violations
 from moe_worker.errors import RequestError
 from moe_worker.kvcache.paged import PagedCache
-from moe_worker.models.batch import Batch, Chunk
+from moe_worker.models.batch import Batch, Segment
 from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.sampling.parameters import SamplingParameters
 
@@ -93,8 +93,8 @@ class Engine:
         model = self._loaded.model
         shape = self._loaded.cache.shape
         scratch = PagedCache.allocate(shape, shape.pages_for(len(token_ids)), model.device)
-        chunk = Chunk(token_ids, 0, range(scratch.pages))
-        return model.logits(model.forward(Batch.of([chunk], scratch), scratch)).cpu()
+        segment = Segment(token_ids, 0, range(scratch.pages))
+        return model.logits(model.forward(Batch.of([segment], scratch), scratch)).cpu()
 
     def _prompt(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
@@ -132,7 +132,7 @@ def _collect(core: EngineCore, requests: Sequence[Request]) -> list[GenerationRe
 def _result(request: Request, deltas: Sequence[Delta]) -> GenerationResult:
     return GenerationResult(
         text="".join(delta.text for delta in deltas),
-        token_ids=[delta.token for delta in deltas],
+        token_ids=[delta.token for delta in deltas if delta.token is not None],
         finish_reason=(deltas[-1].finish_reason or FinishReason.LENGTH).value,
         prompt_tokens=len(request.prompt),
     )

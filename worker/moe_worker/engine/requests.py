@@ -12,25 +12,34 @@ class FinishReason(Enum):
 
     STOP = "stop"  # the model ended it, or a stop text was met
     LENGTH = "length"  # max_tokens or the context length was reached
+    DEADLINE = "deadline"  # its deadline passed
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to continue. `seed` is the one to use: sampling.seed, or a fresh one."""
+    """A prompt to continue. `seed` is the one to use: sampling.seed, or a fresh one.
+
+    priority: 0 to 9, higher is sooner. deadline: on the engine's clock, in seconds; None: none.
+    """
 
     id: int
     prompt: tuple[int, ...]
     sampling: SamplingParameters
     seed: int
+    priority: int = 0
+    deadline: float | None = None
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What one step adds to a request. Text waits for whole characters and stop texts; tokens do not."""
+    """What one step adds to a request. Text waits for whole characters and stop texts; tokens do not.
+
+    `token` is None where the request ends without one (its deadline has passed).
+    """
 
     id: int
-    token: int
     text: str
+    token: int | None
     finish_reason: FinishReason | None = None
 
 

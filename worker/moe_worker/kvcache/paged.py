@@ -17,9 +17,6 @@ from torch import Tensor
 
 from moe_worker.errors import SettingsError
 
-# Tokens of a page on CPUs; small, so that a short text wastes little and a prefix is shared early.
-PAGE_SIZE = 16
-
 
 @dataclass(frozen=True)
 class CacheShape:
@@ -102,7 +99,7 @@ class PagedCache:
         return paged.index_select(0, torch.tensor(pages, device=self.device)).flatten(0, 1)[:length]
 
     def sequences(self, layer: int, pages_BP: Tensor, length: int) -> Tensor:
-        """The first `length` rows of several sequences, [B, S, W], copied; rows behind an end mean nothing."""
+        """The first `length` rows of several sequences, [B, S, W], copied; rows behind ends mean nothing."""
         paged = self.layers[layer].view(-1, self.page_size, self.shape.width)
         count = self.shape.pages_for(length)
         return paged[pages_BP[:, :count].long()].flatten(1, 2)[:, :length]

@@ -1,6 +1,6 @@
 """Attention over the paged cache, shared by the families: softmax of scores, weighted sums of cached values.
 
-Legend: T tokens of the pass, t of one chunk, B sequences, S cached positions, H query heads, G key heads,
+Legend: T tokens of the pass, t of one segment, B sequences, S cached positions, H query heads, G key heads,
 K elements of a query or key, V of a value, W of a cache row.
 """
 
@@ -39,11 +39,11 @@ def attend(query_THK: Tensor, cut: Cut, batch: Batch, cache: PagedCache, layer: 
         outputs.append(_decodes(query_THK[: batch.decodes], cut, batch, cache, layer, scale))
         done = batch.decodes
     first = done
-    for chunk in batch.chunks[done:]:
-        rows_1SW = cache.sequence(layer, chunk.pages, chunk.end).unsqueeze(0)
-        query_tHK = query_THK[first : first + chunk.count]
-        outputs.append(_chunk(query_tHK, *cut(rows_1SW), chunk.start, scale))
-        first += chunk.count
+    for segment in batch.segments[done:]:
+        rows_1SW = cache.sequence(layer, segment.pages, segment.end).unsqueeze(0)
+        query_tHK = query_THK[first : first + segment.count]
+        outputs.append(_segment(query_tHK, *cut(rows_1SW), segment.start, scale))
+        first += segment.count
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
@@ -51,7 +51,7 @@ def _decodes(
     query_BHK: Tensor, cut: Cut, batch: Batch, cache: PagedCache, layer: int, scale: float
 ) -> Tensor:
     """One token of each sequence; all are read up to the longest and masked."""
-    ends = [chunk.end for chunk in batch.chunks[: batch.decodes]]
+    ends = [segment.end for segment in batch.segments[: batch.decodes]]
     longest = max(ends)
     keys_BGSK, values_BGSV = cut(cache.sequences(layer, batch.pages_BP[: batch.decodes], longest))
     mask_B11S = None
@@ -61,7 +61,7 @@ def _decodes(
     return _one_token(query_BHK, keys_BGSK, values_BGSV, mask_B11S, scale)
 
 
-def _chunk(query_tHK: Tensor, keys_1GSK: Tensor, values_1GSV: Tensor, start: int, scale: float) -> Tensor:
+def _segment(query_tHK: Tensor, keys_1GSK: Tensor, values_1GSV: Tensor, start: int, scale: float) -> Tensor:
     count, length = query_tHK.shape[0], keys_1GSK.shape[2]
     if count == 1:
         return _one_token(query_tHK, keys_1GSK, values_1GSV, None, scale)

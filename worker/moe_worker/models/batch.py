@@ -13,7 +13,7 @@ from moe_worker.kvcache.paged import PagedCache
 
 
 @dataclass(frozen=True)
-class Chunk:
+class Segment:
     """The next tokens of one sequence: `tokens`, the first at position `start`.
 
     `pages` are the cache pages of the sequence in order, enough for all its tokens up to these.
@@ -41,10 +41,10 @@ class Batch:
     tokens_T, positions_T: int64. rows_T: int64, the row of each layer's cache that a token's entry goes to.
     lengths_B: int32, tokens of a sequence in the cache once this pass has written its own.
     pages_BP: int32, page numbers, 0 behind a sequence's last.
-    decodes: how many of the leading chunks have one token.
+    decodes: how many of the leading segments have one token.
     """
 
-    chunks: tuple[Chunk, ...]
+    segments: tuple[Segment, ...]
     tokens_T: Tensor
     positions_T: Tensor
     rows_T: Tensor
@@ -53,32 +53,32 @@ class Batch:
     decodes: int
 
     @classmethod
-    def of(cls, chunks: Sequence[Chunk], cache: PagedCache) -> "Batch":
-        """Places `chunks` in `cache`; those of one token must come before longer ones."""
+    def of(cls, segments: Sequence[Segment], cache: PagedCache) -> "Batch":
+        """Places `segments` in `cache`; those of one token must come before longer ones."""
         device, size = cache.device, cache.page_size
-        positions = [p for chunk in chunks for p in range(chunk.start, chunk.end)]
+        positions = [p for segment in segments for p in range(segment.start, segment.end)]
         rows = [
-            chunk.pages[p // size] * size + p % size
-            for chunk in chunks
-            for p in range(chunk.start, chunk.end)
+            segment.pages[p // size] * size + p % size
+            for segment in segments
+            for p in range(segment.start, segment.end)
         ]
-        longest = max(len(chunk.pages) for chunk in chunks)
-        pages = [[*chunk.pages, *[0] * (longest - len(chunk.pages))] for chunk in chunks]
+        longest = max(len(segment.pages) for segment in segments)
+        pages = [[*segment.pages, *[0] * (longest - len(segment.pages))] for segment in segments]
         return cls(
-            chunks=tuple(chunks),
-            tokens_T=torch.tensor([token for chunk in chunks for token in chunk.tokens], device=device),
+            segments=tuple(segments),
+            tokens_T=torch.tensor([token for segment in segments for token in segment.tokens], device=device),
             positions_T=torch.tensor(positions, device=device),
             rows_T=torch.tensor(rows, device=device),
-            lengths_B=torch.tensor([chunk.end for chunk in chunks], dtype=torch.int32, device=device),
+            lengths_B=torch.tensor([segment.end for segment in segments], dtype=torch.int32, device=device),
             pages_BP=torch.tensor(pages, dtype=torch.int32, device=device),
-            decodes=next((i for i, chunk in enumerate(chunks) if chunk.count > 1), len(chunks)),
+            decodes=next((i for i, segment in enumerate(segments) if segment.count > 1), len(segments)),
         )
 
     @property
     def last_rows(self) -> list[int]:
         """Where in T each sequence's last token stands."""
         rows, total = [], 0
-        for chunk in self.chunks:
-            total += chunk.count
+        for segment in self.segments:
+            total += segment.count
             rows.append(total - 1)
         return rows

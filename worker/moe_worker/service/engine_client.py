@@ -13,7 +13,6 @@ from itertools import count
 from moe_worker.engine.requests import Load, Request
 from moe_worker.errors import EngineDiedError, QueueFullError
 from moe_worker.sampling.parameters import SamplingParameters
-from moe_worker.scheduler.batching import RETRY_AFTER_S
 from moe_worker.service.streams import Stream, Timeline
 from moe_worker.service.wire import (
     LENGTH_BYTES,
@@ -28,6 +27,8 @@ from moe_worker.service.wire import (
     encode,
 )
 
+# Time in which a place in a full queue is likely to come free.
+RETRY_AFTER_S = 1.0
 # An engine that does not end by itself once its socket is closed is killed after this long. One that loads
 # is killed at once: it does not look at its socket before torch is imported, and has nothing to lose.
 END_TIMEOUT_S = 2.0
@@ -90,13 +91,22 @@ class EngineClient:
         """The engine's last word, with what was submitted since counted as queued."""
         return replace(self.load, queued=self.load.queued + self._submitted - self._acknowledged)
 
-    def submit(self, prompt: tuple[int, ...], sampling: SamplingParameters, seed: int) -> tuple[int, Stream]:
-        """Sends a checked request; its number and its stream. Raises QueueFullError."""
+    def submit(
+        self,
+        prompt: tuple[int, ...],
+        sampling: SamplingParameters,
+        seed: int,
+        deadline: float | None = None,
+    ) -> tuple[int, Stream]:
+        """Sends a checked request; its number and its stream. Raises QueueFullError.
+
+        deadline: in the time of `time.monotonic`.
+        """
         if self.requests >= self.most_requests:
             raise QueueFullError(f"the queue is full ({self.requests} requests are under way)", RETRY_AFTER_S)
         number = next(self._ids)
         stream = self._streams[number] = Stream(Timeline(submitted_ns=time.time_ns()))
-        self.writer.write(encode(Submit(Request(number, prompt, sampling, seed))))
+        self.writer.write(encode(Submit(Request(number, prompt, sampling, seed, deadline=deadline))))
         self._submitted += 1
         self._idle.clear()
         return number, stream

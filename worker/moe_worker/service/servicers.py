@@ -122,13 +122,20 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         seed = secrets.randbits(64) if checked.sampling.seed is None else checked.sampling.seed
         try:
-            number, stream = served.engine.submit(checked.prompt, checked.sampling, seed)
+            number, stream = served.engine.submit(checked.prompt, checked.sampling, seed, _deadline(context))
         except QueueFullError as error:
             code = grpc.StatusCode.RESOURCE_EXHAUSTED
             await rich_status.abort(context, rich_status.retry_later(code, str(error), error.retry_after_s))
         try:
             while stream.timeline.finish_reason is None or stream.pending:
-                yield _response(await stream.take(), len(checked.prompt), stream.timeline.tokens)
+                chunk = await stream.take()
+                if chunk.finish_reason is FinishReason.DEADLINE:
+                    break
+                yield _response(chunk, len(checked.prompt), stream.timeline.tokens)
+            if stream.timeline.finish_reason is FinishReason.DEADLINE:
+                code = grpc.StatusCode.DEADLINE_EXCEEDED
+                sentence = "the deadline of the call passed; allow more time, or ask for fewer tokens"
+                await rich_status.abort(context, rich_status.build(code, sentence))
         except EngineDiedError as error:
             code = grpc.StatusCode.UNAVAILABLE
             await rich_status.abort(context, rich_status.retry_later(code, str(error), RETRY_ELSEWHERE_S))
@@ -166,6 +173,12 @@ async def _check(request: inference_pb2.GenerateRequest, served: Served, context
         violations = [FieldViolation(violation.field, violation.description) for violation in checked]
         await rich_status.abort(context, rich_status.invalid_argument(violations))
     return checked
+
+
+def _deadline(context: Context) -> float | None:
+    """When the client stops waiting, on this machine's monotonic clock, which all its processes share."""
+    remaining = context.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining
 
 
 def _response(chunk: Chunk, prompt_tokens: int, completion_tokens: int) -> inference_pb2.GenerateResponse:

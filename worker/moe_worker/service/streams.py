@@ -28,9 +28,9 @@ class Timeline:
 
     def add(self, delta: Delta, start_ns: int, end_ns: int) -> None:
         """Takes in a token from a step that began at `start_ns` and ended at `end_ns`."""
-        if self.tokens == 0:
+        if self.tokens == 0 and delta.token is not None:
             self.prefill_start_ns, self.first_token_ns = start_ns, end_ns
-        self.tokens += 1
+        self.tokens += delta.token is not None
         self.last_token_ns = end_ns
         self.finish_reason = delta.finish_reason
 
@@ -62,7 +62,8 @@ class Stream:
         """Adds what a step has produced."""
         self.timeline.add(delta, start_ns, end_ns)
         self._text.append(delta.text)
-        self._tokens.append(delta.token)
+        if delta.token is not None:
+            self._tokens.append(delta.token)
         self._ready.set()
 
     def fail(self, error: Exception) -> None:
@@ -71,7 +72,7 @@ class Stream:
         self._ready.set()
 
     async def take(self) -> Chunk:
-        """Everything since the last call, at least one token; waits for it. Raises what `fail` was given."""
+        """Everything since the last call; waits for a token, or the end. Raises what `fail` was given."""
         await self._ready.wait()
         if self._error is not None and not self._tokens:
             raise self._error

@@ -94,12 +94,12 @@ def _plain(value: object) -> object:
 
 def _request(body: Mapping[str, Any]) -> Request:
     sampling = SamplingParameters(**body["sampling"] | {"stop": tuple(body["sampling"]["stop"])})
-    return Request(body["id"], tuple(body["prompt"]), sampling, body["seed"])
+    return Request(**dict(body) | {"prompt": tuple(body["prompt"]), "sampling": sampling})
 
 
 def _delta(body: Mapping[str, Any]) -> Delta:
     reason = body["finish_reason"]
-    return Delta(body["id"], body["token"], body["text"], None if reason is None else FinishReason(reason))
+    return Delta(body["id"], body["text"], body["token"], None if reason is None else FinishReason(reason))
 
 
 def _stepped(body: Mapping[str, Any]) -> Stepped:
