@@ -25,14 +25,14 @@ Attributes = dict[str, Any]
 _ATTRIBUTE: Final = re.compile(r"^ {5,} *-> (?P<key>.+?): (?P<kind>[A-Z][a-z]+)\((?P<value>.*)$", re.DOTALL)
 _FIELD: Final = re.compile(r"^ {4}(?P<name>[A-Z][A-Za-z ]*?) *: (?P<value>.*)$", re.DOTALL)
 _HEADING: Final = re.compile(
-    r"^(ResourceSpans #\d+|Resource SchemaURL: .*|Resource attributes:|ScopeSpans #\d+"
+    r"^(Resource(?:Spans|Metrics) #\d+|Resource SchemaURL: .*|Resource attributes:|ScopeSpans #\d+"
     r"|ScopeSpans SchemaURL: .*|InstrumentationScope .*|Span #\d+|Attributes:"
     r"|Events:|SpanEvent #\d+|Links:|SpanLink #\d+)$"
 )
 _EVENT_NAME: Final = re.compile(r"^ {5}-> Name: (?P<name>.*)$", re.DOTALL)
 # Lines of the collector's own log, and the one that ends a batch.
 _OUTSIDE: Final = re.compile(r"^(\d{4}-\d\d-\d\dT[\d:.]+(Z|[+-]\d{4})\t|\t\{)")
-_BATCH: Final = re.compile(r"^\d{4}-\S+\t\w+\t(?=ResourceSpans #)")
+_BATCH: Final = re.compile(r"^\d{4}-\S+\t\w+\t(?=Resource(?:Spans|Metrics) #)")
 _TIME: Final = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?:\.(\d{1,9}))? \+0000 UTC$")
 _PLAIN: Final = frozenset(
     {
@@ -108,9 +108,13 @@ def parse(log: str) -> list[Span]:
     spans: list[Span] = []
     resource: Attributes = {}
     into: Attributes | None = None
+    of_spans = True
     for line in _logical_lines(log.split("\n")):
-        if line.startswith("ResourceSpans #"):
-            resource = {}
+        if line.startswith(("ResourceSpans #", "ResourceMetrics #")):
+            resource, into = {}, None
+            of_spans = line.startswith("ResourceSpans #")
+        elif not of_spans:
+            continue
         elif line == "Resource attributes:":
             into = resource
         elif line.startswith("Span #"):

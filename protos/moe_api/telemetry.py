@@ -1,22 +1,28 @@
-"""OpenTelemetry traces, the same way in every process: client, frontend, worker and operator.
+"""OpenTelemetry traces and metrics, the same way in every process: client, frontend, worker and operator.
 
-Nothing is set up, no thread starts and nothing is sent unless ``OTEL_EXPORTER_OTLP_ENDPOINT`` (or its
-``..._TRACES_ENDPOINT`` form) is set; the OpenTelemetry API then hands out tracers that do nothing.
-The SDK's other variables (``OTEL_SERVICE_NAME``, ``OTEL_RESOURCE_ATTRIBUTES``, ``OTEL_TRACES_SAMPLER``,
-``OTEL_BSP_*``, ``OTEL_SDK_DISABLED``, ...) keep their standard meaning.
+Nothing is set up, no thread starts and nothing is sent unless ``OTEL_EXPORTER_OTLP_ENDPOINT`` is set, or
+``OTEL_EXPORTER_OTLP_TRACES_ENDPOINT`` or ``..._METRICS_ENDPOINT`` for one of the two; the OpenTelemetry API
+then hands out tracers and meters that do nothing. ``OTEL_TRACES_EXPORTER=none`` and
+``OTEL_METRICS_EXPORTER=none`` turn one off. The SDK's other variables (``OTEL_SERVICE_NAME``,
+``OTEL_RESOURCE_ATTRIBUTES``, ``OTEL_TRACES_SAMPLER``, ``OTEL_BSP_*``, ``OTEL_METRIC_EXPORT_INTERVAL``,
+``OTEL_SDK_DISABLED``, ...) keep their standard meaning.
 """
 
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
-from opentelemetry import trace
+from opentelemetry import metrics, trace
 from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -24,11 +30,13 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 
-_ENDPOINT_VARIABLES: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-_EXPORT_LOGGERS: Final = (
-    "opentelemetry.exporter.otlp.proto.grpc.exporter",
-    "opentelemetry.sdk._shared_internal",
-)
+_SIGNALS: Final = ("traces", "metrics")
+# Loggers that speak when something does not arrive, and what it is where the record does not say.
+_EXPORT_LOGGERS: Final = {
+    "opentelemetry.exporter.otlp.proto.grpc.exporter": "traces or metrics",
+    "opentelemetry.sdk._shared_internal": "traces",
+    "opentelemetry.sdk.metrics._internal.export": "metrics",
+}
 _WARNING_PERIOD_S: Final = 60.0
 _SHUTDOWN_S: Final = 2.0
 # The SDK waits 5 s before it sends a batch; 1 s lets a trace be looked up right after its request.
@@ -37,29 +45,34 @@ _SCHEDULE_DELAY_MS: Final = 1000.0
 _EXPORT_TIMEOUT_S: Final = 2.0
 
 
+@dataclass(frozen=True)
+class _Pipeline:
+    """What makes one signal, and what sends it."""
+
+    provider: TracerProvider | MeterProvider
+    exporter: OTLPSpanExporter | OTLPMetricExporter
+
+
 class Telemetry:
     """Handle on what `configure` started; a context manager that shuts it down at the end."""
 
-    def __init__(self, provider: TracerProvider | None, exporter: OTLPSpanExporter | None) -> None:
-        self._provider = provider
-        self._exporter = exporter
+    def __init__(self, pipelines: Sequence[_Pipeline] = ()) -> None:
+        self._pipelines = tuple(pipelines)
 
     @property
     def enabled(self) -> bool:
-        """Whether spans are recorded and sent."""
-        return self._provider is not None
+        """Whether anything is recorded and sent."""
+        return bool(self._pipelines)
 
     def shutdown(self) -> None:
-        """Sends what is still queued, for 2 s at most, and stops. Calling it again does nothing."""
-        provider, exporter = self._provider, self._exporter
-        self._provider = self._exporter = None
-        if provider is None or exporter is None:
-            return
-        closer = threading.Thread(target=provider.shutdown, name="telemetry-shutdown", daemon=True)
-        closer.start()
-        closer.join(_SHUTDOWN_S)
-        if closer.is_alive():
-            exporter.shutdown()
+        """Sends what is still queued, for 2 s at most in all, and stops. Calling it again does nothing."""
+        pipelines, self._pipelines = self._pipelines, ()
+        deadline = time.monotonic() + _SHUTDOWN_S
+        closers = [_closer(pipeline.provider) for pipeline in pipelines]
+        for closer, pipeline in zip(closers, pipelines, strict=True):
+            closer.join(max(0.0, deadline - time.monotonic()))
+            if closer.is_alive():
+                pipeline.exporter.shutdown()
 
     def __enter__(self) -> Self:
         return self
@@ -71,26 +84,57 @@ class Telemetry:
 
 
 def configure(service_name: str, environ: Mapping[str, str] = os.environ) -> Telemetry:
-    """Sets up the process-wide tracer provider if, and only if, the environment names a collector.
+    """Sets up the process-wide tracer and meter providers that the environment names a collector for.
 
-    Call it once, early in `main`, and shut the handle down at the end; tracers come from
-    ``opentelemetry.trace.get_tracer`` as usual, and work before and without this call.
+    Call it once, early in `main`, and shut the handle down at the end; tracers and meters come from
+    ``opentelemetry.trace.get_tracer`` and ``opentelemetry.metrics.get_meter`` as usual, and work before and
+    without this call.
 
     Args:
         service_name: ``service.name`` of this process unless ``OTEL_SERVICE_NAME`` or
             ``OTEL_RESOURCE_ATTRIBUTES`` give one.
-        environ: where to look for the endpoint.
+        environ: where to look for the endpoints.
     """
-    endpoint = any(environ.get(name) for name in _ENDPOINT_VARIABLES)
-    if not endpoint or environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
-        return Telemetry(None, None)
+    wanted = [signal for signal in _SIGNALS if _is_wanted(signal, environ)]
+    if not wanted:
+        return Telemetry()
     _tame_export_warnings()
-    exporter = OTLPSpanExporter(timeout=None if _timeout_is_set(environ) else _EXPORT_TIMEOUT_S)
+    resource = _resource(service_name)
+    makers = {"traces": _start_traces, "metrics": _start_metrics}
+    return Telemetry([makers[signal](resource, environ) for signal in wanted])
+
+
+def _is_wanted(signal: str, environ: Mapping[str, str]) -> bool:
+    """Whether there is somewhere to send it, and nobody has turned it off."""
+    if environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return False
+    if environ.get(f"OTEL_{signal.upper()}_EXPORTER", "").lower() == "none":
+        return False
+    names = ("OTEL_EXPORTER_OTLP_ENDPOINT", f"OTEL_EXPORTER_OTLP_{signal.upper()}_ENDPOINT")
+    return any(environ.get(name) for name in names)
+
+
+def _start_traces(resource: Resource, environ: Mapping[str, str]) -> _Pipeline:
+    exporter = OTLPSpanExporter(timeout=_timeout("traces", environ))
     delay = None if "OTEL_BSP_SCHEDULE_DELAY" in environ else _SCHEDULE_DELAY_MS
-    provider = TracerProvider(resource=_resource(service_name), shutdown_on_exit=False)
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=delay))
     trace.set_tracer_provider(provider)
-    return Telemetry(provider, exporter)
+    return _Pipeline(provider, exporter)
+
+
+def _start_metrics(resource: Resource, environ: Mapping[str, str]) -> _Pipeline:
+    exporter = OTLPMetricExporter(timeout=_timeout("metrics", environ))
+    reader = PeriodicExportingMetricReader(exporter)
+    provider = MeterProvider(metric_readers=[reader], resource=resource, shutdown_on_exit=False)
+    metrics.set_meter_provider(provider)
+    return _Pipeline(provider, exporter)
+
+
+def _closer(provider: TracerProvider | MeterProvider) -> threading.Thread:
+    closer = threading.Thread(target=provider.shutdown, name="telemetry-shutdown", daemon=True)
+    closer.start()
+    return closer
 
 
 def inject(metadata: Iterable[tuple[str, str | bytes]] = (), context: Context | None = None) -> Metadata:
@@ -110,30 +154,42 @@ def extract(metadata: Iterable[tuple[str, str | bytes]] | None) -> Context:
 
 
 class RateLimitedWarning(logging.Filter):
-    """Lets one record through in a period, as a warning that says requests are not affected.
+    """Lets one record a signal through in a period, as a warning that says requests are not affected.
 
     Args:
-        period_s: seconds between two records.
+        period_s: seconds between two records about the same signal.
+        unnamed: what does not arrive where a record has neither "traces" nor "metrics" among its arguments.
+            Such a record is let through only where no other was in the period.
         clock: seconds, monotonic.
     """
 
-    def __init__(self, period_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        period_s: float,
+        unnamed: str = "traces or metrics",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         super().__init__()
         self._period_s = period_s
+        self._unnamed = unnamed
         self._clock = clock
-        self._quiet_until = float("-inf")
+        self._said: dict[str, float] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Rewrites the record in place and says whether it is logged."""
         if record.levelno < logging.WARNING:
             return True
         now = self._clock()
-        if now < self._quiet_until:
+        self._said = {name: at for name, at in self._said.items() if now < at + self._period_s}
+        arguments = record.args if isinstance(record.args, tuple) else ()
+        named = next((signal for signal in _SIGNALS if signal in arguments), None)
+        if named in self._said or (named is None and self._said):
             return False
-        self._quiet_until = now + self._period_s
+        signal = named or self._unnamed
+        self._said[signal] = now
         record.levelno, record.levelname = logging.WARNING, "WARNING"
         record.msg = (
-            f"traces do not reach the collector; requests go on without them, and this is said again "
+            f"{signal} do not reach the collector; requests go on without them, and this is said again "
             f"after {self._period_s:.0f} s at the earliest. {record.getMessage()}"
         )
         record.args, record.exc_info = (), None
@@ -141,16 +197,15 @@ class RateLimitedWarning(logging.Filter):
 
 
 def _tame_export_warnings() -> None:
-    """The exporter logs several lines for each failed batch; one a minute is enough."""
-    limit = RateLimitedWarning(_WARNING_PERIOD_S)
-    for name in _EXPORT_LOGGERS:
-        logging.getLogger(name).addFilter(limit)
+    """The exporters log several lines for each failed batch; one a minute is enough."""
+    for name, unnamed in _EXPORT_LOGGERS.items():
+        logging.getLogger(name).addFilter(RateLimitedWarning(_WARNING_PERIOD_S, unnamed))
 
 
-def _timeout_is_set(environ: Mapping[str, str]) -> bool:
-    return any(
-        name in environ for name in ("OTEL_EXPORTER_OTLP_TIMEOUT", "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT")
-    )
+def _timeout(signal: str, environ: Mapping[str, str]) -> float | None:
+    """Seconds for one export; None where the user has chosen."""
+    names = ("OTEL_EXPORTER_OTLP_TIMEOUT", f"OTEL_EXPORTER_OTLP_{signal.upper()}_TIMEOUT")
+    return None if any(name in environ for name in names) else _EXPORT_TIMEOUT_S
 
 
 def _resource(service_name: str) -> Resource:

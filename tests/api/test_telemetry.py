@@ -1,4 +1,4 @@
-"""Traces are off by default, and an absent collector costs one warning."""
+"""Traces and metrics are off by default, and an absent collector costs one warning for each."""
 
 import logging
 import os
@@ -19,13 +19,13 @@ SCRIPT = """
 import logging, sys, threading, time
 logging.basicConfig(format="%(levelname)s %(message)s")
 from moe_api import telemetry
-from opentelemetry import trace
+from opentelemetry import metrics, trace
 handle = telemetry.configure("some-service")
 tracer = trace.get_tracer("test")
 started = time.monotonic()
 for _ in range(int(sys.argv[1])):
     with tracer.start_as_current_span("work"):
-        pass
+        metrics.get_meter("test").create_counter("done").add(1)
 spans = time.monotonic()
 time.sleep(float(sys.argv[2]))
 asleep = time.monotonic()
@@ -60,14 +60,30 @@ def test_the_sdk_can_be_disabled_as_usual():
     assert run_process(**environ)[1] == 1
 
 
-def test_an_unreachable_collector_costs_one_warning_and_no_waiting():
+NOWHERE = "http://127.0.0.1:1"
+
+
+@pytest.mark.parametrize(
+    ("environ", "missing"),
+    [
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": NOWHERE}, ["metrics", "traces"]),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": NOWHERE, "OTEL_METRICS_EXPORTER": "none"}, ["traces"]),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": NOWHERE, "OTEL_TRACES_EXPORTER": "none"}, ["metrics"]),
+        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": NOWHERE}, ["traces"]),
+        ({"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": NOWHERE}, ["metrics"]),
+    ],
+)
+def test_an_unreachable_collector_costs_one_warning_a_signal_and_no_waiting(environ, missing):
     # 3 s is long enough for a second batch to fail too, which would be a second warning.
-    result = run_process(wait_s=3.0, OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:1")
+    result = run_process(wait_s=3.0, OTEL_METRIC_EXPORT_INTERVAL="500", **environ)
     _, _, took, shutdown, errors = result
     assert took < 1.0
     assert shutdown < 3.0
-    assert len(errors.strip().splitlines()) == 1
-    assert errors.startswith("WARNING traces do not reach the collector; requests go on without them")
+    sentence = "WARNING {} do not reach the collector; requests go on without them"
+    lines = sorted(errors.strip().splitlines())
+    assert len(lines) == len(missing), errors
+    for line, signal in zip(lines, missing, strict=True):
+        assert line.startswith(sentence.format(signal))
 
 
 def test_a_collector_that_accepts_but_never_answers_does_not_hold_up_the_end():
@@ -112,13 +128,13 @@ def test_a_no_op_tracer_passes_the_callers_context_on():
     assert telemetry.inject((), trace.set_span_in_context(middle)) == metadata
 
 
-def record(level, text="failed"):
-    return logging.LogRecord("exporter", level, "file", 1, text, (), None)
+def record(level, text="failed", *args):
+    return logging.LogRecord("exporter", level, "file", 1, text, args, None)
 
 
 def test_warnings_are_limited_by_the_clock():
     now = 0.0
-    limit = telemetry.RateLimitedWarning(60.0, lambda: now)
+    limit = telemetry.RateLimitedWarning(60.0, "traces", lambda: now)
     assert limit.filter(record(logging.ERROR))
     now = 59.0
     assert not limit.filter(record(logging.WARNING))
@@ -128,6 +144,15 @@ def test_warnings_are_limited_by_the_clock():
     assert limit.filter(late)
     assert late.levelno == logging.WARNING
     assert late.getMessage().endswith("code UNAVAILABLE")
+
+
+def test_a_warning_names_what_does_not_arrive_and_holds_back_no_other():
+    limit = telemetry.RateLimitedWarning(60.0, clock=lambda: 0.0)
+    said = [record(logging.ERROR, "Failed to export %s to %s", name, "h:1") for name in ("metrics", "traces")]
+    assert [limit.filter(one) for one in said] == [True, True]
+    assert [one.getMessage().partition(" do not")[0] for one in said] == ["metrics", "traces"]
+    assert not limit.filter(record(logging.ERROR, "Failed to export %s to %s", "metrics", "h:1"))
+    assert not limit.filter(record(logging.WARNING, "Shutdown in progress, aborting retry."))
 
 
 @pytest.fixture(autouse=True)

@@ -202,3 +202,16 @@ async def run(*args, env=None):
 def test_attribute_lists_are_json():
     log = 'Span #0\nAttributes:\n     -> a.b: Slice(["x \\u003e y",1])'
     assert traces.parse(log)[0].attributes == {"a.b": json.loads('["x > y", 1]')}
+
+
+def test_metrics_between_spans_are_passed_over():
+    """The same log holds both; a metric's resource is not the spans'."""
+    log = (
+        "2026-01-31T12:00:00.000Z\tinfo\tResourceSpans #0\nResource attributes:\n     -> service.name: Str(a)\n"
+        "Span #0\n    Name           : work\n\t{}\n"
+        "2026-01-31T12:00:01.000Z\tinfo\tResourceMetrics #0\nResource attributes:\n"
+        "     -> service.name: Str(b)\nMetric #0\nDescriptor:\n     -> Name: queue\nNumberDataPoints #0\nValue: 5\n"
+        "\t{}\n"
+    )
+    [span] = traces.parse(log)
+    assert (span.name, span.service, span.attributes) == ("work", "a", {})

@@ -168,7 +168,7 @@ class Telemetry(Model):
     otlp_endpoint: str | None = Field(
         default=None,
         description="OpenTelemetry Collector that takes OTLP over gRPC, e.g. "
-        "http://otel-collector.moe-system:4317. Default: none, and no traces.",
+        "http://otel-collector.moe-system:4317. Default: none, and neither traces nor metrics.",
         max_length=1024,
         json_schema_extra=rules(
             (
