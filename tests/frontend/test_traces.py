@@ -207,10 +207,12 @@ def test_attribute_lists_are_json():
 def test_metrics_between_spans_are_passed_over():
     """The same log holds both; a metric's resource is not the spans'."""
     log = (
-        "2026-01-31T12:00:00.000Z\tinfo\tResourceSpans #0\nResource attributes:\n     -> service.name: Str(a)\n"
+        "2026-01-31T12:00:00.000Z\tinfo\tResourceSpans #0\n"
+        "Resource attributes:\n     -> service.name: Str(a)\n"
         "Span #0\n    Name           : work\n\t{}\n"
         "2026-01-31T12:00:01.000Z\tinfo\tResourceMetrics #0\nResource attributes:\n"
-        "     -> service.name: Str(b)\nMetric #0\nDescriptor:\n     -> Name: queue\nNumberDataPoints #0\nValue: 5\n"
+        "     -> service.name: Str(b)\nMetric #0\nDescriptor:\n     -> Name: queue\n"
+        "NumberDataPoints #0\nValue: 5\n"
         "\t{}\n"
     )
     [span] = traces.parse(log)
