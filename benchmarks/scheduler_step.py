@@ -15,7 +15,6 @@ import random
 import statistics
 import time
 
-from moe_worker.errors import QueueFullError
 from moe_worker.scheduler.core import Scheduler
 from moe_worker.scheduler.plan import Arrival, Limits
 
@@ -32,19 +31,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    for load, samples_ms in (
-        ("decode", measure(args.sequences, args.steps, new_tokens=args.steps + 2 * WARM_UP)),
-        ("serving", measure(args.sequences, args.steps, new_tokens=NEW)),
-    ):
+    for load in ("decode", "serving"):
+        samples_ms = measure(args.sequences, args.steps, ending=load == "serving")
         p99 = statistics.quantiles(samples_ms, n=100)[98]
         for name, figure in (("median", statistics.median(samples_ms)), ("p99", p99)):
             report(f"scheduler step, {args.sequences} running, {load}, {name}", figure, as_json=args.json)
 
 
-def measure(sequences: int, steps: int, new_tokens: int) -> list[float]:
-    """Milliseconds of each step."""
+def measure(sequences: int, steps: int, *, ending: bool) -> list[float]:
+    """Milliseconds of each step. `ending`: texts end after NEW tokens at most, and others follow."""
     chance = random.Random(0)
-    pages = sequences * (PROMPT + new_tokens) // 16 + sequences
+    new_tokens = NEW if ending else steps + 2 * WARM_UP
+    pages = sequences * ((PROMPT + new_tokens) // 16 + 2)
     scheduler = Scheduler(Limits(sequences, sequences, pages, prefill_tokens=2048, target_s=10.0))
     shared = [chance.choices(range(32_000), k=SHARED) for _ in range(8)]
     samples_ms: list[float] = []
@@ -53,7 +51,11 @@ def measure(sequences: int, steps: int, new_tokens: int) -> list[float]:
     gc.collect()
     gc.freeze()
     while len(samples_ms) < WARM_UP + steps:
-        submitted = fill_queue(scheduler, submitted, new_tokens, shared, chance, now)
+        while submitted < sequences or (ending and scheduler.waiting < 16):
+            prompt = chance.choice(shared) + chance.choices(range(32_000), k=PROMPT - SHARED)
+            length = chance.randint(NEW // 2, NEW) if ending else new_tokens
+            scheduler.submit(Arrival(submitted, prompt, length, now))
+            submitted += 1
         before = time.perf_counter()
         step = scheduler.plan(now).step
         planned = time.perf_counter()
@@ -66,25 +68,6 @@ def measure(sequences: int, steps: int, new_tokens: int) -> list[float]:
         elapsed = time.perf_counter() - resumed + planned - before
         samples_ms.append(1e3 * elapsed)
     return samples_ms[WARM_UP:]
-
-
-def fill_queue(
-    scheduler: Scheduler,
-    submitted: int,
-    new_tokens: int,
-    shared: list[list[int]],
-    chance: random.Random,
-    now: float,
-) -> int:
-    """Keeps some requests waiting; returns how many were submitted so far."""
-    while scheduler.waiting < 16:
-        prompt = chance.choice(shared) + chance.choices(range(32_000), k=PROMPT - SHARED)
-        try:
-            scheduler.submit(Arrival(submitted, prompt, chance.randint(new_tokens // 2, new_tokens), now))
-        except QueueFullError:
-            break
-        submitted += 1
-    return submitted
 
 
 def report(what: str, ours_ms: float, *, as_json: bool) -> None:

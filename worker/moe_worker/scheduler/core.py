@@ -106,7 +106,7 @@ class Scheduler:
         """
         if not self._flights or self._flights[0][0] is not step:
             raise ValueError(f"step {step.number} is not the oldest one under way")
-        if len(tokens) != sum(chunk.samples for chunk in step.chunks):
+        if len(tokens) != [chunk.samples for chunk in step.chunks].count(True):
             raise ValueError(f"step {step.number} does not sample {len(tokens)} tokens")
         jobs = self._flights.popleft()[1]
         self._now = max(self._now, now)
@@ -162,16 +162,17 @@ class Scheduler:
     def _advance(self, step: Step, jobs: list[Job], tokens: Sequence[int]) -> list[Job]:
         """Adds the tokens to the jobs, and full pages to the prefix tree; returns the jobs that are done."""
         values, size, done = iter(tokens), self.limits.page_size, []
-        for chunk, job in zip(step.chunks, jobs, strict=True):
-            token = next(values) if chunk.samples else None
-            if job.state is State.ENDED:
+        number, running, ended = step.number, State.RUNNING, State.ENDED
+        for (_, start, given, samples, _, _), job in zip(step.chunks, jobs, strict=True):
+            token = next(values) if samples else None
+            if job.state is ended:
                 continue
             if token is not None:
                 job.tokens.append(token)
             # A job that has given way since has other pages now, or none.
-            if job.state is State.RUNNING and job.admitted <= step.number:
-                job.written = chunk.length
-                if job.written >= (job.shared + 1) * size:
+            if job.state is running and job.admitted <= number:
+                job.written = written = start + len(given)
+                if written >= (job.shared + 1) * size:
                     self._lineup.memory.share(job)
             if len(job.tokens) == job.ends:
                 done.append(job)

@@ -68,12 +68,24 @@ class Job:
         """Tokens to compute until it can be given its next one; 0 where it gets no more."""
         return self.length - self.computed if self.length < self.ends else 0
 
+    def next_token(self) -> Chunk:
+        """Plans the token that a stream computes next, for which it has a page, and samples the one behind.
+
+        Does what `chunk(1)` does, faster: it runs for every stream in every step.
+        """
+        start, told, tokens, table = self.computed, self.told, self.tokens, self.table
+        token = tokens[start] if start < len(tokens) else UNKNOWN_TOKEN
+        self.computed = start + 1
+        self.length += 1
+        if told == len(table):
+            return Chunk(self.arrival.id, start, [token], True, told, ())
+        self.told = len(table)
+        return Chunk(self.arrival.id, start, [token], True, told, table[told:])
+
     def chunk(self, count: int) -> Chunk:
         """Plans its next `count` tokens, for which it has pages."""
         start, end, told = self.computed, self.computed + count, self.told
         tokens = self.tokens[start:end]
-        if len(tokens) < count:
-            tokens.append(UNKNOWN_TOKEN)
         samples = end == self.length
         self.computed = end
         self.length += samples

@@ -70,18 +70,22 @@ class Lineup:
     def _decode(self, draft: Draft) -> list[Job]:
         """Plans every job with one token to compute; returns those with more.
 
-        The most important come first, so that whoever gives way to one has not been planned yet.
+        The most important come first, so that whoever gives way to one has not been planned yet; it is taken
+        from the end of the list, which the loop then does not reach.
         """
-        prompts = []
-        running, size, index = self.running, self._limits.page_size, 0
-        while index < len(running):
-            job = running[index]
-            index += 1
-            left = job.left
-            if left > 1:
+        prompts: list[Job] = []
+        single, jobs, number, size = draft.single, draft.single_jobs, draft.number, self._limits.page_size
+        for job in self.running:
+            position, length = job.computed, job.length
+            if length - position > 1:
                 prompts.append(job)
-            elif left and (job.computed < len(job.table) * size or self._grow(draft, job)):
-                self._place(draft, job, 1)
+            elif length < job.ends and (position < len(job.table) * size or self._grow(draft, job)):
+                single.append(job.next_token())
+                jobs.append(job)
+                if job.sampled + 1 == number:
+                    job.sampled = number
+                else:
+                    self._count_gap(job, number)
         return prompts
 
     def _grow(self, draft: Draft, job: Job) -> bool:
@@ -142,12 +146,8 @@ class Lineup:
 
     def _place(self, draft: Draft, job: Job, count: int) -> None:
         chunk = job.chunk(count)
-        if count == 1:
-            draft.single.append(chunk)
-            draft.single_jobs.append(job)
-        else:
-            draft.long.append(chunk)
-            draft.long_jobs.append(job)
+        (draft.single if count == 1 else draft.long).append(chunk)
+        (draft.single_jobs if count == 1 else draft.long_jobs).append(job)
         if chunk.samples:
             self._count_gap(job, draft.number)
 
@@ -160,12 +160,10 @@ class Lineup:
 
     def _count_gap(self, job: Job, number: int) -> None:
         gap, counters = number - job.sampled, self._counters
-        if not job.sampled:
-            pass
-        elif job.preempted:
+        if job.sampled and job.preempted:
             counters.largest_preempted_gap = max(counters.largest_preempted_gap, gap)
-        elif gap > counters.largest_gap:
-            counters.largest_gap = gap
+        elif job.sampled:
+            counters.largest_gap = max(counters.largest_gap, gap)
         job.sampled, job.preempted = number, False
 
 

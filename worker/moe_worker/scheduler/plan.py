@@ -135,8 +135,8 @@ class Counters:
     """Sums since the start; a gap is counted in steps from one token of a stream to its next.
 
     prompt_tokens, prefix_hit_tokens: of requests when they first ran. recomputed_tokens: computed again
-    after a preemption. A stream that was not preempted between two tokens has gap 1 by construction;
-    largest_preempted_gap is that of the others.
+    after a preemption. largest_gap: 1 as long as every running stream gets a token in every step;
+    largest_preempted_gap is that of streams that gave way between two tokens.
     """
 
     steps: int = 0
@@ -146,7 +146,7 @@ class Counters:
     preemptions: int = 0
     finished: int = 0
     expired: int = 0
-    largest_gap: int = 0
+    largest_gap: int = 1
     largest_preempted_gap: int = 0
 
 
