@@ -38,8 +38,8 @@ class Worker:
         )
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
-        port = self.wait_line("listening on port ").split("port ")[1].split(",")[0]
-        self.channel = grpc.insecure_channel(f"127.0.0.1:{port}", options=transport.CLIENT_OPTIONS)
+        self.port = int(self.wait_line("listening on port ").split("port ")[1].split(",")[0])
+        self.channel = grpc.insecure_channel(f"127.0.0.1:{self.port}", options=transport.CLIENT_OPTIONS)
         self.inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self.load = worker_pb2_grpc.WorkerServiceStub(self.channel)
         self.health = health_pb2_grpc.HealthStub(self.channel)

@@ -72,6 +72,11 @@ class EngineCore:
         )
 
     @property
+    def vocab_size(self) -> int:
+        """Token ids are below this."""
+        return self._loaded.config.vocab_size
+
+    @property
     def counters(self) -> Counters:
         """What the scheduler has counted so far."""
         return self._scheduler.counters

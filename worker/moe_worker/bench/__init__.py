@@ -1,0 +1,1 @@
+"""How fast a checkpoint runs on this machine: `moe-worker bench`."""
