@@ -80,7 +80,7 @@ class TokenBudget:
     def tokens(self) -> int:
         """Tokens of a step in which streams wait for their next token; also, sequences that may run."""
         if not self.time.count:
-            return self.limits.least_tokens
+            return min(self.limits.least_tokens, self.ceiling)
         room_s = max(self.limits.target_s, 2 * self.time.fixed) - self.time.fixed
         if room_s >= self.time.per_token * self.ceiling:
             return self.ceiling
