@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-TINY: dict[str, Any] = {
+DEEPSEEK: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -18,8 +18,6 @@ TINY: dict[str, Any] = {
     "n_routed_experts": 8,
     "n_shared_experts": 1,
     "num_experts_per_tok": 2,
-    "n_group": 4,
-    "topk_group": 2,
     "first_k_dense_replace": 1,
     "kv_lora_rank": 16,
     "q_lora_rank": 24,
@@ -27,23 +25,47 @@ TINY: dict[str, Any] = {
     "qk_nope_head_dim": 16,
     "v_head_dim": 16,
     "max_position_embeddings": 256,
-    "num_nextn_predict_layers": 0,
     "bos_token_id": 0,
     "eos_token_id": 1,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "deepseek_v3": DEEPSEEK | {"n_group": 4, "topk_group": 2, "num_nextn_predict_layers": 0},
+    "deepseek_v2": DEEPSEEK | {"n_group": 1, "topk_group": 1},
+    "qwen3_moe": {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 256,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    },
 }
 
 
 def write_checkpoint(
-    directory: Path, seed: int = 0, max_shard_size: str = "1GB", dtype: str = "float32", **changes: Any
+    directory: Path,
+    seed: int = 0,
+    max_shard_size: str = "1GB",
+    dtype: str = "float32",
+    family: str = "deepseek_v3",
+    **changes: Any,
 ) -> Path:
-    """A DeepSeek-V3 checkpoint with random weights, TINY with `changes`, and its tokenizer.
+    """A checkpoint of a family with random weights, its FAMILIES entry with `changes`, and its tokenizer.
 
     Weights are larger than transformers would make them, and the routing bias is not zero: with its own
     initialisation every expert does nearly nothing and the bias, which decides the routing, is zero.
     """
     torch.manual_seed(seed)
-    config = DeepseekV3Config(**TINY | changes)
-    model = DeepseekV3ForCausalLM(config)
+    config = AutoConfig.for_model(family, **FAMILIES[family] | changes)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "norm" in name:

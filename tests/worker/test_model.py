@@ -1,8 +1,8 @@
-"""The model against transformers' DeepseekV3ForCausalLM on the same checkpoints."""
+"""The model against transformers' own on the same checkpoints."""
 
 import pytest
 import torch
-from transformers import DeepseekV3ForCausalLM
+from transformers import AutoModelForCausalLM
 
 import moe_worker
 from tests.checkpoints import write_checkpoint
@@ -15,6 +15,9 @@ YARN = {
     "beta_fast": 32,
     "beta_slow": 1,
 }
+V2 = {"family": "deepseek_v2"}
+GROUPED_V2 = V2 | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
+QWEN = {"family": "qwen3_moe"}
 CONFIGURATIONS = {
     "as published, in small": {},
     "full queries": {"q_lora_rank": None},
@@ -41,6 +44,23 @@ CONFIGURATIONS = {
         "qk_nope_head_dim": 5,
     },
     "coarse norm": {"rms_norm_eps": 1e-2},
+    "DeepSeek-V2-Lite, in small": V2 | {"q_lora_rank": None},
+    "DeepSeek-V2, in small": GROUPED_V2 | {"routed_scaling_factor": 16.0},
+    "V2, one of many groups": GROUPED_V2 | {"n_routed_experts": 16, "n_group": 8, "topk_group": 1},
+    "V2, no groups named": V2 | {"n_group": None, "topk_group": None},
+    "V2, many shared experts": V2 | {"n_shared_experts": 4, "first_k_dense_replace": 0},
+    "V2, attention bias": V2 | {"attention_bias": True},
+    "V2, tied embeddings": V2 | {"tie_word_embeddings": True},
+    "V2, yarn": GROUPED_V2 | {"rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}},
+    "Qwen3-MoE, in small": QWEN,
+    "Qwen3-MoE, weights not normalised": QWEN | {"norm_topk_prob": False},
+    "Qwen3-MoE, one key head": QWEN | {"num_key_value_heads": 1},
+    "Qwen3-MoE, as many key heads": QWEN | {"num_key_value_heads": 4},
+    "Qwen3-MoE, dense layers between": QWEN | {"decoder_sparse_step": 2, "mlp_only_layers": [1]},
+    "Qwen3-MoE, attention bias": QWEN | {"attention_bias": True},
+    "Qwen3-MoE, tied embeddings": QWEN | {"tie_word_embeddings": True},
+    "Qwen3-MoE, yarn": QWEN | {"rope_parameters": YARN},
+    "Qwen3-MoE, odd sizes": QWEN | {"hidden_size": 52, "head_dim": 10, "moe_intermediate_size": 7},
 }
 
 
@@ -50,7 +70,7 @@ def pair(request, tmp_path_factory):
     directory = write_checkpoint(
         tmp_path_factory.mktemp("model"), seed=7, eos_token_id=None, **CONFIGURATIONS[request.param]
     )
-    reference = DeepseekV3ForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+    reference = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
     reference.set_experts_implementation("eager")  # its faster ways refuse odd sizes
     return moe_worker.Engine(directory, threads=1), reference
 
@@ -93,7 +113,7 @@ def test_a_sharded_checkpoint_is_the_same_model(tmp_path):
 
 def test_bfloat16_weights_in_float32_are_exact(tmp_path):
     directory = write_checkpoint(tmp_path, dtype="bfloat16")
-    reference = DeepseekV3ForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     ids = prompt(50)
     with torch.no_grad():
         expected = reference(ids).logits[0]

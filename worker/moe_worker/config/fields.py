@@ -27,11 +27,11 @@ class Fields:
         found = "is missing" if value is None else f"is {value!r}"
         return ConfigError(f"{self.source}: {name} {found}; it must be {allowed}")
 
-    def integer(self, name: str, default: int | None = None, least: int = 1) -> int:
-        """An integer from `least` to LARGEST_SIZE."""
+    def integer(self, name: str, default: int | None = None, least: int = 1, most: int = LARGEST_SIZE) -> int:
+        """An integer from `least` to `most`."""
         value = self._or_default(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST_SIZE:
-            raise self.fail(name, f"an integer from {least} to {LARGEST_SIZE}")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise self.fail(name, f"an integer from {least} to {most}")
         return value
 
     def optional_integer(self, name: str, least: int = 1) -> int | None:

@@ -38,7 +38,7 @@ def load(directory: Path, options: EngineOptions, progress: bool) -> LoadedModel
     tokenizer = Tokenizer.load(directory, config)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
-    shape = CacheShape(config.num_hidden_layers, config.latent_width, options.page_size, dtype)
+    shape = CacheShape(config.num_hidden_layers, config.attention.cache_width, options.page_size, dtype)
     pages = shape.pages_that_fit(context, options.kv_memory, options.max_batch_size)
     torch.set_num_threads(options.threads or suggested_threads(config, dtype))
     with torch.inference_mode():

@@ -1,32 +1,21 @@
-"""Builds the model from tensors named as in a Hugging Face checkpoint of DeepSeek-V3.
+"""Builds a model from tensors named as in Hugging Face checkpoints of its family.
 
-Legend: D hidden, H heads, N query elements without and P with rotary position, R latent rank, V value
-elements of a head, Q query rank, I intermediate of one expert.
+Legend: D hidden, H heads, O outputs, I inputs, E routed experts, S shared experts, A all experts.
 """
-
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from moe_worker.config.attention import LatentConfig
 from moe_worker.config.model import ModelConfig
 from moe_worker.kernels.linear import DenseLinear
+from moe_worker.models.attention import Attention
+from moe_worker.models.attention_build import grouped_attention, latent_attention
 from moe_worker.models.deepseek import DeepseekModel, DenseBlock, Layer, MoeBlock
-from moe_worker.models.mla import LatentAttention, QueryExpansion
-from moe_worker.models.rope import attention_scale, rotation_table
+from moe_worker.models.rope import rotation_table
+from moe_worker.models.source import TensorSource
 from moe_worker.moe.experts import Experts
 from moe_worker.moe.router import Router
-
-
-class TensorSource(Protocol):
-    """Gives tensors by name, on one device and in one dtype."""
-
-    device: torch.device
-    dtype: torch.dtype
-
-    def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Tensor `name`, which must have `shape`, in `dtype` (None: the source's own)."""
-        ...
 
 
 def build_model(config: ModelConfig, source: TensorSource, context: int) -> DeepseekModel:
@@ -41,13 +30,13 @@ def build_model(config: ModelConfig, source: TensorSource, context: int) -> Deep
         head=DenseLinear(
             embedding_VD if config.tie_word_embeddings else source.take("lm_head.weight", vocabulary, d)
         ),
-        rotations_CP=rotation_table(config, context, source.device),
+        rotations_CP=rotation_table(config.attention.rope, context, source.device),
     )
 
 
 def _layer(config: ModelConfig, source: TensorSource, index: int) -> Layer:
     prefix, d = f"model.layers.{index}", config.hidden_size
-    block = _dense if index < config.num_dense_layers else _moe
+    block = _dense if index in config.dense_layers else _moe
     return Layer(
         attention_norm_D=source.take(f"{prefix}.input_layernorm.weight", d),
         attention=_attention(config, source, f"{prefix}.self_attn"),
@@ -56,62 +45,10 @@ def _layer(config: ModelConfig, source: TensorSource, index: int) -> Layer:
     )
 
 
-def _attention(config: ModelConfig, source: TensorSource, prefix: str) -> LatentAttention:
-    d, heads, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
-    plain, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-    query_rank, queries = config.q_lora_rank, heads * config.qk_head_dim
-    if query_rank is None:
-        first_OD = _interleave(config, source.take(f"{prefix}.q_proj.weight", queries, d), config.qk_head_dim)
-        expansion = None
-    else:
-        first_OD = source.take(f"{prefix}.q_a_proj.weight", query_rank, d)
-        norm_Q = source.take(f"{prefix}.q_a_layernorm.weight", query_rank)
-        expand = source.take(f"{prefix}.q_b_proj.weight", queries, query_rank)
-        expansion = QueryExpansion(norm_Q, DenseLinear(_interleave(config, expand, config.qk_head_dim)))
-    latent_WD = source.take(f"{prefix}.kv_a_proj_with_mqa.weight", config.latent_width, d)
-    expand_HOR = source.take(f"{prefix}.kv_b_proj.weight", heads * (plain + value), rank).view(
-        heads, -1, rank
-    )
-    return LatentAttention(
-        input=DenseLinear(
-            torch.cat((first_OD, _interleave(config, latent_WD, config.latent_width))),
-            _input_bias(config, source, prefix) if config.attention_bias else None,
-        ),
-        query=expansion,
-        latent_norm_R=source.take(f"{prefix}.kv_a_layernorm.weight", rank),
-        key_HNR=expand_HOR[:, :plain].contiguous(),
-        value_HRV=expand_HOR[:, plain:].transpose(1, 2).contiguous(),
-        output=DenseLinear(
-            source.take(f"{prefix}.o_proj.weight", d, heads * value),
-            source.take(f"{prefix}.o_proj.bias", d) if config.attention_bias else None,
-        ),
-        rope_width=rope,
-        scale=attention_scale(config),
-    )
-
-
-def _input_bias(config: ModelConfig, source: TensorSource, prefix: str) -> Tensor:
-    """Only the low-rank query projection has a bias; a full one is given zeros."""
-    latent_W = _interleave(
-        config, source.take(f"{prefix}.kv_a_proj_with_mqa.bias", config.latent_width), config.latent_width
-    )
-    if config.q_lora_rank is None:
-        queries = config.num_attention_heads * config.qk_head_dim
-        return torch.cat((latent_W.new_zeros(queries), latent_W))
-    return torch.cat((source.take(f"{prefix}.q_a_proj.bias", config.q_lora_rank), latent_W))
-
-
-def _interleave(config: ModelConfig, weight: Tensor, width: int) -> Tensor:
-    """Puts the rotary rows (the last P of every `width`) into pairs, as `rotate` wants them.
-
-    Checkpoints with rope_interleave false pair element i with i + P / 2 instead of its neighbour.
-    """
-    if config.rope_interleave:
-        return weight
-    rope = config.qk_rope_head_dim
-    order = torch.arange(width, device=weight.device)
-    order[-rope:] = order[-rope:].view(2, -1).t().flatten()
-    return weight.view(-1, width, *weight.shape[1:]).index_select(1, order).flatten(0, 1)
+def _attention(config: ModelConfig, source: TensorSource, prefix: str) -> Attention:
+    if isinstance(config.attention, LatentConfig):
+        return latent_attention(config.attention, config.hidden_size, source, prefix)
+    return grouped_attention(config.attention, config.hidden_size, config.rms_norm_eps, source, prefix)
 
 
 def _dense(config: ModelConfig, source: TensorSource, prefix: str) -> DenseBlock:
@@ -125,36 +62,37 @@ def _dense(config: ModelConfig, source: TensorSource, prefix: str) -> DenseBlock
 
 
 def _moe(config: ModelConfig, source: TensorSource, prefix: str) -> MoeBlock:
-    experts, d = config.n_routed_experts, config.hidden_size
-    router = Router(
-        weight_ED=source.take(f"{prefix}.gate.weight", experts, d, dtype=torch.float32),
-        bias_E=source.take(f"{prefix}.gate.e_score_correction_bias", experts, dtype=torch.float32),
-        groups=config.n_group,
-        kept_groups=config.topk_group,
-        top_k=config.num_experts_per_tok,
-        normalise=config.norm_topk_prob,
-        scale=config.routed_scaling_factor,
-    )
-    return MoeBlock(router, _experts(config, source, prefix))
+    experts, d = config.moe.routed, config.hidden_size
+    bias_E = None
+    if config.moe.has_bias:
+        bias_E = source.take(f"{prefix}.gate.e_score_correction_bias", experts, dtype=torch.float32)
+    weight_ED = source.take(f"{prefix}.gate.weight", experts, d, dtype=torch.float32)
+    return MoeBlock(Router(weight_ED, bias_E, config.moe), _experts(config, source, prefix))
 
 
 def _experts(config: ModelConfig, source: TensorSource, prefix: str) -> Experts:
-    d, width, shared = config.hidden_size, config.moe_intermediate_size, config.n_shared_experts
-    every = config.n_routed_experts + shared
+    d, width = config.hidden_size, config.moe.intermediate
+    every = config.moe.routed + config.moe.shared
     gate_up_AFD = torch.empty(every, 2 * width, d, dtype=source.dtype, device=source.device)
     down_ADI = torch.empty(every, d, width, dtype=source.dtype, device=source.device)
-    for expert in range(config.n_routed_experts):
+    for expert in range(config.moe.routed):
         name = f"{prefix}.experts.{expert}"
         gate_up_AFD[expert, :width] = source.take(f"{name}.gate_proj.weight", width, d)
         gate_up_AFD[expert, width:] = source.take(f"{name}.up_proj.weight", width, d)
         down_ADI[expert] = source.take(f"{name}.down_proj.weight", d, width)
-    name = f"{prefix}.shared_experts"
-    gate_up_AFD[-shared:, :width] = source.take(f"{name}.gate_proj.weight", shared * width, d).view(
-        shared, width, d
-    )
-    gate_up_AFD[-shared:, width:] = source.take(f"{name}.up_proj.weight", shared * width, d).view(
-        shared, width, d
-    )
-    down_DSI = source.take(f"{name}.down_proj.weight", d, shared * width).view(d, shared, width)
-    down_ADI[-shared:] = down_DSI.transpose(0, 1)
-    return Experts(gate_up_AFD, down_ADI, shared)
+    if config.moe.shared:
+        _fill_shared(config, source, f"{prefix}.shared_experts", gate_up_AFD, down_ADI)
+    return Experts(gate_up_AFD, down_ADI, config.moe.shared)
+
+
+def _fill_shared(
+    config: ModelConfig, source: TensorSource, name: str, gate_up_AFD: Tensor, down_ADI: Tensor
+) -> None:
+    """The checkpoint holds the shared experts as one wide block: experts that add up."""
+    d, width, shared = config.hidden_size, config.moe.intermediate, config.moe.shared
+    gate_OD = source.take(f"{name}.gate_proj.weight", shared * width, d)
+    up_OD = source.take(f"{name}.up_proj.weight", shared * width, d)
+    down_DO = source.take(f"{name}.down_proj.weight", d, shared * width)
+    gate_up_AFD[-shared:, :width] = gate_OD.view(shared, width, d)
+    gate_up_AFD[-shared:, width:] = up_OD.view(shared, width, d)
+    down_ADI[-shared:] = down_DO.view(d, shared, width).transpose(0, 1)

@@ -16,6 +16,7 @@ from moe_worker.kernels.reference import rms_norm, swiglu
 from moe_worker.kvcache.paged import PagedCache
 from moe_worker.models.attention import Attention
 from moe_worker.models.batch import Batch
+from moe_worker.moe.counting import ExpertCounter
 from moe_worker.moe.experts import Experts
 from moe_worker.moe.router import Router
 
@@ -74,6 +75,14 @@ class DeepseekModel:
     def dtype(self) -> torch.dtype:
         """What the weights are stored and multiplied in."""
         return self.embedding_VD.dtype
+
+    def expert_counter(self) -> ExpertCounter:
+        """Counts the experts that the passes from now on use; it wants to be told after each."""
+        blocks = [(index, layer.block) for index, layer in enumerate(self.layers)]
+        routers = {index: block.router for index, block in blocks if isinstance(block, MoeBlock)}
+        choices = [router.choice for router in routers.values()]
+        experts = max((router.weight_ED.shape[0] for router in routers.values()), default=0)
+        return ExpertCounter(list(routers), choices, experts)
 
     def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
         """Runs a pass, writing the cache; hidden states [T, D]."""

@@ -8,10 +8,10 @@ import math
 import torch
 from torch import Tensor
 
-from moe_worker.config.model import ModelConfig, YarnConfig
+from moe_worker.config.attention import RopeConfig, YarnConfig
 
 
-def rotation_table(config: ModelConfig, positions: int, device: torch.device) -> Tensor:
+def rotation_table(config: RopeConfig, positions: int, device: torch.device) -> Tensor:
     """Unit rotations (times YaRN's magnitude), complex64 of shape [C, P / 2], for positions 0 to C - 1."""
     frequencies, magnitude = _frequencies(config)
     angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies)
@@ -26,9 +26,11 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
     return torch.view_as_real(pairs.mul_(rotations)).flatten(-2).to(x.dtype)
 
 
-def attention_scale(config: ModelConfig) -> float:
-    """What scores are multiplied by: 1 / sqrt(head size), times DeepSeek's YaRN magnitude squared."""
-    scale = 1 / math.sqrt(config.qk_head_dim)
+def attention_scale(config: RopeConfig, head: int) -> float:
+    """What scores of heads of `head` elements are multiplied by: 1 / sqrt(head), times DeepSeek's YaRN
+    magnitude squared.
+    """
+    scale = 1 / math.sqrt(head)
     if config.yarn is None or config.yarn.mscale_all_dim is None:
         return scale
     return scale * _magnitude(config.yarn.factor, config.yarn.mscale_all_dim) ** 2
@@ -38,12 +40,12 @@ def _magnitude(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _frequencies(config: ModelConfig) -> tuple[Tensor, float]:
-    exponents = torch.arange(0, config.qk_rope_head_dim, 2, dtype=torch.float32) / config.qk_rope_head_dim
-    base = 1.0 / config.rope_theta**exponents
+def _frequencies(config: RopeConfig) -> tuple[Tensor, float]:
+    exponents = torch.arange(0, config.width, 2, dtype=torch.float32) / config.width
+    base = 1.0 / config.theta**exponents
     if config.yarn is None:
         return base, 1.0
-    keep = _kept_share(config.yarn, config.rope_theta, config.qk_rope_head_dim)
+    keep = _kept_share(config.yarn, config.theta, config.width)
     return base * keep + base / config.yarn.factor * (1 - keep), _table_magnitude(config.yarn)
 
 

@@ -11,17 +11,21 @@ from typing import Any
 
 import grpc
 from opentelemetry import trace
+from opentelemetry.metrics import Meter
 
 from moe_api import rich_status, spans
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
 from moe_api.rich_status import FieldViolation
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
-from moe_worker.config.model import ARCHITECTURE, ModelConfig
+from moe_worker.config.model import ModelConfig
 from moe_worker.engine.requests import FinishReason, Load
+from moe_worker.engine.statistics import Statistics
 from moe_worker.errors import EngineDiedError, QueueFullError
 from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.service.engine_client import EngineClient
-from moe_worker.service.streams import Chunk
+from moe_worker.service.load_messages import expert_message, load_message
+from moe_worker.service.request_metrics import RequestMetrics
+from moe_worker.service.streams import Chunk, Stream
 from moe_worker.service.tracing import describe_request, record_outcome
 from moe_worker.service.validation import Checked, Limits, check_generate
 
@@ -64,9 +68,10 @@ class Served:
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     """moe_api.inference.v1.InferenceService; takes requests while its phase is SERVING."""
 
-    def __init__(self, tracer: trace.Tracer) -> None:
+    def __init__(self, tracer: trace.Tracer, meter: Meter) -> None:
         self.phase = Phase.LOADING
         self.served: Served | None = None
+        self.metrics = RequestMetrics(meter)
         self._tracer = tracer
 
     async def Generate(  # noqa: N802
@@ -97,7 +102,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         served = await self._available(request.model, context)
         return inference_pb2.Model(
             name=served.name,
-            architecture=ARCHITECTURE,
+            architecture=served.config.architecture,
             parameters_total=served.config.parameters_total,
             parameters_active=served.config.parameters_active,
             format=served.engine.format,
@@ -121,9 +126,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, served: Served, checked: Checked, span: trace.Span, context: Context
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         seed = secrets.randbits(64) if checked.sampling.seed is None else checked.sampling.seed
+        self.metrics.receive()
         try:
             number, stream = served.engine.submit(checked.prompt, checked.sampling, seed, _deadline(context))
         except QueueFullError as error:
+            self.metrics.refuse(served.name)
             code = grpc.StatusCode.RESOURCE_EXHAUSTED
             await rich_status.abort(context, rich_status.retry_later(code, str(error), error.retry_after_s))
         try:
@@ -142,7 +149,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         finally:
             # Also when the client has gone: the engine frees the slot before its next step.
             served.engine.close(number)
-            record_outcome(self._tracer, span, served.name, stream.timeline, time.time_ns())
+            now_ns = time.time_ns()
+            record_outcome(self._tracer, span, served.name, stream.timeline, now_ns)
+            failure = _failure(stream, context)
+            self.metrics.end(served.name, len(checked.prompt), stream.timeline, failure, now_ns)
 
 
 class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
@@ -153,14 +163,27 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
 
     async def GetLoad(self, request: worker_pb2.GetLoadRequest, context: Context) -> worker_pb2.Load:  # noqa: N802, ARG002
         """Says how busy this worker is."""
-        served = self._inference.served
-        load = Load() if served is None else served.engine.current_load
-        return worker_pb2.Load(
-            queued=load.queued,
-            running=load.running,
-            kv_tokens_capacity=load.kv_tokens_capacity,
-            kv_tokens_used=load.kv_tokens_used,
-        )
+        served, requests = self._inference.served, self._inference.metrics
+        if served is None:
+            return load_message(Load(), Statistics(), 0.0, requests)
+        engine = served.engine
+        return load_message(engine.current_load, engine.statistics, engine.step_s, requests)
+
+    async def GetExpertLoad(  # noqa: N802
+        self,
+        request: worker_pb2.GetExpertLoadRequest,  # noqa: ARG002
+        context: Context,
+    ) -> worker_pb2.ExpertLoad:
+        """Says which experts tokens went to."""
+        served, code = self._inference.served, grpc.StatusCode.UNAVAILABLE
+        if served is None:
+            await rich_status.abort(
+                context, rich_status.retry_later(code, Phase.LOADING.value, RETRY_ELSEWHERE_S)
+            )
+        try:
+            return expert_message(await served.engine.expert_statistics())
+        except EngineDiedError as error:
+            await rich_status.abort(context, rich_status.retry_later(code, str(error), RETRY_ELSEWHERE_S))
 
 
 async def _check(request: inference_pb2.GenerateRequest, served: Served, context: Context) -> Checked:
@@ -173,6 +196,15 @@ async def _check(request: inference_pb2.GenerateRequest, served: Served, context
         violations = [FieldViolation(violation.field, violation.description) for violation in checked]
         await rich_status.abort(context, rich_status.invalid_argument(violations))
     return checked
+
+
+def _failure(stream: Stream, context: Context) -> str | None:
+    """The status that a request ends with; None where it has its whole text."""
+    if stream.timeline.finish_reason in FINISH_REASONS:
+        return None
+    if stream.timeline.finish_reason is FinishReason.DEADLINE:
+        return grpc.StatusCode.DEADLINE_EXCEEDED.name
+    return grpc.StatusCode.UNAVAILABLE.name if stream.failed else spans.why_cancelled(context).name
 
 
 def _deadline(context: Context) -> float | None:

@@ -16,10 +16,11 @@ def check_trainable(config: ModelConfig, settings: TrainSettings) -> None:
         SettingsError: windows are longer than the model's context.
     """
     problems = [
-        (config.yarn is not None, "rope_scaling", "null: positions are trained as they are"),
-        (config.attention_bias, "attention_bias", "false"),
-        (not config.rope_interleave, "rope_interleave", "true"),
-        (config.n_shared_experts < 1, "n_shared_experts", "1 or more"),
+        (config.architecture != "deepseek_v3", "model_type", "deepseek_v3"),
+        (config.attention.rope.yarn is not None, "rope_scaling", "null: positions are trained as they are"),
+        (config.attention.attention_bias, "attention_bias", "false"),
+        (not config.attention.rope.interleaved, "rope_interleave", "true"),
+        (config.moe.shared < 1, "n_shared_experts", "1 or more"),
         (config.bos_token_id != BOS_ID, "bos_token_id", f"{BOS_ID}"),
         (config.eos_token_ids != (EOS_ID,), "eos_token_id", f"{EOS_ID}"),
     ]

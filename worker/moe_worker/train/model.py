@@ -49,23 +49,23 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        heads, hidden = config.num_attention_heads, config.hidden_size
-        query = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
-        if config.q_lora_rank is None:
+        heads, hidden = config.latent.num_attention_heads, config.hidden_size
+        query = heads * (config.latent.qk_nope_head_dim + config.latent.qk_rope_head_dim)
+        if config.latent.q_lora_rank is None:
             self.q_proj = nn.Linear(hidden, query, bias=False)
         else:
-            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank, INNER_NORM_EPS)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, query, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim, bias=False)
-        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, INNER_NORM_EPS)
-        per_head = config.qk_nope_head_dim + config.v_head_dim
-        self.kv_b_proj = nn.Linear(config.kv_lora_rank, heads * per_head, bias=False)
-        self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=False)
+            self.q_a_proj = nn.Linear(hidden, config.latent.q_lora_rank, bias=False)
+            self.q_a_layernorm = RMSNorm(config.latent.q_lora_rank, INNER_NORM_EPS)
+            self.q_b_proj = nn.Linear(config.latent.q_lora_rank, query, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, config.latent.cache_width, bias=False)
+        self.kv_a_layernorm = RMSNorm(config.latent.kv_lora_rank, INNER_NORM_EPS)
+        per_head = config.latent.qk_nope_head_dim + config.latent.v_head_dim
+        self.kv_b_proj = nn.Linear(config.latent.kv_lora_rank, heads * per_head, bias=False)
+        self.o_proj = nn.Linear(heads * config.latent.v_head_dim, hidden, bias=False)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Lets each token look at itself and those before it."""
-        c = self.config
+        c = self.config.latent
         nope, rope, heads = c.qk_nope_head_dim, c.qk_rope_head_dim, c.num_attention_heads
         q_BHTQ = torch.unflatten(self._query(x_BTD), -1, (heads, -1)).transpose(1, 2)
         q_nope, q_rope = torch.split(q_BHTQ, [nope, rope], -1)
@@ -73,9 +73,9 @@ class Attention(nn.Module):
         kv_BTK = self.kv_b_proj(self.kv_a_layernorm(latent_BTL))
         kv_BHTK = torch.unflatten(kv_BTK, -1, (heads, -1)).transpose(1, 2)
         k_nope, v_BHTW = torch.split(kv_BHTK, [nope, c.v_head_dim], -1)
-        k_rope = rotate(k_rope.unsqueeze(1), c.rope_theta).expand(-1, heads, -1, -1)
+        k_rope = rotate(k_rope.unsqueeze(1), c.rope.theta).expand(-1, heads, -1, -1)
         out_BHTW = F.scaled_dot_product_attention(
-            torch.cat((q_nope, rotate(q_rope, c.rope_theta)), -1),
+            torch.cat((q_nope, rotate(q_rope, c.rope.theta)), -1),
             torch.cat((k_nope, k_rope), -1),
             v_BHTW,
             is_causal=True,
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         return out
 
     def _query(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        if self.config.q_lora_rank is None:
+        if self.config.latent.q_lora_rank is None:
             query: torch.Tensor = self.q_proj(x_BTD)
         else:
             query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
@@ -115,12 +115,12 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        experts, inner, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+        experts, inner, hidden = config.moe.routed, config.moe.intermediate, config.hidden_size
         self.router_ED = nn.Parameter(torch.empty(experts, hidden))
         self.gate_EFD = nn.Parameter(torch.empty(experts, inner, hidden))
         self.up_EFD = nn.Parameter(torch.empty(experts, inner, hidden))
         self.down_EDF = nn.Parameter(torch.empty(experts, hidden, inner))
-        self.shared = FeedForward(hidden, inner * config.n_shared_experts)
+        self.shared = FeedForward(hidden, inner * config.moe.shared)
         self.register_buffer("bias_E", torch.zeros(experts))
         self.register_buffer("load_E", torch.zeros(experts), persistent=False)
 
@@ -131,7 +131,7 @@ class MixtureOfExperts(nn.Module):
             self.load_E.add_((weight_BTE > 0).sum((0, 1)))
         gate = F.linear(x_BTD, self.gate_EFD.flatten(0, 1).to(x_BTD.dtype))
         up = F.linear(x_BTD, self.up_EFD.flatten(0, 1).to(x_BTD.dtype))
-        inner = torch.unflatten(F.silu(gate) * up, -1, (self.config.n_routed_experts, -1))
+        inner = torch.unflatten(F.silu(gate) * up, -1, (self.config.moe.routed, -1))
         weighted = (inner * weight_BTE.to(x_BTD.dtype).unsqueeze(-1)).flatten(-2)
         down = self.down_EDF.transpose(0, 1).flatten(1).to(x_BTD.dtype)
         shared: torch.Tensor = self.shared(x_BTD)
@@ -143,19 +143,19 @@ class MixtureOfExperts(nn.Module):
         Sigmoid scores; the balancing bias takes part in the choice alone; the best `topk_group` groups
         by the sum of their two best experts, then the best experts within (arXiv 2412.19437, 2.1.2).
         """
-        c = self.config
+        c = self.config.moe
         with torch.autocast(x_BTD.device.type, enabled=False):
             scores_BTE = F.linear(x_BTD.float(), self.router_ED.float()).sigmoid()
         choice_BTE = scores_BTE.detach() + self.bias_E
-        by_group = torch.unflatten(choice_BTE, -1, (c.n_group, -1))
-        best_groups = by_group.topk(2, -1).values.sum(-1).topk(c.topk_group, -1).indices
+        by_group = torch.unflatten(choice_BTE, -1, (c.groups, -1))
+        best_groups = by_group.topk(2, -1).values.sum(-1).topk(c.kept_groups, -1).indices
         allowed = torch.zeros_like(by_group[..., 0], dtype=torch.bool).scatter(-1, best_groups, value=True)
         candidates = by_group.masked_fill(~allowed.unsqueeze(-1), float("-inf")).flatten(-2)
-        chosen_BTK = candidates.topk(c.num_experts_per_tok, -1).indices
+        chosen_BTK = candidates.topk(c.top_k, -1).indices
         picked = scores_BTE.gather(-1, chosen_BTK)
-        if c.norm_topk_prob:
+        if c.normalise:
             picked = picked / (picked.sum(-1, keepdim=True) + 1e-20)
-        return torch.zeros_like(scores_BTE).scatter(-1, chosen_BTK, picked * c.routed_scaling_factor)
+        return torch.zeros_like(scores_BTE).scatter(-1, chosen_BTK, picked * c.scale)
 
 
 class Layer(nn.Module):
@@ -166,7 +166,7 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        dense = index < config.first_k_dense_replace
+        dense = index in config.dense_layers
         self.mlp: FeedForward | MixtureOfExperts = (
             FeedForward(config.hidden_size, config.intermediate_size) if dense else MixtureOfExperts(config)
         )
@@ -229,7 +229,7 @@ def checkpoint_tensors(model: TrainingModel) -> dict[str, torch.Tensor]:
     """Returns the weights under the names that Hugging Face's DeepSeek-V3 checkpoints use."""
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in _untied(model).items():
-        names = _checkpoint_names(name, model.config.n_routed_experts)
+        names = _checkpoint_names(name, model.config.moe.routed)
         tensors |= zip(names, tensor if len(names) > 1 else [tensor], strict=True)
     return tensors
 
@@ -241,7 +241,7 @@ def load_checkpoint_tensors(model: TrainingModel, tensors: dict[str, torch.Tenso
         CheckpointError: a tensor is missing or has another shape.
     """
     for name, tensor in _untied(model).items():
-        names = _checkpoint_names(name, model.config.n_routed_experts)
+        names = _checkpoint_names(name, model.config.moe.routed)
         missing = [name for name in names if name not in tensors]
         if missing:
             raise CheckpointError(f"the checkpoint to start from has no {missing[0]}; it is of another shape")

@@ -1,0 +1,109 @@
+"""What config.json says of experts and of how tokens choose among them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from moe_worker.config.fields import Fields
+
+
+class Scoring(Enum):
+    """What makes scores of the router's logits."""
+
+    SIGMOID = "sigmoid"
+    SOFTMAX = "softmax"
+
+
+class Method(Enum):
+    """How experts are chosen by their scores."""
+
+    GREEDY = "greedy"  # the best of all
+    GROUP_BEST = "group_limited_greedy"  # the best of the groups whose best expert is best (arXiv:2405.04434)
+    GROUP_PAIR = "noaux_tc"  # as above, by a group's two best, with a bias (arXiv:2412.19437)
+
+
+@dataclass(frozen=True)
+class MoeConfig:
+    """Experts of a layer, each of `intermediate` elements, and the choice of `top_k` among `routed`.
+
+    normalise: whether the chosen scores are divided by their sum; `scale` multiplies them afterwards.
+    """
+
+    routed: int
+    shared: int
+    intermediate: int
+    top_k: int
+    scoring: Scoring
+    method: Method
+    groups: int
+    kept_groups: int
+    normalise: bool
+    scale: float
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the checkpoint holds a bias that moves the choice."""
+        return self.method is Method.GROUP_PAIR
+
+
+_DEEPSEEK: Mapping[str, tuple[Scoring, tuple[str, ...], Method]] = {
+    "deepseek_v3": (Scoring.SIGMOID, ("noaux_tc",), Method.GROUP_PAIR),
+    "deepseek_v2": (Scoring.SOFTMAX, ("greedy", "group_limited_greedy"), Method.GREEDY),
+}
+
+
+def parse_deepseek_moe(fields: Fields, architecture: str) -> MoeConfig:
+    """Experts of DeepSeek-V2 and V3. Raises ConfigError."""
+    scoring, methods, method = _DEEPSEEK[architecture]
+    fields.choice("scoring_func", (scoring.value,), default=scoring.value)
+    chosen = Method(fields.choice("topk_method", methods, default=method.value))
+    normalise = fields.boolean("norm_topk_prob", default=False)
+    if normalise and architecture == "deepseek_v2":
+        raise fields.fail("norm_topk_prob", "false: published DeepSeek-V2 models do not normalise")
+    config = MoeConfig(
+        routed=fields.integer("n_routed_experts"),
+        shared=fields.integer("n_shared_experts", default=0, least=0),
+        intermediate=fields.integer("moe_intermediate_size"),
+        top_k=fields.integer("num_experts_per_tok"),
+        scoring=scoring,
+        method=chosen,
+        groups=fields.integer("n_group", default=1),
+        kept_groups=fields.integer("topk_group", default=1),
+        normalise=normalise,
+        scale=fields.positive("routed_scaling_factor", default=1.0),
+    )
+    _check_groups(fields, config)
+    return config
+
+
+def parse_qwen_moe(fields: Fields) -> MoeConfig:
+    """Experts of Qwen3-MoE. Raises ConfigError."""
+    name = "num_experts" if fields.values.get("num_experts") is not None else "num_local_experts"
+    routed, top_k = fields.integer(name), fields.integer("num_experts_per_tok")
+    if top_k > routed:
+        raise fields.fail("num_experts_per_tok", f"at most {name} ({routed})")
+    return MoeConfig(
+        routed=routed,
+        shared=0,
+        intermediate=fields.integer("moe_intermediate_size"),
+        top_k=top_k,
+        scoring=Scoring.SOFTMAX,
+        method=Method.GREEDY,
+        groups=1,
+        kept_groups=1,
+        normalise=fields.boolean("norm_topk_prob", default=False),
+        scale=1.0,
+    )
+
+
+def _check_groups(fields: Fields, config: MoeConfig) -> None:
+    per_group, rest = divmod(config.routed, config.groups)
+    if rest:
+        raise fields.fail("n_group", f"a divisor of n_routed_experts ({config.routed})")
+    if config.method is Method.GROUP_PAIR and per_group < 2:
+        raise fields.fail("n_group", f"at most {config.routed // 2}: a group scores by its two best experts")
+    if config.kept_groups > config.groups:
+        raise fields.fail("topk_group", f"at most n_group ({config.groups})")
+    most = config.routed if config.method is Method.GREEDY else config.kept_groups * per_group
+    if config.top_k > most:
+        raise fields.fail("num_experts_per_tok", f"at most {most}, the experts that can be chosen")

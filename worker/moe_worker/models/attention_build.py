@@ -1,0 +1,107 @@
+"""Builds the two kinds of attention from tensors named as in Hugging Face checkpoints.
+
+Legend: D hidden, H heads, O outputs, Q query rank, N query elements without and P with rotary position, R
+latent rank, W latent and rotary key elements, V value elements of a head, K elements of a head.
+"""
+
+import torch
+from torch import Tensor
+
+from moe_worker.config.attention import GroupedConfig, LatentConfig, RopeConfig
+from moe_worker.kernels.linear import DenseLinear
+from moe_worker.models.gqa import GroupedQueryAttention
+from moe_worker.models.mla import LatentAttention, QueryExpansion
+from moe_worker.models.rope import attention_scale
+from moe_worker.models.source import TensorSource
+
+
+def latent_attention(config: LatentConfig, d: int, source: TensorSource, prefix: str) -> LatentAttention:
+    """DeepSeek's attention over `d` hidden elements."""
+    heads, rank, plain = config.num_attention_heads, config.kv_lora_rank, config.qk_nope_head_dim
+    first_OD, expansion = _query(config, d, source, prefix)
+    latent_WD = source.take(f"{prefix}.kv_a_proj_with_mqa.weight", config.cache_width, d)
+    expand_OR = source.take(f"{prefix}.kv_b_proj.weight", heads * (plain + config.v_head_dim), rank)
+    expand_HOR = expand_OR.view(heads, -1, rank)
+    return LatentAttention(
+        input=DenseLinear(
+            torch.cat((first_OD, interleaved(config.rope, latent_WD, config.cache_width))),
+            _input_bias(config, source, prefix) if config.attention_bias else None,
+        ),
+        query=expansion,
+        latent_norm_R=source.take(f"{prefix}.kv_a_layernorm.weight", rank),
+        key_HNR=expand_HOR[:, :plain].contiguous(),
+        value_HRV=expand_HOR[:, plain:].transpose(1, 2).contiguous(),
+        output=_output(d, heads * config.v_head_dim, config.attention_bias, source, prefix),
+        rope_width=config.qk_rope_head_dim,
+        scale=attention_scale(config.rope, config.qk_head_dim),
+    )
+
+
+def _query(
+    config: LatentConfig, d: int, source: TensorSource, prefix: str
+) -> tuple[Tensor, QueryExpansion | None]:
+    """The part of the query projection that reads hidden states, and the part behind it if there are two."""
+    rank, queries = config.q_lora_rank, config.num_attention_heads * config.qk_head_dim
+    if rank is None:
+        whole_OD = source.take(f"{prefix}.q_proj.weight", queries, d)
+        return interleaved(config.rope, whole_OD, config.qk_head_dim), None
+    first_QD = source.take(f"{prefix}.q_a_proj.weight", rank, d)
+    norm_Q = source.take(f"{prefix}.q_a_layernorm.weight", rank)
+    expand_OQ = source.take(f"{prefix}.q_b_proj.weight", queries, rank)
+    return first_QD, QueryExpansion(
+        norm_Q, DenseLinear(interleaved(config.rope, expand_OQ, config.qk_head_dim))
+    )
+
+
+def _input_bias(config: LatentConfig, source: TensorSource, prefix: str) -> Tensor:
+    """Only the low-rank query projection has a bias; a full one is given zeros."""
+    bias_W = source.take(f"{prefix}.kv_a_proj_with_mqa.bias", config.cache_width)
+    latent_W = interleaved(config.rope, bias_W, config.cache_width)
+    if config.q_lora_rank is None:
+        return torch.cat((latent_W.new_zeros(config.num_attention_heads * config.qk_head_dim), latent_W))
+    return torch.cat((source.take(f"{prefix}.q_a_proj.bias", config.q_lora_rank), latent_W))
+
+
+def grouped_attention(
+    config: GroupedConfig, d: int, eps: float, source: TensorSource, prefix: str
+) -> GroupedQueryAttention:
+    """Qwen3's attention over `d` hidden elements."""
+    width, heads, keys = config.head_dim, config.num_attention_heads, config.num_key_value_heads
+
+    def rows(name: str, count: int, *columns: int) -> Tensor:
+        taken = source.take(f"{prefix}.{name}", count * width, *columns)
+        return taken if name.startswith("v_") else interleaved(config.rope, taken, width)
+
+    counts = {"q_proj": heads, "k_proj": keys, "v_proj": keys}
+    weight_OD = torch.cat([rows(f"{name}.weight", count, d) for name, count in counts.items()])
+    bias_O = None
+    if config.attention_bias:
+        bias_O = torch.cat([rows(f"{name}.bias", count) for name, count in counts.items()])
+    return GroupedQueryAttention(
+        input=DenseLinear(weight_OD, bias_O),
+        query_norm_K=rows("q_norm.weight", 1),
+        key_norm_K=rows("k_norm.weight", 1),
+        output=_output(d, heads * width, config.attention_bias, source, prefix),
+        key_heads=keys,
+        norm_eps=eps,
+        scale=attention_scale(config.rope, width),
+    )
+
+
+def _output(d: int, inputs: int, has_bias: bool, source: TensorSource, prefix: str) -> DenseLinear:
+    return DenseLinear(
+        source.take(f"{prefix}.o_proj.weight", d, inputs),
+        source.take(f"{prefix}.o_proj.bias", d) if has_bias else None,
+    )
+
+
+def interleaved(rope: RopeConfig, weight: Tensor, width: int) -> Tensor:
+    """Puts the rotary rows (the last ones of every `width`) into pairs, as `rotate` wants them.
+
+    Checkpoints that are not interleaved pair element i with i + P / 2 instead of its neighbour.
+    """
+    if rope.interleaved:
+        return weight
+    order = torch.arange(width, device=weight.device)
+    order[-rope.width :] = order[-rope.width :].view(2, -1).t().flatten()
+    return weight.view(-1, width, *weight.shape[1:]).index_select(1, order).flatten(0, 1)

@@ -1,0 +1,85 @@
+"""Counts which experts the tokens went to, at next to no cost.
+
+Routers leave their last choice in a `Choice`; the counter keeps a reference to each and adds up many
+steps at once, with a handful of small operations and no host synchronisation. On two cores a decode step of
+one token over 7 layers pays some microseconds for it.
+
+Legend: L layers with experts, E experts of a layer, T tokens of a pass, K experts of a token, S passes kept.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Passes of the same size that are kept until they are added up together, and entries kept at most.
+KEPT_PASSES = 32
+KEPT_ENTRIES = 1 << 18
+
+
+@dataclass
+class Choice:
+    """Where a router leaves what it chose last: int64 [T, K]; None before its first pass."""
+
+    experts_TK: Tensor | None = None
+
+
+class ExpertCounter:
+    """Adds up the choices of one model's routers.
+
+    layers: numbers of the layers with experts. choices: their routers', in the same order. experts: of a
+    layer. keep: passes that are kept until they are added up; 1 where the next pass writes its choices into
+    the same memory.
+    """
+
+    def __init__(
+        self, layers: Sequence[int], choices: Sequence[Choice], experts: int, keep: int = KEPT_PASSES
+    ) -> None:
+        self._layers = tuple(layers)
+        self._choices = tuple(choices)
+        self._experts = experts
+        self._keep = keep
+        self._kept: list[Tensor] = []
+        self._counts_LE: Tensor | None = None
+        self._active_L: Tensor | None = None
+        self._passes = 0
+
+    def count(self, tokens: int) -> None:
+        """Takes in the pass that ran last, of which the first `tokens` rows count (others are padding)."""
+        chosen = [choice.experts_TK for choice in self._choices if choice.experts_TK is not None]
+        if not chosen:
+            return
+        if self._kept and self._kept[0].shape[0] != tokens:
+            self._add_up()
+        self._kept += chosen if chosen[0].shape[0] == tokens else [x_TK[:tokens] for x_TK in chosen]
+        self._passes += 1
+        kept = len(self._kept)
+        if kept >= self._keep * len(chosen) or kept * chosen[0].numel() >= KEPT_ENTRIES:
+            self._add_up()
+
+    def read(self) -> tuple[int, list[tuple[int, list[int], int]]]:
+        """Passes so far, and for each layer its number, the tokens of each expert, and its active experts.
+
+        A pass has an expert active if at least one token goes there. Waits for the device.
+        """
+        if self._kept:
+            self._add_up()
+        if self._counts_LE is None or self._active_L is None:
+            return 0, []
+        rows = zip(self._layers, self._counts_LE.tolist(), self._active_L.tolist(), strict=True)
+        return self._passes, list(rows)
+
+    @torch.inference_mode()
+    def _add_up(self) -> None:
+        layers, experts = len(self._choices), self._experts
+        chosen_NM = torch.stack(self._kept).flatten(1)  # N = S * L, M = T * K
+        self._kept = []
+        groups = chosen_NM.shape[0]
+        first_N1 = torch.arange(groups, device=chosen_NM.device).unsqueeze(1) * experts
+        index = (chosen_NM + first_N1).flatten()
+        counts = torch.zeros(groups * experts, dtype=torch.int64, device=index.device)
+        counts_SLE = counts.scatter_add_(0, index, torch.ones_like(index)).view(-1, layers, experts)
+        sums_LE, active_L = counts_SLE.sum(0), (counts_SLE > 0).sum((0, 2))
+        self._counts_LE = sums_LE if self._counts_LE is None else self._counts_LE + sums_LE
+        self._active_L = active_L if self._active_L is None else self._active_L + active_L
