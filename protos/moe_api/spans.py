@@ -48,7 +48,7 @@ def server_span(
         yield span
         end_rpc_span(span, context.code() or grpc.StatusCode.OK, context.details(), SERVER_ERRORS)
     except (asyncio.CancelledError, GeneratorExit):
-        end_rpc_span(span, _why_cancelled(context), "", SERVER_ERRORS)
+        end_rpc_span(span, why_cancelled(context), "", SERVER_ERRORS)
         raise
     except BaseException as error:
         code = context.code() or grpc.StatusCode.UNKNOWN
@@ -78,7 +78,7 @@ def end_rpc_span(
     span.end()
 
 
-def _why_cancelled(context: grpc.aio.ServicerContext[Any, Any]) -> grpc.StatusCode:
+def why_cancelled(context: grpc.aio.ServicerContext[Any, Any]) -> grpc.StatusCode:
     """gRPC cancels the handler of a call whose deadline passed just as one whose client went away."""
     remaining: float | None = context.time_remaining()
     late = remaining is not None and remaining <= 0

@@ -64,6 +64,11 @@ class Telemetry:
         """Whether anything is recorded and sent."""
         return bool(self._pipelines)
 
+    @property
+    def measures(self) -> bool:
+        """Whether metrics are among it."""
+        return any(isinstance(pipeline.provider, MeterProvider) for pipeline in self._pipelines)
+
     def shutdown(self) -> None:
         """Sends what is still queued, for 2 s at most in all, and stops. Calling it again does nothing."""
         pipelines, self._pipelines = self._pipelines, ()

@@ -11,7 +11,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from opentelemetry import trace
+from opentelemetry import metrics, trace
 
 import moe_worker
 from moe_api import rich_status
@@ -207,7 +207,7 @@ async def test_a_dead_engine_takes_nothing_back():
 
 async def test_a_request_whose_prompt_was_tokenized_while_draining_began_is_refused(checkpoint):
     """Nobody would compute it: the engine may be gone once those before it have ended."""
-    service = InferenceService(trace.get_tracer("test"))
+    service = InferenceService(trace.get_tracer("test"), metrics.get_meter("test"))
 
     class SlowTokenizer(Tokenizer):
         def encode(self, text, add_special_tokens=True):

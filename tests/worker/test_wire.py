@@ -5,12 +5,17 @@ from hypothesis import strategies as st
 
 from moe_worker.config import EngineOptions
 from moe_worker.engine.requests import Delta, FinishReason, Load, Request
+from moe_worker.engine.statistics import Event, EventKind, ExpertStatistics, LayerExperts, Statistics
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.service import wire
 
 NUMBERS = st.integers(0, 2**64 - 1)
 TEXTS = st.text(max_size=20)
-LOADS = st.builds(Load, NUMBERS, NUMBERS, NUMBERS, NUMBERS)
+LOADS = st.builds(Load, *[NUMBERS] * 5)
+STATISTICS = st.builds(Statistics, *[NUMBERS] * len(Statistics._fields))
+EVENTS = st.builds(Event, NUMBERS, st.sampled_from(EventKind), NUMBERS)
+LAYERS = st.builds(LayerExperts, NUMBERS, st.lists(NUMBERS, max_size=3).map(tuple), NUMBERS)
+EXPERTS = st.builds(ExpertStatistics, NUMBERS, st.lists(LAYERS, max_size=3).map(tuple))
 SAMPLING = st.builds(
     SamplingParameters,
     max_tokens=NUMBERS,
@@ -27,7 +32,18 @@ MESSAGES = st.one_of(
     st.builds(wire.Cancel, NUMBERS),
     st.builds(wire.Loaded, TEXTS, LOADS, NUMBERS),
     st.builds(wire.Failed, TEXTS, st.integers(0, 255)),
-    st.builds(wire.Stepped, NUMBERS, NUMBERS, st.lists(DELTAS, max_size=3).map(tuple), LOADS, NUMBERS),
+    st.just(wire.AskExperts()),
+    st.builds(wire.ExpertReport, EXPERTS),
+    st.builds(
+        wire.Stepped,
+        NUMBERS,
+        NUMBERS,
+        st.lists(DELTAS, max_size=3).map(tuple),
+        LOADS,
+        NUMBERS,
+        STATISTICS,
+        st.lists(EVENTS, max_size=3).map(tuple),
+    ),
 )
 
 

@@ -10,6 +10,7 @@ import torch
 from moe_worker.config.engine import EngineOptions
 from moe_worker.engine.loading import LoadedModel
 from moe_worker.engine.requests import Delta, FinishReason, Load, Request
+from moe_worker.engine.statistics import Event, ExpertStatistics, LayerExperts, Statistics, Tally
 from moe_worker.models.batch import Batch, Segment
 from moe_worker.sampling.sampler import Draw, choose
 from moe_worker.sampling.text import TextStream
@@ -27,6 +28,11 @@ class _Sequence:
     text: TextStream
     pages: list[int] = field(default_factory=list)
     generated: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prompt and of the text so far."""
+        return len(self.request.prompt) + self.generated
 
     def follow(self, chunk: Chunk) -> Segment:
         """What the model computes for `chunk`."""
@@ -49,6 +55,8 @@ class EngineCore:
         self._ends = frozenset(loaded.config.eos_token_ids)
         self._scheduler = Scheduler(_limits(loaded, options))
         self._sequences: dict[int, _Sequence] = {}
+        self._experts = loaded.model.expert_counter()
+        self._tally = Tally()
 
     @property
     def idle(self) -> bool:
@@ -69,7 +77,24 @@ class EngineCore:
             running=scheduler.running,
             kv_tokens_capacity=scheduler.limits.tokens,
             kv_tokens_used=scheduler.used_pages * scheduler.limits.page_size,
+            kv_tokens_cached=scheduler.cached_pages * scheduler.limits.page_size,
         )
+
+    @property
+    def statistics(self) -> Statistics:
+        """What was counted so far."""
+        return self._tally.statistics(self._scheduler.counters, self._scheduler.evictions)
+
+    @property
+    def expert_statistics(self) -> ExpertStatistics:
+        """Where the tokens went so far. Waits for the device."""
+        steps, layers = self._experts.read()
+        rows = (LayerExperts(layer, tuple(tokens), active) for layer, tokens, active in layers)
+        return ExpertStatistics(steps, tuple(rows))
+
+    def take_events(self) -> tuple[Event, ...]:
+        """What happened to requests since the last call."""
+        return self._tally.take_events()
 
     @property
     def vocab_size(self) -> int:
@@ -104,6 +129,8 @@ class EngineCore:
     def step(self) -> list[Delta]:
         """Computes one step: a token for each sequence that is so far. Empty where there is nothing to do."""
         plan = self._scheduler.plan(self._clock())
+        if plan.preempted or plan.admitted:
+            self._tally.note(plan, {id_: self._sequences[id_].tokens for id_ in plan.preempted})
         late = [self._expire(request) for request in plan.expired]
         return late if plan.step is None else late + self._run(plan.step)
 
@@ -115,6 +142,9 @@ class EngineCore:
             torch.cuda.empty_cache()
             self._scheduler.retract(step, shrink=True)
             return []
+        self._tally.count(
+            step, {chunk.id: len(self._sequences[chunk.id].request.prompt) for chunk in step.chunks}
+        )
         full = frozenset(self._scheduler.complete(step, chosen, self._clock()))
         sampling = [chunk.id for chunk in step.chunks if chunk.samples]
         return [
@@ -126,6 +156,7 @@ class EngineCore:
         model, cache = self._loaded.model, self._loaded.cache
         batch = Batch.of([self._sequences[chunk.id].follow(chunk) for chunk in step.chunks], cache)
         hidden_TD = model.forward(batch, cache)
+        self._experts.count(step.tokens)
         rows = [row for row, chunk in zip(batch.last_rows, step.chunks, strict=True) if chunk.samples]
         if not rows:
             return []

@@ -45,12 +45,13 @@ class Delta:
 
 @dataclass(frozen=True)
 class Load:
-    """How busy the engine is; KV figures are in tokens."""
+    """How busy the engine is; KV figures are in tokens of whole pages, `cached` those of idle prefixes."""
 
     queued: int = 0
     running: int = 0
     kv_tokens_capacity: int = 0
     kv_tokens_used: int = 0
+    kv_tokens_cached: int = 0
 
 
 def prompt_violations(

@@ -7,16 +7,20 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import count
 
 from moe_worker.engine.requests import Load, Request
+from moe_worker.engine.statistics import ExpertStatistics, Statistics
 from moe_worker.errors import EngineDiedError, QueueFullError
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.service.streams import Stream, Timeline
 from moe_worker.service.wire import (
     LENGTH_BYTES,
+    AskExperts,
     Cancel,
+    ExpertReport,
     Failed,
     Loaded,
     Message,
@@ -35,6 +39,8 @@ END_TIMEOUT_S = 2.0
 # torch's OpenMP threads spin while they wait for one another. On cores that other processes use too, a step
 # of a small model then takes 420 ms instead of 6 (two threads on two busy cores): let them sleep at once.
 ENGINE_ENVIRONMENT = {"GOMP_SPINCOUNT": "0"}
+# Called after each step with the engine's sums before and after it, and the step's seconds.
+StepListener = Callable[[Statistics, Statistics, float], None]
 log = logging.getLogger(__name__)
 
 
@@ -56,9 +62,13 @@ class EngineClient:
     most_requests: int = 0
     load: Load = field(default_factory=Load)
     format: str = ""
+    statistics: Statistics = field(default_factory=Statistics)
+    step_s: float = 0.0  # of all steps
+    on_step: StepListener | None = None
     _streams: dict[int, Stream] = field(default_factory=dict)
     _ids: "count[int]" = field(default_factory=count)
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
+    _asked: "list[asyncio.Future[ExpertStatistics]]" = field(default_factory=list)
     _submitted: int = 0
     _acknowledged: int = 0
 
@@ -119,6 +129,13 @@ class EngineClient:
         if not self._streams:
             self._idle.set()
 
+    async def expert_statistics(self) -> ExpertStatistics:
+        """Where tokens have gone so far, once the step under way has ended. Raises EngineDiedError."""
+        answer: asyncio.Future[ExpertStatistics] = asyncio.get_running_loop().create_future()
+        self._asked.append(answer)
+        self.writer.write(encode(AskExperts()))
+        return await answer
+
     async def until_idle(self) -> None:
         """Waits until no request is under way."""
         if self._streams:
@@ -133,15 +150,33 @@ class EngineClient:
 
     async def run(self) -> EngineDiedError:
         """Hands out what the engine produces until it ends; why it did."""
-        while isinstance(message := await self._receive(), Stepped):
-            self.load, self._acknowledged = message.load, message.submitted
-            for delta in message.deltas:
-                if delta.id in self._streams:
-                    self._streams[delta.id].push(delta, message.start_ns, message.end_ns)
+        while isinstance(message := await self._receive(), Stepped | ExpertReport):
+            if isinstance(message, Stepped):
+                self._take(message)
+            elif not (answer := self._asked.pop(0)).done():
+                answer.set_result(message.experts)
         error = await self._death(message)
         for stream in self._streams.values():
             stream.fail(error)
+        for answer in self._asked:
+            if not answer.done():
+                answer.set_exception(error)
         return error
+
+    def _take(self, message: Stepped) -> None:
+        before, self.statistics = self.statistics, message.statistics
+        self.load, self._acknowledged = message.load, message.submitted
+        for event in message.events:
+            if event.id in self._streams:
+                self._streams[event.id].timeline.note(event, message.start_ns)
+        for delta in message.deltas:
+            if delta.id in self._streams:
+                self._streams[delta.id].push(delta, message.start_ns, message.end_ns)
+        if message.statistics.steps > before.steps:
+            elapsed_s = (message.end_ns - message.start_ns) / 1e9
+            self.step_s += elapsed_s
+            if self.on_step is not None:
+                self.on_step(before, message.statistics, elapsed_s)
 
     async def stop(self) -> None:
         """Ends the process, which by itself ends when its socket closes, unless it is still loading."""

@@ -20,7 +20,9 @@ from moe_worker.engine.loading import load
 from moe_worker.errors import WorkerError
 from moe_worker.service.wire import (
     LENGTH_BYTES,
+    AskExperts,
     Cancel,
+    ExpertReport,
     Failed,
     Loaded,
     Message,
@@ -64,13 +66,14 @@ def _serve(connection: socket.socket) -> None:
     connection.sendall(encode(Loaded(FORMATS[str(loaded.model.dtype)], core.load, core.most_requests)))
     submitted = 0
     while True:
-        submitted += _take_commands(core, inbox)
+        submitted += _take_commands(core, inbox, connection)
         begin = time.time_ns()
         deltas = tuple(core.step())
-        connection.sendall(encode(Stepped(begin, time.time_ns(), deltas, core.load, submitted)))
+        end, events = time.time_ns(), core.take_events()
+        connection.sendall(encode(Stepped(begin, end, deltas, core.load, submitted, core.statistics, events)))
 
 
-def _take_commands(core: EngineCore, inbox: "queue.SimpleQueue[Message]") -> int:
+def _take_commands(core: EngineCore, inbox: "queue.SimpleQueue[Message]", connection: socket.socket) -> int:
     """Carries out what the edge has asked for, waiting for it while there is nothing to compute."""
     submitted = 0
     for message in _pending(inbox, wait=core.idle):
@@ -79,6 +82,8 @@ def _take_commands(core: EngineCore, inbox: "queue.SimpleQueue[Message]") -> int
             submitted += 1
         elif isinstance(message, Cancel):
             core.cancel(message.id)
+        elif isinstance(message, AskExperts):
+            connection.sendall(encode(ExpertReport(core.expert_statistics)))
     return submitted
 
 

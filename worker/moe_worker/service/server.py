@@ -1,15 +1,16 @@
 """The life of a worker: listen, load, serve, drain, end."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
-from opentelemetry import trace
+from opentelemetry import metrics, trace
 
 from moe_api import telemetry, transport
 from moe_api.health import Health
@@ -18,15 +19,18 @@ from moe_api.malformed import MalformedRequestInterceptor
 from moe_api.worker.v1 import worker_pb2_grpc
 from moe_worker.config.directory import read_checkpoint_config
 from moe_worker.config.engine import EngineOptions
-from moe_worker.errors import SettingsError
+from moe_worker.errors import EngineDiedError, SettingsError
 from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.service.engine_client import EngineClient
+from moe_worker.service.metrics import EngineMetrics
 from moe_worker.service.servicers import InferenceService, Phase, Served, WorkerService
 from moe_worker.service.wire import Start
 
 SERVICES = ("moe_api.inference.v1.InferenceService", "moe_api.worker.v1.WorkerService")
 # Calls that are still open when the worker ends (the last answers, errors) get this long.
 CLOSE_GRACE_S = 2.0
+# How often the engine is asked where tokens went, while metrics are sent and it computes.
+EXPERTS_PERIOD_S = 1.0
 log = logging.getLogger(__name__)
 
 
@@ -42,17 +46,17 @@ class ServeSettings:
 
 def serve(settings: ServeSettings) -> None:
     """Serves until SIGTERM or SIGINT, then drains. Raises WorkerError."""
-    with telemetry.configure("moe-worker"):
-        asyncio.run(_serve(settings))
+    with telemetry.configure("moe-worker") as handle:
+        asyncio.run(_serve(settings, measured=handle.measures))
 
 
-async def _serve(settings: ServeSettings) -> None:
+async def _serve(settings: ServeSettings, *, measured: bool) -> None:
     stop = _stop_on_signal()
-    inference = InferenceService(trace.get_tracer("moe_worker"))
+    inference = InferenceService(trace.get_tracer("moe_worker"), metrics.get_meter("moe_worker"))
     health = Health(SERVICES)
     server = await _listen(settings.listen, inference, health)
     try:
-        await _load_and_run(settings, inference, health, stop)
+        await _load_and_run(settings, inference, health, stop, measured=measured)
     finally:
         await health.close()
         await server.stop(CLOSE_GRACE_S)
@@ -91,7 +95,12 @@ async def _listen(address: str, inference: InferenceService, health: Health) -> 
 
 
 async def _load_and_run(
-    settings: ServeSettings, inference: InferenceService, health: Health, stop: asyncio.Event
+    settings: ServeSettings,
+    inference: InferenceService,
+    health: Health,
+    stop: asyncio.Event,
+    *,
+    measured: bool,
 ) -> None:
     config = read_checkpoint_config(settings.model)
     context_length = settings.options.context_for(config.max_position_embeddings)
@@ -104,9 +113,34 @@ async def _load_and_run(
         inference.phase = Phase.SERVING
         await health.set_ready(ready=True)
         log.info("serving %s (%s)", settings.served_name, engine.format)
-        await _run_until_drained(engine, inference, health, stop)
+        async with _measuring(engine) if measured else contextlib.nullcontext():
+            await _run_until_drained(engine, inference, health, stop)
     finally:
         await engine.stop()
+
+
+@contextlib.asynccontextmanager
+async def _measuring(engine: EngineClient) -> AsyncIterator[None]:
+    """Feeds the instruments with what the engine reports."""
+    measures = EngineMetrics(metrics.get_meter("moe_worker"), engine)
+    engine.on_step = measures.step
+    following = asyncio.ensure_future(_follow_experts(engine, measures))
+    try:
+        yield
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+
+
+async def _follow_experts(engine: EngineClient, measures: EngineMetrics) -> None:
+    """Asks the engine now and then, so that no step waits for it; ends with the engine."""
+    steps = 0
+    with contextlib.suppress(EngineDiedError):
+        while True:
+            await asyncio.sleep(EXPERTS_PERIOD_S)
+            if engine.statistics.steps != steps:
+                steps = engine.statistics.steps
+                measures.count_experts(await engine.expert_statistics())
 
 
 async def _unless_stopped(loading: Coroutine[None, None, None], stop: asyncio.Event) -> bool:

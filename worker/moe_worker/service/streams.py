@@ -4,6 +4,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from moe_worker.engine.requests import Delta, FinishReason
+from moe_worker.engine.statistics import Event, EventKind
 
 
 @dataclass(frozen=True)
@@ -23,16 +24,27 @@ class Timeline:
     prefill_start_ns: int = 0
     first_token_ns: int = 0
     last_token_ns: int = 0
+    largest_gap_ns: int = 0
     tokens: int = 0
+    cached_tokens: int = 0
     finish_reason: FinishReason | None = None
+    events: list[tuple[int, Event]] = field(default_factory=list)
 
     def add(self, delta: Delta, start_ns: int, end_ns: int) -> None:
         """Takes in a token from a step that began at `start_ns` and ended at `end_ns`."""
         if self.tokens == 0 and delta.token is not None:
             self.prefill_start_ns, self.first_token_ns = start_ns, end_ns
+        elif delta.token is not None:
+            self.largest_gap_ns = max(self.largest_gap_ns, end_ns - self.last_token_ns)
         self.tokens += delta.token is not None
         self.last_token_ns = end_ns
         self.finish_reason = delta.finish_reason
+
+    def note(self, event: Event, at_ns: int) -> None:
+        """Takes in what happened beside the tokens; `cached_tokens` are those found when it first ran."""
+        if event.kind is EventKind.PREFIX_HIT and not self.events:
+            self.cached_tokens = event.tokens
+        self.events.append((at_ns, event))
 
 
 @dataclass

@@ -6,8 +6,15 @@ Times were measured where things happened, in the engine process; spans are made
 from opentelemetry import trace
 
 from moe_api import semconv
+from moe_worker.engine.statistics import EventKind
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.service.streams import Timeline
+
+# What an event of the engine is called on a span, and what its tokens are called there.
+EVENT_NAMES = {
+    EventKind.PREFIX_HIT: ("moe_worker.prefix_cache_hit", "moe_worker.cached_tokens"),
+    EventKind.PREEMPTED: ("moe_worker.preempted", "moe_worker.recomputed_tokens"),
+}
 
 
 def describe_request(span: trace.Span, model: str, sampling: SamplingParameters, prompt_tokens: int) -> None:
@@ -38,6 +45,10 @@ def record_outcome(
     """Adds what happened, at the latest by `now_ns`; a request that was cancelled shows how far it came."""
     span.set_attribute(semconv.GEN_AI_RESPONSE_MODEL, model)
     span.set_attribute(semconv.GEN_AI_USAGE_OUTPUT_TOKENS, timeline.tokens)
+    span.set_attribute(semconv.GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS, timeline.cached_tokens)
+    for at_ns, event in timeline.events:
+        name, tokens = EVENT_NAMES[event.kind]
+        span.add_event(name, {tokens: event.tokens}, at_ns)
     if timeline.finish_reason is not None:
         span.set_attribute(semconv.GEN_AI_RESPONSE_FINISH_REASONS, [timeline.finish_reason.value])
     queue_end_ns = timeline.prefill_start_ns or now_ns

@@ -12,6 +12,7 @@ from typing import Any
 
 from moe_worker.config.engine import EngineOptions
 from moe_worker.engine.requests import Delta, FinishReason, Load, Request
+from moe_worker.engine.statistics import Event, EventKind, ExpertStatistics, LayerExperts, Statistics
 from moe_worker.sampling.parameters import SamplingParameters
 
 LENGTH_BYTES = 4
@@ -37,6 +38,18 @@ class Cancel:
     """Edge to engine: nobody waits for this request any more."""
 
     id: int
+
+
+@dataclass(frozen=True)
+class AskExperts:
+    """Edge to engine: answer with ExpertReport, after the step under way."""
+
+
+@dataclass(frozen=True)
+class ExpertReport:
+    """Engine to edge: where the tokens went so far."""
+
+    experts: ExpertStatistics
 
 
 @dataclass(frozen=True)
@@ -68,9 +81,11 @@ class Stepped:
     deltas: tuple[Delta, ...]
     load: Load
     submitted: int
+    statistics: Statistics
+    events: tuple[Event, ...] = ()
 
 
-Message = Start | Submit | Cancel | Loaded | Failed | Stepped
+Message = Start | Submit | Cancel | AskExperts | ExpertReport | Loaded | Failed | Stepped
 
 
 def encode(message: Message) -> bytes:
@@ -104,13 +119,28 @@ def _delta(body: Mapping[str, Any]) -> Delta:
 
 def _stepped(body: Mapping[str, Any]) -> Stepped:
     deltas = tuple(_delta(delta) for delta in body["deltas"])
-    return Stepped(body["start_ns"], body["end_ns"], deltas, Load(**body["load"]), body["submitted"])
+    return Stepped(
+        body["start_ns"],
+        body["end_ns"],
+        deltas,
+        Load(**body["load"]),
+        body["submitted"],
+        Statistics(*body["statistics"]),
+        tuple(Event(id_, EventKind(kind), tokens) for id_, kind, tokens in body["events"]),
+    )
+
+
+def _experts(body: Mapping[str, Any]) -> ExpertReport:
+    layers = (LayerExperts(number, tuple(tokens), active) for number, tokens, active in body["layers"])
+    return ExpertReport(ExpertStatistics(body["steps"], tuple(layers)))
 
 
 _READERS: Mapping[str, Callable[[dict[str, Any]], Message]] = {
     "Start": lambda body: Start(body["model"], EngineOptions(**body["options"])),
     "Submit": lambda body: Submit(_request(body["request"])),
     "Cancel": lambda body: Cancel(body["id"]),
+    "AskExperts": lambda _: AskExperts(),
+    "ExpertReport": lambda body: _experts(body["experts"]),
     "Loaded": lambda body: Loaded(body["format"], Load(**body["load"]), body["most_requests"]),
     "Failed": lambda body: Failed(**body),
     "Stepped": _stepped,

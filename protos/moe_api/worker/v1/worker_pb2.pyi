@@ -3,8 +3,11 @@
 isort:skip_file
 What the operator and the frontend ask of a leader. Not for clients."""
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -33,19 +36,73 @@ Global___GetLoadRequest: _TypeAlias = GetLoadRequest  # noqa: Y015
 
 @_typing.final
 class Load(_message.Message):
+    """Sums are since `started`; a later start means that they began again at 0."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     QUEUED_FIELD_NUMBER: _builtins.int
     RUNNING_FIELD_NUMBER: _builtins.int
     KV_TOKENS_CAPACITY_FIELD_NUMBER: _builtins.int
     KV_TOKENS_USED_FIELD_NUMBER: _builtins.int
+    KV_TOKENS_CACHED_FIELD_NUMBER: _builtins.int
+    STARTED_FIELD_NUMBER: _builtins.int
+    REQUESTS_RECEIVED_FIELD_NUMBER: _builtins.int
+    REQUESTS_REFUSED_FIELD_NUMBER: _builtins.int
+    REQUESTS_COMPLETED_FIELD_NUMBER: _builtins.int
+    REQUESTS_EXPIRED_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFIX_HIT_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    STEP_SECONDS_FIELD_NUMBER: _builtins.int
+    LARGEST_GAP_SECONDS_FIELD_NUMBER: _builtins.int
+    TIME_TO_FIRST_TOKEN_SECONDS_FIELD_NUMBER: _builtins.int
+    TIME_PER_OUTPUT_TOKEN_SECONDS_FIELD_NUMBER: _builtins.int
+    REQUEST_SECONDS_FIELD_NUMBER: _builtins.int
     queued: _builtins.int
     """Requests that wait for a place in the batch."""
     running: _builtins.int
     """Requests in the batch."""
     kv_tokens_capacity: _builtins.int
-    """Tokens that the KV cache can hold, and how many of these are taken."""
+    """Tokens that the KV cache can hold, and how many of these are taken by running requests, in whole pages."""
     kv_tokens_used: _builtins.int
+    kv_tokens_cached: _builtins.int
+    """Tokens of prefixes that nobody uses now; they give way where there is no other room."""
+    requests_received: _builtins.int
+    """Well-formed requests that came, those refused among them."""
+    requests_refused: _builtins.int
+    """Refused because the queue was full."""
+    requests_completed: _builtins.int
+    """Ended with their whole text."""
+    requests_expired: _builtins.int
+    """Ended because their deadline passed."""
+    prompt_tokens: _builtins.int
+    """Prompt tokens of requests that began to run, and how many of these were in the prefix cache."""
+    prefix_hit_tokens: _builtins.int
+    output_tokens: _builtins.int
+    """Tokens generated."""
+    preemptions: _builtins.int
+    """Requests that lost their place to others and began again."""
+    steps: _builtins.int
+    """Steps of the engine, and the time they took."""
+    step_seconds: _builtins.float
+    largest_gap_seconds: _builtins.float
+    """Longest wait between two tokens of one stream."""
+    @_builtins.property
+    def started(self) -> _timestamp_pb2.Timestamp:
+        """When the worker began to listen."""
+
+    @_builtins.property
+    def time_to_first_token_seconds(self) -> Global___Histogram:
+        """Of completed requests: from submission to the first token, between later tokens (mean of a request),
+        and from submission to the last token.
+        """
+
+    @_builtins.property
+    def time_per_output_token_seconds(self) -> Global___Histogram: ...
+    @_builtins.property
+    def request_seconds(self) -> Global___Histogram: ...
     def __init__(
         self,
         *,
@@ -53,11 +110,130 @@ class Load(_message.Message):
         running: _builtins.int = ...,
         kv_tokens_capacity: _builtins.int = ...,
         kv_tokens_used: _builtins.int = ...,
+        kv_tokens_cached: _builtins.int = ...,
+        started: _timestamp_pb2.Timestamp | None = ...,
+        requests_received: _builtins.int = ...,
+        requests_refused: _builtins.int = ...,
+        requests_completed: _builtins.int = ...,
+        requests_expired: _builtins.int = ...,
+        prompt_tokens: _builtins.int = ...,
+        prefix_hit_tokens: _builtins.int = ...,
+        output_tokens: _builtins.int = ...,
+        preemptions: _builtins.int = ...,
+        steps: _builtins.int = ...,
+        step_seconds: _builtins.float = ...,
+        largest_gap_seconds: _builtins.float = ...,
+        time_to_first_token_seconds: Global___Histogram | None = ...,
+        time_per_output_token_seconds: Global___Histogram | None = ...,
+        request_seconds: Global___Histogram | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request_seconds", b"request_seconds", "started", b"started", "time_per_output_token_seconds", b"time_per_output_token_seconds", "time_to_first_token_seconds", b"time_to_first_token_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_tokens_capacity", b"kv_tokens_capacity", "kv_tokens_used", b"kv_tokens_used", "queued", b"queued", "running", b"running"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_tokens_cached", b"kv_tokens_cached", "kv_tokens_capacity", b"kv_tokens_capacity", "kv_tokens_used", b"kv_tokens_used", "largest_gap_seconds", b"largest_gap_seconds", "output_tokens", b"output_tokens", "preemptions", b"preemptions", "prefix_hit_tokens", b"prefix_hit_tokens", "prompt_tokens", b"prompt_tokens", "queued", b"queued", "request_seconds", b"request_seconds", "requests_completed", b"requests_completed", "requests_expired", b"requests_expired", "requests_received", b"requests_received", "requests_refused", b"requests_refused", "running", b"running", "started", b"started", "step_seconds", b"step_seconds", "steps", b"steps", "time_per_output_token_seconds", b"time_per_output_token_seconds", "time_to_first_token_seconds", b"time_to_first_token_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Load: _TypeAlias = Load  # noqa: Y015
+
+@_typing.final
+class Histogram(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BOUNDS_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    SUM_FIELD_NUMBER: _builtins.int
+    sum: _builtins.float
+    """Of all values."""
+    @_builtins.property
+    def bounds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Upper ends of the buckets, themselves included; ascending."""
+
+    @_builtins.property
+    def counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Values in each bucket; one more than bounds, for what is above the last."""
+
+    def __init__(
+        self,
+        *,
+        bounds: _abc.Iterable[_builtins.float] | None = ...,
+        counts: _abc.Iterable[_builtins.int] | None = ...,
+        sum: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bounds", b"bounds", "counts", b"counts", "sum", b"sum"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Histogram: _TypeAlias = Histogram  # noqa: Y015
+
+@_typing.final
+class GetExpertLoadRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetExpertLoadRequest: _TypeAlias = GetExpertLoadRequest  # noqa: Y015
+
+@_typing.final
+class ExpertLoad(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    steps: _builtins.int
+    """Steps counted since the model was loaded."""
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertLayer]:
+        """Layers with experts, in order."""
+
+    def __init__(
+        self,
+        *,
+        steps: _builtins.int = ...,
+        layers: _abc.Iterable[Global___ExpertLayer] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExpertLoad: _TypeAlias = ExpertLoad  # noqa: Y015
+
+@_typing.final
+class ExpertLayer(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    ACTIVE_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    """Number of the layer in the model; the first is 0."""
+    active: _builtins.int
+    """Experts with at least one token, added up over steps."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens that each routed expert has computed; a token counts at every expert it went to."""
+
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+        active: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "layer", b"layer", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExpertLayer: _TypeAlias = ExpertLayer  # noqa: Y015

@@ -39,6 +39,11 @@ class WorkerServiceStub:
                 request_serializer=moe__api_dot_worker_dot_v1_dot_worker__pb2.GetLoadRequest.SerializeToString,
                 response_deserializer=moe__api_dot_worker_dot_v1_dot_worker__pb2.Load.FromString,
                 _registered_method=True)
+        self.GetExpertLoad = channel.unary_unary(
+                '/moe_api.worker.v1.WorkerService/GetExpertLoad',
+                request_serializer=moe__api_dot_worker_dot_v1_dot_worker__pb2.GetExpertLoadRequest.SerializeToString,
+                response_deserializer=moe__api_dot_worker_dot_v1_dot_worker__pb2.ExpertLoad.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer:
@@ -53,6 +58,15 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetExpertLoad(self, request, context):
+        """Says which experts the tokens of each layer went to. Idempotent; waits for the step under way.
+
+        Status codes: UNAVAILABLE (the model is loading, or the engine is gone).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +74,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.GetLoad,
                     request_deserializer=moe__api_dot_worker_dot_v1_dot_worker__pb2.GetLoadRequest.FromString,
                     response_serializer=moe__api_dot_worker_dot_v1_dot_worker__pb2.Load.SerializeToString,
+            ),
+            'GetExpertLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetExpertLoad,
+                    request_deserializer=moe__api_dot_worker_dot_v1_dot_worker__pb2.GetExpertLoadRequest.FromString,
+                    response_serializer=moe__api_dot_worker_dot_v1_dot_worker__pb2.ExpertLoad.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -89,6 +108,33 @@ class WorkerService:
             '/moe_api.worker.v1.WorkerService/GetLoad',
             moe__api_dot_worker_dot_v1_dot_worker__pb2.GetLoadRequest.SerializeToString,
             moe__api_dot_worker_dot_v1_dot_worker__pb2.Load.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetExpertLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moe_api.worker.v1.WorkerService/GetExpertLoad',
+            moe__api_dot_worker_dot_v1_dot_worker__pb2.GetExpertLoadRequest.SerializeToString,
+            moe__api_dot_worker_dot_v1_dot_worker__pb2.ExpertLoad.FromString,
             options,
             channel_credentials,
             insecure,

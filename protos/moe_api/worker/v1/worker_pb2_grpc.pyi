@@ -36,6 +36,11 @@ class WorkerServiceStub:
 
     Status codes: UNAVAILABLE (shutting down).
     """
+    GetExpertLoad: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetExpertLoadRequest, _worker_pb2.ExpertLoad]
+    """Says which experts the tokens of each layer went to. Idempotent; waits for the step under way.
+
+    Status codes: UNAVAILABLE (the model is loading, or the engine is gone).
+    """
 
 @_typing.type_check_only
 class WorkerServiceAsyncStub(WorkerServiceStub):
@@ -44,6 +49,11 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     """Says how busy this replica is. Idempotent; answers at once, also while the model loads.
 
     Status codes: UNAVAILABLE (shutting down).
+    """
+    GetExpertLoad: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetExpertLoadRequest, _worker_pb2.ExpertLoad]  # type: ignore[assignment]
+    """Says which experts the tokens of each layer went to. Idempotent; waits for the step under way.
+
+    Status codes: UNAVAILABLE (the model is loading, or the engine is gone).
     """
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -56,6 +66,17 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         """Says how busy this replica is. Idempotent; answers at once, also while the model loads.
 
         Status codes: UNAVAILABLE (shutting down).
+        """
+
+    @_abc_1.abstractmethod
+    def GetExpertLoad(
+        self,
+        request: _worker_pb2.GetExpertLoadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.ExpertLoad, _abc.Awaitable[_worker_pb2.ExpertLoad]]:
+        """Says which experts the tokens of each layer went to. Idempotent; waits for the step under way.
+
+        Status codes: UNAVAILABLE (the model is loading, or the engine is gone).
         """
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,130 @@
+"""What the engine counts while it runs. No torch: the RPC edge reads these too."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+from moe_worker.scheduler.plan import Counters, Plan, Step
+
+
+class Statistics(NamedTuple):
+    """Sums since the start. A tuple, because one goes to the edge with every step: it is a list on the wire.
+
+    sequences: of all steps, so that a step's are the difference of two. prefill_tokens: of prompts, and of
+    texts computed again after a preemption (recomputed_tokens are those alone). decode_tokens: computed one a
+    step and stream. output_tokens: sampled. prompt_tokens, prefix_hit_tokens: of requests when they first
+    ran. evictions: pages that prefixes lost to others.
+    """
+
+    steps: int = 0
+    sequences: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    output_tokens: int = 0
+    prompt_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    recomputed_tokens: int = 0
+    preemptions: int = 0
+    expired: int = 0
+    evictions: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all steps."""
+        return self.prefill_tokens + self.decode_tokens
+
+
+class EventKind(Enum):
+    """What can happen to a request beside its tokens."""
+
+    PREFIX_HIT = "prefix_hit"
+    PREEMPTED = "preempted"
+
+
+class Event(NamedTuple):
+    """Something that happened to request `id`.
+
+    tokens: for PREFIX_HIT those it found in the cache, for PREEMPTED those of its prompt and text so far,
+    which are computed again.
+    """
+
+    id: int
+    kind: EventKind
+    tokens: int
+
+
+class LayerExperts(NamedTuple):
+    """One layer's experts since the start: tokens of each, and experts with a token added up over steps."""
+
+    layer: int
+    tokens: tuple[int, ...]
+    active: int
+
+
+@dataclass(frozen=True)
+class ExpertStatistics:
+    """All layers with experts, in order, over `steps` steps."""
+
+    steps: int = 0
+    layers: tuple[LayerExperts, ...] = ()
+
+    def since(self, before: "ExpertStatistics") -> "ExpertStatistics":
+        """What was counted after `before`, which is of the same engine, or empty."""
+        if not before.layers:
+            return self
+        pairs = zip(self.layers, before.layers, strict=True)
+        layers = tuple(_difference(new, old) for new, old in pairs)
+        return ExpertStatistics(self.steps - before.steps, layers)
+
+
+@dataclass
+class Tally:
+    """Counts what the scheduler does not; steps are counted once they have run."""
+
+    events: list[Event] = field(default_factory=list)
+    _sequences: int = 0
+    _prefill: int = 0
+    _decode: int = 0
+    _output: int = 0
+    _steps: int = 0
+
+    def note(self, plan: Plan, lengths: Mapping[int, int]) -> None:
+        """Takes down a plan's events; `lengths` has the tokens of each request."""
+        self.events += (Event(id_, EventKind.PREEMPTED, lengths[id_]) for id_ in plan.preempted)
+        self.events += (Event(id_, EventKind.PREFIX_HIT, cached) for id_, cached in plan.admitted if cached)
+
+    def count(self, step: Step, prompts: Mapping[int, int]) -> None:
+        """Takes in a step that has run; `prompts` has the prompt tokens of each request in it."""
+        decode = sum(len(chunk.tokens) == 1 and chunk.start >= prompts[chunk.id] for chunk in step.chunks)
+        self._steps += 1
+        self._sequences += len(step.chunks)
+        self._decode += decode
+        self._prefill += step.tokens - decode
+        self._output += sum(chunk.samples for chunk in step.chunks)
+
+    def take_events(self) -> tuple[Event, ...]:
+        """Those since the last call."""
+        events, self.events = tuple(self.events), []
+        return events
+
+    def statistics(self, counters: Counters, evictions: int) -> Statistics:
+        """All sums, the scheduler's among them."""
+        return Statistics(
+            steps=self._steps,
+            sequences=self._sequences,
+            prefill_tokens=self._prefill,
+            decode_tokens=self._decode,
+            output_tokens=self._output,
+            prompt_tokens=counters.prompt_tokens,
+            prefix_hit_tokens=counters.prefix_hit_tokens,
+            recomputed_tokens=counters.recomputed_tokens,
+            preemptions=counters.preemptions,
+            expired=counters.expired,
+            evictions=evictions,
+        )
+
+
+def _difference(new: LayerExperts, old: LayerExperts) -> LayerExperts:
+    tokens = tuple(a - b for a, b in zip(new.tokens, old.tokens, strict=True))
+    return LayerExperts(new.layer, tokens, new.active - old.active)
