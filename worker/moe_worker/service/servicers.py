@@ -17,7 +17,7 @@ from moe_api import rich_status, spans
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
 from moe_api.rich_status import FieldViolation
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
-from moe_worker.config.model import ARCHITECTURE, ModelConfig
+from moe_worker.config.model import ModelConfig
 from moe_worker.engine.requests import FinishReason, Load
 from moe_worker.engine.statistics import Statistics
 from moe_worker.errors import EngineDiedError, QueueFullError
@@ -102,7 +102,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         served = await self._available(request.model, context)
         return inference_pb2.Model(
             name=served.name,
-            architecture=ARCHITECTURE,
+            architecture=served.config.architecture,
             parameters_total=served.config.parameters_total,
             parameters_active=served.config.parameters_active,
             format=served.engine.format,
