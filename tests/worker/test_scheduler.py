@@ -5,7 +5,7 @@ import random
 import pytest
 
 from moe_worker.errors import QueueFullError, RequestError
-from moe_worker.scheduler.plan import UNKNOWN_TOKEN, Limits
+from moe_worker.scheduler.plan import UNKNOWN_TOKEN, Arrival, Limits
 from tests.worker.simulated import SimulatedEngine
 
 
@@ -339,6 +339,37 @@ def test_steps_complete_in_order_with_a_token_for_each_that_samples():
         run.scheduler.retract(first, shrink=False)
 
 
+def test_what_a_step_wrote_before_its_request_gave_way_is_not_shared_as_if_it_were_written_again():
+    run = engine(pages=20, prefill_tokens=4, least_tokens=4)
+    run.submit(1, prompt(8, 1), 40, priority=1)
+    run.step()
+    run.step()
+    run.submit(2, prompt(60, 2), 1)
+    run.plan()
+    while not run.plan().preempted:
+        run.complete()
+    run.cancel(1)
+    run.submit(3, prompt(40, 3), 1, priority=9)  # takes a page that the second had filled
+    run.plan()
+    run.cancel(3)
+    assert begun(run.plan()) == [2]
+    run.complete()  # the step that computed the second while it had its first pages
+    run.submit(4, prompt(60, 2)[:52], 1, priority=9)
+    run.drain()
+    assert run.ended[2] == run.ended[4] == "finished"
+
+
+def test_the_time_of_a_step_is_not_counted_twice_where_the_next_waits_behind_it():
+    run = engine()
+    run.submit(1, prompt(4), 40)
+    run.plan()
+    for _ in range(30):
+        run.plan()
+        run.now += 0.1
+        run.complete()
+    assert run.scheduler.budget.time.estimate(1) == pytest.approx(0.1)
+
+
 # Steps the device refuses
 
 
@@ -378,3 +409,23 @@ def test_streams_that_were_too_many_for_the_device_become_fewer():
     while not run.scheduler.idle:
         assert len(computed(run.step())) <= 2
     assert set(run.ended.values()) == {"finished"}
+
+
+def test_two_steps_may_be_taken_back_though_a_request_gave_way_between_them():
+    scheduler = engine().scheduler
+    for number in (1, 2):
+        scheduler.submit(Arrival(number, prompt(4, number), 5, arrived=0.0))
+    scheduler.complete(scheduler.plan(0.0).step, [0, 0], 0.0)
+    first, second = scheduler.plan(0.0).step, scheduler.plan(0.0).step
+    scheduler.retract(second, shrink=True)
+    plan = scheduler.plan(0.0)
+    assert plan.preempted == (2,)
+    scheduler.retract(plan.step, shrink=False)
+    scheduler.retract(first, shrink=False)
+    sampled = {1: 1, 2: 1}
+    while not scheduler.idle:
+        step = scheduler.plan(0.0).step
+        for chunk in step.chunks:
+            sampled[chunk.id] += chunk.samples
+        scheduler.complete(step, [0] * sum(chunk.samples for chunk in step.chunks), 0.0)
+    assert sampled == {1: 5, 2: 5}

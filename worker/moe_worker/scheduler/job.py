@@ -21,7 +21,7 @@ class Job:
     computed: tokens in the cache once all planned steps are done; written: once all completed ones are.
     table: its pages; the first `shared` are the path to `node` in the prefix tree. told: entries of
     the table that planned chunks have told already. admitted, sampled: numbers of the steps in which it
-    began to run last, and was given its newest token.
+    began to run last, and was given its newest token (0: none yet, or it was taken back).
     """
 
     __slots__ = (
@@ -94,7 +94,9 @@ class Job:
 
     def undo(self, chunk: Chunk, step: int) -> None:
         """Takes back the newest chunk, planned in step number `step`."""
-        self.length -= chunk.samples
+        if chunk.samples:
+            self.length -= 1
+            self.sampled = 0  # the time to its next token says nothing about who was planned when
         if self.state is State.RUNNING and self.admitted <= step:
             self.computed = chunk.start
             self.told = min(self.told, chunk.pages_from)

@@ -63,8 +63,7 @@ class Lineup:
         draft = Draft(number)
         while len(self.running) > self.most_running:
             self._preempt(draft)
-        prompts = self._decode(draft)
-        self._prefill(draft, [job for job in prompts if job.state is State.RUNNING])
+        self._prefill(draft, self._decode(draft))
         return draft
 
     def _decode(self, draft: Draft) -> list[Job]:
