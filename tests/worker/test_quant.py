@@ -1,0 +1,116 @@
+"""Rounding and packing, against the compressed-tensors package where it defines the layout."""
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_worker.quant import compressed_tensors as layout
+from moe_worker.quant.fp8 import dequantize_fp8
+from moe_worker.quant.int4 import Int4Weight, pack, quantize_int4, unpack
+from moe_worker.quant.int8 import quantize_tokens
+
+SEEDS = st.integers(0, 2**31 - 1)
+
+
+def normal(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def scheme(group, symmetric):
+    weights = QuantizationArgs(
+        num_bits=4, type="int", symmetric=symmetric, strategy="group", group_size=group
+    )
+    return QuantizationScheme(targets=["Linear"], weights=weights)
+
+
+def asymmetric(weight, group):
+    """Plain rounding between the least and the largest weight of a group."""
+    grouped = weight.unflatten(-1, (-1, group))
+    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+    scale = (high - low) / 15
+    zero = (-8 - low / scale).round().clamp(-8, 7)
+    value = (grouped / scale[..., None] + zero[..., None]).round().clamp(-8, 7)
+    return Int4Weight(
+        pack(value.flatten(-2).to(torch.int8)), scale, zero.to(torch.int8), weight.shape[1], group
+    )
+
+
+@given(SEEDS, st.lists(st.integers(1, 5), max_size=2), st.integers(1, 70))
+def test_packing_loses_nothing(seed, leading, inputs):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(-8, 8, (*leading, inputs), generator=generator).to(torch.int8)
+    assert torch.equal(unpack(pack(values), inputs), values)
+
+
+@given(SEEDS, st.integers(1, 9), st.integers(1, 300), st.sampled_from([16, 32, 128]))
+def test_rounded_weights_stay_within_half_a_step_unless_clipped(seed, outputs, inputs, group):
+    weight = normal(seed, outputs, inputs)
+    rounded = quantize_int4(weight, group)
+    assert rounded.scales_OG.shape == (outputs, -(-inputs // group))
+    step = rounded.scales_OG.repeat_interleave(group, 1)[:, :inputs]
+    inside = weight.abs() <= 7 * step
+    assert ((rounded.dequantize() - weight).abs()[inside] <= step[inside] * 0.5001).all()
+    # No range does worse than the plain one.
+    plain = weight.abs().amax(dim=1, keepdim=True) / 7
+    if inputs <= group:
+        worst = ((weight / plain).round() * plain - weight).square().sum()
+        assert (rounded.dequantize() - weight).square().sum() <= worst * 1.0001
+
+
+def test_a_group_of_zeros_stays_zero():
+    assert not quantize_int4(torch.zeros(3, 200)).dequantize().any()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@given(seed=SEEDS, outputs=st.integers(1, 20), groups=st.integers(1, 3), group=st.sampled_from([32, 128]))
+def test_the_package_reads_what_we_write(symmetric, seed, outputs, groups, group):
+    weight = normal(seed, outputs, groups * group)
+    ours = quantize_int4(weight, group) if symmetric else asymmetric(weight, group)
+    theirs = PackedQuantizationCompressor.decompress(layout.to_tensors(ours), scheme(group, symmetric))
+    assert torch.equal(theirs["weight"], ours.dequantize())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# From 2 outputs on: 0.20 of the package fails on a single row with zero points.
+@given(seed=SEEDS, outputs=st.integers(2, 20), groups=st.integers(1, 3), group=st.sampled_from([32, 128]))
+def test_we_read_what_the_package_writes(symmetric, dtype, seed, outputs, groups, group):
+    weight = normal(seed, outputs, groups * group)
+    rounded = asymmetric(weight, group)
+    state = {"weight": weight.to(dtype), "weight_scale": rounded.scales_OG.to(dtype)}
+    if not symmetric:
+        state["weight_zero_point"] = rounded.zeros_OG
+    stored = PackedQuantizationCompressor.compress(state, scheme(group, symmetric))
+    theirs = PackedQuantizationCompressor.decompress(stored, scheme(group, symmetric))["weight"]
+    ours = layout.from_tensors(stored, groups * group, group)
+    assert torch.equal(ours.dequantize(), theirs)
+
+
+@given(SEEDS, st.integers(1, 6), st.integers(1, 300), st.floats(1e-6, 1e6))
+def test_tokens_are_rounded_each_by_its_own_largest(seed, tokens, inputs, size):
+    x = normal(seed, tokens, inputs) * size
+    values, scales = quantize_tokens(x)
+    assert values.dtype == torch.int8
+    assert scales.shape == (tokens,)
+    assert (values.abs().amax(dim=1) == 127).all()
+    assert ((values * scales[:, None] - x).abs() <= 0.5001 * scales[:, None]).all()
+    alone, scale = quantize_tokens(x[:1])
+    assert torch.equal(alone[0], values[0])
+    assert scale[0] == scales[0]
+
+
+def test_a_token_of_zeros_has_scale_one():
+    values, scales = quantize_tokens(torch.zeros(2, 8))
+    assert not values.any()
+    assert scales.tolist() == [1.0, 1.0]
+
+
+def test_fp8_blocks_have_scales_of_their_own():
+    weight = torch.full((130, 260), 2.0).to(torch.float8_e4m3fn)
+    scales = torch.arange(1.0, 7.0).view(2, 3)
+    out = dequantize_fp8(weight, scales, (128, 128), torch.float32)
+    assert out.shape == (130, 260)
+    assert [out[0, 0], out[0, 128], out[0, 259], out[129, 0], out[129, 259]] == [2, 4, 6, 8, 12]

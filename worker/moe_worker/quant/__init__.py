@@ -1,0 +1,1 @@
+"""Number formats of weights and activations: rounding to them, packing, and back."""
