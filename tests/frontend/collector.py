@@ -1,6 +1,8 @@
 """A real OpenTelemetry Collector on loopback, whose debug exporter writes to a file."""
 
 import contextlib
+import dataclasses
+import re
 import socket
 import subprocess
 import sys
@@ -20,8 +22,25 @@ service:
 """
 
 
+ATTRIBUTE = re.compile(r"     -> (?P<key>\S+): \w+\((?P<value>.*)\)$")
+
+
+@dataclasses.dataclass
+class Point:
+    """One series of a metric as it was received last; `value` of a sum or gauge, the rest of a histogram."""
+
+    unit: str
+    kind: str
+    attributes: dict[str, str] = dataclasses.field(default_factory=dict)
+    value: float | None = None
+    count: int = 0
+    sum: float = 0.0
+    bounds: list[float] = dataclasses.field(default_factory=list)
+    buckets: list[int] = dataclasses.field(default_factory=list)
+
+
 class Collector:
-    """`endpoint` takes OTLP over gRPC; `spans()` is what arrived."""
+    """`endpoint` takes OTLP over gRPC; `spans()` and `metrics()` are what arrived."""
 
     def __init__(self, port, log):
         self.endpoint = f"http://127.0.0.1:{port}"
@@ -47,6 +66,59 @@ class Collector:
                 raise AssertionError(f"not received in {timeout_s} s; there is {spans}")
             time.sleep(0.02)
         return spans
+
+    def metrics(self, since=0):
+        """The newest points of each metric, by name, from an offset on."""
+        with self.log.open("rb") as log:
+            log.seek(since)
+            text = log.read().decode().rpartition("\n\t{")[0]
+        series = {}
+        for block in re.split(r"^Metric #\d+\n", text, flags=re.MULTILINE)[1:]:
+            name, points = parse_metric(block)
+            for point in points:
+                series[name, tuple(sorted(point.attributes.items()))] = point
+        found = {}
+        for (name, _), point in series.items():
+            found.setdefault(name, []).append(point)
+        return found
+
+    def wait_for_metrics(self, condition, timeout_s=10, since=0):
+        """Polls the received metrics until the condition holds for them; gives them."""
+        deadline = time.monotonic() + timeout_s
+        while not condition(found := self.metrics(since)):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"not received in {timeout_s} s; there is {found}")
+            time.sleep(0.05)
+        return found
+
+
+def parse_metric(block):
+    """Name and points of one metric as the debug exporter prints it."""
+    head, *bodies = re.split(r"^\w+DataPoints #\d+\n", block, flags=re.MULTILINE)
+    fields = dict(line.strip()[3:].split(": ", 1) for line in head.splitlines() if ": " in line)
+    points = []
+    for body in bodies:
+        point = Point(fields.get("Unit", ""), fields["DataType"])
+        for line in body.splitlines():
+            read_line(point, line)
+        points.append(point)
+    return fields["Name"], points
+
+
+def read_line(point, line):
+    key, _, value = line.partition(": ")
+    if match := ATTRIBUTE.match(line):
+        point.attributes[match["key"]] = match["value"]
+    elif key == "Value":
+        point.value = float(value)
+    elif key == "Count":
+        point.count = int(value)
+    elif key == "Sum":
+        point.sum = float(value)
+    elif key.startswith("ExplicitBounds #"):
+        point.bounds.append(float(value))
+    elif key.startswith("Buckets #"):
+        point.buckets.append(int(value))
 
 
 @contextlib.contextmanager
