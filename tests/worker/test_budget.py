@@ -48,6 +48,7 @@ def test_the_budget_is_what_fits_the_aim():
     assert budget.tokens == pytest.approx(400, abs=1)
     assert budget.prompt_tokens(decoding=64) == pytest.approx(336, abs=1)
     assert budget.prompt_tokens(decoding=0) == 4000
+    assert budget.prompt_tokens(decoding=500) == Limits.least_tokens
 
 
 def test_where_a_step_alone_misses_the_aim_prompts_may_double_it():

@@ -170,7 +170,6 @@ def test_a_full_queue_says_when_a_place_will_be_free_from_the_measured_rate():
         run.cancel(number - 4)
         run.now += 0.25
         run.submit(number, prompt(3), 1)
-        run.plan()
     with pytest.raises(QueueFullError) as error:
         run.submit(999, prompt(3), 1)
     assert error.value.retry_after_s == pytest.approx(0.25, rel=0.1)
@@ -283,6 +282,16 @@ def test_idle_prefixes_are_evicted_before_anybody_gives_way():
     assert run.scheduler.counters.preemptions == 0
 
 
+def test_a_request_waits_rather_than_begin_where_a_running_one_would_soon_lack_a_page():
+    run = engine(pages=9)
+    run.submit(1, prompt(8, 1), 4)
+    run.step()
+    run.submit(2, prompt(28, 2), 1)
+    assert (run.scheduler.free_pages, begun(run.step())) == (7, [])
+    run.drain()
+    assert run.scheduler.counters.preemptions == 0
+
+
 def test_the_least_important_gives_way_and_goes_on_later_with_the_same_text():
     run = engine(pages=9, prefill_tokens=64)
     run.submit(1, prompt(8, 1), 24, priority=1)
@@ -375,12 +384,22 @@ def test_the_time_of_a_step_is_not_counted_twice_where_the_next_waits_behind_it(
 
 def test_a_step_taken_back_is_planned_again_as_it_was():
     run = engine()
-    run.submit(1, prompt(6), 3)
+    for number in (1, 2):
+        run.submit(number, prompt(6, number), 3)
     first = run.plan_and_fail().step.chunks
     assert run.plan().step.chunks == first
     second = run.plan_and_fail().step.chunks
     assert run.plan().step.chunks == second
     run.drain()
+
+
+def test_a_token_taken_back_does_not_count_as_one_that_a_stream_waited_for():
+    run = engine(prefill_tokens=3)
+    run.submit(1, prompt(3, 1), 2)
+    run.plan_and_fail()
+    run.submit(2, prompt(3, 2), 1, priority=1)
+    assert [list(computed(run.step())) for _ in range(2)] == [[2], [1]]
+    assert run.scheduler.counters.largest_gap == 1
 
 
 def test_prompts_that_were_too_many_tokens_for_the_device_come_in_smaller_pieces():

@@ -151,7 +151,7 @@ class PrefixTree:
             return
         if isinstance(parent, _Root):
             self._roots.pop(parent.namespace)
-        elif self._pool.references(parent.page) == 1:
+        else:
             self._leaves.push(parent.usefulness, parent)
 
     def _is_idle_leaf(self, key: float, node: Node) -> bool:

@@ -21,7 +21,7 @@ class Job:
     computed: tokens in the cache once all planned steps are done; written: once all completed ones are.
     table: its pages; the first `shared` are the path to `node` in the prefix tree. told: entries of
     the table that planned chunks have told already. admitted, sampled: numbers of the steps in which it
-    began to run last, and was given its newest token (0: none yet, or it was taken back).
+    began to run last, and was given its newest token (0: never, or that step was taken back).
     """
 
     __slots__ = (
