@@ -96,7 +96,7 @@ def test_config_that_is_no_object(broken):
         ),
         ({"rope_parameters": {"rope_theta": 1.0}}, "rope_theta is 1.0; it must be above 1"),
         ({"rope_parameters": 3}, "rope_parameters is 3; it must be an object"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is set"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "weight_block_size is missing"),
         ({"bos_token_id": 320}, "bos_token_id is 320; it must be below vocab_size, 320"),
     ],
 )

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from moe_worker.bench.measure import Load, Result, as_json, measure
 from moe_worker.bench.plot import plot
-from moe_worker.config.engine import DTYPES, EngineOptions
+from moe_worker.config.engine import DTYPES, FORMATS, EngineOptions
 from moe_worker.engine.loading import LoadedModel, load
 from moe_worker.errors import SettingsError
 
@@ -34,6 +34,12 @@ HEADINGS = ("batch", "prefill tok/s", "TTFT ms", "TPOT ms", "decode tok/s")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Medians of so many.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", default="auto", show_default=True, help=", ".join(DTYPES))
+@click.option(
+    "--format",
+    default="auto",
+    show_default=True,
+    help="Of weights: " + ", ".join(FORMATS) + " (auto: as the checkpoint has them).",
+)
 @click.option("--threads", type=int, help="Threads of torch. Default: as `serve` would choose.")
 @click.option(
     "--plot", "picture", type=click.Path(path_type=Path), help="Write throughput against latency here."

@@ -7,6 +7,7 @@ from moe_worker.errors import SettingsError
 
 DEVICES = re.compile(r"auto|cpu|cuda(:[0-9]{1,2})?")
 DTYPES = ("auto", "float32", "bfloat16")
+FORMATS = ("auto", "dense", "w4a16", "w4a8")
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,9 @@ class EngineOptions:
     device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N".
     dtype: of weights and cache. "auto" is bfloat16 on GPUs, float32 on CPUs, where torch's bfloat16 is
         slower unless the processor has AMX.
+    format: of the weights that tokens are multiplied with. "dense": numbers of `dtype`; "w4a16": four bits in
+        groups of 128 inputs, rounded to at load where the checkpoint is not; "w4a8": these, and activations
+        rounded to eight bits a token. "auto" is w4a16 for a checkpoint of four bits and dense for others.
     context_length: tokens of prompt and continuation together; None: the model's own limit.
     max_batch_size: sequences computed together at most.
     max_queue: requests that may wait beyond those in the batch.
@@ -31,6 +35,7 @@ class EngineOptions:
 
     device: str = "auto"
     dtype: str = "auto"
+    format: str = "auto"
     context_length: int | None = None
     max_batch_size: int = 16
     max_queue: int = 256
@@ -46,6 +51,8 @@ class EngineOptions:
             raise SettingsError(f"device {self.device!r} is unknown; it must be auto, cpu, cuda or cuda:N")
         if self.dtype not in DTYPES:
             raise SettingsError(f"dtype {self.dtype!r} is unknown; it must be one of {', '.join(DTYPES)}")
+        if self.format not in FORMATS:
+            raise SettingsError(f"format {self.format!r} is unknown; it must be one of {', '.join(FORMATS)}")
         for name in (
             "context_length",
             "max_batch_size",

@@ -7,6 +7,7 @@ from typing import Any
 from moe_worker.config.attention import AttentionConfig, LatentConfig, parse_grouped, parse_latent
 from moe_worker.config.fields import Fields
 from moe_worker.config.moe import MoeConfig, parse_deepseek_moe, parse_qwen_moe
+from moe_worker.config.quantization import Storage, parse_storage
 from moe_worker.errors import ConfigError
 
 
@@ -26,6 +27,7 @@ class ModelConfig:
     dense_layers: frozenset[int]
     attention: AttentionConfig
     moe: MoeConfig
+    storage: Storage | None
     rms_norm_eps: float
     max_position_embeddings: int
     tie_word_embeddings: bool
@@ -87,13 +89,13 @@ def parse_model_config(
         dense_layers=parse_dense(fields),
         attention=parse_attention(fields),
         moe=parse_moe(fields),
+        storage=parse_storage(fields),
         rms_norm_eps=fields.positive("rms_norm_eps", default=1e-6),
         max_position_embeddings=fields.integer("max_position_embeddings"),
         tie_word_embeddings=fields.boolean("tie_word_embeddings", default=False),
         bos_token_id=fields.optional_integer("bos_token_id", least=0),
         eos_token_ids=eos_token_ids or fields.integers("eos_token_id"),
     )
-    _check_supported(fields)
     _check_tokens(fields, config)
     return config
 
@@ -123,13 +125,6 @@ _FAMILIES: Mapping[str, _Family] = {
     "deepseek_v2": (parse_latent, lambda fields: parse_deepseek_moe(fields, "deepseek_v2"), _deepseek_dense),
     "qwen3_moe": (parse_grouped, parse_qwen_moe, _qwen_dense),
 }
-
-
-def _check_supported(fields: Fields) -> None:
-    if fields.values.get("quantization_config") is not None:
-        raise ConfigError(
-            f"{fields.source}: quantization_config is set; the weights must be stored as bf16, fp16 or fp32"
-        )
 
 
 def _check_tokens(fields: Fields, config: ModelConfig) -> None:

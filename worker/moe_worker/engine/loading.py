@@ -9,14 +9,16 @@ import torch
 from moe_worker.config.directory import read_checkpoint_config
 from moe_worker.config.engine import EngineOptions
 from moe_worker.config.model import ModelConfig
+from moe_worker.config.quantization import PackedStorage
 from moe_worker.errors import SettingsError
 from moe_worker.kvcache.paged import CacheShape, PagedCache
-from moe_worker.models.checkpoint import load_model
+from moe_worker.models.checkpoint import Placement, load_model
 from moe_worker.models.deepseek import DeepseekModel
 from moe_worker.models.tokenizer import Tokenizer
 
 # Active weights up to which one thread is as good as any.
 SINGLE_THREAD_BYTES = 64 * 2**20
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 DTYPE_BY_NAME = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -29,6 +31,7 @@ class LoadedModel:
     tokenizer: Tokenizer
     cache: PagedCache
     context: int
+    format: str
 
 
 def load(directory: Path, options: EngineOptions, progress: bool) -> LoadedModel:
@@ -38,13 +41,16 @@ def load(directory: Path, options: EngineOptions, progress: bool) -> LoadedModel
     tokenizer = Tokenizer.load(directory, config)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
+    weights = choose_format(options.format, config)
+    placement = Placement(dtype, device, packed=weights != "dense", round_tokens=weights == "w4a8")
     shape = CacheShape(config.num_hidden_layers, config.attention.cache_width, options.page_size, dtype)
     pages = shape.pages_that_fit(context, options.kv_memory, options.max_batch_size)
     torch.set_num_threads(options.threads or suggested_threads(config, dtype))
     with torch.inference_mode():
-        model = load_model(directory, config, dtype, device, context, progress)
+        model = load_model(directory, config, placement, context, progress)
         cache = PagedCache.allocate(shape, pages, device)
-    return LoadedModel(config, model, tokenizer, cache, context)
+    name = NAMES[dtype] if weights == "dense" else weights
+    return LoadedModel(config, model, tokenizer, cache, context, name)
 
 
 def choose_device(name: str) -> torch.device:
@@ -64,6 +70,13 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return DTYPE_BY_NAME[name]
+
+
+def choose_format(name: str, config: ModelConfig) -> str:
+    """The format that `name` (of FORMATS) means for this checkpoint."""
+    if name == "auto":
+        return "w4a16" if isinstance(config.storage, PackedStorage) else "dense"
+    return name
 
 
 def suggested_threads(config: ModelConfig, dtype: torch.dtype) -> int:

@@ -34,8 +34,8 @@ class GenerationResult:
 class Engine:
     """A model loaded for offline use.
 
-    `path` is a Hugging Face checkpoint directory; `device`, `dtype` and the further `options` are those of
-    EngineOptions. Raises WorkerError with a sentence where the checkpoint or an option cannot work.
+    `path` is a Hugging Face checkpoint directory; `device`, `dtype`, `format` and the further `options` are
+    those of EngineOptions. Raises WorkerError with a sentence where the checkpoint or an option cannot work.
     """
 
     def __init__(
@@ -43,11 +43,12 @@ class Engine:
         path: str | Path,
         device: str = "cpu",
         dtype: str = "float32",
+        format: str = "auto",  # noqa: A002 - the field's word
         *,
         progress: bool = False,
         **options: int | None,
     ) -> None:
-        self._options = EngineOptions(device=device, dtype=dtype, **options)  # type: ignore[arg-type]
+        self._options = EngineOptions(device=device, dtype=dtype, format=format, **options)  # type: ignore[arg-type]
         self._loaded = load(Path(path), self._options, progress)
 
     @property

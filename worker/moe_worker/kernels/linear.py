@@ -1,13 +1,19 @@
-"""Projections: a matrix in some format, and how it is multiplied.
+"""Projections: a matrix in some format, and how it is multiplied, in plain torch.
 
-Legend: T tokens, I inputs, O outputs.
+Legend: T tokens, I inputs, O outputs, A experts, M rows of all experts.
 """
 
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import functional
+
+from moe_worker.kernels.reference import grouped_linear
+from moe_worker.quant.int4 import Int4Weight
+from moe_worker.quant.int8 import quantize_tokens
+from moe_worker.quant.matrix import Matrix
 
 
 class Linear(Protocol):
@@ -28,3 +34,51 @@ class DenseLinear:
     def forward(self, x_TI: Tensor) -> Tensor:
         """[T, I] to [T, O]."""
         return functional.linear(x_TI, self.weight_OI, self.bias_O)
+
+
+@dataclass(frozen=True)
+class Int4Linear:
+    """W4A16 (activations as they are), or W4A8 where `round_tokens`: the reference of both.
+
+    It multiplies in float32 what the weights stand for. Integer products of int8 and int4 are exact in
+    float32 up to 16,000 inputs a group, so kernels that sum integers differ only in the order of groups.
+    """
+
+    weight: Int4Weight
+    bias_O: Tensor | None = None
+    round_tokens: bool = False
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """[T, I] to [T, O]."""
+        return int4_linear(x_TI, self.weight, self.round_tokens, self.bias_O)
+
+
+def int4_linear(x_TI: Tensor, weight: Int4Weight, round_tokens: bool, bias_O: Tensor | None = None) -> Tensor:
+    """x W^T + bias for one matrix, in x's dtype."""
+    weight_OI = weight.dequantize(torch.float32)
+    if not round_tokens:
+        y_TO = functional.linear(x_TI.float(), weight_OI)
+    else:
+        values_TI, scales_T = quantize_tokens(x_TI)
+        y_TO = functional.linear(values_TI.float(), weight_OI) * scales_T.unsqueeze(1)
+    return (y_TO if bias_O is None else y_TO + bias_O.float()).to(x_TI.dtype)
+
+
+def make_linear(matrix: Matrix, bias_O: Tensor | None = None, round_tokens: bool = False) -> Linear:
+    """The projection by `matrix`."""
+    if isinstance(matrix, Int4Weight):
+        return Int4Linear(matrix, bias_O, round_tokens)
+    return DenseLinear(matrix, bias_O)
+
+
+def grouped_matrix(x_MI: Tensor, weights_AOI: Matrix, ends_A: Tensor, round_tokens: bool) -> Tensor:
+    """Multiplies rows ends[a - 1] to ends[a] of x by stacked matrix a, transposed; [M, O]."""
+    if isinstance(weights_AOI, Tensor):
+        return grouped_linear(x_MI, weights_AOI, ends_A)
+    out_MO = x_MI.new_empty(x_MI.shape[0], weights_AOI.outputs)
+    start = 0
+    for index, end in enumerate(ends_A.tolist()):
+        if end > start:
+            out_MO[start:end] = int4_linear(x_MI[start:end], weights_AOI[index], round_tokens)
+        start = end
+    return out_MO

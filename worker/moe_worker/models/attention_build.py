@@ -8,24 +8,26 @@ import torch
 from torch import Tensor
 
 from moe_worker.config.attention import GroupedConfig, LatentConfig, RopeConfig
-from moe_worker.kernels.linear import DenseLinear
+from moe_worker.kernels.linear import Linear, make_linear
 from moe_worker.models.gqa import GroupedQueryAttention
 from moe_worker.models.mla import LatentAttention, QueryExpansion
 from moe_worker.models.rope import attention_scale
 from moe_worker.models.source import TensorSource
+from moe_worker.quant.matrix import Matrix, join_rows, map_rows
 
 
 def latent_attention(config: LatentConfig, d: int, source: TensorSource, prefix: str) -> LatentAttention:
     """DeepSeek's attention over `d` hidden elements."""
     heads, rank, plain = config.num_attention_heads, config.kv_lora_rank, config.qk_nope_head_dim
     first_OD, expansion = _query(config, d, source, prefix)
-    latent_WD = source.take(f"{prefix}.kv_a_proj_with_mqa.weight", config.cache_width, d)
+    latent_WD = source.matrix(f"{prefix}.kv_a_proj_with_mqa.weight", config.cache_width, d)
     expand_OR = source.take(f"{prefix}.kv_b_proj.weight", heads * (plain + config.v_head_dim), rank)
     expand_HOR = expand_OR.view(heads, -1, rank)
     return LatentAttention(
-        input=DenseLinear(
-            torch.cat((first_OD, interleaved(config.rope, latent_WD, config.cache_width))),
+        input=make_linear(
+            join_rows((first_OD, _interleaved(config.rope, latent_WD, config.cache_width))),
             _input_bias(config, source, prefix) if config.attention_bias else None,
+            source.round_tokens,
         ),
         query=expansion,
         latent_norm_R=source.take(f"{prefix}.kv_a_layernorm.weight", rank),
@@ -39,24 +41,23 @@ def latent_attention(config: LatentConfig, d: int, source: TensorSource, prefix:
 
 def _query(
     config: LatentConfig, d: int, source: TensorSource, prefix: str
-) -> tuple[Tensor, QueryExpansion | None]:
+) -> tuple[Matrix, QueryExpansion | None]:
     """The part of the query projection that reads hidden states, and the part behind it if there are two."""
     rank, queries = config.q_lora_rank, config.num_attention_heads * config.qk_head_dim
     if rank is None:
-        whole_OD = source.take(f"{prefix}.q_proj.weight", queries, d)
-        return interleaved(config.rope, whole_OD, config.qk_head_dim), None
-    first_QD = source.take(f"{prefix}.q_a_proj.weight", rank, d)
+        whole_OD = source.matrix(f"{prefix}.q_proj.weight", queries, d)
+        return _interleaved(config.rope, whole_OD, config.qk_head_dim), None
+    first_QD = source.matrix(f"{prefix}.q_a_proj.weight", rank, d)
     norm_Q = source.take(f"{prefix}.q_a_layernorm.weight", rank)
-    expand_OQ = source.take(f"{prefix}.q_b_proj.weight", queries, rank)
-    return first_QD, QueryExpansion(
-        norm_Q, DenseLinear(interleaved(config.rope, expand_OQ, config.qk_head_dim))
-    )
+    expand_OQ = source.matrix(f"{prefix}.q_b_proj.weight", queries, rank)
+    expand_OQ = _interleaved(config.rope, expand_OQ, config.qk_head_dim)
+    return first_QD, QueryExpansion(norm_Q, make_linear(expand_OQ, None, source.round_tokens))
 
 
 def _input_bias(config: LatentConfig, source: TensorSource, prefix: str) -> Tensor:
     """Only the low-rank query projection has a bias; a full one is given zeros."""
     bias_W = source.take(f"{prefix}.kv_a_proj_with_mqa.bias", config.cache_width)
-    latent_W = interleaved(config.rope, bias_W, config.cache_width)
+    latent_W = interleave(config.rope, bias_W, config.cache_width)
     if config.q_lora_rank is None:
         return torch.cat((latent_W.new_zeros(config.num_attention_heads * config.qk_head_dim), latent_W))
     return torch.cat((source.take(f"{prefix}.q_a_proj.bias", config.q_lora_rank), latent_W))
@@ -68,19 +69,23 @@ def grouped_attention(
     """Qwen3's attention over `d` hidden elements."""
     width, heads, keys = config.head_dim, config.num_attention_heads, config.num_key_value_heads
 
-    def rows(name: str, count: int, *columns: int) -> Tensor:
-        taken = source.take(f"{prefix}.{name}", count * width, *columns)
-        return taken if name.startswith("v_") else interleaved(config.rope, taken, width)
+    def matrix(name: str, count: int) -> Matrix:
+        taken = source.matrix(f"{prefix}.{name}.weight", count * width, d)
+        return taken if name == "v_proj" else _interleaved(config.rope, taken, width)
+
+    def vector(name: str, count: int) -> Tensor:
+        taken = source.take(f"{prefix}.{name}", count * width)
+        return taken if name.startswith("v_") else interleave(config.rope, taken, width)
 
     counts = {"q_proj": heads, "k_proj": keys, "v_proj": keys}
-    weight_OD = torch.cat([rows(f"{name}.weight", count, d) for name, count in counts.items()])
+    weight_OD = join_rows([matrix(name, count) for name, count in counts.items()])
     bias_O = None
     if config.attention_bias:
-        bias_O = torch.cat([rows(f"{name}.bias", count) for name, count in counts.items()])
+        bias_O = torch.cat([vector(f"{name}.bias", count) for name, count in counts.items()])
     return GroupedQueryAttention(
-        input=DenseLinear(weight_OD, bias_O),
-        query_norm_K=rows("q_norm.weight", 1),
-        key_norm_K=rows("k_norm.weight", 1),
+        input=make_linear(weight_OD, bias_O, source.round_tokens),
+        query_norm_K=vector("q_norm.weight", 1),
+        key_norm_K=vector("k_norm.weight", 1),
         output=_output(d, heads * width, config.attention_bias, source, prefix),
         key_heads=keys,
         norm_eps=eps,
@@ -88,14 +93,16 @@ def grouped_attention(
     )
 
 
-def _output(d: int, inputs: int, has_bias: bool, source: TensorSource, prefix: str) -> DenseLinear:
-    return DenseLinear(
-        source.take(f"{prefix}.o_proj.weight", d, inputs),
-        source.take(f"{prefix}.o_proj.bias", d) if has_bias else None,
-    )
+def _output(d: int, inputs: int, has_bias: bool, source: TensorSource, prefix: str) -> Linear:
+    bias_D = source.take(f"{prefix}.o_proj.bias", d) if has_bias else None
+    return make_linear(source.matrix(f"{prefix}.o_proj.weight", d, inputs), bias_D, source.round_tokens)
 
 
-def interleaved(rope: RopeConfig, weight: Tensor, width: int) -> Tensor:
+def _interleaved(rope: RopeConfig, matrix: Matrix, width: int) -> Matrix:
+    return map_rows(matrix, lambda rows: interleave(rope, rows, width))
+
+
+def interleave(rope: RopeConfig, weight: Tensor, width: int) -> Tensor:
     """Puts the rotary rows (the last ones of every `width`) into pairs, as `rotate` wants them.
 
     Checkpoints that are not interleaved pair element i with i + P / 2 instead of its neighbour.

@@ -4,11 +4,11 @@ Legend: D hidden, H heads, O outputs, I inputs, E routed experts, S shared exper
 """
 
 import torch
-from torch import Tensor
 
 from moe_worker.config.attention import LatentConfig
 from moe_worker.config.model import ModelConfig
-from moe_worker.kernels.linear import DenseLinear
+from moe_worker.errors import CheckpointError
+from moe_worker.kernels.linear import make_linear
 from moe_worker.models.attention import Attention
 from moe_worker.models.attention_build import grouped_attention, latent_attention
 from moe_worker.models.deepseek import DeepseekModel, DenseBlock, Layer, MoeBlock
@@ -16,22 +16,24 @@ from moe_worker.models.rope import rotation_table
 from moe_worker.models.source import TensorSource
 from moe_worker.moe.experts import Experts
 from moe_worker.moe.router import Router
+from moe_worker.quant.matrix import Matrix, join_rows, map_rows, split_inputs, stack
 
 
 def build_model(config: ModelConfig, source: TensorSource, context: int) -> DeepseekModel:
     """Takes every tensor of the model once; `context` positions can be used afterwards."""
-    d, vocabulary = config.hidden_size, config.vocab_size
-    embedding_VD = source.take("model.embed_tokens.weight", vocabulary, d)
     return DeepseekModel(
         config=config,
-        embedding_VD=embedding_VD,
+        embedding_VD=source.take("model.embed_tokens.weight", config.vocab_size, config.hidden_size),
         layers=tuple(_layer(config, source, index) for index in range(config.num_hidden_layers)),
-        norm_D=source.take("model.norm.weight", d),
-        head=DenseLinear(
-            embedding_VD if config.tie_word_embeddings else source.take("lm_head.weight", vocabulary, d)
-        ),
+        norm_D=source.take("model.norm.weight", config.hidden_size),
+        head=make_linear(_head(config, source), None, source.round_tokens),
         rotations_CP=rotation_table(config.attention.rope, context, source.device),
     )
+
+
+def _head(config: ModelConfig, source: TensorSource) -> Matrix:
+    name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    return source.matrix(name, config.vocab_size, config.hidden_size)
 
 
 def _layer(config: ModelConfig, source: TensorSource, index: int) -> Layer:
@@ -53,11 +55,10 @@ def _attention(config: ModelConfig, source: TensorSource, prefix: str) -> Attent
 
 def _dense(config: ModelConfig, source: TensorSource, prefix: str) -> DenseBlock:
     d, width = config.hidden_size, config.intermediate_size
-    gate = source.take(f"{prefix}.gate_proj.weight", width, d)
-    up = source.take(f"{prefix}.up_proj.weight", width, d)
+    gate_up = join_rows([source.matrix(f"{prefix}.{part}_proj.weight", width, d) for part in ("gate", "up")])
+    down = source.matrix(f"{prefix}.down_proj.weight", d, width)
     return DenseBlock(
-        DenseLinear(torch.cat((gate, up))),
-        DenseLinear(source.take(f"{prefix}.down_proj.weight", d, width)),
+        make_linear(gate_up, None, source.round_tokens), make_linear(down, None, source.round_tokens)
     )
 
 
@@ -71,28 +72,31 @@ def _moe(config: ModelConfig, source: TensorSource, prefix: str) -> MoeBlock:
 
 
 def _experts(config: ModelConfig, source: TensorSource, prefix: str) -> Experts:
-    d, width = config.hidden_size, config.moe.intermediate
-    every = config.moe.routed + config.moe.shared
-    gate_up_AFD = torch.empty(every, 2 * width, d, dtype=source.dtype, device=source.device)
-    down_ADI = torch.empty(every, d, width, dtype=source.dtype, device=source.device)
-    for expert in range(config.moe.routed):
-        name = f"{prefix}.experts.{expert}"
-        gate_up_AFD[expert, :width] = source.take(f"{name}.gate_proj.weight", width, d)
-        gate_up_AFD[expert, width:] = source.take(f"{name}.up_proj.weight", width, d)
-        down_ADI[expert] = source.take(f"{name}.down_proj.weight", d, width)
+    experts = [
+        _expert(config, source, f"{prefix}.experts.{expert}", shared=1) for expert in range(config.moe.routed)
+    ]
     if config.moe.shared:
-        _fill_shared(config, source, f"{prefix}.shared_experts", gate_up_AFD, down_ADI)
-    return Experts(gate_up_AFD, down_ADI, config.moe.shared)
+        experts.append(_expert(config, source, f"{prefix}.shared_experts", config.moe.shared))
+    gate_up = stack([matrix for matrices, _ in experts for matrix in matrices])
+    down = stack([matrix for _, matrices in experts for matrix in matrices])
+    return Experts(gate_up, down, config.moe.shared, source.round_tokens)
 
 
-def _fill_shared(
-    config: ModelConfig, source: TensorSource, name: str, gate_up_AFD: Tensor, down_ADI: Tensor
-) -> None:
-    """The checkpoint holds the shared experts as one wide block: experts that add up."""
-    d, width, shared = config.hidden_size, config.moe.intermediate, config.moe.shared
-    gate_OD = source.take(f"{name}.gate_proj.weight", shared * width, d)
-    up_OD = source.take(f"{name}.up_proj.weight", shared * width, d)
-    down_DO = source.take(f"{name}.down_proj.weight", d, shared * width)
-    gate_up_AFD[-shared:, :width] = gate_OD.view(shared, width, d)
-    gate_up_AFD[-shared:, width:] = up_OD.view(shared, width, d)
-    down_ADI[-shared:] = down_DO.view(d, shared, width).transpose(0, 1)
+def _expert(
+    config: ModelConfig, source: TensorSource, name: str, shared: int
+) -> tuple[list[Matrix], list[Matrix]]:
+    """Gate and up, and down, of one expert; of several where the checkpoint holds them as one wide block."""
+    d, width = config.hidden_size, config.moe.intermediate
+    gate, up = (source.matrix(f"{name}.{part}_proj.weight", shared * width, d) for part in ("gate", "up"))
+    down = source.matrix(f"{name}.down_proj.weight", d, shared * width)
+    try:
+        downs = split_inputs(down, shared)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{name}.down_proj.weight: {error}; load it with format dense, or quantize it with smaller groups"
+        ) from error
+    return [join_rows((_part(gate, i, width), _part(up, i, width))) for i in range(shared)], downs
+
+
+def _part(matrix: Matrix, index: int, width: int) -> Matrix:
+    return map_rows(matrix, lambda rows: rows[index * width : (index + 1) * width])

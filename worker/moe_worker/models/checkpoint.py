@@ -1,11 +1,13 @@
-"""Loads a Hugging Face checkpoint directory of DeepSeek-V3 architecture."""
+"""Loads a Hugging Face checkpoint directory."""
 
 import logging
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,33 +19,37 @@ from moe_worker.errors import CheckpointError
 from moe_worker.models.build import build_model
 from moe_worker.models.deepseek import DeepseekModel
 from moe_worker.models.safetensors import StoredTensor, stored_tensors
+from moe_worker.models.stored import DTYPES, StoredSource
 
-READABLE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.")
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Placement:
+    """How the model is held: its dtype and device, projections packed to four bits, activations rounded."""
+
+    dtype: torch.dtype
+    device: torch.device
+    packed: bool = False
+    round_tokens: bool = False
+
+
 def load_model(
-    directory: Path,
-    config: ModelConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    context: int,
-    progress: bool,
+    directory: Path, config: ModelConfig, placement: Placement, context: int, progress: bool
 ) -> DeepseekModel:
     """Reads the weights, checking every name, shape and size before the first byte of data.
 
     `progress` shows a bar in bytes on stderr. Raises CheckpointError.
     """
     stored = stored_tensors(directory)
-    plan = _Plan(directory, stored, dtype)
+    plan = _Plan(directory, stored, config.storage, **vars(placement) | {"device": torch.device("meta")})
     build_model(config, plan, context=1)
-    _log_unused(config, set(stored) - plan.taken)
-    total = sum(stored[name].nbytes for name in plan.taken)
+    _log_unused(config, set(stored) - plan.names)
     with (
         ExitStack() as files,
         tqdm(
-            total=total,
+            total=plan.nbytes,
             unit="B",
             unit_scale=True,
             desc="loading weights",
@@ -51,73 +57,46 @@ def load_model(
             file=sys.stderr,
         ) as bar,
     ):
-        return build_model(config, _Reader(stored, dtype, device, files, bar.update), context)
+        reader = _Reader(directory, stored, config.storage, **vars(placement))
+        reader.attach(files, bar.update)
+        return build_model(config, reader, context)
 
 
-class _Plan:
-    """A source of tensors without data: finds out what the model takes, and whether it is there."""
+class _Plan(StoredSource):
+    """Tensors without data: finds out what the model takes, and whether it is there."""
 
-    device = torch.device("meta")
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.names: set[str] = set()
+        self.nbytes = 0
 
-    def __init__(self, directory: Path, stored: Mapping[str, StoredTensor], dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.taken: set[str] = set()
-        self._directory = directory
-        self._stored = stored
-
-    def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        tensor = self._stored.get(name)
-        if tensor is None:
-            raise CheckpointError(f"{self._directory}: tensor {name} is missing; its shape is {list(shape)}")
-        wrong = _mismatch(tensor, shape)
-        if wrong is not None:
-            raise CheckpointError(f"{tensor.file}: tensor {name} {wrong}")
-        self.taken.add(name)
-        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+    def read(self, tensor: StoredTensor) -> Tensor:
+        """An empty tensor of the right shape and dtype."""
+        self.names.add(tensor.name)
+        self.nbytes += tensor.nbytes
+        return torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device=self.device)
 
 
-def _mismatch(tensor: StoredTensor, shape: tuple[int, ...]) -> str | None:
-    """What is wrong with a tensor, and what would be right; None if it can be used."""
-    if tensor.shape != shape:
-        return f"has shape {list(tensor.shape)}, but config.json needs {list(shape)}"
-    if tensor.dtype not in READABLE:
-        return f"is stored as {tensor.dtype}; it must be one of {', '.join(READABLE)}"
-    needed = READABLE[tensor.dtype].itemsize * torch.Size(shape).numel()
-    if tensor.nbytes != needed:
-        return f"takes {tensor.nbytes} bytes in the file, but its shape needs {needed}; copy the file again"
-    return None
-
-
-class _Reader:
+class _Reader(StoredSource):
     """Reads tensors from memory-mapped files, one at a time."""
 
-    def __init__(
-        self,
-        stored: Mapping[str, StoredTensor],
-        dtype: torch.dtype,
-        device: torch.device,
-        files: ExitStack,
-        advance: Callable[[int], object],
-    ) -> None:
-        self.dtype = dtype
-        self.device = device
-        self._stored = stored
-        self._files = files
-        self._advance = advance
-        self._open: dict[Path, safe_open] = {}
+    def attach(self, files: ExitStack, advance: Callable[[int], object]) -> None:
+        """Files that are opened stay open as long as `files`; `advance` is told of the bytes read."""
+        self._files, self._advance = files, advance
+        self._open: dict[Path, Any] = {}
 
-    def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:  # noqa: ARG002
-        tensor = self._stored[name]
+    def read(self, tensor: StoredTensor) -> Tensor:
+        """The tensor's data."""
         try:
             if tensor.file not in self._open:
                 self._open[tensor.file] = self._files.enter_context(safe_open(tensor.file, framework="pt"))
-            value: Tensor = self._open[tensor.file].get_tensor(name)  # type: ignore[no-untyped-call]
+            value: Tensor = self._open[tensor.file].get_tensor(tensor.name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{tensor.file}: tensor {name} cannot be read ({error}); copy the file again"
+                f"{tensor.file}: tensor {tensor.name} cannot be read ({error}); copy the file again"
             ) from error
         self._advance(tensor.nbytes)
-        return value.to(device=self.device, dtype=dtype or self.dtype, copy=True)
+        return value.to(self.device)
 
 
 def _log_unused(config: ModelConfig, names: set[str]) -> None:

@@ -5,13 +5,23 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from moe_worker.quant.matrix import Matrix
+
 
 class TensorSource(Protocol):
-    """Gives tensors by name, on one device and in one dtype."""
+    """Gives tensors by name, on one device and in one dtype.
+
+    round_tokens: whether the model rounds activations to int8 where weights have four bits.
+    """
 
     device: torch.device
     dtype: torch.dtype
+    round_tokens: bool
 
     def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Tensor `name`, which must have `shape`, in `dtype` (None: the source's own)."""
+        ...
+
+    def matrix(self, name: str, outputs: int, inputs: int) -> Matrix:
+        """The weights of a projection, [outputs, inputs], in the format that the model multiplies them in."""
         ...

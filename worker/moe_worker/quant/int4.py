@@ -42,6 +42,11 @@ class Int4Weight:
         """Bytes of values, scales and zero points."""
         return sum(t.nbytes for t in (self.packed_OP, self.scales_OG, self.zeros_OG) if t is not None)
 
+    def __getitem__(self, index: int) -> "Int4Weight":
+        """One of stacked matrices."""
+        zeros = None if self.zeros_OG is None else self.zeros_OG[index]
+        return Int4Weight(self.packed_OP[index], self.scales_OG[index], zeros, self.inputs, self.group)
+
     def values(self) -> Tensor:
         """int8 [..., O, I], from -8 to 7."""
         return unpack(self.packed_OP, self.inputs)

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from moe_api.address import check_address
-from moe_worker.config.engine import DTYPES, EngineOptions
+from moe_worker.config.engine import DTYPES, FORMATS, EngineOptions
 from moe_worker.config.quantity import parse_bytes
 from moe_worker.errors import SettingsError
 from moe_worker.service.server import ServeSettings
@@ -35,6 +35,12 @@ from moe_worker.service.server import serve as run
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option(
     "--dtype", default="auto", show_default=True, help=", ".join(DTYPES) + " (auto: float32 on CPUs)."
+)
+@click.option(
+    "--format",
+    default="auto",
+    show_default=True,
+    help="Of weights: " + ", ".join(FORMATS) + " (auto: as the checkpoint has them).",
 )
 @click.option(
     "--threads",

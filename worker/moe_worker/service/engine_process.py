@@ -33,7 +33,6 @@ from moe_worker.service.wire import (
     encode,
 )
 
-FORMATS = {"torch.float32": "fp32", "torch.bfloat16": "bf16"}
 log = logging.getLogger("moe_worker.engine")
 
 
@@ -63,7 +62,7 @@ def _serve(connection: socket.socket) -> None:
         raise WorkerError(f"the engine must be started with a Start message, not {type(start).__name__}")
     loaded = load(Path(start.model), start.options, progress=True)
     core = EngineCore(loaded, start.options)
-    connection.sendall(encode(Loaded(FORMATS[str(loaded.model.dtype)], core.load, core.most_requests)))
+    connection.sendall(encode(Loaded(loaded.format, core.load, core.most_requests)))
     submitted = 0
     while True:
         submitted += _take_commands(core, inbox, connection)

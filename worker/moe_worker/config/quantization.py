@@ -1,0 +1,68 @@
+"""What config.json says of how the weights are stored: as they are, in FP8 blocks, or packed in four bits."""
+
+from dataclasses import dataclass
+
+from moe_worker.config.fields import Fields
+from moe_worker.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Fp8Storage:
+    """FP8 (e4m3) with one scale for each block of `block` rows and columns, as DeepSeek publishes."""
+
+    block: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class PackedStorage:
+    """compressed-tensors pack-quantized int4: one scale for `group` inputs (None: for the whole row)."""
+
+    group: int | None
+    symmetric: bool
+
+
+Storage = Fp8Storage | PackedStorage
+
+
+def parse_storage(fields: Fields) -> Storage | None:
+    """None where weights are stored as plain floating numbers. Raises ConfigError."""
+    value = fields.values.get("quantization_config")
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise fields.fail("quantization_config", "an object")
+    nested = Fields(f"{fields.source}: quantization_config", value)
+    if nested.choice("quant_method", ("fp8", "compressed-tensors")) == "fp8":
+        return _parse_fp8(nested)
+    return _parse_packed(nested)
+
+
+def _parse_fp8(fields: Fields) -> Fp8Storage:
+    fields.choice("fmt", ("e4m3",), default="e4m3")
+    block = fields.integers("weight_block_size", least=1)
+    if len(block) != 2:
+        raise fields.fail("weight_block_size", "two integers, as [128, 128]")
+    return Fp8Storage((block[0], block[1]))
+
+
+def _parse_packed(fields: Fields) -> PackedStorage:
+    fields.choice("format", ("pack-quantized",))
+    groups = fields.values.get("config_groups")
+    if not isinstance(groups, dict) or len(groups) != 1:
+        raise fields.fail("config_groups", "an object with one group: all layers are quantized alike here")
+    [(name, group)] = groups.items()
+    weights = group.get("weights") if isinstance(group, dict) else None
+    if not isinstance(weights, dict):
+        raise ConfigError(f"{fields.source}: config_groups.{name} has no weights; it must describe them")
+    return _parse_weights(Fields(f"{fields.source}: config_groups.{name}.weights", weights))
+
+
+def _parse_weights(fields: Fields) -> PackedStorage:
+    if fields.integer("num_bits") != 4:
+        raise fields.fail("num_bits", "4")
+    fields.choice("type", ("int",), default="int")
+    strategy = fields.choice("strategy", ("group", "channel"))
+    if fields.values.get("actorder") not in (None, False, "weight", "static"):
+        raise fields.fail("actorder", "null or weight: the order of inputs is not changed here")
+    group = fields.integer("group_size") if strategy == "group" else None
+    return PackedStorage(group, fields.boolean("symmetric", default=True))

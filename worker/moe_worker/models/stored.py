@@ -1,0 +1,138 @@
+"""Tensors of a checkpoint as the model wants them, however they are stored.
+
+Legend: O outputs, I inputs, G groups.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moe_worker.config.quantization import Fp8Storage, PackedStorage, Storage
+from moe_worker.errors import CheckpointError
+from moe_worker.models.safetensors import StoredTensor
+from moe_worker.quant import compressed_tensors as layout
+from moe_worker.quant.fp8 import dequantize_fp8
+from moe_worker.quant.int4 import Int4Weight, quantize_int4
+from moe_worker.quant.matrix import Matrix
+
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+FLOATING = ("F32", "F16", "BF16")
+
+
+class StoredSource:
+    """A TensorSource over the tensors in the files' headers; a subclass reads, or only checks.
+
+    packed: whether projections are given in four bits: those stored so, or all, rounded here, where none is.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        stored: Mapping[str, StoredTensor],
+        storage: Storage | None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        packed: bool,
+        round_tokens: bool,
+    ) -> None:
+        self.dtype, self.device, self.round_tokens = dtype, device, round_tokens
+        self._directory, self._stored, self._storage, self._packed = directory, stored, storage, packed
+
+    def read(self, tensor: StoredTensor) -> Tensor:
+        """The tensor in its own dtype, on the source's device."""
+        raise NotImplementedError
+
+    def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Tensor `name`, which must have `shape`, in `dtype` (None: the source's own). CheckpointError."""
+        dtype = dtype or self.dtype
+        if self._is_packed(name):
+            return self._read_packed(name, *shape).dequantize(dtype)
+        if self._is_fp8(name):
+            return self._read_fp8(name, shape, dtype)
+        # copy: what was mapped from a file must not outlive it.
+        return self._part(name, shape, FLOATING).to(dtype=dtype, copy=True)
+
+    def matrix(self, name: str, outputs: int, inputs: int) -> Matrix:
+        """The weights of a projection in the model's format. Raises CheckpointError."""
+        if not self._packed:
+            return self.take(name, outputs, inputs)
+        if self._is_packed(name):
+            return self._read_packed(name, outputs, inputs)
+        if isinstance(self._storage, PackedStorage):
+            return self.take(name, outputs, inputs)  # who quantized the others left this one on purpose
+        return quantize_int4(self.take(name, outputs, inputs, dtype=torch.float32))
+
+    def _is_packed(self, name: str) -> bool:
+        return isinstance(self._storage, PackedStorage) and f"{name}_packed" in self._stored
+
+    def _is_fp8(self, name: str) -> bool:
+        return isinstance(self._storage, Fp8Storage) and f"{name}_scale_inv" in self._stored
+
+    def _read_packed(self, name: str, outputs: int, inputs: int) -> Int4Weight:
+        if not isinstance(self._storage, PackedStorage):
+            raise CheckpointError(f"{self._directory}: config.json says nothing of packed weights")
+        stem = name.removesuffix("weight")
+        group = self._storage.group or inputs
+        groups = -(-inputs // group)
+        words = -(-inputs // layout.VALUES_A_WORD)
+        parts = {
+            layout.PACKED: self._part(stem + layout.PACKED, (outputs, words), ("I32",)),
+            layout.SCALE: self._part(stem + layout.SCALE, (outputs, groups), FLOATING),
+        }
+        self._check_shape(stem + layout.SHAPE, outputs, inputs)
+        if not self._storage.symmetric:
+            zero_words = -(-outputs // layout.VALUES_A_WORD)
+            parts[layout.ZERO] = self._part(stem + layout.ZERO, (zero_words, groups), ("I32",))
+        return layout.from_tensors(parts, inputs, group)
+
+    def _check_shape(self, name: str, outputs: int, inputs: int) -> None:
+        shape = self._part(name, (2,), ("I64", "I32"))
+        if not shape.is_meta and shape.tolist() != [outputs, inputs]:
+            raise CheckpointError(
+                f"{self._stored[name].file}: tensor {name} says {shape.tolist()}, but config.json needs "
+                f"{[outputs, inputs]}; the files do not belong together"
+            )
+
+    def _read_fp8(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if not isinstance(self._storage, Fp8Storage):
+            raise CheckpointError(f"{self._directory}: config.json says nothing of FP8 weights")
+        block = self._storage.block
+        scales = tuple(-(-size // edge) for size, edge in zip(shape, block, strict=True))
+        return dequantize_fp8(
+            self._part(name, shape, ("F8_E4M3",)),
+            self._part(f"{name}_scale_inv", scales, ("F32",)),
+            block,
+            dtype,
+        )
+
+    def _part(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> Tensor:
+        """One stored tensor, checked against its header."""
+        tensor = self._stored.get(name)
+        if tensor is None:
+            raise CheckpointError(f"{self._directory}: tensor {name} is missing; its shape is {list(shape)}")
+        wrong = _mismatch(tensor, shape, dtypes)
+        if wrong is not None:
+            raise CheckpointError(f"{tensor.file}: tensor {name} {wrong}")
+        return self.read(tensor)
+
+
+def _mismatch(tensor: StoredTensor, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> str | None:
+    """What is wrong with a tensor, and what would be right; None if it can be used."""
+    if tensor.shape != shape:
+        return f"has shape {list(tensor.shape)}, but config.json needs {list(shape)}"
+    if tensor.dtype not in dtypes:
+        return f"is stored as {tensor.dtype}; it must be one of {', '.join(dtypes)}"
+    needed = DTYPES[tensor.dtype].itemsize * torch.Size(shape).numel()
+    if tensor.nbytes != needed:
+        return f"takes {tensor.nbytes} bytes in the file, but its shape needs {needed}; copy the file again"
+    return None
