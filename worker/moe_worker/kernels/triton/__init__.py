@@ -1,0 +1,1 @@
+"""Triton kernels of the GPU path; plain torch beside each is in references.py."""

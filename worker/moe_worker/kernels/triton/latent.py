@@ -1,0 +1,87 @@
+"""From the joint projection to what attention reads: cache rows, and queries in the space of cache rows.
+
+Legend: T tokens, H heads, N query elements without and P with rotary position, R latent rank, W = R + P.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class LatentWeights(NamedTuple):
+    """What the kernel needs of one layer: bf16 [R], [H, N, R]."""
+
+    norm_R: Tensor
+    key_HNR: Tensor
+    eps: float
+
+
+@triton.jit
+def _turn(source, target, stride_in, stride_out, token_M, mask_M, position_M, table, HALF: tl.constexpr):
+    """Rotates interleaved pairs of rows of 2 * HALF elements."""
+    i = tl.arange(0, HALF)[None, :]
+    at = source + token_M[:, None] * stride_in + 2 * i
+    a = tl.load(at, mask=mask_M[:, None], other=0.0).to(tl.float32)
+    b = tl.load(at + 1, mask=mask_M[:, None], other=0.0).to(tl.float32)
+    angle = table + (position_M[:, None] * HALF + i) * 2
+    cos, sin = tl.load(angle), tl.load(angle + 1)
+    to = target + stride_out[:, None] + 2 * i
+    tl.store(to, (a * cos - b * sin).to(tl.bfloat16), mask=mask_M[:, None])
+    tl.store(to + 1, (a * sin + b * cos).to(tl.bfloat16), mask=mask_M[:, None])
+
+
+@triton.jit
+def _latent(
+    query, query_stride, latent, latent_stride, norm, key, table, positions, rows, cache, out, tokens, eps,
+    HEADS: tl.constexpr, PLAIN: tl.constexpr, ROPE: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    WIDTH: tl.constexpr = RANK + ROPE
+    token_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_M = token_M < tokens
+    token_M = token_M.to(tl.int64)
+    position_M = tl.load(positions + token_M, mask=mask_M, other=0)
+    part = tl.program_id(1)
+    if part == HEADS * (RANK // BLOCK_R):
+        row_M = tl.load(rows + token_M, mask=mask_M, other=0) * WIDTH
+        r = tl.arange(0, RANK)
+        x = tl.load(latent + token_M[:, None] * latent_stride + r[None, :], mask=mask_M[:, None], other=0.0)
+        x = x.to(tl.float32)
+        normed = (x * tl.rsqrt(tl.sum(x * x, axis=1) / RANK + eps)[:, None]).to(tl.bfloat16)
+        y = (normed.to(tl.float32) * tl.load(norm + r).to(tl.float32)[None, :]).to(tl.bfloat16)
+        tl.store(cache + row_M[:, None] + r[None, :], y, mask=mask_M[:, None])
+        _turn(
+            latent + RANK, cache + RANK, latent_stride, row_M, token_M, mask_M, position_M, table, ROPE // 2
+        )
+    else:
+        head, block = part // (RANK // BLOCK_R), part % (RANK // BLOCK_R)
+        n, r = tl.arange(0, PLAIN), block * BLOCK_R + tl.arange(0, BLOCK_R)
+        own = query + head * (PLAIN + ROPE)
+        x = tl.load(own + token_M[:, None] * query_stride + n[None, :], mask=mask_M[:, None], other=0.0)
+        w = tl.load(key + (head * PLAIN + n[:, None]) * RANK + r[None, :])
+        to = (token_M * HEADS + head) * WIDTH
+        tl.store(out + to[:, None] + r[None, :], tl.dot(x, w).to(tl.bfloat16), mask=mask_M[:, None])
+        if block == 0:
+            _turn(own + PLAIN, out + RANK, query_stride, to, token_M, mask_M, position_M, table, ROPE // 2)
+
+
+def write_latents(
+    query_TO: Tensor, latent_TW: Tensor, weights: LatentWeights, table_CP2: Tensor,
+    positions_T: Tensor, rows_T: Tensor, cache_SW: Tensor, out_THW: Tensor,
+) -> None:  # fmt: skip
+    """Writes normed and rotated latents to rows of the cache, and absorbed, rotated queries to `out_THW`.
+
+    `table_CP2` is the rotation table as float32 [C, P / 2, 2]; rows of both inputs may have any stride.
+    """
+    heads, plain, rank = weights.key_HNR.shape
+    tokens, rope = latent_TW.shape[0], latent_TW.shape[1] - rank
+    block_m, block_r = (16, min(128, rank)) if tokens <= 256 else (64, min(128, rank))
+    grid = (triton.cdiv(tokens, block_m), heads * (rank // block_r) + 1)
+    _latent[grid](
+        query_TO, query_TO.stride(0), latent_TW, latent_TW.stride(0), weights.norm_R, weights.key_HNR, table_CP2,
+        positions_T, rows_T, cache_SW, out_THW, tokens, weights.eps,
+        HEADS=heads, PLAIN=plain, ROPE=rope, RANK=rank, BLOCK_M=block_m, BLOCK_R=block_r,
+        num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,140 @@
+"""Router in float32: scores in slices of the inputs, then the choice of experts with their histogram.
+
+Legend: T tokens, D hidden, E routed experts, G groups, K experts a token with the shared ones behind the chosen,
+S slices of the inputs, A all experts.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class Choice(NamedTuple):
+    """How experts are chosen. pair: a group scores by its two best experts, else by its best."""
+
+    top_k: int
+    shared: int
+    groups: int
+    kept_groups: int
+    sigmoid: bool
+    normalise: bool
+    scale: float
+    pair: bool = True
+
+
+@triton.jit
+def _logits(
+    x, weight, out, tokens,
+    WIDTH: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    token_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_E)
+    mask_M, mask_d, mask_e = token_M < tokens, d < WIDTH, e < EXPERTS
+    x_Md = tl.load(
+        x + token_M[:, None] * WIDTH + d[None, :], mask=mask_M[:, None] & mask_d[None, :], other=0.0
+    )
+    w_dE = tl.load(
+        weight + e[None, :] * WIDTH + d[:, None], mask=mask_d[:, None] & mask_e[None, :], other=0.0
+    )
+    logits = tl.dot(x_Md.to(tl.float32), w_dE, input_precision="ieee")
+    to = out + (token_M[:, None] * tl.num_programs(1) + tl.program_id(1)) * EXPERTS + e[None, :]
+    tl.store(to, logits, mask=mask_M[:, None] & mask_e[None, :])
+
+
+@triton.jit
+def _kept_groups(choice_ME, GROUPS: tl.constexpr, KEPT: tl.constexpr, PAIR: tl.constexpr):
+    """The choice with experts outside the best groups at -inf."""
+    TOKENS: tl.constexpr = choice_ME.shape[0]
+    EXPERTS: tl.constexpr = choice_ME.shape[1]
+    each_MGe = tl.reshape(choice_ME, (TOKENS, GROUPS, EXPERTS // GROUPS))
+    group_MG = tl.max(each_MGe, axis=2)
+    if PAIR:
+        best_MG = tl.argmax(each_MGe, axis=2)
+        e = tl.arange(0, EXPERTS // GROUPS)[None, None, :]
+        group_MG += tl.max(tl.where(e == best_MG[:, :, None], float("-inf"), each_MGe), axis=2)
+    g = tl.arange(0, GROUPS)[None, :]
+    kept_MG = tl.zeros((TOKENS, GROUPS), tl.int32)
+    for _ in tl.static_range(KEPT):
+        best_M = tl.argmax(group_MG, axis=1)
+        kept_MG = tl.where(g == best_M[:, None], 1, kept_MG)
+        group_MG = tl.where(g == best_M[:, None], float("-inf"), group_MG)
+    masked_MGe = tl.where(kept_MG[:, :, None] > 0, each_MGe, float("-inf"))
+    return tl.reshape(masked_MGe, (TOKENS, EXPERTS))
+
+
+@triton.jit
+def _choose(
+    logits, bias, experts, weights, counts, tokens, counted, scale,
+    EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, SLICES: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, SIGMOID: tl.constexpr,
+    NORMALISE: tl.constexpr, PAIR: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    token_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_M = token_M < tokens
+    e, k = tl.arange(0, BLOCK_E)[None, :], tl.arange(0, BLOCK_K)[None, :]
+    mask = mask_M[:, None] & (e < EXPERTS)
+    sums_ME = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    for s in range(SLICES):
+        sums_ME += tl.load(logits + (token_M[:, None] * SLICES + s) * EXPERTS + e, mask=mask, other=0.0)
+    if SIGMOID:
+        scores_ME = 1.0 / (1.0 + tl.exp(-sums_ME))
+    else:
+        sums_ME = tl.where(e < EXPERTS, sums_ME, -1e30)
+        powers_ME = tl.exp(sums_ME - tl.max(sums_ME, axis=1)[:, None])
+        scores_ME = powers_ME / tl.sum(powers_ME, axis=1)[:, None]
+    choice_ME = scores_ME
+    if BIAS:
+        choice_ME += tl.load(bias + e, mask=e < EXPERTS, other=0.0)
+    choice_ME = tl.where(e < EXPERTS, choice_ME, float("-inf"))
+    if KEPT < GROUPS:
+        choice_ME = _kept_groups(choice_ME, GROUPS, KEPT, PAIR)
+    # Columns behind the chosen experts are the shared ones, which every token takes with weight 1.
+    ids_MK = tl.where(k >= TOP_K, EXPERTS + k - TOP_K, 0) + tl.zeros((BLOCK_M, BLOCK_K), tl.int32)
+    shares_MK = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for i in tl.static_range(TOP_K):
+        best_M = tl.argmax(choice_ME, axis=1)
+        share_M = tl.sum(tl.where(e == best_M[:, None], scores_ME, 0.0), axis=1)
+        ids_MK = tl.where(k == i, best_M[:, None], ids_MK)
+        shares_MK = tl.where(k == i, share_M[:, None], shares_MK)
+        choice_ME = tl.where(e == best_M[:, None], float("-inf"), choice_ME)
+    if NORMALISE:
+        shares_MK = shares_MK / (tl.sum(shares_MK, axis=1) + 1e-20)[:, None]
+    shares_MK = tl.where(k >= TOP_K, 1.0, shares_MK * scale)
+    stored = mask_M[:, None] & (k < TOP_K + SHARED)
+    to = token_M[:, None] * (TOP_K + SHARED) + k
+    tl.store(experts + to, ids_MK, mask=stored)
+    tl.store(weights + to, shares_MK, mask=stored)
+    tl.atomic_add(counts + ids_MK, 1, mask=stored)
+
+
+def route(
+    x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, choice: Choice, counts_A: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Experts int32 [T, K] and their weights float32 [T, K]; adds to the histogram `counts_A` (int32).
+
+    Equal scores choose the expert of lower number.
+    """
+    tokens, width = x_TD.shape
+    experts, block_d = weight_ED.shape[0], 128
+    slices, block_e = triton.cdiv(width, block_d), max(16, triton.next_power_of_2(experts))
+    logits_TSE = torch.empty(tokens, slices, experts, dtype=torch.float32, device=x_TD.device)
+    _logits[(triton.cdiv(tokens, 16), slices)](
+        x_TD, weight_ED, logits_TSE, tokens,
+        WIDTH=width, EXPERTS=experts, BLOCK_E=block_e, BLOCK_M=16, BLOCK_D=block_d, num_warps=4,
+    )  # fmt: skip
+    columns = choice.top_k + choice.shared
+    experts_TK = torch.empty(tokens, columns, dtype=torch.int32, device=x_TD.device)
+    weights_TK = torch.empty(tokens, columns, dtype=torch.float32, device=x_TD.device)
+    block_m = 2
+    _choose[(triton.cdiv(tokens, block_m),)](
+        logits_TSE, bias_E, experts_TK, weights_TK, counts_A, tokens, tokens, choice.scale,
+        EXPERTS=experts, BLOCK_E=block_e, SLICES=slices, TOP_K=choice.top_k, SHARED=choice.shared,
+        BLOCK_K=triton.next_power_of_2(columns), GROUPS=choice.groups, KEPT=choice.kept_groups,
+        SIGMOID=choice.sigmoid, NORMALISE=choice.normalise, PAIR=choice.pair, BIAS=bias_E is not None,
+        BLOCK_M=block_m, num_warps=1,
+    )  # fmt: skip
+    return experts_TK, weights_TK
