@@ -42,7 +42,8 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); copy it again") from error
+        # The first line: an integer of thousands of digits has a long story.
+        raise CheckpointError(f"{path} is not valid JSON ({str(error)[:200]}); copy it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
     return value

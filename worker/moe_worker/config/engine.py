@@ -29,6 +29,7 @@ class EngineOptions:
         stream: prompts beside them are cut into pieces that keep to it. 50 ms is faster than people read.
     page_size: tokens of a page of the KV cache, a power of two. Small pages waste little behind a text and
         share prompts early.
+    check_weights: whether loading looks for weights that are not finite numbers (it takes longer).
     prefix_cache: whether requests share the cached beginnings of their prompts.
     threads: of torch on the CPU; None: all cores that this process may use, but one for small models.
     """
@@ -44,6 +45,7 @@ class EngineOptions:
     target_step_ms: float = 50.0
     page_size: int = 16
     prefix_cache: bool = True
+    check_weights: bool = False
     threads: int | None = None
 
     def __post_init__(self) -> None:

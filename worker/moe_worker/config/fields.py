@@ -8,6 +8,8 @@ from moe_worker.errors import ConfigError
 
 # Above any published model by a factor of a thousand; keeps sizes far from 64-bit overflow.
 LARGEST_SIZE = 2**31 - 1
+# Characters of a wrong value that a message repeats.
+MOST_SHOWN = 100
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Fields:
     def fail(self, name: str, allowed: str) -> ConfigError:
         """The error for field `name`, which should have been `allowed`."""
         value = self.values.get(name)
-        found = "is missing" if value is None else f"is {value!r}"
+        found = "is missing" if value is None else f"is {_shown(value)}"
         return ConfigError(f"{self.source}: {name} {found}; it must be {allowed}")
 
     def integer(self, name: str, default: int | None = None, least: int = 1, most: int = LARGEST_SIZE) -> int:
@@ -76,3 +78,9 @@ class Fields:
     def _or_default(self, name: str, default: Any) -> Any:
         value = self.values.get(name)
         return default if value is None else value
+
+
+def _shown(value: object) -> str:
+    """A value as it can stand in a sentence."""
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."

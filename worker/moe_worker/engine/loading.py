@@ -12,8 +12,9 @@ from moe_worker.config.model import ModelConfig
 from moe_worker.config.quantization import PackedStorage
 from moe_worker.errors import SettingsError
 from moe_worker.kvcache.paged import CacheShape, PagedCache
-from moe_worker.models.checkpoint import Placement, load_model
+from moe_worker.models.checkpoint import load_model
 from moe_worker.models.deepseek import DeepseekModel
+from moe_worker.models.stored import Placement
 from moe_worker.models.tokenizer import Tokenizer
 
 # Active weights up to which one thread is as good as any.
@@ -42,7 +43,13 @@ def load(directory: Path, options: EngineOptions, progress: bool) -> LoadedModel
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     weights = choose_format(options.format, config)
-    placement = Placement(dtype, device, packed=weights != "dense", round_tokens=weights == "w4a8")
+    placement = Placement(
+        dtype,
+        device,
+        packed=weights != "dense",
+        round_tokens=weights == "w4a8",
+        check_weights=options.check_weights,
+    )
     shape = CacheShape(config.num_hidden_layers, config.attention.cache_width, options.page_size, dtype)
     pages = shape.pages_that_fit(context, options.kv_memory, options.max_batch_size)
     torch.set_num_threads(options.threads or suggested_threads(config, dtype))

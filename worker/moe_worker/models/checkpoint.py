@@ -3,9 +3,9 @@
 import logging
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moe_worker.config.model import ModelConfig
+from moe_worker.config.quantization import Storage
 from moe_worker.errors import CheckpointError
 from moe_worker.models.build import build_model
 from moe_worker.models.deepseek import DeepseekModel
 from moe_worker.models.safetensors import StoredTensor, stored_tensors
-from moe_worker.models.stored import DTYPES, StoredSource
+from moe_worker.models.stored import DTYPES, Placement, StoredSource
 
 LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.")
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Placement:
-    """How the model is held: its dtype and device, projections packed to four bits, activations rounded."""
-
-    dtype: torch.dtype
-    device: torch.device
-    packed: bool = False
-    round_tokens: bool = False
 
 
 def load_model(
@@ -43,7 +34,7 @@ def load_model(
     `progress` shows a bar in bytes on stderr. Raises CheckpointError.
     """
     stored = stored_tensors(directory)
-    plan = _Plan(directory, stored, config.storage, **vars(placement) | {"device": torch.device("meta")})
+    plan = _Plan(directory, stored, config.storage, replace(placement, device=torch.device("meta")))
     build_model(config, plan, context=1)
     _log_unused(config, set(stored) - plan.names)
     with (
@@ -57,7 +48,7 @@ def load_model(
             file=sys.stderr,
         ) as bar,
     ):
-        reader = _Reader(directory, stored, config.storage, **vars(placement))
+        reader = _Reader(directory, stored, config.storage, placement)
         reader.attach(files, bar.update)
         return build_model(config, reader, context)
 
@@ -65,8 +56,14 @@ def load_model(
 class _Plan(StoredSource):
     """Tensors without data: finds out what the model takes, and whether it is there."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+    def __init__(
+        self,
+        directory: Path,
+        stored: Mapping[str, StoredTensor],
+        storage: Storage | None,
+        placement: Placement,
+    ) -> None:
+        super().__init__(directory, stored, storage, placement)
         self.names: set[str] = set()
         self.nbytes = 0
 

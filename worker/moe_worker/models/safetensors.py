@@ -5,7 +5,6 @@ data.
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # The same bound as the safetensors library sets.
 LARGEST_HEADER = 100_000_000
+MOST_DIMENSIONS = 8
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def _sharded(directory: Path) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
     for name in sorted(set(weight_map.values())):
         path = directory / name
-        if Path(name).name != name:
+        if Path(name).name != name or "\0" in name:
             raise CheckpointError(f"{index}: shard {name!r} must be the name of a file beside it")
         if not path.exists():
             raise CheckpointError(f"{path} is missing, but {INDEX_FILE} lists it; copy the shard too")
@@ -72,31 +72,55 @@ def read_header(path: Path) -> list[StoredTensor]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; give a readable file") from error
     try:
-        entries = json.loads(header)
+        entries = json.loads(header, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
-        raise _truncated(path, "its header is not JSON") from error
+        raise _truncated(path, f"its header cannot be read ({_first_line(error)})") from error
     if not isinstance(entries, dict):
         raise _truncated(path, "its header is no JSON object")
-    tensors = [_entry(path, name, entry) for name, entry in entries.items() if name != "__metadata__"]
-    promised = 8 + length + sum(tensor.nbytes for tensor in tensors)
-    if promised != size:
-        raise _truncated(path, f"its header promises {promised} bytes, the file has {size}")
-    return tensors
+    placed = [_entry(path, name, entry) for name, entry in entries.items() if name != "__metadata__"]
+    _check_layout(path, placed, size - 8 - length)
+    return [tensor for _, tensor in placed]
 
 
-def _entry(path: Path, name: str, entry: Mapping[str, Any]) -> StoredTensor:
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands there twice")
+    return found
+
+
+def _check_layout(path: Path, placed: list[tuple[int, StoredTensor]], size: int) -> None:
+    """Tensors must follow one another without gap or overlap and fill the `size` bytes of data."""
+    end = 0
+    for begin, tensor in sorted(placed, key=lambda entry: (entry[0], entry[1].nbytes)):
+        if begin != end:
+            how = "overlaps the one before it" if begin < end else f"leaves {begin - end} bytes before it"
+            raise _truncated(path, f"tensor {tensor.name!r} {how}")
+        end += tensor.nbytes
+    if end != size:
+        raise _truncated(path, f"its header promises {end} bytes of data, the file has {size}")
+
+
+def _entry(path: Path, name: str, entry: Any) -> tuple[int, StoredTensor]:
+    """Where the tensor's data begins, and the tensor."""
     try:
         begin, end = _sizes(entry["data_offsets"])
-        shape = _sizes(entry["shape"])
-        return StoredTensor(name, path, str(entry["dtype"]), shape, end - begin)
+        shape, dtype = _sizes(entry["shape"]), entry["dtype"]
+        if end < begin or len(shape) > MOST_DIMENSIONS or not isinstance(dtype, str):
+            raise ValueError
     except (KeyError, TypeError, ValueError) as error:
-        raise _truncated(path, f"the header entry of {name} is malformed") from error
+        raise _truncated(path, f"the header entry of {name!r} is malformed") from error
+    return begin, StoredTensor(name, path, dtype, shape, end - begin)
 
 
 def _sizes(value: object) -> tuple[int, ...]:
-    if not isinstance(value, list) or not all(isinstance(size, int) and size >= 0 for size in value):
+    if not isinstance(value, list) or not all(type(size) is int and 0 <= size < 2**63 for size in value):
         raise TypeError("sizes must be a list of integers of at least 0")
     return tuple(value)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _truncated(path: Path, why: str) -> CheckpointError:

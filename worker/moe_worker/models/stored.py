@@ -4,6 +4,7 @@ Legend: O outputs, I inputs, G groups.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,25 +29,36 @@ DTYPES = {
 FLOATING = ("F32", "F16", "BF16")
 
 
-class StoredSource:
-    """A TensorSource over the tensors in the files' headers; a subclass reads, or only checks.
+@dataclass(frozen=True)
+class Placement:
+    """How a model is held.
 
-    packed: whether projections are given in four bits: those stored so, or all, rounded here, where none is.
+    packed: projections in four bits: those stored so, or all, rounded at load, where none is.
+    round_tokens: activations are rounded to int8 before they meet four bits. check_weights: every stored
+    value must be finite.
     """
+
+    dtype: torch.dtype
+    device: torch.device
+    packed: bool = False
+    round_tokens: bool = False
+    check_weights: bool = False
+
+
+class StoredSource:
+    """A TensorSource over the tensors in the files' headers; a subclass reads, or only checks."""
 
     def __init__(
         self,
         directory: Path,
         stored: Mapping[str, StoredTensor],
         storage: Storage | None,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        packed: bool,
-        round_tokens: bool,
+        placement: Placement,
     ) -> None:
-        self.dtype, self.device, self.round_tokens = dtype, device, round_tokens
-        self._directory, self._stored, self._storage, self._packed = directory, stored, storage, packed
+        self.dtype, self.device = placement.dtype, placement.device
+        self.round_tokens, self._packed = placement.round_tokens, placement.packed
+        self._check_weights = placement.check_weights
+        self._directory, self._stored, self._storage = directory, stored, storage
 
     def read(self, tensor: StoredTensor) -> Tensor:
         """The tensor in its own dtype, on the source's device."""
@@ -123,7 +135,19 @@ class StoredSource:
         wrong = _mismatch(tensor, shape, dtypes)
         if wrong is not None:
             raise CheckpointError(f"{tensor.file}: tensor {name} {wrong}")
-        return self.read(tensor)
+        value = self.read(tensor)
+        if self._check_weights and value.is_floating_point() and not value.is_meta:
+            _check_finite(tensor, value)
+        return value
+
+
+def _check_finite(tensor: StoredTensor, value: Tensor) -> None:
+    wrong = int((~value.float().isfinite()).sum())
+    if wrong:
+        raise CheckpointError(
+            f"{tensor.file}: tensor {tensor.name} holds {wrong} values that are not finite numbers; copy the "
+            "file again, or train or convert the model again"
+        )
 
 
 def _mismatch(tensor: StoredTensor, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> str | None:

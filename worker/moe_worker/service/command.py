@@ -42,6 +42,7 @@ from moe_worker.service.server import serve as run
     show_default=True,
     help="Of weights: " + ", ".join(FORMATS) + " (auto: as the checkpoint has them).",
 )
+@click.option("--check-weights", is_flag=True, help="Refuse weights that are not finite numbers.")
 @click.option(
     "--threads",
     type=int,
