@@ -1,0 +1,112 @@
+"""Compiles the CPU kernels: once for each instruction set, into one shared object.
+
+Runs without torch and without the rest of the package: the wheel's build hook loads this file alone. Why there
+are two places for the result: docs/adr/0008-cpu-kernels-are-found-by-their-sources.md.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+NATIVE = Path(__file__).parent / "native"
+PACKAGED = Path(__file__).parent / "lib"  # where a wheel carries the library
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti")
+# Sums keep the order and the roundings that the source has: results must not depend on the batch.
+FLOATS = ("-ffp-contract=off",)
+_AVX2 = ("-mavx2", "-mfma")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+VARIANTS = {
+    "avx2": _AVX2,
+    "avx-vnni": (*_AVX2, "-mavxvnni"),
+    "avx512": _AVX512,
+    "avx512-vnni": (*_AVX512, "-mavx512vnni"),
+}
+
+
+class BuildError(Exception):
+    """The kernels cannot be had here; the message says why."""
+
+
+def library_name() -> str:
+    """File name that changes with the sources and the flags, so that a stale library is never loaded."""
+    digest = hashlib.sha256(repr((FLAGS, FLOATS, VARIANTS)).encode())
+    for source in sorted(NATIVE.iterdir()):
+        digest.update(source.name.encode() + source.read_bytes())
+    return f"moe_cpu_{digest.hexdigest()[:16]}.so"
+
+
+def cache_directory() -> Path:
+    """The user's cache, by XDG's rule."""
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "moe-operator" / "kernels"
+
+
+def find_or_build() -> Path:
+    """The library: from the wheel, from the user's cache, or compiled into it now. Raises BuildError."""
+    for directory in (PACKAGED, cache_directory()):
+        path = directory / library_name()
+        if path.exists():
+            return path
+    return build(cache_directory())
+
+
+def build(directory: Path) -> Path:
+    """Compiles into `directory`, some 10 seconds; other processes see the whole file or none.
+
+    Raises BuildError where this is not Linux on x86-64, where there is no C++ compiler, or where it fails.
+    """
+    compiler = _compiler()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory) as work:
+            made = _compile(compiler, Path(work))
+            return made.replace(directory / library_name())
+    except OSError as error:
+        raise BuildError(f"the CPU kernels could not be written to {directory}: {error.strerror}") from error
+
+
+def _compiler() -> str:
+    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
+        raise BuildError(
+            f"there are CPU kernels for Linux on x86-64 only, this is {platform.system()} on {platform.machine()}"
+        )
+    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
+        if name and (path := shutil.which(name)):
+            return path
+    raise BuildError("no C++ compiler was found (looked for $CXX, g++, clang++ and c++)")
+
+
+def _compile(compiler: str, work: Path) -> Path:
+    units = [
+        (
+            "variant.cpp",
+            name,
+            (*flags, f"-DVARIANT=variant_{name.replace('-', '_')}", f'-DVARIANT_NAME="{name}"'),
+        )
+        for name, flags in VARIANTS.items()
+    ]
+    units += [("engine.cpp", "engine", ()), ("pool.cpp", "pool", ())]
+
+    def one(unit: tuple[str, str, tuple[str, ...]]) -> str:
+        source, name, flags = unit
+        target = str(work / f"{name}.o")
+        _run([compiler, *FLAGS, *FLOATS, *flags, "-c", str(NATIVE / source), "-o", target])
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(one, units))
+    made = work / "library.so"
+    _run([compiler, "-shared", "-o", str(made), *objects, "-lpthread"])
+    return made
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        lines = [line for line in result.stderr.splitlines() if "error" in line] or ["no message"]
+        raise BuildError(f"{command[0]} could not compile the CPU kernels: {lines[0]}")

@@ -1,0 +1,131 @@
+// Integer dot products of one group of inputs: 16 output rows (or the half that a vector holds) by TB tokens.
+//
+// Weights are unsigned (value plus zero point); what the zero point adds is taken off by the sums of the
+// activations. int8 weights on CPUs without VNNI are made signed again instead: 255 * 127 * 2 does not fit the
+// 16 bits in which pairs are added there, 127 * 127 * 2 does.
+#pragma once
+#include "layout.h"
+#include "simd.h"
+
+namespace {
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#define HAVE_VNNI 1
+#endif
+
+inline vi four(const int8_t* x) {
+    int32_t word;
+    memcpy(&word, x, 4);
+    return set_int(word);
+}
+
+#if HAVE_VNNI
+#if defined(__AVX512F__)
+inline vi dot4(vi sums, vi u8, vi s8) { return _mm512_dpbusd_epi32(sums, u8, s8); }
+#else
+inline vi dot4(vi sums, vi u8, vi s8) { return _mm256_dpbusd_avx_epi32(sums, u8, s8); }
+#endif
+constexpr bool OFFSET_INT8 = true;  // int8 dot products carry the zero point 128
+#else
+constexpr bool OFFSET_INT8 = false;
+#if defined(__AVX512F__)
+inline vi pairs(vi u8, vi s8) { return _mm512_maddubs_epi16(u8, s8); }
+inline vi add16(vi a, vi b) { return _mm512_add_epi16(a, b); }
+inline vi widen(vi a) { return _mm512_madd_epi16(a, _mm512_set1_epi16(1)); }
+inline vi abs8(vi a) { return _mm512_abs_epi8(a); }
+inline vi signed_by(vi w, vi x) { return _mm512_mask_sub_epi8(w, _mm512_movepi8_mask(x), _mm512_setzero_si512(), w); }
+inline vi flip(vi a) { return _mm512_xor_si512(a, _mm512_set1_epi8(char(0x80))); }
+#else
+inline vi pairs(vi u8, vi s8) { return _mm256_maddubs_epi16(u8, s8); }
+inline vi add16(vi a, vi b) { return _mm256_add_epi16(a, b); }
+inline vi widen(vi a) { return _mm256_madd_epi16(a, _mm256_set1_epi16(1)); }
+inline vi abs8(vi a) { return _mm256_abs_epi8(a); }
+inline vi signed_by(vi w, vi x) { return _mm256_sign_epi8(w, x); }
+inline vi flip(vi a) { return _mm256_xor_si256(a, _mm256_set1_epi8(char(0x80))); }
+#endif
+#endif
+
+// Vectors NV from byte `w` of each 64-byte step; x[t] points at the group's first input.
+template <int BITS, int TB, int NV>
+struct Dot;
+
+#if HAVE_VNNI
+template <int TB, int NV>
+struct Dot<4, TB, NV> {
+    static inline __attribute__((always_inline)) void run(vi (&sums)[TB][NV], const uint8_t* w, const int8_t* const* x, int offset, int steps) {
+        vi more[TB][NV];  // a second chain hides the latency of the first
+        for (int t = 0; t < TB; t++)
+            for (int v = 0; v < NV; v++) more[t][v] = zero_int();
+        for (int s = 0; s < steps; s++) {
+            vi low[NV], high[NV];
+            for (int v = 0; v < NV; v++) {
+                vi raw = load_int(w + s * 64 + v * LANES * 4);
+                low[v] = low_nibbles(raw);
+                high[v] = high_nibbles(raw);
+            }
+            for (int t = 0; t < TB; t++) {
+                vi a = four(x[t] + offset + s * 8), b = four(x[t] + offset + s * 8 + 4);
+                for (int v = 0; v < NV; v++) {
+                    vi& second = TB * NV > 2 ? sums[t][v] : more[t][v];
+                    sums[t][v] = dot4(sums[t][v], low[v], a);
+                    second = dot4(second, high[v], b);
+                }
+            }
+        }
+        if (TB * NV <= 2)
+            for (int t = 0; t < TB; t++)
+                for (int v = 0; v < NV; v++) sums[t][v] = add_int(sums[t][v], more[t][v]);
+    }
+};
+
+template <int TB, int NV>
+struct Dot<8, TB, NV> {
+    static inline __attribute__((always_inline)) void run(vi (&sums)[TB][NV], const uint8_t* w, const int8_t* const* x, int offset, int steps) {
+        for (int s = 0; s < steps; s++)
+            for (int v = 0; v < NV; v++) {
+                vi raw = load_int(w + s * 64 + v * LANES * 4);
+                for (int t = 0; t < TB; t++) sums[t][v] = dot4(sums[t][v], raw, four(x[t] + offset + s * 4));
+            }
+    }
+};
+#else
+template <int TB, int NV>
+struct Dot<4, TB, NV> {
+    static inline __attribute__((always_inline)) void run(vi (&sums)[TB][NV], const uint8_t* w, const int8_t* const* x, int offset, int steps) {
+        // 4 steps of two sums of two products: 16 * 15 * 127 = 30,480, the most that fits 16 bits.
+        for (int begin = 0; begin < steps; begin += 4) {
+            int end = begin + 4 < steps ? begin + 4 : steps;
+            vi narrow[TB][NV];
+            for (int t = 0; t < TB; t++)
+                for (int v = 0; v < NV; v++) narrow[t][v] = zero_int();
+            for (int s = begin; s < end; s++)
+                for (int v = 0; v < NV; v++) {
+                    vi raw = load_int(w + s * 64 + v * LANES * 4);
+                    vi low = low_nibbles(raw), high = high_nibbles(raw);
+                    for (int t = 0; t < TB; t++) {
+                        const int8_t* at = x[t] + offset + s * 8;
+                        narrow[t][v] = add16(narrow[t][v], add16(pairs(low, four(at)), pairs(high, four(at + 4))));
+                    }
+                }
+            for (int t = 0; t < TB; t++)
+                for (int v = 0; v < NV; v++) sums[t][v] = add_int(sums[t][v], widen(narrow[t][v]));
+        }
+    }
+};
+
+template <int TB, int NV>
+struct Dot<8, TB, NV> {
+    static inline __attribute__((always_inline)) void run(vi (&sums)[TB][NV], const uint8_t* w, const int8_t* const* x, int offset, int steps) {
+        for (int s = 0; s < steps; s++)
+            for (int v = 0; v < NV; v++) {
+                vi value = flip(load_int(w + s * 64 + v * LANES * 4));
+                for (int t = 0; t < TB; t++) {
+                    vi four_t = four(x[t] + offset + s * 4);
+                    sums[t][v] = add_int(sums[t][v], widen(pairs(abs8(four_t), signed_by(value, four_t))));
+                }
+            }
+    }
+};
+#endif
+
+}  // namespace

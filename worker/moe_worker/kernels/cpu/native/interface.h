@@ -1,0 +1,171 @@
+// The C interface of the CPU kernels: plain structs of pointers, read by ctypes, no torch.
+//
+// Legend: T tokens, I inputs and O outputs of a projection, D hidden, H heads, R latent rank, P rotary elements,
+// W = R + P row of the latent cache, E routed experts, A all experts, K experts of a token, B sequences.
+//
+// All float arrays are float32 unless said otherwise. Quantized activations lie padded: a row of int8 takes
+// moe_padded(I) bytes, with zeros behind its I values.
+#pragma once
+#include <stdint.h>
+
+enum MoeOperation : int32_t {
+    MOE_QUANTIZE = 0,
+    MOE_LINEAR = 1,
+    MOE_HEADS = 2,
+    MOE_EXPERTS = 3,
+    MOE_ROUTE = 4,
+    MOE_LATENT = 5,
+    MOE_ATTEND = 6,
+    MOE_FORWARD = 7,
+    MOE_OPERATIONS = 8,
+};
+
+// A weight packed by moe_pack: blocks of 16 output rows; in a block, for each group of inputs, 16 scales and
+// then 64-byte steps, in each of which every row has 8 (int4) or 4 (int8) inputs.
+struct MoeWeight {
+    const uint8_t* data;    // 64-byte aligned; A weights behind each other where stacked
+    const uint8_t* zeros;   // [A, blocks, groups, 16], or null: every zero point is 8 (int4) or 128 (int8)
+    const float* bias;      // [O] or null
+    int32_t rows, cols;     // O and I
+    int32_t group;          // inputs that share a scale, a multiple of 8
+    int32_t bits;           // 4 or 8
+    int32_t paired;         // 1: blocks alternate between gate and up (the halves of O); the product is silu(gate) * up
+};
+
+struct MoeQuantized {
+    int8_t* values;   // [T, moe_padded(I)]
+    float* scales;    // [T]
+    int32_t* sums;    // [T, groups]: sums of values over each group
+};
+
+// RMSNorm (arXiv:1910.07467) where `weight` is given, then int8 with one scale a token.
+struct MoeQuantizeArgs {
+    const float* x;        // [T, stride]
+    const float* weight;   // [I] or null: no norm
+    float* normed;         // [T, I] or null: not wanted
+    MoeQuantized out;
+    float eps;
+    int32_t tokens, width, stride, group;
+};
+
+struct MoeLinearArgs {
+    MoeWeight weight;
+    MoeQuantized x;
+    float* out;             // [T, stride]
+    int32_t tokens, stride;
+    int32_t accumulate;     // 1: added to out, 0: written
+};
+
+// One small int8 projection a head: x[t, h, :I] to out[t, h, :O].
+struct MoeHeadsArgs {
+    MoeWeight weight;       // stacked over heads
+    const float* x;
+    float* out;
+    int32_t tokens, heads;
+    int32_t x_token, x_head, out_token, out_head;   // strides in elements
+    const float* rotations; // [C, P / 2] pairs (cos, sin), or null; turns x[t, h, I:I + P] into out[t, h, O:O + P]
+    const int64_t* positions;  // [T]
+    int32_t rope;           // P
+};
+
+struct MoeExpertsArgs {
+    MoeWeight gate_up, down;   // stacked; gate_up paired
+    MoeQuantized x;
+    const int32_t* experts;    // [T, K]
+    const float* weights;      // [T, K]
+    float* out;                // [T, D], added to
+    int32_t tokens, per_token, count;   // T, K, A
+};
+
+struct MoeRouteArgs {
+    const float* x;         // [T, D]
+    const float* weight;    // [E, D]
+    const float* bias;      // [E] or null: moves the choice only
+    int32_t* experts;       // [T, K + shared]: the chosen, then E, E + 1, ...
+    float* weights;         // [T, K + shared]: shared ones have 1
+    int32_t tokens, width, count, top_k, shared;
+    int32_t groups, kept_groups;
+    int32_t group_best;     // a group scores by the sum of its best this many experts: 1 or 2
+    int32_t softmax;        // 1: softmax scores, 0: sigmoid
+    int32_t normalise;
+    float scale;
+};
+
+struct MoeCache {
+    void* rows;             // [(pages + 1) * page, W]
+    int32_t bf16;           // 1: bfloat16, 0: float32
+    int32_t page_shift;     // page size is 1 << page_shift
+    const int32_t* pages;   // [B, page_stride]
+    const int32_t* starts;  // [B + 1]
+    const int32_t* lengths; // [B]
+    int32_t page_stride, batch;
+};
+
+// Norm of the latents, rotation of the rotary key, write of both to the cache.
+struct MoeLatentArgs {
+    MoeCache cache;
+    const float* x;             // [T, stride]: R latents, then P key elements
+    const float* norm;          // [R]
+    const float* rotations;     // [C, P / 2, 2]
+    const int64_t* positions;   // [T]
+    const int64_t* rows;        // [T]
+    int32_t tokens, stride, rank, rope;
+    float eps;
+};
+
+struct MoeAttendArgs {
+    MoeCache cache;
+    const float* query;     // [T, H, W]
+    float* out;             // [T, H, R]
+    int32_t heads, rank, rope;
+    float scale;
+};
+
+struct MoeLayer {
+    const float *attention_norm, *query_norm, *latent_norm, *block_norm;   // query_norm null: no low-rank query
+    MoeWeight input, query, key, value, output;
+    MoeWeight gate_up, down;      // stacked where the layer has experts
+    const float *router, *router_bias;   // router null: a dense layer
+    void* cache_rows;
+};
+
+struct MoeForwardArgs {
+    const MoeLayer* layers;
+    const void* embedding;        // [V, D]
+    const float* norm;
+    MoeWeight head;
+    const float* rotations;
+    MoeCache cache;               // rows is taken from the layer
+    const int64_t *tokens, *positions, *rows;   // [T]
+    const int32_t* selected;      // [N] tokens whose logits are wanted
+    float* logits;                // [N, V]
+    int32_t count, selected_count;  // T, N
+    int32_t embedding_bf16, layer_count, vocabulary;
+    int32_t hidden, heads, plain, rope, rank, value, query_rank, group;
+    int32_t experts, shared, top_k, groups, kept_groups, group_best, softmax, normalise;
+    float routed_scale, attention_scale, eps, inner_eps;
+};
+
+struct MoeEngine;
+
+#define MOE_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Bit set of variants that this CPU can run: bit i for the i-th name of moe_variant_name.
+MOE_EXPORT int32_t moe_supported(void);
+MOE_EXPORT const char* moe_variant_name(int32_t index);   // null behind the last
+// Null where the variant cannot run here or threads cannot be made.
+MOE_EXPORT MoeEngine* moe_open(int32_t variant, int32_t threads);
+MOE_EXPORT void moe_close(MoeEngine* engine);
+// Runs one operation on all threads of the engine; calls of several callers wait for each other.
+// 0, or ENOMEM where scratch memory cannot be had (nothing was written then).
+MOE_EXPORT int32_t moe_run(MoeEngine* engine, int32_t operation, const void* arguments);
+
+MOE_EXPORT int64_t moe_packed_bytes(int32_t rows, int32_t cols, int32_t group, int32_t bits, int32_t paired);
+// values: int4 as nibbles, low first [O, ceil(I / 2)], or int8 [O, I]; scales [O, groups]. With `paired`, blocks
+// of 16 rows come from the first and the second half of the rows in turn, so that gate and up of an element meet.
+// zeros [O, groups] with zeros_out [blocks, groups, 16], or both null.
+MOE_EXPORT void moe_pack(const uint8_t* values, const float* scales, const uint8_t* zeros, uint8_t* data,
+                         uint8_t* zeros_out, int32_t rows, int32_t cols, int32_t group, int32_t bits, int32_t paired);
+
+// Size of an operation's arguments, so that a caller in another language can check its own layout.
+MOE_EXPORT int64_t moe_argument_bytes(int32_t operation);

@@ -1,0 +1,66 @@
+// Activations to int8, one scale a token, with or without RMSNorm before.
+#pragma once
+#include "layout.h"
+#include "pool.h"
+#include "simd.h"
+
+namespace {
+
+inline MoeQuantized at_token(const MoeQuantized& q, int t, int width, int group) {
+    return {q.values + int64_t(t) * padded(width), q.scales + t, q.sums + int64_t(t) * ceil_div(width, group)};
+}
+
+inline float largest_magnitude(const float* x, int n) {
+    vf most = zero();
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) most = max(most, abs(load(x + i)));
+    if (i < n) most = max(most, abs(load_n(x + i, n - i)));
+    return largest(most);
+}
+
+inline void sum_groups(const MoeQuantized& out, int n, int group) {
+    for (int g = 0, begin = 0; begin < n; g++, begin += group) {
+        int end = begin + group < n ? begin + group : n, total = 0;
+        for (int i = begin; i < end; i++) total += out.values[i];
+        out.sums[g] = total;
+    }
+}
+
+// One token. Divides instead of multiplying by the inverse: the result is the reference's, to the bit.
+inline void quantize_row(const float* x, int n, int group, const MoeQuantized& out) {
+    float most = largest_magnitude(x, n);
+    float scale = most > 0 ? most / 127 : 1;
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) store_int8(out.values + i, round_int(div(load(x + i), set(scale))));
+    if (i < n) store_int8(out.values + i, round_int(div(load_n(x + i, n - i), set(scale))));
+    memset(out.values + n, 0, padded(n) - n);
+    *out.scales = scale;
+    sum_groups(out, n, group);
+}
+
+inline void norm_row(const float* x, const float* weight, float* out, int n, float eps) {
+    vf squares = zero();
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) squares = fma(load(x + i), load(x + i), squares);
+    if (i < n) squares = fma(load_n(x + i, n - i), load_n(x + i, n - i), squares);
+    vf factor = set(1.0f / __builtin_sqrtf(sum(squares) / n + eps));
+    for (i = 0; i + LANES <= n; i += LANES) store(out + i, mul(mul(load(x + i), factor), load(weight + i)));
+    if (i < n) store_n(out + i, mul(mul(load_n(x + i, n - i), factor), load_n(weight + i, n - i)), n - i);
+}
+
+// `normed` is given wherever `weight` is: the norm needs room for its result.
+void quantize(const Context& c, const MoeQuantizeArgs& a) {
+    int begin, end;
+    while (c.take(a.tokens, c.grain(a.tokens), begin, end))
+        for (int t = begin; t < end; t++) {
+            const float* x = a.x + int64_t(t) * a.stride;
+            if (a.weight) {
+                float* normed = a.normed + int64_t(t) * a.width;
+                norm_row(x, a.weight, normed, a.width, a.eps);
+                x = normed;
+            }
+            quantize_row(x, a.width, a.group, at_token(a.out, t, a.width, a.group));
+        }
+}
+
+}  // namespace

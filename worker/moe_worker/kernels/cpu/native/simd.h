@@ -1,0 +1,137 @@
+// Vectors of floats and integers, 16 lanes with AVX-512 and 8 without; everything above is written once.
+#pragma once
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+typedef __m512 vf;
+typedef __m512i vi;
+typedef __mmask16 vmask;
+inline vf zero() { return _mm512_setzero_ps(); }
+inline vf set(float x) { return _mm512_set1_ps(x); }
+inline vf load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, vf x) { _mm512_storeu_ps(p, x); }
+inline __mmask16 first(int n) { return __mmask16((1u << n) - 1); }
+inline vf load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+inline void store_n(float* p, vf x, int n) { _mm512_mask_storeu_ps(p, first(n), x); }
+inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+inline vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
+inline vf sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+inline vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+inline vf div(vf a, vf b) { return _mm512_div_ps(a, b); }
+inline vf max(vf a, vf b) { return _mm512_max_ps(a, b); }
+inline vf min(vf a, vf b) { return _mm512_min_ps(a, b); }
+inline vf abs(vf a) { return _mm512_abs_ps(a); }
+inline float sum(vf a) { return _mm512_reduce_add_ps(a); }
+inline float largest(vf a) { return _mm512_reduce_max_ps(a); }
+inline vi round_int(vf a) { return _mm512_cvtps_epi32(a); }  // half to even
+inline vf to_float(vi a) { return _mm512_cvtepi32_ps(a); }
+inline vf power_of_two(vi n) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23)); }
+inline vf where_less(vf a, vf b, vf yes, vf no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
+inline void store_int8(int8_t* p, vi a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a)); }
+inline vf load_bf16(const uint16_t* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+inline vi zero_int() { return _mm512_setzero_si512(); }
+inline vi set_int(int32_t x) { return _mm512_set1_epi32(x); }
+inline vi load_int(const void* p) { return _mm512_loadu_si512(p); }
+inline vi add_int(vi a, vi b) { return _mm512_add_epi32(a, b); }
+inline vi sub_int(vi a, vi b) { return _mm512_sub_epi32(a, b); }
+inline vi mul_int(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
+inline int32_t sum_int(vi a) { return _mm512_reduce_add_epi32(a); }
+inline vi load_bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+inline vi low_nibbles(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+inline vi high_nibbles(vi a) { return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15)); }
+#else
+constexpr int LANES = 8;
+typedef __m256 vf;
+typedef __m256i vi;
+inline vf zero() { return _mm256_setzero_ps(); }
+inline vf set(float x) { return _mm256_set1_ps(x); }
+inline vf load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, vf x) { _mm256_storeu_ps(p, x); }
+inline __m256i first(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
+inline vf load_n(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
+inline void store_n(float* p, vf x, int n) { _mm256_maskstore_ps(p, first(n), x); }
+inline vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+inline vf add(vf a, vf b) { return _mm256_add_ps(a, b); }
+inline vf sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
+inline vf mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+inline vf div(vf a, vf b) { return _mm256_div_ps(a, b); }
+inline vf max(vf a, vf b) { return _mm256_max_ps(a, b); }
+inline vf min(vf a, vf b) { return _mm256_min_ps(a, b); }
+inline vf abs(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+inline float sum(vf a) {
+    __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+inline float largest(vf a) {
+    __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    b = _mm_max_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
+}
+inline vi round_int(vf a) { return _mm256_cvtps_epi32(a); }  // half to even
+inline vf to_float(vi a) { return _mm256_cvtepi32_ps(a); }
+inline vf power_of_two(vi n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23)); }
+inline vf where_less(vf a, vf b, vf yes, vf no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
+inline void store_int8(int8_t* p, vi a) {
+    __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(words, words));
+}
+inline vf load_bf16(const uint16_t* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+inline vi zero_int() { return _mm256_setzero_si256(); }
+inline vi set_int(int32_t x) { return _mm256_set1_epi32(x); }
+inline vi load_int(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+inline vi add_int(vi a, vi b) { return _mm256_add_epi32(a, b); }
+inline vi sub_int(vi a, vi b) { return _mm256_sub_epi32(a, b); }
+inline vi mul_int(vi a, vi b) { return _mm256_mullo_epi32(a, b); }
+inline int32_t sum_int(vi a) {
+    __m128i b = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    b = _mm_add_epi32(b, _mm_shuffle_epi32(b, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(b, _mm_shuffle_epi32(b, 0xb1)));
+}
+inline vi load_bytes(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+inline vi low_nibbles(vi a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
+inline vi high_nibbles(vi a) { return _mm256_and_si256(_mm256_srli_epi16(a, 4), _mm256_set1_epi8(15)); }
+#endif
+
+inline float from_bf16(uint16_t bits) {
+    uint32_t wide = uint32_t(bits) << 16;
+    float value;
+    memcpy(&value, &wide, 4);
+    return value;
+}
+
+inline uint16_t to_bf16(float value) {  // to nearest, half to even
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 64);  // a NaN stays one
+    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// e^x to about 1e-7, 0 below -87 (where float32 has no normal numbers left).
+inline vf exponential(vf x) {
+    vf clamped = min(max(x, set(-87.33f)), set(88.37f));
+    vi n = round_int(mul(clamped, set(1.44269504f)));
+    vf whole = to_float(n);
+    vf r = fma(whole, set(2.12194440e-4f), fma(whole, set(-0.693359375f), clamped));
+    vf p = set(1.9875691500e-4f);
+    p = fma(p, r, set(1.3981999507e-3f));
+    p = fma(p, r, set(8.3334519073e-3f));
+    p = fma(p, r, set(4.1665795894e-2f));
+    p = fma(p, r, set(1.6666665459e-1f));
+    p = fma(p, r, set(5.0000001201e-1f));
+    p = fma(p, mul(r, r), add(r, set(1.0f)));
+    return where_less(x, set(-87.33f), zero(), mul(p, power_of_two(n)));
+}
+
+inline vf silu(vf x) { return div(x, add(set(1.0f), exponential(sub(zero(), x)))); }
+
+}  // namespace

@@ -1,0 +1,202 @@
+"""Each CPU kernel for torch tensors: float32 and contiguous unless said otherwise, on the CPU.
+
+The truth for each is kernels/reference_w4a8.py. models/native.py runs whole passes without these.
+
+Legend: T tokens, I inputs, O outputs, D hidden, H heads, R latent rank, P rotary elements, W = R + P, K
+experts of a token, E routed experts, G groups of inputs, S = I padded to 64, B sequences, N pages of a sequence.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_worker.kernels.cpu import structs
+from moe_worker.kernels.cpu.library import Kernels
+from moe_worker.kernels.cpu.weights import PackedWeight
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Tokens in int8: values_TS (zeros behind the I values), scales_T float32, sums_TG int32 by group."""
+
+    values_TS: Tensor
+    scales_T: Tensor
+    sums_TG: Tensor
+
+    @classmethod
+    def empty(cls, tokens: int, inputs: int, group: int) -> "Activations":
+        """Room for `tokens` of `inputs` values."""
+        return cls(
+            torch.empty(tokens, -(-inputs // 64) * 64, dtype=torch.int8),
+            torch.empty(tokens),
+            torch.empty(tokens, -(-inputs // group), dtype=torch.int32),
+        )
+
+    @property
+    def struct(self) -> structs.Quantized:
+        """The activations as the kernels read them."""
+        return structs.Quantized(self.values_TS.data_ptr(), self.scales_T.data_ptr(), self.sums_TG.data_ptr())
+
+
+@dataclass(frozen=True)
+class PagedRows:
+    """A layer's cache rows ([rows, W] float32 or bfloat16) and which of them a batch has.
+
+    pages_BN, starts (first token of each sequence, [B + 1]) and lengths_B are int32.
+    """
+
+    rows_CW: Tensor
+    page_size: int
+    pages_BN: Tensor
+    starts: Tensor
+    lengths_B: Tensor
+
+    @property
+    def struct(self) -> structs.Cache:
+        """The cache as the kernels read it."""
+        return structs.Cache(
+            self.rows_CW.data_ptr(),
+            int(self.rows_CW.dtype == torch.bfloat16),
+            self.page_size.bit_length() - 1,
+            self.pages_BN.data_ptr(),
+            self.starts.data_ptr(),
+            self.lengths_B.data_ptr(),
+            self.pages_BN.shape[1],
+            self.pages_BN.shape[0],
+        )
+
+
+def quantize(
+    kernels: Kernels, x_TI: Tensor, group: int, norm_I: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Activations, Tensor]:
+    """int8 tokens of x, or of its RMSNorm where `norm_I` is given, and what was rounded [T, I]."""
+    tokens, inputs = x_TI.shape
+    out, normed_TI = Activations.empty(tokens, inputs, group), torch.empty_like(x_TI)
+    weight = None if norm_I is None else norm_I.data_ptr()
+    kernels.run(
+        structs.QuantizeArguments(
+            x_TI.data_ptr(), weight, normed_TI.data_ptr(), out.struct, eps, tokens, inputs, inputs, group
+        )
+    )
+    return out, x_TI if norm_I is None else normed_TI
+
+
+def linear(kernels: Kernels, x: Activations, weight: PackedWeight) -> Tensor:
+    """[T, O]; of a paired weight silu(gate) * up, [T, O / 2]."""
+    tokens = x.values_TS.shape[0]
+    width = weight.outputs // 2 if weight.paired else weight.outputs
+    out_TO = torch.zeros(tokens, width)
+    kernels.run(structs.LinearArguments(weight.struct, x.struct, out_TO.data_ptr(), tokens, width, 0))
+    return out_TO
+
+
+def experts(
+    kernels: Kernels,
+    x: Activations,
+    gate_up: PackedWeight,
+    down: PackedWeight,
+    choice: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Weighted sum of the chosen experts, [T, D]; `choice` is experts int32 [T, K] and weights [T, K]."""
+    experts_TK, weights_TK = choice
+    tokens, per_token = experts_TK.shape
+    out_TD = torch.zeros(tokens, down.outputs)
+    pointers = (experts_TK.data_ptr(), weights_TK.data_ptr(), out_TD.data_ptr())
+    kernels.run(
+        structs.ExpertsArguments(
+            gate_up.struct, down.struct, x.struct, *pointers, tokens, per_token, gate_up.count
+        )
+    )
+    return out_TD
+
+
+def heads(kernels: Kernels, x_THI: Tensor, weight_HOI: PackedWeight) -> Tensor:
+    """One small projection a head, activations rounded to int8 for each token and head: [T, H, O]."""
+    tokens, count, inputs = x_THI.shape
+    out_THO = torch.empty(tokens, count, weight_HOI.outputs)
+    strides = (count * inputs, inputs, count * weight_HOI.outputs, weight_HOI.outputs)
+    kernels.run(
+        structs.HeadsArguments(
+            weight_HOI.struct, x_THI.data_ptr(), out_THO.data_ptr(), tokens, count, *strides, None, None, 0
+        )
+    )
+    return out_THO
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a router chooses; the fields are those of MoeRouteArgs in native/interface.h."""
+
+    top_k: int
+    shared: int
+    groups: int
+    kept_groups: int
+    group_best: int
+    softmax: bool
+    normalise: bool
+    scale: float
+
+
+def route(
+    kernels: Kernels, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, choice: Choice
+) -> tuple[Tensor, Tensor]:
+    """Experts int32 [T, K] by falling score, the shared ones (E, E + 1, ...) behind, and their weights."""
+    tokens, width = x_TD.shape
+    experts_TK = torch.empty(tokens, choice.top_k + choice.shared, dtype=torch.int32)
+    weights_TK = torch.empty(tokens, choice.top_k + choice.shared)
+    pointers = (x_TD.data_ptr(), weight_ED.data_ptr(), None if bias_E is None else bias_E.data_ptr())
+    kernels.run(
+        structs.RouteArguments(
+            *pointers,
+            experts_TK.data_ptr(),
+            weights_TK.data_ptr(),
+            tokens,
+            width,
+            weight_ED.shape[0],
+            choice.top_k,
+            choice.shared,
+            choice.groups,
+            choice.kept_groups,
+            choice.group_best,
+            int(choice.softmax),
+            int(choice.normalise),
+            choice.scale,
+        )
+    )
+    return experts_TK, weights_TK
+
+
+def write_latents(
+    kernels: Kernels,
+    x_TW: Tensor,
+    norm_R: Tensor,
+    rotations_CP: Tensor,
+    places: tuple[Tensor, Tensor],
+    cache: PagedRows,
+) -> None:
+    """Norm of the latents, rotation of the rotary key, both to the cache.
+
+    `rotations_CP` is complex64 [C, P / 2]; `places` are positions and rows of the tokens, int64 [T].
+    """
+    positions_T, rows_T = places
+    rank = norm_R.shape[0]
+    pointers = (x_TW.data_ptr(), norm_R.data_ptr(), rotations_CP.data_ptr())
+    sizes = (x_TW.shape[0], x_TW.shape[1], rank, x_TW.shape[1] - rank)
+    kernels.run(
+        structs.LatentArguments(
+            cache.struct, *pointers, positions_T.data_ptr(), rows_T.data_ptr(), *sizes, 1e-6
+        )
+    )
+
+
+def attend(kernels: Kernels, query_THW: Tensor, cache: PagedRows, rank: int, scale: float) -> Tensor:
+    """Causal attention of each token over its sequence's rows; weighted sums of latents [T, H, R]."""
+    tokens, count, width = query_THW.shape
+    out_THR = torch.empty(tokens, count, rank)
+    kernels.run(
+        structs.AttendArguments(
+            cache.struct, query_THW.data_ptr(), out_THR.data_ptr(), count, rank, width - rank, scale
+        )
+    )
+    return out_THR

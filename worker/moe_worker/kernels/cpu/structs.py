@@ -1,0 +1,158 @@
+"""The structs of native/interface.h, field by field in its order; a test compares their sizes."""
+
+from ctypes import Structure, c_float, c_int32, c_void_p
+
+
+class Weight(Structure):
+    """MoeWeight."""
+
+    _fields_ = [(name, c_void_p) for name in ("data", "zeros", "bias")] + [
+        (name, c_int32) for name in ("rows", "cols", "group", "bits", "paired")
+    ]
+
+
+class Quantized(Structure):
+    """MoeQuantized."""
+
+    _fields_ = [(name, c_void_p) for name in ("values", "scales", "sums")]
+
+
+class QuantizeArguments(Structure):
+    """MoeQuantizeArgs."""
+
+    _fields_ = (
+        [(name, c_void_p) for name in ("x", "weight", "normed")]
+        + [("out", Quantized), ("eps", c_float)]
+        + [(name, c_int32) for name in ("tokens", "width", "stride", "group")]
+    )
+
+
+class LinearArguments(Structure):
+    """MoeLinearArgs."""
+
+    _fields_ = [
+        ("weight", Weight),
+        ("x", Quantized),
+        ("out", c_void_p),
+        *[(name, c_int32) for name in ("tokens", "stride", "accumulate")],
+    ]
+
+
+class HeadsArguments(Structure):
+    """MoeHeadsArgs."""
+
+    _fields_ = [
+        ("weight", Weight),
+        ("x", c_void_p),
+        ("out", c_void_p),
+        *[(name, c_int32) for name in ("tokens", "heads", "x_token", "x_head", "out_token", "out_head")],
+        ("rotations", c_void_p),
+        ("positions", c_void_p),
+        ("rope", c_int32),
+    ]
+
+
+class ExpertsArguments(Structure):
+    """MoeExpertsArgs."""
+
+    _fields_ = [
+        ("gate_up", Weight),
+        ("down", Weight),
+        ("x", Quantized),
+        *[(name, c_void_p) for name in ("experts", "weights", "out")],
+        *[(name, c_int32) for name in ("tokens", "per_token", "count")],
+    ]
+
+
+_CHOICE = ("groups", "kept_groups", "group_best", "softmax", "normalise")
+
+
+class RouteArguments(Structure):
+    """MoeRouteArgs."""
+
+    _fields_ = (
+        [(name, c_void_p) for name in ("x", "weight", "bias", "experts", "weights")]
+        + [(name, c_int32) for name in ("tokens", "width", "count", "top_k", "shared", *_CHOICE)]
+        + [("scale", c_float)]
+    )
+
+
+class Cache(Structure):
+    """MoeCache."""
+
+    _fields_ = [
+        ("rows", c_void_p),
+        ("bf16", c_int32),
+        ("page_shift", c_int32),
+        *[(name, c_void_p) for name in ("pages", "starts", "lengths")],
+        ("page_stride", c_int32),
+        ("batch", c_int32),
+    ]
+
+
+class LatentArguments(Structure):
+    """MoeLatentArgs."""
+
+    _fields_ = [
+        ("cache", Cache),
+        *[(name, c_void_p) for name in ("x", "norm", "rotations", "positions", "rows")],
+        *[(name, c_int32) for name in ("tokens", "stride", "rank", "rope")],
+        ("eps", c_float),
+    ]
+
+
+class AttendArguments(Structure):
+    """MoeAttendArgs."""
+
+    _fields_ = [
+        ("cache", Cache),
+        ("query", c_void_p),
+        ("out", c_void_p),
+        *[(name, c_int32) for name in ("heads", "rank", "rope")],
+        ("scale", c_float),
+    ]
+
+
+class Layer(Structure):
+    """MoeLayer."""
+
+    _fields_ = [
+        *[(name, c_void_p) for name in ("attention_norm", "query_norm", "latent_norm", "block_norm")],
+        *[(name, Weight) for name in ("input", "query", "key", "value", "output", "gate_up", "down")],
+        *[(name, c_void_p) for name in ("router", "router_bias", "cache_rows")],
+    ]
+
+
+class ForwardArguments(Structure):
+    """MoeForwardArgs."""
+
+    _fields_ = [
+        *[(name, c_void_p) for name in ("layers", "embedding", "norm")],
+        ("head", Weight),
+        ("rotations", c_void_p),
+        ("cache", Cache),
+        *[(name, c_void_p) for name in ("tokens", "positions", "rows", "selected", "logits")],
+        *[
+            (name, c_int32)
+            for name in ("count", "selected_count", "embedding_bf16", "layer_count", "vocabulary")
+        ],
+        *[
+            (name, c_int32)
+            for name in ("hidden", "heads", "plain", "rope", "rank", "value", "query_rank", "group")
+        ],
+        *[(name, c_int32) for name in ("experts", "shared", "top_k", *_CHOICE)],
+        *[(name, c_float) for name in ("routed_scale", "attention_scale", "eps", "inner_eps")],
+    ]
+
+
+# In the order of MoeOperation.
+OPERATIONS: tuple[type[Structure], ...] = (
+    QuantizeArguments,
+    LinearArguments,
+    HeadsArguments,
+    ExpertsArguments,
+    RouteArguments,
+    LatentArguments,
+    AttendArguments,
+    ForwardArguments,
+)

@@ -1,0 +1,127 @@
+"""Weights in the layout of the CPU kernels; native/layout.h says what it is.
+
+Legend: O outputs, I inputs, A stacked matrices (experts or heads), G groups, H heads.
+"""
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_worker.errors import SettingsError
+from moe_worker.kernels.cpu.library import load
+from moe_worker.kernels.cpu.structs import Weight
+from moe_worker.quant.int4 import Int4Weight
+
+_BLOCK = 16
+_ALIGNMENT = 64
+_HUGE_PAGE = 1 << 21
+_MADV_HUGEPAGE = 14
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """One matrix or a stack of them; `struct` points into the tensors, which must live as long."""
+
+    data: Tensor
+    zeros: Tensor | None
+    bias: Tensor | None
+    count: int
+    outputs: int
+    inputs: int
+    group: int
+    bits: int
+    paired: bool
+
+    @property
+    def struct(self) -> Weight:
+        """The weight as the kernels read it."""
+        zeros = self.zeros.data_ptr() if self.zeros is not None else None
+        bias = self.bias.data_ptr() if self.bias is not None else None
+        return Weight(
+            self.data.data_ptr(),
+            zeros,
+            bias,
+            self.outputs,
+            self.inputs,
+            self.group,
+            self.bits,
+            int(self.paired),
+        )
+
+
+def pack_int4(weight: Int4Weight, bias_O: Tensor | None = None, paired: bool = False) -> PackedWeight:
+    """Packs [O, I] or a stack [A, O, I]; `paired` for gate and up, the halves of O.
+
+    Raises SettingsError where the group is no multiple of 8.
+    """
+    if weight.group % 8:
+        raise SettingsError(f"the CPU kernels take groups of multiples of 8 inputs, not of {weight.group}")
+    zeros = None if weight.zeros_OG is None else (weight.zeros_OG + 8).to(torch.uint8)
+    return _pack(weight.packed_OP, weight.scales_OG, zeros, bias_O, (weight.inputs, weight.group, 4), paired)
+
+
+def pack_int8(weight_HOI: Tensor) -> PackedWeight:
+    """Rounds to int8 with one scale a head and output row (see `round_rows`), and packs."""
+    values_HOI, scales_HO = round_rows(weight_HOI)
+    inputs = weight_HOI.shape[-1]
+    group = -(-inputs // 8) * 8
+    return _pack(values_HOI.view(torch.uint8), scales_HO.unsqueeze(-1), None, None, (inputs, group, 8), False)
+
+
+def round_rows(weight_HOI: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 values [H, O, I] from -127 to 127 and float32 scales [H, O]; a row of zeros has scale 1."""
+    weight_HOI = weight_HOI.float()
+    largest_HO = weight_HOI.abs().amax(dim=-1)
+    scales_HO = torch.where(largest_HO > 0, largest_HO / 127, torch.ones_like(largest_HO))
+    return (weight_HOI / scales_HO.unsqueeze(-1)).round().to(torch.int8), scales_HO
+
+
+def _pack(
+    values: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias_O: Tensor | None,
+    layout: tuple[int, int, int],
+    paired: bool,
+) -> PackedWeight:
+    inputs, group, bits = layout
+    stacked = values if values.dim() == 3 else values.unsqueeze(0)
+    count, outputs = stacked.shape[:2]
+    size = load().moe_packed_bytes(outputs, inputs, group, bits, int(paired))
+    blocks = 2 * -(-outputs // 2 // _BLOCK) if paired else -(-outputs // _BLOCK)
+    zeros_size = blocks * _BLOCK * -(-inputs // group)
+    data = aligned_bytes(count * size + _ALIGNMENT)
+    zeros_out = aligned_bytes(count * zeros_size + _ALIGNMENT) if zeros is not None else None
+    for index in range(count):
+        one = stacked[index].contiguous()
+        scale = scales.reshape(count, outputs, -1)[index].float().contiguous()
+        zero = zeros.reshape(count, outputs, -1)[index].contiguous() if zeros is not None else None
+        load().moe_pack(
+            one.data_ptr(),
+            scale.data_ptr(),
+            zero.data_ptr() if zero is not None else None,
+            data.data_ptr() + index * size,
+            zeros_out.data_ptr() + index * zeros_size if zeros_out is not None else None,
+            outputs,
+            inputs,
+            group,
+            bits,
+            int(paired),
+        )
+    bias = bias_O.float().contiguous() if bias_O is not None else None
+    return PackedWeight(data, zeros_out, bias, count, outputs, inputs, group, bits, paired)
+
+
+def aligned_bytes(size: int) -> Tensor:
+    """uint8 storage; large ones in huge pages, which spares a decode step 20,000 look-ups of small ones."""
+    align = _HUGE_PAGE if size >= _HUGE_PAGE else _ALIGNMENT
+    room = torch.empty(size + align, dtype=torch.uint8)
+    start = -room.data_ptr() % align
+    part = room[start : start + size]
+    if align == _HUGE_PAGE:
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(part.data_ptr()), ctypes.c_size_t(size), 14
+        )  # MADV_HUGEPAGE
+    return part
