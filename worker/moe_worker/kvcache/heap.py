@@ -18,7 +18,7 @@ class LazyHeap(Generic[K, T]):
     """
 
     def __init__(self, valid: Callable[[K, T], bool]) -> None:
-        self._valid = valid
+        self._valid: Callable[[K, T], bool] = valid
         self._entries: list[tuple[K, int, T]] = []
         self._pushed = 0
         self._most = SMALL

@@ -42,6 +42,29 @@ from moe_worker.service.server import serve as run
     show_default=True,
     help="Of weights: " + ", ".join(FORMATS) + " (auto: as the checkpoint has them).",
 )
+@click.option(
+    "--prefill-tokens",
+    type=int,
+    default=EngineOptions.prefill_tokens,
+    show_default=True,
+    help="Prompt tokens of one step, at most.",
+)
+@click.option(
+    "--target-step-ms",
+    type=float,
+    default=EngineOptions.target_step_ms,
+    show_default=True,
+    help="Aim for the time between two tokens of a stream: prompts beside it are cut to keep to it.",
+)
+@click.option(
+    "--page-size", type=int, default=16, show_default=True, help="Tokens of a page of the KV cache."
+)
+@click.option(
+    "--prefix-cache/--no-prefix-cache",
+    default=True,
+    show_default=True,
+    help="Compute beginnings that prompts share once.",
+)
 @click.option("--check-weights", is_flag=True, help="Refuse weights that are not finite numbers.")
 @click.option(
     "--threads",
@@ -50,7 +73,7 @@ from moe_worker.service.server import serve as run
     help="Threads of torch. Default: the usable cores; 1 for small models.",
 )
 def serve(
-    model: Path, served_name: str | None, listen: str, kv_memory: str | None, **options: int | str | None
+    model: Path, served_name: str | None, listen: str, kv_memory: str | None, **options: float | str | None
 ) -> None:
     """Serve a model over gRPC.
 
