@@ -80,7 +80,7 @@ def quantize_int4(weight: Tensor, group: int = GROUP, scale_dtype: torch.dtype =
     """Rounds [..., O, I] to the nearest of 15 symmetric values a group, the range chosen among CLIPS."""
     inputs = weight.shape[-1]
     padded = functional.pad(weight.float(), (0, -inputs % group))
-    grouped = padded.unflatten(-1, (-1, group))  # type: ignore[no-untyped-call]
+    grouped = padded.unflatten(-1, (-1, group))
     largest = grouped.abs().amax(dim=-1, keepdim=True)
     best, error = None, None
     for clip in CLIPS:
