@@ -124,7 +124,7 @@ class _Run:
         inputs, targets = self.sampler.at(step)
         with torch.autocast(self.device.type, torch.bfloat16):
             loss: torch.Tensor = self.loss(inputs, targets)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
