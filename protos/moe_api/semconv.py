@@ -22,6 +22,8 @@ GEN_AI_REQUEST_TOP_P: Final = "gen_ai.request.top_p"
 GEN_AI_REQUEST_TOP_K: Final = "gen_ai.request.top_k"
 GEN_AI_REQUEST_SEED: Final = "gen_ai.request.seed"
 GEN_AI_REQUEST_STOP_SEQUENCES: Final = "gen_ai.request.stop_sequences"
+GEN_AI_REQUEST_PRESENCE_PENALTY: Final = "gen_ai.request.presence_penalty"
+GEN_AI_REQUEST_FREQUENCY_PENALTY: Final = "gen_ai.request.frequency_penalty"
 GEN_AI_REQUEST_STREAM: Final = "gen_ai.request.stream"
 GEN_AI_RESPONSE_MODEL: Final = "gen_ai.response.model"
 GEN_AI_RESPONSE_FINISH_REASONS: Final = "gen_ai.response.finish_reasons"  # list of texts: "stop", "length"
@@ -60,4 +62,14 @@ SAMPLING_ATTRIBUTES: Final = {
     "top_k": GEN_AI_REQUEST_TOP_K,
     "seed": GEN_AI_REQUEST_SEED,
     "stop": GEN_AI_REQUEST_STOP_SEQUENCES,
+    "presence_penalty": GEN_AI_REQUEST_PRESENCE_PENALTY,
+    "frequency_penalty": GEN_AI_REQUEST_FREQUENCY_PENALTY,
+    # The conventions have no names for these.
+    "min_p": "moe.request.min_p",
+    "repetition_penalty": "moe.request.repetition_penalty",
+    "logit_bias": "moe.request.logit_bias",
+    "stop_token_ids": "moe.request.stop_token_ids",
+    "ignore_eos": "moe.request.ignore_eos",
+    "min_tokens": "moe.request.min_tokens",
+    "logprobs": "moe.request.logprobs",
 }

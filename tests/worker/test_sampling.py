@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from moe_worker.sampling.parameters import SamplingParameters, uniform
+from moe_worker.sampling.parameters import SamplingParameters
+from moe_worker.sampling.randomness import uniform
 from moe_worker.sampling.sampler import Draw, choose
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])

@@ -24,6 +24,17 @@ SAMPLING = st.builds(
     top_k=NUMBERS,
     seed=st.none() | NUMBERS,
     stop=st.lists(TEXTS, max_size=3).map(tuple),
+    min_p=st.floats(0, 1),
+    repetition_penalty=st.floats(0.1, 10),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
+    logit_bias=st.dictionaries(NUMBERS, st.floats(-100, 100), max_size=3).map(
+        lambda bias: tuple(bias.items())
+    ),
+    stop_token_ids=st.lists(NUMBERS, max_size=3).map(tuple),
+    ignore_eos=st.booleans(),
+    min_tokens=NUMBERS,
+    logprobs=st.none() | st.integers(0, 20),
 )
 DELTAS = st.builds(Delta, NUMBERS, NUMBERS, TEXTS, st.none() | st.sampled_from(FinishReason))
 MESSAGES = st.one_of(

@@ -1,11 +1,19 @@
 """How the next token is chosen, and which choices are allowed. No torch: the RPC edge checks with this."""
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 MAX_TEMPERATURE = 2.0
 MAX_STOPS = 16
 MAX_STOP_BYTES = 256
+MAX_STOP_TOKENS = 64
+MAX_LOGIT_BIASES = 1024
+MAX_BIAS = 100.0
+# Beyond these a penalty outweighs any logit; within them no finite logit becomes infinite.
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.1, 10.0
+MAX_PENALTY = 2.0
+MAX_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
@@ -18,14 +26,28 @@ class Violation:
 
 @dataclass(frozen=True)
 class SamplingParameters:
-    """Choices for one request.
+    """Choices for one request. The defaults change nothing: the likeliest token, up to 128 of them.
+
+    They apply in this order, as in transformers: logit_bias, the penalties, temperature, top_k, top_p over
+    what top_k left, min_p.
 
     max_tokens: tokens to generate at most; the context length also ends a text.
     temperature: 0 takes the likeliest token; above 0 divides the logits.
-    top_p: keeps the smallest set of tokens whose probability reaches this (after top_k).
-    top_k: keeps this many of the likeliest tokens; 0 keeps all.
+    top_p: keeps the smallest set of tokens whose probability reaches this (Holtzman et al. 2020).
+    top_k: keeps this many of the likeliest tokens, and those as likely as the last of them; 0 keeps all.
     seed: makes sampling repeatable, in any batch; None: a fresh one.
     stop: generation ends before the first of these texts.
+    min_p: drops tokens less likely than this share of the likeliest one's probability (Nguyen et al. 2024).
+    repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or text (Keskar et
+        al. 2019); 1 changes nothing.
+    presence_penalty: subtracted from the logits of tokens in the text so far, the prompt not counted.
+    frequency_penalty: the same, once for each time the token occurs.
+    logit_bias: (token id, what is added to its logit) pairs.
+    stop_token_ids: generation ends with the first of these tokens, which is not shown.
+    ignore_eos: goes on past the model's end-of-text token.
+    min_tokens: the model's end-of-text token and stop_token_ids are not chosen before this many tokens; stop
+        texts end the text all the same.
+    logprobs: log-probabilities of each chosen token and of this many of the likeliest; None: none at all.
     """
 
     max_tokens: int = 128
@@ -34,37 +56,97 @@ class SamplingParameters:
     top_k: int = 0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    logprobs: int | None = None
 
-    def violations(self) -> list[Violation]:
-        """Every field that is out of range."""
-        checks = (
-            ("max_tokens", self.max_tokens, self.max_tokens >= 1, "1 or more"),
-            (
-                "temperature",
-                self.temperature,
-                0 <= self.temperature <= MAX_TEMPERATURE,
-                f"0 to {MAX_TEMPERATURE:g}",
-            ),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "a number above 0, 1 at most"),
-            ("top_k", self.top_k, self.top_k >= 0, "0 (all tokens) or more"),
-            ("seed", self.seed, self.seed is None or 0 <= self.seed < 2**64, "0 to 2^64 - 1"),
-        )
-        found = [
+    @property
+    def penalizes(self) -> bool:
+        """Whether choices depend on the tokens before them."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties != (1.0, 0.0, 0.0)
+
+    def end_tokens(self, model_ends: Iterable[int]) -> frozenset[int]:
+        """Tokens that end this text, where `model_ends` are the model's own end-of-text tokens."""
+        return frozenset(self.stop_token_ids).union(() if self.ignore_eos else model_ends)
+
+    def violations(self, vocab_size: int | None = None) -> list[Violation]:
+        """Every field that is out of range; token ids are checked where `vocab_size` is given."""
+        numbers = [
             Violation(name, f"is {_shown(value)}; use {allowed}")
-            for name, value, right, allowed in checks
+            for name, value, right, allowed in self._numbers()
             if not right
         ]
-        return found + self._stop_violations()
+        return [*numbers, *self._stop_violations(), *self._token_violations(vocab_size)]
 
-    def _stop_violations(self) -> list[Violation]:
-        found = []
+    def _numbers(self) -> Iterator[tuple[str, float | None, bool, str]]:
+        """(field, value, whether it is right, what is allowed) for every field that is one number."""
+        yield "max_tokens", self.max_tokens, self.max_tokens >= 1, "1 or more"
+        yield _within("temperature", self.temperature, 0, MAX_TEMPERATURE)
+        yield "top_p", self.top_p, 0 < self.top_p <= 1, "a number above 0, 1 at most"
+        yield "top_k", self.top_k, self.top_k >= 0, "0 (all tokens) or more"
+        yield "seed", self.seed, self.seed is None or 0 <= self.seed < 2**64, "0 to 2^64 - 1"
+        yield _within("min_p", self.min_p, 0, 1)
+        yield _within(
+            "repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY
+        )
+        yield _within("presence_penalty", self.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+        yield _within("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+        most = f"0 to max_tokens, which is {self.max_tokens}"
+        yield "min_tokens", self.min_tokens, 0 <= self.min_tokens <= max(self.max_tokens, 0), most
+        wanted = 0 if self.logprobs is None else self.logprobs
+        yield "logprobs", self.logprobs, 0 <= wanted <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"
+
+    def _stop_violations(self) -> Iterator[Violation]:
         if len(self.stop) > MAX_STOPS:
-            found.append(Violation("stop", f"holds {len(self.stop)} texts; use {MAX_STOPS} at most"))
+            yield Violation("stop", f"holds {len(self.stop)} texts; use {MAX_STOPS} at most")
         for index, text in enumerate(self.stop):
             size = len(text.encode(errors="surrogatepass"))
             if not 1 <= size <= MAX_STOP_BYTES:
-                found.append(Violation(f"stop[{index}]", f"takes {size} bytes; use 1 to {MAX_STOP_BYTES}"))
-        return found
+                yield Violation(f"stop[{index}]", f"takes {size} bytes; use 1 to {MAX_STOP_BYTES}")
+
+    def _token_violations(self, vocab_size: int | None) -> Iterator[Violation]:
+        if len(self.stop_token_ids) > MAX_STOP_TOKENS:
+            found = f"holds {len(self.stop_token_ids)} token ids; use {MAX_STOP_TOKENS} at most"
+            yield Violation("stop_token_ids", found)
+        for index, token in enumerate(self.stop_token_ids):
+            if _unknown(token, vocab_size):
+                yield Violation(f"stop_token_ids[{index}]", _unknown_sentence(token, vocab_size))
+        yield from self._bias_violations(vocab_size)
+
+    def _bias_violations(self, vocab_size: int | None) -> Iterator[Violation]:
+        tokens = {token for token, _ in self.logit_bias}
+        if len(self.logit_bias) > MAX_LOGIT_BIASES:
+            yield Violation(
+                "logit_bias", f"holds {len(self.logit_bias)} token ids; use {MAX_LOGIT_BIASES} at most"
+            )
+        if len(tokens) < len(self.logit_bias):
+            yield Violation("logit_bias", "names a token id twice; use each once")
+        for token, bias in self.logit_bias:
+            if _unknown(token, vocab_size):
+                yield Violation(f"logit_bias[{token}]", _unknown_sentence(token, vocab_size))
+            elif not -MAX_BIAS <= bias <= MAX_BIAS:
+                allowed = f"{-MAX_BIAS:g} to {MAX_BIAS:g}"
+                yield Violation(f"logit_bias[{token}]", f"is {_shown(bias)}; use {allowed}")
+
+
+def _within(field: str, value: float, low: float, high: float) -> tuple[str, float, bool, str]:
+    return field, value, low <= value <= high, f"{low:g} to {high:g}"
+
+
+def _unknown(token: int, vocab_size: int | None) -> bool:
+    return token < 0 or (vocab_size is not None and token >= vocab_size)
+
+
+def _unknown_sentence(token: int, vocab_size: int | None) -> str:
+    allowed = "0 or more" if vocab_size is None else f"ids from 0 to {vocab_size - 1}"
+    return f"means token id {token}, which is unknown; use {allowed}"
 
 
 def _shown(value: float | None) -> str:
@@ -75,22 +157,3 @@ def _shown(value: float | None) -> str:
         if isinstance(value, float)
         else str(value)
     )
-
-
-_MASK = 2**64 - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-
-
-def uniform(seed: int, index: int) -> float:
-    """The random number in [0, 1) for token `index` of the request with `seed`.
-
-    SplitMix64 (Steele, Lea and Flood 2014) as a function of both, so that a text continues alike after its
-    request was moved, preempted or batched with others.
-    """
-    return (_mix((_mix(seed) + (index + 1) * _GOLDEN) & _MASK) >> 11) / 2**53
-
-
-def _mix(state: int) -> int:
-    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-    return state ^ (state >> 31)

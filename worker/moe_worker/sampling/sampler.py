@@ -1,15 +1,146 @@
-"""Chooses the next token of each sequence from its logits.
+"""Chooses the next token of each sequence from its logits, on the device and without waiting for it.
 
-Legend: B sequences, S those of them that sample, V vocabulary.
+Legend: B sequences, V vocabulary, L sequences that want log-probabilities, N the most any of them wants.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moe_worker.sampling.parameters import SamplingParameters, uniform
+from moe_worker.sampling.adjust import TokenCounts
+from moe_worker.sampling.batch import Batch, Row, build
+from moe_worker.sampling.draw import draw, uniforms
+from moe_worker.sampling.logprobs import TokenLogprobs
+from moe_worker.sampling.parameters import SamplingParameters
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Log-probabilities on the device: rows (of the batch) and counts (how many each wants) on the host.
+
+    chosen_L: float32. top_LN: float32, falling. tokens_LN: int64.
+    """
+
+    rows: tuple[int, ...]
+    counts: tuple[int, ...]
+    chosen_L: Tensor
+    top_LN: Tensor
+    tokens_LN: Tensor
+
+    def listed(self) -> dict[int, TokenLogprobs]:
+        """By row, on the host: waits for the device."""
+        columns = zip(
+            self.rows,
+            self.counts,
+            self.chosen_L.tolist(),
+            self.tokens_LN.tolist(),
+            self.top_LN.tolist(),
+            strict=True,
+        )
+        return {
+            row: TokenLogprobs(chosen, tuple(zip(tokens[:count], top[:count], strict=True)))
+            for row, count, chosen, tokens, top in columns
+        }
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One step's choices, all on the device.
+
+    tokens_B: int64, below the vocabulary size. failed_B: bool, rows that nothing can be chosen for, because a
+    logit is NaN or +inf, or all are -inf; their token means nothing, and the others are as without them.
+    logprobs: None where no row wants any.
+    """
+
+    tokens_B: Tensor
+    failed_B: Tensor
+    logprobs: Logprobs | None = None
+
+
+class Sampler:
+    """Chooses tokens for the sequences it was told of.
+
+    A sequence is admitted once, when its first token is due, and released when it ends; preempted and resumed
+    in between, it needs nothing. Tokens of one sequence do not depend on the others in the batch.
+    `ends` are the model's end-of-text tokens.
+    """
+
+    def __init__(self, vocab_size: int, device: torch.device, ends: Collection[int]) -> None:
+        self._device = device
+        self._ends = frozenset(ends)
+        self._rows: dict[int, Row] = {}
+        self._counts = TokenCounts(vocab_size, device)
+        self._batch: Batch | None = None
+
+    @torch.inference_mode()
+    def admit(
+        self,
+        name: int,
+        parameters: SamplingParameters,
+        seed: int,
+        prompt: Sequence[int],
+        output: Sequence[int] = (),
+    ) -> None:
+        """Takes in a sequence with checked parameters; `output` is what it has generated already."""
+        row = Row(parameters, seed, len(output), parameters.end_tokens(self._ends))
+        if parameters.penalizes:
+            row.counted = self._counts.open(prompt, output)
+        self._rows[name] = row
+        self._batch = None
+
+    def release(self, name: int) -> None:
+        """Forgets a sequence; one that is unknown is no error."""
+        row = self._rows.pop(name, None)
+        if row is not None and row.counted is not None:
+            self._counts.close(row.counted)
+        if self._batch is not None and name in self._batch.names:
+            self._batch = None
+
+    @torch.inference_mode()
+    def sample(self, logits_BV: Tensor, names: Sequence[int]) -> Sampled:
+        """One token for each of the sequences `names`, in their order; the host never waits for the device.
+
+        logits_BV: of any floating dtype; is left as it is. Counts the tokens as generated.
+        """
+        if self._batch is None or self._batch.names != tuple(names):
+            self._batch = build(names, [self._rows[name] for name in names], self._counts, self._device)
+        sampled = sample(logits_BV, self._batch)
+        self._batch.advance(sampled.tokens_B)
+        return sampled
+
+
+def sample(logits_BV: Tensor, batch: Batch) -> Sampled:
+    """One token for each row. Rows of temperature 0 take the first of their likeliest tokens."""
+    scores_BV = logits_BV.float()
+    if batch.adjusts:
+        scores_BV = scores_BV.clone() if scores_BV is logits_BV else scores_BV
+        batch.adjust(scores_BV)
+    # The largest logit is NaN or infinite in just the rows that fail.
+    tokens_B = scores_BV.argmax(dim=-1)
+    peaks_B1 = scores_BV.gather(1, tokens_B.unsqueeze(1))
+    failed_B = ~peaks_B1.isfinite().squeeze(1)
+    for part in batch.sampling:
+        rows_S = part.rows_S
+        whole = rows_S.shape[0] == scores_BV.shape[0]
+        scores_SV = scores_BV if whole else scores_BV.index_select(0, rows_S)
+        points_S = uniforms(part.states_S, batch.indices_B[rows_S])
+        drawn_S = draw(scores_SV, peaks_B1[rows_S], part.temperatures_S1, part.keep, points_S)
+        tokens_B = tokens_B.index_copy(0, rows_S, drawn_S)
+    tokens_B = tokens_B.masked_fill(failed_B, 0)
+    return Sampled(tokens_B, failed_B, _logprobs(logits_BV, tokens_B, batch))
+
+
+def _logprobs(logits_BV: Tensor, tokens_B: Tensor, batch: Batch) -> Logprobs | None:
+    """Of the model's own distribution, as vLLM's `raw_logprobs`: what was asked of it changes nothing."""
+    if not batch.wanted:
+        return None
+    logprobs_LV = logits_BV.index_select(0, batch.wanted_L).float().log_softmax(dim=-1)
+    chosen_L = logprobs_LV.gather(1, tokens_B[batch.wanted_L].unsqueeze(1)).squeeze(1)
+    top_LN, tokens_LN = logprobs_LV.topk(min(batch.most_logprobs, logprobs_LV.shape[1]), dim=-1)
+    counts = tuple(batch.rows[row].parameters.logprobs or 0 for row in batch.wanted)
+    return Logprobs(batch.wanted, counts, chosen_L, top_LN, tokens_LN)
 
 
 @dataclass(frozen=True)
@@ -22,36 +153,9 @@ class Draw:
 
 
 def choose(logits_BV: Tensor, draws: Sequence[Draw]) -> list[int]:
-    """One token for each row of float32 logits."""
-    tokens_B = logits_BV.argmax(dim=-1)
-    sampled = [row for row, draw in enumerate(draws) if draw.parameters.temperature > 0]
-    if sampled:
-        tokens_B[sampled] = sample(logits_BV[sampled], [draws[row] for row in sampled])
-    return [int(token) for token in tokens_B.tolist()]
-
-
-def sample(logits_SV: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Tokens (int64 [S]) drawn by inverting the cumulative distribution of each row.
-
-    Order as in transformers: temperature, then top-k, then top-p over what is left.
-    """
-
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=logits_SV.device).unsqueeze(1)
-
-    vocabulary = logits_SV.shape[1]
-    sorted_SV, order_SV = logits_SV.sort(dim=-1, descending=True, stable=True)
-    # Subtracting the largest first keeps a tiny temperature from overflowing.
-    heated_SV = (sorted_SV - sorted_SV[:, :1]) / column([draw.parameters.temperature for draw in draws])
-    kept_S1 = column([float(draw.parameters.top_k or vocabulary) for draw in draws])
-    ranks_V = torch.arange(vocabulary, device=logits_SV.device)
-    chances_SV = heated_SV.masked_fill(ranks_V >= kept_S1, float("-inf")).softmax(dim=-1)
-    before_SV = chances_SV.cumsum(dim=-1) - chances_SV
-    dropped_SV = before_SV >= column([draw.parameters.top_p for draw in draws])
-    dropped_SV[:, 0] = False
-    cumulated_SV = chances_SV.masked_fill(dropped_SV, 0.0).cumsum(dim=-1)
-    points_S1 = column([uniform(draw.seed, draw.index) for draw in draws]) * cumulated_SV[:, -1:]
-    rank_S1 = torch.searchsorted(cumulated_SV, points_S1, right=True)
-    # Rounding can put the point on the total itself; the last token with any chance is meant then.
-    last_S1 = (chances_SV.masked_fill(dropped_SV, 0.0) > 0).sum(dim=-1, keepdim=True) - 1
-    return order_SV.gather(1, torch.minimum(rank_S1, last_S1.clamp(min=0))).squeeze(1)
+    """One token for each row of logits, on the host; without penalties, which need the tokens before."""
+    rows = [Row(draw.parameters, draw.seed, draw.index, frozenset()) for draw in draws]
+    counts = TokenCounts(logits_BV.shape[1], logits_BV.device)
+    return [
+        int(token) for token in sample(logits_BV, build((), rows, counts, logits_BV.device)).tokens_B.tolist()
+    ]

@@ -30,7 +30,8 @@ def check_generate(
     """The request in the engine's terms, or all that is wrong with it. Tokenizes: slow for long texts."""
     sampling = sampling_parameters(request.sampling)
     found = [
-        Violation(f"sampling.{violation.field}", violation.description) for violation in sampling.violations()
+        Violation(f"sampling.{violation.field}", violation.description)
+        for violation in sampling.violations(limits.vocab_size)
     ]
     prompt = _prompt(request, tokenizer)
     if isinstance(prompt, Violation):
@@ -42,8 +43,12 @@ def check_generate(
 
 def sampling_parameters(message: inference_pb2.SamplingParameters) -> SamplingParameters:
     """The parameters, with defaults where a field is not set."""
-    given = {field.name: value for field, value in message.ListFields() if field.name != "stop"}
-    return SamplingParameters(**given, stop=tuple(message.stop))
+    repeated = {
+        "stop": tuple(message.stop),
+        "stop_token_ids": tuple(message.stop_token_ids),
+        "logit_bias": tuple(sorted(message.logit_bias.items())),
+    }
+    return SamplingParameters(**{field.name: value for field, value in message.ListFields()} | repeated)
 
 
 def _prompt(request: inference_pb2.GenerateRequest, tokenizer: Tokenizer) -> tuple[int, ...] | Violation:

@@ -13,6 +13,7 @@ from typing import Any
 from moe_worker.config.engine import EngineOptions
 from moe_worker.engine.requests import Delta, FinishReason, Load, Request
 from moe_worker.engine.statistics import Event, EventKind, ExpertStatistics, LayerExperts, Statistics
+from moe_worker.sampling.logprobs import TokenLogprobs
 from moe_worker.sampling.parameters import SamplingParameters
 
 LENGTH_BYTES = 4
@@ -108,13 +109,29 @@ def _plain(value: object) -> object:
 
 
 def _request(body: Mapping[str, Any]) -> Request:
-    sampling = SamplingParameters(**body["sampling"] | {"stop": tuple(body["sampling"]["stop"])})
+    given = body["sampling"]
+    tuples = {
+        "stop": tuple(given["stop"]),
+        "stop_token_ids": tuple(given["stop_token_ids"]),
+        "logit_bias": tuple((token, bias) for token, bias in given["logit_bias"]),
+    }
+    sampling = SamplingParameters(**given | tuples)
     return Request(**dict(body) | {"prompt": tuple(body["prompt"]), "sampling": sampling})
 
 
 def _delta(body: Mapping[str, Any]) -> Delta:
-    reason = body["finish_reason"]
-    return Delta(body["id"], body["text"], body["token"], None if reason is None else FinishReason(reason))
+    reason, logprobs = body["finish_reason"], body["logprobs"]
+    return Delta(
+        body["id"],
+        body["text"],
+        body["token"],
+        None if reason is None else FinishReason(reason),
+        None if logprobs is None else _logprobs(logprobs),
+    )
+
+
+def _logprobs(body: Mapping[str, Any]) -> TokenLogprobs:
+    return TokenLogprobs(body["logprob"], tuple((token, value) for token, value in body["top"]))
 
 
 def _stepped(body: Mapping[str, Any]) -> Stepped:

@@ -1,0 +1,153 @@
+"""The parameters of a batch's rows as tensors on the device; made anew only when the rows change.
+
+Legend: B rows, S rows that sample, V vocabulary, L rows that want log-probabilities.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_worker.sampling.adjust import Biases, Penalties, TokenCounts, to_device
+from moe_worker.sampling.draw import MIN_TEMPERATURE, SHORT_TOP_K, Truncation
+from moe_worker.sampling.parameters import SamplingParameters
+from moe_worker.sampling.randomness import mix, signed
+
+# Rows are drawn in parts of this many logits: more would take gigabytes for large vocabularies.
+PART_LOGITS = 2**24
+ALWAYS = 2**62
+
+
+@dataclass
+class Row:
+    """One sequence: its choices, and how many tokens it has. `counted`: its row of the token counts."""
+
+    parameters: SamplingParameters
+    seed: int
+    generated: int
+    ends: frozenset[int]
+    counted: int | None = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Some of the rows that sample: int64 rows_S, float32 temperatures_S1, int64 states_S of their seeds."""
+
+    rows_S: Tensor
+    temperatures_S1: Tensor
+    states_S: Tensor
+    keep: Truncation
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows to choose for together. indices_B: int64, the number of the token that each row gets next."""
+
+    names: tuple[int, ...]
+    rows: tuple[Row, ...]
+    indices_B: Tensor
+    biases: Biases | None
+    waits: Biases | None
+    penalties: Penalties | None
+    sampling: tuple[Sampling, ...]
+    wanted: tuple[int, ...]
+    wanted_L: Tensor
+    most_logprobs: int
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether logits change before a token is chosen."""
+        return not (self.biases is None and self.waits is None and self.penalties is None)
+
+    def adjust(self, scores_BV: Tensor) -> None:
+        """Changes logits by bias, by tokens that must wait, and by penalties, in this order."""
+        for biases in (self.biases, self.waits):
+            if biases is not None:
+                biases.apply(scores_BV, self.indices_B)
+        if self.penalties is not None:
+            self.penalties.apply(scores_BV)
+
+    def advance(self, tokens_B: Tensor) -> None:
+        """Takes in the tokens that were chosen; they stay on the device."""
+        self.indices_B.add_(1)
+        if self.penalties is not None:
+            self.penalties.count(tokens_B)
+        for row in self.rows:
+            row.generated += 1
+
+
+def build(names: Sequence[int], rows: Sequence[Row], counts: TokenCounts, device: torch.device) -> Batch:
+    """The batch of `rows`, which belong to the sequences `names`; `counts` hold the tokens to penalize."""
+    wanted = [(number, row.parameters.logprobs) for number, row in enumerate(rows)]
+    asked = [(number, most) for number, most in wanted if most is not None]
+    penalized = [
+        (number, row.counted, row.parameters) for number, row in enumerate(rows) if row.counted is not None
+    ]
+    return Batch(
+        names=tuple(names),
+        rows=tuple(rows),
+        indices_B=to_device((row.generated for row in rows), torch.int64, device),
+        biases=Biases.of(_biases(rows), device),
+        waits=Biases.of(_waits(rows), device),
+        penalties=Penalties.of(counts, penalized, device),
+        sampling=_sampling(rows, counts.output_PV.shape[1], device),
+        wanted=tuple(number for number, _ in asked),
+        wanted_L=to_device((number for number, _ in asked), torch.int64, device),
+        most_logprobs=max((most for _, most in asked), default=0),
+    )
+
+
+def _biases(rows: Sequence[Row]) -> list[tuple[int, int, float, int]]:
+    return [
+        (number, token, bias, ALWAYS)
+        for number, row in enumerate(rows)
+        for token, bias in row.parameters.logit_bias
+    ]
+
+
+def _waits(rows: Sequence[Row]) -> list[tuple[int, int, float, int]]:
+    return [
+        (number, token, -math.inf, row.parameters.min_tokens)
+        for number, row in enumerate(rows)
+        if row.generated < row.parameters.min_tokens
+        for token in row.ends
+    ]
+
+
+def _sampling(rows: Sequence[Row], vocab_size: int, device: torch.device) -> tuple[Sampling, ...]:
+    numbers = [number for number, row in enumerate(rows) if row.parameters.temperature > 0]
+    size = max(1, PART_LOGITS // vocab_size)
+    parts = (numbers[start : start + size] for start in range(0, len(numbers), size))
+    return tuple(_part(part, [rows[number] for number in part], vocab_size, device) for part in parts)
+
+
+def _part(numbers: list[int], rows: list[Row], vocab_size: int, device: torch.device) -> Sampling:
+    heats = (max(row.parameters.temperature, MIN_TEMPERATURE) for row in rows)
+    return Sampling(
+        to_device(numbers, torch.int64, device),
+        to_device(heats, torch.float32, device).unsqueeze(1),
+        to_device((signed(mix(row.seed)) for row in rows), torch.int64, device),
+        truncation([row.parameters for row in rows], vocab_size, device),
+    )
+
+
+def truncation(parameters: Sequence[SamplingParameters], vocab_size: int, device: torch.device) -> Truncation:
+    """What is kept of the distributions of these rows."""
+    # At the whole vocabulary top-k keeps all, and 0 says so.
+    top_k = [given.top_k if given.top_k < vocab_size else 0 for given in parameters]
+    top_p = [given.top_p for given in parameters]
+    min_p = [given.min_p for given in parameters]
+    shorts = (0 < k <= SHORT_TOP_K for k, p in zip(top_k, top_p, strict=True) if p < 1)
+
+    def column(values: Sequence[float], dtype: torch.dtype, *, needed: bool) -> Tensor | None:
+        return to_device(values, dtype, device).unsqueeze(1) if needed else None
+
+    return Truncation(
+        top_k_S1=column(top_k, torch.int64, needed=any(top_k)),
+        largest_top_k=max(top_k, default=0),
+        top_p_S1=column(top_p, torch.float64, needed=min(top_p) < 1),
+        short=all(shorts) and max(top_k, default=0) <= SHORT_TOP_K,
+        min_p_S1=column(min_p, torch.float32, needed=any(min_p)),
+    )
