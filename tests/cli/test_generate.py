@@ -9,8 +9,12 @@ import subprocess
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from opentelemetry.sdk.trace import TracerProvider
 
+from moe_api import semconv
 from moe_api.address import check_address
+from moe_api.inference.v1 import inference_pb2
+from moe_operator.cli.generate import _describe_request
 from moe_operator.cli.timing import Timing, summary
 from tests.cli.conftest import MOE
 from tests.frontend.fake_worker import FakeWorker
@@ -57,8 +61,12 @@ async def test_only_what_was_asked_is_sent(moe):
     await moe(
         "generate", "count 1", "--endpoint", address, "--model", "m", *options, "--stop", "a", "--stop", "é"
     )
+    more = ["--min-p", "0.25", "--repetition-penalty", "1.5", "--presence-penalty", "-0.5", "--ignore-eos"]
+    more += ["--frequency-penalty", "0.5", "--logit-bias", "7:-100", "--logit-bias", "9:1.5"]
+    more += ["--stop-token-id", "4", "--stop-token-id", "5", "--min-tokens", "0", "--logprobs", "2"]
+    await moe("generate", "count 1", "--endpoint", address, *more)
     await worker.server.stop(None)
-    plain, full = requests
+    plain, full, further = requests
     assert plain.sampling.ListFields() == []
     assert full.model == "m"
     sampling = full.sampling
@@ -66,6 +74,43 @@ async def test_only_what_was_asked_is_sent(moe):
     assert (round(sampling.temperature, 6), round(sampling.top_p, 6)) == (0.5, 0.9)
     assert sampling.HasField("seed")
     assert list(sampling.stop) == ["a", "é"]
+    assert further.sampling == inference_pb2.SamplingParameters(
+        min_p=0.25,
+        repetition_penalty=1.5,
+        presence_penalty=-0.5,
+        frequency_penalty=0.5,
+        logit_bias={7: -100, 9: 1.5},
+        stop_token_ids=[4, 5],
+        ignore_eos=True,
+        min_tokens=0,
+        logprobs=2,
+    )
+
+
+async def test_log_probabilities_are_printed_beside_the_text(moe):
+    class Knowing(FakeWorker):
+        async def Generate(self, request, context):
+            top = [inference_pb2.TopLogprob(token=5, logprob=-0.25)]
+            logprobs = [inference_pb2.TokenLogprobs(logprob=-1.5, top=top)]
+            yield inference_pb2.GenerateResponse(text="a", tokens=[9], logprobs=logprobs)
+
+    worker = Knowing("w")
+    await worker.start()
+    result = await moe("generate", "x", "--logprobs", "1", "--endpoint", worker.endpoint.address)
+    await worker.server.stop(None)
+    assert (result.stdout, result.stderr) == (b"a", b"token 9 -1.5000; likeliest:  5 -0.2500\n")
+
+
+def test_every_choice_has_a_name_in_the_trace_and_a_value_that_attributes_can_hold(caplog):
+    sampling = inference_pb2.SamplingParameters(stop=["a"], stop_token_ids=[4], logit_bias={7: -100})
+    for field in sampling.DESCRIPTOR.fields:
+        if not field.is_repeated:
+            setattr(sampling, field.name, 1)
+    span = TracerProvider().get_tracer("test").start_span("call")
+    _describe_request(span, inference_pb2.GenerateRequest(sampling=sampling))
+    assert set(semconv.SAMPLING_ATTRIBUTES.values()) <= set(span.attributes)
+    assert span.attributes["moe.request.logit_bias"] == ("7:-100",)
+    assert caplog.records == [], "the SDK warns of values that it drops"
 
 
 async def test_stats_go_to_stderr(worker, moe):
@@ -142,6 +187,8 @@ async def test_nobody_there_is_explained(moe):
         (["generate"], "Missing argument 'PROMPT'"),
         (["generate", b"\xe9"], "not UTF-8: byte 0xe9 at 0"),
         (["generate", "x", "--stop", b"a\xff"], "not UTF-8: byte 0xff at 1"),
+        (["generate", "x", "--logit-bias", "7"], "'7' is not TOKEN:BIAS"),
+        (["generate", "x", "--logit-bias", "-7:1"], "-7 is not in the range"),
     ],
 )
 async def test_wrong_arguments_are_explained(moe, args, sentence):

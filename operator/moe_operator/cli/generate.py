@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import click
@@ -12,24 +12,13 @@ from opentelemetry.sdk.trace import TracerProvider
 
 from moe_api import semconv, telemetry
 from moe_api.inference.v1 import inference_pb2
-from moe_operator.cli import calling, errors, timing
+from moe_operator.cli import calling, errors, sampling, timing
 from moe_operator.cli.timing import Timing
-
-_UINT32 = click.IntRange(0, 2**32 - 1)
 
 
 @click.command()
 @calling.model_options
-@click.option(
-    "--max-tokens", type=click.IntRange(1, 2**32 - 1), help="Tokens to generate at most. [server: 128]"
-)
-@click.option("--temperature", type=float, help="0 takes the likeliest token; up to 2. [server: 0]")
-@click.option("--top-p", type=float, help="Keep the likeliest tokens up to this probability. [server: 1]")
-@click.option(
-    "--top-k", type=_UINT32, help="Keep this many of the likeliest tokens; 0 keeps all. [server: 0]"
-)
-@click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Makes sampling repeatable. [server: random]")
-@click.option("--stop", type=calling.TEXT, multiple=True, help="End before this text; may be repeated.")
+@sampling.sampling_options
 @click.option("--stats", is_flag=True, help="Print usage, TTFT and TPOT to stderr.")
 @click.option(
     "--trace-id", is_flag=True, help="Print the trace id to stderr (as is done when traces are sent)."
@@ -43,7 +32,7 @@ def generate(
     *,
     stats: bool,
     trace_id: bool,
-    **sampling: Any,
+    **choices: Any,
 ) -> None:
     """Continues PROMPT and prints the text as it comes ("-" reads the prompt from standard input).
 
@@ -51,7 +40,7 @@ def generate(
     moe generate "A Service in Kubernetes is" --max-tokens 64 --stats
     echo "Once" | moe generate - --temperature 0.8 --seed 1
     """
-    request = build_request(model, prompt, sampling)
+    request = build_request(model, prompt, choices)
     with telemetry.configure("moe") as handle:
         tracer = _tracer(sent=handle.enabled, wanted=trace_id)
         with tracer.start_as_current_span(
@@ -70,18 +59,15 @@ def generate(
         click.echo(timing.summary(result), err=True)
 
 
-def build_request(model: str, prompt: str, sampling: dict[str, Any]) -> inference_pb2.GenerateRequest:
+def build_request(model: str, prompt: str, choices: dict[str, Any]) -> inference_pb2.GenerateRequest:
     """The request for what was asked on the command line; what was not asked is left to the server."""
-    given = {name: value for name, value in sampling.items() if value is not None}
-    return inference_pb2.GenerateRequest(
-        model=model, prompt=prompt, sampling=inference_pb2.SamplingParameters(**given)
-    )
+    return inference_pb2.GenerateRequest(model=model, prompt=prompt, sampling=sampling.message(choices))
 
 
 def print_stream(
     responses: Iterable[inference_pb2.GenerateResponse], clock: Callable[[], float] = time.monotonic
 ) -> Timing:
-    """Prints text as it comes; says when the first and the last message came.
+    """Prints text as it comes, and log-probabilities to stderr; says when first and last message came.
 
     Args:
         responses: of one call, begun now.
@@ -96,6 +82,8 @@ def print_stream(
         text = response.text or text
         sys.stdout.write(response.text)
         sys.stdout.flush()
+        for line in sampling.logprob_lines(response):
+            click.echo(line, err=True)
         if response.HasField("usage"):
             usage, reason = response.usage, response.finish_reason
     if sys.stdout.isatty() and not text.endswith("\n"):
@@ -143,6 +131,8 @@ def _describe_request(span: trace.Span, request: inference_pb2.GenerateRequest) 
 
 def _attribute_value(value: Any) -> Any:
     """Attributes know lists of texts, and integers of 64 bits with a sign; a seed may be larger."""
+    if isinstance(value, Mapping):
+        return [f"{key}:{number:g}" for key, number in value.items()]
     if isinstance(value, int | float | str):
         return str(value) if isinstance(value, int) and value >= 2**63 else value
     return list(value)
