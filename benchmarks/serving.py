@@ -52,7 +52,7 @@ def main() -> None:
             prompts = make_prompts(loaded, args.streams, args.prompt, seed=number)
             bare.append(bare_rate(loaded, options, prompts, args.tokens))
             served.append(asyncio.run(served_rate(address, prompts, args.tokens)))
-    device = f"{loaded.model.device}, {platform.machine()}, {loaded.format}"
+    device = f"{loaded.device}, {platform.machine()}, {loaded.format}"
     what = f"through gRPC against the bare engine, {args.streams} streams"
     report(what, statistics.median(served[1:]), statistics.median(bare[1:]), "tok/s", device, args.json)
     cached, fresh = first_token_times(loaded, args.long, args.rounds)
@@ -84,7 +84,7 @@ def make_prompts(loaded: LoadedModel, count: int, length: int, seed: int) -> Pro
 
 def bare_rate(loaded: LoadedModel, options: EngineOptions, prompts: Prompts, tokens: int) -> float:
     core = EngineCore(loaded, options)
-    sampling = SamplingParameters(max_tokens=tokens)
+    sampling = SamplingParameters(max_tokens=tokens, ignore_eos=True)
     began, produced = time.perf_counter(), 0
     for number, prompt in enumerate(prompts):
         core.submit(Request(number, prompt, sampling, seed=0))
@@ -100,7 +100,7 @@ async def served_rate(address: str, prompts: Prompts, tokens: int) -> float:
         async def stream(prompt: tuple[int, ...]) -> int:
             request = inference_pb2.GenerateRequest(
                 prompt_tokens=inference_pb2.TokenIds(ids=prompt),
-                sampling=inference_pb2.SamplingParameters(max_tokens=tokens),
+                sampling=inference_pb2.SamplingParameters(max_tokens=tokens, ignore_eos=True),
             )
             return sum([len(response.tokens) async for response in stub.Generate(request)])
 

@@ -72,7 +72,7 @@ def bench(
     for line in [json.dumps(as_json(result)) for result in results] if as_lines else _table(results):
         click.echo(line)
     if picture is not None:
-        title = f"{model.resolve().name}, {loaded.model.device}, {prompt} tokens in, {tokens} out"
+        title = f"{model.resolve().name}, {loaded.device}, {prompt} tokens in, {tokens} out"
         plot(results, title, picture)
         click.echo(f"wrote {picture}", err=True)
 

@@ -85,7 +85,7 @@ def _round(core: EngineCore, load: Load, batch: int, seed: int) -> tuple[float, 
 def _requests(core: EngineCore, load: Load, batch: int, seed: int) -> Sequence[Request]:
     """Prompts that share nothing, and end-of-text tokens that end nothing."""
     rng = random.Random(seed)  # noqa: S311 - a workload, no secret
-    sampling = SamplingParameters(max_tokens=load.tokens)
+    sampling = SamplingParameters(max_tokens=load.tokens, ignore_eos=True)
     return [
         Request(number, tuple(rng.choices(range(core.vocab_size), k=load.prompt)), sampling, seed=0)
         for number in range(batch)

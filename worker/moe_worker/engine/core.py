@@ -12,7 +12,8 @@ from moe_worker.engine.loading import LoadedModel
 from moe_worker.engine.requests import Delta, FinishReason, Load, Request
 from moe_worker.engine.statistics import Event, ExpertStatistics, LayerExperts, Statistics, Tally
 from moe_worker.models.batch import Batch, Segment
-from moe_worker.sampling.sampler import Draw, choose
+from moe_worker.sampling.logprobs import TokenLogprobs
+from moe_worker.sampling.sampler import Sampled, Sampler
 from moe_worker.sampling.text import TextStream
 from moe_worker.scheduler.core import Scheduler
 from moe_worker.scheduler.plan import Arrival, Chunk, Counters, Limits, Step
@@ -26,6 +27,7 @@ class _Sequence:
 
     request: Request
     text: TextStream
+    ends: frozenset[int]
     pages: list[int] = field(default_factory=list)
     generated: int = 0
 
@@ -52,10 +54,10 @@ class EngineCore:
     ) -> None:
         self._loaded = loaded
         self._clock = clock
-        self._ends = frozenset(loaded.config.eos_token_ids)
         self._scheduler = Scheduler(_limits(loaded, options))
         self._sequences: dict[int, _Sequence] = {}
-        self._experts = loaded.model.expert_counter()
+        self._sampler = Sampler(loaded.config.vocab_size, loaded.device, loaded.config.eos_token_ids)
+        self._experts = loaded.runner.expert_counter()
         self._tally = Tally()
 
     @property
@@ -118,11 +120,13 @@ class EngineCore:
             deadline=request.deadline,
         )
         self._scheduler.submit(arrival)
-        self._sequences[request.id] = _Sequence(request, TextStream(request.sampling.stop))
+        ends = request.sampling.end_tokens(self._loaded.config.eos_token_ids)
+        self._sequences[request.id] = _Sequence(request, TextStream(request.sampling.stop), ends)
 
     def cancel(self, request: int) -> None:
         """Drops a request and frees all it holds; one that has finished already is no error."""
         self._sequences.pop(request, None)
+        self._sampler.release(request)
         self._scheduler.release(request)
 
     @torch.inference_mode()
@@ -136,7 +140,7 @@ class EngineCore:
 
     def _run(self, step: Step) -> list[Delta]:
         try:
-            chosen = self._compute(step)
+            tokens, failed, logprobs = self._compute(step)
         except torch.OutOfMemoryError:
             log.warning("out of memory in a step of %d tokens; going on with smaller ones", step.tokens)
             torch.cuda.empty_cache()
@@ -145,43 +149,55 @@ class EngineCore:
         self._tally.count(
             step, {chunk.id: len(self._sequences[chunk.id].request.prompt) for chunk in step.chunks}
         )
-        full = frozenset(self._scheduler.complete(step, chosen, self._clock()))
+        full = frozenset(self._scheduler.complete(step, tokens, self._clock()))
         sampling = [chunk.id for chunk in step.chunks if chunk.samples]
-        return [
-            self._advance(name, token, name in full) for name, token in zip(sampling, chosen, strict=True)
-        ]
+        deltas = []
+        for row, (request, token) in enumerate(zip(sampling, tokens, strict=True)):
+            if failed[row]:
+                deltas.append(self._fail(request))
+            else:
+                deltas.append(self._advance(request, token, request in full, logprobs.get(row)))
+        return deltas
 
-    def _compute(self, step: Step) -> list[int]:
-        """Tokens for the chunks that sample, in their order."""
-        model, cache = self._loaded.model, self._loaded.cache
-        batch = Batch.of([self._sequences[chunk.id].follow(chunk) for chunk in step.chunks], cache)
-        hidden_TD = model.forward(batch, cache)
-        self._experts.count(step.tokens)
+    def _compute(self, step: Step) -> tuple[list[int], list[bool], dict[int, TokenLogprobs]]:
+        """Of the chunks that sample, in order: tokens, whether there was none to choose, logprobs by row."""
+        loaded = self._loaded
+        batch = Batch.of([self._sequences[chunk.id].follow(chunk) for chunk in step.chunks], loaded.cache)
         rows = [row for row, chunk in zip(batch.last_rows, step.chunks, strict=True) if chunk.samples]
+        logits_NV = loaded.runner.logits(batch, loaded.cache, rows)
+        self._experts.count(step.tokens)
         if not rows:
-            return []
-        if len(rows) < hidden_TD.shape[0]:
-            hidden_TD = hidden_TD[rows]
-        return choose(model.logits(hidden_TD), self._draws(step.chunks))
+            return [], [], {}
+        sampled = self._sample(logits_NV, [chunk.id for chunk in step.chunks if chunk.samples])
+        logprobs = {} if sampled.logprobs is None else sampled.logprobs.listed()
+        return sampled.tokens_B.tolist(), sampled.failed_B.tolist(), logprobs
 
-    def _draws(self, chunks: Sequence[Chunk]) -> list[Draw]:
-        sequences = [self._sequences[chunk.id] for chunk in chunks if chunk.samples]
-        return [Draw(s.request.sampling, s.request.seed, s.generated) for s in sequences]
+    def _sample(self, logits_NV: torch.Tensor, requests: Sequence[int]) -> Sampled:
+        for name in requests:
+            sequence = self._sequences[name]
+            if sequence.generated == 0:
+                request = sequence.request
+                self._sampler.admit(name, request.sampling, request.seed, request.prompt)
+        return self._sampler.sample(logits_NV, requests)
 
-    def _advance(self, request: int, token: int, full: bool) -> Delta:
+    def _advance(self, request: int, token: int, full: bool, logprobs: TokenLogprobs | None) -> Delta:
         sequence = self._sequences[request]
         sequence.generated += 1
-        ended = token in self._ends
+        ended = token in sequence.ends
         text = "" if ended else sequence.text.push(self._loaded.tokenizer.token_bytes(token))
         if not (ended or full or sequence.text.stopped):
-            return Delta(request, text, token)
+            return Delta(request, text, token, None, logprobs)
         reason = FinishReason.STOP if ended or sequence.text.stopped else FinishReason.LENGTH
         self.cancel(request)
-        return Delta(request, text + sequence.text.finish(), token, reason)
+        return Delta(request, text + sequence.text.finish(), token, reason, logprobs)
+
+    def _fail(self, request: int) -> Delta:
+        self.cancel(request)
+        return Delta(request, "", None, FinishReason.FAILED)
 
     def _expire(self, request: int) -> Delta:
-        sequence = self._sequences.pop(request)
-        return Delta(request, sequence.text.finish(), None, FinishReason.DEADLINE)
+        self.cancel(request)
+        return Delta(request, "", None, FinishReason.DEADLINE)
 
 
 def _limits(loaded: LoadedModel, options: EngineOptions) -> Limits:

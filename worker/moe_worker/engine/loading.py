@@ -6,14 +6,18 @@ from pathlib import Path
 
 import torch
 
+from moe_worker.config.attention import LatentConfig
 from moe_worker.config.directory import read_checkpoint_config
 from moe_worker.config.engine import EngineOptions
 from moe_worker.config.model import ModelConfig
 from moe_worker.config.quantization import PackedStorage
 from moe_worker.errors import SettingsError
+from moe_worker.kernels.cpu.library import Kernels
+from moe_worker.kernels.registry import Hardware, choose, explain, probe_cpu
 from moe_worker.kvcache.paged import CacheShape, PagedCache
 from moe_worker.models.checkpoint import load_model
-from moe_worker.models.deepseek import DeepseekModel
+from moe_worker.models.native import NativeModel
+from moe_worker.models.runner import NativeRunner, Runner, TorchRunner
 from moe_worker.models.stored import Placement
 from moe_worker.models.tokenizer import Tokenizer
 
@@ -25,14 +29,23 @@ DTYPE_BY_NAME = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Everything that stays the same while the engine runs, and its cache."""
+    """Everything that stays the same while the engine runs, and its cache.
+
+    kernels: which implementation computes what, and why, a line each.
+    """
 
     config: ModelConfig
-    model: DeepseekModel
+    runner: Runner
     tokenizer: Tokenizer
     cache: PagedCache
     context: int
     format: str
+    kernels: tuple[str, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.cache.device
 
 
 def load(directory: Path, options: EngineOptions, progress: bool) -> LoadedModel:
@@ -50,14 +63,38 @@ def load(directory: Path, options: EngineOptions, progress: bool) -> LoadedModel
         round_tokens=weights == "w4a8",
         check_weights=options.check_weights,
     )
-    shape = CacheShape(config.num_hidden_layers, config.attention.cache_width, options.page_size, dtype)
+    hardware = probe(device)
+    native = is_native(config, weights, hardware)
+    rows = torch.bfloat16 if native and options.dtype == "auto" else dtype
+    shape = CacheShape(config.num_hidden_layers, config.attention.cache_width, options.page_size, rows)
     pages = shape.pages_that_fit(context, options.kv_memory, options.max_batch_size)
-    torch.set_num_threads(options.threads or suggested_threads(config, dtype))
+    threads = options.threads or suggested_threads(config, dtype)
+    torch.set_num_threads(threads)
     with torch.inference_mode():
         model = load_model(directory, config, placement, context, progress)
+        runner = NativeRunner(NativeModel(model, Kernels(threads=threads))) if native else TorchRunner(model)
         cache = PagedCache.allocate(shape, pages, device)
     name = NAMES[dtype] if weights == "dense" else weights
-    return LoadedModel(config, model, tokenizer, cache, context, name)
+    return LoadedModel(config, runner, tokenizer, cache, context, name, tuple(explain(name, hardware)))
+
+
+def explain_choice(directory: Path, options: EngineOptions) -> list[str]:
+    """Which implementation would compute what for this checkpoint, and why. Raises WorkerError."""
+    config, device = read_checkpoint_config(directory), choose_device(options.device)
+    dtype, weights = choose_dtype(options.dtype, device), choose_format(options.format, config)
+    first = f"{config.architecture} on {device}, weights {weights}, computed in {NAMES[dtype]}"
+    return [first, *explain(NAMES[dtype] if weights == "dense" else weights, probe(device))]
+
+
+def probe(device: torch.device) -> Hardware:
+    """What `device` is, for the choice of kernels."""
+    return probe_cpu() if device.type == "cpu" else Hardware("cuda")
+
+
+def is_native(config: ModelConfig, weights: str, hardware: Hardware) -> bool:
+    """Whether whole passes run in the CPU kernels."""
+    choice = choose("pass", weights, hardware)
+    return isinstance(config.attention, LatentConfig) and choice.implementation.startswith("cpu/")
 
 
 def choose_device(name: str) -> torch.device:

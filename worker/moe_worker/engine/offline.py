@@ -91,11 +91,10 @@ class Engine:
         context length. Raises RequestError.
         """
         check_token_ids(token_ids, self.config.vocab_size, self._loaded.context)
-        model = self._loaded.model
-        shape = self._loaded.cache.shape
-        scratch = PagedCache.allocate(shape, shape.pages_for(len(token_ids)), model.device)
+        runner, shape, device = self._loaded.runner, self._loaded.cache.shape, self._loaded.device
+        scratch = PagedCache.allocate(shape, shape.pages_for(len(token_ids)), device)
         segment = Segment(token_ids, 0, range(scratch.pages))
-        return model.logits(model.forward(Batch.of([segment], scratch), scratch)).cpu()
+        return runner.logits(Batch.of([segment], scratch), scratch, range(len(token_ids))).cpu()
 
     def _prompt(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
@@ -103,7 +102,8 @@ class Engine:
     def _check(self, request: Request) -> None:
         context = self._loaded.context
         violations = prompt_violations("prompt", request.prompt, self.config.vocab_size, context)
-        for violation in violations + request.sampling.violations():
+        found = request.sampling.violations(self.config.vocab_size)
+        for violation in violations + found:
             raise RequestError(violation.field, f"{violation.field} {violation.description}")
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from moe_worker.sampling.logprobs import TokenLogprobs
 from moe_worker.sampling.parameters import SamplingParameters, Violation
 
 
@@ -13,6 +14,7 @@ class FinishReason(Enum):
     STOP = "stop"  # the model ended it, or a stop text was met
     LENGTH = "length"  # max_tokens or the context length was reached
     DEADLINE = "deadline"  # its deadline passed
+    FAILED = "failed"  # the model gave scores that nothing can be chosen by (NaN)
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,14 @@ class Request:
 class Delta:
     """What one step adds to a request. Text waits for whole characters and stop texts; tokens do not.
 
-    `token` is None where the request ends without one (its deadline has passed).
+    `token` is None where the request ends without one, in an error. logprobs: of the token, where asked for.
     """
 
     id: int
     text: str
     token: int | None
     finish_reason: FinishReason | None = None
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True)

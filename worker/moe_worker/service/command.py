@@ -8,6 +8,7 @@ import click
 from moe_api.address import check_address
 from moe_worker.config.engine import DTYPES, FORMATS, EngineOptions
 from moe_worker.config.quantity import parse_bytes
+from moe_worker.engine.loading import explain_choice
 from moe_worker.errors import SettingsError
 from moe_worker.service.server import ServeSettings
 from moe_worker.service.server import serve as run
@@ -72,8 +73,14 @@ from moe_worker.service.server import serve as run
     envvar="MOE_WORKER_THREADS",
     help="Threads of torch. Default: the usable cores; 1 for small models.",
 )
+@click.option("--explain", "explained", is_flag=True, help="Say which kernels would compute what, and end.")
 def serve(
-    model: Path, served_name: str | None, listen: str, kv_memory: str | None, **options: float | str | None
+    model: Path,
+    served_name: str | None,
+    listen: str,
+    kv_memory: str | None,
+    explained: bool,
+    **options: float | str | None,
 ) -> None:
     """Serve a model over gRPC.
 
@@ -84,6 +91,10 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     memory = None if kv_memory is None else parse_bytes(kv_memory)
     engine_options = EngineOptions(kv_memory=memory, **options)  # type: ignore[arg-type]
+    if explained:
+        for line in explain_choice(model, engine_options):
+            click.echo(line)
+        return
     run(ServeSettings(model, served_name or model.resolve().name, _address(listen), engine_options))
 
 

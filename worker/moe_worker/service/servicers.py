@@ -38,6 +38,16 @@ FINISH_REASONS = {
     FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
 }
+FAILURES = {
+    FinishReason.DEADLINE: (
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        "the deadline of the call passed; allow more time, or ask for fewer tokens",
+    ),
+    FinishReason.FAILED: (
+        grpc.StatusCode.INTERNAL,
+        "the model gave no valid probabilities for the next token; check its weights (serve --check-weights)",
+    ),
+}
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -136,13 +146,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         try:
             while stream.timeline.finish_reason is None or stream.pending:
                 chunk = await stream.take()
-                if chunk.finish_reason is FinishReason.DEADLINE:
+                if chunk.finish_reason in FAILURES:
                     break
                 yield _response(chunk, len(checked.prompt), stream.timeline.tokens)
-            if stream.timeline.finish_reason is FinishReason.DEADLINE:
-                code = grpc.StatusCode.DEADLINE_EXCEEDED
-                sentence = "the deadline of the call passed; allow more time, or ask for fewer tokens"
-                await rich_status.abort(context, rich_status.build(code, sentence))
+            if stream.timeline.finish_reason in FAILURES:
+                await rich_status.abort(context, rich_status.build(*FAILURES[stream.timeline.finish_reason]))
         except EngineDiedError as error:
             code = grpc.StatusCode.UNAVAILABLE
             await rich_status.abort(context, rich_status.retry_later(code, str(error), RETRY_ELSEWHERE_S))
@@ -215,6 +223,9 @@ def _deadline(context: Context) -> float | None:
 
 def _response(chunk: Chunk, prompt_tokens: int, completion_tokens: int) -> inference_pb2.GenerateResponse:
     response = inference_pb2.GenerateResponse(text=chunk.text, tokens=chunk.tokens)
+    for logprobs in chunk.logprobs:
+        top = [inference_pb2.TopLogprob(token=token, logprob=value) for token, value in logprobs.top]
+        response.logprobs.append(inference_pb2.TokenLogprobs(logprob=logprobs.logprob, top=top))
     if chunk.finish_reason is not None:
         response.finish_reason = FINISH_REASONS[chunk.finish_reason]
         response.usage.prompt_tokens = prompt_tokens

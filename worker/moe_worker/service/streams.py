@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from moe_worker.engine.requests import Delta, FinishReason
 from moe_worker.engine.statistics import Event, EventKind
+from moe_worker.sampling.logprobs import TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,7 @@ class Chunk:
     text: str
     tokens: tuple[int, ...]
     finish_reason: FinishReason | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass
@@ -57,6 +59,7 @@ class Stream:
     timeline: Timeline
     _text: list[str] = field(default_factory=list)
     _tokens: list[int] = field(default_factory=list)
+    _logprobs: list[TokenLogprobs] = field(default_factory=list)
     _error: Exception | None = None
     _ready: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -76,6 +79,8 @@ class Stream:
         self._text.append(delta.text)
         if delta.token is not None:
             self._tokens.append(delta.token)
+        if delta.logprobs is not None:
+            self._logprobs.append(delta.logprobs)
         self._ready.set()
 
     def fail(self, error: Exception) -> None:
@@ -90,7 +95,8 @@ class Stream:
             raise self._error
         if self._error is None:
             self._ready.clear()
-        chunk = Chunk("".join(self._text), tuple(self._tokens), self.timeline.finish_reason)
-        self._text.clear()
-        self._tokens.clear()
+        reason = self.timeline.finish_reason
+        chunk = Chunk("".join(self._text), tuple(self._tokens), reason, tuple(self._logprobs))
+        for gathered in (self._text, self._tokens, self._logprobs):
+            gathered.clear()
         return chunk
