@@ -1,7 +1,7 @@
 """Compiles the CPU kernels: once for each instruction set, into one shared object.
 
-Runs without torch and without the rest of the package: the wheel's build hook loads this file alone. Why there
-are two places for the result: docs/adr/0008-cpu-kernels-are-found-by-their-sources.md.
+Runs without torch and without the rest of the package: the wheel's build hook loads this file alone. Why
+there are two places for the result: docs/adr/0008-cpu-kernels-are-found-by-their-sources.md.
 """
 
 import hashlib
@@ -72,9 +72,8 @@ def build(directory: Path) -> Path:
 
 def _compiler() -> str:
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "AMD64"):
-        raise BuildError(
-            f"there are CPU kernels for Linux on x86-64 only, this is {platform.system()} on {platform.machine()}"
-        )
+        here = f"{platform.system()} on {platform.machine()}"
+        raise BuildError(f"there are CPU kernels for Linux on x86-64 only, this is {here}")
     for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
         if name and (path := shutil.which(name)):
             return path

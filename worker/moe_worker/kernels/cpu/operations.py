@@ -3,7 +3,8 @@
 The truth for each is kernels/reference_w4a8.py. models/native.py runs whole passes without these.
 
 Legend: T tokens, I inputs, O outputs, D hidden, H heads, R latent rank, P rotary elements, W = R + P, K
-experts of a token, E routed experts, G groups of inputs, S = I padded to 64, B sequences, N pages of a sequence.
+experts of a token, E routed experts, G groups of inputs, S = I padded to 64, B sequences, N pages of a
+sequence.
 """
 
 from dataclasses import dataclass

@@ -1,0 +1,159 @@
+"""Whole passes on the CPU kernels against the plain torch model with the same W4A8 weights."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moe_worker.config.directory import read_checkpoint_config
+from moe_worker.errors import SettingsError
+from moe_worker.kernels.cpu import build, library
+from moe_worker.kernels.reference_w4a8 import heads_w8a8
+from moe_worker.kvcache.paged import CacheShape, PagedCache
+from moe_worker.models.batch import Batch, Segment
+from moe_worker.models.checkpoint import Placement, load_model
+from moe_worker.models.native import NativeModel, Pass
+from tests.checkpoints import write_checkpoint
+
+try:
+    VARIANTS = library.supported_variants()
+except build.BuildError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+
+class RoundedHeads:
+    """Stands in for an absorbed projection: torch.bmm(x, it) rounds weights and activations to int8."""
+
+    def __init__(self, weight_HIO):
+        self.weight_HIO, self.shape = weight_HIO, weight_HIO.shape
+
+    @classmethod
+    def __torch_function__(cls, function, _types, arguments, _keywords=None):
+        assert function is torch.bmm
+        x_HTI, self = arguments
+        return heads_w8a8(x_HTI.transpose(0, 1), self.weight_HIO.transpose(1, 2)).transpose(0, 1)
+
+
+def rounded(model):
+    """The reference with absorbed projections in int8, as the kernels hold them."""
+
+    def one(layer):
+        attention = layer.attention
+        key, value = RoundedHeads(attention.key_HNR), RoundedHeads(attention.value_HRV)
+        return replace(layer, attention=replace(attention, key_HNR=key, value_HRV=value))
+
+    return replace(model, layers=tuple(one(layer) for layer in model.layers))
+
+
+CPU = torch.device("cpu")
+MODELS = {
+    "plain": {},
+    "no query rank": {"q_lora_rank": None},
+    "odd sizes": {"hidden_size": 72, "moe_intermediate_size": 40, "v_head_dim": 12, "num_attention_heads": 3,
+                  "num_key_value_heads": 3},
+    "biased": {"attention_bias": True, "n_shared_experts": 2, "moe_intermediate_size": 128},
+    "every expert": {"num_experts_per_tok": 8, "topk_group": 4},
+    "one group": {"n_group": 1, "topk_group": 1, "norm_topk_prob": False},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=list(MODELS))
+def model(request, tmp_path_factory):
+    directory = write_checkpoint(tmp_path_factory.mktemp("native"), **MODELS[request.param])
+    config = read_checkpoint_config(directory)
+    placement = Placement(torch.float32, CPU, packed=True, round_tokens=True)
+    with torch.inference_mode():
+        return load_model(directory, config, placement, 256, progress=False)
+
+
+def new_cache(model, dtype=torch.float32):
+    shape = CacheShape(model.config.num_hidden_layers, model.config.attention.cache_width, 16, dtype)
+    return PagedCache.allocate(shape, 32, CPU)
+
+
+def step_of(batch):
+    counts = [0, *[segment.count for segment in batch.segments]]
+    starts = torch.tensor(counts).cumsum(0).int()
+    selected = torch.arange(len(batch.tokens_T), dtype=torch.int32)
+    return Pass(
+        batch.tokens_T, batch.positions_T, batch.rows_T, starts, batch.lengths_B, batch.pages_BP, selected
+    )
+
+
+def ours(native, segments, cache):
+    return native.run(step_of(Batch.of(segments, cache)), cache.layers, cache.page_size)
+
+
+def truth(model, segments, cache):
+    with torch.inference_mode():
+        return model.logits(model.forward(Batch.of(segments, cache), cache))
+
+
+def text(count, seed):
+    return torch.randint(2, 320, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+PAGES = [7, 3, 9, 1, 20]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_are_those_of_the_reference(model, variant):
+    """Activations that stand at the edge of two integers round either way, and then so do others, layer after
+    layer; now and then that makes a token change one of its experts. Most tokens see nothing of it."""
+    native = NativeModel(model, library.Kernels(variant, 2))
+    caches = new_cache(model), new_cache(model)
+    passes = [
+        [Segment(text(40, 1), 0, PAGES)],
+        [Segment(text(1, 2), 40, PAGES), Segment(text(1, 3), 0, [5]), Segment(text(20, 4), 0, [11, 12])],
+        [Segment(text(1, 5), 41, PAGES), Segment(text(1, 6), 20, [11, 12])],
+    ]
+    for segments in passes:
+        result, expected = ours(native, segments, caches[0]), truth(rounded(model), segments, caches[1])
+        errors = (result - expected).abs().amax(dim=1) / expected.abs().max()
+        assert errors.median() < 1e-5
+        assert errors.max() < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tokens_do_not_depend_on_chunks_company_or_threads(model, variant, dtype):
+    """To the bit: one pass over a prompt, pieces of it beside another sequence, and token by token."""
+    prompt, other = text(50, 1), text(30, 2)
+    whole = NativeModel(model, library.Kernels(variant, 1))
+    pieces = NativeModel(model, library.Kernels(variant, 2))
+    expected = ours(whole, [Segment(prompt, 0, PAGES)], new_cache(model, dtype))
+    cache, single = new_cache(model, dtype), new_cache(model, dtype)
+    for start in range(0, 50, 10):
+        beside = Segment(other[start // 10 : start // 10 + 1], start // 10, [15, 16])
+        chunk = ours(pieces, [beside, Segment(prompt[start : start + 10], start, PAGES)], cache)
+        assert torch.equal(chunk[1:], expected[start : start + 10])
+    for position in range(50):
+        alone = ours(pieces, [Segment(prompt[position : position + 1], position, PAGES)], single)
+        assert torch.equal(alone[0], expected[position])
+
+
+def test_greedy_text_goes_on_as_in_the_reference(model):
+    """Where the reference's best token leads clearly, it is ours too."""
+    native, caches = NativeModel(model, library.Kernels(threads=2)), (new_cache(model), new_cache(model))
+    tokens, start, clear = text(8, 9), 0, 0
+    for _ in range(40):
+        segments = [Segment(tokens, start, PAGES)]
+        result, expected = (
+            ours(native, segments, caches[0])[-1],
+            truth(rounded(model), segments, caches[1])[-1],
+        )
+        best = expected.topk(2).values
+        if best[0] - best[1] > 0.1 * expected.abs().max():
+            assert result.argmax() == expected.argmax()
+            clear += 1
+        start, tokens = start + len(tokens), [int(expected.argmax())]
+    assert clear > 3
+
+
+def test_other_attention_is_refused_by_name(model):
+    class Stranger:
+        class config:  # noqa: N801
+            attention, architecture = None, "qwen3_moe"
+
+    with pytest.raises(SettingsError, match="attention of qwen3_moe"):
+        NativeModel(Stranger(), library.Kernels())
