@@ -250,6 +250,20 @@ def test_tokens_do_not_depend_on_the_batch_nor_on_preemption(sequences, data):
         assert found[name] == output
 
 
+def test_numbers_go_on_where_they_were_over_many_steps_and_changes_of_the_batch():
+    logits_BV = torch.zeros(2, 10_000)
+    given = SamplingParameters(temperature=1.0)
+    sampler = Sampler(10_000, CPU, ())
+    sampler.admit(0, given, 77, (), [0] * 5)
+    found = []
+    for step in range(100):
+        if step == 45:
+            sampler.admit(1, given, 78, ())
+        names = [0] if step < 45 else [0, 1]
+        found.append(sampler.sample(logits_BV[: len(names)], names).tokens_B[0].item())
+    assert found == [int(uniform(77, index) * 10_000) for index in range(5, 105)]
+
+
 def test_large_batches_are_drawn_in_parts_with_the_same_result(monkeypatch):
     logits_BV = torch.randn(9, 50)
     given = [SamplingParameters(temperature=row % 3, top_p=0.9) for row in range(9)]

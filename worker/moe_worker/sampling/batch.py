@@ -1,6 +1,6 @@
 """The parameters of a batch's rows as tensors on the device; made anew only when the rows change.
 
-Legend: B rows, S rows that sample, V vocabulary, L rows that want log-probabilities.
+Legend: B rows, S rows that sample, V vocabulary, K steps, L rows that want log-probabilities.
 """
 
 import math
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from moe_worker.sampling.adjust import Biases, Penalties, TokenCounts, to_device
-from moe_worker.sampling.draw import MIN_TEMPERATURE, SHORT_TOP_K, Truncation
+from moe_worker.sampling.draw import MIN_TEMPERATURE, SHORT_TOP_K, Truncation, uniforms
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.sampling.randomness import mix, signed
 
 # Rows are drawn in parts of this many logits: more would take gigabytes for large vocabularies.
 PART_LOGITS = 2**24
+BLOCK_STEPS = 32
 ALWAYS = 2**62
 
 
@@ -31,19 +32,39 @@ class Row:
     counted: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sampling:
-    """Some of the rows that sample: int64 rows_S, float32 temperatures_S1, int64 states_S of their seeds."""
+    """Some of the rows that sample: int64 rows_S, float32 temperatures_S1.
+
+    states_S1, indices_S1: int64, of the seeds, and the number of the token that each row gets first.
+    """
 
     rows_S: Tensor
     temperatures_S1: Tensor
-    states_S: Tensor
+    states_S1: Tensor
+    indices_S1: Tensor
     keep: Truncation
+    _block: tuple[Tensor, ...] = ()
+
+    def uniforms(self, step: int) -> Tensor:
+        """The random numbers (float64 [S]) of the batch's step `step`; made for many steps at once.
+
+        They take some 20 kernels however many there are: 0.1 ms of the host's time.
+        """
+        start = step % BLOCK_STEPS
+        if start == 0 or not self._block:
+            first = step - start
+            steps_K = torch.arange(first, first + BLOCK_STEPS, device=self.states_S1.device)
+            self._block = uniforms(self.states_S1, self.indices_S1 + steps_K).T.contiguous().unbind()
+        return self._block[start]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batch:
-    """Rows to choose for together. indices_B: int64, the number of the token that each row gets next."""
+    """Rows to choose for together, `step` times so far.
+
+    indices_B: int64, the number of the token that each row gets next.
+    """
 
     names: tuple[int, ...]
     rows: tuple[Row, ...]
@@ -55,6 +76,7 @@ class Batch:
     wanted: tuple[int, ...]
     wanted_L: Tensor
     most_logprobs: int
+    step: int = 0
 
     @property
     def adjusts(self) -> bool:
@@ -71,6 +93,7 @@ class Batch:
 
     def advance(self, tokens_B: Tensor) -> None:
         """Takes in the tokens that were chosen; they stay on the device."""
+        self.step += 1
         self.indices_B.add_(1)
         if self.penalties is not None:
             self.penalties.count(tokens_B)
@@ -128,7 +151,8 @@ def _part(numbers: list[int], rows: list[Row], vocab_size: int, device: torch.de
     return Sampling(
         to_device(numbers, torch.int64, device),
         to_device(heats, torch.float32, device).unsqueeze(1),
-        to_device((signed(mix(row.seed)) for row in rows), torch.int64, device),
+        to_device((signed(mix(row.seed)) for row in rows), torch.int64, device).unsqueeze(1),
+        to_device((row.generated for row in rows), torch.int64, device).unsqueeze(1),
         truncation([row.parameters for row in rows], vocab_size, device),
     )
 

@@ -44,7 +44,7 @@ class Truncation:
 
 
 def uniforms(states_S: Tensor, indices_S: Tensor) -> Tensor:
-    """randomness.uniform for every row: float64 [S] in [0, 1).
+    """randomness.uniform of each pair: float64 in [0, 1), of the shape that both broadcast to.
 
     states_S: randomness.mix of the seeds, as int64. indices_S: int64.
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_worker.sampling.adjust import TokenCounts
 from moe_worker.sampling.batch import Batch, Row, build
-from moe_worker.sampling.draw import draw, uniforms
+from moe_worker.sampling.draw import draw
 from moe_worker.sampling.logprobs import TokenLogprobs
 from moe_worker.sampling.parameters import SamplingParameters
 
@@ -125,7 +125,7 @@ def sample(logits_BV: Tensor, batch: Batch) -> Sampled:
         rows_S = part.rows_S
         whole = rows_S.shape[0] == scores_BV.shape[0]
         scores_SV = scores_BV if whole else scores_BV.index_select(0, rows_S)
-        points_S = uniforms(part.states_S, batch.indices_B[rows_S])
+        points_S = part.uniforms(batch.step)
         drawn_S = draw(scores_SV, peaks_B1[rows_S], part.temperatures_S1, part.keep, points_S)
         tokens_B = tokens_B.index_copy(0, rows_S, drawn_S)
     tokens_B = tokens_B.masked_fill(failed_B, 0)
