@@ -3,8 +3,8 @@
 A program takes the heads of up to BLOCK_T tokens of one sequence, so that one kernel serves decode (one
 token) and prefill (several), and reads one slice of the context; each token sees positions up to its own.
 
-Legend: T tokens, H heads, R latent rank, P rotary elements, W = R + P, V value elements of a head, S slices of the
-context, C tiles of tokens.
+Legend: T tokens, H heads, R latent rank, P rotary elements, W = R + P, V value elements of a head, S slices
+of the context, C tiles of tokens.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from moe_worker.kernels.triton.tiles import round_even
 
 
 class TokenTiles(NamedTuple):
-    """Which tokens go together: int32 sequence, first token and number of tokens of each tile; most of a tile."""
+    """Which tokens go together: int32 sequence, first token and number of tokens of each tile; its most."""
 
     sequence_C: Tensor
     first_C: Tensor
@@ -146,7 +146,7 @@ def _merge(
 def merge_values(
     parts_THSR: Tensor, lse_THS: Tensor, value_HRV: Tensor, out: Activation, quantized: bool
 ) -> None:
-    """Joins the slices, expands latents to values, [T, H * V] in bf16 or (`quantized`) int8 in pieces of 64."""
+    """Joins the slices, expands latents to values: [T, H * V], bf16 or (`quantized`) int8 in pieces of 64."""
     tokens, heads, slices, rank = parts_THSR.shape
     value = value_HRV.shape[2]
     block_m, block_v = 16 if tokens <= 256 else 64, min(64, value)

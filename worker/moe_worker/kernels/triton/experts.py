@@ -3,7 +3,7 @@
 Each expert's rows are padded to whole blocks; the grid is as large as blocks could ever be, and programs
 behind the last block end at once, so that the host never waits for the counts.
 
-Legend: T tokens, K experts a token, M = T * K rows (row t * K + k), D hidden, I intermediate, F = 2 * I (gate,
+Legend: T tokens, K experts a token, M = T * K rows (row t * K + k), D hidden, I intermediate, F = 2 * I (gate
 then up), A experts, C blocks of rows.
 """
 
@@ -198,7 +198,7 @@ def block_size(tokens: int) -> int:
 def experts_w4a8(
     x: Activation, gate_up: PackedInt4, down: PackedInt4, blocks: Blocks, weights_TK: Tensor
 ) -> Tensor:
-    """Weighted outputs of each row, bf16 [M, D], to be summed over K; hidden values are int8 in pieces of 64."""
+    """Weighted outputs of each row, bf16 [M, D], to be summed over K; hidden values are int8, in 64s."""
     tokens, per_token = weights_TK.shape
     total, inner, size = tokens * per_token, gate_up.outputs // 2, blocks.size
     hidden = Activation.empty(total, inner, x.q_TD.device)
@@ -209,12 +209,13 @@ def experts_w4a8(
     _gate_up_w4a8[(inner // up_n, count)](
         x.q_TD, x.scales_TX, gate_up.packed.view(torch.int8), gate_up.scales, blocks.rows, blocks.experts_C,
         hidden.q_TD, hidden.scales_TX, total,
-        PER_TOKEN=per_token, INNER=inner, GROUPS=gate_up.groups, BLOCK_N=up_n, BLOCK_M=size, ASSEMBLY=ASSEMBLY,
+        PER_TOKEN=per_token, INNER=inner, GROUPS=gate_up.groups, BLOCK_N=up_n, BLOCK_M=size,
+        ASSEMBLY=ASSEMBLY,
         num_warps=4 if up_n == 64 else 8, num_stages=3 if size < 128 else 2,
     )  # fmt: skip
     _down_w4a8[(down.outputs // down_n, count)](
-        hidden.q_TD, hidden.scales_TX, down.packed.view(torch.int8), down.scales, blocks.rows, blocks.experts_C,
-        weights_TK, out_MD, total,
+        hidden.q_TD, hidden.scales_TX, down.packed.view(torch.int8), down.scales, blocks.rows,
+        blocks.experts_C, weights_TK, out_MD, total,
         OUTPUTS=down.outputs, GROUPS=down.groups, BLOCK_N=down_n, BLOCK_M=size, ASSEMBLY=ASSEMBLY,
         num_warps=4 if size < 128 else 8, num_stages=4 if size < 128 else 3,
     )  # fmt: skip

@@ -80,8 +80,8 @@ def write_latents(
     block_m, block_r = (16, min(128, rank)) if tokens <= 256 else (64, min(128, rank))
     grid = (triton.cdiv(tokens, block_m), heads * (rank // block_r) + 1)
     _latent[grid](
-        query_TO, query_TO.stride(0), latent_TW, latent_TW.stride(0), weights.norm_R, weights.key_HNR, table_CP2,
-        positions_T, rows_T, cache_SW, out_THW, tokens, weights.eps,
+        query_TO, query_TO.stride(0), latent_TW, latent_TW.stride(0), weights.norm_R, weights.key_HNR,
+        table_CP2, positions_T, rows_T, cache_SW, out_THW, tokens, weights.eps,
         HEADS=heads, PLAIN=plain, ROPE=rope, RANK=rank, BLOCK_M=block_m, BLOCK_R=block_r,
         num_warps=4,
     )  # fmt: skip

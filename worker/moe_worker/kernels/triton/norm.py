@@ -15,7 +15,7 @@ from moe_worker.kernels.triton.tiles import round_even
 
 @dataclass(frozen=True)
 class Activation:
-    """A tensor [T, D] in bf16, and where int8 products read it, as int8 [T, D] and float32 scales [T, D / 64]."""
+    """A tensor [T, D] in bf16, and where int8 products read it, int8 [T, D] and float32 [T, D / 64]."""
 
     x_TD: Tensor
     q_TD: Tensor

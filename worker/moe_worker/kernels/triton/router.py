@@ -1,6 +1,6 @@
 """Router in float32: scores in slices of the inputs, then the choice of experts with their histogram.
 
-Legend: T tokens, D hidden, E routed experts, G groups, K experts a token with the shared ones behind the chosen,
+Legend: T tokens, D hidden, E routed experts, G groups, K experts a token, the shared ones behind the chosen,
 S slices of the inputs, A all experts.
 """
 
@@ -28,7 +28,8 @@ class Choice(NamedTuple):
 @triton.jit
 def _logits(
     x, weight, out, tokens,
-    WIDTH: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    WIDTH: tl.constexpr, EXPERTS: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     token_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -68,8 +69,9 @@ def _kept_groups(choice_ME, GROUPS: tl.constexpr, KEPT: tl.constexpr, PAIR: tl.c
 
 @triton.jit
 def _choose(
-    logits, bias, experts, weights, counts, tokens, counted, scale,
-    EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, SLICES: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr,
+    logits, bias, experts, weights, counts, tokens, scale,
+    EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, SLICES: tl.constexpr,
+    TOP_K: tl.constexpr, SHARED: tl.constexpr,
     BLOCK_K: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, SIGMOID: tl.constexpr,
     NORMALISE: tl.constexpr, PAIR: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -131,7 +133,7 @@ def route(
     weights_TK = torch.empty(tokens, columns, dtype=torch.float32, device=x_TD.device)
     block_m = 2
     _choose[(triton.cdiv(tokens, block_m),)](
-        logits_TSE, bias_E, experts_TK, weights_TK, counts_A, tokens, tokens, choice.scale,
+        logits_TSE, bias_E, experts_TK, weights_TK, counts_A, tokens, choice.scale,
         EXPERTS=experts, BLOCK_E=block_e, SLICES=slices, TOP_K=choice.top_k, SHARED=choice.shared,
         BLOCK_K=triton.next_power_of_2(columns), GROUPS=choice.groups, KEPT=choice.kept_groups,
         SIGMOID=choice.sigmoid, NORMALISE=choice.normalise, PAIR=choice.pair, BIAS=bias_E is not None,

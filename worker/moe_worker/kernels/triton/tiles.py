@@ -40,7 +40,7 @@ class PackedInt4:
 
 
 def round_to_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Values -8..7 (int8) [..., G, O, 128] and scales [..., G, O] of weights [..., O, I]; I is padded by 0."""
+    """Values -8..7 (int8) [..., G, O, 128] and scales [..., G, O] of weights [..., O, I], padded by 0."""
     padded = torch.nn.functional.pad(weight.float(), (0, -weight.shape[-1] % GROUP))
     grouped = padded.unflatten(-1, (-1, GROUP)).transpose(-2, -3)
     scales = grouped.abs().amax(-1).clamp_min(1e-8) / 7
