@@ -13,7 +13,7 @@ from moe_worker.sampling.adjust import TokenCounts
 from moe_worker.sampling.draw import draw, mass_threshold, uniforms
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.sampling.randomness import mix, signed, uniform
-from moe_worker.sampling.sampler import Draw, Sampler, choose
+from moe_worker.sampling.sampler import Sampler
 from tests.worker.sampling_cases import CPU, counted, probabilities, sampled, tokens_of
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
@@ -143,6 +143,14 @@ def test_a_row_of_counts_is_empty_for_the_sequence_that_gets_it_next():
     sampler.admit(99, given, 0, [1])
     assert sampler.sample(LOGITS.unsqueeze(0), [99]).tokens_B.tolist() == [0]
     assert sampler._counts.output_PV.shape[0] == 4, "rows are used again"
+
+
+def test_a_sequence_admitted_again_starts_anew_and_holds_one_row_of_counts():
+    sampler = Sampler(6, CPU, ())
+    for _ in range(9):
+        sampler.admit(0, SamplingParameters(frequency_penalty=2.0), 0, ())
+        assert sampler.sample(LOGITS.unsqueeze(0) / 4, [0]).tokens_B.tolist() == [0]
+    assert sampler._counts.output_PV.shape[0] == 4
 
 
 def test_more_penalized_sequences_than_there_were_rows_keep_their_counts():
@@ -332,11 +340,3 @@ def test_logprobs_are_those_of_the_model():
 
 def test_no_logprobs_are_computed_where_none_are_wanted():
     assert sampled(LOGITS.unsqueeze(0), [SamplingParameters()])[0].logprobs is None
-
-
-def test_a_single_choice_is_what_the_sampler_gives():
-    given = SamplingParameters(temperature=1.0, top_k=4)
-    sampler = Sampler(6, CPU, ())
-    sampler.admit(0, given, 42, (), [1, 2])
-    expected = sampler.sample(LOGITS.unsqueeze(0), [0]).tokens_B.tolist()
-    assert choose(LOGITS.unsqueeze(0), [Draw(given, 42, 2)]) == expected

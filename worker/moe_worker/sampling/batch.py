@@ -93,10 +93,10 @@ class Batch:
 
     def advance(self, tokens_B: Tensor) -> None:
         """Takes in the tokens that were chosen; they stay on the device."""
-        self.step += 1
-        self.indices_B.add_(1)
         if self.penalties is not None:
             self.penalties.count(tokens_B)
+        self.step += 1
+        self.indices_B.add_(1)
         for row in self.rows:
             row.generated += 1
 

@@ -83,7 +83,11 @@ class Sampler:
         prompt: Sequence[int],
         output: Sequence[int] = (),
     ) -> None:
-        """Takes in a sequence with checked parameters; `output` is what it has generated already."""
+        """Takes in a sequence with checked parameters; `output` is what it has generated already.
+
+        One of that name that is here already is forgotten.
+        """
+        self.release(name)
         row = Row(parameters, seed, len(output), parameters.end_tokens(self._ends))
         if parameters.penalizes:
             row.counted = self._counts.open(prompt, output)
@@ -141,21 +145,3 @@ def _logprobs(logits_BV: Tensor, tokens_B: Tensor, batch: Batch) -> Logprobs | N
     top_LN, tokens_LN = logprobs_LV.topk(min(batch.most_logprobs, logprobs_LV.shape[1]), dim=-1)
     counts = tuple(batch.rows[row].parameters.logprobs or 0 for row in batch.wanted)
     return Logprobs(batch.wanted, counts, chosen_L, top_LN, tokens_LN)
-
-
-@dataclass(frozen=True)
-class Draw:
-    """One choice to make: token number `index` of a request with `seed`."""
-
-    parameters: SamplingParameters
-    seed: int
-    index: int
-
-
-def choose(logits_BV: Tensor, draws: Sequence[Draw]) -> list[int]:
-    """One token for each row of logits, on the host; without penalties, which need the tokens before."""
-    rows = [Row(draw.parameters, draw.seed, draw.index, frozenset()) for draw in draws]
-    counts = TokenCounts(logits_BV.shape[1], logits_BV.device)
-    return [
-        int(token) for token in sample(logits_BV, build((), rows, counts, logits_BV.device)).tokens_B.tolist()
-    ]
