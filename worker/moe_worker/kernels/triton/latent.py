@@ -57,12 +57,12 @@ def _latent(
         )
     else:
         head, block = part // (RANK // BLOCK_R), part % (RANK // BLOCK_R)
-        n, r = tl.arange(0, PLAIN), block * BLOCK_R + tl.arange(0, BLOCK_R)
+        n, own_r = tl.arange(0, PLAIN), block * BLOCK_R + tl.arange(0, BLOCK_R)
         own = query + head * (PLAIN + ROPE)
-        x = tl.load(own + token_M[:, None] * query_stride + n[None, :], mask=mask_M[:, None], other=0.0)
-        w = tl.load(key + (head * PLAIN + n[:, None]) * RANK + r[None, :])
+        plain = tl.load(own + token_M[:, None] * query_stride + n[None, :], mask=mask_M[:, None], other=0.0)
+        w = tl.load(key + (head * PLAIN + n[:, None]) * RANK + own_own_r[None, :])
         to = (token_M * HEADS + head) * WIDTH
-        tl.store(out + to[:, None] + r[None, :], tl.dot(x, w).to(tl.bfloat16), mask=mask_M[:, None])
+        tl.store(out + to[:, None] + own_r[None, :], tl.dot(plain, w).to(tl.bfloat16), mask=mask_M[:, None])
         if block == 0:
             _turn(own + PLAIN, out + RANK, query_stride, to, token_M, mask_M, position_M, table, ROPE // 2)
 
