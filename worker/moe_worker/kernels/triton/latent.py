@@ -60,7 +60,7 @@ def _latent(
         n, own_r = tl.arange(0, PLAIN), block * BLOCK_R + tl.arange(0, BLOCK_R)
         own = query + head * (PLAIN + ROPE)
         plain = tl.load(own + token_M[:, None] * query_stride + n[None, :], mask=mask_M[:, None], other=0.0)
-        w = tl.load(key + (head * PLAIN + n[:, None]) * RANK + own_own_r[None, :])
+        w = tl.load(key + (head * PLAIN + n[:, None]) * RANK + own_r[None, :])
         to = (token_M * HEADS + head) * WIDTH
         tl.store(out + to[:, None] + own_r[None, :], tl.dot(plain, w).to(tl.bfloat16), mask=mask_M[:, None])
         if block == 0:
