@@ -144,7 +144,7 @@ def print_profile(title: str, work: Callable[[], object]) -> None:
 
 def launches_per_layer(model: CudaModel) -> int:
     """Kernels of a step with three layers less those of a step with two."""
-    counts = []
+    counts: list[int] = []
     for layers in (2, 3):
         part = replace(model, layers=model.layers[:layers], caches=model.caches[:layers])
         graph = DecodeGraph(part, 16, 16)

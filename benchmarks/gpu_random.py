@@ -16,7 +16,6 @@ from moe_worker.kernels.triton.tiles import GROUP, PIECE, pack_int4, round_to_in
 from moe_worker.models.cuda import CudaModel
 from moe_worker.models.cuda_layer import CudaLayer, LayerTensors, prepare_layer, split_dense
 
-
 LARGE_CHOICE = Choice(6, 2, 1, 1, sigmoid=True, normalise=True, scale=1.0)
 
 
@@ -200,7 +199,8 @@ def rounded_tokens(x_TI: Tensor) -> Tensor:
     """What int8 activations in pieces of 64 stand for, float64 [T, I]."""
     cut = x_TI.unflatten(-1, (-1, PIECE))
     scale = cut.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
-    return ((cut / scale).round() * scale).flatten(-2)
+    rounded: Tensor = ((cut / scale).round() * scale).flatten(-2)
+    return rounded
 
 
 __all__ = ["GROUP", "SMALL", "PlainModel", "Shape", "plain_route", "random_model", "rounded_weight"]
