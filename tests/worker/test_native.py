@@ -24,14 +24,14 @@ except build.BuildError as error:
 class RoundedHeads:
     """Stands in for an absorbed projection: torch.bmm(x, it) rounds weights and activations to int8."""
 
-    def __init__(self, weight_HIO):
-        self.weight_HIO, self.shape = weight_HIO, weight_HIO.shape
+    def __init__(self, weight):
+        self.weight, self.shape = weight, weight.shape
 
     @classmethod
     def __torch_function__(cls, function, _types, arguments, _keywords=None):
         assert function is torch.bmm
         x_HTI, self = arguments
-        return heads_w8a8(x_HTI.transpose(0, 1), self.weight_HIO.transpose(1, 2)).transpose(0, 1)
+        return heads_w8a8(x_HTI.transpose(0, 1), self.weight.transpose(1, 2)).transpose(0, 1)
 
 
 def rounded(model):

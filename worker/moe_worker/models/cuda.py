@@ -117,6 +117,7 @@ class DecodeGraph:
         """Compiles the kernels and records the step; tokens and positions stay as they are."""
         kept = self.tokens_B.clone(), self.positions_B.clone()
         side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())  # what the caller put into the buffers is in flight
         with torch.cuda.stream(side):
             self.run()
         torch.cuda.synchronize()

@@ -113,7 +113,7 @@ class CudaLayer:
         normed = Activation.empty(x_TD.shape[0], x_TD.shape[1], x_TD.device)
         residual_norm(x_TD, added_TD, self.block_norm_D, shared.eps, normed, self.quantized)
         experts_TK, weights_TK = self._routes(normed.x_TD)
-        blocks = sort_by_expert(experts_TK, self.counts_A, block_size(x_TD.shape[0]))
+        blocks = sort_by_expert(experts_TK, self.counts_A, block_size(x_TD.shape[0], self.quantized))
         if isinstance(self.gate_up, PackedInt4) and isinstance(self.down, PackedInt4):
             return experts_w4a8(normed, self.gate_up, self.down, blocks, weights_TK)
         assert isinstance(self.gate_up, Tensor) and isinstance(self.down, Tensor)  # noqa: S101, PT018

@@ -114,17 +114,15 @@ def _merge(
     v = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask_M = token_M < tokens
     first_M = (token_M * HEADS + head) * SLICES
-    top_M = tl.full((BLOCK_M,), -1e30, tl.float32)
-    for s in range(SLICES):
-        top_M = tl.maximum(top_M, tl.load(lse + first_M + s, mask=mask_M, other=0.0))
-    total_M = tl.zeros((BLOCK_M,), tl.float32)
-    for s in range(SLICES):
-        total_M += tl.exp2(tl.load(lse + first_M + s, mask=mask_M, other=0.0) - top_M)
+    every = tl.arange(0, SLICES)[None, :]
+    lse_MS = tl.load(lse + first_M[:, None] + every, mask=mask_M[:, None], other=0.0)
+    top_M = tl.max(lse_MS, axis=1)
+    total_M = tl.sum(tl.exp2(lse_MS - top_M[:, None]), axis=1)
     acc_MV = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     for begin in range(0, RANK, BLOCK_R):
         r = begin + tl.arange(0, BLOCK_R)
         latent_MR = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        for s in range(SLICES):
+        for s in tl.static_range(SLICES):
             share_M = tl.exp2(tl.load(lse + first_M + s, mask=mask_M, other=0.0) - top_M) / total_M
             x = tl.load(parts + (first_M + s)[:, None] * RANK + r[None, :], mask=mask_M[:, None], other=0.0)
             latent_MR += x.to(tl.float32) * share_M[:, None]
@@ -154,4 +152,6 @@ def merge_values(
         parts_THSR, lse_THS, value_HRV, out.x_TD, out.q_TD, out.scales_TX, tokens,
         HEADS=heads, RANK=rank, VALUE=value, SLICES=slices,
         BLOCK_M=block_m, BLOCK_R=min(128, rank), BLOCK_V=block_v, QUANTIZED=quantized, num_warps=4,
+        # Pipelining would hold the parts of all slices in shared memory.
+        num_stages=3 if slices == 1 else 1,
     )  # fmt: skip

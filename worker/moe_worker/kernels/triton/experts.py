@@ -190,8 +190,12 @@ def _down_bf16(
         tl.store(where, (acc_NM * share_M[None, :]).to(tl.bfloat16), mask=mask_M[None, :])
 
 
-def block_size(tokens: int) -> int:
-    """Rows of one block: about as many as an expert gets."""
+def block_size(tokens: int, quantized: bool) -> int:
+    """Rows of one block: about as many as an expert gets, but where sums of each group are scaled one by one
+    no more than 32, as they take registers.
+    """
+    if quantized:
+        return 16 if tokens <= 64 else 32
     return 16 if tokens <= 128 else 32 if tokens <= 512 else 64 if tokens <= 2048 else 128
 
 
@@ -203,21 +207,19 @@ def experts_w4a8(
     total, inner, size = tokens * per_token, gate_up.outputs // 2, blocks.size
     hidden = Activation.empty(total, inner, x.q_TD.device)
     out_MD = torch.empty(total, down.outputs, dtype=torch.bfloat16, device=x.q_TD.device)
-    up_n = 64 if tokens <= 64 or inner % 128 else 128
-    down_n = 64 if tokens <= 64 or down.outputs % 128 else 128
     count = blocks.experts_C.shape[0]
-    _gate_up_w4a8[(inner // up_n, count)](
+    _gate_up_w4a8[(inner // 64, count)](
         x.q_TD, x.scales_TX, gate_up.packed.view(torch.int8), gate_up.scales, blocks.rows, blocks.experts_C,
         hidden.q_TD, hidden.scales_TX, total,
-        PER_TOKEN=per_token, INNER=inner, GROUPS=gate_up.groups, BLOCK_N=up_n, BLOCK_M=size,
+        PER_TOKEN=per_token, INNER=inner, GROUPS=gate_up.groups, BLOCK_N=64, BLOCK_M=size,
         ASSEMBLY=ASSEMBLY,
-        num_warps=4 if up_n == 64 else 8, num_stages=3 if size < 128 else 2,
+        num_warps=4, num_stages=3,
     )  # fmt: skip
-    _down_w4a8[(down.outputs // down_n, count)](
+    _down_w4a8[(down.outputs // 64, count)](
         hidden.q_TD, hidden.scales_TX, down.packed.view(torch.int8), down.scales, blocks.rows,
         blocks.experts_C, weights_TK, out_MD, total,
-        OUTPUTS=down.outputs, GROUPS=down.groups, BLOCK_N=down_n, BLOCK_M=size, ASSEMBLY=ASSEMBLY,
-        num_warps=4 if size < 128 else 8, num_stages=4 if size < 128 else 3,
+        OUTPUTS=down.outputs, GROUPS=down.groups, BLOCK_N=64, BLOCK_M=size, ASSEMBLY=ASSEMBLY,
+        num_warps=4, num_stages=3,
     )  # fmt: skip
     return out_MD
 

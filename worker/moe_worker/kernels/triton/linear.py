@@ -35,14 +35,12 @@ def linear_w4a8(x: Activation, weight: PackedInt4, dtype: torch.dtype = torch.bf
     """[T, O] in `dtype`: sums of int8 products, scaled in float32 for each 64 inputs."""
     tokens = x.q_TD.shape[0]
     out_TO = torch.empty(tokens, weight.outputs, dtype=dtype, device=x.q_TD.device)
-    block_m = min(max(16, triton.next_power_of_2(tokens)), 64 if tokens <= 256 else 128)
-    block_n = 32 if tokens <= 16 else 64 if tokens <= 256 else 128
-    if weight.outputs > 32768:
-        block_n = 128
+    wide = weight.outputs > 32768 or tokens > 64
+    block_n, block_m = 128 if wide else 64, 16 if tokens <= 16 or not wide else 32
     grid = (triton.cdiv(weight.outputs, block_n), triton.cdiv(tokens, block_m))
     _linear_w4a8[grid](
         x.q_TD, x.scales_TX, weight.packed.view(torch.int8), weight.scales, out_TO, tokens,
         OUTPUTS=weight.outputs, GROUPS=weight.groups, BLOCK_N=block_n, BLOCK_M=block_m, ASSEMBLY=ASSEMBLY,
-        num_warps=8 if block_n * block_m >= 8192 else 4, num_stages=4,
+        num_warps=4, num_stages=3,
     )  # fmt: skip
     return out_TO

@@ -80,7 +80,7 @@ def _choose(
     e, k = tl.arange(0, BLOCK_E)[None, :], tl.arange(0, BLOCK_K)[None, :]
     mask = mask_M[:, None] & (e < EXPERTS)
     sums_ME = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    for s in range(SLICES):
+    for s in tl.static_range(SLICES):
         sums_ME += tl.load(logits + (token_M[:, None] * SLICES + s) * EXPERTS + e, mask=mask, other=0.0)
     if SIGMOID:
         scores_ME = 1.0 / (1.0 + tl.exp(-sums_ME))
@@ -121,7 +121,7 @@ def route(
     Equal scores choose the expert of lower number.
     """
     tokens, width = x_TD.shape
-    experts, block_d = weight_ED.shape[0], 128
+    experts, block_d = weight_ED.shape[0], 64 if tokens <= 256 else 128
     slices, block_e = triton.cdiv(width, block_d), max(16, triton.next_power_of_2(experts))
     logits_TSE = torch.empty(tokens, slices, experts, dtype=torch.float32, device=x_TD.device)
     _logits[(triton.cdiv(tokens, 16), slices)](
