@@ -53,6 +53,61 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "resources": ({"worker": {"resources": {"limits": {"cpu": -1}}}}, "an amount is a number of 0 or more"),
     "frontends": ({"frontend": {"replicas": 0}}, "frontend.replicas is a number from 1 to 100"),
     "variable twice": ({"worker": {"env": [{"name": "A"}, {"name": "A"}]}}, 'Duplicate value: {"name":"A"}'),
+    "replicas beside scaling": (
+        {"replicas": 2, "scaling": {"maxReplicas": 4}},
+        "replicas and scaling exclude each other: remove replicas, or set scaling.mode to Advisory or Off",
+    ),
+    "scaling without a limit": ({"scaling": {}}, "spec.scaling.maxReplicas: Required value"),
+    "bounds crossed": (
+        {"scaling": {"minReplicas": 3, "maxReplicas": 2}},
+        "minReplicas must not be above maxReplicas",
+    ),
+    "no replica ever": ({"scaling": {"maxReplicas": 0}}, "maxReplicas is a number from 1 to 1000"),
+    "latency zero": (
+        {"scaling": {"maxReplicas": 2, "latencyTargetSeconds": 0}},
+        "latencyTargetSeconds is a number above 0",
+    ),
+    "prior negative": (
+        {"scaling": {"maxReplicas": 2, "priorRequestsPerSecond": -1}},
+        "priorRequestsPerSecond is a number above 0",
+    ),
+    "budget step": (
+        {"scaling": {"maxReplicas": 2, "gpuBudget": 1.25}},
+        "gpuBudget is a number of GPUs of 0.5 or more, in steps of 0.5",
+    ),
+    "budget below the minimum": (
+        {
+            "scaling": {"minReplicas": 2, "maxReplicas": 4, "gpuBudget": 1},
+            "worker": {"acceleratorFraction": 1},
+        },
+        "scaling.gpuBudget does not hold scaling.minReplicas",
+    ),
+    "hold": ({"scaling": {"maxReplicas": 2, "holdSeconds": 0}}, "holdSeconds is a number of seconds from 1"),
+    "mode": ({"scaling": {"maxReplicas": 2, "mode": "On"}}, 'supported values: "Auto", "Advisory", "Off"'),
+    "fraction": ({"worker": {"acceleratorFraction": 0.25}}, "acceleratorFraction is 0.5 or 1"),
+    "half of what": ({"worker": {"acceleratorFraction": 0.5}}, "0.5 needs acceleratorResource"),
+    "resource alone": (
+        {"worker": {"acceleratorResource": "nvidia.com/gpu.shared"}},
+        "acceleratorResource says nothing without acceleratorFraction",
+    ),
+    "gpu twice": (
+        {"worker": {"acceleratorFraction": 1, "resources": {"limits": {"nvidia.com/gpu": 1}}}},
+        "acceleratorFraction asks for the GPU: take it out of resources.limits",
+    ),
+    "halves of a pipeline": (
+        {
+            "worker": {"acceleratorFraction": 0.5, "acceleratorResource": "nvidia.com/gpu.shared"},
+            "parallelism": {"pipeline": 2},
+        },
+        "acceleratorFraction 0.5 is for replicas of one worker: set parallelism.pipeline",
+    ),
+    "halves of experts": (
+        {
+            "worker": {"acceleratorFraction": 0.5, "acceleratorResource": "nvidia.com/gpu.shared"},
+            "parallelism": {"expert": {"size": 2}},
+        },
+        "acceleratorFraction 0.5 is for replicas of one worker: set parallelism.pipeline",
+    ),
     "endpoint": (
         {"telemetry": {"otlpEndpoint": "otel:4317"}},
         "otlpEndpoint is http:// or https://, a host and a port",
@@ -83,11 +138,43 @@ def test_a_name_that_services_cannot_have_is_refused(crd, name, sentence):
 def test_defaults_are_written_into_the_object(crd):
     crd.apply({**manifest(), "spec": {"model": {"uri": "file:///mnt/models/docs-moe"}}})
     spec = crd.get("moed", "docs")["spec"]
-    assert spec["replicas"] == 1
+    assert "replicas" not in spec  # a default would exclude scaling
     assert spec["parallelism"] == {"pipeline": 1, "expert": {"size": 1}}
     assert spec["engine"] == {"maxBatchSize": 16, "kvMemory": "512Mi", "dtype": "auto", "device": "auto"}
     assert spec["worker"]["image"] == "ghcr.io/moe-operator/worker:dev"
     assert spec["frontend"]["replicas"] == 1
+
+
+def test_defaults_of_scaling_are_written_into_the_object(crd):
+    crd.apply(manifest(scaling={"maxReplicas": 4}))
+    assert crd.get("moed", "docs")["spec"]["scaling"] == {
+        "mode": "Auto",
+        "minReplicas": 1,
+        "maxReplicas": 4,
+        "latencyTargetSeconds": 2.0,
+        "holdSeconds": 600,
+    }
+
+
+@pytest.mark.parametrize("mode", ["Advisory", "Off"])
+def test_replicas_may_stand_beside_scaling_that_does_not_set_them(crd, mode):
+    crd.apply(manifest(replicas=3, scaling={"mode": mode, "maxReplicas": 4}))
+    crd.kubectl("scale", "moed/docs", "--replicas=2")
+    assert crd.get("moed", "docs")["spec"]["replicas"] == 2
+    with pytest.raises(CommandError, match="replicas and scaling exclude each other"):
+        crd.patch("moed", "docs", {"spec": {"scaling": {"mode": "Auto"}}})
+
+
+def test_kubectl_scale_is_refused_where_scaling_decides(crd):
+    crd.apply(manifest(scaling={"maxReplicas": 4}))
+    with pytest.raises(CommandError, match="replicas and scaling exclude each other"):
+        crd.kubectl("scale", "moed/docs", "--replicas=2")
+
+
+def test_half_a_gpu_is_taken(crd):
+    worker = {"acceleratorFraction": 0.5, "acceleratorResource": "nvidia.com/mig-3g.40gb"}
+    crd.apply(manifest(worker=worker, scaling={"maxReplicas": 4, "gpuBudget": 1.5}))
+    assert crd.get("moed", "docs")["spec"]["worker"]["acceleratorFraction"] == 0.5
 
 
 def test_everything_that_can_be_set_is_taken_and_kept(crd):
@@ -126,6 +213,8 @@ def test_the_spec_explains_itself(api):
 
 def test_the_columns_and_the_short_name(crd):
     crd.apply(manifest(replicas=3))
+    status = json.dumps({"status": {"desiredReplicas": 3}})
+    crd.kubectl("patch", "moed", "docs", "--subresource=status", "--type=merge", "-p", status)
     header, row = crd.kubectl("get", "moed").splitlines()
     assert header.split() == ["NAME", "READY", "DESIRED", "AVAILABLE", "UPDATED", "REASON", "AGE"]
     assert row.split()[:2] == ["docs", "3"]

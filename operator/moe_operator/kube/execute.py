@@ -28,7 +28,7 @@ def execute(cluster: Cluster, identity: Identity, plan: Plan) -> None:
 
 def write_status(cluster: Cluster, identity: Identity, before: Status, after: Status) -> None:
     """Writes the status when it changed; one that did not would only wake everybody who watches."""
-    if before != after:
+    if before.without_scaling() != after:
         manifest = {**_reference(identity), "status": after.manifest()}
         cluster.apply(manifest, subresource="/status")
 

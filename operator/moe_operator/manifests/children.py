@@ -37,7 +37,7 @@ def shared(deployment: Deployment) -> list[Manifest]:
 
 def replicas(deployment: Deployment) -> list[Manifest]:
     """The StatefulSets, by data rank."""
-    return [sealed(worker.stateful_set(deployment, rank)) for rank in range(deployment.spec.replicas)]
+    return [sealed(worker.stateful_set(deployment, rank)) for rank in range(deployment.wanted_replicas)]
 
 
 def expected(deployment: Deployment) -> list[Key]:

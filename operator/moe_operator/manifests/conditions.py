@@ -37,7 +37,7 @@ def ready(state: State) -> Verdict:
     if state.conflicts:
         return Verdict(False, "NameConflict", _conflict_sentence(state))
     if state.wanted == 0:
-        return Verdict(False, "ScaledToZero", "spec.replicas is 0; set it to 1 or more to serve requests")
+        return Verdict(False, "ScaledToZero", _nobody_sentence(state))
     count = _count(state)
     if state.ready < state.wanted:
         return _not_all_ready(state, count)
@@ -45,6 +45,12 @@ def ready(state: State) -> Verdict:
         problem = state.frontend_problem or Problem("FrontendNotReady", "it is starting")
         return Verdict(False, problem.reason, f"{count}; no frontend does: {problem.message}")
     return Verdict(True, "AllReplicasReady", f"{count}, and so does the frontend")
+
+
+def _nobody_sentence(state: State) -> str:
+    if state.on_demand:
+        return "there were no requests; the next one is held until a replica is there"
+    return "no replica is wanted; set spec.replicas to 1 or more to serve requests"
 
 
 def _replicas(number: int) -> str:
@@ -87,7 +93,7 @@ def _replicas_progressing(state: State) -> Verdict | None:
         message = f"{state.updated} of {_replicas(state.wanted)} at revision {state.revision}"
         return Verdict(True, "RollingOut", message)
     if state.surplus:
-        return Verdict(True, "ScalingDown", f"{_replicas(state.surplus)} beyond spec.replicas on the way out")
+        return Verdict(True, "ScalingDown", f"{_replicas(state.surplus)} more than wanted on the way out")
     if state.ready < state.wanted:
         return Verdict(True, "Starting", f"{_count(state)}; {_waiting_for(state)}")
     return None

@@ -23,7 +23,7 @@ def labels(name: str) -> dict[str, str]:
 
 def command(deployment: Deployment) -> list[str]:
     """The frontend's command line."""
-    return [
+    words = [
         "moe-frontend",
         "--listen",
         f"0.0.0.0:{names.GRPC_PORT}",
@@ -34,6 +34,9 @@ def command(deployment: Deployment) -> list[str]:
         "--grace",
         str(max(deployment.spec.frontend.termination_grace_period_seconds - _EXIT_SECONDS, 0)),
     ]
+    if deployment.spec.scaling is not None and deployment.scales_to_zero:
+        words += ["--hold", str(deployment.spec.scaling.hold_seconds)]
+    return words
 
 
 def pod_spec(deployment: Deployment) -> Manifest:

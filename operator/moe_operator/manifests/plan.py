@@ -46,7 +46,7 @@ def plan(deployment: Deployment, observed: Observed, now: datetime) -> Plan:
     foreign = _foreign(desired, observed, deployment.identity)
     revision = worker.revision(deployment)
     current = state.read(deployment, observed, revision, tuple(str(found) for found in foreign))
-    steps = rollout.steps(current.replicas, deployment.spec.replicas, revision)
+    steps = rollout.steps(current.replicas, current.wanted, revision)
     waiting = [rank for rank, step in steps.items() if step is Step.WAIT]
     held = {Key("StatefulSet", names.replica(deployment.name, rank)) for rank in waiting}
     candidates = (manifest for manifest in desired if key(manifest) not in {*held, *foreign})
@@ -86,7 +86,7 @@ def _foreign(desired: Iterable[Manifest], observed: Observed, owner: Identity) -
 
 def _deletions(deployment: Deployment, observed: Observed, current: State) -> tuple[Deletion, ...]:
     gone = []
-    for rank in rollout.surplus(current.replicas, deployment.spec.replicas):
+    for rank in rollout.surplus(current.replicas, current.wanted):
         name = Key("StatefulSet", names.replica(deployment.name, rank))
         if name in observed.children:
             gone.append(Deletion(name, observed.children[name]["metadata"]["uid"]))
@@ -94,13 +94,14 @@ def _deletions(deployment: Deployment, observed: Observed, current: State) -> tu
 
 
 def _removal(gone: Deletion, wanted: int) -> Decision:
-    return Decision("ReplicaRemoved", f"deleting {gone.key}: spec.replicas is {wanted}")
+    return Decision("ReplicaRemoved", f"deleting {gone.key}: {wanted} wanted")
 
 
 def _status(deployment: Deployment, current: State, now: datetime) -> Status:
     generation = deployment.identity.generation
     return Status(
         observed_generation=generation,
+        desired_replicas=current.wanted,
         replicas=sum(not pod.terminating for pod in current.leaders.values()),
         ready_replicas=current.ready,
         updated_replicas=current.updated,
@@ -134,6 +135,7 @@ def _announcement(condition: Condition) -> Decision:
 def blocked(identity: Identity, before: Status, reason: str, message: str, now: datetime) -> Status:
     """The status of a deployment that nothing can be done for before somebody changes it."""
     stuck = {kind: Verdict(False, reason, message) for kind in (READY, PROGRESSING)}
+    before = before.without_scaling()
     kept = tuple(condition for condition in before.conditions if condition.type not in stuck)
     return before.model_copy(
         update={

@@ -39,6 +39,8 @@ class State:
     frontend_problem: Problem | None
     model: ModelInfo | None
     """What a worker said of the model, now or earlier."""
+    on_demand: bool = False
+    """No replica may be wanted although requests are welcome: the first one brings a replica."""
     conflicts: tuple[str, ...] = ()
     """Wanted objects whose names somebody else's objects have."""
 
@@ -74,7 +76,7 @@ def read(deployment: Deployment, observed: Observed, revision: str, conflicts: t
     pods = leaders(observed)
     problems = (pod.problem for pod in frontends(observed))
     return State(
-        wanted=deployment.spec.replicas,
+        wanted=deployment.wanted_replicas,
         revision=revision,
         replicas=_replicas(deployment, observed, pods),
         leaders=pods,
@@ -82,6 +84,7 @@ def read(deployment: Deployment, observed: Observed, revision: str, conflicts: t
         frontend_updated=frontend_updated(observed, deployment.name),
         frontend_problem=next((problem for problem in problems if problem is not None), None),
         model=observed.model or deployment.status.model,
+        on_demand=deployment.scales_to_zero,
         conflicts=conflicts,
     )
 

@@ -6,6 +6,7 @@ from moe_operator.manifests import pods
 from moe_operator.manifests.objects import Manifest, child, digest
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment
+from moe_operator.resources.spec import Worker
 
 GANG_SIZE = 1
 """Pods of a replica: pipeline x expert, both 1 so far."""
@@ -39,7 +40,7 @@ def pod_spec(deployment: Deployment) -> Manifest:
         "command": command(deployment),
         "env": pods.environment(deployment, names.ROLE_WORKER, settings),
         "ports": pods.PORTS,
-        "resources": settings.resources.manifest(),
+        "resources": _resources(settings),
         "startupProbe": _STARTUP_PROBE,
         "readinessProbe": _READINESS_PROBE,
         "livenessProbe": _LIVENESS_PROBE,
@@ -62,6 +63,14 @@ def pod_spec(deployment: Deployment) -> Manifest:
         "volumes": volumes,
         **pods.placement(settings),
     }
+
+
+def _resources(settings: Worker) -> Manifest:
+    """What the container asks for: as written, and the piece of a GPU that acceleratorFraction stands for."""
+    resources = settings.resources.manifest()
+    if settings.accelerators:
+        resources["limits"] = {**resources.get("limits", {}), **settings.accelerators}
+    return resources
 
 
 def revision(deployment: Deployment) -> str:

@@ -99,7 +99,7 @@ def _columns() -> list[dict[str, str]]:
     ready = '.status.conditions[?(@.type=="Ready")]'
     return [
         _column("Ready", f"{ready}.status", "Whether every replica and the frontend answer.", "string"),
-        _column("Desired", ".spec.replicas", "Replicas asked for."),
+        _column("Desired", ".status.desiredReplicas", "Replicas asked for, or decided by scaling."),
         _column("Available", ".status.readyReplicas", "Replicas that answer requests."),
         _column("Updated", ".status.updatedReplicas", "Replicas that run the current revision."),
         _column("Reason", f"{ready}.reason", "Why it is or is not Ready.", "string"),

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from moe_operator.errors import InvalidSpecError
+from moe_operator.resources.scaling import Mode
 from moe_operator.resources.spec import Spec
 from moe_operator.resources.status import Status
 
@@ -41,6 +42,31 @@ class Deployment:
     def served_name(self) -> str:
         """The name that requests ask for."""
         return self.spec.model.served_name or self.name
+
+    @property
+    def scales_to_zero(self) -> bool:
+        """Whether scaling may take the last replica, and a request brings it back."""
+        return self.spec.scaling is not None and self.spec.scaling.scales_to_zero
+
+    @property
+    def wanted_replicas(self) -> int:
+        """Replicas that there shall be now.
+
+        In mode Auto what the scaler decided last, within today's bounds. Else what the user or an autoscaler
+        of theirs wrote, or what there was before. A new deployment starts with one replica at least, so that
+        it is seen whether its model loads.
+        """
+        scaling, decided = self.spec.scaling, self.status.scaling
+        if scaling is None:
+            return 1 if self.spec.replicas is None else self.spec.replicas
+        if scaling.mode is Mode.AUTO:
+            before = decided.desired_replicas if decided else self.status.desired_replicas
+            return scaling.bounded(1 if before is None else before)
+        if self.spec.replicas is not None:
+            return self.spec.replicas
+        if self.status.desired_replicas is not None:
+            return self.status.desired_replicas
+        return max(scaling.min_replicas, 1)
 
 
 def identity(body: Mapping[str, Any]) -> Identity:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from moe_operator.resources import names, quantity
+from moe_operator.resources.accelerator import AcceleratedPodSettings
 from moe_operator.resources.base import Model, rules
 from moe_operator.resources.pods import PodSettings, Quantity
+from moe_operator.resources.scaling import REPLICAS_MOST, Scaling
 
-REPLICAS_MOST = 1000
 _PATH_SEGMENT = "[A-Za-z0-9._@+=,~-]+"
 
 
@@ -127,7 +128,7 @@ _GRACE_RULE = (
 )
 
 
-class Worker(PodSettings):
+class Worker(AcceleratedPodSettings):
     """The pods that run the model."""
 
     image: str = Field(
@@ -179,17 +180,44 @@ class Telemetry(Model):
     )
 
 
+_RULES = (
+    (
+        "!has(self.replicas) || !has(self.scaling) || self.scaling.mode != 'Auto'",
+        "replicas and scaling exclude each other: remove replicas, or set scaling.mode to Advisory or Off",
+    ),
+    (
+        "!has(self.worker.acceleratorFraction) || self.worker.acceleratorFraction == 1.0 || "
+        "(self.parallelism.pipeline == 1 && self.parallelism.expert.size == 1)",
+        "worker.acceleratorFraction 0.5 is for replicas of one worker: set parallelism.pipeline and "
+        "parallelism.expert.size to 1, or take whole GPUs",
+    ),
+    (
+        "!has(self.scaling) || !has(self.scaling.gpuBudget) || !has(self.worker.acceleratorFraction) || "
+        "double(self.scaling.minReplicas) * self.worker.acceleratorFraction <= self.scaling.gpuBudget",
+        "scaling.gpuBudget does not hold scaling.minReplicas: raise the one or lower the other",
+    ),
+)
+
+
 class Spec(Model):
     """What is to be served, and how."""
 
+    model_config = ConfigDict(json_schema_extra=rules(*_RULES))
+
     model: ModelSource = Field(description="The model that is served. Required.")
-    replicas: int = Field(
-        default=1,
-        description="Copies of the model that share the requests; 0 stops serving. `kubectl scale` sets it. "
-        "Default: 1.",
+    replicas: int | None = Field(
+        default=None,
+        description="Copies of the model that share the requests; 0 stops serving. `kubectl scale` sets it, "
+        "and so may a HorizontalPodAutoscaler, which needs it written out at first. Excludes scaling in mode "
+        "Auto. Default: 1 without scaling.",
         json_schema_extra=rules(
             (f"self >= 0 && self <= {REPLICAS_MOST}", f"replicas is a number from 0 to {REPLICAS_MOST}")
         ),
+    )
+    scaling: Scaling | None = Field(
+        default=None,
+        description="Lets the operator decide the number of replicas from the load that it forecasts. "
+        "Default: none, so replicas decides.",
     )
     parallelism: Parallelism = Field(
         default=Parallelism(), description="How one replica is spread over worker pods."

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from moe_operator.resources.base import LIST_KEYS, LIST_TYPE, Model
+from moe_operator.resources.scaling_status import SCALING_ACTIVE, ScalingStatus
 
 _INT64: dict[str, Any] = {"format": "int64"}
 
@@ -24,7 +25,9 @@ class Observed(Model):
 class Condition(Observed):
     """One aspect of the deployment's state."""
 
-    type: str = Field(description="Which aspect: Ready, Progressing or ModelLoaded.", max_length=64)
+    type: str = Field(
+        description="Which aspect: Ready, Progressing, ModelLoaded or ScalingActive.", max_length=64
+    )
     status: Literal["True", "False", "Unknown"] = Field(description="Whether it holds.")
     reason: str = Field(description="Why, in one CamelCase word for programs.", max_length=128)
     message: str = Field(default="", description="Why, in a sentence for people.", max_length=32768)
@@ -61,6 +64,9 @@ class Status(Observed):
     observed_generation: int | None = Field(
         default=None, description="metadata.generation of the spec last acted on.", json_schema_extra=_INT64
     )
+    desired_replicas: int | None = Field(
+        default=None, description="Replicas that there shall be now: spec.replicas, or what scaling decided."
+    )
     replicas: int = Field(default=0, description="Replicas that have a leader pod.")
     ready_replicas: int = Field(default=0, description="Replicas whose leader answers requests.")
     updated_replicas: int = Field(default=0, description="Replicas whose leader runs the current revision.")
@@ -72,9 +78,18 @@ class Status(Observed):
     conditions: tuple[Condition, ...] = Field(
         default=(),
         description="Ready: every replica and the frontend answer. Progressing: work towards the spec goes "
-        "on. ModelLoaded: at least one worker has loaded the model.",
+        "on. ModelLoaded: at least one worker has loaded the model. ScalingActive: scaling follows the load.",
         json_schema_extra={LIST_TYPE: "map", LIST_KEYS: ["type"]},
     )
+    scaling: ScalingStatus | None = Field(
+        default=None,
+        description="What scaling knows and wants; absent where it is Off.",
+    )
+
+    def without_scaling(self) -> Status:
+        """The part that follows from objects and pods; the other part is written by the scaler alone."""
+        others = tuple(condition for condition in self.conditions if condition.type != SCALING_ACTIVE)
+        return self.model_copy(update={"scaling": None, "conditions": others})
 
     def condition(self, kind: str) -> Condition | None:
         """The condition of a type, or None."""

@@ -1,0 +1,103 @@
+"""What users write about scaling: spec.scaling."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from pydantic import ConfigDict, Field
+
+from moe_operator.resources.base import Model, rules
+
+REPLICAS_MOST = 1000
+
+
+class Mode(StrEnum):
+    """Who decides how many replicas there are."""
+
+    AUTO = "Auto"
+    ADVISORY = "Advisory"
+    OFF = "Off"
+
+
+class Scaling(Model):
+    """How many replicas there are, decided from the load that is forecast."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "self.minReplicas <= self.maxReplicas",
+                "minReplicas must not be above maxReplicas",
+            )
+        )
+    )
+
+    mode: Mode = Field(
+        default=Mode.AUTO,
+        description="Auto: the operator sets the number of replicas. Advisory: it only says in "
+        "status.scaling, events and metrics what it would set; spec.replicas, or what there was, stays. "
+        "Off: it neither measures nor says anything. Default: Auto.",
+    )
+    min_replicas: int = Field(
+        default=1,
+        description="Fewest replicas. 0 lets a deployment without requests scale to zero; the frontend then "
+        "holds the first request until a replica is there. Default: 1.",
+        json_schema_extra=rules(
+            (f"self >= 0 && self <= {REPLICAS_MOST}", f"minReplicas is a number from 0 to {REPLICAS_MOST}")
+        ),
+    )
+    max_replicas: int = Field(
+        description="Most replicas. Required.",
+        json_schema_extra=rules(
+            (f"self >= 1 && self <= {REPLICAS_MOST}", f"maxReplicas is a number from 1 to {REPLICAS_MOST}")
+        ),
+    )
+    latency_target_seconds: float = Field(
+        default=2.0,
+        description="Seconds from the submission of a request to its first token that 95 of 100 requests "
+        "shall keep; what a replica serves within it is its capacity. Default: 2.",
+        json_schema_extra=rules(
+            (
+                "self > 0.0 && self <= 3600.0",
+                "latencyTargetSeconds is a number above 0, up to 3600",
+            )
+        ),
+    )
+    prior_requests_per_second: float | None = Field(
+        default=None,
+        description="Requests per second that one replica is taken to serve within the latency target until "
+        "that was measured. Default: a tenth of engine.maxBatchSize.",
+        json_schema_extra=rules(
+            (
+                "self > 0.0 && self <= 1000000.0",
+                "priorRequestsPerSecond is a number above 0, up to 1000000, e.g. 1.5",
+            )
+        ),
+    )
+    gpu_budget: float | None = Field(
+        default=None,
+        description="GPUs that all replicas together may take, in steps of 0.5; a replica takes what "
+        "worker.acceleratorFraction or its nvidia.com/gpu limit says. Default: no limit but maxReplicas.",
+        json_schema_extra=rules(
+            (
+                "self >= 0.5 && self <= 100000.0 && self * 2.0 == double(int(self * 2.0))",
+                "gpuBudget is a number of GPUs of 0.5 or more, in steps of 0.5, e.g. 7.5",
+            )
+        ),
+    )
+    hold_seconds: int = Field(
+        default=600,
+        description="Seconds that the frontend holds a request while a deployment that scales to zero has no "
+        "replica; afterwards the request ends with UNAVAILABLE. Default: 600.",
+        json_schema_extra=rules(
+            ("self >= 1 && self <= 3600", "holdSeconds is a number of seconds from 1 to 3600")
+        ),
+    )
+
+    @property
+    def scales_to_zero(self) -> bool:
+        """Whether there may be no replica while requests are welcome."""
+        return self.mode is Mode.AUTO and self.min_replicas == 0
+
+    def bounded(self, replicas: int) -> int:
+        """A number of replicas, brought within the spec's bounds."""
+        return min(max(replicas, self.min_replicas), self.max_replicas)

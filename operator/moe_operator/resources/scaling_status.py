@@ -1,0 +1,88 @@
+"""What users read about scaling: status.scaling."""
+
+from __future__ import annotations
+
+from pydantic import ConfigDict, Field
+
+from moe_operator.resources.base import Model
+
+SCALING_ACTIVE = "ScalingActive"
+
+
+class _Reported(Model):
+    """Fields of a newer operator are passed over."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class ForecastStatus(_Reported):
+    """Demand at the horizon. Rates are requests per second of the whole deployment, output cache excluded."""
+
+    method: str = Field(default="", description="Forecaster in use, e.g. LastValue or HarmonicArima.")
+    requests_per_second: float = Field(default=0.0, description="Expected demand (median).")
+    lower: float = Field(default=0.0, description="Lower edge of the band: demand is above it 9 times of 10.")
+    upper: float = Field(default=0.0, description="Upper edge of the band: demand is below it 9 times of 10.")
+    error_percent: float | None = Field(
+        default=None, description="Rolling error (WAPE) of this forecaster, in percent of mean demand."
+    )
+    last_value_error_percent: float | None = Field(
+        default=None, description="The same of the forecast that demand stays as it is now."
+    )
+
+
+class HorizonStatus(_Reported):
+    """How far ahead is looked."""
+
+    seconds: float = Field(default=0.0, description="90th percentile of this deployment's own cold starts.")
+    cold_starts: int = Field(
+        default=0, description="Cold starts measured; below 5 the horizon is the default of 300 s."
+    )
+
+
+class ColdStartStatus(_Reported):
+    """The phases of the last cold start, in seconds."""
+
+    pod: str = Field(default="", description="Leader pod that was measured.")
+    scheduling: float = Field(default=0.0, description="From the pod's making to a node.")
+    image: float = Field(default=0.0, description="From there to the start of the container.")
+    loading: float = Field(default=0.0, description="From there to an answering worker: model and warm-up.")
+    total: float = Field(default=0.0, description="Sum of the phases.")
+
+
+class CapacityStatus(_Reported):
+    """What one replica serves within the latency target."""
+
+    requests_per_second: float = Field(default=0.0, description="Requests per second of one replica.")
+    source: str = Field(default="", description="Prior (from the spec) or Measured.")
+
+
+class DecisionStatus(_Reported):
+    """The last change, or in Advisory mode the last one that would have been made."""
+
+    time: str = Field(description="When (RFC 3339, UTC).", json_schema_extra={"format": "date-time"})
+    before: int = Field(default=0, description="Replicas before.")
+    after: int = Field(default=0, description="Replicas after.")
+    reason: str = Field(default="", description="Why, in one CamelCase word for programs.")
+    message: str = Field(default="", description="Why, in a sentence for people.", max_length=1024)
+
+
+class ScalingStatus(_Reported):
+    """What the scaler knows and wants; rewritten when a decision is made, and once a minute."""
+
+    desired_replicas: int = Field(
+        default=0, description="Replicas that the scaler wants: set in Auto mode, only said in Advisory mode."
+    )
+    requests_per_second: float | None = Field(
+        default=None, description="Demand measured last; absent where no replica reported."
+    )
+    forecast: ForecastStatus | None = Field(default=None, description="Demand at the horizon, with band.")
+    horizon: HorizonStatus | None = Field(default=None, description="How far ahead is looked.")
+    last_cold_start: ColdStartStatus | None = Field(
+        default=None, description="Phases of the last cold start measured."
+    )
+    capacity: CapacityStatus | None = Field(
+        default=None, description="What one replica serves within the latency target."
+    )
+    last_decision: DecisionStatus | None = Field(
+        default=None, description="The last change, with its reason."
+    )
