@@ -15,6 +15,7 @@ from moe_api import transport
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
 from moe_operator.frontend.endpoints import Endpoint
 from moe_operator.frontend.forwarding import Forwarder
+from moe_operator.frontend.holding import Hold
 from moe_operator.frontend.replicas import Replicas
 from moe_operator.frontend.service import Frontend
 from tests.frontend.fake_worker import FakeWorker
@@ -26,13 +27,14 @@ FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
 class Bench:
     """A frontend on loopback with real workers behind it, and a client."""
 
-    def __init__(self):
+    def __init__(self, hold_s):
         self.spans = InMemorySpanExporter()
         provider = TracerProvider()
         provider.add_span_processor(SimpleSpanProcessor(self.spans))
         self.tracer = provider.get_tracer("test")
         self.replicas = Replicas()
-        self.frontend = Frontend(Forwarder(self.replicas, self.tracer, "demo"))
+        self.hold = Hold(hold_s, "demo")
+        self.frontend = Frontend(Forwarder(self.replicas, self.tracer, self.hold), self.hold)
         self.workers = []
         self.processes = {}
         self.extra = frozenset()
@@ -94,8 +96,8 @@ async def bench():
     """`await bench(workers=2)` gives a running Bench."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def start(workers=2):
-            running = Bench()
+        async def start(workers=2, hold_s=0.0):
+            running = Bench(hold_s)
             await running.start(workers)
             stack.push_async_callback(running.close)
             return running

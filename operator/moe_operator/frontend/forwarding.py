@@ -17,6 +17,7 @@ from opentelemetry import trace
 
 from moe_api import rich_status, spans, telemetry
 from moe_operator.frontend import routing
+from moe_operator.frontend.holding import Hold
 from moe_operator.frontend.replicas import Lease, Replicas
 
 Context = grpc.aio.ServicerContext[Any, bytes]
@@ -27,6 +28,9 @@ ROUTING_ADDRESS: Final = "moe.routing.address"
 ROUTING_CANDIDATES: Final = "moe.routing.candidates"
 ROUTING_ATTEMPT: Final = "moe.routing.attempt"
 ROUTING_REASON: Final = "moe.routing.reason"
+
+# Asking which model is served does not start it.
+_NOT_WORTH_A_REPLICA: Final = "/GetModel"
 
 # Belong to one connection or one call, and are set anew on the next.
 _HOP_KEYS: Final = frozenset({"user-agent", "content-type", "te", "host", "traceparent", "tracestate"})
@@ -58,20 +62,30 @@ class Forwarder:
     Args:
         replicas: where requests may go.
         tracer: for the server span of every call.
-        deployment: name, for sentences.
+        hold: where requests wait for a first replica; names the deployment.
     """
 
-    def __init__(self, replicas: Replicas, tracer: trace.Tracer, deployment: str) -> None:
+    def __init__(self, replicas: Replicas, tracer: trace.Tracer, hold: Hold) -> None:
         self._replicas = replicas
         self._tracer = tracer
-        self._deployment = deployment
+        self._hold = hold
 
     async def forward(self, method: str, request: Message, context: Context) -> None:
         """Answers one call; `method` is ``package.Service/Method``."""
         with spans.server_span(self._tracer, context, method) as span:
-            failure = await self._attempts(method, request, context, span)
+            failure = await self._held(method, span)
+            if failure is None:
+                failure = await self._attempts(method, request, context, span)
             if failure is not None:
                 await _give_up(failure, context)
+
+    async def _held(self, method: str, span: trace.Span) -> _Failure | None:
+        """Waits for a first replica, where that is worth one; says why the call has to end before it."""
+        if len(self._replicas) or method.endswith(_NOT_WORTH_A_REPLICA):
+            return None
+        span.add_event("hold", {"message": "there is no replica; the request waits for the first one"})
+        status = await self._hold.until_replica()
+        return None if status is None else _Failure(status, (), started=False)
 
     async def _attempts(
         self, method: str, request: Message, context: Context, span: trace.Span
@@ -113,7 +127,7 @@ class Forwarder:
         return None
 
     def _nobody(self) -> _Failure:
-        sentence = f"no worker of {self._deployment} is ready; try again, or see `moe status`"
+        sentence = f"no worker of {self._hold.deployment} is ready; try again, or see `moe status`"
         return _Failure(_unavailable(sentence), (), started=False)
 
 

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from typing import Final
 
 import click
-from opentelemetry import trace
+from opentelemetry import metrics, trace
 
 from moe_api import telemetry
 from moe_api.address import check_address
 from moe_operator.errors import InstallationError, MoEOperatorError
 from moe_operator.frontend.endpoints import Endpoint, static_endpoints
 from moe_operator.frontend.forwarding import Forwarder
+from moe_operator.frontend.holding import Hold
 from moe_operator.frontend.replicas import Replicas
 from moe_operator.frontend.service import Frontend
 
@@ -57,18 +58,28 @@ class _Addresses(click.ParamType[tuple[str, ...]]):
     help="Seconds that running requests get to finish after SIGTERM. Keep it below the pod's "
     "terminationGracePeriodSeconds (30 by default).",
 )
+@click.option(
+    "--hold",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Seconds that a request waits for a first worker while there is none, instead of failing at once. "
+    "For deployments that scale to zero: the operator starts a worker when it sees requests wait.",
+)
 def main(
     listen: tuple[str, ...],
     namespace: str,
     deployment: str | None,
     static: tuple[str, ...] | None,
     grace: float,
+    hold: float,
 ) -> None:
     """Routes requests to the replicas of a MoEDeployment.
 
     Serves moe_api.inference.v1.InferenceService, grpc.health.v1 and reflection. A request goes to the
     replica with the fewest requests in flight; one whose worker dies before its first token is tried on
-    another replica. Health service "" is SERVING while at least one worker is ready, "liveness" always.
+    another replica. Health service "" is SERVING while at least one worker is ready, or requests are held
+    (--hold); "liveness" always.
 
     \b
     In a cluster:      moe-frontend --namespace prod --deployment deepseek
@@ -83,18 +94,21 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
         with telemetry.configure("moe-frontend"):
-            asyncio.run(_serve(listen[0], namespace, deployment, static or (), grace))
+            holding = Hold(hold, deployment or "this frontend")
+            asyncio.run(_serve(listen[0], namespace, deployment, static or (), grace, holding))
     except MoEOperatorError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
 
 
 async def _serve(
-    listen: str, namespace: str, deployment: str | None, static: tuple[str, ...], grace_s: float
+    listen: str, namespace: str, deployment: str | None, static: tuple[str, ...], grace_s: float, hold: Hold
 ) -> None:
     replicas = Replicas()
     tracer = trace.get_tracer("moe_operator.frontend")
-    frontend = Frontend(Forwarder(replicas, tracer, deployment or "this frontend"))
+    hold.measure(metrics.get_meter("moe_operator.frontend"))
+    frontend = Frontend(Forwarder(replicas, tracer, hold), hold)
+    await frontend.set_ready(ready=False)
     changes: asyncio.Queue[frozenset[Endpoint]] = asyncio.Queue()
     with _discovery(changes, namespace, deployment, static), _stop_signal() as stop:
         port = await _listen(frontend, listen)

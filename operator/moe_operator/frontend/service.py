@@ -9,12 +9,17 @@ import grpc
 from google.protobuf.message import Message
 
 from moe_api import rich_status, transport
+from moe_api.frontend.v1 import frontend_pb2, frontend_pb2_grpc
 from moe_api.health import Health
 from moe_api.inference.v1 import inference_pb2
 from moe_api.malformed import MalformedRequestInterceptor
+from moe_api.rich_status import FieldViolation
 from moe_operator.frontend.forwarding import Context, Forwarder
+from moe_operator.frontend.holding import Hold
 
 SERVICE: Final = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+_DEMAND_SERVICE: Final = frontend_pb2.DESCRIPTOR.services_by_name["FrontendService"].full_name
+_LONGEST_WAIT_S: Final = 60
 
 # gRPC answers calls that meet the very moment of the stop with CANCELLED. For this long before, they are
 # told what goes on, and clients turn elsewhere.
@@ -35,11 +40,13 @@ class Frontend:
 
     Args:
         forwarder: answers the calls.
+        hold: tells the operator how many of them wait for a first replica.
     """
 
-    def __init__(self, forwarder: Forwarder) -> None:
+    def __init__(self, forwarder: Forwarder, hold: Hold) -> None:
         self._forwarder = forwarder
-        self._health = Health([SERVICE])
+        self._hold = hold
+        self._health = Health([SERVICE, _DEMAND_SERVICE])
         self._server = grpc.aio.server(
             interceptors=[MalformedRequestInterceptor()], options=transport.SERVER_OPTIONS
         )
@@ -54,14 +61,19 @@ class Frontend:
         handlers = {name: self._handler(name, request) for name, request in _REQUESTS.items()}
         generic = grpc.method_handlers_generic_handler(SERVICE, handlers)
         self._server.add_generic_rpc_handlers((generic,))
+        frontend_pb2_grpc.add_FrontendServiceServicer_to_server(_Demand(self._hold), self._server)
         await self._health.register(self._server)
         port = self._server.add_insecure_port(address)
         await self._server.start()
         return port
 
     async def set_ready(self, *, ready: bool) -> None:
-        """Tells probes whether there is a worker; a frontend that drains stays not ready."""
-        await self._health.set_ready(ready=ready and not self._draining)
+        """Tells probes whether requests are welcome: where there is a worker, or they are held for one.
+
+        A frontend that drains stays not ready.
+        """
+        self._hold.set_replicas(there=ready)
+        await self._health.set_ready(ready=(ready or self._hold.enabled) and not self._draining)
 
     async def drain(self, grace_s: float) -> None:
         """Takes no more calls, lets those that run finish for `grace_s` seconds, and stops."""
@@ -85,3 +97,20 @@ class Frontend:
         if self._draining:
             await rich_status.abort(context, _SHUTTING_DOWN)
         await self._forwarder.forward(method, request, context)
+
+
+class _Demand(frontend_pb2_grpc.FrontendServiceServicer):
+    """moe_api.frontend.v1.FrontendService."""
+
+    def __init__(self, hold: Hold) -> None:
+        self._hold = hold
+
+    async def GetDemand(  # noqa: N802 - gRPC's name
+        self, request: frontend_pb2.GetDemandRequest, context: Context
+    ) -> frontend_pb2.Demand:
+        """Says how many requests wait, as soon as there is one."""
+        wait_s = request.wait.ToTimedelta().total_seconds()
+        if not 0 <= wait_s <= _LONGEST_WAIT_S:
+            violation = FieldViolation("wait", f"is {wait_s:g} s; use 0 to {_LONGEST_WAIT_S} s")
+            await rich_status.abort(context, rich_status.invalid_argument([violation]))
+        return frontend_pb2.Demand(held=await self._hold.demand(wait_s))

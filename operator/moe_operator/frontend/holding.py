@@ -1,0 +1,99 @@
+"""Holds requests while a deployment that scales to zero has no replica, and tells the operator so."""
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Final
+
+import grpc
+from google.rpc import status_pb2
+from opentelemetry import metrics
+
+from moe_api import rich_status
+
+HELD_MOST: Final = 1000
+"""Requests that one frontend holds at most: each keeps its prompt in memory."""
+RETRY_AFTER_S: Final = 5.0
+
+
+@dataclasses.dataclass
+class Hold:
+    """The requests that wait for a replica. For one event loop.
+
+    Args:
+        limit_s: how long one waits at most, in seconds; 0 holds none.
+        deployment: name, for sentences.
+    """
+
+    limit_s: float
+    deployment: str
+    _held: int = 0
+    _demand: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    _replicas: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+
+    @property
+    def held(self) -> int:
+        """Requests that wait now."""
+        return self._held
+
+    @property
+    def enabled(self) -> bool:
+        """Whether requests are held at all."""
+        return self.limit_s > 0
+
+    def set_replicas(self, *, there: bool) -> None:
+        """Whether there is a replica; the first one releases all that wait."""
+        if there:
+            self._replicas.set()
+        else:
+            self._replicas.clear()
+
+    async def until_replica(self) -> status_pb2.Status | None:
+        """Waits until there is a replica; says why the request has to end when that takes too long."""
+        if not self.enabled or self._replicas.is_set():
+            return None
+        if self._held >= HELD_MOST:
+            sentence = (
+                f"{HELD_MOST} requests already wait for a first replica of {self.deployment}; try later"
+            )
+            return rich_status.retry_later(grpc.StatusCode.RESOURCE_EXHAUSTED, sentence, RETRY_AFTER_S)
+        with self._counted():
+            try:
+                await asyncio.wait_for(self._replicas.wait(), self.limit_s)
+            except TimeoutError:
+                return self._in_vain()
+        return None
+
+    async def demand(self, wait_s: float) -> int:
+        """Requests that wait; while there are none, waits for the first one, up to `wait_s` seconds."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._demand.wait(), wait_s)
+        return self._held
+
+    def measure(self, meter: metrics.Meter) -> None:
+        """Makes the instrument of the requests that wait."""
+        meter.create_observable_up_down_counter(
+            "moe_frontend.requests.held",
+            [lambda _: [metrics.Observation(self._held)]],
+            "{request}",
+            "Requests that wait because the deployment has no replica",
+        )
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        self._held += 1
+        self._demand.set()
+        try:
+            yield
+        finally:
+            self._held -= 1
+            if self._held == 0:
+                self._demand.clear()
+
+    def _in_vain(self) -> status_pb2.Status:
+        sentence = (
+            f"no replica of {self.deployment} was there within {self.limit_s:g} s; "
+            f"`moe status {self.deployment}` says why; send the request again"
+        )
+        return rich_status.retry_later(grpc.StatusCode.UNAVAILABLE, sentence, RETRY_AFTER_S)

@@ -1,0 +1,1 @@
+"""Generated code of the API between frontends and their operator, by version."""

@@ -1,0 +1,123 @@
+"""A deployment without replicas: requests wait for the first one, and the operator hears of them."""
+
+import asyncio
+import time
+
+import grpc
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from moe_api import rich_status
+from moe_api.frontend.v1 import frontend_pb2, frontend_pb2_grpc
+from moe_api.inference.v1 import inference_pb2
+from moe_operator.frontend import holding
+from tests.frontend.fake_worker import FakeWorker
+
+
+async def demand(bench, wait_s=0.0):
+    wait = Duration()
+    wait.FromNanoseconds(round(wait_s * 1e9))
+    stub = frontend_pb2_grpc.FrontendServiceStub(bench.channel)
+    return (await stub.GetDemand(frontend_pb2.GetDemandRequest(wait=wait))).held
+
+
+async def held(bench, number):
+    """Waits until that many requests wait."""
+    async with asyncio.timeout(20):
+        while await demand(bench) != number:
+            await asyncio.sleep(0.01)
+
+
+async def add_worker(bench):
+    bench.workers.append(FakeWorker("w-0"))
+    await bench.workers[0].start()
+    await bench.publish()
+
+
+async def test_requests_wait_for_the_first_replica_and_are_answered_by_it(bench):
+    running = await bench(workers=0, hold_s=60)
+    waiting = [asyncio.create_task(running.text(f"count {n}")) for n in (1, 2, 3)]
+    await held(running, 3)
+    await add_worker(running)
+    assert all(text.startswith("w-0:") for text in await asyncio.gather(*waiting))
+    assert (await demand(running), running.workers[0].requests) == (0, 3)
+
+
+async def test_the_operator_hears_of_a_first_request_at_once(bench):
+    running = await bench(workers=0, hold_s=60)
+    asked = asyncio.create_task(demand(running, wait_s=60))
+    request = running.generate("count 1")
+    reading = asyncio.create_task(request.read())
+    started = time.monotonic()
+    assert await asked == 1
+    assert time.monotonic() - started < 30
+    reading.cancel()
+
+
+async def test_without_a_request_the_answer_comes_after_the_wait(bench):
+    running = await bench(workers=0, hold_s=60)
+    started = time.monotonic()
+    assert await demand(running, wait_s=0.3) == 0
+    assert time.monotonic() - started >= 0.3
+
+
+async def test_after_the_limit_the_client_is_told_what_happened_and_when_to_come_back(bench):
+    running = await bench(workers=0, hold_s=0.2)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await running.text("count 1")
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert caught.value.details() == (
+        "no replica of demo was there within 0.2 s; `moe status demo` says why; send the request again"
+    )
+    assert rich_status.retry_delay(rich_status.from_error(caught.value)) == holding.RETRY_AFTER_S
+    assert await demand(running) == 0
+
+
+async def test_a_client_that_goes_away_waits_no_more(bench):
+    running = await bench(workers=0, hold_s=60)
+    call = running.generate("count 1")
+    reading = asyncio.create_task(call.read())
+    await held(running, 1)
+    call.cancel()
+    await held(running, 0)
+    reading.cancel()
+
+
+async def test_the_number_of_requests_that_wait_has_a_limit(bench, monkeypatch):
+    monkeypatch.setattr(holding, "HELD_MOST", 2)
+    running = await bench(workers=0, hold_s=60)
+    waiting = [asyncio.create_task(running.text("count 1")) for _ in range(2)]
+    await held(running, 2)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await running.text("count 1")
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    await add_worker(running)
+    await asyncio.gather(*waiting)
+
+
+async def test_a_frontend_that_does_not_hold_fails_at_once(bench):
+    running = await bench(workers=0)
+    with pytest.raises(grpc.aio.AioRpcError, match="no worker of demo is ready"):
+        await running.text("count 1")
+
+
+async def test_asking_for_the_model_starts_nothing(bench):
+    running = await bench(workers=0, hold_s=60)
+    with pytest.raises(grpc.aio.AioRpcError, match="no worker of demo is ready"):
+        await running.stub.GetModel(inference_pb2.GetModelRequest())
+
+
+async def test_a_wait_that_makes_no_sense_is_refused(bench):
+    running = await bench(workers=0, hold_s=60)
+    for wait_s in (-1.0, 61.0):
+        with pytest.raises(grpc.aio.AioRpcError, match="use 0 to 60 s"):
+            await demand(running, wait_s=wait_s)
+
+
+@pytest.mark.parametrize(("hold_s", "answer"), [(0.0, "NOT_SERVING"), (60.0, "SERVING")])
+async def test_a_frontend_that_holds_is_ready_without_a_replica(bench, hold_s, answer):
+    running = await bench(workers=0, hold_s=hold_s)
+    stub = health_pb2_grpc.HealthStub(running.channel)
+    status = (await stub.Check(health_pb2.HealthCheckRequest())).status
+    assert health_pb2.HealthCheckResponse.ServingStatus.Name(status) == answer
