@@ -10,5 +10,7 @@ apiVersion: v1
 kind: Namespace
 metadata:
   name: moe-system
+  labels:
+    pod-security.kubernetes.io/enforce: restricted
 HEADER
-"${HELM:-helm}" template moe-operator moe-operator --namespace moe-system --include-crds
+"${HELM:-helm}" template moe-operator moe-operator --namespace moe-system

@@ -53,6 +53,7 @@ class Cluster:
         mounts: Sequence[Mount] = DEFAULT_MOUNTS,
         extra_tools: Sequence[str] = (),
         api_port: int = 0,
+        audit: bool = False,
         replacements: Mapping[str, Path] = MappingProxyType({}),
     ) -> None:
         """Says where, and touches nothing yet.
@@ -63,10 +64,12 @@ class Cluster:
             extra_tools: names that `localcluster.build` knows, besides Kubernetes' own, to have ready and
                 linked.
             api_port: the API server's port on 127.0.0.1; 0 takes a free one.
+            audit: write every request to the API server, with who made it, into `audit_log`.
             replacements: executables to use instead of the built ones, by tool name.
         """
         self._layout = Layout(Path(directory).absolute())
         self._mounts, self._extra_tools, self._api_port = tuple(mounts), tuple(extra_tools), api_port
+        self._audit = audit
         self._replacements = dict(replacements)
         self._tie = ExitStack()
 
@@ -79,6 +82,11 @@ class Cluster:
     def kubeconfig(self) -> Path:
         """The administrator's kubeconfig."""
         return self._layout.kubeconfig
+
+    @property
+    def audit_log(self) -> Path:
+        """With `audit`: one JSON object a line (audit.k8s.io/v1 Event) for each request."""
+        return self._layout.audit_log
 
     def is_running(self) -> bool:
         """Whether the cluster's processes run."""
@@ -137,6 +145,7 @@ class Cluster:
             tools=tools,
             needed=tuple(needed_paths()),
             api_port=self._api_port,
+            audit=self._audit,
         )
         settings.write(layout.settings)
 

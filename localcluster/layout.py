@@ -112,6 +112,11 @@ class Layout:
         """The container runtime's socket."""
         return self.run / "cri.sock"
 
+    @property
+    def audit_log(self) -> Path:
+        """Requests that the API server answered, if that was asked for."""
+        return self.logs / "audit.log"
+
     def log(self, component: str) -> Path:
         """The log file of one component."""
         return self.logs / f"{component}.log"

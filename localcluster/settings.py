@@ -34,6 +34,7 @@ class Settings:
         tools: tool name -> executable.
         needed: directories that every pod sees at the same path as the host, read-only.
         api_port: wanted port of 127.0.0.1 for the API server; 0 takes a free one.
+        audit: whether the API server writes down who asked it for what.
     """
 
     state: Path
@@ -41,6 +42,7 @@ class Settings:
     tools: dict[str, Path]
     needed: tuple[Path, ...]
     api_port: int = 0
+    audit: bool = False
 
     def write(self, path: Path) -> None:
         """Writes it as JSON."""
@@ -56,6 +58,7 @@ def read_settings(path: Path) -> Settings:
         tools={name: Path(tool) for name, tool in content["tools"].items()},
         needed=tuple(Path(p) for p in content["needed"]),
         api_port=content["api_port"],
+        audit=content["audit"],
     )
 
 

@@ -28,6 +28,7 @@ ETCD_URL = "http://127.0.0.1:2379"
 KUBELET_DIRECTORY = INSIDE.node / "kubelet"
 KUBELET_CONFIGURATION = INSIDE.node / "kubelet.json"
 _PKI = INSIDE.pki
+_AUDIT_POLICY = INSIDE.node / "audit-policy.json"
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ def etcd(tools: Mapping[str, Path]) -> Component:
     return Component("etcd", (str(tools["etcd"]), *flags), f"{ETCD_URL}/readyz")
 
 
-def api_server(tools: Mapping[str, Path]) -> Component:
-    """The API server, with the Node and RBAC authorizers."""
+def api_server(tools: Mapping[str, Path], *, audit: bool = False) -> Component:
+    """The API server, with the Node and RBAC authorizers; with `audit`, it writes down who asked for what."""
     flags = _flags(
         etcd_servers=ETCD_URL,
         bind_address=NODE_ADDRESS,
@@ -82,7 +83,7 @@ def api_server(tools: Mapping[str, Path]) -> Component:
         secure_port=API_PORT,
         service_cluster_ip_range=SERVICE_NETWORK,
         authorization_mode="Node,RBAC",
-        enable_admission_plugins="NodeRestriction",
+        enable_admission_plugins="NodeRestriction,OwnerReferencesPermissionEnforcement",
         allow_privileged=True,
         client_ca_file=_PKI / "ca.crt",
         tls_cert_file=_PKI / "apiserver.crt",
@@ -96,9 +97,22 @@ def api_server(tools: Mapping[str, Path]) -> Component:
         service_account_signing_key_file=_PKI / "service-account.key",
         profiling=False,
     )
+    if audit:
+        flags += _flags(audit_policy_file=_AUDIT_POLICY, audit_log_path=INSIDE.audit_log)
     return Component(
         "kube-apiserver", (str(tools["kube-apiserver"]), *flags), f"https://{NODE_ADDRESS}:{API_PORT}/readyz"
     )
+
+
+def write_audit_policy() -> None:
+    """Writes the audit policy: who asked for what, without bodies; a watch at its begin and its end."""
+    policy = {
+        "apiVersion": "audit.k8s.io/v1",
+        "kind": "Policy",
+        "omitStages": ["RequestReceived"],
+        "rules": [{"level": "Metadata"}],
+    }
+    _AUDIT_POLICY.write_text(json.dumps(policy))
 
 
 def controller_manager(tools: Mapping[str, Path]) -> Component:

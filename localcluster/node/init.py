@@ -59,7 +59,7 @@ async def bring_up(supervisor: Supervisor, settings: Settings, progress: socket.
     async with asyncio.TaskGroup() as group:
         group.create_task(start(components.runtime()))
         await start(components.etcd(settings.tools))
-        await start(components.api_server(settings.tools))
+        await start(components.api_server(settings.tools, audit=settings.audit))
         for make in (components.controller_manager, components.scheduler, components.kubelet):
             group.create_task(start(make(settings.tools)))
         group.create_task(start(components.network_agent()))
@@ -122,6 +122,7 @@ def main(layout: Layout, settings: Settings, listener: socket.socket, progress: 
         images.write_defaults(INSIDE.images, settings.tools)
         components.KUBELET_DIRECTORY.mkdir(parents=True)
         components.write_kubelet_configuration()
+        components.write_audit_policy()
         asyncio.run(supervise(settings, listener, progress))
     except* (StartError, OSError) as group:
         progress.setblocking(True)

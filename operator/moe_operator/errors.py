@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 
 class MoEOperatorError(Exception):
     """Anything that this package raises on purpose. The text is a sentence for a person."""
@@ -10,13 +12,37 @@ class MoEOperatorError(Exception):
 class RetryableError(MoEOperatorError):
     """Trying again later can succeed without anybody changing the object."""
 
+    patience: ClassVar[float] = 1.0
+    """How long to pause before the next try, against an API server that does not answer."""
+
 
 class PermanentError(MoEOperatorError):
     """Trying again is of no use before somebody changes the object or the installation."""
 
 
 class ClusterUnavailableError(RetryableError):
-    """The API server did not answer, was overloaded, or somebody else changed the object first."""
+    """The API server did not answer, or was overloaded."""
+
+
+class ChangedMeanwhileError(RetryableError):
+    """Somebody else changed or deleted an object first; the next plan starts from what they left."""
+
+    patience = 0.1
+
+
+class ApplyForbiddenError(RetryableError):
+    """The API server may not do what was asked: rights, a quota or an admission webhook are against it.
+
+    None of these is part of the object, so it can heal without an edit, though rarely soon.
+    """
+
+    patience = 5.0
+
+
+class OutOfTimeError(RetryableError):
+    """A plan was too long for one turn; what was done stays, and the next turn goes on from there."""
+
+    patience = 0.1
 
 
 class ApplyRefusedError(PermanentError):

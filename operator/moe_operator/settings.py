@@ -32,10 +32,16 @@ class Settings:
     """How soon to look again while something that sends no event is awaited (a worker's answer)."""
 
     retry_first_seconds: float = 1.0
-    """Pause after the first failed reconcile of a deployment; doubles with each further failure."""
+    """Pause after the first failed reconcile of a deployment; doubles with each further failure.
+
+    For an API server that does not answer; the type of another error stretches or shortens it.
+    """
 
     retry_most_seconds: float = 60.0
-    """The longest pause between two tries."""
+    """The longest pause between two tries; stretched or shortened likewise."""
+
+    turn_seconds: float = 30.0
+    """A reconcile that takes longer goes on in another turn, so that others get theirs."""
 
     api_timeout_seconds: float = 15.0
     """Limit of one request to the API server."""
@@ -44,7 +50,10 @@ class Settings:
     """Limit of one call to a worker."""
 
     workers: int = 8
-    """Deployments that are reconciled at the same time, each in a thread."""
+    """Deployments that are reconciled at the same time, each in a thread.
+
+    Those whose last reconcile failed share a quarter of them: slow failures never hold up the others.
+    """
 
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:

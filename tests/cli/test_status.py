@@ -1,11 +1,13 @@
 """How `moe status` shows what the API server says."""
 
 import io
+import json
 
 import pytest
 from rich.console import Console
 
 from moe_operator.cli.rendering import count, show
+from moe_operator.cli.report import report
 
 
 def deployment(name="demo", **status):
@@ -32,9 +34,10 @@ MODEL = {
 }
 
 
-def shown(body, width=120):
+def shown(body, width=120, pods=(), events=()):
     output = io.StringIO()
-    show(body, Console(file=output, width=width))
+    found = body if "items" in body else report(body, pods, events)
+    show(found, Console(file=output, width=width))
     return output.getvalue()
 
 
@@ -60,6 +63,81 @@ def test_one_deployment_in_full():
     ):
         assert part in text
     assert "latest change" not in text
+
+
+def pod(rank, *, ready=True, revision="new", **container):
+    """A worker's pod with one container status."""
+    prefix = "serving.moe-operator.dev"
+    labels = {f"{prefix}/role": "worker", f"{prefix}/data-rank": str(rank), f"{prefix}/revision": revision}
+    return {
+        "metadata": {"name": f"demo-{rank}-0", "labels": labels},
+        "status": {
+            "conditions": [{"type": "Ready", "status": "True" if ready else "False"}],
+            "containerStatuses": [{"name": "worker", "ready": ready, "restartCount": 0, **container}],
+        },
+    }
+
+
+def event(second, reason, message, kind="Normal"):
+    return {
+        "eventTime": f"2026-01-31T12:00:{second:09.6f}Z",
+        "reason": reason,
+        "message": message,
+        "type": kind,
+    }
+
+
+CRASHED = {
+    "state": {"waiting": {"reason": "CrashLoopBackOff"}},
+    "lastState": {
+        "terminated": {
+            "exitCode": 2,
+            "reason": "Error",
+            "finishedAt": "2026-01-31T12:00:05Z",
+            "message": "loading\nerror: model.safetensors is truncated",
+        }
+    },
+    "restartCount": 4,
+}
+
+
+def test_each_pod_says_what_keeps_it_from_being_ready():
+    text = shown(
+        deployment(revision="new", conditions=[READY]),
+        pods=[pod(1, ready=False, **CRASHED), pod(0, revision="old")],
+    )
+    first, second = (line.split() for line in text.splitlines() if line.lstrip().startswith("demo-"))
+    assert first == ["demo-0-0", "yes", "old", "0"]
+    assert second[:4] == ["demo-1-0", "no", "new", "4"]
+    assert "ModelLoadFailed: model.safetensors is truncated" in " ".join(second)
+
+
+def test_what_was_decided_is_told_in_order_also_within_a_second():
+    events = [
+        event(1.5, "RollingOut", "1 of 2 replicas at revision new"),
+        event(1.25, "Updated", "brought up to date StatefulSet demo-0"),
+        event(59, "ModelLoadFailed", "demo-0-0 cannot start", "Warning"),
+    ]
+    told = report(deployment(), (), events)["decisions"]
+    assert [decision["reason"] for decision in told] == ["Updated", "RollingOut", "ModelLoadFailed"]
+    lines = [line for line in shown(deployment(), events=events).splitlines() if "12:00:" in line]
+    assert lines[0].split()[:2] == ["2026-01-31T12:00:01Z", "Updated"]
+    assert lines[-1].split()[:2] == ["2026-01-31T12:00:59Z", "ModelLoadFailed"]
+
+
+def test_the_report_for_scripts():
+    found = report(
+        deployment(replicas=2, readyReplicas=1, updatedReplicas=1, revision="new", conditions=[READY]),
+        [pod(1, ready=False, **CRASHED)],
+        [],
+    )
+    assert found["replicas"] == {"desired": 2, "ready": 1, "updated": 1, "there": 2}
+    (worker,) = found["pods"]
+    assert (worker["dataRank"], worker["current"], worker["restarts"]) == (1, True, 4)
+    assert worker["problem"] == {"reason": "ModelLoadFailed", "message": "model.safetensors is truncated"}
+    assert worker["lastEnd"]["log"] == "loading\nerror: model.safetensors is truncated"
+    assert found["conditions"][0]["reason"] == "AllReplicasReady"
+    assert json.loads(json.dumps(found)) == found
 
 
 def test_a_change_not_acted_on_is_said():

@@ -37,6 +37,12 @@ def test_the_plain_manifest_is_the_chart_rendered():
     )
 
 
+def test_helm_leaves_every_crd_and_with_it_users_objects_when_it_goes():
+    for path in (ROOT / "crds").glob("*.yaml"):
+        annotations = yaml.safe_load(path.read_text())["metadata"].get("annotations", {})
+        assert annotations.get("helm.sh/resource-policy") == "keep", path.name
+
+
 def test_every_field_of_the_crd_is_described_with_its_default():
     def walk(schema, path):
         for name, field in schema.get("properties", {}).items():

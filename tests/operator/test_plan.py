@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_operator.manifests.objects import Key, key
-from moe_operator.manifests.plan import Plan, blocked, transitions
+from moe_operator.manifests.plan import Plan, invalid, refused, transitions
 from moe_operator.resources.status import MODEL_LOADED, PROGRESSING, READY, Condition, Status
 from tests.operator.worlds import START, World, deployment, settled
 
@@ -392,6 +392,28 @@ def test_a_new_frontend_that_cannot_start_is_said_while_the_old_one_serves():
 
 def test_what_two_conditions_say_alike_is_one_event():
     before = Status()
-    identity = deployment().identity
-    after = blocked(identity, before, "ApplyRefused", "no", START)
+    after = invalid(before, deployment().identity, "no", START)
     assert [decision.message for decision in transitions(before, after)] == ["no"]
+
+
+def test_a_refused_change_stops_the_progress_and_takes_nothing_away_from_replicas_that_serve():
+    world = settled()
+    serving = world.status
+    world.change(worker={"resources": {"requests": {"cpu": 2}, "limits": {"cpu": 1}}})
+    planned = world.look().status
+    after = refused(serving, planned, "cpu: must be less than or equal to cpu limit of 1", world.now)
+    ready, progressing = after.condition(READY), after.condition(PROGRESSING)
+    assert (ready.status, ready.reason) == ("True", "AllReplicasReady")
+    assert (progressing.status, progressing.reason) == ("False", "ApplyRefused")
+    assert {c.observed_generation for c in after.conditions} == {world.deployment.identity.generation}
+    (said,) = transitions(serving, after)
+    assert (said.warning, said.message) == (True, "cpu: must be less than or equal to cpu limit of 1")
+
+
+def test_a_refusal_is_why_a_new_deployment_is_not_ready():
+    world = World(deployment())
+    after = refused(world.status, world.look().status, "forbidden: exceeded quota", world.now)
+    assert {c.type: c.reason for c in after.conditions if c.type in (READY, PROGRESSING)} == {
+        READY: "ApplyRefused",
+        PROGRESSING: "ApplyRefused",
+    }

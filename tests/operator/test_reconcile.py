@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from localcluster.errors import CommandError
@@ -44,6 +46,13 @@ def test_an_applied_deployment_becomes_its_children_and_ready(docs):
     assert owner["metadata"].get("finalizers", []) == []
     assert list(owner["metadata"]["annotations"]) == ["kubectl.kubernetes.io/last-applied-configuration"]
     assert len(docs.events("Created")) == 1
+
+
+def test_describe_tells_the_story_in_order(docs):
+    table = docs.kubectl("describe", "moed", "docs").partition("Events:")[2]
+    reasons = [line.split()[1] for line in table.splitlines() if "moe-operator" in line]
+    story = ["Created", "ReplicasNotReady", "Starting", "AllReplicasReady", "Complete"]
+    assert [reason for reason in reasons if reason in story] == story
 
 
 def test_the_status_says_what_a_worker_said_of_its_model(docs):
@@ -186,6 +195,26 @@ def test_what_the_api_server_refuses_is_the_reason(live):
     condition = live.wait("Ready", "ApplyRefused", "odd")
     assert "must be less than or equal to cpu limit" in condition["message"]
     live.kubectl("delete", "moed", "odd")
+
+
+def test_what_a_quota_forbids_is_said_hurts_nobody_else_and_heals_without_an_edit(live, namespace):
+    tight = Live(live.cluster, namespace)
+    crowd = [f"crowd-{number}" for number in range(12)]
+    tight.kubectl("create", "quota", "none", "--hard=count/roles.rbac.authorization.k8s.io=0")
+    for name in crowd:
+        tight.apply(manifest(name, replicas=0))
+    for name in crowd:
+        condition = tight.wait("Ready", "ApplyRefused", name)
+        assert "exceeded quota: none, requested: count/roles" in condition["message"]
+    asked = time.monotonic()
+    live.apply(manifest("other", replicas=0))
+    live.wait("Ready", "ScaledToZero", "other")
+    assert time.monotonic() - asked < 10
+    live.kubectl("delete", "moed", "other")
+
+    tight.kubectl("delete", "moed", *crowd[1:])
+    tight.kubectl("delete", "quota", "none")
+    tight.wait("Ready", "ScaledToZero", crowd[0], seconds=90)
 
 
 def test_an_object_of_somebody_else_is_left_alone(live):

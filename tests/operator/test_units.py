@@ -117,11 +117,13 @@ def test_settings_come_from_the_environment_and_are_checked():
         from_environment({"MOE_OPERATOR_DEBOUNCE_SECONDS": "soon"})
 
 
-@given(st.integers(0, 10**6))
-def test_pauses_grow_up_to_a_limit(failures):
+@given(st.integers(0, 10**6), st.floats(0, 1, exclude_max=True), st.floats(0.1, 10))
+def test_pauses_grow_up_to_a_limit_and_are_spread_over_their_second_half(failures, chance, patience):
     settings = Settings()
-    assert settings.retry_first_seconds <= backoff(settings, failures) <= settings.retry_most_seconds
-    assert backoff(settings, failures) <= backoff(settings, failures + 1)
+    longest = backoff(settings, failures, patience, 0.0)
+    assert settings.retry_first_seconds <= longest / patience <= settings.retry_most_seconds * (1 + 1e-9)
+    assert longest <= backoff(settings, failures + 1, patience, 0.0)
+    assert longest / 2 <= backoff(settings, failures, patience, chance) <= longest
 
 
 def test_the_process_that_started_last_ranks_highest_and_an_expired_record_counts_for_nothing():

@@ -9,21 +9,22 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_operator.resources.deployment import parse_status
-from moe_operator.resources.status import READY, Condition, ModelInfo, Status
+from moe_operator.resources.status import READY, ModelInfo
 
 _MARKS: Final = {"True": ("yes", "green"), "False": ("no", "red"), "Unknown": ("?", "yellow")}
+_DECISIONS_SHOWN: Final = 12
 
 
-def show(body: Mapping[str, Any], console: Console | None = None) -> None:
-    """Prints one MoEDeployment, or a list of them, as the API server gave it.
+def show(found: Mapping[str, Any], console: Console | None = None) -> None:
+    """Prints the report of one MoEDeployment, or a list of them as the API server gave it.
 
     Cells are `Text` throughout: in plain strings rich would take brackets of a message for markup.
     """
     console = console or Console()
-    if "items" not in body:
-        console.print(one(body))
-    elif body["items"]:
-        console.print(table(body["items"]))
+    if "items" not in found:
+        console.print(one(found))
+    elif found["items"]:
+        console.print(table(found["items"]))
     else:
         console.print("no MoEDeployments here; try `moe status -A`, or apply examples/docs-moe.yaml")
 
@@ -37,7 +38,7 @@ def table(bodies: list[Mapping[str, Any]]) -> Table:
         result.add_row(
             Text(metadata["namespace"]),
             Text(metadata["name"]),
-            _mark(ready),
+            _mark(ready.status if ready else "Unknown"),
             Text(f"{status.ready_replicas}/{_desired(body)}"),
             Text(_model_brief(status.model)),
             Text(ready.reason if ready else "NotSeenYet"),
@@ -45,29 +46,72 @@ def table(bodies: list[Mapping[str, Any]]) -> Table:
     return result
 
 
-def one(body: Mapping[str, Any]) -> RenderableType:
-    """Everything a user wants to know of one deployment."""
-    status, metadata = parse_status(body), body["metadata"]
+def one(report: Mapping[str, Any]) -> RenderableType:
+    """A report: everything a user wants to know of one deployment."""
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold")
     facts.add_column()
-    facts.add_row("MoEDeployment", Text(f"{metadata['namespace']}/{metadata['name']}"))
-    facts.add_row("Model", Text(_model(body, status.model)))
-    facts.add_row("Replicas", Text(_replicas(body, status)))
-    if status.observed_generation != metadata.get("generation"):
+    facts.add_row("MoEDeployment", Text(f"{report['namespace']}/{report['name']}"))
+    facts.add_row("Model", Text(_model(report["model"])))
+    facts.add_row("Replicas", Text(_replicas(report["replicas"])))
+    if report["revision"]:
+        facts.add_row("Revision", Text(report["revision"]))
+    if report["scaling"]:
+        facts.add_row("Load", Text(_scalars(report["scaling"])))
+    if report["observedGeneration"] != report["generation"]:
         facts.add_row("", Text("the operator has not acted on the latest change yet", style="yellow"))
-    return Group(facts, "", _conditions(status))
+    parts: list[RenderableType] = [facts, "", _conditions(report["conditions"])]
+    parts += [_pods(report["pods"])] if report["pods"] else []
+    parts += [_decisions(report["decisions"])] if report["decisions"] else []
+    return Group(*parts)
 
 
-def _conditions(status: Status) -> RenderableType:
-    if not status.conditions:
+def _scalars(values: Mapping[str, Any]) -> str:
+    told = (f"{name} {value}" for name, value in values.items() if isinstance(value, str | int | float))
+    return ", ".join(told)
+
+
+def _conditions(conditions: list[Mapping[str, Any]]) -> RenderableType:
+    if not conditions:
         return Text(
             "no conditions yet: is the operator running? (kubectl get pods -n moe-system)", style="yellow"
         )
     result = _table("Condition", "", "Reason", "Message", "Since", pad_edge=False)
-    for condition in status.conditions:
-        told = (condition.reason, condition.message, condition.last_transition_time)
-        result.add_row(Text(condition.type), _mark(condition), *map(Text, told))
+    for condition in conditions:
+        told = (condition["reason"], condition["message"], condition["lastTransitionTime"])
+        result.add_row(Text(condition["type"]), _mark(condition["status"]), *map(Text, told))
+    return result
+
+
+def _pods(pods: list[Mapping[str, Any]]) -> RenderableType:
+    result = _table("Pod", "Ready", "Revision", "Restarts", "What it says", pad_edge=False)
+    for pod in pods:
+        revision = Text(pod["revision"] or "-", style="yellow" if pod["current"] is False else "")
+        restarts = Text(str(pod["restarts"]), style="yellow" if pod["restarts"] else "")
+        mark = _mark("True" if pod["ready"] else "False")
+        result.add_row(Text(pod["name"]), mark, revision, restarts, _says(pod))
+    return result
+
+
+def _says(pod: Mapping[str, Any]) -> Text:
+    """What keeps a pod from being ready, or else how it ended the last time."""
+    if pod["leaving"]:
+        return Text("on its way out", style="yellow")
+    if pod["problem"]:
+        return Text(f"{pod['problem']['reason']}: {pod['problem']['message']}", style="red")
+    end = pod["lastEnd"]
+    if end is None:
+        return Text("" if pod["ready"] else "starting")
+    last_line = (end["log"] or end["reason"] or "").splitlines()[-1:]
+    return Text(f"ended {end['at']} with exit code {end['exitCode']}: {''.join(last_line)}", style="yellow")
+
+
+def _decisions(decisions: list[Mapping[str, Any]]) -> RenderableType:
+    result = _table("Decided at", "Reason", "Message", pad_edge=False)
+    for decision in decisions[-_DECISIONS_SHOWN:]:
+        style = "red" if decision["type"] == "Warning" else ""
+        at = str(decision["time"]).partition(".")[0].removesuffix("Z") + "Z"
+        result.add_row(Text(at), Text(decision["reason"], style=style), Text(decision["message"]))
     return result
 
 
@@ -79,18 +123,19 @@ def _table(*headings: str, pad_edge: bool = True) -> Table:
     return result
 
 
-def _replicas(body: Mapping[str, Any], status: Status) -> str:
+def _replicas(replicas: Mapping[str, int]) -> str:
     return (
-        f"{status.ready_replicas} ready of {_desired(body)} wanted "
-        f"({status.replicas} there, {status.updated_replicas} up to date)"
+        f"{replicas['ready']} ready of {replicas['desired']} wanted "
+        f"({replicas['there']} there, {replicas['updated']} up to date)"
     )
 
 
-def _model(body: Mapping[str, Any], model: ModelInfo | None) -> str:
-    spec = body.get("spec", {}).get("model", {})
-    name = spec.get("servedName") or body["metadata"]["name"]
-    where = f"{name} from {spec.get('uri', '?')}"
-    return f"{where}\n{_model_brief(model)}, context {model.context_length} tokens" if model else where
+def _model(model: Mapping[str, Any]) -> str:
+    where = f"{model['servedName']} from {model['uri'] or '?'}"
+    if "architecture" not in model:
+        return where
+    known = ModelInfo.model_validate(model)
+    return f"{where}\n{_model_brief(known)}, context {known.context_length} tokens"
 
 
 def _model_brief(model: ModelInfo | None) -> str:
@@ -112,6 +157,6 @@ def _desired(body: Mapping[str, Any]) -> int:
     return int(body.get("spec", {}).get("replicas", 1))
 
 
-def _mark(condition: Condition | None) -> Text:
-    text, style = _MARKS[condition.status if condition else "Unknown"]
+def _mark(status: str) -> Text:
+    text, style = _MARKS[status]
     return Text(text, style=style)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,6 +14,9 @@ from moe_operator.errors import RetryableError
 from moe_operator.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+_PATIENCE_WITH_BUGS = 5.0
+"""Nobody can tell whether time heals an error that nobody foresaw."""
 
 
 class Name(NamedTuple):
@@ -37,10 +42,14 @@ class _Item:
 class ReconcileQueue:
     """Deployments that wait for a reconcile. Of one event loop; not for threads."""
 
-    def __init__(self, work: Work, settings: Settings) -> None:
+    def __init__(self, work: Work, settings: Settings, chance: Callable[[], float] = random.random) -> None:
+        """chance: numbers of [0, 1), by which pauses after failures are spread."""
         self._work = work
         self._settings = settings
+        self._chance = chance
         self._items: dict[Name, _Item] = {}
+        self._slots = asyncio.Semaphore(settings.workers)
+        self._slots_for_failing = asyncio.Semaphore(max(1, settings.workers // 4))
 
     def add(self, name: Name) -> None:
         """Something of this deployment changed."""
@@ -64,18 +73,22 @@ class ReconcileQueue:
             await asyncio.sleep(self._settings.debounce_seconds)
             changed.clear()
             try:
-                pause = await self._work(name)
+                pause = await self._turn(name, failing=failures > 0)
                 failures = 0
             except RetryableError as error:
-                logger.warning("%s: %s; trying again", name, error)
-                pause = backoff(self._settings, failures)
+                pause = backoff(self._settings, failures, error.patience, self._chance())
                 failures += 1
+                logger.warning("%s: %s; trying again in %.1f s", name, error, pause)
             except Exception:
                 # A bug of ours in one deployment must not end the service of the others.
-                logger.exception("%s: unexpected error; trying again", name)
-                pause = backoff(self._settings, failures)
+                pause = backoff(self._settings, failures, _PATIENCE_WITH_BUGS, self._chance())
                 failures += 1
+                logger.exception("%s: unexpected error; trying again in %.1f s", name, pause)
         del self._items[name]
+
+    async def _turn(self, name: Name, *, failing: bool) -> float | None:
+        async with self._slots_for_failing if failing else contextlib.nullcontext(), self._slots:
+            return await self._work(name)
 
 
 async def _wait(changed: asyncio.Event, limit_seconds: float | None) -> None:
@@ -85,7 +98,12 @@ async def _wait(changed: asyncio.Event, limit_seconds: float | None) -> None:
         return
 
 
-def backoff(settings: Settings, failures: int) -> float:
-    """Seconds to pause after one more failure in a row, of which `failures` came before."""
+def backoff(settings: Settings, failures: int, patience: float = 1.0, chance: float = 0.0) -> float:
+    """Seconds to pause after one more failure in a row, of which `failures` came before.
+
+    patience: the error's. chance: from [0, 1); takes away up to half of the pause, so that many that failed
+    together do not come back together.
+    """
     # 2**16 s is beyond any limit; a longer row would overflow a float in the end.
-    return min(settings.retry_first_seconds * 2.0 ** min(failures, 16), settings.retry_most_seconds)
+    longest = min(settings.retry_first_seconds * 2.0 ** min(failures, 16), settings.retry_most_seconds)
+    return longest * patience * (1 - chance / 2)

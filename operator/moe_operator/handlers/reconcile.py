@@ -5,21 +5,29 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from opentelemetry import trace
 
-from moe_operator.errors import ApplyRefusedError, InvalidSpecError, MoEOperatorError, RetryableError
+from moe_operator.errors import (
+    ApplyForbiddenError,
+    ApplyRefusedError,
+    InvalidSpecError,
+    MoEOperatorError,
+    PermanentError,
+    RetryableError,
+)
 from moe_operator.handlers.queue import Name
 from moe_operator.kube import execute, peering
 from moe_operator.kube.client import Cluster
 from moe_operator.kube.gather import gather
 from moe_operator.manifests.decision import Decision
 from moe_operator.manifests.observed import Observed
-from moe_operator.manifests.plan import Plan, blocked, model_address, plan, transitions
+from moe_operator.manifests.plan import Plan, invalid, model_address, plan, refused, transitions
 from moe_operator.manifests.worker import revision
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Identity, identity, parse, parse_status
+from moe_operator.resources.status import Status
 from moe_operator.rpc.leader import get_model
 from moe_operator.settings import Settings
 
@@ -40,7 +48,8 @@ class Reconciler:
     def reconcile(self, name: Name) -> float | None:
         """Looks at one deployment and does what there is to do.
 
-        Returns the seconds after which to look again, or None when the deployment is gone.
+        Returns the seconds after which to look again, or None when there is nothing to do before something
+        changes: the deployment is gone, or its spec cannot work.
         Raises RetryableError when something did not work that may work later.
         """
         with self.tracer.start_as_current_span("reconcile") as span:
@@ -53,15 +62,26 @@ class Reconciler:
                 return None
             try:
                 return self._advance(parse(body), span)
-            except (InvalidSpecError, ApplyRefusedError) as error:
-                self._report_blocked(body, error)
-                return self.settings.resync_seconds
+            except InvalidSpecError as error:
+                before = parse_status(body)
+                self._report(
+                    identity(body), before, invalid(before, identity(body), str(error), self.clock())
+                )
+            except PermanentError as error:
+                logger.warning("%s: %s; waiting for an edit", name, error)
+            return None
 
     def _advance(self, deployment: Deployment, span: trace.Span) -> float:
         observed = self._with_model(deployment, gather(self.cluster, deployment))
         todo = plan(deployment, observed, self.clock())
         _describe(span, deployment, todo)
-        execute.execute(self.cluster, deployment.identity, todo)
+        turn_ends = self.clock() + timedelta(seconds=self.settings.turn_seconds)
+        try:
+            execute.execute(self.cluster, deployment.identity, todo, lambda: self.clock() < turn_ends)
+        except (ApplyRefusedError, ApplyForbiddenError) as error:
+            after = refused(deployment.status, todo.status, str(error), self.clock())
+            self._report(deployment.identity, deployment.status, after)
+            raise
         execute.write_status(self.cluster, deployment.identity, deployment.status, todo.status)
         self._announce(deployment.identity, todo.decisions)
         return self.settings.recheck_seconds if todo.recheck else self.settings.resync_seconds
@@ -78,16 +98,15 @@ class Reconciler:
             return observed
         return replace(observed, model=model)
 
-    def _report_blocked(self, body: dict[str, dict[str, str]], error: MoEOperatorError) -> None:
-        reason = "InvalidSpec" if isinstance(error, InvalidSpecError) else "ApplyRefused"
-        who, before = identity(body), parse_status(body)
-        after = blocked(who, before, reason, str(error), self.clock())
-        logger.warning("%s: %s", who.name, error)
+    def _report(self, who: Identity, before: Status, after: Status) -> None:
+        """Says what keeps a deployment from going on."""
         execute.write_status(self.cluster, who, before, after)
         self._announce(who, transitions(before, after))
 
     def _announce(self, who: Identity, decisions: Iterable[Decision]) -> None:
+        span = trace.get_current_span()
         for decision in decisions:
+            span.add_event(decision.reason, {"reason": decision.reason, "message": decision.message})
             logger.info("%s/%s: %s: %s", who.namespace, who.name, decision.reason, decision.message)
             try:
                 execute.post(self.cluster, who, decision, self.clock())
@@ -104,5 +123,3 @@ def _describe(span: trace.Span, deployment: Deployment, todo: Plan) -> None:
             f"{names.GROUP}.deleted": len(todo.delete),
         }
     )
-    for decision in todo.decisions:
-        span.add_event(decision.reason, {"message": decision.message})

@@ -11,7 +11,14 @@ from kubernetes import client, config
 from kubernetes.dynamic import DynamicClient
 from kubernetes.dynamic.exceptions import DynamicApiError
 
-from moe_operator.errors import ApplyRefusedError, ClusterUnavailableError, InstallationError
+from moe_operator.errors import (
+    ApplyForbiddenError,
+    ApplyRefusedError,
+    ChangedMeanwhileError,
+    ClusterUnavailableError,
+    InstallationError,
+    MoEOperatorError,
+)
 from moe_operator.manifests.objects import Manifest
 from moe_operator.resources import names
 
@@ -27,13 +34,14 @@ _PATHS: Final = {
     "Deployment": ("apps/v1", "deployments"),
     "ClusterKopfPeering": ("kopf.dev/v1", "clusterkopfpeerings"),
 }
-_CONFLICT, _GONE, _TOO_MANY, _SERVER = 409, 404, 429, 500
+_FORBIDDEN, _CONFLICT, _GONE, _TOO_MANY, _SERVER = 403, 409, 404, 429, 500
 
 
 class Cluster:
     """The API server.
 
-    Every method raises ClusterUnavailableError when trying again can help, ApplyRefusedError when it cannot.
+    Every method raises a RetryableError when trying again can help (its type says why), ApplyRefusedError
+    when it cannot.
     """
 
     def __init__(self, api: client.ApiClient, timeout_seconds: float) -> None:
@@ -102,10 +110,14 @@ def _path(kind: str, namespace: str | None, name: str | None = None) -> str:
     return "/".join([*parts, name] if name else parts)
 
 
-def _translated(error: DynamicApiError, path: str) -> ClusterUnavailableError | ApplyRefusedError:
+def _translated(error: DynamicApiError, path: str) -> MoEOperatorError:
     said = message(error.body)
-    if error.status in (_CONFLICT, _GONE, _TOO_MANY) or error.status >= _SERVER:
+    if error.status in (_CONFLICT, _GONE):
+        return ChangedMeanwhileError(f"somebody else was faster at {path}: {said}")
+    if error.status == _TOO_MANY or error.status >= _SERVER:
         return ClusterUnavailableError(f"the API server could not serve {path}: {said}")
+    if error.status == _FORBIDDEN:
+        return ApplyForbiddenError(f"the API server forbids {path}: {said}")
     return ApplyRefusedError(f"the API server refused {path}: {said}")
 
 

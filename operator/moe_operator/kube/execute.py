@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from datetime import datetime
+from collections.abc import Callable
+from datetime import UTC, datetime
 
+from moe_operator.errors import OutOfTimeError
 from moe_operator.kube.client import Cluster
 from moe_operator.manifests.conditions import timestamp
 from moe_operator.manifests.decision import Decision
@@ -15,12 +17,17 @@ from moe_operator.resources.deployment import Identity
 from moe_operator.resources.status import Status
 
 
-def execute(cluster: Cluster, identity: Identity, plan: Plan) -> None:
-    """Applies and deletes what the plan says.
+def execute(cluster: Cluster, identity: Identity, plan: Plan, in_time: Callable[[], bool]) -> None:
+    """Applies and deletes what the plan says, for as long as it is in time.
 
-    Raises what the client raises; what was done until then stays, and the next plan starts from there.
+    Raises what the client raises, and OutOfTimeError; what was done until then stays, and the next plan
+    starts from there.
     """
-    for manifest in plan.apply:
+    for done, manifest in enumerate(plan.apply):
+        if not in_time():
+            raise OutOfTimeError(
+                f"{done} of {len(plan.apply)} objects are applied; the others take another turn"
+            )
         cluster.apply(manifest)
     for deletion in plan.delete:
         cluster.delete(deletion.key.kind, identity.namespace, deletion.key.name, deletion.uid)
@@ -39,13 +46,20 @@ def post(cluster: Cluster, identity: Identity, decision: Decision, now: datetime
 
 
 def event(identity: Identity, decision: Decision, now: datetime) -> Manifest:
-    """The Event of a decision."""
+    """The Event of a decision.
+
+    Its name holds the time, as those of Kubernetes' own components do: they are listed in order even within
+    one second, which is as exact as `kubectl describe` gets.
+    """
     reference = _reference(identity)
     metadata = reference.pop("metadata")
     return {
         "apiVersion": "v1",
         "kind": "Event",
-        "metadata": {"generateName": f"{identity.name}.", "namespace": identity.namespace},
+        "metadata": {
+            "name": f"{identity.name}.{int(now.timestamp() * 1e6) * 1000:x}",
+            "namespace": identity.namespace,
+        },
         "involvedObject": {**reference, **metadata},
         "type": "Warning" if decision.warning else "Normal",
         "reason": decision.reason,
@@ -56,6 +70,8 @@ def event(identity: Identity, decision: Decision, now: datetime) -> Manifest:
         "reportingInstance": os.environ.get("POD_ID", names.FIELD_MANAGER),
         "firstTimestamp": timestamp(now),
         "lastTimestamp": timestamp(now),
+        "eventTime": now.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
+        "action": "Reconcile",
         "count": 1,
     }
 

@@ -132,14 +132,27 @@ def _announcement(condition: Condition) -> Decision:
     return Decision(condition.reason, condition.message, warning=trouble)
 
 
-def blocked(identity: Identity, before: Status, reason: str, message: str, now: datetime) -> Status:
-    """The status of a deployment that nothing can be done for before somebody changes it."""
-    stuck = {kind: Verdict(False, reason, message) for kind in (READY, PROGRESSING)}
-    before = before.without_scaling()
-    kept = tuple(condition for condition in before.conditions if condition.type not in stuck)
-    return before.model_copy(
-        update={
-            "observed_generation": identity.generation,
-            "conditions": (*conditions.dated(stuck, before, identity.generation, now), *kept),
-        }
-    )
+def invalid(before: Status, identity: Identity, message: str, now: datetime) -> Status:
+    """The status of a deployment whose spec cannot be understood: nothing else is known of it."""
+    verdict = Verdict(False, "InvalidSpec", message)
+    after = before.without_scaling()
+    return _stuck(before, after, identity.generation, {READY, PROGRESSING}, verdict, now)
+
+
+def refused(before: Status, planned: Status, message: str, now: datetime) -> Status:
+    """The planned status when the API server refused a part of the plan.
+
+    Nothing goes on; but replicas that answer requests still do, so a Ready that is True stays.
+    """
+    ready = planned.condition(READY)
+    kinds = {PROGRESSING} if ready is not None and ready.status == "True" else {READY, PROGRESSING}
+    verdict = Verdict(False, "ApplyRefused", message)
+    return _stuck(before, planned, planned.observed_generation or 0, kinds, verdict, now)
+
+
+def _stuck(
+    before: Status, after: Status, generation: int, kinds: set[str], verdict: Verdict, now: datetime
+) -> Status:
+    stuck = conditions.dated(dict.fromkeys(sorted(kinds), verdict), before, generation, now)
+    kept = tuple(condition for condition in after.conditions if condition.type not in kinds)
+    return after.model_copy(update={"observed_generation": generation, "conditions": (*stuck, *kept)})

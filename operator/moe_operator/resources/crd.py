@@ -125,7 +125,11 @@ def manifest() -> dict[str, Any]:
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"{names.PLURAL}.{names.GROUP}"},
+        # helm leaves it, and with it everybody's objects, where they are when the chart is uninstalled.
+        "metadata": {
+            "name": f"{names.PLURAL}.{names.GROUP}",
+            "annotations": {"helm.sh/resource-policy": "keep"},
+        },
         "spec": {
             "group": names.GROUP,
             "scope": "Namespaced",

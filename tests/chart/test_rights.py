@@ -1,0 +1,143 @@
+"""What the operator may do is what it does: granted rights against those that the audit log shows in use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+
+from localcluster.errors import CommandError
+from moe_operator.manifests import children
+from moe_operator.manifests.objects import Manifest
+from moe_operator.resources.deployment import parse
+from tests.chart.conftest import NAMESPACE
+from tests.operator.live import Live, eventually
+
+ACCOUNT = f"system:serviceaccount:{NAMESPACE}:moe-operator"
+GROUP = "serving.moe-operator.dev"
+Right = tuple[str, str, str]
+"""API group, resource with its subresource, verb."""
+
+# Rights that the API server looks for when the operator asks for something else; each is tried without below.
+ASKED_OF_OTHERS: dict[Right, tuple[str, str]] = {
+    (GROUP, "moedeployments/finalizers", "update"): ("ServiceAccount", "cannot set blockOwnerDeletion"),
+    **{
+        ("discovery.k8s.io", "endpointslices", verb): ("Role", "attempting to grant RBAC permissions")
+        for verb in ("get", "list", "watch")
+    },
+}
+
+
+def granted(role: dict[str, Any]) -> set[Right]:
+    """The rights of a ClusterRole."""
+    return {
+        (group, resource, verb)
+        for rule in role["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+
+
+def used(requests: list[dict[str, Any]]) -> set[Right]:
+    """The rights that requests needed. A server-side apply of something new needs `create` as well."""
+    found = set()
+    for request in requests:
+        what = request["objectRef"]
+        resource = "/".join(filter(None, (what["resource"], what.get("subresource"))))
+        made = request["verb"] == "patch" and request["responseStatus"]["code"] == 201
+        for verb in (request["verb"], *(["create"] if made else [])):
+            found.add((what.get("apiGroup", ""), resource, verb))
+    return found
+
+
+def requests(docs: Live) -> list[dict[str, Any]]:
+    """What the operator asked of the API server so far, refused or not."""
+    events = map(json.loads, docs.cluster.audit_log.read_text().splitlines())
+    ours = (event for event in events if event["user"].get("username") == ACCOUNT)
+    return [event for event in ours if event.get("objectRef", {}).get("resource")]
+
+
+def role(docs: Live) -> dict[str, Any]:
+    return docs.get("clusterrole", "moe-operator")
+
+
+def test_every_right_that_is_granted_is_used_and_no_other_is_asked_for(docs):
+    before = len(requests(docs))
+    docs.kubectl("scale", "moed/docs", "--replicas=1")
+    eventually(docs.leaders, lambda pods: list(pods) == ["docs-0-0"], "scaled down")
+    docs.patch("service", "docs-frontend", {"spec": {"selector": {f"{GROUP}/role": "other"}}})
+    eventually(lambda: docs.events("PutBack"), len, "put back")
+
+    wanted = granted(role(docs)) - set(ASKED_OF_OTHERS)
+    eventually(lambda: sorted(wanted - used(requests(docs))), lambda left: left == [], "every right used")
+    assert sorted(used(requests(docs)) - wanted) == []
+    refused = [r["requestURI"] for r in requests(docs)[before:] if r["responseStatus"]["code"] == 403]
+    assert refused == []
+
+
+@pytest.fixture
+def less(docs: Live) -> Iterator[str]:
+    """An account without rights."""
+    docs.kubectl("create", "serviceaccount", "less")
+    yield f"system:serviceaccount:{docs.namespace}:less"
+    docs.kubectl("delete", "clusterrolebinding,clusterrole", "less")
+    docs.kubectl("delete", "serviceaccount", "less")
+
+
+@pytest.mark.parametrize("right", ASKED_OF_OTHERS, ids=lambda right: "-".join(right[1:]))
+def test_rights_that_no_request_names_are_needed_all_the_same(docs, less, right):
+    kind, refusal = ASKED_OF_OTHERS[right]
+    child = next(m for m in children.shared(parse(docs.get("moed", "docs"))) if m["kind"] == kind)
+    child["metadata"]["name"] = "other"
+    may(docs, less, granted(role(docs)))
+    try_to_make(docs, child, less)
+    may(docs, less, granted(role(docs)) - {right})
+    with pytest.raises(CommandError, match=refusal):
+        try_to_make(docs, child, less)
+
+
+def may(docs: Live, account: str, rights: set[Right]) -> None:
+    """Gives an account exactly these rights; returns when the API server knows."""
+    name = account.rpartition(":")[2]
+    rules = [{"apiGroups": [group], "resources": [what], "verbs": [verb]} for group, what, verb in rights]
+    metadata, api = {"name": name}, "rbac.authorization.k8s.io"
+    rule = {"apiVersion": f"{api}/v1", "kind": "ClusterRole", "metadata": metadata, "rules": rules}
+    binding = {
+        "apiVersion": f"{api}/v1",
+        "kind": "ClusterRoleBinding",
+        "metadata": metadata,
+        "roleRef": {"apiGroup": api, "kind": "ClusterRole", "name": name},
+        "subjects": [{"kind": "ServiceAccount", "name": name, "namespace": docs.namespace}],
+    }
+    docs.kubectl("apply", "-f", "-", input=yaml.safe_dump_all([rule, binding]))
+    eventually(lambda: allowed(docs, account), lambda found: found == rights, "rights in force")
+
+
+def allowed(docs: Live, account: str) -> set[Right]:
+    """What the API server says an account may do, less what everybody may."""
+    review = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SelfSubjectRulesReview",
+        "spec": {"namespace": docs.namespace},
+    }
+    answer = docs.kubectl(
+        "create", "-o", "json", f"--as={account}", "--validate=false", "-f", "-", input=json.dumps(review)
+    )
+    rules = granted({"rules": json.loads(answer)["status"]["resourceRules"]})
+    return {right for right in rules if not right[0].startswith(("authorization", "authentication"))}
+
+
+def try_to_make(docs: Live, child: Manifest, account: str) -> None:
+    docs.kubectl(
+        "create",
+        "--dry-run=server",
+        f"--as={account}",
+        "--validate=false",
+        "-f",
+        "-",
+        input=json.dumps(child),
+    )

@@ -1,0 +1,127 @@
+"""What the queue does over minutes and hours, in virtual time: who is tried when, and who waits for whom."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+
+import pytest
+
+from moe_operator.errors import (
+    ApplyForbiddenError,
+    ChangedMeanwhileError,
+    ClusterUnavailableError,
+    OutOfTimeError,
+)
+from moe_operator.handlers.queue import Name, ReconcileQueue
+from moe_operator.settings import Settings
+from tests.operator import virtual
+
+SETTINGS = Settings(debounce_seconds=0.25, retry_first_seconds=1, retry_most_seconds=60, workers=8)
+DOCS = Name("default", "docs")
+
+
+def starts(outcomes, until, chance=0.0):
+    """When one deployment is tried, in s, given how each try ends; the last outcome repeats."""
+    times = []
+
+    async def work(_):
+        times.append(round(asyncio.get_running_loop().time(), 3))
+        outcome = outcomes[min(len(times), len(outcomes)) - 1]
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    async def main():
+        queue = ReconcileQueue(work, SETTINGS, lambda: chance)
+        queue.add(DOCS)
+        await asyncio.sleep(until)
+        await queue.close()
+
+    virtual.run(main())
+    return times
+
+
+def gaps(times):
+    """Pauses between tries, less the debounce."""
+    pairs = itertools.pairwise(times)
+    return [round(after - before - SETTINGS.debounce_seconds, 3) for before, after in pairs]
+
+
+def test_pauses_double_up_to_a_minute_while_the_api_server_is_away():
+    assert gaps(starts([ClusterUnavailableError("down")], 300)) == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+
+
+@pytest.mark.parametrize(
+    ("error", "first"),
+    [
+        (ChangedMeanwhileError("conflict"), 0.1),
+        (OutOfTimeError("a turn is over"), 0.1),
+        (ClusterUnavailableError("down"), 1.0),
+        (ApplyForbiddenError("quota"), 5.0),
+        (RuntimeError("a bug"), 5.0),
+    ],
+)
+def test_the_type_of_the_error_sets_the_pace(error, first):
+    assert gaps(starts([error], 40))[:2] == [first, 2 * first]
+
+
+def test_a_success_starts_the_row_anew():
+    down = ClusterUnavailableError("down")
+    assert gaps(starts([down, down, down, 10.0, down, 3600.0], 60)) == [1, 2, 4, 10, 1]
+
+
+def test_chance_takes_up_to_half_of_a_pause_so_that_a_herd_scatters():
+    assert gaps(starts([ClusterUnavailableError("down")], 10, chance=0.5))[:3] == [0.75, 1.5, 3.0]
+
+
+def test_what_cannot_work_is_tried_once_and_waits_for_an_edit():
+    calls = []
+
+    async def work(name):
+        calls.append(asyncio.get_running_loop().time())
+
+    async def main():
+        queue = ReconcileQueue(work, SETTINGS)
+        queue.add(DOCS)
+        await asyncio.sleep(24 * 3600)
+        assert calls == [0.25]
+        queue.add(DOCS)
+        await asyncio.sleep(24 * 3600)
+        await queue.close()
+
+    virtual.run(main())
+    assert calls == [0.25, 24 * 3600 + 0.25]
+
+
+def test_twenty_that_hang_and_fail_hold_up_none_of_two_hundred_that_work():
+    """A hanging admission webhook in one namespace: each try takes half a minute and comes to nothing."""
+    asked, waits = {}, []
+
+    async def work(name):
+        now = asyncio.get_running_loop().time()
+        if name.namespace == "broken":
+            await asyncio.sleep(30)
+            raise ClusterUnavailableError("the webhook does not answer")
+        waits.append((asked[name], now - asked[name]))
+        await asyncio.sleep(0.05)
+        return 300.0
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        queue = ReconcileQueue(work, SETTINGS)
+        for number in range(20):
+            queue.add(Name("broken", str(number)))
+        for second in range(1200):
+            for number in range(10):
+                name = Name("fine", str((second * 10 + number) % 200))
+                asked[name] = loop.time()
+                queue.add(name)
+            await asyncio.sleep(1)
+        await queue.close()
+
+    virtual.run(main())
+    # The first round of the broken ones takes 90 s, when nobody knows yet that they are.
+    later = [wait for at, wait in waits if at > 100]
+    assert len(later) > 10_000
+    assert max(later) < SETTINGS.debounce_seconds + 0.1
