@@ -51,7 +51,7 @@ def test_an_applied_deployment_becomes_its_children_and_ready(docs):
 def test_describe_tells_the_story_in_order(docs):
     table = docs.kubectl("describe", "moed", "docs").partition("Events:")[2]
     reasons = [line.split()[1] for line in table.splitlines() if "moe-operator" in line]
-    story = ["Created", "ReplicasNotReady", "Starting", "AllReplicasReady", "Complete"]
+    story = ["Created", "ReplicasNotReady", "Starting", "AllReplicasReady"]
     assert [reason for reason in reasons if reason in story] == story
 
 
