@@ -40,6 +40,10 @@ class SettingsError(InputError):
     """A flag or a keyword argument of the engine is impossible (on this machine, with this model)."""
 
 
+class DivergedError(InputError):
+    """Training reached numbers that are none; the last good state is kept."""
+
+
 class RequestError(InputError):
     """One field of a request is out of range."""
 

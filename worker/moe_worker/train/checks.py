@@ -21,6 +21,8 @@ def check_trainable(config: ModelConfig, settings: TrainSettings) -> None:
         (config.attention.attention_bias, "attention_bias", "false"),
         (not config.attention.rope.interleaved, "rope_interleave", "true"),
         (config.moe.shared < 1, "n_shared_experts", "1 or more"),
+        (config.hidden_size % 8 != 0, "hidden_size", "a multiple of 8"),
+        (config.moe.intermediate % 8 != 0, "moe_intermediate_size", "a multiple of 8"),
         (config.bos_token_id != BOS_ID, "bos_token_id", f"{BOS_ID}"),
         (config.eos_token_ids != (EOS_ID,), "eos_token_id", f"{EOS_ID}"),
     ]

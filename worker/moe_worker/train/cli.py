@@ -7,9 +7,11 @@ from typing import Any
 
 import click
 
-from moe_worker.train.settings import TrainSettings
+from moe_worker.train.settings import OPTIMIZERS, SALIENCIES, SPARSITIES, TrainSettings
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+_SHARE = click.FloatRange(0, 1)
 _DEFAULT = TrainSettings
 
 
@@ -27,7 +29,7 @@ _DEFAULT = TrainSettings
 @click.option("--valid", type=_FILE, help="Text to score along the way.")
 @click.option(
     "--start-from",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=_FOLDER,
     help="Checkpoint directory of the same shape to start from. Default: random weights.",
 )
 @click.option("--tokenizer", type=_FILE, help="tokenizer.json to use. Default: train one on the text.")
@@ -43,6 +45,15 @@ _DEFAULT = TrainSettings
 @click.option(
     "--weight-decay", type=click.FloatRange(0), default=_DEFAULT.weight_decay, help="Of the matrices."
 )
+@click.option(
+    "--optimizer",
+    type=click.Choice(OPTIMIZERS),
+    default=_DEFAULT.optimizer,
+    help="muon: Muon for the matrices inside the layers, AdamW for the rest.",
+)
+@click.option(
+    "--clip-norm", type=click.FloatRange(0), default=_DEFAULT.clip_norm, help="Longest gradient; 0: any."
+)
 @click.option("--dropout", type=click.FloatRange(0, 0.9), default=_DEFAULT.dropout, help="Share dropped.")
 @click.option("--warmup", type=click.IntRange(0), default=_DEFAULT.warmup, help="Steps of rising rate.")
 @click.option(
@@ -56,6 +67,52 @@ _DEFAULT = TrainSettings
     type=click.FloatRange(0),
     default=_DEFAULT.balance_speed,
     help="How far one step moves the routers' balancing bias.",
+)
+@click.option(
+    "--sequence-balance",
+    type=click.FloatRange(0),
+    default=_DEFAULT.sequence_balance,
+    help="Share of the loss of unbalanced sequences.",
+)
+@click.option(
+    "--sparsity",
+    type=click.Choice(SPARSITIES),
+    default=_DEFAULT.sparsity,
+    help="Train the matrices inside the layers to keep 1 (s14) or 2 (s24) of four consecutive inputs.",
+)
+@click.option("--dense-share", type=_SHARE, default=_DEFAULT.dense_share, help="First steps, all dense.")
+@click.option(
+    "--shrink-share",
+    type=_SHARE,
+    default=_DEFAULT.shrink_share,
+    help="Next steps, in which masks tighten and weights may come back; afterwards masks are fixed.",
+)
+@click.option(
+    "--saliency",
+    type=click.Choice(SALIENCIES),
+    default=_DEFAULT.saliency,
+    help="By what masks are chosen: |w|, or |w times its gradient|.",
+)
+@click.option(
+    "--w4a8-share",
+    type=_SHARE,
+    default=_DEFAULT.w4a8_share,
+    help="Last steps, which compute with int4 weights and int8 activations; the checkpoint is packed then.",
+)
+@click.option("--group", type=click.IntRange(8), default=_DEFAULT.group, help="Inputs that share a scale.")
+@click.option("--teacher", type=_FOLDER, help="Checkpoint directory of a model to learn from (bf16).")
+@click.option("--teacher-share", type=_SHARE, default=_DEFAULT.teacher_share, help="Of it in the loss.")
+@click.option(
+    "--teacher-top",
+    type=click.IntRange(1, 256),
+    default=_DEFAULT.teacher_top,
+    help="Its most likely tokens kept on disk, 4 bytes each for every token of the text.",
+)
+@click.option(
+    "--hidden-share",
+    type=click.FloatRange(0),
+    default=_DEFAULT.hidden_share,
+    help="Weight of the distance to its last hidden states; it runs beside then.",
 )
 @click.option("--seed", type=click.IntRange(0), default=_DEFAULT.seed, help="Same seed, same run.")
 @click.option(
@@ -88,6 +145,7 @@ def train(**settings: Any) -> None:
     Example:
       moe-worker train --config examples/docs-moe/config.json --data train.txt.zst \\
           --valid valid.txt.zst --out runs/docs-moe
+      moe-worker train ... --sparsity s14 --w4a8-share 0.2 --teacher runs/docs-moe --out runs/sparse
     """
     from moe_worker.train.trainer import train as run  # noqa: PLC0415 - torch: seconds, not for --help
 

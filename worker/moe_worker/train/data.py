@@ -51,7 +51,13 @@ def read_documents(path: Path) -> list[str]:
 
 
 def _decompress(path: Path, data: bytes) -> bytes:
-    import zstandard  # noqa: PLC0415 - machines without it still train on plain text
+    try:
+        import zstandard  # noqa: PLC0415 - machines without it still train on plain text
+    except ImportError as error:
+        raise DataError(
+            f"{path}: reading .zst needs the package zstandard, which is not installed here; install it, or "
+            f"give plain text (`zstd -d {path.name}` where there is one)"
+        ) from error
 
     parts = []
     while data:
@@ -159,12 +165,17 @@ class WindowSampler:
 
     def at(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns inputs and targets of a step, both int64 of shape [B, T]."""
+        index_BT = np.pad(self.places(step), ((0, 0), (0, 1)))
+        index_BT[:, -1] = index_BT[:, -2] + 1
+        window_BT = self.tokens_N[torch.from_numpy(index_BT).to(self.tokens_N.device)].long()
+        return window_BT[:, :-1], window_BT[:, 1:]
+
+    def places(self, step: int) -> NDArray[np.int64]:
+        """Where in the stream the inputs of a step stand, [B, T]."""
         order, offset = self._pass(step // self.steps_per_pass)
         place = step % self.steps_per_pass * self.batch
-        starts_B = torch.from_numpy(order[place : place + self.batch] * self.window + offset)
-        index_BT = starts_B[:, None] + torch.arange(self.window + 1)
-        window_BT = self.tokens_N[index_BT.to(self.tokens_N.device)].long()
-        return window_BT[:, :-1], window_BT[:, 1:]
+        starts_B = order[place : place + self.batch] * self.window + offset
+        return np.asarray(starts_B[:, None] + np.arange(self.window), np.int64)
 
     def _pass(self, number: int) -> tuple[NDArray[np.int64], int]:
         random = np.random.default_rng([self.seed, number])

@@ -1,9 +1,7 @@
-"""DeepSeek-V3 (arXiv 2412.19437) as it is trained: plain attention, every expert computed at once.
+"""DeepSeek-V3 (arXiv 2412.19437) as it is trained: plain attention, experts in grouped products.
 
-The worker's own model absorbs projections and skips experts, which is what decoding wants. Training
-wants large matrix products: the experts of a layer are one wide feed-forward network whose inner
-channels are multiplied by the router's weight, zero for an expert that was not chosen. That is the same
-function; its cost grows with all experts, which suits models of a few million parameters (docs/adr/0007).
+The worker's own model absorbs projections and keeps a cache, which is what decoding wants; training wants
+large matrix products. train/experts.py says how the experts are computed.
 
 Legend: B sequences, T tokens, D hidden size, H heads, E routed experts, F expert channels, V vocabulary.
 """
@@ -14,9 +12,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own name for it
 from torch import nn
 
+from moe_worker.compress.distillation import TeacherView, distilled_loss
+from moe_worker.compress.w4a8 import round_tokens
 from moe_worker.config import ModelConfig
-from moe_worker.errors import CheckpointError
 from moe_worker.models.mla import INNER_NORM_EPS
+from moe_worker.train.experts import expert_outputs, sequence_balance
 
 
 class RMSNorm(nn.Module):
@@ -43,6 +43,19 @@ def rotate(x_BHTR: torch.Tensor, theta: float) -> torch.Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x_BHTR.dtype)
 
 
+class Projection(nn.Linear):
+    """A matrix without bias; `round_tokens` makes its inputs what int8 kernels will see."""
+
+    round_tokens = False
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., I] to [..., O]."""
+        return F.linear(round_tokens(x) if self.round_tokens else x, self.weight)
+
+
 class Attention(nn.Module):
     """Multi-head latent attention, keys and values written out."""
 
@@ -52,16 +65,16 @@ class Attention(nn.Module):
         heads, hidden = config.latent.num_attention_heads, config.hidden_size
         query = heads * (config.latent.qk_nope_head_dim + config.latent.qk_rope_head_dim)
         if config.latent.q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden, query, bias=False)
+            self.q_proj = Projection(hidden, query)
         else:
-            self.q_a_proj = nn.Linear(hidden, config.latent.q_lora_rank, bias=False)
+            self.q_a_proj = Projection(hidden, config.latent.q_lora_rank)
             self.q_a_layernorm = RMSNorm(config.latent.q_lora_rank, INNER_NORM_EPS)
-            self.q_b_proj = nn.Linear(config.latent.q_lora_rank, query, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, config.latent.cache_width, bias=False)
+            self.q_b_proj = Projection(config.latent.q_lora_rank, query)
+        self.kv_a_proj_with_mqa = Projection(hidden, config.latent.cache_width)
         self.kv_a_layernorm = RMSNorm(config.latent.kv_lora_rank, INNER_NORM_EPS)
         per_head = config.latent.qk_nope_head_dim + config.latent.v_head_dim
         self.kv_b_proj = nn.Linear(config.latent.kv_lora_rank, heads * per_head, bias=False)
-        self.o_proj = nn.Linear(heads * config.latent.v_head_dim, hidden, bias=False)
+        self.o_proj = Projection(heads * config.latent.v_head_dim, hidden)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Lets each token look at itself and those before it."""
@@ -96,9 +109,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden: int, inner: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, inner, bias=False)
-        self.up_proj = nn.Linear(hidden, inner, bias=False)
-        self.down_proj = nn.Linear(inner, hidden, bias=False)
+        self.gate_proj = Projection(hidden, inner)
+        self.up_proj = Projection(hidden, inner)
+        self.down_proj = Projection(inner, hidden)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Applies the network to the last axis."""
@@ -109,8 +122,10 @@ class FeedForward(nn.Module):
 class MixtureOfExperts(nn.Module):
     """Shared experts for every token, `num_experts_per_tok` of the routed ones for each."""
 
+    round_tokens = False
     bias_E: torch.Tensor
     load_E: torch.Tensor
+    sequence_loss: torch.Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -123,22 +138,25 @@ class MixtureOfExperts(nn.Module):
         self.shared = FeedForward(hidden, inner * config.moe.shared)
         self.register_buffer("bias_E", torch.zeros(experts))
         self.register_buffer("load_E", torch.zeros(experts), persistent=False)
+        self.register_buffer("sequence_loss", torch.zeros(()), persistent=False)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Adds up the shared experts and the chosen ones; counts the choices while training."""
-        weight_BTE = self.route(x_BTD)
+        chosen_BTK, weight_BTK, scores_BTE = self.route(x_BTD)
         if self.training:
-            self.load_E.add_((weight_BTE > 0).sum((0, 1)))
-        gate = F.linear(x_BTD, self.gate_EFD.flatten(0, 1).to(x_BTD.dtype))
-        up = F.linear(x_BTD, self.up_EFD.flatten(0, 1).to(x_BTD.dtype))
-        inner = torch.unflatten(F.silu(gate) * up, -1, (self.config.moe.routed, -1))
-        weighted = (inner * weight_BTE.to(x_BTD.dtype).unsqueeze(-1)).flatten(-2)
-        down = self.down_EDF.transpose(0, 1).flatten(1).to(x_BTD.dtype)
+            self.load_E.add_(torch.zeros_like(scores_BTE).scatter_(-1, chosen_BTK, 1.0).sum((0, 1)))
+            self.sequence_loss = sequence_balance(scores_BTE, chosen_BTK)
+        routed_TD = expert_outputs(
+            x_BTD.flatten(0, 1),
+            (self.gate_EFD, self.up_EFD, self.down_EDF),
+            (chosen_BTK.flatten(0, 1), weight_BTK.flatten(0, 1)),
+            self.round_tokens,
+        )
         shared: torch.Tensor = self.shared(x_BTD)
-        return F.linear(weighted, down) + shared
+        return routed_TD.view(x_BTD.shape) + shared
 
-    def route(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """Returns each token's weight for each expert, float32 [B, T, E], zero where not chosen.
+    def route(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns each token's experts [B, T, K], their weights and all scores [B, T, E], both float32.
 
         Sigmoid scores; the balancing bias takes part in the choice alone; the best `topk_group` groups
         by the sum of their two best experts, then the best experts within (arXiv 2412.19437, 2.1.2).
@@ -155,7 +173,7 @@ class MixtureOfExperts(nn.Module):
         picked = scores_BTE.gather(-1, chosen_BTK)
         if c.normalise:
             picked = picked / (picked.sum(-1, keepdim=True) + 1e-20)
-        return torch.zeros_like(scores_BTE).scatter(-1, chosen_BTK, picked * c.scale)
+        return chosen_BTK, picked * c.scale, scores_BTE
 
 
 class Layer(nn.Module):
@@ -180,16 +198,19 @@ class Layer(nn.Module):
 
 
 class TrainingModel(nn.Module):
-    """The whole model; `forward` gives the loss."""
+    """The whole model; `forward` gives the loss.
 
-    def __init__(self, config: ModelConfig, dropout: float) -> None:
+    sequence_share: of the loss of unbalanced sequences in it (arXiv 2412.19437, 2.1.2).
+    """
+
+    def __init__(self, config: ModelConfig, dropout: float, sequence_share: float = 0.0) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.sequence_share = config, sequence_share
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i, dropout) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(dropout)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Projection(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         for parameter in self.parameters():
@@ -201,13 +222,40 @@ class TrainingModel(nn.Module):
         """The layers' mixtures of experts, in order."""
         return [module for module in self.modules() if isinstance(module, MixtureOfExperts)]
 
-    def forward(self, input_BT: torch.Tensor, target_BT: torch.Tensor) -> torch.Tensor:
-        """Returns the mean negative log-likelihood in nats, float32; targets of -1 do not count."""
-        x_BTD = self.dropout(self.embed_tokens(input_BT))
+    def forward(
+        self, input_BT: torch.Tensor, target_BT: torch.Tensor, teacher: TeacherView | None = None
+    ) -> torch.Tensor:
+        """Returns the mean negative log-likelihood in nats, float32; targets of -1 do not count.
+
+        While training, what a teacher adds and the loss of unbalanced sequences are part of it.
+        """
+        hidden_BTD = self.hidden(input_BT)
+        logits_BTV = self.lm_head(self.norm(hidden_BTD))
+        loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), target_BT.flatten(), ignore_index=-1)
+        if teacher is not None:
+            loss = distilled_loss(loss, logits_BTV, hidden_BTD, teacher)
+        if self.training and self.sequence_share:
+            loss = loss + self.sequence_share * sum(m.sequence_loss for m in self.mixtures)
+        return loss
+
+    def hidden(self, input_BT: torch.Tensor) -> torch.Tensor:
+        """The last hidden states, [B, T, D], before the last norm."""
+        x_BTD: torch.Tensor = self.dropout(self.embed_tokens(input_BT))
         for layer in self.layers:
             x_BTD = layer(x_BTD)
-        logits_BTV = self.lm_head(self.norm(x_BTD))
-        return F.cross_entropy(logits_BTV.flatten(0, 1).float(), target_BT.flatten(), ignore_index=-1)
+        return x_BTD
+
+    @torch.no_grad()
+    def logits(self, input_BT: torch.Tensor) -> torch.Tensor:
+        """Scores of the next tokens, [B, T, V], without gradients."""
+        logits: torch.Tensor = self.lm_head(self.norm(self.hidden(input_BT)))
+        return logits
+
+    def round_activations(self, on: bool) -> None:
+        """Whether what enters projections and experts is rounded to int8 for each token."""
+        for module in self.modules():
+            if isinstance(module, Projection | MixtureOfExperts):
+                module.round_tokens = on
 
     @torch.no_grad()
     def balance(self, speed: float) -> None:
@@ -223,58 +271,3 @@ class TrainingModel(nn.Module):
         """Returns the load of the busiest expert over the mean load, the worst of all layers."""
         ratios = [float(m.load_E.max() / m.load_E.mean().clamp(min=1)) for m in self.mixtures]
         return max(ratios, default=1.0)
-
-
-def checkpoint_tensors(model: TrainingModel) -> dict[str, torch.Tensor]:
-    """Returns the weights under the names that Hugging Face's DeepSeek-V3 checkpoints use."""
-    tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in _untied(model).items():
-        names = _checkpoint_names(name, model.config.moe.routed)
-        tensors |= zip(names, tensor if len(names) > 1 else [tensor], strict=True)
-    return tensors
-
-
-def load_checkpoint_tensors(model: TrainingModel, tensors: dict[str, torch.Tensor]) -> None:
-    """Sets the weights to those of a checkpoint of the same shape.
-
-    Raises:
-        CheckpointError: a tensor is missing or has another shape.
-    """
-    for name, tensor in _untied(model).items():
-        names = _checkpoint_names(name, model.config.moe.routed)
-        missing = [name for name in names if name not in tensors]
-        if missing:
-            raise CheckpointError(f"the checkpoint to start from has no {missing[0]}; it is of another shape")
-        given = torch.stack([tensors[name] for name in names]) if len(names) > 1 else tensors[names[0]]
-        if given.shape != tensor.shape:
-            raise CheckpointError(
-                f"{names[0]} of the checkpoint to start from has shape {tuple(given.shape)}, "
-                f"where --config asks for {tuple(tensor.shape)}"
-            )
-        tensor.copy_(given)
-
-
-def _untied(model: TrainingModel) -> dict[str, torch.Tensor]:
-    """The state without the output head where that is the embedding itself."""
-    state: dict[str, torch.Tensor] = model.state_dict()
-    if model.config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    return state
-
-
-def _checkpoint_names(name: str, experts: int) -> list[str]:
-    """Names in a checkpoint of what is one tensor here: one, or one an expert."""
-    layer, _, kind = name.rpartition(".mlp.")
-    prefix = f"model.{layer}.mlp"
-    match kind:
-        case "router_ED":
-            return [f"{prefix}.gate.weight"]
-        case "bias_E":
-            return [f"{prefix}.gate.e_score_correction_bias"]
-        case "gate_EFD" | "up_EFD" | "down_EDF":
-            projection = kind.split("_")[0] + "_proj"
-            return [f"{prefix}.experts.{expert}.{projection}.weight" for expert in range(experts)]
-        case _ if name == "lm_head.weight":
-            return [name]
-        case _:
-            return ["model." + name.replace(".mlp.shared.", ".mlp.shared_experts.")]

@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
 
 def _orthogonalize(update: torch.Tensor, steps: int) -> torch.Tensor:
@@ -106,3 +108,37 @@ def learning_rate_factor(step: int, steps: int, warmup: int, decay_share: float)
     """
     decay = max(1, round(steps * decay_share))
     return min(1.0, (step + 1) / max(1, warmup), (steps - step) / decay)
+
+
+def make_optimizers(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    ranges: list[nn.Parameter],
+    kind: str,
+    learning_rate: float,
+    weight_decay: float,
+) -> list[Optimizer]:
+    """Optimizers for a model's named parameters; each group's "peak" is its rate before the schedule.
+
+    `kind` "muon": Muon for the matrices inside the layers, AdamW without decay for embeddings, output head,
+    routers and norms. "adamw": AdamW for all, with decay of the matrices. `ranges` are those of rounded
+    weights, which move at a tenth of the rate.
+    """
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in parameters:
+        inside = name.startswith("layers.") and parameter.dim() > 1 and "router" not in name
+        (matrices if inside else others).append(parameter)
+    fused = others[0].is_cuda
+    adamw: list[dict[str, object]] = [{"params": others, "weight_decay": 0.0}]
+    if ranges:
+        adamw.append({"params": ranges, "weight_decay": 0.0, "lr": learning_rate / 10})
+    optimizers: list[Optimizer] = []
+    if kind == "muon":
+        optimizers.append(Muon(matrices, learning_rate, weight_decay=weight_decay))
+    else:
+        adamw.append({"params": matrices, "weight_decay": weight_decay})
+    optimizers.append(torch.optim.AdamW(adamw, lr=learning_rate, betas=(0.9, 0.95), fused=fused))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers

@@ -5,6 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_worker.errors import SettingsError
+
+OPTIMIZERS = ("muon", "adamw")
+SPARSITIES = ("none", "s14", "s24")
+SALIENCIES = ("magnitude", "gradient")
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -32,6 +38,10 @@ class TrainSettings:
     """Peak learning rate."""
     weight_decay: float = 0.1
     """Of matrices; embeddings and norms have none."""
+    optimizer: str = "muon"
+    """muon for the matrices inside the layers and AdamW for the rest, or adamw for all."""
+    clip_norm: float = 1.0
+    """Longest gradient, all weights taken together; longer ones are shortened. 0: none are."""
     dropout: float = 0.2
     """Of embeddings and of what each sublayer adds: a small corpus seen sixty times overfits without."""
     warmup: int = 200
@@ -40,6 +50,28 @@ class TrainSettings:
     """Share of the steps over which the learning rate falls to zero."""
     balance_speed: float = 1e-3
     """How far a step moves the routers' balancing bias."""
+    sequence_balance: float = 1e-4
+    """Share of the loss of unbalanced sequences in the loss, beside the bias that balances batches."""
+    sparsity: str = "none"
+    """s14 or s24: trains the matrices inside the layers to keep 1 or 2 of four consecutive inputs."""
+    dense_share: float = 0.2
+    """Share of the steps, the first ones, that train dense."""
+    shrink_share: float = 0.6
+    """Share of the steps, the next ones, in which masks tighten and weights may come back."""
+    saliency: str = "magnitude"
+    """What a weight is worth when masks are chosen: magnitude or gradient."""
+    w4a8_share: float = 0.0
+    """Share of the steps, the last ones, that compute with int4 weights and int8 activations."""
+    group: int = 128
+    """Inputs of a four-bit matrix that share a scale."""
+    teacher: Path | None = None
+    """Checkpoint directory of a model to learn from beside the text."""
+    teacher_share: float = 0.5
+    """Share of the teacher's most likely tokens in the loss; the text has the rest."""
+    teacher_top: int = 16
+    """Most likely tokens of the teacher that are kept on disk for each token of the text."""
+    hidden_share: float = 0.0
+    """Weight of the distance to the teacher's last hidden states; the teacher runs beside then."""
     seed: int = 0
     """Of initial weights, dropout and the order of windows."""
     evaluate_every: int = 1500
@@ -50,3 +82,22 @@ class TrainSettings:
     """Seconds after which the run saves its state and ends early, to be resumed by the same command."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
+
+    def __post_init__(self) -> None:
+        """Raises SettingsError for a choice that does not exist or shares that do not add up."""
+        for name, allowed in (
+            ("optimizer", OPTIMIZERS),
+            ("sparsity", SPARSITIES),
+            ("saliency", SALIENCIES),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise SettingsError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+        for name in ("dense_share", "shrink_share", "w4a8_share", "teacher_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SettingsError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
+        if self.dense_share + self.shrink_share > 1:
+            raise SettingsError(
+                f"dense_share and shrink_share make {self.dense_share + self.shrink_share:g} of the steps; "
+                "together they must be at most 1"
+            )

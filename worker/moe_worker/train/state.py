@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from moe_worker.errors import CheckpointError
+from moe_worker.files import replacing
 
 
 def save_state(
@@ -24,9 +25,8 @@ def save_state(
             tensors |= {f"optimizer.{index}.{parameter}.{key}": value for key, value in values.items()}
     tensors |= {f"random.{name}": state for name, state in _random_states(model).items()}
     unshared = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-    unfinished = path.with_suffix(".unfinished")
-    save_file(unshared, unfinished, metadata={"step": json.dumps(step), "fingerprint": fingerprint})
-    unfinished.replace(path)
+    with replacing(path) as beside:
+        save_file(unshared, beside, metadata={"step": json.dumps(step), "fingerprint": fingerprint})
 
 
 def load_state(path: Path, model: nn.Module, optimizers: list[Optimizer], fingerprint: str) -> int:

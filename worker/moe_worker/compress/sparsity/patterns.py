@@ -1,0 +1,54 @@
+"""N:4 patterns (arXiv 2104.08378): of four consecutive inputs, N have weights that are not zero.
+
+Legend: O outputs, I inputs, Q = I / 4 quads of consecutive inputs; leading axes (experts) are allowed.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+QUAD = 4
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """`kept` of four consecutive inputs keep their weight."""
+
+    name: str
+    kept: int
+
+
+S14, S24 = Pattern("s14", 1), Pattern("s24", 2)
+PATTERNS = {pattern.name: pattern for pattern in (S14, S24)}
+
+
+def mask_keeping(scores: Tensor, kept: float) -> Tensor:
+    """Which weights stay where quads keep `kept` on average, by their scores: bool of the same shape.
+
+    Every quad keeps its floor(kept) best; where `kept` lies between two whole numbers, as many quads as it
+    takes keep one more, those whose next weight scores highest. Of equal scores the first stays. So masks
+    tighten from 4 to N without a jump, and a whole `kept` is exactly the pattern.
+
+    Args:
+        scores: [..., I], any floating type; I is a multiple of 4.
+        kept: 0 to 4.
+
+    Raises:
+        ValueError: I is no multiple of 4, or `kept` is out of range.
+    """
+    if scores.shape[-1] % QUAD or not 0 <= kept <= QUAD:
+        raise ValueError(f"{scores.shape[-1]} inputs do not fall into quads that keep {kept}")
+    scores_Q4 = scores.detach().float().unflatten(-1, (-1, QUAD))
+    order_Q4 = scores_Q4.argsort(dim=-1, descending=True, stable=True)
+    rank_Q4 = order_Q4.argsort(dim=-1, stable=True)
+    whole = int(kept)
+    mask_Q4 = rank_Q4 < whole
+    more = round((kept - whole) * scores_Q4[..., 0].numel())
+    if more:
+        next_Q = scores_Q4.gather(-1, order_Q4[..., whole : whole + 1]).flatten()
+        chosen_Q = torch.zeros_like(next_Q, dtype=torch.bool)
+        chosen_Q[next_Q.argsort(descending=True, stable=True)[:more]] = True
+        mask_Q4 |= (rank_Q4 == whole) & chosen_Q.view(*rank_Q4.shape[:-1], 1)
+    mask: Tensor = mask_Q4.flatten(-2)
+    return mask

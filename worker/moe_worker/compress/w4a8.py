@@ -1,0 +1,121 @@
+"""Training as it will be computed: int4 weights in groups, int8 activations a token, straight-through.
+
+Forward, numbers are rounded exactly as they will be stored and multiplied; backward, rounding is the identity
+within the range (the straight-through estimator, Bengio et al., arXiv 1308.3432) and has no slope outside it.
+The range of each group begins where a search finds the least squared error and is learned from then on (Esser
+et al., arXiv 1902.08153). Searching it anew along the way was tried: whenever a group's range moved at once,
+all its weights did, and training ended worse than plain rounding.
+
+Legend: O outputs, I inputs, G groups of inputs; leading axes (experts) are allowed.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moe_worker.quant.int4 import CLIPS, GROUP, HIGHEST, Int4Weight, pack
+from moe_worker.quant.int8 import quantize_tokens
+
+# Scales are rounded to what a checkpoint stores before weights are rounded by them: what was trained is
+# what is served, to the bit.
+SCALE_DTYPE = torch.bfloat16
+
+
+def round_tokens(x: Tensor) -> Tensor:
+    """x as int8 kernels see it, with the gradient of x itself; the last axis is a token's."""
+    with torch.no_grad():
+        values, scales = quantize_tokens(x.flatten(0, -2))
+        rounded = (values.float() * scales.unsqueeze(-1)).view(x.shape).to(x.dtype)
+    return x + (rounded - x).detach()
+
+
+def search_scales(weight: Tensor, group: int) -> Tensor:
+    """float32 [..., O, G]: the scale of each group with the least squared error, its edge among CLIPS."""
+    grouped = _grouped(weight.detach(), group)
+    largest_OG = grouped.abs().amax(dim=-1)
+    best_OG = torch.ones_like(largest_OG)
+    least_OG = torch.full_like(largest_OG, float("inf"))
+    for share in CLIPS:
+        scales_OG = _storable(largest_OG * share / HIGHEST)
+        scales_OG = torch.where(scales_OG > 0, scales_OG, torch.ones_like(scales_OG))
+        scales = scales_OG.unsqueeze(-1)
+        rounded = (grouped / scales).round().clamp(-HIGHEST, HIGHEST) * scales
+        error_OG = (rounded - grouped).square().sum(dim=-1)
+        best_OG = torch.where(error_OG < least_OG, scales_OG, best_OG)
+        least_OG = torch.minimum(least_OG, error_OG)
+    return best_OG
+
+
+def round_weight(weight: Tensor, scales_OG: Tensor, group: int) -> Tensor:
+    """weight as four bits hold it, float32 [..., O, I]; gradients go to it and to its scales."""
+    scales = _storable(scales_OG).unsqueeze(-1)
+    scaled = (_grouped(weight, group) / scales).clamp(-HIGHEST, HIGHEST)
+    whole = scaled + (scaled.round() - scaled).detach()
+    rounded: Tensor = (whole * scales).flatten(-2)[..., : weight.shape[-1]]
+    return rounded
+
+
+def pack_weight(weight: Tensor, scales_OG: Tensor, group: int) -> Int4Weight:
+    """What `round_weight` gives, packed: values times scales in float32 equal it to the bit."""
+    scales_OG = _storable(scales_OG.detach())
+    values = (_grouped(weight.detach(), group) / scales_OG.unsqueeze(-1)).clamp(-HIGHEST, HIGHEST).round()
+    flat = values.to(torch.int8).flatten(-2)[..., : weight.shape[-1]]
+    return Int4Weight(pack(flat), scales_OG.to(SCALE_DTYPE), None, weight.shape[-1], group)
+
+
+class Int4Trainer(nn.Module):
+    """Ranges of named weights, searched at step `first` and learned from then on.
+
+    Its parameters are the logarithms by which scales have moved since; they want a tenth of the rate of the
+    weights and no decay. Its state is part of a run's state.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], first: int, group: int = GROUP) -> None:
+        super().__init__()
+        self.group, self.first = group, first
+        self._names = {name: name.replace(".", "-") for name in weights}
+        for name, weight in weights.items():
+            shape = (*weight.shape[:-1], -(-weight.shape[-1] // group))
+            self.register_buffer(f"start-{self._names[name]}", torch.ones(shape, device=weight.device))
+            moved = nn.Parameter(torch.zeros(shape, device=weight.device))
+            self.register_parameter(f"moved-{self._names[name]}", moved)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The weights that are rounded."""
+        return frozenset(self._names)
+
+    def is_active(self, step: int) -> bool:
+        """Whether `step` computes with rounded numbers."""
+        return step >= self.first
+
+    @torch.no_grad()
+    def update(self, step: int, weights: Mapping[str, Tensor]) -> None:
+        """Searches the ranges where `step`, which is not computed yet, is the first to round."""
+        if step == self.first:
+            for name, key in self._names.items():
+                self.get_buffer(f"start-{key}").copy_(search_scales(weights[name], self.group))
+
+    def round_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The named weights as four bits hold them."""
+        return {name: round_weight(weights[name], self.scales(name), self.group) for name in self._names}
+
+    def scales(self, name: str) -> Tensor:
+        """The scales of one weight, float32 [..., O, G]."""
+        key = self._names[name]
+        scales: Tensor = self.get_buffer(f"start-{key}") * self.get_parameter(f"moved-{key}").exp()
+        return scales
+
+
+def _grouped(weight: Tensor, group: int) -> Tensor:
+    """float32 [..., O, G, group], padded by zeros."""
+    padded = functional.pad(weight.float(), (0, -weight.shape[-1] % group))
+    grouped: Tensor = padded.unflatten(-1, (-1, group))
+    return grouped
+
+
+def _storable(scales: Tensor) -> Tensor:
+    """Scales as a checkpoint holds them, with their own gradient."""
+    return scales + (scales.to(SCALE_DTYPE).float() - scales).detach()

@@ -1,0 +1,141 @@
+"""The layout s14: of four consecutive inputs one has a weight, of four bits, and a position of two.
+
+A *quad* is four consecutive inputs. docs/formats.md says where each bit of a checkpoint stands.
+
+Legend: O outputs, I inputs, Q = I / 4 quads, P = ceil(Q / 2) bytes of values, R = ceil(Q / 4) bytes of
+positions, G groups of inputs that share a scale; leading axes (experts) are allowed everywhere.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moe_worker.quant.int4 import GROUP, Int4Weight, pack, unpack
+
+VALUES, POSITIONS, SCALE = "weight_s14_values", "weight_s14_positions", "weight_scale"
+QUAD = 4
+ZERO_BYTE = 0x88  # two values of 0
+
+
+@dataclass(frozen=True)
+class Sparse14Weight:
+    """A matrix: weight[o, 4 q + position[o, q]] = scale[o, 4 q // group] * value[o, q], all others are 0.
+
+    values_OP: uint8, value + 8 in four bits, that of the even quad in the low ones. positions_OR: uint8, two
+    bits a quad, the first of four in the lowest. scales_OG: floating. inputs: I, a multiple of 4; group: too.
+    """
+
+    values_OP: Tensor
+    positions_OR: Tensor
+    scales_OG: Tensor
+    inputs: int
+    group: int = GROUP
+
+    @property
+    def outputs(self) -> int:
+        """O."""
+        return self.values_OP.shape[-2]
+
+    @property
+    def count(self) -> int:
+        """Matrices stacked, A."""
+        return self.values_OP.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values, positions and scales."""
+        return self.values_OP.nbytes + self.positions_OR.nbytes + self.scales_OG.nbytes
+
+    def __getitem__(self, index: int) -> "Sparse14Weight":
+        """One of stacked matrices."""
+        return self.map(lambda tensor: tensor[index])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Sparse14Weight":
+        """`change`, which must treat rows alike, applied to values, positions and scales."""
+        parts = (change(self.values_OP), change(self.positions_OR), change(self.scales_OG))
+        return Sparse14Weight(*parts, self.inputs, self.group)
+
+    def values(self) -> Tensor:
+        """int8 [..., O, Q], from -8 to 7."""
+        return unpack(self.values_OP, self.inputs // QUAD)
+
+    def positions(self) -> Tensor:
+        """uint8 [..., O, Q], from 0 to 3."""
+        return unpack_positions(self.positions_OR, self.inputs // QUAD)
+
+    def scaled(self) -> Tensor:
+        """float32 [..., O, Q]: the weights that are not left out."""
+        scales_OQ = self.scales_OG.float().repeat_interleave(self.group // QUAD, dim=-1)
+        return self.values().float() * scales_OQ[..., : self.inputs // QUAD]
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """[..., O, I] with its zeros written out, in `dtype` (None: that of the scales)."""
+        dense = torch.zeros(
+            *self.values_OP.shape[:-1], self.inputs // QUAD, QUAD, device=self.values_OP.device
+        )
+        dense.scatter_(-1, self.positions().long().unsqueeze(-1), self.scaled().unsqueeze(-1))
+        whole: Tensor = dense.flatten(-2).to(dtype or self.scales_OG.dtype)
+        return whole
+
+
+def pack_positions(positions: Tensor) -> Tensor:
+    """uint8 [..., Q] from 0 to 3 as uint8 [..., ceil(Q / 4)]."""
+    padded = functional.pad(positions, (0, -positions.shape[-1] % 4))
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=positions.device)
+    packed: Tensor = (padded.unflatten(-1, (-1, 4)) << shifts).sum(dim=-1).to(torch.uint8)
+    return packed
+
+
+def unpack_positions(packed: Tensor, quads: int) -> Tensor:
+    """The inverse of `pack_positions`: uint8 [..., quads]."""
+    fours = torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1)
+    positions: Tensor = fours.flatten(-2)[..., :quads]
+    return positions
+
+
+def from_int4(weight: Int4Weight) -> Sparse14Weight:
+    """The same matrix without its zeros.
+
+    Raises ValueError where a quad has more than one weight, where inputs or groups are no multiple of 4, or
+    where zero points are not 0.
+    """
+    if weight.inputs % QUAD or weight.group % QUAD or weight.zeros_OG is not None:
+        raise ValueError("s14 needs inputs and groups of multiples of 4, and symmetric weights")
+    values_OQ4 = weight.values().unflatten(-1, (-1, QUAD))
+    if bool(((values_OQ4 != 0).sum(dim=-1) > 1).any()):
+        raise ValueError("a quad has more than one weight that is not 0; prune to 1 of 4 first")
+    positions_OQ = values_OQ4.ne(0).to(torch.uint8).argmax(dim=-1).to(torch.uint8)
+    values_OQ = values_OQ4.sum(dim=-1).to(torch.int8)
+    packed = pack(values_OQ)
+    if values_OQ.shape[-1] % 2:
+        packed[..., -1] = packed[..., -1] & 0x0F | ZERO_BYTE & 0xF0
+    return Sparse14Weight(packed, pack_positions(positions_OQ), weight.scales_OG, weight.inputs, weight.group)
+
+
+def to_tensors(weight: Sparse14Weight) -> dict[str, Tensor]:
+    """The tensors of one matrix by the last part of their names."""
+    return {VALUES: weight.values_OP, POSITIONS: weight.positions_OR, SCALE: weight.scales_OG}
+
+
+def from_tensors(tensors: Mapping[str, Tensor], inputs: int, group: int) -> Sparse14Weight:
+    """The inverse of `to_tensors`; shapes must have been checked."""
+    return Sparse14Weight(tensors[VALUES], tensors[POSITIONS], tensors[SCALE], inputs, group)
+
+
+def shapes(outputs: int, inputs: int, group: int) -> dict[str, tuple[int, int]]:
+    """The shape of each tensor of a matrix."""
+    quads = inputs // QUAD
+    return {
+        VALUES: (outputs, -(-quads // 2)),
+        POSITIONS: (outputs, -(-quads // 4)),
+        SCALE: (outputs, -(-inputs // group)),
+    }
+
+
+def quantization_config(group: int) -> dict[str, Any]:
+    """What config.json says of such a checkpoint."""
+    return {"quant_method": "moe-operator", "format": "s14-int4", "group_size": group, "version": 1}

@@ -1,0 +1,70 @@
+"""The text of a run: its tokenizer, its token stream and the documents that are scored."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from moe_worker.errors import DataError
+from moe_worker.train import data
+from moe_worker.train.score import Window
+from moe_worker.train.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """Documents and the tokens of each."""
+
+    documents: list[str]
+    tokens: list[Window]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Training text as one stream of tokens, and the text to score along the way, if any."""
+
+    tokenizer: Tokenizer
+    stream_N: NDArray[np.int32]
+    valid: ScoredText | None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the token stream."""
+        return hashlib.sha256(self.stream_N.tobytes()).hexdigest()
+
+
+def read_corpus(settings: TrainSettings, vocabulary: int) -> Corpus:
+    """Reads and encodes the text. Raises DataError or TokenizerError."""
+    documents = data.read_documents(settings.data)
+    tokenizer = _tokenizer(settings, vocabulary, documents)
+    stream_N = data.join_documents(data.encode_documents(tokenizer, documents))
+    return Corpus(tokenizer, stream_N, _valid(settings, tokenizer))
+
+
+def _valid(settings: TrainSettings, tokenizer: Tokenizer) -> ScoredText | None:
+    if settings.valid is None:
+        return None
+    documents = data.read_documents(settings.valid)
+    return ScoredText(documents, data.encode_documents(tokenizer, documents))
+
+
+def _tokenizer(settings: TrainSettings, vocabulary: int, documents: list[str]) -> Tokenizer:
+    """The tokenizer given, else the one of the run that is resumed, else a new one."""
+    own, start = settings.out / "tokenizer.json", settings.start_from
+    given = settings.tokenizer or (start / "tokenizer.json" if start else None)
+    given = given or (own if own.exists() else None)
+    if given is None:
+        tokenizer = data.train_tokenizer(documents, vocabulary)
+        tokenizer.save(str(own))
+        return tokenizer
+    tokenizer = data.read_tokenizer(given)
+    if tokenizer.get_vocab_size() > vocabulary:
+        raise DataError(
+            f"{given}: has {tokenizer.get_vocab_size()} tokens, more than the vocab_size of "
+            f"{vocabulary} in {settings.config}; make the two agree"
+        )
+    return tokenizer

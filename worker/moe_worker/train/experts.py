@@ -1,0 +1,84 @@
+"""The experts of a layer as they are trained, in two ways that are one function.
+
+Grouped: one product for each expert over its tokens, all in one launch. At once: the experts are one wide
+network whose inner channels are multiplied by the router's weight, zero for an expert that was not chosen;
+nothing is gathered, but the cost grows with all experts (docs/adr/0007).
+
+Legend: T tokens, D hidden size, E routed experts, F expert channels, K experts of a token, M = T * K rows,
+B sequences, S tokens of a sequence.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's own name for it
+from torch import Tensor
+
+from moe_worker.compress.w4a8 import round_tokens
+
+Weights = tuple[Tensor, Tensor, Tensor]
+"""Gate [E, F, D], up [E, F, D] and down [E, D, F]."""
+Choice = tuple[Tensor, Tensor]
+"""Experts int64 [T, K] and their weights float32 [T, K]."""
+# Gathering rows moves a token's hidden state K times there and back; from about this many experts for one
+# that is chosen, computing all of them costs more. By bytes and products, not measured.
+GROUPED_FROM = 4
+
+
+def expert_outputs(x_TD: Tensor, weights: Weights, choice: Choice, rounded: bool) -> Tensor:
+    """Weighted sum of each token's SwiGLU experts, [T, D], in the way that should cost less.
+
+    `rounded`: whether rows are rounded to int8 before each product.
+    """
+    grouped = weights[0].shape[0] >= GROUPED_FROM * choice[0].shape[1]
+    return (grouped_experts if grouped else experts_at_once)(x_TD, weights, choice, rounded)
+
+
+def experts_at_once(x_TD: Tensor, weights: Weights, choice: Choice, rounded: bool) -> Tensor:
+    """Every expert for every token, [T, D]."""
+    gate_EFD, up_EFD, down_EDF = (weight.to(x_TD.dtype) for weight in weights)
+    share_TE = torch.zeros(len(x_TD), gate_EFD.shape[0], device=x_TD.device).scatter(-1, *choice)
+    x_TD = round_tokens(x_TD) if rounded else x_TD
+    gate, up = F.linear(x_TD, gate_EFD.flatten(0, 1)), F.linear(x_TD, up_EFD.flatten(0, 1))
+    hidden_TEF = torch.unflatten(F.silu(gate) * up, -1, (gate_EFD.shape[0], -1))
+    hidden_TEF = round_tokens(hidden_TEF) if rounded else hidden_TEF
+    weighted_TM = (hidden_TEF * share_TE.to(hidden_TEF.dtype).unsqueeze(-1)).flatten(-2)
+    return F.linear(weighted_TM, down_EDF.transpose(0, 1).flatten(1))
+
+
+def grouped_experts(x_TD: Tensor, weights: Weights, choice: Choice, rounded: bool) -> Tensor:
+    """The chosen experts alone, [T, D].
+
+    Rows are sorted by expert, so that each expert's are one matrix, and put back by the inverse order. Both
+    are permutations, so gradients are summed in a fixed order: a run repeats itself to the bit on GPUs too.
+    """
+    gate_EFD, up_EFD, down_EDF = weights
+    chosen_TK, share_TK = choice
+    tokens, per_token = chosen_TK.shape
+    sorted_M, order_M = chosen_TK.flatten().sort(stable=True)
+    place_M = order_M.argsort()
+    experts = torch.arange(gate_EFD.shape[0], device=x_TD.device)
+    ends_E = torch.searchsorted(sorted_M, experts, right=True, out_int32=True)
+    x_TD = round_tokens(x_TD) if rounded else x_TD
+    rows_MD = x_TD.unsqueeze(1).expand(-1, per_token, -1).reshape(-1, x_TD.shape[1])[order_M]
+    hidden_MF = F.silu(_grouped(rows_MD, gate_EFD, ends_E)) * _grouped(rows_MD, up_EFD, ends_E)
+    out_MD = _grouped(round_tokens(hidden_MF) if rounded else hidden_MF, down_EDF, ends_E)
+    out_TKD = out_MD[place_M].view(tokens, per_token, -1)
+    return (out_TKD * share_TK.to(out_TKD.dtype).unsqueeze(-1)).sum(dim=1)
+
+
+def sequence_balance(scores_BSE: Tensor, chosen_BSK: Tensor) -> Tensor:
+    """The loss of unbalanced sequences, 1 where experts share evenly (arXiv 2412.19437, eq. 17 to 20)."""
+    experts, per_token = scores_BSE.shape[-1], chosen_BSK.shape[-1]
+    count_BE = torch.zeros_like(scores_BSE).scatter_(-1, chosen_BSK, 1.0).mean(dim=1)
+    share_BE = (scores_BSE / scores_BSE.sum(dim=-1, keepdim=True)).mean(dim=1)
+    return (count_BE * experts / per_token * share_BE).sum(dim=-1).mean()
+
+
+def _grouped(rows_MI: Tensor, weights_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """Row m times its expert's matrix, in autocast's dtype where there is one: [M, O]."""
+    device = rows_MI.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        rows_MI, weights_EOI = rows_MI.to(dtype), weights_EOI.to(dtype)
+    return F.grouped_mm(rows_MI, weights_EOI.to(rows_MI.dtype).transpose(1, 2), offs=ends_E)

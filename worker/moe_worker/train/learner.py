@@ -1,0 +1,118 @@
+"""A model that learns: one step after the other, and what it would score as it is."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moe_worker.compress.distillation import TeacherView
+from moe_worker.config import ModelConfig
+from moe_worker.errors import DivergedError
+from moe_worker.train.compression import Compression
+from moe_worker.train.data import WindowSampler
+from moe_worker.train.model import TrainingModel
+from moe_worker.train.optimizer import learning_rate_factor, make_optimizers
+from moe_worker.train.score import Window
+from moe_worker.train.settings import TrainSettings
+from moe_worker.train.teacher import Teacher
+
+
+class Learner(nn.Module):
+    """Model, optimizers and compression. As a module its state is all that a resumed run needs of them."""
+
+    def __init__(self, config: ModelConfig, settings: TrainSettings, device: torch.device) -> None:
+        super().__init__()
+        self.settings, self.device, self.step_done = settings, device, 0
+        self.model = TrainingModel(config, settings.dropout, settings.sequence_balance).to(device)
+        self.compression = Compression(self.model, settings)
+        self.optimizers = make_optimizers(
+            list(self.model.named_parameters()),
+            list(self.compression.parameters()),
+            settings.optimizer,
+            settings.learning_rate,
+            settings.weight_decay,
+        )
+        self._run = torch.compile(self._call) if device.type == "cuda" else self._call
+        self._first_bad = torch.tensor(-1, device=device)
+        self.last_loss, self.last_imbalance = torch.zeros(()), 1.0
+
+    def step(self, step: int, sampler: WindowSampler, teacher: Teacher | None, measure: bool) -> None:
+        """Computes step number `step`, counted from 0; `measure` waits for the load of the experts."""
+        factor = learning_rate_factor(
+            step, self.settings.steps, self.settings.warmup, self.settings.decay_share
+        )
+        self._set_rate(factor)
+        self.model.train()
+        self.compression.update(step, self._weights())
+        self.last_loss = self._loss(step, sampler, teacher)
+        bad = (self._first_bad < 0) & ~self.last_loss.isfinite()
+        self._first_bad = torch.where(bad, step, self._first_bad)
+        self._descend(step)
+        if measure:
+            self.last_imbalance = self.model.imbalance()
+        self.model.balance(self.settings.balance_speed * min(1.0, 2 * factor))
+        self.step_done = step + 1
+
+    def check(self) -> None:
+        """Raises DivergedError where a loss since the last check was no finite number."""
+        if int(self._first_bad) >= 0:
+            raise DivergedError(
+                f"the loss at step {int(self._first_bad) + 1} is not a finite number; the last good state is "
+                f"kept in {self.settings.out / 'state.safetensors'}: train with a lower --learning-rate or a "
+                "smaller --clip-norm, into another --out"
+            )
+
+    def effective(self) -> dict[str, Tensor]:
+        """The weights that the model computes with now, where they differ from its own."""
+        return self.compression.effective(self.step_done, self._weights())
+
+    @torch.no_grad()
+    def nats(self, window: Window) -> float:
+        """Summed negative log-likelihood of a window's tokens after the first, as the model is now."""
+        ids = torch.from_numpy(window.astype(np.int64)).to(self.device)
+        self.model.eval()
+        self.model.round_activations(self.compression.rounds(self.step_done))
+        with torch.autocast(self.device.type, torch.bfloat16):
+            mean = self._call(self.effective(), ids[None, :-1], ids[None, 1:], None)
+        return float(mean) * (len(window) - 1)
+
+    def _loss(self, step: int, sampler: WindowSampler, teacher: Teacher | None) -> Tensor:
+        """Backpropagates and returns the loss."""
+        inputs, targets = sampler.at(step)
+        view = None if teacher is None else teacher.view(sampler.places(step), inputs)
+        self.model.round_activations(self.compression.rounds(step))
+        weights = self.compression.effective(step, self._weights())
+        with torch.autocast(self.device.type, torch.bfloat16):
+            loss = self._run(weights, inputs, targets, view)
+        loss.backward()
+        return loss.detach()
+
+    def _descend(self, step: int) -> None:
+        if self.settings.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+        sparsifier = self.compression.sparsifier
+        if sparsifier is not None and sparsifier.needs_gradients(step):
+            gradients = {name: p.grad for name, p in self._weights().items() if p.grad is not None}
+            sparsifier.observe(self._weights(), gradients)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def _call(
+        self, weights: dict[str, Tensor], inputs: Tensor, targets: Tensor, teacher: TeacherView | None
+    ) -> Tensor:
+        """The model with other weights in place of its own; a tied head may differ from the embedding."""
+        loss: Tensor = torch.func.functional_call(
+            self.model, weights, (inputs, targets, teacher), tie_weights=False
+        )
+        return loss
+
+    def _weights(self) -> dict[str, Tensor]:
+        """By name, a tied head under its own name too."""
+        return {**dict(self.model.named_parameters()), "lm_head.weight": self.model.lm_head.weight}
+
+    def _set_rate(self, factor: float) -> None:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor

@@ -1,0 +1,160 @@
+"""A teacher's most likely tokens for every place of the training text, computed once and kept on disk.
+
+The teacher reads windows that overlap by half, and what it says in the second half is kept: every place but
+those at the very beginning has at least half a window before it, wherever a student's own windows begin.
+
+Legend: N tokens of the stream, C tokens kept for each place, B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from moe_worker.compress.distillation import TeacherView, as_float16, teacher_fits, top_logprobs
+from moe_worker.config import read_model_config
+from moe_worker.errors import DataError, SettingsError
+from moe_worker.files import write_text
+from moe_worker.train import data
+from moe_worker.train.corpus import Corpus
+from moe_worker.train.model import TrainingModel
+from moe_worker.train.names import load_checkpoint_tensors
+from moe_worker.train.settings import TrainSettings
+from moe_worker.train.state import read_tensors
+
+# Windows that the teacher reads together.
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """ids_NC uint16 and logprobs_NC float16 lie on disk; `model` runs beside where hidden states count."""
+
+    ids_NC: NDArray[np.uint16]
+    logprobs_NC: NDArray[np.float16]
+    model: TrainingModel | None
+    settings: TrainSettings
+
+    def view(self, places_BT: NDArray[np.int64], inputs_BT: torch.Tensor) -> TeacherView:
+        """What it says at these places of the stream."""
+        device, hidden = inputs_BT.device, None
+        if self.model is not None:
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+                hidden = self.model.hidden(inputs_BT)
+        return TeacherView(
+            torch.from_numpy(self.ids_NC[places_BT].astype(np.int64)).to(device),
+            torch.from_numpy(self.logprobs_NC[places_BT].astype(np.float32)).to(device),
+            self.settings.teacher_share,
+            hidden,
+            self.settings.hidden_share,
+        )
+
+
+def prepare_teacher(settings: TrainSettings, corpus: Corpus, device: torch.device) -> Teacher | None:
+    """Opens the teacher's cache, made first where it is not there or not complete; None without a teacher.
+
+    Raises WorkerError: the teacher cannot be read or has another tokenizer.
+    """
+    if settings.teacher is None:
+        return None
+    check_teacher(settings.teacher, corpus)
+    model = _load(settings.teacher, device)
+    cache = _Cache.open(settings, corpus)
+    cache.fill(model, corpus, device)
+    if settings.hidden_share and model.config.hidden_size != read_model_config(settings.config).hidden_size:
+        raise SettingsError(
+            f"hidden_share needs a teacher with the student's hidden_size; {settings.teacher} has "
+            f"{model.config.hidden_size}: set hidden_share to 0"
+        )
+    return Teacher(cache.ids_NC, cache.logprobs_NC, model if settings.hidden_share else None, settings)
+
+
+def check_teacher(teacher: Path, corpus: Corpus) -> None:
+    """Raises DataError where the teacher's tokenizer is not the student's."""
+    theirs = data.read_tokenizer(teacher / "tokenizer.json").get_vocab()
+    if reason := teacher_fits(corpus.tokenizer.get_vocab(), theirs):
+        raise DataError(f"{teacher} cannot teach: {reason}")
+
+
+def _load(teacher: Path, device: torch.device) -> TrainingModel:
+    config = read_model_config(teacher / "config.json")
+    model = TrainingModel(config, dropout=0.0).to(device).eval().requires_grad_(requires_grad=False)
+    load_checkpoint_tensors(model, read_tensors(teacher / "model.safetensors"))
+    return model
+
+
+@dataclass(frozen=True)
+class _Cache:
+    ids_NC: NDArray[np.uint16]
+    logprobs_NC: NDArray[np.float16]
+    progress: Path
+    window: int
+
+    @classmethod
+    def open(cls, settings: TrainSettings, corpus: Corpus) -> _Cache:
+        """Beside the run, under a name that changes with the teacher, the text and the window."""
+        if settings.teacher is None or corpus.tokenizer.get_vocab_size() > 2**16:
+            raise SettingsError("the teacher's cache holds token ids of 16 bits; use a smaller vocabulary")
+        with (settings.teacher / "model.safetensors").open("rb") as file:
+            teacher = hashlib.file_digest(file, "sha256").hexdigest()
+        key = f"{teacher} {corpus.digest} {settings.window} {settings.teacher_top}"
+        stem = settings.out.parent / f"teacher-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+        shape = (len(corpus.stream_N), settings.teacher_top)
+        ids, logprobs = stem.with_suffix(".ids.npy"), stem.with_suffix(".logprobs.npy")
+        progress = stem.with_suffix(".json")
+        if not (ids.exists() and logprobs.exists() and progress.exists()):
+            for path, dtype in ((ids, np.uint16), (logprobs, np.float16)):
+                np.lib.format.open_memmap(path, "w+", dtype, shape)
+            write_text(progress, json.dumps({"places": 0}))
+        opened = [np.lib.format.open_memmap(path, "r+") for path in (ids, logprobs)]
+        return cls(opened[0], opened[1], progress, settings.window)
+
+    def fill(self, model: TrainingModel, corpus: Corpus, device: torch.device) -> None:
+        """Goes on where it stopped; places that are told to be done are on the disk."""
+        done, total = int(json.loads(self.progress.read_text())["places"]), len(corpus.stream_N)
+        stream_N = torch.from_numpy(corpus.stream_N)
+        with tqdm(total=total, initial=done, desc="teacher", unit="token", unit_scale=True) as bar:
+            for number, (windows_BT, first) in enumerate(self._batches(stream_N, done)):
+                with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+                    logits_BTV = model.logits(windows_BT.long().to(device))
+                done = self._store(logits_BTV, first, done)
+                bar.update(done - bar.n)
+                if number % 64 == 0 or done == total:
+                    self._flush(done)
+
+    def _batches(self, stream_N: torch.Tensor, done: int) -> Iterator[tuple[torch.Tensor, int]]:
+        """Windows that lie half a window apart, and where the first of them begins."""
+        half, total = max(1, self.window // 2), len(stream_N)
+        start = max(0, done - self.window + half)
+        while done < total:
+            count = max(1, min(BATCH, (total - start - self.window) // half + 1))
+            pieces = [stream_N[start + i * half : start + i * half + self.window] for i in range(count)]
+            yield torch.stack(pieces), start
+            start += count * half
+            done = min(total, start - half + self.window)
+
+    def _store(self, logits_BTV: torch.Tensor, first: int, done: int) -> int:
+        """Keeps what is said of places not done yet; returns up to where all are done."""
+        half = max(1, self.window // 2)
+        ids_BTC, logprobs_BTC = top_logprobs(logits_BTV, self.ids_NC.shape[1])
+        ids, logprobs = ids_BTC.cpu().numpy(), as_float16(logprobs_BTC).cpu().numpy()
+        for row in range(len(ids)):
+            begin, end = first + row * half, first + row * half + ids.shape[1]
+            fresh = slice(done - begin, None)
+            self.ids_NC[done:end], self.logprobs_NC[done:end] = ids[row][fresh], logprobs[row][fresh]
+            done = end
+        return done
+
+    def _flush(self, done: int) -> None:
+        for array in (self.ids_NC, self.logprobs_NC):
+            if isinstance(array, np.memmap):
+                array.flush()
+        write_text(self.progress, json.dumps({"places": done}))
