@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_worker.kernels.triton.norm import Activation
-from moe_worker.kernels.triton.tiles import round_even
+from moe_worker.kernels.triton.norm import Activation, Rounding
+from moe_worker.kernels.triton.tiles import dot_bf16, round_even
 
 
 class TokenTiles(NamedTuple):
@@ -31,19 +31,17 @@ class TokenTiles(NamedTuple):
 def _attend(
     query, cache, pages, positions, tile_sequence, tile_first, tile_count, out, out_lse, scale, page_stride,
     HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr, SLICES: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = RANK + ROPE
     tile, part = tl.program_id(0), tl.program_id(1)
-    sequence, first, count = (
-        tl.load(tile_sequence + tile),
-        tl.load(tile_first + tile),
-        tl.load(tile_count + tile),
-    )
-    q = tl.arange(0, BLOCK_T * HEADS)
-    mask_q = q // HEADS < count
-    row_q = (first * HEADS + q).to(tl.int64)
-    position_q = tl.load(positions + first + q // HEADS, mask=mask_q, other=0)
+    sequence = tl.load(tile_sequence + tile)
+    first, count = tl.load(tile_first + tile), tl.load(tile_count + tile)
+    q = tl.arange(0, BLOCK_T * BLOCK_H)
+    token_q, head_q = q // BLOCK_H, tl.program_id(2) * BLOCK_H + q % BLOCK_H
+    mask_q = (token_q < count) & (head_q < HEADS)
+    row_q = ((first + token_q) * HEADS + head_q).to(tl.int64)
+    position_q = tl.load(positions + first + token_q, mask=mask_q, other=0)
     length = tl.load(positions + first + count - 1) + 1
     per_slice = tl.cdiv(tl.cdiv(length, SLICES), BLOCK_S) * BLOCK_S
     start = part * per_slice
@@ -51,35 +49,38 @@ def _attend(
     r, p, s = tl.arange(0, RANK), tl.arange(0, ROPE), tl.arange(0, BLOCK_S)
     q_plain = tl.load(query + row_q[:, None] * WIDTH + r[None, :], mask=mask_q[:, None], other=0.0)
     q_rope = tl.load(query + row_q[:, None] * WIDTH + RANK + p[None, :], mask=mask_q[:, None], other=0.0)
-    top = tl.full((BLOCK_T * HEADS,), -1e30, tl.float32)
-    total = tl.zeros((BLOCK_T * HEADS,), tl.float32)
-    acc = tl.zeros((BLOCK_T * HEADS, RANK), tl.float32)
+    top = tl.full((BLOCK_T * BLOCK_H,), -1e30, tl.float32)
+    total = tl.zeros((BLOCK_T * BLOCK_H,), tl.float32)
+    acc = tl.zeros((BLOCK_T * BLOCK_H, RANK), tl.float32)
     for at in range(start, end, BLOCK_S):
-        page = tl.load(pages + sequence * page_stride + at // PAGE).to(tl.int64)
-        row_s = page * PAGE + at % PAGE + s
         inside = at + s < end
+        page_s = tl.load(pages + sequence * page_stride + (at + s) // PAGE, mask=inside, other=0)
+        row_s = page_s.to(tl.int64) * PAGE + (at + s) % PAGE
+        # An 8-bit cache is widened here; a bf16 one is as it is.
         k = tl.load(cache + row_s[:, None] * WIDTH + r[None, :], mask=inside[:, None], other=0.0)
+        k = k.to(tl.bfloat16)
         k_rope = tl.load(cache + row_s[:, None] * WIDTH + RANK + p[None, :], mask=inside[:, None], other=0.0)
-        scores = tl.dot(q_rope, tl.trans(k_rope), acc=tl.dot(q_plain, tl.trans(k))) * (
-            scale * 1.4426950408889634
-        )
+        k_rope = k_rope.to(tl.bfloat16)
+        scores = dot_bf16(q_rope, tl.trans(k_rope), dot_bf16(q_plain, tl.trans(k), 0.0))
+        scores *= scale * 1.4426950408889634
         visible = inside[None, :] & (at + s[None, :] <= position_q[:, None])
         scores = tl.where(visible, scores, -1e30)
         new_top = tl.maximum(top, tl.max(scores, axis=1))
         weights = tl.where(visible, tl.exp2(scores - new_top[:, None]), 0.0)
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weights, axis=1)
-        acc = tl.dot(weights.to(tl.bfloat16), k, acc=acc * shrink[:, None])
+        acc = dot_bf16(weights.to(tl.bfloat16), k, acc * shrink[:, None])
         top = new_top
     safe = tl.where(total > 0.0, total, 1.0)
     lse = tl.where(total > 0.0, top + tl.log2(safe), -1e30)
     to = row_q * SLICES + part
-    tl.store(
-        out + to[:, None] * RANK + r[None, :],
-        (acc / safe[:, None]).to(out.dtype.element_ty),
-        mask=mask_q[:, None],
-    )
+    mean = (acc / safe[:, None]).to(out.dtype.element_ty)
+    tl.store(out + to[:, None] * RANK + r[None, :], mean, mask=mask_q[:, None])
     tl.store(out_lse + to, lse, mask=mask_q)
+
+
+# Rows (tokens times heads) of one program: their sums over 512 latents are what registers hold.
+MOST_ROWS = 64
 
 
 def attend(
@@ -88,17 +89,19 @@ def attend(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Weighted latents of each slice, [T, H, S, R], and the base-2 logarithms of their weights, [T, H, S].
 
-    bf16 where there is one slice, else float32.
+    bf16 where there is one slice, else float32. `cache_SW` is bf16 or float8_e4m3fn.
     """
     tokens, heads, width = query_THW.shape
     dtype = torch.bfloat16 if slices == 1 else torch.float32
     out_THSR = torch.empty(tokens, heads, slices, rank, dtype=dtype, device=query_THW.device)
     lse_THS = torch.empty(tokens, heads, slices, dtype=torch.float32, device=query_THW.device)
-    _attend[(tiles.first_C.shape[0], slices)](
+    block_h = min(triton.next_power_of_2(heads), MOST_ROWS // tiles.most)
+    few = tiles.most * block_h <= 16
+    _attend[(tiles.first_C.shape[0], slices, triton.cdiv(heads, block_h))](
         query_THW, cache_SW, pages_BP, positions_T, tiles.sequence_C, tiles.first_C, tiles.count_C,
         out_THSR, lse_THS, scale, pages_BP.stride(0),
         HEADS=heads, RANK=rank, ROPE=width - rank, PAGE=page, SLICES=slices, BLOCK_T=tiles.most,
-        BLOCK_S=min(page, 32), num_warps=4 if tiles.most == 1 else 8, num_stages=2 if tiles.most > 1 else 3,
+        BLOCK_H=block_h, BLOCK_S=32, num_warps=4 if few else 8, num_stages=3 if few else 2,
     )  # fmt: skip
     return out_THSR, lse_THS
 
@@ -107,7 +110,7 @@ def attend(
 def _merge(
     parts, lse, value, out, out_q, out_scale, tokens,
     HEADS: tl.constexpr, RANK: tl.constexpr, VALUE: tl.constexpr, SLICES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, QUANTIZED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, ROUNDING: tl.constexpr,
 ):  # fmt: skip
     token_M = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     head = tl.program_id(1)
@@ -127,31 +130,35 @@ def _merge(
             x = tl.load(parts + (first_M + s)[:, None] * RANK + r[None, :], mask=mask_M[:, None], other=0.0)
             latent_MR += x.to(tl.float32) * share_M[:, None]
         w = tl.load(value + (head * RANK + r[:, None]) * VALUE + v[None, :])
-        acc_MV = tl.dot(latent_MR.to(tl.bfloat16), w, acc=acc_MV)
+        acc_MV = dot_bf16(latent_MR.to(tl.bfloat16), w, acc_MV)
     to = token_M[:, None] * (HEADS * VALUE) + head * VALUE + v[None, :]
     y = acc_MV.to(tl.bfloat16)
-    if QUANTIZED:
+    if ROUNDING > 0:
         y32 = y.to(tl.float32)
         most_M = tl.max(tl.abs(y32), axis=1)
         scale_M = tl.where(most_M > 0.0, most_M / 127.0, 1.0)
-        tl.store(out_q + to, round_even(y32 / scale_M[:, None]).to(tl.int8), mask=mask_M[:, None])
-        x_piece = (head * VALUE) // 64 + tl.program_id(2)
-        tl.store(out_scale + token_M * (HEADS * VALUE // 64) + x_piece, scale_M, mask=mask_M)
-    else:
+        steps = round_even(y32 / scale_M[:, None])
+        if ROUNDING == 1:
+            tl.store(out_q + to, steps.to(tl.int8), mask=mask_M[:, None])
+            x_piece = (head * VALUE) // 64 + tl.program_id(2)
+            tl.store(out_scale + token_M * (HEADS * VALUE // 64) + x_piece, scale_M, mask=mask_M)
+        else:
+            y = (steps * scale_M[:, None]).to(tl.bfloat16)
+    if ROUNDING != 1:
         tl.store(out + to, y, mask=mask_M[:, None])
 
 
 def merge_values(
-    parts_THSR: Tensor, lse_THS: Tensor, value_HRV: Tensor, out: Activation, quantized: bool
+    parts_THSR: Tensor, lse_THS: Tensor, value_HRV: Tensor, out: Activation, rounding: Rounding
 ) -> None:
-    """Joins the slices, expands latents to values: [T, H * V], bf16 or (`quantized`) int8 in pieces of 64."""
+    """Joins the slices and expands latents to values: [T, H * V], V a multiple of 64."""
     tokens, heads, slices, rank = parts_THSR.shape
     value = value_HRV.shape[2]
     block_m, block_v = 16 if tokens <= 256 else 64, min(64, value)
     _merge[(triton.cdiv(tokens, block_m), heads, value // block_v)](
         parts_THSR, lse_THS, value_HRV, out.x_TD, out.q_TD, out.scales_TX, tokens,
         HEADS=heads, RANK=rank, VALUE=value, SLICES=slices,
-        BLOCK_M=block_m, BLOCK_R=min(128, rank), BLOCK_V=block_v, QUANTIZED=quantized, num_warps=4,
+        BLOCK_M=block_m, BLOCK_R=min(128, rank), BLOCK_V=block_v, ROUNDING=rounding.value, num_warps=4,
         # Pipelining would hold the parts of all slices in shared memory.
         num_stages=3 if slices == 1 else 1,
     )  # fmt: skip

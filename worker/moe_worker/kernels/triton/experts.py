@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_worker.kernels.triton.norm import Activation
-from moe_worker.kernels.triton.tiles import ASSEMBLY, PackedInt4, dot_int4_group, store_int8_NM
+from moe_worker.kernels.triton.tiles import PackedInt4, Tile, dot_bf16, dot_int4_group, store_int8_NM
 
 
 class Blocks(NamedTuple):
@@ -75,10 +75,10 @@ def _swiglu(gate, up):
 
 
 @triton.jit
-def _gate_up_w4a8(
+def _gate_up_int4(
     x, x_scale, packed, scales, rows, block_experts, out, out_scale, total,
-    PER_TOKEN: tl.constexpr, INNER: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ASSEMBLY: tl.constexpr,
+    PER_TOKEN: tl.constexpr, INNER: tl.constexpr, GROUPS: tl.constexpr, PIECES: tl.constexpr,
+    INT8: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(1)
     expert = tl.load(block_experts + block).to(tl.int64)
@@ -94,31 +94,35 @@ def _gate_up_w4a8(
         up_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for group in range(GROUPS):
             gate_NM = dot_int4_group(
-                gate_NM, weight, scale, x, x_scale, group, n, token_M, mask_M, 2 * INNER, GROUPS * 2, ASSEMBLY
-            )
-            up_NM = dot_int4_group(
-                up_NM,
+                gate_NM,
                 weight,
                 scale,
                 x,
                 x_scale,
                 group,
-                INNER + n,
+                n,
                 token_M,
                 mask_M,
                 2 * INNER,
-                GROUPS * 2,
-                ASSEMBLY,
+                PIECES,
+                INT8,
             )
+            up_NM = dot_int4_group(
+                up_NM, weight, scale, x, x_scale, group, INNER + n, token_M, mask_M, 2 * INNER, PIECES, INT8,
+            )  # fmt: skip
         hidden_NM = _swiglu(gate_NM, up_NM)
-        store_int8_NM(hidden_NM, out, out_scale, row_M.to(tl.int64), first, mask_M, INNER, BLOCK_N)
+        if INT8:
+            store_int8_NM(hidden_NM, out, out_scale, row_M.to(tl.int64), first, mask_M, INNER, BLOCK_N)
+        else:
+            where = out + row_M[None, :].to(tl.int64) * INNER + n[:, None]
+            tl.store(where, hidden_NM.to(tl.bfloat16), mask=mask_M[None, :])
 
 
 @triton.jit
-def _down_w4a8(
+def _down_int4(
     x, x_scale, packed, scales, rows, block_experts, weights, out, total,
-    OUTPUTS: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ASSEMBLY: tl.constexpr,
+    OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, PIECES: tl.constexpr,
+    INT8: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(1)
     expert = tl.load(block_experts + block).to(tl.int64)
@@ -131,7 +135,7 @@ def _down_w4a8(
         acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for group in range(GROUPS):
             acc_NM = dot_int4_group(
-                acc_NM, weight, scale, x, x_scale, group, n, row_M, mask_M, OUTPUTS, GROUPS * 2, ASSEMBLY
+                acc_NM, weight, scale, x, x_scale, group, n, row_M, mask_M, OUTPUTS, PIECES, INT8
             )
         share_M = tl.load(weights + row_M, mask=mask_M, other=0.0)
         where = out + row_M[None, :].to(tl.int64) * OUTPUTS + n[:, None]
@@ -157,8 +161,8 @@ def _gate_up_bf16(
         up_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for _ in range(WIDTH // BLOCK_K):
             values_kM = tl.load(x_kM, mask=mask_M[None, :], other=0.0)
-            gate_NM = tl.dot(tl.load(gate_Nk), values_kM, acc=gate_NM)
-            up_NM = tl.dot(tl.load(gate_Nk + INNER * WIDTH), values_kM, acc=up_NM)
+            gate_NM = dot_bf16(tl.load(gate_Nk), values_kM, gate_NM)
+            up_NM = dot_bf16(tl.load(gate_Nk + INNER * WIDTH), values_kM, up_NM)
             x_kM += BLOCK_K
             gate_Nk += BLOCK_K
         where = out + row_M[None, :].to(tl.int64) * INNER + n[:, None]
@@ -182,7 +186,7 @@ def _down_bf16(
         w_Nk = weight + expert * (OUTPUTS * INNER) + n[:, None] * INNER + k[None, :]
         acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for _ in range(INNER // BLOCK_K):
-            acc_NM = tl.dot(tl.load(w_Nk), tl.load(x_kM, mask=mask_M[None, :], other=0.0), acc=acc_NM)
+            acc_NM = dot_bf16(tl.load(w_Nk), tl.load(x_kM, mask=mask_M[None, :], other=0.0), acc_NM)
             x_kM += BLOCK_K
             w_Nk += BLOCK_K
         share_M = tl.load(weights + row_M, mask=mask_M, other=0.0)
@@ -190,60 +194,94 @@ def _down_bf16(
         tl.store(where, (acc_NM * share_M[None, :]).to(tl.bfloat16), mask=mask_M[None, :])
 
 
-def block_size(tokens: int, quantized: bool) -> int:
-    """Rows of one block: about as many as an expert gets, but where sums of each group are scaled one by one
-    no more than 32, as they take registers.
+class ExpertTiles(NamedTuple):
+    """How the two products of experts are cut; both take rows in blocks of the same size."""
+
+    gate_up: Tile
+    down: Tile
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block."""
+        return self.down.m
+
+
+def expert_tiles(tokens: int, int4: bool) -> ExpertTiles:
+    """Blocks of about as many rows as an expert gets, but in four bits, where the sums of each group take
+    registers, of no more than 32.
     """
-    if quantized:
-        return 16 if tokens <= 64 else 32
-    return 16 if tokens <= 128 else 32 if tokens <= 512 else 64 if tokens <= 2048 else 128
+    if int4:
+        tile = Tile(64, 16 if tokens <= 64 else 32, 4, 3)
+        return ExpertTiles(tile, tile)
+    rows = 16 if tokens <= 128 else 32 if tokens <= 512 else 64 if tokens <= 2048 else 128
+    if rows < 64:
+        return ExpertTiles(Tile(64, rows, 4, 3), Tile(64, rows, 4, 4))
+    return ExpertTiles(Tile(128, rows, 8, 3), Tile(128, rows, 8, 3))
 
 
-def experts_w4a8(
-    x: Activation, gate_up: PackedInt4, down: PackedInt4, blocks: Blocks, weights_TK: Tensor
+def experts_int4(
+    x: Activation,
+    gate_up: PackedInt4,
+    down: PackedInt4,
+    blocks: Blocks,
+    weights_TK: Tensor,
+    tiles: ExpertTiles,
 ) -> Tensor:
-    """Weighted outputs of each row, bf16 [M, D], to be summed over K; hidden values are int8, in 64s."""
+    """Weighted outputs of each row, bf16 [M, D], to be summed over K; `blocks` are of tiles.rows.
+
+    W4A8 rounds hidden values to int8, in pieces of 64; W4A16 to bf16.
+    """
     tokens, per_token = weights_TK.shape
-    total, inner, size = tokens * per_token, gate_up.outputs // 2, blocks.size
-    hidden = Activation.empty(total, inner, x.q_TD.device)
-    out_MD = torch.empty(total, down.outputs, dtype=torch.bfloat16, device=x.q_TD.device)
+    total, inner, int8 = tokens * per_token, gate_up.outputs // 2, gate_up.int8
+    hidden = Activation.empty(total, inner, x.x_TD.device)
+    out_MD = torch.empty(total, down.outputs, dtype=torch.bfloat16, device=x.x_TD.device)
     count = blocks.experts_C.shape[0]
-    _gate_up_w4a8[(inner // 64, count)](
-        x.q_TD, x.scales_TX, gate_up.packed.view(torch.int8), gate_up.scales, blocks.rows, blocks.experts_C,
-        hidden.q_TD, hidden.scales_TX, total,
-        PER_TOKEN=per_token, INNER=inner, GROUPS=gate_up.groups, BLOCK_N=64, BLOCK_M=size,
-        ASSEMBLY=ASSEMBLY,
-        num_warps=4, num_stages=3,
+    up_n, down_n = fitting(tiles.gate_up.n, inner), fitting(tiles.down.n, down.outputs)
+    _gate_up_int4[(inner // up_n, count)](
+        x.q_TD if int8 else x.x_TD, x.scales_TX, gate_up.signed, gate_up.scales, blocks.rows,
+        blocks.experts_C, hidden.q_TD if int8 else hidden.x_TD, hidden.scales_TX, total,
+        PER_TOKEN=per_token, INNER=inner, GROUPS=gate_up.groups, PIECES=gate_up.pieces, INT8=int8,
+        BLOCK_N=up_n, BLOCK_M=blocks.size, num_warps=tiles.gate_up.warps, num_stages=tiles.gate_up.stages,
     )  # fmt: skip
-    _down_w4a8[(down.outputs // 64, count)](
-        hidden.q_TD, hidden.scales_TX, down.packed.view(torch.int8), down.scales, blocks.rows,
+    _down_int4[(down.outputs // down_n, count)](
+        hidden.q_TD if int8 else hidden.x_TD, hidden.scales_TX, down.signed, down.scales, blocks.rows,
         blocks.experts_C, weights_TK, out_MD, total,
-        OUTPUTS=down.outputs, GROUPS=down.groups, BLOCK_N=64, BLOCK_M=size, ASSEMBLY=ASSEMBLY,
-        num_warps=4, num_stages=3,
+        OUTPUTS=down.outputs, GROUPS=down.groups, PIECES=down.pieces, INT8=int8,
+        BLOCK_N=down_n, BLOCK_M=blocks.size, num_warps=tiles.down.warps, num_stages=tiles.down.stages,
     )  # fmt: skip
     return out_MD
 
 
+def fitting(wanted: int, outputs: int) -> int:
+    """`wanted`, or 64 where `outputs` are no multiple of it."""
+    return wanted if outputs % wanted == 0 else 64
+
+
 def experts_bf16(
-    x_TD: Tensor, gate_up_AFD: Tensor, down_ADI: Tensor, blocks: Blocks, weights_TK: Tensor
+    x_TD: Tensor,
+    gate_up_AFD: Tensor,
+    down_ADI: Tensor,
+    blocks: Blocks,
+    weights_TK: Tensor,
+    tiles: ExpertTiles,
 ) -> Tensor:
-    """Weighted outputs of each row, bf16 [M, D], to be summed over K."""
+    """Weighted outputs of each row, bf16 [M, D], to be summed over K; `blocks` are of tiles.rows."""
     tokens, per_token = weights_TK.shape
     total, inner, width, size = tokens * per_token, down_ADI.shape[2], x_TD.shape[1], blocks.size
     hidden_MI = torch.empty(total, inner, dtype=torch.bfloat16, device=x_TD.device)
     out_MD = torch.empty(total, width, dtype=torch.bfloat16, device=x_TD.device)
-    up_n = 64 if size < 64 or inner % 128 else 128
-    down_n = 64 if size < 64 or width % 128 else 128
     count = blocks.experts_C.shape[0]
+    up_n, down_n = fitting(tiles.gate_up.n, inner), fitting(tiles.down.n, width)
     _gate_up_bf16[(inner // up_n, count)](
         x_TD, gate_up_AFD, blocks.rows, blocks.experts_C, hidden_MI, total,
         PER_TOKEN=per_token, INNER=inner, WIDTH=width, BLOCK_N=up_n, BLOCK_M=size,
-        BLOCK_K=128 if size < 64 and width % 128 == 0 else 64, num_warps=4 if size < 64 else 8, num_stages=3,
+        BLOCK_K=128 if size < 64 and width % 128 == 0 else 64,
+        num_warps=tiles.gate_up.warps, num_stages=tiles.gate_up.stages,
     )  # fmt: skip
     _down_bf16[(width // down_n, count)](
         hidden_MI, down_ADI, blocks.rows, blocks.experts_C, weights_TK, out_MD, total,
         OUTPUTS=width, INNER=inner, BLOCK_N=down_n, BLOCK_M=size,
-        BLOCK_K=128 if size < 64 and inner % 128 == 0 else 64, num_warps=4 if size < 64 else 8,
-        num_stages=4 if size < 64 else 3,
+        BLOCK_K=128 if size < 64 and inner % 128 == 0 else 64,
+        num_warps=tiles.down.warps, num_stages=tiles.down.stages,
     )  # fmt: skip
     return out_MD

@@ -9,13 +9,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_worker.kernels.triton.tiles import dot_bf16
+
 
 class LatentWeights(NamedTuple):
-    """What the kernel needs of one layer: bf16 [R], [H, N, R]."""
+    """What the kernel needs of one layer: bf16 [R], [H, N, R].
+
+    rank: of the R latents the first so many count; those behind are padding, and zero.
+    """
 
     norm_R: Tensor
     key_HNR: Tensor
     eps: float
+    rank: int
 
 
 @triton.jit
@@ -28,14 +34,14 @@ def _turn(source, target, stride_in, stride_out, token_M, mask_M, position_M, ta
     angle = table + (position_M[:, None] * HALF + i) * 2
     cos, sin = tl.load(angle), tl.load(angle + 1)
     to = target + stride_out[:, None] + 2 * i
-    tl.store(to, (a * cos - b * sin).to(tl.bfloat16), mask=mask_M[:, None])
-    tl.store(to + 1, (a * sin + b * cos).to(tl.bfloat16), mask=mask_M[:, None])
+    tl.store(to, (a * cos - b * sin).to(target.dtype.element_ty), mask=mask_M[:, None])
+    tl.store(to + 1, (a * sin + b * cos).to(target.dtype.element_ty), mask=mask_M[:, None])
 
 
 @triton.jit
 def _latent(
     query, query_stride, latent, latent_stride, norm, key, table, positions, rows, cache, out, tokens, eps,
-    HEADS: tl.constexpr, PLAIN: tl.constexpr, ROPE: tl.constexpr, RANK: tl.constexpr,
+    HEADS: tl.constexpr, PLAIN: tl.constexpr, ROPE: tl.constexpr, RANK: tl.constexpr, COUNTED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = RANK + ROPE
@@ -49,9 +55,9 @@ def _latent(
         r = tl.arange(0, RANK)
         x = tl.load(latent + token_M[:, None] * latent_stride + r[None, :], mask=mask_M[:, None], other=0.0)
         x = x.to(tl.float32)
-        normed = (x * tl.rsqrt(tl.sum(x * x, axis=1) / RANK + eps)[:, None]).to(tl.bfloat16)
+        normed = (x * tl.rsqrt(tl.sum(x * x, axis=1) / COUNTED + eps)[:, None]).to(tl.bfloat16)
         y = (normed.to(tl.float32) * tl.load(norm + r).to(tl.float32)[None, :]).to(tl.bfloat16)
-        tl.store(cache + row_M[:, None] + r[None, :], y, mask=mask_M[:, None])
+        tl.store(cache + row_M[:, None] + r[None, :], y.to(cache.dtype.element_ty), mask=mask_M[:, None])
         _turn(
             latent + RANK, cache + RANK, latent_stride, row_M, token_M, mask_M, position_M, table, ROPE // 2
         )
@@ -62,7 +68,9 @@ def _latent(
         plain = tl.load(own + token_M[:, None] * query_stride + n[None, :], mask=mask_M[:, None], other=0.0)
         w = tl.load(key + (head * PLAIN + n[:, None]) * RANK + own_r[None, :])
         to = (token_M * HEADS + head) * WIDTH
-        tl.store(out + to[:, None] + own_r[None, :], tl.dot(plain, w).to(tl.bfloat16), mask=mask_M[:, None])
+        tl.store(
+            out + to[:, None] + own_r[None, :], dot_bf16(plain, w, 0.0).to(tl.bfloat16), mask=mask_M[:, None]
+        )
         if block == 0:
             _turn(own + PLAIN, out + RANK, query_stride, to, token_M, mask_M, position_M, table, ROPE // 2)
 
@@ -82,6 +90,6 @@ def write_latents(
     _latent[grid](
         query_TO, query_TO.stride(0), latent_TW, latent_TW.stride(0), weights.norm_R, weights.key_HNR,
         table_CP2, positions_T, rows_T, cache_SW, out_THW, tokens, weights.eps,
-        HEADS=heads, PLAIN=plain, ROPE=rope, RANK=rank, BLOCK_M=block_m, BLOCK_R=block_r,
-        num_warps=4,
+        HEADS=heads, PLAIN=plain, ROPE=rope, RANK=rank, COUNTED=weights.rank,
+        BLOCK_M=block_m, BLOCK_R=block_r, num_warps=4,
     )  # fmt: skip

@@ -1,22 +1,21 @@
-"""Products of activations with one int4 matrix (W4A8).
+"""Products of activations with one int4 matrix: W4A8 or W4A16.
 
 Legend: T tokens, O outputs, G groups of 128 inputs.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from moe_worker.kernels.triton.norm import Activation
-from moe_worker.kernels.triton.tiles import ASSEMBLY, PackedInt4, dot_int4_group
+from moe_worker.kernels.triton.tiles import PackedInt4, Tile, dot_int4_group
 
 
 @triton.jit
-def _linear_w4a8(
+def _linear_int4(
     x, x_scale, packed, scales, out, tokens,
-    OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
+    OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, PIECES: tl.constexpr, INT8: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_N = tl.minimum(n, OUTPUTS - 1)
@@ -25,22 +24,36 @@ def _linear_w4a8(
     acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for group in range(GROUPS):
         acc_NM = dot_int4_group(
-            acc_NM, packed, scales, x, x_scale, group, rows_N, token_M, mask_M, OUTPUTS, GROUPS * 2, ASSEMBLY
+            acc_NM,
+            packed,
+            scales,
+            x,
+            x_scale,
+            group,
+            rows_N,
+            token_M,
+            mask_M,
+            OUTPUTS,
+            PIECES,
+            INT8,
         )
     where = out + token_M[None, :].to(tl.int64) * OUTPUTS + n[:, None]
     tl.store(where, acc_NM.to(out.dtype.element_ty), mask=mask_M[None, :] & (n < OUTPUTS)[:, None])
 
 
-def linear_w4a8(x: Activation, weight: PackedInt4, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """[T, O] in `dtype`: sums of int8 products, scaled in float32 for each 64 inputs."""
-    tokens = x.q_TD.shape[0]
-    out_TO = torch.empty(tokens, weight.outputs, dtype=dtype, device=x.q_TD.device)
-    wide = weight.outputs > 32768 or tokens > 64
-    block_n, block_m = 128 if wide else 64, 16 if tokens <= 16 or not wide else 32
-    grid = (triton.cdiv(weight.outputs, block_n), triton.cdiv(tokens, block_m))
-    _linear_w4a8[grid](
-        x.q_TD, x.scales_TX, weight.packed.view(torch.int8), weight.scales, out_TO, tokens,
-        OUTPUTS=weight.outputs, GROUPS=weight.groups, BLOCK_N=block_n, BLOCK_M=block_m, ASSEMBLY=ASSEMBLY,
-        num_warps=4, num_stages=3,
+def linear_tile(tokens: int, outputs: int) -> Tile:
+    """How the product of `tokens` rows with a matrix of `outputs` is cut."""
+    wide = outputs > 32768 or tokens > 64
+    return Tile(128 if wide else 64, 16 if tokens <= 16 or not wide else 32, 4, 3)
+
+
+def linear_int4(x: Activation, weight: PackedInt4, out_TO: Tensor) -> None:
+    """Writes x W^T to `out_TO` (any floating dtype): sums of each group of inputs, scaled in float32."""
+    tokens = x.x_TD.shape[0]
+    tile = linear_tile(tokens, weight.outputs)
+    grid = (triton.cdiv(weight.outputs, tile.n), triton.cdiv(tokens, tile.m))
+    _linear_int4[grid](
+        x.q_TD if weight.int8 else x.x_TD, x.scales_TX, weight.signed, weight.scales, out_TO, tokens,
+        OUTPUTS=weight.outputs, GROUPS=weight.groups, PIECES=weight.pieces, INT8=weight.int8,
+        BLOCK_N=tile.n, BLOCK_M=tile.m, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return out_TO

@@ -1,9 +1,10 @@
 """Residual, RMS norm and rounding to int8 in one pass over the row.
 
-Legend: T tokens, D hidden, S outputs that are summed for a token, X pieces of 64 inputs.
+Legend: T tokens, D hidden, S rows that are summed for a token, X pieces of 64 inputs.
 """
 
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 import triton
@@ -11,6 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_worker.kernels.triton.tiles import round_even
+
+
+class Rounding(Enum):
+    """What reads the result: products in bf16, products in int8, or bf16 ones that are to equal int8 ones."""
+
+    NONE = 0
+    INT8 = 1
+    EMULATED = 2
 
 
 @dataclass(frozen=True)
@@ -33,48 +42,78 @@ class Activation:
 
 @triton.jit
 def _residual_norm(
-    residual, added, weight, out, out_q, out_scale, stride, eps,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, SUMMED: tl.constexpr, QUANTIZED: tl.constexpr,
+    residual, added, order, weight, out, out_q, out_scale, stride, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, SUMMED: tl.constexpr, ORDERED: tl.constexpr,
+    ROUNDING: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0)
+    t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     mask = d < WIDTH
     x = tl.load(residual + t * stride + d, mask=mask, other=0.0).to(tl.float32)
     if SUMMED > 0:
         sums = tl.zeros((BLOCK,), tl.float32)
         for s in tl.static_range(SUMMED):
-            sums += tl.load(added + (t * SUMMED + s) * WIDTH + d, mask=mask, other=0.0).to(tl.float32)
+            row = t * SUMMED + s
+            if ORDERED:
+                row = tl.load(order + row)
+            sums += tl.load(added + row * WIDTH + d, mask=mask, other=0.0).to(tl.float32)
         x = (x + sums.to(tl.bfloat16).to(tl.float32)).to(tl.bfloat16).to(tl.float32)
         tl.store(residual + t * stride + d, x.to(tl.bfloat16), mask=mask)
     normed = (x * tl.rsqrt(tl.sum(x * x) / WIDTH + eps)).to(tl.bfloat16).to(tl.float32)
     y = (normed * tl.load(weight + d, mask=mask, other=0.0).to(tl.float32)).to(tl.bfloat16)
-    tl.store(out + t * WIDTH + d, y, mask=mask)
-    if QUANTIZED:
+    if ROUNDING > 0:
         cut = tl.reshape(y.to(tl.float32), (BLOCK // 64, 64))
         top = tl.max(tl.abs(cut), axis=1)
         scale = tl.where(top > 0.0, top / 127.0, 1.0)
-        q = tl.reshape(round_even(cut / scale[:, None]).to(tl.int8), (BLOCK,))
-        tl.store(out_q + t * WIDTH + d, q, mask=mask)
-        x_piece = tl.arange(0, BLOCK // 64)
-        tl.store(out_scale + t * (WIDTH // 64) + x_piece, scale, mask=x_piece < WIDTH // 64)
+        steps = round_even(cut / scale[:, None])
+        if ROUNDING == 1:
+            tl.store(out_q + t * WIDTH + d, tl.reshape(steps.to(tl.int8), (BLOCK,)), mask=mask)
+            x_piece = tl.arange(0, BLOCK // 64)
+            tl.store(out_scale + t * (WIDTH // 64) + x_piece, scale, mask=x_piece < WIDTH // 64)
+        else:
+            y = tl.reshape(steps * scale[:, None], (BLOCK,)).to(tl.bfloat16)
+    tl.store(out + t * WIDTH + d, y, mask=mask)
+
+
+@dataclass(frozen=True)
+class Added:
+    """What is to be added to a residual: each token's sum of S rows of `rows_MD`, bf16 [T * S, D].
+
+    order_M: int64, where row t * S + s stands; None: at its place.
+    """
+
+    rows_MD: Tensor
+    order_M: Tensor | None = None
+
+    def of_tokens(self, tokens_N: Tensor, tokens: int) -> "Added":
+        """Those of some of `tokens` tokens."""
+        if self.order_M is None:
+            return Added(self.rows_MD.unflatten(0, (tokens, -1))[tokens_N].flatten(0, 1))
+        return Added(self.rows_MD, self.order_M.view(tokens, -1)[tokens_N].flatten())
+
+    def per_token(self, tokens: int) -> int:
+        """S."""
+        return self.rows_MD.shape[0] // tokens if self.order_M is None else self.order_M.shape[0] // tokens
 
 
 def residual_norm(
     residual_TD: Tensor,
-    added_SD: Tensor | None,
+    added: Added | None,
     weight_D: Tensor,
     eps: float,
     out: Activation,
-    quantized: bool,
+    rounding: Rounding,
 ) -> None:
-    """residual += the sum of each token's S rows of `added_SD` [T * S, D]; out = norm(residual) * weight.
+    """residual += added; out = norm(residual) * weight.
 
     Rounds where the plain path in bf16 rounds. Rows of the residual may have any stride.
     """
     tokens, width = residual_TD.shape
     _residual_norm[(tokens,)](
-        residual_TD, added_SD, weight_D, out.x_TD, out.q_TD, out.scales_TX, residual_TD.stride(0), eps,
-        WIDTH=width, BLOCK=triton.next_power_of_2(width),
-        SUMMED=0 if added_SD is None else added_SD.shape[0] // tokens, QUANTIZED=quantized,
+        residual_TD, None if added is None else added.rows_MD, None if added is None else added.order_M,
+        weight_D, out.x_TD, out.q_TD, out.scales_TX, residual_TD.stride(0), eps,
+        WIDTH=width, BLOCK=max(64, triton.next_power_of_2(width)),
+        SUMMED=0 if added is None else added.per_token(tokens),
+        ORDERED=added is not None and added.order_M is not None, ROUNDING=rounding.value,
         num_warps=8 if width >= 2048 else 4,
     )  # fmt: skip

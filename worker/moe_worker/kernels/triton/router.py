@@ -47,33 +47,38 @@ def _logits(
 
 
 @triton.jit
-def _kept_groups(choice_ME, GROUPS: tl.constexpr, KEPT: tl.constexpr, PAIR: tl.constexpr):
+def _kept_groups(
+    choice_ME, e, EXPERTS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, PAIR: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):  # fmt: skip
     """The choice with experts outside the best groups at -inf."""
-    TOKENS: tl.constexpr = choice_ME.shape[0]
-    EXPERTS: tl.constexpr = choice_ME.shape[1]
-    each_MGe = tl.reshape(choice_ME, (TOKENS, GROUPS, EXPERTS // GROUPS))
-    group_MG = tl.max(each_MGe, axis=2)
-    if PAIR:
-        best_MG = tl.argmax(each_MGe, axis=2)
-        e = tl.arange(0, EXPERTS // GROUPS)[None, None, :]
-        group_MG += tl.max(tl.where(e == best_MG[:, :, None], float("-inf"), each_MGe), axis=2)
-    g = tl.arange(0, GROUPS)[None, :]
-    kept_MG = tl.zeros((TOKENS, GROUPS), tl.int32)
+    EACH: tl.constexpr = EXPERTS // GROUPS
+    g = tl.arange(0, BLOCK_G)[None, :]
+    group_MG = tl.full((choice_ME.shape[0], BLOCK_G), float("-inf"), tl.float32)
+    for i in tl.static_range(GROUPS):
+        own_ME = tl.where(e // EACH == i, choice_ME, float("-inf"))
+        score_M = tl.max(own_ME, axis=1)
+        if PAIR:
+            best_M = tl.argmax(own_ME, axis=1)
+            score_M += tl.max(tl.where(e == best_M[:, None], float("-inf"), own_ME), axis=1)
+        group_MG = tl.where(g == i, score_M[:, None], group_MG)
+    kept_ME = tl.zeros(choice_ME.shape, tl.int32)
     for _ in tl.static_range(KEPT):
         best_M = tl.argmax(group_MG, axis=1)
-        kept_MG = tl.where(g == best_M[:, None], 1, kept_MG)
+        kept_ME = tl.where(e // EACH == best_M[:, None], 1, kept_ME)
         group_MG = tl.where(g == best_M[:, None], float("-inf"), group_MG)
-    masked_MGe = tl.where(kept_MG[:, :, None] > 0, each_MGe, float("-inf"))
-    return tl.reshape(masked_MGe, (TOKENS, EXPERTS))
+    return tl.where(kept_ME > 0, choice_ME, float("-inf"))
 
 
 @triton.jit
 def _choose(
-    logits, bias, experts, weights, counts, tokens, scale,
+    logits, bias, experts, weights, counts, valid, tokens, scale,
     EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, SLICES: tl.constexpr,
     TOP_K: tl.constexpr, SHARED: tl.constexpr,
-    BLOCK_K: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, SIGMOID: tl.constexpr,
-    NORMALISE: tl.constexpr, PAIR: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr,
+    SIGMOID: tl.constexpr, NORMALISE: tl.constexpr, PAIR: tl.constexpr, BIAS: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     token_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_M = token_M < tokens
@@ -93,7 +98,7 @@ def _choose(
         choice_ME += tl.load(bias + e, mask=e < EXPERTS, other=0.0)
     choice_ME = tl.where(e < EXPERTS, choice_ME, float("-inf"))
     if KEPT < GROUPS:
-        choice_ME = _kept_groups(choice_ME, GROUPS, KEPT, PAIR)
+        choice_ME = _kept_groups(choice_ME, e, EXPERTS, GROUPS, KEPT, PAIR, BLOCK_G)
     # Columns behind the chosen experts are the shared ones, which every token takes with weight 1.
     ids_MK = tl.where(k >= TOP_K, EXPERTS + k - TOP_K, 0) + tl.zeros((BLOCK_M, BLOCK_K), tl.int32)
     shares_MK = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
@@ -108,17 +113,22 @@ def _choose(
     shares_MK = tl.where(k >= TOP_K, 1.0, shares_MK * scale)
     stored = mask_M[:, None] & (k < TOP_K + SHARED)
     to = token_M[:, None] * (TOP_K + SHARED) + k
-    tl.store(experts + to, ids_MK, mask=stored)
+    counted = stored
+    if PADDED:
+        counted &= token_M[:, None] < tl.load(valid)
+    tl.store(experts + to, tl.where(counted, ids_MK, -1), mask=stored)
     tl.store(weights + to, shares_MK, mask=stored)
-    tl.atomic_add(counts + ids_MK, 1, mask=stored)
+    tl.atomic_add(counts + ids_MK, 1, mask=counted)
 
 
 def route(
-    x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, choice: Choice, counts_A: Tensor
-) -> tuple[Tensor, Tensor]:
+    x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, choice: Choice, counts_A: Tensor,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Experts int32 [T, K] and their weights float32 [T, K]; adds to the histogram `counts_A` (int32).
 
-    Equal scores choose the expert of lower number.
+    Equal scores choose the expert of lower number. Tokens behind the first `valid` (int32 [1]; None: all)
+    are padding of a fixed-size batch: they go to expert -1, which is none, and are not counted.
     """
     tokens, width = x_TD.shape
     experts, block_d = weight_ED.shape[0], 64 if tokens <= 256 else 128
@@ -133,10 +143,12 @@ def route(
     weights_TK = torch.empty(tokens, columns, dtype=torch.float32, device=x_TD.device)
     block_m = 2
     _choose[(triton.cdiv(tokens, block_m),)](
-        logits_TSE, bias_E, experts_TK, weights_TK, counts_A, tokens, choice.scale,
+        logits_TSE, bias_E, experts_TK, weights_TK, counts_A, valid, tokens, choice.scale,
         EXPERTS=experts, BLOCK_E=block_e, SLICES=slices, TOP_K=choice.top_k, SHARED=choice.shared,
-        BLOCK_K=triton.next_power_of_2(columns), GROUPS=choice.groups, KEPT=choice.kept_groups,
+        BLOCK_K=triton.next_power_of_2(columns), BLOCK_G=triton.next_power_of_2(choice.groups),
+        GROUPS=choice.groups, KEPT=choice.kept_groups,
         SIGMOID=choice.sigmoid, NORMALISE=choice.normalise, PAIR=choice.pair, BIAS=bias_E is not None,
+        PADDED=valid is not None,
         BLOCK_M=block_m, num_warps=1,
     )  # fmt: skip
     return experts_TK, weights_TK

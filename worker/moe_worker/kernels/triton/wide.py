@@ -1,0 +1,97 @@
+"""Passes of many tokens: weights are widened to bf16 once a layer, and the library's products do the rest.
+
+With thousands of tokens arithmetic is what costs, and a product in bf16 from cuBLAS or CUTLASS then beats one
+that scales the sums of every 128 inputs.
+
+Legend: T tokens, K experts a token, M = T * K rows sorted by expert, D hidden, I intermediate, F = 2 * I, A
+experts, O outputs, G groups of 128 inputs.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional
+
+from moe_worker.kernels.triton.norm import Added
+from moe_worker.kernels.triton.tiles import PackedInt4, round_even
+
+Weight = Tensor | PackedInt4
+
+
+@triton.jit
+def _widen(packed, scales, out, OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr,
+           BLOCK_O: tl.constexpr):  # fmt: skip
+    matrix, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS
+    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    j = tl.arange(0, 64)
+    mask_o = o < OUTPUTS
+    row_o = (matrix * GROUPS + group) * OUTPUTS + o
+    pair = tl.load(packed + row_o[:, None] * 64 + j[None, :], mask=mask_o[:, None], other=0).to(tl.int32)
+    scale_o = tl.load(scales + row_o, mask=mask_o, other=0.0)
+    low = ((pair & 15) ^ 8) - 8
+    high = ((pair >> 4 & 15) ^ 8) - 8
+    to = out + (matrix * OUTPUTS + o)[:, None] * INPUTS + group * 128 + j[None, :]
+    tl.store(to, (low.to(tl.float32) * scale_o[:, None]).to(tl.bfloat16), mask=mask_o[:, None])
+    inside = mask_o[:, None] & (group * 128 + 64 + j < INPUTS)[None, :]
+    tl.store(to + 64, (high.to(tl.float32) * scale_o[:, None]).to(tl.bfloat16), mask=inside)
+
+
+def widen(weight: Weight) -> Tensor:
+    """The matrix (or matrices) in bf16, [..., O, I]; a dense one as it is."""
+    if isinstance(weight, Tensor):
+        return weight
+    leading = weight.scales.shape[:-2]
+    out = torch.empty(
+        *leading, weight.outputs, weight.inputs, dtype=torch.bfloat16, device=weight.scales.device
+    )
+    matrices = out.numel() // (weight.outputs * weight.inputs)
+    block_o = 64
+    _widen[(matrices * weight.groups, triton.cdiv(weight.outputs, block_o))](
+        weight.packed, weight.scales, out, OUTPUTS=weight.outputs, GROUPS=weight.groups, INPUTS=weight.inputs,
+        BLOCK_O=block_o,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _hidden(gate_up, shares, order, out, INNER: tl.constexpr, EMULATED: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < INNER
+    gate = tl.load(gate_up + row * (2 * INNER) + i, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * (2 * INNER) + INNER + i, mask=mask, other=0.0).to(tl.float32)
+    hidden = gate / (1.0 + tl.exp(-gate)) * up
+    if EMULATED:
+        cut = tl.reshape(hidden, (BLOCK // 64, 64))
+        top = tl.max(tl.abs(cut), axis=1)
+        scale = tl.where(top > 0.0, top / 127.0, 1.0)
+        hidden = tl.reshape(round_even(cut / scale[:, None]) * scale[:, None], (BLOCK,))
+    share = tl.load(shares + tl.load(order + row))
+    tl.store(out + row * INNER + i, (hidden * share).to(tl.bfloat16), mask=mask)
+
+
+def experts_wide(
+    x_TD: Tensor, gate_up_AFD: Tensor, down_ADI: Tensor, experts_TK: Tensor, weights_TK: Tensor,
+    counts_A: Tensor, emulated: bool,
+) -> Added:  # fmt: skip
+    """Weighted outputs of all experts of all tokens, in the order of the experts.
+
+    counts_A: int32 histogram of `experts_TK`. emulated: hidden values are rounded as int8 kernels round them.
+    """
+    per_token, inner = experts_TK.shape[1], down_ADI.shape[2]
+    order_M = experts_TK.flatten().argsort(stable=True)
+    ends_A = counts_A.cumsum(0, dtype=torch.int32)
+    rows_MD = x_TD.index_select(0, order_M // per_token)
+    gate_up_MF = functional.grouped_mm(rows_MD, gate_up_AFD.transpose(1, 2), offs=ends_A)
+    hidden_MI = torch.empty(rows_MD.shape[0], inner, dtype=torch.bfloat16, device=x_TD.device)
+    block = 512
+    _hidden[(rows_MD.shape[0], triton.cdiv(inner, block))](
+        gate_up_MF, weights_TK, order_M, hidden_MI, INNER=inner, EMULATED=emulated, BLOCK=block, num_warps=4
+    )
+    out_MD = functional.grouped_mm(hidden_MI, down_ADI.transpose(1, 2), offs=ends_A)
+    return Added(out_MD, torch.empty_like(order_M).index_copy_(0, order_M, _numbers(order_M)))
+
+
+def _numbers(order_M: Tensor) -> Tensor:
+    return torch.arange(order_M.shape[0], device=order_M.device)
