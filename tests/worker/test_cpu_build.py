@@ -54,7 +54,8 @@ def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch):
     [
         ("w4a8", Hardware("cpu", "avx512-vnni", "this CPU has avx512_vnni"),
          "w4a8 linear: cpu/avx512-vnni (this CPU has avx512_vnni)"),
-        ("w4a8", Hardware("cuda"), "w4a8 linear: triton (this is a CUDA device)"),
+        ("w4a8", Hardware("cuda", "triton", "this is a CUDA device"),
+         "w4a8 linear: triton (this is a CUDA device)"),
         ("fp32", Hardware("cpu", "avx2"),
          "fp32 linear: reference (there are no kernels for fp32 on cpu yet)"),
     ],

@@ -33,6 +33,8 @@ WAYS = {
     "too few pages for all": {"kv_memory": 17 * PER_PAGE},
     "too few pages, small pieces": {"kv_memory": 17 * PER_PAGE, "prefill_tokens": 7},
     "two at a time": {"max_batch_size": 2},
+    "a step ahead": {"flights": 2},
+    "too few pages, a step ahead": {"flights": 2, "kv_memory": 17 * PER_PAGE, "prefill_tokens": 7},
 }
 SAMPLINGS = {
     "greedy": SamplingParameters(max_tokens=TOKENS),
@@ -40,10 +42,10 @@ SAMPLINGS = {
 }
 
 
-def run(checkpoint, prompts, sampling, **options):
+def run(checkpoint, prompts, sampling, flights=1, **options):
     """Tokens of each prompt, and what the scheduler counted."""
     settings = EngineOptions(device="cpu", dtype="float32", context_length=256, threads=1, **options)
-    core = EngineCore(load(checkpoint, settings, progress=False), settings)
+    core = EngineCore(load(checkpoint, settings, progress=False), settings, flights=flights)
     for number, prompt in enumerate(prompts):
         core.submit(Request(number, tuple(prompt), sampling, seed=sampling.seed or 0))
     tokens = [[] for _ in prompts]

@@ -1,13 +1,20 @@
-"""One step of the engine: plan, compute, choose, and turn tokens into text."""
+"""One step of the engine: plan, compute, choose, and turn tokens into text.
+
+On a GPU the next step is planned and launched before the tokens of this one are known: they stay on the
+device and feed it there, and the host's work hides behind the device's.
+"""
 
 import logging
 import time
+from array import array
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from moe_worker.config.engine import EngineOptions
+from moe_worker.engine.flight import Flight
 from moe_worker.engine.loading import LoadedModel
 from moe_worker.engine.requests import Delta, FinishReason, Load, Request
 from moe_worker.engine.statistics import Event, ExpertStatistics, LayerExperts, Statistics, Tally
@@ -16,20 +23,21 @@ from moe_worker.sampling.logprobs import TokenLogprobs
 from moe_worker.sampling.sampler import Sampled, Sampler
 from moe_worker.sampling.text import TextStream
 from moe_worker.scheduler.core import Scheduler
-from moe_worker.scheduler.plan import Arrival, Chunk, Counters, Limits, Step
+from moe_worker.scheduler.plan import UNKNOWN_TOKEN, Arrival, Chunk, Counters, Limits, Step
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class _Sequence:
-    """A request under way; `pages` is its page table."""
+    """A request under way; `pages` is its page table. admitted: whether the sampler was told of it."""
 
     request: Request
     text: TextStream
     ends: frozenset[int]
-    pages: list[int] = field(default_factory=list)
+    pages: "array[int]" = field(default_factory=lambda: array("i"))
     generated: int = 0
+    admitted: bool = False
 
     @property
     def tokens(self) -> int:
@@ -39,18 +47,23 @@ class _Sequence:
     def follow(self, chunk: Chunk) -> Segment:
         """What the model computes for `chunk`."""
         if chunk.pages:
-            self.pages[chunk.pages_from :] = chunk.pages
+            self.pages[chunk.pages_from :] = array("i", chunk.pages)
         return Segment(chunk.tokens, chunk.start, self.pages)
 
 
 class EngineCore:
     """Runs requests over one loaded model. Not for several threads at once.
 
-    `clock` gives seconds and never goes back; deadlines of requests are in its time.
+    `clock` gives seconds and never goes back; deadlines of requests are in its time. flights: steps under way
+    at once; None: two on a GPU, one elsewhere.
     """
 
     def __init__(
-        self, loaded: LoadedModel, options: EngineOptions, clock: Callable[[], float] = time.monotonic
+        self,
+        loaded: LoadedModel,
+        options: EngineOptions,
+        clock: Callable[[], float] = time.monotonic,
+        flights: int | None = None,
     ) -> None:
         self._loaded = loaded
         self._clock = clock
@@ -59,11 +72,13 @@ class EngineCore:
         self._sampler = Sampler(loaded.config.vocab_size, loaded.device, loaded.config.eos_token_ids)
         self._experts = loaded.runner.expert_counter()
         self._tally = Tally()
+        self._flights: deque[Flight[_Sequence]] = deque()
+        self._most_flights = flights or (2 if loaded.device.type == "cuda" else 1)
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing to compute."""
-        return not self._sequences
+        return not self._sequences and not self._flights
 
     @property
     def most_requests(self) -> int:
@@ -131,54 +146,77 @@ class EngineCore:
 
     @torch.inference_mode()
     def step(self) -> list[Delta]:
-        """Computes one step: a token for each sequence that is so far. Empty where there is nothing to do."""
+        """Plans and launches a step, then waits for the oldest one: a token for each sequence that is so far.
+
+        Empty where there is nothing to do, or on a GPU, where nothing was launched before this step.
+        """
         plan = self._scheduler.plan(self._clock())
         if plan.preempted or plan.admitted:
             self._tally.note(plan, {id_: self._sequences[id_].tokens for id_ in plan.preempted})
-        late = [self._expire(request) for request in plan.expired]
-        return late if plan.step is None else late + self._run(plan.step)
+        deltas = [self._expire(request) for request in plan.expired]
+        if plan.step is not None:
+            self._launch(plan.step)
+        if self._flights and (plan.step is None or len(self._flights) == self._most_flights):
+            deltas += self._land(self._flights.popleft())
+        return deltas
 
-    def _run(self, step: Step) -> list[Delta]:
+    def _launch(self, step: Step) -> None:
         try:
-            tokens, failed, logprobs = self._compute(step)
+            self._flights.append(self._compute(step))
         except torch.OutOfMemoryError:
             log.warning("out of memory in a step of %d tokens; going on with smaller ones", step.tokens)
             torch.cuda.empty_cache()
             self._scheduler.retract(step, shrink=True)
-            return []
-        self._tally.count(
-            step, {chunk.id: len(self._sequences[chunk.id].request.prompt) for chunk in step.chunks}
-        )
-        full = frozenset(self._scheduler.complete(step, tokens, self._clock()))
-        sampling = [chunk.id for chunk in step.chunks if chunk.samples]
+            return
+        prompts = {chunk.id: len(self._sequences[chunk.id].request.prompt) for chunk in step.chunks}
+        self._tally.count(step, prompts)
+
+    def _land(self, flight: "Flight[_Sequence]") -> list[Delta]:
+        """Takes in what a step sampled; requests that ended since it was launched get no more of it."""
+        tokens, failed, logprobs = flight.wait()
+        full = frozenset(self._scheduler.complete(flight.step, tokens, self._clock()))
         deltas = []
-        for row, (request, token) in enumerate(zip(sampling, tokens, strict=True)):
+        for row, (request, sequence) in enumerate(flight.sampling):
+            if self._sequences.get(request) is not sequence:
+                continue
             if failed[row]:
                 deltas.append(self._fail(request))
             else:
-                deltas.append(self._advance(request, token, request in full, logprobs.get(row)))
+                deltas.append(self._advance(request, tokens[row], request in full, logprobs.get(row)))
         return deltas
 
-    def _compute(self, step: Step) -> tuple[list[int], list[bool], dict[int, TokenLogprobs]]:
-        """Of the chunks that sample, in order: tokens, whether there was none to choose, logprobs by row."""
+    def _compute(self, step: Step) -> "Flight[_Sequence]":
+        """Launches a step; nothing here waits for the device."""
         loaded = self._loaded
         batch = Batch.of([self._sequences[chunk.id].follow(chunk) for chunk in step.chunks], loaded.cache)
+        self._fill_in(step, batch)
         rows = [row for row, chunk in zip(batch.last_rows, step.chunks, strict=True) if chunk.samples]
         logits_NV = loaded.runner.logits(batch, loaded.cache, rows)
         self._experts.count(step.tokens)
-        if not rows:
-            return [], [], {}
-        sampled = self._sample(logits_NV, [chunk.id for chunk in step.chunks if chunk.samples])
-        logprobs = {} if sampled.logprobs is None else sampled.logprobs.listed()
-        return sampled.tokens_B.tolist(), sampled.failed_B.tolist(), logprobs
+        sampling = [(chunk.id, self._sequences[chunk.id]) for chunk in step.chunks if chunk.samples]
+        if not sampling:
+            return Flight(step, sampling, None)
+        return Flight(step, sampling, self._sample(logits_NV, sampling))
 
-    def _sample(self, logits_NV: torch.Tensor, requests: Sequence[int]) -> Sampled:
-        for name in requests:
-            sequence = self._sequences[name]
-            if sequence.generated == 0:
+    def _fill_in(self, step: Step, batch: Batch) -> None:
+        """Puts the tokens that the host does not know yet where they belong, from the step before."""
+        unknown = [
+            (row, chunk.id)
+            for row, chunk in zip(batch.last_rows, step.chunks, strict=True)
+            if chunk.tokens[-1] == UNKNOWN_TOKEN
+        ]
+        if unknown:
+            self._flights[-1].copy_tokens(
+                [name for _, name in unknown], [row for row, _ in unknown], batch.tokens_T
+            )
+
+    def _sample(self, logits_NV: torch.Tensor, sampling: Sequence[tuple[int, _Sequence]]) -> Sampled:
+        for name, sequence in sampling:
+            if not sequence.admitted:
                 request = sequence.request
                 self._sampler.admit(name, request.sampling, request.seed, request.prompt)
-        return self._sampler.sample(logits_NV, requests)
+                sequence.admitted = True
+        return self._sampler.sample(logits_NV, [name for name, _ in sampling])
 
     def _advance(self, request: int, token: int, full: bool, logprobs: TokenLogprobs | None) -> Delta:
         sequence = self._sequences[request]

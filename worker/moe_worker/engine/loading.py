@@ -11,11 +11,13 @@ from moe_worker.config.directory import read_checkpoint_config
 from moe_worker.config.engine import EngineOptions
 from moe_worker.config.model import ModelConfig
 from moe_worker.config.quantization import PackedStorage
+from moe_worker.engine import gpu
 from moe_worker.errors import SettingsError
 from moe_worker.kernels.cpu.library import Kernels
 from moe_worker.kernels.registry import Hardware, choose, explain, probe_cpu
 from moe_worker.kvcache.paged import CacheShape, PagedCache
 from moe_worker.models.checkpoint import load_model
+from moe_worker.models.deepseek import DeepseekModel
 from moe_worker.models.native import NativeModel
 from moe_worker.models.runner import NativeRunner, Runner, TorchRunner
 from moe_worker.models.stored import Placement
@@ -63,38 +65,68 @@ def load(directory: Path, options: EngineOptions, progress: bool) -> LoadedModel
         round_tokens=weights == "w4a8",
         check_weights=options.check_weights,
     )
-    hardware = probe(device)
-    native = is_native(config, weights, hardware)
-    rows = torch.bfloat16 if native and options.dtype == "auto" else dtype
-    shape = CacheShape(config.num_hidden_layers, config.attention.cache_width, options.page_size, rows)
-    pages = shape.pages_that_fit(context, options.kv_memory, options.max_batch_size)
+    name = NAMES[dtype] if weights == "dense" else weights
+    hardware = probe(device, config, name)
+    if device.type == "cuda":
+        gpu.check_weights_fit(config, name, device, torch.cuda.mem_get_info(device)[0])
     threads = options.threads or suggested_threads(config, dtype)
     torch.set_num_threads(threads)
     with torch.inference_mode():
         model = load_model(directory, config, placement, context, progress)
-        runner = NativeRunner(NativeModel(model, Kernels(threads=threads))) if native else TorchRunner(model)
-        cache = PagedCache.allocate(shape, pages, device)
-    name = NAMES[dtype] if weights == "dense" else weights
+        path = choose("pass", name, hardware).implementation
+        cache = _allocate_cache(config, options, context, device, dtype, path)
+        runner = _runner(model, cache, options, context, path, threads, progress)
     return LoadedModel(config, runner, tokenizer, cache, context, name, tuple(explain(name, hardware)))
+
+
+def _allocate_cache(
+    config: ModelConfig,
+    options: EngineOptions,
+    context: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    path: str,
+) -> PagedCache:
+    """Raises SettingsError where it does not fit."""
+    rows = torch.bfloat16 if path.startswith("cpu/") and options.dtype == "auto" else dtype
+    width = gpu.cache_width(config) if path == "triton" else config.attention.cache_width
+    shape = CacheShape(config.num_hidden_layers, width, options.page_size, rows)
+    memory = options.kv_memory
+    if memory is None and device.type == "cuda":
+        memory = gpu.cache_bytes(device)
+    pages = shape.pages_that_fit(context, memory, options.max_batch_size)
+    return PagedCache.allocate(shape, pages, device)
+
+
+def _runner(
+    model: DeepseekModel, cache: PagedCache, options: EngineOptions, context: int, path: str, threads: int,
+    progress: bool,
+) -> Runner:  # fmt: skip
+    if path == "triton":
+        return gpu.make_runner(model, cache, options, context, progress)
+    if path.startswith("cpu/"):
+        return NativeRunner(NativeModel(model, Kernels(threads=threads)))
+    return TorchRunner(model)
 
 
 def explain_choice(directory: Path, options: EngineOptions) -> list[str]:
     """Which implementation would compute what for this checkpoint, and why. Raises WorkerError."""
     config, device = read_checkpoint_config(directory), choose_device(options.device)
     dtype, weights = choose_dtype(options.dtype, device), choose_format(options.format, config)
+    name = NAMES[dtype] if weights == "dense" else weights
     first = f"{config.architecture} on {device}, weights {weights}, computed in {NAMES[dtype]}"
-    return [first, *explain(NAMES[dtype] if weights == "dense" else weights, probe(device))]
+    return [first, *explain(name, probe(device, config, name))]
 
 
-def probe(device: torch.device) -> Hardware:
-    """What `device` is, for the choice of kernels."""
-    return probe_cpu() if device.type == "cpu" else Hardware("cuda")
-
-
-def is_native(config: ModelConfig, weights: str, hardware: Hardware) -> bool:
-    """Whether whole passes run in the CPU kernels."""
-    choice = choose("pass", weights, hardware)
-    return isinstance(config.attention, LatentConfig) and choice.implementation.startswith("cpu/")
+def probe(device: torch.device, config: ModelConfig, number_format: str) -> Hardware:
+    """What `device` has for a model in `number_format` (of registry.FORMATS), for the choice of kernels."""
+    if device.type == "cuda":
+        return gpu.probe_gpu(config, number_format)
+    if not isinstance(config.attention, LatentConfig):
+        return Hardware(
+            "cpu", None, f"there are no CPU kernels for the attention of {config.architecture} yet"
+        )
+    return probe_cpu()
 
 
 def choose_device(name: str) -> torch.device:

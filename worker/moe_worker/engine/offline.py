@@ -94,7 +94,7 @@ class Engine:
         runner, shape, device = self._loaded.runner, self._loaded.cache.shape, self._loaded.device
         scratch = PagedCache.allocate(shape, shape.pages_for(len(token_ids)), device)
         segment = Segment(token_ids, 0, range(scratch.pages))
-        return runner.logits(Batch.of([segment], scratch), scratch, range(len(token_ids))).cpu()
+        return runner.logits(Batch.of([segment], scratch), scratch, range(len(token_ids))).float().cpu()
 
     def _prompt(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)

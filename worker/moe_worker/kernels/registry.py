@@ -12,11 +12,12 @@ FORMATS = ("fp32", "bf16", "w4a16", "w4a8", "fp8")
 class Hardware:
     """What was found: `device` is "cpu" or "cuda".
 
-    cpu_variant: the fastest CPU kernels that can run here, or None; `reason` says why in words.
+    kernels: "triton", or the fastest CPU kernels that can run here; None where there are none for this
+    machine or model. `reason` says why in words.
     """
 
     device: str
-    cpu_variant: str | None = None
+    kernels: str | None = None
     reason: str = ""
 
 
@@ -34,10 +35,11 @@ class Choice:
 
 
 # (operation, format, device) with kernels of its own; everything else is computed by the reference.
-_KERNELS = {
-    **{(operation, "w4a8", "cpu"): "cpu" for operation in OPERATIONS},
-    **{(operation, "w4a8", "cuda"): "triton" for operation in OPERATIONS},
-}
+_KERNELS = frozenset(
+    (operation, number_format, device)
+    for number_format, device in (("w4a8", "cpu"), ("bf16", "cuda"), ("w4a16", "cuda"), ("w4a8", "cuda"))
+    for operation in OPERATIONS
+)
 
 
 def probe_cpu() -> Hardware:
@@ -53,15 +55,13 @@ def probe_cpu() -> Hardware:
 
 def choose(operation: str, number_format: str, hardware: Hardware) -> Choice:
     """The implementation of `operation` (of OPERATIONS) in `number_format` (of FORMATS)."""
-    kind = _KERNELS.get((operation, number_format, hardware.device))
-    if kind is None:
+    if (operation, number_format, hardware.device) not in _KERNELS:
         reason = f"there are no kernels for {number_format} on {hardware.device} yet"
         return Choice(operation, number_format, "reference", reason)
-    if kind == "triton":
-        return Choice(operation, number_format, "triton", "this is a CUDA device")
-    if hardware.cpu_variant is None:
+    if hardware.kernels is None:
         return Choice(operation, number_format, "reference", hardware.reason)
-    return Choice(operation, number_format, f"cpu/{hardware.cpu_variant}", hardware.reason)
+    kernels = hardware.kernels if hardware.device == "cuda" else f"cpu/{hardware.kernels}"
+    return Choice(operation, number_format, kernels, hardware.reason)
 
 
 def explain(number_format: str, hardware: Hardware) -> list[str]:

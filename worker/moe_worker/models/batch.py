@@ -6,7 +6,9 @@ Legend: T tokens of all sequences one behind the other, B sequences, P pages of 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_worker.kvcache.paged import PagedCache
@@ -16,7 +18,8 @@ from moe_worker.kvcache.paged import PagedCache
 class Segment:
     """The next tokens of one sequence: `tokens`, the first at position `start`.
 
-    `pages` are the cache pages of the sequence in order, enough for all its tokens up to these.
+    `pages` are the cache pages of the sequence in order, enough for all its tokens up to these (best an
+    array of ints: thousands of them are copied in a step).
     """
 
     tokens: Sequence[int]
@@ -55,23 +58,27 @@ class Batch:
     @classmethod
     def of(cls, segments: Sequence[Segment], cache: PagedCache) -> "Batch":
         """Places `segments` in `cache`; those of one token must come before longer ones."""
-        device, size = cache.device, cache.page_size
-        positions = [p for segment in segments for p in range(segment.start, segment.end)]
-        rows = [
-            segment.pages[p // size] * size + p % size
-            for segment in segments
-            for p in range(segment.start, segment.end)
-        ]
-        longest = max(len(segment.pages) for segment in segments)
-        pages = [[*segment.pages, *[0] * (longest - len(segment.pages))] for segment in segments]
+        decodes = next((i for i, segment in enumerate(segments) if segment.count > 1), len(segments))
+        pages_BP = _page_tables(segments)
+        starts_B = np.array([segment.start for segment in segments])
+        counts_B = np.array([segment.count for segment in segments])
+        sequence_T = np.repeat(np.arange(len(segments)), counts_B)
+        first_T = np.repeat(np.cumsum(counts_B) - counts_B, counts_B)
+        positions_T = starts_B[sequence_T] + np.arange(len(sequence_T)) - first_T
+        size = cache.page_size
+        rows_T = pages_BP[sequence_T, positions_T // size].astype(np.int64) * size + positions_T % size
+        tokens = [token for segment in segments for token in segment.tokens]
+        long_3T = _to_device(np.stack((np.array(tokens), positions_T, rows_T)), cache.device)
+        short = np.concatenate((starts_B + counts_B, pages_BP.ravel())).astype(np.int32)
+        lengths_pages = _to_device(short, cache.device)
         return cls(
             segments=tuple(segments),
-            tokens_T=torch.tensor([token for segment in segments for token in segment.tokens], device=device),
-            positions_T=torch.tensor(positions, device=device),
-            rows_T=torch.tensor(rows, device=device),
-            lengths_B=torch.tensor([segment.end for segment in segments], dtype=torch.int32, device=device),
-            pages_BP=torch.tensor(pages, dtype=torch.int32, device=device),
-            decodes=next((i for i, segment in enumerate(segments) if segment.count > 1), len(segments)),
+            tokens_T=long_3T[0],
+            positions_T=long_3T[1],
+            rows_T=long_3T[2],
+            lengths_B=lengths_pages[: len(segments)],
+            pages_BP=lengths_pages[len(segments) :].view(pages_BP.shape),
+            decodes=decodes,
         )
 
     @property
@@ -82,3 +89,17 @@ class Batch:
             total += segment.count
             rows.append(total - 1)
         return rows
+
+
+def _page_tables(segments: Sequence[Segment]) -> NDArray[np.int32]:
+    """One row a segment, 0 behind its last page."""
+    pages_BP = np.zeros((len(segments), max(len(segment.pages) for segment in segments)), np.int32)
+    for row_P, segment in zip(pages_BP, segments, strict=True):
+        row_P[: len(segment.pages)] = segment.pages
+    return pages_BP
+
+
+def _to_device(values: NDArray[np.int32] | NDArray[np.int64], device: torch.device) -> Tensor:
+    """Through pinned memory: the host does not wait for what the device still computes."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

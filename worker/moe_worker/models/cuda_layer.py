@@ -5,7 +5,6 @@ rotary position, R latent rank, W = R + P, V value elements, Q query rank, E rou
 intermediate of an expert, F = 2 * I, K experts a token, M = T * K rows.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -13,39 +12,26 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_worker.kernels.triton.attention import TokenTiles, attend, merge_values
-from moe_worker.kernels.triton.experts import block_size, experts_bf16, experts_w4a8, sort_by_expert
+from moe_worker.kernels.triton.experts import expert_tiles, experts_bf16, experts_int4, sort_by_expert
 from moe_worker.kernels.triton.latent import LatentWeights, write_latents
-from moe_worker.kernels.triton.linear import linear_w4a8
-from moe_worker.kernels.triton.norm import Activation, residual_norm
+from moe_worker.kernels.triton.linear import linear_int4
+from moe_worker.kernels.triton.norm import Activation, Added, Rounding, residual_norm
 from moe_worker.kernels.triton.router import Choice, route
-from moe_worker.kernels.triton.tiles import PackedInt4, pack_int4
+from moe_worker.kernels.triton.tiles import PackedInt4
+from moe_worker.kernels.triton.wide import experts_wide, widen
 
 Weight = Tensor | PackedInt4
 INNER_NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class LayerTensors:
-    """One layer's weights in bf16 on the GPU (the router's in float32), as the plain model has them."""
-
-    attention_norm_D: Tensor
-    input_OD: Tensor
-    query_norm_Q: Tensor | None
-    query_OQ: Tensor | None
-    latent_norm_R: Tensor
-    key_HNR: Tensor
-    value_HRV: Tensor
-    output_DO: Tensor
-    block_norm_D: Tensor
-    router_ED: Tensor | None
-    bias_E: Tensor | None
-    gate_up_AFD: Tensor
-    down_ADI: Tensor
-
-
-@dataclass(frozen=True)
 class Pass:
-    """What all layers of a pass share. rotations_CP2 is float32, cosine and sine of each position's pairs."""
+    """What all layers of a pass share.
+
+    rotations_CP2: float32, cosine and sine of each position's pairs. slices: of the context, for attention.
+    wide: whether there are so many tokens that products in bf16 are fastest whatever the weights' format.
+    valid: int32 [1], the tokens that are no padding; None: all.
+    """
 
     positions_T: Tensor
     rows_T: Tensor
@@ -56,11 +42,16 @@ class Pass:
     rotations_CP2: Tensor
     eps: float
     scale: float
+    wide: bool = False
+    valid: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class CudaLayer:
-    """Prepared weights of a layer, bf16 or packed int4. A dense block is experts that all tokens take."""
+    """Prepared weights of a layer, bf16 or packed int4. A dense block is experts that all tokens take.
+
+    counts_A: int32, the tokens of each expert in the newest pass.
+    """
 
     attention_norm_D: Tensor
     input: Weight
@@ -77,24 +68,17 @@ class CudaLayer:
     down: Weight
     counts_A: Tensor
 
-    @property
-    def quantized(self) -> bool:
-        """Whether products are W4A8."""
-        return isinstance(self.output, PackedInt4)
-
-    def attention(self, x_TD: Tensor, added_MD: Tensor | None, shared: Pass, cache_SW: Tensor) -> Tensor:
-        """Adds `added_MD` to the residual `x_TD` in place; the attention's output [T, D], not yet added."""
+    def attention(self, x_TD: Tensor, added: Added | None, shared: Pass, cache_SW: Tensor) -> Tensor:
+        """Adds `added` to the residual `x_TD` in place; the attention's output [T, D], not yet added."""
         tokens = x_TD.shape[0]
-        normed = Activation.empty(tokens, x_TD.shape[1], x_TD.device)
-        residual_norm(x_TD, added_MD, self.attention_norm_D, shared.eps, normed, self.quantized)
-        joint_TO = linear(normed, self.input)
+        normed = norm(x_TD, added, self.attention_norm_D, shared.eps, self.input, shared.wide)
+        joint_TO = linear(normed, self.input, shared.wide)
         heads, _, rank = self.latent.key_HNR.shape
         width = cache_SW.shape[1]
         query_TO, latent_TW = joint_TO[:, :-width], joint_TO[:, -width:]
         if self.query is not None and self.query_norm_Q is not None:
-            low = Activation.empty(tokens, query_TO.shape[1], x_TD.device)
-            residual_norm(query_TO, None, self.query_norm_Q, INNER_NORM_EPS, low, self.quantized)
-            query_TO = linear(low, self.query)
+            low = norm(query_TO, None, self.query_norm_Q, INNER_NORM_EPS, self.query, shared.wide)
+            query_TO = linear(low, self.query, shared.wide)
         query_THW = torch.empty(tokens, heads, width, dtype=x_TD.dtype, device=x_TD.device)
         write_latents(
             query_TO, latent_TW, self.latent, shared.rotations_CP2, shared.positions_T, shared.rows_T,
@@ -105,68 +89,54 @@ class CudaLayer:
             shared.scale, shared.slices,
         )  # fmt: skip
         values = Activation.empty(tokens, heads * self.value_HRV.shape[2], x_TD.device)
-        merge_values(parts_THSR, lse_THS, self.value_HRV, values, self.quantized)
-        return linear(values, self.output)
+        merge_values(parts_THSR, lse_THS, self.value_HRV, values, rounding(self.output, shared.wide))
+        return linear(values, self.output, shared.wide)
 
-    def block(self, x_TD: Tensor, added_TD: Tensor, shared: Pass) -> Tensor:
-        """Adds the attention's output to the residual; the experts' weighted outputs [M, D], to be added."""
-        normed = Activation.empty(x_TD.shape[0], x_TD.shape[1], x_TD.device)
-        residual_norm(x_TD, added_TD, self.block_norm_D, shared.eps, normed, self.quantized)
-        experts_TK, weights_TK = self._routes(normed.x_TD)
-        blocks = sort_by_expert(experts_TK, self.counts_A, block_size(x_TD.shape[0], self.quantized))
+    def block(self, x_TD: Tensor, attended_TD: Tensor, shared: Pass) -> Added:
+        """Adds the attention's output to the residual; the experts' weighted outputs, to be added."""
+        normed = norm(x_TD, Added(attended_TD), self.block_norm_D, shared.eps, self.gate_up, shared.wide)
+        experts_TK, weights_TK = self._routes(normed.x_TD, shared.valid)
+        if shared.wide:
+            emulated = rounding(self.down, shared.wide) is Rounding.EMULATED
+            gate_up, down = widen(self.gate_up), widen(self.down)
+            return experts_wide(normed.x_TD, gate_up, down, experts_TK, weights_TK, self.counts_A, emulated)
+        int4 = isinstance(self.gate_up, PackedInt4) and isinstance(self.down, PackedInt4)
+        tiles = expert_tiles(x_TD.shape[0], int4)
+        blocks = sort_by_expert(experts_TK, self.counts_A, tiles.rows)
         if isinstance(self.gate_up, PackedInt4) and isinstance(self.down, PackedInt4):
-            return experts_w4a8(normed, self.gate_up, self.down, blocks, weights_TK)
-        assert isinstance(self.gate_up, Tensor) and isinstance(self.down, Tensor)  # noqa: S101, PT018
-        return experts_bf16(normed.x_TD, self.gate_up, self.down, blocks, weights_TK)
+            return Added(experts_int4(normed, self.gate_up, self.down, blocks, weights_TK, tiles))
+        gate_up, down = widen(self.gate_up), widen(self.down)
+        return Added(experts_bf16(normed.x_TD, gate_up, down, blocks, weights_TK, tiles))
 
-    def _routes(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    def _routes(self, x_TD: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.router_ED is not None:
-            return route(x_TD, self.router_ED, self.bias_E, self.choice, self.counts_A)
+            return route(x_TD, self.router_ED, self.bias_E, self.choice, self.counts_A, valid)
         tokens, experts = x_TD.shape[0], self.counts_A.shape[0]
         self.counts_A.fill_(tokens)
         experts_TK = torch.arange(experts, dtype=torch.int32, device=x_TD.device).repeat(tokens, 1)
         return experts_TK, torch.ones(tokens, experts, device=x_TD.device)
 
 
-def linear(x: Activation, weight: Weight) -> Tensor:
+def rounding(reader: Weight, wide: bool) -> Rounding:
+    """How activations are rounded for products with `reader`."""
+    if not (isinstance(reader, PackedInt4) and reader.int8):
+        return Rounding.NONE
+    return Rounding.EMULATED if wide else Rounding.INT8
+
+
+def norm(
+    x_TD: Tensor, added: Added | None, weight_D: Tensor, eps: float, reader: Weight, wide: bool
+) -> Activation:
+    """Adds to the residual in place; its norm, ready for products with `reader`."""
+    normed = Activation.empty(x_TD.shape[0], x_TD.shape[1], x_TD.device)
+    residual_norm(x_TD, added, weight_D, eps, normed, rounding(reader, wide))
+    return normed
+
+
+def linear(x: Activation, weight: Weight, wide: bool) -> Tensor:
     """[T, O] in bf16."""
-    if isinstance(weight, PackedInt4):
-        return linear_w4a8(x, weight)
-    return functional.linear(x.x_TD, weight)
-
-
-def prepare_layer(tensors: LayerTensors, choice: Choice, quantized: bool, counts_A: Tensor) -> CudaLayer:
-    """Repacks a layer's weights; `quantized` rounds its projections and experts to int4."""
-
-    def ready(weight: Tensor) -> Weight:
-        return pack_int4(weight) if quantized else weight.contiguous()
-
-    return CudaLayer(
-        attention_norm_D=tensors.attention_norm_D,
-        input=ready(tensors.input_OD),
-        query_norm_Q=tensors.query_norm_Q,
-        query=None if tensors.query_OQ is None else ready(tensors.query_OQ),
-        latent=LatentWeights(tensors.latent_norm_R, tensors.key_HNR.contiguous(), INNER_NORM_EPS),
-        value_HRV=tensors.value_HRV.contiguous(),
-        output=ready(tensors.output_DO),
-        block_norm_D=tensors.block_norm_D,
-        router_ED=tensors.router_ED,
-        bias_E=tensors.bias_E,
-        choice=choice,
-        gate_up=ready(tensors.gate_up_AFD),
-        down=ready(tensors.down_ADI),
-        counts_A=counts_A,
-    )
-
-
-def split_dense(gate_up_FD: Tensor, down_DI: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """A dense SwiGLU block as experts of `width`, whose outputs add up to its own: [A, F, D], [A, D, I].
-
-    The last expert is padded by zeros.
-    """
-    count = math.ceil(down_DI.shape[1] / width)
-    missing = count * width - down_DI.shape[1]
-    gate, up = (functional.pad(part, (0, 0, 0, missing)) for part in gate_up_FD.chunk(2))
-    gate_up = torch.cat((gate.unflatten(0, (count, width)), up.unflatten(0, (count, width))), dim=1)
-    down = functional.pad(down_DI, (0, missing)).unflatten(1, (count, width)).transpose(0, 1)
-    return gate_up, down.contiguous()
+    if wide or isinstance(weight, Tensor):
+        return functional.linear(x.x_TD, widen(weight))
+    out_TO = torch.empty(x.x_TD.shape[0], weight.outputs, dtype=torch.bfloat16, device=x.x_TD.device)
+    linear_int4(x, weight, out_TO)
+    return out_TO

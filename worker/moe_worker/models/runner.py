@@ -18,14 +18,29 @@ from moe_worker.models.native import NativeModel, Pass
 from moe_worker.moe.counting import ExpertCounter
 
 
+class Counter(Protocol):
+    """Counts which experts passes use."""
+
+    def count(self, tokens: int) -> None:
+        """Takes in the pass that ran last, over `tokens` tokens."""
+        ...
+
+    def read(self) -> tuple[int, list[tuple[int, list[int], int]]]:
+        """Passes so far, and for each layer its number, the tokens of each expert, and its active experts."""
+        ...
+
+
 class Runner(Protocol):
     """Computes passes."""
 
     def logits(self, batch: Batch, cache: PagedCache, rows: Sequence[int]) -> Tensor:
-        """Runs a pass, writing the cache; float32 [N, V] for the tokens at `rows`, which rise."""
+        """Runs a pass, writing the cache; [N, V] for the tokens at `rows`, which rise.
+
+        float32, or what the device computed them in. They are good until the next pass.
+        """
         ...
 
-    def expert_counter(self) -> ExpertCounter:
+    def expert_counter(self) -> Counter:
         """Counts the experts that the passes from now on use."""
         ...
 

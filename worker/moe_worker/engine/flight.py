@@ -1,0 +1,63 @@
+"""A step that was launched, and what it samples on its way to the host.
+
+Legend: B rows that sample, T tokens of a pass.
+"""
+
+from collections.abc import Sequence
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from moe_worker.sampling.adjust import to_device
+from moe_worker.sampling.logprobs import TokenLogprobs
+from moe_worker.sampling.sampler import Sampled
+from moe_worker.scheduler.plan import Step
+
+S = TypeVar("S")
+
+
+class Flight(Generic[S]):
+    """`sampling` names the requests that sample, in order, each with what the engine keeps of it."""
+
+    def __init__(self, step: Step, sampling: Sequence[tuple[int, S]], sampled: Sampled | None) -> None:
+        """Begins to copy the tokens to the host."""
+        self.step = step
+        self.sampling = sampling
+        self._rows = {name: row for row, (name, _) in enumerate(sampling)}
+        self._sampled = sampled
+        self._arrived: torch.cuda.Event | None = None
+        if sampled is not None:
+            self._tokens_B = _to_host(sampled.tokens_B)
+            self._failed_B = _to_host(sampled.failed_B)
+            if sampled.tokens_B.is_cuda:
+                self._arrived = torch.cuda.Event()
+                self._arrived.record()
+
+    def wait(self) -> tuple[list[int], list[bool], dict[int, TokenLogprobs]]:
+        """Tokens, whether there was none to choose, and log-probabilities by row."""
+        if self._sampled is None:
+            return [], [], {}
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        logprobs = {} if self._sampled.logprobs is None else self._sampled.logprobs.listed()
+        return self._tokens_B.tolist(), self._failed_B.tolist(), logprobs
+
+    def copy_tokens(self, names: Sequence[int], places: Sequence[int], into_T: Tensor) -> None:
+        """Writes the tokens of requests `names` to `places` of `into_T`, on the device."""
+        if self._sampled is None:
+            raise ValueError("this step samples nothing")
+        tokens_B, device = self._sampled.tokens_B, into_T.device
+        rows = [self._rows[name] for name in names]
+        if rows == list(range(tokens_B.shape[0])) and list(places) == rows:
+            into_T[: len(rows)].copy_(tokens_B)
+            return
+        rows_N, places_N = to_device(rows, torch.int64, device), to_device(places, torch.int64, device)
+        into_T.index_copy_(0, places_N, tokens_B[rows_N])
+
+
+def _to_host(values: Tensor) -> Tensor:
+    """A copy that may still be on its way; a CPU's tensor as it is."""
+    if not values.is_cuda:
+        return values
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)

@@ -1,0 +1,85 @@
+"""What loading asks of a GPU: whether the kernels take a model, whether it fits, and the runner over it."""
+
+import importlib.util
+
+import torch
+
+from moe_worker.config.attention import LatentConfig
+from moe_worker.config.engine import EngineOptions
+from moe_worker.config.model import ModelConfig
+from moe_worker.errors import SettingsError
+from moe_worker.kernels.registry import Hardware
+from moe_worker.kvcache.paged import PagedCache
+from moe_worker.models.deepseek import DeepseekModel
+from moe_worker.models.runner import Runner
+
+GB = 10**9
+# Bytes of a weight in four bits, with its share of a float32 scale for 128 of them.
+FOUR_BITS = 0.5 + 4 / 128
+# Share of a GPU's memory that is left to the passes themselves.
+SPARE_SHARE = 0.1
+
+
+def probe_gpu(config: ModelConfig, number_format: str) -> Hardware:
+    """Whether the Triton kernels compute this model in `number_format`, and why."""
+    if importlib.util.find_spec("triton") is None:
+        return Hardware("cuda", None, "triton is not installed")
+    if number_format == "fp32":
+        return Hardware("cuda", None, "the kernels compute in bf16, and dtype float32 was asked for")
+    from moe_worker.models.cuda_build import unsupported  # noqa: PLC0415 - triton is not everywhere
+
+    reason = unsupported(config, packed=number_format in ("w4a16", "w4a8"))
+    return (
+        Hardware("cuda", "triton", "this is a CUDA device")
+        if reason is None
+        else Hardware("cuda", None, reason)
+    )
+
+
+def cache_width(config: ModelConfig) -> int:
+    """Values of a cache row as the kernels want it: padded where a rank is no power of two."""
+    from moe_worker.models.cuda_build import Sizes  # noqa: PLC0415 - triton is not everywhere
+
+    return Sizes.of(config.latent).cache_width(config.latent)
+
+
+def make_runner(
+    model: DeepseekModel, cache: PagedCache, options: EngineOptions, context: int, progress: bool
+) -> Runner:
+    """The model over the Triton kernels, its decode steps recorded."""
+    from moe_worker.models.cuda_build import prepare  # noqa: PLC0415 - triton is not everywhere
+    from moe_worker.models.cuda_runner import CudaRunner  # noqa: PLC0415
+
+    return CudaRunner(prepare(model), cache, options.max_batch_size, context, progress)
+
+
+def weight_bytes(config: ModelConfig, number_format: str) -> int:
+    """About how many bytes the weights take: in four bits all but the embedding and W_UK and W_UV."""
+    dense = 4 if number_format == "fp32" else 2
+    if number_format not in ("w4a16", "w4a8"):
+        return config.parameters_total * dense
+    kept = config.vocab_size * config.hidden_size
+    if isinstance(config.attention, LatentConfig):
+        latent = config.attention
+        expanded = latent.num_attention_heads * (latent.qk_nope_head_dim + latent.v_head_dim)
+        kept += config.num_hidden_layers * expanded * latent.kv_lora_rank
+    return int((config.parameters_total - kept) * FOUR_BITS + kept * dense)
+
+
+def check_weights_fit(config: ModelConfig, number_format: str, device: torch.device, free: int) -> None:
+    """Raises SettingsError where `free` bytes of `device` cannot hold the weights; says what could."""
+    needed = weight_bytes(config, number_format)
+    if needed <= free:
+        return
+    packed = weight_bytes(config, "w4a8")
+    smaller = f"use --format w4a8, which takes about {packed / GB:.1f} GB, or " if packed < free else ""
+    raise SettingsError(
+        f"the weights take about {needed / GB:.1f} GB as {number_format}, and {device} has "
+        f"{free / GB:.1f} GB free; {smaller}use a larger GPU"
+    )
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Bytes that the KV cache may take once the weights are loaded."""
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, int(free - SPARE_SHARE * total))

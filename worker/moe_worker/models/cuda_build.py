@@ -1,0 +1,261 @@
+"""Prepares a loaded model for the GPU kernels: padded to sizes they take, four bits in their layout.
+
+Legend: D hidden, F = 2 * I gate and up, I intermediate, H heads, N and P query elements without and with
+rotary position, R latent rank, V value elements, A experts, O outputs, G groups of inputs, L layers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moe_worker.config.attention import LatentConfig
+from moe_worker.config.model import ModelConfig
+from moe_worker.config.moe import Method, Scoring
+from moe_worker.config.quantization import PackedStorage
+from moe_worker.kernels.linear import DenseLinear, Int4Linear, Linear
+from moe_worker.kernels.triton.latent import LatentWeights
+from moe_worker.kernels.triton.router import Choice
+from moe_worker.kernels.triton.tiles import GROUP, PIECE, pack_values
+from moe_worker.models.cuda import CudaModel
+from moe_worker.models.cuda_layer import CudaLayer, Weight
+from moe_worker.models.deepseek import DeepseekModel, DenseBlock, Layer, MoeBlock
+from moe_worker.models.mla import INNER_NORM_EPS, LatentAttention
+from moe_worker.quant.int4 import Int4Weight
+from moe_worker.quant.matrix import Matrix, join_rows, map_rows, split_inputs, stack
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Widths that the kernels see: powers of two for what a program holds whole, pieces of 64 for values."""
+
+    rank: int
+    plain: int
+    value: int
+
+    @classmethod
+    def of(cls, attention: LatentConfig) -> "Sizes":
+        """Those that `attention` is padded to."""
+        return cls(
+            rank=_power(attention.kv_lora_rank),
+            plain=_power(attention.qk_nope_head_dim),
+            value=-(-attention.v_head_dim // PIECE) * PIECE,
+        )
+
+    def cache_width(self, attention: LatentConfig) -> int:
+        """Values of a cache row."""
+        return self.rank + attention.qk_rope_head_dim
+
+
+def unsupported(config: ModelConfig, packed: bool) -> str | None:
+    """Why there are no GPU kernels for a model, in words; None where there are."""
+    attention, storage = config.attention, config.storage
+    if not isinstance(attention, LatentConfig):
+        return f"there are no GPU kernels for the attention of {config.architecture} yet"
+    if isinstance(storage, PackedStorage) and not (storage.symmetric and storage.group == GROUP):
+        return f"the GPU kernels take symmetric int4 in groups of {GROUP}; the checkpoint's is not"
+    rope = attention.qk_rope_head_dim
+    wrong = [
+        ("attention_bias", "false", attention.attention_bias),
+        ("qk_rope_head_dim", "16, 32, 64 or so on", rope < 16 or rope & (rope - 1)),
+        ("hidden_size", f"a multiple of {PIECE}", config.hidden_size % PIECE),
+        ("moe_intermediate_size", f"a multiple of {PIECE}", config.moe.intermediate % PIECE),
+        ("v_head_dim", f"a multiple of {PIECE} in four bits", packed and attention.v_head_dim % PIECE),
+    ]
+    return next(
+        (f"the GPU kernels need {name} to be {right}" for name, right, is_wrong in wrong if is_wrong), None
+    )
+
+
+def prepare(model: DeepseekModel) -> CudaModel:
+    """The model for the kernels; it must not be `unsupported`. Dense matrices are not copied."""
+    config = model.config
+    experts = config.moe.routed + config.moe.shared
+    blocks = [
+        _dense_parts(config) if isinstance(each.block, DenseBlock) else experts for each in model.layers
+    ]
+    counts_LA = torch.zeros(len(blocks), max(blocks), dtype=torch.int32, device=model.device)
+    layers = [
+        _layer(config, layer, counts_A[:count])
+        for layer, counts_A, count in zip(model.layers, counts_LA, blocks, strict=True)
+    ]
+    return CudaModel(
+        embedding_VD=model.embedding_VD,
+        layers=tuple(layers),
+        norm_D=model.norm_D,
+        head=_ready(model.head),
+        rotations_CP2=torch.view_as_real(model.rotations_CP).float().contiguous(),
+        eps=config.rms_norm_eps,
+        scale=_latent(model.layers[0]).scale,
+        counts_LA=counts_LA,
+    )
+
+
+def _layer(config: ModelConfig, layer: Layer, counts_A: Tensor) -> CudaLayer:
+    attention, block, sizes = _latent(layer), layer.block, Sizes.of(config.latent)
+    heads, plain, rope = config.latent.num_attention_heads, sizes.plain, config.latent.qk_rope_head_dim
+    query_rows = heads * (config.latent.qk_nope_head_dim + rope)
+    query_norm_Q, query = None, None
+    joint = _matrix(attention.input)
+    if attention.query is None:
+        first, latent = _split_rows(joint, query_rows)
+        first = _pad_heads(first, heads, config.latent.qk_nope_head_dim, plain, rope)
+    else:
+        first, latent = _split_rows(joint, attention.query.norm_Q.shape[0])
+        query_norm_Q = attention.query.norm_Q
+        expand = _matrix(attention.query.linear)
+        expand = _pad_heads(expand, heads, config.latent.qk_nope_head_dim, plain, rope)
+        query = _packed(expand, _rounds(attention.query.linear))
+    latent = _pad_heads(latent, 1, config.latent.kv_lora_rank, sizes.rank, rope)
+    more_r, more_n = sizes.rank - config.latent.kv_lora_rank, plain - config.latent.qk_nope_head_dim
+    more_v = sizes.value - config.latent.v_head_dim
+    gate_up, down = _experts(config, block)
+    router = None if isinstance(block, DenseBlock) else block.router
+    return CudaLayer(
+        attention_norm_D=layer.attention_norm_D,
+        input=_packed(join_rows((first, latent)), _rounds(attention.input)),
+        query_norm_Q=query_norm_Q,
+        query=query,
+        latent=LatentWeights(
+            functional.pad(attention.latent_norm_R, (0, more_r)),
+            functional.pad(attention.key_HNR, (0, more_r, 0, more_n)).contiguous(),
+            INNER_NORM_EPS,
+            config.latent.kv_lora_rank,
+        ),
+        value_HRV=functional.pad(attention.value_HRV, (0, more_v, 0, more_r)).contiguous(),
+        output=_packed(_pad_values(_matrix(attention.output), heads, more_v), _rounds(attention.output)),
+        block_norm_D=layer.block_norm_D,
+        router_ED=None if router is None else router.weight_ED,
+        bias_E=None if router is None else router.bias_E,
+        choice=_choice(config),
+        gate_up=gate_up,
+        down=down,
+        counts_A=counts_A,
+    )
+
+
+def _choice(config: ModelConfig) -> Choice:
+    moe = config.moe
+    grouped = moe.method is not Method.GREEDY
+    return Choice(
+        moe.top_k, moe.shared, moe.groups if grouped else 1, moe.kept_groups if grouped else 1,
+        sigmoid=moe.scoring is Scoring.SIGMOID, normalise=moe.normalise, scale=moe.scale,
+        pair=moe.method is Method.GROUP_PAIR,
+    )  # fmt: skip
+
+
+def _experts(config: ModelConfig, block: DenseBlock | MoeBlock) -> tuple[Weight, Weight]:
+    if isinstance(block, MoeBlock):
+        int8 = block.experts.round_tokens
+        return _packed(block.experts.gate_up_AFD, int8), _packed(block.experts.down_ADI, int8)
+    gate_up, down = split_dense(_matrix(block.gate_up), _matrix(block.down), _dense_parts(config))
+    return _packed(gate_up, _rounds(block.gate_up)), _packed(down, _rounds(block.down))
+
+
+def _dense_parts(config: ModelConfig) -> int:
+    """Experts that a dense block is cut into: about as wide as the routed ones, in whole groups."""
+    width = -(-config.moe.intermediate // GROUP) * GROUP
+    return -(-config.intermediate_size // width)
+
+
+def split_dense(gate_up: Matrix, down: Matrix, parts: int) -> tuple[Matrix, Matrix]:
+    """A dense SwiGLU block [F, D], [D, I] as experts whose outputs add up to its own: [A, F, D], [A, D, I].
+
+    Each takes whole groups of inputs; the last is padded by zeros.
+    """
+    inner = _outputs(gate_up) // 2
+    width = -(-inner // parts // GROUP) * GROUP
+    missing = width * parts - inner
+
+    def cut(rows: Tensor) -> Tensor:
+        halves = [
+            functional.pad(half, (0, 0, 0, missing)).unflatten(0, (parts, width)) for half in rows.chunk(2)
+        ]
+        return torch.cat(halves, dim=1)
+
+    return map_rows(gate_up, cut), stack(split_inputs(_pad_inputs(down, missing), parts))
+
+
+def _latent(layer: Layer) -> LatentAttention:
+    if not isinstance(layer.attention, LatentAttention):
+        raise TypeError(f"there are no GPU kernels for {type(layer.attention).__name__}")
+    return layer.attention
+
+
+def _power(width: int) -> int:
+    """The power of two, 16 or more, that holds `width`."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def _matrix(linear: Linear) -> Matrix:
+    if isinstance(linear, DenseLinear):
+        return linear.weight_OI
+    if isinstance(linear, Int4Linear):
+        return linear.weight
+    raise TypeError(f"there are no GPU kernels for {type(linear).__name__}")
+
+
+def _rounds(linear: Linear) -> bool:
+    return isinstance(linear, Int4Linear) and linear.round_tokens
+
+
+def _outputs(matrix: Matrix) -> int:
+    return matrix.shape[0] if isinstance(matrix, Tensor) else matrix.outputs
+
+
+def _split_rows(matrix: Matrix, first: int) -> tuple[Matrix, Matrix]:
+    return map_rows(matrix, lambda rows: rows[:first]), map_rows(matrix, lambda rows: rows[first:])
+
+
+def _pad_heads(matrix: Matrix, heads: int, width: int, padded: int, rope: int) -> Matrix:
+    """Rows of each head, `width` and then `rope` of them, with zeros between, so that they are `padded`."""
+
+    def spread(rows: Tensor) -> Tensor:
+        each = rows.unflatten(0, (heads, width + rope))
+        return torch.cat(
+            (functional.pad(each[:, :width], (0, 0, 0, padded - width)), each[:, width:]), 1
+        ).flatten(0, 1)
+
+    return matrix if width == padded else map_rows(matrix, spread)
+
+
+def _pad_values(matrix: Matrix, heads: int, more: int) -> Matrix:
+    """Zeros behind the inputs of each head; four bits never need them (`unsupported`)."""
+    if more == 0:
+        return matrix
+    if isinstance(matrix, Int4Weight):
+        raise ValueError("inputs of a head in four bits cannot be padded")
+    return functional.pad(matrix.unflatten(1, (heads, -1)), (0, more)).flatten(1)
+
+
+def _pad_inputs(matrix: Matrix, more: int) -> Matrix:
+    """Zeros behind the inputs. In four bits they start with a new group, whose scale is zero, too."""
+    if more == 0:
+        return matrix
+    if isinstance(matrix, Tensor):
+        return functional.pad(matrix, (0, more))
+    inputs = matrix.inputs + more
+    groups = -(-inputs // matrix.group) - matrix.scales_OG.shape[-1]
+    packed = functional.pad(matrix.packed_OP, (0, -(-inputs // 2) - matrix.packed_OP.shape[-1]), value=0x88)
+    zeros = None if matrix.zeros_OG is None else functional.pad(matrix.zeros_OG, (0, groups))
+    return Int4Weight(packed, functional.pad(matrix.scales_OG, (0, groups)), zeros, inputs, matrix.group)
+
+
+def _ready(linear: Linear) -> Weight:
+    return _packed(_matrix(linear), _rounds(linear))
+
+
+def _packed(matrix: Matrix, int8: bool) -> Weight:
+    """A matrix (or stacked ones) in the kernels' layout."""
+    if isinstance(matrix, Tensor):
+        return matrix.contiguous()
+    if matrix.group != GROUP:
+        raise ValueError(
+            f"the GPU kernels take int4 in groups of {GROUP}; these are groups of {matrix.group}"
+        )
+    if matrix.zeros_OG is not None and bool(matrix.zeros_OG.any()):
+        raise ValueError("the GPU kernels take symmetric int4; these weights have zero points")
+    values = functional.pad(matrix.values(), (0, -matrix.inputs % GROUP))
+    grouped = values.unflatten(-1, (-1, GROUP)).transpose(-2, -3)
+    return pack_values(grouped, matrix.scales_OG.transpose(-1, -2), matrix.inputs, int8)

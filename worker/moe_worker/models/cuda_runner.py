@@ -1,0 +1,104 @@
+"""Runs the engine's batches on the GPU: decode by graphs, everything else as it comes.
+
+Legend: T tokens of a pass, N tokens whose logits are wanted, L layers, A experts, V vocabulary.
+"""
+
+import sys
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from moe_worker.kvcache.paged import PagedCache
+from moe_worker.models.batch import Batch
+from moe_worker.models.cuda import CudaModel, Rows
+from moe_worker.models.cuda_graph import DecodeGraphs
+
+
+class CudaRunner:
+    """A Runner over `cache`, for batches of up to `largest` sequences of up to `context` tokens.
+
+    dense: number of leading entries of the model's layers that have no router, by index.
+    """
+
+    def __init__(
+        self, model: CudaModel, cache: PagedCache, largest: int, context: int, progress: bool = False
+    ) -> None:
+        self._model = model
+        self.graphs = DecodeGraphs(model, cache, largest, context)
+        self._counts = _Totals(model)
+
+        def bar(sizes: Iterable[int]) -> Iterable[int]:
+            return tqdm(sizes, desc="recording CUDA graphs", disable=not progress, file=sys.stderr)
+
+        self.graphs.record(bar)
+
+    def logits(self, batch: Batch, cache: PagedCache, rows: Sequence[int]) -> Tensor:
+        """Runs a pass, writing the cache; [N, V] for the tokens at `rows`. Valid until the next pass."""
+        whole = len(rows) == batch.decodes == len(batch.segments)
+        if whole and cache is self.graphs.cache and len(rows) <= self.graphs.largest:
+            size = self.graphs.fill(batch.tokens_T, Rows(batch.positions_T, batch.rows_T, batch.pages_BP))
+            self.graphs.run(size)
+            self._counts.add()
+            return self.graphs.logits_BV[: len(rows)]
+        return self._eager(batch, cache, rows)
+
+    def expert_counter(self) -> "CudaExpertCounter":
+        """Counts from now on."""
+        return CudaExpertCounter(self._model, self._counts)
+
+    def _eager(self, batch: Batch, cache: PagedCache, rows: Sequence[int]) -> Tensor:
+        model = self._model
+        placed = Rows(batch.positions_T, batch.rows_T, batch.pages_BP)
+        counts = [segment.count for segment in batch.segments]
+        shared = model.prefill_pass(counts, placed, cache.page_size)
+        x_TD, added = model.forward(batch.tokens_T, shared, cache.layers)
+        self._counts.add()
+        out_NV = model.empty_logits(len(rows))
+        if rows:
+            rows_N = torch.tensor(rows, dtype=torch.int64)
+            if model.device.type == "cuda":
+                rows_N = rows_N.pin_memory().to(model.device, non_blocking=True)
+            model.logits(x_TD[rows_N], added.of_tokens(rows_N, x_TD.shape[0]), out_NV)
+        return out_NV
+
+
+class _Totals:
+    """Sums of the histograms of all passes, on the device: int64 [L, A], and experts with a token [L]."""
+
+    def __init__(self, model: CudaModel) -> None:
+        self._model = model
+        self.tokens_LA = torch.zeros_like(model.counts_LA, dtype=torch.int64)
+        self.active_L = torch.zeros(len(model.layers), dtype=torch.int64, device=model.device)
+
+    def add(self) -> None:
+        """Takes in the newest pass."""
+        self.tokens_LA += self._model.counts_LA
+        self.active_L += (self._model.counts_LA > 0).sum(dim=1)
+
+
+class CudaExpertCounter:
+    """Tells which routed experts the passes since its start used."""
+
+    def __init__(self, model: CudaModel, totals: _Totals) -> None:
+        self._model, self._totals, self._passes = model, totals, 0
+        self._tokens_LA, self._active_L = totals.tokens_LA.clone(), totals.active_L.clone()
+
+    def count(self, _tokens: int) -> None:
+        """Takes in the pass that ran last."""
+        self._passes += 1
+
+    def read(self) -> tuple[int, list[tuple[int, list[int], int]]]:
+        """Passes so far, and for each layer with a router its number, the tokens of each routed expert, and
+        its active experts. Waits for the device.
+        """
+        tokens = (self._totals.tokens_LA - self._tokens_LA).tolist()
+        active = (self._totals.active_L - self._active_L).tolist()
+        rows = []
+        for index, layer in enumerate(self._model.layers):
+            if layer.router_ED is not None:
+                routed, shared = layer.router_ED.shape[0], layer.choice.shared
+                # Shared experts are active in every pass.
+                rows.append((index, tokens[index][:routed], active[index] - shared * self._passes))
+        return self._passes, rows
