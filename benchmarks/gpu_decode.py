@@ -1,119 +1,177 @@
-"""Decode and prefill on a GPU, beside vLLM's figures for the same shape; random weights, context 512.
+"""Decode and prefill of the engine on a GPU, beside vLLM's figures for the same shape; context 512.
 
     PYTHONPATH=worker:protos:. python -m benchmarks.gpu_decode [--formats bf16 w4a8] [--batch 1 16 64 256]
         [--tokens 128] [--rounds 5] [--profile] [--launches] [--json]
 
-Needs torch and triton only. First the kernels are compared with plain float64 torch on a small model. The
-peer is vLLM 0.26 with bf16 weights (CUDA graphs, FLASH_ATTN_MLA), measured on one H200 with the same shape;
-on another card the ratio means nothing.
+Needs torch, triton, numpy, safetensors, tokenizers and tqdm. Weights are random, so only speed is compared. A
+figure is that of the whole engine (scheduler, model and sampling); `graph only` is the device's part of it.
+The peer is vLLM 0.26 with bf16 weights (CUDA graphs, FLASH_ATTN_MLA), measured on one H200 with the same
+shape; on another card the ratio says little.
 """
 
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 
-from benchmarks.gpu_random import SMALL, PlainModel, Shape, random_model
-from moe_worker.models.cuda import CudaModel, DecodeGraph
+from benchmarks.gpu_random import LARGE, random_model
+from moe_worker.config.engine import EngineOptions
+from moe_worker.engine.core import EngineCore
+from moe_worker.engine.loading import LoadedModel
+from moe_worker.engine.requests import Request
+from moe_worker.kvcache.paged import CacheShape, PagedCache
+from moe_worker.models.cuda import CudaModel, Rows
+from moe_worker.models.cuda_build import prepare
+from moe_worker.models.cuda_graph import DecodeGraphs
+from moe_worker.models.cuda_runner import CudaRunner
+from moe_worker.models.tokenizer import Tokenizer
+from moe_worker.sampling.parameters import SamplingParameters
 
 # vLLM 0.26 bf16 on one H200, 2026-11-23: tokens a second at each batch size, and of prefill.
 PEER_DECODE = {1: 312, 16: 4430, 64: 14518, 256: 28291}
 PEER_PREFILL = 90_000
-PAGE = 64
+PAGE = 16
 CONTEXT = 512
-PREFILL_CHUNK = 32  # sequences of CONTEXT tokens in one pass
+PREFILL_SEQUENCES = 64
+FORMATS = {"bf16": "dense", "w4a16": "w4a16", "w4a8": "w4a8"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--formats", nargs="+", default=["bf16", "w4a8"], choices=["bf16", "w4a8"])
+    parser.add_argument("--formats", nargs="+", default=["bf16", "w4a8"], choices=list(FORMATS))
     parser.add_argument("--batch", nargs="+", type=int, default=sorted(PEER_DECODE))
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prefill-tokens", type=int, default=16384, help="prompt tokens of one step")
     parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
-    parser.add_argument("--launches", action="store_true", help="kernel launches of one layer")
+    parser.add_argument("--launches", action="store_true", help="kernel launches of one layer and token")
     parser.add_argument("--skip-prefill", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    with torch.inference_mode():
-        for name in args.formats:
-            error, same = disagreement(name == "w4a8")
-            note(
-                args,
-                f"{name}: small model beside float64: logits differ by {error:.4f}, same tokens {same}",
-            )
-            for row in measure(name, args):
-                report(row, args)
+    for name in args.formats:
+        for row in measure(name, args):
+            report(row, args)
+
+
+class NoText:
+    """Stands in for a tokenizer: random weights say nothing."""
+
+    def token_bytes(self, token: int) -> bytes:
+        del token
+        return b""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A random model with room for the largest batch."""
+
+    model: CudaModel
+    loaded: LoadedModel
+    options: EngineOptions
+    graphs: DecodeGraphs
+
+    @classmethod
+    def of(cls, number_format: str, batch: int, context: int, prefill_tokens: int) -> "Bench":
+        device = torch.device("cuda")
+        with torch.inference_mode():
+            plain = random_model(LARGE, number_format, context, device)
+            config, model = plain.config, prepare(plain)
+            del plain
+            torch.cuda.empty_cache()
+            shape = CacheShape(config.num_hidden_layers, config.attention.cache_width, PAGE, torch.bfloat16)
+            cache = PagedCache.allocate(shape, batch * shape.pages_for(context), device)
+            runner = CudaRunner(model, cache, batch, context, progress=True)
+        options = EngineOptions(
+            device="cuda", max_batch_size=batch, prefill_tokens=prefill_tokens, prefix_cache=False,
+            target_step_ms=10_000,
+        )  # fmt: skip
+        tokenizer = cast("Tokenizer", NoText())
+        loaded = LoadedModel(config, runner, tokenizer, cache, context, number_format, ())
+        return cls(model, loaded, options, runner.graphs)
 
 
 def measure(name: str, args: argparse.Namespace) -> Iterator[dict[str, object]]:
-    torch.manual_seed(0)
-    device = torch.device("cuda")
-    pages = (CONTEXT + args.tokens) // PAGE + 1
-    most = max(*args.batch, PREFILL_CHUNK)
-    model, _, _ = random_model(Shape(), most * pages, PAGE, name == "w4a8", device)
-    for cache in model.caches:
-        cache.normal_()
+    most, context = max(*args.batch, PREFILL_SEQUENCES), CONTEXT + args.tokens
+    bench = Bench.of(FORMATS[name], most, context, args.prefill_tokens)
     if args.launches:
-        note(args, f"{name}: {launches_per_layer(model)} launches a layer with experts")
+        yield row(f"launches a layer, {name}", launches_per_layer(bench), None, "kernels")
     for batch in args.batch:
-        rate = decode_rate(model, batch, pages, args)
+        rate = statistics.median(decode_rate(bench, batch, args.tokens) for _ in range(args.rounds))
         yield row(f"decode {name}, batch {batch}", rate, PEER_DECODE.get(batch))
+        yield row(f"decode {name}, batch {batch}, graph only", graph_rate(bench, batch, args), None)
     if not args.skip_prefill:
-        yield row(f"prefill {name}", prefill_rate(model, pages, args), PEER_PREFILL)
+        prefill_rate(bench)
+        rate = statistics.median(prefill_rate(bench) for _ in range(args.rounds))
+        yield row(f"prefill {name}", rate, PEER_PREFILL)
+        if args.profile:
+            print_profile("prefill", lambda: prefill_rate(bench))
 
 
-def row(what: str, ours: float, peer: float | None) -> dict[str, object]:
+def row(what: str, ours: float, peer: float | None, unit: str = "tokens/s") -> dict[str, object]:
     return {
         "what": what, "ours": round(ours, 1), "peer": peer, "ratio": round(ours / peer, 3) if peer else None,
-        "unit": "tokens/s", "device": torch.cuda.get_device_name(),
+        "unit": unit, "device": torch.cuda.get_device_name(),
     }  # fmt: skip
 
 
-def started(model: CudaModel, batch: int, pages: int) -> DecodeGraph:
-    graph = DecodeGraph(model, batch, pages)
-    graph.pages_BP.copy_(torch.arange(batch * pages, device="cuda").view(batch, pages))
-    graph.tokens_B.random_(model.embedding_VD.shape[0])
-    graph.positions_B.fill_(CONTEXT)
-    graph.capture()
-    return graph
+def submitted(bench: Bench, count: int, tokens: int) -> EngineCore:
+    """An engine with `count` random prompts of CONTEXT tokens."""
+    core, generator = EngineCore(bench.loaded, bench.options), torch.Generator().manual_seed(0)
+    sampling = SamplingParameters(max_tokens=tokens, ignore_eos=True)
+    for number in range(count):
+        prompt = torch.randint(bench.loaded.config.vocab_size, (CONTEXT,), generator=generator)
+        core.submit(Request(number, tuple(prompt.tolist()), sampling, seed=0))
+    return core
 
 
-def decode_rate(model: CudaModel, batch: int, pages: int, args: argparse.Namespace) -> float:
-    graph = started(model, batch, pages)
-    seconds = []
-    for _ in range(args.rounds):
-        graph.positions_B.fill_(CONTEXT)
-        seconds.append(timed(lambda: graph.steps(args.tokens)))
+def decode_rate(bench: Bench, batch: int, tokens: int) -> float:
+    """Tokens a second from when all prompts have their first token."""
+    core, seen = submitted(bench, batch, tokens), set[int]()
+    while len(seen) < batch:
+        seen |= {delta.id for delta in core.step()}
+    torch.cuda.synchronize()
+    begin, produced = time.perf_counter(), 0
+    while not core.idle:
+        produced += len(core.step())
+    return produced / (time.perf_counter() - begin)
+
+
+def prefill_rate(bench: Bench) -> float:
+    """Prompt tokens a second."""
+    core = submitted(bench, PREFILL_SEQUENCES, 1)
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    while not core.idle:
+        core.step()
+    return PREFILL_SEQUENCES * CONTEXT / (time.perf_counter() - begin)
+
+
+def graph_rate(bench: Bench, batch: int, args: argparse.Namespace) -> float:
+    """Tokens a second of the recorded step alone, at the context that decode begins with."""
+    graphs, cache = bench.graphs, bench.loaded.cache
+    per_sequence = cache.shape.pages_for(bench.loaded.context)
+    pages_BP = torch.arange(batch * per_sequence, device="cuda", dtype=torch.int32).view(batch, -1)
+    positions_B = torch.full((batch,), CONTEXT, device="cuda")
+    rows_B = pages_BP[:, CONTEXT // PAGE].long() * PAGE + CONTEXT % PAGE
+    tokens_B = torch.randint(bench.loaded.config.vocab_size, (batch,), device="cuda")
+    size = graphs.fill(tokens_B, Rows(positions_B, rows_B, pages_BP))
+
+    def steps() -> None:
+        for _ in range(32):
+            graphs.run(size)
+
+    steps()
+    seconds = statistics.median(timed(steps) for _ in range(args.rounds)) / 32
     if args.profile:
-        graph.positions_B.fill_(CONTEXT)
-        profile(graph, batch)
-    return float(batch * args.tokens / statistics.median(seconds))
-
-
-def prefill_rate(model: CudaModel, pages: int, args: argparse.Namespace) -> float:
-    pages_BP = torch.arange(PREFILL_CHUNK * pages, device="cuda", dtype=torch.int32).view(
-        PREFILL_CHUNK, pages
-    )
-    tokens_T = torch.randint(model.embedding_VD.shape[0], (PREFILL_CHUNK * CONTEXT,), device="cuda")
-    last_B = torch.arange(1, PREFILL_CHUNK + 1, device="cuda") * CONTEXT - 1
-
-    def once() -> None:
-        shared = model.prefill_pass([0] * PREFILL_CHUNK, [CONTEXT] * PREFILL_CHUNK, pages_BP)
-        x_TD, added_MD = model.forward(tokens_T, shared)
-        added_TKD = added_MD.unflatten(0, (tokens_T.shape[0], -1))
-        model.logits(x_TD[last_B], added_TKD[last_B].flatten(0, 1)).argmax(-1)
-
-    once()
-    seconds = [timed(once) for _ in range(args.rounds)]
-    if args.profile:
-        print_profile("prefill", once)
-    return float(tokens_T.shape[0] / statistics.median(seconds))
+        print_profile(f"decode step, batch {batch}", lambda: graphs.run(size))
+    return batch / seconds
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -126,10 +184,6 @@ def timed(work: Callable[[], object]) -> float:
     return float(start.elapsed_time(end)) / 1e3
 
 
-def profile(graph: DecodeGraph, batch: int) -> None:
-    print_profile(f"decode step, batch {batch}", graph.step)
-
-
 def print_profile(title: str, work: Callable[[], object]) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
         work()
@@ -137,61 +191,34 @@ def print_profile(title: str, work: Callable[[], object]) -> None:
     rows = sorted(seen.key_averages(), key=lambda each: -each.device_time_total)
     total = sum(each.device_time_total for each in rows)
     print(f"--- {title}: {total / 1e3:.3f} ms in kernels")
-    for each in rows[:14]:
+    for each in rows[:16]:
         mean = each.device_time_total / each.count
         print(f"{each.device_time_total / 1e3:9.3f} ms {each.count:5d} x {mean:8.1f} us  {each.key[:70]}")
 
 
-def launches_per_layer(model: CudaModel) -> int:
-    """Kernels of a step with three layers less those of a step with two."""
+def launches_per_layer(bench: Bench) -> int:
+    """Kernels of a decode step with three layers less those of a step with two."""
     counts: list[int] = []
     for layers in (2, 3):
-        part = replace(model, layers=model.layers[:layers], caches=model.caches[:layers])
-        graph = DecodeGraph(part, 16, 16)
-        graph.run()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-            graph.run()
+        part = replace(bench.model, layers=bench.model.layers[:layers])
+        cache = replace(bench.loaded.cache, layers=bench.loaded.cache.layers[:layers])
+        graphs = DecodeGraphs(part, cache, 16, bench.loaded.context)
+        with (
+            torch.inference_mode(),
+            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen,
+        ):
+            graphs.run(16)
             torch.cuda.synchronize()
         counts.append(sum(each.count for each in seen.key_averages()))
     return counts[1] - counts[0]
 
 
-def disagreement(quantized: bool) -> tuple[float, str]:
-    """On a small model: the median token's relative error of logits, and how many decoded tokens agree."""
-    torch.manual_seed(1)
-    device = torch.device("cuda")
-    model, layers, head_VD = random_model(SMALL, 32, PAGE, quantized, device)
-    plain = PlainModel(SMALL, model.embedding_VD, layers, head_VD, quantized)
-    pages_BP = torch.tensor([[3, 1, 5, 7]], dtype=torch.int32, device=device)
-    tokens_T = torch.randint(SMALL.vocabulary, (100,), device=device)
-    shared = model.prefill_pass([0], [100], pages_BP)
-    ours_TV = model.logits(*model.forward(tokens_T, shared)).double()
-    exact_TV = plain.logits(tokens_T)
-    errors_T = (ours_TV - exact_TV).norm(dim=1) / exact_TV.norm(dim=1)
-    graph = DecodeGraph(model, 1, 4)
-    graph.pages_BP.copy_(pages_BP)
-    graph.tokens_B.copy_(ours_TV[-1:].argmax(-1))
-    graph.positions_B.fill_(100)
-    same, text = 0, torch.cat((tokens_T, graph.tokens_B))
-    graph.capture()
-    for _ in range(32):
-        graph.step()
-        same += int(plain.logits(text)[-1].argmax()) == int(graph.tokens_B)
-        text = torch.cat((text, graph.tokens_B))
-    return float(errors_T.median()), f"{same}/32"
-
-
-def note(args: argparse.Namespace, text: str) -> None:
-    if not args.json:
-        print(text, flush=True)
-
-
-def report(values: dict[str, object], args: argparse.Namespace) -> None:
+def report(values: dict[str, Any], args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(values), flush=True)
         return
     peer = "" if values["peer"] is None else f"  vLLM bf16 {values['peer']}  {values['ratio']}x"
-    print(f"{values['what']:26} {values['ours']:>12} tokens/s{peer}", flush=True)
+    print(f"{values['what']:40} {values['ours']:>12} {values['unit']}{peer}", flush=True)
 
 
 if __name__ == "__main__":

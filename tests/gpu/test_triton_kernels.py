@@ -1,7 +1,8 @@
 """Each Triton kernel against plain float64 torch, on inputs drawn anew.
 
-One command on a bare machine with torch, triton, transformers, safetensors and pytest:
+One command on a bare machine with a GPU, torch, triton, transformers, safetensors and pytest:
     PYTHONPATH=worker:protos:. python -m pytest -p no:cacheprovider -o asyncio_mode= tests/gpu
+Without a GPU Triton interprets the kernels (TRITON_INTERPRET=1): tests/worker/test_interpreted.py.
 """
 
 import math
@@ -9,20 +10,14 @@ import math
 import pytest
 import torch
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
 pytest.importorskip("triton")
 
-from benchmarks.gpu_random import SMALL, PlainModel, plain_route, random_model, rounded_weight  # noqa: E402
-from moe_worker.kernels.triton import attention, experts, latent, linear, norm, router, tiles  # noqa: E402
-from moe_worker.models.cuda import DecodeGraph  # noqa: E402
-from moe_worker.models.cuda_layer import split_dense  # noqa: E402
+from moe_worker.kernels.triton import attention, experts, latent, linear, norm, router, tiles, wide
+from moe_worker.models.cuda_build import split_dense
+from tests.gpu.device import BF16, DEVICE, needs_device
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# bf16 keeps 8 bits: a rounded value is off by at most 2**-9 of itself.
-BF16 = 4e-3
+pytestmark = needs_device
+NONE, INT8, EMULATED = norm.Rounding.NONE, norm.Rounding.INT8, norm.Rounding.EMULATED
 
 
 @pytest.fixture(autouse=True)
@@ -50,11 +45,18 @@ def from_int8(x):
     return (x.q_TD.double().unflatten(1, (-1, 64)) * x.scales_TX.double().unsqueeze(-1)).flatten(1)
 
 
+def rounded_weight(weight):
+    """What rounding [..., O, I] to four bits leaves of it, float64."""
+    values, scales = tiles.round_to_int4(weight)
+    whole = (values.double() * scales.double().unsqueeze(-1)).transpose(-3, -2).flatten(-2)
+    return whole[..., : weight.shape[-1]]
+
+
 def quantized(x_TI):
     """An activation whose int8 side is made by the norm kernel with a residual of unit rows."""
     out = poisoned(*x_TI.shape)
     ones = torch.ones(x_TI.shape[1], device=DEVICE, dtype=torch.bfloat16)
-    norm.residual_norm(x_TI, None, ones, 1e-6, out, quantized=True)
+    norm.residual_norm(x_TI, None, ones, 1e-6, out, INT8)
     return out
 
 
@@ -64,7 +66,7 @@ def test_residual_norm(tokens, width, summed):
     total = residual.double() + added.double().view(tokens, summed, width).sum(1)
     expected = total * torch.rsqrt(total.pow(2).mean(1, keepdim=True) + 1e-6) * weight.double()
     out = poisoned(tokens, width)
-    norm.residual_norm(residual, added, weight, 1e-6, out, quantized=True)
+    norm.residual_norm(residual, norm.Added(added), weight, 1e-6, out, INT8)
     assert difference(residual, total) < BF16
     assert difference(out.x_TD, expected) < BF16
     top = out.x_TD.double().unflatten(1, (-1, 64)).abs().amax(-1, keepdim=True)
@@ -72,24 +74,52 @@ def test_residual_norm(tokens, width, summed):
     assert (error <= top / 254 * 1.0001).all()
 
 
+def test_rows_to_be_added_may_stand_in_any_order():
+    residual, added, order = randn(7, 128), randn(21, 128), torch.randperm(21, device=DEVICE)
+    kept, ordered = residual.clone(), torch.empty_like(added).index_copy_(0, order, added)
+    outs = poisoned(7, 128), poisoned(7, 128)
+    ones = torch.ones(128, device=DEVICE, dtype=torch.bfloat16)
+    norm.residual_norm(residual, norm.Added(added), ones, 1e-6, outs[0], NONE)
+    norm.residual_norm(kept, norm.Added(ordered, order), ones, 1e-6, outs[1], NONE)
+    assert torch.equal(residual, kept)
+    assert torch.equal(outs[0].x_TD, outs[1].x_TD)
+
+
+def test_emulated_rounding_is_that_of_int8():
+    x, ones = randn(9, 320), torch.ones(320, device=DEVICE, dtype=torch.bfloat16)
+    outs = poisoned(9, 320), poisoned(9, 320)
+    for out, rounding in zip(outs, (INT8, EMULATED), strict=True):
+        norm.residual_norm(x, None, ones, 1e-6, out, rounding)
+    assert difference(outs[1].x_TD, from_int8(outs[0])) < BF16
+
+
 def test_packed_weights_are_the_rounded_ones():
-    weight = randn(3, 40, 200)
+    weight = randn(3, 40, 192)
     packed = tiles.pack_int4(weight)
     signed = packed.packed.view(torch.int8)
     values = torch.cat((signed << 4 >> 4, signed >> 4), dim=-1).double()
-    whole = (values * packed.scales.double().unsqueeze(-1)).transpose(1, 2).flatten(2)[..., :200]
+    whole = (values * packed.scales.double().unsqueeze(-1)).transpose(1, 2).flatten(2)[..., :192]
     assert torch.equal(whole, rounded_weight(weight))
-    step = packed.scales.transpose(1, 2).repeat_interleave(128, dim=2)[..., :200].double()
+    step = packed.scales.transpose(1, 2).repeat_interleave(128, dim=2)[..., :192].double()
     assert ((whole - weight.double()).abs() <= step * 0.5001).all()
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 77, 300])
-@pytest.mark.parametrize(("inputs", "outputs"), [(256, 200), (2048, 3648)])
-def test_linear_w4a8(tokens, inputs, outputs):
+@pytest.mark.parametrize("tokens", [1, 77, 150])
+@pytest.mark.parametrize(("inputs", "outputs"), [(256, 200), (320, 130), (1024, 640)])
+@pytest.mark.parametrize("int8", [True, False], ids=["w4a8", "w4a16"])
+def test_linear_int4(tokens, inputs, outputs, int8):
     x, weight = quantized(randn(tokens, inputs)), randn(outputs, inputs)
-    expected = from_int8(x) @ rounded_weight(weight).t()
-    actual = linear.linear_w4a8(x, tiles.pack_int4(weight), torch.float32)
+    actual = torch.full((tokens, outputs), math.nan, device=DEVICE)
+    linear.linear_int4(x, tiles.pack_int4(weight, int8), actual)
+    expected = (from_int8(x) if int8 else x.x_TD.double()) @ rounded_weight(weight).t()
     assert difference(actual, expected) < 1e-5
+
+
+@pytest.mark.parametrize("inputs", [256, 320])
+def test_widened_weights_are_the_rounded_ones(inputs):
+    weight = randn(3, 40, inputs)
+    whole = wide.widen(tiles.pack_int4(weight))
+    assert difference(whole, rounded_weight(weight)) < BF16
 
 
 @pytest.mark.parametrize("tokens", [1, 50])
@@ -97,7 +127,7 @@ def test_latents_are_written_where_they_belong(tokens):
     heads, plain, rope, rank = 4, 32, 16, 64
     joint = randn(tokens, heads * (plain + rope) + rank + rope)
     query, row = joint[:, : -rank - rope], joint[:, -rank - rope :]
-    weights = latent.LatentWeights(randn(rank), randn(heads, plain, rank), 1e-6)
+    weights = latent.LatentWeights(randn(rank), randn(heads, plain, rank), 1e-6, rank)
     angles = torch.rand(100, rope // 2, device=DEVICE) * 6
     table = torch.stack((angles.cos(), angles.sin()), dim=-1)
     positions = torch.randint(100, (tokens,), device=DEVICE)
@@ -125,12 +155,14 @@ def test_latents_are_written_where_they_belong(tokens):
 
 @pytest.mark.parametrize("slices", [1, 4, 16])
 @pytest.mark.parametrize("counts", [[1, 1, 1], [9, 1, 30]])
-def test_attention_over_pages_and_the_merge_of_slices(slices, counts):
-    heads, rank, rope, value, page = 4, 64, 16, 64, 32
+@pytest.mark.parametrize(("heads", "page"), [(4, 32), (6, 8)])
+def test_attention_over_pages_and_the_merge_of_slices(slices, counts, heads, page):
+    rank, rope, value = 64, 16, 64
     most = 1 if max(counts) == 1 else 4
     ends = [1, 95, 64] if most == 1 else [9, 33, 64]
-    pages = torch.randperm(9, device=DEVICE).view(3, 3).int()
-    cache = randn(9 * page, rank + rope)
+    each = 96 // page
+    pages = torch.randperm(3 * each, device=DEVICE).view(3, each).int()
+    cache = randn(3 * 96, rank + rope)
     positions = torch.cat([torch.arange(e - c, e, device=DEVICE) for c, e in zip(counts, ends, strict=True)])
     tokens = sum(counts)
     query = randn(tokens, heads, rank + rope)
@@ -149,34 +181,64 @@ def test_attention_over_pages_and_the_merge_of_slices(slices, counts):
         shares = (query[t].double() @ rows.t() * 0.1).softmax(-1)
         expected.append(torch.einsum("hr,hrv->hv", shares @ rows[:, :rank], weight.double()).flatten())
     expected = torch.stack(expected)
-    for int8 in (False, True):
+    for rounding in norm.Rounding:
         out = poisoned(tokens, heads * value)
-        attention.merge_values(parts, lse, weight, out, int8)
-        assert difference(from_int8(out) if int8 else out.x_TD, expected) < (0.015 if int8 else 0.01)
+        attention.merge_values(parts, lse, weight, out, rounding)
+        actual = from_int8(out) if rounding is INT8 else out.x_TD
+        assert difference(actual, expected) < (0.01 if rounding is NONE else 0.015) + BF16
 
 
 CHOICES = {
-    "sigmoid": router.Choice(6, 2, 1, 1, sigmoid=True, normalise=True, scale=1.0),
-    "softmax": router.Choice(2, 0, 1, 1, sigmoid=False, normalise=False, scale=16.0),
-    "groups by two": router.Choice(4, 1, 8, 3, sigmoid=True, normalise=True, scale=2.5),
-    "groups by one": router.Choice(3, 2, 4, 2, sigmoid=False, normalise=True, scale=1.0, pair=False),
+    "sigmoid": (64, router.Choice(6, 2, 1, 1, sigmoid=True, normalise=True, scale=1.0)),
+    "softmax": (64, router.Choice(2, 0, 1, 1, sigmoid=False, normalise=False, scale=16.0)),
+    "groups by two": (64, router.Choice(4, 1, 8, 3, sigmoid=True, normalise=True, scale=2.5)),
+    "groups by one": (64, router.Choice(3, 2, 4, 2, sigmoid=False, normalise=True, scale=1.0, pair=False)),
+    # DeepSeek-V2 has groups of 20 experts.
+    "groups of 20": (160, router.Choice(6, 2, 8, 3, sigmoid=False, normalise=False, scale=16.0, pair=False)),
 }
 
 
-@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES.keys())
+def plain_route(logits_TE, bias_E, choice):
+    """Weights of all experts, the shared ones behind, 0 where an expert is not chosen: [T, A]."""
+    scores = logits_TE.sigmoid() if choice.sigmoid else logits_TE.softmax(-1)
+    moved = scores + bias_E
+    if choice.kept_groups < choice.groups:
+        each = moved.unflatten(-1, (choice.groups, -1))
+        group = each.topk(2 if choice.pair else 1, dim=-1).values.sum(-1)
+        kept = torch.zeros_like(group).scatter(-1, group.topk(choice.kept_groups).indices, 1.0)
+        moved = each.masked_fill(kept.unsqueeze(-1) == 0, float("-inf")).flatten(-2)
+    chosen = moved.topk(choice.top_k).indices
+    weights = scores.gather(-1, chosen)
+    if choice.normalise:
+        weights = weights / weights.sum(-1, keepdim=True)
+    shares = torch.zeros_like(scores).scatter(-1, chosen, weights * choice.scale)
+    return torch.cat((shares, torch.ones_like(shares[:, : choice.shared])), dim=-1)
+
+
+@pytest.mark.parametrize(("count", "choice"), CHOICES.values(), ids=CHOICES.keys())
 @pytest.mark.parametrize("tokens", [1, 37])
-def test_router(choice, tokens):
-    x, weight, bias = (
-        randn(tokens, 320),
-        randn(64, 320, dtype=torch.float32) / 18,
-        torch.randn(64, device=DEVICE) / 20,
-    )
-    counts = torch.zeros(64 + choice.shared, dtype=torch.int32, device=DEVICE)
+def test_router(count, choice, tokens):
+    x, weight = randn(tokens, 320), randn(count, 320, dtype=torch.float32) / 18
+    bias = torch.randn(count, device=DEVICE) / 20
+    counts = torch.zeros(count + choice.shared, dtype=torch.int32, device=DEVICE)
     chosen, weights = router.route(x, weight, bias, choice, counts)
     expected = plain_route(x.double() @ weight.double().t(), bias.double(), choice)
     actual = torch.zeros_like(expected).scatter(1, chosen.long(), weights.double())
     assert difference(actual, expected) < 1e-5
     assert torch.equal(counts.long(), (expected > 0).sum(0))
+
+
+def test_padding_goes_to_no_expert():
+    x, weight = randn(8, 64), randn(16, 64, dtype=torch.float32)
+    choice = CHOICES["sigmoid"][1]
+    counts, valid = torch.zeros(18, dtype=torch.int32, device=DEVICE), torch.tensor([5], device=DEVICE).int()
+    chosen, shares = router.route(x, weight, None, choice, counts, valid)
+    assert (chosen[5:] == -1).all()
+    assert (chosen[:5] >= 0).all()
+    assert int(counts.sum()) == 5 * 8
+    blocks = experts.sort_by_expert(chosen, counts, 16)
+    assert set(blocks.rows.tolist()) & set(range(5 * 8, 8 * 8)) == set()
+    assert shares.isfinite().all()
 
 
 @pytest.mark.parametrize(("tokens", "size"), [(1, 16), (40, 16), (300, 32)])
@@ -197,62 +259,52 @@ def test_tokens_are_sorted_by_expert(tokens, size):
     assert sorted(seen) == list(range(chosen.numel()))
 
 
-@pytest.mark.parametrize("int4", [False, True], ids=["bf16", "w4a8"])
-@pytest.mark.parametrize("tokens", [1, 20, 150])
-def test_experts(int4, tokens):
-    count, width, inner, per_token = 6, 256, 128, 3
+def plain_experts(x_TD, gate_up_AFD, down_ADI, chosen_TK, shares_TK):
+    """[T, K, D], float64."""
+    out = torch.empty(*chosen_TK.shape, down_ADI.shape[1], dtype=torch.float64, device=DEVICE)
+    for t, row in enumerate(chosen_TK.tolist()):
+        for k, expert in enumerate(row):
+            gate, up = (gate_up_AFD[expert].double() @ x_TD[t].double()).chunk(2)
+            hidden = torch.nn.functional.silu(gate) * up
+            out[t, k] = down_ADI[expert].double() @ hidden * shares_TK[t, k].double()
+    return out
+
+
+@pytest.mark.parametrize("number_format", ["bf16", "w4a16", "w4a8"])
+@pytest.mark.parametrize(("tokens", "wanted"), [(1, "narrow"), (40, "narrow"), (40, "wide")])
+@pytest.mark.parametrize("inner", [128, 64])
+def test_experts(number_format, tokens, wanted, inner):
+    count, width, per_token = 6, 192, 3
     x = quantized(randn(tokens, width))
     gate_up, down = randn(count, 2 * inner, width) / 16, randn(count, width, inner) / 11
     chosen = torch.rand(tokens, count, device=DEVICE).topk(per_token).indices.int()
     shares = torch.rand(tokens, per_token, device=DEVICE)
-    blocks = experts.sort_by_expert(chosen, chosen.flatten().bincount(minlength=count).int(), 16)
-    if int4:
-        out = experts.experts_w4a8(x, tiles.pack_int4(gate_up), tiles.pack_int4(down), blocks, shares)
-        values, gate_up, down = from_int8(x), rounded_weight(gate_up), rounded_weight(down)
+    counts = chosen.flatten().bincount(minlength=count).int()
+    int4, int8 = number_format != "bf16", number_format == "w4a8"
+    weights = [tiles.pack_int4(each, int8) if int4 else each for each in (gate_up, down)]
+    plain = [rounded_weight(each) if int4 else each for each in (gate_up, down)]
+    values = from_int8(x) if int8 else x.x_TD.double()
+    cut = experts.expert_tiles(tokens, int4)
+    blocks = experts.sort_by_expert(chosen, counts, cut.rows)
+    if wanted == "wide":
+        read, wide_weights = values.to(torch.bfloat16), [wide.widen(each) for each in weights]
+        added = wide.experts_wide(read, *wide_weights, chosen, shares, counts, emulated=int8)
+        rows = added.rows_MD[added.order_M]
+    elif int4:
+        rows = experts.experts_int4(x, *weights, blocks, shares, cut)
     else:
-        out = experts.experts_bf16(x.x_TD, gate_up, down, blocks, shares)
-        values = x.x_TD.double()
-    for t in range(tokens):
-        for k in range(per_token):
-            gate, up = (gate_up[chosen[t, k]].double() @ values[t]).chunk(2)
-            expected = down[chosen[t, k]].double() @ (gate.sigmoid() * gate * up) * shares[t, k].double()
-            assert difference(out[t * per_token + k], expected) < (0.02 if int4 else 0.01)
+        rows = experts.experts_bf16(x.x_TD, *weights, blocks, shares, cut)
+    expected = plain_experts(values, *plain, chosen, shares)
+    for row, wish in zip(rows, expected.flatten(0, 1), strict=True):
+        assert difference(row, wish) < (0.02 if int8 else 0.01) + 2 * BF16
 
 
 def test_a_dense_block_is_the_sum_of_its_experts():
-    gate_up, down, x = (
-        torch.randn(100, 16).double(),
-        torch.randn(16, 50).double(),
-        torch.randn(4, 16).double(),
-    )
+    gate_up, down, x = (torch.randn(*size).double() for size in ((600, 16), (16, 300), (4, 16)))
     gate, up = (x @ gate_up.t()).chunk(2, dim=1)
     expected = (torch.nn.functional.silu(gate) * up) @ down.t()
     total = torch.zeros_like(x)
-    for own_gate_up, own_down in zip(*split_dense(gate_up, down, 32), strict=True):
+    for own_gate_up, own_down in zip(*split_dense(gate_up, down, 3), strict=True):
         gate, up = (x @ own_gate_up.t()).chunk(2, dim=1)
         total += (torch.nn.functional.silu(gate) * up) @ own_down.t()
     assert torch.allclose(total, expected)
-
-
-@pytest.mark.parametrize("int4", [False, True], ids=["bf16", "w4a8"])
-def test_decode_under_a_graph_follows_the_plain_model(int4):
-    """A token is right if plain float64 gives it the best score but for the error of the format."""
-    with torch.inference_mode():
-        model, layers, head = random_model(SMALL, 32, 64, int4, DEVICE)
-        plain = PlainModel(SMALL, model.embedding_VD, layers, head, int4)
-        prompt = torch.randint(SMALL.vocabulary, (60,), device=DEVICE)
-        graph = DecodeGraph(model, 1, 4)
-        graph.pages_BP.copy_(torch.tensor([[3, 1, 5, 7]], device=DEVICE))
-        shared = model.prefill_pass([0], [60], graph.pages_BP)
-        graph.tokens_B.copy_(model.logits(*model.forward(prompt, shared))[-1:].argmax(-1))
-        graph.positions_B.fill_(60)
-        graph.capture()
-        shared = model.prefill_pass([0], [60], graph.pages_BP)
-        model.forward(prompt, shared)  # recording wrote behind the prompt only, but poison would show here
-        text = torch.cat((prompt, graph.tokens_B))
-        for _ in range(10):
-            graph.step()
-            scores = plain.logits(text)[-1]
-            assert scores.max() - scores[graph.tokens_B] < 0.5 * scores.std()
-            text = torch.cat((text, graph.tokens_B))
-    assert int(graph.positions_B) == 70
