@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from localcluster import images
 from localcluster.errors import CommandError
+from localcluster.layout import Layout
 from tests.chart.conftest import CHART, NAMESPACE, HelmError
-from tests.operator.live import Live, eventually, manifest
+from tests.operator.live import ROOT, Live, eventually, manifest
 
 ROLE = "serving.moe-operator.dev/role"
 CRDS = ("moedeployments.serving.moe-operator.dev", "clusterkopfpeerings.kopf.dev")
@@ -95,6 +97,43 @@ def test_upgrade_and_rollback_change_the_operator_and_restart_no_worker(docs, he
     helm("rollback", "moe-operator", "1", "--wait", "--timeout=120s")
     assert "MOE_OPERATOR_WORKERS" not in operator_variables(docs)
     assert Live(docs.cluster, NAMESPACE).kubectl("get", "networkpolicy", "-o", "name") == ""
+    acts(docs)
+    assert workers(docs) == before
+
+
+@pytest.fixture
+def later(docs: Live) -> str:
+    """Image of an operator that renders every pod differently; the CRD has another default too."""
+    image = "ghcr.io/moe-operator/operator:later"
+    folders = (str(ROOT / "tests/chart/next"), str(ROOT / ".venv/bin"))
+    images.load(Layout(docs.cluster.directory).images, images.Image(image, folders, user=65532))
+    field = (
+        "/spec/versions/0/schema/openAPIV3Schema/properties/spec/properties/engine/properties/maxBatchSize"
+    )
+    change = [{"op": "replace", "path": f"{field}/default", "value": 32}]
+    docs.kubectl("patch", "crd", CRDS[0], "--type=json", "-p", json.dumps(change))
+    return image
+
+
+def test_an_operator_that_renders_other_pods_restarts_none_before_an_edit(docs, helm, later):
+    def thresholds() -> dict[str, int]:
+        pods = docs.leaders().items()
+        return {n: pod["spec"]["containers"][0]["livenessProbe"]["failureThreshold"] for n, pod in pods}
+
+    before = workers(docs)
+    helm.upgrade("--set", f"image={later}", "--force-conflicts")
+    acts(docs)
+    docs.kubectl("scale", "moed/docs", "--replicas=3")
+    docs.settled()
+    assert before.items() <= workers(docs).items()
+    assert thresholds() == {"docs-0-0": 3, "docs-1-0": 3, "docs-2-0": 3}
+    assert docs.get("moed", "docs")["spec"]["engine"]["maxBatchSize"] == 16
+
+    docs.patch("moed", "docs", {"spec": {"replicas": 2, "engine": {"maxBatchSize": 8}}})
+    eventually(thresholds, lambda found: set(found.values()) == {7}, "the newer rendering", 90)
+    docs.settled()
+    before = workers(docs)
+    helm.upgrade("--set", "image=ghcr.io/moe-operator/operator:dev")
     acts(docs)
     assert workers(docs) == before
 

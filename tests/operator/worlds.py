@@ -12,6 +12,7 @@ from typing import Any
 
 from moe_operator.manifests.objects import Key, key
 from moe_operator.manifests.observed import Observed
+from moe_operator.manifests.pinning import with_pins
 from moe_operator.manifests.plan import Plan, plan
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Identity
@@ -43,7 +44,7 @@ class World:
 
     def look(self) -> Plan:
         observed = Observed(self.children, tuple(self.pods.values()), self.model)
-        return plan(self.deployment, observed, self.now)
+        return plan(with_pins(self.deployment, observed), observed, self.now)
 
     def step(self) -> Plan:
         """One reconcile: plan, apply, write the status; a second passes."""

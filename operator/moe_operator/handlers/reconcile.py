@@ -23,6 +23,7 @@ from moe_operator.kube.client import Cluster
 from moe_operator.kube.gather import gather
 from moe_operator.manifests.decision import Decision
 from moe_operator.manifests.observed import Observed
+from moe_operator.manifests.pinning import with_pins
 from moe_operator.manifests.plan import Plan, invalid, model_address, plan, refused, transitions
 from moe_operator.manifests.worker import revision
 from moe_operator.resources import names
@@ -72,7 +73,9 @@ class Reconciler:
             return None
 
     def _advance(self, deployment: Deployment, span: trace.Span) -> float:
-        observed = self._with_model(deployment, gather(self.cluster, deployment))
+        gathered = gather(self.cluster, deployment)
+        deployment = with_pins(deployment, gathered)
+        observed = self._with_model(deployment, gathered)
         todo = plan(deployment, observed, self.clock())
         _describe(span, deployment, todo)
         turn_ends = self.clock() + timedelta(seconds=self.settings.turn_seconds)

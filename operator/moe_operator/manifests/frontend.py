@@ -5,7 +5,7 @@ from __future__ import annotations
 from moe_operator.manifests import pods
 from moe_operator.manifests.objects import Manifest, child
 from moe_operator.resources import names
-from moe_operator.resources.deployment import Deployment
+from moe_operator.resources.deployment import Deployment, Pin
 
 # It is Ready only while a worker is, so only "liveness" may restart it.
 _STARTUP_PROBE = pods.probe(names.LIVENESS_SERVICE, period=2, failures=30)
@@ -65,6 +65,11 @@ def pod_spec(deployment: Deployment) -> Manifest:
     }
 
 
+def rendered(of: Deployment) -> Manifest:
+    """What the frontend's pods are made from, as this operator would have it."""
+    return {"metadata": {"labels": labels(of.name)}, "spec": pod_spec(of)}
+
+
 def _child(deployment: Deployment, api_version: str, kind: str) -> Manifest:
     name = names.frontend(deployment.name)
     return child(deployment.identity, api_version, kind, name, names.ROLE_FRONTEND)
@@ -74,12 +79,14 @@ def deployment(of: Deployment) -> Manifest:
     """The frontend's Deployment: a new pod is Ready before an old one goes."""
     manifest = _child(of, "apps/v1", "Deployment")
     selector = labels(of.name)
+    pin = of.pinned.get(names.ROLE_FRONTEND, Pin(of.spec.manifest(), rendered(of)))
+    manifest["metadata"]["annotations"] = {names.ANNOTATION_PINNED: pin.text()}
     manifest["spec"] = {
         "replicas": of.spec.frontend.replicas,
         "revisionHistoryLimit": 2,
         "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
         "selector": {"matchLabels": selector},
-        "template": {"metadata": {"labels": selector}, "spec": pod_spec(of)},
+        "template": dict(pin.template),
     }
     return manifest
 

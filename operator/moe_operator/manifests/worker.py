@@ -5,7 +5,7 @@ from __future__ import annotations
 from moe_operator.manifests import pods
 from moe_operator.manifests.objects import Manifest, child, digest
 from moe_operator.resources import names
-from moe_operator.resources.deployment import Deployment
+from moe_operator.resources.deployment import Deployment, Pin
 from moe_operator.resources.spec import Worker
 
 GANG_SIZE = 1
@@ -73,17 +73,30 @@ def _resources(settings: Worker) -> Manifest:
     return resources
 
 
+def rendered(deployment: Deployment) -> Manifest:
+    """What all workers are made from, but for their rank and revision, as this operator would have it."""
+    return {"metadata": {"labels": names.leader_labels(deployment.name)}, "spec": pod_spec(deployment)}
+
+
+def pin(deployment: Deployment) -> Pin:
+    """What workers are really made from: as it was rendered first for this spec."""
+    fresh = Pin(deployment.spec.manifest(), rendered(deployment))
+    return deployment.pinned.get(names.ROLE_WORKER, fresh)
+
+
 def revision(deployment: Deployment) -> str:
     """Hash of the resolved pod template: pods with another one are out of date."""
-    return digest(pod_spec(deployment))
+    return digest(pin(deployment).template["spec"])
 
 
 def stateful_set(deployment: Deployment, data_rank: int) -> Manifest:
     """One replica: a gang of workers that start and stop together."""
     name = deployment.name
     current = revision(deployment)
+    pinned = pin(deployment)
+    common = pinned.template
     rank_labels = {names.LABEL_DATA_RANK: str(data_rank)}
-    labels = {**names.leader_labels(name), **rank_labels, names.LABEL_REVISION: current}
+    labels = {**common["metadata"]["labels"], **rank_labels, names.LABEL_REVISION: current}
     manifest = child(
         deployment.identity,
         "apps/v1",
@@ -92,6 +105,7 @@ def stateful_set(deployment: Deployment, data_rank: int) -> Manifest:
         names.ROLE_WORKER,
         {**rank_labels, names.LABEL_REVISION: current},
     )
+    manifest["metadata"]["annotations"] = {names.ANNOTATION_PINNED: pinned.text()}
     manifest["spec"] = {
         "replicas": GANG_SIZE,
         "serviceName": names.workers(name),
@@ -99,7 +113,7 @@ def stateful_set(deployment: Deployment, data_rank: int) -> Manifest:
         "updateStrategy": {"type": "RollingUpdate"},
         "revisionHistoryLimit": 2,
         "selector": {"matchLabels": {**rank_labels, names.LABEL_NAME: name, names.LABEL_ROLE: "worker"}},
-        "template": {"metadata": {"labels": labels}, "spec": pod_spec(deployment)},
+        "template": {**common, "metadata": {**common["metadata"], "labels": labels}},
     }
     return manifest
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
@@ -26,12 +27,28 @@ class Identity:
 
 
 @dataclass(frozen=True)
+class Pin:
+    """A pod template as it was rendered, and the spec that it was rendered from, both as JSON values."""
+
+    spec: Mapping[str, Any]
+    template: Mapping[str, Any]
+
+    def text(self) -> str:
+        """As it is kept."""
+        return json.dumps(
+            {"spec": self.spec, "template": self.template}, sort_keys=True, separators=(",", ":")
+        )
+
+
+@dataclass(frozen=True)
 class Deployment:
     """One MoEDeployment."""
 
     identity: Identity
     spec: Spec
     status: Status
+    pinned: Mapping[str, Pin] = field(default_factory=dict)
+    """Pod templates that were rendered before and still hold, by role."""
 
     @property
     def name(self) -> str:

@@ -25,6 +25,8 @@ LABEL_EXPERT_RANK: Final = f"{GROUP}/expert-rank"
 LABEL_REVISION: Final = f"{GROUP}/revision"
 ANNOTATION_DIGEST: Final = f"{GROUP}/digest"
 """Digest of what the operator last applied: tells a change of ours from one made by hand."""
+ANNOTATION_PINNED: Final = f"{GROUP}/pinned"
+"""A pod template as it was rendered, and the part of the spec that it was rendered from."""
 
 ROLE_WORKER: Final = "worker"
 ROLE_FRONTEND: Final = "frontend"
