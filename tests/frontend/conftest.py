@@ -7,6 +7,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -27,14 +28,14 @@ FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
 class Bench:
     """A frontend on loopback with real workers behind it, and a client."""
 
-    def __init__(self, hold_s):
+    def __init__(self, hold_s, patience_s):
         self.spans = InMemorySpanExporter()
         provider = TracerProvider()
         provider.add_span_processor(SimpleSpanProcessor(self.spans))
         self.tracer = provider.get_tracer("test")
         self.replicas = Replicas()
         self.hold = Hold(hold_s, "demo")
-        self.frontend = Frontend(Forwarder(self.replicas, self.tracer, self.hold), self.hold)
+        self.frontend = Frontend(Forwarder(self.replicas, self.tracer, self.hold, patience_s), self.hold)
         self.workers = []
         self.processes = {}
         self.extra = frozenset()
@@ -55,14 +56,16 @@ class Bench:
         self.replicas.update(ready)
         await self.frontend.set_ready(ready=len(ready) > 0)
 
-    async def add_process(self, name):
+    async def add_process(self, name, revision=""):
         """A worker in a process of its own, to be killed."""
+        environment = {**os.environ, "MOE_WORKER_REVISION": revision}
+        command = [sys.executable, FAKE_WORKER, name]
         process = await asyncio.to_thread(
-            subprocess.Popen, [sys.executable, FAKE_WORKER, name], stdout=subprocess.PIPE, text=True
+            subprocess.Popen, command, stdout=subprocess.PIPE, text=True, env=environment
         )
         self.processes[name] = process
         address = (await asyncio.to_thread(process.stdout.readline)).strip()
-        self.extra |= {Endpoint(name, address)}
+        self.extra |= {Endpoint(name, address, revision)}
         await self.publish()
         return process
 
@@ -96,13 +99,20 @@ async def bench():
     """`await bench(workers=2)` gives a running Bench."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def start(workers=2, hold_s=0.0):
-            running = Bench(hold_s)
+        async def start(workers=2, hold_s=0.0, patience_s=2.0):
+            running = Bench(hold_s, patience_s)
             await running.start(workers)
             stack.push_async_callback(running.close)
             return running
 
         yield start
+
+
+async def _until_serving(address):
+    async with asyncio.timeout(60), grpc.aio.insecure_channel(address) as channel:
+        async for update in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest()):
+            if update.status == health_pb2.HealthCheckResponse.SERVING:
+                return
 
 
 @pytest.fixture
@@ -122,6 +132,7 @@ async def command():
         processes.append(process)
         while line := (await process.stderr.readline()).decode():
             if "serving on" in line:
+                await _until_serving(line.split()[-1])
                 return process, line.split()[-1]
         raise AssertionError(f"moe-frontend ended with {await process.wait()}")
 

@@ -4,10 +4,12 @@
 ``silent``: nothing at all. ``together N``: one message, once N requests run at once.
 ``flood N``: N messages of 64 KiB, as fast as they are taken.
 ``full``, ``bad``, ``loading``, ``crash``: the errors a worker answers with.
+A stream of ``count`` is taken up where the request says so.
 As a program (NAME [LISTEN]) it prints its address and serves until it is killed.
 """
 
 import asyncio
+import os
 import sys
 
 import grpc
@@ -30,8 +32,9 @@ ERRORS = {
 class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
     """Counts what it sees."""
 
-    def __init__(self, name):
+    def __init__(self, name, revision=""):
         self.name = name
+        self.revision = revision
         self.requests = 0
         self.running = 0
         self.most_running = 0
@@ -40,6 +43,7 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
         self.metadata = []
         self.deadlines = []
         self.server = None
+        self.health = None
         self.endpoint = None
         self.changed = asyncio.Condition()
 
@@ -48,12 +52,12 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
             interceptors=[MalformedRequestInterceptor()], options=transport.SERVER_OPTIONS
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, self.server)
-        health = Health(["moe_api.inference.v1.InferenceService"])
-        await health.register(self.server)
+        self.health = Health(["moe_api.inference.v1.InferenceService"])
+        await self.health.register(self.server)
         port = self.server.add_insecure_port(address)
         await self.server.start()
-        await health.set_ready(ready=True)
-        self.endpoint = Endpoint(self.name, f"127.0.0.1:{port}")
+        await self.health.set_ready(ready=True)
+        self.endpoint = Endpoint(self.name, f"127.0.0.1:{port}", self.revision)
         return self.endpoint
 
     async def until(self, condition):
@@ -71,9 +75,11 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
     async def Generate(self, request, context):
         self.metadata.append(dict(context.invocation_metadata()))
         self.deadlines.append(context.time_remaining())
+        if request.resume.revision not in ("", self.revision):
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "of another revision")
         await self._change(requests=1, running=1)
         try:
-            async for response in self._behave(request.prompt.split(), context):
+            async for response in self._behave(request, context):
                 yield response
                 await self._change(sent=1)
         except asyncio.CancelledError:
@@ -84,10 +90,11 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
             async with self.changed:
                 self.changed.notify_all()
 
-    async def _behave(self, prompt, context):
-        match prompt:
+    async def _behave(self, request, context):
+        match request.prompt.split():
             case ["count", number, *pause]:
-                async for response in self._count(int(number), float(pause[0]) if pause else 0):
+                steps = range(len(request.resume.tokens), int(number))
+                async for response in self._count(steps, float(pause[0]) if pause else 0):
                     yield response
             case ["together", number]:
                 await self.until(lambda worker: worker.most_running >= int(number))
@@ -105,13 +112,13 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
             case [error]:
                 await rich_status.abort(context, ERRORS[error])
 
-    async def _count(self, number, pause_s):
-        for i in range(number):
+    async def _count(self, steps, pause_s):
+        for i in steps:
             await asyncio.sleep(pause_s)
-            yield inference_pb2.GenerateResponse(text=f"{self.name}:{i} ")
+            yield inference_pb2.GenerateResponse(text=f"{self.name}:{i} ", tokens=[i])
         yield inference_pb2.GenerateResponse(
             finish_reason=inference_pb2.FINISH_REASON_LENGTH,
-            usage=inference_pb2.Usage(prompt_tokens=3, completion_tokens=number),
+            usage=inference_pb2.Usage(prompt_tokens=3, completion_tokens=steps.stop),
         )
 
     async def Tokenize(self, request, context):
@@ -120,11 +127,11 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
     async def GetModel(self, request, context):
         if request.model not in ("", "m"):
             await rich_status.abort(context, ERRORS["unknown-model"])
-        return inference_pb2.Model(name=self.name, vocabulary_size=256)
+        return inference_pb2.Model(name=self.name, vocabulary_size=256, revision=self.revision)
 
 
 async def serve():
-    worker = FakeWorker(sys.argv[1])
+    worker = FakeWorker(sys.argv[1], os.environ.get("MOE_WORKER_REVISION", ""))
     endpoint = await worker.start(*sys.argv[2:])
     print(endpoint.address, flush=True)
     await worker.server.wait_for_termination()

@@ -41,7 +41,7 @@ class Followed:
             pass
         return seen
 
-    def body(self, *names, ready=True, service=None):
+    def body(self, *names, service=None):
         return {
             "apiVersion": "discovery.k8s.io/v1",
             "kind": "EndpointSlice",
@@ -51,7 +51,7 @@ class Followed:
             "endpoints": [
                 {
                     "addresses": [f"10.0.0.{name}"],
-                    "conditions": {"ready": ready, "serving": ready, "terminating": False},
+                    "conditions": {"ready": True, "serving": True, "terminating": False},
                     "targetRef": {"kind": "Pod", "name": name, "namespace": "default"},
                 }
                 for name in names
@@ -92,7 +92,9 @@ def test_endpoints_follow_the_slices_of_the_service(follow):
     f.write("two-a", "9", service="two-workers")
     f.write("one-b", "3")
     f.until("1", "2", "3")
-    f.write("one-a", "1", "2", ready=False)
+    f.write("one-a", "1")
+    f.until("1", "3")
+    f.write("one-a")
     f.until("3")
     f.delete("one-b")
     f.until()

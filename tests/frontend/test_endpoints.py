@@ -4,15 +4,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_operator.frontend.discovery import apply_event
-from moe_operator.frontend.endpoints import Endpoint, ready_endpoints, static_endpoints
+from moe_operator.frontend.endpoints import Endpoint, endpoints, static_endpoints
 
 
-def slice_of(*endpoints, ports=({"name": "grpc", "port": 8000, "protocol": "TCP"},), kind="IPv4"):
+def slice_of(*entries, ports=({"name": "grpc", "port": 8000, "protocol": "TCP"},), kind="IPv4"):
     return {
         "addressType": kind,
         "metadata": {"name": "demo-workers-abcde"},
         "ports": list(ports),
-        "endpoints": list(endpoints),
+        "endpoints": list(entries),
     }
 
 
@@ -27,41 +27,35 @@ def pod(name, address, **conditions):
 READY = {"ready": True, "serving": True, "terminating": False}
 
 
-def test_only_ready_pods_that_stay_count():
+def test_pods_count_from_the_start_until_they_go_away():
     piece = slice_of(
         pod("a", "10.0.0.1", **READY),
         pod("b", "10.0.0.2", ready=False, serving=False, terminating=False),
         pod("c", "10.0.0.3", ready=False, serving=True, terminating=True),
         pod("d", "10.0.0.4"),
     )
-    assert ready_endpoints([piece]) == {Endpoint("a", "10.0.0.1:8000"), Endpoint("d", "10.0.0.4:8000")}
-
-
-def test_addresses_published_before_they_are_ready_do_not_count():
-    """Where the service has publishNotReadyAddresses, `ready` is true for every pod."""
-    piece = slice_of(pod("a", "10.0.0.1", ready=True, serving=False, terminating=False))
-    assert ready_endpoints([piece]) == frozenset()
+    assert {endpoint.name for endpoint in endpoints([piece])} == {"a", "b", "d"}
 
 
 def test_the_grpc_port_is_found_by_name_or_alone():
     metrics = {"name": "metrics", "port": 9000}
     named = slice_of(pod("a", "10.0.0.1", **READY), ports=[metrics, {"name": "grpc", "port": 8001}])
-    assert ready_endpoints([named]) == {Endpoint("a", "10.0.0.1:8001")}
+    assert endpoints([named]) == {Endpoint("a", "10.0.0.1:8001")}
     alone = slice_of(pod("a", "10.0.0.1", **READY), ports=[{"name": "", "port": 8002}])
-    assert ready_endpoints([alone]) == {Endpoint("a", "10.0.0.1:8002")}
+    assert endpoints([alone]) == {Endpoint("a", "10.0.0.1:8002")}
     unclear = slice_of(pod("a", "10.0.0.1", **READY), ports=[metrics, {"name": "http", "port": 80}])
-    assert ready_endpoints([unclear]) == frozenset()
+    assert endpoints([unclear]) == frozenset()
 
 
 def test_ipv6_hosts_are_bracketed_and_names_skipped():
     six = slice_of(pod("a", "fd00::1", **READY), kind="IPv6")
-    assert ready_endpoints([six]) == {Endpoint("a", "[fd00::1]:8000")}
-    assert ready_endpoints([slice_of(pod("a", "example.com", **READY), kind="FQDN")]) == frozenset()
+    assert endpoints([six]) == {Endpoint("a", "[fd00::1]:8000")}
+    assert endpoints([slice_of(pod("a", "example.com", **READY), kind="FQDN")]) == frozenset()
 
 
 def test_slices_that_are_empty_as_the_api_server_writes_them():
-    assert ready_endpoints([{"addressType": "IPv4", "endpoints": None, "ports": None}]) == frozenset()
-    assert ready_endpoints([slice_of({"addresses": ["10.0.0.9"], "conditions": None})]) == {
+    assert endpoints([{"addressType": "IPv4", "endpoints": None, "ports": None}]) == frozenset()
+    assert endpoints([slice_of({"addresses": ["10.0.0.9"], "conditions": None})]) == {
         Endpoint("10.0.0.9:8000", "10.0.0.9:8000")
     }
 

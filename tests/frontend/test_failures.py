@@ -23,8 +23,38 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-async def test_a_worker_killed_in_the_middle_ends_the_stream_at_once(bench):
+async def test_another_replica_goes_on_where_a_killed_worker_stopped(bench):
     b = await bench(workers=0)
+    victim = await b.add_process("victim")
+    call = b.generate("count 100 0.01")
+    assert (await call.read()).text == "victim:0 "
+    await b.add_process("heir")
+    victim.kill()
+    rest = [message async for message in _rest(call)]
+    assert [token for message in rest for token in message.tokens] == list(range(1, 100))
+    texts = "".join(message.text for message in rest).split()
+    assert [text.partition(":")[2] for text in texts] == [str(number) for number in range(1, 100)]
+    assert texts[-1] == "heir:99"
+    assert rest[-1].usage.completion_tokens == 100
+
+
+async def test_a_stream_survives_one_death_after_the_other(bench):
+    b = await bench(workers=0)
+    current = await b.add_process("w-0")
+    call = b.generate("count 60 0.02")
+    received = [(await call.read()).text]
+    for number in range(1, 4):
+        await b.add_process(f"w-{number}")
+        current.kill()
+        while received[-1].partition(":")[0] != f"w-{number}":
+            received.append((await call.read()).text)
+        current = b.processes[f"w-{number}"]
+    received += [message.text async for message in _rest(call)]
+    assert [text.strip().partition(":")[2] for text in received] == [*map(str, range(60)), ""]
+
+
+async def test_a_stream_without_an_heir_ends_when_its_patience_is_over(bench):
+    b = await bench(workers=0, patience_s=1.5)
     process = await b.add_process("victim")
     call = b.generate("count 1000 0.01")
     assert (await call.read()).text == "victim:0 "
@@ -32,10 +62,52 @@ async def test_a_worker_killed_in_the_middle_ends_the_stream_at_once(bench):
     started = time.monotonic()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         [_ async for _ in _rest(call)]
-    assert time.monotonic() - started < 3, "that is long before pings would tell"
+    assert 1 < time.monotonic() - started < 10
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert caught.value.details().startswith("replica victim was lost in the middle of the answer")
     assert rich_status.retry_delay(rich_status.from_error(caught.value)) is not None
+
+
+async def test_a_stream_waits_for_a_replica_to_come(bench):
+    b = await bench(workers=0, patience_s=60)
+    process = await b.add_process("victim")
+    call = b.generate("count 50 0.01")
+    await call.read()
+    process.kill()
+    await process_gone(process)
+    b.extra = frozenset()
+    await b.publish()
+    await b.add_process("heir")
+    assert [message.text async for message in _rest(call)][-2] == "heir:49 "
+
+
+async def process_gone(process):
+    await asyncio.to_thread(process.wait)
+
+
+async def test_no_stream_goes_on_at_another_revision(bench):
+    b = await bench(workers=0, patience_s=60)
+    victim = await b.add_process("victim", "r1")
+    call = b.generate("count 60 0.02")
+    await call.read()
+    await b.add_process("newer", "r2")
+    victim.kill()
+    await process_gone(victim)
+    await b.add_process("heir", "r1")
+    rest = {message.text.partition(":")[0] async for message in _rest(call)}
+    assert rest <= {"victim", "heir", ""}
+    assert "heir" in rest
+
+
+async def test_a_worker_that_turned_out_to_be_of_another_revision_is_passed_over(bench):
+    """Its pod was made again under the same name and address before anybody told the frontend."""
+    b = await bench(workers=0)
+    changed = await b.add_process("changed", "r2")
+    (endpoint,) = b.extra
+    b.extra = frozenset({Endpoint("changed", endpoint.address, "r1")})
+    await b.add_process("steady", "r1")
+    assert [await b.text("count 1") for _ in range(4)] == ["steady:0 "] * 4
+    assert changed.poll() is None
 
 
 async def test_a_request_whose_worker_is_killed_before_its_first_token_is_answered_by_another(bench):
@@ -47,18 +119,19 @@ async def test_a_request_whose_worker_is_killed_before_its_first_token_is_answer
     assert await call == "heir:0 heir:1 "
 
 
-async def test_twenty_streams_end_when_one_of_two_workers_is_killed(bench):
-    b = await bench(workers=0)
+async def test_twenty_streams_all_go_on_when_one_of_two_workers_is_killed(bench):
+    b = await bench(workers=0, patience_s=30)
     victim = await b.add_process("victim")
     await b.add_process("survivor")
     calls = [b.generate("count 50 0.02") for _ in range(20)]
     firsts = [(await call.read()).text for call in calls]
     victim.kill()
-    started = time.monotonic()
-    ends = await asyncio.gather(*(_end(call) for call in calls))
-    assert time.monotonic() - started < 8
-    for first, end in zip(firsts, ends, strict=True):
-        assert end is (grpc.StatusCode.OK if first.startswith("survivor") else grpc.StatusCode.UNAVAILABLE)
+
+    async def rest(call):
+        return [token async for message in _rest(call) for token in message.tokens]
+
+    ends = await asyncio.gather(*(rest(call) for call in calls))
+    assert ends == [list(range(1, 50))] * 20
     assert sum(first.startswith("victim") for first in firsts) == 10
 
 

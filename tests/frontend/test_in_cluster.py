@@ -97,13 +97,13 @@ async def test_pods_come_and_go_and_requests_follow(cluster, namespace, stub):
 
     call = stub.Generate(inference_pb2.GenerateRequest(prompt="count 100000 0.01"))
     victim = (await call.read()).text.partition(":")[0]
-    started = time.monotonic()
     cluster.kubectl("delete", "pod", "-n", namespace, victim, "--grace-period=0", "--force")
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await to_the_end(call)
-    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert f"replica {victim} was lost" in caught.value.details()
-    assert time.monotonic() - started < 12
+    number, name = 0, victim
+    while name == victim:
+        name, _, text = (await asyncio.wait_for(call.read(), 30)).text.partition(":")
+        number += 1
+        assert int(text) == number, "the stream goes on elsewhere, without a gap"
+    call.cancel()
 
     # No request fails while the pod is gone and made again: others take what it cannot.
     seen = set()
@@ -111,11 +111,6 @@ async def test_pods_come_and_go_and_requests_follow(cluster, namespace, stub):
     while victim not in seen and time.monotonic() < deadline:
         seen |= await answers(stub)
     assert seen == {"w-0", "w-1", "w-2"}
-
-
-async def to_the_end(call):
-    while await call.read() is not grpc.aio.EOF:
-        pass
 
 
 async def eventually(stub, wanted):

@@ -17,7 +17,7 @@ from moe_api import transport
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
 
-DEADLINE_S = 60
+DEADLINE_S = 150
 COMMAND = (sys.executable, "-c", "from moe_worker.main import main; main()")
 NOTHING = inference_pb2.GenerateRequest()
 

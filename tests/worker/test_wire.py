@@ -36,10 +36,12 @@ SAMPLING = st.builds(
     min_tokens=NUMBERS,
     logprobs=st.none() | st.integers(0, 20),
 )
+TOKENS = st.lists(NUMBERS).map(tuple)
+REQUESTS = st.builds(Request, NUMBERS, TOKENS, SAMPLING, NUMBERS, written=TOKENS)
 DELTAS = st.builds(Delta, NUMBERS, NUMBERS, TEXTS, st.none() | st.sampled_from(FinishReason))
 MESSAGES = st.one_of(
     st.builds(wire.Start, TEXTS, st.builds(EngineOptions, kv_memory=st.none() | st.integers(1, 2**50))),
-    st.builds(wire.Submit, st.builds(Request, NUMBERS, st.lists(NUMBERS).map(tuple), SAMPLING, NUMBERS)),
+    st.builds(wire.Submit, REQUESTS),
     st.builds(wire.Cancel, NUMBERS),
     st.builds(wire.Loaded, TEXTS, LOADS, NUMBERS),
     st.builds(wire.Failed, TEXTS, st.integers(0, 255)),

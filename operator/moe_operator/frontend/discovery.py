@@ -14,7 +14,7 @@ import kubernetes
 import urllib3
 
 from moe_operator.errors import InstallationError
-from moe_operator.frontend.endpoints import Endpoint, ready_endpoints
+from moe_operator.frontend.endpoints import Endpoint, endpoints
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ _Slices = dict[str, Mapping[str, Any]]
 
 
 class SliceWatcher:
-    """Calls back with the ready endpoints of a service, at first and after every change.
+    """Calls back with the endpoints of a service, at first and after every change.
 
     Args:
         api: of the cluster.
@@ -68,7 +68,7 @@ class SliceWatcher:
             try:
                 for slices in self._list_and_watch():
                     failures = 0
-                    self._publish(ready_endpoints(slices.values()))
+                    self._publish(endpoints(slices.values()))
             except (kubernetes.client.ApiException, urllib3.exceptions.HTTPError, OSError) as error:
                 if self._stopping.is_set():
                     return

@@ -1,4 +1,4 @@
-"""Which leaders are ready, read out of EndpointSlices. Pure."""
+"""Which leaders there are, read out of EndpointSlices. Pure."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -9,19 +9,21 @@ PORT_NAME: Final = "grpc"
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Endpoint:
-    """A leader that takes requests.
+    """A leader that may take requests.
 
     Attributes:
         name: of the pod; of the address where there is no pod.
         address: ``HOST:PORT``, with an IPv6 host in brackets.
+        revision: of what it serves, once it was asked.
     """
 
     name: str
     address: str
+    revision: str = ""
 
 
-def ready_endpoints(slices: Iterable[Mapping[str, Any]]) -> frozenset[Endpoint]:
-    """The endpoints that are ready and not going away.
+def endpoints(slices: Iterable[Mapping[str, Any]]) -> frozenset[Endpoint]:
+    """The endpoints that are not going away, whether ready or not: that is asked of themselves.
 
     Args:
         slices: discovery.k8s.io/v1 EndpointSlice objects as JSON gives them.
@@ -39,7 +41,7 @@ def _of_slice(piece: Mapping[str, Any]) -> Iterable[Endpoint]:
     if port is None or piece.get("addressType") not in ("IPv4", "IPv6"):
         return
     for endpoint in piece.get("endpoints") or ():
-        if _is_ready(endpoint.get("conditions") or {}):
+        if not (endpoint.get("conditions") or {}).get("terminating"):
             yield _endpoint(endpoint, port)
 
 
@@ -48,15 +50,6 @@ def _port(ports: Iterable[Mapping[str, Any]]) -> int | None:
     numbers = {port.get("name"): port.get("port") for port in ports}
     only = next(iter(numbers.values())) if len(numbers) == 1 else None
     return numbers.get(PORT_NAME, only)
-
-
-def _is_ready(conditions: Mapping[str, bool | None]) -> bool:
-    """`serving` comes first: `ready` is always true where a service publishes addresses not ready."""
-    if conditions.get("terminating"):
-        return False
-    serving = conditions.get("serving")
-    ready = conditions.get("ready") if serving is None else serving
-    return ready is not False  # the API says: unknown is to be taken as ready
 
 
 def _endpoint(endpoint: Mapping[str, Any], port: int) -> Endpoint:

@@ -1,12 +1,14 @@
-"""Carries one request to a replica and the answer back, message by message.
+"""Carries one request to a replica and the answer back, message by message; replays what a replica leaves.
 
-Answers pass through as bytes: the frontend has no business inside them, and a message is neither parsed
-nor buffered here. The next one is read only when the client's connection took the last one, so that
-HTTP/2 flow control reaches from the client to the worker.
+Messages pass through as bytes and are not buffered here: the next one is read only when the client's
+connection took the last one, so that HTTP/2 flow control reaches from the client to the worker. Of Generate
+the tokens are noted on the way (`progress`): where a replica is lost, another one of the same revision goes
+on behind them, and the client sees a pause at most.
 """
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -18,6 +20,7 @@ from opentelemetry import trace
 from moe_api import rich_status, spans, telemetry
 from moe_operator.frontend import routing
 from moe_operator.frontend.holding import Hold
+from moe_operator.frontend.progress import Progress
 from moe_operator.frontend.replicas import Lease, Replicas
 
 Context = grpc.aio.ServicerContext[Any, bytes]
@@ -28,6 +31,13 @@ ROUTING_ADDRESS: Final = "moe.routing.address"
 ROUTING_CANDIDATES: Final = "moe.routing.candidates"
 ROUTING_ATTEMPT: Final = "moe.routing.attempt"
 ROUTING_REASON: Final = "moe.routing.reason"
+ROUTING_REPLAYED: Final = "moe.routing.replayed_tokens"
+
+# Another replica may do what one answers so: it is lost, or it changed its revision under us.
+_ELSEWHERE: Final = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION})
+# A stream that has begun waits for a place rather than be cut.
+_ELSEWHERE_BEGUN: Final = _ELSEWHERE | {grpc.StatusCode.RESOURCE_EXHAUSTED}
+_LOOK_AGAIN_S: Final = 1.0
 
 # Asking which model is served does not start it.
 _NOT_WORTH_A_REPLICA: Final = "/GetModel"
@@ -44,12 +54,10 @@ class _Failure:
     Attributes:
         status: what the replica, or the connection to it, said.
         metadata: trailing metadata to pass on.
-        started: whether the client already has a part of the answer.
     """
 
     status: status_pb2.Status
-    metadata: _Pairs
-    started: bool
+    metadata: _Pairs = ()
 
     @property
     def code(self) -> grpc.StatusCode:
@@ -63,12 +71,20 @@ class Forwarder:
         replicas: where requests may go.
         tracer: for the server span of every call.
         hold: where requests wait for a first replica; names the deployment.
+        patience_s: how long a stream whose replica was lost waits for another one.
     """
 
-    def __init__(self, replicas: Replicas, tracer: trace.Tracer, hold: Hold) -> None:
+    def __init__(
+        self,
+        replicas: Replicas,
+        tracer: trace.Tracer,
+        hold: Hold,
+        patience_s: float = routing.PATIENCE_S,
+    ) -> None:
         self._replicas = replicas
         self._tracer = tracer
         self._hold = hold
+        self._patience_s = patience_s
 
     async def forward(self, method: str, request: Message, context: Context) -> None:
         """Answers one call; `method` is ``package.Service/Method``."""
@@ -85,39 +101,48 @@ class Forwarder:
             return None
         span.add_event("hold", {"message": "there is no replica; the request waits for the first one"})
         status = await self._hold.until_replica()
-        return None if status is None else _Failure(status, (), started=False)
+        return None if status is None else _Failure(status)
 
     async def _attempts(
         self, method: str, request: Message, context: Context, span: trace.Span
     ) -> _Failure | None:
-        tried: frozenset[str] = frozenset()
-        failure: _Failure | None = None
-        for attempt in range(1, routing.MAX_ATTEMPTS + 1):
-            with self._replicas.lease(tried) as lease:
-                if lease is None:
-                    return failure or self._nobody()
-                _record(span, lease, attempt)
-                failure = await self._attempt(method, request, context, span, lease)
-            if failure is None or failure.started or failure.code is not grpc.StatusCode.UNAVAILABLE:
-                return failure
-            tried |= {lease.endpoint.name}
-            wait = routing.backoff_s(attempt, context.time_remaining())
+        progress, failure = Progress(request), None
+        trials = routing.Trials(time.monotonic(), patience_s=self._patience_s)
+        while True:
+            before = progress.messages
+            with self._replicas.lease(trials.tried, progress.bound_to) as lease:
+                if lease is not None:
+                    _record(span, lease, trials.attempts + 1, progress)
+                    failure = await self._attempt(method, progress, context, span, lease)
+            if lease is None:
+                wait = self._wait_for_another(trials, progress)
+                trials = trials.all_over()
+            elif failure is None or progress.finished:
+                return None
+            else:
+                progressed = progress.messages > before
+                trials = trials.after(lease.endpoint.name, progressed=progressed, now=time.monotonic())
+                wait = _wait_before_next(failure, trials, progress, context.time_remaining())
             if wait is None:
-                return failure
-            await asyncio.sleep(wait)
-        return failure
+                return failure or self._nobody()
+            await (self._replicas.change(wait) if lease is None else asyncio.sleep(wait))
+
+    def _wait_for_another(self, trials: routing.Trials, progress: Progress) -> float | None:
+        """Seconds, at most, to wait for a replica to come; None: not at all."""
+        left_s = trials.left_s(time.monotonic()) if progress.started and progress.resumable else 0.0
+        return min(left_s, _LOOK_AGAIN_S) or None
 
     async def _attempt(
-        self, method: str, request: Message, context: Context, span: trace.Span, lease: Lease
+        self, method: str, progress: Progress, context: Context, span: trace.Span, lease: Lease
     ) -> _Failure | None:
+        request = progress.request(lease.endpoint.revision)
         call = _call(method, request, context, span, lease.channel)
-        started = False
         try:
             async for message in call:
                 await context.write(message)
-                started = True
+                progress.take(message)
         except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:
-            failure = _explain(error, lease, started=started)
+            failure = _explain(error, lease, started=progress.started)
             if failure.code is grpc.StatusCode.UNAVAILABLE:
                 self._replicas.report_failure(lease.endpoint)
             return failure
@@ -128,7 +153,18 @@ class Forwarder:
 
     def _nobody(self) -> _Failure:
         sentence = f"no worker of {self._hold.deployment} is ready; try again, or see `moe status`"
-        return _Failure(_unavailable(sentence), (), started=False)
+        return _Failure(_unavailable(sentence))
+
+
+def _wait_before_next(
+    failure: _Failure, trials: routing.Trials, progress: Progress, remaining_s: float | None
+) -> float | None:
+    """Seconds to wait before another replica is asked; None where the failure is the answer."""
+    if not progress.started:
+        return routing.backoff_s(trials.attempts, remaining_s) if failure.code in _ELSEWHERE else None
+    if failure.code not in _ELSEWHERE_BEGUN or not progress.resumable:
+        return None
+    return routing.replay_after_s(trials, time.monotonic())
 
 
 def _call(
@@ -143,7 +179,7 @@ def _call(
     return multicallable(request, timeout=context.time_remaining(), metadata=metadata)
 
 
-def _record(span: trace.Span, lease: Lease, attempt: int) -> None:
+def _record(span: trace.Span, lease: Lease, attempt: int, progress: Progress) -> None:
     attributes: dict[str, str | int] = {
         ROUTING_REPLICA: lease.decision.replica,
         ROUTING_ADDRESS: lease.endpoint.address,
@@ -151,6 +187,8 @@ def _record(span: trace.Span, lease: Lease, attempt: int) -> None:
         ROUTING_ATTEMPT: attempt,
         ROUTING_REASON: lease.decision.reason,
     }
+    if progress.started:
+        attributes[ROUTING_REPLAYED] = progress.tokens
     span.set_attributes(attributes)
     span.add_event("route", {**attributes, "message": lease.decision.message})
 
@@ -169,19 +207,19 @@ def _explain(
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise error
-        return _Failure(_died(lease, "it was stopped", started=started), (), started)
+        return _Failure(_died(lease, "it was stopped", started=started))
     status = rich_status.from_error(error)
     if error.code() is grpc.StatusCode.UNAVAILABLE and not status.details:
-        return _Failure(_died(lease, error.details() or "connection lost", started=started), (), started)
-    return _Failure(status, _passed_on(error.trailing_metadata()), started)
+        return _Failure(_died(lease, error.details() or "connection lost", started=started))
+    return _Failure(status, _passed_on(error.trailing_metadata()))
 
 
 def _died(lease: Lease, cause: str, *, started: bool) -> status_pb2.Status:
     name = lease.endpoint.name
     if started:
         return _unavailable(
-            f"replica {name} was lost in the middle of the answer ({cause}); what arrived is valid, "
-            "and sending the request again starts it anew on another replica"
+            f"replica {name} was lost in the middle of the answer ({cause}), and no other replica of its "
+            "revision could go on; what arrived is valid, and sending the request again starts it anew"
         )
     return _unavailable(f"replica {name} cannot be reached ({cause}); send the request again")
 

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Final
 
 import click
@@ -14,9 +14,11 @@ from opentelemetry import metrics, trace
 from moe_api import telemetry
 from moe_api.address import check_address
 from moe_operator.errors import InstallationError, MoEOperatorError
+from moe_operator.frontend import routing
 from moe_operator.frontend.endpoints import Endpoint, static_endpoints
 from moe_operator.frontend.forwarding import Forwarder
 from moe_operator.frontend.holding import Hold
+from moe_operator.frontend.probing import Prober
 from moe_operator.frontend.replicas import Replicas
 from moe_operator.frontend.service import Frontend
 
@@ -66,6 +68,13 @@ class _Addresses(click.ParamType[tuple[str, ...]]):
     help="Seconds that a request waits for a first worker while there is none, instead of failing at once. "
     "For deployments that scale to zero: the operator starts a worker when it sees requests wait.",
 )
+@click.option(
+    "--patience",
+    type=click.FloatRange(min=0),
+    default=routing.PATIENCE_S,
+    show_default=True,
+    help="Seconds that a stream whose worker was lost waits for another one of the same revision.",
+)
 def main(
     listen: tuple[str, ...],
     namespace: str,
@@ -73,13 +82,14 @@ def main(
     static: tuple[str, ...] | None,
     grace: float,
     hold: float,
+    patience: float,
 ) -> None:
     """Routes requests to the replicas of a MoEDeployment.
 
     Serves moe_api.inference.v1.InferenceService, grpc.health.v1 and reflection. A request goes to the
-    replica with the fewest requests in flight; one whose worker dies before its first token is tried on
-    another replica. Health service "" is SERVING while at least one worker is ready, or requests are held
-    (--hold); "liveness" always.
+    replica with the fewest requests in flight. Where a worker dies, another replica of the same revision
+    goes on with its streams, without a lost or repeated token. Health service "" is SERVING while at least
+    one worker is ready, or requests are held (--hold); "liveness" always.
 
     \b
     In a cluster:      moe-frontend --namespace prod --deployment deepseek
@@ -95,29 +105,34 @@ def main(
     try:
         with telemetry.configure("moe-frontend"):
             holding = Hold(hold, deployment or "this frontend")
-            asyncio.run(_serve(listen[0], namespace, deployment, static or (), grace, holding))
+            asyncio.run(_serve(listen[0], namespace, deployment, static or (), (grace, patience), holding))
     except MoEOperatorError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
 
 
 async def _serve(
-    listen: str, namespace: str, deployment: str | None, static: tuple[str, ...], grace_s: float, hold: Hold
+    listen: str,
+    namespace: str,
+    deployment: str | None,
+    static: tuple[str, ...],
+    limits_s: tuple[float, float],
+    hold: Hold,
 ) -> None:
+    grace_s, patience_s = limits_s
     replicas = Replicas()
     tracer = trace.get_tracer("moe_operator.frontend")
     hold.measure(metrics.get_meter("moe_operator.frontend"))
-    frontend = Frontend(Forwarder(replicas, tracer, hold), hold)
+    frontend = Frontend(Forwarder(replicas, tracer, hold, patience_s), hold)
     await frontend.set_ready(ready=False)
     changes: asyncio.Queue[frozenset[Endpoint]] = asyncio.Queue()
     with _discovery(changes, namespace, deployment, static), _stop_signal() as stop:
         port = await _listen(frontend, listen)
         _LOG.info("serving on %s:%d", listen.rpartition(":")[0], port)
-        following = asyncio.create_task(_follow(changes, replicas, frontend))
-        await stop.wait()
-        _LOG.info("draining for %g s at most", grace_s)
-        await frontend.drain(grace_s)
-        following.cancel()
+        async with _following(changes, replicas, frontend):
+            await stop.wait()
+            _LOG.info("draining for %g s at most", grace_s)
+            await frontend.drain(grace_s)
     await replicas.close()
 
 
@@ -130,14 +145,32 @@ async def _listen(frontend: Frontend, address: str) -> int:
         ) from error
 
 
-async def _follow(
+@contextlib.asynccontextmanager
+async def _following(
     changes: "asyncio.Queue[frozenset[Endpoint]]", replicas: Replicas, frontend: Frontend
-) -> None:
-    while True:
-        endpoints = await changes.get()
-        replicas.update(endpoints)
-        await frontend.set_ready(ready=len(endpoints) > 0)
-        _LOG.info("replicas: %s", ", ".join(sorted(e.name for e in endpoints)) or "none")
+) -> AsyncIterator[None]:
+    """Keeps the replicas to those endpoints that take requests."""
+    serving: asyncio.Queue[frozenset[Endpoint]] = asyncio.Queue()
+    prober = Prober(serving.put_nowait)
+
+    async def probe() -> None:
+        while True:
+            prober.update(await changes.get())
+
+    async def route() -> None:
+        while True:
+            endpoints = await serving.get()
+            replicas.update(endpoints)
+            await frontend.set_ready(ready=len(endpoints) > 0)
+            _LOG.info("replicas: %s", ", ".join(sorted(e.name for e in endpoints)) or "none")
+
+    tasks = [asyncio.create_task(probe()), asyncio.create_task(route())]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await prober.close()
 
 
 @contextlib.contextmanager

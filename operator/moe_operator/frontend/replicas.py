@@ -46,6 +46,7 @@ class Replicas:
         self._leaving: list[_Replica] = []
         self._requests = 0
         self._closing: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._ready)
@@ -59,13 +60,27 @@ class Replicas:
         for name, endpoint in wanted.items():
             if name not in self._ready:
                 channel = grpc.aio.insecure_channel(endpoint.address, options=_OPTIONS)
-                self._ready[name] = _Replica(endpoint, channel, routing.Load(name))
+                load = routing.Load(name, revision=endpoint.revision)
+                self._ready[name] = _Replica(endpoint, channel, load)
         self._close_idle()
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def change(self, most_s: float) -> None:
+        """Waits until `update` is called, `most_s` seconds at most."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), most_s)
 
     @contextlib.contextmanager
-    def lease(self, tried: frozenset[str]) -> Iterator[Lease | None]:
-        """Holds the best replica that was not tried for the time of the block; None if there is none."""
-        decision = routing.choose((r.load for r in self._ready.values()), tried, self._clock())
+    def lease(self, tried: frozenset[str], revision: str | None = None) -> Iterator[Lease | None]:
+        """Holds the best replica for the time of the block; None if there is none.
+
+        Args:
+            tried: those not to be tried again.
+            revision: the only one that will do; None: any.
+        """
+        loads = (replica.load for replica in self._ready.values())
+        decision = routing.choose(loads, tried, self._clock(), revision)
         if decision is None:
             yield None
             return

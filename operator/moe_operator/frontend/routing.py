@@ -1,4 +1,4 @@
-"""Which replica takes the next request, and whether a failed one is tried again. Pure.
+"""Which replica takes the next request, and whether one that failed is tried again. Pure.
 
 Least loaded first, where the load of a replica is what this frontend has running on it. Replicas that
 just failed come last, for a time that doubles with every failure in a row: the EndpointSlice learns of a
@@ -14,7 +14,11 @@ MAX_ATTEMPTS: Final = 3
 FIRST_SUSPICION_S: Final = 0.5
 LONGEST_SUSPICION_S: Final = 10.0
 FIRST_BACKOFF_S: Final = 0.02
+LONGEST_BACKOFF_S: Final = 1.0
 RETRY_AFTER_S: Final = 1.0
+# A stream that lost its replica waits this long for another one of its revision: a worker that was killed is
+# back within seconds where its model is small, and a rollout or a scale-up may be bringing others.
+PATIENCE_S: Final = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Load:
         last_chosen: number of the request that went there last; ties go to the lowest.
         failures: in a row.
         failed_at: time of the last of them, in seconds.
+        revision: of what it serves.
     """
 
     name: str
@@ -34,6 +39,7 @@ class Load:
     last_chosen: int = 0
     failures: int = 0
     failed_at: float = 0.0
+    revision: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +68,49 @@ def is_suspect(load: Load, now: float) -> bool:
     return now - load.failed_at < min(suspicion, LONGEST_SUSPICION_S)
 
 
-def choose(loads: Iterable[Load], tried: frozenset[str], now: float) -> Decision | None:
+@dataclasses.dataclass(frozen=True)
+class Trials:
+    """What was tried for one request since its client last got something.
+
+    Attributes:
+        began: seconds; when that was.
+        attempts: that brought nothing.
+        tried: replicas where they failed.
+        patience_s: how long a stream that has begun may go without anything.
+    """
+
+    began: float
+    attempts: int = 0
+    tried: frozenset[str] = frozenset()
+    patience_s: float = PATIENCE_S
+
+    def after(self, replica: str, *, progressed: bool, now: float) -> "Trials":
+        """Takes in an attempt that failed; one that brought something begins the count anew."""
+        if progressed:
+            return dataclasses.replace(self, began=now, attempts=1, tried=frozenset({replica}))
+        return dataclasses.replace(self, attempts=self.attempts + 1, tried=self.tried | {replica})
+
+    def all_over(self) -> "Trials":
+        """Nobody is left to try: from the first one again, after a pause."""
+        return dataclasses.replace(self, tried=frozenset())
+
+    def left_s(self, now: float) -> float:
+        """Seconds that a stream which has begun may still wait; 0 at least."""
+        return max(0.0, self.began + self.patience_s - now)
+
+
+def choose(
+    loads: Iterable[Load], tried: frozenset[str], now: float, revision: str | None = None
+) -> Decision | None:
     """The replica for a request, or None when there is none left that was not tried.
 
     Args:
         loads: of the replicas that are ready.
         tried: names of replicas where this request failed before.
         now: seconds, on the clock of `Load.failed_at`.
+        revision: the only one that will do; None: any.
     """
-    candidates = [load for load in loads if load.name not in tried]
+    candidates = [load for load in loads if load.name not in tried and revision in (None, load.revision)]
     if not candidates:
         return None
     best = min(candidates, key=lambda load: (is_suspect(load, now), load.in_flight, load.last_chosen))
@@ -89,6 +129,12 @@ def backoff_s(attempt: int, remaining_s: float | None) -> float | None:
     if attempt >= MAX_ATTEMPTS or (remaining_s is not None and wait >= remaining_s):
         return None
     return wait
+
+
+def replay_after_s(trials: Trials, now: float) -> float | None:
+    """Seconds to wait before a stream that lost its replica asks another; None once its patience is over."""
+    wait = min(math.ldexp(FIRST_BACKOFF_S, min(trials.attempts, 10) - 1), LONGEST_BACKOFF_S)
+    return wait if wait < trials.left_s(now) else None
 
 
 def _why(best: Load, candidates: list[Load], now: float) -> tuple[str, str]:

@@ -17,6 +17,14 @@ _STARTUP_PROBE = pods.probe("", period=2, failures=1800)
 _READINESS_PROBE = pods.probe("", period=2, failures=2)
 _LIVENESS_PROBE = pods.probe(names.LIVENESS_SERVICE, period=10, failures=3)
 
+# From the label, so that the revision may be a hash of the specification that holds this.
+_REVISION: Manifest = {
+    "name": "MOE_WORKER_REVISION",
+    "valueFrom": {
+        "fieldRef": {"apiVersion": "v1", "fieldPath": f"metadata.labels['{names.LABEL_REVISION}']"}
+    },
+}
+
 
 def command(deployment: Deployment) -> list[str]:
     """The worker's command line. What the spec leaves to the worker is left out."""
@@ -38,7 +46,7 @@ def pod_spec(deployment: Deployment) -> Manifest:
         "name": names.ROLE_WORKER,
         "image": settings.image,
         "command": command(deployment),
-        "env": pods.environment(deployment, names.ROLE_WORKER, settings),
+        "env": [_REVISION, *pods.environment(deployment, names.ROLE_WORKER, settings)],
         "ports": pods.PORTS,
         "resources": _resources(settings),
         "startupProbe": _STARTUP_PROBE,
@@ -119,12 +127,15 @@ def stateful_set(deployment: Deployment, data_rank: int) -> Manifest:
 
 
 def service(deployment: Deployment) -> Manifest:
-    """Headless Service of the leaders that are Ready; the frontend reads its EndpointSlices."""
+    """Headless Service of the leaders, Ready or not; the frontend reads its EndpointSlices.
+
+    Readiness comes after routing: the frontend asks the workers themselves whether they take requests.
+    """
     name = deployment.name
     manifest = child(deployment.identity, "v1", "Service", names.workers(name), names.ROLE_WORKER)
     manifest["spec"] = {
         "clusterIP": "None",
-        "publishNotReadyAddresses": False,
+        "publishNotReadyAddresses": True,
         "selector": names.leader_labels(name),
         "ports": pods.SERVICE_PORTS,
     }

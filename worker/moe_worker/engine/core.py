@@ -30,7 +30,10 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Sequence:
-    """A request under way; `pages` is its page table. admitted: whether the sampler was told of it."""
+    """A request under way; `pages` is its page table. admitted: whether the sampler was told of it.
+
+    generated: tokens of its whole text, those among them that it came with.
+    """
 
     request: Request
     text: TextStream
@@ -43,6 +46,11 @@ class _Sequence:
     def tokens(self) -> int:
         """Tokens of the prompt and of the text so far."""
         return len(self.request.prompt) + self.generated
+
+    @property
+    def given(self) -> int:
+        """Tokens that it came with."""
+        return len(self.request.prompt) + len(self.request.written)
 
     def follow(self, chunk: Chunk) -> Segment:
         """What the model computes for `chunk`."""
@@ -128,15 +136,18 @@ class EngineCore:
         room = self._loaded.context - len(request.prompt)
         arrival = Arrival(
             id=request.id,
-            prompt=request.prompt,
-            max_new_tokens=min(request.sampling.max_tokens, room),
+            prompt=request.prompt + request.written,
+            max_new_tokens=min(request.sampling.max_tokens, room) - len(request.written),
             arrived=self._clock(),
             priority=request.priority,
             deadline=request.deadline,
         )
         self._scheduler.submit(arrival)
         ends = request.sampling.end_tokens(self._loaded.config.eos_token_ids)
-        self._sequences[request.id] = _Sequence(request, TextStream(request.sampling.stop), ends)
+        text = TextStream(request.sampling.stop)
+        for token in request.written:
+            text.push(self._loaded.tokenizer.token_bytes(token))  # has been sent
+        self._sequences[request.id] = _Sequence(request, text, ends, generated=len(request.written))
 
     def cancel(self, request: int) -> None:
         """Drops a request and frees all it holds; one that has finished already is no error."""
@@ -168,8 +179,7 @@ class EngineCore:
             torch.cuda.empty_cache()
             self._scheduler.retract(step, shrink=True)
             return
-        prompts = {chunk.id: len(self._sequences[chunk.id].request.prompt) for chunk in step.chunks}
-        self._tally.count(step, prompts)
+        self._tally.count(step, {chunk.id: self._sequences[chunk.id].given for chunk in step.chunks})
 
     def _land(self, flight: "Flight[_Sequence]") -> list[Delta]:
         """Takes in what a step sampled; requests that ended since it was launched get no more of it."""
@@ -214,7 +224,9 @@ class EngineCore:
         for name, sequence in sampling:
             if not sequence.admitted:
                 request = sequence.request
-                self._sampler.admit(name, request.sampling, request.seed, request.prompt)
+                self._sampler.admit(
+                    name, request.sampling, request.seed, request.prompt, request.written
+                )
                 sequence.admitted = True
         return self._sampler.sample(logits_NV, [name for name, _ in sampling])
 

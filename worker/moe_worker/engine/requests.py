@@ -22,6 +22,7 @@ class Request:
     """A prompt to continue. `seed` is the one to use: sampling.seed, or a fresh one.
 
     priority: 0 to 9, higher is sooner. deadline: on the engine's clock, in seconds; None: none.
+    written: tokens of the text that another engine has sent already; this one sends what follows.
     """
 
     id: int
@@ -30,6 +31,7 @@ class Request:
     seed: int
     priority: int = 0
     deadline: float | None = None
+    written: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

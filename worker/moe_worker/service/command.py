@@ -66,6 +66,12 @@ from moe_worker.service.server import serve as run
     show_default=True,
     help="Compute beginnings that prompts share once.",
 )
+@click.option(
+    "--revision",
+    default="",
+    envvar="MOE_WORKER_REVISION",
+    help="Names what is served and how; a stream is handed over only between workers of one revision.",
+)
 @click.option("--check-weights", is_flag=True, help="Refuse weights that are not finite numbers.")
 @click.option(
     "--threads",
@@ -79,6 +85,7 @@ def serve(
     served_name: str | None,
     listen: str,
     kv_memory: str | None,
+    revision: str,
     explained: bool,
     **options: float | str | None,
 ) -> None:
@@ -95,7 +102,8 @@ def serve(
         for line in explain_choice(model, engine_options):
             click.echo(line)
         return
-    run(ServeSettings(model, served_name or model.resolve().name, _address(listen), engine_options))
+    name = served_name or model.resolve().name
+    run(ServeSettings(model, name, _address(listen), engine_options, revision))
 
 
 def _address(text: str) -> str:

@@ -107,16 +107,18 @@ class EngineClient:
         sampling: SamplingParameters,
         seed: int,
         deadline: float | None = None,
+        written: tuple[int, ...] = (),
     ) -> tuple[int, Stream]:
         """Sends a checked request; its number and its stream. Raises QueueFullError.
 
-        deadline: in the time of `time.monotonic`.
+        deadline: in the time of `time.monotonic`. written: tokens of the text that were sent already.
         """
         if self.requests >= self.most_requests:
             raise QueueFullError(f"the queue is full ({self.requests} requests are under way)", RETRY_AFTER_S)
         number = next(self._ids)
         stream = self._streams[number] = Stream(Timeline(submitted_ns=time.time_ns()))
-        self.writer.write(encode(Submit(Request(number, prompt, sampling, seed, deadline=deadline))))
+        request = Request(number, prompt, sampling, seed, deadline=deadline, written=written)
+        self.writer.write(encode(Submit(request)))
         self._submitted += 1
         self._idle.clear()
         return number, stream

@@ -36,12 +36,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """model: checkpoint directory; served_name: what clients ask for; listen: HOST:PORT."""
+    """model: checkpoint directory; served_name: what clients ask for; listen: HOST:PORT.
+
+    revision: names what is served and how; workers of one revision take up each other's streams.
+    """
 
     model: Path
     served_name: str
     listen: str
     options: EngineOptions
+    revision: str = ""
 
 
 def serve(settings: ServeSettings) -> None:
@@ -109,7 +113,9 @@ async def _load_and_run(
     try:
         if not await _unless_stopped(engine.loaded(), stop):
             return
-        inference.served = Served(settings.served_name, config, context_length, tokenizer, engine)
+        inference.served = Served(
+            settings.served_name, config, context_length, tokenizer, engine, settings.revision
+        )
         inference.phase = Phase.SERVING
         await health.set_ready(ready=True)
         log.info("serving %s (%s)", settings.served_name, engine.format)

@@ -68,11 +68,12 @@ class Served:
     context_length: int
     tokenizer: Tokenizer
     engine: EngineClient
+    revision: str = ""
 
     @property
     def limits(self) -> Limits:
         """What requests are checked against."""
-        return Limits(self.config.vocab_size, self.context_length)
+        return Limits(self.config.vocab_size, self.context_length, frozenset(self.config.eos_token_ids))
 
 
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
@@ -90,6 +91,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """Streams a continuation."""
         with spans.server_span(self._tracer, context, GENERATE) as span:
             served = await self._available(request.model, context)
+            await _check_revision(request.resume.revision, served, context)
             checked = await _check(request, served, context)
             await self._available(request.model, context)  # a long prompt takes time: draining may have begun
             describe_request(span, served.name, checked.sampling, len(checked.prompt))
@@ -118,6 +120,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             format=served.engine.format,
             context_length=served.context_length,
             vocabulary_size=served.config.vocab_size,
+            revision=served.revision,
         )
 
     async def _available(self, model: str, context: Context) -> Served:
@@ -135,10 +138,12 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def _stream(
         self, served: Served, checked: Checked, span: trace.Span, context: Context
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
-        seed = secrets.randbits(64) if checked.sampling.seed is None else checked.sampling.seed
+        seed = secrets.randbits(64) if checked.seed is None else checked.seed
         self.metrics.receive()
         try:
-            number, stream = served.engine.submit(checked.prompt, checked.sampling, seed, _deadline(context))
+            number, stream = served.engine.submit(
+                checked.prompt, checked.sampling, seed, _deadline(context), checked.written
+            )
         except QueueFullError as error:
             self.metrics.refuse(served.name)
             code = grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -148,7 +153,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 chunk = await stream.take()
                 if chunk.finish_reason in FAILURES:
                     break
-                yield _response(chunk, len(checked.prompt), stream.timeline.tokens)
+                written = len(checked.written) + stream.timeline.tokens
+                yield _response(chunk, len(checked.prompt), written)
             if stream.timeline.finish_reason in FAILURES:
                 await rich_status.abort(context, rich_status.build(*FAILURES[stream.timeline.finish_reason]))
         except EngineDiedError as error:
@@ -204,6 +210,13 @@ async def _check(request: inference_pb2.GenerateRequest, served: Served, context
         violations = [FieldViolation(violation.field, violation.description) for violation in checked]
         await rich_status.abort(context, rich_status.invalid_argument(violations))
     return checked
+
+
+async def _check_revision(revision: str, served: Served, context: Context) -> None:
+    """Ends the call where a stream of another revision is to be taken up: the text would change midway."""
+    if revision not in ("", served.revision):
+        sentence = f"the stream is of revision {revision!r}, this worker of {served.revision!r}; ask another"
+        await rich_status.abort(context, rich_status.build(grpc.StatusCode.FAILED_PRECONDITION, sentence))
 
 
 def _failure(stream: Stream, context: Context) -> str | None:

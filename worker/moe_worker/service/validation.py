@@ -6,22 +6,29 @@ from moe_api.inference.v1 import inference_pb2
 from moe_worker.engine.requests import prompt_violations
 from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.sampling.parameters import SamplingParameters, Violation
+from moe_worker.sampling.text import TextStream
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the served model allows."""
+    """What the served model allows; `ends` are its end-of-text tokens."""
 
     vocab_size: int
     context_length: int
+    ends: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A request that can be computed."""
+    """A request that can be computed.
+
+    seed: the one that it asks for, if any. written: tokens of its text that were sent already.
+    """
 
     prompt: tuple[int, ...]
     sampling: SamplingParameters
+    seed: int | None = None
+    written: tuple[int, ...] = ()
 
 
 def check_generate(
@@ -38,7 +45,11 @@ def check_generate(
         return [prompt, *found]
     field = request.WhichOneof("input") or "prompt"
     found = prompt_violations(field, prompt, limits.vocab_size, limits.context_length) + found
-    return found or Checked(prompt, sampling)
+    written = tuple(request.resume.tokens)
+    if written and not found:
+        room = min(sampling.max_tokens, limits.context_length - len(prompt))
+        found = _resume_violations(written, room, sampling, tokenizer, limits)
+    return found or Checked(prompt, sampling, _seed(request, sampling), written)
 
 
 def sampling_parameters(message: inference_pb2.SamplingParameters) -> SamplingParameters:
@@ -49,6 +60,32 @@ def sampling_parameters(message: inference_pb2.SamplingParameters) -> SamplingPa
         "logit_bias": tuple(sorted(message.logit_bias.items())),
     }
     return SamplingParameters(**{field.name: value for field, value in message.ListFields()} | repeated)
+
+
+def _seed(request: inference_pb2.GenerateRequest, sampling: SamplingParameters) -> int | None:
+    resumed = request.resume.seed if request.resume.HasField("seed") else None
+    return resumed if sampling.seed is None else sampling.seed
+
+
+def _resume_violations(
+    written: tuple[int, ...],
+    room: int,
+    sampling: SamplingParameters,
+    tokenizer: Tokenizer,
+    limits: Limits,
+) -> list[Violation]:
+    """What is wrong with the tokens that a text of up to `room` tokens begins with."""
+    field, ends = "resume.tokens", sampling.end_tokens(limits.ends)
+    if len(written) >= room:
+        return [Violation(field, f"holds {len(written)} tokens of a text of {room}; nothing is left of it")]
+    text = TextStream(sampling.stop)
+    for index, token in enumerate(written):
+        if token >= limits.vocab_size:
+            return [Violation(field, f"has token id {token}; ids are 0 to {limits.vocab_size - 1}")]
+        text.push(tokenizer.token_bytes(token))
+        if token in ends or text.stopped:
+            return [Violation(field, f"ends the text with token {index}; nothing is left of it")]
+    return []
 
 
 def _prompt(request: inference_pb2.GenerateRequest, tokenizer: Tokenizer) -> tuple[int, ...] | Violation:

@@ -116,7 +116,8 @@ def _request(body: Mapping[str, Any]) -> Request:
         "logit_bias": tuple((token, bias) for token, bias in given["logit_bias"]),
     }
     sampling = SamplingParameters(**given | tuples)
-    return Request(**dict(body) | {"prompt": tuple(body["prompt"]), "sampling": sampling})
+    tokens = {name: tuple(body[name]) for name in ("prompt", "written")}
+    return Request(**dict(body) | tokens | {"sampling": sampling})
 
 
 def _delta(body: Mapping[str, Any]) -> Delta:

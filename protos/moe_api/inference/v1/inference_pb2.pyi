@@ -59,6 +59,7 @@ class GenerateRequest(_message.Message):
     PROMPT_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Served name of the model; empty means the only one there is."""
     prompt: _builtins.str
@@ -69,6 +70,12 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def sampling(self) -> Global___SamplingParameters: ...
+    @_builtins.property
+    def resume(self) -> Global___Resume:
+        """Goes on with a stream that another worker began. The frontend sets it where a worker dies; clients
+        need it only to survive the loss of a frontend.
+        """
+
     def __init__(
         self,
         *,
@@ -76,16 +83,56 @@ class GenerateRequest(_message.Message):
         prompt: _builtins.str = ...,
         prompt_tokens: Global___TokenIds | None = ...,
         sampling: Global___SamplingParameters | None = ...,
+        resume: Global___Resume | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "prompt", b"prompt", "prompt_tokens", b"prompt_tokens", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "prompt", b"prompt", "prompt_tokens", b"prompt_tokens", "resume", b"resume", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "model", b"model", "prompt", b"prompt", "prompt_tokens", b"prompt_tokens", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "model", b"model", "prompt", b"prompt", "prompt_tokens", b"prompt_tokens", "resume", b"resume", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "prompt_tokens"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class Resume(_message.Message):
+    """Where a stream stands. The answer goes on behind `tokens` as if it had never been interrupted: it repeats
+    neither a token nor a character, and positions, penalties, stop texts, limits and usage count from the
+    stream's own beginning.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    seed: _builtins.int
+    """The seed of the stream, used where sampling.seed is not set. Default: a fresh random one."""
+    revision: _builtins.str
+    """Model.revision of the worker that began; another one refuses with FAILED_PRECONDITION. Empty: any may
+    go on.
+    """
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens that were sent already, in order; fewer than max_tokens, and none that ends the text."""
+
+    def __init__(
+        self,
+        *,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+        seed: _builtins.int | None = ...,
+        revision: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "seed", b"seed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "revision", b"revision", "seed", b"seed", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+
+Global___Resume: _TypeAlias = Resume  # noqa: Y015
 
 @_typing.final
 class TokenIds(_message.Message):
@@ -483,6 +530,7 @@ class Model(_message.Message):
     FORMAT_FIELD_NUMBER: _builtins.int
     CONTEXT_LENGTH_FIELD_NUMBER: _builtins.int
     VOCABULARY_SIZE_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Served name."""
     architecture: _builtins.str
@@ -497,6 +545,10 @@ class Model(_message.Message):
     """Tokens of prompt and continuation together, at most."""
     vocabulary_size: _builtins.int
     """Vocabulary size: token ids are below this."""
+    revision: _builtins.str
+    """What is served and how, as the worker was told by --revision. Workers of one revision give the same
+    tokens and may go on with each other's streams.
+    """
     def __init__(
         self,
         *,
@@ -507,10 +559,11 @@ class Model(_message.Message):
         format: _builtins.str = ...,
         context_length: _builtins.int = ...,
         vocabulary_size: _builtins.int = ...,
+        revision: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "format", b"format", "name", b"name", "parameters_active", b"parameters_active", "parameters_total", b"parameters_total", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "format", b"format", "name", b"name", "parameters_active", b"parameters_active", "parameters_total", b"parameters_total", "revision", b"revision", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -58,11 +58,12 @@ class InferenceServiceServicer:
         """Continues a prompt and streams the continuation.
 
         Idempotence: with temperature 0, or with a seed, the same request gives the same tokens; no call
-        changes what the server stores, so a call that has sent nothing yet may be retried.
+        changes what the server stores, so a call that has sent nothing yet may be retried, and one that has
+        sent some may be taken up elsewhere (resume).
 
         Status codes: INVALID_ARGUMENT (a field is out of range; the sentence says which and what is
         allowed), NOT_FOUND (no such model here), RESOURCE_EXHAUSTED (the queue is full; retry after the
-        delay given), UNAVAILABLE (loading, draining, or the worker died; retry), CANCELLED,
+        delay given), FAILED_PRECONDITION (resume names another revision), UNAVAILABLE (loading, draining, or the worker died; retry), CANCELLED,
         DEADLINE_EXCEEDED (the deadline of the call passed; what was sent is valid).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -1,0 +1,57 @@
+"""The prober against real servers: it goes by what workers say of themselves."""
+
+import asyncio
+
+import pytest
+
+from moe_operator.frontend.endpoints import Endpoint
+from moe_operator.frontend.probing import Prober
+from tests.frontend.fake_worker import FakeWorker
+
+
+class Probed:
+    def __init__(self):
+        self.published = asyncio.Queue()
+        self.prober = Prober(self.published.put_nowait)
+
+    async def until(self, *wanted):
+        async with asyncio.timeout(60):
+            while {(e.name, e.revision) for e in await self.published.get()} != set(wanted):
+                pass
+
+
+@pytest.fixture
+async def probed():
+    running = Probed()
+    yield running
+    await running.prober.close()
+
+
+async def test_a_worker_is_published_while_it_takes_requests_and_no_longer(probed):
+    worker = FakeWorker("w", "r1")
+    where = Endpoint("w", (await worker.start()).address)
+    probed.prober.update(frozenset({where}))
+    await probed.until(("w", "r1"))
+    await worker.health.set_ready(ready=False)
+    await probed.until()
+    await worker.health.set_ready(ready=True)
+    await probed.until(("w", "r1"))
+    await worker.server.stop(None)
+    await probed.until()
+    again = FakeWorker("w", "r2")
+    await again.start(where.address)
+    await probed.until(("w", "r2"))
+    probed.prober.update(frozenset())
+    await probed.until()
+    await again.server.stop(None)
+
+
+async def test_one_that_does_not_answer_delays_nobody(probed):
+    worker = FakeWorker("w")
+    where = await worker.start()
+    silent = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
+    address = "{}:{}".format(*silent.sockets[0].getsockname())
+    probed.prober.update(frozenset({Endpoint("silent", address), where, Endpoint("gone", "127.0.0.1:1")}))
+    await probed.until(("w", ""))
+    await worker.server.stop(None)
+    silent.close()
