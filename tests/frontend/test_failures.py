@@ -294,7 +294,8 @@ async def test_an_unreachable_collector_costs_requests_nothing(bench, command):
     process.send_signal(signal.SIGTERM)
     _, errors = await asyncio.wait_for(process.communicate(), 10)
     assert process.returncode == 0
-    assert errors.decode().count("traces do not reach the collector") == 1
+    # One line for the traces, one for the metrics at most, whichever of them failed first.
+    assert 1 <= errors.decode().count("do not reach the collector") <= 2
 
 
 def run(*args):

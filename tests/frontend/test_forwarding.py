@@ -144,7 +144,7 @@ async def test_a_slow_reader_holds_the_worker_back(bench):
     while sent != b.workers[0].sent:
         sent = b.workers[0].sent
         await asyncio.sleep(0.2)
-    assert sent < 400
+    assert sent < 1000, "windows grow with the speed of the machine, to some 30 MiB; all would be 125"
     call.cancel()
 
 
