@@ -224,9 +224,7 @@ class EngineCore:
         for name, sequence in sampling:
             if not sequence.admitted:
                 request = sequence.request
-                self._sampler.admit(
-                    name, request.sampling, request.seed, request.prompt, request.written
-                )
+                self._sampler.admit(name, request.sampling, request.seed, request.prompt, request.written)
                 sequence.admitted = True
         return self._sampler.sample(logits_NV, [name for name, _ in sampling])
 
