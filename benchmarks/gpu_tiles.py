@@ -54,10 +54,12 @@ def main() -> None:
 
 def candidates(case: Case) -> Iterator[Tile]:
     name, tokens = case
-    rows = [16] if tokens <= 16 else [16, 32, 64] if tokens <= 64 else [32, 64]
-    widths = [32, 64, 128] if name in LINEAR else [64, 128]
-    for n, m, warps, stages in itertools.product(widths, rows, (4, 8), (2, 3, 4, 5)):
-        if n * m <= 128 * 64 and n * m >= 64 * 16 * warps // 8:
+    rows = (
+        [16] if tokens <= 16 else [16, 32] if tokens <= 64 else [32, 64] if tokens <= 256 else [32, 64, 128]
+    )
+    widths = [32, 64, 128] if name in LINEAR and tokens <= 16 else [64, 128]
+    for n, m, warps, stages in itertools.product(widths, rows, (4, 8), (2, 3, 4)):
+        if 8 * 32 * warps <= n * m <= 64 * 32 * warps:
             yield Tile(n, m, warps, stages)
 
 

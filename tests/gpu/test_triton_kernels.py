@@ -42,7 +42,7 @@ def poisoned(tokens, width):
 
 
 def from_int8(x):
-    return (x.q_TD.double().unflatten(1, (-1, 64)) * x.scales_TX.double().unsqueeze(-1)).flatten(1)
+    return (x.q_TD.double().unflatten(1, (-1, x.piece)) * x.scales_TX.double().unsqueeze(-1)).flatten(1)
 
 
 def rounded_weight(weight):
@@ -69,8 +69,8 @@ def test_residual_norm(tokens, width, summed):
     norm.residual_norm(residual, norm.Added(added), weight, 1e-6, out, INT8)
     assert difference(residual, total) < BF16
     assert difference(out.x_TD, expected) < BF16
-    top = out.x_TD.double().unflatten(1, (-1, 64)).abs().amax(-1, keepdim=True)
-    error = (from_int8(out) - out.x_TD.double()).abs().unflatten(1, (-1, 64))
+    top = out.x_TD.double().unflatten(1, (-1, out.piece)).abs().amax(-1, keepdim=True)
+    error = (from_int8(out) - out.x_TD.double()).abs().unflatten(1, (-1, out.piece))
     assert (error <= top / 254 * 1.0001).all()
 
 

@@ -17,7 +17,7 @@ from moe_worker.kernels.triton.latent import LatentWeights, write_latents
 from moe_worker.kernels.triton.linear import linear_int4
 from moe_worker.kernels.triton.norm import Activation, Added, Rounding, residual_norm
 from moe_worker.kernels.triton.router import Choice, route
-from moe_worker.kernels.triton.tiles import PackedInt4
+from moe_worker.kernels.triton.tiles import PackedInt4, piece_of
 from moe_worker.kernels.triton.wide import experts_wide, widen
 
 Weight = Tensor | PackedInt4
@@ -88,7 +88,8 @@ class CudaLayer:
             query_THW, cache_SW, shared.pages_BP, shared.positions_T, shared.tiles, rank, shared.page,
             shared.scale, shared.slices,
         )  # fmt: skip
-        values = Activation.empty(tokens, heads * self.value_HRV.shape[2], x_TD.device)
+        value = self.value_HRV.shape[2]
+        values = Activation.empty(tokens, heads * value, x_TD.device, piece_of(value))
         merge_values(parts_THSR, lse_THS, self.value_HRV, values, rounding(self.output, shared.wide))
         return linear(values, self.output, shared.wide)
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_worker.kernels.triton.norm import Activation, Rounding
-from moe_worker.kernels.triton.tiles import dot_bf16, round_even
+from moe_worker.kernels.triton.tiles import add_dot_bf16, dot_bf16, round_even
 
 
 class TokenTiles(NamedTuple):
@@ -61,7 +61,7 @@ def _attend(
         k = k.to(tl.bfloat16)
         k_rope = tl.load(cache + row_s[:, None] * WIDTH + RANK + p[None, :], mask=inside[:, None], other=0.0)
         k_rope = k_rope.to(tl.bfloat16)
-        scores = dot_bf16(q_rope, tl.trans(k_rope), dot_bf16(q_plain, tl.trans(k), 0.0))
+        scores = add_dot_bf16(dot_bf16(q_plain, tl.trans(k)), q_rope, tl.trans(k_rope))
         scores *= scale * 1.4426950408889634
         visible = inside[None, :] & (at + s[None, :] <= position_q[:, None])
         scores = tl.where(visible, scores, -1e30)
@@ -69,7 +69,7 @@ def _attend(
         weights = tl.where(visible, tl.exp2(scores - new_top[:, None]), 0.0)
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weights, axis=1)
-        acc = dot_bf16(weights.to(tl.bfloat16), k, acc * shrink[:, None])
+        acc = add_dot_bf16(acc * shrink[:, None], weights.to(tl.bfloat16), k)
         top = new_top
     safe = tl.where(total > 0.0, total, 1.0)
     lse = tl.where(total > 0.0, top + tl.log2(safe), -1e30)
@@ -130,7 +130,7 @@ def _merge(
             x = tl.load(parts + (first_M + s)[:, None] * RANK + r[None, :], mask=mask_M[:, None], other=0.0)
             latent_MR += x.to(tl.float32) * share_M[:, None]
         w = tl.load(value + (head * RANK + r[:, None]) * VALUE + v[None, :])
-        acc_MV = dot_bf16(latent_MR.to(tl.bfloat16), w, acc_MV)
+        acc_MV = add_dot_bf16(acc_MV, latent_MR.to(tl.bfloat16), w)
     to = token_M[:, None] * (HEADS * VALUE) + head * VALUE + v[None, :]
     y = acc_MV.to(tl.bfloat16)
     if ROUNDING > 0:
@@ -140,8 +140,8 @@ def _merge(
         steps = round_even(y32 / scale_M[:, None])
         if ROUNDING == 1:
             tl.store(out_q + to, steps.to(tl.int8), mask=mask_M[:, None])
-            x_piece = (head * VALUE) // 64 + tl.program_id(2)
-            tl.store(out_scale + token_M * (HEADS * VALUE // 64) + x_piece, scale_M, mask=mask_M)
+            x_piece = (head * VALUE) // BLOCK_V + tl.program_id(2)
+            tl.store(out_scale + token_M * (HEADS * VALUE // BLOCK_V) + x_piece, scale_M, mask=mask_M)
         else:
             y = (steps * scale_M[:, None]).to(tl.bfloat16)
     if ROUNDING != 1:
@@ -154,11 +154,12 @@ def merge_values(
     """Joins the slices and expands latents to values: [T, H * V], V a multiple of 64."""
     tokens, heads, slices, rank = parts_THSR.shape
     value = value_HRV.shape[2]
-    block_m, block_v = 16 if tokens <= 256 else 64, min(64, value)
+    block_m, block_v = 16 if tokens <= 256 else 64, out.piece
     _merge[(triton.cdiv(tokens, block_m), heads, value // block_v)](
         parts_THSR, lse_THS, value_HRV, out.x_TD, out.q_TD, out.scales_TX, tokens,
         HEADS=heads, RANK=rank, VALUE=value, SLICES=slices,
-        BLOCK_M=block_m, BLOCK_R=min(128, rank), BLOCK_V=block_v, ROUNDING=rounding.value, num_warps=4,
+        BLOCK_M=block_m, BLOCK_R=min(128, rank), BLOCK_V=block_v, ROUNDING=rounding.value,
+        num_warps=8 if slices > 4 else 4,
         # Pipelining would hold the parts of all slices in shared memory.
         num_stages=3 if slices == 1 else 1,
     )  # fmt: skip

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_worker.kernels.triton.norm import Activation
-from moe_worker.kernels.triton.tiles import PackedInt4, Tile, dot_bf16, dot_int4_group, store_int8_NM
+from moe_worker.kernels.triton.tiles import PackedInt4, Tile, add_dot_bf16, dot_int4_group, store_int8_NM
 
 
 class Blocks(NamedTuple):
@@ -77,8 +77,8 @@ def _swiglu(gate, up):
 @triton.jit
 def _gate_up_int4(
     x, x_scale, packed, scales, rows, block_experts, out, out_scale, total,
-    PER_TOKEN: tl.constexpr, INNER: tl.constexpr, GROUPS: tl.constexpr, PIECES: tl.constexpr,
-    INT8: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    PER_TOKEN: tl.constexpr, INNER: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr,
+    PIECE: tl.constexpr, INT8: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(1)
     expert = tl.load(block_experts + block).to(tl.int64)
@@ -104,11 +104,13 @@ def _gate_up_int4(
                 token_M,
                 mask_M,
                 2 * INNER,
-                PIECES,
+                INPUTS,
+                PIECE,
                 INT8,
             )
             up_NM = dot_int4_group(
-                up_NM, weight, scale, x, x_scale, group, INNER + n, token_M, mask_M, 2 * INNER, PIECES, INT8,
+                up_NM, weight, scale, x, x_scale, group, INNER + n, token_M, mask_M, 2 * INNER, INPUTS, PIECE,
+                INT8,
             )  # fmt: skip
         hidden_NM = _swiglu(gate_NM, up_NM)
         if INT8:
@@ -121,7 +123,7 @@ def _gate_up_int4(
 @triton.jit
 def _down_int4(
     x, x_scale, packed, scales, rows, block_experts, weights, out, total,
-    OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, PIECES: tl.constexpr,
+    OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, PIECE: tl.constexpr,
     INT8: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(1)
@@ -135,7 +137,7 @@ def _down_int4(
         acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for group in range(GROUPS):
             acc_NM = dot_int4_group(
-                acc_NM, weight, scale, x, x_scale, group, n, row_M, mask_M, OUTPUTS, PIECES, INT8
+                acc_NM, weight, scale, x, x_scale, group, n, row_M, mask_M, OUTPUTS, INPUTS, PIECE, INT8
             )
         share_M = tl.load(weights + row_M, mask=mask_M, other=0.0)
         where = out + row_M[None, :].to(tl.int64) * OUTPUTS + n[:, None]
@@ -161,8 +163,8 @@ def _gate_up_bf16(
         up_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for _ in range(WIDTH // BLOCK_K):
             values_kM = tl.load(x_kM, mask=mask_M[None, :], other=0.0)
-            gate_NM = dot_bf16(tl.load(gate_Nk), values_kM, gate_NM)
-            up_NM = dot_bf16(tl.load(gate_Nk + INNER * WIDTH), values_kM, up_NM)
+            gate_NM = add_dot_bf16(gate_NM, tl.load(gate_Nk), values_kM)
+            up_NM = add_dot_bf16(up_NM, tl.load(gate_Nk + INNER * WIDTH), values_kM)
             x_kM += BLOCK_K
             gate_Nk += BLOCK_K
         where = out + row_M[None, :].to(tl.int64) * INNER + n[:, None]
@@ -186,7 +188,7 @@ def _down_bf16(
         w_Nk = weight + expert * (OUTPUTS * INNER) + n[:, None] * INNER + k[None, :]
         acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for _ in range(INNER // BLOCK_K):
-            acc_NM = dot_bf16(tl.load(w_Nk), tl.load(x_kM, mask=mask_M[None, :], other=0.0), acc_NM)
+            acc_NM = add_dot_bf16(acc_NM, tl.load(w_Nk), tl.load(x_kM, mask=mask_M[None, :], other=0.0))
             x_kM += BLOCK_K
             w_Nk += BLOCK_K
         share_M = tl.load(weights + row_M, mask=mask_M, other=0.0)
@@ -229,24 +231,25 @@ def experts_int4(
 ) -> Tensor:
     """Weighted outputs of each row, bf16 [M, D], to be summed over K; `blocks` are of tiles.rows.
 
-    W4A8 rounds hidden values to int8, in pieces of 64; W4A16 to bf16.
+    W4A8 rounds hidden values to int8, with a scale for each piece of tiles.gate_up.n; W4A16 to bf16.
     """
     tokens, per_token = weights_TK.shape
     total, inner, int8 = tokens * per_token, gate_up.outputs // 2, gate_up.int8
-    hidden = Activation.empty(total, inner, x.x_TD.device)
+    up_n, down_n = fitting(tiles.gate_up.n, inner), fitting(tiles.down.n, down.outputs)
+    hidden = Activation.empty(total, inner, x.x_TD.device, up_n)
     out_MD = torch.empty(total, down.outputs, dtype=torch.bfloat16, device=x.x_TD.device)
     count = blocks.experts_C.shape[0]
-    up_n, down_n = fitting(tiles.gate_up.n, inner), fitting(tiles.down.n, down.outputs)
     _gate_up_int4[(inner // up_n, count)](
         x.q_TD if int8 else x.x_TD, x.scales_TX, gate_up.signed, gate_up.scales, blocks.rows,
         blocks.experts_C, hidden.q_TD if int8 else hidden.x_TD, hidden.scales_TX, total,
-        PER_TOKEN=per_token, INNER=inner, GROUPS=gate_up.groups, PIECES=gate_up.pieces, INT8=int8,
+        PER_TOKEN=per_token, INNER=inner, GROUPS=gate_up.groups, INPUTS=gate_up.inputs,
+        PIECE=x.piece, INT8=int8,
         BLOCK_N=up_n, BLOCK_M=blocks.size, num_warps=tiles.gate_up.warps, num_stages=tiles.gate_up.stages,
     )  # fmt: skip
     _down_int4[(down.outputs // down_n, count)](
         hidden.q_TD if int8 else hidden.x_TD, hidden.scales_TX, down.signed, down.scales, blocks.rows,
         blocks.experts_C, weights_TK, out_MD, total,
-        OUTPUTS=down.outputs, GROUPS=down.groups, PIECES=down.pieces, INT8=int8,
+        OUTPUTS=down.outputs, GROUPS=down.groups, INPUTS=down.inputs, PIECE=hidden.piece, INT8=int8,
         BLOCK_N=down_n, BLOCK_M=blocks.size, num_warps=tiles.down.warps, num_stages=tiles.down.stages,
     )  # fmt: skip
     return out_MD

@@ -68,9 +68,7 @@ def _latent(
         plain = tl.load(own + token_M[:, None] * query_stride + n[None, :], mask=mask_M[:, None], other=0.0)
         w = tl.load(key + (head * PLAIN + n[:, None]) * RANK + own_r[None, :])
         to = (token_M * HEADS + head) * WIDTH
-        tl.store(
-            out + to[:, None] + own_r[None, :], dot_bf16(plain, w, 0.0).to(tl.bfloat16), mask=mask_M[:, None]
-        )
+        tl.store(out + to[:, None] + own_r[None, :], dot_bf16(plain, w).to(tl.bfloat16), mask=mask_M[:, None])
         if block == 0:
             _turn(own + PLAIN, out + RANK, query_stride, to, token_M, mask_M, position_M, table, ROPE // 2)
 

@@ -14,7 +14,8 @@ from moe_worker.kernels.triton.tiles import PackedInt4, Tile, dot_int4_group
 @triton.jit
 def _linear_int4(
     x, x_scale, packed, scales, out, tokens,
-    OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, PIECES: tl.constexpr, INT8: tl.constexpr,
+    OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, PIECE: tl.constexpr,
+    INT8: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -34,7 +35,8 @@ def _linear_int4(
             token_M,
             mask_M,
             OUTPUTS,
-            PIECES,
+            INPUTS,
+            PIECE,
             INT8,
         )
     where = out + token_M[None, :].to(tl.int64) * OUTPUTS + n[:, None]
@@ -54,6 +56,7 @@ def linear_int4(x: Activation, weight: PackedInt4, out_TO: Tensor) -> None:
     grid = (triton.cdiv(weight.outputs, tile.n), triton.cdiv(tokens, tile.m))
     _linear_int4[grid](
         x.q_TD if weight.int8 else x.x_TD, x.scales_TX, weight.signed, weight.scales, out_TO, tokens,
-        OUTPUTS=weight.outputs, GROUPS=weight.groups, PIECES=weight.pieces, INT8=weight.int8,
+        OUTPUTS=weight.outputs, GROUPS=weight.groups, INPUTS=weight.inputs, PIECE=x.piece,
+        INT8=weight.int8,
         BLOCK_N=tile.n, BLOCK_M=tile.m, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Residual, RMS norm and rounding to int8 in one pass over the row.
 
-Legend: T tokens, D hidden, S rows that are summed for a token, X pieces of 64 inputs.
+Legend: T tokens, D hidden, S rows that are summed for a token, X pieces of inputs.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_worker.kernels.triton.tiles import round_even
+from moe_worker.kernels.triton.tiles import piece_of, round_even
 
 
 class Rounding(Enum):
@@ -24,27 +24,33 @@ class Rounding(Enum):
 
 @dataclass(frozen=True)
 class Activation:
-    """A tensor [T, D] in bf16, and where int8 products read it, int8 [T, D] and float32 [T, D / 64]."""
+    """A tensor [T, D] in bf16, and where int8 products read it, int8 [T, D] and float32 scales [T, X]."""
 
     x_TD: Tensor
     q_TD: Tensor
     scales_TX: Tensor
 
     @classmethod
-    def empty(cls, tokens: int, width: int, device: torch.device) -> "Activation":
-        """Memory for `tokens` rows of `width`, a multiple of 64."""
+    def empty(cls, tokens: int, width: int, device: torch.device, piece: int = 0) -> "Activation":
+        """Memory for `tokens` rows of `width`, a multiple of 64. piece: inputs that share a scale."""
+        piece = piece or piece_of(width)
         return cls(
             torch.empty(tokens, width, dtype=torch.bfloat16, device=device),
             torch.empty(tokens, width, dtype=torch.int8, device=device),
-            torch.empty(tokens, width // 64, dtype=torch.float32, device=device),
+            torch.empty(tokens, width // piece, dtype=torch.float32, device=device),
         )
+
+    @property
+    def piece(self) -> int:
+        """Inputs that share a scale, 64 or 128."""
+        return self.x_TD.shape[1] // self.scales_TX.shape[1]
 
 
 @triton.jit
 def _residual_norm(
     residual, added, order, weight, out, out_q, out_scale, stride, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, SUMMED: tl.constexpr, ORDERED: tl.constexpr,
-    ROUNDING: tl.constexpr,
+    ROUNDING: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
@@ -62,14 +68,14 @@ def _residual_norm(
     normed = (x * tl.rsqrt(tl.sum(x * x) / WIDTH + eps)).to(tl.bfloat16).to(tl.float32)
     y = (normed * tl.load(weight + d, mask=mask, other=0.0).to(tl.float32)).to(tl.bfloat16)
     if ROUNDING > 0:
-        cut = tl.reshape(y.to(tl.float32), (BLOCK // 64, 64))
+        cut = tl.reshape(y.to(tl.float32), (BLOCK // PIECE, PIECE))
         top = tl.max(tl.abs(cut), axis=1)
         scale = tl.where(top > 0.0, top / 127.0, 1.0)
         steps = round_even(cut / scale[:, None])
         if ROUNDING == 1:
             tl.store(out_q + t * WIDTH + d, tl.reshape(steps.to(tl.int8), (BLOCK,)), mask=mask)
-            x_piece = tl.arange(0, BLOCK // 64)
-            tl.store(out_scale + t * (WIDTH // 64) + x_piece, scale, mask=x_piece < WIDTH // 64)
+            x_piece = tl.arange(0, BLOCK // PIECE)
+            tl.store(out_scale + t * (WIDTH // PIECE) + x_piece, scale, mask=x_piece < WIDTH // PIECE)
         else:
             y = tl.reshape(steps * scale[:, None], (BLOCK,)).to(tl.bfloat16)
     tl.store(out + t * WIDTH + d, y, mask=mask)
@@ -112,8 +118,9 @@ def residual_norm(
     _residual_norm[(tokens,)](
         residual_TD, None if added is None else added.rows_MD, None if added is None else added.order_M,
         weight_D, out.x_TD, out.q_TD, out.scales_TX, residual_TD.stride(0), eps,
-        WIDTH=width, BLOCK=max(64, triton.next_power_of_2(width)),
+        WIDTH=width, BLOCK=max(128, triton.next_power_of_2(width)),
         SUMMED=0 if added is None else added.per_token(tokens),
         ORDERED=added is not None and added.order_M is not None, ROUNDING=rounding.value,
+        PIECE=out.piece,
         num_warps=8 if width >= 2048 else 4,
     )  # fmt: skip

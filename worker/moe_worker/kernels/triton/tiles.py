@@ -4,7 +4,7 @@ Packed weights are stored [G, O, 64] bytes for G groups of 128 inputs: byte j of
 group in its low and input 64 + j in its high nibble, both as signed values. A tile of any number of rows is
 then one contiguous piece of memory, and two dot products over 64 inputs need no shuffling of nibbles.
 
-Legend: O outputs, I inputs, G groups of 128 inputs, A experts, T tokens, X pieces of 64 inputs.
+Legend: O outputs, I inputs, G groups of 128 inputs, A experts, T tokens, X pieces of inputs.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Weights share a scale over 128 inputs, activations over 64.
+# Weights share a scale over 128 inputs; activations over 128, or over 64 where a width is no multiple of 128.
 GROUP = 128
 PIECE = 64
 # Interpreted kernels (TRITON_INTERPRET=1) can neither run assembly nor multiply bf16.
@@ -43,11 +43,6 @@ class PackedInt4:
     def groups(self) -> int:
         """Groups of inputs, G."""
         return self.scales.shape[-2]
-
-    @property
-    def pieces(self) -> int:
-        """Pieces of 64 inputs; one less than 2 G where the last group is half empty."""
-        return self.inputs // PIECE
 
     @property
     def signed(self) -> Tensor:
@@ -120,21 +115,27 @@ def round_even(x):
 
 
 @triton.jit
-def dot_bf16(a_MK, b_KN, acc):
-    """acc + a b in float32; acc may be 0.0."""
+def dot_bf16(a_MK, b_KN):
+    """a b in float32."""
     if COMPILED:
-        if isinstance(acc, tl.constexpr):
-            return tl.dot(a_MK, b_KN)
-        return tl.dot(a_MK, b_KN, acc=acc)
-    return acc + tl.dot(a_MK.to(tl.float32), b_KN.to(tl.float32))
+        return tl.dot(a_MK, b_KN)
+    return tl.dot(a_MK.to(tl.float32), b_KN.to(tl.float32))
+
+
+@triton.jit
+def add_dot_bf16(acc_MN, a_MK, b_KN):
+    """acc + a b in float32."""
+    if COMPILED:
+        return tl.dot(a_MK, b_KN, acc=acc_MN)
+    return acc_MN + tl.dot(a_MK.to(tl.float32), b_KN.to(tl.float32))
 
 
 @triton.jit
 def dot_int4_group(
     acc_NM, packed_base, scale_base, x_base, x_scale_base, group, rows_N, token_M, mask_M,
-    OUTPUTS: tl.constexpr, PIECES: tl.constexpr, INT8: tl.constexpr,
+    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, PIECE: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
-    """Adds the products of one group of 128 inputs; x has PIECES * 64 columns, of int8 or bf16.
+    """Adds the products of one group of 128 inputs; x has INPUTS columns, of int8 or bf16.
 
     Weights stand as the left operand, so that few tokens still fill the tensor cores' wide side.
     """
@@ -143,21 +144,25 @@ def dot_int4_group(
     # Nibbles are unpacked as 16 times their value.
     scale_N = tl.load(scale_base + group * OUTPUTS + rows_N) * 0.0625
     mask_high_M = mask_M
-    if PIECES % 2 == 1:
-        mask_high_M = mask_M & (group * 2 + 1 < PIECES)
-    x_row = x_base + token_M[None, :] * (PIECES * 64) + group * 128 + j[:, None]
+    if INPUTS % 128 != 0:
+        mask_high_M = mask_M & (group * 128 + 64 < INPUTS)
+    x_row = x_base + token_M[None, :] * INPUTS + group * 128 + j[:, None]
     low_jM = tl.load(x_row, mask=mask_M[None, :], other=0)
     high_jM = tl.load(x_row + 64, mask=mask_high_M[None, :], other=0)
     low_Nj, high_Nj = unpack_low(packed), unpack_high(packed)
-    if INT8:
-        s_low_M = tl.load(x_scale_base + token_M * PIECES + group * 2, mask=mask_M, other=0.0)
-        s_high_M = tl.load(x_scale_base + token_M * PIECES + group * 2 + 1, mask=mask_high_M, other=0.0)
-        low = tl.dot(low_Nj, low_jM, out_dtype=tl.int32)
-        high = tl.dot(high_Nj, high_jM, out_dtype=tl.int32)
-        sums = low.to(tl.float32) * s_low_M[None, :] + high.to(tl.float32) * s_high_M[None, :]
-    else:
-        sums = dot_bf16(low_Nj.to(tl.float32).to(tl.bfloat16), low_jM, 0.0)
-        sums = dot_bf16(high_Nj.to(tl.float32).to(tl.bfloat16), high_jM, sums)
+    if not INT8:
+        sums = dot_bf16(low_Nj.to(tl.float32).to(tl.bfloat16), low_jM)
+        sums = add_dot_bf16(sums, high_Nj.to(tl.float32).to(tl.bfloat16), high_jM)
+        return acc_NM + sums * scale_N[:, None]
+    x_scale = x_scale_base + token_M * (INPUTS // PIECE) + group * (128 // PIECE)
+    scale_M = tl.load(x_scale, mask=mask_M, other=0.0)
+    low = tl.dot(low_Nj, low_jM, out_dtype=tl.int32)
+    if PIECE == 128:
+        whole = tl.dot(high_Nj, high_jM, acc=low, out_dtype=tl.int32)
+        return acc_NM + whole.to(tl.float32) * (scale_N[:, None] * scale_M[None, :])
+    high = tl.dot(high_Nj, high_jM, out_dtype=tl.int32)
+    high_scale_M = tl.load(x_scale + 1, mask=mask_high_M, other=0.0)
+    sums = low.to(tl.float32) * scale_M[None, :] + high.to(tl.float32) * high_scale_M[None, :]
     return acc_NM + sums * scale_N[:, None]
 
 
@@ -165,16 +170,15 @@ def dot_int4_group(
 def store_int8_NM(
     values_NM, q_base, scale_base, row_M, first, mask_M, WIDTH: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Rounds [ROWS, M] (ROWS a multiple of 64) to int8 in pieces of 64 and stores them at row_M."""
-    PIECES: tl.constexpr = ROWS // 64
-    TOKENS: tl.constexpr = values_NM.shape[1]
-    cut_PjM = tl.reshape(values_NM, (PIECES, 64, TOKENS))
-    top_PM = tl.max(tl.abs(cut_PjM), axis=1)
-    scale_PM = tl.where(top_PM > 0.0, top_PM / 127.0, 1.0)
-    q_PjM = round_even(cut_PjM / scale_PM[:, None, :]).to(tl.int8)
+    """Rounds [ROWS, M] to int8, with one scale for each of the M, and stores them at row_M."""
+    top_M = tl.max(tl.abs(values_NM), axis=0)
+    scale_M = tl.where(top_M > 0.0, top_M / 127.0, 1.0)
+    q_NM = round_even(values_NM / scale_M[None, :]).to(tl.int8)
     n = first + tl.arange(0, ROWS)
-    p = first // 64 + tl.arange(0, PIECES)
-    tl.store(
-        q_base + row_M[None, :] * WIDTH + n[:, None], tl.reshape(q_PjM, (ROWS, TOKENS)), mask=mask_M[None, :]
-    )
-    tl.store(scale_base + row_M[None, :] * (WIDTH // 64) + p[:, None], scale_PM, mask=mask_M[None, :])
+    tl.store(q_base + row_M[None, :] * WIDTH + n[:, None], q_NM, mask=mask_M[None, :])
+    tl.store(scale_base + row_M * (WIDTH // ROWS) + first // ROWS, scale_M, mask=mask_M)
+
+
+def piece_of(width: int) -> int:
+    """Inputs that share the scale of an int8 activation of `width`."""
+    return GROUP if width % GROUP == 0 else PIECE

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_worker.kernels.triton.norm import Added
-from moe_worker.kernels.triton.tiles import PackedInt4, round_even
+from moe_worker.kernels.triton.tiles import PackedInt4, piece_of, round_even
 
 Weight = Tensor | PackedInt4
 
@@ -55,7 +55,8 @@ def widen(weight: Weight) -> Tensor:
 
 
 @triton.jit
-def _hidden(gate_up, shares, order, out, INNER: tl.constexpr, EMULATED: tl.constexpr, BLOCK: tl.constexpr):
+def _hidden(gate_up, shares, order, out, INNER: tl.constexpr, EMULATED: tl.constexpr, PIECE: tl.constexpr,
+            BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = i < INNER
@@ -63,7 +64,7 @@ def _hidden(gate_up, shares, order, out, INNER: tl.constexpr, EMULATED: tl.const
     up = tl.load(gate_up + row * (2 * INNER) + INNER + i, mask=mask, other=0.0).to(tl.float32)
     hidden = gate / (1.0 + tl.exp(-gate)) * up
     if EMULATED:
-        cut = tl.reshape(hidden, (BLOCK // 64, 64))
+        cut = tl.reshape(hidden, (BLOCK // PIECE, PIECE))
         top = tl.max(tl.abs(cut), axis=1)
         scale = tl.where(top > 0.0, top / 127.0, 1.0)
         hidden = tl.reshape(round_even(cut / scale[:, None]) * scale[:, None], (BLOCK,))
@@ -87,8 +88,9 @@ def experts_wide(
     hidden_MI = torch.empty(rows_MD.shape[0], inner, dtype=torch.bfloat16, device=x_TD.device)
     block = 512
     _hidden[(rows_MD.shape[0], triton.cdiv(inner, block))](
-        gate_up_MF, weights_TK, order_M, hidden_MI, INNER=inner, EMULATED=emulated, BLOCK=block, num_warps=4
-    )
+        gate_up_MF, weights_TK, order_M, hidden_MI, INNER=inner, EMULATED=emulated, PIECE=piece_of(inner),
+        BLOCK=block, num_warps=4,
+    )  # fmt: skip
     out_MD = functional.grouped_mm(hidden_MI, down_ADI.transpose(1, 2), offs=ends_A)
     return Added(out_MD, torch.empty_like(order_M).index_copy_(0, order_M, _numbers(order_M)))
 
