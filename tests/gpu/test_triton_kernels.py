@@ -33,8 +33,8 @@ def difference(actual, expected):
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
-def poisoned(tokens, width):
-    out = norm.Activation.empty(tokens, width, DEVICE)
+def poisoned(tokens, width, piece=0):
+    out = norm.Activation.empty(tokens, width, DEVICE, piece)
     for tensor in (out.x_TD, out.scales_TX):
         tensor.fill_(math.nan)
     out.q_TD.fill_(77)
@@ -182,7 +182,7 @@ def test_attention_over_pages_and_the_merge_of_slices(slices, counts, heads, pag
         expected.append(torch.einsum("hr,hrv->hv", shares @ rows[:, :rank], weight.double()).flatten())
     expected = torch.stack(expected)
     for rounding in norm.Rounding:
-        out = poisoned(tokens, heads * value)
+        out = poisoned(tokens, heads * value, tiles.piece_of(value))
         attention.merge_values(parts, lse, weight, out, rounding)
         actual = from_int8(out) if rounding is INT8 else out.x_TD
         assert difference(actual, expected) < (0.01 if rounding is NONE else 0.015) + BF16

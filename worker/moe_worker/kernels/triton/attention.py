@@ -151,7 +151,7 @@ def _merge(
 def merge_values(
     parts_THSR: Tensor, lse_THS: Tensor, value_HRV: Tensor, out: Activation, rounding: Rounding
 ) -> None:
-    """Joins the slices and expands latents to values: [T, H * V], V a multiple of 64."""
+    """Joins the slices and expands latents to values: [T, H * V], V a multiple of out.piece."""
     tokens, heads, slices, rank = parts_THSR.shape
     value = value_HRV.shape[2]
     block_m, block_v = 16 if tokens <= 256 else 64, out.piece
