@@ -83,11 +83,11 @@ def write_latents(
     """
     heads, plain, rank = weights.key_HNR.shape
     tokens, rope = latent_TW.shape[0], latent_TW.shape[1] - rank
-    block_m, block_r = (16, min(128, rank)) if tokens <= 256 else (64, min(128, rank))
+    block_m, block_r = 16 if tokens <= 256 else 32, min(128, rank)
     grid = (triton.cdiv(tokens, block_m), heads * (rank // block_r) + 1)
     _latent[grid](
         query_TO, query_TO.stride(0), latent_TW, latent_TW.stride(0), weights.norm_R, weights.key_HNR,
         table_CP2, positions_T, rows_T, cache_SW, out_THW, tokens, weights.eps,
         HEADS=heads, PLAIN=plain, ROPE=rope, RANK=rank, COUNTED=weights.rank,
-        BLOCK_M=block_m, BLOCK_R=block_r, num_warps=4,
+        BLOCK_M=block_m, BLOCK_R=block_r, num_warps=4 if block_m == 16 else 8,
     )  # fmt: skip

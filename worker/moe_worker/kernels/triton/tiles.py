@@ -117,17 +117,17 @@ def round_even(x):
 @triton.jit
 def dot_bf16(a_MK, b_KN):
     """a b in float32."""
-    if COMPILED:
-        return tl.dot(a_MK, b_KN)
-    return tl.dot(a_MK.to(tl.float32), b_KN.to(tl.float32))
+    return tl.dot(a_MK, b_KN) if COMPILED else tl.dot(a_MK.to(tl.float32), b_KN.to(tl.float32))
 
 
 @triton.jit
 def add_dot_bf16(acc_MN, a_MK, b_KN):
     """acc + a b in float32."""
     if COMPILED:
-        return tl.dot(a_MK, b_KN, acc=acc_MN)
-    return acc_MN + tl.dot(a_MK.to(tl.float32), b_KN.to(tl.float32))
+        out_MN = tl.dot(a_MK, b_KN, acc=acc_MN)
+    else:
+        out_MN = acc_MN + tl.dot(a_MK.to(tl.float32), b_KN.to(tl.float32))
+    return out_MN
 
 
 @triton.jit
@@ -150,20 +150,24 @@ def dot_int4_group(
     low_jM = tl.load(x_row, mask=mask_M[None, :], other=0)
     high_jM = tl.load(x_row + 64, mask=mask_high_M[None, :], other=0)
     low_Nj, high_Nj = unpack_low(packed), unpack_high(packed)
-    if not INT8:
+    # One way out: what stands behind a return is compiled, too.
+    if INT8:
+        x_scale = x_scale_base + token_M * (INPUTS // PIECE) + group * (128 // PIECE)
+        scale_M = tl.load(x_scale, mask=mask_M, other=0.0)
+        low = tl.dot(low_Nj, low_jM, out_dtype=tl.int32)
+        if PIECE == 128:
+            whole = tl.dot(high_Nj, high_jM, acc=low, out_dtype=tl.int32)
+            acc_NM += whole.to(tl.float32) * (scale_N[:, None] * scale_M[None, :])
+        else:
+            high = tl.dot(high_Nj, high_jM, out_dtype=tl.int32)
+            high_scale_M = tl.load(x_scale + 1, mask=mask_high_M, other=0.0)
+            sums = low.to(tl.float32) * scale_M[None, :] + high.to(tl.float32) * high_scale_M[None, :]
+            acc_NM += sums * scale_N[:, None]
+    else:
         sums = dot_bf16(low_Nj.to(tl.float32).to(tl.bfloat16), low_jM)
         sums = add_dot_bf16(sums, high_Nj.to(tl.float32).to(tl.bfloat16), high_jM)
-        return acc_NM + sums * scale_N[:, None]
-    x_scale = x_scale_base + token_M * (INPUTS // PIECE) + group * (128 // PIECE)
-    scale_M = tl.load(x_scale, mask=mask_M, other=0.0)
-    low = tl.dot(low_Nj, low_jM, out_dtype=tl.int32)
-    if PIECE == 128:
-        whole = tl.dot(high_Nj, high_jM, acc=low, out_dtype=tl.int32)
-        return acc_NM + whole.to(tl.float32) * (scale_N[:, None] * scale_M[None, :])
-    high = tl.dot(high_Nj, high_jM, out_dtype=tl.int32)
-    high_scale_M = tl.load(x_scale + 1, mask=mask_high_M, other=0.0)
-    sums = low.to(tl.float32) * scale_M[None, :] + high.to(tl.float32) * high_scale_M[None, :]
-    return acc_NM + sums * scale_N[:, None]
+        acc_NM += sums * scale_N[:, None]
+    return acc_NM
 
 
 @triton.jit
