@@ -49,6 +49,16 @@ class Settings:
     rpc_timeout_seconds: float = 2.0
     """Limit of one call to a worker."""
 
+    sample_seconds: float = 10.0
+    """How often replicas that scale are asked how busy they are."""
+
+    history_seconds: float = 300.0
+    """How often what scaling has learned is written to a ScalingHistory; a crash loses this much at most."""
+
+    scaling_speed: float = 1.0
+    """How many times faster than the wall's the scaling clock runs, for tests and demonstrations: at 60 a
+    minute of load is a second. It divides `sample_seconds` and `history_seconds` too."""
+
     workers: int = 8
     """Deployments that are reconciled at the same time, each in a thread.
 
@@ -78,6 +88,6 @@ def _parse(variable: str, text: str, kind: type) -> object:
     except ValueError:
         number = 0
     if number <= 0:
-        expected = "a whole number of 1 or more" if kind is int else "a number of seconds above 0"
+        expected = "a whole number of 1 or more" if kind is int else "a number above 0"
         raise InstallationError(f"{variable} is {text!r}; it must be {expected}")
     return number

@@ -65,6 +65,47 @@ def test_one_deployment_in_full():
     assert "latest change" not in text
 
 
+SCALING = {
+    "desiredReplicas": 4,
+    "requestsPerSecond": 5.25,
+    "forecast": {
+        "method": "harmonic regression",
+        "requestsPerSecond": 6.5,
+        "lower": 5,
+        "upper": 8,
+        "errorPercent": 11.5,
+        "lastValueErrorPercent": 15,
+    },
+    "horizon": {"seconds": 95, "coldStarts": 7},
+    "lastColdStart": {"pod": "demo-1-0", "scheduling": 1, "image": 4, "loading": 85, "total": 90},
+    "capacity": {"requestsPerSecond": 2.1, "source": "Measured"},
+    "lastDecision": {
+        "time": "2026-01-31T12:00:00Z",
+        "before": 3,
+        "after": 4,
+        "reason": "ForecastHigher",
+        "message": "up to 480 work/min in 95 s",
+    },
+}
+
+
+def test_scaling_is_told_with_its_reasons():
+    text = shown(deployment(desiredReplicas=4, readyReplicas=3, scaling=SCALING), width=160)
+    for part in (
+        "3 ready of 4 wanted",
+        "5.25 requests/s",
+        "6.5 requests/s in 95 s (5 to 8), by harmonic regression; error 11.5 %, last value 15 %",
+        "2.1 requests/s a replica, as measured",
+        "95 s is looked ahead (7 cold starts seen); last one 90 s: 1 s scheduling, 4 s image, 85 s loading",
+        "3 to 4 at 2026-01-31T12:00:00Z, ForecastHigher: up to 480 work/min in 95 s",
+    ):
+        assert part in text
+
+
+def test_without_scaling_nothing_is_said_of_it():
+    assert "Demand" not in shown(deployment(readyReplicas=2))
+
+
 def pod(rank, *, ready=True, revision="new", **container):
     """A worker's pod with one container status."""
     prefix = "serving.moe-operator.dev"

@@ -65,7 +65,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no replica ever": ({"scaling": {"maxReplicas": 0}}, "maxReplicas is a number from 1 to 1000"),
     "latency zero": (
         {"scaling": {"maxReplicas": 2, "latencyTargetSeconds": 0}},
-        "latencyTargetSeconds is a number above 0",
+        "latencyTargetSeconds is a number of seconds above 0, up to 10",
     ),
     "prior negative": (
         {"scaling": {"maxReplicas": 2, "priorRequestsPerSecond": -1}},
@@ -151,7 +151,7 @@ def test_defaults_of_scaling_are_written_into_the_object(crd):
         "mode": "Auto",
         "minReplicas": 1,
         "maxReplicas": 4,
-        "latencyTargetSeconds": 2.0,
+        "latencyTargetSeconds": 2.5,
         "holdSeconds": 600,
     }
 

@@ -76,3 +76,16 @@ def test_half_a_gpu_is_a_piece_of_its_resource():
     assert limits == {"memory": "8Gi", "nvidia.com/gpu.shared": 1}
     assert half.spec.worker.gpus == 0.5
     assert deployment(worker={"resources": {"limits": {"nvidia.com/gpu": 8}}}).spec.worker.gpus == 8
+
+
+def test_a_replica_that_scaling_adds_is_no_surprise():
+    world = World(deployment(**auto()))
+    world.step()
+    world.ready(0)
+    world.frontend_ready()
+    world.step()
+    decided = world.status.model_copy(update={"scaling": ScalingStatus(desired_replicas=2)})
+    world.deployment = replace(world.deployment, status=decided)
+    told = [decision.reason for decision in world.step().decisions]
+    assert "Created" in told
+    assert "MadeAgain" not in told

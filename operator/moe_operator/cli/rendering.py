@@ -8,6 +8,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from moe_operator.cli import scaling
+from moe_operator.cli.report import desired
 from moe_operator.resources.deployment import parse_status
 from moe_operator.resources.status import READY, ModelInfo
 
@@ -39,7 +41,7 @@ def table(bodies: list[Mapping[str, Any]]) -> Table:
             Text(metadata["namespace"]),
             Text(metadata["name"]),
             _mark(ready.status if ready else "Unknown"),
-            Text(f"{status.ready_replicas}/{_desired(body)}"),
+            Text(f"{status.ready_replicas}/{desired(body)}"),
             Text(_model_brief(status.model)),
             Text(ready.reason if ready else "NotSeenYet"),
         )
@@ -56,19 +58,14 @@ def one(report: Mapping[str, Any]) -> RenderableType:
     facts.add_row("Replicas", Text(_replicas(report["replicas"])))
     if report["revision"]:
         facts.add_row("Revision", Text(report["revision"]))
-    if report["scaling"]:
-        facts.add_row("Load", Text(_scalars(report["scaling"])))
+    for heading, said in scaling.rows(report["scaling"]):
+        facts.add_row(heading, Text(said))
     if report["observedGeneration"] != report["generation"]:
         facts.add_row("", Text("the operator has not acted on the latest change yet", style="yellow"))
     parts: list[RenderableType] = [facts, "", _conditions(report["conditions"])]
     parts += [_pods(report["pods"])] if report["pods"] else []
     parts += [_decisions(report["decisions"])] if report["decisions"] else []
     return Group(*parts)
-
-
-def _scalars(values: Mapping[str, Any]) -> str:
-    told = (f"{name} {value}" for name, value in values.items() if isinstance(value, str | int | float))
-    return ", ".join(told)
 
 
 def _conditions(conditions: list[Mapping[str, Any]]) -> RenderableType:
@@ -151,10 +148,6 @@ def count(number: int) -> str:
         if number >= size:
             return f"{number / size:.3g}{unit}"
     return str(number)
-
-
-def _desired(body: Mapping[str, Any]) -> int:
-    return int(body.get("spec", {}).get("replicas", 1))
 
 
 def _mark(status: str) -> Text:

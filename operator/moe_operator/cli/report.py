@@ -35,7 +35,7 @@ def report(body: Body, pods: Iterable[Body], events: Iterable[Body]) -> dict[str
             **(status.model.manifest() if status.model else {}),
         },
         "replicas": {
-            "desired": int(spec.get("replicas", 1)),
+            "desired": desired(body),
             "ready": status.ready_replicas,
             "updated": status.updated_replicas,
             "there": status.replicas,
@@ -46,6 +46,12 @@ def report(body: Body, pods: Iterable[Body], events: Iterable[Body]) -> dict[str
         "pods": sorted((_pod(pod, status.revision) for pod in pods), key=_pod_order),
         "decisions": sorted((_decision(event) for event in events), key=lambda told: str(told["time"])),
     }
+
+
+def desired(body: Body) -> int:
+    """Replicas asked for, or decided by scaling; as the operator says, or else as the spec does."""
+    said = parse_status(body).desired_replicas
+    return int(body.get("spec", {}).get("replicas", 1)) if said is None else said
 
 
 def _pod(pod: Body, current_revision: str) -> dict[str, Any]:

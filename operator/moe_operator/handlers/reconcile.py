@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from typing import Protocol
 
 from opentelemetry import trace
 
@@ -35,6 +36,16 @@ from moe_operator.settings import Settings
 logger = logging.getLogger(__name__)
 
 
+class Watcher(Protocol):
+    """Who else wants to know what a reconcile finds."""
+
+    def saw(self, deployment: Deployment, observed: Observed) -> None:
+        """A deployment and its objects, freshly read."""
+
+    def gone(self, name: Name) -> None:
+        """A deployment that is not there any more."""
+
+
 @dataclass(frozen=True)
 class Reconciler:
     """Brings deployments closer to their specs. Blocking; may run in several threads at once."""
@@ -45,6 +56,8 @@ class Reconciler:
     """Rank of this process among its peers."""
     clock: Callable[[], datetime]
     tracer: trace.Tracer = field(default_factory=lambda: trace.get_tracer(__name__))
+    watcher: Watcher | None = None
+    """Hears what every look at a deployment found: scaling."""
 
     def reconcile(self, name: Name) -> float | None:
         """Looks at one deployment and does what there is to do.
@@ -60,6 +73,8 @@ class Reconciler:
                 return self.settings.recheck_seconds
             body = self.cluster.get(names.KIND, name.namespace, name.name)
             if body is None or "deletionTimestamp" in body["metadata"]:
+                if self.watcher is not None:
+                    self.watcher.gone(name)
                 return None
             try:
                 return self._advance(parse(body), span)
@@ -76,6 +91,8 @@ class Reconciler:
         gathered = gather(self.cluster, deployment)
         deployment = with_pins(deployment, gathered)
         observed = self._with_model(deployment, gathered)
+        if self.watcher is not None:
+            self.watcher.saw(deployment, observed)
         todo = plan(deployment, observed, self.clock())
         _describe(span, deployment, todo)
         turn_ends = self.clock() + timedelta(seconds=self.settings.turn_seconds)

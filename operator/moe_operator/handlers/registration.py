@@ -11,15 +11,21 @@ from functools import partial
 from typing import Any
 
 import kopf
+from opentelemetry import metrics, trace
 
 from moe_api import telemetry
 from moe_operator.errors import InstallationError, MoEOperatorError
+from moe_operator.handlers.acting import Acting
+from moe_operator.handlers.autoscaler import Autoscaler
 from moe_operator.handlers.queue import Name, ReconcileQueue
 from moe_operator.handlers.reconcile import Reconciler
+from moe_operator.handlers.scaled import ScaledFactory
+from moe_operator.handlers.scaling_metrics import ScalingMetrics
 from moe_operator.kube import peering
 from moe_operator.kube.client import Cluster, connect
 from moe_operator.manifests.children import KINDS
 from moe_operator.resources import names
+from moe_operator.rpc.polling import Poller
 from moe_operator.settings import Settings
 
 _WATCHED = {**KINDS, "Pod": "v1"}
@@ -48,18 +54,37 @@ async def start(*, settings: kopf.OperatorSettings, memo: kopf.Memo, own: Settin
         raise kopf.TemporaryError(str(error), delay=own.retry_first_seconds) from error
     memo.telemetry = telemetry.configure("moe-operator")
     memo.threads = ThreadPoolExecutor(own.workers, thread_name_prefix="reconcile")
-    reconciler = Reconciler(cluster, own, settings.peering.priority, lambda: datetime.now(UTC))
 
     async def work(name: Name) -> float | None:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(memo.threads, reconciler.reconcile, name)
 
     memo.queue = ReconcileQueue(work, own)
+    memo.autoscaler = _autoscaler(cluster, own, settings.peering.priority, memo)
+    reconciler = Reconciler(
+        cluster, own, settings.peering.priority, lambda: datetime.now(UTC), watcher=memo.autoscaler
+    )
+
+
+def _autoscaler(cluster: Cluster, own: Settings, priority: int, memo: kopf.Memo) -> Autoscaler:
+    """The autoscaler, with the threads and connections that it needs."""
+    factory = ScaledFactory(
+        cluster,
+        Poller(own.rpc_timeout_seconds, own.scaling_speed),
+        own,
+        threads=memo.threads,
+        laboratory=ThreadPoolExecutor(1, thread_name_prefix="forecast"),
+        decided=memo.queue.add,
+        metrics=ScalingMetrics(metrics.get_meter("moe_operator.autoscaler")),
+        tracer=trace.get_tracer("moe_operator.autoscaler"),
+    )
+    return Autoscaler(factory, Acting(cluster, own, priority, memo.threads))
 
 
 async def stop(*, memo: kopf.Memo, **_: Any) -> None:
     """Lets the reconciles under way end, and sends the last spans."""
     if "queue" in memo:
+        await memo.autoscaler.close()
         await memo.queue.close()
         await asyncio.to_thread(memo.threads.shutdown)
     if "telemetry" in memo:

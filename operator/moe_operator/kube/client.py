@@ -32,6 +32,7 @@ _PATHS: Final = {
     "RoleBinding": ("rbac.authorization.k8s.io/v1", "rolebindings"),
     "StatefulSet": ("apps/v1", "statefulsets"),
     "Deployment": ("apps/v1", "deployments"),
+    names.HISTORY_KIND: (names.API_VERSION, "scalinghistories"),
     "ClusterKopfPeering": ("kopf.dev/v1", "clusterkopfpeerings"),
 }
 _FORBIDDEN, _CONFLICT, _GONE, _TOO_MANY, _SERVER = 403, 409, 404, 429, 500
@@ -64,7 +65,7 @@ class Cluster:
         found = self._request("get", _path(kind, namespace), label_selector=selector) or {"items": []}
         return [{**item, "apiVersion": _PATHS[kind][0], "kind": kind} for item in found["items"]]
 
-    def apply(self, manifest: Manifest, subresource: str = "") -> None:
+    def apply(self, manifest: Manifest, subresource: str = "", manager: str = names.FIELD_MANAGER) -> None:
         """Server-side apply. Fields that others set differently are taken over, others are left alone."""
         metadata = manifest["metadata"]
         self._request(
@@ -72,7 +73,7 @@ class Cluster:
             _path(manifest["kind"], metadata.get("namespace"), metadata["name"]) + subresource,
             body=manifest,
             content_type="application/apply-patch+yaml",
-            field_manager=names.FIELD_MANAGER,
+            field_manager=manager,
             force_conflicts=True,
         )
 

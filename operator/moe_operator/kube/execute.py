@@ -36,7 +36,7 @@ def execute(cluster: Cluster, identity: Identity, plan: Plan, in_time: Callable[
 def write_status(cluster: Cluster, identity: Identity, before: Status, after: Status) -> None:
     """Writes the status when it changed; one that did not would only wake everybody who watches."""
     if before.without_scaling() != after:
-        manifest = {**_reference(identity), "status": after.manifest()}
+        manifest = {**reference(identity), "status": after.manifest()}
         cluster.apply(manifest, subresource="/status")
 
 
@@ -51,8 +51,8 @@ def event(identity: Identity, decision: Decision, now: datetime) -> Manifest:
     Its name holds the time, as those of Kubernetes' own components do: they are listed in order even within
     one second, which is as exact as `kubectl describe` gets.
     """
-    reference = _reference(identity)
-    metadata = reference.pop("metadata")
+    about = reference(identity)
+    metadata = about.pop("metadata")
     return {
         "apiVersion": "v1",
         "kind": "Event",
@@ -60,7 +60,7 @@ def event(identity: Identity, decision: Decision, now: datetime) -> Manifest:
             "name": f"{identity.name}.{int(now.timestamp() * 1e6) * 1000:x}",
             "namespace": identity.namespace,
         },
-        "involvedObject": {**reference, **metadata},
+        "involvedObject": {**about, **metadata},
         "type": "Warning" if decision.warning else "Normal",
         "reason": decision.reason,
         # The API server takes 1024 characters.
@@ -76,6 +76,7 @@ def event(identity: Identity, decision: Decision, now: datetime) -> Manifest:
     }
 
 
-def _reference(identity: Identity) -> Manifest:
+def reference(identity: Identity) -> Manifest:
+    """Which object a part of a status, or an Event, is about."""
     metadata = {"name": identity.name, "namespace": identity.namespace, "uid": identity.uid}
     return {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": metadata}

@@ -56,10 +56,12 @@ def _guarded(manifest: Manifest, actual: Manifest) -> Manifest:
 
 
 def _was_complete(deployment: Deployment) -> bool:
-    """Whether everything that this spec asks for was there when we last looked."""
+    """Whether everything that is wanted now was wanted and there when we last looked."""
     progressing = deployment.status.condition(PROGRESSING)
     complete = progressing is not None and progressing.reason == "Complete"
-    return complete and deployment.status.observed_generation == deployment.identity.generation
+    # Scaling changes what is wanted without a new generation of the spec.
+    wanted = (deployment.identity.generation, deployment.wanted_replicas)
+    return complete and (deployment.status.observed_generation, deployment.status.desired_replicas) == wanted
 
 
 def decisions(made: Iterable[Change]) -> list[Decision]:

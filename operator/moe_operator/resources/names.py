@@ -13,9 +13,14 @@ PLURAL: Final = "moedeployments"
 SINGULAR: Final = "moedeployment"
 SHORT_NAME: Final = "moed"
 CATEGORY: Final = "moe"
+HISTORY_KIND: Final = "ScalingHistory"
+"""What scaling has learned of the MoEDeployment of the same name."""
 
 FIELD_MANAGER: Final = "moe-operator"
 """Field manager of everything the operator applies (server-side apply)."""
+
+SCALING_FIELD_MANAGER: Final = "moe-operator-scaling"
+"""Field manager of what the scaler reports: its part of the status, and the history."""
 
 LABEL_NAME: Final = f"{GROUP}/name"
 LABEL_ROLE: Final = f"{GROUP}/role"

@@ -52,14 +52,12 @@ class Scaling(Model):
         ),
     )
     latency_target_seconds: float = Field(
-        default=2.0,
+        default=2.5,
         description="Seconds from the submission of a request to its first token that 95 of 100 requests "
-        "shall keep; what a replica serves within it is its capacity. Default: 2.",
+        "shall keep; what a replica serves within it is its capacity. Workers count in steps (0.25, 0.5, "
+        "0.75, 1, 2.5, 5, 7.5, 10 s): a target between two counts as the upper one. Default: 2.5.",
         json_schema_extra=rules(
-            (
-                "self > 0.0 && self <= 3600.0",
-                "latencyTargetSeconds is a number above 0, up to 3600",
-            )
+            ("self > 0.0 && self <= 10.0", "latencyTargetSeconds is a number of seconds above 0, up to 10")
         ),
     )
     prior_requests_per_second: float | None = Field(

@@ -20,8 +20,8 @@ class ForecastStatus(_Reported):
 
     method: str = Field(default="", description="Forecaster in use, e.g. LastValue or HarmonicArima.")
     requests_per_second: float = Field(default=0.0, description="Expected demand (median).")
-    lower: float = Field(default=0.0, description="Lower edge of the band: demand is above it 9 times of 10.")
-    upper: float = Field(default=0.0, description="Upper edge of the band: demand is below it 9 times of 10.")
+    lower: float = Field(default=0.0, description="Lower edge of the band (5th percentile).")
+    upper: float = Field(default=0.0, description="Upper edge of the band (95th percentile).")
     error_percent: float | None = Field(
         default=None, description="Rolling error (WAPE) of this forecaster, in percent of mean demand."
     )

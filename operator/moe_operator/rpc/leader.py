@@ -17,7 +17,7 @@ def get_model(address: str, revision: str, timeout_seconds: float) -> ModelInfo:
 
     Raises RetryableError when it does not answer within the timeout.
     """
-    with grpc.insecure_channel(_target(address)) as channel:
+    with grpc.insecure_channel(target(address)) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         try:
             model = stub.GetModel(inference_pb2.GetModelRequest(), timeout=timeout_seconds)
@@ -35,6 +35,7 @@ def get_model(address: str, revision: str, timeout_seconds: float) -> ModelInfo:
     )
 
 
-def _target(address: str) -> str:
+def target(address: str) -> str:
+    """Where a worker or a frontend at an IP address listens."""
     host = f"[{address}]" if ipaddress.ip_address(address).version == 6 else address
     return f"{host}:{names.GRPC_PORT}"

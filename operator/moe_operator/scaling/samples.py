@@ -99,7 +99,7 @@ class MinuteRates:
             self._spread(before, report)
         return None
 
-    def close(self, now: float, replicas: int) -> list[MinuteRate]:
+    def close(self, now: float, replicas: float) -> list[MinuteRate]:
         """The minutes that ended before `now` and were not closed yet, oldest first; empty ones included.
 
         Args:
@@ -166,7 +166,7 @@ def _same_life(before: Report, report: Report) -> bool:
     return abs(report.started - before.started) < 1.0
 
 
-def _rate(minute: int, sums: _Minute, replicas: int) -> MinuteRate:
+def _rate(minute: int, sums: _Minute, replicas: float) -> MinuteRate:
     """A silent replica is taken to do what the others do on average: work is routed evenly."""
     seen = sums.covered_s / (_MINUTE_S * replicas) if replicas else 0.0
     known = seen >= _ENOUGH_SEEN

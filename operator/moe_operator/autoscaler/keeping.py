@@ -1,0 +1,74 @@
+"""A scaler's memory as a ScalingHistory: it belongs to the deployment and outlives the operator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import ConfigDict, ValidationError
+
+from moe_operator.autoscaler.scaler import Memory
+from moe_operator.manifests.objects import Manifest, child, owner_uid
+from moe_operator.resources import names
+from moe_operator.resources.base import Model
+from moe_operator.resources.deployment import Identity
+from moe_operator.scaling.capacity import Capacity
+from moe_operator.scaling.history import History, HistoryError
+from moe_operator.scaling.horizon import ColdStarts
+
+
+class _Capacity(Model):
+    model_config = ConfigDict(extra="ignore")
+    per_replica: float
+    prior: float
+    findings: int = 0
+
+
+class _Content(Model):
+    model_config = ConfigDict(extra="ignore")
+    rates: str
+    cold_start_seconds: tuple[float, ...] = ()
+    measured_pods: tuple[str, ...] = ()
+    capacity: _Capacity
+
+
+def manifest(owner: Identity, memory: Memory, pods: Iterable[str]) -> Manifest:
+    """The object that keeps a memory; of measured pods only those that are still there (their UIDs)."""
+    content = _Content(
+        rates=memory.history.dump(),
+        cold_start_seconds=memory.cold_starts.seconds,
+        measured_pods=tuple(sorted(memory.measured.intersection(pods))),
+        capacity=_Capacity(
+            per_replica=memory.capacity.per_replica,
+            prior=memory.capacity.prior,
+            findings=memory.capacity.findings,
+        ),
+    )
+    return {
+        **child(owner, names.API_VERSION, names.HISTORY_KIND, owner.name, "scaling"),
+        **content.manifest(),
+    }
+
+
+def memory(kept: Mapping[str, Any] | None, owner: Identity) -> Memory | None:
+    """What an object kept; None where there is none, or it is of an earlier deployment of the same name.
+
+    Raises:
+        HistoryError: it is damaged.
+    """
+    if kept is None or owner_uid(kept) != owner.uid:
+        return None
+    try:
+        content = _Content.model_validate(
+            {name: value for name, value in kept.items() if name not in ("apiVersion", "kind", "metadata")}
+        )
+    except ValidationError as error:
+        raise HistoryError(
+            f"the stored history is damaged: {error.error_count()} fields are wrong"
+        ) from error
+    return Memory(
+        History.load(content.rates),
+        ColdStarts(content.cold_start_seconds),
+        frozenset(content.measured_pods),
+        Capacity(content.capacity.per_replica, content.capacity.prior, content.capacity.findings),
+    )

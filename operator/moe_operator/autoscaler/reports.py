@@ -1,0 +1,71 @@
+"""A worker's load as the scaler takes it, checked for what contradicts itself."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from moe_api.worker.v1 import worker_pb2
+from moe_operator.scaling.samples import Report
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one round of asking gave."""
+
+    reports: tuple[Report, ...] = ()
+    """Of leaders that answered."""
+    wrong: dict[str, str] = field(default_factory=dict)
+    """Leaders whose answer contradicts itself, each with what is wrong; completes "its report ..."."""
+    silent: frozenset[str] = frozenset()
+    """Leaders that did not answer in time."""
+    running: int = 0
+    """Requests that replicas work on or keep in their queues."""
+    held: int = 0
+    """Requests that frontends hold because there is no replica."""
+
+
+def contradiction(load: worker_pb2.Load) -> str | None:
+    """What in a load report cannot be, on its own; completes "its report ..."."""
+    ended = load.requests_completed + load.requests_refused + load.requests_expired
+    if ended > load.requests_received:
+        return f"says that {ended} requests ended though {load.requests_received} came"
+    if load.kv_tokens_used > load.kv_tokens_capacity:
+        return "says that more of the KV cache is used than there is"
+    times = load.time_to_first_token_seconds
+    if times.counts and len(times.counts) != len(times.bounds) + 1:
+        return "holds a histogram whose counts do not fit its bounds"
+    if sum(times.counts) > load.requests_received:
+        return "holds a histogram of more requests than came"
+    return None
+
+
+def report(load: worker_pb2.Load, replica: str, at: float, started: float, target_s: float) -> Report:
+    """The report of one leader.
+
+    Args:
+        load: what it said; no `contradiction`.
+        replica: name of its pod.
+        at: when it was asked.
+        started: since when its sums count.
+        target_s: time to the first token that requests shall keep, in seconds.
+    """
+    times = load.time_to_first_token_seconds
+    return Report(
+        replica=replica,
+        at=at,
+        started=started,
+        arrived=float(load.requests_received),
+        completed=float(load.requests_completed),
+        waiting=float(load.queued),
+        late=float(late(times.bounds, times.counts, target_s)),
+    )
+
+
+def late(bounds: Sequence[float], counts: Sequence[int], target_s: float) -> int:
+    """Values of a histogram that are surely above the target: those in buckets that begin at it or later.
+
+    bounds: upper ends of the buckets, ascending; counts: one more than bounds.
+    """
+    return sum(counts[bisect_left(bounds, target_s) + 1 :])

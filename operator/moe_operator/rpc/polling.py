@@ -1,0 +1,108 @@
+"""Asks replicas how busy they are, and frontends who waits; a silent one holds up nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Collection
+
+import grpc
+
+from moe_api import transport
+from moe_api.frontend.v1 import frontend_pb2, frontend_pb2_grpc
+from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
+from moe_operator.autoscaler import reports
+from moe_operator.autoscaler.reports import Reading
+from moe_operator.autoscaler.subject import Subject
+from moe_operator.manifests.observed import Pod
+from moe_operator.rpc.leader import target
+from moe_operator.scaling.samples import Report
+
+
+class Poller:
+    """Connections to leaders and frontends, by address. For one event loop.
+
+    Args:
+        timeout_s: limit of one call, in seconds.
+        speed: seconds of the scaling clock in one of the wall's.
+        clock: seconds since the epoch.
+    """
+
+    def __init__(self, timeout_s: float, speed: float, clock: Callable[[], float] = time.time) -> None:
+        self._timeout_s = timeout_s
+        self._speed = speed
+        self._clock = clock
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    def now(self) -> float:
+        """Seconds of the scaling clock."""
+        return self._clock() * self._speed
+
+    async def read(self, subject: Subject) -> Reading:
+        """Asks all replicas of a deployment, and its frontends where requests may be held."""
+        asked = [pod for pod in subject.leaders if pod.address]
+        loads = asyncio.gather(*(self._load(pod) for pod in asked))
+        held = await self.held(subject, 0.0)
+        answers = dict(zip(asked, await loads, strict=True))
+        silent = frozenset(pod.name for pod, load in answers.items() if load is None and pod.ready)
+        given = {pod: load for pod, load in answers.items() if load is not None}
+        wrong = {pod.name: why for pod, load in given.items() if (why := reports.contradiction(load))}
+        sound = {pod: load for pod, load in given.items() if pod.name not in wrong}
+        target_s = subject.scaling.latency_target_seconds
+        return Reading(
+            reports=tuple(self._report(pod, load, target_s) for pod, load in sound.items()),
+            wrong=wrong,
+            silent=silent,
+            running=sum(load.running + load.queued for load in sound.values()),
+            held=held,
+        )
+
+    async def held(self, subject: Subject, wait_s: float) -> int:
+        """Requests that the frontends hold; waits up to `wait_s` seconds for a first one."""
+        if not subject.deployment.scales_to_zero:
+            return 0
+        asking = {asyncio.create_task(self._demand(address, wait_s)) for address in subject.frontends}
+        total = 0
+        try:
+            while asking and not total:
+                done, asking = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+                total = sum(task.result() for task in done)
+        finally:
+            for task in asking:
+                task.cancel()
+        return total
+
+    async def release(self, addresses: Collection[str]) -> None:
+        """Closes the connections to addresses that are not asked any more."""
+        channels = [self._channels.pop(address) for address in addresses if address in self._channels]
+        await asyncio.gather(*(channel.close() for channel in channels))
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        channels, self._channels = self._channels, {}
+        await asyncio.gather(*(channel.close() for channel in channels.values()))
+
+    async def _load(self, pod: Pod) -> worker_pb2.Load | None:
+        stub = worker_pb2_grpc.WorkerServiceStub(self._channel(pod.address))
+        try:
+            return await stub.GetLoad(worker_pb2.GetLoadRequest(), timeout=self._timeout_s)
+        except grpc.aio.AioRpcError:
+            return None
+
+    async def _demand(self, address: str, wait_s: float) -> int:
+        stub = frontend_pb2_grpc.FrontendServiceStub(self._channel(address))
+        request = frontend_pb2.GetDemandRequest()
+        request.wait.FromNanoseconds(round(wait_s * 1e9))
+        try:
+            return (await stub.GetDemand(request, timeout=wait_s + self._timeout_s)).held
+        except grpc.aio.AioRpcError:
+            return 0
+
+    def _report(self, pod: Pod, load: worker_pb2.Load, target_s: float) -> Report:
+        started = load.started.ToNanoseconds() / 1e9 * self._speed
+        return reports.report(load, pod.name, self.now(), started, target_s)
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        if address not in self._channels:
+            self._channels[address] = grpc.aio.insecure_channel(target(address), transport.CLIENT_OPTIONS)
+        return self._channels[address]
