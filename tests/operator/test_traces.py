@@ -1,0 +1,98 @@
+"""Traces of every kind in the shared data, and files that are none."""
+
+import gzip
+import json
+import lzma
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_operator.traces import TraceError, read
+
+
+def written(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+def test_counts_of_intervals(tmp_path):
+    text = "time,requests\n2024-05-12 00:00:00,132\n2024-05-12 00:00:10,269\n2024-05-12 00:00:30,5\n"
+    trace = read(written(tmp_path, "a.csv", text))
+    assert (trace.interval_s, trace.counts.tolist()) == (10, [132, 269, 0, 5])
+    assert trace.start == 1715472000
+    assert trace.per_interval(20).tolist() == [401, 5]
+    with pytest.raises(TraceError, match="cannot become intervals of 15 s"):
+        trace.per_interval(15)
+
+
+def test_rates_become_counts(tmp_path):
+    trace = read(written(tmp_path, "a.csv", "t,rate\n0,2.5\n600,1\n"))
+    assert (trace.interval_s, trace.counts.tolist()) == (600, [1500, 600])
+
+
+def test_one_request_a_row(tmp_path):
+    text = (
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2023-11-16 18:15:46.6805900,374,44\n"
+        "2023-11-16 18:16:50,9,1\n"
+    )
+    trace = read(written(tmp_path, "a.csv", text))
+    assert trace.at_s.tolist() == pytest.approx([0, 63.31941])
+    assert (trace.input_tokens.tolist(), trace.output_tokens.tolist()) == ([374, 9], [44, 1])
+    assert trace.per_interval(60).tolist() == [1]
+
+
+@pytest.mark.parametrize(("field", "step"), [("timestamp", 1500), ("timestamp_us", 1_500_000)])
+def test_one_request_a_line(tmp_path, field, step):
+    lines = [json.dumps({field: i * step, "input_length": 7, "output_length": i}) for i in range(3)]
+    trace = read(written(tmp_path, "a.jsonl", "\n".join(lines)))
+    assert trace.at_s.tolist() == pytest.approx([0, 1.5, 3.0])
+    assert trace.output_tokens.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".xz", lzma.compress)])
+def test_compressed_files(tmp_path, suffix, pack):
+    path = tmp_path / f"a.csv{suffix}"
+    path.write_bytes(pack(b"time,requests\n0,1\n60,2\n"))
+    assert read(path).counts.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("a.csv", "", "a.csv holds no rows"),
+        ("a.csv", "when,requests\n0,1\n", "has no column time, t, timestamp"),
+        ("a.csv", "time,requests\n0,1\nsoon,2\n", "row 2: time is 'soon', which is no value"),
+        ("a.csv", "time,requests\n0,1\n10,many\n", "row 2: requests is 'many', which is no value"),
+        ("a.csv", "time,requests\n10,1\n0,2\n", "row 2: its time is before the row's above"),
+        ("a.csv", "time,requests\n0,1\n10,-2\n", "a number of requests is 0 or more"),
+        ("a.csv", "time,requests\n0,1\n10,nan\n", "a number of requests is 0 or more"),
+        ("a.csv", "time,requests\n0,1\n", "needs two rows or more"),
+        ("a.csv", "time,requests\n0,1\n0,1\n", "each later than the one above"),
+        ("a.csv", "time,input_tokens\n0,-1\n", "a number of tokens is 0 or more"),
+        ("a.jsonl", '{"timestamp": 0}\n{oops\n', "line 2 is no JSON"),
+        ("a.jsonl", "[]\n", "line 1 is no JSON object"),
+        ("a.csv.gz", "not packed", "cannot be read"),
+    ],
+)
+def test_what_is_no_trace_is_said_with_its_place(tmp_path, name, text, sentence):
+    with pytest.raises(TraceError) as caught:
+        read(written(tmp_path, name, text))
+    assert sentence in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(TraceError, match="cannot be read"):
+        read(tmp_path / "none.csv")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 1000), min_size=2, max_size=50), st.integers(1, 5))
+def test_no_request_is_lost_when_intervals_become_longer(tmp_path_factory, counts, factor):
+    rows = "".join(f"{60 * i},{count}\n" for i, count in enumerate(counts))
+    trace = read(written(tmp_path_factory.mktemp("t"), "a.csv", f"time,requests\n{rows}"))
+    whole = len(counts) // factor * factor
+    assert np.sum(trace.per_interval(60.0 * factor)) == sum(counts[:whole])
