@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
     parser.add_argument("--launches", action="store_true", help="kernel launches of one layer and token")
     parser.add_argument("--skip-prefill", action="store_true")
+    parser.add_argument("--same-prompt", action="store_true", help="all sequences alike: few experts at work")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     for name in args.formats:
@@ -103,8 +104,9 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[dict[str, object]]:
     if args.launches:
         yield row(f"launches a layer, {name}", launches_per_layer(bench), None, "kernels")
     for batch in args.batch:
-        rate = statistics.median(decode_rate(bench, batch, args.tokens) for _ in range(args.rounds))
-        yield row(f"decode {name}, batch {batch}", rate, PEER_DECODE.get(batch))
+        measured = [decode_rate(bench, batch, args) for _ in range(args.rounds)]
+        rate, active = (statistics.median(each) for each in zip(*measured, strict=True))
+        yield row(f"decode {name}, batch {batch}, {active:.0f} experts at work", rate, PEER_DECODE.get(batch))
         yield row(f"decode {name}, batch {batch}, graph only", graph_rate(bench, batch, args), None)
     if not args.skip_prefill:
         prefill_rate(bench)
@@ -121,26 +123,29 @@ def row(what: str, ours: float, peer: float | None, unit: str = "tokens/s") -> d
     }  # fmt: skip
 
 
-def submitted(bench: Bench, count: int, tokens: int) -> EngineCore:
-    """An engine with `count` random prompts of CONTEXT tokens."""
+def submitted(bench: Bench, count: int, tokens: int, same: bool = False) -> EngineCore:
+    """An engine with `count` random prompts of CONTEXT tokens, or the same one for all."""
     core, generator = EngineCore(bench.loaded, bench.options), torch.Generator().manual_seed(0)
     sampling = SamplingParameters(max_tokens=tokens, ignore_eos=True)
     for number in range(count):
-        prompt = torch.randint(bench.loaded.config.vocab_size, (CONTEXT,), generator=generator)
+        if number == 0 or not same:
+            prompt = torch.randint(bench.loaded.config.vocab_size, (CONTEXT,), generator=generator)
         core.submit(Request(number, tuple(prompt.tolist()), sampling, seed=0))
     return core
 
 
-def decode_rate(bench: Bench, batch: int, tokens: int) -> float:
-    """Tokens a second from when all prompts have their first token."""
-    core, seen = submitted(bench, batch, tokens), set[int]()
+def decode_rate(bench: Bench, batch: int, args: argparse.Namespace) -> tuple[float, float]:
+    """Tokens a second from when all prompts have their first token; routed experts of a layer at work."""
+    core, seen = submitted(bench, batch, args.tokens, args.same_prompt), set[int]()
     while len(seen) < batch:
         seen |= {delta.id for delta in core.step()}
-    torch.cuda.synchronize()
+    before = core.expert_statistics
     begin, produced = time.perf_counter(), 0
     while not core.idle:
         produced += len(core.step())
-    return produced / (time.perf_counter() - begin)
+    seconds = time.perf_counter() - begin
+    used = core.expert_statistics.since(before)
+    return produced / seconds, statistics.mean(layer.active for layer in used.layers) / used.steps
 
 
 def prefill_rate(bench: Bench) -> float:
@@ -153,6 +158,7 @@ def prefill_rate(bench: Bench) -> float:
     return PREFILL_SEQUENCES * CONTEXT / (time.perf_counter() - begin)
 
 
+@torch.inference_mode()
 def graph_rate(bench: Bench, batch: int, args: argparse.Namespace) -> float:
     """Tokens a second of the recorded step alone, at the context that decode begins with."""
     graphs, cache = bench.graphs, bench.loaded.cache
@@ -209,7 +215,8 @@ def launches_per_layer(bench: Bench) -> int:
         ):
             graphs.run(16)
             torch.cuda.synchronize()
-        counts.append(sum(each.count for each in seen.key_averages()))
+        kernels = (each for each in seen.key_averages() if each.device_time_total)
+        counts.append(sum(each.count for each in kernels))
     return counts[1] - counts[0]
 
 
@@ -218,7 +225,7 @@ def report(values: dict[str, Any], args: argparse.Namespace) -> None:
         print(json.dumps(values), flush=True)
         return
     peer = "" if values["peer"] is None else f"  vLLM bf16 {values['peer']}  {values['ratio']}x"
-    print(f"{values['what']:40} {values['ours']:>12} {values['unit']}{peer}", flush=True)
+    print(f"{values['what']:44} {values['ours']:>12} {values['unit']}{peer}", flush=True)
 
 
 if __name__ == "__main__":

@@ -64,8 +64,10 @@ class RandomSource:
     def matrix(self, name: str, outputs: int, inputs: int) -> Matrix:
         if self.number_format == "dense":
             return self.take(name, outputs, inputs)
-        size, device, generator = (outputs, inputs // 2), self.device, self.generator
-        packed = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator, device=device)
+        size, device, generator = (outputs, inputs), self.device, self.generator
+        # From -7 to 7: with -8 too the mean is not zero, all hidden states grow alike, and so does routing.
+        values = torch.randint(1, 16, size, dtype=torch.uint8, generator=generator, device=device)
+        packed = values[:, 0::2] | values[:, 1::2] << 4
         spread = torch.rand(outputs, -(-inputs // 128), generator=generator, device=device) + 0.5
         return Int4Weight(packed, spread * inputs**-0.5 / 4.6, None, inputs)
 

@@ -103,6 +103,7 @@ def test_wide_passes_are_narrow_ones(monkeypatch, number_format):
     both, tokens = Both(SMALL, number_format), tokens_of(40, seed=2)
     narrow = both.kernels([Segment(tokens, 0, [5, 9, 2])], rows=range(40))
     monkeypatch.setattr(cuda, "WIDE_TOKENS", 1)
+    monkeypatch.setattr(cuda, "WIDE_TOKENS_INT4", 1)
     wide = both.kernels([Segment(tokens, 0, [5, 9, 2])], rows=range(40))
     assert not torch.equal(narrow, wide)
     assert difference(wide, narrow) < 0.04

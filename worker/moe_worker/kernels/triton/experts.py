@@ -213,7 +213,7 @@ def expert_tiles(tokens: int, int4: bool) -> ExpertTiles:
     registers, of no more than 32.
     """
     if int4:
-        tile = Tile(64, 16 if tokens <= 64 else 32, 4, 3)
+        tile = Tile(128, 16 if tokens <= 64 else 32, 8, 3)
         return ExpertTiles(tile, tile)
     rows = 16 if tokens <= 128 else 32 if tokens <= 512 else 64 if tokens <= 2048 else 128
     if rows < 64:

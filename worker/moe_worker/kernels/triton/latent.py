@@ -45,31 +45,39 @@ def _latent(
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = RANK + ROPE
-    token_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_M = token_M < tokens
-    token_M = token_M.to(tl.int64)
-    position_M = tl.load(positions + token_M, mask=mask_M, other=0)
     part = tl.program_id(1)
     if part == HEADS * (RANK // BLOCK_R):
-        row_M = tl.load(rows + token_M, mask=mask_M, other=0) * WIDTH
-        r = tl.arange(0, RANK)
-        x = tl.load(latent + token_M[:, None] * latent_stride + r[None, :], mask=mask_M[:, None], other=0.0)
-        x = x.to(tl.float32)
-        normed = (x * tl.rsqrt(tl.sum(x * x, axis=1) / COUNTED + eps)[:, None]).to(tl.bfloat16)
-        y = (normed.to(tl.float32) * tl.load(norm + r).to(tl.float32)[None, :]).to(tl.bfloat16)
-        tl.store(cache + row_M[:, None] + r[None, :], y.to(cache.dtype.element_ty), mask=mask_M[:, None])
-        _turn(
-            latent + RANK, cache + RANK, latent_stride, row_M, token_M, mask_M, position_M, table, ROPE // 2
-        )
+        # A whole row is needed for its norm: few at a time, since registers hold them.
+        for start in tl.static_range(0, BLOCK_M, 16):
+            token_m = tl.program_id(0) * BLOCK_M + start + tl.arange(0, 16)
+            mask_m = token_m < tokens
+            token_m = token_m.to(tl.int64)
+            position_m = tl.load(positions + token_m, mask=mask_m, other=0)
+            row_m = tl.load(rows + token_m, mask=mask_m, other=0) * WIDTH
+            r = tl.arange(0, RANK)
+            from_m = latent + token_m[:, None] * latent_stride
+            x = tl.load(from_m + r[None, :], mask=mask_m[:, None], other=0.0).to(tl.float32)
+            normed = (x * tl.rsqrt(tl.sum(x * x, axis=1) / COUNTED + eps)[:, None]).to(tl.bfloat16)
+            y = (normed.to(tl.float32) * tl.load(norm + r).to(tl.float32)[None, :]).to(tl.bfloat16)
+            tl.store(cache + row_m[:, None] + r[None, :], y.to(cache.dtype.element_ty), mask=mask_m[:, None])
+            _turn(
+                latent + RANK, cache + RANK, latent_stride, row_m, token_m, mask_m, position_m, table,
+                ROPE // 2,
+            )  # fmt: skip
     else:
+        token_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask_M = token_M < tokens
+        token_M = token_M.to(tl.int64)
         head, block = part // (RANK // BLOCK_R), part % (RANK // BLOCK_R)
         n, own_r = tl.arange(0, PLAIN), block * BLOCK_R + tl.arange(0, BLOCK_R)
         own = query + head * (PLAIN + ROPE)
         plain = tl.load(own + token_M[:, None] * query_stride + n[None, :], mask=mask_M[:, None], other=0.0)
         w = tl.load(key + (head * PLAIN + n[:, None]) * RANK + own_r[None, :])
         to = (token_M * HEADS + head) * WIDTH
-        tl.store(out + to[:, None] + own_r[None, :], dot_bf16(plain, w).to(tl.bfloat16), mask=mask_M[:, None])
+        absorbed = dot_bf16(plain, w).to(tl.bfloat16)
+        tl.store(out + to[:, None] + own_r[None, :], absorbed, mask=mask_M[:, None])
         if block == 0:
+            position_M = tl.load(positions + token_M, mask=mask_M, other=0)
             _turn(own + PLAIN, out + RANK, query_stride, to, token_M, mask_M, position_M, table, ROPE // 2)
 
 
@@ -83,7 +91,7 @@ def write_latents(
     """
     heads, plain, rank = weights.key_HNR.shape
     tokens, rope = latent_TW.shape[0], latent_TW.shape[1] - rank
-    block_m, block_r = 16 if tokens <= 256 else 32, min(128, rank)
+    block_m, block_r = 16 if tokens <= 256 else 128, min(128, rank)
     grid = (triton.cdiv(tokens, block_m), heads * (rank // block_r) + 1)
     _latent[grid](
         query_TO, query_TO.stride(0), latent_TW, latent_TW.stride(0), weights.norm_R, weights.key_HNR,

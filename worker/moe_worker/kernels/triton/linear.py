@@ -45,8 +45,15 @@ def _linear_int4(
 
 def linear_tile(tokens: int, outputs: int) -> Tile:
     """How the product of `tokens` rows with a matrix of `outputs` is cut."""
-    wide = outputs > 32768 or tokens > 64
-    return Tile(128 if wide else 64, 16 if tokens <= 16 or not wide else 32, 4, 3)
+    if outputs > 32768:
+        return (
+            Tile(128, 16, 4, 3)
+            if tokens <= 16
+            else Tile(128, 32, 4, 3)
+            if tokens <= 64
+            else Tile(128, 64, 8, 3)
+        )
+    return Tile(64, 16 if tokens <= 64 else 64 if tokens <= 512 else 128, 4, 3)
 
 
 def linear_int4(x: Activation, weight: PackedInt4, out_TO: Tensor) -> None:

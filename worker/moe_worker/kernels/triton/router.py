@@ -28,22 +28,24 @@ class Choice(NamedTuple):
 @triton.jit
 def _logits(
     x, weight, out, tokens,
-    WIDTH: tl.constexpr, EXPERTS: tl.constexpr,
+    WIDTH: tl.constexpr, EXPERTS: tl.constexpr, SLICE: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     token_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
-    mask_M, mask_d, mask_e = token_M < tokens, d < WIDTH, e < EXPERTS
-    x_Md = tl.load(
-        x + token_M[:, None] * WIDTH + d[None, :], mask=mask_M[:, None] & mask_d[None, :], other=0.0
-    )
-    w_dE = tl.load(
-        weight + e[None, :] * WIDTH + d[:, None], mask=mask_d[:, None] & mask_e[None, :], other=0.0
-    )
-    logits = tl.dot(x_Md.to(tl.float32), w_dE, input_precision="ieee")
+    mask_M, mask_e = token_M < tokens, e < EXPERTS
+    logits_ME = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    for start in range(0, SLICE, BLOCK_D):
+        d = tl.program_id(1) * SLICE + start + tl.arange(0, BLOCK_D)
+        mask_d = d < WIDTH
+        from_x = x + token_M[:, None].to(tl.int64) * WIDTH + d[None, :]
+        x_Md = tl.load(from_x, mask=mask_M[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
+        from_w = weight + e[None, :] * WIDTH + d[:, None]
+        w_dE = tl.load(from_w, mask=mask_d[:, None] & mask_e[None, :], other=0.0)
+        # Three products of 10-bit parts are as exact as float32, and run on tensor cores.
+        logits_ME += tl.dot(x_Md, w_dE, input_precision="tf32x3")
     to = out + (token_M[:, None] * tl.num_programs(1) + tl.program_id(1)) * EXPERTS + e[None, :]
-    tl.store(to, logits, mask=mask_M[:, None] & mask_e[None, :])
+    tl.store(to, logits_ME, mask=mask_M[:, None] & mask_e[None, :])
 
 
 @triton.jit
@@ -131,12 +133,13 @@ def route(
     are padding of a fixed-size batch: they go to expert -1, which is none, and are not counted.
     """
     tokens, width = x_TD.shape
-    experts, block_d = weight_ED.shape[0], 64 if tokens <= 256 else 128
-    slices, block_e = triton.cdiv(width, block_d), max(16, triton.next_power_of_2(experts))
+    experts, few = weight_ED.shape[0], tokens <= 256
+    block_m, cut = (16, 64) if few else (64, triton.cdiv(width, 64) * 64)
+    slices, block_e = triton.cdiv(width, cut), max(16, triton.next_power_of_2(experts))
     logits_TSE = torch.empty(tokens, slices, experts, dtype=torch.float32, device=x_TD.device)
-    _logits[(triton.cdiv(tokens, 16), slices)](
+    _logits[(triton.cdiv(tokens, block_m), slices)](
         x_TD, weight_ED, logits_TSE, tokens,
-        WIDTH=width, EXPERTS=experts, BLOCK_E=block_e, BLOCK_M=16, BLOCK_D=block_d, num_warps=4,
+        WIDTH=width, EXPERTS=experts, SLICE=cut, BLOCK_E=block_e, BLOCK_M=block_m, BLOCK_D=64, num_warps=4,
     )  # fmt: skip
     columns = choice.top_k + choice.shared
     experts_TK = torch.empty(tokens, columns, dtype=torch.int32, device=x_TD.device)
