@@ -3,6 +3,7 @@
 import click
 
 from moe_operator.cli.generate import generate
+from moe_operator.cli.load import load
 from moe_operator.cli.status import status
 from moe_operator.cli.tokenize import tokenize
 
@@ -16,6 +17,7 @@ def main() -> None:
     See what is deployed:    moe status
     Reach it from here:      kubectl port-forward service/NAME-frontend 8000
     Ask it:                  moe generate "A pod is"
+    Play a recorded load:    moe load TRACE --speed 60
 
     The address comes from --endpoint or MOE_ENDPOINT. Traces are sent when OTEL_EXPORTER_OTLP_ENDPOINT
     names an OpenTelemetry Collector.
@@ -29,3 +31,4 @@ def main() -> None:
 main.add_command(generate)
 main.add_command(tokenize)
 main.add_command(status)
+main.add_command(load)
