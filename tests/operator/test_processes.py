@@ -13,6 +13,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from moe_operator.handlers.queue import Name
 from moe_operator.handlers.reconcile import Reconciler
+from moe_operator.kube import peering
 from moe_operator.kube.client import Cluster
 from moe_operator.settings import Settings
 from tests.operator.live import Live, eventually, manifest
@@ -88,7 +89,11 @@ def test_a_reconcile_is_a_span_and_an_outranked_process_does_nothing(live):
         provider.add_span_processor(SimpleSpanProcessor(spans))
         api = Cluster(config.new_client_from_config(str(live.cluster.kubeconfig)), timeout_seconds=15)
         process = Reconciler(
-            api, Settings(), priority, lambda: datetime.now(UTC), provider.get_tracer("test")
+            api,
+            Settings(),
+            peering.Rank(api, Settings().peering, priority),
+            lambda: datetime.now(UTC),
+            provider.get_tracer("test"),
         )
         pause = process.reconcile(Name(live.namespace, "one"))
         (span,) = spans.get_finished_spans()

@@ -13,6 +13,7 @@ from opentelemetry import trace
 from moe_operator.errors import (
     ApplyForbiddenError,
     ApplyRefusedError,
+    ChangedMeanwhileError,
     InvalidSpecError,
     MoEOperatorError,
     PermanentError,
@@ -52,8 +53,8 @@ class Reconciler:
 
     cluster: Cluster
     settings: Settings
-    priority: int
-    """Rank of this process among its peers."""
+    rank: peering.Rank
+    """Of this process among its peers."""
     clock: Callable[[], datetime]
     tracer: trace.Tracer = field(default_factory=lambda: trace.get_tracer(__name__))
     watcher: Watcher | None = None
@@ -68,7 +69,7 @@ class Reconciler:
         """
         with self.tracer.start_as_current_span("reconcile") as span:
             span.set_attributes({"k8s.namespace.name": name.namespace, f"{names.GROUP}.name": name.name})
-            if peering.outranked(self.cluster, self.settings.peering, self.priority, self.clock()):
+            if self.rank.outranked(self.clock()):
                 span.set_attribute(f"{names.GROUP}.outranked", value=True)
                 return self.settings.recheck_seconds
             body = self.cluster.get(names.KIND, name.namespace, name.name)
@@ -95,6 +96,8 @@ class Reconciler:
             self.watcher.saw(deployment, observed)
         todo = plan(deployment, observed, self.clock())
         _describe(span, deployment, todo)
+        if todo.creates and not self._is_current(deployment.identity):
+            raise ChangedMeanwhileError("the deployment changed or went away; it is looked at again")
         turn_ends = self.clock() + timedelta(seconds=self.settings.turn_seconds)
         try:
             execute.execute(self.cluster, deployment.identity, todo, lambda: self.clock() < turn_ends)
@@ -117,6 +120,11 @@ class Reconciler:
             logger.info("%s: %s", deployment.name, error)
             return observed
         return replace(observed, model=model)
+
+    def _is_current(self, who: Identity) -> bool:
+        """Asks before objects are made: made for a deployment that is gone, they would be deleted at once."""
+        body = self.cluster.refresh(names.KIND, who.namespace, who.name)
+        return body is not None and identity(body) == who
 
     def _report(self, who: Identity, before: Status, after: Status) -> None:
         """Says what keeps a deployment from going on."""

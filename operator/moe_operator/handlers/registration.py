@@ -23,12 +23,14 @@ from moe_operator.handlers.scaled import ScaledFactory
 from moe_operator.handlers.scaling_metrics import ScalingMetrics
 from moe_operator.kube import peering
 from moe_operator.kube.client import Cluster, connect
+from moe_operator.kube.follow import Follower
+from moe_operator.kube.mirror import Mirror
 from moe_operator.manifests.children import KINDS
 from moe_operator.resources import names
 from moe_operator.rpc.polling import Poller
 from moe_operator.settings import Settings
 
-_WATCHED = {**KINDS, "Pod": "v1"}
+_FOLLOWED = (*KINDS, "Pod")
 
 
 def register(registry: kopf.OperatorRegistry, settings: Settings) -> None:
@@ -38,16 +40,14 @@ def register(registry: kopf.OperatorRegistry, settings: Settings) -> None:
     kopf.on.event(names.GROUP, names.VERSION, names.PLURAL, registry=registry, id="deployment")(
         deployment_changed
     )
-    for kind, api_version in _WATCHED.items():
-        handler = kopf.on.event(api_version, f"{kind.lower()}s", registry=registry, id=kind)
-        handler(child_changed)
 
 
 async def start(*, settings: kopf.OperatorSettings, memo: kopf.Memo, own: Settings, **_: Any) -> None:
     """Connects, checks the installation, and starts the queue that the other handlers fill."""
     configure(settings, own, datetime.now(UTC))
     try:
-        cluster = await asyncio.to_thread(connect, own.api_timeout_seconds)
+        mirror = Mirror(frozenset({names.KIND, *_FOLLOWED}))
+        cluster = await asyncio.to_thread(connect, own.api_timeout_seconds, mirror)
         await asyncio.to_thread(prepare_installation, cluster, own)
     except MoEOperatorError as error:
         # The CRDs may be on their way: one `kubectl apply` brings them and the operator.
@@ -59,11 +59,39 @@ async def start(*, settings: kopf.OperatorSettings, memo: kopf.Memo, own: Settin
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(memo.threads, reconciler.reconcile, name)
 
-    memo.queue = ReconcileQueue(work, own)
+    memo.queue, memo.mirror = ReconcileQueue(work, own), mirror
+    memo.followers = await follow(cluster, mirror, memo.queue)
     memo.autoscaler = _autoscaler(cluster, own, settings.peering.priority, memo)
     reconciler = Reconciler(
-        cluster, own, settings.peering.priority, lambda: datetime.now(UTC), watcher=memo.autoscaler
+        cluster,
+        own,
+        peering.Rank(cluster, own.peering, settings.peering.priority),
+        lambda: datetime.now(UTC),
+        watcher=memo.autoscaler,
     )
+
+
+async def follow(cluster: Cluster, mirror: Mirror, queue: ReconcileQueue) -> list[Follower]:
+    """Follows what belongs to deployments; returns when all there is has been seen once.
+
+    kopf follows the deployments themselves. Of pods and other objects there can be tens of thousands, for
+    each of which kopf would keep a task at the start and a record ever after.
+    """
+    loop = asyncio.get_running_loop()
+    seen_all = False
+
+    def changed(namespace: str, deployment: str) -> None:
+        # Before, every deployment is looked at anyway, and must not be while objects are missing here.
+        if seen_all and not loop.is_closed():
+            loop.call_soon_threadsafe(queue.add, Name(namespace, deployment))
+
+    followers = [Follower(cluster, mirror, kind, changed) for kind in _FOLLOWED]
+    for follower in followers:
+        follower.start()
+    for follower in followers:
+        await asyncio.to_thread(follower.listed.wait)
+    seen_all = True
+    return followers
 
 
 def _autoscaler(cluster: Cluster, own: Settings, priority: int, memo: kopf.Memo) -> Autoscaler:
@@ -83,6 +111,8 @@ def _autoscaler(cluster: Cluster, own: Settings, priority: int, memo: kopf.Memo)
 
 async def stop(*, memo: kopf.Memo, **_: Any) -> None:
     """Lets the reconciles under way end, and sends the last spans."""
+    for follower in memo.get("followers", ()):
+        follower.stop()
     if "queue" in memo:
         await memo.autoscaler.close()
         await memo.queue.close()
@@ -95,18 +125,20 @@ async def deployment_changed(
     *, namespace: str | None, name: str, memo: kopf.Memo, event: Any, meta: Any, **_: Any
 ) -> None:
     """A deployment was made, changed or deleted. What the operator wrote into its status is no news."""
+    _keep(memo.mirror, event)
     seen = memo.get("generation")
     memo.generation = meta.get("generation")
     if event["type"] in (None, "ADDED", "DELETED") or seen != memo.generation:
         memo.queue.add(Name(str(namespace), name))
 
 
-async def child_changed(
-    *, namespace: str | None, labels: Mapping[str, str], memo: kopf.Memo, **_: Any
-) -> None:
-    """Something that carries a deployment's label was made, changed or deleted."""
-    if names.LABEL_NAME in labels:
-        memo.queue.add(Name(str(namespace), labels[names.LABEL_NAME]))
+def _keep(mirror: Mirror, event: Mapping[str, Any]) -> None:
+    body = dict(event["object"])
+    if event["type"] == "DELETED":
+        metadata = body["metadata"]
+        mirror.drop(names.KIND, metadata["namespace"], metadata["name"], metadata["uid"])
+    else:
+        mirror.put(names.KIND, body)
 
 
 def configure(settings: kopf.OperatorSettings, own: Settings, started: datetime) -> None:
@@ -123,12 +155,11 @@ def configure(settings: kopf.OperatorSettings, own: Settings, started: datetime)
     settings.networking.connect_timeout = own.api_timeout_seconds
     settings.watching.connect_timeout = own.api_timeout_seconds
     settings.watching.server_timeout = 300
+    settings.watching.chunk_size = 500
     settings.process.ultimate_exiting_timeout = 20.0
     # Both write a line for every event and every probe; what was decided has its own lines.
     for noisy in ("kopf.objects", "aiohttp.access"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    for kind, api_version in _WATCHED.items():
-        settings.watching.label_selectors[api_version, f"{kind.lower()}s"] = names.LABEL_NAME
 
 
 def prepare_installation(cluster: Cluster, own: Settings) -> None:

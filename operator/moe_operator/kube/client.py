@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import urllib3.exceptions
@@ -18,7 +19,9 @@ from moe_operator.errors import (
     ClusterUnavailableError,
     InstallationError,
     MoEOperatorError,
+    RetryableError,
 )
+from moe_operator.kube.mirror import Mirror
 from moe_operator.manifests.objects import Manifest
 from moe_operator.resources import names
 
@@ -35,40 +38,115 @@ _PATHS: Final = {
     names.HISTORY_KIND: (names.API_VERSION, "scalinghistories"),
     "ClusterKopfPeering": ("kopf.dev/v1", "clusterkopfpeerings"),
 }
-_FORBIDDEN, _CONFLICT, _GONE, _TOO_MANY, _SERVER = 403, 409, 404, 429, 500
+_FORBIDDEN, _CONFLICT, _GONE, _EXPIRED, _TOO_MANY, _SERVER = 403, 409, 404, 410, 429, 500
+_CONNECTIONS = 32
+"""Kept open: one for each watch and each thread."""
+_WATCH_SECONDS, _WATCH_SILENCE_SECONDS = 300, 90
+
+
+class HistoryExpiredError(RetryableError):
+    """A watch cannot go on from where it was; what there is has to be listed again."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of a list."""
+
+    items: list[Manifest]
+    version: str
+    """Of the whole list."""
+    following: str | None
+    """Asks for the next part; None at the end."""
 
 
 class Cluster:
-    """The API server.
+    """The API server, and what a mirror holds of it.
 
     Every method raises a RetryableError when trying again can help (its type says why), ApplyRefusedError
     when it cannot.
     """
 
-    def __init__(self, api: client.ApiClient, timeout_seconds: float) -> None:
-        """timeout_seconds: limit of one request."""
+    def __init__(self, api: client.ApiClient, timeout_seconds: float, mirror: Mirror | None = None) -> None:
+        """timeout_seconds: limit of one request. mirror: where it is complete, it is asked instead."""
         # No discovery: the paths of the few kinds are known, and the discoverer would keep a cache in /tmp.
         self._dynamic = DynamicClient(api, discoverer=lambda _client, _cache: None)
         self._timeout = timeout_seconds
+        self._mirror = mirror or Mirror(frozenset())
 
     def get(self, kind: str, namespace: str | None, name: str) -> Manifest | None:
         """One object, or None when there is none."""
+        known = self._mirror.get(kind, namespace, name) if namespace else None
+        return known or self.read(kind, namespace, name)
+
+    def read(self, kind: str, namespace: str | None, name: str) -> Manifest | None:
+        """One object as it is now, whatever the mirror says; None when there is none."""
         return self._request("get", _path(kind, namespace, name))
+
+    def refresh(self, kind: str, namespace: str, name: str) -> Manifest | None:
+        """One object as it is now, for the mirror too; None when there is none."""
+        found = self.read(kind, namespace, name)
+        known = self._mirror.get(kind, namespace, name)
+        if known is not None and (found is None or found["metadata"]["uid"] != known["metadata"]["uid"]):
+            self._mirror.drop(kind, namespace, name, known["metadata"]["uid"])
+        if found is not None:
+            self._mirror.put(kind, found)
+        return found
 
     def serves(self, api_version: str) -> bool:
         """Whether the API server knows a group and version such as "apps/v1"."""
         return self._request("get", f"/apis/{api_version}") is not None
 
-    def list(self, kind: str, namespace: str, labels: Mapping[str, str]) -> list[Manifest]:
-        """The objects of a namespace that carry all labels."""
-        selector = names.selector_text(labels)
+    def list(self, kind: str, namespace: str, deployment: str) -> list[Manifest]:
+        """The objects that carry a deployment's label."""
+        if self._mirror.complete(kind):
+            return self._mirror.of_deployment(kind, namespace, deployment)
+        selector = names.selector_text({names.LABEL_NAME: deployment})
         found = self._request("get", _path(kind, namespace), label_selector=selector) or {"items": []}
         return [{**item, "apiVersion": _PATHS[kind][0], "kind": kind} for item in found["items"]]
+
+    def chunk(self, kind: str, label: str, limit: int, following: str | None) -> Chunk:
+        """A part of the objects of all namespaces that carry a label.
+
+        Raises HistoryExpiredError when it took too long to ask for the next part.
+        """
+        more = {"_continue": following} if following else {}
+        found = self._request("get", _path(kind, None), label_selector=label, limit=limit, **more) or {}
+        items = [{**item, "apiVersion": _PATHS[kind][0], "kind": kind} for item in found.get("items", ())]
+        metadata = found.get("metadata", {})
+        return Chunk(items, metadata["resourceVersion"], metadata.get("continue"))
+
+    def watch(self, kind: str, label: str, version: str) -> Iterator[dict[str, Any]]:
+        """Events of the objects that carry a label, since a version; ends after some minutes.
+
+        Raises HistoryExpiredError when that version is too long ago.
+        """
+        response = self._respond(
+            "get",
+            _path(kind, None),
+            read=False,
+            label_selector=label,
+            resource_version=version,
+            watch=True,
+            allow_watch_bookmarks=True,
+            timeout_seconds=_WATCH_SECONDS,
+            # A bookmark comes every minute: a connection on which nothing came for longer is dead.
+            _request_timeout=(self._timeout, _WATCH_SILENCE_SECONDS),
+        )
+        try:
+            for line in _lines(response.stream(1 << 16)):
+                event = json.loads(line)
+                if event["type"] == "ERROR":
+                    raise _watch_error(event["object"])
+                yield event
+        except urllib3.exceptions.HTTPError as error:
+            raise ClusterUnavailableError(f"the watch of {kind} broke off: {error}") from error
+        finally:
+            response.close()
 
     def apply(self, manifest: Manifest, subresource: str = "", manager: str = names.FIELD_MANAGER) -> None:
         """Server-side apply. Fields that others set differently are taken over, others are left alone."""
         metadata = manifest["metadata"]
-        self._request(
+        applied = self._request(
             "patch",
             _path(manifest["kind"], metadata.get("namespace"), metadata["name"]) + subresource,
             body=manifest,
@@ -76,6 +154,8 @@ class Cluster:
             field_manager=manager,
             force_conflicts=True,
         )
+        if applied is not None:
+            self._mirror.put(manifest["kind"], applied)
 
     def create(self, manifest: Manifest) -> None:
         """Makes an object that must be new."""
@@ -86,12 +166,20 @@ class Cluster:
         """Deletes an object if it is still the one with this UID, and what it owns after it."""
         options = {"preconditions": {"uid": uid}, "propagationPolicy": "Background"}
         self._request("delete", _path(kind, namespace, name), body=options)
+        self._mirror.drop(kind, namespace, name, uid)
 
     def _request(self, method: str, path: str, **parameters: Any) -> Manifest | None:
+        response = self._respond(method, path, read=True, _request_timeout=self._timeout, **parameters)
+        result: Manifest | None = None if response is None else json.loads(response.data)
+        return result
+
+    def _respond(self, method: str, path: str, *, read: bool, **parameters: Any) -> Any:
+        """The answer, with its body read or not; None where there is no such object."""
         try:
-            response = self._dynamic.request(
-                method, path, serialize=False, _request_timeout=self._timeout, **parameters
-            )
+            response = self._dynamic.request(method, path, serialize=False, **parameters)
+            if read:
+                _ = response.data
+            return response
         except DynamicApiError as error:
             if error.status == _GONE and method in ("get", "delete"):
                 return None
@@ -100,8 +188,18 @@ class Cluster:
             raise ClusterUnavailableError(
                 f"the API server does not answer {method} {path}: {error}"
             ) from error
-        result: Manifest = json.loads(response.data)
-        return result
+
+
+def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
+
+
+def _watch_error(status: Mapping[str, Any]) -> RetryableError:
+    said = str(status.get("message"))
+    return HistoryExpiredError(said) if status.get("code") == _EXPIRED else ClusterUnavailableError(said)
 
 
 def _path(kind: str, namespace: str | None, name: str | None = None) -> str:
@@ -113,6 +211,8 @@ def _path(kind: str, namespace: str | None, name: str | None = None) -> str:
 
 def _translated(error: DynamicApiError, path: str) -> MoEOperatorError:
     said = message(error.body)
+    if error.status == _EXPIRED:
+        return HistoryExpiredError(said)
     if error.status in (_CONFLICT, _GONE):
         return ChangedMeanwhileError(f"somebody else was faster at {path}: {said}")
     if error.status == _TOO_MANY or error.status >= _SERVER:
@@ -131,12 +231,13 @@ def message(body: str | bytes | None) -> str:
         return text
 
 
-def connect(timeout_seconds: float) -> Cluster:
+def connect(timeout_seconds: float, mirror: Mirror | None = None) -> Cluster:
     """Connects as the pod's ServiceAccount, or outside a pod as the kubeconfig says.
 
     Raises InstallationError when there is neither.
     """
     configuration = client.Configuration()
+    configuration.connection_pool_maxsize = _CONNECTIONS
     try:
         try:
             config.load_incluster_config(configuration)
@@ -146,4 +247,4 @@ def connect(timeout_seconds: float) -> Cluster:
         raise InstallationError(
             f"no way to reach a cluster: {error}; run in a pod with a ServiceAccount or set KUBECONFIG"
         ) from error
-    return Cluster(client.ApiClient(configuration), timeout_seconds)
+    return Cluster(client.ApiClient(configuration), timeout_seconds, mirror)

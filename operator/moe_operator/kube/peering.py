@@ -8,7 +8,9 @@ predecessor's record to expire.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -27,6 +29,30 @@ def manifest(name: str) -> Manifest:
 def priority(started: datetime) -> int:
     """Rank of a process that started then: milliseconds of the epoch, so that two are never the same."""
     return int(started.timestamp() * 1000)
+
+
+_REMEMBERED: Final = timedelta(seconds=2)
+"""For so long two processes may both act after a start; what they do is the same."""
+
+
+@dataclass
+class Rank:
+    """This process among its peers, looked up at most every two seconds. Safe to use from several threads."""
+
+    cluster: Cluster
+    name: str
+    priority: int
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _looked: datetime | None = None
+    _outranked: bool = False
+
+    def outranked(self, now: datetime) -> bool:
+        """Whether another live process ranks higher. Raises what the client raises."""
+        with self._lock:
+            if self._looked is None or now - self._looked >= _REMEMBERED:
+                self._outranked = outranked(self.cluster, self.name, self.priority, now)
+                self._looked = now
+            return self._outranked
 
 
 def outranked(cluster: Cluster, name: str, own_priority: int, now: datetime) -> bool:

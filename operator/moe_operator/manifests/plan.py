@@ -39,6 +39,11 @@ class Plan:
     recheck: bool
     """Something is awaited that sends no event: look again soon."""
 
+    @property
+    def creates(self) -> bool:
+        """Whether it makes objects; changes of those that are there name their UID."""
+        return any("uid" not in manifest["metadata"] for manifest in self.apply)
+
 
 def plan(deployment: Deployment, observed: Observed, now: datetime) -> Plan:
     """What to do now so that the cluster gets closer to the deployment."""

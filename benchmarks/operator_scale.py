@@ -1,0 +1,484 @@
+"""How the operator fares with many deployments: a real etcd and API server, the real operator process.
+
+    python -m benchmarks.operator_scale --deployments 100 --replicas 20
+
+There are no nodes and no controllers: a part of this program plays them, and is called *simulated*. It makes
+a pod for each StatefulSet, says of each pod that it is Ready, and counts the replicas of Deployments.
+Everything that the operator asks of the API server is counted from the audit log.
+
+Edits change spec.frontend.replicas. An edit counts as applied when a watch shows the frontend's Deployment
+changed.
+`--operator CHECKOUT` runs the operator of another checkout, for a comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import urllib3
+import yaml
+from rich.progress import Progress
+
+from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
+from moe_operator.resources import names
+from tests.frontend.apiserver import ApiServer
+
+ROOT = Path(__file__).parents[1]
+OPERATOR_TOKEN, OPERATOR_USER = "only-for-the-operator", "operator"
+WORKER_ADDRESS = "127.77.0.1"
+"""All pods have it; there one stand-in says what model they serve."""
+NAMESPACES = [f"scale-{number}" for number in range(10)]
+CUSTOM = f"/apis/{names.API_VERSION}"
+Body = dict[str, Any]
+
+
+class Server(ApiServer):  # type: ignore[misc]
+    """The API server, with an audit log of what the operator asks."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.audit_log = directory / "audit.log"
+        with (directory / "tokens.csv").open("a") as tokens:
+            tokens.write(f"{OPERATOR_TOKEN},{OPERATOR_USER},{OPERATOR_USER},system:masters\n")
+        policy = {
+            "apiVersion": "audit.k8s.io/v1",
+            "kind": "Policy",
+            "omitStages": ["RequestReceived", "ResponseStarted"],
+            "rules": [{"level": "Metadata", "users": [OPERATOR_USER]}, {"level": "None"}],
+        }
+        (directory / "policy.json").write_text(json.dumps(policy))
+
+    def _spawn(self, name: str, *arguments: str) -> None:
+        if name == "kube-apiserver":
+            policy = f"--audit-policy-file={self.directory / 'policy.json'}"
+            arguments += (policy, f"--audit-log-path={self.audit_log}", "--audit-log-maxsize=4000")
+        super()._spawn(name, *arguments)
+
+    def requests(self) -> int:
+        """Lines of the audit log so far."""
+        with self.audit_log.open("rb") as log:
+            return sum(1 for _ in log)
+
+    def asked(self, since: int, until: int) -> collections.Counter[str]:
+        """The operator's requests between two lines, as "verb resource"; watches and peering aside."""
+        counted: collections.Counter[str] = collections.Counter()
+        with self.audit_log.open() as log:
+            for number, line in enumerate(log):
+                if since <= number < until:
+                    event = json.loads(line)
+                    what = event.get("objectRef", {})
+                    if event["verb"] != "watch" and what.get("resource") != "clusterkopfpeerings":
+                        name = "/".join(filter(None, (what.get("resource"), what.get("subresource"))))
+                        counted[f"{event['verb']} {name}"] += 1
+        return counted
+
+
+class Api:
+    """The API server for this program, as the administrator."""
+
+    def __init__(self, port: int, token: str) -> None:
+        urllib3.disable_warnings()
+        self._url = f"https://127.0.0.1:{port}"
+        self._headers = {"Authorization": f"Bearer {token}"}
+        self._pool = urllib3.PoolManager(maxsize=40, cert_reqs="CERT_NONE")
+
+    def __call__(
+        self, method: str, path: str, body: Body | None = None, kind: str = "application/json"
+    ) -> Body:
+        headers = {**self._headers, "Content-Type": kind}
+        answer = self._pool.request(method, self._url + path, body=json.dumps(body), headers=headers)
+        found: Body = json.loads(answer.data)
+        if answer.status >= 300:
+            raise RuntimeError(f"{method} {path}: {found.get('message')}")
+        return found
+
+    def watch(self, path: str) -> Iterator[Body]:
+        """Events from now on, until the program ends."""
+        answer = self._pool.request(
+            "GET", f"{self._url}{path}&watch=true", headers=self._headers, preload_content=False, timeout=3600
+        )
+        rest = b""
+        for chunk in answer.stream(1 << 16):
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                yield json.loads(line)
+
+
+class Simulated:
+    """Plays the controllers and the kubelets."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+        self._threads = ThreadPoolExecutor(8)
+        self.pods = 0
+        self.failure: BaseException | None = None
+        self.seen: dict[tuple[str, str, int], float] = {}
+        """When each (namespace, frontend, replicas) was seen."""
+        for path, handle in (
+            ("/apis/apps/v1/statefulsets?", self._stateful_set),
+            ("/apis/apps/v1/deployments?", self._deployment),
+        ):
+            threading.Thread(target=self._follow, args=(path, handle), daemon=True).start()
+
+    def seen_since(self, namespace: str, frontend: str, replicas: int) -> float:
+        """When this edit, or a later one of the same deployment that overtook it, was seen; or infinity."""
+        seen = list(self.seen.items())
+        same = [(count, at) for (where, what, count), at in seen if (where, what) == (namespace, frontend)]
+        later = (at for count, at in same if count >= replicas)
+        return min(later, default=math.inf)
+
+    def _follow(self, path: str, handle: Callable[[str, Body], None]) -> None:
+        for event in self._api.watch(path):
+            handle(event["type"], event["object"])
+
+    def _stateful_set(self, kind: str, body: Body) -> None:
+        if kind == "ADDED":
+            self._threads.submit(self._guarded, self._make_pod, body)
+
+    def _guarded(self, work: Callable[[Body], None], body: Body) -> None:
+        try:
+            work(body)
+        except Exception as error:  # noqa: BLE001 - the main thread ends the benchmark with it
+            self.failure = error
+
+    def _make_pod(self, owner: Body) -> None:
+        metadata, template = owner["metadata"], owner["spec"]["template"]
+        reference = {"apiVersion": "apps/v1", "kind": "StatefulSet", "controller": True}
+        reference |= {"name": metadata["name"], "uid": metadata["uid"]}
+        name, namespace = f"{metadata['name']}-0", metadata["namespace"]
+        own = {"name": name, "labels": template["metadata"]["labels"], "ownerReferences": [reference]}
+        spec = {**template["spec"], "nodeName": "simulated"}
+        path = f"/api/v1/namespaces/{namespace}/pods"
+        self._api("POST", path, {"metadata": own, "spec": spec})
+        status = {
+            "phase": "Running",
+            "conditions": [{"type": "Ready", "status": "True"}],
+            "podIP": WORKER_ADDRESS,
+            "podIPs": [{"ip": WORKER_ADDRESS}],
+            "containerStatuses": [
+                {
+                    "name": "worker",
+                    "image": "i",
+                    "imageID": "i",
+                    "ready": True,
+                    "restartCount": 0,
+                    "state": {"running": {}},
+                }
+            ],
+        }
+        self._api("PATCH", f"{path}/{name}/status", {"status": status}, "application/merge-patch+json")
+        self.pods += 1
+
+    def _deployment(self, kind: str, body: Body) -> None:
+        metadata, replicas = body["metadata"], body["spec"]["replicas"]
+        self.seen.setdefault((metadata["namespace"], metadata["name"], replicas), time.monotonic())
+        if kind == "DELETED" or body.get("status", {}).get("observedGeneration") == metadata["generation"]:
+            return
+        self._threads.submit(self._guarded, self._count_replicas, body)
+
+    def _count_replicas(self, body: Body) -> None:
+        metadata = body["metadata"]
+        count = dict.fromkeys(("replicas", "updatedReplicas", "readyReplicas"), body["spec"]["replicas"])
+        status = {**count, "observedGeneration": metadata["generation"]}
+        path = f"/apis/apps/v1/namespaces/{metadata['namespace']}/deployments/{metadata['name']}/status"
+        self._api("PATCH", path, {"status": status}, "application/merge-patch+json")
+
+
+class Worker(inference_pb2_grpc.InferenceServiceServicer):
+    """What the operator asks a worker."""
+
+    def GetModel(  # noqa: N802
+        self,
+        request: inference_pb2.GetModelRequest,  # noqa: ARG002
+        context: grpc.ServicerContext,  # noqa: ARG002
+    ) -> inference_pb2.Model:
+        """Any model."""
+        return inference_pb2.Model(
+            name="stand-in", architecture="deepseek_v3", format="w4a8", context_length=4096
+        )
+
+
+def start_worker() -> grpc.Server:
+    """Listens as every simulated pod."""
+    server = grpc.server(ThreadPoolExecutor(4))
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(Worker(), server)  # type: ignore[abstract]
+    server.add_insecure_port(f"{WORKER_ADDRESS}:{names.GRPC_PORT}")
+    server.start()
+    return server
+
+
+class Operator:
+    """The operator as a process of its own."""
+
+    def __init__(self, directory: Path, kubeconfig: Path, checkout: Path, **settings: str) -> None:
+        self._log = (directory / "operator.log").open("ab")
+        sources = os.pathsep.join(str(checkout / part) for part in ("operator", "protos"))
+        variables = {f"MOE_OPERATOR_{name.upper()}": value for name, value in settings.items()}
+        environment = {**os.environ, "KUBECONFIG": str(kubeconfig), "PYTHONPATH": sources, **variables}
+        environment["PYTHONWARNINGS"] = "ignore"  # of urllib3, about certificates
+        command = [
+            str(Path(sys.executable).with_name("kopf")),
+            "run",
+            "-m",
+            "moe_operator.main",
+            "--all-namespaces",
+        ]
+        self.started = time.monotonic()
+        self.process = subprocess.Popen(
+            [*command, "--quiet"], env=environment, cwd=directory, stdout=self._log, stderr=self._log
+        )
+
+    def cpu_seconds(self) -> float:
+        """User and system time so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def memory_mib(self, field: str) -> float:
+        """VmRSS, or VmHWM for the highest."""
+        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+    def idle_after(self, limit: float) -> float:
+        """Seconds from the start until it used less than 3 % of a core for 3 s; infinite beyond the limit."""
+        quiet_since, before = None, self.cpu_seconds()
+        while time.monotonic() - self.started < limit:
+            time.sleep(1)
+            used, before = self.cpu_seconds() - before, self.cpu_seconds()
+            quiet_since = None if used > 0.03 else quiet_since or time.monotonic() - 1
+            if quiet_since is not None and time.monotonic() - quiet_since >= 3:
+                return quiet_since - self.started
+        return math.inf
+
+    def stop(self) -> None:
+        """Ends it as a kubelet would."""
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(25)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._log.close()
+
+
+def kubeconfig(directory: Path, port: int) -> Path:
+    """The operator's."""
+    content = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "here",
+        "clusters": [
+            {
+                "name": "here",
+                "cluster": {"server": f"https://127.0.0.1:{port}", "insecure-skip-tls-verify": True},
+            }
+        ],
+        "users": [{"name": "me", "user": {"token": OPERATOR_TOKEN}}],
+        "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me"}}],
+    }
+    path = directory / "kubeconfig"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def install(api: Api) -> None:
+    """CRDs and namespaces."""
+    for path in (ROOT / "crds").glob("*.yaml"):
+        for body in yaml.safe_load_all(path.read_text()):
+            api("POST", "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", body)
+    for name in NAMESPACES:
+        api("POST", "/api/v1/namespaces", {"metadata": {"name": name}})
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            api("GET", f"{CUSTOM}/{names.PLURAL}?limit=1")
+            return
+        except RuntimeError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+def place(number: int) -> str:
+    """Path of one deployment."""
+    return f"{CUSTOM}/namespaces/{NAMESPACES[number % len(NAMESPACES)]}/{names.PLURAL}"
+
+
+def make_deployments(api: Api, count: int, replicas: int) -> None:
+    """As users make them."""
+
+    def make(number: int) -> None:
+        spec = {"model": {"uri": "file:///mnt/models/docs-moe"}, "replicas": replicas}
+        body = {
+            "apiVersion": names.API_VERSION,
+            "kind": names.KIND,
+            "metadata": {"name": f"d{number}"},
+            "spec": spec,
+        }
+        api("POST", place(number), body)
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(make, range(count)))
+
+
+def wait_until_ready(api: Api, simulated: Simulated, count: int, replicas: int, limit: float) -> float:
+    """Seconds until every deployment says that it is Ready."""
+    started = time.monotonic()
+    with Progress(transient=True) as progress:
+        task = progress.add_task("pods, simulated", total=count * replicas)
+        while True:
+            progress.update(task, completed=simulated.pods)
+            if simulated.failure is not None:
+                raise simulated.failure
+            if simulated.pods >= count * replicas:
+                items = api("GET", f"{CUSTOM}/{names.PLURAL}")["items"]
+                conditions = [c for item in items for c in item.get("status", {}).get("conditions", [])]
+                if sum(c["type"] == "Ready" and c["status"] == "True" for c in conditions) == count:
+                    return time.monotonic() - started
+            if time.monotonic() - started > limit:
+                raise RuntimeError(f"not Ready within {limit:.0f} s; {simulated.pods} pods")
+            time.sleep(1)
+
+
+def edit(api: Api, simulated: Simulated, count: int, rate: float, seconds: float) -> list[float]:
+    """Edits at a steady rate; seconds from each one's answer until it was seen applied, sorted."""
+    order = [
+        n
+        for _ in range(math.ceil(rate * seconds / count))
+        for n in random.Random(0).sample(range(count), count)
+    ]
+    made: dict[tuple[str, str, int], float] = {}
+    lock, turns = threading.Lock(), collections.Counter[int]()
+
+    def one(number: int) -> None:
+        turns[number] += 1
+        replicas = 1 + turns[number]
+        change = {"spec": {"frontend": {"replicas": replicas}}}
+        api("PATCH", f"{place(number)}/d{number}", change, "application/merge-patch+json")
+        with lock:
+            made[NAMESPACES[number % len(NAMESPACES)], f"d{number}-frontend", replicas] = time.monotonic()
+
+    started = time.monotonic()
+    with ThreadPoolExecutor(8) as threads:
+        for turn, number in enumerate(order[: int(rate * seconds)]):
+            time.sleep(max(0.0, started + turn / rate - time.monotonic()))
+            threads.submit(one, number)
+    deadline = time.monotonic() + 120
+    while any(simulated.seen_since(*key) == math.inf for key in made) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return sorted(simulated.seen_since(*key) - at for key, at in made.items())
+
+
+def percentile(values: list[float], share: float) -> float:
+    """Of sorted values."""
+    return values[min(len(values) - 1, math.ceil(share * len(values)) - 1)]
+
+
+def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, str]:
+    """One run; the table's cells by row."""
+    count, replicas = arguments.deployments, arguments.replicas
+    server = Server(directory)
+    rows: dict[str, str] = {}
+    operator = None
+    try:
+        server.start_etcd()
+        server.start()
+        api = Api(server.port, "only-for-this-test")
+        install(api)
+        simulated, _worker = Simulated(api), start_worker()
+        config = kubeconfig(directory, server.port)
+        make_deployments(api, count, replicas)
+        operator = Operator(directory, config, arguments.operator, resync_seconds="3600")
+        took = wait_until_ready(api, simulated, count, replicas, arguments.limit)
+        rows["from nothing to all Ready"] = f"{took:.0f} s"
+        operator.idle_after(arguments.limit)
+        rows["memory, highest while making them"] = f"{operator.memory_mib('VmHWM'):.0f} MiB"
+
+        before = server.requests()
+        latencies = edit(api, simulated, count, arguments.rate, arguments.seconds)
+        time.sleep(3)
+        asked = server.asked(before, server.requests())
+        rows["edits"] = f"{len(latencies)} at {arguments.rate:g}/s"
+        for name, share in (("p50", 0.5), ("p99", 0.99), ("longest", 1.0)):
+            rows[f"edit to applied, {name}"] = f"{percentile(latencies, share) * 1e3:.0f} ms"
+        rows["requests for each edit"] = per(asked, len(latencies))
+        operator.stop()
+
+        before, resync = server.requests(), 60
+        operator = Operator(directory, config, arguments.operator, resync_seconds=str(resync))
+        rows["restart: seconds until it has looked at all"] = f"{operator.idle_after(arguments.limit):.0f} s"
+        asked = server.asked(before, server.requests())
+        writes = sum(n for what, n in asked.items() if not what.startswith(("get", "list")))
+        rows["restart: writes"] = f"{writes}"
+        rows["restart: requests"] = per(asked, 1)
+        before, cpu, start = server.requests(), operator.cpu_seconds(), time.monotonic()
+        time.sleep(resync)
+        asked = server.asked(before, server.requests())
+        rows["looking again at all, nothing changed: requests a deployment"] = per(asked, count)
+        load = (operator.cpu_seconds() - cpu) / (time.monotonic() - start)
+        rows["looking again at all once a minute: CPU"] = f"{load:.2f} cores"
+        rows["memory after a restart, now / highest"] = (
+            f"{operator.memory_mib('VmRSS'):.0f} / {operator.memory_mib('VmHWM'):.0f} MiB"
+        )
+        return rows
+    finally:
+        if operator is not None and operator.process.poll() is None:
+            operator.stop()
+        for name in list(server.processes):
+            server.kill(name)
+
+
+def per(asked: collections.Counter[str], count: int) -> str:
+    """Requests for each of `count`, in all and by kind."""
+    kinds = ", ".join(f"{n / count:.2f} {what}" for what, n in asked.most_common(6))
+    return f"{asked.total() / count:.2f}" + (f" ({kinds})" if kinds else "")
+
+
+def show(rows: dict[str, str], title: str, out: Iterable[str] = ()) -> None:
+    """Prints the table."""
+    print(title, *out)
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"  {name:<{width}}  {value}")
+
+
+def main() -> None:
+    """Runs it once."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--deployments", type=int, default=100)
+    parser.add_argument("--replicas", type=int, default=20, help="of each deployment, one pod each")
+    parser.add_argument("--rate", type=float, default=20, help="edits a second")
+    parser.add_argument("--seconds", type=float, default=30, help="of edits")
+    parser.add_argument("--limit", type=float, default=500, help="seconds that one phase may take")
+    parser.add_argument("--operator", type=Path, default=ROOT, metavar="CHECKOUT", help="whose operator")
+    parser.add_argument("--keep", type=Path, help="keep logs in this directory")
+    arguments = parser.parse_args()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = arguments.keep or Path(scratch)
+        directory.mkdir(parents=True, exist_ok=True)
+        rows = measure(arguments, directory)
+    total = arguments.deployments * arguments.replicas
+    took = time.monotonic() - began
+    show(rows, f"{arguments.deployments} deployments, {total} pods (simulated), {took:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()

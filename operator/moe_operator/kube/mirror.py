@@ -1,0 +1,139 @@
+"""What the API server holds of our objects, kept here: reading it costs no request.
+
+Filled by watches and by the answers to our own writes, so that a plan sees what the plan before it did. The
+newest resourceVersion wins, whichever way it came: Kubernetes lets those of one kind be compared as numbers.
+Objects are kept as compressed JSON: 20,000 pods as Python values would take half a gigabyte.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import zlib
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from moe_operator.manifests.objects import Manifest
+from moe_operator.resources import names
+
+_FASTEST = 1
+"""zlib level: a pod shrinks to a quarter in 60 us; higher levels gain little."""
+
+
+class Place(NamedTuple):
+    """Which object of a kind."""
+
+    namespace: str
+    name: str
+
+
+@dataclass(frozen=True)
+class _Entry:
+    version: int
+    uid: str
+    deployment: str
+    content: bytes
+
+
+@dataclass
+class Mirror:
+    """Objects of some kinds. Safe to use from several threads."""
+
+    kinds: frozenset[str]
+    """Those that somebody keeps true here; others are not taken."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _entries: dict[str, dict[Place, _Entry]] = field(default_factory=lambda: defaultdict(dict))
+    _by_deployment: dict[tuple[str, Place], set[Place]] = field(default_factory=lambda: defaultdict(set))
+    _complete: set[str] = field(default_factory=set)
+
+    def complete(self, kind: str) -> bool:
+        """Whether all objects of a kind have been listed once: only then does absence mean anything."""
+        return kind in self._complete
+
+    def put(self, kind: str, manifest: Manifest) -> bool:
+        """Takes an object unless a newer version is here; says whether it was new."""
+        if kind not in self.kinds:
+            return False
+        place, entry = _entry(manifest)
+        with self._lock:
+            return self._put(kind, place, entry)
+
+    def drop(self, kind: str, namespace: str, name: str, uid: str) -> None:
+        """Forgets an object that is gone, but not one that took its name since."""
+        place = Place(namespace, name)
+        with self._lock:
+            entry = self._entries[kind].get(place)
+            if entry is not None and entry.uid == uid:
+                self._drop(kind, place)
+
+    def replace(self, kind: str, listed: Mapping[Place, int], version: int) -> set[Place]:
+        """After a whole list at a version, of which every object was put: forgets those that it lacks.
+
+        Returns the deployments, as (namespace, name), that lost an object.
+        """
+        with self._lock:
+            stale = [
+                place
+                for place, entry in self._entries[kind].items()
+                if place not in listed and entry.version <= version
+            ]
+            losers = {Place(place.namespace, self._entries[kind][place].deployment) for place in stale}
+            for place in stale:
+                self._drop(kind, place)
+            self._complete.add(kind)
+            return losers
+
+    def get(self, kind: str, namespace: str, name: str) -> Manifest | None:
+        """An object, or None when there is none here."""
+        with self._lock:
+            entry = self._entries[kind].get(Place(namespace, name))
+        return None if entry is None else _unpacked(entry)
+
+    def of_deployment(self, kind: str, namespace: str, deployment: str) -> list[Manifest]:
+        """The objects that carry a deployment's label."""
+        with self._lock:
+            places = sorted(self._by_deployment.get((kind, Place(namespace, deployment)), ()))
+            entries = [self._entries[kind][place] for place in places]
+        return [_unpacked(entry) for entry in entries]
+
+    def _put(self, kind: str, place: Place, entry: _Entry) -> bool:
+        before = self._entries[kind].get(place)
+        if before is not None and before.version >= entry.version:
+            return False
+        if before is not None and before.deployment != entry.deployment:
+            self._drop(kind, place)
+        self._entries[kind][place] = entry
+        self._by_deployment[kind, Place(place.namespace, entry.deployment)].add(place)
+        return True
+
+    def _drop(self, kind: str, place: Place) -> None:
+        entry = self._entries[kind].pop(place)
+        owner = (kind, Place(place.namespace, entry.deployment))
+        self._by_deployment[owner].discard(place)
+        if not self._by_deployment[owner]:
+            del self._by_deployment[owner]
+
+
+def deployment_of(manifest: Mapping[str, Any]) -> str:
+    """The deployment whose label an object carries; of a MoEDeployment, its own name."""
+    metadata = manifest["metadata"]
+    return str((metadata.get("labels") or {}).get(names.LABEL_NAME) or metadata["name"])
+
+
+def _entry(manifest: Manifest) -> tuple[Place, _Entry]:
+    metadata = {name: value for name, value in manifest["metadata"].items() if name != "managedFields"}
+    text = json.dumps({**manifest, "metadata": metadata}, separators=(",", ":"))
+    entry = _Entry(
+        int(metadata["resourceVersion"]),
+        metadata["uid"],
+        deployment_of(manifest),
+        zlib.compress(text.encode(), _FASTEST),
+    )
+    return Place(metadata["namespace"], metadata["name"]), entry
+
+
+def _unpacked(entry: _Entry) -> Manifest:
+    found: Manifest = json.loads(zlib.decompress(entry.content))
+    return found

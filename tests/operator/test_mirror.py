@@ -1,0 +1,149 @@
+"""What is kept of the API server's objects: the newest of each, however it came, and none that is gone."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_operator.errors import ClusterUnavailableError
+from moe_operator.kube.client import Chunk, HistoryExpiredError
+from moe_operator.kube.follow import Follower
+from moe_operator.kube.mirror import Mirror, Place
+
+
+def pod(name, version, deployment="docs", uid=None, **more):
+    metadata = {
+        "namespace": "default",
+        "name": name,
+        "uid": uid or f"uid-{name}",
+        "resourceVersion": str(version),
+        "labels": {"serving.moe-operator.dev/name": deployment},
+        "managedFields": [{"manager": "somebody"}],
+    }
+    return {"kind": "Pod", "metadata": metadata, **more}
+
+
+def names(mirror, deployment="docs"):
+    return [found["metadata"]["name"] for found in mirror.of_deployment("Pod", "default", deployment)]
+
+
+@pytest.fixture
+def mirror():
+    return Mirror(frozenset({"Pod"}))
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 9), st.sampled_from(["x", "y"])), max_size=30)
+)
+def test_the_newest_version_of_each_stays_whatever_the_order(steps):
+    mirror, newest = Mirror(frozenset({"Pod"})), {}
+    for name, version, deployment in steps:
+        new = mirror.put("Pod", pod(name, version, deployment))
+        assert new == (version > newest.get(name, (0, ""))[0])
+        newest[name] = max(newest.get(name, (0, "")), (version, deployment), key=lambda known: known[0])
+    for deployment in ("x", "y"):
+        assert names(mirror, deployment) == sorted(n for n, known in newest.items() if known[1] == deployment)
+
+
+def test_an_object_comes_back_as_it_was_but_for_who_set_what(mirror):
+    mirror.put("Pod", pod("a", 1, status={"phase": "Running"}))
+    expected = pod("a", 1, status={"phase": "Running"})
+    del expected["metadata"]["managedFields"]
+    assert mirror.get("Pod", "default", "a") == expected
+
+
+def test_a_late_deletion_takes_nothing_from_a_successor_of_the_same_name(mirror):
+    mirror.put("Pod", pod("a", 1, uid="first"))
+    mirror.put("Pod", pod("a", 5, uid="second"))
+    mirror.drop("Pod", "default", "a", "first")
+    assert names(mirror) == ["a"]
+    mirror.drop("Pod", "default", "a", "second")
+    assert names(mirror) == []
+
+
+def test_a_list_takes_out_what_it_lacks_unless_it_is_younger_than_the_list(mirror):
+    mirror.put("Pod", pod("gone", 3))
+    mirror.put("Pod", pod("there", 4))
+    mirror.put("Pod", pod("made-since", 12))
+    assert not mirror.complete("Pod")
+    assert mirror.replace("Pod", {Place("default", "there"): 4}, 10) == {Place("default", "docs")}
+    assert names(mirror) == ["made-since", "there"]
+    assert mirror.complete("Pod")
+
+
+def test_kinds_that_nobody_follows_are_not_kept(mirror):
+    assert not mirror.put("Secret", pod("a", 1))
+    assert mirror.get("Secret", "default", "a") is None
+
+
+class Script:
+    """Plays the API server: each list and each watch is the next in a row; at the end, silence."""
+
+    def __init__(self, *answers):
+        self._answers = list(answers)
+        self.done = threading.Event()
+
+    def _next(self):
+        if not self._answers:
+            self.done.set()
+            threading.Event().wait(3600)
+        return self._answers.pop(0)
+
+    def chunk(self, kind, label, limit, following):
+        items, version, more = self._next()
+        return Chunk(items, str(version), more)
+
+    def watch(self, kind, label, version):
+        for event in self._next():
+            if isinstance(event, Exception):
+                raise event
+            yield event
+
+
+def follow(mirror, *answers):
+    """Follows a script to its end; returns the deployments that were told of."""
+    script, told = Script(*answers), []
+    Follower(script, mirror, "Pod", lambda namespace, deployment: told.append(deployment)).start()
+    assert script.done.wait(20)
+    return told
+
+
+def test_a_list_comes_in_chunks_and_a_watch_goes_on_from_there(mirror):
+    told = follow(
+        mirror,
+        ([pod("a", 1)], 10, "more"),
+        ([pod("b", 2)], 10, None),
+        [
+            {"type": "ADDED", "object": pod("c", 11)},
+            {"type": "BOOKMARK", "object": {"metadata": {"resourceVersion": "12"}}},
+            {"type": "DELETED", "object": pod("a", 13)},
+        ],
+    )
+    assert names(mirror) == ["b", "c"]
+    assert told == ["docs"] * 4
+
+
+def test_what_our_own_write_brought_already_is_no_news(mirror):
+    mirror.put("Pod", pod("a", 11))
+    assert follow(mirror, ([], 10, None), [{"type": "ADDED", "object": pod("a", 11)}]) == []
+    assert names(mirror) == ["a"]
+
+
+def test_a_deletion_that_no_watch_told_of_is_found_by_the_next_list(mirror):
+    told = follow(
+        mirror,
+        ([pod("a", 1), pod("b", 2, "other")], 10, None),
+        [HistoryExpiredError("too old resource version")],
+        ([pod("b", 2, "other")], 20, None),
+    )
+    assert names(mirror) == []
+    assert told == ["docs", "other", "docs"]
+
+
+def test_a_watch_that_breaks_off_goes_on_where_it_was(mirror):
+    broken = [{"type": "ADDED", "object": pod("a", 11)}, ClusterUnavailableError("the connection is gone")]
+    follow(mirror, ([], 10, None), broken, [{"type": "ADDED", "object": pod("b", 12)}])
+    assert names(mirror) == ["a", "b"]
