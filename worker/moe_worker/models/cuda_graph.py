@@ -16,7 +16,7 @@ from moe_worker.models.cuda import CudaModel, Rows
 def batch_sizes(largest: int) -> list[int]:
     """Sizes that graphs are made for: powers of two, steps of 8 up to 64 and of 32 above, and `largest`.
 
-    Padding then costs a third at worst where steps are short, and an eighth where they are long.
+    Padding goes to no expert, so that it costs little.
     """
     sizes = {1, 2, 4, largest} | set(range(8, min(largest, 64) + 1, 8)) | set(range(64, largest + 1, 32))
     return sorted(size for size in sizes if size <= largest)

@@ -27,7 +27,7 @@ class TokenTiles(NamedTuple):
     most: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["page_stride"])
 def _attend(
     query, cache, pages, positions, tile_sequence, tile_first, tile_count, out, out_lse, scale, page_stride,
     HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr, SLICES: tl.constexpr,
@@ -106,7 +106,7 @@ def attend(
     return out_THSR, lse_THS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _merge(
     parts, lse, value, out, out_q, out_scale, tokens,
     HEADS: tl.constexpr, RANK: tl.constexpr, VALUE: tl.constexpr, SLICES: tl.constexpr,

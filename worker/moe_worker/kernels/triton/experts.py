@@ -26,7 +26,7 @@ class Blocks(NamedTuple):
     size: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "blocks"])
 def _sort(
     experts, counts, rows, block_experts, total, blocks,
     EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
@@ -64,7 +64,7 @@ def sort_by_expert(experts_TK: Tensor, counts_A: Tensor, size: int) -> Blocks:
     _sort[(experts,)](
         experts_TK, counts_A, rows, experts_C, total, blocks,
         EXPERTS=experts, BLOCK_E=triton.next_power_of_2(experts), BLOCK_M=size,
-        CHUNK=min(2048, max(32, triton.next_power_of_2(total))), num_warps=4,
+        CHUNK=256 if total <= 256 else 2048, num_warps=4,
     )  # fmt: skip
     return Blocks(rows, experts_C, size)
 
@@ -74,7 +74,7 @@ def _swiglu(gate, up):
     return gate / (1.0 + tl.exp(-gate)) * up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def _gate_up_int4(
     x, x_scale, packed, scales, rows, block_experts, out, out_scale, total,
     PER_TOKEN: tl.constexpr, INNER: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr,
@@ -120,7 +120,7 @@ def _gate_up_int4(
             tl.store(where, hidden_NM.to(tl.bfloat16), mask=mask_M[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def _down_int4(
     x, x_scale, packed, scales, rows, block_experts, weights, out, total,
     OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, PIECE: tl.constexpr,
@@ -144,7 +144,7 @@ def _down_int4(
         tl.store(where, (acc_NM * share_M[None, :]).to(tl.bfloat16), mask=mask_M[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def _gate_up_bf16(
     x, weight, rows, block_experts, out, total,
     PER_TOKEN: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr,
@@ -171,7 +171,7 @@ def _gate_up_bf16(
         tl.store(where, _swiglu(gate_NM, up_NM).to(tl.bfloat16), mask=mask_M[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def _down_bf16(
     x, weight, rows, block_experts, weights, out, total,
     OUTPUTS: tl.constexpr, INNER: tl.constexpr,

@@ -38,7 +38,7 @@ def _turn(source, target, stride_in, stride_out, token_M, mask_M, position_M, ta
     tl.store(to + 1, (a * sin + b * cos).to(target.dtype.element_ty), mask=mask_M[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _latent(
     query, query_stride, latent, latent_stride, norm, key, table, positions, rows, cache, out, tokens, eps,
     HEADS: tl.constexpr, PLAIN: tl.constexpr, ROPE: tl.constexpr, RANK: tl.constexpr, COUNTED: tl.constexpr,

@@ -11,7 +11,7 @@ from moe_worker.kernels.triton.norm import Activation
 from moe_worker.kernels.triton.tiles import PackedInt4, Tile, dot_int4_group
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _linear_int4(
     x, x_scale, packed, scales, out, tokens,
     OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, PIECE: tl.constexpr,

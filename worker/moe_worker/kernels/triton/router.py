@@ -25,7 +25,7 @@ class Choice(NamedTuple):
     pair: bool = True
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _logits(
     x, weight, out, tokens,
     WIDTH: tl.constexpr, EXPERTS: tl.constexpr, SLICE: tl.constexpr,
@@ -72,7 +72,7 @@ def _kept_groups(
     return tl.where(kept_ME > 0, choice_ME, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _choose(
     logits, bias, experts, weights, counts, valid, tokens, scale,
     EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, SLICES: tl.constexpr,

@@ -15,6 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Numbers of tokens, rows and blocks are not specialized in any kernel: a server meets all of them, and each
+# variant takes a second to compile.
+
 # Weights share a scale over 128 inputs; activations over 128, or over 64 where a width is no multiple of 128.
 GROUP = 128
 PIECE = 64

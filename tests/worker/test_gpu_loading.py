@@ -1,0 +1,102 @@
+"""What loading decides about a GPU, without one: whether the kernels take a model, and whether it fits."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.gpu_random import LARGE, SMALL, config_of, random_model
+from moe_worker.config.quantization import PackedStorage
+from moe_worker.engine import gpu
+from moe_worker.errors import SettingsError
+from moe_worker.kernels import registry
+
+pytest.importorskip("triton")
+from moe_worker.models.cuda_graph import batch_sizes
+
+QWEN = {
+    "model_type": "qwen3_moe", "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96,
+    "moe_intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 256,
+}  # fmt: skip
+REFUSED = {
+    "attention of qwen3_moe": (QWEN, "bf16"),
+    "attention_bias to be false": (SMALL | {"attention_bias": True}, "bf16"),
+    "qk_rope_head_dim to be 16, 32": (SMALL | {"qk_rope_head_dim": 8}, "bf16"),
+    "hidden_size to be a multiple of 64": (SMALL | {"hidden_size": 96}, "bf16"),
+    "v_head_dim to be a multiple of 64 in four bits": (SMALL | {"v_head_dim": 48}, "w4a8"),
+    "dtype float32 was asked for": (SMALL, "fp32"),
+}
+
+
+@pytest.mark.parametrize(("reason", "case"), REFUSED.items(), ids=REFUSED)
+def test_models_that_the_kernels_do_not_take_are_computed_by_the_reference(reason, case):
+    values, number_format = case
+    hardware = gpu.probe_gpu(config_of(values), number_format)
+    assert hardware.kernels is None
+    assert reason in hardware.reason
+    assert registry.choose("pass", number_format, hardware).implementation == "reference"
+
+
+@pytest.mark.parametrize("storage", [PackedStorage(128, symmetric=False), PackedStorage(32, symmetric=True)])
+def test_four_bits_in_another_layout_are_said(storage):
+    hardware = gpu.probe_gpu(replace(config_of(LARGE), storage=storage), "w4a16")
+    assert hardware.kernels is None
+    assert "symmetric int4 in groups of 128" in hardware.reason
+
+
+@pytest.mark.parametrize("number_format", ["bf16", "w4a16", "w4a8"])
+def test_models_of_published_sizes_run_on_the_kernels(number_format):
+    hardware = gpu.probe_gpu(config_of(LARGE), number_format)
+    for operation in registry.OPERATIONS:
+        assert registry.choose(operation, number_format, hardware).implementation == "triton"
+
+
+def stored_bytes(model):
+    """Of all weights of a model that was built."""
+    seen, todo = {}, [model]
+    while todo:
+        each = todo.pop()
+        if isinstance(each, torch.Tensor):
+            seen[each.data_ptr()] = each.nbytes
+        elif isinstance(each, tuple | list):
+            todo += each
+        elif hasattr(each, "__dataclass_fields__"):
+            todo += [getattr(each, name) for name in each.__dataclass_fields__ if name != "rotations_CP"]
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("number_format", ["dense", "w4a8"])
+def test_the_estimate_of_weights_is_near_what_they_take(number_format):
+    values = SMALL | {
+        "hidden_size": 512,
+        "moe_intermediate_size": 384,
+        "vocab_size": 4000,
+        "num_hidden_layers": 3,
+    }
+    taken = stored_bytes(random_model(values, number_format, 16, torch.device("cpu")))
+    name = "bf16" if number_format == "dense" else number_format
+    assert gpu.weight_bytes(config_of(values), name) == pytest.approx(taken, rel=0.05)
+
+
+def test_weights_that_do_not_fit_are_refused_with_what_would():
+    config, device = config_of(LARGE), torch.device("cuda:1")
+    gpu.check_weights_fit(config, "bf16", device, free=40 * 10**9)
+    with pytest.raises(
+        SettingsError, match=r"31.4 GB as bf16, and cuda:1 has 24.0 GB free; use --format w4a8, "
+    ):
+        gpu.check_weights_fit(config, "bf16", device, free=24 * 10**9)
+    with pytest.raises(SettingsError, match=r"has 4.0 GB free; use a larger GPU"):
+        gpu.check_weights_fit(config, "w4a8", device, free=4 * 10**9)
+
+
+@given(st.integers(1, 1000))
+def test_every_batch_has_a_recorded_step_that_is_not_twice_its_size(largest):
+    sizes = batch_sizes(largest)
+    assert sizes[-1] == largest
+    for count in range(1, largest + 1):
+        size = next(size for size in sizes if size >= count)
+        assert size < 2 * count
+        assert size <= count + 31 or largest <= 64
