@@ -62,6 +62,10 @@ class QueueFullError(WorkerError):
         self.retry_after_s = retry_after_s
 
 
+class DeviceMemoryError(WorkerError):
+    """The device has no memory left even for the smallest step."""
+
+
 class EngineDiedError(WorkerError):
     """The engine process ended while it was needed; another worker may answer."""
 

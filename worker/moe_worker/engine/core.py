@@ -18,6 +18,7 @@ from moe_worker.engine.flight import Flight
 from moe_worker.engine.loading import LoadedModel
 from moe_worker.engine.requests import Delta, FinishReason, Load, Request
 from moe_worker.engine.statistics import Event, ExpertStatistics, LayerExperts, Statistics, Tally
+from moe_worker.errors import DeviceMemoryError
 from moe_worker.models.batch import Batch, Segment
 from moe_worker.sampling.logprobs import TokenLogprobs
 from moe_worker.sampling.sampler import Sampled, Sampler
@@ -174,7 +175,12 @@ class EngineCore:
     def _launch(self, step: Step) -> None:
         try:
             self._flights.append(self._compute(step))
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
+            if step.tokens == 1 and not self._flights:
+                raise DeviceMemoryError(
+                    f"{self._loaded.device} has no memory left for a step of one token; lower the KV memory, "
+                    "or use a smaller format"
+                ) from error
             log.warning("out of memory in a step of %d tokens; going on with smaller ones", step.tokens)
             torch.cuda.empty_cache()
             self._scheduler.retract(step, shrink=True)
