@@ -31,6 +31,9 @@ class Settings:
     recheck_seconds: float = 5.0
     """How soon to look again while something that sends no event is awaited (a worker's answer)."""
 
+    routing_seconds: float = 0.5
+    """How soon to ask again whether the frontends send requests to a worker that takes them now."""
+
     retry_first_seconds: float = 1.0
     """Pause after the first failed reconcile of a deployment; doubles with each further failure.
 

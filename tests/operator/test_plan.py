@@ -5,8 +5,6 @@ from __future__ import annotations
 from datetime import timedelta
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from moe_operator.manifests.objects import Key, key
 from moe_operator.manifests.plan import Plan, invalid, refused, transitions
@@ -18,6 +16,10 @@ def condition(world: World, kind: str) -> Condition:
     found = world.status.condition(kind)
     assert found is not None
     return found
+
+
+def kinds(plan: Plan) -> list[str]:
+    return [manifest["kind"] for manifest in plan.apply]
 
 
 def reasons(plan: Plan) -> list[str]:
@@ -36,6 +38,7 @@ def test_a_new_deployment_gets_its_objects_accounts_first():
         Key("Service", "docs-workers"),
         Key("Service", "docs-frontend"),
         Key("Deployment", "docs-frontend"),
+        Key("ControllerRevision", f"docs-{world.status.revision}"),
         Key("StatefulSet", "docs-0"),
         Key("StatefulSet", "docs-1"),
     ]
@@ -81,79 +84,143 @@ def test_a_transition_keeps_its_time_until_the_status_changes():
     assert world.now > START
 
 
-def test_a_change_rolls_one_replica_at_a_time():
-    world = settled(replicas=3)
+def test_a_change_brings_new_replicas_before_old_ones_leave():
+    world = settled(replicas=2)
     old = world.revisions()[0]
     world.change(engine={"maxBatchSize": 4})
-    order = []
-    for _ in range(3):
+    seen = []
+    for _ in range(6):
         world.step()
-        updated = [rank for rank, revision in world.revisions().items() if revision != old]
-        order.append(updated)
-        assert world.serving() == 2
-        world.step()
-        assert [rank for rank, revision in world.revisions().items() if revision != old] == updated
-        assert condition(world, READY).status == "False"
-        world.ready(updated[-1])
-    world.step()
-    assert order == [[0], [0, 1], [0, 1, 2]]
+        seen.append({rank: revision == old for rank, revision in world.revisions().items()})
+        assert condition(world, READY).status == "True"
+        assert world.serving() >= 2
+        world.all_ready()
+    assert seen[:4] == [
+        {0: True, 1: True, 2: False},
+        {0: True, 2: False},
+        {0: True, 1: False, 2: False},
+        {1: False, 2: False},
+    ]
     assert condition(world, PROGRESSING).reason == "Complete"
-    assert world.status.updated_replicas == 3
+    assert (world.status.updated_replicas, world.status.rollout) == (2, None)
 
 
-def test_a_broken_change_stops_after_the_first_replica_and_its_repair_starts_there():
+def test_where_there_is_no_room_an_old_replica_makes_it():
+    world = settled(replicas=2)
+    world.change(engine={"maxBatchSize": 4})
+    world.step()
+    world.unplace(2)
+    world.step()
+    assert sorted(world.revisions()) == [0, 1, 2], "the scheduler may still find a node"
+    world.now += timedelta(seconds=10)
+    plan = world.step()
+    assert [deletion.key.name for deletion in plan.delete] == ["docs-1"]
+    world.step()
+    assert sorted(world.revisions()) == [0, 2]
+    assert condition(world, READY).status == "False"
+    world.ready(2)
+    world.step()
+    assert condition(world, READY).status == "True"
+
+
+def test_where_no_old_replica_may_make_room_the_condition_says_so():
+    world = settled(replicas=2, rollout={"maxUnavailable": 0})
+    world.change(engine={"maxBatchSize": 4})
+    world.step()
+    world.unplace(2)
+    world.now += timedelta(seconds=10)
+    for _ in range(3):
+        assert world.step().delete == ()
+    found = condition(world, PROGRESSING)
+    assert (found.status, found.reason) == ("False", "InsufficientCapacity")
+    assert "Insufficient nvidia.com/gpu" in found.message
+    assert "spec.rollout.maxUnavailable" in found.message
+    assert condition(world, READY).status == "True"
+
+
+def test_a_broken_change_leaves_what_serves_alone_and_its_repair_takes_it_away():
     world = settled(replicas=3)
     good = world.revisions()[0]
     world.change(model={"uri": "file:///mnt/models/missing"})
     world.step()
-    world.fail(0, 2, "loading\nerror: /mnt/models/missing/config.json: no such file\n")
+    world.fail(3, 2, "loading\nerror: /mnt/models/missing/config.json: no such file\n")
     for _ in range(3):
         world.step()
-    assert [revision == good for revision in world.revisions().values()] == [False, True, True]
-    assert condition(world, READY).message == (
-        "2 of 3 replicas answer; docs-0-0: /mnt/models/missing/config.json: no such file"
+    assert sum(revision == good for revision in world.revisions().values()) == 3
+    assert condition(world, READY).status == "True"
+    assert condition(world, PROGRESSING).message == (
+        "docs-3-0 cannot start: /mnt/models/missing/config.json: no such file"
     )
     world.change(model={"uri": "file:///mnt/models/docs-moe"})
     plan = world.step()
-    assert [key(manifest).name for manifest in plan.apply] == ["docs-0"]
-    assert set(world.revisions().values()) == {good}
+    assert [deletion.key.name for deletion in plan.delete] == ["docs-3"]
+    assert kinds(plan) == ["ControllerRevision"], "of which the good one is the newest again"
+    world.step()
+    assert (set(world.revisions().values()), condition(world, PROGRESSING).reason) == ({good}, "Complete")
 
 
-def test_replicas_that_do_not_serve_are_updated_at_once():
+def test_a_rollout_that_comes_no_further_stops_at_its_deadline():
+    world = settled(replicas=2, rollout={"progressDeadlineSeconds": 60})
+    world.change(engine={"maxBatchSize": 4})
+    world.step()
+    world.ready(2)
+    world.step()
+    world.step()
+    world.now += timedelta(seconds=61)
+    before = world.revisions()
+    world.step()
+    found = condition(world, PROGRESSING)
+    assert (found.status, found.reason) == ("False", "ProgressDeadlineExceeded")
+    assert "no further replica was ready for 60 s" in found.message
+    assert world.revisions() == before
+    assert condition(world, READY).status == "True"
+    world.ready(*before)
+    for _ in range(3):
+        world.step()
+        world.all_ready()
+    assert condition(world, PROGRESSING).reason == "Complete", "late is better than never"
+
+
+def test_a_paused_rollout_changes_nothing_and_scales_at_the_old_revision():
+    world = settled(replicas=2)
+    old = world.revisions()[0]
+    world.change(engine={"maxBatchSize": 4}, rollout={"pause": True})
+    assert "StatefulSet" not in kinds(world.step())
+    assert condition(world, PROGRESSING).reason == "Paused"
+    world.change(replicas=3)
+    world.step()
+    assert world.revisions() == {0: old, 1: old, 2: old}
+    world.all_ready()
+    assert world.step().apply == ()
+    world.change(rollout={"pause": False})
+    for _ in range(8):
+        world.step()
+        world.all_ready()
+    assert old not in world.revisions().values()
+
+
+def test_a_partition_keeps_so_many_at_the_old_revision():
+    world = settled(replicas=3)
+    old = world.revisions()[0]
+    world.change(engine={"maxBatchSize": 4}, rollout={"partition": 2})
+    for _ in range(6):
+        world.step()
+        world.all_ready()
+    assert sorted(revision == old for revision in world.revisions().values()) == [False, True, True]
+    found = condition(world, PROGRESSING)
+    assert (found.status, found.reason) == ("False", "PartitionReached")
+    assert found.message.endswith("spec.rollout.partition leaves 2 at an older one")
+
+
+def test_replicas_that_do_not_serve_are_replaced_at_once():
     world = World(deployment(replicas=3, model={"uri": "file:///mnt/models/missing"}))
     world.step()
+    broken = set(world.revisions().values())
     world.change(model={"uri": "file:///mnt/models/docs-moe"})
-    assert [key(m).name for m in world.step().apply if m["kind"] == "StatefulSet"] == [
-        "docs-0",
-        "docs-1",
-        "docs-2",
-    ]
-
-
-# No deadline: the machine is shared, and one example is up to 40 plans.
-@settings(deadline=None)
-@given(st.data())
-def test_a_rollout_never_has_two_serving_replicas_down(data):
-    replicas = data.draw(st.integers(1, 5))
-    world = settled(replicas=replicas)
-    world.change(engine={"maxBatchSize": 7})
-    for _ in range(data.draw(st.integers(0, 30))):
-        before = {name: pod["metadata"]["labels"] for name, pod in world.pods.items()}
-        serving = world.serving()
-        world.step()
-        taken_down = [
-            name
-            for name, labels in before.items()
-            if world.pods[name]["metadata"]["labels"] != labels and serving == replicas
-        ]
-        assert len(taken_down) <= 1
-        assert world.serving() >= min(serving, replicas - 1)
-        rank = data.draw(st.integers(0, replicas - 1))
-        world.ready(rank, ready=data.draw(st.booleans()))
-    for _ in range(2 * replicas):
-        world.ready(*range(replicas))
-        world.step()
-    assert set(world.revisions().values()) == {world.status.revision}
+    world.step()
+    world.step()
+    assert len(world.revisions()) == 3
+    assert not broken & set(world.revisions().values())
 
 
 def test_scaling_down_deletes_the_highest_ranks_first():
@@ -164,6 +231,18 @@ def test_scaling_down_deletes_the_highest_ranks_first():
     assert "ReplicaRemoved" in reasons(plan)
     world.step()
     assert (world.status.replicas, condition(world, READY).status) == (2, "True")
+
+
+def test_of_replicas_that_may_leave_the_idlest_does():
+    world = settled(replicas=3)
+    world.change(replicas=2)
+    assert {pod.name for pod in world.look().choice} == {"docs-0-0", "docs-1-0", "docs-2-0"}
+    world.work = {"docs-0-0": 3, "docs-1-0": 1, "docs-2-0": 2}
+    plan = world.step()
+    assert [deletion.key.name for deletion in plan.delete] == ["docs-1"]
+    assert plan.drain == ("10.244.0.9",)
+    (removal,) = (found for found in plan.decisions if found.reason == "ReplicaRemoved")
+    assert removal.message == "deleting StatefulSet docs-1: 2 wanted; it finishes 1 requests"
 
 
 def test_scaling_does_not_restart_the_replicas_that_stay():
@@ -221,11 +300,12 @@ def test_objects_of_others_are_never_touched():
     name = Key("StatefulSet", "docs-1")
     world.children[name] = {"kind": "StatefulSet", "metadata": {"name": "docs-1", "uid": "other"}, "spec": {}}
     plan = world.step()
-    assert name not in [key(manifest) for manifest in plan.apply]
-    assert condition(world, READY).reason == "NameConflict"
-    assert "StatefulSet docs-1 exists and belongs to somebody else" in condition(world, READY).message
+    assert [key(manifest).name for manifest in plan.apply if manifest["kind"] == "StatefulSet"] == [
+        "docs-0",
+        "docs-2",
+    ]
     world.change(replicas=1)
-    assert world.step().delete == ()
+    assert [deletion.key.name for deletion in world.step().delete] == ["docs-2"]
 
 
 def test_a_child_whose_owner_was_taken_away_is_adopted_without_a_restart():
@@ -417,3 +497,22 @@ def test_a_refusal_is_why_a_new_deployment_is_not_ready():
         READY: "ApplyRefused",
         PROGRESSING: "ApplyRefused",
     }
+
+
+def records(world: World) -> dict[int, str]:
+    """Numbers of the revisions on record, and their contextLength."""
+    found = (child for name, child in world.children.items() if name.kind == "ControllerRevision")
+    return {one["revision"]: one["data"]["spec"]["engine"].get("contextLength") for one in found}
+
+
+def test_every_revision_is_on_record_the_newest_with_the_highest_number():
+    world = settled(replicas=1, revisionHistoryLimit=2)
+    for length in (100, 200, 300, 400):
+        world.change(engine={"contextLength": length})
+        for _ in range(4):
+            world.step()
+            world.all_ready()
+    assert records(world) == {3: 200, 4: 300, 5: 400}
+    world.change(engine={"contextLength": 300})
+    world.step()
+    assert records(world)[6] == 300

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from moe_operator.manifests.decision import timestamp
 from moe_operator.manifests.objects import Key, key
 from moe_operator.manifests.observed import Observed
 from moe_operator.manifests.pinning import with_pins
@@ -37,13 +38,14 @@ class World:
     pods: dict[str, dict[str, Any]] = field(default_factory=dict)
     now: datetime = START
     model: ModelInfo | None = None
+    work: dict[str, int] = field(default_factory=dict)
 
     @property
     def status(self) -> Status:
         return self.deployment.status
 
     def look(self) -> Plan:
-        observed = Observed(self.children, tuple(self.pods.values()), self.model)
+        observed = Observed(self.children, tuple(self.pods.values()), self.model, self.work)
         return plan(with_pins(self.deployment, observed), observed, self.now)
 
     def step(self) -> Plan:
@@ -87,6 +89,22 @@ class World:
             status = self.pods[f"docs-{rank}-0"]["status"]
             status["conditions"] = [{"type": "Ready", "status": "True" if ready else "False"}]
             status["containerStatuses"] = [{"name": "worker", "ready": ready, "state": {"running": {}}}]
+
+    def all_ready(self) -> None:
+        self.ready(*self.revisions())
+
+    def unplace(self, *ranks: int) -> None:
+        """The scheduler: no node takes the leaders."""
+        for rank in ranks:
+            self.pods[f"docs-{rank}-0"]["status"]["conditions"] = [
+                {
+                    "type": "PodScheduled",
+                    "status": "False",
+                    "reason": "Unschedulable",
+                    "message": "0/1 nodes are available: 1 Insufficient nvidia.com/gpu.",
+                    "lastTransitionTime": timestamp(self.now),
+                }
+            ]
 
     def frontend_ready(self, count: int = 1) -> None:
         status = {"replicas": 1, "updatedReplicas": 1, "readyReplicas": count}

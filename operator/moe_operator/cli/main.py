@@ -4,6 +4,7 @@ import click
 
 from moe_operator.cli.generate import generate
 from moe_operator.cli.load import load
+from moe_operator.cli.rollout import rollout
 from moe_operator.cli.status import status
 from moe_operator.cli.tokenize import tokenize
 
@@ -15,6 +16,7 @@ def main() -> None:
 
     \b
     See what is deployed:    moe status
+    Follow a change of it:   moe rollout status NAME
     Reach it from here:      kubectl port-forward service/NAME-frontend 8000
     Ask it:                  moe generate "A pod is"
     Play a recorded load:    moe load TRACE --speed 60
@@ -32,3 +34,4 @@ main.add_command(generate)
 main.add_command(tokenize)
 main.add_command(status)
 main.add_command(load)
+main.add_command(rollout)

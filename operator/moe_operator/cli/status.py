@@ -6,12 +6,9 @@ from typing import Any, Final
 
 import click
 
-from moe_operator.cli import errors
-from moe_operator.cli.errors import CommandError
+from moe_operator.cli.kube import TIMEOUT_S, reading
 from moe_operator.resources import names
 
-_TIMEOUT_S: Final = 10
-_ABSENT: Final = 404
 _FORBIDDEN: Final = 403
 
 
@@ -55,43 +52,11 @@ def _read(
     Raises:
         CommandError: there is no cluster, it does not answer, or it has no such object.
     """
-    import kubernetes  # noqa: PLC0415
-    import urllib3  # noqa: PLC0415
-    import yaml  # noqa: PLC0415
+    with reading(context, namespace, name) as chosen:
+        import kubernetes  # noqa: PLC0415
 
-    try:
-        kubernetes.config.load_kube_config(context=context)
-        namespace = namespace or _default_namespace(context)
-        found = _request(kubernetes.client.CustomObjectsApi(), namespace, name, everywhere=everywhere)
+        found = _request(kubernetes.client.CustomObjectsApi(), chosen, name, everywhere=everywhere)
         return _reported(kubernetes.client.CoreV1Api(), found) if name else found
-    except (kubernetes.config.ConfigException, yaml.YAMLError) as error:
-        raise CommandError(
-            f"no usable kubeconfig ({_one_line(error)}); "
-            "set KUBECONFIG, to .local/kubeconfig after `make up` for one",
-            errors.WRONG,
-        ) from error
-    except kubernetes.client.ApiException as error:
-        raise CommandError(
-            _refusal(error.status, str(error.reason), namespace, name), errors.WRONG
-        ) from error
-    except urllib3.exceptions.HTTPError as error:
-        raise CommandError(
-            f"the cluster does not answer ({type(error).__name__}); "
-            "is it running, and is the kubeconfig's address right?",
-            errors.ABSENT,
-        ) from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _default_namespace(context: str | None) -> str:
-    import kubernetes  # noqa: PLC0415
-
-    contexts, active = kubernetes.config.list_kube_config_contexts()
-    chosen = next((c for c in contexts if c["name"] == context), active)
-    return str(chosen["context"].get("namespace") or "default")
 
 
 def _request(api: Any, namespace: str, name: str | None, *, everywhere: bool) -> dict[str, Any]:
@@ -99,7 +64,7 @@ def _request(api: Any, namespace: str, name: str | None, *, everywhere: bool) ->
         "group": names.GROUP,
         "version": names.VERSION,
         "plural": names.PLURAL,
-        "_request_timeout": _TIMEOUT_S,
+        "_request_timeout": TIMEOUT_S,
     }
     if name:
         answer = api.get_namespaced_custom_object(namespace=namespace, name=name, **kind)
@@ -124,7 +89,7 @@ def _items(read: Callable[..., Any], metadata: dict[str, Any], **selector: str) 
     """The items of a list as the API server wrote them; none where this user may not read them."""
     import kubernetes  # noqa: PLC0415
 
-    options = {"_preload_content": False, "_request_timeout": _TIMEOUT_S}
+    options = {"_preload_content": False, "_request_timeout": TIMEOUT_S}
     try:
         answer = read(metadata["namespace"], **selector, **options)
     except kubernetes.client.ApiException as error:
@@ -136,11 +101,3 @@ def _items(read: Callable[..., Any], metadata: dict[str, Any], **selector: str) 
         return []
     items: list[dict[str, Any]] = json.loads(answer.data)["items"]
     return items
-
-
-def _refusal(status: int | None, reason: str, namespace: str | None, name: str | None) -> str:
-    if status == _ABSENT and name:
-        return f"no MoEDeployment {name} in namespace {namespace}; `moe status -A` lists all there are"
-    if status == _ABSENT:
-        return "this cluster does not know MoEDeployments; install the CRD (kubectl apply -f crds/)"
-    return f"the cluster refuses to tell ({status} {reason}); your user needs get and list on {names.PLURAL}"

@@ -19,6 +19,7 @@ from opentelemetry import trace
 
 from moe_api import rich_status, spans, telemetry
 from moe_operator.frontend import routing
+from moe_operator.frontend.endpoints import Endpoint
 from moe_operator.frontend.holding import Hold
 from moe_operator.frontend.progress import Progress
 from moe_operator.frontend.replicas import Lease, Replicas
@@ -85,6 +86,10 @@ class Forwarder:
         self._tracer = tracer
         self._hold = hold
         self._patience_s = patience_s
+
+    def routes(self) -> list[tuple[Endpoint, int]]:
+        """Where requests may go now, and how many of ours run there."""
+        return self._replicas.routes()
 
     async def forward(self, method: str, request: Message, context: Context) -> None:
         """Answers one call; `method` is ``package.Service/Method``."""

@@ -93,6 +93,10 @@ class Replicas:
             replica.load = replace(replica.load, in_flight=replica.load.in_flight - 1)
             self._close_idle()
 
+    def routes(self) -> list[tuple[Endpoint, int]]:
+        """Where requests may go now, and how many run there."""
+        return [(replica.endpoint, replica.load.in_flight) for replica in self._ready.values()]
+
     def report_failure(self, endpoint: Endpoint) -> None:
         """A request died with the replica, or could not reach it."""
         replica = self._find(endpoint)

@@ -61,7 +61,9 @@ class Frontend:
         handlers = {name: self._handler(name, request) for name, request in _REQUESTS.items()}
         generic = grpc.method_handlers_generic_handler(SERVICE, handlers)
         self._server.add_generic_rpc_handlers((generic,))
-        frontend_pb2_grpc.add_FrontendServiceServicer_to_server(_Demand(self._hold), self._server)
+        frontend_pb2_grpc.add_FrontendServiceServicer_to_server(
+            _ForOperator(self._hold, self._forwarder), self._server
+        )
         await self._health.register(self._server)
         port = self._server.add_insecure_port(address)
         await self._server.start()
@@ -99,11 +101,24 @@ class Frontend:
         await self._forwarder.forward(method, request, context)
 
 
-class _Demand(frontend_pb2_grpc.FrontendServiceServicer):
+class _ForOperator(frontend_pb2_grpc.FrontendServiceServicer):
     """moe_api.frontend.v1.FrontendService."""
 
-    def __init__(self, hold: Hold) -> None:
+    def __init__(self, hold: Hold, forwarder: Forwarder) -> None:
         self._hold = hold
+        self._forwarder = forwarder
+
+    async def GetRoutes(  # noqa: N802 - gRPC's name
+        self,
+        request: frontend_pb2.GetRoutesRequest,  # noqa: ARG002
+        context: Context,  # noqa: ARG002
+    ) -> frontend_pb2.Routes:
+        """Says where requests go."""
+        routes = (
+            frontend_pb2.Route(name=to.name, address=to.address, revision=to.revision, in_flight=running)
+            for to, running in self._forwarder.routes()
+        )
+        return frontend_pb2.Routes(routes=routes)
 
     async def GetDemand(  # noqa: N802 - gRPC's name
         self, request: frontend_pb2.GetDemandRequest, context: Context

@@ -24,14 +24,15 @@ from moe_operator.kube import execute, peering
 from moe_operator.kube.client import Cluster
 from moe_operator.kube.gather import gather
 from moe_operator.manifests.decision import Decision
-from moe_operator.manifests.observed import Observed
+from moe_operator.manifests.observed import Observed, Pod, frontends
 from moe_operator.manifests.pinning import with_pins
 from moe_operator.manifests.plan import Plan, invalid, model_address, plan, refused, transitions
 from moe_operator.manifests.worker import revision
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Identity, identity, parse, parse_status
 from moe_operator.resources.status import Status
-from moe_operator.rpc.leader import get_model
+from moe_operator.rpc.frontends import routed
+from moe_operator.rpc.leader import drain, get_model, work
 from moe_operator.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -95,9 +96,12 @@ class Reconciler:
         if self.watcher is not None:
             self.watcher.saw(deployment, observed)
         todo = plan(deployment, observed, self.clock())
+        if todo.choice or todo.unrouted:
+            todo = plan(deployment, self._asked(observed, todo), self.clock())
         _describe(span, deployment, todo)
         if todo.creates and not self._is_current(deployment.identity):
             raise ChangedMeanwhileError("the deployment changed or went away; it is looked at again")
+        self._drain(deployment, todo.drain)
         turn_ends = self.clock() + timedelta(seconds=self.settings.turn_seconds)
         try:
             execute.execute(self.cluster, deployment.identity, todo, lambda: self.clock() < turn_ends)
@@ -107,7 +111,29 @@ class Reconciler:
             raise
         execute.write_status(self.cluster, deployment.identity, deployment.status, todo.status)
         self._announce(deployment.identity, todo.decisions)
+        opened = {gate.pod for gate in todo.gates}
+        if any(pod.name not in opened for pod in todo.unrouted):
+            return self.settings.routing_seconds
         return self.settings.recheck_seconds if todo.recheck else self.settings.resync_seconds
+
+    def _asked(self, observed: Observed, todo: Plan) -> Observed:
+        """What is observed, with what the plan has to know of workers and frontends."""
+        limit = self.settings.rpc_timeout_seconds
+        work = self._work(todo.choice) if todo.choice else {}
+        return replace(
+            observed, work=work, routed=routed(frontends(observed), limit) if todo.unrouted else {}
+        )
+
+    def _work(self, pods: Iterable[Pod]) -> dict[str, int]:
+        """Requests under way on each; one that does not say counts as idle, for it may well be hung."""
+        asked = {pod.name: work(pod.address, self.settings.rpc_timeout_seconds) for pod in pods}
+        return {name: found or 0 for name, found in asked.items()}
+
+    def _drain(self, deployment: Deployment, addresses: Iterable[str]) -> None:
+        """Takes replicas out of routing. One that does not hear is told again by its pod's deletion."""
+        for address in addresses:
+            if not drain(address, self.settings.rpc_timeout_seconds):
+                logger.info("%s: the worker at %s did not hear that it is to drain", deployment.name, address)
 
     def _with_model(self, deployment: Deployment, observed: Observed) -> Observed:
         address = model_address(deployment, observed)

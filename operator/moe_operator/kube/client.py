@@ -36,6 +36,7 @@ _PATHS: Final = {
     "StatefulSet": ("apps/v1", "statefulsets"),
     "Deployment": ("apps/v1", "deployments"),
     names.HISTORY_KIND: (names.API_VERSION, "scalinghistories"),
+    "ControllerRevision": ("apps/v1", "controllerrevisions"),
     "ClusterKopfPeering": ("kopf.dev/v1", "clusterkopfpeerings"),
 }
 _FORBIDDEN, _CONFLICT, _GONE, _EXPIRED, _TOO_MANY, _SERVER = 403, 409, 404, 410, 429, 500
@@ -156,6 +157,16 @@ class Cluster:
         )
         if applied is not None:
             self._mirror.put(manifest["kind"], applied)
+
+    def set_pod_condition(self, namespace: str, name: str, uid: str, condition: Mapping[str, str]) -> None:
+        """Sets one condition of a pod, if it is still the one with this UID; the others stay."""
+        self._request(
+            "patch",
+            _path("Pod", namespace, name) + "/status",
+            body={"metadata": {"uid": uid}, "status": {"conditions": [condition]}},
+            content_type="application/strategic-merge-patch+json",
+            field_manager=names.FIELD_MANAGER,
+        )
 
     def create(self, manifest: Manifest) -> None:
         """Makes an object that must be new."""

@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 
 from moe_operator.errors import OutOfTimeError
 from moe_operator.kube.client import Cluster
-from moe_operator.manifests.conditions import timestamp
-from moe_operator.manifests.decision import Decision
+from moe_operator.manifests.decision import Decision, timestamp
+from moe_operator.manifests.gates import Gate
 from moe_operator.manifests.objects import Manifest
 from moe_operator.manifests.plan import Plan
 from moe_operator.resources import names
@@ -29,8 +29,21 @@ def execute(cluster: Cluster, identity: Identity, plan: Plan, in_time: Callable[
                 f"{done} of {len(plan.apply)} objects are applied; the others take another turn"
             )
         cluster.apply(manifest)
+    for gate in plan.gates:
+        cluster.set_pod_condition(identity.namespace, gate.pod, gate.uid, _condition(gate))
     for deletion in plan.delete:
         cluster.delete(deletion.key.kind, identity.namespace, deletion.key.name, deletion.uid)
+
+
+def _condition(gate: Gate) -> Manifest:
+    message = "every frontend sends it requests" if gate.open else "its containers are not ready"
+    return {
+        "type": names.ROUTED,
+        "status": "True" if gate.open else "False",
+        "reason": "Routed" if gate.open else "NotReady",
+        "message": message,
+        "lastTransitionTime": timestamp(datetime.now(UTC)),
+    }
 
 
 def write_status(cluster: Cluster, identity: Identity, before: Status, after: Status) -> None:

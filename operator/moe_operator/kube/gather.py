@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from moe_operator.kube.client import Cluster
-from moe_operator.manifests import children
+from moe_operator.manifests import children, worker
 from moe_operator.manifests.objects import Key, Manifest, key
 from moe_operator.manifests.observed import Observed
+from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment
 
 
@@ -21,7 +24,28 @@ def gather(cluster: Cluster, deployment: Deployment) -> Observed:
         found.update({key(manifest): manifest for manifest in cluster.list(kind, namespace, deployment.name)})
     for missing in children.expected(deployment):
         if missing not in found:
-            manifest = cluster.get(missing.kind, namespace, missing.name)
-            if manifest is not None:
-                found[missing] = manifest
+            _look_up(cluster, namespace, missing, found)
+    for missing in _new_replicas(deployment, found):
+        _look_up(cluster, namespace, missing, found)
     return Observed(found, tuple(cluster.list("Pod", namespace, deployment.name)))
+
+
+def _new_replicas(deployment: Deployment, found: dict[Key, Manifest]) -> Iterator[Key]:
+    """Names that the next replicas may get, up to as many free ones as there may be replicas to make."""
+    there = {name for name in found if name.kind == "StatefulSet"}
+    revisions = {found[name]["metadata"]["labels"].get(names.LABEL_REVISION) for name in there}
+    rolls = bool(revisions - {worker.revision(deployment)})
+    surge = deployment.spec.rollout.max_surge if rolls else 0
+    free, rank = deployment.wanted_replicas + surge - len(there), 0
+    while free > 0:
+        name = Key("StatefulSet", names.replica(deployment.name, rank))
+        if name not in there:
+            yield name
+            free -= name not in found
+        rank += 1
+
+
+def _look_up(cluster: Cluster, namespace: str, name: Key, found: dict[Key, Manifest]) -> None:
+    manifest = cluster.get(name.kind, namespace, name.name)
+    if manifest is not None:
+        found[name] = manifest

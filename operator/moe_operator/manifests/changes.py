@@ -42,7 +42,9 @@ def changes(desired: Iterable[Manifest], observed: Observed, deployment: Deploym
 def _change(manifest: Manifest, observed: Observed, deployment: Deployment) -> Change | None:
     actual = observed.children.get(key(manifest))
     if actual is None:
-        return Change(manifest, Why.MADE_AGAIN if _was_complete(deployment) else Why.CREATED)
+        # A replica that is gone is not made again: another one takes its place.
+        again = manifest["kind"] != "StatefulSet" and _was_complete(deployment)
+        return Change(manifest, Why.MADE_AGAIN if again else Why.CREATED)
     guarded = _guarded(manifest, actual)
     if applied_digest(actual) != applied_digest(manifest):
         return Change(guarded, Why.UPDATED)

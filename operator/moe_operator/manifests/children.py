@@ -14,6 +14,7 @@ KINDS = {
     "RoleBinding": "rbac.authorization.k8s.io/v1",
     "StatefulSet": "apps/v1",
     "Deployment": "apps/v1",
+    "ControllerRevision": "apps/v1",
 }
 """Kinds of children, each with its apiVersion."""
 
@@ -35,11 +36,12 @@ def shared(deployment: Deployment) -> list[Manifest]:
     return [sealed(manifest) for manifest in objects]
 
 
-def replicas(deployment: Deployment) -> list[Manifest]:
-    """The StatefulSets, by data rank."""
-    return [sealed(worker.stateful_set(deployment, rank)) for rank in range(deployment.wanted_replicas)]
+def replica(deployment: Deployment, rank: int, like: Manifest | None = None) -> Manifest:
+    """The StatefulSet of one replica: of the spec's own revision, or of that of another one."""
+    fresh = worker.stateful_set(deployment, rank)
+    return sealed(fresh if like is None else worker.at_revision_of(like, fresh))
 
 
 def expected(deployment: Deployment) -> list[Key]:
-    """Keys of all objects that the deployment wants."""
-    return [key(manifest) for manifest in (*shared(deployment), *replicas(deployment))]
+    """Keys of the objects of which a deployment has one each."""
+    return [key(manifest) for manifest in shared(deployment)]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Literal
 
+from moe_operator.manifests.decision import timestamp
 from moe_operator.manifests.problems import Problem
 from moe_operator.manifests.state import State
 from moe_operator.resources.status import MODEL_LOADED, PROGRESSING, READY, Condition, Status
@@ -59,7 +60,7 @@ def _replicas(number: int) -> str:
 
 def _count(state: State) -> str:
     verb = "answers" if state.wanted == 1 else "answer"
-    return f"{state.ready} of {_replicas(state.wanted)} {verb}"
+    return f"{min(state.ready, state.wanted)} of {_replicas(state.wanted)} {verb}"
 
 
 def _not_all_ready(state: State, count: str) -> Verdict:
@@ -81,15 +82,53 @@ def progressing(state: State) -> Verdict:
     """Whether work towards the spec goes on. False is both done and stuck; the reason says which."""
     if state.conflicts:
         return Verdict(False, "NameConflict", _conflict_sentence(state))
+    held = _held(state) or _no_room(state)
+    if held is not None:
+        return held
     if state.problem is not None and state.problem[1].stuck:
         pod, problem = state.problem
         return Verdict(False, problem.reason, f"{pod.name} cannot start: {problem.message}")
-    complete = Verdict(False, "Complete", f"{_replicas(state.wanted)} at revision {state.revision}")
-    return _replicas_progressing(state) or _frontend_progressing(state) or complete
+    return _replicas_progressing(state) or _frontend_progressing(state) or _complete(state)
+
+
+def _complete(state: State) -> Verdict:
+    if state.old:
+        count = f"{state.updated} of {_replicas(state.wanted)} at revision {state.revision}"
+        stay = f"spec.rollout.partition leaves {len(state.old)} at an older one"
+        return Verdict(False, "PartitionReached", f"{count}; {stay}")
+    return Verdict(False, "Complete", f"{_replicas(state.wanted)} at revision {state.revision}")
+
+
+def _held(state: State) -> Verdict | None:
+    """A rollout that does not go on by itself."""
+    count = f"{state.updated} of {_replicas(state.wanted)} at revision {state.revision}"
+    if state.old and state.rollout.pause:
+        return Verdict(False, "Paused", f"{count}; set spec.rollout.pause to false to go on")
+    if state.stalled:
+        limit = state.rollout.progress_deadline_seconds
+        why = f"no further replica was ready for {limit} s"
+        if state.problem is not None:
+            why += f"; {state.problem[0].name}: {state.problem[1].message}"
+        return Verdict(
+            False, "ProgressDeadlineExceeded", f"{count}; {why}; edit the spec, or undo the rollout"
+        )
+    return None
+
+
+def _no_room(state: State) -> Verdict | None:
+    """New replicas fit no node, and no old one may make room."""
+    unplaced = [rank for rank, replica in state.replicas.items() if replica.unplaced]
+    if not (state.old and unplaced) or state.surplus > len(unplaced) or state.moves.remove:
+        return None
+    pod = state.leaders[unplaced[0]]
+    said = pod.problem.message if pod.problem is not None else "no node takes it"
+    advice = "free resources, or raise spec.rollout.maxUnavailable so that an old replica makes room"
+    return Verdict(False, "InsufficientCapacity", f"{pod.name}: {said}; {advice}")
 
 
 def _replicas_progressing(state: State) -> Verdict | None:
-    if any(state.replicas[rank].revision != state.revision for rank in state.replicas if rank < state.wanted):
+    staying = min(state.rollout.partition, state.wanted)
+    if len(state.old) > staying:
         message = f"{state.updated} of {_replicas(state.wanted)} at revision {state.revision}"
         return Verdict(True, "RollingOut", message)
     if state.surplus:
@@ -162,8 +201,3 @@ def dated(
             )
         )
     return tuple(conditions)
-
-
-def timestamp(now: datetime) -> str:
-    """RFC 3339 in UTC, to the second, as Kubernetes writes times."""
-    return now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

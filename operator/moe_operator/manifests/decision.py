@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 
 @dataclass(frozen=True)
@@ -14,3 +15,8 @@ class Decision:
     message: str
     """A sentence."""
     warning: bool = False
+
+
+def timestamp(now: datetime) -> str:
+    """RFC 3339 in UTC, to the second, as Kubernetes writes times."""
+    return now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from moe_operator.manifests import problems
@@ -24,6 +25,10 @@ class Observed:
     """Pods that carry the deployment's label."""
     model: ModelInfo | None = None
     """What a Ready leader just said of its model; None when none was asked or none answered."""
+    work: Mapping[str, int] = field(default_factory=dict)
+    """Requests under way on leaders, by pod name; only where somebody asked."""
+    routed: Mapping[str, str] = field(default_factory=dict)
+    """Addresses of the leaders to which every frontend sends requests, by pod name; where somebody asked."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,15 @@ class Pod:
     revision: str
     data_rank: int
     problem: Problem | None
+    unplaced_since: datetime | None = None
+    """Since when no node takes it."""
+    uid: str = ""
+    containers_ready: bool = False
+    """Its containers are ready, whether the pod is or not."""
+    gated: bool = False
+    """It is Ready only when frontends send it requests."""
+    routed: bool = False
+    """They do, as was written into its status."""
 
 
 def leaders(observed: Observed) -> dict[int, Pod]:
@@ -83,7 +97,20 @@ def _pod(manifest: Mapping[str, Any]) -> Pod:
         revision=labels.get(names.LABEL_REVISION, ""),
         data_rank=int(labels.get(names.LABEL_DATA_RANK, 0)),
         problem=None if ready or terminating else problems.of_pod(manifest),
+        unplaced_since=_unplaced_since(status),
+        uid=metadata.get("uid", ""),
+        containers_ready=not terminating and conditions.get("ContainersReady") == "True",
+        gated={"conditionType": names.ROUTED} in manifest.get("spec", {}).get("readinessGates", ()),
+        routed=conditions.get(names.ROUTED) == "True",
     )
+
+
+def _unplaced_since(status: Mapping[str, Any]) -> datetime | None:
+    for condition in status.get("conditions", ()):
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            since = condition.get("lastTransitionTime")
+            return datetime.fromisoformat(since) if since else None
+    return None
 
 
 def owned(observed: Observed, kind: str, owner: Identity) -> dict[str, Manifest]:

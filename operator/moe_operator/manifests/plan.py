@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
-from moe_operator.manifests import changes, children, conditions, rollout, state, worker
+from moe_operator.manifests import changes, children, conditions, gates, history, rollout, state, worker
 from moe_operator.manifests.conditions import Verdict
 from moe_operator.manifests.decision import Decision
+from moe_operator.manifests.gates import Gate
 from moe_operator.manifests.objects import Key, Manifest, belongs, key
-from moe_operator.manifests.observed import Observed, leaders
-from moe_operator.manifests.rollout import Step
+from moe_operator.manifests.observed import Observed, Pod, leaders, owned
+from moe_operator.manifests.rollout import Moves, Replica
 from moe_operator.manifests.state import State
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Identity
@@ -38,6 +39,14 @@ class Plan:
     decisions: tuple[Decision, ...]
     recheck: bool
     """Something is awaited that sends no event: look again soon."""
+    drain: tuple[str, ...] = ()
+    """IP addresses of workers to be told, before anything is deleted, that they get no more requests."""
+    choice: tuple[Pod, ...] = ()
+    """Leaders among which some were chosen to leave, without knowing how busy each of them is."""
+    gates: tuple[Gate, ...] = ()
+    """Readiness gates to be set."""
+    unrouted: tuple[Pod, ...] = ()
+    """Leaders that take requests, but maybe not every frontend sends them some: ask, and look again soon."""
 
     @property
     def creates(self) -> bool:
@@ -47,27 +56,86 @@ class Plan:
 
 def plan(deployment: Deployment, observed: Observed, now: datetime) -> Plan:
     """What to do now so that the cluster gets closer to the deployment."""
-    desired = [*children.shared(deployment), *children.replicas(deployment)]
-    foreign = _foreign(desired, observed, deployment.identity)
     revision = worker.revision(deployment)
-    current = state.read(deployment, observed, revision, tuple(str(found) for found in foreign))
-    steps = rollout.steps(current.replicas, current.wanted, revision)
-    waiting = [rank for rank, step in steps.items() if step is Step.WAIT]
-    held = {Key("StatefulSet", names.replica(deployment.name, rank)) for rank in waiting}
-    candidates = (manifest for manifest in desired if key(manifest) not in {*held, *foreign})
-    made = changes.changes(candidates, observed, deployment)
+    foreign = _foreign(children.shared(deployment), observed, deployment.identity)
+    current = state.read(deployment, observed, revision, tuple(str(found) for found in foreign), now)
+    moves = current.moves
+    desired = [
+        *children.shared(deployment),
+        history.current(deployment, observed),
+        *_replicas(deployment, observed, current, moves),
+    ]
+    made = changes.changes((one for one in desired if key(one) not in foreign), observed, deployment)
     status = _status(deployment, current, now)
-    deletions = _deletions(deployment, observed, current)
+    in_use = {replica.revision for replica in current.replicas.values()}
+    deletions = (
+        *_deletions(deployment, observed, moves),
+        *(_deletion(record) for record in history.outdated(deployment, observed, in_use)),
+    )
     return Plan(
         apply=tuple(change.manifest for change in made),
         delete=deletions,
         status=status,
         decisions=(
             *changes.decisions(made),
-            *(_removal(gone, current.wanted) for gone in deletions),
+            *(_removal(deployment, replica, current) for replica in moves.remove),
             *transitions(deployment.status, status),
         ),
-        recheck=observed.model is None and model_address(deployment, observed) is not None,
+        recheck=_is_awaited(deployment, observed, current),
+        drain=_to_drain(moves, current),
+        choice=_choice(moves, current) if not observed.work else (),
+        gates=tuple(gates.changes(current.leaders.values(), observed.routed)),
+        unrouted=tuple(gates.waiting(current.leaders.values())),
+    )
+
+
+def _replicas(deployment: Deployment, observed: Observed, current: State, moves: Moves) -> Iterator[Manifest]:
+    """The StatefulSets as they shall be; those of other revisions stay as they are."""
+    leaving = {replica.data_rank for replica in moves.remove}
+    for rank, replica in current.replicas.items():
+        if replica.revision == current.revision and rank not in leaving:
+            yield children.replica(deployment, rank)
+    like = None if moves.revision == current.revision else _sibling(deployment, observed, moves.revision)
+    for rank in rollout.free_ranks(moves.create, _taken(deployment, observed, current)):
+        yield children.replica(deployment, rank, like)
+
+
+def _sibling(deployment: Deployment, observed: Observed, revision: str) -> Manifest | None:
+    """A StatefulSet of a revision."""
+    owned_sets = owned(observed, "StatefulSet", deployment.identity).values()
+    labelled = (
+        found for found in owned_sets if found["metadata"]["labels"][names.LABEL_REVISION] == revision
+    )
+    return next(labelled, None)
+
+
+def _taken(deployment: Deployment, observed: Observed, current: State) -> set[int]:
+    """Data ranks whose names somebody has: replicas, pods on their way out, objects of others."""
+    prefix = f"{deployment.name}-"
+    sets = (name.name for name in observed.children if name.kind == "StatefulSet")
+    ranks = (name.removeprefix(prefix) for name in sets if name.startswith(prefix))
+    return {*current.replicas, *current.leaders, *(int(rank) for rank in ranks if rank.isdecimal())}
+
+
+def _to_drain(moves: Moves, current: State) -> tuple[str, ...]:
+    leaders_leaving = (current.leaders[replica.data_rank] for replica in moves.remove if replica.ready)
+    return tuple(pod.address for pod in leaders_leaving if pod.address)
+
+
+def _choice(moves: Moves, current: State) -> tuple[Pod, ...]:
+    if not moves.chosen:
+        return ()
+    return tuple(pod for pod in current.leaders.values() if pod.ready and pod.address)
+
+
+def _is_awaited(deployment: Deployment, observed: Observed, current: State) -> bool:
+    """Whether to look again soon though nothing may happen: time itself moves a rollout on."""
+    if observed.model is None and model_address(deployment, observed) is not None:
+        return True
+    return (
+        current.progress is not None
+        and not current.terms.held
+        and current.moves != Moves(revision=current.revision)
     )
 
 
@@ -89,17 +157,23 @@ def _foreign(desired: Iterable[Manifest], observed: Observed, owner: Identity) -
     ]
 
 
-def _deletions(deployment: Deployment, observed: Observed, current: State) -> tuple[Deletion, ...]:
-    gone = []
-    for rank in rollout.surplus(current.replicas, current.wanted):
-        name = Key("StatefulSet", names.replica(deployment.name, rank))
-        if name in observed.children:
-            gone.append(Deletion(name, observed.children[name]["metadata"]["uid"]))
-    return tuple(gone)
+def _deletions(deployment: Deployment, observed: Observed, moves: Moves) -> tuple[Deletion, ...]:
+    sets = (names.replica(deployment.name, replica.data_rank) for replica in moves.remove)
+    return tuple(_deletion(observed.children[Key("StatefulSet", name)]) for name in sets)
 
 
-def _removal(gone: Deletion, wanted: int) -> Decision:
-    return Decision("ReplicaRemoved", f"deleting {gone.key}: {wanted} wanted")
+def _deletion(manifest: Manifest) -> Deletion:
+    return Deletion(key(manifest), manifest["metadata"]["uid"])
+
+
+def _removal(deployment: Deployment, replica: Replica, current: State) -> Decision:
+    name = names.replica(deployment.name, replica.data_rank)
+    why = f"{current.wanted} wanted"
+    if replica.revision != current.revision:
+        why = f"revision {replica.revision} gives way to {current.revision}"
+    busy = f"; it finishes {replica.work} requests" if replica.work else ""
+    serving = busy if replica.ready else "; it does not serve"
+    return Decision("ReplicaRemoved", f"deleting StatefulSet {name}: {why}{serving}")
 
 
 def _status(deployment: Deployment, current: State, now: datetime) -> Status:
@@ -112,6 +186,7 @@ def _status(deployment: Deployment, current: State, now: datetime) -> Status:
         updated_replicas=current.updated,
         selector=names.selector_text(names.leader_labels(deployment.name)),
         revision=current.revision,
+        rollout=current.progress,
         model=current.model,
         conditions=conditions.dated(conditions.verdicts(current), deployment.status, generation, now),
     )
@@ -128,7 +203,14 @@ def transitions(before: Status, after: Status) -> list[Decision]:
     return list(dict.fromkeys(told))
 
 
-_EXPECTED = ("Complete", "ReplicasNotReady", "FrontendNotReady", "ScaledToZero")
+_EXPECTED = (
+    "Complete",
+    "PartitionReached",
+    "Paused",
+    "ReplicasNotReady",
+    "FrontendNotReady",
+    "ScaledToZero",
+)
 """Reasons of a condition that is False without anything being wrong."""
 
 

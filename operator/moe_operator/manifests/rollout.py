@@ -1,15 +1,21 @@
-"""Decides which replicas get the current revision now.
+"""Decides which replicas are made and which leave now.
 
-A replica that serves is taken down for a new revision only while every other one serves, so at most one is
-missing at a time; replicas that do not serve anyway are brought up to date at once, which also is how a fixed
-spec reaches replicas that a broken one left unable to start.
+A replica keeps the revision that it was made with; a new revision comes as new replicas. While old ones are
+left, `maxSurge` replicas may be there beyond the wanted ones, so that a new one is Ready before an old one
+leaves. Where a new one fits no node (or maxSurge is 0), old ones make room first, as long as no more than
+`maxUnavailable` of the wanted ones are missing. Replicas of an old revision that do not serve leave at once:
+nobody misses them, and so a corrected spec reaches a deployment that a wrong one broke.
+
+Of those that could leave, one with the least work does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from enum import Enum
+
+from moe_operator.resources.rollout import Rollout
 
 
 @dataclass(frozen=True)
@@ -17,43 +23,104 @@ class Replica:
     """One replica as it is."""
 
     data_rank: int
-    revision: str | None
-    """Revision of its StatefulSet's template; None when there is no StatefulSet."""
+    revision: str
+    """Revision of its StatefulSet's template."""
     ready: bool
-    """Its leader is Ready, and is of the StatefulSet's revision."""
+    """Its leader is Ready."""
+    unplaced: bool = False
+    """No node has had room for its pod for a while."""
+    work: int = 0
+    """Requests under way on it, as far as known."""
 
 
-class Step(Enum):
-    """What to do with one replica."""
+@dataclass(frozen=True)
+class Terms:
+    """What is asked for."""
 
-    CREATE = "make it"
-    KEEP = "apply the revision it has already, which puts back what was changed by hand"
-    UPDATE = "give it the current revision, which restarts it"
-    WAIT = "leave it at its old revision for now"
+    wanted: int
+    revision: str
+    rollout: Rollout
+    stalled: bool = False
+    """The rollout's deadline has passed: what serves is left alone."""
 
-
-def steps(replicas: Mapping[int, Replica], wanted: int, revision: str) -> dict[int, Step]:
-    """What to do with each data rank in range(wanted), given those that are there.
-
-    replicas: by data rank; missing ones are absent. revision: the one that all shall have.
-    """
-    present = {rank: replicas.get(rank, Replica(rank, None, ready=False)) for rank in range(wanted)}
-    plan = {rank: _step(replica, revision) for rank, replica in present.items()}
-    missing = [rank for rank, replica in present.items() if not replica.ready]
-    waiting = [rank for rank, step in plan.items() if step is Step.WAIT]
-    if waiting and not missing:
-        plan[waiting[0]] = Step.UPDATE
-    return plan
+    @property
+    def held(self) -> bool:
+        """Whether every replica keeps its revision for now."""
+        return self.rollout.pause or self.stalled
 
 
-def _step(replica: Replica, revision: str) -> Step:
-    if replica.revision is None:
-        return Step.CREATE
-    if replica.revision == revision:
-        return Step.KEEP
-    return Step.WAIT if replica.ready else Step.UPDATE
+@dataclass(frozen=True)
+class Moves:
+    """What to do now."""
+
+    create: int = 0
+    """Replicas to make."""
+    revision: str = ""
+    """Their revision."""
+    remove: tuple[Replica, ...] = ()
+    """Replicas to take away, in this order."""
+    chosen: bool = False
+    """Ready ones were chosen among others: their work should be known."""
 
 
-def surplus(data_ranks: Mapping[int, object], wanted: int) -> list[int]:
-    """Data ranks to delete when fewer are wanted: the highest first."""
-    return sorted((rank for rank in data_ranks if rank >= wanted), reverse=True)
+def moves(replicas: Collection[Replica], terms: Terms) -> Moves:
+    """What to do with the replicas that are there."""
+    if all(replica.revision == terms.revision for replica in replicas):
+        return _scale(replicas, terms.wanted, terms.revision)
+    if terms.held:
+        # New ones that do not serve yet are the rollout's own, which may still come to something.
+        trying = [r for r in replicas if r.revision == terms.revision and not r.ready]
+        others = [replica for replica in replicas if replica not in trying[: terms.rollout.max_surge]]
+        return _scale(others, terms.wanted, _stable(replicas, terms))
+    return _roll(replicas, terms)
+
+
+def free_ranks(count: int, taken: Collection[int]) -> list[int]:
+    """The `count` lowest data ranks that nobody has."""
+    candidates = (rank for rank in range(count + len(taken)) if rank not in taken)
+    return [rank for _, rank in zip(range(count), candidates, strict=False)]
+
+
+def _scale(replicas: Collection[Replica], wanted: int, revision: str) -> Moves:
+    surplus = max(len(replicas) - wanted, 0)
+    leaving = _least_useful(replicas)[:surplus]
+    return Moves(max(wanted - len(replicas), 0), revision, tuple(leaving), _was_choice(leaving, replicas))
+
+
+def _stable(replicas: Collection[Replica], terms: Terms) -> str:
+    """The old revision that most replicas have: a held rollout does not grow."""
+    counts = Counter(replica.revision for replica in replicas if replica.revision != terms.revision)
+    return max(counts, key=lambda revision: (counts[revision], revision))
+
+
+def _roll(replicas: Collection[Replica], terms: Terms) -> Moves:
+    current = [replica for replica in replicas if replica.revision == terms.revision]
+    old = [replica for replica in replicas if replica.revision != terms.revision]
+    staying = min(terms.rollout.partition, terms.wanted, len(old))
+    dead = [replica for replica in old if not replica.ready][: len(old) - staying]
+    alive = [replica for replica in old if replica not in dead]
+    leaving = _least_useful(alive)[: min(len(alive) - staying, _spare(replicas, current, terms))]
+    no_room = any(replica.unplaced for replica in current)
+    surge = 0 if no_room or len(alive) == staying else terms.rollout.max_surge
+    limit = terms.wanted + surge
+    kept = [replica for replica in replicas if replica not in dead and replica not in leaving]
+    surplus = _least_useful(kept)[: max(len(kept) - limit, 0)] if surge == 0 and not no_room else []
+    missing = terms.wanted - staying - len(current)
+    create = max(min(missing, limit - len(current) - len(alive)), 0)
+    return Moves(create, terms.revision, (*dead, *leaving, *surplus), _was_choice(leaving, alive))
+
+
+def _spare(replicas: Iterable[Replica], current: Iterable[Replica], terms: Terms) -> int:
+    """Ready replicas that may leave now."""
+    in_place = terms.rollout.max_surge == 0 or any(replica.unplaced for replica in current)
+    needed = terms.wanted - (terms.rollout.max_unavailable if in_place else 0)
+    return max(sum(replica.ready for replica in replicas) - needed, 0)
+
+
+def _least_useful(replicas: Iterable[Replica]) -> list[Replica]:
+    """First those that do not serve, then by their work, then the highest rank."""
+    return sorted(replicas, key=lambda replica: (replica.ready, replica.work, -replica.data_rank))
+
+
+def _was_choice(leaving: Collection[Replica], candidates: Collection[Replica]) -> bool:
+    return any(replica.ready for replica in leaving) and len(leaving) < len(candidates)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Final
 
+from moe_operator.manifests.decision import timestamp
 from moe_operator.manifests.observed import (
     Observed,
     Pod,
@@ -14,10 +17,14 @@ from moe_operator.manifests.observed import (
     owned,
 )
 from moe_operator.manifests.problems import Problem
-from moe_operator.manifests.rollout import Replica
+from moe_operator.manifests.rollout import Moves, Replica, Terms, moves
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment
-from moe_operator.resources.status import ModelInfo
+from moe_operator.resources.rollout import Rollout
+from moe_operator.resources.status import ModelInfo, RolloutStatus
+
+PLACING_TIME: Final = timedelta(seconds=10)
+"""A pod that no node has taken for so long is taken to fit none."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,12 @@ class State:
     replicas: dict[int, Replica]
     """Replicas that have a StatefulSet of ours, by data rank; surplus ones included."""
     leaders: dict[int, Pod]
-    """Leader pods by data rank; surplus ones included."""
+    """Leader pods by data rank; those of replicas that are gone already included."""
+    progress: RolloutStatus | None
+    """How far the rollout under way has come; None where there is none."""
+    stalled: bool
+    """It has come no further for longer than its deadline allows."""
+    rollout: Rollout
     frontend_ready: int
     """Frontend pods that are Ready."""
     frontend_updated: bool
@@ -45,41 +57,68 @@ class State:
     """Wanted objects whose names somebody else's objects have."""
 
     @property
+    def terms(self) -> Terms:
+        """What the rollout is asked for."""
+        return Terms(self.wanted, self.revision, self.rollout, self.stalled)
+
+    @property
+    def moves(self) -> Moves:
+        """What the rollout does now."""
+        return moves(list(self.replicas.values()), self.terms)
+
+    @property
     def ready(self) -> int:
-        """Wanted replicas that answer requests."""
-        return sum(replica.ready for rank, replica in self.replicas.items() if rank < self.wanted)
+        """Replicas that answer requests."""
+        return sum(replica.ready for replica in self.replicas.values())
 
     @property
     def updated(self) -> int:
-        """Wanted replicas whose leader runs the revision asked for."""
-        return sum(pod.revision == self.revision for rank, pod in self.leaders.items() if rank < self.wanted)
+        """Replicas whose leader runs the revision asked for."""
+        current = (rank for rank, replica in self.replicas.items() if replica.revision == self.revision)
+        return sum(rank in self.leaders for rank in current)
+
+    @property
+    def old(self) -> list[Replica]:
+        """Replicas of other revisions than the one asked for."""
+        return [replica for replica in self.replicas.values() if replica.revision != self.revision]
 
     @property
     def surplus(self) -> int:
         """Replicas that are there though they are not wanted any more."""
-        return len({rank for rank in (*self.replicas, *self.leaders) if rank >= self.wanted})
+        leaving = self.leaders.keys() - self.replicas.keys()
+        return len(leaving) + max(len(self.replicas) - self.wanted, 0)
 
     @property
     def problem(self) -> tuple[Pod, Problem] | None:
         """The first leader that cannot start, and why."""
-        wanted = (pod for rank, pod in self.leaders.items() if rank < self.wanted)
-        return next(((pod, pod.problem) for pod in wanted if pod.problem is not None), None)
+        pods = ((pod, pod.problem) for pod in self._staying())
+        return next(((pod, problem) for pod, problem in pods if problem is not None), None)
 
     @property
     def unready_pods(self) -> list[str]:
-        """Names of the wanted leaders that do not answer yet."""
-        return [pod.name for rank, pod in self.leaders.items() if rank < self.wanted and not pod.ready]
+        """Names of the leaders that do not answer yet."""
+        return [pod.name for pod in self._staying() if not pod.ready]
+
+    def _staying(self) -> list[Pod]:
+        return [pod for rank, pod in self.leaders.items() if rank in self.replicas]
 
 
-def read(deployment: Deployment, observed: Observed, revision: str, conflicts: tuple[str, ...]) -> State:
+def read(
+    deployment: Deployment, observed: Observed, revision: str, conflicts: tuple[str, ...], now: datetime
+) -> State:
     """Sums up what was observed."""
     pods = leaders(observed)
     problems = (pod.problem for pod in frontends(observed))
+    replicas = _replicas(deployment, observed, pods, now)
+    progress = _progress(deployment, replicas, revision, now)
     return State(
         wanted=deployment.wanted_replicas,
         revision=revision,
-        replicas=_replicas(deployment, observed, pods),
+        replicas=replicas,
         leaders=pods,
+        progress=progress,
+        stalled=progress is not None and _is_late(deployment, progress, replicas, now),
+        rollout=deployment.spec.rollout,
         frontend_ready=frontend_ready(observed, deployment.name),
         frontend_updated=frontend_updated(observed, deployment.name),
         frontend_problem=next((problem for problem in problems if problem is not None), None),
@@ -89,7 +128,32 @@ def read(deployment: Deployment, observed: Observed, revision: str, conflicts: t
     )
 
 
-def _replicas(deployment: Deployment, observed: Observed, pods: dict[int, Pod]) -> dict[int, Replica]:
+def _progress(
+    deployment: Deployment, replicas: dict[int, Replica], revision: str, now: datetime
+) -> RolloutStatus | None:
+    """How far the present rollout has come, from what was written of it last."""
+    if all(replica.revision == revision for replica in replicas.values()):
+        return None
+    ready = sum(replica.ready and replica.revision == revision for replica in replicas.values())
+    before = deployment.status.rollout
+    same = before is not None and (before.revision, before.ready_replicas) == (revision, ready)
+    if before is not None and same and not deployment.spec.rollout.pause:
+        return before
+    return RolloutStatus(revision=revision, ready_replicas=ready, progressed_at=timestamp(now))
+
+
+def _is_late(
+    deployment: Deployment, progress: RolloutStatus, replicas: dict[int, Replica], now: datetime
+) -> bool:
+    """Whether replicas of the new revision are awaited for too long."""
+    waiting = any(not r.ready for r in replicas.values() if r.revision == progress.revision)
+    limit = timedelta(seconds=deployment.spec.rollout.progress_deadline_seconds)
+    return waiting and now - datetime.fromisoformat(progress.progressed_at) > limit
+
+
+def _replicas(
+    deployment: Deployment, observed: Observed, pods: dict[int, Pod], now: datetime
+) -> dict[int, Replica]:
     found = {}
     for manifest in owned(observed, "StatefulSet", deployment.identity).values():
         labels = manifest["metadata"].get("labels", {})
@@ -99,8 +163,14 @@ def _replicas(deployment: Deployment, observed: Observed, pods: dict[int, Pod]) 
         rank, revision = int(rank_text), _template_revision(manifest)
         leader = pods.get(rank)
         ready = leader is not None and leader.ready and leader.revision == revision
-        found[rank] = Replica(rank, revision, ready)
+        unplaced = leader is not None and _is_unplaced(leader, now)
+        work = observed.work.get(leader.name, 0) if leader is not None else 0
+        found[rank] = Replica(rank, revision, ready, unplaced, work)
     return dict(sorted(found.items()))
+
+
+def _is_unplaced(pod: Pod, now: datetime) -> bool:
+    return pod.unplaced_since is not None and now - pod.unplaced_since >= PLACING_TIME
 
 
 def _template_revision(stateful_set: dict[str, dict[str, dict[str, dict[str, dict[str, str]]]]]) -> str:

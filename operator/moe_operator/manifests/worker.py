@@ -67,6 +67,7 @@ def pod_spec(deployment: Deployment) -> Manifest:
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": settings.termination_grace_period_seconds,
         "securityContext": pods.POD_SECURITY,
+        "readinessGates": [{"conditionType": names.ROUTED}],
         "containers": [container],
         "volumes": volumes,
         **pods.placement(settings),
@@ -124,6 +125,16 @@ def stateful_set(deployment: Deployment, data_rank: int) -> Manifest:
         "template": {**common, "metadata": {**common["metadata"], "labels": labels}},
     }
     return manifest
+
+
+def at_revision_of(other: Manifest, fresh: Manifest) -> Manifest:
+    """The StatefulSet `fresh` with the pods of another replica of the deployment."""
+    template, labels = other["spec"]["template"], other["metadata"]["labels"]
+    rank = {names.LABEL_DATA_RANK: fresh["metadata"]["labels"][names.LABEL_DATA_RANK]}
+    metadata = {**fresh["metadata"], "labels": {**labels, **rank}}
+    of_pods = {**template["metadata"], "labels": {**template["metadata"]["labels"], **rank}}
+    spec = {**fresh["spec"], "template": {**template, "metadata": of_pods}}
+    return {**fresh, "metadata": metadata, "spec": spec}
 
 
 def service(deployment: Deployment) -> Manifest:

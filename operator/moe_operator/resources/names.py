@@ -33,8 +33,15 @@ ANNOTATION_DIGEST: Final = f"{GROUP}/digest"
 ANNOTATION_PINNED: Final = f"{GROUP}/pinned"
 """A pod template as it was rendered, and the part of the spec that it was rendered from."""
 
+ROUTED: Final = f"{GROUP}/routed"
+"""Readiness gate of leaders: every frontend sends them requests."""
+
 ROLE_WORKER: Final = "worker"
 ROLE_FRONTEND: Final = "frontend"
+ROLE_HISTORY: Final = "history"
+
+REVISED_FIELDS: Final = ("model", "parallelism", "engine", "worker", "telemetry")
+"""Fields of the spec that the workers' pods are made from."""
 
 GRPC_PORT: Final = 8000
 GRPC_PORT_NAME: Final = "grpc"
@@ -57,6 +64,11 @@ def replica(name: str, data_rank: int) -> str:
 def leader(name: str, data_rank: int) -> str:
     """Leader pod of one replica: the first of its StatefulSet."""
     return f"{replica(name, data_rank)}-0"
+
+
+def revision(name: str, digest: str) -> str:
+    """ControllerRevision that remembers what a revision was made from."""
+    return f"{name}-{digest}"
 
 
 def workers(name: str) -> str:

@@ -11,6 +11,7 @@ from moe_operator.resources import names, quantity
 from moe_operator.resources.accelerator import AcceleratedPodSettings
 from moe_operator.resources.base import Model, rules
 from moe_operator.resources.pods import PodSettings, Quantity
+from moe_operator.resources.rollout import Rollout
 from moe_operator.resources.scaling import REPLICAS_MOST, Scaling
 
 _PATH_SEGMENT = "[A-Za-z0-9._@+=,~-]+"
@@ -228,3 +229,13 @@ class Spec(Model):
         default=Frontend(), description="The pods that clients talk to; they pass requests on to the workers."
     )
     telemetry: Telemetry = Field(default=Telemetry(), description="Where traces go.")
+    rollout: Rollout = Field(
+        default=Rollout(), description="How a new revision of the workers takes the place of an old one."
+    )
+    revision_history_limit: int = Field(
+        default=10,
+        description="Revisions that are remembered for `moe rollout undo`, beside those in use. Default: 10.",
+        json_schema_extra=rules(
+            ("self >= 0 && self <= 100", "revisionHistoryLimit is a number from 0 to 100")
+        ),
+    )

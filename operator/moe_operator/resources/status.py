@@ -58,6 +58,17 @@ class ModelInfo(Observed):
     revision: str = Field(default="", description="Revision of the worker that reported this.")
 
 
+class RolloutStatus(Observed):
+    """How far a rollout has come, so that one that comes no further is noticed."""
+
+    revision: str = Field(description="Revision that is rolled out.")
+    ready_replicas: int = Field(default=0, description="Replicas of this revision that answer requests.")
+    progressed_at: str = Field(
+        description="When that number last changed, or the rollout began or was paused (RFC 3339, UTC).",
+        json_schema_extra={"format": "date-time"},
+    )
+
+
 class Status(Observed):
     """What the operator saw when it last looked."""
 
@@ -72,6 +83,9 @@ class Status(Observed):
     updated_replicas: int = Field(default=0, description="Replicas whose leader runs the current revision.")
     selector: str = Field(default="", description="Label selector of the leaders, for the scale subresource.")
     revision: str = Field(default="", description="Hash of the worker's pod template that the spec asks for.")
+    rollout: RolloutStatus | None = Field(
+        default=None, description="How far the rollout under way has come; absent where there is none."
+    )
     model: ModelInfo | None = Field(
         default=None, description="The model as a worker reports it; absent before."
     )

@@ -1,4 +1,4 @@
-"""Asks a leader about its model."""
+"""What the operator asks of a leader: its model, its work, and to take no more of it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import ipaddress
 import grpc
 
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
+from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
 from moe_operator.errors import RetryableError
 from moe_operator.resources import names
 from moe_operator.resources.status import ModelInfo
@@ -33,6 +34,28 @@ def get_model(address: str, revision: str, timeout_seconds: float) -> ModelInfo:
         context_length=model.context_length,
         revision=revision,
     )
+
+
+def work(address: str, timeout_seconds: float) -> int | None:
+    """Requests under way on the worker at an IP address; None when it does not answer in time."""
+    with grpc.insecure_channel(target(address)) as channel:
+        try:
+            stub = worker_pb2_grpc.WorkerServiceStub(channel)
+            load = stub.GetLoad(worker_pb2.GetLoadRequest(), timeout=timeout_seconds)
+        except grpc.RpcError:
+            return None
+    return int(load.queued + load.running)
+
+
+def drain(address: str, timeout_seconds: float) -> bool:
+    """Tells the worker at an IP address to take no more requests; whether it heard."""
+    with grpc.insecure_channel(target(address)) as channel:
+        try:
+            stub = worker_pb2_grpc.WorkerServiceStub(channel)
+            stub.Drain(worker_pb2.DrainRequest(), timeout=timeout_seconds)
+        except grpc.RpcError:
+            return False
+    return True
 
 
 def target(address: str) -> str:

@@ -10,6 +10,7 @@ from moe_worker.config.engine import DTYPES, FORMATS, EngineOptions
 from moe_worker.config.quantity import parse_bytes
 from moe_worker.engine.loading import explain_choice
 from moe_worker.errors import SettingsError
+from moe_worker.service.engine_client import STALL_TIMEOUT_S
 from moe_worker.service.server import ServeSettings
 from moe_worker.service.server import serve as run
 
@@ -72,6 +73,14 @@ from moe_worker.service.server import serve as run
     envvar="MOE_WORKER_REVISION",
     help="Names what is served and how; a stream is handed over only between workers of one revision.",
 )
+@click.option(
+    "--stall-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=STALL_TIMEOUT_S,
+    show_default=True,
+    help="An engine that makes no step for so many seconds, with requests to compute, is taken for hung: the "
+    "worker ends, and its streams go on elsewhere.",
+)
 @click.option("--check-weights", is_flag=True, help="Refuse weights that are not finite numbers.")
 @click.option(
     "--threads",
@@ -86,6 +95,7 @@ def serve(
     listen: str,
     kv_memory: str | None,
     revision: str,
+    stall_timeout: float,
     explained: bool,
     **options: float | str | None,
 ) -> None:
@@ -103,7 +113,7 @@ def serve(
             click.echo(line)
         return
     name = served_name or model.resolve().name
-    run(ServeSettings(model, name, _address(listen), engine_options, revision))
+    run(ServeSettings(model, name, _address(listen), engine_options, revision, stall_timeout))
 
 
 def _address(text: str) -> str:

@@ -36,6 +36,9 @@ RETRY_AFTER_S = 1.0
 # An engine that does not end by itself once its socket is closed is killed after this long. One that loads
 # is killed at once: it does not look at its socket before torch is imported, and has nothing to lose.
 END_TIMEOUT_S = 2.0
+# Steps take milliseconds to seconds. An engine that has made none for so long, with requests to compute, is
+# hung (a collective that waits for a rank that is gone, a driver that does not answer) and never comes back.
+STALL_TIMEOUT_S = 120.0
 # torch's OpenMP threads spin while they wait for one another. On cores that other processes use too, a step
 # of a small model then takes 420 ms instead of 6 (two threads on two busy cores): let them sleep at once.
 ENGINE_ENVIRONMENT = {"GOMP_SPINCOUNT": "0"}
@@ -65,12 +68,15 @@ class EngineClient:
     statistics: Statistics = field(default_factory=Statistics)
     step_s: float = 0.0  # of all steps
     on_step: StepListener | None = None
+    stall_timeout_s: float = STALL_TIMEOUT_S
     _streams: dict[int, Stream] = field(default_factory=dict)
     _ids: "count[int]" = field(default_factory=count)
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
     _asked: "list[asyncio.Future[ExpertStatistics]]" = field(default_factory=list)
     _submitted: int = 0
     _acknowledged: int = 0
+    _heard: float = 0.0  # when there was nothing to compute, or a step had ended, last; of time.monotonic
+    _hung: bool = False
 
     @classmethod
     async def start(cls, message: Start) -> "EngineClient":
@@ -115,6 +121,8 @@ class EngineClient:
         """
         if self.requests >= self.most_requests:
             raise QueueFullError(f"the queue is full ({self.requests} requests are under way)", RETRY_AFTER_S)
+        if not self._computes:
+            self._heard = time.monotonic()
         number = next(self._ids)
         stream = self._streams[number] = Stream(Timeline(submitted_ns=time.time_ns()))
         request = Request(number, prompt, sampling, seed, deadline=deadline, written=written)
@@ -151,12 +159,16 @@ class EngineClient:
         self.format, self.load, self.most_requests = message.format, message.load, message.most_requests
 
     async def run(self) -> EngineDiedError:
-        """Hands out what the engine produces until it ends; why it did."""
-        while isinstance(message := await self._receive(), Stepped | ExpertReport):
-            if isinstance(message, Stepped):
-                self._take(message)
-            elif not (answer := self._asked.pop(0)).done():
-                answer.set_result(message.experts)
+        """Hands out what the engine produces until it ends, or is killed because it hangs; why it did."""
+        watching = asyncio.ensure_future(self._kill_if_hung())
+        try:
+            while isinstance(message := await self._receive(), Stepped | ExpertReport):
+                if isinstance(message, Stepped):
+                    self._take(message)
+                elif not (answer := self._asked.pop(0)).done():
+                    answer.set_result(message.experts)
+        finally:
+            watching.cancel()
         error = await self._death(message)
         for stream in self._streams.values():
             stream.fail(error)
@@ -165,7 +177,20 @@ class EngineClient:
                 answer.set_exception(error)
         return error
 
+    @property
+    def _computes(self) -> bool:
+        """Whether there is something to compute; a finished text that waits for its reader is not."""
+        return any(stream.timeline.finish_reason is None for stream in self._streams.values())
+
+    async def _kill_if_hung(self) -> None:
+        while not self._hung:
+            await asyncio.sleep(self.stall_timeout_s / 10)
+            silent_s = time.monotonic() - self._heard
+            self._hung = self._computes and silent_s > self.stall_timeout_s
+        self.process.kill()
+
     def _take(self, message: Stepped) -> None:
+        self._heard = time.monotonic()
         before, self.statistics = self.statistics, message.statistics
         self.load, self._acknowledged = message.load, message.submitted
         for event in message.events:
@@ -201,6 +226,11 @@ class EngineClient:
 
     async def _death(self, last: Message | None) -> EngineDiedError:
         code = await self.process.wait()
+        if self._hung:
+            return EngineDiedError(
+                f"the engine made no step for {self.stall_timeout_s:g} s with {self.requests} requests under "
+                "way; it was hung and is started again"
+            )
         if isinstance(last, Failed):
             return EngineFailedError(last.message, last.exit_code)
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"

@@ -21,7 +21,7 @@ from moe_worker.config.directory import read_checkpoint_config
 from moe_worker.config.engine import EngineOptions
 from moe_worker.errors import EngineDiedError, SettingsError
 from moe_worker.models.tokenizer import Tokenizer
-from moe_worker.service.engine_client import EngineClient
+from moe_worker.service.engine_client import STALL_TIMEOUT_S, EngineClient
 from moe_worker.service.metrics import EngineMetrics
 from moe_worker.service.servicers import InferenceService, Phase, Served, WorkerService
 from moe_worker.service.wire import Start
@@ -39,6 +39,7 @@ class ServeSettings:
     """model: checkpoint directory; served_name: what clients ask for; listen: HOST:PORT.
 
     revision: names what is served and how; workers of one revision take up each other's streams.
+    stall_timeout_s: an engine that makes no step for so long, with requests to compute, is killed.
     """
 
     model: Path
@@ -46,6 +47,7 @@ class ServeSettings:
     listen: str
     options: EngineOptions
     revision: str = ""
+    stall_timeout_s: float = STALL_TIMEOUT_S
 
 
 def serve(settings: ServeSettings) -> None:
@@ -58,7 +60,7 @@ async def _serve(settings: ServeSettings, *, measured: bool) -> None:
     stop = _stop_on_signal()
     inference = InferenceService(trace.get_tracer("moe_worker"), metrics.get_meter("moe_worker"))
     health = Health(SERVICES)
-    server = await _listen(settings.listen, inference, health)
+    server = await _listen(settings.listen, inference, health, stop)
     try:
         await _load_and_run(settings, inference, health, stop, measured=measured)
     finally:
@@ -83,11 +85,13 @@ def _stop_on_signal() -> asyncio.Event:
     return stop
 
 
-async def _listen(address: str, inference: InferenceService, health: Health) -> grpc.aio.Server:
+async def _listen(
+    address: str, inference: InferenceService, health: Health, stop: asyncio.Event
+) -> grpc.aio.Server:
     """Answers probes from here on, and requests with UNAVAILABLE."""
     server = grpc.aio.server(interceptors=[MalformedRequestInterceptor()], options=transport.SERVER_OPTIONS)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
-    worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(inference), server)
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(inference, stop), server)
     await health.register(server)
     try:
         port = server.add_insecure_port(address)
@@ -110,6 +114,7 @@ async def _load_and_run(
     context_length = settings.options.context_for(config.max_position_embeddings)
     tokenizer = await asyncio.to_thread(Tokenizer.load, settings.model, config)
     engine = await EngineClient.start(Start(str(settings.model), settings.options))
+    engine.stall_timeout_s = settings.stall_timeout_s
     try:
         if not await _unless_stopped(engine.loaded(), stop):
             return

@@ -170,10 +170,30 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
 
 class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
-    """moe_api.worker.v1.WorkerService; answers from what the engine said last, so at once."""
+    """moe_api.worker.v1.WorkerService; answers from what the engine said last, so at once.
 
-    def __init__(self, inference: InferenceService) -> None:
+    stop: set where the worker shall drain and end.
+    """
+
+    def __init__(self, inference: InferenceService, stop: asyncio.Event) -> None:
         self._inference = inference
+        self._stop = stop
+
+    async def Drain(  # noqa: N802
+        self,
+        request: worker_pb2.DrainRequest,  # noqa: ARG002
+        context: Context,
+    ) -> worker_pb2.Drained:
+        """Takes no more requests; ends when those under way have."""
+        served = self._inference.served
+        if served is None:
+            code = grpc.StatusCode.UNAVAILABLE
+            await rich_status.abort(
+                context, rich_status.retry_later(code, Phase.LOADING.value, RETRY_ELSEWHERE_S)
+            )
+        self._inference.phase = Phase.DRAINING
+        self._stop.set()
+        return worker_pb2.Drained(requests=served.engine.requests)
 
     async def GetLoad(self, request: worker_pb2.GetLoadRequest, context: Context) -> worker_pb2.Load:  # noqa: N802, ARG002
         """Says how busy this worker is."""

@@ -25,17 +25,23 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"moe_api/frontend/v1/frontend.proto\x12\x13moe_api.frontend.v1\x1a\x1egoogle/protobuf/duration.proto\";\n\x10GetDemandRequest\x12\'\n\x04wait\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x16\n\x06\x44\x65mand\x12\x0c\n\x04held\x18\x01 \x01(\r2b\n\x0f\x46rontendService\x12O\n\tGetDemand\x12%.moe_api.frontend.v1.GetDemandRequest\x1a\x1b.moe_api.frontend.v1.Demandb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"moe_api/frontend/v1/frontend.proto\x12\x13moe_api.frontend.v1\x1a\x1egoogle/protobuf/duration.proto\"\x12\n\x10GetRoutesRequest\"4\n\x06Routes\x12*\n\x06routes\x18\x01 \x03(\x0b\x32\x1a.moe_api.frontend.v1.Route\"K\n\x05Route\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x11\n\tin_flight\x18\x04 \x01(\r\";\n\x10GetDemandRequest\x12\'\n\x04wait\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x16\n\x06\x44\x65mand\x12\x0c\n\x04held\x18\x01 \x01(\r2\xb3\x01\n\x0f\x46rontendService\x12O\n\tGetDemand\x12%.moe_api.frontend.v1.GetDemandRequest\x1a\x1b.moe_api.frontend.v1.Demand\x12O\n\tGetRoutes\x12%.moe_api.frontend.v1.GetRoutesRequest\x1a\x1b.moe_api.frontend.v1.Routesb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'moe_api.frontend.v1.frontend_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GETDEMANDREQUEST']._serialized_start=91
-  _globals['_GETDEMANDREQUEST']._serialized_end=150
-  _globals['_DEMAND']._serialized_start=152
-  _globals['_DEMAND']._serialized_end=174
-  _globals['_FRONTENDSERVICE']._serialized_start=176
-  _globals['_FRONTENDSERVICE']._serialized_end=274
+  _globals['_GETROUTESREQUEST']._serialized_start=91
+  _globals['_GETROUTESREQUEST']._serialized_end=109
+  _globals['_ROUTES']._serialized_start=111
+  _globals['_ROUTES']._serialized_end=163
+  _globals['_ROUTE']._serialized_start=165
+  _globals['_ROUTE']._serialized_end=240
+  _globals['_GETDEMANDREQUEST']._serialized_start=242
+  _globals['_GETDEMANDREQUEST']._serialized_end=301
+  _globals['_DEMAND']._serialized_start=303
+  _globals['_DEMAND']._serialized_end=325
+  _globals['_FRONTENDSERVICE']._serialized_start=328
+  _globals['_FRONTENDSERVICE']._serialized_end=507
 # @@protoc_insertion_point(module_scope)

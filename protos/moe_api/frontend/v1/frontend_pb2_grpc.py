@@ -39,6 +39,11 @@ class FrontendServiceStub:
                 request_serializer=moe__api_dot_frontend_dot_v1_dot_frontend__pb2.GetDemandRequest.SerializeToString,
                 response_deserializer=moe__api_dot_frontend_dot_v1_dot_frontend__pb2.Demand.FromString,
                 _registered_method=True)
+        self.GetRoutes = channel.unary_unary(
+                '/moe_api.frontend.v1.FrontendService/GetRoutes',
+                request_serializer=moe__api_dot_frontend_dot_v1_dot_frontend__pb2.GetRoutesRequest.SerializeToString,
+                response_deserializer=moe__api_dot_frontend_dot_v1_dot_frontend__pb2.Routes.FromString,
+                _registered_method=True)
 
 
 class FrontendServiceServicer:
@@ -54,6 +59,15 @@ class FrontendServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetRoutes(self, request, context):
+        """Says to which workers this frontend sends requests now. Idempotent; answers at once.
+
+        Status codes: UNAVAILABLE (shutting down).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FrontendServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -61,6 +75,11 @@ def add_FrontendServiceServicer_to_server(servicer, server):
                     servicer.GetDemand,
                     request_deserializer=moe__api_dot_frontend_dot_v1_dot_frontend__pb2.GetDemandRequest.FromString,
                     response_serializer=moe__api_dot_frontend_dot_v1_dot_frontend__pb2.Demand.SerializeToString,
+            ),
+            'GetRoutes': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRoutes,
+                    request_deserializer=moe__api_dot_frontend_dot_v1_dot_frontend__pb2.GetRoutesRequest.FromString,
+                    response_serializer=moe__api_dot_frontend_dot_v1_dot_frontend__pb2.Routes.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +109,33 @@ class FrontendService:
             '/moe_api.frontend.v1.FrontendService/GetDemand',
             moe__api_dot_frontend_dot_v1_dot_frontend__pb2.GetDemandRequest.SerializeToString,
             moe__api_dot_frontend_dot_v1_dot_frontend__pb2.Demand.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRoutes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moe_api.frontend.v1.FrontendService/GetRoutes',
+            moe__api_dot_frontend_dot_v1_dot_frontend__pb2.GetRoutesRequest.SerializeToString,
+            moe__api_dot_frontend_dot_v1_dot_frontend__pb2.Routes.FromString,
             options,
             channel_credentials,
             insecure,

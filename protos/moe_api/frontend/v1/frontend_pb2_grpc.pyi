@@ -37,6 +37,11 @@ class FrontendServiceStub:
 
     Status codes: INVALID_ARGUMENT (a wait below 0 or above 60 s), UNAVAILABLE (shutting down).
     """
+    GetRoutes: _grpc.UnaryUnaryMultiCallable[_frontend_pb2.GetRoutesRequest, _frontend_pb2.Routes]
+    """Says to which workers this frontend sends requests now. Idempotent; answers at once.
+
+    Status codes: UNAVAILABLE (shutting down).
+    """
 
 @_typing.type_check_only
 class FrontendServiceAsyncStub(FrontendServiceStub):
@@ -46,6 +51,11 @@ class FrontendServiceAsyncStub(FrontendServiceStub):
     waits for the first one, for as long as asked, so that a deployment without replicas is woken at once.
 
     Status codes: INVALID_ARGUMENT (a wait below 0 or above 60 s), UNAVAILABLE (shutting down).
+    """
+    GetRoutes: _aio.UnaryUnaryMultiCallable[_frontend_pb2.GetRoutesRequest, _frontend_pb2.Routes]  # type: ignore[assignment]
+    """Says to which workers this frontend sends requests now. Idempotent; answers at once.
+
+    Status codes: UNAVAILABLE (shutting down).
     """
 
 class FrontendServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -59,6 +69,17 @@ class FrontendServiceServicer(metaclass=_abc_1.ABCMeta):
         waits for the first one, for as long as asked, so that a deployment without replicas is woken at once.
 
         Status codes: INVALID_ARGUMENT (a wait below 0 or above 60 s), UNAVAILABLE (shutting down).
+        """
+
+    @_abc_1.abstractmethod
+    def GetRoutes(
+        self,
+        request: _frontend_pb2.GetRoutesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_frontend_pb2.Routes, _abc.Awaitable[_frontend_pb2.Routes]]:
+        """Says to which workers this frontend sends requests now. Idempotent; answers at once.
+
+        Status codes: UNAVAILABLE (shutting down).
         """
 
 def add_FrontendServiceServicer_to_server(servicer: FrontendServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

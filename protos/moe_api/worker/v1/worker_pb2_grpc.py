@@ -44,6 +44,11 @@ class WorkerServiceStub:
                 request_serializer=moe__api_dot_worker_dot_v1_dot_worker__pb2.GetExpertLoadRequest.SerializeToString,
                 response_deserializer=moe__api_dot_worker_dot_v1_dot_worker__pb2.ExpertLoad.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/moe_api.worker.v1.WorkerService/Drain',
+                request_serializer=moe__api_dot_worker_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
+                response_deserializer=moe__api_dot_worker_dot_v1_dot_worker__pb2.Drained.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer:
@@ -67,6 +72,16 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Takes no requests from now on: health says NOT_SERVING, so that frontends turn elsewhere at once. What is
+        under way runs to its end; then the process ends, as after SIGTERM. Idempotent; cannot be taken back.
+
+        Status codes: UNAVAILABLE (shutting down, or the model is still loading).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -79,6 +94,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.GetExpertLoad,
                     request_deserializer=moe__api_dot_worker_dot_v1_dot_worker__pb2.GetExpertLoadRequest.FromString,
                     response_serializer=moe__api_dot_worker_dot_v1_dot_worker__pb2.ExpertLoad.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=moe__api_dot_worker_dot_v1_dot_worker__pb2.DrainRequest.FromString,
+                    response_serializer=moe__api_dot_worker_dot_v1_dot_worker__pb2.Drained.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -135,6 +155,33 @@ class WorkerService:
             '/moe_api.worker.v1.WorkerService/GetExpertLoad',
             moe__api_dot_worker_dot_v1_dot_worker__pb2.GetExpertLoadRequest.SerializeToString,
             moe__api_dot_worker_dot_v1_dot_worker__pb2.ExpertLoad.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moe_api.worker.v1.WorkerService/Drain',
+            moe__api_dot_worker_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
+            moe__api_dot_worker_dot_v1_dot_worker__pb2.Drained.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,12 @@ class WorkerServiceStub:
 
     Status codes: UNAVAILABLE (the model is loading, or the engine is gone).
     """
+    Drain: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.Drained]
+    """Takes no requests from now on: health says NOT_SERVING, so that frontends turn elsewhere at once. What is
+    under way runs to its end; then the process ends, as after SIGTERM. Idempotent; cannot be taken back.
+
+    Status codes: UNAVAILABLE (shutting down, or the model is still loading).
+    """
 
 @_typing.type_check_only
 class WorkerServiceAsyncStub(WorkerServiceStub):
@@ -54,6 +60,12 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     """Says which experts the tokens of each layer went to. Idempotent; waits for the step under way.
 
     Status codes: UNAVAILABLE (the model is loading, or the engine is gone).
+    """
+    Drain: _aio.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.Drained]  # type: ignore[assignment]
+    """Takes no requests from now on: health says NOT_SERVING, so that frontends turn elsewhere at once. What is
+    under way runs to its end; then the process ends, as after SIGTERM. Idempotent; cannot be taken back.
+
+    Status codes: UNAVAILABLE (shutting down, or the model is still loading).
     """
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -77,6 +89,18 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         """Says which experts the tokens of each layer went to. Idempotent; waits for the step under way.
 
         Status codes: UNAVAILABLE (the model is loading, or the engine is gone).
+        """
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _worker_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.Drained, _abc.Awaitable[_worker_pb2.Drained]]:
+        """Takes no requests from now on: health says NOT_SERVING, so that frontends turn elsewhere at once. What is
+        under way runs to its end; then the process ends, as after SIGTERM. Idempotent; cannot be taken back.
+
+        Status codes: UNAVAILABLE (shutting down, or the model is still loading).
         """
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,59 @@
+"""What users write about changes of the pods: spec.rollout."""
+
+from __future__ import annotations
+
+from pydantic import ConfigDict, Field
+
+from moe_operator.resources.base import Model, rules
+
+_MOST = 1000
+
+
+class Rollout(Model):
+    """How a new revision takes the place of an old one."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "self.maxSurge + self.maxUnavailable >= 1",
+                "maxSurge and maxUnavailable must not both be 0: no replica could ever change",
+            )
+        )
+    )
+
+    max_surge: int = Field(
+        default=1,
+        description="Replicas beyond the wanted ones while a rollout goes on: a new one is Ready before an "
+        "old one leaves. Where a new one fits no node, an old one makes room, within maxUnavailable. "
+        "Default: 1.",
+        json_schema_extra=rules((f"self >= 0 && self <= {_MOST}", f"maxSurge is a number from 0 to {_MOST}")),
+    )
+    max_unavailable: int = Field(
+        default=1,
+        description="Wanted replicas that may be missing while a rollout goes on, where there is no room for "
+        "surge. 0 never gives up a replica that serves. Default: 1.",
+        json_schema_extra=rules(
+            (f"self >= 0 && self <= {_MOST}", f"maxUnavailable is a number from 0 to {_MOST}")
+        ),
+    )
+    partition: int = Field(
+        default=0,
+        description="Replicas that stay at the old revision: with 4 replicas, 3 leaves one canary. "
+        "Default: 0.",
+        json_schema_extra=rules(
+            (f"self >= 0 && self <= {_MOST}", f"partition is a number from 0 to {_MOST}")
+        ),
+    )
+    pause: bool = Field(
+        default=False,
+        description="Leaves every replica at its revision until this is false again; scaling goes on. "
+        "Default: false.",
+    )
+    progress_deadline_seconds: int = Field(
+        default=3600,
+        description="A rollout that brings no further replica to Ready for so long stops, and what serves is "
+        "left alone until the spec is edited. Default: 3600, for reading a large checkpoint takes long.",
+        json_schema_extra=rules(
+            ("self >= 1 && self <= 604800", "progressDeadlineSeconds is a number from 1 to 604800")
+        ),
+    )

@@ -1,0 +1,111 @@
+"""The rollout's policy by itself: whatever happens to pods, it keeps its promises."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_operator.manifests.gates import Gate, changes, waiting
+from moe_operator.manifests.observed import Pod
+from moe_operator.manifests.rollout import Replica, Terms, free_ranks, moves
+from moe_operator.resources.rollout import Rollout
+
+REPLICAS = st.lists(
+    st.builds(
+        Replica,
+        data_rank=st.integers(0, 30),
+        revision=st.sampled_from(["old", "older", "new"]),
+        ready=st.booleans(),
+        unplaced=st.booleans(),
+        work=st.integers(0, 9),
+    ),
+    unique_by=lambda replica: replica.data_rank,
+    max_size=8,
+)
+ROLLOUTS = st.builds(
+    Rollout,
+    max_surge=st.integers(0, 3),
+    max_unavailable=st.integers(1, 3),
+    partition=st.integers(0, 3),
+    pause=st.booleans(),
+)
+TERMS = st.builds(
+    Terms, wanted=st.integers(0, 6), revision=st.just("new"), rollout=ROLLOUTS, stalled=st.booleans()
+)
+
+
+@given(REPLICAS, TERMS)
+def test_never_more_than_the_surge_and_never_fewer_than_allowed(replicas, terms):
+    found = moves(replicas, terms)
+    left = [replica for replica in replicas if replica not in found.remove]
+    rolls = any(replica.revision != terms.revision for replica in replicas)
+    surge = terms.rollout.max_surge if rolls else 0
+    if found.create:
+        assert len(left) + found.create <= terms.wanted + surge
+    serving = sum(replica.ready for replica in replicas)
+    missing = terms.rollout.max_unavailable if rolls and not terms.held else 0
+    assert sum(replica.ready for replica in left) >= min(serving, terms.wanted - missing)
+    if rolls and not terms.held and len(replicas) <= terms.wanted:
+        old = sum(replica.revision != terms.revision for replica in left)
+        before = sum(replica.revision != terms.revision for replica in replicas)
+        assert old >= min(terms.rollout.partition, terms.wanted, before)
+
+
+@given(REPLICAS, TERMS)
+def test_nobody_busier_leaves_while_somebody_idler_of_the_same_kind_stays(replicas, terms):
+    found = moves(replicas, terms)
+    for gone in (replica for replica in found.remove if replica.ready):
+        alike = [r for r in replicas if r.revision == gone.revision and r not in found.remove]
+        assert all(gone.work <= stays.work for stays in alike if stays.ready)
+
+
+@settings(deadline=None)
+@given(REPLICAS, TERMS, st.data())
+def test_it_comes_to_an_end_once_pods_start(replicas, terms, data):
+    terms = replace(terms, rollout=terms.rollout.model_copy(update={"pause": False}), stalled=False)
+    for _ in range(40):
+        found = moves(replicas, terms)
+        replicas = [replica for replica in replicas if replica not in found.remove]
+        taken = {replica.data_rank for replica in replicas}
+        made = [Replica(rank, found.revision, ready=False) for rank in free_ranks(found.create, taken)]
+        replicas = [replace(r, ready=r.ready or data.draw(st.booleans()), unplaced=False) for r in replicas]
+        replicas += made
+    for _ in range(40):
+        replicas = [replace(replica, ready=True) for replica in replicas]
+        found = moves(replicas, terms)
+        replicas = [replica for replica in replicas if replica not in found.remove]
+        taken = {replica.data_rank for replica in replicas}
+        replicas += [Replica(rank, found.revision, ready=False) for rank in free_ranks(found.create, taken)]
+    assert len(replicas) == terms.wanted
+    old = sum(replica.revision != terms.revision for replica in replicas)
+    assert old <= terms.rollout.partition
+    assert (moves(replicas, terms).create, moves(replicas, terms).remove) == (0, ())
+
+
+@given(st.integers(0, 5), st.frozensets(st.integers(0, 9)))
+def test_new_replicas_get_the_lowest_ranks_that_nobody_has(count, taken):
+    ranks = free_ranks(count, taken)
+    assert len(ranks) == count == len(set(ranks))
+    assert not taken & set(ranks)
+    assert all(rank in taken or rank in ranks for rank in range(max(ranks, default=0)))
+
+
+def pod(**fields):
+    return Pod("docs-0-0", "10.0.0.1", False, False, "r", 0, None, **{"uid": "u", "gated": True, **fields})
+
+
+def test_a_gate_opens_when_every_frontend_sends_requests_to_this_very_pod():
+    loaded = pod(containers_ready=True)
+    assert waiting([loaded]) == [loaded]
+    assert changes([loaded], {}) == []
+    assert changes([loaded], {"docs-0-0": "10.0.0.9"}) == [], "its predecessor had that address"
+    assert changes([loaded], {"docs-0-0": "10.0.0.1"}) == [Gate("docs-0-0", "u", True)]
+
+
+def test_a_gate_closes_when_the_worker_starts_again():
+    assert changes([pod(containers_ready=False, routed=True)], {}) == [Gate("docs-0-0", "u", False)]
+    assert changes([pod(containers_ready=True, routed=True)], {}) == []
+    assert waiting([pod(containers_ready=False)]) == []
+    assert waiting([pod(containers_ready=True, gated=False)]) == [], "pods of before have no gate"
