@@ -6,8 +6,8 @@ from datetime import datetime
 
 from moe_operator.autoscaler.scaler import MINUTE_S, Outcome
 from moe_operator.autoscaler.subject import Subject
-from moe_operator.manifests.conditions import Verdict, timestamp
-from moe_operator.manifests.decision import Decision
+from moe_operator.manifests.conditions import Verdict
+from moe_operator.manifests.decision import Decision, timestamp
 from moe_operator.resources.scaling import Mode
 from moe_operator.resources.scaling_status import (
     CapacityStatus,
