@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test up down lint proto manifests clean setup setup-all tools all-tools environment
+.PHONY: help demo test soak up down lint proto manifests clean setup setup-all tools all-tools environment
 
 help: ## Show this help
 	@echo "moe-operator: serves Mixture-of-Experts language models on Kubernetes"
@@ -15,7 +15,11 @@ demo: setup ## Start a Kubernetes here, serve the example, stream text, show its
 	$(BIN)/python -m examples.demo
 
 test: setup-all ## Run all tests (ARGS="-k name" for some)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m "not soak" $(ARGS)
+
+soak: setup-all ## Hundreds of scalings, rollouts and faults under load, and the table of faults (30 to 60 minutes)
+	timeout 5400 $(BIN)/python -m pytest -m soak -s tests/soak $(ARGS)
+	timeout 1800 $(BIN)/python -m benchmarks.faults
 
 up: setup ## Start the local cluster and leave it running
 	$(BIN)/python -m localcluster up

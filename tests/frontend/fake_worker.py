@@ -10,6 +10,7 @@ As a program (NAME [LISTEN]) it prints its address and serves until it is killed
 
 import asyncio
 import os
+import signal
 import sys
 
 import grpc
@@ -19,6 +20,7 @@ from moe_api.health import Health
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
 from moe_api.malformed import MalformedRequestInterceptor
 from moe_api.rich_status import FieldViolation
+from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
 from moe_operator.frontend.endpoints import Endpoint
 
 ERRORS = {
@@ -47,11 +49,13 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
         self.endpoint = None
         self.changed = asyncio.Condition()
 
-    async def start(self, address="127.0.0.1:0"):
+    async def start(self, address="127.0.0.1:0", leaving=None):
         self.server = grpc.aio.server(
             interceptors=[MalformedRequestInterceptor()], options=transport.SERVER_OPTIONS
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, self.server)
+        if leaving is not None:
+            worker_pb2_grpc.add_WorkerServiceServicer_to_server(leaving, self.server)
         self.health = Health(["moe_api.inference.v1.InferenceService"])
         await self.health.register(self.server)
         port = self.server.add_insecure_port(address)
@@ -60,9 +64,9 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
         self.endpoint = Endpoint(self.name, f"127.0.0.1:{port}", self.revision)
         return self.endpoint
 
-    async def until(self, condition):
+    async def until(self, condition, most_s=30):
         """Waits until the condition holds for this worker."""
-        async with asyncio.timeout(30), self.changed:
+        async with asyncio.timeout(most_s), self.changed:
             await self.changed.wait_for(lambda: condition(self))
 
     async def _change(self, **differences):
@@ -130,11 +134,32 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
         return inference_pb2.Model(name=self.name, vocabulary_size=256, revision=self.revision)
 
 
+class Leaving(worker_pb2_grpc.WorkerServiceServicer):
+    """Load and draining, as the real worker's."""
+
+    def __init__(self, worker):
+        self.worker = worker
+        self.stop = asyncio.Event()
+
+    async def GetLoad(self, request, context):
+        return worker_pb2.Load(running=self.worker.running)
+
+    async def Drain(self, request, context):
+        self.stop.set()
+        return worker_pb2.Drained(requests=self.worker.running)
+
+
 async def serve():
     worker = FakeWorker(sys.argv[1], os.environ.get("MOE_WORKER_REVISION", ""))
-    endpoint = await worker.start(*sys.argv[2:])
+    leaving = Leaving(worker)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, leaving.stop.set)
+    endpoint = await worker.start(*sys.argv[2:], leaving=leaving)
     print(endpoint.address, flush=True)
-    await worker.server.wait_for_termination()
+    await leaving.stop.wait()
+    await worker.health.set_ready(ready=False)
+    await worker.until(lambda w: w.running == 0, 3600)
+    await worker.health.close()
+    await worker.server.stop(1)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ class Rollout(Model):
     model_config = ConfigDict(
         json_schema_extra=rules(
             (
-                "self.maxSurge + self.maxUnavailable >= 1",
+                # Defaults of the fields come after the check of this object's own default, {}.
+                "!has(self.maxSurge) || !has(self.maxUnavailable) || self.maxSurge + self.maxUnavailable >= 1",
                 "maxSurge and maxUnavailable must not both be 0: no replica could ever change",
             )
         )

@@ -77,6 +77,7 @@ from moe_worker.service.server import serve as run
     "--stall-timeout",
     type=click.FloatRange(min=0, min_open=True),
     default=STALL_TIMEOUT_S,
+    envvar="MOE_WORKER_STALL_TIMEOUT",
     show_default=True,
     help="An engine that makes no step for so many seconds, with requests to compute, is taken for hung: the "
     "worker ends, and its streams go on elsewhere.",

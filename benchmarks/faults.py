@@ -1,0 +1,361 @@
+"""What clients lose when something dies: injects faults into a served model under load, and prints a table.
+
+    python -m benchmarks.faults [--times 2] [--clients 6] [--tokens 60] [--only "worker killed"]
+
+Starts a local cluster with the operator and two replicas of examples/docs-moe (float32, on the CPU). CLIENTS
+threads stream TOKENS greedy tokens each, again and again; every answer is compared with one from before the
+first fault. The columns:
+
+    requests   that ended between the fault and the moment when everything was well again
+    failed     of these, requests that ended with an error
+    lost       tokens missing, or repeated, in the others: by the count that usage gives
+    changed    answers with other tokens than before (float32 sums depend on the batch, so a near tie may fall
+               the other way, with or without a fault; integer kernels have none)
+    pause s    the longest that any client waited for its next token
+    Ready s    from the fault until the condition Ready was True and stayed so; 0: it never was False
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import yaml
+
+from localcluster import Cluster, Forward
+from moe_api import transport
+from moe_api.inference.v1 import inference_pb2 as pb
+from moe_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
+
+ROOT = Path(__file__).parents[1]
+NAME = "docs-moe"
+PROMPTS = ("The kernel maps a page", "To install the package", "A transaction begins", "The scheduler")
+SETTLE_S = 6.0
+PATIENCE_S = 240.0
+AWAY_S = 20.0
+
+
+def main() -> None:
+    args = arguments()
+    with served() as site:
+        expected = {prompt: site.ask(prompt, args.tokens) for prompt in PROMPTS}
+        rows = []
+        for name, fault in FAULTS.items():
+            if args.only in (None, name):
+                found = [inject(site, fault, expected, args.clients) for _ in range(args.times)]
+                rows.append(Row.of(name, found))
+                print(rows[-1], file=sys.stderr)
+    print(Row.header())
+    for row in rows:
+        print(row)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--times", type=int, default=2, help="how often each fault is injected")
+    parser.add_argument("--clients", type=int, default=6)
+    parser.add_argument("--tokens", type=int, default=60)
+    parser.add_argument("--only", choices=FAULTS, help="inject this one alone")
+    return parser.parse_args()
+
+
+@dataclass
+class Outcome:
+    """What one fault did."""
+
+    requests: int = 0
+    failed: int = 0
+    lost: int = 0
+    changed: int = 0
+    pause_s: float = 0.0
+    ready_s: float = 0.0
+    reasons: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Row:
+    """All injections of one fault."""
+
+    fault: str
+    times: int
+    sums: tuple[int, int, int, int]
+    pause_s: float
+    ready_s: float
+
+    @classmethod
+    def of(cls, fault: str, found: list[Outcome]) -> "Row":
+        sums = [(one.requests, one.failed, one.lost, one.changed) for one in found]
+        for one in found:
+            for reason in sorted(set(one.reasons)):
+                print(f"  {fault}: {reason}", file=sys.stderr)
+        total = tuple(map(sum, zip(*sums, strict=True)))
+        return cls(
+            fault,
+            len(found),
+            (total[0], total[1], total[2], total[3]),
+            max(one.pause_s for one in found),
+            max(one.ready_s for one in found),
+        )
+
+    @staticmethod
+    def header() -> str:
+        return (
+            "| fault | injected | requests | failed | lost | changed | pause s | Ready s |\n"
+            + "|---" * 8
+            + "|"
+        )
+
+    def __str__(self) -> str:
+        counts = " | ".join(map(str, self.sums))
+        return f"| {self.fault} | {self.times} | {counts} | {self.pause_s:.1f} | {self.ready_s:.1f} |"
+
+
+@dataclass(frozen=True)
+class Site:
+    """The served example."""
+
+    cluster: Cluster
+    namespace: str
+    address: str
+
+    def kubectl(self, *words: str, text: str | None = None) -> str:
+        return self.cluster.kubectl("-n", self.namespace, *words, input=text)
+
+    def is_ready(self) -> bool:
+        """Whether Ready is True of the latest spec, and no pod is on its way."""
+        body = json.loads(self.kubectl("get", "moed", NAME, "-o", "json"))
+        found = {one["type"]: one for one in body.get("status", {}).get("conditions", ())}
+        current = found.get("Ready", {}).get("observedGeneration") == body["metadata"]["generation"]
+        return current and (found["Ready"]["status"], found["Progressing"]["reason"]) == ("True", "Complete")
+
+    def pods(self, role: str) -> list[str]:
+        selector = f"serving.moe-operator.dev/name={NAME},serving.moe-operator.dev/role={role}"
+        pods = json.loads(self.kubectl("get", "pods", "-l", selector, "-o", "json"))["items"]
+        return [pod["metadata"]["name"] for pod in pods if "deletionTimestamp" not in pod["metadata"]]
+
+    def ask(self, prompt: str, tokens: int) -> list[int]:
+        with grpc.insecure_channel(self.address) as channel:
+            stub = InferenceServiceStub(channel)
+            return [t for part in stub.Generate(request(prompt, tokens), timeout=120) for t in part.tokens]
+
+
+def request(prompt: str, tokens: int) -> pb.GenerateRequest:
+    return pb.GenerateRequest(
+        prompt=prompt, sampling=pb.SamplingParameters(max_tokens=tokens, ignore_eos=True)
+    )
+
+
+@contextmanager
+def served() -> Iterator[Site]:
+    """A cluster with the operator and the example, Ready."""
+    with tempfile.TemporaryDirectory() as directory:
+        cluster = Cluster(Path(directory) / "cluster")
+        cluster.up(detached=False)
+        try:
+            cluster.kubectl("apply", "-f", str(ROOT / "charts/install.yaml"))
+            cluster.kubectl("create", "namespace", "faults")
+            with Forward(cluster.directory, "faults", f"{NAME}-frontend", 8000) as forward:
+                site = Site(cluster, "faults", forward.address)
+                site.kubectl("apply", "-f", "-", text=yaml.safe_dump(manifest()))
+                wait(site.is_ready, "the example is Ready")
+                yield site
+        finally:
+            cluster.down()
+
+
+def manifest() -> dict[str, object]:
+    body = yaml.safe_load((ROOT / "examples/docs-moe.yaml").read_text())
+    body["spec"].pop("telemetry")
+    body["spec"]["worker"]["env"] = [{"name": "MOE_WORKER_STALL_TIMEOUT", "value": "5"}]
+    body["spec"]["worker"]["terminationGracePeriodSeconds"] = 10
+    return dict(body)
+
+
+def wait(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not quietly(condition):
+        if time.monotonic() > deadline:
+            raise SystemExit(f"error: not within {PATIENCE_S:.0f} s: {what}")
+        time.sleep(0.2)
+
+
+def quietly(condition: Callable[[], bool]) -> bool:
+    """False where the API server does not answer."""
+    try:
+        return condition()
+    except Exception:  # noqa: BLE001 - kubectl fails in many ways while the API server is away
+        return False
+
+
+def inject(
+    site: Site, fault: Callable[[Site], None], expected: dict[str, list[int]], clients: int
+) -> Outcome:
+    """One fault under load, until all is well again."""
+    outcome, stop, lock = Outcome(), threading.Event(), threading.Lock()
+    threads = [
+        threading.Thread(target=stream, args=(site, number, expected, outcome, stop, lock))
+        for number in range(clients)
+    ]
+    for thread in threads:
+        thread.start()
+    time.sleep(1.0)
+    started = time.monotonic()
+    fault(site)
+    outcome.ready_s = until_well(site, started)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    return outcome
+
+
+def until_well(site: Site, started: float) -> float:
+    """Waits until Ready has been True for some seconds; when it was not last, in seconds after `started`."""
+    last_bad, since = 0.0, time.monotonic()
+    while time.monotonic() - since < SETTLE_S:
+        if not quietly(site.is_ready):
+            since = time.monotonic()
+            last_bad = since - started
+        if time.monotonic() - started > PATIENCE_S:
+            raise SystemExit("error: the deployment does not get Ready again")
+        time.sleep(0.2)
+    return last_bad
+
+
+def stream(
+    site: Site,
+    number: int,
+    expected: dict[str, list[int]],
+    outcome: Outcome,
+    stop: threading.Event,
+    lock: threading.Lock,
+) -> None:
+    """One client, until it is told to stop."""
+    with grpc.insecure_channel(site.address, options=transport.CLIENT_OPTIONS) as channel:
+        stub = InferenceServiceStub(channel)
+        while not stop.is_set():
+            prompt = PROMPTS[number % len(PROMPTS)]
+            tokens: list[int] = []
+            pauses, before = [0.0], time.monotonic()
+            failure, claimed = None, 0
+            try:
+                for part in stub.Generate(request(prompt, len(expected[prompt])), timeout=120):
+                    tokens += part.tokens
+                    claimed = part.usage.completion_tokens or claimed
+                    pauses.append(time.monotonic() - before)
+                    before = time.monotonic()
+            except grpc.RpcError as error:
+                failure = f"{error.code().name}: {error.details()}"
+            with lock:
+                outcome.requests += 1
+                outcome.failed += failure is not None
+                outcome.reasons += [failure] if failure else []
+                outcome.lost += 0 if failure else abs(claimed - len(tokens))
+                outcome.changed += failure is None and tokens != expected[prompt]
+                outcome.pause_s = max(outcome.pause_s, *pauses)
+            if failure:
+                time.sleep(0.2)
+
+
+def signal_processes(environment: str, words: str, number: int) -> None:
+    """Sends a signal to the processes that have the variable (NAME=VALUE) and the words in their command."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            entries = (process / "environ").read_bytes().split(b"\0")
+            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            if environment.encode() in entries and words in command:
+                os.kill(int(process.name), number)
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue  # ended meanwhile, or not ours
+
+
+def worker_killed(site: Site) -> None:
+    signal_processes(f"HOSTNAME={site.pods('worker')[0]}", "", signal.SIGKILL)
+
+
+def engine_killed(site: Site) -> None:
+    signal_processes(f"HOSTNAME={site.pods('worker')[0]}", "engine_process", signal.SIGKILL)
+
+
+def engine_hangs(site: Site) -> None:
+    signal_processes(f"HOSTNAME={site.pods('worker')[0]}", "engine_process", signal.SIGSTOP)
+
+
+def pod_deleted(site: Site) -> None:
+    site.kubectl("delete", "pod", site.pods("worker")[0], "--wait=false")
+
+
+def pod_evicted(site: Site) -> None:
+    pod = site.pods("worker")[0]
+    body = {
+        "apiVersion": "policy/v1",
+        "kind": "Eviction",
+        "metadata": {"name": pod, "namespace": site.namespace},
+    }
+    path = f"/api/v1/namespaces/{site.namespace}/pods/{pod}/eviction"
+    site.kubectl("create", "--raw", path, "-f", "-", text=json.dumps(body))
+
+
+def scaled_down_and_up(site: Site) -> None:
+    for replicas in (1, 2):
+        site.kubectl("scale", f"moed/{NAME}", f"--replicas={replicas}")
+        time.sleep(3.0)
+
+
+def rolled_out(site: Site) -> None:
+    body = json.loads(site.kubectl("get", "moed", NAME, "-o", "json"))
+    size = body["spec"]["engine"]["maxBatchSize"] + 1
+    patch = json.dumps({"spec": {"engine": {"maxBatchSize": size}}})
+    site.kubectl("patch", "moed", NAME, "--type=merge", "-p", patch)
+
+
+def operator_killed(site: Site) -> None:
+    words = ("get", "pods", "-n", "moe-system", "-o", "jsonpath={.items[0].metadata.name}")
+    signal_processes(f"HOSTNAME={site.cluster.kubectl(*words)}", "", signal.SIGKILL)
+
+
+def frontend_killed(site: Site) -> None:
+    signal_processes(f"HOSTNAME={site.pods('frontend')[0]}", "", signal.SIGKILL)
+
+
+def api_server_away(site: Site) -> None:
+    """Stopped, as one that is overloaded or cut off; what was under way at it times out."""
+    directory = str(site.cluster.directory)
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                command = (process / "cmdline").read_bytes().split(b"\0")
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue
+            ours = any(directory in word.decode(errors="replace") for word in command[1:])
+            if ours and command[0].endswith(b"kube-apiserver"):
+                os.kill(int(process.name), number)
+        if number == signal.SIGSTOP:
+            time.sleep(AWAY_S)
+
+
+FAULTS: dict[str, Callable[[Site], None]] = {
+    "worker killed": worker_killed,
+    "engine killed": engine_killed,
+    "engine hangs": engine_hangs,
+    "pod deleted": pod_deleted,
+    "pod evicted": pod_evicted,
+    "scaled down and up": scaled_down_and_up,
+    "new revision": rolled_out,
+    "operator killed": operator_killed,
+    "API server away": api_server_away,
+    "frontend killed": frontend_killed,
+}
+
+if __name__ == "__main__":
+    main()
