@@ -16,7 +16,7 @@ from localcluster import Cluster
 ROOT = Path(__file__).parents[2]
 # The checkout is visible in pods at its own path; the stand-in's `moe-worker` comes first.
 STANDIN_PATH = f"{ROOT}/tests/operator/standin:{ROOT}/.venv/bin:/usr/bin:/bin"
-CHILD_KINDS = "statefulsets,deployments,services,serviceaccounts,roles,rolebindings"
+CHILD_KINDS = "statefulsets,deployments,services,serviceaccounts,roles,rolebindings,poddisruptionbudgets"
 ALL_KINDS = f"{CHILD_KINDS},replicasets,controllerrevisions,endpointslices,pods"
 T = TypeVar("T")
 

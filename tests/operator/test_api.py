@@ -108,6 +108,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         },
         "acceleratorFraction 0.5 is for replicas of one worker: set parallelism.pipeline",
     ),
+    "a rollout that cannot": (
+        {"rollout": {"maxSurge": 0, "maxUnavailable": 0}},
+        "maxSurge and maxUnavailable must not both be 0",
+    ),
+    "surge": ({"rollout": {"maxSurge": -1}}, "maxSurge is a number from 0 to 1000"),
+    "unavailable": ({"rollout": {"maxUnavailable": 1001}}, "maxUnavailable is a number from 0 to 1000"),
+    "partition": ({"rollout": {"partition": -1}}, "partition is a number from 0 to 1000"),
+    "deadline": (
+        {"rollout": {"progressDeadlineSeconds": 0}},
+        "progressDeadlineSeconds is a number from 1 to 604800",
+    ),
+    "history": ({"revisionHistoryLimit": 101}, "revisionHistoryLimit is a number from 0 to 100"),
     "endpoint": (
         {"telemetry": {"otlpEndpoint": "otel:4317"}},
         "otlpEndpoint is http:// or https://, a host and a port",
@@ -200,6 +212,14 @@ def test_everything_that_can_be_set_is_taken_and_kept(crd):
         "worker": pod,
         "frontend": {**pod, "replicas": 2},
         "telemetry": {"otlpEndpoint": "http://otel.moe-system:4317"},
+        "rollout": {
+            "maxSurge": 0,
+            "maxUnavailable": 2,
+            "partition": 1,
+            "pause": True,
+            "progressDeadlineSeconds": 900,
+        },
+        "revisionHistoryLimit": 3,
     }
     crd.apply(manifest(**spec))
     assert crd.get("moed", "docs")["spec"] == spec

@@ -36,6 +36,7 @@ def test_a_new_deployment_gets_its_objects_accounts_first():
         Key("Role", "docs-frontend"),
         Key("RoleBinding", "docs-frontend"),
         Key("Service", "docs-workers"),
+        Key("PodDisruptionBudget", "docs-workers"),
         Key("Service", "docs-frontend"),
         Key("Deployment", "docs-frontend"),
         Key("ControllerRevision", f"docs-{world.status.revision}"),

@@ -35,6 +35,7 @@ def test_an_applied_deployment_becomes_its_children_and_ready(docs):
         "Deployment docs-frontend",
         "Service docs-frontend",
         "Service docs-workers",
+        "PodDisruptionBudget docs-workers",
         "ServiceAccount docs-frontend",
         "ServiceAccount docs-worker",
         "Role docs-frontend",

@@ -37,6 +37,7 @@ _PATHS: Final = {
     "Deployment": ("apps/v1", "deployments"),
     names.HISTORY_KIND: (names.API_VERSION, "scalinghistories"),
     "ControllerRevision": ("apps/v1", "controllerrevisions"),
+    "PodDisruptionBudget": ("policy/v1", "poddisruptionbudgets"),
     "ClusterKopfPeering": ("kopf.dev/v1", "clusterkopfpeerings"),
 }
 _FORBIDDEN, _CONFLICT, _GONE, _EXPIRED, _TOO_MANY, _SERVER = 403, 409, 404, 410, 429, 500

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moe_operator.kube.client import Cluster
-from moe_operator.manifests import children, worker
+from moe_operator.manifests import children
 from moe_operator.manifests.objects import Key, Manifest, key
 from moe_operator.manifests.observed import Observed
 from moe_operator.resources import names
@@ -34,7 +34,8 @@ def _new_replicas(deployment: Deployment, found: dict[Key, Manifest]) -> Iterato
     """Names that the next replicas may get, up to as many free ones as there may be replicas to make."""
     there = {name for name in found if name.kind == "StatefulSet"}
     revisions = {found[name]["metadata"]["labels"].get(names.LABEL_REVISION) for name in there}
-    rolls = bool(revisions - {worker.revision(deployment)})
+    edited = deployment.status.observed_generation != deployment.identity.generation
+    rolls = edited or len(revisions) > 1
     surge = deployment.spec.rollout.max_surge if rolls else 0
     free, rank = deployment.wanted_replicas + surge - len(there), 0
     while free > 0:

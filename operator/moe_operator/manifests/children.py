@@ -15,6 +15,7 @@ KINDS = {
     "StatefulSet": "apps/v1",
     "Deployment": "apps/v1",
     "ControllerRevision": "apps/v1",
+    "PodDisruptionBudget": "policy/v1",
 }
 """Kinds of children, each with its apiVersion."""
 
@@ -30,6 +31,7 @@ def shared(deployment: Deployment) -> list[Manifest]:
         frontend.role(deployment),
         frontend.role_binding(deployment),
         worker.service(deployment),
+        worker.disruption_budget(deployment),
         frontend.service(deployment),
         frontend.deployment(deployment),
     ]

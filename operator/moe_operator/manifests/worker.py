@@ -131,10 +131,33 @@ def at_revision_of(other: Manifest, fresh: Manifest) -> Manifest:
     """The StatefulSet `fresh` with the pods of another replica of the deployment."""
     template, labels = other["spec"]["template"], other["metadata"]["labels"]
     rank = {names.LABEL_DATA_RANK: fresh["metadata"]["labels"][names.LABEL_DATA_RANK]}
-    metadata = {**fresh["metadata"], "labels": {**labels, **rank}}
+    # What its pods were made from goes with them (pinning).
+    pinned = {
+        name: text
+        for name, text in other["metadata"].get("annotations", {}).items()
+        if name == names.ANNOTATION_PINNED
+    }
+    metadata = {**fresh["metadata"], "labels": {**labels, **rank}, "annotations": pinned}
     of_pods = {**template["metadata"], "labels": {**template["metadata"]["labels"], **rank}}
     spec = {**fresh["spec"], "template": {**template, "metadata": of_pods}}
     return {**fresh, "metadata": metadata, "spec": spec}
+
+
+def disruption_budget(deployment: Deployment) -> Manifest:
+    """Lets a drained node take one replica at a time; pods that do not serve may always be evicted."""
+    manifest = child(
+        deployment.identity,
+        "policy/v1",
+        "PodDisruptionBudget",
+        names.workers(deployment.name),
+        names.ROLE_WORKER,
+    )
+    manifest["spec"] = {
+        "maxUnavailable": 1,
+        "unhealthyPodEvictionPolicy": "AlwaysAllow",
+        "selector": {"matchLabels": names.leader_labels(deployment.name)},
+    }
+    return manifest
 
 
 def service(deployment: Deployment) -> Manifest:

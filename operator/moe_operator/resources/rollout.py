@@ -16,7 +16,8 @@ class Rollout(Model):
         json_schema_extra=rules(
             (
                 # Defaults of the fields come after the check of this object's own default, {}.
-                "!has(self.maxSurge) || !has(self.maxUnavailable) || self.maxSurge + self.maxUnavailable >= 1",
+                "!has(self.maxSurge) || !has(self.maxUnavailable) || "
+                "self.maxSurge + self.maxUnavailable >= 1",
                 "maxSurge and maxUnavailable must not both be 0: no replica could ever change",
             )
         )

@@ -1,0 +1,104 @@
+"""Rollouts on a real cluster, seen through `moe rollout`. Workers are stand-ins without a model."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.operator.live import STANDIN_PATH, Live, eventually, manifest
+
+MOE = Path(sys.executable).with_name("moe")
+WORKER = {"env": [{"name": "PATH", "value": STANDIN_PATH}], "terminationGracePeriodSeconds": 5}
+
+
+@pytest.fixture(scope="module")
+def docs(live: Live) -> Live:
+    live.apply(manifest(replicas=1))
+    live.settled()
+    return live
+
+
+def moe(live: Live, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "KUBECONFIG": str(live.cluster.kubeconfig)}
+    command = [MOE, "rollout", words[0], "-n", live.namespace, *words[1:]]
+    return subprocess.run(command, capture_output=True, text=True, timeout=170, check=False, env=environment)
+
+
+def revision(live: Live) -> str:
+    return live.get("moed", "docs")["status"]["revision"]
+
+
+def change(live: Live, size: int) -> None:
+    live.patch("moed", "docs", {"spec": {"engine": {"maxBatchSize": size}}})
+
+
+def test_status_waits_until_the_change_is_through(docs):
+    before = revision(docs)
+    change(docs, 4)
+    done = moe(docs, "status", "docs")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == f"Complete: 1 replica at revision {revision(docs)}"
+    assert revision(docs) != before
+
+
+def test_undo_brings_back_the_revision_before(docs):
+    history = moe(docs, "history", "docs").stdout.splitlines()
+    assert [line.split()[0] for line in history] == ["1", "2"]
+    assert "engine.maxBatchSize=4" in history[1]
+    assert history[1].split()[1] == revision(docs)
+    first = history[0].split()[1]
+    done = moe(docs, "undo", "docs")
+    assert done.stdout == "docs goes back to revision 1; `moe rollout status docs` follows it\n", done.stderr
+    docs.settled()
+    assert revision(docs) == first
+    assert docs.get("moed", "docs")["spec"]["engine"]["maxBatchSize"] == 16
+    assert [line.split()[0] for line in moe(docs, "history", "docs").stdout.splitlines()] == ["2", "3"]
+    unknown = moe(docs, "undo", "docs", "--to-revision", "99")
+    assert unknown.returncode == 2
+    assert "has no revision 99 on record" in unknown.stderr
+
+
+def test_a_paused_change_waits(docs):
+    before = docs.leaders().keys()
+    assert moe(docs, "pause", "docs").stdout == "docs is paused\n"
+    change(docs, 8)
+    docs.wait("Progressing", "Paused")
+    stuck = moe(docs, "status", "docs")
+    assert stuck.returncode == 1
+    assert "set spec.rollout.pause to false" in stuck.stdout
+    assert docs.leaders().keys() == before
+    assert moe(docs, "resume", "docs").stdout == "docs goes on\n"
+    docs.settled()
+    assert docs.leaders().keys() != before
+
+
+def test_where_nothing_fits_no_replica_is_given_up(docs):
+    resources = {"requests": {"nvidia.com/gpu": 8}, "limits": {"nvidia.com/gpu": 8}}
+    before = docs.leaders().keys()
+    docs.patch(
+        "moed", "docs", {"spec": {"worker": {"resources": resources}, "rollout": {"maxUnavailable": 0}}}
+    )
+    condition = docs.wait("Progressing", "InsufficientCapacity")
+    assert "Insufficient nvidia.com/gpu" in condition["message"]
+    assert docs.condition("Ready")["status"] == "True"
+    assert before <= docs.leaders().keys()
+    assert moe(docs, "undo", "docs").returncode == 0
+    docs.settled()
+    assert docs.leaders().keys() == before
+
+
+def test_a_change_that_does_not_get_ready_in_time_stops(docs):
+    before = docs.leaders().keys()
+    env = [*WORKER["env"], {"name": "STANDIN_ERROR", "value": "the driver is too old"}]
+    docs.patch("moed", "docs", {"spec": {"worker": {"env": env}, "rollout": {"progressDeadlineSeconds": 5}}})
+    condition = docs.wait("Progressing", "ProgressDeadlineExceeded")
+    assert "the driver is too old" in condition["message"]
+    assert docs.condition("Ready")["status"] == "True"
+    assert before <= docs.leaders().keys()
+    docs.patch("moed", "docs", {"spec": {"worker": {"env": WORKER["env"]}}})
+    docs.settled()
+    eventually(docs.leaders, lambda pods: pods.keys() == before, "the replica that served all the time")
