@@ -75,6 +75,8 @@ def test_every_right_that_is_granted_is_used_and_no_other_is_asked_for(docs, hel
     setting = ("--set", "env[0].name=MOE_OPERATOR_HISTORY_SECONDS", "--set-string", "env[0].value=1")
     helm.upgrade("--reuse-values", *setting)
     docs.patch("moed", "docs", {"spec": {"scaling": {"mode": "Advisory", "maxReplicas": 2}}})
+    # A new revision, after which the record of the old one goes.
+    docs.patch("moed", "docs", {"spec": {"revisionHistoryLimit": 0, "engine": {"maxBatchSize": 9}}})
 
     wanted = granted(role(docs)) - set(ASKED_OF_OTHERS)
     eventually(lambda: sorted(wanted - used(requests(docs))), lambda left: left == [], "every right used")
