@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from localcluster.errors import CommandError
 from tests.operator.live import STANDIN_PATH, Live, eventually, manifest
 
 MOE = Path(sys.executable).with_name("moe")
@@ -102,3 +104,25 @@ def test_a_change_that_does_not_get_ready_in_time_stops(docs):
     docs.patch("moed", "docs", {"spec": {"worker": {"env": WORKER["env"]}}})
     docs.settled()
     eventually(docs.leaders, lambda pods: pods.keys() == before, "the replica that served all the time")
+
+
+def evict(live: Live, pod: str) -> None:
+    body = {
+        "apiVersion": "policy/v1",
+        "kind": "Eviction",
+        "metadata": {"name": pod, "namespace": live.namespace},
+    }
+    path = f"/api/v1/namespaces/{live.namespace}/pods/{pod}/eviction"
+    live.kubectl("create", "--raw", path, "-f", "-", input=json.dumps(body))
+
+
+def test_a_drained_node_takes_one_replica_at_a_time(docs):
+    docs.kubectl("scale", "moed/docs", "--replicas=2")
+    docs.settled()
+    first, second = docs.leaders()
+    evict(docs, first)
+    with pytest.raises(CommandError, match="disruption budget"):
+        evict(docs, second)
+    docs.settled()
+    evict(docs, second)
+    docs.settled()

@@ -121,7 +121,9 @@ class Reconciler:
         limit = self.settings.rpc_timeout_seconds
         work = self._work(todo.choice) if todo.choice else {}
         return replace(
-            observed, work=work, routed=routed(frontends(observed), limit) if todo.unrouted else {}
+            observed,
+            work=work,
+            routed=routed(frontends(observed), todo.unrouted, limit) if todo.unrouted else {},
         )
 
     def _work(self, pods: Iterable[Pod]) -> dict[str, int]:

@@ -11,25 +11,30 @@ from moe_operator.manifests.observed import Pod
 from moe_operator.resources import names
 from moe_operator.rpc.leader import target
 
+_Routes = frozenset[tuple[str, str]]
 
-def routed(frontends: Iterable[Pod], timeout_seconds: float) -> dict[str, str]:
-    """IP addresses, by name, of the leaders to which every one of the frontends sends requests.
 
-    One that does not answer sends none, unless it is not Ready: then no client reaches it either. None are
-    routed where there is no frontend.
+def routed(frontends: Iterable[Pod], leaders: Iterable[Pod], timeout_seconds: float) -> dict[str, str]:
+    """IP addresses, by name, of those leaders to which every one of the frontends sends requests.
+
+    One that does not answer sends none, unless it is not Ready: then no client reaches it either. One of an
+    earlier version, which knows no such question, goes by what Kubernetes says. None are routed where there
+    is no frontend.
     """
-    asked = [(pod, _routes(pod.address, timeout_seconds)) for pod in frontends if pod.address]
+    everything = frozenset((leader.name, leader.address) for leader in leaders)
+    asked = [(pod, _routes(pod.address, everything, timeout_seconds)) for pod in frontends if pod.address]
     known = [routes or frozenset() for pod, routes in asked if pod.ready or routes is not None]
-    return dict(frozenset.intersection(*known)) if known else {}
+    return dict(everything.intersection(*known)) if known else {}
 
 
-def _routes(address: str, timeout_seconds: float) -> frozenset[tuple[str, str]] | None:
+def _routes(address: str, everything: _Routes, timeout_seconds: float) -> _Routes | None:
+    """Names and addresses; None where it does not answer."""
     with grpc.insecure_channel(target(address)) as channel:
         try:
             stub = frontend_pb2_grpc.FrontendServiceStub(channel)
             found = stub.GetRoutes(frontend_pb2.GetRoutesRequest(), timeout=timeout_seconds).routes
-        except grpc.RpcError:
-            return None
+        except grpc.RpcError as error:
+            return everything if error.code() is grpc.StatusCode.UNIMPLEMENTED else None
     return frozenset((route.name, _host(route.address)) for route in found)
 
 

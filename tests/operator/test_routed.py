@@ -1,0 +1,60 @@
+"""What frontends say of their routes, from real servers on addresses of their own."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import grpc
+
+from moe_api.frontend.v1 import frontend_pb2, frontend_pb2_grpc
+from moe_operator.manifests.observed import Pod
+from moe_operator.resources import names
+from moe_operator.rpc.frontends import routed
+
+# All of 127/8 is this machine's own.
+FIRST, SECOND, NOBODY = "127.77.0.1", "127.77.0.2", "127.77.0.3"
+LEADERS = [Pod(f"docs-{rank}-0", f"10.0.0.{rank}", False, False, "r", rank, None) for rank in (1, 2)]
+ONE, TWO = ({pod.name: pod.address} for pod in LEADERS)
+
+
+class Routes(frontend_pb2_grpc.FrontendServiceServicer):
+    def __init__(self, routes):
+        self.routes = routes
+
+    def GetRoutes(self, request, context):
+        found = (frontend_pb2.Route(name=name, address=f"{host}:8000") for name, host in self.routes.items())
+        return frontend_pb2.Routes(routes=found)
+
+
+@contextmanager
+def serving(address, service):
+    server = grpc.server(ThreadPoolExecutor(1))
+    if service is not None:
+        frontend_pb2_grpc.add_FrontendServiceServicer_to_server(service, server)
+    server.add_insecure_port(f"{address}:{names.GRPC_PORT}")
+    server.start()
+    try:
+        yield Pod(address, address, True, False, "", 0, None)
+    finally:
+        server.stop(None)
+
+
+def test_a_leader_is_routed_when_every_frontend_says_so():
+    with serving(FIRST, Routes(ONE | TWO)) as first, serving(SECOND, Routes(TWO)) as second:
+        assert routed([first], LEADERS, 5) == ONE | TWO
+        assert routed([first, second], LEADERS, 5) == TWO
+        assert routed([], LEADERS, 5) == {}
+
+
+def test_a_frontend_that_is_silent_counts_only_while_clients_reach_it():
+    silent = Pod(NOBODY, NOBODY, True, False, "", 0, None)
+    starting = Pod(NOBODY, NOBODY, False, False, "", 0, None)
+    with serving(FIRST, Routes(ONE)) as first:
+        assert routed([first, silent], LEADERS, 1) == {}
+        assert routed([first, starting], LEADERS, 1) == ONE
+
+
+def test_a_frontend_of_before_holds_up_nobody():
+    with serving(FIRST, None) as before:
+        assert routed([before], LEADERS, 5) == ONE | TWO
