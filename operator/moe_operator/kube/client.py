@@ -161,13 +161,15 @@ class Cluster:
 
     def set_pod_condition(self, namespace: str, name: str, uid: str, condition: Mapping[str, str]) -> None:
         """Sets one condition of a pod, if it is still the one with this UID; the others stay."""
-        self._request(
+        changed = self._request(
             "patch",
             _path("Pod", namespace, name) + "/status",
             body={"metadata": {"uid": uid}, "status": {"conditions": [condition]}},
             content_type="application/strategic-merge-patch+json",
             field_manager=names.FIELD_MANAGER,
         )
+        if changed is not None:
+            self._mirror.put("Pod", changed)
 
     def create(self, manifest: Manifest) -> None:
         """Makes an object that must be new."""
