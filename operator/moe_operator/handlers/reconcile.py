@@ -33,6 +33,7 @@ from moe_operator.resources.deployment import Deployment, Identity, identity, pa
 from moe_operator.resources.status import Status
 from moe_operator.rpc.frontends import routed
 from moe_operator.rpc.leader import drain, get_model, work
+from moe_operator.rpc.together import ask
 from moe_operator.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -128,13 +129,14 @@ class Reconciler:
 
     def _work(self, pods: Iterable[Pod]) -> dict[str, int]:
         """Requests under way on each; one that does not say counts as idle, for it may well be hung."""
-        asked = {pod.name: work(pod.address, self.settings.rpc_timeout_seconds) for pod in pods}
-        return {name: found or 0 for name, found in asked.items()}
+        limit = self.settings.rpc_timeout_seconds
+        return {pod.name: found or 0 for pod, found in ask(lambda pod: work(pod.address, limit), pods)}
 
     def _drain(self, deployment: Deployment, addresses: Iterable[str]) -> None:
         """Takes replicas out of routing. One that does not hear is told again by its pod's deletion."""
-        for address in addresses:
-            if not drain(address, self.settings.rpc_timeout_seconds):
+        limit = self.settings.rpc_timeout_seconds
+        for address, heard in ask(lambda address: drain(address, limit), addresses):
+            if not heard:
                 logger.info("%s: the worker at %s did not hear that it is to drain", deployment.name, address)
 
     def _with_model(self, deployment: Deployment, observed: Observed) -> Observed:

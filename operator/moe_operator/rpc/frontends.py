@@ -10,6 +10,7 @@ from moe_api.frontend.v1 import frontend_pb2, frontend_pb2_grpc
 from moe_operator.manifests.observed import Pod
 from moe_operator.resources import names
 from moe_operator.rpc.leader import target
+from moe_operator.rpc.together import ask
 
 _Routes = frozenset[tuple[str, str]]
 
@@ -22,7 +23,8 @@ def routed(frontends: Iterable[Pod], leaders: Iterable[Pod], timeout_seconds: fl
     is no frontend.
     """
     everything = frozenset((leader.name, leader.address) for leader in leaders)
-    asked = [(pod, _routes(pod.address, everything, timeout_seconds)) for pod in frontends if pod.address]
+    reachable = (pod for pod in frontends if pod.address)
+    asked = ask(lambda pod: _routes(pod.address, everything, timeout_seconds), reachable)
     known = [routes or frozenset() for pod, routes in asked if pod.ready or routes is not None]
     return dict(everything.intersection(*known)) if known else {}
 

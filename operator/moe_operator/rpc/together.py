@@ -1,0 +1,21 @@
+"""Asks several pods at once: one that is silent costs one timeout, not everybody's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+_AT_ONCE = 16
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+
+def ask(question: Callable[[Item], Answer], items: Iterable[Item]) -> list[tuple[Item, Answer]]:
+    """Each item with its answer, in their order."""
+    items = list(items)
+    if not items:
+        return []
+    with ThreadPoolExecutor(min(_AT_ONCE, len(items))) as threads:
+        return list(zip(items, threads.map(question, items), strict=True))
