@@ -68,7 +68,7 @@ def role(docs: Live) -> dict[str, Any]:
 def test_every_right_that_is_granted_is_used_and_no_other_is_asked_for(docs, helm):
     before = len(requests(docs))
     docs.kubectl("scale", "moed/docs", "--replicas=1")
-    eventually(docs.leaders, lambda pods: list(pods) == ["docs-0-0"], "scaled down")
+    eventually(docs.leaders, lambda pods: len(pods) == 1, "scaled down")
     docs.patch("service", "docs-frontend", {"spec": {"selector": {f"{GROUP}/role": "other"}}})
     eventually(lambda: docs.events("PutBack"), len, "put back")
     # What scaling learns is written at every look at the replicas, instead of every five minutes.

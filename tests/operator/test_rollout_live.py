@@ -68,7 +68,7 @@ def test_a_paused_change_waits(docs):
     before = docs.leaders().keys()
     assert moe(docs, "pause", "docs").stdout == "docs is paused\n"
     change(docs, 8)
-    docs.wait("Progressing", "Paused")
+    docs.wait("Progressing", "Paused", seconds=120)
     stuck = moe(docs, "status", "docs")
     assert stuck.returncode == 1
     assert "set spec.rollout.pause to false" in stuck.stdout

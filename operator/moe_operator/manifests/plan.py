@@ -132,11 +132,7 @@ def _is_awaited(deployment: Deployment, observed: Observed, current: State) -> b
     """Whether to look again soon though nothing may happen: time itself moves a rollout on."""
     if observed.model is None and model_address(deployment, observed) is not None:
         return True
-    return (
-        current.progress is not None
-        and not current.terms.held
-        and current.moves != Moves(revision=current.revision)
-    )
+    return current.progress is not None and not current.terms.held
 
 
 def model_address(deployment: Deployment, observed: Observed) -> str | None:
