@@ -1,5 +1,6 @@
 """Reads typed fields out of parsed JSON and says in a sentence what is wrong with the others."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from moe_worker.errors import ConfigError
 LARGEST_SIZE = 2**31 - 1
 # Characters of a wrong value that a message repeats.
 MOST_SHOWN = 100
+# Whole numbers above it are no floating ones.
+LARGEST_FLOAT = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Fields:
     def positive(self, name: str, default: float | None = None) -> float:
         """A finite number above 0."""
         value = self._or_default(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= LARGEST_FLOAT:
             raise self.fail(name, "a finite number above 0")
         return float(value)
 

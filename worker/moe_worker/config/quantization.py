@@ -21,7 +21,17 @@ class PackedStorage:
     symmetric: bool
 
 
-Storage = Fp8Storage | PackedStorage
+@dataclass(frozen=True)
+class SparseStorage:
+    """The layout s14 (docs/formats.md): int4 values of 1 in 4 inputs, one scale for `group` inputs.
+
+    A matrix that is not sparse may stand beside in the pack-quantized layout, or as it is.
+    """
+
+    group: int
+
+
+Storage = Fp8Storage | PackedStorage | SparseStorage
 
 
 def parse_storage(fields: Fields) -> Storage | None:
@@ -32,9 +42,20 @@ def parse_storage(fields: Fields) -> Storage | None:
     if not isinstance(value, dict):
         raise fields.fail("quantization_config", "an object")
     nested = Fields(f"{fields.source}: quantization_config", value)
-    if nested.choice("quant_method", ("fp8", "compressed-tensors")) == "fp8":
+    method = nested.choice("quant_method", ("fp8", "compressed-tensors", "moe-operator"))
+    if method == "fp8":
         return _parse_fp8(nested)
-    return _parse_packed(nested)
+    return _parse_packed(nested) if method == "compressed-tensors" else _parse_sparse(nested)
+
+
+def _parse_sparse(fields: Fields) -> SparseStorage:
+    fields.choice("format", ("s14-int4",))
+    if fields.integer("version", default=1) != 1:
+        raise fields.fail("version", "1: this checkpoint was written by a newer release")
+    group = fields.integer("group_size", least=4)
+    if group % 4:
+        raise fields.fail("group_size", "a multiple of 4")
+    return SparseStorage(group)
 
 
 def _parse_fp8(fields: Fields) -> Fp8Storage:

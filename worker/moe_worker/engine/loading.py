@@ -10,7 +10,7 @@ from moe_worker.config.attention import LatentConfig
 from moe_worker.config.directory import read_checkpoint_config
 from moe_worker.config.engine import EngineOptions
 from moe_worker.config.model import ModelConfig
-from moe_worker.config.quantization import PackedStorage
+from moe_worker.config.quantization import PackedStorage, SparseStorage
 from moe_worker.engine import gpu
 from moe_worker.errors import SettingsError
 from moe_worker.kernels.cpu.library import Kernels
@@ -151,6 +151,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def choose_format(name: str, config: ModelConfig) -> str:
     """The format that `name` (of FORMATS) means for this checkpoint."""
     if name == "auto":
+        if isinstance(config.storage, SparseStorage):
+            return "w4a8"  # what such weights were trained for, and have kernels for
         return "w4a16" if isinstance(config.storage, PackedStorage) else "dense"
     return name
 

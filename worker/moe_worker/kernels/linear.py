@@ -14,6 +14,7 @@ from moe_worker.kernels.reference import grouped_linear
 from moe_worker.quant.int4 import Int4Weight
 from moe_worker.quant.int8 import quantize_tokens
 from moe_worker.quant.matrix import Matrix
+from moe_worker.quant.sparse14 import QUAD, Sparse14Weight
 
 
 class Linear(Protocol):
@@ -64,10 +65,42 @@ def int4_linear(x_TI: Tensor, weight: Int4Weight, round_tokens: bool, bias_O: Te
     return (y_TO if bias_O is None else y_TO + bias_O.float()).to(x_TI.dtype)
 
 
+@dataclass(frozen=True)
+class Sparse14Linear:
+    """1:4 sparse int4 weights, activations as they are or rounded to int8: the reference of both.
+
+    A quarter of the dense matrix is the most that is ever written out.
+    """
+
+    weight: Sparse14Weight
+    bias_O: Tensor | None = None
+    round_tokens: bool = False
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """[T, I] to [T, O]."""
+        return sparse14_linear(x_TI, self.weight, self.round_tokens, self.bias_O)
+
+
+def sparse14_linear(
+    x_TI: Tensor, weight: Sparse14Weight, round_tokens: bool, bias_O: Tensor | None = None
+) -> Tensor:
+    """x W^T + bias for one matrix, in x's dtype: one product for each of the four positions."""
+    scaled_OQ, positions_OQ = weight.scaled(), weight.positions()
+    values_TI, scales_T = quantize_tokens(x_TI) if round_tokens else (x_TI, torch.ones(()))
+    values_TQ4 = values_TI.float().unflatten(-1, (-1, QUAD))
+    y_TO = x_TI.new_zeros(x_TI.shape[0], weight.outputs, dtype=torch.float32)
+    for position in range(QUAD):
+        y_TO += values_TQ4[..., position] @ (scaled_OQ * (positions_OQ == position)).T
+    y_TO *= scales_T.unsqueeze(-1).to(y_TO.device)
+    return (y_TO if bias_O is None else y_TO + bias_O.float()).to(x_TI.dtype)
+
+
 def make_linear(matrix: Matrix, bias_O: Tensor | None = None, round_tokens: bool = False) -> Linear:
     """The projection by `matrix`."""
     if isinstance(matrix, Int4Weight):
         return Int4Linear(matrix, bias_O, round_tokens)
+    if isinstance(matrix, Sparse14Weight):
+        return Sparse14Linear(matrix, bias_O, round_tokens)
     return DenseLinear(matrix, bias_O)
 
 
@@ -79,6 +112,8 @@ def grouped_matrix(x_MI: Tensor, weights_AOI: Matrix, ends_A: Tensor, round_toke
     start = 0
     for index, end in enumerate(ends_A.tolist()):
         if end > start:
-            out_MO[start:end] = int4_linear(x_MI[start:end], weights_AOI[index], round_tokens)
+            one = weights_AOI[index]
+            multiply = sparse14_linear if isinstance(one, Sparse14Weight) else int4_linear
+            out_MO[start:end] = multiply(x_MI[start:end], one, round_tokens)  # type: ignore[arg-type]
         start = end
     return out_MO

@@ -19,6 +19,7 @@ from moe_worker.config.quantization import Storage
 from moe_worker.errors import CheckpointError
 from moe_worker.models.build import build_model
 from moe_worker.models.deepseek import DeepseekModel
+from moe_worker.models.memory import describe, weight_memory
 from moe_worker.models.safetensors import StoredTensor, stored_tensors
 from moe_worker.models.stored import DTYPES, Placement, StoredSource
 
@@ -50,7 +51,17 @@ def load_model(
     ):
         reader = _Reader(directory, stored, config.storage, placement)
         reader.attach(files, bar.update)
-        return build_model(config, reader, context)
+        model = build_model(config, reader, context)
+    _tell_memory(model, progress)
+    return model
+
+
+def _tell_memory(model: DeepseekModel, progress: bool) -> None:
+    sentence = f"weights in memory: {describe(weight_memory(model))}"
+    if progress:
+        tqdm.write(sentence, file=sys.stderr)
+    else:
+        log.info(sentence)
 
 
 class _Plan(StoredSource):

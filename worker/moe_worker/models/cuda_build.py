@@ -13,7 +13,7 @@ from torch.nn import functional
 from moe_worker.config.attention import LatentConfig
 from moe_worker.config.model import ModelConfig
 from moe_worker.config.moe import Method, Scoring
-from moe_worker.config.quantization import PackedStorage
+from moe_worker.config.quantization import PackedStorage, SparseStorage
 from moe_worker.kernels.linear import DenseLinear, Int4Linear, Linear
 from moe_worker.kernels.triton.latent import LatentWeights
 from moe_worker.kernels.triton.router import Choice
@@ -24,6 +24,7 @@ from moe_worker.models.deepseek import DeepseekModel, DenseBlock, Layer, MoeBloc
 from moe_worker.models.mla import INNER_NORM_EPS, LatentAttention
 from moe_worker.quant.int4 import Int4Weight
 from moe_worker.quant.matrix import Matrix, join_rows, map_rows, split_inputs, stack
+from moe_worker.quant.sparse14 import Sparse14Weight
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ def unsupported(config: ModelConfig, packed: bool) -> str | None:
         return f"there are no GPU kernels for the attention of {config.architecture} yet"
     if isinstance(storage, PackedStorage) and not (storage.symmetric and storage.group == GROUP):
         return f"the GPU kernels take symmetric int4 in groups of {GROUP}; the checkpoint's is not"
+    if isinstance(storage, SparseStorage):
+        return "the GPU kernels for 1:4 sparse weights are not part of whole passes yet"
     rope = attention.qk_rope_head_dim
     wrong = [
         ("attention_bias", "false", attention.attention_bias),
@@ -224,7 +227,7 @@ def _pad_values(matrix: Matrix, heads: int, more: int) -> Matrix:
     """Zeros behind the inputs of each head; four bits never need them (`unsupported`)."""
     if more == 0:
         return matrix
-    if isinstance(matrix, Int4Weight):
+    if not isinstance(matrix, Tensor):
         raise ValueError("inputs of a head in four bits cannot be padded")
     return functional.pad(matrix.unflatten(1, (heads, -1)), (0, more)).flatten(1)
 
@@ -235,6 +238,8 @@ def _pad_inputs(matrix: Matrix, more: int) -> Matrix:
         return matrix
     if isinstance(matrix, Tensor):
         return functional.pad(matrix, (0, more))
+    if isinstance(matrix, Sparse14Weight):
+        raise ValueError("inputs of a sparse matrix cannot be padded")
     inputs = matrix.inputs + more
     groups = -(-inputs // matrix.group) - matrix.scales_OG.shape[-1]
     packed = functional.pad(matrix.packed_OP, (0, -(-inputs // 2) - matrix.packed_OP.shape[-1]), value=0x88)
@@ -250,6 +255,8 @@ def _packed(matrix: Matrix, int8: bool) -> Weight:
     """A matrix (or stacked ones) in the kernels' layout."""
     if isinstance(matrix, Tensor):
         return matrix.contiguous()
+    if isinstance(matrix, Sparse14Weight):
+        raise ValueError("the GPU kernels for whole passes take no sparse matrices")
     if matrix.group != GROUP:
         raise ValueError(
             f"the GPU kernels take int4 in groups of {GROUP}; these are groups of {matrix.group}"

@@ -20,12 +20,13 @@ from moe_worker.config.moe import Method, MoeConfig, Scoring
 from moe_worker.errors import SettingsError
 from moe_worker.kernels.cpu import structs
 from moe_worker.kernels.cpu.library import Kernels
-from moe_worker.kernels.cpu.weights import PackedWeight, pack_int4, pack_int8
-from moe_worker.kernels.linear import DenseLinear, Int4Linear, Linear
+from moe_worker.kernels.cpu.weights import PackedWeight, pack_int4, pack_int8, pack_sparse14
+from moe_worker.kernels.linear import DenseLinear, Int4Linear, Linear, Sparse14Linear
 from moe_worker.models.deepseek import DeepseekModel, Layer, MoeBlock
 from moe_worker.models.mla import INNER_NORM_EPS, LatentAttention
 from moe_worker.quant.int4 import Int4Weight, quantize_int4
 from moe_worker.quant.matrix import Matrix
+from moe_worker.quant.sparse14 import Sparse14Weight
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,8 @@ class NativeModel:
             router, experts = layer.block.router, layer.block.experts
             struct.router = self._floats(router.weight_ED)
             struct.router_bias = None if router.bias_E is None else self._floats(router.bias_E)
-            struct.gate_up = self._keep(pack_int4(_int4(experts.gate_up_AFD), paired=True))
-            struct.down = self._keep(pack_int4(_int4(experts.down_ADI)))
+            struct.gate_up = self._keep(_pack(experts.gate_up_AFD, paired=True))
+            struct.down = self._keep(_pack(experts.down_ADI))
         else:
             struct.gate_up = self._linear(layer.block.gate_up, paired=True)
             struct.down = self._linear(layer.block.down)
@@ -144,10 +145,10 @@ class NativeModel:
         return weight.struct
 
     def _linear(self, linear: Linear, paired: bool = False) -> structs.Weight:
-        if isinstance(linear, Int4Linear):
-            return self._keep(pack_int4(linear.weight, linear.bias_O, paired))
+        if isinstance(linear, Int4Linear | Sparse14Linear):
+            return self._keep(_pack(linear.weight, linear.bias_O, paired))
         if isinstance(linear, DenseLinear):
-            return self._keep(pack_int4(_int4(linear.weight_OI), linear.bias_O, paired))
+            return self._keep(_pack(linear.weight_OI, linear.bias_O, paired))
         raise SettingsError(f"the CPU kernels cannot take a projection of type {type(linear).__name__}")
 
 
@@ -157,8 +158,10 @@ def _latent(layer: Layer) -> LatentAttention:
     return layer.attention
 
 
-def _int4(matrix: Matrix) -> Int4Weight:
-    return matrix if isinstance(matrix, Int4Weight) else quantize_int4(matrix)
+def _pack(matrix: Matrix, bias_O: Tensor | None = None, paired: bool = False) -> PackedWeight:
+    if isinstance(matrix, Sparse14Weight):
+        return pack_sparse14(matrix, bias_O, paired)
+    return pack_int4(matrix if isinstance(matrix, Int4Weight) else quantize_int4(matrix), bias_O, paired)
 
 
 def _cache(step: Pass, rows: Tensor, page_size: int) -> structs.Cache:

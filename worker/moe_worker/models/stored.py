@@ -10,19 +10,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe_worker.config.quantization import Fp8Storage, PackedStorage, Storage
+from moe_worker.config.quantization import Fp8Storage, PackedStorage, SparseStorage, Storage
 from moe_worker.errors import CheckpointError
 from moe_worker.models.safetensors import StoredTensor
 from moe_worker.quant import compressed_tensors as layout
+from moe_worker.quant import sparse14
 from moe_worker.quant.fp8 import dequantize_fp8
 from moe_worker.quant.int4 import Int4Weight, quantize_int4
 from moe_worker.quant.matrix import Matrix
+from moe_worker.quant.sparse14 import Sparse14Weight
 
 DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
+    "U8": torch.uint8,
     "I32": torch.int32,
     "I64": torch.int64,
 }
@@ -67,6 +70,8 @@ class StoredSource:
     def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Tensor `name`, which must have `shape`, in `dtype` (None: the source's own). CheckpointError."""
         dtype = dtype or self.dtype
+        if self._is_sparse(name):
+            return self._read_sparse(name, *shape).dequantize(dtype)
         if self._is_packed(name):
             return self._read_packed(name, *shape).dequantize(dtype)
         if self._is_fp8(name):
@@ -78,20 +83,27 @@ class StoredSource:
         """The weights of a projection in the model's format. Raises CheckpointError."""
         if not self._packed:
             return self.take(name, outputs, inputs)
+        if self._is_sparse(name):
+            return self._read_sparse(name, outputs, inputs)
         if self._is_packed(name):
             return self._read_packed(name, outputs, inputs)
-        if isinstance(self._storage, PackedStorage):
+        if isinstance(self._storage, PackedStorage | SparseStorage):
             return self.take(name, outputs, inputs)  # who quantized the others left this one on purpose
         return quantize_int4(self.take(name, outputs, inputs, dtype=torch.float32))
 
     def _is_packed(self, name: str) -> bool:
-        return isinstance(self._storage, PackedStorage) and f"{name}_packed" in self._stored
+        packed = isinstance(self._storage, PackedStorage | SparseStorage)
+        return packed and f"{name}_packed" in self._stored
+
+    def _is_sparse(self, name: str) -> bool:
+        stem = name.removesuffix("weight")
+        return isinstance(self._storage, SparseStorage) and stem + sparse14.VALUES in self._stored
 
     def _is_fp8(self, name: str) -> bool:
         return isinstance(self._storage, Fp8Storage) and f"{name}_scale_inv" in self._stored
 
     def _read_packed(self, name: str, outputs: int, inputs: int) -> Int4Weight:
-        if not isinstance(self._storage, PackedStorage):
+        if not isinstance(self._storage, PackedStorage | SparseStorage):
             raise CheckpointError(f"{self._directory}: config.json says nothing of packed weights")
         stem = name.removesuffix("weight")
         group = self._storage.group or inputs
@@ -102,10 +114,26 @@ class StoredSource:
             layout.SCALE: self._part(stem + layout.SCALE, (outputs, groups), FLOATING),
         }
         self._check_shape(stem + layout.SHAPE, outputs, inputs)
-        if not self._storage.symmetric:
+        if isinstance(self._storage, PackedStorage) and not self._storage.symmetric:
             zero_words = -(-outputs // layout.VALUES_A_WORD)
             parts[layout.ZERO] = self._part(stem + layout.ZERO, (zero_words, groups), ("I32",))
         return layout.from_tensors(parts, inputs, group)
+
+    def _read_sparse(self, name: str, outputs: int, inputs: int) -> Sparse14Weight:
+        if not isinstance(self._storage, SparseStorage):
+            raise CheckpointError(f"{self._directory}: config.json says nothing of sparse weights")
+        if inputs % sparse14.QUAD:
+            raise CheckpointError(
+                f"{self._directory}: {name} is stored 1:4 sparse, but config.json gives it {inputs} inputs, "
+                "which is no multiple of 4; the files do not belong together"
+            )
+        stem, group = name.removesuffix("weight"), self._storage.group
+        shapes = sparse14.shapes(outputs, inputs, group)
+        parts = {
+            part: self._part(stem + part, shape, FLOATING if part == sparse14.SCALE else ("U8",))
+            for part, shape in shapes.items()
+        }
+        return sparse14.from_tensors(parts, inputs, group)
 
     def _check_shape(self, name: str, outputs: int, inputs: int) -> None:
         shape = self._part(name, (2,), ("I64", "I32"))

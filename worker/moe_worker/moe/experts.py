@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from moe_worker.kernels.linear import grouped_matrix
 from moe_worker.kernels.reference import swiglu
-from moe_worker.quant.int4 import Int4Weight
 from moe_worker.quant.matrix import Matrix
+from moe_worker.quant.sparse14 import Sparse14Weight
 
 _Views = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
@@ -34,6 +34,8 @@ class Experts:
     @property
     def count(self) -> int:
         """Experts in all, A."""
+        if isinstance(self.down_ADI, Sparse14Weight):
+            return self.down_ADI.count
         tensor = self.down_ADI if isinstance(self.down_ADI, Tensor) else self.down_ADI.packed_OP
         return tensor.shape[0]
 
@@ -52,7 +54,7 @@ class Experts:
     @cached_property
     def _views(self) -> _Views | None:
         """Each expert's dense matrices, made once: slicing them anew costs a token 14 us a layer."""
-        if isinstance(self.gate_up_AFD, Int4Weight) or isinstance(self.down_ADI, Int4Weight):
+        if not isinstance(self.gate_up_AFD, Tensor) or not isinstance(self.down_ADI, Tensor):
             return None
         return self.gate_up_AFD.unbind(0), self.down_ADI.unbind(0)
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from moe_worker.quant.int4 import Int4Weight
+from moe_worker.quant.sparse14 import QUAD, Sparse14Weight
 
-Matrix = Tensor | Int4Weight
+Matrix = Tensor | Int4Weight | Sparse14Weight
 
 
 def join_rows(parts: Sequence[Matrix]) -> Matrix:
@@ -22,6 +23,8 @@ def map_rows(matrix: Matrix, change: Callable[[Tensor], Tensor]) -> Matrix:
     """`change` moves whole rows of a tensor; it is applied to everything that has a row for each output."""
     if isinstance(matrix, Tensor):
         return change(matrix)
+    if isinstance(matrix, Sparse14Weight):
+        return matrix.map(change)
     zeros = None if matrix.zeros_OG is None else change(matrix.zeros_OG)
     return Int4Weight(change(matrix.packed_OP), change(matrix.scales_OG), zeros, matrix.inputs, matrix.group)
 
@@ -33,6 +36,8 @@ def split_inputs(matrix: Matrix, parts: int) -> list[Matrix]:
     width = matrix.inputs // parts
     if parts > 1 and width % matrix.group:
         raise ValueError(f"{parts} parts of {width} inputs cut groups of {matrix.group}")
+    if isinstance(matrix, Sparse14Weight):
+        return _split_sparse(matrix, parts, width)
     packed, scales = matrix.packed_OP.chunk(parts, dim=-1), matrix.scales_OG.chunk(parts, dim=-1)
     zeros = [None] * parts if matrix.zeros_OG is None else list(matrix.zeros_OG.chunk(parts, dim=-1))
     return [Int4Weight(p, s, z, width, matrix.group) for p, s, z in zip(packed, scales, zeros, strict=True)]
@@ -43,11 +48,30 @@ def stack(parts: Sequence[Matrix]) -> Matrix:
     return _combine(parts, torch.stack)
 
 
+def _split_sparse(matrix: Sparse14Weight, parts: int, width: int) -> list[Matrix]:
+    """Cuts bytes of four quads: inputs a part must be a multiple of 16."""
+    if parts > 1 and width % (4 * QUAD):
+        raise ValueError(f"{parts} parts of {width} inputs cut bytes of {4 * QUAD}")
+    pieces = [
+        tensor.chunk(parts, dim=-1) for tensor in (matrix.values_OP, matrix.positions_OR, matrix.scales_OG)
+    ]
+    return [Sparse14Weight(v, p, s, width, matrix.group) for v, p, s in zip(*pieces, strict=True)]
+
+
 def _combine(parts: Sequence[Matrix], join: Callable[[list[Tensor]], Tensor]) -> Matrix:
+    sparse = [part for part in parts if isinstance(part, Sparse14Weight)]
+    if len(sparse) == len(parts):
+        return Sparse14Weight(
+            join([part.values_OP for part in sparse]),
+            join([part.positions_OR for part in sparse]),
+            join([part.scales_OG for part in sparse]),
+            sparse[0].inputs,
+            sparse[0].group,
+        )
     dense = [part for part in parts if isinstance(part, Tensor)]
     packed = [part for part in parts if isinstance(part, Int4Weight)]
-    if dense:
-        dtype = dense[0].dtype
+    if dense or sparse:  # formats that differ
+        dtype = dense[0].dtype if dense else torch.float32
         return join([part if isinstance(part, Tensor) else part.dequantize(dtype) for part in parts])
     zeros = None
     if any(part.zeros_OG is not None for part in packed):

@@ -89,7 +89,7 @@ def _compile(compiler: str, work: Path) -> Path:
         )
         for name, flags in VARIANTS.items()
     ]
-    units += [("engine.cpp", "engine", ()), ("pool.cpp", "pool", ())]
+    units += [(f"{name}.cpp", name, ()) for name in ("engine", "pool", "pack_sparse14")]
 
     def one(unit: tuple[str, str, tuple[str, ...]]) -> str:
         source, name, flags = unit

@@ -13,7 +13,9 @@ from moe_worker.errors import SettingsError
 from moe_worker.kernels.cpu.library import load
 from moe_worker.kernels.cpu.structs import Weight
 from moe_worker.quant.int4 import Int4Weight
+from moe_worker.quant.sparse14 import Sparse14Weight
 
+SPARSE14 = 14  # what native/interface.h calls so
 _BLOCK = 16
 _ALIGNMENT = 64
 _HUGE_PAGE = 1 << 21
@@ -60,6 +62,36 @@ def pack_int4(weight: Int4Weight, bias_O: Tensor | None = None, paired: bool = F
         raise SettingsError(f"the CPU kernels take groups of multiples of 8 inputs, not of {weight.group}")
     zeros = None if weight.zeros_OG is None else (weight.zeros_OG + 8).to(torch.uint8)
     return _pack(weight.packed_OP, weight.scales_OG, zeros, bias_O, (weight.inputs, weight.group, 4), paired)
+
+
+def pack_sparse14(weight: Sparse14Weight, bias_O: Tensor | None = None, paired: bool = False) -> PackedWeight:
+    """Packs [O, I] or a stack [A, O, I] of 1:4 sparse weights; `paired` for gate and up, the halves of O.
+
+    Raises SettingsError where the group is no multiple of 64.
+    """
+    if weight.group % 64:
+        raise SettingsError(
+            f"the CPU kernels for s14 take groups of multiples of 64 inputs, not of {weight.group}"
+        )
+    stacked = weight if weight.values_OP.dim() == 3 else weight.map(lambda tensor: tensor.unsqueeze(0))
+    outputs, inputs, group = weight.outputs, weight.inputs, weight.group
+    size = load().moe_packed_bytes(outputs, inputs, group, SPARSE14, int(paired))
+    data = aligned_bytes(stacked.count * size + _ALIGNMENT)
+    for index in range(stacked.count):
+        one = stacked[index].map(Tensor.contiguous)
+        scales_OG = one.scales_OG.float().contiguous()
+        load().moe_pack_sparse14(
+            one.values_OP.data_ptr(),
+            one.positions_OR.data_ptr(),
+            scales_OG.data_ptr(),
+            data.data_ptr() + index * size,
+            outputs,
+            inputs,
+            group,
+            int(paired),
+        )
+    bias = bias_O.float().contiguous() if bias_O is not None else None
+    return PackedWeight(data, None, bias, stacked.count, outputs, inputs, group, SPARSE14, paired)
 
 
 def pack_int8(weight_HOI: Tensor) -> PackedWeight:

@@ -31,6 +31,7 @@ constexpr bool OFFSET_INT8 = false;
 #if defined(__AVX512F__)
 inline vi pairs(vi u8, vi s8) { return _mm512_maddubs_epi16(u8, s8); }
 inline vi add16(vi a, vi b) { return _mm512_add_epi16(a, b); }
+inline vi sub16(vi a, vi b) { return _mm512_sub_epi16(a, b); }
 inline vi widen(vi a) { return _mm512_madd_epi16(a, _mm512_set1_epi16(1)); }
 inline vi abs8(vi a) { return _mm512_abs_epi8(a); }
 inline vi signed_by(vi w, vi x) { return _mm512_mask_sub_epi8(w, _mm512_movepi8_mask(x), _mm512_setzero_si512(), w); }
@@ -38,6 +39,7 @@ inline vi flip(vi a) { return _mm512_xor_si512(a, _mm512_set1_epi8(char(0x80)));
 #else
 inline vi pairs(vi u8, vi s8) { return _mm256_maddubs_epi16(u8, s8); }
 inline vi add16(vi a, vi b) { return _mm256_add_epi16(a, b); }
+inline vi sub16(vi a, vi b) { return _mm256_sub_epi16(a, b); }
 inline vi widen(vi a) { return _mm256_madd_epi16(a, _mm256_set1_epi16(1)); }
 inline vi abs8(vi a) { return _mm256_abs_epi8(a); }
 inline vi signed_by(vi w, vi x) { return _mm256_sign_epi8(w, x); }

@@ -20,6 +20,9 @@ enum MoeOperation : int32_t {
     MOE_OPERATIONS = 8,
 };
 
+// `bits` of a weight in the layout s14: int4 values of 1 in 4 inputs, and their positions (sparse14.h).
+constexpr int32_t SPARSE14 = 14;
+
 // A weight packed by moe_pack: blocks of 16 output rows; in a block, for each group of inputs, 16 scales and
 // then 64-byte steps, in each of which every row has 8 (int4) or 4 (int8) inputs.
 struct MoeWeight {
@@ -27,8 +30,8 @@ struct MoeWeight {
     const uint8_t* zeros;   // [A, blocks, groups, 16], or null: every zero point is 8 (int4) or 128 (int8)
     const float* bias;      // [O] or null
     int32_t rows, cols;     // O and I
-    int32_t group;          // inputs that share a scale, a multiple of 8
-    int32_t bits;           // 4 or 8
+    int32_t group;          // inputs that share a scale, a multiple of 8, of 64 where sparse
+    int32_t bits;           // 4, 8 or SPARSE14
     int32_t paired;         // 1: blocks alternate between gate and up (the halves of O); the product is silu(gate) * up
 };
 
@@ -166,6 +169,9 @@ MOE_EXPORT int64_t moe_packed_bytes(int32_t rows, int32_t cols, int32_t group, i
 // zeros [O, groups] with zeros_out [blocks, groups, 16], or both null.
 MOE_EXPORT void moe_pack(const uint8_t* values, const float* scales, const uint8_t* zeros, uint8_t* data,
                          uint8_t* zeros_out, int32_t rows, int32_t cols, int32_t group, int32_t bits, int32_t paired);
+// values: nibbles of quads, low first [O, ceil(I / 8)]; positions: two bits each, lowest first [O, ceil(I / 16)].
+MOE_EXPORT void moe_pack_sparse14(const uint8_t* values, const uint8_t* positions, const float* scales, uint8_t* data,
+                                  int32_t rows, int32_t cols, int32_t group, int32_t paired);
 
 // Size of an operation's arguments, so that a caller in another language can check its own layout.
 MOE_EXPORT int64_t moe_argument_bytes(int32_t operation);

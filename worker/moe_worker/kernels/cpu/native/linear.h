@@ -1,8 +1,8 @@
 // y[t, o] = x_scale[t] * sum over groups of w_scale[o, g] * dot(x[t, g], w[o, g]), in the order of the groups,
 // whatever T and the number of threads: a token's result does not depend on what is computed beside it.
 #pragma once
-#include "dot.h"
 #include "quantize.h"
+#include "sparse14.h"
 
 namespace {
 
@@ -18,7 +18,7 @@ template <int BITS, int TB, int NV>
 inline __attribute__((always_inline)) void tile(const MoeWeight& w, const uint8_t* data, const uint8_t* zeros, int lane, const Rows& rows, int first_row, float* out) {
     const int8_t* x[TB];
     const int32_t* sums[TB];
-    const int groups = group_count(w), inputs = BITS == 4 ? 8 : 4;
+    const int groups = group_count(w);
     for (int t = 0; t < TB; t++) {
         int row = rows.at(first_row + t);
         x[t] = rows.x.values + int64_t(row) * rows.width;
@@ -28,15 +28,15 @@ inline __attribute__((always_inline)) void tile(const MoeWeight& w, const uint8_
     for (int t = 0; t < TB; t++)
         for (int v = 0; v < NV; v++) total[t][v] = zero();
     for (int g = 0; g < groups; g++) {
-        int begin = g * w.group, left = ceil_div(w.cols - begin, 8) * 8;
-        int steps = (left < w.group ? left : w.group) / inputs;
+        int begin = g * w.group, left = w.cols - begin;
+        int steps = steps_for(left < w.group ? left : w.group, BITS);
         vi dots[TB][NV];
         for (int t = 0; t < TB; t++)
             for (int v = 0; v < NV; v++)
                 if (zeros)
                     dots[t][v] = sub_int(zero_int(), mul_int(load_bytes(zeros + g * BLOCK + lane + v * LANES), set_int(sums[t][g])));
                 else
-                    dots[t][v] = set_int(BITS == 4 ? -8 * sums[t][g] : OFFSET_INT8 ? -128 * sums[t][g] : 0);
+                    dots[t][v] = set_int(BITS == 4 ? -8 * sums[t][g] : BITS == 8 && OFFSET_INT8 ? -128 * sums[t][g] : 0);
         if (TB == 1)
             for (int s = 0; s < steps; s++) __builtin_prefetch(data + 2048 + s * 64, 0, 3);
         Dot<BITS, TB, NV>::run(dots, data + 64 + lane * 4, x, begin, steps);
@@ -73,6 +73,7 @@ inline int tile_rows(const MoeWeight& w, const uint8_t* data, const uint8_t* zer
 }
 
 inline int tile_any(const MoeWeight& w, const uint8_t* data, const uint8_t* zeros, const Rows& rows, int row, int left, float* out) {
+    if (w.bits == SPARSE14) return tile_rows<SPARSE14>(w, data, zeros, rows, row, left, out);
     return w.bits == 4 ? tile_rows<4>(w, data, zeros, rows, row, left, out)
                        : tile_rows<8>(w, data, zeros, rows, row, left, out);
 }

@@ -1,0 +1,45 @@
+"""What a model's weights take in memory, by what they are."""
+
+from collections import Counter
+from dataclasses import fields, is_dataclass
+
+from torch import Tensor
+
+from moe_worker.quant.int4 import Int4Weight
+from moe_worker.quant.sparse14 import Sparse14Weight
+
+VALUES, POSITIONS, SCALES, DENSE = "values", "positions", "scales", "dense rest"
+
+
+def weight_memory(part: object) -> dict[str, int]:
+    """Bytes of all tensors that `part` (a model, or anything made of dataclasses and sequences) holds.
+
+    Values are those of packed matrices, zero points count as scales; what is not packed is the dense rest.
+    """
+    found: Counter[str] = Counter()
+    _count(part, found)
+    return {kind: found[kind] for kind in (VALUES, POSITIONS, SCALES, DENSE)}
+
+
+def describe(memory: dict[str, int]) -> str:
+    """One clause: each kind that is there, and the sum, in megabytes."""
+    kinds = [f"{nbytes / 1e6:.2f} MB {kind}" for kind, nbytes in memory.items() if nbytes]
+    return f"{', '.join(kinds)}; {sum(memory.values()) / 1e6:.2f} MB in all"
+
+
+def _count(part: object, found: Counter[str]) -> None:
+    if isinstance(part, Tensor):
+        found[DENSE] += part.nbytes
+    elif isinstance(part, Sparse14Weight):
+        found[VALUES] += part.values_OP.nbytes
+        found[POSITIONS] += part.positions_OR.nbytes
+        found[SCALES] += part.scales_OG.nbytes
+    elif isinstance(part, Int4Weight):
+        found[VALUES] += part.packed_OP.nbytes
+        found[SCALES] += part.nbytes - part.packed_OP.nbytes
+    elif isinstance(part, tuple | list):
+        for item in part:
+            _count(item, found)
+    elif is_dataclass(part):
+        for field in fields(part):
+            _count(getattr(part, field.name), found)
