@@ -13,6 +13,7 @@ from moe_worker.errors import WorkerError
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "serve": ("moe_worker.service.command:serve", "Serve a model over gRPC."),
     "train": ("moe_worker.train.cli:train", "Train a model on text."),
+    "compress": ("moe_worker.recipe.cli:compress", "Make a checkpoint smaller by the steps of a recipe."),
     "bench": ("moe_worker.bench.cli:bench", "Measure how fast a model runs on this machine."),
     "eval": ("moe_worker.train.evaluate_cli:evaluate", "Score a model on text, in bits per byte."),
 }

@@ -33,7 +33,7 @@ _DEFAULT = TrainSettings
     help="Checkpoint directory of the same shape to start from. Default: random weights.",
 )
 @click.option("--tokenizer", type=_FILE, help="tokenizer.json to use. Default: train one on the text.")
-@click.option("--steps", type=click.IntRange(1), default=_DEFAULT.steps, help="Optimizer steps.")
+@click.option("--steps", type=click.IntRange(0), default=_DEFAULT.steps, help="Optimizer steps.")
 @click.option("--batch", type=click.IntRange(1), default=_DEFAULT.batch, help="Windows in a step.")
 @click.option("--window", type=click.IntRange(2), default=_DEFAULT.window, help="Tokens in a window.")
 @click.option(

@@ -54,6 +54,10 @@ class Learner(nn.Module):
         self.model.balance(self.settings.balance_speed * min(1.0, 2 * factor))
         self.step_done = step + 1
 
+    def prepare(self) -> None:
+        """Masks and ranges of a run without steps: what is there is compressed as it is."""
+        self.compression.update(0, self._weights())
+
     def check(self) -> None:
         """Raises DivergedError where a loss since the last check was no finite number."""
         if int(self._first_bad) >= 0:

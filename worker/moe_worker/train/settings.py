@@ -29,7 +29,7 @@ class TrainSettings:
     tokenizer: Path | None = None
     """tokenizer.json to use; by default one is trained on the training text."""
     steps: int = 9000
-    """Optimizer steps."""
+    """Optimizer steps; 0 compresses a checkpoint as it is."""
     batch: int = 128
     """Windows in a step."""
     window: int = 1024

@@ -75,6 +75,8 @@ class TrainingRun:
     def run(self) -> Path:
         """Trains to the end, or until `stop_after`; returns the folder. Raises DivergedError."""
         first = self._resume()
+        if self.settings.steps == 0:
+            self.learner.prepare()
         started = time.monotonic()
         limit = self.settings.stop_after
         for step in self._steps(first):

@@ -1,0 +1,200 @@
+"""A recipe: which checkpoint, which text, and the steps that make it smaller."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moe_worker.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class Training:
+    """What all training of a recipe shares; a step may say otherwise."""
+
+    batch: int = 16
+    window: int = 1024
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.1
+    dropout: float = 0.1
+    optimizer: str = "muon"
+    warmup: int = 20
+    decay_share: float = 0.6
+    checkpoint_every: int = 500
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Training without compression, or beside a teacher: distillation."""
+
+    steps: int
+    teacher: Path | None = None
+    teacher_share: float = 0.5
+    teacher_top: int = 16
+    hidden_share: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sparsify(Finetune):
+    """Training into a pattern; with 0 steps the mask is chosen by magnitude and nothing is trained."""
+
+    pattern: str = "s14"
+    dense_share: float = 0.2
+    shrink_share: float = 0.6
+    saliency: str = "magnitude"
+    w4a8_share: float = 0.0
+    group: int = 128
+
+
+@dataclass(frozen=True)
+class Quantize(Finetune):
+    """int4 weights and int8 activations, trained; with 0 steps rounded. Zeros of an earlier pattern stay."""
+
+    group: int = 128
+
+
+@dataclass(frozen=True)
+class Prune(Finetune):
+    """Smaller sizes, reached in `rounds`, each with its share of the steps; sizes not named stay."""
+
+    rounds: int = 1
+    batches: int = 16
+    layers: int | None = None
+    heads: int | None = None
+    experts: int | None = None
+    channels: int | None = None
+    dense_channels: int | None = None
+
+
+KINDS: dict[str, type[Finetune]] = {
+    "prune": Prune,
+    "finetune": Finetune,
+    "sparsify": Sparsify,
+    "quantize": Quantize,
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: its kind, what it was given, and what differs from the recipe's training."""
+
+    kind: str
+    what: Finetune
+    training: Training
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Paths are taken from the recipe's own folder."""
+
+    model: Path
+    out: Path
+    data: Path
+    valid: Path
+    steps: tuple[Step, ...]
+    seed: int = 0
+    device: str = "auto"
+    training: Training = field(default_factory=Training)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Reads and checks a YAML file. Raises SettingsError, which names the key and the remedy."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} cannot be read ({error}); give a YAML file") from error
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    given = dict(_mapping(values, str(path)))
+    steps, training = given.pop("steps", None), given.pop("training", {})
+    shared = _build(Training, training, f"{path}: training", path.parent)
+    if not isinstance(steps, list) or not steps:
+        raise SettingsError(f"{path}: steps must be a list of one or more of {', '.join(KINDS)}")
+    made = tuple(_step(step, f"{path}: steps[{i}]", path.parent, shared) for i, step in enumerate(steps))
+    recipe: Recipe = _build(Recipe, given, str(path), path.parent, steps=made, training=shared)
+    _check_order(recipe, path)
+    return recipe
+
+
+def _step(values: Any, where: str, folder: Path, shared: Training) -> Step:
+    entry = _mapping(values, where)
+    if len(entry) != 1:
+        raise SettingsError(f"{where} must have one key, one of {', '.join(KINDS)}, with the step's settings")
+    [(kind, settings)] = entry.items()
+    if kind not in KINDS:
+        raise SettingsError(f"{where}: step {kind!r} is unknown{_guess(kind, KINDS)}")
+    given = dict(_mapping({} if settings is None else settings, f"{where}.{kind}"))
+    own = {key: given.pop(key) for key in list(given) if key in _names(Training)}
+    merged = {name: getattr(shared, name) for name in _names(Training)} | own
+    what = _build(KINDS[kind], given, f"{where}.{kind}", folder, also=_names(Training))
+    return Step(kind, what, _build(Training, merged, f"{where}.{kind}", folder))
+
+
+def _check_order(recipe: Recipe, path: Path) -> None:
+    """What is packed in four bits is not trained further."""
+    for index, step in enumerate(recipe.steps[:-1]):
+        packs = step.kind == "quantize" or (isinstance(step.what, Sparsify) and step.what.w4a8_share)
+        if packs:
+            raise SettingsError(
+                f"{path}: steps[{index}] makes four bits, which no step can train on; put it last"
+            )
+
+
+def _build(
+    kind: type[Any], given: dict[str, Any], where: str, folder: Path, also: tuple[str, ...] = (), **made: Any
+) -> Any:
+    """A dataclass from checked values; paths are made absolute by `folder`."""
+    allowed = {entry.name: entry for entry in fields(kind) if entry.name not in made}
+    for key in given:
+        if key not in allowed:
+            raise SettingsError(f"{where}: key {key!r} is unknown{_guess(str(key), (*allowed, *also))}")
+    for name, entry in allowed.items():
+        if name not in given and entry.default is MISSING and entry.default_factory is MISSING:
+            raise SettingsError(f"{where}: {name} is missing; it must be {_words(str(entry.type))}")
+    values = {
+        key: _value(value, str(allowed[key].type), f"{where}: {key}", folder) for key, value in given.items()
+    }
+    return kind(**values, **made)
+
+
+def _value(value: Any, wanted: str, where: str, folder: Path) -> Any:
+    if value is None and "None" in wanted:
+        return None
+    if "Path" in wanted and isinstance(value, str):
+        return (folder / value).resolve()
+    if "float" in wanted and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML takes 2e-3 for text
+        except ValueError:
+            pass
+    if wanted.startswith("int") and type(value) is int and value >= 0:
+        return value
+    if wanted == "str" and isinstance(value, str):
+        return value
+    raise SettingsError(f"{where} is {value!r}; it must be {_words(wanted)}")
+
+
+def _words(wanted: str) -> str:
+    for kind, words in (("Path", "a path"), ("float", "a number"), ("int", "a whole number of 0 or more")):
+        if kind in wanted:
+            return words
+    return "a word"
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise SettingsError(f"{where} must be keys with values, not {type(value).__name__}")
+    return value
+
+
+def _guess(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+
+
+def _names(kind: type[Any]) -> tuple[str, ...]:
+    return tuple(entry.name for entry in fields(kind))

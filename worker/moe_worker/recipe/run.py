@@ -1,0 +1,204 @@
+"""Runs a recipe's steps, each into a folder of its own; what is done is not done again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import torch
+
+from moe_worker.config.directory import read_json
+from moe_worker.config.model import parse_model_config
+from moe_worker.engine.loading import choose_device
+from moe_worker.errors import SettingsError, WorkerError
+from moe_worker.files import write_text
+from moe_worker.recipe.parse import Prune, Quantize, Recipe, Sparsify, Step
+from moe_worker.train.compression import Compression
+from moe_worker.train.corpus import read_corpus
+from moe_worker.train.data import WindowSampler
+from moe_worker.train.model import TrainingModel
+from moe_worker.train.prune import prune_checkpoint
+from moe_worker.train.settings import TrainSettings
+from moe_worker.train.sizes import Sizes
+from moe_worker.train.state import read_tensors
+from moe_worker.train.trainer import TrainingRun, train
+
+DONE = "done.json"
+CHECKPOINT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
+
+
+def run_steps(recipe: Recipe) -> Iterator[tuple[str, Path, float]]:
+    """Yields, as each is done, what was done, its checkpoint folder and its bits per byte on valid.
+
+    The first is the checkpoint that the recipe starts from. Raises WorkerError.
+    """
+    recipe.out.mkdir(parents=True, exist_ok=True)
+    check_recipe(recipe)
+    yield "start", recipe.model, _score_start(recipe)
+    folder, pattern = recipe.model, "none"
+    for index, step in enumerate(recipe.steps):
+        made = recipe.out / f"step-{index + 1}-{step.kind}"
+        if isinstance(step.what, Sparsify):
+            pattern = step.what.pattern
+        score = _run_step(recipe, step, folder, made, pattern)
+        folder = made
+        yield step.kind, folder, score
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Everything that can be refused before hours of work: sizes, groups, patterns, teachers.
+
+    Raises WorkerError.
+    """
+    config = read_json(recipe.model / "config.json")
+    for index, step in enumerate(recipe.steps):
+        where = f"steps[{index}].{step.kind}"
+        if isinstance(step.what, Prune):
+            goal = _goal(config, step.what)
+            with _naming(where):
+                Sizes.of(config).check(goal, config)
+            config = goal.write(config)
+        with _naming(where):
+            _check_shape(recipe, step, config)
+
+
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    try:
+        yield
+    except SettingsError as error:
+        raise SettingsError(f"{where}: {error}") from error
+
+
+def _check_shape(recipe: Recipe, step: Step, config: dict[str, object]) -> None:
+    """Builds the compression of a step over a model without memory."""
+    with torch.device("meta"):
+        model = TrainingModel(parse_model_config(config, str(recipe.model)), dropout=0.0)
+        Compression(model, _settings(recipe, step, recipe.model, recipe.out, "none"))
+
+
+def _settings(recipe: Recipe, step: Step, source: Path, out: Path, pattern: str) -> TrainSettings:
+    """The training that a step is."""
+    what = step.what
+    settings = TrainSettings(
+        data=recipe.data,
+        valid=recipe.valid,
+        out=out,
+        config=source / "config.json",
+        start_from=source,
+        seed=recipe.seed,
+        device=recipe.device,
+        evaluate_every=max(1, what.steps),
+        steps=what.steps,
+        teacher=what.teacher,
+        teacher_share=what.teacher_share,
+        teacher_top=what.teacher_top,
+        hidden_share=what.hidden_share,
+        **{field.name: getattr(step.training, field.name) for field in fields(step.training)},
+    )
+    if isinstance(what, Sparsify):
+        settings = replace(
+            settings,
+            sparsity=what.pattern,
+            dense_share=what.dense_share if what.steps else 0.0,
+            shrink_share=what.shrink_share if what.steps else 0.0,
+            saliency=what.saliency,
+            w4a8_share=what.w4a8_share,
+            group=what.group,
+        )
+    elif pattern != "none" and not isinstance(what, Prune):
+        settings = replace(settings, sparsity=pattern, dense_share=0.0, shrink_share=0.0)
+    if isinstance(what, Quantize):
+        settings = replace(settings, w4a8_share=1.0, group=what.group)
+    return settings
+
+
+def _run_step(recipe: Recipe, step: Step, source: Path, made: Path, pattern: str) -> float:
+    """Makes the step's folder, or finds it made by the same settings; returns its bits per byte."""
+    key = json.dumps(
+        {"step": asdict(step), "seed": recipe.seed, "from": str(source)}, default=str, sort_keys=True
+    )
+    if (made / DONE).exists():
+        done = read_json(made / DONE)
+        if done.get("key") != key:
+            raise SettingsError(
+                f"{made} was made by other settings than {step.kind} has now; choose another `out`, or "
+                "remove it"
+            )
+        return float(done["bits_per_byte"])
+    if isinstance(step.what, Prune):
+        _prune(recipe, step, step.what, source, made)
+    else:
+        train(_settings(recipe, step, source, made, pattern))
+    score = _last_score(made)
+    write_text(made / DONE, json.dumps({"key": key, "bits_per_byte": score}))
+    return score
+
+
+def _prune(recipe: Recipe, step: Step, what: Prune, source: Path, made: Path) -> None:
+    """Rounds of cutting and fine-tuning; the last one's checkpoint becomes the step's own."""
+    start = read_json(source / "config.json")
+    goal = _goal(start, what)
+    for number in range(1, what.rounds + 1):
+        sizes = Sizes.of(start).towards(goal, number / what.rounds, start)
+        cut, tuned = made / f"round-{number}-cut", made / f"round-{number}"
+        if not (cut / "config.json").exists():  # written last
+            prune_checkpoint(source, cut, sizes, _sampler(recipe, step, source), what.batches)
+        share = what.steps * number // what.rounds - what.steps * (number - 1) // what.rounds
+        tuning = _settings(recipe, step, cut, tuned, "none")
+        if not (tuned / "config.json").exists():
+            train(replace(tuning, steps=share, evaluate_every=max(1, share)))
+        source = tuned
+    for name in (*CHECKPOINT_FILES, "metrics.jsonl"):
+        shutil.copyfile(source / name, made / name)
+
+
+def _goal(config: dict[str, object], what: Prune) -> Sizes:
+    now = Sizes.of(config)
+    named = {entry.name: getattr(what, entry.name) for entry in fields(Sizes)}
+    return replace(now, **{name: value for name, value in named.items() if value is not None})
+
+
+def _sampler(recipe: Recipe, step: Step, source: Path) -> WindowSampler:
+    settings = _settings(recipe, step, source, recipe.out, "none")
+    vocabulary = int(read_json(source / "config.json")["vocab_size"])
+    stream_N = torch.from_numpy(read_corpus(replace(settings, valid=None), vocabulary).stream_N)
+    device = choose_device(recipe.device)
+    return WindowSampler(stream_N.to(device), settings.window, settings.batch, recipe.seed)
+
+
+def _score_start(recipe: Recipe) -> float:
+    """Bits per byte of the checkpoint as it comes, kept beside the steps."""
+    kept = recipe.out / "start.json"
+    if kept.exists():
+        return float(read_json(kept)["bits_per_byte"])
+    read_tensors(recipe.model / "model.safetensors")  # named first where it is missing
+    step = replace(recipe.steps[0], kind="finetune")
+    settings = TrainSettings(
+        data=recipe.data,
+        valid=recipe.valid,
+        out=recipe.out / "start",
+        config=recipe.model / "config.json",
+        start_from=recipe.model,
+        steps=0,
+        batch=step.training.batch,
+        window=step.training.window,
+        device=recipe.device,
+    )
+    run = TrainingRun(settings)
+    score = run.score(run.corpus.valid)
+    if score is None:
+        raise WorkerError("the text to score cannot be scored")
+    write_text(kept, json.dumps({"bits_per_byte": score.bits_per_byte}))
+    return score.bits_per_byte
+
+
+def _last_score(folder: Path) -> float:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return float(
+        [row for row in rows if row.get("valid_bits_per_byte") is not None][-1]["valid_bits_per_byte"]
+    )
