@@ -15,7 +15,6 @@ from opentelemetry import metrics, trace
 
 from moe_api import telemetry
 from moe_operator.errors import InstallationError, MoEOperatorError
-from moe_operator.handlers.acting import Acting
 from moe_operator.handlers.autoscaler import Autoscaler
 from moe_operator.handlers.queue import Name, ReconcileQueue
 from moe_operator.handlers.reconcile import Reconciler
@@ -61,11 +60,12 @@ async def start(*, settings: kopf.OperatorSettings, memo: kopf.Memo, own: Settin
 
     memo.queue, memo.mirror = ReconcileQueue(work, own), mirror
     memo.followers = await follow(cluster, mirror, memo.queue)
-    memo.autoscaler = _autoscaler(cluster, own, settings.peering.priority, memo)
+    rank = peering.Rank(cluster, own.peering, settings.peering.priority)
+    memo.autoscaler = _autoscaler(cluster, own, rank, memo)
     reconciler = Reconciler(
         cluster,
         own,
-        peering.Rank(cluster, own.peering, settings.peering.priority),
+        rank,
         lambda: datetime.now(UTC),
         watcher=memo.autoscaler,
     )
@@ -94,7 +94,7 @@ async def follow(cluster: Cluster, mirror: Mirror, queue: ReconcileQueue) -> lis
     return followers
 
 
-def _autoscaler(cluster: Cluster, own: Settings, priority: int, memo: kopf.Memo) -> Autoscaler:
+def _autoscaler(cluster: Cluster, own: Settings, rank: peering.Rank, memo: kopf.Memo) -> Autoscaler:
     """The autoscaler, with the threads and connections that it needs."""
     factory = ScaledFactory(
         cluster,
@@ -106,7 +106,11 @@ def _autoscaler(cluster: Cluster, own: Settings, priority: int, memo: kopf.Memo)
         metrics=ScalingMetrics(metrics.get_meter("moe_operator.autoscaler")),
         tracer=trace.get_tracer("moe_operator.autoscaler"),
     )
-    return Autoscaler(factory, Acting(cluster, own, priority, memo.threads))
+
+    async def acts() -> bool:
+        return not await factory.call(rank.outranked, datetime.now(UTC))
+
+    return Autoscaler(factory, acts)
 
 
 async def stop(*, memo: kopf.Memo, **_: Any) -> None:
