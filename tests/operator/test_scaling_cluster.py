@@ -160,7 +160,7 @@ def test_replicas_follow_a_recorded_day_through_the_death_of_the_operator(fast):
 
     # The other one was only advised.
     assert {look.ready for look in advised.looks} == {1}
-    assert sorted(fast.leaders("advised")) == ["advised-0-0"]
+    assert len(fast.leaders("advised")) == 1
     assert max(look.desired for look in advised.looks) > 1
     assert any("replicas instead of 1" in said for said in fast.events("ScalingAdvised", "advised"))
     assert fast.condition("ScalingActive", "advised")["reason"] == "Advisory"
@@ -189,7 +189,7 @@ def test_the_last_replica_goes_and_the_first_request_waits_for_a_new_one(fast):
         texts = [part.text for part in stub.Generate(request, timeout=90, wait_for_ready=True)]
     assert texts == ["token"]
     assert any("FirstRequest" in said for said in fast.events("ScaledUp", "zero"))
-    assert list(fast.leaders("zero")) == ["zero-0-0"]
+    assert len(fast.leaders("zero")) == 1
     fast.kubectl("delete", "moed", "zero", "--wait=false")
 
 
@@ -225,7 +225,7 @@ def test_scaling_that_is_turned_off_leaves_replicas_and_no_stale_status(fast):
     fast.wait("ScalingActive", "Off", "off")
     assert "scaling" not in status(fast, "off")
     fast.patch("moed", "off", {"spec": {"scaling": None, "replicas": 1}})
-    eventually(lambda: fast.leaders("off"), lambda pods: list(pods) == ["off-0-0"], "one replica")
+    eventually(lambda: fast.leaders("off"), lambda pods: len(pods) == 1, "one replica", 60)
     eventually(
         lambda: [c["type"] for c in status(fast, "off")["conditions"]],
         lambda kinds: "ScalingActive" not in kinds,
