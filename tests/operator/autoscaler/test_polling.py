@@ -1,0 +1,121 @@
+"""Asking replicas and frontends over real gRPC, on loopback addresses of our own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from dataclasses import replace
+
+import grpc
+import pytest
+
+from moe_api.frontend.v1 import frontend_pb2, frontend_pb2_grpc
+from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
+from moe_operator.autoscaler.subject import subject
+from moe_operator.manifests.observed import Observed
+from moe_operator.resources import names
+from moe_operator.rpc.polling import Poller
+from tests.operator.autoscaler.simulated import START, pod
+from tests.operator.worlds import deployment
+
+
+class Replica(worker_pb2_grpc.WorkerServiceServicer):
+    def __init__(self, silent=False, **fields):
+        self.silent, self.fields = silent, fields
+
+    async def GetLoad(self, request, context):
+        if self.silent:
+            await asyncio.sleep(3600)
+        load = worker_pb2.Load(**self.fields)
+        load.started.FromNanoseconds(10**18)
+        return load
+
+
+class Front(frontend_pb2_grpc.FrontendServiceServicer):
+    def __init__(self, held):
+        self.held = held
+
+    async def GetDemand(self, request, context):
+        if not self.held:
+            await asyncio.sleep(request.wait.ToTimedelta().total_seconds())
+        return frontend_pb2.Demand(held=self.held)
+
+
+@pytest.fixture
+async def world():
+    """`await world(servicer, ...)` gives the loopback address of each, all listening where workers do."""
+    net = ".".join(str(1 + secrets.randbelow(250)) for _ in range(2))
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start(*servicers):
+            addresses = []
+            for number, servicer in enumerate(servicers, 1):
+                server = grpc.aio.server()
+                if isinstance(servicer, Replica):
+                    worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)
+                else:
+                    frontend_pb2_grpc.add_FrontendServiceServicer_to_server(servicer, server)
+                addresses.append(f"127.{net}.{number}")
+                server.add_insecure_port(f"{addresses[-1]}:{names.GRPC_PORT}")
+                await server.start()
+                stack.push_async_callback(server.stop, None)
+            return addresses
+
+        yield start
+
+
+def seen(leaders, frontends=(), **scaling):
+    pods = []
+    for rank, address in enumerate(leaders):
+        made = pod("docs", rank, f"u{rank}", START, 5, ready=True)
+        made["status"]["podIP"] = address
+        pods.append(made)
+    found = subject(deployment(scaling={"maxReplicas": 4, **scaling}), Observed(pods=tuple(pods)))
+    return replace(found, frontends=tuple(frontends))
+
+
+@pytest.fixture
+async def poller():
+    made = Poller(timeout_s=1.0, speed=1.0, clock=lambda: 2e9)
+    yield made
+    await made.close()
+
+
+async def test_a_silent_replica_costs_the_others_nothing(world, poller):
+    good = Replica(requests_received=7, requests_completed=5, queued=2, running=1)
+    leaders = await world(good, Replica(silent=True), Replica(requests_completed=1))
+    started = time.monotonic()
+    reading = await poller.read(seen(leaders))
+    assert time.monotonic() - started < 10
+    (report,) = reading.reports
+    assert (report.replica, report.arrived, report.completed, report.waiting) == ("docs-0-0", 7, 5, 2)
+    assert (report.started, report.at) == (1e9, 2e9)
+    assert reading.silent == {"docs-1-0"}
+    assert "1 requests ended though 0 came" in reading.wrong["docs-2-0"]
+    assert reading.running == 3
+
+
+async def test_nobody_there_is_silence(poller):
+    reading = await poller.read(seen(["127.250.250.250"]))
+    assert reading.silent == {"docs-0-0"}
+
+
+async def test_held_requests_of_all_frontends_count_and_only_where_zero_is_allowed(world, poller):
+    frontends = await world(Front(2), Front(3))
+    both = await poller.read(seen([], frontends, minReplicas=0))
+    assert both.held in (2, 3, 5)
+    assert (await poller.read(seen([], frontends, minReplicas=1))).held == 0
+
+
+async def test_the_first_held_request_ends_the_wait(world, poller):
+    frontends = await world(Front(0), Front(1))
+    started = time.monotonic()
+    assert await poller.held(seen([], frontends, minReplicas=0), 30.0) == 1
+    assert time.monotonic() - started < 20
+
+
+async def test_without_a_request_the_wait_ends_in_time(world, poller):
+    frontends = await world(Front(0))
+    assert await poller.held(seen([], frontends, minReplicas=0), 0.2) == 0
