@@ -5,6 +5,7 @@ import click
 from moe_operator.cli.generate import generate
 from moe_operator.cli.load import load
 from moe_operator.cli.rollout import rollout
+from moe_operator.cli.replay import replay
 from moe_operator.cli.status import status
 from moe_operator.cli.tokenize import tokenize
 
@@ -20,6 +21,7 @@ def main() -> None:
     Reach it from here:      kubectl port-forward service/NAME-frontend 8000
     Ask it:                  moe generate "A pod is"
     Play a recorded load:    moe load TRACE --speed 60
+    Try scaling on a trace:  moe replay TRACE --plot F.png
 
     The address comes from --endpoint or MOE_ENDPOINT. Traces are sent when OTEL_EXPORTER_OTLP_ENDPOINT
     names an OpenTelemetry Collector.
@@ -35,3 +37,4 @@ main.add_command(tokenize)
 main.add_command(status)
 main.add_command(load)
 main.add_command(rollout)
+main.add_command(replay)

@@ -1,4 +1,4 @@
-"""The forecaster of one deployment: learns from each finished minute, says what the horizon will bring."""
+"""The forecaster of one deployment: learns from each finished step, says what the horizon will bring."""
 
 from __future__ import annotations
 
@@ -10,36 +10,103 @@ from typing import Final
 
 import numpy as np
 
+from moe_operator.scaling.forecast.combination import Combination
+from moe_operator.scaling.forecast.direct import Direct
+from moe_operator.scaling.forecast.features import Features, level_steps
+from moe_operator.scaling.forecast.past import Floats, Past
+from moe_operator.scaling.forecast.residuals import Residuals
 from moe_operator.scaling.forecast.result import Errors, Forecast
+from moe_operator.scaling.forecast.seasonal import HarmonicArima, HoltWinters
+from moe_operator.scaling.forecast.simple import LastValue, Moving
 from moe_operator.scaling.history import History
 
 QUANTILES: Final = (0.05, 0.5, 0.9, 0.95, 0.99, 0.995)
-_WINDOW: Final = 1440
+_POINT: Final = QUANTILES.index(0.5)
+_DAY_S: Final = 86_400
+_FIRST_REFIT: Final = 60
+"""Steps before the first refit."""
+_REFIT_DAY_SHARE: Final = 4
+"""A refit at least so many times a day; in the first days whenever the past has grown by a tenth."""
+
+Model = LastValue | Moving | HoltWinters | HarmonicArima
+_MODELS: Final[tuple[Model, ...]] = (
+    LastValue(),
+    Moving("moving average", median=False),
+    Moving("moving median", median=True),
+    HoltWinters(),
+    HarmonicArima(),
+)
+_DIRECT: Final = (
+    Direct("direct regression", days=14),
+    Direct("direct regression on the last day", days=1),
+    Direct("direct regression, robust", days=7, robust=True, slopes=True),
+    Direct("direct regression with the time of day", days=14, harmonics=True),
+)
+CANDIDATES: Final = tuple(candidate.name for candidate in (*_MODELS, *_DIRECT))
 
 
 @dataclass(frozen=True)
 class Fitted:
     """Models learned from the past; only for `Forecaster.adopt`."""
 
+    models: tuple[Model, ...] = _MODELS
+    direct: tuple[Direct, ...] = _DIRECT
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A forecast whose outcome is awaited."""
+
+    level: float
+    """Work per minute when it was made, above 0."""
+    loss_level: float
+    """Work per minute, above 0, that losses are taken relative to: it hardly moves in an outage."""
+    scales: tuple[float, ...]
+    points: Floats
+    """Of the candidates [candidates]."""
+    bands: Floats
+    """Quantiles of the candidates [QUANTILES, candidates], ascending, at least 0."""
+    combined: Floats
+    """Quantiles of all together [QUANTILES], ascending, at least 0."""
+
 
 class Forecaster:
-    """Forecasts the rate of one step of time, `horizon` steps ahead.
+    """Forecasts the rate of one step of time, `horizon_steps` after the last finished one.
 
     Not thread-safe, except that what `refit_job` returns may run in another thread.
+
+    Args:
+        horizon_steps: at least 1.
+        step_s: length of a step, at most an hour.
     """
 
     def __init__(self, horizon_steps: int = 5, step_s: float = 60.0) -> None:
         self._horizon = horizon_steps
         self._step_s = step_s
-        self._step: int | None = None
-        self._recent: deque[float] = deque(maxlen=horizon_steps + 1)
-        self._ratios: deque[float] = deque(maxlen=_WINDOW)
+        day = round(_DAY_S / step_s)
+        self._past = Past(day, level_steps(horizon_steps))
+        self._fitted = Fitted()
+        self._refitted_at: int | None = None
+        self._steps = 0
+        self._residuals = [Residuals() for _ in CANDIDATES]
+        self._combination = Combination(QUANTILES, len(CANDIDATES))
+        self._pending: deque[Pending | None] = deque(maxlen=horizon_steps)
+        self._errors = _RollingErrors(day)
 
     @classmethod
     def restored(cls, history: History, horizon_steps: int) -> Forecaster:
-        """One that has seen `history`: after a restart, or when the horizon changed. Takes up to seconds."""
+        """One that has seen `history`: after a restart, or when the horizon changed. Takes seconds.
+
+        Models are learned from all but the last day, which then is gone through as if it happened again.
+        """
         forecaster = cls(horizon_steps)
-        for minute, rate in history.items():
+        minutes = list(history.items())
+        for minute, rate in minutes[:-1440]:
+            forecaster._past.append(minute, rate)
+            forecaster._steps += 1
+        if forecaster.refit_due:
+            forecaster.adopt(forecaster.refit_job()())
+        for minute, rate in minutes[-1440:]:
             forecaster.update(minute, rate)
         return forecaster
 
@@ -47,6 +114,11 @@ class Forecaster:
     def horizon_steps(self) -> int:
         """Steps between the last finished one and the one forecast."""
         return self._horizon
+
+    @property
+    def latest(self) -> Pending | None:
+        """What all candidates say of the step that `forecast` is for."""
+        return self._pending[-1] if self._pending else None
 
     def update(self, step: int, rate: float | None) -> None:
         """Takes in the rate of a finished step. At most 5 ms.
@@ -56,44 +128,102 @@ class Forecaster:
                 already is ignored.
             rate: work per minute; None where it is unknown. Negative or not finite counts as unknown.
         """
-        if self._step is not None and step <= self._step:
+        if self._steps and step < self._past.end:
             return
-        gap = 0 if self._step is None else min(step - self._step - 1, self._horizon + 1)
-        known = rate is not None and math.isfinite(rate) and rate >= 0
-        for value in [math.nan] * gap + [rate if rate is not None and known else math.nan]:
-            self._recent.append(value)
-        self._step = step
-        before, now = self._recent[0], self._recent[-1]
-        if len(self._recent) > self._horizon and math.isfinite(before) and math.isfinite(now):
-            self._ratios.append((now - before) / math.sqrt(before + 1))
+        known = rate if rate is not None and math.isfinite(rate) and rate >= 0 else None
+        if not self._steps and known is None:
+            return
+        holes = step - self._past.end if self._steps else 0
+        for _ in range(min(holes, self._horizon)):
+            self._pending.append(None)
+        self._past.append(step, known)
+        self._steps += holes + 1
+        due = self._pending[0] if len(self._pending) == self._horizon else None
+        if due is not None and known is not None:
+            self._learn(due, known)
+        self._pending.append(self._forecasts())
 
     @property
     def refit_due(self) -> bool:
-        """Whether the models should be learned anew: about once an hour, and when enough was first seen."""
-        return False
+        """Whether the models should be learned anew: four times a day, in the first days more often."""
+        if self._refitted_at is None:
+            return self._steps >= _FIRST_REFIT
+        fresh = self._steps - self._refitted_at
+        return fresh >= min(self._refitted_at // 10, self._past.day // _REFIT_DAY_SHARE)
 
     def refit_job(self) -> Callable[[], Fitted]:
         """What learns the models anew from what was seen until now: at most 1 s, for another thread.
 
         Use: ``forecaster.adopt(await asyncio.to_thread(forecaster.refit_job()))``.
         """
-        return Fitted
+        past, horizon, fitted = self._past.copy(), self._horizon, self._fitted
+        self._refitted_at = self._steps
+
+        def job() -> Fitted:
+            features = Features.of(past, horizon, len(past))
+            return Fitted(
+                tuple(model.fitted(past, horizon) for model in fitted.models),
+                tuple(direct.fitted(past, features, horizon) for direct in fitted.direct),
+            )
+
+        return job
 
     def adopt(self, fitted: Fitted) -> None:
         """Forecasts with these models from now on."""
+        self._fitted = fitted
 
     def forecast(self) -> Forecast | None:
-        """The rate `horizon` steps after the last one updated; None while no rate is known."""
-        known = [rate for rate in self._recent if math.isfinite(rate)]
-        if not known or self._step is None:
+        """The rate `horizon_steps` after the last one updated; None while no rate is known."""
+        latest = self.latest
+        if latest is None:
             return None
-        last = known[-1]
-        spread = np.quantile(self._ratios, QUANTILES) if len(self._ratios) >= 20 else np.zeros(len(QUANTILES))
-        rates = np.maximum(last + spread * math.sqrt(last + 1), 0.0)
+        weights = self._combination.weights[_POINT]
         return Forecast(
-            at=(self._step + self._horizon) * self._step_s,
-            mean=last,
-            quantiles=tuple(zip(QUANTILES, map(float, rates), strict=True)),
-            method="last value",
-            errors=Errors(),
+            at=(self._past.end - 1 + self._horizon) * self._step_s,
+            mean=float(latest.combined[_POINT]),
+            quantiles=tuple(zip(QUANTILES, map(float, latest.combined), strict=True)),
+            method=CANDIDATES[int(np.argmax(weights))] if self._fitted.models != _MODELS else "last value",
+            errors=self._errors.now,
         )
+
+    def _forecasts(self) -> Pending:
+        features = Features.of(self._past, self._horizon, 1)
+        points = np.array(
+            [model.predict(self._past, self._horizon) for model in self._fitted.models]
+            + [direct.predict(features) for direct in self._fitted.direct]
+        )
+        level = float(max(features.mean_level[0], features.median_level[0]))
+        # Nothing learned yet forecasts more than a few times what there ever was.
+        points = np.clip(np.nan_to_num(points, nan=level), 0, 10 * level + self._past.rates.max())
+        errors = np.column_stack([residuals.quantiles(QUANTILES) for residuals in self._residuals])
+        bands = np.maximum(points + level * errors, 0)
+        bands[_POINT] = points
+        combined = np.maximum.accumulate(self._combination.combine(bands))
+        loss_level = max(level, float(features.day_mean[0]))
+        return Pending(level, loss_level, tuple(r.scale for r in self._residuals), points, bands, combined)
+
+    def _learn(self, due: Pending, outcome: float) -> None:
+        for residuals, point, scale in zip(self._residuals, due.points, due.scales, strict=True):
+            residuals.observe(outcome - point, due.level, scale)
+        self._combination.observe(outcome, due.bands, due.combined, due.loss_level)
+        self._errors.observe(outcome, float(due.combined[_POINT]), float(due.points[0]))
+
+
+class _RollingErrors:
+    """Absolute errors of about the last day, beside those of the last value."""
+
+    def __init__(self, day: int) -> None:
+        self._fade = 1 - 1 / day
+        self._sums = np.zeros(3)
+        self._count = 0
+
+    def observe(self, outcome: float, forecast: float, last_value: float) -> None:
+        self._sums = self._fade * self._sums + [abs(outcome - forecast), abs(outcome - last_value), outcome]
+        self._count += 1
+
+    @property
+    def now(self) -> Errors:
+        ours, last_value, demand = map(float, self._sums)
+        if self._count < _FIRST_REFIT or demand <= 0:
+            return Errors()
+        return Errors(wape=100 * ours / demand, last_value_wape=100 * last_value / demand)

@@ -1,0 +1,73 @@
+"""The outcome of a replay as tables for people."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+
+_TITLES: Final = {
+    "moe": "moe (forecast)",
+    "static_peak": "static peak",
+    "hpa": "HPA",
+    "keda": "KEDA-like",
+    "knative": "Knative-like",
+    "perfect": "perfect forecast",
+    "clairvoyant": "clairvoyant",
+}
+
+
+def show(made: dict[str, Any]) -> None:
+    """Prints the document of a replay as two tables."""
+    console = Console(highlight=False)
+    unit = f"{made['interval_s'] / 60:g} min"
+    console.print(
+        f"{made['trace']}: {made['steps']} steps of {unit}; forecasts {made['horizon_s']:g} s ahead, scored "
+        f"after {made['warm_up_steps']} steps"
+    )
+    console.print(_forecasts(made["forecast"]))
+    service = made["service"]
+    console.print(
+        f"Simulated service: {service['capacity_per_gpu']:g} work/min a GPU, steps of "
+        f"{service['gpus_per_replica']:g} GPU, started in {made['horizon_s']:g} s. "
+        f"Knobs from the first {made['tune_until_steps']} steps, figures from the rest."
+    )
+    console.print(_policies(made["policies"]))
+
+
+def _forecasts(forecast: dict[str, Any]) -> Table:
+    table = Table("forecast", box=None)
+    for column in ("WAPE %", "beside last value", "P90 pinball %", "P90 coverage %"):
+        table.add_column(column, justify="right")
+    rows = {forecast["method"]: forecast, **forecast["candidates"]}
+    for name, score in rows.items():
+        last = forecast["last_value_wape"]
+        change = f"{100 * (score['wape'] / last - 1):+.1f} %" if last else ""
+        table.add_row(
+            name,
+            f"{score['wape']:.2f}",
+            change,
+            f"{score['pinball_p90']:.3f}",
+            f"{score['coverage_p90']:.1f}",
+        )
+    return table
+
+
+def _policies(policies: dict[str, Any]) -> Table:
+    table = Table("policy", box=None)
+    for column in ("violated %", "utilisation %", "GPU-hours", "x clairvoyant", "changes"):
+        table.add_column(column, justify="right")
+    table.add_column("knobs")
+    for name, result in policies.items():
+        over = result["gpu_hours_over_clairvoyant"]
+        table.add_row(
+            _TITLES[name],
+            f"{result['violated_share']:.2f}",
+            f"{result['utilisation']:.1f}",
+            f"{result['gpu_hours']:.1f}",
+            "" if over is None else f"{over:.3f}",
+            str(result["scale_events"]),
+            ", ".join(f"{knob} {value:g}" for knob, value in result["knobs"].items()),
+        )
+    return table
