@@ -20,7 +20,7 @@ from moe_operator.scaling.forecast.seasonal import HarmonicArima, HoltWinters
 from moe_operator.scaling.forecast.simple import LastValue, Moving
 from moe_operator.scaling.history import History
 
-QUANTILES: Final = (0.05, 0.5, 0.9, 0.95, 0.99, 0.995)
+QUANTILES: Final = (0.05, 0.5, 0.9, 0.95, 0.99, 0.995, 0.999)
 _POINT: Final = QUANTILES.index(0.5)
 _DAY_S: Final = 86_400
 _FIRST_REFIT: Final = 60
