@@ -4,8 +4,8 @@ import click
 
 from moe_operator.cli.generate import generate
 from moe_operator.cli.load import load
-from moe_operator.cli.rollout import rollout
 from moe_operator.cli.replay import replay
+from moe_operator.cli.rollout import rollout
 from moe_operator.cli.status import status
 from moe_operator.cli.tokenize import tokenize
 
