@@ -19,7 +19,7 @@ _TITLES: Final = {
 
 
 def show(made: dict[str, Any]) -> None:
-    """Prints the document of a replay as two tables."""
+    """Prints the document of a replay as two tables. "x best": GPU-hours over those of the clairvoyant."""
     console = Console(highlight=False)
     unit = f"{made['interval_s'] / 60:g} min"
     console.print(
@@ -31,7 +31,8 @@ def show(made: dict[str, Any]) -> None:
     console.print(
         f"Simulated service: {service['capacity_per_gpu']:g} work/min a GPU, steps of "
         f"{service['gpus_per_replica']:g} GPU, started in {made['horizon_s']:g} s. "
-        f"Knobs from the first {made['tune_until_steps']} steps, figures from the rest."
+        f"Knobs from the first {made['tune_until_steps']} steps, figures from the rest; "
+        "best is the clairvoyant."
     )
     console.print(_policies(made["policies"]))
 
@@ -55,9 +56,10 @@ def _forecasts(forecast: dict[str, Any]) -> Table:
 
 
 def _policies(policies: dict[str, Any]) -> Table:
-    table = Table("policy", box=None)
-    for column in ("violated %", "utilisation %", "GPU-hours", "x clairvoyant", "changes"):
-        table.add_column(column, justify="right")
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("policy", no_wrap=True)
+    for column in ("violated %", "used %", "GPU-hours", "x best", "changes"):
+        table.add_column(column, justify="right", no_wrap=True)
     table.add_column("knobs")
     for name, result in policies.items():
         over = result["gpu_hours_over_clairvoyant"]

@@ -1,0 +1,76 @@
+"""`moe replay` as scripts and people see it."""
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from moe_operator.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory):
+    chance, steps = np.random.default_rng(1), np.arange(3 * 144)
+    rates = np.maximum(0, 5 + 3 * np.sin(2 * np.pi * steps / 144) + chance.normal(0, 0.3, len(steps)))
+    path = tmp_path_factory.mktemp("traces") / "waves.csv"
+    path.write_text("t,rate\n" + "".join(f"{600 * step},{rate:.4f}\n" for step, rate in enumerate(rates)))
+    return path
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["replay", *map(str, arguments)])
+
+
+def test_the_document_has_the_stable_keys_and_the_same_bytes_again(trace, tmp_path):
+    first = run(trace, "--horizon", 600, "--json", "--plot", tmp_path / "a.png")
+    assert first.exit_code == 0, first.output
+    made = json.loads(first.stdout)
+    assert (made["trace"], made["interval_s"], made["horizon_s"]) == ("waves.csv", 600, 600)
+    assert made["forecast"].keys() >= {
+        *("method", "wape", "pinball_p90", "coverage_p90", "last_value_wape", "last_value_pinball_p90")
+    }
+    assert made["policies"].keys() == {
+        *("moe", "static_peak", "hpa", "keda", "knative", "perfect", "clairvoyant")
+    }
+    for policy in made["policies"].values():
+        assert policy.keys() >= {
+            *("violated_share", "utilisation", "gpu_hours", "gpu_hours_over_clairvoyant", "scale_events")
+        }
+    assert made["policies"]["clairvoyant"]["gpu_hours_over_clairvoyant"] == 1
+    second = run(trace, "--horizon", 600, "--json", "--plot", tmp_path / "b.png")
+    assert second.stdout == first.stdout
+    assert (tmp_path / "b.png").read_bytes() == (tmp_path / "a.png").read_bytes()
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_people_get_tables(trace):
+    result = run(trace, "--horizon", 600, "--tune-until", "1970-01-02")
+    assert result.exit_code == 0, result.output
+    assert "clairvoyant" in result.stdout
+    assert "first 144 steps" in result.stdout.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--horizon", "0"], "--horizon is 0; it must be above 0"),
+        (["--fraction", "nan"], "--fraction is nan; it must be above 0"),
+        (["--tune-until", "soon"], "neither a share like 0.5 nor a time"),
+        (["--tune-until", "1"], "leaves nothing before or after it"),
+        (["--tune-until", "2030-01-01"], "leaves nothing before or after it"),
+        (["--work", "tokens"], "it records no tokens"),
+    ],
+)
+def test_wrong_options_say_what_would_be_right(trace, arguments, sentence):
+    result = run(trace, *arguments)
+    assert result.exit_code == 2
+    assert sentence in " ".join(result.output.split())
+
+
+def test_a_file_that_is_no_trace_is_refused(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("hello\n")
+    result = run(path)
+    assert result.exit_code == 2
+    assert "a trace is a CSV file" in result.output
