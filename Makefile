@@ -21,6 +21,9 @@ soak: setup-all ## Hundreds of scalings, rollouts and faults under load, and the
 	timeout 5400 $(BIN)/python -m pytest -m soak -s tests/soak $(ARGS)
 	timeout 1800 $(BIN)/python -m benchmarks.faults
 
+soak: setup-all ## Run the long tests: 10,000 manifests at random (about 25 minutes, ended after an hour)
+	MOE_FUZZ=10000 timeout 3600 $(BIN)/python -m pytest tests/operator/test_fuzz.py $(ARGS)
+
 up: setup ## Start the local cluster and leave it running
 	$(BIN)/python -m localcluster up
 

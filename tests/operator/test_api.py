@@ -52,6 +52,89 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "way up": ({"model": {"uri": "file:///mnt/../etc"}}, "must not hold . or .. as a part"),
     "resources": ({"worker": {"resources": {"limits": {"cpu": -1}}}}, "an amount is a number of 0 or more"),
     "frontends": ({"frontend": {"replicas": 0}}, "frontend.replicas is a number from 1 to 100"),
+    "own tmp": ({"model": {"uri": "file:///tmp"}}, "the container has a /tmp of its own"),
+    "memory huge": ({"engine": {"kvMemory": "2Pi"}}, "and at most 1Pi"),
+    "endpoint's port": (
+        {"telemetry": {"otlpEndpoint": "http://otel:99999"}},
+        "otlpEndpoint is http:// or https://, a host and a port",
+    ),
+    "image": ({"worker": {"image": "my image"}}, "image is a name with an optional registry, tag and digest"),
+    "request above the limit": (
+        {"worker": {"resources": {"requests": {"cpu": 2}, "limits": {"cpu": "500m"}}}},
+        "a request is not larger than the limit of the same resource",
+    ),
+    "device without a limit": (
+        {"worker": {"resources": {"requests": {"nvidia.com/gpu": 1}}}},
+        "a device such as nvidia.com/gpu is asked for in limits",
+    ),
+    "half a device": (
+        {"frontend": {"resources": {"limits": {"nvidia.com/gpu": "500m"}}}},
+        "devices such as nvidia.com/gpu are asked for in whole pieces",
+    ),
+    "unknown resource": ({"worker": {"resources": {"limits": {"gpu": 1}}}}, "a resource is cpu, memory"),
+    "label of a node": (
+        {"worker": {"nodeSelector": {"a b": "c"}}},
+        "the keys of nodeSelector are those of labels",
+    ),
+    "label's value": ({"worker": {"nodeSelector": {"a": "b c"}}}, "should match '^([A-Za-z0-9]"),
+    "toleration of nothing": (
+        {"worker": {"tolerations": [{}]}},
+        "a toleration without a key is for every taint",
+    ),
+    "toleration with a value too many": (
+        {"worker": {"tolerations": [{"key": "a", "operator": "Exists", "value": "b"}]}},
+        "operator Exists takes no value",
+    ),
+    "toleration for a time": (
+        {"worker": {"tolerations": [{"key": "a", "tolerationSeconds": 5, "effect": "NoSchedule"}]}},
+        "tolerationSeconds needs effect NoExecute",
+    ),
+    "toleration's key": ({"worker": {"tolerations": [{"key": "a b"}]}}, "key is that of a taint"),
+    "toleration's value": (
+        {"worker": {"tolerations": [{"key": "a", "value": "b c"}]}},
+        "value is that of a taint",
+    ),
+    "variable's name": ({"worker": {"env": [{"name": "1A"}]}}, "a variable's name is made of letters"),
+    "variable from two places": (
+        {
+            "worker": {
+                "env": [
+                    {
+                        "name": "A",
+                        "valueFrom": {
+                            "fieldRef": {"fieldPath": "metadata.name"},
+                            "secretKeyRef": {"name": "a", "key": "b"},
+                        },
+                    }
+                ]
+            }
+        },
+        "valueFrom takes exactly one of configMapKeyRef, secretKeyRef and fieldRef",
+    ),
+    "variable from nowhere": (
+        {"worker": {"env": [{"name": "A", "valueFrom": {}}]}},
+        "valueFrom takes exactly one of configMapKeyRef, secretKeyRef and fieldRef",
+    ),
+    "variable with both": (
+        {
+            "worker": {
+                "env": [{"name": "A", "value": "", "valueFrom": {"fieldRef": {"fieldPath": "metadata.uid"}}}]
+            }
+        },
+        "a variable takes either value or valueFrom, not both",
+    ),
+    "field of a pod": (
+        {"worker": {"env": [{"name": "A", "valueFrom": {"fieldRef": {"fieldPath": "status.phase"}}}]}},
+        "fieldPath is one that Kubernetes offers",
+    ),
+    "name of a secret": (
+        {"worker": {"env": [{"name": "A", "valueFrom": {"secretKeyRef": {"name": "A_B", "key": "b"}}}]}},
+        "name is that of an object",
+    ),
+    "key in a secret": (
+        {"worker": {"env": [{"name": "A", "valueFrom": {"secretKeyRef": {"name": "a", "key": "b/c"}}}]}},
+        "key is made of letters, digits and -_.",
+    ),
     "variable twice": ({"worker": {"env": [{"name": "A"}, {"name": "A"}]}}, 'Duplicate value: {"name":"A"}'),
     "replicas beside scaling": (
         {"replicas": 2, "scaling": {"maxReplicas": 4}},

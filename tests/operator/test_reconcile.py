@@ -197,10 +197,9 @@ def test_a_pod_that_fits_no_node_is_the_reason(live):
 
 
 def test_what_the_api_server_refuses_is_the_reason(live):
-    resources = {"requests": {"cpu": 2}, "limits": {"cpu": 1}}
-    live.apply(manifest("odd", worker={"resources": resources}))
+    live.apply(manifest("odd", worker={"resources": {"limits": {"hugepages-2Mi": "4Mi"}}}))
     condition = live.wait("Ready", "ApplyRefused", "odd")
-    assert "must be less than or equal to cpu limit" in condition["message"]
+    assert "HugePages require cpu or memory" in condition["message"]
     live.kubectl("delete", "moed", "odd")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, WithJsonSchema
+from pydantic import ConfigDict, Field, WithJsonSchema
 
 from moe_operator.resources.base import INT_OR_STRING, LIST_KEYS, LIST_TYPE, Model, rules
 
@@ -25,34 +25,99 @@ Amount = Annotated[str | int, WithJsonSchema({**_QUANTITY_SCHEMA, **rules(_AMOUN
 """A quantity of 0 or more."""
 
 
+_REQUEST, _LIMIT = "quantity(string(self.requests[k]))", "quantity(string(self.limits[k]))"
+_DOMAIN_NAME = "^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
+_LABEL_KEY = "^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+_LABEL_VALUE = "^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
+_RESOURCE_NAME_RULE = (
+    "self.all(k, k.size() <= 253 && (k in ['cpu', 'memory', 'ephemeral-storage'] || "
+    f"k.startsWith('hugepages-') || k.matches('{_DOMAIN_NAME}')))",
+    "a resource is cpu, memory, ephemeral-storage, hugepages-SIZE, or a device with domain: nvidia.com/gpu",
+)
+_WHOLE_DEVICES_RULE = (
+    "self.all(k, !k.contains('/') || !isQuantity(string(self[k])) || quantity(string(self[k])).isInteger())",
+    "devices such as nvidia.com/gpu are asked for in whole pieces",
+)
+
+
 class Resources(Model):
     """What a container asks of its node."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                f"!has(self.requests) || !has(self.limits) || self.requests.all(k, !(k in self.limits) || "
+                f"!isQuantity(string(self.requests[k])) || !isQuantity(string(self.limits[k])) || "
+                f"{_REQUEST}.compareTo({_LIMIT}) <= 0)",
+                "a request is not larger than the limit of the same resource",
+            ),
+            (
+                "!has(self.requests) || self.requests.all(k, !k.contains('/') || (has(self.limits) && "
+                "k in self.limits && (!isQuantity(string(self.requests[k])) || "
+                "!isQuantity(string(self.limits[k])) || "
+                f"{_REQUEST}.compareTo({_LIMIT}) == 0)))",
+                "a device such as nvidia.com/gpu is asked for in limits; a request of it has to be the same",
+            ),
+        )
+    )
 
     requests: dict[str, Amount] | None = Field(
         default=None,
         description="What the scheduler sets aside, by resource name: cpu in cores, memory in bytes, "
         'devices in pieces, e.g. {"cpu": "2", "memory": "8Gi"}. Default: the limits.',
         max_length=16,
+        json_schema_extra=rules(_RESOURCE_NAME_RULE, _WHOLE_DEVICES_RULE),
     )
     limits: dict[str, Amount] | None = Field(
         default=None,
         description="What the container may use at most, by resource name, e.g. "
         '{"nvidia.com/gpu": 1, "memory": "16Gi"}. Default: no limit.',
         max_length=16,
+        json_schema_extra=rules(_RESOURCE_NAME_RULE, _WHOLE_DEVICES_RULE),
     )
+
+
+LabelValue = Annotated[str, Field(max_length=63, pattern=_LABEL_VALUE)]
 
 
 class Toleration(Model):
     """Lets pods run on nodes with a matching taint."""
 
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "!(has(self.operator) && self.operator == 'Exists' && has(self.value) && self.value != '')",
+                "operator Exists takes no value: it ignores the taint's",
+            ),
+            (
+                "(has(self.key) && self.key != '') || (has(self.operator) && self.operator == 'Exists')",
+                "a toleration without a key is for every taint: set operator to Exists, or name the key",
+            ),
+            (
+                "!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')",
+                "tolerationSeconds needs effect NoExecute: only that one evicts pods",
+            ),
+        )
+    )
+
     key: str | None = Field(
-        default=None, description="Key of the taint. Default: every key (with operator Exists)."
+        default=None,
+        description="Key of the taint. Default: every key (with operator Exists).",
+        max_length=316,
+        json_schema_extra=rules(
+            (f"self == '' || self.matches('{_LABEL_KEY}')", "key is that of a taint, e.g. nvidia.com/gpu")
+        ),
     )
     operator: Literal["Exists", "Equal"] | None = Field(
         default=None, description="Exists ignores the value, Equal compares it. Default: Equal."
     )
     value: str | None = Field(
-        default=None, description="Value of the taint, for Equal. Default: the empty text."
+        default=None,
+        description="Value of the taint, for Equal. Default: the empty text.",
+        max_length=63,
+        json_schema_extra=rules(
+            (f"self.matches('{_LABEL_VALUE}')", "value is that of a taint: letters, digits, -_.")
+        ),
     )
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
         default=None, description="Effect of the taint. Default: every effect."
@@ -66,21 +131,68 @@ class Toleration(Model):
 class KeySelector(Model):
     """One key of a ConfigMap or a Secret of the same namespace."""
 
-    name: str = Field(description="Name of the object. Required.", min_length=1)
-    key: str = Field(description="Key in the object's data. Required.", min_length=1)
+    name: str = Field(
+        description="Name of the object. Required.",
+        min_length=1,
+        max_length=253,
+        json_schema_extra=rules(
+            (
+                "self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*$')",
+                "name is that of an object: lower-case letters, digits, - and .",
+            )
+        ),
+    )
+    key: str = Field(
+        description="Key in the object's data. Required.",
+        min_length=1,
+        max_length=253,
+        json_schema_extra=rules(
+            (
+                "self.matches('^[-._a-zA-Z0-9]+$') && !self.matches('^[.][.]?$') && !self.startsWith('..')",
+                "key is made of letters, digits and -_. and does not begin with two dots",
+            )
+        ),
+    )
     optional: bool | None = Field(
         default=None, description="Whether pods start without the object or the key. Default: false."
     )
 
 
+_POD_FIELDS = (
+    "metadata[.](name|namespace|uid)|spec[.](nodeName|serviceAccountName)|status[.](hostIP|hostIPs|podIP|podIPs)|"
+    "metadata[.](labels|annotations)[\\\\[]'([a-z0-9.-]+/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?'[\\\\]]"
+)
+
+
 class FieldSelector(Model):
     """One field of the pod itself."""
 
-    field_path: str = Field(description='Path of the field, e.g. "status.hostIP". Required.', min_length=1)
+    field_path: str = Field(
+        description='Path of the field, e.g. "status.hostIP". Required.',
+        min_length=1,
+        max_length=400,
+        json_schema_extra=rules(
+            (
+                f'self.matches("^({_POD_FIELDS})$")',
+                "fieldPath is one that Kubernetes offers: metadata.name, .namespace, .uid, .labels['KEY'], "
+                ".annotations['KEY'], spec.nodeName, .serviceAccountName, status.hostIP(s), .podIP(s)",
+            )
+        ),
+    )
 
 
 class EnvSource(Model):
     """Where the value of an environment variable comes from."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "[has(self.configMapKeyRef), has(self.secretKeyRef), has(self.fieldRef)]"
+                ".filter(x, x).size() == 1",
+                "valueFrom takes exactly one of configMapKeyRef, secretKeyRef and fieldRef",
+            )
+        )
+    )
 
     config_map_key_ref: KeySelector | None = Field(
         default=None, description="Takes the value from a ConfigMap."
@@ -94,7 +206,17 @@ class EnvSource(Model):
 class EnvVar(Model):
     """One environment variable."""
 
-    name: str = Field(description="Name of the variable. Required.", min_length=1)
+    name: str = Field(
+        description="Name of the variable. Required.",
+        min_length=1,
+        max_length=253,
+        json_schema_extra=rules(
+            (
+                "self.matches('^[-._a-zA-Z][-._a-zA-Z0-9]*$') && self != '.' && !self.startsWith('..')",
+                "a variable's name is made of letters, digits and -_. and does not begin with a digit",
+            )
+        ),
+    )
     value: str | None = Field(default=None, description="Its value. Default: the empty text.")
     value_from: EnvSource | None = Field(
         default=None, description="Where its value comes from, instead of value."
@@ -108,12 +230,21 @@ class PodSettings(Model):
         default=Resources(),
         description="CPU, memory and devices of one pod. Default: none asked for, none limited.",
     )
-    node_selector: dict[str, str] = Field(
-        default={}, description="Labels that a node must have to run these pods. Default: none, so any node."
+    node_selector: dict[str, LabelValue] = Field(
+        default={},
+        description="Labels that a node must have to run these pods. Default: none, so any node.",
+        max_length=16,
+        json_schema_extra=rules(
+            (
+                f"self.all(k, k.size() <= 316 && k.matches('{_LABEL_KEY}'))",
+                "the keys of nodeSelector are those of labels, e.g. nvidia.com/gpu.product",
+            )
+        ),
     )
     tolerations: tuple[Toleration, ...] = Field(
         default=(),
         description="Taints that these pods put up with. Default: none.",
+        max_length=16,
         json_schema_extra={LIST_TYPE: "atomic"},
     )
     env: tuple[EnvVar, ...] = Field(

@@ -38,6 +38,10 @@ class ModelSource(Model):
                 "._@+=,~-, e.g. file:///mnt/models/docs-moe",
             ),
             ("!self.matches('/[.][.]?(/|$)')", "the path must not hold . or .. as a part: write it out"),
+            (
+                "!self.matches('^file:///tmp/?$')",
+                "the container has a /tmp of its own: put the checkpoint elsewhere",
+            ),
         ),
     )
     served_name: str | None = Field(
@@ -102,8 +106,9 @@ class Engine(Model):
         description="Memory of one worker for the KV cache, in bytes, on its device. Default: 512Mi.",
         json_schema_extra=rules(
             (
-                "isQuantity(string(self)) && quantity(string(self)).compareTo(quantity('1Mi')) >= 0",
-                "kvMemory is an amount of memory of 1Mi or more, e.g. 512Mi or 40Gi",
+                "isQuantity(string(self)) && quantity(string(self)).compareTo(quantity('1Mi')) >= 0 && "
+                "quantity(string(self)).compareTo(quantity('1Pi')) <= 0",
+                "kvMemory is an amount of memory of 1Mi or more, e.g. 512Mi or 40Gi, and at most 1Pi",
             )
         ),
     )
@@ -123,6 +128,12 @@ class Engine(Model):
         return int(quantity.parse(self.kv_memory))
 
 
+_PORT = "[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
+_IMAGE_RULE = (
+    "self.matches('^[A-Za-z0-9][A-Za-z0-9._-]*(:[0-9]+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)*"
+    "(:[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?(@[a-z0-9]+:[0-9a-f]{32,128})?$')",
+    "image is a name with an optional registry, tag and digest, e.g. ghcr.io/moe-operator/worker:dev",
+)
 _GRACE_RULE = (
     "self >= 0 && self <= 3600",
     "terminationGracePeriodSeconds is a number of seconds from 0 to 3600",
@@ -136,6 +147,8 @@ class Worker(AcceleratedPodSettings):
         default=names.DEFAULT_WORKER_IMAGE,
         description=f"Image of the workers. Default: {names.DEFAULT_WORKER_IMAGE}.",
         min_length=1,
+        max_length=512,
+        json_schema_extra=rules(_IMAGE_RULE),
     )
     termination_grace_period_seconds: int = Field(
         default=60,
@@ -156,6 +169,8 @@ class Frontend(PodSettings):
         default=names.DEFAULT_OPERATOR_IMAGE,
         description=f"Image of the frontend. Default: {names.DEFAULT_OPERATOR_IMAGE}.",
         min_length=1,
+        max_length=512,
+        json_schema_extra=rules(_IMAGE_RULE),
     )
     termination_grace_period_seconds: int = Field(
         default=60,
@@ -174,7 +189,7 @@ class Telemetry(Model):
         max_length=1024,
         json_schema_extra=rules(
             (
-                "self.matches('^https?://[^/ ]+/?$')",
+                f"self.matches('^https?://([A-Za-z0-9._-]+|[\\\\[][0-9a-fA-F:.]+[\\\\]])(:({_PORT}))?/?$')",
                 "otlpEndpoint is http:// or https://, a host and a port, e.g. http://otel-collector.moe-system:4317",
             )
         ),
