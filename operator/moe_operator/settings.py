@@ -62,6 +62,9 @@ class Settings:
     """How many times faster than the wall's the scaling clock runs, for tests and demonstrations: at 60 a
     minute of load is a second. It divides `sample_seconds` and `history_seconds` too."""
 
+    metrics_port: int = 0
+    """Port where Prometheus may fetch metrics (/metrics); 0 for none. A collector gets them either way."""
+
     workers: int = 8
     """Deployments that are reconciled at the same time, each in a thread.
 

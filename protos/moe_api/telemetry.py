@@ -22,7 +22,7 @@ from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -50,7 +50,7 @@ class _Pipeline:
     """What makes one signal, and what sends it."""
 
     provider: TracerProvider | MeterProvider
-    exporter: OTLPSpanExporter | OTLPMetricExporter
+    exporter: OTLPSpanExporter | OTLPMetricExporter | None
 
 
 class Telemetry:
@@ -76,7 +76,7 @@ class Telemetry:
         closers = [_closer(pipeline.provider) for pipeline in pipelines]
         for closer, pipeline in zip(closers, pipelines, strict=True):
             closer.join(max(0.0, deadline - time.monotonic()))
-            if closer.is_alive():
+            if closer.is_alive() and pipeline.exporter is not None:
                 pipeline.exporter.shutdown()
 
     def __enter__(self) -> Self:
@@ -88,7 +88,9 @@ class Telemetry:
         self.shutdown()
 
 
-def configure(service_name: str, environ: Mapping[str, str] = os.environ) -> Telemetry:
+def configure(
+    service_name: str, environ: Mapping[str, str] = os.environ, readers: Sequence[MetricReader] = ()
+) -> Telemetry:
     """Sets up the process-wide tracer and meter providers that the environment names a collector for.
 
     Call it once, early in `main`, and shut the handle down at the end; tracers and meters come from
@@ -99,14 +101,19 @@ def configure(service_name: str, environ: Mapping[str, str] = os.environ) -> Tel
         service_name: ``service.name`` of this process unless ``OTEL_SERVICE_NAME`` or
             ``OTEL_RESOURCE_ATTRIBUTES`` give one.
         environ: where to look for the endpoints.
+        readers: who else collects metrics, with or without a collector.
     """
     wanted = [signal for signal in _SIGNALS if _is_wanted(signal, environ)]
-    if not wanted:
+    if not wanted and not readers:
         return Telemetry()
     _tame_export_warnings()
     resource = _resource(service_name)
-    makers = {"traces": _start_traces, "metrics": _start_metrics}
-    return Telemetry([makers[signal](resource, environ) for signal in wanted])
+    pipelines = [_start_traces(resource, environ)] if "traces" in wanted else []
+    if "metrics" in wanted:
+        pipelines.append(_start_metrics(resource, environ, readers))
+    elif readers:
+        pipelines.append(_measure(resource, readers, None))
+    return Telemetry(pipelines)
 
 
 def _is_wanted(signal: str, environ: Mapping[str, str]) -> bool:
@@ -128,10 +135,17 @@ def _start_traces(resource: Resource, environ: Mapping[str, str]) -> _Pipeline:
     return _Pipeline(provider, exporter)
 
 
-def _start_metrics(resource: Resource, environ: Mapping[str, str]) -> _Pipeline:
+def _start_metrics(
+    resource: Resource, environ: Mapping[str, str], readers: Sequence[MetricReader]
+) -> _Pipeline:
     exporter = OTLPMetricExporter(timeout=_timeout("metrics", environ))
-    reader = PeriodicExportingMetricReader(exporter)
-    provider = MeterProvider(metric_readers=[reader], resource=resource, shutdown_on_exit=False)
+    return _measure(resource, [PeriodicExportingMetricReader(exporter), *readers], exporter)
+
+
+def _measure(
+    resource: Resource, readers: Sequence[MetricReader], exporter: OTLPMetricExporter | None
+) -> _Pipeline:
+    provider = MeterProvider(metric_readers=readers, resource=resource, shutdown_on_exit=False)
     metrics.set_meter_provider(provider)
     return _Pipeline(provider, exporter)
 

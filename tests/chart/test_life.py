@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import urllib3
 import yaml
 
 from localcluster import images
 from localcluster.errors import CommandError
+from localcluster.forward import Forward
 from localcluster.layout import Layout
 from tests.chart.conftest import CHART, NAMESPACE, HelmError
 from tests.operator.live import ROOT, Live, eventually, manifest
@@ -37,6 +39,12 @@ def acts(docs: Live) -> None:
         lambda role: role == "worker",
         "put back",
     )
+
+
+def metrics(docs: Live) -> str:
+    """What Prometheus would fetch through the Service."""
+    with Forward(docs.cluster.directory, NAMESPACE, "moe-operator-metrics", "9464", 0) as opened:
+        return urllib3.request("GET", f"http://{opened.address}/metrics").data.decode()
 
 
 def test_install_says_what_to_do_next(installed):
@@ -87,12 +95,15 @@ def test_frontends_are_restricted_pods_and_workers_but_for_the_model_on_their_no
 def test_upgrade_and_rollback_change_the_operator_and_restart_no_worker(docs, helm):
     before = workers(docs)
     variable = "env[0].name=MOE_OPERATOR_WORKERS,env[0].value=3"
-    helm.upgrade("--set-string", variable, "--set", "networkPolicy.enabled=true")
+    helm.upgrade("--set-string", variable, "--set", "networkPolicy.enabled=true,metrics.enabled=true")
     assert operator_variables(docs)["MOE_OPERATOR_WORKERS"] == "3"
     policy = Live(docs.cluster, NAMESPACE).get("networkpolicy", "moe-operator")
     assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
     acts(docs)
     assert workers(docs) == before
+    told = metrics(docs)
+    assert 'moe_operator_decisions_total{moe_operator_reason="PutBack"' in told
+    assert "moe_operator_reconcile_duration_seconds_count" in told
 
     helm("rollback", "moe-operator", "1", "--wait", "--timeout=120s")
     assert "MOE_OPERATOR_WORKERS" not in operator_variables(docs)

@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 from typing import Protocol
 
 from opentelemetry import trace
+from opentelemetry.metrics import get_meter
 
 from moe_operator.errors import (
     ApplyForbiddenError,
@@ -20,6 +21,7 @@ from moe_operator.errors import (
     RetryableError,
 )
 from moe_operator.handlers.queue import Name
+from moe_operator.handlers.work_metrics import WorkMetrics
 from moe_operator.kube import execute, peering
 from moe_operator.kube.client import Cluster
 from moe_operator.kube.gather import gather
@@ -61,6 +63,7 @@ class Reconciler:
     tracer: trace.Tracer = field(default_factory=lambda: trace.get_tracer(__name__))
     watcher: Watcher | None = None
     """Hears what every look at a deployment found: scaling."""
+    metrics: WorkMetrics = field(default_factory=lambda: WorkMetrics(get_meter(__name__)))
 
     def reconcile(self, name: Name) -> float | None:
         """Looks at one deployment and does what there is to do.
@@ -69,7 +72,7 @@ class Reconciler:
         changes: the deployment is gone, or its spec cannot work.
         Raises RetryableError when something did not work that may work later.
         """
-        with self.tracer.start_as_current_span("reconcile") as span:
+        with self.tracer.start_as_current_span("reconcile") as span, self.metrics.reconcile():
             span.set_attributes({"k8s.namespace.name": name.namespace, f"{names.GROUP}.name": name.name})
             if self.rank.outranked(self.clock()):
                 span.set_attribute(f"{names.GROUP}.outranked", value=True)
@@ -164,6 +167,7 @@ class Reconciler:
     def _announce(self, who: Identity, decisions: Iterable[Decision]) -> None:
         span = trace.get_current_span()
         for decision in decisions:
+            self.metrics.decided(decision.reason)
             span.add_event(decision.reason, {"reason": decision.reason, "message": decision.message})
             logger.info("%s/%s: %s: %s", who.namespace, who.name, decision.reason, decision.message)
             try:

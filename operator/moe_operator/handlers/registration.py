@@ -12,6 +12,9 @@ from typing import Any
 
 import kopf
 from opentelemetry import metrics, trace
+from opentelemetry.exporter.prometheus import PrometheusMetricReader
+from opentelemetry.sdk.metrics.export import MetricReader
+from prometheus_client import start_http_server
 
 from moe_api import telemetry
 from moe_operator.errors import InstallationError, MoEOperatorError
@@ -20,6 +23,7 @@ from moe_operator.handlers.queue import Name, ReconcileQueue
 from moe_operator.handlers.reconcile import Reconciler
 from moe_operator.handlers.scaled import ScaledFactory
 from moe_operator.handlers.scaling_metrics import ScalingMetrics
+from moe_operator.handlers.work_metrics import WorkMetrics
 from moe_operator.kube import peering
 from moe_operator.kube.client import Cluster, connect
 from moe_operator.kube.follow import Follower
@@ -51,7 +55,7 @@ async def start(*, settings: kopf.OperatorSettings, memo: kopf.Memo, own: Settin
     except MoEOperatorError as error:
         # The CRDs may be on their way: one `kubectl apply` brings them and the operator.
         raise kopf.TemporaryError(str(error), delay=own.retry_first_seconds) from error
-    memo.telemetry = telemetry.configure("moe-operator")
+    memo.telemetry = telemetry.configure("moe-operator", readers=_for_prometheus(own.metrics_port))
     memo.threads = ThreadPoolExecutor(own.workers, thread_name_prefix="reconcile")
 
     async def work(name: Name) -> float | None:
@@ -68,6 +72,7 @@ async def start(*, settings: kopf.OperatorSettings, memo: kopf.Memo, own: Settin
         rank,
         lambda: datetime.now(UTC),
         watcher=memo.autoscaler,
+        metrics=WorkMetrics(metrics.get_meter("moe_operator")),
     )
 
 
@@ -92,6 +97,14 @@ async def follow(cluster: Cluster, mirror: Mirror, queue: ReconcileQueue) -> lis
         await asyncio.to_thread(follower.listed.wait)
     seen_all = True
     return followers
+
+
+def _for_prometheus(port: int) -> list[MetricReader]:
+    """Serves metrics on a port, if that is wanted."""
+    if not port:
+        return []
+    start_http_server(port)
+    return [PrometheusMetricReader()]
 
 
 def _autoscaler(cluster: Cluster, own: Settings, rank: peering.Rank, memo: kopf.Memo) -> Autoscaler:
