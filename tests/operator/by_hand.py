@@ -1,0 +1,89 @@
+"""A real API server without controllers, and the operator's reconcile, called when a test wants it."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+
+import urllib3
+
+from moe_operator.errors import RetryableError
+from moe_operator.handlers.queue import Name
+from moe_operator.handlers.reconcile import Reconciler
+from moe_operator.kube import peering
+from moe_operator.kube.client import Cluster
+from moe_operator.manifests import children
+from moe_operator.resources import names
+from moe_operator.resources.deployment import parse
+from moe_operator.settings import Settings
+from tests.frontend.apiserver import ACCESS
+
+COLLECTION = f"/apis/{names.API_VERSION}/namespaces/default/{names.PLURAL}"
+CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+
+
+class Api:
+    """The API server, and an operator that is called when the test wants it."""
+
+    def __init__(self, server):
+        self._server = server
+        self._pool = urllib3.PoolManager(cert_reqs="CERT_NONE")
+        self.cluster = Cluster(server.client(), timeout_seconds=30)
+        rank = peering.Rank(self.cluster, "moe-operator", 1)
+        self._reconciler = Reconciler(self.cluster, Settings(), rank, lambda: datetime.now(UTC))
+        self.writes = 0
+        for method in ("apply", "create", "delete"):
+            self._count(method)
+
+    def _count(self, method):
+        work = getattr(self.cluster, method)
+
+        def counted(*arguments, **options):
+            self.writes += 1
+            return work(*arguments, **options)
+
+        setattr(self.cluster, method, counted)
+
+    def ask(self, method, path, body=None):
+        headers = {"Authorization": f"Bearer {ACCESS}", "Content-Type": "application/json"}
+        url = f"https://127.0.0.1:{self._server.port}{path}"
+        answer = self._pool.request(method, url, body=json.dumps(body), headers=headers)
+        known = answer.headers.get("Content-Type", "").startswith("application/json")
+        return answer.status, json.loads(answer.data) if known else {"message": answer.data.decode()}
+
+    def reconcile(self, name):
+        """Writes that one reconcile made, and whether it wants to try again."""
+        before, again = self.writes, False
+        try:
+            self._reconciler.reconcile(Name("default", name))
+        except RetryableError:
+            again = True
+        return self.writes - before, again
+
+    def clear(self, name):
+        """Deletes a deployment and, for want of a garbage collector, what belongs to it."""
+        for kind in children.KINDS:
+            for child in self.cluster.list(kind, "default", name):
+                self.cluster.delete(kind, "default", child["metadata"]["name"], child["metadata"]["uid"])
+        self.ask("DELETE", f"{COLLECTION}/{name}")
+
+
+def reconciled_to_true_conditions(api, name):
+    """What it says of itself is so, and it comes to rest. Returns whether the API server refused a child."""
+    for _ in range(3):
+        writes, again = api.reconcile(name)
+    body = api.cluster.get(names.KIND, "default", name)
+    conditions = {c["type"]: c for c in body["status"]["conditions"]}
+    assert {c["observedGeneration"] for c in conditions.values()} == {body["metadata"]["generation"]}
+    assert all(c["reason"] and c["message"] for c in conditions.values())
+    ready, progressing = conditions["Ready"], conditions["Progressing"]
+    assert ready["status"] == "False", "nothing runs here"
+    assert progressing["reason"] != "InvalidSpec", f"the CRD took it: {progressing['message']}"
+    if progressing["reason"] == "ApplyRefused":
+        assert ready["reason"] == "ApplyRefused"
+        assert "refused" in progressing["message"] or "forbids" in progressing["message"]
+        return True
+    assert (writes, again) == (0, False), "it does not come to rest"
+    for child in children.expected(parse(body)):
+        assert api.cluster.get(child.kind, "default", child.name) is not None, child
+    return False
