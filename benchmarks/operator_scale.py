@@ -25,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ ROOT = Path(__file__).parents[1]
 OPERATOR_TOKEN, OPERATOR_USER = "only-for-the-operator", "operator"
 WORKER_ADDRESS = "127.77.0.1"
 """All pods have it; there one stand-in says what model they serve."""
+_WIDTH = 66
 NAMESPACES = [f"scale-{number}" for number in range(10)]
 CUSTOM = f"/apis/{names.API_VERSION}"
 Body = dict[str, Any]
@@ -125,7 +126,7 @@ class Simulated:
 
     def __init__(self, api: Api) -> None:
         self._api = api
-        self._threads = ThreadPoolExecutor(8)
+        self._threads = ThreadPoolExecutor(16)
         self.pods = 0
         self.failure: BaseException | None = None
         self.seen: dict[tuple[str, str, int], float] = {}
@@ -389,11 +390,19 @@ def percentile(values: list[float], share: float) -> float:
     return values[min(len(values) - 1, math.ceil(share * len(values)) - 1)]
 
 
-def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, str]:
-    """One run; the table's cells by row."""
+class Rows(dict[str, str]):
+    """The table, printed line by line as it comes: a run takes minutes."""
+
+    def __setitem__(self, name: str, value: str) -> None:
+        super().__setitem__(name, value)
+        print(f"  {name:<{_WIDTH}}  {value}", flush=True)
+
+
+def measure(arguments: argparse.Namespace, directory: Path) -> None:
+    """One run; prints the table."""
     count, replicas = arguments.deployments, arguments.replicas
     server = Server(directory)
-    rows: dict[str, str] = {}
+    rows = Rows()
     operator = None
     try:
         server.start_etcd()
@@ -419,7 +428,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, str]:
         rows["requests for each edit"] = per(asked, len(latencies))
         operator.stop()
 
-        before, resync = server.requests(), 60
+        before, resync = server.requests(), arguments.resync
         operator = Operator(directory, config, arguments.operator, resync_seconds=str(resync))
         rows["restart: seconds until it has looked at all"] = f"{operator.idle_after(arguments.limit):.0f} s"
         asked = server.asked(before, server.requests())
@@ -431,11 +440,10 @@ def measure(arguments: argparse.Namespace, directory: Path) -> dict[str, str]:
         asked = server.asked(before, server.requests())
         rows["looking again at all, nothing changed: requests a deployment"] = per(asked, count)
         load = (operator.cpu_seconds() - cpu) / (time.monotonic() - start)
-        rows["looking again at all once a minute: CPU"] = f"{load:.2f} cores"
+        rows[f"looking again at all in {resync} s: CPU"] = f"{load:.2f} cores"
         rows["memory after a restart, now / highest"] = (
             f"{operator.memory_mib('VmRSS'):.0f} / {operator.memory_mib('VmHWM'):.0f} MiB"
         )
-        return rows
     finally:
         if operator is not None and operator.process.poll() is None:
             operator.stop()
@@ -449,14 +457,6 @@ def per(asked: collections.Counter[str], count: int) -> str:
     return f"{asked.total() / count:.2f}" + (f" ({kinds})" if kinds else "")
 
 
-def show(rows: dict[str, str], title: str, out: Iterable[str] = ()) -> None:
-    """Prints the table."""
-    print(title, *out)
-    width = max(map(len, rows))
-    for name, value in rows.items():
-        print(f"  {name:<{width}}  {value}")
-
-
 def main() -> None:
     """Runs it once."""
     parser = argparse.ArgumentParser(
@@ -466,6 +466,7 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=20, help="of each deployment, one pod each")
     parser.add_argument("--rate", type=float, default=20, help="edits a second")
     parser.add_argument("--seconds", type=float, default=30, help="of edits")
+    parser.add_argument("--resync", type=int, default=60, help="seconds in which all are looked at again")
     parser.add_argument("--limit", type=float, default=500, help="seconds that one phase may take")
     parser.add_argument("--operator", type=Path, default=ROOT, metavar="CHECKOUT", help="whose operator")
     parser.add_argument("--keep", type=Path, help="keep logs in this directory")
@@ -474,10 +475,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         directory = arguments.keep or Path(scratch)
         directory.mkdir(parents=True, exist_ok=True)
-        rows = measure(arguments, directory)
-    total = arguments.deployments * arguments.replicas
-    took = time.monotonic() - began
-    show(rows, f"{arguments.deployments} deployments, {total} pods (simulated), {took:.0f} s in all")
+        total = arguments.deployments * arguments.replicas
+        print(f"{arguments.deployments} deployments, {total} pods (simulated); load {os.getloadavg()[0]:.1f}")
+        measure(arguments, directory)
+    print(f"{time.monotonic() - began:.0f} s in all")
 
 
 if __name__ == "__main__":

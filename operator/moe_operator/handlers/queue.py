@@ -71,9 +71,8 @@ class ReconcileQueue:
         while pause is not None or changed.is_set():
             await _wait(changed, pause)
             await asyncio.sleep(self._settings.debounce_seconds)
-            changed.clear()
             try:
-                pause = await self._turn(name, failing=failures > 0)
+                pause = await self._turn(name, changed, failing=failures > 0)
                 failures = 0
             except RetryableError as error:
                 pause = backoff(self._settings, failures, error.patience, self._chance())
@@ -86,8 +85,10 @@ class ReconcileQueue:
                 logger.exception("%s: unexpected error; trying again in %.1f s", name, pause)
         del self._items[name]
 
-    async def _turn(self, name: Name, *, failing: bool) -> float | None:
+    async def _turn(self, name: Name, changed: asyncio.Event, *, failing: bool) -> float | None:
         async with self._slots_for_failing if failing else contextlib.nullcontext(), self._slots:
+            # Only now: what changes while this one waits for its turn is seen in this turn.
+            changed.clear()
             return await self._work(name)
 
 

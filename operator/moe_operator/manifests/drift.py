@@ -14,15 +14,16 @@ def first_difference(desired: Any, actual: Any, path: str = "") -> str | None:
     What is there beyond `desired` (defaults of the API server, fields of other managers) is no difference:
     server-side apply leaves it alone too. Amounts compare by size, for the API server rewrites them.
     """
-    if isinstance(desired, Mapping):
+    # JSON values are dicts and lists; asking for the abstract types took a third of a reconcile's time.
+    if isinstance(desired, dict):
         return _in_mapping(desired, actual, path)
-    if isinstance(desired, Sequence) and not isinstance(desired, str):
+    if isinstance(desired, list | tuple):
         return _in_list(desired, actual, path)
     return None if quantity.same(desired, actual) else path
 
 
 def _in_mapping(desired: Mapping[str, Any], actual: Any, path: str) -> str | None:
-    if not isinstance(actual, Mapping):
+    if not isinstance(actual, dict):
         # The API server drops objects that say nothing.
         return None if not desired and actual is None else path
     for name, value in desired.items():
@@ -36,7 +37,9 @@ def _in_mapping(desired: Mapping[str, Any], actual: Any, path: str) -> str | Non
 
 
 def _in_list(desired: Sequence[Any], actual: Any, path: str) -> str | None:
-    if not isinstance(actual, Sequence) or isinstance(actual, str):
+    if desired == actual:
+        return None
+    if not isinstance(actual, list | tuple):
         return path
     wanted = _named(desired)
     if wanted:
@@ -52,9 +55,7 @@ def _in_list(desired: Sequence[Any], actual: Any, path: str) -> str | None:
 
 def _named(items: Sequence[Any]) -> dict[str, Any]:
     """The items by name, when each has one of its own (containers, ports, variables); else an empty dict."""
-    names = [
-        item["name"] for item in items if isinstance(item, Mapping) and isinstance(item.get("name"), str)
-    ]
+    names = [item["name"] for item in items if isinstance(item, dict) and isinstance(item.get("name"), str)]
     unique = len(set(names)) == len(items)
     return {item["name"]: item for item in items} if unique else {}
 

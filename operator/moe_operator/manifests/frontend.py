@@ -79,8 +79,8 @@ def deployment(of: Deployment) -> Manifest:
     """The frontend's Deployment: a new pod is Ready before an old one goes."""
     manifest = _child(of, "apps/v1", "Deployment")
     selector = labels(of.name)
-    pin = of.pinned.get(names.ROLE_FRONTEND, Pin(of.spec.manifest(), rendered(of)))
-    manifest["metadata"]["annotations"] = {names.ANNOTATION_PINNED: pin.text()}
+    pin = of.pinned.get(names.ROLE_FRONTEND) or Pin(of.spec.manifest(), rendered(of))
+    manifest["metadata"]["annotations"] = {names.ANNOTATION_PINNED: pin.text}
     manifest["spec"] = {
         "replicas": of.spec.frontend.replicas,
         "revisionHistoryLimit": 2,

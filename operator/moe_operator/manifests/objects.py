@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Identity
+from moe_operator.resources.digest import digest
 
 Manifest = dict[str, Any]
 
@@ -80,12 +79,6 @@ def belongs(manifest: Mapping[str, Any], owner: Identity) -> bool:
         return controller == owner.uid
     labels = manifest["metadata"].get("labels", {})
     return applied_digest(manifest) is not None and labels.get(names.LABEL_NAME) == owner.name
-
-
-def digest(content: Any, length: int = 10) -> str:
-    """Hash of a JSON value, in hexadecimal digits; the same for equal values in every process."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
 def applied_digest(manifest: Mapping[str, Any]) -> str | None:

@@ -29,14 +29,15 @@ _CARRIERS: Final[Mapping[str, tuple[str, Callable[[Deployment], Manifest]]]] = {
 
 
 def with_pins(deployment: Deployment, observed: Observed) -> Deployment:
-    """The deployment with the templates that still hold."""
+    """The deployment with the templates that still hold, or else with fresh ones."""
     pinned = {}
     for role, (kind, render) in _CARRIERS.items():
         carriers = sorted(owned(observed, kind, deployment.identity).items())
         pins = (_pin(carrier) for _, carrier in carriers)
-        holding = (pin for pin in pins if pin is not None and _holds(pin, deployment, render))
-        if (pin := next(holding, None)) is not None:
-            pinned[role] = pin
+        fresh = Pin(deployment.spec.manifest(), render(deployment))
+        pinned[role] = next(
+            (pin for pin in pins if pin is not None and _holds(pin, fresh, deployment, render)), fresh
+        )
     return replace(deployment, pinned=pinned)
 
 
@@ -51,11 +52,13 @@ def _pin(carrier: Manifest) -> Pin | None:
         return None
 
 
-def _holds(pin: Pin, deployment: Deployment, render: Callable[[Deployment], Manifest]) -> bool:
+def _holds(pin: Pin, fresh: Pin, deployment: Deployment, render: Callable[[Deployment], Manifest]) -> bool:
     """Whether no edit lies between the pinned spec and today's, as far as these pods go."""
+    if pin.spec == fresh.spec:
+        return True
     try:
         then = replace(deployment, spec=Spec.model_validate(pin.spec))
     except ValidationError:
         # This version lacks a field that the spec had then.
         return False
-    return render(then) == render(deployment)
+    return render(then) == fresh.template

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moe_operator.manifests import pods
-from moe_operator.manifests.objects import Manifest, child, digest
+from moe_operator.manifests.objects import Manifest, child
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Pin
 from moe_operator.resources.spec import Worker
@@ -89,21 +89,19 @@ def rendered(deployment: Deployment) -> Manifest:
 
 def pin(deployment: Deployment) -> Pin:
     """What workers are really made from: as it was rendered first for this spec."""
-    fresh = Pin(deployment.spec.manifest(), rendered(deployment))
-    return deployment.pinned.get(names.ROLE_WORKER, fresh)
+    return deployment.pinned.get(names.ROLE_WORKER) or Pin(deployment.spec.manifest(), rendered(deployment))
 
 
 def revision(deployment: Deployment) -> str:
     """Hash of the resolved pod template: pods with another one are out of date."""
-    return digest(pin(deployment).template["spec"])
+    return pin(deployment).revision
 
 
 def stateful_set(deployment: Deployment, data_rank: int) -> Manifest:
     """One replica: a gang of workers that start and stop together."""
     name = deployment.name
-    current = revision(deployment)
     pinned = pin(deployment)
-    common = pinned.template
+    current, common = pinned.revision, pinned.template
     rank_labels = {names.LABEL_DATA_RANK: str(data_rank)}
     labels = {**common["metadata"]["labels"], **rank_labels, names.LABEL_REVISION: current}
     manifest = child(
@@ -114,7 +112,7 @@ def stateful_set(deployment: Deployment, data_rank: int) -> Manifest:
         names.ROLE_WORKER,
         {**rank_labels, names.LABEL_REVISION: current},
     )
-    manifest["metadata"]["annotations"] = {names.ANNOTATION_PINNED: pinned.text()}
+    manifest["metadata"]["annotations"] = {names.ANNOTATION_PINNED: pinned.text}
     manifest["spec"] = {
         "replicas": GANG_SIZE,
         "serviceName": names.workers(name),

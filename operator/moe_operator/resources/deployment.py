@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from pydantic import ValidationError
 
 from moe_operator.errors import InvalidSpecError
+from moe_operator.resources.digest import canonical, digest
 from moe_operator.resources.scaling import Mode
 from moe_operator.resources.spec import Spec
 from moe_operator.resources.status import Status
@@ -33,11 +34,15 @@ class Pin:
     spec: Mapping[str, Any]
     template: Mapping[str, Any]
 
+    @cached_property
     def text(self) -> str:
         """As it is kept."""
-        return json.dumps(
-            {"spec": self.spec, "template": self.template}, sort_keys=True, separators=(",", ":")
-        )
+        return canonical({"spec": self.spec, "template": self.template})
+
+    @cached_property
+    def revision(self) -> str:
+        """Hash of the pod spec."""
+        return digest(self.template["spec"])
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Deployment:
     spec: Spec
     status: Status
     pinned: Mapping[str, Pin] = field(default_factory=dict)
-    """Pod templates that were rendered before and still hold, by role."""
+    """Pod templates by role: those that were rendered before and still hold, or else today's."""
 
     @property
     def name(self) -> str:
