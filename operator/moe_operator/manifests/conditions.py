@@ -7,9 +7,9 @@ from datetime import datetime
 from typing import Literal
 
 from moe_operator.manifests.decision import timestamp
-from moe_operator.manifests.problems import Problem
+from moe_operator.manifests.problems import QUALITY, Problem
 from moe_operator.manifests.state import State
-from moe_operator.resources.status import MODEL_LOADED, PROGRESSING, READY, Condition, Status
+from moe_operator.resources.status import MODEL_LOADED, PROGRESSING, QUALITY_GATE, READY, Condition, Status
 
 _NAMES_SHOWN = 3
 
@@ -30,7 +30,8 @@ class Verdict:
 
 def verdicts(state: State) -> dict[str, Verdict]:
     """What holds of a deployment, by condition type."""
-    return {READY: ready(state), PROGRESSING: progressing(state), MODEL_LOADED: model_loaded(state)}
+    found = {READY: ready(state), PROGRESSING: progressing(state), MODEL_LOADED: model_loaded(state)}
+    return {**found, QUALITY_GATE: quality_gate(state)} if state.gated else found
 
 
 def ready(state: State) -> Verdict:
@@ -159,6 +160,16 @@ def model_loaded(state: State) -> Verdict:
     if state.wanted == 0:
         return Verdict(False, "ScaledToZero", "no worker is wanted")
     return Verdict(False, "Loading", _waiting_for(state))
+
+
+def quality_gate(state: State) -> Verdict:
+    """Whether the checkpoint is as good as spec.quality asks; a worker that loads it has found so."""
+    if state.problem is not None and state.problem[1].reason == QUALITY:
+        pod, problem = state.problem
+        return Verdict(False, QUALITY, f"{pod.name}: {problem.message}")
+    if state.updated and state.ready:
+        return Verdict(True, "Passed", "the checkpoint's quality.json is within spec.quality")
+    return Verdict(False, "NotChecked", "no worker of this revision has read the checkpoint's report yet")
 
 
 def _model_sentence(state: State) -> str:

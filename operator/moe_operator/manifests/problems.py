@@ -9,6 +9,10 @@ from typing import Any
 from moe_operator.resources import names
 
 _ERROR_LINE = "error: "
+_QUALITY_LINE = "quality gate: "
+"""What a worker begins its sentence with where a checkpoint is worse than spec.quality allows."""
+
+QUALITY = "QualityTooLow"
 _EXIT_BAD_INPUT = 2
 """Exit code of a worker that refuses its checkpoint or its configuration: starting it again is of no use."""
 
@@ -70,7 +74,7 @@ def _terminated(container: Mapping[str, Any]) -> Problem | None:
     said = error_sentence(end.get("message", ""))
     name = container["name"]
     if name == names.ROLE_WORKER and end["exitCode"] == _EXIT_BAD_INPUT and said is not None:
-        return Problem("ModelLoadFailed", said)
+        return Problem(QUALITY if said.startswith(_QUALITY_LINE) else "ModelLoadFailed", said)
     runs = "running" in container.get("state", {})
     sentence = said or _crash_sentence(name, end)
     reason = f"{name.capitalize()}Failed" if said else "ContainerCrashed"

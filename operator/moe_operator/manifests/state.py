@@ -55,6 +55,8 @@ class State:
     """No replica may be wanted although requests are welcome: the first one brings a replica."""
     conflicts: tuple[str, ...] = ()
     """Wanted objects whose names somebody else's objects have."""
+    gated: bool = False
+    """spec.quality asks for a checkpoint that is not much worse than its original."""
 
     @property
     def terms(self) -> Terms:
@@ -125,6 +127,7 @@ def read(
         model=observed.model or deployment.status.model,
         on_demand=deployment.scales_to_zero,
         conflicts=conflicts,
+        gated=deployment.spec.quality is not None,
     )
 
 

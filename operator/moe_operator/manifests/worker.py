@@ -35,6 +35,10 @@ def command(deployment: Deployment) -> list[str]:
         words += ["--context-length", str(engine.context_length)]
     words += ["--max-batch-size", str(engine.max_batch_size), "--kv-memory", str(engine.kv_memory_bytes)]
     words += ["--device", engine.device, "--dtype", engine.dtype]
+    quality = deployment.spec.quality
+    if quality is not None:
+        words += ["--max-bits-per-byte-increase", str(quality.max_bits_per_byte_increase)]
+        words += ["--quality-text", quality.text] if quality.text is not None else []
     return [*words, "--listen", f"0.0.0.0:{names.GRPC_PORT}"]
 
 

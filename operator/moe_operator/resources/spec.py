@@ -215,6 +215,24 @@ _RULES = (
 )
 
 
+class Quality(Model):
+    """What a compressed checkpoint may cost."""
+
+    max_bits_per_byte_increase: float = Field(
+        description="By how many bits per byte the checkpoint may be worse than what it was made from, by "
+        "the quality.json that `moe-worker compress` wrote beside its weights, e.g. 0.005. A worker does not "
+        "load a checkpoint that is worse, or that has no such file. Required.",
+        json_schema_extra=rules(("self >= 0.0 && self <= 100.0", "give a number of bits from 0 to 100")),
+    )
+    text: str | None = Field(
+        default=None,
+        description="Name of the text that must have been scored, as quality.json has it. Default: any.",
+        min_length=1,
+        max_length=128,
+        pattern="^[A-Za-z0-9._/-]+$",
+    )
+
+
 class Spec(Model):
     """What is to be served, and how."""
 
@@ -239,6 +257,10 @@ class Spec(Model):
         default=Parallelism(), description="How one replica is spread over worker pods."
     )
     engine: Engine = Field(default=Engine(), description="How a worker runs the model.")
+    quality: Quality | None = Field(
+        default=None,
+        description="How much worse than its original a compressed checkpoint may be. Default: not checked.",
+    )
     worker: Worker = Field(default=Worker(), description="The pods that run the model.")
     frontend: Frontend = Field(
         default=Frontend(), description="The pods that clients talk to; they pass requests on to the workers."

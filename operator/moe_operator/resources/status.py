@@ -14,6 +14,7 @@ _INT64: dict[str, Any] = {"format": "int64"}
 READY = "Ready"
 PROGRESSING = "Progressing"
 MODEL_LOADED = "ModelLoaded"
+QUALITY_GATE = "QualityGate"
 
 
 class Observed(Model):
@@ -26,7 +27,8 @@ class Condition(Observed):
     """One aspect of the deployment's state."""
 
     type: str = Field(
-        description="Which aspect: Ready, Progressing, ModelLoaded or ScalingActive.", max_length=64
+        description="Which aspect: Ready, Progressing, ModelLoaded, QualityGate or ScalingActive.",
+        max_length=64,
     )
     status: Literal["True", "False", "Unknown"] = Field(description="Whether it holds.")
     reason: str = Field(description="Why, in one CamelCase word for programs.", max_length=128)

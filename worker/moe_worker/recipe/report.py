@@ -10,6 +10,7 @@ from pathlib import Path
 from moe_worker.bench.measure import Load, measure
 from moe_worker.config.directory import read_checkpoint_config
 from moe_worker.config.engine import EngineOptions
+from moe_worker.config.quality import QUALITY_FILE
 from moe_worker.engine.loading import load
 from moe_worker.files import replacing, write_text
 from moe_worker.models.memory import DENSE, POSITIONS, SCALES, VALUES
@@ -86,7 +87,7 @@ def write_report(out: Path, rows: list[Row]) -> Path:
         "bits_per_byte": {"before": rows[0].bits_per_byte, "after": rows[-1].bits_per_byte},
         "text": "valid",
     }
-    write_text(Path(rows[-1].folder) / "quality.json", json.dumps(quality, indent=2) + "\n")
+    write_text(Path(rows[-1].folder) / QUALITY_FILE, json.dumps(quality, indent=2) + "\n")
     return out / "report.md"
 
 

@@ -131,7 +131,9 @@ def _run_step(recipe: Recipe, step: Step, source: Path, made: Path, pattern: str
             )
         return float(done["bits_per_byte"])
     if isinstance(step.what, Prune):
-        _prune(recipe, step, step.what, source, made)
+        last = prune_step(recipe, step, step.what, source, made)
+        for name in (*CHECKPOINT_FILES, "metrics.jsonl"):
+            shutil.copyfile(last / name, made / name)
     else:
         train(_settings(recipe, step, source, made, pattern))
     score = _last_score(made)
@@ -139,8 +141,8 @@ def _run_step(recipe: Recipe, step: Step, source: Path, made: Path, pattern: str
     return score
 
 
-def _prune(recipe: Recipe, step: Step, what: Prune, source: Path, made: Path) -> None:
-    """Rounds of cutting and fine-tuning; the last one's checkpoint becomes the step's own."""
+def prune_step(recipe: Recipe, step: Step, what: Prune, source: Path, made: Path) -> Path:
+    """Rounds of cutting and fine-tuning below `made`; returns the last one's folder. Raises WorkerError."""
     start = read_json(source / "config.json")
     goal = _goal(start, what)
     for number in range(1, what.rounds + 1):
@@ -153,8 +155,7 @@ def _prune(recipe: Recipe, step: Step, what: Prune, source: Path, made: Path) ->
         if not (tuned / "config.json").exists():
             train(replace(tuning, steps=share, evaluate_every=max(1, share)))
         source = tuned
-    for name in (*CHECKPOINT_FILES, "metrics.jsonl"):
-        shutil.copyfile(source / name, made / name)
+    return source
 
 
 def _goal(config: dict[str, object], what: Prune) -> Sizes:

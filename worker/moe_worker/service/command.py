@@ -7,6 +7,7 @@ import click
 
 from moe_api.address import check_address
 from moe_worker.config.engine import DTYPES, FORMATS, EngineOptions
+from moe_worker.config.quality import check_quality
 from moe_worker.config.quantity import parse_bytes
 from moe_worker.engine.loading import explain_choice
 from moe_worker.errors import SettingsError
@@ -82,6 +83,12 @@ from moe_worker.service.server import serve as run
     help="An engine that makes no step for so many seconds, with requests to compute, is taken for hung: the "
     "worker ends, and its streams go on elsewhere.",
 )
+@click.option(
+    "--max-bits-per-byte-increase",
+    type=click.FloatRange(min=0),
+    help="Refuse a checkpoint that is worse than its original by more, by its quality.json.",
+)
+@click.option("--quality-text", help="Name of the text that its quality.json must have scored. Default: any.")
 @click.option("--check-weights", is_flag=True, help="Refuse weights that are not finite numbers.")
 @click.option(
     "--threads",
@@ -107,6 +114,9 @@ def serve(
       moe-worker serve --model examples/docs-moe --listen 127.0.0.1:8000
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    most, text = options.pop("max_bits_per_byte_increase"), options.pop("quality_text")
+    if most is not None:
+        check_quality(model, float(most), None if text is None else str(text))
     memory = None if kv_memory is None else parse_bytes(kv_memory)
     engine_options = EngineOptions(kv_memory=memory, **options)  # type: ignore[arg-type]
     if explained:

@@ -1,0 +1,45 @@
+"""The quality gate: what a checkpoint's own report says of its loss of quality."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from moe_worker.config.directory import read_json
+from moe_worker.errors import CheckpointError
+
+QUALITY_FILE = "quality.json"
+
+
+def check_quality(checkpoint: Path, most: float, text: str | None) -> None:
+    """Raises CheckpointError where quality.json tells of more than `most` further bits per byte, or is none.
+
+    `text`: the name of the text that must have been scored, where it matters.
+    """
+    path = checkpoint / QUALITY_FILE
+    if not path.exists():
+        raise CheckpointError(
+            f"quality gate: {path} is not there; `moe-worker compress` writes it, or leave spec.quality out"
+        )
+    report = read_json(path)
+    scores = report.get("bits_per_byte")
+    before, after = (_number(scores, name) for name in ("before", "after"))
+    if before is None or after is None:
+        raise CheckpointError(
+            f"quality gate: {path} must give bits_per_byte.before and bits_per_byte.after, two numbers"
+        )
+    if text is not None and report.get("text") != text:
+        raise CheckpointError(
+            f"quality gate: {path} is about the text {report.get('text')!r}, where {text!r} is asked for"
+        )
+    if after - before > most:
+        raise CheckpointError(
+            f"quality gate: the checkpoint needs {after:.4f} bits per byte, its original {before:.4f}; that "
+            f"is {after - before:.4f} more, and at most {most:g} are allowed"
+        )
+
+
+def _number(scores: Any, name: str) -> float | None:
+    value = scores.get(name) if isinstance(scores, dict) else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
