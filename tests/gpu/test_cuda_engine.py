@@ -44,12 +44,13 @@ TOLERANCE = {"dense": 0.04, "w4a16": 0.04, "w4a8": 0.08}
 class Both:
     """A random model twice: over the kernels in bf16, and plain in float32 with the same weights."""
 
-    def __init__(self, values, number_format, sequences=8, pages=40, page=16):
+    def __init__(self, values, number_format, kv_dtype=torch.bfloat16):
+        sequences, pages, page = 8, 40, 16
         self.config = config_of(values)
         with torch.inference_mode():
             model = random_model(values, number_format, CONTEXT, DEVICE)
             width = Sizes.of(self.config.latent).cache_width(self.config.latent)
-            shape = CacheShape(self.config.num_hidden_layers, width, page, torch.bfloat16)
+            shape = CacheShape(self.config.num_hidden_layers, width, page, kv_dtype)
             self.cache = PagedCache.allocate(shape, pages, DEVICE)
             self.runner = CudaRunner(prepare(model), self.cache, sequences, CONTEXT)
             self.plain = TorchRunner(random_model(values, number_format, CONTEXT, DEVICE, torch.float32))
@@ -96,6 +97,13 @@ def test_logits_are_those_of_the_plain_model(values, number_format):
     both, tokens = Both(values, number_format), tokens_of(40, seed=1)
     actual = both.kernels([Segment(tokens, 0, [5, 9, 2])], rows=range(40))
     assert difference(actual, both.exact(tokens)) < TOLERANCE[number_format]
+
+
+def test_scores_over_a_cache_in_fp8_stay_alike():
+    both, tokens = Both(SMALL, "dense", torch.float8_e4m3fn), tokens_of(40, seed=3)
+    both.kernels([Segment(tokens[:30], 0, [5, 9, 2])])
+    actual = [both.kernels([Segment(tokens[at : at + 1], at, [5, 9, 2])])[0] for at in range(30, 33)]
+    assert difference(torch.stack(actual), both.exact(tokens)[30:33]) < 0.2
 
 
 @pytest.mark.parametrize("number_format", ["dense", "w4a8"])

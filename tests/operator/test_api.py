@@ -40,6 +40,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "kvMemory is an amount of memory of 1Mi or more, e.g. 512Mi",
     ),
     "dtype": ({"engine": {"dtype": "int3"}}, 'supported values: "auto", "bfloat16", "float32"'),
+    "format": ({"engine": {"format": "W4A8"}}, 'supported values: "auto", "dense", "w4a16", "w4a8"'),
+    "cache": ({"engine": {"kvDtype": "fp4"}}, 'supported values: "auto", "float32", "bfloat16", "fp8"'),
     "another scheme": (
         {"model": {"uri": "s3://bucket/model"}},
         "only file:// is served so far: write file:///absolute",
@@ -235,7 +237,10 @@ def test_defaults_are_written_into_the_object(crd):
     spec = crd.get("moed", "docs")["spec"]
     assert "replicas" not in spec  # a default would exclude scaling
     assert spec["parallelism"] == {"pipeline": 1, "expert": {"size": 1}}
-    assert spec["engine"] == {"maxBatchSize": 16, "kvMemory": "512Mi", "dtype": "auto", "device": "auto"}
+    assert spec["engine"] == {
+        "maxBatchSize": 16, "kvMemory": "512Mi", "dtype": "auto", "device": "auto", "format": "auto",
+        "kvDtype": "auto",
+    }  # fmt: skip
     assert spec["worker"]["image"] == "ghcr.io/moe-operator/worker:dev"
     assert spec["frontend"]["replicas"] == 1
 

@@ -71,8 +71,12 @@ def test_only_what_changes_the_pods_changes_the_revision():
 
 
 def test_what_the_spec_leaves_open_is_left_to_the_worker():
-    assert "--context-length" not in worker.command(deployment())
-    command = worker.command(deployment(engine={"contextLength": 512, "kvMemory": "2Gi"}))
+    for flag in ("--context-length", "--format", "--kv-dtype"):
+        assert flag not in worker.command(deployment())
+    chosen = {"contextLength": 512, "kvMemory": "2Gi", "format": "w4a8", "kvDtype": "fp8"}
+    command = worker.command(deployment(engine=chosen))
+    assert command[command.index("--format") + 1] == "w4a8"
+    assert command[command.index("--kv-dtype") + 1] == "fp8"
     assert command[command.index("--context-length") + 1] == "512"
     assert command[command.index("--kv-memory") + 1] == str(2 * 1024**3)
 

@@ -35,6 +35,9 @@ def command(deployment: Deployment) -> list[str]:
         words += ["--context-length", str(engine.context_length)]
     words += ["--max-batch-size", str(engine.max_batch_size), "--kv-memory", str(engine.kv_memory_bytes)]
     words += ["--device", engine.device, "--dtype", engine.dtype]
+    # Left out where they are the worker's default, so that deployments from before them do not change.
+    words += ["--format", engine.format] if engine.format != "auto" else []
+    words += ["--kv-dtype", engine.kv_dtype] if engine.kv_dtype != "auto" else []
     quality = deployment.spec.quality
     if quality is not None:
         words += ["--max-bits-per-byte-increase", str(quality.max_bits_per_byte_increase)]

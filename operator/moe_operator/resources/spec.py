@@ -117,6 +117,17 @@ class Engine(Model):
         description="Number format of weights and activations; auto takes bfloat16 on GPUs and float32 on "
         "CPUs. Default: auto.",
     )
+    format: Literal["auto", "dense", "w4a16", "w4a8"] = Field(
+        default="auto",
+        description="What weights are multiplied as. dense: numbers of dtype. w4a16: four bits in groups of "
+        "128, rounded to when the model loads unless the checkpoint is. w4a8: these, and activations in "
+        "eight bits. auto: as the checkpoint has them. Default: auto.",
+    )
+    kv_dtype: Literal["auto", "float32", "bfloat16", "fp8"] = Field(
+        default="auto",
+        description="Number format of the KV cache; auto takes that of dtype, and fp8 half the memory of "
+        "bfloat16. Default: auto.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto",
         description="Where the model runs; auto takes a GPU when the pod has one. Default: auto.",

@@ -8,6 +8,7 @@ from moe_worker.errors import SettingsError
 DEVICES = re.compile(r"auto|cpu|cuda(:[0-9]{1,2})?")
 DTYPES = ("auto", "float32", "bfloat16")
 FORMATS = ("auto", "dense", "w4a16", "w4a8")
+KV_DTYPES = ("auto", "float32", "bfloat16", "fp8")
 
 
 @dataclass(frozen=True)
@@ -15,8 +16,10 @@ class EngineOptions:
     """Choices for one engine; SettingsError from the constructor where one is impossible.
 
     device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N".
-    dtype: of weights and cache. "auto" is bfloat16 on GPUs, float32 on CPUs, where torch's bfloat16 is
+    dtype: of weights and activations. "auto" is bfloat16 on GPUs, float32 on CPUs, where torch's bfloat16 is
         slower unless the processor has AMX.
+    kv_dtype: of the KV cache. "auto" is `dtype`'s (bfloat16 for w4a8 on CPUs). "fp8" (e4m3) takes half the
+        memory of bfloat16; the example's text costs 0.08 % more bits.
     format: of the weights that tokens are multiplied with. "dense": numbers of `dtype`; "w4a16": four bits in
         groups of 128 inputs, rounded to at load where the checkpoint is not; "w4a8": these, and activations
         rounded to eight bits a token. "auto" is w4a16 for a checkpoint of four bits and dense for others.
@@ -37,6 +40,7 @@ class EngineOptions:
     device: str = "auto"
     dtype: str = "auto"
     format: str = "auto"
+    kv_dtype: str = "auto"
     context_length: int | None = None
     max_batch_size: int = 16
     max_queue: int = 256
@@ -53,8 +57,11 @@ class EngineOptions:
             raise SettingsError(f"device {self.device!r} is unknown; it must be auto, cpu, cuda or cuda:N")
         if self.dtype not in DTYPES:
             raise SettingsError(f"dtype {self.dtype!r} is unknown; it must be one of {', '.join(DTYPES)}")
-        if self.format not in FORMATS:
-            raise SettingsError(f"format {self.format!r} is unknown; it must be one of {', '.join(FORMATS)}")
+        for name, allowed in (("format", FORMATS), ("kv_dtype", KV_DTYPES)):
+            if getattr(self, name) not in allowed:
+                raise SettingsError(
+                    f"{name} {getattr(self, name)!r} is unknown; it must be one of {', '.join(allowed)}"
+                )
         for name in (
             "context_length",
             "max_batch_size",

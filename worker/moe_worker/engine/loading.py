@@ -15,7 +15,7 @@ from moe_worker.engine import gpu
 from moe_worker.errors import SettingsError
 from moe_worker.kernels.cpu.library import Kernels
 from moe_worker.kernels.registry import Hardware, choose, explain, probe_cpu
-from moe_worker.kvcache.paged import CacheShape, PagedCache
+from moe_worker.kvcache.paged import FP8, CacheShape, PagedCache
 from moe_worker.models.checkpoint import load_model
 from moe_worker.models.deepseek import DeepseekModel
 from moe_worker.models.native import NativeModel
@@ -27,6 +27,8 @@ from moe_worker.models.tokenizer import Tokenizer
 SINGLE_THREAD_BYTES = 64 * 2**20
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 DTYPE_BY_NAME = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CACHE_DTYPES = DTYPE_BY_NAME | {"fp8": FP8}
+CPU_CACHE, GPU_CACHE = ("float32", "bfloat16"), ("bfloat16", "fp8")
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def _allocate_cache(
     path: str,
 ) -> PagedCache:
     """Raises SettingsError where it does not fit."""
-    rows = torch.bfloat16 if path.startswith("cpu/") and options.dtype == "auto" else dtype
+    rows = cache_dtype(options, dtype, path)
     width = gpu.cache_width(config) if path == "triton" else config.attention.cache_width
     shape = CacheShape(config.num_hidden_layers, width, options.page_size, rows)
     memory = options.kv_memory
@@ -96,6 +98,18 @@ def _allocate_cache(
         memory = gpu.cache_bytes(device)
     pages = shape.pages_that_fit(context, memory, options.max_batch_size)
     return PagedCache.allocate(shape, pages, device)
+
+
+def cache_dtype(options: EngineOptions, dtype: torch.dtype, path: str) -> torch.dtype:
+    """Of the cache, for a model computed in `dtype` by the kernels `path`. Raises SettingsError."""
+    if options.kv_dtype == "auto":
+        return torch.bfloat16 if path.startswith("cpu/") and options.dtype == "auto" else dtype
+    allowed = GPU_CACHE if path == "triton" else CPU_CACHE if path.startswith("cpu/") else tuple(CACHE_DTYPES)
+    if options.kv_dtype not in allowed:
+        raise SettingsError(
+            f"kv_dtype {options.kv_dtype} is not for these kernels ({path}); use {' or '.join(allowed)}"
+        )
+    return CACHE_DTYPES[options.kv_dtype]
 
 
 def _runner(

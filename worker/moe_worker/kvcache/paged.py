@@ -17,6 +17,9 @@ from torch import Tensor
 
 from moe_worker.errors import SettingsError
 
+FP8 = torch.float8_e4m3fn
+FP8_MOST = 448.0  # the largest number of e4m3
+
 
 @dataclass(frozen=True)
 class CacheShape:
@@ -95,14 +98,30 @@ class PagedCache:
         if all(page == pages[0] + index for index, page in enumerate(pages)):
             start = pages[0] * self.page_size
             return self.layers[layer][start : start + length]
-        paged = self.layers[layer].view(-1, self.page_size, self.shape.width)
-        return paged.index_select(0, torch.tensor(pages, device=self.device)).flatten(0, 1)[:length]
+        chosen = self._paged(layer).index_select(0, torch.tensor(pages, device=self.device))
+        return chosen.view(self.shape.dtype).flatten(0, 1)[:length]
 
     def sequences(self, layer: int, pages_BP: Tensor, length: int) -> Tensor:
         """The first `length` rows of several sequences, [B, S, W], copied; rows behind ends mean nothing."""
-        paged = self.layers[layer].view(-1, self.page_size, self.shape.width)
         count = self.shape.pages_for(length)
-        return paged[pages_BP[:, :count].long()].flatten(1, 2)[:, :length]
+        chosen = self._paged(layer)[pages_BP[:, :count].long()]
+        return chosen.view(self.shape.dtype).flatten(1, 2)[:, :length]
+
+    def write(self, layer: int, rows_T: Tensor, values_TW: Tensor) -> None:
+        """Stores values at rows, in the cache's dtype; e4m3 has no infinity, so its largest stands in."""
+        rows_SW = self.layers[layer]
+        if self.shape.dtype is FP8:
+            rounded_TW = values_TW.float().clamp(-FP8_MOST, FP8_MOST).to(FP8)
+            rows_SW.view(torch.uint8).index_copy_(0, rows_T, rounded_TW.view(torch.uint8))
+        else:
+            rows_SW.index_copy_(0, rows_T, values_TW.to(self.shape.dtype))
+
+    def _paged(self, layer: int) -> Tensor:
+        """[pages, tokens, W]; torch moves e4m3 only as bytes."""
+        rows_SW = self.layers[layer]
+        if self.shape.dtype is FP8:
+            rows_SW = rows_SW.view(torch.uint8)
+        return rows_SW.view(-1, self.page_size, self.shape.width)
 
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

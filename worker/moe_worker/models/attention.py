@@ -40,7 +40,7 @@ def attend(query_THK: Tensor, cut: Cut, batch: Batch, cache: PagedCache, layer: 
         done = batch.decodes
     first = done
     for segment in batch.segments[done:]:
-        rows_1SW = cache.sequence(layer, segment.pages, segment.end).unsqueeze(0)
+        rows_1SW = cache.sequence(layer, segment.pages, segment.end).unsqueeze(0).to(query_THK.dtype)
         query_tHK = query_THK[first : first + segment.count]
         outputs.append(_segment(query_tHK, *cut(rows_1SW), segment.start, scale))
         first += segment.count
@@ -53,7 +53,8 @@ def _decodes(
     """One token of each sequence; all are read up to the longest and masked."""
     ends = [segment.end for segment in batch.segments[: batch.decodes]]
     longest = max(ends)
-    keys_BGSK, values_BGSV = cut(cache.sequences(layer, batch.pages_BP[: batch.decodes], longest))
+    rows_BSW = cache.sequences(layer, batch.pages_BP[: batch.decodes], longest).to(query_BHK.dtype)
+    keys_BGSK, values_BGSV = cut(rows_BSW)
     mask_B11S = None
     if min(ends) < longest:
         positions_S = torch.arange(longest, device=query_BHK.device)

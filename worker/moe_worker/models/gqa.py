@@ -38,7 +38,7 @@ class GroupedQueryAttention:
         query_THK, key_TGK, value_TGK = torch.split(joint_THK, [heads, self.key_heads, self.key_heads], dim=1)
         query_THK = rotate(rms_norm(query_THK, self.query_norm_K, self.norm_eps), rotations_TP)
         key_TGK = rotate(rms_norm(key_TGK, self.key_norm_K, self.norm_eps), rotations_TP)
-        cache.layers[layer].index_copy_(0, batch.rows_T, torch.cat((key_TGK, value_TGK), dim=1).flatten(1))
+        cache.write(layer, batch.rows_T, torch.cat((key_TGK, value_TGK), dim=1).flatten(1))
         return self.output.forward(attend(query_THK, self._cut, batch, cache, layer, self.scale).flatten(1))
 
     def _cut(self, rows_BSW: Tensor) -> tuple[Tensor, Tensor]:

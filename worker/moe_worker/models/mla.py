@@ -61,7 +61,7 @@ class LatentAttention:
         row_TW = torch.cat(
             (rms_norm(latent_TR, self.latent_norm_R, INNER_NORM_EPS), rotated_T1P[:, 0]), dim=1
         )
-        cache.layers[layer].index_copy_(0, batch.rows_T, row_TW)
+        cache.write(layer, batch.rows_T, row_TW)
         query_THW = self._absorbed_query(query_TO, rotations_TP)
         latent_THR = attend(query_THW, _same_rows, batch, cache, layer, self.scale)[..., :rank]
         value_HTV = torch.bmm(latent_THR.transpose(0, 1), self.value_HRV)

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from moe_api.address import check_address
-from moe_worker.config.engine import DTYPES, FORMATS, EngineOptions
+from moe_worker.config.engine import DTYPES, FORMATS, KV_DTYPES, EngineOptions
 from moe_worker.config.quality import check_quality
 from moe_worker.config.quantity import parse_bytes
 from moe_worker.engine.loading import explain_choice
@@ -44,6 +44,12 @@ from moe_worker.service.server import serve as run
     default="auto",
     show_default=True,
     help="Of weights: " + ", ".join(FORMATS) + " (auto: as the checkpoint has them).",
+)
+@click.option(
+    "--kv-dtype",
+    default="auto",
+    show_default=True,
+    help="Of the KV cache: " + ", ".join(KV_DTYPES) + " (auto: that of --dtype; fp8: half of bfloat16).",
 )
 @click.option(
     "--prefill-tokens",
