@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moe_operator.cli.load_report import summarise
 from moe_operator.cli.load_run import Arrivals, Outcome, Part, arrivals
-from moe_operator.traces import Trace, read
+from moe_operator.cli.load_trace import Trace, read
 from tests.cli.conftest import MOE
 
 NONE = np.zeros(0, np.int64)

@@ -19,7 +19,7 @@ from moe_api import transport
 from moe_api.inference.v1 import inference_pb2 as pb
 from moe_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from moe_operator.cli import calling
-from moe_operator.traces import Trace
+from moe_operator.cli.load_trace import Trace
 
 if TYPE_CHECKING:
     from moe_api.inference.v1.inference_pb2_grpc import InferenceServiceAsyncStub

@@ -8,7 +8,8 @@ CSV, or JSON lines, plain or compressed (.gz, .xz). Columns are found by their n
     {"timestamp": 0, "input_length": 512, "output_length": 20}
                             one request a line; the timestamp in milliseconds, or timestamp_us in microseconds
 
-Times are numbers of seconds or dates. Pure, but for reading the file.
+Times are numbers of seconds or dates. (`moe replay` reads the same kinds into rates of minutes; here single
+requests count, and how long they were.)
 """
 
 from __future__ import annotations

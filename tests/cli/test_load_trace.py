@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_operator.traces import TraceError, read
+from moe_operator.cli.load_trace import TraceError, read
 
 
 def written(tmp_path, name, text):
