@@ -22,7 +22,7 @@ def test_a_round_is_measured_until_the_deployment_is_gone():
     identity = world.deployment.identity
     meters.record(identity, world.outcomes[-1])
     points = collected(reader)
-    assert points["demand"][0].value == 3.0
+    assert points["demand"][0].value == pytest.approx(3.0)
     assert points["capacity"][0].value == pytest.approx(2.0, rel=0.1)
     assert points["replicas"][0].value == len(world.replicas)
     assert points["horizon"][0].value == 300
