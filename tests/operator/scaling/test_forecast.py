@@ -114,10 +114,11 @@ def test_the_combination_is_close_to_the_best_candidate_and_follows_a_change():
         outcome = 100 + chance.normal(0, 1)
         good = 100.0 if step < 1500 else 130.0
         forecasts = np.array([[good, 230.0 - good, 160.0]])
-        combined = combination.combine(forecasts)
+        opinions = combination.opinions(forecasts)
+        combined = opinions.mean(axis=0)
         if step % 1500 >= 500:
             losses += [*np.abs(forecasts[0] - outcome), abs(combined[0] - outcome)]
-        combination.observe(outcome, forecasts, combined, 100.0)
+        combination.observe(outcome, forecasts, opinions, 100.0)
     assert losses[3] < 0.25 * losses[:3].min(), "the best changed, so none of them alone is good"
 
 

@@ -67,17 +67,17 @@ class Features:
         tail = int(_TAIL * max(*_SPANS, *_SLOPES) * horizon)
         near = rates[max(0, len(rates) - steps - tail) :]
         # A level follows at once when work comes back after an outage, but not a single spike.
-        back = _BACK * _median(near, 3)[-steps:]
+        back = _BACK * _median(near, 3, steps)
         day_mean = _day_mean(rates, past.day, steps)
         floor = np.maximum(_SMALLEST_LEVEL * day_mean, back)
         mean_level = np.maximum(_smoothed(near, _LEVEL * horizon)[-steps:], floor)
-        medians = [_median(near, round(share * horizon))[-steps:] for share in _MEDIANS]
+        medians = [_median(near, round(share * horizon), steps) for share in _MEDIANS]
         means = [_smoothed(near, share * horizon)[-steps:] for share in _SPANS]
         ends = np.arange(len(rates) - steps, len(rates))
         return Features(
             day_mean=day_mean,
             mean_level=mean_level,
-            median_level=np.maximum(_median(near, level_steps(horizon))[-steps:], floor),
+            median_level=np.maximum(_median(near, level_steps(horizon), steps), floor),
             smoothed=np.column_stack([near[-steps:], *means, *medians]),
             slopes=_slopes(near, horizon, steps),
             seasons=np.column_stack(
@@ -111,11 +111,13 @@ def _smoothed(rates: Floats, span: float) -> Floats:
     return np.asarray(lfilter([weight], [1, weight - 1], rates, zi=[(1 - weight) * rates[0]])[0])
 
 
-def _median(rates: Floats, steps: int) -> Floats:
-    if steps <= 2:
-        return rates
-    padded = np.concatenate([np.full(steps - 1, rates[0]), rates])
-    return np.asarray(np.median(sliding_window_view(padded, steps), axis=1))
+def _median(rates: Floats, window: int, steps: int) -> Floats:
+    """Of the last `steps`; what lies before the first rate is taken to be like it."""
+    if window <= 2:
+        return rates[-steps:]
+    latest = rates[-(steps + window - 1) :]
+    padded = np.concatenate([np.full(steps + window - 1 - len(latest), rates[0]), latest])
+    return np.asarray(np.median(sliding_window_view(padded, window), axis=1))
 
 
 def _slopes(near: Floats, horizon: int, steps: int) -> Floats:
@@ -131,8 +133,9 @@ def _slopes(near: Floats, horizon: int, steps: int) -> Floats:
 
 def _day_mean(rates: Floats, day: int, steps: int) -> Floats:
     """Mean of the day that ends with each of the last steps, above 0."""
-    sums = np.concatenate([[0.0], np.cumsum(rates)])
-    ends = np.arange(len(rates) - steps + 1, len(rates) + 1)
+    latest = rates[-(steps + day - 1) :]
+    sums = np.concatenate([[0.0], np.cumsum(latest)])
+    ends = np.arange(len(latest) - steps + 1, len(latest) + 1)
     begins = np.maximum(ends - day, 0)
     return np.asarray((sums[ends] - sums[begins]) / (ends - begins)) + 1e-9
 

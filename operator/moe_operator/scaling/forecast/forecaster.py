@@ -66,6 +66,8 @@ class Pending:
     """Of the candidates [candidates]."""
     bands: Floats
     """Quantiles of the candidates [QUANTILES, candidates], ascending, at least 0."""
+    opinions: Floats
+    """What each memory of the combination makes of them [memories, QUANTILES]."""
     combined: Floats
     """Quantiles of all together [QUANTILES], ascending, at least 0."""
 
@@ -198,14 +200,17 @@ class Forecaster:
         errors = np.column_stack([residuals.quantiles(QUANTILES) for residuals in self._residuals])
         bands = np.maximum(points + level * errors, 0)
         bands[_POINT] = points
-        combined = np.maximum.accumulate(self._combination.combine(bands))
+        opinions = self._combination.opinions(bands)
+        combined = np.maximum.accumulate(opinions.mean(axis=0))
         loss_level = max(level, float(features.day_mean[0]))
-        return Pending(level, loss_level, tuple(r.scale for r in self._residuals), points, bands, combined)
+        return Pending(
+            level, loss_level, tuple(r.scale for r in self._residuals), points, bands, opinions, combined
+        )
 
     def _learn(self, due: Pending, outcome: float) -> None:
         for residuals, point, scale in zip(self._residuals, due.points, due.scales, strict=True):
             residuals.observe(outcome - point, due.level, scale)
-        self._combination.observe(outcome, due.bands, due.combined, due.loss_level)
+        self._combination.observe(outcome, due.bands, due.opinions, due.loss_level)
         self._errors.observe(outcome, float(due.combined[_POINT]), float(due.points[0]))
 
 

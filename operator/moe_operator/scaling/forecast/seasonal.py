@@ -24,7 +24,7 @@ _LATEST: Final = 1440
 """Steps from which the fast part is estimated: it changes from day to day."""
 _FEWEST: Final = 60
 _DAYS_FOR_A_SEASON: Final = 2
-_ORDERS: Final = ((0, 1, 1), (1, 1, 1), (1, 1, 2))
+_ORDERS: Final = ((0, 1, 1), (1, 1, 1))
 _HARMONICS: Final = (0, 2, 4, 6)
 _SPARE: Final = 0.5
 """Share of the mean rate that is added before a logarithm is taken: outages and hours without work."""

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
+from moe_operator.scaling.forecast.combination import Combination
 from moe_operator.scaling.forecast.forecaster import CANDIDATES, QUANTILES, Forecaster, Pending
 from moe_operator.scaling.forecast.past import Floats
 from moe_operator.scaling.forecast.result import Forecast
@@ -40,6 +42,8 @@ class Backtest:
     """P90 of the candidates [steps, candidates]."""
     combined: Floats
     """Quantiles of all together [steps, QUANTILES]."""
+    loss_levels: Floats
+    """Work per minute that losses were taken relative to [steps]."""
     made: list[Forecast | None]
     """By the step at whose end they were made [steps]."""
 
@@ -57,6 +61,7 @@ def backtest(trace: Trace, horizon: int, progress: Callable[[int], None] = lambd
     count = len(trace.rates)
     points, bands = np.full((2, count + horizon, len(CANDIDATES)), np.nan)
     combined = np.full((count + horizon, len(QUANTILES)), np.nan)
+    loss_levels = np.full(count + horizon, np.nan)
     made: list[Forecast | None] = []
     for step, rate in enumerate(trace.rates):
         forecaster.update(first + step, None if np.isnan(rate) else float(rate))
@@ -66,11 +71,12 @@ def backtest(trace: Trace, horizon: int, progress: Callable[[int], None] = lambd
         if latest is not None:
             points[step + horizon], bands[step + horizon] = latest.points, latest.bands[_P90]
             combined[step + horizon] = latest.combined
+            loss_levels[step + horizon] = latest.loss_level
         made.append(forecaster.forecast())
         if step % 100 == 0:
             progress(step)
     progress(count)
-    return Backtest(horizon, points[:count], bands[:count], combined[:count], made)
+    return Backtest(horizon, points[:count], bands[:count], combined[:count], loss_levels[:count], made)
 
 
 def warm_up(trace: Trace) -> int:
@@ -80,8 +86,7 @@ def warm_up(trace: Trace) -> int:
 
 def scores(trace: Trace, test: Backtest) -> tuple[Score, dict[str, Score]]:
     """Of the combination, and of each candidate alone with a band from its own errors, by name."""
-    scored = np.arange(len(trace.rates)) >= max(warm_up(trace), test.horizon)
-    scored &= ~np.isnan(trace.rates) & ~np.isnan(test.combined[:, 0])
+    scored = _scored(trace, test)
     demand = trace.rates[scored]
     ours = _score(demand, test.combined[scored, _P50], test.combined[scored, _P90])
     candidates = {
@@ -89,6 +94,32 @@ def scores(trace: Trace, test: Backtest) -> tuple[Score, dict[str, Score]]:
         for index, name in enumerate(CANDIDATES)
     }
     return ours, candidates
+
+
+def recombined(trace: Trace, test: Backtest, memories: tuple[float, ...]) -> Score:
+    """The score had the combination had other memories."""
+    combination = Combination((0.5, 0.9), len(CANDIDATES), memories)
+    forecasts = np.stack([test.points, test.bands], axis=1)
+    opinions = np.full((len(trace.rates), len(memories), 2), np.nan)
+    for step in range(len(trace.rates)):
+        if np.isnan(forecasts[step]).any():
+            continue
+        # What was forecast for this step knew the outcomes until a horizon before it.
+        known = step - test.horizon
+        if known >= 0 and not np.isnan(opinions[known]).any() and not np.isnan(trace.rates[known]):
+            combination.observe(
+                float(trace.rates[known]), forecasts[known], opinions[known], float(test.loss_levels[known])
+            )
+        opinions[step] = combination.opinions(forecasts[step])
+    combined = opinions.mean(axis=1)
+    scored = _scored(trace, test)
+    return _score(trace.rates[scored], combined[scored, 0], combined[scored, 1])
+
+
+def _scored(trace: Trace, test: Backtest) -> NDArray[np.bool_]:
+    """The steps that count [steps]."""
+    late = np.arange(len(trace.rates)) >= max(warm_up(trace), test.horizon)
+    return np.asarray(late & ~np.isnan(trace.rates) & ~np.isnan(test.combined[:, 0]))
 
 
 def _score(demand: Floats, point: Floats, p90: Floats) -> Score:

@@ -1,0 +1,81 @@
+"""What the forecaster costs: an update each minute, a refit now and then, a thousand deployments.
+
+    python -m benchmarks.forecast_cost [--days 4] [--json]
+
+Demand is made up (a daily season, noise and level shifts, a fixed seed); what it costs hardly depends on it.
+Peers are the budgets: 5 ms an update, 1 s a refit, and 60 ms of one core for a deployment's minute, so that a
+thousand deployments fit on one core. Below 1 the ratio is within the budget.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+
+import numpy as np
+
+from moe_operator.scaling.forecast import Forecaster
+from moe_operator.scaling.history import History
+
+DAY = 1440
+UPDATE_MS, REFIT_MS, MINUTE_MS = 5.0, 1000.0, 60.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--days", type=int, default=4, help="days of minutes to go through, after ten others")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    updates_ms, refits_ms = measure(args.days)
+    a_minute = statistics.mean(updates_ms) + sum(refits_ms) / len(updates_ms)
+    p99 = statistics.quantiles(updates_ms, n=100)[98]
+    for what, figure, budget in (
+        ("update, median", statistics.median(updates_ms), UPDATE_MS),
+        ("update, p99", p99, UPDATE_MS),
+        (f"refit of 14 days, mean of {len(refits_ms)}", statistics.mean(refits_ms), REFIT_MS),
+        ("refit, longest", max(refits_ms), REFIT_MS),
+        ("minute of one deployment, refits included", a_minute, MINUTE_MS),
+    ):
+        report(what, figure, budget, as_json=args.json)
+
+
+def measure(days: int) -> tuple[list[float], list[float]]:
+    """Milliseconds of each update and of each refit, with all the history that is kept."""
+    chance = np.random.default_rng(0)
+    minutes = np.arange((10 + days) * DAY)
+    level = 1000 * np.exp(np.cumsum(chance.normal(0, 0.3, 10 + days)))[minutes // DAY]
+    rates = level * (1.5 + np.sin(2 * np.pi * minutes / DAY)) * np.exp(chance.normal(0, 0.08, len(minutes)))
+    history = History()
+    for minute in minutes[: 10 * DAY]:
+        history.add(int(minute) + 1, float(rates[minute]))
+    forecaster = Forecaster.restored(history, 5)
+    updates_ms, refits_ms = [], []
+    for minute in minutes[10 * DAY :]:
+        before = time.perf_counter()
+        forecaster.update(int(minute) + 1, float(rates[minute]))
+        forecaster.forecast()
+        updates_ms.append(1e3 * (time.perf_counter() - before))
+        if forecaster.refit_due:
+            before = time.perf_counter()
+            forecaster.adopt(forecaster.refit_job()())
+            refits_ms.append(1e3 * (time.perf_counter() - before))
+    return updates_ms, refits_ms
+
+
+def report(what: str, ours_ms: float, budget_ms: float, *, as_json: bool) -> None:
+    line = {
+        "what": what,
+        "ours": round(ours_ms, 3),
+        "peer": budget_ms,
+        "ratio": round(ours_ms / budget_ms, 4),
+        "unit": "ms",
+        "device": f"{platform.machine()}, one core, Python {platform.python_version()}",
+    }
+    print(json.dumps(line) if as_json else f"{what}: {ours_ms:.2f} ms (budget {budget_ms:g} ms)", flush=True)
+
+
+if __name__ == "__main__":
+    main()
