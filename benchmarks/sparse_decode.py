@@ -1,0 +1,118 @@
+"""Decode on the CPU at batch 1: 1:4 sparse int4 weights (s14) beside dense int4 ones, both W4A8.
+
+    python -m benchmarks.sparse_decode [--rounds 5] [--threads 2] [--json]
+
+The model is CPU_SHAPE of ../shared/peers with random weights, as in benchmarks.cpu_decode: only speed is
+compared. All projections and experts are sparse; the output head, router, norms and embedding are the same in
+both. The two models run in turn; medians over the rounds, and their ratio.
+"""
+
+import argparse
+import json
+import runpy
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.cpu_decode import PAGE, STEPS, RandomSource
+from moe_worker.config.model import parse_model_config
+from moe_worker.engine.loading import usable_cores
+from moe_worker.kernels.cpu.library import Kernels
+from moe_worker.models.build import build_model
+from moe_worker.models.memory import describe, weight_memory
+from moe_worker.models.native import NativeModel, Pass
+from moe_worker.quant.matrix import Matrix
+from moe_worker.quant.sparse14 import Sparse14Weight
+
+CONTEXT = 128
+
+
+class SparseSource(RandomSource):
+    """As dense ones are drawn; the head is dense, as a compressed checkpoint has it."""
+
+    def matrix(self, name: str, outputs: int, inputs: int) -> Matrix:  # type: ignore[override]
+        if "layers." not in name:
+            return super().matrix(name, outputs, inputs)
+        draw = {"dtype": torch.uint8, "generator": self.generator}
+        values = torch.randint(0, 256, (outputs, inputs // 8), **draw)  # type: ignore[call-overload]
+        positions = torch.randint(0, 256, (outputs, inputs // 16), **draw)  # type: ignore[call-overload]
+        scales = torch.full((outputs, -(-inputs // 128)), 0.004)
+        return Sparse14Weight(values, positions, scales, inputs)
+
+
+class Model:
+    """A model with room for one sequence."""
+
+    def __init__(self, values: dict[str, object], source: RandomSource, kernels: Kernels) -> None:
+        config = parse_model_config(values, "shapes.py")
+        model = build_model(config, source, CONTEXT + STEPS)
+        self.memory = describe(weight_memory(model))
+        self.native = NativeModel(model, kernels)
+        self.pages = -(-(CONTEXT + STEPS) // PAGE)
+        width, layers = config.attention.cache_width, config.num_hidden_layers
+        self.layers = [torch.zeros((self.pages + 1) * PAGE, width) for _ in range(layers)]
+
+    def step(self, tokens: Tensor, start: int) -> int:
+        count = len(tokens)
+        positions = torch.arange(start, start + count)
+        step = Pass(
+            tokens_T=tokens,
+            positions_T=positions,
+            rows_T=positions,
+            starts=torch.tensor([0, count], dtype=torch.int32),
+            lengths_B=torch.tensor([start + count], dtype=torch.int32),
+            pages_BP=torch.arange(self.pages, dtype=torch.int32).unsqueeze(0),
+            selected_N=torch.tensor([count - 1], dtype=torch.int32),
+        )
+        return int(self.native.run(step, self.layers, PAGE)[0].argmax())
+
+    def decode(self) -> float:
+        """Tokens a second of greedy decode behind a prompt."""
+        token = self.step(torch.randint(3, 32000, (CONTEXT,)), 0)
+        begin = time.perf_counter()
+        for position in range(CONTEXT, CONTEXT + STEPS):
+            token = self.step(torch.tensor([token]), position)
+        return STEPS / (time.perf_counter() - begin)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", type=Path, default=Path(__file__).parents[2] / "shared" / "peers")
+    parser.add_argument("--variant", help="kernels to use; by default the fastest of this CPU")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=min(2, usable_cores()))
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    if not (args.shapes / "shapes.py").exists():
+        raise SystemExit(f"{args.shapes}/shapes.py is not there; give the folder with --shapes")
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    kernels = Kernels(args.variant, args.threads)
+    shape = runpy.run_path(str(args.shapes / "shapes.py"))["CPU_SHAPE"]
+    values = {"model_type": "deepseek_v3", "norm_topk_prob": True, **shape}
+    models = {name: Model(values, source, kernels) for name, source in
+              (("dense", RandomSource()), ("s14", SparseSource()))}  # fmt: skip
+    rates: dict[str, list[float]] = {name: [] for name in models}
+    for number in range(args.rounds + 1):
+        for name, model in models.items():
+            rate = model.decode()
+            if number:  # the first one warms up
+                rates[name].append(rate)
+    middle = {name: statistics.median(found) for name, found in rates.items()}
+    ratio = middle["s14"] / middle["dense"]
+    if args.json:
+        print(json.dumps({**middle, "ratio": ratio, "variant": kernels.variant, "threads": args.threads}))
+        return
+    print(f"W4A8, CPU_SHAPE, batch 1, context {CONTEXT}; {args.threads} threads, {kernels.variant}")
+    for name, model in models.items():
+        print(f"{name:5} {middle[name]:8.1f} tokens/s   {model.memory}")
+    print(f"s14 / dense: {ratio:.2f}x")
+
+
+if __name__ == "__main__":
+    main()
