@@ -28,7 +28,7 @@ def compress(recipe: Path, threads: int | None, *, check: bool) -> None:
       valid: valid.txt
       training: {batch: 32, learning_rate: 2e-3}
       steps:
-        - prune: {experts: 8, channels: 48, rounds: 3, steps: 900, teacher: runs/docs-moe}
+        - prune: {experts: 8, layers: 7, rounds: 3, steps: 900, teacher: runs/docs-moe}
         - sparsify: {pattern: s14, steps: 3000, saliency: gradient}
         - quantize: {steps: 600, group: 64}
     """

@@ -14,14 +14,24 @@ from moe_worker.train.data import read_documents
 from moe_worker.train.score import Score, Window, score_documents
 
 
-def score_checkpoint(checkpoint: Path, data: Path, *, context: int | None, device: str, dtype: str) -> Score:
+def score_checkpoint(
+    checkpoint: Path,
+    data: Path,
+    *,
+    context: int | None,
+    device: str,
+    dtype: str,
+    number_format: str = "auto",
+) -> Score:
     """Returns the score of the model in `checkpoint` on the documents in `data`.
+
+    `number_format`: of the weights, of moe_worker.config.engine.FORMATS.
 
     Raises:
         WorkerError: the checkpoint or the text cannot be used, or `context` is longer than the model allows.
     """
     documents = read_documents(data)
-    engine = Engine(checkpoint, device=device, dtype=dtype, progress=True)
+    engine = Engine(checkpoint, device=device, dtype=dtype, format=number_format, progress=True)
     longest, bos_id = engine.config.max_position_embeddings, engine.config.bos_token_id
     if bos_id is None:
         raise SettingsError(

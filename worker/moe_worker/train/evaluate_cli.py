@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from moe_worker.config.engine import FORMATS
+
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -25,9 +27,24 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", default="float32", show_default=True, help="auto, float32 or bfloat16.")
+@click.option(
+    "--format",
+    "number_format",
+    type=click.Choice(FORMATS),
+    default="auto",
+    show_default=True,
+    help="Of weights (auto: as the checkpoint has them). Choose w4a8 for what was trained in W4A8.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a sentence.")
 def evaluate(
-    checkpoint: Path, data: Path, context: int | None, device: str, dtype: str, *, as_json: bool
+    checkpoint: Path,
+    data: Path,
+    context: int | None,
+    device: str,
+    dtype: str,
+    number_format: str,
+    *,
+    as_json: bool,
 ) -> None:
     """Score a checkpoint on text, in bits per byte (lower is better).
 
@@ -40,7 +57,9 @@ def evaluate(
     """
     from moe_worker.train.evaluate import score_checkpoint  # noqa: PLC0415 - torch: not for --help
 
-    score = score_checkpoint(checkpoint, data, context=context, device=device, dtype=dtype)
+    score = score_checkpoint(
+        checkpoint, data, context=context, device=device, dtype=dtype, number_format=number_format
+    )
     if as_json:
         click.echo(json.dumps(score.to_json()))
     else:
