@@ -14,7 +14,7 @@ from moe_operator.manifests import children
 from moe_operator.manifests.objects import Manifest
 from moe_operator.resources.deployment import parse
 from tests.chart.conftest import NAMESPACE
-from tests.operator.live import Live, eventually
+from tests.operator.live import Live, eventually, manifest
 
 ACCOUNT = f"system:serviceaccount:{NAMESPACE}:moe-operator"
 GROUP = "serving.moe-operator.dev"
@@ -54,6 +54,22 @@ def used(requests: list[dict[str, Any]]) -> set[Right]:
     return found
 
 
+def restricted(docs: Live) -> None:
+    """A namespace that refuses worker pods, because their model lies on the node."""
+    docs.cluster.kubectl("create", "namespace", "strict")
+    docs.cluster.kubectl("label", "namespace", "strict", "pod-security.kubernetes.io/enforce=restricted")
+    strict = Live(docs.cluster, "strict")
+    strict.apply(manifest("refused"))
+    condition = strict.wait("Ready", "PodRefused", "refused")
+    assert (
+        "0 of 1 replica answers; refused-0-0: Create Pod refused-0-0 in StatefulSet" in condition["message"]
+    )
+    assert 'violates PodSecurity "restricted:latest": restricted volume types' in condition["message"]
+    strict.kubectl("label", "namespace", "strict", "pod-security.kubernetes.io/enforce-")
+    strict.wait("Ready", "AllReplicasReady", "refused", seconds=120)
+    strict.kubectl("delete", "moed", "refused")
+
+
 def requests(docs: Live) -> list[dict[str, Any]]:
     """What the operator asked of the API server so far, refused or not."""
     events = map(json.loads, docs.cluster.audit_log.read_text().splitlines())
@@ -78,6 +94,7 @@ def test_every_right_that_is_granted_is_used_and_no_other_is_asked_for(docs, hel
     # A new revision, after which the record of the old one goes.
     docs.patch("moed", "docs", {"spec": {"revisionHistoryLimit": 0, "engine": {"maxBatchSize": 9}}})
 
+    restricted(docs)
     wanted = granted(role(docs)) - set(ASKED_OF_OTHERS)
     eventually(lambda: sorted(wanted - used(requests(docs))), lambda left: left == [], "every right used")
     assert sorted(used(requests(docs)) - wanted) == []

@@ -7,7 +7,8 @@ from datetime import timedelta
 import pytest
 
 from moe_operator.manifests.objects import Key, key
-from moe_operator.manifests.plan import Plan, invalid, refused, transitions
+from moe_operator.manifests.observed import Observed
+from moe_operator.manifests.plan import Plan, invalid, plan, refused, transitions
 from moe_operator.resources.status import MODEL_LOADED, PROGRESSING, READY, Condition, Status
 from tests.operator.worlds import START, World, deployment, settled
 
@@ -517,3 +518,18 @@ def test_every_revision_is_on_record_the_newest_with_the_highest_number():
     world.change(engine={"contextLength": 300})
     world.step()
     assert records(world)[6] == 300
+
+
+def test_a_pod_that_somebody_refuses_is_the_reason_and_is_looked_at_again():
+    world = World(deployment())
+    world.step()
+    world.pods.clear()
+    replica = world.children[Key("StatefulSet", "docs-0")]
+    replica["status"] = {"observedGeneration": 1, "replicas": 0}
+    why = 'create Pod docs-0-0 failed error: pods "docs-0-0" is forbidden: violates PodSecurity'
+    observed = Observed(world.children, refused={"docs-0-0": why})
+    todo = plan(world.deployment, observed, world.now)
+    ready = todo.status.condition(READY)
+    assert (ready.reason, ready.message) == ("PodRefused", f"0 of 1 replica answers; docs-0-0: {why}")
+    assert todo.status.condition(PROGRESSING).reason == "PodRefused"
+    assert todo.recheck

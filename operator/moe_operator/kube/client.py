@@ -94,6 +94,13 @@ class Cluster:
             self._mirror.put(kind, found)
         return found
 
+    def last_event(self, kind: str, namespace: str, name: str, reason: str) -> str | None:
+        """The message of the latest Event about an object with a reason; None when there is none."""
+        about = f"involvedObject.kind={kind},involvedObject.name={name},reason={reason}"
+        found = self._request("get", _path("Event", namespace), field_selector=about) or {"items": []}
+        events = sorted(found["items"], key=lambda event: event.get("lastTimestamp") or "")
+        return str(events[-1].get("message", "")) if events else None
+
     def serves(self, api_version: str) -> bool:
         """Whether the API server knows a group and version such as "apps/v1"."""
         return self._request("get", f"/apis/{api_version}") is not None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from moe_operator.kube.client import Cluster
 from moe_operator.manifests import children
 from moe_operator.manifests.objects import Key, Manifest, key
-from moe_operator.manifests.observed import Observed
+from moe_operator.manifests.observed import Observed, podless
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment
 
@@ -27,7 +28,17 @@ def gather(cluster: Cluster, deployment: Deployment) -> Observed:
             _look_up(cluster, namespace, missing, found)
     for missing in _new_replicas(deployment, found):
         _look_up(cluster, namespace, missing, found)
-    return Observed(found, tuple(cluster.list("Pod", namespace, deployment.name)))
+    observed = Observed(found, tuple(cluster.list("Pod", namespace, deployment.name)))
+    return replace(observed, refused=_refused(cluster, deployment, observed))
+
+
+def _refused(cluster: Cluster, deployment: Deployment, observed: Observed) -> dict[str, str]:
+    """Why a pod is missing, as its controller says in an Event; of the first one, for all have one reason."""
+    for name in podless(observed, deployment.identity)[:1]:
+        why = cluster.last_event("StatefulSet", deployment.identity.namespace, name, "FailedCreate")
+        if why is not None:
+            return {f"{name}-0": why}
+    return {}
 
 
 def _new_replicas(deployment: Deployment, found: dict[Key, Manifest]) -> Iterator[Key]:

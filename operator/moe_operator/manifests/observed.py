@@ -27,6 +27,8 @@ class Observed:
     """What a Ready leader just said of its model; None when none was asked or none answered."""
     work: Mapping[str, int] = field(default_factory=dict)
     """Requests under way on leaders, by pod name; only where somebody asked."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Why pods cannot be made, by pod name; only of pods that are missing."""
     routed: Mapping[str, str] = field(default_factory=dict)
     """Addresses of the leaders to which every frontend sends requests, by pod name; where somebody asked."""
 
@@ -120,6 +122,19 @@ def owned(observed: Observed, kind: str, owner: Identity) -> dict[str, Manifest]
         for key, manifest in observed.children.items()
         if key.kind == kind and belongs(manifest, owner)
     }
+
+
+def podless(observed: Observed, owner: Identity) -> list[str]:
+    """StatefulSets that their controller has looked at, and made no pod for: somebody refuses the pod."""
+    there = {pod["metadata"]["name"] for pod in observed.pods}
+    return [
+        name
+        for name, manifest in owned(observed, "StatefulSet", owner).items()
+        if "deletionTimestamp" not in manifest["metadata"]
+        and manifest.get("status", {}).get("observedGeneration")
+        and not manifest["status"].get("replicas")
+        and f"{name}-0" not in there
+    ]
 
 
 def frontend_ready(observed: Observed, name: str) -> int:

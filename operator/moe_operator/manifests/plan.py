@@ -11,7 +11,7 @@ from moe_operator.manifests.conditions import Verdict
 from moe_operator.manifests.decision import Decision
 from moe_operator.manifests.gates import Gate
 from moe_operator.manifests.objects import Key, Manifest, belongs, key
-from moe_operator.manifests.observed import Observed, Pod, leaders, owned
+from moe_operator.manifests.observed import Observed, Pod, leaders, owned, podless
 from moe_operator.manifests.rollout import Moves, Replica
 from moe_operator.manifests.state import State
 from moe_operator.resources import names
@@ -131,6 +131,8 @@ def _choice(moves: Moves, current: State) -> tuple[Pod, ...]:
 def _is_awaited(deployment: Deployment, observed: Observed, current: State) -> bool:
     """Whether to look again soon though nothing may happen: time itself moves a rollout on."""
     if observed.model is None and model_address(deployment, observed) is not None:
+        return True
+    if podless(observed, deployment.identity):
         return True
     return current.progress is not None and not current.terms.held
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Final
 
@@ -57,6 +58,8 @@ class State:
     """Wanted objects whose names somebody else's objects have."""
     gated: bool = False
     """spec.quality asks for a checkpoint that is not much worse than its original."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Why pods cannot be made, by pod name."""
 
     @property
     def terms(self) -> Terms:
@@ -93,7 +96,11 @@ class State:
     @property
     def problem(self) -> tuple[Pod, Problem] | None:
         """The first leader that cannot start, and why."""
-        pods = ((pod, pod.problem) for pod in self._staying())
+        pods = [(pod, pod.problem) for pod in self._staying()]
+        for name, why in self.refused.items():
+            problem = Problem("PodRefused", why)
+            missing = Pod(name, "", ready=False, terminating=False, revision="", data_rank=0, problem=problem)
+            pods.append((missing, problem))
         return next(((pod, problem) for pod, problem in pods if problem is not None), None)
 
     @property
@@ -128,6 +135,7 @@ def read(
         on_demand=deployment.scales_to_zero,
         conflicts=conflicts,
         gated=deployment.spec.quality is not None,
+        refused=observed.refused,
     )
 
 
