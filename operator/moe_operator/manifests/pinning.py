@@ -59,6 +59,6 @@ def _holds(pin: Pin, fresh: Pin, deployment: Deployment, render: Callable[[Deplo
     try:
         then = replace(deployment, spec=Spec.model_validate(pin.spec))
     except ValidationError:
-        # This version lacks a field that the spec had then.
+        # What it asked for then is not allowed any more.
         return False
     return render(then) == fresh.template

@@ -14,10 +14,14 @@ INT_OR_STRING: Final = "x-kubernetes-int-or-string"
 
 
 class Model(BaseModel):
-    """Frozen; camelCase outside, snake_case inside; unknown fields are refused."""
+    """Frozen; camelCase outside, snake_case inside.
+
+    Unknown fields are passed over: they come from a newer CRD, which an upgrade brings before its operator.
+    What users misspell is refused by the API server.
+    """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", alias_generator=to_camel, validate_by_name=True, validate_by_alias=True
+        frozen=True, extra="ignore", alias_generator=to_camel, validate_by_name=True, validate_by_alias=True
     )
 
     def manifest(self) -> dict[str, Any]:
