@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import grpc
@@ -39,7 +39,9 @@ from moe_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
 ROOT = Path(__file__).parents[1]
 NAME = "docs-moe"
 PROMPTS = ("The kernel maps a page", "To install the package", "A transaction begins", "The scheduler")
-SETTLE_S = 6.0
+# Longer than a hung engine goes unnoticed here (STALL_S and a tenth of it).
+SETTLE_S = 10.0
+STALL_S = 5
 PATIENCE_S = 240.0
 AWAY_S = 20.0
 
@@ -165,11 +167,11 @@ def served() -> Iterator[Site]:
         try:
             cluster.kubectl("apply", "-f", str(ROOT / "charts/install.yaml"))
             cluster.kubectl("create", "namespace", "faults")
+            site = Site(cluster, "faults", "")
+            site.kubectl("apply", "-f", "-", text=yaml.safe_dump(manifest()))
+            wait(site.is_ready, "the example is Ready")
             with Forward(cluster.directory, "faults", f"{NAME}-frontend", 8000) as forward:
-                site = Site(cluster, "faults", forward.address)
-                site.kubectl("apply", "-f", "-", text=yaml.safe_dump(manifest()))
-                wait(site.is_ready, "the example is Ready")
-                yield site
+                yield replace(site, address=forward.address)
         finally:
             cluster.down()
 
@@ -177,7 +179,7 @@ def served() -> Iterator[Site]:
 def manifest() -> dict[str, object]:
     body = yaml.safe_load((ROOT / "examples/docs-moe.yaml").read_text())
     body["spec"].pop("telemetry")
-    body["spec"]["worker"]["env"] = [{"name": "MOE_WORKER_STALL_TIMEOUT", "value": "5"}]
+    body["spec"]["worker"]["env"] = [{"name": "MOE_WORKER_STALL_TIMEOUT", "value": str(STALL_S)}]
     body["spec"]["worker"]["terminationGracePeriodSeconds"] = 10
     return dict(body)
 

@@ -67,6 +67,7 @@ def fire_when_ready(workers, name, times):
     """Scales from nothing to one replica so often; what a request at the instant of Ready met."""
     failures = []
     workers.deploy(name, grace_s=1, replicas=0)
+    workers.wait("Ready", "ScaledToZero", name)
     with workers.forward(name) as forward:
         for _ in range(times):
             workers.kubectl("scale", f"moed/{name}", "--replicas=1")
