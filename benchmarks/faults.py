@@ -42,7 +42,7 @@ PROMPTS = ("The kernel maps a page", "To install the package", "A transaction be
 # Longer than a hung engine goes unnoticed here (STALL_S and a tenth of it).
 SETTLE_S = 10.0
 STALL_S = 5
-PATIENCE_S = 240.0
+PATIENCE_S = 600.0
 AWAY_S = 20.0
 
 
