@@ -13,6 +13,7 @@ from moe_worker.kvcache.paged import CacheShape, PagedCache
 from moe_worker.models.batch import Batch, Segment
 from moe_worker.models.checkpoint import Placement, load_model
 from moe_worker.models.native import NativeModel, Pass
+from moe_worker.models.runner import NativeRunner
 from tests.checkpoints import write_checkpoint
 
 try:
@@ -130,6 +131,31 @@ def test_tokens_do_not_depend_on_chunks_company_or_threads(model, variant, dtype
     for position in range(50):
         alone = ours(pieces, [Segment(prompt[position : position + 1], position, PAGES)], single)
         assert torch.equal(alone[0], expected[position])
+
+
+def test_experts_are_counted_as_the_reference_counts_them(model):
+    """Every token passes every layer once; now and then rounding makes one choose another expert."""
+    runner = NativeRunner(NativeModel(model, library.Kernels(threads=2)))
+    caches = new_cache(model), new_cache(model)
+    runner.logits(Batch.of([Segment(text(9, 1), 0, [30])], caches[0]), caches[0], [8])  # before both counters
+    counter, expected = runner.expert_counter(), model.expert_counter()
+    passes = [
+        [Segment(text(40, 1), 0, PAGES)],
+        [Segment(text(1, 2), 40, PAGES), Segment(text(20, 4), 0, [11, 12])],
+    ]
+    for segments in passes:
+        batch = Batch.of(segments, caches[0])
+        runner.logits(batch, caches[0], batch.last_rows)
+        counter.count(len(batch.tokens_T))
+        truth(rounded(model), segments, caches[1])
+        expected.count(len(batch.tokens_T))
+    (steps, ours_L), (true_steps, true_L) = counter.read(), expected.read()
+    assert steps == true_steps == 2
+    assert [layer for layer, _, _ in ours_L] == [layer for layer, _, _ in true_L]
+    for (_, tokens, active), (_, true_tokens, true_active) in zip(ours_L, true_L, strict=True):
+        assert sum(tokens) == sum(true_tokens)
+        assert sum(abs(a - b) for a, b in zip(tokens, true_tokens, strict=True)) <= 6
+        assert abs(active - true_active) <= 2
 
 
 def test_greedy_text_goes_on_as_in_the_reference(model):

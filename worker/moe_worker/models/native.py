@@ -60,7 +60,12 @@ class NativeModel:
         self.kernels = kernels
         self.vocabulary = model.config.vocab_size
         self._kept: list[object] = []  # whatever the structs point at
+        routed = [index for index, layer in enumerate(model.layers) if isinstance(layer.block, MoeBlock)]
+        counts = torch.zeros(len(routed), model.config.moe.routed + 1, dtype=torch.int64)
+        self._used = dict(zip(routed, counts, strict=True))
         self._layers = (structs.Layer * len(model.layers))(*(self._layer(layer) for layer in model.layers))
+        for index, used in self._used.items():
+            self._layers[index].experts_used = used.data_ptr()
         self._arguments = self._fill(model, attention)
 
     def run(self, step: Pass, layers: Sequence[Tensor], page_size: int) -> Tensor:
@@ -79,6 +84,12 @@ class NativeModel:
         arguments.count, arguments.selected_count = step.tokens_T.shape[0], step.selected_N.shape[0]
         self.kernels.run(arguments)
         return logits_NV
+
+    @property
+    def experts_used(self) -> dict[int, Tensor]:
+        """By layer, over all passes: tokens of each routed expert, and behind them the experts of each pass
+        that had at least one, added up; int64 [E + 1], a copy."""
+        return {layer: used.clone() for layer, used in self._used.items()}
 
     def _fill(self, model: DeepseekModel, attention: LatentConfig) -> structs.ForwardArguments:
         config, embedding = model.config, model.embedding_VD.contiguous()
@@ -150,6 +161,26 @@ class NativeModel:
         if isinstance(linear, DenseLinear):
             return self._keep(_pack(linear.weight_OI, linear.bias_O, paired))
         raise SettingsError(f"the CPU kernels cannot take a projection of type {type(linear).__name__}")
+
+
+class NativeCounter:
+    """The experts that a model's passes use from now on; the kernels count them."""
+
+    def __init__(self, model: NativeModel) -> None:
+        self._model, self._before, self._passes = model, model.experts_used, 0
+
+    def count(self, tokens: int) -> None:
+        """Takes note of a pass; which has no padding, so that all its tokens count."""
+        del tokens
+        self._passes += 1
+
+    def read(self) -> tuple[int, list[tuple[int, list[int], int]]]:
+        """See models.runner.Counter."""
+        rows = []
+        for layer, used in self._model.experts_used.items():
+            *tokens, active = (used - self._before[layer]).tolist()
+            rows.append((layer, tokens, active))
+        return self._passes, rows
 
 
 def _latent(layer: Layer) -> LatentAttention:

@@ -14,8 +14,7 @@ from torch import Tensor
 from moe_worker.kvcache.paged import PagedCache
 from moe_worker.models.batch import Batch
 from moe_worker.models.deepseek import DeepseekModel
-from moe_worker.models.native import NativeModel, Pass
-from moe_worker.moe.counting import ExpertCounter
+from moe_worker.models.native import NativeCounter, NativeModel, Pass
 
 
 class Counter(Protocol):
@@ -58,14 +57,14 @@ class TorchRunner:
             hidden_TD = hidden_TD[torch.tensor(rows, dtype=torch.long, device=hidden_TD.device)]
         return self.model.logits(hidden_TD)
 
-    def expert_counter(self) -> ExpertCounter:
+    def expert_counter(self) -> Counter:
         """Of the model's routers."""
         return self.model.expert_counter()
 
 
 @dataclass(frozen=True)
 class NativeRunner:
-    """W4A8 by the CPU kernels, one call a pass. They do not tell which experts they chose."""
+    """W4A8 by the CPU kernels, one call a pass."""
 
     model: NativeModel
 
@@ -83,6 +82,6 @@ class NativeRunner:
         )
         return self.model.run(step, cache.layers, cache.page_size)
 
-    def expert_counter(self) -> ExpertCounter:
-        """One that counts nothing."""
-        return ExpertCounter((), (), 0)
+    def expert_counter(self) -> Counter:
+        """Of the kernels."""
+        return NativeCounter(self.model)

@@ -103,10 +103,10 @@ def experts(
     experts_TK, weights_TK = choice
     tokens, per_token = experts_TK.shape
     out_TD = torch.zeros(tokens, down.outputs)
-    pointers = (experts_TK.data_ptr(), weights_TK.data_ptr(), out_TD.data_ptr())
+    pointers = (experts_TK.data_ptr(), weights_TK.data_ptr(), out_TD.data_ptr(), None)
     kernels.run(
         structs.ExpertsArguments(
-            gate_up.struct, down.struct, x.struct, *pointers, tokens, per_token, gate_up.count
+            gate_up.struct, down.struct, x.struct, *pointers, tokens, per_token, gate_up.count, 0
         )
     )
     return out_TD

@@ -59,8 +59,8 @@ class ExpertsArguments(Structure):
         ("gate_up", Weight),
         ("down", Weight),
         ("x", Quantized),
-        *[(name, c_void_p) for name in ("experts", "weights", "out")],
-        *[(name, c_int32) for name in ("tokens", "per_token", "count")],
+        *[(name, c_void_p) for name in ("experts", "weights", "out", "used")],
+        *[(name, c_int32) for name in ("tokens", "per_token", "count", "counted")],
     ]
 
 
@@ -119,7 +119,7 @@ class Layer(Structure):
     _fields_ = [
         *[(name, c_void_p) for name in ("attention_norm", "query_norm", "latent_norm", "block_norm")],
         *[(name, Weight) for name in ("input", "query", "key", "value", "output", "gate_up", "down")],
-        *[(name, c_void_p) for name in ("router", "router_bias", "cache_rows")],
+        *[(name, c_void_p) for name in ("router", "router_bias", "cache_rows", "experts_used")],
     ]
 
 

@@ -153,7 +153,5 @@ def aligned_bytes(size: int) -> Tensor:
     start = -room.data_ptr() % align
     part = room[start : start + size]
     if align == _HUGE_PAGE:
-        ctypes.CDLL(None).madvise(
-            ctypes.c_void_p(part.data_ptr()), ctypes.c_size_t(size), 14
-        )  # MADV_HUGEPAGE
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(part.data_ptr()), ctypes.c_size_t(size), _MADV_HUGEPAGE)
     return part

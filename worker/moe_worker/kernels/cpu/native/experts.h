@@ -24,6 +24,14 @@ inline void sort_rows(const MoeExpertsArgs& a, const ExpertScratch& s) {
     }
 }
 
+inline void count_used(const MoeExpertsArgs& a, const ExpertScratch& s) {
+    for (int e = 0; e < a.counted; e++) {
+        int rows = s.ends[e] - (e ? s.ends[e - 1] : 0);
+        a.used[e] += rows;
+        a.used[a.counted] += rows > 0;
+    }
+}
+
 // Blocks of all experts that have rows, as one shared loop; empty experts cost a look each.
 inline void each_expert(const Context& c, const MoeExpertsArgs& a, const ExpertScratch& s, const MoeWeight& w, const Rows& rows, const Output& out) {
     int per = block_count(w) / (w.paired ? 2 : 1), active = 0;
@@ -57,7 +65,10 @@ inline void combine_row(const MoeExpertsArgs& a, const ExpertScratch& s, int t) 
 
 void experts(const Context& c, const MoeExpertsArgs& a, const ExpertScratch& s) {
     int inner = a.down.cols, width = a.down.rows, rows = a.tokens * a.per_token;
-    if (c.id == 0) sort_rows(a, s);
+    if (c.id == 0) {
+        sort_rows(a, s);
+        if (a.used) count_used(a, s);
+    }
     c.sync();
     each_expert(c, a, s, a.gate_up, {a.x, s.tokens, padded(a.gate_up.cols)}, {s.hidden, inner, false});
     c.sync();

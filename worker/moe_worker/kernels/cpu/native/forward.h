@@ -118,7 +118,8 @@ inline void feed_forward(const Context& c, const MoeForwardArgs& a, const MoeLay
         route(c, {s.normed, l.router, l.router_bias, s.chosen, s.weights, a.count, a.hidden, a.experts, a.top_k, a.shared,
                   a.groups, a.kept_groups, a.group_best, a.softmax, a.normalise, a.routed_scale}, s.router);
         c.sync();
-        experts(c, {l.gate_up, l.down, s.x8, s.chosen, s.weights, s.x, a.count, a.top_k + a.shared, a.experts + a.shared}, s.experts);
+        experts(c, {l.gate_up, l.down, s.x8, s.chosen, s.weights, s.x, l.experts_used,
+                    a.count, a.top_k + a.shared, a.experts + a.shared, a.experts}, s.experts);
     } else {
         int inner = l.down.cols;
         linear(c, {l.gate_up, s.x8, s.hidden, a.count, inner, 0});

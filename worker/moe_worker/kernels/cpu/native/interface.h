@@ -77,7 +77,9 @@ struct MoeExpertsArgs {
     const int32_t* experts;    // [T, K]
     const float* weights;      // [T, K]
     float* out;                // [T, D], added to
+    int64_t* used;             // [counted + 1] or null; added to: tokens of an expert, and experts that had any
     int32_t tokens, per_token, count;   // T, K, A
+    int32_t counted;           // experts, the first ones, that `used` is about
 };
 
 struct MoeRouteArgs {
@@ -130,6 +132,7 @@ struct MoeLayer {
     MoeWeight gate_up, down;      // stacked where the layer has experts
     const float *router, *router_bias;   // router null: a dense layer
     void* cache_rows;
+    int64_t* experts_used;        // [E + 1] or null, as in MoeExpertsArgs
 };
 
 struct MoeForwardArgs {
