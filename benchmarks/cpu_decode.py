@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--llama-python", default=sys.executable)
     parser.add_argument("--gguf", type=Path, default=Path("/tmp/moe_cpu_shape_q4_0.gguf"))  # noqa: S108
     parser.add_argument("--variant", help="kernels to use; by default the fastest of this CPU")
-    parser.add_argument("--cache", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--cache", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=min(2, usable_cores()))
     parser.add_argument("--json", action="store_true")

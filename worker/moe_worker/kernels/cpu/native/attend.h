@@ -1,80 +1,27 @@
 // Attention over the paged latents, flash style (arXiv:2205.14135): blocks of 32 rows, running maximum and sum.
 //
-// A tile is up to 8 queries (pairs of a token and a head) of one sequence; they share every row that is loaded.
 // Blocks always start at multiples of 32, so that a query's sums have one order whatever shares its tile.
 #pragma once
-#include "layout.h"
+#include "attend_bf16.h"
 #include "pool.h"
-#include "simd.h"
 
 namespace {
 
-constexpr int SPAN = 32;     // cache rows of a block
-constexpr int QUERIES = 8;   // of a tile
-constexpr int QUERY_PART = LANES == 16 ? 4 : 2;  // by 4 rows: as many sums as registers allow
-constexpr int ROW_PART = 4;
-
-struct Tile {
-    const MoeAttendArgs& a;
-    int sequence, first, count;         // queries first to first + count of the sequence, token-major
-    const float* query[QUERIES];
-    float* out[QUERIES];
-    int limit[QUERIES];                 // rows that a query sees
-    float most[QUERIES], total[QUERIES];
-    const float* rows[SPAN];
-    alignas(64) float scores[QUERIES][SPAN];
-};
+inline const float* row_at(const Tile& tile, int row) { return (const float*)tile.rows[row]; }
 
 inline void score_part(Tile& tile, int q, int r, int width) {
-    const float *query[QUERY_PART], *row[ROW_PART];
-    vf sums[QUERY_PART][ROW_PART];
-    for (int i = 0; i < QUERY_PART; i++) query[i] = tile.query[q + i];
-    for (int j = 0; j < ROW_PART; j++) row[j] = tile.rows[r + j];
-    for (int i = 0; i < QUERY_PART; i++)
-        for (int j = 0; j < ROW_PART; j++) sums[i][j] = zero();
-    int w = 0;
-    for (; w + LANES <= width; w += LANES) {
+    vf sums[LANES];
+    for (int i = 0; i < LANES; i++) sums[i] = zero();
+    for (int w = 0; w < width; w += LANES) {
+        int n = width - w < LANES ? width - w : LANES;
         vf k[ROW_PART];
-        for (int j = 0; j < ROW_PART; j++) k[j] = load(row[j] + w);
+        for (int j = 0; j < ROW_PART; j++) k[j] = n == LANES ? load(row_at(tile, r + j) + w) : load_n(row_at(tile, r + j) + w, n);
         for (int i = 0; i < QUERY_PART; i++) {
-            vf x = load(query[i] + w);
-            for (int j = 0; j < ROW_PART; j++) sums[i][j] = fma(x, k[j], sums[i][j]);
+            vf x = n == LANES ? load(tile.query[q + i] + w) : load_n(tile.query[q + i] + w, n);
+            for (int j = 0; j < ROW_PART; j++) sums[i * ROW_PART + j] = fma(x, k[j], sums[i * ROW_PART + j]);
         }
     }
-    if (w < width)
-        for (int i = 0; i < QUERY_PART; i++)
-            for (int j = 0; j < ROW_PART; j++)
-                sums[i][j] = fma(load_n(query[i] + w, width - w), load_n(row[j] + w, width - w), sums[i][j]);
-    for (int i = 0; i < QUERY_PART; i++)
-        for (int j = 0; j < ROW_PART; j++) tile.scores[q + i][r + j] = sum(sums[i][j]) * tile.a.scale;
-}
-
-// Scores of one query become weights; what it has summed up so far shrinks where the maximum rises.
-inline void soften(Tile& tile, int q, int start, int count, int rank) {
-    float* scores = tile.scores[q];
-    int seen = tile.limit[q] - start < count ? tile.limit[q] - start : count;
-    for (int i = seen < 0 ? 0 : seen; i < SPAN; i++) scores[i] = -__builtin_inff();
-    vf high = load(scores);
-    for (int i = LANES; i < SPAN; i += LANES) high = max(high, load(scores + i));
-    float most = largest(high) > tile.most[q] ? largest(high) : tile.most[q];
-    if (most > tile.most[q]) {
-        vf shrink = exponential(set(tile.most[q] - most));
-        for (int i = 0; i < rank; i += LANES) {
-            int n = rank - i < LANES ? rank - i : LANES;
-            store_n(tile.out[q] + i, mul(load_n(tile.out[q] + i, n), shrink), n);
-        }
-        alignas(64) float factor[LANES];
-        store(factor, shrink);
-        tile.total[q] *= factor[0];
-        tile.most[q] = most;
-    }
-    vf added = zero();
-    for (int i = 0; i < SPAN; i += LANES) {
-        vf p = exponential(sub(load(scores + i), set(most)));
-        store(scores + i, p);
-        added = add(added, p);
-    }
-    tile.total[q] += sum(added);
+    put_scores(tile, q, r, sums);
 }
 
 template <int Q, int V>
@@ -84,7 +31,7 @@ inline void add_rows(Tile& tile, int q, int w, int count) {
         for (int v = 0; v < V; v++) sums[i][v] = load(tile.out[q + i] + w + v * LANES);
     for (int s = 0; s < count; s++) {
         vf row[V];
-        for (int v = 0; v < V; v++) row[v] = load(tile.rows[s] + w + v * LANES);
+        for (int v = 0; v < V; v++) row[v] = load(row_at(tile, s) + w + v * LANES);
         for (int i = 0; i < Q; i++) {
             vf p = set(tile.scores[q + i][s]);
             for (int v = 0; v < V; v++) sums[i][v] = fma(p, row[v], sums[i][v]);
@@ -96,7 +43,7 @@ inline void add_rows(Tile& tile, int q, int w, int count) {
 
 inline void add_tail(Tile& tile, int q, int w, int n, int count) {
     vf total = load_n(tile.out[q] + w, n);
-    for (int s = 0; s < count; s++) total = fma(set(tile.scores[q][s]), load_n(tile.rows[s] + w, n), total);
+    for (int s = 0; s < count; s++) total = fma(set(tile.scores[q][s]), load_n(row_at(tile, s) + w, n), total);
     store_n(tile.out[q] + w, total, n);
 }
 
@@ -111,18 +58,17 @@ inline void weigh(Tile& tile, int count, int rank) {
     }
 }
 
-// Points at the block's rows, or at float32 copies of bfloat16 ones; behind the last row it stands again.
+// Points at the block's rows, or at float32 copies of bfloat16 ones that the variant cannot multiply; behind the last
+// row it stands again.
 inline void find_rows(Tile& tile, int start, int count, int width, float* wide) {
     const MoeCache& cache = tile.a.cache;
     const int32_t* pages = cache.pages + int64_t(tile.sequence) * cache.page_stride;
     for (int i = 0; i < SPAN; i++) {
         int position = start + (i < count ? i : count - 1), mask = (1 << cache.page_shift) - 1;
         int64_t row = (int64_t(pages[position >> cache.page_shift]) << cache.page_shift) + (position & mask);
-        if (!cache.bf16) {
-            tile.rows[i] = (const float*)cache.rows + row * width;
-            continue;
-        }
         const uint16_t* from = (const uint16_t*)cache.rows + row * width;
+        tile.rows[i] = cache.bf16 ? (const void*)from : (const float*)cache.rows + row * width;
+        if (!cache.bf16 || PAIRS) continue;
         float* to = wide + i * width;
         int w = 0;
         for (; w + LANES <= width; w += LANES) store(to + w, load_bf16(from + w));
@@ -147,18 +93,33 @@ inline void start_tile(Tile& tile, float* spare) {
     }
 }
 
-inline void run_tile(Tile& tile, float* wide, float* spare) {
+inline void run_block(Tile& tile, int start, int count) {
+    int width = tile.a.rank + tile.a.rope;
+    for (int q = 0; q < tile.count; q += QUERY_PART)
+        for (int r = 0; r < count; r += ROW_PART) score_part(tile, q, r, width);
+    for (int q = 0; q < tile.count; q++) soften(tile, q, start, count, tile.a.rank);
+    weigh(tile, count, tile.a.rank);
+}
+
+// room: float32 copies of the rows, or the queries in bfloat16
+inline void run_tile(Tile& tile, float* room, float* spare) {
     const MoeAttendArgs& a = tile.a;
     int width = a.rank + a.rope;
     start_tile(tile, spare);
+#if defined(__AVX512BF16__)
+    if (a.cache.bf16) round_queries(tile, (uint16_t*)room, width);
+#endif
     int end = tile.limit[tile.count - 1];
     for (int start = 0; start < end; start += SPAN) {
         int count = end - start < SPAN ? end - start : SPAN;
-        find_rows(tile, start, count, width, wide);
-        for (int q = 0; q < tile.count; q += QUERY_PART)
-            for (int r = 0; r < count; r += ROW_PART) score_part(tile, q, r, width);
-        for (int q = 0; q < tile.count; q++) soften(tile, q, start, count, a.rank);
-        weigh(tile, count, a.rank);
+        find_rows(tile, start, count, width, room);
+#if defined(__AVX512BF16__)
+        if (a.cache.bf16) {
+            run_block_pairs(tile, (const uint16_t*)room, start, count);
+            continue;
+        }
+#endif
+        run_block(tile, start, count);
     }
     for (int q = 0; q < tile.count; q++)
         for (int i = 0; i < a.rank; i += LANES) {

@@ -18,7 +18,7 @@ struct MoeEngine {
 
 namespace {
 
-const Variant* const VARIANTS[] = {&variant_avx2, &variant_avx_vnni, &variant_avx512, &variant_avx512_vnni};
+const Variant* const VARIANTS[] = {&variant_avx2, &variant_avx_vnni, &variant_avx512, &variant_avx512_vnni, &variant_avx512_bf16};
 constexpr int COUNT = sizeof VARIANTS / sizeof *VARIANTS;
 
 struct Job {
@@ -74,9 +74,9 @@ int32_t moe_supported(void) {
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     int32_t eax = 7, ebx, ecx = 1, edx;
     __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
-    bool avx_vnni = avx2 && (eax >> 4 & 1);  // leaf 7, subleaf 1: older compilers do not know it by name
-    bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-    return avx2 | avx_vnni << 1 | avx512 << 2 | vnni << 3;
+    bool avx_vnni = avx2 && (eax >> 4 & 1);  // leaf 7, subleaf 1: older compilers do not know them by name
+    bool vnni = avx512 && __builtin_cpu_supports("avx512vnni"), bf16 = vnni && (eax >> 5 & 1);
+    return avx2 | avx_vnni << 1 | avx512 << 2 | vnni << 3 | bf16 << 4;
 }
 
 const char* moe_variant_name(int32_t index) { return index >= 0 && index < COUNT ? VARIANTS[index]->name : nullptr; }

@@ -37,8 +37,6 @@ inline __attribute__((always_inline)) void tile(const MoeWeight& w, const uint8_
                     dots[t][v] = sub_int(zero_int(), mul_int(load_bytes(zeros + g * BLOCK + lane + v * LANES), set_int(sums[t][g])));
                 else
                     dots[t][v] = set_int(BITS == 4 ? -8 * sums[t][g] : BITS == 8 && OFFSET_INT8 ? -128 * sums[t][g] : 0);
-        if (TB == 1)
-            for (int s = 0; s < steps; s++) __builtin_prefetch(data + 2048 + s * 64, 0, 3);
         Dot<BITS, TB, NV>::run(dots, data + 64 + lane * 4, x, begin, steps);
         for (int v = 0; v < NV; v++) {
             vf scale = load((const float*)data + lane + v * LANES);

@@ -28,6 +28,16 @@ inline vf min(vf a, vf b) { return _mm512_min_ps(a, b); }
 inline vf abs(vf a) { return _mm512_abs_ps(a); }
 inline float sum(vf a) { return _mm512_reduce_add_ps(a); }
 inline float largest(vf a) { return _mm512_reduce_max_ps(a); }
+// The sums of 16 vectors, in their order; each is added up in the same order.
+inline vf sums_of(const vf (&a)[16]) {
+    vf pairs[8], fours[4];
+    for (int i = 0; i < 8; i++) pairs[i] = add(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
+    for (int i = 0; i < 4; i++)
+        fours[i] = add(_mm512_shuffle_ps(pairs[2 * i], pairs[2 * i + 1], 0x44), _mm512_shuffle_ps(pairs[2 * i], pairs[2 * i + 1], 0xee));
+    vf low = add(_mm512_shuffle_f32x4(fours[0], fours[1], 0x88), _mm512_shuffle_f32x4(fours[0], fours[1], 0xdd));
+    vf high = add(_mm512_shuffle_f32x4(fours[2], fours[3], 0x88), _mm512_shuffle_f32x4(fours[2], fours[3], 0xdd));
+    return add(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+}
 inline vi round_int(vf a) { return _mm512_cvtps_epi32(a); }  // half to even
 inline vf to_float(vi a) { return _mm512_cvtepi32_ps(a); }
 inline vf power_of_two(vi n) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23)); }
@@ -74,6 +84,12 @@ inline float largest(vf a) {
     __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     b = _mm_max_ps(b, _mm_movehl_ps(b, b));
     return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
+}
+// The sums of 8 vectors, in their order; each is added up in the same order.
+inline vf sums_of(const vf (&a)[8]) {
+    vf low = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+    vf high = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
+    return add(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
 }
 inline vi round_int(vf a) { return _mm256_cvtps_epi32(a); }  // half to even
 inline vf to_float(vi a) { return _mm256_cvtepi32_ps(a); }

@@ -10,4 +10,4 @@ struct Variant {
     void (*run)(const Context& context, int32_t operation, const void* arguments, Arena arena, int64_t* needed);
 };
 
-extern const Variant variant_avx2, variant_avx_vnni, variant_avx512, variant_avx512_vnni;
+extern const Variant variant_avx2, variant_avx_vnni, variant_avx512, variant_avx512_vnni, variant_avx512_bf16;
