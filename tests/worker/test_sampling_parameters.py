@@ -3,7 +3,6 @@
 import math
 
 import pytest
-from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 from moe_api.inference.v1 import inference_pb2
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.service.validation import Checked, Limits, check_generate, sampling_parameters
+from tests.worker.messages import INPUTS, SAMPLINGS
 
 LIMITS = Limits(vocab_size=320, context_length=64)
 
@@ -113,37 +113,6 @@ class Bytes:
 
     def encode(self, text):
         return list(text.encode())
-
-
-VALUES = {
-    FieldDescriptor.TYPE_UINT32: st.integers(0, 2**32 - 1) | st.integers(0, 400),
-    FieldDescriptor.TYPE_UINT64: st.integers(0, 2**64 - 1),
-    FieldDescriptor.TYPE_FLOAT: st.floats(width=32) | st.floats(0, 2, width=32),
-    FieldDescriptor.TYPE_BOOL: st.booleans(),
-    FieldDescriptor.TYPE_STRING: st.text(st.characters(exclude_categories=["Cs"]), max_size=300),
-}
-
-
-def values(field):
-    """Anything that protobuf takes for a field of SamplingParameters."""
-    if field.message_type is not None:
-        key, value = field.message_type.fields
-        return st.dictionaries(VALUES[key.type], VALUES[value.type], max_size=8)
-    if field.is_repeated:
-        return st.lists(VALUES[field.type], max_size=20)
-    return VALUES[field.type]
-
-
-SAMPLINGS = st.fixed_dictionaries(
-    {}, optional={field.name: values(field) for field in inference_pb2.SamplingParameters.DESCRIPTOR.fields}
-)
-INPUTS = st.one_of(
-    st.just({}),
-    st.fixed_dictionaries({"prompt": VALUES[FieldDescriptor.TYPE_STRING]}),
-    st.fixed_dictionaries(
-        {"prompt_tokens": st.fixed_dictionaries({"ids": st.lists(st.integers(0, 2**32 - 1), max_size=80)})}
-    ),
-)
 
 
 @settings(deadline=None, max_examples=300)
