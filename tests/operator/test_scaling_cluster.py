@@ -115,6 +115,7 @@ def kept(live: Live, name: str) -> History:
     return History.load(live.get("scalinghistories", name)["rates"])
 
 
+@pytest.mark.slow
 def test_replicas_follow_a_recorded_day_through_the_death_of_the_operator(fast):
     fast.apply(scaled("day", {"minReplicas": 1}, env=FAST))
     fast.apply(scaled("advised", {"mode": "Advisory"}, env=FAST, replicas=1))
