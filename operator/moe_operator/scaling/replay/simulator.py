@@ -6,6 +6,7 @@ knows no batching, no caches and no uneven routing: it compares policies, it pre
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -82,22 +83,28 @@ def simulate(rates: Floats, service: Service, policy: Policy) -> Run:
     demands = filled(rates)
     minutes = service.step_s / 60
     ordered = max(1, int(np.ceil(demands[0] / service.capacity)))
-    starting: list[int] = []  # the step from which each serves, ascending
+    starting: deque[list[int]] = deque()  # (the step from which they serve, how many), ascending
     waiting = 0.0
     history = np.zeros((3, len(rates)))
     for step, demand in enumerate(demands):
-        while starting and starting[0] <= step:
-            starting.pop(0)
-        ready = ordered - len(starting)
+        while starting and starting[0][0] <= step:
+            starting.popleft()
+        ready = ordered - sum(count for _, count in starting)
         waiting = max(0.0, waiting + (demand - ready * service.capacity) * minutes)
         # What is left of rounding is not work.
         waiting = waiting if waiting > 1e-9 * demand * minutes else 0.0
         history[:, step] = ready, ordered, waiting
         known = None if np.isnan(rates[step]) else float(rates[step])
         wanted = max(0, policy(View(step, known, waiting, ready, ordered)))
-        starting += [step + service.delay] * (wanted - ordered)
-        # Those that have not begun to serve go first.
-        del starting[max(0, len(starting) - max(0, ordered - wanted)) :]
+        if wanted > ordered:
+            starting.append([step + service.delay, wanted - ordered])
+        surplus = ordered - wanted
+        while surplus > 0 and starting:  # those that have not begun to serve go first
+            taken = min(surplus, starting[-1][1])
+            starting[-1][1] -= taken
+            surplus -= taken
+            if not starting[-1][1]:
+                starting.pop()
         ordered = wanted
     return Run(history[0].astype(np.int64), history[1].astype(np.int64), history[2])
 
