@@ -84,7 +84,7 @@ def test_frontends_are_restricted_pods_and_workers_but_for_the_model_on_their_no
 
     assert "created" in admitted("deployment", "docs-frontend")
     with pytest.raises(CommandError) as caught:
-        admitted("statefulset", "docs-0")
+        admitted("statefulset", docs.list("statefulsets")[0]["metadata"]["name"])
     violations = str(caught.value).partition('"restricted:latest": ')[2]
     assert violations.startswith(
         'restricted volume types (volume "model" uses restricted volume type "hostPath")'
@@ -131,14 +131,14 @@ def test_an_operator_that_renders_other_pods_restarts_none_before_an_edit(docs, 
         pods = docs.leaders().items()
         return {n: pod["spec"]["containers"][0]["livenessProbe"]["failureThreshold"] for n, pod in pods}
 
-    before = workers(docs)
+    before, batch = workers(docs), docs.get("moed", "docs")["spec"]["engine"]["maxBatchSize"]
     helm.upgrade("--set", f"image={later}", "--force-conflicts")
     acts(docs)
     docs.kubectl("scale", "moed/docs", "--replicas=3")
     docs.settled()
     assert before.items() <= workers(docs).items()
     assert thresholds() == {"docs-0-0": 3, "docs-1-0": 3, "docs-2-0": 3}
-    assert docs.get("moed", "docs")["spec"]["engine"]["maxBatchSize"] == 16
+    assert docs.get("moed", "docs")["spec"]["engine"]["maxBatchSize"] == batch
 
     docs.patch("moed", "docs", {"spec": {"replicas": 2, "engine": {"maxBatchSize": 8}}})
     eventually(thresholds, lambda found: set(found.values()) == {7}, "the newer rendering", 90)
