@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from moe_worker.config import EngineOptions
 from moe_worker.engine.requests import Delta, FinishReason, Load, Request
 from moe_worker.engine.statistics import Event, EventKind, ExpertStatistics, LayerExperts, Statistics
+from moe_worker.sampling.logprobs import TokenLogprobs
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.service import wire
 
@@ -38,7 +39,10 @@ SAMPLING = st.builds(
 )
 TOKENS = st.lists(NUMBERS).map(tuple)
 REQUESTS = st.builds(Request, NUMBERS, TOKENS, SAMPLING, NUMBERS, written=TOKENS)
-DELTAS = st.builds(Delta, NUMBERS, NUMBERS, TEXTS, st.none() | st.sampled_from(FinishReason))
+FLOATS = st.floats(-100, 0)
+LOGPROBS = st.builds(TokenLogprobs, FLOATS, st.lists(st.tuples(NUMBERS, FLOATS), max_size=2).map(tuple))
+REASONS = st.none() | st.sampled_from(FinishReason)
+DELTAS = st.builds(Delta, NUMBERS, TEXTS, st.none() | NUMBERS, REASONS, st.none() | LOGPROBS)
 MESSAGES = st.one_of(
     st.builds(wire.Start, TEXTS, st.builds(EngineOptions, kv_memory=st.none() | st.integers(1, 2**50))),
     st.builds(wire.Submit, REQUESTS),

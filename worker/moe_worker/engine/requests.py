@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from moe_worker.sampling.logprobs import TokenLogprobs
 from moe_worker.sampling.parameters import SamplingParameters, Violation
@@ -34,9 +35,10 @@ class Request:
     written: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class Delta:
+class Delta(NamedTuple):
     """What one step adds to a request. Text waits for whole characters and stop texts; tokens do not.
+
+    A tuple, because one of each stream goes to the edge with every step: it is a list on the wire.
 
     `token` is None where the request ends without one, in an error. logprobs: of the token, where asked for.
     """

@@ -43,18 +43,48 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     connection = socket.socket(fileno=int(sys.argv[1]))
+    sender = _Sender(connection)
     try:
-        _serve(connection)
+        _serve(connection, sender)
     except WorkerError as error:
-        connection.sendall(encode(Failed(str(error), error.exit_code)))
+        sender.end(Failed(str(error), error.exit_code))
         sys.exit(error.exit_code)
     except Exception as error:
         log.exception("the engine failed")
-        connection.sendall(encode(Failed(f"the engine failed: {type(error).__name__}: {error}", 1)))
+        sender.end(Failed(f"the engine failed: {type(error).__name__}: {error}", 1))
         sys.exit(1)
 
 
-def _serve(connection: socket.socket) -> None:
+class _Sender:
+    """Sends from a thread of its own, in order: the next step does not wait until the edge has woken up.
+
+    Where the edge reads nothing, WAITING messages pile up, and then the engine waits.
+    """
+
+    WAITING = 8
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._messages: queue.Queue[Message | None] = queue.Queue(self.WAITING)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def send(self, message: Message) -> None:
+        """Puts a message behind those that wait."""
+        self._messages.put(message)
+
+    def end(self, last: Message) -> None:
+        """Sends what waits and `last`; returns when all is sent."""
+        self.send(last)
+        self._messages.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (message := self._messages.get()) is not None:
+            self._connection.sendall(encode(message))
+
+
+def _serve(connection: socket.socket, sender: _Sender) -> None:
     inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
     start = inbox.get()
@@ -62,17 +92,17 @@ def _serve(connection: socket.socket) -> None:
         raise WorkerError(f"the engine must be started with a Start message, not {type(start).__name__}")
     loaded = load(Path(start.model), start.options, progress=True)
     core = EngineCore(loaded, start.options)
-    connection.sendall(encode(Loaded(loaded.format, core.load, core.most_requests)))
+    sender.send(Loaded(loaded.format, core.load, core.most_requests))
     submitted = 0
     while True:
-        submitted += _take_commands(core, inbox, connection)
+        submitted += _take_commands(core, inbox, sender)
         begin = time.time_ns()
         deltas = tuple(core.step())
         end, events = time.time_ns(), core.take_events()
-        connection.sendall(encode(Stepped(begin, end, deltas, core.load, submitted, core.statistics, events)))
+        sender.send(Stepped(begin, end, deltas, core.load, submitted, core.statistics, events))
 
 
-def _take_commands(core: EngineCore, inbox: "queue.SimpleQueue[Message]", connection: socket.socket) -> int:
+def _take_commands(core: EngineCore, inbox: "queue.SimpleQueue[Message]", sender: _Sender) -> int:
     """Carries out what the edge has asked for, waiting for it while there is nothing to compute."""
     submitted = 0
     for message in _pending(inbox, wait=core.idle):
@@ -82,7 +112,7 @@ def _take_commands(core: EngineCore, inbox: "queue.SimpleQueue[Message]", connec
         elif isinstance(message, Cancel):
             core.cancel(message.id)
         elif isinstance(message, AskExperts):
-            connection.sendall(encode(ExpertReport(core.expert_statistics)))
+            sender.send(ExpertReport(core.expert_statistics))
     return submitted
 
 

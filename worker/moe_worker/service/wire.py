@@ -5,8 +5,8 @@ neither side can make the other run code.
 """
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from typing import Any
 
@@ -91,7 +91,7 @@ Message = Start | Submit | Cancel | AskExperts | ExpertReport | Loaded | Failed 
 
 def encode(message: Message) -> bytes:
     """The frame of one message."""
-    body = {"type": type(message).__name__} | asdict(message)
+    body = {"type": type(message).__name__} | vars(message)
     payload = json.dumps(body, default=_plain, separators=(",", ":")).encode()
     return len(payload).to_bytes(LENGTH_BYTES, "big") + payload
 
@@ -105,6 +105,8 @@ def decode(payload: bytes) -> Message:
 def _plain(value: object) -> object:
     if isinstance(value, Enum):
         return value.value
+    if is_dataclass(value):
+        return vars(value)
     raise TypeError(f"{type(value).__name__} cannot be sent")
 
 
@@ -120,12 +122,12 @@ def _request(body: Mapping[str, Any]) -> Request:
     return Request(**dict(body) | tokens | {"sampling": sampling})
 
 
-def _delta(body: Mapping[str, Any]) -> Delta:
-    reason, logprobs = body["finish_reason"], body["logprobs"]
+def _delta(body: Sequence[Any]) -> Delta:
+    id_, text, token, reason, logprobs = body
     return Delta(
-        body["id"],
-        body["text"],
-        body["token"],
+        id_,
+        text,
+        token,
         None if reason is None else FinishReason(reason),
         None if logprobs is None else _logprobs(logprobs),
     )
