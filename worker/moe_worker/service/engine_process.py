@@ -4,6 +4,7 @@ Started by the edge as `python -m moe_worker.service.engine_process FD`, where F
 It ends with the edge: the socket is closed then.
 """
 
+import contextlib
 import logging
 import os
 import queue
@@ -80,8 +81,9 @@ class _Sender:
         self._thread.join()
 
     def _run(self) -> None:
-        while (message := self._messages.get()) is not None:
-            self._connection.sendall(encode(message))
+        with contextlib.suppress(ConnectionError):  # the edge is gone: who receives from it ends the process
+            while (message := self._messages.get()) is not None:
+                self._connection.sendall(encode(message))
 
 
 def _serve(connection: socket.socket, sender: _Sender) -> None:
@@ -127,8 +129,11 @@ def _pending(inbox: "queue.SimpleQueue[Message]", wait: bool) -> Iterator[Messag
 
 
 def _receive(connection: socket.socket, inbox: "queue.SimpleQueue[Message]") -> None:
-    """Reads frames until the edge is gone; then ends the process, whatever the main thread is in."""
-    with connection.makefile("rb") as stream:
+    """Reads frames until the edge is gone; then ends the process, whatever the main thread is in.
+
+    A killed edge that had not read everything resets the connection instead of closing it.
+    """
+    with contextlib.suppress(ConnectionError), connection.makefile("rb") as stream:
         while head := stream.read(LENGTH_BYTES):
             inbox.put(decode(stream.read(int.from_bytes(head, "big"))))
     os._exit(0)
