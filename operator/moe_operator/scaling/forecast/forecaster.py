@@ -198,7 +198,8 @@ class Forecaster:
         # Nothing learned yet forecasts more than a few times what there ever was.
         points = np.clip(np.nan_to_num(points, nan=level), 0, 10 * level + self._past.rates.max())
         errors = np.column_stack([residuals.quantiles(QUANTILES) for residuals in self._residuals])
-        bands = np.maximum(points + level * errors, 0)
+        # Errors relative to a level near 0 say nothing of a larger one: a burst must not order thousands.
+        bands = np.clip(points + level * errors, 0, 2 * self._past.rates.max())
         bands[_POINT] = points
         opinions = self._combination.opinions(bands)
         combined = np.maximum.accumulate(opinions.mean(axis=0))
