@@ -14,10 +14,11 @@ help: ## Show this help
 demo: setup ## Start a Kubernetes here, serve the example, stream text, show its trace (KEEP=1 keeps it)
 	$(BIN)/python -m examples.demo
 
-test: setup-all ## Run all tests (ARGS="-k name" for some)
-	$(BIN)/python -m pytest -m "not soak" $(ARGS)
+test: setup-all ## Run all tests but the long ones (ARGS="-k name" for some)
+	$(BIN)/python -m pytest -m "not soak and not slow" $(ARGS)
 
 soak: setup-all ## Hundreds of scalings, rollouts and faults under load, the table of faults, 10,000 manifests at random (1 to 2 hours)
+	timeout 1800 $(BIN)/python -m pytest -m slow $(ARGS)
 	timeout 5400 $(BIN)/python -m pytest -m soak -s tests/soak $(ARGS)
 	timeout 1800 $(BIN)/python -m benchmarks.faults
 	MOE_FUZZ=10000 timeout 3600 $(BIN)/python -m pytest -s tests/operator/test_fuzz.py
