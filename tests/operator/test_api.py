@@ -296,6 +296,8 @@ def test_everything_that_can_be_set_is_taken_and_kept(crd):
             "kvMemory": 104857600,
             "dtype": "float32",
             "device": "cpu",
+            "format": "w4a8",
+            "kvDtype": "bfloat16",
         },
         "worker": pod,
         "frontend": {**pod, "replicas": 2},
