@@ -176,6 +176,7 @@ def test_the_history_goes_with_the_deployment(fast):
     eventually(lambda: fast.kubectl("get", "scalinghistories"), lambda found: "brief" not in found, "gone")
 
 
+@pytest.mark.slow
 def test_the_last_replica_goes_and_the_first_request_waits_for_a_new_one(fast):
     fast.apply(scaled("zero", {"minReplicas": 0}, env={}))
     fast.settled("zero")
