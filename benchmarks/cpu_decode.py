@@ -28,7 +28,9 @@ from moe_worker.config.model import parse_model_config
 from moe_worker.engine.loading import usable_cores
 from moe_worker.kernels.cpu.library import Kernels
 from moe_worker.models.build import build_model
+from moe_worker.models.memory import describe, weight_memory
 from moe_worker.models.native import NativeModel, Pass
+from moe_worker.models.source import TensorSource
 from moe_worker.quant.int4 import Int4Weight
 
 CONTEXTS = (128, 1024)
@@ -63,11 +65,15 @@ class RandomSource:
 class Ours:
     """The model with room for one sequence."""
 
-    def __init__(self, shape: dict[str, Any], kernels: Kernels, cache: torch.dtype) -> None:
+    def __init__(
+        self, shape: dict[str, Any], kernels: Kernels, cache: torch.dtype, source: TensorSource
+    ) -> None:
         values = {"model_type": "deepseek_v3", "norm_topk_prob": True, **shape}
         config = parse_model_config(values, "shapes.py")
         longest = max(CONTEXTS) + STEPS
-        self.model = NativeModel(build_model(config, RandomSource(), longest), kernels)
+        model = build_model(config, source, longest)
+        self.memory = describe(weight_memory(model))
+        self.model = NativeModel(model, kernels)
         pages = -(-longest // PAGE)
         self.pages_BP = torch.arange(pages, dtype=torch.int32).unsqueeze(0)
         width, layers = config.attention.cache_width, config.num_hidden_layers
@@ -118,7 +124,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     kernels = Kernels(args.variant, args.threads)
     shape = runpy.run_path(str(args.shapes / "shapes.py"))["CPU_SHAPE"]
-    ours = Ours(shape, kernels, getattr(torch, args.cache))
+    ours = Ours(shape, kernels, getattr(torch, args.cache), RandomSource())
     peers = peer_commands(args) if args.peers == "all" else {}
     ours.measure(CONTEXTS[0])  # warms up
     rates = {name: {} for name in ("ours", *peers)}  # type: dict[str, Rates]

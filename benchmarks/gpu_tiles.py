@@ -3,7 +3,7 @@
     PYTHONPATH=worker:protos:. python -m benchmarks.gpu_tiles [--tokens 1 16 64 256] [--wide] [--top 4]
 
 The products are those of one layer of the shape in benchmarks/gpu_random.py, in W4A8. Kernels are compiled by
-several processes first; times are medians of 20 launches on weights that no cache holds.
+several processes first; times are means of 20 launches on weights that no cache holds.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from moe_worker.kernels.triton.wide import experts_wide, widen
 HIDDEN, INNER = LARGE["hidden_size"], LARGE["moe_intermediate_size"]
 EXPERTS, PER_TOKEN = LARGE["n_routed_experts"] + 2, LARGE["num_experts_per_tok"] + 2
 LINEAR = {"input": (3648, HIDDEN), "output": (HIDDEN, 2048), "head": (102400, HIDDEN)}
+LAUNCHES = 20
 Case = tuple[str, int]
 
 
@@ -127,14 +128,14 @@ def compile_only(case: Case, tile: Tile) -> None:
 
 
 def kernel_times(work: Callable[[], None]) -> dict[str, float]:
-    """Microseconds of each kernel, medians."""
+    """Microseconds that `work` spends in each kernel, means."""
     for _ in range(3):
         work()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        for _ in range(20):
+        for _ in range(LAUNCHES):
             work()
         torch.cuda.synchronize()
-    return {each.key: each.device_time_total / each.count for each in seen.key_averages()}
+    return {each.key: each.device_time_total / LAUNCHES for each in seen.key_averages()}
 
 
 def report(case: Case, top: int) -> None:
@@ -163,15 +164,9 @@ def report_wide(tokens: int) -> None:
     def wide() -> None:
         experts_wide(x.x_TD, widen(gate_up), widen(down), chosen, shares, counts, emulated=True)
 
-    for _ in range(3):
-        wide()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        for _ in range(5):
-            wide()
-        torch.cuda.synchronize()
-    rows = sorted(seen.key_averages(), key=lambda each: -each.device_time_total)
-    total = sum(each.device_time_total for each in rows) / 5
-    parts = "  ".join(f"{each.device_time_total / 5:.0f} {each.key[:28]}" for each in rows[:5])
+    times = sorted(((each, kernel) for kernel, each in kernel_times(wide).items()), reverse=True)
+    total = sum(each for each, _ in times)
+    parts = "  ".join(f"{each:.0f} {kernel[:28]}" for each, kernel in times[:5])
     print(f"experts  {tokens:5} tokens: narrow {narrow:8.0f} us, wide {total:8.0f} us: {parts}", flush=True)
 
 

@@ -11,19 +11,13 @@ import argparse
 import json
 import runpy
 import statistics
-import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from benchmarks.cpu_decode import PAGE, STEPS, RandomSource
-from moe_worker.config.model import parse_model_config
+from benchmarks.cpu_decode import Ours, RandomSource
 from moe_worker.engine.loading import usable_cores
 from moe_worker.kernels.cpu.library import Kernels
-from moe_worker.models.build import build_model
-from moe_worker.models.memory import describe, weight_memory
-from moe_worker.models.native import NativeModel, Pass
 from moe_worker.quant.matrix import Matrix
 from moe_worker.quant.sparse14 import Sparse14Weight
 
@@ -43,41 +37,6 @@ class SparseSource(RandomSource):
         return Sparse14Weight(values, positions, scales, inputs)
 
 
-class Model:
-    """A model with room for one sequence."""
-
-    def __init__(self, values: dict[str, object], source: RandomSource, kernels: Kernels) -> None:
-        config = parse_model_config(values, "shapes.py")
-        model = build_model(config, source, CONTEXT + STEPS)
-        self.memory = describe(weight_memory(model))
-        self.native = NativeModel(model, kernels)
-        self.pages = -(-(CONTEXT + STEPS) // PAGE)
-        width, layers = config.attention.cache_width, config.num_hidden_layers
-        self.layers = [torch.zeros((self.pages + 1) * PAGE, width) for _ in range(layers)]
-
-    def step(self, tokens: Tensor, start: int) -> int:
-        count = len(tokens)
-        positions = torch.arange(start, start + count)
-        step = Pass(
-            tokens_T=tokens,
-            positions_T=positions,
-            rows_T=positions,
-            starts=torch.tensor([0, count], dtype=torch.int32),
-            lengths_B=torch.tensor([start + count], dtype=torch.int32),
-            pages_BP=torch.arange(self.pages, dtype=torch.int32).unsqueeze(0),
-            selected_N=torch.tensor([count - 1], dtype=torch.int32),
-        )
-        return int(self.native.run(step, self.layers, PAGE)[0].argmax())
-
-    def decode(self) -> float:
-        """Tokens a second of greedy decode behind a prompt."""
-        token = self.step(torch.randint(3, 32000, (CONTEXT,)), 0)
-        begin = time.perf_counter()
-        for position in range(CONTEXT, CONTEXT + STEPS):
-            token = self.step(torch.tensor([token]), position)
-        return STEPS / (time.perf_counter() - begin)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -90,17 +49,15 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.shapes / "shapes.py").exists():
         raise SystemExit(f"{args.shapes}/shapes.py is not there; give the folder with --shapes")
-    torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     kernels = Kernels(args.variant, args.threads)
     shape = runpy.run_path(str(args.shapes / "shapes.py"))["CPU_SHAPE"]
-    values = {"model_type": "deepseek_v3", "norm_topk_prob": True, **shape}
-    models = {name: Model(values, source, kernels) for name, source in
-              (("dense", RandomSource()), ("s14", SparseSource()))}  # fmt: skip
+    sources = {"dense": RandomSource(), "s14": SparseSource()}
+    models = {name: Ours(shape, kernels, torch.float32, source) for name, source in sources.items()}
     rates: dict[str, list[float]] = {name: [] for name in models}
     for number in range(args.rounds + 1):
         for name, model in models.items():
-            rate = model.decode()
+            _, rate = model.measure(CONTEXT)
             if number:  # the first one warms up
                 rates[name].append(rate)
     middle = {name: statistics.median(found) for name, found in rates.items()}

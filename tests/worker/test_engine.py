@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import moe_worker
-from moe_worker.errors import RequestError
+from moe_worker.engine import loading
+from moe_worker.errors import RequestError, SettingsError
 from moe_worker.kvcache.paged import CacheShape, PagedCache
 from moe_worker.sampling.parameters import SamplingParameters
 
@@ -84,6 +85,12 @@ def test_the_cache_takes_memory_only_as_it_is_written():
     rows = cache.sequence(layer=2, pages=range(1023 * 256, 1024 * 256), length=4096)
     assert rows.shape == (4096, 24)
     assert not rows.any()
+
+
+def test_a_cache_that_cannot_be_is_refused_before_weights_are_read(checkpoint, monkeypatch):
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(SettingsError, match="KV memory of 1024 bytes is too small"):
+        moe_worker.Engine(checkpoint, kv_memory=1024)
 
 
 def test_kv_memory_limits_the_batch_but_not_the_answers(checkpoint, engine):

@@ -14,6 +14,7 @@ from moe_worker.models.deepseek import DeepseekModel
 from moe_worker.models.runner import Runner
 
 GB = 10**9
+PACKED_FORMATS = ("w4a16", "w4a8")
 # Bytes of a weight in four bits, with its share of a float32 scale for 128 of them.
 FOUR_BITS = 0.5 + 4 / 128
 # Share of a GPU's memory that is left to the passes themselves.
@@ -28,12 +29,10 @@ def probe_gpu(config: ModelConfig, number_format: str) -> Hardware:
         return Hardware("cuda", None, "the kernels compute in bf16, and dtype float32 was asked for")
     from moe_worker.models.cuda_build import unsupported  # noqa: PLC0415 - triton is not everywhere
 
-    reason = unsupported(config, packed=number_format in ("w4a16", "w4a8"))
-    return (
-        Hardware("cuda", "triton", "this is a CUDA device")
-        if reason is None
-        else Hardware("cuda", None, reason)
-    )
+    reason = unsupported(config, packed=number_format in PACKED_FORMATS)
+    if reason is not None:
+        return Hardware("cuda", None, reason)
+    return Hardware("cuda", "triton", "this is a CUDA device")
 
 
 def cache_width(config: ModelConfig) -> int:
@@ -56,7 +55,7 @@ def make_runner(
 def weight_bytes(config: ModelConfig, number_format: str) -> int:
     """About how many bytes the weights take: in four bits all but the embedding and W_UK and W_UV."""
     dense = 4 if number_format == "fp32" else 2
-    if number_format not in ("w4a16", "w4a8"):
+    if number_format not in PACKED_FORMATS:
         return config.parameters_total * dense
     kept = config.vocab_size * config.hidden_size
     if isinstance(config.attention, LatentConfig):

@@ -71,28 +71,29 @@ def load(directory: Path, options: EngineOptions, progress: bool) -> LoadedModel
     hardware = probe(device, config, name)
     if device.type == "cuda":
         gpu.check_weights_fit(config, name, device, torch.cuda.mem_get_info(device)[0])
+    path = choose("pass", name, hardware).implementation
+    shape = _cache_shape(config, options, dtype, path)
+    shape.pages_that_fit(context, options.kv_memory, options.max_batch_size)
     threads = options.threads or suggested_threads(config, dtype)
     torch.set_num_threads(threads)
     with torch.inference_mode():
         model = load_model(directory, config, placement, context, progress)
-        path = choose("pass", name, hardware).implementation
-        cache = _allocate_cache(config, options, context, device, dtype, path)
+        cache = _allocate_cache(shape, options, context, device)
         runner = _runner(model, cache, options, context, path, threads, progress)
     return LoadedModel(config, runner, tokenizer, cache, context, name, tuple(explain(name, hardware)))
 
 
-def _allocate_cache(
-    config: ModelConfig,
-    options: EngineOptions,
-    context: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    path: str,
-) -> PagedCache:
-    """Raises SettingsError where it does not fit."""
-    rows = cache_dtype(options, dtype, path)
+def _cache_shape(config: ModelConfig, options: EngineOptions, dtype: torch.dtype, path: str) -> CacheShape:
+    """Of a model computed in `dtype` by the kernels `path`. Raises SettingsError."""
     width = gpu.cache_width(config) if path == "triton" else config.attention.cache_width
-    shape = CacheShape(config.num_hidden_layers, width, options.page_size, rows)
+    rows = cache_dtype(options, dtype, path)
+    return CacheShape(config.num_hidden_layers, width, options.page_size, rows)
+
+
+def _allocate_cache(
+    shape: CacheShape, options: EngineOptions, context: int, device: torch.device
+) -> PagedCache:
+    """What the user gave, or on a GPU what the weights leave. Raises SettingsError where it does not fit."""
     memory = options.kv_memory
     if memory is None and device.type == "cuda":
         memory = gpu.cache_bytes(device)

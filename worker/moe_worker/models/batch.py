@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moe_worker.kernels.transfer import to_device
 from moe_worker.kvcache.paged import PagedCache
 
 
@@ -68,9 +69,9 @@ class Batch:
         size = cache.page_size
         rows_T = pages_BP[sequence_T, positions_T // size].astype(np.int64) * size + positions_T % size
         tokens = [token for segment in segments for token in segment.tokens]
-        long_3T = _to_device(np.stack((np.array(tokens), positions_T, rows_T)), cache.device)
+        long_3T = to_device(torch.from_numpy(np.stack((np.array(tokens), positions_T, rows_T))), cache.device)
         short = np.concatenate((starts_B + counts_B, pages_BP.ravel())).astype(np.int32)
-        lengths_pages = _to_device(short, cache.device)
+        lengths_pages = to_device(torch.from_numpy(short), cache.device)
         return cls(
             segments=tuple(segments),
             tokens_T=long_3T[0],
@@ -97,9 +98,3 @@ def _page_tables(segments: Sequence[Segment]) -> NDArray[np.int32]:
     for row_P, segment in zip(pages_BP, segments, strict=True):
         row_P[: len(segment.pages)] = segment.pages
     return pages_BP
-
-
-def _to_device(values: NDArray[np.int32] | NDArray[np.int64], device: torch.device) -> Tensor:
-    """Through pinned memory: the host does not wait for what the device still computes."""
-    tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

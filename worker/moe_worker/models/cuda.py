@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moe_worker.kernels.transfer import to_device
 from moe_worker.kernels.triton.attention import TokenTiles
 from moe_worker.kernels.triton.linear import linear_int4
 from moe_worker.kernels.triton.norm import Added
-from moe_worker.models.cuda_layer import CudaLayer, Pass, Weight, norm
+from moe_worker.kernels.triton.wide import Weight
+from moe_worker.models.cuda_layer import CudaLayer, Pass, norm
 
 # Slices of the context that fill an H200's 132 multiprocessors twice where sequences are few.
 WANTED_PROGRAMS = 264
@@ -103,9 +105,7 @@ class CudaModel:
             cuts = range(0, count, PREFILL_TOKENS)
             tiles += [(sequence, first + cut, min(PREFILL_TOKENS, count - cut)) for cut in cuts]
             first += count
-        tile_3C = torch.tensor(tiles, dtype=torch.int32).t().contiguous()
-        if self.device.type == "cuda":
-            tile_3C = tile_3C.pin_memory().to(self.device, non_blocking=True)
+        tile_3C = to_device(torch.tensor(tiles, dtype=torch.int32).t().contiguous(), self.device)
         token_tiles = TokenTiles(tile_3C[0], tile_3C[1], tile_3C[2], PREFILL_TOKENS)
         dense = all(isinstance(layer.gate_up, Tensor) for layer in self.layers)
         wide = first >= (WIDE_TOKENS if dense else WIDE_TOKENS_INT4)

@@ -18,8 +18,9 @@ from moe_worker.kernels.linear import DenseLinear, Int4Linear, Linear
 from moe_worker.kernels.triton.latent import LatentWeights
 from moe_worker.kernels.triton.router import Choice
 from moe_worker.kernels.triton.tiles import GROUP, PIECE, pack_values
+from moe_worker.kernels.triton.wide import Weight
 from moe_worker.models.cuda import CudaModel
-from moe_worker.models.cuda_layer import CudaLayer, Weight
+from moe_worker.models.cuda_layer import CudaLayer
 from moe_worker.models.deepseek import DeepseekModel, DenseBlock, Layer, MoeBlock
 from moe_worker.models.mla import INNER_NORM_EPS, LatentAttention
 from moe_worker.quant.int4 import Int4Weight

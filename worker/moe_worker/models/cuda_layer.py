@@ -18,10 +18,8 @@ from moe_worker.kernels.triton.linear import linear_int4
 from moe_worker.kernels.triton.norm import Activation, Added, Rounding, residual_norm
 from moe_worker.kernels.triton.router import Choice, route
 from moe_worker.kernels.triton.tiles import PackedInt4, piece_of
-from moe_worker.kernels.triton.wide import experts_wide, widen
-
-Weight = Tensor | PackedInt4
-INNER_NORM_EPS = 1e-6
+from moe_worker.kernels.triton.wide import Weight, experts_wide, widen
+from moe_worker.models.mla import INNER_NORM_EPS
 
 
 @dataclass(frozen=True)

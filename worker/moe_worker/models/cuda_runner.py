@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from moe_worker.kernels.transfer import to_device
 from moe_worker.kvcache.paged import PagedCache
 from moe_worker.models.batch import Batch
 from moe_worker.models.cuda import CudaModel, Rows
@@ -17,10 +18,7 @@ from moe_worker.models.cuda_graph import DecodeGraphs
 
 
 class CudaRunner:
-    """A Runner over `cache`, for batches of up to `largest` sequences of up to `context` tokens.
-
-    dense: number of leading entries of the model's layers that have no router, by index.
-    """
+    """A Runner over `cache`, for batches of up to `largest` sequences of up to `context` tokens."""
 
     def __init__(
         self, model: CudaModel, cache: PagedCache, largest: int, context: int, progress: bool = False
@@ -57,9 +55,7 @@ class CudaRunner:
         self._counts.add()
         out_NV = model.empty_logits(len(rows))
         if rows:
-            rows_N = torch.tensor(rows, dtype=torch.int64)
-            if model.device.type == "cuda":
-                rows_N = rows_N.pin_memory().to(model.device, non_blocking=True)
+            rows_N = to_device(torch.tensor(rows, dtype=torch.int64), model.device)
             model.logits(x_TD[rows_N], added.of_tokens(rows_N, x_TD.shape[0]), out_NV)
         return out_NV
 

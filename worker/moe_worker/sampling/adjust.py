@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_worker.kernels import transfer
 from moe_worker.sampling.parameters import SamplingParameters
 
 
 def to_device(values: Iterable[float | int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A vector of `values`; the host does not wait for what the device still computes."""
-    tensor = torch.tensor(list(values), dtype=dtype)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return transfer.to_device(torch.tensor(list(values), dtype=dtype), device)
 
 
 class TokenCounts:

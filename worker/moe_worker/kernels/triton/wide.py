@@ -92,8 +92,5 @@ def experts_wide(
         BLOCK=block, num_warps=4,
     )  # fmt: skip
     out_MD = functional.grouped_mm(hidden_MI, down_ADI.transpose(1, 2), offs=ends_A)
-    return Added(out_MD, torch.empty_like(order_M).index_copy_(0, order_M, _numbers(order_M)))
-
-
-def _numbers(order_M: Tensor) -> Tensor:
-    return torch.arange(order_M.shape[0], device=order_M.device)
+    numbers_M = torch.arange(order_M.shape[0], device=order_M.device)
+    return Added(out_MD, torch.empty_like(order_M).index_copy_(0, order_M, numbers_M))
