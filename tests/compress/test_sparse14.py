@@ -143,7 +143,7 @@ def test_every_format_computes_the_same_model(sparse_checkpoint):
 
 
 def test_a_pass_on_the_cpu_kernels_is_that_of_the_reference(sparse_checkpoint):
-    placement = Placement(torch.float32, torch.device("cpu"), packed=True, round_tokens=True)
+    placement = Placement(torch.float32, torch.device("cpu"), "w4a8")
     config = read_checkpoint_config(sparse_checkpoint)
     with torch.inference_mode():
         model = load_model(sparse_checkpoint, config, placement, 256, progress=False)

@@ -40,7 +40,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "kvMemory is an amount of memory of 1Mi or more, e.g. 512Mi",
     ),
     "dtype": ({"engine": {"dtype": "int3"}}, 'supported values: "auto", "bfloat16", "float32"'),
-    "format": ({"engine": {"format": "W4A8"}}, 'supported values: "auto", "dense", "w4a16", "w4a8"'),
+    "format": ({"engine": {"format": "W4A8"}}, 'supported values: "auto", "dense", "fp8", "w4a16", "w4a8"'),
     "cache": ({"engine": {"kvDtype": "fp4"}}, 'supported values: "auto", "float32", "bfloat16", "fp8"'),
     "another scheme": (
         {"model": {"uri": "s3://bucket/model"}},

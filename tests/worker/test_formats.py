@@ -15,7 +15,7 @@ import moe_worker
 from moe_worker.errors import InputError
 from moe_worker.kernels.linear import make_linear
 from moe_worker.quant import compressed_tensors as layout
-from moe_worker.quant.fp8 import dequantize_fp8
+from moe_worker.quant.fp8 import from_blocks, quantize_fp8
 from moe_worker.quant.int4 import quantize_int4
 from tests.checkpoints import write_checkpoint
 
@@ -68,12 +68,36 @@ def test_fp8_blocks_are_read_as_what_they_stand_for(dense, tmp_path):
         return {name: values, f"{name}_scale_inv": scales}
 
     def plain(name, weight):
-        return {name: dequantize_fp8(*fp8(weight), (32, 32), torch.float32)}
+        return {name: from_blocks(*fp8(weight), (32, 32)).dequantize()}
 
     config = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [32, 32]}
-    quantized = moe_worker.Engine(rewrite(dense, tmp_path / "fp8", stored, config), threads=1)
-    exact = moe_worker.Engine(rewrite(dense, tmp_path / "plain", plain, None), threads=1)
+    directory = rewrite(dense, tmp_path / "fp8", stored, config)
+    quantized = moe_worker.Engine(directory, threads=1)
+    plain_directory = rewrite(dense, tmp_path / "plain", plain, None)
+    exact = moe_worker.Engine(plain_directory, threads=1)
     assert torch.equal(quantized.logits(IDS), exact.logits(IDS))
+    # In float32 products of stacked experts are summed in another order than those of one after the other.
+    taken = moe_worker.Engine(directory, format="fp8", threads=1).logits(IDS)
+    reference = AutoModelForCausalLM.from_pretrained(plain_directory).eval()
+    with torch.no_grad():
+        expected = reference(torch.tensor([IDS])).logits[0]
+    for other in (exact.logits(IDS), expected):
+        assert (taken - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+def test_a_dense_checkpoint_in_fp8_is_the_one_it_is_rounded_to(dense, tmp_path):
+    directory = shutil.copytree(dense, tmp_path / "rounded")
+    tensors = load_file(directory / "model.safetensors")
+    kept = ("norm", "embed", "bias", "mlp.gate.", "kv_b_proj")
+    rounded = {
+        name: tensor if any(part in name for part in kept) else quantize_fp8(tensor).dequantize()
+        for name, tensor in tensors.items()
+    }
+    assert sum(not torch.equal(rounded[name], tensors[name]) for name in tensors) > 20
+    save_file(rounded, directory / "model.safetensors")
+    expected = moe_worker.Engine(directory, threads=1).logits(IDS)
+    actual = moe_worker.Engine(dense, format="fp8", threads=1).logits(IDS)
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["symmetric", "asymmetric"])
@@ -123,9 +147,9 @@ def test_rounded_tokens_err_by_half_a_step_of_each_input_at_most(seed, tokens, i
     assert ((make_linear(weight, bias, round_tokens=True).forward(x) - exact).abs() <= most).all()
 
 
-@pytest.mark.parametrize("weights", ["w4a16", "w4a8"])
+@pytest.mark.parametrize("weights", ["fp8", "w4a16", "w4a8"])
 @pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v2", "qwen3_moe"])
-def test_every_family_runs_in_four_bits_whatever_the_batch(tmp_path, family, weights):
+def test_every_family_runs_packed_whatever_the_batch(tmp_path, family, weights):
     directory = write_checkpoint(tmp_path, family=family, eos_token_id=None)
     engine = moe_worker.Engine(directory, format=weights, threads=1, context_length=128, max_batch_size=3)
     sampling = moe_worker.SamplingParameters(max_tokens=20)

@@ -62,7 +62,7 @@ MODELS = {
 def model(request, tmp_path_factory):
     directory = write_checkpoint(tmp_path_factory.mktemp("native"), **MODELS[request.param])
     config = read_checkpoint_config(directory)
-    placement = Placement(torch.float32, CPU, packed=True, round_tokens=True)
+    placement = Placement(torch.float32, CPU, "w4a8")
     with torch.inference_mode():
         return load_model(directory, config, placement, 256, progress=False)
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_worker.quant import compressed_tensors as layout
-from moe_worker.quant.fp8 import dequantize_fp8
+from moe_worker.quant import fp8
+from moe_worker.quant.fp8 import from_blocks, quantize_fp8
 from moe_worker.quant.int4 import Int4Weight, pack, quantize_int4, unpack
 from moe_worker.quant.int8 import quantize_tokens
 
@@ -111,6 +112,27 @@ def test_a_token_of_zeros_has_scale_one():
 def test_fp8_blocks_have_scales_of_their_own():
     weight = torch.full((130, 260), 2.0).to(torch.float8_e4m3fn)
     scales = torch.arange(1.0, 7.0).view(2, 3)
-    out = dequantize_fp8(weight, scales, (128, 128), torch.float32)
+    out = from_blocks(weight, scales, (128, 128)).dequantize()
     assert out.shape == (130, 260)
     assert [out[0, 0], out[0, 128], out[0, 259], out[129, 0], out[129, 259]] == [2, 4, 6, 8, 12]
+
+
+@given(SEEDS, st.integers(1, 300), st.integers(1, 300), st.sampled_from([1, 128 * 300]))
+def test_rounding_to_fp8_keeps_four_bits_of_each_weight(seed, outputs, inputs, at_once):
+    """e4m3 has three bits behind the first; below 2**-6 of its scale, steps of 2**-9."""
+    weight = normal(seed, outputs, inputs) * 0.02
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fp8, "_AT_ONCE", at_once)
+        rounded = quantize_fp8(weight)
+    step = rounded.scales_OC.repeat_interleave(128, dim=1)[:, :inputs] * 2**-9
+    error = (rounded.dequantize() - weight).abs()
+    assert (error <= torch.maximum(weight.abs() / 16, step / 2) * 1.0001).all()
+    for rows, exact in zip(rounded.dequantize().split(128), weight.split(128), strict=True):
+        for block, wish in zip(rows.split(128, dim=1), exact.split(128, dim=1), strict=True):
+            assert block.abs().max() == pytest.approx(float(wish.abs().max()), rel=1e-6)
+
+
+def test_a_block_of_zeros_in_fp8_has_scale_one():
+    rounded = quantize_fp8(torch.zeros(3, 130))
+    assert not rounded.dequantize().any()
+    assert (rounded.scales_OC == 1).all()

@@ -117,11 +117,12 @@ class Engine(Model):
         description="Number format of weights and activations; auto takes bfloat16 on GPUs and float32 on "
         "CPUs. Default: auto.",
     )
-    format: Literal["auto", "dense", "w4a16", "w4a8"] = Field(
+    format: Literal["auto", "dense", "fp8", "w4a16", "w4a8"] = Field(
         default="auto",
-        description="What weights are multiplied as. dense: numbers of dtype. w4a16: four bits in groups of "
-        "128, rounded to when the model loads unless the checkpoint is. w4a8: these, and activations in "
-        "eight bits. auto: as the checkpoint has them. Default: auto.",
+        description="What weights are multiplied as. dense: numbers of dtype. fp8: eight bits in blocks of "
+        "128 x 128, rounded to when the model loads unless the checkpoint is. w4a16: four bits in groups of "
+        "128, likewise. w4a8: these, and activations in eight bits. auto: four bits where the checkpoint has "
+        "them, else dense. Default: auto.",
     )
     kv_dtype: Literal["auto", "float32", "bfloat16", "fp8"] = Field(
         default="auto",

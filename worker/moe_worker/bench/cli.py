@@ -38,7 +38,7 @@ HEADINGS = ("batch", "prefill tok/s", "TTFT ms", "TPOT ms", "decode tok/s")
     "--format",
     default="auto",
     show_default=True,
-    help="Of weights: " + ", ".join(FORMATS) + " (auto: as the checkpoint has them).",
+    help="Of weights: " + ", ".join(FORMATS) + " (auto: four bits if the checkpoint has them, else dense).",
 )
 @click.option("--threads", type=int, help="Threads of torch. Default: as `serve` would choose.")
 @click.option(

@@ -14,9 +14,8 @@ from moe_worker.models.deepseek import DeepseekModel
 from moe_worker.models.runner import Runner
 
 GB = 10**9
-PACKED_FORMATS = ("w4a16", "w4a8")
-# Bytes of a weight in four bits, with its share of a float32 scale for 128 of them.
-FOUR_BITS = 0.5 + 4 / 128
+# Bytes of a packed weight, with its share of a float32 scale for 128 of a row.
+PACKED_BYTES = {"fp8": 1 + 4 / 128, "w4a16": 0.5 + 4 / 128, "w4a8": 0.5 + 4 / 128}
 # Share of a GPU's memory that is left to the passes themselves.
 SPARE_SHARE = 0.1
 
@@ -29,7 +28,7 @@ def probe_gpu(config: ModelConfig, number_format: str) -> Hardware:
         return Hardware("cuda", None, "the kernels compute in bf16, and dtype float32 was asked for")
     from moe_worker.models.cuda_build import unsupported  # noqa: PLC0415 - triton is not everywhere
 
-    reason = unsupported(config, packed=number_format in PACKED_FORMATS)
+    reason = unsupported(config, packed=number_format in PACKED_BYTES)
     if reason is not None:
         return Hardware("cuda", None, reason)
     return Hardware("cuda", "triton", "this is a CUDA device")
@@ -53,16 +52,16 @@ def make_runner(
 
 
 def weight_bytes(config: ModelConfig, number_format: str) -> int:
-    """About how many bytes the weights take: in four bits all but the embedding and W_UK and W_UV."""
+    """About how many bytes the weights take: packed are all but the embedding and W_UK and W_UV."""
     dense = 4 if number_format == "fp32" else 2
-    if number_format not in PACKED_FORMATS:
+    if number_format not in PACKED_BYTES:
         return config.parameters_total * dense
     kept = config.vocab_size * config.hidden_size
     if isinstance(config.attention, LatentConfig):
         latent = config.attention
         expanded = latent.num_attention_heads * (latent.qk_nope_head_dim + latent.v_head_dim)
         kept += config.num_hidden_layers * expanded * latent.kv_lora_rank
-    return int((config.parameters_total - kept) * FOUR_BITS + kept * dense)
+    return int((config.parameters_total - kept) * PACKED_BYTES[number_format] + kept * dense)
 
 
 def check_weights_fit(config: ModelConfig, number_format: str, device: torch.device, free: int) -> None:

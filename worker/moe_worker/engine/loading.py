@@ -60,13 +60,7 @@ def load(directory: Path, options: EngineOptions, progress: bool) -> LoadedModel
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     weights = choose_format(options.format, config)
-    placement = Placement(
-        dtype,
-        device,
-        packed=weights != "dense",
-        round_tokens=weights == "w4a8",
-        check_weights=options.check_weights,
-    )
+    placement = Placement(dtype, device, weights, options.check_weights)
     name = NAMES[dtype] if weights == "dense" else weights
     hardware = probe(device, config, name)
     if device.type == "cuda":

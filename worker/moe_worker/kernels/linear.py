@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_worker.kernels.reference import grouped_linear
+from moe_worker.quant.fp8 import Fp8Weight
 from moe_worker.quant.int4 import Int4Weight
 from moe_worker.quant.int8 import quantize_tokens
-from moe_worker.quant.matrix import Matrix
+from moe_worker.quant.matrix import Matrix, Packed
 from moe_worker.quant.sparse14 import QUAD, Sparse14Weight
 
 
@@ -95,12 +96,35 @@ def sparse14_linear(
     return (y_TO if bias_O is None else y_TO + bias_O.float()).to(x_TI.dtype)
 
 
+@dataclass(frozen=True)
+class Fp8Linear:
+    """FP8 weights with a scale for each block, activations as they are (W8A16): the reference.
+
+    It multiplies in float32 what the weights stand for, exactly as a dense matrix of float32 would.
+    """
+
+    weight: Fp8Weight
+    bias_O: Tensor | None = None
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """[T, I] to [T, O]."""
+        return fp8_linear(x_TI, self.weight, self.bias_O)
+
+
+def fp8_linear(x_TI: Tensor, weight: Fp8Weight, bias_O: Tensor | None = None) -> Tensor:
+    """x W^T + bias for one matrix, in x's dtype."""
+    bias_O = None if bias_O is None else bias_O.float()
+    return functional.linear(x_TI.float(), weight.dequantize(), bias_O).to(x_TI.dtype)
+
+
 def make_linear(matrix: Matrix, bias_O: Tensor | None = None, round_tokens: bool = False) -> Linear:
     """The projection by `matrix`."""
     if isinstance(matrix, Int4Weight):
         return Int4Linear(matrix, bias_O, round_tokens)
     if isinstance(matrix, Sparse14Weight):
         return Sparse14Linear(matrix, bias_O, round_tokens)
+    if isinstance(matrix, Fp8Weight):
+        return Fp8Linear(matrix, bias_O)
     return DenseLinear(matrix, bias_O)
 
 
@@ -112,8 +136,14 @@ def grouped_matrix(x_MI: Tensor, weights_AOI: Matrix, ends_A: Tensor, round_toke
     start = 0
     for index, end in enumerate(ends_A.tolist()):
         if end > start:
-            one = weights_AOI[index]
-            multiply = sparse14_linear if isinstance(one, Sparse14Weight) else int4_linear
-            out_MO[start:end] = multiply(x_MI[start:end], one, round_tokens)  # type: ignore[arg-type]
+            out_MO[start:end] = _multiply(x_MI[start:end], weights_AOI[index], round_tokens)
         start = end
     return out_MO
+
+
+def _multiply(x_TI: Tensor, weight: Packed, round_tokens: bool) -> Tensor:
+    if isinstance(weight, Fp8Weight):
+        return fp8_linear(x_TI, weight)
+    if isinstance(weight, Sparse14Weight):
+        return sparse14_linear(x_TI, weight, round_tokens)
+    return int4_linear(x_TI, weight, round_tokens)

@@ -23,6 +23,7 @@ from moe_worker.models.cuda import CudaModel
 from moe_worker.models.cuda_layer import CudaLayer
 from moe_worker.models.deepseek import DeepseekModel, DenseBlock, Layer, MoeBlock
 from moe_worker.models.mla import INNER_NORM_EPS, LatentAttention
+from moe_worker.quant.fp8 import Fp8Weight
 from moe_worker.quant.int4 import Int4Weight
 from moe_worker.quant.matrix import Matrix, join_rows, map_rows, split_inputs, stack
 from moe_worker.quant.sparse14 import Sparse14Weight
@@ -234,7 +235,7 @@ def _pad_values(matrix: Matrix, heads: int, more: int) -> Matrix:
 
 
 def _pad_inputs(matrix: Matrix, more: int) -> Matrix:
-    """Zeros behind the inputs. In four bits they start with a new group, whose scale is zero, too."""
+    """Zeros behind the inputs; groups of nothing else have a scale of zero, too."""
     if more == 0:
         return matrix
     if isinstance(matrix, Tensor):
@@ -242,6 +243,13 @@ def _pad_inputs(matrix: Matrix, more: int) -> Matrix:
     if isinstance(matrix, Sparse14Weight):
         raise ValueError("inputs of a sparse matrix cannot be padded")
     inputs = matrix.inputs + more
+    if isinstance(matrix, Fp8Weight):
+        blocks = -(-inputs // matrix.columns) - matrix.scales_OC.shape[-1]
+        bits, scales = (
+            functional.pad(matrix.bits_OI, (0, more)),
+            functional.pad(matrix.scales_OC, (0, blocks)),
+        )
+        return Fp8Weight(bits, scales, matrix.columns)
     groups = -(-inputs // matrix.group) - matrix.scales_OG.shape[-1]
     packed = functional.pad(matrix.packed_OP, (0, -(-inputs // 2) - matrix.packed_OP.shape[-1]), value=0x88)
     zeros = None if matrix.zeros_OG is None else functional.pad(matrix.zeros_OG, (0, groups))
@@ -256,8 +264,8 @@ def _packed(matrix: Matrix, int8: bool) -> Weight:
     """A matrix (or stacked ones) in the kernels' layout."""
     if isinstance(matrix, Tensor):
         return matrix.contiguous()
-    if isinstance(matrix, Sparse14Weight):
-        raise ValueError("the GPU kernels for whole passes take no sparse matrices")
+    if isinstance(matrix, Sparse14Weight | Fp8Weight):
+        raise ValueError(f"the GPU kernels for whole passes take no {type(matrix).__name__}")
     if matrix.group != GROUP:
         raise ValueError(
             f"the GPU kernels take int4 in groups of {GROUP}; these are groups of {matrix.group}"

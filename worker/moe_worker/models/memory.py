@@ -5,6 +5,7 @@ from dataclasses import fields, is_dataclass
 
 from torch import Tensor
 
+from moe_worker.quant.fp8 import Fp8Weight
 from moe_worker.quant.int4 import Int4Weight
 from moe_worker.quant.sparse14 import Sparse14Weight
 
@@ -37,6 +38,9 @@ def _count(part: object, found: Counter[str]) -> None:
     elif isinstance(part, Int4Weight):
         found[VALUES] += part.packed_OP.nbytes
         found[SCALES] += part.nbytes - part.packed_OP.nbytes
+    elif isinstance(part, Fp8Weight):
+        found[VALUES] += part.bits_OI.nbytes
+        found[SCALES] += part.scales_OC.nbytes
     elif isinstance(part, tuple | list):
         for item in part:
             _count(item, found)

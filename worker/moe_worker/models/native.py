@@ -24,6 +24,7 @@ from moe_worker.kernels.cpu.weights import PackedWeight, pack_int4, pack_int8, p
 from moe_worker.kernels.linear import DenseLinear, Int4Linear, Linear, Sparse14Linear
 from moe_worker.models.deepseek import DeepseekModel, Layer, MoeBlock
 from moe_worker.models.mla import INNER_NORM_EPS, LatentAttention
+from moe_worker.quant.fp8 import Fp8Weight
 from moe_worker.quant.int4 import Int4Weight, quantize_int4
 from moe_worker.quant.matrix import Matrix
 from moe_worker.quant.sparse14 import Sparse14Weight
@@ -192,6 +193,8 @@ def _latent(layer: Layer) -> LatentAttention:
 def _pack(matrix: Matrix, bias_O: Tensor | None = None, paired: bool = False) -> PackedWeight:
     if isinstance(matrix, Sparse14Weight):
         return pack_sparse14(matrix, bias_O, paired)
+    if isinstance(matrix, Fp8Weight):
+        raise SettingsError("there are no CPU kernels for FP8 weights")
     return pack_int4(matrix if isinstance(matrix, Int4Weight) else quantize_int4(matrix), bias_O, paired)
 
 

@@ -15,7 +15,7 @@ from moe_worker.errors import CheckpointError
 from moe_worker.models.safetensors import StoredTensor
 from moe_worker.quant import compressed_tensors as layout
 from moe_worker.quant import sparse14
-from moe_worker.quant.fp8 import dequantize_fp8
+from moe_worker.quant.fp8 import Fp8Weight, from_blocks, quantize_fp8
 from moe_worker.quant.int4 import Int4Weight, quantize_int4
 from moe_worker.quant.matrix import Matrix
 from moe_worker.quant.sparse14 import Sparse14Weight
@@ -36,15 +36,14 @@ FLOATING = ("F32", "F16", "BF16")
 class Placement:
     """How a model is held.
 
-    packed: projections in four bits: those stored so, or all, rounded at load, where none is.
-    round_tokens: activations are rounded to int8 before they meet four bits. check_weights: every stored
-    value must be finite.
+    format: of projections, "dense", "w4a16", "w4a8" or "fp8" (config/engine.py says what they are): those
+    stored so are taken as they are; all are rounded at load where none is. check_weights: every stored value
+    must be finite.
     """
 
     dtype: torch.dtype
     device: torch.device
-    packed: bool = False
-    round_tokens: bool = False
+    format: str = "dense"
     check_weights: bool = False
 
 
@@ -59,7 +58,7 @@ class StoredSource:
         placement: Placement,
     ) -> None:
         self.dtype, self.device = placement.dtype, placement.device
-        self.round_tokens, self._packed = placement.round_tokens, placement.packed
+        self.round_tokens, self._format = placement.format == "w4a8", placement.format
         self._check_weights = placement.check_weights
         self._directory, self._stored, self._storage = directory, stored, storage
 
@@ -75,14 +74,16 @@ class StoredSource:
         if self._is_packed(name):
             return self._read_packed(name, *shape).dequantize(dtype)
         if self._is_fp8(name):
-            return self._read_fp8(name, shape, dtype)
+            return self._read_fp8(name, *shape).dequantize(dtype)
         # copy: what was mapped from a file must not outlive it.
         return self._part(name, shape, FLOATING).to(dtype=dtype, copy=True)
 
     def matrix(self, name: str, outputs: int, inputs: int) -> Matrix:
         """The weights of a projection in the model's format. Raises CheckpointError."""
-        if not self._packed:
+        if self._format == "dense":
             return self.take(name, outputs, inputs)
+        if self._format == "fp8":
+            return self._fp8_matrix(name, outputs, inputs)
         if self._is_sparse(name):
             return self._read_sparse(name, outputs, inputs)
         if self._is_packed(name):
@@ -90,6 +91,13 @@ class StoredSource:
         if isinstance(self._storage, PackedStorage | SparseStorage):
             return self.take(name, outputs, inputs)  # who quantized the others left this one on purpose
         return quantize_int4(self.take(name, outputs, inputs, dtype=torch.float32))
+
+    def _fp8_matrix(self, name: str, outputs: int, inputs: int) -> Matrix:
+        if self._is_fp8(name):
+            return self._read_fp8(name, outputs, inputs).map(Tensor.clone)
+        if isinstance(self._storage, Fp8Storage):
+            return self.take(name, outputs, inputs)  # as above
+        return quantize_fp8(self.take(name, outputs, inputs, dtype=torch.float32))
 
     def _is_packed(self, name: str) -> bool:
         packed = isinstance(self._storage, PackedStorage | SparseStorage)
@@ -143,17 +151,14 @@ class StoredSource:
                 f"{[outputs, inputs]}; the files do not belong together"
             )
 
-    def _read_fp8(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def _read_fp8(self, name: str, *shape: int) -> Fp8Weight:
+        """Over the tensor's own memory, which may be a file's."""
         if not isinstance(self._storage, Fp8Storage):
             raise CheckpointError(f"{self._directory}: config.json says nothing of FP8 weights")
         block = self._storage.block
         scales = tuple(-(-size // edge) for size, edge in zip(shape, block, strict=True))
-        return dequantize_fp8(
-            self._part(name, shape, ("F8_E4M3",)),
-            self._part(f"{name}_scale_inv", scales, ("F32",)),
-            block,
-            dtype,
-        )
+        weight_OI = self._part(name, shape, ("F8_E4M3",))
+        return from_blocks(weight_OI, self._part(f"{name}_scale_inv", scales, ("F32",)), block)
 
     def _part(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> Tensor:
         """One stored tensor, checked against its header."""

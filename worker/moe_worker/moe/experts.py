@@ -14,7 +14,6 @@ from torch.nn import functional
 from moe_worker.kernels.linear import grouped_matrix
 from moe_worker.kernels.reference import swiglu
 from moe_worker.quant.matrix import Matrix
-from moe_worker.quant.sparse14 import Sparse14Weight
 
 _Views = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
@@ -34,10 +33,7 @@ class Experts:
     @property
     def count(self) -> int:
         """Experts in all, A."""
-        if isinstance(self.down_ADI, Sparse14Weight):
-            return self.down_ADI.count
-        tensor = self.down_ADI if isinstance(self.down_ADI, Tensor) else self.down_ADI.packed_OP
-        return tensor.shape[0]
+        return self.down_ADI.shape[0] if isinstance(self.down_ADI, Tensor) else self.down_ADI.count
 
     def forward(self, x_TD: Tensor, routed_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Weighted sum of the chosen experts, plus the shared ones with weight 1; [T, D] in x's dtype."""

@@ -4,6 +4,7 @@ Legend: O outputs, I inputs, P = ceil(I / 2) bytes of two values, G = ceil(I / g
 (experts) are allowed everywhere.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,14 +39,23 @@ class Int4Weight:
         return self.packed_OP.shape[-2]
 
     @property
+    def count(self) -> int:
+        """Matrices stacked, A."""
+        return self.packed_OP.shape[0]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of values, scales and zero points."""
         return sum(t.nbytes for t in (self.packed_OP, self.scales_OG, self.zeros_OG) if t is not None)
 
     def __getitem__(self, index: int) -> "Int4Weight":
         """One of stacked matrices."""
-        zeros = None if self.zeros_OG is None else self.zeros_OG[index]
-        return Int4Weight(self.packed_OP[index], self.scales_OG[index], zeros, self.inputs, self.group)
+        return self.map(lambda tensor: tensor[index])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Int4Weight":
+        """`change`, which must treat rows alike, applied to values, scales and zero points."""
+        zeros = None if self.zeros_OG is None else change(self.zeros_OG)
+        return Int4Weight(change(self.packed_OP), change(self.scales_OG), zeros, self.inputs, self.group)
 
     def values(self) -> Tensor:
         """int8 [..., O, I], from -8 to 7."""

@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from moe_worker.quant.fp8 import Fp8Weight
 from moe_worker.quant.int4 import Int4Weight
 from moe_worker.quant.sparse14 import QUAD, Sparse14Weight
 
-Matrix = Tensor | Int4Weight | Sparse14Weight
+Packed = Int4Weight | Sparse14Weight | Fp8Weight
+Matrix = Tensor | Packed
 
 
 def join_rows(parts: Sequence[Matrix]) -> Matrix:
@@ -21,12 +23,7 @@ def join_rows(parts: Sequence[Matrix]) -> Matrix:
 
 def map_rows(matrix: Matrix, change: Callable[[Tensor], Tensor]) -> Matrix:
     """`change` moves whole rows of a tensor; it is applied to everything that has a row for each output."""
-    if isinstance(matrix, Tensor):
-        return change(matrix)
-    if isinstance(matrix, Sparse14Weight):
-        return matrix.map(change)
-    zeros = None if matrix.zeros_OG is None else change(matrix.zeros_OG)
-    return Int4Weight(change(matrix.packed_OP), change(matrix.scales_OG), zeros, matrix.inputs, matrix.group)
+    return change(matrix) if isinstance(matrix, Tensor) else matrix.map(change)
 
 
 def split_inputs(matrix: Matrix, parts: int) -> list[Matrix]:
@@ -34,13 +31,17 @@ def split_inputs(matrix: Matrix, parts: int) -> list[Matrix]:
     if isinstance(matrix, Tensor):
         return list(matrix.chunk(parts, dim=-1))
     width = matrix.inputs // parts
-    if parts > 1 and width % matrix.group:
-        raise ValueError(f"{parts} parts of {width} inputs cut groups of {matrix.group}")
+    group = matrix.columns if isinstance(matrix, Fp8Weight) else matrix.group
+    if parts > 1 and width % group:
+        raise ValueError(f"{parts} parts of {width} inputs cut groups of {group}")
     if isinstance(matrix, Sparse14Weight):
         return _split_sparse(matrix, parts, width)
+    if isinstance(matrix, Fp8Weight):
+        pieces = matrix.bits_OI.chunk(parts, dim=-1), matrix.scales_OC.chunk(parts, dim=-1)
+        return [Fp8Weight(bits, scales, group) for bits, scales in zip(*pieces, strict=True)]
     packed, scales = matrix.packed_OP.chunk(parts, dim=-1), matrix.scales_OG.chunk(parts, dim=-1)
     zeros = [None] * parts if matrix.zeros_OG is None else list(matrix.zeros_OG.chunk(parts, dim=-1))
-    return [Int4Weight(p, s, z, width, matrix.group) for p, s, z in zip(packed, scales, zeros, strict=True)]
+    return [Int4Weight(p, s, z, width, group) for p, s, z in zip(packed, scales, zeros, strict=True)]
 
 
 def stack(parts: Sequence[Matrix]) -> Matrix:
@@ -59,8 +60,10 @@ def _split_sparse(matrix: Sparse14Weight, parts: int, width: int) -> list[Matrix
 
 
 def _combine(parts: Sequence[Matrix], join: Callable[[list[Tensor]], Tensor]) -> Matrix:
+    if len({type(part) for part in parts}) > 1:
+        return _combine_dense(parts, join)
     sparse = [part for part in parts if isinstance(part, Sparse14Weight)]
-    if len(sparse) == len(parts):
+    if sparse:
         return Sparse14Weight(
             join([part.values_OP for part in sparse]),
             join([part.positions_OR for part in sparse]),
@@ -68,20 +71,30 @@ def _combine(parts: Sequence[Matrix], join: Callable[[list[Tensor]], Tensor]) ->
             sparse[0].inputs,
             sparse[0].group,
         )
-    dense = [part for part in parts if isinstance(part, Tensor)]
+    eight = [part for part in parts if isinstance(part, Fp8Weight)]
+    if eight:
+        bits, scales = join([part.bits_OI for part in eight]), join([part.scales_OC for part in eight])
+        return Fp8Weight(bits, scales, eight[0].columns)
     packed = [part for part in parts if isinstance(part, Int4Weight)]
-    if dense or sparse:  # formats that differ
-        dtype = dense[0].dtype if dense else torch.float32
-        return join([part if isinstance(part, Tensor) else part.dequantize(dtype) for part in parts])
+    return _combine_int4(packed, join) if packed else _combine_dense(parts, join)
+
+
+def _combine_dense(parts: Sequence[Matrix], join: Callable[[list[Tensor]], Tensor]) -> Tensor:
+    """In the dtype of those that are dense already."""
+    dtype = next((part.dtype for part in parts if isinstance(part, Tensor)), torch.float32)
+    return join([part if isinstance(part, Tensor) else part.dequantize(dtype) for part in parts])
+
+
+def _combine_int4(parts: Sequence[Int4Weight], join: Callable[[list[Tensor]], Tensor]) -> Int4Weight:
     zeros = None
-    if any(part.zeros_OG is not None for part in packed):
-        zeros = join([_zeros(part) for part in packed])
+    if any(part.zeros_OG is not None for part in parts):
+        zeros = join([_zeros(part) for part in parts])
     return Int4Weight(
-        join([part.packed_OP for part in packed]),
-        join([part.scales_OG for part in packed]),
+        join([part.packed_OP for part in parts]),
+        join([part.scales_OG for part in parts]),
         zeros,
-        packed[0].inputs,
-        packed[0].group,
+        parts[0].inputs,
+        parts[0].group,
     )
 
 

@@ -43,7 +43,7 @@ from moe_worker.service.server import serve as run
     "--format",
     default="auto",
     show_default=True,
-    help="Of weights: " + ", ".join(FORMATS) + " (auto: as the checkpoint has them).",
+    help="Of weights: " + ", ".join(FORMATS) + " (auto: four bits if the checkpoint has them, else dense).",
 )
 @click.option(
     "--kv-dtype",
