@@ -15,7 +15,7 @@ demo: setup ## Start a Kubernetes here, serve the example, stream text, show its
 	$(BIN)/python -m examples.demo
 
 test: setup-all ## Run all tests but the long ones (ARGS="-k name" for some)
-	$(BIN)/python -m pytest -m "not soak and not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not soak and not slow" -n 2 --dist loadgroup $(ARGS)
 
 soak: setup-all ## Hundreds of scalings, rollouts and faults under load, the table of faults, 10,000 manifests at random (1 to 2 hours)
 	timeout 1800 $(BIN)/python -m pytest -m slow $(ARGS)

@@ -1,13 +1,16 @@
 """Writes a checkpoint with random weights in four bits, for benchmarks that need one.
 
-    PYTHONPATH=worker:protos:. python -m benchmarks.gpu_checkpoint DIRECTORY [--small] [--device auto]
+    PYTHONPATH=worker:protos:. python -m benchmarks.gpu_checkpoint DIRECTORY [--shape cpu] [--device auto]
 
-The shape is that of benchmarks/gpu_random.py: 15.7 billion parameters, 9 GB. It says nothing; it only runs.
+The shape "large" is that of benchmarks/gpu_random.py: 15.7 billion parameters, 9 GB; "small" is one to try it with;
+"cpu" is CPU_SHAPE of ../shared/peers, 0.8 billion. The model says nothing; it only runs.
 """
 
 import argparse
 import json
+import runpy
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -46,10 +49,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--small", action="store_true", help="a small shape, to try it")
+    parser.add_argument("--shape", choices=("large", "small", "cpu"), default="large")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    values = SMALL if args.small else LARGE
+    values = cpu_shape() if args.shape == "cpu" else {"large": LARGE, "small": SMALL}[args.shape]
     source = Recorder(torch.device(args.device), torch.bfloat16, "w4a16")
     source.tensors = {}
     with torch.inference_mode():
@@ -59,6 +62,14 @@ def main() -> None:
     config = values | {"quantization_config": quantization_config(GROUP, symmetric=True, ignore=[])}
     (args.directory / "config.json").write_text(json.dumps(config, indent=1))
     write_tokenizer(args.directory / "tokenizer.json")
+
+
+def cpu_shape() -> dict[str, Any]:
+    path = Path(__file__).parents[2] / "shared" / "peers" / "shapes.py"
+    if not path.exists():
+        raise SystemExit(f"{path} is not there: --shape cpu needs it")
+    shape: dict[str, Any] = runpy.run_path(str(path))["CPU_SHAPE"]
+    return {"model_type": "deepseek_v3", "norm_topk_prob": True, **shape}
 
 
 def write_tokenizer(path: Path) -> None:

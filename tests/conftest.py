@@ -18,6 +18,16 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What happens in clusters is one group, which mostly waits; `make test` runs the other files beside it."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        in_cluster = "cluster" in getattr(item, "fixturenames", ()) or folder in {"chart", "localcluster"}
+        item.add_marker(pytest.mark.xdist_group("cluster" if in_cluster else str(item.path)))
+
+
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A real Kubernetes, started once for all tests (about 7 s); it ends with the test process at last."""

@@ -69,3 +69,34 @@ async def test_ten_thousand_requests_with_random_cancels(endless):
         assert tokens == 60
         worker.terminate()
         assert worker.process.wait(timeout=30) == 0
+
+
+async def test_512_streams_at_once(endless):
+    """Every stream has its first tokens while all others still run, and goes on from there."""
+    flags = ("--context-length", "2048", "--max-batch-size", "512", "--max-queue", "512")
+    with Worker(
+        endless, *flags, "--kv-memory", str(512 * 2048 * 3 * 24 * 4), "--target-step-ms", "10000"
+    ) as worker:
+        worker.wait_ready()
+        address = f"127.0.0.1:{worker.port}"
+        async with grpc.aio.insecure_channel(address, options=transport.CLIENT_OPTIONS) as channel:
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            all_run = asyncio.Barrier(512)
+
+            async def one(number):
+                request = inference_pb2.GenerateRequest(
+                    prompt_tokens=inference_pb2.TokenIds(ids=[2 + number % 300, 5]),
+                    sampling=inference_pb2.SamplingParameters(max_tokens=2000),
+                )
+                call = stub.Generate(request, timeout=150)
+                await call.read()
+                await all_run.wait()
+                message = await call.read()
+                assert message.tokens
+                assert not message.finish_reason
+                call.cancel()
+
+            async with asyncio.TaskGroup() as group:
+                for number in range(512):
+                    group.create_task(one(number))
+        worker.wait_load(running=0, queued=0, kv_tokens_used=0)
