@@ -2,8 +2,8 @@
 
     PYTHONPATH=worker:protos:. python -m benchmarks.gpu_checkpoint DIRECTORY [--shape cpu] [--device auto]
 
-The shape "large" is that of benchmarks/gpu_random.py: 15.7 billion parameters, 9 GB; "small" is one to try it with;
-"cpu" is CPU_SHAPE of ../shared/peers, 0.8 billion. The model says nothing; it only runs.
+The shape "large" is that of benchmarks/gpu_random.py: 15.7 billion parameters, 9 GB; "small" is one to try it
+with; "cpu" is CPU_SHAPE of ../shared/peers, 0.8 billion. The model says nothing; it only runs.
 """
 
 import argparse

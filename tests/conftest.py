@@ -19,7 +19,7 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What happens in clusters is one group, which mostly waits; `make test` runs the other files beside it."""
+    """Tests in clusters are one group, which mostly waits; `make test` runs the other files beside it."""
     if not config.pluginmanager.hasplugin("xdist"):
         return
     for item in items:
