@@ -38,7 +38,7 @@ PEER_PREFILL = 90_000
 PAGE = 16
 CONTEXT = 512
 PREFILL_SEQUENCES = 64
-FORMATS = {"bf16": "dense", "w4a16": "w4a16", "w4a8": "w4a8"}
+FORMATS = {"bf16": "dense", "fp8": "fp8", "w4a16": "w4a16", "w4a8": "w4a8"}
 
 
 def main() -> None:

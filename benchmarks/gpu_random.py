@@ -9,6 +9,7 @@ from torch import Tensor
 from moe_worker.config.model import ModelConfig, parse_model_config
 from moe_worker.models.build import build_model
 from moe_worker.models.deepseek import DeepseekModel
+from moe_worker.quant.fp8 import E4M3, from_blocks
 from moe_worker.quant.int4 import Int4Weight
 from moe_worker.quant.matrix import Matrix
 
@@ -36,8 +37,8 @@ SMALL: dict[str, Any] = {
 class RandomSource:
     """Weights as large as trained ones, the same for the same seed and device, whatever the dtype.
 
-    number_format: "dense", "w4a16" or "w4a8". Four bits are drawn as they are, since rounding billions of
-    weights takes minutes.
+    number_format: "dense", "fp8", "w4a16" or "w4a8". Packed weights are drawn as they are, since rounding
+    billions of weights takes minutes.
     """
 
     device: torch.device
@@ -65,6 +66,12 @@ class RandomSource:
         if self.number_format == "dense":
             return self.take(name, outputs, inputs)
         size, device, generator = (outputs, inputs), self.device, self.generator
+        if self.number_format == "fp8":
+            bits = torch.randn(size, generator=generator, device=device).to(E4M3).view(torch.uint8)
+            spread = (
+                torch.rand(-(-outputs // 128), -(-inputs // 128), generator=generator, device=device) + 0.5
+            )
+            return from_blocks(bits, spread * inputs**-0.5, (128, 128))
         # From -7 to 7: with -8 too the mean is not zero, all hidden states grow alike, and so does routing.
         values = torch.randint(1, 16, size, dtype=torch.uint8, generator=generator, device=device)
         packed = values[:, 0::2] | values[:, 1::2] << 4

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from benchmarks.gpu_random import LARGE
 from moe_worker.kernels.triton import linear as linear_kernels
-from moe_worker.kernels.triton.experts import ExpertTiles, expert_tiles, experts_int4, sort_by_expert
-from moe_worker.kernels.triton.linear import linear_int4, linear_tile
+from moe_worker.kernels.triton.experts import ExpertTiles, expert_tiles, experts_packed, sort_by_expert
+from moe_worker.kernels.triton.linear import linear_packed, linear_tile
 from moe_worker.kernels.triton.norm import Activation
 from moe_worker.kernels.triton.tiles import PackedInt4, Tile
 from moe_worker.kernels.triton.wide import experts_wide, widen
@@ -98,7 +98,7 @@ def make(case: Case, copies: int) -> Callable[[Tile | None], None]:
         def linear(tile: Tile | None) -> None:
             if tile is not None:
                 linear_kernels.linear_tile = lambda *_: tile
-            linear_int4(x, next(weights), out)
+            linear_packed(x, next(weights), out)
             linear_kernels.linear_tile = linear_tile
 
         return linear
@@ -111,10 +111,10 @@ def make(case: Case, copies: int) -> Callable[[Tile | None], None]:
     x, (chosen, shares, counts) = activation(tokens, HIDDEN), chosen_experts(tokens)
 
     def experts(tile: Tile | None) -> None:
-        tiles = expert_tiles(tokens, int4=True) if tile is None else ExpertTiles(tile, tile)
+        tiles = expert_tiles(tokens, packed=True) if tile is None else ExpertTiles(tile, tile)
         gate_up, down = next(pairs)
         blocks = sort_by_expert(chosen, counts, tiles.rows)
-        experts_int4(x, gate_up, down, blocks, shares, tiles)
+        experts_packed(x, gate_up, down, blocks, shares, tiles)
 
     return experts
 
@@ -147,7 +147,7 @@ def report(case: Case, top: int) -> None:
         except triton.runtime.errors.OutOfResources:
             continue
         for kernel, each in times.items():
-            if "int4" in kernel:
+            if "packed" in kernel:
                 found.setdefault(kernel, []).append((each, "as chosen" if tile is None else str(tuple(tile))))
     for kernel, rows in found.items():
         best = sorted(rows[1:])[:top]

@@ -38,7 +38,7 @@ SHAPES = {
 }  # fmt: skip
 # Share of the logits' length that bf16 (8 bits, some 40 roundings deep) and int8 in one or the other scheme
 # may change: the plain model has one scale a token, the kernels one for 64 inputs.
-TOLERANCE = {"dense": 0.04, "w4a16": 0.04, "w4a8": 0.08}
+TOLERANCE = {"dense": 0.04, "fp8": 0.04, "w4a16": 0.04, "w4a8": 0.08}
 
 
 class Both:
@@ -92,7 +92,7 @@ def tokens_of(count, seed):
 @pytest.mark.parametrize("number_format", TOLERANCE)
 @pytest.mark.parametrize("values", SHAPES.values(), ids=SHAPES.keys())
 def test_logits_are_those_of_the_plain_model(values, number_format):
-    if unsupported(config_of(values), packed=number_format != "dense"):
+    if unsupported(config_of(values), number_format):
         pytest.skip("not for the kernels")
     both, tokens = Both(values, number_format), tokens_of(40, seed=1)
     actual = both.kernels([Segment(tokens, 0, [5, 9, 2])], rows=range(40))
@@ -106,18 +106,18 @@ def test_scores_over_a_cache_in_fp8_stay_alike():
     assert difference(torch.stack(actual), both.exact(tokens)[30:33]) < 0.2
 
 
-@pytest.mark.parametrize("number_format", ["dense", "w4a8"])
+@pytest.mark.parametrize("number_format", ["dense", "fp8", "w4a8"])
 def test_wide_passes_are_narrow_ones(monkeypatch, number_format):
     both, tokens = Both(SMALL, number_format), tokens_of(40, seed=2)
     narrow = both.kernels([Segment(tokens, 0, [5, 9, 2])], rows=range(40))
     monkeypatch.setattr(cuda, "WIDE_TOKENS", 1)
-    monkeypatch.setattr(cuda, "WIDE_TOKENS_INT4", 1)
+    monkeypatch.setattr(cuda, "WIDE_TOKENS_PACKED", 1)
     wide = both.kernels([Segment(tokens, 0, [5, 9, 2])], rows=range(40))
     assert not torch.equal(narrow, wide)
     assert difference(wide, narrow) < 0.04
 
 
-@pytest.mark.parametrize("number_format", ["dense", "w4a8"])
+@pytest.mark.parametrize("number_format", ["dense", "fp8", "w4a8"])
 def test_decode_goes_on_where_prompts_ended(number_format):
     """Prompts in pieces, mixed passes, then steps of batches that grow and shrink over recorded sizes."""
     both = Both(SMALL, number_format)

@@ -13,7 +13,9 @@ import torch
 pytest.importorskip("triton")
 
 from moe_worker.kernels.triton import attention, experts, latent, linear, norm, router, tiles, wide
-from moe_worker.models.cuda_build import split_dense
+from moe_worker.models.cuda_build import pack_fp8, split_dense
+from moe_worker.quant.fp8 import quantize_fp8
+from moe_worker.quant.matrix import stack
 from tests.gpu.device import BF16, DEVICE, needs_device
 
 pytestmark = needs_device
@@ -50,6 +52,14 @@ def rounded_weight(weight):
     values, scales = tiles.round_to_int4(weight)
     whole = (values.double() * scales.double().unsqueeze(-1)).transpose(-3, -2).flatten(-2)
     return whole[..., : weight.shape[-1]]
+
+
+def packed_and_plain(weight, kind):
+    """What the kernels read of rounded weights [..., O, I], and what they stand for, float64."""
+    if kind != "fp8":
+        return tiles.pack_int4(weight, kind == "w4a8"), rounded_weight(weight)
+    rounded = quantize_fp8(weight) if weight.dim() == 2 else stack([quantize_fp8(each) for each in weight])
+    return pack_fp8(rounded), rounded.dequantize().double()
 
 
 def quantized(x_TI):
@@ -106,20 +116,20 @@ def test_packed_weights_are_the_rounded_ones():
 
 @pytest.mark.parametrize("tokens", [1, 77, 150])
 @pytest.mark.parametrize(("inputs", "outputs"), [(256, 200), (320, 130), (1024, 640)])
-@pytest.mark.parametrize("int8", [True, False], ids=["w4a8", "w4a16"])
-def test_linear_int4(tokens, inputs, outputs, int8):
-    x, weight = quantized(randn(tokens, inputs)), randn(outputs, inputs)
+@pytest.mark.parametrize("kind", ["w4a8", "w4a16", "fp8"])
+def test_linear(tokens, inputs, outputs, kind):
+    x, (weight, plain) = quantized(randn(tokens, inputs)), packed_and_plain(randn(outputs, inputs), kind)
     actual = torch.full((tokens, outputs), math.nan, device=DEVICE)
-    linear.linear_int4(x, tiles.pack_int4(weight, int8), actual)
-    expected = (from_int8(x) if int8 else x.x_TD.double()) @ rounded_weight(weight).t()
+    linear.linear_packed(x, weight, actual)
+    expected = (from_int8(x) if kind == "w4a8" else x.x_TD.double()) @ plain.t()
     assert difference(actual, expected) < 1e-5
 
 
 @pytest.mark.parametrize("inputs", [256, 320])
-def test_widened_weights_are_the_rounded_ones(inputs):
-    weight = randn(3, 40, inputs)
-    whole = wide.widen(tiles.pack_int4(weight))
-    assert difference(whole, rounded_weight(weight)) < BF16
+@pytest.mark.parametrize("kind", ["w4a8", "fp8"])
+def test_widened_weights_are_the_rounded_ones(inputs, kind):
+    weight, plain = packed_and_plain(randn(3, 140, inputs), kind)
+    assert difference(wide.widen(weight), plain) < BF16
 
 
 @pytest.mark.parametrize("tokens", [1, 50])
@@ -270,7 +280,7 @@ def plain_experts(x_TD, gate_up_AFD, down_ADI, chosen_TK, shares_TK):
     return out
 
 
-@pytest.mark.parametrize("number_format", ["bf16", "w4a16", "w4a8"])
+@pytest.mark.parametrize("number_format", ["bf16", "fp8", "w4a16", "w4a8"])
 @pytest.mark.parametrize(("tokens", "wanted"), [(1, "narrow"), (40, "narrow"), (40, "wide")])
 @pytest.mark.parametrize("inner", [128, 64])
 def test_experts(number_format, tokens, wanted, inner):
@@ -280,18 +290,21 @@ def test_experts(number_format, tokens, wanted, inner):
     chosen = torch.rand(tokens, count, device=DEVICE).topk(per_token).indices.int()
     shares = torch.rand(tokens, per_token, device=DEVICE)
     counts = chosen.flatten().bincount(minlength=count).int()
-    int4, int8 = number_format != "bf16", number_format == "w4a8"
-    weights = [tiles.pack_int4(each, int8) if int4 else each for each in (gate_up, down)]
-    plain = [rounded_weight(each) if int4 else each for each in (gate_up, down)]
+    packed, int8 = number_format != "bf16", number_format == "w4a8"
+    weights, plain = [gate_up, down], [gate_up, down]
+    if packed:
+        weights, plain = zip(
+            *(packed_and_plain(each, number_format) for each in (gate_up, down)), strict=True
+        )
     values = from_int8(x) if int8 else x.x_TD.double()
-    cut = experts.expert_tiles(tokens, int4)
+    cut = experts.expert_tiles(tokens, packed)
     blocks = experts.sort_by_expert(chosen, counts, cut.rows)
     if wanted == "wide":
         read, wide_weights = values.to(torch.bfloat16), [wide.widen(each) for each in weights]
         added = wide.experts_wide(read, *wide_weights, chosen, shares, counts, emulated=int8)
         rows = added.rows_MD[added.order_M]
-    elif int4:
-        rows = experts.experts_int4(x, *weights, blocks, shares, cut)
+    elif packed:
+        rows = experts.experts_packed(x, *weights, blocks, shares, cut)
     else:
         rows = experts.experts_bf16(x.x_TD, *weights, blocks, shares, cut)
     expected = plain_experts(values, *plain, chosen, shares)

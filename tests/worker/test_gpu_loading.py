@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.gpu_random import LARGE, SMALL, config_of, random_model
-from moe_worker.config.quantization import PackedStorage
+from moe_worker.config.quantization import Fp8Storage, PackedStorage
 from moe_worker.engine import gpu
 from moe_worker.errors import SettingsError
 from moe_worker.kernels import registry
@@ -26,7 +26,8 @@ REFUSED = {
     "attention_bias to be false": (SMALL | {"attention_bias": True}, "bf16"),
     "qk_rope_head_dim to be 16, 32": (SMALL | {"qk_rope_head_dim": 8}, "bf16"),
     "hidden_size to be a multiple of 64": (SMALL | {"hidden_size": 96}, "bf16"),
-    "v_head_dim to be a multiple of 64 in four bits": (SMALL | {"v_head_dim": 48}, "w4a8"),
+    "v_head_dim to be a multiple of 64 in w4a8": (SMALL | {"v_head_dim": 48}, "w4a8"),
+    "v_head_dim to be a multiple of 64 in fp8": (SMALL | {"v_head_dim": 48}, "fp8"),
     "dtype float32 was asked for": (SMALL, "fp32"),
 }
 
@@ -47,7 +48,13 @@ def test_four_bits_in_another_layout_are_said(storage):
     assert "symmetric int4 in groups of 128" in hardware.reason
 
 
-@pytest.mark.parametrize("number_format", ["bf16", "w4a16", "w4a8"])
+def test_fp8_in_other_blocks_is_said_where_it_is_to_be_multiplied_as_it_is():
+    config = replace(config_of(LARGE), storage=Fp8Storage((128, 64)))
+    assert "FP8 in blocks of 128 inputs; the checkpoint's have 64" in gpu.probe_gpu(config, "fp8").reason
+    assert gpu.probe_gpu(config, "bf16").kernels == gpu.probe_gpu(config, "w4a8").kernels == "triton"
+
+
+@pytest.mark.parametrize("number_format", ["bf16", "fp8", "w4a16", "w4a8"])
 def test_models_of_published_sizes_run_on_the_kernels(number_format):
     hardware = gpu.probe_gpu(config_of(LARGE), number_format)
     for operation in registry.OPERATIONS:
@@ -68,7 +75,7 @@ def stored_bytes(model):
     return sum(seen.values())
 
 
-@pytest.mark.parametrize("number_format", ["dense", "w4a8"])
+@pytest.mark.parametrize("number_format", ["dense", "fp8", "w4a8"])
 def test_the_estimate_of_weights_is_near_what_they_take(number_format):
     values = SMALL | {
         "hidden_size": 512,

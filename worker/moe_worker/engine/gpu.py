@@ -28,7 +28,7 @@ def probe_gpu(config: ModelConfig, number_format: str) -> Hardware:
         return Hardware("cuda", None, "the kernels compute in bf16, and dtype float32 was asked for")
     from moe_worker.models.cuda_build import unsupported  # noqa: PLC0415 - triton is not everywhere
 
-    reason = unsupported(config, packed=number_format in PACKED_BYTES)
+    reason = unsupported(config, number_format)
     if reason is not None:
         return Hardware("cuda", None, reason)
     return Hardware("cuda", "triton", "this is a CUDA device")

@@ -34,10 +34,11 @@ class Choice:
         return f"{self.format} {self.operation}: {self.implementation} ({self.reason})"
 
 
+_ON_CUDA = ("bf16", "fp8", "w4a16", "w4a8")
 # (operation, format, device) with kernels of its own; everything else is computed by the reference.
 _KERNELS = frozenset(
     (operation, number_format, device)
-    for number_format, device in (("w4a8", "cpu"), ("bf16", "cuda"), ("w4a16", "cuda"), ("w4a8", "cuda"))
+    for number_format, device in (("w4a8", "cpu"), *((each, "cuda") for each in _ON_CUDA))
     for operation in OPERATIONS
 )
 

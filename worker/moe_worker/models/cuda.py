@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from moe_worker.kernels.transfer import to_device
 from moe_worker.kernels.triton.attention import TokenTiles
-from moe_worker.kernels.triton.linear import linear_int4
+from moe_worker.kernels.triton.linear import linear_packed
 from moe_worker.kernels.triton.norm import Added
 from moe_worker.kernels.triton.wide import Weight
 from moe_worker.models.cuda_layer import CudaLayer, Pass, norm
@@ -23,10 +23,10 @@ WANTED_PROGRAMS = 264
 MOST_SLICES = 16
 # Tokens of a prefill that one attention program takes.
 PREFILL_TOKENS = 4
-# From so many tokens on, a pass multiplies in bf16 by the library; four bits are widened for that, which
-# takes 0.6 ms a layer of DeepSeek-V2-Lite on an H100.
+# From so many tokens on, a pass multiplies in bf16 by the library; packed weights are widened for that,
+# which in four bits takes 0.6 ms a layer of DeepSeek-V2-Lite on an H100.
 WIDE_TOKENS = 512
-WIDE_TOKENS_INT4 = 8192
+WIDE_TOKENS_PACKED = 8192
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class CudaModel:
         if isinstance(self.head, Tensor):
             torch.mm(normed.x_TD, self.head.t(), out=out_NV)
         else:
-            linear_int4(normed, self.head, out_NV)
+            linear_packed(normed, self.head, out_NV)
 
     def empty_logits(self, tokens: int) -> Tensor:
         """Memory for the logits of `tokens` tokens: in the dtype in which they are computed."""
@@ -108,7 +108,7 @@ class CudaModel:
         tile_3C = to_device(torch.tensor(tiles, dtype=torch.int32).t().contiguous(), self.device)
         token_tiles = TokenTiles(tile_3C[0], tile_3C[1], tile_3C[2], PREFILL_TOKENS)
         dense = all(isinstance(layer.gate_up, Tensor) for layer in self.layers)
-        wide = first >= (WIDE_TOKENS if dense else WIDE_TOKENS_INT4)
+        wide = first >= (WIDE_TOKENS if dense else WIDE_TOKENS_PACKED)
         return self._pass(rows, token_tiles, 1, page, wide=wide)
 
     def _pass(

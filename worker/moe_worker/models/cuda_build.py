@@ -1,4 +1,4 @@
-"""Prepares a loaded model for the GPU kernels: padded to sizes they take, four bits in their layout.
+"""Prepares a loaded model for the GPU kernels: padded to sizes they take, packed weights in their layout.
 
 Legend: D hidden, F = 2 * I gate and up, I intermediate, H heads, N and P query elements without and with
 rotary position, R latent rank, V value elements, A experts, O outputs, G groups of inputs, L layers.
@@ -13,11 +13,11 @@ from torch.nn import functional
 from moe_worker.config.attention import LatentConfig
 from moe_worker.config.model import ModelConfig
 from moe_worker.config.moe import Method, Scoring
-from moe_worker.config.quantization import PackedStorage, SparseStorage
-from moe_worker.kernels.linear import DenseLinear, Int4Linear, Linear
+from moe_worker.config.quantization import Fp8Storage, PackedStorage, SparseStorage
+from moe_worker.kernels.linear import DenseLinear, Fp8Linear, Int4Linear, Linear
 from moe_worker.kernels.triton.latent import LatentWeights
 from moe_worker.kernels.triton.router import Choice
-from moe_worker.kernels.triton.tiles import GROUP, PIECE, pack_values
+from moe_worker.kernels.triton.tiles import GROUP, PIECE, PackedFp8, pack_values
 from moe_worker.kernels.triton.wide import Weight
 from moe_worker.models.cuda import CudaModel
 from moe_worker.models.cuda_layer import CudaLayer
@@ -27,6 +27,8 @@ from moe_worker.quant.fp8 import Fp8Weight
 from moe_worker.quant.int4 import Int4Weight
 from moe_worker.quant.matrix import Matrix, join_rows, map_rows, split_inputs, stack
 from moe_worker.quant.sparse14 import Sparse14Weight
+
+PACKED_FORMATS = ("fp8", "w4a16", "w4a8")
 
 
 @dataclass(frozen=True)
@@ -51,22 +53,27 @@ class Sizes:
         return self.rank + attention.qk_rope_head_dim
 
 
-def unsupported(config: ModelConfig, packed: bool) -> str | None:
-    """Why there are no GPU kernels for a model, in words; None where there are."""
+def unsupported(config: ModelConfig, number_format: str) -> str | None:
+    """Why there are no GPU kernels for a model in `number_format`, in words; None where there are."""
     attention, storage = config.attention, config.storage
+    packed = number_format in PACKED_FORMATS
     if not isinstance(attention, LatentConfig):
         return f"there are no GPU kernels for the attention of {config.architecture} yet"
     if isinstance(storage, PackedStorage) and not (storage.symmetric and storage.group == GROUP):
         return f"the GPU kernels take symmetric int4 in groups of {GROUP}; the checkpoint's is not"
     if isinstance(storage, SparseStorage):
         return "the GPU kernels for 1:4 sparse weights are not part of whole passes yet"
+    if number_format == "fp8" and isinstance(storage, Fp8Storage) and storage.block[1] != GROUP:
+        return (
+            f"the GPU kernels take FP8 in blocks of {GROUP} inputs; the checkpoint's have {storage.block[1]}"
+        )
     rope = attention.qk_rope_head_dim
     wrong = [
         ("attention_bias", "false", attention.attention_bias),
         ("qk_rope_head_dim", "16, 32, 64 or so on", rope < 16 or rope & (rope - 1)),
         ("hidden_size", f"a multiple of {PIECE}", config.hidden_size % PIECE),
         ("moe_intermediate_size", f"a multiple of {PIECE}", config.moe.intermediate % PIECE),
-        ("v_head_dim", f"a multiple of {PIECE} in four bits", packed and attention.v_head_dim % PIECE),
+        ("v_head_dim", f"a multiple of {PIECE} in {number_format}", packed and attention.v_head_dim % PIECE),
     ]
     return next(
         (f"the GPU kernels need {name} to be {right}" for name, right, is_wrong in wrong if is_wrong), None
@@ -196,7 +203,7 @@ def _power(width: int) -> int:
 def _matrix(linear: Linear) -> Matrix:
     if isinstance(linear, DenseLinear):
         return linear.weight_OI
-    if isinstance(linear, Int4Linear):
+    if isinstance(linear, Int4Linear | Fp8Linear):
         return linear.weight
     raise TypeError(f"there are no GPU kernels for {type(linear).__name__}")
 
@@ -226,11 +233,11 @@ def _pad_heads(matrix: Matrix, heads: int, width: int, padded: int, rope: int) -
 
 
 def _pad_values(matrix: Matrix, heads: int, more: int) -> Matrix:
-    """Zeros behind the inputs of each head; four bits never need them (`unsupported`)."""
+    """Zeros behind the inputs of each head; packed weights never need them (`unsupported`)."""
     if more == 0:
         return matrix
     if not isinstance(matrix, Tensor):
-        raise ValueError("inputs of a head in four bits cannot be padded")
+        raise ValueError("inputs of a head in packed weights cannot be padded")
     return functional.pad(matrix.unflatten(1, (heads, -1)), (0, more)).flatten(1)
 
 
@@ -264,8 +271,10 @@ def _packed(matrix: Matrix, int8: bool) -> Weight:
     """A matrix (or stacked ones) in the kernels' layout."""
     if isinstance(matrix, Tensor):
         return matrix.contiguous()
-    if isinstance(matrix, Sparse14Weight | Fp8Weight):
-        raise ValueError(f"the GPU kernels for whole passes take no {type(matrix).__name__}")
+    if isinstance(matrix, Sparse14Weight):
+        raise ValueError("the GPU kernels for whole passes take no sparse matrices")
+    if isinstance(matrix, Fp8Weight):
+        return pack_fp8(matrix)
     if matrix.group != GROUP:
         raise ValueError(
             f"the GPU kernels take int4 in groups of {GROUP}; these are groups of {matrix.group}"
@@ -275,3 +284,10 @@ def _packed(matrix: Matrix, int8: bool) -> Weight:
     values = functional.pad(matrix.values(), (0, -matrix.inputs % GROUP))
     grouped = values.unflatten(-1, (-1, GROUP)).transpose(-2, -3)
     return pack_values(grouped, matrix.scales_OG.transpose(-1, -2), matrix.inputs, int8)
+
+
+def pack_fp8(matrix: Fp8Weight) -> PackedFp8:
+    """A matrix (or stacked ones) as the kernels read it; values are not copied."""
+    if matrix.columns != GROUP:
+        raise ValueError(f"the GPU kernels take FP8 in blocks of {GROUP} inputs, not of {matrix.columns}")
+    return PackedFp8(matrix.values().contiguous(), matrix.scales_OC.transpose(-1, -2).contiguous())

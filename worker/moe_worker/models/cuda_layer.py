@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_worker.kernels.triton.attention import TokenTiles, attend, merge_values
-from moe_worker.kernels.triton.experts import expert_tiles, experts_bf16, experts_int4, sort_by_expert
+from moe_worker.kernels.triton.experts import expert_tiles, experts_bf16, experts_packed, sort_by_expert
 from moe_worker.kernels.triton.latent import LatentWeights, write_latents
-from moe_worker.kernels.triton.linear import linear_int4
+from moe_worker.kernels.triton.linear import linear_packed
 from moe_worker.kernels.triton.norm import Activation, Added, Rounding, residual_norm
 from moe_worker.kernels.triton.router import Choice, route
-from moe_worker.kernels.triton.tiles import PackedInt4, piece_of
+from moe_worker.kernels.triton.tiles import piece_of
 from moe_worker.kernels.triton.wide import Weight, experts_wide, widen
 from moe_worker.models.mla import INNER_NORM_EPS
 
@@ -46,7 +46,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class CudaLayer:
-    """Prepared weights of a layer, bf16 or packed int4. A dense block is experts that all tokens take.
+    """Prepared weights of a layer, bf16 or packed. A dense block is experts that all tokens take.
 
     counts_A: int32, the tokens of each expert in the newest pass.
     """
@@ -99,11 +99,11 @@ class CudaLayer:
             emulated = rounding(self.down, shared.wide) is Rounding.EMULATED
             gate_up, down = widen(self.gate_up), widen(self.down)
             return experts_wide(normed.x_TD, gate_up, down, experts_TK, weights_TK, self.counts_A, emulated)
-        int4 = isinstance(self.gate_up, PackedInt4) and isinstance(self.down, PackedInt4)
-        tiles = expert_tiles(x_TD.shape[0], int4)
+        packed = not isinstance(self.gate_up, Tensor)
+        tiles = expert_tiles(x_TD.shape[0], packed)
         blocks = sort_by_expert(experts_TK, self.counts_A, tiles.rows)
-        if isinstance(self.gate_up, PackedInt4) and isinstance(self.down, PackedInt4):
-            return Added(experts_int4(normed, self.gate_up, self.down, blocks, weights_TK, tiles))
+        if not (isinstance(self.gate_up, Tensor) or isinstance(self.down, Tensor)):
+            return Added(experts_packed(normed, self.gate_up, self.down, blocks, weights_TK, tiles))
         gate_up, down = widen(self.gate_up), widen(self.down)
         return Added(experts_bf16(normed.x_TD, gate_up, down, blocks, weights_TK, tiles))
 
@@ -118,7 +118,7 @@ class CudaLayer:
 
 def rounding(reader: Weight, wide: bool) -> Rounding:
     """How activations are rounded for products with `reader`."""
-    if not (isinstance(reader, PackedInt4) and reader.int8):
+    if isinstance(reader, Tensor) or not reader.int8:
         return Rounding.NONE
     return Rounding.EMULATED if wide else Rounding.INT8
 
@@ -137,5 +137,5 @@ def linear(x: Activation, weight: Weight, wide: bool) -> Tensor:
     if wide or isinstance(weight, Tensor):
         return functional.linear(x.x_TD, widen(weight))
     out_TO = torch.empty(x.x_TD.shape[0], weight.outputs, dtype=torch.bfloat16, device=x.x_TD.device)
-    linear_int4(x, weight, out_TO)
+    linear_packed(x, weight, out_TO)
     return out_TO

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_worker.kernels.triton.norm import Activation
-from moe_worker.kernels.triton.tiles import PackedInt4, Tile, add_dot_bf16, dot_int4_group, store_int8_NM
+from moe_worker.kernels.triton.tiles import Packed, Tile, add_dot_bf16, dot_group, store_int8_NM
 
 
 class Blocks(NamedTuple):
@@ -75,10 +75,11 @@ def _swiglu(gate, up):
 
 
 @triton.jit(do_not_specialize=["total"])
-def _gate_up_int4(
+def _gate_up_packed(
     x, x_scale, packed, scales, rows, block_experts, out, out_scale, total,
     PER_TOKEN: tl.constexpr, INNER: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr,
-    PIECE: tl.constexpr, INT8: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    PIECE: tl.constexpr, STRIDE: tl.constexpr, KIND: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(1)
     expert = tl.load(block_experts + block).to(tl.int64)
@@ -88,12 +89,12 @@ def _gate_up_int4(
         token_M = row_M // PER_TOKEN
         first = tl.program_id(0) * BLOCK_N
         n = first + tl.arange(0, BLOCK_N)
-        weight = packed + expert * (GROUPS * 2 * INNER * 64)
+        weight = packed + expert * STRIDE
         scale = scales + expert * (GROUPS * 2 * INNER)
         gate_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         up_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for group in range(GROUPS):
-            gate_NM = dot_int4_group(
+            gate_NM = dot_group(
                 gate_NM,
                 weight,
                 scale,
@@ -106,14 +107,14 @@ def _gate_up_int4(
                 2 * INNER,
                 INPUTS,
                 PIECE,
-                INT8,
+                KIND,
             )
-            up_NM = dot_int4_group(
+            up_NM = dot_group(
                 up_NM, weight, scale, x, x_scale, group, INNER + n, token_M, mask_M, 2 * INNER, INPUTS, PIECE,
-                INT8,
+                KIND,
             )  # fmt: skip
         hidden_NM = _swiglu(gate_NM, up_NM)
-        if INT8:
+        if KIND == "w4a8":
             store_int8_NM(hidden_NM, out, out_scale, row_M.to(tl.int64), first, mask_M, INNER, BLOCK_N)
         else:
             where = out + row_M[None, :].to(tl.int64) * INNER + n[:, None]
@@ -121,10 +122,10 @@ def _gate_up_int4(
 
 
 @triton.jit(do_not_specialize=["total"])
-def _down_int4(
+def _down_packed(
     x, x_scale, packed, scales, rows, block_experts, weights, out, total,
     OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, PIECE: tl.constexpr,
-    INT8: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    STRIDE: tl.constexpr, KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(1)
     expert = tl.load(block_experts + block).to(tl.int64)
@@ -132,12 +133,12 @@ def _down_int4(
         row_M = tl.load(rows + block * BLOCK_M + tl.arange(0, BLOCK_M))
         mask_M = row_M < total
         n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        weight = packed + expert * (GROUPS * OUTPUTS * 64)
+        weight = packed + expert * STRIDE
         scale = scales + expert * (GROUPS * OUTPUTS)
         acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for group in range(GROUPS):
-            acc_NM = dot_int4_group(
-                acc_NM, weight, scale, x, x_scale, group, n, row_M, mask_M, OUTPUTS, INPUTS, PIECE, INT8
+            acc_NM = dot_group(
+                acc_NM, weight, scale, x, x_scale, group, n, row_M, mask_M, OUTPUTS, INPUTS, PIECE, KIND
             )
         share_M = tl.load(weights + row_M, mask=mask_M, other=0.0)
         where = out + row_M[None, :].to(tl.int64) * OUTPUTS + n[:, None]
@@ -208,11 +209,11 @@ class ExpertTiles(NamedTuple):
         return self.down.m
 
 
-def expert_tiles(tokens: int, int4: bool) -> ExpertTiles:
-    """Blocks of about as many rows as an expert gets, but in four bits, where the sums of each group take
+def expert_tiles(tokens: int, packed: bool) -> ExpertTiles:
+    """Blocks of about as many rows as an expert gets, but packed, where the sums of each group take
     registers, of no more than 32.
     """
-    if int4:
+    if packed:
         tile = Tile(128, 16 if tokens <= 64 else 32, 8, 3)
         return ExpertTiles(tile, tile)
     rows = 16 if tokens <= 128 else 32 if tokens <= 512 else 64 if tokens <= 2048 else 128
@@ -221,17 +222,17 @@ def expert_tiles(tokens: int, int4: bool) -> ExpertTiles:
     return ExpertTiles(Tile(128, rows, 8, 3), Tile(128, rows, 8, 3))
 
 
-def experts_int4(
+def experts_packed(
     x: Activation,
-    gate_up: PackedInt4,
-    down: PackedInt4,
+    gate_up: Packed,
+    down: Packed,
     blocks: Blocks,
     weights_TK: Tensor,
     tiles: ExpertTiles,
 ) -> Tensor:
     """Weighted outputs of each row, bf16 [M, D], to be summed over K; `blocks` are of tiles.rows.
 
-    W4A8 rounds hidden values to int8, with a scale for each piece of tiles.gate_up.n; W4A16 to bf16.
+    W4A8 rounds hidden values to int8, with a scale for each piece of tiles.gate_up.n; others to bf16.
     """
     tokens, per_token = weights_TK.shape
     total, inner, int8 = tokens * per_token, gate_up.outputs // 2, gate_up.int8
@@ -239,17 +240,18 @@ def experts_int4(
     hidden = Activation.empty(total, inner, x.x_TD.device, up_n)
     out_MD = torch.empty(total, down.outputs, dtype=torch.bfloat16, device=x.x_TD.device)
     count = blocks.experts_C.shape[0]
-    _gate_up_int4[(inner // up_n, count)](
-        x.q_TD if int8 else x.x_TD, x.scales_TX, gate_up.signed, gate_up.scales, blocks.rows,
+    _gate_up_packed[(inner // up_n, count)](
+        x.q_TD if int8 else x.x_TD, x.scales_TX, gate_up.stored, gate_up.scales, blocks.rows,
         blocks.experts_C, hidden.q_TD if int8 else hidden.x_TD, hidden.scales_TX, total,
         PER_TOKEN=per_token, INNER=inner, GROUPS=gate_up.groups, INPUTS=gate_up.inputs,
-        PIECE=x.piece, INT8=int8,
+        PIECE=x.piece, STRIDE=gate_up.stride, KIND=gate_up.kind,
         BLOCK_N=up_n, BLOCK_M=blocks.size, num_warps=tiles.gate_up.warps, num_stages=tiles.gate_up.stages,
     )  # fmt: skip
-    _down_int4[(down.outputs // down_n, count)](
-        hidden.q_TD if int8 else hidden.x_TD, hidden.scales_TX, down.signed, down.scales, blocks.rows,
+    _down_packed[(down.outputs // down_n, count)](
+        hidden.q_TD if int8 else hidden.x_TD, hidden.scales_TX, down.stored, down.scales, blocks.rows,
         blocks.experts_C, weights_TK, out_MD, total,
-        OUTPUTS=down.outputs, GROUPS=down.groups, INPUTS=down.inputs, PIECE=hidden.piece, INT8=int8,
+        OUTPUTS=down.outputs, GROUPS=down.groups, INPUTS=down.inputs, PIECE=hidden.piece,
+        STRIDE=down.stride, KIND=down.kind,
         BLOCK_N=down_n, BLOCK_M=blocks.size, num_warps=tiles.down.warps, num_stages=tiles.down.stages,
     )  # fmt: skip
     return out_MD

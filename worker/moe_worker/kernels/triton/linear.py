@@ -1,4 +1,4 @@
-"""Products of activations with one int4 matrix: W4A8 or W4A16.
+"""Products of activations with one packed matrix: W4A8, W4A16 or FP8.
 
 Legend: T tokens, O outputs, G groups of 128 inputs.
 """
@@ -8,14 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_worker.kernels.triton.norm import Activation
-from moe_worker.kernels.triton.tiles import PackedInt4, Tile, dot_int4_group
+from moe_worker.kernels.triton.tiles import Packed, Tile, dot_group
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _linear_int4(
+def _linear_packed(
     x, x_scale, packed, scales, out, tokens,
     OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, PIECE: tl.constexpr,
-    INT8: tl.constexpr,
+    KIND: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -24,7 +24,7 @@ def _linear_int4(
     mask_M = token_M < tokens
     acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for group in range(GROUPS):
-        acc_NM = dot_int4_group(
+        acc_NM = dot_group(
             acc_NM,
             packed,
             scales,
@@ -37,7 +37,7 @@ def _linear_int4(
             OUTPUTS,
             INPUTS,
             PIECE,
-            INT8,
+            KIND,
         )
     where = out + token_M[None, :].to(tl.int64) * OUTPUTS + n[:, None]
     tl.store(where, acc_NM.to(out.dtype.element_ty), mask=mask_M[None, :] & (n < OUTPUTS)[:, None])
@@ -56,14 +56,14 @@ def linear_tile(tokens: int, outputs: int) -> Tile:
     return Tile(64, 16 if tokens <= 64 else 64 if tokens <= 512 else 128, 4, 3)
 
 
-def linear_int4(x: Activation, weight: PackedInt4, out_TO: Tensor) -> None:
+def linear_packed(x: Activation, weight: Packed, out_TO: Tensor) -> None:
     """Writes x W^T to `out_TO` (any floating dtype): sums of each group of inputs, scaled in float32."""
     tokens = x.x_TD.shape[0]
     tile = linear_tile(tokens, weight.outputs)
     grid = (triton.cdiv(weight.outputs, tile.n), triton.cdiv(tokens, tile.m))
-    _linear_int4[grid](
-        x.q_TD if weight.int8 else x.x_TD, x.scales_TX, weight.signed, weight.scales, out_TO, tokens,
+    _linear_packed[grid](
+        x.q_TD if weight.int8 else x.x_TD, x.scales_TX, weight.stored, weight.scales, out_TO, tokens,
         OUTPUTS=weight.outputs, GROUPS=weight.groups, INPUTS=weight.inputs, PIECE=x.piece,
-        INT8=weight.int8,
+        KIND=weight.kind,
         BLOCK_N=tile.n, BLOCK_M=tile.m, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

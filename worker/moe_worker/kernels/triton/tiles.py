@@ -1,8 +1,11 @@
-"""Pieces that several kernels share: int4 tiles, rounding to int8, and the layout of packed weights.
+"""Pieces that several kernels share: int4 and FP8 tiles, rounding to int8, and the layout of packed weights.
 
-Packed weights are stored [G, O, 64] bytes for G groups of 128 inputs: byte j of a row holds input j of the
+Four-bit weights are stored [G, O, 64] bytes for G groups of 128 inputs: byte j of a row holds input j of the
 group in its low and input 64 + j in its high nibble, both as signed values. A tile of any number of rows is
-then one contiguous piece of memory, and two dot products over 64 inputs need no shuffling of nibbles.
+then one contiguous piece of memory, and two dot products over 64 inputs need no shuffling of nibbles. FP8
+weights are stored [O, I], as checkpoints have them.
+
+KIND of a kernel is how weights meet activations: "w4a8", "w4a16" or "fp8" (both of these with bf16 ones).
 
 Legend: O outputs, I inputs, G groups of 128 inputs, A experts, T tokens, X pieces of inputs.
 """
@@ -48,9 +51,60 @@ class PackedInt4:
         return self.scales.shape[-2]
 
     @property
-    def signed(self) -> Tensor:
+    def kind(self) -> str:
+        """KIND of the kernels."""
+        return "w4a8" if self.int8 else "w4a16"
+
+    @property
+    def stored(self) -> Tensor:
         """The bytes as the kernels take them, int8."""
         return self.packed.view(torch.int8)
+
+    @property
+    def stride(self) -> int:
+        """Elements of `stored` from one stacked matrix to the next."""
+        return self.groups * self.outputs * PIECE
+
+
+@dataclass(frozen=True)
+class PackedFp8:
+    """FP8 weights as the kernels read them: e4m3 [..., O, I] and float32 scales [..., G, O].
+
+    I is a multiple of 64. Activations stay bf16 (W8A16).
+    """
+
+    values: Tensor
+    scales: Tensor
+    kind = "fp8"
+    int8 = False
+
+    @property
+    def inputs(self) -> int:
+        """I."""
+        return self.values.shape[-1]
+
+    @property
+    def outputs(self) -> int:
+        """Rows of the matrix, O."""
+        return self.scales.shape[-1]
+
+    @property
+    def groups(self) -> int:
+        """Groups of inputs, G."""
+        return self.scales.shape[-2]
+
+    @property
+    def stored(self) -> Tensor:
+        """The values as the kernels take them."""
+        return self.values
+
+    @property
+    def stride(self) -> int:
+        """Elements of `stored` from one stacked matrix to the next."""
+        return self.outputs * self.inputs
+
+
+Packed = PackedInt4 | PackedFp8
 
 
 def round_to_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,6 +224,46 @@ def dot_int4_group(
         sums = dot_bf16(low_Nj.to(tl.float32).to(tl.bfloat16), low_jM)
         sums = add_dot_bf16(sums, high_Nj.to(tl.float32).to(tl.bfloat16), high_jM)
         acc_NM += sums * scale_N[:, None]
+    return acc_NM
+
+
+@triton.jit
+def dot_fp8_group(
+    acc_NM, weight_base, scale_base, x_base, group, rows_N, token_M, mask_M,
+    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
+):  # fmt: skip
+    """Adds the products of one group of 128 inputs, or of the 64 that are left; x is bf16.
+
+    Every e4m3 value is a bf16 value, so nothing is rounded but the sums, in float32.
+    """
+    k = group * 128 + tl.arange(0, 128)
+    where_Nk = weight_base + rows_N[:, None] * INPUTS + k[None, :]
+    where_kM = x_base + token_M[None, :] * INPUTS + k[:, None]
+    if INPUTS % 128 == 0:
+        values_Nk = tl.load(where_Nk)
+        x_kM = tl.load(where_kM, mask=mask_M[None, :], other=0.0)
+    else:
+        values_Nk = tl.load(where_Nk, mask=(k < INPUTS)[None, :], other=0.0)
+        x_kM = tl.load(where_kM, mask=mask_M[None, :] & (k < INPUTS)[:, None], other=0.0)
+    scale_N = tl.load(scale_base + group * OUTPUTS + rows_N)
+    return acc_NM + dot_bf16(values_Nk.to(tl.bfloat16), x_kM) * scale_N[:, None]
+
+
+@triton.jit
+def dot_group(
+    acc_NM, weight_base, scale_base, x_base, x_scale_base, group, rows_N, token_M, mask_M,
+    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, PIECE: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """Adds the products of one group of 128 inputs; x has INPUTS columns, of int8 or bf16."""
+    if KIND == "fp8":
+        acc_NM = dot_fp8_group(
+            acc_NM, weight_base, scale_base, x_base, group, rows_N, token_M, mask_M, OUTPUTS, INPUTS
+        )
+    else:
+        acc_NM = dot_int4_group(
+            acc_NM, weight_base, scale_base, x_base, x_scale_base, group, rows_N, token_M, mask_M,
+            OUTPUTS, INPUTS, PIECE, KIND == "w4a8",
+        )  # fmt: skip
     return acc_NM
 
 

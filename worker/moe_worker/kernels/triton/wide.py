@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_worker.kernels.triton.norm import Added
-from moe_worker.kernels.triton.tiles import PackedInt4, piece_of, round_even
+from moe_worker.kernels.triton.tiles import Packed, PackedFp8, piece_of, round_even
 
-Weight = Tensor | PackedInt4
+Weight = Tensor | Packed
 
 
 @triton.jit
@@ -37,6 +37,19 @@ def _widen(packed, scales, out, OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, INP
     tl.store(to + 64, (high.to(tl.float32) * scale_o[:, None]).to(tl.bfloat16), mask=inside)
 
 
+@triton.jit
+def _widen_fp8(values, scales, out, OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr,
+               BLOCK_O: tl.constexpr):  # fmt: skip
+    matrix, group = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(0) % GROUPS
+    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    k = group * 128 + tl.arange(0, 128)
+    mask_Ok = (o < OUTPUTS)[:, None] & (k < INPUTS)[None, :]
+    at_Ok = (matrix * OUTPUTS + o)[:, None] * INPUTS + k[None, :]
+    scale_O = tl.load(scales + (matrix * GROUPS + group) * OUTPUTS + o, mask=o < OUTPUTS, other=0.0)
+    value_Ok = tl.load(values + at_Ok, mask=mask_Ok, other=0.0).to(tl.float32)
+    tl.store(out + at_Ok, (value_Ok * scale_O[:, None]).to(tl.bfloat16), mask=mask_Ok)
+
+
 def widen(weight: Weight) -> Tensor:
     """The matrix (or matrices) in bf16, [..., O, I]; a dense one as it is."""
     if isinstance(weight, Tensor):
@@ -47,8 +60,9 @@ def widen(weight: Weight) -> Tensor:
     )
     matrices = out.numel() // (weight.outputs * weight.inputs)
     block_o = 64
-    _widen[(matrices * weight.groups, triton.cdiv(weight.outputs, block_o))](
-        weight.packed, weight.scales, out, OUTPUTS=weight.outputs, GROUPS=weight.groups, INPUTS=weight.inputs,
+    kernel = _widen_fp8 if isinstance(weight, PackedFp8) else _widen
+    kernel[(matrices * weight.groups, triton.cdiv(weight.outputs, block_o))](
+        weight.stored, weight.scales, out, OUTPUTS=weight.outputs, GROUPS=weight.groups, INPUTS=weight.inputs,
         BLOCK_O=block_o,
     )  # fmt: skip
     return out
