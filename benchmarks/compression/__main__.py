@@ -4,10 +4,13 @@
     python -m benchmarks.compression ... --speed          # afterwards, on the machine that should be timed
     python -m benchmarks.compression ... --smoke --device cpu   # minutes: a tiny model, whether it runs
 
-One GPU, and no package but torch, triton, numpy, tqdm, tokenizers, safetensors, pyyaml and matplotlib where
-the text is plain (.zst needs zstandard). Each line and seed has its own folder; the same command goes on
-where it was interrupted, --stop-after ends it in time (a round of pruning ends first), and table.md is
-written anew after every line. Valid is scored to choose, test to report; protocol.py has the protocol.
+One GPU, and no package but torch, triton, numpy, tqdm, tokenizers, safetensors, pyyaml, click and matplotlib
+where the text is plain (.zst needs zstandard). Each line and seed has its own folder; the same command goes
+on where it was interrupted, --stop-after ends it in time (a round of pruning ends first), and table.md is
+written anew after every line. Several processes may share an --out, each with its own GPU
+(CUDA_VISIBLE_DEVICES): each takes the next line that none has and whose sources are done. --prepare makes
+the tokenizer and encodes the text, which takes minutes on few cores and no GPU, and ends. Valid is scored to
+choose, test to report; protocol.py has the protocol.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
+import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,16 +30,18 @@ import torch
 from benchmarks.compression import protocol
 from benchmarks.compression.protocol import LINES, Line
 from moe_worker.config.model import parse_model_config
-from moe_worker.files import write_text
+from moe_worker.files import locked, write_text
 from moe_worker.recipe.parse import Prune, Step, Training
 from moe_worker.recipe.parse import Recipe as PruneRecipe
 from moe_worker.recipe.report import decode_speed
 from moe_worker.recipe.run import prune_step
 from moe_worker.train import data
-from moe_worker.train.corpus import ScoredText
+from moe_worker.train.corpus import ScoredText, read_corpus
 from moe_worker.train.data import encode_documents, read_documents
 from moe_worker.train.settings import TrainSettings
 from moe_worker.train.trainer import TrainingRun
+
+SHORTEST = 15.0  # seconds; where less is left no line is begun
 
 
 @dataclass
@@ -56,18 +63,17 @@ class Experiment:
     def folder(self, line: str, seed: int) -> Path:
         return self.out / line / f"seed-{seed}"
 
-    def left(self) -> float | None:
-        return None if self.deadline is None else max(1.0, self.deadline - time.monotonic())
+    def left(self) -> float:
+        """Seconds until the experiment should end."""
+        return float("inf") if self.deadline is None else self.deadline - time.monotonic()
 
     def settings(self, line: Line, seed: int) -> TrainSettings:
         """What the trainer is told for a line."""
         folder, source = self.folder(line.name, seed), None
+        config = self._shape(line.lite)
         if line.after is not None:
             source = self.folder(line.after, seed)
             config = source / "config.json"
-        else:
-            config = self.out / f"shape{'-lite' if line.lite else ''}.json"
-            write_text(config, json.dumps(protocol.shape(self.args.smoke, line.lite)))
         shared = protocol.SMOKE if self.args.smoke else protocol.SHARED
         steps = round(self.steps * line.share)
         return TrainSettings(
@@ -76,32 +82,37 @@ class Experiment:
             out=folder,
             config=config,
             start_from=source,
-            tokenizer=self._tokenizer(),
+            tokenizer=self.out / "tokenizer.json",
+            cache=self.out,
             teacher=self.folder(line.teacher, seed) if line.teacher else None,
             steps=steps,
             seed=seed,
             device=self.args.device,
-            evaluate_every=max(1, steps // 4),
-            checkpoint_every=max(1, steps // 10),
-            stop_after=self.left(),
+            evaluate_every=max(1, steps),  # at the end
+            checkpoint_every=max(1, steps),  # and when time is up
+            stop_after=max(0.0, self.left()),
             **{**shared, **line.settings},
         )
 
-    def _tokenizer(self) -> Path:
-        """One for all lines and seeds, trained once."""
-        path = self.out / "tokenizer.json"
-        if not path.exists():
-            size = int(protocol.shape(self.args.smoke)["vocab_size"])
-            tokenizer = data.train_tokenizer(read_documents(self.args.data), size)
-            write_text(path, tokenizer.to_str())
-        return path
+    def _shape(self, lite: bool) -> Path:
+        return self.out / f"shape{'-lite' if lite else ''}.json"
 
-    def run(self, line: Line, seed: int) -> dict[str, Any] | None:
-        """The line's result, computed where it is not there yet; None where time is up."""
-        result = self.folder(line.name, seed) / "result.json"
-        if result.exists():
-            kept: dict[str, Any] = json.loads(result.read_text())
-            return kept
+    def prepare(self) -> None:
+        """What all lines and seeds share, made by the first process: shapes, tokenizer, encoded text."""
+        path, size = self.out / "tokenizer.json", int(protocol.shape(self.args.smoke)["vocab_size"])
+        with locked(self.out / "lock"):
+            for lite in (False, True):
+                write_text(self._shape(lite), json.dumps(protocol.shape(self.args.smoke, lite)))
+            if not path.exists():
+                tokenizer = data.train_tokenizer(read_documents(self.args.data), size)
+                write_text(path, tokenizer.to_str())
+            read_corpus(self.settings(LINES[0], self.args.seeds[0]), size)
+
+    def is_done(self, line: str, seed: int) -> bool:
+        return (self.folder(line, seed) / "result.json").exists()
+
+    def run(self, line: Line, seed: int) -> None:
+        """Computes the line's result, unless time is up before."""
         began = time.monotonic()
         settings = self.settings(line, seed)
         if line.prune:
@@ -109,10 +120,9 @@ class Experiment:
         run = TrainingRun(settings)
         run.run()
         if not (settings.out / "model.safetensors").exists():
-            return None
-        found = {"seconds": time.monotonic() - began, **self._measure(run, settings)}
-        write_text(result, json.dumps(found, indent=2))
-        return found
+            return
+        found = {**self._measure(run, settings), "seconds": time.monotonic() - began}
+        write_text(settings.out / "result.json", json.dumps(found, indent=2))
 
     def _prune(self, line: Line, seed: int, settings: TrainSettings) -> TrainSettings:
         """Cuts, with fine-tuning between the rounds; what is left to train is the last round."""
@@ -126,9 +136,7 @@ class Experiment:
             **sizes,
         )
         source = self.folder(line.after or "", seed)
-        recipe = PruneRecipe(
-            source, settings.out.parent, self.args.data, self.args.valid, (), seed, self.args.device
-        )
+        recipe = PruneRecipe(source, self.out, self.args.data, self.args.valid, (), seed, self.args.device)
         last = prune_step(recipe, Step("prune", what, Training(**shared)), what, source, settings.out)
         return replace(
             settings, config=last / "config.json", start_from=last, steps=0, teacher=None, evaluate_every=1
@@ -137,7 +145,7 @@ class Experiment:
     def _measure(self, run: TrainingRun, settings: TrainSettings) -> dict[str, Any]:
         documents = read_documents(self.args.test)
         test = run.score(ScoredText(documents, encode_documents(run.corpus.tokenizer, documents)))
-        valid = run.score(run.corpus.valid)
+        valid = run.final
         config = parse_model_config(json.loads((settings.out / "config.json").read_text()), "config.json")
         return {
             "valid": valid.bits_per_byte if valid else None,
@@ -170,7 +178,7 @@ def table(experiment: Experiment) -> str:
             for seed in experiment.args.seeds
             if (path := experiment.folder(line.name, seed) / "result.json").exists()
         ]
-        if not found:
+        if not found or (dense is None and line.name != "dense"):
             rows.append((line.title, "not run", *[""] * 8))
             continue
         middle = {key: statistics.median(row[key] for row in found) for key in found[0]}
@@ -210,6 +218,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--stop-after", type=float, help="seconds after which to end, to go on later")
     parser.add_argument("--threads", type=int, default=2, help="of --speed")
+    parser.add_argument("--prepare", action="store_true", help="only make the tokenizer and encode the text")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--speed", action="store_true", help="only time decoding of what is there")
     args = parser.parse_args()
@@ -219,24 +228,77 @@ def main() -> None:
     if args.speed:
         add_speed(experiment, args.threads)
     else:
-        run_all(experiment)
-    write_text(args.out / "table.md", table(experiment))
-    print(table(experiment))
+        experiment.prepare()
+    if args.prepare:
+        return
+    failed = [] if args.speed else run_all(experiment)
+    print(write_table(experiment))
+    if failed:
+        sys.exit(f"failed, see above: {', '.join(failed)}")
 
 
-def run_all(experiment: Experiment) -> None:
-    """Seed by seed, so that a whole table is there early; a line whose source is missing is left out."""
+def write_table(experiment: Experiment) -> str:
+    """Writes table.md and returns it."""
+    with locked(experiment.out / "lock"):
+        text = table(experiment)
+        write_text(experiment.out / "table.md", text)
+    return text
+
+
+def run_all(experiment: Experiment) -> list[str]:
+    """Seed by seed, so that a whole table is there early; returns the lines that failed.
+
+    What other processes have taken is left to them. One line's failure must not cost the others their time.
+    """
     chosen = experiment.args.lines or [line.name for line in LINES]
-    for seed in experiment.args.seeds:
-        for line in LINES:
-            if line.name not in chosen:
-                continue
-            if experiment.left() == 1.0 or experiment.run(line, seed) is None:
-                print("time is up; the same command goes on here", flush=True)
-                return
-            write_text(experiment.out / "table.md", table(experiment))
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+    failed: list[str] = []
+    while True:
+        left = [
+            (line, seed)
+            for seed in experiment.args.seeds
+            for line in LINES
+            if line.name in chosen and line.name not in failed and not experiment.is_done(line.name, seed)
+        ]
+        if not left:
+            return failed
+        if experiment.left() < SHORTEST:
+            print(f"time is up; the same command goes on with {left[0][0].name}", flush=True)
+            return failed
+        if not any(attempt(experiment, line, seed, failed) for line, seed in left):
+            if not others_run(experiment):
+                names = ", ".join(line.name for line, _ in left)
+                print(f"left out, sources are missing: {names}", flush=True)
+                return failed
+            time.sleep(1)
+
+
+def attempt(experiment: Experiment, line: Line, seed: int, failed: list[str]) -> bool:
+    """Runs a line where its sources are done and no other process has taken it; returns whether it did."""
+    sources = [name for name in (line.after, line.teacher) if name is not None]
+    if not all(experiment.is_done(name, seed) for name in sources):
+        return False
+    with locked(experiment.folder(line.name, seed) / "lock", wait=False) as taken:
+        if not taken or experiment.is_done(line.name, seed):
+            return False
+        print(f"{line.title}, seed {seed}", flush=True)
+        try:
+            experiment.run(line, seed)
+        except Exception:  # noqa: BLE001 - whatever it is: it is shown, and told again at the end
+            traceback.print_exc()
+            failed.append(line.name)
+    write_table(experiment)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return True
+
+
+def others_run(experiment: Experiment) -> bool:
+    """Whether another process computes a line."""
+    for path in experiment.out.glob("*/seed-*/lock"):
+        with locked(path, wait=False) as free:
+            if not free:
+                return True
+    return False
 
 
 if __name__ == "__main__":

@@ -2,6 +2,10 @@
 
 Every line sees the same number of training tokens: `steps` steps, in the pruned ones split between what comes
 before the cut and what comes after. (A teacher's own training is not counted to its student.)
+
+One seed, and 1,000 steps of 65,536 tokens, eight passes over the text: that is what fits into the twenty
+minutes of two GPUs that there were. So differences of some tenths of a percent may be chance, and all models
+could still learn: no dropout, for none sees the text so often that it would overfit.
 """
 
 from __future__ import annotations
@@ -12,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-SEEDS = (0, 1, 2)
-SHARED: dict[str, Any] = {"batch": 64, "window": 1024, "learning_rate": 8e-3, "dropout": 0.1, "warmup": 100}
-STEPS = 3000
+SEEDS = (0,)
+SHARED: dict[str, Any] = {"batch": 64, "window": 1024, "learning_rate": 8e-3, "dropout": 0.0, "warmup": 100}
+STEPS = 1000
 # The smoke test's sizes: only whether everything runs. Its numbers say nothing about quality.
 SMOKE: dict[str, Any] = {"batch": 4, "window": 64, "learning_rate": 8e-3, "dropout": 0.0, "warmup": 2}
 SMOKE_STEPS = 20

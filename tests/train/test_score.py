@@ -36,7 +36,7 @@ def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary_a_toke
         [np.array([5, 6], np.int32), np.array([7, 8], np.int32)],
         context=1,
         bos_id=0,
-        nats=lambda window: (len(window) - 1) * math.log(256),
+        nats=lambda windows: sum(len(window) - 1 for window in windows) * math.log(256),
     )
     assert score.tokens == 4
     assert score.utf8_bytes == 4

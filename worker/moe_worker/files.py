@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, whatever ends the process while they are written."""
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,22 @@ def replacing(path: Path) -> Iterator[Path]:
             f"{path} could not be written ({error.strerror or error}); what was there before is unchanged: "
             "make room or choose another place, and run the same command again"
         ) from error
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Holds the lock file at `path`, which is made where it is not there, and gives it back at the end.
+
+    Where another process holds it: waits, or yields False. What ends a process gives back its locks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def write_text(path: Path, text: str) -> None:

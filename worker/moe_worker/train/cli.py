@@ -114,6 +114,11 @@ _DEFAULT = TrainSettings
     default=_DEFAULT.hidden_share,
     help="Weight of the distance to its last hidden states; it runs beside then.",
 )
+@click.option(
+    "--cache",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the encoded text and teachers' tokens, which runs share. Default: that around --out.",
+)
 @click.option("--seed", type=click.IntRange(0), default=_DEFAULT.seed, help="Same seed, same run.")
 @click.option(
     "--evaluate-every", type=click.IntRange(1), default=_DEFAULT.evaluate_every, help="Steps between scores."

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from moe_worker.errors import DataError
+from moe_worker.files import locked, replacing, write_text
 from moe_worker.train import data
 from moe_worker.train.score import Window
 from moe_worker.train.settings import TrainSettings
@@ -39,10 +40,28 @@ class Corpus:
 
 def read_corpus(settings: TrainSettings, vocabulary: int) -> Corpus:
     """Reads and encodes the text. Raises DataError or TokenizerError."""
-    documents = data.read_documents(settings.data)
-    tokenizer = _tokenizer(settings, vocabulary, documents)
-    stream_N = data.join_documents(data.encode_documents(tokenizer, documents))
-    return Corpus(tokenizer, stream_N, _valid(settings, tokenizer))
+    tokenizer = _tokenizer(settings, vocabulary)
+    return Corpus(tokenizer, _stream(settings, tokenizer), _valid(settings, tokenizer))
+
+
+def _stream(settings: TrainSettings, tokenizer: Tokenizer) -> NDArray[np.int32]:
+    """The encoded text, kept under a name that changes with the text and the tokenizer.
+
+    Encoding takes a core a second for a megabyte or two.
+    """
+    text = data.read_bytes(settings.data)
+    key = hashlib.sha256(text + tokenizer.to_str().encode()).hexdigest()
+    kept = settings.shared / f"tokens-{key[:12]}.npy"
+    with locked(kept.with_suffix(".lock")):
+        if not kept.exists():
+            documents = data.read_documents(settings.data)
+            stream_N = data.join_documents(data.encode_documents(tokenizer, documents))
+            with replacing(kept) as beside, beside.open("wb") as file:
+                np.save(file, stream_N)
+    try:
+        return np.asarray(np.load(kept), np.int32)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{kept}: cannot be read ({error}); remove it, to encode the text anew") from error
 
 
 def _valid(settings: TrainSettings, tokenizer: Tokenizer) -> ScoredText | None:
@@ -52,14 +71,14 @@ def _valid(settings: TrainSettings, tokenizer: Tokenizer) -> ScoredText | None:
     return ScoredText(documents, data.encode_documents(tokenizer, documents))
 
 
-def _tokenizer(settings: TrainSettings, vocabulary: int, documents: list[str]) -> Tokenizer:
+def _tokenizer(settings: TrainSettings, vocabulary: int) -> Tokenizer:
     """The tokenizer given, else the one of the run that is resumed, else a new one."""
     own, start = settings.out / "tokenizer.json", settings.start_from
     given = settings.tokenizer or (start / "tokenizer.json" if start else None)
     given = given or (own if own.exists() else None)
     if given is None:
-        tokenizer = data.train_tokenizer(documents, vocabulary)
-        tokenizer.save(str(own))
+        tokenizer = data.train_tokenizer(data.read_documents(settings.data), vocabulary)
+        write_text(own, tokenizer.to_str(pretty=True))
         return tokenizer
     tokenizer = data.read_tokenizer(given)
     if tokenizer.get_vocab_size() > vocabulary:

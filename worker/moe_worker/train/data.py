@@ -33,10 +33,7 @@ def read_documents(path: Path) -> list[str]:
     Raises:
         DataError: the file cannot be read, is not Zstandard, is not UTF-8, or holds no text.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); give a file of UTF-8 text") from error
+    data = read_bytes(path)
     if path.suffix == ".zst":
         data = _decompress(path, data)
     try:
@@ -48,6 +45,14 @@ def read_documents(path: Path) -> list[str]:
     if not documents:
         raise DataError(f"{path}: holds no text; give a file with at least one document")
     return documents
+
+
+def read_bytes(path: Path) -> bytes:
+    """The file as it is. Raises DataError where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give a file of UTF-8 text") from error
 
 
 def _decompress(path: Path, data: bytes) -> bytes:
@@ -165,17 +170,20 @@ class WindowSampler:
 
     def at(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns inputs and targets of a step, both int64 of shape [B, T]."""
-        index_BT = np.pad(self.places(step), ((0, 0), (0, 1)))
-        index_BT[:, -1] = index_BT[:, -2] + 1
-        window_BT = self.tokens_N[torch.from_numpy(index_BT).to(self.tokens_N.device)].long()
+        device = self.tokens_N.device
+        starts_B = torch.from_numpy(self._starts(step)).to(device)  # few: a large copy waits for the device
+        index_BT = starts_B.unsqueeze(1) + torch.arange(self.window + 1, device=device)
+        window_BT = self.tokens_N[index_BT].long()
         return window_BT[:, :-1], window_BT[:, 1:]
 
     def places(self, step: int) -> NDArray[np.int64]:
         """Where in the stream the inputs of a step stand, [B, T]."""
+        return self._starts(step)[:, None] + np.arange(self.window)
+
+    def _starts(self, step: int) -> NDArray[np.int64]:
         order, offset = self._pass(step // self.steps_per_pass)
         place = step % self.steps_per_pass * self.batch
-        starts_B = order[place : place + self.batch] * self.window + offset
-        return np.asarray(starts_B[:, None] + np.arange(self.window), np.int64)
+        return np.asarray(order[place : place + self.batch] * self.window + offset, np.int64)
 
     def _pass(self, number: int) -> tuple[NDArray[np.int64], int]:
         random = np.random.default_rng([self.seed, number])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,8 @@ def score_checkpoint(
         for document in tqdm(documents, desc="tokenize", unit="document")
     ]
 
-    def nats(window: Window) -> float:
+    def nats(windows: Sequence[Window]) -> float:
+        (window,) = windows
         logits_TV = engine.logits(window[:-1].tolist())
         targets_T = torch.from_numpy(window[1:].astype(np.int64))
         return float(torch.nn.functional.cross_entropy(logits_TV, targets_T, reduction="sum"))

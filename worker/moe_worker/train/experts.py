@@ -21,8 +21,8 @@ Weights = tuple[Tensor, Tensor, Tensor]
 Choice = tuple[Tensor, Tensor]
 """Experts int64 [T, K] and their weights float32 [T, K]."""
 # Gathering rows moves a token's hidden state K times there and back; from about this many experts for one
-# that is chosen, computing all of them costs more. By bytes and products, not measured.
-GROUPED_FROM = 4
+# that is chosen, computing all of them costs more. An estimate: benchmarks/train_speed.py measures both ways.
+GROUPED_FROM = 8
 
 
 def expert_outputs(x_TD: Tensor, weights: Weights, choice: Choice, rounded: bool) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -33,7 +35,8 @@ class Learner(nn.Module):
             settings.learning_rate,
             settings.weight_decay,
         )
-        self._run = torch.compile(self._call) if device.type == "cuda" else self._call
+        if device.type == "cuda":
+            self.model.compile_parts()
         self._first_bad = torch.tensor(-1, device=device)
         self.last_loss, self.last_imbalance = torch.zeros(()), 1.0
 
@@ -72,14 +75,17 @@ class Learner(nn.Module):
         return self.compression.effective(self.step_done, self._weights())
 
     @torch.no_grad()
-    def nats(self, window: Window) -> float:
-        """Summed negative log-likelihood of a window's tokens after the first, as the model is now."""
-        ids = torch.from_numpy(window.astype(np.int64)).to(self.device)
+    def nats(self, windows: Sequence[Window]) -> float:
+        """Summed negative log-likelihood of windows' tokens after their first, as the model is now.
+
+        Nothing is compiled for this: lengths differ, and a text is scored in a second.
+        """
+        inputs, targets = padded(windows)
         self.model.eval()
         self.model.round_activations(self.compression.rounds(self.step_done))
-        with torch.autocast(self.device.type, torch.bfloat16):
-            mean = self._call(self.effective(), ids[None, :-1], ids[None, 1:], None)
-        return float(mean) * (len(window) - 1)
+        with torch.autocast(self.device.type, torch.bfloat16), torch.compiler.set_stance("force_eager"):
+            mean = self._call(self.effective(), inputs.to(self.device), targets.to(self.device), None)
+        return float(mean) * int((targets >= 0).sum())
 
     def _loss(self, step: int, sampler: WindowSampler, teacher: Teacher | None) -> Tensor:
         """Backpropagates and returns the loss."""
@@ -88,7 +94,7 @@ class Learner(nn.Module):
         self.model.round_activations(self.compression.rounds(step))
         weights = self.compression.effective(step, self._weights())
         with torch.autocast(self.device.type, torch.bfloat16):
-            loss = self._run(weights, inputs, targets, view)
+            loss = self._call(weights, inputs, targets, view)
         loss.backward()
         return loss.detach()
 
@@ -120,3 +126,12 @@ class Learner(nn.Module):
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
+
+
+def padded(windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
+    """Inputs and targets, int64 [B, T]; behind short windows stand targets of -1, which do not count."""
+    longest = max(map(len, windows)) - 1
+    inputs, targets = (np.full((len(windows), longest), fill, np.int64) for fill in (0, -1))
+    for row, window in enumerate(windows):
+        inputs[row, : len(window) - 1], targets[row, : len(window) - 1] = window[:-1], window[1:]
+    return torch.from_numpy(inputs), torch.from_numpy(targets)

@@ -8,6 +8,8 @@ Legend: B sequences, T tokens, D hidden size, H heads, E routed experts, F exper
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own name for it
 from torch import nn
@@ -206,6 +208,7 @@ class TrainingModel(nn.Module):
     def __init__(self, config: ModelConfig, dropout: float, sequence_share: float = 0.0) -> None:
         super().__init__()
         self.config, self.sequence_share = config, sequence_share
+        self.head_loss = self._head_loss
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i, dropout) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -229,14 +232,36 @@ class TrainingModel(nn.Module):
 
         While training, what a teacher adds and the loss of unbalanced sequences are part of it.
         """
-        hidden_BTD = self.hidden(input_BT)
+        loss: torch.Tensor = self.head_loss(self.hidden(input_BT), target_BT, teacher)
+        if self.training:
+            loss = loss + self.sequence_share * self._sequence_loss()
+        return loss
+
+    def _sequence_loss(self) -> torch.Tensor:
+        """Summed over layers. What stays behind has no gradient: a compiled layer would be compiled again."""
+        total = torch.zeros((), device=self.embed_tokens.weight.device)
+        for mixture in self.mixtures:
+            total = total + mixture.sequence_loss
+            mixture.sequence_loss = mixture.sequence_loss.detach()
+        return total
+
+    def _head_loss(
+        self, hidden_BTD: torch.Tensor, target_BT: torch.Tensor, teacher: TeacherView | None
+    ) -> torch.Tensor:
         logits_BTV = self.lm_head(self.norm(hidden_BTD))
         loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), target_BT.flatten(), ignore_index=-1)
-        if teacher is not None:
-            loss = distilled_loss(loss, logits_BTV, hidden_BTD, teacher)
-        if self.training and self.sequence_share:
-            loss = loss + self.sequence_share * sum(m.sequence_loss for m in self.mixtures)
-        return loss
+        return loss if teacher is None else distilled_loss(loss, logits_BTV, hidden_BTD, teacher)
+
+    def compile_parts(self, **options: Any) -> None:
+        """Compiles a layer, which serves for all of its kind, and the loss: much less work than the whole.
+
+        What was compiled before, for other models of this process, is forgotten: it would count against the
+        number of versions of one function that torch keeps. `options`: of torch.compile.
+        """
+        torch.compiler.reset()
+        for layer in self.layers:
+            layer.compile(**options)
+        self.head_loss = torch.compile(self._head_loss, **options)
 
     def hidden(self, input_BT: torch.Tensor) -> torch.Tensor:
         """The last hidden states, [B, T, D], before the last norm."""

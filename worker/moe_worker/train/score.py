@@ -59,8 +59,9 @@ def score_documents(
     tokens: Sequence[Window],
     context: int,
     bos_id: int,
-    nats: Callable[[Window], float],
+    nats: Callable[[Sequence[Window]], float],
     progress: Callable[[int], None] = lambda _: None,
+    together: int = 1,
 ) -> Score:
     """Scores documents with a model.
 
@@ -69,14 +70,17 @@ def score_documents(
         tokens: the token ids of each, without special tokens.
         context: tokens that the model is given at most.
         bos_id: id of the begin-of-text token.
-        nats: returns the summed negative log-likelihood of a window's tokens after the first.
-        progress: is told how many tokens a finished window predicted.
+        nats: returns the summed negative log-likelihood of some windows' tokens after the first of each.
+        progress: is told how many tokens finished windows predicted.
+        together: windows that `nats` is given at once, at most; those of similar length.
     """
+    windows = [window for document in tokens for window in cut_windows(document, context, bos_id)]
+    windows.sort(key=len, reverse=True)
     total = 0.0
-    for document in tokens:
-        for window in cut_windows(document, context, bos_id):
-            total += nats(window)
-            progress(len(window) - 1)
+    for first in range(0, len(windows), together):
+        some = windows[first : first + together]
+        total += nats(some)
+        progress(sum(len(window) - 1 for window in some))
     return Score(
         nats=total,
         tokens=sum(len(document) for document in tokens),

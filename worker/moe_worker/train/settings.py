@@ -72,6 +72,8 @@ class TrainSettings:
     """Most likely tokens of the teacher that are kept on disk for each token of the text."""
     hidden_share: float = 0.0
     """Weight of the distance to the teacher's last hidden states; the teacher runs beside then."""
+    cache: Path | None = None
+    """Folder for the encoded text and teachers' tokens, which runs share; by default that around `out`."""
     seed: int = 0
     """Of initial weights, dropout and the order of windows."""
     evaluate_every: int = 1500
@@ -82,6 +84,11 @@ class TrainSettings:
     """Seconds after which the run saves its state and ends early, to be resumed by the same command."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
+
+    @property
+    def shared(self) -> Path:
+        """The folder of what runs share."""
+        return self.cache or self.out.parent
 
     def __post_init__(self) -> None:
         """Raises SettingsError for a choice that does not exist or shares that do not add up."""

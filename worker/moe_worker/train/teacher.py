@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from moe_worker.compress.distillation import TeacherView, as_float16, teacher_fits, top_logprobs
 from moe_worker.config import read_model_config
 from moe_worker.errors import DataError, SettingsError
-from moe_worker.files import write_text
+from moe_worker.files import locked, write_text
 from moe_worker.train import data
 from moe_worker.train.corpus import Corpus
 from moe_worker.train.model import TrainingModel
@@ -50,12 +51,18 @@ class Teacher:
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
                 hidden = self.model.hidden(inputs_BT)
         return TeacherView(
-            torch.from_numpy(self.ids_NC[places_BT].astype(np.int64)).to(device),
-            torch.from_numpy(self.logprobs_NC[places_BT].astype(np.float32)).to(device),
+            _send(self.ids_NC[places_BT].astype(np.int32), device).long(),
+            _send(self.logprobs_NC[places_BT], device).float(),
             self.settings.teacher_share,
             hidden,
             self.settings.hidden_share,
         )
+
+
+def _send(values: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """On the device, without waiting for what it computes now: only pinned memory is copied so."""
+    here = torch.from_numpy(values)
+    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here
 
 
 def prepare_teacher(settings: TrainSettings, corpus: Corpus, device: torch.device) -> Teacher | None:
@@ -67,8 +74,10 @@ def prepare_teacher(settings: TrainSettings, corpus: Corpus, device: torch.devic
         return None
     check_teacher(settings.teacher, corpus)
     model = _load(settings.teacher, device)
-    cache = _Cache.open(settings, corpus)
-    cache.fill(model, corpus, device)
+    stem = _stem(settings, corpus)
+    with locked(stem.with_suffix(".lock")):
+        cache = _Cache.open(stem, settings, corpus)
+        cache.fill(model, corpus, device)
     if settings.hidden_share and model.config.hidden_size != read_model_config(settings.config).hidden_size:
         raise SettingsError(
             f"hidden_share needs a teacher with the student's hidden_size; {settings.teacher} has "
@@ -91,6 +100,16 @@ def _load(teacher: Path, device: torch.device) -> TrainingModel:
     return model
 
 
+def _stem(settings: TrainSettings, corpus: Corpus) -> Path:
+    """In the folder that runs share, a name that changes with the teacher, the text and the window."""
+    if settings.teacher is None or corpus.tokenizer.get_vocab_size() > 2**16:
+        raise SettingsError("the teacher's cache holds token ids of 16 bits; use a smaller vocabulary")
+    with (settings.teacher / "model.safetensors").open("rb") as file:
+        teacher = hashlib.file_digest(file, "sha256").hexdigest()
+    key = f"{teacher} {corpus.digest} {settings.window} {settings.teacher_top}"
+    return settings.shared / f"teacher-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+
 @dataclass(frozen=True)
 class _Cache:
     ids_NC: NDArray[np.uint16]
@@ -99,14 +118,8 @@ class _Cache:
     window: int
 
     @classmethod
-    def open(cls, settings: TrainSettings, corpus: Corpus) -> _Cache:
-        """Beside the run, under a name that changes with the teacher, the text and the window."""
-        if settings.teacher is None or corpus.tokenizer.get_vocab_size() > 2**16:
-            raise SettingsError("the teacher's cache holds token ids of 16 bits; use a smaller vocabulary")
-        with (settings.teacher / "model.safetensors").open("rb") as file:
-            teacher = hashlib.file_digest(file, "sha256").hexdigest()
-        key = f"{teacher} {corpus.digest} {settings.window} {settings.teacher_top}"
-        stem = settings.out.parent / f"teacher-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    def open(cls, stem: Path, settings: TrainSettings, corpus: Corpus) -> _Cache:
+        """The files that begin with `stem`, made where they are not there."""
         shape = (len(corpus.stream_N), settings.teacher_top)
         ids, logprobs = stem.with_suffix(".ids.npy"), stem.with_suffix(".logprobs.npy")
         progress = stem.with_suffix(".json")

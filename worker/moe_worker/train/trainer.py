@@ -28,9 +28,10 @@ from moe_worker.train.state import load_state, read_tensors, save_state
 from moe_worker.train.teacher import prepare_teacher
 
 _LOG_EVERY = 50  # steps; reading the loss waits for the device, which every step would slow it down
+_SCORE_TOGETHER = 16  # windows; more fill a GPU no better
 # Settings that do not change what is learned: an interrupted run may go on with others.
 _FREE = {"out", "stop_after", "device", "data", "valid", "tokenizer", "config", "start_from", "teacher"}
-_FREE |= {"evaluate_every", "checkpoint_every"}
+_FREE |= {"cache", "evaluate_every", "checkpoint_every"}
 
 
 def train(settings: TrainSettings) -> Path:
@@ -44,11 +45,17 @@ def train(settings: TrainSettings) -> Path:
 
 
 class TrainingRun:
-    """A run that is set up: nothing is computed before `run`, all settings and files are checked."""
+    """A run that is set up: nothing is computed before `run`, all settings and files are checked.
+
+    final: the score on the validation text at the end, None before.
+    """
+
+    final: Score | None
 
     def __init__(self, settings: TrainSettings) -> None:
         """Raises WorkerError."""
-        self.settings = settings
+        self.settings, self.final = settings, None
+        self._started = time.monotonic()
         self.device = choose_device(settings.device)
         self.config: ModelConfig = read_model_config(settings.config)
         check_trainable(self.config, settings)
@@ -77,17 +84,15 @@ class TrainingRun:
         first = self._resume()
         if self.settings.steps == 0:
             self.learner.prepare()
-        started = time.monotonic()
-        limit = self.settings.stop_after
         for step in self._steps(first):
             self.learner.step(step, self.sampler, self.teacher, measure=self._due(step + 1, _LOG_EVERY))
             if self._due(step + 1, self.settings.checkpoint_every):
                 self._save(step + 1)
-            if limit is not None and time.monotonic() - started > limit and step + 1 < self.settings.steps:
+            if self._is_late() and step + 1 < self.settings.steps:
                 self._save(step + 1)
                 return self.settings.out
         self._save(self.settings.steps)
-        score = self.score(self.corpus.valid)
+        self.final = score = self.score(self.corpus.valid)
         self._record(step=self.settings.steps, valid_bits_per_byte=score.bits_per_byte if score else None)
         write_checkpoint(self.settings, self.learner, self.corpus.tokenizer)
         plot_metrics(self.metrics_file, self.settings.out / "loss.png")
@@ -98,7 +103,8 @@ class TrainingRun:
         if text is None:
             return None
         window, nats = self.settings.window, self.learner.nats
-        return score_documents(text.documents, text.tokens, window, data.BOS_ID, nats)
+        together = min(self.settings.batch, _SCORE_TOGETHER)
+        return score_documents(text.documents, text.tokens, window, data.BOS_ID, nats, together=together)
 
     def _steps(self, first: int) -> Iterator[int]:
         """Yields steps behind a progress bar, and records what the finished ones showed."""
@@ -130,6 +136,10 @@ class TrainingRun:
         bar.set_postfix({key: f"{value:,.4g}" for key, value in figures.items()})
         self._record(step=step + 1, tokens=tokens * (step + 1), **figures)
         return now
+
+    def _is_late(self) -> bool:
+        limit = self.settings.stop_after
+        return limit is not None and time.monotonic() - self._started > limit
 
     def _due(self, step: int, every: int) -> bool:
         return step % every == 0 and step < self.settings.steps
