@@ -3,7 +3,7 @@
 Every line sees the same number of training tokens: `steps` steps, in the pruned ones split between what comes
 before the cut and what comes after. (A teacher's own training is not counted to its student.)
 
-One seed, and 1,000 steps of 65,536 tokens, eight passes over the text: that is what fits into the twenty
+One seed, and 1,000 steps of 65,536 tokens, four passes over the text: that is what fits into the twenty
 minutes of two GPUs that there were. So differences of some tenths of a percent may be chance, and all models
 could still learn: no dropout, for none sees the text so often that it would overfit.
 """

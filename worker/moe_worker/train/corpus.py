@@ -56,8 +56,9 @@ def _stream(settings: TrainSettings, tokenizer: Tokenizer) -> NDArray[np.int32]:
         if not kept.exists():
             documents = data.read_documents(settings.data)
             stream_N = data.join_documents(data.encode_documents(tokenizer, documents))
+            small = stream_N.astype(np.min_scalar_type(tokenizer.get_vocab_size()))
             with replacing(kept) as beside, beside.open("wb") as file:
-                np.save(file, stream_N)
+                np.save(file, small)
     try:
         return np.asarray(np.load(kept), np.int32)
     except (OSError, ValueError) as error:
