@@ -31,8 +31,8 @@ _REFIT_DAY_SHARE: Final = 4
 Model = LastValue | Moving | HoltWinters | HarmonicArima
 _MODELS: Final[tuple[Model, ...]] = (
     LastValue(),
-    Moving("moving average", median=False),
-    Moving("moving median", median=True),
+    Moving("moving average", median=False, spread=24.0),
+    Moving("moving median", median=True, spread=6.0),
     HoltWinters(),
     HarmonicArima(),
 )
@@ -65,7 +65,7 @@ class Pending:
     points: Floats
     """Of the candidates [candidates]."""
     bands: Floats
-    """Quantiles of the candidates [QUANTILES, candidates], ascending, at least 0."""
+    """Quantiles of the candidates [QUANTILES, candidates], at least 0."""
     opinions: Floats
     """What each memory of the combination makes of them [memories, QUANTILES]."""
     combined: Floats
@@ -197,16 +197,25 @@ class Forecaster:
         level = float(max(features.mean_level[0], features.median_level[0]))
         # Nothing learned yet forecasts more than a few times what there ever was.
         points = np.clip(np.nan_to_num(points, nan=level), 0, 10 * level + self._past.rates.max())
-        errors = np.column_stack([residuals.quantiles(QUANTILES) for residuals in self._residuals])
-        # Errors relative to a level near 0 say nothing of a larger one: a burst must not order thousands.
-        bands = np.clip(points + level * errors, 0, 2 * self._past.rates.max())
-        bands[_POINT] = points
+        bands = self._bands(points, level)
         opinions = self._combination.opinions(bands)
         combined = np.maximum.accumulate(opinions.mean(axis=0))
         loss_level = max(level, float(features.day_mean[0]))
         return Pending(
             level, loss_level, tuple(r.scale for r in self._residuals), points, bands, opinions, combined
         )
+
+    def _bands(self, points: Floats, level: float) -> Floats:
+        """Quantiles of the candidates [QUANTILES, candidates]: the middle one is their point."""
+        errors = np.column_stack([residuals.quantiles(QUANTILES) for residuals in self._residuals])
+        bands = points + level * errors
+        for index, model in enumerate(self._fitted.models):
+            if isinstance(model, Moving):
+                bands[:, index] = model.band(self._past, self._horizon, QUANTILES)
+        # Errors relative to a level near 0 say nothing of a larger one: a burst must not order thousands.
+        bands = np.clip(bands, 0, np.maximum(self._past.rates.max(), 2 * points))
+        bands[_POINT] = points
+        return bands
 
     def _learn(self, due: Pending, outcome: float) -> None:
         for residuals, point, scale in zip(self._residuals, due.points, due.scales, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -12,6 +13,8 @@ from moe_operator.scaling.forecast.past import Floats, Past
 
 _WINDOWS: Final = (1.0, 2.0, 3.0, 6.0)
 """In horizons."""
+_DAY_SHARE: Final = 6
+"""A band looks at this part of a day at most."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,24 @@ class Moving:
 
     name: str
     median: bool
+    spread: float
+    """How far back the band looks, in horizons, but not so far that it would take in the time of day."""
     steps: int | None = None
 
     def predict(self, past: Past, horizon: int) -> float:
         """Mean or median of the last `steps`; before any fit of one horizon."""
         rates = past.rates[-(self.steps or horizon) :]
         return float(np.median(rates) if self.median else rates.mean())
+
+    def band(self, past: Past, horizon: int, probabilities: tuple[float, ...]) -> Floats:
+        """Quantiles of the latest rates [probabilities].
+
+        Where bursts come from nowhere, what there was tells more than how far forecasts were off.
+        """
+        steps = min(round(self.spread * horizon), max(past.day // _DAY_SHARE, 1))
+        latest = np.sort(past.rates[-steps:])
+        ranks = [math.ceil(p * (len(latest) + 1)) for p in probabilities]
+        return np.asarray(latest[np.clip(ranks, 1, len(latest)) - 1])
 
     def fitted(self, past: Past, horizon: int) -> Moving:
         """One whose window had the least absolute error."""
