@@ -15,6 +15,8 @@ _NOTHING: Final = 0.5
 """Expected work per minute below which nothing is expected."""
 _DRAIN_MINUTES: Final = 5.0
 """Work that waits shall be done within this time."""
+_TOLERANCE: Final = 0.05
+"""Fewer replicas must be enough for this share of work more: noise would add and remove one for ever."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class _Need:
 
     now: int
     ahead: int
+    lower: int
+    """What would be right for a little more work: of those that are there, so many stay."""
     cause: str
 
     @property
@@ -79,9 +83,9 @@ def plan(spec: ScalingSpec, observed: Observed, forecast: Forecast | None, now: 
     """The replicas that are right now. Pure: the same arguments give the same plan.
 
     The larger of what demand needs now and what the forecast's upper quantile needs at the horizon is ordered
-    at once; a lower number only when it has been enough for the scale-down delay. Each want is for a minute
-    that lies a horizon ahead, so the most that was wanted during the last horizon is what the upper edge
-    of the band needs from now until the horizon.
+    at once; a lower number only when it has been enough, with a little to spare, for the scale-down delay.
+    Each want is for a minute that lies a horizon ahead, so the most that was wanted during the last horizon
+    is what the upper edge of the band needs from now until the horizon.
 
     Args:
         spec: limits and aims.
@@ -116,7 +120,7 @@ def _need(spec: ScalingSpec, observed: Observed, forecast: Forecast | None, now:
     upper = 0.0 if forecast is None else forecast.quantile(spec.quantile)
     ahead = _replicas_for(upper, usable)
     if _may_rest(spec, observed, forecast, now):
-        return _Need(0, 0, f"nothing has arrived for {spec.idle_s:.0f} s and nothing is expected")
+        return _Need(0, 0, 0, f"nothing has arrived for {spec.idle_s:.0f} s and nothing is expected")
     cause = f"{observed.demand:.4g} work/min now"
     if backlog:
         cause += f" and {observed.waiting:.4g} waiting"
@@ -125,7 +129,9 @@ def _need(spec: ScalingSpec, observed: Observed, forecast: Forecast | None, now:
             f", up to {upper:.4g} in {observed.horizon_s:.0f} s (P{100 * spec.quantile:g}, {forecast.method})"
         )
     cause += f", at {usable:.4g} a replica"
-    return _Need(max(reactive + backlog, 1), ahead, cause)
+    work = max(observed.demand + backlog * usable, upper)
+    lower = _replicas_for(work * (1 + _TOLERANCE), usable)
+    return _Need(max(reactive + backlog, 1), ahead, lower, cause)
 
 
 def _replicas_for(work: float, usable: float) -> int:
@@ -144,7 +150,7 @@ def _remembered(spec: ScalingSpec, observed: Observed, need: _Need, now: float) 
     delay = max(spec.scale_down_delay_s, observed.horizon_s)
     # With nothing remembered, what is there counts as wanted until now: a restart takes nothing away.
     before = observed.wants or (Want(now, observed.replicas),)
-    latest = Want(now, need.replicas)
+    latest = Want(now, max(need.replicas, min(need.lower, observed.replicas)))
     recent = [want for want in before if now - delay < want.at <= now and want.replicas > latest.replicas]
     return (*recent, latest)
 
@@ -170,12 +176,18 @@ def _explained(
 def _unchanged(
     spec: ScalingSpec, observed: Observed, need: _Need, held: int, replicas: int
 ) -> tuple[str, str]:
-    if held > need.replicas:
+    if held > max(need.replicas, min(need.lower, observed.replicas)):
         delay = max(spec.scale_down_delay_s, observed.horizon_s)
         return (
             "ScaleDownDelayed",
             f"{replicas} stay: {need.replicas} are enough, but {held} were needed within the last "
             f"{delay:.0f} s; {need.cause}",
+        )
+    if need.replicas < replicas <= need.lower:
+        return (
+            "AsNeeded",
+            f"{replicas} stay: {need.replicas} would just be enough, for {_TOLERANCE:.0%} more work "
+            f"{need.lower}; {need.cause}",
         )
     if need.replicas < replicas:
         return "AtMinimum", f"{need.replicas} would do, minReplicas keeps {replicas}: {need.cause}"

@@ -3,10 +3,12 @@
 import itertools
 from dataclasses import replace
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_operator.scaling.forecast import Errors, Forecast
+from moe_operator.scaling.forecast import Errors, Forecast, Forecaster
 from moe_operator.scaling.plan import Observed, Want, plan
 from moe_operator.scaling.spec import ScalingSpec
 
@@ -85,6 +87,33 @@ def test_constant_demand_does_not_flap(spec, observed, rate, ahead):
     changes = [(b > a) - (b < a) for a, b in itertools.pairwise(numbers[1:]) if a != b]
     assert changes == sorted(changes, reverse=True), "no step up after a step down"
     assert len(set(numbers[-25:])) == 1, "whatever was remembered has been forgotten after the longest delay"
+
+
+@pytest.fixture(scope="module")
+def noise():
+    """A day of minutes of 3 requests/s that come independently of each other, with their forecasts."""
+    rates = np.random.default_rng(12).poisson(180, 2160).astype(float)
+    forecaster, made = Forecaster(5), []
+    for minute, rate in enumerate(rates):
+        forecaster.update(minute, rate)
+        if forecaster.refit_due and minute % 360 == 60:
+            forecaster.adopt(forecaster.refit_job()())
+        made.append((rate, forecaster.forecast()))
+    return made[720:]
+
+
+@given(capacity=st.floats(6, 250))
+def test_constant_demand_with_noise_changes_replicas_now_and_then_and_by_one(noise, capacity):
+    spec, wants, numbers = ScalingSpec(1, 100, capacity), (), [1]
+    for minute, (rate, ahead) in enumerate(noise):
+        observed = Observed(numbers[-1], 0, rate, capacity, 300.0, wants=wants)
+        made = plan(spec, observed, ahead, NOW + 60 * minute)
+        wants = made.wants
+        numbers.append(made.replicas)
+    settled = numbers[30:]
+    assert max(settled) - min(settled) <= 2 + 0.1 * min(settled)
+    changes = sum(a != b for a, b in itertools.pairwise(settled))
+    assert changes <= 40, "however capacity lies to demand, a day has few; without any tolerance over 100"
 
 
 @given(specs(), worlds(), forecasts)
