@@ -11,7 +11,7 @@ from moe_operator.cli.main import main
 
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory):
-    chance, steps = np.random.default_rng(1), np.arange(3 * 144)
+    chance, steps = np.random.default_rng(1), np.arange(2 * 144)
     rates = np.maximum(0, 5 + 3 * np.sin(2 * np.pi * steps / 144) + chance.normal(0, 0.3, len(steps)))
     path = tmp_path_factory.mktemp("traces") / "waves.csv"
     path.write_text("t,rate\n" + "".join(f"{600 * step},{rate:.4f}\n" for step, rate in enumerate(rates)))
@@ -64,6 +64,37 @@ def test_people_get_tables(trace):
 )
 def test_wrong_options_say_what_would_be_right(trace, arguments, sentence):
     result = run(trace, *arguments)
+    assert result.exit_code == 2
+    assert sentence in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [[5, 7, 6], [0, 0, 0, 0, 0, 9, 1, 2], [3] * 7, [0, 400, 0, 0, 250, 0, 0, 0, 300] * 4],
+    ids=["three minutes", "silence first", "constant", "bursts"],
+)
+def test_short_traces_have_numbers_where_there_can_be_some(tmp_path, rates):
+    path = tmp_path / "short.csv"
+    path.write_text("time,requests\n" + "".join(f"{60 * n},{rate}\n" for n, rate in enumerate(rates)))
+    result = run(path, "--json", "--plot", tmp_path / "short.png")
+    assert result.exit_code == 0, result.output
+    made = json.loads(result.stdout)
+    scored = len(rates) > 5
+    assert (made["forecast"]["wape"] is not None) == scored, "nothing is five minutes after the beginning"
+    for policy in made["policies"].values():
+        assert policy["gpu_hours"] > 0
+        assert 0 <= policy["violated_share"] <= 100
+    assert run(path).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("rates", "sentence"),
+    [([5, 6], "short.csv has 2 steps of 1 min; a replay needs 3 or more"), ([0, 0, 0, 0], "no work arrives")],
+)
+def test_a_trace_that_nothing_can_be_said_of_is_refused(tmp_path, rates, sentence):
+    path = tmp_path / "short.csv"
+    path.write_text("time,requests\n" + "".join(f"{60 * n},{rate}\n" for n, rate in enumerate(rates)))
+    result = run(path)
     assert result.exit_code == 2
     assert sentence in " ".join(result.output.split())
 

@@ -14,10 +14,12 @@ from moe_operator.cli import errors
 from moe_operator.cli.errors import CommandError
 
 if TYPE_CHECKING:
+    from moe_operator.scaling.forecast.past import Floats
     from moe_operator.scaling.replay.document import Replay
     from moe_operator.scaling.replay.trace import Trace
 
 _GPUS_AT_MEAN: Final = 10
+_FEWEST_STEPS: Final = 3
 
 
 @click.command()
@@ -99,12 +101,17 @@ def replay(path: Path, horizon: float, tune_until: str, work: str, *, as_json: b
 def _boundary(trace: Trace, text: str) -> int:
     """The step until which knobs are chosen."""
     steps = len(trace.rates)
-    boundary = steps // 3 if not text else _step_of(trace, text)
+    length = f"{steps} steps of {trace.step_s / 60:g} min"
+    if steps < _FEWEST_STEPS:
+        raise CommandError(
+            f"{trace.name} has {length}; a replay needs {_FEWEST_STEPS} or more: some to choose the knobs "
+            "of policies on, others to judge them by",
+            errors.WRONG,
+        )
+    boundary = _step_of(trace, text) if text else steps // 3
     if not 0 < boundary < steps:
-        days = steps * trace.step_s / 86400
         raise click.UsageError(
-            f"--tune-until {text or '(a third)'} leaves nothing before or after it: the trace has "
-            f"{steps} steps ({days:.2g} days)"
+            f"--tune-until {text} leaves nothing before or after it: the trace has {length}"
         )
     return boundary
 
@@ -127,20 +134,16 @@ def _step_of(trace: Trace, text: str) -> int:
 
 
 def _replayed(trace: Trace, horizon: float, boundary: int, fraction: float, capacity: float | None) -> Replay:
-    import numpy as np  # noqa: PLC0415
-
     from moe_operator.cli.progress import bar  # noqa: PLC0415
     from moe_operator.scaling.replay import comparison, scoring  # noqa: PLC0415
     from moe_operator.scaling.replay.document import Replay  # noqa: PLC0415
     from moe_operator.scaling.replay.simulator import Service  # noqa: PLC0415
 
-    mean = float(np.nanmean(trace.rates[:boundary])) if (~np.isnan(trace.rates[:boundary])).any() else 0.0
+    # Where nothing arrives in the first part, the whole trace says how large the service is.
+    mean = _mean(trace.rates[:boundary]) or _mean(trace.rates)
     per_gpu = capacity or mean / _GPUS_AT_MEAN
     if per_gpu <= 0:
-        raise CommandError(
-            "no work arrives before --tune-until, so no capacity can be derived; give --capacity",
-            errors.WRONG,
-        )
+        raise CommandError(f"no work arrives in {trace.name}: there is nothing to scale for", errors.WRONG)
     steps = max(1, math.ceil(horizon / trace.step_s))
     service = Service(per_gpu * fraction, fraction, steps, trace.step_s)
     with bar("forecasting", len(trace.rates)) as advance:
@@ -149,6 +152,12 @@ def _replayed(trace: Trace, horizon: float, boundary: int, fraction: float, capa
         results = comparison.compare(trace, service, test.made, boundary, advance)
     score, candidates = scoring.scores(trace, test)
     return Replay(trace, service, boundary, scoring.warm_up(trace), score, candidates, results, test)
+
+
+def _mean(rates: Floats) -> float:
+    """Of the known ones; 0 where none is."""
+    known = rates[rates >= 0]
+    return float(known.mean()) if len(known) else 0.0
 
 
 def _draw(found: Replay, path: Path) -> None:

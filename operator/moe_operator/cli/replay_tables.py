@@ -47,12 +47,16 @@ def _forecasts(forecast: dict[str, Any]) -> Table:
         change = f"{100 * (score['wape'] / last - 1):+.1f} %" if last else ""
         table.add_row(
             name,
-            f"{score['wape']:.2f}",
+            _number(score["wape"], 2),
             change,
-            f"{score['pinball_p90']:.3f}",
-            f"{score['coverage_p90']:.1f}",
+            _number(score["pinball_p90"], 3),
+            _number(score["coverage_p90"], 1),
         )
     return table
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _policies(policies: dict[str, Any]) -> Table:

@@ -47,6 +47,13 @@ def test_rates_per_second_of_long_intervals_keep_their_interval(tmp_path):
     assert trace.rates.tolist() == [120, 180, 30]
 
 
+def test_steps_are_whole_intervals(tmp_path):
+    rows = "".join(f"{45 * number},3\n" for number in range(9))
+    trace = read(written(tmp_path, "time,requests\n" + rows))
+    assert trace.step_s == 90
+    np.testing.assert_allclose(trace.rates, [4] * 5)
+
+
 def test_requests_one_a_row_are_counted_by_minute(tmp_path):
     text = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,10,5\n"
     text += "".join(f"2023-11-16 18:{minute}:0{minute % 3}.5,100,20\n" for minute in (18, 18, 18, 20, 21))

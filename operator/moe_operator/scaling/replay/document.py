@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -55,7 +56,7 @@ def document(replay: Replay) -> dict[str, Any]:
     }
 
 
-def _score(score: Score) -> dict[str, float]:
+def _score(score: Score) -> dict[str, float | None]:
     return {
         "wape": _rounded(score.wape),
         "pinball_p90": _rounded(score.pinball_p90),
@@ -77,5 +78,6 @@ def _policy(replay: Replay, result: Result) -> dict[str, Any]:
     }
 
 
-def _rounded(number: float) -> float:
-    return round(number, _DIGITS)
+def _rounded(number: float) -> float | None:
+    """None for what could not be measured: JSON knows no NaN."""
+    return None if math.isnan(number) else round(number, _DIGITS)

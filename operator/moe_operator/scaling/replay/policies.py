@@ -9,12 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+import numpy as np
+
 from moe_operator.scaling.forecast.past import Floats
 from moe_operator.scaling.forecast.result import Errors, Forecast
 from moe_operator.scaling.plan import Observed, Want, plan
 from moe_operator.scaling.replay.simulator import Policy, Service, View, filled
 from moe_operator.scaling.spec import ScalingSpec
 
+_MOST_STATIC: Final = 200
 _UNLIMITED: Final = 1_000_000
 _TOLERANCE: Final = 0.1
 _TARGETS: Final = tuple(round(0.30 + 0.025 * step, 3) for step in range(29))
@@ -31,11 +34,12 @@ class Variant:
 
 
 def static_peak(rates: Floats, service: Service) -> list[Variant]:
-    """As many replicas all the time as some number of steps needs."""
-    highest = math.ceil(float(filled(rates).max()) / service.capacity)
+    """The same number all the time, up to what the busiest step needs; of many numbers evenly spaced ones."""
+    highest = max(1, math.ceil(float(filled(rates).max()) / service.capacity))
+    counts = np.unique(np.linspace(1, highest, min(highest, _MOST_STATIC)).round())
     return [
-        Variant({"replicas": float(count)}, lambda count=count: lambda _: count)  # type: ignore[misc]
-        for count in range(1, highest + 1)
+        Variant({"replicas": float(count)}, lambda count=int(count): lambda _: count)  # type: ignore[misc]
+        for count in counts
     ]
 
 

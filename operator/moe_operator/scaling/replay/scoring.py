@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -21,7 +22,10 @@ _DAY_S: Final = 86_400
 
 @dataclass(frozen=True)
 class Score:
-    """How good the forecasts of one method were; errors in percent of mean demand."""
+    """How good the forecasts of one method were; errors in percent of mean demand.
+
+    NaN where nothing was scored, because the trace is too short or no work arrived.
+    """
 
     wape: float
     """Sum of absolute errors over the sum of demand."""
@@ -125,7 +129,7 @@ def _scored(trace: Trace, test: Backtest) -> NDArray[np.bool_]:
 def _score(demand: Floats, point: Floats, p90: Floats) -> Score:
     mean = float(demand.mean()) if len(demand) else 0.0
     if mean <= 0:
-        return Score(0.0, 0.0, 0.0)
+        return Score(math.nan, math.nan, math.nan)
     short = demand - p90
     return Score(
         wape=100 * float(np.abs(demand - point).mean()) / mean,

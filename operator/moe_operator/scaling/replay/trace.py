@@ -48,7 +48,7 @@ class Trace:
     start: float
     """Start of the first step, seconds since the epoch."""
     step_s: float
-    """Length of a step: a minute, or the recorded interval where that is longer."""
+    """Length of a step: the fewest whole recorded intervals that take a minute or longer."""
     rates: Floats
     """Work per minute [steps]; NaN where nothing was recorded."""
 
@@ -188,8 +188,9 @@ def _spaced(path: Path, rows: list[_Row], *, per_second: bool) -> Trace:
             f"{path}: intervals of {interval:.0f} s; what replicas need within an hour cannot be told"
         )
     values = np.array([row.work for row in rows]) * (interval if per_second else 1.0)
-    step = interval if interval > _MINUTE_S else _MINUTE_S
-    return _trace(path, times, values, step, rows_per_step=max(1, round(step / interval)))
+    # Whole intervals, so that every step has as many: minutes where they divide one.
+    rows_per_step = max(1, math.ceil(_MINUTE_S / interval - 1e-6))
+    return _trace(path, times, values, interval * rows_per_step, rows_per_step)
 
 
 def _binned(path: Path, rows: Iterator[_Row]) -> Trace:
