@@ -119,6 +119,27 @@ def pod(rank, *, ready=True, revision="new", **container):
     }
 
 
+def test_each_replica_says_how_busy_it_is():
+    load = [
+        {"pod": "demo-0-0", "queued": 3, "running": 16, "kvUsedPercent": 92},
+        {"pod": "demo-gone-0", "queued": 0, "running": 1},
+    ]
+    body = deployment(revision="new", scaling={**SCALING, "load": load})
+    text = shown(body, pods=[pod(0), pod(1)])
+    heading = next(line.split() for line in text.splitlines() if line.lstrip().startswith("Pod"))
+    assert heading[4:8] == ["Queued", "Running", "KV", "used"]
+    first, second = (line.split() for line in text.splitlines() if line.lstrip().startswith("demo-"))
+    assert first[4:] == ["3", "16", "92", "%"]
+    assert second[4:7] == ["-", "-", "-"]
+    told = report(body, [pod(0), pod(1)], [])["pods"]
+    assert [one["load"] for one in told] == [{"queued": 3, "running": 16, "kvUsedPercent": 92}, None]
+
+
+def test_where_nobody_asked_for_the_load_nothing_is_said_of_it():
+    assert "Queued" not in shown(deployment(revision="new"), pods=[pod(0)])
+    assert report(deployment(), [pod(0)], [])["pods"][0]["load"] is None
+
+
 def event(second, reason, message, kind="Normal"):
     return {
         "eventTime": f"2026-01-31T12:00:{second:09.6f}Z",

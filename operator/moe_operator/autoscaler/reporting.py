@@ -38,6 +38,7 @@ def status(subject: Subject, outcome: Outcome, before: ScalingStatus | None, now
             source="Measured" if outcome.capacity.learned else "Prior",
         ),
         last_decision=_decision(subject, outcome, before, now),
+        load=outcome.loads,
     )
 
 

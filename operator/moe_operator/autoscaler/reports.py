@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from moe_api.worker.v1 import worker_pb2
+from moe_operator.resources.scaling_status import ReplicaLoadStatus
 from moe_operator.scaling.samples import Report
 
 
@@ -24,6 +25,15 @@ class Reading:
     """Requests that replicas work on or keep in their queues."""
     held: int = 0
     """Requests that frontends hold because there is no replica."""
+    loads: tuple[ReplicaLoadStatus, ...] = ()
+    """How busy the leaders say they are."""
+
+
+def summary(load: worker_pb2.Load, pod: str) -> ReplicaLoadStatus:
+    """What people are told of a leader's load report."""
+    capacity = load.kv_tokens_capacity
+    used = round(100 * load.kv_tokens_used / capacity) if capacity else None
+    return ReplicaLoadStatus(pod=pod, queued=load.queued, running=load.running, kv_used_percent=used)
 
 
 def contradiction(load: worker_pb2.Load) -> str | None:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from moe_operator.autoscaler.reports import Reading
 from moe_operator.autoscaler.subject import Subject
+from moe_operator.resources.scaling_status import ReplicaLoadStatus
 from moe_operator.scaling.capacity import Capacity
 from moe_operator.scaling.forecast import Forecast, Forecaster
 from moe_operator.scaling.history import History
@@ -64,6 +65,8 @@ class Outcome:
     silent: frozenset[str]
     closed: bool
     """A minute ended."""
+    loads: tuple[ReplicaLoadStatus, ...] = ()
+    """How busy the replicas say they are."""
 
 
 class Scaler:
@@ -124,7 +127,15 @@ class Scaler:
         if spec.mode is Mode.AUTO:
             self._desired = todo.replicas
         return Outcome(
-            todo, forecast, observed.demand, self._capacity, self._cold_starts, wrong, reading.silent, closed
+            todo,
+            forecast,
+            observed.demand,
+            self._capacity,
+            self._cold_starts,
+            wrong,
+            reading.silent,
+            closed,
+            reading.loads,
         )
 
     def upkeep(self) -> Callable[[], Callable[[], None]] | None:

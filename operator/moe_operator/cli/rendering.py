@@ -15,6 +15,8 @@ from moe_operator.resources.status import READY, ModelInfo
 
 _MARKS: Final = {"True": ("yes", "green"), "False": ("no", "red"), "Unknown": ("?", "yellow")}
 _DECISIONS_SHOWN: Final = 12
+_CROWDED: Final = 90
+"""Percent of a KV cache from which on new requests soon have to wait."""
 
 
 def show(found: Mapping[str, Any], console: Console | None = None) -> None:
@@ -81,13 +83,29 @@ def _conditions(conditions: list[Mapping[str, Any]]) -> RenderableType:
 
 
 def _pods(pods: list[Mapping[str, Any]]) -> RenderableType:
-    result = _table("Pod", "Ready", "Revision", "Restarts", "What it says", pad_edge=False)
+    loaded = any(pod["load"] for pod in pods)
+    headings = ("Queued", "Running", "KV used") if loaded else ()
+    result = _table("Pod", "Ready", "Revision", "Restarts", *headings, "What it says", pad_edge=False)
     for pod in pods:
+        load = _load(pod) if loaded else ()
         revision = Text(pod["revision"] or "-", style="yellow" if pod["current"] is False else "")
         restarts = Text(str(pod["restarts"]), style="yellow" if pod["restarts"] else "")
         mark = _mark("True" if pod["ready"] else "False")
-        result.add_row(Text(pod["name"]), mark, revision, restarts, _says(pod))
+        result.add_row(Text(pod["name"]), mark, revision, restarts, *load, _says(pod))
     return result
+
+
+def _load(pod: Mapping[str, Any]) -> tuple[Text, Text, Text]:
+    """Requests that wait and that run, and the part of the KV cache in use; what is crowded stands out."""
+    load = pod["load"]
+    if load is None:
+        return Text("-"), Text("-"), Text("-")
+    used = load["kvUsedPercent"]
+    return (
+        Text(str(load["queued"]), style="yellow" if load["queued"] else ""),
+        Text(str(load["running"])),
+        Text("-" if used is None else f"{used} %", style="yellow" if used and used >= _CROWDED else ""),
+    )
 
 
 def _says(pod: Mapping[str, Any]) -> Text:

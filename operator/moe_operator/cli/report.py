@@ -24,6 +24,7 @@ def report(body: Body, pods: Iterable[Body], events: Iterable[Body]) -> dict[str
         events: Events about it.
     """
     status, metadata, spec = parse_status(body), body["metadata"], body.get("spec", {})
+    loads = {load["pod"]: load for load in (body.get("status", {}).get("scaling") or {}).get("load", ())}
     return {
         "namespace": metadata["namespace"],
         "name": metadata["name"],
@@ -43,7 +44,7 @@ def report(body: Body, pods: Iterable[Body], events: Iterable[Body]) -> dict[str
         "revision": status.revision,
         "scaling": body.get("status", {}).get("scaling"),
         "conditions": [condition.manifest() for condition in status.conditions],
-        "pods": sorted((_pod(pod, status.revision) for pod in pods), key=_pod_order),
+        "pods": sorted((_pod(pod, status.revision, loads) for pod in pods), key=_pod_order),
         "decisions": sorted((_decision(event) for event in events), key=lambda told: str(told["time"])),
     }
 
@@ -54,7 +55,7 @@ def desired(body: Body) -> int:
     return int(body.get("spec", {}).get("replicas", 1)) if said is None else said
 
 
-def _pod(pod: Body, current_revision: str) -> dict[str, Any]:
+def _pod(pod: Body, current_revision: str, loads: Mapping[str, Body]) -> dict[str, Any]:
     metadata, status = pod["metadata"], pod.get("status", {})
     labels = metadata.get("labels", {})
     revision = labels.get(names.LABEL_REVISION)
@@ -72,9 +73,17 @@ def _pod(pod: Body, current_revision: str) -> dict[str, Any]:
         "node": pod.get("spec", {}).get("nodeName"),
         "address": status.get("podIP"),
         "restarts": sum(c.get("restartCount", 0) for c in status.get("containerStatuses", ())),
+        "load": _load(loads.get(metadata["name"])),
         "problem": {"reason": problem.reason, "message": problem.message} if problem else None,
         "lastEnd": _last_end(status),
     }
+
+
+def _load(said: Body | None) -> dict[str, Any] | None:
+    """What a replica said of itself, at most a minute ago; None where nobody asked or it did not say."""
+    if said is None:
+        return None
+    return {field: said.get(field) for field in ("queued", "running", "kvUsedPercent")}
 
 
 def _last_end(status: Body) -> dict[str, Any] | None:

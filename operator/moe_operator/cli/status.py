@@ -26,7 +26,11 @@ def status(
     """Shows the MoEDeployment NAME, or lists all of a namespace.
 
     Of one deployment: its conditions, every pod with its revision and what keeps it from being ready, the
-    load that scaling sees, and the last decisions of the operator with their reasons.
+    load of each, and the last decisions of the operator with their reasons.
+
+    \b
+    The load is known where spec.scaling is set; with `mode: Advisory` it is measured, every minute,
+    and nothing is changed.
 
     The cluster is that of KUBECONFIG or ~/.kube/config, as for kubectl.
     """

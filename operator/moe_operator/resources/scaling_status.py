@@ -66,6 +66,17 @@ class DecisionStatus(_Reported):
     message: str = Field(default="", description="Why, in a sentence for people.", max_length=1024)
 
 
+class ReplicaLoadStatus(_Reported):
+    """How busy one replica is."""
+
+    pod: str = Field(default="", description="Its leader pod.")
+    queued: int = Field(default=0, description="Requests that wait for a place in the batch.")
+    running: int = Field(default=0, description="Requests in the batch.")
+    kv_used_percent: int | None = Field(
+        default=None, description="Part of the KV cache that running requests take, in percent."
+    )
+
+
 class ScalingStatus(_Reported):
     """What the scaler knows and wants; rewritten when a decision is made, and once a minute."""
 
@@ -85,4 +96,7 @@ class ScalingStatus(_Reported):
     )
     last_decision: DecisionStatus | None = Field(
         default=None, description="The last change, with its reason."
+    )
+    load: tuple[ReplicaLoadStatus, ...] = Field(
+        default=(), description="How busy each replica was; one that did not say is left out."
     )

@@ -55,6 +55,7 @@ class Poller:
             silent=silent,
             running=sum(load.running + load.queued for load in sound.values()),
             held=held,
+            loads=tuple(reports.summary(load, pod.name) for pod, load in sound.items()),
         )
 
     async def held(self, subject: Subject, wait_s: float) -> int:

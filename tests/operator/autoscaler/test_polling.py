@@ -84,7 +84,8 @@ async def poller():
 
 
 async def test_a_silent_replica_costs_the_others_nothing(world, poller):
-    good = Replica(requests_received=7, requests_completed=5, queued=2, running=1)
+    kv = {"kv_tokens_capacity": 3000, "kv_tokens_used": 1000}
+    good = Replica(requests_received=7, requests_completed=5, queued=2, running=1, **kv)
     leaders = await world(good, Replica(silent=True), Replica(requests_completed=1))
     started = time.monotonic()
     reading = await poller.read(seen(leaders))
@@ -95,6 +96,8 @@ async def test_a_silent_replica_costs_the_others_nothing(world, poller):
     assert reading.silent == {"docs-1-0"}
     assert "1 requests ended though 0 came" in reading.wrong["docs-2-0"]
     assert reading.running == 3
+    (load,) = reading.loads
+    assert (load.pod, load.queued, load.running, load.kv_used_percent) == ("docs-0-0", 2, 1, 33)
 
 
 async def test_nobody_there_is_silence(poller):
