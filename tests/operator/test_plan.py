@@ -430,6 +430,44 @@ def test_a_crashed_worker_that_starts_again_is_progress():
     )
 
 
+def test_a_replica_whose_node_is_away_says_so_and_is_back_when_the_node_is():
+    world = settled()
+    world.pods["docs-1-0"]["spec"] = {"nodeName": "rack-7"}
+    world.lose_node(1)
+    plan = world.step()
+    ready = condition(world, READY)
+    assert (ready.status, ready.reason) == ("False", "NodeNotReady")
+    assert ready.message.startswith("1 of 2 replicas answer; docs-1-0: node rack-7 does not report")
+    assert (condition(world, PROGRESSING).status, condition(world, PROGRESSING).reason) == (
+        "True",
+        "Starting",
+    )
+    assert (plan.apply, plan.delete) == ((), ())
+    assert [decision.warning for decision in plan.decisions if decision.reason == "NodeNotReady"] == [True]
+    world.all_ready()
+    world.step()
+    assert condition(world, READY).status == "True"
+
+
+def test_another_replica_takes_the_place_of_one_whose_node_is_gone():
+    world = settled()
+    world.lose_node(1)
+    world.evict(1, grace_s=30)
+    plan = world.step()
+    assert plan.recheck
+    assert (plan.apply, plan.delete) == ((), ())
+    world.now += timedelta(seconds=60)
+    plan = world.step()
+    assert [deletion.key.name for deletion in plan.delete] == ["docs-1"]
+    assert sorted(world.revisions()) == [0, 2], "the name of the pod that does not end stays taken"
+    (removed,) = (one for one in plan.decisions if one.reason == "ReplicaRemoved")
+    assert removed.message.endswith("its pod does not end, and its node does not answer")
+    world.ready(2)
+    world.step()
+    assert (condition(world, READY).status, condition(world, PROGRESSING).reason) == ("True", "Complete")
+    assert sorted(world.pods) == ["docs-0-0", "docs-1-0", "docs-2-0"]
+
+
 def test_a_frontend_that_fails_is_the_reason():
     world = settled()
     world.frontend_ready(0)

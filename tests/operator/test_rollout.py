@@ -20,6 +20,7 @@ REPLICAS = st.lists(
         ready=st.booleans(),
         unplaced=st.booleans(),
         work=st.integers(0, 9),
+        lost=st.just(value=False),
     ),
     unique_by=lambda replica: replica.data_rank,
     max_size=8,

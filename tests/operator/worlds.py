@@ -55,10 +55,15 @@ class World:
             self._apply(copy.deepcopy(manifest))
         for deletion in todo.delete:
             del self.children[deletion.key]
-            self.pods.pop(f"{deletion.key.name}-0", None)
+            self._end(f"{deletion.key.name}-0")
         self.deployment = replace(self.deployment, status=todo.status)
         self.now += timedelta(seconds=1)
         return todo
+
+    def _end(self, name: str) -> None:
+        """The kubelet: a pod without an owner ends, unless it should have ended before and did not."""
+        if "deletionTimestamp" not in self.pods.get(name, {}).get("metadata", {}):
+            self.pods.pop(name, None)
 
     def _apply(self, manifest: dict[str, Any]) -> None:
         name = key(manifest)
@@ -121,6 +126,21 @@ class World:
                 "lastState": end,
             }
         ]
+
+    def lose_node(self, *ranks: int) -> None:
+        """The node controller: the leaders' node does not report any more."""
+        for rank in ranks:
+            status = self.pods[f"docs-{rank}-0"]["status"]
+            status["conditions"] = [
+                {"type": "Ready", "status": "False"},
+                {"type": "ContainersReady", "status": "True"},
+            ]
+
+    def evict(self, *ranks: int, grace_s: int = 30) -> None:
+        """The leaders' pods are to end, and their nodes do not say that they have."""
+        for rank in ranks:
+            end = timestamp(self.now + timedelta(seconds=grace_s))
+            self.pods[f"docs-{rank}-0"]["metadata"]["deletionTimestamp"] = end
 
     def revisions(self) -> dict[int, str]:
         """Revision of each replica's StatefulSet."""

@@ -65,10 +65,16 @@ def _count(state: State) -> str:
 
 
 def _not_all_ready(state: State, count: str) -> Verdict:
-    if state.problem is not None:
-        pod, problem = state.problem
-        return Verdict(False, problem.reason, f"{count}; {pod.name}: {problem.message}")
-    return Verdict(False, "ReplicasNotReady", f"{count}; {_waiting_for(state)}")
+    reason = "ReplicasNotReady" if state.problem is None else state.problem[1].reason
+    return Verdict(False, reason, f"{count}; {_obstacle(state)}")
+
+
+def _obstacle(state: State) -> str:
+    """What keeps replicas from answering."""
+    if state.problem is None:
+        return _waiting_for(state)
+    pod, problem = state.problem
+    return f"{pod.name}: {problem.message}"
 
 
 def _waiting_for(state: State) -> str:
@@ -135,7 +141,7 @@ def _replicas_progressing(state: State) -> Verdict | None:
     if state.surplus:
         return Verdict(True, "ScalingDown", f"{_replicas(state.surplus)} more than wanted on the way out")
     if state.ready < state.wanted:
-        return Verdict(True, "Starting", f"{_count(state)}; {_waiting_for(state)}")
+        return Verdict(True, "Starting", f"{_count(state)}; {_obstacle(state)}")
     return None
 
 

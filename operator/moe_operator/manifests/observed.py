@@ -54,6 +54,8 @@ class Pod:
     """It is Ready only when frontends send it requests."""
     routed: bool = False
     """They do, as was written into its status."""
+    ends_by: datetime | None = None
+    """Until when it has to have ended; None where nobody asked for that."""
 
 
 def leaders(observed: Observed) -> dict[int, Pod]:
@@ -104,6 +106,7 @@ def _pod(manifest: Mapping[str, Any]) -> Pod:
         containers_ready=not terminating and conditions.get("ContainersReady") == "True",
         gated={"conditionType": names.ROUTED} in manifest.get("spec", {}).get("readinessGates", ()),
         routed=conditions.get(names.ROUTED) == "True",
+        ends_by=datetime.fromisoformat(metadata["deletionTimestamp"]) if terminating else None,
     )
 
 

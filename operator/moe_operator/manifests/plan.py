@@ -134,6 +134,8 @@ def _is_awaited(deployment: Deployment, observed: Observed, current: State) -> b
         return True
     if podless(observed, deployment.identity):
         return True
+    if any(pod.terminating for rank, pod in current.leaders.items() if rank in current.replicas):
+        return True
     return current.progress is not None and not current.terms.held
 
 
@@ -170,7 +172,8 @@ def _removal(deployment: Deployment, replica: Replica, current: State) -> Decisi
     if replica.revision != current.revision:
         why = f"revision {replica.revision} gives way to {current.revision}"
     busy = f"; it finishes {replica.work} requests" if replica.work else ""
-    serving = busy if replica.ready else "; it does not serve"
+    idle = "its pod does not end, and its node does not answer" if replica.lost else "it does not serve"
+    serving = busy if replica.ready else f"; {idle}"
     return Decision("ReplicaRemoved", f"deleting StatefulSet {name}: {why}{serving}")
 
 

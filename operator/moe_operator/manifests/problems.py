@@ -48,7 +48,7 @@ def of_pod(pod: Mapping[str, Any]) -> Problem | None:
         found = _waiting(container) or (None if container.get("ready") else _terminated(container))
         if found is not None:
             return found
-    return _unschedulable(status)
+    return _unschedulable(status) or _without_node(pod)
 
 
 def _waiting(container: Mapping[str, Any]) -> Problem | None:
@@ -90,6 +90,22 @@ def error_sentence(log: str) -> str | None:
     """The last line of a log that starts with "error: ", without these words; None when there is none."""
     lines = [line for line in log.splitlines() if line.startswith(_ERROR_LINE)]
     return lines[-1].removeprefix(_ERROR_LINE).strip() if lines else None
+
+
+def _without_node(pod: Mapping[str, Any]) -> Problem | None:
+    """Whether its node stopped reporting.
+
+    The node controller then calls the pods there not Ready and gives no reason; a kubelet always gives one.
+    """
+    found = {condition["type"]: condition for condition in pod.get("status", {}).get("conditions", ())}
+    ready, containers = found.get("Ready", {}), found.get("ContainersReady", {})
+    if (ready.get("status"), containers.get("status")) != ("False", "True") or ready.get("reason"):
+        return None
+    node = pod.get("spec", {}).get("nodeName", "of the pod")
+    sentence = (
+        f"node {node} does not report to Kubernetes; after some minutes another replica takes its place"
+    )
+    return Problem("NodeNotReady", sentence, stuck=False)
 
 
 def _unschedulable(status: Mapping[str, Any]) -> Problem | None:

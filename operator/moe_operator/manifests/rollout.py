@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_operator.resources.rollout import Rollout
 
@@ -31,6 +31,8 @@ class Replica:
     """No node has had room for its pod for a while."""
     work: int = 0
     """Requests under way on it, as far as known."""
+    lost: bool = False
+    """Its pod should have ended, and its node does not say that it has."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,16 @@ class Moves:
 
 
 def moves(replicas: Collection[Replica], terms: Terms) -> Moves:
-    """What to do with the replicas that are there."""
+    """What to do with the replicas that are there.
+
+    Others take the places of lost ones: a StatefulSet makes no new pod until it knows that the old one ended.
+    """
+    lost = [replica for replica in replicas if replica.lost]
+    found = _moves([replica for replica in replicas if not replica.lost], terms)
+    return replace(found, remove=(*lost, *found.remove))
+
+
+def _moves(replicas: Collection[Replica], terms: Terms) -> Moves:
     if all(replica.revision == terms.revision for replica in replicas):
         return _scale(replicas, terms.wanted, terms.revision)
     if terms.held:

@@ -26,6 +26,8 @@ from moe_operator.resources.status import ModelInfo, RolloutStatus
 
 PLACING_TIME: Final = timedelta(seconds=10)
 """A pod that no node has taken for so long is taken to fit none."""
+ENDING_TIME: Final = timedelta(seconds=30)
+"""A pod that is there so long after its grace period is taken to be on a node that is gone."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class State:
     """spec.quality asks for a checkpoint that is not much worse than its original."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Why pods cannot be made, by pod name."""
+    lost: frozenset[int] = frozenset()
+    """Data ranks of leaders that should have ended, on nodes that do not say so."""
 
     @property
     def terms(self) -> Terms:
@@ -90,7 +94,7 @@ class State:
     @property
     def surplus(self) -> int:
         """Replicas that are there though they are not wanted any more."""
-        leaving = self.leaders.keys() - self.replicas.keys()
+        leaving = self.leaders.keys() - self.replicas.keys() - self.lost
         return len(leaving) + max(len(self.replicas) - self.wanted, 0)
 
     @property
@@ -136,6 +140,7 @@ def read(
         conflicts=conflicts,
         gated=deployment.spec.quality is not None,
         refused=observed.refused,
+        lost=frozenset(rank for rank, pod in pods.items() if _is_lost(pod, now)),
     )
 
 
@@ -176,8 +181,13 @@ def _replicas(
         ready = leader is not None and leader.ready and leader.revision == revision
         unplaced = leader is not None and _is_unplaced(leader, now)
         work = observed.work.get(leader.name, 0) if leader is not None else 0
-        found[rank] = Replica(rank, revision, ready, unplaced, work)
+        lost = leader is not None and _is_lost(leader, now)
+        found[rank] = Replica(rank, revision, ready, unplaced, work, lost)
     return dict(sorted(found.items()))
+
+
+def _is_lost(pod: Pod, now: datetime) -> bool:
+    return pod.ends_by is not None and now - pod.ends_by >= ENDING_TIME
 
 
 def _is_unplaced(pod: Pod, now: datetime) -> bool:
