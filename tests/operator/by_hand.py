@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 import urllib3
@@ -13,6 +14,7 @@ from moe_operator.handlers.reconcile import Reconciler
 from moe_operator.kube import peering
 from moe_operator.kube.client import Cluster
 from moe_operator.manifests import children
+from moe_operator.manifests.objects import owner_uid
 from moe_operator.resources import names
 from moe_operator.resources.deployment import parse
 from moe_operator.settings import Settings
@@ -20,6 +22,10 @@ from tests.frontend.apiserver import ACCESS
 
 COLLECTION = f"/apis/{names.API_VERSION}/namespaces/default/{names.PLURAL}"
 CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+
+
+class Killed(BaseException):
+    """The operator's process ended here."""
 
 
 class Api:
@@ -32,6 +38,8 @@ class Api:
         rank = peering.Rank(self.cluster, "moe-operator", 1)
         self._reconciler = Reconciler(self.cluster, Settings(), rank, lambda: datetime.now(UTC))
         self.writes = 0
+        self._writes_to_live: int | None = None
+        self._interruption: Callable[[], None] | None = None
         for method in ("apply", "create", "delete"):
             self._count(method)
 
@@ -39,13 +47,20 @@ class Api:
         work = getattr(self.cluster, method)
 
         def counted(*arguments, **options):
+            interruption, self._interruption = self._interruption, None
+            if interruption is not None:
+                interruption()
             self.writes += 1
-            return work(*arguments, **options)
+            result = work(*arguments, **options)
+            if self.writes == self._writes_to_live:
+                raise Killed
+            return result
 
         setattr(self.cluster, method, counted)
 
     def ask(self, method, path, body=None):
-        headers = {"Authorization": f"Bearer {ACCESS}", "Content-Type": "application/json"}
+        content = "application/merge-patch+json" if method == "PATCH" else "application/json"
+        headers = {"Authorization": f"Bearer {ACCESS}", "Content-Type": content}
         url = f"https://127.0.0.1:{self._server.port}{path}"
         answer = self._pool.request(method, url, body=json.dumps(body), headers=headers)
         known = answer.headers.get("Content-Type", "").startswith("application/json")
@@ -59,6 +74,27 @@ class Api:
         except RetryableError:
             again = True
         return self.writes - before, again
+
+    def reconcile_until(self, name, writes):
+        """Reconciles again and again, and dies after so many writes, before their last answer is read."""
+        self._writes_to_live = self.writes + writes
+        try:
+            while self.reconcile(name)[0]:
+                pass
+        finally:
+            self._writes_to_live = None
+
+    def before_next_write(self, interruption):
+        """Somebody else does something between the operator's look and its next write."""
+        self._interruption = interruption
+
+    def collect_garbage(self, name):
+        """Deletes what belongs to deployments of this name that are gone."""
+        uid = self.cluster.get(names.KIND, "default", name)["metadata"]["uid"]
+        for kind in children.KINDS:
+            for child in self.cluster.list(kind, "default", name):
+                if owner_uid(child) not in (None, uid):
+                    self.cluster.delete(kind, "default", child["metadata"]["name"], child["metadata"]["uid"])
 
     def clear(self, name):
         """Deletes a deployment and, for want of a garbage collector, what belongs to it."""

@@ -24,7 +24,7 @@ from moe_operator.handlers.queue import Name
 from moe_operator.handlers.work_metrics import WorkMetrics
 from moe_operator.kube import execute, peering
 from moe_operator.kube.client import Cluster
-from moe_operator.kube.gather import gather
+from moe_operator.kube.gather import gather, unlabelled
 from moe_operator.manifests.decision import Decision
 from moe_operator.manifests.observed import Observed, Pod, frontends
 from moe_operator.manifests.pinning import with_pins
@@ -94,14 +94,12 @@ class Reconciler:
             return None
 
     def _advance(self, deployment: Deployment, span: trace.Span) -> float:
-        gathered = gather(self.cluster, deployment)
-        deployment = with_pins(deployment, gathered)
-        observed = self._with_model(deployment, gathered)
+        deployment, observed, todo = self._planned(deployment, gather(self.cluster, deployment))
+        while others := unlabelled(self.cluster, deployment.identity.namespace, todo.apply):
+            observed = replace(observed, children={**observed.children, **others})
+            deployment, observed, todo = self._planned(deployment, observed)
         if self.watcher is not None:
             self.watcher.saw(deployment, observed)
-        todo = plan(deployment, observed, self.clock())
-        if todo.choice or todo.unrouted:
-            todo = plan(deployment, self._asked(observed, todo), self.clock())
         _describe(span, deployment, todo)
         if todo.creates and not self._is_current(deployment.identity):
             raise ChangedMeanwhileError("the deployment changed or went away; it is looked at again")
@@ -119,6 +117,16 @@ class Reconciler:
         if any(pod.name not in opened for pod in todo.unrouted):
             return self.settings.routing_seconds
         return self.settings.recheck_seconds if todo.recheck else self.settings.resync_seconds
+
+    def _planned(self, deployment: Deployment, observed: Observed) -> tuple[Deployment, Observed, Plan]:
+        """What to do, with what it follows from: pinned pods, and the answers of workers and frontends."""
+        deployment = with_pins(deployment, observed)
+        observed = self._with_model(deployment, observed)
+        todo = plan(deployment, observed, self.clock())
+        if todo.choice or todo.unrouted:
+            observed = self._asked(observed, todo)
+            todo = plan(deployment, observed, self.clock())
+        return deployment, observed, todo
 
     def _asked(self, observed: Observed, todo: Plan) -> Observed:
         """What is observed, with what the plan has to know of workers and frontends."""

@@ -234,13 +234,22 @@ def _translated(error: DynamicApiError, path: str) -> MoEOperatorError:
     said = message(error.body)
     if error.status == _EXPIRED:
         return HistoryExpiredError(said)
-    if error.status in (_CONFLICT, _GONE):
+    if error.status in (_CONFLICT, _GONE) or _is_of_another(error.body):
         return ChangedMeanwhileError(f"somebody else was faster at {path}: {said}")
     if error.status == _TOO_MANY or error.status >= _SERVER:
         return ClusterUnavailableError(f"the API server could not serve {path}: {said}")
     if error.status == _FORBIDDEN:
         return ApplyForbiddenError(f"the API server forbids {path}: {said}")
     return ApplyRefusedError(f"the API server refused {path}: {said}")
+
+
+def _is_of_another(body: str | bytes | None) -> bool:
+    """Whether the API server refused a change because the object's UID is not the one that was meant."""
+    try:
+        causes = json.loads(body or "")["details"]["causes"]
+        return any(cause["field"] == "metadata.uid" for cause in causes)
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def message(body: str | bytes | None) -> str:
@@ -259,6 +268,8 @@ def connect(timeout_seconds: float, mirror: Mirror | None = None) -> Cluster:
     """
     configuration = client.Configuration()
     configuration.connection_pool_maxsize = _CONNECTIONS
+    # Once, for a kept connection that just ended; whoever asks has pauses of its own for all else.
+    configuration.retries = 1
     try:
         try:
             config.load_incluster_config(configuration)
