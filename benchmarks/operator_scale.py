@@ -3,7 +3,8 @@
     python -m benchmarks.operator_scale --deployments 100 --replicas 20
 
 There are no nodes and no controllers: a part of this program plays them, and is called *simulated*. It makes
-a pod for each StatefulSet, says of each pod that it is Ready, and counts the replicas of Deployments.
+a pod for each StatefulSet, says that it is Ready once its gate is open, counts the replicas of Deployments,
+and answers for workers and frontends.
 Everything that the operator asks of the API server is counted from the audit log.
 
 Edits change spec.frontend.replicas. An edit counts as applied when a watch shows the frontend's Deployment
@@ -15,13 +16,11 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
 import math
 import os
 import random
-import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -35,14 +34,16 @@ import urllib3
 import yaml
 from rich.progress import Progress
 
+from moe_api.frontend.v1 import frontend_pb2, frontend_pb2_grpc
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
 from moe_operator.resources import names
 from tests.frontend.apiserver import ApiServer
+from tests.operator.outside import Operator, kubeconfig
 
 ROOT = Path(__file__).parents[1]
 OPERATOR_TOKEN, OPERATOR_USER = "only-for-the-operator", "operator"
-WORKER_ADDRESS = "127.77.0.1"
-"""All pods have it; there one stand-in says what model they serve."""
+ADDRESS = "127.77.0.1"
+"""All pods have it; there one stand-in answers for them."""
 _WIDTH = 66
 NAMESPACES = [f"scale-{number}" for number in range(10)]
 CUSTOM = f"/apis/{names.API_VERSION}"
@@ -122,18 +123,22 @@ class Api:
 
 
 class Simulated:
-    """Plays the controllers and the kubelets."""
+    """Plays the controllers, the kubelets, and the workers and frontends in their pods."""
 
     def __init__(self, api: Api) -> None:
         self._api = api
         self._threads = ThreadPoolExecutor(16)
-        self.pods = 0
+        self.ready = 0
+        """Workers' pods that are Ready."""
+        self.unrouted: set[str] = set()
+        """Workers' pods whose readiness gate is closed."""
         self.failure: BaseException | None = None
         self.seen: dict[tuple[str, str, int], float] = {}
         """When each (namespace, frontend, replicas) was seen."""
         for path, handle in (
             ("/apis/apps/v1/statefulsets?", self._stateful_set),
             ("/apis/apps/v1/deployments?", self._deployment),
+            (f"/api/v1/pods?labelSelector={names.LABEL_ROLE}={names.ROLE_WORKER}", self._worker_pod),
         ):
             threading.Thread(target=self._follow, args=(path, handle), daemon=True).start()
 
@@ -145,53 +150,69 @@ class Simulated:
         return min(later, default=math.inf)
 
     def _follow(self, path: str, handle: Callable[[str, Body], None]) -> None:
-        for event in self._api.watch(path):
-            handle(event["type"], event["object"])
+        with contextlib.suppress(urllib3.exceptions.HTTPError):  # the API server ends with the benchmark
+            for event in self._api.watch(path):
+                handle(event["type"], event["object"])
+
+    def _do(self, work: Callable[..., None], *arguments: Any) -> None:
+        def guarded() -> None:
+            try:
+                work(*arguments)
+            except Exception as error:  # noqa: BLE001 - the main thread ends the benchmark with it
+                self.failure = error
+
+        self._threads.submit(guarded)
 
     def _stateful_set(self, kind: str, body: Body) -> None:
         if kind == "ADDED":
-            self._threads.submit(self._guarded, self._make_pod, body)
+            name = f"{body['metadata']['name']}-0"
+            self.unrouted.add(name)
+            self._do(self._make_pod, body, name, {"ContainersReady": "True", "Ready": "False"})
 
-    def _guarded(self, work: Callable[[Body], None], body: Body) -> None:
-        try:
-            work(body)
-        except Exception as error:  # noqa: BLE001 - the main thread ends the benchmark with it
-            self.failure = error
+    def _worker_pod(self, kind: str, body: Body) -> None:
+        """The kubelet: a pod is Ready when its containers are and its gate is open."""
+        found = {condition["type"]: condition["status"] for condition in body["status"].get("conditions", ())}
+        if kind == "MODIFIED" and found.get(names.ROUTED) == "True" and found.get("Ready") == "False":
+            self.unrouted.discard(body["metadata"]["name"])
+            self._do(self._set_conditions, body["metadata"], {"Ready": "True"})
+            self.ready += 1
 
-    def _make_pod(self, owner: Body) -> None:
+    def _make_pod(self, owner: Body, name: str, conditions: dict[str, str]) -> None:
         metadata, template = owner["metadata"], owner["spec"]["template"]
-        reference = {"apiVersion": "apps/v1", "kind": "StatefulSet", "controller": True}
+        reference = {"apiVersion": "apps/v1", "kind": owner["kind"], "controller": True}
         reference |= {"name": metadata["name"], "uid": metadata["uid"]}
-        name, namespace = f"{metadata['name']}-0", metadata["namespace"]
         own = {"name": name, "labels": template["metadata"]["labels"], "ownerReferences": [reference]}
         spec = {**template["spec"], "nodeName": "simulated"}
-        path = f"/api/v1/namespaces/{namespace}/pods"
-        self._api("POST", path, {"metadata": own, "spec": spec})
+        path = f"/api/v1/namespaces/{metadata['namespace']}/pods"
+        made = self._api("POST", path, {"metadata": own, "spec": spec})
+        running = {"image": "i", "imageID": "i", "ready": True, "restartCount": 0, "state": {"running": {}}}
         status = {
             "phase": "Running",
-            "conditions": [{"type": "Ready", "status": "True"}],
-            "podIP": WORKER_ADDRESS,
-            "podIPs": [{"ip": WORKER_ADDRESS}],
-            "containerStatuses": [
-                {
-                    "name": "worker",
-                    "image": "i",
-                    "imageID": "i",
-                    "ready": True,
-                    "restartCount": 0,
-                    "state": {"running": {}},
-                }
-            ],
+            "podIP": ADDRESS,
+            "podIPs": [{"ip": ADDRESS}],
+            "containerStatuses": [{"name": spec["containers"][0]["name"], **running}],
         }
-        self._api("PATCH", f"{path}/{name}/status", {"status": status}, "application/merge-patch+json")
-        self.pods += 1
+        self._set_conditions(made["metadata"], conditions, status)
+
+    def _set_conditions(self, pod: Body, conditions: dict[str, str], others: Body | None = None) -> None:
+        path = f"/api/v1/namespaces/{pod['namespace']}/pods/{pod['name']}/status"
+        listed = [
+            {"type": kind, "status": status, "reason": "" if status == "True" else "ReadinessGatesNotReady"}
+            for kind, status in conditions.items()
+        ]
+        body = {"status": {**(others or {}), "conditions": listed}}
+        self._api("PATCH", path, body, "application/strategic-merge-patch+json")
 
     def _deployment(self, kind: str, body: Body) -> None:
         metadata, replicas = body["metadata"], body["spec"]["replicas"]
         self.seen.setdefault((metadata["namespace"], metadata["name"], replicas), time.monotonic())
+        if kind == "ADDED":
+            self._do(
+                self._make_pod, body, f"{metadata['name']}-0", {"ContainersReady": "True", "Ready": "True"}
+            )
         if kind == "DELETED" or body.get("status", {}).get("observedGeneration") == metadata["generation"]:
             return
-        self._threads.submit(self._guarded, self._count_replicas, body)
+        self._do(self._count_replicas, body)
 
     def _count_replicas(self, body: Body) -> None:
         metadata = body["metadata"]
@@ -215,86 +236,33 @@ class Worker(inference_pb2_grpc.InferenceServiceServicer):
         )
 
 
-def start_worker() -> grpc.Server:
+class Frontend(frontend_pb2_grpc.FrontendServiceServicer):
+    """What the operator asks a frontend. This one routes to every worker at once."""
+
+    def __init__(self, simulated: Simulated) -> None:
+        self._simulated = simulated
+
+    def GetRoutes(  # noqa: N802
+        self,
+        request: frontend_pb2.GetRoutesRequest,  # noqa: ARG002
+        context: grpc.ServicerContext,  # noqa: ARG002
+    ) -> frontend_pb2.Routes:
+        """Those that the operator can be asking for: of the others it knows already."""
+        address = f"{ADDRESS}:{names.GRPC_PORT}"
+        waiting = list(self._simulated.unrouted)
+        return frontend_pb2.Routes(
+            routes=[frontend_pb2.Route(name=name, address=address) for name in waiting]
+        )
+
+
+def start_standins(simulated: Simulated) -> grpc.Server:
     """Listens as every simulated pod."""
     server = grpc.server(ThreadPoolExecutor(4))
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(Worker(), server)  # type: ignore[abstract]
-    server.add_insecure_port(f"{WORKER_ADDRESS}:{names.GRPC_PORT}")
+    frontend_pb2_grpc.add_FrontendServiceServicer_to_server(Frontend(simulated), server)  # type: ignore[abstract]
+    server.add_insecure_port(f"{ADDRESS}:{names.GRPC_PORT}")
     server.start()
     return server
-
-
-class Operator:
-    """The operator as a process of its own."""
-
-    def __init__(self, directory: Path, kubeconfig: Path, checkout: Path, **settings: str) -> None:
-        self._log = (directory / "operator.log").open("ab")
-        sources = os.pathsep.join(str(checkout / part) for part in ("operator", "protos"))
-        variables = {f"MOE_OPERATOR_{name.upper()}": value for name, value in settings.items()}
-        environment = {**os.environ, "KUBECONFIG": str(kubeconfig), "PYTHONPATH": sources, **variables}
-        environment["PYTHONWARNINGS"] = "ignore"  # of urllib3, about certificates
-        command = [
-            str(Path(sys.executable).with_name("kopf")),
-            "run",
-            "-m",
-            "moe_operator.main",
-            "--all-namespaces",
-        ]
-        self.started = time.monotonic()
-        self.process = subprocess.Popen(
-            [*command, "--quiet"], env=environment, cwd=directory, stdout=self._log, stderr=self._log
-        )
-
-    def cpu_seconds(self) -> float:
-        """User and system time so far."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def memory_mib(self, field: str) -> float:
-        """VmRSS, or VmHWM for the highest."""
-        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
-
-    def idle_after(self, limit: float) -> float:
-        """Seconds from the start until it used less than 3 % of a core for 3 s; infinite beyond the limit."""
-        quiet_since, before = None, self.cpu_seconds()
-        while time.monotonic() - self.started < limit:
-            time.sleep(1)
-            used, before = self.cpu_seconds() - before, self.cpu_seconds()
-            quiet_since = None if used > 0.03 else quiet_since or time.monotonic() - 1
-            if quiet_since is not None and time.monotonic() - quiet_since >= 3:
-                return quiet_since - self.started
-        return math.inf
-
-    def stop(self) -> None:
-        """Ends it as a kubelet would."""
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(25)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self._log.close()
-
-
-def kubeconfig(directory: Path, port: int) -> Path:
-    """The operator's."""
-    content = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "current-context": "here",
-        "clusters": [
-            {
-                "name": "here",
-                "cluster": {"server": f"https://127.0.0.1:{port}", "insecure-skip-tls-verify": True},
-            }
-        ],
-        "users": [{"name": "me", "user": {"token": OPERATOR_TOKEN}}],
-        "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me"}}],
-    }
-    path = directory / "kubeconfig"
-    path.write_text(yaml.safe_dump(content))
-    return path
 
 
 def install(api: Api) -> None:
@@ -343,16 +311,16 @@ def wait_until_ready(api: Api, simulated: Simulated, count: int, replicas: int, 
     with Progress(transient=True) as progress:
         task = progress.add_task("pods, simulated", total=count * replicas)
         while True:
-            progress.update(task, completed=simulated.pods)
+            progress.update(task, completed=simulated.ready)
             if simulated.failure is not None:
                 raise simulated.failure
-            if simulated.pods >= count * replicas:
+            if simulated.ready >= count * replicas:
                 items = api("GET", f"{CUSTOM}/{names.PLURAL}")["items"]
                 conditions = [c for item in items for c in item.get("status", {}).get("conditions", [])]
                 if sum(c["type"] == "Ready" and c["status"] == "True" for c in conditions) == count:
                     return time.monotonic() - started
             if time.monotonic() - started > limit:
-                raise RuntimeError(f"not Ready within {limit:.0f} s; {simulated.pods} pods")
+                raise RuntimeError(f"not Ready within {limit:.0f} s; {simulated.ready} pods are")
             time.sleep(1)
 
 
@@ -409,8 +377,9 @@ def measure(arguments: argparse.Namespace, directory: Path) -> None:
         server.start()
         api = Api(server.port, "only-for-this-test")
         install(api)
-        simulated, _worker = Simulated(api), start_worker()
-        config = kubeconfig(directory, server.port)
+        simulated = Simulated(api)
+        _standins = start_standins(simulated)
+        config = kubeconfig(directory, server.port, OPERATOR_TOKEN)
         make_deployments(api, count, replicas)
         operator = Operator(directory, config, arguments.operator, resync_seconds="3600")
         took = wait_until_ready(api, simulated, count, replicas, arguments.limit)

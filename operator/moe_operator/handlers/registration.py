@@ -170,13 +170,17 @@ def configure(settings: kopf.OperatorSettings, own: Settings, started: datetime)
     settings.scanning.disabled = True
     settings.networking.request_timeout = own.api_timeout_seconds
     settings.networking.connect_timeout = own.api_timeout_seconds
+    # By default kopf pauses up to 21 s before it looks whether the API server is back.
+    settings.networking.error_backoffs = (1, 1, 2, 3, *[5] * 12)
     settings.watching.connect_timeout = own.api_timeout_seconds
     settings.watching.server_timeout = 300
     settings.watching.chunk_size = 500
     settings.process.ultimate_exiting_timeout = 20.0
-    # Both write a line for every event and every probe; what was decided has its own lines.
+    # They write a line for every event and every probe; what was decided has its own lines.
     for noisy in ("kopf.objects", "aiohttp.access"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # A line for every try; what did not work in the end is said in a line of ours.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
 
 
 def prepare_installation(cluster: Cluster, own: Settings) -> None:

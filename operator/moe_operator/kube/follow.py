@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 _CHUNK: Final = 500
 """Objects of one list request: 20,000 pods at once would take hundreds of MB to parse."""
-_LONGEST_PAUSE_S: Final = 30.0
+_LONGEST_PAUSE_S: Final = 8.0
 _BETWEEN_WATCHES_S: Final = 0.2
 """A server that ends every watch at once shall not be asked in a tight loop."""
 
