@@ -332,18 +332,8 @@ def frontend_killed(site: Site) -> None:
 
 def api_server_away(site: Site) -> None:
     """Stopped, as one that is overloaded or cut off; what was under way at it times out."""
-    directory = str(site.cluster.directory)
-    for number in (signal.SIGSTOP, signal.SIGCONT):
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                command = (process / "cmdline").read_bytes().split(b"\0")
-            except (FileNotFoundError, ProcessLookupError, PermissionError):
-                continue
-            ours = any(directory in word.decode(errors="replace") for word in command[1:])
-            if ours and command[0].endswith(b"kube-apiserver"):
-                os.kill(int(process.name), number)
-        if number == signal.SIGSTOP:
-            time.sleep(AWAY_S)
+    with site.cluster.paused("kube-apiserver"):
+        time.sleep(AWAY_S)
 
 
 FAULTS: dict[str, Callable[[Site], None]] = {

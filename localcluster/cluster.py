@@ -239,6 +239,15 @@ class Cluster:
         """Kills a component's process and waits until its successor is ready. Raises NotRunningError."""
         self._ask({"do": "restart", "name": component})
 
+    @contextlib.contextmanager
+    def paused(self, component: str) -> Iterator[None]:
+        """Stops a component's process for the time of a block, as if it hung. Raises NotRunningError."""
+        self._ask({"do": "pause", "name": component})
+        try:
+            yield
+        finally:
+            self._ask({"do": "resume", "name": component})
+
     def restart_kubelet(self) -> None:
         """`restart("kubelet")`; pods go on running."""
         self.restart("kubelet")

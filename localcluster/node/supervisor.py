@@ -120,6 +120,10 @@ class Supervisor:
         await running.replaced.wait()
         await self._until_ready(self._running[name])
 
+    def pause(self, name: str, *, paused: bool) -> None:
+        """Stops a component's process where it is, or lets it go on."""
+        os.kill(self._running[name].pid, signal.SIGSTOP if paused else signal.SIGCONT)
+
     def status(self) -> list[dict[str, Any]]:
         """Name, PID (in the cluster's PID namespace), seconds of running, restarts and resident bytes of
         every component.
@@ -136,8 +140,13 @@ class Supervisor:
         ]
 
     async def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Answers {"do": "status"} and {"do": "restart", "name": NAME} with the components, or an error."""
+        """Answers {"do": "status"} and {"do": WHAT, "name": NAME} with the components, or an error.
+
+        WHAT: restart, pause or resume.
+        """
         match request:
+            case {"do": "pause" | "resume" as what, "name": str(name)} if name in self._running:
+                self.pause(name, paused=what == "pause")
             case {"do": "restart", "name": str(name)} if name in self._running:
                 try:
                     await self.restart(name)
