@@ -155,4 +155,7 @@ def train(**settings: Any) -> None:
     from moe_worker.train.trainer import train as run  # noqa: PLC0415 - torch: seconds, not for --help
 
     folder = run(TrainSettings(**settings))
-    click.echo(f"written to {folder}")
+    if (folder / "model.safetensors").exists():
+        click.echo(f"written to {folder}")
+    else:
+        click.echo(f"time was up: the same command goes on from the state in {folder}")
