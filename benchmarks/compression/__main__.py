@@ -157,10 +157,10 @@ class Experiment:
 
 
 def add_speed(experiment: Experiment, threads: int) -> None:
-    """Decode tokens a second of each line's first seed, median of three, on this machine's CPU."""
+    """Tokens a second on this CPU, median of three, of each line whose first seed's weights are here."""
     for line in LINES:
         folder = experiment.folder(line.name, experiment.args.seeds[0])
-        if not (folder / "result.json").exists():
+        if not (folder / "model.safetensors").exists():
             continue
         speeds = [decode_speed(folder, threads) for _ in range(3)]
         write_text(folder / "speed.json", json.dumps({"tokens_per_s": statistics.median(speeds)}))

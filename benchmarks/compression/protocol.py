@@ -28,7 +28,7 @@ SMOKE_SHAPE = {
     "num_experts_per_tok": 2, "kv_lora_rank": 32, "vocab_size": 512,
 }  # fmt: skip
 # What pruning leaves: about 42 % of the parameters.
-LITE = {"layers": 7, "heads": 6, "experts": 8, "channels": 96, "dense_channels": 512}
+LITE = {"layers": 7, "heads": 6, "experts": 8, "channels": 88, "dense_channels": 384}
 SMOKE_LITE = {"layers": 3, "heads": 6, "experts": 4, "channels": 96, "dense_channels": 128}
 
 
