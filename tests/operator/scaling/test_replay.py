@@ -58,8 +58,8 @@ def test_requests_one_a_row_are_counted_by_minute(tmp_path):
     text = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,10,5\n"
     text += "".join(f"2023-11-16 18:{minute}:0{minute % 3}.5,100,20\n" for minute in (18, 18, 18, 20, 21))
     path = written(tmp_path, text)
-    assert read(path).rates.tolist() == [3, 0, 1], "the first and the last minute were not recorded whole"
-    assert read(path, Work.TOKENS).rates.tolist() == [360, 0, 120]
+    assert read(path).rates.tolist() == [4, 0, 1], "the last minute was not recorded whole"
+    assert read(path, Work.TOKENS).rates.tolist() == [375, 0, 120]
 
 
 def test_jsonl_with_milliseconds_or_microseconds(tmp_path):
@@ -67,12 +67,12 @@ def test_jsonl_with_milliseconds_or_microseconds(tmp_path):
         f'{{"timestamp": {at}, "input_length": 7, "output_length": 3}}' for at in (0, 61_000, 62_000, 130_000)
     ]
     path = written(tmp_path, "\n".join(lines), "c.jsonl.gz")
-    assert read(path).rates.tolist() == [2]
-    assert read(path, Work.TOKENS).rates.tolist() == [20]
+    assert read(path).rates.tolist() == [1, 2]
+    assert read(path, Work.TOKENS).rates.tolist() == [10, 20]
     lines = [
         f'{{"session": "a", "timestamp_us": {at}000000, "input_chars": 4}}' for at in (60, 125, 130, 190)
     ]
-    assert read(written(tmp_path, "\n".join(lines), "d.jsonl")).rates.tolist() == [2]
+    assert read(written(tmp_path, "\n".join(lines), "d.jsonl")).rates.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ knows no batching, no caches and no uneven routing: it compares policies, it pre
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,12 +81,14 @@ def simulate(rates: Floats, service: Service, policy: Policy) -> Run:
         rates: work per minute [steps]; NaN: not recorded, taken to be as before.
         service: what serves it; it begins with replicas enough for the first step.
     """
-    demands = filled(rates)
+    # Lists, for reading an array number by number takes several times as long.
+    demands = filled(rates).tolist()
+    known = [None if math.isnan(rate) else rate for rate in rates.tolist()]
     minutes = service.step_s / 60
-    ordered = max(1, int(np.ceil(demands[0] / service.capacity)))
+    ordered = max(1, math.ceil(demands[0] / service.capacity))
     starting: deque[list[int]] = deque()  # (the step from which they serve, how many), ascending
     waiting = 0.0
-    history = np.zeros((3, len(rates)))
+    history: list[tuple[int, int, float]] = []
     for step, demand in enumerate(demands):
         while starting and starting[0][0] <= step:
             starting.popleft()
@@ -93,9 +96,8 @@ def simulate(rates: Floats, service: Service, policy: Policy) -> Run:
         waiting = max(0.0, waiting + (demand - ready * service.capacity) * minutes)
         # What is left of rounding is not work.
         waiting = waiting if waiting > 1e-9 * demand * minutes else 0.0
-        history[:, step] = ready, ordered, waiting
-        known = None if np.isnan(rates[step]) else float(rates[step])
-        wanted = max(0, policy(View(step, known, waiting, ready, ordered)))
+        history.append((ready, ordered, waiting))
+        wanted = max(0, policy(View(step, known[step], waiting, ready, ordered)))
         if wanted > ordered:
             starting.append([step + service.delay, wanted - ordered])
         surplus = ordered - wanted
@@ -106,7 +108,10 @@ def simulate(rates: Floats, service: Service, policy: Policy) -> Run:
             if not starting[-1][1]:
                 starting.pop()
         ordered = wanted
-    return Run(history[0].astype(np.int64), history[1].astype(np.int64), history[2])
+    ready_counts, ordered_counts, left = zip(*history, strict=True)
+    return Run(
+        np.array(ready_counts, np.int64), np.array(ordered_counts, np.int64), np.array(left, np.float64)
+    )
 
 
 def outcome(rates: Floats, run: Run, service: Service, part: slice) -> Outcome:

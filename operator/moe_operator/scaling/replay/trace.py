@@ -194,7 +194,7 @@ def _spaced(path: Path, rows: list[_Row], *, per_second: bool) -> Trace:
 
 
 def _binned(path: Path, rows: Iterator[_Row]) -> Trace:
-    """Requests counted by minute; a minute without any had none."""
+    """Requests counted by minute from the first one on; a minute without any had none."""
     found = list(rows)
     if not found:
         raise TraceError(f"{path}: no requests")
@@ -205,7 +205,7 @@ def _binned(path: Path, rows: Iterator[_Row]) -> Trace:
 
 def _trace(path: Path, times: Floats, work: Floats, step: float, rows_per_step: int) -> Trace:
     """rows_per_step: rows that make a whole step, so that one with none of them is unknown; 0: any number."""
-    start = math.floor(times.min() / step) * step
+    start = math.floor(times.min() / step) * step if rows_per_step else float(times.min())
     index = ((times - start) / step).astype(np.int64)
     count = int(index.max()) + 1
     if count > _MOST_STEPS:
@@ -217,7 +217,6 @@ def _trace(path: Path, times: Floats, work: Floats, step: float, rows_per_step: 
         with np.errstate(invalid="ignore", divide="ignore"):
             # A minute of which some seconds are missing was as busy as the rest of it.
             rates = np.where(rows > 0, rates * np.maximum(rows_per_step / rows, 1), np.nan)
-    elif count > 2:
-        # The first and the last minute were not recorded whole.
-        rates, start = rates[1:-1], start + step
+    elif count > 1:
+        rates = rates[:-1]  # the last minute was not recorded whole
     return Trace(path.name, start, step, rates)
