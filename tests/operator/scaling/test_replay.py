@@ -47,6 +47,15 @@ def test_rates_per_second_of_long_intervals_keep_their_interval(tmp_path):
     assert trace.rates.tolist() == [120, 180, 30]
 
 
+def test_columns_that_are_not_needed_are_left_out(tmp_path):
+    text = "hour,requests,time\n0,5,0\n0,6,60\n0,7,120\n"
+    assert read(written(tmp_path, text)).rates.tolist() == [5, 6, 7]
+    text = "timestamp,requests,tokens\n2024-05-12 00:00:00+00:00,5,900\n2024-05-12 00:01:00+00:00,6,800\n"
+    assert read(written(tmp_path, text)).rates.tolist() == [5, 6]
+    text = "Timestamp,Model,Tokens\n5,large,7\n70,small,8\n80,large,9\n140,large,1\n"
+    assert read(written(tmp_path, text)).rates.tolist() == [1, 2]
+
+
 def test_steps_are_whole_intervals(tmp_path):
     rows = "".join(f"{45 * number},3\n" for number in range(9))
     trace = read(written(tmp_path, "time,requests\n" + rows))

@@ -23,6 +23,7 @@ from moe_operator.scaling.forecast.past import Floats
 _MINUTE_S: Final = 60.0
 _LONGEST_S: Final = 3600.0
 _MOST_STEPS: Final = 2_000_000
+_INTERVAL_COLUMNS: Final = (("time", "t", "timestamp"), ("requests", "rate"))
 _KINDS: Final = (
     "a CSV file with the columns time,requests or t,rate (one row an interval), a CSV file with TIMESTAMP,"
     "ContextTokens,GeneratedTokens (one row a request), or a JSONL file with timestamp (ms) or timestamp_us"
@@ -72,12 +73,14 @@ def read(path: Path, work: Work = Work.REQUESTS) -> Trace:
     if head.startswith("{"):
         return _binned(path, _jsonl_rows(path, head, lines, work))
     columns = [column.strip().lower() for column in head.split(",")]
-    if columns[:1] == ["timestamp"] and len(columns) >= 3:
-        return _binned(path, _request_rows(path, columns, lines, work))
-    if len(columns) == 2 and columns[0] in ("time", "t") and columns[1] in ("requests", "rate"):
+    time, value = (next((name for name in names if name in columns), "") for names in _INTERVAL_COLUMNS)
+    if time and value:
         if work is Work.TOKENS:
             raise TraceError(f"{path}: it records no tokens, only requests; leave out --work tokens")
-        return _spaced(path, list(_interval_rows(path, lines)), per_second=columns[1] == "rate")
+        rows = _interval_rows(path, lines, len(columns), columns.index(time), columns.index(value))
+        return _spaced(path, list(rows), per_second=value == "rate")
+    if columns[0] == "timestamp" and len(columns) >= 3:
+        return _binned(path, _request_rows(path, columns, lines, work))
     raise TraceError(f"{path}: its first line is {head[:60]!r}; a trace is {_KINDS}")
 
 
@@ -93,13 +96,13 @@ def _lines(path: Path) -> Iterator[str]:
         raise TraceError(f"{path}: {reason}") from error
 
 
-def _interval_rows(path: Path, lines: Iterable[str]) -> Iterator[_Row]:
+def _interval_rows(path: Path, lines: Iterable[str], columns: int, time: int, value: int) -> Iterator[_Row]:
     for number, row in enumerate(csv.reader(lines), start=2):
         if not row:
             continue
-        if len(row) != 2:
-            raise TraceError(f"{path}:{number}: {len(row)} columns; the first line names 2")
-        yield _Row(_time(path, number, row[0]), _amount(path, number, row[1]), number)
+        if len(row) != columns:
+            raise TraceError(f"{path}:{number}: {len(row)} columns; the first line names {columns}")
+        yield _Row(_time(path, number, row[time]), _amount(path, number, row[value]), number)
 
 
 def _request_rows(path: Path, columns: list[str], lines: Iterable[str], work: Work) -> Iterator[_Row]:
@@ -108,8 +111,8 @@ def _request_rows(path: Path, columns: list[str], lines: Iterable[str], work: Wo
             continue
         if len(row) != len(columns):
             raise TraceError(f"{path}:{number}: {len(row)} columns; the first line names {len(columns)}")
-        tokens = sum(_amount(path, number, value) for value in row[1:3])
-        yield _Row(_time(path, number, row[0]), tokens if work is Work.TOKENS else 1.0, number)
+        count = sum(_amount(path, number, value) for value in row[1:3]) if work is Work.TOKENS else 1.0
+        yield _Row(_time(path, number, row[0]), count, number)
 
 
 def _jsonl_rows(path: Path, head: str, lines: Iterable[str], work: Work) -> Iterator[_Row]:
