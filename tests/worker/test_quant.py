@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_worker.quant import compressed_tensors as layout
-from moe_worker.quant import fp8
+from moe_worker.quant import pieces
 from moe_worker.quant.fp8 import from_blocks, quantize_fp8
 from moe_worker.quant.int4 import Int4Weight, pack, quantize_int4, unpack
 from moe_worker.quant.int8 import quantize_tokens
@@ -122,7 +122,7 @@ def test_rounding_to_fp8_keeps_four_bits_of_each_weight(seed, outputs, inputs, a
     """e4m3 has three bits behind the first; below 2**-6 of its scale, steps of 2**-9."""
     weight = normal(seed, outputs, inputs) * 0.02
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fp8, "_AT_ONCE", at_once)
+        patch.setattr(pieces, "CPU_PIECE", at_once)
         rounded = quantize_fp8(weight)
     step = rounded.scales_OC.repeat_interleave(128, dim=1)[:, :inputs] * 2**-9
     error = (rounded.dequantize() - weight).abs()

@@ -114,7 +114,7 @@ def _runner(
     if path == "triton":
         return gpu.make_runner(model, cache, options, context, progress)
     if path.startswith("cpu/"):
-        return NativeRunner(NativeModel(model, Kernels(threads=threads)))
+        return NativeRunner(NativeModel(model, Kernels(threads=threads), consume=True))
     return TorchRunner(model)
 
 

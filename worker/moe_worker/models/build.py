@@ -3,6 +3,8 @@
 Legend: D hidden, H heads, O outputs, I inputs, E routed experts, S shared experts, A all experts.
 """
 
+from collections.abc import Iterator
+
 import torch
 
 from moe_worker.config.attention import LatentConfig
@@ -12,6 +14,7 @@ from moe_worker.kernels.linear import make_linear
 from moe_worker.models.attention import Attention
 from moe_worker.models.attention_build import grouped_attention, latent_attention
 from moe_worker.models.deepseek import DeepseekModel, DenseBlock, Layer, MoeBlock
+from moe_worker.models.memory import give_back_freed
 from moe_worker.models.rope import rotation_table
 from moe_worker.models.source import TensorSource
 from moe_worker.moe.experts import Experts
@@ -24,7 +27,7 @@ def build_model(config: ModelConfig, source: TensorSource, context: int) -> Deep
     return DeepseekModel(
         config=config,
         embedding_VD=source.take("model.embed_tokens.weight", config.vocab_size, config.hidden_size),
-        layers=tuple(_layer(config, source, index) for index in range(config.num_hidden_layers)),
+        layers=list(_layers(config, source)),
         norm_D=source.take("model.norm.weight", config.hidden_size),
         head=make_linear(_head(config, source), None, source.round_tokens),
         rotations_CP=rotation_table(config.attention.rope, context, source.device),
@@ -34,6 +37,12 @@ def build_model(config: ModelConfig, source: TensorSource, context: int) -> Deep
 def _head(config: ModelConfig, source: TensorSource) -> Matrix:
     name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     return source.matrix(name, config.vocab_size, config.hidden_size)
+
+
+def _layers(config: ModelConfig, source: TensorSource) -> Iterator[Layer]:
+    for index in range(config.num_hidden_layers):
+        yield _layer(config, source, index)
+        give_back_freed()
 
 
 def _layer(config: ModelConfig, source: TensorSource, index: int) -> Layer:

@@ -1,16 +1,14 @@
 """Loads a Hugging Face checkpoint directory."""
 
 import logging
+import mmap
 import re
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
@@ -38,19 +36,16 @@ def load_model(
     plan = _Plan(directory, stored, config.storage, replace(placement, device=torch.device("meta")))
     build_model(config, plan, context=1)
     _log_unused(config, set(stored) - plan.names)
-    with (
-        ExitStack() as files,
-        tqdm(
-            total=plan.nbytes,
-            unit="B",
-            unit_scale=True,
-            desc="loading weights",
-            disable=not progress,
-            file=sys.stderr,
-        ) as bar,
-    ):
+    with tqdm(
+        total=plan.nbytes,
+        unit="B",
+        unit_scale=True,
+        desc="loading weights",
+        disable=not progress,
+        file=sys.stderr,
+    ) as bar:
         reader = _Reader(directory, stored, config.storage, placement)
-        reader.attach(files, bar.update)
+        reader.attach(bar.update)
         model = build_model(config, reader, context)
     _tell_memory(model, progress)
     return model
@@ -88,23 +83,37 @@ class _Plan(StoredSource):
 class _Reader(StoredSource):
     """Reads tensors from memory-mapped files, one at a time."""
 
-    def attach(self, files: ExitStack, advance: Callable[[int], object]) -> None:
-        """Files that are opened stay open as long as `files`; `advance` is told of the bytes read."""
-        self._files, self._advance = files, advance
-        self._open: dict[Path, Any] = {}
+    def attach(self, advance: Callable[[int], object]) -> None:
+        """`advance` is told of the bytes read."""
+        self._advance = advance
+        self._maps: dict[Path, mmap.mmap] = {}
 
     def read(self, tensor: StoredTensor) -> Tensor:
-        """The tensor's data."""
+        """The tensor's data; on the CPU in the file's memory."""
         try:
-            if tensor.file not in self._open:
-                self._open[tensor.file] = self._files.enter_context(safe_open(tensor.file, framework="pt"))
-            value: Tensor = self._open[tensor.file].get_tensor(tensor.name)
-        except (SafetensorError, OSError) as error:
+            mapped = self._map(tensor.file)
+        except OSError as error:
             raise CheckpointError(
                 f"{tensor.file}: tensor {tensor.name} cannot be read ({error}); copy the file again"
             ) from error
         self._advance(tensor.nbytes)
-        return value.to(self.device)
+        if tensor.nbytes == 0:
+            return torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device=self.device)
+        value = torch.frombuffer(mapped, dtype=torch.uint8, count=tensor.nbytes, offset=tensor.offset)
+        return value.view(DTYPES[tensor.dtype]).view(tensor.shape).to(self.device)
+
+    def _map(self, file: Path) -> mmap.mmap:
+        """The file, none of which counts as this process's memory any more.
+
+        What was read is rarely read again, and then comes back by itself. Nothing is written to the copy; it
+        is one since torch warns of memory that cannot be written.
+        """
+        if file not in self._maps:
+            with file.open("rb") as opened:
+                self._maps[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+        for each in self._maps.values():
+            each.madvise(mmap.MADV_DONTNEED)
+        return self._maps[file]
 
 
 def _log_unused(config: ModelConfig, names: set[str]) -> None:

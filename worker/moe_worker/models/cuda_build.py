@@ -80,17 +80,21 @@ def unsupported(config: ModelConfig, number_format: str) -> str | None:
     )
 
 
-def prepare(model: DeepseekModel) -> CudaModel:
-    """The model for the kernels; it must not be `unsupported`. Dense matrices are not copied."""
+def prepare(model: DeepseekModel, consume: bool = False) -> CudaModel:
+    """The model for the kernels; it must not be `unsupported`. Dense matrices are not copied.
+
+    consume: takes the layers out of `model`, one by one.
+    """
     config = model.config
     experts = config.moe.routed + config.moe.shared
     blocks = [
         _dense_parts(config) if isinstance(each.block, DenseBlock) else experts for each in model.layers
     ]
+    scale = _latent(model.layers[0]).scale
     counts_LA = torch.zeros(len(blocks), max(blocks), dtype=torch.int32, device=model.device)
     layers = [
         _layer(config, layer, counts_A[:count])
-        for layer, counts_A, count in zip(model.layers, counts_LA, blocks, strict=True)
+        for layer, counts_A, count in zip(model.each_layer(consume), counts_LA, blocks, strict=True)
     ]
     return CudaModel(
         embedding_VD=model.embedding_VD,
@@ -99,7 +103,7 @@ def prepare(model: DeepseekModel) -> CudaModel:
         head=_ready(model.head),
         rotations_CP2=torch.view_as_real(model.rotations_CP).float().contiguous(),
         eps=config.rms_norm_eps,
-        scale=_latent(model.layers[0]).scale,
+        scale=scale,
         counts_LA=counts_LA,
     )
 

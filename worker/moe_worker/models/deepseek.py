@@ -4,6 +4,7 @@ Legend: T tokens of all sequences in the pass one behind the other, D hidden, F 
 intermediate.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from moe_worker.kernels.reference import rms_norm, swiglu
 from moe_worker.kvcache.paged import PagedCache
 from moe_worker.models.attention import Attention
 from moe_worker.models.batch import Batch
+from moe_worker.models.memory import give_back_freed
 from moe_worker.moe.counting import ExpertCounter
 from moe_worker.moe.experts import Experts
 from moe_worker.moe.router import Router
@@ -61,7 +63,7 @@ class DeepseekModel:
 
     config: ModelConfig
     embedding_VD: Tensor
-    layers: tuple[Layer, ...]
+    layers: list[Layer]
     norm_D: Tensor
     head: Linear
     rotations_CP: Tensor  # complex64, one row a position
@@ -75,6 +77,16 @@ class DeepseekModel:
     def dtype(self) -> torch.dtype:
         """What the weights are stored and multiplied in."""
         return self.embedding_VD.dtype
+
+    def each_layer(self, consume: bool) -> Iterator[Layer]:
+        """One layer after the other; where `consume`, the model lets go of each, so that what is made of it
+        can take its memory. Afterwards it has none.
+        """
+        if not consume:
+            yield from self.layers
+        while consume and self.layers:
+            yield self.layers.pop(0)
+            give_back_freed()
 
     def expert_counter(self) -> ExpertCounter:
         """Counts the experts that the passes from now on use; it wants to be told after each."""

@@ -1,5 +1,6 @@
-"""What a model's weights take in memory, by what they are."""
+"""What a model's weights take in memory, by what they are, and what they left behind."""
 
+import ctypes
 from collections import Counter
 from dataclasses import fields, is_dataclass
 
@@ -20,6 +21,16 @@ def weight_memory(part: object) -> dict[str, int]:
     found: Counter[str] = Counter()
     _count(part, found)
     return {kind: found[kind] for kind in (VALUES, POSITIONS, SCALES, DENSE)}
+
+
+def give_back_freed() -> None:
+    """Hands what was freed back to the system, where the C library can: it keeps holes between what lives.
+
+    Called after each layer of a model that loads, which is made of many small matrices.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def describe(memory: dict[str, int]) -> str:

@@ -50,8 +50,8 @@ class Pass:
 class NativeModel:
     """Packs the weights of a model once; `run` may be called from one thread at a time."""
 
-    def __init__(self, model: DeepseekModel, kernels: Kernels) -> None:
-        """Dense projections are rounded to int4 here.
+    def __init__(self, model: DeepseekModel, kernels: Kernels, consume: bool = False) -> None:
+        """Dense projections are rounded to int4 here. consume: takes the layers out of `model`, one by one.
 
         Raises SettingsError for a model without latent attention.
         """
@@ -64,10 +64,13 @@ class NativeModel:
         routed = [index for index, layer in enumerate(model.layers) if isinstance(layer.block, MoeBlock)]
         counts = torch.zeros(len(routed), model.config.moe.routed + 1, dtype=torch.int64)
         self._used = dict(zip(routed, counts, strict=True))
-        self._layers = (structs.Layer * len(model.layers))(*(self._layer(layer) for layer in model.layers))
+        scale = _latent(model.layers[0]).scale
+        layers = [self._layer(layer) for layer in model.each_layer(consume)]
+        self._layers = (structs.Layer * len(layers))(*layers)
         for index, used in self._used.items():
             self._layers[index].experts_used = used.data_ptr()
         self._arguments = self._fill(model, attention)
+        self._arguments.attention_scale = scale
 
     def run(self, step: Pass, layers: Sequence[Tensor], page_size: int) -> Tensor:
         """Runs a pass and writes `layers`, the cache [rows, W] of each layer, float32 or bfloat16.
@@ -105,7 +108,7 @@ class NativeModel:
             head=self._linear(model.head),
             rotations=rotations.data_ptr(),
             embedding_bf16=int(embedding.dtype == torch.bfloat16),
-            layer_count=len(model.layers),
+            layer_count=len(self._layers),
             vocabulary=config.vocab_size,
             hidden=config.hidden_size,
             heads=attention.num_attention_heads,
@@ -118,7 +121,6 @@ class NativeModel:
             eps=config.rms_norm_eps,
             inner_eps=INNER_NORM_EPS,
         )
-        arguments.attention_scale = _latent(model.layers[0]).scale
         _fill_choice(arguments, config.moe)
         return arguments
 

@@ -21,13 +21,14 @@ MOST_DIMENSIONS = 8
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies and what it is."""
+    """Where a tensor lies, from byte `offset` of `file` on, and what it is."""
 
     name: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    offset: int
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -77,9 +78,10 @@ def read_header(path: Path) -> list[StoredTensor]:
         raise _truncated(path, f"its header cannot be read ({_first_line(error)})") from error
     if not isinstance(entries, dict):
         raise _truncated(path, "its header is no JSON object")
-    placed = [_entry(path, name, entry) for name, entry in entries.items() if name != "__metadata__"]
-    _check_layout(path, placed, size - 8 - length)
-    return [tensor for _, tensor in placed]
+    start = 8 + length
+    tensors = [_entry(path, name, entry, start) for name, entry in entries.items() if name != "__metadata__"]
+    _check_layout(path, tensors, start, size)
+    return tensors
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -89,20 +91,23 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_layout(path: Path, placed: list[tuple[int, StoredTensor]], size: int) -> None:
-    """Tensors must follow one another without gap or overlap and fill the `size` bytes of data."""
-    end = 0
-    for begin, tensor in sorted(placed, key=lambda entry: (entry[0], entry[1].nbytes)):
-        if begin != end:
-            how = "overlaps the one before it" if begin < end else f"leaves {begin - end} bytes before it"
+def _check_layout(path: Path, tensors: list[StoredTensor], start: int, size: int) -> None:
+    """Tensors must follow one another without gap or overlap from `start` to the file's end, `size`."""
+    end = start
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
+        gap = tensor.offset - end
+        if gap:
+            how = "overlaps the one before it" if gap < 0 else f"leaves {gap} bytes before it"
             raise _truncated(path, f"tensor {tensor.name!r} {how}")
         end += tensor.nbytes
     if end != size:
-        raise _truncated(path, f"its header promises {end} bytes of data, the file has {size}")
+        raise _truncated(
+            path, f"its header promises {end - start} bytes of data, the file has {size - start}"
+        )
 
 
-def _entry(path: Path, name: str, entry: Any) -> tuple[int, StoredTensor]:
-    """Where the tensor's data begins, and the tensor."""
+def _entry(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
+    """The tensor; data begins at byte `start` of the file."""
     try:
         begin, end = _sizes(entry["data_offsets"])
         shape, dtype = _sizes(entry["shape"]), entry["dtype"]
@@ -110,7 +115,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[int, StoredTensor]:
             raise ValueError
     except (KeyError, TypeError, ValueError) as error:
         raise _truncated(path, f"the header entry of {name!r} is malformed") from error
-    return begin, StoredTensor(name, path, dtype, shape, end - begin)
+    return StoredTensor(name, path, dtype, shape, end - begin, start + begin)
 
 
 def _sizes(value: object) -> tuple[int, ...]:

@@ -90,14 +90,20 @@ class StoredSource:
             return self._read_packed(name, outputs, inputs)
         if isinstance(self._storage, PackedStorage | SparseStorage):
             return self.take(name, outputs, inputs)  # who quantized the others left this one on purpose
-        return quantize_int4(self.take(name, outputs, inputs, dtype=torch.float32))
+        return quantize_int4(self._unrounded(name, outputs, inputs))
 
     def _fp8_matrix(self, name: str, outputs: int, inputs: int) -> Matrix:
         if self._is_fp8(name):
             return self._read_fp8(name, outputs, inputs).map(Tensor.clone)
         if isinstance(self._storage, Fp8Storage):
             return self.take(name, outputs, inputs)  # as above
-        return quantize_fp8(self.take(name, outputs, inputs, dtype=torch.float32))
+        return quantize_fp8(self._unrounded(name, outputs, inputs))
+
+    def _unrounded(self, name: str, *shape: int) -> Tensor:
+        """A tensor to be rounded: plain ones as they are stored, perhaps in a file's memory."""
+        if self._is_sparse(name) or self._is_packed(name) or self._is_fp8(name):
+            return self.take(name, *shape, dtype=torch.float32)
+        return self._part(name, shape, FLOATING)
 
     def _is_packed(self, name: str) -> bool:
         packed = isinstance(self._storage, PackedStorage | SparseStorage)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moe_worker.quant.pieces import float_rows
+
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
 BLOCK = (128, 128)
-# Weights that are rounded at a time: a bound on the memory for float32 copies.
-_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,7 @@ def from_blocks(weight_OI: Tensor, scales_RC: Tensor, block: tuple[int, int]) ->
 
 def quantize_fp8(weight_OI: Tensor) -> Fp8Weight:
     """Rounds to nearest, half to even; the largest of each block of 128 x 128 becomes 448."""
-    rows = max(1, _AT_ONCE // (BLOCK[0] * weight_OI.shape[1])) * BLOCK[0]
-    parts = [_round_blocks(part.float()) for part in weight_OI.split(rows)]
+    parts = [_round_blocks(piece) for piece in float_rows(weight_OI, BLOCK[0])]
     bits, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return Fp8Weight(bits, scales, BLOCK[1])
 

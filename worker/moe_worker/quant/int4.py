@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moe_worker.quant.pieces import float_rows
+
 GROUP = 128
 LOWEST, HIGHEST = -8, 7
 # Shares of the largest weight of a group that may become the edge of the range; the one with the smallest
@@ -88,8 +90,16 @@ def unpack(packed: Tensor, inputs: int) -> Tensor:
 
 def quantize_int4(weight: Tensor, group: int = GROUP, scale_dtype: torch.dtype = torch.float32) -> Int4Weight:
     """Rounds [..., O, I] to the nearest of 15 symmetric values a group, the range chosen among CLIPS."""
-    inputs = weight.shape[-1]
-    padded = functional.pad(weight.float(), (0, -inputs % group))
+    inputs, leading = weight.shape[-1], weight.shape[:-1]
+    parts = [_round_rows(piece, group, scale_dtype) for piece in float_rows(weight.reshape(-1, inputs))]
+    packed, scales = (torch.cat(tensors).unflatten(0, leading) for tensors in zip(*parts, strict=True))
+    return Int4Weight(packed, scales, None, inputs, group)
+
+
+def _round_rows(weight_OI: Tensor, group: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Packed values [O, P] and scales [O, G]."""
+    inputs = weight_OI.shape[-1]
+    padded = functional.pad(weight_OI, (0, -inputs % group))
     grouped = padded.unflatten(-1, (-1, group))
     largest = grouped.abs().amax(dim=-1, keepdim=True)
     best, error = None, None
@@ -105,7 +115,7 @@ def quantize_int4(weight: Tensor, group: int = GROUP, scale_dtype: torch.dtype =
     if best is None:
         raise ValueError("CLIPS is empty")
     values = (grouped / best).round_().clamp_(-HIGHEST, HIGHEST).to(torch.int8).flatten(-2)
-    return Int4Weight(pack(values[..., :inputs]), best.squeeze(-1).to(scale_dtype), None, inputs, group)
+    return pack(values[..., :inputs]), best.squeeze(-1).to(scale_dtype)
 
 
 def _scale(edge: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,19 @@
+"""Large matrices are rounded a few rows at a time, so that copies in float32 take little memory.
+
+Legend: O outputs, I inputs.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Weights of a piece: on a CPU what its caches hold, on a GPU what keeps it at work.
+CPU_PIECE, GPU_PIECE = 1 << 18, 1 << 24
+
+
+def float_rows(weight_OI: Tensor, multiple: int = 1) -> Iterator[Tensor]:
+    """float32 pieces of whole rows, one behind the other; of a `multiple` of rows but for the last."""
+    most = CPU_PIECE if weight_OI.device.type == "cpu" else GPU_PIECE
+    rows = max(1, most // (multiple * weight_OI.shape[1])) * multiple
+    return (part.to(torch.float32) for part in weight_OI.split(rows))
