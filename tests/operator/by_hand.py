@@ -35,7 +35,8 @@ class Api:
         self._server = server
         self._pool = urllib3.PoolManager(cert_reqs="CERT_NONE")
         self.cluster = Cluster(server.client(), timeout_seconds=30)
-        rank = peering.Rank(self.cluster, "moe-operator", 1)
+        # Above any process that ran here before and is not forgotten yet.
+        rank = peering.Rank(self.cluster, "moe-operator", 2**60)
         self._reconciler = Reconciler(self.cluster, Settings(), rank, lambda: datetime.now(UTC))
         self.writes = 0
         self._writes_to_live: int | None = None

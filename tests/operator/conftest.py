@@ -1,4 +1,4 @@
-"""A namespace in which the installed operator works on stand-in workers."""
+"""A namespace in which the installed operator works on stand-in workers, and an API server alone."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import secrets
 from collections.abc import Iterator
 
 import pytest
+import yaml
 
 from localcluster import Cluster
-from tests.operator.live import Live
+from tests.frontend.apiserver import ApiServer, running_api_server
+from tests.operator.by_hand import COLLECTION, CRDS, Api
+from tests.operator.live import ROOT, Live, eventually
 
 
 @pytest.fixture(scope="module")
@@ -18,3 +21,16 @@ def live(operator: Cluster) -> Iterator[Live]:
     operator.kubectl("create", "namespace", name)
     yield Live(operator, name)
     operator.kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture(scope="session")
+def api_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
+    """A real API server that knows MoEDeployments; nobody acts on what is written there but the tests."""
+    with running_api_server(tmp_path_factory.mktemp("apiserver")) as server:
+        api = Api(server)
+        for path in (ROOT / "crds").glob("*.yaml"):
+            for body in yaml.safe_load_all(path.read_text()):
+                code, answer = api.ask("POST", CRDS, body)
+                assert code == 201, answer
+        eventually(lambda: api.ask("GET", COLLECTION)[0], lambda code: code == 200, "the CRD is served")
+        yield server

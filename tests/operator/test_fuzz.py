@@ -10,14 +10,11 @@ import os
 import urllib.parse
 
 import pytest
-import yaml
 from hypothesis import HealthCheck, given, settings
 
 from moe_operator.resources import names
-from tests.frontend.apiserver import running_api_server
 from tests.operator import manifests_at_random
-from tests.operator.by_hand import COLLECTION, CRDS, Api, reconciled_to_true_conditions
-from tests.operator.live import ROOT, eventually
+from tests.operator.by_hand import COLLECTION, Api, reconciled_to_true_conditions
 
 EXAMPLES = int(os.environ.get("MOE_FUZZ", "200"))
 pytestmark = [
@@ -27,15 +24,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def api(tmp_path_factory):
-    with running_api_server(tmp_path_factory.mktemp("fuzz")) as server:
-        made = Api(server)
-        for path in (ROOT / "crds").glob("*.yaml"):
-            for body in yaml.safe_load_all(path.read_text()):
-                code, answer = made.ask("POST", CRDS, body)
-                assert code == 201, answer
-        eventually(lambda: made.ask("GET", COLLECTION)[0], lambda code: code == 200, "the CRD is served")
-        yield made
+def api(api_server):
+    return Api(api_server)
 
 
 def refused_with_a_sentence(code, answer):

@@ -7,28 +7,19 @@ of what the one before it did.
 from __future__ import annotations
 
 import pytest
-import yaml
 
 from moe_operator.manifests import children
 from moe_operator.manifests.objects import key
 from moe_operator.resources import names
-from tests.frontend.apiserver import running_api_server
-from tests.operator.by_hand import COLLECTION, CRDS, Api, Killed
-from tests.operator.live import ROOT, eventually
+from tests.operator.by_hand import COLLECTION, Api, Killed
 
 NAME = "docs"
 pytestmark = pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
 
 
 @pytest.fixture(scope="module")
-def api(tmp_path_factory):
-    with running_api_server(tmp_path_factory.mktemp("interrupted")) as server:
-        made = Api(server)
-        for path in (ROOT / "crds").glob("*.yaml"):
-            for body in yaml.safe_load_all(path.read_text()):
-                assert made.ask("POST", CRDS, body)[0] == 201
-        eventually(lambda: made.ask("GET", COLLECTION)[0], lambda code: code == 200, "the CRD is served")
-        yield made
+def api(api_server):
+    return Api(api_server)
 
 
 @pytest.fixture

@@ -11,36 +11,31 @@ import time
 from types import SimpleNamespace
 
 import pytest
-import yaml
 
 from moe_operator.resources import names
-from tests.frontend.apiserver import ACCESS, running_api_server
-from tests.operator.by_hand import COLLECTION, CRDS, Api
+from tests.frontend.apiserver import ACCESS
+from tests.operator.by_hand import COLLECTION, Api
 from tests.operator.live import ROOT, eventually, manifest
 from tests.operator.outside import Operator, Proxy, kubeconfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
 MINUTE_S = 60.0
+DEPLOYMENTS = ("dropped", "often", "slow", "beside", "contested", "away")
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
+def site(api_server, tmp_path_factory):
     """An API server, a proxy, and the operator, which knows only the proxy."""
-    directory = tmp_path_factory.mktemp("troubled")
-    with running_api_server(directory) as server:
-        api = Api(server)
-        for path in (ROOT / "crds").glob("*.yaml"):
-            for body in yaml.safe_load_all(path.read_text()):
-                assert api.ask("POST", CRDS, body)[0] == 201
-        eventually(lambda: api.ask("GET", COLLECTION)[0], lambda code: code == 200, "the CRD is served")
-        proxy = Proxy(server.port)
-        config = kubeconfig(directory, proxy.port, ACCESS)
-        operator = Operator(
-            directory, config, ROOT, resync_seconds="3600", turn_seconds="1", retry_most_seconds="5"
-        )
-        yield SimpleNamespace(api=api, proxy=proxy, operator=operator)
-        proxy.close()
-        operator.kill()
+    proxy = Proxy(api_server.port)
+    config = kubeconfig(api_server.directory, proxy.port, ACCESS)
+    settings = {"resync_seconds": "3600", "turn_seconds": "1", "retry_most_seconds": "5"}
+    operator = Operator(tmp_path_factory.mktemp("operator"), config, ROOT, **settings)
+    api = Api(api_server)
+    yield SimpleNamespace(api=api, proxy=proxy, operator=operator)
+    proxy.close()
+    operator.kill()
+    for name in DEPLOYMENTS:
+        api.clear(name)
 
 
 def make(site, name, **spec):
