@@ -12,7 +12,10 @@ first fault. The columns:
     changed    answers with other tokens than before (float32 sums depend on the batch, so a near tie may fall
                the other way, with or without a fault; integer kernels have none)
     pause s    the longest that any client waited for its next token
-    Ready s    from the fault until the condition Ready was True and stayed so; 0: it never was False
+    unready s  from the fault until the condition Ready was True and stayed so; 0: it never was False
+    whole s    from the fault until nothing was left to do: every replica there, and of the latest revision
+
+A fault that ends or replaces processes counts as over only when they were seen to have ended or changed.
 """
 
 import argparse
@@ -27,11 +30,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import yaml
 
 from localcluster import Cluster, Forward
+from localcluster.errors import CommandError
 from moe_api import transport
 from moe_api.inference.v1 import inference_pb2 as pb
 from moe_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
@@ -39,7 +44,7 @@ from moe_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
 ROOT = Path(__file__).parents[1]
 NAME = "docs-moe"
 PROMPTS = ("The kernel maps a page", "To install the package", "A transaction begins", "The scheduler")
-# Longer than a hung engine goes unnoticed here (STALL_S and a tenth of it).
+OPERATOR = "operator"
 SETTLE_S = 10.0
 STALL_S = 5
 PATIENCE_S = 600.0
@@ -51,9 +56,9 @@ def main() -> None:
     with served() as site:
         expected = {prompt: site.ask(prompt, args.tokens) for prompt in PROMPTS}
         rows = []
-        for name, fault in FAULTS.items():
+        for name, (fault, victim) in FAULTS.items():
             if args.only in (None, name):
-                found = [inject(site, fault, expected, args.clients) for _ in range(args.times)]
+                found = [inject(site, fault, victim, expected, args.clients) for _ in range(args.times)]
                 rows.append(Row.of(name, found))
                 print(rows[-1], file=sys.stderr)
     print(Row.header())
@@ -81,7 +86,8 @@ class Outcome:
     lost: int = 0
     changed: int = 0
     pause_s: float = 0.0
-    ready_s: float = 0.0
+    unready_s: float = 0.0
+    whole_s: float = 0.0
     reasons: list[str] = field(default_factory=list)
 
 
@@ -93,7 +99,8 @@ class Row:
     times: int
     sums: tuple[int, int, int, int]
     pause_s: float
-    ready_s: float
+    unready_s: float
+    whole_s: float
 
     @classmethod
     def of(cls, fault: str, found: list[Outcome]) -> "Row":
@@ -107,20 +114,22 @@ class Row:
             len(found),
             (total[0], total[1], total[2], total[3]),
             max(one.pause_s for one in found),
-            max(one.ready_s for one in found),
+            max(one.unready_s for one in found),
+            max(one.whole_s for one in found),
         )
 
     @staticmethod
     def header() -> str:
         return (
-            "| fault | injected | requests | failed | lost | changed | pause s | Ready s |\n"
-            + "|---" * 8
+            "| fault | injected | requests | failed | lost | changed | pause s | unready s | whole s |\n"
+            + "|---" * 9
             + "|"
         )
 
     def __str__(self) -> str:
         counts = " | ".join(map(str, self.sums))
-        return f"| {self.fault} | {self.times} | {counts} | {self.pause_s:.1f} | {self.ready_s:.1f} |"
+        times = " | ".join(f"{seconds:.1f}" for seconds in (self.pause_s, self.unready_s, self.whole_s))
+        return f"| {self.fault} | {self.times} | {counts} | {times} |"
 
 
 @dataclass(frozen=True)
@@ -134,17 +143,36 @@ class Site:
     def kubectl(self, *words: str, text: str | None = None) -> str:
         return self.cluster.kubectl("-n", self.namespace, *words, input=text)
 
-    def is_ready(self) -> bool:
-        """Whether Ready is True of the latest spec, and no pod is on its way."""
+    def look(self) -> tuple[bool, bool]:
+        """Whether Ready is True, and whether it is so of the latest spec and nothing is left to do."""
         body = json.loads(self.kubectl("get", "moed", NAME, "-o", "json"))
         found = {one["type"]: one for one in body.get("status", {}).get("conditions", ())}
+        ready = found.get("Ready", {}).get("status") == "True"
         current = found.get("Ready", {}).get("observedGeneration") == body["metadata"]["generation"]
-        return current and (found["Ready"]["status"], found["Progressing"]["reason"]) == ("True", "Complete")
+        return ready, ready and current and found["Progressing"]["reason"] == "Complete"
+
+    def is_whole(self) -> bool:
+        return self.look()[1]
 
     def pods(self, role: str) -> list[str]:
-        selector = f"serving.moe-operator.dev/name={NAME},serving.moe-operator.dev/role={role}"
-        pods = json.loads(self.kubectl("get", "pods", "-l", selector, "-o", "json"))["items"]
+        pods = self._pods(role)
         return [pod["metadata"]["name"] for pod in pods if "deletionTimestamp" not in pod["metadata"]]
+
+    def runs(self, role: str) -> dict[str, int]:
+        """UID of each pod of a role, with how often its container was started again."""
+        statuses = {pod["metadata"]["uid"]: pod["status"] for pod in self._pods(role)}
+        return {
+            uid: sum(container["restartCount"] for container in status.get("containerStatuses", ()))
+            for uid, status in statuses.items()
+        }
+
+    def _pods(self, role: str) -> list[dict[str, Any]]:
+        if role == OPERATOR:
+            found = self.cluster.kubectl("get", "pods", "-n", "moe-system", "-o", "json")
+        else:
+            selector = f"serving.moe-operator.dev/name={NAME},serving.moe-operator.dev/role={role}"
+            found = self.kubectl("get", "pods", "-l", selector, "-o", "json")
+        return list(json.loads(found)["items"])
 
     def ask(self, prompt: str, tokens: int) -> list[int]:
         with grpc.insecure_channel(self.address) as channel:
@@ -169,7 +197,7 @@ def served() -> Iterator[Site]:
             cluster.kubectl("create", "namespace", "faults")
             site = Site(cluster, "faults", "")
             site.kubectl("apply", "-f", "-", text=yaml.safe_dump(manifest()))
-            wait(site.is_ready, "the example is Ready")
+            wait(site.is_whole, "the example is Ready")
             with Forward(cluster.directory, "faults", f"{NAME}-frontend", 8000) as forward:
                 yield replace(site, address=forward.address)
         finally:
@@ -201,9 +229,16 @@ def quietly(condition: Callable[[], bool]) -> bool:
 
 
 def inject(
-    site: Site, fault: Callable[[Site], None], expected: dict[str, list[int]], clients: int
+    site: Site,
+    fault: Callable[[Site], None],
+    victim: str | None,
+    expected: dict[str, list[int]],
+    clients: int,
 ) -> Outcome:
-    """One fault under load, until all is well again."""
+    """One fault under load, until all is well again.
+
+    victim: role of the pods of which one ends or is replaced; None where none is.
+    """
     outcome, stop, lock = Outcome(), threading.Event(), threading.Lock()
     threads = [
         threading.Thread(target=stream, args=(site, number, expected, outcome, stop, lock))
@@ -212,26 +247,37 @@ def inject(
     for thread in threads:
         thread.start()
     time.sleep(1.0)
+    before = site.runs(victim) if victim else {}
     started = time.monotonic()
     fault(site)
-    outcome.ready_s = until_well(site, started)
+    until_well(site, outcome, started, lambda: victim is None or site.runs(victim) != before)
     stop.set()
     for thread in threads:
         thread.join()
     return outcome
 
 
-def until_well(site: Site, started: float) -> float:
-    """Waits until Ready has been True for some seconds; when it was not last, in seconds after `started`."""
-    last_bad, since = 0.0, time.monotonic()
+def until_well(site: Site, outcome: Outcome, started: float, has_hit: Callable[[], bool]) -> None:
+    """Waits until the fault has hit and all has been well for some seconds since."""
+    since, hit = time.monotonic(), False
     while time.monotonic() - since < SETTLE_S:
-        if not quietly(site.is_ready):
+        ready, whole = looked(site)
+        hit = hit or quietly(has_hit)
+        if not (whole and hit):
             since = time.monotonic()
-            last_bad = since - started
+        outcome.unready_s = outcome.unready_s if ready else time.monotonic() - started
+        outcome.whole_s = outcome.whole_s if whole else time.monotonic() - started
         if time.monotonic() - started > PATIENCE_S:
             raise SystemExit("error: the deployment does not get Ready again")
         time.sleep(0.2)
-    return last_bad
+
+
+def looked(site: Site) -> tuple[bool, bool]:
+    """What `Site.look` says; while the API server does not answer, nobody sees a Ready that is False."""
+    try:
+        return site.look()
+    except CommandError:
+        return True, False
 
 
 def stream(
@@ -322,8 +368,7 @@ def rolled_out(site: Site) -> None:
 
 
 def operator_killed(site: Site) -> None:
-    words = ("get", "pods", "-n", "moe-system", "-o", "jsonpath={.items[0].metadata.name}")
-    signal_processes(f"HOSTNAME={site.cluster.kubectl(*words)}", "", signal.SIGKILL)
+    signal_processes(f"HOSTNAME={site.pods(OPERATOR)[0]}", "", signal.SIGKILL)
 
 
 def frontend_killed(site: Site) -> None:
@@ -336,17 +381,24 @@ def api_server_away(site: Site) -> None:
         time.sleep(AWAY_S)
 
 
-FAULTS: dict[str, Callable[[Site], None]] = {
-    "worker killed": worker_killed,
-    "engine killed": engine_killed,
-    "engine hangs": engine_hangs,
-    "pod deleted": pod_deleted,
-    "pod evicted": pod_evicted,
-    "scaled down and up": scaled_down_and_up,
-    "new revision": rolled_out,
-    "operator killed": operator_killed,
-    "API server away": api_server_away,
-    "frontend killed": frontend_killed,
+def node_silent(site: Site) -> None:
+    """The kubelet hangs until Kubernetes calls the node NotReady; containers run on."""
+    with site.cluster.paused("kubelet"):
+        wait(lambda: not site.look()[0], "the node is missed")
+
+
+FAULTS: dict[str, tuple[Callable[[Site], None], str | None]] = {
+    "worker killed": (worker_killed, "worker"),
+    "engine killed": (engine_killed, "worker"),
+    "engine hangs": (engine_hangs, "worker"),
+    "pod deleted": (pod_deleted, "worker"),
+    "pod evicted": (pod_evicted, "worker"),
+    "scaled down and up": (scaled_down_and_up, "worker"),
+    "new revision": (rolled_out, "worker"),
+    "operator killed": (operator_killed, OPERATOR),
+    "API server away": (api_server_away, None),
+    "node does not report": (node_silent, None),
+    "frontend killed": (frontend_killed, "frontend"),
 }
 
 if __name__ == "__main__":
