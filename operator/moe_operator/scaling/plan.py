@@ -142,7 +142,8 @@ def _may_rest(spec: ScalingSpec, observed: Observed, forecast: Forecast | None, 
     """Whether no replica is needed. The band's upper edge is hardly ever 0, so the expectation decides."""
     idle = observed.idle_since is not None and now - observed.idle_since >= spec.idle_s
     expected = 0.0 if forecast is None else forecast.mean
-    return spec.least == 0 and idle and observed.waiting == 0 and expected < _NOTHING
+    nothing = not observed.demand and observed.waiting == 0
+    return spec.least == 0 and idle and nothing and expected < _NOTHING
 
 
 def _remembered(spec: ScalingSpec, observed: Observed, need: _Need, now: float) -> tuple[Want, ...]:

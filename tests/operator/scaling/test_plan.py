@@ -121,8 +121,16 @@ def test_replicas_that_start_are_not_ordered_again(spec, observed, ahead):
     if observed.demand is None:
         return
     none_ready = replace(
-        observed, starting=observed.replicas, waiting=observed.replicas * observed.capacity * 5
+        observed,
+        starting=observed.replicas,
+        waiting=observed.replicas * observed.capacity * 5,
+        idle_since=None,
     )
     calm = replace(none_ready, waiting=0.0)
-    rest = spec.least == 0 and plan(spec, calm, ahead, NOW).replicas == 0
-    assert rest or plan(spec, none_ready, ahead, NOW).replicas == plan(spec, calm, ahead, NOW).replicas
+    assert plan(spec, none_ready, ahead, NOW).replicas == plan(spec, calm, ahead, NOW).replicas
+
+
+@given(specs(), worlds(), st.floats(1, 1e6))
+def test_the_last_replica_stays_while_work_arrives_whatever_is_said_of_idleness(spec, observed, rate):
+    busy = replace(observed, replicas=1, demand=rate, idle_since=NOW - 1e4)
+    assert plan(spec, busy, None, NOW).replicas >= min(1, spec.most)
