@@ -50,7 +50,7 @@ def grouped_experts(x_TD: Tensor, weights: Weights, choice: Choice, rounded: boo
     """The chosen experts alone, [T, D].
 
     Rows are sorted by expert, so that each expert's are one matrix, and put back by the inverse order. Both
-    are permutations, so gradients are summed in a fixed order: a run repeats itself to the bit on GPUs too.
+    are permutations, so that their gradients need no atomic additions.
     """
     gate_EFD, up_EFD, down_EDF = weights
     chosen_TK, share_TK = choice
