@@ -110,8 +110,21 @@ class Api:
             raise RuntimeError(f"{method} {path}: {found.get('message')}")
         return found
 
-    def watch(self, path: str) -> Iterator[Body]:
-        """Events from now on, until the program ends."""
+    def follow(self, path: str) -> Iterator[tuple[str, Body]]:
+        """What is there, as added, then what happens; anew where the server ends a watch.
+
+        It does so with watchers that are too slow, as this program at times is.
+        """
+        while True:
+            found = self("GET", path)
+            for item in found["items"]:
+                yield "ADDED", {**item, "kind": found["kind"].removesuffix("List")}
+            for event in self._watch(f"{path}&resourceVersion={found['metadata']['resourceVersion']}"):
+                if event["type"] == "ERROR":
+                    break
+                yield event["type"], event["object"]
+
+    def _watch(self, path: str) -> Iterator[Body]:
         answer = self._pool.request(
             "GET", f"{self._url}{path}&watch=true", headers=self._headers, preload_content=False, timeout=3600
         )
@@ -128,8 +141,10 @@ class Simulated:
     def __init__(self, api: Api) -> None:
         self._api = api
         self._threads = ThreadPoolExecutor(16)
-        self.ready = 0
-        """Workers' pods that are Ready."""
+        self._made: set[str] = set()
+        """Owners that have their pod."""
+        self._routed: set[str] = set()
+        """Workers' pods whose readiness gate was opened; they are Ready."""
         self.unrouted: set[str] = set()
         """Workers' pods whose readiness gate is closed."""
         self.failure: BaseException | None = None
@@ -142,6 +157,11 @@ class Simulated:
         ):
             threading.Thread(target=self._follow, args=(path, handle), daemon=True).start()
 
+    @property
+    def ready(self) -> int:
+        """Workers' pods that are Ready."""
+        return len(self._routed)
+
     def seen_since(self, namespace: str, frontend: str, replicas: int) -> float:
         """When this edit, or a later one of the same deployment that overtook it, was seen; or infinity."""
         seen = list(self.seen.items())
@@ -151,8 +171,8 @@ class Simulated:
 
     def _follow(self, path: str, handle: Callable[[str, Body], None]) -> None:
         with contextlib.suppress(urllib3.exceptions.HTTPError):  # the API server ends with the benchmark
-            for event in self._api.watch(path):
-                handle(event["type"], event["object"])
+            for kind, body in self._api.follow(path):
+                handle(kind, body)
 
     def _do(self, work: Callable[..., None], *arguments: Any) -> None:
         def guarded() -> None:
@@ -164,7 +184,8 @@ class Simulated:
         self._threads.submit(guarded)
 
     def _stateful_set(self, kind: str, body: Body) -> None:
-        if kind == "ADDED":
+        if kind != "DELETED" and body["metadata"]["name"] not in self._made:
+            self._made.add(body["metadata"]["name"])
             name = f"{body['metadata']['name']}-0"
             self.unrouted.add(name)
             self._do(self._make_pod, body, name, {"ContainersReady": "True", "Ready": "False"})
@@ -172,10 +193,11 @@ class Simulated:
     def _worker_pod(self, kind: str, body: Body) -> None:
         """The kubelet: a pod is Ready when its containers are and its gate is open."""
         found = {condition["type"]: condition["status"] for condition in body["status"].get("conditions", ())}
-        if kind == "MODIFIED" and found.get(names.ROUTED) == "True" and found.get("Ready") == "False":
-            self.unrouted.discard(body["metadata"]["name"])
+        name, routed = body["metadata"]["name"], found.get(names.ROUTED) == "True"
+        if kind != "DELETED" and routed and found.get("Ready") == "False" and name not in self._routed:
+            self.unrouted.discard(name)
+            self._routed.add(name)
             self._do(self._set_conditions, body["metadata"], {"Ready": "True"})
-            self.ready += 1
 
     def _make_pod(self, owner: Body, name: str, conditions: dict[str, str]) -> None:
         metadata, template = owner["metadata"], owner["spec"]["template"]
@@ -206,7 +228,8 @@ class Simulated:
     def _deployment(self, kind: str, body: Body) -> None:
         metadata, replicas = body["metadata"], body["spec"]["replicas"]
         self.seen.setdefault((metadata["namespace"], metadata["name"], replicas), time.monotonic())
-        if kind == "ADDED":
+        if kind != "DELETED" and metadata["name"] not in self._made:
+            self._made.add(metadata["name"])
             self._do(
                 self._make_pod, body, f"{metadata['name']}-0", {"ContainersReady": "True", "Ready": "True"}
             )
