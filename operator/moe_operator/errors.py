@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 
@@ -14,6 +15,8 @@ class RetryableError(MoEOperatorError):
 
     patience: ClassVar[float] = 1.0
     """How long to pause before the next try, against an API server that does not answer."""
+    longest_seconds: ClassVar[float] = math.inf
+    """No pause is longer, however often it was tried."""
 
 
 class PermanentError(MoEOperatorError):
@@ -37,6 +40,16 @@ class ApplyForbiddenError(RetryableError):
     """
 
     patience = 5.0
+
+
+class OwnerUnknownError(ApplyForbiddenError):
+    """The API server has yet to notice the CRD; where it checks owners, a MoEDeployment may own nothing.
+
+    It looks every 30 s (OwnerReferencesPermissionEnforcement, kube-apiserver), so trying often pays.
+    """
+
+    patience = 1.0
+    longest_seconds = 2.0
 
 
 class OutOfTimeError(RetryableError):

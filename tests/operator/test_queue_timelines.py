@@ -12,6 +12,7 @@ from moe_operator.errors import (
     ChangedMeanwhileError,
     ClusterUnavailableError,
     OutOfTimeError,
+    OwnerUnknownError,
 )
 from moe_operator.handlers.queue import Name, ReconcileQueue
 from moe_operator.settings import Settings
@@ -64,6 +65,10 @@ def test_pauses_double_up_to_a_minute_while_the_api_server_is_away():
 )
 def test_the_type_of_the_error_sets_the_pace(error, first):
     assert gaps(starts([error], 40))[:2] == [first, 2 * first]
+
+
+def test_what_passes_by_itself_within_half_a_minute_is_tried_every_two_seconds():
+    assert gaps(starts([OwnerUnknownError("a young CRD")], 30)) == [1, *[2] * 12]
 
 
 def test_a_success_starts_the_row_anew():

@@ -76,6 +76,7 @@ class ReconcileQueue:
                 failures = 0
             except RetryableError as error:
                 pause = backoff(self._settings, failures, error.patience, self._chance())
+                pause = min(pause, error.longest_seconds)
                 failures += 1
                 logger.warning("%s: %s; trying again in %.1f s", name, error, pause)
             except Exception:

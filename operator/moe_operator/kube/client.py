@@ -19,6 +19,7 @@ from moe_operator.errors import (
     ClusterUnavailableError,
     InstallationError,
     MoEOperatorError,
+    OwnerUnknownError,
     RetryableError,
 )
 from moe_operator.kube.mirror import Mirror
@@ -238,6 +239,11 @@ def _translated(error: DynamicApiError, path: str) -> MoEOperatorError:
         return ChangedMeanwhileError(f"somebody else was faster at {path}: {said}")
     if error.status == _TOO_MANY or error.status >= _SERVER:
         return ClusterUnavailableError(f"the API server could not serve {path}: {said}")
+    if error.status == _FORBIDDEN and f"RESTMapping for APIVersion {names.API_VERSION}" in said:
+        return OwnerUnknownError(
+            f"the API server has yet to notice that there are {names.PLURAL}, and lets them own nothing so "
+            "far; it notices within 30 s of their installation"
+        )
     if error.status == _FORBIDDEN:
         return ApplyForbiddenError(f"the API server forbids {path}: {said}")
     return ApplyRefusedError(f"the API server refused {path}: {said}")
