@@ -52,7 +52,7 @@ class Both:
             width = Sizes.of(self.config.latent).cache_width(self.config.latent)
             shape = CacheShape(self.config.num_hidden_layers, width, page, kv_dtype)
             self.cache = PagedCache.allocate(shape, pages, DEVICE)
-            self.runner = CudaRunner(prepare(model), self.cache, sequences, CONTEXT)
+            self.runner = CudaRunner(prepare(model, consume=True), self.cache, sequences, CONTEXT)
             self.plain = TorchRunner(random_model(values, number_format, CONTEXT, DEVICE, torch.float32))
         self.loaded = LoadedModel(self.config, self.runner, NoText(), self.cache, CONTEXT, number_format, ())
 
