@@ -18,14 +18,15 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests in clusters are one group, which mostly waits; `make test` runs the other files beside it."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
+    """Marks what happens in clusters; a file's tests stay together where several processes share them."""
     for item in items:
         folder = item.path.relative_to(ROOT / "tests").parts[0]
-        in_cluster = "cluster" in getattr(item, "fixturenames", ()) or folder in {"chart", "localcluster"}
-        item.add_marker(pytest.mark.xdist_group("cluster" if in_cluster else str(item.path)))
+        if "cluster" in getattr(item, "fixturenames", ()) or folder in {"chart", "localcluster"}:
+            item.add_marker(pytest.mark.cluster)
+        if config.pluginmanager.hasplugin("xdist"):
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
 @pytest.fixture(scope="session")

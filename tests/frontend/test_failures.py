@@ -41,7 +41,7 @@ async def test_another_replica_goes_on_where_a_killed_worker_stopped(bench):
 async def test_a_stream_survives_one_death_after_the_other(bench):
     b = await bench(workers=0)
     current = await b.add_process("w-0")
-    call = b.generate("count 60 0.02")
+    call = b.generate("count 400 0.02")  # some seconds: a process takes one to start
     received = [(await call.read()).text]
     for number in range(1, 4):
         await b.add_process(f"w-{number}")
@@ -50,7 +50,7 @@ async def test_a_stream_survives_one_death_after_the_other(bench):
             received.append((await call.read()).text)
         current = b.processes[f"w-{number}"]
     received += [message.text async for message in _rest(call)]
-    assert [text.strip().partition(":")[2] for text in received] == [*map(str, range(60)), ""]
+    assert [text.strip().partition(":")[2] for text in received] == [*map(str, range(400)), ""]
 
 
 async def test_a_stream_without_an_heir_ends_when_its_patience_is_over(bench):

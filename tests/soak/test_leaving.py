@@ -46,6 +46,7 @@ def run(workers, events, pause_s, seed=1):
     return tally
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_no_request_fails_through_scaling_rollouts_and_deaths(counting_workers):
     tally = run(counting_workers, events=10, pause_s=3)
@@ -109,6 +110,7 @@ def is_ready(body):
     return ready.get("status") == "True" and ready["observedGeneration"] == body["metadata"]["generation"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_request_at_the_instant_of_ready_succeeds(counting_workers):
     assert fire_when_ready(counting_workers, "docs", 3) == []
