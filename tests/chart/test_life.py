@@ -126,6 +126,7 @@ def later(docs: Live) -> str:
     return image
 
 
+@pytest.mark.slow
 def test_an_operator_that_renders_other_pods_restarts_none_before_an_edit(docs, helm, later):
     def thresholds() -> dict[str, int]:
         pods = docs.leaders().items()

@@ -316,7 +316,7 @@ def test_a_dead_runtime_takes_its_containers_along_and_pods_come_back(
     apply(cluster, namespace, pod("phoenix", "sh", "-c", "sleep 3000; true", marker, restartPolicy="Always"))
     (before,) = until(lambda: host_pids(marker), 15, "the process")
     cluster.restart("runtime")
-    (after,) = until(lambda: [p for p in host_pids(marker) if p != before], 30, "the new process")
+    (after,) = until(lambda: [p for p in host_pids(marker) if p != before], 120, "the new process")
     assert host_pids(marker) == [after]
 
 
