@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,6 +42,9 @@ _DIRECT: Final = (
     Direct("direct regression with the time of day", days=14, harmonics=True),
 )
 CANDIDATES: Final = tuple(candidate.name for candidate in (*_MODELS, *_DIRECT))
+
+# Work a minute; more is no measurement, and sums of it would overflow.
+HIGHEST_RATE: Final = 1e12
 
 
 @dataclass(frozen=True)
@@ -128,11 +130,11 @@ class Forecaster:
         Args:
             step: number of the step (a minute's start over 60 s); steps left out are gaps. One that was seen
                 already is ignored.
-            rate: work per minute; None where it is unknown. Negative or not finite counts as unknown.
+            rate: work per minute; None where it is unknown. Negative or above HIGHEST_RATE counts so too.
         """
         if self._steps and step < self._past.end:
             return
-        known = rate if rate is not None and math.isfinite(rate) and rate >= 0 else None
+        known = rate if rate is not None and 0 <= rate <= HIGHEST_RATE else None
         if not self._steps and known is None:
             return
         holes = step - self._past.end if self._steps else 0
