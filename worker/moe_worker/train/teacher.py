@@ -13,7 +13,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from moe_worker.compress.distillation import TeacherView, as_float16, teacher_fi
 from moe_worker.config import read_model_config
 from moe_worker.errors import DataError, SettingsError
 from moe_worker.files import locked, write_text
+from moe_worker.kernels.transfer import to_device
 from moe_worker.train import data
 from moe_worker.train.corpus import Corpus
 from moe_worker.train.model import TrainingModel
@@ -51,18 +51,12 @@ class Teacher:
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
                 hidden = self.model.hidden(inputs_BT)
         return TeacherView(
-            _send(self.ids_NC[places_BT].astype(np.int32), device).long(),
-            _send(self.logprobs_NC[places_BT], device).float(),
+            to_device(torch.from_numpy(self.ids_NC[places_BT].astype(np.int32)), device).long(),
+            to_device(torch.from_numpy(self.logprobs_NC[places_BT]), device).float(),
             self.settings.teacher_share,
             hidden,
             self.settings.hidden_share,
         )
-
-
-def _send(values: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """On the device, without waiting for what it computes now: only pinned memory is copied so."""
-    here = torch.from_numpy(values)
-    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here
 
 
 def prepare_teacher(settings: TrainSettings, corpus: Corpus, device: torch.device) -> Teacher | None:

@@ -28,17 +28,10 @@ PIECE = 64
 COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
-@dataclass(frozen=True)
-class PackedInt4:
-    """Int4 weights as the kernels read them: uint8 [..., G, O, 64] and float32 scales [..., G, O].
+class _Scaled:
+    """What has a scale for each output and group of inputs, [..., G, O]."""
 
-    inputs: I, a multiple of 64. int8: whether activations are rounded to int8 (W4A8) or stay bf16 (W4A16).
-    """
-
-    packed: Tensor
     scales: Tensor
-    inputs: int
-    int8: bool = True
 
     @property
     def outputs(self) -> int:
@@ -49,6 +42,19 @@ class PackedInt4:
     def groups(self) -> int:
         """Groups of inputs, G."""
         return self.scales.shape[-2]
+
+
+@dataclass(frozen=True)
+class PackedInt4(_Scaled):
+    """Int4 weights as the kernels read them: uint8 [..., G, O, 64] and float32 scales [..., G, O].
+
+    inputs: I, a multiple of 64. int8: whether activations are rounded to int8 (W4A8) or stay bf16 (W4A16).
+    """
+
+    packed: Tensor
+    scales: Tensor
+    inputs: int
+    int8: bool = True
 
     @property
     def kind(self) -> str:
@@ -67,7 +73,7 @@ class PackedInt4:
 
 
 @dataclass(frozen=True)
-class PackedFp8:
+class PackedFp8(_Scaled):
     """FP8 weights as the kernels read them: e4m3 [..., O, I] and float32 scales [..., G, O].
 
     I is a multiple of 64. Activations stay bf16 (W8A16).
@@ -82,16 +88,6 @@ class PackedFp8:
     def inputs(self) -> int:
         """I."""
         return self.values.shape[-1]
-
-    @property
-    def outputs(self) -> int:
-        """Rows of the matrix, O."""
-        return self.scales.shape[-1]
-
-    @property
-    def groups(self) -> int:
-        """Groups of inputs, G."""
-        return self.scales.shape[-2]
 
     @property
     def stored(self) -> Tensor:
