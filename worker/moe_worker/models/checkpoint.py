@@ -5,7 +5,6 @@ import mmap
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from moe_worker.models.deepseek import DeepseekModel
 from moe_worker.models.memory import describe, weight_memory
 from moe_worker.models.safetensors import StoredTensor, stored_tensors
 from moe_worker.models.stored import DTYPES, Placement, StoredSource
+from moe_worker.quant.matrix import Matrix
 
 LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.")
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def load_model(
     `progress` shows a bar in bytes on stderr. Raises CheckpointError.
     """
     stored = stored_tensors(directory)
-    plan = _Plan(directory, stored, config.storage, replace(placement, device=torch.device("meta")))
+    plan = _Plan(directory, stored, config.storage, placement)
     build_model(config, plan, context=1)
     _log_unused(config, set(stored) - plan.names)
     with tqdm(
@@ -60,7 +60,7 @@ def _tell_memory(model: DeepseekModel, progress: bool) -> None:
 
 
 class _Plan(StoredSource):
-    """Tensors without data: finds out what the model takes, and whether it is there."""
+    """Tensors without data, all dense: finds out what the model takes, and whether it is there."""
 
     def __init__(
         self,
@@ -73,11 +73,20 @@ class _Plan(StoredSource):
         self.names: set[str] = set()
         self.nbytes = 0
 
+    def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An empty tensor; nothing is unpacked or rounded for it, which would take longer than with data."""
+        self.parts(name, *shape)
+        return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
+
+    def matrix(self, name: str, outputs: int, inputs: int) -> Matrix:
+        """An empty tensor."""
+        return self.take(name, outputs, inputs)
+
     def read(self, tensor: StoredTensor) -> Tensor:
         """An empty tensor of the right shape and dtype."""
         self.names.add(tensor.name)
         self.nbytes += tensor.nbytes
-        return torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device=self.device)
+        return torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device="meta")
 
 
 class _Reader(StoredSource):

@@ -30,6 +30,7 @@ DTYPES = {
     "I64": torch.int64,
 }
 FLOATING = ("F32", "F16", "BF16")
+PLAIN, FP8_SCALE = "", "_scale_inv"
 
 
 @dataclass(frozen=True)
@@ -68,86 +69,89 @@ class StoredSource:
 
     def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Tensor `name`, which must have `shape`, in `dtype` (None: the source's own). CheckpointError."""
-        dtype = dtype or self.dtype
-        if self._is_sparse(name):
-            return self._read_sparse(name, *shape).dequantize(dtype)
-        if self._is_packed(name):
-            return self._read_packed(name, *shape).dequantize(dtype)
-        if self._is_fp8(name):
-            return self._read_fp8(name, *shape).dequantize(dtype)
-        # copy: what was mapped from a file must not outlive it.
-        return self._part(name, shape, FLOATING).to(dtype=dtype, copy=True)
+        stored, dtype = self.stored(name, *shape), dtype or self.dtype
+        if isinstance(stored, Tensor):
+            return stored.to(dtype=dtype, copy=True)  # what was mapped from a file must not outlive it
+        return stored.dequantize(dtype)
 
     def matrix(self, name: str, outputs: int, inputs: int) -> Matrix:
         """The weights of a projection in the model's format. Raises CheckpointError."""
         if self._format == "dense":
             return self.take(name, outputs, inputs)
-        if self._format == "fp8":
-            return self._fp8_matrix(name, outputs, inputs)
-        if self._is_sparse(name):
-            return self._read_sparse(name, outputs, inputs)
-        if self._is_packed(name):
-            return self._read_packed(name, outputs, inputs)
-        if isinstance(self._storage, PackedStorage | SparseStorage):
+        stored, is_fp8 = self.stored(name, outputs, inputs), isinstance(self._storage, Fp8Storage)
+        if self._format == "fp8" and isinstance(stored, Fp8Weight):
+            return stored.map(Tensor.clone)
+        if self._format != "fp8" and isinstance(stored, Int4Weight | Sparse14Weight):
+            return stored
+        if self._storage is not None and is_fp8 == (self._format == "fp8"):
             return self.take(name, outputs, inputs)  # who quantized the others left this one on purpose
-        return quantize_int4(self._unrounded(name, outputs, inputs))
+        plain = stored if isinstance(stored, Tensor) else stored.dequantize(torch.float32)
+        return quantize_fp8(plain) if self._format == "fp8" else quantize_int4(plain)
 
-    def _fp8_matrix(self, name: str, outputs: int, inputs: int) -> Matrix:
-        if self._is_fp8(name):
-            return self._read_fp8(name, outputs, inputs).map(Tensor.clone)
-        if isinstance(self._storage, Fp8Storage):
-            return self.take(name, outputs, inputs)  # as above
-        return quantize_fp8(self._unrounded(name, outputs, inputs))
+    def stored(self, name: str, *shape: int) -> Matrix:
+        """Tensor `name` as the files have it, perhaps in a file's memory. Raises CheckpointError."""
+        kind, parts = self._kind(name), self.parts(name, *shape)
+        if isinstance(kind, SparseStorage):
+            return sparse14.from_tensors(parts, shape[1], kind.group)
+        if isinstance(kind, PackedStorage):
+            return layout.from_tensors(parts, shape[1], kind.group or shape[1])
+        if isinstance(kind, Fp8Storage):
+            return from_blocks(parts[PLAIN], parts[FP8_SCALE], kind.block)
+        return parts[PLAIN]
 
-    def _unrounded(self, name: str, *shape: int) -> Tensor:
-        """A tensor to be rounded: plain ones as they are stored, perhaps in a file's memory."""
-        if self._is_sparse(name) or self._is_packed(name) or self._is_fp8(name):
-            return self.take(name, *shape, dtype=torch.float32)
-        return self._part(name, shape, FLOATING)
+    def parts(self, name: str, *shape: int) -> dict[str, Tensor]:
+        """The tensors that make up `name`, checked against the files' headers, by the ends of their names.
 
-    def _is_packed(self, name: str) -> bool:
-        packed = isinstance(self._storage, PackedStorage | SparseStorage)
-        return packed and f"{name}_packed" in self._stored
+        Raises CheckpointError.
+        """
+        kind = self._kind(name)
+        if isinstance(kind, SparseStorage):
+            return self._sparse_parts(kind, name, *shape)
+        if isinstance(kind, PackedStorage):
+            return self._packed_parts(kind, name, *shape)
+        if isinstance(kind, Fp8Storage):
+            scales = tuple(-(-size // edge) for size, edge in zip(shape, kind.block, strict=True))
+            return {
+                PLAIN: self._part(name, shape, ("F8_E4M3",)),
+                FP8_SCALE: self._part(name + FP8_SCALE, scales, ("F32",)),
+            }
+        return {PLAIN: self._part(name, shape, FLOATING)}
 
-    def _is_sparse(self, name: str) -> bool:
-        stem = name.removesuffix("weight")
-        return isinstance(self._storage, SparseStorage) and stem + sparse14.VALUES in self._stored
+    def _kind(self, name: str) -> Storage | None:
+        """How this tensor is stored: some are left plain in every kind of checkpoint."""
+        storage, stem = self._storage, name.removesuffix("weight")
+        if isinstance(storage, Fp8Storage):
+            return storage if name + FP8_SCALE in self._stored else None
+        if isinstance(storage, SparseStorage) and stem + sparse14.VALUES in self._stored:
+            return storage
+        if storage is None or stem + layout.PACKED not in self._stored:
+            return None
+        return PackedStorage(storage.group, symmetric=isinstance(storage, SparseStorage) or storage.symmetric)
 
-    def _is_fp8(self, name: str) -> bool:
-        return isinstance(self._storage, Fp8Storage) and f"{name}_scale_inv" in self._stored
-
-    def _read_packed(self, name: str, outputs: int, inputs: int) -> Int4Weight:
-        if not isinstance(self._storage, PackedStorage | SparseStorage):
-            raise CheckpointError(f"{self._directory}: config.json says nothing of packed weights")
-        stem = name.removesuffix("weight")
-        group = self._storage.group or inputs
-        groups = -(-inputs // group)
+    def _packed_parts(self, kind: PackedStorage, name: str, outputs: int, inputs: int) -> dict[str, Tensor]:
+        stem, groups = name.removesuffix("weight"), -(-inputs // (kind.group or inputs))
         words = -(-inputs // layout.VALUES_A_WORD)
         parts = {
             layout.PACKED: self._part(stem + layout.PACKED, (outputs, words), ("I32",)),
             layout.SCALE: self._part(stem + layout.SCALE, (outputs, groups), FLOATING),
         }
         self._check_shape(stem + layout.SHAPE, outputs, inputs)
-        if isinstance(self._storage, PackedStorage) and not self._storage.symmetric:
+        if not kind.symmetric:
             zero_words = -(-outputs // layout.VALUES_A_WORD)
             parts[layout.ZERO] = self._part(stem + layout.ZERO, (zero_words, groups), ("I32",))
-        return layout.from_tensors(parts, inputs, group)
+        return parts
 
-    def _read_sparse(self, name: str, outputs: int, inputs: int) -> Sparse14Weight:
-        if not isinstance(self._storage, SparseStorage):
-            raise CheckpointError(f"{self._directory}: config.json says nothing of sparse weights")
+    def _sparse_parts(self, kind: SparseStorage, name: str, outputs: int, inputs: int) -> dict[str, Tensor]:
         if inputs % sparse14.QUAD:
             raise CheckpointError(
                 f"{self._directory}: {name} is stored 1:4 sparse, but config.json gives it {inputs} inputs, "
                 "which is no multiple of 4; the files do not belong together"
             )
-        stem, group = name.removesuffix("weight"), self._storage.group
-        shapes = sparse14.shapes(outputs, inputs, group)
-        parts = {
+        stem = name.removesuffix("weight")
+        return {
             part: self._part(stem + part, shape, FLOATING if part == sparse14.SCALE else ("U8",))
-            for part, shape in shapes.items()
+            for part, shape in sparse14.shapes(outputs, inputs, kind.group).items()
         }
-        return sparse14.from_tensors(parts, inputs, group)
 
     def _check_shape(self, name: str, outputs: int, inputs: int) -> None:
         shape = self._part(name, (2,), ("I64", "I32"))
@@ -156,15 +160,6 @@ class StoredSource:
                 f"{self._stored[name].file}: tensor {name} says {shape.tolist()}, but config.json needs "
                 f"{[outputs, inputs]}; the files do not belong together"
             )
-
-    def _read_fp8(self, name: str, *shape: int) -> Fp8Weight:
-        """Over the tensor's own memory, which may be a file's."""
-        if not isinstance(self._storage, Fp8Storage):
-            raise CheckpointError(f"{self._directory}: config.json says nothing of FP8 weights")
-        block = self._storage.block
-        scales = tuple(-(-size // edge) for size, edge in zip(shape, block, strict=True))
-        weight_OI = self._part(name, shape, ("F8_E4M3",))
-        return from_blocks(weight_OI, self._part(f"{name}_scale_inv", scales, ("F32",)), block)
 
     def _part(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> Tensor:
         """One stored tensor, checked against its header."""

@@ -18,7 +18,7 @@ Matrix = Tensor | Packed
 
 def join_rows(parts: Sequence[Matrix]) -> Matrix:
     """One matrix with the rows of all, which have the same inputs; dense if any of them is."""
-    return _combine(parts, torch.cat)
+    return _combine(parts, _join)
 
 
 def map_rows(matrix: Matrix, change: Callable[[Tensor], Tensor]) -> Matrix:
@@ -46,7 +46,21 @@ def split_inputs(matrix: Matrix, parts: int) -> list[Matrix]:
 
 def stack(parts: Sequence[Matrix]) -> Matrix:
     """Matrices of one shape with a leading axis; dense if any of them is."""
-    return _combine(parts, torch.stack)
+    return _combine(parts, _pile)
+
+
+def _join(rows: list[Tensor]) -> Tensor:
+    """torch.cat. Those without data are joined by hand: torch imports its compiler for them, for seconds."""
+    if rows[0].is_meta:
+        return rows[0].new_empty(sum(part.shape[0] for part in rows), *rows[0].shape[1:])
+    return torch.cat(rows)
+
+
+def _pile(tensors: list[Tensor]) -> Tensor:
+    """torch.stack, likewise."""
+    if tensors[0].is_meta:
+        return tensors[0].new_empty(len(tensors), *tensors[0].shape)
+    return torch.stack(tensors)
 
 
 def _split_sparse(matrix: Sparse14Weight, parts: int, width: int) -> list[Matrix]:
