@@ -74,7 +74,7 @@ class Collector:
             text = log.read().decode().rpartition("\n\t{")[0]
         series = {}
         for block in re.split(r"^Metric #\d+\n", text, flags=re.MULTILINE)[1:]:
-            name, points = parse_metric(block)
+            name, points = parse_metric(block.partition("ResourceMetrics #")[0])
             for point in points:
                 series[name, tuple(sorted(point.attributes.items()))] = point
         found = {}
