@@ -24,8 +24,9 @@ def failure(*arguments):
     return last.removeprefix("error: "), done.returncode
 
 
-def test_help_needs_no_torch():
-    code = "import sys; sys.modules['torch'] = None; sys.argv[1:] = ['--help']\n"
+@pytest.mark.parametrize("command", [["--help"], ["serve", "--help"]])
+def test_help_and_the_process_of_the_rpc_edge_need_no_torch(command):
+    code = f"import sys; sys.modules['torch'] = None; sys.argv[1:] = {command}\n"
     code += "from moe_worker.main import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False

@@ -9,7 +9,6 @@ from moe_api.address import check_address
 from moe_worker.config.engine import DTYPES, FORMATS, KV_DTYPES, EngineOptions
 from moe_worker.config.quality import check_quality
 from moe_worker.config.quantity import parse_bytes
-from moe_worker.engine.loading import explain_choice
 from moe_worker.errors import SettingsError
 from moe_worker.service.engine_client import STALL_TIMEOUT_S
 from moe_worker.service.server import ServeSettings
@@ -126,6 +125,8 @@ def serve(
     memory = None if kv_memory is None else parse_bytes(kv_memory)
     engine_options = EngineOptions(kv_memory=memory, **options)  # type: ignore[arg-type]
     if explained:
+        from moe_worker.engine.loading import explain_choice  # noqa: PLC0415 - torch: only the engine's process
+
         for line in explain_choice(model, engine_options):
             click.echo(line)
         return
