@@ -19,14 +19,12 @@ def pytest_configure() -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks what happens in clusters; a file's tests stay together where several processes share them."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what happens in clusters."""
     for item in items:
         folder = item.path.relative_to(ROOT / "tests").parts[0]
         if "cluster" in getattr(item, "fixturenames", ()) or folder in {"chart", "localcluster"}:
             item.add_marker(pytest.mark.cluster)
-        if config.pluginmanager.hasplugin("xdist"):
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
 @pytest.fixture(scope="session")

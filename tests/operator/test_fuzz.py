@@ -72,7 +72,6 @@ def test_any_manifest_is_refused_with_a_sentence_or_reconciled_to_true_condition
         api.clear(name)
 
 
-@pytest.mark.usefixtures("api")  # in the same run of pytest as the test above, which needs a cluster
 def test_the_manifests_were_not_all_of_one_kind():
     """Had all been refused, or none, the test above would show little."""
     print(outcomes)
