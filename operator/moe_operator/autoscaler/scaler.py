@@ -15,7 +15,7 @@ from moe_operator.resources.scaling_status import ReplicaLoadStatus
 from moe_operator.scaling.capacity import Capacity
 from moe_operator.scaling.forecast import Forecast, Forecaster
 from moe_operator.scaling.history import History
-from moe_operator.scaling.horizon import ColdStarts
+from moe_operator.scaling.horizon import ColdStarts, steps_ahead
 from moe_operator.scaling.plan import Observed, Plan, Want, plan
 from moe_operator.scaling.samples import MinuteRate, MinuteRates, Report
 from moe_operator.scaling.spec import Mode
@@ -140,7 +140,7 @@ class Scaler:
 
     def upkeep(self) -> Callable[[], Callable[[], None]] | None:
         """Slow work that is due: a function for another thread, which returns what adopts the outcome."""
-        steps = max(math.ceil(self._cold_starts.horizon_s / MINUTE_S), 1)
+        steps = steps_ahead(self._cold_starts.horizon_s)
         if self._forecaster is None or self._forecaster.horizon_steps != steps:
             snapshot = copy.copy(self._history)
 

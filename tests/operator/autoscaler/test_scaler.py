@@ -160,7 +160,7 @@ def test_without_requests_the_last_replica_goes_and_the_first_request_brings_one
     world = Simulation(ZERO)
     world.run(minutes(10, 1.0))
     assert len(world.replicas) == 1
-    world.run(minutes(20, 0.0))
+    world.run(minutes(25, 0.0))
     assert len(world.replicas) == 0
     assert (world.status.last_decision.reason, world.status.last_decision.after) == ("Idle", 0)
     world.run(minutes(10, 0.0))
