@@ -73,5 +73,7 @@ $(VENV)/.ready: pyproject.toml | environment
 	@echo "Python environment: installing into $(VENV) (5.5 GB, mostly torch; some minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'
+	@# What pods import is compiled here: they cannot write, and would compile it at each start, for seconds.
+	@$(BIN)/python -c "import moe_operator.main, moe_operator.frontend.main, moe_worker.engine.loading, moe_worker.service.command"
 	@touch $@
 	@echo "Python environment: ready"

@@ -86,7 +86,7 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
             async for response in self._behave(request, context):
                 yield response
                 await self._change(sent=1)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):  # which, depends on whether a message was being sent
             self.cancelled += 1
             raise
         finally:
