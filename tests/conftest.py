@@ -10,6 +10,8 @@ import pytest
 from localcluster import Cluster
 
 ROOT = Path(__file__).parents[1]
+CLUSTER_FOLDERS = {"chart", "e2e", "frontend", "localcluster", "operator"}
+"""Where the Makefile looks for tests in clusters."""
 
 
 def pytest_configure() -> None:
@@ -24,6 +26,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         folder = item.path.relative_to(ROOT / "tests").parts[0]
         if "cluster" in getattr(item, "fixturenames", ()) or folder in {"chart", "localcluster"}:
+            if folder not in CLUSTER_FOLDERS:
+                raise pytest.UsageError(
+                    f"{item.nodeid} needs a cluster: name tests/{folder} in the Makefile's `test`"
+                )
             item.add_marker(pytest.mark.cluster)
 
 

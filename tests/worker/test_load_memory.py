@@ -39,10 +39,8 @@ def checkpoints(tmp_path_factory):
         return write(root / "small", SMALL), write(root / "sized", SIZED)
 
 
-@pytest.mark.parametrize(
-    "number_format",
-    [pytest.param("dense", marks=pytest.mark.slow), pytest.param("fp8", marks=pytest.mark.slow), "w4a8"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number_format", ["dense", "fp8", "w4a8"])
 def test_loading_takes_little_more_than_the_weights(checkpoints, number_format):
     command = [sys.executable, "-m", "tests.worker.load_memory", *map(str, checkpoints), number_format]
     root = Path(__file__).parents[2]
