@@ -17,14 +17,14 @@ FOLDER = "moe_worker/kernels/cpu"
 
 
 class CustomBuildHook(BuildHookInterface[Any]):
-    """Compiles into the wheel, or for an editable install into the user's cache."""
+    """Compiles into the wheel, or for an editable install beside the sources."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called by hatchling before the files are gathered."""
         kernels = _load(Path(self.root) / "worker" / FOLDER / "build.py")
         try:
             if version == "editable":
-                kernels.find_or_build()
+                kernels.install()
                 return
             self._work = tempfile.TemporaryDirectory()
             made = kernels.build(Path(self._work.name))

@@ -9,12 +9,22 @@ from moe_worker.kernels import registry
 from moe_worker.kernels.cpu import build
 from moe_worker.kernels.registry import Hardware, choose
 
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+@needs_compiler
 def test_a_build_makes_one_library_under_the_name_of_its_sources(tmp_path):
     made = build.build(tmp_path / "deep" / "cache")
     assert [path.name for path in made.parent.iterdir()] == [build.library_name()]
     assert ctypes.CDLL(str(made)).moe_supported() >= 0
+
+
+@needs_compiler
+def test_an_editable_install_has_the_library_beside_its_sources(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "PACKAGED", tmp_path / "lib")
+    placed = build.install()
+    assert placed == build.install() == build.find_or_build() == tmp_path / "lib" / build.library_name()
+    assert ctypes.CDLL(str(placed)).moe_supported() >= 0
 
 
 def test_the_name_changes_with_the_sources(tmp_path, monkeypatch):

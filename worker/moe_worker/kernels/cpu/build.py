@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 NATIVE = Path(__file__).parent / "native"
-PACKAGED = Path(__file__).parent / "lib"  # where a wheel carries the library
+PACKAGED = Path(__file__).parent / "lib"  # where a wheel and an editable install have the library
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti")
 # Sums keep the order and the roundings that the source has: results must not depend on the batch.
 FLOATS = ("-ffp-contract=off",)
@@ -48,12 +48,28 @@ def cache_directory() -> Path:
 
 
 def find_or_build() -> Path:
-    """The library: from the wheel, from the user's cache, or compiled into it now. Raises BuildError."""
+    """The library: beside the sources, from the user's cache, or compiled into it now. Raises BuildError."""
     for directory in (PACKAGED, cache_directory()):
         path = directory / library_name()
         if path.exists():
             return path
     return build(cache_directory())
+
+
+def install() -> Path:
+    """Puts the library beside the sources of an editable install, where pods that mount them find it too.
+
+    They do not see the user's cache: each would compile at every start. Raises BuildError.
+    """
+    found = find_or_build()
+    if found.parent == PACKAGED:
+        return found
+    try:
+        PACKAGED.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=PACKAGED) as work:
+            return Path(shutil.copy2(found, work)).replace(PACKAGED / found.name)
+    except OSError as error:
+        raise BuildError(f"the CPU kernels could not be written to {PACKAGED}: {error.strerror}") from error
 
 
 def build(directory: Path) -> Path:
