@@ -69,7 +69,7 @@ environment:
 		$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: $(PYTHON) is Python %d.%d; 3.11 or newer is needed: make PYTHON=python3.12 ..." % sys.version_info[:2])' && \
 		$(PYTHON) -m venv $(VENV); }
 
-$(VENV)/.ready: pyproject.toml $(wildcard worker/moe_worker/kernels/cpu/native/*) | environment
+$(VENV)/.ready: pyproject.toml hatch_build.py $(wildcard worker/moe_worker/kernels/cpu/native/*) | environment
 	@echo "Python environment: installing into $(VENV) (5.5 GB, mostly torch; some minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'
