@@ -96,7 +96,7 @@ def test_every_right_that_is_granted_is_used_and_no_other_is_asked_for(docs, hel
 
     restricted(docs)
     wanted = granted(role(docs)) - set(ASKED_OF_OTHERS)
-    eventually(lambda: sorted(wanted - used(requests(docs))), lambda left: left == [], "every right used")
+    eventually(lambda: sorted(wanted - used(requests(docs))), lambda left: left == [], "every right used", 90)
     assert sorted(used(requests(docs)) - wanted) == []
     refused = [r["requestURI"] for r in requests(docs)[before:] if r["responseStatus"]["code"] == 403]
     assert refused == []
