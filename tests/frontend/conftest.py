@@ -28,13 +28,13 @@ FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
 class Bench:
     """A frontend on loopback with real workers behind it, and a client."""
 
-    def __init__(self, hold_s, patience_s):
+    def __init__(self, hold_s, patience_s, from_zero):
         self.spans = InMemorySpanExporter()
         provider = TracerProvider()
         provider.add_span_processor(SimpleSpanProcessor(self.spans))
         self.tracer = provider.get_tracer("test")
         self.replicas = Replicas()
-        self.hold = Hold(hold_s, "demo")
+        self.hold = Hold(hold_s, "demo", from_zero)
         self.frontend = Frontend(Forwarder(self.replicas, self.tracer, self.hold, patience_s), self.hold)
         self.workers = []
         self.processes = {}
@@ -99,8 +99,8 @@ async def bench():
     """`await bench(workers=2)` gives a running Bench."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def start(workers=2, hold_s=0.0, patience_s=2.0):
-            running = Bench(hold_s, patience_s)
+        async def start(workers=2, hold_s=0.0, patience_s=2.0, from_zero=False):
+            running = Bench(hold_s, patience_s, from_zero)
             await running.start(workers)
             stack.push_async_callback(running.close)
             return running

@@ -110,6 +110,21 @@ async def test_a_worker_that_turned_out_to_be_of_another_revision_is_passed_over
     assert changed.poll() is None
 
 
+async def test_a_request_whose_only_worker_is_killed_waits_for_one_to_come(bench):
+    b = await bench(workers=0, patience_s=60)
+    process = await b.add_process("victim")
+    call = asyncio.create_task(b.text("count 2 1"))
+    async with asyncio.timeout(20):
+        while not any(running for _, running in b.replicas.routes()):
+            await asyncio.sleep(0.01)
+    process.kill()
+    await process_gone(process)
+    b.extra = frozenset()
+    await b.publish()
+    await b.add_process("heir")
+    assert await call == "heir:0 heir:1 "
+
+
 async def test_a_request_whose_worker_is_killed_before_its_first_token_is_answered_by_another(bench):
     b = await bench(workers=0)
     process = await b.add_process("victim")

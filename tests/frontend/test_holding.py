@@ -1,4 +1,4 @@
-"""A deployment without replicas: requests wait for the first one, and the operator hears of them."""
+"""A deployment without a ready replica: requests wait for one, and the operator hears of them."""
 
 import asyncio
 import time
@@ -115,9 +115,9 @@ async def test_a_wait_that_makes_no_sense_is_refused(bench):
             await demand(running, wait_s=wait_s)
 
 
-@pytest.mark.parametrize(("hold_s", "answer"), [(0.0, "NOT_SERVING"), (60.0, "SERVING")])
-async def test_a_frontend_that_holds_is_ready_without_a_replica(bench, hold_s, answer):
-    running = await bench(workers=0, hold_s=hold_s)
+@pytest.mark.parametrize(("from_zero", "answer"), [(False, "NOT_SERVING"), (True, "SERVING")])
+async def test_without_a_replica_only_a_frontend_for_which_one_is_made_is_ready(bench, from_zero, answer):
+    running = await bench(workers=0, hold_s=60, from_zero=from_zero)
     stub = health_pb2_grpc.HealthStub(running.channel)
     status = (await stub.Check(health_pb2.HealthCheckRequest())).status
     assert health_pb2.HealthCheckResponse.ServingStatus.Name(status) == answer

@@ -71,8 +71,8 @@ class Forwarder:
     Args:
         replicas: where requests may go.
         tracer: for the server span of every call.
-        hold: where requests wait for a first replica; names the deployment.
-        patience_s: how long a stream whose replica was lost waits for another one.
+        hold: where requests wait while there is no replica; names the deployment.
+        patience_s: how long a request or stream whose replica was lost waits for another one.
     """
 
     def __init__(
@@ -101,10 +101,10 @@ class Forwarder:
                 await _give_up(failure, context)
 
     async def _held(self, method: str, span: trace.Span) -> _Failure | None:
-        """Waits for a first replica, where that is worth one; says why the call has to end before it."""
+        """Waits for a replica, where the call is worth one; says why it has to end before there is one."""
         if len(self._replicas) or method.endswith(_NOT_WORTH_A_REPLICA):
             return None
-        span.add_event("hold", {"message": "there is no replica; the request waits for the first one"})
+        span.add_event("hold", {"message": "no replica is ready; the request waits for one"})
         status = await self._hold.until_replica()
         return None if status is None else _Failure(status)
 
@@ -134,7 +134,7 @@ class Forwarder:
 
     def _wait_for_another(self, trials: routing.Trials, progress: Progress) -> float | None:
         """Seconds, at most, to wait for a replica to come; None: not at all."""
-        left_s = trials.left_s(time.monotonic()) if progress.started and progress.resumable else 0.0
+        left_s = trials.left_s(time.monotonic()) if progress.resumable else 0.0
         return min(left_s, _LOOK_AGAIN_S) or None
 
     async def _attempt(

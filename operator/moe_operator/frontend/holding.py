@@ -1,4 +1,4 @@
-"""Holds requests while a deployment that scales to zero has no replica, and tells the operator so."""
+"""Holds requests while no replica takes any, and tells the operator so."""
 
 import asyncio
 import contextlib
@@ -24,10 +24,12 @@ class Hold:
     Args:
         limit_s: how long one waits at most, in seconds; 0 holds none.
         deployment: name, for sentences.
+        from_zero: whether the deployment scales to zero: requests are welcome where there is no replica.
     """
 
     limit_s: float
     deployment: str
+    from_zero: bool = False
     _held: int = 0
     _demand: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
     _replicas: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
@@ -36,11 +38,6 @@ class Hold:
     def held(self) -> int:
         """Requests that wait now."""
         return self._held
-
-    @property
-    def enabled(self) -> bool:
-        """Whether requests are held at all."""
-        return self.limit_s > 0
 
     def set_replicas(self, *, there: bool) -> None:
         """Whether there is a replica; the first one releases all that wait."""
@@ -51,7 +48,7 @@ class Hold:
 
     async def until_replica(self) -> status_pb2.Status | None:
         """Waits until there is a replica; says why the request has to end when that takes too long."""
-        if not self.enabled or self._replicas.is_set():
+        if self.limit_s <= 0 or self._replicas.is_set():
             return None
         if self._held >= HELD_MOST:
             sentence = (
@@ -77,7 +74,7 @@ class Hold:
             "moe_frontend.requests.held",
             [lambda _: [metrics.Observation(self._held)]],
             "{request}",
-            "Requests that wait because the deployment has no replica",
+            "Requests that wait because no replica takes any",
         )
 
     @contextlib.contextmanager

@@ -65,15 +65,16 @@ class _Addresses(click.ParamType[tuple[str, ...]]):
     type=click.FloatRange(min=0),
     default=0.0,
     show_default=True,
-    help="Seconds that a request waits for a first worker while there is none, instead of failing at once. "
-    "For deployments that scale to zero: the operator starts a worker when it sees requests wait.",
+    help="For deployments that scale to zero: seconds that a request waits for a first worker. The operator "
+    "starts one when it sees requests wait.",
 )
 @click.option(
     "--patience",
     type=click.FloatRange(min=0),
     default=routing.PATIENCE_S,
     show_default=True,
-    help="Seconds that a stream whose worker was lost waits for another one of the same revision.",
+    help="Seconds that a request waits while no worker is ready, and that a stream which lost its worker "
+    "waits for another one of the same revision.",
 )
 def main(
     listen: tuple[str, ...],
@@ -89,7 +90,7 @@ def main(
     Serves moe_api.inference.v1.InferenceService, grpc.health.v1 and reflection. A request goes to the
     replica with the fewest requests in flight. Where a worker dies, another replica of the same revision
     goes on with its streams, without a lost or repeated token. Health service "" is SERVING while at least
-    one worker is ready, or requests are held (--hold); "liveness" always.
+    one worker is ready, or one is made for requests (--hold); "liveness" always.
 
     \b
     In a cluster:      moe-frontend --namespace prod --deployment deepseek
@@ -104,7 +105,7 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
         with telemetry.configure("moe-frontend"):
-            holding = Hold(hold, deployment or "this frontend")
+            holding = Hold(hold or patience, deployment or "this frontend", from_zero=hold > 0)
             asyncio.run(_serve(listen[0], namespace, deployment, static or (), (grace, patience), holding))
     except MoEOperatorError as error:
         click.echo(f"error: {error}", err=True)

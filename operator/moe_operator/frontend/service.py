@@ -70,12 +70,12 @@ class Frontend:
         return port
 
     async def set_ready(self, *, ready: bool) -> None:
-        """Tells probes whether requests are welcome: where there is a worker, or they are held for one.
+        """Tells probes whether requests are welcome: where there is a worker, or one is made for them.
 
         A frontend that drains stays not ready.
         """
         self._hold.set_replicas(there=ready)
-        await self._health.set_ready(ready=(ready or self._hold.enabled) and not self._draining)
+        await self._health.set_ready(ready=(ready or self._hold.from_zero) and not self._draining)
 
     async def drain(self, grace_s: float) -> None:
         """Takes no more calls, lets those that run finish for `grace_s` seconds, and stops."""
