@@ -69,7 +69,7 @@ def test_one_trace_leads_from_the_client_to_decode(served):
         mine = [trace for trace in collected(served) if trace[0].trace_id == trace_id]
         return mine and traces.is_complete(mine[0]) and len(mine[0]) >= 6
 
-    eventually(whole, "the trace arrives", 30)
+    eventually(whole, "the trace arrives", 90)
     (spans,) = (trace for trace in collected(served) if trace[0].trace_id == trace_id)
     by_id = {span.span_id: span for span in spans}
 
@@ -100,7 +100,7 @@ def test_a_reconcile_is_a_trace_of_its_own(served):
             if span.service == "moe-operator" and served.namespace in span.attributes.values()
         ]
 
-    eventually(reconciled, "a span of a reconcile arrives", 40)
+    eventually(reconciled, "a span of a reconcile arrives", 90)
     assert not reconciled()[0].parent_id
 
 
@@ -150,7 +150,7 @@ def test_after_a_kill_no_request_hangs_and_the_deployment_is_ready_again(served,
             return False
 
     eventually(lambda: served.ready().get("status") == "True", "docs-moe Ready again", 90)
-    eventually(answers, "a request succeeds", 30)
+    eventually(answers, "a request succeeds", 90)
 
 
 def test_a_checkpoint_that_cannot_be_loaded_says_why_in_the_condition(served, tmp_path):

@@ -64,7 +64,7 @@ def output_of(cluster: Cluster, namespace: str, spec: Object) -> str:
         found: str = get(cluster, namespace, "pod", name)["status"].get("phase", "")
         return found if found in ("Succeeded", "Failed") else ""
 
-    ended = until(phase, 30, f"the end of pod {name}")
+    ended = until(phase, 60, f"the end of pod {name}")
     printed = cluster.kubectl("logs", "-n", namespace, name)
     assert ended == "Succeeded", printed
     return printed
@@ -72,4 +72,4 @@ def output_of(cluster: Cluster, namespace: str, spec: Object) -> str:
 
 def wait_ready(cluster: Cluster, namespace: str, *names: str) -> None:
     pods = [f"pod/{name}" for name in names]
-    cluster.kubectl("wait", "-n", namespace, "--for=condition=Ready", "--timeout=30s", *pods)
+    cluster.kubectl("wait", "-n", namespace, "--for=condition=Ready", "--timeout=90s", *pods)

@@ -107,7 +107,7 @@ def test_up_killed_in_the_middle_leaves_nothing(directory: Path, moment: str) ->
     process.kill()
     process.communicate()
     if moment != "node":  # by then `up` may already have said that the cluster shall stay
-        until(lambda: not processes_of(directory), 10, "the end of all processes, without any `down`")
+        until(lambda: not processes_of(directory), 60, "the end of all processes, without any `down`")
     Cluster(directory).down()
     assert_nothing_left(directory)
 
@@ -134,7 +134,7 @@ def test_a_cluster_ends_with_the_process_it_is_tied_to(directory: Path) -> None:
         assert owner.stdout.readline() == "up\n"
         assert Cluster(directory).is_running()
         owner.kill()
-    until(lambda: not processes_of(directory), 10, "the end of all processes")
+    until(lambda: not processes_of(directory), 60, "the end of all processes")
 
 
 def test_up_works_again_after_a_crash(directory: Path) -> None:
@@ -142,7 +142,7 @@ def test_up_works_again_after_a_crash(directory: Path) -> None:
     crashed.up()
     record = json.loads(Layout(directory).record.read_text())
     os.kill(record["init"]["pid"], signal.SIGKILL)
-    until(lambda: not processes_of(directory) and not crashed.is_running(), 10, "the end of all processes")
+    until(lambda: not processes_of(directory) and not crashed.is_running(), 60, "the end of all processes")
     with pytest.raises(NotRunningError, match="no cluster runs in"):
         crashed.status()
     crashed.up()
@@ -216,7 +216,7 @@ def test_a_forward_reaches_ready_endpoints_from_the_host(cluster: Cluster, names
             return str(response.read().decode())
 
     with Forward(cluster.directory, namespace, "names", 80) as forward:
-        until(lambda: {ask(forward.address) for _ in range(4)} == {"a", "b"}, 10, "answers of both pods")
+        until(lambda: {ask(forward.address) for _ in range(4)} == {"a", "b"}, 60, "answers of both pods")
         cluster.kubectl("delete", "pod", "-n", namespace, "a")
         assert {ask(forward.address) for _ in range(4)} == {"b"}
     with pytest.raises(OSError, match="refused"):

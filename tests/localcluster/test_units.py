@@ -229,7 +229,7 @@ def test_a_process_runs_until_its_last_thread_has_ended() -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         stat = Path(f"/proc/{process.pid}/stat")
-        until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "Z", 10, "the first thread's end")
+        until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "Z", 60, "the first thread's end")
         identity = identify(process.pid)
         assert identity is not None
         assert is_running(identity)

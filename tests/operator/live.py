@@ -40,7 +40,7 @@ def manifest(name: str = "docs", **spec: Any) -> dict[str, Any]:
     }
 
 
-def eventually(look: Callable[[], T], wanted: Callable[[T], bool], what: str, seconds: float = 40.0) -> T:
+def eventually(look: Callable[[], T], wanted: Callable[[T], bool], what: str, seconds: float = 90.0) -> T:
     """What `look` returns as soon as it is wanted; fails with the last one after the deadline."""
     deadline = time.monotonic() + seconds
     while True:
@@ -78,7 +78,7 @@ class Live:
         current = [c for c in found if c.get("observedGeneration") == body["metadata"]["generation"]]
         return next((c for c in current if c["type"] == kind), {})
 
-    def wait(self, kind: str, reason: str, name: str = "docs", seconds: float = 60.0) -> dict[str, Any]:
+    def wait(self, kind: str, reason: str, name: str = "docs", seconds: float = 120.0) -> dict[str, Any]:
         """Waits until a condition has a reason."""
 
         def look() -> dict[str, Any]:

@@ -59,7 +59,7 @@ def condition(site, name, kind):
     return found["status"], found["reason"], found["message"]
 
 
-def wait_for(site, name, replicas, seconds=40.0):
+def wait_for(site, name, replicas, seconds=90.0):
     """Waits until the deployment has so many replicas, and says so."""
     wanted = [f"{name}-{rank}" for rank in range(replicas)]
     eventually(lambda: sets(site, name), lambda found: found == wanted, "replicas", seconds)
