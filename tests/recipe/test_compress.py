@@ -3,13 +3,14 @@
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 import moe_worker
 from moe_worker import files
-from moe_worker.errors import SettingsError, WorkerError
+from moe_worker.errors import DataError, SettingsError, WorkerError
 from moe_worker.recipe import run
 from moe_worker.recipe.cli import compress
 from moe_worker.recipe.parse import read_recipe
@@ -84,8 +85,44 @@ def test_other_settings_for_a_step_that_is_done_are_refused(folder, text_file):
     write_recipe(folder, text_file, "twice", "\n  - finetune: {steps: 1}")
     list(run.run_steps(read_recipe(folder / "twice.yaml")))
     write_recipe(folder, text_file, "twice", "\n  - finetune: {steps: 2}")
-    with pytest.raises(SettingsError, match="was made by other settings than finetune has now"):
+    with pytest.raises(SettingsError, match="was made by other settings, texts or checkpoints than finetune"):
         list(run.run_steps(read_recipe(folder / "twice.yaml")))
+
+
+def changed(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_another_text_to_score_is_no_result_of_before(folder, text_file, tmp_path):
+    steps = "\n  - finetune: {steps: 1}"
+    valid = changed(tmp_path / "valid.txt", "one text")
+    recipe = read_recipe(write_recipe(folder, text_file, "scored", steps))
+    recipe = replace(recipe, valid=valid)
+    before = next(run.run_steps(recipe))[2]
+    assert next(run.run_steps(recipe))[2] == before
+    list(run.run_steps(recipe))
+    changed(valid, "quite another text, of other words")
+    again = run.run_steps(recipe)
+    assert next(again)[2] != before
+    with pytest.raises(SettingsError, match="was made by other settings, texts or checkpoints than finetune"):
+        next(again)
+
+
+def test_an_interrupted_step_of_other_settings_is_refused(folder, text_file, monkeypatch):
+    """Its rounds of pruning lie there, made by what the recipe said before."""
+    prune = "\n  - prune: {{experts: {experts}, rounds: 2, steps: 2, batches: 1}}"
+    write_recipe(folder, text_file, "half", prune.format(experts=4))
+
+    def stop(settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "train", stop)
+    with pytest.raises(KeyboardInterrupt):
+        list(run.run_steps(read_recipe(folder / "half.yaml")))
+    write_recipe(folder, text_file, "half", prune.format(experts=6))
+    with pytest.raises(SettingsError, match="was made by other settings"):
+        list(run.run_steps(read_recipe(folder / "half.yaml")))
 
 
 @pytest.mark.parametrize(
@@ -100,13 +137,25 @@ def test_other_settings_for_a_step_that_is_done_are_refused(folder, text_file):
             r"steps\[0\].prune: experts is 3; it must be a multiple",
         ),
         ("\n  - sparsify: {steps: 1, pattern: s15}", r"steps\[0\].sparsify: sparsity is 's15'"),
+        (
+            "\n  - finetune: {steps: 1}\n  - finetune: {steps: 1, teacher: nowhere}",
+            r"steps\[1\].finetune: .*nowhere/tokenizer.json",
+        ),
     ],
 )
 def test_what_cannot_work_is_told_before_a_step(folder, text_file, steps, sentence):
     write_recipe(folder, text_file, "wrong", steps)
     with pytest.raises(SettingsError, match=sentence):
         next(run.run_steps(read_recipe(folder / "wrong.yaml")))
-    assert not (folder / "wrong" / "start.json").exists()
+    assert not (folder / "wrong").exists()
+
+
+def test_a_text_that_is_not_there_is_told_before_a_step(folder, text_file):
+    write_recipe(folder, text_file, "textless", "\n  - finetune: {steps: 1}")
+    recipe = replace(read_recipe(folder / "textless.yaml"), valid=folder / "nowhere.txt")
+    with pytest.raises(DataError, match=r"nowhere\.txt: cannot be read"):
+        next(run.run_steps(recipe))
+    assert not (folder / "textless").exists()
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
@@ -123,6 +172,13 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
         files.write_text(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_disk_that_takes_no_more_is_a_sentence():
+    with pytest.raises(WorkerError, match=r"/dev/full could not be written \(No space left on device\)"):
+        files.append_text(Path("/dev/full"), "a line\n")
+    with pytest.raises(WorkerError, match=r"/dev/full/.* could not be written"):
+        files.make_folder(Path("/dev/full/out"))
 
 
 def test_a_step_without_training_only_rounds(folder, text_file):

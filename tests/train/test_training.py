@@ -76,7 +76,7 @@ def test_a_state_of_another_text_is_refused(run_settings, tmp_path):
 def test_a_resumed_run_records_no_step_twice(run_settings):
     train(replace(run_settings, steps=3, stop_after=0.0))
     file = run_settings.out / "metrics.jsonl"
-    file.write_text('{"step": 1, "loss": 5.0}\n{"step": 2, "loss": 4.0}\n')
+    file.write_text('{"step": 1, "loss": 5.0}\n{"step": 2, "loss": 4.0}\n{"step": 3, "lo')  # a kill
     settings = replace(run_settings, steps=3)
     train(settings)
     assert [row["step"] for row in metrics(settings)] == [1, 3]

@@ -1,7 +1,9 @@
 """Files that are there whole or not at all, whatever ends the process while they are written."""
 
 import fcntl
+import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,10 +28,7 @@ def replacing(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise WorkerError(
-            f"{path} could not be written ({error.strerror or error}); what was there before is unchanged: "
-            "make room or choose another place, and run the same command again"
-        ) from error
+        raise _unwritten(path, error) from error
 
 
 @contextmanager
@@ -37,9 +36,14 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Holds the lock file at `path`, which is made where it is not there, and gives it back at the end.
 
     Where another process holds it: waits, or yields False. What ends a process gives back its locks.
+    Raises WorkerError where it cannot be made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    make_folder(path.parent)
+    try:
+        opened = path.open("a")
+    except OSError as error:
+        raise _unwritten(path, error) from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -52,6 +56,54 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file by `replacing`."""
     with replacing(path) as beside:
         beside.write_text(text)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Adds to the end of a text file; a kill may leave the beginning of it. Raises WorkerError."""
+    try:
+        with path.open("a") as file:
+            file.write(text)
+    except OSError as error:
+        raise _unwritten(path, error) from error
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Copies a file by `replacing`."""
+    with replacing(path) as beside:
+        shutil.copyfile(source, beside)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and those around it, where they are not there. Raises WorkerError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritten(path, error) from error
+
+
+def reserve(path: Path) -> None:
+    """Takes the room on the disk that a file with holes has not taken yet.
+
+    To be mapped safely: where a map's page finds no room, the kernel kills the process. Raises OSError.
+    """
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file. Raises WorkerError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise WorkerError(f"{path} cannot be read ({error.strerror or error})") from error
+
+
+def _unwritten(path: Path, error: OSError) -> WorkerError:
+    return WorkerError(
+        f"{path} could not be written ({error.strerror or error}); what was there before is unchanged: "
+        "make room or choose another place, and run the same command again"
+    )
 
 
 def _sync(path: Path) -> None:

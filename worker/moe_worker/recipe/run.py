@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
@@ -14,19 +13,22 @@ import torch
 from moe_worker.config.directory import read_json
 from moe_worker.config.model import parse_model_config
 from moe_worker.engine.loading import choose_device
-from moe_worker.errors import SettingsError, WorkerError
-from moe_worker.files import write_text
+from moe_worker.errors import InputError, SettingsError, WorkerError
+from moe_worker.files import copy_file, digest, make_folder, write_text
 from moe_worker.recipe.parse import Prune, Quantize, Recipe, Sparsify, Step
 from moe_worker.train.compression import Compression
 from moe_worker.train.corpus import read_corpus
-from moe_worker.train.data import WindowSampler
+from moe_worker.train.data import WindowSampler, read_documents, read_tokenizer
+from moe_worker.train.metrics import METRICS_FILE, read_rows, scores
 from moe_worker.train.model import TrainingModel
 from moe_worker.train.prune import prune_checkpoint
 from moe_worker.train.settings import TrainSettings
 from moe_worker.train.sizes import Sizes
 from moe_worker.train.state import read_tensors
+from moe_worker.train.teacher import check_teacher
 from moe_worker.train.trainer import TrainingRun, train
 
+INPUTS = "inputs.json"
 DONE = "done.json"
 CHECKPOINT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 
@@ -36,8 +38,8 @@ def run_steps(recipe: Recipe) -> Iterator[tuple[str, Path, float]]:
 
     The first is the checkpoint that the recipe starts from. Raises WorkerError.
     """
-    recipe.out.mkdir(parents=True, exist_ok=True)
     check_recipe(recipe)
+    make_folder(recipe.out)
     yield "start", recipe.model, _score_start(recipe)
     folder, pattern = recipe.model, "none"
     for index, step in enumerate(recipe.steps):
@@ -50,11 +52,13 @@ def run_steps(recipe: Recipe) -> Iterator[tuple[str, Path, float]]:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Everything that can be refused before hours of work: sizes, groups, patterns, teachers.
+    """Everything that can be refused before hours of work: texts, sizes, groups, patterns, teachers.
 
     Raises WorkerError.
     """
     config = read_json(recipe.model / "config.json")
+    for text in (recipe.data, recipe.valid):
+        read_documents(text)
     for index, step in enumerate(recipe.steps):
         where = f"steps[{index}].{step.kind}"
         if isinstance(step.what, Prune):
@@ -64,13 +68,14 @@ def check_recipe(recipe: Recipe) -> None:
             config = goal.write(config)
         with _naming(where):
             _check_shape(recipe, step, config)
+            _check_teacher(recipe, step)
 
 
 @contextmanager
 def _naming(where: str) -> Iterator[None]:
     try:
         yield
-    except SettingsError as error:
+    except InputError as error:
         raise SettingsError(f"{where}: {error}") from error
 
 
@@ -79,6 +84,16 @@ def _check_shape(recipe: Recipe, step: Step, config: dict[str, object]) -> None:
     with torch.device("meta"):
         model = TrainingModel(parse_model_config(config, str(recipe.model)), dropout=0.0)
         Compression(model, _settings(recipe, step, recipe.model, recipe.out, "none"))
+
+
+def _check_teacher(recipe: Recipe, step: Step) -> None:
+    """One that an earlier step makes is checked when it is there."""
+    teacher = step.what.teacher
+    if teacher is None or (teacher.is_relative_to(recipe.out) and not teacher.exists()):
+        return
+    size = parse_model_config(read_json(recipe.model / "config.json"), str(recipe.model)).hidden_size
+    tokenizer = read_tokenizer(recipe.model / "tokenizer.json")
+    check_teacher(teacher, tokenizer, size if step.what.hidden_share else None)
 
 
 def _settings(recipe: Recipe, step: Step, source: Path, out: Path, pattern: str) -> TrainSettings:
@@ -119,27 +134,43 @@ def _settings(recipe: Recipe, step: Step, source: Path, out: Path, pattern: str)
 
 
 def _run_step(recipe: Recipe, step: Step, source: Path, made: Path, pattern: str) -> float:
-    """Makes the step's folder, or finds it made by the same settings; returns its bits per byte."""
-    key = json.dumps(
-        {"step": asdict(step), "seed": recipe.seed, "from": str(source)}, default=str, sort_keys=True
-    )
+    """Makes the step's folder, or finds it made from the same inputs; returns its bits per byte."""
+    _claim(made, {"step": asdict(step), **_inputs(recipe, source, step)}, step.kind)
     if (made / DONE).exists():
-        done = read_json(made / DONE)
-        if done.get("key") != key:
-            raise SettingsError(
-                f"{made} was made by other settings than {step.kind} has now; choose another `out`, or "
-                "remove it"
-            )
-        return float(done["bits_per_byte"])
+        return float(read_json(made / DONE)["bits_per_byte"])
     if isinstance(step.what, Prune):
         last = prune_step(recipe, step, step.what, source, made)
-        for name in (*CHECKPOINT_FILES, "metrics.jsonl"):
-            shutil.copyfile(last / name, made / name)
+        for name in (*CHECKPOINT_FILES, METRICS_FILE):
+            copy_file(last / name, made / name)
     else:
         train(_settings(recipe, step, source, made, pattern))
     score = _last_score(made)
-    write_text(made / DONE, json.dumps({"key": key, "bits_per_byte": score}))
+    write_text(made / DONE, json.dumps({"bits_per_byte": score}))
     return score
+
+
+def _claim(made: Path, inputs: dict[str, object], kind: str) -> None:
+    """Notes in a step's folder what it is made from; raises SettingsError where that was something else."""
+    make_folder(made)
+    key = json.loads(json.dumps(inputs, default=str))
+    if (made / INPUTS).exists() and read_json(made / INPUTS) != key:
+        raise SettingsError(
+            f"{made} was made by other settings, texts or checkpoints than {kind} has now; choose another "
+            "`out`, or remove it"
+        )
+    write_text(made / INPUTS, json.dumps(key, indent=2))
+
+
+def _inputs(recipe: Recipe, source: Path, step: Step | None = None) -> dict[str, str | int | None]:
+    """What a result depends on beside its step's settings: files by what is in them."""
+    teacher = step.what.teacher if step else None
+    return {
+        "from": digest(source / "model.safetensors"),
+        "data": digest(recipe.data),
+        "valid": digest(recipe.valid),
+        "teacher": digest(teacher / "model.safetensors") if teacher else None,
+        "seed": recipe.seed,
+    }
 
 
 def prune_step(recipe: Recipe, step: Step, what: Prune, source: Path, made: Path) -> Path:
@@ -175,11 +206,11 @@ def _sampler(recipe: Recipe, step: Step, source: Path) -> WindowSampler:
 
 def _score_start(recipe: Recipe) -> float:
     """Bits per byte of the checkpoint as it comes, kept beside the steps."""
-    kept = recipe.out / "start.json"
-    if kept.exists():
-        return float(read_json(kept)["bits_per_byte"])
+    kept, training = recipe.out / "start.json", recipe.steps[0].training
     read_tensors(recipe.model / "model.safetensors")  # named first where it is missing
-    step = replace(recipe.steps[0], kind="finetune")
+    key = json.dumps({"window": training.window, **_inputs(recipe, recipe.model)}, sort_keys=True)
+    if kept.exists() and (before := read_json(kept)).get("key") == key:
+        return float(before["bits_per_byte"])
     settings = TrainSettings(
         data=recipe.data,
         valid=recipe.valid,
@@ -188,20 +219,17 @@ def _score_start(recipe: Recipe) -> float:
         config=recipe.model / "config.json",
         start_from=recipe.model,
         steps=0,
-        batch=step.training.batch,
-        window=step.training.window,
+        batch=training.batch,
+        window=training.window,
         device=recipe.device,
     )
     run = TrainingRun(settings)
     score = run.score(run.corpus.valid)
     if score is None:
         raise WorkerError("the text to score cannot be scored")
-    write_text(kept, json.dumps({"bits_per_byte": score.bits_per_byte}))
+    write_text(kept, json.dumps({"key": key, "bits_per_byte": score.bits_per_byte}))
     return score.bits_per_byte
 
 
 def _last_score(folder: Path) -> float:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return float(
-        [row for row in rows if row.get("valid_bits_per_byte") is not None][-1]["valid_bits_per_byte"]
-    )
+    return scores(read_rows(folder / METRICS_FILE))[-1][1]

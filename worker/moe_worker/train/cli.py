@@ -152,10 +152,13 @@ def train(**settings: Any) -> None:
           --valid valid.txt.zst --out runs/docs-moe
       moe-worker train ... --sparsity s14 --w4a8-share 0.2 --teacher runs/docs-moe --out runs/sparse
     """
-    from moe_worker.train.trainer import train as run  # noqa: PLC0415 - torch: seconds, not for --help
+    from moe_worker.train.trainer import TrainingRun  # noqa: PLC0415 - torch: seconds, not for --help
 
-    folder = run(TrainSettings(**settings))
-    if (folder / "model.safetensors").exists():
-        click.echo(f"written to {folder}")
-    else:
+    run = TrainingRun(TrainSettings(**settings))
+    folder = run.run()
+    if not (folder / "model.safetensors").exists():
         click.echo(f"time was up: the same command goes on from the state in {folder}")
+        return
+    if run.final is not None:
+        click.echo(f"{run.final.bits_per_byte:.4f} bits per byte on {run.settings.valid}")
+    click.echo(f"written to {folder}")

@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from moe_worker.compress.distillation import TeacherView, as_float16, teacher_fits, top_logprobs
 from moe_worker.config import read_model_config
 from moe_worker.errors import DataError, SettingsError
-from moe_worker.files import locked, write_text
+from moe_worker.files import digest, locked, replacing, reserve, write_text
 from moe_worker.kernels.transfer import to_device
 from moe_worker.train import data
 from moe_worker.train.corpus import Corpus
@@ -66,25 +67,36 @@ def prepare_teacher(settings: TrainSettings, corpus: Corpus, device: torch.devic
     """
     if settings.teacher is None:
         return None
-    check_teacher(settings.teacher, corpus)
+    check_teacher(settings.teacher, corpus.tokenizer, _wanted_size(settings))
     model = _load(settings.teacher, device)
     stem = _stem(settings, corpus)
     with locked(stem.with_suffix(".lock")):
         cache = _Cache.open(stem, settings, corpus)
         cache.fill(model, corpus, device)
-    if settings.hidden_share and model.config.hidden_size != read_model_config(settings.config).hidden_size:
-        raise SettingsError(
-            f"hidden_share needs a teacher with the student's hidden_size; {settings.teacher} has "
-            f"{model.config.hidden_size}: set hidden_share to 0"
-        )
     return Teacher(cache.ids_NC, cache.logprobs_NC, model if settings.hidden_share else None, settings)
 
 
-def check_teacher(teacher: Path, corpus: Corpus) -> None:
-    """Raises DataError where the teacher's tokenizer is not the student's."""
+def check_teacher(teacher: Path, tokenizer: Tokenizer, hidden_size: int | None) -> None:
+    """Raises WorkerError where it cannot be read, or cannot teach a student with this tokenizer.
+
+    Args:
+        teacher: its checkpoint directory.
+        tokenizer: the student's.
+        hidden_size: the student's, where it learns from the teacher's hidden states.
+    """
     theirs = data.read_tokenizer(teacher / "tokenizer.json").get_vocab()
-    if reason := teacher_fits(corpus.tokenizer.get_vocab(), theirs):
+    if reason := teacher_fits(tokenizer.get_vocab(), theirs):
         raise DataError(f"{teacher} cannot teach: {reason}")
+    config = read_model_config(teacher / "config.json")
+    if hidden_size not in (None, config.hidden_size):
+        raise SettingsError(
+            f"hidden_share needs a teacher with the student's hidden_size, {hidden_size}; {teacher} has "
+            f"{config.hidden_size}: set hidden_share to 0"
+        )
+
+
+def _wanted_size(settings: TrainSettings) -> int | None:
+    return read_model_config(settings.config).hidden_size if settings.hidden_share else None
 
 
 def _load(teacher: Path, device: torch.device) -> TrainingModel:
@@ -98,8 +110,7 @@ def _stem(settings: TrainSettings, corpus: Corpus) -> Path:
     """In the folder that runs share, a name that changes with the teacher, the text and the window."""
     if settings.teacher is None or corpus.tokenizer.get_vocab_size() > 2**16:
         raise SettingsError("the teacher's cache holds token ids of 16 bits; use a smaller vocabulary")
-    with (settings.teacher / "model.safetensors").open("rb") as file:
-        teacher = hashlib.file_digest(file, "sha256").hexdigest()
+    teacher = digest(settings.teacher / "model.safetensors")
     key = f"{teacher} {corpus.digest} {settings.window} {settings.teacher_top}"
     return settings.shared / f"teacher-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
@@ -119,7 +130,9 @@ class _Cache:
         progress = stem.with_suffix(".json")
         if not (ids.exists() and logprobs.exists() and progress.exists()):
             for path, dtype in ((ids, np.uint16), (logprobs, np.float16)):
-                np.lib.format.open_memmap(path, "w+", dtype, shape)
+                with replacing(path) as beside:
+                    np.lib.format.open_memmap(beside, "w+", dtype, shape)
+                    reserve(beside)
             write_text(progress, json.dumps({"places": 0}))
         opened = [np.lib.format.open_memmap(path, "r+") for path in (ids, logprobs)]
         return cls(opened[0], opened[1], progress, settings.window)

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from moe_worker.config import ModelConfig, read_model_config
 from moe_worker.engine.loading import choose_device
-from moe_worker.files import write_text
-from moe_worker.train import data
+from moe_worker.files import make_folder
+from moe_worker.train import data, metrics
 from moe_worker.train.checks import check_trainable
 from moe_worker.train.corpus import ScoredText, read_corpus
 from moe_worker.train.export import write_checkpoint
@@ -59,7 +59,7 @@ class TrainingRun:
         self.device = choose_device(settings.device)
         self.config: ModelConfig = read_model_config(settings.config)
         check_trainable(self.config, settings)
-        settings.out.mkdir(parents=True, exist_ok=True)
+        make_folder(settings.out)
         self.corpus = read_corpus(settings, self.config.vocab_size)
         self.sampler = data.WindowSampler(
             torch.from_numpy(self.corpus.stream_N).to(self.device),
@@ -77,7 +77,7 @@ class TrainingRun:
         self.teacher = prepare_teacher(settings, self.corpus, self.device)
         torch.set_rng_state(random_state)  # a teacher's own initial weights draw numbers too
         self.state_file = settings.out / "state.safetensors"
-        self.metrics_file = settings.out / "metrics.jsonl"
+        self.metrics_file = settings.out / metrics.METRICS_FILE
 
     def run(self) -> Path:
         """Trains to the end, or until `stop_after`; returns the folder. Raises DivergedError."""
@@ -156,10 +156,9 @@ class TrainingRun:
             return 0
         first = load_state(self.state_file, self.learner, self.learner.optimizers, self._fingerprint())
         self.learner.step_done = first
-        lines = self.metrics_file.read_text().splitlines() if self.metrics_file.exists() else []
         # What the interrupted run recorded after its last state will be recorded again.
-        kept = [line for line in lines if json.loads(line)["step"] <= first]
-        write_text(self.metrics_file, "".join(f"{line}\n" for line in kept))
+        kept = (row for row in metrics.read_rows(self.metrics_file) if row["step"] <= first)
+        metrics.write_rows(self.metrics_file, kept)
         return first
 
     def _save(self, step: int) -> None:
@@ -167,5 +166,4 @@ class TrainingRun:
         save_state(self.state_file, step, self.learner, self.learner.optimizers, self._fingerprint())
 
     def _record(self, **figures: float | None) -> None:
-        with self.metrics_file.open("a") as file:
-            file.write(json.dumps(figures) + "\n")
+        metrics.record(self.metrics_file, figures)
