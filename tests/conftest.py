@@ -11,7 +11,7 @@ from localcluster import Cluster
 
 ROOT = Path(__file__).parents[1]
 CLUSTER_FOLDERS = {"chart", "e2e", "frontend", "localcluster", "operator"}
-"""Where the Makefile looks for tests in clusters."""
+"""Where `make test` looks for tests in clusters; those in tests/soak are all for `make soak`."""
 
 
 def pytest_configure() -> None:
@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         folder = item.path.relative_to(ROOT / "tests").parts[0]
         if "cluster" in getattr(item, "fixturenames", ()) or folder in {"chart", "localcluster"}:
-            if folder not in CLUSTER_FOLDERS:
+            if folder not in CLUSTER_FOLDERS | {"soak"}:
                 raise pytest.UsageError(
                     f"{item.nodeid} needs a cluster: name tests/{folder} in the Makefile's `test`"
                 )
