@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from safetensors import SafetensorError
 
 import moe_worker
 from moe_worker import files
@@ -174,7 +175,16 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_disk_that_takes_no_more_is_a_sentence():
+def _write_in_vain(path):
+    with files.replacing(path) as beside:
+        beside.write_text("half")
+        raise SafetensorError("No space left on device")  # as safetensors' save_file does
+
+
+def test_a_disk_that_takes_no_more_is_a_sentence(tmp_path):
+    with pytest.raises(WorkerError, match=r"weights could not be written \(No space left on device\)"):
+        _write_in_vain(tmp_path / "weights")
+    assert list(tmp_path.iterdir()) == []
     with pytest.raises(WorkerError, match=r"/dev/full could not be written \(No space left on device\)"):
         files.append_text(Path("/dev/full"), "a line\n")
     with pytest.raises(WorkerError, match=r"/dev/full/.* could not be written"):

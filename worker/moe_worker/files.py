@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from moe_worker.errors import WorkerError
 
 UNFINISHED = ".unfinished"
@@ -26,9 +28,10 @@ def replacing(path: Path) -> Iterator[Path]:
         _sync(beside)
         beside.replace(path)
         _sync(path.parent)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
         raise _unwritten(path, error) from error
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -99,9 +102,10 @@ def digest(path: Path) -> str:
         raise WorkerError(f"{path} cannot be read ({error.strerror or error})") from error
 
 
-def _unwritten(path: Path, error: OSError) -> WorkerError:
+def _unwritten(path: Path, error: OSError | SafetensorError) -> WorkerError:
+    reason = getattr(error, "strerror", None) or error
     return WorkerError(
-        f"{path} could not be written ({error.strerror or error}); what was there before is unchanged: "
+        f"{path} could not be written ({reason}); what was there before is unchanged: "
         "make room or choose another place, and run the same command again"
     )
 

@@ -45,8 +45,7 @@ def save_directory(
     """Writes the files of a checkpoint, each whole or not at all."""
     with replacing(folder / "model.safetensors") as beside:
         save_file(tensors, beside, metadata={"format": "pt"})
-    with replacing(folder / "tokenizer.json") as beside:
-        tokenizer.save(str(beside))
+    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     special = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BEGIN_OF_TEXT,
