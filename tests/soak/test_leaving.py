@@ -27,7 +27,8 @@ def leave(workers, event, number):
         case "kill":
             pods = sorted(workers.leaders())
             if pods:  # Also the only one that is ready: its requests wait for the next.
-                workers.kubectl("delete", "pod", pods[number % len(pods)], "--grace-period=0", "--force")
+                how = ("--grace-period=0", "--force", "--ignore-not-found")
+                workers.kubectl("delete", "pod", pods[number % len(pods)], *how)
 
 
 def run(workers, events, pause_s, seed=1):
