@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -121,7 +122,7 @@ async def test_what_is_wrong_is_one_sentence(moe, worker, tmp_path):
     bad.write_text("when,who\n1,2\n")
     done = await moe("load", str(bad), "--endpoint", worker.endpoint.address)
     assert (done.returncode, done.stdout) == (2, b"")
-    assert done.stderr.startswith(b"error: bad.csv has no column time")
+    assert done.stderr.startswith(b"error: " + os.fsencode(bad) + b": its first line is 'when,who'")
     done = await moe("load", str(bad.with_name("none.csv")))
     assert done.returncode == 2
     quiet = tmp_path / "quiet.csv"

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_operator.cli.load_trace import TraceError, read
+from moe_operator.cli.load_trace import read
+from moe_operator.scaling.recorded import TraceError
 
 
 def written(tmp_path, name, text):
@@ -63,19 +64,16 @@ def test_compressed_files(tmp_path, suffix, pack):
 @pytest.mark.parametrize(
     ("name", "text", "sentence"),
     [
-        ("a.csv", "", "a.csv holds no rows"),
-        ("a.csv", "when,requests\n0,1\n", "has no column time, t, timestamp"),
-        ("a.csv", "time,requests\n0,1\nsoon,2\n", "row 2: time is 'soon', which is no value"),
-        ("a.csv", "time,requests\n0,1\n10,many\n", "row 2: requests is 'many', which is no value"),
-        ("a.csv", "time,requests\n10,1\n0,2\n", "row 2: its time is before the row's above"),
-        ("a.csv", "time,requests\n0,1\n10,-2\n", "a number of requests is 0 or more"),
-        ("a.csv", "time,requests\n0,1\n10,nan\n", "a number of requests is 0 or more"),
+        ("a.csv", "", "a.csv: its first line is ''"),
+        ("a.csv", "time,requests\n", "a.csv: no requests"),
+        ("a.csv", "time,requests\n0,1\nsoon,2\n", "a.csv:3: 'soon' is no time"),
+        ("a.csv", "time,requests\n10,1\n0,2\n", "each later than the one above"),
         ("a.csv", "time,requests\n0,1\n", "needs two rows or more"),
-        ("a.csv", "time,requests\n0,1\n0,1\n", "each later than the one above"),
-        ("a.csv", "time,input_tokens\n0,-1\n", "a number of tokens is 0 or more"),
-        ("a.jsonl", '{"timestamp": 0}\n{oops\n', "line 2 is no JSON"),
-        ("a.jsonl", "[]\n", "line 1 is no JSON object"),
-        ("a.csv.gz", "not packed", "cannot be read"),
+        ("a.csv", "time,input_tokens\n10,1\n0,1\n", "a.csv:3: its time is before the line's above"),
+        ("a.csv", "time,input_tokens\n0,-1\n", "a.csv:2: '-1' is not a number of 0 or more"),
+        ("a.jsonl", '{"timestamp": 0}\n{oops\n', "a.jsonl:2: not JSON"),
+        ("a.jsonl", '{"timestamp": 0}\n[]\n', "a.jsonl:2: a line is one request"),
+        ("a.csv.gz", "not packed", "a.csv.gz: Not a gzipped file"),
     ],
 )
 def test_what_is_no_trace_is_said_with_its_place(tmp_path, name, text, sentence):
@@ -85,7 +83,7 @@ def test_what_is_no_trace_is_said_with_its_place(tmp_path, name, text, sentence)
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(TraceError, match="cannot be read"):
+    with pytest.raises(TraceError, match="No such file or directory"):
         read(tmp_path / "none.csv")
 
 

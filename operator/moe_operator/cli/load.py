@@ -72,7 +72,8 @@ def load(
     """
     # numpy and rich take half a second to import, which other commands should not pay.
     from moe_operator.cli import load_report, load_run  # noqa: PLC0415
-    from moe_operator.cli.load_trace import TraceError, read  # noqa: PLC0415
+    from moe_operator.cli.load_trace import read  # noqa: PLC0415
+    from moe_operator.scaling.recorded import TraceError  # noqa: PLC0415
 
     try:
         recorded = read(trace)

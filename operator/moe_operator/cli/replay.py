@@ -82,7 +82,8 @@ def replay(path: Path, horizon: float, tune_until: str, work: str, *, as_json: b
     moe replay requests.jsonl.gz --work tokens --horizon 120 --json
     """
     # numpy and statsmodels take a second to import, which `moe generate` should not pay.
-    from moe_operator.scaling.replay.trace import TraceError, Work, read  # noqa: PLC0415
+    from moe_operator.scaling.recorded import TraceError  # noqa: PLC0415
+    from moe_operator.scaling.replay.trace import Work, read  # noqa: PLC0415
 
     fraction, capacity, plot = choices["fraction"], choices["capacity"], choices["plot"]
     for option, value in (("--horizon", horizon), ("--fraction", fraction), ("--capacity", capacity)):

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_operator.scaling.recorded import TraceError
 from moe_operator.scaling.replay import policies, scoring
 from moe_operator.scaling.replay.comparison import compare
 from moe_operator.scaling.replay.simulator import Service, clairvoyant, filled, outcome, simulate
-from moe_operator.scaling.replay.trace import Trace, TraceError, Work, read
+from moe_operator.scaling.replay.trace import Trace, Work, read
 
 SERVICE = Service(capacity=10.0, gpus=0.5, delay=3, step_s=60.0)
 
@@ -93,6 +94,8 @@ def test_jsonl_with_milliseconds_or_microseconds(tmp_path):
         ("time,requests\n0,1\n60,-4\n", r":3: '-4' is not a number of 0 or more"),
         ("time,requests\n0,1\n60,nan\n", r":3: 'nan' is not a number of 0 or more"),
         ("time,requests\n0,1\nnoon,2\n", r":3: 'noon' is no time; write seconds"),
+        ("time,requests\n0,1\nnan,2\n", r":3: nan is no time; write seconds"),
+        ("time,work\n0,1\n60,2\n", "its first line is 'time,work'; a trace is a CSV file"),
         ("time,requests\n0,1\n60,2,3\n", r":3: 3 columns; the first line names 2"),
         ("time,requests\n60,1\n0,2\n", r":3: not later than the line before"),
         ("time,requests\n0,1\n", "1 rows; a trace has at least two"),
