@@ -45,7 +45,7 @@ def run(workers, events, pause_s, seed=1):
     print(f"\n{events} events, {tally.requests} requests: {tally.whole} whole, {dict(tally.failed)} failed, "
           f"{len(tally.wrong)} wrong, longest {tally.longest_s:.1f} s")  # fmt: skip
     if tally.failed:
-        print(workers.kubectl("get", "pods,endpointslices,events", "-o", "wide", "--sort-by=.metadata.name"))
+        print(workers.kubectl("get", "pods,endpointslices,events", "-o", "wide"))
         print(workers.kubectl("logs", "deployment/docs-frontend", "--tail=300"))
     return tally
 
