@@ -24,12 +24,11 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     beside = path.with_name(path.name + UNFINISHED)
     try:
-        yield beside
-        _sync(beside)
-        beside.replace(path)
-        _sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        raise _unwritten(path, error) from error
+        with _writing(path):
+            yield beside
+            _sync(beside)
+            beside.replace(path)
+            _sync(path.parent)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -42,10 +41,8 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
     Raises WorkerError where it cannot be made.
     """
     make_folder(path.parent)
-    try:
+    with _writing(path):
         opened = path.open("a")
-    except OSError as error:
-        raise _unwritten(path, error) from error
     with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -63,11 +60,8 @@ def write_text(path: Path, text: str) -> None:
 
 def append_text(path: Path, text: str) -> None:
     """Adds to the end of a text file; a kill may leave the beginning of it. Raises WorkerError."""
-    try:
-        with path.open("a") as file:
-            file.write(text)
-    except OSError as error:
-        raise _unwritten(path, error) from error
+    with _writing(path), path.open("a") as file:
+        file.write(text)
 
 
 def copy_file(source: Path, path: Path) -> None:
@@ -78,10 +72,8 @@ def copy_file(source: Path, path: Path) -> None:
 
 def make_folder(path: Path) -> None:
     """Makes a folder and those around it, where they are not there. Raises WorkerError."""
-    try:
+    with _writing(path):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritten(path, error) from error
 
 
 def reserve(path: Path) -> None:
@@ -102,12 +94,17 @@ def digest(path: Path) -> str:
         raise WorkerError(f"{path} cannot be read ({error.strerror or error})") from error
 
 
-def _unwritten(path: Path, error: OSError | SafetensorError) -> WorkerError:
-    reason = getattr(error, "strerror", None) or error
-    return WorkerError(
-        f"{path} could not be written ({reason}); what was there before is unchanged: "
-        "make room or choose another place, and run the same command again"
-    )
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What goes wrong on the disk is a WorkerError that names `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise WorkerError(
+            f"{path} could not be written ({reason}); what was there before is unchanged: "
+            "make room or choose another place, and run the same command again"
+        ) from error
 
 
 def _sync(path: Path) -> None:

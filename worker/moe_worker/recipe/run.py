@@ -68,7 +68,7 @@ def check_recipe(recipe: Recipe) -> None:
             config = goal.write(config)
         with _naming(where):
             _check_shape(recipe, step, config)
-            _check_teacher(recipe, step)
+            _check_teacher(recipe, step, config)
 
 
 @contextmanager
@@ -86,12 +86,12 @@ def _check_shape(recipe: Recipe, step: Step, config: dict[str, object]) -> None:
         Compression(model, _settings(recipe, step, recipe.model, recipe.out, "none"))
 
 
-def _check_teacher(recipe: Recipe, step: Step) -> None:
+def _check_teacher(recipe: Recipe, step: Step, config: dict[str, object]) -> None:
     """One that an earlier step makes is checked when it is there."""
     teacher = step.what.teacher
     if teacher is None or (teacher.is_relative_to(recipe.out) and not teacher.exists()):
         return
-    size = parse_model_config(read_json(recipe.model / "config.json"), str(recipe.model)).hidden_size
+    size = parse_model_config(config, str(recipe.model)).hidden_size
     tokenizer = read_tokenizer(recipe.model / "tokenizer.json")
     check_teacher(teacher, tokenizer, size if step.what.hidden_share else None)
 
