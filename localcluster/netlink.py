@@ -18,7 +18,7 @@ from types import TracebackType
 _NLMSG_ERROR = 2
 _RTM_NEWLINK, _RTM_DELLINK, _RTM_NEWADDR, _RTM_DELADDR, _RTM_NEWROUTE = 16, 17, 20, 21, 24
 _REQUEST, _ACK, _EXCL, _CREATE = 0x1, 0x4, 0x200, 0x400
-_IFLA_IFNAME, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_NET_NS_FD = 3, 10, 18, 28
+_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_NET_NS_FD = 1, 3, 10, 18, 28
 _IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _RTA_GATEWAY = 5
@@ -49,6 +49,15 @@ def link_kind(kind: str, data: bytes = b"") -> bytes:
 
 def _name(name: str) -> bytes:
     return attribute(_IFLA_IFNAME, name.encode() + b"\0")
+
+
+def _hardware_address(address: IPv4Address) -> bytes:
+    """An Ethernet address that is always the same for an IP address (locally administered: 0a).
+
+    Neighbours remember it for a while. Were it chosen by chance, what they send to an IP address that changed
+    hands would be lost until they ask anew, after 5 s and more.
+    """
+    return attribute(_IFLA_ADDRESS, b"\x0a\x58" + address.packed)
 
 
 class Netlink:
@@ -85,11 +94,15 @@ class Netlink:
         index: int = struct.unpack_from("=I", fcntl.ioctl(self._socket, _SIOCGIFINDEX, request), 16)[0]
         return index
 
-    def add_link(self, name: str, kind: str) -> None:
-        """Makes a link of a kind without parameters ("bridge")."""
-        self._request(_RTM_NEWLINK, link_message() + _name(name) + link_kind(kind), _CREATE | _EXCL)
+    def add_bridge(self, name: str, address: IPv4Address) -> None:
+        """Makes a bridge, with the Ethernet address that belongs to this IP address.
 
-    def add_veth(self, name: str, master: str, peer: str, peer_namespace: int) -> None:
+        Without one of its own a bridge takes the lowest of its ports', and changes it as ports come and go.
+        """
+        body = link_message() + _name(name) + _hardware_address(address) + link_kind("bridge")
+        self._request(_RTM_NEWLINK, body, _CREATE | _EXCL)
+
+    def add_veth(self, name: str, master: str, peer: str, peer_namespace: int, address: IPv4Address) -> None:
         """Makes a pair: `name` up in this namespace as a port of bridge `master`, `peer` in another
         namespace.
 
@@ -98,8 +111,10 @@ class Netlink:
             master: the bridge's name.
             peer: the other end's name.
             peer_namespace: an open /proc/PID/ns/net.
+            address: which the peer will get; its Ethernet address belongs to it.
         """
-        other = link_message() + _name(peer) + attribute(_IFLA_NET_NS_FD, struct.pack("=I", peer_namespace))
+        other = link_message() + _name(peer) + _hardware_address(address)
+        other += attribute(_IFLA_NET_NS_FD, struct.pack("=I", peer_namespace))
         body = link_message(up=True) + _name(name)
         body += attribute(_IFLA_MASTER, struct.pack("=I", self._index(master)))
         body += link_kind("veth", attribute(_VETH_INFO_PEER | _NESTED, other))

@@ -99,7 +99,7 @@ def _make(interface: str, hostname: str, address: IPv4Address | None) -> Namespa
         )
         if outside is None or address is None:
             return Namespaces(descriptors, NODE_ADDRESS, "")
-        outside.add_veth(interface, BRIDGE, "eth0", descriptors[0])
+        outside.add_veth(interface, BRIDGE, "eth0", descriptors[0], address)
         with Netlink() as inside:
             inside.set_up("lo")
             inside.add_address("eth0", IPv4Interface(f"{address}/{POD_NETWORK.prefixlen}"))

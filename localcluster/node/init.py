@@ -45,7 +45,7 @@ def prepare_network() -> None:
         netlink.set_up("lo")
         for address in (API_SERVICE_ADDRESS, DNS_ADDRESS):
             netlink.add_address("lo", IPv4Interface(f"{address}/32"))
-        netlink.add_link(BRIDGE, "bridge")
+        netlink.add_bridge(BRIDGE, NODE_ADDRESS)
         netlink.add_address(BRIDGE, IPv4Interface(f"{NODE_ADDRESS}/{POD_NETWORK.prefixlen}"))
         netlink.set_up(BRIDGE)
 

@@ -1,10 +1,12 @@
 """The pure parts: DNS messages, the service catalog, log records, paths in a container, settings, images."""
 
+import fcntl
 import os
 import socket
 import struct
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv4Address
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localcluster import images, netlink, processes, settings
+from localcluster import images, linux, netlink, processes, settings
 from localcluster.cri import convert, logs, rootfs
 from localcluster.cri.sandbox import AddressPool
 from localcluster.errors import ForwardError, ImageError, LocalClusterError
@@ -156,6 +158,38 @@ def test_netlink_attributes_are_aligned_and_sized(payload: bytes) -> None:
     assert (length, kind, packed[4:length]) == (4 + len(payload), 3, payload)
     assert len(packed) % 4 == 0
     assert len(packed) - length < 4
+
+
+def ethernet(name: str) -> bytes:
+    """The Ethernet address of an interface in this thread's network namespace (SIOCGIFHWADDR)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        answer = fcntl.ioctl(any_socket, 0x8927, struct.pack("=16s24x", name.encode()))
+    return answer[18:24]
+
+
+def test_the_node_keeps_its_ethernet_address_as_pods_come_and_go() -> None:
+    def bridge_with_ports() -> tuple[set[bytes], list[bytes]]:
+        linux.unshare(linux.CLONE_NEWNET)
+        here = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+        seen, pods = set(), []
+        with netlink.Netlink() as requests:
+            requests.add_bridge("node", IPv4Address("10.244.0.1"))
+            for number in range(20):
+                seen.add(ethernet("node"))
+                address = ADDRESSES[number % 2]
+                requests.add_veth(f"veth{number}", "node", f"pod{number}", here, address)
+                pods.append(ethernet(f"pod{number}"))
+            for number in range(20):
+                requests.delete_link(f"veth{number}")
+                seen.add(ethernet("node"))
+        os.close(here)
+        return seen, pods
+
+    with ThreadPoolExecutor(1) as threads:  # the namespace ends with its thread
+        node, pods = threads.submit(bridge_with_ports).result()
+    assert len(node) == 1
+    assert pods == pods[:2] * 10  # whoever has the address next
+    assert len({*node, *pods}) == 3
 
 
 def test_released_addresses_are_not_used_again_at_once() -> None:
