@@ -284,6 +284,19 @@ async def test_health_follows_the_workers(bench):
     assert await health(b.channel, "liveness") == SERVING
 
 
+async def test_the_gap_between_two_workers_turns_nobody_away(bench):
+    b = await bench(workers=0, hold_s=1.0)
+    watch = health_pb2_grpc.HealthStub(b.channel).Watch(health_pb2.HealthCheckRequest())
+    assert (await watch.read()).status == NOT_SERVING  # it never had one
+    for there in (True, False, True, False):
+        b.extra = frozenset({Endpoint("w", "127.0.0.1:1")} if there else ())
+        await b.publish()
+    began = time.monotonic()
+    assert (await watch.read()).status == SERVING
+    assert (await watch.read()).status == NOT_SERVING
+    assert time.monotonic() - began > 0.9
+
+
 async def test_reflection_names_the_services(bench):
     b = await bench(workers=0)
     stub = reflection_pb2_grpc.ServerReflectionStub(b.channel)

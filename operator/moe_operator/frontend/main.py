@@ -90,7 +90,8 @@ def main(
     Serves moe_api.inference.v1.InferenceService, grpc.health.v1 and reflection. A request goes to the
     replica with the fewest requests in flight. Where a worker dies, another replica of the same revision
     goes on with its streams, without a lost or repeated token. Health service "" is SERVING while at least
-    one worker is ready, or one is made for requests (--hold); "liveness" always.
+    one worker is ready, for --patience after the last one was lost, and where one is made for requests
+    (--hold); "liveness" always.
 
     \b
     In a cluster:      moe-frontend --namespace prod --deployment deepseek

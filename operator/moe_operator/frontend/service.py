@@ -51,6 +51,8 @@ class Frontend:
             interceptors=[MalformedRequestInterceptor()], options=transport.SERVER_OPTIONS
         )
         self._draining = False
+        self._ready = False
+        self._giving_up: asyncio.Task[None] | None = None
 
     async def start(self, address: str) -> int:
         """Listens on ``HOST:PORT`` (port 0 takes a free one) and returns the port.
@@ -70,17 +72,39 @@ class Frontend:
         return port
 
     async def set_ready(self, *, ready: bool) -> None:
-        """Tells probes whether requests are welcome: where there is a worker, or one is made for them.
+        """Says whether there is a worker, and tells probes whether requests are welcome.
 
-        A frontend that drains stays not ready.
+        They are as long as they may wait for one: a frontend that lost its last worker gives up only after
+        the time that a request waits, lest the gap between two workers turn new connections away. One that
+        drains stays not ready.
         """
         self._hold.set_replicas(there=ready)
-        await self._health.set_ready(ready=(ready or self._hold.from_zero) and not self._draining)
+        if ready or self._hold.from_zero:
+            self._keep_on()
+            await self._tell(ready=True)
+        elif not self._ready or self._hold.limit_s <= 0:
+            await self._tell(ready=False)
+        elif self._giving_up is None:
+            self._giving_up = asyncio.create_task(self._give_up())
+
+    async def _give_up(self) -> None:
+        await asyncio.sleep(self._hold.limit_s)
+        await self._tell(ready=False)
+
+    def _keep_on(self) -> None:
+        if self._giving_up is not None:
+            self._giving_up.cancel()
+            self._giving_up = None
+
+    async def _tell(self, *, ready: bool) -> None:
+        self._ready = ready and not self._draining
+        await self._health.set_ready(ready=self._ready)
 
     async def drain(self, grace_s: float) -> None:
         """Takes no more calls, lets those that run finish for `grace_s` seconds, and stops."""
         self._draining = True
-        await self._health.set_ready(ready=False)
+        self._keep_on()
+        await self._tell(ready=False)
         await asyncio.sleep(_SETTLE_S)
         await self._health.close()
         await self._server.stop(grace_s)
