@@ -23,7 +23,10 @@ class Settings:
     """A process that was killed is taken for alive this long. kopf renews 5 to 10 s before the end."""
 
     debounce_seconds: float = 0.25
-    """A burst of changes of one deployment is answered once, this long after its first one."""
+    """A burst of changes in what belongs to a deployment is answered once, this long after its first one.
+
+    Edits of the deployment itself do not wait.
+    """
 
     resync_seconds: float = 300.0
     """Every deployment is looked at this often even when nothing was heard of it."""

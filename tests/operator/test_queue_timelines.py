@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 
 import pytest
@@ -130,3 +131,76 @@ def test_twenty_that_hang_and_fail_hold_up_none_of_two_hundred_that_work():
     later = [wait for at, wait in waits if at > 100]
     assert len(later) > 10_000
     assert max(later) < SETTINGS.debounce_seconds + 0.1
+
+
+def waits_in_a_backlog(minutes=1):
+    """Edits and what follows from each, 10 a second, where half of that can be done; seconds that each waits.
+
+    A look at the pods of a deployment that comes of an edit is asked for half a second later.
+    """
+    edits, looks = [], []
+    asked = {}
+
+    async def work(name):
+        kind, since = asked.pop(name)
+        kind.append(asyncio.get_running_loop().time() - since)
+        await asyncio.sleep(1.0)
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        queue = ReconcileQueue(work, SETTINGS)
+        for number in range(minutes * 60 * 5):
+            for kind, edited in ((edits, True), (looks, False)):
+                name = Name(f"{edited}", str(number))
+                asked[name] = kind, loop.time()
+                queue.add(name, edited=edited)
+            await asyncio.sleep(0.2)
+        await asyncio.sleep(600)
+        await queue.close()
+
+    virtual.run(main())
+    return edits, looks
+
+
+def test_edits_go_before_looks_that_have_waited_for_less_than_ten_seconds():
+    edits, looks = waits_in_a_backlog()
+    assert (len(edits), len(looks)) == (300, 300)
+    early = edits[: 25 * 5]  # 2 of 10 a second are too many: after 40 s the oldest has waited for 10 s
+    assert max(early) <= 1.0
+    assert 8 < max(looks) < 40
+
+
+def test_an_edit_of_one_that_waits_already_moves_it_forward():
+    order = []
+
+    async def work(name):
+        order.append(name.name)
+        await asyncio.sleep(1)
+
+    async def main():
+        queue = ReconcileQueue(work, dataclasses.replace(SETTINGS, workers=1))
+        for name in ("first", "second", "third"):
+            queue.add(Name("default", name))
+        await asyncio.sleep(0.5)
+        queue.add(Name("default", "third"), edited=True)
+        await asyncio.sleep(10)
+        await queue.close()
+
+    virtual.run(main())
+    assert order == ["first", "third", "second"]
+
+
+def test_an_edit_is_not_delayed_to_gather_more():
+    times = []
+
+    async def work(_):
+        times.append(asyncio.get_running_loop().time())
+
+    async def main():
+        queue = ReconcileQueue(work, SETTINGS)
+        queue.add(DOCS, edited=True)
+        await asyncio.sleep(1)
+        await queue.close()
+
+    virtual.run(main())
+    assert times == [0.0]

@@ -1,4 +1,8 @@
-"""Runs one reconcile at a time for each deployment: bursts are answered once, failures again with a pause."""
+"""Runs one reconcile at a time for each deployment: bursts are answered once, failures again with a pause.
+
+When there is more to do than can be done at once, edits go first: a person waits for what they bring, and
+looks at what became of them can wait and then take in more.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,8 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from moe_operator.errors import RetryableError
@@ -17,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 _PATIENCE_WITH_BUGS = 5.0
 """Nobody can tell whether time heals an error that nobody foresaw."""
+
+_HEAD_START = 10.0
+"""Seconds: an edit overtakes the looks that have waited for less. No look waits for ever."""
 
 
 class Name(NamedTuple):
@@ -33,10 +40,59 @@ Work = Callable[[Name], Awaitable[float | None]]
 """Reconciles a deployment; says after how many seconds to look again unasked, or None to forget it."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Item:
-    changed: asyncio.Event
-    task: asyncio.Task[None]
+    """A deployment. changed: there is something to look at. edited: the deployment itself is new."""
+
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    edited: asyncio.Event = field(default_factory=asyncio.Event)
+    since: float = 0.0
+    """Since when it waits for a slot, on the loop's clock."""
+
+    @property
+    def due(self) -> float:
+        """Whose is lowest goes first."""
+        return self.since - (_HEAD_START if self.edited.is_set() else 0.0)
+
+
+class _Slots:
+    """A semaphore that lets in first who is due first, also where that changes while one waits."""
+
+    def __init__(self, count: int) -> None:
+        self._free = count
+        self._waiting: dict[asyncio.Future[None], _Item] = {}
+
+    @contextlib.asynccontextmanager
+    async def held(self, item: _Item) -> AsyncIterator[None]:
+        """Holds a slot for the time of the block."""
+        if self._free:
+            self._free -= 1
+        else:
+            await self._turn(item)
+        try:
+            yield
+        finally:
+            self._pass_on()
+
+    async def _turn(self, item: _Item) -> None:
+        loop = asyncio.get_running_loop()
+        turn: asyncio.Future[None] = loop.create_future()
+        item.since = loop.time()
+        self._waiting[turn] = item
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if self._waiting.pop(turn, None) is None:
+                self._pass_on()  # it was its turn in the same moment
+            raise
+
+    def _pass_on(self) -> None:
+        if not self._waiting:
+            self._free += 1
+            return
+        turn = min(self._waiting, key=lambda turn: self._waiting[turn].due)
+        del self._waiting[turn]
+        turn.set_result(None)
 
 
 class ReconcileQueue:
@@ -48,31 +104,37 @@ class ReconcileQueue:
         self._settings = settings
         self._chance = chance
         self._items: dict[Name, _Item] = {}
-        self._slots = asyncio.Semaphore(settings.workers)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._slots = _Slots(settings.workers)
         self._slots_for_failing = asyncio.Semaphore(max(1, settings.workers // 4))
 
-    def add(self, name: Name) -> None:
-        """Something of this deployment changed."""
-        if name not in self._items:
-            changed = asyncio.Event()
-            self._items[name] = _Item(changed, asyncio.create_task(self._run(name, changed), name=f"{name}"))
-        self._items[name].changed.set()
+    def add(self, name: Name, *, edited: bool = False) -> None:
+        """Something of this deployment changed; `edited`: the deployment itself, by somebody else."""
+        item = self._items.get(name)
+        if item is None:
+            item = self._items[name] = _Item()
+            task = asyncio.create_task(self._run(name, item), name=f"{name}")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        item.changed.set()
+        if edited:
+            item.edited.set()
 
     async def close(self) -> None:
         """Stops: what is under way is cancelled at its next pause."""
-        tasks = [item.task for item in self._items.values()]
+        tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _run(self, name: Name, changed: asyncio.Event) -> None:
+    async def _run(self, name: Name, item: _Item) -> None:
         failures = 0
         pause: float | None = self._settings.resync_seconds
-        while pause is not None or changed.is_set():
-            await _wait(changed, pause)
-            await asyncio.sleep(self._settings.debounce_seconds)
+        while pause is not None or item.changed.is_set():
+            await _wait(item.changed, pause)
+            await _wait(item.edited, self._settings.debounce_seconds)
             try:
-                pause = await self._turn(name, changed, failing=failures > 0)
+                pause = await self._turn(name, item, failing=failures > 0)
                 failures = 0
             except RetryableError as error:
                 pause = backoff(self._settings, failures, error.patience, self._chance())
@@ -86,10 +148,11 @@ class ReconcileQueue:
                 logger.exception("%s: unexpected error; trying again in %.1f s", name, pause)
         del self._items[name]
 
-    async def _turn(self, name: Name, changed: asyncio.Event, *, failing: bool) -> float | None:
-        async with self._slots_for_failing if failing else contextlib.nullcontext(), self._slots:
+    async def _turn(self, name: Name, item: _Item, *, failing: bool) -> float | None:
+        async with self._slots_for_failing if failing else contextlib.nullcontext(), self._slots.held(item):
             # Only now: what changes while this one waits for its turn is seen in this turn.
-            changed.clear()
+            item.changed.clear()
+            item.edited.clear()
             return await self._work(name)
 
 

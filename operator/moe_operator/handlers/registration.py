@@ -146,7 +146,7 @@ async def deployment_changed(
     seen = memo.get("generation")
     memo.generation = meta.get("generation")
     if event["type"] in (None, "ADDED", "DELETED") or seen != memo.generation:
-        memo.queue.add(Name(str(namespace), name))
+        memo.queue.add(Name(str(namespace), name), edited=True)
 
 
 def _keep(mirror: Mirror, event: Mapping[str, Any]) -> None:
