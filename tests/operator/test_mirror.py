@@ -55,6 +55,12 @@ def test_an_object_comes_back_as_it_was_but_for_who_set_what(mirror):
     assert mirror.get("Pod", "default", "a") == expected
 
 
+def test_of_a_pods_spec_only_what_is_read_is_kept(mirror):
+    gates = [{"conditionType": "serving.moe-operator.dev/routed"}]
+    mirror.put("Pod", pod("a", 1, spec={"nodeName": "n", "readinessGates": gates, "containers": [{}]}))
+    assert mirror.get("Pod", "default", "a")["spec"] == {"nodeName": "n", "readinessGates": gates}
+
+
 def test_a_late_deletion_takes_nothing_from_a_successor_of_the_same_name(mirror):
     mirror.put("Pod", pod("a", 1, uid="first"))
     mirror.put("Pod", pod("a", 5, uid="second"))
@@ -72,6 +78,19 @@ def test_a_list_takes_out_what_it_lacks_unless_it_is_younger_than_the_list(mirro
     assert mirror.replace("Pod", {Place("default", "there"): 4}, 10) == {Place("default", "docs")}
     assert names(mirror) == ["made-since", "there"]
     assert mirror.complete("Pod")
+
+
+def test_what_an_object_was_found_to_be_holds_until_it_changes(mirror):
+    mirror.put("Pod", pod("a", 1))
+    old = mirror.get("Pod", "default", "a")
+    assert mirror.verdict(old) == ""
+    mirror.note([old], "sound")
+    assert mirror.verdict(old) == "sound"
+    mirror.put("Pod", pod("a", 2))
+    new = mirror.get("Pod", "default", "a")
+    assert mirror.verdict(new) == ""
+    mirror.note([old], "sound")  # of a version that is here no more
+    assert mirror.verdict(new) == ""
 
 
 def test_kinds_that_nobody_follows_are_not_kept(mirror):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import timedelta
 
 import pytest
 
 from moe_operator.manifests.objects import Key, key
 from moe_operator.manifests.observed import Observed
+from moe_operator.manifests.pinning import with_pins
 from moe_operator.manifests.plan import Plan, invalid, plan, refused, transitions
+from moe_operator.manifests.worker import recipe
 from moe_operator.resources.status import MODEL_LOADED, PROGRESSING, READY, Condition, Status
 from tests.operator.worlds import START, World, deployment, settled
 
@@ -571,3 +574,32 @@ def test_a_pod_that_somebody_refuses_is_the_reason_and_is_looked_at_again():
     assert (ready.reason, ready.message) == ("PodRefused", f"0 of 1 replica answers; docs-0-0: {why}")
     assert todo.status.condition(PROGRESSING).reason == "PodRefused"
     assert todo.recheck
+
+
+# What was compared and has not changed since is not compared again.
+
+
+def looks(world: World, verdicts: dict[Key, str]) -> Plan:
+    observed = Observed(world.children, tuple(world.pods.values()), world.model, verdicts=verdicts)
+    return plan(with_pins(world.deployment, observed), observed, world.now)
+
+
+def test_what_an_earlier_look_found_changes_no_plan_until_something_else_is_wanted():
+    world = settled(replicas=3)
+    first = looks(world, {})
+    assert first.sound == tuple(Key("StatefulSet", f"docs-{rank}") for rank in range(3))
+    verdicts = dict.fromkeys(first.sound, recipe(with_pins(world.deployment, Observed(world.children))))
+    again = looks(world, verdicts)
+    assert (again.sound, again.apply, again.status) == ((), first.apply, first.status)
+    for edit in ({"engine": {"maxBatchSize": 7}}, {"replicas": 1}, {"worker": {"resources": {}}}):
+        world.change(**edit)
+        fresh = looks(world, {})
+        assert dataclasses.replace(looks(world, verdicts), sound=()) == dataclasses.replace(fresh, sound=())
+
+
+def test_a_stateful_set_that_is_not_as_it_should_be_is_not_called_sound():
+    world = settled(replicas=2)
+    world.children[Key("StatefulSet", "docs-1")]["spec"]["serviceName"] = "another"
+    found = looks(world, {})
+    assert found.sound == (Key("StatefulSet", "docs-0"),)
+    assert [key(manifest) for manifest in found.apply] == [Key("StatefulSet", "docs-1")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -24,12 +25,12 @@ from moe_operator.handlers.queue import Name
 from moe_operator.handlers.work_metrics import WorkMetrics
 from moe_operator.kube import execute, peering
 from moe_operator.kube.client import Cluster
-from moe_operator.kube.gather import gather, unlabelled
+from moe_operator.kube.gather import gather, unlabelled, with_refusal
 from moe_operator.manifests.decision import Decision
 from moe_operator.manifests.observed import Observed, Pod, frontends
 from moe_operator.manifests.pinning import with_pins
 from moe_operator.manifests.plan import Plan, invalid, model_address, plan, refused, transitions
-from moe_operator.manifests.worker import revision
+from moe_operator.manifests.worker import recipe, revision
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Identity, identity, parse, parse_status
 from moe_operator.resources.status import Status
@@ -64,6 +65,10 @@ class Reconciler:
     watcher: Watcher | None = None
     """Hears what every look at a deployment found: scaling."""
     metrics: WorkMetrics = field(default_factory=lambda: WorkMetrics(get_meter(__name__)))
+    _thought: threading.Lock = field(default_factory=threading.Lock)
+    """Reading the mirror and planning are done one at a time. The interpreter lets one thread work anyway;
+    threads that take its lock from each other, as every decompression does, take four times as long.
+    """
 
     def reconcile(self, name: Name) -> float | None:
         """Looks at one deployment and does what there is to do.
@@ -94,10 +99,14 @@ class Reconciler:
             return None
 
     def _advance(self, deployment: Deployment, span: trace.Span) -> float:
-        deployment, observed, todo = self._planned(deployment, gather(self.cluster, deployment))
+        with self._thought:
+            observed = gather(self.cluster, deployment)
+        observed = with_refusal(self.cluster, deployment, observed)
+        deployment, observed, todo = self._planned(deployment, observed)
         while others := unlabelled(self.cluster, deployment.identity.namespace, todo.apply):
             observed = replace(observed, children={**observed.children, **others})
             deployment, observed, todo = self._planned(deployment, observed)
+        self.cluster.note((observed.children[name] for name in todo.sound), recipe(deployment))
         if self.watcher is not None:
             self.watcher.saw(deployment, observed)
         _describe(span, deployment, todo)
@@ -120,13 +129,18 @@ class Reconciler:
 
     def _planned(self, deployment: Deployment, observed: Observed) -> tuple[Deployment, Observed, Plan]:
         """What to do, with what it follows from: pinned pods, and the answers of workers and frontends."""
-        deployment = with_pins(deployment, observed)
+        with self._thought:
+            deployment = with_pins(deployment, observed)
         observed = self._with_model(deployment, observed)
-        todo = plan(deployment, observed, self.clock())
+        todo = self._plan(deployment, observed)
         if todo.choice or todo.unrouted:
             observed = self._asked(observed, todo)
-            todo = plan(deployment, observed, self.clock())
+            todo = self._plan(deployment, observed)
         return deployment, observed, todo
+
+    def _plan(self, deployment: Deployment, observed: Observed) -> Plan:
+        with self._thought:
+            return plan(deployment, observed, self.clock())
 
     def _asked(self, observed: Observed, todo: Plan) -> Observed:
         """What is observed, with what the plan has to know of workers and frontends."""

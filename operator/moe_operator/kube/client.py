@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+import orjson
 import urllib3.exceptions
 from kubernetes import client, config
 from kubernetes.dynamic import DynamicClient
@@ -114,6 +115,14 @@ class Cluster:
         found = self._request("get", _path(kind, namespace), label_selector=selector) or {"items": []}
         return [{**item, "apiVersion": _PATHS[kind][0], "kind": kind} for item in found["items"]]
 
+    def note(self, manifests: Iterable[Manifest], verdict: str) -> None:
+        """Keeps what listed objects were found to be, until they change or this process ends."""
+        self._mirror.note(manifests, verdict)
+
+    def verdict(self, manifest: Manifest) -> str:
+        """What this version of a listed object was found to be; empty where nobody noted it."""
+        return self._mirror.verdict(manifest)
+
     def chunk(self, kind: str, label: str, limit: int, following: str | None) -> Chunk:
         """A part of the objects of all namespaces that carry a label.
 
@@ -144,7 +153,7 @@ class Cluster:
         )
         try:
             for line in _lines(response.stream(1 << 16)):
-                event = json.loads(line)
+                event = orjson.loads(line)
                 if event["type"] == "ERROR":
                     raise _watch_error(event["object"])
                 yield event
@@ -192,7 +201,7 @@ class Cluster:
 
     def _request(self, method: str, path: str, **parameters: Any) -> Manifest | None:
         response = self._respond(method, path, read=True, _request_timeout=self._timeout, **parameters)
-        result: Manifest | None = None if response is None else json.loads(response.data)
+        result: Manifest | None = None if response is None else orjson.loads(response.data)
         return result
 
     def _respond(self, method: str, path: str, *, read: bool, **parameters: Any) -> Any:

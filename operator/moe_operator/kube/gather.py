@@ -13,13 +13,16 @@ from moe_operator.resources.deployment import Deployment
 
 
 def gather(cluster: Cluster, deployment: Deployment) -> Observed:
-    """The deployment's objects and pods, found by their label."""
+    """The deployment's objects and pods, found by their label; where there is a mirror, without a request."""
     namespace = deployment.identity.namespace
     found: dict[Key, Manifest] = {}
     for kind in children.KINDS:
         found.update({key(manifest): manifest for manifest in cluster.list(kind, namespace, deployment.name)})
-    observed = Observed(found, tuple(cluster.list("Pod", namespace, deployment.name)))
-    return replace(observed, refused=_refused(cluster, deployment, observed))
+    return Observed(
+        found,
+        tuple(cluster.list("Pod", namespace, deployment.name)),
+        verdicts={name: cluster.verdict(found[name]) for name in found if name.kind == "StatefulSet"},
+    )
 
 
 def unlabelled(cluster: Cluster, namespace: str, manifests: Iterable[Manifest]) -> dict[Key, Manifest]:
@@ -33,10 +36,10 @@ def unlabelled(cluster: Cluster, namespace: str, manifests: Iterable[Manifest]) 
     return {name: manifest for name, manifest in found.items() if manifest is not None}
 
 
-def _refused(cluster: Cluster, deployment: Deployment, observed: Observed) -> dict[str, str]:
-    """Why a pod is missing, as its controller says in an Event; of the first one, for all have one reason."""
+def with_refusal(cluster: Cluster, deployment: Deployment, observed: Observed) -> Observed:
+    """Adds why a pod is missing, as its controller's Event says; of the first, for all have one reason."""
     for name in podless(observed, deployment.identity)[:1]:
         why = cluster.last_event("StatefulSet", deployment.identity.namespace, name, "FailedCreate")
         if why is not None:
-            return {f"{name}-0": why}
-    return {}
+            return replace(observed, refused={f"{name}-0": why})
+    return observed

@@ -31,6 +31,8 @@ class Observed:
     """Why pods cannot be made, by pod name; only of pods that are missing."""
     routed: Mapping[str, str] = field(default_factory=dict)
     """Addresses of the leaders to which every frontend sends requests, by pod name; where somebody asked."""
+    verdicts: Mapping[Key, str] = field(default_factory=dict)
+    """Of StatefulSets: the recipe (worker.recipe) that an earlier look found them to follow, as they are."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from moe_operator.manifests import changes, children, conditions, gates, history, rollout, state, worker
+from moe_operator.manifests.changes import Change
 from moe_operator.manifests.conditions import Verdict
 from moe_operator.manifests.decision import Decision
 from moe_operator.manifests.gates import Gate
@@ -47,6 +48,8 @@ class Plan:
     """Readiness gates to be set."""
     unrouted: tuple[Pod, ...] = ()
     """Leaders that take requests, but maybe not every frontend sends them some: ask, and look again soon."""
+    sound: tuple[Key, ...] = ()
+    """StatefulSets that were compared and follow the recipe: not to be compared again before they change."""
 
     @property
     def creates(self) -> bool:
@@ -60,11 +63,8 @@ def plan(deployment: Deployment, observed: Observed, now: datetime) -> Plan:
     foreign = _foreign(children.shared(deployment), observed, deployment.identity)
     current = state.read(deployment, observed, revision, tuple(str(found) for found in foreign), now)
     moves = current.moves
-    desired = [
-        *children.shared(deployment),
-        history.current(deployment, observed),
-        *_replicas(deployment, observed, current, moves),
-    ]
+    replicas = list(_replicas(deployment, observed, current, moves))
+    desired = [*children.shared(deployment), history.current(deployment, observed), *replicas]
     made = changes.changes((one for one in desired if key(one) not in foreign), observed, deployment)
     status = _status(deployment, current, now)
     in_use = {replica.revision for replica in current.replicas.values()}
@@ -86,18 +86,27 @@ def plan(deployment: Deployment, observed: Observed, now: datetime) -> Plan:
         choice=_choice(moves, current) if not observed.work else (),
         gates=tuple(gates.changes(current.leaders.values(), observed.routed)),
         unrouted=tuple(gates.waiting(current.leaders.values())),
+        sound=_sound(replicas, made),
     )
 
 
 def _replicas(deployment: Deployment, observed: Observed, current: State, moves: Moves) -> Iterator[Manifest]:
-    """The StatefulSets as they shall be; those of other revisions stay as they are."""
-    leaving = {replica.data_rank for replica in moves.remove}
+    """The StatefulSets as they shall be, without those known to be so; those of other revisions stay."""
+    leaving, recipe = {replica.data_rank for replica in moves.remove}, worker.recipe(deployment)
     for rank, replica in current.replicas.items():
         if replica.revision == current.revision and rank not in leaving:
-            yield children.replica(deployment, rank)
+            known = observed.verdicts.get(Key("StatefulSet", names.replica(deployment.name, rank)))
+            if known != recipe:
+                yield children.replica(deployment, rank)
     like = None if moves.revision == current.revision else _sibling(deployment, observed, moves.revision)
     for rank in rollout.free_ranks(moves.create, _taken(deployment, observed, current)):
         yield children.replica(deployment, rank, like)
+
+
+def _sound(replicas: Iterable[Manifest], made: Iterable[Change]) -> tuple[Key, ...]:
+    """Those of the StatefulSets that need no change."""
+    changed = {key(change.manifest) for change in made}
+    return tuple(name for name in map(key, replicas) if name not in changed)
 
 
 def _sibling(deployment: Deployment, observed: Observed, revision: str) -> Manifest | None:

@@ -6,6 +6,7 @@ from moe_operator.manifests import pods
 from moe_operator.manifests.objects import Manifest, child
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Pin
+from moe_operator.resources.digest import digest
 from moe_operator.resources.spec import Worker
 
 GANG_SIZE = 1
@@ -102,6 +103,12 @@ def pin(deployment: Deployment) -> Pin:
 def revision(deployment: Deployment) -> str:
     """Hash of the resolved pod template: pods with another one are out of date."""
     return pin(deployment).revision
+
+
+def recipe(deployment: Deployment) -> str:
+    """Hash of everything from which the StatefulSets of the deployment's replicas follow, but their ranks."""
+    owner = deployment.identity
+    return digest([owner.namespace, owner.name, owner.uid, pin(deployment).text], length=16)
 
 
 def stateful_set(deployment: Deployment, data_rank: int) -> Manifest:
