@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,8 @@ from moe_operator.rpc.polling import Poller
 from moe_operator.settings import Settings
 
 _FOLLOWED = (*KINDS, "Pod")
+_ALLOCATIONS = 10_000
+"""More containers made than freed, before the collector looks at the youngest; Python's default is 700."""
 
 
 def register(registry: kopf.OperatorRegistry, settings: Settings) -> None:
@@ -64,6 +67,7 @@ async def start(*, settings: kopf.OperatorSettings, memo: kopf.Memo, own: Settin
 
     memo.queue, memo.mirror = ReconcileQueue(work, own), mirror
     memo.followers = await follow(cluster, mirror, memo.queue)
+    spare_the_collector()
     rank = peering.Rank(cluster, own.peering, settings.peering.priority)
     memo.autoscaler = _autoscaler(cluster, own, rank, memo)
     reconciler = Reconciler(
@@ -97,6 +101,17 @@ async def follow(cluster: Cluster, mirror: Mirror, queue: ReconcileQueue) -> lis
         await asyncio.to_thread(follower.listed.wait)
     seen_all = True
     return followers
+
+
+def spare_the_collector() -> None:
+    """Takes what stays for good, modules above all, out of the garbage collector's sight.
+
+    And lets it look less often: an object that is read from the mirror counts as hundreds of new ones.
+    With 300 deployments a full collection stopped all threads for 0.3 s, 24 times a minute under load.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_ALLOCATIONS)
 
 
 def _for_prometheus(port: int) -> list[MetricReader]:
