@@ -1,6 +1,6 @@
 """Tokens a second while a shape is trained, by phase, with both ways of computing experts beside each other.
 
-    python -m benchmarks.train_speed --config examples/docs-moe/shape.json
+    python -m benchmarks.train_speed --config benchmarks/compression/config.json
 
 Random tokens: the same products as with text, and routers that are near to balanced, as trained ones are. The
 seconds before the first timed step are compilation's. Which way training takes: train/experts.py.
