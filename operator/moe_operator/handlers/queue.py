@@ -44,6 +44,7 @@ Work = Callable[[Name], Awaitable[float | None]]
 class _Item:
     """A deployment. changed: there is something to look at. edited: the deployment itself is new."""
 
+    task: asyncio.Task[None]
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     edited: asyncio.Event = field(default_factory=asyncio.Event)
     since: float = 0.0
@@ -104,7 +105,6 @@ class ReconcileQueue:
         self._settings = settings
         self._chance = chance
         self._items: dict[Name, _Item] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
         self._slots = _Slots(settings.workers)
         self._slots_for_failing = asyncio.Semaphore(max(1, settings.workers // 4))
 
@@ -112,23 +112,20 @@ class ReconcileQueue:
         """Something of this deployment changed; `edited`: the deployment itself, by somebody else."""
         item = self._items.get(name)
         if item is None:
-            item = self._items[name] = _Item()
-            task = asyncio.create_task(self._run(name, item), name=f"{name}")
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            item = self._items[name] = _Item(asyncio.create_task(self._run(name), name=f"{name}"))
         item.changed.set()
         if edited:
             item.edited.set()
 
     async def close(self) -> None:
         """Stops: what is under way is cancelled at its next pause."""
-        tasks = list(self._tasks)
+        tasks = [item.task for item in self._items.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _run(self, name: Name, item: _Item) -> None:
-        failures = 0
+    async def _run(self, name: Name) -> None:
+        item, failures = self._items[name], 0
         pause: float | None = self._settings.resync_seconds
         while pause is not None or item.changed.is_set():
             await _wait(item.changed, pause)

@@ -106,7 +106,8 @@ class Reconciler:
         while others := unlabelled(self.cluster, deployment.identity.namespace, todo.apply):
             observed = replace(observed, children={**observed.children, **others})
             deployment, observed, todo = self._planned(deployment, observed)
-        self.cluster.note((observed.children[name] for name in todo.sound), recipe(deployment))
+        if todo.sound:
+            self.cluster.note((observed.children[name] for name in todo.sound), recipe(deployment))
         if self.watcher is not None:
             self.watcher.saw(deployment, observed)
         _describe(span, deployment, todo)

@@ -60,11 +60,12 @@ class Plan:
 def plan(deployment: Deployment, observed: Observed, now: datetime) -> Plan:
     """What to do now so that the cluster gets closer to the deployment."""
     revision = worker.revision(deployment)
-    foreign = _foreign(children.shared(deployment), observed, deployment.identity)
+    shared = children.shared(deployment)
+    foreign = _foreign(shared, observed, deployment.identity)
     current = state.read(deployment, observed, revision, tuple(str(found) for found in foreign), now)
     moves = current.moves
     replicas = list(_replicas(deployment, observed, current, moves))
-    desired = [*children.shared(deployment), history.current(deployment, observed), *replicas]
+    desired = [*shared, history.current(deployment, observed), *replicas]
     made = changes.changes((one for one in desired if key(one) not in foreign), observed, deployment)
     status = _status(deployment, current, now)
     in_use = {replica.revision for replica in current.replicas.values()}
