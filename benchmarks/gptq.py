@@ -1,7 +1,7 @@
 """GPTQ, by a library, as a competitor to this project's rounding and training: writes a checkpoint to score.
 
     python -m venv /tmp/gptq && /tmp/gptq/bin/pip install llmcompressor torchvision zstandard
-    PYTHONPATH=. /tmp/gptq/bin/python -m benchmarks.gptq examples/docs-moe --data train.txt.zst --out /tmp/out
+    PYTHONPATH=.:worker /tmp/gptq/bin/python -m benchmarks.gptq MODEL --data train.txt.zst --out /tmp/out
     moe-worker eval /tmp/out --data test.txt.zst --format w4a8
 
 The library is llm-compressor (of the vLLM project), in an environment of its own: it pins older versions of
@@ -16,7 +16,6 @@ import argparse
 from pathlib import Path
 
 import torch
-import zstandard
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from llmcompressor import oneshot
@@ -24,6 +23,8 @@ from llmcompressor.modeling.moe.linearize import load_quantizable_moe
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moe_worker.train.data import read_documents
 
 LONGEST = 512  # tokens of a calibration text
 IGNORED = ["lm_head", "re:.*kv_b_proj$", "re:.*mlp.gate$"]
@@ -53,10 +54,7 @@ def main() -> None:
 
 def calibration_texts(path: Path, number: int) -> list[str]:
     """Documents from all over the text, longer than their first tokens that are taken."""
-    data = path.read_bytes()
-    if path.suffix == ".zst":
-        data = zstandard.ZstdDecompressor().stream_reader(data).read()
-    documents = [document for document in data.decode().split("\0") if len(document) > 4 * LONGEST]
+    documents = [document for document in read_documents(path) if len(document) > 4 * LONGEST]
     if len(documents) < number:
         raise SystemExit(
             f"{path} holds {len(documents)} documents of {4 * LONGEST} characters; --samples {number}"
