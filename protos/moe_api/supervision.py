@@ -1,0 +1,212 @@
+"""Supervises background loops: an error is logged and counted, and the loop restarts after a pause.
+
+Every long-lived task and thread of the operator, the frontend and the worker's edge runs under a
+`Supervisor`. A bare asyncio task ends silently with its first error, and its work stops until the process is
+restarted. gRPC makes this easy to miss: closing a channel raises CancelledError in the calls in flight, which
+is not an `Exception` and looks like a cancellation of the task itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+from opentelemetry import metrics
+
+_LOG: Final = logging.getLogger(__name__)
+_LARGEST_EXPONENT: Final = 32
+"""Beyond it the pause is at its limit anyway, and a float would overflow in the end."""
+
+
+@dataclass(frozen=True)
+class Backoff:
+    """Exponential backoff with jitter: pauses double from `first_s` to `longest_s`, in seconds."""
+
+    first_s: float = 0.5
+    longest_s: float = 30.0
+
+    def pause_s(self, failures: int, chance: float = 0.0) -> float:
+        """Seconds to pause after `failures` failures in a row, at least 1.
+
+        chance: from [0, 1); takes away up to half of the pause, so that loops that failed together do not
+        retry together.
+        """
+        doubled = self.first_s * 2.0 ** min(max(failures, 1) - 1, _LARGEST_EXPONENT)
+        return min(doubled, self.longest_s) * (1 - chance / 2)
+
+
+DEFAULT_BACKOFF: Final = Backoff()
+
+
+@dataclass(frozen=True)
+class LoopState:
+    """What a supervised loop does now.
+
+    loop: the kind of work, the same for all loops that do it; a label of metrics.
+    name: which one of them.
+    since_s: when the current run or pause began, on the supervisor's clock.
+    failures: errors in a row; 0 where the last run did not fail.
+    error: the last of these errors, for people.
+    paused: whether it waits for its restart.
+    """
+
+    loop: str
+    name: str
+    since_s: float
+    failures: int = 0
+    error: str = ""
+    paused: bool = False
+
+
+class Supervisor:
+    """Runs loops and restarts those that fail.
+
+    A loop that returns has finished and is not restarted. One that ran for longer than the longest pause
+    before it failed starts again at the shortest pause. `start` belongs to the thread of a running loop; the
+    rest may be called from any thread.
+
+    Args:
+        meter: exports `moe.background.loops` (by `moe.loop` and `moe.state`) and `moe.background.restarts`;
+            default: the process-wide one.
+        backoff: pauses between a failure and the restart.
+        clock: seconds, monotonic.
+        chance: numbers of [0, 1), for the jitter.
+    """
+
+    def __init__(
+        self,
+        meter: metrics.Meter | None = None,
+        backoff: Backoff = DEFAULT_BACKOFF,
+        clock: Callable[[], float] = time.monotonic,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        self._backoff = backoff
+        self._clock = clock
+        self._chance = chance
+        self._states: dict[object, LoopState] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        meter = meter or metrics.get_meter("moe_api.supervision")
+        self._restarts = meter.create_counter(
+            "moe.background.restarts", "{restart}", "Failures of background loops, each followed by a restart"
+        )
+        meter.create_observable_up_down_counter(
+            "moe.background.loops", [self._observe], "{loop}", "Background loops, by what they do now"
+        )
+
+    @property
+    def states(self) -> tuple[LoopState, ...]:
+        """All loops that have not finished."""
+        return tuple(self._states.copy().values())
+
+    def start(self, loop: str, work: Callable[[], Awaitable[None]], name: str = "") -> asyncio.Task[None]:
+        """Runs `work` in a task, again and again until it returns; cancel the task to stop it.
+
+        Only a cancellation of this very task ends it: a CancelledError that `work` raises for another reason
+        is a failure like any other.
+        """
+        task = asyncio.create_task(self._run(loop, work, name), name=_title(loop, name))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def start_thread(
+        self, loop: str, work: Callable[[], None], stopping: threading.Event, name: str = ""
+    ) -> threading.Thread:
+        """Runs `work` in a daemon thread, again and again until it returns or `stopping` is set."""
+        thread = threading.Thread(
+            target=self._run_in_thread,
+            args=(loop, work, stopping, name),
+            name=_title(loop, name),
+            daemon=True,
+        )
+        thread.start()
+        return thread
+
+    async def close(self) -> None:
+        """Cancels all tasks and waits for their end. Threads end by their `stopping` event."""
+        tasks = tuple(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run(self, loop: str, work: Callable[[], Awaitable[None]], name: str) -> None:
+        with self._tracked(loop, name) as key:
+            while True:
+                self._running(key)
+                try:
+                    await work()
+                except asyncio.CancelledError as error:
+                    task = asyncio.current_task()
+                    if task is None or task.cancelling():
+                        raise
+                    pause_s = self._failed(key, error)
+                except Exception as error:  # noqa: BLE001 - logged, and the loop restarts
+                    pause_s = self._failed(key, error)
+                else:
+                    return
+                await asyncio.sleep(pause_s)
+
+    def _run_in_thread(
+        self, loop: str, work: Callable[[], None], stopping: threading.Event, name: str
+    ) -> None:
+        with self._tracked(loop, name) as key:
+            while not stopping.is_set():
+                self._running(key)
+                try:
+                    work()
+                except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - as above
+                    if stopping.is_set():
+                        return
+                    pause_s = self._failed(key, error)
+                else:
+                    return
+                stopping.wait(pause_s)
+
+    @contextlib.contextmanager
+    def _tracked(self, loop: str, name: str) -> Iterator[object]:
+        key = object()
+        self._states[key] = LoopState(loop, name, self._clock())
+        try:
+            yield key
+        finally:
+            del self._states[key]
+
+    def _running(self, key: object) -> None:
+        self._states[key] = replace(self._states[key], since_s=self._clock(), paused=False)
+
+    def _failed(self, key: object, error: BaseException) -> float:
+        """Notes a failure; returns the pause before the restart, in seconds."""
+        state, now = self._states[key], self._clock()
+        healthy = now - state.since_s > self._backoff.longest_s
+        failures = 1 if healthy else state.failures + 1
+        text = f"{type(error).__name__}: {error}"
+        self._states[key] = replace(state, since_s=now, failures=failures, error=text, paused=True)
+        self._restarts.add(1, {"moe.loop": state.loop})
+        pause_s = self._backoff.pause_s(failures, self._chance())
+        _LOG.error(
+            "%s failed (%s); restarting in %.1f s",
+            _title(state.loop, state.name),
+            text,
+            pause_s,
+            exc_info=error if failures == 1 else None,
+        )
+        return pause_s
+
+    def _observe(self, _: metrics.CallbackOptions) -> list[metrics.Observation]:
+        counts = Counter((state.loop, "restarting" if state.paused else "running") for state in self.states)
+        return [
+            metrics.Observation(count, {"moe.loop": loop, "moe.state": state})
+            for (loop, state), count in counts.items()
+        ]
+
+
+def _title(loop: str, name: str) -> str:
+    return f"{loop} {name}" if name else loop

@@ -1,0 +1,151 @@
+"""Background loops that fail go on; only a cancellation of the task itself ends one."""
+
+import asyncio
+import logging
+import threading
+
+import grpc
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+
+from moe_api.supervision import Backoff, Supervisor
+
+FAST = Backoff(0.001, 0.004)
+
+
+class Failing:
+    """Work that raises some errors, one a run, and then goes on until it is cancelled."""
+
+    def __init__(self, *errors):
+        self.errors = list(errors)
+        self.steady = asyncio.Event()
+
+    async def __call__(self):
+        if self.errors:
+            raise self.errors.pop(0)
+        self.steady.set()
+        await asyncio.Event().wait()
+
+
+@pytest.fixture
+async def supervisor():
+    supervisor = Supervisor(backoff=FAST)
+    yield supervisor
+    await supervisor.close()
+
+
+@pytest.mark.parametrize("error", [ValueError("bad"), asyncio.CancelledError(), grpc.RpcError(), KeyError(1)])
+async def test_a_loop_goes_on_after_any_error(supervisor, error):
+    work = Failing(error, error)
+    task = supervisor.start("probe", work)
+    await asyncio.wait_for(work.steady.wait(), 5)
+    assert not task.done()
+    assert supervisor.states[0].failures == 2
+
+
+async def test_a_closed_channel_does_not_end_the_loop_that_calls_through_it(supervisor):
+    """What ended autoscaling: close() raises CancelledError in the calls in flight."""
+    silent = await asyncio.start_server(lambda reader, writer: asyncio.sleep(60), "127.0.0.1", 0)
+    port = silent.sockets[0].getsockname()[1]
+    calling, went_on = asyncio.Event(), asyncio.Event()
+    channels = []
+
+    async def work():
+        if channels:
+            went_on.set()
+            return
+        channels.append(grpc.aio.insecure_channel(f"127.0.0.1:{port}"))
+        call = channels[0].unary_unary("/service/Method")(b"", wait_for_ready=True)
+        calling.set()
+        await call
+
+    supervisor.start("poll", work)
+    await calling.wait()
+    await asyncio.sleep(0)
+    await channels[0].close()
+    await asyncio.wait_for(went_on.wait(), 5)
+    silent.close()
+
+
+async def test_cancelling_the_task_ends_it(supervisor):
+    work = Failing()
+    task = supervisor.start("probe", work)
+    await work.steady.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert supervisor.states == ()
+
+
+async def test_work_that_returns_has_finished(supervisor):
+    runs = []
+
+    async def work():
+        runs.append(1)
+
+    await supervisor.start("once", work)
+    assert (runs, supervisor.states) == ([1], ())
+
+
+def test_a_thread_goes_on_after_an_error_and_ends_when_told():
+    supervisor, stopping, steady = Supervisor(backoff=FAST), threading.Event(), threading.Event()
+    errors = [ValueError("one malformed line"), asyncio.CancelledError()]
+
+    def work():
+        if errors:
+            raise errors.pop()
+        steady.set()
+        stopping.wait()
+
+    thread = supervisor.start_thread("watch", work, stopping)
+    assert steady.wait(5)
+    stopping.set()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+async def test_failures_are_logged_and_exported(caplog):
+    reader = InMemoryMetricReader()
+    meter = MeterProvider(metric_readers=[reader]).get_meter("test")
+    supervisor = Supervisor(meter, FAST)
+    work = Failing(ValueError("bad line"))
+    with caplog.at_level(logging.ERROR):
+        supervisor.start("probe", work, "default/m")
+        await asyncio.wait_for(work.steady.wait(), 5)
+    values = {
+        metric.name: [(dict(point.attributes), point.value) for point in metric.data.data_points]
+        for resource in reader.get_metrics_data().resource_metrics
+        for scope in resource.scope_metrics
+        for metric in scope.metrics
+    }
+    await supervisor.close()
+    assert values["moe.background.restarts"] == [({"moe.loop": "probe"}, 1)]
+    assert values["moe.background.loops"] == [({"moe.loop": "probe", "moe.state": "running"}, 1)]
+    assert "probe default/m failed (ValueError: bad line); restarting" in caplog.text
+
+
+async def test_a_long_healthy_run_resets_the_pause():
+    now, work = [0.0], Failing()
+    supervisor = Supervisor(backoff=FAST, clock=lambda: now[0])
+    runs = []
+
+    async def fail_after_an_hour():
+        runs.append(1)
+        if len(runs) < 4:
+            now[0] += 3600 if len(runs) == 3 else 0
+            raise ValueError
+        await work()
+
+    supervisor.start("probe", fail_after_an_hour)
+    await asyncio.wait_for(work.steady.wait(), 5)
+    assert supervisor.states[0].failures == 1
+    await supervisor.close()
+
+
+@given(st.integers(1, 10**9), st.floats(0, 1, exclude_max=True))
+def test_pauses_stay_within_their_bounds(failures, chance):
+    pause_s = Backoff(0.5, 30).pause_s(failures, chance)
+    assert 0.25 < pause_s <= 30
