@@ -66,6 +66,12 @@ class LoopState:
     paused: bool = False
 
 
+def is_being_cancelled() -> bool:
+    """Whether somebody cancels the task that runs now; else a CancelledError is the end of something else."""
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
+
+
 class Supervisor:
     """Runs loops and restarts those that fail.
 
@@ -76,9 +82,10 @@ class Supervisor:
     Args:
         meter: exports `moe.background.loops` (by `moe.loop` and `moe.state`) and `moe.background.restarts`;
             default: the process-wide one.
-        backoff: pauses between a failure and the restart.
+        backoff: pauses between a failure and the restart, where a loop has none of its own.
         clock: seconds, monotonic.
         chance: numbers of [0, 1), for the jitter.
+        expected: errors whose text says everything; they are logged without a traceback.
     """
 
     def __init__(
@@ -87,7 +94,9 @@ class Supervisor:
         backoff: Backoff = DEFAULT_BACKOFF,
         clock: Callable[[], float] = time.monotonic,
         chance: Callable[[], float] = random.random,
+        expected: tuple[type[Exception], ...] = (),
     ) -> None:
+        self._expected = expected
         self._backoff = backoff
         self._clock = clock
         self._chance = chance
@@ -106,24 +115,37 @@ class Supervisor:
         """All loops that have not finished."""
         return tuple(self._states.copy().values())
 
-    def start(self, loop: str, work: Callable[[], Awaitable[None]], name: str = "") -> asyncio.Task[None]:
+    def start(
+        self,
+        loop: str,
+        work: Callable[[], Awaitable[None]],
+        name: str = "",
+        backoff: Backoff | None = None,
+    ) -> asyncio.Task[None]:
         """Runs `work` in a task, again and again until it returns; cancel the task to stop it.
 
         Only a cancellation of this very task ends it: a CancelledError that `work` raises for another reason
         is a failure like any other.
         """
-        task = asyncio.create_task(self._run(loop, work, name), name=_title(loop, name))
+        task = asyncio.create_task(
+            self._run(loop, work, name, backoff or self._backoff), name=_title(loop, name)
+        )
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
     def start_thread(
-        self, loop: str, work: Callable[[], None], stopping: threading.Event, name: str = ""
+        self,
+        loop: str,
+        work: Callable[[], None],
+        stopping: threading.Event,
+        name: str = "",
+        backoff: Backoff | None = None,
     ) -> threading.Thread:
         """Runs `work` in a daemon thread, again and again until it returns or `stopping` is set."""
         thread = threading.Thread(
             target=self._run_in_thread,
-            args=(loop, work, stopping, name),
+            args=(loop, work, stopping, name, backoff or self._backoff),
             name=_title(loop, name),
             daemon=True,
         )
@@ -137,25 +159,24 @@ class Supervisor:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _run(self, loop: str, work: Callable[[], Awaitable[None]], name: str) -> None:
+    async def _run(self, loop: str, work: Callable[[], Awaitable[None]], name: str, backoff: Backoff) -> None:
         with self._tracked(loop, name) as key:
             while True:
                 self._running(key)
                 try:
                     await work()
                 except asyncio.CancelledError as error:
-                    task = asyncio.current_task()
-                    if task is None or task.cancelling():
+                    if is_being_cancelled():
                         raise
-                    pause_s = self._failed(key, error)
+                    pause_s = self._failed(key, error, backoff)
                 except Exception as error:  # noqa: BLE001 - logged, and the loop restarts
-                    pause_s = self._failed(key, error)
+                    pause_s = self._failed(key, error, backoff)
                 else:
                     return
                 await asyncio.sleep(pause_s)
 
     def _run_in_thread(
-        self, loop: str, work: Callable[[], None], stopping: threading.Event, name: str
+        self, loop: str, work: Callable[[], None], stopping: threading.Event, name: str, backoff: Backoff
     ) -> None:
         with self._tracked(loop, name) as key:
             while not stopping.is_set():
@@ -165,7 +186,7 @@ class Supervisor:
                 except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - as above
                     if stopping.is_set():
                         return
-                    pause_s = self._failed(key, error)
+                    pause_s = self._failed(key, error, backoff)
                 else:
                     return
                 stopping.wait(pause_s)
@@ -182,21 +203,21 @@ class Supervisor:
     def _running(self, key: object) -> None:
         self._states[key] = replace(self._states[key], since_s=self._clock(), paused=False)
 
-    def _failed(self, key: object, error: BaseException) -> float:
+    def _failed(self, key: object, error: BaseException, backoff: Backoff) -> float:
         """Notes a failure; returns the pause before the restart, in seconds."""
         state, now = self._states[key], self._clock()
-        healthy = now - state.since_s > self._backoff.longest_s
+        healthy = now - state.since_s > backoff.longest_s
         failures = 1 if healthy else state.failures + 1
         text = f"{type(error).__name__}: {error}"
         self._states[key] = replace(state, since_s=now, failures=failures, error=text, paused=True)
         self._restarts.add(1, {"moe.loop": state.loop})
-        pause_s = self._backoff.pause_s(failures, self._chance())
+        pause_s = backoff.pause_s(failures, self._chance())
         _LOG.error(
             "%s failed (%s); restarting in %.1f s",
             _title(state.loop, state.name),
             text,
             pause_s,
-            exc_info=error if failures == 1 else None,
+            exc_info=None if failures > 1 or isinstance(error, self._expected) else error,
         )
         return pause_s
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
-from moe_api.supervision import Backoff, Supervisor
+from moe_api.supervision import Backoff, Supervisor, is_being_cancelled
 
 FAST = Backoff(0.001, 0.004)
 
@@ -149,3 +149,41 @@ async def test_a_long_healthy_run_resets_the_pause():
 def test_pauses_stay_within_their_bounds(failures, chance):
     pause_s = Backoff(0.5, 30).pause_s(failures, chance)
     assert 0.25 < pause_s <= 30
+
+
+async def test_a_loop_may_have_pauses_of_its_own():
+    supervisor, work = Supervisor(backoff=Backoff(3600, 3600)), Failing(ValueError("bad"))
+    supervisor.start("probe", work, backoff=FAST)
+    await asyncio.wait_for(work.steady.wait(), 5)
+    await supervisor.close()
+
+
+async def test_an_expected_error_is_told_without_a_traceback(caplog):
+    supervisor = Supervisor(backoff=FAST, expected=(ConnectionError,))
+    work = Failing(ConnectionError("the API server is away"), ValueError("a bug"))
+    with caplog.at_level(logging.ERROR):
+        supervisor.start("probe", work)
+        await asyncio.wait_for(work.steady.wait(), 5)
+    await supervisor.close()
+    told = {record.message.partition(";")[0]: record.exc_info for record in caplog.records}
+    assert told["probe failed (ConnectionError: the API server is away)"] is None
+    assert "probe failed (ValueError: a bug)" in told
+
+
+async def test_a_task_can_tell_its_own_cancellation_from_that_of_something_else():
+    told = []
+
+    async def work(awaited):
+        try:
+            await awaited
+        except asyncio.CancelledError:
+            told.append(is_being_cancelled())
+
+    cancelled = asyncio.get_running_loop().create_future()
+    cancelled.cancel()
+    await work(cancelled)
+    task = asyncio.create_task(work(asyncio.Event().wait()))
+    await asyncio.sleep(0)
+    task.cancel()
+    await task
+    assert told == [False, True]
