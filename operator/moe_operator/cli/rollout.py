@@ -85,10 +85,13 @@ def history(name: str, namespace: str | None, context: str | None) -> None:
 def undo(name: str, namespace: str | None, context: str | None, to_revision: int | None) -> None:
     """Brings the spec of NAME back to that of an earlier revision; the operator rolls to it."""
     with _deployments(context, namespace, name) as api:
-        current = api.get(name).get("status", {}).get("revision")
-        record = _wanted(api.records(name), current, to_revision, name)
-        spec = record["data"]["spec"]
-        api.patch(name, [{"op": "add", "path": f"/spec/{field}", "value": spec[field]} for field in spec])
+        body = api.get(name)
+        record = _wanted(api.records(name), body.get("status", {}).get("revision"), to_revision, name)
+        operations = list(restoring(record["data"]["spec"], body["spec"]))
+        if not operations:
+            click.echo(f"{name} has the spec of revision {record['revision']} already; nothing is changed")
+            return
+        api.patch(name, operations)
         click.echo(
             f"{name} goes back to revision {record['revision']}; `moe rollout status {name}` follows it"
         )
@@ -145,13 +148,23 @@ def _wanted(
     return found[-1]
 
 
+def restoring(recorded: dict[str, Any], spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The JSON patch that restores a spec's fields as they are recorded; null stands for one not set."""
+    for field, value in recorded.items():
+        path = f"/spec/{field}"
+        if value is None and field in spec:
+            yield {"op": "remove", "path": path}
+        elif value is not None and spec.get(field) != value:
+            yield {"op": "add", "path": path, "value": value}
+
+
 def _differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
     """Paths whose values differ, each with the new value."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in sorted(before.keys() | after.keys()):
             yield from _differences(before.get(key), after.get(key), f"{path}.{key}" if path else key)
     elif before != after:
-        yield f"{path}={after}"
+        yield f"{path} unset" if after is None else f"{path}={after}"
 
 
 class _Deployments:

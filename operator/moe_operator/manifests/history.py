@@ -14,7 +14,11 @@ KIND = "ControllerRevision"
 
 
 def current(deployment: Deployment, observed: Observed) -> Manifest:
-    """The record of the revision that the spec asks for; the newest one has the highest number."""
+    """The record of the revision that the spec asks for; the newest one has the highest number.
+
+    A field that is not set is recorded as null. A record that exists keeps its content, which the API server
+    lets nobody change: another spec that makes the same pods is the same revision.
+    """
     revision = worker.revision(deployment)
     name = names.revision(deployment.name, revision)
     labels = {names.LABEL_REVISION: revision}
@@ -22,10 +26,14 @@ def current(deployment: Deployment, observed: Observed) -> Manifest:
     known = owned(observed, KIND, deployment.identity)
     newest = max((record["revision"] for record in known.values()), default=0)
     number = known[name]["revision"] if name in known else 0
-    spec = deployment.spec.manifest()
-    manifest["data"] = {"spec": {field: spec[field] for field in names.REVISED_FIELDS if field in spec}}
+    manifest["data"] = known[name]["data"] if name in known else _content(deployment)
     manifest["revision"] = number if number == newest and number else newest + 1
     return sealed(manifest)
+
+
+def _content(deployment: Deployment) -> Manifest:
+    spec = deployment.spec.manifest()
+    return {"spec": {field: spec.get(field) for field in names.REVISED_FIELDS}}
 
 
 def outdated(deployment: Deployment, observed: Observed, in_use: Collection[str]) -> list[Manifest]:

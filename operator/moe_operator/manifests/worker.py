@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moe_operator.manifests import pods
 from moe_operator.manifests.objects import Manifest, child
 from moe_operator.resources import names
@@ -91,8 +93,12 @@ def _resources(settings: Worker) -> Manifest:
 
 
 def rendered(deployment: Deployment) -> Manifest:
-    """What all workers are made from, but for their rank and revision, as this operator would have it."""
-    return {"metadata": {"labels": names.leader_labels(deployment.name)}, "spec": pod_spec(deployment)}
+    """What all workers are made from, but for their rank and revision, as this operator would have it.
+
+    Only fields that undo restores have an influence.
+    """
+    revised = replace(deployment, spec=deployment.spec.revised)
+    return {"metadata": {"labels": names.leader_labels(deployment.name)}, "spec": pod_spec(revised)}
 
 
 def pin(deployment: Deployment) -> Pin:

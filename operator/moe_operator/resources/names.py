@@ -40,8 +40,8 @@ ROLE_WORKER: Final = "worker"
 ROLE_FRONTEND: Final = "frontend"
 ROLE_HISTORY: Final = "history"
 
-REVISED_FIELDS: Final = ("model", "parallelism", "engine", "worker", "telemetry")
-"""Fields of the spec that the workers' pods are made from."""
+REVISED_FIELDS: Final = ("model", "parallelism", "engine", "quality", "worker", "telemetry")
+"""Fields of the spec that the workers' pods are made from: revisions record and undo restores them."""
 
 GRPC_PORT: Final = 8000
 GRPC_PORT_NAME: Final = "grpc"

@@ -288,3 +288,13 @@ class Spec(Model):
             ("self >= 0 && self <= 100", "revisionHistoryLimit is a number from 0 to 100")
         ),
     )
+
+    @property
+    def revised(self) -> Spec:
+        """The fields that make a revision (names.REVISED_FIELDS); every other field has its default."""
+        return self.model_copy(update=_UNREVISED)
+
+
+_UNREVISED = {
+    name: field.get_default() for name, field in Spec.model_fields.items() if name not in names.REVISED_FIELDS
+}

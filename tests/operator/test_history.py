@@ -1,0 +1,104 @@
+"""Revisions on record: undo restores every field that makes one, and other fields make none."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from moe_operator.cli.rollout import restoring
+from moe_operator.manifests import history, worker
+from moe_operator.manifests.observed import Observed
+from moe_operator.resources import names
+from moe_operator.resources.spec import Spec
+from tests.operator import manifests_at_random
+from tests.operator.by_hand import COLLECTION, Api
+from tests.operator.worlds import deployment
+
+QUALITY = {"maxBitsPerByteIncrease": 0.005}
+
+
+def parsed(spec):
+    """A deployment with this spec, or None where the spec is not valid."""
+    try:
+        Spec.model_validate(spec)
+        return deployment(**spec)
+    except (ValidationError, TypeError):
+        return None
+
+
+def patched(spec, operations):
+    """The spec after a JSON patch of its top-level fields (RFC 6902)."""
+    after = copy.deepcopy(spec)
+    for operation in operations:
+        field = operation["path"].removeprefix("/spec/")
+        if operation["op"] == "remove":
+            del after[field]
+        else:
+            after[field] = operation["value"]
+    return after
+
+
+@settings(max_examples=300, deadline=None)
+@given(manifests_at_random.mutated(), manifests_at_random.mutated(), st.booleans())
+def test_an_edit_makes_a_revision_that_undo_restores_or_none(spec, edited, gated):
+    before, after = parsed(spec | ({"quality": QUALITY} if gated else {})), parsed(edited)
+    if before is None or after is None:
+        return
+    recorded = history.current(before, Observed())["data"]["spec"]
+    edit = after.spec.manifest()
+    undone = deployment(**patched(edit, restoring(recorded, edit)))
+    assert worker.pod_spec(undone) == worker.pod_spec(before), "undo restores the pods exactly"
+    unrevised = {field: value for field, value in edit.items() if field not in names.REVISED_FIELDS}
+    assert unrevised.items() <= undone.spec.manifest().items(), "undo changes nothing else"
+    assert worker.revision(undone) == worker.revision(before)
+
+
+@given(manifests_at_random.mutated())
+def test_fields_that_undo_leaves_alone_make_no_revision(edited):
+    after = parsed(edited)
+    if after is None:
+        return
+    before = deployment()
+    revised = {
+        field: value for field, value in before.spec.manifest().items() if field in names.REVISED_FIELDS
+    }
+    unrevised = {f: v for f, v in after.spec.manifest().items() if f not in names.REVISED_FIELDS}
+    assert worker.revision(deployment(**revised, **unrevised)) == worker.revision(before)
+
+
+def test_a_field_that_was_not_set_is_removed():
+    assert list(
+        restoring({"quality": None, "engine": {"a": 1}}, {"quality": QUALITY, "engine": {"a": 1}})
+    ) == [{"op": "remove", "path": "/spec/quality"}]
+    assert list(restoring({"quality": None}, {})) == []
+
+
+@pytest.fixture(scope="module")
+def api(api_server):
+    return Api(api_server)
+
+
+@pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
+def test_records_survive_on_a_real_api_server(api):
+    """It keeps the nulls, and lets nobody change a record when another spec makes the same revision."""
+    spec = {"model": {"uri": "file:///mnt/models/docs-moe"}, "engine": {"kvMemory": "512Mi"}}
+    body = {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": {"name": "undo"}, "spec": spec}
+    assert api.ask("POST", COLLECTION, body)[0] == 201
+    try:
+        writes, again = api.reconcile("undo")
+        assert (writes > 0, again) == (True, False)
+        (record,) = api.cluster.list("ControllerRevision", "default", "undo")
+        assert record["data"]["spec"]["quality"] is None
+        assert api.reconcile("undo") == (0, False), "the record is as it should be"
+        same = {"spec": {"engine": {"kvMemory": "536870912"}}}
+        assert api.ask("PATCH", f"{COLLECTION}/undo", same)[0] == 200
+        for _ in range(3):
+            assert not api.reconcile("undo")[1]
+        conditions = api.cluster.get(names.KIND, "default", "undo")["status"]["conditions"]
+        assert "ApplyRefused" not in {condition["reason"] for condition in conditions}
+    finally:
+        api.clear("undo")
