@@ -1,7 +1,8 @@
 """Errors with details: google.rpc.Status in the trailing metadata of a call, for both sides.
 
 https://google.aip.dev/193 and grpcio-status describe the form; details used here are
-google.rpc.BadRequest (which field, and what would be right) and google.rpc.RetryInfo.
+google.rpc.BadRequest (which field, and what would be right), google.rpc.RetryInfo (when to send the request
+again) and google.rpc.ErrorInfo (the reason, for programs).
 """
 
 import dataclasses
@@ -13,6 +14,15 @@ from google.protobuf import duration_pb2, message
 from google.rpc import error_details_pb2, status_pb2
 
 DETAILS_KEY: Final = "grpc-status-details-bin"
+
+DOMAIN: Final = "serving.moe-operator.dev"
+"""Of the reasons in google.rpc.ErrorInfo."""
+ENGINE_DIED: Final = "ENGINE_DIED"
+"""A worker's engine process ended with the request in flight."""
+REPLICAS_DIED: Final = "REPLICAS_DIED"
+"""Replicas died one after the other with the request in flight; it is not safe to send it again."""
+REPLICA_BROKE_PROTOCOL: Final = "REPLICA_BROKE_PROTOCOL"
+"""A replica answered in a way that the .proto file rules out."""
 
 # gRPC may drop a call whose trailing metadata exceeds 8 KiB, so texts that may quote what a user sent are
 # cut. At worst the message is percent-encoded to three times its bytes, and the details (the message and
@@ -57,11 +67,20 @@ def invalid_argument(violations: Sequence[FieldViolation]) -> status_pb2.Status:
     return build(grpc.StatusCode.INVALID_ARGUMENT, sentence, [detail])
 
 
-def retry_later(code: grpc.StatusCode, sentence: str, delay_s: float) -> status_pb2.Status:
-    """RESOURCE_EXHAUSTED or UNAVAILABLE with the delay in seconds after which to try again."""
+def retry_later(code: grpc.StatusCode, sentence: str, delay_s: float, reason: str = "") -> status_pb2.Status:
+    """RESOURCE_EXHAUSTED or UNAVAILABLE with the delay in seconds after which to try again.
+
+    reason: one of this module's reasons, where programs have to tell this status from others of its code.
+    """
     delay = duration_pb2.Duration()
     delay.FromNanoseconds(round(delay_s * 1e9))
-    return build(code, sentence, [error_details_pb2.RetryInfo(retry_delay=delay)])
+    details: list[message.Message] = [error_details_pb2.RetryInfo(retry_delay=delay)]
+    return build(code, sentence, [*details, *([error_info(reason)] if reason else [])])
+
+
+def error_info(reason: str) -> error_details_pb2.ErrorInfo:
+    """The detail that names a reason of this module."""
+    return error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], status: status_pb2.Status) -> NoReturn:
@@ -110,6 +129,15 @@ def retry_delay(status: status_pb2.Status) -> float | None:
         if detail.Unpack(info):
             return float(info.retry_delay.ToNanoseconds() / 1e9)
     return None
+
+
+def reason(status: status_pb2.Status) -> str:
+    """The reason that a status names, of those in this module's domain; empty where it names none."""
+    info = error_details_pb2.ErrorInfo()
+    for detail in status.details:
+        if detail.Unpack(info) and info.domain == DOMAIN:
+            return str(info.reason)
+    return ""
 
 
 def _parse(data: bytes) -> status_pb2.Status | None:

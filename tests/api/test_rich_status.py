@@ -2,6 +2,7 @@
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -171,3 +172,12 @@ def test_the_malformed_example_is_what_it_says():
     data = request_with_latin1_stop().replace(b"\xe9", b"e")
     request = inference_pb2.GenerateRequest.FromString(data)
     assert (request.prompt, list(request.sampling.stop)) == ("a", ["e"])
+
+
+def test_a_reason_is_read_in_our_domain_only():
+    died = rich_status.retry_later(grpc.StatusCode.UNAVAILABLE, "gone", 1.0, rich_status.ENGINE_DIED)
+    assert rich_status.reason(died) == "ENGINE_DIED"
+    assert rich_status.retry_delay(died) == 1.0
+    foreign = error_details_pb2.ErrorInfo(reason="ENGINE_DIED", domain="example.com")
+    assert rich_status.reason(rich_status.build(grpc.StatusCode.UNAVAILABLE, "gone", [foreign])) == ""
+    assert rich_status.reason(rich_status.retry_later(grpc.StatusCode.UNAVAILABLE, "gone", 1.0)) == ""

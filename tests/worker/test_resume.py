@@ -133,6 +133,8 @@ def test_usage_counts_the_whole_text(revised):
     tokens = [token for response in whole for token in response.tokens]
     rest = list(revised.inference.Generate(request(sampling, seed=9, revision="r1", tokens=tokens[:12])))
     assert [token for response in rest for token in response.tokens] == tokens[12:]
+    assert [response.resumed for response in whole] == [0] * len(whole)
+    assert [response.resumed for response in rest] == [12] + [0] * (len(rest) - 1)
     assert rest[-1].usage == whole[-1].usage
     assert rest[-1].usage.completion_tokens == 30
     assert rest[-1].finish_reason == pb.FINISH_REASON_LENGTH

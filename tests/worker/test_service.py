@@ -285,6 +285,7 @@ def test_a_killed_engine_ends_streams_and_worker_with_a_sentence(own_worker):
     error = refused(running)
     assert error.code() is grpc.StatusCode.UNAVAILABLE
     assert "killed by SIGKILL" in error.details()
+    assert rich_status.reason(rich_status.from_error(error)) == rich_status.ENGINE_DIED
     assert own_worker.process.wait(DEADLINE_S) == 1
     own_worker.wait_line("error: the engine process was killed by SIGKILL")
     assert own_worker.lines[-1].startswith("error: ")

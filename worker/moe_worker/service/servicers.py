@@ -149,17 +149,22 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             code = grpc.StatusCode.RESOURCE_EXHAUSTED
             await rich_status.abort(context, rich_status.retry_later(code, str(error), error.retry_after_s))
         try:
+            resumed = len(checked.written)
             while stream.timeline.finish_reason is None or stream.pending:
                 chunk = await stream.take()
                 if chunk.finish_reason in FAILURES:
                     break
-                written = len(checked.written) + stream.timeline.tokens
-                yield _response(chunk, len(checked.prompt), written)
+                response = _response(
+                    chunk, len(checked.prompt), len(checked.written) + stream.timeline.tokens
+                )
+                response.resumed, resumed = resumed, 0  # on the first message only
+                yield response
             if stream.timeline.finish_reason in FAILURES:
                 await rich_status.abort(context, rich_status.build(*FAILURES[stream.timeline.finish_reason]))
         except EngineDiedError as error:
             code = grpc.StatusCode.UNAVAILABLE
-            await rich_status.abort(context, rich_status.retry_later(code, str(error), RETRY_ELSEWHERE_S))
+            status = rich_status.retry_later(code, str(error), RETRY_ELSEWHERE_S, rich_status.ENGINE_DIED)
+            await rich_status.abort(context, status)
         finally:
             # Also when the client has gone: the engine frees the slot before its next step.
             served.engine.close(number)

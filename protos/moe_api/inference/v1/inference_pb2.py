@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$moe_api/inference/v1/inference.proto\x12\x14moe_api.inference.v1\"\xde\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12\x37\n\rprompt_tokens\x18\x03 \x01(\x0b\x32\x1e.moe_api.inference.v1.TokenIdsH\x00\x12:\n\x08sampling\x18\x04 \x01(\x0b\x32(.moe_api.inference.v1.SamplingParameters\x12,\n\x06resume\x18\x05 \x01(\x0b\x32\x1c.moe_api.inference.v1.ResumeB\x07\n\x05input\"F\n\x06Resume\x12\x0e\n\x06tokens\x18\x01 \x03(\r\x12\x11\n\x04seed\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x10\n\x08revision\x18\x03 \x01(\tB\x07\n\x05_seed\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x97\x05\n\x12SamplingParameters\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\x05min_p\x18\x07 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x02H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\t \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\n \x01(\x02H\x08\x88\x01\x01\x12K\n\nlogit_bias\x18\x0b \x03(\x0b\x32\x37.moe_api.inference.v1.SamplingParameters.LogitBiasEntry\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x17\n\nignore_eos\x18\r \x01(\x08H\t\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0e \x01(\rH\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0f \x01(\rH\x0b\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_ignore_eosB\r\n\x0b_min_tokensB\x0b\n\t_logprobs\"\xce\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x03(\r\x12\x39\n\rfinish_reason\x18\x03 \x01(\x0e\x32\".moe_api.inference.v1.FinishReason\x12*\n\x05usage\x18\x04 \x01(\x0b\x32\x1b.moe_api.inference.v1.Usage\x12\x35\n\x08logprobs\x18\x05 \x03(\x0b\x32#.moe_api.inference.v1.TokenLogprobs\"O\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12-\n\x03top\x18\x02 \x03(\x0b\x32 .moe_api.inference.v1.TopLogprob\",\n\nTopLogprob\x12\r\n\x05token\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"J\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x1a\n\x12\x61\x64\x64_special_tokens\x18\x03 \x01(\x08\"B\n\x10TokenizeResponse\x12.\n\x06tokens\x18\x01 \x01(\x0b\x32\x1e.moe_api.inference.v1.TokenIds\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xb3\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x18\n\x10parameters_total\x18\x03 \x01(\x04\x12\x19\n\x11parameters_active\x18\x04 \x01(\x04\x12\x0e\n\x06\x66ormat\x18\x05 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x06 \x01(\r\x12\x17\n\x0fvocabulary_size\x18\x07 \x01(\r\x12\x10\n\x08revision\x18\x08 \x01(\t*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x9a\x02\n\x10InferenceService\x12[\n\x08Generate\x12%.moe_api.inference.v1.GenerateRequest\x1a&.moe_api.inference.v1.GenerateResponse0\x01\x12Y\n\x08Tokenize\x12%.moe_api.inference.v1.TokenizeRequest\x1a&.moe_api.inference.v1.TokenizeResponse\x12N\n\x08GetModel\x12%.moe_api.inference.v1.GetModelRequest\x1a\x1b.moe_api.inference.v1.Modelb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$moe_api/inference/v1/inference.proto\x12\x14moe_api.inference.v1\"\xde\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x06prompt\x18\x02 \x01(\tH\x00\x12\x37\n\rprompt_tokens\x18\x03 \x01(\x0b\x32\x1e.moe_api.inference.v1.TokenIdsH\x00\x12:\n\x08sampling\x18\x04 \x01(\x0b\x32(.moe_api.inference.v1.SamplingParameters\x12,\n\x06resume\x18\x05 \x01(\x0b\x32\x1c.moe_api.inference.v1.ResumeB\x07\n\x05input\"F\n\x06Resume\x12\x0e\n\x06tokens\x18\x01 \x03(\r\x12\x11\n\x04seed\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x10\n\x08revision\x18\x03 \x01(\tB\x07\n\x05_seed\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x97\x05\n\x12SamplingParameters\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\x05min_p\x18\x07 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x02H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\t \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\n \x01(\x02H\x08\x88\x01\x01\x12K\n\nlogit_bias\x18\x0b \x03(\x0b\x32\x37.moe_api.inference.v1.SamplingParameters.LogitBiasEntry\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x17\n\nignore_eos\x18\r \x01(\x08H\t\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0e \x01(\rH\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0f \x01(\rH\x0b\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_ignore_eosB\r\n\x0b_min_tokensB\x0b\n\t_logprobs\"\xdf\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x03(\r\x12\x39\n\rfinish_reason\x18\x03 \x01(\x0e\x32\".moe_api.inference.v1.FinishReason\x12*\n\x05usage\x18\x04 \x01(\x0b\x32\x1b.moe_api.inference.v1.Usage\x12\x35\n\x08logprobs\x18\x05 \x03(\x0b\x32#.moe_api.inference.v1.TokenLogprobs\x12\x0f\n\x07resumed\x18\x06 \x01(\r\"O\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12-\n\x03top\x18\x02 \x03(\x0b\x32 .moe_api.inference.v1.TopLogprob\",\n\nTopLogprob\x12\r\n\x05token\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"J\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x1a\n\x12\x61\x64\x64_special_tokens\x18\x03 \x01(\x08\"B\n\x10TokenizeResponse\x12.\n\x06tokens\x18\x01 \x01(\x0b\x32\x1e.moe_api.inference.v1.TokenIds\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xb3\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x18\n\x10parameters_total\x18\x03 \x01(\x04\x12\x19\n\x11parameters_active\x18\x04 \x01(\x04\x12\x0e\n\x06\x66ormat\x18\x05 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x06 \x01(\r\x12\x17\n\x0fvocabulary_size\x18\x07 \x01(\r\x12\x10\n\x08revision\x18\x08 \x01(\t*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x9a\x02\n\x10InferenceService\x12[\n\x08Generate\x12%.moe_api.inference.v1.GenerateRequest\x1a&.moe_api.inference.v1.GenerateResponse0\x01\x12Y\n\x08Tokenize\x12%.moe_api.inference.v1.TokenizeRequest\x1a&.moe_api.inference.v1.TokenizeResponse\x12N\n\x08GetModel\x12%.moe_api.inference.v1.GetModelRequest\x1a\x1b.moe_api.inference.v1.Modelb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1805
-  _globals['_FINISHREASON']._serialized_end=1900
+  _globals['_FINISHREASON']._serialized_start=1822
+  _globals['_FINISHREASON']._serialized_end=1917
   _globals['_GENERATEREQUEST']._serialized_start=63
   _globals['_GENERATEREQUEST']._serialized_end=285
   _globals['_RESUME']._serialized_start=287
@@ -46,21 +46,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_start=821
   _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_end=869
   _globals['_GENERATERESPONSE']._serialized_start=1051
-  _globals['_GENERATERESPONSE']._serialized_end=1257
-  _globals['_TOKENLOGPROBS']._serialized_start=1259
-  _globals['_TOKENLOGPROBS']._serialized_end=1338
-  _globals['_TOPLOGPROB']._serialized_start=1340
-  _globals['_TOPLOGPROB']._serialized_end=1384
-  _globals['_USAGE']._serialized_start=1386
-  _globals['_USAGE']._serialized_end=1443
-  _globals['_TOKENIZEREQUEST']._serialized_start=1445
-  _globals['_TOKENIZEREQUEST']._serialized_end=1519
-  _globals['_TOKENIZERESPONSE']._serialized_start=1521
-  _globals['_TOKENIZERESPONSE']._serialized_end=1587
-  _globals['_GETMODELREQUEST']._serialized_start=1589
-  _globals['_GETMODELREQUEST']._serialized_end=1621
-  _globals['_MODEL']._serialized_start=1624
-  _globals['_MODEL']._serialized_end=1803
-  _globals['_INFERENCESERVICE']._serialized_start=1903
-  _globals['_INFERENCESERVICE']._serialized_end=2185
+  _globals['_GENERATERESPONSE']._serialized_end=1274
+  _globals['_TOKENLOGPROBS']._serialized_start=1276
+  _globals['_TOKENLOGPROBS']._serialized_end=1355
+  _globals['_TOPLOGPROB']._serialized_start=1357
+  _globals['_TOPLOGPROB']._serialized_end=1401
+  _globals['_USAGE']._serialized_start=1403
+  _globals['_USAGE']._serialized_end=1460
+  _globals['_TOKENIZEREQUEST']._serialized_start=1462
+  _globals['_TOKENIZEREQUEST']._serialized_end=1536
+  _globals['_TOKENIZERESPONSE']._serialized_start=1538
+  _globals['_TOKENIZERESPONSE']._serialized_end=1604
+  _globals['_GETMODELREQUEST']._serialized_start=1606
+  _globals['_GETMODELREQUEST']._serialized_end=1638
+  _globals['_MODEL']._serialized_start=1641
+  _globals['_MODEL']._serialized_end=1820
+  _globals['_INFERENCESERVICE']._serialized_start=1920
+  _globals['_INFERENCESERVICE']._serialized_end=2202
 # @@protoc_insertion_point(module_scope)

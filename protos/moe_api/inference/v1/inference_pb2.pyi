@@ -8,7 +8,7 @@ of a replica). Both serve grpc.health.v1.Health and server reflection beside thi
 
 Errors carry a google.rpc.Status in the trailing metadata: INVALID_ARGUMENT with
 google.rpc.BadRequest (one violation per field), RESOURCE_EXHAUSTED and UNAVAILABLE with
-google.rpc.RetryInfo. A request that is not a valid protobuf message (text that is not UTF-8, for
+google.rpc.RetryInfo, and google.rpc.ErrorInfo where programs have to tell two errors of a code apart. A request that is not a valid protobuf message (text that is not UTF-8, for
 one) is answered with INVALID_ARGUMENT too.
 
 W3C trace context ("traceparent" in the metadata) is honoured and passed on.
@@ -341,10 +341,15 @@ class GenerateResponse(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    RESUMED_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """What is new since the last message. Never ends inside a UTF-8 character; may be empty."""
     finish_reason: Global___FinishReason.ValueType
     """Set on the last message only."""
+    resumed: _builtins.int
+    """On the first message of an answer that takes up a stream: how many resume.tokens the worker goes on
+    behind. 0 on the others, and from workers of earlier versions.
+    """
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The tokens that are new since the last message. Text waits for whole characters and for
@@ -367,10 +372,11 @@ class GenerateResponse(_message.Message):
         finish_reason: Global___FinishReason.ValueType = ...,
         usage: Global___Usage | None = ...,
         logprobs: _abc.Iterable[Global___TokenLogprobs] | None = ...,
+        resumed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "logprobs", b"logprobs", "text", b"text", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "logprobs", b"logprobs", "resumed", b"resumed", "text", b"text", "tokens", b"tokens", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -63,8 +63,15 @@ class InferenceServiceServicer:
 
         Status codes: INVALID_ARGUMENT (a field is out of range; the sentence says which and what is
         allowed), NOT_FOUND (no such model here), RESOURCE_EXHAUSTED (the queue is full; retry after the
-        delay given), FAILED_PRECONDITION (resume names another revision), UNAVAILABLE (loading, draining, or the worker died; retry), CANCELLED,
-        DEADLINE_EXCEEDED (the deadline of the call passed; what was sent is valid).
+        delay given), FAILED_PRECONDITION (resume names another revision), UNAVAILABLE (loading, draining, or the
+        worker died; retry), CANCELLED, DEADLINE_EXCEEDED (the deadline of the call passed; what was sent is
+        valid), INTERNAL (do not retry).
+
+        INTERNAL comes without RetryInfo and with a google.rpc.ErrorInfo of domain "serving.moe-operator.dev":
+        reason REPLICAS_DIED where replicas died one after the other with this request in flight, which may be
+        the cause; reason REPLICA_BROKE_PROTOCOL where a worker answered against this contract. INTERNAL, because
+        clients and proxies retry UNAVAILABLE, RESOURCE_EXHAUSTED and often ABORTED by default; DATA_LOSS would say
+        that stored data is damaged.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -8,7 +8,7 @@ of a replica). Both serve grpc.health.v1.Health and server reflection beside thi
 
 Errors carry a google.rpc.Status in the trailing metadata: INVALID_ARGUMENT with
 google.rpc.BadRequest (one violation per field), RESOURCE_EXHAUSTED and UNAVAILABLE with
-google.rpc.RetryInfo. A request that is not a valid protobuf message (text that is not UTF-8, for
+google.rpc.RetryInfo, and google.rpc.ErrorInfo where programs have to tell two errors of a code apart. A request that is not a valid protobuf message (text that is not UTF-8, for
 one) is answered with INVALID_ARGUMENT too.
 
 W3C trace context ("traceparent" in the metadata) is honoured and passed on.
@@ -51,8 +51,15 @@ class InferenceServiceStub:
 
     Status codes: INVALID_ARGUMENT (a field is out of range; the sentence says which and what is
     allowed), NOT_FOUND (no such model here), RESOURCE_EXHAUSTED (the queue is full; retry after the
-    delay given), FAILED_PRECONDITION (resume names another revision), UNAVAILABLE (loading, draining, or the worker died; retry), CANCELLED,
-    DEADLINE_EXCEEDED (the deadline of the call passed; what was sent is valid).
+    delay given), FAILED_PRECONDITION (resume names another revision), UNAVAILABLE (loading, draining, or the
+    worker died; retry), CANCELLED, DEADLINE_EXCEEDED (the deadline of the call passed; what was sent is
+    valid), INTERNAL (do not retry).
+
+    INTERNAL comes without RetryInfo and with a google.rpc.ErrorInfo of domain "serving.moe-operator.dev":
+    reason REPLICAS_DIED where replicas died one after the other with this request in flight, which may be
+    the cause; reason REPLICA_BROKE_PROTOCOL where a worker answered against this contract. INTERNAL, because
+    clients and proxies retry UNAVAILABLE, RESOURCE_EXHAUSTED and often ABORTED by default; DATA_LOSS would say
+    that stored data is damaged.
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Turns text into the token ids of the model. Idempotent.
@@ -77,8 +84,15 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
 
     Status codes: INVALID_ARGUMENT (a field is out of range; the sentence says which and what is
     allowed), NOT_FOUND (no such model here), RESOURCE_EXHAUSTED (the queue is full; retry after the
-    delay given), FAILED_PRECONDITION (resume names another revision), UNAVAILABLE (loading, draining, or the worker died; retry), CANCELLED,
-    DEADLINE_EXCEEDED (the deadline of the call passed; what was sent is valid).
+    delay given), FAILED_PRECONDITION (resume names another revision), UNAVAILABLE (loading, draining, or the
+    worker died; retry), CANCELLED, DEADLINE_EXCEEDED (the deadline of the call passed; what was sent is
+    valid), INTERNAL (do not retry).
+
+    INTERNAL comes without RetryInfo and with a google.rpc.ErrorInfo of domain "serving.moe-operator.dev":
+    reason REPLICAS_DIED where replicas died one after the other with this request in flight, which may be
+    the cause; reason REPLICA_BROKE_PROTOCOL where a worker answered against this contract. INTERNAL, because
+    clients and proxies retry UNAVAILABLE, RESOURCE_EXHAUSTED and often ABORTED by default; DATA_LOSS would say
+    that stored data is damaged.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Turns text into the token ids of the model. Idempotent.
@@ -106,8 +120,15 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Status codes: INVALID_ARGUMENT (a field is out of range; the sentence says which and what is
         allowed), NOT_FOUND (no such model here), RESOURCE_EXHAUSTED (the queue is full; retry after the
-        delay given), FAILED_PRECONDITION (resume names another revision), UNAVAILABLE (loading, draining, or the worker died; retry), CANCELLED,
-        DEADLINE_EXCEEDED (the deadline of the call passed; what was sent is valid).
+        delay given), FAILED_PRECONDITION (resume names another revision), UNAVAILABLE (loading, draining, or the
+        worker died; retry), CANCELLED, DEADLINE_EXCEEDED (the deadline of the call passed; what was sent is
+        valid), INTERNAL (do not retry).
+
+        INTERNAL comes without RetryInfo and with a google.rpc.ErrorInfo of domain "serving.moe-operator.dev":
+        reason REPLICAS_DIED where replicas died one after the other with this request in flight, which may be
+        the cause; reason REPLICA_BROKE_PROTOCOL where a worker answered against this contract. INTERNAL, because
+        clients and proxies retry UNAVAILABLE, RESOURCE_EXHAUSTED and often ABORTED by default; DATA_LOSS would say
+        that stored data is damaged.
         """
 
     @_abc_1.abstractmethod
