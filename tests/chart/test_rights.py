@@ -61,9 +61,7 @@ def restricted(docs: Live) -> None:
     strict = Live(docs.cluster, "strict")
     strict.apply(manifest("refused"))
     condition = strict.wait("Ready", "PodRefused", "refused")
-    assert (
-        "0 of 1 replica answers; refused-0-0: Create Pod refused-0-0 in StatefulSet" in condition["message"]
-    )
+    assert "0/1 replicas ready; refused-0-0: Create Pod refused-0-0 in StatefulSet" in condition["message"]
     assert 'violates PodSecurity "restricted:latest": restricted volume types' in condition["message"]
     strict.kubectl("label", "namespace", "strict", "pod-security.kubernetes.io/enforce-")
     strict.wait("Ready", "AllReplicasReady", "refused", seconds=120)

@@ -43,7 +43,7 @@ def test_status_waits_until_the_change_is_through(docs):
     change(docs, 4)
     done = moe(docs, "status", "docs")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-1] == f"Complete: 1 replica at revision {revision(docs)}"
+    assert done.stdout.splitlines()[-1] == f"Complete: 1/1 replicas ready at revision {revision(docs)}"
     assert revision(docs) != before
 
 

@@ -61,6 +61,9 @@ def test_zero_replicas_by_scaling_promise_that_a_request_brings_one():
     decided = world.status.model_copy(update={"scaling": ScalingStatus(desired_replicas=0)})
     world.deployment = replace(world.deployment, status=decided)
     ready = world.step().status.condition(READY)
+    assert (ready.status, ready.reason) == ("False", "FrontendNotReady"), "nobody would hold a request"
+    world.frontend_ready()
+    ready = world.step().status.condition(READY)
     assert (ready.reason, "the next one is held" in ready.message) == ("ScaledToZero", True)
 
 

@@ -11,8 +11,9 @@ from moe_operator.cli import errors
 from moe_operator.cli.errors import CommandError
 from moe_operator.cli.kube import TIMEOUT_S, reading
 from moe_operator.resources import names
+from moe_operator.resources.status import DONE, PROGRESSING
 
-_DONE: Final = ("Complete", "PartitionReached")
+_PAUSED: Final = "Paused"
 _POLL_S: Final = 0.5
 _JSON_PATCH: Final = "application/json-patch+json"
 
@@ -53,9 +54,9 @@ def status(name: str, namespace: str | None, context: str | None, timeout: float
             if message != said:
                 click.echo(f"{reason}: {message}")
                 said = message
-            if reason in _DONE:
+            if reason in DONE:
                 return
-            if holds == "False":
+            if holds == "False" or reason == _PAUSED:
                 raise CommandError(
                     f"the rollout of {name} does not go on: see `moe status {name}`", errors.FAILED
                 )
@@ -122,7 +123,7 @@ def _set_pause(name: str, namespace: str | None, context: str | None, *, value: 
 def _progress(body: dict[str, Any]) -> tuple[str, str, str]:
     """Reason, message and status of Progressing, once the operator has seen the latest spec."""
     for condition in body.get("status", {}).get("conditions", ()):
-        if condition["type"] == "Progressing":
+        if condition["type"] == PROGRESSING:
             if condition.get("observedGeneration") == body["metadata"]["generation"]:
                 return condition["reason"], condition["message"], condition["status"]
             break

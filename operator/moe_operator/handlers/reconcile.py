@@ -41,6 +41,9 @@ from moe_operator.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+_AFTER_DEADLINE_SECONDS = 0.5
+"""Times in the status are whole seconds: so much later the deadline has passed for certain."""
+
 
 class Watcher(Protocol):
     """Who else wants to know what a reconcile finds."""
@@ -126,7 +129,14 @@ class Reconciler:
         opened = {gate.pod for gate in todo.gates}
         if any(pod.name not in opened for pod in todo.unrouted):
             return self.settings.routing_seconds
-        return self.settings.recheck_seconds if todo.recheck else self.settings.resync_seconds
+        return self._until_next(todo)
+
+    def _until_next(self, todo: Plan) -> float:
+        """Seconds until the next look where no event asks for an earlier one."""
+        pause = self.settings.recheck_seconds if todo.recheck else self.settings.resync_seconds
+        if todo.deadline is None:
+            return pause
+        return min(pause, max((todo.deadline - self.clock()).total_seconds(), 0) + _AFTER_DEADLINE_SECONDS)
 
     def _planned(self, deployment: Deployment, observed: Observed) -> tuple[Deployment, Observed, Plan]:
         """What to do, with what it follows from: pinned pods, and the answers of workers and frontends."""

@@ -11,7 +11,7 @@ from moe_operator.manifests.decision import Decision
 from moe_operator.manifests.objects import Manifest, applied_digest, key
 from moe_operator.manifests.observed import Observed
 from moe_operator.resources.deployment import Deployment
-from moe_operator.resources.status import PROGRESSING
+from moe_operator.resources.status import COMPLETE, PROGRESSING
 
 
 class Why(Enum):
@@ -60,7 +60,7 @@ def _guarded(manifest: Manifest, actual: Manifest) -> Manifest:
 def _was_complete(deployment: Deployment) -> bool:
     """Whether everything that is wanted now was wanted and there when we last looked."""
     progressing = deployment.status.condition(PROGRESSING)
-    complete = progressing is not None and progressing.reason == "Complete"
+    complete = progressing is not None and progressing.reason == COMPLETE
     # Scaling changes what is wanted without a new generation of the spec.
     wanted = (deployment.identity.generation, deployment.wanted_replicas)
     return complete and (deployment.status.observed_generation, deployment.status.desired_replicas) == wanted

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Literal
 
 from moe_operator.manifests.decision import timestamp
 from moe_operator.manifests.problems import QUALITY, Problem
 from moe_operator.manifests.state import State
-from moe_operator.resources.status import MODEL_LOADED, PROGRESSING, QUALITY_GATE, READY, Condition, Status
+from moe_operator.resources.status import (
+    ACTIVE,
+    COMPLETE,
+    DONE,
+    MODEL_LOADED,
+    PARTITION_REACHED,
+    PROGRESSING,
+    QUALITY_GATE,
+    READY,
+    RECONCILING,
+    SCALED_TO_ZERO,
+    STALLED,
+    Condition,
+    Status,
+)
 
 _NAMES_SHOWN = 3
 
@@ -18,40 +32,69 @@ _NAMES_SHOWN = 3
 class Verdict:
     """A condition before it has a time."""
 
-    holds: bool
+    holds: bool | None
+    """None: not known, or neither."""
     reason: str
     message: str
 
     @property
-    def status(self) -> Literal["True", "False"]:
+    def status(self) -> Literal["True", "False", "Unknown"]:
         """As Kubernetes writes it."""
+        if self.holds is None:
+            return "Unknown"
         return "True" if self.holds else "False"
 
 
 def verdicts(state: State) -> dict[str, Verdict]:
     """What holds of a deployment, by condition type."""
-    found = {READY: ready(state), PROGRESSING: progressing(state), MODEL_LOADED: model_loaded(state)}
+    progress = progressing(state)
+    found = {
+        READY: ready(state),
+        ACTIVE: active(state),
+        PROGRESSING: progress,
+        MODEL_LOADED: model_loaded(state),
+        **abnormal(progress),
+    }
     return {**found, QUALITY_GATE: quality_gate(state)} if state.gated else found
 
 
+def abnormal(progress: Verdict) -> dict[str, Verdict]:
+    """The conditions that kstatus reads, which are there only while they hold.
+
+    progress: the verdict on Progressing. `Stalled` holds where it is False, `Reconciling` while it is not
+    done (sigs.k8s.io/cli-utils, pkg/kstatus).
+    """
+    if progress.holds is False:
+        return {STALLED: replace(progress, holds=True)}
+    if progress.reason not in DONE:
+        return {RECONCILING: replace(progress, holds=True)}
+    return {}
+
+
 def ready(state: State) -> Verdict:
-    """Whether every replica and the frontend answer."""
+    """Whether all replicas and frontends that are wanted are ready; where none is wanted, all are."""
     if state.conflicts:
         return Verdict(False, "NameConflict", _conflict_sentence(state))
+    if state.wanted == 0 and not (state.on_demand and _frontends_missing(state)):
+        return Verdict(True, SCALED_TO_ZERO, _nobody_sentence(state))
+    obstacle = _obstacle(state)
+    if obstacle is not None:
+        return Verdict(False, obstacle.reason, f"{_count(state)}; {obstacle.message}")
+    return Verdict(True, "AllReplicasReady", f"{_count(state)}, {_frontend_count(state)}")
+
+
+def active(state: State) -> Verdict:
+    """Whether a replica serves requests now; a deployment that is scaled to zero is not active, by design."""
     if state.wanted == 0:
-        return Verdict(False, "ScaledToZero", _nobody_sentence(state))
-    count = _count(state)
-    if state.ready < state.wanted:
-        return _not_all_ready(state, count)
-    if state.frontend_ready == 0:
-        problem = state.frontend_problem or Problem("FrontendNotReady", "it is starting")
-        return Verdict(False, problem.reason, f"{count}; no frontend does: {problem.message}")
-    return Verdict(True, "AllReplicasReady", f"{count}, and so does the frontend")
+        return Verdict(False, SCALED_TO_ZERO, _nobody_sentence(state))
+    if state.ready:
+        return Verdict(True, "Serving", _count(state))
+    return Verdict(None, "Activating", _count(state))
 
 
 def _nobody_sentence(state: State) -> str:
     if state.on_demand:
-        return "there were no requests; the next one is held until a replica is there"
+        return "there were no requests; the next one is held until a replica is ready"
     return "no replica is wanted; set spec.replicas to 1 or more to serve requests"
 
 
@@ -60,66 +103,97 @@ def _replicas(number: int) -> str:
 
 
 def _count(state: State) -> str:
-    verb = "answers" if state.wanted == 1 else "answer"
-    return f"{min(state.ready, state.wanted)} of {_replicas(state.wanted)} {verb}"
+    return f"{min(state.ready, state.wanted)}/{state.wanted} replicas ready"
 
 
-def _not_all_ready(state: State, count: str) -> Verdict:
-    reason = "ReplicasNotReady" if state.problem is None else state.problem[1].reason
-    return Verdict(False, reason, f"{count}; {_obstacle(state)}")
+def _updated_count(state: State) -> str:
+    return f"{state.updated}/{state.wanted} replicas ready at revision {state.revision}"
 
 
-def _obstacle(state: State) -> str:
-    """What keeps replicas from answering."""
-    if state.problem is None:
-        return _waiting_for(state)
-    pod, problem = state.problem
-    return f"{pod.name}: {problem.message}"
+def _frontend_count(state: State) -> str:
+    return f"{state.frontend.ready}/{state.frontend.wanted} frontends ready"
 
 
-def _waiting_for(state: State) -> str:
+def _frontends_missing(state: State) -> bool:
+    return state.frontend.ready < state.frontend.wanted
+
+
+def _obstacle(state: State) -> Problem | None:
+    """What keeps the deployment from being ready: first what is wrong, then what only needs time."""
+    if state.ready < state.wanted and state.problem is not None:
+        pod, problem = state.problem
+        return replace(problem, message=f"{pod.name}: {problem.message}")
+    if _frontends_missing(state) and state.frontend.problem is not None:
+        name, problem = state.frontend.problem
+        return replace(problem, message=f"{_frontend_count(state)}; {name}: {problem.message}")
+    if state.ready < state.wanted:
+        return _waiting_for_replicas(state)
+    if _frontends_missing(state):
+        return Problem("FrontendNotReady", f"{_frontend_count(state)}; waiting for them to become ready")
+    return None
+
+
+def _waiting_for_replicas(state: State) -> Problem:
     pods = state.unready_pods
-    if not pods:
-        return "waiting for their pods to be made"
+    loading = [pod.name for pod in pods if not pod.containers_ready and not pod.terminating]
+    unrouted = [pod.name for pod in pods if pod.containers_ready]
+    if loading:
+        return Problem("ReplicasNotReady", f"waiting for {_names(loading)} to load the model")
+    if unrouted:
+        waiting = f"waiting for the frontends to route to {_names(unrouted)}"
+        return Problem("FrontendNotReady", f"{_frontend_count(state)}; {waiting}")
+    if pods:
+        return Problem("ReplicasNotReady", f"waiting for {_names([p.name for p in pods])} to terminate")
+    return Problem("ReplicasNotReady", "waiting for their pods to be created")
+
+
+def _names(pods: list[str]) -> str:
     more = f" and {len(pods) - _NAMES_SHOWN} more" if len(pods) > _NAMES_SHOWN else ""
-    return f"waiting for {', '.join(pods[:_NAMES_SHOWN])}{more} to load the model"
+    return f"{', '.join(pods[:_NAMES_SHOWN])}{more}"
 
 
 def progressing(state: State) -> Verdict:
-    """Whether work towards the spec goes on. False is both done and stuck; the reason says which."""
+    """Whether the deployment gets closer to its spec, by the conventions of a Deployment of apps/v1.
+
+    True while a rollout goes on and when it is complete, False when it is stuck, Unknown when it is paused.
+    """
+    return (
+        _stuck(state)
+        or _paused(state)
+        or _no_room(state)
+        or _replicas_progressing(state)
+        or _frontend_progressing(state)
+        or _complete(state)
+    )
+
+
+def _stuck(state: State) -> Verdict | None:
+    """A rollout that does not go on without help."""
     if state.conflicts:
         return Verdict(False, "NameConflict", _conflict_sentence(state))
-    held = _held(state) or _no_room(state)
-    if held is not None:
-        return held
+    if state.stalled:
+        return Verdict(False, "ProgressDeadlineExceeded", _deadline_sentence(state))
     if state.problem is not None and state.problem[1].stuck:
         pod, problem = state.problem
         return Verdict(False, problem.reason, f"{pod.name} cannot start: {problem.message}")
-    return _replicas_progressing(state) or _frontend_progressing(state) or _complete(state)
-
-
-def _complete(state: State) -> Verdict:
-    if state.old:
-        count = f"{state.updated} of {_replicas(state.wanted)} at revision {state.revision}"
-        stay = f"spec.rollout.partition leaves {len(state.old)} at an older one"
-        return Verdict(False, "PartitionReached", f"{count}; {stay}")
-    return Verdict(False, "Complete", f"{_replicas(state.wanted)} at revision {state.revision}")
-
-
-def _held(state: State) -> Verdict | None:
-    """A rollout that does not go on by itself."""
-    count = f"{state.updated} of {_replicas(state.wanted)} at revision {state.revision}"
-    if state.old and state.rollout.pause:
-        return Verdict(False, "Paused", f"{count}; set spec.rollout.pause to false to go on")
-    if state.stalled:
-        limit = state.rollout.progress_deadline_seconds
-        why = f"no further replica was ready for {limit} s"
-        if state.problem is not None:
-            why += f"; {state.problem[0].name}: {state.problem[1].message}"
-        return Verdict(
-            False, "ProgressDeadlineExceeded", f"{count}; {why}; edit the spec, or undo the rollout"
-        )
     return None
+
+
+def _deadline_sentence(state: State) -> str:
+    limit = state.rollout.progress_deadline_seconds
+    why = f"nothing further was ready for {limit} s"
+    if state.problem is not None:
+        why += f"; {state.problem[0].name}: {state.problem[1].message}"
+    elif (obstacle := _obstacle(state)) is not None:
+        why += f"; {obstacle.message}"
+    remedy = "edit the spec, or undo the rollout" if state.old else "edit the spec"
+    return f"{_updated_count(state)}; {why}; {remedy}"
+
+
+def _paused(state: State) -> Verdict | None:
+    if not (state.old and state.rollout.pause):
+        return None
+    return Verdict(None, "Paused", f"{_updated_count(state)}; set spec.rollout.pause to false to go on")
 
 
 def _no_room(state: State) -> Verdict | None:
@@ -130,42 +204,52 @@ def _no_room(state: State) -> Verdict | None:
     pod = state.leaders[unplaced[0]]
     said = pod.problem.message if pod.problem is not None else "no node takes it"
     advice = "free resources, or raise spec.rollout.maxUnavailable so that an old replica makes room"
-    return Verdict(False, "InsufficientCapacity", f"{pod.name}: {said}; {advice}")
+    return Verdict(True, "InsufficientCapacity", f"{pod.name}: {said}; {advice}")
 
 
 def _replicas_progressing(state: State) -> Verdict | None:
     staying = min(state.rollout.partition, state.wanted)
-    if len(state.old) > staying:
-        message = f"{state.updated} of {_replicas(state.wanted)} at revision {state.revision}"
-        return Verdict(True, "RollingOut", message)
+    if state.wanted and len(state.old) > staying:
+        trouble = f"; {state.problem[0].name}: {state.problem[1].message}" if state.problem else ""
+        return Verdict(True, "RollingOut", f"{_updated_count(state)}{trouble}")
     if state.surplus:
-        return Verdict(True, "ScalingDown", f"{_replicas(state.surplus)} more than wanted on the way out")
+        return Verdict(True, "ScalingDown", f"{_replicas(state.surplus)} more than wanted, terminating")
     if state.ready < state.wanted:
-        return Verdict(True, "Starting", f"{_count(state)}; {_obstacle(state)}")
+        obstacle = _obstacle(state)
+        return Verdict(True, "Starting", f"{_count(state)}; {obstacle.message if obstacle else 'starting'}")
     return None
 
 
 def _frontend_progressing(state: State) -> Verdict | None:
     # Without a worker no frontend becomes Ready, so a change of it waits for the first replica.
-    if state.frontend_updated or state.wanted == 0:
+    frontend = state.frontend
+    if state.wanted == 0 or (frontend.updated and not _frontends_missing(state)):
         return None
-    problem = state.frontend_problem
-    if problem is not None and problem.stuck:
-        message = f"the frontend cannot be brought up to date: {problem.message}"
-        return Verdict(False, problem.reason, message)
-    return Verdict(True, "RollingOut", "the frontend is being brought up to date")
+    message = f"{_frontend_count(state)}"
+    if not frontend.updated:
+        message += "; the frontend rolls out"
+    if frontend.problem is not None:
+        message += f"; {frontend.problem[0]}: {frontend.problem[1].message}"
+    return Verdict(True, "Starting" if frontend.updated else "RollingOut", message)
+
+
+def _complete(state: State) -> Verdict:
+    if state.old:
+        stay = f"spec.rollout.partition leaves {len(state.old)} at an older one"
+        return Verdict(True, PARTITION_REACHED, f"{_updated_count(state)}; {stay}")
+    return Verdict(True, COMPLETE, _updated_count(state))
 
 
 def model_loaded(state: State) -> Verdict:
     """Whether at least one worker has loaded the model."""
-    if state.ready:
+    if state.loaded:
         return Verdict(True, "Loaded", _model_sentence(state))
+    if state.wanted == 0:
+        return Verdict(None, SCALED_TO_ZERO, "no worker is wanted")
     if state.problem is not None:
         pod, problem = state.problem
         return Verdict(False, problem.reason, f"{pod.name}: {problem.message}")
-    if state.wanted == 0:
-        return Verdict(False, "ScaledToZero", "no worker is wanted")
-    return Verdict(False, "Loading", _waiting_for(state))
+    return Verdict(False, "Loading", _waiting_for_replicas(state).message)
 
 
 def quality_gate(state: State) -> Verdict:
@@ -173,9 +257,9 @@ def quality_gate(state: State) -> Verdict:
     if state.problem is not None and state.problem[1].reason == QUALITY:
         pod, problem = state.problem
         return Verdict(False, QUALITY, f"{pod.name}: {problem.message}")
-    if state.updated and state.ready:
+    if state.updated or (state.model is not None and state.model.revision == state.revision):
         return Verdict(True, "Passed", "the checkpoint's quality.json is within spec.quality")
-    return Verdict(False, "NotChecked", "no worker of this revision has read the checkpoint's report yet")
+    return Verdict(None, "NotChecked", "no worker of this revision has read the checkpoint's report yet")
 
 
 def _model_sentence(state: State) -> str:

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from moe_operator.manifests import problems
-from moe_operator.manifests.objects import Key, Manifest, belongs
+from moe_operator.manifests.objects import Key, Manifest, belongs, key
 from moe_operator.manifests.problems import Problem
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Identity
@@ -123,9 +123,9 @@ def _unplaced_since(status: Mapping[str, Any]) -> datetime | None:
 def owned(observed: Observed, kind: str, owner: Identity) -> dict[str, Manifest]:
     """Children of one kind that are this deployment's, by name."""
     return {
-        key.name: manifest
-        for key, manifest in observed.children.items()
-        if key.kind == kind and belongs(manifest, owner)
+        child.name: manifest
+        for child, manifest in observed.children.items()
+        if child.kind == kind and belongs(manifest, owner)
     }
 
 
@@ -142,17 +142,41 @@ def podless(observed: Observed, owner: Identity) -> list[str]:
     ]
 
 
-def frontend_ready(observed: Observed, name: str) -> int:
-    """Frontend pods that the Deployment counts as Ready."""
-    manifest = observed.children.get(Key("Deployment", names.frontend(name)), {})
-    return int(manifest.get("status", {}).get("readyReplicas", 0))
+@dataclass(frozen=True)
+class FrontendState:
+    """The frontend's pods, against what is wanted of them."""
+
+    wanted: int = 0
+    ready: int = 0
+    """Of them, at most those wanted."""
+    updated: bool = False
+    """All are of the template asked for, and none is there beyond them."""
+    problem: tuple[str, Problem] | None = None
+    """The first pod that cannot start, or the Deployment that cannot create pods, and why."""
 
 
-def frontend_updated(observed: Observed, name: str) -> bool:
-    """Whether all frontend pods are of the Deployment's current template, and none is there beyond them."""
+def frontend_state(observed: Observed, name: str, wanted: int) -> FrontendState:
+    """How the frontend of a deployment fares, as its Deployment and its pods say."""
     manifest = observed.children.get(Key("Deployment", names.frontend(name)))
     if manifest is None:
-        return False
-    status, wanted = manifest.get("status", {}), manifest["spec"]["replicas"]
+        return FrontendState(wanted)
+    return FrontendState(
+        wanted,
+        min(int(manifest.get("status", {}).get("readyReplicas", 0)), wanted),
+        _is_updated(manifest, wanted),
+        _frontend_problem(observed, manifest),
+    )
+
+
+def _is_updated(manifest: Manifest, wanted: int) -> bool:
+    status = manifest.get("status", {})
     seen = status.get("observedGeneration", 0) >= manifest["metadata"].get("generation", 0)
     return bool(seen and status.get("replicas", 0) == status.get("updatedReplicas", 0) == wanted)
+
+
+def _frontend_problem(observed: Observed, manifest: Manifest) -> tuple[str, Problem] | None:
+    for pod in frontends(observed):
+        if pod.problem is not None:
+            return pod.name, pod.problem
+    refused = problems.of_workload(manifest)
+    return None if refused is None else (str(key(manifest)), refused)

@@ -17,7 +17,7 @@ from moe_operator.manifests.rollout import Moves, Replica
 from moe_operator.manifests.state import State
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Identity
-from moe_operator.resources.status import PROGRESSING, READY, Condition, Status
+from moe_operator.resources.status import PROGRESSING, READY, RECONCILING, STALLED, Condition, Status
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Plan:
     decisions: tuple[Decision, ...]
     recheck: bool
     """Something is awaited that sends no event: look again soon."""
+    deadline: datetime | None = None
+    """When the rollout under way counts as stuck, which sends no event either; None where that is past."""
     drain: tuple[str, ...] = ()
     """IP addresses of workers to be told, before anything is deleted, that they get no more requests."""
     choice: tuple[Pod, ...] = ()
@@ -83,6 +85,7 @@ def plan(deployment: Deployment, observed: Observed, now: datetime) -> Plan:
             *transitions(deployment.status, status),
         ),
         recheck=_is_awaited(deployment, observed, current),
+        deadline=None if current.stalled else current.deadline,
         drain=_to_drain(moves, current),
         choice=_choice(moves, current) if not observed.work else (),
         gates=tuple(gates.changes(current.leaders.values(), observed.routed)),
@@ -146,7 +149,7 @@ def _is_awaited(deployment: Deployment, observed: Observed, current: State) -> b
         return True
     if any(pod.terminating for rank, pod in current.leaders.items() if rank in current.replicas):
         return True
-    return current.progress is not None and not current.terms.held
+    return bool(current.old) and current.progress is not None and not current.terms.held
 
 
 def model_address(deployment: Deployment, observed: Observed) -> str | None:
@@ -214,14 +217,7 @@ def transitions(before: Status, after: Status) -> list[Decision]:
     return list(dict.fromkeys(told))
 
 
-_EXPECTED = (
-    "Complete",
-    "PartitionReached",
-    "Paused",
-    "ReplicasNotReady",
-    "FrontendNotReady",
-    "ScaledToZero",
-)
+_EXPECTED = ("ReplicasNotReady", "FrontendNotReady")
 """Reasons of a condition that is False without anything being wrong."""
 
 
@@ -243,7 +239,8 @@ def refused(before: Status, planned: Status, message: str, now: datetime) -> Sta
     Nothing goes on; but replicas that answer requests still do, so a Ready that is True stays.
     """
     ready = planned.condition(READY)
-    kinds = {PROGRESSING} if ready is not None and ready.status == "True" else {READY, PROGRESSING}
+    serves = ready is not None and ready.status == "True" and planned.ready_replicas > 0
+    kinds = {PROGRESSING} if serves else {READY, PROGRESSING}
     verdict = Verdict(False, "ApplyRefused", message)
     return _stuck(before, planned, planned.observed_generation or 0, kinds, verdict, now)
 
@@ -251,6 +248,7 @@ def refused(before: Status, planned: Status, message: str, now: datetime) -> Sta
 def _stuck(
     before: Status, after: Status, generation: int, kinds: set[str], verdict: Verdict, now: datetime
 ) -> Status:
-    stuck = conditions.dated(dict.fromkeys(sorted(kinds), verdict), before, generation, now)
-    kept = tuple(condition for condition in after.conditions if condition.type not in kinds)
+    found = {**dict.fromkeys(sorted(kinds), verdict), **conditions.abnormal(verdict)}
+    stuck = conditions.dated(found, before, generation, now)
+    kept = tuple(one for one in after.conditions if one.type not in {*found, RECONCILING, STALLED})
     return after.model_copy(update={"observed_generation": generation, "conditions": (*stuck, *kept)})

@@ -13,6 +13,8 @@ _QUALITY_LINE = "quality gate: "
 """What a worker begins its sentence with where a checkpoint is worse than spec.quality allows."""
 
 QUALITY = "QualityTooLow"
+POD_REFUSED = "PodRefused"
+"""The API server takes no such pod: a quota, Pod Security or an admission policy is against it."""
 _EXIT_BAD_INPUT = 2
 """Exit code of a worker that refuses its checkpoint or its configuration: starting it again is of no use."""
 
@@ -25,6 +27,7 @@ _WAITING = {
     "CreateContainerError": "ContainerCreateFailed",
     "RunContainerError": "ContainerCreateFailed",
 }
+_NEEDS_EDIT = ("InvalidImageName",)
 _UNINFORMATIVE = ("ImagePullBackOff",)
 """Reasons whose message repeats that there was an error instead of saying which."""
 
@@ -37,8 +40,8 @@ class Problem:
     """One CamelCase word."""
     message: str
     """A sentence."""
-    stuck: bool = True
-    """Time alone will not help; False while a crashed container is on its way back."""
+    stuck: bool = False
+    """Only an edit of the spec or of the checkpoint helps: no retry and no new node does."""
 
 
 def of_pod(pod: Mapping[str, Any]) -> Problem | None:
@@ -59,7 +62,7 @@ def _waiting(container: Mapping[str, Any]) -> Problem | None:
     detail = waiting.get("message") or waiting["reason"]
     if waiting["reason"] in _UNINFORMATIVE:
         detail = f"image {container.get('image')}: {detail}"
-    return Problem(reason, detail.strip())
+    return Problem(reason, detail.strip(), stuck=waiting["reason"] in _NEEDS_EDIT)
 
 
 def _terminated(container: Mapping[str, Any]) -> Problem | None:
@@ -74,11 +77,12 @@ def _terminated(container: Mapping[str, Any]) -> Problem | None:
     said = error_sentence(end.get("message", ""))
     name = container["name"]
     if name == names.ROLE_WORKER and end["exitCode"] == _EXIT_BAD_INPUT and said is not None:
-        return Problem(QUALITY if said.startswith(_QUALITY_LINE) else "ModelLoadFailed", said)
+        refused = QUALITY if said.startswith(_QUALITY_LINE) else "ModelLoadFailed"
+        return Problem(refused, said, stuck=True)
     runs = "running" in container.get("state", {})
     sentence = said or _crash_sentence(name, end)
     reason = f"{name.capitalize()}Failed" if said else "ContainerCrashed"
-    return Problem(reason, f"{sentence}; it is started again" if runs else sentence, stuck=not runs)
+    return Problem(reason, f"{sentence}; it is started again" if runs else sentence)
 
 
 def _crash_sentence(name: str, end: Mapping[str, Any]) -> str:
@@ -105,7 +109,7 @@ def _without_node(pod: Mapping[str, Any]) -> Problem | None:
     sentence = (
         f"node {node} does not report to Kubernetes; after some minutes another replica takes its place"
     )
-    return Problem("NodeNotReady", sentence, stuck=False)
+    return Problem("NodeNotReady", sentence)
 
 
 def _unschedulable(status: Mapping[str, Any]) -> Problem | None:
@@ -113,4 +117,12 @@ def _unschedulable(status: Mapping[str, Any]) -> Problem | None:
         if condition["type"] == "PodScheduled" and condition["status"] == "False":
             message = condition.get("message", "no node takes it")
             return Problem(condition.get("reason", "Unschedulable"), message)
+    return None
+
+
+def of_workload(manifest: Mapping[str, Any]) -> Problem | None:
+    """Why a Deployment's controller cannot create pods, as its condition ReplicaFailure says; else None."""
+    for condition in manifest.get("status", {}).get("conditions", ()):
+        if condition["type"] == "ReplicaFailure" and condition["status"] == "True":
+            return Problem(POD_REFUSED, condition.get("message", "the API server gives no reason"))
     return None

@@ -8,16 +8,8 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from moe_operator.manifests.decision import timestamp
-from moe_operator.manifests.observed import (
-    Observed,
-    Pod,
-    frontend_ready,
-    frontend_updated,
-    frontends,
-    leaders,
-    owned,
-)
-from moe_operator.manifests.problems import Problem
+from moe_operator.manifests.observed import FrontendState, Observed, Pod, frontend_state, leaders, owned
+from moe_operator.manifests.problems import POD_REFUSED, Problem
 from moe_operator.manifests.rollout import Moves, Replica, Terms, moves
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment
@@ -44,14 +36,12 @@ class State:
     """Leader pods by data rank; those of replicas that are gone already included."""
     progress: RolloutStatus | None
     """How far the rollout under way has come; None where there is none."""
+    deadline: datetime | None
+    """When that rollout counts as stuck unless it progresses; None where there is none."""
     stalled: bool
-    """It has come no further for longer than its deadline allows."""
+    """The deadline has passed."""
     rollout: Rollout
-    frontend_ready: int
-    """Frontend pods that are Ready."""
-    frontend_updated: bool
-    """All frontend pods are of the template asked for."""
-    frontend_problem: Problem | None
+    frontend: FrontendState
     model: ModelInfo | None
     """What a worker said of the model, now or earlier."""
     on_demand: bool = False
@@ -82,9 +72,8 @@ class State:
 
     @property
     def updated(self) -> int:
-        """Replicas whose leader runs the revision asked for."""
-        current = (rank for rank, replica in self.replicas.items() if replica.revision == self.revision)
-        return sum(rank in self.leaders for rank in current)
+        """Replicas of the revision asked for that answer requests."""
+        return _ready_at(self.revision, self.replicas)
 
     @property
     def old(self) -> list[Replica]:
@@ -102,15 +91,20 @@ class State:
         """The first leader that cannot start, and why."""
         pods = [(pod, pod.problem) for pod in self._staying()]
         for name, why in self.refused.items():
-            problem = Problem("PodRefused", why)
+            problem = Problem(POD_REFUSED, why)
             missing = Pod(name, "", ready=False, terminating=False, revision="", data_rank=0, problem=problem)
             pods.append((missing, problem))
         return next(((pod, problem) for pod, problem in pods if problem is not None), None)
 
     @property
-    def unready_pods(self) -> list[str]:
-        """Names of the leaders that do not answer yet."""
-        return [pod.name for pod in self._staying() if not pod.ready]
+    def loaded(self) -> bool:
+        """Whether a worker has loaded the model, whether or not requests reach it."""
+        return self.ready > 0 or any(pod.containers_ready for pod in self._staying())
+
+    @property
+    def unready_pods(self) -> list[Pod]:
+        """The leaders that do not answer yet."""
+        return [pod for pod in self._staying() if not pod.ready]
 
     def _staying(self) -> list[Pod]:
         return [pod for rank, pod in self.leaders.items() if rank in self.replicas]
@@ -121,20 +115,20 @@ def read(
 ) -> State:
     """Sums up what was observed."""
     pods = leaders(observed)
-    problems = (pod.problem for pod in frontends(observed))
     replicas = _replicas(deployment, observed, pods, now)
-    progress = _progress(deployment, replicas, revision, now)
+    frontend = frontend_state(observed, deployment.name, deployment.spec.frontend.replicas)
+    progress = _progress(deployment, replicas, frontend, revision, now)
+    deadline = None if progress is None else _deadline(deployment, progress)
     return State(
         wanted=deployment.wanted_replicas,
         revision=revision,
         replicas=replicas,
         leaders=pods,
         progress=progress,
-        stalled=progress is not None and _is_late(deployment, progress, replicas, now),
+        deadline=deadline,
+        stalled=deadline is not None and now > deadline,
         rollout=deployment.spec.rollout,
-        frontend_ready=frontend_ready(observed, deployment.name),
-        frontend_updated=frontend_updated(observed, deployment.name),
-        frontend_problem=next((problem for problem in problems if problem is not None), None),
+        frontend=frontend,
         model=observed.model or deployment.status.model,
         on_demand=deployment.scales_to_zero,
         conflicts=conflicts,
@@ -145,26 +139,58 @@ def read(
 
 
 def _progress(
-    deployment: Deployment, replicas: dict[int, Replica], revision: str, now: datetime
+    deployment: Deployment,
+    replicas: dict[int, Replica],
+    frontend: FrontendState,
+    revision: str,
+    now: datetime,
 ) -> RolloutStatus | None:
-    """How far the present rollout has come, from what was written of it last."""
-    if all(replica.revision == revision for replica in replicas.values()):
+    """How far the present rollout has come, from what was written of it last; None where there is none.
+
+    As with a Deployment of apps/v1, a rollout is over once everything was ready at its revision: pods that
+    fail later and replicas that scaling adds have no deadline.
+    """
+    if not _is_under_way(deployment, replicas, frontend, revision):
         return None
-    ready = sum(replica.ready and replica.revision == revision for replica in replicas.values())
-    before = deployment.status.rollout
-    same = before is not None and (before.revision, before.ready_replicas) == (revision, ready)
-    if before is not None and same and not deployment.spec.rollout.pause:
-        return before
-    return RolloutStatus(revision=revision, ready_replicas=ready, progressed_at=timestamp(now))
+    before, counts = deployment.status.rollout, (_ready_at(revision, replicas), frontend.ready)
+    if before is not None and before.revision == revision and not _is_paused(deployment, replicas, revision):
+        most = (max(counts[0], before.ready_replicas), max(counts[1], before.ready_frontends))
+        if most == (before.ready_replicas, before.ready_frontends):
+            return before
+        counts = most
+    return RolloutStatus(
+        revision=revision,
+        ready_replicas=counts[0],
+        ready_frontends=counts[1],
+        progressed_at=timestamp(now),
+    )
 
 
-def _is_late(
-    deployment: Deployment, progress: RolloutStatus, replicas: dict[int, Replica], now: datetime
+def _is_under_way(
+    deployment: Deployment, replicas: dict[int, Replica], frontend: FrontendState, revision: str
 ) -> bool:
-    """Whether replicas of the new revision are awaited for too long."""
-    waiting = any(not r.ready for r in replicas.values() if r.revision == progress.revision)
+    """Whether a rollout has begun, of workers or of the frontend, and is not complete."""
+    wanted, before = deployment.wanted_replicas, deployment.status
+    old = sum(replica.revision != revision for replica in replicas.values())
+    staying = min(deployment.spec.rollout.partition, wanted)
+    begun = before.revision != revision or before.rollout is not None
+    # Without a worker no frontend becomes Ready, so a change of it waits for the first replica.
+    routed = wanted == 0 or (frontend.updated and frontend.ready == frontend.wanted)
+    complete = routed and old <= staying and _ready_at(revision, replicas) >= wanted - old
+    return not complete and (begun or old > staying or (wanted > 0 and not frontend.updated))
+
+
+def _is_paused(deployment: Deployment, replicas: dict[int, Replica], revision: str) -> bool:
+    return deployment.spec.rollout.pause and any(one.revision != revision for one in replicas.values())
+
+
+def _ready_at(revision: str, replicas: Mapping[int, Replica]) -> int:
+    return sum(replica.ready and replica.revision == revision for replica in replicas.values())
+
+
+def _deadline(deployment: Deployment, progress: RolloutStatus) -> datetime:
     limit = timedelta(seconds=deployment.spec.rollout.progress_deadline_seconds)
-    return waiting and now - datetime.fromisoformat(progress.progressed_at) > limit
+    return datetime.fromisoformat(progress.progressed_at) + limit
 
 
 def _replicas(

@@ -15,6 +15,15 @@ READY = "Ready"
 PROGRESSING = "Progressing"
 MODEL_LOADED = "ModelLoaded"
 QUALITY_GATE = "QualityGate"
+ACTIVE = "Active"
+RECONCILING = "Reconciling"
+STALLED = "Stalled"
+"""Reconciling and Stalled are there only where they hold: what kstatus reads (sigs.k8s.io/cli-utils)."""
+COMPLETE = "Complete"
+PARTITION_REACHED = "PartitionReached"
+SCALED_TO_ZERO = "ScaledToZero"
+DONE = (COMPLETE, PARTITION_REACHED)
+"""Reasons of Progressing where everything is as the spec asks."""
 
 
 class Observed(Model):
@@ -27,7 +36,8 @@ class Condition(Observed):
     """One aspect of the deployment's state."""
 
     type: str = Field(
-        description="Which aspect: Ready, Progressing, ModelLoaded, QualityGate or ScalingActive.",
+        description="Which aspect: Ready, Active, Progressing, Reconciling, Stalled, ModelLoaded, "
+        "QualityGate or ScalingActive.",
         max_length=64,
     )
     status: Literal["True", "False", "Unknown"] = Field(description="Whether it holds.")
@@ -64,9 +74,12 @@ class RolloutStatus(Observed):
     """How far a rollout has come, so that one that comes no further is noticed."""
 
     revision: str = Field(description="Revision that is rolled out.")
-    ready_replicas: int = Field(default=0, description="Replicas of this revision that answer requests.")
+    ready_replicas: int = Field(
+        default=0, description="Replicas of this revision that were ready at once, at most."
+    )
+    ready_frontends: int = Field(default=0, description="Frontend pods that were ready at once, at most.")
     progressed_at: str = Field(
-        description="When that number last changed, or the rollout began or was paused (RFC 3339, UTC).",
+        description="When one of these last grew, or the rollout began or was paused (RFC 3339, UTC).",
         json_schema_extra={"format": "date-time"},
     )
 
@@ -82,7 +95,9 @@ class Status(Observed):
     )
     replicas: int = Field(default=0, description="Replicas that have a leader pod.")
     ready_replicas: int = Field(default=0, description="Replicas whose leader answers requests.")
-    updated_replicas: int = Field(default=0, description="Replicas whose leader runs the current revision.")
+    updated_replicas: int = Field(
+        default=0, description="Ready replicas whose leader runs the current revision."
+    )
     selector: str = Field(default="", description="Label selector of the leaders, for the scale subresource.")
     revision: str = Field(default="", description="Hash of the worker's pod template that the spec asks for.")
     rollout: RolloutStatus | None = Field(
@@ -93,8 +108,11 @@ class Status(Observed):
     )
     conditions: tuple[Condition, ...] = Field(
         default=(),
-        description="Ready: every replica and the frontend answer. Progressing: work towards the spec goes "
-        "on. ModelLoaded: at least one worker has loaded the model. ScalingActive: scaling follows the load.",
+        description="Ready: all wanted replicas and frontends are ready, or none is wanted. Active: a "
+        "replica serves; False where none is wanted. Progressing: True while a rollout goes on and when it "
+        "is complete, False when it is stuck. Reconciling, only while it holds: the spec is not reached "
+        "yet. Stalled, only while it holds: it is not reached without help. ModelLoaded: a worker has "
+        "loaded the model. ScalingActive: scaling follows the load.",
         json_schema_extra={LIST_TYPE: "map", LIST_KEYS: ["type"]},
     )
     scaling: ScalingStatus | None = Field(

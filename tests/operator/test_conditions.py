@@ -1,0 +1,307 @@
+"""What conditions say in states that are easily misread, and what kstatus and `kubectl` make of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from moe_operator.manifests.objects import Key
+from moe_operator.manifests.plan import invalid, refused
+from moe_operator.resources import names
+from moe_operator.resources.scaling_status import ScalingStatus
+from moe_operator.resources.status import (
+    ACTIVE,
+    MODEL_LOADED,
+    PROGRESSING,
+    READY,
+    RECONCILING,
+    STALLED,
+    Condition,
+    Status,
+)
+from tests.operator.kstatus import kstatus
+from tests.operator.worlds import World, deployment, settled
+
+FRONTEND = Key("Deployment", "docs-frontend")
+QUOTA = 'pods "docs-frontend-7d9" is forbidden: exceeded quota: small, requested: pods=1, used: pods=4'
+
+
+def condition(world: World, kind: str) -> Condition:
+    found = world.status.condition(kind)
+    assert found is not None, kind
+    return found
+
+
+def said(world: World, kind: str) -> tuple[str, str]:
+    found = condition(world, kind)
+    return found.status, found.reason
+
+
+def body(world: World, status: Status | None = None) -> dict[str, Any]:
+    """The MoEDeployment as the API server gives it."""
+    return {
+        "apiVersion": names.API_VERSION,
+        "kind": names.KIND,
+        "metadata": {
+            "name": "docs",
+            "namespace": "default",
+            "generation": world.deployment.identity.generation,
+        },
+        "status": (status or world.status).manifest(),
+    }
+
+
+def computed(world: World, status: Status | None = None) -> str:
+    return kstatus([body(world, status)])[0]
+
+
+def frontend_pod(world: World, name: str, status: dict[str, Any]) -> None:
+    labels = {names.LABEL_NAME: "docs", names.LABEL_ROLE: names.ROLE_FRONTEND}
+    world.pods[name] = {"metadata": {"name": name, "labels": labels}, "status": status}
+
+
+def loaded(world: World, *ranks: int) -> None:
+    """The leaders' containers are ready; their gates wait for the frontends."""
+    for rank in ranks:
+        pod = world.pods[f"docs-{rank}-0"]
+        pod["spec"] = {"readinessGates": [{"conditionType": names.ROUTED}]}
+        pod["status"]["conditions"] = [{"type": "ContainersReady", "status": "True"}]
+
+
+def waiting(reason: str, message: str) -> dict[str, Any]:
+    state = {"waiting": {"reason": reason, "message": message}}
+    return {"containerStatuses": [{"name": "frontend", "image": "nope:1", "ready": False, "state": state}]}
+
+
+UNSCHEDULABLE = {
+    "conditions": [
+        {
+            "type": "PodScheduled",
+            "status": "False",
+            "reason": "Unschedulable",
+            "message": "0/3 nodes are available: 3 node(s) didn't match Pod's node affinity/selector.",
+        }
+    ]
+}
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "sentence"),
+    [
+        (waiting("ErrImagePull", "no such image"), "ImagePullFailed", "no such image"),
+        (UNSCHEDULABLE, "Unschedulable", "didn't match Pod's node affinity/selector"),
+    ],
+)
+def test_a_frontend_that_cannot_start_is_the_reason_and_not_the_model(status, reason, sentence):
+    world = World(deployment())
+    world.step()
+    loaded(world, 0)
+    frontend_pod(world, "docs-frontend-x", status)
+    world.step()
+    ready = condition(world, READY)
+    assert (ready.status, ready.reason) == ("False", reason)
+    assert ready.message.startswith("0/1 replicas ready; 0/1 frontends ready; docs-frontend-x: ")
+    assert sentence in ready.message
+    assert "load the model" not in ready.message
+    assert said(world, MODEL_LOADED) == ("True", "Loaded")
+
+
+def test_a_quota_that_forbids_the_frontends_pods_is_the_reason():
+    world = World(deployment())
+    world.step()
+    loaded(world, 0)
+    failure = {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreate", "message": QUOTA}
+    world.children[FRONTEND]["status"] = {"conditions": [failure]}
+    world.step()
+    ready = condition(world, READY)
+    assert ready.reason == "PodRefused"
+    assert ready.message == f"0/1 replicas ready; 0/1 frontends ready; Deployment docs-frontend: {QUOTA}"
+
+
+def test_a_loaded_worker_that_no_frontend_routes_to_says_so():
+    world = World(deployment())
+    world.step()
+    loaded(world, 0)
+    world.step()
+    assert condition(world, READY).message == (
+        "0/1 replicas ready; 0/1 frontends ready; waiting for the frontends to route to docs-0-0"
+    )
+
+
+def test_ready_wants_every_frontend():
+    world = settled(frontend={"replicas": 3})
+    world.children[FRONTEND]["status"] = {"replicas": 3, "updatedReplicas": 3, "readyReplicas": 1}
+    world.step()
+    assert said(world, READY) == ("False", "FrontendNotReady")
+    assert condition(world, READY).message.startswith("2/2 replicas ready; 1/3 frontends ready; ")
+    assert (said(world, PROGRESSING)[0], computed(world)) == ("True", "InProgress")
+    world.children[FRONTEND]["status"]["readyReplicas"] = 3
+    world.step()
+    assert condition(world, READY).message == "2/2 replicas ready, 3/3 frontends ready"
+    assert (said(world, PROGRESSING), computed(world)) == (("True", "Complete"), "Current")
+
+
+def test_kstatus_sees_a_first_rollout_through():
+    world = World(deployment(replicas=2))
+    assert kstatus([{**body(world), "status": {}}]) != ["Failed"]
+    world.step()
+    assert (computed(world), said(world, ACTIVE)) == ("InProgress", ("Unknown", "Activating"))
+    world.ready(0)
+    world.step()
+    assert (computed(world), said(world, ACTIVE)) == ("InProgress", ("True", "Serving"))
+    world.ready(1)
+    world.frontend_ready()
+    world.step()
+    assert computed(world) == "Current"
+    assert world.status.condition(RECONCILING) is None
+    assert world.status.rollout is None
+
+
+def test_a_first_rollout_that_never_gets_ready_fails_at_its_deadline_and_heals():
+    world = World(deployment(rollout={"progressDeadlineSeconds": 60}))
+    world.step()
+    world.pods["docs-0-0"]["status"] = waiting("ErrImagePull", "no such image")
+    todo = world.step()
+    assert (said(world, PROGRESSING), computed(world)) == (("True", "Starting"), "InProgress")
+    assert todo.deadline is not None, "no event says that time has passed"
+    world.now = todo.deadline + timedelta(seconds=1)
+    assert world.step().deadline is None
+    progressing = condition(world, PROGRESSING)
+    assert (progressing.status, progressing.reason) == ("False", "ProgressDeadlineExceeded")
+    assert "nothing further was ready for 60 s; docs-0-0: no such image; edit the spec" in progressing.message
+    assert "undo" not in progressing.message, "there is nothing to go back to"
+    assert (said(world, STALLED), computed(world)) == (("True", "ProgressDeadlineExceeded"), "Failed")
+    world.ready(0)
+    world.frontend_ready()
+    world.step()
+    assert (said(world, PROGRESSING), computed(world)) == (("True", "Complete"), "Current")
+    assert world.status.condition(STALLED) is None
+
+
+def test_a_frontend_that_never_gets_ready_fails_the_rollout_too():
+    world = settled(rollout={"progressDeadlineSeconds": 60})
+    world.change(frontend={"image": "nope:1"})
+    world.step()
+    world.children[FRONTEND]["status"] = {"replicas": 2, "updatedReplicas": 1, "readyReplicas": 1}
+    frontend_pod(world, "docs-frontend-y", waiting("ErrImagePull", "no such image"))
+    world.step()
+    assert (said(world, READY)[0], computed(world)) == ("True", "InProgress")
+    world.now += timedelta(seconds=61)
+    world.step()
+    assert (said(world, READY)[0], computed(world)) == ("True", "Failed")
+    assert said(world, PROGRESSING) == ("False", "ProgressDeadlineExceeded")
+
+
+def test_kstatus_fails_a_second_rollout_that_is_stuck_while_ready_stays_true():
+    world = settled(rollout={"progressDeadlineSeconds": 60})
+    world.change(engine={"maxBatchSize": 4})
+    world.step()
+    assert (said(world, READY)[0], computed(world)) == ("True", "InProgress")
+    world.now += timedelta(seconds=62)
+    world.step()
+    assert (said(world, READY)[0], computed(world)) == ("True", "Failed")
+    assert "undo the rollout" in condition(world, PROGRESSING).message
+
+
+def test_a_replica_that_is_ready_on_and_off_does_not_move_the_deadline():
+    world = World(deployment(replicas=2, rollout={"progressDeadlineSeconds": 60}))
+    world.step()
+    for number in range(64):
+        assert number > 60 or said(world, PROGRESSING)[0] == "True"
+        world.ready(0, ready=number % 2 == 0)
+        world.step()
+    assert said(world, PROGRESSING) == ("False", "ProgressDeadlineExceeded")
+
+
+def test_what_fails_after_a_complete_rollout_has_no_deadline():
+    world = settled(rollout={"progressDeadlineSeconds": 60})
+    world.ready(1, ready=False)
+    world.step()
+    world.now += timedelta(hours=1)
+    world.step()
+    assert (said(world, READY)[0], said(world, PROGRESSING)) == ("False", ("True", "Starting"))
+    assert computed(world) == "InProgress"
+    world.change(replicas=3)
+    world.step()
+    world.now += timedelta(hours=1)
+    world.step()
+    assert said(world, PROGRESSING)[0] == "True"
+
+
+def test_a_checkpoint_that_is_refused_stalls_at_once():
+    world = World(deployment())
+    world.step()
+    world.fail(0, 2, "error: /mnt/models/docs-moe/config.json: no such file")
+    world.step()
+    assert said(world, PROGRESSING) == ("False", "ModelLoadFailed")
+    assert computed(world) == "Failed"
+
+
+def test_a_paused_rollout_is_neither_stuck_nor_complete():
+    world = settled()
+    world.change(engine={"maxBatchSize": 4}, rollout={"pause": True})
+    world.step()
+    assert (said(world, PROGRESSING), computed(world)) == (("Unknown", "Paused"), "InProgress")
+
+
+def test_idle_by_design_is_healthy_and_not_active():
+    world = settled(replicas=1)
+    world.change(replicas=0)
+    world.step()
+    world.frontend_ready(0)
+    world.step()
+    assert (said(world, READY), said(world, ACTIVE)) == (("True", "ScaledToZero"), ("False", "ScaledToZero"))
+    assert said(world, MODEL_LOADED) == ("Unknown", "ScaledToZero")
+    assert (said(world, PROGRESSING), computed(world)) == (("True", "Complete"), "Current")
+
+
+def test_a_deployment_that_scales_from_zero_is_ready_while_its_frontend_holds_requests():
+    world = settled(replicas=1, scaling={"minReplicas": 0, "maxReplicas": 2})
+    idle = world.status.model_copy(update={"scaling": ScalingStatus(desired_replicas=0)})
+    world.deployment = replace(world.deployment, status=idle)
+    todo = world.step()
+    assert [deletion.key.name for deletion in todo.delete] == ["docs-0"]
+    assert (said(world, READY), said(world, ACTIVE)) == (("True", "ScaledToZero"), ("False", "ScaledToZero"))
+
+
+def test_updated_counts_ready_replicas_only():
+    world = settled(replicas=2)
+    world.change(engine={"maxBatchSize": 4})
+    world.step()
+    world.step()
+    assert world.status.updated_replicas == 0
+    assert condition(world, PROGRESSING).message.startswith("0/2 replicas ready at revision ")
+    world.ready(2)
+    world.step()
+    assert world.status.updated_replicas == 1
+
+
+def test_what_is_refused_or_invalid_is_stalled():
+    world = settled()
+    for found in (
+        refused(world.status, world.look().status, "forbidden: exceeded quota", world.now),
+        invalid(world.status, world.deployment.identity, "spec.x: no", world.now),
+    ):
+        assert computed(world, found) == "Failed"
+        stalled = found.condition(STALLED)
+        assert stalled is not None
+        assert stalled.observed_generation == world.deployment.identity.generation
+    world.change(engine={"maxBatchSize": 4})
+    world.step()
+    found = refused(world.status, world.look().status, "forbidden: exceeded quota", world.now)
+    assert found.condition(RECONCILING) is None
+
+
+def test_a_deployment_that_is_deleted_is_terminating():
+    gone = body(settled())
+    gone["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    assert kstatus([gone]) == ["Terminating"]
+
+
+def test_a_spec_that_was_not_seen_yet_is_in_progress():
+    world = settled()
+    world.change(replicas=3)
+    assert computed(world) == "InProgress"
