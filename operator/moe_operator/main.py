@@ -1,4 +1,4 @@
-"""The operator's entry point: `kopf run -m moe_operator.main --all-namespaces`."""
+"""What kopf loads: the operator's handlers (`python -m moe_operator`)."""
 
 from __future__ import annotations
 

@@ -29,7 +29,6 @@ def manifest(name: str = "docs", **spec: Any) -> dict[str, Any]:
         "metadata": {"name": name},
         "spec": {
             "model": {"uri": "file:///mnt/models/docs-moe"},
-            # A process stopped while Python starts has no handler yet: it ends with the grace period.
             "worker": {
                 "env": [{"name": "PATH", "value": STANDIN_PATH}],
                 "terminationGracePeriodSeconds": 5,

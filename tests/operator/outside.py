@@ -25,13 +25,7 @@ class Operator:
         sources = os.pathsep.join(str(checkout / part) for part in ("operator", "protos"))
         variables = {f"MOE_OPERATOR_{name.upper()}": value for name, value in settings.items()}
         environment = {**os.environ, "KUBECONFIG": str(kubeconfig), "PYTHONPATH": sources, **variables}
-        command = [
-            str(Path(sys.executable).with_name("kopf")),
-            "run",
-            "-m",
-            "moe_operator.main",
-            "--all-namespaces",
-        ]
+        command = [sys.executable, "-m", "moe_operator", "--all-namespaces"]
         self.started = time.monotonic()
         self.process = subprocess.Popen(
             [*command, "--quiet"], env=environment, cwd=directory, stdout=self._log, stderr=self._log

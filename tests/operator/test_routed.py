@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 
 import grpc
 
@@ -53,6 +54,14 @@ def test_a_frontend_that_is_silent_counts_only_while_clients_reach_it():
     with serving(FIRST, Routes(ONE)) as first:
         assert routed([first, silent], LEADERS, 1) == {}
         assert routed([first, starting], LEADERS, 1) == ONE
+
+
+def test_a_terminating_frontend_that_still_answers_holds_up_nobody():
+    with serving(FIRST, Routes(ONE | TWO)) as first, serving(SECOND, Routes({})) as second:
+        assert routed([first, second], LEADERS, 5) == {}
+        leaving = replace(second, ready=False, terminating=True)
+        assert routed([first, leaving], LEADERS, 5) == ONE | TWO
+        assert routed([leaving], LEADERS, 5) == {}, "no client reaches any"
 
 
 def test_a_frontend_of_before_holds_up_nobody():

@@ -1,6 +1,5 @@
 """The command line: what it says when something is wrong, and how quickly it helps."""
 
-import signal
 import subprocess
 import sys
 
@@ -53,26 +52,6 @@ def test_a_wrong_flag_is_told_in_the_last_line(checkpoint, flags, sentence):
     text, code = failure("serve", "--model", checkpoint, "--listen", "127.0.0.1:0", *flags)
     assert sentence in text
     assert code == 2
-
-
-def test_sigterm_ends_it_while_its_modules_load():
-    """As the first process of a container, for which SIGTERM is ignored until there is a handler."""
-    code = """
-import os, signal, sys
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-from moe_worker.main import main
-class AtFirstHeavyImport:
-    def find_spec(self, name, *_):
-        if name == "grpc":
-            os.kill(os.getpid(), signal.SIGTERM)
-sys.meta_path.insert(0, AtFirstHeavyImport())
-sys.argv[1:] = ["serve", "--model", "nowhere"]
-main()
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "")
 
 
 def test_a_broken_checkpoint_is_told_in_the_last_line(checkpoint, tmp_path):

@@ -1,7 +1,5 @@
 """The command line. A command's module is imported when it is used: torch takes seconds to load."""
 
-import os
-import signal
 import sys
 from collections.abc import Mapping
 from importlib import import_module
@@ -47,9 +45,6 @@ def cli() -> None:
 
 def main() -> None:
     """Runs the command line; the last line on stderr says `error: ` and why if it fails."""
-    # The first process of a container ignores SIGTERM until it has a handler, and importing a command takes
-    # up to seconds: a pod deleted meanwhile would stay for its whole grace period. `serve` sets its own.
-    signal.signal(signal.SIGTERM, lambda number, _frame: os._exit(128 + number))
     try:
         sys.exit(cli.main(standalone_mode=False))
     except click.ClickException as error:

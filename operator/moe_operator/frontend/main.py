@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -204,13 +205,16 @@ def _discovery(
 
 @contextlib.contextmanager
 def _stop_signal() -> Iterator[asyncio.Event]:
-    """An event that SIGTERM or SIGINT sets; a second signal acts as usual and ends the process at once."""
+    """An event that SIGTERM or SIGINT sets; a second signal ends the process at once.
+
+    Not by the default action: the kernel spares a container's first process from that.
+    """
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
 
     def on_signal() -> None:
         stop.set()
         for number in _SIGNALS:
-            loop.remove_signal_handler(number)
+            loop.add_signal_handler(number, os._exit, 128 + number)
 
     for number in _SIGNALS:
         loop.add_signal_handler(number, on_signal)

@@ -18,12 +18,12 @@ _Routes = frozenset[tuple[str, str]]
 def routed(frontends: Iterable[Pod], leaders: Iterable[Pod], timeout_seconds: float) -> dict[str, str]:
     """IP addresses, by name, of those leaders to which every one of the frontends sends requests.
 
-    One that does not answer sends none, unless it is not Ready: then no client reaches it either. One of an
-    earlier version, which knows no such question, goes by what Kubernetes says. None are routed where there
-    is no frontend.
+    One that does not answer sends none, unless it is not Ready: then no client reaches it either. No new
+    request reaches a terminating one, whatever it answers. One of an earlier version, which knows no such
+    question, goes by what Kubernetes says. None are routed where there is no frontend.
     """
     everything = frozenset((leader.name, leader.address) for leader in leaders)
-    reachable = (pod for pod in frontends if pod.address)
+    reachable = (pod for pod in frontends if pod.address and not pod.terminating)
     asked = ask(lambda pod: _routes(pod.address, everything, timeout_seconds), reachable)
     known = [routes or frozenset() for pod, routes in asked if pod.ready or routes is not None]
     return dict(everything.intersection(*known)) if known else {}

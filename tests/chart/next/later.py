@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-from kopf.cli import main
-
+from moe_operator.__main__ import main
 from moe_operator.manifests import frontend, worker
 
 
@@ -26,4 +26,5 @@ worker.rendered, frontend.rendered = later(worker.rendered), later(frontend.rend
 
 if __name__ == "__main__":
     # After the functions are replaced: the table of carriers holds them.
+    del sys.argv[1:3]  # -m moe_operator
     main()
