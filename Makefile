@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak up down lint proto manifests clean setup setup-all tools all-tools environment
+.PHONY: help demo test soak up down lint proto manifests lock dist clean setup setup-all tools all-tools environment
 
 help: ## Show this help
 	@echo "moe-operator: serves Mixture-of-Experts language models on Kubernetes"
@@ -45,6 +45,20 @@ manifests: setup-all ## Generate the CRD and the plain manifest
 	$(BIN)/python -m moe_operator.resources.crd > crds/moedeployments.yaml
 	HELM=$$($(BIN)/python -m localcluster.build helm | cut -d' ' -f2) && HELM=$$HELM charts/render.sh > charts/install.yaml
 
+# `make lock ARGS=--upgrade` takes newer versions, `ARGS="--upgrade-package grpcio"` one; without ARGS only what
+# pyproject.toml asks for changes. What an image installs is a part of what was tested: --constraints.
+COMPILE = $(BIN)/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-emit-index-url \
+	--no-emit-find-links --custom-compile-command "make lock" pyproject.toml
+lock: $(VENV)/.ready ## Write the locked dependencies with hashes: requirements/*.txt (ARGS=--upgrade for newer ones)
+	$(COMPILE) --extra dev $(ARGS) --output-file requirements/dev.txt
+	for extra in dist operator worker; do $(COMPILE) --extra $$extra --upgrade --constraints requirements/dev.txt --output-file requirements/$$extra.txt || exit 1; done
+	$(COMPILE) --extra operator --extra worker --resolution lowest-direct $(ARGS) --output-file requirements/lowest.txt
+
+dist: $(VENV)/.ready ## Build the wheel, the sdist and an SBOM of each image (CycloneDX) into dist/
+	rm -rf dist
+	MOE_CPU_KERNELS=require $(BIN)/python -m build --no-isolation --outdir dist
+	PATH=$(BIN):$$PATH requirements/sbom.sh dist
+
 clean: down ## Stop the cluster and delete everything generated here (not the cache of built tools)
 	rm -rf $(VENV) .local .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist
 
@@ -69,10 +83,11 @@ environment:
 		$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: $(PYTHON) is Python %d.%d; 3.11 or newer is needed: make PYTHON=python3.12 ..." % sys.version_info[:2])' && \
 		$(PYTHON) -m venv $(VENV); }
 
-$(VENV)/.ready: pyproject.toml hatch_build.py $(wildcard worker/moe_worker/kernels/cpu/native/*) | environment
+$(VENV)/.ready: pyproject.toml hatch_build.py requirements/dist.txt requirements/dev.txt $(wildcard worker/moe_worker/kernels/cpu/native/*) | environment
 	@echo "Python environment: installing into $(VENV) (5.5 GB, mostly torch; some minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements/dist.txt
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --requirement requirements/dev.txt
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@# What pods import is compiled here: they cannot write, and would compile it at each start, for seconds.
 	@$(BIN)/python -c "import moe_operator.main, moe_operator.frontend.main, moe_worker.engine.loading, moe_worker.service.command"
 	@touch $@
