@@ -1,10 +1,12 @@
 """Build hook: puts the compiled CPU kernels into the wheel, where a C++ compiler is there.
 
-Without one the wheel is made all the same, with a warning: the operator needs no kernels, and a worker
-computes with plain torch. docs/adr/0008 says more.
+Without one the wheel is built all the same, with a warning: the operator needs no kernels, and a worker
+computes with plain torch. MOE_CPU_KERNELS=require makes that an error; images are built so.
+docs/adr/0008 says more.
 """
 
 import importlib.util
+import os
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -14,13 +16,17 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FOLDER = "moe_worker/kernels/cpu"
+SETTING = "MOE_CPU_KERNELS"
 
 
 class CustomBuildHook(BuildHookInterface[Any]):
     """Compiles into the wheel, or for an editable install beside the sources."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Called by hatchling before the files are gathered."""
+        """Called by hatchling before the files are gathered. Ends the build where required kernels fail."""
+        setting = os.environ.get(SETTING, "optional")
+        if setting not in ("require", "optional"):
+            self.app.abort(f"error: {SETTING} is {setting!r}: set it to require or optional")
         kernels = _load(Path(self.root) / "worker" / FOLDER / "build.py")
         try:
             if version == "editable":
@@ -29,6 +35,11 @@ class CustomBuildHook(BuildHookInterface[Any]):
             self._work = tempfile.TemporaryDirectory()
             made = kernels.build(Path(self._work.name))
         except kernels.BuildError as error:
+            if setting == "require":
+                self.app.abort(
+                    f"error: the worker's CPU kernels cannot be built: {error}; "
+                    f"install g++, or set {SETTING}=optional to build without them"
+                )
             self.app.display_warning(
                 f"WARNING: the worker's CPU kernels are NOT built: {error}. "
                 "Workers on CPUs will be many times slower (plain torch)."
