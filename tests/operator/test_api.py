@@ -326,7 +326,7 @@ def test_the_columns_and_the_short_name(crd):
     status = json.dumps({"status": {"desiredReplicas": 3}})
     crd.kubectl("patch", "moed", "docs", "--subresource=status", "--type=merge", "-p", status)
     header, row = crd.kubectl("get", "moed").splitlines()
-    assert header.split() == ["NAME", "READY", "DESIRED", "AVAILABLE", "UPDATED", "REASON", "AGE"]
+    assert header.split() == ["NAME", "READY", "DESIRED", "AVAILABLE", "UPDATED", "REASON", "ROLLOUT", "AGE"]
     assert row.split()[:2] == ["docs", "3"]
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from moe_operator.kube.execute import event
 from moe_operator.manifests.objects import Key
-from moe_operator.manifests.plan import invalid, refused
+from moe_operator.manifests.plan import invalid, refused, transitions
 from moe_operator.resources import names
 from moe_operator.resources.scaling_status import ScalingStatus
 from moe_operator.resources.status import (
@@ -305,3 +306,27 @@ def test_a_spec_that_was_not_seen_yet_is_in_progress():
     world = settled()
     world.change(replicas=3)
     assert computed(world) == "InProgress"
+
+
+def test_what_a_container_wrote_acts_on_no_terminal_and_is_bounded():
+    world = World(deployment())
+    world.step()
+    world.fail(0, 2, f"error: no \x1b]52;c;cm0gLXJm\x07\u202e {'x' * 100_000}")
+    todo = world.step()
+    texts = [one.message for one in world.status.conditions] + [one.message for one in todo.decisions]
+    assert any("no \\x1b]52;c;cm0gLXJm\\x07\\u202e xxx" in text for text in texts)
+    assert all(text.isprintable() and len(text) <= 4096 for text in texts)
+
+
+def test_what_the_api_server_passes_on_acts_on_no_terminal_and_is_bounded():
+    world = settled()
+    hostile = f"denied by webhook: \x1b[2J\n{'x' * 100_000}"
+    for found in (
+        refused(world.status, world.look().status, hostile, world.now),
+        invalid(world.status, world.deployment.identity, hostile, world.now),
+    ):
+        assert all(one.message.isprintable() and len(one.message) <= 4096 for one in found.conditions)
+        (told,) = transitions(world.status, found)
+        made = event(world.deployment.identity, told, world.now)
+        assert made["message"].startswith("denied by webhook: \\x1b[2J xxx")
+        assert len(made["message"]) <= 1024

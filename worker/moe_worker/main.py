@@ -6,6 +6,7 @@ from importlib import import_module
 
 import click
 
+from moe_api.visible import LOG_MOST, one_line
 from moe_worker.errors import WorkerError
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
@@ -57,5 +58,5 @@ def main() -> None:
 
 def _fail(sentence: str, exit_code: int) -> None:
     """Line breaks would hide the sentence from who reads the last line."""
-    click.echo(f"error: {' '.join(sentence.split())}", err=True)
+    click.echo(f"error: {one_line(' '.join(sentence.split()), LOG_MOST)}", err=True)
     sys.exit(exit_code)

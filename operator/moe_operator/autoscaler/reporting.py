@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
+from moe_api.visible import one_line
 from moe_operator.autoscaler.scaler import MINUTE_S, Outcome
 from moe_operator.autoscaler.subject import Subject
 from moe_operator.manifests.conditions import Verdict
@@ -82,7 +83,7 @@ def _decision(
         before=last,
         after=plan.replicas,
         reason=plan.reason,
-        message=plan.message[:1024],
+        message=one_line(plan.message, 1024),
     )
 
 

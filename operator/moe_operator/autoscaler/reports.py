@@ -32,7 +32,8 @@ class Reading:
 def summary(load: worker_pb2.Load, pod: str) -> ReplicaLoadStatus:
     """What people are told of a leader's load report."""
     capacity = load.kv_tokens_capacity
-    used = round(100 * load.kv_tokens_used / capacity) if capacity else None
+    # A worker that reports more than all contradicts itself (`contradiction`), and fits no field of a status.
+    used = min(round(100 * load.kv_tokens_used / capacity), 100) if capacity else None
     return ReplicaLoadStatus(pod=pod, queued=load.queued, running=load.running, kv_used_percent=used)
 
 

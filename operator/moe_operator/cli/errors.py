@@ -4,11 +4,15 @@ from typing import Any, Final
 
 import click
 
+from moe_api.visible import one_line
+from moe_operator.cli.terminal import say
+
 FAILED: Final = 1
 WRONG: Final = 2
 ABSENT: Final = 3
 BUSY: Final = 4
 LATE: Final = 5
+_SENTENCE_MOST: Final = 4096
 INTERRUPTED: Final = 130  # as shells have it: 128 and the number of SIGINT
 
 
@@ -27,5 +31,5 @@ class CommandError(click.ClickException):
         self.exit_code = exit_code
 
     def show(self, file: Any = None) -> None:
-        """Prints ``error: SENTENCE`` to stderr."""
-        click.echo(f"error: {self.format_message()}", err=True, file=file)
+        """Prints ``error: SENTENCE`` to stderr: one line, though a server may have written it."""
+        say(f"error: {one_line(self.format_message(), _SENTENCE_MOST)}", err=True, file=file)

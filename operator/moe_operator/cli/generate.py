@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace import TracerProvider
 
 from moe_api import semconv, telemetry
 from moe_api.inference.v1 import inference_pb2
-from moe_operator.cli import calling, errors, sampling, timing
+from moe_operator.cli import calling, errors, sampling, terminal, timing
 from moe_operator.cli.timing import Timing
 
 
@@ -73,6 +73,7 @@ def print_stream(
         responses: of one call, begun now.
         clock: seconds, monotonic.
     """
+    write = terminal.writer(sys.stdout)
     started = clock()
     first = last = None
     usage, reason, text = inference_pb2.Usage(), inference_pb2.FINISH_REASON_UNSPECIFIED, ""
@@ -80,7 +81,7 @@ def print_stream(
         last = clock()
         first = last if first is None and (response.tokens or response.text) else first
         text = response.text or text
-        sys.stdout.write(response.text)
+        write(response.text)
         sys.stdout.flush()
         for line in sampling.logprob_lines(response):
             click.echo(line, err=True)

@@ -8,6 +8,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from moe_api.visible import visible_values
 from moe_operator.cli import scaling
 from moe_operator.cli.report import desired
 from moe_operator.resources.deployment import parse_status
@@ -24,7 +25,7 @@ def show(found: Mapping[str, Any], console: Console | None = None) -> None:
 
     Cells are `Text` throughout: in plain strings rich would take brackets of a message for markup.
     """
-    console = console or Console()
+    console, found = console or Console(), visible_values(found)
     if "items" not in found:
         console.print(one(found))
     elif found["items"]:

@@ -10,6 +10,7 @@ import click
 from moe_operator.cli import errors
 from moe_operator.cli.errors import CommandError
 from moe_operator.cli.kube import TIMEOUT_S, reading
+from moe_operator.cli.terminal import say
 from moe_operator.resources import names
 from moe_operator.resources.status import DONE, PROGRESSING
 
@@ -52,7 +53,7 @@ def status(name: str, namespace: str | None, context: str | None, timeout: float
         while True:
             reason, message, holds = _progress(api.get(name))
             if message != said:
-                click.echo(f"{reason}: {message}")
+                say(f"{reason}: {message}")
                 said = message
             if reason in DONE:
                 return
@@ -76,7 +77,7 @@ def history(name: str, namespace: str | None, context: str | None) -> None:
             spec, revision = record["data"]["spec"], record["metadata"]["labels"][names.LABEL_REVISION]
             mark = " (current)" if revision == current else ""
             changed = ", ".join(_differences(before, spec)) if before else "the first one on record"
-            click.echo(f"{record['revision']}  {revision}{mark}  {changed}")
+            say(f"{record['revision']}  {revision}{mark}  {changed}")
             before = spec
 
 

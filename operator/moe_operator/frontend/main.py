@@ -14,6 +14,7 @@ from opentelemetry import metrics, trace
 
 from moe_api import telemetry
 from moe_api.address import check_address
+from moe_api.visible import LOG_MOST, guard_logs, one_line
 from moe_operator.errors import InstallationError, MoEOperatorError
 from moe_operator.frontend import routing
 from moe_operator.frontend.endpoints import Endpoint, static_endpoints
@@ -104,13 +105,14 @@ def main(
         raise click.UsageError(
             "say where the workers are, by one of --deployment NAME and --static HOST:PORT,..."
         )
+    guard_logs()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
         with telemetry.configure("moe-frontend"):
             holding = Hold(hold or patience, deployment or "this frontend", from_zero=hold > 0)
             asyncio.run(_serve(listen[0], namespace, deployment, static or (), (grace, patience), holding))
     except MoEOperatorError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {one_line(str(error), LOG_MOST)}", err=True)
         sys.exit(2)
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from datetime import UTC, datetime
 
+from moe_api.visible import one_line
 from moe_operator.errors import OutOfTimeError
 from moe_operator.kube.client import Cluster
 from moe_operator.manifests.decision import Decision, timestamp
@@ -15,6 +16,9 @@ from moe_operator.manifests.plan import Plan
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Identity
 from moe_operator.resources.status import Status
+
+_EVENT_MOST = 1024
+"""Characters of an Event's message that the API server takes."""
 
 
 def execute(cluster: Cluster, identity: Identity, plan: Plan, in_time: Callable[[], bool]) -> None:
@@ -76,8 +80,7 @@ def event(identity: Identity, decision: Decision, now: datetime) -> Manifest:
         "involvedObject": {**about, **metadata},
         "type": "Warning" if decision.warning else "Normal",
         "reason": decision.reason,
-        # The API server takes 1024 characters.
-        "message": decision.message[:1024],
+        "message": one_line(decision.message, _EVENT_MOST),
         "source": {"component": names.FIELD_MANAGER},
         "reportingComponent": names.FIELD_MANAGER,
         "reportingInstance": os.environ.get("POD_ID", names.FIELD_MANAGER),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Literal
 
+from moe_api.visible import one_line
 from moe_operator.manifests.decision import timestamp
 from moe_operator.manifests.problems import QUALITY, Problem
 from moe_operator.manifests.state import State
@@ -26,6 +27,8 @@ from moe_operator.resources.status import (
 )
 
 _NAMES_SHOWN = 3
+_MESSAGE_MOST = 4096
+"""Characters of a message: Kubernetes takes 32768, which nobody reads."""
 
 
 @dataclass(frozen=True)
@@ -296,7 +299,7 @@ def dated(
                 type=kind,
                 status=verdict.status,
                 reason=verdict.reason,
-                message=verdict.message,
+                message=one_line(verdict.message, _MESSAGE_MOST),
                 observed_generation=generation,
                 last_transition_time=before.last_transition_time if before and same else timestamp(now),
             )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from moe_api.visible import one_line
 from moe_operator.resources import names
 
 _ERROR_LINE = "error: "
@@ -44,8 +45,22 @@ class Problem:
     """Only an edit of the spec or of the checkpoint helps: no retry and no new node does."""
 
 
+_MESSAGE_MOST = 1024
+"""Characters of a sentence that a pod, the kubelet or an admission policy wrote."""
+
+
 def of_pod(pod: Mapping[str, Any]) -> Problem | None:
     """What keeps a pod from becoming Ready; None when it runs or just needs time."""
+    found = _of_pod(pod)
+    return None if found is None else _bounded(found)
+
+
+def _bounded(problem: Problem) -> Problem:
+    """Whoever controls a container controls what is said here."""
+    return replace(problem, message=one_line(problem.message, _MESSAGE_MOST))
+
+
+def _of_pod(pod: Mapping[str, Any]) -> Problem | None:
     status = pod.get("status", {})
     for container in status.get("containerStatuses", ()):
         found = _waiting(container) or (None if container.get("ready") else _terminated(container))
@@ -124,5 +139,6 @@ def of_workload(manifest: Mapping[str, Any]) -> Problem | None:
     """Why a Deployment's controller cannot create pods, as its condition ReplicaFailure says; else None."""
     for condition in manifest.get("status", {}).get("conditions", ()):
         if condition["type"] == "ReplicaFailure" and condition["status"] == "True":
-            return Problem(POD_REFUSED, condition.get("message", "the API server gives no reason"))
+            why = condition.get("message", "the API server gives no reason")
+            return _bounded(Problem(POD_REFUSED, why))
     return None

@@ -24,6 +24,8 @@ PARTITION_REACHED = "PartitionReached"
 SCALED_TO_ZERO = "ScaledToZero"
 DONE = (COMPLETE, PARTITION_REACHED)
 """Reasons of Progressing where everything is as the spec asks."""
+REPORTED_NAME_MOST = 64
+"""Characters of a name that a worker reports."""
 
 
 class Observed(Model):
@@ -57,7 +59,9 @@ class ModelInfo(Observed):
     """The model as a worker reports it."""
 
     architecture: str = Field(
-        default="", description='Architecture as the checkpoint names it, e.g. "deepseek_v3".'
+        default="",
+        description='Architecture as the checkpoint names it, e.g. "deepseek_v3".',
+        max_length=REPORTED_NAME_MOST,
     )
     parameters_total: int = Field(
         default=0, description="Weights in the whole model.", json_schema_extra=_INT64
@@ -65,7 +69,11 @@ class ModelInfo(Observed):
     parameters_active: int = Field(
         default=0, description="Weights that one token passes through.", json_schema_extra=_INT64
     )
-    format: str = Field(default="", description='Number format of the weights as served, e.g. "bf16".')
+    format: str = Field(
+        default="",
+        description='Number format of the weights as served, e.g. "bf16".',
+        max_length=REPORTED_NAME_MOST,
+    )
     context_length: int = Field(default=0, description="Tokens of prompt and continuation together, at most.")
     revision: str = Field(default="", description="Revision of the worker that reported this.")
 

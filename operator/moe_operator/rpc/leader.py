@@ -7,10 +7,13 @@ import ipaddress
 import grpc
 
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
+from moe_api.visible import one_line
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
 from moe_operator.errors import RetryableError
 from moe_operator.resources import names
-from moe_operator.resources.status import ModelInfo
+from moe_operator.resources.status import REPORTED_NAME_MOST, ModelInfo
+
+_INT64_MOST = 2**63 - 1
 
 
 def get_model(address: str, revision: str, timeout_seconds: float) -> ModelInfo:
@@ -27,10 +30,10 @@ def get_model(address: str, revision: str, timeout_seconds: float) -> ModelInfo:
                 f"the worker at {address} did not say what model it serves: {error}"
             ) from error
     return ModelInfo(
-        architecture=model.architecture,
-        parameters_total=model.parameters_total,
-        parameters_active=model.parameters_active,
-        format=model.format,
+        architecture=one_line(model.architecture, REPORTED_NAME_MOST),
+        parameters_total=min(model.parameters_total, _INT64_MOST),
+        parameters_active=min(model.parameters_active, _INT64_MOST),
+        format=one_line(model.format, REPORTED_NAME_MOST),
         context_length=model.context_length,
         revision=revision,
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from moe_api.address import check_address
+from moe_api.visible import guard_logs
 from moe_worker.config.engine import DTYPES, FORMATS, KV_DTYPES, EngineOptions
 from moe_worker.config.quality import check_quality
 from moe_worker.config.quantity import parse_bytes
@@ -118,6 +119,7 @@ def serve(
     Example:
       moe-worker serve --model examples/docs-moe --listen 127.0.0.1:8000
     """
+    guard_logs()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     most, text = options.pop("max_bits_per_byte_increase"), options.pop("quality_text")
     if most is not None:

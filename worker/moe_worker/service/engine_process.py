@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from moe_api.visible import guard_logs
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.loading import load
 from moe_worker.errors import WorkerError
@@ -42,6 +43,7 @@ def main() -> None:
     # The edge drains before it ends; a signal to the whole process group must not break that.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    guard_logs()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     connection = socket.socket(fileno=int(sys.argv[1]))
     sender = _Sender(connection)
