@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from moe_operator.manifests.children import KINDS
 from moe_operator.manifests.objects import Manifest
+from moe_operator.manifests.ownership import is_ours
 from moe_operator.resources import names
 
 _FASTEST = 1
@@ -150,6 +152,8 @@ def deployment_of(manifest: Mapping[str, Any]) -> str:
 
 def _entry(manifest: Manifest) -> tuple[Place, _Entry]:
     metadata = {name: value for name, value in manifest["metadata"].items() if name != "managedFields"}
+    if manifest["kind"] in KINDS:
+        metadata["managedFields"] = [*filter(is_ours, manifest["metadata"].get("managedFields", ()))]
     kept = {**manifest, "metadata": metadata}
     if manifest["kind"] == "Pod" and "spec" in manifest:
         kept["spec"] = {name: manifest["spec"][name] for name in _OF_A_POD if name in manifest["spec"]}

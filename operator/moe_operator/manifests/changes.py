@@ -10,6 +10,7 @@ from moe_operator.manifests import drift
 from moe_operator.manifests.decision import Decision
 from moe_operator.manifests.objects import Manifest, applied_digest, key
 from moe_operator.manifests.observed import Observed
+from moe_operator.manifests.ownership import owned
 from moe_operator.resources.deployment import Deployment
 from moe_operator.resources.status import COMPLETE, PROGRESSING
 
@@ -48,7 +49,7 @@ def _change(manifest: Manifest, observed: Observed, deployment: Deployment) -> C
     guarded = _guarded(manifest, actual)
     if applied_digest(actual) != applied_digest(manifest):
         return Change(guarded, Why.UPDATED)
-    place = drift.first_difference(manifest, actual)
+    place = drift.first_difference(manifest, actual, owned=owned(actual))
     return None if place is None else Change(guarded, Why.PUT_BACK, place)
 
 

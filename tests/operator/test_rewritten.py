@@ -1,0 +1,154 @@
+"""What an admission policy makes of our objects is left alone; what somebody changed by hand is not."""
+
+from __future__ import annotations
+
+import pytest
+
+from moe_operator.manifests.drift import first_difference
+from moe_operator.manifests.ownership import owned
+from moe_operator.resources import names
+from tests.operator.by_hand import COLLECTION, Api
+from tests.operator.live import eventually
+
+pytestmark = pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
+
+ADMISSION = "/apis/admissionregistration.k8s.io/v1"
+DEPLOYMENTS = "/apis/apps/v1/namespaces/default/deployments"
+FRONTEND = f"{DEPLOYMENTS}/rewritten-frontend"
+SET = (
+    'JSONPatch{op: "replace", path: "/spec/template/spec/containers/0/image", value: "mirror.example/x:1"},'
+    'JSONPatch{op: "replace", path: "/spec/template/spec/terminationGracePeriodSeconds", value: 7}'
+)
+REMOVE = 'JSONPatch{op: "remove", path: "/spec/template/spec/enableServiceLinks"}'
+REWRITES = f"[{SET}] + (has(object.spec.template.spec.enableServiceLinks) ? [{REMOVE}] : [])"
+POLICY = {
+    "kind": "MutatingAdmissionPolicy",
+    "metadata": {"name": "rewrites"},
+    "spec": {
+        "failurePolicy": "Fail",
+        "reinvocationPolicy": "Never",
+        "matchConstraints": {
+            "objectSelector": {"matchLabels": {names.LABEL_NAME: "rewritten"}},
+            "resourceRules": [
+                {
+                    "apiGroups": ["apps"],
+                    "apiVersions": ["v1"],
+                    "operations": ["CREATE", "UPDATE"],
+                    "resources": ["deployments", "statefulsets"],
+                }
+            ],
+        },
+        "mutations": [{"patchType": "JSONPatch", "jsonPatch": {"expression": REWRITES}}],
+    },
+}
+BINDING = {
+    "kind": "MutatingAdmissionPolicyBinding",
+    "metadata": {"name": "rewrites"},
+    "spec": {"policyName": "rewrites"},
+}
+
+
+def probe():
+    labels = {names.LABEL_NAME: "rewritten"}
+    pod = {"enableServiceLinks": False, "containers": [{"name": "x", "image": "y"}]}
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": "probe", "labels": labels},
+        "spec": {
+            "selector": {"matchLabels": labels},
+            "template": {"metadata": {"labels": labels}, "spec": pod},
+        },
+    }
+
+
+@pytest.fixture
+def api(api_server):
+    api = Api(api_server)
+    for plural, body in (
+        ("mutatingadmissionpolicies", POLICY),
+        ("mutatingadmissionpolicybindings", BINDING),
+    ):
+        answer = api.ask(
+            "POST", f"{ADMISSION}/{plural}", {"apiVersion": ADMISSION.removeprefix("/apis/"), **body}
+        )
+        assert answer[0] == 201, answer
+
+    def grace():
+        made = api.ask("POST", f"{DEPLOYMENTS}?dryRun=All", probe())[1]
+        return made["spec"]["template"]["spec"].get("terminationGracePeriodSeconds")
+
+    eventually(grace, lambda seconds: seconds == 7, "the policy acts")
+    yield api
+    for plural in ("mutatingadmissionpolicybindings", "mutatingadmissionpolicies"):
+        api.ask("DELETE", f"{ADMISSION}/{plural}/rewrites")
+    api.clear("rewritten")
+
+
+def put_back(api):
+    events = api.ask("GET", "/api/v1/namespaces/default/events")[1]["items"]
+    found = [one for one in events if one["involvedObject"]["name"] == "rewritten"]
+    return [one["message"] for one in found if one["reason"] == "PutBack"]
+
+
+def test_fields_that_a_policy_rewrites_are_no_drift_and_edits_by_hand_are(api):
+    body = {
+        "apiVersion": names.API_VERSION,
+        "kind": names.KIND,
+        "metadata": {"name": "rewritten"},
+        "spec": {"model": {"uri": "file:///mnt/models/x"}},
+    }
+    assert api.ask("POST", COLLECTION, body)[0] == 201
+    api.reconcile("rewritten")
+    assert [api.reconcile("rewritten") for _ in range(3)] == [(0, False)] * 3
+    pod = api.ask("GET", FRONTEND)[1]["spec"]["template"]["spec"]
+    assert (pod["terminationGracePeriodSeconds"], "enableServiceLinks" in pod) == (7, False)
+    assert put_back(api) == []
+
+    assert api.ask("PATCH", FRONTEND, {"spec": {"replicas": 3}})[0] == 200
+    api.reconcile("rewritten")
+    assert api.ask("GET", FRONTEND)[1]["spec"]["replicas"] == 1
+    assert put_back(api) == ["Deployment rewritten-frontend: spec.replicas was changed and is put back"]
+    assert api.reconcile("rewritten") == (0, False)
+
+
+def manifest(fields, **spec):
+    entries = [
+        {"manager": "moe-operator", "operation": "Apply", "subresource": "status", "fieldsV1": {"f:x": {}}},
+        {"manager": "somebody", "operation": "Update", "fieldsV1": {"f:spec": {}}},
+        {"manager": "moe-operator", "operation": "Apply", "fieldsV1": {"f:spec": fields}},
+    ]
+    return {"metadata": {"managedFields": entries}, "spec": spec}
+
+
+ITEMS = {'k:{"name":"a"}': {".": {}, "f:name": {}, "f:image": {}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "desired", "actual", "found"),
+    [
+        ({"f:n": {}}, {"n": 1}, {"n": 2}, None),
+        ({}, {"n": 1}, {"n": 2}, "spec.n"),
+        ({"f:m": {}}, {"n": 1}, {"n": 2}, "spec.n"),
+        ({"f:n": {}}, {"n": 1}, {}, None),
+        ({"f:m": {}}, {"n": 1}, {}, "spec.n"),
+        ({"f:c": ITEMS}, {"c": [{"name": "a", "image": "i"}]}, {"c": [{"name": "a", "image": "j"}]}, None),
+        (
+            {"f:c": {'k:{"name":"a"}': {"f:name": {}}}},
+            {"c": [{"name": "a", "image": "i"}]},
+            {"c": [{"name": "a", "image": "j"}]},
+            "spec.c[a].image",
+        ),
+        ({"f:c": {}}, {"c": ["x"]}, {"c": ["x", "y"]}, None),
+        ({"f:c": {'v:"x"': {}}}, {"c": ["x"]}, {"c": ["y"]}, None),
+        ({"f:c": {'v:"z"': {}}}, {"c": ["x"]}, {"c": ["y"]}, "spec.c[0]"),
+    ],
+)
+def test_a_difference_counts_where_the_field_is_not_ours_any_more(fields, desired, actual, found):
+    whole = manifest(fields or {"f:other": {}}, **actual)
+    assert first_difference({"spec": desired}, whole, owned=owned(whole)) == found
+
+
+def test_where_nobody_says_whose_fields_are_every_difference_counts():
+    assert owned({"metadata": {}}) is None
+    assert first_difference({"spec": {"n": 1}}, {"spec": {"n": 2}}) == "spec.n"
