@@ -14,6 +14,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from moe_api import transport
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
+from moe_operator.frontend import metadata
 from moe_operator.frontend.endpoints import Endpoint
 from moe_operator.frontend.forwarding import Forwarder
 from moe_operator.frontend.holding import Hold
@@ -28,14 +29,16 @@ FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
 class Bench:
     """A frontend on loopback with real workers behind it, and a client."""
 
-    def __init__(self, hold_s, patience_s, from_zero):
+    def __init__(self, hold_s, patience_s, from_zero, keys=metadata.DEFAULT_KEYS, write_timeout_s=30.0):
         self.spans = InMemorySpanExporter()
         provider = TracerProvider()
         provider.add_span_processor(SimpleSpanProcessor(self.spans))
         self.tracer = provider.get_tracer("test")
         self.replicas = Replicas()
         self.hold = Hold(hold_s, "demo", from_zero)
-        self.frontend = Frontend(Forwarder(self.replicas, self.tracer, self.hold, patience_s), self.hold)
+        self.frontend = Frontend(
+            Forwarder(self.replicas, self.tracer, self.hold, patience_s, keys), self.hold
+        )
         self.workers = []
         self.processes = {}
         self.extra = frozenset()
@@ -99,8 +102,8 @@ async def bench():
     """`await bench(workers=2)` gives a running Bench."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def start(workers=2, hold_s=0.0, patience_s=2.0, from_zero=False):
-            running = Bench(hold_s, patience_s, from_zero)
+        async def start(workers=2, hold_s=0.0, patience_s=2.0, from_zero=False, **options):
+            running = Bench(hold_s, patience_s, from_zero, **options)
             await running.start(workers)
             stack.push_async_callback(running.close)
             return running

@@ -23,6 +23,7 @@ from moe_api.rich_status import FieldViolation
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
 from moe_operator.frontend.endpoints import Endpoint
 
+STOP = inference_pb2.FINISH_REASON_STOP
 ERRORS = {
     "full": rich_status.retry_later(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", 2.5),
     "bad": rich_status.invalid_argument([FieldViolation("sampling.top_p", "is 7; use a number in (0, 1]")]),
@@ -37,6 +38,7 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
     def __init__(self, name, revision=""):
         self.name = name
         self.revision = revision
+        self.full = False
         self.requests = 0
         self.running = 0
         self.most_running = 0
@@ -81,6 +83,9 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
         self.deadlines.append(context.time_remaining())
         if request.resume.revision not in ("", self.revision):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "of another revision")
+        if self.full:
+            await rich_status.abort(context, ERRORS["full"])
+        context.set_trailing_metadata((("x-tenant", self.name), ("x-internal", "10.0.0.1")))
         await self._change(requests=1, running=1)
         try:
             async for response in self._behave(request, context):
@@ -102,10 +107,11 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
                     yield response
             case ["together", number]:
                 await self.until(lambda worker: worker.most_running >= int(number))
-                yield inference_pb2.GenerateResponse(text=f"{self.name} ")
+                yield inference_pb2.GenerateResponse(text=f"{self.name} ", finish_reason=STOP)
             case ["flood", number]:
                 for _ in range(int(number)):
                     yield inference_pb2.GenerateResponse(text="x" * 65536)
+                yield inference_pb2.GenerateResponse(finish_reason=STOP)
             case ["hold"]:
                 yield inference_pb2.GenerateResponse(text="first ")
                 await asyncio.Event().wait()
@@ -119,7 +125,8 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
     async def _count(self, steps, pause_s):
         for i in steps:
             await asyncio.sleep(pause_s)
-            yield inference_pb2.GenerateResponse(text=f"{self.name}:{i} ", tokens=[i])
+            resumed = steps.start if i == steps.start else 0
+            yield inference_pb2.GenerateResponse(text=f"{self.name}:{i} ", tokens=[i], resumed=resumed)
         yield inference_pb2.GenerateResponse(
             finish_reason=inference_pb2.FINISH_REASON_LENGTH,
             usage=inference_pb2.Usage(prompt_tokens=3, completion_tokens=steps.stop),

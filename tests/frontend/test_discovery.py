@@ -5,6 +5,7 @@ import queue
 import kubernetes
 import pytest
 
+from moe_api.supervision import Supervisor
 from moe_operator.frontend.discovery import SERVICE_LABEL, SliceWatcher
 from moe_operator.frontend.endpoints import Endpoint
 from tests.frontend.apiserver import running_api_server
@@ -29,7 +30,11 @@ class Followed:
         self.written = set()
         self.published = queue.Queue()
         self.watcher = SliceWatcher(
-            kubernetes.client.DiscoveryV1Api(server.client()), "default", service, self.published.put
+            kubernetes.client.DiscoveryV1Api(server.client()),
+            "default",
+            service,
+            self.published.put,
+            Supervisor(),
         )
         self.watcher.start()
 
@@ -122,3 +127,32 @@ def test_a_watch_from_before_history_is_answered_with_410(server, follow):
     with pytest.raises(kubernetes.client.ApiException) as caught:
         list(f.watcher._watch("1"))
     assert caught.value.status == 410
+
+
+class Broken:
+    """An API whose list and watch give what they are told to; an exception is raised."""
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+        self.api_client = kubernetes.client.ApiClient(kubernetes.client.Configuration())
+
+    def list_namespaced_endpoint_slice(self, *_, **__):
+        answer = self.answers.pop(0) if self.answers else {"items": [], "metadata": {"resourceVersion": "1"}}
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("a line was cut off"), KeyError("metadata"), RuntimeError("a bug")]
+)
+def test_the_watcher_survives_what_nobody_expects(error):
+    published = queue.Queue()
+    supervisor = Supervisor()
+    watcher = SliceWatcher(Broken(error), "default", "w", published.put, supervisor)
+    watcher.start()
+    try:
+        assert published.get(timeout=PATIENCE_S) == frozenset()
+        assert [state.loop for state in supervisor.states] == ["endpoint-slices"]
+    finally:
+        watcher.stop()

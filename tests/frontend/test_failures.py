@@ -345,6 +345,7 @@ def test_help_teaches():
         (("--static", "nowhere"), "'nowhere' is not HOST:PORT"),
         (("--static", "127.0.0.1:99999"), "is not HOST:PORT"),
         (("--static", "127.0.0.1:1", "--listen", "x"), "'x' is not HOST:PORT"),
+        (("--static", "127.0.0.1:1", "--forward-metadata", "authorization"), "is never forwarded"),
     ],
 )
 def test_wrong_options_are_explained(args, sentence):

@@ -10,8 +10,9 @@ from opentelemetry import trace
 
 from moe_api import rich_status, semconv, telemetry
 from moe_api.inference.v1 import inference_pb2
-from moe_operator.frontend import forwarding, routing
+from moe_operator.frontend import forwarding, metadata, routing
 from moe_operator.frontend.endpoints import Endpoint
+from tests.http2 import RawClient
 
 
 async def failure(call):
@@ -78,14 +79,27 @@ async def test_512_streams_run_at_once(bench):
 
 async def test_errors_pass_through_with_their_details(bench):
     b = await bench(workers=2)
-    _, full = await failure(b.generate("full"))
-    assert full.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert rich_status.retry_delay(rich_status.from_error(full)) == 2.5
     _, bad = await failure(b.generate("bad"))
     assert bad.code() is grpc.StatusCode.INVALID_ARGUMENT
     (violation,) = rich_status.field_violations(rich_status.from_error(bad))
     assert violation.field == "sampling.top_p"
-    assert [w.requests for w in b.workers] == [1, 1], "neither error may be tried again"
+    assert sum(w.requests for w in b.workers) == 1, "it would be as wrong elsewhere"
+
+
+async def test_a_full_replica_is_passed_over_before_the_first_token(bench):
+    b = await bench(workers=3)
+    b.workers[0].full = b.workers[1].full = True
+    assert [await b.text("count 1") for _ in range(6)] == ["w-2:0 "] * 6
+
+
+async def test_where_all_replicas_are_full_the_client_hears_at_once_when_to_come_back(bench):
+    b = await bench(workers=2, patience_s=60)
+    started = time.monotonic()
+    _, full = await failure(b.generate("full"))
+    assert time.monotonic() - started < 2, "a client that is told when to come back need not wait here"
+    assert full.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert rich_status.retry_delay(rich_status.from_error(full)) == 2.5
+    assert [w.requests for w in b.workers] == [1, 1]
 
 
 async def test_a_worker_that_still_loads_is_passed_over_and_its_sentence_kept(bench):
@@ -128,11 +142,21 @@ async def test_deadlines_reach_the_worker_and_end_the_call(bench):
     assert span.attributes[semconv.RPC_RESPONSE_STATUS_CODE] == "DEADLINE_EXCEEDED"
 
 
-async def test_metadata_of_the_caller_reaches_the_worker(bench):
-    b = await bench(workers=1)
-    await b.text("count 1", metadata=(("x-tenant", "a"), ("x-key-bin", b"\x00\xff")))
+async def test_only_named_metadata_reach_the_worker_and_come_back(bench):
+    b = await bench(workers=1, keys=metadata.parse_keys("x-tenant, X-Key-bin"))
+    sent = (("x-tenant", "a"), ("x-key-bin", b"\x00\xff"), ("authorization", "Bearer s"), ("x-other", "b"))
+    call = b.generate("count 1", metadata=sent)
+    assert len([response async for response in call]) == 2
     seen = b.workers[0].metadata[0]
     assert (seen["x-tenant"], seen["x-key-bin"]) == ("a", b"\x00\xff")
+    assert not {"authorization", "x-other"} & seen.keys()
+    assert dict(await call.trailing_metadata()) == {"x-tenant": "w-0"}
+
+
+@pytest.mark.parametrize("key", ["authorization", "Cookie", "grpc-timeout", "traceparent", "x tenant"])
+def test_some_keys_cannot_be_named(key):
+    with pytest.raises(ValueError, match=key.lower()):
+        metadata.parse_keys(f"x-tenant,{key}")
 
 
 async def test_a_slow_reader_holds_the_worker_back(bench):
@@ -146,6 +170,17 @@ async def test_a_slow_reader_holds_the_worker_back(bench):
         await asyncio.sleep(0.2)
     assert sent < 1000, "windows grow with the speed of the machine, to some 30 MiB; all would be 125"
     call.cancel()
+
+
+async def test_a_client_that_never_reads_does_not_keep_a_worker(bench):
+    b = await bench(workers=1, write_timeout_s=0.5)
+    with RawClient(int(b.address.rpartition(":")[2]), window=0) as client:
+        for _ in range(20):
+            client.call(inference_pb2.GenerateRequest(prompt="count 1000000"))
+        await b.workers[0].until(lambda w: w.requests == 20)
+        await b.workers[0].until(lambda w: w.running == 0)
+        assert [running for _, running in b.replicas.routes()] == [0]
+        assert await b.text("count 1") == "w-0:0 ", "an honest client beside them"
 
 
 async def test_a_malformed_request_is_the_callers_fault(bench):

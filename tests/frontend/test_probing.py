@@ -4,6 +4,8 @@ import asyncio
 
 import pytest
 
+from moe_api.supervision import Backoff, Supervisor
+from moe_operator.frontend import probing
 from moe_operator.frontend.endpoints import Endpoint
 from moe_operator.frontend.probing import Prober
 from tests.frontend.fake_worker import FakeWorker
@@ -12,7 +14,8 @@ from tests.frontend.fake_worker import FakeWorker
 class Probed:
     def __init__(self):
         self.published = asyncio.Queue()
-        self.prober = Prober(self.published.put_nowait)
+        self.supervisor = Supervisor(backoff=Backoff(first_s=0.01))
+        self.prober = Prober(lambda: self.published.put_nowait(self.prober.serving), self.supervisor)
 
     async def until(self, *wanted):
         async with asyncio.timeout(60):
@@ -55,3 +58,21 @@ async def test_one_that_does_not_answer_delays_nobody(probed):
     await probed.until(("w", ""))
     await worker.server.stop(None)
     silent.close()
+
+
+async def test_a_watch_that_ends_unexpectedly_begins_again(probed, monkeypatch):
+    worker = FakeWorker("w")
+    where = await worker.start()
+    real, failures = probing._with_revision, iter([ValueError("a bug"), asyncio.CancelledError()])
+
+    async def failing(channel, endpoint):
+        if (error := next(failures, None)) is not None:
+            raise error
+        return await real(channel, endpoint)
+
+    monkeypatch.setattr(probing, "_with_revision", failing)
+    probed.prober.update(frozenset({where}))
+    await probed.until(("w", ""))
+    (state,) = probed.supervisor.states
+    assert (state.loop, state.name, state.failures) == ("worker-health", "w", 2)
+    await worker.server.stop(None)

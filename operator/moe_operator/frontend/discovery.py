@@ -6,6 +6,7 @@ API server that is away for a minute must not take the deployment down with it.
 """
 
 import logging
+import random
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
@@ -13,6 +14,7 @@ from typing import Any, Final
 import kubernetes
 import urllib3
 
+from moe_api.supervision import Backoff, Supervisor
 from moe_operator.errors import InstallationError
 from moe_operator.frontend.endpoints import Endpoint, endpoints
 
@@ -23,8 +25,8 @@ SERVICE_LABEL: Final = "kubernetes.io/service-name"
 # The server ends a watch after this long; one on a connection that died unnoticed is replaced then.
 _WATCH_S: Final = 60
 _CONNECT_S: Final = 5
-_BACKOFF_S: Final = 0.5
-_LONGEST_BACKOFF_S: Final = 5.0
+_BACKOFF: Final = Backoff(first_s=0.5, longest_s=5.0)
+_CHANCE: Final = random.random
 
 _Slices = dict[str, Mapping[str, Any]]
 
@@ -37,6 +39,8 @@ class SliceWatcher:
         namespace: of the service.
         service: its name.
         publish: takes the endpoints; called in the watcher's thread.
+        supervisor: runs the thread; what nobody expects (a line of the watch that is cut off, for one) ends a
+            run of it, and the next one begins with a list.
     """
 
     def __init__(
@@ -45,18 +49,19 @@ class SliceWatcher:
         namespace: str,
         service: str,
         publish: Callable[[frozenset[Endpoint]], None],
+        supervisor: Supervisor,
     ) -> None:
         self._api = api
         self._namespace = namespace
         self._service = service
         self._selector = f"{SERVICE_LABEL}={service}"
         self._publish = publish
+        self._supervisor = supervisor
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="endpoint-slices", daemon=True)
 
     def start(self) -> None:
         """Starts the thread."""
-        self._thread.start()
+        self._supervisor.start_thread("endpoint-slices", self._run, self._stopping, self._service, _BACKOFF)
 
     def stop(self) -> None:
         """Lets the thread end at its next event; it is a daemon, so nobody has to wait for it."""
@@ -74,7 +79,7 @@ class SliceWatcher:
                     return
                 failures += 1
                 self._complain(error, failures)
-                self._stopping.wait(min(_BACKOFF_S * failures, _LONGEST_BACKOFF_S))
+                self._stopping.wait(_BACKOFF.pause_s(failures, _CHANCE()))
 
     def _list_and_watch(self) -> Iterator[_Slices]:
         listed = self._api.list_namespaced_endpoint_slice(

@@ -7,25 +7,29 @@ on behind them, and the client sees a pause at most.
 """
 
 import asyncio
+import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import Callable
 from typing import Any, Final
 
 import grpc
 from google.protobuf.message import Message
-from google.rpc import status_pb2
 from opentelemetry import trace
 
 from moe_api import rich_status, spans, telemetry
-from moe_operator.frontend import routing
+from moe_api.writing import WRITE_TIMEOUT_S, SlowReaderError, Writer
+from moe_operator.frontend import failures, metadata, routing
+from moe_operator.frontend.echo import ContractError
 from moe_operator.frontend.endpoints import Endpoint
+from moe_operator.frontend.failures import Failure, Kind
 from moe_operator.frontend.holding import Hold
 from moe_operator.frontend.progress import Progress
 from moe_operator.frontend.replicas import Lease, Replicas
 
 Context = grpc.aio.ServicerContext[Any, bytes]
-_Pairs = tuple[tuple[str, str | bytes], ...]
+_LOG: Final = logging.getLogger(__name__)
 
 ROUTING_REPLICA: Final = "moe.routing.replica"
 ROUTING_ADDRESS: Final = "moe.routing.address"
@@ -34,35 +38,34 @@ ROUTING_ATTEMPT: Final = "moe.routing.attempt"
 ROUTING_REASON: Final = "moe.routing.reason"
 ROUTING_REPLAYED: Final = "moe.routing.replayed_tokens"
 
-# Another replica may do what one answers so: it is lost, or it changed its revision under us.
-_ELSEWHERE: Final = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION})
-# A stream that has begun waits for a place rather than be cut.
-_ELSEWHERE_BEGUN: Final = _ELSEWHERE | {grpc.StatusCode.RESOURCE_EXHAUSTED}
+# Another replica may do what one answers so: it is lost, it has no room, or it changed its revision under us.
+_ELSEWHERE: Final = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+    }
+)
 _LOOK_AGAIN_S: Final = 1.0
+# A worker ends a call right behind the last message of its answer.
+_END_S: Final = 5.0
 
 # Asking which model is served does not start it.
 _NOT_WORTH_A_REPLICA: Final = "/GetModel"
 
-# Belong to one connection or one call, and are set anew on the next.
-_HOP_KEYS: Final = frozenset({"user-agent", "content-type", "te", "host", "traceparent", "tracestate"})
-_RESERVED_PREFIXES: Final = (":", "grpc-")
+
+_Answer = grpc.aio.UnaryStreamCall[Message, bytes]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Failure:
-    """How an attempt ended that did not succeed.
+class _Call:
+    """One call of a client, across all attempts to answer it."""
 
-    Attributes:
-        status: what the replica, or the connection to it, said.
-        metadata: trailing metadata to pass on.
-    """
-
-    status: status_pb2.Status
-    metadata: _Pairs = ()
-
-    @property
-    def code(self) -> grpc.StatusCode:
-        return rich_status.status_code(self.status)
+    method: str
+    context: Context
+    span: trace.Span
+    writer: Writer
+    progress: Progress
 
 
 class Forwarder:
@@ -73,6 +76,8 @@ class Forwarder:
         tracer: for the server span of every call.
         hold: where requests wait while there is no replica; names the deployment.
         patience_s: how long a request or stream whose replica was lost waits for another one.
+        keys: metadata that pass between clients and workers.
+        write_timeout_s: how long a message may wait for the client to read it.
     """
 
     def __init__(
@@ -81,11 +86,15 @@ class Forwarder:
         tracer: trace.Tracer,
         hold: Hold,
         patience_s: float = routing.PATIENCE_S,
+        keys: frozenset[str] = metadata.DEFAULT_KEYS,
+        write_timeout_s: float = WRITE_TIMEOUT_S,
     ) -> None:
         self._replicas = replicas
         self._tracer = tracer
         self._hold = hold
         self._patience_s = patience_s
+        self._keys = keys
+        self._write_timeout_s = write_timeout_s
 
     def routes(self) -> list[tuple[Endpoint, int]]:
         """Where requests may go now, and how many of ours run there."""
@@ -94,94 +103,143 @@ class Forwarder:
     async def forward(self, method: str, request: Message, context: Context) -> None:
         """Answers one call; `method` is ``package.Service/Method``."""
         with spans.server_span(self._tracer, context, method) as span:
+            writer = Writer(context, self._write_timeout_s)
+            call = _Call(method, context, span, writer, Progress(request))
             failure = await self._held(method, span)
             if failure is None:
-                failure = await self._attempts(method, request, context, span)
+                try:
+                    failure = await self._attempts(call)
+                except SlowReaderError as error:
+                    failure = Failure(Kind.ANSWERED, error.status)
             if failure is not None:
                 await _give_up(failure, context)
 
-    async def _held(self, method: str, span: trace.Span) -> _Failure | None:
+    async def _held(self, method: str, span: trace.Span) -> Failure | None:
         """Waits for a replica, where the call is worth one; says why it has to end before there is one."""
         if len(self._replicas) or method.endswith(_NOT_WORTH_A_REPLICA):
             return None
         span.add_event("hold", {"message": "no replica is ready; the request waits for one"})
         status = await self._hold.until_replica()
-        return None if status is None else _Failure(status)
+        return None if status is None else Failure(Kind.UNREACHED, status)
 
-    async def _attempts(
-        self, method: str, request: Message, context: Context, span: trace.Span
-    ) -> _Failure | None:
-        progress, failure = Progress(request), None
+    async def _attempts(self, call: _Call) -> Failure | None:
+        progress, failure = call.progress, None
         trials = routing.Trials(time.monotonic(), patience_s=self._patience_s)
         while True:
-            before = progress.messages
+            before = progress.tokens
             with self._replicas.lease(trials.tried, progress.bound_to) as lease:
                 if lease is not None:
-                    _record(span, lease, trials.attempts + 1, progress)
-                    failure = await self._attempt(method, progress, context, span, lease)
+                    _record(call.span, lease, trials.attempts + 1, progress)
+                    failure = await self._attempt(call, lease)
             if lease is None:
-                wait = self._wait_for_another(trials, progress)
+                wait = self._wait_for_another(failure, trials, progress)
                 trials = trials.all_over()
-            elif failure is None or progress.finished:
+            elif failure is None:
                 return None
             else:
-                progressed = progress.messages > before
-                trials = trials.after(lease.endpoint.name, progressed=progressed, now=time.monotonic())
-                wait = _wait_before_next(failure, trials, progress, context.time_remaining())
+                trials = _counted(trials, lease, failure, progress.tokens - before)
+                if trials.deadly:
+                    return failures.deadly(trials.dead)
+                wait = _wait_before_next(failure, trials, progress, call.context.time_remaining())
             if wait is None:
-                return failure or self._nobody()
+                return failure or failures.nobody(self._hold.deployment)
             await (self._replicas.change(wait) if lease is None else asyncio.sleep(wait))
 
-    def _wait_for_another(self, trials: routing.Trials, progress: Progress) -> float | None:
+    def _wait_for_another(
+        self, failure: Failure | None, trials: routing.Trials, progress: Progress
+    ) -> float | None:
         """Seconds, at most, to wait for a replica to come; None: not at all."""
-        left_s = trials.left_s(time.monotonic()) if progress.resumable else 0.0
-        return min(left_s, _LOOK_AGAIN_S) or None
+        full = failure is not None and failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        if not progress.resumable or (full and not progress.started):
+            return None  # the client is told when to come back
+        return min(trials.left_s(time.monotonic()), _LOOK_AGAIN_S) or None
 
-    async def _attempt(
-        self, method: str, progress: Progress, context: Context, span: trace.Span, lease: Lease
-    ) -> _Failure | None:
-        request = progress.request(lease.endpoint.revision)
-        call = _call(method, request, context, span, lease.channel)
-        try:
-            async for message in call:
-                await context.write(message)
-                progress.take(message)
-        except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:
-            failure = _explain(error, lease, started=progress.started)
-            if failure.code is grpc.StatusCode.UNAVAILABLE:
-                self._replicas.report_failure(lease.endpoint)
+    async def _attempt(self, call: _Call, lease: Lease) -> Failure | None:
+        """One attempt; None where the client has its answer."""
+        failure = await self._exchange(call, lease)
+        if failure is None:
+            self._replicas.report_success(lease.endpoint)
+            return None
+        if failure.kind is Kind.BROKE_PROTOCOL:
+            _LOG.warning("%s", failure.status.message)
+            self._replicas.distrust(lease.endpoint)
             return failure
+        if failure.code is grpc.StatusCode.UNAVAILABLE:
+            self._replicas.report_failure(lease.endpoint)
+        return None if call.progress.finished else failure
+
+    async def _exchange(self, call: _Call, lease: Lease) -> Failure | None:
+        """Sends the request and passes the answer on, as far as it comes.
+
+        Raises:
+            SlowReaderError: the client does not read it.
+        """
+        name, progress = lease.endpoint.name, call.progress
+        if not await lease.connected():
+            return failures.unreached(name, started=progress.started)
+        answer = self._send(call, lease)
+        try:
+            await _pass_on(answer, call)
+            if said := metadata.selected(await answer.trailing_metadata(), self._keys):
+                call.context.set_trailing_metadata(said)
+        except ContractError as error:
+            return failures.broke_protocol(name, str(error))
+        except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:
+            return failures.of_call(error, name, self._keys, started=progress.started)
         finally:
-            call.cancel()  # does nothing to a call that has ended
-        self._replicas.report_success(lease.endpoint)
+            answer.cancel()  # does nothing to a call that has ended
         return None
 
-    def _nobody(self) -> _Failure:
-        sentence = f"no worker of {self._hold.deployment} is ready; try again, or see `moe status`"
-        return _Failure(_unavailable(sentence))
+    def _send(self, call: _Call, lease: Lease) -> _Answer:
+        """On the wire a unary answer is a stream of one message, so one way of calling serves both."""
+        request = call.progress.request(lease.endpoint.revision)
+        serialize: Callable[[Message], bytes] = type(request).SerializeToString
+        multicallable: grpc.aio.UnaryStreamMultiCallable[Message, bytes] = lease.channel.unary_stream(
+            f"/{call.method}", request_serializer=serialize
+        )
+        forwarded = metadata.selected(call.context.invocation_metadata(), self._keys)
+        traced = telemetry.inject(forwarded, trace.set_span_in_context(call.span))
+        return multicallable(request, timeout=call.context.time_remaining(), metadata=traced)
+
+
+async def _pass_on(answer: _Answer, call: _Call) -> None:
+    """Passes the messages of an answer on, to its end.
+
+    Raises:
+        ContractError: what came is not an answer.
+        SlowReaderError: the client does not read it.
+        grpc.aio.AioRpcError: the replica, or the connection to it, failed.
+    """
+    progress = call.progress
+    with contextlib.suppress(TimeoutError):  # the client has its whole answer
+        async with asyncio.timeout(None) as limit:
+            async for message in answer:
+                for ready in progress.take(message):
+                    await call.writer.write(ready)
+                if progress.finished:
+                    limit.reschedule(asyncio.get_running_loop().time() + _END_S)
+    progress.end()
+
+
+def _counted(trials: routing.Trials, lease: Lease, failure: Failure, tokens: int) -> routing.Trials:
+    return trials.after(
+        lease.endpoint.name,
+        progressed=tokens > 0,
+        now=time.monotonic(),
+        died=failure.kind is Kind.DIED,
+        tokens=tokens,
+    )
 
 
 def _wait_before_next(
-    failure: _Failure, trials: routing.Trials, progress: Progress, remaining_s: float | None
+    failure: Failure, trials: routing.Trials, progress: Progress, remaining_s: float | None
 ) -> float | None:
     """Seconds to wait before another replica is asked; None where the failure is the answer."""
-    if not progress.started:
-        return routing.backoff_s(trials.attempts, remaining_s) if failure.code in _ELSEWHERE else None
-    if failure.code not in _ELSEWHERE_BEGUN or not progress.resumable:
+    if failure.code not in _ELSEWHERE:
         return None
-    return routing.replay_after_s(trials, time.monotonic())
-
-
-def _call(
-    method: str, request: Message, context: Context, span: trace.Span, channel: grpc.aio.Channel
-) -> grpc.aio.UnaryStreamCall[Message, bytes]:
-    """On the wire a unary answer is a stream of one message, so one way of calling serves both."""
-    serialize: Callable[[Message], bytes] = type(request).SerializeToString
-    multicallable: grpc.aio.UnaryStreamMultiCallable[Message, bytes] = channel.unary_stream(
-        f"/{method}", request_serializer=serialize
-    )
-    metadata = telemetry.inject(_passed_on(context.invocation_metadata()), trace.set_span_in_context(span))
-    return multicallable(request, timeout=context.time_remaining(), metadata=metadata)
+    if not progress.started:
+        return routing.backoff_s(trials.attempts, remaining_s)
+    return routing.replay_after_s(trials, time.monotonic()) if progress.resumable else None
 
 
 def _record(span: trace.Span, lease: Lease, attempt: int, progress: Progress) -> None:
@@ -198,53 +256,7 @@ def _record(span: trace.Span, lease: Lease, attempt: int, progress: Progress) ->
     span.add_event("route", {**attributes, "message": lease.decision.message})
 
 
-def _explain(
-    error: grpc.aio.AioRpcError | asyncio.CancelledError, lease: Lease, *, started: bool
-) -> _Failure:
-    """Puts what gRPC reports of an attempt into words for the client.
-
-    Raises:
-        asyncio.CancelledError: our own client went away.
-    """
-    if isinstance(error, asyncio.CancelledError):
-        # grpc.aio raises this, too, where the *replica* ended the call with CANCELLED, as it does to
-        # what still runs when its grace period is over.
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise error
-        return _Failure(_died(lease, "it was stopped", started=started))
-    status = rich_status.from_error(error)
-    if error.code() is grpc.StatusCode.UNAVAILABLE and not status.details:
-        return _Failure(_died(lease, error.details() or "connection lost", started=started))
-    return _Failure(status, _passed_on(error.trailing_metadata()))
-
-
-def _died(lease: Lease, cause: str, *, started: bool) -> status_pb2.Status:
-    name = lease.endpoint.name
-    if started:
-        return _unavailable(
-            f"replica {name} was lost in the middle of the answer ({cause}), and no other replica of its "
-            "revision could go on; what arrived is valid, and sending the request again starts it anew"
-        )
-    return _unavailable(f"replica {name} cannot be reached ({cause}); send the request again")
-
-
-def _unavailable(sentence: str) -> status_pb2.Status:
-    return rich_status.retry_later(grpc.StatusCode.UNAVAILABLE, sentence, routing.RETRY_AFTER_S)
-
-
-async def _give_up(failure: _Failure, context: Context) -> None:
-    metadata = tuple(pair for pair in failure.metadata if pair[0] != rich_status.DETAILS_KEY)
-    details = (
-        ((rich_status.DETAILS_KEY, failure.status.SerializeToString()),) if failure.status.details else ()
-    )
-    await context.abort(failure.code, failure.status.message, (*metadata, *details))
-
-
-def _passed_on(metadata: Any) -> _Pairs:
-    """What callers and workers say to each other beyond what gRPC itself puts there."""
-    return tuple(
-        (key, value)
-        for key, value in metadata or ()
-        if key not in _HOP_KEYS and (not key.startswith(_RESERVED_PREFIXES) or key == rich_status.DETAILS_KEY)
-    )
+async def _give_up(failure: Failure, context: Context) -> None:
+    status = failure.status
+    details = ((rich_status.DETAILS_KEY, status.SerializeToString()),) if status.details else ()
+    await context.abort(failure.code, status.message, (*failure.metadata, *details))

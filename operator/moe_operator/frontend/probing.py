@@ -6,10 +6,10 @@ cannot be what a frontend goes by.
 """
 
 import asyncio
-import contextlib
 import dataclasses
+import functools
 import logging
-import math
+import random
 from collections.abc import Callable
 from typing import Final
 
@@ -18,12 +18,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from moe_api import transport
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
+from moe_api.supervision import Backoff, Supervisor
 from moe_operator.frontend.endpoints import Endpoint
 
 _LOG: Final = logging.getLogger(__name__)
 _ASK_S: Final = 10.0
-_FIRST_PAUSE_S: Final = 0.1
-_LONGEST_PAUSE_S: Final = 2.0
+_BACKOFF: Final = Backoff(first_s=0.1, longest_s=2.0)
+_CHANCE: Final = random.random
 _OPTIONS: Final = (*transport.CLIENT_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
 
 
@@ -31,13 +32,20 @@ class Prober:
     """Keeps a watch on each endpoint it is told of. For one event loop.
 
     Args:
-        publish: called with the endpoints that take requests, whenever they change.
+        changed: called whenever `serving` is another.
+        supervisor: runs the watches.
     """
 
-    def __init__(self, publish: Callable[[frozenset[Endpoint]], None]) -> None:
-        self._publish = publish
+    def __init__(self, changed: Callable[[], None], supervisor: Supervisor) -> None:
+        self._changed = changed
+        self._supervisor = supervisor
         self._watches: dict[Endpoint, asyncio.Task[None]] = {}
         self._serving: dict[Endpoint, Endpoint] = {}
+
+    @property
+    def serving(self) -> frozenset[Endpoint]:
+        """The endpoints that take requests, each with its revision."""
+        return frozenset(self._serving.values())
 
     def update(self, endpoints: frozenset[Endpoint]) -> None:
         """Takes over which endpoints there are."""
@@ -45,7 +53,8 @@ class Prober:
             self._watches.pop(endpoint).cancel()
             self._set(endpoint, None)
         for endpoint in endpoints - self._watches.keys():
-            self._watches[endpoint] = asyncio.create_task(self._follow(endpoint), name=endpoint.name)
+            follow = functools.partial(self._follow, endpoint)
+            self._watches[endpoint] = self._supervisor.start("worker-health", follow, endpoint.name)
 
     async def close(self) -> None:
         """Ends all watches."""
@@ -58,22 +67,25 @@ class Prober:
         failures = 0
         async with grpc.aio.insecure_channel(endpoint.address, options=_OPTIONS) as channel:
             while True:
-                with contextlib.suppress(grpc.aio.AioRpcError):
-                    if await self._watch(channel, endpoint):
-                        failures = 0
-                self._set(endpoint, None)
-                await asyncio.sleep(min(math.ldexp(_FIRST_PAUSE_S, min(failures, 10)), _LONGEST_PAUSE_S))
+                if await self._watch(channel, endpoint):
+                    failures = 0
                 failures += 1
+                await asyncio.sleep(_BACKOFF.pause_s(failures, _CHANCE()))
 
     async def _watch(self, channel: grpc.aio.Channel, endpoint: Endpoint) -> bool:
         """Follows one connection to its end; whether it ever took requests."""
         served = False
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
-        with contextlib.suppress(grpc.aio.AioRpcError):
+        try:
             async for update in watch:
                 serving = update.status == health_pb2.HealthCheckResponse.SERVING
                 self._set(endpoint, await _with_revision(channel, endpoint) if serving else None)
                 served |= serving
+        except grpc.aio.AioRpcError as error:
+            _LOG.debug("the watch of %s ended: %s", endpoint.name, error.details())
+        finally:
+            if self._watches.get(endpoint) is asyncio.current_task():  # else it is another's by now
+                self._set(endpoint, None)
         return served
 
     def _set(self, endpoint: Endpoint, serving: Endpoint | None) -> None:
@@ -82,7 +94,7 @@ class Prober:
             self._serving[endpoint] = serving
         if before != serving:
             _LOG.info("%s %s", endpoint.name, "takes no requests" if serving is None else "takes requests")
-            self._publish(frozenset(self._serving.values()))
+            self._changed()
 
 
 async def _with_revision(channel: grpc.aio.Channel, endpoint: Endpoint) -> Endpoint:

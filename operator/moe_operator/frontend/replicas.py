@@ -6,15 +6,20 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Final
 
 import grpc
 
 from moe_api import transport
+from moe_api.supervision import Supervisor
 from moe_operator.frontend import routing
 from moe_operator.frontend.endpoints import Endpoint
 
 # Pods reuse addresses: a channel of its own per replica shares no backoff with a predecessor's.
-_OPTIONS = (*transport.CLIENT_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
+_OPTIONS: Final = (*transport.CLIENT_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
+_CONNECTING: Final = (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING)
+_CONNECT_S: Final = 5.0
+"""Longer than a channel tries by itself (transport.CLIENT_OPTIONS)."""
 
 
 @dataclasses.dataclass
@@ -32,16 +37,33 @@ class Lease:
     channel: grpc.aio.Channel
     decision: routing.Decision
 
+    async def connected(self) -> bool:
+        """Whether there is a connection, or one can be made now.
+
+        Asked before a request is sent: a replica that was never reached did not die of it.
+        """
+        state = self.channel.get_state(try_to_connect=True)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CONNECT_S):
+                while state in _CONNECTING:
+                    await self.channel.wait_for_state_change(state)
+                    state = self.channel.get_state(try_to_connect=True)
+        return state is grpc.ChannelConnectivity.READY
+
 
 class Replicas:
     """Keeps channels and counts, and leaves every choice to `routing`.
 
     Args:
         clock: seconds, monotonic.
+        supervisor: closes channels that are not needed any more.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, supervisor: Supervisor | None = None
+    ) -> None:
         self._clock = clock
+        self._supervisor = supervisor or Supervisor()
         self._ready: dict[str, _Replica] = {}
         self._leaving: list[_Replica] = []
         self._requests = 0
@@ -103,6 +125,12 @@ class Replicas:
         if replica is not None:
             replica.load = replace(replica.load, failures=replica.load.failures + 1, failed_at=self._clock())
 
+    def distrust(self, endpoint: Endpoint) -> None:
+        """The replica broke the protocol."""
+        replica = self._find(endpoint)
+        if replica is not None:
+            replica.load = replace(replica.load, distrusted_until=self._clock() + routing.DISTRUST_S)
+
     def report_success(self, endpoint: Endpoint) -> None:
         """The replica answered."""
         replica = self._find(endpoint)
@@ -124,6 +152,6 @@ class Replicas:
         idle = [replica for replica in self._leaving if replica.load.in_flight == 0]
         self._leaving = [replica for replica in self._leaving if replica.load.in_flight > 0]
         for replica in idle:
-            task = asyncio.get_running_loop().create_task(replica.channel.close())
+            task = self._supervisor.start("close-channel", replica.channel.close, replica.endpoint.name)
             self._closing.add(task)
             task.add_done_callback(self._closing.discard)

@@ -19,6 +19,15 @@ RETRY_AFTER_S: Final = 1.0
 # A stream that lost its replica waits this long for another one of its revision: a worker that was killed is
 # back within seconds where its model is small, and a rollout or a scale-up may be bringing others.
 PATIENCE_S: Final = 30.0
+# A replica that broke the protocol is the last choice for this long.
+DISTRUST_S: Final = 30.0
+
+WELL_TOKENS: Final = 16
+"""An attempt that brought so many tokens got on well: what ended it is not the request's doing."""
+MOST_SILENT_DEATHS: Final = 2
+MOST_DEATHS: Final = 3
+MOST_CUTS: Final = 10
+"""Attempts that end after fewer tokens than that, one after the other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +41,7 @@ class Load:
         failures: in a row.
         failed_at: time of the last of them, in seconds.
         revision: of what it serves.
+        distrusted_until: seconds; it broke the protocol, and is suspect until then whatever it does.
     """
 
     name: str
@@ -40,6 +50,7 @@ class Load:
     failures: int = 0
     failed_at: float = 0.0
     revision: str = ""
+    distrusted_until: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +72,8 @@ class Decision:
 
 def is_suspect(load: Load, now: float) -> bool:
     """Whether a replica failed so lately that others are better; `now` in seconds."""
+    if now < load.distrusted_until:
+        return True
     if load.failures == 0:
         return False
     # The exponent is bounded: 2**10 * 0.5 s is far beyond the longest time, and stays a small number.
@@ -72,27 +85,54 @@ def is_suspect(load: Load, now: float) -> bool:
 class Trials:
     """What was tried for one request since its client last got something.
 
+    A request may be what kills its replicas, so deaths under it are counted. It is stopped by the second one
+    without a token in between, and by the third one with a few: it takes two or three replicas with it. A
+    stream that got on well in between is not to blame, and may lose any number.
+
     Attributes:
         began: seconds; when that was.
         attempts: that brought nothing.
         tried: replicas where they failed.
         patience_s: how long a stream that has begun may go without anything.
+        dead: replicas that died under the request since it last got on well, in order.
+        silent: how many of the last ones there are without a token in between.
+        cut: attempts that brought a few tokens, since then.
     """
 
     began: float
     attempts: int = 0
     tried: frozenset[str] = frozenset()
     patience_s: float = PATIENCE_S
+    dead: tuple[str, ...] = ()
+    silent: int = 0
+    cut: int = 0
 
-    def after(self, replica: str, *, progressed: bool, now: float) -> "Trials":
-        """Takes in an attempt that failed; one that brought something begins the count anew."""
+    def after(
+        self, replica: str, *, progressed: bool, now: float, died: bool = False, tokens: int = 0
+    ) -> "Trials":
+        """Takes in an attempt that failed; one that brought something begins the count anew.
+
+        died: whether the replica died under it. tokens: how many it brought.
+        """
+        earlier = dataclasses.replace(self, dead=(), cut=0) if tokens >= WELL_TOKENS else self
+        silent = (0 if progressed else self.silent) + died
+        counted = dataclasses.replace(
+            earlier, dead=(*earlier.dead, replica) if died else earlier.dead, silent=silent
+        )
         if progressed:
-            return dataclasses.replace(self, began=now, attempts=1, tried=frozenset({replica}))
-        return dataclasses.replace(self, attempts=self.attempts + 1, tried=self.tried | {replica})
+            return dataclasses.replace(
+                counted, began=now, attempts=1, tried=frozenset({replica}), cut=counted.cut + 1
+            )
+        return dataclasses.replace(counted, attempts=self.attempts + 1, tried=self.tried | {replica})
 
     def all_over(self) -> "Trials":
         """Nobody is left to try: from the first one again, after a pause."""
         return dataclasses.replace(self, tried=frozenset())
+
+    @property
+    def deadly(self) -> bool:
+        """Whether the request is likely to be what replicas die of."""
+        return self.silent >= MOST_SILENT_DEATHS or len(self.dead) >= MOST_DEATHS
 
     def left_s(self, now: float) -> float:
         """Seconds that a stream which has begun may still wait; 0 at least."""
@@ -132,7 +172,9 @@ def backoff_s(attempt: int, remaining_s: float | None) -> float | None:
 
 
 def replay_after_s(trials: Trials, now: float) -> float | None:
-    """Seconds to wait before a stream that lost its replica asks another; None once its patience is over."""
+    """Seconds to wait before a stream that lost its replica asks another; None where that is of no use."""
+    if trials.cut >= MOST_CUTS:
+        return None
     wait = min(math.ldexp(FIRST_BACKOFF_S, min(trials.attempts, 10) - 1), LONGEST_BACKOFF_S)
     return wait if wait < trials.left_s(now) else None
 

@@ -14,6 +14,7 @@ from moe_api.health import Health
 from moe_api.inference.v1 import inference_pb2
 from moe_api.malformed import MalformedRequestInterceptor
 from moe_api.rich_status import FieldViolation
+from moe_api.supervision import Supervisor
 from moe_operator.frontend.forwarding import Context, Forwarder
 from moe_operator.frontend.holding import Hold
 
@@ -41,9 +42,11 @@ class Frontend:
     Args:
         forwarder: answers the calls.
         hold: tells the operator how many of them wait for a first replica.
+        supervisor: runs what goes on in the background.
     """
 
-    def __init__(self, forwarder: Forwarder, hold: Hold) -> None:
+    def __init__(self, forwarder: Forwarder, hold: Hold, supervisor: Supervisor | None = None) -> None:
+        self._supervisor = supervisor or Supervisor()
         self._forwarder = forwarder
         self._hold = hold
         self._health = Health([SERVICE, _DEMAND_SERVICE])
@@ -85,7 +88,7 @@ class Frontend:
         elif not self._ready or self._hold.limit_s <= 0:
             await self._tell(ready=False)
         elif self._giving_up is None:
-            self._giving_up = asyncio.create_task(self._give_up())
+            self._giving_up = self._supervisor.start("readiness", self._give_up)
 
     async def _give_up(self) -> None:
         await asyncio.sleep(self._hold.limit_s)

@@ -1,0 +1,159 @@
+"""The life of a frontend: listen, follow the workers, serve, drain, end."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from opentelemetry import metrics, trace
+
+from moe_api.supervision import Supervisor
+from moe_operator.errors import InstallationError
+from moe_operator.frontend.endpoints import Endpoint, static_endpoints
+from moe_operator.frontend.forwarding import Forwarder
+from moe_operator.frontend.holding import Hold
+from moe_operator.frontend.probing import Prober
+from moe_operator.frontend.replicas import Replicas
+from moe_operator.frontend.service import Frontend
+
+_LOG: Final = logging.getLogger("moe-frontend")
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says; times are in seconds.
+
+    listen: one address, ``HOST:PORT``.
+    deployment, static: where the workers are, one of the two.
+    forward_metadata: keys that pass between clients and workers.
+    """
+
+    listen: tuple[str, ...]
+    namespace: str
+    deployment: str | None
+    static: tuple[str, ...] | None
+    grace: float
+    hold: float
+    patience: float
+    write_timeout: float
+    forward_metadata: frozenset[str]
+
+
+async def serve(options: Options) -> None:
+    """Serves until SIGTERM or SIGINT, then drains.
+
+    Raises:
+        InstallationError: there is no cluster, or the address cannot be listened on.
+    """
+    supervisor = Supervisor()
+    replicas = Replicas(supervisor=supervisor)
+    frontend = _frontend(options, replicas, supervisor)
+    await frontend.set_ready(ready=False)
+    with _stop_signal() as stop:
+        async with _following(options, replicas, frontend, supervisor):
+            await _listen(frontend, options.listen[0])
+            await stop.wait()
+            _LOG.info("draining for %g s at most", options.grace)
+            await frontend.drain(options.grace)
+    await replicas.close()
+    await supervisor.close()
+
+
+def _frontend(options: Options, replicas: Replicas, supervisor: Supervisor) -> Frontend:
+    limit_s = options.hold or options.patience
+    hold = Hold(limit_s, options.deployment or "this frontend", from_zero=options.hold > 0)
+    hold.measure(metrics.get_meter("moe_operator.frontend"))
+    forwarder = Forwarder(
+        replicas,
+        trace.get_tracer("moe_operator.frontend"),
+        hold,
+        options.patience,
+        options.forward_metadata,
+        options.write_timeout,
+    )
+    return Frontend(forwarder, hold, supervisor)
+
+
+async def _listen(frontend: Frontend, address: str) -> None:
+    try:
+        port = await frontend.start(address)
+    except RuntimeError as error:
+        raise InstallationError(
+            f"cannot listen on {address}; is the port taken, or the address another machine's?"
+        ) from error
+    _LOG.info("serving on %s:%d", address.rpartition(":")[0], port)
+
+
+@contextlib.asynccontextmanager
+async def _following(
+    options: Options, replicas: Replicas, frontend: Frontend, supervisor: Supervisor
+) -> AsyncIterator[None]:
+    """Keeps the replicas to those endpoints that take requests."""
+    news = asyncio.Event()
+    prober = Prober(news.set, supervisor)
+
+    async def route() -> None:
+        while True:
+            news.clear()
+            serving = prober.serving
+            replicas.update(serving)
+            await frontend.set_ready(ready=len(serving) > 0)
+            _LOG.info("replicas: %s", ", ".join(sorted(e.name for e in serving)) or "none")
+            await news.wait()
+
+    routing = supervisor.start("routing", route)
+    try:
+        with _discovery(options, prober.update, supervisor):
+            yield
+    finally:
+        routing.cancel()
+        await prober.close()
+
+
+@contextlib.contextmanager
+def _discovery(
+    options: Options, update: Callable[[frozenset[Endpoint]], None], supervisor: Supervisor
+) -> Iterator[None]:
+    """Tells `update` which endpoints there are, in this event loop."""
+    if options.deployment is None:
+        update(static_endpoints(options.static or ()))
+        yield
+        return
+    # Importing the Kubernetes client takes half a second, which a frontend without a cluster saves.
+    from moe_operator.frontend import discovery  # noqa: PLC0415
+
+    loop = asyncio.get_running_loop()
+
+    def publish(endpoints: frozenset[Endpoint]) -> None:
+        loop.call_soon_threadsafe(update, endpoints)
+
+    service = f"{options.deployment}-workers"
+    watcher = discovery.SliceWatcher(discovery.cluster_api(), options.namespace, service, publish, supervisor)
+    watcher.start()
+    try:
+        yield
+    finally:
+        watcher.stop()
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[asyncio.Event]:
+    """An event that SIGTERM or SIGINT sets; a second signal acts as usual and ends the process at once."""
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+
+    def on_signal() -> None:
+        stop.set()
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
+
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, on_signal)
+    try:
+        yield stop
+    finally:
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
