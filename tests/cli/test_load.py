@@ -1,18 +1,20 @@
 """`moe load` against a real server, and what it makes of traces."""
 
 import asyncio
+import io
 import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_operator.cli.load_report import summarise
-from moe_operator.cli.load_run import Arrivals, Outcome, Part, arrivals
+from moe_operator.cli.load_report import Progress, summarise
+from moe_operator.cli.load_run import Arrivals, Outcome, Part, Tally, arrivals
 from moe_operator.cli.load_trace import Trace, read
 from tests.cli.conftest import MOE
 
@@ -158,3 +160,14 @@ def test_lengths_of_a_recorded_trace_are_kept():
     assert len(due.at_s) == 1482
     assert due.input_tokens.max() > 1000
     assert due.at_s[-1] <= 10
+
+
+def test_a_log_gets_lines_now_and_then_about_a_run():
+    now, out = [0.0], io.StringIO()
+    due = SimpleNamespace(at_s=[0.0] * 100)
+    with Progress(due, out, lambda: now[0]) as progress:
+        for now[0], sent in ((1.0, 10), (31.0, 40), (32.0, 50), (75.0, 90)):
+            progress.show(Tally(sent=sent, ok=sent - 3, failed=1))
+    assert out.getvalue() == (
+        "sent 40 of 100 requests; 2 under way, 1 failed\nsent 90 of 100 requests; 2 under way, 1 failed\n"
+    )

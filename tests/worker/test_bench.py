@@ -27,6 +27,8 @@ def test_the_table_has_a_line_for_each_batch(endless):
     heading, line = done.stdout.splitlines()
     assert heading.split()[0] == "batch"
     assert line.split()[0] == "2"
+    assert "measuring: 100 %" in done.stderr
+    assert "\r" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self, TextIO
 
@@ -15,12 +16,16 @@ from rich.table import Table
 from moe_operator.cli.load_run import Arrivals, Outcome, Tally
 
 _PERCENTILES: Final = (50, 95, 99)
+LINE_INTERVAL_S: Final = 30.0
+"""Between two lines about a run in a log."""
 
 
 class Progress:
-    """A bar on a terminal; elsewhere nothing. A context manager."""
+    """A bar on a terminal; elsewhere a line now and then. A context manager."""
 
-    def __init__(self, due: Arrivals, out: TextIO) -> None:
+    def __init__(self, due: Arrivals, out: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self._out, self._clock, self._total = out, clock, len(due.at_s)
+        self._next_line_s = clock() + LINE_INTERVAL_S
         self._bar = progress.Progress(
             progress.TextColumn("{task.description}"),
             progress.BarColumn(),
@@ -37,6 +42,10 @@ class Progress:
         waiting = tally.sent - tally.ok - tally.failed
         state = f"{waiting} under way, {tally.failed} failed"
         self._bar.update(self._task, completed=tally.sent, state=state)
+        if self._bar.disable and self._clock() >= self._next_line_s:
+            self._out.write(f"sent {tally.sent} of {self._total} requests; {state}\n")
+            self._out.flush()
+            self._next_line_s = self._clock() + LINE_INTERVAL_S
 
     def __enter__(self) -> Self:
         self._bar.start()

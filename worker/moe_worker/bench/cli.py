@@ -1,18 +1,17 @@
 """`moe-worker bench`."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import click
-from tqdm import tqdm
 
 from moe_worker.bench.measure import Load, Result, as_json, measure
 from moe_worker.bench.plot import plot
 from moe_worker.config.engine import DTYPES, FORMATS, EngineOptions
 from moe_worker.engine.loading import LoadedModel, load
 from moe_worker.errors import SettingsError
+from moe_worker.progress import bar
 
 PICTURES = (".png", ".pdf", ".svg")
 HEADINGS = ("batch", "prefill tok/s", "TTFT ms", "TPOT ms", "decode tok/s")
@@ -87,8 +86,8 @@ def _check_picture(path: Path) -> None:
 
 def _measure_all(loaded: LoadedModel, options: EngineOptions, work: Load, batches: list[int]) -> list[Result]:
     total = len(batches) * (work.rounds + 1)
-    with tqdm(total=total, desc="measuring", unit="round", file=sys.stderr) as bar:
-        return [measure(loaded, options, work, batch, bar.update) for batch in batches]
+    with bar(total=total, desc="measuring", unit="round") as measured:
+        return [measure(loaded, options, work, batch, measured.update) for batch in batches]
 
 
 def _table(results: list[Result]) -> list[str]:

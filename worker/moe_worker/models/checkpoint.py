@@ -3,13 +3,11 @@
 import logging
 import mmap
 import re
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from moe_worker.config.model import ModelConfig
 from moe_worker.config.quantization import Storage
@@ -19,6 +17,7 @@ from moe_worker.models.deepseek import DeepseekModel
 from moe_worker.models.memory import describe, weight_memory
 from moe_worker.models.safetensors import StoredTensor, stored_tensors
 from moe_worker.models.stored import DTYPES, Placement, StoredSource
+from moe_worker.progress import bar, tell
 from moe_worker.quant.matrix import Matrix
 
 LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.")
@@ -36,16 +35,11 @@ def load_model(
     plan = _Plan(directory, stored, config.storage, placement)
     build_model(config, plan, context=1)
     _log_unused(config, set(stored) - plan.names)
-    with tqdm(
-        total=plan.nbytes,
-        unit="B",
-        unit_scale=True,
-        desc="loading weights",
-        disable=not progress,
-        file=sys.stderr,
-    ) as bar:
+    with bar(
+        total=plan.nbytes, unit="B", unit_scale=True, desc="loading weights", disable=not progress
+    ) as read:
         reader = _Reader(directory, stored, config.storage, placement)
-        reader.attach(bar.update)
+        reader.attach(read.update)
         model = build_model(config, reader, context)
     _tell_memory(model, progress)
     return model
@@ -54,7 +48,7 @@ def load_model(
 def _tell_memory(model: DeepseekModel, progress: bool) -> None:
     sentence = f"weights in memory: {describe(weight_memory(model))}"
     if progress:
-        tqdm.write(sentence, file=sys.stderr)
+        tell(sentence)
     else:
         log.info(sentence)
 

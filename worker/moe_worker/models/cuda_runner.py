@@ -3,18 +3,17 @@
 Legend: T tokens of a pass, N tokens whose logits are wanted, L layers, A experts, V vocabulary.
 """
 
-import sys
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from moe_worker.kernels.transfer import to_device
 from moe_worker.kvcache.paged import PagedCache
 from moe_worker.models.batch import Batch
 from moe_worker.models.cuda import CudaModel, Rows
 from moe_worker.models.cuda_graph import DecodeGraphs
+from moe_worker.progress import bar
 
 
 class CudaRunner:
@@ -27,10 +26,10 @@ class CudaRunner:
         self.graphs = DecodeGraphs(model, cache, largest, context)
         self._counts = _Totals(model)
 
-        def bar(sizes: Iterable[int]) -> Iterable[int]:
-            return tqdm(sizes, desc="recording CUDA graphs", disable=not progress, file=sys.stderr)
+        def shown(sizes: Iterable[int]) -> Iterable[int]:
+            return bar(sizes, desc="recording CUDA graphs", unit="graph", disable=not progress)
 
-        self.graphs.record(bar)
+        self.graphs.record(shown)
 
     def logits(self, batch: Batch, cache: PagedCache, rows: Sequence[int]) -> Tensor:
         """Runs a pass, writing the cache; [N, V] for the tokens at `rows`. Valid until the next pass."""

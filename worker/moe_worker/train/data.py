@@ -5,6 +5,7 @@ Legend: B windows in a batch, T tokens in a window, N tokens in the corpus.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def train_tokenizer(documents: list[str], vocabulary_size: int) -> Tokenizer:
             vocab_size=vocabulary_size,
             special_tokens=[BEGIN_OF_TEXT, END_OF_TEXT],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=True,
+            show_progress=sys.stderr.isatty(),  # elsewhere it writes empty lines
         ),
     )
     tokenizer.post_processor = processors.TemplateProcessing(

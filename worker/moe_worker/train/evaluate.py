@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from moe_worker.engine.offline import Engine
 from moe_worker.errors import SettingsError
+from moe_worker.progress import bar
 from moe_worker.train.data import read_documents
 from moe_worker.train.score import Score, Window, score_documents
 
@@ -42,7 +42,7 @@ def score_checkpoint(
         raise SettingsError(f"--context is {context}; the model allows {longest} tokens at most")
     tokens = [
         np.asarray(engine.tokenizer.encode(document, add_special_tokens=False), np.int32)
-        for document in tqdm(documents, desc="tokenize", unit="document")
+        for document in bar(documents, desc="tokenize", unit="document")
     ]
 
     def nats(windows: Sequence[Window]) -> float:
@@ -51,9 +51,9 @@ def score_checkpoint(
         targets_T = torch.from_numpy(window[1:].astype(np.int64))
         return float(torch.nn.functional.cross_entropy(logits_TV, targets_T, reduction="sum"))
 
-    with tqdm(total=sum(map(len, tokens)), desc="score", unit="token", unit_scale=True) as bar:
+    with bar(total=sum(map(len, tokens)), desc="score", unit="token", unit_scale=True) as scored:
 
         def progress(predicted: int) -> None:
-            bar.update(predicted)
+            scored.update(predicted)
 
         return score_documents(documents, tokens, context or longest, bos_id, nats, progress)

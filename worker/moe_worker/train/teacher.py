@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 from moe_worker.compress.distillation import TeacherView, as_float16, teacher_fits, top_logprobs
 from moe_worker.config import read_model_config
 from moe_worker.errors import DataError, SettingsError
 from moe_worker.files import digest, locked, replacing, reserve, write_text
 from moe_worker.kernels.transfer import to_device
+from moe_worker.progress import bar
 from moe_worker.train import data
 from moe_worker.train.corpus import Corpus
 from moe_worker.train.model import TrainingModel
@@ -141,12 +141,12 @@ class _Cache:
         """Goes on where it stopped; places that are told to be done are on the disk."""
         done, total = int(json.loads(self.progress.read_text())["places"]), len(corpus.stream_N)
         stream_N = torch.from_numpy(corpus.stream_N)
-        with tqdm(total=total, initial=done, desc="teacher", unit="token", unit_scale=True) as bar:
+        with bar(total=total, initial=done, desc="teacher", unit="token", unit_scale=True) as shown:
             for number, (windows_BT, first) in enumerate(self._batches(stream_N, done)):
                 with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
                     logits_BTV = model.logits(windows_BT.long().to(device))
                 done = self._store(logits_BTV, first, done)
-                bar.update(done - bar.n)
+                shown.update(done - shown.n)
                 if number % 64 == 0 or done == total:
                     self._flush(done)
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from moe_worker.config import ModelConfig, read_model_config
 from moe_worker.engine.loading import choose_device
 from moe_worker.files import make_folder
+from moe_worker.progress import bar
 from moe_worker.train import data, metrics
 from moe_worker.train.checks import check_trainable
 from moe_worker.train.corpus import ScoredText, read_corpus
@@ -109,22 +110,20 @@ class TrainingRun:
     def _steps(self, first: int) -> Iterator[int]:
         """Yields steps behind a progress bar, and records what the finished ones showed."""
         last = time.monotonic()
-        with tqdm(
-            total=self.settings.steps, initial=first, unit="step", desc="train", mininterval=1.0
-        ) as bar:
+        with bar(total=self.settings.steps, initial=first, unit="step", desc="train") as shown:
             for step in range(first, self.settings.steps):
                 yield step
-                bar.update()
+                shown.update()
                 if self._due(step + 1, _LOG_EVERY):
-                    last = self._log(bar, step, last)
+                    last = self._log(shown, step, last)
                 if self._due(step + 1, self.settings.evaluate_every) and (
                     score := self.score(self.corpus.valid)
                 ):
-                    bar.write(f"step {step + 1}: {score.bits_per_byte:.4f} bits per byte on valid")
+                    shown.write(f"step {step + 1}: {score.bits_per_byte:.4f} bits per byte on valid")
                     self._record(step=step + 1, valid_bits_per_byte=score.bits_per_byte)
                     last = time.monotonic()
 
-    def _log(self, bar: tqdm[Any], step: int, last: float) -> float:
+    def _log(self, shown: tqdm[Any], step: int, last: float) -> float:
         """Shows and records the last steps' figures; returns when that was."""
         self.learner.check()
         now, tokens = time.monotonic(), self.settings.batch * self.settings.window
@@ -133,7 +132,7 @@ class TrainingRun:
             "tokens_per_second": tokens * _LOG_EVERY / (now - last),
             "imbalance": self.learner.last_imbalance,
         }
-        bar.set_postfix({key: f"{value:,.4g}" for key, value in figures.items()})
+        shown.set_postfix({key: f"{value:,.4g}" for key, value in figures.items()}, refresh=False)
         self._record(step=step + 1, tokens=tokens * (step + 1), **figures)
         return now
 

@@ -1,0 +1,65 @@
+"""Progress on stderr: a bar that is rewritten in place on a terminal, plain lines now and then in a log."""
+
+import re
+import sys
+from collections.abc import Iterable
+from typing import Any, Final, TextIO
+
+from tqdm import tqdm
+
+LINE_INTERVAL_S: Final = 30.0
+"""In a log, the time between two lines of one bar; the first and the last are always written."""
+_LINE: Final = "{desc}: {percentage:.0f} % ({n_fmt} of {total_fmt}) after {elapsed}, {rate_fmt}{postfix}"
+_CONTROL: Final = re.compile(r"\r|\x1b\[[0-9;]*[A-Z]")
+
+
+class _Lines:
+    """What tqdm writes to a terminal, as lines: no carriage return, no cursor movement, no padding."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._last = ""
+
+    def write(self, text: str) -> None:
+        line = _CONTROL.sub("", text).strip()
+        if line and line != self._last:
+            self._stream.write(f"{line}\n")
+            self._last = line
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def bar(
+    items: Iterable[Any] | None = None,
+    *,
+    desc: str,
+    unit: str,
+    total: int | None = None,
+    initial: int = 0,
+    unit_scale: bool = False,
+    disable: bool = False,
+) -> "tqdm[Any]":
+    """A tqdm bar over `items`, or one of `total` units that its owner moves with `update`.
+
+    Call `set_postfix` with refresh=False: each refresh is a line in a log.
+    """
+    style: dict[str, Any] = {"file": sys.stderr}
+    if not sys.stderr.isatty():
+        interval = {"mininterval": LINE_INTERVAL_S, "maxinterval": LINE_INTERVAL_S}
+        style = {"file": _Lines(sys.stderr), "bar_format": _LINE, **interval}
+    return tqdm(
+        items,
+        desc=desc,
+        unit=unit,
+        total=total,
+        initial=initial,
+        unit_scale=unit_scale,
+        disable=disable,
+        **style,
+    )
+
+
+def tell(sentence: str) -> None:
+    """Writes a sentence to stderr without breaking a bar that is shown there."""
+    tqdm.write(sentence, file=sys.stderr)
