@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 DEEPSEEK: dict[str, Any] = {
@@ -81,7 +81,10 @@ def write_checkpoint(
 
 
 def write_tokenizer(directory: Path, vocab_size: int = 320) -> None:
-    """A byte-level BPE tokenizer: two special tokens, the 256 bytes, and merges up to `vocab_size`."""
+    """A byte-level BPE tokenizer of two special tokens, the 256 bytes, and merges up to `vocab_size`.
+
+    It puts <|begin|> before a text.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -93,5 +96,8 @@ def write_tokenizer(directory: Path, vocab_size: int = 320) -> None:
     )
     tokenizer.train_from_iterator(
         ["the quick brown fox jumps over the lazy dog, naïve café 日本語 🙂 " * 4], trainer
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.token_to_id("<|begin|>"))]
     )
     tokenizer.save(str(directory / "tokenizer.json"))

@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from moe_worker.errors import WorkerError
+from moe_worker.reading import open_file
 
 UNFINISHED = ".unfinished"
 
@@ -86,9 +87,9 @@ def reserve(path: Path) -> None:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file. Raises WorkerError where it cannot be read."""
+    """SHA-256 of a regular file. Raises WorkerError where it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise WorkerError(f"{path} cannot be read ({error.strerror or error})") from error

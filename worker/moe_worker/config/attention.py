@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from moe_worker.config.fields import Fields
 
+# Above any published context; a table of rotations has a row for each position.
+MOST_POSITIONS = 1 << 24
+
 
 @dataclass(frozen=True)
 class YarnConfig:
@@ -143,23 +146,31 @@ def _parse_rope(fields: Fields, width: int, interleaved: bool) -> RopeConfig:
 
 
 def _rope_fields(fields: Fields) -> Fields:
-    """The rotary settings: `rope_parameters` of transformers 5, or `rope_scaling` as DeepSeek publishes."""
+    """The rotary settings: `rope_parameters` of transformers 5, or `rope_scaling` as DeepSeek publishes.
+
+    Where both are set, rope_scaling counts, as in transformers, and adds the base of the other.
+    """
+    given: dict[str, dict[str, object]] = {}
     for name in ("rope_parameters", "rope_scaling"):
         value = fields.values.get(name)
         if value is None:
             continue
         if not isinstance(value, dict):
             raise fields.fail(name, "an object")
-        return Fields(f"{fields.source}: {name}", value)
-    return Fields(fields.source, {})
+        given[name] = value
+    if not given:
+        return Fields(fields.source, {})
+    name = next(reversed(given))
+    theta = given.get("rope_parameters", {}).get("rope_theta")
+    return Fields(f"{fields.source}: {name}", {"rope_theta": theta} | given[name])
 
 
 def _parse_yarn(nested: Fields, fields: Fields) -> YarnConfig | None:
     key = "rope_type" if nested.values.get("rope_type") is not None else "type"
     if nested.choice(key, ("default", "yarn"), default="default") == "default":
         return None
-    context = fields.integer("max_position_embeddings")
-    original = nested.integer("original_max_position_embeddings", default=context)
+    context = fields.integer("max_position_embeddings", most=MOST_POSITIONS)
+    original = nested.integer("original_max_position_embeddings", default=context, most=MOST_POSITIONS)
     return YarnConfig(
         factor=nested.positive("factor", default=context / original),
         original_context=original,

@@ -1,12 +1,18 @@
 """Opens a checkpoint directory: is it one, and of which shape is its model?"""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moe_worker.config.fields import Fields
 from moe_worker.config.model import ModelConfig, parse_model_config
 from moe_worker.errors import CheckpointError
+from moe_worker.reading import present, read_file
+
+# Ten times the largest published config.json; it takes a fifth of a second to parse.
+LARGEST_CONFIG = 4 << 20
+CONFIG, GENERATION, QUANTIZATION = "config.json", "generation_config.json", "hf_quant_config.json"
 
 
 def read_model_config(path: Path) -> ModelConfig:
@@ -14,33 +20,83 @@ def read_model_config(path: Path) -> ModelConfig:
     return parse_model_config(read_json(path), str(path))
 
 
-def read_checkpoint_config(directory: Path) -> ModelConfig:
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint directory that `path` names: itself, or the snapshot in a model's Hugging Face cache.
+
+    A cache directory models--OWNER--NAME holds snapshots/COMMIT, and refs/main names the commit. Raises
+    CheckpointError where there is no directory, or no telling which snapshot is meant.
+    """
+    _check_directory(path)
+    if present(path / CONFIG):
+        return path
+    if (path / "snapshots").is_dir():
+        return _snapshot(path)
+    cached = sorted(entry.name for entry in path.glob("models--*") if entry.is_dir())
+    if cached:
+        raise CheckpointError(
+            f"{path} is a Hugging Face cache of {len(cached)} models; give the directory of one, as "
+            f"{path / cached[0]}"
+        )
+    return path
+
+
+def _check_directory(path: Path) -> None:
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; the model must be a checkpoint directory")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is a file; the model must be the directory that holds {CONFIG}")
+
+
+def _snapshot(path: Path) -> Path:
+    main = path / "refs" / "main"
+    if present(main):
+        named = path / "snapshots" / Path(read_file(main, 4096).decode(errors="replace").strip()).name
+        if named.is_dir():
+            return named
+    found = sorted(entry for entry in (path / "snapshots").iterdir() if entry.is_dir())
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{path} is a Hugging Face cache with {len(found)} snapshots, and refs/main names none of them; "
+            "give one, as snapshots/COMMIT"
+        )
+    return found[0]
+
+
+def read_checkpoint_config(directory: Path, override: Mapping[str, Any] | None = None) -> ModelConfig:
     """The configuration of the model in `directory`.
 
-    End-of-text tokens come from generation_config.json where it names any, as in transformers.
-    Raises CheckpointError (ConfigError for a field).
+    End-of-text tokens come from generation_config.json where it names any, as in transformers. Fields in
+    `override` take the place of config.json's. Raises CheckpointError (ConfigError for a field).
     """
-    if not directory.exists():
-        raise CheckpointError(f"{directory} does not exist; the model must be a checkpoint directory")
-    if not directory.is_dir():
-        raise CheckpointError(
-            f"{directory} is a file; the model must be the directory that holds config.json"
-        )
-    generation = directory / "generation_config.json"
-    ends = Fields(str(generation), read_json(generation) if generation.exists() else {}).integers(
+    _check_directory(directory)
+    generation = directory / GENERATION
+    ends = Fields(str(generation), read_json(generation) if present(generation) else {}).integers(
         "eos_token_id"
     )
-    return parse_model_config(read_json(directory / "config.json"), str(directory / "config.json"), ends)
+    values = read_json(directory / CONFIG) | dict(override or {})
+    _check_described(directory, values)
+    return parse_model_config(values, str(directory / CONFIG), ends)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises CheckpointError where there is none."""
+def _check_described(directory: Path, values: Mapping[str, Any]) -> None:
+    """NVIDIA's ModelOpt describes what it quantized in a file of its own, and config.json may not say it."""
+    path = directory / QUANTIZATION
+    if values.get("quantization_config") is not None or not present(path):
+        return
+    found = read_json(path).get("quantization")
+    algorithm = found.get("quant_algo") if isinstance(found, dict) else None
+    if algorithm is not None:
+        raise CheckpointError(
+            f"{path}: the weights are quantized as {str(algorithm)[:40]!r} by ModelOpt, which is not "
+            "supported; use the checkpoint that they were made from, in BF16, in FP8 blocks or in "
+            "compressed-tensors int4"
+        )
+
+
+def read_json(path: Path, most: int = LARGEST_CONFIG) -> dict[str, Any]:
+    """The JSON object in `path`, of `most` bytes at most. Raises CheckpointError where there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; a checkpoint directory holds {path.name}") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        value = json.loads(read_file(path, most))
     except (ValueError, RecursionError) as error:
         # The first line: an integer of thousands of digits has a long story.
         raise CheckpointError(f"{path} is not valid JSON ({str(error)[:200]}); copy it again") from error

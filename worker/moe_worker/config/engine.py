@@ -1,7 +1,9 @@
 """What the user chooses about the engine."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from moe_worker.errors import SettingsError
 
@@ -34,8 +36,10 @@ class EngineOptions:
         stream: prompts beside them are cut into pieces that keep to it. 50 ms is faster than people read.
     page_size: tokens of a page of the KV cache, a power of two. Small pages waste little behind a text and
         share prompts early.
-    check_weights: whether loading looks for weights that are not finite numbers (it takes longer).
+    check_weights: whether loading refuses weights that are not finite numbers, in the pass that reads them.
+    check_digests: whether loading first compares files with the SHA-256 digests that stand beside them.
     prefix_cache: whether requests share the cached beginnings of their prompts.
+    config_override: fields that take the place of config.json's, as {"rope_scaling": {...}} for YaRN.
     threads: of torch on the CPU; None: all cores that this process may use, but one for small models.
     """
 
@@ -51,8 +55,10 @@ class EngineOptions:
     target_step_ms: float = 50.0
     page_size: int = 16
     prefix_cache: bool = True
-    check_weights: bool = False
+    check_weights: bool = True
+    check_digests: bool = False
     threads: int | None = None
+    config_override: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not DEVICES.fullmatch(self.device):
@@ -87,6 +93,8 @@ class EngineOptions:
         if self.context_length > longest:
             raise SettingsError(
                 f"context length {self.context_length} is too long; the model (max_position_embeddings) "
-                f"allows {longest} at most"
+                f"allows {longest} at most; where its makers document YaRN for more, add it as "
+                """--config-override '{"rope_scaling": {"rope_type": "yarn", "factor": ..., """
+                """"original_max_position_embeddings": ...}}'"""
             )
         return self.context_length

@@ -4,7 +4,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moe_worker.config.attention import AttentionConfig, LatentConfig, parse_grouped, parse_latent
+from moe_worker.config.attention import (
+    MOST_POSITIONS,
+    AttentionConfig,
+    LatentConfig,
+    parse_grouped,
+    parse_latent,
+)
 from moe_worker.config.fields import Fields
 from moe_worker.config.moe import MoeConfig, parse_deepseek_moe, parse_qwen_moe
 from moe_worker.config.quantization import Storage, parse_storage
@@ -15,7 +21,8 @@ from moe_worker.errors import ConfigError
 class ModelConfig:
     """Sizes are numbers of elements; the fields are named as in config.json where that name is clear.
 
-    architecture: config.json's model_type. dense_layers: those with one feed-forward block of
+    architecture: config.json's model_type. max_position_embeddings: the context length that the model was
+    made for; with YaRN it can be above config.json's. dense_layers: those with one feed-forward block of
     `intermediate_size` instead of experts.
     """
 
@@ -80,6 +87,7 @@ def parse_model_config(
     if fields.boolean("mlp_bias", default=False):
         raise fields.fail("mlp_bias", "false")
     parse_attention, parse_moe, parse_dense = _FAMILIES[architecture]
+    attention = parse_attention(fields)
     config = ModelConfig(
         architecture=architecture,
         vocab_size=fields.integer("vocab_size", least=2),
@@ -87,11 +95,11 @@ def parse_model_config(
         num_hidden_layers=fields.integer("num_hidden_layers", most=MOST_LAYERS),
         intermediate_size=fields.integer("intermediate_size"),
         dense_layers=parse_dense(fields),
-        attention=parse_attention(fields),
+        attention=attention,
         moe=parse_moe(fields),
         storage=parse_storage(fields),
         rms_norm_eps=fields.positive("rms_norm_eps", default=1e-6),
-        max_position_embeddings=fields.integer("max_position_embeddings"),
+        max_position_embeddings=_context(fields, attention),
         tie_word_embeddings=fields.boolean("tie_word_embeddings", default=False),
         bos_token_id=fields.optional_integer("bos_token_id", least=0),
         eos_token_ids=eos_token_ids or fields.integers("eos_token_id"),
@@ -102,6 +110,22 @@ def parse_model_config(
 
 # Ten times the deepest published model: no loop over layers runs for hours.
 MOST_LAYERS = 1000
+
+
+def _context(fields: Fields, attention: AttentionConfig) -> int:
+    """Tokens that the model was made for, those that YaRN adds included.
+
+    DeepSeek's max_position_embeddings is the extended length already. Qwen's stays what the model was trained
+    with, and its model cards say that YaRN takes `factor` times original_max_position_embeddings.
+    """
+    positions = fields.integer("max_position_embeddings", most=MOST_POSITIONS)
+    yarn = attention.rope.yarn
+    if yarn is None or isinstance(attention, LatentConfig):
+        return positions
+    extended = int(yarn.original_context * yarn.factor)
+    if extended > MOST_POSITIONS:
+        raise fields.fail("rope_scaling", f"a context of at most {MOST_POSITIONS} tokens: factor x original")
+    return max(positions, extended)
 
 
 def _deepseek_dense(fields: Fields) -> frozenset[int]:
@@ -122,6 +146,8 @@ _Family = tuple[
 ]
 _FAMILIES: Mapping[str, _Family] = {
     "deepseek_v3": (parse_latent, lambda fields: parse_deepseek_moe(fields, "deepseek_v3"), _deepseek_dense),
+    # The same architecture under another name: Kimi K2's code is DeepSeek's (configuration_deepseek.py).
+    "kimi_k2": (parse_latent, lambda fields: parse_deepseek_moe(fields, "deepseek_v3"), _deepseek_dense),
     "deepseek_v2": (parse_latent, lambda fields: parse_deepseek_moe(fields, "deepseek_v2"), _deepseek_dense),
     "qwen3_moe": (parse_grouped, parse_qwen_moe, _qwen_dense),
 }

@@ -6,6 +6,9 @@ from enum import Enum
 
 from moe_worker.config.fields import Fields
 
+# A hundred times the most of any published model: no loop over experts runs for minutes.
+MOST_EXPERTS = 1 << 16
+
 
 class Scoring(Enum):
     """What makes scores of the router's logits."""
@@ -61,8 +64,8 @@ def parse_deepseek_moe(fields: Fields, architecture: str) -> MoeConfig:
     if normalise and architecture == "deepseek_v2":
         raise fields.fail("norm_topk_prob", "false: published DeepSeek-V2 models do not normalise")
     config = MoeConfig(
-        routed=fields.integer("n_routed_experts"),
-        shared=fields.integer("n_shared_experts", default=0, least=0),
+        routed=fields.integer("n_routed_experts", most=MOST_EXPERTS),
+        shared=fields.integer("n_shared_experts", default=0, least=0, most=MOST_EXPERTS),
         intermediate=fields.integer("moe_intermediate_size"),
         top_k=fields.integer("num_experts_per_tok"),
         scoring=scoring,
@@ -79,7 +82,7 @@ def parse_deepseek_moe(fields: Fields, architecture: str) -> MoeConfig:
 def parse_qwen_moe(fields: Fields) -> MoeConfig:
     """Experts of Qwen3-MoE. Raises ConfigError."""
     name = "num_experts" if fields.values.get("num_experts") is not None else "num_local_experts"
-    routed, top_k = fields.integer(name), fields.integer("num_experts_per_tok")
+    routed, top_k = fields.integer(name, most=MOST_EXPERTS), fields.integer("num_experts_per_tok")
     if top_k > routed:
         raise fields.fail("num_experts_per_tok", f"at most {name} ({routed})")
     return MoeConfig(

@@ -6,6 +6,7 @@ from typing import Any
 
 from moe_worker.config.directory import read_json
 from moe_worker.errors import CheckpointError
+from moe_worker.reading import present
 
 QUALITY_FILE = "quality.json"
 
@@ -16,7 +17,7 @@ def check_quality(checkpoint: Path, most: float, text: str | None) -> None:
     `text`: the name of the text that must have been scored, where it matters.
     """
     path = checkpoint / QUALITY_FILE
-    if not path.exists():
+    if not present(path):
         raise CheckpointError(
             f"quality gate: {path} is not there; `moe-worker compress` writes it, or leave spec.quality out"
         )

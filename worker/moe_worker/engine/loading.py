@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from moe_worker.config.attention import LatentConfig
-from moe_worker.config.directory import read_checkpoint_config
+from moe_worker.config.directory import find_checkpoint, read_checkpoint_config
 from moe_worker.config.engine import EngineOptions
 from moe_worker.config.model import ModelConfig
 from moe_worker.config.quantization import PackedStorage, SparseStorage
@@ -18,6 +18,7 @@ from moe_worker.kernels.registry import Hardware, choose, explain, probe_cpu
 from moe_worker.kvcache.paged import FP8, CacheShape, PagedCache
 from moe_worker.models.checkpoint import load_model
 from moe_worker.models.deepseek import DeepseekModel
+from moe_worker.models.digests import check_digests
 from moe_worker.models.native import NativeModel
 from moe_worker.models.runner import NativeRunner, Runner, TorchRunner
 from moe_worker.models.stored import Placement
@@ -54,7 +55,8 @@ class LoadedModel:
 
 def load(directory: Path, options: EngineOptions, progress: bool) -> LoadedModel:
     """Checks everything cheap first, then reads the weights. Raises WorkerError."""
-    config = read_checkpoint_config(directory)
+    directory = find_checkpoint(directory)
+    config = read_checkpoint_config(directory, options.config_override)
     context = options.context_for(config.max_position_embeddings)
     tokenizer = Tokenizer.load(directory, config)
     device = choose_device(options.device)
@@ -70,6 +72,8 @@ def load(directory: Path, options: EngineOptions, progress: bool) -> LoadedModel
     shape.pages_that_fit(context, options.kv_memory, options.max_batch_size)
     threads = options.threads or suggested_threads(config, dtype)
     torch.set_num_threads(threads)
+    if options.check_digests:
+        check_digests(directory, usable_cores())
     with torch.inference_mode():
         model = load_model(directory, config, placement, context, progress)
         cache = _allocate_cache(shape, options, context, device)
@@ -120,7 +124,8 @@ def _runner(
 
 def explain_choice(directory: Path, options: EngineOptions) -> list[str]:
     """Which implementation would compute what for this checkpoint, and why. Raises WorkerError."""
-    config, device = read_checkpoint_config(directory), choose_device(options.device)
+    config = read_checkpoint_config(find_checkpoint(directory), options.config_override)
+    device = choose_device(options.device)
     dtype, weights = choose_dtype(options.dtype, device), choose_format(options.format, config)
     name = NAMES[dtype] if weights == "dense" else weights
     first = f"{config.architecture} on {device}, weights {weights}, computed in {NAMES[dtype]}"

@@ -6,6 +6,7 @@ Legend: D hidden, H heads, O outputs, I inputs, E routed experts, S shared exper
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from moe_worker.config.attention import LatentConfig
 from moe_worker.config.model import ModelConfig
@@ -19,6 +20,7 @@ from moe_worker.models.rope import rotation_table
 from moe_worker.models.source import TensorSource
 from moe_worker.moe.experts import Experts
 from moe_worker.moe.router import Router
+from moe_worker.quant.int4 import Int4Weight, quantize_int4
 from moe_worker.quant.matrix import Matrix, join_rows, map_rows, split_inputs, stack
 
 
@@ -86,9 +88,21 @@ def _experts(config: ModelConfig, source: TensorSource, prefix: str) -> Experts:
     ]
     if config.moe.shared:
         experts.append(_expert(config, source, f"{prefix}.shared_experts", config.moe.shared))
-    gate_up = stack([matrix for matrices, _ in experts for matrix in matrices])
-    down = stack([matrix for _, matrices in experts for matrix in matrices])
+    gate_up = stack(_alike([matrix for matrices, _ in experts for matrix in matrices], source))
+    down = stack(_alike([matrix for _, matrices in experts for matrix in matrices], source))
     return Experts(gate_up, down, config.moe.shared, source.round_tokens)
+
+
+def _alike(parts: list[Matrix], source: TensorSource) -> list[Matrix]:
+    """The experts of a layer in one format, where kernels need that and some are stored plain.
+
+    Kimi K2 stores routed experts in int4 and shared ones plain. W4A8 has only kernels of four bits: the plain
+    ones are rounded in the groups of the others, which stay what they are. W4A16 computes them all dense.
+    """
+    packed = next((part for part in parts if isinstance(part, Int4Weight)), None)
+    if packed is None or not source.round_tokens:
+        return parts
+    return [quantize_int4(part, packed.group) if isinstance(part, Tensor) else part for part in parts]
 
 
 def _expert(

@@ -14,11 +14,13 @@ from moe_worker.config.quantization import Storage
 from moe_worker.errors import CheckpointError
 from moe_worker.models.build import build_model
 from moe_worker.models.deepseek import DeepseekModel
+from moe_worker.models.layouts import check_names
 from moe_worker.models.memory import describe, weight_memory
 from moe_worker.models.safetensors import StoredTensor, stored_tensors
 from moe_worker.models.stored import DTYPES, Placement, StoredSource
 from moe_worker.progress import bar, tell
 from moe_worker.quant.matrix import Matrix
+from moe_worker.reading import open_file
 
 LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.")
 log = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ def load_model(
     `progress` shows a bar in bytes on stderr. Raises CheckpointError.
     """
     stored = stored_tensors(directory)
+    check_names(directory, stored)
     plan = _Plan(directory, stored, config.storage, placement)
     build_model(config, plan, context=1)
     _log_unused(config, set(stored) - plan.names)
@@ -112,7 +115,7 @@ class _Reader(StoredSource):
         is one since torch warns of memory that cannot be written.
         """
         if file not in self._maps:
-            with file.open("rb") as opened:
+            with open_file(file) as opened:
                 self._maps[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
         for each in self._maps.values():
             each.madvise(mmap.MADV_DONTNEED)

@@ -5,15 +5,19 @@ data.
 """
 
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moe_worker.config.directory import read_json
 from moe_worker.errors import CheckpointError
+from moe_worker.models.layouts import INDEX_FILE, SINGLE_FILE, shards_without_index
+from moe_worker.reading import open_file, present, refuse_pointer
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+# Eight times the largest published index.
+LARGEST_INDEX = 100_000_000
 # The same bound as the safetensors library sets.
 LARGEST_HEADER = 100_000_000
 MOST_DIMENSIONS = 8
@@ -32,46 +36,61 @@ class StoredTensor:
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """All tensors of the checkpoint by name, from one file or from the shards that the index lists.
+    """All tensors of the checkpoint by name, from one file or from shards, be they listed in an index or not.
 
     Raises CheckpointError for a missing or damaged file.
     """
-    if (directory / INDEX_FILE).exists():
-        return _sharded(directory)
-    if not (directory / SINGLE_FILE).exists():
-        raise CheckpointError(
-            f"{directory} holds no weights; it must hold {SINGLE_FILE}, or {INDEX_FILE} and shards"
-        )
-    return {tensor.name: tensor for tensor in read_header(directory / SINGLE_FILE)}
+    if present(directory / INDEX_FILE):
+        return _collect(_listed(directory))
+    if present(directory / SINGLE_FILE):
+        return _collect([directory / SINGLE_FILE])
+    return _collect(shards_without_index(directory))
 
 
-def _sharded(directory: Path) -> dict[str, StoredTensor]:
+def _collect(files: Sequence[Path]) -> dict[str, StoredTensor]:
+    found: dict[str, StoredTensor] = {}
+    for path in files:
+        for tensor in read_header(path):
+            if tensor.name in found:
+                raise CheckpointError(
+                    f"{path} holds tensor {tensor.name}, which {found[tensor.name].file.name} holds too; "
+                    "remove the file that does not belong to the checkpoint"
+                )
+            found[tensor.name] = tensor
+    return found
+
+
+def _listed(directory: Path) -> list[Path]:
+    """The shards that the index lists."""
     index = directory / INDEX_FILE
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json(index, LARGEST_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index}: weight_map must be an object that gives a file name for each tensor")
-    found: dict[str, StoredTensor] = {}
-    for name in sorted(set(weight_map.values())):
-        path = directory / name
+    names = sorted(set(weight_map.values()))
+    for name in names:
         if Path(name).name != name or "\0" in name:
             raise CheckpointError(f"{index}: shard {name!r} must be the name of a file beside it")
-        if not path.exists():
-            raise CheckpointError(f"{path} is missing, but {INDEX_FILE} lists it; copy the shard too")
-        found.update((tensor.name, tensor) for tensor in read_header(path))
-    return found
+        if not present(directory / name):
+            raise CheckpointError(
+                f"{directory / name} is missing, but {INDEX_FILE} lists it; copy the shard too"
+            )
+    return [directory / name for name in names]
 
 
 def read_header(path: Path) -> list[StoredTensor]:
     """The tensors in one file, checked against its size. Raises CheckpointError."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+    with open_file(path) as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(8)
+            refuse_pointer(path, head + file.read(64 - len(head)))
+            length = int.from_bytes(head, "little")
             if size < 8 or length > size - 8 or length > LARGEST_HEADER:
                 raise _truncated(path, f"its header should take {length} bytes, the file has {size}")
+            file.seek(8)
             header = file.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}; give a readable file") from error
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}; give a readable file") from error
     try:
         entries = json.loads(header, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:

@@ -1,46 +1,50 @@
 """The byte-level BPE tokenizer of a checkpoint (tokenizer.json). Imports no torch."""
 
+import json
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
-from moe_worker.config.directory import read_json
 from moe_worker.config.model import ModelConfig
 from moe_worker.errors import TokenizerError
+from moe_worker.models.layouts import no_tokenizer
+from moe_worker.models.special_tokens import SpecialTokens, special_tokens
+from moe_worker.reading import present, read_file
+
+# Twice the largest published tokenizer.json.
+LARGEST_TOKENIZER = 64 << 20
 
 
 class Tokenizer:
     """Text to token ids, and token ids to the bytes they stand for."""
 
-    def __init__(self, inner: tokenizers.Tokenizer, bos: int | None, vocab_size: int) -> None:
+    def __init__(self, inner: tokenizers.Tokenizer, special: SpecialTokens, vocab_size: int) -> None:
         self._inner = inner
-        self._bos = bos
+        self._special = special
         self._vocab_size = vocab_size
 
     @classmethod
     def load(cls, directory: Path, config: ModelConfig) -> "Tokenizer":
         """Reads tokenizer.json and checks that it belongs to the model. Raises TokenizerError."""
         path = directory / "tokenizer.json"
-        if not path.exists():
-            raise TokenizerError(f"{path} is missing; a checkpoint directory holds the model's tokenizer")
-        decoder = read_json(path).get("decoder")
-        if not isinstance(decoder, dict) or decoder.get("type") != "ByteLevel":
-            raise TokenizerError(f"{path}: the decoder must be ByteLevel (byte-level BPE), as DeepSeek's is")
-        try:
-            inner = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise TokenizerError(f"{path} is no tokenizer ({error}); copy it again") from error
+        if not present(path):
+            raise TokenizerError(no_tokenizer(directory))
+        inner = _parse(path, read_file(path, LARGEST_TOKENIZER))
         inner.no_truncation()
         inner.no_padding()
         _check_matches(path, inner, config)
-        return cls(inner, config.bos_token_id, config.vocab_size)
+        return cls(inner, special_tokens(directory, inner), config.vocab_size)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, behind the begin-of-text token where the model has one and it is asked for."""
+        """Token ids of `text`, between the special tokens that the tokenizer's files put around a text.
+
+        A text that begins with those tokens itself gets no second ones.
+        """
         # A batch of one: unlike the library's `encode` it lets other threads run meanwhile (4 MiB take 2 s).
         ids: list[int] = self._inner.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        return [self._bos, *ids] if add_special_tokens and self._bos is not None else ids
+        return self._special.around(ids) if add_special_tokens else ids
 
     def token_bytes(self, token: int) -> bytes:
         """What one token adds to the text; special tokens and ids without a token add nothing."""
@@ -70,6 +74,20 @@ def _from_byte_level(name: str) -> bytes:
     return name.encode()
 
 
+def _parse(path: Path, content: bytes) -> tokenizers.Tokenizer:
+    try:
+        values: Any = json.loads(content)
+        decoder = values.get("decoder") if isinstance(values, dict) else None
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path} is not valid JSON ({str(error)[:200]}); copy it again") from error
+    if not isinstance(decoder, dict) or decoder.get("type") != "ByteLevel":
+        raise TokenizerError(f"{path}: the decoder must be ByteLevel (byte-level BPE), as DeepSeek's is")
+    try:
+        return tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises nothing narrower
+        raise TokenizerError(f"{path} is no tokenizer ({str(error)[:300]}); copy it again") from error
+
+
 def _check_matches(path: Path, inner: tokenizers.Tokenizer, config: ModelConfig) -> None:
     largest = max(inner.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= config.vocab_size:
@@ -77,9 +95,8 @@ def _check_matches(path: Path, inner: tokenizers.Tokenizer, config: ModelConfig)
             f"{path} does not match the model: it has token id {largest}, "
             f"but config.json's vocab_size allows ids below {config.vocab_size}"
         )
-    named = [("bos_token_id", config.bos_token_id), *(("eos_token_id", id_) for id_ in config.eos_token_ids)]
-    for name, id_ in named:
-        if id_ is not None and inner.id_to_token(id_) is None:
+    for id_ in config.eos_token_ids:
+        if inner.id_to_token(id_) is None:
             raise TokenizerError(
-                f"{path} does not match the model: it has no token {id_}, which is config.json's {name}"
+                f"{path} does not match the model: it has no token {id_}, which is config.json's eos_token_id"
             )

@@ -9,7 +9,10 @@ from typing import Any
 
 import yaml
 
-from moe_worker.errors import SettingsError
+from moe_worker.errors import CheckpointError, SettingsError
+from moe_worker.reading import read_file
+
+LARGEST_RECIPE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,11 @@ class Recipe:
 def read_recipe(path: Path) -> Recipe:
     """Reads and checks a YAML file. Raises SettingsError, which names the key and the remedy."""
     try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
+        values = yaml.safe_load(read_file(path, LARGEST_RECIPE))
+    except CheckpointError as error:
         raise SettingsError(f"{path} cannot be read ({error}); give a YAML file") from error
+    except RecursionError as error:
+        raise SettingsError(f"{path} is nested too deeply; write it as docs/compression.md shows") from error
     except yaml.YAMLError as error:
         raise SettingsError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     given = dict(_mapping(values, str(path)))

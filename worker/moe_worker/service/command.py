@@ -1,12 +1,16 @@
 """`moe-worker serve`."""
 
+import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
 from moe_api.address import check_address
 from moe_api.visible import guard_logs
+from moe_worker.config.directory import find_checkpoint
 from moe_worker.config.engine import DTYPES, FORMATS, KV_DTYPES, EngineOptions
 from moe_worker.config.quality import check_quality
 from moe_worker.config.quantity import parse_bytes
@@ -14,6 +18,8 @@ from moe_worker.errors import SettingsError
 from moe_worker.service.engine_client import STALL_TIMEOUT_S
 from moe_worker.service.server import ServeSettings
 from moe_worker.service.server import serve as run
+
+LARGEST_OVERRIDE = 1 << 16
 
 
 @click.command()
@@ -27,6 +33,13 @@ from moe_worker.service.server import serve as run
 @click.option("--listen", default="127.0.0.1:8000", show_default=True, help="HOST:PORT of the gRPC server.")
 @click.option(
     "--context-length", type=int, help="Tokens of prompt and answer together. Default: the model's limit."
+)
+@click.option(
+    "--config-override",
+    default="{}",
+    callback=lambda _context, _option, text: _override(text),
+    help='JSON object of fields that replace config.json\'s, e.g. \'{"rope_scaling": {"rope_type": '
+    '"yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}\'.',
 )
 @click.option(
     "--max-batch-size", type=int, default=16, show_default=True, help="Sequences computed together, at most."
@@ -95,7 +108,21 @@ from moe_worker.service.server import serve as run
     help="Refuse a checkpoint that is worse than its original by more, by its quality.json.",
 )
 @click.option("--quality-text", help="Name of the text that its quality.json must have scored. Default: any.")
-@click.option("--check-weights", is_flag=True, help="Refuse weights that are not finite numbers.")
+@click.option(
+    "--check-weights/--no-check-weights",
+    default=True,
+    envvar="MOE_WORKER_CHECK_WEIGHTS",
+    show_default=True,
+    help="Refuse weights that are not finite numbers.",
+)
+@click.option(
+    "--check-digests/--no-check-digests",
+    default=False,
+    envvar="MOE_WORKER_CHECK_DIGESTS",
+    show_default=True,
+    help="Before loading, compare files with the SHA-256 digests stated beside them (*.sha256, SHA256SUMS, "
+    "the index, a Hugging Face cache).",
+)
 @click.option(
     "--threads",
     type=int,
@@ -111,7 +138,7 @@ def serve(
     revision: str,
     stall_timeout: float,
     explained: bool,
-    **options: float | str | None,
+    **options: float | str | Mapping[str, Any] | None,
 ) -> None:
     """Serve a model over gRPC.
 
@@ -122,8 +149,8 @@ def serve(
     guard_logs()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     most, text = options.pop("max_bits_per_byte_increase"), options.pop("quality_text")
-    if most is not None:
-        check_quality(model, float(most), None if text is None else str(text))
+    if isinstance(most, float):
+        check_quality(find_checkpoint(model), most, None if text is None else str(text))
     memory = None if kv_memory is None else parse_bytes(kv_memory)
     engine_options = EngineOptions(kv_memory=memory, **options)  # type: ignore[arg-type]
     if explained:
@@ -134,6 +161,19 @@ def serve(
         return
     name = served_name or model.resolve().name
     run(ServeSettings(model, name, _address(listen), engine_options, revision, stall_timeout))
+
+
+def _override(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text[:LARGEST_OVERRIDE])
+    except (ValueError, RecursionError) as error:
+        raise SettingsError(
+            f"--config-override is not valid JSON of at most {LARGEST_OVERRIDE} characters "
+            f"({str(error)[:100]}); give an object"
+        ) from error
+    if not isinstance(value, dict):
+        raise SettingsError(f"--config-override is {type(value).__name__}; give a JSON object")
+    return value
 
 
 def _address(text: str) -> str:

@@ -17,7 +17,7 @@ from moe_api.health import Health
 from moe_api.inference.v1 import inference_pb2_grpc
 from moe_api.malformed import MalformedRequestInterceptor
 from moe_api.worker.v1 import worker_pb2_grpc
-from moe_worker.config.directory import read_checkpoint_config
+from moe_worker.config.directory import find_checkpoint, read_checkpoint_config
 from moe_worker.config.engine import EngineOptions
 from moe_worker.errors import EngineDiedError, SettingsError
 from moe_worker.models.tokenizer import Tokenizer
@@ -110,10 +110,11 @@ async def _load_and_run(
     *,
     measured: bool,
 ) -> None:
-    config = read_checkpoint_config(settings.model)
+    model = find_checkpoint(settings.model)
+    config = read_checkpoint_config(model, settings.options.config_override)
     context_length = settings.options.context_for(config.max_position_embeddings)
-    tokenizer = await asyncio.to_thread(Tokenizer.load, settings.model, config)
-    engine = await EngineClient.start(Start(str(settings.model), settings.options))
+    tokenizer = await asyncio.to_thread(Tokenizer.load, model, config)
+    engine = await EngineClient.start(Start(str(model), settings.options))
     engine.stall_timeout_s = settings.stall_timeout_s
     try:
         if not await _unless_stopped(engine.loaded(), stop):

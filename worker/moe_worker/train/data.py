@@ -14,7 +14,9 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from moe_worker.errors import DataError, TokenizerError
+from moe_worker.errors import CheckpointError, DataError, TokenizerError
+from moe_worker.models.tokenizer import LARGEST_TOKENIZER
+from moe_worker.reading import read_file
 
 BEGIN_OF_TEXT = "<|begin_of_text|>"
 END_OF_TEXT = "<|end_of_text|>"
@@ -119,7 +121,9 @@ def read_tokenizer(path: Path) -> Tokenizer:
         TokenizerError: it is missing or none.
     """
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_buffer(read_file(path, LARGEST_TOKENIZER))
+    except CheckpointError as error:
+        raise TokenizerError(f"{error}; give a tokenizer.json") from error
     except Exception as error:  # the library raises nothing narrower
         raise TokenizerError(f"{path} is no tokenizer ({error}); give a tokenizer.json") from error
 

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from moe_worker.compress.w4a8 import pack_weight
+from moe_worker.config.directory import read_json
 from moe_worker.files import replacing, write_text
 from moe_worker.quant import compressed_tensors, sparse14
 from moe_worker.quant.int4 import Int4Weight
@@ -29,7 +30,7 @@ def write_checkpoint(settings: TrainSettings, learner: Learner, tokenizer: Token
     s14 where they keep one of four inputs, in that of compressed-tensors otherwise. The routers' balancing
     bias stays in float32, as published: it is compared, not multiplied.
     """
-    config: dict[str, Any] = {**json.loads(settings.config.read_text()), "torch_dtype": "bfloat16"}
+    config: dict[str, Any] = {**read_json(settings.config), "torch_dtype": "bfloat16"}
     if learner.compression.int4 is None:
         config.pop("quantization_config", None)
         tensors = dense_tensors(learner)

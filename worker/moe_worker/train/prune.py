@@ -5,7 +5,6 @@ Legend: E routed experts, D hidden size, F channels of an expert, H heads.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_worker.compress.taylor import Importance, change
+from moe_worker.config.directory import read_json
 from moe_worker.config.model import parse_model_config
 from moe_worker.train.data import WindowSampler, read_tokenizer
 from moe_worker.train.export import save_directory, stored
@@ -31,7 +31,7 @@ def prune_checkpoint(source: Path, target: Path, goal: Sizes, sampler: WindowSam
     Importance is measured over the first `batches` batches of `sampler`, on the device of its tokens.
     Raises SettingsError for sizes that cannot be, CheckpointError for a checkpoint that cannot be read.
     """
-    config = json.loads((source / "config.json").read_text())
+    config = read_json(source / "config.json")
     Sizes.of(config).check(goal, config)
     model = TrainingModel(parse_model_config(config, str(source / "config.json")), dropout=0.0)
     load_checkpoint_tensors(model, read_tensors(source / "model.safetensors"))

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from moe_worker.errors import CheckpointError
 from moe_worker.files import replacing
+from moe_worker.reading import open_file
 
 
 def save_state(
@@ -35,6 +36,7 @@ def load_state(path: Path, model: nn.Module, optimizers: list[Optimizer], finger
     Raises:
         CheckpointError: the file is damaged or belongs to a run with other settings.
     """
+    open_file(path).close()
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
@@ -65,6 +67,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: it is missing or damaged.
     """
+    open_file(path).close()
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

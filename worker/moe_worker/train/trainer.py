@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from moe_worker.config import ModelConfig, read_model_config
+from moe_worker.config.directory import read_json
 from moe_worker.engine.loading import choose_device
 from moe_worker.files import make_folder
 from moe_worker.progress import bar
@@ -146,7 +147,7 @@ class TrainingRun:
     def _fingerprint(self) -> str:
         """Names the settings, the model's shape and the text that a resumed run must share."""
         fixed = {key: value for key, value in asdict(self.settings).items() if key not in _FREE}
-        model = json.loads(self.settings.config.read_text())
+        model = read_json(self.settings.config)
         return json.dumps({**fixed, "model": model, "text": self.corpus.digest}, sort_keys=True)
 
     def _resume(self) -> int:
