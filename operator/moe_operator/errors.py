@@ -20,17 +20,27 @@ class RetryableError(MoEOperatorError):
 
 
 class PermanentError(MoEOperatorError):
-    """Trying again is of no use before somebody changes the object or the installation."""
+    """Trying again soon is of no use: somebody has to change the object or the installation."""
 
 
 class ClusterUnavailableError(RetryableError):
     """The API server did not answer, or was overloaded."""
 
 
+class HistoryExpiredError(RetryableError):
+    """A watch cannot go on from where it was; what there is has to be listed again."""
+
+
 class ChangedMeanwhileError(RetryableError):
     """Somebody else changed or deleted an object first; the next plan starts from what they left."""
 
     patience = 0.1
+
+
+class ReadForbiddenError(RetryableError):
+    """The operator lacks the right to read something; it goes on once its ClusterRole grants it."""
+
+    longest_seconds = 30.0
 
 
 class ApplyForbiddenError(RetryableError):

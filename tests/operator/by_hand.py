@@ -67,6 +67,15 @@ class Api:
         known = answer.headers.get("Content-Type", "").startswith("application/json")
         return answer.status, json.loads(answer.data) if known else {"message": answer.data.decode()}
 
+    def look(self, name):
+        """Seconds after which one reconcile wants to look again."""
+        return self._reconciler.reconcile(Name("default", name))
+
+    def condition(self, name, kind):
+        """A condition of a deployment, or {}."""
+        found = self.cluster.read(names.KIND, "default", name).get("status", {}).get("conditions", ())
+        return next((one for one in found if one["type"] == kind), {})
+
     def reconcile(self, name):
         """Writes that one reconcile made, and whether it wants to try again."""
         before, again = self.writes, False

@@ -6,6 +6,9 @@ of what the one before it did.
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 
 from moe_operator.manifests import children
@@ -53,7 +56,7 @@ def rest(api):
 
 
 def found(api):
-    """What there is, without what differs between any two runs."""
+    """What there is, without what differs between any two runs: which free ranks the replicas took, too."""
     objects = {}
     for kind in children.KINDS:
         for manifest in api.cluster.list(kind, "default", NAME):
@@ -61,10 +64,15 @@ def found(api):
             content = {field: manifest[field] for field in ("spec", "rules", "data") if field in manifest}
             content.get("spec", {}).pop("clusterIP", None)
             content.get("spec", {}).pop("clusterIPs", None)
-            objects[key(manifest)] = (labels, content)
+            objects[str(key(manifest))] = (labels, content)
     status = api.cluster.get(names.KIND, "default", NAME)["status"]
     conditions = [(c["type"], c["status"], c["reason"], c["message"]) for c in status.pop("conditions")]
-    return objects, conditions, {name: value for name, value in status.items() if name != "rollout"}
+    seen = objects, conditions, {name: value for name, value in status.items() if name != "rollout"}
+    text = json.dumps(seen)
+    for number, rank in enumerate(sorted(set(re.findall(rf"StatefulSet {NAME}-(\d+)", text)), key=int)):
+        text = re.sub(rf"\b{NAME}-{rank}\b", f"{NAME}-#{number}", text)
+        text = text.replace(f'"{names.LABEL_DATA_RANK}": "{rank}"', f'"{names.LABEL_DATA_RANK}": "#{number}"')
+    return json.loads(text)
 
 
 CHANGES = {

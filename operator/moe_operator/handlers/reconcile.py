@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Protocol
 
 from opentelemetry import trace
@@ -19,6 +20,7 @@ from moe_operator.errors import (
     InvalidSpecError,
     MoEOperatorError,
     PermanentError,
+    ReadForbiddenError,
     RetryableError,
 )
 from moe_operator.handlers.queue import Name
@@ -76,8 +78,7 @@ class Reconciler:
     def reconcile(self, name: Name) -> float | None:
         """Looks at one deployment and does what there is to do.
 
-        Returns the seconds after which to look again, or None when there is nothing to do before something
-        changes: the deployment is gone, or its spec cannot work.
+        Returns the seconds after which to look again, or None when the deployment is gone.
         Raises RetryableError when something did not work that may work later.
         """
         with self.tracer.start_as_current_span("reconcile") as span, self.metrics.reconcile():
@@ -99,12 +100,11 @@ class Reconciler:
                 )
             except PermanentError as error:
                 logger.warning("%s: %s; waiting for an edit", name, error)
-            return None
+            # Nothing is for ever: policies and CRDs change without an event here.
+            return self.settings.resync_seconds
 
     def _advance(self, deployment: Deployment, span: trace.Span) -> float:
-        with self._thought:
-            observed = gather(self.cluster, deployment)
-        observed = with_refusal(self.cluster, deployment, observed)
+        observed = self._gathered(deployment)
         deployment, observed, todo = self._planned(deployment, observed)
         while others := unlabelled(self.cluster, deployment.identity.namespace, todo.apply):
             observed = replace(observed, children={**observed.children, **others})
@@ -117,13 +117,12 @@ class Reconciler:
         if todo.creates and not self._is_current(deployment.identity):
             raise ChangedMeanwhileError("the deployment changed or went away; it is looked at again")
         self._drain(deployment, todo.drain)
-        turn_ends = self.clock() + timedelta(seconds=self.settings.turn_seconds)
-        try:
-            execute.execute(self.cluster, deployment.identity, todo, lambda: self.clock() < turn_ends)
-        except (ApplyRefusedError, ApplyForbiddenError) as error:
-            after = refused(deployment.status, todo.status, str(error), self.clock())
-            self._report(deployment.identity, deployment.status, after)
-            raise
+        turn_ends = time.monotonic() + self.settings.turn_seconds
+        refusals = execute.execute(
+            self.cluster, deployment.identity, todo, lambda: time.monotonic() < turn_ends
+        )
+        if refusals:
+            return self._refused(deployment, todo, refusals)
         execute.write_status(self.cluster, deployment.identity, deployment.status, todo.status)
         self._announce(deployment.identity, todo.decisions)
         opened = {gate.pod for gate in todo.gates}
@@ -137,6 +136,35 @@ class Reconciler:
         if todo.deadline is None:
             return pause
         return min(pause, max((todo.deadline - self.clock()).total_seconds(), 0) + _AFTER_DEADLINE_SECONDS)
+
+    def _gathered(self, deployment: Deployment) -> Observed:
+        """What there is. Where it may not be read, the status says so, and what was true of it stays."""
+        try:
+            with self._thought:
+                observed = gather(self.cluster, deployment)
+            return with_refusal(self.cluster, deployment, observed)
+        except ReadForbiddenError as error:
+            who, before = deployment.identity, deployment.status
+            known = before.without_scaling().model_copy(update={"observed_generation": who.generation})
+            self._report(who, before, refused(before, known, str(error), self.clock(), "ReadForbidden"))
+            raise
+
+    def _refused(
+        self, deployment: Deployment, todo: Plan, refusals: Sequence[ApplyRefusedError | ApplyForbiddenError]
+    ) -> float:
+        """Says what the API server refused; returns when to look again where something else is awaited.
+
+        Raises the refusals as one otherwise: one that can heal without an edit, if there is any.
+        """
+        said = "; ".join(dict.fromkeys(map(str, refusals)))
+        after = refused(deployment.status, todo.status, said, self.clock())
+        self._report(deployment.identity, deployment.status, after)
+        self._announce(deployment.identity, todo.removals)
+        if todo.unrouted or todo.recheck:
+            logger.warning("%s: %s", deployment.name, said)
+            return self.settings.recheck_seconds
+        kinds = [type(error) for error in refusals]
+        raise next((kind for kind in kinds if issubclass(kind, RetryableError)), kinds[0])(said)
 
     def _planned(self, deployment: Deployment, observed: Observed) -> tuple[Deployment, Observed, Plan]:
         """What to do, with what it follows from: pinned pods, and the answers of workers and frontends."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -14,15 +13,12 @@ from kubernetes.dynamic import DynamicClient
 from kubernetes.dynamic.exceptions import DynamicApiError
 
 from moe_operator.errors import (
-    ApplyForbiddenError,
-    ApplyRefusedError,
-    ChangedMeanwhileError,
     ClusterUnavailableError,
+    HistoryExpiredError,
     InstallationError,
-    MoEOperatorError,
-    OwnerUnknownError,
     RetryableError,
 )
+from moe_operator.kube.answers import translated
 from moe_operator.kube.mirror import Mirror
 from moe_operator.manifests.objects import Manifest
 from moe_operator.resources import names
@@ -42,14 +38,10 @@ _PATHS: Final = {
     "PodDisruptionBudget": ("policy/v1", "poddisruptionbudgets"),
     "ClusterKopfPeering": ("kopf.dev/v1", "clusterkopfpeerings"),
 }
-_FORBIDDEN, _CONFLICT, _GONE, _EXPIRED, _TOO_MANY, _SERVER = 403, 409, 404, 410, 429, 500
+_GONE, _EXPIRED = 404, 410
 _CONNECTIONS = 32
 """Kept open: one for each watch and each thread."""
 _WATCH_SECONDS, _WATCH_SILENCE_SECONDS = 300, 90
-
-
-class HistoryExpiredError(RetryableError):
-    """A watch cannot go on from where it was; what there is has to be listed again."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +59,7 @@ class Cluster:
     """The API server, and what a mirror holds of it.
 
     Every method raises a RetryableError when trying again can help (its type says why), ApplyRefusedError
-    when it cannot.
+    when that helps only once somebody changes the object.
     """
 
     def __init__(self, api: client.ApiClient, timeout_seconds: float, mirror: Mirror | None = None) -> None:
@@ -214,7 +206,7 @@ class Cluster:
         except DynamicApiError as error:
             if error.status == _GONE and method in ("get", "delete"):
                 return None
-            raise _translated(error, path) from error
+            raise translated(error, method, path) from error
         except urllib3.exceptions.HTTPError as error:
             raise ClusterUnavailableError(
                 f"the API server does not answer {method} {path}: {error}"
@@ -238,42 +230,6 @@ def _path(kind: str, namespace: str | None, name: str | None = None) -> str:
     prefix = "/apis/" if "/" in api_version else "/api/"
     parts = [prefix + api_version, *(("namespaces", namespace) if namespace else ()), plural]
     return "/".join([*parts, name] if name else parts)
-
-
-def _translated(error: DynamicApiError, path: str) -> MoEOperatorError:
-    said = message(error.body)
-    if error.status == _EXPIRED:
-        return HistoryExpiredError(said)
-    if error.status in (_CONFLICT, _GONE) or _is_of_another(error.body):
-        return ChangedMeanwhileError(f"somebody else was faster at {path}: {said}")
-    if error.status == _TOO_MANY or error.status >= _SERVER:
-        return ClusterUnavailableError(f"the API server could not serve {path}: {said}")
-    if error.status == _FORBIDDEN and f"RESTMapping for APIVersion {names.API_VERSION}" in said:
-        return OwnerUnknownError(
-            f"the API server has yet to notice that there are {names.PLURAL}, and lets them own nothing so "
-            "far; it notices within 30 s of their installation"
-        )
-    if error.status == _FORBIDDEN:
-        return ApplyForbiddenError(f"the API server forbids {path}: {said}")
-    return ApplyRefusedError(f"the API server refused {path}: {said}")
-
-
-def _is_of_another(body: str | bytes | None) -> bool:
-    """Whether the API server refused a change because the object's UID is not the one that was meant."""
-    try:
-        causes = json.loads(body or "")["details"]["causes"]
-        return any(cause["field"] == "metadata.uid" for cause in causes)
-    except (ValueError, KeyError, TypeError):
-        return False
-
-
-def message(body: str | bytes | None) -> str:
-    """The sentence in a Status object, or the body itself when it is none."""
-    text = body.decode(errors="replace") if isinstance(body, bytes) else body or ""
-    try:
-        return str(json.loads(text)["message"])
-    except (ValueError, KeyError, TypeError):
-        return text
 
 
 def connect(timeout_seconds: float, mirror: Mirror | None = None) -> Cluster:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
+from typing import Final
 
 from moe_api.visible import one_line
-from moe_operator.errors import OutOfTimeError
+from moe_operator.errors import ApplyForbiddenError, ApplyRefusedError, OutOfTimeError
 from moe_operator.kube.client import Cluster
 from moe_operator.manifests.decision import Decision, timestamp
 from moe_operator.manifests.gates import Gate
@@ -19,24 +22,46 @@ from moe_operator.resources.status import Status
 
 _EVENT_MOST = 1024
 """Characters of an Event's message that the API server takes."""
+_ALIKE: Final = 3
+"""After so many refusals of one kind the rest of it waits for the next plan: replicas are all alike."""
 
 
-def execute(cluster: Cluster, identity: Identity, plan: Plan, in_time: Callable[[], bool]) -> None:
-    """Applies and deletes what the plan says, for as long as it is in time.
+def execute(
+    cluster: Cluster, identity: Identity, plan: Plan, in_time: Callable[[], bool]
+) -> list[ApplyRefusedError | ApplyForbiddenError]:
+    """Carries out what the plan says, for as long as it is in time; returns what the API server refused.
 
-    Raises what the client raises, and OutOfTimeError; what was done until then stays, and the next plan
-    starts from there.
+    Readiness gates come first, for requests wait for them; then deletions, which make room for what is
+    created after them. No refusal keeps the rest from being done.
+
+    Raises what the client raises otherwise, and OutOfTimeError; what was done until then stays, and the next
+    plan starts from there.
     """
-    for done, manifest in enumerate(plan.apply):
+    effects, refusals = list(_effects(cluster, identity, plan)), []
+    refused: Counter[str] = Counter()
+    for done, (kind, effect) in enumerate(effects):
         if not in_time():
-            raise OutOfTimeError(
-                f"{done} of {len(plan.apply)} objects are applied; the others take another turn"
-            )
-        cluster.apply(manifest)
+            raise OutOfTimeError(f"{done} of {len(effects)} changes are made; the others take another turn")
+        if refused[kind] >= _ALIKE:
+            continue
+        try:
+            effect()
+        except (ApplyRefusedError, ApplyForbiddenError) as error:
+            refused[kind] += 1
+            refusals.append(error)
+    return refusals
+
+
+def _effects(cluster: Cluster, identity: Identity, plan: Plan) -> Iterator[tuple[str, Callable[[], None]]]:
+    """What a plan does, in order: the kind of the object, and what changes it."""
+    space = identity.namespace
     for gate in plan.gates:
-        cluster.set_pod_condition(identity.namespace, gate.pod, gate.uid, _condition(gate))
+        yield "Pod", partial(cluster.set_pod_condition, space, gate.pod, gate.uid, _condition(gate))
     for deletion in plan.delete:
-        cluster.delete(deletion.key.kind, identity.namespace, deletion.key.name, deletion.uid)
+        kind, name = deletion.key
+        yield f"deleted {kind}", partial(cluster.delete, kind, space, name, deletion.uid)
+    for manifest in plan.apply:
+        yield manifest["kind"], partial(cluster.apply, manifest)
 
 
 def _condition(gate: Gate) -> Manifest:

@@ -9,6 +9,7 @@ predecessor's record to expire.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -31,7 +32,7 @@ def priority(started: datetime) -> int:
     return int(started.timestamp() * 1000)
 
 
-_REMEMBERED: Final = timedelta(seconds=2)
+_REMEMBERED_S: Final = 2.0
 """For so long two processes may both act after a start; what they do is the same."""
 
 
@@ -43,15 +44,17 @@ class Rank:
     name: str
     priority: int
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _looked: datetime | None = None
+    _looked: float | None = None
+    """When, on the monotonic clock."""
     _outranked: bool = False
 
     def outranked(self, now: datetime) -> bool:
         """Whether another live process ranks higher. Raises what the client raises."""
         with self._lock:
-            if self._looked is None or now - self._looked >= _REMEMBERED:
+            at = time.monotonic()
+            if self._looked is None or at - self._looked >= _REMEMBERED_S:
                 self._outranked = outranked(self.cluster, self.name, self.priority, now)
-                self._looked = now
+                self._looked = at
             return self._outranked
 
 

@@ -19,6 +19,8 @@ from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Identity
 from moe_operator.resources.status import PROGRESSING, READY, RECONCILING, STALLED, Condition, Status
 
+REPLICA_REMOVED = "ReplicaRemoved"
+
 
 @dataclass(frozen=True)
 class Deletion:
@@ -33,7 +35,7 @@ class Plan:
     """What to do now."""
 
     apply: tuple[Manifest, ...]
-    """Objects to apply, in this order."""
+    """Objects to apply, in this order, after the deletions."""
     delete: tuple[Deletion, ...]
     """Objects to delete, in this order."""
     status: Status
@@ -52,6 +54,11 @@ class Plan:
     """Leaders that take requests, but maybe not every frontend sends them some: ask, and look again soon."""
     sound: tuple[Key, ...] = ()
     """StatefulSets that were compared and follow the recipe: not to be compared again before they change."""
+
+    @property
+    def removals(self) -> tuple[Decision, ...]:
+        """The decisions to delete replicas."""
+        return tuple(decision for decision in self.decisions if decision.reason == REPLICA_REMOVED)
 
     @property
     def creates(self) -> bool:
@@ -187,7 +194,7 @@ def _removal(deployment: Deployment, replica: Replica, current: State) -> Decisi
     busy = f"; it finishes {replica.work} requests" if replica.work else ""
     idle = "its pod does not end, and its node does not answer" if replica.lost else "it does not serve"
     serving = busy if replica.ready else f"; {idle}"
-    return Decision("ReplicaRemoved", f"deleting StatefulSet {name}: {why}{serving}")
+    return Decision(REPLICA_REMOVED, f"deleting StatefulSet {name}: {why}{serving}")
 
 
 def _status(deployment: Deployment, current: State, now: datetime) -> Status:
@@ -233,7 +240,9 @@ def invalid(before: Status, identity: Identity, message: str, now: datetime) -> 
     return _stuck(before, after, identity.generation, {READY, PROGRESSING}, verdict, now)
 
 
-def refused(before: Status, planned: Status, message: str, now: datetime) -> Status:
+def refused(
+    before: Status, planned: Status, message: str, now: datetime, reason: str = "ApplyRefused"
+) -> Status:
     """The planned status when the API server refused a part of the plan.
 
     Nothing goes on; but replicas that answer requests still do, so a Ready that is True stays.
@@ -241,7 +250,7 @@ def refused(before: Status, planned: Status, message: str, now: datetime) -> Sta
     ready = planned.condition(READY)
     serves = ready is not None and ready.status == "True" and planned.ready_replicas > 0
     kinds = {PROGRESSING} if serves else {READY, PROGRESSING}
-    verdict = Verdict(False, "ApplyRefused", message)
+    verdict = Verdict(False, reason, message)
     return _stuck(before, planned, planned.observed_generation or 0, kinds, verdict, now)
 
 

@@ -1,0 +1,96 @@
+"""The order in which a plan is carried out, and what a refusal keeps from being done: nothing else."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from moe_operator.errors import (
+    ApplyForbiddenError,
+    ApplyRefusedError,
+    ClusterUnavailableError,
+    OutOfTimeError,
+)
+from moe_operator.kube.execute import execute
+from moe_operator.manifests.gates import Gate
+from moe_operator.manifests.objects import Key
+from moe_operator.manifests.plan import Deletion, Plan
+from moe_operator.resources.deployment import Identity
+from moe_operator.resources.status import Status
+
+OWNER = Identity("default", "docs", "uid-docs", 1)
+
+
+class Cluster:
+    """Writes down what is done; refuses what it is told to."""
+
+    def __init__(self, refusals=()):
+        self.done = []
+        self.refusals = dict(refusals)
+
+    def _do(self, what):
+        self.done.append(what)
+        if what in self.refusals:
+            raise self.refusals[what]
+
+    def apply(self, manifest):
+        self._do(f"apply {manifest['metadata']['name']}")
+
+    def set_pod_condition(self, namespace, name, uid, condition):
+        self._do(f"gate {name}")
+
+    def delete(self, kind, namespace, name, uid):
+        self._do(f"delete {name}")
+
+
+def plan(*applied, kind="Role"):
+    return Plan(
+        apply=tuple({"kind": kind, "metadata": {"name": name}} for name in applied),
+        delete=(Deletion(Key("StatefulSet", "docs-0"), "uid"),),
+        status=Status(),
+        decisions=(),
+        recheck=False,
+        gates=(Gate("docs-1-0", "uid", open=True),),
+    )
+
+
+def in_time():
+    return True
+
+
+def test_gates_come_first_then_deletions_then_what_is_applied():
+    cluster = Cluster()
+    assert execute(cluster, OWNER, plan("a", "b"), in_time) == []
+    assert cluster.done == ["gate docs-1-0", "delete docs-0", "apply a", "apply b"]
+
+
+@pytest.mark.parametrize("refused", ["gate docs-1-0", "delete docs-0", "apply a"])
+@pytest.mark.parametrize("error", [ApplyForbiddenError("quota"), ApplyRefusedError("invalid")])
+def test_what_is_refused_keeps_nothing_else_from_being_done(refused, error):
+    cluster = Cluster({refused: error})
+    assert execute(cluster, OWNER, plan("a", "b"), in_time) == [error]
+    assert cluster.done == ["gate docs-1-0", "delete docs-0", "apply a", "apply b"]
+
+
+def test_every_refusal_is_collected_but_a_hundred_replicas_are_not_refused_one_by_one():
+    names = [f"docs-{rank}" for rank in range(1, 101)]
+    cluster = Cluster({f"apply {name}": ApplyForbiddenError(name) for name in names})
+    refusals = execute(cluster, OWNER, plan(*names, kind="StatefulSet"), in_time)
+    assert [str(error) for error in refusals] == names[:3]
+    assert len(cluster.done) == 2 + 3
+
+
+def test_an_api_server_that_is_away_ends_it_at_once():
+    cluster = Cluster({"delete docs-0": ClusterUnavailableError("away")})
+    with pytest.raises(ClusterUnavailableError):
+        execute(cluster, OWNER, plan("a"), in_time)
+    assert cluster.done == ["gate docs-1-0", "delete docs-0"]
+
+
+def test_what_takes_too_long_goes_on_in_another_turn():
+    steps = itertools.count()
+    cluster = Cluster()
+    with pytest.raises(OutOfTimeError, match="3 of 4 changes are made"):
+        execute(cluster, OWNER, plan("a", "b"), lambda: next(steps) < 3)
+    assert cluster.done == ["gate docs-1-0", "delete docs-0", "apply a"]
