@@ -15,6 +15,7 @@ from localcluster import build
 from localcluster.progress import Reporter
 
 ACCESS = "only-for-this-test"
+LESS_ACCESS = "as-far-as-roles-say"
 
 
 def free_port():
@@ -36,7 +37,9 @@ class ApiServer:
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
         (directory / "sa.key").write_bytes(pem)
-        (directory / "tokens.csv").write_text(f"{ACCESS},admin,admin,system:masters\n")
+        (directory / "tokens.csv").write_text(
+            f"{ACCESS},admin,admin,system:masters\n{LESS_ACCESS},somebody,somebody\n"
+        )
 
     def client(self):
         configuration = kubernetes.client.Configuration(host=f"https://127.0.0.1:{self.port}")

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_operator.errors import ClusterUnavailableError
-from moe_operator.kube.client import Chunk, HistoryExpiredError
+from moe_api.supervision import Supervisor
+from moe_operator.errors import ClusterUnavailableError, HistoryExpiredError, ReadForbiddenError
+from moe_operator.kube.client import Chunk
 from moe_operator.kube.follow import Follower
 from moe_operator.kube.mirror import Mirror, Place
 
@@ -112,7 +113,10 @@ class Script:
         return self._answers.pop(0)
 
     def chunk(self, kind, label, limit, following):
-        items, version, more = self._next()
+        answer = self._next()
+        if isinstance(answer, Exception):
+            raise answer
+        items, version, more = answer
         return Chunk(items, str(version), more)
 
     def watch(self, kind, label, version):
@@ -125,8 +129,12 @@ class Script:
 def follow(mirror, *answers):
     """Follows a script to its end; returns the deployments that were told of."""
     script, told = Script(*answers), []
-    Follower(script, mirror, "Pod", lambda namespace, deployment: told.append(deployment)).start()
+    follower = Follower(
+        script, mirror, "Pod", lambda namespace, deployment: told.append(deployment), lambda: told.append("*")
+    )
+    follower.start(Supervisor(chance=lambda: 0.99))
     assert script.done.wait(20)
+    assert follower.settled.is_set()
     return told
 
 
@@ -166,3 +174,29 @@ def test_a_watch_that_breaks_off_goes_on_where_it_was(mirror):
     broken = [{"type": "ADDED", "object": pod("a", 11)}, ClusterUnavailableError("the connection is gone")]
     follow(mirror, ([], 10, None), broken, [{"type": "ADDED", "object": pod("b", 12)}])
     assert names(mirror) == ["a", "b"]
+
+
+@pytest.mark.parametrize("malformed", [ValueError("unexpected end of data"), KeyError("metadata")])
+def test_after_one_malformed_line_everything_is_listed_again(mirror, malformed):
+    told = follow(
+        mirror,
+        ([pod("a", 1)], 10, None),
+        [{"type": "ADDED", "object": pod("b", 11)}, malformed],
+        ([pod("a", 1), pod("b", 11), pod("c", 12)], 12, None),
+        [{"type": "ADDED", "object": pod("d", 13)}],
+    )
+    assert names(mirror) == ["a", "b", "c", "d"]
+    assert told == ["docs"] * 4
+
+
+def test_a_kind_that_may_not_be_listed_keeps_nobody_waiting_and_is_told_when_it_may(mirror):
+    forbidden = ReadForbiddenError("pods is forbidden")
+    told = follow(mirror, forbidden, ([pod("a", 1)], 10, None), [])
+    assert told == ["docs", "*"]
+    assert mirror.complete("Pod")
+
+
+def test_what_may_not_be_watched_any_more_is_not_believed(mirror):
+    told = follow(mirror, ([], 10, None), [ReadForbiddenError("no")], ReadForbiddenError("no"))
+    assert told == []
+    assert not mirror.complete("Pod")

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from moe_api.supervision import Supervisor
 from moe_operator.errors import ClusterUnavailableError
 from moe_operator.handlers.queue import Name, ReconcileQueue
 from moe_operator.settings import Settings
@@ -45,7 +46,7 @@ async def start():
     queues = []
 
     def build(work):
-        queues.append(ReconcileQueue(work, QUICK))
+        queues.append(ReconcileQueue(work, QUICK, Supervisor()))
         return queues[-1]
 
     yield build

@@ -8,6 +8,7 @@ import itertools
 
 import pytest
 
+from moe_api.supervision import Supervisor
 from moe_operator.errors import (
     ApplyForbiddenError,
     ChangedMeanwhileError,
@@ -35,7 +36,7 @@ def starts(outcomes, until, chance=0.0, edited=False):
         return outcome
 
     async def main():
-        queue = ReconcileQueue(work, SETTINGS, lambda: chance)
+        queue = ReconcileQueue(work, SETTINGS, Supervisor(), lambda: chance)
         queue.add(DOCS, edited=edited)
         await asyncio.sleep(until)
         await queue.close()
@@ -81,14 +82,14 @@ def test_chance_takes_up_to_half_of_a_pause_so_that_a_herd_scatters():
     assert gaps(starts([ClusterUnavailableError("down")], 10, chance=0.5))[:3] == [0.75, 1.5, 3.0]
 
 
-def test_what_cannot_work_is_tried_once_and_waits_for_an_edit():
+def test_one_that_is_gone_is_not_looked_at_before_it_is_back():
     calls = []
 
     async def work(name):
         calls.append(asyncio.get_running_loop().time())
 
     async def main():
-        queue = ReconcileQueue(work, SETTINGS)
+        queue = ReconcileQueue(work, SETTINGS, Supervisor())
         queue.add(DOCS)
         await asyncio.sleep(24 * 3600)
         assert calls == [0.25]
@@ -115,7 +116,7 @@ def test_twenty_that_hang_and_fail_hold_up_none_of_two_hundred_that_work():
 
     async def main():
         loop = asyncio.get_running_loop()
-        queue = ReconcileQueue(work, SETTINGS)
+        queue = ReconcileQueue(work, SETTINGS, Supervisor())
         for number in range(20):
             queue.add(Name("broken", str(number)))
         for second in range(1200):
@@ -145,7 +146,7 @@ def waits_in_a_backlog():
 
     async def main():
         loop = asyncio.get_running_loop()
-        queue = ReconcileQueue(work, SETTINGS)
+        queue = ReconcileQueue(work, SETTINGS, Supervisor())
         for number in range(60 * 5):
             for kind, edited in ((edits, True), (looks, False)):
                 name = Name(f"{edited}", str(number))
@@ -175,7 +176,7 @@ def test_an_edit_of_one_that_waits_already_moves_it_forward():
         await asyncio.sleep(1)
 
     async def main():
-        queue = ReconcileQueue(work, dataclasses.replace(SETTINGS, workers=1))
+        queue = ReconcileQueue(work, dataclasses.replace(SETTINGS, workers=1), Supervisor())
         for name in ("first", "second", "third"):
             queue.add(Name("default", name))
         await asyncio.sleep(0.5)

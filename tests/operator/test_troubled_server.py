@@ -65,7 +65,7 @@ def wait_for(site, name, replicas, seconds=90.0):
     eventually(lambda: sets(site, name), lambda found: found == wanted, "replicas", seconds)
     said = eventually(lambda: condition(site, name, "Ready"), bool, "Ready", seconds)
     assert said[:2] == ("False", "ReplicasNotReady")
-    assert said[2].startswith(f"0 of {replicas} replica")
+    assert said[2].startswith(f"0/{replicas} replicas ready")
 
 
 def events(site, name, reason):

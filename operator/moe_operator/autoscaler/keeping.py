@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from moe_operator.autoscaler.scaler import Memory
 from moe_operator.manifests.objects import Manifest, child, owner_uid
@@ -16,18 +16,21 @@ from moe_operator.scaling.capacity import Capacity
 from moe_operator.scaling.history import History, HistoryError
 from moe_operator.scaling.horizon import ColdStarts
 
+_Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
 
 class _Capacity(Model):
     model_config = ConfigDict(extra="ignore")
-    per_replica: float
-    prior: float
-    findings: int = 0
+    per_replica: _Rate
+    prior: _Rate
+    findings: int = Field(default=0, ge=0)
 
 
 class _Content(Model):
     model_config = ConfigDict(extra="ignore")
     rates: str
-    cold_start_seconds: tuple[float, ...] = ()
+    cold_start_seconds: tuple[_Seconds, ...] = ()
     measured_pods: tuple[str, ...] = ()
     capacity: _Capacity
 

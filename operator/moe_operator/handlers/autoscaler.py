@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 
+from moe_api.supervision import Backoff
 from moe_operator.autoscaler.subject import Subject, subject
-from moe_operator.errors import MoEOperatorError
-from moe_operator.handlers.queue import Name, backoff
+from moe_operator.handlers.queue import Name
 from moe_operator.handlers.scaled import Scaled, ScaledFactory
 from moe_operator.manifests.observed import Observed
 from moe_operator.resources.deployment import Deployment
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass
 class _Item:
+    """A deployment that scales, and the loop that scales it."""
+
     subject: Subject
+    task: asyncio.Task[None] | None = None
     scaled: Scaled | None = None
     """None until what was kept is read, and while another process acts."""
-    task: asyncio.Task[None] | None = None
+
+    def forget(self) -> None:
+        """What was learned gets old where somebody else acts."""
+        scaled, self.scaled = self.scaled, None
+        if scaled is not None:
+            scaled.close()
 
 
 class Autoscaler:
@@ -37,7 +43,9 @@ class Autoscaler:
         self._factory = factory
         self._acts = acts
         self._items: dict[Name, _Item] = {}
-        self._others: set[asyncio.Task[None]] = set()
+        self._retiring: dict[Name, asyncio.Task[None]] = {}
+        settings = factory.settings
+        self._backoff = Backoff(settings.retry_first_seconds, settings.retry_most_seconds)
         self._loop = asyncio.get_running_loop()
 
     def saw(self, deployment: Deployment, observed: Observed) -> None:
@@ -51,7 +59,7 @@ class Autoscaler:
     async def close(self) -> None:
         """Stops all scaling, and keeps what was learned where this process still acts."""
         items, self._items = list(self._items.values()), {}
-        tasks = [*(item.task for item in items if item.task), *self._others]
+        tasks = [*(item.task for item in items if item.task), *self._retiring.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -64,67 +72,56 @@ class Autoscaler:
         item = self._items.get(name)
         if seen is None:
             self._drop(name)
-            self._retire(deployment)
+            self._retire(name, deployment)
         elif item is not None and item.subject.deployment.identity.uid == deployment.identity.uid:
             self._release(item.subject.addresses - seen.addresses)
             item.subject = seen
         else:
             self._drop(name)
-            item = self._items[name] = _Item(seen)
-            item.task = asyncio.create_task(self._run(name, item), name=f"scale {name}")
+            self._begin(name, _Item(seen))
+
+    def _begin(self, name: Name, item: _Item) -> None:
+        self._items[name] = item
+        item.task = self._start("scaling", partial(self._run, name, item), name)
 
     def _drop(self, name: Name) -> None:
+        """Forgets a deployment, its gauges too."""
+        retiring = self._retiring.pop(name, None)
+        if retiring is not None:
+            retiring.cancel()
         item = self._items.pop(name, None)
         if item is not None and item.task is not None:
             item.task.cancel()
+            item.forget()
             self._release(item.subject.addresses)
+        self._factory.metrics.forget(*name)
 
     def _release(self, addresses: frozenset[str]) -> None:
         if addresses:
-            self._background(self._factory.poller.release(addresses))
+            self._factory.supervisor.start("release", partial(self._factory.poller.release, addresses))
 
-    def _retire(self, deployment: Deployment) -> None:
-        async def retire() -> None:
-            try:
-                await self._factory.retire(deployment)
-            except MoEOperatorError as error:
-                logger.warning("%s: %s; the next reconcile tries again", deployment.name, error)
+    def _retire(self, name: Name, deployment: Deployment) -> None:
+        self._retiring[name] = self._start("retire", partial(self._factory.retire, deployment), name)
 
-        self._background(retire())
-
-    def _background(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self._others.add(task)
-        task.add_done_callback(self._others.discard)
+    def _start(self, loop: str, work: Callable[[], Awaitable[None]], name: Name) -> asyncio.Task[None]:
+        return self._factory.supervisor.start(loop, work, str(name), self._backoff)
 
     async def _run(self, name: Name, item: _Item) -> None:
-        failures = 0
         while True:
-            try:
-                await self._round(item)
-                failures = 0
-            except MoEOperatorError as error:
-                logger.warning("scaling of %s: %s; trying again", name, error)
-                failures += 1
-            except Exception:
-                # A bug of ours in one deployment must not end the scaling of the others.
-                logger.exception("scaling of %s: unexpected error; trying again", name)
-                failures += 1
-            await self._pause(item, failures)
+            await self._round(name, item)
+            await self._pause(item)
 
-    async def _round(self, item: _Item) -> None:
-        """One look, and what follows from it. A process that does not act forgets: what it knows gets old."""
+    async def _round(self, name: Name, item: _Item) -> None:
+        """One look, and what follows from it, where this process is the one that acts."""
         if not await self._acts():
-            item.scaled = None
+            item.forget()
+            self._factory.metrics.forget(*name)
             return
         item.scaled = item.scaled or await self._factory.load(item.subject)
         await item.scaled.round(item.subject)
 
-    async def _pause(self, item: _Item, failures: int) -> None:
-        settings = self._factory.settings
-        if failures:
-            await asyncio.sleep(backoff(settings, failures - 1))
-        elif item.scaled is None:
-            await asyncio.sleep(settings.recheck_seconds)
+    async def _pause(self, item: _Item) -> None:
+        if item.scaled is None:
+            await asyncio.sleep(self._factory.settings.recheck_seconds)
         else:
             await item.scaled.until_next(item.subject)

@@ -12,8 +12,10 @@ import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
+from moe_api.supervision import Supervisor
 from moe_operator.errors import RetryableError
 from moe_operator.settings import Settings
 
@@ -37,14 +39,14 @@ class Name(NamedTuple):
 
 
 Work = Callable[[Name], Awaitable[float | None]]
-"""Reconciles a deployment; says after how many seconds to look again unasked, or None to forget it."""
+"""Reconciles a deployment; says after how many seconds to look again unasked, or None once it is gone."""
 
 
 @dataclass(eq=False)
 class _Item:
     """A deployment. changed: there is something to look at. edited: the deployment itself is new."""
 
-    task: asyncio.Task[None]
+    task: asyncio.Task[None] | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     edited: asyncio.Event = field(default_factory=asyncio.Event)
     since: float = 0.0
@@ -99,10 +101,17 @@ class _Slots:
 class ReconcileQueue:
     """Deployments that wait for a reconcile. Of one event loop; not for threads."""
 
-    def __init__(self, work: Work, settings: Settings, chance: Callable[[], float] = random.random) -> None:
+    def __init__(
+        self,
+        work: Work,
+        settings: Settings,
+        supervisor: Supervisor,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
         """chance: numbers of [0, 1), by which pauses after failures are spread."""
         self._work = work
         self._settings = settings
+        self._supervisor = supervisor
         self._chance = chance
         self._items: dict[Name, _Item] = {}
         self._slots = _Slots(settings.workers)
@@ -112,20 +121,27 @@ class ReconcileQueue:
         """Something of this deployment changed; `edited`: the deployment itself, by somebody else."""
         item = self._items.get(name)
         if item is None:
-            item = self._items[name] = _Item(asyncio.create_task(self._run(name), name=f"{name}"))
+            item = self._items[name] = _Item()
+            item.task = self._supervisor.start("reconcile", partial(self._run, name, item), str(name))
         item.changed.set()
         if edited:
             item.edited.set()
 
+    def add_all(self) -> None:
+        """Something changed that concerns every deployment."""
+        for item in self._items.values():
+            item.changed.set()
+
     async def close(self) -> None:
         """Stops: what is under way is cancelled at its next pause."""
-        tasks = [item.task for item in self._items.values()]
+        tasks = [item.task for item in self._items.values() if item.task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _run(self, name: Name) -> None:
-        item, failures = self._items[name], 0
+    async def _run(self, name: Name, item: _Item) -> None:
+        failures = 0
+        item.changed.set()  # whatever ended an earlier run, it may have ended a reconcile
         pause: float | None = self._settings.resync_seconds
         while pause is not None or item.changed.is_set():
             await _wait(item.changed, pause)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
@@ -14,12 +15,12 @@ from typing import Any
 import kopf
 from opentelemetry import metrics, trace
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
-from opentelemetry.sdk.metrics.export import MetricReader
-from prometheus_client import start_http_server
 
 from moe_api import telemetry
+from moe_api.supervision import Supervisor
 from moe_operator.errors import InstallationError, MoEOperatorError
 from moe_operator.handlers.autoscaler import Autoscaler
+from moe_operator.handlers.metrics_server import MetricsServer
 from moe_operator.handlers.queue import Name, ReconcileQueue
 from moe_operator.handlers.reconcile import Reconciler
 from moe_operator.handlers.scaled import ScaledFactory
@@ -43,6 +44,7 @@ def register(registry: kopf.OperatorRegistry, settings: Settings) -> None:
     """Adds the operator's handlers to a registry."""
     kopf.on.startup(registry=registry)(partial(start, own=settings))
     kopf.on.cleanup(registry=registry)(stop)
+    kopf.on.probe(registry=registry, id="background")(background)
     kopf.on.event(names.GROUP, names.VERSION, names.PLURAL, registry=registry, id="deployment")(
         deployment_changed
     )
@@ -55,18 +57,22 @@ async def start(*, settings: kopf.OperatorSettings, memo: kopf.Memo, own: Settin
         mirror = Mirror(frozenset({names.KIND, *_FOLLOWED}))
         cluster = await asyncio.to_thread(connect, own.api_timeout_seconds, mirror)
         await asyncio.to_thread(prepare_installation, cluster, own)
+        server = MetricsServer(own.metrics_port) if own.metrics_port else None
     except MoEOperatorError as error:
         # The CRDs may be on their way: one `kubectl apply` brings them and the operator.
         raise kopf.TemporaryError(str(error), delay=own.retry_first_seconds) from error
-    memo.telemetry = telemetry.configure("moe-operator", readers=_for_prometheus(own.metrics_port))
+    memo.telemetry = telemetry.configure("moe-operator", readers=[PrometheusMetricReader()] if server else [])
+    memo.supervisor = Supervisor(expected=(MoEOperatorError,))
+    if server is not None:
+        server.start(memo.supervisor)
     memo.threads = ThreadPoolExecutor(own.workers, thread_name_prefix="reconcile")
 
     async def work(name: Name) -> float | None:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(memo.threads, reconciler.reconcile, name)
 
-    memo.queue, memo.mirror = ReconcileQueue(work, own), mirror
-    memo.followers = await follow(cluster, mirror, memo.queue)
+    memo.queue, memo.mirror = ReconcileQueue(work, own, memo.supervisor), mirror
+    memo.followers = await follow(cluster, mirror, memo.queue, memo.supervisor)
     spare_the_collector()
     rank = peering.Rank(cluster, own.peering, settings.peering.priority)
     memo.autoscaler = _autoscaler(cluster, own, rank, memo)
@@ -80,25 +86,34 @@ async def start(*, settings: kopf.OperatorSettings, memo: kopf.Memo, own: Settin
     )
 
 
-async def follow(cluster: Cluster, mirror: Mirror, queue: ReconcileQueue) -> list[Follower]:
+async def follow(
+    cluster: Cluster, mirror: Mirror, queue: ReconcileQueue, supervisor: Supervisor
+) -> list[Follower]:
     """Follows what belongs to deployments; returns when all there is has been seen once.
 
     kopf follows the deployments themselves. Of pods and other objects there can be tens of thousands, for
-    each of which kopf would keep a task at the start and a record ever after.
+    each of which kopf would keep a task at the start and a record ever after. A kind that the operator may
+    not read is not waited for: reconciles say what is missing, and go on when the right comes.
     """
     loop = asyncio.get_running_loop()
     seen_all = False
 
-    def changed(namespace: str, deployment: str) -> None:
+    def tell(heard: Callable[..., None], *arguments: object) -> None:
         # Before, every deployment is looked at anyway, and must not be while objects are missing here.
         if seen_all and not loop.is_closed():
-            loop.call_soon_threadsafe(queue.add, Name(namespace, deployment))
+            loop.call_soon_threadsafe(heard, *arguments)
 
-    followers = [Follower(cluster, mirror, kind, changed) for kind in _FOLLOWED]
+    def changed(namespace: str, deployment: str) -> None:
+        tell(queue.add, Name(namespace, deployment))
+
+    def readable() -> None:
+        tell(queue.add_all)
+
+    followers = [Follower(cluster, mirror, kind, changed, readable) for kind in _FOLLOWED]
     for follower in followers:
-        follower.start()
+        follower.start(supervisor)
     for follower in followers:
-        await asyncio.to_thread(follower.listed.wait)
+        await asyncio.to_thread(follower.settled.wait)
     seen_all = True
     return followers
 
@@ -114,14 +129,6 @@ def spare_the_collector() -> None:
     gc.set_threshold(_ALLOCATIONS)
 
 
-def _for_prometheus(port: int) -> list[MetricReader]:
-    """Serves metrics on a port, if that is wanted."""
-    if not port:
-        return []
-    start_http_server(port)
-    return [PrometheusMetricReader()]
-
-
 def _autoscaler(cluster: Cluster, own: Settings, rank: peering.Rank, memo: kopf.Memo) -> Autoscaler:
     """The autoscaler, with the threads and connections that it needs."""
     factory = ScaledFactory(
@@ -133,6 +140,7 @@ def _autoscaler(cluster: Cluster, own: Settings, rank: peering.Rank, memo: kopf.
         decided=memo.queue.add,
         metrics=ScalingMetrics(metrics.get_meter("moe_operator.autoscaler")),
         tracer=trace.get_tracer("moe_operator.autoscaler"),
+        supervisor=memo.supervisor,
     )
 
     async def acts() -> bool:
@@ -148,9 +156,18 @@ async def stop(*, memo: kopf.Memo, **_: Any) -> None:
     if "queue" in memo:
         await memo.autoscaler.close()
         await memo.queue.close()
+        await memo.supervisor.close()
         await asyncio.to_thread(memo.threads.shutdown)
     if "telemetry" in memo:
         await asyncio.to_thread(memo.telemetry.shutdown)
+
+
+async def background(*, memo: kopf.Memo, **_: Any) -> dict[str, dict[str, int]]:
+    """How many background loops of each kind run or wait for their restart: a part of the health answer."""
+    counts: dict[str, Counter[str]] = {}
+    for state in memo.supervisor.states:
+        counts.setdefault(state.loop, Counter())["restarting" if state.paused else "running"] += 1
+    return {loop: dict(count) for loop, count in counts.items()}
 
 
 async def deployment_changed(

@@ -13,10 +13,11 @@ from typing import TypeVar
 
 from opentelemetry import trace
 
+from moe_api.supervision import Supervisor
 from moe_operator.autoscaler import keeping, reporting
 from moe_operator.autoscaler.scaler import Outcome, Scaler
 from moe_operator.autoscaler.subject import Subject
-from moe_operator.errors import ApplyForbiddenError, MoEOperatorError, PermanentError
+from moe_operator.errors import MoEOperatorError, PermanentError, ReadForbiddenError
 from moe_operator.handlers.queue import Name
 from moe_operator.handlers.scaling_metrics import ScalingMetrics
 from moe_operator.kube import execute
@@ -30,6 +31,7 @@ from moe_operator.resources.scaling import Mode
 from moe_operator.resources.scaling_status import SCALING_ACTIVE, ScalingStatus
 from moe_operator.resources.status import Condition, Status
 from moe_operator.rpc.polling import Poller
+from moe_operator.scaling.history import HistoryError
 from moe_operator.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -51,6 +53,8 @@ class ScaledFactory:
     """Carries out what was written into the status."""
     metrics: ScalingMetrics
     tracer: trace.Tracer
+    supervisor: Supervisor
+    """Runs whatever goes on in the background."""
 
     async def load(self, subject: Subject) -> Scaled:
         """The scaling of a deployment, with what was kept of it."""
@@ -58,14 +62,14 @@ class ScaledFactory:
         try:
             kept = await self.call(kube.load, self.cluster, identity)
             memory = await self.call(keeping.memory, kept, identity)
-        except (PermanentError, ApplyForbiddenError) as error:
+        except (HistoryError, PermanentError, ReadForbiddenError) as error:
             logger.warning("%s: %s; scaling begins anew", identity.name, error)
             memory = None
         return Scaled(self, subject, Scaler(subject.deployment.wanted_replicas, memory, prior))
 
     async def retire(self, deployment: Deployment) -> None:
         """Takes out of the status what is not true any more of a deployment that does not scale."""
-        self.metrics.forget(deployment.identity)
+        self.metrics.forget(deployment.identity.namespace, deployment.name)
         is_off, before = deployment.spec.scaling is not None, deployment.status
         wanted = _condition(deployment, reporting.OFF, before) if is_off else None
         if before.scaling is not None or before.condition(SCALING_ACTIVE) != wanted:
@@ -103,7 +107,7 @@ class Scaled:
         self._with.metrics.record(subject.deployment.identity, outcome)
         await self._report(subject, outcome)
         if self._learning is None or self._learning.done():
-            self._learning = asyncio.create_task(self._learn(subject.deployment.name))
+            self._learning = self._with.supervisor.start("learning", self._learn, subject.deployment.name)
         if time.monotonic() >= self._kept_at + settings.history_seconds / settings.scaling_speed:
             await self.keep(subject)
 
@@ -111,7 +115,7 @@ class Scaled:
         """Waits for the next round's time; where there is no replica, a first request ends the wait."""
         pause = self._with.settings.sample_seconds / self._with.settings.scaling_speed
         end = time.monotonic() + pause
-        if self._awaits_request and await self._with.poller.held(subject, pause):
+        if self._awaits_request and await self._with.poller.first_held(subject, pause):
             return
         await asyncio.sleep(end - time.monotonic())
 
@@ -127,16 +131,16 @@ class Scaled:
         except MoEOperatorError as error:
             logger.warning("%s: what scaling learned was not kept: %s", identity.name, error)
 
-    async def _learn(self, name: str) -> None:
+    def close(self) -> None:
+        """Stops learning."""
+        if self._learning is not None:
+            self._learning.cancel()
+
+    async def _learn(self) -> None:
+        """Slow work in a thread; where it fails, scaling goes on with the models that it has."""
         job = self._scaler.upkeep()
-        if job is None:
-            return
-        try:
+        if job is not None:
             adopt = await asyncio.get_running_loop().run_in_executor(self._with.laboratory, job)
-        except Exception:
-            # Scaling goes on with the models it has; the next round tries again.
-            logger.exception("scaling of %s: learning failed", name)
-        else:
             adopt()
 
     async def _report(self, subject: Subject, outcome: Outcome) -> None:

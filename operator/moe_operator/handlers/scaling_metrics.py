@@ -63,9 +63,9 @@ class ScalingMetrics:
         """What a round came to."""
         self._outcomes[identity.namespace, identity.name] = outcome
 
-    def forget(self, identity: Identity) -> None:
-        """A deployment does not scale any more."""
-        self._outcomes.pop((identity.namespace, identity.name), None)
+    def forget(self, namespace: str, name: str) -> None:
+        """A deployment is gone, does not scale any more, or another process scales it."""
+        self._outcomes.pop((namespace, name), None)
 
     def _reader(self, value: _Value) -> Callable[[CallbackOptions], Iterator[Observation]]:
         def read(_: CallbackOptions) -> Iterator[Observation]:

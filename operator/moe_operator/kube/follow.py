@@ -1,24 +1,21 @@
-"""Keeps the mirror true: lists a kind in chunks, then watches it, each kind in a thread."""
+"""Keeps the mirror true: lists a kind in chunks, then watches it, each kind in a supervised thread."""
 
 from __future__ import annotations
 
-import logging
-import random
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from moe_operator.errors import MoEOperatorError
-from moe_operator.kube.client import Cluster, HistoryExpiredError
+from moe_api.supervision import Backoff, Supervisor
+from moe_operator.errors import ClusterUnavailableError, HistoryExpiredError, ReadForbiddenError
+from moe_operator.kube.client import Cluster
 from moe_operator.kube.mirror import Mirror, Place, deployment_of
 from moe_operator.resources import names
 
-logger = logging.getLogger(__name__)
-
 _CHUNK: Final = 500
 """Objects of one list request: 20,000 pods at once would take hundreds of MB to parse."""
-_LONGEST_PAUSE_S: Final = 8.0
+_BACKOFF: Final = Backoff(first_s=1.0, longest_s=8.0)
 _BETWEEN_WATCHES_S: Final = 0.2
 """A server that ends every watch at once shall not be asked in a tight loop."""
 
@@ -34,33 +31,48 @@ class Follower:
     mirror: Mirror
     kind: str
     changed: Changed
-    listed: threading.Event = field(default_factory=threading.Event)
-    """Set once everything that there was at the start is in the mirror."""
+    readable: Callable[[], None] = lambda: None
+    """Told, in the follower's thread, that the kind can be listed after it was forbidden."""
+    settled: threading.Event = field(default_factory=threading.Event)
+    """Set once everything that there was at the start is in the mirror, or listing it is forbidden."""
     _stopping: threading.Event = field(default_factory=threading.Event)
+    _version: str | None = None
+    """Where to watch from; None where everything has to be listed."""
+    _forbidden: bool = False
 
-    def start(self) -> None:
-        """Starts the thread, which never ends by itself."""
-        threading.Thread(target=self._run, name=f"follow-{self.kind}", daemon=True).start()
+    def start(self, supervisor: Supervisor) -> None:
+        """Starts the thread, which ends only after `stop`."""
+        supervisor.start_thread("watch", self._follow, self._stopping, self.kind, _BACKOFF)
 
     def stop(self) -> None:
         """Lets the thread end; nobody needs to wait for it."""
         self._stopping.set()
 
-    def _run(self) -> None:
-        failures, version = 0, None
+    def _follow(self) -> None:
+        """Lists and watches until an error, which the supervisor logs and counts."""
         while not self._stopping.is_set():
             try:
-                version = version or self._list()
-                for event in self.cluster.watch(self.kind, names.LABEL_NAME, version):
-                    failures, version = 0, self._take(event)
-                self._stopping.wait(_BETWEEN_WATCHES_S)
+                self._version = self._version or self._list()
+                for event in self.cluster.watch(self.kind, names.LABEL_NAME, self._version):
+                    self._version = self._take(event)
             except HistoryExpiredError:
-                version = None
-            except MoEOperatorError as error:
-                failures += 1
-                pause = min(2.0**failures, _LONGEST_PAUSE_S) * (1 - random.random() / 2)  # noqa: S311
-                logger.warning("%s: %s; following it again in %.1f s", self.kind, error, pause)
-                self._stopping.wait(pause)
+                self._version = None
+            except ClusterUnavailableError:
+                raise  # the next watch goes on from the version that came last
+            except ReadForbiddenError:
+                self._lose_sight()
+                raise
+            except Exception:
+                self._version = None  # a change may be lost with what could not be read
+                raise
+            self._stopping.wait(_BETWEEN_WATCHES_S)
+
+    def _lose_sight(self) -> None:
+        """Without the right to read a kind, reconciles ask the API server themselves and say what it says."""
+        self._forbidden = self._version is None
+        self._version = None
+        self.mirror.doubt(self.kind)
+        self.settled.set()
 
     def _list(self) -> str:
         """Puts everything into the mirror; returns the version to watch from."""
@@ -75,7 +87,10 @@ class Follower:
             version, following = chunk.version, chunk.following
         for namespace, deployment in self.mirror.replace(self.kind, there, int(version)):
             self.changed(namespace, deployment)
-        self.listed.set()
+        self.settled.set()
+        if self._forbidden:
+            self._forbidden = False
+            self.readable()
         return version
 
     def _take(self, event: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from moe_operator.errors import ReadForbiddenError
 from moe_operator.kube.client import Cluster
 from moe_operator.manifests import children, history
 from moe_operator.manifests.objects import Key, Manifest, key
@@ -39,7 +40,10 @@ def unlabelled(cluster: Cluster, namespace: str, manifests: Iterable[Manifest]) 
 def with_refusal(cluster: Cluster, deployment: Deployment, observed: Observed) -> Observed:
     """Adds why a pod is missing, as its controller's Event says; of the first, for all have one reason."""
     for name in podless(observed, deployment.identity)[:1]:
-        why = cluster.last_event("StatefulSet", deployment.identity.namespace, name, "FailedCreate")
+        try:
+            why = cluster.last_event("StatefulSet", deployment.identity.namespace, name, "FailedCreate")
+        except ReadForbiddenError as error:
+            why = f"only an Event says why it has no pod, and {error}"
         if why is not None:
             return replace(observed, refused={f"{name}-0": why})
     return observed

@@ -61,6 +61,11 @@ class Mirror:
         """Whether all objects of a kind have been listed once: only then does absence mean anything."""
         return kind in self._complete
 
+    def doubt(self, kind: str) -> None:
+        """Nobody keeps a kind true here for now: until the next whole list, absence means nothing."""
+        with self._lock:
+            self._complete.discard(kind)
+
     def put(self, kind: str, manifest: Manifest) -> bool:
         """Takes an object unless a newer version is here; says whether it was new."""
         if kind not in self.kinds:

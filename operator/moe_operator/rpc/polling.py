@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
+from typing import TypeVar
 
 import grpc
 
 from moe_api import transport
 from moe_api.frontend.v1 import frontend_pb2, frontend_pb2_grpc
+from moe_api.supervision import is_being_cancelled
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
 from moe_operator.autoscaler import reports
 from moe_operator.autoscaler.reports import Reading
@@ -17,6 +19,8 @@ from moe_operator.autoscaler.subject import Subject
 from moe_operator.manifests.observed import Pod
 from moe_operator.rpc.leader import target
 from moe_operator.scaling.samples import Report
+
+Answer = TypeVar("Answer")
 
 
 class Poller:
@@ -41,9 +45,10 @@ class Poller:
     async def read(self, subject: Subject) -> Reading:
         """Asks all replicas of a deployment, and its frontends where requests may be held."""
         asked = [pod for pod in subject.leaders if pod.address]
-        loads = asyncio.gather(*(self._load(pod) for pod in asked))
-        held = await self.held(subject, 0.0)
-        answers = dict(zip(asked, await loads, strict=True))
+        held, loads = await asyncio.gather(
+            self.held(subject), asyncio.gather(*(self._load(pod) for pod in asked))
+        )
+        answers = dict(zip(asked, loads, strict=True))
         silent = frozenset(pod.name for pod, load in answers.items() if load is None and pod.ready)
         given = {pod: load for pod, load in answers.items() if load is not None}
         wrong = {pod.name: why for pod, load in given.items() if (why := reports.contradiction(load))}
@@ -58,20 +63,23 @@ class Poller:
             loads=tuple(reports.summary(load, pod.name) for pod, load in sound.items()),
         )
 
-    async def held(self, subject: Subject, wait_s: float) -> int:
-        """Requests that the frontends hold; waits up to `wait_s` seconds for a first one."""
+    async def held(self, subject: Subject) -> int:
+        """Requests that all frontends together hold; one that does not answer holds none."""
         if not subject.deployment.scales_to_zero:
             return 0
+        return sum(await asyncio.gather(*(self._demand(address, 0.0) for address in subject.frontends)))
+
+    async def first_held(self, subject: Subject, wait_s: float) -> bool:
+        """Waits up to `wait_s` seconds until a frontend holds a request; whether one does."""
         asking = {asyncio.create_task(self._demand(address, wait_s)) for address in subject.frontends}
-        total = 0
         try:
-            while asking and not total:
-                done, asking = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
-                total = sum(task.result() for task in done)
+            for answer in asyncio.as_completed(asking):
+                if await answer:
+                    return True
+            return False
         finally:
             for task in asking:
                 task.cancel()
-        return total
 
     async def release(self, addresses: Collection[str]) -> None:
         """Closes the connections to addresses that are not asked any more."""
@@ -85,19 +93,14 @@ class Poller:
 
     async def _load(self, pod: Pod) -> worker_pb2.Load | None:
         stub = worker_pb2_grpc.WorkerServiceStub(self._channel(pod.address))
-        try:
-            return await stub.GetLoad(worker_pb2.GetLoadRequest(), timeout=self._timeout_s)
-        except grpc.aio.AioRpcError:
-            return None
+        return await _answer(stub.GetLoad(worker_pb2.GetLoadRequest(), timeout=self._timeout_s))
 
     async def _demand(self, address: str, wait_s: float) -> int:
         stub = frontend_pb2_grpc.FrontendServiceStub(self._channel(address))
         request = frontend_pb2.GetDemandRequest()
         request.wait.FromNanoseconds(round(wait_s * 1e9))
-        try:
-            return (await stub.GetDemand(request, timeout=wait_s + self._timeout_s)).held
-        except grpc.aio.AioRpcError:
-            return 0
+        demand = await _answer(stub.GetDemand(request, timeout=wait_s + self._timeout_s))
+        return 0 if demand is None else demand.held
 
     def _report(self, pod: Pod, load: worker_pb2.Load, target_s: float) -> Report:
         started = load.started.ToNanoseconds() / 1e9 * self._speed
@@ -107,3 +110,18 @@ class Poller:
         if address not in self._channels:
             self._channels[address] = grpc.aio.insecure_channel(target(address), transport.CLIENT_OPTIONS)
         return self._channels[address]
+
+
+async def _answer(call: Awaitable[Answer]) -> Answer | None:
+    """What a call answers; None where it fails, or somebody closes its channel meanwhile.
+
+    gRPC raises CancelledError in calls whose channel is closed, as if the caller were cancelled.
+    """
+    try:
+        return await call
+    except grpc.aio.AioRpcError:
+        return None
+    except asyncio.CancelledError:
+        if is_being_cancelled():
+            raise
+        return None

@@ -31,5 +31,5 @@ def test_a_round_is_measured_until_the_deployment_is_gone():
         "k8s.namespace.name": "default",
         "serving.moe-operator.dev.name": "docs",
     }
-    meters.forget(identity)
+    meters.forget(identity.namespace, identity.name)
     assert not any(collected(reader).values())

@@ -92,7 +92,17 @@ def test_the_history_belongs_to_the_deployment_and_to_no_later_one_of_its_name()
     assert keeping.memory(None, OWNER) is None
 
 
-@pytest.mark.parametrize("damage", [{"rates": "AAAA"}, {"capacity": None}, {"coldStartSeconds": ["x"]}])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"rates": "AAAA"},
+        {"capacity": None},
+        {"capacity": {"perReplica": 0.0, "prior": 60.0}},
+        {"capacity": {"perReplica": "NaN", "prior": 60.0}},
+        {"coldStartSeconds": ["x"]},
+        {"coldStartSeconds": [-1.0]},
+    ],
+)
 def test_a_damaged_history_is_said_to_be(damage):
     kept = {**keeping.manifest(OWNER, memory(10), pods=[]), **damage}
     with pytest.raises(HistoryError, match=r"damaged|version"):

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import secrets
 import time
 from dataclasses import replace
 
-import grpc
 import pytest
 
 from moe_api.frontend.v1 import frontend_pb2, frontend_pb2_grpc
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
 from moe_operator.autoscaler.subject import subject
 from moe_operator.manifests.observed import Observed
-from moe_operator.resources import names
 from moe_operator.rpc.polling import Poller
 from tests.operator.autoscaler.simulated import START, pod
 from tests.operator.worlds import deployment
@@ -41,29 +37,6 @@ class Front(frontend_pb2_grpc.FrontendServiceServicer):
         if not self.held:
             await asyncio.sleep(request.wait.ToTimedelta().total_seconds())
         return frontend_pb2.Demand(held=self.held)
-
-
-@pytest.fixture
-async def world():
-    """`await world(servicer, ...)` gives the loopback address of each, all listening where workers do."""
-    net = ".".join(str(1 + secrets.randbelow(250)) for _ in range(2))
-    async with contextlib.AsyncExitStack() as stack:
-
-        async def start(*servicers):
-            addresses = []
-            for number, servicer in enumerate(servicers, 1):
-                server = grpc.aio.server()
-                if isinstance(servicer, Replica):
-                    worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server)
-                else:
-                    frontend_pb2_grpc.add_FrontendServiceServicer_to_server(servicer, server)
-                addresses.append(f"127.{net}.{number}")
-                server.add_insecure_port(f"{addresses[-1]}:{names.GRPC_PORT}")
-                await server.start()
-                stack.push_async_callback(server.stop, None)
-            return addresses
-
-        yield start
 
 
 def seen(leaders, frontends=(), **scaling):
@@ -108,17 +81,38 @@ async def test_nobody_there_is_silence(poller):
 async def test_held_requests_of_all_frontends_count_and_only_where_zero_is_allowed(world, poller):
     frontends = await world(Front(2), Front(3))
     both = await poller.read(seen([], frontends, minReplicas=0))
-    assert both.held in (2, 3, 5)
+    assert both.held == 5
     assert (await poller.read(seen([], frontends, minReplicas=1))).held == 0
 
 
 async def test_the_first_held_request_ends_the_wait(world, poller):
     frontends = await world(Front(0), Front(1))
     started = time.monotonic()
-    assert await poller.held(seen([], frontends, minReplicas=0), 30.0) == 1
+    assert await poller.first_held(seen([], frontends, minReplicas=0), 30.0)
     assert time.monotonic() - started < 20
 
 
 async def test_without_a_request_the_wait_ends_in_time(world, poller):
     frontends = await world(Front(0))
-    assert await poller.held(seen([], frontends, minReplicas=0), 0.2) == 0
+    assert not await poller.first_held(seen([], frontends, minReplicas=0), 0.2)
+
+
+async def test_a_connection_that_is_closed_during_a_call_is_silence(world, poller):
+    leaders = await world(Replica(silent=True))
+    frontends = await world(Front(0))
+    at = seen(leaders, frontends, minReplicas=0)
+    reading = asyncio.create_task(poller.read(at))
+    waiting = asyncio.create_task(poller.first_held(at, 30.0))
+    await asyncio.sleep(0.1)
+    await poller.release(at.addresses)
+    assert (await asyncio.wait_for(reading, 5)).silent == {"docs-0-0"}
+    assert not await asyncio.wait_for(waiting, 5)
+
+
+async def test_a_cancelled_reading_ends(world, poller):
+    leaders = await world(Replica(silent=True))
+    reading = asyncio.create_task(poller.read(seen(leaders)))
+    await asyncio.sleep(0.1)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
