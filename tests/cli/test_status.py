@@ -22,7 +22,7 @@ READY = {
     "type": "Ready",
     "status": "True",
     "reason": "AllReplicasReady",
-    "message": "2 of 2 replicas answer",
+    "message": "2/2 replicas ready",
     "lastTransitionTime": "2026-01-31T12:00:00Z",
 }
 MODEL = {
@@ -47,7 +47,7 @@ def test_one_deployment_in_full():
             observedGeneration=3,
             replicas=2,
             readyReplicas=1,
-            updatedReplicas=2,
+            updatedReplicas=1,
             conditions=[READY],
             model=MODEL,
         )
@@ -56,9 +56,9 @@ def test_one_deployment_in_full():
         "prod/demo",
         "docs from file:///mnt/models/docs-moe",
         "deepseek_v3 11.6M (3.4M active) bf16, context 1024 tokens",
-        "1 ready of 2 wanted (2 there, 2 up to date)",
+        "1/2 replicas ready, 1 at the current revision; 2 leader pods",
         "AllReplicasReady",
-        "2 of 2 replicas answer",
+        "2/2 replicas ready",
         "2026-01-31T12:00:00Z",
     ):
         assert part in text
@@ -92,7 +92,7 @@ SCALING = {
 def test_scaling_is_told_with_its_reasons():
     text = shown(deployment(desiredReplicas=4, readyReplicas=3, scaling=SCALING), width=160)
     for part in (
-        "3 ready of 4 wanted",
+        "3/4 replicas ready",
         "5.25 requests/s",
         "6.5 requests/s in 95 s (5 to 8), by harmonic regression; error 11.5 %, last value 15 %",
         "2.1 requests/s a replica, as measured",
@@ -209,7 +209,7 @@ def test_a_change_not_acted_on_is_said():
 def test_a_deployment_nobody_looks_after():
     text = shown(deployment())
     assert "no conditions yet: is the operator running?" in text
-    assert "0 ready of 2 wanted" in text
+    assert "0/2 replicas ready" in text
 
 
 def test_a_list_has_a_row_for_each():
@@ -280,3 +280,18 @@ async def test_a_name_in_all_namespaces_makes_no_sense(moe):
     result = await moe("status", "demo", "-A")
     assert result.returncode == 2
     assert "exclude each other" in result.stderr.decode()
+
+
+def test_what_is_wrong_stands_out_and_idle_does_not():
+    kinds = {"Active": "False", "Stalled": "True", "Reconciling": "True", "Ready": "False"}
+    conditions = [{**READY, "type": kind, "status": status} for kind, status in kinds.items()]
+    output = io.StringIO()
+    found = report(deployment(conditions=conditions), [], [])
+    show(found, Console(file=output, width=120, force_terminal=True, color_system="standard"))
+    lines = {
+        kind: next(ln for ln in output.getvalue().splitlines() if ln.startswith(f" {kind}")) for kind in kinds
+    }
+    assert "\x1b[31myes" in lines["Stalled"]
+    assert "\x1b[33myes" in lines["Reconciling"]
+    assert "\x1b[31mno" in lines["Ready"]
+    assert "\x1b[" not in lines["Active"]

@@ -12,9 +12,11 @@ from moe_api.visible import visible_values
 from moe_operator.cli import scaling
 from moe_operator.cli.report import desired
 from moe_operator.resources.deployment import parse_status
-from moe_operator.resources.status import READY, ModelInfo
+from moe_operator.resources.status import ACTIVE, READY, RECONCILING, STALLED, ModelInfo
 
 _MARKS: Final = {"True": ("yes", "green"), "False": ("no", "red"), "Unknown": ("?", "yellow")}
+_MARK_STYLES: Final = {(STALLED, "True"): "red", (RECONCILING, "True"): "yellow", (ACTIVE, "False"): ""}
+"""Where True is no good news, or False no bad news: idle is healthy."""
 _DECISIONS_SHOWN: Final = 12
 _CROWDED: Final = 90
 """Percent of a KV cache from which on new requests soon have to wait."""
@@ -79,7 +81,8 @@ def _conditions(conditions: list[Mapping[str, Any]]) -> RenderableType:
     result = _table("Condition", "", "Reason", "Message", "Since", pad_edge=False)
     for condition in conditions:
         told = (condition["reason"], condition["message"], condition["lastTransitionTime"])
-        result.add_row(Text(condition["type"]), _mark(condition["status"]), *map(Text, told))
+        style = _MARK_STYLES.get((condition["type"], condition["status"]))
+        result.add_row(Text(condition["type"]), _mark(condition["status"], style), *map(Text, told))
     return result
 
 
@@ -141,8 +144,8 @@ def _table(*headings: str, pad_edge: bool = True) -> Table:
 
 def _replicas(replicas: Mapping[str, int]) -> str:
     return (
-        f"{replicas['ready']} ready of {replicas['desired']} wanted "
-        f"({replicas['there']} there, {replicas['updated']} up to date)"
+        f"{replicas['ready']}/{replicas['desired']} replicas ready, {replicas['updated']} at the current "
+        f"revision; {replicas['there']} leader pods"
     )
 
 
@@ -169,6 +172,6 @@ def count(number: int) -> str:
     return str(number)
 
 
-def _mark(status: str) -> Text:
-    text, style = _MARKS[status]
-    return Text(text, style=style)
+def _mark(status: str, style: str | None = None) -> Text:
+    text, usual = _MARKS[status]
+    return Text(text, style=usual if style is None else style)
