@@ -296,6 +296,14 @@ def test_what_is_refused_or_invalid_is_stalled():
     assert found.condition(RECONCILING) is None
 
 
+def test_the_order_of_conditions_says_nothing():
+    status = settled(quality={"maxBitsPerByteIncrease": 0.01}).status
+    turned = status.model_copy(update={"conditions": status.conditions[::-1]})
+    assert turned != status
+    assert turned.same_as(status)
+    assert not turned.same_as(status.model_copy(update={"conditions": status.conditions[1:]}))
+
+
 def test_a_deployment_that_is_deleted_is_terminating():
     gone = body(settled())
     gone["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"

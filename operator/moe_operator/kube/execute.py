@@ -77,7 +77,7 @@ def _condition(gate: Gate) -> Manifest:
 
 def write_status(cluster: Cluster, identity: Identity, before: Status, after: Status) -> None:
     """Writes the status when it changed; one that did not would only wake everybody who watches."""
-    if before.without_scaling() != after:
+    if not before.without_scaling().same_as(after):
         manifest = {**reference(identity), "status": after.manifest()}
         cluster.apply(manifest, subresource="/status")
 

@@ -133,6 +133,13 @@ class Status(Observed):
         others = tuple(condition for condition in self.conditions if condition.type != SCALING_ACTIVE)
         return self.model_copy(update={"scaling": None, "conditions": others})
 
+    def same_as(self, other: Status) -> bool:
+        """Whether both say the same; conditions have no order, for the API server merges those of writers."""
+        return self._ordered() == other._ordered()
+
+    def _ordered(self) -> Status:
+        return self.model_copy(update={"conditions": tuple(sorted(self.conditions, key=lambda c: c.type))})
+
     def condition(self, kind: str) -> Condition | None:
         """The condition of a type, or None."""
         return next((condition for condition in self.conditions if condition.type == kind), None)
