@@ -226,9 +226,45 @@ def test_an_empty_list_says_what_to_do():
     assert "no MoEDeployments here" in shown({"items": []})
 
 
-@pytest.mark.parametrize("wrap", [lambda body: body, lambda body: {"items": [body]}], ids=["one", "list"])
-def test_a_narrow_terminal_cuts_nothing_short(wrap):
-    assert "…" not in shown(wrap(deployment(conditions=[READY], model=MODEL)), width=50)
+WAITING = {
+    **READY,
+    "status": "False",
+    "reason": "ReplicasNotReady",
+    "message": "0/2 replicas ready: waiting for demo-0-0, demo-1-0 to load the model of 671B parameters",
+}
+
+
+@pytest.mark.parametrize("width", [20, 50, 80, 120])
+def test_however_narrow_a_terminal_is_names_and_times_stay_whole(width):
+    body = deployment("some-longer-name", conditions=[WAITING], model=MODEL)
+    text = shown(body, width, pods=[pod(0)], events=[event(1, "RollingOut", WAITING["message"])])
+    for whole in (
+        "ReplicasNotReady",
+        "2026-01-31T12:00:00Z",
+        "RollingOut",
+        "demo-0-0",
+        "some-longer-name",
+    ):
+        assert whole in text
+    assert "…" not in text
+    assert "some-longer-name" in shown({"items": [body]}, width)
+    assert max(map(len, text.splitlines())) <= max(width, 80)
+
+
+def test_a_pipe_gets_every_sentence_on_one_line(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    show(report(deployment(conditions=[WAITING]), [], [event(1, "RollingOut", 5 * WAITING["message"])]))
+    lines = capsys.readouterr().out.splitlines()
+    (condition,) = (line for line in lines if "ReplicasNotReady" in line)
+    assert WAITING["message"] in condition
+    assert any(5 * WAITING["message"] in line for line in lines)
+    assert [line for line in lines if line != line.rstrip()] == []
+
+
+def test_a_pipe_is_as_wide_as_columns_says(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "90")
+    show(report(deployment(conditions=[WAITING]), [], []))
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 90
 
 
 def test_messages_are_text_and_not_markup():

@@ -13,6 +13,8 @@ from rich import box, progress
 from rich.console import Console
 from rich.table import Table
 
+from moe_operator.cli.console import console
+from moe_operator.cli.console import show as show_table
 from moe_operator.cli.load_run import Arrivals, Outcome, Tally
 
 _PERCENTILES: Final = (50, 95, 99)
@@ -89,12 +91,12 @@ def _percentiles(values: Iterable[float]) -> dict[str, float] | None:
     return {f"p{p}": float(np.percentile(known, p)) for p in _PERCENTILES} | {"max": max(known)}
 
 
-def show(summary: Mapping[str, Any], console: Console | None = None) -> None:
+def show(summary: Mapping[str, Any], on: Console | None = None) -> None:
     """Prints a summary as a table."""
-    console = console or Console()
+    on = on or console()
     requests = summary["requests"]
     failed = ", ".join(f"{count} {code}" for code, count in requests["failed"].items()) or "none failed"
-    console.print(
+    on.print(
         f"{requests['sent']} of {requests['due']} requests in {summary['duration_s']:.1f} s: "
         f"{requests['ok']} ok, {failed}; {summary['requests_per_s']:.4g} requests/s, "
         f"{summary['tokens_per_s']:.4g} tokens/s",
@@ -113,4 +115,4 @@ def show(summary: Mapping[str, Any], console: Console | None = None) -> None:
     for heading, key in rows.items():
         if summary[key] is not None:
             table.add_row(heading, *(f"{1e3 * value:.1f}" for value in summary[key].values()))
-    console.print(table)
+    show_table(table, on)

@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_api.visible import visible_values
-from moe_operator.cli import scaling
+from moe_operator.cli import console, scaling
+from moe_operator.cli.console import Prose
 from moe_operator.cli.report import desired
 from moe_operator.resources.deployment import parse_status
 from moe_operator.resources.status import ACTIVE, READY, RECONCILING, STALLED, ModelInfo
@@ -17,23 +18,24 @@ from moe_operator.resources.status import ACTIVE, READY, RECONCILING, STALLED, M
 _MARKS: Final = {"True": ("yes", "green"), "False": ("no", "red"), "Unknown": ("?", "yellow")}
 _MARK_STYLES: Final = {(STALLED, "True"): "red", (RECONCILING, "True"): "yellow", (ACTIVE, "False"): ""}
 """Where True is no good news, or False no bad news: idle is healthy."""
+_PROSE: Final = ("Message", "What it says", "Model")
 _DECISIONS_SHOWN: Final = 12
 _CROWDED: Final = 90
 """Percent of a KV cache from which on new requests soon have to wait."""
 
 
-def show(found: Mapping[str, Any], console: Console | None = None) -> None:
+def show(found: Mapping[str, Any], on: Console | None = None) -> None:
     """Prints the report of one MoEDeployment, or a list of them as the API server gave it.
 
     Cells are `Text` throughout: in plain strings rich would take brackets of a message for markup.
     """
-    console, found = console or Console(), visible_values(found)
+    on, found = on or console.console(), visible_values(found)
     if "items" not in found:
-        console.print(one(found))
+        console.show(one(found), on)
     elif found["items"]:
-        console.print(table(found["items"]))
+        console.show(table(found["items"]), on)
     else:
-        console.print("no MoEDeployments here; try `moe status -A`, or apply examples/docs-moe.yaml")
+        console.show("no MoEDeployments here; try `moe status -A`, or apply examples/docs-moe.yaml", on)
 
 
 def table(bodies: list[Mapping[str, Any]]) -> Table:
@@ -47,7 +49,7 @@ def table(bodies: list[Mapping[str, Any]]) -> Table:
             Text(metadata["name"]),
             _mark(ready.status if ready else "Unknown"),
             Text(f"{status.ready_replicas}/{desired(body)}"),
-            Text(_model_brief(status.model)),
+            Prose(_model_brief(status.model)),
             Text(ready.reason if ready else "NotSeenYet"),
         )
     return result
@@ -80,9 +82,9 @@ def _conditions(conditions: list[Mapping[str, Any]]) -> RenderableType:
         )
     result = _table("Condition", "", "Reason", "Message", "Since", pad_edge=False)
     for condition in conditions:
-        told = (condition["reason"], condition["message"], condition["lastTransitionTime"])
-        style = _MARK_STYLES.get((condition["type"], condition["status"]))
-        result.add_row(Text(condition["type"]), _mark(condition["status"], style), *map(Text, told))
+        kind, reason, since = (Text(condition[key]) for key in ("type", "reason", "lastTransitionTime"))
+        mark = _mark(condition["status"], _MARK_STYLES.get((condition["type"], condition["status"])))
+        result.add_row(kind, mark, reason, Prose(condition["message"]), since)
     return result
 
 
@@ -115,14 +117,14 @@ def _load(pod: Mapping[str, Any]) -> tuple[Text, Text, Text]:
 def _says(pod: Mapping[str, Any]) -> Text:
     """What keeps a pod from being ready, or else how it ended the last time."""
     if pod["leaving"]:
-        return Text("on its way out", style="yellow")
+        return Prose("on its way out", style="yellow")
     if pod["problem"]:
-        return Text(f"{pod['problem']['reason']}: {pod['problem']['message']}", style="red")
+        return Prose(f"{pod['problem']['reason']}: {pod['problem']['message']}", style="red")
     end = pod["lastEnd"]
     if end is None:
-        return Text("" if pod["ready"] else "starting")
+        return Prose("" if pod["ready"] else "starting")
     last_line = (end["log"] or end["reason"] or "").splitlines()[-1:]
-    return Text(f"ended {end['at']} with exit code {end['exitCode']}: {''.join(last_line)}", style="yellow")
+    return Prose(f"ended {end['at']} with exit code {end['exitCode']}: {''.join(last_line)}", style="yellow")
 
 
 def _decisions(decisions: list[Mapping[str, Any]]) -> RenderableType:
@@ -130,15 +132,15 @@ def _decisions(decisions: list[Mapping[str, Any]]) -> RenderableType:
     for decision in decisions[-_DECISIONS_SHOWN:]:
         style = "red" if decision["type"] == "Warning" else ""
         at = str(decision["time"]).partition(".")[0].removesuffix("Z") + "Z"
-        result.add_row(Text(at), Text(decision["reason"], style=style), Text(decision["message"]))
+        result.add_row(Text(at), Text(decision["reason"], style=style), Prose(decision["message"]))
     return result
 
 
 def _table(*headings: str, pad_edge: bool = True) -> Table:
-    """An empty table that folds cells which do not fit: a reason cut short cannot be searched for."""
+    """An empty table that folds prose where it does not fit; names, reasons and times stay whole."""
     result = Table(box=box.SIMPLE, pad_edge=pad_edge)
     for heading in headings:
-        result.add_column(heading, overflow="fold")
+        result.add_column(heading, overflow="fold", no_wrap=heading not in _PROSE)
     return result
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from rich.console import Console
 from rich.table import Table
+
+from moe_operator.cli.console import console
+from moe_operator.cli.console import show as show_table
 
 _TITLES: Final = {
     "moe": "moe (forecast)",
@@ -20,21 +22,21 @@ _TITLES: Final = {
 
 def show(made: dict[str, Any]) -> None:
     """Prints the document of a replay as two tables. "x best": GPU-hours over those of the clairvoyant."""
-    console = Console(highlight=False)
+    on = console(highlight=False)
     unit = f"{made['interval_s'] / 60:g} min"
-    console.print(
+    on.print(
         f"{made['trace']}: {made['steps']} steps of {unit}; forecasts {made['horizon_s']:g} s ahead, scored "
         f"after {made['warm_up_steps']} steps"
     )
-    console.print(_forecasts(made["forecast"]))
+    show_table(_forecasts(made["forecast"]), on)
     service = made["service"]
-    console.print(
+    on.print(
         f"Simulated service: {service['capacity_per_gpu']:g} work/min a GPU, steps of "
         f"{service['gpus_per_replica']:g} GPU, started in {made['horizon_s']:g} s. "
         f"Knobs from the first {made['tune_until_steps']} steps, figures from the rest; "
         "best is the clairvoyant."
     )
-    console.print(_policies(made["policies"]))
+    show_table(_policies(made["policies"]), on)
 
 
 def _forecasts(forecast: dict[str, Any]) -> Table:
