@@ -10,9 +10,9 @@ from scipy import stats
 
 from moe_worker.sampling import batch as batches
 from moe_worker.sampling.adjust import TokenCounts
-from moe_worker.sampling.draw import draw, mass_threshold, uniforms
+from moe_worker.sampling.draw import BLOCK, exponentials, mass_threshold, masses
 from moe_worker.sampling.parameters import SamplingParameters
-from moe_worker.sampling.randomness import mix, signed, uniform
+from moe_worker.sampling.randomness import exponential, mix, signed
 from moe_worker.sampling.sampler import Sampler
 from tests.worker.sampling_cases import CPU, counted, probabilities, sampled, tokens_of
 
@@ -23,14 +23,25 @@ VOCABULARY = 40
 SPREAD = st.permutations(range(VOCABULARY)).map(lambda order: torch.tensor(order) * 0.17 - 3.1)
 
 
-def kept(logits, parameters, points=4096):
-    """The distribution (float64 [V]) that is drawn from, to 1/`points`: by drawing at even distances."""
-    keep = batches.truncation([parameters] * points, len(logits), CPU)
-    scores_SV = logits.expand(points, -1)
-    heats_S1 = torch.full((points, 1), parameters.temperature)
-    even_S = (torch.arange(points, dtype=torch.float64) + 0.5) / points
-    tokens_S = draw(scores_SV, scores_SV.amax(1, keepdim=True), heats_S1, keep, even_S)
-    return tokens_S.bincount(minlength=len(logits)).double() / points
+def kept(logits, parameters):
+    """The distribution (float64 [V]) that is drawn from."""
+    keep = batches.truncation([parameters], len(logits), CPU)
+    scores_1V = logits.unsqueeze(0)
+    masses_1C = masses(
+        scores_1V, scores_1V.amax(1, keepdim=True), torch.tensor([[parameters.temperature]]), keep
+    )
+    assert masses_1C[0, len(logits) :].sum() == 0
+    distribution = masses_1C[0, : len(logits)].double()
+    return distribution / distribution.sum()
+
+
+def plain_draw(distribution, seed, index):
+    """The token that the noise of (seed, index) chooses, in plain Python: a block, then a place in it."""
+    blocks = list(torch.tensor(distribution).double().split(BLOCK))
+    sums = [float(block.sum()) for block in blocks]
+    block = max(range(len(sums)), key=lambda n: sums[n] / exponential(seed, index, BLOCK + n))
+    inside = blocks[block].tolist()
+    return block * BLOCK + max(range(len(inside)), key=lambda i: inside[i] / exponential(seed, index, i))
 
 
 def test_temperature_zero_takes_the_likeliest():
@@ -85,15 +96,15 @@ def test_frequencies_over_the_tokens_of_one_request_follow_the_softmax():
     ),
 )
 def test_what_is_kept_is_what_the_warpers_of_transformers_keep(logits, parameters):
-    """Off by the points, and by rounding at the edge of the nucleus: there they may differ in one token."""
+    """Off by rounding at the edge of the nucleus: there they may differ in one token."""
     ours, theirs = kept(logits, parameters), probabilities(logits, parameters)
-    if (ours - theirs).abs().max() <= 2 / 4096:
+    if (ours - theirs).abs().max() <= 1e-6:
         return
     nearby = [parameters.top_p * factor for factor in (1 - 1e-5, 1 + 1e-5)]
     edges = [
         probabilities(logits, SamplingParameters(**vars(parameters) | {"top_p": min(p, 1.0)})) for p in nearby
     ]
-    assert min((ours - edge).abs().max() for edge in edges) <= 2 / 4096
+    assert min((ours - edge).abs().max() for edge in edges) <= 1e-6
 
 
 @settings(deadline=None)
@@ -198,23 +209,56 @@ def test_equals_at_the_edge_stay_together():
         assert min(counted(flat, 800, temperature=1.0, **fields)) > 0
 
 
-@given(SEEDS, st.integers(0, 2**20))
-def test_uniform_is_below_one(seed, index):
-    assert 0 <= uniform(seed, index) < 1
+NOISE = st.tuples(SEEDS, st.integers(0, 2**31))
 
 
-@given(st.lists(st.tuples(SEEDS, st.integers(0, 2**31)), min_size=1, max_size=20))
-def test_the_device_draws_the_same_numbers(pairs):
-    states_S = torch.tensor([signed(mix(seed)) for seed, _ in pairs])
-    indices_S = torch.tensor([index for _, index in pairs])
-    assert uniforms(states_S, indices_S).tolist() == [uniform(seed, index) for seed, index in pairs]
+@given(st.lists(NOISE, min_size=1, max_size=8), st.integers(1, 600))
+def test_the_device_makes_the_same_noise(pairs, count):
+    states_S1 = torch.tensor([[signed(mix(seed))] for seed, _ in pairs])
+    indices_S1 = torch.tensor([[index] for _, index in pairs])
+    found_SL = exponentials(states_S1, indices_S1, count)
+    for row_L, (seed, index) in zip(found_SL.tolist(), pairs, strict=True):
+        expected = [exponential(seed, index, lane) for lane in range(count)]
+        assert row_L == pytest.approx(expected, rel=1e-15)
+        assert min(expected) > 0
 
 
-def test_uniform_is_uniform_and_seeds_are_independent():
-    values = [uniform(seed, index) for seed in range(50) for index in range(50)]
-    assert stats.kstest(values, "uniform").pvalue > 1e-3
-    first, second = ([uniform(seed, index) for index in range(2000)] for seed in (1, 2))
-    assert abs(stats.pearsonr(first, second).statistic) < 0.1
+def test_noise_is_exponential_and_independent_over_seeds_indices_and_lanes():
+    seeds, indices, lanes = range(20), range(20), range(20)
+    noise = torch.tensor([[[exponential(s, i, n) for n in lanes] for i in indices] for s in seeds])
+    assert stats.kstest(noise.flatten(), "expon").pvalue > 1e-3
+    for axis in range(3):
+        first, second = noise.select(axis, 0).flatten(), noise.select(axis, 1).flatten()
+        assert abs(stats.pearsonr(first, second).statistic) < 0.2
+
+
+def test_both_stages_of_a_draw_follow_the_softmax():
+    """1,000 tokens are four blocks: frequencies of the blocks, and of the tokens in each."""
+    torch.manual_seed(5)
+    logits, count = torch.randn(1000) * 2, 60_000
+    counts = torch.tensor(counted(logits, count, temperature=1.0))
+    expected = logits.double().softmax(0) * count
+    often = expected >= 5
+    pooled = torch.cat((counts[often], counts[~often].sum().view(1)))
+    wanted = torch.cat((expected[often], expected[~often].sum().view(1)))
+    assert stats.chisquare(pooled, wanted).pvalue > 1e-3
+    blocks, block_wanted = (torch.stack([b.sum() for b in x.split(BLOCK)]) for x in (counts, expected))
+    assert stats.chisquare(blocks, block_wanted).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("fields", "draws"), [({}, 2000), ({"top_k": 50, "top_p": 0.9}, 400)], ids=str)
+def test_noise_in_the_logits_changes_next_to_no_token(fields, draws):
+    """At vocabulary 100,000, where half the tokens become likelier: inverting a sum changed every eighth."""
+    torch.manual_seed(6)
+    noise_V = torch.full((100_000,), 5e-6)
+    noise_V[50_000:] *= -1
+    logits_1V, given = torch.randn(1, 100_000), [SamplingParameters(temperature=1.0, **fields)] * 50
+    changed = 0
+    for first in range(0, draws, 50):
+        logits_SV, seeds = logits_1V.expand(50, -1), list(range(first, first + 50))
+        before, after = (tokens_of(each, given, seeds=seeds) for each in (logits_SV, logits_SV + noise_V))
+        changed += sum(x != y for x, y in zip(before, after, strict=True))
+    assert changed <= 1
 
 
 ANY = st.builds(
@@ -269,7 +313,7 @@ def test_numbers_go_on_where_they_were_over_many_steps_and_changes_of_the_batch(
             sampler.admit(1, given, 78, ())
         names = [0] if step < 45 else [0, 1]
         found.append(sampler.sample(logits_BV[: len(names)], names).tokens_B[0].item())
-    assert found == [int(uniform(77, index) * 10_000) for index in range(5, 105)]
+    assert found == [plain_draw([1.0] * 10_000, 77, index) for index in range(5, 105)]
 
 
 def test_large_batches_are_drawn_in_parts_with_the_same_result(monkeypatch):

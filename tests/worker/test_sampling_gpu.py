@@ -6,9 +6,9 @@ import pytest
 import torch
 from scipy import stats
 
-from moe_worker.sampling.draw import mass_threshold, uniforms
+from moe_worker.sampling.draw import exponentials, mass_threshold
 from moe_worker.sampling.parameters import SamplingParameters
-from moe_worker.sampling.randomness import mix, signed, uniform
+from moe_worker.sampling.randomness import exponential, mix, signed
 from moe_worker.sampling.sampler import Sampler
 from tests.worker.sampling_cases import counted, probabilities, sampled, tokens_of
 
@@ -46,11 +46,20 @@ def test_frequencies_follow_the_distribution_of_transformers(fields):
     assert stats.chisquare(counts[possible], expected[possible]).pvalue > 1e-3
 
 
-def test_the_device_draws_the_same_numbers():
+def test_the_device_makes_the_same_noise():
     pairs = [(seed * 0x9E3779B97F4A7C15 % 2**64, index) for seed in range(40) for index in (0, 1, 2**31)]
-    states_S = torch.tensor([signed(mix(seed)) for seed, _ in pairs], device=GPU)
-    indices_S = torch.tensor([index for _, index in pairs], device=GPU)
-    assert uniforms(states_S, indices_S).tolist() == [uniform(seed, index) for seed, index in pairs]
+    states_S1 = torch.tensor([[signed(mix(seed))] for seed, _ in pairs], device=GPU)
+    indices_S1 = torch.tensor([[index] for _, index in pairs], device=GPU)
+    for row_L, (seed, index) in zip(exponentials(states_S1, indices_S1, 300).tolist(), pairs, strict=True):
+        assert row_L == pytest.approx([exponential(seed, index, lane) for lane in range(300)], rel=1e-14)
+
+
+def test_a_gpu_draws_what_a_cpu_draws_from_the_same_logits():
+    torch.manual_seed(7)
+    logits_SV = torch.randn(100, 100_000)
+    for fields in ({}, {"top_p": 0.9}, {"top_k": 50, "top_p": 0.9}):
+        given = [SamplingParameters(temperature=1.0, **fields)] * 100
+        assert tokens_of(logits_SV, given, device=GPU) == tokens_of(logits_SV, given)
 
 
 def test_thresholds_are_those_of_the_cpu():

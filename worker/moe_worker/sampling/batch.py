@@ -1,6 +1,7 @@
 """The parameters of a batch's rows as tensors on the device; made anew only when the rows change.
 
-Legend: B rows, S rows that sample, V vocabulary, K steps, L rows that want log-probabilities.
+Legend: B rows, S rows that sample, V vocabulary, K steps, N lanes of noise, L rows that want
+log-probabilities.
 """
 
 import math
@@ -11,13 +12,14 @@ import torch
 from torch import Tensor
 
 from moe_worker.sampling.adjust import Biases, Penalties, TokenCounts, to_device
-from moe_worker.sampling.draw import MIN_TEMPERATURE, SHORT_TOP_K, Truncation, uniforms
+from moe_worker.sampling.draw import MIN_TEMPERATURE, SHORT_TOP_K, Truncation, exponentials, lanes
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.sampling.randomness import mix, signed
 
 # Rows are drawn in parts of this many logits: more would take gigabytes for large vocabularies.
 PART_LOGITS = 2**24
 BLOCK_STEPS = 32
+BLOCK_NUMBERS = 2**15
 ALWAYS = 2**62
 
 
@@ -44,19 +46,28 @@ class Sampling:
     states_S1: Tensor
     indices_S1: Tensor
     keep: Truncation
+    lanes: int
     _block: tuple[Tensor, ...] = ()
 
-    def uniforms(self, step: int) -> Tensor:
-        """The random numbers (float64 [S]) of the batch's step `step`; made for many steps at once.
+    def noise(self, step: int) -> Tensor:
+        """The random numbers (float64 [S, N]) of the batch's step `step`; made for several steps at once.
 
-        They take some 20 kernels however many there are: 0.1 ms of the host's time.
+        They take some 20 kernels however many there are, which a GPU pays for by the kernel and a CPU by the
+        number.
         """
-        start = step % BLOCK_STEPS
+        start = step % self.steps
         if start == 0 or not self._block:
             first = step - start
-            steps_K = torch.arange(first, first + BLOCK_STEPS, device=self.states_S1.device)
-            self._block = uniforms(self.states_S1, self.indices_S1 + steps_K).T.contiguous().unbind()
+            steps_K11 = torch.arange(first, first + self.steps, device=self.states_S1.device).view(-1, 1, 1)
+            self._block = exponentials(self.states_S1, self.indices_S1 + steps_K11, self.lanes).unbind()
         return self._block[start]
+
+    @property
+    def steps(self) -> int:
+        """Steps whose numbers are made together."""
+        if self.states_S1.is_cuda:
+            return BLOCK_STEPS
+        return max(1, min(BLOCK_STEPS, BLOCK_NUMBERS // (self.states_S1.shape[0] * self.lanes)))
 
 
 @dataclass
@@ -154,6 +165,7 @@ def _part(numbers: list[int], rows: list[Row], vocab_size: int, device: torch.de
         to_device((signed(mix(row.seed)) for row in rows), torch.int64, device).unsqueeze(1),
         to_device((row.generated for row in rows), torch.int64, device).unsqueeze(1),
         truncation([row.parameters for row in rows], vocab_size, device),
+        lanes(vocab_size),
     )
 
 

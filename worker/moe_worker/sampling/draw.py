@@ -1,14 +1,24 @@
-"""Draws tokens from distributions, alike on every device and in every batch.
+"""Draws tokens from distributions with noise that belongs to the tokens, not to the batch.
 
-Likelihoods are turned into integers (40 bits after the point) before they are added up. Sums of integers do
-not depend on their order, so neither the size of the batch nor the way a device splits a sum changes a token;
-sums of floats do, and torch adds up one row by another kernel than many. A likelihood below 2^-40 of the
-largest is taken as none.
+The token drawn is the one with the least E / w, where w is its likelihood and E its own exponential number:
+the Gumbel-max trick (Gumbel 1954; Maddison, Tarlow and Minka, arXiv:1411.0030) without the logarithms. Where
+logits differ by d, as they do between batches, another token is drawn only where the two best differ by less
+than about d: one draw in 100,000 for d = 5e-6. Inverting the cumulative distribution amplifies d instead: the
+sum of all likelihoods before a token moves.
+
+A number for each token of the vocabulary would cost more than all the rest, so that the choice has two
+stages: first one among blocks of 256 tokens, by the sums of their likelihoods, then one inside the block. The
+distribution is the same, since P(token) = P(block) P(token | block), with V / 256 + 256 numbers a row.
+
+Likelihoods are made whole numbers (40 bits after the point) before they are added up. Such sums are exact in
+float64 and int64, so neither the size of the batch nor the way a device splits a sum changes a token. A
+likelihood below 2^-40 of the largest is taken as none.
 
 Truncation is one threshold a row: with likelihoods relative to the largest, top-k, top-p and min-p each keep
 all tokens at or above some value, so the largest of the three values does for all, and nothing is sorted.
 
-Legend: S rows that sample, V vocabulary, K the largest top-k among rows, D digits (1024).
+Legend: S rows that sample, V vocabulary, N blocks, C = N * 256 places of tokens, K the largest top-k among
+rows, L lanes of noise, D digits (1024).
 """
 
 from dataclasses import dataclass
@@ -16,9 +26,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_worker.sampling.randomness import GOLDEN, LAST_SHIFT, ROUNDS, signed
+from moe_worker.sampling.randomness import GOLDEN, LAST_SHIFT, ROUNDS, UNIFORM_BITS, signed
 
-POINT_BITS = 40
+# Masses are likelihoods, of which the largest is 1, in steps of 1 / UNIT.
+UNIT = 2.0**40
+# Tokens of a block. With 100,000 tokens there are about as many blocks as places in one.
+BLOCK = 256
 # Up to this many, the k-th largest value comes from a partial sort; above, from counting by digits.
 SHORT_TOP_K = 1024
 DIGIT_BITS = 10
@@ -43,78 +56,83 @@ class Truncation:
     min_p_S1: Tensor | None = None
 
 
-def uniforms(states_S: Tensor, indices_S: Tensor) -> Tensor:
-    """randomness.uniform of each pair: float64 in [0, 1), of the shape that both broadcast to.
+def lanes(vocab_size: int) -> int:
+    """Numbers that a draw needs: one for each place in a block, and one for each block."""
+    return BLOCK + -(-vocab_size // BLOCK)
 
-    states_S: randomness.mix of the seeds, as int64. indices_S: int64.
+
+def exponentials(states_S1: Tensor, indices_S1: Tensor, count: int) -> Tensor:
+    """randomness.exponential of the first `count` lanes: float64 [..., L].
+
+    states_S1: randomness.mix of the seeds, as int64. indices_S1: int64; both broadcast to [..., 1].
     """
-    bits_S = states_S + (indices_S + 1) * signed(GOLDEN)
-    for shift, factor in ROUNDS:
-        bits_S = (bits_S ^ _shifted(bits_S, shift)) * signed(factor)
-    return _shifted(bits_S ^ _shifted(bits_S, LAST_SHIFT), 11).double() * 2.0**-53
+    lanes_L = torch.arange(count, device=states_S1.device)
+    bits_SL = _split(_split(states_S1, indices_S1), lanes_L)
+    uniform_SL = (_shifted(bits_SL, 64 - UNIFORM_BITS).double() + 0.5).mul_(2.0**-UNIFORM_BITS)
+    noise_SL: Tensor = uniform_SL.log_().neg_()
+    return noise_SL
 
 
-def draw(
-    scores_SV: Tensor, peaks_S1: Tensor, temperatures_S1: Tensor, keep: Truncation, uniforms_S: Tensor
-) -> Tensor:
-    """One token a row (int64 [S]), by inverting the cumulative distribution at `uniforms_S`.
+def draw(masses_SC: Tensor, noise_SL: Tensor, vocab_size: int) -> Tensor:
+    """One token a row (int64 [S]) from the distribution that `masses` gave, by numbers of `exponentials`."""
+    masses_SNI: Tensor = masses_SC.unflatten(1, (-1, BLOCK))
+    blocks_S = (masses_SNI.sum(dim=-1, dtype=torch.float64) / noise_SL[:, BLOCK:]).argmax(dim=-1)
+    index_S1I = blocks_S.view(-1, 1, 1).expand(-1, 1, BLOCK)
+    own_SI = masses_SNI.gather(1, index_S1I).squeeze(1)
+    places_S = (own_SI / noise_SL[:, :BLOCK]).argmax(dim=-1)
+    # The row of a sequence that fails can give any place.
+    return (blocks_S * BLOCK + places_S).clamp(max=vocab_size - 1)
 
-    scores_SV: float32 logits. peaks_S1: the largest of each row; a row where it is not finite gives any token
-    in the vocabulary. temperatures_S1: float32, MIN_TEMPERATURE or more.
+
+def masses(scores_SV: Tensor, peaks_S1: Tensor, temperatures_S1: Tensor, keep: Truncation) -> Tensor:
+    """Likelihoods of the tokens that are kept, in steps of 2^-40 of the largest: float32 [S, C], whole.
+
+    scores_SV: float32 logits. peaks_S1: the largest of each row; where it is not finite, so are the masses.
+    temperatures_S1: float32, MIN_TEMPERATURE or more. Places behind the vocabulary are 0.
     """
-    weights_SV = ((scores_SV - peaks_S1) / temperatures_S1).exp_()
-    masses_SV = _masses(weights_SV)
-    threshold_S1 = _threshold(weights_SV, masses_SV, keep)
-    if threshold_S1 is not None:
-        masses_SV = masses_SV.masked_fill_(weights_SV < threshold_S1, 0)
-    cumulated_SV = masses_SV.cumsum(dim=-1)
-    totals_S = cumulated_SV[:, -1]
-    points_S = torch.minimum((uniforms_S * totals_S).long(), totals_S - 1)
-    tokens_S = torch.searchsorted(cumulated_SV, points_S.unsqueeze(1), right=True).squeeze(1)
-    return tokens_S.clamp_(max=scores_SV.shape[1] - 1)
+    rows, vocab_size = scores_SV.shape
+    weights_SC = scores_SV.new_empty(rows, -(-vocab_size // BLOCK) * BLOCK)
+    weights_SC[:, vocab_size:].zero_()
+    torch.sub(scores_SV, peaks_S1, out=weights_SC[:, :vocab_size]).div_(temperatures_S1).exp_()
+    masses_SC = weights_SC.mul_(UNIT).floor_()
+    threshold_S1 = _threshold(masses_SC, keep)
+    return masses_SC if threshold_S1 is None else masses_SC.masked_fill_(masses_SC < threshold_S1, 0)
 
 
-def _masses(weights: Tensor) -> Tensor:
-    """Likelihoods in [0, 1] as integers."""
-    return (weights * 2.0**POINT_BITS).long()
-
-
-def _threshold(weights_SV: Tensor, masses_SV: Tensor, keep: Truncation) -> Tensor | None:
-    """The likelihood (float32 [S, 1]) that a token must have to be kept; None: keep all."""
+def _threshold(masses_SC: Tensor, keep: Truncation) -> Tensor | None:
+    """The mass (float32 [S, 1]) that a token must have to be kept; None: keep all."""
     kth_S1 = largest_SK = None
     if keep.top_k_S1 is not None:
-        kth_S1, largest_SK = _kth(weights_SV, keep.top_k_S1, keep.largest_top_k)
-    parts = [kth_S1, keep.min_p_S1]
+        kth_S1, largest_SK = _kth(masses_SC, keep.top_k_S1, keep.largest_top_k)
+    parts = [kth_S1, None if keep.min_p_S1 is None else (keep.min_p_S1 * UNIT).floor()]
     if keep.top_p_S1 is not None:
-        parts.append(_nucleus(weights_SV, masses_SV, keep, kth_S1, largest_SK))
+        parts.append(_nucleus(masses_SC, keep.top_p_S1, keep.short, kth_S1, largest_SK))
     given = [part for part in parts if part is not None]
     return torch.stack(given).amax(dim=0) if given else None
 
 
-def _kth(weights_SV: Tensor, top_k_S1: Tensor, largest: int) -> tuple[Tensor, Tensor | None]:
-    """The k-th largest weight of each row (0 where k is 0), and the K largest, falling, if K is small."""
+def _kth(masses_SC: Tensor, top_k_S1: Tensor, largest: int) -> tuple[Tensor, Tensor | None]:
+    """The k-th largest mass of each row (0 where k is 0), and the K largest, falling, if K is small."""
     if largest <= SHORT_TOP_K:
-        largest_SK = weights_SV.topk(min(largest, weights_SV.shape[1]), dim=-1).values
+        largest_SK = masses_SC.topk(min(largest, masses_SC.shape[1]), dim=-1).values
         kth_S1 = largest_SK.gather(1, (top_k_S1 - 1).clamp(min=0))
     else:
         largest_SK = None
-        kth_S1 = mass_threshold(weights_SV, torch.ones_like(weights_SV, dtype=torch.int64), top_k_S1)
+        ones_SC = torch.ones_like(masses_SC, dtype=torch.int64)
+        kth_S1 = mass_threshold(masses_SC / UNIT, ones_SC, top_k_S1) * UNIT
     return kth_S1.masked_fill(top_k_S1 == 0, 0.0), largest_SK
 
 
 def _nucleus(
-    weights_SV: Tensor, masses_SV: Tensor, keep: Truncation, kth_S1: Tensor | None, largest_SK: Tensor | None
+    masses_SC: Tensor, top_p_S1: Tensor, short: bool, kth_S1: Tensor | None, largest_SK: Tensor | None
 ) -> Tensor:
-    """The least likelihood in the smallest set that holds top_p of what top-k left."""
-    if kth_S1 is not None:
-        masses_SV = masses_SV.masked_fill(weights_SV < kth_S1, 0)
-    totals_S1 = masses_SV.sum(dim=-1, keepdim=True)
+    """The least mass in the smallest set that holds top_p of what top-k left."""
+    left_SC = masses_SC if kth_S1 is None else masses_SC.masked_fill(masses_SC < kth_S1, 0)
+    targets_S1 = (left_SC.sum(dim=-1, keepdim=True, dtype=torch.float64) * top_p_S1).ceil().clamp(min=1)
     # `short` is only said where all rows concerned have a top_k, so both are there.
-    top_p_S1 = torch.ones_like(totals_S1, dtype=torch.float64) if keep.top_p_S1 is None else keep.top_p_S1
-    targets_S1 = (totals_S1 * top_p_S1).ceil().long().clamp(min=1)
-    if not keep.short or largest_SK is None or kth_S1 is None:
-        return mass_threshold(weights_SV, masses_SV, targets_S1)
-    before_S1 = (_masses(largest_SK).cumsum(dim=-1) < targets_S1).sum(dim=-1, keepdim=True)
+    if not short or largest_SK is None:
+        return mass_threshold(masses_SC / UNIT, left_SC.long(), targets_S1.long()) * UNIT
+    before_S1 = (largest_SK.cumsum(dim=-1, dtype=torch.float64) < targets_S1).sum(dim=-1, keepdim=True)
     # Beyond the K largest there are only tokens as likely as the last of them, or rows without top_p.
     found_S1 = largest_SK.gather(1, before_S1.clamp(max=largest_SK.shape[1] - 1))
     return found_S1.masked_fill(top_p_S1 == 1, 0.0)
@@ -127,7 +145,7 @@ def mass_threshold(weights_SV: Tensor, masses_SV: Tensor, targets_S1: Tensor) ->
     masses_SV (int64, not negative) in 1024 bins. weights_SV: float32 in [0, 1]. A row that does not hold its
     target gives 0.
     """
-    bits_SV = weights_SV.contiguous().view(torch.int32)
+    bits_SV = weights_SV.view(torch.int32)
     prefix_S1 = torch.zeros_like(targets_S1)
     for shift in DIGIT_SHIFTS:
         inside_SV = (bits_SV >> (shift + DIGIT_BITS)) == prefix_S1
@@ -141,6 +159,14 @@ def mass_threshold(weights_SV: Tensor, masses_SV: Tensor, targets_S1: Tensor) ->
     return prefix_S1.int().view(torch.float32)
 
 
-def _shifted(bits_S: Tensor, count: int) -> Tensor:
+def _split(states: Tensor, numbers: Tensor) -> Tensor:
+    """randomness.split of each pair, as int64; of the shape that both broadcast to."""
+    bits = states + (numbers + 1) * signed(GOLDEN)
+    for shift, factor in ROUNDS:
+        bits = (bits ^ _shifted(bits, shift)).mul_(signed(factor))
+    return bits ^ _shifted(bits, LAST_SHIFT)
+
+
+def _shifted(bits: Tensor, count: int) -> Tensor:
     """Shifted right with zeros: int64 shifts in its sign."""
-    return (bits_S >> count) & ((1 << (64 - count)) - 1)
+    return (bits >> count) & ((1 << (64 - count)) - 1)

@@ -35,7 +35,7 @@ class SamplingParameters:
     temperature: 0 takes the likeliest token; above 0 divides the logits.
     top_p: keeps the smallest set of tokens whose probability reaches this (Holtzman et al. 2020).
     top_k: keeps this many of the likeliest tokens, and those as likely as the last of them; 0 keeps all.
-    seed: makes sampling repeatable, in any batch; None: a fresh one.
+    seed: makes sampling repeatable, in any batch that gives the same logits; None: a fresh one.
     stop: generation ends before the first of these texts.
     min_p: drops tokens less likely than this share of the likeliest one's probability (Nguyen et al. 2024).
     repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or text (Keskar et

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_worker.sampling.adjust import TokenCounts
 from moe_worker.sampling.batch import Batch, Row, build
-from moe_worker.sampling.draw import draw
+from moe_worker.sampling.draw import draw, masses
 from moe_worker.sampling.logprobs import TokenLogprobs
 from moe_worker.sampling.parameters import SamplingParameters
 
@@ -129,8 +129,8 @@ def sample(logits_BV: Tensor, batch: Batch) -> Sampled:
         rows_S = part.rows_S
         whole = rows_S.shape[0] == scores_BV.shape[0]
         scores_SV = scores_BV if whole else scores_BV.index_select(0, rows_S)
-        points_S = part.uniforms(batch.step)
-        drawn_S = draw(scores_SV, peaks_B1[rows_S], part.temperatures_S1, part.keep, points_S)
+        masses_SC = masses(scores_SV, peaks_B1[rows_S], part.temperatures_S1, part.keep)
+        drawn_S = draw(masses_SC, part.noise(batch.step), scores_SV.shape[1])
         tokens_B = tokens_B.index_copy(0, rows_S, drawn_S)
     tokens_B = tokens_B.masked_fill(failed_B, 0)
     return Sampled(tokens_B, failed_B, _logprobs(logits_BV, tokens_B, batch))

@@ -57,8 +57,8 @@ class InferenceServiceServicer:
     def Generate(self, request, context):
         """Continues a prompt and streams the continuation.
 
-        Idempotence: with temperature 0, or with a seed, the same request gives the same tokens; no call
-        changes what the server stores, so a call that has sent nothing yet may be retried, and one that has
+        Idempotence: with temperature 0, or with a seed, the same request gives the same tokens, as far as
+        SamplingParameters.seed says; no call changes what the server stores, so a call that has sent nothing yet may be retried, and one that has
         sent some may be taken up elsewhere (resume).
 
         Status codes: INVALID_ARGUMENT (a field is out of range; the sentence says which and what is

@@ -45,8 +45,8 @@ class InferenceServiceStub:
     Generate: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
     """Continues a prompt and streams the continuation.
 
-    Idempotence: with temperature 0, or with a seed, the same request gives the same tokens; no call
-    changes what the server stores, so a call that has sent nothing yet may be retried, and one that has
+    Idempotence: with temperature 0, or with a seed, the same request gives the same tokens, as far as
+    SamplingParameters.seed says; no call changes what the server stores, so a call that has sent nothing yet may be retried, and one that has
     sent some may be taken up elsewhere (resume).
 
     Status codes: INVALID_ARGUMENT (a field is out of range; the sentence says which and what is
@@ -78,8 +78,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     Generate: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """Continues a prompt and streams the continuation.
 
-    Idempotence: with temperature 0, or with a seed, the same request gives the same tokens; no call
-    changes what the server stores, so a call that has sent nothing yet may be retried, and one that has
+    Idempotence: with temperature 0, or with a seed, the same request gives the same tokens, as far as
+    SamplingParameters.seed says; no call changes what the server stores, so a call that has sent nothing yet may be retried, and one that has
     sent some may be taken up elsewhere (resume).
 
     Status codes: INVALID_ARGUMENT (a field is out of range; the sentence says which and what is
@@ -114,8 +114,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
         """Continues a prompt and streams the continuation.
 
-        Idempotence: with temperature 0, or with a seed, the same request gives the same tokens; no call
-        changes what the server stores, so a call that has sent nothing yet may be retried, and one that has
+        Idempotence: with temperature 0, or with a seed, the same request gives the same tokens, as far as
+        SamplingParameters.seed says; no call changes what the server stores, so a call that has sent nothing yet may be retried, and one that has
         sent some may be taken up elsewhere (resume).
 
         Status codes: INVALID_ARGUMENT (a field is out of range; the sentence says which and what is
