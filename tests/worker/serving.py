@@ -34,7 +34,11 @@ class Worker:
 
     def __enter__(self):
         self.process = subprocess.Popen(
-            self.command, stderr=subprocess.PIPE, text=True, **self.process_options
+            self.command,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="backslashreplace",
+            **self.process_options,
         )
         self._reader = threading.Thread(target=self._read)
         self._reader.start()

@@ -1,0 +1,141 @@
+"""Attackers of one address, each a process that yields the processors to whom it attacks.
+
+`python -m tests.soak.attack KIND HOST:PORT COUNT SEED`; prints, as JSON, how often it was answered with what.
+It fails where the server no longer takes a connection or answers a call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import sys
+from collections import Counter
+
+import grpc
+
+from moe_api.inference.v1 import inference_pb2 as pb
+
+SERVICE = "/moe_api.inference.v1.InferenceService/"
+AT_ONCE = 32
+A_CONNECTION = 64
+"""Frames that one connection sends; the server mostly closes it long before the last."""
+ANSWER_S = 120.0
+READ_S = 0.2
+"""How long the server may take to close a connection whose frames make no sense, before we do."""
+
+SEEDS = (
+    ("Generate", pb.GenerateRequest(prompt="The kernel maps a page", sampling={"max_tokens": 2})),
+    (
+        "Generate",
+        pb.GenerateRequest(
+            prompt_tokens={"ids": [1, 2, 300]},
+            sampling={
+                "max_tokens": 2,
+                "temperature": 0.7,
+                "seed": 7,
+                "stop": ["\n\n", "end"],
+                "logit_bias": {5: -100.0, 6: 1.5},
+                "stop_token_ids": [3, 4],
+                "logprobs": 3,
+            },
+            resume={"tokens": [9], "seed": 5},
+        ),
+    ),
+    ("Tokenize", pb.TokenizeRequest(model="docs-moe", text="a text of some length", add_special_tokens=True)),
+    ("GetModel", pb.GetModelRequest(model="docs-moe")),
+)
+
+
+def mutated(content: bytes, chance: random.Random) -> bytes:
+    """`content` after one to eight random edits: a flipped bit, a cut, an insertion or a repeated piece."""
+    data = bytearray(content)
+    for _ in range(chance.randint(1, 8)):
+        at = chance.randrange(len(data) + 1)
+        match chance.randrange(5):
+            case 0 if data:
+                data[at % len(data)] ^= 1 << chance.randrange(8)
+            case 1:
+                data[at:at] = chance.randbytes(chance.randint(1, 16))
+            case 2:
+                del data[at : at + chance.randint(1, 8)]
+            case 3:
+                data[at:at] = data[max(0, at - 16) : at] * chance.randint(1, 8)
+            case 4:
+                data[at:at] = b"\xff" * chance.randint(1, 10)
+    return bytes(data)
+
+
+async def protobufs(address: str, count: int, chance: random.Random) -> Counter[str]:
+    """Sends mutated messages to every method; one answer to each, then the call is given up."""
+    told: Counter[str] = Counter()
+    left = iter(range(count))
+    async with grpc.aio.insecure_channel(address) as channel:
+
+        async def attack() -> None:
+            for _ in left:
+                method, message = chance.choice(SEEDS)
+                call = channel.unary_stream(SERVICE + method)(
+                    mutated(message.SerializeToString(), chance), timeout=ANSWER_S
+                )
+                try:
+                    answer = await call.read()
+                    told["OK" if answer is not grpc.aio.EOF else (await call.code()).name] += 1
+                except grpc.aio.AioRpcError as error:
+                    told[error.code().name] += 1
+                finally:
+                    call.cancel()
+
+        await asyncio.gather(*(attack() for _ in range(AT_ONCE)))
+    return told
+
+
+def frame(chance: random.Random) -> bytes:
+    """One HTTP/2 frame of any type with any flags, stream and content; its length is mostly true."""
+    payload = chance.randbytes(chance.choice((0, 1, 4, 5, 6, 8, 9, 17, 64, 512)))
+    length = len(payload) if chance.random() < 0.95 else chance.randrange(2**24)
+    stream = chance.choice((0, 1, 2, 3, 5, chance.randrange(2**32)))
+    kind, flags = chance.randrange(12), chance.randrange(256)
+    return length.to_bytes(3, "big") + bytes((kind, flags)) + stream.to_bytes(4, "big") + payload
+
+
+async def frames(address: str, count: int, chance: random.Random) -> Counter[str]:
+    """Sends random HTTP/2 frames on connections that it opens anew whenever the server closes one."""
+    told: Counter[str] = Counter()
+    host, _, port = address.rpartition(":")
+    sent = 0
+    while sent < count:
+        reader, writer = await asyncio.wait_for(asyncio.open_connection(host, int(port)), ANSWER_S)
+        told["connections"] += 1
+        try:
+            # A valid preface and SETTINGS on most connections, so that what follows is parsed as frames.
+            preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+            start = preface if chance.random() < 0.9 else chance.randbytes(33)
+            writer.write(start + b"".join(frame(chance) for _ in range(A_CONNECTION)))
+            sent += A_CONNECTION
+            await writer.drain()
+            await asyncio.wait_for(reader.read(), READ_S)
+            told["closed"] += 1
+        except TimeoutError:
+            told["left open"] += 1
+        except ConnectionError:
+            told["reset"] += 1
+        finally:
+            writer.close()
+    return told
+
+
+ATTACKS = {"protobufs": protobufs, "frames": frames}
+
+
+def main() -> None:
+    """See the module."""
+    os.nice(19)
+    kind, address, count, seed = sys.argv[1:]
+    told = asyncio.run(ATTACKS[kind](address, int(count), random.Random(seed)))
+    print(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()
