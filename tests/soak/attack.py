@@ -14,13 +14,19 @@ import sys
 from collections import Counter
 
 import grpc
+from h2.config import H2Configuration
+from h2.connection import H2Connection
 
 from moe_api.inference.v1 import inference_pb2 as pb
 
 SERVICE = "/moe_api.inference.v1.InferenceService/"
 AT_ONCE = 32
-A_CONNECTION = 64
-"""Frames that one connection sends; the server mostly closes it long before the last."""
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+"""What a connection must begin with, and empty SETTINGS."""
+HEADERS = (
+    *((":method", "POST"), (":scheme", "http"), (":authority", "127.0.0.1")),
+    *(("te", "trailers"), ("content-type", "application/grpc")),
+)
 ANSWER_S = 120.0
 READ_S = 0.2
 """How long the server may take to close a connection whose frames make no sense, before we do."""
@@ -100,30 +106,75 @@ def frame(chance: random.Random) -> bytes:
     return length.to_bytes(3, "big") + bytes((kind, flags)) + stream.to_bytes(4, "big") + payload
 
 
+def random_frames(chance: random.Random) -> list[bytes]:
+    """As many as a server reads at most before one of them ends the connection."""
+    return [frame(chance) for _ in range(8)]
+
+
+def conversation() -> list[bytes]:
+    """The frames of a connection on which a well-behaved client makes some calls."""
+    client = H2Connection(H2Configuration(client_side=True))
+    client.initiate_connection()
+    sent = [client.data_to_send()]
+    for method, message in SEEDS:
+        stream = client.get_next_available_stream_id()
+        client.send_headers(stream, [(":path", SERVICE + method), *HEADERS])
+        sent.append(client.data_to_send())
+        content = message.SerializeToString()
+        client.send_data(stream, b"\0" + len(content).to_bytes(4, "big") + content, end_stream=True)
+        sent.append(client.data_to_send())
+    return sent
+
+
+def damaged(said: list[bytes], chance: random.Random) -> list[bytes]:
+    """A conversation of which frames are lost, repeated, reordered, mutated or joined by random ones."""
+    said = list(said)
+    for _ in range(chance.randint(1, 4)):
+        at = chance.randrange(1, len(said))
+        match chance.randrange(5):
+            case 0:
+                said[at] = mutated(said[at], chance)
+            case 1:
+                said.insert(at, said[chance.randrange(len(said))])
+            case 2:
+                said.insert(at, frame(chance))
+            case 3:
+                said[at:] = chance.sample(said[at:], len(said) - at)
+            case 4 if len(said) > 2:
+                del said[at]
+    return said
+
+
 async def frames(address: str, count: int, chance: random.Random) -> Counter[str]:
-    """Sends random HTTP/2 frames on connections that it opens anew whenever the server closes one."""
+    """Sends damaged conversations and random HTTP/2 frames, each lot on a connection of its own."""
     told: Counter[str] = Counter()
-    host, _, port = address.rpartition(":")
-    sent = 0
-    while sent < count:
-        reader, writer = await asyncio.wait_for(asyncio.open_connection(host, int(port)), ANSWER_S)
-        told["connections"] += 1
-        try:
-            # A valid preface and SETTINGS on most connections, so that what follows is parsed as frames.
-            preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
-            start = preface if chance.random() < 0.9 else chance.randbytes(33)
-            writer.write(start + b"".join(frame(chance) for _ in range(A_CONNECTION)))
-            sent += A_CONNECTION
-            await writer.drain()
-            await asyncio.wait_for(reader.read(), READ_S)
-            told["closed"] += 1
-        except TimeoutError:
-            told["left open"] += 1
-        except ConnectionError:
-            told["reset"] += 1
-        finally:
-            writer.close()
+    said = conversation()
+
+    async def attack() -> None:
+        while told["frames"] < count:
+            lot = damaged(said, chance) if chance.random() < 0.8 else [PREFACE, *random_frames(chance)]
+            told["frames"] += len(lot)
+            told[await connect_and_send(address, b"".join(lot))] += 1
+
+    await asyncio.gather(*(attack() for _ in range(AT_ONCE)))
     return told
+
+
+async def connect_and_send(address: str, data: bytes) -> str:
+    """Sends `data` on a connection of its own; how that ended."""
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.wait_for(asyncio.open_connection(host, int(port)), ANSWER_S)
+    try:
+        writer.write(data)
+        await writer.drain()
+        await asyncio.wait_for(reader.read(), READ_S)
+    except TimeoutError:
+        return "left open"
+    except ConnectionError:
+        return "reset"
+    finally:
+        writer.close()
+    return "closed"
 
 
 ATTACKS = {"protobufs": protobufs, "frames": frames}
