@@ -2,13 +2,13 @@
 
 import sys
 
-from moe_api.first_process import end_at_sigterm
+from moe_api.first_process import prepare
 
 
 def main() -> None:
-    """Handles SIGTERM before the imports that take long."""
-    end_at_sigterm()
-    from kopf.cli import main as kopf  # noqa: PLC0415 - after the handler
+    """Prepares the process before the imports that take long."""
+    prepare()
+    from kopf.cli import main as kopf  # noqa: PLC0415 - after prepare()
 
     kopf(["run", "--module=moe_operator.main", *sys.argv[1:]])
 

@@ -90,9 +90,9 @@ async def test_no_stream_goes_on_at_another_revision(bench):
     victim = await b.add_process("victim", "r1")
     call = b.generate("count 60 0.02")
     await call.read()
-    await b.add_process("newer", "r2")
     victim.kill()
     await process_gone(victim)
+    await b.add_process("newer", "r2")
     await b.add_process("heir", "r1")
     rest = {message.text.partition(":")[0] async for message in _rest(call)}
     assert rest <= {"victim", "heir", ""}

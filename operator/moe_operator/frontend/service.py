@@ -14,6 +14,7 @@ from moe_api.health import Health
 from moe_api.inference.v1 import inference_pb2
 from moe_api.malformed import MalformedRequestInterceptor
 from moe_api.rich_status import FieldViolation
+from moe_api.server import create_server
 from moe_api.supervision import Supervisor
 from moe_operator.frontend.forwarding import Context, Forwarder
 from moe_operator.frontend.holding import Hold
@@ -50,7 +51,7 @@ class Frontend:
         self._forwarder = forwarder
         self._hold = hold
         self._health = Health([SERVICE, _DEMAND_SERVICE])
-        self._server = grpc.aio.server(
+        self._server = create_server(
             interceptors=[MalformedRequestInterceptor()], options=transport.SERVER_OPTIONS
         )
         self._draining = False
@@ -64,8 +65,7 @@ class Frontend:
             RuntimeError: the address cannot be listened on.
         """
         handlers = {name: self._handler(name, request) for name, request in _REQUESTS.items()}
-        generic = grpc.method_handlers_generic_handler(SERVICE, handlers)
-        self._server.add_generic_rpc_handlers((generic,))
+        self._server.add_registered_method_handlers(SERVICE, handlers)
         frontend_pb2_grpc.add_FrontendServiceServicer_to_server(
             _ForOperator(self._hold, self._forwarder), self._server
         )

@@ -16,6 +16,7 @@ from moe_api import telemetry, transport
 from moe_api.health import Health
 from moe_api.inference.v1 import inference_pb2_grpc
 from moe_api.malformed import MalformedRequestInterceptor
+from moe_api.server import create_server
 from moe_api.worker.v1 import worker_pb2_grpc
 from moe_worker.config.directory import find_checkpoint, read_checkpoint_config
 from moe_worker.config.engine import EngineOptions
@@ -89,7 +90,7 @@ async def _listen(
     address: str, inference: InferenceService, health: Health, stop: asyncio.Event
 ) -> grpc.aio.Server:
     """Answers probes from here on, and requests with UNAVAILABLE."""
-    server = grpc.aio.server(interceptors=[MalformedRequestInterceptor()], options=transport.SERVER_OPTIONS)
+    server = create_server(interceptors=[MalformedRequestInterceptor()], options=transport.SERVER_OPTIONS)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(inference, stop), server)
     await health.register(server)
