@@ -28,6 +28,10 @@ ASKED_OF_OTHERS: dict[Right, tuple[str, str]] = {
         ("discovery.k8s.io", "endpointslices", verb): ("Role", "attempting to grant RBAC permissions")
         for verb in ("get", "list", "watch")
     },
+    **{
+        (GROUP, "frontendroutes", verb): ("Role", "attempting to grant RBAC permissions")
+        for verb in ("create", "patch")
+    },
 }
 
 

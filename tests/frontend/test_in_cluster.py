@@ -1,6 +1,7 @@
 """The frontend as the operator runs it: a pod that knows its workers from the API server alone."""
 
 import asyncio
+import json
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from moe_operator.resources import names
 from moe_operator.resources.deployment import parse
 from tests.localcluster.objects import apply, wait_ready
 
+ROOT = Path(__file__).parents[2]
 FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
 DEPLOYMENT = "demo"
 
@@ -75,6 +77,7 @@ async def answers(stub, number=10):
 
 @pytest.fixture
 async def stub(cluster, namespace):
+    cluster.kubectl("apply", "-f", str(ROOT / "crds"))
     apply(cluster, namespace, *frontend_objects(namespace))
     selector = ",".join(f"{k}={v}" for k, v in frontend.labels(DEPLOYMENT).items())
     cluster.kubectl(
@@ -94,6 +97,7 @@ async def test_pods_come_and_go_and_requests_follow(cluster, namespace, stub):
 
     cluster.kubectl("scale", "-n", namespace, "statefulset/w", "--replicas=3")
     await eventually(stub, {"w-0", "w-1", "w-2"})
+    assert published(cluster, namespace) == {"w-0", "w-1", "w-2"}
 
     call = stub.Generate(inference_pb2.GenerateRequest(prompt="count 100000 0.01"))
     victim = (await call.read()).text.partition(":")[0]
@@ -111,6 +115,13 @@ async def test_pods_come_and_go_and_requests_follow(cluster, namespace, stub):
     while victim not in seen and time.monotonic() < deadline:
         seen |= await answers(stub)
     assert seen == {"w-0", "w-1", "w-2"}
+
+
+def published(cluster, namespace):
+    """Names of the workers in the one FrontendRoutes, a second after the frontend sends them requests."""
+    time.sleep(1)
+    (found,) = json.loads(cluster.kubectl("get", "frontendroutes", "-n", namespace, "-o", "json"))["items"]
+    return {to["name"] for to in found["routes"]}
 
 
 async def eventually(stub, wanted):

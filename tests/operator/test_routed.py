@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,7 +10,10 @@ from dataclasses import replace
 import grpc
 
 from moe_api.frontend.v1 import frontend_pb2, frontend_pb2_grpc
-from moe_operator.manifests.observed import Pod
+from moe_operator.frontend import publishing
+from moe_operator.frontend.endpoints import Endpoint
+from moe_operator.manifests.gates import published
+from moe_operator.manifests.observed import Observed, Pod
 from moe_operator.resources import names
 from moe_operator.rpc.frontends import routed
 
@@ -43,27 +47,48 @@ def serving(address, service):
 
 def test_a_leader_is_routed_when_every_frontend_says_so():
     with serving(FIRST, Routes(ONE | TWO)) as first, serving(SECOND, Routes(TWO)) as second:
-        assert routed([first], LEADERS, 5) == ONE | TWO
-        assert routed([first, second], LEADERS, 5) == TWO
-        assert routed([], LEADERS, 5) == {}
+        assert routed([first], LEADERS, 5, {}) == ONE | TWO
+        assert routed([first, second], LEADERS, 5, {}) == TWO
+        assert routed([], LEADERS, 5, {}) == {}
 
 
 def test_a_frontend_that_is_silent_counts_only_while_clients_reach_it():
     silent = Pod(NOBODY, NOBODY, True, False, "", 0, None)
     starting = Pod(NOBODY, NOBODY, False, False, "", 0, None)
     with serving(FIRST, Routes(ONE)) as first:
-        assert routed([first, silent], LEADERS, 1) == {}
-        assert routed([first, starting], LEADERS, 1) == ONE
+        assert routed([first, silent], LEADERS, 1, {}) == {}
+        assert routed([first, starting], LEADERS, 1, {}) == ONE
 
 
 def test_a_terminating_frontend_that_still_answers_holds_up_nobody():
     with serving(FIRST, Routes(ONE | TWO)) as first, serving(SECOND, Routes({})) as second:
-        assert routed([first, second], LEADERS, 5) == {}
+        assert routed([first, second], LEADERS, 5, {}) == {}
         leaving = replace(second, ready=False, terminating=True)
-        assert routed([first, leaving], LEADERS, 5) == ONE | TWO
-        assert routed([leaving], LEADERS, 5) == {}, "no client reaches any"
+        assert routed([first, leaving], LEADERS, 5, {}) == ONE | TWO
+        assert routed([leaving], LEADERS, 5, {}) == {}, "no client reaches any"
+
+
+def test_a_frontend_that_published_its_routes_is_not_asked():
+    unreachable = Pod(NOBODY, NOBODY, True, False, "", 0, None, uid="u1")
+    began = time.monotonic()
+    assert routed([unreachable], LEADERS, 5, {"u1": frozenset(ONE.items())}) == ONE
+    assert routed([unreachable], LEADERS, 5, {"u1": frozenset()}) == {}
+    assert time.monotonic() - began < 5
+    with serving(FIRST, Routes(TWO)) as first:
+        assert routed([first, unreachable], LEADERS, 5, {"u1": frozenset((ONE | TWO).items())}) == TWO
+
+
+def test_what_frontends_publish_is_read_by_the_pod_that_owns_it():
+    pod, routes = (
+        publishing.OwnPod("ns", "docs-frontend-x", "u1", "docs"),
+        [Endpoint("docs-1-0", "10.0.0.1:8000")],
+    )
+    mine = publishing.manifest(pod, [*routes, Endpoint("docs-2-0", "[fd00::2]:8000")])
+    other = {"metadata": {"name": "docs-frontend-y", "ownerReferences": mine["metadata"]["ownerReferences"]}}
+    found = published(Observed(routes=(mine, other)))
+    assert found == {"u1": {("docs-1-0", "10.0.0.1"), ("docs-2-0", "fd00::2")}}
 
 
 def test_a_frontend_of_before_holds_up_nobody():
     with serving(FIRST, None) as before:
-        assert routed([before], LEADERS, 5) == ONE | TWO
+        assert routed([before], LEADERS, 5, {}) == ONE | TWO

@@ -115,6 +115,10 @@ class Replicas:
             replica.load = replace(replica.load, in_flight=replica.load.in_flight - 1)
             self._close_idle()
 
+    def endpoints(self) -> list[Endpoint]:
+        """Where requests may go now."""
+        return [replica.endpoint for replica in self._ready.values()]
+
     def routes(self) -> list[tuple[Endpoint, int]]:
         """Where requests may go now, and how many run there."""
         return [(replica.endpoint, replica.load.in_flight) for replica in self._ready.values()]

@@ -11,7 +11,7 @@ from typing import Final
 from opentelemetry import metrics, trace
 
 from moe_api.supervision import Supervisor
-from moe_operator.errors import InstallationError
+from moe_operator.errors import InstallationError, MoEOperatorError
 from moe_operator.frontend.endpoints import Endpoint, static_endpoints
 from moe_operator.frontend.forwarding import Forwarder
 from moe_operator.frontend.holding import Hold
@@ -49,7 +49,7 @@ async def serve(options: Options) -> None:
     Raises:
         InstallationError: there is no cluster, or the address cannot be listened on.
     """
-    supervisor = Supervisor()
+    supervisor = Supervisor(expected=(MoEOperatorError,))
     replicas = Replicas(supervisor=supervisor)
     frontend = _frontend(options, replicas, supervisor)
     await frontend.set_ready(ready=False)
@@ -93,7 +93,7 @@ async def _following(
     options: Options, replicas: Replicas, frontend: Frontend, supervisor: Supervisor
 ) -> AsyncIterator[None]:
     """Keeps the replicas to those endpoints that take requests."""
-    news = asyncio.Event()
+    news, publish = asyncio.Event(), _publication(options, replicas, supervisor)
     prober = Prober(news.set, supervisor)
 
     async def route() -> None:
@@ -101,6 +101,7 @@ async def _following(
             news.clear()
             serving = prober.serving
             replicas.update(serving)
+            publish()
             await frontend.set_ready(ready=len(serving) > 0)
             _LOG.info("replicas: %s", ", ".join(sorted(e.name for e in serving)) or "none")
             await news.wait()
@@ -112,6 +113,20 @@ async def _following(
     finally:
         routing.cancel()
         await prober.close()
+
+
+def _publication(options: Options, replicas: Replicas, supervisor: Supervisor) -> Callable[[], None]:
+    """To be called when the routes are others: in a cluster the operator is told."""
+    if options.deployment is None:
+        return lambda: None
+    from moe_operator.frontend import discovery, publishing  # noqa: PLC0415 - as below
+
+    pod = publishing.own_pod(options.namespace, options.deployment)
+    if pod is None:
+        return lambda: None
+    publisher = publishing.Publisher(discovery.cluster_api().api_client, pod, replicas.endpoints)
+    supervisor.start("publishing", publisher.run)
+    return publisher.changed
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from moe_operator.kube import execute, peering
 from moe_operator.kube.client import Cluster
 from moe_operator.kube.gather import gather, unlabelled, with_refusal
 from moe_operator.manifests.decision import Decision
+from moe_operator.manifests.gates import published
 from moe_operator.manifests.observed import Observed, Pod, frontends
 from moe_operator.manifests.pinning import with_pins
 from moe_operator.manifests.plan import Plan, invalid, model_address, plan, refused, transitions
@@ -188,7 +189,9 @@ class Reconciler:
         return replace(
             observed,
             work=work,
-            routed=routed(frontends(observed), todo.unrouted, limit) if todo.unrouted else {},
+            routed=routed(frontends(observed), todo.unrouted, limit, published(observed))
+            if todo.unrouted
+            else {},
         )
 
     def _work(self, pods: Iterable[Pod]) -> dict[str, int]:

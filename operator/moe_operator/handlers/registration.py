@@ -35,7 +35,7 @@ from moe_operator.resources import names
 from moe_operator.rpc.polling import Poller
 from moe_operator.settings import Settings
 
-_FOLLOWED = (*KINDS, "Pod")
+_FOLLOWED = (*KINDS, "Pod", names.ROUTES_KIND)
 _ALLOCATIONS = 10_000
 """More containers made than freed, before the collector looks at the youngest; Python's default is 700."""
 

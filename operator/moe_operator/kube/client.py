@@ -34,6 +34,7 @@ _PATHS: Final = {
     "StatefulSet": ("apps/v1", "statefulsets"),
     "Deployment": ("apps/v1", "deployments"),
     names.HISTORY_KIND: (names.API_VERSION, "scalinghistories"),
+    names.ROUTES_KIND: (names.API_VERSION, names.ROUTES_PLURAL),
     "ControllerRevision": ("apps/v1", "controllerrevisions"),
     "PodDisruptionBudget": ("policy/v1", "poddisruptionbudgets"),
     "ClusterKopfPeering": ("kopf.dev/v1", "clusterkopfpeerings"),

@@ -10,6 +10,7 @@ from moe_operator.kube.client import Cluster
 from moe_operator.manifests import children, history
 from moe_operator.manifests.objects import Key, Manifest, key
 from moe_operator.manifests.observed import Observed, podless
+from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment
 
 
@@ -22,6 +23,7 @@ def gather(cluster: Cluster, deployment: Deployment) -> Observed:
     return Observed(
         found,
         tuple(cluster.list("Pod", namespace, deployment.name)),
+        routes=tuple(cluster.list(names.ROUTES_KIND, namespace, deployment.name)),
         verdicts={name: cluster.verdict(found[name]) for name in found if name.kind == "StatefulSet"},
     )
 

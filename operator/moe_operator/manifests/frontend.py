@@ -12,6 +12,12 @@ _STARTUP_PROBE = pods.probe(names.LIVENESS_SERVICE, period=2, failures=30)
 _READINESS_PROBE = pods.probe("", period=2, failures=2)
 _LIVENESS_PROBE = pods.probe(names.LIVENESS_SERVICE, period=10, failures=3)
 
+# Owns what the frontend publishes (moe_operator.frontend.publishing).
+_POD_UID: Manifest = {
+    "name": "POD_UID",
+    "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.uid"}},
+}
+
 _EXIT_SECONDS = 5
 """Of a pod's grace period, what the process keeps for itself after its last stream."""
 
@@ -46,7 +52,7 @@ def pod_spec(deployment: Deployment) -> Manifest:
         "name": names.ROLE_FRONTEND,
         "image": settings.image,
         "command": command(deployment),
-        "env": pods.environment(deployment, names.ROLE_FRONTEND, settings),
+        "env": [*pods.environment(deployment, names.ROLE_FRONTEND, settings), _POD_UID],
         "ports": pods.PORTS,
         "resources": settings.resources.manifest(),
         "startupProbe": _STARTUP_PROBE,
@@ -99,14 +105,16 @@ def service(of: Deployment) -> Manifest:
 
 
 def role(of: Deployment) -> Manifest:
-    """What the frontend may read: the EndpointSlices of its namespace."""
+    """What the frontend may do: read the EndpointSlices of its namespace, and write its routes."""
     manifest = _child(of, "rbac.authorization.k8s.io/v1", "Role")
     manifest["rules"] = [
         {
             "apiGroups": ["discovery.k8s.io"],
             "resources": ["endpointslices"],
             "verbs": ["get", "list", "watch"],
-        }
+        },
+        # Its name is the pod's, which nobody knows beforehand. Server-side apply needs both verbs.
+        {"apiGroups": [names.GROUP], "resources": [names.ROUTES_PLURAL], "verbs": ["create", "patch"]},
     ]
     return manifest
 

@@ -10,7 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from moe_operator.manifests.observed import Pod
+from moe_operator.manifests.observed import Observed, Pod
+from moe_operator.resources import names
+
+Routes = frozenset[tuple[str, str]]
+"""Pod names and IP addresses of leaders."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,21 @@ class Gate:
 def waiting(leaders: Iterable[Pod]) -> list[Pod]:
     """Leaders whose containers are ready and whose gate is closed."""
     return [pod for pod in leaders if pod.gated and not pod.routed and pod.containers_ready]
+
+
+def published(observed: Observed) -> dict[str, Routes]:
+    """What frontends wrote of their routes, by the UID of the frontend's pod."""
+    return {
+        owner["uid"]: frozenset((to["name"], host(to["address"])) for to in manifest.get("routes", ()))
+        for manifest in observed.routes
+        for owner in manifest["metadata"].get("ownerReferences", ())
+        if owner["kind"] == "Pod" and owner["name"] == manifest["metadata"]["name"]
+    }
+
+
+def host(address: str) -> str:
+    """The IP address in HOST:PORT."""
+    return address.removesuffix(f":{names.GRPC_PORT}").strip("[]")
 
 
 def changes(leaders: Iterable[Pod], routed: Mapping[str, str]) -> list[Gate]:

@@ -23,6 +23,8 @@ class Observed:
     """Objects that carry the deployment's label, and objects of others under names that it wants."""
     pods: tuple[Manifest, ...] = ()
     """Pods that carry the deployment's label."""
+    routes: tuple[Manifest, ...] = ()
+    """FrontendRoutes that carry the deployment's label."""
     model: ModelInfo | None = None
     """What a Ready leader just said of its model; None when none was asked or none answered."""
     work: Mapping[str, int] = field(default_factory=dict)

@@ -1,35 +1,46 @@
-"""Asks frontends where they send requests."""
+"""Finds out where frontends send requests: from what they published, else by asking them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import grpc
 
 from moe_api.frontend.v1 import frontend_pb2, frontend_pb2_grpc
+from moe_operator.manifests.gates import Routes, host
 from moe_operator.manifests.observed import Pod
-from moe_operator.resources import names
 from moe_operator.rpc.leader import target
 from moe_operator.rpc.together import ask
 
-_Routes = frozenset[tuple[str, str]]
 
-
-def routed(frontends: Iterable[Pod], leaders: Iterable[Pod], timeout_seconds: float) -> dict[str, str]:
+def routed(
+    frontends: Iterable[Pod],
+    leaders: Iterable[Pod],
+    timeout_seconds: float,
+    published: Mapping[str, Routes],
+) -> dict[str, str]:
     """IP addresses, by name, of those leaders to which every one of the frontends sends requests.
 
     One that does not answer sends none, unless it is not Ready: then no client reaches it either. No new
     request reaches a terminating one, whatever it answers. One of an earlier version, which knows no such
     question, goes by what Kubernetes says. None are routed where there is no frontend.
+
+    published: what frontends wrote of their routes (gates.published). These are not asked, so the operator
+    need not reach them.
     """
     everything = frozenset((leader.name, leader.address) for leader in leaders)
+
+    def routes(pod: Pod) -> Routes | None:
+        if pod.uid in published:
+            return published[pod.uid]
+        return _routes(pod.address, everything, timeout_seconds)
+
     reachable = (pod for pod in frontends if pod.address and not pod.terminating)
-    asked = ask(lambda pod: _routes(pod.address, everything, timeout_seconds), reachable)
-    known = [routes or frozenset() for pod, routes in asked if pod.ready or routes is not None]
+    known = [found or frozenset() for pod, found in ask(routes, reachable) if pod.ready or found is not None]
     return dict(everything.intersection(*known)) if known else {}
 
 
-def _routes(address: str, everything: _Routes, timeout_seconds: float) -> _Routes | None:
+def _routes(address: str, everything: Routes, timeout_seconds: float) -> Routes | None:
     """Names and addresses; None where it does not answer."""
     with grpc.insecure_channel(target(address)) as channel:
         try:
@@ -37,8 +48,4 @@ def _routes(address: str, everything: _Routes, timeout_seconds: float) -> _Route
             found = stub.GetRoutes(frontend_pb2.GetRoutesRequest(), timeout=timeout_seconds).routes
         except grpc.RpcError as error:
             return everything if error.code() is grpc.StatusCode.UNIMPLEMENTED else None
-    return frozenset((route.name, _host(route.address)) for route in found)
-
-
-def _host(address: str) -> str:
-    return address.removesuffix(f":{names.GRPC_PORT}").strip("[]")
+    return frozenset((route.name, host(route.address)) for route in found)
