@@ -36,9 +36,8 @@ class Bench:
         self.tracer = provider.get_tracer("test")
         self.replicas = Replicas()
         self.hold = Hold(hold_s, "demo", from_zero)
-        self.frontend = Frontend(
-            Forwarder(self.replicas, self.tracer, self.hold, patience_s, keys), self.hold
-        )
+        forwarder = Forwarder(self.replicas, self.tracer, self.hold, patience_s, keys, write_timeout_s)
+        self.frontend = Frontend(forwarder, self.hold)
         self.workers = []
         self.processes = {}
         self.extra = frozenset()

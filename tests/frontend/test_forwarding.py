@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import dataclasses
 import time
 
 import grpc
@@ -9,9 +10,10 @@ import pytest
 from opentelemetry import trace
 
 from moe_api import rich_status, semconv, telemetry
-from moe_api.inference.v1 import inference_pb2
-from moe_operator.frontend import forwarding, metadata, routing
+from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
+from moe_operator.frontend import bounds, forwarding, metadata, routing
 from moe_operator.frontend.endpoints import Endpoint
+from tests.frontend.fake_worker import FakeWorker
 from tests.http2 import RawClient
 
 
@@ -317,3 +319,59 @@ async def test_a_storm_of_cancellations_leaves_nothing_behind(bench, caplog):
     assert await asyncio.gather(*(b.text("count 1") for _ in range(4)))
     assert [replica.load.in_flight for replica in b.replicas._ready.values()] == [0, 0]
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+TOO_LONG = {
+    "sampling.stop": inference_pb2.GenerateRequest(
+        prompt="p", sampling=inference_pb2.SamplingParameters(stop=[""] * 2_000_000)
+    ),
+    "sampling.stop_token_ids": inference_pb2.GenerateRequest(
+        prompt="p", sampling=inference_pb2.SamplingParameters(stop_token_ids=[1] * 65)
+    ),
+    "sampling.logit_bias": inference_pb2.GenerateRequest(
+        prompt="p", sampling=inference_pb2.SamplingParameters(logit_bias=dict.fromkeys(range(1025), 0.0))
+    ),
+    "resume.tokens": inference_pb2.GenerateRequest(
+        prompt="p",
+        sampling=inference_pb2.SamplingParameters(max_tokens=5),
+        resume=inference_pb2.Resume(tokens=[1] * 5),
+    ),
+    "prompt_tokens": inference_pb2.GenerateRequest(prompt_tokens=inference_pb2.TokenIds(ids=[1] * 1_000_000)),
+    "resume.revision": inference_pb2.GenerateRequest(
+        prompt="p", resume=inference_pb2.Resume(revision="r" * 300)
+    ),
+}
+
+
+@pytest.mark.parametrize("field", TOO_LONG)
+async def test_what_is_too_long_to_be_valid_is_refused_by_its_length(bench, field):
+    b = await bench(workers=1)
+    b.replicas.update(frozenset({dataclasses.replace(b.workers[0].endpoint, context_length=4096)}))
+    _, error = await failure(b.stub.Generate(TOO_LONG[field]))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    (violation,) = rich_status.field_violations(rich_status.from_error(error))
+    assert violation.field == field
+    assert b.workers[0].requests == 0
+
+
+def test_the_check_reads_lengths_only():
+    started = time.monotonic()
+    for request in TOO_LONG.values():
+        assert bounds.violations(request, 4096)
+    assert time.monotonic() - started < 0.05
+
+
+async def test_a_request_that_a_worker_does_not_take_for_its_size_is_sent_once(bench):
+    b = await bench(workers=0)
+    server = grpc.aio.server(options=[("grpc.max_receive_message_length", 10_000)])
+    worker = FakeWorker("small")
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(worker, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    b.extra = frozenset({Endpoint("small", f"127.0.0.1:{port}")})
+    await b.publish()
+    _, error = await failure(b.generate("x" * 20_000))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "too large" in error.details()
+    assert len([s for s in b.spans.get_finished_spans() if len(s.events) > 1]) == 0
+    await server.stop(None)

@@ -96,6 +96,19 @@ async def test_the_number_of_requests_that_wait_has_a_limit(bench, monkeypatch):
     await asyncio.gather(*waiting)
 
 
+async def test_so_have_their_bytes(bench, monkeypatch):
+    monkeypatch.setattr(holding, "HELD_BYTES_MOST", 3_000)
+    running = await bench(workers=0, hold_s=60)
+    waiting = asyncio.create_task(running.text("count 1" + " " * 2_000))
+    await held(running, 1)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await running.text("count 1" + " " * 2_000)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    await add_worker(running)
+    await waiting
+    assert running.hold._bytes == 0
+
+
 async def test_a_frontend_that_does_not_hold_fails_at_once(bench):
     running = await bench(workers=0)
     with pytest.raises(grpc.aio.AioRpcError, match="no worker of demo is ready"):

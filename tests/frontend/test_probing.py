@@ -63,14 +63,14 @@ async def test_one_that_does_not_answer_delays_nobody(probed):
 async def test_a_watch_that_ends_unexpectedly_begins_again(probed, monkeypatch):
     worker = FakeWorker("w")
     where = await worker.start()
-    real, failures = probing._with_revision, iter([ValueError("a bug"), asyncio.CancelledError()])
+    real, failures = probing._with_model, iter([ValueError("a bug"), asyncio.CancelledError()])
 
     async def failing(channel, endpoint):
         if (error := next(failures, None)) is not None:
             raise error
         return await real(channel, endpoint)
 
-    monkeypatch.setattr(probing, "_with_revision", failing)
+    monkeypatch.setattr(probing, "_with_model", failing)
     probed.prober.update(frozenset({where}))
     await probed.until(("w", ""))
     (state,) = probed.supervisor.states

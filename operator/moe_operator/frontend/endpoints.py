@@ -15,11 +15,13 @@ class Endpoint:
         name: of the pod; of the address where there is no pod.
         address: ``HOST:PORT``, with an IPv6 host in brackets.
         revision: of what it serves, once it was asked.
+        context_length: of its model in tokens, once it was asked; 0 before.
     """
 
     name: str
     address: str
     revision: str = ""
+    context_length: int = 0
 
 
 def endpoints(slices: Iterable[Mapping[str, Any]]) -> frozenset[Endpoint]:

@@ -10,9 +10,13 @@ import grpc
 from google.rpc import status_pb2
 
 from moe_api import rich_status
+from moe_api.rich_status import FieldViolation
 from moe_operator.frontend import metadata, routing
 from moe_operator.frontend.metadata import Pairs
 
+# What gRPC itself says, with RESOURCE_EXHAUSTED, of a message that a server does not take.
+_TOO_LARGE: Final = "message larger than max"
+_TOO_LARGE_SENTENCE: Final = "the request is too large for the model: no prompt of that size fits; shorten it"
 GRPC_INTERNAL: Final = grpc.StatusCode.INTERNAL
 
 
@@ -70,6 +74,8 @@ def of_call(
     status = rich_status.from_error(error)
     if error.code() is grpc.StatusCode.UNAVAILABLE and not status.details:
         return Failure(Kind.DIED, _lost(replica, error.details() or "connection lost", started=started))
+    if _TOO_LARGE in status.message:
+        return Failure(Kind.ANSWERED, rich_status.invalid_argument([FieldViolation("", _TOO_LARGE_SENTENCE)]))
     died = rich_status.reason(status) == rich_status.ENGINE_DIED
     return Failure(
         Kind.DIED if died else Kind.ANSWERED, status, metadata.selected(error.trailing_metadata(), keys)

@@ -20,7 +20,7 @@ from opentelemetry import trace
 
 from moe_api import rich_status, spans, telemetry
 from moe_api.writing import WRITE_TIMEOUT_S, SlowReaderError, Writer
-from moe_operator.frontend import failures, metadata, routing
+from moe_operator.frontend import bounds, failures, metadata, routing
 from moe_operator.frontend.echo import ContractError
 from moe_operator.frontend.endpoints import Endpoint
 from moe_operator.frontend.failures import Failure, Kind
@@ -105,7 +105,9 @@ class Forwarder:
         with spans.server_span(self._tracer, context, method) as span:
             writer = Writer(context, self._write_timeout_s)
             call = _Call(method, context, span, writer, Progress(request))
-            failure = await self._held(method, span)
+            if too_long := bounds.violations(request, self._replicas.context_length):
+                await rich_status.abort(context, rich_status.invalid_argument(too_long))
+            failure = await self._held(call)
             if failure is None:
                 try:
                     failure = await self._attempts(call)
@@ -114,12 +116,12 @@ class Forwarder:
             if failure is not None:
                 await _give_up(failure, context)
 
-    async def _held(self, method: str, span: trace.Span) -> Failure | None:
+    async def _held(self, call: _Call) -> Failure | None:
         """Waits for a replica, where the call is worth one; says why it has to end before there is one."""
-        if len(self._replicas) or method.endswith(_NOT_WORTH_A_REPLICA):
+        if len(self._replicas) or call.method.endswith(_NOT_WORTH_A_REPLICA):
             return None
-        span.add_event("hold", {"message": "no replica is ready; the request waits for one"})
-        status = await self._hold.until_replica()
+        call.span.add_event("hold", {"message": "no replica is ready; the request waits for one"})
+        status = await self._hold.until_replica(call.progress.size)
         return None if status is None else Failure(Kind.UNREACHED, status)
 
     async def _attempts(self, call: _Call) -> Failure | None:

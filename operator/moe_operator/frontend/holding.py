@@ -13,7 +13,9 @@ from opentelemetry import metrics
 from moe_api import rich_status
 
 HELD_MOST: Final = 1000
-"""Requests that one frontend holds at most: each keeps its prompt in memory."""
+"""Requests that one frontend holds at most."""
+HELD_BYTES_MOST: Final = 256 * 2**20
+"""Bytes of these requests: each keeps its prompt in memory."""
 RETRY_AFTER_S: Final = 5.0
 
 
@@ -31,6 +33,7 @@ class Hold:
     deployment: str
     from_zero: bool = False
     _held: int = 0
+    _bytes: int = 0
     _demand: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
     _replicas: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
 
@@ -46,16 +49,19 @@ class Hold:
         else:
             self._replicas.clear()
 
-    async def until_replica(self) -> status_pb2.Status | None:
-        """Waits until there is a replica; says why the request has to end when that takes too long."""
+    async def until_replica(self, size: int) -> status_pb2.Status | None:
+        """Waits until there is a replica; says why the request has to end when that takes too long.
+
+        size: of the request, in bytes.
+        """
         if self.limit_s <= 0 or self._replicas.is_set():
             return None
-        if self._held >= HELD_MOST:
+        if self._held >= HELD_MOST or self._bytes + size > HELD_BYTES_MOST:
             sentence = (
-                f"{HELD_MOST} requests already wait for a first replica of {self.deployment}; try later"
+                f"{self._held} requests already wait for a first replica of {self.deployment}; try later"
             )
             return rich_status.retry_later(grpc.StatusCode.RESOURCE_EXHAUSTED, sentence, RETRY_AFTER_S)
-        with self._counted():
+        with self._counted(size):
             try:
                 await asyncio.wait_for(self._replicas.wait(), self.limit_s)
             except TimeoutError:
@@ -78,13 +84,15 @@ class Hold:
         )
 
     @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
+    def _counted(self, size: int) -> Iterator[None]:
         self._held += 1
+        self._bytes += size
         self._demand.set()
         try:
             yield
         finally:
             self._held -= 1
+            self._bytes -= size
             if self._held == 0:
                 self._demand.clear()
 

@@ -44,7 +44,7 @@ class Prober:
 
     @property
     def serving(self) -> frozenset[Endpoint]:
-        """The endpoints that take requests, each with its revision."""
+        """The endpoints that take requests, each with what its worker said of its model."""
         return frozenset(self._serving.values())
 
     def update(self, endpoints: frozenset[Endpoint]) -> None:
@@ -79,7 +79,7 @@ class Prober:
         try:
             async for update in watch:
                 serving = update.status == health_pb2.HealthCheckResponse.SERVING
-                self._set(endpoint, await _with_revision(channel, endpoint) if serving else None)
+                self._set(endpoint, await _with_model(channel, endpoint) if serving else None)
                 served |= serving
         except grpc.aio.AioRpcError as error:
             _LOG.debug("the watch of %s ended: %s", endpoint.name, error.details())
@@ -97,7 +97,7 @@ class Prober:
             self._changed()
 
 
-async def _with_revision(channel: grpc.aio.Channel, endpoint: Endpoint) -> Endpoint:
+async def _with_model(channel: grpc.aio.Channel, endpoint: Endpoint) -> Endpoint:
     stub = inference_pb2_grpc.InferenceServiceStub(channel)
     model = await stub.GetModel(inference_pb2.GetModelRequest(), timeout=_ASK_S)
-    return dataclasses.replace(endpoint, revision=model.revision)
+    return dataclasses.replace(endpoint, revision=model.revision, context_length=model.context_length)

@@ -46,6 +46,11 @@ class Progress:
         return self.messages > 0
 
     @property
+    def size(self) -> int:
+        """Bytes of the client's request."""
+        return self._request.ByteSize()
+
+    @property
     def tokens(self) -> int:
         """Tokens that were passed on."""
         return len(self._tokens)

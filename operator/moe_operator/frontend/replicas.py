@@ -115,6 +115,11 @@ class Replicas:
             replica.load = replace(replica.load, in_flight=replica.load.in_flight - 1)
             self._close_idle()
 
+    @property
+    def context_length(self) -> int:
+        """The longest context that a replica takes, in tokens; 0 where none has said."""
+        return max((replica.endpoint.context_length for replica in self._ready.values()), default=0)
+
     def endpoints(self) -> list[Endpoint]:
         """Where requests may go now."""
         return [replica.endpoint for replica in self._ready.values()]
