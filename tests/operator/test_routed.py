@@ -8,10 +8,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import grpc
+import pytest
+from kubernetes.client import ApiClient, Configuration
 
 from moe_api.frontend.v1 import frontend_pb2, frontend_pb2_grpc
+from moe_operator.errors import ReadForbiddenError
 from moe_operator.frontend import publishing
 from moe_operator.frontend.endpoints import Endpoint
+from moe_operator.kube.client import Cluster
 from moe_operator.manifests.gates import published
 from moe_operator.manifests.observed import Observed, Pod
 from moe_operator.resources import names
@@ -92,3 +96,12 @@ def test_what_frontends_publish_is_read_by_the_pod_that_owns_it():
 def test_a_frontend_of_before_holds_up_nobody():
     with serving(FIRST, None) as before:
         assert routed([before], LEADERS, 5, {}) == ONE | TWO
+
+
+def test_an_operator_newer_than_its_crds_does_not_wait_for_them(monkeypatch):
+    """Its watchers settle, and say what is missing again and again."""
+    cluster = Cluster(ApiClient(Configuration()), 1.0)
+    monkeypatch.setattr(cluster, "_request", lambda *_, **__: None)
+    with pytest.raises(ReadForbiddenError, match="the API server knows no FrontendRoutes; apply the CRDs"):
+        cluster.chunk(names.ROUTES_KIND, names.LABEL_NAME, 10, None)
+    assert cluster.list(names.ROUTES_KIND, "default", "docs") == []

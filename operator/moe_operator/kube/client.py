@@ -16,6 +16,7 @@ from moe_operator.errors import (
     ClusterUnavailableError,
     HistoryExpiredError,
     InstallationError,
+    ReadForbiddenError,
     RetryableError,
 )
 from moe_operator.kube.answers import translated
@@ -119,12 +120,15 @@ class Cluster:
     def chunk(self, kind: str, label: str, limit: int, following: str | None) -> Chunk:
         """A part of the objects of all namespaces that carry a label.
 
-        Raises HistoryExpiredError when it took too long to ask for the next part.
+        Raises HistoryExpiredError when it took too long to ask for the next part, ReadForbiddenError when the
+        API server does not know the kind.
         """
         more = {"_continue": following} if following else {}
-        found = self._request("get", _path(kind, None), label_selector=label, limit=limit, **more) or {}
-        items = [{**item, "apiVersion": _PATHS[kind][0], "kind": kind} for item in found.get("items", ())]
-        metadata = found.get("metadata", {})
+        found = self._request("get", _path(kind, None), label_selector=label, limit=limit, **more)
+        if found is None:
+            raise ReadForbiddenError(f"the API server knows no {kind}; apply the CRDs of the chart")
+        items = [{**item, "apiVersion": _PATHS[kind][0], "kind": kind} for item in found["items"]]
+        metadata = found["metadata"]
         return Chunk(items, metadata["resourceVersion"], metadata.get("continue"))
 
     def watch(self, kind: str, label: str, version: str) -> Iterator[dict[str, Any]]:

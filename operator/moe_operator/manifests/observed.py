@@ -23,8 +23,6 @@ class Observed:
     """Objects that carry the deployment's label, and objects of others under names that it wants."""
     pods: tuple[Manifest, ...] = ()
     """Pods that carry the deployment's label."""
-    routes: tuple[Manifest, ...] = ()
-    """FrontendRoutes that carry the deployment's label."""
     model: ModelInfo | None = None
     """What a Ready leader just said of its model; None when none was asked or none answered."""
     work: Mapping[str, int] = field(default_factory=dict)
@@ -35,6 +33,8 @@ class Observed:
     """Addresses of the leaders to which every frontend sends requests, by pod name; where somebody asked."""
     verdicts: Mapping[Key, str] = field(default_factory=dict)
     """Of StatefulSets: the recipe (worker.recipe) that an earlier look found them to follow, as they are."""
+    routes: tuple[Manifest, ...] = ()
+    """FrontendRoutes that carry the deployment's label."""
 
 
 @dataclass(frozen=True)
