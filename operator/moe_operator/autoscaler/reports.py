@@ -5,10 +5,20 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from math import isfinite
+from typing import Final
 
 from moe_api.worker.v1 import worker_pb2
 from moe_operator.resources.scaling_status import ReplicaLoadStatus
 from moe_operator.scaling.samples import Report
+
+_SUM_MOST: Final = 2**53
+"""Beyond it a float, which rates are computed with, does not hold every whole number."""
+_BUCKETS_MOST: Final = 64
+_LAST_SECOND: Final = 253_402_300_799
+"""Of the year 9999, the last that a Timestamp may hold."""
+_NANOS: Final = 10**9
 
 
 @dataclass(frozen=True)
@@ -42,12 +52,26 @@ def contradiction(load: worker_pb2.Load) -> str | None:
     ended = load.requests_completed + load.requests_refused + load.requests_expired
     if ended > load.requests_received:
         return f"says that {ended} requests ended though {load.requests_received} came"
+    if load.queued + load.running > load.requests_received:
+        there = load.queued + load.running
+        return f"says that {there} requests are under way though {load.requests_received} came"
+    if load.requests_received > _SUM_MOST:
+        return f"holds a sum above {_SUM_MOST}"
     if load.kv_tokens_used > load.kv_tokens_capacity:
         return "says that more of the KV cache is used than there is"
-    times = load.time_to_first_token_seconds
+    if not 0 <= load.started.seconds <= _LAST_SECOND or not 0 <= load.started.nanos < _NANOS:
+        return "holds a start time that is none"
+    return _wrong_histogram(load.time_to_first_token_seconds, load.requests_received)
+
+
+def _wrong_histogram(times: worker_pb2.Histogram, received: int) -> str | None:
+    if len(times.bounds) > _BUCKETS_MOST or len(times.counts) > _BUCKETS_MOST:
+        return f"holds a histogram of more than {_BUCKETS_MOST} buckets"
     if times.counts and len(times.counts) != len(times.bounds) + 1:
         return "holds a histogram whose counts do not fit its bounds"
-    if sum(times.counts) > load.requests_received:
+    if not all(low < high for low, high in pairwise(times.bounds)) or not all(map(isfinite, times.bounds)):
+        return "holds a histogram whose bounds do not ascend"
+    if sum(times.counts) > received:
         return "holds a histogram of more requests than came"
     return None
 

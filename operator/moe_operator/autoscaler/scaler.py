@@ -6,7 +6,7 @@ import copy
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moe_operator.autoscaler.reports import Reading
@@ -118,6 +118,9 @@ class Scaler:
             self._capacity = Capacity.from_prior(spec.capacity_prior)
         self._learn_cold_starts(subject, speed)
         wrong = {**reading.wrong, **self._take_reports(subject, reading)}
+        # What waits at a replica that reports nonsense is nonsense too.
+        believed = tuple(report for report in reading.reports if report.replica not in wrong)
+        reading = replace(reading, reports=believed)
         closed = self._close_minutes(subject, reading, now)
         forecast = self._forecaster.forecast() if self._forecaster else None
         observed = self._observed(subject, reading, now)

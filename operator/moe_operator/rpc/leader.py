@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+from typing import Final
 
 import grpc
 
+from moe_api import transport
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
 from moe_api.visible import one_line
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
@@ -14,6 +16,11 @@ from moe_operator.resources import names
 from moe_operator.resources.status import REPORTED_NAME_MOST, ModelInfo
 
 _INT64_MOST = 2**63 - 1
+_ANSWER_MOST_BYTES: Final = 64 * 1024
+CHANNEL_OPTIONS: Final = tuple(
+    {**dict(transport.CLIENT_OPTIONS), "grpc.max_receive_message_length": _ANSWER_MOST_BYTES}.items()
+)
+"""Of channels to workers: no answer that the operator asks for is longer than some KiB."""
 
 
 def get_model(address: str, revision: str, timeout_seconds: float) -> ModelInfo:
@@ -21,7 +28,7 @@ def get_model(address: str, revision: str, timeout_seconds: float) -> ModelInfo:
 
     Raises RetryableError when it does not answer within the timeout.
     """
-    with grpc.insecure_channel(target(address)) as channel:
+    with grpc.insecure_channel(target(address), CHANNEL_OPTIONS) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         try:
             model = stub.GetModel(inference_pb2.GetModelRequest(), timeout=timeout_seconds)
@@ -41,7 +48,7 @@ def get_model(address: str, revision: str, timeout_seconds: float) -> ModelInfo:
 
 def work(address: str, timeout_seconds: float) -> int | None:
     """Requests under way on the worker at an IP address; None when it does not answer in time."""
-    with grpc.insecure_channel(target(address)) as channel:
+    with grpc.insecure_channel(target(address), CHANNEL_OPTIONS) as channel:
         try:
             stub = worker_pb2_grpc.WorkerServiceStub(channel)
             load = stub.GetLoad(worker_pb2.GetLoadRequest(), timeout=timeout_seconds)
@@ -52,7 +59,7 @@ def work(address: str, timeout_seconds: float) -> int | None:
 
 def drain(address: str, timeout_seconds: float) -> bool:
     """Tells the worker at an IP address to take no more requests; whether it heard."""
-    with grpc.insecure_channel(target(address)) as channel:
+    with grpc.insecure_channel(target(address), CHANNEL_OPTIONS) as channel:
         try:
             stub = worker_pb2_grpc.WorkerServiceStub(channel)
             stub.Drain(worker_pb2.DrainRequest(), timeout=timeout_seconds)

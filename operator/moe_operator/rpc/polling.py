@@ -9,7 +9,6 @@ from typing import TypeVar
 
 import grpc
 
-from moe_api import transport
 from moe_api.frontend.v1 import frontend_pb2, frontend_pb2_grpc
 from moe_api.supervision import is_being_cancelled
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
@@ -17,7 +16,7 @@ from moe_operator.autoscaler import reports
 from moe_operator.autoscaler.reports import Reading
 from moe_operator.autoscaler.subject import Subject
 from moe_operator.manifests.observed import Pod
-from moe_operator.rpc.leader import target
+from moe_operator.rpc.leader import CHANNEL_OPTIONS, target
 from moe_operator.scaling.samples import Report
 
 Answer = TypeVar("Answer")
@@ -108,7 +107,7 @@ class Poller:
 
     def _channel(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:
-            self._channels[address] = grpc.aio.insecure_channel(target(address), transport.CLIENT_OPTIONS)
+            self._channels[address] = grpc.aio.insecure_channel(target(address), CHANNEL_OPTIONS)
         return self._channels[address]
 
 

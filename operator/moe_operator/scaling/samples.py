@@ -92,7 +92,7 @@ class MinuteRates:
             return reason
         if reason is not None:
             # Which of the two is wrong cannot be told: the next report begins the sums again.
-            del self._latest[report.replica]
+            self._latest.pop(report.replica, None)
             return reason
         self._latest[report.replica] = report
         if before is not None and _same_life(before, report):
@@ -149,8 +149,14 @@ def distrust(report: Report, before: Report | None, plausible_rate: float = math
     if before is not None and report.at <= before.at:
         return Distrust.OUT_OF_ORDER
     if before is None or not _same_life(before, report):
-        return None
+        return _too_much(report, report.at - report.started, plausible_rate)
     return _contradiction(report, before, plausible_rate)
+
+
+def _too_much(report: Report, seconds: float, plausible_rate: float) -> Distrust | None:
+    """Whether a replica did more in its life of so many seconds than any can."""
+    most = plausible_rate * max(seconds / _MINUTE_S, 1.0)
+    return Distrust.IMPLAUSIBLE if max(report.arrived, report.completed) > most else None
 
 
 def _contradiction(report: Report, before: Report, plausible_rate: float) -> Distrust | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from datetime import timedelta
 
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from moe_api.worker.v1 import worker_pb2
 from moe_operator.autoscaler import coldstart, keeping, reports
@@ -28,6 +30,22 @@ def load(**fields):
     [
         ({"requests_refused": 3}, "11 requests ended though 10 came"),
         ({"requests_received": 0, "requests_completed": UINT_MINUS_ONE}, "requests ended though 0 came"),
+        ({"queued": 2**32 - 1, "running": 2}, "4294967297 requests are under way though 10 came"),
+        ({"requests_received": 2**63}, "holds a sum above"),
+        ({"started": Timestamp(seconds=2**62)}, "holds a start time that is none"),
+        ({"started": Timestamp(nanos=-1)}, "holds a start time that is none"),
+        (
+            {"time_to_first_token_seconds": worker_pb2.Histogram(bounds=range(65), counts=[0] * 66)},
+            "more than 64 buckets",
+        ),
+        (
+            {"time_to_first_token_seconds": worker_pb2.Histogram(bounds=[2.0, 1.0], counts=[0] * 3)},
+            "bounds do not ascend",
+        ),
+        (
+            {"time_to_first_token_seconds": worker_pb2.Histogram(bounds=[math.nan], counts=[0] * 2)},
+            "bounds do not ascend",
+        ),
         ({"kv_tokens_used": 2, "kv_tokens_capacity": 1}, "more of the KV cache is used than there is"),
         (
             {"time_to_first_token_seconds": worker_pb2.Histogram(bounds=[1.0], counts=[1])},

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from moe_api.frontend.v1 import frontend_pb2, frontend_pb2_grpc
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
@@ -25,7 +26,8 @@ class Replica(worker_pb2_grpc.WorkerServiceServicer):
         if self.silent:
             await asyncio.sleep(3600)
         load = worker_pb2.Load(**self.fields)
-        load.started.FromNanoseconds(10**18)
+        if not load.HasField("started"):
+            load.started.FromNanoseconds(10**18)
         return load
 
 
@@ -116,3 +118,12 @@ async def test_a_cancelled_reading_ends(world, poller):
     reading.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reading
+
+
+async def test_one_replica_that_reports_nonsense_leaves_the_others_readable(world, poller):
+    odd = Replica(started=Timestamp(seconds=2**62))
+    long = Replica(time_to_first_token_seconds=worker_pb2.Histogram(counts=[2**40] * 20_000))
+    leaders = await world(odd, long, Replica(requests_received=7, queued=2))
+    reading = await poller.read(seen(leaders))
+    assert [report.replica for report in reading.reports] == ["docs-2-0"]
+    assert (list(reading.wrong), reading.silent) == (["docs-0-0"], {"docs-1-0"})

@@ -86,6 +86,21 @@ def test_a_wrong_report_makes_scaling_reactive_with_a_reason_and_never_jump(spoi
     assert world.told[0].reason != "ReportsUnusable"
 
 
+def test_what_waits_at_a_replica_that_reports_nonsense_orders_no_replica():
+    world = settled(rate=3.0)
+    before = len(world.replicas)
+    world.spoil = lambda report: replace(report, arrived=1e15, waiting=4e9)
+    assert set(world.run(minutes(1, 3.0))) == {before}
+
+
+def test_a_new_replica_cannot_have_done_more_than_any_could_since_it_started():
+    world = Simulation(SPEC)
+    world.spoil = lambda report: replace(report, arrived=1e12, completed=0.0, waiting=4e9)
+    world.run(minutes(5, 1.0))
+    assert len(world.replicas) == 1
+    assert "more work than any replica could have got" in world.told[0].message
+
+
 def test_sums_that_fell_are_left_out():
     world = settled(rate=3.0)
     before = len(world.replicas)
