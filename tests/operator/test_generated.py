@@ -37,6 +37,27 @@ def test_the_plain_manifest_is_the_chart_rendered():
     )
 
 
+def rendered(*values):
+    with Reporter(sys.stderr) as progress:
+        helm = ensure(["helm"], progress.show)["helm"]
+    sets = [word for value in values for word in ("--set", value)]
+    return subprocess.run(
+        [helm, "template", ROOT / "charts/moe-operator", *sets], capture_output=True, text=True, check=False
+    )
+
+
+def test_the_peering_has_one_name_in_the_settings_and_in_the_rights():
+    objects = [one for one in yaml.safe_load_all(rendered("peering=blue").stdout) if one]
+    (role,) = (one for one in objects if one["kind"] == "ClusterRole")
+    assert [rule["resourceNames"] for rule in role["rules"] if "resourceNames" in rule] == [["blue"]]
+    (deployment,) = (one for one in objects if one["kind"] == "Deployment")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert {"name": "MOE_OPERATOR_PEERING", "value": "blue"} in container["env"]
+    refused = rendered("env[0].name=MOE_OPERATOR_PEERING", "env[0].value=green")
+    assert refused.returncode != 0
+    assert "/env/0/name" in refused.stderr.replace(".", "/")
+
+
 def test_helm_leaves_every_crd_and_with_it_users_objects_when_it_goes():
     for path in (ROOT / "crds").glob("*.yaml"):
         annotations = yaml.safe_load(path.read_text())["metadata"].get("annotations", {})
