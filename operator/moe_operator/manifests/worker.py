@@ -41,6 +41,8 @@ def command(deployment: Deployment) -> list[str]:
     # Left out where they are the worker's default, so that deployments from before them do not change.
     words += ["--format", engine.format] if engine.format != "auto" else []
     words += ["--kv-dtype", engine.kv_dtype] if engine.kv_dtype != "auto" else []
+    words += ["--generation-config", "auto"] if engine.generation_config == "Auto" else []
+    words += ["--config-override", engine.config_override] if engine.config_override is not None else []
     quality = deployment.spec.quality
     if quality is not None:
         words += ["--max-bits-per-byte-increase", str(quality.max_bits_per_byte_increase)]

@@ -129,6 +129,24 @@ class Engine(Model):
         description="Number format of the KV cache; auto takes that of dtype, and fp8 half the memory of "
         "bfloat16. Default: auto.",
     )
+    generation_config: Literal["Auto", "None"] = Field(
+        default="None",
+        description="Sampling of requests that do not set it. Auto: temperature, top_p, top_k, min_p, "
+        "repetition_penalty and max_tokens are those of the checkpoint's generation_config.json. None: "
+        "greedy, 128 tokens. Default: None.",
+    )
+    config_override: str | None = Field(
+        default=None,
+        max_length=4096,
+        description="A JSON object of fields that replace those of the checkpoint's config.json, such as "
+        "rope_scaling for YaRN. Default: none.",
+        json_schema_extra=rules(
+            (
+                "self.startsWith('{')",
+                """configOverride is a JSON object as a string, e.g. '{"rope_scaling": {...}}'""",
+            )
+        ),
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto",
         description="Where the model runs; auto takes a GPU when the pod has one. Default: auto.",

@@ -10,6 +10,7 @@ from moe_worker.errors import SettingsError
 DEVICES = re.compile(r"auto|cpu|cuda(:[0-9]{1,2})?")
 DTYPES = ("auto", "float32", "bfloat16")
 FORMATS = ("auto", "dense", "fp8", "w4a16", "w4a8")
+GENERATION_CONFIGS = ("auto", "none")
 KV_DTYPES = ("auto", "float32", "bfloat16", "fp8")
 
 
@@ -39,6 +40,8 @@ class EngineOptions:
     check_weights: whether loading refuses weights that are not finite numbers, in the pass that reads them.
     check_digests: whether loading first compares files with the SHA-256 digests that stand beside them.
     prefix_cache: whether requests share the cached beginnings of their prompts.
+    generation_config: "auto": sampling that a request does not set is that of generation_config.json; "none":
+        it is SamplingParameters' own.
     config_override: fields that take the place of config.json's, as {"rope_scaling": {...}} for YaRN.
     threads: of torch on the CPU; None: all cores that this process may use, but one for small models.
     """
@@ -58,6 +61,7 @@ class EngineOptions:
     check_weights: bool = True
     check_digests: bool = False
     threads: int | None = None
+    generation_config: str = "none"
     config_override: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -65,7 +69,11 @@ class EngineOptions:
             raise SettingsError(f"device {self.device!r} is unknown; it must be auto, cpu, cuda or cuda:N")
         if self.dtype not in DTYPES:
             raise SettingsError(f"dtype {self.dtype!r} is unknown; it must be one of {', '.join(DTYPES)}")
-        for name, allowed in (("format", FORMATS), ("kv_dtype", KV_DTYPES)):
+        for name, allowed in (
+            ("format", FORMATS),
+            ("kv_dtype", KV_DTYPES),
+            ("generation_config", GENERATION_CONFIGS),
+        ):
             if getattr(self, name) not in allowed:
                 raise SettingsError(
                     f"{name} {getattr(self, name)!r} is unknown; it must be one of {', '.join(allowed)}"

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from moe_worker.config.directory import find_checkpoint
 from moe_worker.config.engine import EngineOptions
 from moe_worker.config.model import ModelConfig
 from moe_worker.engine.core import EngineCore
@@ -18,6 +19,7 @@ from moe_worker.errors import RequestError
 from moe_worker.kvcache.paged import PagedCache
 from moe_worker.models.batch import Batch, Segment
 from moe_worker.models.tokenizer import Tokenizer
+from moe_worker.sampling.defaults import sampling_defaults
 from moe_worker.sampling.parameters import SamplingParameters
 
 
@@ -50,6 +52,7 @@ class Engine:
     ) -> None:
         self._options = EngineOptions(device=device, dtype=dtype, format=format, **options)  # type: ignore[arg-type]
         self._loaded = load(Path(path), self._options, progress)
+        self._defaults = sampling_defaults(find_checkpoint(Path(path)), self._options.generation_config)
 
     @property
     def config(self) -> ModelConfig:
@@ -71,7 +74,7 @@ class Engine:
         A prompt is a text (the begin-of-text token is put before it) or a list of token ids, used as given;
         a single one may stand without a list. Raises RequestError.
         """
-        sampling = sampling or SamplingParameters()
+        sampling = sampling or self._defaults
         requests = [
             Request(number, self._prompt(prompt), sampling, _seed(sampling))
             for number, prompt in enumerate(_listed(prompts))

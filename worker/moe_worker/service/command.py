@@ -11,7 +11,7 @@ import click
 from moe_api.address import check_address
 from moe_api.visible import guard_logs
 from moe_worker.config.directory import find_checkpoint
-from moe_worker.config.engine import DTYPES, FORMATS, KV_DTYPES, EngineOptions
+from moe_worker.config.engine import DTYPES, FORMATS, GENERATION_CONFIGS, KV_DTYPES, EngineOptions
 from moe_worker.config.quality import check_quality
 from moe_worker.config.quantity import parse_bytes
 from moe_worker.errors import SettingsError
@@ -108,6 +108,14 @@ LARGEST_OVERRIDE = 1 << 16
     help="Refuse a checkpoint that is worse than its original by more, by its quality.json.",
 )
 @click.option("--quality-text", help="Name of the text that its quality.json must have scored. Default: any.")
+@click.option(
+    "--generation-config",
+    type=click.Choice(GENERATION_CONFIGS),
+    default="none",
+    show_default=True,
+    help="auto: where a request sets no temperature, top_p, top_k, min_p, repetition_penalty or max_tokens, "
+    "those of the checkpoint's generation_config.json hold.",
+)
 @click.option(
     "--check-weights/--no-check-weights",
     default=True,

@@ -22,6 +22,7 @@ from moe_worker.config.directory import find_checkpoint, read_checkpoint_config
 from moe_worker.config.engine import EngineOptions
 from moe_worker.errors import EngineDiedError, SettingsError
 from moe_worker.models.tokenizer import Tokenizer
+from moe_worker.sampling.defaults import sampling_defaults
 from moe_worker.service.engine_client import STALL_TIMEOUT_S, EngineClient
 from moe_worker.service.metrics import EngineMetrics
 from moe_worker.service.servicers import InferenceService, Phase, Served, WorkerService
@@ -115,13 +116,14 @@ async def _load_and_run(
     config = read_checkpoint_config(model, settings.options.config_override)
     context_length = settings.options.context_for(config.max_position_embeddings)
     tokenizer = await asyncio.to_thread(Tokenizer.load, model, config)
+    defaults = sampling_defaults(model, settings.options.generation_config)
     engine = await EngineClient.start(Start(str(model), settings.options))
     engine.stall_timeout_s = settings.stall_timeout_s
     try:
         if not await _unless_stopped(engine.loaded(), stop):
             return
         inference.served = Served(
-            settings.served_name, config, context_length, tokenizer, engine, settings.revision
+            settings.served_name, config, context_length, tokenizer, engine, settings.revision, defaults
         )
         inference.phase = Phase.SERVING
         await health.set_ready(ready=True)

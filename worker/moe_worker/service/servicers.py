@@ -22,12 +22,14 @@ from moe_worker.engine.requests import FinishReason, Load
 from moe_worker.engine.statistics import Statistics
 from moe_worker.errors import EngineDiedError, QueueFullError
 from moe_worker.models.tokenizer import Tokenizer
+from moe_worker.sampling.defaults import NEUTRAL
+from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.service.engine_client import EngineClient
 from moe_worker.service.load_messages import expert_message, load_message
 from moe_worker.service.request_metrics import RequestMetrics
 from moe_worker.service.streams import Chunk, Stream
 from moe_worker.service.tracing import describe_request, record_outcome
-from moe_worker.service.validation import Checked, Limits, check_generate
+from moe_worker.service.validation import Checked, Limits, check_generate, defaults_message
 
 GENERATE = "moe_api.inference.v1.InferenceService/Generate"
 # Loading takes seconds to minutes, a drained worker does not come back: a frontend asks another one.
@@ -69,11 +71,13 @@ class Served:
     tokenizer: Tokenizer
     engine: EngineClient
     revision: str = ""
+    defaults: SamplingParameters = NEUTRAL
 
     @property
     def limits(self) -> Limits:
         """What requests are checked against."""
-        return Limits(self.config.vocab_size, self.context_length, frozenset(self.config.eos_token_ids))
+        ends = frozenset(self.config.eos_token_ids)
+        return Limits(self.config.vocab_size, self.context_length, ends, self.defaults)
 
 
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
@@ -121,6 +125,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             context_length=served.context_length,
             vocabulary_size=served.config.vocab_size,
             revision=served.revision,
+            sampling_defaults=defaults_message(served.defaults),
         )
 
     async def _available(self, model: str, context: Context) -> Served:

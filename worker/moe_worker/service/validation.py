@@ -1,21 +1,26 @@
 """Checks requests once, where they enter. Pure: no gRPC context, no engine, no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_api.inference.v1 import inference_pb2
 from moe_worker.engine.requests import prompt_violations
 from moe_worker.models.tokenizer import Tokenizer
+from moe_worker.sampling.defaults import NEUTRAL
 from moe_worker.sampling.parameters import SamplingParameters, Violation
 from moe_worker.sampling.text import TextStream
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the served model allows; `ends` are its end-of-text tokens."""
+    """What the served model allows; `ends` are its end-of-text tokens.
+
+    defaults: what a request's sampling is where it does not set a field.
+    """
 
     vocab_size: int
     context_length: int
     ends: frozenset[int] = frozenset()
+    defaults: SamplingParameters = NEUTRAL
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ def check_generate(
     request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, limits: Limits
 ) -> Checked | list[Violation]:
     """The request in the engine's terms, or all that is wrong with it. Tokenizes: slow for long texts."""
-    sampling = sampling_parameters(request.sampling)
+    sampling = sampling_parameters(request.sampling, limits.defaults)
     found = [
         Violation(f"sampling.{violation.field}", violation.description)
         for violation in sampling.violations(limits.vocab_size)
@@ -52,14 +57,23 @@ def check_generate(
     return found or Checked(prompt, sampling, _seed(request, sampling), written)
 
 
-def sampling_parameters(message: inference_pb2.SamplingParameters) -> SamplingParameters:
-    """The parameters, with defaults where a field is not set."""
+def sampling_parameters(
+    message: inference_pb2.SamplingParameters, defaults: SamplingParameters = NEUTRAL
+) -> SamplingParameters:
+    """The parameters, with `defaults` where a field is not set."""
     repeated = {
         "stop": tuple(message.stop),
         "stop_token_ids": tuple(message.stop_token_ids),
         "logit_bias": tuple(sorted(message.logit_bias.items())),
     }
-    return SamplingParameters(**{field.name: value for field, value in message.ListFields()} | repeated)
+    return replace(defaults, **{field.name: value for field, value in message.ListFields()} | repeated)
+
+
+def defaults_message(defaults: SamplingParameters) -> inference_pb2.SamplingParameters:
+    """What holds where a request sets no field, for clients; fields without a default stay unset."""
+    return inference_pb2.SamplingParameters(
+        **{name: value for name, value in vars(defaults).items() if value is not None and value != ()}
+    )
 
 
 def _seed(request: inference_pb2.GenerateRequest, sampling: SamplingParameters) -> int | None:

@@ -158,8 +158,8 @@ Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
 
 @_typing.final
 class SamplingParameters(_message.Message):
-    """How the next token is chosen. A field that is not set takes the default named here; the defaults
-    change nothing.
+    """How the next token is chosen. A field that is not set takes the default named here, which changes nothing,
+    or the checkpoint's where the worker is told to take them (Model.sampling_defaults).
 
     Order, as in transformers: logit_bias, the penalties (repetition first), temperature, top_k, top_p
     over what top_k left, min_p.
@@ -545,6 +545,7 @@ class Model(_message.Message):
     CONTEXT_LENGTH_FIELD_NUMBER: _builtins.int
     VOCABULARY_SIZE_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
+    SAMPLING_DEFAULTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Served name."""
     architecture: _builtins.str
@@ -563,6 +564,12 @@ class Model(_message.Message):
     """What is served and how, as the worker was told by --revision. Workers of one revision give the same
     tokens and may go on with each other's streams.
     """
+    @_builtins.property
+    def sampling_defaults(self) -> Global___SamplingParameters:
+        """What holds where a request does not set a field: the defaults that SamplingParameters names, or those of
+        the checkpoint's generation_config.json (--generation-config auto). Fields without a default are not set.
+        """
+
     def __init__(
         self,
         *,
@@ -574,10 +581,11 @@ class Model(_message.Message):
         context_length: _builtins.int = ...,
         vocabulary_size: _builtins.int = ...,
         revision: _builtins.str = ...,
+        sampling_defaults: Global___SamplingParameters | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling_defaults", b"sampling_defaults"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "format", b"format", "name", b"name", "parameters_active", b"parameters_active", "parameters_total", b"parameters_total", "revision", b"revision", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "format", b"format", "name", b"name", "parameters_active", b"parameters_active", "parameters_total", b"parameters_total", "revision", b"revision", "sampling_defaults", b"sampling_defaults", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
