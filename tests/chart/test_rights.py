@@ -21,6 +21,17 @@ GROUP = "serving.moe-operator.dev"
 Right = tuple[str, str, str]
 """API group, resource with its subresource, verb."""
 
+# Rights to delete, without which the API server lets nobody adopt an orphan of the kind.
+ASKED_FOR_ADOPTION: dict[Right, str] = {
+    ("", "services", "delete"): "Service",
+    ("", "serviceaccounts", "delete"): "ServiceAccount",
+    ("apps", "deployments", "delete"): "Deployment",
+    ("apps", "statefulsets", "delete"): "StatefulSet",
+    ("policy", "poddisruptionbudgets", "delete"): "PodDisruptionBudget",
+    ("rbac.authorization.k8s.io", "roles", "delete"): "Role",
+    ("rbac.authorization.k8s.io", "rolebindings", "delete"): "RoleBinding",
+}
+
 # Rights that the API server looks for when the operator asks for something else; each is tried without below.
 ASKED_OF_OTHERS: dict[Right, tuple[str, str]] = {
     (GROUP, "moedeployments/finalizers", "update"): ("ServiceAccount", "cannot set blockOwnerDeletion"),
@@ -93,13 +104,18 @@ def test_every_right_that_is_granted_is_used_and_no_other_is_asked_for(docs, hel
     setting = ("--set", "env[0].name=MOE_OPERATOR_HISTORY_SECONDS", "--set-string", "env[0].value=1")
     helm.upgrade("--reuse-values", *setting)
     docs.patch("moed", "docs", {"spec": {"scaling": {"mode": "Advisory", "maxReplicas": 2}}})
+    # A rollout that finds no room looks whether the new pod would fit in the place of an old one.
+    elsewhere = {"worker": {"nodeSelector": {"nowhere": "at-all"}}, "rollout": {"maxUnavailable": 1}}
+    docs.patch("moed", "docs", {"spec": elsewhere})
+    docs.wait("Progressing", "Unschedulable")
+    docs.patch("moed", "docs", {"spec": {"worker": {"nodeSelector": None}}})
     # A new revision, after which the record of the old one goes.
     docs.patch("moed", "docs", {"spec": {"revisionHistoryLimit": 0, "engine": {"maxBatchSize": 9}}})
 
     restricted(docs)
-    wanted = granted(role(docs)) - set(ASKED_OF_OTHERS)
+    wanted = granted(role(docs)) - set(ASKED_OF_OTHERS) - set(ASKED_FOR_ADOPTION)
     eventually(lambda: sorted(wanted - used(requests(docs))), lambda left: left == [], "every right used", 90)
-    assert sorted(used(requests(docs)) - wanted) == []
+    assert sorted(used(requests(docs)) - wanted - set(ASKED_FOR_ADOPTION)) == []
     refused = [r["requestURI"] for r in requests(docs)[before:] if r["responseStatus"]["code"] == 403]
     assert refused == []
 
@@ -123,6 +139,38 @@ def test_rights_that_no_request_names_are_needed_all_the_same(docs, less, right)
     may(docs, less, granted(role(docs)) - {right})
     with pytest.raises(CommandError, match=refusal):
         try_to_make(docs, child, less)
+
+
+def test_adoption_needs_the_right_to_delete_each_kind(docs, less):
+    """With the admission plugin OwnerReferencesPermissionEnforcement, which the local cluster has."""
+    deployment = parse(docs.get("moed", "docs"))
+    made = {
+        manifest["kind"]: manifest
+        for manifest in (*children.shared(deployment), children.replica(deployment, 7))
+    }
+    wanted = {kind: orphan(docs, made[kind]) for kind in ASKED_FOR_ADOPTION.values()}
+    may(docs, less, granted(role(docs)))
+    for child in wanted.values():
+        try_to_adopt(docs, child, less)
+    may(docs, less, granted(role(docs)) - set(ASKED_FOR_ADOPTION))
+    for child in wanted.values():
+        with pytest.raises(CommandError, match="cannot set an ownerRef on a resource you can't delete"):
+            try_to_adopt(docs, child, less)
+
+
+def orphan(docs: Live, child: Manifest) -> Manifest:
+    """Makes an object like a child, without an owner; returns what would adopt it."""
+    metadata = {"name": "orphan", "namespace": docs.namespace}
+    alone = {**child, "metadata": metadata}
+    if child["kind"] in ("StatefulSet", "Deployment"):
+        alone["spec"] = {**child["spec"], "replicas": 0}
+    docs.kubectl("create", "-f", "-", input=json.dumps(alone))
+    return {**alone, "metadata": {**metadata, "ownerReferences": child["metadata"]["ownerReferences"]}}
+
+
+def try_to_adopt(docs: Live, child: Manifest, account: str) -> None:
+    words = ("apply", "--server-side", "--force-conflicts", "--dry-run=server", "--validate=false")
+    docs.kubectl(*words, f"--as={account}", "-f", "-", input=json.dumps(child))
 
 
 def may(docs: Live, account: str, rights: set[Right]) -> None:

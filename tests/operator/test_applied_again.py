@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from tests.operator.live import STANDIN_PATH, Live, eventually, manifest
+from tests.operator.live import CHILD_KINDS, STANDIN_PATH, Live, eventually, manifest
 
 LIMIT_S = 40
 """A stand-in's first start takes 5 to 15 s on two busy cores; a grace period takes 60."""
@@ -29,4 +29,25 @@ def test_a_deployment_that_is_applied_again_at_once_waits_for_no_grace_period(li
     took = time.monotonic() - began
     print(f"Ready {took:.1f} s after it was applied again")
     assert took < LIMIT_S
+    assert live.events("NameConflict", "again") == [], "objects of its predecessor are nobody's claim"
     live.kubectl("delete", "moed", "again", "--wait=false")
+
+
+def test_orphans_are_adopted_and_go_on_serving(live):
+    """`--cascade=orphan` leaves what serves; the API server checks who may own it then."""
+    live.apply(manifest("left"))
+    live.settled("left")
+    before = {pod["metadata"]["uid"] for pod in live.list("pods", "serving.moe-operator.dev/name=left")}
+    live.kubectl("delete", "moed", "left", "--cascade=orphan")
+    live.apply(manifest("left"))
+    live.settled("left")
+    owner = live.get("moed", "left")["metadata"]["uid"]
+    children = live.list(CHILD_KINDS, "serving.moe-operator.dev/name=left")
+    kinds = {child["kind"] for child in children}
+    assert kinds >= {"StatefulSet", "Deployment", "Service", "ServiceAccount", "Role", "RoleBinding"}
+    assert [[o["uid"] for o in child["metadata"]["ownerReferences"]] for child in children] == [
+        [owner] for _ in children
+    ]
+    after = {pod["metadata"]["uid"] for pod in live.list("pods", "serving.moe-operator.dev/name=left")}
+    assert after == before
+    live.kubectl("delete", "moed", "left", "--wait=false")

@@ -57,6 +57,7 @@ def test_an_edit_makes_a_revision_that_undo_restores_or_none(spec, edited, gated
     assert worker.revision(undone) == worker.revision(before)
 
 
+@settings(deadline=None)
 @given(manifests_at_random.mutated())
 def test_fields_that_undo_leaves_alone_make_no_revision(edited):
     after = parsed(edited)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from datetime import timedelta
 
 import pytest
 
-from moe_operator.manifests.objects import Key, key
+from moe_operator.manifests.objects import Key, belongs, key
 from moe_operator.manifests.observed import Observed
 from moe_operator.manifests.pinning import with_pins
 from moe_operator.manifests.plan import Plan, invalid, plan, refused, transitions
 from moe_operator.manifests.worker import recipe
+from moe_operator.resources.deployment import Identity
 from moe_operator.resources.status import MODEL_LOADED, PROGRESSING, READY, Condition, Status
 from tests.operator.worlds import START, World, deployment, settled
 
@@ -126,6 +128,63 @@ def test_where_there_is_no_room_an_old_replica_makes_it():
     world.ready(2)
     world.step()
     assert condition(world, READY).status == "True"
+
+
+@pytest.mark.parametrize("surge", [0, 1])
+def test_the_only_replica_stays_where_the_new_one_would_not_fit_in_its_place(surge):
+    """Not even where the user lets it be missing: a typo must not take the last one that serves."""
+    world = settled(replicas=1, rollout={"maxSurge": surge, "maxUnavailable": 1})
+    world.obstacle = "node n1 lacks the label pool=gpuu"
+    world.change(worker={"nodeSelector": {"pool": "gpuu"}})
+    for _ in range(20):
+        todo = world.step()
+        assert (todo.delete, world.serving()) == ((), 1)
+        for rank in world.revisions().keys() - {0}:
+            world.unplace(rank, message="0/1 nodes are available: 1 node(s) didn't match Pod's selector.")
+        world.now += timedelta(seconds=10)
+    assert sorted(world.revisions()) == [0, 1][: surge + 1]
+    assert condition(world, READY).status == "True"
+    found = condition(world, PROGRESSING)
+    if surge == 1:
+        assert (found.reason, found.message.partition(":")[0]) == ("Unschedulable", "docs-1-0")
+    else:
+        assert found.reason == "InsufficientCapacity"
+        assert "would not fit in the place of docs-0-0: node n1 lacks the label pool=gpuu" in found.message
+    world.change(worker={})
+    world.step()
+    world.step()
+    assert sorted(world.revisions()) == [0]
+    assert condition(world, PROGRESSING).reason == "Complete"
+
+
+def test_the_only_replica_makes_room_only_where_the_user_lets_it_be_missing():
+    for rollout, stays in (({}, True), ({"maxUnavailable": 1}, False), ({"maxSurge": 0}, False)):
+        world = settled(replicas=1, rollout=rollout)
+        world.change(engine={"maxBatchSize": 4})
+        world.step()
+        if rollout.get("maxSurge") != 0:
+            world.unplace(1)
+        world.now += timedelta(seconds=10)
+        world.step()
+        assert (world.serving() == 1) == stays, rollout
+        if stays:
+            found = condition(world, PROGRESSING)
+            assert found.reason == "InsufficientCapacity"
+            assert found.message.endswith("free resources, add a node, or undo the rollout")
+
+
+def test_a_replica_that_is_slow_to_answer_survives_a_broken_change():
+    world = settled(replicas=1)
+    world.change(worker={"image": "nope:1"})
+    world.step()
+    world.falter(0)
+    assert world.step().delete == ()
+    world.ready(0)
+    world.step()
+    assert condition(world, READY).status == "True"
+    world.falter(0)
+    world.now += timedelta(seconds=61)
+    assert [deletion.key.name for deletion in world.step().delete] == ["docs-0"]
 
 
 def test_where_no_old_replica_may_make_room_the_condition_says_so():
@@ -607,3 +666,46 @@ def test_a_stateful_set_that_is_not_as_it_should_be_is_not_called_sound():
     found = looks(world, {})
     assert found.sound == (Key("StatefulSet", "docs-0"),)
     assert [key(manifest) for manifest in found.apply] == [Key("StatefulSet", "docs-1")]
+
+
+# Whose an object is.
+
+
+def orphan_of(world: World, kind: str, name: str) -> Key:
+    """Takes the owner away, as `kubectl delete --cascade=orphan` does; returns the object's key."""
+    found = Key(kind, name)
+    del world.children[found]["metadata"]["ownerReferences"]
+    return found
+
+
+def test_an_orphan_is_adopted_where_its_labels_and_its_name_are_those_that_we_give():
+    world = settled(replicas=1)
+    owner = world.deployment.identity
+    for found in [*world.children]:
+        orphan = world.children[orphan_of(world, *found)]
+        assert belongs(orphan, owner), found
+        labels, metadata = orphan["metadata"]["labels"], orphan["metadata"]
+        assert not belongs({**orphan, "metadata": {**metadata, "name": "another"}}, owner), found
+        for label in ("app.kubernetes.io/managed-by", "serving.moe-operator.dev/name"):
+            others = {**labels, label: "another"}
+            assert not belongs({**orphan, "metadata": {**metadata, "labels": others}}, owner), found
+
+
+def test_an_orphan_of_another_name_is_never_counted_as_a_replica():
+    world = settled(replicas=1)
+    copied = copy.deepcopy(world.children[orphan_of(world, "StatefulSet", "docs-0")])
+    copied["metadata"]["name"] = "copied"
+    world.children[Key("StatefulSet", "copied")] = copied
+    world.change(replicas=0)
+    assert [deletion.key.name for deletion in world.step().delete] == ["docs-0"]
+
+
+def test_objects_of_a_deleted_deployment_of_the_same_name_are_waited_for_and_no_conflict():
+    world = settled(replicas=1)
+    again = World(dataclasses.replace(deployment(replicas=1), identity=Identity("default", "docs", "new", 1)))
+    again.children, again.pods = copy.deepcopy(world.children), copy.deepcopy(world.pods)
+    todo = again.look()
+    assert {key(manifest).name for manifest in todo.apply} <= {"docs-1", *(n.name for n in again.children)}
+    assert not [manifest for manifest in todo.apply if "uid" in manifest["metadata"]], "none is changed"
+    reasons = {one.reason for one in todo.status.conditions}
+    assert "NameConflict" not in reasons

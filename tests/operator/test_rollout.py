@@ -21,6 +21,8 @@ REPLICAS = st.lists(
         unplaced=st.booleans(),
         work=st.integers(0, 9),
         lost=st.just(value=False),
+        makes_room=st.booleans(),
+        faltering=st.booleans(),
     ),
     unique_by=lambda replica: replica.data_rank,
     max_size=8,
@@ -28,7 +30,7 @@ REPLICAS = st.lists(
 ROLLOUTS = st.builds(
     Rollout,
     max_surge=st.integers(0, 3),
-    max_unavailable=st.integers(1, 3),
+    max_unavailable=st.none() | st.integers(1, 3),
     partition=st.integers(0, 3),
     pause=st.booleans(),
 )
@@ -46,7 +48,7 @@ def test_never_more_than_the_surge_and_never_fewer_than_allowed(replicas, terms)
     if found.create:
         assert len(left) + found.create <= terms.wanted + surge
     serving = sum(replica.ready for replica in replicas)
-    missing = terms.rollout.max_unavailable if rolls and not terms.held else 0
+    missing = terms.rollout.unavailable(terms.wanted) if rolls and not terms.held else 0
     assert sum(replica.ready for replica in left) >= min(serving, terms.wanted - missing)
     if rolls and not terms.held and len(replicas) <= terms.wanted:
         old = sum(replica.revision != terms.revision for replica in left)
@@ -55,10 +57,37 @@ def test_never_more_than_the_surge_and_never_fewer_than_allowed(replicas, terms)
 
 
 @given(REPLICAS, TERMS)
+def test_nobody_that_serves_leaves_for_a_pod_that_would_not_fit_in_its_place(replicas, terms):
+    replicas = [replace(replica, makes_room=False) for replica in replicas]
+    left = [replica for replica in replicas if replica not in moves(replicas, terms).remove]
+    serving = sum(replica.ready for replica in replicas)
+    assert sum(replica.ready for replica in left) >= min(serving, terms.wanted)
+
+
+@given(REPLICAS, TERMS)
+def test_the_only_replica_that_serves_stays_by_default(replicas, terms):
+    rollout = terms.rollout.model_copy(update={"max_unavailable": None, "max_surge": 1})
+    terms = replace(terms, wanted=1, rollout=rollout)
+    left = [replica for replica in replicas if replica not in moves(replicas, terms).remove]
+    assert any(replica.ready for replica in left) == any(replica.ready for replica in replicas)
+
+
+def test_an_old_replica_that_served_a_moment_ago_is_left_until_a_new_one_is_ready():
+    terms = Terms(1, "new", Rollout())
+    old, new = Replica(0, "old", ready=False, faltering=True), Replica(1, "new", ready=False)
+    assert moves([old, new], terms).remove == ()
+    assert moves([replace(old, faltering=False), new], terms).remove == (replace(old, faltering=False),)
+
+
+@given(REPLICAS, TERMS)
 def test_nobody_busier_leaves_while_somebody_idler_of_the_same_kind_stays(replicas, terms):
+    replicas = [replace(replica, makes_room=True) for replica in replicas]
     found = moves(replicas, terms)
     for gone in (replica for replica in found.remove if replica.ready):
         alike = [r for r in replicas if r.revision == gone.revision and r not in found.remove]
+        alike = (
+            alike if len(replicas) - len(found.remove) >= terms.wanted else [r for r in alike if r.makes_room]
+        )
         assert all(gone.work <= stays.work for stays in alike if stays.ready)
 
 
@@ -71,10 +100,13 @@ def test_it_comes_to_an_end_once_pods_start(replicas, terms, data):
         replicas = [replica for replica in replicas if replica not in found.remove]
         taken = {replica.data_rank for replica in replicas}
         made = [Replica(rank, found.revision, ready=False) for rank in free_ranks(found.create, taken)]
-        replicas = [replace(r, ready=r.ready or data.draw(st.booleans()), unplaced=False) for r in replicas]
+        replicas = [
+            replace(r, ready=r.ready or data.draw(st.booleans()), unplaced=False, makes_room=True)
+            for r in replicas
+        ]
         replicas += made
     for _ in range(40):
-        replicas = [replace(replica, ready=True) for replica in replicas]
+        replicas = [replace(replica, ready=True, makes_room=True) for replica in replicas]
         found = moves(replicas, terms)
         replicas = [replica for replica in replicas if replica not in found.remove]
         taken = {replica.data_rank for replica in replicas}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from localcluster.errors import CommandError
+from moe_operator.resources import quantity
 from tests.operator.live import STANDIN_PATH, Live, eventually, manifest
 
 MOE = Path(sys.executable).with_name("moe")
@@ -76,6 +77,44 @@ def test_a_paused_change_waits(docs):
     assert moe(docs, "resume", "docs").stdout == "docs goes on\n"
     docs.settled()
     assert docs.leaders().keys() != before
+
+
+def test_a_change_that_fits_no_node_does_not_take_the_only_replica(docs):
+    """A typo in a selector, then a device that no node has; on the real scheduler."""
+    before = docs.leaders().keys()
+    gpu = {"resources": {"limits": {"nvidia.com/gpu": 1}}}
+    for worker, reason, why in (
+        ({"nodeSelector": {"pool": "gpuu"}}, "Unschedulable", "node affinity/selector"),
+        (gpu, "InsufficientCapacity", "would have 0 nvidia.com/gpu left, and 1 is requested"),
+    ):
+        docs.patch("moed", "docs", {"spec": {"worker": worker, "rollout": {"maxUnavailable": 1}}})
+        condition = docs.wait("Progressing", reason)
+        assert why in condition["message"]
+        assert docs.condition("Ready")["status"] == "True"
+        assert before <= docs.leaders().keys()
+        assert moe(docs, "undo", "docs").returncode == 0
+        docs.settled()
+    docs.patch("moed", "docs", {"spec": {"rollout": None}})
+    assert docs.leaders().keys() == before
+
+
+def test_an_old_replica_makes_room_where_the_new_one_fits_in_its_place(docs):
+    """A node that has room for one pod of this size, and not for two; on the real scheduler."""
+    (node,) = json.loads(docs.kubectl("get", "nodes", "-o", "json"))["items"]
+    millicores = int(quantity.parse(node["status"]["allocatable"]["cpu"]) * 1000 * 6 // 10)
+    docs.patch("moed", "docs", {"spec": {"worker": {"resources": {"requests": {"cpu": f"{millicores}m"}}}}})
+    docs.settled()
+    before = docs.leaders().keys()
+    change(docs, 5)
+    condition = docs.wait("Progressing", "InsufficientCapacity")
+    assert condition["message"].endswith("free resources, add a node, or undo the rollout")
+    assert docs.leaders().keys() > before, "by default the only replica stays"
+    docs.patch("moed", "docs", {"spec": {"rollout": {"maxUnavailable": 1}}})
+    docs.settled()
+    assert not before & docs.leaders().keys()
+    small = [{"op": "remove", "path": f"/spec/{path}"} for path in ("worker/resources", "rollout")]
+    docs.kubectl("patch", "moed", "docs", "--type=json", "-p", json.dumps(small))
+    docs.settled()
 
 
 def test_where_nothing_fits_no_replica_is_given_up(docs):

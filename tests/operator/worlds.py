@@ -39,6 +39,8 @@ class World:
     now: datetime = START
     model: ModelInfo | None = None
     work: dict[str, int] = field(default_factory=dict)
+    obstacle: str = ""
+    """Why a new pod would not fit in the place of an old one."""
 
     @property
     def status(self) -> Status:
@@ -46,7 +48,12 @@ class World:
 
     def look(self) -> Plan:
         observed = Observed(self.children, tuple(self.pods.values()), self.model, self.work)
-        return plan(with_pins(self.deployment, observed), observed, self.now)
+        deployment = with_pins(self.deployment, observed)
+        todo = plan(deployment, observed, self.now)
+        if todo.question is None:
+            return todo
+        obstacles = {pod.name: self.obstacle for pod in todo.question.old}
+        return plan(deployment, replace(observed, obstacles=obstacles), self.now)
 
     def step(self) -> Plan:
         """One reconcile: plan, apply, write the status; a second passes."""
@@ -98,7 +105,17 @@ class World:
     def all_ready(self) -> None:
         self.ready(*self.revisions())
 
-    def unplace(self, *ranks: int) -> None:
+    def falter(self, rank: int) -> None:
+        """The kubelet: the probe of a leader that was Ready fails."""
+        failed = {"type": "Ready", "status": "False", "lastTransitionTime": timestamp(self.now)}
+        self.pods[f"docs-{rank}-0"]["status"]["conditions"] = [
+            failed,
+            {"type": names.ROUTED, "status": "True"},
+        ]
+
+    def unplace(
+        self, *ranks: int, message: str = "0/1 nodes are available: 1 Insufficient nvidia.com/gpu."
+    ) -> None:
         """The scheduler: no node takes the leaders."""
         for rank in ranks:
             self.pods[f"docs-{rank}-0"]["status"]["conditions"] = [
@@ -106,7 +123,7 @@ class World:
                     "type": "PodScheduled",
                     "status": "False",
                     "reason": "Unschedulable",
-                    "message": "0/1 nodes are available: 1 Insufficient nvidia.com/gpu.",
+                    "message": message,
                     "lastTransitionTime": timestamp(self.now),
                 }
             ]

@@ -28,6 +28,7 @@ from moe_operator.handlers.work_metrics import WorkMetrics
 from moe_operator.kube import execute, peering
 from moe_operator.kube.client import Cluster
 from moe_operator.kube.gather import gather, unlabelled, with_refusal
+from moe_operator.kube.room import obstacles
 from moe_operator.manifests.decision import Decision
 from moe_operator.manifests.gates import published
 from moe_operator.manifests.observed import Observed, Pod, frontends
@@ -173,6 +174,10 @@ class Reconciler:
             deployment = with_pins(deployment, observed)
         observed = self._with_model(deployment, observed)
         todo = self._plan(deployment, observed)
+        if todo.question is not None:
+            found = obstacles(self.cluster, deployment.identity.namespace, todo.question)
+            observed = replace(observed, obstacles=found)
+            todo = self._plan(deployment, observed)
         if todo.choice or todo.unrouted:
             observed = self._asked(observed, todo)
             todo = self._plan(deployment, observed)

@@ -30,6 +30,7 @@ _PATHS: Final = {
     "Service": ("v1", "services"),
     "Pod": ("v1", "pods"),
     "Event": ("v1", "events"),
+    "Node": ("v1", "nodes"),
     "Role": ("rbac.authorization.k8s.io/v1", "roles"),
     "RoleBinding": ("rbac.authorization.k8s.io/v1", "rolebindings"),
     "StatefulSet": ("apps/v1", "statefulsets"),
@@ -96,6 +97,13 @@ class Cluster:
         found = self._request("get", _path("Event", namespace), field_selector=about) or {"items": []}
         events = sorted(found["items"], key=lambda event: event.get("lastTimestamp") or "")
         return str(events[-1].get("message", "")) if events else None
+
+    def pods_on(self, node: str) -> list[Manifest]:
+        """All pods on a node that have not ended."""
+        alive = f"spec.nodeName={node},status.phase!=Succeeded,status.phase!=Failed"
+        found = self._request("get", _path("Pod", None), field_selector=alive) or {"items": []}
+        items: list[Manifest] = found["items"]
+        return items
 
     def serves(self, api_version: str) -> bool:
         """Whether the API server knows a group and version such as "apps/v1"."""

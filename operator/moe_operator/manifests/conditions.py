@@ -8,6 +8,7 @@ from typing import Literal
 
 from moe_api.visible import one_line
 from moe_operator.manifests.decision import timestamp
+from moe_operator.manifests.placement import lacks_resources
 from moe_operator.manifests.problems import QUALITY, Problem
 from moe_operator.manifests.state import State
 from moe_operator.resources.status import (
@@ -200,14 +201,39 @@ def _paused(state: State) -> Verdict | None:
 
 
 def _no_room(state: State) -> Verdict | None:
-    """New replicas fit no node, and no old one may make room."""
+    """New replicas fit no node, and no old one makes room."""
+    moves = state.moves
     unplaced = [rank for rank, replica in state.replicas.items() if replica.unplaced]
-    if not (state.old and unplaced) or state.surplus > len(unplaced) or state.moves.remove:
+    waits = unplaced and state.surplus <= len(unplaced)
+    in_place = state.rollout.max_surge == 0 and moves.candidates and not moves.create
+    if not state.old or not (waits or in_place) or moves.remove:
         return None
+    if not unplaced:
+        said = "spec.rollout.maxSurge is 0, so a new replica needs the place of an old one"
+        return Verdict(True, "InsufficientCapacity", f"{said}; {_why_no_room(state)}{_remedy(state)}")
     pod = state.leaders[unplaced[0]]
-    said = pod.problem.message if pod.problem is not None else "no node takes it"
-    advice = "free resources, or raise spec.rollout.maxUnavailable so that an old replica makes room"
-    return Verdict(True, "InsufficientCapacity", f"{pod.name}: {said}; {advice}")
+    problem = pod.problem or Problem("Unschedulable", "no node takes it")
+    said = problem.message.rstrip(".")
+    if not lacks_resources(problem.message):
+        remedy = "correct spec.worker, add a node, or undo the rollout"
+        return Verdict(True, problem.reason, f"{pod.name}: {said}; {remedy}")
+    message = f"{pod.name}: {said}; {_why_no_room(state)}{_remedy(state)}"
+    return Verdict(True, "InsufficientCapacity", message)
+
+
+def _why_no_room(state: State) -> str:
+    """Why the first old replica that may leave does not make room; empty where none may leave."""
+    leaders = (state.leaders[replica.data_rank].name for replica in state.moves.candidates)
+    found = ((name, state.obstacles[name]) for name in leaders if state.obstacles.get(name))
+    return next((f"it would not fit in the place of {name}: {why}; " for name, why in found), "")
+
+
+def _remedy(state: State) -> str:
+    """What helps without stopping what serves."""
+    advice = "free resources, add a node, or undo the rollout"
+    if state.wanted < 2 or state.rollout.unavailable(state.wanted):
+        return advice
+    return f"{advice}; with spec.rollout.maxUnavailable 1 an old replica makes room where the new one fits"
 
 
 def _replicas_progressing(state: State) -> Verdict | None:
@@ -283,7 +309,7 @@ def _short(count: int) -> str:
 
 def _conflict_sentence(state: State) -> str:
     found = ", ".join(state.conflicts)
-    return f"{found} exists and belongs to somebody else; delete or rename it, or rename this MoEDeployment"
+    return f"{found} exists and belongs to somebody else; choose another name for this MoEDeployment"
 
 
 def dated(

@@ -10,6 +10,7 @@ from moe_operator.resources.deployment import Identity
 from moe_operator.resources.digest import digest
 
 Manifest = dict[str, Any]
+_MANAGED_BY = "app.kubernetes.io/managed-by"
 
 
 class Key(NamedTuple):
@@ -43,7 +44,7 @@ def child(
             "name": name,
             "namespace": owner.namespace,
             "labels": {
-                "app.kubernetes.io/managed-by": names.FIELD_MANAGER,
+                _MANAGED_BY: names.FIELD_MANAGER,
                 names.LABEL_NAME: owner.name,
                 names.LABEL_ROLE: role,
                 **(labels or {}),
@@ -77,8 +78,28 @@ def belongs(manifest: Mapping[str, Any], owner: Identity) -> bool:
     controller = owner_uid(manifest)
     if controller is not None:
         return controller == owner.uid
-    labels = manifest["metadata"].get("labels", {})
-    return applied_digest(manifest) is not None and labels.get(names.LABEL_NAME) == owner.name
+    return applied_digest(manifest) is not None and _is_named_for(manifest, owner.name)
+
+
+def of_predecessor(manifest: Mapping[str, Any], owner: Identity) -> bool:
+    """Whether an object belongs to an earlier deployment of the same name: it is about to be deleted."""
+    references = manifest["metadata"].get("ownerReferences", ())
+    theirs = (one for one in references if one.get("controller") and one["uid"] != owner.uid)
+    return any((one["kind"], one["name"]) == (names.KIND, owner.name) for one in theirs)
+
+
+def _is_named_for(manifest: Mapping[str, Any], name: str) -> bool:
+    """Whether an object has labels as we set them for this deployment, and the name that follows."""
+    metadata = manifest["metadata"]
+    labels = metadata.get("labels", {})
+    ours = {_MANAGED_BY: names.FIELD_MANAGER, names.LABEL_NAME: name}.items() <= labels.items()
+    derived = {
+        "StatefulSet": f"{name}-{labels.get(names.LABEL_DATA_RANK)}",
+        "ControllerRevision": names.revision(name, labels.get(names.LABEL_REVISION, "")),
+    }
+    shared = (names.workers(name), names.worker_account(name), names.frontend(name))
+    kind = manifest["kind"]
+    return ours and metadata["name"] in ((derived[kind],) if kind in derived else shared)
 
 
 def applied_digest(manifest: Mapping[str, Any]) -> str | None:

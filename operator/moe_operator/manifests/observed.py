@@ -31,6 +31,9 @@ class Observed:
     """Why pods cannot be made, by pod name; only of pods that are missing."""
     routed: Mapping[str, str] = field(default_factory=dict)
     """Addresses of the leaders to which every frontend sends requests, by pod name; where somebody asked."""
+    obstacles: Mapping[str, str] = field(default_factory=dict)
+    """Why a new replica's pod would not fit in the place of a leader, by pod name; empty text where it would.
+    Only where somebody asked."""
     verdicts: Mapping[Key, str] = field(default_factory=dict)
     """Of StatefulSets: the recipe (worker.recipe) that an earlier look found them to follow, as they are."""
     routes: tuple[Manifest, ...] = ()
@@ -58,6 +61,10 @@ class Pod:
     """It is Ready only when frontends send it requests."""
     routed: bool = False
     """They do, as was written into its status."""
+    node: str = ""
+    """Name of its node; empty until it has one."""
+    served_until: datetime | None = None
+    """Since when it is not ready, of one that was."""
     ends_by: datetime | None = None
     """Until when it has to have ended; None where nobody asked for that."""
 
@@ -105,7 +112,9 @@ def _pod(manifest: Mapping[str, Any]) -> Pod:
         revision=labels.get(names.LABEL_REVISION, ""),
         data_rank=int(labels.get(names.LABEL_DATA_RANK, 0)),
         problem=None if ready or terminating else problems.of_pod(manifest),
-        unplaced_since=_unplaced_since(status),
+        unplaced_since=_since(status, "PodScheduled"),
+        node=manifest.get("spec", {}).get("nodeName", ""),
+        served_until=None if ready or names.ROUTED not in conditions else _since(status, "Ready"),
         uid=metadata.get("uid", ""),
         containers_ready=not terminating and conditions.get("ContainersReady") == "True",
         gated={"conditionType": names.ROUTED} in manifest.get("spec", {}).get("readinessGates", ()),
@@ -114,9 +123,10 @@ def _pod(manifest: Mapping[str, Any]) -> Pod:
     )
 
 
-def _unplaced_since(status: Mapping[str, Any]) -> datetime | None:
+def _since(status: Mapping[str, Any], kind: str) -> datetime | None:
+    """Since when a condition is False."""
     for condition in status.get("conditions", ()):
-        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+        if condition["type"] == kind and condition["status"] == "False":
             since = condition.get("lastTransitionTime")
             return datetime.fromisoformat(since) if since else None
     return None

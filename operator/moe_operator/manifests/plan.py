@@ -11,8 +11,9 @@ from moe_operator.manifests.changes import Change
 from moe_operator.manifests.conditions import Verdict
 from moe_operator.manifests.decision import Decision
 from moe_operator.manifests.gates import Gate
-from moe_operator.manifests.objects import Key, Manifest, belongs, key
+from moe_operator.manifests.objects import Key, Manifest, belongs, key, of_predecessor
 from moe_operator.manifests.observed import Observed, Pod, leaders, owned, podless
+from moe_operator.manifests.placement import Question
 from moe_operator.manifests.rollout import Moves, Replica
 from moe_operator.manifests.state import State
 from moe_operator.resources import names
@@ -48,6 +49,8 @@ class Plan:
     """IP addresses of workers to be told, before anything is deleted, that they get no more requests."""
     choice: tuple[Pod, ...] = ()
     """Leaders among which some were chosen to leave, without knowing how busy each of them is."""
+    question: Question | None = None
+    """Whether a new replica would fit in the place of an old one has to be known to go on."""
     gates: tuple[Gate, ...] = ()
     """Readiness gates to be set."""
     unrouted: tuple[Pod, ...] = ()
@@ -69,12 +72,15 @@ class Plan:
 def plan(deployment: Deployment, observed: Observed, now: datetime) -> Plan:
     """What to do now so that the cluster gets closer to the deployment."""
     revision = worker.revision(deployment)
-    shared = children.shared(deployment)
+    shared = [*children.shared(deployment), history.current(deployment, observed)]
     foreign = _foreign(shared, observed, deployment.identity)
-    current = state.read(deployment, observed, revision, tuple(str(found) for found in foreign), now)
+    conflicts = tuple(
+        str(name) for name in foreign if not of_predecessor(observed.children[name], deployment.identity)
+    )
+    current = state.read(deployment, observed, revision, conflicts, now)
     moves = current.moves
     replicas = list(_replicas(deployment, observed, current, moves))
-    desired = [*shared, history.current(deployment, observed), *replicas]
+    desired = [*shared, *replicas]
     made = changes.changes((one for one in desired if key(one) not in foreign), observed, deployment)
     status = _status(deployment, current, now)
     in_use = {replica.revision for replica in current.replicas.values()}
@@ -95,6 +101,7 @@ def plan(deployment: Deployment, observed: Observed, now: datetime) -> Plan:
         deadline=None if current.stalled else current.deadline,
         drain=_to_drain(moves, current),
         choice=_choice(moves, current) if not observed.work else (),
+        question=_question(deployment, moves, current) if not observed.obstacles else None,
         gates=tuple(gates.changes(current.leaders.values(), observed.routed)),
         unrouted=tuple(gates.waiting(current.leaders.values())),
         sound=_sound(replicas, made),
@@ -146,6 +153,17 @@ def _choice(moves: Moves, current: State) -> tuple[Pod, ...]:
     if not moves.chosen:
         return ()
     return tuple(pod for pod in current.leaders.values() if pod.ready and pod.address)
+
+
+def _question(deployment: Deployment, moves: Moves, current: State) -> Question | None:
+    if not moves.candidates:
+        return None
+    unplaced = (
+        rank for rank, one in current.replicas.items() if one.unplaced and one.revision == current.revision
+    )
+    waiting = next((current.leaders[rank].name for rank in unplaced), "")
+    old = tuple(current.leaders[replica.data_rank] for replica in moves.candidates)
+    return Question(waiting, worker.pin(deployment).template["spec"], old)
 
 
 def _is_awaited(deployment: Deployment, observed: Observed, current: State) -> bool:

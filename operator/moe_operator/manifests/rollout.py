@@ -2,9 +2,10 @@
 
 A replica keeps the revision that it was made with; a new revision comes as new replicas. While old ones are
 left, `maxSurge` replicas may be there beyond the wanted ones, so that a new one is Ready before an old one
-leaves. Where a new one fits no node (or maxSurge is 0), old ones make room first, as long as no more than
-`maxUnavailable` of the wanted ones are missing. Replicas of an old revision that do not serve leave at once:
-nobody misses them, and so a corrected spec reaches a deployment that a wrong one broke.
+leaves. Where a new one fits no node (or maxSurge is 0), old ones in whose place it would fit make room first,
+as long as no more than `maxUnavailable` of the wanted ones are missing. Replicas of an old revision that do
+not serve leave at once: nobody misses them, and so a corrected spec reaches a deployment that a wrong one
+broke. One that served a moment ago is left for a while: it may only have been slow to answer its probe.
 
 Of those that could leave, one with the least work does.
 """
@@ -33,6 +34,10 @@ class Replica:
     """Requests under way on it, as far as known."""
     lost: bool = False
     """Its pod should have ended, and its node does not say that it has."""
+    makes_room: bool = False
+    """A pod of the revision asked for is known to fit in its place, if it left."""
+    faltering: bool = False
+    """It is not ready, but was a moment ago."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,11 @@ class Terms:
         """Whether every replica keeps its revision for now."""
         return self.rollout.pause or self.stalled
 
+    @property
+    def needed(self) -> int:
+        """Replicas that serve at the least, where old ones make room."""
+        return self.wanted - self.rollout.unavailable(self.wanted)
+
 
 @dataclass(frozen=True)
 class Moves:
@@ -63,6 +73,8 @@ class Moves:
     """Replicas to take away, in this order."""
     chosen: bool = False
     """Ready ones were chosen among others: their work should be known."""
+    candidates: tuple[Replica, ...] = ()
+    """Old ones that may leave if they make room: whether they do should be known. The first ones first."""
 
 
 def moves(replicas: Collection[Replica], terms: Terms) -> Moves:
@@ -108,9 +120,9 @@ def _roll(replicas: Collection[Replica], terms: Terms) -> Moves:
     current = [replica for replica in replicas if replica.revision == terms.revision]
     old = [replica for replica in replicas if replica.revision != terms.revision]
     staying = min(terms.rollout.partition, terms.wanted, len(old))
-    dead = [replica for replica in old if not replica.ready][: len(old) - staying]
+    dead = [replica for replica in old if not (replica.ready or replica.faltering)][: len(old) - staying]
     alive = [replica for replica in old if replica not in dead]
-    leaving = _least_useful(alive)[: min(len(alive) - staying, _spare(replicas, current, terms))]
+    leaving, candidates = _leaving(alive, len(alive) - staying, replicas, terms)
     no_room = any(replica.unplaced for replica in current)
     surge = 0 if no_room or len(alive) == staying else terms.rollout.max_surge
     limit = terms.wanted + surge
@@ -118,14 +130,23 @@ def _roll(replicas: Collection[Replica], terms: Terms) -> Moves:
     surplus = _least_useful(kept)[: max(len(kept) - limit, 0)] if surge == 0 and not no_room else []
     missing = terms.wanted - staying - len(current)
     create = max(min(missing, limit - len(current) - len(alive)), 0)
-    return Moves(create, terms.revision, (*dead, *leaving, *surplus), _was_choice(leaving, alive))
+    chosen = _was_choice(leaving, alive)
+    return Moves(create, terms.revision, (*dead, *leaving, *surplus), chosen, tuple(candidates))
 
 
-def _spare(replicas: Iterable[Replica], current: Iterable[Replica], terms: Terms) -> int:
-    """Ready replicas that may leave now."""
-    in_place = terms.rollout.max_surge == 0 or any(replica.unplaced for replica in current)
-    needed = terms.wanted - (terms.rollout.max_unavailable if in_place else 0)
-    return max(sum(replica.ready for replica in replicas) - needed, 0)
+def _leaving(
+    alive: list[Replica], most: int, replicas: Collection[Replica], terms: Terms
+) -> tuple[list[Replica], list[Replica]]:
+    """Old replicas that leave now, at most so many, and the candidates for making room."""
+    serving = sum(replica.ready for replica in replicas)
+    replaced = _least_useful(alive)[: min(most, max(serving - terms.wanted, 0))]
+    in_place = terms.rollout.max_surge == 0 or any(
+        replica.unplaced for replica in replicas if replica.revision == terms.revision
+    )
+    more = min(most, max(serving - terms.needed, 0)) - len(replaced) if in_place else 0
+    candidates = [replica for replica in _least_useful(alive) if replica not in replaced] if more > 0 else []
+    making_room = [replica for replica in candidates if replica.makes_room][:more]
+    return [*replaced, *making_room], candidates
 
 
 def _least_useful(replicas: Iterable[Replica]) -> list[Replica]:

@@ -18,6 +18,8 @@ from moe_operator.resources.status import ModelInfo, RolloutStatus
 
 PLACING_TIME: Final = timedelta(seconds=10)
 """A pod that no node has taken for so long is taken to fit none."""
+FALTERING_TIME: Final = timedelta(seconds=60)
+"""A replica that is not ready for longer is taken not to come back by itself."""
 ENDING_TIME: Final = timedelta(seconds=30)
 """A pod that is there so long after its grace period is taken to be on a node that is gone."""
 
@@ -52,6 +54,8 @@ class State:
     """spec.quality asks for a checkpoint that is not much worse than its original."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Why pods cannot be made, by pod name."""
+    obstacles: Mapping[str, str] = field(default_factory=dict)
+    """Why a new replica's pod would not fit in the place of an old leader, by pod name."""
     lost: frozenset[int] = frozenset()
     """Data ranks of leaders that should have ended, on nodes that do not say so."""
 
@@ -134,6 +138,7 @@ def read(
         conflicts=conflicts,
         gated=deployment.spec.quality is not None,
         refused=observed.refused,
+        obstacles=observed.obstacles,
         lost=frozenset(rank for rank, pod in pods.items() if _is_lost(pod, now)),
     )
 
@@ -204,12 +209,29 @@ def _replicas(
             continue
         rank, revision = int(rank_text), _template_revision(manifest)
         leader = pods.get(rank)
-        ready = leader is not None and leader.ready and leader.revision == revision
-        unplaced = leader is not None and _is_unplaced(leader, now)
-        work = observed.work.get(leader.name, 0) if leader is not None else 0
-        lost = leader is not None and _is_lost(leader, now)
-        found[rank] = Replica(rank, revision, ready, unplaced, work, lost)
+        found[rank] = (
+            Replica(rank, revision, ready=False)
+            if leader is None
+            else _replica(rank, revision, leader, observed, now)
+        )
     return dict(sorted(found.items()))
+
+
+def _replica(rank: int, revision: str, leader: Pod, observed: Observed, now: datetime) -> Replica:
+    return Replica(
+        rank,
+        revision,
+        ready=leader.ready and leader.revision == revision,
+        unplaced=_is_unplaced(leader, now),
+        work=observed.work.get(leader.name, 0),
+        lost=_is_lost(leader, now),
+        makes_room=observed.obstacles.get(leader.name) == "",
+        faltering=_is_faltering(leader, now),
+    )
+
+
+def _is_faltering(pod: Pod, now: datetime) -> bool:
+    return pod.served_until is not None and not pod.terminating and now - pod.served_until < FALTERING_TIME
 
 
 def _is_lost(pod: Pod, now: datetime) -> bool:

@@ -26,14 +26,15 @@ class Rollout(Model):
     max_surge: int = Field(
         default=1,
         description="Replicas beyond the wanted ones while a rollout goes on: a new one is Ready before an "
-        "old one leaves. Where a new one fits no node, an old one makes room, within maxUnavailable. "
-        "Default: 1.",
+        "old one leaves. Where a new one fits no node but would fit in an old one's place, that one makes "
+        "room, within maxUnavailable. Default: 1.",
         json_schema_extra=rules((f"self >= 0 && self <= {_MOST}", f"maxSurge is a number from 0 to {_MOST}")),
     )
-    max_unavailable: int = Field(
-        default=1,
+    max_unavailable: int | None = Field(
+        default=None,
         description="Wanted replicas that may be missing while a rollout goes on, where there is no room for "
-        "surge. 0 never gives up a replica that serves. Default: 1.",
+        "surge. 0 never gives up a replica that serves. Default: 1, but 0 where one replica is wanted and "
+        "maxSurge is not 0.",
         json_schema_extra=rules(
             (f"self >= 0 && self <= {_MOST}", f"maxUnavailable is a number from 0 to {_MOST}")
         ),
@@ -59,3 +60,9 @@ class Rollout(Model):
             ("self >= 1 && self <= 604800", "progressDeadlineSeconds is a number from 1 to 604800")
         ),
     )
+
+    def unavailable(self, wanted: int) -> int:
+        """Replicas of the wanted ones that may be missing."""
+        if self.max_unavailable is not None:
+            return self.max_unavailable
+        return 1 if wanted > 1 or self.max_surge == 0 else 0

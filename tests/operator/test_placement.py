@@ -1,0 +1,147 @@
+"""Whether a new pod would fit in the place of an old one, by the scheduler's rules."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from moe_operator.manifests.placement import Seat, obstacle, requests
+
+GPU = "nvidia.com/gpu"
+LACKS = (
+    "0/3 nodes are available: 1 Insufficient nvidia.com/gpu, 2 node(s) had untolerated taint "
+    "{node-role.kubernetes.io/control-plane: }. preemption: 0/3 nodes are available: 1 No preemption victims "
+    "found for incoming pod, 2 Preemption is not helpful for scheduling."
+)
+
+
+def spec(gpus=1, cpu="500m", **more):
+    resources = {"requests": {"cpu": cpu}, "limits": {GPU: gpus}} if gpus else {"requests": {"cpu": cpu}}
+    return {"containers": [{"name": "worker", "resources": resources}], **more}
+
+
+def pod(uid, content):
+    return {"metadata": {"name": uid, "uid": uid}, "spec": content}
+
+
+def node(labels=None, **content):
+    allocatable = {"cpu": "4", "memory": "8Gi", "pods": "110", GPU: "2"}
+    return {
+        "metadata": {"name": "n1", "labels": labels or {}},
+        "spec": content,
+        "status": {"allocatable": allocatable},
+    }
+
+
+def seat(old=None, others=(), where=None):
+    old = pod("old", old or spec())
+    return Seat(old, where or node(), (old, *(pod(f"other-{i}", one) for i, one in enumerate(others))))
+
+
+FULL = (spec(),)
+"""The other GPU of the node is taken."""
+
+
+def test_a_pod_like_the_old_one_fits_in_its_place():
+    assert obstacle(spec(), LACKS, seat(others=FULL)) == ""
+    assert obstacle(spec(), "", seat(others=FULL)) == "", "maxSurge 0: no scheduler was asked"
+
+
+def test_a_larger_pod_fits_only_where_the_rest_of_the_node_is_free():
+    assert obstacle(spec(gpus=2), LACKS, seat()) == ""
+    said = obstacle(spec(gpus=2), LACKS, seat(others=FULL))
+    assert said == "node n1 would have 1 nvidia.com/gpu left, and 2 is requested"
+    assert "0.5 cpu left, and 1" in obstacle(spec(cpu="1"), LACKS, seat(others=[spec(gpus=0, cpu="3500m")]))
+
+
+WRONG = {
+    "typo": (spec(nodeSelector={"pool": "gpuu"}), None, "lacks the label pool=gpuu"),
+    "no such device": (
+        {"containers": [{"resources": {"limits": {"amd.com/gpu": 1}}}]},
+        None,
+        "would have 0 amd.com/gpu left, and 1 is requested",
+    ),
+    "taint": (spec(), node(taints=[{"key": "a", "effect": "NoSchedule"}]), "has the taint a:NoSchedule"),
+    "cordoned": (spec(), node(unschedulable=True), "the taint node.kubernetes.io/unschedulable:NoSchedule"),
+    "affinity": (spec(affinity={"podAntiAffinity": {"a": 1}}), None, "has another affinity"),
+    "claim": (
+        spec(volumes=[{"name": "v", "persistentVolumeClaim": {"claimName": "c"}}]),
+        None,
+        "volume claims",
+    ),
+    "host port": (
+        {"containers": [{"name": "worker", "ports": [{"hostPort": 80}]}]},
+        None,
+        "has other host ports",
+    ),
+    "scheduler": (spec(schedulerName="volcano"), None, "has another schedulerName"),
+    "devices": (spec(resourceClaims=[{"name": "gpu"}]), None, "has another resourceClaims"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_not_the_old_pods_to_give_is_the_obstacle(case):
+    content, where, sentence = WRONG[case]
+    assert sentence in obstacle(content, LACKS, seat(where=where))
+
+
+def test_tolerations_admit_a_pod_to_a_tainted_node():
+    taint = {"key": "gpu", "value": "yes", "effect": "NoSchedule"}
+    where = node(taints=[taint, {"key": "soft", "effect": "PreferNoSchedule"}])
+    for toleration in (
+        {"operator": "Exists"},
+        {"key": "gpu", "operator": "Exists"},
+        {"key": "gpu", "value": "yes", "effect": "NoSchedule"},
+        {"key": "gpu", "operator": "Equal", "value": "yes"},
+    ):
+        assert obstacle(spec(tolerations=[toleration]), LACKS, seat(where=where)) == ""
+    for toleration in (
+        {"key": "gpu", "value": "no"},
+        {"key": "gpu", "operator": "Exists", "effect": "NoExecute"},
+        {"key": "other", "operator": "Exists"},
+    ):
+        assert "taint gpu:NoSchedule" in obstacle(spec(tolerations=[toleration]), LACKS, seat(where=where))
+
+
+# Messages of kube-scheduler 1.29 to 1.34.
+ABOUT_RESOURCES = [
+    "0/1 nodes are available: 1 Insufficient cpu. preemption: 0/1 nodes are available.",
+    "0/1 nodes are available: 1 Insufficient cpu. no new claims to deallocate, preemption: 0/1 nodes are "
+    "available.",
+    "0/2 nodes are available: 1 Insufficient cpu, 1 Insufficient memory, 1 node(s) were unschedulable.",
+    "0/2 nodes are available: 1 Too many pods, 1 node(s) didn't match Pod's node affinity/selector.",
+]
+ABOUT_OTHER_THINGS = [
+    "0/1 nodes are available: 1 node(s) didn't match Pod's node affinity/selector. preemption: 0/1 nodes are "
+    "available: 1 Preemption is not helpful for scheduling.",
+    "0/2 nodes are available: 1 Insufficient cpu, 1 node(s) didn't match pod anti-affinity rules.",
+    "0/2 nodes are available: 1 Insufficient cpu, 1 node(s) had volume node affinity conflict.",
+    "0/2 nodes are available: 2 node(s) had untolerated taint {gpu: yes}.",
+    '0/1 nodes are available: persistentvolumeclaim "x" not found.',
+    "pod group is not ready, 1 Insufficient cpu",
+]
+
+
+def test_only_where_the_scheduler_misses_resources_may_a_place_help():
+    for said in ABOUT_RESOURCES:
+        assert obstacle(spec(), said, seat()) == "", said
+    for said in ABOUT_OTHER_THINGS:
+        assert obstacle(spec(), said, seat()), said
+    assert "pod anti-affinity" in obstacle(spec(), ABOUT_OTHER_THINGS[1], seat())
+
+
+def test_requests_of_a_pod_are_counted_as_the_scheduler_does():
+    def container(cpu, **more):
+        return {"resources": {"requests": {"cpu": cpu}}, **more}
+
+    init = [container("3"), container("1", restartPolicy="Always"), container("2500m")]
+    content = {
+        "containers": [container("1"), container("500m")],
+        "initContainers": init,
+        "overhead": {"cpu": "1"},
+    }
+    assert requests(content)["cpu"] == 4 + 1 - 0.5, "the last init container beside the sidecar, and overhead"
+    without = copy.deepcopy(content) | {"initContainers": init[1:2]}
+    assert requests(without)["cpu"] == 1.5 + 1 + 1
+    assert requests({"containers": [{"resources": {"limits": {GPU: "1"}}}]}) == {"pods": 1, GPU: 1}
