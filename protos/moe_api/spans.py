@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -9,6 +10,7 @@ import grpc
 from opentelemetry import trace
 
 from moe_api import semconv, telemetry
+from moe_api.clock import Anchor, deadline_s
 
 # What a server span counts as its own failure; the rest is the caller's doing (RPC conventions, gRPC).
 SERVER_ERRORS: Final = frozenset(
@@ -21,11 +23,16 @@ SERVER_ERRORS: Final = frozenset(
         grpc.StatusCode.DATA_LOSS,
     }
 )
+# Between a deadline as gRPC keeps it and as it was read.
+_DEADLINE_ERROR_S: Final = 0.01
 
 
 @contextlib.contextmanager
 def server_span(
-    tracer: trace.Tracer, context: grpc.aio.ServicerContext[Any, Any], method: str
+    tracer: trace.Tracer,
+    context: grpc.aio.ServicerContext[Any, Any],
+    method: str,
+    anchor: Anchor | None = None,
 ) -> Iterator[trace.Span]:
     """The server span of one RPC, a child of the caller's; ends with the status of the call.
 
@@ -37,23 +44,30 @@ def server_span(
         tracer: makes the span.
         context: of the RPC, for its metadata and its status.
         method: full name without the leading slash, ``package.Service/Method``.
+        anchor: when the call began; give children their timestamps by it. Default: now.
     """
+    anchor = anchor or Anchor.now()
+    deadline = deadline_s(context)
     span = tracer.start_span(
         method,
         context=telemetry.extract(context.invocation_metadata()),
         kind=trace.SpanKind.SERVER,
         attributes={semconv.RPC_SYSTEM_NAME: "grpc", semconv.RPC_METHOD: method},
+        start_time=anchor.wall_ns,
     )
+    code, details = grpc.StatusCode.UNKNOWN, ""
     try:
         yield span
-        end_rpc_span(span, context.code() or grpc.StatusCode.OK, context.details(), SERVER_ERRORS)
+        code, details = context.code() or grpc.StatusCode.OK, context.details()
     except (asyncio.CancelledError, GeneratorExit):
-        end_rpc_span(span, why_cancelled(context), "", SERVER_ERRORS)
+        code = why_cancelled(deadline)
         raise
     except BaseException as error:
-        code = context.code() or grpc.StatusCode.UNKNOWN
-        end_rpc_span(span, code, context.details() or str(error), SERVER_ERRORS)
+        code, details = context.code() or grpc.StatusCode.UNKNOWN, context.details() or str(error)
         raise
+    finally:
+        end_ns = anchor.timestamp_ns(time.monotonic_ns())
+        end_rpc_span(span, code, details, SERVER_ERRORS, end_ns)
 
 
 def end_rpc_span(
@@ -61,6 +75,7 @@ def end_rpc_span(
     code: grpc.StatusCode,
     details: str | None,
     errors: frozenset[grpc.StatusCode] | None = None,
+    end_ns: int | None = None,
 ) -> None:
     """Records how an RPC ended and ends its span.
 
@@ -69,17 +84,20 @@ def end_rpc_span(
         code: its status.
         details: the sentence that came with the status.
         errors: codes that mark the span as failed; by default, as for clients, all but OK.
+        end_ns: when the call ended, in nanoseconds since the epoch. Default: now.
     """
     span.set_attribute(semconv.RPC_RESPONSE_STATUS_CODE, code.name)
     failed = code in errors if errors is not None else code is not grpc.StatusCode.OK
     if failed:
         span.set_attribute(semconv.ERROR_TYPE, code.name)
         span.set_status(trace.StatusCode.ERROR, details or None)
-    span.end()
+    span.end(end_time=end_ns)
 
 
-def why_cancelled(context: grpc.aio.ServicerContext[Any, Any]) -> grpc.StatusCode:
-    """gRPC cancels the handler of a call whose deadline passed just as one whose client went away."""
-    remaining: float | None = context.time_remaining()
-    late = remaining is not None and remaining <= 0
+def why_cancelled(deadline_s: float | None) -> grpc.StatusCode:
+    """gRPC cancels the handler of a call whose deadline passed just as one whose client went away.
+
+    deadline_s: of the call, as `clock.deadline_s` gave it.
+    """
+    late = deadline_s is not None and time.monotonic() >= deadline_s - _DEADLINE_ERROR_S
     return grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED

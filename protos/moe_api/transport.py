@@ -15,6 +15,8 @@ from typing import Final
 _KEEPALIVE_MS: Final = 5_000
 # Prompts of a long context travel in one message: 128 Ki tokens of text are well under 16 MiB (default 4).
 _MAX_MESSAGE_BYTES: Final = 16 * 2**20
+# What is a little too long for a small model is answered with a sentence of ours instead of gRPC's.
+_MIN_MESSAGE_BYTES: Final = 2**20
 
 _Options = tuple[tuple[str, int], ...]
 
@@ -32,7 +34,12 @@ CLIENT_OPTIONS: Final[_Options] = (
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
 )
 
-SERVER_OPTIONS: Final[_Options] = (
+
+# Calls of one connection at a time; more wait at the client. It bounds how far a connection that resets its
+# calls as fast as it makes them gets ahead of the server.
+_STREAMS: Final = 256
+
+_SERVER_OPTIONS: Final[_Options] = (
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # The server pings too, so that the streams of a client that vanished are given up.
@@ -40,8 +47,37 @@ SERVER_OPTIONS: Final[_Options] = (
     ("grpc.keepalive_timeout_ms", 2 * _KEEPALIVE_MS),
     ("grpc.http2.ping_timeout_ms", 2 * _KEEPALIVE_MS),
     ("grpc.http2.max_pings_without_data", 0),
+    # A connection that does not begin to speak HTTP/2, or does not acknowledge our settings, is closed.
+    ("grpc.server_handshake_timeout_ms", 2 * _KEEPALIVE_MS),
+    ("grpc.http2.settings_timeout", 2 * _KEEPALIVE_MS),
+    # One without a call is closed; an old one takes no new calls, and ends with those it has.
+    ("grpc.max_connection_idle_ms", 5 * 60_000),
+    ("grpc.max_connection_age_ms", 60 * 60_000),
+    ("grpc.max_allowed_incoming_connections", 1_000),
+    # Calls of all connections that Python has not seen yet. Above the first number gRPC cancels some of them
+    # at random, of any connection; its default of 1,000 is less than one connection can reset in a second.
+    ("grpc.server.max_pending_requests", 256 * _STREAMS),
+    ("grpc.server.max_pending_requests_hard_limit", 512 * _STREAMS),
     # Two processes on one port would share its connections; better that the second one fails to start.
     ("grpc.so_reuseport", 0),
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
 )
+
+
+def server_options(most_bytes: int = _MAX_MESSAGE_BYTES, most_streams: int = _STREAMS) -> _Options:
+    """Options of a server.
+
+    Args:
+        most_bytes: of the largest valid request. 1 to 16 MiB are received at most, whatever it says; gRPC
+            answers larger messages with RESOURCE_EXHAUSTED before it holds them.
+        most_streams: calls of one connection at a time.
+    """
+    received = min(max(most_bytes, _MIN_MESSAGE_BYTES), _MAX_MESSAGE_BYTES)
+    return (
+        *_SERVER_OPTIONS,
+        ("grpc.max_concurrent_streams", most_streams),
+        ("grpc.max_receive_message_length", received),
+    )
+
+
+SERVER_OPTIONS: Final = server_options()

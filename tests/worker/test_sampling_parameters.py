@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moe_api.inference.v1 import inference_pb2
 from moe_worker.sampling.parameters import SamplingParameters
-from moe_worker.service.validation import Checked, Limits, check_generate, sampling_parameters
+from moe_worker.service.validation import Checked, Limits, check_generate, oversize, sampling_parameters
 from tests.worker.messages import INPUTS, SAMPLINGS
 
 LIMITS = Limits(vocab_size=320, context_length=64)
@@ -111,15 +111,18 @@ def test_every_field_of_the_message_is_a_parameter_and_is_taken_over():
 class Bytes:
     """A tokenizer of one token a byte."""
 
-    def encode(self, text):
+    def encode_unless_longer(self, text, most):
         return list(text.encode())
+
+    def characters_for(self, tokens):
+        return tokens
 
 
 @settings(deadline=None, max_examples=300)
 @given(INPUTS, SAMPLINGS)
 def test_any_message_gives_parameters_or_sentences(given_input, sampling):
     request = inference_pb2.GenerateRequest(**given_input, sampling=sampling)
-    checked = check_generate(request, Bytes(), LIMITS)
+    checked = oversize(request, Bytes(), LIMITS) or check_generate(request, Bytes(), LIMITS)
     if isinstance(checked, Checked):
         assert checked.sampling.violations(LIMITS.vocab_size) == []
         assert all(token < LIMITS.vocab_size for token, _ in checked.sampling.logit_bias)

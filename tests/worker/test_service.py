@@ -11,17 +11,14 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from opentelemetry import metrics, trace
 
 import moe_worker
 from moe_api import rich_status
-from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
-from moe_worker.config import read_checkpoint_config
+from moe_api.clock import Anchor
+from moe_api.inference.v1 import inference_pb2
 from moe_worker.engine.requests import Delta, FinishReason
 from moe_worker.errors import EngineDiedError
-from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.sampling.parameters import SamplingParameters
-from moe_worker.service.servicers import InferenceService, Phase, Served
 from moe_worker.service.streams import Stream, Timeline
 from tests.worker.serving import DEADLINE_S, Worker, refused, wait_gone
 
@@ -184,7 +181,7 @@ def test_a_slow_reader_holds_up_nobody_and_misses_nothing(worker):
 
 
 async def test_what_a_reader_has_not_taken_yet_becomes_one_message():
-    stream = Stream(Timeline(submitted_ns=0))
+    stream = Stream(Timeline(Anchor(0, 0), submitted_ns=0))
     for token in range(100):
         stream.push(Delta(1, str(token), token), start_ns=token, end_ns=token + 1)
     stream.push(Delta(1, "!", 100, FinishReason.LENGTH), start_ns=100, end_ns=101)
@@ -196,38 +193,13 @@ async def test_what_a_reader_has_not_taken_yet_becomes_one_message():
 
 
 async def test_a_dead_engine_takes_nothing_back():
-    stream = Stream(Timeline(submitted_ns=0))
+    stream = Stream(Timeline(Anchor(0, 0), submitted_ns=0))
     stream.push(Delta(1, "a", 7), start_ns=0, end_ns=1)
     stream.fail(EngineDiedError("gone"))
     assert (await stream.take()).tokens == (7,)
     for _ in range(2):
         with pytest.raises(EngineDiedError, match="gone"):
             await stream.take()
-
-
-async def test_a_request_whose_prompt_was_tokenized_while_draining_began_is_refused(checkpoint):
-    """Nobody would compute it: the engine may be gone once those before it have ended."""
-    service = InferenceService(trace.get_tracer("test"), metrics.get_meter("test"))
-
-    class SlowTokenizer(Tokenizer):
-        def encode(self, text, add_special_tokens=True):
-            service.phase = Phase.DRAINING
-            return super().encode(text, add_special_tokens)
-
-    config = read_checkpoint_config(checkpoint)
-    service.served = Served("tiny", config, 4096, SlowTokenizer.load(checkpoint, config), engine=None)
-    service.phase = Phase.SERVING
-    server = grpc.aio.server()
-    inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        call = inference_pb2_grpc.InferenceServiceStub(channel).Generate(
-            inference_pb2.GenerateRequest(prompt="hello")
-        )
-        assert await call.code() is grpc.StatusCode.UNAVAILABLE
-        assert "shutting down" in await call.details()
-    await server.stop(None)
 
 
 def test_health_of_a_ready_worker(worker):

@@ -1,5 +1,6 @@
 """Messages between the edge and the engine process arrive as they were sent."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,13 +40,14 @@ SAMPLING = st.builds(
 )
 TOKENS = st.lists(NUMBERS).map(tuple)
 REQUESTS = st.builds(Request, NUMBERS, TOKENS, SAMPLING, NUMBERS, written=TOKENS)
-FLOATS = st.floats(-100, 0)
+FLOATS = st.floats(-100, 0) | st.just(float("-inf"))
 LOGPROBS = st.builds(TokenLogprobs, FLOATS, st.lists(st.tuples(NUMBERS, FLOATS), max_size=2).map(tuple))
 REASONS = st.none() | st.sampled_from(FinishReason)
 DELTAS = st.builds(Delta, NUMBERS, TEXTS, st.none() | NUMBERS, REASONS, st.none() | LOGPROBS)
 MESSAGES = st.one_of(
     st.builds(wire.Start, TEXTS, st.builds(EngineOptions, kv_memory=st.none() | st.integers(1, 2**50))),
     st.builds(wire.Submit, REQUESTS),
+    st.builds(wire.Refused, NUMBERS, TEXTS, st.booleans()),
     st.builds(wire.Cancel, NUMBERS),
     st.builds(wire.Loaded, TEXTS, LOADS, NUMBERS),
     st.builds(wire.Failed, TEXTS, st.integers(0, 255)),
@@ -69,3 +71,19 @@ def test_a_message_survives_the_wire(message):
     frame = wire.encode(message)
     assert int.from_bytes(frame[: wire.LENGTH_BYTES], "big") == len(frame) - wire.LENGTH_BYTES
     assert wire.decode(frame[wire.LENGTH_BYTES :]) == message
+
+
+@given(MESSAGES, st.integers(0, 2**20))
+def test_a_cut_message_is_refused(message, cut):
+    payload = wire.encode(message)[wire.LENGTH_BYTES :]
+    with pytest.raises(wire.MalformedMessageError):
+        wire.decode(payload[: cut % len(payload)])
+
+
+@given(st.binary(max_size=64))
+def test_any_bytes_are_a_message_or_refused(payload):
+    try:
+        message = wire.decode(payload)
+    except wire.MalformedMessageError:
+        return
+    assert isinstance(message, wire.Message)

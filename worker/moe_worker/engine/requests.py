@@ -61,15 +61,22 @@ class Load:
     kv_tokens_cached: int = 0
 
 
+def length_violation(field: str, length: int, context_length: int) -> Violation | None:
+    """What is wrong with a prompt of so many tokens; room for one token of continuation must be left."""
+    if length == 0:
+        return Violation(field, "is empty; give at least one token")
+    if length >= context_length:
+        allowed = f"use {context_length - 1} at most, the context length of {context_length} less one"
+        return Violation(field, f"has {length} tokens; {allowed}")
+    return None
+
+
 def prompt_violations(
     field: str, prompt: Sequence[int], vocab_size: int, context_length: int
 ) -> list[Violation]:
-    """What is wrong with the token ids of a prompt; one token of room must be left for the continuation."""
-    if not prompt:
-        return [Violation(field, "is empty; give at least one token")]
-    if len(prompt) >= context_length:
-        allowed = f"use {context_length - 1} at most, the context length of {context_length} less one"
-        return [Violation(field, f"has {len(prompt)} tokens; {allowed}")]
+    """What is wrong with the token ids of a prompt; ids are looked at only where there are not too many."""
+    if wrong_length := length_violation(field, len(prompt), context_length):
+        return [wrong_length]
     wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
     if wrong is not None:
         return [Violation(field, f"has token id {wrong}; ids are 0 to {vocab_size - 1}")]

@@ -16,6 +16,13 @@ from moe_worker.reading import present, read_file
 # Twice the largest published tokenizer.json.
 LARGEST_TOKENIZER = 64 << 20
 
+# Characters tokenized at once where only the number of tokens matters.
+_PIECE = 16_384
+# A text of so many characters a token is suspect; English has 4 to 5.
+_SUSPECT_CHARACTERS = 4
+# Normalizers may put characters together: three jamo make one syllable of Hangul.
+_NORMALIZED = 4
+
 
 class Tokenizer:
     """Text to token ids, and token ids to the bytes they stand for."""
@@ -45,6 +52,41 @@ class Tokenizer:
         # A batch of one: unlike the library's `encode` it lets other threads run meanwhile (4 MiB take 2 s).
         ids: list[int] = self._inner.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return self._special.around(ids) if add_special_tokens else ids
+
+    def encode_unless_longer(self, text: str, most: int, add_special_tokens: bool = True) -> list[int] | None:
+        """As `encode`; None where the text clearly has more than `most` tokens, which costs less to find out.
+
+        The library takes some 250 bytes of memory a token, so a text that is far too long is given up early.
+        A text with a few tokens too many gives all its ids.
+        """
+        return None if self._is_longer(text, most) else self.encode(text, add_special_tokens)
+
+    def characters_for(self, tokens: int) -> int:
+        """A text of more characters than this has more than `tokens` tokens."""
+        shrinks = 1 if self._inner.normalizer is None else _NORMALIZED
+        return tokens * self.longest_token_bytes * shrinks
+
+    @cached_property
+    def longest_token_bytes(self) -> int:
+        """Bytes of text that one token stands for at most."""
+        added = (token.content for token in self._inner.get_added_tokens_decoder().values())
+        # In a byte-level vocabulary each character of a token's name is a byte.
+        names = self._inner.get_vocab(with_added_tokens=False)
+        return max(max(map(len, names), default=1), max((len(text.encode()) for text in added), default=1))
+
+    def _is_longer(self, text: str, most: int) -> bool:
+        """Whether the text surely has more than `most` tokens; tokenizes a suspect one piece by piece."""
+        if len(text) > self.characters_for(most):
+            return True
+        if len(text) <= most * _SUSPECT_CHARACTERS:
+            return False
+        tokens = 0
+        for start in range(0, len(text), _PIECE):
+            # Where a piece is cut within a word, the whole word has other tokens, a few less at most.
+            tokens += len(self.encode(text[start : start + _PIECE], False)) - self.longest_token_bytes
+            if tokens > most:
+                return True
+        return False
 
     def token_bytes(self, token: int) -> bytes:
         """What one token adds to the text; special tokens and ids without a token add nothing."""

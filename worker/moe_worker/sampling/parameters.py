@@ -9,6 +9,12 @@ MAX_STOPS = 16
 MAX_STOP_BYTES = 256
 MAX_STOP_TOKENS = 64
 MAX_LOGIT_BIASES = 1024
+# What a field may hold at most, of what.
+LISTS = {
+    "stop": (MAX_STOPS, "texts"),
+    "stop_token_ids": (MAX_STOP_TOKENS, "token ids"),
+    "logit_bias": (MAX_LOGIT_BIASES, "token ids"),
+}
 MAX_BIAS = 100.0
 # Beyond these a penalty outweighs any logit; within them no finite logit becomes infinite.
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.1, 10.0
@@ -83,7 +89,12 @@ class SamplingParameters:
             for name, value, right, allowed in self._numbers()
             if not right
         ]
-        return [*numbers, *self._stop_violations(), *self._token_violations(vocab_size)]
+        return [
+            *numbers,
+            *self._stop_violations(),
+            *self._token_violations(vocab_size),
+            *self._bias_violations(vocab_size),
+        ]
 
     def _numbers(self) -> Iterator[tuple[str, float | None, bool, str]]:
         """(field, value, whether it is right, what is allowed) for every field that is one number."""
@@ -104,29 +115,27 @@ class SamplingParameters:
         yield "logprobs", self.logprobs, 0 <= wanted <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"
 
     def _stop_violations(self) -> Iterator[Violation]:
-        if len(self.stop) > MAX_STOPS:
-            yield Violation("stop", f"holds {len(self.stop)} texts; use {MAX_STOPS} at most")
+        if too_many := list_violation("stop", len(self.stop)):
+            yield too_many
+            return
         for index, text in enumerate(self.stop):
             size = len(text.encode(errors="surrogatepass"))
             if not 1 <= size <= MAX_STOP_BYTES:
                 yield Violation(f"stop[{index}]", f"takes {size} bytes; use 1 to {MAX_STOP_BYTES}")
 
     def _token_violations(self, vocab_size: int | None) -> Iterator[Violation]:
-        if len(self.stop_token_ids) > MAX_STOP_TOKENS:
-            found = f"holds {len(self.stop_token_ids)} token ids; use {MAX_STOP_TOKENS} at most"
-            yield Violation("stop_token_ids", found)
+        if too_many := list_violation("stop_token_ids", len(self.stop_token_ids)):
+            yield too_many
+            return
         for index, token in enumerate(self.stop_token_ids):
             if _unknown(token, vocab_size):
                 yield Violation(f"stop_token_ids[{index}]", _unknown_sentence(token, vocab_size))
-        yield from self._bias_violations(vocab_size)
 
     def _bias_violations(self, vocab_size: int | None) -> Iterator[Violation]:
-        tokens = {token for token, _ in self.logit_bias}
-        if len(self.logit_bias) > MAX_LOGIT_BIASES:
-            yield Violation(
-                "logit_bias", f"holds {len(self.logit_bias)} token ids; use {MAX_LOGIT_BIASES} at most"
-            )
-        if len(tokens) < len(self.logit_bias):
+        if too_many := list_violation("logit_bias", len(self.logit_bias)):
+            yield too_many
+            return
+        if len({token for token, _ in self.logit_bias}) < len(self.logit_bias):
             yield Violation("logit_bias", "names a token id twice; use each once")
         for token, bias in self.logit_bias:
             if _unknown(token, vocab_size):
@@ -134,6 +143,12 @@ class SamplingParameters:
             elif not -MAX_BIAS <= bias <= MAX_BIAS:
                 allowed = f"{-MAX_BIAS:g} to {MAX_BIAS:g}"
                 yield Violation(f"logit_bias[{token}]", f"is {_shown(bias)}; use {allowed}")
+
+
+def list_violation(field: str, length: int) -> Violation | None:
+    """What is wrong with a list of so many elements, by its length alone: it is cheap to refuse then."""
+    most, elements = LISTS[field]
+    return Violation(field, f"holds {length} {elements}; use {most} at most") if length > most else None
 
 
 def _within(field: str, value: float, low: float, high: float) -> tuple[str, float, bool, str]:

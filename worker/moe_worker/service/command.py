@@ -4,20 +4,21 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
 from moe_api.address import check_address
 from moe_api.visible import guard_logs
+from moe_api.writing import WRITE_TIMEOUT_S
 from moe_worker.config.directory import find_checkpoint
 from moe_worker.config.engine import DTYPES, FORMATS, GENERATION_CONFIGS, KV_DTYPES, EngineOptions
 from moe_worker.config.quality import check_quality
 from moe_worker.config.quantity import parse_bytes
 from moe_worker.errors import SettingsError
-from moe_worker.service.engine_client import STALL_TIMEOUT_S
-from moe_worker.service.server import ServeSettings
+from moe_worker.service.server import GRACE_S, ServeSettings
 from moe_worker.service.server import serve as run
+from moe_worker.service.watchdog import STALL_TIMEOUT_S
 
 LARGEST_OVERRIDE = 1 << 16
 
@@ -103,6 +104,23 @@ LARGEST_OVERRIDE = 1 << 16
     "worker ends, and its streams go on elsewhere.",
 )
 @click.option(
+    "--write-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=WRITE_TIMEOUT_S,
+    envvar="MOE_WORKER_WRITE_TIMEOUT",
+    show_default=True,
+    help="Seconds for which a client may read nothing of its stream; then the stream is stopped.",
+)
+@click.option(
+    "--grace",
+    type=click.FloatRange(min=0),
+    default=GRACE_S,
+    envvar="MOE_WORKER_GRACE",
+    show_default=True,
+    help="Seconds that running requests get to finish after SIGTERM; then other workers take them up. Keep "
+    "it below the pod's terminationGracePeriodSeconds.",
+)
+@click.option(
     "--max-bits-per-byte-increase",
     type=click.FloatRange(min=0),
     help="Refuse a checkpoint that is worse than its original by more, by its quality.json.",
@@ -144,7 +162,6 @@ def serve(
     listen: str,
     kv_memory: str | None,
     revision: str,
-    stall_timeout: float,
     explained: bool,
     **options: float | str | Mapping[str, Any] | None,
 ) -> None:
@@ -159,6 +176,8 @@ def serve(
     most, text = options.pop("max_bits_per_byte_increase"), options.pop("quality_text")
     if isinstance(most, float):
         check_quality(find_checkpoint(model), most, None if text is None else str(text))
+    names = ("stall_timeout", "write_timeout", "grace")
+    times = {f"{name}_s": cast("float", options.pop(name)) for name in names}
     memory = None if kv_memory is None else parse_bytes(kv_memory)
     engine_options = EngineOptions(kv_memory=memory, **options)  # type: ignore[arg-type]
     if explained:
@@ -168,7 +187,7 @@ def serve(
             click.echo(line)
         return
     name = served_name or model.resolve().name
-    run(ServeSettings(model, name, _address(listen), engine_options, revision, stall_timeout))
+    run(ServeSettings(model, name, _address(listen), engine_options, revision, **times))
 
 
 def _override(text: str) -> dict[str, Any]:

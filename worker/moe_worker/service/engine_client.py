@@ -11,11 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import count
 
+from moe_api.clock import Anchor
+from moe_api.supervision import Supervisor
 from moe_worker.engine.requests import Load, Request
 from moe_worker.engine.statistics import ExpertStatistics, Statistics
-from moe_worker.errors import EngineDiedError, QueueFullError
-from moe_worker.sampling.parameters import SamplingParameters
+from moe_worker.errors import EngineDiedError, QueueFullError, RequestError, WorkerError
 from moe_worker.service.streams import Stream, Timeline
+from moe_worker.service.watchdog import STALL_TIMEOUT_S, Watchdog
 from moe_worker.service.wire import (
     LENGTH_BYTES,
     AskExperts,
@@ -23,7 +25,9 @@ from moe_worker.service.wire import (
     ExpertReport,
     Failed,
     Loaded,
+    MalformedMessageError,
     Message,
+    Refused,
     Start,
     Stepped,
     Submit,
@@ -36,9 +40,6 @@ RETRY_AFTER_S = 1.0
 # An engine that does not end by itself once its socket is closed is killed after this long. One that loads
 # is killed at once: it does not look at its socket before torch is imported, and has nothing to lose.
 END_TIMEOUT_S = 2.0
-# Steps take milliseconds to seconds. An engine that has made none for so long, with requests to compute, is
-# hung (a collective that waits for a rank that is gone, a driver that does not answer) and never comes back.
-STALL_TIMEOUT_S = 120.0
 # torch's OpenMP threads spin while they wait for one another. On cores that other processes use too, a step
 # of a small model then takes 420 ms instead of 6 (two threads on two busy cores): let them sleep at once.
 ENGINE_ENVIRONMENT = {"GOMP_SPINCOUNT": "0"}
@@ -68,19 +69,22 @@ class EngineClient:
     statistics: Statistics = field(default_factory=Statistics)
     step_s: float = 0.0  # of all steps
     on_step: StepListener | None = None
-    stall_timeout_s: float = STALL_TIMEOUT_S
+    _places: set[int] = field(default_factory=set)
     _streams: dict[int, Stream] = field(default_factory=dict)
     _ids: "count[int]" = field(default_factory=count)
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
-    _asked: "list[asyncio.Future[ExpertStatistics]]" = field(default_factory=list)
+    _asked: "asyncio.Future[ExpertStatistics] | None" = None
     _submitted: int = 0
     _acknowledged: int = 0
-    _heard: float = 0.0  # when there was nothing to compute, or a step had ended, last; of time.monotonic
-    _hung: bool = False
+    _watchdog: Watchdog = field(default_factory=Watchdog)
+    _ended: WorkerError | None = None
 
     @classmethod
-    async def start(cls, message: Start) -> "EngineClient":
-        """Starts the process and tells it what to load; `run` then follows it."""
+    async def start(cls, message: Start, stall_timeout_s: float = STALL_TIMEOUT_S) -> "EngineClient":
+        """Starts the process and tells it what to load; `run` then follows it.
+
+        stall_timeout_s: an engine that makes no step for so long, with requests to compute, is killed.
+        """
         ours, theirs = socket.socketpair()
         with theirs:
             process = await asyncio.create_subprocess_exec(
@@ -95,60 +99,88 @@ class EngineClient:
             )
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         writer.write(encode(message))
-        return cls(process, reader, writer)
+        return cls(process, reader, writer, _watchdog=Watchdog(stall_timeout_s))
 
     @property
     def requests(self) -> int:
-        """Requests under way: waiting, computed, or finished and not yet read by their clients."""
-        return len(self._streams)
+        """Requests under way: admitted, waiting, computed, or finished and not yet read by their clients."""
+        return len(self._places)
 
     @property
     def current_load(self) -> Load:
-        """The engine's last word, with what was submitted since counted as queued."""
-        return replace(self.load, queued=self.load.queued + self._submitted - self._acknowledged)
+        """The engine's last word, with what was submitted since counted as queued.
 
-    def submit(
-        self,
-        prompt: tuple[int, ...],
-        sampling: SamplingParameters,
-        seed: int,
-        deadline: float | None = None,
-        written: tuple[int, ...] = (),
-    ) -> tuple[int, Stream]:
-        """Sends a checked request; its number and its stream. Raises QueueFullError.
-
-        deadline: in the time of `time.monotonic`. written: tokens of the text that were sent already.
+        Finished texts whose clients have not read them count as running: they hold places.
         """
-        if self.requests >= self.most_requests:
+        unread = sum(stream.timeline.finish_reason is not None for stream in self._streams.values())
+        queued = self.load.queued + self._untaken
+        return replace(self.load, queued=queued, running=self.load.running + unread)
+
+    @property
+    def _untaken(self) -> int:
+        """Requests that the engine has not taken from its socket yet, cancelled ones among them."""
+        return self._submitted - self._acknowledged
+
+    def admit(self) -> int:
+        """Holds a place for a request, until `close`; its number.
+
+        Raises:
+            QueueFullError: all places are held, or the engine has as many requests still to look at.
+            EngineDiedError: there is no engine any more.
+        """
+        self._raise_if_ended()
+        if max(self.requests, self._untaken) >= self.most_requests:
             raise QueueFullError(f"the queue is full ({self.requests} requests are under way)", RETRY_AFTER_S)
-        if not self._computes:
-            self._heard = time.monotonic()
         number = next(self._ids)
-        stream = self._streams[number] = Stream(Timeline(submitted_ns=time.time_ns()))
-        request = Request(number, prompt, sampling, seed, deadline=deadline, written=written)
+        self._places.add(number)
+        self._idle.clear()
+        return number
+
+    def submit(self, request: Request, anchor: Anchor | None = None) -> Stream:
+        """Sends a checked request that was admitted (`id` is its number); its stream. Raises EngineDiedError.
+
+        anchor: for timestamps of the stream's times. Default: now.
+        """
+        self._raise_if_ended()
+        timeline = Timeline(anchor or Anchor.now(), submitted_ns=time.monotonic_ns())
+        stream = self._streams[request.id] = Stream(timeline)
         self.writer.write(encode(Submit(request)))
         self._submitted += 1
-        self._idle.clear()
-        return number, stream
+        return stream
 
     def close(self, number: int) -> None:
-        """Forgets a request; the engine stops computing it if it has not finished."""
+        """Forgets a request and frees its place; the engine stops computing it if it has not finished."""
+        self._places.discard(number)
         stream = self._streams.pop(number, None)
         if stream is not None and stream.timeline.finish_reason is None and not stream.failed:
             self.writer.write(encode(Cancel(number)))
-        if not self._streams:
+        if not self._places:
             self._idle.set()
 
     async def expert_statistics(self) -> ExpertStatistics:
         """Where tokens have gone so far, once the step under way has ended. Raises EngineDiedError."""
-        answer: asyncio.Future[ExpertStatistics] = asyncio.get_running_loop().create_future()
-        self._asked.append(answer)
-        self.writer.write(encode(AskExperts()))
-        return await answer
+        self._raise_if_ended()
+        if self._asked is None:
+            self._asked = asyncio.get_running_loop().create_future()
+            self.writer.write(encode(AskExperts()))
+        return await asyncio.shield(self._asked)  # others may wait for the same answer
+
+    def abandon(self, reason: WorkerError) -> None:
+        """Ends all streams with `reason`, and refuses requests from now on."""
+        self._ended = reason
+        for stream in self._streams.values():
+            stream.fail(reason)
+        if self._asked is not None and not self._asked.done():
+            self._asked.set_exception(reason)
+            self._asked.exception()  # nobody may be waiting any more
+
+    def _raise_if_ended(self) -> None:
+        if self._ended is not None:
+            raise self._ended
 
     async def until_idle(self) -> None:
         """Waits until no request is under way."""
-        if self._streams:
+        if self._places:
             await self._idle.wait()
 
     async def loaded(self) -> None:
@@ -158,39 +190,37 @@ class EngineClient:
             raise await self._death(message)
         self.format, self.load, self.most_requests = message.format, message.load, message.most_requests
 
-    async def run(self) -> EngineDiedError:
+    async def run(self, supervisor: Supervisor) -> EngineDiedError:
         """Hands out what the engine produces until it ends, or is killed because it hangs; why it did."""
-        watching = asyncio.ensure_future(self._kill_if_hung())
+        watching = supervisor.start(
+            "engine watchdog", lambda: self._watchdog.watch(self._computes, self.process.kill)
+        )
         try:
-            while isinstance(message := await self._receive(), Stepped | ExpertReport):
-                if isinstance(message, Stepped):
-                    self._take(message)
-                elif not (answer := self._asked.pop(0)).done():
-                    answer.set_result(message.experts)
+            last = await self._hand_out()
         finally:
             watching.cancel()
-        error = await self._death(message)
-        for stream in self._streams.values():
-            stream.fail(error)
-        for answer in self._asked:
-            if not answer.done():
-                answer.set_exception(error)
+        error = await self._death(last)
+        self.abandon(error)
         return error
 
-    @property
+    async def _hand_out(self) -> Message | None:
+        """Follows the engine to its last message; None where it ended without one."""
+        while isinstance(message := await self._receive(), Stepped | Refused | ExpertReport):
+            if isinstance(message, Stepped):
+                self._take(message)
+            elif isinstance(message, Refused):
+                self._refuse(message)
+            elif self._asked is not None:
+                self._asked.set_result(message.experts)
+                self._asked = None
+        return message
+
     def _computes(self) -> bool:
         """Whether there is something to compute; a finished text that waits for its reader is not."""
         return any(stream.timeline.finish_reason is None for stream in self._streams.values())
 
-    async def _kill_if_hung(self) -> None:
-        while not self._hung:
-            await asyncio.sleep(self.stall_timeout_s / 10)
-            silent_s = time.monotonic() - self._heard
-            self._hung = self._computes and silent_s > self.stall_timeout_s
-        self.process.kill()
-
     def _take(self, message: Stepped) -> None:
-        self._heard = time.monotonic()
+        self._watchdog.heard()
         before, self.statistics = self.statistics, message.statistics
         self.load, self._acknowledged = message.load, message.submitted
         for event in message.events:
@@ -204,6 +234,15 @@ class EngineClient:
             self.step_s += elapsed_s
             if self.on_step is not None:
                 self.on_step(before, message.statistics, elapsed_s)
+
+    def _refuse(self, message: Refused) -> None:
+        error = (
+            QueueFullError(message.message, RETRY_AFTER_S)
+            if message.retryable
+            else RequestError("", message.message)
+        )
+        if message.id in self._streams:
+            self._streams[message.id].fail(error)
 
     async def stop(self) -> None:
         """Ends the process, which by itself ends when its socket closes, unless it is still loading."""
@@ -223,13 +262,17 @@ class EngineClient:
             return decode(await self.reader.readexactly(size))
         except (asyncio.IncompleteReadError, ConnectionError):
             return None
+        except MalformedMessageError as error:
+            log.exception("the engine sent what is no message; it is killed")
+            self.process.kill()
+            return Failed(f"the engine sent a malformed message: {error}; report this", 1)
 
     async def _death(self, last: Message | None) -> EngineDiedError:
         code = await self.process.wait()
-        if self._hung:
+        if self._watchdog.hung:
             return EngineDiedError(
-                f"the engine made no step for {self.stall_timeout_s:g} s with {self.requests} requests under "
-                "way; it was hung and is started again"
+                f"the engine made no step for {self._watchdog.timeout_s:g} s with {self.requests} requests "
+                "under way; it was hung and is started again"
             )
         if isinstance(last, Failed):
             return EngineFailedError(last.message, last.exit_code)

@@ -28,6 +28,7 @@ from moe_worker.service.wire import (
     Failed,
     Loaded,
     Message,
+    Refused,
     Start,
     Stepped,
     Submit,
@@ -61,7 +62,8 @@ def main() -> None:
 class _Sender:
     """Sends from a thread of its own, in order: the next step does not wait until the edge has woken up.
 
-    Where the edge reads nothing, WAITING messages pile up, and then the engine waits.
+    Where the edge reads nothing, WAITING messages pile up, and then the engine waits. The process ends where
+    the thread fails, since nothing could be sent any more.
     """
 
     WAITING = 8
@@ -83,12 +85,28 @@ class _Sender:
         self._thread.join()
 
     def _run(self) -> None:
-        with contextlib.suppress(ConnectionError):  # the edge is gone: who receives from it ends the process
+        with _ending_the_process("send to"):
             while (message := self._messages.get()) is not None:
                 self._connection.sendall(encode(message))
 
 
+@contextlib.contextmanager
+def _ending_the_process(what: str) -> Iterator[None]:
+    """Lets no thread end unseen: an error in the block ends the process, and the edge starts another one.
+
+    A connection that is lost is none: the edge is gone then, and the thread that receives ends the process.
+    """
+    try:
+        yield
+    except ConnectionError:
+        pass
+    except Exception:
+        log.critical("the engine cannot %s the edge; it ends", what, exc_info=True)
+        os._exit(1)
+
+
 def _serve(connection: socket.socket, sender: _Sender) -> None:
+    # The edge bounds it: most_requests requests that were not taken yet, and a Cancel for each.
     inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
     start = inbox.get()
@@ -100,9 +118,9 @@ def _serve(connection: socket.socket, sender: _Sender) -> None:
     submitted = 0
     while True:
         submitted += _take_commands(core, inbox, sender)
-        begin = time.time_ns()
+        begin = time.monotonic_ns()
         deltas = tuple(core.step())
-        end, events = time.time_ns(), core.take_events()
+        end, events = time.monotonic_ns(), core.take_events()
         sender.send(Stepped(begin, end, deltas, core.load, submitted, core.statistics, events))
 
 
@@ -111,8 +129,12 @@ def _take_commands(core: EngineCore, inbox: "queue.SimpleQueue[Message]", sender
     submitted = 0
     for message in _pending(inbox, wait=core.idle):
         if isinstance(message, Submit):
-            core.submit(message.request)
             submitted += 1
+            try:
+                core.submit(message.request)
+            except WorkerError as error:  # of this request alone
+                log.warning("request %d is refused: %s", message.request.id, error)
+                sender.send(Refused(message.request.id, str(error), error.retryable))
         elif isinstance(message, Cancel):
             core.cancel(message.id)
         elif isinstance(message, AskExperts):
@@ -135,7 +157,7 @@ def _receive(connection: socket.socket, inbox: "queue.SimpleQueue[Message]") -> 
 
     A killed edge that had not read everything resets the connection instead of closing it.
     """
-    with contextlib.suppress(ConnectionError), connection.makefile("rb") as stream:
+    with _ending_the_process("understand"), connection.makefile("rb") as stream:
         while head := stream.read(LENGTH_BYTES):
             inbox.put(decode(stream.read(int.from_bytes(head, "big"))))
     os._exit(0)

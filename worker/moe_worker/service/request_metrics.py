@@ -74,7 +74,8 @@ class RequestMetrics:
         self.received += 1
 
     def refuse(self, model: str) -> None:
-        """The queue was full."""
+        """A request came, and the queue was full."""
+        self.received += 1
         self.refused += 1
         self._duration.record(0.0, _attributes(model) | {semconv.ERROR_TYPE: "RESOURCE_EXHAUSTED"})
 

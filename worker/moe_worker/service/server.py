@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -17,20 +17,31 @@ from moe_api.health import Health
 from moe_api.inference.v1 import inference_pb2_grpc
 from moe_api.malformed import MalformedRequestInterceptor
 from moe_api.server import create_server
+from moe_api.supervision import Supervisor
 from moe_api.worker.v1 import worker_pb2_grpc
+from moe_api.writing import WRITE_TIMEOUT_S
 from moe_worker.config.directory import find_checkpoint, read_checkpoint_config
 from moe_worker.config.engine import EngineOptions
-from moe_worker.errors import EngineDiedError, SettingsError
+from moe_worker.config.model import ModelConfig
+from moe_worker.errors import EngineDiedError, SettingsError, WorkerError
 from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.sampling.defaults import sampling_defaults
-from moe_worker.service.engine_client import STALL_TIMEOUT_S, EngineClient
+from moe_worker.sampling.parameters import SamplingParameters
+from moe_worker.service.engine_client import EngineClient
 from moe_worker.service.metrics import EngineMetrics
-from moe_worker.service.servicers import InferenceService, Phase, Served, WorkerService
+from moe_worker.service.servicers import InferenceService, Phase, Served
+from moe_worker.service.validation import largest_request_bytes
+from moe_worker.service.watchdog import STALL_TIMEOUT_S
 from moe_worker.service.wire import Start
+from moe_worker.service.worker_servicer import WorkerService
 
 SERVICES = ("moe_api.inference.v1.InferenceService", "moe_api.worker.v1.WorkerService")
 # Calls that are still open when the worker ends (the last answers, errors) get this long.
 CLOSE_GRACE_S = 2.0
+# A pod is killed 60 s after SIGTERM by default; what follows the last stream takes a part of that.
+GRACE_S = 55.0
+# Few frontends carry the calls of all clients, each over one connection.
+MOST_STREAMS = 1024
 # How often the engine is asked where tokens went, while metrics are sent and it computes.
 EXPERTS_PERIOD_S = 1.0
 log = logging.getLogger(__name__)
@@ -42,6 +53,8 @@ class ServeSettings:
 
     revision: names what is served and how; workers of one revision take up each other's streams.
     stall_timeout_s: an engine that makes no step for so long, with requests to compute, is killed.
+    write_timeout_s: a stream whose client reads nothing for so long is stopped.
+    grace_s: how long requests may run on after SIGTERM; then their streams end with UNAVAILABLE.
     """
 
     model: Path
@@ -50,6 +63,46 @@ class ServeSettings:
     options: EngineOptions
     revision: str = ""
     stall_timeout_s: float = STALL_TIMEOUT_S
+    write_timeout_s: float = WRITE_TIMEOUT_S
+    grace_s: float = GRACE_S
+
+
+class StoppedError(WorkerError):
+    """The worker was told to stop and has no time left for the streams that still run."""
+
+    retryable = True
+
+
+@dataclass(frozen=True)
+class _Stop:
+    """How the worker is told to end.
+
+    drain: set where it shall take no more requests. now: where it shall wait for those under way no longer.
+    """
+
+    drain: asyncio.Event = field(default_factory=asyncio.Event)
+    now: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What the edge itself needs of a checkpoint."""
+
+    directory: Path
+    config: ModelConfig
+    context_length: int
+    tokenizer: Tokenizer
+    defaults: SamplingParameters
+
+    @classmethod
+    def load(cls, settings: ServeSettings) -> "_Model":
+        """Reads it; takes a second for a large vocabulary. Raises CheckpointError and SettingsError."""
+        directory = find_checkpoint(settings.model)
+        config = read_checkpoint_config(directory, settings.options.config_override)
+        context_length = settings.options.context_for(config.max_position_embeddings)
+        tokenizer = Tokenizer.load(directory, config)
+        defaults = sampling_defaults(directory, settings.options.generation_config)
+        return cls(directory, config, context_length, tokenizer, defaults)
 
 
 def serve(settings: ServeSettings) -> None:
@@ -59,26 +112,49 @@ def serve(settings: ServeSettings) -> None:
 
 
 async def _serve(settings: ServeSettings, *, measured: bool) -> None:
-    stop = _stop_on_signal()
-    inference = InferenceService(trace.get_tracer("moe_worker"), metrics.get_meter("moe_worker"))
-    health = Health(SERVICES)
-    server = await _listen(settings.listen, inference, health, stop)
+    stop = _stop_on_signal(settings.grace_s)
+    model = await asyncio.to_thread(_Model.load, settings)
+    inference = InferenceService(
+        trace.get_tracer("moe_worker"), metrics.get_meter("moe_worker"), settings.write_timeout_s
+    )
+    health, supervisor = Health(SERVICES), Supervisor()
+    most_bytes = largest_request_bytes(model.tokenizer, model.config.vocab_size, model.context_length)
+    server = await _listen(settings.listen, most_bytes, inference, health, stop)
     try:
-        await _load_and_run(settings, inference, health, stop, measured=measured)
+        engine = await EngineClient.start(
+            Start(str(model.directory), settings.options), settings.stall_timeout_s
+        )
+        try:
+            if await _unless_stopped(engine.loaded(), stop.drain):
+                name, revision = settings.served_name, settings.revision
+                inference.served = Served(
+                    name,
+                    model.config,
+                    model.context_length,
+                    model.tokenizer,
+                    engine,
+                    revision,
+                    model.defaults,
+                )
+                await _run(inference.served, inference, health, stop, supervisor, measured=measured)
+        finally:
+            await engine.stop()
     finally:
+        await supervisor.close()
         await health.close()
         await server.stop(CLOSE_GRACE_S)
 
 
-def _stop_on_signal() -> asyncio.Event:
-    """An event that SIGTERM and SIGINT set; a second signal ends the process at once.
+def _stop_on_signal(grace_s: float) -> _Stop:
+    """SIGTERM and SIGINT drain, for `grace_s` at most; a second signal ends the process at once.
 
     Not by the default action: the kernel spares a container's first process from that.
     """
-    loop, stop, numbers = asyncio.get_running_loop(), asyncio.Event(), (signal.SIGTERM, signal.SIGINT)
+    loop, stop, numbers = asyncio.get_running_loop(), _Stop(), (signal.SIGTERM, signal.SIGINT)
 
     def on_signal() -> None:
-        stop.set()
+        stop.drain.set()
+        loop.call_later(grace_s, stop.now.set)
         for number in numbers:
             loop.add_signal_handler(number, os._exit, 128 + number)
 
@@ -88,12 +164,13 @@ def _stop_on_signal() -> asyncio.Event:
 
 
 async def _listen(
-    address: str, inference: InferenceService, health: Health, stop: asyncio.Event
+    address: str, most_bytes: int, inference: InferenceService, health: Health, stop: _Stop
 ) -> grpc.aio.Server:
     """Answers probes from here on, and requests with UNAVAILABLE."""
-    server = create_server(interceptors=[MalformedRequestInterceptor()], options=transport.SERVER_OPTIONS)
+    options = transport.server_options(most_bytes, MOST_STREAMS)
+    server = create_server(interceptors=[MalformedRequestInterceptor()], options=options)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
-    worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(inference, stop), server)
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(inference, stop.drain), server)
     await health.register(server)
     try:
         port = server.add_insecure_port(address)
@@ -104,53 +181,39 @@ async def _listen(
     return server
 
 
-async def _load_and_run(
-    settings: ServeSettings,
+async def _run(
+    served: Served,
     inference: InferenceService,
     health: Health,
-    stop: asyncio.Event,
+    stop: _Stop,
+    supervisor: Supervisor,
     *,
     measured: bool,
 ) -> None:
-    model = find_checkpoint(settings.model)
-    config = read_checkpoint_config(model, settings.options.config_override)
-    context_length = settings.options.context_for(config.max_position_embeddings)
-    tokenizer = await asyncio.to_thread(Tokenizer.load, model, config)
-    defaults = sampling_defaults(model, settings.options.generation_config)
-    engine = await EngineClient.start(Start(str(model), settings.options))
-    engine.stall_timeout_s = settings.stall_timeout_s
-    try:
-        if not await _unless_stopped(engine.loaded(), stop):
-            return
-        inference.served = Served(
-            settings.served_name, config, context_length, tokenizer, engine, settings.revision, defaults
-        )
-        inference.phase = Phase.SERVING
-        await health.set_ready(ready=True)
-        log.info("serving %s (%s)", settings.served_name, engine.format)
-        async with _measuring(engine) if measured else contextlib.nullcontext():
-            await _run_until_drained(engine, inference, health, stop)
-    finally:
-        await engine.stop()
+    """Serves from here on. Raises EngineDiedError."""
+    inference.phase = Phase.SERVING
+    await health.set_ready(ready=True)
+    log.info("serving %s (%s)", served.name, served.engine.format)
+    async with _measuring(served.engine, supervisor) if measured else contextlib.nullcontext():
+        await _run_until_drained(served.engine, inference, health, stop, supervisor)
 
 
 @contextlib.asynccontextmanager
-async def _measuring(engine: EngineClient) -> AsyncIterator[None]:
+async def _measuring(engine: EngineClient, supervisor: Supervisor) -> AsyncIterator[None]:
     """Feeds the instruments with what the engine reports."""
     measures = EngineMetrics(metrics.get_meter("moe_worker"), engine)
     engine.on_step = measures.step
-    following = asyncio.ensure_future(_follow_experts(engine, measures))
+    following = supervisor.start("expert statistics", lambda: _follow_experts(engine, measures))
     try:
         yield
     finally:
         following.cancel()
-        await asyncio.gather(following, return_exceptions=True)
 
 
 async def _follow_experts(engine: EngineClient, measures: EngineMetrics) -> None:
     """Asks the engine now and then, so that no step waits for it; ends with the engine."""
     steps = 0
-    with contextlib.suppress(EngineDiedError):
+    with contextlib.suppress(EngineDiedError, StoppedError):
         while True:
             await asyncio.sleep(EXPERTS_PERIOD_S)
             if engine.statistics.steps != steps:
@@ -172,11 +235,11 @@ async def _unless_stopped(loading: Coroutine[None, None, None], stop: asyncio.Ev
 
 
 async def _run_until_drained(
-    engine: EngineClient, inference: InferenceService, health: Health, stop: asyncio.Event
+    engine: EngineClient, inference: InferenceService, health: Health, stop: _Stop, supervisor: Supervisor
 ) -> None:
     """Raises EngineDiedError if the engine ends first."""
     running, drained = (
-        asyncio.ensure_future(engine.run()),
+        asyncio.ensure_future(engine.run(supervisor)),
         asyncio.ensure_future(_drain(engine, inference, health, stop)),
     )
     await asyncio.wait((running, drained), return_when=asyncio.FIRST_COMPLETED)
@@ -186,14 +249,18 @@ async def _run_until_drained(
         await health.set_ready(ready=False)
         raise running.result()
     running.cancel()
+    drained.result()
 
 
-async def _drain(
-    engine: EngineClient, inference: InferenceService, health: Health, stop: asyncio.Event
-) -> None:
-    """Waits for `stop`, refuses new requests from then on, and ends when those under way have ended."""
-    await stop.wait()
+async def _drain(engine: EngineClient, inference: InferenceService, health: Health, stop: _Stop) -> None:
+    """Waits until it is told to, takes no requests from then on, and ends with those under way.
+
+    Those that still run when there is no time left end with StoppedError: another worker takes them up.
+    """
+    await stop.drain.wait()
     inference.phase = Phase.DRAINING
     await health.set_ready(ready=False)
     log.info("draining: %d requests under way", engine.requests)
-    await engine.until_idle()
+    if not await _unless_stopped(engine.until_idle(), stop.now):
+        log.warning("%d requests did not end in time; they are handed off", engine.requests)
+        engine.abandon(StoppedError("this worker was stopped before the text was whole; another goes on"))

@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import dataclass, field
 
+from moe_api.clock import Anchor
 from moe_worker.engine.requests import Delta, FinishReason
 from moe_worker.engine.statistics import Event, EventKind
 from moe_worker.sampling.logprobs import TokenLogprobs
@@ -20,8 +21,12 @@ class Chunk:
 
 @dataclass
 class Timeline:
-    """Wall-clock times of one request in nanoseconds; 0 for what has not happened."""
+    """Times of one request, in nanoseconds of `time.monotonic_ns`; 0 for what has not happened.
 
+    anchor: turns them into timestamps.
+    """
+
+    anchor: Anchor
     submitted_ns: int
     prefill_start_ns: int = 0
     first_token_ns: int = 0
@@ -70,7 +75,7 @@ class Stream:
 
     @property
     def failed(self) -> bool:
-        """Whether nothing more will come, because the engine is gone."""
+        """Whether the stream ended in an error: nothing more will come."""
         return self._error is not None
 
     def push(self, delta: Delta, start_ns: int, end_ns: int) -> None:

@@ -3,6 +3,8 @@
 Times were measured where things happened, in the engine process; spans are made of them afterwards.
 """
 
+from collections.abc import Iterator
+
 from opentelemetry import trace
 
 from moe_api import semconv
@@ -42,24 +44,34 @@ def describe_request(span: trace.Span, model: str, sampling: SamplingParameters,
 def record_outcome(
     tracer: trace.Tracer, span: trace.Span, model: str, timeline: Timeline, now_ns: int
 ) -> None:
-    """Adds what happened, at the latest by `now_ns`; a request that was cancelled shows how far it came."""
+    """Adds what happened, at the latest by `now_ns`; a request that was cancelled shows how far it came.
+
+    All times are monotonic; timestamps are made of them here.
+    """
     span.set_attribute(semconv.GEN_AI_RESPONSE_MODEL, model)
     span.set_attribute(semconv.GEN_AI_USAGE_OUTPUT_TOKENS, timeline.tokens)
     span.set_attribute(semconv.GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS, timeline.cached_tokens)
     for at_ns, event in timeline.events:
         name, tokens = EVENT_NAMES[event.kind]
-        span.add_event(name, {tokens: event.tokens}, at_ns)
+        span.add_event(name, {tokens: event.tokens}, timeline.anchor.timestamp_ns(at_ns))
     if timeline.finish_reason is not None:
         span.set_attribute(semconv.GEN_AI_RESPONSE_FINISH_REASONS, [timeline.finish_reason.value])
-    queue_end_ns = timeline.prefill_start_ns or now_ns
-    _child(tracer, span, "queue", timeline.submitted_ns, max(queue_end_ns, timeline.submitted_ns))
+    for name, start_ns, end_ns in _phases(timeline, now_ns):
+        child = tracer.start_span(
+            name,
+            context=trace.set_span_in_context(span),
+            start_time=timeline.anchor.timestamp_ns(start_ns),
+        )
+        child.end(end_time=timeline.anchor.timestamp_ns(end_ns))
     if timeline.tokens:
         waited_s = (timeline.first_token_ns - timeline.submitted_ns) / 1e9
         span.set_attribute(semconv.GEN_AI_RESPONSE_TIME_TO_FIRST_CHUNK, waited_s)
-        _child(tracer, span, "prefill", timeline.prefill_start_ns, timeline.first_token_ns)
-        _child(tracer, span, "decode", timeline.first_token_ns, timeline.last_token_ns)
 
 
-def _child(tracer: trace.Tracer, parent: trace.Span, name: str, start_ns: int, end_ns: int) -> None:
-    span = tracer.start_span(name, context=trace.set_span_in_context(parent), start_time=start_ns)
-    span.end(end_time=end_ns)
+def _phases(timeline: Timeline, now_ns: int) -> Iterator[tuple[str, int, int]]:
+    """(name, start, end) of what a request went through."""
+    queue_end_ns = timeline.prefill_start_ns or now_ns
+    yield "queue", timeline.submitted_ns, max(queue_end_ns, timeline.submitted_ns)
+    if timeline.tokens:
+        yield "prefill", timeline.prefill_start_ns, timeline.first_token_ns
+        yield "decode", timeline.first_token_ns, timeline.last_token_ns

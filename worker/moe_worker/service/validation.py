@@ -1,13 +1,20 @@
-"""Checks requests once, where they enter. Pure: no gRPC context, no engine, no torch."""
+"""Checks requests once, where they enter. Pure: no gRPC context, no engine, no torch.
+
+`oversize` looks at lengths alone and costs the same for any request, so the event loop can afford it.
+`check_generate` takes time in proportion to what `oversize` lets pass.
+"""
 
 from dataclasses import dataclass, replace
 
 from moe_api.inference.v1 import inference_pb2
-from moe_worker.engine.requests import prompt_violations
+from moe_worker.engine.requests import length_violation, prompt_violations
 from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.sampling.defaults import NEUTRAL
-from moe_worker.sampling.parameters import SamplingParameters, Violation
+from moe_worker.sampling.parameters import SamplingParameters, Violation, list_violation
 from moe_worker.sampling.text import TextStream
+
+# stop texts, biases and stop tokens take some 20 KiB; names, numbers and unknown fields are few.
+OTHER_FIELDS_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -36,16 +43,69 @@ class Checked:
     written: tuple[int, ...] = ()
 
 
+def oversize(request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, limits: Limits) -> list[Violation]:
+    """Every field that is longer than it may be in any request; nothing else is looked at then."""
+    sampling, given = request.sampling, len(request.resume.tokens)
+    lengths = {
+        "stop": len(sampling.stop),
+        "stop_token_ids": len(sampling.stop_token_ids),
+        "logit_bias": len(sampling.logit_bias),
+    }
+    lists = (list_violation(field, length) for field, length in lengths.items())
+    found = [Violation(f"sampling.{it.field}", it.description) for it in lists if it is not None]
+    if given >= limits.context_length:
+        found.append(
+            Violation("resume.tokens", f"holds {given} tokens; use {limits.context_length - 1} at most")
+        )
+    return [*_oversize_prompt(request, tokenizer, limits), *found]
+
+
+def largest_request_bytes(tokenizer: Tokenizer, vocab_size: int, context_length: int) -> int:
+    """Bytes of the largest message that a valid request may take; what is larger need not be received.
+
+    The prompt as text or as token ids, the tokens of a stream that is taken up, and room for other fields.
+    """
+    id_bytes = -(-max(vocab_size - 1, 1).bit_length() // 7)  # varints hold 7 bits a byte
+    characters = tokenizer.characters_for(context_length)
+    prompt = max(characters, id_bytes * context_length)
+    return prompt + id_bytes * context_length + OTHER_FIELDS_BYTES
+
+
+def size(request: inference_pb2.GenerateRequest) -> int:
+    """Characters and token ids of a request: what checking it takes time in proportion to."""
+    return len(request.prompt) + len(request.prompt_tokens.ids) + len(request.resume.tokens)
+
+
+def oversize_text(field: str, text: str, tokenizer: Tokenizer, tokens: int) -> list[Violation]:
+    """What is wrong with a text that has more than `tokens` tokens for sure, by its length alone."""
+    most = tokenizer.characters_for(tokens)
+    if len(text) <= most:
+        return []
+    return [Violation(field, f"has {len(text)} characters; {tokens} tokens are {most} characters at most")]
+
+
+def _oversize_prompt(
+    request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, limits: Limits
+) -> list[Violation]:
+    if request.WhichOneof("input") != "prompt_tokens":
+        return oversize_text("prompt", request.prompt, tokenizer, limits.context_length - 1)
+    wrong = length_violation("prompt_tokens", len(request.prompt_tokens.ids), limits.context_length)
+    return [] if wrong is None else [wrong]
+
+
 def check_generate(
     request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, limits: Limits
 ) -> Checked | list[Violation]:
-    """The request in the engine's terms, or all that is wrong with it. Tokenizes: slow for long texts."""
+    """The request in the engine's terms, or all that is wrong with it.
+
+    The request is one that `oversize` finds nothing wrong with.
+    """
     sampling = sampling_parameters(request.sampling, limits.defaults)
     found = [
         Violation(f"sampling.{violation.field}", violation.description)
         for violation in sampling.violations(limits.vocab_size)
     ]
-    prompt = _prompt(request, tokenizer)
+    prompt = _prompt(request, tokenizer, limits)
     if isinstance(prompt, Violation):
         return [prompt, *found]
     field = request.WhichOneof("input") or "prompt"
@@ -102,7 +162,9 @@ def _resume_violations(
     return []
 
 
-def _prompt(request: inference_pb2.GenerateRequest, tokenizer: Tokenizer) -> tuple[int, ...] | Violation:
+def _prompt(
+    request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, limits: Limits
+) -> tuple[int, ...] | Violation:
     kind = request.WhichOneof("input")
     if kind is None:
         return Violation("prompt", "is missing; set either prompt or prompt_tokens")
@@ -110,4 +172,7 @@ def _prompt(request: inference_pb2.GenerateRequest, tokenizer: Tokenizer) -> tup
         return tuple(request.prompt_tokens.ids)
     if not request.prompt:
         return Violation("prompt", "is empty; give at least one character")
-    return tuple(tokenizer.encode(request.prompt))
+    ids = tokenizer.encode_unless_longer(request.prompt, limits.context_length - 1)
+    if ids is None:
+        return Violation("prompt", f"has more tokens than fit; use {limits.context_length - 1} at most")
+    return tuple(ids)

@@ -1,22 +1,20 @@
-"""What the edge and the engine process say to one another: frozen dataclasses as JSON, one a frame.
+"""What the edge and the engine process say to one another: frozen dataclasses as MessagePack, one a frame.
 
-A frame is 4 bytes of length (big endian) and a JSON object whose "type" names the class. Plain data, so that
-neither side can make the other run code.
+A frame is 4 bytes of length (big endian), 1 byte that says which message it is, and the message's fields. The
+reader checks every field's type. Plain data, so that neither side can make the other run code.
 """
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
-from enum import Enum
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, cast, get_args
+
+import msgspec
 
 from moe_worker.config.engine import EngineOptions
-from moe_worker.engine.requests import Delta, FinishReason, Load, Request
-from moe_worker.engine.statistics import Event, EventKind, ExpertStatistics, LayerExperts, Statistics
-from moe_worker.sampling.logprobs import TokenLogprobs
-from moe_worker.sampling.parameters import SamplingParameters
+from moe_worker.engine.requests import Delta, Load, Request
+from moe_worker.engine.statistics import Event, ExpertStatistics, Statistics
 
-LENGTH_BYTES = 4
+LENGTH_BYTES: Final = 4
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,18 @@ class Submit:
     """Edge to engine: compute this request, which has been checked."""
 
     request: Request
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Engine to edge: request `id` was not taken, for this reason; nothing else comes of it.
+
+    retryable: whether the same request can be taken later (the queue is full).
+    """
+
+    id: int
+    message: str
+    retryable: bool
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,8 @@ class Failed:
 class Stepped:
     """Engine to edge: what happened since the last one.
 
-    `start_ns` and `end_ns` are wall-clock times of the step; `submitted` counts all requests taken so far.
+    `start_ns` and `end_ns` are of `time.monotonic_ns`, which all processes of a machine share; `submitted`
+    counts all requests that the engine has seen so far, refused ones among them.
     """
 
     start_ns: int
@@ -86,82 +97,31 @@ class Stepped:
     events: tuple[Event, ...] = ()
 
 
-Message = Start | Submit | Cancel | AskExperts | ExpertReport | Loaded | Failed | Stepped
+Message = Start | Submit | Refused | Cancel | AskExperts | ExpertReport | Loaded | Failed | Stepped
+
+
+class MalformedMessageError(Exception):
+    """A frame holds no message of this module."""
+
+
+_KINDS: Final[Sequence[type[Message]]] = get_args(Message)
+_NUMBERS: Final[Mapping[type, bytes]] = {kind: bytes([number]) for number, kind in enumerate(_KINDS)}
+_ENCODER: Final = msgspec.msgpack.Encoder()
+_DECODERS: Final[Sequence[msgspec.msgpack.Decoder[Any]]] = [msgspec.msgpack.Decoder(kind) for kind in _KINDS]
 
 
 def encode(message: Message) -> bytes:
     """The frame of one message."""
-    body = {"type": type(message).__name__} | vars(message)
-    payload = json.dumps(body, default=_plain, separators=(",", ":")).encode()
+    payload = _NUMBERS[type(message)] + _ENCODER.encode(message)
     return len(payload).to_bytes(LENGTH_BYTES, "big") + payload
 
 
 def decode(payload: bytes) -> Message:
-    """The message in a frame, without its length."""
-    body = json.loads(payload)
-    return _READERS[body.pop("type")](body)
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, Enum):
-        return value.value
-    if is_dataclass(value):
-        return vars(value)
-    raise TypeError(f"{type(value).__name__} cannot be sent")
-
-
-def _request(body: Mapping[str, Any]) -> Request:
-    given = body["sampling"]
-    tuples = {
-        "stop": tuple(given["stop"]),
-        "stop_token_ids": tuple(given["stop_token_ids"]),
-        "logit_bias": tuple((token, bias) for token, bias in given["logit_bias"]),
-    }
-    sampling = SamplingParameters(**given | tuples)
-    tokens = {name: tuple(body[name]) for name in ("prompt", "written")}
-    return Request(**dict(body) | tokens | {"sampling": sampling})
-
-
-def _delta(body: Sequence[Any]) -> Delta:
-    id_, text, token, reason, logprobs = body
-    return Delta(
-        id_,
-        text,
-        token,
-        None if reason is None else FinishReason(reason),
-        None if logprobs is None else _logprobs(logprobs),
-    )
-
-
-def _logprobs(body: Mapping[str, Any]) -> TokenLogprobs:
-    return TokenLogprobs(body["logprob"], tuple((token, value) for token, value in body["top"]))
-
-
-def _stepped(body: Mapping[str, Any]) -> Stepped:
-    deltas = tuple(_delta(delta) for delta in body["deltas"])
-    return Stepped(
-        body["start_ns"],
-        body["end_ns"],
-        deltas,
-        Load(**body["load"]),
-        body["submitted"],
-        Statistics(*body["statistics"]),
-        tuple(Event(id_, EventKind(kind), tokens) for id_, kind, tokens in body["events"]),
-    )
-
-
-def _experts(body: Mapping[str, Any]) -> ExpertReport:
-    layers = (LayerExperts(number, tuple(tokens), active) for number, tokens, active in body["layers"])
-    return ExpertReport(ExpertStatistics(body["steps"], tuple(layers)))
-
-
-_READERS: Mapping[str, Callable[[dict[str, Any]], Message]] = {
-    "Start": lambda body: Start(body["model"], EngineOptions(**body["options"])),
-    "Submit": lambda body: Submit(_request(body["request"])),
-    "Cancel": lambda body: Cancel(body["id"]),
-    "AskExperts": lambda _: AskExperts(),
-    "ExpertReport": lambda body: _experts(body["experts"]),
-    "Loaded": lambda body: Loaded(body["format"], Load(**body["load"]), body["most_requests"]),
-    "Failed": lambda body: Failed(**body),
-    "Stepped": _stepped,
-}
+    """The message in a frame, without its length. Raises MalformedMessageError."""
+    if not payload or payload[0] >= len(_KINDS):
+        raise MalformedMessageError(f"a message of {len(payload)} bytes names no known kind")
+    kind = payload[0]
+    try:
+        return cast("Message", _DECODERS[kind].decode(memoryview(payload)[1:]))
+    except msgspec.MsgspecError as error:
+        raise MalformedMessageError(f"{_KINDS[kind].__name__}: {error}") from error

@@ -1,0 +1,219 @@
+"""The edge without an engine process: what it does when the engine ends, refuses or talks nonsense."""
+
+import asyncio
+import logging
+import os
+import queue
+import socket
+
+import grpc
+import pytest
+
+from moe_api import rich_status
+from moe_api.clock import Anchor
+from moe_api.supervision import Supervisor
+from moe_worker.engine.requests import Delta, FinishReason, Load, Request
+from moe_worker.engine.statistics import ExpertStatistics, Statistics
+from moe_worker.errors import EngineDiedError, QueueFullError
+from moe_worker.sampling.parameters import SamplingParameters
+from moe_worker.service import answers, engine_process, wire
+from moe_worker.service.engine_client import EngineClient
+from moe_worker.service.servicers import _failure
+from moe_worker.service.streams import Stream, Timeline
+
+MOST = 3
+
+
+class Process:
+    """Stands in for the engine's process."""
+
+    def __init__(self):
+        self.returncode = None
+        self.ended = asyncio.Event()
+
+    def kill(self):
+        self.returncode = -9
+        self.ended.set()
+
+    async def wait(self):
+        await self.ended.wait()
+        return self.returncode
+
+
+class Engine:
+    """The test's end of the socket."""
+
+    def __init__(self, reader, writer):
+        self.reader, self.writer = reader, writer
+
+    def say(self, message):
+        self.writer.write(wire.encode(message))
+
+    async def hear(self):
+        size = int.from_bytes(await self.reader.readexactly(wire.LENGTH_BYTES), "big")
+        return wire.decode(await self.reader.readexactly(size))
+
+    def stepped(self, submitted, *deltas):
+        self.say(wire.Stepped(1, 2, deltas, Load(), submitted, Statistics()))
+
+
+@pytest.fixture
+async def connected():
+    ours, theirs = socket.socketpair()
+    client = EngineClient(Process(), *await asyncio.open_unix_connection(sock=ours), most_requests=MOST)
+    engine, supervisor = Engine(*await asyncio.open_unix_connection(sock=theirs)), Supervisor()
+    yield client, engine, supervisor
+    await supervisor.close()
+    client.writer.close()
+    engine.writer.close()
+
+
+def request(number, prompt=(1, 2)):
+    return Request(number, prompt, SamplingParameters(), 5)
+
+
+async def until(condition):
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_a_request_between_the_engines_death_and_draining_fails_at_once(connected):
+    client, engine, supervisor = connected
+    before = client.submit(request(client.admit()))
+    engine.writer.close()
+    client.process.kill()
+    error = await asyncio.wait_for(client.run(supervisor), 10)
+    assert isinstance(error, EngineDiedError)
+    with pytest.raises(EngineDiedError):
+        await before.take()
+    for attempt in (client.admit, lambda: client.submit(request(7))):
+        with pytest.raises(EngineDiedError):
+            attempt()
+    with pytest.raises(EngineDiedError):
+        await client.expert_statistics()
+
+
+async def test_an_engine_that_talks_nonsense_is_killed_and_its_streams_fail(connected, caplog):
+    client, engine, supervisor = connected
+    stream = client.submit(request(client.admit()))
+    engine.writer.write((3).to_bytes(4, "big") + b"\xff??")
+    error = await asyncio.wait_for(client.run(supervisor), 10)
+    assert "malformed message" in str(error)
+    assert client.process.returncode == -9
+    with pytest.raises(EngineDiedError):
+        await stream.take()
+
+
+async def test_requests_that_the_engine_has_not_taken_hold_places_when_cancelled(connected):
+    """Otherwise calls that are reset at once would fill the engine's memory while it computes a long step."""
+    client, engine, supervisor = connected
+    running = asyncio.create_task(client.run(supervisor))
+    for _ in range(MOST):
+        number = client.admit()
+        client.submit(request(number))
+        client.close(number)
+    with pytest.raises(QueueFullError):
+        client.admit()
+    engine.stepped(MOST)
+    await until(lambda: client.current_load.queued == 0)
+    client.close(client.admit())
+    running.cancel()
+
+
+async def test_a_finished_text_that_nobody_reads_counts_as_load(connected):
+    client, engine, supervisor = connected
+    running = asyncio.create_task(client.run(supervisor))
+    number = client.admit()
+    client.submit(request(number))
+    engine.stepped(1, Delta(number, "x", 7, FinishReason.LENGTH))
+    await until(lambda: client.current_load.running == 1)
+    client.close(number)
+    assert client.current_load.running == 0
+    running.cancel()
+
+
+async def test_experts_are_asked_for_once_at_a_time(connected):
+    client, engine, supervisor = connected
+    running = asyncio.create_task(client.run(supervisor))
+    asking = [asyncio.create_task(client.expert_statistics()) for _ in range(100)]
+    assert await asyncio.wait_for(engine.hear(), 10) == wire.AskExperts()
+    asking[0].cancel()
+    engine.say(wire.ExpertReport(ExpertStatistics(5)))
+    answers_ = await asyncio.wait_for(asyncio.gather(*asking, return_exceptions=True), 10)
+    assert [it.steps for it in answers_[1:]] == [5] * 99
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(engine.hear(), 0.1)
+    running.cancel()
+
+
+async def test_what_the_engine_refuses_ends_that_stream_alone(connected):
+    client, engine, supervisor = connected
+    running = asyncio.create_task(client.run(supervisor))
+    one, other = client.admit(), client.admit()
+    refused, served = client.submit(request(one)), client.submit(request(other))
+    engine.say(wire.Refused(one, "the queue is full", retryable=True))
+    engine.stepped(2, Delta(other, "x", 7, FinishReason.LENGTH))
+    with pytest.raises(QueueFullError) as error:
+        await asyncio.wait_for(refused.take(), 10)
+    assert answers.of_error(error.value).code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+    assert (await asyncio.wait_for(served.take(), 10)).tokens == (7,)
+    running.cancel()
+
+
+class Core:
+    """Takes one request and is full then."""
+
+    idle = True
+
+    def __init__(self):
+        self.taken = []
+
+    def submit(self, taken):
+        if self.taken:
+            raise QueueFullError("the queue is full", 1.0)
+        self.taken.append(taken.id)
+
+
+class Sent(list):
+    send = list.append
+
+
+def test_a_request_that_cannot_be_taken_does_not_end_the_engine():
+    core, inbox, sent = Core(), queue.SimpleQueue(), Sent()
+    for number in (1, 2):
+        inbox.put(wire.Submit(request(number)))
+    assert engine_process._take_commands(core, inbox, sent) == 2
+    assert core.taken == [1]
+    assert sent == [wire.Refused(2, "the queue is full", retryable=True)]
+
+
+def test_a_malformed_frame_ends_the_engine_instead_of_its_receiver_alone():
+    ours, theirs = socket.socketpair()
+    ours.sendall((2).to_bytes(4, "big") + b"\xfe\xff")
+    child = os.fork()
+    if child == 0:
+        logging.disable()
+        engine_process._receive(theirs, queue.SimpleQueue())
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+
+@pytest.mark.parametrize(
+    ("reason", "error", "status"),
+    [
+        (FinishReason.FAILED, grpc.aio.AbortError(), "INTERNAL"),
+        (FinishReason.FAILED, asyncio.CancelledError(), "INTERNAL"),
+        (FinishReason.DEADLINE, grpc.aio.AbortError(), "DEADLINE_EXCEEDED"),
+        (None, asyncio.CancelledError(), "CANCELLED"),
+        (None, EngineDiedError("gone"), "UNAVAILABLE"),
+        (FinishReason.LENGTH, asyncio.CancelledError(), None),
+    ],
+)
+def test_a_failure_is_recorded_as_what_it_was(reason, error, status):
+    stream = Stream(Timeline(Anchor(0, 0), submitted_ns=0, finish_reason=reason))
+    assert _failure(error, stream, None) == status
+
+
+def test_only_a_death_says_that_the_engine_died():
+    assert rich_status.reason(answers.of_error(EngineDiedError("gone"))) == rich_status.ENGINE_DIED
+    assert rich_status.reason(answers.of_error(QueueFullError("full", 1.0))) == ""

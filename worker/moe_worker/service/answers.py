@@ -1,0 +1,65 @@
+"""What the RPCs of a worker answer: messages and statuses, from the engine's terms."""
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import grpc
+from google.rpc import status_pb2
+
+from moe_api import rich_status
+from moe_api.inference.v1 import inference_pb2
+from moe_api.rich_status import FieldViolation
+from moe_worker.engine.requests import FinishReason
+from moe_worker.errors import EngineDiedError, QueueFullError, RequestError, WorkerError
+from moe_worker.sampling.parameters import Violation
+from moe_worker.service.streams import Chunk
+
+# Loading takes seconds to minutes, a drained worker does not come back: a frontend asks another one.
+RETRY_ELSEWHERE_S: Final = 1.0
+FINISH_REASONS: Final = {
+    FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
+}
+FAILURES: Final[Mapping[FinishReason | None, tuple[grpc.StatusCode, str]]] = {
+    FinishReason.DEADLINE: (
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        "the deadline of the call passed; allow more time, or ask for fewer tokens",
+    ),
+    FinishReason.FAILED: (
+        grpc.StatusCode.INTERNAL,
+        "the model gave no valid probabilities for the next token; check its weights (serve --check-weights)",
+    ),
+}
+
+
+def unavailable(sentence: str, reason: str = "") -> status_pb2.Status:
+    """This worker cannot; another one may. reason: one of `rich_status`, for programs."""
+    return rich_status.retry_later(grpc.StatusCode.UNAVAILABLE, sentence, RETRY_ELSEWHERE_S, reason)
+
+
+def of_error(error: WorkerError) -> status_pb2.Status:
+    """How a call ends that an error of the engine, or on the way to it, has stopped."""
+    if isinstance(error, QueueFullError):
+        code = grpc.StatusCode.RESOURCE_EXHAUSTED
+        return rich_status.retry_later(code, str(error), error.retry_after_s)
+    if isinstance(error, RequestError):
+        return rich_status.invalid_argument([FieldViolation(error.field, str(error))])
+    return unavailable(str(error), rich_status.ENGINE_DIED if isinstance(error, EngineDiedError) else "")
+
+
+def of_violations(violations: Sequence[Violation]) -> status_pb2.Status:
+    """INVALID_ARGUMENT with the fields that are wrong."""
+    return rich_status.invalid_argument([FieldViolation(it.field, it.description) for it in violations])
+
+
+def of_chunk(chunk: Chunk, prompt_tokens: int, completion_tokens: int) -> inference_pb2.GenerateResponse:
+    """The next message of a stream; the last one holds how many tokens there were in all."""
+    response = inference_pb2.GenerateResponse(text=chunk.text, tokens=chunk.tokens)
+    for logprobs in chunk.logprobs:
+        top = [inference_pb2.TopLogprob(token=token, logprob=value) for token, value in logprobs.top]
+        response.logprobs.append(inference_pb2.TokenLogprobs(logprob=logprobs.logprob, top=top))
+    if chunk.finish_reason is not None:
+        response.finish_reason = FINISH_REASONS[chunk.finish_reason]
+        response.usage.prompt_tokens = prompt_tokens
+        response.usage.completion_tokens = completion_tokens
+    return response

@@ -1,0 +1,58 @@
+"""moe_api.worker.v1.WorkerService of a worker."""
+
+import asyncio
+
+from moe_api import rich_status
+from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
+from moe_worker.engine.requests import Load
+from moe_worker.engine.statistics import Statistics
+from moe_worker.errors import WorkerError
+from moe_worker.service import answers
+from moe_worker.service.load_messages import expert_message, load_message
+from moe_worker.service.servicers import Context, InferenceService, Phase
+
+
+class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
+    """moe_api.worker.v1.WorkerService; answers from what the engine said last, so at once.
+
+    stop: set where the worker shall drain and end.
+    """
+
+    def __init__(self, inference: InferenceService, stop: asyncio.Event) -> None:
+        self._inference = inference
+        self._stop = stop
+
+    async def Drain(  # noqa: N802
+        self,
+        request: worker_pb2.DrainRequest,  # noqa: ARG002
+        context: Context,
+    ) -> worker_pb2.Drained:
+        """Takes no more requests; ends when those under way have."""
+        served = self._inference.served
+        if served is None:
+            await rich_status.abort(context, answers.unavailable(Phase.LOADING.value))
+        self._inference.phase = Phase.DRAINING
+        self._stop.set()
+        return worker_pb2.Drained(requests=served.engine.requests)
+
+    async def GetLoad(self, request: worker_pb2.GetLoadRequest, context: Context) -> worker_pb2.Load:  # noqa: N802, ARG002
+        """Says how busy this worker is."""
+        served, requests = self._inference.served, self._inference.metrics
+        if served is None:
+            return load_message(Load(), Statistics(), 0.0, requests)
+        engine = served.engine
+        return load_message(engine.current_load, engine.statistics, engine.step_s, requests)
+
+    async def GetExpertLoad(  # noqa: N802
+        self,
+        request: worker_pb2.GetExpertLoadRequest,  # noqa: ARG002
+        context: Context,
+    ) -> worker_pb2.ExpertLoad:
+        """Says which experts tokens went to."""
+        served = self._inference.served
+        if served is None:
+            await rich_status.abort(context, answers.unavailable(Phase.LOADING.value))
+        try:
+            return expert_message(await served.engine.expert_statistics())
+        except WorkerError as error:
+            await rich_status.abort(context, answers.of_error(error))
