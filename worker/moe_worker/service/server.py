@@ -104,6 +104,11 @@ class _Model:
         defaults = sampling_defaults(directory, settings.options.generation_config)
         return cls(directory, config, context_length, tokenizer, defaults)
 
+    def served(self, settings: ServeSettings, engine: EngineClient) -> Served:
+        """The model as the RPCs see it, once the engine has loaded it."""
+        name, revision = settings.served_name, settings.revision
+        return Served(name, self.config, self.context_length, self.tokenizer, engine, revision, self.defaults)
+
 
 def serve(settings: ServeSettings) -> None:
     """Serves until SIGTERM or SIGINT, then drains. Raises WorkerError."""
