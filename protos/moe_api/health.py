@@ -34,6 +34,7 @@ class _Servicer(health.aio.HealthServicer):  # type: ignore[misc]  # grpcio-heal
         finally:
             watching.cancel()
             closed.cancel()
+            await asyncio.gather(watching, closed, return_exceptions=True)
 
 
 class Health:

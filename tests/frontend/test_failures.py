@@ -23,12 +23,20 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
+async def only(bench, *names):
+    """Lets requests go to these processes alone, all of which run already: one takes seconds to start."""
+    bench.known = getattr(bench, "known", frozenset()) | bench.extra
+    bench.extra = frozenset(endpoint for endpoint in bench.known if endpoint.name in names)
+    await bench.publish()
+
+
 async def test_another_replica_goes_on_where_a_killed_worker_stopped(bench):
     b = await bench(workers=0)
-    victim = await b.add_process("victim")
+    victim, _ = await b.add_process("victim"), await b.add_process("heir")
+    await only(b, "victim")
     call = b.generate("count 100 0.01")
     assert (await call.read()).text == "victim:0 "
-    await b.add_process("heir")
+    await only(b, "victim", "heir")
     victim.kill()
     rest = [message async for message in _rest(call)]
     assert [token for message in rest for token in message.tokens] == list(range(1, 100))
@@ -40,17 +48,20 @@ async def test_another_replica_goes_on_where_a_killed_worker_stopped(bench):
 
 async def test_a_stream_survives_one_death_after_the_other(bench):
     b = await bench(workers=0)
-    current = await b.add_process("w-0")
-    call = b.generate("count 400 0.02")  # some seconds: a process takes one to start
+    for number in range(4):
+        await b.add_process(f"w-{number}")
+    await only(b, "w-0")
+    call = b.generate("count 200 0.01")
     received = [(await call.read()).text]
     for number in range(1, 4):
-        await b.add_process(f"w-{number}")
-        current.kill()
+        while len(received) < 40 * number:
+            received.append((await call.read()).text)
+        await only(b, f"w-{number - 1}", f"w-{number}")
+        b.processes[f"w-{number - 1}"].kill()
         while received[-1].partition(":")[0] != f"w-{number}":
             received.append((await call.read()).text)
-        current = b.processes[f"w-{number}"]
     received += [message.text async for message in _rest(call)]
-    assert [text.strip().partition(":")[2] for text in received] == [*map(str, range(400)), ""]
+    assert [text.strip().partition(":")[2] for text in received] == [*map(str, range(200)), ""]
 
 
 async def test_a_stream_without_an_heir_ends_when_its_patience_is_over(bench):
@@ -127,10 +138,15 @@ async def test_a_request_whose_only_worker_is_killed_waits_for_one_to_come(bench
 
 async def test_a_request_whose_worker_is_killed_before_its_first_token_is_answered_by_another(bench):
     b = await bench(workers=0)
-    process = await b.add_process("victim")
+    victim, _ = await b.add_process("victim"), await b.add_process("heir")
+    await only(b, "victim")
     call = asyncio.create_task(b.text("count 2 2"))
-    await b.add_process("heir")  # takes a second: the request has long reached the only replica there was
-    process.kill()
+    async with asyncio.timeout(20):
+        while not any(running for _, running in b.replicas.routes()):
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.2)  # until it is there
+    await only(b, "victim", "heir")
+    victim.kill()
     assert await call == "heir:0 heir:1 "
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,8 @@ from moe_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from moe_operator.resources import names
 from tests.operator.live import eventually
 from tests.soak.load import counting
+
+EVENTS = int(os.environ.get("MOE_SOAK_EVENTS", "200"))
 
 
 def leave(workers, event, number):
@@ -61,7 +64,7 @@ def test_no_request_fails_through_scaling_rollouts_and_deaths(counting_workers):
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_no_request_fails_through_200_events(counting_workers):
-    tally = run(counting_workers, events=200, pause_s=4)
+    tally = run(counting_workers, events=EVENTS, pause_s=4)
     assert (tally.failed, tally.wrong) == ({}, [])
 
 
