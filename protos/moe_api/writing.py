@@ -30,7 +30,7 @@ class SlowReaderError(Exception):
     """The client did not read a message in time.
 
     Attributes:
-        status: what to end the call with: ABORTED, so that no retry policy repeats the request.
+        status: what to end the call with: ABORTED, which no other replica can help with.
     """
 
     def __init__(self, timeout_s: float) -> None:

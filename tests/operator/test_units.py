@@ -147,3 +147,10 @@ def test_the_process_that_started_last_ranks_highest_and_an_expired_record_count
     record = {"priority": 1, "lifetime": 20, "lastseen": start.isoformat()}
     assert peering.alive(record, start + timedelta(seconds=19))
     assert not peering.alive(record, start + timedelta(seconds=20))
+
+
+@pytest.mark.parametrize(("whole", "grace"), [(60, None), (600, "595"), (5, "3"), (0, "0")])
+def test_a_worker_hands_off_its_streams_before_its_pod_is_killed(whole, grace):
+    spec = worker.pod_spec(deployment(worker={"terminationGracePeriodSeconds": whole}))
+    environment = {entry["name"]: entry.get("value") for entry in spec["containers"][0]["env"]}
+    assert environment.get("MOE_WORKER_GRACE") == grace

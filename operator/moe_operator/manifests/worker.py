@@ -28,6 +28,11 @@ _REVISION: Manifest = {
     },
 }
 
+_EXIT_SECONDS = 5
+"""Of a pod's grace period, what the process keeps for itself after its last stream; half of a short one."""
+_DEFAULT_GRACE_SECONDS = 55
+"""The worker's own default; left out, so that deployments from before the setting do not change."""
+
 
 def command(deployment: Deployment) -> list[str]:
     """The worker's command line. What the spec leaves to the worker is left out."""
@@ -58,7 +63,7 @@ def pod_spec(deployment: Deployment) -> Manifest:
         "name": names.ROLE_WORKER,
         "image": settings.image,
         "command": command(deployment),
-        "env": [_REVISION, *pods.environment(deployment, names.ROLE_WORKER, settings)],
+        "env": [_REVISION, *_grace(settings), *pods.environment(deployment, names.ROLE_WORKER, settings)],
         "ports": pods.PORTS,
         "resources": _resources(settings),
         "startupProbe": _STARTUP_PROBE,
@@ -84,6 +89,13 @@ def pod_spec(deployment: Deployment) -> Manifest:
         "volumes": volumes,
         **pods.placement(settings),
     }
+
+
+def _grace(settings: Worker) -> list[Manifest]:
+    """How long requests may run on after SIGTERM, so that their streams are handed off before SIGKILL."""
+    whole = settings.termination_grace_period_seconds
+    seconds = whole - min(_EXIT_SECONDS, whole // 2)
+    return [] if seconds == _DEFAULT_GRACE_SECONDS else [{"name": "MOE_WORKER_GRACE", "value": str(seconds)}]
 
 
 def _resources(settings: Worker) -> Manifest:

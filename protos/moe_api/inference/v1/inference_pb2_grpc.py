@@ -65,7 +65,7 @@ class InferenceServiceServicer:
         allowed), NOT_FOUND (no such model here), RESOURCE_EXHAUSTED (the queue is full; retry after the
         delay given), FAILED_PRECONDITION (resume names another revision), UNAVAILABLE (loading, draining, or the
         worker died; retry), CANCELLED, DEADLINE_EXCEEDED (the deadline of the call passed; what was sent is
-        valid), INTERNAL (do not retry).
+        valid), ABORTED (the client read nothing for 30 s), INTERNAL (do not retry).
 
         INTERNAL comes without RetryInfo and with a google.rpc.ErrorInfo of domain "serving.moe-operator.dev":
         reason REPLICAS_DIED where replicas died one after the other with this request in flight, which may be

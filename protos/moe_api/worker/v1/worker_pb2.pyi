@@ -63,14 +63,14 @@ class Load(_message.Message):
     queued: _builtins.int
     """Requests that wait for a place in the batch."""
     running: _builtins.int
-    """Requests in the batch."""
+    """Requests in the batch, and finished ones that their clients have not read yet."""
     kv_tokens_capacity: _builtins.int
     """Tokens that the KV cache can hold, and how many of these are taken by running requests, in whole pages."""
     kv_tokens_used: _builtins.int
     kv_tokens_cached: _builtins.int
     """Tokens of prefixes that nobody uses now; they give way where there is no other room."""
     requests_received: _builtins.int
-    """Well-formed requests that came, those refused among them."""
+    """Well-formed requests that were admitted, and those refused because the queue was full."""
     requests_refused: _builtins.int
     """Refused because the queue was full."""
     requests_completed: _builtins.int
