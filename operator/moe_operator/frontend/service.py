@@ -22,6 +22,8 @@ from moe_operator.frontend.holding import Hold
 SERVICE: Final = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 _DEMAND_SERVICE: Final = frontend_pb2.DESCRIPTOR.services_by_name["FrontendService"].full_name
 _LONGEST_WAIT_S: Final = 60
+MOST_STREAMS: Final = 1024
+"""Calls of one connection at a time: gateways and sidecars send those of many clients over one."""
 
 # gRPC answers calls that meet the very moment of the stop with CANCELLED. For this long before, they are
 # told what goes on, and clients turn elsewhere.
@@ -52,7 +54,8 @@ class Frontend:
         self._hold = hold
         self._health = Health([SERVICE, _DEMAND_SERVICE])
         self._server = create_server(
-            interceptors=[MalformedRequestInterceptor()], options=transport.SERVER_OPTIONS
+            interceptors=[MalformedRequestInterceptor()],
+            options=transport.server_options(most_streams=MOST_STREAMS),
         )
         self._draining = False
         self._ready = False
