@@ -109,6 +109,8 @@ def test_every_right_that_is_granted_is_used_and_no_other_is_asked_for(docs, hel
     docs.patch("moed", "docs", {"spec": elsewhere})
     docs.wait("Progressing", "Unschedulable")
     docs.patch("moed", "docs", {"spec": {"worker": {"nodeSelector": None}}})
+    docs.patch("moed", "docs", {"spec": {"scaling": {"mode": "Auto", "minReplicas": 2}}})
+    eventually(lambda: docs.get("moed", "docs")["spec"]["replicas"], lambda count: count == 2, "recorded")
     # A new revision, after which the record of the old one goes.
     docs.patch("moed", "docs", {"spec": {"revisionHistoryLimit": 0, "engine": {"maxBatchSize": 9}}})
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from localcluster.errors import CommandError
-from tests.operator.live import Live, manifest
+from tests.operator.live import Live, eventually, manifest
 
 
 @pytest.fixture
@@ -235,7 +235,7 @@ def test_a_name_that_services_cannot_have_is_refused(crd, name, sentence):
 def test_defaults_are_written_into_the_object(crd):
     crd.apply({**manifest(), "spec": {"model": {"uri": "file:///mnt/models/docs-moe"}}})
     spec = crd.get("moed", "docs")["spec"]
-    assert "replicas" not in spec  # a default would exclude scaling
+    assert spec["replicas"] == 1
     assert spec["parallelism"] == {"pipeline": 1, "expert": {"size": 1}}
     assert spec["engine"] == {
         "maxBatchSize": 16, "kvMemory": "512Mi", "dtype": "auto", "device": "auto", "format": "auto",
@@ -330,8 +330,53 @@ def test_the_columns_and_the_short_name(crd):
     assert row[header.index("DESIRED") :].split()[0] == "3", "whether or not an operator acts here"
 
 
-def test_scale_is_a_subresource(crd):
+def scale(crd):
+    path = f"/apis/serving.moe-operator.dev/v1alpha1/namespaces/{crd.namespace}/moedeployments/docs/scale"
+    return json.loads(crd.kubectl("get", "--raw", path))["spec"]["replicas"]
+
+
+@pytest.mark.parametrize("spec", [{}, {"scaling": {"maxReplicas": 4}}], ids=["fixed", "scaled"])
+def test_scale_is_a_subresource_also_where_nobody_wrote_replicas(crd, spec):
+    crd.apply(manifest(**spec))
+    assert scale(crd) == 1
+
+
+def test_a_horizontal_pod_autoscaler_adopts_it(crd):
+    crd.apply(manifest())
+    crd.kubectl("autoscale", "moed/docs", "--min=2", "--max=4", "--cpu=50%")
+    eventually(lambda: scale(crd), lambda replicas: replicas == 2, "what it brings replicas to", 60)
+
+
+def test_scale_can_be_set(crd):
     crd.apply(manifest())
     crd.kubectl("scale", "moed/docs", "--replicas=4")
-    path = f"/apis/serving.moe-operator.dev/v1alpha1/namespaces/{crd.namespace}/moedeployments/docs/scale"
-    assert json.loads(crd.kubectl("get", "--raw", path))["spec"]["replicas"] == 4
+    assert scale(crd) == 4
+
+
+def decided(crd, replicas):
+    status = json.dumps({"status": {"desiredReplicas": replicas, "scaling": {"desiredReplicas": replicas}}})
+    crd.kubectl("patch", "moed", "docs", "--subresource=status", "--type=merge", "-p", status)
+
+
+def test_where_scaling_decides_only_what_it_decided_may_be_set(crd):
+    crd.apply(manifest(scaling={"maxReplicas": 8}))
+    decided(crd, 5)
+    with pytest.raises(CommandError, match="scaling decides; to set replicas"):
+        crd.kubectl("scale", "moed/docs", "--replicas=4")
+    crd.kubectl("scale", "moed/docs", "--replicas=5")
+    decided(crd, 6)
+    crd.apply(manifest(scaling={"maxReplicas": 8}))  # a manifest without replicas leaves them
+    assert scale(crd) == 5
+    crd.patch("moed", "docs", {"spec": {"scaling": {"mode": "Off"}}})
+    assert scale(crd) == 5
+    crd.patch("moed", "docs", {"spec": {"scaling": {"mode": "Auto"}}})
+    crd.patch("moed", "docs", {"spec": {"replicas": None}})
+    assert scale(crd) == 1
+
+
+def test_scaling_takes_over_from_replicas(crd):
+    crd.apply(manifest(replicas=3))
+    status = json.dumps({"status": {"desiredReplicas": 3}})
+    crd.kubectl("patch", "moed", "docs", "--subresource=status", "--type=merge", "-p", status)
+    crd.patch("moed", "docs", {"spec": {"scaling": {"maxReplicas": 8}}})
+    assert scale(crd) == 3

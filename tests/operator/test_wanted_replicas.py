@@ -40,11 +40,29 @@ def test_scaling_starts_from_what_there_is_and_a_new_deployment_with_one_replica
 
 
 @pytest.mark.parametrize("mode", ["Advisory", "Off"])
-def test_scaling_that_does_not_act_leaves_replicas_to_the_spec_or_as_they_were(mode):
+def test_scaling_that_does_not_act_leaves_replicas_to_the_spec(mode):
     decided = ScalingStatus(desired_replicas=6)
     assert wanted({"replicas": 2, **auto(mode=mode)}, scaling=decided) == 2
-    assert wanted(auto(mode=mode), scaling=decided, desired_replicas=3) == 3
-    assert wanted(auto(mode=mode, minReplicas=0)) == 1
+    assert wanted(auto(mode=mode), scaling=decided, desired_replicas=3) == 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "decided", "recorded"),
+    [
+        (auto(), 6, 6),
+        (auto(minReplicas=0), 0, 0),
+        (auto(), 1, None),
+        ({"replicas": 6, **auto()}, 6, None),
+        (auto(maxReplicas=4), 6, None),  # the scaler has yet to hear of the bound
+        (auto(), None, None),
+        (auto(mode="Advisory"), 6, None),
+        (auto(mode="Off"), 6, None),
+        ({"replicas": 2}, 6, None),
+    ],
+)
+def test_what_scaling_decides_is_recorded_in_the_spec(spec, decided, recorded):
+    status = Status(scaling=None if decided is None else ScalingStatus(desired_replicas=decided))
+    assert replace(deployment(**spec), status=status).replicas_to_record == recorded
 
 
 def test_a_reconcile_neither_writes_nor_removes_what_the_scaler_reports():

@@ -127,10 +127,21 @@ class Reconciler:
             return self._refused(deployment, todo, refusals)
         execute.write_status(self.cluster, deployment.identity, deployment.status, todo.status)
         self._announce(deployment.identity, todo.decisions)
+        self._record(deployment)
         opened = {gate.pod for gate in todo.gates}
         if any(pod.name not in opened for pod in todo.unrouted):
             return self.settings.routing_seconds
         return self._until_next(todo)
+
+    def _record(self, deployment: Deployment) -> None:
+        """Writes what scaling decided into spec.replicas; nothing waits for that."""
+        replicas = deployment.replicas_to_record
+        if replicas is None:
+            return
+        try:
+            self.cluster.scale(deployment.identity.namespace, deployment.name, replicas)
+        except (ApplyRefusedError, ApplyForbiddenError) as error:
+            logger.warning("%s: spec.replicas does not follow scaling: %s", deployment.name, error)
 
     def _until_next(self, todo: Plan) -> float:
         """Seconds until the next look where no event asks for an earlier one."""

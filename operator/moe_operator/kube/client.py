@@ -193,6 +193,16 @@ class Cluster:
         if changed is not None:
             self._mirror.put("Pod", changed)
 
+    def scale(self, namespace: str, name: str, replicas: int) -> None:
+        """Sets spec.replicas of a deployment."""
+        self._request(
+            "patch",
+            _path(names.KIND, namespace, name) + "/scale",
+            body={"spec": {"replicas": replicas}},
+            content_type="application/merge-patch+json",
+            field_manager=names.SCALING_FIELD_MANAGER,
+        )
+
     def create(self, manifest: Manifest) -> None:
         """Makes an object that must be new."""
         path = _path(manifest["kind"], manifest["metadata"]["namespace"])

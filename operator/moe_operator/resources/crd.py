@@ -32,6 +32,22 @@ _NAME_RULES = [
         "services are named after it",
     },
 ]
+_BY_HAND = "!has(self.spec.scaling) || self.spec.scaling.mode != 'Auto' || self.spec.replicas == 1"
+_DECIDED = "has(self.status.scaling) && self.spec.replicas == self.status.scaling.desiredReplicas"
+_EXCLUSIVE = "replicas and scaling exclude each other"
+_SCALE_RULES = [
+    # The default must be allowed, and cannot be told from a 1 that somebody wrote. An object that is created
+    # has no status: the next rule is for what comes later.
+    {
+        "rule": f"{_BY_HAND} || has(self.status)",
+        "message": f"{_EXCLUSIVE}: remove replicas, or set scaling.mode to Advisory or Off",
+    },
+    {
+        "rule": f"{_BY_HAND} || self.spec.replicas == oldSelf.spec.replicas || "
+        f"(has(self.status) && {_DECIDED})",
+        "message": f"{_EXCLUSIVE}: scaling decides; to set replicas, set scaling.mode to Advisory or Off",
+    },
+]
 
 
 def structural(model: type[Model]) -> dict[str, Any]:
@@ -80,7 +96,7 @@ def schema() -> dict[str, Any]:
         "type": "object",
         "description": "A Mixture-of-Experts language model, served over gRPC by one or more replicas.",
         "required": ["spec"],
-        RULES: _NAME_RULES,
+        RULES: [*_NAME_RULES, *_SCALE_RULES],
         "properties": {
             "apiVersion": {"type": "string", "description": f"Always {names.API_VERSION}."},
             "kind": {"type": "string", "description": f"Always {names.KIND}."},

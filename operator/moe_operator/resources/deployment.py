@@ -74,21 +74,26 @@ class Deployment:
     def wanted_replicas(self) -> int:
         """Replicas that there shall be now.
 
-        In mode Auto what the scaler decided last, within today's bounds. Else what the user or an autoscaler
-        of theirs wrote, or what there was before. A new deployment starts with one replica at least, so that
-        it is seen whether its model loads.
+        In mode Auto what the scaler decided last, or what there was before, within today's bounds. Else what
+        the spec says: what a user, an autoscaler of theirs or, last, scaling in mode Auto wrote.
         """
         scaling, decided = self.spec.scaling, self.status.scaling
-        if scaling is None:
-            return 1 if self.spec.replicas is None else self.spec.replicas
-        if scaling.mode is Mode.AUTO:
-            before = decided.desired_replicas if decided else self.status.desired_replicas
-            return scaling.bounded(1 if before is None else before)
-        if self.spec.replicas is not None:
+        if scaling is None or scaling.mode is not Mode.AUTO:
             return self.spec.replicas
-        if self.status.desired_replicas is not None:
-            return self.status.desired_replicas
-        return max(scaling.min_replicas, 1)
+        before = decided.desired_replicas if decided else self.status.desired_replicas
+        return scaling.bounded(self.spec.replicas if before is None else before)
+
+    @property
+    def replicas_to_record(self) -> int | None:
+        """What spec.replicas is to become; None where it says so already, or is for others to set.
+
+        It follows what scaling decides, so that replicas stay as they are when scaling is turned off.
+        """
+        scaling, decided = self.spec.scaling, self.status.scaling
+        if scaling is None or scaling.mode is not Mode.AUTO or decided is None:
+            return None
+        wanted = self.wanted_replicas
+        return wanted if wanted == decided.desired_replicas != self.spec.replicas else None
 
 
 def identity(body: Mapping[str, Any]) -> Identity:

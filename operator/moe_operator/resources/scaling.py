@@ -34,7 +34,7 @@ class Scaling(Model):
     mode: Mode = Field(
         default=Mode.AUTO,
         description="Auto: the operator sets the number of replicas. Advisory: it only says in "
-        "status.scaling, events and metrics what it would set; spec.replicas, or what there was, stays. "
+        "status.scaling, events and metrics what it would set; spec.replicas decides. "
         "Off: it neither measures nor says anything. Default: Auto.",
     )
     min_replicas: int = Field(

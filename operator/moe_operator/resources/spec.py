@@ -228,10 +228,6 @@ class Telemetry(Model):
 
 _RULES = (
     (
-        "!has(self.replicas) || !has(self.scaling) || self.scaling.mode != 'Auto'",
-        "replicas and scaling exclude each other: remove replicas, or set scaling.mode to Advisory or Off",
-    ),
-    (
         "!has(self.worker.acceleratorFraction) || self.worker.acceleratorFraction == 1.0 || "
         "(self.parallelism.pipeline == 1 && self.parallelism.expert.size == 1)",
         "worker.acceleratorFraction 0.5 is for replicas of one worker: set parallelism.pipeline and "
@@ -269,11 +265,11 @@ class Spec(Model):
     model_config = ConfigDict(json_schema_extra=rules(*_RULES))
 
     model: ModelSource = Field(description="The model that is served. Required.")
-    replicas: int | None = Field(
-        default=None,
+    replicas: int = Field(
+        default=1,
         description="Copies of the model that share the requests; 0 stops serving. `kubectl scale` sets it, "
-        "and so may a HorizontalPodAutoscaler, which needs it written out at first. Excludes scaling in mode "
-        "Auto. Default: 1 without scaling.",
+        "and so may a HorizontalPodAutoscaler. With scaling in mode Auto the operator writes here what it "
+        "decides, and nobody else may. Default: 1.",
         json_schema_extra=rules(
             (f"self >= 0 && self <= {REPLICAS_MOST}", f"replicas is a number from 0 to {REPLICAS_MOST}")
         ),
