@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import signal
 import socket
@@ -22,6 +23,7 @@ START_TIMEOUT = 90.0  # seconds until a component must be ready; the slowest tak
 _POLL = 0.05
 _RESTART_DELAY = 1.0  # seconds; a component that cannot start must not eat a core
 _LISTENER_FD = 3
+_log = logging.getLogger(__name__)
 
 
 def report(progress: socket.socket, component: str, *, seconds: float = 0.0, error: str = "") -> None:
@@ -91,8 +93,14 @@ class Supervisor:
         task.add_done_callback(self._tasks.discard)
 
     async def _start_again(self, component: Component) -> None:
-        await asyncio.sleep(_RESTART_DELAY)
-        self.spawn(component)
+        while True:
+            await asyncio.sleep(_RESTART_DELAY)
+            try:
+                self.spawn(component)
+            except OSError as error:  # no memory, or too many processes, for now
+                _log.warning("%s cannot be started: %s; trying again", component.name, error)
+            else:
+                return
 
     async def start(self, component: Component) -> float:
         """Starts a component and waits until it is ready; returns the seconds that took.
