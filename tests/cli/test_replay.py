@@ -22,6 +22,16 @@ def run(*arguments):
     return CliRunner().invoke(main, ["replay", *map(str, arguments)])
 
 
+def assert_nothing_is_hidden(figure):
+    """Every point of the capacity lines is inside the axes, and no legend covers them."""
+    figure.draw_without_rendering()
+    for axes in figure.axes[:2]:
+        lines = [line for line in axes.get_lines() if str(line.get_label()).startswith("capacity")]
+        assert len(lines) == 2
+        assert all(max(line.get_ydata()) <= axes.get_ylim()[1] for line in lines)
+        assert not axes.get_legend().get_window_extent().overlaps(axes.get_window_extent())
+
+
 def test_the_document_has_the_stable_keys_and_the_same_bytes_again(trace, tmp_path):
     first = run(trace, "--horizon", 600, "--json", "--plot", tmp_path / "a.png")
     assert first.exit_code == 0, first.output
@@ -42,6 +52,7 @@ def test_the_document_has_the_stable_keys_and_the_same_bytes_again(trace, tmp_pa
     assert second.stdout == first.stdout
     assert (tmp_path / "b.png").read_bytes() == (tmp_path / "a.png").read_bytes()
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert first.stderr.endswith(f"wrote {tmp_path / 'a.png'}\n")
 
 
 def test_people_get_tables(trace):
@@ -73,11 +84,14 @@ def test_wrong_options_say_what_would_be_right(trace, arguments, sentence):
     [[5, 7, 6], [0, 0, 0, 0, 0, 9, 1, 2], [3] * 7, [0, 400, 0, 0, 250, 0, 0, 0, 300] * 4],
     ids=["three minutes", "silence first", "constant", "bursts"],
 )
-def test_short_traces_have_numbers_where_there_can_be_some(tmp_path, rates):
+def test_short_traces_have_numbers_where_there_can_be_some(tmp_path, rates, monkeypatch):
     path = tmp_path / "short.csv"
     path.write_text("time,requests\n" + "".join(f"{60 * n},{rate}\n" for n, rate in enumerate(rates)))
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
     result = run(path, "--json", "--plot", tmp_path / "short.png")
     assert result.exit_code == 0, result.output
+    assert_nothing_is_hidden(*drawn)
     made = json.loads(result.stdout)
     scored = len(rates) > 5
     assert (made["forecast"]["wape"] is not None) == scored, "nothing is five minutes after the beginning"

@@ -63,6 +63,7 @@ def _timeline(axes: Any, replay: Replay, first: int, last: int, *, band: bool) -
     times = _times(replay, part)
     rates = replay.trace.rates
     other = best_reactive(replay.results)
+    shown: list[NDArray[Any]] = [rates[part]]
     if band:
         low, high = replay.test.combined[part, _LOW], replay.test.combined[part, _P95]
         axes.fill_between(times, low, high, color=_BAND, alpha=0.5, lw=0, label="P5 to P95 of the forecast")
@@ -70,6 +71,7 @@ def _timeline(axes: Any, replay: Replay, first: int, last: int, *, band: bool) -
     _line(axes, times, rates[part], color=_DEMAND, lw=0.7, label="demand")
     for name, color, style in ((other, _OTHER, ":"), ("moe", _CAPACITY, "-")):
         capacity = replay.results[name].run.ready[part] * replay.service.capacity
+        shown.append(capacity)
         label = f"capacity, {'moe' if name == 'moe' else name + ' (best reactive)'}"
         _line(axes, times, capacity, color=color, lw=1.1, ls=style, label=label)
     violated = np.flatnonzero(replay.results["moe"].run.waiting[part] > 0)
@@ -84,13 +86,16 @@ def _timeline(axes: Any, replay: Replay, first: int, last: int, *, band: bool) -
         )
     if not band and first < replay.tune_until < last:
         axes.axvline(_times(replay, slice(replay.tune_until, replay.tune_until + 1))[0], color="#999", lw=0.8)
-    # A single spike must not flatten everything else.
-    usual = float(np.nanquantile(rates[part], 0.999))
-    axes.set_ylim(0, 1.35 * usual)
+    axes.set_ylim(0, _top(shown))
     axes.set_ylabel("work per minute")
-    axes.legend(loc="upper left", fontsize=8, ncols=3)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), fontsize=8, ncols=6, frameon=False)
     axes.margins(x=0)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _top(lines: list[NDArray[Any]]) -> float:
+    """Above what all lines show but for 0.1 % of their steps: one spike must not flatten everything else."""
+    return 1.08 * max(1e-9, *(float(np.nanquantile(line, 0.999)) for line in lines))
 
 
 def _times(replay: Replay, part: slice) -> Any:

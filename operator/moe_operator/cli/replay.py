@@ -12,6 +12,7 @@ import click
 
 from moe_operator.cli import errors
 from moe_operator.cli.errors import CommandError
+from moe_operator.cli.terminal import say
 
 if TYPE_CHECKING:
     from moe_operator.scaling.forecast.past import Floats
@@ -168,6 +169,7 @@ def _draw(found: Replay, path: Path) -> None:
         plotting.draw(found, path)
     except (OSError, ValueError) as error:
         raise CommandError(f"cannot write {path}: {error}", errors.WRONG) from error
+    say(f"wrote {path}", err=True)
 
 
 def _show(found: Replay, *, as_json: bool) -> None:

@@ -21,7 +21,11 @@ _AMOUNT_RULE = (
 Quantity = Annotated[str | int, WithJsonSchema(_QUANTITY_SCHEMA)]
 """A Kubernetes quantity as written: an integer, or a text such as "512Mi"."""
 
-Amount = Annotated[str | int, WithJsonSchema({**_QUANTITY_SCHEMA, **rules(_AMOUNT_RULE)})]
+_AMOUNT_TEXT = "A quantity: a number of 0 or more with an optional suffix, such as 2, 500m or 8Gi."
+Amount = Annotated[
+    str | int,
+    WithJsonSchema({"description": _AMOUNT_TEXT, **_QUANTITY_SCHEMA, **rules(_AMOUNT_RULE)}),
+]
 """A quantity of 0 or more."""
 
 
