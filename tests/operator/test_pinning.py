@@ -6,7 +6,7 @@ import copy
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_operator.manifests import frontend, worker
@@ -106,6 +106,7 @@ def test_a_field_that_came_with_the_upgrade_is_no_edit():
     assert before.keys() < world.revisions().keys()
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(["", "{}", "null", "[1]", '{"spec": {}, "template": {"spec": {}, "metadata": {}}}'])
     | st.text()

@@ -85,7 +85,7 @@ def of_predecessor(manifest: Mapping[str, Any], owner: Identity) -> bool:
     """Whether an object belongs to an earlier deployment of the same name: it is about to be deleted."""
     references = manifest["metadata"].get("ownerReferences", ())
     theirs = (one for one in references if one.get("controller") and one["uid"] != owner.uid)
-    return any((one["kind"], one["name"]) == (names.KIND, owner.name) for one in theirs)
+    return any((one.get("kind"), one.get("name")) == (names.KIND, owner.name) for one in theirs)
 
 
 def _is_named_for(manifest: Mapping[str, Any], name: str) -> bool:
