@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -10,13 +11,15 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from moe_operator.cli.rollout import restoring
-from moe_operator.manifests import history, worker
+from moe_operator.manifests import frontend, history, worker
+from moe_operator.manifests.objects import Key
 from moe_operator.manifests.observed import Observed
 from moe_operator.resources import names
+from moe_operator.resources.deployment import parse
 from moe_operator.resources.spec import Spec
 from tests.operator import manifests_at_random
 from tests.operator.by_hand import COLLECTION, Api
-from tests.operator.worlds import deployment
+from tests.operator.worlds import deployment, settled
 
 QUALITY = {"maxBitsPerByteIncrease": 0.005}
 
@@ -48,9 +51,9 @@ def test_an_edit_makes_a_revision_that_undo_restores_or_none(spec, edited, gated
     before, after = parsed(spec | ({"quality": QUALITY} if gated else {})), parsed(edited)
     if before is None or after is None:
         return
-    recorded = history.current(before, Observed())["data"]["spec"]
+    recorded = history.current(before, Observed())["data"]
     edit = after.spec.manifest()
-    undone = deployment(**patched(edit, restoring(recorded, edit)))
+    undone = deployment(**patched(edit, restoring(recorded, {"metadata": {}, "spec": edit})))
     assert worker.pod_spec(undone) == worker.pod_spec(before), "undo restores the pods exactly"
     unrevised = {field: value for field, value in edit.items() if field not in names.REVISED_FIELDS}
     assert unrevised.items() <= undone.spec.manifest().items(), "undo changes nothing else"
@@ -71,11 +74,56 @@ def test_fields_that_undo_leaves_alone_make_no_revision(edited):
     assert worker.revision(deployment(**revised, **unrevised)) == worker.revision(before)
 
 
+def restarted(spec, time_text):
+    """The deployment after `moe rollout restart`."""
+    annotations = {names.ANNOTATION_RESTARTED: time_text} if time_text else {}
+    metadata = {"name": "docs", "namespace": "default", "uid": "u", "annotations": annotations}
+    return parse({"metadata": metadata, "spec": spec})
+
+
+def test_a_restart_is_a_revision_of_its_own_which_undo_takes_back():
+    spec = deployment().spec.manifest()
+    never, once, twice = (
+        restarted(spec, text) for text in (None, "2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z")
+    )
+    assert len({worker.revision(one) for one in (never, once, twice)}) == 3
+    assert worker.revision(never) == worker.revision(deployment()), "as before there were restarts"
+    assert frontend.rendered(once) != frontend.rendered(never)
+    path = "/metadata/annotations/kubectl.kubernetes.io~1restartedAt"
+    body = {"metadata": {"annotations": {names.ANNOTATION_RESTARTED: "2026-01-02T00:00:00Z"}}, "spec": spec}
+    to_once, to_never = (history.current(one, Observed())["data"] for one in (once, never))
+    assert [o for o in restoring(to_once, body) if o["path"] == path] == [
+        {"op": "add", "path": path, "value": "2026-01-01T00:00:00Z"}
+    ]
+    assert [o for o in restoring(to_never, body) if o["path"] == path] == [{"op": "remove", "path": path}]
+    assert len(restarted(spec, "x" * 300_000).restarted_at) == 64, "it goes into every pod: bounded"
+
+
+def test_a_restart_replaces_every_pod_in_the_order_of_a_rollout():
+    world = settled(replicas=2)
+    before = world.revisions()
+    world.deployment = replace(world.deployment, restarted_at="2026-01-01T00:00:00Z")
+    for _ in range(8):
+        world.step()
+        assert world.serving() >= 2
+        world.all_ready()
+    after = world.revisions()
+    assert len(after) == 2
+    assert not set(before.values()) & set(after.values())
+    assert world.status.restarted_at == "2026-01-01T00:00:00Z"
+    template = world.children[Key("Deployment", "docs-frontend")]["spec"]["template"]
+    assert template["metadata"]["annotations"] == {names.ANNOTATION_RESTARTED: "2026-01-01T00:00:00Z"}
+    world.change(replicas=3)
+    world.step()
+    assert len(set(world.revisions().values())) == 1, "scaling afterwards restarts nothing"
+
+
 def test_a_field_that_was_not_set_is_removed():
-    assert list(
-        restoring({"quality": None, "engine": {"a": 1}}, {"quality": QUALITY, "engine": {"a": 1}})
-    ) == [{"op": "remove", "path": "/spec/quality"}]
-    assert list(restoring({"quality": None}, {})) == []
+    recorded = {"spec": {"quality": None, "engine": {"a": 1}}}
+    body = {"metadata": {}, "spec": {"quality": QUALITY, "engine": {"a": 1}}}
+    assert list(restoring(recorded, body)) == [{"op": "remove", "path": "/spec/quality"}]
+    del body["spec"]["quality"]
+    assert list(restoring(recorded, body)) == []
 
 
 @pytest.fixture(scope="module")

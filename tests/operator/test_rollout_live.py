@@ -65,6 +65,19 @@ def test_undo_brings_back_the_revision_before(docs):
     assert "has no revision 99 on record" in unknown.stderr
 
 
+def test_restart_replaces_the_pods_of_an_unchanged_spec(docs):
+    def pods():
+        return {pod["metadata"]["uid"] for pod in docs.list("pods")}
+
+    before, generation = pods(), docs.get("moed", "docs")["metadata"]["generation"]
+    said = moe(docs, "restart", "docs").stdout
+    assert said == "docs restarts; `moe rollout status docs` follows it\n"
+    done = moe(docs, "status", "docs")
+    assert done.returncode == 0, done.stdout
+    eventually(pods, lambda now: now and not now & before, "no pod of before is left")
+    assert docs.get("moed", "docs")["metadata"]["generation"] == generation
+
+
 def test_a_paused_change_waits(docs):
     before = docs.leaders().keys()
     assert moe(docs, "pause", "docs").stdout == "docs is paused\n"

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any, Final, cast
 
 import click
@@ -12,6 +13,7 @@ from moe_operator.cli.errors import CommandError
 from moe_operator.cli.kube import TIMEOUT_S, reading
 from moe_operator.cli.terminal import say
 from moe_operator.resources import names
+from moe_operator.resources.deployment import restarted_at
 from moe_operator.resources.status import DONE, PROGRESSING
 
 _PAUSED: Final = "Paused"
@@ -39,6 +41,7 @@ def rollout() -> None:
     moe rollout status docs-moe     wait until the change is through, or stuck
     moe rollout history docs-moe    which revisions there were
     moe rollout undo docs-moe       back to the one before
+    moe rollout restart docs-moe    new pods of the same spec
     """
 
 
@@ -74,7 +77,9 @@ def history(name: str, namespace: str | None, context: str | None) -> None:
         current = api.get(name).get("status", {}).get("revision")
         before: dict[str, Any] = {}
         for record in api.records(name):
-            spec, revision = record["data"]["spec"], record["metadata"]["labels"][names.LABEL_REVISION]
+            restart = {"restartedAt": record["data"].get("restartedAt")}
+            spec = {**record["data"]["spec"], **restart}
+            revision = record["metadata"]["labels"][names.LABEL_REVISION]
             mark = " (current)" if revision == current else ""
             changed = ", ".join(_differences(before, spec)) if before else "the first one on record"
             say(f"{record['revision']}  {revision}{mark}  {changed}")
@@ -89,7 +94,7 @@ def undo(name: str, namespace: str | None, context: str | None, to_revision: int
     with _deployments(context, namespace, name) as api:
         body = api.get(name)
         record = _wanted(api.records(name), body.get("status", {}).get("revision"), to_revision, name)
-        operations = list(restoring(record["data"]["spec"], body["spec"]))
+        operations = list(restoring(record["data"], body))
         if not operations:
             click.echo(f"{name} has the spec of revision {record['revision']} already; nothing is changed")
             return
@@ -97,6 +102,22 @@ def undo(name: str, namespace: str | None, context: str | None, to_revision: int
         click.echo(
             f"{name} goes back to revision {record['revision']}; `moe rollout status {name}` follows it"
         )
+
+
+@rollout.command()
+@_cluster_options
+def restart(name: str, namespace: str | None, context: str | None) -> None:
+    """Replaces every worker and frontend of NAME, in the order of any other rollout.
+
+    It sets the annotation kubectl.kubernetes.io/restartedAt, which may be set by other means as well.
+    """
+    now = datetime.now().astimezone().isoformat(timespec="milliseconds")
+    with _deployments(context, namespace, name) as api:
+        body = api.get(name)
+        api.patch(name, list(_restarting(body, now)))
+        paused = body["spec"].get("rollout", {}).get("pause")
+        later = " as soon as it is resumed" if paused else ""
+        click.echo(f"{name} restarts{later}; `moe rollout status {name}` follows it")
 
 
 @rollout.command()
@@ -122,10 +143,12 @@ def _set_pause(name: str, namespace: str | None, context: str | None, *, value: 
 
 
 def _progress(body: dict[str, Any]) -> tuple[str, str, str]:
-    """Reason, message and status of Progressing, once the operator has seen the latest spec."""
-    for condition in body.get("status", {}).get("conditions", ()):
+    """Reason, message and status of Progressing, once the operator has seen the latest spec and restart."""
+    status = body.get("status", {})
+    for condition in status.get("conditions", ()):
         if condition["type"] == PROGRESSING:
-            if condition.get("observedGeneration") == body["metadata"]["generation"]:
+            seen = (condition.get("observedGeneration"), status.get("restartedAt", ""))
+            if seen == (body["metadata"]["generation"], restarted_at(body)):
                 return condition["reason"], condition["message"], condition["status"]
             break
     return "Waiting", "the operator has not looked at the latest change yet", "Unknown"
@@ -150,14 +173,27 @@ def _wanted(
     return found[-1]
 
 
-def restoring(recorded: dict[str, Any], spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The JSON patch that restores a spec's fields as they are recorded; null stands for one not set."""
-    for field, value in recorded.items():
-        path = f"/spec/{field}"
-        if value is None and field in spec:
-            yield {"op": "remove", "path": path}
-        elif value is not None and spec.get(field) != value:
-            yield {"op": "add", "path": path, "value": value}
+def restoring(recorded: dict[str, Any], body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The JSON patch that restores what a revision recorded; null stands for a field that is not set."""
+    for field, value in recorded["spec"].items():
+        yield from _setting(f"/spec/{field}", body["spec"].get(field), value)
+    yield from _restarting(body, recorded.get("restartedAt"))
+
+
+def _restarting(body: dict[str, Any], time_text: str | None) -> Iterator[dict[str, Any]]:
+    """The JSON patch that sets the time of the last restart, or removes it."""
+    annotations = body["metadata"].get("annotations")
+    if annotations is None and time_text is not None:
+        yield {"op": "add", "path": "/metadata/annotations", "value": {}}
+    path = f"/metadata/annotations/{names.ANNOTATION_RESTARTED.replace('/', '~1')}"
+    yield from _setting(path, (annotations or {}).get(names.ANNOTATION_RESTARTED), time_text)
+
+
+def _setting(path: str, current: Any, value: Any) -> Iterator[dict[str, Any]]:
+    if value is None and current is not None:
+        yield {"op": "remove", "path": path}
+    elif current != value:
+        yield {"op": "add", "path": path, "value": value}
 
 
 def _differences(before: Any, after: Any, path: str = "") -> Iterator[str]:

@@ -32,6 +32,7 @@ from moe_operator.kube.follow import Follower
 from moe_operator.kube.mirror import Mirror
 from moe_operator.manifests.children import KINDS
 from moe_operator.resources import names
+from moe_operator.resources.deployment import restarted_at
 from moe_operator.rpc.polling import Poller
 from moe_operator.settings import Settings
 
@@ -175,9 +176,9 @@ async def deployment_changed(
 ) -> None:
     """A deployment was made, changed or deleted. What the operator wrote into its status is no news."""
     _keep(memo.mirror, event)
-    seen = memo.get("generation")
-    memo.generation = meta.get("generation")
-    if event["type"] in (None, "ADDED", "DELETED") or seen != memo.generation:
+    seen = memo.get("asked")
+    memo.asked = (meta.get("generation"), restarted_at(event["object"]))
+    if event["type"] in (None, "ADDED", "DELETED") or seen != memo.asked:
         memo.queue.add(Name(str(namespace), name), edited=True)
 
 

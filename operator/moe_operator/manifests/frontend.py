@@ -73,7 +73,7 @@ def pod_spec(deployment: Deployment) -> Manifest:
 
 def rendered(of: Deployment) -> Manifest:
     """What the frontend's pods are made from, as this operator would have it."""
-    return {"metadata": {"labels": labels(of.name)}, "spec": pod_spec(of)}
+    return pods.template(of, labels(of.name), pod_spec(of))
 
 
 def _child(deployment: Deployment, api_version: str, kind: str) -> Manifest:

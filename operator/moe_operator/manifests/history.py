@@ -33,7 +33,8 @@ def current(deployment: Deployment, observed: Observed) -> Manifest:
 
 def _content(deployment: Deployment) -> Manifest:
     spec = deployment.spec.manifest()
-    return {"spec": {field: spec.get(field) for field in names.REVISED_FIELDS}}
+    restart = {"restartedAt": deployment.restarted_at} if deployment.restarted_at else {}
+    return {"spec": {field: spec.get(field) for field in names.REVISED_FIELDS}, **restart}
 
 
 def outdated(deployment: Deployment, observed: Observed, in_use: Collection[str]) -> list[Manifest]:

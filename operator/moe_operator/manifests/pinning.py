@@ -1,6 +1,7 @@
 """Keeps pods as they were rendered for as long as nobody edits what makes them (docs/adr/0012).
 
 A newer operator may render pods differently and have other defaults; neither is a reason to restart a worker.
+A restart that somebody asked for is one, as an edit is.
 So an object with a pod template carries, in an annotation, that template and the spec that it was made from.
 Where this operator would make the same of that spec as of today's, no edit lies between the two: the template
 is used again, also for new replicas.
@@ -54,6 +55,8 @@ def _pin(carrier: Manifest) -> Pin | None:
 
 def _holds(pin: Pin, fresh: Pin, deployment: Deployment, render: Callable[[Deployment], Manifest]) -> bool:
     """Whether no edit lies between the pinned spec and today's, as far as these pods go."""
+    if pin.restarted_at != fresh.restarted_at:
+        return False
     if pin.spec == fresh.spec:
         return True
     try:

@@ -225,6 +225,7 @@ def _status(deployment: Deployment, current: State, now: datetime) -> Status:
         updated_replicas=current.updated,
         selector=names.selector_text(names.leader_labels(deployment.name)),
         revision=current.revision,
+        restarted_at=deployment.restarted_at or None,
         rollout=current.progress,
         model=current.model,
         conditions=conditions.dated(conditions.verdicts(current), deployment.status, generation, now),

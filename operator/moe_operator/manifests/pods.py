@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from moe_operator.manifests.objects import Manifest
@@ -58,6 +59,13 @@ def environment(deployment: Deployment, role: str, settings: PodSettings) -> lis
         manifest = variable.manifest()
         pairs[manifest.pop("name")] = manifest
     return [{"name": name, **value} for name, value in pairs.items()]
+
+
+def template(deployment: Deployment, labels: Mapping[str, str], spec: Manifest) -> Manifest:
+    """A pod template, which differs after every restart that somebody asked for."""
+    restart = {names.ANNOTATION_RESTARTED: deployment.restarted_at} if deployment.restarted_at else {}
+    annotations = {"annotations": restart} if restart else {}
+    return {"metadata": {"labels": dict(labels), **annotations}, "spec": spec}
 
 
 def placement(settings: PodSettings) -> Manifest:

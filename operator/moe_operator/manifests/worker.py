@@ -112,7 +112,7 @@ def rendered(deployment: Deployment) -> Manifest:
     Only fields that undo restores have an influence.
     """
     revised = replace(deployment, spec=deployment.spec.revised)
-    return {"metadata": {"labels": names.leader_labels(deployment.name)}, "spec": pod_spec(revised)}
+    return pods.template(deployment, names.leader_labels(deployment.name), pod_spec(revised))
 
 
 def pin(deployment: Deployment) -> Pin:

@@ -10,10 +10,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from moe_operator.errors import InvalidSpecError
+from moe_operator.resources import names
 from moe_operator.resources.digest import canonical, digest
 from moe_operator.resources.scaling import Mode
 from moe_operator.resources.spec import Spec
 from moe_operator.resources.status import Status
+
+_RESTARTED_MOST = 64
+"""Characters of the time of a restart that count: a time has 32 at the most."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,14 @@ class Pin:
 
     @cached_property
     def revision(self) -> str:
-        """Hash of the pod spec."""
-        return digest(self.template["spec"])
+        """Hash of the pod spec, and of the last restart where there was one."""
+        spec = self.template["spec"]
+        return digest([spec, self.restarted_at] if self.restarted_at else spec)
+
+    @property
+    def restarted_at(self) -> str:
+        """The last restart of the pods; empty where there was none."""
+        return str(self.template["metadata"].get("annotations", {}).get(names.ANNOTATION_RESTARTED, ""))
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,8 @@ class Deployment:
     identity: Identity
     spec: Spec
     status: Status
+    restarted_at: str = ""
+    """When somebody asked for a restart last; empty where nobody did. Another text is another restart."""
     pinned: Mapping[str, Pin] = field(default_factory=dict)
     """Pod templates by role: those that were rendered before and still hold, or else today's."""
 
@@ -111,7 +123,13 @@ def parse(body: Mapping[str, Any]) -> Deployment:
         spec = Spec.model_validate(body.get("spec") or {})
     except ValidationError as error:
         raise InvalidSpecError(sentence(error)) from error
-    return Deployment(identity(body), spec, parse_status(body))
+    return Deployment(identity(body), spec, parse_status(body), restarted_at(body))
+
+
+def restarted_at(body: Mapping[str, Any]) -> str:
+    """What the annotation says by which users ask for a restart, bounded; empty where there is none."""
+    annotations = body["metadata"].get("annotations") or {}
+    return str(annotations.get(names.ANNOTATION_RESTARTED, ""))[:_RESTARTED_MOST]
 
 
 def parse_status(body: Mapping[str, Any]) -> Status:

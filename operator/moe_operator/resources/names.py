@@ -36,6 +36,9 @@ ANNOTATION_DIGEST: Final = f"{GROUP}/digest"
 ANNOTATION_PINNED: Final = f"{GROUP}/pinned"
 """A pod template as it was rendered, and the part of the spec that it was rendered from."""
 
+ANNOTATION_RESTARTED: Final = "kubectl.kubernetes.io/restartedAt"
+"""Time of the last restart: on pods, where `kubectl rollout restart` writes it, and on a MoEDeployment."""
+
 ROUTED: Final = f"{GROUP}/routed"
 """Readiness gate of leaders: every frontend sends them requests."""
 

@@ -108,6 +108,11 @@ class Status(Observed):
     )
     selector: str = Field(default="", description="Label selector of the leaders, for the scale subresource.")
     revision: str = Field(default="", description="Hash of the worker's pod template that the spec asks for.")
+    restarted_at: str | None = Field(
+        default=None,
+        description="The annotation kubectl.kubernetes.io/restartedAt that was last acted on; absent where "
+        "there was none.",
+    )
     rollout: RolloutStatus | None = Field(
         default=None, description="How far the rollout under way has come; absent where there is none."
     )
