@@ -25,11 +25,12 @@ QUALITY = {"maxBitsPerByteIncrease": 0.005}
 
 
 def parsed(spec):
-    """A deployment with this spec, or None where the spec is not valid."""
+    """A deployment with this spec, or None where the spec is not valid; CEL rules are not tried here."""
     try:
         Spec.model_validate(spec)
-        return deployment(**spec)
-    except (ValidationError, TypeError):
+        worker.pod_spec(found := deployment(**spec))
+        return found
+    except (ValidationError, TypeError, ValueError):
         return None
 
 
