@@ -47,10 +47,17 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, between the special tokens that the tokenizer's files put around a text.
 
-        A text that begins with those tokens itself gets no second ones.
+        A text that begins with those tokens itself gets no second ones. Raises TokenizerError where the
+        library gives up.
         """
-        # A batch of one: unlike the library's `encode` it lets other threads run meanwhile (4 MiB take 2 s).
-        ids: list[int] = self._inner.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        try:
+            # A batch of one: unlike the library's `encode` it lets other threads run (4 MiB take 2 s).
+            ids: list[int] = self._inner.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+            # A pattern that gives up on this text; a panic is no Exception and would end the process.
+            raise TokenizerError(f"tokenizer.json cannot tokenize the text: {str(error)[:200]}") from error
         return self._special.around(ids) if add_special_tokens else ids
 
     def encode_unless_longer(self, text: str, most: int, add_special_tokens: bool = True) -> list[int] | None:

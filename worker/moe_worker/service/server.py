@@ -25,6 +25,7 @@ from moe_worker.config.engine import EngineOptions
 from moe_worker.config.model import ModelConfig
 from moe_worker.errors import EngineDiedError, SettingsError, WorkerError
 from moe_worker.models.tokenizer import Tokenizer
+from moe_worker.models.tokenizer_guard import load_guarded
 from moe_worker.sampling.defaults import sampling_defaults
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.service.engine_client import EngineClient
@@ -100,7 +101,7 @@ class _Model:
         directory = find_checkpoint(settings.model)
         config = read_checkpoint_config(directory, settings.options.config_override)
         context_length = settings.options.context_for(config.max_position_embeddings)
-        tokenizer = Tokenizer.load(directory, config)
+        tokenizer = load_guarded(directory, config)
         defaults = sampling_defaults(directory, settings.options.generation_config)
         return cls(directory, config, context_length, tokenizer, defaults)
 

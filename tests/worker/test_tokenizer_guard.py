@@ -1,0 +1,91 @@
+"""Tokenizers that would take a serving process's time or memory are refused by a child with limits."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moe_worker.config.directory import read_checkpoint_config
+from moe_worker.errors import TokenizerError
+from moe_worker.models.tokenizer import Tokenizer
+from moe_worker.models.tokenizer_guard import load_guarded
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "docs-moe"
+
+
+def replace(pattern, content):
+    return {"type": "Replace", "pattern": {"String": pattern}, "content": content}
+
+
+def split(regex):
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+
+
+BOMBS = {
+    "a normalizer that doubles": {
+        "normalizer": {"type": "Sequence", "normalizers": [replace("a", "aa") for _ in range(60)]}
+    },
+    "a normalizer that doubles a rare letter": {
+        "normalizer": {"type": "Sequence", "normalizers": [replace("\U0001d11e", "\U0001d11e" * 2)] * 60}
+    },
+    "a regular expression that backtracks for ever": {"pre_tokenizer": split(r"^(\w+\s?)*$x")},
+}
+
+
+@pytest.fixture
+def broken(checkpoint, tmp_path):
+    return shutil.copytree(checkpoint, tmp_path / "model")
+
+
+def change(directory, **parts):
+    path = directory / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | parts))
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_bomb_is_refused_and_this_process_lives(broken, bomb):
+    config = read_checkpoint_config(broken)
+    change(broken, **BOMBS[bomb])
+    begin = time.monotonic()
+    with pytest.raises(TokenizerError) as error:
+        load_guarded(broken, config)
+    assert str(broken / "tokenizer.json") in str(error.value)
+    assert "\n" not in str(error.value)
+    assert time.monotonic() - begin < 30  # 5 s on a processor of its own
+
+
+def test_ordinary_tokenizers_pass_unchanged(checkpoint):
+    for directory in (checkpoint, EXAMPLE):
+        config = read_checkpoint_config(directory)
+        text = "naïve café 日本語 🙂 the quick   brown\n\nfox"
+        assert load_guarded(directory, config).encode(text) == Tokenizer.load(directory, config).encode(text)
+
+
+def test_what_is_wrong_with_the_file_is_said_as_ever(broken):
+    config = read_checkpoint_config(broken)
+    change(broken, decoder={"type": "Metaspace"})
+    with pytest.raises(TokenizerError, match="the decoder must be ByteLevel"):
+        load_guarded(broken, config)
+    (broken / "tokenizer.json").unlink()
+    with pytest.raises(TokenizerError, match=r"tokenizer.json is missing"):
+        load_guarded(broken, config)
+
+
+def test_a_worker_refuses_a_bomb_with_a_sentence(broken):
+    change(broken, **BOMBS["a normalizer that doubles"])
+    program = Path(sys.executable).with_name("moe-worker")
+    command = [program, "serve", "--model", broken, "--listen", "127.0.0.1:0"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    assert ended.returncode == 2
+    assert "tokenizer.json needs more than" in ended.stderr.splitlines()[-1]
+
+
+def test_a_text_that_a_pattern_gives_up_on_is_an_error_not_the_end(broken):
+    change(broken, **BOMBS["a regular expression that backtracks for ever"])
+    tokenizer = Tokenizer.load(broken, read_checkpoint_config(broken))
+    with pytest.raises(TokenizerError, match="cannot tokenize the text: Onig: Regex search error"):
+        tokenizer.encode("a" * 2000 + "x")
