@@ -88,7 +88,7 @@ class Bench:
             torch.cuda.empty_cache()
             shape = CacheShape(config.num_hidden_layers, config.attention.cache_width, PAGE, torch.bfloat16)
             cache = PagedCache.allocate(shape, batch * shape.pages_for(context), device)
-            runner = CudaRunner(model, cache, batch, context, progress=True)
+            runner = CudaRunner(model, cache, batch, context, prefill_tokens, progress=True)
         options = EngineOptions(
             device="cuda", max_batch_size=batch, prefill_tokens=prefill_tokens, prefix_cache=False,
             target_step_ms=10_000,

@@ -52,7 +52,7 @@ class Both:
             width = Sizes.of(self.config.latent).cache_width(self.config.latent)
             shape = CacheShape(self.config.num_hidden_layers, width, page, kv_dtype)
             self.cache = PagedCache.allocate(shape, pages, DEVICE)
-            self.runner = CudaRunner(prepare(model, consume=True), self.cache, sequences, CONTEXT)
+            self.runner = CudaRunner(prepare(model, consume=True), self.cache, sequences, CONTEXT, 256)
             self.plain = TorchRunner(random_model(values, number_format, CONTEXT, DEVICE, torch.float32))
         self.loaded = LoadedModel(self.config, self.runner, NoText(), self.cache, CONTEXT, number_format, ())
 
@@ -154,8 +154,56 @@ def test_experts_are_counted_without_padding_and_shared_ones():
         assert 3 * 3 <= active <= 3 * 20
 
 
+def test_memory_that_nobody_wrote_reaches_no_logits():
+    """torch fills what it allocates with NaN here; a batch of three is padded to four."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        both = Both(SMALL, "w4a8")
+        both.kernels([Segment([7], 0, [0]), Segment([9], 0, [1]), Segment([8], 0, [2])])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert both.runner.graphs.logits_BV[:4].isfinite().all()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("number_format", ["dense", "fp8", "w4a8"])
+def test_nothing_is_compiled_once_it_is_ready(monkeypatch, number_format):
+    """Prompts of every length up to 64, in pieces and beside streams."""
+    both, compiled = Both(SMALL, number_format), []
+
+    def note(**given):
+        compiled.append(given["fn"].name)
+
+    monkeypatch.setattr("triton.knobs.runtime.jit_cache_hook", note)
+    for options in (
+        {"prefill_tokens": 256},
+        {"prefill_tokens": 7},
+        {"prefix_cache": False, "prefill_tokens": 256},
+    ):
+        generate(both, [tokens_of(count, seed=count) for count in range(1, 65)], 3, max_queue=64, **options)
+    assert compiled == []
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+def test_log_probabilities_wait_for_no_later_step():
+    """CUDA itself raises where the host would wait for anything but the step's own event."""
+    both = Both(SMALL, "dense")
+    core = EngineCore(both.loaded, EngineOptions(max_batch_size=8), flights=2)
+    sampling = SamplingParameters(max_tokens=12, ignore_eos=True, logprobs=5)
+    for number in range(3):
+        core.submit(Request(number, tuple(tokens_of(9, seed=number)), sampling, 0))
+    while not core._flights:
+        core.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        deltas = [delta for _ in range(6) for delta in core.step()]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert any(delta.logprobs and len(delta.logprobs.top) == 5 for delta in deltas)
+
+
 def generate(both, prompts, tokens, **options):
-    settings = EngineOptions(max_batch_size=8, **options)
+    settings = EngineOptions(**{"max_batch_size": 8} | options)
     core = EngineCore(both.loaded, settings, flights=2)
     for number, prompt in enumerate(prompts):
         core.submit(Request(number, tuple(prompt), SamplingParameters(max_tokens=tokens, ignore_eos=True), 0))

@@ -238,6 +238,43 @@ def test_router(count, choice, tokens):
     assert torch.equal(counts.long(), (expected > 0).sum(0))
 
 
+@pytest.mark.parametrize(("count", "choice"), [*CHOICES.values(), (20, CHOICES["sigmoid"][1])])
+def test_rows_that_are_not_numbers_choose_experts_that_exist(count, choice):
+    """20 experts stand in a block of 32: the greatest of NaNs may be any place in it."""
+    x, weight = randn(9, 320), randn(count, 320, dtype=torch.float32) / 18
+    clean = [torch.zeros(count + choice.shared, dtype=torch.int32, device=DEVICE) for _ in range(2)]
+    expected, weights = router.route(x, weight, None, choice, clean[0])
+    x[4], x[7, 3] = math.nan, math.inf
+    chosen, broken_weights = router.route(x, weight, None, choice, clean[1])
+    assert ((chosen >= 0) & (chosen < count + choice.shared)).all()
+    assert all(len(set(row)) == len(row) for row in chosen.tolist())
+    assert int(clean[1].sum()) == chosen.numel()
+    assert broken_weights[4, : choice.top_k].isnan().all()
+    others = [0, 1, 2, 3, 5, 6, 8]
+    assert torch.equal(chosen[others], expected[others])
+    assert torch.equal(broken_weights[others], weights[others])
+
+
+def test_a_row_that_is_not_a_number_stays_none_in_int8():
+    residual, ones = randn(3, 320), torch.ones(320, device=DEVICE, dtype=torch.bfloat16)
+    residual[1, 70] = math.nan
+    out = poisoned(3, 320)
+    norm.residual_norm(residual, None, ones, 1e-6, out, INT8)
+    assert out.scales_TX[1].isnan().all()
+    assert out.scales_TX[[0, 2]].isfinite().all()
+
+
+def test_rows_of_padding_that_nobody_wrote_are_not_added():
+    residual, added = randn(4, 128), randn(12, 128)
+    added[6:] = math.nan
+    expected, out = residual.clone(), poisoned(4, 128)
+    ones = torch.ones(128, device=DEVICE, dtype=torch.bfloat16)
+    valid = torch.tensor([2], dtype=torch.int32, device=DEVICE)
+    norm.residual_norm(residual, norm.Added(added, valid=valid), ones, 1e-6, out, NONE)
+    assert torch.equal(residual[2:], expected[2:])
+    assert out.x_TD.isfinite().all()
+
+
 def test_padding_goes_to_no_expert():
     x, weight = randn(8, 64), randn(16, 64, dtype=torch.float32)
     choice = CHOICES["sigmoid"][1]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_worker.sampling.adjust import to_device
 from moe_worker.sampling.logprobs import TokenLogprobs
-from moe_worker.sampling.sampler import Sampled
+from moe_worker.sampling.sampler import Logprobs, Sampled
 from moe_worker.scheduler.plan import Step
 
 S = TypeVar("S")
@@ -21,7 +21,7 @@ class Flight(Generic[S]):
     """`sampling` names the requests that sample, in order, each with what the engine keeps of it."""
 
     def __init__(self, step: Step, sampling: Sequence[tuple[int, S]], sampled: Sampled | None) -> None:
-        """Begins to copy the tokens to the host."""
+        """Begins to copy the tokens, and what else the host needs, from the device."""
         self.step = step
         self.sampling = sampling
         self._rows = {name: row for row, (name, _) in enumerate(sampling)}
@@ -30,6 +30,8 @@ class Flight(Generic[S]):
         if sampled is not None:
             self._tokens_B = _to_host(sampled.tokens_B)
             self._failed_B = _to_host(sampled.failed_B)
+            # Copied now: asking the device later would wait for the step that was launched since.
+            self._logprobs: Logprobs | None = sampled.logprobs and sampled.logprobs.moved(_to_host)
             if sampled.tokens_B.is_cuda:
                 self._arrived = torch.cuda.Event()
                 self._arrived.record()
@@ -40,7 +42,7 @@ class Flight(Generic[S]):
             return [], [], {}
         if self._arrived is not None:
             self._arrived.synchronize()
-        logprobs = {} if self._sampled.logprobs is None else self._sampled.logprobs.listed()
+        logprobs = {} if self._logprobs is None else self._logprobs.listed()
         return self._tokens_B.tolist(), self._failed_B.tolist(), logprobs
 
     def copy_tokens(self, names: Sequence[int], places: Sequence[int], into_T: Tensor) -> None:

@@ -48,7 +48,9 @@ def make_runner(
     from moe_worker.models.cuda_build import prepare  # noqa: PLC0415 - triton is not everywhere
     from moe_worker.models.cuda_runner import CudaRunner  # noqa: PLC0415
 
-    return CudaRunner(prepare(model, consume=True), cache, options.max_batch_size, context, progress)
+    return CudaRunner(
+        prepare(model, consume=True), cache, options.max_batch_size, context, options.prefill_tokens, progress
+    )
 
 
 def weight_bytes(config: ModelConfig, number_format: str) -> int:

@@ -42,7 +42,12 @@ def attend(query_THK: Tensor, cut: Cut, batch: Batch, cache: PagedCache, layer: 
     for segment in batch.segments[done:]:
         rows_1SW = cache.sequence(layer, segment.pages, segment.end).unsqueeze(0).to(query_THK.dtype)
         query_tHK = query_THK[first : first + segment.count]
-        outputs.append(_segment(query_tHK, *cut(rows_1SW), segment.start, scale))
+        broken_S = None
+        if segment.count > 1:
+            broken_S = rows_1SW[0].isfinite().all(dim=-1).logical_not_()
+            rows_1SW = rows_1SW.masked_fill(broken_S[None, :, None], 0)
+        out_tHV = _segment(query_tHK, *cut(rows_1SW), segment.start, scale)
+        outputs.append(out_tHV if broken_S is None else _break(out_tHV, broken_S, segment.start))
         first += segment.count
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
@@ -54,12 +59,24 @@ def _decodes(
     ends = [segment.end for segment in batch.segments[: batch.decodes]]
     longest = max(ends)
     rows_BSW = cache.sequences(layer, batch.pages_BP[: batch.decodes], longest).to(query_BHK.dtype)
-    keys_BGSK, values_BGSV = cut(rows_BSW)
     mask_B11S = None
     if min(ends) < longest:
         positions_S = torch.arange(longest, device=query_BHK.device)
-        mask_B11S = (positions_S < batch.lengths_B[: batch.decodes, None])[:, None, None]
+        inside_BS = positions_S < batch.lengths_B[: batch.decodes, None]
+        # Rows behind an end are another sequence's, and NaN there stays NaN under a mask.
+        rows_BSW = rows_BSW.masked_fill(inside_BS.logical_not().unsqueeze(-1), 0)
+        mask_B11S = inside_BS[:, None, None]
+    keys_BGSK, values_BGSV = cut(rows_BSW)
     return _one_token(query_BHK, keys_BGSK, values_BGSV, mask_B11S, scale)
+
+
+def _break(out_tHV: Tensor, broken_S: Tensor, start: int) -> Tensor:
+    """The outputs with NaN for tokens that see a row which is not finite; the row itself was taken as 0.
+
+    Under a mask NaN stays NaN, so that it would reach the tokens before it too, whose pages others share.
+    """
+    seen_t11 = broken_S.cumsum(0)[start:].bool()[:, None, None]
+    return out_tHV.masked_fill(seen_t11, torch.nan)
 
 
 def _segment(query_tHK: Tensor, keys_1GSK: Tensor, values_1GSV: Tensor, start: int, scale: float) -> Tensor:

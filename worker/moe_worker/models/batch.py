@@ -5,6 +5,8 @@ Legend: T tokens of all sequences one behind the other, B sequences, P pages of 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,16 +71,17 @@ class Batch:
         size = cache.page_size
         rows_T = pages_BP[sequence_T, positions_T // size].astype(np.int64) * size + positions_T % size
         tokens = [token for segment in segments for token in segment.tokens]
-        long_3T = to_device(torch.from_numpy(np.stack((np.array(tokens), positions_T, rows_T))), cache.device)
-        short = np.concatenate((starts_B + counts_B, pages_BP.ravel())).astype(np.int32)
-        lengths_pages = to_device(torch.from_numpy(short), cache.device)
+        tokens_T, positions_T, rows_T = aligned_parts((np.array(tokens), positions_T, rows_T), cache.device)
+        lengths_B, pages_N = aligned_parts(
+            ((starts_B + counts_B).astype(np.int32), pages_BP.ravel()), cache.device
+        )
         return cls(
             segments=tuple(segments),
-            tokens_T=long_3T[0],
-            positions_T=long_3T[1],
-            rows_T=long_3T[2],
-            lengths_B=lengths_pages[: len(segments)],
-            pages_BP=lengths_pages[len(segments) :].view(pages_BP.shape),
+            tokens_T=tokens_T,
+            positions_T=positions_T,
+            rows_T=rows_T,
+            lengths_B=lengths_B,
+            pages_BP=pages_N.view(pages_BP.shape),
             decodes=decodes,
         )
 
@@ -90,6 +93,20 @@ class Batch:
             total += segment.count
             rows.append(total - 1)
         return rows
+
+
+def aligned_parts(parts: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
+    """Vectors of one dtype on `device`, in one copy.
+
+    Each begins at a multiple of 16 bytes: Triton compiles a kernel anew for a pointer that does not.
+    """
+    step = 16 // parts[0].itemsize
+    sizes = [len(part) + -len(part) % step for part in parts]
+    whole = np.zeros(sum(sizes), parts[0].dtype)
+    for part, end, size in zip(parts, accumulate(sizes), sizes, strict=True):
+        whole[end - size : end - size + len(part)] = part
+    pieces = to_device(torch.from_numpy(whole), device).split(sizes)
+    return [piece[: len(part)] for piece, part in zip(pieces, parts, strict=True)]
 
 
 def _page_tables(segments: Sequence[Segment]) -> NDArray[np.int32]:

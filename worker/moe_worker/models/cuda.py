@@ -7,15 +7,16 @@ sequence, W cache row, L layers, A experts, C tiles of tokens.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moe_worker.kernels.transfer import to_device
 from moe_worker.kernels.triton.attention import TokenTiles
 from moe_worker.kernels.triton.linear import linear_packed
 from moe_worker.kernels.triton.norm import Added
 from moe_worker.kernels.triton.wide import Weight
+from moe_worker.models.batch import aligned_parts
 from moe_worker.models.cuda_layer import CudaLayer, Pass, norm
 
 # Slices of the context that fill an H200's 132 multiprocessors twice where sequences are few.
@@ -105,8 +106,8 @@ class CudaModel:
             cuts = range(0, count, PREFILL_TOKENS)
             tiles += [(sequence, first + cut, min(PREFILL_TOKENS, count - cut)) for cut in cuts]
             first += count
-        tile_3C = to_device(torch.tensor(tiles, dtype=torch.int32).t().contiguous(), self.device)
-        token_tiles = TokenTiles(tile_3C[0], tile_3C[1], tile_3C[2], PREFILL_TOKENS)
+        sequence_C, first_C, count_C = aligned_parts(list(np.array(tiles, np.int32).T), self.device)
+        token_tiles = TokenTiles(sequence_C, first_C, count_C, PREFILL_TOKENS)
         dense = all(isinstance(layer.gate_up, Tensor) for layer in self.layers)
         wide = first >= (WIDE_TOKENS if dense else WIDE_TOKENS_PACKED)
         return self._pass(rows, token_tiles, 1, page, wide=wide)

@@ -103,9 +103,11 @@ class CudaLayer:
         tiles = expert_tiles(x_TD.shape[0], packed)
         blocks = sort_by_expert(experts_TK, self.counts_A, tiles.rows)
         if not (isinstance(self.gate_up, Tensor) or isinstance(self.down, Tensor)):
-            return Added(experts_packed(normed, self.gate_up, self.down, blocks, weights_TK, tiles))
+            rows_MD = experts_packed(normed, self.gate_up, self.down, blocks, weights_TK, tiles)
+            return Added(rows_MD, valid=shared.valid)
         gate_up, down = widen(self.gate_up), widen(self.down)
-        return Added(experts_bf16(normed.x_TD, gate_up, down, blocks, weights_TK, tiles))
+        rows_MD = experts_bf16(normed.x_TD, gate_up, down, blocks, weights_TK, tiles)
+        return Added(rows_MD, valid=shared.valid)
 
     def _routes(self, x_TD: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.router_ED is not None:

@@ -20,8 +20,9 @@ class CudaRunner:
     """A Runner over `cache`, for batches of up to `largest` sequences of up to `context` tokens."""
 
     def __init__(
-        self, model: CudaModel, cache: PagedCache, largest: int, context: int, progress: bool = False
-    ) -> None:
+        self, model: CudaModel, cache: PagedCache, largest: int, context: int, prefill_tokens: int,
+        progress: bool = False,
+    ) -> None:  # fmt: skip
         self._model = model
         self.graphs = DecodeGraphs(model, cache, largest, context)
         self._counts = _Totals(model)
@@ -30,6 +31,11 @@ class CudaRunner:
             return bar(sizes, desc="recording CUDA graphs", unit="graph", disable=not progress)
 
         self.graphs.record(shown)
+        if model.device.type == "cuda":
+            sizes = warm_sizes(prefill_tokens + largest)
+            for tokens in bar(sizes, desc="compiling prefill", unit="size", disable=not progress):
+                self._warm(tokens)
+            torch.cuda.empty_cache()
 
     def logits(self, batch: Batch, cache: PagedCache, rows: Sequence[int]) -> Tensor:
         """Runs a pass, writing the cache; [N, V] for the tokens at `rows`. Valid until the next pass."""
@@ -45,6 +51,26 @@ class CudaRunner:
         """Counts from now on."""
         return CudaExpertCounter(self._model, self._counts)
 
+    @torch.inference_mode()
+    def _warm(self, tokens: int) -> None:
+        """A pass over `tokens` tokens, so that its kernels are compiled; it writes to nobody's page alone.
+
+        Where memory is too short for it, the engine takes smaller steps, too.
+        """
+        cache, device = self.graphs.cache, self._model.device
+        zeros_T = torch.zeros(tokens, dtype=torch.int64, device=device)
+        nobody_BP = torch.full((1, 4), cache.pages, dtype=torch.int32, device=device)
+        rows = Rows(zeros_T, torch.full_like(zeros_T, cache.pages * cache.page_size), nobody_BP)
+        try:
+            shared = self._model.prefill_pass([tokens], rows, cache.page_size)
+            x_TD, added = self._model.forward(zeros_T, shared, cache.layers)
+            rows_N = zeros_T[: self.graphs.largest]
+            out_NV = self._model.empty_logits(rows_N.shape[0])
+            self._model.logits(x_TD[rows_N], added.of_tokens(rows_N, tokens), out_NV)
+            torch.cuda.synchronize()
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+
     def _eager(self, batch: Batch, cache: PagedCache, rows: Sequence[int]) -> Tensor:
         model = self._model
         placed = Rows(batch.positions_T, batch.rows_T, batch.pages_BP)
@@ -57,6 +83,16 @@ class CudaRunner:
             rows_N = to_device(torch.tensor(rows, dtype=torch.int64), model.device)
             model.logits(x_TD[rows_N], added.of_tokens(rows_N, x_TD.shape[0]), out_NV)
         return out_NV
+
+
+def warm_sizes(most: int) -> list[int]:
+    """Numbers of tokens, up to `most`, whose passes use every variant of the kernels; the largest first.
+
+    Every choice by the number of tokens changes behind a power of two: linear_tile, expert_tiles, route,
+    write_latents, merge_values, sort_by_expert (by rows: tokens times experts), and wide passes.
+    """
+    powers = [1 << n for n in range(most.bit_length())]
+    return sorted({most, *(size for power in powers for size in (power, power + 1) if size <= most)})[::-1]
 
 
 class _Totals:

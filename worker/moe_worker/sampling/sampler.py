@@ -3,8 +3,8 @@
 Legend: B sequences, V vocabulary, L sequences that want log-probabilities, N the most any of them wants.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,8 +29,17 @@ class Logprobs:
     top_LN: Tensor
     tokens_LN: Tensor
 
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "Logprobs":
+        """With all tensors moved by `move`."""
+        return replace(
+            self,
+            chosen_L=move(self.chosen_L),
+            top_LN=move(self.top_LN),
+            tokens_LN=move(self.tokens_LN),
+        )
+
     def listed(self) -> dict[int, TokenLogprobs]:
-        """By row, on the host: waits for the device."""
+        """By row, on the host: waits for the device where the tensors are on one."""
         columns = zip(
             self.rows,
             self.counts,

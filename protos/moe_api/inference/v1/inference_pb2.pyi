@@ -219,7 +219,7 @@ class SamplingParameters(_message.Message):
       - format w4a8 on CPUs: always; the logits are the same to the bit whatever is computed beside them.
       - float32: logits differ by some 5e-6 between batches, which changes about one token in 100,000.
       - bfloat16 and all formats on GPUs: logits differ by some 1e-2 between batches, which changes about
-        one token in 100; a text of a few hundred tokens is likely to part.
+        two tokens in 100: most texts part within a hundred tokens.
     Another device, kernel or release may give other tokens. Default: a fresh random seed.
     """
     min_p: _builtins.float

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_worker.kernels.triton.norm import Activation, Rounding
-from moe_worker.kernels.triton.tiles import add_dot_bf16, dot_bf16, round_even
+from moe_worker.kernels.triton.tiles import add_dot_bf16, dot_bf16, int8_scale, round_even
 
 
 class TokenTiles(NamedTuple):
@@ -135,8 +135,7 @@ def _merge(
     y = acc_MV.to(tl.bfloat16)
     if ROUNDING > 0:
         y32 = y.to(tl.float32)
-        most_M = tl.max(tl.abs(y32), axis=1)
-        scale_M = tl.where(most_M > 0.0, most_M / 127.0, 1.0)
+        scale_M = int8_scale(y32, 1)
         steps = round_even(y32 / scale_M[:, None])
         if ROUNDING == 1:
             tl.store(out_q + to, steps.to(tl.int8), mask=mask_M[:, None])

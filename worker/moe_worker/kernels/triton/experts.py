@@ -232,6 +232,8 @@ def experts_packed(
 ) -> Tensor:
     """Weighted outputs of each row, bf16 [M, D], to be summed over K; `blocks` are of tiles.rows.
 
+    Rows that stand in no block (of padding tokens) are not written.
+
     W4A8 rounds hidden values to int8, with a scale for each piece of tiles.gate_up.n; others to bf16.
     """
     tokens, per_token = weights_TK.shape
@@ -270,7 +272,10 @@ def experts_bf16(
     weights_TK: Tensor,
     tiles: ExpertTiles,
 ) -> Tensor:
-    """Weighted outputs of each row, bf16 [M, D], to be summed over K; `blocks` are of tiles.rows."""
+    """Weighted outputs of each row, bf16 [M, D], to be summed over K; `blocks` are of tiles.rows.
+
+    Rows that stand in no block (of padding tokens) are not written.
+    """
     tokens, per_token = weights_TK.shape
     total, inner, width, size = tokens * per_token, down_ADI.shape[2], x_TD.shape[1], blocks.size
     hidden_MI = torch.empty(total, inner, dtype=torch.bfloat16, device=x_TD.device)

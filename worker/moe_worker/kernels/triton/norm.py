@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_worker.kernels.triton.tiles import piece_of, round_even
+from moe_worker.kernels.triton.tiles import int8_scale, piece_of, round_even
 
 
 class Rounding(Enum):
@@ -48,9 +48,9 @@ class Activation:
 
 @triton.jit
 def _residual_norm(
-    residual, added, order, weight, out, out_q, out_scale, stride, eps,
+    residual, added, order, valid, weight, out, out_q, out_scale, stride, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, SUMMED: tl.constexpr, ORDERED: tl.constexpr,
-    ROUNDING: tl.constexpr, PIECE: tl.constexpr,
+    PADDED: tl.constexpr, ROUNDING: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
@@ -58,19 +58,21 @@ def _residual_norm(
     x = tl.load(residual + t * stride + d, mask=mask, other=0.0).to(tl.float32)
     if SUMMED > 0:
         sums = tl.zeros((BLOCK,), tl.float32)
+        there = mask
+        if PADDED:
+            there = mask & (t < tl.load(valid))
         for s in tl.static_range(SUMMED):
             row = t * SUMMED + s
             if ORDERED:
                 row = tl.load(order + row)
-            sums += tl.load(added + row * WIDTH + d, mask=mask, other=0.0).to(tl.float32)
+            sums += tl.load(added + row * WIDTH + d, mask=there, other=0.0).to(tl.float32)
         x = (x + sums.to(tl.bfloat16).to(tl.float32)).to(tl.bfloat16).to(tl.float32)
         tl.store(residual + t * stride + d, x.to(tl.bfloat16), mask=mask)
     normed = (x * tl.rsqrt(tl.sum(x * x) / WIDTH + eps)).to(tl.bfloat16).to(tl.float32)
     y = (normed * tl.load(weight + d, mask=mask, other=0.0).to(tl.float32)).to(tl.bfloat16)
     if ROUNDING > 0:
         cut = tl.reshape(y.to(tl.float32), (BLOCK // PIECE, PIECE))
-        top = tl.max(tl.abs(cut), axis=1)
-        scale = tl.where(top > 0.0, top / 127.0, 1.0)
+        scale = int8_scale(cut, 1)
         steps = round_even(cut / scale[:, None])
         if ROUNDING == 1:
             tl.store(out_q + t * WIDTH + d, tl.reshape(steps.to(tl.int8), (BLOCK,)), mask=mask)
@@ -85,11 +87,13 @@ def _residual_norm(
 class Added:
     """What is to be added to a residual: each token's sum of S rows of `rows_MD`, bf16 [T * S, D].
 
-    order_M: int64, where row t * S + s stands; None: at its place.
+    order_M: int64, where row t * S + s stands; None: at its place. valid: int32 [1], the tokens that have
+    rows; nobody has written those of the others, which are padding, and they count as 0. None: all have.
     """
 
     rows_MD: Tensor
     order_M: Tensor | None = None
+    valid: Tensor | None = None
 
     def of_tokens(self, tokens_N: Tensor, tokens: int) -> "Added":
         """Those of some of `tokens` tokens."""
@@ -117,10 +121,12 @@ def residual_norm(
     tokens, width = residual_TD.shape
     _residual_norm[(tokens,)](
         residual_TD, None if added is None else added.rows_MD, None if added is None else added.order_M,
+        None if added is None else added.valid,
         weight_D, out.x_TD, out.q_TD, out.scales_TX, residual_TD.stride(0), eps,
         WIDTH=width, BLOCK=max(128, triton.next_power_of_2(width)),
         SUMMED=0 if added is None else added.per_token(tokens),
-        ORDERED=added is not None and added.order_M is not None, ROUNDING=rounding.value,
+        ORDERED=added is not None and added.order_M is not None,
+        PADDED=added is not None and added.valid is not None, ROUNDING=rounding.value,
         PIECE=out.piece,
         num_warps=8 if width >= 2048 else 4,
     )  # fmt: skip

@@ -98,6 +98,9 @@ def _choose(
     choice_ME = scores_ME
     if BIAS:
         choice_ME += tl.load(bias + e, mask=e < EXPERTS, other=0.0)
+    # Of NaN, argmax can give a place behind the last expert. NaN counts as the largest, as in torch: a token
+    # that has one fails, and its experts exist.
+    choice_ME = tl.where(choice_ME == choice_ME, choice_ME, 1e30)  # noqa: PLR0124 - false for NaN
     choice_ME = tl.where(e < EXPERTS, choice_ME, float("-inf"))
     if KEPT < GROUPS:
         choice_ME = _kept_groups(choice_ME, e, EXPERTS, GROUPS, KEPT, PAIR, BLOCK_G)

@@ -168,6 +168,25 @@ def round_even(x):
 
 
 @triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def int8_scale(values, axis: tl.constexpr):
+    """The scale that makes the largest magnitude along `axis` 127; 1 for zeros, not finite where one is not.
+
+    So a value that is not finite makes what is computed from its int8 form not finite, too.
+    """
+    if COMPILED:
+        top = tl.reduce(tl.abs(values), axis, _larger)
+    else:
+        # The interpreter reduces by any other function value by value.
+        top = tl.max(tl.abs(values), axis=axis) + tl.sum(values - values, axis=axis)
+    return tl.where(top == 0.0, 1.0, top / 127.0)
+
+
+@triton.jit
 def dot_bf16(a_MK, b_KN):
     """a b in float32."""
     return tl.dot(a_MK, b_KN) if COMPILED else tl.dot(a_MK.to(tl.float32), b_KN.to(tl.float32))
@@ -268,8 +287,7 @@ def store_int8_NM(
     values_NM, q_base, scale_base, row_M, first, mask_M, WIDTH: tl.constexpr, ROWS: tl.constexpr
 ):
     """Rounds [ROWS, M] to int8, with one scale for each of the M, and stores them at row_M."""
-    top_M = tl.max(tl.abs(values_NM), axis=0)
-    scale_M = tl.where(top_M > 0.0, top_M / 127.0, 1.0)
+    scale_M = int8_scale(values_NM, 0)
     q_NM = round_even(values_NM / scale_M[None, :]).to(tl.int8)
     n = first + tl.arange(0, ROWS)
     tl.store(q_base + row_M[None, :] * WIDTH + n[:, None], q_NM, mask=mask_M[None, :])

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_worker.kernels.triton.norm import Added
-from moe_worker.kernels.triton.tiles import Packed, PackedFp8, piece_of, round_even
+from moe_worker.kernels.triton.tiles import Packed, PackedFp8, int8_scale, piece_of, round_even
 
 Weight = Tensor | Packed
 
@@ -79,8 +79,7 @@ def _hidden(gate_up, shares, order, out, INNER: tl.constexpr, EMULATED: tl.const
     hidden = gate / (1.0 + tl.exp(-gate)) * up
     if EMULATED:
         cut = tl.reshape(hidden, (BLOCK // PIECE, PIECE))
-        top = tl.max(tl.abs(cut), axis=1)
-        scale = tl.where(top > 0.0, top / 127.0, 1.0)
+        scale = int8_scale(cut, 1)
         hidden = tl.reshape(round_even(cut / scale[:, None]) * scale[:, None], (BLOCK,))
     share = tl.load(shares + tl.load(order + row))
     tl.store(out + row * INNER + i, (hidden * share).to(tl.bfloat16), mask=mask)

@@ -10,12 +10,19 @@ inline MoeQuantized at_token(const MoeQuantized& q, int t, int width, int group)
     return {q.values + int64_t(t) * padded(width), q.scales + t, q.sums + int64_t(t) * ceil_div(width, group)};
 }
 
+// NaN where any is NaN: the bits of magnitudes have the order of their values, and those of NaN stand above all.
 inline float largest_magnitude(const float* x, int n) {
     vf most = zero();
     int i = 0;
-    for (; i + LANES <= n; i += LANES) most = max(most, abs(load(x + i)));
-    if (i < n) most = max(most, abs(load_n(x + i, n - i)));
-    return largest(most);
+    for (; i + LANES <= n; i += LANES) most = max_bits(most, abs(load(x + i)));
+    if (i < n) most = max_bits(most, abs(load_n(x + i, n - i)));
+    alignas(64) float each[LANES];
+    store(each, most);
+    float largest = 0;
+    for (float value : each)
+        if (!(value <= largest)) largest = value;
+        else if (largest != largest) break;
+    return largest;
 }
 
 inline void sum_groups(const MoeQuantized& out, int n, int group) {
@@ -26,10 +33,11 @@ inline void sum_groups(const MoeQuantized& out, int n, int group) {
     }
 }
 
-// One token. Divides instead of multiplying by the inverse: the result is the reference's, to the bit.
+// One token. Divides instead of multiplying by the inverse: the result is the reference's, to the bit. A token that is
+// not finite has a scale that is not, so that products with it are not finite either.
 inline void quantize_row(const float* x, int n, int group, const MoeQuantized& out) {
     float most = largest_magnitude(x, n);
-    float scale = most > 0 ? most / 127 : 1;
+    float scale = most == 0 ? 1 : most / 127;
     int i = 0;
     for (; i + LANES <= n; i += LANES) store_int8(out.values + i, round_int(div(load(x + i), set(scale))));
     if (i < n) store_int8(out.values + i, round_int(div(load_n(x + i, n - i), set(scale))));

@@ -35,10 +35,11 @@ inline void scores_of(float* x, int n, bool softmax) {
     for (int i = 0; i < n; i++) x[i] /= total;
 }
 
+// NaN counts as the largest, as in torch: a token that has one fails instead of going on without it.
 inline int best_of(const float* x, int n) {
     int best = 0;
     for (int i = 1; i < n; i++)
-        if (x[i] > x[best]) best = i;
+        if (x[i] > x[best] || (x[i] != x[i] && x[best] == x[best])) best = i;
     return best;
 }
 

@@ -28,6 +28,7 @@ inline vf min(vf a, vf b) { return _mm512_min_ps(a, b); }
 inline vf abs(vf a) { return _mm512_abs_ps(a); }
 inline float sum(vf a) { return _mm512_reduce_add_ps(a); }
 inline float largest(vf a) { return _mm512_reduce_max_ps(a); }
+inline vf max_bits(vf a, vf b) { return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b))); }
 // The sums of 16 vectors, in their order; each is added up in the same order.
 inline vf sums_of(const vf (&a)[16]) {
     vf pairs[8], fours[4];
@@ -85,6 +86,7 @@ inline float largest(vf a) {
     b = _mm_max_ps(b, _mm_movehl_ps(b, b));
     return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
 }
+inline vf max_bits(vf a, vf b) { return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b))); }
 // The sums of 8 vectors, in their order; each is added up in the same order.
 inline vf sums_of(const vf (&a)[8]) {
     vf low = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
@@ -132,9 +134,10 @@ inline uint16_t to_bf16(float value) {  // to nearest, half to even
     return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// e^x to about 1e-7, 0 below -87 (where float32 has no normal numbers left).
+// e^x to about 1e-7, 0 below -87 (where float32 has no normal numbers left); NaN of NaN, since the instructions
+// give their second operand where one is NaN.
 inline vf exponential(vf x) {
-    vf clamped = min(max(x, set(-87.33f)), set(88.37f));
+    vf clamped = min(set(88.37f), max(set(-87.33f), x));
     vi n = round_int(mul(clamped, set(1.44269504f)));
     vf whole = to_float(n);
     vf r = fma(whole, set(2.12194440e-4f), fma(whole, set(-0.693359375f), clamped));
