@@ -94,6 +94,7 @@ def role(docs: Live) -> dict[str, Any]:
     return docs.get("clusterrole", "moe-operator")
 
 
+@pytest.mark.timeout(400)  # many steps, one after the other
 def test_every_right_that_is_granted_is_used_and_no_other_is_asked_for(docs, helm):
     before = len(requests(docs))
     docs.kubectl("scale", "moed/docs", "--replicas=1")
