@@ -1,8 +1,9 @@
 """Work that takes long for long inputs, in a few threads beside the event loop."""
 
 import asyncio
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Final, TypeVar
 
 from moe_worker.errors import QueueFullError
@@ -16,21 +17,21 @@ T = TypeVar("T")
 
 
 class OffLoop:
-    """Runs functions in THREADS threads; MOST_WAITING may wait for one."""
+    """Runs functions in THREADS threads (of `pool`, where given); MOST_WAITING may wait for one."""
 
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="text")
-        self._under_way = 0
+    def __init__(self, pool: Executor | None = None) -> None:
+        self._pool = pool or ThreadPoolExecutor(THREADS, thread_name_prefix="text")
+        self._places = threading.BoundedSemaphore(THREADS + MOST_WAITING)
 
     async def run(self, work: Callable[[], T]) -> T:
         """What `work` returns or raises. Raises QueueFullError where too many wait already."""
-        if self._under_way >= THREADS + MOST_WAITING:
+        if not self._places.acquire(blocking=False):
             raise QueueFullError(f"{MOST_WAITING} long texts wait to be tokenized", RETRY_AFTER_S)
-        self._under_way += 1
-        done = self._pool.submit(work)
-        done.add_done_callback(lambda _: loop.call_soon_threadsafe(self._end))
-        loop = asyncio.get_running_loop()
+        try:
+            done = self._pool.submit(work)
+        except BaseException:
+            self._places.release()
+            raise
+        # In whichever thread ends the work: a caller that is cancelled leaves work that goes on in memory.
+        done.add_done_callback(lambda _: self._places.release())
         return await asyncio.wrap_future(done)
-
-    def _end(self) -> None:
-        self._under_way -= 1
