@@ -1,12 +1,12 @@
-"""Decode and prefill of the engine on a GPU, beside vLLM's figures for the same shape; context 512.
+"""Decode and prefill of the engine on a GPU, with vLLM as the baseline; one shape, context 512.
 
     PYTHONPATH=worker:protos:. python -m benchmarks.gpu_decode [--formats bf16 w4a8] [--batch 1 16 64 256]
         [--tokens 128] [--rounds 5] [--profile] [--launches] [--json]
 
 Needs torch, triton, numpy, safetensors, tokenizers and tqdm. Weights are random, so only speed is compared. A
 figure is that of the whole engine (scheduler, model and sampling); `graph only` is the device's part of it.
-The peer is vLLM 0.26 with bf16 weights (CUDA graphs, FLASH_ATTN_MLA), measured on one H200 with the same
-shape; on another card the ratio says little.
+The baseline is vLLM 0.26 in the same format (w4a8: its bf16), measured on one H200 with prompts that differ;
+on another card the ratio says little.
 """
 
 import argparse
@@ -32,9 +32,14 @@ from moe_worker.models.cuda_runner import CudaRunner
 from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.sampling.parameters import SamplingParameters
 
-# vLLM 0.26 bf16 on one H200, 2026-11-23: tokens a second at each batch size, and of prefill.
-PEER_DECODE = {1: 312, 16: 4430, 64: 14518, 256: 28291}
-PEER_PREFILL = 90_000
+# vLLM 0.26 on one H200, 2026-11-29 (CUDA graphs, FLASH_ATTN_MLA, Triton MoE; W4A16 by Marlin): tokens a
+# second by batch size (51, 64 and 64 of 64 experts activated at 16, 64 and 256), and of prefill (batch 0).
+BASELINES = {
+    "bf16": {1: 314.8, 16: 1_970, 64: 6_220, 256: 20_297, 0: 89_000},
+    "fp8": {1: 315.2, 16: 2_712, 64: 8_776, 256: 23_477, 0: 118_000},
+    "w4a16": {1: 256.0, 16: 2_719, 64: 8_679, 0: 63_000},
+}
+BASELINE_OF = {"bf16": "bf16", "fp8": "fp8", "w4a16": "w4a16", "w4a8": "bf16"}
 PAGE = 16
 CONTEXT = 512
 PREFILL_SEQUENCES = 64
@@ -46,14 +51,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--formats", nargs="+", default=["bf16", "w4a8"], choices=list(FORMATS))
-    parser.add_argument("--batch", nargs="+", type=int, default=sorted(PEER_DECODE))
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 16, 64, 256])
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prefill-tokens", type=int, default=16384, help="prompt tokens of one step")
     parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
     parser.add_argument("--launches", action="store_true", help="kernel launches of one layer and token")
     parser.add_argument("--skip-prefill", action="store_true")
-    parser.add_argument("--same-prompt", action="store_true", help="all sequences alike: few experts at work")
+    parser.add_argument("--same-prompt", action="store_true", help="identical prompts: few activated experts")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     for name in args.formats:
@@ -106,21 +111,26 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[dict[str, object]]:
     for batch in args.batch:
         measured = [decode_rate(bench, batch, args) for _ in range(args.rounds)]
         rate, active = (statistics.median(each) for each in zip(*measured, strict=True))
-        yield row(f"decode {name}, batch {batch}, {active:.0f} experts at work", rate, PEER_DECODE.get(batch))
+        baseline = None if args.same_prompt else BASELINES[BASELINE_OF[name]].get(batch)
+        yield row(f"decode {name}, batch {batch}, {active:.0f} activated experts", rate, baseline)
         yield row(f"decode {name}, batch {batch}, graph only", graph_rate(bench, batch, args), None)
     if not args.skip_prefill:
         prefill_rate(bench)
         rate = statistics.median(prefill_rate(bench) for _ in range(args.rounds))
-        yield row(f"prefill {name}", rate, PEER_PREFILL)
+        yield row(f"prefill {name}", rate, BASELINES[BASELINE_OF[name]][0])
         if args.profile:
             print_profile("prefill", lambda: prefill_rate(bench))
 
 
-def row(what: str, ours: float, peer: float | None, unit: str = "tokens/s") -> dict[str, object]:
+def row(what: str, ours: float, baseline: float | None, unit: str = "tokens/s") -> dict[str, object]:
     return {
-        "what": what, "ours": round(ours, 1), "peer": peer, "ratio": round(ours / peer, 3) if peer else None,
-        "unit": unit, "device": torch.cuda.get_device_name(),
-    }  # fmt: skip
+        "what": what,
+        "ours": round(ours, 1),
+        "baseline": baseline,
+        "ratio": round(ours / baseline, 3) if baseline else None,
+        "unit": unit,
+        "device": torch.cuda.get_device_name(),
+    }
 
 
 def submitted(bench: Bench, count: int, tokens: int, same: bool = False) -> EngineCore:
@@ -135,7 +145,7 @@ def submitted(bench: Bench, count: int, tokens: int, same: bool = False) -> Engi
 
 
 def decode_rate(bench: Bench, batch: int, args: argparse.Namespace) -> tuple[float, float]:
-    """Tokens a second from when all prompts have their first token; routed experts of a layer at work."""
+    """Tokens a second from when all prompts have their first token; activated routed experts a layer."""
     core, seen = submitted(bench, batch, args.tokens, args.same_prompt), set[int]()
     while len(seen) < batch:
         seen |= {delta.id for delta in core.step()}
@@ -224,8 +234,8 @@ def report(values: dict[str, Any], args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(values), flush=True)
         return
-    peer = "" if values["peer"] is None else f"  vLLM bf16 {values['peer']}  {values['ratio']}x"
-    print(f"{values['what']:44} {values['ours']:>12} {values['unit']}{peer}", flush=True)
+    baseline = "" if values["baseline"] is None else f"  vLLM {values['baseline']:g}  {values['ratio']}x"
+    print(f"{values['what']:44} {values['ours']:>12} {values['unit']}{baseline}", flush=True)
 
 
 if __name__ == "__main__":
