@@ -1,5 +1,6 @@
 """Rounding while training: the same numbers as the served kernels', and gradients that still teach."""
 
+import statistics
 from dataclasses import replace
 
 import torch
@@ -56,15 +57,22 @@ def test_clipped_weights_get_no_gradient_and_their_scale_gets_it_instead():
     assert scales.grad.item() > 13  # two clipped weights grow by 7 times what the scale grows by
 
 
-def test_training_with_rounding_beats_rounding_after_training():
-    """A regression whose inputs are correlated: the best rounded weights are not the nearest ones."""
-    generator = torch.Generator().manual_seed(0)
+def trained_over_nearest(seed):
+    """Loss of a regression after training with rounding, over that of the nearest rounded weights.
+
+    Its inputs are correlated, so the best rounded weights are not the nearest ones.
+    """
+    generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(32, 32, generator=generator) / 32**0.5 + torch.ones(32, 32) / 8
     truth = torch.randn(16, 32, generator=generator)
 
     def loss(weight):
         x = torch.randn(256, 32, generator=generator) @ mix
         return (x @ (weight - truth).T).square().mean()
+
+    def expected(weight):
+        """Of `loss`, over all inputs."""
+        return (mix @ (weight - truth).T).square().sum(0).mean()
 
     weight = torch.nn.Parameter(truth.clone())
     trainer = Int4Trainer({"w": weight}, first=0, group=32)
@@ -78,9 +86,13 @@ def test_training_with_rounding_beats_rounding_after_training():
         loss(trainer.round_weights({"w": weight})["w"]).backward()
         optimizer.step()
     with torch.no_grad():
-        trained = loss(round_weight(weight, trainer.scales("w"), 32))
-        nearest = loss(round_weight(truth, search_scales(truth, 32), 32))
-    assert trained < 0.85 * nearest
+        trained = expected(round_weight(weight, trainer.scales("w"), 32))
+        nearest = expected(round_weight(truth, search_scales(truth, 32), 32))
+    return float(trained / nearest)
+
+
+def test_training_with_rounding_beats_rounding_after_training():
+    assert statistics.mean(trained_over_nearest(seed) for seed in range(3)) < 0.85
 
 
 def test_ranges_are_searched_once_and_go_through_a_state_dict():
