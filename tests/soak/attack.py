@@ -18,6 +18,7 @@ from h2.config import H2Configuration
 from h2.connection import H2Connection
 
 from moe_api.inference.v1 import inference_pb2 as pb
+from moe_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
 
 SERVICE = "/moe_api.inference.v1.InferenceService/"
 AT_ONCE = 32
@@ -92,6 +93,28 @@ async def protobufs(address: str, count: int, chance: random.Random) -> Counter[
                     told[error.code().name] += 1
                 finally:
                     call.cancel()
+
+        await asyncio.gather(*(attack() for _ in range(AT_ONCE)))
+    return told
+
+
+async def requests(address: str, count: int, chance: random.Random) -> Counter[str]:
+    """Sends valid requests and reads their answers to the end."""
+    told: Counter[str] = Counter()
+    left = iter(range(count))
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = InferenceServiceStub(channel)
+
+        async def attack() -> None:
+            for _ in left:
+                sampling = pb.SamplingParameters(max_tokens=chance.randint(1, 20))
+                call = stub.Generate(pb.GenerateRequest(prompt="p", sampling=sampling), timeout=ANSWER_S)
+                try:
+                    async for _ in call:
+                        pass
+                    told["OK"] += 1
+                except grpc.aio.AioRpcError as error:
+                    told[error.code().name] += 1
 
         await asyncio.gather(*(attack() for _ in range(AT_ONCE)))
     return told
@@ -177,7 +200,7 @@ async def connect_and_send(address: str, data: bytes) -> str:
     return "closed"
 
 
-ATTACKS = {"protobufs": protobufs, "frames": frames}
+ATTACKS = {"protobufs": protobufs, "frames": frames, "requests": requests}
 
 
 def main() -> None:

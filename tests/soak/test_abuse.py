@@ -98,29 +98,42 @@ class Served:
         ]
 
 
+@contextlib.contextmanager
+def process(*command):
+    """A process that is killed at the end of the block."""
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="backslashreplace",
+    ) as started:
+        try:
+            yield started
+        finally:
+            started.kill()
+
+
+@contextlib.contextmanager
+def frontend(*workers):
+    """A frontend of these addresses: its process and its own address."""
+    command = Path(sys.executable).with_name("moe-frontend"), "--listen", "127.0.0.1:0"
+    with process(*command, "--static", ",".join(workers)) as started:
+        port = next(line for line in started.stderr if "serving on" in line).rpartition(":")[2].strip()
+        threading.Thread(target=lambda: [None for _ in started.stderr], daemon=True).start()
+        yield started, f"127.0.0.1:{port}"
+
+
 @pytest.fixture(scope="module")
 def served():
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(Worker(MODEL)) for _ in range(2)]
         for worker in workers:
             worker.wait_ready()
-        static = ",".join(f"127.0.0.1:{worker.port}" for worker in workers)
-        command = [
-            Path(sys.executable).with_name("moe-frontend"),
-            "--listen",
-            "127.0.0.1:0",
-            "--static",
-            static,
-        ]
-        frontend = stack.enter_context(
-            subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="backslashreplace")
-        )
-        stack.callback(frontend.kill)
-        lines = iter(frontend.stderr)
-        port = next(line for line in lines if "serving on" in line).rpartition(":")[2].strip()
-        drained = threading.Thread(target=lambda: [None for _ in lines], daemon=True)
-        drained.start()
-        yield Served(f"127.0.0.1:{port}", workers, frontend)
+        addresses = [f"127.0.0.1:{worker.port}" for worker in workers]
+        started, address = stack.enter_context(frontend(*addresses))
+        yield Served(address, workers, started)
 
 
 @pytest.fixture(scope="module")
@@ -242,3 +255,19 @@ def test_slow_readers(served, baseline, target):
         time.sleep(WRITE_TIMEOUT_S + 10)
         for worker in served.workers:
             worker.wait_load(running=0, queued=0)
+
+
+def test_lying_workers(served, baseline):
+    """A frontend ends every stream of workers that answer at random, and lives on."""
+    count = round(COUNT * 0.02)
+    liars = [process(sys.executable, "-m", "tests.soak.liar", str(seed)) for seed in range(2)]
+    with contextlib.ExitStack() as stack:
+        addresses = [stack.enter_context(liar).stdout.readline().strip() for liar in liars]
+        started, address = stack.enter_context(frontend(*addresses))
+        with nobody_is_hurt(served, baseline, f"{count} requests to lying workers"):
+            told = attack("requests", address, count)
+        print(told)
+        assert sum(told.values()) == count
+        assert told["INTERNAL"]
+        assert started.poll() is None
+        assert resident_mb(started.pid) < 300
