@@ -1,4 +1,4 @@
-"""Answers requests that are not valid protobuf messages with INVALID_ARGUMENT and a sentence.
+"""Answers requests that are no valid protobuf messages, or absurdly large ones, with INVALID_ARGUMENT.
 
 Left to itself gRPC answers INTERNAL, "Exception deserializing request!", and logs a stack trace: the
 client reads that the server is broken, where its own request is (text that is not UTF-8, for one).
@@ -9,19 +9,33 @@ from __future__ import annotations  # grpc.RpcMethodHandler takes no parameters 
 import contextlib
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final
 
 import grpc
 from google.protobuf import message
 
-from moe_api import rich_status
+from moe_api import rich_status, wire_fields
 
 _Deserializer = Callable[[bytes], Any]
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
+@dataclass(frozen=True)
 class _Malformed:
-    """Stands in for a request that could not be parsed."""
+    """Stands in for a request that was not parsed; the sentence says why."""
+
+    sentence: str
+
+
+_NOT_A_MESSAGE: Final = _Malformed(
+    "the request is not a valid protobuf message: send one that the .proto file describes, "
+    "with all text fields (prompt, stop, model) in UTF-8"
+)
+_TOO_MANY_FIELDS: Final = _Malformed(
+    f"the request has more than {wire_fields.MOST_FIELDS:,} fields; send at most as many elements as the "
+    ".proto file allows, and token ids packed"
+)
 
 
 class MalformedRequestInterceptor(grpc.aio.ServerInterceptor):
@@ -47,11 +61,16 @@ class MalformedRequestInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _tolerant(deserialize: _Deserializer) -> _Deserializer:
+    # Generated code passes the class's own FromString.
+    kind = getattr(getattr(deserialize, "__self__", None), "DESCRIPTOR", None)
+
     def parse(data: bytes) -> Any:
         try:
+            if kind is not None and wire_fields.has_too_many(data, kind):
+                return _TOO_MANY_FIELDS
             return deserialize(data)
-        except message.DecodeError:
-            return _Malformed()
+        except (message.DecodeError, wire_fields.NotWireFormatError):
+            return _NOT_A_MESSAGE
 
     return parse
 
@@ -78,10 +97,5 @@ def _guard_stream(behaviour: Any) -> Any:
 
 async def _refuse_malformed(request: Any, context: _Context) -> None:
     if isinstance(request, _Malformed):
-        sentence = (
-            "the request is not a valid protobuf message: send one that the .proto file describes, "
-            "with all text fields (prompt, stop, model) in UTF-8"
-        )
-        await rich_status.abort(
-            context, rich_status.invalid_argument([rich_status.FieldViolation("", sentence)])
-        )
+        violation = rich_status.FieldViolation("", request.sentence)
+        await rich_status.abort(context, rich_status.invalid_argument([violation]))
