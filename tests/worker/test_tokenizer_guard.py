@@ -7,12 +7,16 @@ import sys
 import time
 from pathlib import Path
 
+import grpc
 import pytest
 
+from moe_api import rich_status
+from moe_api.inference.v1 import inference_pb2
 from moe_worker.config.directory import read_checkpoint_config
 from moe_worker.errors import TokenizerError
 from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.models.tokenizer_guard import load_guarded
+from tests.worker.serving import Worker
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "docs-moe"
 
@@ -87,5 +91,28 @@ def test_a_worker_refuses_a_bomb_with_a_sentence(broken):
 def test_a_text_that_a_pattern_gives_up_on_is_an_error_not_the_end(broken):
     change(broken, **BOMBS["a regular expression that backtracks for ever"])
     tokenizer = Tokenizer.load(broken, read_checkpoint_config(broken))
-    with pytest.raises(TokenizerError, match="cannot tokenize the text: Onig: Regex search error"):
+    with pytest.raises(TokenizerError, match=r"gives up on the text \(Onig: Regex search error"):
         tokenizer.encode("a" * 2000 + "x")
+
+
+def test_a_text_that_a_pattern_gives_up_on_is_the_clients_matter_in_every_rpc(broken):
+    """The same text fails on every replica and at any time: nothing says to try again."""
+    bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
+    pieces = [split("(?:(?:qw|wq|q|w)+)+z"), bytes_]
+    change(broken, pre_tokenizer={"type": "Sequence", "pretokenizers": pieces})
+    with Worker(broken) as worker:
+        worker.wait_ready()
+        for text in ("qw" * 100, "qw" * 1500):  # checked in the event loop, and beside it
+            tokenize = inference_pb2.TokenizeRequest(text=text)
+            generate = inference_pb2.GenerateRequest(prompt=text)
+            for field, call in (
+                ("text", lambda it=tokenize: worker.inference.Tokenize(it)),
+                ("prompt", lambda it=generate: list(worker.inference.Generate(it))),
+            ):
+                with pytest.raises(grpc.RpcError) as raised:
+                    call()
+                assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+                found = rich_status.from_error(raised.value)
+                assert f"{field}: cannot be tokenized: tokenizer.json gives up on the text" in found.message
+        assert worker.inference.Tokenize(inference_pb2.TokenizeRequest(text="the quick")).tokens.ids
+    assert not any("Traceback" in line for line in worker.lines)

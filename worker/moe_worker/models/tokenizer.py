@@ -57,7 +57,7 @@ class Tokenizer:
             if type(error).__name__ != "PanicException":
                 raise
             # A pattern that gives up on this text; a panic is no Exception and would end the process.
-            raise TokenizerError(f"tokenizer.json cannot tokenize the text: {str(error)[:200]}") from error
+            raise TokenizerError(f"tokenizer.json gives up on the text ({str(error)[:200]})") from error
         return self._special.around(ids) if add_special_tokens else ids
 
     def encode_unless_longer(self, text: str, most: int, add_special_tokens: bool = True) -> list[int] | None:

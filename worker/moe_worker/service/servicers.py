@@ -34,6 +34,8 @@ from moe_worker.service.validation import (
     oversize,
     oversize_text,
     size,
+    token_ids,
+    too_many,
 )
 
 GENERATE = "moe_api.inference.v1.InferenceService/Generate"
@@ -114,13 +116,14 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         await _refuse(oversize_text("text", text, tokenizer, most), context)
         try:
             ids = await self._off_loop.run(
-                lambda: tokenizer.encode_unless_longer(text, most, request.add_special_tokens)
+                lambda: token_ids("text", text, tokenizer, most, request.add_special_tokens)
             )
         except QueueFullError as error:
             await rich_status.abort(context, answers.of_error(error))
-        if ids is None or len(ids) > most:
-            found = f"has more than {most} tokens, the context length; send it in pieces"
-            await _refuse([Violation("text", found)], context)
+        if not isinstance(ids, Violation) and len(ids) > most:
+            ids = too_many("text", most)
+        if isinstance(ids, Violation):
+            await rich_status.abort(context, answers.of_violations([ids]))
         return inference_pb2.TokenizeResponse(tokens=inference_pb2.TokenIds(ids=ids))
 
     async def GetModel(  # noqa: N802

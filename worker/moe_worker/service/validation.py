@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from moe_api.inference.v1 import inference_pb2
 from moe_worker.engine.requests import length_violation, prompt_violations
+from moe_worker.errors import TokenizerError
 from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.sampling.defaults import NEUTRAL
 from moe_worker.sampling.parameters import SamplingParameters, Violation, list_violation
@@ -82,6 +83,22 @@ def oversize_text(field: str, text: str, tokenizer: Tokenizer, tokens: int) -> l
     if len(text) <= most:
         return []
     return [Violation(field, f"has {len(text)} characters; {tokens} tokens are {most} characters at most")]
+
+
+def token_ids(
+    field: str, text: str, tokenizer: Tokenizer, most: int, add_special_tokens: bool = True
+) -> list[int] | Violation:
+    """The token ids of a field's text, a few more than `most` among them, or why there are none."""
+    try:
+        ids = tokenizer.encode_unless_longer(text, most, add_special_tokens)
+    except TokenizerError as error:
+        return Violation(field, f"cannot be tokenized: {error}; change the text")
+    return too_many(field, most) if ids is None else ids
+
+
+def too_many(field: str, most: int) -> Violation:
+    """A text of more than `most` tokens."""
+    return Violation(field, f"has more tokens than fit; use {most} at most")
 
 
 def _oversize_prompt(
@@ -172,7 +189,5 @@ def _prompt(
         return tuple(request.prompt_tokens.ids)
     if not request.prompt:
         return Violation("prompt", "is empty; give at least one character")
-    ids = tokenizer.encode_unless_longer(request.prompt, limits.context_length - 1)
-    if ids is None:
-        return Violation("prompt", f"has more tokens than fit; use {limits.context_length - 1} at most")
-    return tuple(ids)
+    ids = token_ids("prompt", request.prompt, tokenizer, limits.context_length - 1)
+    return ids if isinstance(ids, Violation) else tuple(ids)
