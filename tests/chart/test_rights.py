@@ -76,7 +76,10 @@ def restricted(docs: Live) -> None:
     strict = Live(docs.cluster, "strict")
     strict.apply(manifest("refused"))
     condition = strict.wait("Ready", "PodRefused", "refused")
-    assert "0/1 replicas ready; refused-0-0: Create Pod refused-0-0 in StatefulSet" in condition["message"]
+    assert condition["message"].startswith(
+        "0/1 replicas ready; refused-0-0: the namespace's Pod Security level forbids the pod; relax it, "
+    )
+    assert "; the API server says: Create Pod refused-0-0 in StatefulSet" in condition["message"]
     assert 'violates PodSecurity "restricted:latest": restricted volume types' in condition["message"]
     strict.kubectl("label", "namespace", "strict", "pod-security.kubernetes.io/enforce-")
     strict.wait("Ready", "AllReplicasReady", "refused", seconds=120)

@@ -11,6 +11,7 @@ import pytest
 from moe_operator.kube.execute import event
 from moe_operator.manifests.objects import Key
 from moe_operator.manifests.plan import invalid, refused, transitions
+from moe_operator.manifests.problems import of_pod
 from moe_operator.resources import names
 from moe_operator.resources.scaling_status import ScalingStatus
 from moe_operator.resources.status import (
@@ -119,7 +120,10 @@ def test_a_quota_that_forbids_the_frontends_pods_is_the_reason():
     world.step()
     ready = condition(world, READY)
     assert ready.reason == "PodRefused"
-    assert ready.message == f"0/1 replicas ready; 0/1 frontends ready; Deployment docs-frontend: {QUOTA}"
+    assert ready.message == (
+        "0/1 replicas ready; 0/1 frontends ready; Deployment docs-frontend: a quota has no room for the pod; "
+        f"raise the quota, and Kubernetes tries again by itself; the API server says: {QUOTA}"
+    )
 
 
 def test_a_loaded_worker_that_no_frontend_routes_to_says_so():
@@ -172,7 +176,10 @@ def test_a_first_rollout_that_never_gets_ready_fails_at_its_deadline_and_heals()
     assert world.step().deadline is None
     progressing = condition(world, PROGRESSING)
     assert (progressing.status, progressing.reason) == ("False", "ProgressDeadlineExceeded")
-    assert "nothing further was ready for 60 s; docs-0-0: no such image; edit the spec" in progressing.message
+    assert progressing.message.endswith(
+        "nothing further was ready for 60 s; docs-0-0: no such image; "
+        "correct the image's name, or let the node pull it"
+    )
     assert "undo" not in progressing.message, "there is nothing to go back to"
     assert (said(world, STALLED), computed(world)) == (("True", "ProgressDeadlineExceeded"), "Failed")
     world.ready(0)
@@ -266,6 +273,98 @@ def test_a_deployment_that_scales_from_zero_is_ready_while_its_frontend_holds_re
     todo = world.step()
     assert [deletion.key.name for deletion in todo.delete] == ["docs-0"]
     assert (said(world, READY), said(world, ACTIVE)) == (("True", "ScaledToZero"), ("False", "ScaledToZero"))
+
+
+QUOTA_STATUS = {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreate", "message": QUOTA}
+
+
+def test_the_remedy_at_the_deadline_fits_the_cause():
+    def at_deadline(world: World) -> str:
+        world.step()
+        world.now += timedelta(seconds=61)
+        world.step()
+        assert said(world, PROGRESSING) == ("False", "ProgressDeadlineExceeded")
+        return condition(world, PROGRESSING).message
+
+    limits = {"rollout": {"progressDeadlineSeconds": 60}}
+    world = World(deployment(**limits))
+    world.step()
+    assert at_deadline(world).endswith("; read the pods' logs, or raise spec.rollout.progressDeadlineSeconds")
+    world = World(deployment(**limits))
+    world.step()
+    loaded(world, 0)
+    world.children[FRONTEND]["status"] = {"conditions": [QUOTA_STATUS]}
+    message = at_deadline(world)
+    assert "raise the quota, and Kubernetes tries again" in message
+    assert "edit the spec" not in message
+    world = World(deployment(**limits))
+    world.step()
+    world.unplace(0)
+    assert "; free resources, add a node, or request less; the scheduler says: " in at_deadline(world)
+
+
+def test_a_rollout_names_what_keeps_the_new_pod_down_while_old_ones_serve():
+    world = settled(replicas=2)
+    world.change(worker={"image": "nope:1"})
+    world.step()
+    world.pods["docs-2-0"]["status"] = waiting("ErrImagePull", "no such image")
+    world.step()
+    found = condition(world, PROGRESSING)
+    assert (said(world, READY)[0], found.status, found.reason) == ("True", "True", "RollingOut")
+    assert found.message.startswith("docs-2-0: no such image; 0/2 replicas ready at revision ")
+
+
+def test_the_cause_of_an_unplaced_pod_stands_before_the_schedulers_words():
+    world = World(deployment())
+    world.step()
+    world.pods["docs-0-0"]["status"] = UNSCHEDULABLE
+    world.step()
+    assert condition(world, READY).message == (
+        "0/1 replicas ready; docs-0-0: no node matches; correct the node selector or the tolerations, or add "
+        "a node; the scheduler says: 0/3 nodes are available: 3 node(s) didn't match Pod's node "
+        "affinity/selector"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "is_missing"),
+    [
+        ("volume for /models/m: /mnt/m does not exist on the node", True),
+        ('runc: error mounting "/mnt/m" to rootfs at "/model": stat /mnt/m: no such file or directory', True),
+        ('exec: "/mnt/m/serve": stat /mnt/m/serve: no such file or directory', False),
+        ("/mnt/m: permission denied", False),
+    ],
+)
+def test_a_directory_that_the_node_lacks_is_named(text, is_missing):
+    pod = {
+        "spec": {"nodeName": "n1", "volumes": [{"name": "model", "hostPath": {"path": "/mnt/m"}}]},
+        "status": waiting("CreateContainerError", text),
+    }
+    found = of_pod(pod)
+    assert found is not None
+    assert found.reason == "ContainerCreateFailed"
+    begin = "node n1 has no directory /mnt/m; correct spec.model.uri, or put the checkpoint there; "
+    assert found.message == (f"{begin}the kubelet says: {text}" if is_missing else text)
+
+
+@pytest.mark.parametrize(
+    ("end", "sentence"),
+    [
+        ({"exitCode": 1}, "frontend ended with exit code 1"),
+        ({"exitCode": 139}, "frontend ended with exit code 139 (SIGSEGV)"),
+        ({"exitCode": 255}, "frontend ended with exit code 255"),
+        (
+            {"exitCode": 137, "reason": "OOMKilled"},
+            "frontend ended with exit code 137 (SIGKILL), OOMKilled: it needed more memory than its limit, "
+            "or than the node has",
+        ),
+    ],
+)
+def test_a_crash_names_the_signal_and_its_usual_causes(end, sentence):
+    status = {"name": "frontend", "ready": False, "state": {"terminated": end}}
+    found = of_pod({"status": {"containerStatuses": [status]}})
+    assert found is not None
+    assert (found.reason, found.message) == ("ContainerCrashed", sentence)
 
 
 def test_updated_counts_ready_replicas_only():

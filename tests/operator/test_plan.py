@@ -170,7 +170,7 @@ def test_the_only_replica_makes_room_only_where_the_user_lets_it_be_missing():
         if stays:
             found = condition(world, PROGRESSING)
             assert found.reason == "InsufficientCapacity"
-            assert found.message.endswith("free resources, add a node, or undo the rollout")
+            assert "free resources, add a node, or undo the rollout" in found.message
 
 
 def test_a_replica_that_is_slow_to_answer_survives_a_broken_change():
@@ -487,7 +487,8 @@ def test_a_crashed_worker_that_starts_again_is_progress():
     }
     world.step()
     assert condition(world, READY).message == (
-        "1/2 replicas ready; docs-1-0: worker ended with exit code 137; it is started again"
+        "1/2 replicas ready; docs-1-0: worker ended with exit code 137 (SIGKILL): usual causes are its "
+        "memory limit, its liveness probe and its node; it is started again"
     )
     assert (condition(world, PROGRESSING).status, condition(world, PROGRESSING).reason) == (
         "True",
@@ -634,7 +635,11 @@ def test_a_pod_that_somebody_refuses_is_the_reason_and_is_looked_at_again():
     observed = Observed(world.children, refused={"docs-0-0": why})
     todo = plan(world.deployment, observed, world.now)
     ready = todo.status.condition(READY)
-    assert (ready.reason, ready.message) == ("PodRefused", f"0/1 replicas ready; docs-0-0: {why}")
+    assert ready.reason == "PodRefused"
+    assert ready.message == (
+        "0/1 replicas ready; docs-0-0: the namespace's Pod Security level forbids the pod; relax it, and "
+        f"Kubernetes tries again by itself; the API server says: {why}"
+    )
     assert todo.status.condition(PROGRESSING).message == ready.message
     assert todo.recheck
 

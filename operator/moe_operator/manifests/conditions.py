@@ -8,8 +8,8 @@ from typing import Literal
 
 from moe_api.visible import one_line
 from moe_operator.manifests.decision import timestamp
-from moe_operator.manifests.placement import lacks_resources
-from moe_operator.manifests.problems import QUALITY, Problem
+from moe_operator.manifests.problems import QUALITY, Problem, no_node, scheduler_says
+from moe_operator.manifests.scheduling import lacks_resources
 from moe_operator.manifests.state import State
 from moe_operator.resources.status import (
     ACTIVE,
@@ -185,13 +185,23 @@ def _stuck(state: State) -> Verdict | None:
 
 def _deadline_sentence(state: State) -> str:
     limit = state.rollout.progress_deadline_seconds
-    why = f"nothing further was ready for {limit} s"
+    cause = _deadline_cause(state)
+    parts = (
+        _updated_count(state),
+        f"nothing further was ready for {limit} s",
+        cause.message,
+        cause.remedy,
+        "or undo the rollout" if state.old else "",
+    )
+    return "; ".join(filter(None, parts))
+
+
+def _deadline_cause(state: State) -> Problem:
+    """What kept the rollout from going on."""
     if state.problem is not None:
-        why += f"; {state.problem[0].name}: {state.problem[1].message}"
-    elif (obstacle := _obstacle(state)) is not None:
-        why += f"; {obstacle.message}"
-    remedy = "edit the spec, or undo the rollout" if state.old else "edit the spec"
-    return f"{_updated_count(state)}; {why}; {remedy}"
+        pod, problem = state.problem
+        return replace(problem, message=f"{pod.name}: {problem.message}")
+    return _obstacle(state) or _waiting_for_replicas(state)
 
 
 def _paused(state: State) -> Verdict | None:
@@ -212,13 +222,12 @@ def _no_room(state: State) -> Verdict | None:
         said = "spec.rollout.maxSurge is 0, so a new replica needs the place of an old one"
         return Verdict(True, "InsufficientCapacity", f"{said}; {_why_no_room(state)}{_remedy(state)}")
     pod = state.leaders[unplaced[0]]
-    problem = pod.problem or Problem("Unschedulable", "no node takes it")
-    said = problem.message.rstrip(".")
-    if not lacks_resources(problem.message):
+    problem = pod.problem or Problem("Unschedulable", "")
+    cause, end = f"{pod.name}: {no_node(problem.said)}", scheduler_says(problem.said)
+    if not lacks_resources(problem.said):
         remedy = "correct spec.worker, add a node, or undo the rollout"
-        return Verdict(True, problem.reason, f"{pod.name}: {said}; {remedy}")
-    message = f"{pod.name}: {said}; {_why_no_room(state)}{_remedy(state)}"
-    return Verdict(True, "InsufficientCapacity", message)
+        return Verdict(True, problem.reason, f"{cause}; {remedy}{end}")
+    return Verdict(True, "InsufficientCapacity", f"{cause}; {_why_no_room(state)}{_remedy(state)}{end}")
 
 
 def _why_no_room(state: State) -> str:
@@ -239,8 +248,8 @@ def _remedy(state: State) -> str:
 def _replicas_progressing(state: State) -> Verdict | None:
     staying = min(state.rollout.partition, state.wanted)
     if state.wanted and len(state.old) > staying:
-        trouble = f"; {state.problem[0].name}: {state.problem[1].message}" if state.problem else ""
-        return Verdict(True, "RollingOut", f"{_updated_count(state)}{trouble}")
+        trouble = f"{state.problem[0].name}: {state.problem[1].message}; " if state.problem else ""
+        return Verdict(True, "RollingOut", f"{trouble}{_updated_count(state)}")
     if state.surplus:
         return Verdict(True, "ScalingDown", f"{_replicas(state.surplus)} more than wanted, terminating")
     if state.ready < state.wanted:

@@ -12,7 +12,6 @@ noderesources).
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,13 +20,9 @@ from typing import Any, Final
 
 from moe_operator.manifests.objects import Manifest
 from moe_operator.manifests.observed import Pod
+from moe_operator.manifests.scheduling import is_exclusion, is_shortage, lacks_resources, reasons
 from moe_operator.resources import quantity
 
-_SUMMARY: Final = re.compile(r"0/\d+ nodes are available: (.*?)\.?(?:$|\. |\s+(?=preemption: ))")
-_LACKS: Final = re.compile(r"Insufficient \S+|Too many pods")
-_CHECKED: Final = re.compile(
-    r"node\(s\) (?:didn't match Pod's node affinity/selector|had untolerated taint.*|were unschedulable)"
-)
 _ALIKE: Final[Mapping[str, Any]] = {
     "affinity": None,
     "topologySpreadConstraints": None,
@@ -83,24 +78,11 @@ def waits_because(pod: Manifest) -> str:
     return next((str(c.get("message", "")) for c in conditions if c["type"] == "PodScheduled"), "")
 
 
-def lacks_resources(said: str) -> bool:
-    """Whether the scheduler misses resources, on some node at least."""
-    return any(_LACKS.fullmatch(reason) for reason in _reasons(said))
-
-
-def _reasons(said: str) -> list[str]:
-    """Why nodes do not take a pod, without their numbers; none where it is not the scheduler's summary."""
-    summary = _SUMMARY.match(said)
-    return re.split(r", \d+ ", re.sub(r"^\d+ ", "", summary[1])) if summary else []
-
-
 def _other_reasons(said: str) -> Iterator[str]:
     """What the scheduler misses, unless it misses resources and names nothing that is not checked here."""
     if not said:
         return
-    unknown = [
-        reason for reason in _reasons(said) if not (_LACKS.fullmatch(reason) or _CHECKED.fullmatch(reason))
-    ]
+    unknown = [reason for reason in reasons(said) if not (is_shortage(reason) or is_exclusion(reason))]
     if unknown or not lacks_resources(said):
         yield f"the scheduler says: {'; '.join(unknown)}" if unknown else "no resource is missing"
 

@@ -9,7 +9,7 @@ from typing import Final
 
 from moe_operator.manifests.decision import timestamp
 from moe_operator.manifests.observed import FrontendState, Observed, Pod, frontend_state, leaders, owned
-from moe_operator.manifests.problems import POD_REFUSED, Problem
+from moe_operator.manifests.problems import Problem, refused_pod
 from moe_operator.manifests.rollout import Moves, Replica, Terms, moves
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment
@@ -92,10 +92,11 @@ class State:
 
     @property
     def problem(self) -> tuple[Pod, Problem] | None:
-        """The first leader that cannot start, and why."""
-        pods = [(pod, pod.problem) for pod in self._staying()]
+        """The first leader that cannot start, and why; those of the revision asked for come first."""
+        staying = sorted(self._staying(), key=lambda pod: self._is_old(pod.data_rank))
+        pods = [(pod, pod.problem) for pod in staying]
         for name, why in self.refused.items():
-            problem = Problem(POD_REFUSED, why)
+            problem = refused_pod(why)
             missing = Pod(name, "", ready=False, terminating=False, revision="", data_rank=0, problem=problem)
             pods.append((missing, problem))
         return next(((pod, problem) for pod, problem in pods if problem is not None), None)
@@ -109,6 +110,9 @@ class State:
     def unready_pods(self) -> list[Pod]:
         """The leaders that do not answer yet."""
         return [pod for pod in self._staying() if not pod.ready]
+
+    def _is_old(self, rank: int) -> bool:
+        return self.replicas[rank].revision != self.revision
 
     def _staying(self) -> list[Pod]:
         return [pod for rank, pod in self.leaders.items() if rank in self.replicas]
