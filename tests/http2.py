@@ -32,20 +32,20 @@ class RawClient:
     def flush(self):
         self.socket.sendall(self.h2.data_to_send())
 
-    def call(self, request, method=GENERATE):
-        """Starts a call; its stream's number."""
-        stream = self.headers(method)
+    def call(self, request, method=GENERATE, more=()):
+        """Starts a call with `more` headers; its stream's number."""
+        stream = self.headers(method, more)
         message = request.SerializeToString()
         self.h2.send_data(stream, b"\0" + len(message).to_bytes(4, "big") + message, end_stream=True)
         self.flush()
         return stream
 
-    def headers(self, method=GENERATE):
+    def headers(self, method=GENERATE, more=()):
         """Sends the headers of a call and nothing else."""
         stream = self.h2.get_next_available_stream_id()
         fields = {":method": "POST", ":scheme": "http", ":path": method, ":authority": "127.0.0.1"}
         fields |= {"te": "trailers", "content-type": "application/grpc"}
-        self.h2.send_headers(stream, list(fields.items()))
+        self.h2.send_headers(stream, [*fields.items(), *more])
         return stream
 
     def receive(self, seconds):

@@ -6,9 +6,11 @@ span), an `Anchor` that was taken once gives all timestamps of a request the sam
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import grpc
+
+_YEAR_S: Final = 365 * 86_400.0
 
 
 @dataclass(frozen=True)
@@ -33,5 +35,15 @@ def deadline_s(context: grpc.aio.ServicerContext[Any, Any]) -> float | None:
 
     To be asked when the call begins: gRPC computes the time that remains from the wall clock.
     """
-    remaining_s: float | None = context.time_remaining()
-    return None if remaining_s is None else time.monotonic() + remaining_s
+    left_s = remaining_s(context)
+    return None if left_s is None else time.monotonic() + left_s
+
+
+def remaining_s(context: grpc.aio.ServicerContext[Any, Any]) -> float | None:
+    """Seconds until the deadline of a call, a year at most; None where it has none.
+
+    Clients may send a deadline centuries from now. As a timeout of another call it would overflow gRPC's
+    nanoseconds, and that call would end at once.
+    """
+    left_s: float | None = context.time_remaining()
+    return None if left_s is None else min(left_s, _YEAR_S)

@@ -14,7 +14,7 @@ from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
 from moe_operator.frontend import bounds, forwarding, metadata, routing
 from moe_operator.frontend.endpoints import Endpoint
 from tests.frontend.fake_worker import FakeWorker
-from tests.http2 import RawClient
+from tests.http2 import RawClient, answers
 
 
 async def failure(call):
@@ -142,6 +142,34 @@ async def test_deadlines_reach_the_worker_and_end_the_call(bench):
     await asyncio.wait_for(_finished(b), 5)
     (span,) = b.spans.get_finished_spans()
     assert span.attributes[semconv.RPC_RESPONSE_STATUS_CODE] == "DEADLINE_EXCEEDED"
+
+
+async def statuses(client, number):
+    """The gRPC statuses of so many calls."""
+    events = []
+    async with asyncio.timeout(30):
+        while len(found := [status for _, status, _ in answers(events) if status]) < number:
+            events += await asyncio.to_thread(client.receive, 0.1)
+    return found
+
+
+async def test_a_deadline_of_centuries_is_none_too_many(bench):
+    b = await bench(workers=1)
+    with RawClient(int(b.address.rpartition(":")[2])) as client:
+        client.call(inference_pb2.GenerateRequest(prompt="count 1"), more=[("grpc-timeout", "2562047H")])
+        await b.workers[0].until(lambda w: w.sent == 2)
+        assert await statuses(client, 1) == ["0"]
+    assert 300 * 86_400 < b.workers[0].deadlines[0] <= 366 * 86_400, "gRPC rounds it up to hours"
+
+
+async def test_metadata_that_grpc_cannot_carry_as_text_are_dropped(bench):
+    b = await bench(workers=1)
+    with RawClient(int(b.address.rpartition(":")[2])) as client:
+        for value in (b"caf\xc3\xa9", b"\xff\xfe", b"a\x7f", b"tab\there"):
+            client.call(inference_pb2.GenerateRequest(prompt="count 1"), more=[("x-request-id", value)])
+        await b.workers[0].until(lambda w: w.sent == 8)
+        assert await statuses(client, 4) == ["0"] * 4
+    assert not any("x-request-id" in seen for seen in b.workers[0].metadata)
 
 
 async def test_only_named_metadata_reach_the_worker_and_come_back(bench):

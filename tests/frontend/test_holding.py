@@ -96,6 +96,28 @@ async def test_the_number_of_requests_that_wait_has_a_limit(bench, monkeypatch):
     await asyncio.gather(*waiting)
 
 
+async def test_a_wait_without_a_hold_has_the_same_limits(bench, monkeypatch):
+    running = await bench(workers=0, patience_s=60)
+    monkeypatch.setattr(holding, "HELD_BYTES_MOST", 3_000)
+    waiting = asyncio.create_task(running.text("count 1" + " " * 2_000))
+    await held(running, 1)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await running.text("count 1" + " " * 2_000, timeout=30)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    await add_worker(running)
+    assert await waiting == "w-0:0 "
+    assert running.hold._bytes == 0
+
+
+async def test_a_revision_that_no_ready_replica_has_is_refused_at_once(bench):
+    running = await bench(workers=1, patience_s=60)
+    request = inference_pb2.GenerateRequest(prompt="count 1", resume=inference_pb2.Resume(revision="gone"))
+    with pytest.raises(grpc.aio.AioRpcError, match="no ready replica of demo has this revision") as caught:
+        await running.stub.Generate(request, timeout=30).read()
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert running.workers[0].requests == 0
+
+
 async def test_so_have_their_bytes(bench, monkeypatch):
     monkeypatch.setattr(holding, "HELD_BYTES_MOST", 3_000)
     running = await bench(workers=0, hold_s=60)

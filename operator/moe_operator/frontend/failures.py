@@ -114,6 +114,15 @@ def nobody(deployment: str) -> Failure:
     )
 
 
+def other_revision(deployment: str) -> Failure:
+    """The client named a revision that no replica has."""
+    sentence = (
+        f"resume.revision is not served: no ready replica of {deployment} has this revision; send the "
+        "request without `resume`, which starts the text anew"
+    )
+    return Failure(Kind.UNREACHED, rich_status.build(grpc.StatusCode.FAILED_PRECONDITION, sentence))
+
+
 def _lost(replica: str, cause: str, *, started: bool) -> status_pb2.Status:
     if started:
         return _unavailable(

@@ -18,7 +18,7 @@ import grpc
 from google.protobuf.message import Message
 from opentelemetry import trace
 
-from moe_api import rich_status, spans, telemetry
+from moe_api import clock, rich_status, spans, telemetry
 from moe_api.writing import WRITE_TIMEOUT_S, SlowReaderError, Writer
 from moe_operator.frontend import bounds, failures, metadata, routing
 from moe_operator.frontend.echo import ContractError
@@ -134,27 +134,35 @@ class Forwarder:
                     _record(call.span, lease, trials.attempts + 1, progress)
                     failure = await self._attempt(call, lease)
             if lease is None:
-                wait = self._wait_for_another(failure, trials, progress)
+                if ended := await self._wait_for_another(failure, trials, progress):
+                    return ended
                 trials = trials.all_over()
-            elif failure is None:
+                continue
+            if failure is None:
                 return None
-            else:
-                trials = _counted(trials, lease, failure, progress.tokens - before)
-                if trials.deadly:
-                    return failures.deadly(trials.dead)
-                wait = _wait_before_next(failure, trials, progress, call.context.time_remaining())
+            trials = _counted(trials, lease, failure, progress.tokens - before)
+            if trials.deadly:
+                return failures.deadly(trials.dead)
+            wait = _wait_before_next(failure, trials, progress, clock.remaining_s(call.context))
             if wait is None:
-                return failure or failures.nobody(self._hold.deployment)
-            await (self._replicas.change(wait) if lease is None else asyncio.sleep(wait))
+                return failure
+            await asyncio.sleep(wait)
 
-    def _wait_for_another(
+    async def _wait_for_another(
         self, failure: Failure | None, trials: routing.Trials, progress: Progress
-    ) -> float | None:
-        """Seconds, at most, to wait for a replica to come; None: not at all."""
+    ) -> Failure | None:
+        """Waits a while for a replica to come; says why the call ends where it may not wait."""
+        if failure is None and len(self._replicas):  # none was tried, so none has the revision asked for
+            return failures.other_revision(self._hold.deployment)
         full = failure is not None and failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-        if not progress.resumable or (full and not progress.started):
-            return None  # the client is told when to come back
-        return min(trials.left_s(time.monotonic()), _LOOK_AGAIN_S) or None
+        wait = min(trials.left_s(time.monotonic()), _LOOK_AGAIN_S)
+        if not progress.resumable or (full and not progress.started) or not wait:
+            return failure or failures.nobody(self._hold.deployment)
+        with self._hold.place(progress.size) as refusal:
+            if refusal is not None:
+                return failure or Failure(Kind.UNREACHED, refusal)
+            await self._replicas.change(wait)
+        return None
 
     async def _attempt(self, call: _Call, lease: Lease) -> Failure | None:
         """One attempt; None where the client has its answer."""
@@ -201,7 +209,7 @@ class Forwarder:
         )
         forwarded = metadata.selected(call.context.invocation_metadata(), self._keys)
         traced = telemetry.inject(forwarded, trace.set_span_in_context(call.span))
-        return multicallable(request, timeout=call.context.time_remaining(), metadata=traced)
+        return multicallable(request, timeout=clock.remaining_s(call.context), metadata=traced)
 
 
 async def _pass_on(answer: _Answer, call: _Call) -> None:

@@ -56,17 +56,27 @@ class Hold:
         """
         if self.limit_s <= 0 or self._replicas.is_set():
             return None
-        if self._held >= HELD_MOST or self._bytes + size > HELD_BYTES_MOST:
-            sentence = (
-                f"{self._held} requests already wait for a first replica of {self.deployment}; try later"
-            )
-            return rich_status.retry_later(grpc.StatusCode.RESOURCE_EXHAUSTED, sentence, RETRY_AFTER_S)
-        with self._counted(size):
+        with self.place(size) as refusal:
+            if refusal is not None:
+                return refusal
             try:
                 await asyncio.wait_for(self._replicas.wait(), self.limit_s)
             except TimeoutError:
                 return self._in_vain()
         return None
+
+    @contextlib.contextmanager
+    def place(self, size: int) -> Iterator[status_pb2.Status | None]:
+        """Counts a request that waits for a replica, for the time of the block; gives why it may not wait.
+
+        size: of the request, in bytes.
+        """
+        if self._held >= HELD_MOST or self._bytes + size > HELD_BYTES_MOST:
+            sentence = f"{self._held} requests already wait for a replica of {self.deployment}; try later"
+            yield rich_status.retry_later(grpc.StatusCode.RESOURCE_EXHAUSTED, sentence, RETRY_AFTER_S)
+            return
+        with self._counted(size):
+            yield None
 
     async def demand(self, wait_s: float) -> int:
         """Requests that wait; while there are none, waits for the first one, up to `wait_s` seconds."""
