@@ -34,5 +34,14 @@ def parse_keys(text: str) -> frozenset[str]:
 
 
 def selected(metadata: Iterable[Any] | None, keys: frozenset[str]) -> Pairs:
-    """The pairs with these keys."""
-    return tuple((key, value) for key, value in metadata or () if key in keys)
+    """The pairs with these keys, of values that gRPC sends: bytes under ``-bin`` keys, else printable ASCII.
+
+    It receives others, but fails a call that is to send them on.
+    """
+    return tuple((key, value) for key, value in metadata or () if key in keys and _may_be_sent(key, value))
+
+
+def _may_be_sent(key: str, value: str | bytes) -> bool:
+    if key.endswith("-bin"):
+        return isinstance(value, bytes)
+    return isinstance(value, str) and value.isascii() and value.isprintable()
