@@ -56,13 +56,18 @@ def test_one_deployment_in_full():
         "prod/demo",
         "docs from file:///mnt/models/docs-moe",
         "deepseek_v3 11.6M (3.4M active) bf16, context 1024 tokens",
-        "1/2 replicas ready, 1 at the current revision; 2 leader pods",
+        "1/2 replicas ready, 1 at the current revision\n",
         "AllReplicasReady",
         "2/2 replicas ready",
         "2026-01-31T12:00:00Z",
     ):
         assert part in text
     assert "latest change" not in text
+
+
+def test_replicas_beyond_the_wanted_ones_are_told():
+    text = shown(deployment(replicas=3, readyReplicas=3, updatedReplicas=1, conditions=[READY]))
+    assert "2/2 replicas ready, 1 at the current revision; 3 exist, 3 of them ready" in text
 
 
 SCALING = {

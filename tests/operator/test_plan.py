@@ -297,7 +297,7 @@ def test_scaling_down_deletes_the_highest_ranks_first():
     assert (world.status.replicas, condition(world, READY).status) == (2, "True")
 
 
-def test_of_replicas_that_may_leave_the_idlest_does():
+def test_of_replicas_that_may_leave_the_least_busy_does():
     world = settled(replicas=3)
     world.change(replicas=2)
     assert {pod.name for pod in world.look().choice} == {"docs-0-0", "docs-1-0", "docs-2-0"}

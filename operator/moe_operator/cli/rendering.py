@@ -145,10 +145,10 @@ def _table(*headings: str, pad_edge: bool = True) -> Table:
 
 
 def _replicas(replicas: Mapping[str, int]) -> str:
-    return (
-        f"{replicas['ready']}/{replicas['desired']} replicas ready, {replicas['updated']} at the current "
-        f"revision; {replicas['there']} leader pods"
-    )
+    """The number that serves, and where a rollout or scaling is under way the number that there is."""
+    ready, wanted, there = replicas["ready"], replicas["desired"], replicas["there"]
+    counts = f"{min(ready, wanted)}/{wanted} replicas ready, {replicas['updated']} at the current revision"
+    return counts if there == wanted else f"{counts}; {there} exist, {ready} of them ready"
 
 
 def _model(model: Mapping[str, Any]) -> str:

@@ -121,13 +121,13 @@ class Engine(Model):
     format: Literal["auto", "dense", "fp8", "w4a16", "w4a8"] = Field(
         default="auto",
         description="What weights are multiplied as. dense: numbers of dtype. fp8: eight bits in blocks of "
-        "128 x 128, rounded to when the model loads unless the checkpoint is. w4a16: four bits in groups of "
+        "128 x 128, rounded at load unless the checkpoint is already fp8. w4a16: four bits in groups of "
         "128, likewise. w4a8: these, and activations in eight bits. auto: four bits where the checkpoint has "
         "them, else dense. Default: auto.",
     )
     kv_dtype: Literal["auto", "float32", "bfloat16", "fp8"] = Field(
         default="auto",
-        description="Number format of the KV cache; auto takes that of dtype, and fp8 half the memory of "
+        description="Number format of the KV cache; auto takes that of dtype; fp8 takes half the memory of "
         "bfloat16. Default: auto.",
     )
     generation_config: Literal["Auto", "None"] = Field(

@@ -101,7 +101,7 @@ class Status(Observed):
     desired_replicas: int | None = Field(
         default=None, description="Replicas that there shall be now: spec.replicas, or what scaling decided."
     )
-    replicas: int = Field(default=0, description="Replicas that have a leader pod.")
+    replicas: int = Field(default=0, description="Replicas whose leader pod exists and is not terminating.")
     ready_replicas: int = Field(default=0, description="Replicas whose leader answers requests.")
     updated_replicas: int = Field(
         default=0, description="Ready replicas whose leader runs the current revision."

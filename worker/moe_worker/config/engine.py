@@ -24,8 +24,8 @@ class EngineOptions:
     kv_dtype: of the KV cache. "auto" is `dtype`'s (bfloat16 for w4a8 on CPUs). "fp8" (e4m3) takes half the
         memory of bfloat16; the example's text costs 0.08 % more bits.
     format: of the weights that tokens are multiplied with. "dense": numbers of `dtype`; "fp8": eight bits
-        (e4m3) with a scale for each block of 128 x 128, as an FP8 checkpoint has them or rounded to at load,
-        activations as they are (W8A16); "w4a16": four bits in groups of 128 inputs, rounded to at load where
+        (e4m3) with a scale for each block of 128 x 128, as an FP8 checkpoint has them or rounded at load,
+        activations as they are (W8A16); "w4a16": four bits in groups of 128 inputs, rounded at load where
         the checkpoint is not; "w4a8": these, and activations rounded to eight bits a token. "auto" is w4a16
         for a checkpoint of four bits and dense for others.
     context_length: tokens of prompt and continuation together; None: the model's own limit.
