@@ -20,7 +20,12 @@ _MIN_MESSAGE_BYTES: Final = 2**20
 
 _Options = tuple[tuple[str, int], ...]
 
+# One bit for each algorithm; the lowest stands for "identity". gRPC refuses other messages with UNIMPLEMENTED
+# before it decompresses them: 15 KB of gzip would become 15 MiB.
+_UNCOMPRESSED: Final = ("grpc.compression_enabled_algorithms_bitset", 1)
+
 CLIENT_OPTIONS: Final[_Options] = (
+    _UNCOMPRESSED,
     ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", _KEEPALIVE_MS),
     ("grpc.http2.ping_timeout_ms", _KEEPALIVE_MS),
@@ -40,6 +45,7 @@ CLIENT_OPTIONS: Final[_Options] = (
 _STREAMS: Final = 256
 
 _SERVER_OPTIONS: Final[_Options] = (
+    _UNCOMPRESSED,
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.keepalive_permit_without_calls", 1),
     # The server pings too, so that the streams of a client that vanished are given up.

@@ -89,6 +89,20 @@ async def test_calls_that_are_reset_at_once_cancel_no_calls_of_other_connections
     assert calls
 
 
+@pytest.mark.parametrize("algorithm", [grpc.Compression.Gzip, grpc.Compression.Deflate])
+async def test_compressed_messages_are_refused(algorithm):
+    text = wrappers_pb2.StringValue(value="x" * 2**20).SerializeToString()
+    async with (
+        serving() as port,
+        grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=transport.CLIENT_OPTIONS) as plain,
+        grpc.aio.insecure_channel(f"127.0.0.1:{port}", compression=algorithm) as compressing,
+    ):
+        assert await plain.unary_unary(METHOD)(text, timeout=30) == text
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await compressing.unary_unary(METHOD)(text, timeout=30)
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
 async def test_a_connection_has_so_many_calls_at_a_time():
     async with serving() as port:
         with RawClient(port) as client:
