@@ -92,13 +92,56 @@ async def test_log_probabilities_are_printed_beside_the_text(moe):
         async def Generate(self, request, context):
             top = [inference_pb2.TopLogprob(token=5, logprob=-0.25)]
             logprobs = [inference_pb2.TokenLogprobs(logprob=-1.5, top=top)]
-            yield inference_pb2.GenerateResponse(text="a", tokens=[9], logprobs=logprobs)
+            yield inference_pb2.GenerateResponse(text="a", tokens=[9], logprobs=logprobs, finish_reason=1)
 
     worker = Knowing("w")
     await worker.start()
     result = await moe("generate", "x", "--logprobs", "1", "--endpoint", worker.endpoint.address)
     await worker.server.stop(None)
     assert (result.stdout, result.stderr) == (b"a", b"token 9 -1.5000; likeliest:  5 -0.2500\n")
+
+
+@pytest.fixture
+async def answering():
+    """`await answering(message, ...)` gives the address of a worker that sends these; a number is a pause."""
+    started = []
+
+    async def start(*answer):
+        class Answering(FakeWorker):
+            async def Generate(self, request, context):
+                for step in answer:
+                    if isinstance(step, inference_pb2.GenerateResponse):
+                        yield step
+                    else:
+                        await asyncio.sleep(step)
+
+        started.append(Answering("w"))
+        return (await started[0].start()).address
+
+    yield start
+    for worker in started:
+        await worker.server.stop(None)
+
+
+def part(text, finish_reason=0):
+    return inference_pb2.GenerateResponse(text=text, tokens=[1], finish_reason=finish_reason)
+
+
+async def test_a_finish_reason_of_a_newer_server_is_shown_by_its_number(moe, answering):
+    result = await moe("generate", "x", "--stats", "--endpoint", await answering(part("a", 99)))
+    assert (result.returncode, result.stdout) == (0, b"a")
+    assert b"generated (99)" in result.stderr
+
+
+async def test_an_answer_without_an_end_is_an_error(moe, answering):
+    result = await moe("generate", "x", "--endpoint", await answering(part("a")))
+    assert (result.returncode, result.stdout) == (1, b"a")
+    assert re.fullmatch(rb"error: answer is not complete: [^\n]*\n", result.stderr)
+
+
+async def test_text_behind_the_end_is_not_printed_and_the_call_is_left(moe, answering):
+    result = await moe("generate", "x", "--endpoint", await answering(part("a", 1), part("b"), 3600))
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"a", b"")
 
 
 def test_every_choice_has_a_name_in_the_trace_and_a_value_that_attributes_can_hold(caplog):
@@ -153,8 +196,8 @@ async def test_a_reader_that_has_enough_is_no_error(worker, environment):
     ("prompt", "code", "sentence"),
     [
         ("bad", 2, "error: sampling.top_p: is 7; use a number in (0, 1]\n"),
-        ("full", 4, "error: the queue is full (try again in 2.5 s)\n"),
-        ("loading", 3, "error: the model is still loading (try again in 4 s)\n"),
+        ("full", 4, "error: the queue is full (wait 2.5 s before you try again)\n"),
+        ("loading", 3, "error: the model is still loading (wait 4 s before you try again)\n"),
         ("unknown-model", 2, "error: no model of that name; this is m\n"),
     ],
 )

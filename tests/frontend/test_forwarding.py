@@ -226,7 +226,7 @@ async def test_without_a_worker_the_answer_says_so(bench):
     b = await bench(workers=0)
     _, error = await failure(b.generate("count 1"))
     assert error.code() is grpc.StatusCode.UNAVAILABLE
-    assert error.details().startswith("no worker of demo is ready")
+    assert error.details().startswith("demo has no ready replica")
     assert rich_status.retry_delay(rich_status.from_error(error)) == 1.0
 
 

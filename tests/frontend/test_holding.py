@@ -68,7 +68,7 @@ async def test_after_the_limit_the_client_is_told_what_happened_and_when_to_come
         await running.text("count 1")
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert caught.value.details() == (
-        "no replica of demo was there within 0.2 s; `moe status demo` says why; send the request again"
+        "demo has no ready replica: none became ready within 0.2 s; see why with `moe status demo`"
     )
     assert rich_status.retry_delay(rich_status.from_error(caught.value)) == holding.RETRY_AFTER_S
     assert await demand(running) == 0
@@ -133,13 +133,13 @@ async def test_so_have_their_bytes(bench, monkeypatch):
 
 async def test_a_frontend_that_does_not_hold_fails_at_once(bench):
     running = await bench(workers=0)
-    with pytest.raises(grpc.aio.AioRpcError, match="no worker of demo is ready"):
+    with pytest.raises(grpc.aio.AioRpcError, match="demo has no ready replica"):
         await running.text("count 1")
 
 
 async def test_asking_for_the_model_starts_nothing(bench):
     running = await bench(workers=0, hold_s=60)
-    with pytest.raises(grpc.aio.AioRpcError, match="no worker of demo is ready"):
+    with pytest.raises(grpc.aio.AioRpcError, match="demo has no ready replica"):
         await running.stub.GetModel(inference_pb2.GetModelRequest())
 
 
@@ -156,3 +156,15 @@ async def test_without_a_replica_only_a_frontend_for_which_one_is_made_is_ready(
     stub = health_pb2_grpc.HealthStub(running.channel)
     status = (await stub.Check(health_pb2.HealthCheckRequest())).status
     assert health_pb2.HealthCheckResponse.ServingStatus.Name(status) == answer
+
+
+async def test_where_the_only_replica_went_for_good_the_client_is_told_where_to_look(bench):
+    running = await bench(workers=1, patience_s=1.0)
+    call = asyncio.create_task(running.text("silent", timeout=30))
+    await running.workers[0].until(lambda worker: worker.running == 1)
+    gone, running.workers = running.workers[0], []
+    await running.publish()
+    await gone.server.stop(0)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    assert caught.value.details() == "demo has no ready replica; see why with `moe status demo`"

@@ -103,5 +103,5 @@ def explain(error: grpc.RpcError, endpoint: str) -> CommandError:
     elif code is grpc.StatusCode.DEADLINE_EXCEEDED:
         sentence = f"no full answer from {endpoint} within --timeout; what was printed is valid"
     delay = rich_status.retry_delay(status)
-    hint = f" (try again in {delay:g} s)" if delay else ""
+    hint = f" (wait {delay:g} s before you try again)" if delay else ""
     return CommandError(sentence + hint, EXIT_CODES.get(code, errors.FAILED))

@@ -1,12 +1,14 @@
 """`moe generate`: a prompt in, text out as it is generated."""
 
+import contextlib
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import click
+import grpc
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 
@@ -14,6 +16,13 @@ from moe_api import semconv, telemetry
 from moe_api.inference.v1 import inference_pb2
 from moe_operator.cli import calling, errors, sampling, terminal, timing
 from moe_operator.cli.timing import Timing
+
+_UNFINISHED: Final = inference_pb2.FINISH_REASON_UNSPECIFIED
+_NO_END: Final = (
+    "answer is not complete: the server ended it without a finish reason; update or report the server"
+)
+# A server ends a call right behind the last message of its answer.
+_END_S: Final = 5.0
 
 
 @click.command()
@@ -70,13 +79,16 @@ def print_stream(
     """Prints text as it comes, and log-probabilities to stderr; says when first and last message came.
 
     Args:
-        responses: of one call, begun now.
+        responses: of one call, begun now; nothing behind the message that ends the answer is read.
         clock: seconds, monotonic.
+
+    Raises:
+        CommandError: the answer has no end.
     """
     write = terminal.writer(sys.stdout)
     started = clock()
     first = last = None
-    usage, reason, text = inference_pb2.Usage(), inference_pb2.FINISH_REASON_UNSPECIFIED, ""
+    usage, reason, text = inference_pb2.Usage(), _UNFINISHED, ""
     for response in responses:
         last = clock()
         first = last if first is None and (response.tokens or response.text) else first
@@ -85,10 +97,13 @@ def print_stream(
         sys.stdout.flush()
         for line in sampling.logprob_lines(response):
             click.echo(line, err=True)
-        if response.HasField("usage"):
+        if response.finish_reason != _UNFINISHED:
             usage, reason = response.usage, response.finish_reason
+            break
     if sys.stdout.isatty() and not text.endswith("\n"):
         sys.stdout.write("\n")
+    if reason == _UNFINISHED:
+        raise errors.CommandError(_NO_END, errors.FAILED)
     return Timing(
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
@@ -109,7 +124,9 @@ def _call(endpoint: str, request: inference_pb2.GenerateRequest, timeout: float 
     with calling.calling(endpoint) as stub:
         call = stub.Generate(request, timeout=timeout, metadata=telemetry.inject())
         try:
-            return print_stream(call)
+            result = print_stream(call)
+            _end(call)
+            return result
         except KeyboardInterrupt:
             call.cancel()
             sys.exit(errors.INTERRUPTED)
@@ -118,6 +135,13 @@ def _call(endpoint: str, request: inference_pb2.GenerateRequest, timeout: float 
             call.cancel()
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
+
+
+def _end(call: Any) -> None:
+    """Waits for the end of a call whose answer is whole, lest the server count it as cancelled."""
+    with contextlib.suppress(grpc.FutureTimeoutError, grpc.RpcError):
+        call.result(_END_S)
+    call.cancel()
 
 
 def _describe_request(span: trace.Span, request: inference_pb2.GenerateRequest) -> None:

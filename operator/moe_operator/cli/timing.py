@@ -14,7 +14,7 @@ class Timing:
     Attributes:
         prompt_tokens: tokens read.
         completion_tokens: tokens generated.
-        finish_reason: "stop" or "length".
+        finish_reason: "stop" or "length"; a number that this version does not know.
         first_s: seconds from the call to the first token; None if there was none.
         total_s: seconds from the call to the last message.
     """
@@ -46,5 +46,7 @@ def summary(timing: Timing) -> str:
 
 
 def reason_name(reason: "inference_pb2.FinishReason.ValueType") -> str:
-    """ "stop" for FINISH_REASON_STOP, and so on."""
+    """ "stop" for FINISH_REASON_STOP, and so on; the number of one that a newer server knows."""
+    if reason not in inference_pb2.FinishReason.values():
+        return str(reason)
     return inference_pb2.FinishReason.Name(reason).removeprefix(_PREFIX).lower()

@@ -109,9 +109,8 @@ def deadly(replicas: Sequence[str]) -> Failure:
 
 def nobody(deployment: str) -> Failure:
     """There is no replica."""
-    return Failure(
-        Kind.UNREACHED, _unavailable(f"no worker of {deployment} is ready; try again, or see `moe status`")
-    )
+    sentence = f"{deployment} has no ready replica; see why with `moe status {deployment}`"
+    return Failure(Kind.UNREACHED, _unavailable(sentence))
 
 
 def other_revision(deployment: str) -> Failure:

@@ -157,12 +157,19 @@ class Forwarder:
         full = failure is not None and failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         wait = min(trials.left_s(time.monotonic()), _LOOK_AGAIN_S)
         if not progress.resumable or (full and not progress.started) or not wait:
-            return failure or failures.nobody(self._hold.deployment)
+            return self._unanswered(failure, progress)
         with self._hold.place(progress.size) as refusal:
             if refusal is not None:
                 return failure or Failure(Kind.UNREACHED, refusal)
             await self._replicas.change(wait)
         return None
+
+    def _unanswered(self, failure: Failure | None, progress: Progress) -> Failure:
+        """What the client is told where there is no replica left to ask."""
+        lost = failure is not None and failure.kind is not Kind.ANSWERED and not progress.started
+        if failure is None or (lost and not len(self._replicas)):
+            return failures.nobody(self._hold.deployment)
+        return failure
 
     async def _attempt(self, call: _Call, lease: Lease) -> Failure | None:
         """One attempt; None where the client has its answer."""

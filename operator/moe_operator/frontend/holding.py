@@ -108,7 +108,7 @@ class Hold:
 
     def _in_vain(self) -> status_pb2.Status:
         sentence = (
-            f"no replica of {self.deployment} was there within {self.limit_s:g} s; "
-            f"`moe status {self.deployment}` says why; send the request again"
+            f"{self.deployment} has no ready replica: none became ready within {self.limit_s:g} s; "
+            f"see why with `moe status {self.deployment}`"
         )
         return rich_status.retry_later(grpc.StatusCode.UNAVAILABLE, sentence, RETRY_AFTER_S)
