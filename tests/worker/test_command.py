@@ -10,7 +10,11 @@ from tests.worker.serving import COMMAND
 
 def run(*arguments):
     return subprocess.run(
-        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False
+        [*COMMAND, *(it if isinstance(it, bytes) else str(it) for it in arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 
@@ -41,6 +45,9 @@ def test_help_and_the_process_of_the_rpc_edge_need_no_torch(command):
         (["--kv-memory", "lots"], "'lots' is no size; write bytes as 2Gi"),
         (["--kv-memory", "1Ki"], "KV memory of 1024 bytes is too small"),
         (["--max-batch-size", "0"], "max_batch_size is 0; it must be at least 1"),
+        (["--kv-memory", "1000000000Ti"], "kv_memory is 1099511627776000000000; it must be a number from 1"),
+        (["--grace", "nan"], "nan is no finite number"),
+        (["--served-name", b"\xff"], "--served-name '\\udcff' is no text"),
         (["--device", "tpu"], "device 'tpu' is unknown"),
         (["--listen", "127.0.0.1"], "'127.0.0.1' is not HOST:PORT"),
         (["--listen", "127.0.0.1:99999"], "'127.0.0.1:99999' is not HOST:PORT"),

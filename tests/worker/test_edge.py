@@ -188,6 +188,11 @@ def test_a_request_that_cannot_be_taken_does_not_end_the_engine():
     assert sent == [wire.Refused(2, "the queue is full", retryable=True)]
 
 
+def test_a_failure_about_a_name_that_is_no_text_reaches_the_edge():
+    frame = wire.encode(engine_process._failed("\ud800.safetensors is missing", 2))
+    assert wire.decode(frame[wire.LENGTH_BYTES :]) == wire.Failed(r"\ud800.safetensors is missing", 2)
+
+
 def test_a_malformed_frame_ends_the_engine_instead_of_its_receiver_alone():
     ours, theirs = socket.socketpair()
     ours.sendall((2).to_bytes(4, "big") + b"\xfe\xff")

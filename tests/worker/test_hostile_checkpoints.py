@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import moe_worker
+from moe_worker.config.directory import find_checkpoint
 from moe_worker.config.model import parse_model_config
 from moe_worker.errors import CheckpointError, InputError
 from moe_worker.models.safetensors import read_header
@@ -77,6 +78,41 @@ def test_nested_settings_are_parsed_or_refused_too(data):
     values = FAMILIES["deepseek_v3"] | {"model_type": "deepseek_v3", name: nested}
     sentence = refusal(lambda: parse_model_config(values, "config.json"))
     assert sentence is None or "\n" not in sentence
+
+
+@pytest.mark.parametrize("factor", [1e308, 1e6])
+def test_yarn_beyond_any_context_is_refused(factor):
+    yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": 32768}
+    values = FAMILIES["qwen3_moe"] | {"model_type": "qwen3_moe", "rope_scaling": yarn}
+    with pytest.raises(CheckpointError, match="a context of at most 16777216 tokens"):
+        parse_model_config(values, "config.json")
+
+
+def circle(folder):
+    (folder / "circle").symlink_to(folder / "circle")
+    return folder / "circle"
+
+
+def nameless(folder):
+    """A Hugging Face cache whose refs/main names what no file can be called."""
+    for name in ("refs", "snapshots"):
+        (folder / name).mkdir()
+    (folder / "refs" / "main").write_text("a" * 300)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda folder: folder / ("a" * 300), "cannot be opened: File name too long"),
+        (circle, "cannot be opened: Too many levels of symbolic links"),
+        (lambda folder: folder / "a\0b", "cannot be opened: embedded null byte"),
+        (nameless, "with 0 snapshots, and refs/main names none of them"),
+    ],
+)
+def test_names_that_lead_to_no_directory(tmp_path, make, sentence):
+    with pytest.raises(CheckpointError, match=sentence):
+        find_checkpoint(make(tmp_path))
 
 
 def headed(header, data=b""):

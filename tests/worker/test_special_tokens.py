@@ -84,3 +84,14 @@ def test_a_text_that_begins_with_the_token_gets_no_second_one(write, config):
 def test_a_bos_token_that_is_none_of_the_tokens(write):
     with pytest.raises(TokenizerError, match=r"tokenizer_config.json: bos_token is '<s>', which"):
         ours(write(None, {"bos_token": "<s>", "add_bos_token": True}))
+
+
+def test_a_bos_token_that_is_half_a_character(write):
+    with pytest.raises(TokenizerError, match=r"bos_token is '\\ud800', which"):
+        ours(write(None, {"bos_token": "\ud800", "add_bos_token": True}))
+
+
+def test_a_post_processor_that_adds_an_id_beyond_the_vocabulary(write):
+    tokens = {"<|begin|>": {"id": "<|begin|>", "ids": [5000], "tokens": ["<|begin|>"]}}
+    with pytest.raises(TokenizerError, match="its post_processor adds token id 5000, but"):
+        ours(write(TEMPLATE | {"special_tokens": tokens}, None))

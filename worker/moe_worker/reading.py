@@ -22,6 +22,14 @@ def present(path: Path) -> bool:
     return os.path.lexists(path)
 
 
+def is_directory(path: Path) -> bool:
+    """Whether `path` leads to a directory; not so where the name is impossible or links lead in a circle."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except (OSError, ValueError):
+        return False
+
+
 def open_file(path: Path) -> io.BufferedReader:
     """A regular file, open for reading. A FIFO or a device is refused at once, without waiting for a writer.
 

@@ -1,6 +1,7 @@
 """Opens a checkpoint directory: is it one, and of which shape is its model?"""
 
 import json
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from moe_worker.config.fields import Fields
 from moe_worker.config.model import ModelConfig, parse_model_config
 from moe_worker.errors import CheckpointError
-from moe_worker.reading import present, read_file
+from moe_worker.reading import is_directory, present, read_file
 
 # Ten times the largest published config.json; it takes a fifth of a second to parse.
 LARGEST_CONFIG = 4 << 20
@@ -29,7 +30,7 @@ def find_checkpoint(path: Path) -> Path:
     _check_directory(path)
     if present(path / CONFIG):
         return path
-    if (path / "snapshots").is_dir():
+    if is_directory(path / "snapshots"):
         return _snapshot(path)
     cached = sorted(entry.name for entry in path.glob("models--*") if entry.is_dir())
     if cached:
@@ -41,9 +42,16 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def _check_directory(path: Path) -> None:
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; the model must be a checkpoint directory")
-    if not path.is_dir():
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; the model must be a checkpoint directory") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(
+            f"{path} cannot be opened: {reason}; the model must be a checkpoint directory"
+        ) from error
+    if not stat.S_ISDIR(mode):
         raise CheckpointError(f"{path} is a file; the model must be the directory that holds {CONFIG}")
 
 
@@ -51,7 +59,7 @@ def _snapshot(path: Path) -> Path:
     main = path / "refs" / "main"
     if present(main):
         named = path / "snapshots" / Path(read_file(main, 4096).decode(errors="replace").strip()).name
-        if named.is_dir():
+        if is_directory(named):
             return named
     found = sorted(entry for entry in (path / "snapshots").iterdir() if entry.is_dir())
     if len(found) != 1:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moe_worker.config.fields import LARGEST_SIZE, MOST_SHOWN, is_unicode
 from moe_worker.errors import SettingsError
 
 DEVICES = re.compile(r"auto|cpu|cuda(:[0-9]{1,2})?")
@@ -12,6 +13,20 @@ DTYPES = ("auto", "float32", "bfloat16")
 FORMATS = ("auto", "dense", "fp8", "w4a16", "w4a8")
 GENERATION_CONFIGS = ("auto", "none")
 KV_DTYPES = ("auto", "float32", "bfloat16", "fp8")
+# The least and the most that each number may be. The most is far above what any machine can use, and keeps
+# products of them within 64 bits.
+BOUNDS: Mapping[str, tuple[int, int]] = {
+    "context_length": (1, LARGEST_SIZE),
+    "max_batch_size": (1, 1 << 16),
+    "max_queue": (0, LARGEST_SIZE),
+    "kv_memory": (1, 1 << 50),
+    "prefill_tokens": (1, LARGEST_SIZE),
+    "target_step_ms": (1, 3_600_000),
+    "page_size": (1, 1 << 16),
+    "threads": (1, 1 << 12),
+}
+# Of config.json's fields; published ones nest 4 deep.
+MOST_NESTED = 16
 
 
 @dataclass(frozen=True)
@@ -78,21 +93,14 @@ class EngineOptions:
                 raise SettingsError(
                     f"{name} {getattr(self, name)!r} is unknown; it must be one of {', '.join(allowed)}"
                 )
-        for name in (
-            "context_length",
-            "max_batch_size",
-            "kv_memory",
-            "prefill_tokens",
-            "target_step_ms",
-            "threads",
-        ):
+        for name, (least, most) in BOUNDS.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SettingsError(f"{name} is {value}; it must be at least 1")
-        if self.page_size < 1 or self.page_size & (self.page_size - 1):
+            if value is not None and not least <= value <= most:  # nor a number that is none (NaN)
+                wanted = f"at least {least}" if value < least else f"a number from {least} to {most}"
+                raise SettingsError(f"{name} is {str(value)[:MOST_SHOWN]}; it must be {wanted}")
+        if self.page_size & (self.page_size - 1):
             raise SettingsError(f"page_size is {self.page_size}; it must be a power of two")
-        if self.max_queue < 0:
-            raise SettingsError(f"max_queue is {self.max_queue}; it must be at least 0")
+        _check_override(self.config_override)
 
     def context_for(self, longest: int) -> int:
         """The context length, given the model's limit `longest`. Raises SettingsError if above it."""
@@ -106,3 +114,23 @@ class EngineOptions:
                 """"original_max_position_embeddings": ...}}'"""
             )
         return self.context_length
+
+
+def _check_override(value: Any, nested: int = 0) -> None:
+    """Only what any config.json can hold. Raises SettingsError."""
+    if nested > MOST_NESTED:
+        raise SettingsError(f"config_override nests more than {MOST_NESTED} deep; give fields of config.json")
+    if isinstance(value, str) and not is_unicode(value):
+        raise SettingsError(
+            f"config_override holds {value[:MOST_SHOWN]!r}, which is no text; write it in UTF-8"
+        )
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        raise SettingsError(
+            f"config_override holds a whole number of {value.bit_length()} bits; use at most 63"
+        )
+    if isinstance(value, Mapping):
+        for part in (*value.keys(), *value.values()):
+            _check_override(part, nested + 1)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _check_override(part, nested + 1)

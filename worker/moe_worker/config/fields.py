@@ -43,6 +43,13 @@ class Fields:
         """An integer as above, or None where the field is null or absent."""
         return None if self.values.get(name) is None else self.integer(name, least=least)
 
+    def number(self, name: str) -> float:
+        """A finite number."""
+        value = self.values.get(name)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= LARGEST_FLOAT:
+            raise self.fail(name, "a finite number")
+        return float(value)
+
     def positive(self, name: str, default: float | None = None) -> float:
         """A finite number above 0."""
         value = self._or_default(name, default)
@@ -81,6 +88,11 @@ class Fields:
     def _or_default(self, name: str, default: Any) -> Any:
         value = self.values.get(name)
         return default if value is None else value
+
+
+def is_unicode(text: str) -> bool:
+    """Whether the text can be encoded: JSON and command lines also bring halves of characters."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _shown(value: object) -> str:

@@ -122,10 +122,10 @@ def _context(fields: Fields, attention: AttentionConfig) -> int:
     yarn = attention.rope.yarn
     if yarn is None or isinstance(attention, LatentConfig):
         return positions
-    extended = int(yarn.original_context * yarn.factor)
+    extended = yarn.original_context * yarn.factor  # infinite for a factor that is large enough
     if extended > MOST_POSITIONS:
         raise fields.fail("rope_scaling", f"a context of at most {MOST_POSITIONS} tokens: factor x original")
-    return max(positions, extended)
+    return max(positions, int(extended))
 
 
 def _deepseek_dense(fields: Fields) -> frozenset[int]:

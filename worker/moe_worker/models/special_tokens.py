@@ -7,7 +7,7 @@ from typing import Any
 import tokenizers
 
 from moe_worker.config.directory import read_json
-from moe_worker.config.fields import Fields
+from moe_worker.config.fields import Fields, is_unicode
 from moe_worker.errors import TokenizerError
 from moe_worker.reading import present
 
@@ -64,7 +64,7 @@ def _bos(path: Path, named: Any, inner: tokenizers.Tokenizer) -> int | None:
     text = named.get("content") if isinstance(named, dict) else named
     if text is None:
         return None
-    token: int | None = inner.token_to_id(text) if isinstance(text, str) else None
+    token: int | None = inner.token_to_id(text) if isinstance(text, str) and is_unicode(text) else None
     if token is None:
         raise TokenizerError(
             f"{path}: bos_token is {str(text)[:100]!r}, which tokenizer.json does not have; the files do not "

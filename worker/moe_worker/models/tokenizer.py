@@ -42,7 +42,9 @@ class Tokenizer:
         inner.no_truncation()
         inner.no_padding()
         _check_matches(path, inner, config)
-        return cls(inner, special_tokens(directory, inner), config.vocab_size)
+        special = special_tokens(directory, inner)
+        _check_special(path, special, config)
+        return cls(inner, special, config.vocab_size)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, between the special tokens that the tokenizer's files put around a text.
@@ -149,3 +151,12 @@ def _check_matches(path: Path, inner: tokenizers.Tokenizer, config: ModelConfig)
             raise TokenizerError(
                 f"{path} does not match the model: it has no token {id_}, which is config.json's eos_token_id"
             )
+
+
+def _check_special(path: Path, special: SpecialTokens, config: ModelConfig) -> None:
+    largest = max(special.around([]), default=0)
+    if largest >= config.vocab_size:
+        raise TokenizerError(
+            f"{path} does not match the model: its post_processor adds token id {largest}, "
+            f"but config.json's vocab_size allows ids below {config.vocab_size}"
+        )

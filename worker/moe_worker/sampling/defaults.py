@@ -34,7 +34,7 @@ def sampling_defaults(directory: Path, mode: str) -> SamplingParameters:
 
 
 def _defaults(fields: Fields) -> dict[str, Any]:
-    found: dict[str, Any] = {name: _number(fields, name) for name in _given(fields, _NUMBERS)}
+    found: dict[str, Any] = {name: fields.number(name) for name in _given(fields, _NUMBERS)}
     found |= {_WHOLE[name]: fields.integer(name, least=-1) for name in _given(fields, _WHOLE)}
     if found.get("top_k") == -1:  # vLLM's word for all tokens, which is 0 here
         found["top_k"] = 0
@@ -46,10 +46,3 @@ def _defaults(fields: Fields) -> dict[str, Any]:
 
 def _given(fields: Fields, names: Iterable[str]) -> list[str]:
     return [name for name in names if fields.values.get(name) is not None]
-
-
-def _number(fields: Fields, name: str) -> float:
-    value = fields.values[name]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise fields.fail(name, "a number")
-    return float(value)

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +15,7 @@ from moe_api.visible import guard_logs
 from moe_api.writing import WRITE_TIMEOUT_S
 from moe_worker.config.directory import find_checkpoint
 from moe_worker.config.engine import DTYPES, FORMATS, GENERATION_CONFIGS, KV_DTYPES, EngineOptions
+from moe_worker.config.fields import is_unicode
 from moe_worker.config.quality import check_quality
 from moe_worker.config.quantity import parse_bytes
 from moe_worker.errors import SettingsError
@@ -21,6 +24,16 @@ from moe_worker.service.server import serve as run
 from moe_worker.service.watchdog import STALL_TIMEOUT_S
 
 LARGEST_OVERRIDE = 1 << 16
+
+
+class _Number(click.FloatRange):
+    """A finite number in a range: no comparison keeps NaN out of one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number.", param, ctx)
+        return number
 
 
 @click.command()
@@ -96,7 +109,7 @@ LARGEST_OVERRIDE = 1 << 16
 )
 @click.option(
     "--stall-timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=_Number(min=0, min_open=True),
     default=STALL_TIMEOUT_S,
     envvar="MOE_WORKER_STALL_TIMEOUT",
     show_default=True,
@@ -105,7 +118,7 @@ LARGEST_OVERRIDE = 1 << 16
 )
 @click.option(
     "--write-timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=_Number(min=0, min_open=True),
     default=WRITE_TIMEOUT_S,
     envvar="MOE_WORKER_WRITE_TIMEOUT",
     show_default=True,
@@ -113,7 +126,7 @@ LARGEST_OVERRIDE = 1 << 16
 )
 @click.option(
     "--grace",
-    type=click.FloatRange(min=0),
+    type=_Number(min=0),
     default=GRACE_S,
     envvar="MOE_WORKER_GRACE",
     show_default=True,
@@ -122,7 +135,7 @@ LARGEST_OVERRIDE = 1 << 16
 )
 @click.option(
     "--max-bits-per-byte-increase",
-    type=click.FloatRange(min=0),
+    type=_Number(min=0),
     help="Refuse a checkpoint that is worse than its original by more, by its quality.json.",
 )
 @click.option("--quality-text", help="Name of the text that its quality.json must have scored. Default: any.")
@@ -186,7 +199,10 @@ def serve(
         for line in explain_choice(model, engine_options):
             click.echo(line)
         return
-    name = served_name or model.resolve().name
+    name = served_name or Path(os.path.realpath(model)).name
+    for flag, text in (("--model", str(model)), ("--served-name", name), ("--revision", revision)):
+        if not is_unicode(text):
+            raise SettingsError(f"{flag} {text!r} is no text; write it in UTF-8")
     run(ServeSettings(model, name, _address(listen), engine_options, revision, **times))
 
 

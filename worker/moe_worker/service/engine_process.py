@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe_api.visible import guard_logs
+from moe_api.visible import LOG_MOST, guard_logs, visible
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.loading import load
 from moe_worker.errors import WorkerError
@@ -51,12 +51,17 @@ def main() -> None:
     try:
         _serve(connection, sender)
     except WorkerError as error:
-        sender.end(Failed(str(error), error.exit_code))
+        sender.end(_failed(str(error), error.exit_code))
         sys.exit(error.exit_code)
     except Exception as error:
         log.exception("the engine failed")
-        sender.end(Failed(f"the engine failed: {type(error).__name__}: {error}", 1))
+        sender.end(_failed(f"the engine failed: {type(error).__name__}: {error}", 1))
         sys.exit(1)
+
+
+def _failed(sentence: str, exit_code: int) -> Failed:
+    """Names in a checkpoint may hold halves of characters, which no message carries."""
+    return Failed(visible(sentence, LOG_MOST), exit_code)
 
 
 class _Sender:
