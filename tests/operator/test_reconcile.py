@@ -89,7 +89,7 @@ def test_a_settled_deployment_is_not_written_to(docs):
 
 def test_a_hand_edited_child_is_put_back(docs):
     docs.kubectl("set", "image", "deployment/docs-frontend", "frontend=busybox")
-    docs.patch("service", "docs-frontend", {"spec": {"selector": {"app": "other"}}})
+    docs.patch("service", "docs-frontend", {"spec": {"selector": {NAME: "other"}}})
     docs.patch("role", "docs-frontend", {"rules": []})
 
     def look():
@@ -97,7 +97,7 @@ def test_a_hand_edited_child_is_put_back(docs):
         selector = docs.get("service", "docs-frontend")["spec"]["selector"].get(NAME)
         return image, selector, len(docs.get("role", "docs-frontend")["rules"] or [])
 
-    wanted = ("ghcr.io/moe-operator/operator:dev", "docs", 1)
+    wanted = ("ghcr.io/moe-operator/operator:dev", "docs", 2)
     eventually(look, lambda found: found == wanted, "image, selector and rules put back")
     said = " ".join(eventually(lambda: docs.events("PutBack"), lambda e: len(e) >= 3, "events"))
     assert "Deployment docs-frontend: spec.template.spec.containers[frontend].image was changed" in said
