@@ -9,6 +9,7 @@ import pytest
 from moe_operator.errors import (
     ApplyForbiddenError,
     ApplyRefusedError,
+    ChangedMeanwhileError,
     ClusterUnavailableError,
     OutOfTimeError,
 )
@@ -79,6 +80,20 @@ def test_every_refusal_is_collected_but_a_hundred_replicas_are_not_refused_one_b
     refusals = execute(cluster, OWNER, plan(*names, kind="StatefulSet"), in_time)
     assert [str(error) for error in refusals] == names[:3]
     assert len(cluster.done) == 2 + 3
+
+
+def test_a_conflict_that_follows_from_a_refusal_does_not_hide_it():
+    refused, conflict = ApplyForbiddenError("exceeded quota"), ChangedMeanwhileError("role not found")
+    cluster = Cluster({"apply role": refused, "apply binding": conflict})
+    assert execute(cluster, OWNER, plan("role", "binding", "service"), in_time) == [refused]
+    assert cluster.done[-1] == "apply service"
+
+
+def test_a_conflict_alone_is_raised_after_the_rest():
+    cluster = Cluster({"apply role": ChangedMeanwhileError("somebody else was faster")})
+    with pytest.raises(ChangedMeanwhileError):
+        execute(cluster, OWNER, plan("role", "service"), in_time)
+    assert cluster.done[-1] == "apply service"
 
 
 def test_an_api_server_that_is_away_ends_it_at_once():

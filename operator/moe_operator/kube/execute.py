@@ -10,7 +10,12 @@ from functools import partial
 from typing import Final
 
 from moe_api.visible import one_line
-from moe_operator.errors import ApplyForbiddenError, ApplyRefusedError, OutOfTimeError
+from moe_operator.errors import (
+    ApplyForbiddenError,
+    ApplyRefusedError,
+    ChangedMeanwhileError,
+    OutOfTimeError,
+)
 from moe_operator.kube.client import Cluster
 from moe_operator.manifests.decision import Decision, timestamp
 from moe_operator.manifests.gates import Gate
@@ -32,13 +37,15 @@ def execute(
     """Carries out what the plan says, for as long as it is in time; returns what the API server refused.
 
     Readiness gates come first, for requests wait for them; then deletions, which make room for what is
-    created after them. No refusal keeps the rest from being done.
+    created after them. No refusal and no conflict keeps the rest from being done. A conflict may follow from
+    a refusal (a RoleBinding conflicts where its Role was refused), so it only counts where there is none.
 
     Raises what the client raises otherwise, and OutOfTimeError; what was done until then stays, and the next
     plan starts from there.
     """
     effects, refusals = list(_effects(cluster, identity, plan)), []
     refused: Counter[str] = Counter()
+    conflict: ChangedMeanwhileError | None = None
     for done, (kind, effect) in enumerate(effects):
         if not in_time():
             raise OutOfTimeError(f"{done} of {len(effects)} changes are made; the others take another turn")
@@ -49,6 +56,10 @@ def execute(
         except (ApplyRefusedError, ApplyForbiddenError) as error:
             refused[kind] += 1
             refusals.append(error)
+        except ChangedMeanwhileError as error:
+            conflict = conflict or error
+    if conflict is not None and not refusals:
+        raise conflict
     return refusals
 
 
