@@ -6,12 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from localcluster import Cluster
 
 ROOT = Path(__file__).parents[1]
 CLUSTER_FOLDERS = {"chart", "e2e", "frontend", "localcluster", "operator"}
 """Where `make test` looks for tests in clusters; those in tests/soak are all for `make soak`."""
+
+
+# A deadline for each example fails wherever other processes use the machine; tests have a limit as a whole.
+settings.register_profile("busy machine", deadline=None)
+settings.load_profile("busy machine")
 
 
 def pytest_configure() -> None:
@@ -55,7 +61,7 @@ def namespace(cluster: Cluster) -> Iterator[str]:
 def api(cluster: Cluster) -> Cluster:
     """A cluster that knows MoEDeployments."""
     cluster.kubectl("apply", "-f", str(ROOT / "crds"))
-    cluster.kubectl("wait", "--for=condition=Established", "crd/moedeployments.serving.moe-operator.dev")
+    cluster.kubectl("wait", "--for=condition=Established", "-f", str(ROOT / "crds"))
     return cluster
 
 

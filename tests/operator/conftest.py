@@ -10,7 +10,7 @@ import yaml
 
 from localcluster import Cluster
 from tests.frontend.apiserver import ApiServer, running_api_server
-from tests.operator.by_hand import COLLECTION, CRDS, Api
+from tests.operator.by_hand import CRDS, Api
 from tests.operator.live import ROOT, Live, eventually
 
 
@@ -28,9 +28,16 @@ def api_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     """A real API server that knows MoEDeployments; nobody acts on what is written there but the tests."""
     with running_api_server(tmp_path_factory.mktemp("apiserver")) as server:
         api = Api(server)
-        for path in (ROOT / "crds").glob("*.yaml"):
-            for body in yaml.safe_load_all(path.read_text()):
-                code, answer = api.ask("POST", CRDS, body)
-                assert code == 201, answer
-        eventually(lambda: api.ask("GET", COLLECTION)[0], lambda code: code == 200, "the CRD is served")
+        bodies = [
+            body for path in (ROOT / "crds").glob("*.yaml") for body in yaml.safe_load_all(path.read_text())
+        ]
+        for body in bodies:
+            code, answer = api.ask("POST", CRDS, body)
+            assert code == 201, answer
+        for body in bodies:  # each begins to be stored at a time of its own
+            spec = body["spec"]
+            collection = f"/apis/{spec['group']}/{spec['versions'][0]['name']}/{spec['names']['plural']}"
+            eventually(
+                lambda at=collection: api.ask("GET", at)[0], lambda code: code == 200, "the CRD is served"
+            )
         yield server

@@ -17,7 +17,7 @@ MODEL = schema()["properties"]["status"]["properties"]["model"]["properties"]
 class Liar(inference_pb2_grpc.InferenceServiceServicer):
     async def GetModel(self, request, context):
         return inference_pb2.Model(
-            architecture="\x1b]52;c;cm0gLXJm\x07" + "a" * 1_000_000,
+            architecture="\x1b]52;c;cm0gLXJm\x07" + "a" * 60_000,
             format="bf16\nforged",
             parameters_total=2**64 - 1,
             parameters_active=2**63,
