@@ -111,7 +111,7 @@ def test_every_field_of_the_message_is_a_parameter_and_is_taken_over():
 class Bytes:
     """A tokenizer of one token a byte."""
 
-    def encode_unless_longer(self, text, most):
+    def encode_unless_longer(self, text, most, add_special_tokens):
         return list(text.encode())
 
     def characters_for(self, tokens):
