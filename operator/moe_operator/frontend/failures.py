@@ -11,6 +11,7 @@ from google.rpc import status_pb2
 
 from moe_api import rich_status
 from moe_api.rich_status import FieldViolation
+from moe_api.supervision import is_being_cancelled
 from moe_operator.frontend import metadata, routing
 from moe_operator.frontend.metadata import Pairs
 
@@ -67,8 +68,7 @@ def of_call(
     if isinstance(error, asyncio.CancelledError):
         # grpc.aio raises this, too, where the *replica* ended the call with CANCELLED, as it does to
         # what still runs when its grace period is over.
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
+        if is_being_cancelled():
             raise error
         return Failure(Kind.STOPPED, _lost(replica, "it was stopped", started=started))
     status = rich_status.from_error(error)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
-from moe_api.supervision import Supervisor
+from moe_api.supervision import Backoff, Supervisor
 from moe_operator.errors import RetryableError
 from moe_operator.settings import Settings
 
@@ -182,6 +182,5 @@ def backoff(settings: Settings, failures: int, patience: float = 1.0, chance: fl
     patience: the error's. chance: from [0, 1); takes away up to half of the pause, so that many that failed
     together do not come back together.
     """
-    # 2**16 s is beyond any limit; a longer row would overflow a float in the end.
-    longest = min(settings.retry_first_seconds * 2.0 ** min(failures, 16), settings.retry_most_seconds)
-    return longest * patience * (1 - chance / 2)
+    pauses = Backoff(settings.retry_first_seconds, settings.retry_most_seconds)
+    return pauses.pause_s(failures + 1, chance) * patience
