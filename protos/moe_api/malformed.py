@@ -23,16 +23,17 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 
 @dataclass(frozen=True)
 class _Malformed:
-    """Stands in for a request that was not parsed; the sentence says why."""
+    """Stands in for a request that was not parsed; the sentence says why. field: "" for the whole request."""
 
     sentence: str
+    field: str = ""
 
 
 _NOT_A_MESSAGE: Final = _Malformed(
     "the request is not a valid protobuf message: send one that the .proto file describes, "
     "with all text fields (prompt, stop, model) in UTF-8"
 )
-_TOO_MANY_FIELDS: Final = _Malformed(
+_TOO_MANY_FIELDS: Final = (
     f"the request has more than {wire_fields.MOST_FIELDS:,} fields; send at most as many elements as the "
     ".proto file allows, and token ids packed"
 )
@@ -66,9 +67,8 @@ def _tolerant(deserialize: _Deserializer) -> _Deserializer:
 
     def parse(data: bytes) -> Any:
         try:
-            if kind is not None and wire_fields.has_too_many(data, kind):
-                return _TOO_MANY_FIELDS
-            return deserialize(data)
+            crowded = None if kind is None else wire_fields.crowded_field(data, kind)
+            return deserialize(data) if crowded is None else _Malformed(_TOO_MANY_FIELDS, crowded)
         except (message.DecodeError, wire_fields.NotWireFormatError):
             return _NOT_A_MESSAGE
 
@@ -97,5 +97,5 @@ def _guard_stream(behaviour: Any) -> Any:
 
 async def _refuse_malformed(request: Any, context: _Context) -> None:
     if isinstance(request, _Malformed):
-        violation = rich_status.FieldViolation("", request.sentence)
+        violation = rich_status.FieldViolation(request.field, request.sentence)
         await rich_status.abort(context, rich_status.invalid_argument([violation]))

@@ -5,6 +5,7 @@ fields, so counting ends after a few thousand, whatever was sent. The wire forma
 https://protobuf.dev/programming-guides/encoding/
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Final
 
@@ -25,25 +26,28 @@ class NotWireFormatError(ValueError):
     """The bytes are no message, or have groups, which no message here has."""
 
 
-def has_too_many(data: bytes, descriptor: Descriptor, most: int = MOST_FIELDS) -> bool:
-    """Whether a message of this type has more than `most` fields.
+def crowded_field(data: bytes, descriptor: Descriptor, most: int = MOST_FIELDS) -> str | None:
+    """The field with most elements ("sampling.stop") of a message with more than `most` fields, or None.
 
     Every element of a repeated field is a field of its own, but for packed numbers, which are the default.
+    A field that the type does not have counts for the message that holds it ("" for the request itself).
 
     Raises:
         NotWireFormatError: before the bound was met.
     """
-    left, waiting = most, [(0, len(data), descriptor)]
+    seen: Counter[str] = Counter()
+    waiting = [(0, len(data), descriptor, "")]
     while waiting:
-        start, end, kind = waiting.pop()
+        start, end, kind, path = waiting.pop()
         for number, begin, stop in _fields(data, start, end):
-            left -= 1
-            if left < 0:
-                return True
             field = kind.fields_by_number.get(number)
+            name = path if field is None else f"{path}.{field.name}".lstrip(".")
+            seen[name] += 1
+            if seen.total() > most:
+                return seen.most_common(1)[0][0]
             if begin is not None and field is not None and field.message_type is not None:
-                waiting.append((begin, stop, field.message_type))
-    return False
+                waiting.append((begin, stop, field.message_type, name))
+    return None
 
 
 def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int | None, int]]:

@@ -17,7 +17,7 @@ from moe_api.inference.v1.inference_pb2_grpc import (
 )
 from moe_api.malformed import MalformedRequestInterceptor
 from moe_api.server import create_server
-from moe_api.wire_fields import NotWireFormatError, has_too_many
+from moe_api.wire_fields import NotWireFormatError, crowded_field
 
 GENERATE = pb.GenerateRequest.DESCRIPTOR
 LARGEST = pb.GenerateRequest(
@@ -35,6 +35,12 @@ HUGE = {
     "samplings": b"\x22\x00" * 1_000_000,
     "unknown fields": b"\x98\x06\x01" * 1_000_000,
 }
+FIELDS = {
+    "stop texts": "sampling.stop",
+    "biases": "sampling.logit_bias",
+    "samplings": "sampling",
+    "unknown fields": "",
+}
 
 
 def encoded(message):
@@ -44,12 +50,12 @@ def encoded(message):
 @pytest.mark.parametrize("what", HUGE)
 def test_counting_ends_at_its_bound(what):
     data, started = encoded(HUGE[what]), time.process_time()
-    assert has_too_many(data, GENERATE)
+    assert crowded_field(data, GENERATE) == FIELDS[what]
     assert time.process_time() - started < 0.1
 
 
 def test_the_largest_valid_request_is_not_too_large():
-    assert not has_too_many(LARGEST.SerializeToString(), GENERATE)
+    assert crowded_field(LARGEST.SerializeToString(), GENERATE) is None
 
 
 @given(st.binary(max_size=200))
@@ -59,7 +65,7 @@ def test_nothing_that_the_parser_takes_is_refused_but_groups(data):
     except DecodeError:
         return
     try:
-        assert not has_too_many(data, GENERATE)
+        assert crowded_field(data, GENERATE) is None
     except NotWireFormatError as error:
         if not str(error).startswith("wire type"):
             raise
@@ -68,7 +74,8 @@ def test_nothing_that_the_parser_takes_is_refused_but_groups(data):
 @given(st.lists(st.text(max_size=5), max_size=30), st.integers(0, 40))
 def test_every_element_counts(texts, most):
     request = pb.GenerateRequest(sampling={"stop": texts})
-    assert has_too_many(request.SerializeToString(), GENERATE, most) == (len(texts) + 1 > most)
+    crowded = crowded_field(request.SerializeToString(), GENERATE, most)
+    assert (crowded is not None) == (len(texts) + 1 > most)
 
 
 class Echo(InferenceServiceServicer):
@@ -91,6 +98,7 @@ async def test_a_server_refuses_them_with_a_sentence(what):
         assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         (violation,) = rich_status.field_violations(rich_status.from_error(raised.value))
         assert "more than 4,096 fields" in violation.description
+        assert violation.field == FIELDS[what]
         stub = InferenceServiceStub(channel)
         assert [part.tokens async for part in stub.Generate(LARGEST)] == [[16]]
     await server.stop(0)

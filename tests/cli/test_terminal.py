@@ -26,6 +26,7 @@ class Hostile(FakeWorker):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"no{CLIPBOARD}\nforged\x9b")
         for piece in HOSTILE:
             yield inference_pb2.GenerateResponse(text=piece, tokens=[1])
+        yield inference_pb2.GenerateResponse(finish_reason=inference_pb2.FINISH_REASON_STOP)
 
 
 @contextlib.asynccontextmanager
