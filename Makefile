@@ -32,11 +32,12 @@ up: setup ## Start the local cluster and leave it running
 down: ## Stop the local cluster; leaves no process, mount or interface behind
 	@if [ -e $(VENV)/.ready ]; then $(BIN)/python -m localcluster down; else echo "nothing was ever started"; fi
 
-lint: $(VENV)/.ready ## Check types, style, import contracts and generated files
+lint: $(VENV)/.ready ## Check types, style, import contracts, words and commit subjects
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	PATH=$(BIN):$$PATH $(BIN)/lint-imports
+	$(BIN)/python .ci/language.py
 
 proto: $(VENV)/.ready ## Generate the Python code of the .proto files
 	PYTHON=$(abspath $(BIN)/python) protos/generate.sh
