@@ -120,16 +120,14 @@ def main() -> int:
 
 
 def files(root: Path) -> list[str]:
-    """The files to check, relative to `root`; without git, all below it but those of hidden folders."""
+    """The files with prose, relative to `root`; without git, all below it but those of hidden folders."""
     listed = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=False)
     names = listed.stdout.splitlines() or [
         str(path.relative_to(root))
         for path in root.rglob("*")
         if path.is_file() and ".venv" not in path.parts
     ]
-    return [
-        name for name in names if name.endswith(_READ) and _any(name, CONVERTED) and not _any(name, GENERATED)
-    ]
+    return [name for name in names if name.endswith(_READ) and not _any(name, GENERATED)]
 
 
 def check(path: str, text: str) -> list[Finding]:
