@@ -105,9 +105,8 @@ class Finding:
 def main() -> int:
     """Checks the checkout that this file lies in."""
     root = Path(__file__).resolve().parents[1]
-    found = [
-        str(each) for path in files(root) for each in check(path, (root / path).read_text(encoding="utf-8"))
-    ]
+    converted = [path for path in files(root) if _any(path, CONVERTED)]
+    found = [str(each) for path in converted for each in check(path, (root / path).read_text("utf-8"))]
     subjects = commit_subjects(root, BASE)
     if isinstance(subjects, str):
         print(f"commit subjects are not checked: {subjects}")
