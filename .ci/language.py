@@ -18,8 +18,12 @@ from pathlib import Path
 BASE = "80c274bb8ff7"
 """Commits after this one must have a subject as CONTRIBUTING.md asks."""
 
-CONVERTED = ("CHANGELOG.md", "README.md", "docs/benchmarks.md", "docs/glossary.md", "docs/style.md", ".ci/*")
-"""Files whose prose is checked, as fnmatch patterns (`*` crosses folders)."""
+PENDING = (
+    *("docs/architecture.md", "docs/compression.md", "docs/observability.md", "docs/scaling.md"),
+    *("docs/security.md", "CONTRIBUTING.md", "crds/*", "hatch_build.py", "benchmarks/*", "localcluster/*"),
+    *("operator/*", "protos/*", "tests/*", "worker/*"),
+)
+"""Files whose prose is not converted yet, as fnmatch patterns (`*` crosses folders)."""
 
 GENERATED = ("*_pb2*", "requirements/*", "charts/install.yaml", "*tokenizer.json")
 
@@ -105,7 +109,7 @@ class Finding:
 def main() -> int:
     """Checks the checkout that this file lies in."""
     root = Path(__file__).resolve().parents[1]
-    converted = [path for path in files(root) if _any(path, CONVERTED)]
+    converted = [path for path in files(root) if not _any(path, PENDING)]
     found = [str(each) for path in converted for each in check(path, (root / path).read_text("utf-8"))]
     subjects = commit_subjects(root, BASE)
     if isinstance(subjects, str):

@@ -1,7 +1,7 @@
 """Compiles the CPU kernels: once for each instruction set, into one shared object.
 
 Runs without torch and without the rest of the package: the wheel's build hook loads this file alone. Why
-there are two places for the result: docs/adr/0008-cpu-kernels-are-found-by-their-sources.md.
+there are two places for the result: docs/adr/0008.
 """
 
 import hashlib
