@@ -198,6 +198,33 @@ def test_attention_over_pages_and_the_merge_of_slices(slices, counts, heads, pag
         assert difference(actual, expected) < (0.01 if rounding is NONE else 0.015) + BF16
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_a_row_of_not_numbers_reaches_no_token_before_it(wrong):
+    """Tiles of 4 tokens, whose last block of rows is one that only some of them see."""
+    rank, rope, heads, page, start, count = 64, 16, 4, 16, 29, 9
+    pages = torch.arange(3, device=DEVICE, dtype=torch.int32)[None]
+    cache, query = randn(3 * page, rank + rope), randn(count, heads, rank + rope)
+    entries = [(0, first, min(4, count - first)) for first in range(0, count, 4)]
+    cut_3C = torch.tensor(entries, device=DEVICE, dtype=torch.int32).t().contiguous()
+    token_tiles = attention.TokenTiles(cut_3C[0], cut_3C[1], cut_3C[2], 4)
+    positions = torch.arange(start, start + count, device=DEVICE)
+
+    def attended(cache):
+        parts, lse = attention.attend(query, cache, pages, positions, token_tiles, rank, page, 0.1, 2)
+        out = poisoned(count, heads * 64, tiles.piece_of(64))
+        attention.merge_values(parts, lse, weight, out, NONE)
+        return out.x_TD
+
+    weight = randn(heads, rank, 64)
+    whole = attended(cache)
+    for broken in (0, 2, 5, 8):
+        wrong_cache = cache.clone()
+        wrong_cache[start + broken, 5] = wrong
+        actual = attended(wrong_cache)
+        assert torch.equal(actual[:broken], whole[:broken])
+        assert not actual[broken:].isfinite().any()
+
+
 CHOICES = {
     "sigmoid": (64, router.Choice(6, 2, 1, 1, sigmoid=True, normalise=True, scale=1.0)),
     "softmax": (64, router.Choice(2, 0, 1, 1, sigmoid=False, normalise=False, scale=16.0)),

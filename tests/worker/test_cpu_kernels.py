@@ -1,6 +1,7 @@
 """The C++ kernels against plain torch, on every variant that this machine can run."""
 
 import ctypes
+import dataclasses
 
 import pytest
 import torch
@@ -231,6 +232,26 @@ def test_attention(variant, sequences, heads, rank, rope, page_size, dtype):
         probabilities = scores.masked_fill(mask == 0, float("-inf")).softmax(dim=-1)
         truth.append(torch.einsum("hts,sr->thr", probabilities, rows[:, :rank]))
     close(ours, torch.cat(truth), 2**-8 if in_pairs else 2e-5)  # weights, too, are rounded to bfloat16 there
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_a_broken_row_reaches_no_token_before_it(variant, dtype, wrong, heads):
+    tokens, before, rank, rope = 9, 30, 40, 8
+    cache = paged([tokens], [before + tokens], rank + rope, 16, dtype)
+    query = random(tokens, heads, rank + rope, seed=2)
+    whole = operations.attend(kernels(variant), query, cache, rank, 0.3)
+    for broken in range(tokens):
+        position = before + broken
+        row = int(cache.pages_BN[0, position // 16]) * 16 + position % 16
+        rows = cache.rows_CW.clone()
+        rows[row, 5] = wrong
+        part = dataclasses.replace(cache, rows_CW=rows)
+        actual = operations.attend(kernels(variant), query, part, rank, 0.3)
+        assert torch.equal(actual[:broken], whole[:broken])
+        assert not actual[broken:].isfinite().all(dim=-1).any()
 
 
 @every_variant

@@ -73,3 +73,16 @@ def test_its_pages_and_its_prefix_serve_others(checkpoint, number_format):
     assert reasons == [FinishReason.FAILED] * 4
     prompts = [[*prefix, 3, 4], *GOOD]
     assert run(core, prompts, sampling) == run(fresh, prompts, sampling)
+
+
+@pytest.mark.parametrize("number_format", FORMATS)
+def test_a_broken_token_leaves_the_page_before_it_whole(checkpoint, number_format):
+    """Prompts in pieces of 5 tokens, so that the last token of a page and the first of the next, which is the
+    broken one, are computed side by side; the page serves others.
+    """
+    sampling, prefix = SamplingParameters(max_tokens=12, logit_bias=BANNED), [20 + i for i in range(16)]
+    core, fresh = (core_of(checkpoint, number_format, prefill_tokens=5) for _ in range(2))
+    _, reasons = run(core, [[*prefix, BROKEN, 3, 4, 5, 6, 7]], sampling)
+    assert reasons == [FinishReason.FAILED]
+    prompts = [[*prefix, 3, 4]]
+    assert run(core, prompts, sampling) == run(fresh, prompts, sampling)

@@ -27,6 +27,43 @@ class TokenTiles(NamedTuple):
     most: int
 
 
+@triton.jit
+def _add_block(
+    total, top, acc, q_plain, q_rope, position_q, cache, own_pages, at, end, scale,
+    RANK: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr, BLOCK_S: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+):  # fmt: skip
+    """Adds cached positions `at` to `at` + BLOCK_S (exclusive, as `end` is) to the running softmax.
+
+    DIAGONAL: not all tokens see all of them. A weight of 0 times NaN is NaN, so that a row that is not finite
+    would reach the tokens before it, whose pages other requests share: it counts as 0, and those that see it
+    have no finite score.
+    """
+    WIDTH: tl.constexpr = RANK + ROPE
+    r, p, s = tl.arange(0, RANK), tl.arange(0, ROPE), tl.arange(0, BLOCK_S)
+    inside = at + s < end
+    page_s = tl.load(own_pages + (at + s) // PAGE, mask=inside, other=0)
+    row_s = page_s.to(tl.int64) * PAGE + (at + s) % PAGE
+    # An 8-bit cache becomes bf16 here; a bf16 one is as it is.
+    k = tl.load(cache + row_s[:, None] * WIDTH + r[None, :], mask=inside[:, None], other=0.0)
+    k = k.to(tl.bfloat16)
+    k_rope = tl.load(cache + row_s[:, None] * WIDTH + RANK + p[None, :], mask=inside[:, None], other=0.0)
+    k_rope = k_rope.to(tl.bfloat16)
+    scores = add_dot_bf16(dot_bf16(q_plain, tl.trans(k)), q_rope, tl.trans(k_rope))
+    scores *= scale * 1.4426950408889634
+    if DIAGONAL:
+        scores = tl.where(tl.abs(scores) < float("inf"), scores, float("nan"))
+        k = tl.where(tl.abs(k.to(tl.float32)) < float("inf"), k, 0.0).to(tl.bfloat16)
+    visible = inside[None, :] & (at + s[None, :] <= position_q[:, None])
+    scores = tl.where(visible, scores, -1e30)
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    weights = tl.where(visible, tl.exp2(scores - new_top[:, None]), 0.0)
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(weights, axis=1)
+    acc = add_dot_bf16(acc * shrink[:, None], weights.to(tl.bfloat16), k)
+    return total, new_top, acc
+
+
 @triton.jit(do_not_specialize=["page_stride"])
 def _attend(
     query, cache, pages, positions, tile_sequence, tile_first, tile_count, out, out_lse, scale, page_stride,
@@ -35,7 +72,7 @@ def _attend(
 ):  # fmt: skip
     WIDTH: tl.constexpr = RANK + ROPE
     tile, part = tl.program_id(0), tl.program_id(1)
-    sequence = tl.load(tile_sequence + tile)
+    own_pages = pages + tl.load(tile_sequence + tile) * page_stride
     first, count = tl.load(tile_first + tile), tl.load(tile_count + tile)
     q = tl.arange(0, BLOCK_T * BLOCK_H)
     token_q, head_q = q // BLOCK_H, tl.program_id(2) * BLOCK_H + q % BLOCK_H
@@ -46,31 +83,28 @@ def _attend(
     per_slice = tl.cdiv(tl.cdiv(length, SLICES), BLOCK_S) * BLOCK_S
     start = part * per_slice
     end = tl.minimum(start + per_slice, length)
-    r, p, s = tl.arange(0, RANK), tl.arange(0, ROPE), tl.arange(0, BLOCK_S)
+    r, p = tl.arange(0, RANK), tl.arange(0, ROPE)
     q_plain = tl.load(query + row_q[:, None] * WIDTH + r[None, :], mask=mask_q[:, None], other=0.0)
     q_rope = tl.load(query + row_q[:, None] * WIDTH + RANK + p[None, :], mask=mask_q[:, None], other=0.0)
     top = tl.full((BLOCK_T * BLOCK_H,), -1e30, tl.float32)
     total = tl.zeros((BLOCK_T * BLOCK_H,), tl.float32)
     acc = tl.zeros((BLOCK_T * BLOCK_H, RANK), tl.float32)
-    for at in range(start, end, BLOCK_S):
-        inside = at + s < end
-        page_s = tl.load(pages + sequence * page_stride + (at + s) // PAGE, mask=inside, other=0)
-        row_s = page_s.to(tl.int64) * PAGE + (at + s) % PAGE
-        # An 8-bit cache is widened here; a bf16 one is as it is.
-        k = tl.load(cache + row_s[:, None] * WIDTH + r[None, :], mask=inside[:, None], other=0.0)
-        k = k.to(tl.bfloat16)
-        k_rope = tl.load(cache + row_s[:, None] * WIDTH + RANK + p[None, :], mask=inside[:, None], other=0.0)
-        k_rope = k_rope.to(tl.bfloat16)
-        scores = add_dot_bf16(dot_bf16(q_plain, tl.trans(k)), q_rope, tl.trans(k_rope))
-        scores *= scale * 1.4426950408889634
-        visible = inside[None, :] & (at + s[None, :] <= position_q[:, None])
-        scores = tl.where(visible, scores, -1e30)
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        weights = tl.where(visible, tl.exp2(scores - new_top[:, None]), 0.0)
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(weights, axis=1)
-        acc = add_dot_bf16(acc * shrink[:, None], weights.to(tl.bfloat16), k)
-        top = new_top
+    diagonal = end
+    if BLOCK_T > 1:
+        # The first token of the tile sees all blocks before this one, and so do the others.
+        seen_by_all = (tl.load(positions + first) + 1) // BLOCK_S * BLOCK_S
+        diagonal = tl.maximum(start, tl.minimum(end, seen_by_all))
+    for at in range(start, diagonal, BLOCK_S):
+        total, top, acc = _add_block(
+            total, top, acc, q_plain, q_rope, position_q, cache, own_pages, at, end, scale,
+            RANK, ROPE, PAGE, BLOCK_S, False,
+        )  # fmt: skip
+    if BLOCK_T > 1:
+        for at in range(diagonal, end, BLOCK_S):
+            total, top, acc = _add_block(
+                total, top, acc, q_plain, q_rope, position_q, cache, own_pages, at, end, scale,
+                RANK, ROPE, PAGE, BLOCK_S, True,
+            )  # fmt: skip
     safe = tl.where(total > 0.0, total, 1.0)
     lse = tl.where(total > 0.0, top + tl.log2(safe), -1e30)
     to = row_q * SLICES + part

@@ -77,6 +77,27 @@ inline void find_rows(Tile& tile, int start, int count, int width, float* wide) 
     }
 }
 
+// Whether the exponent of an element is all ones: infinite or NaN.
+template <typename Bits>
+inline bool has_broken(const void* row, int width, Bits exponent) {
+    bool broken = false;
+    for (int w = 0; w < width; w++) broken |= (((const Bits*)row)[w] & exponent) == exponent;
+    return broken;
+}
+
+// A weight of 0 times NaN is NaN, so that a row that is not finite would reach the queries of the tile that stand
+// before it, whose pages other requests share. Zeros take its place; the queries that see it get NaN at the end.
+inline void hide_broken_rows(Tile& tile, int start, int count, int width, const void* zeros) {
+    bool halves = tile.a.cache.bf16 && PAIRS;
+    for (int i = tile.limit[0] > start ? tile.limit[0] - start : 0; i < SPAN; i++) {
+        int position = start + (i < count ? i : count - 1);
+        bool broken = halves ? has_broken<uint16_t>(tile.rows[i], width, 0x7f80) : has_broken<uint32_t>(tile.rows[i], width, 0x7f800000);
+        if (!broken || position < tile.limit[0]) continue;
+        tile.rows[i] = zeros;
+        if (position < tile.broken) tile.broken = position;
+    }
+}
+
 // A tile always computes QUERIES of them: what is missing repeats the last one into `spare`.
 inline void start_tile(Tile& tile, float* spare) {
     const MoeAttendArgs& a = tile.a;
@@ -102,7 +123,7 @@ inline void run_block(Tile& tile, int start, int count) {
 }
 
 // room: float32 copies of the rows, or the queries in bfloat16
-inline void run_tile(Tile& tile, float* room, float* spare) {
+inline void run_tile(Tile& tile, float* room, float* spare, const float* zeros) {
     const MoeAttendArgs& a = tile.a;
     int width = a.rank + a.rope;
     start_tile(tile, spare);
@@ -113,6 +134,7 @@ inline void run_tile(Tile& tile, float* room, float* spare) {
     for (int start = 0; start < end; start += SPAN) {
         int count = end - start < SPAN ? end - start : SPAN;
         find_rows(tile, start, count, width, room);
+        if (end > tile.limit[0]) hide_broken_rows(tile, start, count, width, zeros);
 #if defined(__AVX512BF16__)
         if (a.cache.bf16) {
             run_block_pairs(tile, (const uint16_t*)room, start, count);
@@ -121,19 +143,22 @@ inline void run_tile(Tile& tile, float* room, float* spare) {
 #endif
         run_block(tile, start, count);
     }
-    for (int q = 0; q < tile.count; q++)
+    for (int q = 0; q < tile.count; q++) {
+        vf total = set(tile.limit[q] > tile.broken ? __builtin_nanf("") : tile.total[q]);
         for (int i = 0; i < a.rank; i += LANES) {
             int n = a.rank - i < LANES ? a.rank - i : LANES;
-            store_n(tile.out[q] + i, div(load_n(tile.out[q] + i, n), set(tile.total[q])), n);
+            store_n(tile.out[q] + i, div(load_n(tile.out[q] + i, n), total), n);
         }
+    }
 }
 
-inline int attend_scratch(int width) { return (SPAN + 1) * width; }
+inline int attend_scratch(int width) { return (SPAN + 2) * width; }
 
 // scratch: attend_scratch(W) floats a thread
 void attend(const Context& c, const MoeAttendArgs& a, float* scratch) {
     float* wide = scratch + int64_t(c.id) * attend_scratch(a.rank + a.rope);
-    float* spare = wide + SPAN * (a.rank + a.rope);
+    float *spare = wide + SPAN * (a.rank + a.rope), *zeros = spare + a.rank + a.rope;
+    memset(zeros, 0, sizeof(float) * (a.rank + a.rope));
     int64_t all = int64_t(a.cache.starts[a.cache.batch]) * a.heads;
     int size = all / c.threads >= QUERIES ? QUERIES : int(all / c.threads) > 0 ? int(all / c.threads) : 1;
     int item, stop, sequence = 0, before = 0;
@@ -146,8 +171,8 @@ void attend(const Context& c, const MoeAttendArgs& a, float* scratch) {
         }
         if (sequence == a.cache.batch) return;
         int first = (item - before) * size;
-        Tile tile{a, sequence, first, queries - first < size ? queries - first : size, {}, {}, {}, {}, {}, {}, {}};
-        run_tile(tile, wide, spare);
+        Tile tile{a, sequence, first, queries - first < size ? queries - first : size, INT32_MAX, {}, {}, {}, {}, {}, {}, {}};
+        run_tile(tile, wide, spare, zeros);
     }
 }
 

@@ -15,6 +15,7 @@ static_assert(QUERY_PART * ROW_PART == LANES, "sums_of gives one vector");
 struct Tile {
     const MoeAttendArgs& a;
     int sequence, first, count;         // queries first to first + count of the sequence, token-major
+    int broken;                         // position of the first row that is not finite, of those that not all see
     const float* query[QUERIES];
     float* out[QUERIES];
     int limit[QUERIES];                 // rows that a query sees
