@@ -364,6 +364,8 @@ TOO_LONG = {
         sampling=inference_pb2.SamplingParameters(max_tokens=5),
         resume=inference_pb2.Resume(tokens=[1] * 5),
     ),
+    "prompt": inference_pb2.GenerateRequest(prompt="x" * 32_761),
+    "model": inference_pb2.GenerateRequest(model="m" * 254, prompt="p"),
     "prompt_tokens": inference_pb2.GenerateRequest(prompt_tokens=inference_pb2.TokenIds(ids=[1] * 1_000_000)),
     "resume.revision": inference_pb2.GenerateRequest(
         prompt="p", resume=inference_pb2.Resume(revision="r" * 300)
@@ -374,7 +376,9 @@ TOO_LONG = {
 @pytest.mark.parametrize("field", TOO_LONG)
 async def test_what_is_too_long_to_be_valid_is_refused_by_its_length(bench, field):
     b = await bench(workers=1)
-    b.replicas.update(frozenset({dataclasses.replace(b.workers[0].endpoint, context_length=4096)}))
+    b.replicas.update(
+        frozenset({dataclasses.replace(b.workers[0].endpoint, context_length=4096, characters_per_token=8)})
+    )
     _, error = await failure(b.stub.Generate(TOO_LONG[field]))
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     (violation,) = rich_status.field_violations(rich_status.from_error(error))
@@ -382,10 +386,49 @@ async def test_what_is_too_long_to_be_valid_is_refused_by_its_length(bench, fiel
     assert b.workers[0].requests == 0
 
 
+@pytest.mark.parametrize("call", ["Tokenize", "Generate"])
+async def test_a_text_that_waited_for_its_replica_is_refused_by_its_length_then(bench, call):
+    b = await bench(workers=1, hold_s=30)
+    replica = dataclasses.replace(b.workers[0].endpoint, context_length=100, characters_per_token=8)
+    b.replicas.update(frozenset())
+    await b.frontend.set_ready(ready=False)
+    waiting = asyncio.ensure_future(refused(CALLS[call](b.stub, "x" * 801)))
+    async with asyncio.timeout(10):
+        while not b.hold.held:
+            await asyncio.sleep(0.01)
+    b.replicas.update(frozenset({replica}))
+    await b.frontend.set_ready(ready=True)
+    error = await waiting
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "has 801 characters" in error.details()
+    assert b.workers[0].requests == 0
+
+
+async def refused(answer):
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await answer
+    return caught.value
+
+
+CALLS = {
+    "Generate": lambda stub, text: stub.Generate(inference_pb2.GenerateRequest(prompt=text)).read(),
+    "Tokenize": lambda stub, text: stub.Tokenize(inference_pb2.TokenizeRequest(text=text)),
+}
+
+
+@pytest.mark.parametrize("limits", [(0, 8), (4096, 0)])
+async def test_a_text_passes_where_its_bound_is_not_known(bench, limits):
+    b = await bench(workers=1)
+    length, per_token = limits
+    known = dataclasses.replace(b.workers[0].endpoint, context_length=length, characters_per_token=per_token)
+    b.replicas.update(frozenset({known}))
+    assert await b.text("count" + " " * 40_000 + "1") == "w-0:0 "
+
+
 def test_the_check_reads_lengths_only():
     started = time.monotonic()
     for request in TOO_LONG.values():
-        assert bounds.violations(request, 4096)
+        assert bounds.violations(request, bounds.Limits(4096, 8))
     assert time.monotonic() - started < 0.05
 
 

@@ -48,6 +48,7 @@ def test_help_and_the_process_of_the_rpc_edge_need_no_torch(command):
         (["--kv-memory", "1000000000Ti"], "kv_memory is 1099511627776000000000; it must be a number from 1"),
         (["--grace", "nan"], "nan is no finite number"),
         (["--served-name", b"\xff"], "--served-name '\\udcff' is no text"),
+        (["--served-name", "m" * 254], "the served name has 254 characters; use 253 at most"),
         (["--device", "tpu"], "device 'tpu' is unknown"),
         (["--listen", "127.0.0.1"], "'127.0.0.1' is not HOST:PORT"),
         (["--listen", "127.0.0.1:99999"], "'127.0.0.1:99999' is not HOST:PORT"),

@@ -114,8 +114,7 @@ class Bytes:
     def encode_unless_longer(self, text, most, add_special_tokens):
         return list(text.encode())
 
-    def characters_for(self, tokens):
-        return tokens
+    characters_per_token = 1
 
 
 @settings(deadline=None, max_examples=300)

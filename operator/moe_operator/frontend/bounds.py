@@ -1,13 +1,16 @@
 """Refuses requests that are too large to be valid, before they wait for a replica or are sent to one. Pure.
 
-Only lengths are read, never elements: a check takes microseconds for any request. Workers check the rest.
+Only lengths are read, never elements: a check takes microseconds for any request. Workers check the rest, and
+say the same of the same field.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Final
 
 from google.protobuf.message import Message
 
+from moe_api import lengths
 from moe_api.inference.v1 import inference_pb2
 from moe_api.rich_status import FieldViolation
 
@@ -15,36 +18,71 @@ from moe_api.rich_status import FieldViolation
 STOP_MOST: Final = 16
 STOP_TOKENS_MOST: Final = 64
 BIASES_MOST: Final = 1024
-_REVISION_MOST: Final = 253
+
+_Lengths = Iterator[tuple[str, str | None]]
 
 
-def violations(request: Message, context_length: int) -> list[FieldViolation]:
-    """The fields that are too long.
+@dataclass(frozen=True)
+class Limits:
+    """What the served model takes; 0: not known.
 
-    Args:
-        request: of any method; only Generate has fields with bounds.
-        context_length: tokens of prompt and text together, of the model that is served; 0: not known.
+    context_length: tokens of prompt and text together. characters_per_token: of the longest one.
     """
-    if not isinstance(request, inference_pb2.GenerateRequest):
-        return []
-    return [
-        FieldViolation(field, f"holds {length} {elements}; use {most} at most")
-        for field, length, elements, most in _lengths(request, context_length)
-        if length > most
-    ]
+
+    context_length: int = 0
+    characters_per_token: int = 0
 
 
-def _lengths(
-    request: inference_pb2.GenerateRequest, context_length: int
-) -> Iterator[tuple[str, int, str, int]]:
-    """(field, length, what it is of, the most that is valid)."""
-    sampling, resumed = request.sampling, len(request.resume.tokens)
-    yield "sampling.stop", len(sampling.stop), "texts", STOP_MOST
-    yield "sampling.stop_token_ids", len(sampling.stop_token_ids), "tokens", STOP_TOKENS_MOST
-    yield "sampling.logit_bias", len(sampling.logit_bias), "token ids", BIASES_MOST
-    yield "resume.revision", len(request.resume.revision), "characters", _REVISION_MOST
-    if sampling.HasField("max_tokens") and resumed:
-        yield "resume.tokens", resumed, "tokens", max(sampling.max_tokens, 1) - 1
-    if context_length:
-        yield "prompt_tokens", len(request.prompt_tokens.ids), "tokens", context_length
-        yield "resume.tokens", resumed, "tokens", context_length
+def violations(request: Message, limits: Limits) -> list[FieldViolation]:
+    """The fields that are too long. request: of any method."""
+    return [FieldViolation(field, wrong) for field, wrong in _checked(request, limits) if wrong is not None]
+
+
+def _checked(request: Message, limits: Limits) -> _Lengths:
+    """(field, what is wrong with its length)."""
+    match request:
+        case inference_pb2.GenerateRequest():
+            yield "model", lengths.of_name(len(request.model))
+            yield from _of_prompt(request, limits)
+            yield from _of_lists(request)
+            yield from _of_resume(request, limits)
+        case inference_pb2.TokenizeRequest():
+            yield "model", lengths.of_name(len(request.model))
+            yield "text", _of_text(request.text, limits.context_length, limits)
+        case inference_pb2.GetModelRequest():
+            yield "model", lengths.of_name(len(request.model))
+
+
+def _of_prompt(request: inference_pb2.GenerateRequest, limits: Limits) -> _Lengths:
+    if not limits.context_length:
+        return
+    if request.WhichOneof("input") != "prompt_tokens":
+        yield "prompt", _of_text(request.prompt, limits.context_length - 1, limits)
+        return
+    yield "prompt_tokens", lengths.of_prompt_tokens(len(request.prompt_tokens.ids), limits.context_length)
+
+
+def _of_text(text: str, tokens: int, limits: Limits) -> str | None:
+    known = limits.context_length and limits.characters_per_token
+    return lengths.of_text(len(text), tokens, limits.characters_per_token) if known else None
+
+
+def _of_lists(request: inference_pb2.GenerateRequest) -> _Lengths:
+    sampling = request.sampling
+    yield "sampling.stop", lengths.of_list(len(sampling.stop), STOP_MOST, "texts")
+    yield (
+        "sampling.stop_token_ids",
+        lengths.of_list(len(sampling.stop_token_ids), STOP_TOKENS_MOST, "token ids"),
+    )
+    yield "sampling.logit_bias", lengths.of_list(len(sampling.logit_bias), BIASES_MOST, "token ids")
+
+
+def _of_resume(request: inference_pb2.GenerateRequest, limits: Limits) -> _Lengths:
+    resumed, most = len(request.resume.tokens), limits.context_length - 1
+    yield "resume.revision", lengths.of_name(len(request.resume.revision))
+    if request.sampling.HasField("max_tokens") and resumed:
+        of_text = max(request.sampling.max_tokens, 1) - 1
+        most = min(most, of_text) if limits.context_length else of_text
+    elif not limits.context_length:
+        return
+    yield "resume.tokens", lengths.of_list(resumed, most, "tokens")

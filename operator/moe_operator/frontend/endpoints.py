@@ -16,12 +16,14 @@ class Endpoint:
         address: ``HOST:PORT``, with an IPv6 host in brackets.
         revision: of what it serves, once it was asked.
         context_length: of its model in tokens, once it was asked; 0 before.
+        characters_per_token: that one token of its model stands for at most; 0: not known.
     """
 
     name: str
     address: str
     revision: str = ""
     context_length: int = 0
+    characters_per_token: int = 0
 
 
 def endpoints(slices: Iterable[Mapping[str, Any]]) -> frozenset[Endpoint]:

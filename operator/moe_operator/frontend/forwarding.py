@@ -103,18 +103,28 @@ class Forwarder:
     async def forward(self, method: str, request: Message, context: Context) -> None:
         """Answers one call; `method` is ``package.Service/Method``."""
         with spans.server_span(self._tracer, context, method) as span:
-            writer = Writer(context, self._write_timeout_s)
-            call = _Call(method, context, span, writer, Progress(request))
-            if too_long := bounds.violations(request, self._replicas.context_length):
-                await rich_status.abort(context, rich_status.invalid_argument(too_long))
-            failure = await self._held(call)
+            failure = self._oversize(request)
             if failure is None:
-                try:
-                    failure = await self._attempts(call)
-                except SlowReaderError as error:
-                    failure = Failure(Kind.ANSWERED, error.status)
+                writer = Writer(context, self._write_timeout_s)
+                failure = await self._answer(_Call(method, context, span, writer, Progress(request)), request)
             if failure is not None:
                 await _give_up(failure, context)
+
+    async def _answer(self, call: _Call, request: Message) -> Failure | None:
+        """Waits for a replica and has the call answered; says why it was not."""
+        if failure := await self._held(call):
+            return failure
+        if failure := self._oversize(request):  # where it waited, it is known only now what is served
+            return failure
+        try:
+            return await self._attempts(call)
+        except SlowReaderError as error:
+            return Failure(Kind.ANSWERED, error.status)
+
+    def _oversize(self, request: Message) -> Failure | None:
+        """Why no replica would take the request, by its length alone."""
+        too_long = bounds.violations(request, self._replicas.limits)
+        return Failure(Kind.ANSWERED, rich_status.invalid_argument(too_long)) if too_long else None
 
     async def _held(self, call: _Call) -> Failure | None:
         """Waits for a replica, where the call is worth one; says why it has to end before there is one."""

@@ -100,4 +100,9 @@ class Prober:
 async def _with_model(channel: grpc.aio.Channel, endpoint: Endpoint) -> Endpoint:
     stub = inference_pb2_grpc.InferenceServiceStub(channel)
     model = await stub.GetModel(inference_pb2.GetModelRequest(), timeout=_ASK_S)
-    return dataclasses.replace(endpoint, revision=model.revision, context_length=model.context_length)
+    return dataclasses.replace(
+        endpoint,
+        revision=model.revision,
+        context_length=model.context_length,
+        characters_per_token=model.characters_per_token,
+    )

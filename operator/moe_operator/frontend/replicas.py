@@ -13,6 +13,7 @@ import grpc
 from moe_api import transport
 from moe_api.supervision import Supervisor
 from moe_operator.frontend import routing
+from moe_operator.frontend.bounds import Limits
 from moe_operator.frontend.endpoints import Endpoint
 
 # Pods reuse addresses: a channel of its own per replica shares no backoff with a predecessor's.
@@ -116,9 +117,14 @@ class Replicas:
             self._close_idle()
 
     @property
-    def context_length(self) -> int:
-        """The longest context that a replica takes, in tokens; 0 where none has said."""
-        return max((replica.endpoint.context_length for replica in self._ready.values()), default=0)
+    def limits(self) -> Limits:
+        """What no replica takes more than: what is longer need not be sent to any."""
+        known = self.endpoints()
+        per_token = [endpoint.characters_per_token for endpoint in known]
+        return Limits(
+            max((endpoint.context_length for endpoint in known), default=0),
+            max(per_token, default=0) if all(per_token) else 0,
+        )
 
     def endpoints(self) -> list[Endpoint]:
         """Where requests may go now."""

@@ -70,10 +70,11 @@ class Tokenizer:
         """
         return None if self._is_longer(text, most) else self.encode(text, add_special_tokens)
 
-    def characters_for(self, tokens: int) -> int:
-        """A text of more characters than this has more than `tokens` tokens."""
+    @property
+    def characters_per_token(self) -> int:
+        """Characters of text that one token stands for at most: longer texts have more tokens."""
         shrinks = 1 if self._inner.normalizer is None else _NORMALIZED
-        return tokens * self.longest_token_bytes * shrinks
+        return self.longest_token_bytes * shrinks
 
     @cached_property
     def longest_token_bytes(self) -> int:
@@ -85,7 +86,7 @@ class Tokenizer:
 
     def _is_longer(self, text: str, most: int) -> bool:
         """Whether the text surely has more than `most` tokens; tokenizes a suspect one piece by piece."""
-        if len(text) > self.characters_for(most):
+        if len(text) > most * self.characters_per_token:
             return True
         if len(text) <= most * _SUSPECT_CHARACTERS:
             return False

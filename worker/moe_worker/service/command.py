@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import click
 
+from moe_api import lengths
 from moe_api.address import check_address
 from moe_api.visible import guard_logs
 from moe_api.writing import WRITE_TIMEOUT_S
@@ -203,6 +204,8 @@ def serve(
     for flag, text in (("--model", str(model)), ("--served-name", name), ("--revision", revision)):
         if not is_unicode(text):
             raise SettingsError(f"{flag} {text!r} is no text; write it in UTF-8")
+    if wrong := lengths.of_name(len(name)):
+        raise SettingsError(f"the served name {wrong}: no request could ask for it")
     run(ServeSettings(model, name, _address(listen), engine_options, revision, **times))
 
 

@@ -32,6 +32,7 @@ from moe_worker.service.validation import (
     check_generate,
     defaults_message,
     oversize,
+    oversize_name,
     oversize_text,
     size,
     token_ids,
@@ -140,6 +141,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             context_length=served.context_length,
             vocabulary_size=served.config.vocab_size,
             revision=served.revision,
+            characters_per_token=served.tokenizer.characters_per_token,
             sampling_defaults=defaults_message(served.defaults),
         )
 
@@ -147,6 +149,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """The served model, if it is the one asked for and takes requests; else ends the call."""
         if self.phase is not Phase.SERVING or self.served is None:
             await rich_status.abort(context, answers.unavailable(self.phase.value))
+        await _refuse(oversize_name(model), context)
         if model not in ("", self.served.name):
             sentence = f"model {model!r} is not served here; ask for {self.served.name!r}, or leave it empty"
             await rich_status.abort(context, rich_status.build(grpc.StatusCode.NOT_FOUND, sentence))

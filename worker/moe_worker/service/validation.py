@@ -6,6 +6,7 @@
 
 from dataclasses import dataclass, replace
 
+from moe_api import lengths
 from moe_api.inference.v1 import inference_pb2
 from moe_worker.engine.requests import length_violation, prompt_violations
 from moe_worker.errors import TokenizerError
@@ -47,17 +48,15 @@ class Checked:
 def oversize(request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, limits: Limits) -> list[Violation]:
     """Every field that is longer than it may be in any request; nothing else is looked at then."""
     sampling, given = request.sampling, len(request.resume.tokens)
-    lengths = {
+    elements = {
         "stop": len(sampling.stop),
         "stop_token_ids": len(sampling.stop_token_ids),
         "logit_bias": len(sampling.logit_bias),
     }
-    lists = (list_violation(field, length) for field, length in lengths.items())
+    lists = (list_violation(field, length) for field, length in elements.items())
     found = [Violation(f"sampling.{it.field}", it.description) for it in lists if it is not None]
-    if given >= limits.context_length:
-        found.append(
-            Violation("resume.tokens", f"holds {given} tokens; use {limits.context_length - 1} at most")
-        )
+    if wrong := lengths.of_list(given, limits.context_length - 1, "tokens"):
+        found.append(Violation("resume.tokens", wrong))
     return [*_oversize_prompt(request, tokenizer, limits), *found]
 
 
@@ -67,7 +66,7 @@ def largest_request_bytes(tokenizer: Tokenizer, vocab_size: int, context_length:
     The prompt as text or as token ids, the tokens of a stream that is taken up, and room for other fields.
     """
     id_bytes = -(-max(vocab_size - 1, 1).bit_length() // 7)  # varints hold 7 bits a byte
-    characters = tokenizer.characters_for(context_length)
+    characters = lengths.characters_for(context_length, tokenizer.characters_per_token)
     prompt = max(characters, id_bytes * context_length)
     return prompt + id_bytes * context_length + OTHER_FIELDS_BYTES
 
@@ -79,10 +78,14 @@ def size(request: inference_pb2.GenerateRequest) -> int:
 
 def oversize_text(field: str, text: str, tokenizer: Tokenizer, tokens: int) -> list[Violation]:
     """What is wrong with a text that has more than `tokens` tokens for sure, by its length alone."""
-    most = tokenizer.characters_for(tokens)
-    if len(text) <= most:
-        return []
-    return [Violation(field, f"has {len(text)} characters; {tokens} tokens are {most} characters at most")]
+    wrong = lengths.of_text(len(text), tokens, tokenizer.characters_per_token)
+    return [] if wrong is None else [Violation(field, wrong)]
+
+
+def oversize_name(model: str) -> list[Violation]:
+    """What is wrong with the length of the name that a request asks for."""
+    wrong = lengths.of_name(len(model))
+    return [] if wrong is None else [Violation("model", wrong)]
 
 
 def token_ids(

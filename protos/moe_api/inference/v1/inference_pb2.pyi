@@ -61,7 +61,7 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     RESUME_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Served name of the model; empty means the only one there is."""
+    """Served name of the model, 253 characters at most; empty means the only one there is."""
     prompt: _builtins.str
     """Text; the begin-of-text token is put before it."""
     @_builtins.property
@@ -546,6 +546,7 @@ class Model(_message.Message):
     VOCABULARY_SIZE_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     SAMPLING_DEFAULTS_FIELD_NUMBER: _builtins.int
+    CHARACTERS_PER_TOKEN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Served name."""
     architecture: _builtins.str
@@ -563,6 +564,10 @@ class Model(_message.Message):
     revision: _builtins.str
     """What is served and how, as the worker was told by --revision. Workers of one revision give the same
     tokens and may go on with each other's streams.
+    """
+    characters_per_token: _builtins.int
+    """Characters of text that one token stands for at most: a text of more characters than tokens times this
+    has more tokens. 0: not known.
     """
     @_builtins.property
     def sampling_defaults(self) -> Global___SamplingParameters:
@@ -582,10 +587,11 @@ class Model(_message.Message):
         vocabulary_size: _builtins.int = ...,
         revision: _builtins.str = ...,
         sampling_defaults: Global___SamplingParameters | None = ...,
+        characters_per_token: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling_defaults", b"sampling_defaults"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "format", b"format", "name", b"name", "parameters_active", b"parameters_active", "parameters_total", b"parameters_total", "revision", b"revision", "sampling_defaults", b"sampling_defaults", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "characters_per_token", b"characters_per_token", "context_length", b"context_length", "format", b"format", "name", b"name", "parameters_active", b"parameters_active", "parameters_total", b"parameters_total", "revision", b"revision", "sampling_defaults", b"sampling_defaults", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,40 @@
+"""Bounds of a request by the lengths of its fields alone, in the same words at frontend and worker. Pure.
+
+A check takes microseconds for any request: no element is read. Each function returns what is wrong, or None.
+"""
+
+from typing import Final
+
+MODEL_MOST: Final = 253
+"""Characters of a served name that a request may ask for."""
+
+
+def characters_for(tokens: int, characters_per_token: int) -> int:
+    """A text of more characters than this has more than `tokens` tokens."""
+    return tokens * characters_per_token
+
+
+def of_text(characters: int, tokens: int, characters_per_token: int) -> str | None:
+    """Of a text that may have `tokens` tokens, each of up to `characters_per_token` characters."""
+    most = characters_for(tokens, characters_per_token)
+    if characters <= most:
+        return None
+    return f"has {characters} characters; {tokens} tokens are {most} characters at most"
+
+
+def of_prompt_tokens(length: int, context_length: int) -> str | None:
+    """Of a prompt in token ids; room for one token of continuation must be left."""
+    if length < context_length:
+        return None
+    allowed = f"use {context_length - 1} at most, the context length of {context_length} less one"
+    return f"has {length} tokens; {allowed}"
+
+
+def of_list(length: int, most: int, elements: str) -> str | None:
+    """Of a list of `elements`, e.g. "texts"."""
+    return f"holds {length} {elements}; use {most} at most" if length > most else None
+
+
+def of_name(characters: int, most: int = MODEL_MOST) -> str | None:
+    """Of a name."""
+    return f"has {characters} characters; use {most} at most" if characters > most else None
