@@ -52,6 +52,8 @@ def test_the_document_has_the_stable_keys_and_the_same_bytes_again(trace, tmp_pa
     assert second.stdout == first.stdout
     assert (tmp_path / "b.png").read_bytes() == (tmp_path / "a.png").read_bytes()
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert "forecasting: 100 % (288 of 288) after " in first.stderr
+    assert "policies: 100 % (" in first.stderr
     assert first.stderr.endswith(f"wrote {tmp_path / 'a.png'}\n")
 
 

@@ -16,10 +16,9 @@ from rich.table import Table
 from moe_operator.cli.console import console
 from moe_operator.cli.console import show as show_table
 from moe_operator.cli.load_run import Arrivals, Outcome, Tally
+from moe_operator.cli.progress import LINE_INTERVAL_S
 
 _PERCENTILES: Final = (50, 95, 99)
-LINE_INTERVAL_S: Final = 30.0
-"""Between two lines about a run in a log."""
 
 
 class Progress:

@@ -150,7 +150,7 @@ def _replayed(trace: Trace, horizon: float, boundary: int, fraction: float, capa
     service = Service(per_gpu * fraction, fraction, steps, trace.step_s)
     with bar("forecasting", len(trace.rates)) as advance:
         test = scoring.backtest(trace, steps, advance)
-    with bar("policies", 1) as advance:
+    with bar("policies") as advance:
         results = comparison.compare(trace, service, test.made, boundary, advance)
     score, candidates = scoring.scores(trace, test)
     return Replay(trace, service, boundary, scoring.warm_up(trace), score, candidates, results, test)

@@ -73,7 +73,7 @@ def load(directory: Path, options: EngineOptions, progress: bool) -> LoadedModel
     threads = options.threads or suggested_threads(config, dtype)
     torch.set_num_threads(threads)
     if options.check_digests:
-        check_digests(directory, usable_cores())
+        check_digests(directory, usable_cores(), progress)
     with torch.inference_mode():
         model = load_model(directory, config, placement, context, progress)
         cache = _allocate_cache(shape, options, context, device)

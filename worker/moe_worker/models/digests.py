@@ -11,6 +11,7 @@ from moe_worker.config.directory import read_json
 from moe_worker.errors import CheckpointError
 from moe_worker.models.layouts import INDEX_FILE
 from moe_worker.models.safetensors import LARGEST_INDEX
+from moe_worker.progress import bar
 from moe_worker.reading import open_file, present, read_file
 
 LARGEST_LIST = 1 << 20
@@ -19,14 +20,19 @@ _LINE = re.compile(r"([0-9a-fA-F]{64})(?: [ *](.+))?")
 log = logging.getLogger(__name__)
 
 
-def check_digests(directory: Path, threads: int) -> None:
-    """Reads every file whose digest is stated, `threads` of them at a time. Raises CheckpointError."""
+def check_digests(directory: Path, threads: int, progress: bool = False) -> None:
+    """Reads every file whose digest is stated, `threads` of them at a time. Raises CheckpointError.
+
+    `progress` shows a bar on stderr.
+    """
     stated = known_digests(directory)
     plain = sorted(path.name for path in directory.glob("*.safetensors") if path.name not in stated)
     if plain:
         log.warning("no SHA-256 digest is stated for %d weight files, the first is %s", len(plain), plain[0])
     with ThreadPoolExecutor(threads) as pool:
-        for name, found in zip(stated, pool.map(lambda name: _digest(directory / name), stated), strict=True):
+        digests = pool.map(lambda name: _digest(directory / name), stated)
+        shown = bar(digests, total=len(stated), desc="checking digests", unit="file", disable=not progress)
+        for name, found in zip(stated, shown, strict=True):
             if found != stated[name]:
                 raise CheckpointError(
                     f"{directory / name} is damaged: its SHA-256 is {found}, and {stated[name]} is stated "

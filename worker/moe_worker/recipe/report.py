@@ -73,7 +73,7 @@ def decode_speed(folder: Path, threads: int | None) -> float:
         prefix_cache=False,
         threads=threads,
     )
-    loaded = load(folder, options, progress=False)
+    loaded = load(folder, options, progress=True)
     result = measure(loaded, options, Load(prompt=16, tokens=32, rounds=3), 1, lambda: None)
     return result.decode_tokens_per_s
 

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from moe_worker.errors import DataError
 from moe_worker.files import locked, replacing, write_text
+from moe_worker.progress import tell
 from moe_worker.train import data
 from moe_worker.train.score import Window
 from moe_worker.train.settings import TrainSettings
@@ -55,6 +56,7 @@ def _stream(settings: TrainSettings, tokenizer: Tokenizer) -> NDArray[np.int32]:
     with locked(kept.with_suffix(".lock")):
         if not kept.exists():
             documents = data.read_documents(settings.data)
+            tell(f"encoding {len(text) / 1e6:.1f} MB of text")
             stream_N = data.join_documents(data.encode_documents(tokenizer, documents))
             small = stream_N.astype(np.min_scalar_type(tokenizer.get_vocab_size()))
             with replacing(kept) as beside, beside.open("wb") as file:

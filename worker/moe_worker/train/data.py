@@ -16,6 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 
 from moe_worker.errors import CheckpointError, DataError, TokenizerError
 from moe_worker.models.tokenizer import LARGEST_TOKENIZER
+from moe_worker.progress import tell
 from moe_worker.reading import read_file
 
 BEGIN_OF_TEXT = "<|begin_of_text|>"
@@ -99,13 +100,15 @@ def train_tokenizer(documents: list[str], vocabulary_size: int) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    if not sys.stderr.isatty():  # the library's own bar would be carriage returns or empty lines there
+        tell(f"training a tokenizer of {vocabulary_size} tokens on {len(documents)} documents")
     tokenizer.train_from_iterator(
         documents,
         trainers.BpeTrainer(
             vocab_size=vocabulary_size,
             special_tokens=[BEGIN_OF_TEXT, END_OF_TEXT],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=sys.stderr.isatty(),  # elsewhere it writes empty lines
+            show_progress=sys.stderr.isatty(),
         ),
     )
     tokenizer.post_processor = processors.TemplateProcessing(

@@ -15,6 +15,7 @@ from torch import Tensor
 from moe_worker.compress.taylor import Importance, change
 from moe_worker.config.directory import read_json
 from moe_worker.config.model import parse_model_config
+from moe_worker.progress import bar
 from moe_worker.train.data import WindowSampler, read_tokenizer
 from moe_worker.train.export import save_directory, stored
 from moe_worker.train.model import Attention, FeedForward, Layer, MixtureOfExperts, TrainingModel
@@ -36,7 +37,8 @@ def prune_checkpoint(source: Path, target: Path, goal: Sizes, sampler: WindowSam
     model = TrainingModel(parse_model_config(config, str(source / "config.json")), dropout=0.0)
     load_checkpoint_tensors(model, read_tensors(source / "model.safetensors"))
     model.to(sampler.tokens_N.device)
-    importance = measure(model, (sampler.at(step) for step in range(batches)))
+    steps = bar(range(batches), desc="measuring importance", unit="batch")
+    importance = measure(model, map(sampler.at, steps))
     state, smaller = cut(model, config, importance, goal)
     target.mkdir(parents=True, exist_ok=True)
     tensors = {name: stored(name, tensor) for name, tensor in named_tensors(state, goal.experts).items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -63,14 +64,20 @@ def compare(
         "knative": policies.knative(service),
         "perfect": [policies.perfect(rates, service)],
     }
-    runs, done = sum(map(len, families.values())), 0
+    # Each variant runs once to be ranked; the best of each family, and the clairvoyant one, run once more.
+    runs = sum(map(len, families.values())) + len(families) + 1
+    done = itertools.count(1)
+
+    def finished() -> None:
+        progress(next(done), runs)
+
     results: dict[str, Result] = {}
     for name, variants in families.items():
-        best = _best(trace, service, variants, tune_until)
-        done += len(variants)
-        progress(done, runs)
+        best = _best(trace, service, variants, tune_until, finished)
         results[name] = _result(trace, service, tune_until, simulate(rates, service, best.make()), best.knobs)
+        finished()
     results["clairvoyant"] = _result(trace, service, tune_until, clairvoyant(rates, service), {})
+    finished()
     return results
 
 
@@ -80,10 +87,12 @@ def _result(trace: Trace, service: Service, tune_until: int, run: Run, knobs: di
     return Result(knobs, tuned, judged, run)
 
 
-def _best(trace: Trace, service: Service, variants: list[Variant], tune_until: int) -> Variant:
+def _best(
+    trace: Trace, service: Service, variants: list[Variant], tune_until: int, ran: Callable[[], None]
+) -> Variant:
     """The cheapest that keeps to what is allowed; where none does, the one with the fewest violations.
 
-    The first horizon is left out: nothing that is ordered serves before it.
+    The first horizon is left out: nothing that is ordered serves before it. `ran` is called for each variant.
     """
     part = slice(min(service.delay, tune_until - 1), tune_until)
 
@@ -91,6 +100,7 @@ def _best(trace: Trace, service: Service, variants: list[Variant], tune_until: i
         found = outcome(
             trace.rates, simulate(trace.rates[:tune_until], service, variant.make()), service, part
         )
+        ran()
         return (max(found.violated_share - ALLOWED, 0.0), found.gpu_hours)
 
     return variants[int(np.lexsort(np.array([rank(variant) for variant in variants]).T[::-1])[0])]
