@@ -85,6 +85,15 @@ def test_subjects_that_are_refused(subject, why):
     assert why in language.wrong(subject)
 
 
+def test_the_commit_message_hook_reads_the_first_line(tmp_path, capsys):
+    written = tmp_path / "COMMIT_EDITMSG"
+    written.write_text("frontend: retry once\n\nBody without a scope.\n# comment\n")
+    assert language.message(written) == 0
+    written.write_text("retry once\n")
+    assert language.message(written) == 1
+    assert "commit subject 'retry once': not of the form" in capsys.readouterr().out
+
+
 def git(folder, *arguments):
     identity = ("-c", "user.name=a", "-c", "user.email=a@example.com")
     command = ["git", *identity, *arguments]
