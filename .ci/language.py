@@ -21,7 +21,7 @@ BASE = "80c274bb8ff7"
 PENDING = (
     "docs/architecture.md",
     *("crds/*", "hatch_build.py", "benchmarks/*", "localcluster/*"),
-    *("operator/*", "protos/*", "tests/*", "worker/*"),
+    *("operator/*", "tests/*", "worker/*"),
 )
 """Files whose prose is not converted yet, as fnmatch patterns (`*` crosses folders)."""
 

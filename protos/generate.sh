@@ -1,5 +1,5 @@
 #!/bin/sh
-# Writes the Python code of every .proto file beside it, or below the folder given. Used by `make proto`.
+# Writes the Python code of every .proto file next to it, or below the given folder. Used by `make proto`.
 set -eu
 out=$(realpath "${1:-$(dirname "$0")}")
 cd "$(dirname "$0")"

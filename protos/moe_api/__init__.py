@@ -1,1 +1,1 @@
-"""The wire contract of moe-operator: generated gRPC code, and what both sides of it share."""
+"""The wire contract of moe-operator: generated gRPC code, and code that both sides share."""

@@ -1,11 +1,11 @@
-"""Addresses as people write them: ``HOST:PORT``, with an IPv6 host in brackets."""
+"""Parses addresses of the form ``HOST:PORT``, with an IPv6 host in brackets."""
 
 
 def check_address(text: str) -> str:
     """Returns the address without surrounding space.
 
     Raises:
-        ValueError: it is not ``HOST:PORT``; the text is a sentence.
+        ValueError: the address is not ``HOST:PORT``; the text is a message for users.
     """
     address = text.strip()
     host, _, port = address.rpartition(":")

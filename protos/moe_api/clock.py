@@ -1,7 +1,7 @@
-"""Timestamps that a step of the wall clock cannot pull apart.
+"""Timestamps that stay consistent when the wall clock is stepped.
 
-Durations are differences of monotonic times. Where one has to become a timestamp (the start and end of a
-span), an `Anchor` that was taken once gives all timestamps of a request the same offset.
+Durations are differences of monotonic times. Where a monotonic time has to become a timestamp (the start and
+end of a span), one `Anchor` gives all timestamps of a request the same offset.
 """
 
 import time
@@ -15,7 +15,7 @@ _YEAR_S: Final = 365 * 86_400.0
 
 @dataclass(frozen=True)
 class Anchor:
-    """One moment on both clocks, in nanoseconds: since the epoch, and of `time.monotonic_ns`."""
+    """The same moment on both clocks, in nanoseconds: since the epoch, and of `time.monotonic_ns`."""
 
     wall_ns: int
     monotonic_ns: int
@@ -33,16 +33,16 @@ class Anchor:
 def deadline_s(context: grpc.aio.ServicerContext[Any, Any]) -> float | None:
     """When the client of a call stops waiting, in seconds of `time.monotonic`; None where it never does.
 
-    To be asked when the call begins: gRPC computes the time that remains from the wall clock.
+    Call this when the call starts: gRPC computes the remaining time from the wall clock.
     """
     left_s = remaining_s(context)
     return None if left_s is None else time.monotonic() + left_s
 
 
 def remaining_s(context: grpc.aio.ServicerContext[Any, Any]) -> float | None:
-    """Seconds until the deadline of a call, a year at most; None where it has none.
+    """Seconds until the deadline of a call, at most a year; None if it has none.
 
-    Clients may send a deadline centuries from now. As a timeout of another call it would overflow gRPC's
+    Clients may send a deadline centuries ahead. As the timeout of another call it would overflow gRPC's
     nanoseconds, and that call would end at once.
     """
     left_s: float | None = context.time_remaining()

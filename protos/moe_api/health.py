@@ -1,4 +1,4 @@
-"""grpc.health.v1 and server reflection, the same on the frontend and on the workers."""
+"""grpc.health.v1 and server reflection for frontends and workers."""
 
 import asyncio
 from collections.abc import Sequence
@@ -15,7 +15,9 @@ _NOT_SERVING: Final = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class _Servicer(health.aio.HealthServicer):  # type: ignore[misc]  # grpcio-health-checking has no types
-    """Ends watches when told to: a server that stops gracefully waits for all calls, and they never end."""
+    """Can end watches: a server that stops gracefully waits for all calls, and watches never end by
+    themselves.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,7 +26,7 @@ class _Servicer(health.aio.HealthServicer):  # type: ignore[misc]  # grpcio-heal
     async def Watch(  # noqa: N802 - gRPC's name
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
-        """Reports every change of a service's status until the client or this server has enough."""
+        """Reports every change of a service's status until the client cancels or this server stops."""
         watching = asyncio.create_task(super().Watch(request, context))
         closed = asyncio.create_task(self.closed.wait())
         try:
@@ -38,10 +40,10 @@ class _Servicer(health.aio.HealthServicer):  # type: ignore[misc]  # grpcio-heal
 
 
 class Health:
-    """What probes are told.
+    """The health that probes see.
 
-    Service ``""`` and the services by their names are SERVING while the process takes requests (readiness);
-    ``"liveness"`` is SERVING as long as the process answers at all.
+    Service ``""`` and the services by their names are SERVING while the process accepts requests (readiness);
+    ``"liveness"`` is SERVING as long as the process responds at all.
     """
 
     def __init__(self, services: Sequence[str]) -> None:
@@ -57,12 +59,12 @@ class Health:
         reflection.enable_server_reflection(names, server)
 
     async def set_ready(self, *, ready: bool) -> None:
-        """Tells probes and watchers whether requests are taken."""
+        """Tells probes and watchers whether the process accepts requests."""
         for service in self._readiness:
             await self._servicer.set(service, _SERVING if ready else _NOT_SERVING)
 
     async def close(self) -> None:
-        """For a server about to stop: not ready, and watches end once they have said so."""
+        """For a server about to stop: reports not ready, then ends the watches."""
         await self.set_ready(ready=False)
-        await asyncio.sleep(0.05)  # the watches need a few turns of the loop to send it
+        await asyncio.sleep(0.05)  # the watches need a few iterations of the event loop to send it
         self._servicer.closed.set()

@@ -1,6 +1,7 @@
-"""Bounds of a request by the lengths of its fields alone, in the same words at frontend and worker. Pure.
+"""Bounds of a request by the lengths of its fields alone, shared by frontend and worker. Pure.
 
-A check takes microseconds for any request: no element is read. Each function returns what is wrong, or None.
+A check takes microseconds for any request, because it reads no element. Each function returns the problem, or
+None.
 """
 
 from typing import Final

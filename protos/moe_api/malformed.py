@@ -1,7 +1,7 @@
-"""Answers requests that are no valid protobuf messages, or absurdly large ones, with INVALID_ARGUMENT.
+"""Refuses requests that are not valid protobuf messages, or have too many fields, with INVALID_ARGUMENT.
 
-Left to itself gRPC answers INTERNAL, "Exception deserializing request!", and logs a stack trace: the
-client reads that the server is broken, where its own request is (text that is not UTF-8, for one).
+By default gRPC returns INTERNAL, "Exception deserializing request!", and logs a stack trace: the client reads
+that the server is broken, although its own request is (for example text that is not UTF-8).
 """
 
 from __future__ import annotations  # grpc.RpcMethodHandler takes no parameters at run time
@@ -23,7 +23,7 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 
 @dataclass(frozen=True)
 class _Malformed:
-    """Stands in for a request that was not parsed; the sentence says why. field: "" for the whole request."""
+    """Replaces a request that was not parsed; the message says why. field: "" for the whole request."""
 
     sentence: str
     field: str = ""
@@ -47,7 +47,7 @@ class MalformedRequestInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Returns the handler of the call, made tolerant."""
+        """Returns a handler of the call that also accepts malformed requests."""
         handler = await continuation(handler_call_details)
         if handler is None or handler.request_streaming or handler.request_deserializer is None:
             return handler

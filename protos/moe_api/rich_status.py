@@ -1,8 +1,8 @@
-"""Errors with details: google.rpc.Status in the trailing metadata of a call, for both sides.
+"""Errors with details: google.rpc.Status in the trailing metadata of a call, for servers and clients.
 
 https://google.aip.dev/193 and grpcio-status describe the form; details used here are
-google.rpc.BadRequest (which field, and what would be right), google.rpc.RetryInfo (when to send the request
-again) and google.rpc.ErrorInfo (the reason, for programs).
+google.rpc.BadRequest (the field and its valid range), google.rpc.RetryInfo (when to retry) and
+google.rpc.ErrorInfo (the reason, for programs).
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ from google.rpc import error_details_pb2, status_pb2
 DETAILS_KEY: Final = "grpc-status-details-bin"
 
 DOMAIN: Final = "serving.moe-operator.dev"
-"""Of the reasons in google.rpc.ErrorInfo."""
+"""The domain of the reasons in google.rpc.ErrorInfo."""
 ENGINE_DIED: Final = "ENGINE_DIED"
 """A worker's engine process ended with the request in flight."""
 REPLICAS_DIED: Final = "REPLICAS_DIED"
 """Replicas died one after the other with the request in flight; it is not safe to send it again."""
 REPLICA_BROKE_PROTOCOL: Final = "REPLICA_BROKE_PROTOCOL"
-"""A replica answered in a way that the .proto file rules out."""
+"""The response of a replica violated the .proto file."""
 
 # gRPC may drop a call whose trailing metadata exceeds 8 KiB, so texts that may quote what a user sent are
 # cut. At worst the message is percent-encoded to three times its bytes, and the details (the message and
@@ -39,7 +39,7 @@ class FieldViolation:
 
     Attributes:
         field: path of the field, e.g. ``sampling.top_p``.
-        description: a sentence that says what is wrong and what would be right.
+        description: a message with the problem and the remedy.
     """
 
     field: str
@@ -68,9 +68,9 @@ def invalid_argument(violations: Sequence[FieldViolation]) -> status_pb2.Status:
 
 
 def retry_later(code: grpc.StatusCode, sentence: str, delay_s: float, reason: str = "") -> status_pb2.Status:
-    """RESOURCE_EXHAUSTED or UNAVAILABLE with the delay in seconds after which to try again.
+    """RESOURCE_EXHAUSTED or UNAVAILABLE with the retry delay in seconds.
 
-    reason: one of this module's reasons, where programs have to tell this status from others of its code.
+    reason: one of this module's reasons, if programs have to distinguish this status from others of its code.
     """
     delay = duration_pb2.Duration()
     delay.FromNanoseconds(round(delay_s * 1e9))
@@ -100,7 +100,7 @@ def status_code(status: status_pb2.Status) -> grpc.StatusCode:
 def from_error(error: grpc.RpcError | grpc.aio.AioRpcError) -> status_pb2.Status:
     """The google.rpc.Status of a failed call, as a client sees it; without details if none were sent.
 
-    Details that cannot be parsed, or that contradict the call's own code, are left out.
+    Details that cannot be parsed, or that contradict the code of the call, are ignored.
     """
     code, sentence = error.code(), error.details() or ""
     # grpcio's stubs call an entry a class of its own; at run time it is a tuple of two.
@@ -114,7 +114,7 @@ def from_error(error: grpc.RpcError | grpc.aio.AioRpcError) -> status_pb2.Status
 
 
 def field_violations(status: status_pb2.Status) -> tuple[FieldViolation, ...]:
-    """The fields that a status complains about."""
+    """The fields with violations."""
     bad_request = error_details_pb2.BadRequest()
     for detail in status.details:
         if detail.Unpack(bad_request):
@@ -123,7 +123,7 @@ def field_violations(status: status_pb2.Status) -> tuple[FieldViolation, ...]:
 
 
 def retry_delay(status: status_pb2.Status) -> float | None:
-    """Seconds after which to try again, if the status says so."""
+    """Seconds after which to retry, if the status contains them."""
     info = error_details_pb2.RetryInfo()
     for detail in status.details:
         if detail.Unpack(info):
@@ -132,7 +132,7 @@ def retry_delay(status: status_pb2.Status) -> float | None:
 
 
 def reason(status: status_pb2.Status) -> str:
-    """The reason that a status names, of those in this module's domain; empty where it names none."""
+    """The reason of a status in this module's domain; empty if it has none."""
     info = error_details_pb2.ErrorInfo()
     for detail in status.details:
         if detail.Unpack(info) and info.domain == DOMAIN:

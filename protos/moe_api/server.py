@@ -2,9 +2,9 @@
 
 grpcio 1.85 decodes the path of a call to an unregistered method as UTF-8 in the task that accepts all calls
 (`_server_main_loop` in its aio/server.pyx.pxi). One call with a path that is not UTF-8 ends this task and
-with it the server, which accepts no call any more while the process lives on. The path of a call to a
-registered method is not decoded. So a server made here takes registered methods only, and answers every other
-call with UNIMPLEMENTED without a look at its path.
+with it the server, which accepts no more calls while the process lives on. The path of a call to a registered
+method is not decoded. So a server created here accepts registered methods only, and ends every other call
+with UNIMPLEMENTED without decoding its path.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ _UNKNOWN: Final = "method not found; server reflection lists the methods of this
 
 
 class _Server(cygrpc.AioServer):  # type: ignore[misc]  # grpcio has no types for its core
-    """Overrides how the calls that no registered method takes are accepted."""
+    """Overrides how calls to unregistered methods are accepted."""
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
@@ -33,7 +33,7 @@ class _Server(cygrpc.AioServer):  # type: ignore[misc]  # grpcio has no types fo
         return asyncio.get_running_loop().create_task(self._refuse_unknown())
 
     async def _refuse_unknown(self) -> None:
-        """Ends with the error of the core, if there is one: the caller knows what to do then."""
+        """Raises the error of the core, if there is one; the caller handles it."""
         while True:
             call = await self._request_call()
             task = asyncio.get_running_loop().create_task(_refuse(call))

@@ -12,7 +12,7 @@ from opentelemetry import trace
 from moe_api import semconv, telemetry
 from moe_api.clock import Anchor, deadline_s
 
-# What a server span counts as its own failure; the rest is the caller's doing (RPC conventions, gRPC).
+# Codes that mark a server span as failed; the others are errors of the caller (RPC conventions, gRPC).
 SERVER_ERRORS: Final = frozenset(
     {
         grpc.StatusCode.UNKNOWN,
@@ -23,7 +23,7 @@ SERVER_ERRORS: Final = frozenset(
         grpc.StatusCode.DATA_LOSS,
     }
 )
-# Between a deadline as gRPC keeps it and as it was read.
+# Tolerance between gRPC's deadline and the deadline as read here.
 _DEADLINE_ERROR_S: Final = 0.01
 
 
@@ -44,7 +44,7 @@ def server_span(
         tracer: makes the span.
         context: of the RPC, for its metadata and its status.
         method: full name without the leading slash, ``package.Service/Method``.
-        anchor: when the call began; give children their timestamps by it. Default: now.
+        anchor: the start of the call; use it for the timestamps of children. Default: now.
     """
     anchor = anchor or Anchor.now()
     deadline = deadline_s(context)
@@ -82,7 +82,7 @@ def end_rpc_span(
     Args:
         span: of the call.
         code: its status.
-        details: the sentence that came with the status.
+        details: the message of the status.
         errors: codes that mark the span as failed; by default, as for clients, all but OK.
         end_ns: when the call ended, in nanoseconds since the epoch. Default: now.
     """
@@ -95,7 +95,8 @@ def end_rpc_span(
 
 
 def why_cancelled(deadline_s: float | None) -> grpc.StatusCode:
-    """gRPC cancels the handler of a call whose deadline passed just as one whose client went away.
+    """gRPC cancels the handler of a call in the same way if the deadline passes and if the client
+    disconnects.
 
     deadline_s: of the call, as `clock.deadline_s` gave it.
     """

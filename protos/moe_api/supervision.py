@@ -48,13 +48,13 @@ DEFAULT_BACKOFF: Final = Backoff()
 
 @dataclass(frozen=True)
 class LoopState:
-    """What a supervised loop does now.
+    """The current state of a supervised loop.
 
-    loop: the kind of work, the same for all loops that do it; a label of metrics.
-    name: which one of them.
-    since_s: when the current run or pause began, on the supervisor's clock.
-    failures: errors in a row; 0 where the last run did not fail.
-    error: the last of these errors, for people.
+    loop: the kind of work, shared by all loops of this kind; a label of metrics.
+    name: identifies the loop within its kind.
+    since_s: start of the current run or pause, on the supervisor's clock.
+    failures: consecutive errors; 0 if the last run did not fail.
+    error: the last error, for people.
     paused: whether it waits for its restart.
     """
 
@@ -67,7 +67,7 @@ class LoopState:
 
 
 def is_being_cancelled() -> bool:
-    """Whether somebody cancels the task that runs now; else a CancelledError is the end of something else."""
+    """Whether the current task is being cancelled; otherwise a CancelledError comes from something else."""
     task = asyncio.current_task()
     return task is None or task.cancelling() > 0
 
@@ -75,17 +75,17 @@ def is_being_cancelled() -> bool:
 class Supervisor:
     """Runs loops and restarts those that fail.
 
-    A loop that returns has finished and is not restarted. One that ran for longer than the longest pause
-    before it failed starts again at the shortest pause. `start` belongs to the thread of a running loop; the
-    rest may be called from any thread.
+    A loop that returns has finished and is not restarted. If it ran for longer than the longest pause before
+    it failed, the backoff starts again at the shortest pause. Call `start` in the thread of a running event
+    loop; the other methods may be called from any thread.
 
     Args:
         meter: exports `moe.background.loops` (by `moe.loop` and `moe.state`) and `moe.background.restarts`;
             default: the process-wide one.
-        backoff: pauses between a failure and the restart, where a loop has none of its own.
+        backoff: pauses between a failure and the restart, unless a loop has its own.
         clock: seconds, monotonic.
         chance: numbers of [0, 1), for the jitter.
-        expected: errors whose text says everything; they are logged without a traceback.
+        expected: errors whose message is sufficient; they are logged without a traceback.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Supervisor:
             "moe.background.restarts", "{restart}", "Failures of background loops, each followed by a restart"
         )
         meter.create_observable_up_down_counter(
-            "moe.background.loops", [self._observe], "{loop}", "Background loops, by what they do now"
+            "moe.background.loops", [self._observe], "{loop}", "Background loops, by their current state"
         )
 
     @property
@@ -122,10 +122,10 @@ class Supervisor:
         name: str = "",
         backoff: Backoff | None = None,
     ) -> asyncio.Task[None]:
-        """Runs `work` in a task, again and again until it returns; cancel the task to stop it.
+        """Runs `work` in a task and restarts it until it returns; cancel the task to stop it.
 
-        Only a cancellation of this very task ends it: a CancelledError that `work` raises for another reason
-        is a failure like any other.
+        Only a cancellation of this task ends it: a CancelledError that `work` raises for another reason is a
+        failure.
         """
         task = asyncio.create_task(
             self._run(loop, work, name, backoff or self._backoff), name=_title(loop, name)
@@ -142,7 +142,7 @@ class Supervisor:
         name: str = "",
         backoff: Backoff | None = None,
     ) -> threading.Thread:
-        """Runs `work` in a daemon thread, again and again until it returns or `stopping` is set."""
+        """Runs `work` in a daemon thread and restarts it until it returns or `stopping` is set."""
         thread = threading.Thread(
             target=self._run_in_thread,
             args=(loop, work, stopping, name, backoff or self._backoff),
@@ -153,7 +153,7 @@ class Supervisor:
         return thread
 
     async def close(self) -> None:
-        """Cancels all tasks and waits for their end. Threads end by their `stopping` event."""
+        """Cancels all tasks and waits for them. Threads end by their `stopping` event."""
         tasks = tuple(self._tasks)
         for task in tasks:
             task.cancel()
@@ -204,7 +204,7 @@ class Supervisor:
         self._states[key] = replace(self._states[key], since_s=self._clock(), paused=False)
 
     def _failed(self, key: object, error: BaseException, backoff: Backoff) -> float:
-        """Notes a failure; returns the pause before the restart, in seconds."""
+        """Records a failure; returns the pause before the restart, in seconds."""
         state, now = self._states[key], self._clock()
         healthy = now - state.since_s > backoff.longest_s
         failures = 1 if healthy else state.failures + 1

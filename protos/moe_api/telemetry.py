@@ -1,4 +1,4 @@
-"""OpenTelemetry traces and metrics, the same way in every process: client, frontend, worker and operator.
+"""OpenTelemetry traces and metrics for every process: client, frontend, worker and operator.
 
 Nothing is set up, no thread starts and nothing is sent unless ``OTEL_EXPORTER_OTLP_ENDPOINT`` is set, or
 ``OTEL_EXPORTER_OTLP_TRACES_ENDPOINT`` or ``..._METRICS_ENDPOINT`` for one of the two; the OpenTelemetry API
@@ -31,7 +31,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 Metadata = tuple[tuple[str, str | bytes], ...]
 
 _SIGNALS: Final = ("traces", "metrics")
-# Loggers that speak when something does not arrive, and what it is where the record does not say.
+# Loggers that report failed exports, and the signal if the record does not name it.
 _EXPORT_LOGGERS: Final = {
     "opentelemetry.exporter.otlp.proto.grpc.exporter": "traces or metrics",
     "opentelemetry.sdk._shared_internal": "traces",
@@ -39,7 +39,7 @@ _EXPORT_LOGGERS: Final = {
 }
 _WARNING_PERIOD_S: Final = 60.0
 _SHUTDOWN_S: Final = 2.0
-# The SDK waits 5 s before it sends a batch; 1 s lets a trace be looked up right after its request.
+# The SDK waits 5 s before it sends a batch; 1 s makes a trace available right after its request.
 _SCHEDULE_DELAY_MS: Final = 1000.0
 # The SDK retries for 10 s; a collector that is down for longer than this loses the batch anyway.
 _EXPORT_TIMEOUT_S: Final = 2.0
@@ -47,14 +47,14 @@ _EXPORT_TIMEOUT_S: Final = 2.0
 
 @dataclass(frozen=True)
 class _Pipeline:
-    """What makes one signal, and what sends it."""
+    """The provider of one signal and its exporter."""
 
     provider: TracerProvider | MeterProvider
     exporter: OTLPSpanExporter | OTLPMetricExporter | None
 
 
 class Telemetry:
-    """Handle on what `configure` started; a context manager that shuts it down at the end."""
+    """Handle for the providers that `configure` started; a context manager that shuts them down."""
 
     def __init__(self, pipelines: Sequence[_Pipeline] = ()) -> None:
         self._pipelines = tuple(pipelines)
@@ -66,11 +66,11 @@ class Telemetry:
 
     @property
     def measures(self) -> bool:
-        """Whether metrics are among it."""
+        """Whether metrics are recorded and sent."""
         return any(isinstance(pipeline.provider, MeterProvider) for pipeline in self._pipelines)
 
     def shutdown(self) -> None:
-        """Sends what is still queued, for 2 s at most in all, and stops. Calling it again does nothing."""
+        """Sends queued data for at most 2 s in total and stops. Further calls do nothing."""
         pipelines, self._pipelines = self._pipelines, ()
         deadline = time.monotonic() + _SHUTDOWN_S
         closers = [_closer(pipeline.provider) for pipeline in pipelines]
@@ -91,7 +91,7 @@ class Telemetry:
 def configure(
     service_name: str, environ: Mapping[str, str] = os.environ, readers: Sequence[MetricReader] = ()
 ) -> Telemetry:
-    """Sets up the process-wide tracer and meter providers that the environment names a collector for.
+    """Sets up the process-wide tracer and meter providers for which the environment names a collector.
 
     Call it once, early in `main`, and shut the handle down at the end; tracers and meters come from
     ``opentelemetry.trace.get_tracer`` and ``opentelemetry.metrics.get_meter`` as usual, and work before and
@@ -100,8 +100,8 @@ def configure(
     Args:
         service_name: ``service.name`` of this process unless ``OTEL_SERVICE_NAME`` or
             ``OTEL_RESOURCE_ATTRIBUTES`` give one.
-        environ: where to look for the endpoints.
-        readers: who else collects metrics, with or without a collector.
+        environ: environment variables with the endpoints.
+        readers: further metric readers, with or without a collector.
     """
     wanted = [signal for signal in _SIGNALS if _is_wanted(signal, environ)]
     if not wanted and not readers:
@@ -117,7 +117,7 @@ def configure(
 
 
 def _is_wanted(signal: str, environ: Mapping[str, str]) -> bool:
-    """Whether there is somewhere to send it, and nobody has turned it off."""
+    """Whether an endpoint is configured and the signal is not turned off."""
     if environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return False
     if environ.get(f"OTEL_{signal.upper()}_EXPORTER", "").lower() == "none":
@@ -167,18 +167,18 @@ def inject(metadata: Iterable[tuple[str, str | bytes]] = (), context: Context | 
 
 
 def extract(metadata: Iterable[tuple[str, str | bytes]] | None) -> Context:
-    """Reads the W3C context out of a call's metadata; a missing or broken one gives an empty context."""
+    """Reads the W3C context from the metadata of a call; empty if it is missing or invalid."""
     carrier = {key: value for key, value in metadata or () if isinstance(value, str)}
     return TraceContextTextMapPropagator().extract(carrier, Context())
 
 
 class RateLimitedWarning(logging.Filter):
-    """Lets one record a signal through in a period, as a warning that says requests are not affected.
+    """Passes one record per signal and period, as a warning that requests are not affected.
 
     Args:
         period_s: seconds between two records about the same signal.
-        unnamed: what does not arrive where a record has neither "traces" nor "metrics" among its arguments.
-            Such a record is let through only where no other was in the period.
+        unnamed: the signal if a record has neither "traces" nor "metrics" among its arguments. Such a record
+        passes only if no other one did in the period.
         clock: seconds, monotonic.
     """
 
@@ -195,7 +195,7 @@ class RateLimitedWarning(logging.Filter):
         self._said: dict[str, float] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Rewrites the record in place and says whether it is logged."""
+        """Rewrites the record in place; returns whether it is logged."""
         if record.levelno < logging.WARNING:
             return True
         now = self._clock()
@@ -222,12 +222,12 @@ def _tame_export_warnings() -> None:
 
 
 def _timeout(signal: str, environ: Mapping[str, str]) -> float | None:
-    """Seconds for one export; None where the user has chosen."""
+    """Timeout of one export in seconds; None if the user set one."""
     names = ("OTEL_EXPORTER_OTLP_TIMEOUT", f"OTEL_EXPORTER_OTLP_{signal.upper()}_TIMEOUT")
     return None if any(name in environ for name in names) else _EXPORT_TIMEOUT_S
 
 
 def _resource(service_name: str) -> Resource:
-    """Resource.create lets its argument win over the environment; the user's variables should win."""
+    """Resource.create gives its argument precedence over the environment; the user's variables should win."""
     named = "service.name" in OTELResourceDetector().detect().attributes
     return Resource.create({} if named else {"service.name": service_name})

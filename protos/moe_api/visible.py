@@ -5,7 +5,7 @@ set the title of a terminal, fill the clipboard (OSC 52) or hide text, a line br
 log, and a bidirectional override could show one text and mean another (CVE-2021-42574). Such characters are
 shown as the escapes that Python and JSON write for them, `\\x1b` for ESC.
 
-Only escapes are added, never removed, so every function here gives the same result when it is applied twice.
+The functions only add escapes, so applying one twice gives the same result.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Final
 LOG_MOST: Final = 8192
 """Characters of a message in a log, at most."""
 _TRACE_LINES: Final = 200
-"""Lines of a traceback in a log, at most; the last ones say what happened."""
+"""Lines of a traceback in a log, at most; the last ones contain the error."""
 _CUT: Final = "…"
 
 # C0 and C1 control characters (without tab and line feed), DEL, Unicode's Bidi_Control characters, its line
@@ -32,15 +32,15 @@ _BREAKS: Final = str.maketrans(dict.fromkeys("\t\n\r\v\f\x85\u2028\u2029", " "))
 def visible(text: str, most: int | None = None) -> str:
     """The text without characters that act on a terminal; line feeds and tabs stay.
 
-    most: characters of the result, at most; what is longer is cut and ends with an ellipsis.
+    most: maximum length of the result; a longer text is cut and ends with an ellipsis.
     """
-    # Every character becomes one or more, so the rest cannot matter.
+    # Every character becomes at least one, so the rest cannot appear in the result.
     text = text if most is None else text[: most + 1]
     return _cut(_ACTING.sub(_escape, text), most)
 
 
 def one_line(text: str, most: int | None = None) -> str:
-    """The same in one line: line breaks and tabs become spaces."""
+    """As `visible`, in one line: line breaks and tabs become spaces."""
     text = text if most is None else text[: most + 1]
     return visible(text.translate(_BREAKS), most)
 
@@ -57,9 +57,9 @@ def visible_values(value: Any) -> Any:
 
 
 def guard_logs() -> None:
-    """From now on every record of `logging` in this process is one visible line, LOG_MOST characters at most.
+    """Makes every later record of `logging` in this process one visible line of at most LOG_MOST characters.
 
-    Tracebacks keep their lines, indented so that none looks like a record.
+    Tracebacks keep their lines, indented so that no line can be mistaken for a record.
     """
     logging.setLogRecordFactory(_Record)
 

@@ -1,7 +1,7 @@
-"""Counts the fields of a protobuf message before it is parsed, and gives up at a bound.
+"""Counts the fields of a protobuf message before it is parsed, up to a bound.
 
-Parsing costs more than the bytes say: 16 MiB of empty texts take 1.8 s and 250 MB. No valid request has many
-fields, so counting ends after a few thousand, whatever was sent. The wire format:
+Parsing can cost much more than the size suggests: 16 MiB of empty texts take 1.8 s and 250 MB. No valid
+request has many fields, so counting stops after a few thousand. The wire format:
 https://protobuf.dev/programming-guides/encoding/
 """
 
@@ -12,7 +12,7 @@ from typing import Final
 from google.protobuf.descriptor import Descriptor
 
 MOST_FIELDS: Final = 4096
-"""Of a request, those of the messages in it included; a valid one has 1,200 at most (a full logit_bias)."""
+"""Fields of a request, including nested messages; a valid one has at most 1,200 (a full logit_bias)."""
 
 _VARINT: Final = 0
 _FIXED64: Final = 1
@@ -23,17 +23,17 @@ _VARINT_BYTES: Final = 10
 
 
 class NotWireFormatError(ValueError):
-    """The bytes are no message, or have groups, which no message here has."""
+    """The bytes are not a message, or contain groups, which no message here has."""
 
 
 def crowded_field(data: bytes, descriptor: Descriptor, most: int = MOST_FIELDS) -> str | None:
     """The field with most elements ("sampling.stop") of a message with more than `most` fields, or None.
 
-    Every element of a repeated field is a field of its own, but for packed numbers, which are the default.
-    A field that the type does not have counts for the message that holds it ("" for the request itself).
+    Every element of a repeated field is a separate field, except for packed numbers, which are the default. A
+    field that the type does not have counts for the message that contains it ("" for the request itself).
 
     Raises:
-        NotWireFormatError: before the bound was met.
+        NotWireFormatError: the bytes became invalid before the bound was reached.
     """
     seen: Counter[str] = Counter()
     waiting = [(0, len(data), descriptor, "")]

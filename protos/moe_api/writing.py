@@ -1,12 +1,12 @@
-"""Sends the messages of a stream, and gives up a client that does not read them.
+"""Sends the messages of a stream, and stops the stream if the client does not read them.
 
-HTTP/2 lets a client stop a stream by opening no window for it. The server then waits in `context.write`, and
-what the stream holds (a place in a queue, a replica) is held as long as the client likes. A `Writer` bounds
-that wait.
+In HTTP/2 a client can block a stream by not opening its window. The server then waits in `context.write`, and
+the stream's resources (a place in a queue, a replica) stay occupied as long as the client likes. A `Writer`
+bounds that wait.
 
-grpc.aio cannot reset a stream from the server's side: the status that ends the call waits behind the bytes
-that the client does not read, until the client reads them or its connection ends. Therefore release what the
-stream holds first, and send the status last:
+grpc.aio cannot reset a stream from the server's side: the status that ends the call waits behind the unread
+bytes, until the client reads them or its connection ends. So release the stream's resources first, and send
+the status last:
 
     writer = Writer(context, timeout_s)
     try:
@@ -30,7 +30,7 @@ class SlowReaderError(Exception):
     """The client did not read a message in time.
 
     Attributes:
-        status: what to end the call with: ABORTED, which no other replica can help with.
+        status: of the end of the call: ABORTED, because another replica would not help.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -54,16 +54,16 @@ class Writer:
         self._begun = False
 
     async def write(self, message: Any) -> None:
-        """Sends a message; returns when the client's window had room for it.
+        """Sends a message; returns when the client's window has room for it.
 
         Raises:
-            SlowReaderError: there was none in time; nothing more can be written.
+            SlowReaderError: it had none in time; nothing more can be sent.
         """
         try:
             async with asyncio.timeout(self._timeout_s):
                 if not self._begun:
-                    # On its own: a write that is given up would leave open whether it was sent, and the
-                    # status cannot be sent then.
+                    # A separate task: cancelling the write would leave open whether it was sent, and then the
+                    # status could not be sent.
                     await self._context.send_initial_metadata(())
                     self._begun = True
                 await self._context.write(message)

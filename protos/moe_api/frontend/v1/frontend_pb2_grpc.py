@@ -50,8 +50,8 @@ class FrontendServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def GetDemand(self, request, context):
-        """Says how many requests wait here because there is no replica. Idempotent. While there are none, the answer
-        waits for the first one, for as long as asked, so that a deployment without replicas is woken at once.
+        """Returns how many requests wait here because no replica is ready. Idempotent. If there are none, the call waits
+        for the first one, at most as long as `wait` says, so that a deployment without replicas is woken at once.
 
         Status codes: INVALID_ARGUMENT (a wait below 0 or above 60 s), UNAVAILABLE (shutting down).
         """
@@ -60,7 +60,7 @@ class FrontendServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetRoutes(self, request, context):
-        """Says to which workers this frontend sends requests now. Idempotent; answers at once.
+        """Returns the workers to which this frontend currently routes. Idempotent; returns at once.
 
         Status codes: UNAVAILABLE (shutting down).
         """

@@ -3,15 +3,15 @@
 isort:skip_file
 The public API of a deployment: text in, a stream of text out.
 
-Clients talk to the frontend; the frontend forwards the same calls to a leader (the first worker
-of a replica). Both serve grpc.health.v1.Health and server reflection beside this service.
+Clients call the frontend, which forwards the same calls to the leader of a replica (its first worker). Both also
+serve grpc.health.v1.Health and server reflection.
 
 Errors carry a google.rpc.Status in the trailing metadata: INVALID_ARGUMENT with
 google.rpc.BadRequest (one violation per field), RESOURCE_EXHAUSTED and UNAVAILABLE with
-google.rpc.RetryInfo, and google.rpc.ErrorInfo where programs have to tell two errors of a code apart. A request that is not a valid protobuf message (text that is not UTF-8, for
-one) is answered with INVALID_ARGUMENT too.
+google.rpc.RetryInfo, and google.rpc.ErrorInfo where one code has several reasons. A request that is not a valid
+protobuf message (for example with text that is not UTF-8) also gets INVALID_ARGUMENT.
 
-W3C trace context ("traceparent" in the metadata) is honoured and passed on.
+W3C trace context ("traceparent" in the metadata) is used and forwarded.
 """
 
 from collections import abc as _abc
@@ -38,7 +38,7 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     DESCRIPTOR: _descriptor.EnumDescriptor
     FINISH_REASON_UNSPECIFIED: _FinishReason.ValueType  # 0
     FINISH_REASON_STOP: _FinishReason.ValueType  # 1
-    """The model ended the text, or a stop text or stop token was met."""
+    """The model ended the text, or a stop text or stop token occurred."""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
     """max_tokens or the context length was reached."""
 
@@ -46,7 +46,7 @@ class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper): ...
 
 FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
 FINISH_REASON_STOP: FinishReason.ValueType  # 1
-"""The model ended the text, or a stop text or stop token was met."""
+"""The model ended the text, or a stop text or stop token occurred."""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 """max_tokens or the context length was reached."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
@@ -61,9 +61,9 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     RESUME_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Served name of the model, 253 characters at most; empty means the only one there is."""
+    """Served name of the model, at most 253 characters; empty selects the only model."""
     prompt: _builtins.str
-    """Text; the begin-of-text token is put before it."""
+    """Text; the worker prepends the begin-of-text token."""
     @_builtins.property
     def prompt_tokens(self) -> Global___TokenIds:
         """Token ids, used exactly as given."""
@@ -72,8 +72,8 @@ class GenerateRequest(_message.Message):
     def sampling(self) -> Global___SamplingParameters: ...
     @_builtins.property
     def resume(self) -> Global___Resume:
-        """Goes on with a stream that another worker began. The frontend sets it where a worker dies; clients
-        need it only to survive the loss of a frontend.
+        """Continues a stream that another worker started. The frontend sets it when a worker dies. Clients need it only to
+        survive the loss of a frontend.
         """
 
     def __init__(
@@ -97,9 +97,9 @@ Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
 @_typing.final
 class Resume(_message.Message):
-    """Where a stream stands. The answer goes on behind `tokens` as if it had never been interrupted: it repeats
-    neither a token nor a character, and positions, penalties, stop texts, limits and usage count from the
-    stream's own beginning.
+    """The state of a stream. The response continues after `tokens` as if the stream had not been interrupted: it repeats
+    no token and no character, and positions, penalties, stop texts, limits and usage count from the start of the
+    stream.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -108,14 +108,14 @@ class Resume(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
-    """The seed of the stream, used where sampling.seed is not set. Default: a fresh random one."""
+    """Seed of the stream, used if sampling.seed is not set. Default: a new random one."""
     revision: _builtins.str
-    """Model.revision of the worker that began; another one refuses with FAILED_PRECONDITION. Empty: any may
-    go on.
+    """Model.revision of the worker that started the stream; a worker of another revision refuses with
+    FAILED_PRECONDITION. Empty: any revision may continue.
     """
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens that were sent already, in order; fewer than max_tokens, and none that ends the text."""
+        """Emitted tokens, in order: fewer than max_tokens, and none that ends the text."""
 
     def __init__(
         self,
@@ -158,11 +158,11 @@ Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
 
 @_typing.final
 class SamplingParameters(_message.Message):
-    """How the next token is chosen. A field that is not set takes the default named here, which changes nothing,
-    or the checkpoint's where the worker is told to take them (Model.sampling_defaults).
+    """How the next token is selected. A field that is not set has the default stated here, which changes nothing, or that
+    of the checkpoint if the worker is configured to use it (Model.sampling_defaults).
 
-    Order, as in transformers: logit_bias, the penalties (repetition first), temperature, top_k, top_p
-    over what top_k left, min_p.
+    Order, as in transformers: logit_bias, the penalties (repetition first), temperature, top_k, top_p over the tokens
+    that top_k kept, min_p.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -203,68 +203,64 @@ class SamplingParameters(_message.Message):
     MIN_TOKENS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
-    """Tokens to generate at most, 1 or more. Default: 128. Prompt and continuation together must fit
-    the context length.
+    """Maximum number of generated tokens, at least 1. Default: 128. Prompt and continuation together must fit into the
+    context length.
     """
     temperature: _builtins.float
-    """0 takes the likeliest token (greedy); above 0 (2 at most) divides the logits. Default: 0."""
+    """0 selects the most likely token (greedy); a value above 0 (at most 2) divides the logits. Default: 0."""
     top_p: _builtins.float
-    """Keeps the smallest set of tokens whose probability reaches this, in (0, 1]. Default: 1 (all)."""
+    """Keeps the smallest set of tokens whose total probability reaches this value, in (0, 1]. Default: 1 (all)."""
     top_k: _builtins.int
-    """Keeps this many of the likeliest tokens; 0 keeps all. Default: 0."""
+    """Keeps this many of the most likely tokens; 0 keeps all. Default: 0."""
     seed: _builtins.int
-    """Makes sampling repeatable: each token is drawn with noise that depends on the seed, the number of the
-    token and the token's id alone, never on the batch, the scheduling or the replica. The same request then gives
-    the same tokens as far as the model gives the same logits:
-      - format w4a8 on CPUs: always; the logits are the same to the bit whatever is computed beside them.
-      - float32: logits differ by some 5e-6 between batches, which changes about one token in 100,000.
-      - bfloat16 and all formats on GPUs: logits differ by some 1e-2 between batches, which changes about
-        two tokens in 100: most texts part within a hundred tokens.
-    Another device, kernel or release may give other tokens. Default: a fresh random seed.
+    """Makes sampling repeatable: the noise of each draw depends only on the seed, the position of the token and the
+    token id, not on the batch, the scheduling or the replica. The same request then gives the same tokens as far as
+    the logits are equal:
+      - format w4a8 on CPUs: always; the logits do not depend on the rest of the batch, bit for bit.
+      - float32: logits differ by about 5e-6 between batches, which changes about one token in 100,000.
+      - bfloat16 and all formats on GPUs: logits differ by about 1e-2 between batches, which changes about two
+        tokens in 100: most texts diverge within a hundred tokens.
+    Another device, kernel or release may give other tokens. Default: a new random seed.
     """
     min_p: _builtins.float
-    """Drops tokens less likely than this share of the likeliest one's probability, 0 to 1. Default: 0
-    (drops none).
-    """
+    """Drops tokens whose probability is below this fraction of the highest probability, 0 to 1. Default: 0 (none)."""
     repetition_penalty: _builtins.float
-    """Divides the positive logits of tokens that prompt or text hold already, and multiplies the
-    negative ones; above 1 they become less likely. 0.1 to 10. Default: 1 (changes nothing).
+    """Divides positive logits, and multiplies negative ones, of tokens that occur in the prompt or the generated text.
+    Values above 1 make them less likely. 0.1 to 10. Default: 1 (no change).
     """
     presence_penalty: _builtins.float
-    """Subtracted from the logits of tokens that the text holds already, the prompt not counted. -2 to 2.
+    """Subtracted from the logits of tokens that occur in the generated text; the prompt does not count. -2 to 2.
     Default: 0.
     """
     frequency_penalty: _builtins.float
-    """Subtracted from the logits of tokens once for each time that the text holds them, the prompt not
-    counted. -2 to 2. Default: 0.
+    """Subtracted from the logits of tokens once for each occurrence in the generated text; the prompt does not count.
+    -2 to 2. Default: 0.
     """
     ignore_eos: _builtins.bool
-    """Goes on past the model's own end-of-text token. Default: false."""
+    """Continues after the model's end-of-text token. Default: false."""
     min_tokens: _builtins.int
-    """The model's end-of-text token and stop_token_ids are not chosen before this many tokens, 0 to
-    max_tokens; stop texts end the text all the same. Default: 0.
+    """The model's end-of-text token and stop_token_ids are not selected before this many tokens, 0 to max_tokens. Stop
+    texts still end the text. Default: 0.
     """
     logprobs: _builtins.int
-    """Sends log-probabilities: of each token generated and of this many of the likeliest, 0 to 20.
-    Default: sends none.
+    """Returns log-probabilities of each generated token and of this many of the most likely tokens, 0 to 20. Default:
+    none.
     """
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Generation ends before the first of these texts; it is not sent. 16 at most, each of 1 to 256
+        """Generation ends before the first of these texts, which is not part of the response. At most 16 texts of 1 to 256
         bytes.
         """
 
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
-        """Token id to what is added to its logit, -100 to 100: -100 bans a token, 100 forces it. 1024 token
-        ids at most.
+        """Maps token ids to a value added to their logits, -100 to 100: -100 bans a token, 100 forces it. At most 1024
+        token ids.
         """
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Generation ends with the first of these tokens; it is among the tokens, but not in the text. 64 at
-        most.
-        """
+        """Generation ends with the first of these tokens, which is among the tokens but not in the text. At most 64."""
 
     def __init__(
         self,
@@ -351,17 +347,17 @@ class GenerateResponse(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     RESUMED_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """What is new since the last message. Never ends inside a UTF-8 character; may be empty."""
+    """Text since the last message. Never ends inside a UTF-8 character; may be empty."""
     finish_reason: Global___FinishReason.ValueType
     """Set on the last message only."""
     resumed: _builtins.int
-    """On the first message of an answer that takes up a stream: how many resume.tokens the worker goes on
-    behind. 0 on the others, and from workers of earlier versions.
+    """On the first message of a resumed stream: the number of resume.tokens after which the worker continues. 0 on
+    other messages, and from workers of earlier versions.
     """
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The tokens that are new since the last message. Text waits for whole characters and for
-        stop texts to be ruled out, so tokens may run ahead of it.
+        """Tokens since the last message. Text is held until characters are complete and no stop text can start in it, so
+        tokens may be ahead of the text.
         """
 
     @_builtins.property
@@ -370,7 +366,7 @@ class GenerateResponse(_message.Message):
 
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
-        """Where sampling.logprobs was set: one for each of `tokens`, in their order."""
+        """If sampling.logprobs is set: one element for each of `tokens`, in their order."""
 
     def __init__(
         self,
@@ -392,8 +388,8 @@ Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
 
 @_typing.final
 class TokenLogprobs(_message.Message):
-    """What the model thought of one token that was chosen: natural logarithms of the probabilities it gave,
-    before bias, penalties, temperature and what follows them.
+    """Natural logarithms of the model's probabilities at one generated token, before bias, penalties, temperature and
+    truncation.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -401,10 +397,10 @@ class TokenLogprobs(_message.Message):
     LOGPROB_FIELD_NUMBER: _builtins.int
     TOP_FIELD_NUMBER: _builtins.int
     logprob: _builtins.float
-    """Of the chosen token."""
+    """Log-probability of the generated token."""
     @_builtins.property
     def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopLogprob]:
-        """The likeliest tokens, likeliest first; as many as were asked for. The chosen one may be among them."""
+        """The most likely tokens, in descending order; as many as requested. The generated one may be among them."""
 
     def __init__(
         self,
@@ -449,9 +445,9 @@ class Usage(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
-    """Tokens of the prompt, begin-of-text included."""
+    """Tokens of the prompt, including begin-of-text."""
     completion_tokens: _builtins.int
-    """Tokens generated, the end-of-text token included."""
+    """Generated tokens, including the end-of-text token."""
     def __init__(
         self,
         *,
@@ -474,10 +470,10 @@ class TokenizeRequest(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Served name of the model; empty means the only one there is."""
+    """Served name of the model; empty selects the only model."""
     text: _builtins.str
     add_special_tokens: _builtins.bool
-    """Puts the begin-of-text token first, as Generate does with a text prompt."""
+    """Prepends the begin-of-text token, as Generate does for a text prompt."""
     def __init__(
         self,
         *,
@@ -519,7 +515,7 @@ class GetModelRequest(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Served name of the model; empty means the only one there is."""
+    """Served name of the model; empty selects the only model."""
     def __init__(
         self,
         *,
@@ -550,29 +546,29 @@ class Model(_message.Message):
     name: _builtins.str
     """Served name."""
     architecture: _builtins.str
-    """Architecture as the checkpoint's config.json names it, e.g. "deepseek_v3"."""
+    """Architecture as named in the checkpoint's config.json, e.g. "deepseek_v3"."""
     parameters_total: _builtins.int
-    """Weights in the whole model."""
+    """Number of weights of the model."""
     parameters_active: _builtins.int
-    """Weights that one token passes through (embeddings included once)."""
+    """Number of weights that one token uses (embeddings count once)."""
     format: _builtins.str
     """Number format of the weights as served, e.g. "bf16", "fp32"."""
     context_length: _builtins.int
-    """Tokens of prompt and continuation together, at most."""
+    """Maximum number of tokens of prompt and continuation together."""
     vocabulary_size: _builtins.int
     """Vocabulary size: token ids are below this."""
     revision: _builtins.str
-    """What is served and how, as the worker was told by --revision. Workers of one revision give the same
-    tokens and may go on with each other's streams.
+    """Identifies the model and how it is served (moe-worker --revision). Workers of one revision give the same tokens
+    and may continue each other's streams.
     """
     characters_per_token: _builtins.int
-    """Characters of text that one token stands for at most: a text of more characters than tokens times this
-    has more tokens. 0: not known.
+    """Maximum number of characters that one token stands for: a text with more characters than tokens times this value
+    has more tokens. 0: unknown.
     """
     @_builtins.property
     def sampling_defaults(self) -> Global___SamplingParameters:
-        """What holds where a request does not set a field: the defaults that SamplingParameters names, or those of
-        the checkpoint's generation_config.json (--generation-config auto). Fields without a default are not set.
+        """Values of fields that a request does not set: the defaults stated at SamplingParameters, or those of the
+        checkpoint's generation_config.json (--generation-config auto). Fields without a default are not set.
         """
 
     def __init__(

@@ -57,28 +57,27 @@ class InferenceServiceServicer:
     def Generate(self, request, context):
         """Continues a prompt and streams the continuation.
 
-        Idempotence: with temperature 0, or with a seed, the same request gives the same tokens, as far as
-        SamplingParameters.seed says; no call changes what the server stores, so a call that has sent nothing yet may be retried, and one that has
-        sent some may be taken up elsewhere (resume).
+        Idempotence: with temperature 0, or with a seed, the same request gives the same tokens within the limits that
+        SamplingParameters.seed states. No call changes stored data. A call without a response so far may be retried, and
+        a stream may be resumed on another worker (resume).
 
-        Status codes: INVALID_ARGUMENT (a field is out of range; the sentence says which and what is
-        allowed), NOT_FOUND (no such model here), RESOURCE_EXHAUSTED (the queue is full; retry after the
-        delay given), FAILED_PRECONDITION (resume names another revision), UNAVAILABLE (loading, draining, or the
-        worker died; retry), CANCELLED, DEADLINE_EXCEEDED (the deadline of the call passed; what was sent is
-        valid), ABORTED (the client read nothing for 30 s), INTERNAL (do not retry).
+        Status codes: INVALID_ARGUMENT (a field is out of range; the message names the field and the range), NOT_FOUND
+        (the model is not served here), RESOURCE_EXHAUSTED (the queue is full; retry after the given delay),
+        FAILED_PRECONDITION (resume names another revision), UNAVAILABLE (loading, draining, or the worker died; retry),
+        CANCELLED, DEADLINE_EXCEEDED (the deadline of the call passed; the emitted tokens are valid), ABORTED (the client
+        read nothing for 30 s), INTERNAL (do not retry).
 
-        INTERNAL comes without RetryInfo and with a google.rpc.ErrorInfo of domain "serving.moe-operator.dev":
-        reason REPLICAS_DIED where replicas died one after the other with this request in flight, which may be
-        the cause; reason REPLICA_BROKE_PROTOCOL where a worker answered against this contract. INTERNAL, because
-        clients and proxies retry UNAVAILABLE, RESOURCE_EXHAUSTED and often ABORTED by default; DATA_LOSS would say
-        that stored data is damaged.
+        INTERNAL has no RetryInfo, but a google.rpc.ErrorInfo with the domain "serving.moe-operator.dev" and a reason.
+        REPLICAS_DIED: replicas died one after the other with this request in flight, which may be the cause.
+        REPLICA_BROKE_PROTOCOL: a worker violated this contract. The code is INTERNAL because clients and proxies retry
+        UNAVAILABLE, RESOURCE_EXHAUSTED and often ABORTED by default, and DATA_LOSS would mean damaged stored data.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Turns text into the token ids of the model. Idempotent.
+        """Converts text into token ids of the model. Idempotent.
 
         Status codes: INVALID_ARGUMENT, NOT_FOUND, UNAVAILABLE.
         """
@@ -87,7 +86,7 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """Says which model is served. Idempotent.
+        """Describes the served model. Idempotent.
 
         Status codes: NOT_FOUND, UNAVAILABLE.
         """

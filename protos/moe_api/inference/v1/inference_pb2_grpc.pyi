@@ -3,15 +3,15 @@
 isort:skip_file
 The public API of a deployment: text in, a stream of text out.
 
-Clients talk to the frontend; the frontend forwards the same calls to a leader (the first worker
-of a replica). Both serve grpc.health.v1.Health and server reflection beside this service.
+Clients call the frontend, which forwards the same calls to the leader of a replica (its first worker). Both also
+serve grpc.health.v1.Health and server reflection.
 
 Errors carry a google.rpc.Status in the trailing metadata: INVALID_ARGUMENT with
 google.rpc.BadRequest (one violation per field), RESOURCE_EXHAUSTED and UNAVAILABLE with
-google.rpc.RetryInfo, and google.rpc.ErrorInfo where programs have to tell two errors of a code apart. A request that is not a valid protobuf message (text that is not UTF-8, for
-one) is answered with INVALID_ARGUMENT too.
+google.rpc.RetryInfo, and google.rpc.ErrorInfo where one code has several reasons. A request that is not a valid
+protobuf message (for example with text that is not UTF-8) also gets INVALID_ARGUMENT.
 
-W3C trace context ("traceparent" in the metadata) is honoured and passed on.
+W3C trace context ("traceparent" in the metadata) is used and forwarded.
 """
 
 from collections import abc as _abc
@@ -45,29 +45,28 @@ class InferenceServiceStub:
     Generate: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
     """Continues a prompt and streams the continuation.
 
-    Idempotence: with temperature 0, or with a seed, the same request gives the same tokens, as far as
-    SamplingParameters.seed says; no call changes what the server stores, so a call that has sent nothing yet may be retried, and one that has
-    sent some may be taken up elsewhere (resume).
+    Idempotence: with temperature 0, or with a seed, the same request gives the same tokens within the limits that
+    SamplingParameters.seed states. No call changes stored data. A call without a response so far may be retried, and
+    a stream may be resumed on another worker (resume).
 
-    Status codes: INVALID_ARGUMENT (a field is out of range; the sentence says which and what is
-    allowed), NOT_FOUND (no such model here), RESOURCE_EXHAUSTED (the queue is full; retry after the
-    delay given), FAILED_PRECONDITION (resume names another revision), UNAVAILABLE (loading, draining, or the
-    worker died; retry), CANCELLED, DEADLINE_EXCEEDED (the deadline of the call passed; what was sent is
-    valid), ABORTED (the client read nothing for 30 s), INTERNAL (do not retry).
+    Status codes: INVALID_ARGUMENT (a field is out of range; the message names the field and the range), NOT_FOUND
+    (the model is not served here), RESOURCE_EXHAUSTED (the queue is full; retry after the given delay),
+    FAILED_PRECONDITION (resume names another revision), UNAVAILABLE (loading, draining, or the worker died; retry),
+    CANCELLED, DEADLINE_EXCEEDED (the deadline of the call passed; the emitted tokens are valid), ABORTED (the client
+    read nothing for 30 s), INTERNAL (do not retry).
 
-    INTERNAL comes without RetryInfo and with a google.rpc.ErrorInfo of domain "serving.moe-operator.dev":
-    reason REPLICAS_DIED where replicas died one after the other with this request in flight, which may be
-    the cause; reason REPLICA_BROKE_PROTOCOL where a worker answered against this contract. INTERNAL, because
-    clients and proxies retry UNAVAILABLE, RESOURCE_EXHAUSTED and often ABORTED by default; DATA_LOSS would say
-    that stored data is damaged.
+    INTERNAL has no RetryInfo, but a google.rpc.ErrorInfo with the domain "serving.moe-operator.dev" and a reason.
+    REPLICAS_DIED: replicas died one after the other with this request in flight, which may be the cause.
+    REPLICA_BROKE_PROTOCOL: a worker violated this contract. The code is INTERNAL because clients and proxies retry
+    UNAVAILABLE, RESOURCE_EXHAUSTED and often ABORTED by default, and DATA_LOSS would mean damaged stored data.
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
-    """Turns text into the token ids of the model. Idempotent.
+    """Converts text into token ids of the model. Idempotent.
 
     Status codes: INVALID_ARGUMENT, NOT_FOUND, UNAVAILABLE.
     """
     GetModel: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetModelRequest, _inference_pb2.Model]
-    """Says which model is served. Idempotent.
+    """Describes the served model. Idempotent.
 
     Status codes: NOT_FOUND, UNAVAILABLE.
     """
@@ -78,29 +77,28 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     Generate: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """Continues a prompt and streams the continuation.
 
-    Idempotence: with temperature 0, or with a seed, the same request gives the same tokens, as far as
-    SamplingParameters.seed says; no call changes what the server stores, so a call that has sent nothing yet may be retried, and one that has
-    sent some may be taken up elsewhere (resume).
+    Idempotence: with temperature 0, or with a seed, the same request gives the same tokens within the limits that
+    SamplingParameters.seed states. No call changes stored data. A call without a response so far may be retried, and
+    a stream may be resumed on another worker (resume).
 
-    Status codes: INVALID_ARGUMENT (a field is out of range; the sentence says which and what is
-    allowed), NOT_FOUND (no such model here), RESOURCE_EXHAUSTED (the queue is full; retry after the
-    delay given), FAILED_PRECONDITION (resume names another revision), UNAVAILABLE (loading, draining, or the
-    worker died; retry), CANCELLED, DEADLINE_EXCEEDED (the deadline of the call passed; what was sent is
-    valid), ABORTED (the client read nothing for 30 s), INTERNAL (do not retry).
+    Status codes: INVALID_ARGUMENT (a field is out of range; the message names the field and the range), NOT_FOUND
+    (the model is not served here), RESOURCE_EXHAUSTED (the queue is full; retry after the given delay),
+    FAILED_PRECONDITION (resume names another revision), UNAVAILABLE (loading, draining, or the worker died; retry),
+    CANCELLED, DEADLINE_EXCEEDED (the deadline of the call passed; the emitted tokens are valid), ABORTED (the client
+    read nothing for 30 s), INTERNAL (do not retry).
 
-    INTERNAL comes without RetryInfo and with a google.rpc.ErrorInfo of domain "serving.moe-operator.dev":
-    reason REPLICAS_DIED where replicas died one after the other with this request in flight, which may be
-    the cause; reason REPLICA_BROKE_PROTOCOL where a worker answered against this contract. INTERNAL, because
-    clients and proxies retry UNAVAILABLE, RESOURCE_EXHAUSTED and often ABORTED by default; DATA_LOSS would say
-    that stored data is damaged.
+    INTERNAL has no RetryInfo, but a google.rpc.ErrorInfo with the domain "serving.moe-operator.dev" and a reason.
+    REPLICAS_DIED: replicas died one after the other with this request in flight, which may be the cause.
+    REPLICA_BROKE_PROTOCOL: a worker violated this contract. The code is INTERNAL because clients and proxies retry
+    UNAVAILABLE, RESOURCE_EXHAUSTED and often ABORTED by default, and DATA_LOSS would mean damaged stored data.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
-    """Turns text into the token ids of the model. Idempotent.
+    """Converts text into token ids of the model. Idempotent.
 
     Status codes: INVALID_ARGUMENT, NOT_FOUND, UNAVAILABLE.
     """
     GetModel: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetModelRequest, _inference_pb2.Model]  # type: ignore[assignment]
-    """Says which model is served. Idempotent.
+    """Describes the served model. Idempotent.
 
     Status codes: NOT_FOUND, UNAVAILABLE.
     """
@@ -114,21 +112,20 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
         """Continues a prompt and streams the continuation.
 
-        Idempotence: with temperature 0, or with a seed, the same request gives the same tokens, as far as
-        SamplingParameters.seed says; no call changes what the server stores, so a call that has sent nothing yet may be retried, and one that has
-        sent some may be taken up elsewhere (resume).
+        Idempotence: with temperature 0, or with a seed, the same request gives the same tokens within the limits that
+        SamplingParameters.seed states. No call changes stored data. A call without a response so far may be retried, and
+        a stream may be resumed on another worker (resume).
 
-        Status codes: INVALID_ARGUMENT (a field is out of range; the sentence says which and what is
-        allowed), NOT_FOUND (no such model here), RESOURCE_EXHAUSTED (the queue is full; retry after the
-        delay given), FAILED_PRECONDITION (resume names another revision), UNAVAILABLE (loading, draining, or the
-        worker died; retry), CANCELLED, DEADLINE_EXCEEDED (the deadline of the call passed; what was sent is
-        valid), ABORTED (the client read nothing for 30 s), INTERNAL (do not retry).
+        Status codes: INVALID_ARGUMENT (a field is out of range; the message names the field and the range), NOT_FOUND
+        (the model is not served here), RESOURCE_EXHAUSTED (the queue is full; retry after the given delay),
+        FAILED_PRECONDITION (resume names another revision), UNAVAILABLE (loading, draining, or the worker died; retry),
+        CANCELLED, DEADLINE_EXCEEDED (the deadline of the call passed; the emitted tokens are valid), ABORTED (the client
+        read nothing for 30 s), INTERNAL (do not retry).
 
-        INTERNAL comes without RetryInfo and with a google.rpc.ErrorInfo of domain "serving.moe-operator.dev":
-        reason REPLICAS_DIED where replicas died one after the other with this request in flight, which may be
-        the cause; reason REPLICA_BROKE_PROTOCOL where a worker answered against this contract. INTERNAL, because
-        clients and proxies retry UNAVAILABLE, RESOURCE_EXHAUSTED and often ABORTED by default; DATA_LOSS would say
-        that stored data is damaged.
+        INTERNAL has no RetryInfo, but a google.rpc.ErrorInfo with the domain "serving.moe-operator.dev" and a reason.
+        REPLICAS_DIED: replicas died one after the other with this request in flight, which may be the cause.
+        REPLICA_BROKE_PROTOCOL: a worker violated this contract. The code is INTERNAL because clients and proxies retry
+        UNAVAILABLE, RESOURCE_EXHAUSTED and often ABORTED by default, and DATA_LOSS would mean damaged stored data.
         """
 
     @_abc_1.abstractmethod
@@ -137,7 +134,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.TokenizeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.TokenizeResponse, _abc.Awaitable[_inference_pb2.TokenizeResponse]]:
-        """Turns text into the token ids of the model. Idempotent.
+        """Converts text into token ids of the model. Idempotent.
 
         Status codes: INVALID_ARGUMENT, NOT_FOUND, UNAVAILABLE.
         """
@@ -148,7 +145,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.GetModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.Model, _abc.Awaitable[_inference_pb2.Model]]:
-        """Says which model is served. Idempotent.
+        """Describes the served model. Idempotent.
 
         Status codes: NOT_FOUND, UNAVAILABLE.
         """

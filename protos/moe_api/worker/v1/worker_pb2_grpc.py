@@ -55,7 +55,7 @@ class WorkerServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def GetLoad(self, request, context):
-        """Says how busy this replica is. Idempotent; answers at once, also while the model loads.
+        """Returns the load of this replica. Idempotent; returns at once, also while the model loads.
 
         Status codes: UNAVAILABLE (shutting down).
         """
@@ -64,17 +64,17 @@ class WorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetExpertLoad(self, request, context):
-        """Says which experts the tokens of each layer went to. Idempotent; waits for the step under way.
+        """Returns the number of tokens of each expert and layer. Idempotent; waits for the current step.
 
-        Status codes: UNAVAILABLE (the model is loading, or the engine is gone).
+        Status codes: UNAVAILABLE (the model is loading, or the engine has ended).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Takes no requests from now on: health says NOT_SERVING, so that frontends turn elsewhere at once. What is
-        under way runs to its end; then the process ends, as after SIGTERM. Idempotent; cannot be taken back.
+        """Drains the worker: it accepts no more requests, and health becomes NOT_SERVING, so that frontends select other
+        replicas at once. Active requests finish, then the process ends, as after SIGTERM. Idempotent; cannot be undone.
 
         Status codes: UNAVAILABLE (shutting down, or the model is still loading).
         """
