@@ -1,4 +1,4 @@
-"""The main job from start to end: `make demo` (KEEP=1 leaves everything running).
+"""The complete path from an empty machine to a traced request: `make demo` (KEEP=1 keeps everything running).
 
 A real Kubernetes on this machine, the operator installed as a user would, a MoEDeployment applied, text
 streamed through its frontend, and the trace of that request as the OpenTelemetry Collector received it.
@@ -33,7 +33,7 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 class DemoError(Exception):
-    """Something that should have happened did not; the message says what and where to look."""
+    """A step of the demo failed; the message names the step and where to read more."""
 
 
 def main() -> int:
@@ -59,11 +59,11 @@ def main() -> int:
 
 
 def run(cluster: Cluster, made: list[str], *, found_running: bool, keep: bool) -> None:
-    """Every step, each with its time; adds to `made` the manifests of which nothing was there before."""
+    """Runs and times every step; adds to `made` the manifests whose objects did not exist before."""
     if not found_running:
         title = "start a Kubernetes on this machine (etcd, API server, scheduler, kubelet)"
         with step(title), Reporter(sys.stderr) as reporter:
-            # Tied to this process unless it is to stay: then not even SIGKILL leaves it behind.
+            # Unless the cluster is to stay, it is tied to this process: not even SIGKILL leaves it running.
             cluster.up(on_build=reporter.show, detached=keep)
     with step("install the CRDs and the operator: kubectl apply -f charts/install.yaml"):
         apply(cluster, "charts/install.yaml", made)
@@ -80,7 +80,7 @@ def run(cluster: Cluster, made: list[str], *, found_running: bool, keep: bool) -
 
 
 def apply(cluster: Cluster, manifest: str, made: list[str]) -> None:
-    """Applies a manifest, and notes it in `made` when all its objects are new."""
+    """Applies a manifest, and adds it to `made` if all its objects are new."""
     lines = cluster.kubectl("apply", "-f", str(ROOT / manifest)).splitlines()
     if all(line.endswith(" created") for line in lines):
         made.append(manifest)
@@ -150,9 +150,9 @@ def show_trace(cluster: Cluster, trace_id: str) -> None:
 
 
 def clean_up(cluster: Cluster, made: list[str], *, found_running: bool) -> None:
-    """Stops the cluster, or takes what the demo made out of one that ran before.
+    """Stops the cluster, or deletes what the demo created in a cluster that ran before.
 
-    The CRDs go only if they came with it, for every MoEDeployment goes with them.
+    The CRDs are deleted only if the demo created them, because every MoEDeployment is deleted with them.
     """
     if not found_running:
         cluster.down()

@@ -1,8 +1,7 @@
 """A real Kubernetes on this machine without containers: `python -m localcluster --help`.
 
-For Python: `localcluster.Cluster` and `localcluster.Forward`. They are looked up when first asked for (PEP
-562): the program that enters a container's namespaces is a part of this package, and must start in
-milliseconds.
+For Python: `localcluster.Cluster` and `localcluster.Forward`. They are imported on first use (PEP 562): the
+program that enters a container's namespaces is a part of this package, and must start in milliseconds.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Builds the executables of the local cluster from `localcluster/go` and keeps them in the user's cache.
 
 The cache is `${XDG_CACHE_HOME:-~/.cache}/moe-operator/bin/<digest>/`, with one file for every program and
-one symbolic link for every other name it answers to. The digest covers all that goes in: Go files, go.mod,
-go.sum, flags and platform. The compiler's version is left out, so that executables stay usable where Go is
-upgraded or gone.
+one symbolic link for every other name of it. The digest covers all inputs: Go files, go.mod, go.sum, flags
+and platform. It excludes the compiler's version, so that executables stay usable when Go is upgraded or
+removed.
 
 Standard library only: `python3 -m localcluster.build` runs before any virtual environment exists.
 """
@@ -48,8 +48,8 @@ def ensure(
 ) -> dict[str, Path]:
     """Paths of executables, building first what the cache lacks.
 
-    Cold, all of Kubernetes takes 5 to 8 minutes on 2 cores; from the cache, milliseconds. Calls at the same
-    time build once: the later ones wait for the first.
+    Without a cache, Kubernetes takes 5 to 8 minutes on 2 cores; with it, milliseconds. Of concurrent calls,
+    one builds and the others wait for it.
 
     Args:
         names: the names of programs, such as `kubectl`.
@@ -78,7 +78,9 @@ def _missing(home: Path, programs: Sequence[Program]) -> tuple[Program, ...]:
 
 @contextlib.contextmanager
 def _only_one(lock: Path, progress: Progress) -> Iterator[None]:
-    """Holds a file lock, which the kernel drops with the process, so a killed build never blocks the next."""
+    """Holds a file lock, which the kernel releases with the process, so a killed build never blocks the next
+    one.
+    """
     with lock.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,7 +91,7 @@ def _only_one(lock: Path, progress: Progress) -> Iterator[None]:
 
 
 def _build(source: Source, programs: Sequence[Program], root: Path, home: Path, progress: Progress) -> None:
-    """Builds beside the cache entry, then renames into it; the links come last and mean that all is there."""
+    """Builds next to the cache entry, then renames; the links come last and mark the entry as complete."""
     compiler = golang.find(source.needed_go(), root / "toolchain", lambda text: progress(Step(text)))
     for leftover in home.parent.glob(f"{home.name}.*.partial"):
         shutil.rmtree(leftover)

@@ -65,10 +65,11 @@ def cli(context: click.Context, directory: Path) -> None:
 )
 @click.pass_obj
 def up(directory: Path, mounts: tuple[str, ...], tools: tuple[str, ...], api_port: int) -> None:
-    """Start the cluster and leave it running.
+    """Start the cluster and keep it running.
 
     The first time, this builds Kubernetes from source (5 to 8 minutes on 2 cores); later it takes some
-    seconds. The checkout's examples/ is /mnt/models on the node. Ctrl-C at any moment undoes everything.
+    seconds. The checkout's examples/ is /mnt/models on the node. Ctrl-C at any moment removes everything
+    again.
     """
     wanted = (*DEFAULT_MOUNTS, *map(parse_mount, mounts))
     cluster = Cluster(directory, mounts=wanted, extra_tools=tools, api_port=api_port)
@@ -90,7 +91,7 @@ def up(directory: Path, mounts: tuple[str, ...], tools: tuple[str, ...], api_por
 @cli.command()
 @click.pass_obj
 def down(directory: Path) -> None:
-    """Stop the cluster and delete it; only its logs stay. Also clears up after a crash."""
+    """Stop the cluster and delete everything but its logs. Also cleans up after a crash."""
     click.echo(
         "The cluster is down." if Cluster(directory).down() else f"No cluster was running in {directory}."
     )
@@ -115,7 +116,7 @@ def status(directory: Path) -> None:
 def forward(directory: Path, target: str, local_port: int) -> None:
     """Make a service reachable at a port of 127.0.0.1, until Ctrl-C.
 
-    Each connection goes to the next ready endpoint, chosen when it comes, so it survives restarts of pods.
+    Each new connection goes to the next ready endpoint, so the forward survives restarts of pods.
     """
     service, _, port = target.rpartition(":")
     namespace, slash, name = service.partition("/")
@@ -144,7 +145,7 @@ def forward(directory: Path, target: str, local_port: int) -> None:
 def load_image(
     directory: Path, name: str, paths: tuple[Path, ...], environment: tuple[str, ...], entrypoint: str
 ) -> None:
-    """Say what an image NAME stands for: containers run this machine's programs, found along a PATH.
+    """Define what an image NAME stands for: containers run this machine's programs, found along a PATH.
 
     \b
     Example, a second Python environment as an image:
@@ -163,7 +164,7 @@ def load_image(
 
 
 def main() -> None:
-    """Runs a command; what a user can do something about is shown as one sentence."""
+    """Runs a command; prints errors that a user can fix as one message."""
     try:
         cli.main(prog_name="python -m localcluster", standalone_mode=False)
     except click.ClickException as error:

@@ -56,15 +56,15 @@ class Cluster:
         audit: bool = False,
         replacements: Mapping[str, Path] = MappingProxyType({}),
     ) -> None:
-        """Says where, and touches nothing yet.
+        """Stores the settings; creates nothing yet.
 
         Args:
             directory: the state directory, made by `up`.
             mounts: directories of the machine to show on the node.
-            extra_tools: names that `localcluster.build` knows, besides Kubernetes' own, to have ready and
-                linked.
+            extra_tools: further names that `localcluster.build` knows, to build and link in addition to
+            Kubernetes.
             api_port: the API server's port on 127.0.0.1; 0 takes a free one.
-            audit: write every request to the API server, with who made it, into `audit_log`.
+            audit: log every request to the API server, with its user, in `audit_log`.
             replacements: executables to use instead of the built ones, by tool name.
         """
         self._layout = Layout(Path(directory).absolute())
@@ -100,13 +100,13 @@ class Cluster:
         *,
         detached: bool = True,
     ) -> None:
-        """Starts the cluster and returns when its node is Ready. Whatever goes wrong, nothing is left behind.
+        """Starts the cluster and returns when its node is Ready. After an error nothing is left behind.
 
         Args:
             on_ready: told of every component that has become ready.
             on_build: told what the build does, if one is needed.
-            detached: whether the cluster outlives this process; otherwise it ends when this process does,
-                however that comes about.
+            detached: whether the cluster outlives this process; otherwise it ends with this process, even if
+            that is killed.
 
         Raises:
             AlreadyRunningError: it runs, or someone else is just starting or stopping it.
@@ -150,8 +150,8 @@ class Cluster:
         settings.write(layout.settings)
 
     def _start(self, on_ready: Callable[[Ready], None], *, detached: bool) -> None:
-        """Starts the launcher and follows its messages. Until told how long to stay, the cluster ends with
-        this process.
+        """Starts the launcher and reads its messages. Until it is told to stay, the cluster ends with this
+        process.
         """
         with ExitStack() as stack:
             ours = self._launch(stack)
@@ -185,8 +185,8 @@ class Cluster:
         return ours
 
     def down(self) -> bool:
-        """Stops the cluster and deletes its state, except logs; fine when nothing runs. Returns whether
-        something ran.
+        """Stops the cluster and deletes its state, except logs. Returns whether something ran; it is no error
+        if nothing did.
 
         Raises:
             AlreadyRunningError: someone else is just starting or stopping it.

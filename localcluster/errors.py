@@ -6,11 +6,11 @@ from __future__ import annotations
 
 
 class LocalClusterError(Exception):
-    """Something is wrong with the local cluster; the message says what, and what would be right."""
+    """An error of the local cluster; the message names the problem and the remedy."""
 
 
 class BuildError(LocalClusterError):
-    """The executables can not be built; the message says why, and what to do where there is no compiler."""
+    """The executables cannot be built; the message says why, and what to do without a compiler."""
 
 
 class NamespacesForbiddenError(LocalClusterError):

@@ -80,7 +80,7 @@ def _is_at_least(go: Path, needed: Version) -> bool:
 
 
 def _install(home: Path, needed: Version) -> None:
-    """Install into a directory beside, then rename, so that a broken installation is never taken for one."""
+    """Installs into a temporary directory, then renames it, so that a broken installation is never used."""
     advice = f"Install Go {_text(needed)} or newer (https://go.dev/dl), {OTHERWISE}."
     if importlib.util.find_spec("pip") is None:
         raise BuildError(f"No Go compiler is on PATH, and {sys.executable} has no pip to get one. {advice}")

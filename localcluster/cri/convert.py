@@ -36,7 +36,7 @@ def resolver(dns: Any) -> str:
 
 def container_config(config: Any, image: Image) -> ContainerConfig:
     """From the message ContainerConfig. `command` replaces the image's entrypoint, `args` follows either."""
-    # Kubernetes hands bytes; an environment that is not UTF-8 passes through unchanged this way.
+    # Kubernetes passes bytes; this way an environment that is not UTF-8 stays unchanged.
     environment = {e.key: os.fsdecode(e.value) for e in config.envs}
     return ContainerConfig(
         image=image,

@@ -39,12 +39,12 @@ class ImageService:
         )
 
     async def image_status(self, request: Any) -> Any:
-        """The image, or an empty answer where there is none."""
+        """The image, or an empty response if there is none."""
         found = images.read(self._images_file).get(images.normalize(request.image.image))
         return self._pb.ImageStatusResponse(image=convert.image(self._pb, found) if found else None)
 
     async def pull_image(self, request: Any) -> Any:
-        """Known images are there; unknown ones cannot be had."""
+        """Succeeds for known images; unknown ones are not available."""
         return self._pb.PullImageResponse(
             image_ref=images.find(images.read(self._images_file), request.image.image).name
         )

@@ -2,8 +2,8 @@
 
 Every top-level directory of the machine is the lower layer of an overlay whose upper layer is a tmpfs, so a
 container can write wherever its user may, and nothing of it reaches the machine. Directories with
-other file systems inside cannot be a lower layer in a user namespace (the kernel does not let the
-mounts below be looked under); they appear read-only instead. Built and used inside a new mount namespace.
+other file systems inside cannot be a lower layer in a user namespace (the kernel does not reveal what the
+mounts below cover); they appear read-only instead. Built and used inside a new mount namespace.
 """
 
 from __future__ import annotations

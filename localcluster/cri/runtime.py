@@ -1,7 +1,7 @@
 """The process runtime's state and actions: sandboxes and containers, apart from how they are asked for.
 
-Everything runs on one event loop, so that no locks are needed. State is in memory only: when the
-runtime ends, so do its containers (the supervisor sees to it), and the kubelet makes them again.
+Everything runs on one event loop, so that no locks are needed. State is in memory only: when the runtime
+ends, the supervisor kills its containers, and the kubelet recreates them.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Runtime:
         self._hidden, self._needed = tuple(hidden), tuple(needed)
         self._addresses = sandbox.AddressPool()
         self._tasks: set[asyncio.Task[None]] = set()
-        # What an earlier runtime left behind belongs to containers that died with it.
+        # Files of an earlier runtime belong to containers that died with it.
         shutil.rmtree(directory, ignore_errors=True)
 
     def images(self) -> dict[str, Image]:
@@ -236,7 +236,9 @@ class Runtime:
         self._end(container, pumps, code, "Completed" if code == 0 else "Error", "")
 
     def _end(self, container: Container, pumps: Iterable[Pump], code: int, reason: str, message: str) -> None:
-        """Empties the pipes first: whoever sees the end of a container may read its last words at once."""
+        """Reads the pipes first, so that the last output is in the log when the container's end becomes
+        visible.
+        """
         for pump in pumps:
             pump.finish()
         if container.log is not None:

@@ -1,4 +1,4 @@
-"""The interface's RuntimeService: the kubelet's wishes about pods and containers, handed to the runtime."""
+"""The interface's RuntimeService: passes the kubelet's requests about pods and containers to the runtime."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class RuntimeService:
         return self._pb.VersionResponse(version="0.1.0", **names)
 
     async def status(self, _: Any) -> Any:
-        """Ready from the start: there is nothing to wait for."""
+        """Ready from the start."""
         conditions = [
             self._pb.RuntimeCondition(type=t, status=True) for t in ("RuntimeReady", "NetworkReady")
         ]

@@ -39,7 +39,7 @@ def _add(total: Usage, directory: Path, namespace: str) -> Usage:
         if str((directory / "ns" / "pid").readlink()) != namespace:
             return total
         fields = (directory / "stat").read_text().rpartition(")")[2].split()
-    except OSError:  # it ended while we looked, or belongs to someone else
+    except OSError:  # it ended meanwhile, or belongs to another user
         return total
     cpu = (int(fields[11]) + int(fields[12])) * _TICK
     return Usage(total.cpu + cpu, total.resident + int(fields[21]) * _PAGE, total.processes + 1)

@@ -18,7 +18,7 @@ _A, _ANY, _IN = 1, 255, 1
 _OK, _FORMAT_ERROR, _NO_NAME, _NOT_IMPLEMENTED, _REFUSED = 0, 1, 3, 4, 5
 _QUESTION_POINTER = 0xC00C  # compression: "the name at offset 12", which is the question's
 _HEADER = struct.Struct("!HHHHHH")
-# The most A records of 16 bytes that fit into a UDP answer of 512 bytes beside a header and a name of 255.
+# The most A records of 16 bytes that fit into a UDP answer of 512 bytes with a header and a name of 255.
 _MAX_ADDRESSES = 14
 
 Lookup = Callable[[str], "tuple[IPv4Address, ...] | None"]
@@ -64,7 +64,7 @@ def parse(query: bytes) -> Question:
 
 
 def answer(query: bytes, lookup: Lookup) -> bytes:
-    """The answer to a query, or nothing where there is not even an id to answer to.
+    """The answer to a query, or nothing if the query has no id.
 
     Args:
         query: the message.

@@ -1,4 +1,4 @@
-"""Relays TCP connections, byte for byte, to backends that are chosen when a connection comes."""
+"""Relays TCP connections, byte for byte, to a backend that is selected for each connection."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RoundRobin:
         self._turn = 0
 
     def __call__(self) -> Sequence[Address]:
-        """All ready backends, the one whose turn it is first."""
+        """All ready backends, in round-robin order."""
         found = self._backends()
         self._turn += 1
         start = self._turn % len(found) if found else 0
@@ -48,7 +48,7 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         if writer.can_write_eof():
             writer.write_eof()
     except (ConnectionError, OSError):
-        # One side is gone: so that the other learns of it, cut it off.
+        # One side has gone: abort the other, so that it learns of it.
         writer.transport.abort()
 
 

@@ -82,7 +82,7 @@ def follow(path: str, on_change: Callable[[dict[str, dict[str, Any]]], None]) ->
             _log.warning("%s: %s; trying again in %.1f s", path, error, _RETRY)
             time.sleep(_RETRY)
         except Exception:  # noqa: BLE001 - logged, and everything is listed again
-            # Without this thread no service is found any more, and nobody would know why.
+            # Without this thread no service would be found any more, without any error message.
             _log.exception("%s: unexpected error; listing again in %.1f s", path, _RETRY)
             time.sleep(_RETRY)
 

@@ -1,4 +1,4 @@
-"""What PID 1 has to do about processes: collect the ended, end the orphaned, measure the running."""
+"""Process duties of PID 1: reap ended children, kill orphans, measure running processes."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Component:
     Attributes:
         name: also of its log file.
         command: executable and arguments.
-        ready: a URL that answers 200, or the path of a unix socket that accepts, once it is ready.
+        ready: a URL that returns 200, or the path of a unix socket that accepts, once the component is ready.
         environment: additional variables.
         inherit_listener: whether it gets the API server's host listener as file descriptor 3.
     """
@@ -75,7 +75,7 @@ def etcd(tools: Mapping[str, Path]) -> Component:
 
 
 def api_server(tools: Mapping[str, Path], *, audit: bool = False) -> Component:
-    """The API server, with the Node and RBAC authorizers; with `audit`, it writes down who asked for what."""
+    """The API server, with the Node and RBAC authorizers; with `audit`, it logs who requested what."""
     flags = _flags(
         etcd_servers=ETCD_URL,
         bind_address=NODE_ADDRESS,

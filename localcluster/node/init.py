@@ -1,4 +1,4 @@
-"""PID 1 of the cluster: builds the node, has the components started and kept running, and ends.
+"""PID 1 of the cluster: builds the node, and starts and supervises the components.
 
 When it ends, the kernel ends everything else in its PID namespace, and with the last process go the
 network and the mounts. It ends on SIGTERM, when a component does not start, and when `up` disappears
@@ -51,7 +51,7 @@ def prepare_network() -> None:
 
 
 async def bring_up(supervisor: Supervisor, settings: Settings, progress: socket.socket) -> None:
-    """Starts all components in the order of their needs, telling `up` about each."""
+    """Starts all components in order of their dependencies, and reports each to `up`."""
 
     async def start(component: Component) -> None:
         report(progress, component.name, seconds=await supervisor.start(component))
@@ -129,7 +129,7 @@ def main(layout: Layout, settings: Settings, listener: socket.socket, progress: 
         report(progress, "cluster", error="; ".join(_leaves(group)))
         sys.stderr.write("\n".join(_leaves(group)) + "\n")
         os._exit(1)
-    # Not sys.exit: nothing is worth a tidy end here, and the kernel clears up the rest.
+    # Not sys.exit: nothing needs cleanup here, and the kernel does the rest.
     os._exit(0)
 
 

@@ -34,7 +34,7 @@ def _get(url: str) -> bytes:
 
 
 def is_ready(target: str | Path) -> bool:
-    """Whether a URL answers 200, or a unix socket accepts."""
+    """Whether a URL returns 200, or a unix socket accepts."""
     try:
         if isinstance(target, str):
             _get(target)

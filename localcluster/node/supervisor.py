@@ -21,7 +21,7 @@ from localcluster.node.components import Component
 
 START_TIMEOUT = 90.0  # seconds until a component must be ready; the slowest takes 3 on an idle machine
 _POLL = 0.05
-_RESTART_DELAY = 1.0  # seconds; a component that cannot start must not eat a core
+_RESTART_DELAY = 1.0  # seconds; a component that cannot start must not use a whole core
 _LISTENER_FD = 3
 _log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Running:
 
 
 class Supervisor:
-    """Starts components and starts them again when they end."""
+    """Starts components and restarts them when they end."""
 
     def __init__(self, listener: socket.socket) -> None:
         # Away from the low numbers, so that the dup2 onto 3 in the child is never a no-op that keeps close-
