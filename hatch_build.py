@@ -20,7 +20,7 @@ SETTING = "MOE_CPU_KERNELS"
 
 
 class CustomBuildHook(BuildHookInterface[Any]):
-    """Compiles into the wheel, or for an editable install beside the sources."""
+    """Compiles into the wheel, or for an editable install into the source folder."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called by hatchling before the files are gathered. Ends the build where required kernels fail."""

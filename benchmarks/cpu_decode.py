@@ -1,11 +1,11 @@
-"""Prefill and decode on the CPU at batch 1 in W4A8, beside llama.cpp (Q4_0) and transformers (bfloat16).
+"""Prefill and decode on the CPU at batch 1 in W4A8; baselines: llama.cpp (Q4_0), transformers (bfloat16).
 
     python -m benchmarks.cpu_decode [--llama-python PYTHON] [--rounds 3] [--json]
 
-The model is CPU_SHAPE of ../shared/peers with random weights: only speed is compared. The peers are the
-scripts that lie beside that shape, each run in its own process between two measurements of ours, with 2
-threads; medians over the rounds are reported. llama.cpp runs where llama_cpp can be imported, here or by
-the interpreter that --llama-python names; `--peers none` measures ours alone.
+The model is CPU_SHAPE of ../shared/peers with random weights: only speed is compared. The baselines are the
+scripts in the folder of that shape. Each runs in its own process between two measurements of ours, with 2
+threads; medians over the rounds are reported. llama.cpp runs if llama_cpp can be imported, here or by the
+interpreter that --llama-python names; `--peers none` measures only our engine.
 """
 
 import argparse
@@ -38,7 +38,7 @@ STEPS = 48
 CHUNK = 512
 PAGE = 16
 LLAMA, TRANSFORMERS = "llama.cpp Q4_0", "transformers bf16"
-Rates = dict[tuple[str, int], list[float]]  # (what, context) to tokens a second, one of each round
+Rates = dict[tuple[str, int], list[float]]  # (what, context) to tokens per second, one value for each round
 
 
 class RandomSource:
@@ -56,7 +56,8 @@ class RandomSource:
 
     def matrix(self, name: str, outputs: int, inputs: int) -> Int4Weight:
         del name
-        # From -7 to 7: with -8 too the mean is not zero, all hidden states grow alike, and so does routing.
+        # From -7 to 7: with -8 the mean would not be zero, and all hidden states and routes would become
+        # similar.
         values = torch.randint(1, 16, (outputs, inputs), dtype=torch.uint8, generator=self.generator)
         packed = values[:, 0::2] | values[:, 1::2] << 4
         return Int4Weight(packed, torch.full((outputs, inputs // 128), 0.004), None, inputs)
@@ -120,7 +121,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if not (args.shapes / "shapes.py").exists():
-        raise SystemExit(f"{args.shapes}/shapes.py is not there; give the folder with --shapes")
+        raise SystemExit(f"{args.shapes}/shapes.py does not exist; give the folder with --shapes")
     torch.set_num_threads(args.threads)
     kernels = Kernels(args.variant, args.threads)
     shape = runpy.run_path(str(args.shapes / "shapes.py"))["CPU_SHAPE"]
@@ -175,7 +176,7 @@ def report(rates: dict[str, Rates], device: str, as_json: bool) -> None:
         for peer in [name for name in rates if name != "ours"] or [""]:
             theirs = statistics.median(rates[peer][what, context]) if peer else None
             row = {
-                "what": f"{what}, context {context}, W4A8, beside {peer or 'nobody'}",
+                "what": f"{what}, context {context}, W4A8, compared with {peer or 'nothing'}",
                 "ours": mine,
                 "peer": theirs,
                 "ratio": mine / theirs if theirs else None,

@@ -1,10 +1,10 @@
-"""What clients lose when something dies: injects faults into a served model under load, and prints a table.
+"""Injects faults into a served model under load, and prints what clients lose.
 
     python -m benchmarks.faults [--times 2] [--clients 6] [--tokens 60] [--only "worker killed"]
 
 Starts a local cluster with the operator and two replicas of examples/docs-moe (float32, on the CPU). CLIENTS
-threads stream TOKENS greedy tokens each, again and again; every answer is compared with one from before the
-first fault. The columns:
+threads repeatedly stream TOKENS greedy tokens each; every response is compared with one from before the first
+fault. The columns:
 
     requests   that ended between the fault and the moment when everything was well again
     failed     of these, requests that ended with an error
@@ -79,7 +79,7 @@ def arguments() -> argparse.Namespace:
 
 @dataclass
 class Outcome:
-    """What one fault did."""
+    """The effect of one fault."""
 
     requests: int = 0
     failed: int = 0
@@ -144,7 +144,7 @@ class Site:
         return self.cluster.kubectl("-n", self.namespace, *words, input=text)
 
     def look(self) -> tuple[bool, bool]:
-        """Whether Ready is True, and whether it is so of the latest spec and nothing is left to do."""
+        """Whether Ready is True, and whether it is True for the latest spec with no rollout in progress."""
         body = json.loads(self.kubectl("get", "moed", NAME, "-o", "json"))
         found = {one["type"]: one for one in body.get("status", {}).get("conditions", ())}
         ready = found.get("Ready", {}).get("status") == "True"
@@ -159,7 +159,7 @@ class Site:
         return [pod["metadata"]["name"] for pod in pods if "deletionTimestamp" not in pod["metadata"]]
 
     def runs(self, role: str) -> dict[str, int]:
-        """UID of each pod of a role, with how often its container was started again."""
+        """UID of each pod of a role, with the restarts of its container."""
         statuses = {pod["metadata"]["uid"]: pod["status"] for pod in self._pods(role)}
         return {
             uid: sum(container["restartCount"] for container in status.get("containerStatuses", ()))
@@ -221,7 +221,7 @@ def wait(condition: Callable[[], bool], what: str) -> None:
 
 
 def quietly(condition: Callable[[], bool]) -> bool:
-    """False where the API server does not answer."""
+    """False if the API server does not respond."""
     try:
         return condition()
     except Exception:  # noqa: BLE001 - kubectl fails in many ways while the API server is away
@@ -235,7 +235,7 @@ def inject(
     expected: dict[str, list[int]],
     clients: int,
 ) -> Outcome:
-    """One fault under load, until all is well again.
+    """One fault under load, until full recovery.
 
     victim: role of the pods of which one ends or is replaced; None where none is.
     """
@@ -258,7 +258,7 @@ def inject(
 
 
 def until_well(site: Site, outcome: Outcome, started: float, has_hit: Callable[[], bool]) -> None:
-    """Waits until the fault has hit and all has been well for some seconds since."""
+    """Waits until the fault has taken effect and the deployment has been healthy for some seconds since."""
     since, hit = time.monotonic(), False
     while time.monotonic() - since < SETTLE_S:
         ready, whole = looked(site)
@@ -273,7 +273,7 @@ def until_well(site: Site, outcome: Outcome, started: float, has_hit: Callable[[
 
 
 def looked(site: Site) -> tuple[bool, bool]:
-    """What `Site.look` says; while the API server does not answer, nobody sees a Ready that is False."""
+    """The result of `Site.look`; while the API server does not respond, Ready cannot be seen as False."""
     try:
         return site.look()
     except CommandError:
@@ -288,7 +288,7 @@ def stream(
     stop: threading.Event,
     lock: threading.Lock,
 ) -> None:
-    """One client, until it is told to stop."""
+    """One client, until it is stopped."""
     with grpc.insecure_channel(site.address, options=transport.CLIENT_OPTIONS) as channel:
         stub = InferenceServiceStub(channel)
         while not stop.is_set():
@@ -376,7 +376,7 @@ def frontend_killed(site: Site) -> None:
 
 
 def api_server_away(site: Site) -> None:
-    """Stopped, as one that is overloaded or cut off; what was under way at it times out."""
+    """Stopped, as if overloaded or cut off; its active requests time out."""
     with site.cluster.paused("kube-apiserver"):
         time.sleep(AWAY_S)
 

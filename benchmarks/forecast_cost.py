@@ -1,11 +1,11 @@
-"""What the forecaster costs: an update each minute, a refit now and then, a thousand deployments.
+"""CPU cost of the forecaster: an update each minute, occasional refits, a thousand deployments.
 
     python -m benchmarks.forecast_cost [--days 4] [--json]
 
-Demand is made up (a daily season, noise and level shifts, a fixed seed); what it costs hardly depends on it.
-Peers are the budgets: 5 ms an update, 1 s a refit, and 60 ms of one core for a deployment's minute, so that a
-thousand deployments fit on one core. Below 1 the ratio is within the budget. Times are of the
-processor, so that a busy machine counts little.
+Demand is synthetic (a daily season, noise and level shifts, a fixed seed); the cost hardly depends on it. The
+baselines are the budgets: 5 ms for an update, 1 s for a refit, and 60 ms of one core for a minute of a
+deployment, so that a thousand deployments fit on one core. A ratio below 1 is within the budget. Times are
+processor times, so that other load matters little.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--days", type=int, default=4, help="days of minutes to go through, after ten others")
+    parser.add_argument("--days", type=int, default=4, help="days of minutes to measure, after ten more")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     updates_ms, refits_ms = measure(args.days)

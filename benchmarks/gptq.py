@@ -1,4 +1,4 @@
-"""GPTQ, by a library, as a competitor to this project's rounding and training: writes a checkpoint to score.
+"""GPTQ by a library, as a baseline for this project's rounding and training: writes a checkpoint to score.
 
     python -m venv /tmp/gptq && /tmp/gptq/bin/pip install llmcompressor torchvision zstandard
     PYTHONPATH=.:worker /tmp/gptq/bin/python -m benchmarks.gptq MODEL --data train.txt.zst --out /tmp/out

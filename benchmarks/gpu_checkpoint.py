@@ -3,7 +3,7 @@
     PYTHONPATH=worker:protos:. python -m benchmarks.gpu_checkpoint DIRECTORY [--shape cpu] [--device auto]
 
 The shape "large" is that of benchmarks/gpu_random.py: 15.7 billion parameters, 9 GB; "small" is one to try it
-with; "cpu" is CPU_SHAPE of ../shared/peers, 0.8 billion. The model says nothing; it only runs.
+with; "cpu" is CPU_SHAPE of ../shared/peers, 0.8 billion. The model generates no meaningful text.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from moe_worker.quant.matrix import Matrix
 
 
 class Recorder(RandomSource):
-    """Keeps what a model takes, as a checkpoint names and stores it, on the CPU."""
+    """Records the tensors that a model loads, with the names and layout of a checkpoint, on the CPU."""
 
     tensors: dict[str, Tensor]
 

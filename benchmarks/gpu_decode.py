@@ -67,7 +67,7 @@ def main() -> None:
 
 
 class NoText:
-    """Stands in for a tokenizer: random weights say nothing."""
+    """Replaces the tokenizer: random weights generate no meaningful text."""
 
     def token_bytes(self, token: int) -> bytes:
         del token
@@ -145,7 +145,7 @@ def submitted(bench: Bench, count: int, tokens: int, same: bool = False) -> Engi
 
 
 def decode_rate(bench: Bench, batch: int, args: argparse.Namespace) -> tuple[float, float]:
-    """Tokens a second from when all prompts have their first token; activated routed experts a layer."""
+    """Tokens per second after all prompts have their first token; activated routed experts of a layer."""
     core, seen = submitted(bench, batch, args.tokens, args.same_prompt), set[int]()
     while len(seen) < batch:
         seen |= {delta.id for delta in core.step()}
@@ -170,7 +170,7 @@ def prefill_rate(bench: Bench) -> float:
 
 @torch.inference_mode()
 def graph_rate(bench: Bench, batch: int, args: argparse.Namespace) -> float:
-    """Tokens a second of the recorded step alone, at the context that decode begins with."""
+    """Tokens per second of the captured step alone, at the context at which decode starts."""
     graphs, cache = bench.graphs, bench.loaded.cache
     per_sequence = cache.shape.pages_for(bench.loaded.context)
     pages_BP = torch.arange(batch * per_sequence, device="cuda", dtype=torch.int32).view(batch, -1)
@@ -213,7 +213,7 @@ def print_profile(title: str, work: Callable[[], object]) -> None:
 
 
 def launches_per_layer(bench: Bench) -> int:
-    """Kernels of a decode step with three layers less those of a step with two."""
+    """Kernels of a decode step with three layers minus those of a step with two."""
     counts: list[int] = []
     for layers in (2, 3):
         part = replace(bench.model, layers=bench.model.layers[:layers])

@@ -22,7 +22,7 @@ LARGE: dict[str, Any] = {
     "q_lora_rank": None, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
     "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "bos_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
-# Small, and odd where sizes may be: five groups, three layers, one of them dense.
+# Small, with odd sizes where they are allowed: five groups, three layers, one of them dense.
 SMALL: dict[str, Any] = {
     "model_type": "deepseek_v3", "vocab_size": 500, "hidden_size": 192, "intermediate_size": 320,
     "moe_intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 6, "n_shared_experts": 2,
@@ -72,7 +72,8 @@ class RandomSource:
                 torch.rand(-(-outputs // 128), -(-inputs // 128), generator=generator, device=device) + 0.5
             )
             return from_blocks(bits, spread * inputs**-0.5, (128, 128))
-        # From -7 to 7: with -8 too the mean is not zero, all hidden states grow alike, and so does routing.
+        # From -7 to 7: with -8 the mean would not be zero, and all hidden states and routes would become
+        # similar.
         values = torch.randint(1, 16, size, dtype=torch.uint8, generator=generator, device=device)
         packed = values[:, 0::2] | values[:, 1::2] << 4
         spread = torch.rand(outputs, -(-inputs // 128), generator=generator, device=device) + 0.5

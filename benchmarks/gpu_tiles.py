@@ -1,4 +1,4 @@
-"""Times the ways to cut the int4 products of a model on this GPU; what the kernels choose stands first.
+"""Times tilings of the int4 products of a model on this GPU; the tiling that the kernels select is first.
 
     PYTHONPATH=worker:protos:. python -m benchmarks.gpu_tiles [--tokens 1 16 64 256] [--wide] [--top 4]
 
@@ -37,7 +37,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 64, 256])
-    parser.add_argument("--wide", action="store_true", help="where widened weights begin to pay")
+    parser.add_argument("--wide", action="store_true", help="where dequantized weights are faster")
     parser.add_argument("--top", type=int, default=4)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
@@ -88,7 +88,7 @@ def chosen_experts(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def make(case: Case, copies: int) -> Callable[[Tile | None], None]:
-    """A function that launches the case; with several sets of weights, taken in turn."""
+    """A function that launches the case; it alternates between several sets of weights."""
     name, tokens = case
     if name in LINEAR:
         outputs, inputs = LINEAR[name]
@@ -124,7 +124,7 @@ def compile_only(case: Case, tile: Tile) -> None:
         make(case, 1)(tile)
         torch.cuda.synchronize()
     except triton.runtime.errors.OutOfResources:
-        pass  # too large for the card: `report` says so
+        pass  # too large for the card: `report` prints it
 
 
 def kernel_times(work: Callable[[], None]) -> dict[str, float]:

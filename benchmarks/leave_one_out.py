@@ -1,10 +1,10 @@
-"""The forecaster's errors on each trace, with how the combination forgets chosen on the other traces.
+"""The forecaster's errors on each trace, with the combination's memory chosen on the other traces.
 
     python -m benchmarks.leave_one_out TRACE:STEPS... [--json]
 
-STEPS is the horizon in steps of the trace (minutes, or the recorded interval where it is longer). The peer is
-the best single candidate on that trace, known only afterwards; below 1 the ratio is better than all of them.
-About two minutes for a month of minutes on one core.
+STEPS is the horizon in steps of the trace (minutes, or the recorded interval where it is longer). The
+baseline is the best single candidate on that trace, known only afterwards; a ratio below 1 is better than all
+of them. About two minutes for a month of minutes on one core.
 """
 
 import argparse

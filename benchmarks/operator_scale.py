@@ -1,11 +1,10 @@
-"""How the operator fares with many deployments: a real etcd and API server, the real operator process.
+"""Measures the operator with many deployments: a real etcd and API server, the real operator process.
 
     python -m benchmarks.operator_scale --deployments 100 --replicas 20
 
-There are no nodes and no controllers: a part of this program plays them, and is called *simulated*. It makes
-a pod for each StatefulSet, says that it is Ready once its gate is open, counts the replicas of Deployments,
-and answers for workers and frontends.
-Everything that the operator asks of the API server is counted from the audit log.
+There are no nodes and no controllers: this program *simulates* them. It creates a pod for each StatefulSet,
+reports it as Ready once its gate is open, counts the replicas of Deployments, and responds for workers and
+frontends. The audit log gives the operator's requests to the API server.
 
 Edits change spec.frontend.replicas. An edit counts as applied when a watch shows the frontend's Deployment
 changed.
@@ -43,7 +42,7 @@ from tests.operator.outside import Operator, kubeconfig
 ROOT = Path(__file__).parents[1]
 OPERATOR_TOKEN, OPERATOR_USER = "only-for-the-operator", "operator"
 ADDRESS = "127.77.0.1"
-"""All pods have it; there one stand-in answers for them."""
+"""The address of all pods; one stand-in responds there."""
 _WIDTH = 66
 NAMESPACES = [f"scale-{number}" for number in range(10)]
 CUSTOM = f"/apis/{names.API_VERSION}"
@@ -51,7 +50,7 @@ Body = dict[str, Any]
 
 
 class Server(ApiServer):  # type: ignore[misc]
-    """The API server, with an audit log of what the operator asks."""
+    """The API server, with an audit log of the operator's requests."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
@@ -111,9 +110,9 @@ class Api:
         return found
 
     def follow(self, path: str) -> Iterator[tuple[str, Body]]:
-        """What is there, as added, then what happens; anew where the server ends a watch.
+        """Existing objects as added, then events; restarts when the server ends a watch.
 
-        It does so with watchers that are too slow, as this program at times is.
+        The server ends watches that are too slow, as this program sometimes is.
         """
         while True:
             found = self("GET", path)
@@ -136,7 +135,7 @@ class Api:
 
 
 class Simulated:
-    """Plays the controllers, the kubelets, and the workers and frontends in their pods."""
+    """Simulates the controllers, the kubelets, and the workers and frontends in their pods."""
 
     def __init__(self, api: Api) -> None:
         self._api = api
@@ -246,7 +245,7 @@ class Simulated:
 
 
 class Worker(inference_pb2_grpc.InferenceServiceServicer):
-    """What the operator asks a worker."""
+    """The worker API for the operator."""
 
     def GetModel(  # noqa: N802
         self,
@@ -260,7 +259,7 @@ class Worker(inference_pb2_grpc.InferenceServiceServicer):
 
 
 class Frontend(frontend_pb2_grpc.FrontendServiceServicer):
-    """What the operator asks a frontend. This one routes to every worker at once."""
+    """The frontend API for the operator. This frontend routes to every worker at once."""
 
     def __init__(self, simulated: Simulated) -> None:
         self._simulated = simulated
@@ -270,7 +269,7 @@ class Frontend(frontend_pb2_grpc.FrontendServiceServicer):
         request: frontend_pb2.GetRoutesRequest,  # noqa: ARG002
         context: grpc.ServicerContext,  # noqa: ARG002
     ) -> frontend_pb2.Routes:
-        """Those that the operator can be asking for: of the others it knows already."""
+        """Only routes that the operator does not know yet."""
         address = f"{ADDRESS}:{names.GRPC_PORT}"
         waiting = list(self._simulated.unrouted)
         return frontend_pb2.Routes(
@@ -312,7 +311,7 @@ def place(number: int) -> str:
 
 
 def make_deployments(api: Api, count: int, replicas: int) -> None:
-    """As users make them."""
+    """Deployments as users create them."""
 
     def make(number: int) -> None:
         spec = {"model": {"uri": "file:///mnt/models/docs-moe"}, "replicas": replicas}
@@ -329,7 +328,7 @@ def make_deployments(api: Api, count: int, replicas: int) -> None:
 
 
 def wait_until_ready(api: Api, simulated: Simulated, count: int, replicas: int, limit: float) -> float:
-    """Seconds until every deployment says that it is Ready."""
+    """Seconds until every deployment is Ready."""
     started = time.monotonic()
     with Progress(transient=True) as progress:
         task = progress.add_task("pods, simulated", total=count * replicas)
@@ -348,7 +347,7 @@ def wait_until_ready(api: Api, simulated: Simulated, count: int, replicas: int, 
 
 
 def edit(api: Api, simulated: Simulated, count: int, rate: float, seconds: float) -> list[float]:
-    """Edits at a steady rate; seconds from each one's answer until it was seen applied, sorted."""
+    """Edits at a constant rate; sorted seconds from the response to each edit until it was applied."""
     order = [
         n
         for _ in range(math.ceil(rate * seconds / count))
@@ -382,7 +381,7 @@ def percentile(values: list[float], share: float) -> float:
 
 
 class Rows(dict[str, str]):
-    """The table, printed line by line as it comes: a run takes minutes."""
+    """The table, printed line by line, because a run takes minutes."""
 
     def __setitem__(self, name: str, value: str) -> None:
         super().__setitem__(name, value)
@@ -406,9 +405,9 @@ def measure(arguments: argparse.Namespace, directory: Path) -> None:
         make_deployments(api, count, replicas)
         operator = Operator(directory, config, arguments.operator, resync_seconds="3600")
         took = wait_until_ready(api, simulated, count, replicas, arguments.limit)
-        rows["from nothing to all Ready"] = f"{took:.0f} s"
+        rows["from no object to all Ready"] = f"{took:.0f} s"
         operator.idle_after(arguments.limit)
-        rows["memory, highest while making them"] = f"{operator.memory_mib('VmHWM'):.0f} MiB"
+        rows["peak memory while creating"] = f"{operator.memory_mib('VmHWM'):.0f} MiB"
 
         before = server.requests()
         latencies = edit(api, simulated, count, arguments.rate, arguments.seconds)
@@ -422,7 +421,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> None:
 
         before, resync = server.requests(), arguments.resync
         operator = Operator(directory, config, arguments.operator, resync_seconds=str(resync))
-        rows["restart: seconds until it has looked at all"] = f"{operator.idle_after(arguments.limit):.0f} s"
+        rows["restart: seconds until all are reconciled"] = f"{operator.idle_after(arguments.limit):.0f} s"
         asked = server.asked(before, server.requests())
         writes = sum(n for what, n in asked.items() if not what.startswith(("get", "list")))
         rows["restart: writes"] = f"{writes}"
@@ -430,9 +429,9 @@ def measure(arguments: argparse.Namespace, directory: Path) -> None:
         before, cpu, start = server.requests(), operator.cpu_seconds(), time.monotonic()
         time.sleep(resync)
         asked = server.asked(before, server.requests())
-        rows["looking again at all, nothing changed: requests a deployment"] = per(asked, count)
+        rows["resync of all without a change: requests a deployment"] = per(asked, count)
         load = (operator.cpu_seconds() - cpu) / (time.monotonic() - start)
-        rows[f"looking again at all in {resync} s: CPU"] = f"{load:.2f} cores"
+        rows[f"resync of all in {resync} s: CPU"] = f"{load:.2f} cores"
         rows["memory after a restart, now / highest"] = (
             f"{operator.memory_mib('VmRSS'):.0f} / {operator.memory_mib('VmHWM'):.0f} MiB"
         )
@@ -444,7 +443,7 @@ def measure(arguments: argparse.Namespace, directory: Path) -> None:
 
 
 def per(asked: collections.Counter[str], count: int) -> str:
-    """Requests for each of `count`, in all and by kind."""
+    """Requests for each of `count`, in total and by kind."""
     kinds = ", ".join(f"{n / count:.2f} {what}" for what, n in asked.most_common(6))
     return f"{asked.total() / count:.2f}" + (f" ({kinds})" if kinds else "")
 
@@ -458,7 +457,7 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=20, help="of each deployment, one pod each")
     parser.add_argument("--rate", type=float, default=20, help="edits a second")
     parser.add_argument("--seconds", type=float, default=30, help="of edits")
-    parser.add_argument("--resync", type=int, default=60, help="seconds in which all are looked at again")
+    parser.add_argument("--resync", type=int, default=60, help="resync interval in seconds")
     parser.add_argument("--limit", type=float, default=500, help="seconds that one phase may take")
     parser.add_argument("--operator", type=Path, default=ROOT, metavar="CHECKOUT", help="whose operator")
     parser.add_argument("--keep", type=Path, help="keep logs in this directory")

@@ -1,4 +1,4 @@
-"""One step's choice of tokens, beside transformers' processors and torch.multinomial on the same logits.
+"""Sampling of one step; baseline: transformers' processors and torch.multinomial on the same logits.
 
 python -m benchmarks.sampling [--device cuda] [--vocabulary 129280] [--batch 1 16 64 256] [--json]
 """
@@ -38,7 +38,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     for row in rows(device, arguments.vocabulary, arguments.batch, arguments.repeats):
-        line = "{what:42} ours {ours:9.3f} {unit}, peer {peer:9.3f}, ratio {ratio:.2f}, host {host:.3f} ms"
+        line = "{what:42} ours {ours:9.3f} {unit}, base {peer:9.3f}, ratio {ratio:.2f}, host {host:.3f} ms"
         print(json.dumps(row) if arguments.json else line.format(**row), flush=True)
 
 
@@ -90,7 +90,7 @@ def _ours(logits: Tensor, parameters: SamplingParameters) -> Callable[[], object
 
 
 def _peer(logits: Tensor, parameters: SamplingParameters) -> Callable[[], object]:
-    """What `generate` of transformers does after the model."""
+    """The work of transformers' `generate` after the model."""
     ids = torch.tensor(PROMPT, device=logits.device).expand(logits.shape[0], -1)
     processors: list[Any] = []
     if parameters.repetition_penalty != 1:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.scheduler_step [--sequences 256] [--steps 2000] [--json]
 
-A step is one `plan` and one `complete`. "decode": all sequences run, none begins or ends. "serving": texts
-end and others begin all the time (prompts of 512 tokens, half of it shared with others, 128 new tokens).
-The peer is the budget of 1 ms that a step may cost; below 1 the ratio is within it.
+A step is one `plan` and one `complete`. "decode": all sequences run, none starts or ends. "serving": texts
+constantly end and others start (prompts of 512 tokens, half of them shared, 128 new tokens). The baseline is
+the budget of 1 ms for a step; a ratio below 1 is within it.
 """
 
 import argparse
@@ -47,7 +47,8 @@ def measure(sequences: int, steps: int, *, ending: bool) -> list[float]:
     shared = [chance.choices(range(32_000), k=SHARED) for _ in range(8)]
     samples_ms: list[float] = []
     submitted, now = 0, 0.0
-    # What lives already (modules, this benchmark's prompts) is not the scheduler's to walk through.
+    # The collector should not traverse existing objects (modules, this benchmark's prompts) for the
+    # scheduler.
     gc.collect()
     gc.freeze()
     while len(samples_ms) < WARM_UP + steps:

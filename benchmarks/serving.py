@@ -1,12 +1,12 @@
-"""What serving costs beside the bare engine, and what a cached prompt saves.
+"""The cost of serving compared with the engine alone, and the gain of a cached prompt.
 
     python -m benchmarks.serving CHECKPOINT [--streams 64] [--prompt 64] [--tokens 64] [--rounds 3]
                                  [--long 4096] [--device auto] [--format auto] [--threads N] [--json]
 
-"through gRPC": tokens a second of all streams through `moe-worker serve` over loopback, beside the same
-requests given to the engine in one process; rounds alternate, nothing is cached, medians are reported.
-"cached": time to first token of a prompt of LONG tokens whose first 90 % another request had, beside that of
-one with nothing in common (LONG is cut to the model's context).
+"through gRPC": tokens per second of all streams through `moe-worker serve` over loopback; the baseline is the
+engine in one process with the same requests. Rounds alternate, nothing is cached, medians are reported.
+"cached": time to first token of a prompt of LONG tokens of which another request had the first 90 %; the
+baseline is a prompt with nothing in common (LONG is limited by the model's context).
 """
 
 import argparse

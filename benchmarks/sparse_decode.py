@@ -1,10 +1,10 @@
-"""Decode on the CPU at batch 1: 1:4 sparse int4 weights (s14) beside dense int4 ones, both W4A8.
+"""Decode on the CPU at batch 1: 1:4 sparse int4 weights (s14) compared with dense int4 ones, both W4A8.
 
     python -m benchmarks.sparse_decode [--rounds 5] [--threads 2] [--json]
 
 The model is CPU_SHAPE of ../shared/peers with random weights, as in benchmarks.cpu_decode: only speed is
 compared. All projections and experts are sparse; the output head, router, norms and embedding are the same in
-both. The two models run in turn; medians over the rounds, and their ratio.
+both. The two models alternate; the output is medians over the rounds, and their ratio.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if not (args.shapes / "shapes.py").exists():
-        raise SystemExit(f"{args.shapes}/shapes.py is not there; give the folder with --shapes")
+        raise SystemExit(f"{args.shapes}/shapes.py does not exist; give the folder with --shapes")
     torch.set_num_threads(args.threads)
     kernels = Kernels(args.variant, args.threads)
     shape = runpy.run_path(str(args.shapes / "shapes.py"))["CPU_SHAPE"]

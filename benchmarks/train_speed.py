@@ -1,9 +1,9 @@
-"""Tokens a second while a shape is trained, by phase, with both ways of computing experts beside each other.
+"""Tokens per second of training a shape, by phase, with both ways of computing experts.
 
     python -m benchmarks.train_speed --config benchmarks/compression/config.json
 
-Random tokens: the same products as with text, and routers that are near to balanced, as trained ones are. The
-seconds before the first timed step are compilation's. Which way training takes: train/experts.py.
+Random tokens need the same products as text, and their routers are nearly balanced, as trained ones are. The
+time before the first timed step is compilation. train/experts.py selects the way that training uses.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def main() -> None:
                 torch.cuda.reset_peak_memory_stats()
             try:
                 print(measure(args, way, phase), flush=True)
-            except Exception:  # noqa: BLE001 - out of memory, say: the other lines are worth having
+            except Exception:  # noqa: BLE001 - e.g. out of memory: the other lines are still useful
                 traceback.print_exc()
 
 

@@ -1,16 +1,17 @@
-"""The experiment of compression: what sparsity, four bits, distillation and pruning cost, at equal tokens.
+"""The compression experiment: what sparsity, four bits, distillation and pruning cost, at equal training
+tokens.
 
     python -m benchmarks.compression --data train.txt --valid valid.txt --test test.txt --out runs/compression
     python -m benchmarks.compression ... --speed          # afterwards, on the machine that should be timed
     python -m benchmarks.compression ... --smoke --device cpu   # minutes: a tiny model, whether it runs
 
 One GPU, and no package but torch, triton, numpy, tqdm, tokenizers, safetensors, pyyaml, click and matplotlib
-where the text is plain (.zst needs zstandard). Each line and seed has its own folder; the same command goes
-on where it was interrupted, --stop-after ends it in time (a round of pruning ends first), and table.md is
-written anew after every line. Several processes may share an --out, each with its own GPU
-(CUDA_VISIBLE_DEVICES): each takes the next line that none has and whose sources are done. --prepare makes
-the tokenizer and encodes the text, which takes minutes on few cores and no GPU, and ends. Valid is scored to
-choose, test to report; protocol.py has the protocol.
+where the text is plain (.zst needs zstandard). Each variant and seed has its own folder. The same command
+resumes after an interruption, --stop-after limits the time (a round of pruning finishes first), and table.md
+is rewritten after every variant. Several processes may share an --out, each with its own GPU
+(CUDA_VISIBLE_DEVICES): each takes the next free variant whose sources are done. --prepare only creates the
+tokenizer and encodes the text, which takes minutes on few cores and no GPU. The valid score selects, the test
+score is reported; protocol.py has the protocol.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ from moe_worker.train.data import encode_documents, read_documents
 from moe_worker.train.settings import TrainSettings
 from moe_worker.train.trainer import TrainingRun
 
-SHORTEST = 15.0  # seconds; where less is left no line is begun
+SHORTEST = 15.0  # seconds; with less time left no variant starts
 
 
 @dataclass
 class Experiment:
-    """Where everything is and how much is trained."""
+    """Paths, and the amount of training."""
 
     args: argparse.Namespace
     deadline: float | None
@@ -64,11 +65,11 @@ class Experiment:
         return self.out / line / f"seed-{seed}"
 
     def left(self) -> float:
-        """Seconds until the experiment should end."""
+        """Remaining seconds of the experiment."""
         return float("inf") if self.deadline is None else self.deadline - time.monotonic()
 
     def settings(self, line: Line, seed: int) -> TrainSettings:
-        """What the trainer is told for a line."""
+        """The trainer's settings for a variant."""
         folder, source = self.folder(line.name, seed), None
         config = self._shape(line.lite)
         if line.after is not None:
@@ -98,7 +99,9 @@ class Experiment:
         return self.out / f"shape{'-lite' if lite else ''}.json"
 
     def prepare(self) -> None:
-        """What all lines and seeds share, made by the first process: shapes, tokenizer, encoded text."""
+        """Data that all variants and seeds share, created by the first process: shapes, tokenizer, encoded
+        text.
+        """
         path, size = self.out / "tokenizer.json", int(protocol.shape(self.args.smoke)["vocab_size"])
         with locked(self.out / "lock"):
             for lite in (False, True):
@@ -112,7 +115,7 @@ class Experiment:
         return (self.folder(line, seed) / "result.json").exists()
 
     def run(self, line: Line, seed: int) -> None:
-        """Computes the line's result, unless time is up before."""
+        """Computes the result of a variant, unless the time is up first."""
         began = time.monotonic()
         settings = self.settings(line, seed)
         if line.prune:
@@ -125,7 +128,7 @@ class Experiment:
         write_text(settings.out / "result.json", json.dumps(found, indent=2))
 
     def _prune(self, line: Line, seed: int, settings: TrainSettings) -> TrainSettings:
-        """Cuts, with fine-tuning between the rounds; what is left to train is the last round."""
+        """Prunes, with fine-tuning between the rounds; the remaining training is the last round."""
         sizes = protocol.SMOKE_LITE if self.args.smoke else protocol.LITE
         shared = protocol.SMOKE if self.args.smoke else protocol.SHARED
         what = Prune(
@@ -157,7 +160,7 @@ class Experiment:
 
 
 def add_speed(experiment: Experiment, threads: int) -> None:
-    """Tokens a second on this CPU, median of three, of each line whose first seed's weights are here."""
+    """Tokens per second on this CPU, median of three, of each variant with weights of its first seed."""
     for line in LINES:
         folder = experiment.folder(line.name, experiment.args.seeds[0])
         if not (folder / "model.safetensors").exists():
@@ -168,7 +171,7 @@ def add_speed(experiment: Experiment, threads: int) -> None:
 
 
 def table(experiment: Experiment) -> str:
-    """Markdown: medians over the seeds that are there, changes from the dense line."""
+    """Markdown: medians over the available seeds, changes relative to the dense variant."""
     rows, dense = [], None
     for line in LINES:
         if line.name == "half":
@@ -218,9 +221,11 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--stop-after", type=float, help="seconds after which to end, to go on later")
     parser.add_argument("--threads", type=int, default=2, help="of --speed")
-    parser.add_argument("--prepare", action="store_true", help="only make the tokenizer and encode the text")
+    parser.add_argument(
+        "--prepare", action="store_true", help="only create the tokenizer and encode the text"
+    )
     parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--speed", action="store_true", help="only time decoding of what is there")
+    parser.add_argument("--speed", action="store_true", help="only time decoding of the available results")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     deadline = None if args.stop_after is None else time.monotonic() + args.stop_after
@@ -246,9 +251,9 @@ def write_table(experiment: Experiment) -> str:
 
 
 def run_all(experiment: Experiment) -> list[str]:
-    """Seed by seed, so that a whole table is there early; returns the lines that failed.
+    """Seed by seed, so that a complete table exists early; returns the variants that failed.
 
-    What other processes have taken is left to them. One line's failure must not cost the others their time.
+    Skips variants that other processes have taken. The failure of one variant must not stop the others.
     """
     chosen = experiment.args.lines or [line.name for line in LINES]
     failed: list[str] = []
@@ -273,7 +278,7 @@ def run_all(experiment: Experiment) -> list[str]:
 
 
 def attempt(experiment: Experiment, line: Line, seed: int, failed: list[str]) -> bool:
-    """Runs a line where its sources are done and no other process has taken it; returns whether it did."""
+    """Runs a variant if its sources are done and no other process has taken it; returns whether it did."""
     sources = [name for name in (line.after, line.teacher) if name is not None]
     if not all(experiment.is_done(name, seed) for name in sources):
         return False
@@ -283,7 +288,7 @@ def attempt(experiment: Experiment, line: Line, seed: int, failed: list[str]) ->
         print(f"{line.title}, seed {seed}", flush=True)
         try:
             experiment.run(line, seed)
-        except Exception:  # noqa: BLE001 - whatever it is: it is shown, and told again at the end
+        except Exception:  # noqa: BLE001 - any error is printed, and reported again at the end
             traceback.print_exc()
             failed.append(line.name)
     write_table(experiment)
@@ -293,7 +298,7 @@ def attempt(experiment: Experiment, line: Line, seed: int, failed: list[str]) ->
 
 
 def others_run(experiment: Experiment) -> bool:
-    """Whether another process computes a line."""
+    """Whether another process computes a variant."""
     for path in experiment.out.glob("*/seed-*/lock"):
         with locked(path, wait=False) as free:
             if not free:

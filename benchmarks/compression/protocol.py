@@ -1,11 +1,11 @@
-"""The experiment's lines: what each trains, and from what. Fixed before the first run.
+"""The variants of the experiment: what each trains, and from what. Fixed before the first run.
 
-Every line sees the same number of training tokens: `steps` steps, in the pruned ones split between what comes
-before the cut and what comes after. (A teacher's own training is not counted to its student.)
+Every variant sees the same number of training tokens: `steps` steps, which pruned variants split between the
+training before and after pruning. (The training of a teacher does not count for its student.)
 
-One seed, and 1,000 steps of 65,536 tokens, four passes over the text: that is what fits into the twenty
-minutes of two GPUs that there were. So differences of some tenths of a percent may be chance, and all models
-could still learn: no dropout, for none sees the text so often that it would overfit.
+One seed, and 1,000 steps of 65,536 tokens, four epochs: that fits into twenty minutes of two GPUs, which were
+available. So differences of some tenths of a percent may be chance, and all models could still learn. There
+is no dropout, because no model sees the text often enough to overfit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 SEEDS = (0,)
 SHARED: dict[str, Any] = {"batch": 64, "window": 1024, "learning_rate": 8e-3, "dropout": 0.0, "warmup": 100}
 STEPS = 1000
-# The smoke test's sizes: only whether everything runs. Its numbers say nothing about quality.
+# Sizes of the smoke test, which only shows that everything runs. Its numbers say nothing about quality.
 SMOKE: dict[str, Any] = {"batch": 4, "window": 64, "learning_rate": 8e-3, "dropout": 0.0, "warmup": 2}
 SMOKE_STEPS = 20
 SMOKE_SHAPE = {
@@ -27,7 +27,7 @@ SMOKE_SHAPE = {
     "num_attention_heads": 8, "v_head_dim": 16, "n_routed_experts": 8, "n_group": 2, "topk_group": 1,
     "num_experts_per_tok": 2, "kv_lora_rank": 32, "vocab_size": 512,
 }  # fmt: skip
-# What pruning leaves: about 42 % of the parameters.
+# Sizes after pruning: about 42 % of the parameters.
 LITE = {"layers": 7, "heads": 6, "experts": 8, "channels": 88, "dense_channels": 384}
 SMOKE_LITE = {"layers": 3, "heads": 6, "experts": 4, "channels": 96, "dense_channels": 128}
 
@@ -38,7 +38,7 @@ class Line:
 
     settings: of the trainer, besides the shared ones. share: of the steps that this line itself trains; the
     line `after` trained the others. prune: rounds in which LITE is reached before or while training, 0: none.
-    lite: trained at LITE's sizes from the start. teacher: the line whose model teaches.
+    lite: trained at LITE's sizes from the start. teacher: the variant whose model is the teacher.
     """
 
     name: str
@@ -57,27 +57,27 @@ W4A8 = {"w4a8_share": 0.2}
 
 LINES = (
     Line("dense", "dense, bf16"),
-    Line("w4a8-rounded", "W4A8, rounded after training", {"w4a8_share": 1.0}, 0.0, "dense"),
-    Line("w4a8-trained", "W4A8, trained (last 20 %)", W4A8),
-    Line("s24-cut", "2:4 cut after training", {"sparsity": "s24", **ONCE}, 0.0, "dense"),
-    Line("s14-cut", "1:4 cut after training", {"sparsity": "s14", **ONCE}, 0.0, "dense"),
-    Line("s24-tuned", "2:4 cut at 60 %, then fine-tuned", {"sparsity": "s24", **AT_60}),
-    Line("s14-tuned", "1:4 cut at 60 %, then fine-tuned", {"sparsity": "s14", **AT_60}),
+    Line("w4a8-rounded", "W4A8, post-training rounding", {"w4a8_share": 1.0}, 0.0, "dense"),
+    Line("w4a8-trained", "W4A8, quantization-aware in the last 20 %", W4A8),
+    Line("s24-cut", "2:4 pruned after training", {"sparsity": "s24", **ONCE}, 0.0, "dense"),
+    Line("s14-cut", "1:4 pruned after training", {"sparsity": "s14", **ONCE}, 0.0, "dense"),
+    Line("s24-tuned", "2:4 pruned at 60 %, then fine-tuned", {"sparsity": "s24", **AT_60}),
+    Line("s14-tuned", "1:4 pruned at 60 %, then fine-tuned", {"sparsity": "s14", **AT_60}),
     Line("s24", "2:4 progressive", {"sparsity": "s24"}),
     Line("s14", "1:4 progressive, by magnitude", {"sparsity": "s14"}),
     Line("s14-gradient", "1:4 progressive, by gradient", {"sparsity": "s14", "saliency": "gradient"}),
-    Line("s14-w4a8", "1:4 progressive + W4A8 trained", {"sparsity": "s14", **W4A8}),
+    Line("s14-w4a8", "1:4 progressive + W4A8 quantization-aware", {"sparsity": "s14", **W4A8}),
     Line("s14-w4a8-taught", "the same, distilled", {"sparsity": "s14", **W4A8}, teacher="dense"),
-    Line("half", "dense, half the steps (not in the table: the Lite lines begin here)", share=0.5),
-    Line("lite-cut", "Lite: cut after training", {}, 0.0, "dense", prune=1),
-    Line("lite-tuned", "Lite: cut and fine-tuned in 3 rounds", {}, 0.5, "half", prune=3),
-    Line("lite-taught", "Lite: cut in 3 rounds, distilled", {}, 0.5, "half", prune=3, teacher="dense"),
+    Line("half", "dense, half the steps (not in the table: the Lite variants start here)", share=0.5),
+    Line("lite-cut", "Lite: pruned after training", {}, 0.0, "dense", prune=1),
+    Line("lite-tuned", "Lite: pruned and fine-tuned in 3 rounds", {}, 0.5, "half", prune=3),
+    Line("lite-taught", "Lite: pruned in 3 rounds, distilled", {}, 0.5, "half", prune=3, teacher="dense"),
     Line("lite-scratch", "Lite's size, trained from scratch", lite=True),
 )  # fmt: skip
 
 
 def shape(smoke: bool, lite: bool = False) -> dict[str, Any]:
-    """The config.json that lines train."""
+    """The config.json of the trained models."""
     values: dict[str, Any] = json.loads((HERE / "config.json").read_text())
     values |= SMOKE_SHAPE if smoke else {}
     if lite:
