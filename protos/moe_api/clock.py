@@ -6,9 +6,7 @@ end of a span), one `Anchor` gives all timestamps of a request the same offset.
 
 import time
 from dataclasses import dataclass
-from typing import Any, Final
-
-import grpc
+from typing import Final, Protocol
 
 _YEAR_S: Final = 365 * 86_400.0
 
@@ -30,7 +28,14 @@ class Anchor:
         return self.wall_ns + monotonic_ns - self.monotonic_ns
 
 
-def deadline_s(context: grpc.aio.ServicerContext[Any, Any]) -> float | None:
+class Timed(Protocol):
+    """A call that may have a deadline: a grpc.aio.ServicerContext, or what takes its place."""
+
+    def time_remaining(self) -> float | None:
+        """Seconds until the deadline; None where there is none."""
+
+
+def deadline_s(context: Timed) -> float | None:
     """When the client of a call stops waiting, in seconds of `time.monotonic`; None where it never does.
 
     Call this when the call starts: gRPC computes the remaining time from the wall clock.
@@ -39,7 +44,7 @@ def deadline_s(context: grpc.aio.ServicerContext[Any, Any]) -> float | None:
     return None if left_s is None else time.monotonic() + left_s
 
 
-def remaining_s(context: grpc.aio.ServicerContext[Any, Any]) -> float | None:
+def remaining_s(context: Timed) -> float | None:
     """Seconds until the deadline of a call, at most a year; None if it has none.
 
     Clients may send a deadline centuries ahead. As the timeout of another call it would overflow gRPC's

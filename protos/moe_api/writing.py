@@ -17,7 +17,7 @@ the status last:
 """
 
 import asyncio
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import grpc
 
@@ -40,6 +40,16 @@ class SlowReaderError(Exception):
         self.status = rich_status.build(grpc.StatusCode.ABORTED, str(self))
 
 
+class Sink(Protocol):
+    """Where the messages of one call go: a grpc.aio.ServicerContext, or what takes its place."""
+
+    async def send_initial_metadata(self, initial_metadata: Any) -> None:
+        """Begins the answer."""
+
+    async def write(self, message: Any) -> None:
+        """Sends a message; returns when there is room for the next one."""
+
+
 class Writer:
     """Sends the messages of one call.
 
@@ -48,7 +58,7 @@ class Writer:
         timeout_s: how long one message may wait for the client to read it, in seconds.
     """
 
-    def __init__(self, context: grpc.aio.ServicerContext[Any, Any], timeout_s: float) -> None:
+    def __init__(self, context: Sink, timeout_s: float) -> None:
         self._context = context
         self._timeout_s = timeout_s
         self._begun = False

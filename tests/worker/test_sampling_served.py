@@ -11,6 +11,7 @@ from moe_worker.sampling.parameters import SamplingParameters
 from tests.worker.test_invariance import PROMPTS, WAYS, run
 
 PROMPT = [5, 6, 7, 5]
+SPECIAL = (b"<|begin|>", b"<|end|>")  # in the text they are nothing
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,15 @@ def test_log_probabilities_are_those_of_the_model_for_each_token_sent(worker, la
         assert [row[top.token].item() for top in logprobs.top] == pytest.approx(
             [top.logprob for top in logprobs.top], abs=1e-4
         )
+    text = "".join(response.text for response in responses)
+    pieces = b"".join(logprobs.piece for logprobs in found if logprobs.piece not in SPECIAL)
+    assert pieces.decode(errors="replace") == text
+    assert all(
+        top.piece == logprobs.piece
+        for token, logprobs in zip(tokens, found, strict=True)
+        for top in logprobs.top
+        if top.token == token
+    )
 
 
 def test_no_log_probabilities_are_sent_where_none_were_asked_for(worker):

@@ -102,6 +102,10 @@ class Tokenizer:
         """What one token adds to the text; special tokens and ids without a token add nothing."""
         return self._bytes[token]
 
+    def piece(self, token: int) -> bytes:
+        """What one token stands for: its bytes, or the name of a special token; b"" for unknown ids."""
+        return self._bytes[token] or (self._inner.id_to_token(token) or "").encode()
+
     @cached_property
     def _bytes(self) -> list[bytes]:
         special = {id_ for id_, added in self._inner.get_added_tokens_decoder().items() if added.special}

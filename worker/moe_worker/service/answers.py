@@ -1,6 +1,6 @@
 """What the RPCs of a worker answer: messages and statuses, from the engine's terms."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import grpc
@@ -11,6 +11,7 @@ from moe_api.inference.v1 import inference_pb2
 from moe_api.rich_status import FieldViolation
 from moe_worker.engine.requests import FinishReason
 from moe_worker.errors import EngineDiedError, QueueFullError, RequestError, WorkerError
+from moe_worker.sampling.logprobs import TokenLogprobs
 from moe_worker.sampling.parameters import Violation
 from moe_worker.service.streams import Chunk
 
@@ -52,14 +53,29 @@ def of_violations(violations: Sequence[Violation]) -> status_pb2.Status:
     return rich_status.invalid_argument([FieldViolation(it.field, it.description) for it in violations])
 
 
-def of_chunk(chunk: Chunk, prompt_tokens: int, completion_tokens: int) -> inference_pb2.GenerateResponse:
-    """The next message of a stream; the last one holds how many tokens there were in all."""
+def of_chunk(
+    chunk: Chunk, usage: inference_pb2.Usage, piece: Callable[[int], bytes]
+) -> inference_pb2.GenerateResponse:
+    """The next message of a stream.
+
+    usage: for the last message. piece: the bytes that a token stands for.
+    """
     response = inference_pb2.GenerateResponse(text=chunk.text, tokens=chunk.tokens)
-    for logprobs in chunk.logprobs:
-        top = [inference_pb2.TopLogprob(token=token, logprob=value) for token, value in logprobs.top]
-        response.logprobs.append(inference_pb2.TokenLogprobs(logprob=logprobs.logprob, top=top))
+    for token, logprobs in zip(
+        chunk.tokens, chunk.logprobs, strict=False
+    ):  # no logprobs where none were asked
+        response.logprobs.append(_logprobs(token, logprobs, piece))
     if chunk.finish_reason is not None:
         response.finish_reason = FINISH_REASONS[chunk.finish_reason]
-        response.usage.prompt_tokens = prompt_tokens
-        response.usage.completion_tokens = completion_tokens
+        response.usage.CopyFrom(usage)
     return response
+
+
+def _logprobs(
+    token: int, logprobs: TokenLogprobs, piece: Callable[[int], bytes]
+) -> inference_pb2.TokenLogprobs:
+    top = [
+        inference_pb2.TopLogprob(token=likely, logprob=value, piece=piece(likely))
+        for likely, value in logprobs.top
+    ]
+    return inference_pb2.TokenLogprobs(logprob=logprobs.logprob, top=top, piece=piece(token))

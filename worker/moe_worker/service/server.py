@@ -24,6 +24,7 @@ from moe_worker.config.directory import find_checkpoint, read_checkpoint_config
 from moe_worker.config.engine import EngineOptions
 from moe_worker.config.model import ModelConfig
 from moe_worker.errors import EngineDiedError, SettingsError, WorkerError
+from moe_worker.models.chat_template import ChatTemplate, chat_template
 from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.models.tokenizer_guard import load_guarded
 from moe_worker.sampling.defaults import sampling_defaults
@@ -94,6 +95,7 @@ class _Model:
     context_length: int
     tokenizer: Tokenizer
     defaults: SamplingParameters
+    chat_template: ChatTemplate | None
 
     @classmethod
     def load(cls, settings: ServeSettings) -> "_Model":
@@ -103,12 +105,20 @@ class _Model:
         context_length = settings.options.context_for(config.max_position_embeddings)
         tokenizer = load_guarded(directory, config)
         defaults = sampling_defaults(directory, settings.options.generation_config)
-        return cls(directory, config, context_length, tokenizer, defaults)
+        return cls(directory, config, context_length, tokenizer, defaults, chat_template(directory))
 
     def served(self, settings: ServeSettings, engine: EngineClient) -> Served:
         """The model as the RPCs see it, once the engine has loaded it."""
-        name, revision = settings.served_name, settings.revision
-        return Served(name, self.config, self.context_length, self.tokenizer, engine, revision, self.defaults)
+        return Served(
+            settings.served_name,
+            self.config,
+            self.context_length,
+            self.tokenizer,
+            engine,
+            settings.revision,
+            self.defaults,
+            self.chat_template,
+        )
 
 
 def serve(settings: ServeSettings) -> None:
@@ -132,16 +142,7 @@ async def _serve(settings: ServeSettings, *, measured: bool) -> None:
         )
         try:
             if await _unless_stopped(engine.loaded(), stop.drain):
-                name, revision = settings.served_name, settings.revision
-                inference.served = Served(
-                    name,
-                    model.config,
-                    model.context_length,
-                    model.tokenizer,
-                    engine,
-                    revision,
-                    model.defaults,
-                )
+                inference.served = model.served(settings, engine)
                 await _run(inference.served, inference, health, stop, supervisor, measured=measured)
         finally:
             await engine.stop()

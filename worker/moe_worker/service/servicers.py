@@ -17,6 +17,7 @@ from moe_api.writing import WRITE_TIMEOUT_S, SlowReaderError, Writer
 from moe_worker.config.model import ModelConfig
 from moe_worker.engine.requests import Request
 from moe_worker.errors import QueueFullError, WorkerError
+from moe_worker.models.chat_template import ChatTemplate
 from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.sampling.defaults import NEUTRAL
 from moe_worker.sampling.parameters import SamplingParameters, Violation
@@ -64,6 +65,7 @@ class Served:
     engine: EngineClient
     revision: str = ""
     defaults: SamplingParameters = NEUTRAL
+    chat_template: ChatTemplate | None = None
 
     @property
     def limits(self) -> Limits:
@@ -143,6 +145,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             revision=served.revision,
             characters_per_token=served.tokenizer.characters_per_token,
             sampling_defaults=defaults_message(served.defaults),
+            chat_template=_template_message(served.chat_template),
         )
 
     async def _available(self, model: str, context: Context) -> Served:
@@ -209,7 +212,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         )
         failure = None
         try:
-            await self._send(stream, checked, call.context)
+            await self._send(stream, checked, served.tokenizer, call.context)
         except BaseException as error:
             failure = _failure(error, stream, call.deadline)
             raise
@@ -218,21 +221,35 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             record_outcome(self._tracer, call.span, served.name, stream.timeline, now_ns)
             self.metrics.end(served.name, len(checked.prompt), stream.timeline, failure, now_ns)
 
-    async def _send(self, stream: Stream, checked: Checked, context: Context) -> None:
+    async def _send(self, stream: Stream, checked: Checked, tokenizer: Tokenizer, context: Context) -> None:
         """Sends what the engine produces. Raises SlowReaderError, and WorkerError where the stream failed."""
         writer, resumed = Writer(context, self._write_timeout_s), len(checked.written)
         while stream.timeline.finish_reason is None or stream.pending:
             chunk = await stream.take()
             if chunk.finish_reason in answers.FAILURES:
                 break
-            response = answers.of_chunk(
-                chunk, len(checked.prompt), len(checked.written) + stream.timeline.tokens
-            )
+            response = answers.of_chunk(chunk, _usage(checked, stream), tokenizer.piece)
             response.resumed, resumed = resumed, 0  # on the first message only
             await writer.write(response)
         if stream.timeline.finish_reason in answers.FAILURES:
             code, sentence = answers.FAILURES[stream.timeline.finish_reason]
             await rich_status.abort(context, rich_status.build(code, sentence))
+
+
+def _usage(checked: Checked, stream: Stream) -> inference_pb2.Usage:
+    """Of the stream so far. Where it was taken up, the cache may hold tokens of the text as well."""
+    timeline, prompt = stream.timeline, len(checked.prompt)
+    return inference_pb2.Usage(
+        prompt_tokens=prompt,
+        completion_tokens=len(checked.written) + timeline.tokens,
+        cached_tokens=min(timeline.cached_tokens, prompt),
+    )
+
+
+def _template_message(template: ChatTemplate | None) -> inference_pb2.ChatTemplate | None:
+    if template is None:
+        return None
+    return inference_pb2.ChatTemplate(template=template.template, special_tokens=template.special_tokens)
 
 
 async def _refuse(violations: list[Violation], context: Context) -> None:

@@ -192,5 +192,6 @@ def _prompt(
         return tuple(request.prompt_tokens.ids)
     if not request.prompt:
         return Violation("prompt", "is empty; give at least one character")
-    ids = token_ids("prompt", request.prompt, tokenizer, limits.context_length - 1)
+    most, adds = limits.context_length - 1, not request.without_special_tokens
+    ids = token_ids("prompt", request.prompt, tokenizer, most, adds)
     return ids if isinstance(ids, Violation) else tuple(ids)

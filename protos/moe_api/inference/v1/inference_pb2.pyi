@@ -60,10 +60,15 @@ class GenerateRequest(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     RESUME_FIELD_NUMBER: _builtins.int
+    WITHOUT_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Served name of the model, at most 253 characters; empty selects the only model."""
     prompt: _builtins.str
     """Text; the worker prepends the begin-of-text token."""
+    without_special_tokens: _builtins.bool
+    """Takes `prompt` exactly as it is: the begin-of-text token is not put before it. For prompts that a chat
+    template wrote, which writes that token itself where the model wants one. Default: false.
+    """
     @_builtins.property
     def prompt_tokens(self) -> Global___TokenIds:
         """Token ids, used exactly as given."""
@@ -84,10 +89,11 @@ class GenerateRequest(_message.Message):
         prompt_tokens: Global___TokenIds | None = ...,
         sampling: Global___SamplingParameters | None = ...,
         resume: Global___Resume | None = ...,
+        without_special_tokens: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "prompt", b"prompt", "prompt_tokens", b"prompt_tokens", "resume", b"resume", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "model", b"model", "prompt", b"prompt", "prompt_tokens", b"prompt_tokens", "resume", b"resume", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "model", b"model", "prompt", b"prompt", "prompt_tokens", b"prompt_tokens", "resume", b"resume", "sampling", b"sampling", "without_special_tokens", b"without_special_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "prompt_tokens"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
@@ -396,8 +402,13 @@ class TokenLogprobs(_message.Message):
 
     LOGPROB_FIELD_NUMBER: _builtins.int
     TOP_FIELD_NUMBER: _builtins.int
+    PIECE_FIELD_NUMBER: _builtins.int
     logprob: _builtins.float
     """Log-probability of the generated token."""
+    piece: _builtins.bytes
+    """The bytes that the chosen token stands for, which need not be whole UTF-8 characters; the name of a special
+    token. Empty from workers of earlier versions.
+    """
     @_builtins.property
     def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopLogprob]:
         """The most likely tokens, in descending order; as many as requested. The generated one may be among them."""
@@ -407,10 +418,11 @@ class TokenLogprobs(_message.Message):
         *,
         logprob: _builtins.float = ...,
         top: _abc.Iterable[Global___TopLogprob] | None = ...,
+        piece: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "top", b"top"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "piece", b"piece", "top", b"top"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -422,17 +434,21 @@ class TopLogprob(_message.Message):
 
     TOKEN_FIELD_NUMBER: _builtins.int
     LOGPROB_FIELD_NUMBER: _builtins.int
+    PIECE_FIELD_NUMBER: _builtins.int
     token: _builtins.int
     logprob: _builtins.float
+    piece: _builtins.bytes
+    """As TokenLogprobs.piece."""
     def __init__(
         self,
         *,
         token: _builtins.int = ...,
         logprob: _builtins.float = ...,
+        piece: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "piece", b"piece", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -444,19 +460,23 @@ class Usage(_message.Message):
 
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     """Tokens of the prompt, including begin-of-text."""
     completion_tokens: _builtins.int
     """Generated tokens, including the end-of-text token."""
+    cached_tokens: _builtins.int
+    """Of prompt_tokens, those that the prefix cache held when the worker began."""
     def __init__(
         self,
         *,
         prompt_tokens: _builtins.int = ...,
         completion_tokens: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -543,6 +563,7 @@ class Model(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     SAMPLING_DEFAULTS_FIELD_NUMBER: _builtins.int
     CHARACTERS_PER_TOKEN_FIELD_NUMBER: _builtins.int
+    CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Served name."""
     architecture: _builtins.str
@@ -571,6 +592,10 @@ class Model(_message.Message):
         checkpoint's generation_config.json (--generation-config auto). Fields without a default are not set.
         """
 
+    @_builtins.property
+    def chat_template(self) -> Global___ChatTemplate:
+        """How a conversation becomes a prompt. Not set where the checkpoint has no chat template."""
+
     def __init__(
         self,
         *,
@@ -584,11 +609,64 @@ class Model(_message.Message):
         revision: _builtins.str = ...,
         sampling_defaults: Global___SamplingParameters | None = ...,
         characters_per_token: _builtins.int = ...,
+        chat_template: Global___ChatTemplate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling_defaults", b"sampling_defaults"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chat_template", b"chat_template", "sampling_defaults", b"sampling_defaults"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "characters_per_token", b"characters_per_token", "context_length", b"context_length", "format", b"format", "name", b"name", "parameters_active", b"parameters_active", "parameters_total", b"parameters_total", "revision", b"revision", "sampling_defaults", b"sampling_defaults", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "characters_per_token", b"characters_per_token", "chat_template", b"chat_template", "context_length", b"context_length", "format", b"format", "name", b"name", "parameters_active", b"parameters_active", "parameters_total", b"parameters_total", "revision", b"revision", "sampling_defaults", b"sampling_defaults", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class ChatTemplate(_message.Message):
+    """A chat template of a checkpoint, in the dialect of Jinja that transformers' apply_chat_template renders.
+    It is code of whoever made the checkpoint: render it in a sandbox.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class SpecialTokensEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    TEMPLATE_FIELD_NUMBER: _builtins.int
+    SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    template: _builtins.str
+    """Of chat_template.jinja, or of tokenizer_config.json; 256 KiB at most."""
+    @_builtins.property
+    def special_tokens(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What the template's variables of these names hold: "bos_token", "eos_token" and others that
+        tokenizer_config.json names.
+        """
+
+    def __init__(
+        self,
+        *,
+        template: _builtins.str = ...,
+        special_tokens: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["special_tokens", b"special_tokens", "template", b"template"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChatTemplate: _TypeAlias = ChatTemplate  # noqa: Y015
