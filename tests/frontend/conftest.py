@@ -36,8 +36,8 @@ class Bench:
         self.tracer = provider.get_tracer("test")
         self.replicas = Replicas()
         self.hold = Hold(hold_s, "demo", from_zero)
-        forwarder = Forwarder(self.replicas, self.tracer, self.hold, patience_s, keys, write_timeout_s)
-        self.frontend = Frontend(forwarder, self.hold)
+        self.forwarder = Forwarder(self.replicas, self.tracer, self.hold, patience_s, keys, write_timeout_s)
+        self.frontend = Frontend(self.forwarder, self.hold)
         self.workers = []
         self.processes = {}
         self.extra = frozenset()
@@ -119,7 +119,7 @@ async def _until_serving(address):
 
 @pytest.fixture
 async def command():
-    """`await command(*args)` starts `moe-frontend` and gives (process, address)."""
+    """`await command(*args)` starts `moe-frontend`: (process, address). `command.http` is of HTTP."""
     processes = []
 
     async def start(*args, env=None):
@@ -133,6 +133,8 @@ async def command():
         )
         processes.append(process)
         while line := (await process.stderr.readline()).decode():
+            if "serving HTTP on" in line:
+                start.http = line.split()[-1]
             if "serving on" in line:
                 await _until_serving(line.split()[-1])
                 return process, line.split()[-1]

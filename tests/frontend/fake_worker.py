@@ -3,6 +3,7 @@
 ``count N [SECONDS]``: N messages, with a pause before each. ``hold``: one message, then nothing more.
 ``silent``: nothing at all. ``together N``: one message, once N requests run at once.
 ``flood N``: N messages of 64 KiB, as fast as they are taken.
+``scored``: "né", whose "é" is of two tokens, with log-probabilities. ``echo``: the request, as text.
 ``full``, ``bad``, ``loading``, ``crash``: the errors a worker answers with.
 A stream of ``count`` is taken up where the request says so.
 As a program (NAME [LISTEN]) it prints its address and serves until it is killed.
@@ -21,7 +22,7 @@ from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
 from moe_api.malformed import MalformedRequestInterceptor
 from moe_api.rich_status import FieldViolation
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
-from moe_operator.frontend.endpoints import Endpoint
+from moe_operator.frontend.endpoints import Endpoint, Served
 
 STOP = inference_pb2.FINISH_REASON_STOP
 ERRORS = {
@@ -30,6 +31,19 @@ ERRORS = {
     "loading": rich_status.retry_later(grpc.StatusCode.UNAVAILABLE, "the model is still loading", 4.0),
     "unknown-model": rich_status.build(grpc.StatusCode.NOT_FOUND, "no model of that name; this is m"),
 }
+
+_TOP = inference_pb2.TopLogprob
+SCORED = inference_pb2.GenerateResponse(
+    text="né",
+    tokens=[1, 2, 3],
+    logprobs=[
+        inference_pb2.TokenLogprobs(logprob=-0.5, piece=b"n", top=[_TOP(token=5, logprob=-0.25, piece=b"m")]),
+        inference_pb2.TokenLogprobs(logprob=-1, piece=b"\xc3", top=[_TOP(logprob=-1, piece=b"\xc3")]),
+        inference_pb2.TokenLogprobs(logprob=-2, piece=b"\xa9"),
+    ],
+    finish_reason=STOP,
+    usage=inference_pb2.Usage(prompt_tokens=9, completion_tokens=3, cached_tokens=4),
+)
 
 
 class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
@@ -63,7 +77,9 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
         port = self.server.add_insecure_port(address)
         await self.server.start()
         await self.health.set_ready(ready=True)
-        self.endpoint = Endpoint(self.name, f"127.0.0.1:{port}", self.revision)
+        self.endpoint = Endpoint(
+            self.name, f"127.0.0.1:{port}", self.revision, 4096, served=Served("m", 4096)
+        )
         return self.endpoint
 
     async def until(self, condition, most_s=30):
@@ -88,7 +104,8 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
         context.set_trailing_metadata((("x-tenant", self.name), ("x-internal", "10.0.0.1")))
         await self._change(requests=1, running=1)
         try:
-            async for response in self._behave(request, context):
+            behave = self._at_once if request.prompt in ("scored", "echo") else self._behave
+            async for response in behave(request, context):
                 yield response
                 await self._change(sent=1)
         except (asyncio.CancelledError, GeneratorExit):  # which, depends on whether a message was being sent
@@ -131,6 +148,13 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
             finish_reason=inference_pb2.FINISH_REASON_LENGTH,
             usage=inference_pb2.Usage(prompt_tokens=3, completion_tokens=steps.stop),
         )
+
+    async def _at_once(self, request, context):
+        answers = {
+            "scored": SCORED,
+            "echo": inference_pb2.GenerateResponse(text=str(request), finish_reason=STOP),
+        }
+        yield answers[request.prompt]
 
     async def Tokenize(self, request, context):
         return inference_pb2.TokenizeResponse(tokens=inference_pb2.TokenIds(ids=list(request.text.encode())))

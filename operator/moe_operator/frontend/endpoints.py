@@ -8,6 +8,25 @@ PORT_NAME: Final = "grpc"
 
 
 @dataclasses.dataclass(frozen=True, order=True)
+class Served:
+    """What a worker says of its model, beyond what routing needs.
+
+    Attributes:
+        name: that clients ask for.
+        context_length: tokens of prompt and text together.
+        samples: whether the checkpoint brings a temperature above 0 for requests that set none.
+        template: how a conversation becomes a prompt, in Jinja; "" where there is no telling.
+        special_tokens: names of the template's variables, and what they hold.
+    """
+
+    name: str = ""
+    context_length: int = 0
+    samples: bool = False
+    template: str = ""
+    special_tokens: tuple[tuple[str, str], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, order=True)
 class Endpoint:
     """A leader that may take requests.
 
@@ -17,6 +36,7 @@ class Endpoint:
         revision: of what it serves, once it was asked.
         context_length: of its model in tokens, once it was asked; 0 before.
         characters_per_token: that one token of its model stands for at most; 0: not known.
+        served: the model, once it was asked.
     """
 
     name: str
@@ -24,6 +44,7 @@ class Endpoint:
     revision: str = ""
     context_length: int = 0
     characters_per_token: int = 0
+    served: Served = Served()
 
 
 def endpoints(slices: Iterable[Mapping[str, Any]]) -> frozenset[Endpoint]:

@@ -11,18 +11,20 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Iterable
+from typing import Any, Final, Protocol
 
 import grpc
 from google.protobuf.message import Message
+from google.rpc import status_pb2
 from opentelemetry import trace
 
 from moe_api import clock, rich_status, spans, telemetry
-from moe_api.writing import WRITE_TIMEOUT_S, SlowReaderError, Writer
+from moe_api.clock import Timed
+from moe_api.writing import WRITE_TIMEOUT_S, Sink, SlowReaderError, Writer
 from moe_operator.frontend import bounds, failures, metadata, routing
 from moe_operator.frontend.echo import ContractError
-from moe_operator.frontend.endpoints import Endpoint
+from moe_operator.frontend.endpoints import Endpoint, Served
 from moe_operator.frontend.failures import Failure, Kind
 from moe_operator.frontend.holding import Hold
 from moe_operator.frontend.progress import Progress
@@ -57,12 +59,22 @@ _NOT_WORTH_A_REPLICA: Final = "/GetModel"
 _Answer = grpc.aio.UnaryStreamCall[Message, bytes]
 
 
+class Caller(Sink, Timed, Protocol):
+    """Who is answered: the context of a gRPC call, or what takes its place behind another protocol."""
+
+    def invocation_metadata(self) -> Iterable[Any] | None:
+        """Metadata of the request, keys in lower case."""
+
+    def set_trailing_metadata(self, trailing_metadata: Any) -> None:
+        """Takes metadata of the answer."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Call:
     """One call of a client, across all attempts to answer it."""
 
     method: str
-    context: Context
+    context: Caller
     span: trace.Span
     writer: Writer
     progress: Progress
@@ -100,18 +112,35 @@ class Forwarder:
         """Where requests may go now, and how many of ours run there."""
         return self._replicas.routes()
 
+    @property
+    def served(self) -> Served:
+        """The model that replicas serve; of the last one, where there is none."""
+        return self._replicas.served
+
+    async def until_replica(self, size: int) -> status_pb2.Status | None:
+        """Waits for a replica, where there is none; says why a request of `size` bytes has to end before."""
+        return None if len(self._replicas) else await self._hold.until_replica(size)
+
     async def forward(self, method: str, request: Message, context: Context) -> None:
-        """Answers one call; `method` is ``package.Service/Method``."""
+        """Answers one call of gRPC; `method` is ``package.Service/Method``."""
         with spans.server_span(self._tracer, context, method) as span:
-            failure = self._oversize(request)
-            if failure is None:
-                writer = Writer(context, self._write_timeout_s)
-                failure = await self._answer(_Call(method, context, span, writer, Progress(request)), request)
+            failure = await self.answer(method, request, context, span)
             if failure is not None:
                 await _give_up(failure, context)
 
-    async def _answer(self, call: _Call, request: Message) -> Failure | None:
-        """Waits for a replica and has the call answered; says why it was not."""
+    async def answer(self, method: str, request: Message, caller: Caller, span: trace.Span) -> Failure | None:
+        """Answers one call, whichever protocol it came by; gives why the answer is not whole, if it is not.
+
+        Args:
+            method: ``package.Service/Method``.
+            request: of that method.
+            caller: gets the messages of the answer, as bytes.
+            span: of the call.
+        """
+        if failure := self._oversize(request):
+            return failure
+        writer = Writer(caller, self._write_timeout_s)
+        call = _Call(method, caller, span, writer, Progress(request))
         if failure := await self._held(call):
             return failure
         if failure := self._oversize(request):  # where it waited, it is known only now what is served

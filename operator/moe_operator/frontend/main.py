@@ -6,6 +6,8 @@ import sys
 from typing import Any
 
 import click
+from opentelemetry.exporter.prometheus import PrometheusMetricReader
+from opentelemetry.sdk.metrics.export import MetricReader
 
 from moe_api import telemetry
 from moe_api.address import check_address
@@ -52,6 +54,14 @@ class _Keys(click.ParamType[frozenset[str]]):
     show_default=True,
     metavar="HOST:PORT",
     help="Address to serve on; port 0 takes a free one.",
+)
+@click.option(
+    "--http",
+    type=_Addresses(),
+    envvar="MOE_HTTP",
+    show_envvar=True,
+    metavar="HOST:PORT",
+    help="Serves OpenAI's HTTP API (docs/openai-api.md) and /metrics here as well; port 0 takes a free one.",
 )
 @click.option("--namespace", default="default", show_default=True, help="Namespace of the deployment.")
 @click.option("--deployment", help="Name of the MoEDeployment; its workers are found by EndpointSlices.")
@@ -102,11 +112,11 @@ class _Keys(click.ParamType[frozenset[str]]):
 def main(**given: Any) -> None:
     """Routes requests to the replicas of a MoEDeployment.
 
-    Serves moe_api.inference.v1.InferenceService, grpc.health.v1 and reflection. A request goes to the
-    replica with the fewest requests in flight. Where a worker dies, another replica of the same revision
-    goes on with its streams, without a lost or repeated token. Health service "" is SERVING while at least
-    one worker is ready, for --patience after the last one was lost, and where one is made for requests
-    (--hold); "liveness" always.
+    Serves moe_api.inference.v1.InferenceService, grpc.health.v1 and reflection; with --http also OpenAI's
+    API. A request goes to the replica with the fewest requests in flight. Where a worker dies, another
+    replica of the same revision goes on with its streams, without a lost or repeated token. Health service ""
+    is SERVING while at least one worker is ready, for --patience after the last one was lost, and where one
+    is made for requests (--hold); "liveness" always.
 
     \b
     In a cluster:      moe-frontend --namespace prod --deployment deepseek
@@ -122,8 +132,13 @@ def main(**given: Any) -> None:
     guard_logs()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
-        with telemetry.configure("moe-frontend"):
+        with telemetry.configure("moe-frontend", readers=_readers(options)):
             asyncio.run(serve(options))
     except MoEOperatorError as error:
         click.echo(f"error: {one_line(str(error), LOG_MOST)}", err=True)
         sys.exit(2)
+
+
+def _readers(options: Options) -> list[MetricReader]:
+    """Who else reads metrics: Prometheus, at /metrics of the HTTP port."""
+    return [PrometheusMetricReader()] if options.http else []

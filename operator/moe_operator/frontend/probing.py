@@ -19,10 +19,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from moe_api import transport
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
 from moe_api.supervision import Backoff, Supervisor
-from moe_operator.frontend.endpoints import Endpoint
+from moe_operator.frontend.endpoints import Endpoint, Served
 
 _LOG: Final = logging.getLogger(__name__)
 _ASK_S: Final = 10.0
+# Bytes, as inference.proto states it; a template of no more characters is no larger than three times that.
+_LARGEST_TEMPLATE: Final = 256 * 2**10
 _BACKOFF: Final = Backoff(first_s=0.1, longest_s=2.0)
 _CHANCE: Final = random.random
 _OPTIONS: Final = (*transport.CLIENT_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
@@ -105,4 +107,16 @@ async def _with_model(channel: grpc.aio.Channel, endpoint: Endpoint) -> Endpoint
         revision=model.revision,
         context_length=model.context_length,
         characters_per_token=model.characters_per_token,
+        served=_served(model),
+    )
+
+
+def _served(model: inference_pb2.Model) -> Served:
+    template = model.chat_template
+    return Served(
+        model.name,
+        model.context_length,
+        model.sampling_defaults.temperature > 0,
+        template.template if len(template.template) <= _LARGEST_TEMPLATE else "",
+        tuple(sorted(template.special_tokens.items())),
     )

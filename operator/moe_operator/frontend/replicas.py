@@ -14,7 +14,7 @@ from moe_api import transport
 from moe_api.supervision import Supervisor
 from moe_operator.frontend import routing
 from moe_operator.frontend.bounds import Limits
-from moe_operator.frontend.endpoints import Endpoint
+from moe_operator.frontend.endpoints import Endpoint, Served
 
 # Pods reuse addresses: a channel of its own per replica shares no backoff with a predecessor's.
 _OPTIONS: Final = (*transport.CLIENT_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
@@ -67,6 +67,7 @@ class Replicas:
         self._supervisor = supervisor or Supervisor()
         self._ready: dict[str, _Replica] = {}
         self._leaving: list[_Replica] = []
+        self._served = Served()
         self._requests = 0
         self._closing: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
@@ -85,6 +86,7 @@ class Replicas:
                 channel = grpc.aio.insecure_channel(endpoint.address, options=_OPTIONS)
                 load = routing.Load(name, revision=endpoint.revision)
                 self._ready[name] = _Replica(endpoint, channel, load)
+        self._served = next((endpoint.served for endpoint in sorted(endpoints)), self._served)
         self._close_idle()
         self._changed.set()
         self._changed = asyncio.Event()
@@ -125,6 +127,11 @@ class Replicas:
             max((endpoint.context_length for endpoint in known), default=0),
             max(per_token, default=0) if all(per_token) else 0,
         )
+
+    @property
+    def served(self) -> Served:
+        """The model of a replica that takes requests, or of the last one that did."""
+        return self._served
 
     def endpoints(self) -> list[Endpoint]:
         """Where requests may go now."""

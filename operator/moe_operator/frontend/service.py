@@ -77,6 +77,11 @@ class Frontend:
         await self._server.start()
         return port
 
+    @property
+    def ready(self) -> bool:
+        """Whether probes are told that requests are welcome."""
+        return self._ready
+
     async def set_ready(self, *, ready: bool) -> None:
         """Says whether there is a worker, and tells probes whether requests are welcome.
 

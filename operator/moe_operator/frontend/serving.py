@@ -15,11 +15,14 @@ from moe_operator.errors import InstallationError, MoEOperatorError
 from moe_operator.frontend.endpoints import Endpoint, static_endpoints
 from moe_operator.frontend.forwarding import Forwarder
 from moe_operator.frontend.holding import Hold
+from moe_operator.frontend.http.app import Api
+from moe_operator.frontend.http.server import HttpServer
 from moe_operator.frontend.probing import Prober
 from moe_operator.frontend.replicas import Replicas
 from moe_operator.frontend.service import Frontend
 
 _LOG: Final = logging.getLogger("moe-frontend")
+_SCOPE: Final = "moe_operator.frontend"
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -27,12 +30,14 @@ _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 class Options:
     """What the command line says; times are in seconds.
 
-    listen: one address, ``HOST:PORT``.
+    listen: one address, ``HOST:PORT``, of gRPC.
+    http: one of OpenAI's API, if it is served.
     deployment, static: where the workers are, one of the two.
     forward_metadata: keys that pass between clients and workers.
     """
 
     listen: tuple[str, ...]
+    http: tuple[str, ...] | None
     namespace: str
     deployment: str | None
     static: tuple[str, ...] | None
@@ -51,31 +56,34 @@ async def serve(options: Options) -> None:
     """
     supervisor = Supervisor(expected=(MoEOperatorError,))
     replicas = Replicas(supervisor=supervisor)
-    frontend = _frontend(options, replicas, supervisor)
+    forwarder, hold = _forwarder(options, replicas)
+    frontend = Frontend(forwarder, hold, supervisor)
     await frontend.set_ready(ready=False)
     with _stop_signal() as stop:
         async with _following(options, replicas, frontend, supervisor):
+            # Pods are ready by gRPC's health, so HTTP comes first.
+            http = await _listen_http(options, forwarder, frontend, supervisor)
             await _listen(frontend, options.listen[0])
             await stop.wait()
             _LOG.info("draining for %g s at most", options.grace)
-            await frontend.drain(options.grace)
+            await asyncio.gather(frontend.drain(options.grace), *(port.drain(options.grace) for port in http))
     await replicas.close()
     await supervisor.close()
 
 
-def _frontend(options: Options, replicas: Replicas, supervisor: Supervisor) -> Frontend:
+def _forwarder(options: Options, replicas: Replicas) -> tuple[Forwarder, Hold]:
     limit_s = options.hold or options.patience
     hold = Hold(limit_s, options.deployment or "this frontend", from_zero=options.hold > 0)
-    hold.measure(metrics.get_meter("moe_operator.frontend"))
+    hold.measure(metrics.get_meter(_SCOPE))
     forwarder = Forwarder(
         replicas,
-        trace.get_tracer("moe_operator.frontend"),
+        trace.get_tracer(_SCOPE),
         hold,
         options.patience,
         options.forward_metadata,
         options.write_timeout,
     )
-    return Frontend(forwarder, hold, supervisor)
+    return forwarder, hold
 
 
 async def _listen(frontend: Frontend, address: str) -> None:
@@ -86,6 +94,19 @@ async def _listen(frontend: Frontend, address: str) -> None:
             f"cannot listen on {address}; is the port taken, or the address another machine's?"
         ) from error
     _LOG.info("serving on %s:%d", address.rpartition(":")[0], port)
+
+
+async def _listen_http(
+    options: Options, forwarder: Forwarder, frontend: Frontend, supervisor: Supervisor
+) -> list[HttpServer]:
+    """The server of OpenAI's API, where there is one."""
+    if not options.http:
+        return []
+    api = Api(forwarder, trace.get_tracer(_SCOPE), lambda: frontend.ready)
+    server = HttpServer(api.gated(metrics.get_meter(_SCOPE)), supervisor)
+    port = await server.start(options.http[0])
+    _LOG.info("serving HTTP on %s:%d", options.http[0].rpartition(":")[0], port)
+    return [server]
 
 
 @contextlib.asynccontextmanager

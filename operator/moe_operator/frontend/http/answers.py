@@ -1,0 +1,92 @@
+"""Answers as OpenAI's API gives them. Pure."""
+
+from collections.abc import Iterable
+from typing import Any, Final, Literal
+
+import msgspec
+
+from moe_api.inference.v1 import inference_pb2
+
+FINISH_REASONS: Final = {
+    inference_pb2.FINISH_REASON_UNSPECIFIED: None,
+    inference_pb2.FINISH_REASON_STOP: "stop",
+    inference_pb2.FINISH_REASON_LENGTH: "length",
+}
+_ENCODER: Final = msgspec.json.Encoder()
+
+
+class PromptTokensDetails(msgspec.Struct, frozen=True):
+    """cached_tokens: of the prompt, those that a worker's prefix cache held."""
+
+    cached_tokens: int = 0
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens of a request: of each prompt once, of all texts."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class Logprobs(msgspec.Struct, frozen=True):
+    """What the model thought of the tokens of a completion; one entry for each token."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(msgspec.Struct, frozen=True):
+    """A text, or a piece of it."""
+
+    index: int
+    text: str
+    logprobs: Logprobs | None = None
+    finish_reason: str | None = None
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A completion, or a chunk of a stream: both have this shape."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that is served. max_model_len: tokens of prompt and text together, as vLLM names it."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+
+
+class ModelList(msgspec.Struct, frozen=True):
+    """All models that are served."""
+
+    data: list[Model]
+    object: str = "list"
+
+
+def encode(answer: Any) -> bytes:
+    """The JSON of an answer."""
+    return _ENCODER.encode(answer)
+
+
+def total(usages: Iterable[inference_pb2.Usage], n: int) -> Usage:
+    """The usage of a request of which each prompt gave `n` texts, in the order of the texts."""
+    prompt = cached = completion = 0
+    for index, usage in enumerate(usages):
+        completion += usage.completion_tokens
+        if index % n == 0:
+            prompt += usage.prompt_tokens
+            cached += usage.cached_tokens
+    return Usage(prompt, completion, prompt + completion, PromptTokensDetails(cached))

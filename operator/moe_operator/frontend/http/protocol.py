@@ -1,0 +1,64 @@
+"""Bounds what uvicorn leaves open: the time that a client takes for the head of a request, and connections.
+
+uvicorn (0.54) has a time for idle connections between two requests, and none for one that never sends a whole
+head; every byte resets it.
+"""
+
+import asyncio
+from typing import Any, Final
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+HEAD_S: Final = 10.0
+"""Seconds from the first byte of a request, or from the connection, to the end of its head."""
+CONNECTIONS_MOST: Final = 1000
+"""As of gRPC (moe_api.transport)."""
+
+
+class BoundedProtocol(H11Protocol):
+    """HTTP/1.1 with a deadline for heads; `scope["state"]["abort"]` cuts the connection."""
+
+    head_s: float = HEAD_S
+    connections_most: int = CONNECTIONS_MOST
+    _head: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Refuses a connection above the bound."""
+        super().connection_made(transport)
+        self.app_state = {**self.app_state, "abort": transport.abort}
+        if len(self.connections) > self.connections_most:
+            transport.abort()
+        else:
+            self._expect_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Runs the clock while no request is under way."""
+        if self._idle and self._head is None:
+            self._expect_head()
+        super().data_received(data)
+        if not self._idle:
+            self._forget_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stops the clock."""
+        self._forget_head()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        """The next request may have begun behind the last one."""
+        super().on_response_complete()
+        if not self._idle:
+            self._forget_head()
+
+    @property
+    def _idle(self) -> bool:
+        cycle: Any = self.cycle
+        return cycle is None or cycle.response_complete
+
+    def _expect_head(self) -> None:
+        self._head = self.loop.call_later(self.head_s, self.transport.abort)
+
+    def _forget_head(self) -> None:
+        if self._head is not None:
+            self._head.cancel()
+            self._head = None

@@ -1,0 +1,296 @@
+"""Bad input over HTTP: each a sentence in OpenAI's form, nothing lost, nobody else slower."""
+
+import asyncio
+import contextlib
+import json
+import math
+import re
+
+import httpx2
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moe_operator.frontend.endpoints import Served
+from moe_operator.frontend.http import bodies, prompts
+from moe_operator.frontend.http.bodies import Bodies, check_depth, decode
+from moe_operator.frontend.http.completions import plan
+from moe_operator.frontend.http.errors import ApiError
+from moe_operator.frontend.http.protocol import BoundedProtocol
+from moe_operator.frontend.http.schemas import CompletionRequest
+
+WRONG = [
+    ({"prompt": 7}, "prompt", "prompt is not valid: expected"),
+    ({"prompt": None}, "prompt", "prompt is missing"),
+    ({}, "prompt", "prompt is missing"),
+    ({"prompt": []}, "prompt", "prompt is an empty list"),
+    ({"prompt": ["a", 1]}, "prompt", "mixes"),
+    ({"prompt": [["a"]]}, "prompt[0][0]", "expected"),
+    ({"prompt": [-1]}, "prompt[0]", "expected"),
+    ({"prompt": [2**32]}, "prompt[0]", "expected"),
+    ({"prompt": ["a"] * 129}, "prompt", "ask for 129 texts"),
+    ({"prompt": ["a"] * 65, "n": 2}, "n", "ask for 130 texts"),
+    ({"prompt": "a", "max_tokens": 0}, "max_tokens", "expected int >= 1"),
+    ({"prompt": "a", "max_tokens": "7"}, "max_tokens", "expected int | null, got str"),
+    ({"prompt": "a", "max_tokens": 1.5}, "max_tokens", "got float"),
+    ({"prompt": "a", "n": 0}, "n", "expected int >= 1"),
+    ({"prompt": "a", "n": 1000}, "n", "expected int <= 128"),
+    ({"prompt": "a", "best_of": 2}, "best_of", "leave it out, or give the value of n"),
+    ({"prompt": "a", "suffix": "b"}, "suffix", "is not supported"),
+    ({"prompt": "a", "logprobs": 21}, "logprobs", "expected int <= 20"),
+    ({"prompt": "a", "echo": True, "logprobs": 1}, "echo", "prompts are not scored"),
+    ({"prompt": [1], "echo": True}, "echo", "needs prompts that are texts"),
+    ({"prompt": "a", "stream_options": {}}, "stream_options", "is only for streams"),
+    ({"prompt": "a", "stream": "yes"}, "stream", "expected bool"),
+    ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", "expected"),
+    ({"prompt": "a", "logit_bias": {"1": 101}}, "logit_bias[...]", "expected float <= 100"),
+    ({"prompt": "a", "temprature": 1}, "temprature", "is not a field of this request"),
+    ({"prompt": "a", "stream_options": {"x": 1}}, "stream_options.x", "is not a field"),
+    ({"prompt": "a", "stop": 5}, "stop", "expected"),
+    ({"prompt": "a", "seed": 2**64}, "seed", "expected"),
+    ({"prompt": "a", "stop": ["x"] * 17}, "stop", "holds 17 texts; use 16 at most"),
+    ({"prompt": list(range(5000))}, "prompt", "prompt has 5000 tokens; use 4095 at most"),
+]
+
+
+@pytest.mark.parametrize(("body", "param", "sentence"), WRONG)
+async def test_a_wrong_field_is_named_in_a_sentence(http, body, param, sentence):
+    h = await http(workers=1)
+    response = await h.client.post("/v1/completions", json=body)
+    error = response.json()["error"]
+    assert response.status_code == 400
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+    assert sentence in error["message"]
+    assert h.bench.workers[0].requests == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "is not valid JSON"),
+        (b"{", "is not valid JSON"),
+        (b"[]", "the body is not such a request: expected object"),
+        (b'{"prompt": "a"} x', "is not valid JSON"),
+        (b'{"prompt": "\xff"}', "is not valid JSON"),
+        (b'{"prompt": "\\ud800"}', "is not valid JSON"),
+        (b'{"prompt": "a", "temperature": NaN}', "is not valid JSON"),
+        (b'{"prompt": "a", "temperature": 1e999}', "temperature"),
+        (b'{"prompt": ' + b"[" * 100_000, "prompt"),
+        (b'{"metadata": {"a": ' + b"[" * 100_000, "the body is nested too deeply"),
+        (b"\xef\xbb\xbf{}", "is not valid JSON"),
+    ],
+)
+async def test_what_is_no_request_is_refused(http, content, sentence):
+    h = await http(workers=1)
+    headers = {"content-type": "application/json"}
+    response = await h.client.post("/v1/completions", content=content, headers=headers)
+    assert response.status_code == 400
+    assert sentence in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"content-type": "application/x-www-form-urlencoded"}, 415),
+        ({"content-type": "application/json", "content-encoding": "gzip"}, 415),
+        ({"content-type": "application/json; charset=utf-8"}, 200),
+        ({"content-type": "application/vnd.api+json"}, 200),
+    ],
+)
+async def test_bodies_are_plain_json(http, headers, status):
+    h = await http(workers=1)
+    body = json.dumps({"prompt": "count 1"})
+    response = await h.client.post("/v1/completions", content=body, headers=headers)
+    assert response.status_code == status
+
+
+async def test_unknown_paths_and_methods_are_refused_in_the_same_form(http):
+    h = await http(workers=1)
+    for method, path, status in (("GET", "/v1/completions", 405), ("POST", "/v1/nothing", 404)):
+        response = await h.client.request(method, path)
+        assert response.status_code == status
+        assert f"{method} {path}" in response.json()["error"]["message"]
+    assert (await h.client.get("/v1/completions")).headers["allow"] == "POST"
+    assert (await h.client.get("/v1/models/other")).json()["error"]["code"] == "model_not_found"
+
+
+async def test_a_body_that_is_too_large_is_refused_before_it_is_held(http):
+    h = await http(workers=1)
+    most = bodies.most_bytes(4096)
+    assert most == 2**20
+    for size in (most + 1, 10 * 2**20):
+        response = await h.complete("x" * size)
+        assert response.status_code == 413
+        assert "1048576 bytes are allowed" in response.json()["error"]["message"]
+
+    async def parts():
+        for _ in range(200):
+            yield b"x" * 65_536
+
+    headers = {"content-type": "application/json"}
+    response = await h.client.post("/v1/completions", content=parts(), headers=headers)
+    assert response.status_code == 413
+    assert (await h.complete("count 1")).status_code == 200
+
+
+async def test_many_large_bodies_at_once_are_bounded_together(http):
+    reader = Bodies(limit_s=30, most=600_000)
+    h = await http(workers=1, reader=reader)
+    rest = asyncio.Event()
+
+    async def slow():
+        yield b'{"prompt": "count 1' + b" " * 500_000
+        await rest.wait()
+        yield b'"}'
+
+    headers = {"content-type": "application/json"}
+    first = asyncio.create_task(h.client.post("/v1/completions", content=slow(), headers=headers))
+    while reader.held < 500_000:
+        await asyncio.sleep(0.01)
+    refused = await h.complete("x" * 300_000)
+    assert refused.status_code == 429
+    assert refused.headers["retry-after"] == "1"
+    rest.set()
+    assert (await first).status_code == 200
+    assert reader.held == 0
+    assert (await h.complete("count 1")).status_code == 200
+
+
+async def test_a_body_that_does_not_come_is_given_up(http):
+    h = await http(workers=1, reader=Bodies(limit_s=0.3))
+    reader, writer = await asyncio.open_connection("127.0.0.1", h.port)
+    writer.write(
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        b"content-length: 100\r\n\r\n{"
+    )
+    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+    assert head.startswith(b"HTTP/1.1 408 ")
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET /health HTTP/1.1\r\nx: ", b"GET /health HTTP/1.1\r\nhost: x\r\n\r\nGET"]
+)
+async def test_a_head_that_does_not_end_costs_the_connection(http, monkeypatch, sent):
+    monkeypatch.setattr(BoundedProtocol, "head_s", 0.5)
+    h = await http(workers=1)
+    reader, writer = await asyncio.open_connection("127.0.0.1", h.port)
+    writer.write(sent)
+
+    async def drip():
+        while True:
+            await asyncio.sleep(0.1)
+            writer.write(b"y")
+
+    dripping = asyncio.create_task(drip()) if sent else None
+    with contextlib.suppress(ConnectionError):
+        while await asyncio.wait_for(reader.read(1000), 5):
+            pass
+    if dripping is not None:
+        dripping.cancel()
+    writer.close()
+
+
+async def test_connections_are_bounded(http, monkeypatch):
+    monkeypatch.setattr(BoundedProtocol, "connections_most", 5)
+    h = await http(workers=1)
+    held = [await asyncio.open_connection("127.0.0.1", h.port) for _ in range(5)]
+    with pytest.raises(httpx2.HTTPError):
+        await h.client.get("/health")
+    held[0][1].close()
+    async with asyncio.timeout(5):
+        while True:
+            try:
+                response = await h.client.get("/health")
+            except httpx2.HTTPError:
+                await asyncio.sleep(0.05)
+                continue
+            break
+    assert response.status_code == 200
+    for _, writer in held[1:]:
+        writer.close()
+
+
+async def test_bytes_that_are_no_http_are_answered_and_forgotten(http):
+    h = await http(workers=1)
+    for sent in (
+        b"\x16\x03\x01\x02\x00" * 50 + b"\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"x" * 100_000,
+    ):
+        reader, writer = await asyncio.open_connection("127.0.0.1", h.port)
+        writer.write(sent)
+        with contextlib.suppress(ConnectionError):
+            assert (await asyncio.wait_for(reader.read(100), 5))[:10] in (b"HTTP/1.1 4", b"")
+        writer.close()
+    assert (await h.complete("count 1")).status_code == 200
+
+
+async def test_a_stream_that_nobody_reads_is_stopped(http):
+    h = await http(workers=1, write_timeout_s=0.5)
+    _, writer = await asyncio.open_connection("127.0.0.1", h.port, limit=1024)
+    body = json.dumps({"prompt": "flood 2000", "stream": True}).encode()
+    writer.write(
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        b"content-length: %d\r\n\r\n%s" % (len(body), body)
+    )
+    await h.bench.workers[0].until(lambda worker: worker.requests == 1 and worker.running == 0)
+    assert (await h.complete("count 1")).status_code == 200
+    writer.close()
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+_FIELDS = st.sampled_from([field.name for field in msgspec.structs.fields(CompletionRequest)])
+
+
+def refusal(body):
+    """Why the body is refused; the requests that it asks for, where it is not."""
+    try:
+        return plan(decode(body, CompletionRequest), Served("m", 4096)).requests
+    except ApiError as error:
+        return error
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(_FIELDS, _JSON, max_size=6))
+def test_any_value_of_any_field_is_taken_or_refused_by_name(body):
+    found = refusal(json.dumps(body, ensure_ascii=False).encode(errors="surrogatepass"))
+    if not isinstance(found, ApiError):
+        assert all(request.SerializeToString() for request in found)
+        return
+    assert found.status == 400
+    assert re.match(r"(the body |\w+)", found.message)
+    assert found.param is None or re.split(r"[.[]", found.param)[0] in {*body, "prompt"}
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow])
+@given(st.binary(max_size=200))
+def test_any_bytes_are_refused_or_taken(body):
+    found = refusal(body)
+    assert isinstance(found, list) or found.status == 400
+
+
+def test_numbers_beyond_a_float_become_what_the_worker_refuses():
+    asked = plan(decode(b'{"prompt": "a", "temperature": 1e300}', CompletionRequest), Served())
+    assert math.isinf(asked.requests[0].sampling.temperature)
+
+
+def test_nesting_is_bounded_without_recursion():
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(ApiError, match="nested more than 64 deep"):
+        check_depth("tools", deep)
+    check_depth("tools", {"a": [1, {"b": "c"}]})
+
+
+def test_one_prompt_of_ids_is_one_prompt():
+    assert prompts.prompts([1, 2]) == [[1, 2]]
+    assert prompts.prompts([[1], [2]]) == [[1], [2]]
+    assert prompts.prompts(["a", "b"]) == ["a", "b"]
