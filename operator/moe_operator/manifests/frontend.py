@@ -18,6 +18,21 @@ _POD_UID: Manifest = {
     "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.uid"}},
 }
 
+# A variable, for images of earlier versions know no such flag; users turn HTTP off with an empty one.
+_HTTP = {"MOE_HTTP": f"0.0.0.0:{names.HTTP_PORT}"}
+_HTTP_PORT: Manifest = {
+    "name": names.HTTP_PORT_NAME,
+    "containerPort": names.HTTP_PORT,
+    "protocol": "TCP",
+}
+_HTTP_SERVICE_PORT: Manifest = {
+    "name": names.HTTP_PORT_NAME,
+    "port": names.HTTP_PORT,
+    "targetPort": names.HTTP_PORT_NAME,
+    "protocol": "TCP",
+    "appProtocol": "http",
+}
+
 _EXIT_SECONDS = 5
 """Of a pod's grace period, what the process keeps for itself after its last stream."""
 
@@ -52,8 +67,8 @@ def pod_spec(deployment: Deployment) -> Manifest:
         "name": names.ROLE_FRONTEND,
         "image": settings.image,
         "command": command(deployment),
-        "env": [*pods.environment(deployment, names.ROLE_FRONTEND, settings), _POD_UID],
-        "ports": pods.PORTS,
+        "env": [*pods.environment(deployment, names.ROLE_FRONTEND, settings, _HTTP), _POD_UID],
+        "ports": [*pods.PORTS, _HTTP_PORT],
         "resources": settings.resources.manifest(),
         "startupProbe": _STARTUP_PROBE,
         "readinessProbe": _READINESS_PROBE,
@@ -100,7 +115,11 @@ def deployment(of: Deployment) -> Manifest:
 def service(of: Deployment) -> Manifest:
     """The Service that clients call."""
     manifest = _child(of, "v1", "Service")
-    manifest["spec"] = {"type": "ClusterIP", "selector": labels(of.name), "ports": pods.SERVICE_PORTS}
+    manifest["spec"] = {
+        "type": "ClusterIP",
+        "selector": labels(of.name),
+        "ports": [*pods.SERVICE_PORTS, _HTTP_SERVICE_PORT],
+    }
     return manifest
 
 

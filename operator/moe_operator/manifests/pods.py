@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from moe_operator.manifests.objects import Manifest
@@ -41,9 +42,15 @@ def probe(service: str, *, period: int, failures: int, timeout: int = 5) -> Mani
     }
 
 
-def environment(deployment: Deployment, role: str, settings: PodSettings) -> list[Manifest]:
-    """Environment of a container: who it is, where its traces go, then what the user set (which wins)."""
+def environment(
+    deployment: Deployment, role: str, settings: PodSettings, own: Mapping[str, str] = MappingProxyType({})
+) -> list[Manifest]:
+    """Environment of a container: who it is, where its traces go, then what the user set (which wins).
+
+    own: variables of this role.
+    """
     pairs: dict[str, Manifest] = {
+        **{name: {"value": value} for name, value in own.items()},
         "POD_NAME": {"valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.name"}}},
         "POD_NAMESPACE": {"valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.namespace"}}},
         "OTEL_SERVICE_NAME": {"value": f"moe-{role}"},

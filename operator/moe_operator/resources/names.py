@@ -51,6 +51,9 @@ REVISED_FIELDS: Final = ("model", "parallelism", "engine", "quality", "worker", 
 
 GRPC_PORT: Final = 8000
 GRPC_PORT_NAME: Final = "grpc"
+HTTP_PORT: Final = 8080
+HTTP_PORT_NAME: Final = "http"
+"""OpenAI's API, of frontends."""
 LIVENESS_SERVICE: Final = "liveness"
 """grpc.health.v1 service that says that the process is alive; the service "" says that it is ready."""
 
