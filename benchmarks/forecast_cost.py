@@ -16,8 +16,8 @@ import time
 
 import numpy as np
 
-from moe_operator.scaling.forecast import Forecaster
-from moe_operator.scaling.history import History
+from moe_operator.autoscaling.model.forecast import Forecaster
+from moe_operator.autoscaling.model.history import History
 
 DAY = 1440
 UPDATE_MS, REFIT_MS, MINUTE_MS = 5.0, 1000.0, 60.0

@@ -11,8 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
-from moe_operator.scaling.forecast.combination import MEMORIES
-from moe_operator.scaling.replay import scoring, trace
+from moe_operator.autoscaling.model.forecast.combination import MEMORIES
+from moe_tools.replay import scoring, trace
 
 CHOICES = (*((memory,) for memory in (1.0, 0.9995, 0.999, 0.998, 0.995, 0.99, 0.98)), MEMORIES)
 FIGURES = ("wape", "pinball_p90")

@@ -1,1 +1,1 @@
-"""The operator, the router in front of the workers, and the command-line client. No torch in here."""
+"""The operator and the API that it serves. No torch in here."""

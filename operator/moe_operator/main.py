@@ -5,7 +5,7 @@ from __future__ import annotations
 import kopf
 
 from moe_api.visible import guard_logs
-from moe_operator.handlers.registration import register
+from moe_operator.controller.registration import register
 from moe_operator.settings import from_environment
 
 guard_logs()

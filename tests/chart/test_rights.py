@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from localcluster.errors import CommandError
-from moe_operator.manifests import children
-from moe_operator.manifests.objects import Manifest
+from moe_operator.render import children
+from moe_operator.render.objects import Manifest
 from moe_operator.resources.deployment import parse
 from tests.chart.conftest import NAMESPACE
 from tests.operator.live import Live, eventually, manifest

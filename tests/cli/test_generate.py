@@ -14,8 +14,8 @@ from opentelemetry.sdk.trace import TracerProvider
 from moe_api import semconv
 from moe_api.address import check_address
 from moe_api.inference.v1 import inference_pb2
-from moe_operator.cli.generate import _describe_request
-from moe_operator.cli.timing import Timing, summary
+from moe_cli.generate import _describe_request
+from moe_cli.timing import Timing, summary
 from tests.cli.conftest import MOE
 from tests.frontend.fake_worker import FakeWorker
 

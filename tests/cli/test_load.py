@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_operator.cli.load_report import Progress, summarise
-from moe_operator.cli.load_run import Arrivals, Outcome, Part, Tally, arrivals
-from moe_operator.cli.load_trace import Trace, read
+from moe_tools.load.report import Progress, summarise
+from moe_tools.load.run import Arrivals, Outcome, Part, Tally, arrivals
+from moe_tools.load.trace import Trace, read
 from tests.cli.conftest import MOE
 
 NONE = np.zeros(0, np.int64)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_operator.cli.load_trace import read
-from moe_operator.scaling.recorded import TraceError
+from moe_tools.load.trace import read
+from moe_tools.recorded import TraceError
 
 
 def written(tmp_path, name, text):

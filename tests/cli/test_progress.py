@@ -2,7 +2,7 @@
 
 import io
 
-from moe_operator.cli.progress import Lines
+from moe_tools.progress import Lines
 
 
 def written(calls, total):

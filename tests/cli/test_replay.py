@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from moe_operator.cli.main import main
+from moe_cli.main import main
 
 
 @pytest.fixture(scope="module")

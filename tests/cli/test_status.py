@@ -6,8 +6,8 @@ import json
 import pytest
 from rich.console import Console
 
-from moe_operator.cli.rendering import count, show
-from moe_operator.cli.report import report
+from moe_cli.rendering import count, show
+from moe_cli.report import report
 
 
 def deployment(name="demo", **status):

@@ -11,7 +11,7 @@ import grpc
 from rich.console import Console
 
 from moe_api.inference.v1 import inference_pb2
-from moe_operator.cli.rendering import show
+from moe_cli.rendering import show
 from tests.cli.conftest import MOE
 from tests.frontend.fake_worker import FakeWorker
 

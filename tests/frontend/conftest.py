@@ -14,12 +14,12 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from moe_api import transport
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
-from moe_operator.frontend import metadata
-from moe_operator.frontend.endpoints import Endpoint
-from moe_operator.frontend.forwarding import Forwarder
-from moe_operator.frontend.holding import Hold
-from moe_operator.frontend.replicas import Replicas
-from moe_operator.frontend.service import Frontend
+from moe_frontend.discovery.endpoints import Endpoint
+from moe_frontend.transport import metadata
+from moe_frontend.transport.forwarding import Forwarder
+from moe_frontend.transport.holding import Hold
+from moe_frontend.transport.replicas import Replicas
+from moe_frontend.transport.service import Frontend
 from tests.frontend.fake_worker import FakeWorker
 
 MOE_FRONTEND = Path(sys.executable).with_name("moe-frontend")

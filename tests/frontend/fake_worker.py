@@ -22,7 +22,7 @@ from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
 from moe_api.malformed import MalformedRequestInterceptor
 from moe_api.rich_status import FieldViolation
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
-from moe_operator.frontend.endpoints import Endpoint, Served
+from moe_frontend.discovery.endpoints import Endpoint, Served
 
 STOP = inference_pb2.FINISH_REASON_STOP
 ERRORS = {

@@ -6,8 +6,8 @@ import kubernetes
 import pytest
 
 from moe_api.supervision import Supervisor
-from moe_operator.frontend.discovery import SERVICE_LABEL, SliceWatcher
-from moe_operator.frontend.endpoints import Endpoint
+from moe_frontend.discovery.endpoints import Endpoint
+from moe_frontend.discovery.slices import SERVICE_LABEL, SliceWatcher
 from tests.frontend.apiserver import running_api_server
 
 PATIENCE_S = 20

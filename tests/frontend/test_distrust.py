@@ -8,8 +8,8 @@ import pytest
 
 from moe_api import rich_status, transport
 from moe_api.inference.v1 import inference_pb2 as pb
-from moe_operator.frontend import routing
-from moe_operator.frontend.endpoints import Endpoint
+from moe_frontend.discovery.endpoints import Endpoint
+from moe_frontend.policy import routing
 
 SERVICE = "moe_api.inference.v1.InferenceService"
 STOP, LENGTH = pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH

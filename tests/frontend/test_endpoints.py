@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_operator.frontend.discovery import apply_event
-from moe_operator.frontend.endpoints import Endpoint, endpoints, static_endpoints
+from moe_frontend.discovery.endpoints import Endpoint, endpoints, static_endpoints
+from moe_frontend.discovery.slices import apply_event
 
 
 def slice_of(*entries, ports=({"name": "grpc", "port": 8000, "protocol": "TCP"},), kind="IPv4"):

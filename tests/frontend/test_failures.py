@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from moe_api import rich_status
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
-from moe_operator.frontend.endpoints import Endpoint
+from moe_frontend.discovery.endpoints import Endpoint
 
 MOE_FRONTEND = Path(sys.executable).with_name("moe-frontend")
 SERVING = health_pb2.HealthCheckResponse.SERVING

@@ -11,8 +11,9 @@ from opentelemetry import trace
 
 from moe_api import rich_status, semconv, telemetry
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
-from moe_operator.frontend import bounds, forwarding, metadata, routing
-from moe_operator.frontend.endpoints import Endpoint
+from moe_frontend.discovery.endpoints import Endpoint
+from moe_frontend.policy import routing
+from moe_frontend.transport import bounds, forwarding, metadata
 from tests.frontend.fake_worker import FakeWorker
 from tests.http2 import RawClient, answers
 

@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from moe_api import rich_status
 from moe_api.frontend.v1 import frontend_pb2, frontend_pb2_grpc
 from moe_api.inference.v1 import inference_pb2
-from moe_operator.frontend import holding
+from moe_frontend.transport import holding
 from tests.frontend.fake_worker import FakeWorker
 
 

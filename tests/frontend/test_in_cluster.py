@@ -10,7 +10,7 @@ import pytest
 
 from localcluster import Forward
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
-from moe_operator.manifests import frontend
+from moe_operator.render import frontend
 from moe_operator.resources import names
 from moe_operator.resources.deployment import parse
 from tests.localcluster.objects import apply, wait_ready

@@ -5,9 +5,9 @@ import asyncio
 import pytest
 
 from moe_api.supervision import Backoff, Supervisor
-from moe_operator.frontend import probing
-from moe_operator.frontend.endpoints import Endpoint
-from moe_operator.frontend.probing import Prober
+from moe_frontend.discovery import probing
+from moe_frontend.discovery.endpoints import Endpoint
+from moe_frontend.discovery.probing import Prober
 from tests.frontend.fake_worker import FakeWorker
 
 

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_api.inference.v1 import inference_pb2 as pb
-from moe_operator.frontend.progress import Progress
-from moe_operator.frontend.routing import Trials, replay_after_s
+from moe_frontend.policy.progress import Progress
+from moe_frontend.policy.routing import Trials, replay_after_s
 
 
 def generate(**sampling):

@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from moe_api.supervision import Backoff, Supervisor
-from moe_operator.frontend import publishing
-from moe_operator.frontend.endpoints import Endpoint
-from moe_operator.manifests import frontend
-from moe_operator.manifests.gates import published
-from moe_operator.manifests.observed import Observed
+from moe_frontend.discovery import publishing
+from moe_frontend.discovery.endpoints import Endpoint
+from moe_operator.planner.gates import published
+from moe_operator.planner.observed import Observed
+from moe_operator.render import frontend
 from moe_operator.resources import names
 from moe_operator.resources.deployment import parse
 from tests.frontend.apiserver import running_api_server

@@ -5,8 +5,8 @@ import collections
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_operator.frontend import routing
-from moe_operator.frontend.routing import Load, choose, is_suspect
+from moe_frontend.policy import routing
+from moe_frontend.policy.routing import Load, choose, is_suspect
 
 loads = st.lists(
     st.builds(

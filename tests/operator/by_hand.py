@@ -8,15 +8,14 @@ from datetime import UTC, datetime
 
 import urllib3
 
+from moe_operator.controller.reconcile import Reconciler
 from moe_operator.errors import RetryableError
-from moe_operator.handlers.queue import Name
-from moe_operator.handlers.reconcile import Reconciler
 from moe_operator.kube import peering
 from moe_operator.kube.client import Cluster
-from moe_operator.manifests import children
-from moe_operator.manifests.objects import owner_uid
+from moe_operator.render import children
+from moe_operator.render.objects import owner_uid
 from moe_operator.resources import names
-from moe_operator.resources.deployment import parse
+from moe_operator.resources.deployment import Name, parse
 from moe_operator.settings import Settings
 from tests.frontend.apiserver import ACCESS
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from moe_operator.kube.execute import event
-from moe_operator.manifests.objects import Key
-from moe_operator.manifests.plan import invalid, refused, transitions
-from moe_operator.manifests.problems import of_pod
+from moe_operator.executor.execute import event
+from moe_operator.planner.plan import invalid, refused, transitions
+from moe_operator.planner.problems import of_pod
+from moe_operator.render.objects import Key
 from moe_operator.resources import names
 from moe_operator.resources.scaling_status import ScalingStatus
 from moe_operator.resources.status import (

@@ -13,10 +13,10 @@ from moe_operator.errors import (
     ClusterUnavailableError,
     OutOfTimeError,
 )
-from moe_operator.kube.execute import execute
-from moe_operator.manifests.gates import Gate
-from moe_operator.manifests.objects import Key
-from moe_operator.manifests.plan import Deletion, Plan
+from moe_operator.executor.execute import execute
+from moe_operator.planner.gates import Gate
+from moe_operator.planner.plan import Deletion, Plan
+from moe_operator.render.objects import Key
 from moe_operator.resources.deployment import Identity
 from moe_operator.resources.status import Status
 

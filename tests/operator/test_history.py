@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from moe_operator.cli.rollout import restoring
-from moe_operator.manifests import frontend, history, worker
-from moe_operator.manifests.objects import Key
-from moe_operator.manifests.observed import Observed
+from moe_cli.rollout import restoring
+from moe_operator.planner import revisions
+from moe_operator.planner.observed import Observed
+from moe_operator.render import frontend, worker
+from moe_operator.render.objects import Key
 from moe_operator.resources import names
 from moe_operator.resources.deployment import parse
 from moe_operator.resources.spec import Spec
@@ -52,7 +53,7 @@ def test_an_edit_makes_a_revision_that_undo_restores_or_none(spec, edited, gated
     before, after = parsed(spec | ({"quality": QUALITY} if gated else {})), parsed(edited)
     if before is None or after is None:
         return
-    recorded = history.current(before, Observed())["data"]
+    recorded = revisions.current(before, Observed())["data"]
     edit = after.spec.manifest()
     undone = deployment(**patched(edit, restoring(recorded, {"metadata": {}, "spec": edit})))
     assert worker.pod_spec(undone) == worker.pod_spec(before), "undo restores the pods exactly"
@@ -92,7 +93,7 @@ def test_a_restart_is_a_revision_of_its_own_which_undo_takes_back():
     assert frontend.rendered(once) != frontend.rendered(never)
     path = "/metadata/annotations/kubectl.kubernetes.io~1restartedAt"
     body = {"metadata": {"annotations": {names.ANNOTATION_RESTARTED: "2026-01-02T00:00:00Z"}}, "spec": spec}
-    to_once, to_never = (history.current(one, Observed())["data"] for one in (once, never))
+    to_once, to_never = (revisions.current(one, Observed())["data"] for one in (once, never))
     assert [o for o in restoring(to_once, body) if o["path"] == path] == [
         {"op": "add", "path": path, "value": "2026-01-01T00:00:00Z"}
     ]

@@ -11,8 +11,8 @@ import re
 
 import pytest
 
-from moe_operator.manifests import children
-from moe_operator.manifests.objects import key
+from moe_operator.render import children
+from moe_operator.render.objects import key
 from moe_operator.resources import names
 from tests.operator.by_hand import COLLECTION, Api, Killed
 

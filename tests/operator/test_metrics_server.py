@@ -8,8 +8,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from moe_api.supervision import Supervisor
+from moe_operator.controller.metrics_server import MetricsServer
 from moe_operator.errors import InstallationError
-from moe_operator.handlers.metrics_server import MetricsServer
 
 
 @pytest.fixture

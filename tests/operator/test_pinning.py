@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_operator.manifests import frontend, worker
-from moe_operator.manifests.objects import Key, key
+from moe_operator.render import frontend, worker
+from moe_operator.render.objects import Key, key
 from moe_operator.resources import names
 from tests.operator.worlds import deployment, settled
 

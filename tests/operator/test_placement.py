@@ -6,7 +6,7 @@ import copy
 
 import pytest
 
-from moe_operator.manifests.placement import Seat, obstacle, requests
+from moe_operator.planner.placement import Seat, obstacle, requests
 
 GPU = "nvidia.com/gpu"
 LACKS = (

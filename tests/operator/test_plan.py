@@ -8,11 +8,11 @@ from datetime import timedelta
 
 import pytest
 
-from moe_operator.manifests.objects import Key, belongs, key
-from moe_operator.manifests.observed import Observed
-from moe_operator.manifests.pinning import with_pins
-from moe_operator.manifests.plan import Plan, invalid, plan, refused, transitions
-from moe_operator.manifests.worker import recipe
+from moe_operator.planner.observed import Observed
+from moe_operator.planner.pinning import with_pins
+from moe_operator.planner.plan import Plan, invalid, plan, refused, transitions
+from moe_operator.render.objects import Key, belongs, key
+from moe_operator.render.worker import recipe
 from moe_operator.resources.deployment import Identity
 from moe_operator.resources.status import MODEL_LOADED, PROGRESSING, READY, Condition, Status
 from tests.operator.worlds import START, World, deployment, settled

@@ -11,10 +11,10 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from moe_operator.handlers.queue import Name
-from moe_operator.handlers.reconcile import Reconciler
+from moe_operator.controller.reconcile import Reconciler
 from moe_operator.kube import peering
 from moe_operator.kube.client import Cluster
+from moe_operator.resources.deployment import Name
 from moe_operator.settings import Settings
 from tests.operator.live import Live, eventually, manifest
 

@@ -1,6 +1,6 @@
 """spec.quality: the worker is told, and a condition says what it found."""
 
-from moe_operator.manifests.worker import command
+from moe_operator.render.worker import command
 from moe_operator.resources.status import QUALITY_GATE, READY
 from tests.operator.worlds import World, deployment
 

@@ -7,8 +7,9 @@ import asyncio
 import pytest
 
 from moe_api.supervision import Supervisor
+from moe_operator.controller.queue import ReconcileQueue
 from moe_operator.errors import ClusterUnavailableError
-from moe_operator.handlers.queue import Name, ReconcileQueue
+from moe_operator.resources.deployment import Name
 from moe_operator.settings import Settings
 
 QUICK = Settings(debounce_seconds=0.01, retry_first_seconds=0.01, resync_seconds=3600)

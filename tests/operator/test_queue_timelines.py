@@ -9,6 +9,7 @@ import itertools
 import pytest
 
 from moe_api.supervision import Supervisor
+from moe_operator.controller.queue import ReconcileQueue
 from moe_operator.errors import (
     ApplyForbiddenError,
     ChangedMeanwhileError,
@@ -16,7 +17,7 @@ from moe_operator.errors import (
     OutOfTimeError,
     OwnerUnknownError,
 )
-from moe_operator.handlers.queue import Name, ReconcileQueue
+from moe_operator.resources.deployment import Name
 from moe_operator.settings import Settings
 from tests.operator import virtual
 

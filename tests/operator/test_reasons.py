@@ -8,17 +8,17 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe_operator.manifests import problems
+from moe_operator.autoscaling.model import plan as scaling
+from moe_operator.planner import problems
 from moe_operator.resources import names
-from moe_operator.scaling import plan as scaling
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/conditions.md"
 GIVES_REASONS = (
-    "moe_operator.manifests.conditions",
-    "moe_operator.manifests.plan",
-    "moe_operator.manifests.problems",
-    "moe_operator.autoscaler.reporting",
+    "moe_operator.planner.conditions",
+    "moe_operator.planner.plan",
+    "moe_operator.planner.problems",
+    "moe_operator.autoscaling.reporting",
 )
 POSITION = {"Verdict": 1, "Problem": 0, "refused": 4}
 """Which argument of a call is the reason."""
@@ -73,7 +73,7 @@ def documented() -> set[str]:
 
 def test_every_reason_is_documented_and_every_documented_one_exists():
     read_forbidden = "ReadForbidden"
-    assert f'"{read_forbidden}")' in (ROOT / "operator/moe_operator/handlers/reconcile.py").read_text()
+    assert f'"{read_forbidden}")' in (ROOT / "operator/moe_operator/controller/reconcile.py").read_text()
     given = set().union(*map(written_out, GIVES_REASONS))
     unusable = re.findall(r'"(ReportsUnusable)"', Path(scaling.__file__).read_text())
     kinds = set(problems._WAITING.values())

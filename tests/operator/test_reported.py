@@ -7,7 +7,7 @@ import pytest
 
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
 from moe_api.worker.v1 import worker_pb2
-from moe_operator.autoscaler.reports import summary
+from moe_operator.autoscaling.readings import summary
 from moe_operator.resources.crd import schema
 from moe_operator.rpc import leader
 

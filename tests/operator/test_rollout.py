@@ -7,10 +7,10 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_operator.manifests.gates import Gate, changes, waiting
-from moe_operator.manifests.observed import Pod
-from moe_operator.manifests.rollout import Replica, Terms, free_ranks, moves
-from moe_operator.resources.rollout import Rollout
+from moe_operator.planner.gates import Gate, changes, waiting
+from moe_operator.planner.moves import Replica, Terms, free_ranks, moves
+from moe_operator.planner.observed import Pod
+from moe_operator.resources.rollout_spec import Rollout
 
 REPLICAS = st.lists(
     st.builds(

@@ -12,12 +12,12 @@ import pytest
 from kubernetes.client import ApiClient, Configuration
 
 from moe_api.frontend.v1 import frontend_pb2, frontend_pb2_grpc
+from moe_frontend.discovery import publishing
+from moe_frontend.discovery.endpoints import Endpoint
 from moe_operator.errors import ReadForbiddenError
-from moe_operator.frontend import publishing
-from moe_operator.frontend.endpoints import Endpoint
 from moe_operator.kube.client import Cluster
-from moe_operator.manifests.gates import published
-from moe_operator.manifests.observed import Observed, Pod
+from moe_operator.planner.gates import published
+from moe_operator.planner.observed import Observed, Pod
 from moe_operator.resources import names
 from moe_operator.rpc.frontends import routed
 

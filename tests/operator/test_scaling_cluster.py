@@ -23,8 +23,8 @@ import pytest
 
 from localcluster import Cluster, Forward
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
-from moe_operator.cli.load_trace import read
-from moe_operator.scaling.history import History
+from moe_operator.autoscaling.model.history import History
+from moe_tools.load.trace import read
 from tests.e2e.serving import kill_processes
 from tests.operator.live import STANDIN_PATH, Live, eventually, manifest
 

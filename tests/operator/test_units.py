@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kubernetes.utils.quantity import parse_quantity
 
+from moe_operator.controller.queue import backoff
 from moe_operator.errors import InstallationError, InvalidSpecError
-from moe_operator.handlers.queue import backoff
 from moe_operator.kube import peering
-from moe_operator.manifests import worker
-from moe_operator.manifests.drift import first_difference
-from moe_operator.manifests.problems import error_sentence
+from moe_operator.planner.drift import first_difference
+from moe_operator.planner.problems import error_sentence
+from moe_operator.render import worker
 from moe_operator.resources import quantity
 from moe_operator.resources.deployment import parse
 from moe_operator.settings import Settings, from_environment

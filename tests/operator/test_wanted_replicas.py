@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from moe_operator.manifests import worker
+from moe_operator.render import worker
 from moe_operator.resources.scaling_status import ScalingStatus
 from moe_operator.resources.status import READY, Status
 from tests.operator.worlds import World, deployment, settled

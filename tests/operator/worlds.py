@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from moe_operator.manifests.decision import timestamp
-from moe_operator.manifests.objects import Key, key
-from moe_operator.manifests.observed import Observed
-from moe_operator.manifests.pinning import with_pins
-from moe_operator.manifests.plan import Plan, plan
+from moe_operator.planner.decision import timestamp
+from moe_operator.planner.observed import Observed
+from moe_operator.planner.pinning import with_pins
+from moe_operator.planner.plan import Plan, plan
+from moe_operator.render.objects import Key, key
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Identity
 from moe_operator.resources.spec import Spec

@@ -93,7 +93,7 @@ def test_the_lock_belongs_to_the_project(name, tmp_path):
 @pytest.mark.parametrize(
     ("extra", "packages"),
     [
-        pytest.param("operator", ["moe_api", "moe_operator"], id="operator"),
+        pytest.param("operator", ["moe_api", "moe_operator", "moe_frontend", "moe_cli"], id="operator"),
         pytest.param("worker", ["moe_api", "moe_worker"], id="worker", marks=pytest.mark.slow),
     ],
 )

@@ -123,7 +123,7 @@ def test_the_build_fails_where_the_kernels_cannot_be_compiled(tmp_path):
 @pytest.mark.parametrize(
     ("image", "programs", "check"),
     [
-        ("operator", ["moe", "moe-frontend"], "import moe_operator.main, moe_operator.cli.replay"),
+        ("operator", ["moe", "moe-frontend"], "import moe_operator.main, moe_tools.replay.command"),
         (
             "worker",
             ["moe-worker"],

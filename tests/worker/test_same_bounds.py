@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from moe_api.inference.v1 import inference_pb2
-from moe_operator.frontend import bounds
+from moe_frontend.transport import bounds
 from moe_worker.service import validation
 
 CONTEXT, PER_TOKEN = 64, 6

@@ -1,1 +1,1 @@
-"""The API server: reading a deployment's objects, and carrying out a plan. Decides nothing."""
+"""The API server: a client, the mirror that watches keep, and the peering of operators. Decides nothing."""

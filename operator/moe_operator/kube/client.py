@@ -21,7 +21,7 @@ from moe_operator.errors import (
 )
 from moe_operator.kube.answers import translated
 from moe_operator.kube.mirror import Mirror
-from moe_operator.manifests.objects import Manifest
+from moe_operator.render.objects import Manifest
 from moe_operator.resources import names
 
 _PATHS: Final = {

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from moe_operator.manifests.children import KINDS
-from moe_operator.manifests.objects import Manifest
-from moe_operator.manifests.ownership import is_ours
+from moe_operator.planner.ownership import is_ours
+from moe_operator.render.children import KINDS
+from moe_operator.render.objects import Manifest
 from moe_operator.resources import names
 
 _FASTEST = 1

@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 from moe_operator.kube.client import Cluster
-from moe_operator.manifests.objects import Manifest
+from moe_operator.render.objects import Manifest
 
 KIND: Final = "ClusterKopfPeering"
 API_VERSION: Final = "kopf.dev/v1"

@@ -5,19 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from moe_operator.errors import InvalidSpecError
 from moe_operator.resources import names
 from moe_operator.resources.digest import canonical, digest
-from moe_operator.resources.scaling import Mode
+from moe_operator.resources.scaling_spec import Mode
 from moe_operator.resources.spec import Spec
 from moe_operator.resources.status import Status
 
 _RESTARTED_MOST = 64
 """Characters of the time of a restart that count: a time has 32 at the most."""
+
+
+class Name(NamedTuple):
+    """Which deployment."""
+
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from moe_operator.resources import names, quantity
 from moe_operator.resources.accelerator import AcceleratedPodSettings
 from moe_operator.resources.base import Model, rules
 from moe_operator.resources.pods import PodSettings, Quantity
-from moe_operator.resources.rollout import Rollout
-from moe_operator.resources.scaling import REPLICAS_MOST, Scaling
+from moe_operator.resources.rollout_spec import Rollout
+from moe_operator.resources.scaling_spec import REPLICAS_MOST, Scaling
 
 _PATH_SEGMENT = "[A-Za-z0-9._@+=,~-]+"
 

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from moe_operator.__main__ import main
-from moe_operator.manifests import frontend, worker
+from moe_operator.render import frontend, worker
 
 
 def later(render: Any) -> Any:

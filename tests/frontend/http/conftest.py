@@ -7,9 +7,9 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from moe_api.supervision import Supervisor
-from moe_operator.frontend.http.app import Api
-from moe_operator.frontend.http.bodies import Bodies
-from moe_operator.frontend.http.server import HttpServer
+from moe_frontend.http.app import Api
+from moe_frontend.http.bodies import Bodies
+from moe_frontend.http.server import HttpServer
 
 
 class Http:

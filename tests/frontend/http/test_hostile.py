@@ -12,13 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe_operator.frontend.endpoints import Served
-from moe_operator.frontend.http import bodies, prompts
-from moe_operator.frontend.http.bodies import Bodies, check_depth, decode
-from moe_operator.frontend.http.completions import plan
-from moe_operator.frontend.http.errors import ApiError
-from moe_operator.frontend.http.protocol import BoundedProtocol
-from moe_operator.frontend.http.schemas import CompletionRequest
+from moe_frontend.discovery.endpoints import Served
+from moe_frontend.http import bodies, prompts
+from moe_frontend.http.bodies import Bodies, check_depth, decode
+from moe_frontend.http.completions import plan
+from moe_frontend.http.errors import ApiError
+from moe_frontend.http.protocol import BoundedProtocol
+from moe_frontend.http.schemas import CompletionRequest
 
 WRONG = [
     ({"prompt": 7}, "prompt", "prompt is not valid: expected"),

@@ -10,8 +10,8 @@ import signal
 import httpx2
 import pytest
 
+from moe_frontend.discovery.endpoints import Served
 from moe_operator.errors import InstallationError
-from moe_operator.frontend.endpoints import Served
 from tests.frontend.fake_worker import FakeWorker
 from tests.frontend.http.test_completions import events
 

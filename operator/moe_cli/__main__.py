@@ -1,0 +1,15 @@
+"""The command `moe`, from its first instruction."""
+
+from moe_api.first_process import prepare
+
+
+def main() -> None:
+    """Prepares the process before the imports that take long."""
+    prepare()
+    from moe_cli.main import main as command  # noqa: PLC0415 - after prepare()
+
+    command()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""All that `moe status NAME` says of one deployment, as JSON values. Pure.
+
+The keys are an interface: scripts read them. They are added to, not renamed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from moe_operator.planner.problems import of_pod
+from moe_operator.resources import names
+from moe_operator.resources.deployment import parse_status
+
+Body = Mapping[str, Any]
+
+
+def report(body: Body, pods: Iterable[Body], events: Iterable[Body]) -> dict[str, Any]:
+    """One deployment with its pods and what was decided, oldest first.
+
+    Args:
+        body: a MoEDeployment as the API server gives it.
+        pods: its pods, workers and frontends.
+        events: Events about it.
+    """
+    status, metadata, spec = parse_status(body), body["metadata"], body.get("spec", {})
+    loads = {load["pod"]: load for load in (body.get("status", {}).get("scaling") or {}).get("load", ())}
+    return {
+        "namespace": metadata["namespace"],
+        "name": metadata["name"],
+        "generation": metadata.get("generation"),
+        "observedGeneration": status.observed_generation,
+        "model": {
+            "servedName": spec.get("model", {}).get("servedName") or metadata["name"],
+            "uri": spec.get("model", {}).get("uri"),
+            **(status.model.manifest() if status.model else {}),
+        },
+        "replicas": {
+            "desired": desired(body),
+            "ready": status.ready_replicas,
+            "updated": status.updated_replicas,
+            "there": status.replicas,
+        },
+        "revision": status.revision,
+        "scaling": body.get("status", {}).get("scaling"),
+        "conditions": [condition.manifest() for condition in status.conditions],
+        "pods": sorted((_pod(pod, status.revision, loads) for pod in pods), key=_pod_order),
+        "decisions": sorted((_decision(event) for event in events), key=lambda told: str(told["time"])),
+    }
+
+
+def desired(body: Body) -> int:
+    """Replicas asked for, or decided by scaling; as the operator says, or else as the spec does."""
+    said = parse_status(body).desired_replicas
+    return int(body.get("spec", {}).get("replicas", 1)) if said is None else said
+
+
+def _pod(pod: Body, current_revision: str, loads: Mapping[str, Body]) -> dict[str, Any]:
+    metadata, status = pod["metadata"], pod.get("status", {})
+    labels = metadata.get("labels", {})
+    revision = labels.get(names.LABEL_REVISION)
+    ready = any(c["type"] == "Ready" and c["status"] == "True" for c in status.get("conditions", ()))
+    problem = None if ready else of_pod(pod)
+    return {
+        "name": metadata["name"],
+        "role": labels.get(names.LABEL_ROLE),
+        "dataRank": int(rank) if (rank := labels.get(names.LABEL_DATA_RANK, "")).isdecimal() else None,
+        "revision": revision,
+        "current": None if revision is None else revision == current_revision,
+        "ready": ready,
+        "leaving": "deletionTimestamp" in metadata,
+        "phase": status.get("phase"),
+        "node": pod.get("spec", {}).get("nodeName"),
+        "address": status.get("podIP"),
+        "restarts": sum(c.get("restartCount", 0) for c in status.get("containerStatuses", ())),
+        "load": _load(loads.get(metadata["name"])),
+        "problem": {"reason": problem.reason, "message": problem.message} if problem else None,
+        "lastEnd": _last_end(status),
+    }
+
+
+def _load(said: Body | None) -> dict[str, Any] | None:
+    """What a replica said of itself, at most a minute ago; None where nobody asked or it did not say."""
+    if said is None:
+        return None
+    return {field: said.get(field) for field in ("queued", "running", "kvUsedPercent")}
+
+
+def _last_end(status: Body) -> dict[str, Any] | None:
+    """How the container ended before its present run: what it wrote itself is often the best explanation."""
+    for container in status.get("containerStatuses", ()):
+        end = container.get("lastState", {}).get("terminated")
+        if end:
+            told = {"exitCode": end.get("exitCode"), "reason": end.get("reason"), "at": end.get("finishedAt")}
+            return {**told, "log": end.get("message", "").strip() or None}
+    return None
+
+
+def _pod_order(pod: Mapping[str, Any]) -> tuple[bool, int, str]:
+    return pod["role"] != names.ROLE_WORKER, pod["dataRank"] or 0, pod["name"]
+
+
+def _decision(event: Body) -> dict[str, Any]:
+    """An Event; the operator's have microseconds, by which decisions of one second keep their order."""
+    return {
+        "time": event.get("eventTime") or event.get("lastTimestamp"),
+        "type": event.get("type"),
+        "reason": event.get("reason"),
+        "message": event.get("message"),
+        "by": event.get("reportingComponent") or event.get("source", {}).get("component"),
+    }

@@ -1,0 +1,248 @@
+"""`moe rollout`: how a change of the workers goes on, and how to stop it or take it back."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any, Final, cast
+
+import click
+
+from moe_cli.kube import TIMEOUT_S, reading
+from moe_client import errors
+from moe_client.errors import CommandError
+from moe_client.terminal import say
+from moe_operator.resources import names
+from moe_operator.resources.deployment import restarted_at
+from moe_operator.resources.status import DONE, PROGRESSING
+
+_PAUSED: Final = "Paused"
+_POLL_S: Final = 0.5
+_JSON_PATCH: Final = "application/json-patch+json"
+
+_Command = Callable[..., Any]
+
+
+def _cluster_options(command: _Command) -> _Command:
+    for option in (
+        click.argument("name"),
+        click.option("--context", help="Context of the kubeconfig."),
+        click.option("-n", "--namespace", help="Namespace; the kubeconfig's own by default."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group()
+def rollout() -> None:
+    """Follows, holds, and takes back changes of a deployment's workers.
+
+    \b
+    moe rollout status docs-moe     wait until the change is through, or stuck
+    moe rollout history docs-moe    which revisions there were
+    moe rollout undo docs-moe       back to the one before
+    moe rollout restart docs-moe    new pods of the same spec
+    """
+
+
+@rollout.command()
+@_cluster_options
+@click.option("--timeout", type=click.FloatRange(min=0), help="Seconds to wait at most. Default: no limit.")
+def status(name: str, namespace: str | None, context: str | None, timeout: float | None) -> None:
+    """Waits until the rollout of NAME is complete (exit code 0) or does not go on by itself (1)."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    with _deployments(context, namespace, name) as api:
+        said = ""
+        while True:
+            reason, message, holds = _progress(api.get(name))
+            if message != said:
+                say(f"{reason}: {message}")
+                said = message
+            if reason in DONE:
+                return
+            if holds == "False" or reason == _PAUSED:
+                raise CommandError(
+                    f"the rollout of {name} does not go on: see `moe status {name}`", errors.FAILED
+                )
+            if deadline is not None and time.monotonic() >= deadline:
+                raise CommandError(f"the rollout of {name} is not through within --timeout", errors.LATE)
+            time.sleep(_POLL_S)
+
+
+@rollout.command()
+@_cluster_options
+def history(name: str, namespace: str | None, context: str | None) -> None:
+    """Lists the revisions of NAME, the newest last, with what each changed."""
+    with _deployments(context, namespace, name) as api:
+        current = api.get(name).get("status", {}).get("revision")
+        before: dict[str, Any] = {}
+        for record in api.records(name):
+            restart = {"restartedAt": record["data"].get("restartedAt")}
+            spec = {**record["data"]["spec"], **restart}
+            revision = record["metadata"]["labels"][names.LABEL_REVISION]
+            mark = " (current)" if revision == current else ""
+            changed = ", ".join(_differences(before, spec)) if before else "the first one on record"
+            say(f"{record['revision']}  {revision}{mark}  {changed}")
+            before = spec
+
+
+@rollout.command()
+@_cluster_options
+@click.option("--to-revision", type=int, help="Number in `moe rollout history`. Default: the last but one.")
+def undo(name: str, namespace: str | None, context: str | None, to_revision: int | None) -> None:
+    """Brings the spec of NAME back to that of an earlier revision; the operator rolls to it."""
+    with _deployments(context, namespace, name) as api:
+        body = api.get(name)
+        record = _wanted(api.records(name), body.get("status", {}).get("revision"), to_revision, name)
+        operations = list(restoring(record["data"], body))
+        if not operations:
+            click.echo(f"{name} has the spec of revision {record['revision']} already; nothing is changed")
+            return
+        api.patch(name, operations)
+        click.echo(
+            f"{name} goes back to revision {record['revision']}; `moe rollout status {name}` follows it"
+        )
+
+
+@rollout.command()
+@_cluster_options
+def restart(name: str, namespace: str | None, context: str | None) -> None:
+    """Replaces every worker and frontend of NAME, in the order of any other rollout.
+
+    It sets the annotation kubectl.kubernetes.io/restartedAt, which may be set by other means as well.
+    """
+    now = datetime.now().astimezone().isoformat(timespec="milliseconds")
+    with _deployments(context, namespace, name) as api:
+        body = api.get(name)
+        api.patch(name, list(_restarting(body, now)))
+        paused = body["spec"].get("rollout", {}).get("pause")
+        later = " as soon as it is resumed" if paused else ""
+        click.echo(f"{name} restarts{later}; `moe rollout status {name}` follows it")
+
+
+@rollout.command()
+@_cluster_options
+def pause(name: str, namespace: str | None, context: str | None) -> None:
+    """Leaves every replica of NAME at its revision, whatever the spec says; scaling goes on."""
+    _set_pause(name, namespace, context, value=True)
+
+
+@rollout.command()
+@_cluster_options
+def resume(name: str, namespace: str | None, context: str | None) -> None:
+    """Lets a paused rollout of NAME go on."""
+    _set_pause(name, namespace, context, value=False)
+
+
+def _set_pause(name: str, namespace: str | None, context: str | None, *, value: bool) -> None:
+    with _deployments(context, namespace, name) as api:
+        body = api.get(name)
+        missing = [] if "rollout" in body["spec"] else [{"op": "add", "path": "/spec/rollout", "value": {}}]
+        api.patch(name, [*missing, {"op": "add", "path": "/spec/rollout/pause", "value": value}])
+        click.echo(f"{name} {'is paused' if value else 'goes on'}")
+
+
+def _progress(body: dict[str, Any]) -> tuple[str, str, str]:
+    """Reason, message and status of Progressing, once the operator has seen the latest spec and restart."""
+    status = body.get("status", {})
+    for condition in status.get("conditions", ()):
+        if condition["type"] == PROGRESSING:
+            seen = (condition.get("observedGeneration"), status.get("restartedAt", ""))
+            if seen == (body["metadata"]["generation"], restarted_at(body)):
+                return condition["reason"], condition["message"], condition["status"]
+            break
+    return "Waiting", "the operator has not looked at the latest change yet", "Unknown"
+
+
+def _wanted(
+    records: list[dict[str, Any]], current: str | None, number: int | None, name: str
+) -> dict[str, Any]:
+    """The record to go back to.
+
+    Raises:
+        CommandError: there is none.
+    """
+    if number is not None:
+        found = [record for record in records if record["revision"] == number]
+        sentence = f"{name} has no revision {number} on record; `moe rollout history {name}` lists them"
+    else:
+        found = [one for one in records if one["metadata"]["labels"][names.LABEL_REVISION] != current]
+        sentence = f"{name} has no earlier revision on record"
+    if not found:
+        raise CommandError(sentence, errors.WRONG)
+    return found[-1]
+
+
+def restoring(recorded: dict[str, Any], body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The JSON patch that restores what a revision recorded; null stands for a field that is not set."""
+    for field, value in recorded["spec"].items():
+        yield from _setting(f"/spec/{field}", body["spec"].get(field), value)
+    yield from _restarting(body, recorded.get("restartedAt"))
+
+
+def _restarting(body: dict[str, Any], time_text: str | None) -> Iterator[dict[str, Any]]:
+    """The JSON patch that sets the time of the last restart, or removes it."""
+    annotations = body["metadata"].get("annotations")
+    if annotations is None and time_text is not None:
+        yield {"op": "add", "path": "/metadata/annotations", "value": {}}
+    path = f"/metadata/annotations/{names.ANNOTATION_RESTARTED.replace('/', '~1')}"
+    yield from _setting(path, (annotations or {}).get(names.ANNOTATION_RESTARTED), time_text)
+
+
+def _setting(path: str, current: Any, value: Any) -> Iterator[dict[str, Any]]:
+    if value is None and current is not None:
+        yield {"op": "remove", "path": path}
+    elif current != value:
+        yield {"op": "add", "path": path, "value": value}
+
+
+def _differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
+    """Paths whose values differ, each with the new value."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in sorted(before.keys() | after.keys()):
+            yield from _differences(before.get(key), after.get(key), f"{path}.{key}" if path else key)
+    elif before != after:
+        yield f"{path} unset" if after is None else f"{path}={after}"
+
+
+class _Deployments:
+    """MoEDeployments and their records in one namespace."""
+
+    def __init__(self, namespace: str) -> None:
+        import kubernetes  # noqa: PLC0415 - takes half a second, which other commands should not pay
+
+        self._objects = kubernetes.client.CustomObjectsApi()
+        self._records = kubernetes.client.AppsV1Api()
+        self._namespace = namespace
+        self._kind: dict[str, Any] = {
+            "group": names.GROUP,
+            "version": names.VERSION,
+            "namespace": namespace,
+            "plural": names.PLURAL,
+            "_request_timeout": TIMEOUT_S,
+        }
+
+    def get(self, name: str) -> dict[str, Any]:
+        """One deployment."""
+        return cast("dict[str, Any]", self._objects.get_namespaced_custom_object(name=name, **self._kind))
+
+    def patch(self, name: str, operations: list[dict[str, Any]]) -> None:
+        """Changes its spec."""
+        self._objects.patch_namespaced_custom_object(
+            name=name, body=operations, _content_type=_JSON_PATCH, **self._kind
+        )
+
+    def records(self, name: str) -> list[dict[str, Any]]:
+        """Its revisions, the oldest first."""
+        labels = {names.LABEL_NAME: name, names.LABEL_ROLE: names.ROLE_HISTORY}
+        found = self._records.list_namespaced_controller_revision(
+            self._namespace, label_selector=names.selector_text(labels), _request_timeout=TIMEOUT_S
+        )
+        plain = self._records.api_client.sanitize_for_serialization(found)["items"]
+        return sorted(plain, key=lambda record: int(record["revision"]))
+
+
+@contextmanager
+def _deployments(context: str | None, namespace: str | None, name: str) -> Iterator[_Deployments]:
+    with reading(context, namespace, name) as chosen:
+        yield _Deployments(chosen)

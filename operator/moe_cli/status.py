@@ -1,0 +1,107 @@
+"""`moe status`: what is deployed and how it fares."""
+
+import json
+from collections.abc import Callable
+from typing import Any, Final
+
+import click
+
+from moe_cli.kube import TIMEOUT_S, reading
+from moe_operator.resources import names
+
+_FORBIDDEN: Final = 403
+
+
+@click.command()
+@click.option("-n", "--namespace", help="Namespace; the kubeconfig's own by default.")
+@click.option("-A", "--all-namespaces", is_flag=True, help="List the deployments of all namespaces.")
+@click.option("--context", help="Context of the kubeconfig.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON, for scripts: a report, or a list of objects."
+)
+@click.argument("name", required=False)
+def status(
+    namespace: str | None, context: str | None, name: str | None, *, all_namespaces: bool, as_json: bool
+) -> None:
+    """Shows the MoEDeployment NAME, or lists all of a namespace.
+
+    Of one deployment: its conditions, every pod with its revision and what keeps it from being ready, the
+    load of each, and the last decisions of the operator with their reasons.
+
+    \b
+    The load is known where spec.scaling is set; with `mode: Advisory` it is measured, every minute,
+    and nothing is changed.
+
+    The cluster is that of KUBECONFIG or ~/.kube/config, as for kubectl.
+    """
+    if name and all_namespaces:
+        raise click.UsageError(
+            "NAME and --all-namespaces exclude each other: a name is looked up in one namespace"
+        )
+    found = _read(context, namespace, name, everywhere=all_namespaces)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    # rich takes a quarter of a second to import, which `moe generate` should not pay.
+    from moe_cli import rendering  # noqa: PLC0415
+
+    rendering.show(found)
+
+
+def _read(
+    context: str | None, namespace: str | None, name: str | None, *, everywhere: bool
+) -> dict[str, Any]:
+    """A report of one deployment, or a list of objects.
+
+    Raises:
+        CommandError: there is no cluster, it does not answer, or it has no such object.
+    """
+    with reading(context, namespace, name) as chosen:
+        import kubernetes  # noqa: PLC0415
+
+        found = _request(kubernetes.client.CustomObjectsApi(), chosen, name, everywhere=everywhere)
+        return _reported(kubernetes.client.CoreV1Api(), found) if name else found
+
+
+def _request(api: Any, namespace: str, name: str | None, *, everywhere: bool) -> dict[str, Any]:
+    kind = {
+        "group": names.GROUP,
+        "version": names.VERSION,
+        "plural": names.PLURAL,
+        "_request_timeout": TIMEOUT_S,
+    }
+    if name:
+        answer = api.get_namespaced_custom_object(namespace=namespace, name=name, **kind)
+    elif everywhere:
+        answer = api.list_cluster_custom_object(**kind)
+    else:
+        answer = api.list_namespaced_custom_object(namespace=namespace, **kind)
+    return dict(answer)
+
+
+def _reported(api: Any, body: dict[str, Any]) -> dict[str, Any]:
+    """The report of a deployment, with its pods and Events, as far as this user may read them."""
+    from moe_cli.report import report  # noqa: PLC0415
+
+    metadata = body["metadata"]
+    pods = _items(api.list_namespaced_pod, metadata, label_selector=f"{names.LABEL_NAME}={metadata['name']}")
+    about = f"involvedObject.kind={names.KIND},involvedObject.uid={metadata['uid']}"
+    return report(body, pods, _items(api.list_namespaced_event, metadata, field_selector=about))
+
+
+def _items(read: Callable[..., Any], metadata: dict[str, Any], **selector: str) -> list[dict[str, Any]]:
+    """The items of a list as the API server wrote them; none where this user may not read them."""
+    import kubernetes  # noqa: PLC0415
+
+    options = {"_preload_content": False, "_request_timeout": TIMEOUT_S}
+    try:
+        answer = read(metadata["namespace"], **selector, **options)
+    except kubernetes.client.ApiException as error:
+        if error.status != _FORBIDDEN:
+            raise
+        click.echo(
+            f"note: your user may not read all of it ({read.__name__.removeprefix('list_')})", err=True
+        )
+        return []
+    items: list[dict[str, Any]] = json.loads(answer.data)["items"]
+    return items

@@ -1,0 +1,107 @@
+"""What all commands that call a model share: the address, the text, and errors in one sentence."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, Final, TypeVar
+
+import click
+import grpc
+
+from moe_api import rich_status, transport
+from moe_api.address import check_address
+from moe_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
+from moe_client import errors
+from moe_client.errors import CommandError
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+EXIT_CODES: Final = {
+    grpc.StatusCode.INVALID_ARGUMENT: errors.WRONG,
+    grpc.StatusCode.NOT_FOUND: errors.WRONG,
+    grpc.StatusCode.UNAVAILABLE: errors.ABSENT,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.BUSY,
+    grpc.StatusCode.DEADLINE_EXCEEDED: errors.LATE,
+}
+
+
+class _Address(click.ParamType[str]):
+    """``HOST:PORT``."""
+
+    name = "HOST:PORT"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return check_address(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class _Text(click.ParamType[str]):
+    """Text that UTF-8 can carry; ``-`` reads standard input."""
+
+    name = "text"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        raw = sys.stdin.buffer.read() if value == "-" else str(value).encode(errors="surrogateescape")
+        try:
+            return raw.decode()
+        except UnicodeDecodeError as error:
+            self.fail(f"not UTF-8: byte {error.object[error.start]:#04x} at {error.start}", param, ctx)
+
+
+TEXT: Final = _Text()
+
+
+def model_options(command: _Command) -> _Command:
+    """Adds --endpoint, --model and --timeout."""
+    for option in (
+        click.option(
+            "--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds to wait at most."
+        ),
+        click.option("--model", default="", help="Served name of the model; may be left out."),
+        click.option(
+            "--endpoint",
+            type=_Address(),
+            envvar="MOE_ENDPOINT",
+            default="127.0.0.1:8000",
+            show_default=True,
+            show_envvar=True,
+            help="Where the frontend (or a worker) listens.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@contextlib.contextmanager
+def calling(endpoint: str) -> Iterator[InferenceServiceStub]:
+    """A stub for the endpoint; gRPC's errors inside the block become sentences.
+
+    Raises:
+        CommandError: the call failed.
+    """
+    with grpc.insecure_channel(endpoint, options=transport.CLIENT_OPTIONS) as channel:
+        try:
+            yield InferenceServiceStub(channel)
+        except grpc.RpcError as error:
+            raise explain(error, endpoint) from error
+
+
+def explain(error: grpc.RpcError, endpoint: str) -> CommandError:
+    """What a failed call means for the user."""
+    status = rich_status.from_error(error)
+    code = rich_status.status_code(status)
+    sentence = status.message or code.name
+    if code is grpc.StatusCode.UNAVAILABLE and not status.details:
+        sentence = (
+            f"nothing answers at {endpoint} ({sentence}); is the frontend running and reachable from "
+            "here, by `kubectl port-forward service/NAME-frontend 8000` for one?"
+        )
+    elif code is grpc.StatusCode.UNIMPLEMENTED:
+        sentence = f"{endpoint} is a gRPC server, but serves no models"
+    elif code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        sentence = f"no full answer from {endpoint} within --timeout; what was printed is valid"
+    delay = rich_status.retry_delay(status)
+    hint = f" (wait {delay:g} s before you try again)" if delay else ""
+    return CommandError(sentence + hint, EXIT_CODES.get(code, errors.FAILED))

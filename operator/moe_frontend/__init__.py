@@ -1,0 +1,7 @@
+"""The router in front of the leaders of a deployment; it needs no torch.
+
+main, serving   the command `moe-frontend` and its process
+discovery       which leaders there are, and which of them take requests
+policy          which replica takes a request, and how another one continues its stream: pure
+transport       carries requests and answers over gRPC
+"""

@@ -1,0 +1,122 @@
+"""Follows the health of every worker there may be: which of them take requests, and at what revision.
+
+A watch of grpc.health.v1 tells at once what Kubernetes knows only after a probe: that a model is loaded, that
+a worker drains, that its process is gone. A Pod is Ready only after a frontend routes to it, so its readiness
+cannot be what a frontend goes by.
+"""
+
+import asyncio
+import dataclasses
+import functools
+import logging
+import random
+from collections.abc import Callable
+from typing import Final
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from moe_api import transport
+from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
+from moe_api.supervision import Backoff, Supervisor
+from moe_frontend.discovery.endpoints import Endpoint, Served
+
+_LOG: Final = logging.getLogger(__name__)
+_ASK_S: Final = 10.0
+# Bytes, as inference.proto states it; a template of no more characters is no larger than three times that.
+_LARGEST_TEMPLATE: Final = 256 * 2**10
+_BACKOFF: Final = Backoff(first_s=0.1, longest_s=2.0)
+_CHANCE: Final = random.random
+_OPTIONS: Final = (*transport.CLIENT_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
+
+
+class Prober:
+    """Keeps a watch on each endpoint it is told of. For one event loop.
+
+    Args:
+        changed: called whenever `serving` is another.
+        supervisor: runs the watches.
+    """
+
+    def __init__(self, changed: Callable[[], None], supervisor: Supervisor) -> None:
+        self._changed = changed
+        self._supervisor = supervisor
+        self._watches: dict[Endpoint, asyncio.Task[None]] = {}
+        self._serving: dict[Endpoint, Endpoint] = {}
+
+    @property
+    def serving(self) -> frozenset[Endpoint]:
+        """The endpoints that take requests, each with what its worker said of its model."""
+        return frozenset(self._serving.values())
+
+    def update(self, endpoints: frozenset[Endpoint]) -> None:
+        """Takes over which endpoints there are."""
+        for endpoint in [known for known in self._watches if known not in endpoints]:
+            self._watches.pop(endpoint).cancel()
+            self._set(endpoint, None)
+        for endpoint in endpoints - self._watches.keys():
+            follow = functools.partial(self._follow, endpoint)
+            self._watches[endpoint] = self._supervisor.start("worker-health", follow, endpoint.name)
+
+    async def close(self) -> None:
+        """Ends all watches."""
+        watches = list(self._watches.values())
+        for watch in watches:
+            watch.cancel()
+        await asyncio.gather(*watches, return_exceptions=True)
+
+    async def _follow(self, endpoint: Endpoint) -> None:
+        failures = 0
+        async with grpc.aio.insecure_channel(endpoint.address, options=_OPTIONS) as channel:
+            while True:
+                if await self._watch(channel, endpoint):
+                    failures = 0
+                failures += 1
+                await asyncio.sleep(_BACKOFF.pause_s(failures, _CHANCE()))
+
+    async def _watch(self, channel: grpc.aio.Channel, endpoint: Endpoint) -> bool:
+        """Follows one connection to its end; whether it ever took requests."""
+        served = False
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        try:
+            async for update in watch:
+                serving = update.status == health_pb2.HealthCheckResponse.SERVING
+                self._set(endpoint, await _with_model(channel, endpoint) if serving else None)
+                served |= serving
+        except grpc.aio.AioRpcError as error:
+            _LOG.debug("the watch of %s ended: %s", endpoint.name, error.details())
+        finally:
+            if self._watches.get(endpoint) is asyncio.current_task():  # else it is another's by now
+                self._set(endpoint, None)
+        return served
+
+    def _set(self, endpoint: Endpoint, serving: Endpoint | None) -> None:
+        before = self._serving.pop(endpoint, None)
+        if serving is not None:
+            self._serving[endpoint] = serving
+        if before != serving:
+            _LOG.info("%s %s", endpoint.name, "takes no requests" if serving is None else "takes requests")
+            self._changed()
+
+
+async def _with_model(channel: grpc.aio.Channel, endpoint: Endpoint) -> Endpoint:
+    stub = inference_pb2_grpc.InferenceServiceStub(channel)
+    model = await stub.GetModel(inference_pb2.GetModelRequest(), timeout=_ASK_S)
+    return dataclasses.replace(
+        endpoint,
+        revision=model.revision,
+        context_length=model.context_length,
+        characters_per_token=model.characters_per_token,
+        served=_served(model),
+    )
+
+
+def _served(model: inference_pb2.Model) -> Served:
+    template = model.chat_template
+    return Served(
+        model.name,
+        model.context_length,
+        model.sampling_defaults.temperature > 0,
+        template.template if len(template.template) <= _LARGEST_TEMPLATE else "",
+        tuple(sorted(template.special_tokens.items())),
+    )

@@ -1,0 +1,127 @@
+"""Writes where this frontend sends requests into a FrontendRoutes object, for the operator to read.
+
+The operator opens a worker's readiness gate once every frontend routes to it. It could ask each frontend over
+gRPC, but a service mesh or a NetworkPolicy may keep it from that port; the API server both can reach.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import kubernetes
+import urllib3
+from kubernetes.dynamic import DynamicClient
+from kubernetes.dynamic.exceptions import DynamicApiError
+
+from moe_frontend.discovery.endpoints import Endpoint
+from moe_operator.errors import RetryableError
+from moe_operator.resources import names
+
+FIELD_MANAGER: Final = "moe-frontend"
+BETWEEN_WRITES_S: Final = 0.5
+"""Routes that change more often, as in a rollout of many replicas, are written once for all changes."""
+_MOST: Final = 2500
+"""Of crds/frontendroutes.yaml, maxItems."""
+_REQUEST_S: Final = 10.0
+
+
+class PublishError(RetryableError):
+    """The API server did not take the routes."""
+
+
+@dataclass(frozen=True)
+class OwnPod:
+    """The pod that this frontend runs in."""
+
+    namespace: str
+    name: str
+    uid: str
+    deployment: str
+
+
+def own_pod(namespace: str, deployment: str, environ: Mapping[str, str] = os.environ) -> OwnPod | None:
+    """The pod as its environment names it; None outside of one."""
+    name, uid = environ.get("POD_NAME"), environ.get("POD_UID")
+    return OwnPod(namespace, name, uid, deployment) if name and uid else None
+
+
+class Publisher:
+    """Keeps the object true. For one event loop; requests to the API server run in threads.
+
+    Args:
+        api: of the cluster.
+        pod: whose routes they are.
+        routes: what they are now.
+    """
+
+    def __init__(
+        self, api: kubernetes.client.ApiClient, pod: OwnPod, routes: Callable[[], Iterable[Endpoint]]
+    ) -> None:
+        # No discovery: the path is known.
+        self._client = DynamicClient(api, discoverer=lambda _client, _cache: None)
+        self._pod = pod
+        self._routes = routes
+        self._written: dict[str, Any] | None = None
+        self._news = asyncio.Event()
+
+    def changed(self) -> None:
+        """The routes may be others."""
+        self._news.set()
+
+    async def run(self) -> None:
+        """Writes the routes whenever they differ from what was written last, and not more often than that.
+
+        Raises:
+            PublishError: the API server did not take them; the next run writes them again.
+        """
+        while True:
+            self._news.clear()
+            wanted = manifest(self._pod, self._routes())
+            if wanted != self._written:
+                await asyncio.to_thread(self._apply, wanted)
+                self._written = wanted
+                await asyncio.sleep(BETWEEN_WRITES_S)
+            await self._news.wait()
+
+    def _apply(self, body: dict[str, Any]) -> None:
+        path = f"/apis/{names.API_VERSION}/namespaces/{self._pod.namespace}/{names.ROUTES_PLURAL}"
+        try:
+            self._client.request(
+                "patch",
+                f"{path}/{self._pod.name}",
+                body=body,
+                content_type="application/apply-patch+yaml",
+                field_manager=FIELD_MANAGER,
+                force_conflicts=True,
+                serialize=False,
+                _request_timeout=_REQUEST_S,
+            )
+        except (DynamicApiError, urllib3.exceptions.HTTPError, OSError) as error:
+            raise PublishError(
+                f"FrontendRoutes {self._pod.name} not written: {_brief(error)}; the operator has to "
+                "reach this pod until it is"
+            ) from error
+
+
+def manifest(pod: OwnPod, routes: Iterable[Endpoint]) -> dict[str, Any]:
+    """The FrontendRoutes of a pod, which goes with it."""
+    owner = {"apiVersion": "v1", "kind": "Pod", "name": pod.name, "uid": pod.uid}
+    return {
+        "apiVersion": names.API_VERSION,
+        "kind": names.ROUTES_KIND,
+        "metadata": {
+            "name": pod.name,
+            "namespace": pod.namespace,
+            "labels": {names.LABEL_NAME: pod.deployment, names.LABEL_ROLE: names.ROLE_FRONTEND},
+            "ownerReferences": [owner],
+        },
+        "routes": [{"name": to.name, "address": to.address} for to in sorted(routes)[:_MOST]],
+    }
+
+
+def _brief(error: Exception) -> str:
+    if isinstance(error, DynamicApiError):
+        return f"{error.status} {error.reason}"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,165 @@
+"""Reads the bodies of requests: within a size, within a time, and into what `schemas` declares."""
+
+import asyncio
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Final, TypeVar
+
+import msgspec
+from starlette.requests import Request
+
+from moe_frontend.http.errors import OVERLOADED, ApiError, invalid
+
+BODY_MOST: Final = 16 * 2**20
+"""Bytes, as of a gRPC message."""
+BODY_LEAST: Final = 2**20
+BYTES_A_TOKEN: Final = 64
+"""Bytes of a body for each token of the context: a body may hold several prompts."""
+BODIES_MOST: Final = 256 * 2**20
+"""Bytes of all bodies that are being read."""
+BODY_S: Final = 30.0
+DEPTH_MOST: Final = 64
+_RETRY_S: Final = 1.0
+_AT: Final = re.compile(r" - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`$")
+_UNKNOWN: Final = re.compile(r"Object contains unknown field `(?P<name>[^`]*)`")
+_SHOWN: Final = 100
+T = TypeVar("T")
+
+
+def most_bytes(context_length: int) -> int:
+    """Bytes of the largest body for a model with this context, in tokens; 0: not known."""
+    return min(max(BYTES_A_TOKEN * context_length, BODY_LEAST), BODY_MOST) if context_length else BODY_MOST
+
+
+class Bodies:
+    """Reads bodies, so many bytes at a time as this process can hold.
+
+    Args:
+        limit_s: how long a client may take to send its body, in seconds.
+        most: bytes of all bodies at a time.
+    """
+
+    def __init__(self, limit_s: float = BODY_S, most: int = BODIES_MOST) -> None:
+        self._limit_s = limit_s
+        self._most = most
+        self._held = 0
+
+    @property
+    def held(self) -> int:
+        """Bytes of all bodies that are being read now."""
+        return self._held
+
+    async def read(self, request: Request, most: int) -> bytes:
+        """The body.
+
+        Raises:
+            ApiError: it is no JSON by its headers, larger than `most` bytes, or took too long.
+            ClientDisconnect: the client went away.
+        """
+        _check_headers(request, most)
+        try:
+            async with asyncio.timeout(self._limit_s):
+                with self._places() as body:
+                    async for part in request.stream():
+                        self._take(body, part, most)
+                    return bytes(body)
+        except TimeoutError:
+            raise ApiError(
+                408, f"the body of the request did not arrive within {self._limit_s:g} s; send it again"
+            ) from None
+
+    def _take(self, body: bytearray, part: bytes, most: int) -> None:
+        if len(body) + len(part) > most:
+            raise _too_large(most)
+        if self._held + len(part) > self._most:
+            raise ApiError(
+                429, "too many large requests arrive at once; try later", OVERLOADED, retry_after_s=_RETRY_S
+            )
+        self._held += len(part)
+        body.extend(part)
+
+    @contextlib.contextmanager
+    def _places(self) -> Iterator[bytearray]:
+        body = bytearray()
+        try:
+            yield body
+        finally:
+            self._held -= len(body)
+
+
+def decode(body: bytes, kind: type[T]) -> T:
+    """The request in a body.
+
+    Raises:
+        ApiError: it is no JSON, or not of this kind.
+    """
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        raise _of_validation(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ApiError(400, f"the body is not valid JSON: {_lower(str(error))}; send one object") from None
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply; send a flatter object") from None
+
+
+def check_depth(param: str, value: object, most: int = DEPTH_MOST) -> None:
+    """Refuses a value whose lists and objects are nested more than `most` deep.
+
+    Raises:
+        ApiError: it is.
+    """
+    level = [value]
+    for _ in range(most):
+        level = [inner for outer in level for inner in _inside(outer)]
+        if not level:
+            return
+    raise invalid(param, f"is nested more than {most} deep; send a flatter value")
+
+
+def _inside(value: object) -> list[object]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
+
+
+def _check_headers(request: Request, most: int) -> None:
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise ApiError(415, f"Content-Type {kind[:_SHOWN]!r} is not supported; send JSON as application/json")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise ApiError(415, "Content-Encoding is not supported; send the body as it is")
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and (len(length) > len(str(most)) or int(length) > most):
+        raise _too_large(most)
+
+
+def _too_large(most: int) -> ApiError:
+    return ApiError(
+        413,
+        f"the body is too large: {most} bytes are allowed for this model; shorten the prompt, or send several"
+        " requests",
+    )
+
+
+def _of_validation(text: str) -> ApiError:
+    """msgspec's "Expected `int`, got `str` - at `$.max_tokens`" as a sentence of ours."""
+    if unknown := _UNKNOWN.search(text):
+        where = _path(text)
+        param = f"{where}.{unknown['name']}".lstrip(".")[:_SHOWN]
+        return invalid(param, "is not a field of this request; see docs/openai-api.md for those that are")
+    problem = _lower(_AT.sub("", text).replace("`", ""))
+    param = _path(text)
+    if not param:
+        return ApiError(400, f"the body is not such a request: {problem}; send one JSON object")
+    return invalid(param[:_SHOWN], f"is not valid: {problem}")
+
+
+def _path(text: str) -> str:
+    found = _AT.search(text)
+    return found["path"] if found else ""
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]

@@ -1,0 +1,47 @@
+"""The prompts of a completion request. Pure."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from moe_frontend.http.errors import ApiError, invalid
+from moe_frontend.http.schemas import CHOICES_MOST
+
+Prompt = str | list[int]
+
+
+def prompts(given: Any) -> list[Prompt]:
+    """One or more prompts: a text, token ids, or a list of either.
+
+    Args:
+        given: as `schemas.CompletionRequest.prompt` declares it.
+
+    Raises:
+        ApiError: there is none, or the list mixes kinds.
+    """
+    if given is None:
+        raise invalid("prompt", "is missing; give a text, a list of texts or token ids")
+    if isinstance(given, str):
+        return [given]
+    if not given:
+        raise invalid("prompt", "is an empty list; give at least one prompt")
+    kinds = {type(part) for part in given}
+    if len(kinds) > 1:
+        raise invalid("prompt", "mixes texts, token ids and lists; give a list of one kind")
+    if kinds == {int}:
+        return [cast("list[int]", given)]
+    return list(given)
+
+
+def check_number(prompts: Sequence[Prompt], n: int) -> None:
+    """Refuses more texts than one request may ask for.
+
+    Raises:
+        ApiError: there are too many.
+    """
+    if len(prompts) * n > CHOICES_MOST:
+        raise ApiError(
+            400,
+            f"prompt and n ask for {len(prompts) * n} texts ({len(prompts)} prompts, n = {n}); ask for "
+            f"{CHOICES_MOST} at most in one request",
+            param="prompt" if n == 1 else "n",
+        )

@@ -1,0 +1,74 @@
+"""Sampling parameters of a request in the gRPC API's terms. Pure."""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from moe_api.inference.v1 import inference_pb2
+from moe_frontend.http.errors import invalid
+from moe_frontend.http.schemas import Sampling
+
+_SAME: Final = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "ignore_eos",
+    "min_tokens",
+)
+_SEEDS: Final = 2**64
+
+
+def parameters(
+    request: Sampling, *, most_tokens: int, samples: bool, logprobs: int | None
+) -> inference_pb2.SamplingParameters:
+    """The parameters of a request; fields that it does not set are OpenAI's defaults, or the checkpoint's.
+
+    Args:
+        request: as the client sent it.
+        most_tokens: tokens to generate at most.
+        samples: whether the checkpoint brings a temperature of its own; else it is 1, as OpenAI's.
+        logprobs: log-probabilities to send for each token; None: none at all.
+    """
+    given: dict[str, Any] = {name: getattr(request, name) for name in _SAME}
+    if given["temperature"] is None and not samples:
+        given["temperature"] = 1.0
+    message = inference_pb2.SamplingParameters(max_tokens=most_tokens, logprobs=logprobs, **given)
+    message.stop.extend([request.stop] if isinstance(request.stop, str) else request.stop or ())
+    message.stop_token_ids.extend(request.stop_token_ids or ())
+    for token, bias in (request.logit_bias or {}).items():
+        message.logit_bias[token] = bias
+    return message
+
+
+def seeds(request: Sampling, count: int) -> list[int | None]:
+    """A seed for each of the texts: different ones, as equal ones would give equal texts."""
+    if request.seed is None:
+        return [None] * count
+    return [(request.seed + index) % _SEEDS for index in range(count)]
+
+
+def include_usage(request: Sampling) -> bool:
+    """Whether the last chunk of a stream tells how many tokens there were.
+
+    Raises:
+        ApiError: stream_options without a stream.
+    """
+    if request.stream_options is None:
+        return False
+    if not request.stream:
+        raise invalid("stream_options", "is only for streams; set stream to true, or leave it out")
+    return request.stream_options.include_usage
+
+
+def refuse(fields: Mapping[str, object], remedy: str = "leave it out") -> None:
+    """Refuses fields that are set and have no meaning here.
+
+    Raises:
+        ApiError: for the first of them.
+    """
+    for name, value in fields.items():
+        if value is not None and value is not False:
+            raise invalid(name, f"is not supported; {remedy}")

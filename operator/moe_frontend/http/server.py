@@ -1,0 +1,101 @@
+"""The port of OpenAI's API: uvicorn, in the process and the event loop of gRPC's server."""
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Iterator
+from typing import Final
+
+import uvicorn
+
+from moe_api.supervision import Supervisor
+from moe_frontend.http.gate import Gate
+from moe_frontend.http.protocol import BoundedProtocol
+from moe_operator.errors import InstallationError
+
+_BACKLOG: Final = 1024
+_UNREAD_MS: Final = 30_000
+"""How long a client may leave bytes unacknowledged; then the kernel gives its connection up."""
+_END_S: Final = 2.0
+
+
+class _Uvicorn(uvicorn.Server):
+    """Leaves signals to the process, which drains."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class HttpServer:
+    """Serves an application.
+
+    Args:
+        gate: the application.
+        supervisor: runs the server.
+    """
+
+    def __init__(self, gate: Gate, supervisor: Supervisor) -> None:
+        self._gate = gate
+        self._supervisor = supervisor
+        config = uvicorn.Config(
+            gate,
+            http=BoundedProtocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=None,
+        )
+        # What clients do wrong is told to them, not to the log.
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+        self._server = _Uvicorn(config)
+        self._running: asyncio.Task[None] | None = None
+
+    async def start(self, address: str) -> int:
+        """Listens on ``HOST:PORT`` (port 0 takes a free one) and returns the port.
+
+        Raises:
+            InstallationError: the address cannot be listened on.
+        """
+        listener = _listen(address)
+        port: int = listener.getsockname()[1]
+        self._running = self._supervisor.start("http", lambda: self._server.serve([listener]))
+        return port
+
+    async def drain(self, grace_s: float) -> None:
+        """Takes no more requests, lets those that run finish for `grace_s` seconds, and stops."""
+        if self._running is None:
+            return
+        self._gate.drain()
+        self._server.should_exit = True
+        await asyncio.wait([self._running], timeout=grace_s)
+        self._gate.stop()
+        await asyncio.wait([self._running], timeout=_END_S)
+        self._server.force_exit = True
+        await asyncio.wait([self._running], timeout=_END_S)
+
+
+def _listen(address: str) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections inherit these: one whose client vanished, or reads nothing, ends.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_MS)
+        listener.bind((host, int(port)))
+        listener.listen(_BACKLOG)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise InstallationError(
+            f"cannot listen on {address} for HTTP: {error.strerror}; is the port taken, or the address "
+            "another machine's?"
+        ) from error
+    return listener

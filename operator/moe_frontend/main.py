@@ -1,0 +1,145 @@
+"""The command `moe-frontend`."""
+
+import asyncio
+import logging
+import sys
+from typing import Any
+
+import click
+from opentelemetry.exporter.prometheus import PrometheusMetricReader
+from opentelemetry.sdk.metrics.export import MetricReader
+
+from moe_api import telemetry
+from moe_api.address import check_address
+from moe_api.visible import LOG_MOST, guard_logs, one_line
+from moe_api.writing import WRITE_TIMEOUT_S
+from moe_frontend.policy import routing
+from moe_frontend.serving import Options, serve
+from moe_frontend.transport import metadata
+from moe_operator.errors import MoEOperatorError
+
+
+class _Addresses(click.ParamType[tuple[str, ...]]):
+    """``HOST:PORT[,HOST:PORT...]``."""
+
+    name = "HOST:PORT,..."
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        try:
+            return tuple(check_address(part) for part in str(value).split(","))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class _Keys(click.ParamType[frozenset[str]]):
+    """``KEY[,KEY...]``."""
+
+    name = "KEY,..."
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> frozenset[str]:
+        try:
+            return value if isinstance(value, frozenset) else metadata.parse_keys(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+@click.command(epilog="Stop it with SIGTERM: running streams finish, within --grace seconds.")
+@click.option(
+    "--listen",
+    type=_Addresses(),
+    default="0.0.0.0:8000",
+    show_default=True,
+    metavar="HOST:PORT",
+    help="Address to serve on; port 0 takes a free one.",
+)
+@click.option(
+    "--http",
+    type=_Addresses(),
+    envvar="MOE_HTTP",
+    show_envvar=True,
+    metavar="HOST:PORT",
+    help="Serves OpenAI's HTTP API (docs/openai-api.md) and /metrics here as well; port 0 takes a free one.",
+)
+@click.option("--namespace", default="default", show_default=True, help="Namespace of the deployment.")
+@click.option("--deployment", help="Name of the MoEDeployment; its workers are found by EndpointSlices.")
+@click.option("--static", type=_Addresses(), help="Workers by address instead, without Kubernetes.")
+@click.option(
+    "--grace",
+    type=click.FloatRange(min=0),
+    default=25.0,
+    show_default=True,
+    help="Seconds that running requests get to finish after SIGTERM. Keep it below the pod's "
+    "terminationGracePeriodSeconds (30 by default).",
+)
+@click.option(
+    "--hold",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="For deployments that scale to zero: seconds that a request waits for a first worker. The operator "
+    "starts one when it sees requests wait.",
+)
+@click.option(
+    "--patience",
+    type=click.FloatRange(min=0),
+    default=routing.PATIENCE_S,
+    show_default=True,
+    help="Seconds that a request waits while no worker is ready, and that a stream which lost its worker "
+    "waits for another one of the same revision.",
+)
+@click.option(
+    "--write-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=WRITE_TIMEOUT_S,
+    show_default=True,
+    help="Seconds that a message may wait for a client to read it; then the stream is stopped, and its "
+    "worker is free.",
+)
+@click.option(
+    "--forward-metadata",
+    type=_Keys(),
+    default=",".join(sorted(metadata.DEFAULT_KEYS)),
+    envvar="MOE_FORWARD_METADATA",
+    show_default=True,
+    show_envvar=True,
+    metavar="KEY,...",
+    help="Metadata of requests that reach workers, and of answers that reach clients. The W3C trace context "
+    "always does; credentials (authorization, cookie) never do.",
+)
+def main(**given: Any) -> None:
+    """Routes requests to the replicas of a MoEDeployment.
+
+    Serves moe_api.inference.v1.InferenceService, grpc.health.v1 and reflection; with --http also OpenAI's
+    API. A request goes to the replica with the fewest requests in flight. Where a worker dies, another
+    replica of the same revision goes on with its streams, without a lost or repeated token. Health service ""
+    is SERVING while at least one worker is ready, for --patience after the last one was lost, and where one
+    is made for requests (--hold); "liveness" always.
+
+    \b
+    In a cluster:      moe-frontend --namespace prod --deployment deepseek
+    Without a cluster: moe-frontend --listen 127.0.0.1:8000 --static 127.0.0.1:8001,127.0.0.1:8002
+
+    Traces are sent when OTEL_EXPORTER_OTLP_ENDPOINT names an OpenTelemetry Collector.
+    """
+    options = Options(**given)
+    if (options.deployment is None) == (options.static is None):
+        raise click.UsageError(
+            "say where the workers are, by one of --deployment NAME and --static HOST:PORT,..."
+        )
+    guard_logs()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        with telemetry.configure("moe-frontend", readers=_readers(options)):
+            asyncio.run(serve(options))
+    except MoEOperatorError as error:
+        click.echo(f"error: {one_line(str(error), LOG_MOST)}", err=True)
+        sys.exit(2)
+
+
+def _readers(options: Options) -> list[MetricReader]:
+    """Who else reads metrics: Prometheus, at /metrics of the HTTP port."""
+    return [PrometheusMetricReader()] if options.http else []

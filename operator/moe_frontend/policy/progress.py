@@ -1,0 +1,145 @@
+"""What a client has of its stream, and the request with which another replica takes it up. Pure.
+
+A stream is a function of its prompt, its sampling parameters and its seed. The frontend keeps these and the
+tokens that it has passed on: with them any worker of the same revision computes what is missing, and nothing
+else, since text and tokens of a message belong together (moe_api.inference.v1.Resume). Workers are not
+believed: what they send is held against the .proto file before the client sees it.
+"""
+
+import secrets
+from typing import Final
+
+from google.protobuf import message as protobuf
+from google.protobuf.message import Message
+
+from moe_api.inference.v1 import inference_pb2
+from moe_frontend.policy.echo import ContractError, EchoGuard
+
+_ANSWERS: Final[dict[type[Message], type[Message]]] = {
+    inference_pb2.GenerateRequest: inference_pb2.GenerateResponse,
+    inference_pb2.TokenizeRequest: inference_pb2.TokenizeResponse,
+    inference_pb2.GetModelRequest: inference_pb2.Model,
+}
+
+
+class Progress:
+    """Of one call. Of calls other than Generate it only knows whether their one message has come.
+
+    Args:
+        request: as the client sent it.
+    """
+
+    def __init__(self, request: Message) -> None:
+        self._request = request
+        self._answer = _ANSWERS[type(request)]
+        self._generate = _with_seed(request) if isinstance(request, inference_pb2.GenerateRequest) else None
+        self._revision = ""
+        self._whole = True
+        self._tokens: list[int] = []
+        self._guard = EchoGuard(())
+        self.messages = 0
+        self.finished = False
+
+    @property
+    def started(self) -> bool:
+        """Whether the client has a part of the answer already."""
+        return self.messages > 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of the client's request."""
+        return self._request.ByteSize()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that were passed on."""
+        return len(self._tokens)
+
+    @property
+    def resumable(self) -> bool:
+        """Whether another replica can give what is missing."""
+        return self._generate is not None and self._whole
+
+    @property
+    def bound_to(self) -> str | None:
+        """The only revision that may answer: that of the replica that began. None: any."""
+        asked = self._generate.resume.revision if self._generate else ""
+        return asked or (self._revision if self.started and self.resumable else None)
+
+    def request(self, revision: str) -> Message:
+        """What to ask a replica of this revision for; begins an attempt."""
+        if self._generate is None:
+            return self._request
+        self._revision = self.bound_to or revision
+        asked = inference_pb2.GenerateRequest()
+        asked.CopyFrom(self._generate)
+        asked.resume.revision = self._revision
+        asked.resume.tokens.extend(self._tokens)
+        self._guard = EchoGuard(tuple(asked.resume.tokens))
+        return asked
+
+    def take(self, message: bytes) -> list[bytes]:
+        """Checks and notes a message of the replica; gives what to pass on, which may come later.
+
+        Raises:
+            ContractError: the message is not what the .proto file promises.
+        """
+        response = self._parsed(message)
+        if self.finished:
+            raise ContractError("sent a message behind the end of the answer")
+        if not isinstance(response, inference_pb2.GenerateResponse):
+            self.messages, self.finished = 1, True
+            return [message]
+        passed = self._guard.take(response)
+        for ready in passed:
+            self._note(ready)
+        return [message if ready is response else ready.SerializeToString() for ready in passed]
+
+    def end(self) -> None:
+        """The replica says that the answer is whole.
+
+        Raises:
+            ContractError: it is not.
+        """
+        if not self.finished:
+            raise ContractError(
+                "ended the answer without a finish reason" if self._generate else "sent no message"
+            )
+
+    def _parsed(self, message: bytes) -> Message:
+        try:
+            return self._answer.FromString(message)
+        except protobuf.DecodeError:
+            name = self._answer.DESCRIPTOR.name
+            raise ContractError(f"sent a message that is not a {name}") from None
+
+    def _note(self, response: inference_pb2.GenerateResponse) -> None:
+        self._check(response)
+        self.messages += 1
+        self._tokens.extend(response.tokens)
+        # Text without its tokens could not be told from what is still to come.
+        self._whole &= not response.text or len(response.tokens) > 0
+        self.finished = response.finish_reason != inference_pb2.FINISH_REASON_UNSPECIFIED
+
+    def _check(self, response: inference_pb2.GenerateResponse) -> None:
+        if self._generate is None:
+            return
+        sampling = self._generate.sampling
+        total = len(self._generate.resume.tokens) + self.tokens + len(response.tokens)
+        if sampling.HasField("max_tokens") and total > sampling.max_tokens:
+            raise ContractError(f"sent more than max_tokens ({sampling.max_tokens}) tokens")
+        doubtful = self._guard.doubtful and response.HasField("usage")
+        if doubtful and response.usage.completion_tokens != total:
+            raise ContractError(
+                f"counts {response.usage.completion_tokens} tokens in a text of which {total} were sent"
+            )
+
+
+def _with_seed(request: inference_pb2.GenerateRequest) -> inference_pb2.GenerateRequest:
+    """The request with the seed of its stream fixed where it samples: each worker would draw another."""
+    seeded = inference_pb2.GenerateRequest()
+    seeded.CopyFrom(request)
+    sampling = request.sampling
+    if sampling.temperature > 0 and not (sampling.HasField("seed") or request.resume.HasField("seed")):
+        seeded.resume.seed = secrets.randbits(64)
+    return seeded

@@ -1,0 +1,195 @@
+"""The life of a frontend: listen, follow the workers, serve, drain, end."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from opentelemetry import metrics, trace
+
+from moe_api.supervision import Supervisor
+from moe_frontend.discovery.endpoints import Endpoint, static_endpoints
+from moe_frontend.discovery.probing import Prober
+from moe_frontend.http.app import Api
+from moe_frontend.http.server import HttpServer
+from moe_frontend.transport.forwarding import Forwarder
+from moe_frontend.transport.holding import Hold
+from moe_frontend.transport.replicas import Replicas
+from moe_frontend.transport.service import Frontend
+from moe_operator.errors import InstallationError, MoEOperatorError
+
+_LOG: Final = logging.getLogger("moe-frontend")
+_SCOPE: Final = "moe_operator.frontend"
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says; times are in seconds.
+
+    listen: one address, ``HOST:PORT``, of gRPC.
+    http: one of OpenAI's API, if it is served.
+    deployment, static: where the workers are, one of the two.
+    forward_metadata: keys that pass between clients and workers.
+    """
+
+    listen: tuple[str, ...]
+    http: tuple[str, ...] | None
+    namespace: str
+    deployment: str | None
+    static: tuple[str, ...] | None
+    grace: float
+    hold: float
+    patience: float
+    write_timeout: float
+    forward_metadata: frozenset[str]
+
+
+async def serve(options: Options) -> None:
+    """Serves until SIGTERM or SIGINT, then drains.
+
+    Raises:
+        InstallationError: there is no cluster, or the address cannot be listened on.
+    """
+    supervisor = Supervisor(expected=(MoEOperatorError,))
+    replicas = Replicas(supervisor=supervisor)
+    forwarder, hold = _forwarder(options, replicas)
+    frontend = Frontend(forwarder, hold, supervisor)
+    await frontend.set_ready(ready=False)
+    with _stop_signal() as stop:
+        async with _following(options, replicas, frontend, supervisor):
+            # Pods are ready by gRPC's health, so HTTP comes first.
+            http = await _listen_http(options, forwarder, frontend, supervisor)
+            await _listen(frontend, options.listen[0])
+            await stop.wait()
+            _LOG.info("draining for %g s at most", options.grace)
+            await asyncio.gather(frontend.drain(options.grace), *(port.drain(options.grace) for port in http))
+    await replicas.close()
+    await supervisor.close()
+
+
+def _forwarder(options: Options, replicas: Replicas) -> tuple[Forwarder, Hold]:
+    limit_s = options.hold or options.patience
+    hold = Hold(limit_s, options.deployment or "this frontend", from_zero=options.hold > 0)
+    hold.measure(metrics.get_meter(_SCOPE))
+    forwarder = Forwarder(
+        replicas,
+        trace.get_tracer(_SCOPE),
+        hold,
+        options.patience,
+        options.forward_metadata,
+        options.write_timeout,
+    )
+    return forwarder, hold
+
+
+async def _listen(frontend: Frontend, address: str) -> None:
+    try:
+        port = await frontend.start(address)
+    except RuntimeError as error:
+        raise InstallationError(
+            f"cannot listen on {address}; is the port taken, or the address another machine's?"
+        ) from error
+    _LOG.info("serving on %s:%d", address.rpartition(":")[0], port)
+
+
+async def _listen_http(
+    options: Options, forwarder: Forwarder, frontend: Frontend, supervisor: Supervisor
+) -> list[HttpServer]:
+    """The server of OpenAI's API, where there is one."""
+    if not options.http:
+        return []
+    api = Api(forwarder, trace.get_tracer(_SCOPE), lambda: frontend.ready)
+    server = HttpServer(api.gated(metrics.get_meter(_SCOPE)), supervisor)
+    port = await server.start(options.http[0])
+    _LOG.info("serving HTTP on %s:%d", options.http[0].rpartition(":")[0], port)
+    return [server]
+
+
+@contextlib.asynccontextmanager
+async def _following(
+    options: Options, replicas: Replicas, frontend: Frontend, supervisor: Supervisor
+) -> AsyncIterator[None]:
+    """Keeps the replicas to those endpoints that take requests."""
+    news, publish = asyncio.Event(), _publication(options, replicas, supervisor)
+    prober = Prober(news.set, supervisor)
+
+    async def route() -> None:
+        while True:
+            news.clear()
+            serving = prober.serving
+            replicas.update(serving)
+            publish()
+            await frontend.set_ready(ready=len(serving) > 0)
+            _LOG.info("replicas: %s", ", ".join(sorted(e.name for e in serving)) or "none")
+            await news.wait()
+
+    routing = supervisor.start("routing", route)
+    try:
+        with _discovery(options, prober.update, supervisor):
+            yield
+    finally:
+        routing.cancel()
+        await prober.close()
+
+
+def _publication(options: Options, replicas: Replicas, supervisor: Supervisor) -> Callable[[], None]:
+    """To be called when the routes are others: in a cluster the operator is told."""
+    if options.deployment is None:
+        return lambda: None
+    from moe_frontend.discovery import publishing, slices  # noqa: PLC0415 - as below
+
+    pod = publishing.own_pod(options.namespace, options.deployment)
+    if pod is None:
+        return lambda: None
+    publisher = publishing.Publisher(slices.cluster_api().api_client, pod, replicas.endpoints)
+    supervisor.start("publishing", publisher.run)
+    return publisher.changed
+
+
+@contextlib.contextmanager
+def _discovery(
+    options: Options, update: Callable[[frozenset[Endpoint]], None], supervisor: Supervisor
+) -> Iterator[None]:
+    """Tells `update` which endpoints there are, in this event loop."""
+    if options.deployment is None:
+        update(static_endpoints(options.static or ()))
+        yield
+        return
+    # Importing the Kubernetes client takes half a second, which a frontend without a cluster saves.
+    from moe_frontend.discovery import slices  # noqa: PLC0415
+
+    loop = asyncio.get_running_loop()
+
+    def publish(endpoints: frozenset[Endpoint]) -> None:
+        loop.call_soon_threadsafe(update, endpoints)
+
+    service = f"{options.deployment}-workers"
+    watcher = slices.SliceWatcher(slices.cluster_api(), options.namespace, service, publish, supervisor)
+    watcher.start()
+    try:
+        yield
+    finally:
+        watcher.stop()
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[asyncio.Event]:
+    """An event that SIGTERM or SIGINT sets; a second signal acts as usual and ends the process at once."""
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+
+    def on_signal() -> None:
+        stop.set()
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
+
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, on_signal)
+    try:
+        yield stop
+    finally:
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)

@@ -1,0 +1,319 @@
+"""Carries one request to a replica and the answer back, message by message; replays what a replica leaves.
+
+Messages pass through as bytes and are not buffered here: the next one is read only when the client's
+connection took the last one, so that HTTP/2 flow control reaches from the client to the worker. Of Generate
+the tokens are noted on the way (`progress`): where a replica is lost, another one of the same revision goes
+on behind them, and the client sees a pause at most.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, Final, Protocol
+
+import grpc
+from google.protobuf.message import Message
+from google.rpc import status_pb2
+from opentelemetry import trace
+
+from moe_api import clock, rich_status, spans, telemetry
+from moe_api.clock import Timed
+from moe_api.writing import WRITE_TIMEOUT_S, Sink, SlowReaderError, Writer
+from moe_frontend.discovery.endpoints import Endpoint, Served
+from moe_frontend.policy import routing
+from moe_frontend.policy.echo import ContractError
+from moe_frontend.policy.progress import Progress
+from moe_frontend.transport import bounds, failures, metadata
+from moe_frontend.transport.failures import Failure, Kind
+from moe_frontend.transport.holding import Hold
+from moe_frontend.transport.replicas import Lease, Replicas
+
+Context = grpc.aio.ServicerContext[Any, bytes]
+_LOG: Final = logging.getLogger(__name__)
+
+ROUTING_REPLICA: Final = "moe.routing.replica"
+ROUTING_ADDRESS: Final = "moe.routing.address"
+ROUTING_CANDIDATES: Final = "moe.routing.candidates"
+ROUTING_ATTEMPT: Final = "moe.routing.attempt"
+ROUTING_REASON: Final = "moe.routing.reason"
+ROUTING_REPLAYED: Final = "moe.routing.replayed_tokens"
+
+# Another replica may do what one answers so: it is lost, it has no room, or it changed its revision under us.
+_ELSEWHERE: Final = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+    }
+)
+_LOOK_AGAIN_S: Final = 1.0
+# A worker ends a call right behind the last message of its answer.
+_END_S: Final = 5.0
+
+# Asking which model is served does not start it.
+_NOT_WORTH_A_REPLICA: Final = "/GetModel"
+
+
+_Answer = grpc.aio.UnaryStreamCall[Message, bytes]
+
+
+class Caller(Sink, Timed, Protocol):
+    """Who is answered: the context of a gRPC call, or what takes its place behind another protocol."""
+
+    def invocation_metadata(self) -> Iterable[Any] | None:
+        """Metadata of the request, keys in lower case."""
+
+    def set_trailing_metadata(self, trailing_metadata: Any) -> None:
+        """Takes metadata of the answer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """One call of a client, across all attempts to answer it."""
+
+    method: str
+    context: Caller
+    span: trace.Span
+    writer: Writer
+    progress: Progress
+
+
+class Forwarder:
+    """Forwards the calls of one service to the replicas.
+
+    Args:
+        replicas: where requests may go.
+        tracer: for the server span of every call.
+        hold: where requests wait while there is no replica; names the deployment.
+        patience_s: how long a request or stream whose replica was lost waits for another one.
+        keys: metadata that pass between clients and workers.
+        write_timeout_s: how long a message may wait for the client to read it.
+    """
+
+    def __init__(
+        self,
+        replicas: Replicas,
+        tracer: trace.Tracer,
+        hold: Hold,
+        patience_s: float = routing.PATIENCE_S,
+        keys: frozenset[str] = metadata.DEFAULT_KEYS,
+        write_timeout_s: float = WRITE_TIMEOUT_S,
+    ) -> None:
+        self._replicas = replicas
+        self._tracer = tracer
+        self._hold = hold
+        self._patience_s = patience_s
+        self._keys = keys
+        self._write_timeout_s = write_timeout_s
+
+    def routes(self) -> list[tuple[Endpoint, int]]:
+        """Where requests may go now, and how many of ours run there."""
+        return self._replicas.routes()
+
+    @property
+    def served(self) -> Served:
+        """The model that replicas serve; of the last one, where there is none."""
+        return self._replicas.served
+
+    async def until_replica(self, size: int) -> status_pb2.Status | None:
+        """Waits for a replica, where there is none; says why a request of `size` bytes has to end before."""
+        return None if len(self._replicas) else await self._hold.until_replica(size)
+
+    async def forward(self, method: str, request: Message, context: Context) -> None:
+        """Answers one call of gRPC; `method` is ``package.Service/Method``."""
+        with spans.server_span(self._tracer, context, method) as span:
+            failure = await self.answer(method, request, context, span)
+            if failure is not None:
+                await _give_up(failure, context)
+
+    async def answer(self, method: str, request: Message, caller: Caller, span: trace.Span) -> Failure | None:
+        """Answers one call, whichever protocol it came by; gives why the answer is not whole, if it is not.
+
+        Args:
+            method: ``package.Service/Method``.
+            request: of that method.
+            caller: gets the messages of the answer, as bytes.
+            span: of the call.
+        """
+        if failure := self._oversize(request):
+            return failure
+        writer = Writer(caller, self._write_timeout_s)
+        call = _Call(method, caller, span, writer, Progress(request))
+        if failure := await self._held(call):
+            return failure
+        if failure := self._oversize(request):  # where it waited, it is known only now what is served
+            return failure
+        try:
+            return await self._attempts(call)
+        except SlowReaderError as error:
+            return Failure(Kind.ANSWERED, error.status)
+
+    def _oversize(self, request: Message) -> Failure | None:
+        """Why no replica would take the request, by its length alone."""
+        too_long = bounds.violations(request, self._replicas.limits)
+        return Failure(Kind.ANSWERED, rich_status.invalid_argument(too_long)) if too_long else None
+
+    async def _held(self, call: _Call) -> Failure | None:
+        """Waits for a replica, where the call is worth one; says why it has to end before there is one."""
+        if len(self._replicas) or call.method.endswith(_NOT_WORTH_A_REPLICA):
+            return None
+        call.span.add_event("hold", {"message": "no replica is ready; the request waits for one"})
+        status = await self._hold.until_replica(call.progress.size)
+        return None if status is None else Failure(Kind.UNREACHED, status)
+
+    async def _attempts(self, call: _Call) -> Failure | None:
+        progress, failure = call.progress, None
+        trials = routing.Trials(time.monotonic(), patience_s=self._patience_s)
+        while True:
+            before = progress.tokens
+            with self._replicas.lease(trials.tried, progress.bound_to) as lease:
+                if lease is not None:
+                    _record(call.span, lease, trials.attempts + 1, progress)
+                    failure = await self._attempt(call, lease)
+            if lease is None:
+                if ended := await self._wait_for_another(failure, trials, progress):
+                    return ended
+                trials = trials.all_over()
+                continue
+            if failure is None:
+                return None
+            trials = _counted(trials, lease, failure, progress.tokens - before)
+            if trials.deadly:
+                return failures.deadly(trials.dead)
+            wait = _wait_before_next(failure, trials, progress, clock.remaining_s(call.context))
+            if wait is None:
+                return failure
+            await asyncio.sleep(wait)
+
+    async def _wait_for_another(
+        self, failure: Failure | None, trials: routing.Trials, progress: Progress
+    ) -> Failure | None:
+        """Waits a while for a replica to come; says why the call ends where it may not wait."""
+        if failure is None and len(self._replicas):  # none was tried, so none has the revision asked for
+            return failures.other_revision(self._hold.deployment)
+        full = failure is not None and failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        wait = min(trials.left_s(time.monotonic()), _LOOK_AGAIN_S)
+        if not progress.resumable or (full and not progress.started) or not wait:
+            return self._unanswered(failure, progress)
+        with self._hold.place(progress.size) as refusal:
+            if refusal is not None:
+                return failure or Failure(Kind.UNREACHED, refusal)
+            await self._replicas.change(wait)
+        return None
+
+    def _unanswered(self, failure: Failure | None, progress: Progress) -> Failure:
+        """What the client is told where there is no replica left to ask."""
+        lost = failure is not None and failure.kind is not Kind.ANSWERED and not progress.started
+        if failure is None or (lost and not len(self._replicas)):
+            return failures.nobody(self._hold.deployment)
+        return failure
+
+    async def _attempt(self, call: _Call, lease: Lease) -> Failure | None:
+        """One attempt; None where the client has its answer."""
+        failure = await self._exchange(call, lease)
+        if failure is None:
+            self._replicas.report_success(lease.endpoint)
+            return None
+        if failure.kind is Kind.BROKE_PROTOCOL:
+            _LOG.warning("%s", failure.status.message)
+            self._replicas.distrust(lease.endpoint)
+            return failure
+        if failure.code is grpc.StatusCode.UNAVAILABLE:
+            self._replicas.report_failure(lease.endpoint)
+        return None if call.progress.finished else failure
+
+    async def _exchange(self, call: _Call, lease: Lease) -> Failure | None:
+        """Sends the request and passes the answer on, as far as it comes.
+
+        Raises:
+            SlowReaderError: the client does not read it.
+        """
+        name, progress = lease.endpoint.name, call.progress
+        if not await lease.connected():
+            return failures.unreached(name, started=progress.started)
+        answer = self._send(call, lease)
+        try:
+            await _pass_on(answer, call)
+            if said := metadata.selected(await answer.trailing_metadata(), self._keys):
+                call.context.set_trailing_metadata(said)
+        except ContractError as error:
+            return failures.broke_protocol(name, str(error))
+        except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:
+            return failures.of_call(error, name, self._keys, started=progress.started)
+        finally:
+            answer.cancel()  # does nothing to a call that has ended
+        return None
+
+    def _send(self, call: _Call, lease: Lease) -> _Answer:
+        """On the wire a unary answer is a stream of one message, so one way of calling serves both."""
+        request = call.progress.request(lease.endpoint.revision)
+        serialize: Callable[[Message], bytes] = type(request).SerializeToString
+        multicallable: grpc.aio.UnaryStreamMultiCallable[Message, bytes] = lease.channel.unary_stream(
+            f"/{call.method}", request_serializer=serialize
+        )
+        forwarded = metadata.selected(call.context.invocation_metadata(), self._keys)
+        traced = telemetry.inject(forwarded, trace.set_span_in_context(call.span))
+        return multicallable(request, timeout=clock.remaining_s(call.context), metadata=traced)
+
+
+async def _pass_on(answer: _Answer, call: _Call) -> None:
+    """Passes the messages of an answer on, to its end.
+
+    Raises:
+        ContractError: what came is not an answer.
+        SlowReaderError: the client does not read it.
+        grpc.aio.AioRpcError: the replica, or the connection to it, failed.
+    """
+    progress = call.progress
+    with contextlib.suppress(TimeoutError):  # the client has its whole answer
+        async with asyncio.timeout(None) as limit:
+            async for message in answer:
+                for ready in progress.take(message):
+                    await call.writer.write(ready)
+                if progress.finished:
+                    limit.reschedule(asyncio.get_running_loop().time() + _END_S)
+    progress.end()
+
+
+def _counted(trials: routing.Trials, lease: Lease, failure: Failure, tokens: int) -> routing.Trials:
+    return trials.after(
+        lease.endpoint.name,
+        progressed=tokens > 0,
+        now=time.monotonic(),
+        died=failure.kind is Kind.DIED,
+        tokens=tokens,
+    )
+
+
+def _wait_before_next(
+    failure: Failure, trials: routing.Trials, progress: Progress, remaining_s: float | None
+) -> float | None:
+    """Seconds to wait before another replica is asked; None where the failure is the answer."""
+    if failure.code not in _ELSEWHERE:
+        return None
+    if not progress.started:
+        return routing.backoff_s(trials.attempts, remaining_s)
+    return routing.replay_after_s(trials, time.monotonic()) if progress.resumable else None
+
+
+def _record(span: trace.Span, lease: Lease, attempt: int, progress: Progress) -> None:
+    attributes: dict[str, str | int] = {
+        ROUTING_REPLICA: lease.decision.replica,
+        ROUTING_ADDRESS: lease.endpoint.address,
+        ROUTING_CANDIDATES: lease.decision.candidates,
+        ROUTING_ATTEMPT: attempt,
+        ROUTING_REASON: lease.decision.reason,
+    }
+    if progress.started:
+        attributes[ROUTING_REPLAYED] = progress.tokens
+    span.set_attributes(attributes)
+    span.add_event("route", {**attributes, "message": lease.decision.message})
+
+
+async def _give_up(failure: Failure, context: Context) -> None:
+    status = failure.status
+    details = ((rich_status.DETAILS_KEY, status.SerializeToString()),) if status.details else ()
+    await context.abort(failure.code, status.message, (*failure.metadata, *details))

@@ -1,0 +1,179 @@
+"""The replicas that are ready, a channel to each, and what runs on them. For one event loop."""
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Final
+
+import grpc
+
+from moe_api import transport
+from moe_api.supervision import Supervisor
+from moe_frontend.discovery.endpoints import Endpoint, Served
+from moe_frontend.policy import routing
+from moe_frontend.transport.bounds import Limits
+
+# Pods reuse addresses: a channel of its own per replica shares no backoff with a predecessor's.
+_OPTIONS: Final = (*transport.CLIENT_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
+_CONNECTING: Final = (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING)
+_CONNECT_S: Final = 5.0
+"""Longer than a channel tries by itself (transport.CLIENT_OPTIONS)."""
+
+
+@dataclasses.dataclass
+class _Replica:
+    endpoint: Endpoint
+    channel: grpc.aio.Channel
+    load: routing.Load
+
+
+@dataclasses.dataclass(frozen=True)
+class Lease:
+    """One request's hold on a replica: where to send it, and why there."""
+
+    endpoint: Endpoint
+    channel: grpc.aio.Channel
+    decision: routing.Decision
+
+    async def connected(self) -> bool:
+        """Whether there is a connection, or one can be made now.
+
+        Asked before a request is sent: a replica that was never reached did not die of it.
+        """
+        state = self.channel.get_state(try_to_connect=True)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CONNECT_S):
+                while state in _CONNECTING:
+                    await self.channel.wait_for_state_change(state)
+                    state = self.channel.get_state(try_to_connect=True)
+        return state is grpc.ChannelConnectivity.READY
+
+
+class Replicas:
+    """Keeps channels and counts, and leaves every choice to `routing`.
+
+    Args:
+        clock: seconds, monotonic.
+        supervisor: closes channels that are not needed any more.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, supervisor: Supervisor | None = None
+    ) -> None:
+        self._clock = clock
+        self._supervisor = supervisor or Supervisor()
+        self._ready: dict[str, _Replica] = {}
+        self._leaving: list[_Replica] = []
+        self._served = Served()
+        self._requests = 0
+        self._closing: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._ready)
+
+    def update(self, endpoints: frozenset[Endpoint]) -> None:
+        """Takes over which endpoints are ready; requests on others run to their end."""
+        wanted = {endpoint.name: endpoint for endpoint in endpoints}
+        for name, replica in list(self._ready.items()):
+            if wanted.get(name) != replica.endpoint:
+                self._leaving.append(self._ready.pop(name))
+        for name, endpoint in wanted.items():
+            if name not in self._ready:
+                channel = grpc.aio.insecure_channel(endpoint.address, options=_OPTIONS)
+                load = routing.Load(name, revision=endpoint.revision)
+                self._ready[name] = _Replica(endpoint, channel, load)
+        self._served = next((endpoint.served for endpoint in sorted(endpoints)), self._served)
+        self._close_idle()
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def change(self, most_s: float) -> None:
+        """Waits until `update` is called, `most_s` seconds at most."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), most_s)
+
+    @contextlib.contextmanager
+    def lease(self, tried: frozenset[str], revision: str | None = None) -> Iterator[Lease | None]:
+        """Holds the best replica for the time of the block; None if there is none.
+
+        Args:
+            tried: those not to be tried again.
+            revision: the only one that will do; None: any.
+        """
+        loads = (replica.load for replica in self._ready.values())
+        decision = routing.choose(loads, tried, self._clock(), revision)
+        if decision is None:
+            yield None
+            return
+        replica = self._ready[decision.replica]
+        self._requests += 1
+        replica.load = replace(replica.load, in_flight=replica.load.in_flight + 1, last_chosen=self._requests)
+        try:
+            yield Lease(replica.endpoint, replica.channel, decision)
+        finally:
+            replica.load = replace(replica.load, in_flight=replica.load.in_flight - 1)
+            self._close_idle()
+
+    @property
+    def limits(self) -> Limits:
+        """What no replica takes more than: what is longer need not be sent to any."""
+        known = self.endpoints()
+        per_token = [endpoint.characters_per_token for endpoint in known]
+        return Limits(
+            max((endpoint.context_length for endpoint in known), default=0),
+            max(per_token, default=0) if all(per_token) else 0,
+        )
+
+    @property
+    def served(self) -> Served:
+        """The model of a replica that takes requests, or of the last one that did."""
+        return self._served
+
+    def endpoints(self) -> list[Endpoint]:
+        """Where requests may go now."""
+        return [replica.endpoint for replica in self._ready.values()]
+
+    def routes(self) -> list[tuple[Endpoint, int]]:
+        """Where requests may go now, and how many run there."""
+        return [(replica.endpoint, replica.load.in_flight) for replica in self._ready.values()]
+
+    def report_failure(self, endpoint: Endpoint) -> None:
+        """A request died with the replica, or could not reach it."""
+        replica = self._find(endpoint)
+        if replica is not None:
+            replica.load = replace(replica.load, failures=replica.load.failures + 1, failed_at=self._clock())
+
+    def distrust(self, endpoint: Endpoint) -> None:
+        """The replica broke the protocol."""
+        replica = self._find(endpoint)
+        if replica is not None:
+            replica.load = replace(replica.load, distrusted_until=self._clock() + routing.DISTRUST_S)
+
+    def report_success(self, endpoint: Endpoint) -> None:
+        """The replica answered."""
+        replica = self._find(endpoint)
+        if replica is not None and replica.load.failures:
+            replica.load = replace(replica.load, failures=0)
+
+    async def close(self) -> None:
+        """Closes all channels and ends what runs on them."""
+        replicas = [*self._ready.values(), *self._leaving]
+        self._ready.clear()
+        self._leaving.clear()
+        await asyncio.gather(*(replica.channel.close() for replica in replicas), *self._closing)
+
+    def _find(self, endpoint: Endpoint) -> _Replica | None:
+        replica = self._ready.get(endpoint.name)
+        return replica if replica is not None and replica.endpoint == endpoint else None
+
+    def _close_idle(self) -> None:
+        idle = [replica for replica in self._leaving if replica.load.in_flight == 0]
+        self._leaving = [replica for replica in self._leaving if replica.load.in_flight > 0]
+        for replica in idle:
+            task = self._supervisor.start("close-channel", replica.channel.close, replica.endpoint.name)
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)

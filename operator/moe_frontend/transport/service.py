@@ -1,0 +1,166 @@
+"""InferenceService and its server, as the frontend offers them."""
+
+from __future__ import annotations  # grpc.RpcMethodHandler takes no parameters at run time
+
+import asyncio
+from typing import Any, Final, cast
+
+import grpc
+from google.protobuf.message import Message
+
+from moe_api import rich_status, transport
+from moe_api.frontend.v1 import frontend_pb2, frontend_pb2_grpc
+from moe_api.health import Health
+from moe_api.inference.v1 import inference_pb2
+from moe_api.malformed import MalformedRequestInterceptor
+from moe_api.rich_status import FieldViolation
+from moe_api.server import create_server
+from moe_api.supervision import Supervisor
+from moe_frontend.transport.forwarding import Context, Forwarder
+from moe_frontend.transport.holding import Hold
+
+SERVICE: Final = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+_DEMAND_SERVICE: Final = frontend_pb2.DESCRIPTOR.services_by_name["FrontendService"].full_name
+_LONGEST_WAIT_S: Final = 60
+MOST_STREAMS: Final = 1024
+"""Calls of one connection at a time: gateways and sidecars send those of many clients over one."""
+
+# gRPC answers calls that meet the very moment of the stop with CANCELLED. For this long before, they are
+# told what goes on, and clients turn elsewhere.
+_SETTLE_S: Final = 0.2
+_SHUTTING_DOWN: Final = rich_status.retry_later(
+    grpc.StatusCode.UNAVAILABLE, "this frontend is shutting down; send the request again", 0.1
+)
+
+_REQUESTS: Final[dict[str, type[Message]]] = {
+    "Generate": inference_pb2.GenerateRequest,
+    "Tokenize": inference_pb2.TokenizeRequest,
+    "GetModel": inference_pb2.GetModelRequest,
+}
+
+
+class Frontend:
+    """A gRPC server that forwards, with health and reflection.
+
+    Args:
+        forwarder: answers the calls.
+        hold: tells the operator how many of them wait for a first replica.
+        supervisor: runs what goes on in the background.
+    """
+
+    def __init__(self, forwarder: Forwarder, hold: Hold, supervisor: Supervisor | None = None) -> None:
+        self._supervisor = supervisor or Supervisor()
+        self._forwarder = forwarder
+        self._hold = hold
+        self._health = Health([SERVICE, _DEMAND_SERVICE])
+        self._server = create_server(
+            interceptors=[MalformedRequestInterceptor()],
+            options=transport.server_options(most_streams=MOST_STREAMS),
+        )
+        self._draining = False
+        self._ready = False
+        self._giving_up: asyncio.Task[None] | None = None
+
+    async def start(self, address: str) -> int:
+        """Listens on ``HOST:PORT`` (port 0 takes a free one) and returns the port.
+
+        Raises:
+            RuntimeError: the address cannot be listened on.
+        """
+        handlers = {name: self._handler(name, request) for name, request in _REQUESTS.items()}
+        self._server.add_registered_method_handlers(SERVICE, handlers)
+        frontend_pb2_grpc.add_FrontendServiceServicer_to_server(
+            _ForOperator(self._hold, self._forwarder), self._server
+        )
+        await self._health.register(self._server)
+        port = self._server.add_insecure_port(address)
+        await self._server.start()
+        return port
+
+    @property
+    def ready(self) -> bool:
+        """Whether probes are told that requests are welcome."""
+        return self._ready
+
+    async def set_ready(self, *, ready: bool) -> None:
+        """Says whether there is a worker, and tells probes whether requests are welcome.
+
+        They are as long as they may wait for one: a frontend that lost its last worker gives up only after
+        the time that a request waits, lest the gap between two workers turn new connections away. One that
+        drains stays not ready.
+        """
+        self._hold.set_replicas(there=ready)
+        if ready or self._hold.from_zero:
+            self._keep_on()
+            await self._tell(ready=True)
+        elif not self._ready or self._hold.limit_s <= 0:
+            await self._tell(ready=False)
+        elif self._giving_up is None:
+            self._giving_up = self._supervisor.start("readiness", self._give_up)
+
+    async def _give_up(self) -> None:
+        await asyncio.sleep(self._hold.limit_s)
+        await self._tell(ready=False)
+
+    def _keep_on(self) -> None:
+        if self._giving_up is not None:
+            self._giving_up.cancel()
+            self._giving_up = None
+
+    async def _tell(self, *, ready: bool) -> None:
+        self._ready = ready and not self._draining
+        await self._health.set_ready(ready=self._ready)
+
+    async def drain(self, grace_s: float) -> None:
+        """Takes no more calls, lets those that run finish for `grace_s` seconds, and stops."""
+        self._draining = True
+        self._keep_on()
+        await self._tell(ready=False)
+        await asyncio.sleep(_SETTLE_S)
+        await self._health.close()
+        await self._server.stop(grace_s)
+
+    def _handler(self, name: str, request_type: type[Message]) -> grpc.RpcMethodHandler[Message, bytes]:
+        """All methods answer as streams: on the wire a unary answer is a stream of one message."""
+        method = f"{SERVICE}/{name}"
+
+        async def behaviour(request: Message, context: Context) -> None:
+            await self._serve(method, request, context)
+
+        # The stubs know synchronous handlers only.
+        return grpc.unary_stream_rpc_method_handler(cast("Any", behaviour), request_type.FromString)
+
+    async def _serve(self, method: str, request: Message, context: Context) -> None:
+        if self._draining:
+            await rich_status.abort(context, _SHUTTING_DOWN)
+        await self._forwarder.forward(method, request, context)
+
+
+class _ForOperator(frontend_pb2_grpc.FrontendServiceServicer):
+    """moe_api.frontend.v1.FrontendService."""
+
+    def __init__(self, hold: Hold, forwarder: Forwarder) -> None:
+        self._hold = hold
+        self._forwarder = forwarder
+
+    async def GetRoutes(  # noqa: N802 - gRPC's name
+        self,
+        request: frontend_pb2.GetRoutesRequest,  # noqa: ARG002
+        context: Context,  # noqa: ARG002
+    ) -> frontend_pb2.Routes:
+        """Says where requests go."""
+        routes = (
+            frontend_pb2.Route(name=to.name, address=to.address, revision=to.revision, in_flight=running)
+            for to, running in self._forwarder.routes()
+        )
+        return frontend_pb2.Routes(routes=routes)
+
+    async def GetDemand(  # noqa: N802 - gRPC's name
+        self, request: frontend_pb2.GetDemandRequest, context: Context
+    ) -> frontend_pb2.Demand:
+        """Says how many requests wait, as soon as there is one."""
+        wait_s = request.wait.ToTimedelta().total_seconds()
+        if not 0 <= wait_s <= _LONGEST_WAIT_S:
+            violation = FieldViolation("wait", f"is {wait_s:g} s; use 0 to {_LONGEST_WAIT_S} s")
+            await rich_status.abort(context, rich_status.invalid_argument([violation]))
+        return frontend_pb2.Demand(held=await self._hold.demand(wait_s))

@@ -1,0 +1,82 @@
+"""Metrics of scaling: what each deployment's scaler measured, expects and wants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from opentelemetry import metrics
+from opentelemetry.metrics import CallbackOptions, Observation
+
+from moe_operator.autoscaling.scaler import MINUTE_S, Outcome
+from moe_operator.resources import names
+from moe_operator.resources.deployment import Identity
+
+_Value = Callable[[Outcome], float | None]
+_GAUGES: dict[str, tuple[str, str, _Value]] = {
+    "demand": ("{request}/s", "Requests that arrived, last minute", lambda o: _per_second(o.demand)),
+    "forecast": (
+        "{request}/s",
+        "Requests expected at the horizon",
+        lambda o: _per_second(o.forecast.mean) if o.forecast else None,
+    ),
+    "forecast.upper": (
+        "{request}/s",
+        "Requests at the horizon, 95th percentile",
+        lambda o: _per_second(o.forecast.quantile(0.95)) if o.forecast else None,
+    ),
+    "forecast.error": (
+        "%",
+        "Rolling error of the forecast (WAPE)",
+        lambda o: o.forecast.errors.wape if o.forecast else None,
+    ),
+    "forecast.last_value_error": (
+        "%",
+        "The same of the forecast that nothing changes",
+        lambda o: o.forecast.errors.last_value_wape if o.forecast else None,
+    ),
+    "capacity": (
+        "{request}/s",
+        "What one replica serves within the latency target",
+        lambda o: _per_second(o.capacity.per_replica),
+    ),
+    "horizon": ("s", "90th percentile of cold starts", lambda o: o.cold_starts.horizon_s),
+    "replicas": ("{replica}", "Replicas that scaling wants", lambda o: float(o.plan.replicas)),
+    "reports.unusable": (
+        "{replica}",
+        "Replicas whose load report was wrong or did not come",
+        lambda o: float(len(o.wrong) + len(o.silent)),
+    ),
+}
+
+
+class ScalingMetrics:
+    """Gauges named moe_operator.scaling.*, read when an export is due."""
+
+    def __init__(self, meter: metrics.Meter) -> None:
+        self._outcomes: dict[tuple[str, str], Outcome] = {}
+        for name, (unit, description, value) in _GAUGES.items():
+            meter.create_observable_gauge(
+                f"moe_operator.scaling.{name}", [self._reader(value)], unit, description
+            )
+
+    def record(self, identity: Identity, outcome: Outcome) -> None:
+        """What a round came to."""
+        self._outcomes[identity.namespace, identity.name] = outcome
+
+    def forget(self, namespace: str, name: str) -> None:
+        """A deployment is gone, does not scale any more, or another process scales it."""
+        self._outcomes.pop((namespace, name), None)
+
+    def _reader(self, value: _Value) -> Callable[[CallbackOptions], Iterator[Observation]]:
+        def read(_: CallbackOptions) -> Iterator[Observation]:
+            for (namespace, name), outcome in list(self._outcomes.items()):
+                number = value(outcome)
+                if number is not None:
+                    attributes = {"k8s.namespace.name": namespace, f"{names.GROUP}.name": name}
+                    yield Observation(number, attributes)
+
+        return read
+
+
+def _per_second(per_minute: float | None) -> float | None:
+    return None if per_minute is None else per_minute / MINUTE_S

@@ -1,0 +1,6 @@
+"""Demand at the horizon, with a band."""
+
+from moe_operator.autoscaling.model.forecast.forecaster import Forecaster
+from moe_operator.autoscaling.model.forecast.result import Errors, Forecast
+
+__all__ = ["Errors", "Forecast", "Forecaster"]

@@ -1,0 +1,185 @@
+"""Reports of replicas become rates of whole minutes; what cannot be true is left out, with a reason."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final
+
+from moe_operator.autoscaling.model.history import MINUTES
+
+_MINUTE_S: Final = 60.0
+_CLOCK_SKEW_S: Final = 30.0
+"""Clocks of nodes differ; more than this into the future is a wrong clock."""
+_ENOUGH_SEEN: Final = 0.5
+"""Share of the replicas' time that must be covered by reports for a minute's rate to be known."""
+
+
+class Distrust(Enum):
+    """Why a report is left out. The value completes "its report ..."."""
+
+    NOT_A_NUMBER = "holds a number that is none, or a negative one"
+    FROM_THE_FUTURE = "says that the worker started in the future: its clock is wrong"
+    OUT_OF_ORDER = "is older than one that came before"
+    SUM_FELL = "holds sums that fell though the worker did not start anew"
+    IMPLAUSIBLE = "holds more work than any replica could have got"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one leader said of itself."""
+
+    replica: str
+    """Name of the leader's pod."""
+    at: float
+    """When it was asked, by the asker's clock."""
+    started: float
+    """Since when the sums count, by the worker's clock."""
+    arrived: float
+    """Work that came since then, after the output cache; a sum that only grows."""
+    completed: float
+    """Work done since then."""
+    waiting: float = 0.0
+    """Work that waits for a place in the batch now."""
+    late: float = 0.0
+    """Completed work that missed the latency target since `started`."""
+
+
+@dataclass(frozen=True)
+class MinuteRate:
+    """What one finished minute brought to all replicas together."""
+
+    minute: int
+    arrived: float | None
+    """Work per minute; None: too few reports to tell."""
+    completed: float | None
+    """Work per minute."""
+    late_share: float
+    """Share of the completed work that missed the latency target, in [0, 1]."""
+    waited: bool
+    """Some work waited in every report of the minute: the replicas did all they could."""
+
+
+@dataclass
+class _Minute:
+    arrived: float = 0.0
+    completed: float = 0.0
+    late: float = 0.0
+    covered_s: float = 0.0
+    reports: int = 0
+    reports_waiting: int = 0
+
+
+@dataclass
+class MinuteRates:
+    """Collects the reports of one deployment's replicas. Not thread-safe."""
+
+    plausible_rate: float = math.inf
+    """Most work per minute that one replica can have got; a report of more is left out."""
+    _latest: dict[str, Report] = field(default_factory=dict)
+    _open: dict[int, _Minute] = field(default_factory=dict)
+    _closed: int | None = None
+
+    def observe(self, report: Report) -> Distrust | None:
+        """Takes in one report; says why it was left out, or None.
+
+        A replica's first report, and its first after it started anew, only begins its sums.
+        """
+        before = self._latest.get(report.replica)
+        reason = distrust(report, before, self.plausible_rate)
+        if reason in (Distrust.NOT_A_NUMBER, Distrust.FROM_THE_FUTURE, Distrust.OUT_OF_ORDER):
+            return reason
+        if reason is not None:
+            # Which of the two is wrong cannot be told: the next report begins the sums again.
+            self._latest.pop(report.replica, None)
+            return reason
+        self._latest[report.replica] = report
+        if before is not None and _same_life(before, report):
+            self._spread(before, report)
+        return None
+
+    def close(self, now: float, replicas: float) -> list[MinuteRate]:
+        """The minutes that ended before `now` and were not closed yet, oldest first; empty ones included.
+
+        Args:
+            now: seconds since the epoch.
+            replicas: replicas that answered requests, on average over these minutes.
+        """
+        end = math.floor(now / _MINUTE_S)
+        if self._closed is None:
+            self._closed = min([*self._open, end])
+        first = max(self._closed, end - MINUTES)
+        finished = [
+            _rate(minute, self._open.get(minute, _Minute()), replicas) for minute in range(first, end)
+        ]
+        self._closed = max(self._closed, end)
+        self._open = {minute: sums for minute, sums in self._open.items() if minute >= end}
+        horizon = now - 10 * _MINUTE_S
+        self._latest = {name: report for name, report in self._latest.items() if report.at >= horizon}
+        return finished
+
+    def _spread(self, before: Report, report: Report) -> None:
+        """Spreads the work between two reports evenly over the minutes that they touch and that are open."""
+        span = report.at - before.at
+        start = before.at
+        while start < report.at:
+            minute = math.floor(start / _MINUTE_S)
+            stop = min((minute + 1) * _MINUTE_S, report.at)
+            if self._closed is None or minute >= self._closed:
+                share = (stop - start) / span
+                sums = self._open.setdefault(minute, _Minute())
+                sums.arrived += share * (report.arrived - before.arrived)
+                sums.completed += share * (report.completed - before.completed)
+                sums.late += share * (report.late - before.late)
+                sums.covered_s += stop - start
+            start = stop
+        sums = self._open.setdefault(math.floor(report.at / _MINUTE_S), _Minute())
+        sums.reports += 1
+        sums.reports_waiting += report.waiting > 0
+
+
+def distrust(report: Report, before: Report | None, plausible_rate: float = math.inf) -> Distrust | None:
+    """Why a report cannot be believed, given the same replica's one before; None if it can."""
+    numbers = (report.at, report.started, report.arrived, report.completed, report.waiting, report.late)
+    if not all(math.isfinite(number) and number >= 0 for number in numbers):
+        return Distrust.NOT_A_NUMBER
+    if report.started > report.at + _CLOCK_SKEW_S:
+        return Distrust.FROM_THE_FUTURE
+    if before is not None and report.at <= before.at:
+        return Distrust.OUT_OF_ORDER
+    if before is None or not _same_life(before, report):
+        return _too_much(report, report.at - report.started, plausible_rate)
+    return _contradiction(report, before, plausible_rate)
+
+
+def _too_much(report: Report, seconds: float, plausible_rate: float) -> Distrust | None:
+    """Whether a replica did more in its life of so many seconds than any can."""
+    most = plausible_rate * max(seconds / _MINUTE_S, 1.0)
+    return Distrust.IMPLAUSIBLE if max(report.arrived, report.completed) > most else None
+
+
+def _contradiction(report: Report, before: Report, plausible_rate: float) -> Distrust | None:
+    if report.arrived < before.arrived or report.completed < before.completed or report.late < before.late:
+        return Distrust.SUM_FELL
+    most = plausible_rate * max((report.at - before.at) / _MINUTE_S, 1.0)
+    if max(report.arrived - before.arrived, report.completed - before.completed) > most:
+        return Distrust.IMPLAUSIBLE
+    return None
+
+
+def _same_life(before: Report, report: Report) -> bool:
+    return abs(report.started - before.started) < 1.0
+
+
+def _rate(minute: int, sums: _Minute, replicas: float) -> MinuteRate:
+    """A silent replica is taken to do what the others do on average: work is routed evenly."""
+    seen = sums.covered_s / (_MINUTE_S * replicas) if replicas else 0.0
+    known = seen >= _ENOUGH_SEEN
+    return MinuteRate(
+        minute,
+        arrived=sums.arrived / min(seen, 1.0) if known else None,
+        completed=sums.completed / min(seen, 1.0) if known else None,
+        late_share=min(sums.late / sums.completed, 1.0) if sums.completed > 0 else 0.0,
+        waited=sums.reports > 0 and sums.reports_waiting == sums.reports,
+    )

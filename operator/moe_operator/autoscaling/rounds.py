@@ -1,0 +1,196 @@
+"""One deployment's scaling in the cluster: asks, has the scaler decide, reports, keeps what was learned."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TypeVar
+
+from opentelemetry import trace
+
+from moe_api.supervision import Supervisor
+from moe_operator.autoscaling import reporting, scaling_history, storage
+from moe_operator.autoscaling.metrics import ScalingMetrics
+from moe_operator.autoscaling.model.history import HistoryError
+from moe_operator.autoscaling.polling import Poller
+from moe_operator.autoscaling.scaler import Outcome, Scaler
+from moe_operator.autoscaling.subject import Subject
+from moe_operator.errors import MoEOperatorError, PermanentError, ReadForbiddenError
+from moe_operator.executor import execute
+from moe_operator.kube.client import Cluster
+from moe_operator.planner.conditions import Verdict, dated
+from moe_operator.planner.decision import Decision
+from moe_operator.resources import names
+from moe_operator.resources.deployment import Deployment, Name
+from moe_operator.resources.scaling_spec import Mode
+from moe_operator.resources.scaling_status import SCALING_ACTIVE, ScalingStatus
+from moe_operator.resources.status import Condition, Status
+from moe_operator.settings import Settings
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ScaledFactory:
+    """What the scaling of every deployment needs, and its beginning and end."""
+
+    cluster: Cluster
+    poller: Poller
+    settings: Settings
+    threads: Executor
+    """For requests to the API server."""
+    laboratory: Executor
+    """One thread for learning, so that it never takes more than one core."""
+    decided: Callable[[Name], None]
+    """Carries out what was written into the status."""
+    metrics: ScalingMetrics
+    tracer: trace.Tracer
+    supervisor: Supervisor
+    """Runs whatever goes on in the background."""
+
+    async def load(self, subject: Subject) -> Scaled:
+        """The scaling of a deployment, with what was kept of it."""
+        identity, prior = subject.deployment.identity, subject.spec.capacity_prior
+        try:
+            kept = await self.call(storage.load, self.cluster, identity)
+            memory = await self.call(scaling_history.memory, kept, identity)
+        except (HistoryError, PermanentError, ReadForbiddenError) as error:
+            logger.warning("%s: %s; scaling begins anew", identity.name, error)
+            memory = None
+        return Scaled(self, subject, Scaler(subject.deployment.wanted_replicas, memory, prior))
+
+    async def retire(self, deployment: Deployment) -> None:
+        """Takes out of the status what is not true any more of a deployment that does not scale."""
+        self.metrics.forget(deployment.identity.namespace, deployment.name)
+        is_off, before = deployment.spec.scaling is not None, deployment.status
+        wanted = _condition(deployment, reporting.OFF, before) if is_off else None
+        if before.scaling is not None or before.condition(SCALING_ACTIVE) != wanted:
+            await self.call(storage.write_status, self.cluster, deployment.identity, None, wanted)
+
+    async def call(self, function: Callable[..., T], *arguments: object) -> T:
+        """Calls something that blocks, in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *arguments)
+
+
+class Scaled:
+    """One deployment's scaling. Of one event loop.
+
+    Args:
+        factory: what all have in common.
+        subject: the deployment as it was seen last.
+        scaler: its memory.
+    """
+
+    def __init__(self, factory: ScaledFactory, subject: Subject, scaler: Scaler) -> None:
+        self._with = factory
+        self._scaler = scaler
+        self._status = subject.deployment.status.scaling
+        self._condition = subject.deployment.status.condition(SCALING_ACTIVE)
+        self._kept_at = time.monotonic()
+        self._learning: asyncio.Task[None] | None = None
+        self._awaits_request = False
+
+    async def round(self, subject: Subject) -> None:
+        """Asks the replicas, decides, and tells everybody."""
+        reading = await self._with.poller.read(subject)
+        settings = self._with.settings
+        outcome = self._scaler.step(subject, reading, self._with.poller.now(), settings.scaling_speed)
+        self._awaits_request = outcome.plan.replicas == 0 and not subject.ready and reading.held == 0
+        self._with.metrics.record(subject.deployment.identity, outcome)
+        await self._report(subject, outcome)
+        if self._learning is None or self._learning.done():
+            self._learning = self._with.supervisor.start("learning", self._learn, subject.deployment.name)
+        if time.monotonic() >= self._kept_at + settings.history_seconds / settings.scaling_speed:
+            await self.keep(subject)
+
+    async def until_next(self, subject: Subject) -> None:
+        """Waits for the next round's time; where there is no replica, a first request ends the wait."""
+        pause = self._with.settings.sample_seconds / self._with.settings.scaling_speed
+        end = time.monotonic() + pause
+        if self._awaits_request and await self._with.poller.first_held(subject, pause):
+            return
+        await asyncio.sleep(end - time.monotonic())
+
+    async def keep(self, subject: Subject) -> None:
+        """Writes what was learned into the ScalingHistory; where that fails, scaling goes on all the same."""
+        self._kept_at = time.monotonic()
+        memory = self._scaler.memory()
+        pods = {start.uid for start in subject.cold_starts}
+        identity = subject.deployment.identity
+        manifest = await self._with.call(scaling_history.manifest, identity, memory, pods)
+        try:
+            await self._with.call(storage.save, self._with.cluster, manifest)
+        except MoEOperatorError as error:
+            logger.warning("%s: what scaling learned was not kept: %s", identity.name, error)
+
+    def close(self) -> None:
+        """Stops learning."""
+        if self._learning is not None:
+            self._learning.cancel()
+
+    async def _learn(self) -> None:
+        """Slow work in a thread; where it fails, scaling goes on with the models that it has."""
+        job = self._scaler.upkeep()
+        if job is not None:
+            adopt = await asyncio.get_running_loop().run_in_executor(self._with.laboratory, job)
+            adopt()
+
+    async def _report(self, subject: Subject, outcome: Outcome) -> None:
+        """Writes the status when a decision or the condition changed, and else once a minute."""
+        deployment, before, now = subject.deployment, self._status, datetime.now(UTC)
+        status = reporting.status(subject, outcome, before, now)
+        last = Status(conditions=(self._condition,) if self._condition else ())
+        condition = _condition(deployment, reporting.verdict(subject, outcome), last, now)
+        if not (_news(before, status, self._condition, condition) or outcome.closed):
+            return
+        if (status, condition) == (before, self._condition):
+            return
+        await self._with.call(
+            storage.write_status, self._with.cluster, deployment.identity, status, condition
+        )
+        self._status, self._condition = status, condition
+        if before is None or before.desired_replicas != status.desired_replicas:
+            await self._announce(subject, reporting.announcement(subject, outcome, before))
+
+    async def _announce(self, subject: Subject, decision: Decision | None) -> None:
+        """Has the decision carried out, then told: as a span, a line of the log and an Event."""
+        identity = subject.deployment.identity
+        if subject.scaling.mode is Mode.AUTO:
+            self._with.decided(Name(identity.namespace, identity.name))
+        if decision is None:
+            return
+        with self._with.tracer.start_as_current_span("scale") as span:
+            span.set_attributes(
+                {"k8s.namespace.name": identity.namespace, f"{names.GROUP}.name": identity.name}
+            )
+            span.add_event(decision.reason, {"message": decision.message})
+        logger.info("%s/%s: %s: %s", identity.namespace, identity.name, decision.reason, decision.message)
+        try:
+            await self._with.call(execute.post, self._with.cluster, identity, decision, datetime.now(UTC))
+        except MoEOperatorError as error:
+            # Events are for people to read; what was decided is done, with or without one.
+            logger.warning("%s/%s: no event was made: %s", identity.namespace, identity.name, error)
+
+
+def _condition(
+    deployment: Deployment, verdict: Verdict, before: Status, now: datetime | None = None
+) -> Condition:
+    found = {SCALING_ACTIVE: verdict}
+    (condition,) = dated(found, before, deployment.identity.generation, now or datetime.now(UTC))
+    return condition
+
+
+def _news(
+    before: ScalingStatus | None, status: ScalingStatus, last: Condition | None, condition: Condition
+) -> bool:
+    """Whether something changed that nobody should wait a minute for."""
+    if before is None or last is None:
+        return True
+    decided = before.desired_replicas != status.desired_replicas
+    return decided or (last.status, last.reason) != (condition.status, condition.reason)

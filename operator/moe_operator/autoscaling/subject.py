@@ -1,0 +1,77 @@
+"""A deployment that scales, as a reconcile saw it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_operator.autoscaling.coldstart import ColdStart, measure
+from moe_operator.autoscaling.model.spec import Mode, ScalingSpec
+from moe_operator.planner.observed import Observed, Pod, frontends, leaders
+from moe_operator.resources import scaling_spec as scaling
+from moe_operator.resources.deployment import Deployment
+from moe_operator.resources.spec import Spec
+
+_PRIOR_SHARE = 0.1
+"""Requests per second that each place in a replica's batch is taken to serve: a request takes 10 s."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the scaler has to know of one deployment."""
+
+    deployment: Deployment
+    scaling: scaling.Scaling
+    leaders: tuple[Pod, ...]
+    """One a replica; those on their way out are left out."""
+    frontends: tuple[str, ...]
+    """IP addresses."""
+    cold_starts: tuple[ColdStart, ...]
+    """Of the leaders that are Ready."""
+
+    @property
+    def ready(self) -> tuple[Pod, ...]:
+        """Leaders that answer requests."""
+        return tuple(pod for pod in self.leaders if pod.ready)
+
+    @property
+    def addresses(self) -> frozenset[str]:
+        """Whoever may be asked."""
+        return frozenset(pod.address for pod in self.leaders if pod.address).union(self.frontends)
+
+    @property
+    def spec(self) -> ScalingSpec:
+        """Limits and aims in the scaler's terms."""
+        return scaling_spec(self.deployment.spec, self.scaling)
+
+
+def subject(deployment: Deployment, observed: Observed) -> Subject | None:
+    """The deployment as a subject of scaling; None where it does not scale, or scaling is Off."""
+    wanted = deployment.spec.scaling
+    if wanted is None or wanted.mode is scaling.Mode.OFF:
+        return None
+    pods = tuple(pod for pod in leaders(observed).values() if not pod.terminating)
+    ready = {pod.name for pod in pods if pod.ready}
+    starts = (measure(pod) for pod in observed.pods if pod["metadata"]["name"] in ready)
+    return Subject(
+        deployment,
+        wanted,
+        pods,
+        tuple(pod.address for pod in frontends(observed) if pod.address and not pod.terminating),
+        tuple(start for start in starts if start is not None),
+    )
+
+
+def scaling_spec(spec: Spec, wanted: scaling.Scaling) -> ScalingSpec:
+    """spec.scaling in the scaler's terms: work is requests, and rates are per minute."""
+    prior = wanted.prior_requests_per_second
+    if prior is None:
+        prior = _PRIOR_SHARE * spec.engine.max_batch_size
+    workers = spec.parallelism.pipeline * spec.parallelism.expert.size
+    return ScalingSpec(
+        min_replicas=wanted.min_replicas,
+        max_replicas=wanted.max_replicas,
+        capacity_prior=60.0 * prior,
+        mode=Mode(wanted.mode.value),
+        gpus_per_replica=workers * spec.worker.gpus,
+        gpu_budget=wanted.gpu_budget,
+    )

@@ -1,1 +1,0 @@
-"""Commands for people who use a deployment: `moe generate`, `moe tokenize`, `moe status`."""

@@ -1,0 +1,54 @@
+"""Reads what there is of one deployment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from moe_operator.errors import ReadForbiddenError
+from moe_operator.kube.client import Cluster
+from moe_operator.planner import revisions
+from moe_operator.planner.observed import Observed, podless
+from moe_operator.render import children
+from moe_operator.render.objects import Key, Manifest, key
+from moe_operator.resources import names
+from moe_operator.resources.deployment import Deployment
+
+
+def gather(cluster: Cluster, deployment: Deployment) -> Observed:
+    """The deployment's objects and pods, found by their label; where there is a mirror, without a request."""
+    namespace = deployment.identity.namespace
+    found: dict[Key, Manifest] = {}
+    for kind in children.KINDS:
+        found.update({key(manifest): manifest for manifest in cluster.list(kind, namespace, deployment.name)})
+    return Observed(
+        found,
+        tuple(cluster.list("Pod", namespace, deployment.name)),
+        routes=tuple(cluster.list(names.ROUTES_KIND, namespace, deployment.name)),
+        verdicts={name: cluster.verdict(found[name]) for name in found if name.kind == "StatefulSet"},
+    )
+
+
+def unlabelled(cluster: Cluster, namespace: str, manifests: Iterable[Manifest]) -> dict[Key, Manifest]:
+    """Objects that have the names of some that are to be made, though they lack the deployment's label.
+
+    They are somebody else's, or ours from which somebody took the label. A ControllerRevision is not looked
+    for: its name holds a digest of what is in it.
+    """
+    made = (key(manifest) for manifest in manifests if "uid" not in manifest["metadata"])
+    found = {
+        name: cluster.get(name.kind, namespace, name.name) for name in made if name.kind != revisions.KIND
+    }
+    return {name: manifest for name, manifest in found.items() if manifest is not None}
+
+
+def with_refusal(cluster: Cluster, deployment: Deployment, observed: Observed) -> Observed:
+    """Adds why a pod is missing, as its controller's Event says; of the first, for all have one reason."""
+    for name in podless(observed, deployment.identity)[:1]:
+        try:
+            why = cluster.last_event("StatefulSet", deployment.identity.namespace, name, "FailedCreate")
+        except ReadForbiddenError as error:
+            why = f"only an Event says why it has no pod, and {error}"
+        if why is not None:
+            return replace(observed, refused={f"{name}-0": why})
+    return observed

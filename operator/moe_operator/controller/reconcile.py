@@ -1,0 +1,267 @@
+"""One reconcile: gather, plan, apply, report."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Protocol
+
+from opentelemetry import trace
+from opentelemetry.metrics import get_meter
+
+from moe_operator.controller.gather import gather, unlabelled, with_refusal
+from moe_operator.controller.room import obstacles
+from moe_operator.controller.work_metrics import WorkMetrics
+from moe_operator.errors import (
+    ApplyForbiddenError,
+    ApplyRefusedError,
+    ChangedMeanwhileError,
+    InvalidSpecError,
+    MoEOperatorError,
+    PermanentError,
+    ReadForbiddenError,
+    RetryableError,
+)
+from moe_operator.executor import execute
+from moe_operator.kube import peering
+from moe_operator.kube.client import Cluster
+from moe_operator.planner.decision import Decision
+from moe_operator.planner.gates import published
+from moe_operator.planner.observed import Observed, Pod, frontends
+from moe_operator.planner.pinning import with_pins
+from moe_operator.planner.plan import Plan, invalid, model_address, plan, refused, transitions
+from moe_operator.render.worker import recipe, revision
+from moe_operator.resources import names
+from moe_operator.resources.deployment import Deployment, Identity, Name, identity, parse, parse_status
+from moe_operator.resources.status import Status
+from moe_operator.rpc.frontends import routed
+from moe_operator.rpc.leader import drain, get_model, work
+from moe_operator.rpc.together import ask
+from moe_operator.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_AFTER_DEADLINE_SECONDS = 0.5
+"""Times in the status are whole seconds: so much later the deadline has passed for certain."""
+
+
+class Watcher(Protocol):
+    """Who else wants to know what a reconcile finds."""
+
+    def saw(self, deployment: Deployment, observed: Observed) -> None:
+        """A deployment and its objects, freshly read."""
+
+    def gone(self, name: Name) -> None:
+        """A deployment that is not there any more."""
+
+
+@dataclass(frozen=True)
+class Reconciler:
+    """Brings deployments closer to their specs. Blocking; may run in several threads at once."""
+
+    cluster: Cluster
+    settings: Settings
+    rank: peering.Rank
+    """Of this process among its peers."""
+    clock: Callable[[], datetime]
+    tracer: trace.Tracer = field(default_factory=lambda: trace.get_tracer(__name__))
+    watcher: Watcher | None = None
+    """Hears what every look at a deployment found: scaling."""
+    metrics: WorkMetrics = field(default_factory=lambda: WorkMetrics(get_meter(__name__)))
+    _thought: threading.Lock = field(default_factory=threading.Lock)
+    """Reading the mirror and planning are done one at a time. The interpreter lets one thread work anyway;
+    threads that take its lock from each other, as every decompression does, take four times as long.
+    """
+
+    def reconcile(self, name: Name) -> float | None:
+        """Looks at one deployment and does what there is to do.
+
+        Returns the seconds after which to look again, or None when the deployment is gone.
+        Raises RetryableError when something did not work that may work later.
+        """
+        with self.tracer.start_as_current_span("reconcile") as span, self.metrics.reconcile():
+            span.set_attributes({"k8s.namespace.name": name.namespace, f"{names.GROUP}.name": name.name})
+            if self.rank.outranked(self.clock()):
+                span.set_attribute(f"{names.GROUP}.outranked", value=True)
+                return self.settings.recheck_seconds
+            body = self.cluster.get(names.KIND, name.namespace, name.name)
+            if body is None or "deletionTimestamp" in body["metadata"]:
+                if self.watcher is not None:
+                    self.watcher.gone(name)
+                return None
+            try:
+                return self._advance(parse(body), span)
+            except InvalidSpecError as error:
+                before = parse_status(body)
+                self._report(
+                    identity(body), before, invalid(before, identity(body), str(error), self.clock())
+                )
+            except PermanentError as error:
+                logger.warning("%s: %s; waiting for an edit", name, error)
+            # Nothing is for ever: policies and CRDs change without an event here.
+            return self.settings.resync_seconds
+
+    def _advance(self, deployment: Deployment, span: trace.Span) -> float:
+        observed = self._gathered(deployment)
+        deployment, observed, todo = self._planned(deployment, observed)
+        while others := unlabelled(self.cluster, deployment.identity.namespace, todo.apply):
+            observed = replace(observed, children={**observed.children, **others})
+            deployment, observed, todo = self._planned(deployment, observed)
+        if todo.sound:
+            self.cluster.note((observed.children[name] for name in todo.sound), recipe(deployment))
+        if self.watcher is not None:
+            self.watcher.saw(deployment, observed)
+        _describe(span, deployment, todo)
+        if todo.creates and not self._is_current(deployment.identity):
+            raise ChangedMeanwhileError("the deployment changed or went away; it is looked at again")
+        self._drain(deployment, todo.drain)
+        turn_ends = time.monotonic() + self.settings.turn_seconds
+        refusals = execute.execute(
+            self.cluster, deployment.identity, todo, lambda: time.monotonic() < turn_ends
+        )
+        if refusals:
+            return self._refused(deployment, todo, refusals)
+        execute.write_status(self.cluster, deployment.identity, deployment.status, todo.status)
+        self._announce(deployment.identity, todo.decisions)
+        self._record(deployment)
+        opened = {gate.pod for gate in todo.gates}
+        if any(pod.name not in opened for pod in todo.unrouted):
+            return self.settings.routing_seconds
+        return self._until_next(todo)
+
+    def _record(self, deployment: Deployment) -> None:
+        """Writes what scaling decided into spec.replicas; nothing waits for that."""
+        replicas = deployment.replicas_to_record
+        if replicas is None:
+            return
+        try:
+            self.cluster.scale(deployment.identity.namespace, deployment.name, replicas)
+        except (ApplyRefusedError, ApplyForbiddenError) as error:
+            logger.warning("%s: spec.replicas does not follow scaling: %s", deployment.name, error)
+
+    def _until_next(self, todo: Plan) -> float:
+        """Seconds until the next look where no event asks for an earlier one."""
+        pause = self.settings.recheck_seconds if todo.recheck else self.settings.resync_seconds
+        if todo.deadline is None:
+            return pause
+        return min(pause, max((todo.deadline - self.clock()).total_seconds(), 0) + _AFTER_DEADLINE_SECONDS)
+
+    def _gathered(self, deployment: Deployment) -> Observed:
+        """What there is. Where it may not be read, the status says so, and what was true of it stays."""
+        try:
+            with self._thought:
+                observed = gather(self.cluster, deployment)
+            return with_refusal(self.cluster, deployment, observed)
+        except ReadForbiddenError as error:
+            who, before = deployment.identity, deployment.status
+            known = before.without_scaling().model_copy(update={"observed_generation": who.generation})
+            self._report(who, before, refused(before, known, str(error), self.clock(), "ReadForbidden"))
+            raise
+
+    def _refused(
+        self, deployment: Deployment, todo: Plan, refusals: Sequence[ApplyRefusedError | ApplyForbiddenError]
+    ) -> float:
+        """Says what the API server refused; returns when to look again where something else is awaited.
+
+        Raises the refusals as one otherwise: one that can heal without an edit, if there is any.
+        """
+        said = "; ".join(dict.fromkeys(map(str, refusals)))
+        after = refused(deployment.status, todo.status, said, self.clock())
+        self._report(deployment.identity, deployment.status, after)
+        self._announce(deployment.identity, todo.removals)
+        if todo.unrouted or todo.recheck:
+            logger.warning("%s: %s", deployment.name, said)
+            return self.settings.recheck_seconds
+        kinds = [type(error) for error in refusals]
+        raise next((kind for kind in kinds if issubclass(kind, RetryableError)), kinds[0])(said)
+
+    def _planned(self, deployment: Deployment, observed: Observed) -> tuple[Deployment, Observed, Plan]:
+        """What to do, with what it follows from: pinned pods, and the answers of workers and frontends."""
+        with self._thought:
+            deployment = with_pins(deployment, observed)
+        observed = self._with_model(deployment, observed)
+        todo = self._plan(deployment, observed)
+        if todo.question is not None:
+            found = obstacles(self.cluster, deployment.identity.namespace, todo.question)
+            observed = replace(observed, obstacles=found)
+            todo = self._plan(deployment, observed)
+        if todo.choice or todo.unrouted:
+            observed = self._asked(observed, todo)
+            todo = self._plan(deployment, observed)
+        return deployment, observed, todo
+
+    def _plan(self, deployment: Deployment, observed: Observed) -> Plan:
+        with self._thought:
+            return plan(deployment, observed, self.clock())
+
+    def _asked(self, observed: Observed, todo: Plan) -> Observed:
+        """What is observed, with what the plan has to know of workers and frontends."""
+        limit = self.settings.rpc_timeout_seconds
+        work = self._work(todo.choice) if todo.choice else {}
+        return replace(
+            observed,
+            work=work,
+            routed=routed(frontends(observed), todo.unrouted, limit, published(observed))
+            if todo.unrouted
+            else {},
+        )
+
+    def _work(self, pods: Iterable[Pod]) -> dict[str, int]:
+        """Requests under way on each; one that does not say counts as idle, for it may well be hung."""
+        limit = self.settings.rpc_timeout_seconds
+        return {pod.name: found or 0 for pod, found in ask(lambda pod: work(pod.address, limit), pods)}
+
+    def _drain(self, deployment: Deployment, addresses: Iterable[str]) -> None:
+        """Takes replicas out of routing. One that does not hear is told again by its pod's deletion."""
+        limit = self.settings.rpc_timeout_seconds
+        for address, heard in ask(lambda address: drain(address, limit), addresses):
+            if not heard:
+                logger.info("%s: the worker at %s did not hear that it is to drain", deployment.name, address)
+
+    def _with_model(self, deployment: Deployment, observed: Observed) -> Observed:
+        address = model_address(deployment, observed)
+        if address is None:
+            return observed
+        try:
+            model = get_model(address, revision(deployment), self.settings.rpc_timeout_seconds)
+        except RetryableError as error:
+            # The plan asks to be called again soon; meanwhile nothing else has to wait for a busy worker.
+            logger.info("%s: %s", deployment.name, error)
+            return observed
+        return replace(observed, model=model)
+
+    def _is_current(self, who: Identity) -> bool:
+        """Asks before objects are made: made for a deployment that is gone, they would be deleted at once."""
+        body = self.cluster.refresh(names.KIND, who.namespace, who.name)
+        return body is not None and identity(body) == who
+
+    def _report(self, who: Identity, before: Status, after: Status) -> None:
+        """Says what keeps a deployment from going on."""
+        execute.write_status(self.cluster, who, before, after)
+        self._announce(who, transitions(before, after))
+
+    def _announce(self, who: Identity, decisions: Iterable[Decision]) -> None:
+        span = trace.get_current_span()
+        for decision in decisions:
+            self.metrics.decided(decision.reason)
+            span.add_event(decision.reason, {"reason": decision.reason, "message": decision.message})
+            logger.info("%s/%s: %s: %s", who.namespace, who.name, decision.reason, decision.message)
+            try:
+                execute.post(self.cluster, who, decision, self.clock())
+            except MoEOperatorError as error:
+                # Events are for people to read; what was decided is done, with or without one.
+                logger.warning("%s/%s: no event was made: %s", who.namespace, who.name, error)
+
+
+def _describe(span: trace.Span, deployment: Deployment, todo: Plan) -> None:
+    span.set_attributes(
+        {
+            f"{names.GROUP}.generation": deployment.identity.generation,
+            f"{names.GROUP}.applied": len(todo.apply),
+            f"{names.GROUP}.deleted": len(todo.delete),
+        }
+    )

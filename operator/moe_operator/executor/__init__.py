@@ -1,0 +1,1 @@
+"""Carries out what `moe_operator.planner` planned. Decides nothing."""

@@ -1,0 +1,134 @@
+"""Carries out a plan."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from functools import partial
+from typing import Final
+
+from moe_api.visible import one_line
+from moe_operator.errors import (
+    ApplyForbiddenError,
+    ApplyRefusedError,
+    ChangedMeanwhileError,
+    OutOfTimeError,
+)
+from moe_operator.kube.client import Cluster
+from moe_operator.planner.decision import Decision, timestamp
+from moe_operator.planner.gates import Gate
+from moe_operator.planner.plan import Plan
+from moe_operator.render.objects import Manifest
+from moe_operator.resources import names
+from moe_operator.resources.deployment import Identity
+from moe_operator.resources.status import Status
+
+_EVENT_MOST = 1024
+"""Characters of an Event's message that the API server takes."""
+_ALIKE: Final = 3
+"""After so many refusals of one kind the rest of it waits for the next plan: replicas are all alike."""
+
+
+def execute(
+    cluster: Cluster, identity: Identity, plan: Plan, in_time: Callable[[], bool]
+) -> list[ApplyRefusedError | ApplyForbiddenError]:
+    """Carries out what the plan says, for as long as it is in time; returns what the API server refused.
+
+    Readiness gates come first, for requests wait for them; then deletions, which make room for what is
+    created after them. No refusal and no conflict keeps the rest from being done. A conflict may follow from
+    a refusal (a RoleBinding conflicts where its Role was refused), so it only counts where there is none.
+
+    Raises what the client raises otherwise, and OutOfTimeError; what was done until then stays, and the next
+    plan starts from there.
+    """
+    effects, refusals = list(_effects(cluster, identity, plan)), []
+    refused: Counter[str] = Counter()
+    conflict: ChangedMeanwhileError | None = None
+    for done, (kind, effect) in enumerate(effects):
+        if not in_time():
+            raise OutOfTimeError(f"{done} of {len(effects)} changes are made; the others take another turn")
+        if refused[kind] >= _ALIKE:
+            continue
+        try:
+            effect()
+        except (ApplyRefusedError, ApplyForbiddenError) as error:
+            refused[kind] += 1
+            refusals.append(error)
+        except ChangedMeanwhileError as error:
+            conflict = conflict or error
+    if conflict is not None and not refusals:
+        raise conflict
+    return refusals
+
+
+def _effects(cluster: Cluster, identity: Identity, plan: Plan) -> Iterator[tuple[str, Callable[[], None]]]:
+    """What a plan does, in order: the kind of the object, and what changes it."""
+    space = identity.namespace
+    for gate in plan.gates:
+        yield "Pod", partial(cluster.set_pod_condition, space, gate.pod, gate.uid, _condition(gate))
+    for deletion in plan.delete:
+        kind, name = deletion.key
+        yield f"deleted {kind}", partial(cluster.delete, kind, space, name, deletion.uid)
+    for manifest in plan.apply:
+        yield manifest["kind"], partial(cluster.apply, manifest)
+
+
+def _condition(gate: Gate) -> Manifest:
+    message = "every frontend sends it requests" if gate.open else "its containers are not ready"
+    return {
+        "type": names.ROUTED,
+        "status": "True" if gate.open else "False",
+        "reason": "Routed" if gate.open else "NotReady",
+        "message": message,
+        "lastTransitionTime": timestamp(datetime.now(UTC)),
+    }
+
+
+def write_status(cluster: Cluster, identity: Identity, before: Status, after: Status) -> None:
+    """Writes the status when it changed; one that did not would only wake everybody who watches."""
+    if not before.without_scaling().same_as(after):
+        manifest = {**reference(identity), "status": after.manifest()}
+        cluster.apply(manifest, subresource="/status")
+
+
+def post(cluster: Cluster, identity: Identity, decision: Decision, now: datetime) -> None:
+    """Makes an Event of a decision; `kubectl describe` shows it."""
+    cluster.create(event(identity, decision, now))
+
+
+def event(identity: Identity, decision: Decision, now: datetime) -> Manifest:
+    """The Event of a decision.
+
+    Its name holds the time, as those of Kubernetes' own components do: they are listed in order even within
+    one second, which is as exact as `kubectl describe` gets.
+    """
+    about = reference(identity)
+    metadata = about.pop("metadata")
+    return {
+        "apiVersion": "v1",
+        "kind": "Event",
+        "metadata": {
+            "name": f"{identity.name}.{int(now.timestamp() * 1e6) * 1000:x}",
+            "namespace": identity.namespace,
+        },
+        "involvedObject": {**about, **metadata},
+        "type": "Warning" if decision.warning else "Normal",
+        "reason": decision.reason,
+        "message": one_line(decision.message, _EVENT_MOST),
+        "source": {"component": names.FIELD_MANAGER},
+        "reportingComponent": names.FIELD_MANAGER,
+        "reportingInstance": os.environ.get("POD_ID", names.FIELD_MANAGER),
+        "firstTimestamp": timestamp(now),
+        "lastTimestamp": timestamp(now),
+        "eventTime": now.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
+        "action": "Reconcile",
+        "count": 1,
+    }
+
+
+def reference(identity: Identity) -> Manifest:
+    """Which object a part of a status, or an Event, is about."""
+    metadata = {"name": identity.name, "namespace": identity.namespace, "uid": identity.uid}
+    return {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": metadata}

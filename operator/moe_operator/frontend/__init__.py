@@ -1,1 +1,0 @@
-"""The router in front of the leaders of a deployment; it needs no torch."""

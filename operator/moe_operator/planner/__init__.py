@@ -1,0 +1,17 @@
+"""From a MoEDeployment and what was observed to a plan. Pure: reads no clock, no cluster, no network.
+
+    observed    what the cluster has, read into typed values
+    moves       which replicas are created and which are deleted now
+    placement   whether a new pod would fit in the place of an old one
+    gates       when a leader's readiness gate opens
+    pinning     keeps pods as they were rendered until an edit
+    revisions   what each revision was made from
+    changes     which objects have to be applied, and why: drift and ownership decide
+    state       the numbers from which the conditions follow
+    conditions  what state that is, in Kubernetes' conventions
+    problems    why a pod does not run; scheduling reads the scheduler's summary
+    decision    a reason and a sentence for people
+    plan        puts it together: (deployment, observed, now) -> Plan
+
+`moe_operator.executor` carries a plan out.
+"""

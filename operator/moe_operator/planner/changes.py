@@ -1,0 +1,85 @@
+"""Which objects have to be applied, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+from moe_operator.planner import drift
+from moe_operator.planner.decision import Decision
+from moe_operator.planner.observed import Observed
+from moe_operator.planner.ownership import owned
+from moe_operator.render.objects import Manifest, applied_digest, key
+from moe_operator.resources.deployment import Deployment
+from moe_operator.resources.status import COMPLETE, PROGRESSING
+
+
+class Why(Enum):
+    """Why an object is applied."""
+
+    CREATED = "Created"
+    MADE_AGAIN = "MadeAgain"
+    UPDATED = "Updated"
+    PUT_BACK = "PutBack"
+
+
+@dataclass(frozen=True)
+class Change:
+    """An object to apply."""
+
+    manifest: Manifest
+    why: Why
+    place: str = ""
+    """Path of the field that was changed by hand, for PUT_BACK."""
+
+
+def changes(desired: Iterable[Manifest], observed: Observed, deployment: Deployment) -> list[Change]:
+    """The objects that are not there as they should be, in the order given."""
+    found = (_change(manifest, observed, deployment) for manifest in desired)
+    return [change for change in found if change is not None]
+
+
+def _change(manifest: Manifest, observed: Observed, deployment: Deployment) -> Change | None:
+    actual = observed.children.get(key(manifest))
+    if actual is None:
+        # A replica that is gone is not made again: another one takes its place.
+        again = manifest["kind"] != "StatefulSet" and _was_complete(deployment)
+        return Change(manifest, Why.MADE_AGAIN if again else Why.CREATED)
+    guarded = _guarded(manifest, actual)
+    if applied_digest(actual) != applied_digest(manifest):
+        return Change(guarded, Why.UPDATED)
+    place = drift.first_difference(manifest, actual, owned=owned(actual))
+    return None if place is None else Change(guarded, Why.PUT_BACK, place)
+
+
+def _guarded(manifest: Manifest, actual: Manifest) -> Manifest:
+    """The object with the UID of the one it changes, so that it never lands in one that took its place."""
+    return {**manifest, "metadata": {**manifest["metadata"], "uid": actual["metadata"]["uid"]}}
+
+
+def _was_complete(deployment: Deployment) -> bool:
+    """Whether everything that is wanted now was wanted and there when we last looked."""
+    progressing = deployment.status.condition(PROGRESSING)
+    complete = progressing is not None and progressing.reason == COMPLETE
+    # Scaling changes what is wanted without a new generation of the spec.
+    wanted = (deployment.identity.generation, deployment.wanted_replicas)
+    return complete and (deployment.status.observed_generation, deployment.status.desired_replicas) == wanted
+
+
+def decisions(made: Iterable[Change]) -> list[Decision]:
+    """What people are told of the changes: one sentence for what is ordinary, one each for what is not."""
+    made = list(made)
+    told = [
+        Decision(why.value, f"{verb} {', '.join(str(key(change.manifest)) for change in alike)}")
+        for why, verb in ((Why.CREATED, "made"), (Why.UPDATED, "brought up to date"))
+        if (alike := [change for change in made if change.why is why])
+    ]
+    return [*told, *(_warning(change) for change in made if change.why in (Why.MADE_AGAIN, Why.PUT_BACK))]
+
+
+def _warning(change: Change) -> Decision:
+    name = key(change.manifest)
+    if change.why is Why.MADE_AGAIN:
+        return Decision(change.why.value, f"{name} was gone and is made again", warning=True)
+    return Decision(change.why.value, f"{name}: {change.place} was changed and is put back", warning=True)

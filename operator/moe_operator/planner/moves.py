@@ -1,0 +1,158 @@
+"""Decides which replicas are made and which leave now.
+
+A replica keeps the revision that it was made with; a new revision comes as new replicas. While old ones are
+left, `maxSurge` replicas may be there beyond the wanted ones, so that a new one is Ready before an old one
+leaves. Where a new one fits no node (or maxSurge is 0), old ones in whose place it would fit make room first,
+as long as no more than `maxUnavailable` of the wanted ones are missing. Replicas of an old revision that do
+not serve leave at once: nobody misses them, and so a corrected spec reaches a deployment that a wrong one
+broke. One that served a moment ago is left for a while: it may only have been slow to answer its probe.
+
+Of those that could leave, one with the least work does.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+
+from moe_operator.resources.rollout_spec import Rollout
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One replica as it is."""
+
+    data_rank: int
+    revision: str
+    """Revision of its StatefulSet's template."""
+    ready: bool
+    """Its leader is Ready."""
+    unplaced: bool = False
+    """No node has had room for its pod for a while."""
+    work: int = 0
+    """Requests under way on it, as far as known."""
+    lost: bool = False
+    """Its pod should have ended, and its node does not say that it has."""
+    makes_room: bool = False
+    """A pod of the revision asked for is known to fit in its place, if it left."""
+    faltering: bool = False
+    """It is not ready, but was a moment ago."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What is asked for."""
+
+    wanted: int
+    revision: str
+    rollout: Rollout
+    stalled: bool = False
+    """The rollout's deadline has passed: what serves is left alone."""
+
+    @property
+    def held(self) -> bool:
+        """Whether every replica keeps its revision for now."""
+        return self.rollout.pause or self.stalled
+
+    @property
+    def needed(self) -> int:
+        """Replicas that serve at the least, where old ones make room."""
+        return self.wanted - self.rollout.unavailable(self.wanted)
+
+
+@dataclass(frozen=True)
+class Moves:
+    """What to do now."""
+
+    create: int = 0
+    """Replicas to make."""
+    revision: str = ""
+    """Their revision."""
+    remove: tuple[Replica, ...] = ()
+    """Replicas to take away, in this order."""
+    chosen: bool = False
+    """Ready ones were chosen among others: their work should be known."""
+    candidates: tuple[Replica, ...] = ()
+    """Old ones that may leave if they make room: whether they do should be known. The first ones first."""
+
+
+def moves(replicas: Collection[Replica], terms: Terms) -> Moves:
+    """What to do with the replicas that are there.
+
+    Others take the places of lost ones: a StatefulSet makes no new pod until it knows that the old one ended.
+    """
+    lost = [replica for replica in replicas if replica.lost]
+    found = _moves([replica for replica in replicas if not replica.lost], terms)
+    return replace(found, remove=(*lost, *found.remove))
+
+
+def _moves(replicas: Collection[Replica], terms: Terms) -> Moves:
+    if all(replica.revision == terms.revision for replica in replicas):
+        return _scale(replicas, terms.wanted, terms.revision)
+    if terms.held:
+        # New ones that do not serve yet are the rollout's own, which may still come to something.
+        trying = [r for r in replicas if r.revision == terms.revision and not r.ready]
+        others = [replica for replica in replicas if replica not in trying[: terms.rollout.max_surge]]
+        return _scale(others, terms.wanted, _stable(replicas, terms))
+    return _roll(replicas, terms)
+
+
+def free_ranks(count: int, taken: Collection[int]) -> list[int]:
+    """The `count` lowest data ranks that nobody has."""
+    candidates = (rank for rank in range(count + len(taken)) if rank not in taken)
+    return [rank for _, rank in zip(range(count), candidates, strict=False)]
+
+
+def _scale(replicas: Collection[Replica], wanted: int, revision: str) -> Moves:
+    surplus = max(len(replicas) - wanted, 0)
+    leaving = _least_useful(replicas)[:surplus]
+    return Moves(max(wanted - len(replicas), 0), revision, tuple(leaving), _was_choice(leaving, replicas))
+
+
+def _stable(replicas: Collection[Replica], terms: Terms) -> str:
+    """The old revision that most replicas have: a held rollout does not grow."""
+    counts = Counter(replica.revision for replica in replicas if replica.revision != terms.revision)
+    return max(counts, key=lambda revision: (counts[revision], revision))
+
+
+def _roll(replicas: Collection[Replica], terms: Terms) -> Moves:
+    current = [replica for replica in replicas if replica.revision == terms.revision]
+    old = [replica for replica in replicas if replica.revision != terms.revision]
+    staying = min(terms.rollout.partition, terms.wanted, len(old))
+    dead = [replica for replica in old if not (replica.ready or replica.faltering)][: len(old) - staying]
+    alive = [replica for replica in old if replica not in dead]
+    leaving, candidates = _leaving(alive, len(alive) - staying, replicas, terms)
+    no_room = any(replica.unplaced for replica in current)
+    surge = 0 if no_room or len(alive) == staying else terms.rollout.max_surge
+    limit = terms.wanted + surge
+    kept = [replica for replica in replicas if replica not in dead and replica not in leaving]
+    surplus = _least_useful(kept)[: max(len(kept) - limit, 0)] if surge == 0 and not no_room else []
+    missing = terms.wanted - staying - len(current)
+    create = max(min(missing, limit - len(current) - len(alive)), 0)
+    chosen = _was_choice(leaving, alive)
+    return Moves(create, terms.revision, (*dead, *leaving, *surplus), chosen, tuple(candidates))
+
+
+def _leaving(
+    alive: list[Replica], most: int, replicas: Collection[Replica], terms: Terms
+) -> tuple[list[Replica], list[Replica]]:
+    """Old replicas that leave now, at most so many, and the candidates for making room."""
+    serving = sum(replica.ready for replica in replicas)
+    replaced = _least_useful(alive)[: min(most, max(serving - terms.wanted, 0))]
+    in_place = terms.rollout.max_surge == 0 or any(
+        replica.unplaced for replica in replicas if replica.revision == terms.revision
+    )
+    more = min(most, max(serving - terms.needed, 0)) - len(replaced) if in_place else 0
+    candidates = [replica for replica in _least_useful(alive) if replica not in replaced] if more > 0 else []
+    making_room = [replica for replica in candidates if replica.makes_room][:more]
+    return [*replaced, *making_room], candidates
+
+
+def _least_useful(replicas: Iterable[Replica]) -> list[Replica]:
+    """First those that do not serve, then by their work, then the highest rank."""
+    return sorted(replicas, key=lambda replica: (replica.ready, replica.work, -replica.data_rank))
+
+
+def _was_choice(leaving: Collection[Replica], candidates: Collection[Replica]) -> bool:
+    return any(replica.ready for replica in leaving) and len(leaving) < len(candidates)

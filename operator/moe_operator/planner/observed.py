@@ -1,0 +1,194 @@
+"""What there is in the cluster, read into typed values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from moe_operator.planner import problems
+from moe_operator.planner.problems import Problem
+from moe_operator.render.objects import Key, Manifest, belongs, key
+from moe_operator.resources import names
+from moe_operator.resources.deployment import Identity
+from moe_operator.resources.status import ModelInfo
+
+
+@dataclass(frozen=True)
+class Observed:
+    """The cluster, as far as it concerns one deployment."""
+
+    children: Mapping[Key, Manifest] = field(default_factory=dict)
+    """Objects that carry the deployment's label, and objects of others under names that it wants."""
+    pods: tuple[Manifest, ...] = ()
+    """Pods that carry the deployment's label."""
+    model: ModelInfo | None = None
+    """What a Ready leader just said of its model; None when none was asked or none answered."""
+    work: Mapping[str, int] = field(default_factory=dict)
+    """Requests under way on leaders, by pod name; only where somebody asked."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Why pods cannot be made, by pod name; only of pods that are missing."""
+    routed: Mapping[str, str] = field(default_factory=dict)
+    """Addresses of the leaders to which every frontend sends requests, by pod name; where somebody asked."""
+    obstacles: Mapping[str, str] = field(default_factory=dict)
+    """Why a new replica's pod would not fit in the place of a leader, by pod name; empty text where it would.
+    Only where somebody asked."""
+    verdicts: Mapping[Key, str] = field(default_factory=dict)
+    """Of StatefulSets: the recipe (worker.recipe) that an earlier look found them to follow, as they are."""
+    routes: tuple[Manifest, ...] = ()
+    """FrontendRoutes that carry the deployment's label."""
+
+
+@dataclass(frozen=True)
+class Pod:
+    """One pod of a deployment."""
+
+    name: str
+    address: str
+    """Pod IP; empty until it has one."""
+    ready: bool
+    terminating: bool
+    revision: str
+    data_rank: int
+    problem: Problem | None
+    unplaced_since: datetime | None = None
+    """Since when no node takes it."""
+    uid: str = ""
+    containers_ready: bool = False
+    """Its containers are ready, whether the pod is or not."""
+    gated: bool = False
+    """It is Ready only when frontends send it requests."""
+    routed: bool = False
+    """They do, as was written into its status."""
+    node: str = ""
+    """Name of its node; empty until it has one."""
+    served_until: datetime | None = None
+    """Since when it is not ready, of one that was."""
+    ends_by: datetime | None = None
+    """Until when it has to have ended; None where nobody asked for that."""
+
+
+def leaders(observed: Observed) -> dict[int, Pod]:
+    """The leader of each replica, by data rank. One that is on its way out loses to its successor."""
+    found: dict[int, Pod] = {}
+    for manifest in observed.pods:
+        if _is_leader(manifest["metadata"]):
+            pod = _pod(manifest)
+            if pod.data_rank not in found or found[pod.data_rank].terminating:
+                found[pod.data_rank] = pod
+    return dict(sorted(found.items()))
+
+
+def frontends(observed: Observed) -> list[Pod]:
+    """The frontend's pods."""
+    manifests = (
+        manifest
+        for manifest in observed.pods
+        if manifest["metadata"].get("labels", {}).get(names.LABEL_ROLE) == names.ROLE_FRONTEND
+    )
+    return [_pod(manifest) for manifest in manifests]
+
+
+def _is_leader(metadata: Mapping[str, Any]) -> bool:
+    labels = metadata.get("labels", {})
+    name, rank = labels.get(names.LABEL_NAME, ""), labels.get(names.LABEL_DATA_RANK, "")
+    if not rank.isdecimal() or metadata["name"] != names.leader(name, int(rank)):
+        return False
+    return all(labels.get(label) == value for label, value in names.leader_labels(name).items())
+
+
+def _pod(manifest: Mapping[str, Any]) -> Pod:
+    metadata, status = manifest["metadata"], manifest.get("status", {})
+    labels = metadata.get("labels", {})
+    terminating = "deletionTimestamp" in metadata
+    conditions = {condition["type"]: condition["status"] for condition in status.get("conditions", ())}
+    ready = not terminating and conditions.get("Ready") == "True"
+    return Pod(
+        name=metadata["name"],
+        address=status.get("podIP", ""),
+        ready=ready,
+        terminating=terminating,
+        revision=labels.get(names.LABEL_REVISION, ""),
+        data_rank=int(labels.get(names.LABEL_DATA_RANK, 0)),
+        problem=None if ready or terminating else problems.of_pod(manifest),
+        unplaced_since=_since(status, "PodScheduled"),
+        node=manifest.get("spec", {}).get("nodeName", ""),
+        served_until=None if ready or names.ROUTED not in conditions else _since(status, "Ready"),
+        uid=metadata.get("uid", ""),
+        containers_ready=not terminating and conditions.get("ContainersReady") == "True",
+        gated={"conditionType": names.ROUTED} in manifest.get("spec", {}).get("readinessGates", ()),
+        routed=conditions.get(names.ROUTED) == "True",
+        ends_by=datetime.fromisoformat(metadata["deletionTimestamp"]) if terminating else None,
+    )
+
+
+def _since(status: Mapping[str, Any], kind: str) -> datetime | None:
+    """Since when a condition is False."""
+    for condition in status.get("conditions", ()):
+        if condition["type"] == kind and condition["status"] == "False":
+            since = condition.get("lastTransitionTime")
+            return datetime.fromisoformat(since) if since else None
+    return None
+
+
+def owned(observed: Observed, kind: str, owner: Identity) -> dict[str, Manifest]:
+    """Children of one kind that are this deployment's, by name."""
+    return {
+        child.name: manifest
+        for child, manifest in observed.children.items()
+        if child.kind == kind and belongs(manifest, owner)
+    }
+
+
+def podless(observed: Observed, owner: Identity) -> list[str]:
+    """StatefulSets that their controller has looked at, and made no pod for: somebody refuses the pod."""
+    there = {pod["metadata"]["name"] for pod in observed.pods}
+    return [
+        name
+        for name, manifest in owned(observed, "StatefulSet", owner).items()
+        if "deletionTimestamp" not in manifest["metadata"]
+        and manifest.get("status", {}).get("observedGeneration")
+        and not manifest["status"].get("replicas")
+        and f"{name}-0" not in there
+    ]
+
+
+@dataclass(frozen=True)
+class FrontendState:
+    """The frontend's pods, against what is wanted of them."""
+
+    wanted: int = 0
+    ready: int = 0
+    """Of them, at most those wanted."""
+    updated: bool = False
+    """All are of the template asked for, and none is there beyond them."""
+    problem: tuple[str, Problem] | None = None
+    """The first pod that cannot start, or the Deployment that cannot create pods, and why."""
+
+
+def frontend_state(observed: Observed, name: str, wanted: int) -> FrontendState:
+    """How the frontend of a deployment fares, as its Deployment and its pods say."""
+    manifest = observed.children.get(Key("Deployment", names.frontend(name)))
+    if manifest is None:
+        return FrontendState(wanted)
+    return FrontendState(
+        wanted,
+        min(int(manifest.get("status", {}).get("readyReplicas", 0)), wanted),
+        _is_updated(manifest, wanted),
+        _frontend_problem(observed, manifest),
+    )
+
+
+def _is_updated(manifest: Manifest, wanted: int) -> bool:
+    status = manifest.get("status", {})
+    seen = status.get("observedGeneration", 0) >= manifest["metadata"].get("generation", 0)
+    return bool(seen and status.get("replicas", 0) == status.get("updatedReplicas", 0) == wanted)
+
+
+def _frontend_problem(observed: Observed, manifest: Manifest) -> tuple[str, Problem] | None:
+    for pod in frontends(observed):
+        if pod.problem is not None:
+            return pod.name, pod.problem
+    refused = problems.of_workload(manifest)
+    return None if refused is None else (str(key(manifest)), refused)

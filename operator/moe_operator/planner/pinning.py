@@ -1,0 +1,67 @@
+"""Keeps pods as they were rendered for as long as nobody edits what makes them (docs/adr/0012).
+
+A newer operator may render pods differently and have other defaults; neither is a reason to restart a worker.
+A restart that somebody asked for is one, as an edit is.
+So an object with a pod template carries, in an annotation, that template and the spec that it was made from.
+Where this operator would make the same of that spec as of today's, no edit lies between the two: the template
+is used again, also for new replicas.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from moe_operator.planner.observed import Observed, owned
+from moe_operator.render import frontend, worker
+from moe_operator.render.objects import Manifest
+from moe_operator.resources import names
+from moe_operator.resources.deployment import Deployment, Pin
+from moe_operator.resources.spec import Spec
+
+_CARRIERS: Final[Mapping[str, tuple[str, Callable[[Deployment], Manifest]]]] = {
+    names.ROLE_WORKER: ("StatefulSet", worker.rendered),
+    names.ROLE_FRONTEND: ("Deployment", frontend.rendered),
+}
+
+
+def with_pins(deployment: Deployment, observed: Observed) -> Deployment:
+    """The deployment with the templates that still hold, or else with fresh ones."""
+    pinned = {}
+    for role, (kind, render) in _CARRIERS.items():
+        carriers = sorted(owned(observed, kind, deployment.identity).items())
+        pins = (_pin(carrier) for _, carrier in carriers)
+        fresh = Pin(deployment.spec.manifest(), render(deployment))
+        pinned[role] = next(
+            (pin for pin in pins if pin is not None and _holds(pin, fresh, deployment, render)), fresh
+        )
+    return replace(deployment, pinned=pinned)
+
+
+def _pin(carrier: Manifest) -> Pin | None:
+    """What an object carries; None where there is nothing, or somebody edited it."""
+    text = carrier["metadata"].get("annotations", {}).get(names.ANNOTATION_PINNED)
+    try:
+        pin: dict[str, Any] = json.loads(text) if text else {}
+        whole = isinstance(pin["template"]["spec"], dict) and isinstance(pin["template"]["metadata"], dict)
+        return Pin(pin["spec"], pin["template"]) if whole else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _holds(pin: Pin, fresh: Pin, deployment: Deployment, render: Callable[[Deployment], Manifest]) -> bool:
+    """Whether no edit lies between the pinned spec and today's, as far as these pods go."""
+    if pin.restarted_at != fresh.restarted_at:
+        return False
+    if pin.spec == fresh.spec:
+        return True
+    try:
+        then = replace(deployment, spec=Spec.model_validate(pin.spec))
+    except ValidationError:
+        # What it asked for then is not allowed any more.
+        return False
+    return render(then) == fresh.template

@@ -1,0 +1,283 @@
+"""The operator's mind: (deployment, observed, now) -> Plan. Everything that is decided is decided here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+
+from moe_operator.planner import changes, conditions, gates, revisions, state
+from moe_operator.planner.changes import Change
+from moe_operator.planner.conditions import Verdict
+from moe_operator.planner.decision import Decision
+from moe_operator.planner.gates import Gate
+from moe_operator.planner.moves import Moves, Replica, free_ranks
+from moe_operator.planner.observed import Observed, Pod, leaders, owned, podless
+from moe_operator.planner.placement import Question
+from moe_operator.planner.state import State
+from moe_operator.render import children, worker
+from moe_operator.render.objects import Key, Manifest, belongs, key, of_predecessor
+from moe_operator.resources import names
+from moe_operator.resources.deployment import Deployment, Identity
+from moe_operator.resources.status import PROGRESSING, READY, RECONCILING, STALLED, Condition, Status
+
+REPLICA_REMOVED = "ReplicaRemoved"
+
+
+@dataclass(frozen=True)
+class Deletion:
+    """An object to delete; the UID guards one of the same name that somebody made since."""
+
+    key: Key
+    uid: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do now."""
+
+    apply: tuple[Manifest, ...]
+    """Objects to apply, in this order, after the deletions."""
+    delete: tuple[Deletion, ...]
+    """Objects to delete, in this order."""
+    status: Status
+    decisions: tuple[Decision, ...]
+    recheck: bool
+    """Something is awaited that sends no event: look again soon."""
+    deadline: datetime | None = None
+    """When the rollout under way counts as stuck, which sends no event either; None where that is past."""
+    drain: tuple[str, ...] = ()
+    """IP addresses of workers to be told, before anything is deleted, that they get no more requests."""
+    choice: tuple[Pod, ...] = ()
+    """Leaders among which some were chosen to leave, without knowing how busy each of them is."""
+    question: Question | None = None
+    """Whether a new replica would fit in the place of an old one has to be known to go on."""
+    gates: tuple[Gate, ...] = ()
+    """Readiness gates to be set."""
+    unrouted: tuple[Pod, ...] = ()
+    """Leaders that take requests, but maybe not every frontend sends them some: ask, and look again soon."""
+    sound: tuple[Key, ...] = ()
+    """StatefulSets that were compared and follow the recipe: not to be compared again before they change."""
+
+    @property
+    def removals(self) -> tuple[Decision, ...]:
+        """The decisions to delete replicas."""
+        return tuple(decision for decision in self.decisions if decision.reason == REPLICA_REMOVED)
+
+    @property
+    def creates(self) -> bool:
+        """Whether it makes objects; changes of those that are there name their UID."""
+        return any("uid" not in manifest["metadata"] for manifest in self.apply)
+
+
+def plan(deployment: Deployment, observed: Observed, now: datetime) -> Plan:
+    """What to do now so that the cluster gets closer to the deployment."""
+    revision = worker.revision(deployment)
+    shared = [*children.shared(deployment), revisions.current(deployment, observed)]
+    foreign = _foreign(shared, observed, deployment.identity)
+    conflicts = tuple(
+        str(name) for name in foreign if not of_predecessor(observed.children[name], deployment.identity)
+    )
+    current = state.read(deployment, observed, revision, conflicts, now)
+    moves = current.moves
+    replicas = list(_replicas(deployment, observed, current, moves))
+    desired = [*shared, *replicas]
+    made = changes.changes((one for one in desired if key(one) not in foreign), observed, deployment)
+    status = _status(deployment, current, now)
+    in_use = {replica.revision for replica in current.replicas.values()}
+    deletions = (
+        *_deletions(deployment, observed, moves),
+        *(_deletion(record) for record in revisions.outdated(deployment, observed, in_use)),
+    )
+    return Plan(
+        apply=tuple(change.manifest for change in made),
+        delete=deletions,
+        status=status,
+        decisions=(
+            *changes.decisions(made),
+            *(_removal(deployment, replica, current) for replica in moves.remove),
+            *transitions(deployment.status, status),
+        ),
+        recheck=_is_awaited(deployment, observed, current),
+        deadline=None if current.stalled else current.deadline,
+        drain=_to_drain(moves, current),
+        choice=_choice(moves, current) if not observed.work else (),
+        question=_question(deployment, moves, current) if not observed.obstacles else None,
+        gates=tuple(gates.changes(current.leaders.values(), observed.routed)),
+        unrouted=tuple(gates.waiting(current.leaders.values())),
+        sound=_sound(replicas, made),
+    )
+
+
+def _replicas(deployment: Deployment, observed: Observed, current: State, moves: Moves) -> Iterator[Manifest]:
+    """The StatefulSets as they shall be, without those known to be so; those of other revisions stay."""
+    leaving, recipe = {replica.data_rank for replica in moves.remove}, worker.recipe(deployment)
+    for rank, replica in current.replicas.items():
+        if replica.revision == current.revision and rank not in leaving:
+            known = observed.verdicts.get(Key("StatefulSet", names.replica(deployment.name, rank)))
+            if known != recipe:
+                yield children.replica(deployment, rank)
+    like = None if moves.revision == current.revision else _sibling(deployment, observed, moves.revision)
+    for rank in free_ranks(moves.create, _taken(deployment, observed, current)):
+        yield children.replica(deployment, rank, like)
+
+
+def _sound(replicas: Iterable[Manifest], made: Iterable[Change]) -> tuple[Key, ...]:
+    """Those of the StatefulSets that need no change."""
+    changed = {key(change.manifest) for change in made}
+    return tuple(name for name in map(key, replicas) if name not in changed)
+
+
+def _sibling(deployment: Deployment, observed: Observed, revision: str) -> Manifest | None:
+    """A StatefulSet of a revision."""
+    owned_sets = owned(observed, "StatefulSet", deployment.identity).values()
+    labelled = (
+        found for found in owned_sets if found["metadata"]["labels"][names.LABEL_REVISION] == revision
+    )
+    return next(labelled, None)
+
+
+def _taken(deployment: Deployment, observed: Observed, current: State) -> set[int]:
+    """Data ranks whose names somebody has: replicas, pods on their way out, objects of others."""
+    prefix = f"{deployment.name}-"
+    sets = (name.name for name in observed.children if name.kind == "StatefulSet")
+    ranks = (name.removeprefix(prefix) for name in sets if name.startswith(prefix))
+    return {*current.replicas, *current.leaders, *(int(rank) for rank in ranks if rank.isdecimal())}
+
+
+def _to_drain(moves: Moves, current: State) -> tuple[str, ...]:
+    leaders_leaving = (current.leaders[replica.data_rank] for replica in moves.remove if replica.ready)
+    return tuple(pod.address for pod in leaders_leaving if pod.address)
+
+
+def _choice(moves: Moves, current: State) -> tuple[Pod, ...]:
+    if not moves.chosen:
+        return ()
+    return tuple(pod for pod in current.leaders.values() if pod.ready and pod.address)
+
+
+def _question(deployment: Deployment, moves: Moves, current: State) -> Question | None:
+    if not moves.candidates:
+        return None
+    unplaced = (
+        rank for rank, one in current.replicas.items() if one.unplaced and one.revision == current.revision
+    )
+    waiting = next((current.leaders[rank].name for rank in unplaced), "")
+    old = tuple(current.leaders[replica.data_rank] for replica in moves.candidates)
+    return Question(waiting, worker.pin(deployment).template["spec"], old)
+
+
+def _is_awaited(deployment: Deployment, observed: Observed, current: State) -> bool:
+    """Whether to look again soon though nothing may happen: time itself moves a rollout on."""
+    if observed.model is None and model_address(deployment, observed) is not None:
+        return True
+    if podless(observed, deployment.identity):
+        return True
+    if any(pod.terminating for rank, pod in current.leaders.items() if rank in current.replicas):
+        return True
+    return bool(current.old) and current.progress is not None and not current.terms.held
+
+
+def model_address(deployment: Deployment, observed: Observed) -> str | None:
+    """IP address of a worker to ask for its model; None when there is none or the answer is known."""
+    revision = worker.revision(deployment)
+    known = deployment.status.model
+    if known is not None and known.revision == revision:
+        return None
+    pods = leaders(observed).values()
+    return next((pod.address for pod in pods if pod.ready and pod.revision == revision and pod.address), None)
+
+
+def _foreign(desired: Iterable[Manifest], observed: Observed, owner: Identity) -> list[Key]:
+    """Wanted names that objects of somebody else have; those are never touched."""
+    found = (key(manifest) for manifest in desired)
+    return [
+        name for name in found if name in observed.children and not belongs(observed.children[name], owner)
+    ]
+
+
+def _deletions(deployment: Deployment, observed: Observed, moves: Moves) -> tuple[Deletion, ...]:
+    sets = (names.replica(deployment.name, replica.data_rank) for replica in moves.remove)
+    return tuple(_deletion(observed.children[Key("StatefulSet", name)]) for name in sets)
+
+
+def _deletion(manifest: Manifest) -> Deletion:
+    return Deletion(key(manifest), manifest["metadata"]["uid"])
+
+
+def _removal(deployment: Deployment, replica: Replica, current: State) -> Decision:
+    name = names.replica(deployment.name, replica.data_rank)
+    why = f"{current.wanted} wanted"
+    if replica.revision != current.revision:
+        why = f"revision {replica.revision} gives way to {current.revision}"
+    busy = f"; it finishes {replica.work} requests" if replica.work else ""
+    idle = "its pod does not end, and its node does not answer" if replica.lost else "it does not serve"
+    serving = busy if replica.ready else f"; {idle}"
+    return Decision(REPLICA_REMOVED, f"deleting StatefulSet {name}: {why}{serving}")
+
+
+def _status(deployment: Deployment, current: State, now: datetime) -> Status:
+    generation = deployment.identity.generation
+    return Status(
+        observed_generation=generation,
+        desired_replicas=current.wanted,
+        replicas=sum(not pod.terminating for pod in current.leaders.values()),
+        ready_replicas=current.ready,
+        updated_replicas=current.updated,
+        selector=names.selector_text(names.leader_labels(deployment.name)),
+        revision=current.revision,
+        restarted_at=deployment.restarted_at or None,
+        rollout=current.progress,
+        model=current.model,
+        conditions=conditions.dated(conditions.verdicts(current), deployment.status, generation, now),
+    )
+
+
+def transitions(before: Status, after: Status) -> list[Decision]:
+    """A decision for every condition that changed its status or its reason; equal ones count once."""
+    changed = []
+    for condition in after.conditions:
+        old = before.condition(condition.type)
+        if old is None or (old.status, old.reason) != (condition.status, condition.reason):
+            changed.append(condition)
+    told = (_announcement(condition) for condition in changed if condition.type in (READY, PROGRESSING))
+    return list(dict.fromkeys(told))
+
+
+_EXPECTED = ("ReplicasNotReady", "FrontendNotReady")
+"""Reasons of a condition that is False without anything being wrong."""
+
+
+def _announcement(condition: Condition) -> Decision:
+    trouble = condition.status == "False" and condition.reason not in _EXPECTED
+    return Decision(condition.reason, condition.message, warning=trouble)
+
+
+def invalid(before: Status, identity: Identity, message: str, now: datetime) -> Status:
+    """The status of a deployment whose spec cannot be understood: nothing else is known of it."""
+    verdict = Verdict(False, "InvalidSpec", message)
+    after = before.without_scaling()
+    return _stuck(before, after, identity.generation, {READY, PROGRESSING}, verdict, now)
+
+
+def refused(
+    before: Status, planned: Status, message: str, now: datetime, reason: str = "ApplyRefused"
+) -> Status:
+    """The planned status when the API server refused a part of the plan.
+
+    Nothing goes on; but replicas that answer requests still do, so a Ready that is True stays.
+    """
+    ready = planned.condition(READY)
+    serves = ready is not None and ready.status == "True" and planned.ready_replicas > 0
+    kinds = {PROGRESSING} if serves else {READY, PROGRESSING}
+    verdict = Verdict(False, reason, message)
+    return _stuck(before, planned, planned.observed_generation or 0, kinds, verdict, now)
+
+
+def _stuck(
+    before: Status, after: Status, generation: int, kinds: set[str], verdict: Verdict, now: datetime
+) -> Status:
+    found = {**dict.fromkeys(sorted(kinds), verdict), **conditions.abnormal(verdict)}
+    stuck = conditions.dated(found, before, generation, now)
+    kept = tuple(one for one in after.conditions if one.type not in {*found, RECONCILING, STALLED})
+    return after.model_copy(update={"observed_generation": generation, "conditions": (*stuck, *kept)})

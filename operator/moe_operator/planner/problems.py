@@ -1,0 +1,243 @@
+"""Says in a sentence why a pod does not run, from what the kubelet and the scheduler wrote in its status."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from moe_api.visible import one_line
+from moe_operator.planner.scheduling import is_excluded, lacks_resources
+from moe_operator.resources import names
+
+_ERROR_LINE = "error: "
+_QUALITY_LINE = "quality gate: "
+"""What a worker begins its sentence with where a checkpoint is worse than spec.quality allows."""
+
+QUALITY = "QualityTooLow"
+POD_REFUSED = "PodRefused"
+"""The API server takes no such pod: a quota, Pod Security or an admission policy is against it."""
+_EXIT_BAD_INPUT = 2
+"""Exit code of a worker that refuses its checkpoint or its configuration: starting it again is of no use."""
+
+_WAITING = {
+    "ErrImagePull": "ImagePullFailed",
+    "ImagePullBackOff": "ImagePullFailed",
+    "InvalidImageName": "ImagePullFailed",
+    "ErrImageNeverPull": "ImagePullFailed",
+    "CreateContainerConfigError": "ContainerCreateFailed",
+    "CreateContainerError": "ContainerCreateFailed",
+    "RunContainerError": "ContainerCreateFailed",
+}
+_REMEDIES: Final = {
+    "ImagePullFailed": "correct the image's name, or let the node pull it",
+    "ContainerCreateFailed": "correct what the runtime names, in the spec or on the node",
+    "ContainerCrashed": "read the log of its last run (kubectl logs --previous)",
+    "NodeNotReady": "repair or delete the node",
+    "ReplicasNotReady": "read the pods' logs, or raise spec.rollout.progressDeadlineSeconds",
+    "FrontendNotReady": "read the frontends' logs, or raise spec.rollout.progressDeadlineSeconds",
+}
+"""What helps, by reason, where the message does not say it."""
+
+_REFUSALS: Final = (
+    ("exceeded quota", "a quota has no room for the pod; raise the quota"),
+    ("violates PodSecurity", "the namespace's Pod Security level forbids the pod; relax it"),
+    ("denied the request", "an admission webhook denies the pod; change its policy"),
+)
+"""Cause and remedy by a part of what the API server says."""
+_REFUSED_SOMEHOW = "the API server refuses the pod; remove what it names"
+
+_NO_DIRECTORY: Final = re.compile(r"does not exist|no such file or directory", re.IGNORECASE)
+_SIGNALLED = 128
+"""A shell's exit codes above it say which signal ended the process."""
+
+_NEEDS_EDIT = ("InvalidImageName",)
+_UNINFORMATIVE = ("ImagePullBackOff",)
+"""Reasons whose message repeats that there was an error instead of saying which."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a pod does not run."""
+
+    reason: str
+    """One CamelCase word."""
+    message: str
+    """A sentence."""
+    stuck: bool = False
+    """Only an edit of the spec or of the checkpoint helps: no retry and no new node does."""
+    said: str = ""
+    """The scheduler's own words, where the message is about them."""
+    remedied: bool = False
+    """The message says what helps."""
+
+    @property
+    def remedy(self) -> str:
+        """What helps, where the message does not say it; else empty."""
+        return "" if self.remedied else _REMEDIES.get(self.reason, "")
+
+
+_MESSAGE_MOST = 1024
+"""Characters of a sentence that a pod, the kubelet or an admission policy wrote."""
+
+
+def of_pod(pod: Mapping[str, Any]) -> Problem | None:
+    """What keeps a pod from becoming Ready; None when it runs or just needs time."""
+    found = _of_pod(pod)
+    return None if found is None else _bounded(found)
+
+
+def _bounded(problem: Problem) -> Problem:
+    """Whoever controls a container controls what is said here."""
+    message, said = (one_line(text, _MESSAGE_MOST) for text in (problem.message, problem.said))
+    return replace(problem, message=message, said=said)
+
+
+def _of_pod(pod: Mapping[str, Any]) -> Problem | None:
+    status = pod.get("status", {})
+    for container in status.get("containerStatuses", ()):
+        found = _waiting(container) or (None if container.get("ready") else _terminated(container))
+        if found is not None:
+            return _without_directory(found, pod.get("spec", {})) or found
+    return _unschedulable(status) or _without_node(pod)
+
+
+def _waiting(container: Mapping[str, Any]) -> Problem | None:
+    waiting = container.get("state", {}).get("waiting") or {}
+    reason = _WAITING.get(waiting.get("reason", ""))
+    if reason is None:
+        return None
+    detail = waiting.get("message") or waiting["reason"]
+    if waiting["reason"] in _UNINFORMATIVE:
+        detail = f"image {container.get('image')}: {detail}"
+    return Problem(reason, detail.strip(), stuck=waiting["reason"] in _NEEDS_EDIT)
+
+
+def _terminated(container: Mapping[str, Any]) -> Problem | None:
+    """The container's last end, when that was an error; it stays the news while the next try starts."""
+    ends = (container.get("state", {}).get("terminated"), container.get("lastState", {}).get("terminated"))
+    end = next((end for end in ends if end), None)
+    if end is None or end.get("exitCode", 0) == 0:
+        return None
+    if end.get("reason") == "StartError":
+        # What the runtime says while the kubelet waits for the next try; between the two nothing changed.
+        return Problem("ContainerCreateFailed", end.get("message", "the runtime gave no reason").strip())
+    said = error_sentence(end.get("message", ""))
+    name = container["name"]
+    if name == names.ROLE_WORKER and end["exitCode"] == _EXIT_BAD_INPUT and said is not None:
+        refused = QUALITY if said.startswith(_QUALITY_LINE) else "ModelLoadFailed"
+        return Problem(refused, said, stuck=True)
+    runs = "running" in container.get("state", {})
+    sentence = said or _crash_sentence(name, end)
+    reason = f"{name.capitalize()}Failed" if said else "ContainerCrashed"
+    return Problem(reason, f"{sentence}; it is started again" if runs else sentence)
+
+
+def _without_directory(problem: Problem, spec: Mapping[str, Any]) -> Problem | None:
+    """The problem of a container whose directory the node lacks; None for any other.
+
+    Runtimes name the path in words of their own: "stat PATH: no such file or directory" (runc).
+    """
+    if problem.reason != "ContainerCreateFailed" or not _NO_DIRECTORY.search(problem.message):
+        return None
+    paths = (volume["hostPath"]["path"] for volume in spec.get("volumes", ()) if "hostPath" in volume)
+    words = re.split(r"""[\s:"',]+""", problem.message)
+    missing = next((path for path in paths if path in words), None)
+    if missing is None:
+        return None
+    cause = f"node {spec.get('nodeName', 'of the pod')} has no directory {missing}"
+    remedy = "correct spec.model.uri, or put the checkpoint there"
+    message = f"{cause}; {remedy}; the kubelet says: {problem.message}"
+    return replace(problem, message=message, remedied=True)
+
+
+def _crash_sentence(name: str, end: Mapping[str, Any]) -> str:
+    code, reason = end["exitCode"], end.get("reason")
+    sentence = f"{name} ended with exit code {code}{_signal(code)}"
+    if reason == "OOMKilled":
+        return f"{sentence}, OOMKilled: it needed more memory than its limit, or than the node has"
+    if reason not in (None, "Error"):
+        return f"{sentence}, {reason}"
+    if code == _SIGNALLED + signal.SIGKILL:
+        return f"{sentence}: usual causes are its memory limit, its liveness probe and its node"
+    return sentence
+
+
+def _signal(code: int) -> str:
+    try:
+        return f" ({signal.Signals(code - _SIGNALLED).name})"
+    except ValueError:
+        return ""
+
+
+def error_sentence(log: str) -> str | None:
+    """The last line of a log that starts with "error: ", without these words; None when there is none."""
+    lines = [line for line in log.splitlines() if line.startswith(_ERROR_LINE)]
+    return lines[-1].removeprefix(_ERROR_LINE).strip() if lines else None
+
+
+def _without_node(pod: Mapping[str, Any]) -> Problem | None:
+    """Whether its node stopped reporting.
+
+    The node controller then calls the pods there not Ready and gives no reason; a kubelet always gives one.
+    """
+    found = {condition["type"]: condition for condition in pod.get("status", {}).get("conditions", ())}
+    ready, containers = found.get("Ready", {}), found.get("ContainersReady", {})
+    if (ready.get("status"), containers.get("status")) != ("False", "True") or ready.get("reason"):
+        return None
+    node = pod.get("spec", {}).get("nodeName", "of the pod")
+    sentence = (
+        f"node {node} does not report to Kubernetes; after some minutes another replica takes its place"
+    )
+    return Problem("NodeNotReady", sentence)
+
+
+def _unschedulable(status: Mapping[str, Any]) -> Problem | None:
+    for condition in status.get("conditions", ()):
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            said = condition.get("message", "")
+            return _unplaced(condition.get("reason", "Unschedulable"), said)
+    return None
+
+
+def _unplaced(reason: str, said: str) -> Problem:
+    message = f"{no_node(said)}; {_PLACING[no_node(said)]}{scheduler_says(said)}"
+    return Problem(reason, message, said=said, remedied=True)
+
+
+_PLACING: Final = {
+    "no node has room": "free resources, add a node, or request less",
+    "no node matches": "correct the node selector or the tolerations, or add a node",
+    "no node takes it": "remove what the scheduler names",
+}
+"""What helps a pod that no node takes, by the cause."""
+
+
+def no_node(said: str) -> str:
+    """The cause in our words, from the scheduler's."""
+    if lacks_resources(said):
+        return "no node has room"
+    return "no node matches" if is_excluded(said) else "no node takes it"
+
+
+def scheduler_says(said: str) -> str:
+    """The end of a sentence that names the scheduler's own words; empty where it said nothing."""
+    return f"; the scheduler says: {said.rstrip('.')}" if said else ""
+
+
+def refused_pod(said: str) -> Problem:
+    """Why the API server takes no such pod, from what it said."""
+    why = next((why for part, why in _REFUSALS if part in said), _REFUSED_SOMEHOW)
+    message = f"{why}, and Kubernetes tries again by itself; the API server says: {said}"
+    return Problem(POD_REFUSED, message, remedied=True)
+
+
+def of_workload(manifest: Mapping[str, Any]) -> Problem | None:
+    """Why a Deployment's controller cannot create pods, as its condition ReplicaFailure says; else None."""
+    for condition in manifest.get("status", {}).get("conditions", ()):
+        if condition["type"] == "ReplicaFailure" and condition["status"] == "True":
+            why = condition.get("message", "the API server gives no reason")
+            return _bounded(refused_pod(why))
+    return None

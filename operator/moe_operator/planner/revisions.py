@@ -1,0 +1,46 @@
+"""Remembers what each revision was made from, in ControllerRevisions: `moe rollout undo` goes back to one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from moe_operator.planner.observed import Observed, owned
+from moe_operator.render import worker
+from moe_operator.render.objects import Manifest, child, sealed
+from moe_operator.resources import names
+from moe_operator.resources.deployment import Deployment
+
+KIND = "ControllerRevision"
+
+
+def current(deployment: Deployment, observed: Observed) -> Manifest:
+    """The record of the revision that the spec asks for; the newest one has the highest number.
+
+    A field that is not set is recorded as null. A record that exists keeps its content, which the API server
+    lets nobody change: another spec that makes the same pods is the same revision.
+    """
+    revision = worker.revision(deployment)
+    name = names.revision(deployment.name, revision)
+    labels = {names.LABEL_REVISION: revision}
+    manifest = child(deployment.identity, "apps/v1", KIND, name, names.ROLE_HISTORY, labels)
+    known = owned(observed, KIND, deployment.identity)
+    newest = max((record["revision"] for record in known.values()), default=0)
+    number = known[name]["revision"] if name in known else 0
+    manifest["data"] = known[name]["data"] if name in known else _content(deployment)
+    manifest["revision"] = number if number == newest and number else newest + 1
+    return sealed(manifest)
+
+
+def _content(deployment: Deployment) -> Manifest:
+    spec = deployment.spec.manifest()
+    restart = {"restartedAt": deployment.restarted_at} if deployment.restarted_at else {}
+    return {"spec": {field: spec.get(field) for field in names.REVISED_FIELDS}, **restart}
+
+
+def outdated(deployment: Deployment, observed: Observed, in_use: Collection[str]) -> list[Manifest]:
+    """Records beyond the limit, the oldest first. in_use: revisions that replicas have."""
+    needed = {worker.revision(deployment), *in_use}
+    records = owned(observed, KIND, deployment.identity).values()
+    idle = [one for one in records if one["metadata"]["labels"].get(names.LABEL_REVISION) not in needed]
+    idle.sort(key=lambda record: int(record["revision"]))
+    return idle[: max(len(idle) - deployment.spec.revision_history_limit, 0)]

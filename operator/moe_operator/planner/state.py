@@ -1,0 +1,250 @@
+"""A deployment's state in the few numbers from which its conditions follow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Final
+
+from moe_operator.planner.decision import timestamp
+from moe_operator.planner.moves import Moves, Replica, Terms, moves
+from moe_operator.planner.observed import FrontendState, Observed, Pod, frontend_state, leaders, owned
+from moe_operator.planner.problems import Problem, refused_pod
+from moe_operator.resources import names
+from moe_operator.resources.deployment import Deployment
+from moe_operator.resources.rollout_spec import Rollout
+from moe_operator.resources.status import ModelInfo, RolloutStatus
+
+PLACING_TIME: Final = timedelta(seconds=10)
+"""A pod that no node has taken for so long is taken to fit none."""
+FALTERING_TIME: Final = timedelta(seconds=60)
+"""A replica that is not ready for longer is taken not to come back by itself."""
+ENDING_TIME: Final = timedelta(seconds=30)
+"""A pod that is there so long after its grace period is taken to be on a node that is gone."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What there is of one deployment, against what is wanted."""
+
+    wanted: int
+    """Replicas asked for."""
+    revision: str
+    """Revision asked for."""
+    replicas: dict[int, Replica]
+    """Replicas that have a StatefulSet of ours, by data rank; surplus ones included."""
+    leaders: dict[int, Pod]
+    """Leader pods by data rank; those of replicas that are gone already included."""
+    progress: RolloutStatus | None
+    """How far the rollout under way has come; None where there is none."""
+    deadline: datetime | None
+    """When that rollout counts as stuck unless it progresses; None where there is none."""
+    stalled: bool
+    """The deadline has passed."""
+    rollout: Rollout
+    frontend: FrontendState
+    model: ModelInfo | None
+    """What a worker said of the model, now or earlier."""
+    on_demand: bool = False
+    """No replica may be wanted although requests are welcome: the first one brings a replica."""
+    conflicts: tuple[str, ...] = ()
+    """Wanted objects whose names somebody else's objects have."""
+    gated: bool = False
+    """spec.quality asks for a checkpoint that is not much worse than its original."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Why pods cannot be made, by pod name."""
+    obstacles: Mapping[str, str] = field(default_factory=dict)
+    """Why a new replica's pod would not fit in the place of an old leader, by pod name."""
+    lost: frozenset[int] = frozenset()
+    """Data ranks of leaders that should have ended, on nodes that do not say so."""
+
+    @property
+    def terms(self) -> Terms:
+        """What the rollout is asked for."""
+        return Terms(self.wanted, self.revision, self.rollout, self.stalled)
+
+    @property
+    def moves(self) -> Moves:
+        """What the rollout does now."""
+        return moves(list(self.replicas.values()), self.terms)
+
+    @property
+    def ready(self) -> int:
+        """Replicas that answer requests."""
+        return sum(replica.ready for replica in self.replicas.values())
+
+    @property
+    def updated(self) -> int:
+        """Replicas of the revision asked for that answer requests."""
+        return _ready_at(self.revision, self.replicas)
+
+    @property
+    def old(self) -> list[Replica]:
+        """Replicas of other revisions than the one asked for."""
+        return [replica for replica in self.replicas.values() if replica.revision != self.revision]
+
+    @property
+    def surplus(self) -> int:
+        """Replicas that are there though they are not wanted any more."""
+        leaving = self.leaders.keys() - self.replicas.keys() - self.lost
+        return len(leaving) + max(len(self.replicas) - self.wanted, 0)
+
+    @property
+    def problem(self) -> tuple[Pod, Problem] | None:
+        """The first leader that cannot start, and why; those of the revision asked for come first."""
+        staying = sorted(self._staying(), key=lambda pod: self._is_old(pod.data_rank))
+        pods = [(pod, pod.problem) for pod in staying]
+        for name, why in self.refused.items():
+            problem = refused_pod(why)
+            missing = Pod(name, "", ready=False, terminating=False, revision="", data_rank=0, problem=problem)
+            pods.append((missing, problem))
+        return next(((pod, problem) for pod, problem in pods if problem is not None), None)
+
+    @property
+    def loaded(self) -> bool:
+        """Whether a worker has loaded the model, whether or not requests reach it."""
+        return self.ready > 0 or any(pod.containers_ready for pod in self._staying())
+
+    @property
+    def unready_pods(self) -> list[Pod]:
+        """The leaders that do not answer yet."""
+        return [pod for pod in self._staying() if not pod.ready]
+
+    def _is_old(self, rank: int) -> bool:
+        return self.replicas[rank].revision != self.revision
+
+    def _staying(self) -> list[Pod]:
+        return [pod for rank, pod in self.leaders.items() if rank in self.replicas]
+
+
+def read(
+    deployment: Deployment, observed: Observed, revision: str, conflicts: tuple[str, ...], now: datetime
+) -> State:
+    """Sums up what was observed."""
+    pods = leaders(observed)
+    replicas = _replicas(deployment, observed, pods, now)
+    frontend = frontend_state(observed, deployment.name, deployment.spec.frontend.replicas)
+    progress = _progress(deployment, replicas, frontend, revision, now)
+    deadline = None if progress is None else _deadline(deployment, progress)
+    return State(
+        wanted=deployment.wanted_replicas,
+        revision=revision,
+        replicas=replicas,
+        leaders=pods,
+        progress=progress,
+        deadline=deadline,
+        stalled=deadline is not None and now > deadline,
+        rollout=deployment.spec.rollout,
+        frontend=frontend,
+        model=observed.model or deployment.status.model,
+        on_demand=deployment.scales_to_zero,
+        conflicts=conflicts,
+        gated=deployment.spec.quality is not None,
+        refused=observed.refused,
+        obstacles=observed.obstacles,
+        lost=frozenset(rank for rank, pod in pods.items() if _is_lost(pod, now)),
+    )
+
+
+def _progress(
+    deployment: Deployment,
+    replicas: dict[int, Replica],
+    frontend: FrontendState,
+    revision: str,
+    now: datetime,
+) -> RolloutStatus | None:
+    """How far the present rollout has come, from what was written of it last; None where there is none.
+
+    As with a Deployment of apps/v1, a rollout is over once everything was ready at its revision: pods that
+    fail later and replicas that scaling adds have no deadline.
+    """
+    if not _is_under_way(deployment, replicas, frontend, revision):
+        return None
+    before, counts = deployment.status.rollout, (_ready_at(revision, replicas), frontend.ready)
+    if before is not None and before.revision == revision and not _is_paused(deployment, replicas, revision):
+        most = (max(counts[0], before.ready_replicas), max(counts[1], before.ready_frontends))
+        if most == (before.ready_replicas, before.ready_frontends):
+            return before
+        counts = most
+    return RolloutStatus(
+        revision=revision,
+        ready_replicas=counts[0],
+        ready_frontends=counts[1],
+        progressed_at=timestamp(now),
+    )
+
+
+def _is_under_way(
+    deployment: Deployment, replicas: dict[int, Replica], frontend: FrontendState, revision: str
+) -> bool:
+    """Whether a rollout has begun, of workers or of the frontend, and is not complete."""
+    wanted, before = deployment.wanted_replicas, deployment.status
+    old = sum(replica.revision != revision for replica in replicas.values())
+    staying = min(deployment.spec.rollout.partition, wanted)
+    begun = before.revision != revision or before.rollout is not None
+    # Without a worker no frontend becomes Ready, so a change of it waits for the first replica.
+    routed = wanted == 0 or (frontend.updated and frontend.ready == frontend.wanted)
+    complete = routed and old <= staying and _ready_at(revision, replicas) >= wanted - old
+    return not complete and (begun or old > staying or (wanted > 0 and not frontend.updated))
+
+
+def _is_paused(deployment: Deployment, replicas: dict[int, Replica], revision: str) -> bool:
+    return deployment.spec.rollout.pause and any(one.revision != revision for one in replicas.values())
+
+
+def _ready_at(revision: str, replicas: Mapping[int, Replica]) -> int:
+    return sum(replica.ready and replica.revision == revision for replica in replicas.values())
+
+
+def _deadline(deployment: Deployment, progress: RolloutStatus) -> datetime:
+    limit = timedelta(seconds=deployment.spec.rollout.progress_deadline_seconds)
+    return datetime.fromisoformat(progress.progressed_at) + limit
+
+
+def _replicas(
+    deployment: Deployment, observed: Observed, pods: dict[int, Pod], now: datetime
+) -> dict[int, Replica]:
+    found = {}
+    for manifest in owned(observed, "StatefulSet", deployment.identity).values():
+        labels = manifest["metadata"].get("labels", {})
+        rank_text = labels.get(names.LABEL_DATA_RANK, "")
+        if not rank_text.isdecimal() or "deletionTimestamp" in manifest["metadata"]:
+            continue
+        rank, revision = int(rank_text), _template_revision(manifest)
+        leader = pods.get(rank)
+        found[rank] = (
+            Replica(rank, revision, ready=False)
+            if leader is None
+            else _replica(rank, revision, leader, observed, now)
+        )
+    return dict(sorted(found.items()))
+
+
+def _replica(rank: int, revision: str, leader: Pod, observed: Observed, now: datetime) -> Replica:
+    return Replica(
+        rank,
+        revision,
+        ready=leader.ready and leader.revision == revision,
+        unplaced=_is_unplaced(leader, now),
+        work=observed.work.get(leader.name, 0),
+        lost=_is_lost(leader, now),
+        makes_room=observed.obstacles.get(leader.name) == "",
+        faltering=_is_faltering(leader, now),
+    )
+
+
+def _is_faltering(pod: Pod, now: datetime) -> bool:
+    return pod.served_until is not None and not pod.terminating and now - pod.served_until < FALTERING_TIME
+
+
+def _is_lost(pod: Pod, now: datetime) -> bool:
+    return pod.ends_by is not None and now - pod.ends_by >= ENDING_TIME
+
+
+def _is_unplaced(pod: Pod, now: datetime) -> bool:
+    return pod.unplaced_since is not None and now - pod.unplaced_since >= PLACING_TIME
+
+
+def _template_revision(stateful_set: dict[str, dict[str, dict[str, dict[str, dict[str, str]]]]]) -> str:
+    return stateful_set["spec"]["template"]["metadata"].get("labels", {}).get(names.LABEL_REVISION, "")

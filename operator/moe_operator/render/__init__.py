@@ -1,0 +1,8 @@
+"""The objects that serve a MoEDeployment, as manifests. Pure.
+
+objects    what all rendered objects have in common
+pods       the parts that worker pods and frontend pods share
+worker     the workers' StatefulSets and their headless Service
+frontend   the frontend's Deployment, Service and rights
+children   all of them, in the order in which they are applied
+"""

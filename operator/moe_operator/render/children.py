@@ -1,0 +1,49 @@
+"""All objects of a deployment, in the order in which they are applied: accounts come before their pods."""
+
+from __future__ import annotations
+
+from moe_operator.render import frontend, worker
+from moe_operator.render.objects import Key, Manifest, child, key, sealed
+from moe_operator.resources import names
+from moe_operator.resources.deployment import Deployment
+
+KINDS = {
+    "ServiceAccount": "v1",
+    "Service": "v1",
+    "Role": "rbac.authorization.k8s.io/v1",
+    "RoleBinding": "rbac.authorization.k8s.io/v1",
+    "StatefulSet": "apps/v1",
+    "Deployment": "apps/v1",
+    "ControllerRevision": "apps/v1",
+    "PodDisruptionBudget": "policy/v1",
+}
+"""Kinds of children, each with its apiVersion."""
+
+
+def shared(deployment: Deployment) -> list[Manifest]:
+    """The objects of which a deployment has one each."""
+    worker_account = child(
+        deployment.identity, "v1", "ServiceAccount", names.worker_account(deployment.name), names.ROLE_WORKER
+    )
+    objects = [
+        worker_account,
+        frontend.account(deployment),
+        frontend.role(deployment),
+        frontend.role_binding(deployment),
+        worker.service(deployment),
+        worker.disruption_budget(deployment),
+        frontend.service(deployment),
+        frontend.deployment(deployment),
+    ]
+    return [sealed(manifest) for manifest in objects]
+
+
+def replica(deployment: Deployment, rank: int, like: Manifest | None = None) -> Manifest:
+    """The StatefulSet of one replica: of the spec's own revision, or of that of another one."""
+    fresh = worker.stateful_set(deployment, rank)
+    return sealed(fresh if like is None else worker.at_revision_of(like, fresh))
+
+
+def expected(deployment: Deployment) -> list[Key]:
+    """Keys of the objects of which a deployment has one each."""
+    return [key(manifest) for manifest in shared(deployment)]

@@ -1,0 +1,152 @@
+"""The frontend: Deployment, Service, and the right to read where the leaders are."""
+
+from __future__ import annotations
+
+from moe_operator.render import pods
+from moe_operator.render.objects import Manifest, child
+from moe_operator.resources import names
+from moe_operator.resources.deployment import Deployment, Pin
+
+# It is Ready only while a worker is, so only "liveness" may restart it.
+_STARTUP_PROBE = pods.probe(names.LIVENESS_SERVICE, period=2, failures=30)
+_READINESS_PROBE = pods.probe("", period=2, failures=2)
+_LIVENESS_PROBE = pods.probe(names.LIVENESS_SERVICE, period=10, failures=3)
+
+# Owns what the frontend publishes (moe_frontend.discovery.publishing).
+_POD_UID: Manifest = {
+    "name": "POD_UID",
+    "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.uid"}},
+}
+
+# A variable, for images of earlier versions know no such flag; users turn HTTP off with an empty one.
+_HTTP = {"MOE_HTTP": f"0.0.0.0:{names.HTTP_PORT}"}
+_HTTP_PORT: Manifest = {
+    "name": names.HTTP_PORT_NAME,
+    "containerPort": names.HTTP_PORT,
+    "protocol": "TCP",
+}
+_HTTP_SERVICE_PORT: Manifest = {
+    "name": names.HTTP_PORT_NAME,
+    "port": names.HTTP_PORT,
+    "targetPort": names.HTTP_PORT_NAME,
+    "protocol": "TCP",
+    "appProtocol": "http",
+}
+
+_EXIT_SECONDS = 5
+"""Of a pod's grace period, what the process keeps for itself after its last stream."""
+
+
+def labels(name: str) -> dict[str, str]:
+    """Labels of the frontend's pods."""
+    return {names.LABEL_NAME: name, names.LABEL_ROLE: names.ROLE_FRONTEND}
+
+
+def command(deployment: Deployment) -> list[str]:
+    """The frontend's command line."""
+    words = [
+        "moe-frontend",
+        "--listen",
+        f"0.0.0.0:{names.GRPC_PORT}",
+        "--namespace",
+        deployment.identity.namespace,
+        "--deployment",
+        deployment.name,
+        "--grace",
+        str(max(deployment.spec.frontend.termination_grace_period_seconds - _EXIT_SECONDS, 0)),
+    ]
+    if deployment.spec.scaling is not None and deployment.scales_to_zero:
+        words += ["--hold", str(deployment.spec.scaling.hold_seconds)]
+    return words
+
+
+def pod_spec(deployment: Deployment) -> Manifest:
+    """Pod spec of the frontend."""
+    settings = deployment.spec.frontend
+    container = {
+        "name": names.ROLE_FRONTEND,
+        "image": settings.image,
+        "command": command(deployment),
+        "env": [*pods.environment(deployment, names.ROLE_FRONTEND, settings, _HTTP), _POD_UID],
+        "ports": [*pods.PORTS, _HTTP_PORT],
+        "resources": settings.resources.manifest(),
+        "startupProbe": _STARTUP_PROBE,
+        "readinessProbe": _READINESS_PROBE,
+        "livenessProbe": _LIVENESS_PROBE,
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "securityContext": pods.CONTAINER_SECURITY,
+    }
+    return {
+        "serviceAccountName": names.frontend(deployment.name),
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": settings.termination_grace_period_seconds,
+        "securityContext": pods.POD_SECURITY,
+        "containers": [container],
+        **pods.placement(settings),
+    }
+
+
+def rendered(of: Deployment) -> Manifest:
+    """What the frontend's pods are made from, as this operator would have it."""
+    return pods.template(of, labels(of.name), pod_spec(of))
+
+
+def _child(deployment: Deployment, api_version: str, kind: str) -> Manifest:
+    name = names.frontend(deployment.name)
+    return child(deployment.identity, api_version, kind, name, names.ROLE_FRONTEND)
+
+
+def deployment(of: Deployment) -> Manifest:
+    """The frontend's Deployment: a new pod is Ready before an old one goes."""
+    manifest = _child(of, "apps/v1", "Deployment")
+    selector = labels(of.name)
+    pin = of.pinned.get(names.ROLE_FRONTEND) or Pin(of.spec.manifest(), rendered(of))
+    manifest["metadata"]["annotations"] = {names.ANNOTATION_PINNED: pin.text}
+    manifest["spec"] = {
+        "replicas": of.spec.frontend.replicas,
+        "revisionHistoryLimit": 2,
+        "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1}},
+        "selector": {"matchLabels": selector},
+        "template": dict(pin.template),
+    }
+    return manifest
+
+
+def service(of: Deployment) -> Manifest:
+    """The Service that clients call."""
+    manifest = _child(of, "v1", "Service")
+    manifest["spec"] = {
+        "type": "ClusterIP",
+        "selector": labels(of.name),
+        "ports": [*pods.SERVICE_PORTS, _HTTP_SERVICE_PORT],
+    }
+    return manifest
+
+
+def role(of: Deployment) -> Manifest:
+    """What the frontend may do: read the EndpointSlices of its namespace, and write its routes."""
+    manifest = _child(of, "rbac.authorization.k8s.io/v1", "Role")
+    manifest["rules"] = [
+        {
+            "apiGroups": ["discovery.k8s.io"],
+            "resources": ["endpointslices"],
+            "verbs": ["get", "list", "watch"],
+        },
+        # Its name is the pod's, which nobody knows beforehand. Server-side apply needs both verbs.
+        {"apiGroups": [names.GROUP], "resources": [names.ROUTES_PLURAL], "verbs": ["create", "patch"]},
+    ]
+    return manifest
+
+
+def role_binding(of: Deployment) -> Manifest:
+    """Gives that right to the frontend's account."""
+    name = names.frontend(of.name)
+    manifest = _child(of, "rbac.authorization.k8s.io/v1", "RoleBinding")
+    manifest["roleRef"] = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": name}
+    manifest["subjects"] = [{"kind": "ServiceAccount", "name": name, "namespace": of.identity.namespace}]
+    return manifest
+
+
+def account(of: Deployment) -> Manifest:
+    """The frontend's ServiceAccount."""
+    return _child(of, "v1", "ServiceAccount")

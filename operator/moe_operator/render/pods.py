@@ -1,0 +1,84 @@
+"""The parts that worker pods and frontend pods share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from moe_operator.render.objects import Manifest
+from moe_operator.resources import names
+from moe_operator.resources.deployment import Deployment
+from moe_operator.resources.pods import PodSettings
+
+# What the Pod Security Standard "restricted" asks for. Only a model on the node keeps workers from it.
+CONTAINER_SECURITY: Manifest = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+POD_SECURITY: Manifest = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+
+PORTS: list[Manifest] = [
+    {"name": names.GRPC_PORT_NAME, "containerPort": names.GRPC_PORT, "protocol": "TCP"},
+]
+SERVICE_PORTS: list[Manifest] = [
+    {
+        "name": names.GRPC_PORT_NAME,
+        "port": names.GRPC_PORT,
+        "targetPort": names.GRPC_PORT_NAME,
+        "protocol": "TCP",
+        "appProtocol": "kubernetes.io/h2c",
+    }
+]
+
+
+def probe(service: str, *, period: int, failures: int, timeout: int = 5) -> Manifest:
+    """A gRPC health probe every `period` seconds that gives up after `failures` failures in a row.
+
+    Five seconds for an answer: a worker that decodes on every core is slow to answer, not dead.
+    """
+    return {
+        "grpc": {"port": names.GRPC_PORT, "service": service},
+        "periodSeconds": period,
+        "timeoutSeconds": timeout,
+        "failureThreshold": failures,
+    }
+
+
+def environment(
+    deployment: Deployment, role: str, settings: PodSettings, own: Mapping[str, str] = MappingProxyType({})
+) -> list[Manifest]:
+    """Environment of a container: who it is, where its traces go, then what the user set (which wins).
+
+    own: variables of this role.
+    """
+    pairs: dict[str, Manifest] = {
+        **{name: {"value": value} for name, value in own.items()},
+        "POD_NAME": {"valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.name"}}},
+        "POD_NAMESPACE": {"valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.namespace"}}},
+        "OTEL_SERVICE_NAME": {"value": f"moe-{role}"},
+        "OTEL_RESOURCE_ATTRIBUTES": {
+            "value": "k8s.pod.name=$(POD_NAME),k8s.namespace.name=$(POD_NAMESPACE),"
+            f"{names.GROUP}.name={deployment.name},{names.GROUP}.role={role}"
+        },
+    }
+    endpoint = deployment.spec.telemetry.otlp_endpoint
+    if endpoint is not None:
+        pairs["OTEL_EXPORTER_OTLP_ENDPOINT"] = {"value": endpoint}
+    for variable in settings.env:
+        manifest = variable.manifest()
+        pairs[manifest.pop("name")] = manifest
+    return [{"name": name, **value} for name, value in pairs.items()]
+
+
+def template(deployment: Deployment, labels: Mapping[str, str], spec: Manifest) -> Manifest:
+    """A pod template, which differs after every restart that somebody asked for."""
+    restart = {names.ANNOTATION_RESTARTED: deployment.restarted_at} if deployment.restarted_at else {}
+    annotations = {"annotations": restart} if restart else {}
+    return {"metadata": {"labels": dict(labels), **annotations}, "spec": spec}
+
+
+def placement(settings: PodSettings) -> Manifest:
+    """Where pods may run."""
+    fields: dict[str, Any] = {
+        "nodeSelector": dict(settings.node_selector),
+        "tolerations": [toleration.manifest() for toleration in settings.tolerations],
+    }
+    return {name: value for name, value in fields.items() if value}

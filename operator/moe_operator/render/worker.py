@@ -1,0 +1,208 @@
+"""The workers: one StatefulSet for each replica, and the headless Service that lists their leaders."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from moe_operator.render import pods
+from moe_operator.render.objects import Manifest, child
+from moe_operator.resources import names
+from moe_operator.resources.deployment import Deployment, Pin
+from moe_operator.resources.digest import digest
+from moe_operator.resources.spec import Worker
+
+GANG_SIZE = 1
+"""Pods of a replica: pipeline x expert, both 1 so far."""
+
+# A checkpoint of hundreds of GB takes tens of minutes to read; a worker that has not loaded after an hour is
+# started anew. Two seconds between looks, so that a small model's replica is Ready as soon as it is loaded.
+_STARTUP_PROBE = pods.probe("", period=2, failures=1800)
+_READINESS_PROBE = pods.probe("", period=2, failures=2)
+_LIVENESS_PROBE = pods.probe(names.LIVENESS_SERVICE, period=10, failures=3)
+
+# From the label, so that the revision may be a hash of the specification that holds this.
+_REVISION: Manifest = {
+    "name": "MOE_WORKER_REVISION",
+    "valueFrom": {
+        "fieldRef": {"apiVersion": "v1", "fieldPath": f"metadata.labels['{names.LABEL_REVISION}']"}
+    },
+}
+
+_EXIT_SECONDS = 5
+"""Of a pod's grace period, what the process keeps for itself after its last stream; half of a short one."""
+_DEFAULT_GRACE_SECONDS = 55
+"""The worker's own default; left out, so that deployments from before the setting do not change."""
+
+
+def command(deployment: Deployment) -> list[str]:
+    """The worker's command line. What the spec leaves to the worker is left out."""
+    engine = deployment.spec.engine
+    words = ["moe-worker", "serve", "--model", deployment.spec.model.path]
+    words += ["--served-name", deployment.served_name]
+    if engine.context_length is not None:
+        words += ["--context-length", str(engine.context_length)]
+    words += ["--max-batch-size", str(engine.max_batch_size), "--kv-memory", str(engine.kv_memory_bytes)]
+    words += ["--device", engine.device, "--dtype", engine.dtype]
+    # Left out where they are the worker's default, so that deployments from before them do not change.
+    words += ["--format", engine.format] if engine.format != "auto" else []
+    words += ["--kv-dtype", engine.kv_dtype] if engine.kv_dtype != "auto" else []
+    words += ["--generation-config", "auto"] if engine.generation_config == "Auto" else []
+    words += ["--config-override", engine.config_override] if engine.config_override is not None else []
+    quality = deployment.spec.quality
+    if quality is not None:
+        words += ["--max-bits-per-byte-increase", str(quality.max_bits_per_byte_increase)]
+        words += ["--quality-text", quality.text] if quality.text is not None else []
+    return [*words, "--listen", f"0.0.0.0:{names.GRPC_PORT}"]
+
+
+def pod_spec(deployment: Deployment) -> Manifest:
+    """Pod spec of every worker of the deployment, whatever its replica."""
+    settings = deployment.spec.worker
+    path = deployment.spec.model.path
+    container = {
+        "name": names.ROLE_WORKER,
+        "image": settings.image,
+        "command": command(deployment),
+        "env": [_REVISION, *_grace(settings), *pods.environment(deployment, names.ROLE_WORKER, settings)],
+        "ports": pods.PORTS,
+        "resources": _resources(settings),
+        "startupProbe": _STARTUP_PROBE,
+        "readinessProbe": _READINESS_PROBE,
+        "livenessProbe": _LIVENESS_PROBE,
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "securityContext": pods.CONTAINER_SECURITY,
+        "volumeMounts": [
+            {"name": "model", "mountPath": path, "readOnly": True},
+            {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - the pod's own
+        ],
+    }
+    # hostPath without a type: a missing directory is then reported by the worker, in a sentence.
+    volumes = [{"name": "model", "hostPath": {"path": path}}, {"name": "tmp", "emptyDir": {}}]
+    return {
+        "serviceAccountName": names.worker_account(deployment.name),
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": settings.termination_grace_period_seconds,
+        "securityContext": pods.POD_SECURITY,
+        "readinessGates": [{"conditionType": names.ROUTED}],
+        "containers": [container],
+        "volumes": volumes,
+        **pods.placement(settings),
+    }
+
+
+def _grace(settings: Worker) -> list[Manifest]:
+    """How long requests may run on after SIGTERM, so that their streams are handed off before SIGKILL."""
+    whole = settings.termination_grace_period_seconds
+    seconds = whole - min(_EXIT_SECONDS, whole // 2)
+    return [] if seconds == _DEFAULT_GRACE_SECONDS else [{"name": "MOE_WORKER_GRACE", "value": str(seconds)}]
+
+
+def _resources(settings: Worker) -> Manifest:
+    """What the container asks for: as written, and the piece of a GPU that acceleratorFraction stands for."""
+    resources = settings.resources.manifest()
+    if settings.accelerators:
+        resources["limits"] = {**resources.get("limits", {}), **settings.accelerators}
+    return resources
+
+
+def rendered(deployment: Deployment) -> Manifest:
+    """What all workers are made from, but for their rank and revision, as this operator would have it.
+
+    Only fields that undo restores have an influence.
+    """
+    revised = replace(deployment, spec=deployment.spec.revised)
+    return pods.template(deployment, names.leader_labels(deployment.name), pod_spec(revised))
+
+
+def pin(deployment: Deployment) -> Pin:
+    """What workers are really made from: as it was rendered first for this spec."""
+    return deployment.pinned.get(names.ROLE_WORKER) or Pin(deployment.spec.manifest(), rendered(deployment))
+
+
+def revision(deployment: Deployment) -> str:
+    """Hash of the resolved pod template: pods with another one are out of date."""
+    return pin(deployment).revision
+
+
+def recipe(deployment: Deployment) -> str:
+    """Hash of everything from which the StatefulSets of the deployment's replicas follow, but their ranks."""
+    owner = deployment.identity
+    return digest([owner.namespace, owner.name, owner.uid, pin(deployment).text], length=16)
+
+
+def stateful_set(deployment: Deployment, data_rank: int) -> Manifest:
+    """One replica: a gang of workers that start and stop together."""
+    name = deployment.name
+    pinned = pin(deployment)
+    current, common = pinned.revision, pinned.template
+    rank_labels = {names.LABEL_DATA_RANK: str(data_rank)}
+    labels = {**common["metadata"]["labels"], **rank_labels, names.LABEL_REVISION: current}
+    manifest = child(
+        deployment.identity,
+        "apps/v1",
+        "StatefulSet",
+        names.replica(name, data_rank),
+        names.ROLE_WORKER,
+        {**rank_labels, names.LABEL_REVISION: current},
+    )
+    manifest["metadata"]["annotations"] = {names.ANNOTATION_PINNED: pinned.text}
+    manifest["spec"] = {
+        "replicas": GANG_SIZE,
+        "serviceName": names.workers(name),
+        "podManagementPolicy": "Parallel",
+        "updateStrategy": {"type": "RollingUpdate"},
+        "revisionHistoryLimit": 2,
+        "selector": {"matchLabels": {**rank_labels, names.LABEL_NAME: name, names.LABEL_ROLE: "worker"}},
+        "template": {**common, "metadata": {**common["metadata"], "labels": labels}},
+    }
+    return manifest
+
+
+def at_revision_of(other: Manifest, fresh: Manifest) -> Manifest:
+    """The StatefulSet `fresh` with the pods of another replica of the deployment."""
+    template, labels = other["spec"]["template"], other["metadata"]["labels"]
+    rank = {names.LABEL_DATA_RANK: fresh["metadata"]["labels"][names.LABEL_DATA_RANK]}
+    # What its pods were made from goes with them (pinning).
+    pinned = {
+        name: text
+        for name, text in other["metadata"].get("annotations", {}).items()
+        if name == names.ANNOTATION_PINNED
+    }
+    metadata = {**fresh["metadata"], "labels": {**labels, **rank}, "annotations": pinned}
+    of_pods = {**template["metadata"], "labels": {**template["metadata"]["labels"], **rank}}
+    spec = {**fresh["spec"], "template": {**template, "metadata": of_pods}}
+    return {**fresh, "metadata": metadata, "spec": spec}
+
+
+def disruption_budget(deployment: Deployment) -> Manifest:
+    """Lets a drained node take one replica at a time; pods that do not serve may always be evicted."""
+    manifest = child(
+        deployment.identity,
+        "policy/v1",
+        "PodDisruptionBudget",
+        names.workers(deployment.name),
+        names.ROLE_WORKER,
+    )
+    manifest["spec"] = {
+        "maxUnavailable": 1,
+        "unhealthyPodEvictionPolicy": "AlwaysAllow",
+        "selector": {"matchLabels": names.leader_labels(deployment.name)},
+    }
+    return manifest
+
+
+def service(deployment: Deployment) -> Manifest:
+    """Headless Service of the leaders, Ready or not; the frontend reads its EndpointSlices.
+
+    Readiness comes after routing: the frontend asks the workers themselves whether they take requests.
+    """
+    name = deployment.name
+    manifest = child(deployment.identity, "v1", "Service", names.workers(name), names.ROLE_WORKER)
+    manifest["spec"] = {
+        "clusterIP": "None",
+        "publishNotReadyAddresses": True,
+        "selector": names.leader_labels(name),
+        "ports": pods.SERVICE_PORTS,
+    }
+    return manifest

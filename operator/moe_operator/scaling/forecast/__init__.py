@@ -1,6 +1,0 @@
-"""Demand at the horizon, with a band."""
-
-from moe_operator.scaling.forecast.forecaster import Forecaster
-from moe_operator.scaling.forecast.result import Errors, Forecast
-
-__all__ = ["Errors", "Forecast", "Forecaster"]

@@ -1,0 +1,1 @@
+"""`moe load`: a recorded trace, played against a deployment."""

@@ -1,0 +1,238 @@
+"""Plays a trace: when requests are due, what they ask, and how each one ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_api import transport
+from moe_api.inference.v1 import inference_pb2 as pb
+from moe_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
+from moe_client import calling
+from moe_tools.load.trace import Trace
+
+if TYPE_CHECKING:
+    from moe_api.inference.v1.inference_pb2_grpc import InferenceServiceAsyncStub
+
+_PROMPT_TOKENS: Final = 16
+_CONNECTIONS: Final = 4
+"""One HTTP/2 connection takes 100 streams at a time by default; more wait where nobody sees it."""
+_SHOW_S: Final = 0.25
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which part of a trace is played, in its own seconds."""
+
+    skip_s: float
+    duration_s: float | None
+
+    def holds(self, at_s: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Which times lie in it."""
+        end = math.inf if self.duration_s is None else self.skip_s + self.duration_s
+        return (at_s >= self.skip_s) & (at_s < end)
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """Requests to send."""
+
+    at_s: NDArray[np.float64]
+    """When each is due, in seconds from the start, ascending."""
+    input_tokens: NDArray[np.int64]
+    """Length of each prompt; 0 where the trace does not say."""
+    output_tokens: NDArray[np.int64]
+    """Length of each continuation; 0 where the trace does not say."""
+
+
+def arrivals(trace: Trace, part: Part, share: float, speed: float, seed: int) -> Arrivals:
+    """The requests of a part of a trace. Within an interval of counts they are spread at random."""
+    random = np.random.default_rng(seed)
+    at_s, rows = _times(trace, random)
+    # 2.3 requests for each one are two for sure and a third by chance.
+    copies = np.floor(share + random.random(len(at_s))).astype(np.int64) * part.holds(at_s)
+    chosen = np.repeat(np.arange(len(at_s)), copies)
+    chosen = chosen[np.argsort(at_s[chosen], kind="stable")]
+    lengths = [
+        tokens[rows[chosen]] if len(tokens) else np.zeros(len(chosen), np.int64)
+        for tokens in (trace.input_tokens, trace.output_tokens)
+    ]
+    return Arrivals((at_s[chosen] - part.skip_s) / speed, *lengths)
+
+
+def _times(trace: Trace, random: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """When requests came, and the row of each."""
+    if not len(trace.counts):
+        return trace.at_s, np.arange(len(trace.at_s))
+    whole = np.floor(trace.counts + random.random(len(trace.counts))).astype(np.int64)
+    intervals = np.repeat(np.arange(len(whole)), whole)
+    return (intervals + random.random(len(intervals))) * trace.interval_s, intervals
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What is asked."""
+
+    model: str
+    max_tokens: int
+    prompt: str | None
+    """Text of every request; None: random tokens."""
+    seed: int
+    timeout_s: float | None
+    vocabulary: int = 0
+    context: int = 0
+
+    def message(self, number: int, arrivals: Arrivals) -> pb.GenerateRequest:
+        """The request of this number."""
+        wanted = int(arrivals.output_tokens[number]) or self.max_tokens
+        sampling = pb.SamplingParameters(max_tokens=min(wanted, self.max_tokens))
+        if self.prompt is not None:
+            return pb.GenerateRequest(model=self.model, prompt=self.prompt, sampling=sampling)
+        length = int(arrivals.input_tokens[number]) or _PROMPT_TOKENS
+        length = max(min(length, self.context - sampling.max_tokens), 1)
+        ids = np.random.default_rng((self.seed, number)).integers(self.vocabulary, size=length)
+        return pb.GenerateRequest(
+            model=self.model, prompt_tokens=pb.TokenIds(ids=ids.tolist()), sampling=sampling
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one request ended. Times are seconds since it was due."""
+
+    number: int
+    sent_s: float
+    first_s: float | None
+    total_s: float
+    tokens: int
+    code: str
+    """gRPC's status."""
+
+
+@dataclass
+class Tally:
+    """Where a run stands."""
+
+    sent: int = 0
+    ok: int = 0
+    failed: int = 0
+
+
+async def play(
+    endpoint: str, due: Arrivals, requests: Requests, show: Callable[[Tally], None]
+) -> tuple[list[Outcome], bool]:
+    """Sends every request at its time; returns how they ended, and whether Ctrl-C came before the end.
+
+    Raises:
+        CommandError: nothing answers.
+    """
+    outcomes: list[Outcome] = []
+    tally, tasks = Tally(), set[asyncio.Task[None]]()
+    async with contextlib.AsyncExitStack() as stack:
+        stubs = [await _stub(stack, endpoint, number) for number in range(_CONNECTIONS)]
+        requests = await _with_model(requests, stubs[0], endpoint)
+        with _interrupt() as interrupted:
+            shown = asyncio.create_task(_show(tally, show))
+            started = time.monotonic()
+            for number, at_s in enumerate(due.at_s):
+                if await _until(started + at_s, interrupted):
+                    break
+                send = _send(stubs[number % _CONNECTIONS], requests, due, number, started, outcomes, tally)
+                task = asyncio.create_task(send)
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+            await _finish(tasks, interrupted)
+            shown.cancel()
+        show(tally)
+    return outcomes, interrupted.is_set()
+
+
+async def _stub(stack: contextlib.AsyncExitStack, endpoint: str, number: int) -> InferenceServiceAsyncStub:
+    # Channels with the same options would share one connection.
+    options = (*transport.CLIENT_OPTIONS, ("moe.connection", number))
+    channel = await stack.enter_async_context(grpc.aio.insecure_channel(endpoint, options=options))
+    return InferenceServiceStub(channel)
+
+
+async def _with_model(requests: Requests, stub: InferenceServiceAsyncStub, endpoint: str) -> Requests:
+    """With what has to be known of the model to make up tokens."""
+    if requests.prompt is not None:
+        return requests
+    try:
+        model = await stub.GetModel(pb.GetModelRequest(model=requests.model), timeout=20)
+    except grpc.aio.AioRpcError as error:
+        raise calling.explain(error, endpoint) from error
+    return replace(requests, vocabulary=model.vocabulary_size, context=model.context_length)
+
+
+async def _send(
+    stub: InferenceServiceAsyncStub,
+    requests: Requests,
+    due: Arrivals,
+    number: int,
+    started: float,
+    outcomes: list[Outcome],
+    tally: Tally,
+) -> None:
+    at = started + due.at_s[number]
+    sent = time.monotonic() - at
+    tally.sent += 1
+    first, tokens, code = None, 0, "OK"
+    try:
+        async for part in stub.Generate(requests.message(number, due), timeout=requests.timeout_s):
+            if first is None and (part.tokens or part.text):
+                first = time.monotonic() - at
+            tokens += len(part.tokens)
+    except grpc.aio.AioRpcError as error:
+        code = error.code().name
+    except asyncio.CancelledError:
+        code = "CANCELLED"
+    outcomes.append(Outcome(number, sent, first, time.monotonic() - at, tokens, code))
+    tally.ok += code == "OK"
+    tally.failed += code != "OK"
+
+
+async def _until(moment: float, interrupted: asyncio.Event) -> bool:
+    """Waits for a time on the monotonic clock; says whether Ctrl-C came first."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(interrupted.wait(), max(moment - time.monotonic(), 0))
+    return interrupted.is_set()
+
+
+async def _finish(tasks: set[asyncio.Task[None]], interrupted: asyncio.Event) -> None:
+    """Waits for the answers; Ctrl-C gives up on them."""
+    stop = asyncio.create_task(interrupted.wait())
+    while tasks and not interrupted.is_set():
+        await asyncio.wait({*tasks, stop}, return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    left = list(tasks)
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
+
+
+async def _show(tally: Tally, show: Callable[[Tally], None]) -> None:
+    while True:
+        show(tally)
+        await asyncio.sleep(_SHOW_S)
+
+
+@contextlib.contextmanager
+def _interrupt() -> Iterator[asyncio.Event]:
+    """An event that Ctrl-C sets."""
+    loop, event = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_signal_handler(signal.SIGINT, event.set)
+    try:
+        yield event
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)

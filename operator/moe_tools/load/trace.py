@@ -1,0 +1,109 @@
+"""A recorded trace as requests to send: when each came, and where it is known, how long it was."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_tools.recorded import Recording, TraceError, read_recording
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A recorded load. Either `counts` or single requests are known."""
+
+    name: str
+    start: float
+    """Time of the first row, seconds since the epoch, or whatever the file counts from."""
+    interval_s: float
+    """Length of an interval in seconds; 0 where single requests are known."""
+    counts: NDArray[np.float64]
+    """Requests of each interval; empty where single requests are known."""
+    at_s: NDArray[np.float64]
+    """When each request came, in seconds since `start`, ascending; empty where only counts are known."""
+    input_tokens: NDArray[np.int64]
+    """Tokens of each request's prompt; empty where unknown."""
+    output_tokens: NDArray[np.int64]
+    """Tokens of each request's continuation; empty where unknown."""
+
+    @property
+    def duration_s(self) -> float:
+        """Length of the trace in seconds."""
+        if len(self.counts):
+            return len(self.counts) * self.interval_s
+        return float(self.at_s[-1]) if len(self.at_s) else 0.0
+
+    def per_interval(self, interval_s: float) -> NDArray[np.float64]:
+        """Requests of each whole interval of another length; a multiple of the trace's own, if it has one.
+
+        Raises:
+            TraceError: it is not.
+        """
+        if not len(self.counts):
+            whole = math.floor(self.duration_s / interval_s)
+            bins = np.floor(self.at_s / interval_s).astype(np.int64)
+            return np.bincount(bins[bins < whole], minlength=whole).astype(np.float64)
+        factor = round(interval_s / self.interval_s)
+        if factor < 1 or not math.isclose(factor * self.interval_s, interval_s):
+            raise TraceError(
+                f"{self.name} counts requests in intervals of {self.interval_s:g} s; they cannot become "
+                f"intervals of {interval_s:g} s"
+            )
+        whole = len(self.counts) // factor * factor
+        return np.asarray(self.counts[:whole].reshape(-1, factor).sum(axis=1))
+
+
+def read(path: Path) -> Trace:
+    """Reads a trace of any kind that `recorded` knows.
+
+    Raises:
+        TraceError: the file cannot be read or is no trace.
+    """
+    recording = read_recording(path)
+    if not recording.rows:
+        raise TraceError(f"{path}: no requests")
+    return _of_counts(recording) if recording.intervals else _of_requests(recording)
+
+
+def _of_requests(recording: Recording) -> Trace:
+    times = np.array([row.at for row in recording.rows])
+    earlier = np.diff(times) < 0
+    if np.any(earlier):
+        line = recording.rows[int(np.argmax(earlier)) + 1].line
+        raise TraceError(
+            f"{recording.path}:{line}: its time is before the line's above; sort the file by time"
+        )
+    prompts = _tokens([row.input_tokens for row in recording.rows])
+    answers = _tokens([row.output_tokens for row in recording.rows])
+    start = float(times[0])
+    return Trace(recording.path.name, start, 0.0, np.zeros(0), times - start, prompts, answers)
+
+
+def _tokens(lengths: list[float | None]) -> NDArray[np.int64]:
+    """Empty where they are not known of all requests."""
+    known = [length for length in lengths if length is not None]
+    return np.array(known if len(known) == len(lengths) else [], np.int64)
+
+
+def _of_counts(recording: Recording) -> Trace:
+    path = recording.path
+    times, counted = (
+        np.array(values) for values in zip(*((r.at, r.count) for r in recording.rows), strict=True)
+    )
+    steps = np.diff(times)
+    if not len(steps) or steps.min() <= 0:
+        raise TraceError(f"{path}: it needs two rows or more, each later than the one above")
+    interval = float(steps.min())
+    places = np.round((times - times[0]) / interval).astype(np.int64)
+    if len(np.unique(places)) < len(places):
+        raise TraceError(
+            f"{path}: rows are {steps.min():g} to {steps.max():g} s apart; write one an interval"
+        )
+    counts = np.zeros(int(places[-1]) + 1)  # what is left out of a file of counts is an interval without any
+    counts[places] = counted * interval if recording.per_second else counted
+    none = np.zeros(0, np.int64)
+    return Trace(path.name, float(times[0]), interval, counts, np.zeros(0), none, none)

@@ -1,0 +1,207 @@
+"""The loops that scale deployments: nothing that happens to one of them ends it unseen."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+from opentelemetry import trace
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+
+from moe_api.supervision import Supervisor
+from moe_operator.autoscaling import scaling_history
+from moe_operator.autoscaling.loop import Autoscaler
+from moe_operator.autoscaling.metrics import ScalingMetrics
+from moe_operator.autoscaling.model.capacity import Capacity
+from moe_operator.autoscaling.model.history import History
+from moe_operator.autoscaling.model.horizon import ColdStarts
+from moe_operator.autoscaling.polling import Poller
+from moe_operator.autoscaling.rounds import ScaledFactory
+from moe_operator.autoscaling.scaler import Memory
+from moe_operator.errors import ClusterUnavailableError
+from moe_operator.planner.observed import Observed
+from moe_operator.resources.deployment import Name
+from moe_operator.resources.scaling_status import ScalingStatus
+from moe_operator.resources.status import Status
+from moe_operator.settings import Settings
+from tests.operator.autoscaling.test_metrics import collected
+from tests.operator.autoscaling.test_polling import Front
+from tests.operator.worlds import deployment
+
+OWNER = deployment().identity
+DOCS = Name("default", "docs")
+QUICK = Settings(retry_first_seconds=0.01, retry_most_seconds=0.02, recheck_seconds=0.01, sample_seconds=0.05)
+
+
+def quiet():
+    """A memory of half an hour without a request."""
+    history, now = History(), int(time.time() / 60)
+    for minute in range(now - 30, now):
+        history.add(minute, 0.0)
+    return Memory(history, ColdStarts(), frozenset(), Capacity.from_prior(60.0))
+
+
+class Store:
+    """Plays the API server: keeps what scaling writes into the status."""
+
+    def __init__(self):
+        self.wanted = asyncio.Queue()
+        self.loop = asyncio.get_running_loop()
+        self.trouble = []
+        self.kept = scaling_history.manifest(OWNER, quiet(), ())
+
+    def get(self, kind, namespace, name):
+        if self.trouble:
+            raise self.trouble.pop(0)
+        return self.kept
+
+    def apply(self, manifest, subresource="", manager=""):
+        wanted = manifest.get("status", {}).get("scaling", {}).get("desiredReplicas")
+        self.loop.call_soon_threadsafe(self.wanted.put_nowait, wanted)
+
+    def create(self, manifest):
+        pass
+
+    async def becomes(self, replicas):
+        async with asyncio.timeout(20):
+            while await self.wanted.get() != replicas:
+                pass
+
+
+class Site:
+    """An autoscaler, and what it works with."""
+
+    def __init__(self):
+        self.reader = InMemoryMetricReader()
+        self.store = Store()
+        provider = MeterProvider([self.reader])
+        self.supervisor = Supervisor(provider.get_meter("test"))
+        self.acting = True
+        self.threads = ThreadPoolExecutor(2)
+        self.factory = ScaledFactory(
+            self.store,
+            Poller(1.0, 1.0),
+            QUICK,
+            threads=self.threads,
+            laboratory=self.threads,
+            decided=lambda name: None,
+            metrics=ScalingMetrics(provider.get_meter("test")),
+            tracer=trace.get_tracer("test"),
+            supervisor=self.supervisor,
+        )
+
+        async def acts():
+            return self.acting
+
+        self.autoscaler = Autoscaler(self.factory, acts)
+
+    def failures(self):
+        return {state.loop: state.failures for state in self.supervisor.states}
+
+    async def until(self, wanted):
+        async with asyncio.timeout(20):
+            while not wanted():
+                await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+async def site():
+    made = Site()
+    yield made
+    await made.autoscaler.close()
+    await made.supervisor.close()
+    made.threads.shutdown()
+
+
+def asleep(**scaling):
+    """A deployment that was scaled to zero."""
+    wanted = {"maxReplicas": 4, "minReplicas": 0, **scaling}
+    return replace(deployment(scaling=wanted), status=Status(scaling=ScalingStatus(desired_replicas=0)))
+
+
+def frontends(*addresses):
+    role = {"serving.moe-operator.dev/role": "frontend"}
+    return Observed(
+        pods=tuple(
+            {"metadata": {"name": f"docs-frontend-{address}", "labels": role}, "status": {"podIP": address}}
+            for address in addresses
+        )
+    )
+
+
+async def test_a_rollout_of_the_frontend_at_zero_replicas_strands_nobody(site, world):
+    """The call that waits for a first request ends when its frontend's connection is closed."""
+    site.factory = replace(site.factory, settings=replace(QUICK, sample_seconds=30))
+    old, new = await world(Front(0), Front(2))
+    site.autoscaler.saw(asleep(), frontends(old))
+    await site.store.becomes(0)
+    site.autoscaler.saw(asleep(), frontends(new))
+    await site.store.becomes(1)
+    assert site.failures()["scaling"] == 0
+
+
+async def test_scaling_goes_on_after_errors_and_after_a_cancellation_that_was_not_its_own(site, world):
+    (front,) = await world(Front(0))
+    site.store.trouble = [ClusterUnavailableError("away"), KeyError("a bug"), asyncio.CancelledError()]
+    site.autoscaler.saw(asleep(), frontends(front))
+    await site.store.becomes(0)
+    assert site.store.trouble == []
+
+
+async def test_a_damaged_history_begins_anew(site, world):
+    (front,) = await world(Front(0))
+    site.store.kept |= {"rates": "damaged"}
+    site.autoscaler.saw(asleep(), frontends(front))
+    await site.store.becomes(1)  # nothing is known, so it is seen whether somebody comes
+
+
+async def test_the_gauges_go_with_the_deployment(site, world):
+    (front,) = await world(Front(0))
+    site.autoscaler.saw(asleep(), frontends(front))
+    await site.until(lambda: collected(site.reader).get("replicas"))
+    site.autoscaler.gone(DOCS)
+    await site.until(lambda: not collected(site.reader).get("replicas"))
+    assert "scaling" not in site.failures()
+
+
+async def test_the_gauges_go_where_another_process_acts(site, world):
+    (front,) = await world(Front(2))
+    site.autoscaler.saw(asleep(), frontends(front))
+    await site.until(lambda: collected(site.reader).get("replicas"))
+    site.acting = False
+    await site.until(lambda: not collected(site.reader).get("replicas"))
+    assert "scaling" in site.failures()
+
+
+async def test_learning_that_fails_is_tried_again(site, world, monkeypatch):
+    (front,) = await world(Front(0))
+    tries = []
+
+    def upkeep(self):
+        tries.append(1)
+        if len(tries) < 3:
+            raise ValueError
+
+    monkeypatch.setattr("moe_operator.autoscaling.scaler.Scaler.upkeep", upkeep)
+    site.autoscaler.saw(asleep(), frontends(front))
+    await site.until(lambda: len(tries) >= 3)
+    assert site.failures()["scaling"] == 0
+
+
+async def test_what_is_taken_out_of_the_status_is_tried_until_it_is_done(site):
+    off = replace(deployment(replicas=1), status=Status(scaling=ScalingStatus(desired_replicas=3)))
+    calls = []
+
+    def apply(manifest, subresource="", manager=""):
+        calls.append(manifest["status"])
+        if len(calls) == 1:
+            raise ClusterUnavailableError("away")
+
+    site.store.apply = apply
+    site.autoscaler.saw(off, Observed())
+    await site.until(lambda: len(calls) == 2)
+    assert calls[1] == {}

@@ -1,0 +1,127 @@
+"""Reports, cold starts and what is kept."""
+
+from __future__ import annotations
+
+import math
+from datetime import timedelta
+
+import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from moe_api.worker.v1 import worker_pb2
+from moe_operator.autoscaling import coldstart, readings, scaling_history
+from moe_operator.autoscaling.model.capacity import Capacity
+from moe_operator.autoscaling.model.history import History, HistoryError
+from moe_operator.autoscaling.model.horizon import ColdStarts
+from moe_operator.autoscaling.scaler import Memory
+from moe_operator.resources.deployment import Identity
+from tests.operator.autoscaling.simulated import START, pod
+
+OWNER = Identity("default", "docs", "uid-docs", 1)
+UINT_MINUS_ONE = 2**64 - 1
+
+
+def load(**fields):
+    return worker_pb2.Load(**{"requests_received": 10, "requests_completed": 8, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"requests_refused": 3}, "11 requests ended though 10 came"),
+        ({"requests_received": 0, "requests_completed": UINT_MINUS_ONE}, "requests ended though 0 came"),
+        ({"queued": 2**32 - 1, "running": 2}, "4294967297 requests are under way though 10 came"),
+        ({"requests_received": 2**63}, "holds a sum above"),
+        ({"started": Timestamp(seconds=2**62)}, "holds a start time that is none"),
+        ({"started": Timestamp(nanos=-1)}, "holds a start time that is none"),
+        (
+            {"time_to_first_token_seconds": worker_pb2.Histogram(bounds=range(65), counts=[0] * 66)},
+            "more than 64 buckets",
+        ),
+        (
+            {"time_to_first_token_seconds": worker_pb2.Histogram(bounds=[2.0, 1.0], counts=[0] * 3)},
+            "bounds do not ascend",
+        ),
+        (
+            {"time_to_first_token_seconds": worker_pb2.Histogram(bounds=[math.nan], counts=[0] * 2)},
+            "bounds do not ascend",
+        ),
+        ({"kv_tokens_used": 2, "kv_tokens_capacity": 1}, "more of the KV cache is used than there is"),
+        (
+            {"time_to_first_token_seconds": worker_pb2.Histogram(bounds=[1.0], counts=[1])},
+            "counts do not fit its bounds",
+        ),
+        (
+            {"time_to_first_token_seconds": worker_pb2.Histogram(bounds=[1.0], counts=[9, 9])},
+            "histogram of more requests than came",
+        ),
+    ],
+)
+def test_a_report_that_contradicts_itself_is_named(fields, sentence):
+    assert readings.contradiction(load()) is None
+    assert sentence in readings.contradiction(load(**fields))
+
+
+@pytest.mark.parametrize(("target", "late"), [(0.1, 9), (0.25, 5), (0.3, 2), (0.5, 2), (0.6, 0), (9.0, 0)])
+def test_late_is_what_is_surely_above_the_target(target, late):
+    counts = [7, 4, 3, 2]  # up to 0.1, 0.25, 0.5, above
+    assert readings.late([0.1, 0.25, 0.5], counts, target) == late
+
+
+def test_the_phases_of_a_cold_start_come_from_the_pod():
+    found = coldstart.measure(pod("docs", 0, "u", START, 40, ready=True))
+    assert (found.scheduling, found.image, found.loading, found.total) == (1, 1, 38, 40)
+
+
+def test_a_container_that_was_started_again_tells_nothing_of_cold_starts():
+    restarted = pod("docs", 0, "u", START, 40, ready=True)
+    restarted["status"]["containerStatuses"][0]["restartCount"] = 1
+    assert coldstart.measure(restarted) is None
+    assert coldstart.measure(pod("docs", 0, "u", START, 40, ready=False)) is None
+    assert coldstart.measure({"metadata": {"name": "x", "uid": "u"}, "status": {}}) is None
+    odd = pod("docs", 0, "u", START + timedelta(seconds=9), -20, ready=True)
+    assert coldstart.measure(odd) is None
+
+
+def memory(minutes=14 * 24 * 60):
+    history = History()
+    for minute in range(minutes):
+        history.add(minute, 600 + (minute * 7919) % 601)
+    return Memory(history, ColdStarts((40.0, 50.0)), frozenset({"a", "b"}), Capacity(90.0, 60.0, 4))
+
+
+def test_what_is_kept_comes_back():
+    kept = scaling_history.manifest(OWNER, memory(), pods=["a", "c"])
+    found = scaling_history.memory(kept, OWNER)
+    assert list(found.history.items()) == list(memory().history.items())
+    assert found.cold_starts.seconds == (40.0, 50.0)
+    assert found.capacity == Capacity(90.0, 60.0, 4)
+    assert found.measured == {"a"}, "pods that are gone are forgotten"
+
+
+def test_fourteen_days_take_less_than_a_hundred_kib():
+    assert len(str(scaling_history.manifest(OWNER, memory(), pods=[]))) < 100 * 1024
+
+
+def test_the_history_belongs_to_the_deployment_and_to_no_later_one_of_its_name():
+    kept = scaling_history.manifest(OWNER, memory(10), pods=[])
+    assert kept["metadata"]["ownerReferences"][0]["uid"] == "uid-docs"
+    assert scaling_history.memory(kept, Identity("default", "docs", "another", 1)) is None
+    assert scaling_history.memory(None, OWNER) is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"rates": "AAAA"},
+        {"capacity": None},
+        {"capacity": {"perReplica": 0.0, "prior": 60.0}},
+        {"capacity": {"perReplica": "NaN", "prior": 60.0}},
+        {"coldStartSeconds": ["x"]},
+        {"coldStartSeconds": [-1.0]},
+    ],
+)
+def test_a_damaged_history_is_said_to_be(damage):
+    kept = {**scaling_history.manifest(OWNER, memory(10), pods=[]), **damage}
+    with pytest.raises(HistoryError, match=r"damaged|version"):
+        scaling_history.memory(kept, OWNER)
