@@ -170,9 +170,9 @@ class SimulatedEngine:
 
     def check_pages(self):
         """Every reference to a page has a holder, and every page is free, idle or in use."""
-        memory = self.scheduler._lineup.memory
+        memory = self.scheduler._policy.memory
         holders = dict.fromkeys(range(self.limits.pages), 0)
-        for job in self.scheduler._lineup.running:
+        for job in self.scheduler._policy.running:
             assert len(job.table) == len(set(job.table))
             for page in job.table:
                 holders[page] += 1

@@ -1,13 +1,13 @@
-"""One tree of errors; the type says whether trying again can help."""
+"""One tree of errors; the type says whether a retry can help."""
 
 from typing import ClassVar
 
 
 class WorkerError(Exception):
-    """Root of everything this package raises on purpose; the message is a sentence for the user.
+    """Base of all errors that this package raises on purpose; the message is for the user.
 
     `exit_code` is what `moe-worker` exits with: 2 for bad input or configuration, 1 for failures of the
-    machine. `retryable` says whether the same call can succeed later without being changed.
+    machine. `retryable` says whether the same call can succeed later unchanged.
     """
 
     exit_code: int = 1
@@ -15,7 +15,7 @@ class WorkerError(Exception):
 
 
 class InputError(WorkerError):
-    """What the user gave cannot work; the same input fails again."""
+    """The user's input cannot work; the same input fails again."""
 
     exit_code = 2
 
@@ -41,7 +41,7 @@ class SettingsError(InputError):
 
 
 class DivergedError(InputError):
-    """Training reached numbers that are none; the last good state is kept."""
+    """Training reached NaN or infinity; the last good state is kept."""
 
 
 class RequestError(InputError):
@@ -53,7 +53,7 @@ class RequestError(InputError):
 
 
 class QueueFullError(WorkerError):
-    """More requests wait than the queue holds; try again after `retry_after_s` seconds."""
+    """The queue is full; retry after `retry_after_s` seconds."""
 
     retryable = True
 
@@ -67,6 +67,6 @@ class DeviceMemoryError(WorkerError):
 
 
 class EngineDiedError(WorkerError):
-    """The engine process ended while it was needed; another worker may answer."""
+    """The engine process ended while it was needed; another worker may succeed."""
 
     retryable = True

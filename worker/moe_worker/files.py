@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever ends the process while they are written."""
+"""Atomic file writes: a file is complete or unchanged, even if the process is killed meanwhile."""
 
 import fcntl
 import hashlib
@@ -18,10 +18,9 @@ UNFINISHED = ".unfinished"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; at the end it is made durable and takes `path`'s place.
+    """A temporary path next to `path`; at the end the file is made durable and renamed to `path`.
 
-    Where writing fails, what stood at `path` stands there still. Raises WorkerError where the disk is full
-    or cannot be written to.
+    If writing fails, the file at `path` is unchanged. Raises WorkerError if the disk is full or not writable.
     """
     beside = path.with_name(path.name + UNFINISHED)
     try:
@@ -36,10 +35,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Holds the lock file at `path`, which is made where it is not there, and gives it back at the end.
+    """Holds the lock file at `path`, which is created if necessary, and releases it at the end.
 
-    Where another process holds it: waits, or yields False. What ends a process gives back its locks.
-    Raises WorkerError where it cannot be made.
+    If another process holds it: waits, or yields False. The kernel releases the locks of a process that ends.
+    Raises WorkerError if the file cannot be created.
     """
     make_folder(path.parent)
     with _writing(path):
@@ -60,7 +59,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append_text(path: Path, text: str) -> None:
-    """Adds to the end of a text file; a kill may leave the beginning of it. Raises WorkerError."""
+    """Appends to a text file; after a kill only a part may be there. Raises WorkerError."""
     with _writing(path), path.open("a") as file:
         file.write(text)
 
@@ -72,22 +71,23 @@ def copy_file(source: Path, path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and those around it, where they are not there. Raises WorkerError."""
+    """Creates a folder and its parents, if missing. Raises WorkerError."""
     with _writing(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def reserve(path: Path) -> None:
-    """Takes the room on the disk that a file with holes has not taken yet.
+    """Allocates the disk space for the holes of a sparse file.
 
-    To be mapped safely: where a map's page finds no room, the kernel kills the process. Raises OSError.
+    Needed to map the file safely: if a mapped page finds no space, the kernel kills the process. Raises
+    OSError.
     """
     with path.open("r+b") as file:
         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a regular file. Raises WorkerError where it cannot be read."""
+    """SHA-256 of a regular file. Raises WorkerError if it cannot be read."""
     try:
         with open_file(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -97,7 +97,7 @@ def digest(path: Path) -> str:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """What goes wrong on the disk is a WorkerError that names `path`."""
+    """Turns disk errors into a WorkerError that names `path`."""
     try:
         yield
     except (OSError, SafetensorError) as error:

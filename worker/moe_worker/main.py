@@ -1,4 +1,4 @@
-"""The command line. A command's module is imported when it is used: torch takes seconds to load."""
+"""The command line. A command's module is imported on use, because torch takes seconds to load."""
 
 import sys
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from moe_worker.errors import WorkerError
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "serve": ("moe_worker.service.command:serve", "Serve a model over gRPC."),
     "train": ("moe_worker.train.cli:train", "Train a model on text."),
-    "compress": ("moe_worker.recipe.cli:compress", "Make a checkpoint smaller by the steps of a recipe."),
+    "compress": ("moe_worker.recipe.cli:compress", "Compress a checkpoint by the steps of a recipe."),
     "bench": ("moe_worker.bench.cli:bench", "Measure how fast a model runs on this machine."),
     "eval": ("moe_worker.train.evaluate_cli:evaluate", "Score a model on text, in bits per byte."),
 }
@@ -45,7 +45,7 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Runs the command line; the last line on stderr says `error: ` and why if it fails."""
+    """Runs the command line; after a failure, the last line on stderr is `error: ` and the reason."""
     try:
         sys.exit(cli.main(standalone_mode=False))
     except click.ClickException as error:
@@ -57,6 +57,6 @@ def main() -> None:
 
 
 def _fail(sentence: str, exit_code: int) -> None:
-    """Line breaks would hide the sentence from who reads the last line."""
+    """Line breaks would hide the message from programs that read the last line."""
     click.echo(f"error: {one_line(' '.join(sentence.split()), LOG_MOST)}", err=True)
     sys.exit(exit_code)

@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar that is rewritten in place on a terminal, plain lines now and then in a log."""
+"""Progress on stderr: a bar that is redrawn on a terminal, plain lines at intervals in a log."""
 
 import re
 import sys
@@ -14,7 +14,7 @@ _CONTROL: Final = re.compile(r"\r|\x1b\[[0-9;]*[A-Z]")
 
 
 class _Lines:
-    """What tqdm writes to a terminal, as lines: no carriage return, no cursor movement, no padding."""
+    """Converts tqdm's terminal output to lines: no carriage return, no cursor movement, no padding."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -61,5 +61,5 @@ def bar(
 
 
 def tell(sentence: str) -> None:
-    """Writes a sentence to stderr without breaking a bar that is shown there."""
+    """Writes a message to stderr without breaking a bar that is shown there."""
     tqdm.write(sentence, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Opens files of a checkpoint: regular files only, bounded in size, never waiting for what a file is not."""
+"""Opens files of a checkpoint: regular files only, bounded in size, without blocking on FIFOs and devices."""
 
 import io
 import os
@@ -18,12 +18,12 @@ _KINDS = (
 
 
 def present(path: Path) -> bool:
-    """Whether there is something at `path`, be it a symbolic link to a file that is gone."""
+    """Whether there is something at `path`, including a broken symbolic link."""
     return os.path.lexists(path)
 
 
 def is_directory(path: Path) -> bool:
-    """Whether `path` leads to a directory; not so where the name is impossible or links lead in a circle."""
+    """Whether `path` leads to a directory; False for an impossible name or a loop of links."""
     try:
         return stat.S_ISDIR(path.stat().st_mode)
     except (OSError, ValueError):
@@ -51,7 +51,7 @@ def open_file(path: Path) -> io.BufferedReader:
 
 
 def read_file(path: Path, most: int) -> bytes:
-    """The content of a regular file of `most` bytes at most. Raises CheckpointError."""
+    """The content of a regular file of at most `most` bytes. Raises CheckpointError."""
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
@@ -68,7 +68,7 @@ def read_file(path: Path, most: int) -> bytes:
 
 
 def refuse_pointer(path: Path, head: bytes) -> None:
-    """Raises CheckpointError where `head`, the beginning of a file, is that of a Git LFS pointer."""
+    """Raises CheckpointError if `head`, the start of a file, is that of a Git LFS pointer."""
     if head.startswith(LFS_HEAD):
         raise CheckpointError(
             f"{path} is a Git LFS pointer, not the file itself: the repository was cloned without Git LFS; "

@@ -1,4 +1,4 @@
-"""Configuration: typed, frozen and checked once, where it enters. Imports no torch."""
+"""Configuration: typed, frozen and validated once, at the edge. Imports no torch."""
 
 from moe_worker.config.directory import read_checkpoint_config, read_model_config
 from moe_worker.config.engine import EngineOptions

@@ -1,4 +1,4 @@
-"""What config.json says of attention: latent (DeepSeek) or grouped queries (Qwen), and rotary positions."""
+"""Attention settings of config.json: latent (DeepSeek) or grouped queries (Qwen), and rotary positions."""
 
 from dataclasses import dataclass
 
@@ -59,7 +59,7 @@ class LatentConfig:
 
     @property
     def cache_width(self) -> int:
-        """Values that the cache keeps for one token in one layer."""
+        """Values in the cache for one token in one layer."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     def parameters(self, hidden: int) -> int:
@@ -84,7 +84,7 @@ class GroupedConfig:
 
     @property
     def cache_width(self) -> int:
-        """Values that the cache keeps for one token in one layer: keys and values of all key heads."""
+        """Values in the cache for one token in one layer: keys and values of all key heads."""
         return 2 * self.num_key_value_heads * self.head_dim
 
     def parameters(self, hidden: int) -> int:

@@ -1,4 +1,4 @@
-"""Opens a checkpoint directory: is it one, and of which shape is its model?"""
+"""Opens a checkpoint directory and reads the configuration of its model."""
 
 import json
 import stat
@@ -25,7 +25,7 @@ def find_checkpoint(path: Path) -> Path:
     """The checkpoint directory that `path` names: itself, or the snapshot in a model's Hugging Face cache.
 
     A cache directory models--OWNER--NAME holds snapshots/COMMIT, and refs/main names the commit. Raises
-    CheckpointError where there is no directory, or no telling which snapshot is meant.
+    CheckpointError if there is no directory, or if the snapshot is ambiguous.
     """
     _check_directory(path)
     if present(path / CONFIG):
@@ -73,8 +73,8 @@ def _snapshot(path: Path) -> Path:
 def read_checkpoint_config(directory: Path, override: Mapping[str, Any] | None = None) -> ModelConfig:
     """The configuration of the model in `directory`.
 
-    End-of-text tokens come from generation_config.json where it names any, as in transformers. Fields in
-    `override` take the place of config.json's. Raises CheckpointError (ConfigError for a field).
+    End-of-text tokens come from generation_config.json if it names any, as in transformers. Fields in
+    `override` replace those of config.json. Raises CheckpointError (ConfigError for a field).
     """
     _check_directory(directory)
     generation = directory / GENERATION
@@ -87,7 +87,7 @@ def read_checkpoint_config(directory: Path, override: Mapping[str, Any] | None =
 
 
 def _check_described(directory: Path, values: Mapping[str, Any]) -> None:
-    """NVIDIA's ModelOpt describes what it quantized in a file of its own, and config.json may not say it."""
+    """NVIDIA's ModelOpt describes its quantization in a separate file, and config.json may not mention it."""
     path = directory / QUANTIZATION
     if values.get("quantization_config") is not None or not present(path):
         return
@@ -102,11 +102,11 @@ def _check_described(directory: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path, most: int = LARGEST_CONFIG) -> dict[str, Any]:
-    """The JSON object in `path`, of `most` bytes at most. Raises CheckpointError where there is none."""
+    """The JSON object in `path`, at most `most` bytes. Raises CheckpointError if there is none."""
     try:
         value = json.loads(read_file(path, most))
     except (ValueError, RecursionError) as error:
-        # The first line: an integer of thousands of digits has a long story.
+        # Only the first line: the message for an integer of thousands of digits is long.
         raise CheckpointError(f"{path} is not valid JSON ({str(error)[:200]}); copy it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")

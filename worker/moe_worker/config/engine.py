@@ -1,4 +1,4 @@
-"""What the user chooses about the engine."""
+"""The user's choices for an engine."""
 
 import re
 from collections.abc import Mapping
@@ -13,8 +13,8 @@ DTYPES = ("auto", "float32", "bfloat16")
 FORMATS = ("auto", "dense", "fp8", "w4a16", "w4a8")
 GENERATION_CONFIGS = ("auto", "none")
 KV_DTYPES = ("auto", "float32", "bfloat16", "fp8")
-# The least and the most that each number may be. The most is far above what any machine can use, and keeps
-# products of them within 64 bits.
+# The range of each number. The upper ends are far above what any machine can use, and keep products within 64
+# bits.
 BOUNDS: Mapping[str, tuple[int, int]] = {
     "context_length": (1, LARGEST_SIZE),
     "max_batch_size": (1, 1 << 16),
@@ -31,9 +31,9 @@ MOST_NESTED = 16
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Choices for one engine; SettingsError from the constructor where one is impossible.
+    """Choices for one engine; the constructor raises SettingsError if one is impossible.
 
-    device: "auto" (a GPU where there is one), "cpu", "cuda" or "cuda:N".
+    device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
     dtype: of weights and activations. "auto" is bfloat16 on GPUs, float32 on CPUs, where torch's bfloat16 is
         slower unless the processor has AMX.
     kv_dtype: of the KV cache. "auto" is `dtype`'s (bfloat16 for w4a8 on CPUs). "fp8" (e4m3) takes half the
@@ -49,16 +49,16 @@ class EngineOptions:
     kv_memory: bytes for the KV cache; None: as much as max_batch_size contexts take.
     prefill_tokens: prompt tokens computed in one step at most; longer prompts take several.
     target_step_ms: aim for the time of a step while streams run, so the time between two tokens of a
-        stream: prompts beside them are cut into pieces that keep to it. 50 ms is faster than people read.
-    page_size: tokens of a page of the KV cache, a power of two. Small pages waste little behind a text and
-        share prompts early.
+        stream: prompts are split into chunks that meet it. 50 ms is faster than people read.
+    page_size: tokens of a page of the KV cache, a power of two. Small pages waste little at the end of a text
+    and share short prefixes.
     check_weights: whether loading refuses weights that are not finite numbers, in the pass that reads them.
-    check_digests: whether loading first compares files with the SHA-256 digests that stand beside them.
+    check_digests: whether loading first compares files with the SHA-256 digests stored with them.
     prefix_cache: whether requests share the cached beginnings of their prompts.
     generation_config: "auto": sampling that a request does not set is that of generation_config.json; "none":
         it is SamplingParameters' own.
-    config_override: fields that take the place of config.json's, as {"rope_scaling": {...}} for YaRN.
-    threads: of torch on the CPU; None: all cores that this process may use, but one for small models.
+    config_override: fields that replace those of config.json, as {"rope_scaling": {...}} for YaRN.
+    threads: of torch on the CPU; None: all cores that this process may use, or one for small models.
     """
 
     device: str = "auto"
@@ -117,7 +117,7 @@ class EngineOptions:
 
 
 def _check_override(value: Any, nested: int = 0) -> None:
-    """Only what any config.json can hold. Raises SettingsError."""
+    """Accepts only what a config.json can contain. Raises SettingsError."""
     if nested > MOST_NESTED:
         raise SettingsError(f"config_override nests more than {MOST_NESTED} deep; give fields of config.json")
     if isinstance(value, str) and not is_unicode(value):

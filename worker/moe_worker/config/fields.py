@@ -1,4 +1,4 @@
-"""Reads typed fields out of parsed JSON and says in a sentence what is wrong with the others."""
+"""Reads typed fields of parsed JSON, with an error message for wrong ones."""
 
 import sys
 from collections.abc import Mapping
@@ -7,11 +7,11 @@ from typing import Any
 
 from moe_worker.errors import ConfigError
 
-# Above any published model by a factor of a thousand; keeps sizes far from 64-bit overflow.
+# A thousand times above any published model; keeps sizes far from 64-bit overflow.
 LARGEST_SIZE = 2**31 - 1
-# Characters of a wrong value that a message repeats.
+# Characters of a wrong value that a message quotes.
 MOST_SHOWN = 100
-# Whole numbers above it are no floating ones.
+# Larger integers are not finite floating-point numbers.
 LARGEST_FLOAT = sys.float_info.max
 
 
@@ -27,7 +27,7 @@ class Fields:
     values: Mapping[str, Any]
 
     def fail(self, name: str, allowed: str) -> ConfigError:
-        """The error for field `name`, which should have been `allowed`."""
+        """The error for field `name`, which must be `allowed`."""
         value = self.values.get(name)
         found = "is missing" if value is None else f"is {_shown(value)}"
         return ConfigError(f"{self.source}: {name} {found}; it must be {allowed}")
@@ -40,7 +40,7 @@ class Fields:
         return value
 
     def optional_integer(self, name: str, least: int = 1) -> int | None:
-        """An integer as above, or None where the field is null or absent."""
+        """An integer as above, or None if the field is null or absent."""
         return None if self.values.get(name) is None else self.integer(name, least=least)
 
     def number(self, name: str) -> float:
@@ -58,7 +58,7 @@ class Fields:
         return float(value)
 
     def optional_positive(self, name: str) -> float | None:
-        """A finite number above 0, or None where the field is null or absent (0 counts as absent)."""
+        """A finite number above 0, or None if the field is null or absent (0 counts as absent)."""
         return None if not self.values.get(name) else self.positive(name)
 
     def boolean(self, name: str, default: bool | None = None) -> bool:
@@ -76,7 +76,7 @@ class Fields:
         return str(value)
 
     def integers(self, name: str, least: int = 0) -> tuple[int, ...]:
-        """An integer or a list of them as a tuple; empty where the field is null or absent."""
+        """An integer or a list of them as a tuple; empty if the field is null or absent."""
         value = self.values.get(name)
         if value is None:
             return ()
@@ -91,11 +91,11 @@ class Fields:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether the text can be encoded: JSON and command lines also bring halves of characters."""
+    """Whether the text can be encoded: JSON and command lines may contain lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _shown(value: object) -> str:
-    """A value as it can stand in a sentence."""
+    """A value as quoted in a message."""
     text = repr(value)
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."

@@ -1,4 +1,4 @@
-"""The model's configuration, as config.json of a published checkpoint gives it."""
+"""The model's configuration, from config.json of a published checkpoint."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from moe_worker.errors import ConfigError
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes are numbers of elements; the fields are named as in config.json where that name is clear.
+    """Sizes are numbers of elements; the fields are named as in config.json if that name is clear.
 
     architecture: config.json's model_type. max_position_embeddings: the context length that the model was
     made for; with YaRN it can be above config.json's. dense_layers: those with one feed-forward block of
@@ -55,12 +55,12 @@ class ModelConfig:
 
     @property
     def parameters_total(self) -> int:
-        """Trained weights of the model; tied embeddings count once, the routing bias is no weight."""
+        """Trained weights of the model; tied embeddings count once, the routing bias does not count."""
         return self._parameters(self.moe.routed)
 
     @property
     def parameters_active(self) -> int:
-        """Weights that one token passes through: as the total, but only the chosen routed experts."""
+        """Weights that one token uses: as the total, but only the chosen routed experts."""
         return self._parameters(self.moe.top_k)
 
     def _parameters(self, experts: int) -> int:
@@ -78,8 +78,8 @@ def parse_model_config(
 ) -> ModelConfig:
     """Checks the parsed config.json `values` once and freezes them.
 
-    `source` is the file that messages name; `eos_token_ids`, where given (generation_config.json has its
-    own), take the place of config.json's. Raises ConfigError.
+    `source` is the file that messages name; `eos_token_ids`, if given (from generation_config.json), replace
+    those of config.json. Raises ConfigError.
     """
     fields = Fields(source, values)
     architecture = fields.choice("model_type", tuple(_FAMILIES))
@@ -113,7 +113,7 @@ MOST_LAYERS = 1000
 
 
 def _context(fields: Fields, attention: AttentionConfig) -> int:
-    """Tokens that the model was made for, those that YaRN adds included.
+    """Context length of the model, including the extension by YaRN.
 
     DeepSeek's max_position_embeddings is the extended length already. Qwen's stays what the model was trained
     with, and its model cards say that YaRN takes `factor` times original_max_position_embeddings.

@@ -1,4 +1,4 @@
-"""What config.json says of experts and of how tokens choose among them."""
+"""Expert and routing settings of config.json."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ MOST_EXPERTS = 1 << 16
 
 
 class Scoring(Enum):
-    """What makes scores of the router's logits."""
+    """The function from the router's logits to scores."""
 
     SIGMOID = "sigmoid"
     SOFTMAX = "softmax"
 
 
 class Method(Enum):
-    """How experts are chosen by their scores."""
+    """How experts are selected by their scores."""
 
     GREEDY = "greedy"  # the best of all
     GROUP_BEST = "group_limited_greedy"  # the best of the groups whose best expert is best (arXiv:2405.04434)

@@ -1,4 +1,4 @@
-"""The quality gate: what a checkpoint's own report says of its loss of quality."""
+"""The quality gate: checks the loss of quality in a checkpoint's own report."""
 
 import math
 from pathlib import Path
@@ -12,9 +12,10 @@ QUALITY_FILE = "quality.json"
 
 
 def check_quality(checkpoint: Path, most: float, text: str | None) -> None:
-    """Raises CheckpointError where quality.json tells of more than `most` further bits per byte, or is none.
+    """Raises CheckpointError if quality.json reports more than `most` additional bits per byte, or is
+    invalid.
 
-    `text`: the name of the text that must have been scored, where it matters.
+    `text`: the name of the text that must have been scored, if it matters.
     """
     path = checkpoint / QUALITY_FILE
     if not present(path):

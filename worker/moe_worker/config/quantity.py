@@ -1,4 +1,4 @@
-"""Sizes in bytes as Kubernetes writes them."""
+"""Sizes in bytes as Kubernetes quantities."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What config.json says of how the weights are stored: as they are, in FP8 blocks, or packed in four bits."""
+"""Weight storage according to config.json: plain, in FP8 blocks, or packed in four bits."""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ class PackedStorage:
 class SparseStorage:
     """The layout s14 (docs/formats.md): int4 values of 1 in 4 inputs, one scale for `group` inputs.
 
-    A matrix that is not sparse may stand beside in the pack-quantized layout, or as it is.
+    The file may also contain matrices that are not sparse, in the pack-quantized layout or plain.
     """
 
     group: int
@@ -35,7 +35,7 @@ Storage = Fp8Storage | PackedStorage | SparseStorage
 
 
 def parse_storage(fields: Fields) -> Storage | None:
-    """None where weights are stored as plain floating numbers. Raises ConfigError."""
+    """None if weights are stored as plain floating-point numbers. Raises ConfigError."""
     value = fields.values.get("quantization_config")
     if value is None:
         return None

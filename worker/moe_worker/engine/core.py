@@ -1,7 +1,7 @@
-"""One step of the engine: plan, compute, choose, and turn tokens into text.
+"""One step of the engine: plan, forward pass, sampling, and conversion of tokens to text.
 
 On a GPU the next step is planned and launched before the tokens of this one are known: they stay on the
-device and feed it there, and the host's work hides behind the device's.
+device and feed the next step there, so the device hides the host's work.
 """
 
 import logging
@@ -31,9 +31,9 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Sequence:
-    """A request under way; `pages` is its page table. admitted: whether the sampler was told of it.
+    """An active request; `pages` is its page table. admitted: whether the sampler knows it.
 
-    generated: tokens of its whole text, those among them that it came with.
+    generated: tokens of its text, including emitted tokens of a resumed stream.
     """
 
     request: Request
@@ -50,21 +50,21 @@ class _Sequence:
 
     @property
     def given(self) -> int:
-        """Tokens that it came with."""
+        """Tokens of the prompt and of a resumed stream."""
         return len(self.request.prompt) + len(self.request.written)
 
     def follow(self, chunk: Chunk) -> Segment:
-        """What the model computes for `chunk`."""
+        """The model's input for `chunk`."""
         if chunk.pages:
             self.pages[chunk.pages_from :] = array("i", chunk.pages)
         return Segment(chunk.tokens, chunk.start, self.pages)
 
 
 class EngineCore:
-    """Runs requests over one loaded model. Not for several threads at once.
+    """Runs requests on one loaded model. Not thread-safe.
 
-    `clock` gives seconds and never goes back; deadlines of requests are in its time. flights: steps under way
-    at once; None: two on a GPU, one elsewhere.
+    `clock` returns monotonic seconds; deadlines of requests use it. flights: concurrent steps; None: two on a
+    GPU, one elsewhere.
     """
 
     def __init__(
@@ -91,12 +91,12 @@ class EngineCore:
 
     @property
     def most_requests(self) -> int:
-        """Requests that `submit` takes at once."""
+        """Requests that `submit` accepts at a time."""
         return self._scheduler.limits.requests
 
     @property
     def load(self) -> Load:
-        """How busy the engine is now."""
+        """The current load of the engine."""
         scheduler = self._scheduler
         return Load(
             queued=scheduler.waiting,
@@ -108,18 +108,18 @@ class EngineCore:
 
     @property
     def statistics(self) -> Statistics:
-        """What was counted so far."""
+        """The counters so far."""
         return self._tally.statistics(self._scheduler.counters, self._scheduler.evictions)
 
     @property
     def expert_statistics(self) -> ExpertStatistics:
-        """Where the tokens went so far. Waits for the device."""
+        """The tokens of each expert so far. Waits for the device."""
         steps, layers = self._experts.read()
         rows = (LayerExperts(layer, tuple(tokens), active) for layer, tokens, active in layers)
         return ExpertStatistics(steps, tuple(rows))
 
     def take_events(self) -> tuple[Event, ...]:
-        """What happened to requests since the last call."""
+        """Events of requests since the last call."""
         return self._tally.take_events()
 
     @property
@@ -129,11 +129,11 @@ class EngineCore:
 
     @property
     def counters(self) -> Counters:
-        """What the scheduler has counted so far."""
+        """The counters of the scheduler so far."""
         return self._scheduler.counters
 
     def submit(self, request: Request) -> None:
-        """Takes a checked request. Raises QueueFullError."""
+        """Adds a checked request. Raises QueueFullError."""
         room = self._loaded.context - len(request.prompt)
         arrival = Arrival(
             id=request.id,
@@ -151,16 +151,17 @@ class EngineCore:
         self._sequences[request.id] = _Sequence(request, text, ends, generated=len(request.written))
 
     def cancel(self, request: int) -> None:
-        """Drops a request and frees all it holds; one that has finished already is no error."""
+        """Removes a request and frees its resources; it is no error if it has finished already."""
         self._sequences.pop(request, None)
         self._sampler.release(request)
         self._scheduler.release(request)
 
     @torch.inference_mode()
     def step(self) -> list[Delta]:
-        """Plans and launches a step, then waits for the oldest one: a token for each sequence that is so far.
+        """Plans and launches a step, then waits for the oldest one; returns a token for each sequence that
+        samples.
 
-        Empty where there is nothing to do, or on a GPU, where nothing was launched before this step.
+        Empty if there is nothing to do, or, on a GPU, if nothing was launched before this step.
         """
         plan = self._scheduler.plan(self._clock())
         if plan.preempted or plan.admitted:
@@ -188,7 +189,7 @@ class EngineCore:
         self._tally.count(step, {chunk.id: self._sequences[chunk.id].given for chunk in step.chunks})
 
     def _land(self, flight: "Flight[_Sequence]") -> list[Delta]:
-        """Takes in what a step sampled; requests that ended since it was launched get no more of it."""
+        """Processes the tokens of a step; requests that ended since its launch get none of them."""
         tokens, failed, logprobs = flight.wait()
         full = frozenset(self._scheduler.complete(flight.step, tokens, self._clock()))
         deltas = []
@@ -215,7 +216,7 @@ class EngineCore:
         return Flight(step, sampling, self._sample(logits_NV, sampling))
 
     def _fill_in(self, step: Step, batch: Batch) -> None:
-        """Puts the tokens that the host does not know yet where they belong, from the step before."""
+        """Inserts the tokens that the host does not know yet, from the previous step, on the device."""
         unknown = [
             (row, chunk.id)
             for row, chunk in zip(batch.last_rows, step.chunks, strict=True)

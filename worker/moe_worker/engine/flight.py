@@ -1,6 +1,6 @@
-"""A step that was launched, and what it samples on its way to the host.
+"""A launched step, and its sampled tokens on their way to the host.
 
-Legend: B rows that sample, T tokens of a pass.
+Legend: B rows that sample, T tokens of a step.
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ S = TypeVar("S")
 
 
 class Flight(Generic[S]):
-    """`sampling` names the requests that sample, in order, each with what the engine keeps of it."""
+    """`sampling` lists the requests that sample, in order, each with its state in the engine."""
 
     def __init__(self, step: Step, sampling: Sequence[tuple[int, S]], sampled: Sampled | None) -> None:
-        """Begins to copy the tokens, and what else the host needs, from the device."""
+        """Starts to copy the tokens, and other results for the host, from the device."""
         self.step = step
         self.sampling = sampling
         self._rows = {name: row for row, (name, _) in enumerate(sampling)}
@@ -30,14 +30,14 @@ class Flight(Generic[S]):
         if sampled is not None:
             self._tokens_B = _to_host(sampled.tokens_B)
             self._failed_B = _to_host(sampled.failed_B)
-            # Copied now: asking the device later would wait for the step that was launched since.
+            # Copied now, because a later copy would wait for the step launched since.
             self._logprobs: Logprobs | None = sampled.logprobs and sampled.logprobs.moved(_to_host)
             if sampled.tokens_B.is_cuda:
                 self._arrived = torch.cuda.Event()
                 self._arrived.record()
 
     def wait(self) -> tuple[list[int], list[bool], dict[int, TokenLogprobs]]:
-        """Tokens, whether there was none to choose, and log-probabilities by row."""
+        """Tokens, whether no token could be selected, and log-probabilities, by row."""
         if self._sampled is None:
             return [], [], {}
         if self._arrived is not None:

@@ -1,4 +1,4 @@
-"""What loading asks of a GPU: whether the kernels take a model, whether it fits, and the runner over it."""
+"""GPU parts of loading: whether the kernels support a model, whether it fits, and its runner."""
 
 import importlib.util
 
@@ -14,9 +14,9 @@ from moe_worker.models.deepseek import DeepseekModel
 from moe_worker.models.runner import Runner
 
 GB = 10**9
-# Bytes of a packed weight, with its share of a float32 scale for 128 of a row.
+# Bytes of a packed weight, including its share of one float32 scale for 128 weights of a row.
 PACKED_BYTES = {"fp8": 1 + 4 / 128, "w4a16": 0.5 + 4 / 128, "w4a8": 0.5 + 4 / 128}
-# Share of a GPU's memory that is left to the passes themselves.
+# Share of a GPU's memory that is left for forward passes.
 SPARE_SHARE = 0.1
 
 
@@ -35,7 +35,7 @@ def probe_gpu(config: ModelConfig, number_format: str) -> Hardware:
 
 
 def cache_width(config: ModelConfig) -> int:
-    """Values of a cache row as the kernels want it: padded where a rank is no power of two."""
+    """Values of a cache row in the kernels' layout: padded if a rank is not a power of two."""
     from moe_worker.models.cuda_build import Sizes  # noqa: PLC0415 - triton is not everywhere
 
     return Sizes.of(config.latent).cache_width(config.latent)
@@ -44,7 +44,7 @@ def cache_width(config: ModelConfig) -> int:
 def make_runner(
     model: DeepseekModel, cache: PagedCache, options: EngineOptions, context: int, progress: bool
 ) -> Runner:
-    """The model over the Triton kernels, its decode steps recorded."""
+    """The model on the Triton kernels, with captured decode steps."""
     from moe_worker.models.cuda_build import prepare  # noqa: PLC0415 - triton is not everywhere
     from moe_worker.models.cuda_runner import CudaRunner  # noqa: PLC0415
 
@@ -54,7 +54,7 @@ def make_runner(
 
 
 def weight_bytes(config: ModelConfig, number_format: str) -> int:
-    """About how many bytes the weights take: packed are all but the embedding and W_UK and W_UV."""
+    """Estimated bytes of the weights: all are packed but the embedding, W_UK and W_UV."""
     dense = 4 if number_format == "fp32" else 2
     if number_format not in PACKED_BYTES:
         return config.parameters_total * dense
@@ -67,7 +67,9 @@ def weight_bytes(config: ModelConfig, number_format: str) -> int:
 
 
 def check_weights_fit(config: ModelConfig, number_format: str, device: torch.device, free: int) -> None:
-    """Raises SettingsError where `free` bytes of `device` cannot hold the weights; says what could."""
+    """Raises SettingsError if the weights do not fit into `free` bytes of `device`; the message says what
+    would fit.
+    """
     needed = weight_bytes(config, number_format)
     if needed <= free:
         return

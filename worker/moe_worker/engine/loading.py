@@ -1,4 +1,4 @@
-"""From a checkpoint directory and the user's choices to a model that is ready to run."""
+"""Creates a model that is ready to run from a checkpoint directory and the user's choices."""
 
 import os
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from moe_worker.models.runner import NativeRunner, Runner, TorchRunner
 from moe_worker.models.stored import Placement
 from moe_worker.models.tokenizer import Tokenizer
 
-# Active weights up to which one thread is as good as any.
+# Number of active weights up to which one thread is as fast as several.
 SINGLE_THREAD_BYTES = 64 * 2**20
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 DTYPE_BY_NAME = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -34,9 +34,9 @@ CPU_CACHE, GPU_CACHE = ("float32", "bfloat16"), ("bfloat16", "fp8")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Everything that stays the same while the engine runs, and its cache.
+    """The constant state of the engine, and its cache.
 
-    kernels: which implementation computes what, and why, a line each.
+    kernels: which implementation computes what, and why; one line each.
     """
 
     config: ModelConfig
@@ -91,7 +91,9 @@ def _cache_shape(config: ModelConfig, options: EngineOptions, dtype: torch.dtype
 def _allocate_cache(
     shape: CacheShape, options: EngineOptions, context: int, device: torch.device
 ) -> PagedCache:
-    """What the user gave, or on a GPU what the weights leave. Raises SettingsError where it does not fit."""
+    """The memory that the user set, or on a GPU what the weights leave. Raises SettingsError if it does not
+    fit.
+    """
     memory = options.kv_memory
     if memory is None and device.type == "cuda":
         memory = gpu.cache_bytes(device)
@@ -100,7 +102,7 @@ def _allocate_cache(
 
 
 def cache_dtype(options: EngineOptions, dtype: torch.dtype, path: str) -> torch.dtype:
-    """Of the cache, for a model computed in `dtype` by the kernels `path`. Raises SettingsError."""
+    """The dtype of the cache, for a model computed in `dtype` by the kernels `path`. Raises SettingsError."""
     if options.kv_dtype == "auto":
         return torch.bfloat16 if path.startswith("cpu/") and options.dtype == "auto" else dtype
     allowed = GPU_CACHE if path == "triton" else CPU_CACHE if path.startswith("cpu/") else tuple(CACHE_DTYPES)
@@ -133,7 +135,7 @@ def explain_choice(directory: Path, options: EngineOptions) -> list[str]:
 
 
 def probe(device: torch.device, config: ModelConfig, number_format: str) -> Hardware:
-    """What `device` has for a model in `number_format` (of registry.FORMATS), for the choice of kernels."""
+    """Kernels that `device` has for a model in `number_format` (of registry.FORMATS)."""
     if device.type == "cuda":
         return gpu.probe_gpu(config, number_format)
     if not isinstance(config.attention, LatentConfig):
@@ -166,7 +168,7 @@ def choose_format(name: str, config: ModelConfig) -> str:
     """The format that `name` (of FORMATS) means for this checkpoint."""
     if name == "auto":
         if isinstance(config.storage, SparseStorage):
-            return "w4a8"  # what such weights were trained for, and have kernels for
+            return "w4a8"  # such weights were trained for it, and kernels exist
         return "w4a16" if isinstance(config.storage, PackedStorage) else "dense"
     return name
 
@@ -174,8 +176,8 @@ def choose_format(name: str, config: ModelConfig) -> str:
 def suggested_threads(config: ModelConfig, dtype: torch.dtype) -> int:
     """All usable cores, or a single one for models so small that threads mostly wait for one another.
 
-    A step over 20 MB of active weights takes 5.8 ms on one thread whatever else runs; on two it takes 4.3 ms
-    on idle cores, and 13 to 400 ms on cores that others use too, as those of a Kubernetes node are.
+    A step with 20 MB of active weights takes 5.8 ms on one thread under any load. On two threads it takes 4.3
+    ms on idle cores, but 13 to 400 ms on shared cores, such as those of a Kubernetes node.
     """
     small = config.parameters_active * dtype.itemsize <= SINGLE_THREAD_BYTES
     return 1 if small else usable_cores()

@@ -37,7 +37,7 @@ class Engine:
     """A model loaded for offline use.
 
     `path` is a Hugging Face checkpoint directory; `device`, `dtype`, `format` and the further `options` are
-    those of EngineOptions. Raises WorkerError with a sentence where the checkpoint or an option cannot work.
+    those of EngineOptions. Raises WorkerError with a message if the checkpoint or an option cannot work.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class Engine:
         prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
         sampling: SamplingParameters | None = None,
     ) -> list[GenerationResult]:
-        """Continues each prompt; one result a prompt, in their order.
+        """Continues each prompt; returns one result for each, in order.
 
-        A prompt is a text (the begin-of-text token is put before it) or a list of token ids, used as given;
-        a single one may stand without a list. Raises RequestError.
+        A prompt is a text (the begin-of-text token is prepended) or a list of token ids, used as given. A
+        single prompt may be given without a list. Raises RequestError.
         """
         sampling = sampling or self._defaults
         requests = [
@@ -90,8 +90,8 @@ class Engine:
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """Scores of the token after each of `token_ids`: float32 [positions, vocabulary] on the CPU.
 
-        The sequence is taken as given (no begin-of-text token is put before it) and may be as long as the
-        context length. Raises RequestError.
+        The sequence is used as given (no begin-of-text token is prepended) and may be as long as the context
+        length. Raises RequestError.
         """
         check_token_ids(token_ids, self.config.vocab_size, self._loaded.context)
         runner, shape, device = self._loaded.runner, self._loaded.cache.shape, self._loaded.device

@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out. No torch: the RPC edge speaks in these too."""
+"""Input and output of the engine. No torch: the RPC edge uses these types too."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from moe_worker.sampling.parameters import SamplingParameters, Violation
 class FinishReason(Enum):
     """Why a text ended."""
 
-    STOP = "stop"  # the model ended it, or a stop text was met
+    STOP = "stop"  # the model ended it, or a stop text occurred
     LENGTH = "length"  # max_tokens or the context length was reached
     DEADLINE = "deadline"  # its deadline passed
-    FAILED = "failed"  # the model gave scores that nothing can be chosen by (NaN)
+    FAILED = "failed"  # no token can be selected by the model's scores (NaN)
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to continue. `seed` is the one to use: sampling.seed, or a fresh one.
+    """A prompt to continue. `seed` is the effective one: sampling.seed, or a new random one.
 
     priority: 0 to 9, higher is sooner. deadline: on the engine's clock, in seconds; None: none.
-    written: tokens of the text that another engine has sent already; this one sends what follows.
+    written: tokens that another engine has emitted; this one continues after them.
     """
 
     id: int
@@ -36,11 +36,11 @@ class Request:
 
 
 class Delta(NamedTuple):
-    """What one step adds to a request. Text waits for whole characters and stop texts; tokens do not.
+    """The result of one step for a request. Text waits for complete characters and stop texts; tokens do not.
 
-    A tuple, because one of each stream goes to the edge with every step: it is a list on the wire.
+    A tuple, because every step sends one for each stream to the edge: it is a list on the wire.
 
-    `token` is None where the request ends without one, in an error. logprobs: of the token, where asked for.
+    `token` is None if the request ends without one, in an error. logprobs: of the token, if requested.
     """
 
     id: int
@@ -52,7 +52,7 @@ class Delta(NamedTuple):
 
 @dataclass(frozen=True)
 class Load:
-    """How busy the engine is; KV figures are in tokens of whole pages, `cached` those of idle prefixes."""
+    """The load of the engine; KV figures are tokens in whole pages, `cached` those of idle prefixes."""
 
     queued: int = 0
     running: int = 0
@@ -62,7 +62,7 @@ class Load:
 
 
 def length_violation(field: str, length: int, context_length: int) -> Violation | None:
-    """What is wrong with a prompt of so many tokens; room for one token of continuation must be left."""
+    """The problem with a prompt of this many tokens; there must be room for one more token."""
     if length == 0:
         return Violation(field, "is empty; give at least one token")
     if length >= context_length:
@@ -74,7 +74,7 @@ def length_violation(field: str, length: int, context_length: int) -> Violation 
 def prompt_violations(
     field: str, prompt: Sequence[int], vocab_size: int, context_length: int
 ) -> list[Violation]:
-    """What is wrong with the token ids of a prompt; ids are looked at only where there are not too many."""
+    """The problem with the token ids of a prompt; ids are checked only if there are not too many."""
     if wrong_length := length_violation(field, len(prompt), context_length):
         return [wrong_length]
     wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)

@@ -1,4 +1,4 @@
-"""What the engine counts while it runs. No torch: the RPC edge reads these too."""
+"""Counters of the engine. No torch: the RPC edge reads these too."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,12 +9,12 @@ from moe_worker.scheduler.plan import Counters, Plan, Step
 
 
 class Statistics(NamedTuple):
-    """Sums since the start. A tuple, because one goes to the edge with every step: it is a list on the wire.
+    """Sums since the start. A tuple, because every step sends one to the edge: it is a list on the wire.
 
-    sequences: of all steps, so that a step's are the difference of two. prefill_tokens: of prompts, and of
-    texts computed again after a preemption (recomputed_tokens are those alone). decode_tokens: computed one a
-    step and stream. output_tokens: sampled. prompt_tokens, prefix_hit_tokens: of requests when they first
-    ran. evictions: pages that prefixes lost to others.
+    sequences: of all steps, so that a step's are the difference of two. prefill_tokens: of prompts, including
+    recomputation after a preemption (recomputed_tokens are only that). decode_tokens: computed in decode, one
+    for each step and stream. output_tokens: sampled. prompt_tokens, prefix_hit_tokens: of requests when they
+    first ran. evictions: pages evicted from idle prefixes.
     """
 
     steps: int = 0
@@ -36,17 +36,17 @@ class Statistics(NamedTuple):
 
 
 class EventKind(Enum):
-    """What can happen to a request beside its tokens."""
+    """Events of a request other than tokens."""
 
     PREFIX_HIT = "prefix_hit"
     PREEMPTED = "preempted"
 
 
 class Event(NamedTuple):
-    """Something that happened to request `id`.
+    """An event of request `id`.
 
-    tokens: for PREFIX_HIT those it found in the cache, for PREEMPTED those of its prompt and text so far,
-    which are computed again.
+    tokens: for PREFIX_HIT those found in the cache; for PREEMPTED those of its prompt and text so far, which
+    are recomputed.
     """
 
     id: int
@@ -55,7 +55,7 @@ class Event(NamedTuple):
 
 
 class LayerExperts(NamedTuple):
-    """One layer's experts since the start: tokens of each, and experts with a token added up over steps."""
+    """One layer since the start: tokens of each expert, and activated experts summed over steps."""
 
     layer: int
     tokens: tuple[int, ...]
@@ -70,7 +70,7 @@ class ExpertStatistics:
     layers: tuple[LayerExperts, ...] = ()
 
     def since(self, before: "ExpertStatistics") -> "ExpertStatistics":
-        """What was counted after `before`, which is of the same engine, or empty."""
+        """The difference to `before`, which is of the same engine, or empty."""
         if not before.layers:
             return self
         pairs = zip(self.layers, before.layers, strict=True)
@@ -80,7 +80,7 @@ class ExpertStatistics:
 
 @dataclass
 class Tally:
-    """Counts what the scheduler does not; steps are counted once they have run."""
+    """Counters in addition to the scheduler's; steps are counted after they have run."""
 
     events: list[Event] = field(default_factory=list)
     _sequences: int = 0
@@ -90,12 +90,12 @@ class Tally:
     _steps: int = 0
 
     def note(self, plan: Plan, lengths: Mapping[int, int]) -> None:
-        """Takes down a plan's events; `lengths` has the tokens of each request."""
+        """Records a plan's events; `lengths` has the tokens of each request."""
         self.events += (Event(id_, EventKind.PREEMPTED, lengths[id_]) for id_ in plan.preempted)
         self.events += (Event(id_, EventKind.PREFIX_HIT, cached) for id_, cached in plan.admitted if cached)
 
     def count(self, step: Step, prompts: Mapping[int, int]) -> None:
-        """Takes in a step that has run; `prompts` has the prompt tokens of each request in it."""
+        """Records a step that has run; `prompts` has the prompt tokens of each request in it."""
         decode = sum(len(chunk.tokens) == 1 and chunk.start >= prompts[chunk.id] for chunk in step.chunks)
         self._steps += 1
         self._sequences += len(step.chunks)
@@ -104,12 +104,12 @@ class Tally:
         self._output += sum(chunk.samples for chunk in step.chunks)
 
     def take_events(self) -> tuple[Event, ...]:
-        """Those since the last call."""
+        """Events since the last call."""
         events, self.events = tuple(self.events), []
         return events
 
     def statistics(self, counters: Counters, evictions: int) -> Statistics:
-        """All sums, the scheduler's among them."""
+        """All sums, including the scheduler's."""
         return Statistics(
             steps=self._steps,
             sequences=self._sequences,

@@ -1,17 +1,17 @@
-"""Automatic batch size: how many tokens fit into a step of the aimed-for time."""
+"""Automatic batch size: how many tokens fit into a step of the target duration."""
 
 from dataclasses import dataclass, field
 
 from moe_worker.scheduler.plan import Limits
 
-# Weight that a measurement keeps with each later one: about the last 50 steps count.
+# Decay of a measurement's weight with each later one: about the last 50 steps count.
 MEMORY = 0.98
-# A step that takes more than so many times its estimate (a compilation, a machine that was asleep) counts
-# as this much, once there are enough measurements to trust the estimate.
+# A step that takes more than this many times its estimate (a compilation, a machine that was suspended) is
+# clipped to that, once there are enough measurements to trust the estimate.
 SURPRISE = 4.0
 TRUSTED = 8
-# The slope is fitted while the standard deviation of step sizes is at least this part of their mean. Steps
-# of one size say nothing about what a token costs; the slope then stays as it was.
+# The slope is fitted while the standard deviation of step sizes is at least this fraction of their mean.
+# Steps of one size say nothing about the cost of a token; the slope then stays unchanged.
 SPREAD = 0.25
 
 
@@ -19,8 +19,8 @@ SPREAD = 0.25
 class StepTime:
     """Estimates seconds = fixed + per_token * tokens, by least squares with exponentially fading weights.
 
-    Until steps of several sizes were seen, the time is taken to be proportional to the tokens, which errs
-    towards small steps.
+    Until steps of several sizes were measured, the time is assumed to be proportional to the tokens, which
+    errs towards small steps.
     """
 
     fixed: float = 0.0
@@ -38,7 +38,7 @@ class StepTime:
         return self.fixed + self.per_token * tokens
 
     def observe(self, tokens: int, seconds: float) -> None:
-        """Takes in a measured step."""
+        """Adds a measured step."""
         if self.count >= TRUSTED:
             seconds = min(seconds, SURPRISE * self.estimate(tokens))
         self.count += 1
@@ -64,9 +64,10 @@ class StepTime:
 class TokenBudget:
     """Tokens of the next step, from measured step times.
 
-    The budget is what the estimate allows in target_s. Where the fixed cost of a step (reading all weights)
-    takes more than half of that alone, the budget is what doubles the fixed cost: smaller steps would cost
-    throughput and hardly be shorter. It stays between least_tokens and the ceiling.
+    The budget is the number of tokens that the estimate allows in target_s. If the fixed cost of a step
+    (reading all weights) alone takes more than half of that, the budget is the number that doubles the fixed
+    cost: smaller steps would cost throughput and hardly be shorter. It stays between least_tokens and the
+    ceiling.
     """
 
     limits: Limits
@@ -78,7 +79,9 @@ class TokenBudget:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step in which streams wait for their next token; also, sequences that may run."""
+        """Tokens of a step while streams wait for their next token; also the number of sequences that may
+        run.
+        """
         if not self.time.count:
             return min(self.limits.least_tokens, self.ceiling)
         room_s = max(self.limits.target_s, 2 * self.time.fixed) - self.time.fixed
@@ -87,14 +90,14 @@ class TokenBudget:
         return min(max(self.limits.least_tokens, int(room_s / self.time.per_token)), self.ceiling)
 
     def prompt_tokens(self, decoding: int) -> int:
-        """Prompt tokens that the next step may compute beside `decoding` streams; at least one.
+        """Prompt tokens that the next step may compute in addition to `decoding` streams; at least one.
 
-        Where no stream waits there is nothing to hold up, and the whole of prefill_tokens is allowed.
+        If no stream waits, a long step delays nobody, and all of prefill_tokens is allowed.
         """
         most = min(self.limits.prefill_tokens, self.ceiling - decoding)
         wanted = max(self.tokens - decoding, self.limits.least_tokens) if decoding else most
         return max(1, min(wanted, most))
 
     def shrink(self, tokens: int) -> None:
-        """From now on no step has more than `tokens` tokens (but one for each stream, and one more)."""
+        """Limits later steps to `tokens` tokens (but at least one for each stream, and one more)."""
         self.ceiling = max(1, min(self.ceiling, tokens))

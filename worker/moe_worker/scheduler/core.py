@@ -1,4 +1,4 @@
-"""Continuous batching over a paged cache: requests come, steps are planned and completed, requests end."""
+"""Continuous batching over a paged cache: plans and completes the steps of all requests."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -7,23 +7,23 @@ from moe_worker.errors import QueueFullError
 from moe_worker.kvcache.heap import LazyHeap
 from moe_worker.scheduler.budget import TokenBudget
 from moe_worker.scheduler.job import Job, State
-from moe_worker.scheduler.lineup import Draft, Lineup
 from moe_worker.scheduler.plan import Arrival, Counters, Limits, Plan, Step, check
+from moe_worker.scheduler.policy import Draft, SchedulingPolicy
 from moe_worker.scheduler.rate import EndRate
 
 
 class Scheduler:
-    """Plans steps. Not for several threads at once; time is what the caller says it is.
+    """Plans steps. Not thread-safe; the caller supplies the time.
 
     Step n + 1 may be planned before the tokens of step n are known. Steps complete in the order in which
-    they were planned, and must run in that order too: a page freed between two plans is used again by the
-    later one while the earlier may still be running.
+    they were planned, and must run in that order too: the later one may reuse a page that was freed between
+    two plans while the earlier one still runs.
     """
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.counters = Counters()
-        self._lineup = Lineup(limits, self.counters)
+        self._policy = SchedulingPolicy(limits, self.counters)
         self._live: dict[int, Job] = {}
         self._deadlines: LazyHeap[float, Job] = LazyHeap(lambda _, job: job.state is not State.ENDED)
         self._flights: deque[tuple[Step, list[Job]]] = deque()
@@ -33,48 +33,48 @@ class Scheduler:
     @property
     def budget(self) -> TokenBudget:
         """Tokens of a step, and the estimate of its time that they come from."""
-        return self._lineup.budget
+        return self._policy.budget
 
     @property
     def waiting(self) -> int:
-        """Requests that wait, preempted ones among them."""
-        return len(self._live) - len(self._lineup.running)
+        """Waiting requests, including preempted ones."""
+        return len(self._live) - len(self._policy.running)
 
     @property
     def running(self) -> int:
         """Requests that hold pages."""
-        return len(self._lineup.running)
+        return len(self._policy.running)
 
     @property
     def idle(self) -> bool:
-        """Whether there is neither a request nor a step under way."""
+        """Whether there is neither a request nor a step in flight."""
         return not self._live and not self._flights
 
     @property
     def free_pages(self) -> int:
-        """Pages that hold nothing."""
-        return self._lineup.memory.pool.free
+        """Free pages."""
+        return self._policy.memory.pool.free
 
     @property
     def cached_pages(self) -> int:
-        """Pages that hold prefixes nobody uses now."""
-        return self._lineup.memory.tree.idle
+        """Pages of idle prefixes."""
+        return self._policy.memory.tree.idle
 
     @property
     def used_pages(self) -> int:
         """Pages of running requests; a page that several share counts once."""
-        return self.limits.pages - self._lineup.memory.available
+        return self.limits.pages - self._policy.memory.available
 
     @property
     def evictions(self) -> int:
         """Pages evicted from the prefix tree since the start."""
-        return self._lineup.memory.tree.evictions
+        return self._policy.memory.tree.evictions
 
     def submit(self, arrival: Arrival) -> None:
-        """Takes a request into the queue.
+        """Adds a request to the queue.
 
-        Raises RequestError where it can never run, QueueFullError where too many wait, and ValueError where
-        a request of the same id is live.
+        Raises RequestError if it can never run, QueueFullError if too many wait, and ValueError if a request
+        with the same id is live.
         """
         check(arrival, self.limits)
         if arrival.id in self._live:
@@ -86,23 +86,23 @@ class Scheduler:
                 f"the queue is full ({self.waiting} requests wait, {self.running} run); try again",
                 self._end_rate.delay_s(self._now),
             )
-        job = self._live[arrival.id] = self._lineup.add(arrival)
+        job = self._live[arrival.id] = self._policy.add(arrival)
         if arrival.deadline is not None:
             self._deadlines.push(arrival.deadline, job)
 
     def plan(self, now: float) -> Plan:
-        """The next step. Every stream that runs gets its token in it; prompts take what the budget leaves."""
+        """The next step. Every running stream gets a token in it; prompts use the rest of the budget."""
         self._now = max(self._now, now)
         expired = self._expire()
-        draft = self._lineup.draft(self.counters.steps + 1)
+        draft = self._policy.draft(self.counters.steps + 1)
         return Plan(self._launch(draft), expired, tuple(draft.preempted), tuple(draft.admitted))
 
     def complete(self, step: Step, tokens: Sequence[int], now: float) -> tuple[int, ...]:
-        """Takes in what a step sampled: one token for each chunk that samples, in order.
+        """Completes a step with its sampled tokens: one for each chunk that samples, in order.
 
-        Tokens of requests released meanwhile are ignored. Returns the requests that have all their tokens
-        now; they are released. Raises ValueError where the step is not the oldest under way, or the number
-        of tokens is wrong.
+        Tokens of requests released meanwhile are ignored. Returns the requests that now have all their
+        tokens; they are released. Raises ValueError if the step is not the oldest in flight, or the number of
+        tokens is wrong.
         """
         if not self._flights or self._flights[0][0] is not step:
             raise ValueError(f"step {step.number} is not the oldest one under way")
@@ -119,10 +119,10 @@ class Scheduler:
         return tuple(job.arrival.id for job in finished)
 
     def retract(self, step: Step, *, shrink: bool) -> None:
-        """Takes back the newest step, which did not run. `shrink`: it was too large for the device's memory.
+        """Reverts the newest step, which did not run. `shrink`: it was too large for the device's memory.
 
-        Later steps then have at most half as many prompt tokens, or, where this one had none, half as many
-        streams. Raises ValueError where it is not the newest step under way.
+        Later steps then have at most half as many prompt tokens, or, if this one had none, half as many
+        streams. Raises ValueError if it is not the newest step in flight.
         """
         if not self._flights or self._flights[-1][0] is not step:
             raise ValueError(f"step {step.number} is not the newest one under way")
@@ -133,10 +133,10 @@ class Scheduler:
         if shrink and step.tokens > len(step.chunks):
             self.budget.shrink(step.tokens // 2)
         elif shrink:
-            self._lineup.most_running = max(1, len(step.chunks) // 2)
+            self._policy.most_running = max(1, len(step.chunks) // 2)
 
     def release(self, request: int) -> None:
-        """Forgets a request that has finished or was cancelled; its pages are free at once. Idempotent."""
+        """Removes a request that has finished or was cancelled; its pages are free at once. Idempotent."""
         job = self._live.get(request)
         if job is not None:
             self._end(job)
@@ -169,16 +169,16 @@ class Scheduler:
                 continue
             if token is not None:
                 job.tokens.append(token)
-            # A job that has given way since has other pages now, or none.
+            # A job that was preempted since has other pages now, or none.
             if job.state is running and job.admitted <= number:
                 job.written = written = start + len(given)
                 if written >= (job.shared + 1) * size:
-                    self._lineup.memory.share(job)
+                    self._policy.memory.share(job)
             if len(job.tokens) == job.ends:
                 done.append(job)
         return done
 
     def _end(self, job: Job) -> None:
-        self._lineup.end(job)
+        self._policy.end(job)
         del self._live[job.arrival.id]
         self._end_rate.count(self._now)

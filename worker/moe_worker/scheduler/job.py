@@ -7,7 +7,7 @@ from moe_worker.scheduler.plan import UNKNOWN_TOKEN, Arrival, Chunk
 
 
 class State(Enum):
-    """Where a request is. A preempted one waits again."""
+    """The state of a request. A preempted one waits again."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -15,13 +15,13 @@ class State(Enum):
 
 
 class Job:
-    """What a request has computed, and where its pages are.
+    """The progress of a request, and its pages.
 
     tokens: known ones, of the prompt and sampled. length: tokens, with those sampled by steps under way.
     computed: tokens in the cache once all planned steps are done; written: once all completed ones are.
-    table: its pages; the first `shared` are the path to `node` in the prefix tree. told: entries of
-    the table that planned chunks have told already. admitted, sampled: numbers of the steps in which it
-    began to run last, and was given its newest token (0: never, or that step was taken back).
+    table: its pages; the first `shared` are the path to `node` in the prefix tree. told: entries of the table
+    that earlier planned chunks contain. admitted, sampled: numbers of the steps in which it last started to
+    run and got its newest token (0: never, or that step was reverted).
     """
 
     __slots__ = (
@@ -65,11 +65,11 @@ class Job:
 
     @property
     def left(self) -> int:
-        """Tokens to compute until it can be given its next one; 0 where it gets no more."""
+        """Tokens to compute before its next one can be sampled; 0 if it gets no more."""
         return self.length - self.computed if self.length < self.ends else 0
 
     def next_token(self) -> Chunk:
-        """Plans the token that a stream computes next, for which it has a page, and samples the one behind.
+        """Plans the next token of a stream, for which it has a page, and samples the one after it.
 
         Does what `chunk(1)` does, faster: it runs for every stream in every step.
         """
@@ -93,7 +93,7 @@ class Job:
         return Chunk(self.arrival.id, start, tokens, samples, told, self.table[told:])
 
     def undo(self, chunk: Chunk, step: int) -> None:
-        """Takes back the newest chunk, planned in step number `step`."""
+        """Reverts the newest chunk, planned in step number `step`."""
         if chunk.samples:
             self.length -= 1
             self.sampled = 0  # the time to its next token says nothing about who was planned when

@@ -7,7 +7,7 @@ from moe_worker.scheduler.plan import Limits
 
 
 class Memory:
-    """Gives pages to jobs, shares those of equal prefixes, and evicts idle ones where the pool is empty."""
+    """Gives pages to jobs, shares those of equal prefixes, and evicts idle ones if the pool is empty."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -17,16 +17,16 @@ class Memory:
 
     @property
     def available(self) -> int:
-        """Pages that are free or can be made so."""
+        """Pages that are free or can be evicted."""
         return self.pool.free + self.tree.idle
 
     def missing(self, job: Job, reserve: int) -> int:
-        """Gives a waiting job the pages of all its tokens; `reserve` must stay available beside them.
+        """Gives a waiting job the pages of all its tokens; `reserve` more must stay available.
 
-        Returns 0, or else, where pages are short, changing nothing, how many it needs beside the reserve.
+        Returns 0, or, if pages are short, changes nothing and returns how many it needs without the reserve.
         """
         before = self.available
-        # The last token is always computed, to have the logits behind it: its page is never shared.
+        # The last token is always computed, because its logits are needed: its page is never shared.
         most = (job.length - 1) // self._size if self._limits.prefix_cache else 0
         job.node, shared = self.tree.match(job.tokens, job.arrival.namespace, most)
         fresh = self._limits.pages_for(job.length) - len(shared)
@@ -40,14 +40,14 @@ class Memory:
         return 0
 
     def grow(self, job: Job) -> bool:
-        """One more page for a running job; False where there is none."""
+        """One more page for a running job; False if there is none."""
         if not self.available:
             return False
         job.table += self._take(1)
         return True
 
     def share(self, job: Job) -> None:
-        """Puts the pages that the job has filled into the tree; equal ones there take their place."""
+        """Adds the job's full pages to the tree; equal pages that are already there replace them."""
         if not self._limits.prefix_cache or job.node is None:
             return
         first, last = job.shared, job.written // self._size

@@ -1,4 +1,4 @@
-"""What the scheduler is told and what it answers. Times are seconds of any clock that never goes back."""
+"""Input and output of the scheduler. Times are seconds of any monotonic clock."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,23 +6,23 @@ from typing import NamedTuple
 
 from moe_worker.errors import RequestError
 
-# Priorities a request may have; higher is sooner.
+# Priorities of a request; higher is sooner.
 LEAST_PRIORITY = 0
 MOST_PRIORITY = 9
 
-# Stands in `Chunk.tokens` for a token that an earlier step samples and the host does not know yet.
+# Placeholder in `Chunk.tokens` for a token that an earlier step samples and the host does not know yet.
 UNKNOWN_TOKEN = -1
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much runs at once.
+    """Limits of concurrency.
 
     sequences: running at once, at most. waiting: requests beyond them. pages, page_size: the cache; a page
     holds page_size tokens. prefill_tokens: most prompt tokens of one step. least_tokens: prompt
-    tokens that a step may always compute, and sequences that may always run, however slow the machine.
-    target_s: aim for the time of one step, which is the time per output token of a stream. aging_s: waiting
-    so long outweighs one level of priority. prefix_cache: whether prompts share pages.
+    tokens that a step may always compute, and sequences that may always run, on any machine. target_s: target
+    duration of a step, which is the time per output token of a stream. aging_s: waiting time that outweighs
+    one level of priority. prefix_cache: whether prompts share pages.
     """
 
     sequences: int
@@ -37,7 +37,7 @@ class Limits:
 
     @property
     def requests(self) -> int:
-        """Requests taken at once: those that run and those that wait."""
+        """Requests accepted at a time: running and waiting ones."""
         return self.sequences + self.waiting
 
     @property
@@ -51,7 +51,7 @@ class Limits:
         return self.pages * self.page_size
 
     def pages_for(self, tokens: int) -> int:
-        """Pages that hold `tokens` tokens of one sequence."""
+        """Pages for `tokens` tokens of one sequence."""
         return -(-tokens // self.page_size)
 
 
@@ -74,12 +74,12 @@ class Arrival:
 
 
 class Chunk(NamedTuple):
-    """The tokens of one sequence that one step computes; a tuple because a step makes hundreds of them.
+    """The tokens of one sequence that one step computes; a tuple because a step has hundreds of them.
 
-    start: position of the first. tokens: their ids; the last is UNKNOWN_TOKEN where an earlier step, not
-    completed yet, samples it. samples: whether the step samples the token that follows. The page table of
-    the sequence changed from entry `pages_from` on: there it is `pages` now (empty: it did not change).
-    After a sequence is admitted (again), pages_from is 0.
+    start: position of the first. tokens: their ids; the last is UNKNOWN_TOKEN if an earlier step that is not
+    completed samples it. samples: whether the step samples the token that follows. pages: the page table of
+    the sequence from entry `pages_from` on, if it changed (empty: no change). After a sequence is admitted
+    (again), pages_from is 0.
     """
 
     id: int
@@ -91,15 +91,15 @@ class Chunk(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Context length of the sequence once the step is done."""
+        """Context length of the sequence after the step."""
         return self.start + len(self.tokens)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One pass over the model: chunks of one token first, then longer ones, each by importance.
+    """One forward pass: chunks of one token first, then longer ones, each in scheduling order.
 
-    number: counts steps. planned: when. tokens: tokens of all chunks.
+    number: index of the step. planned: time of the plan. tokens: tokens of all chunks.
     """
 
     number: int
@@ -109,7 +109,7 @@ class Step:
 
 
 class Admitted(NamedTuple):
-    """A request that began to run (or runs again): `cached` of its tokens were in the prefix tree."""
+    """A request that started to run (again): `cached` of its tokens were in the prefix tree."""
 
     id: int
     cached: int
@@ -117,11 +117,11 @@ class Admitted(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do next, and what was decided on the way.
+    """The next step, and the decisions made for it.
 
-    step: what to compute; None where nothing can be. expired: requests dropped because their deadline has
-    passed; everything of theirs is free already. preempted: ids that lost their pages and wait again.
-    admitted: requests that begin to run with this step.
+    step: what to compute; None if nothing can be computed. expired: requests dropped because their deadline
+    has passed; their pages are free. preempted: ids that lost their pages and wait again. admitted: requests
+    that start to run with this step.
     """
 
     step: Step | None
@@ -134,9 +134,9 @@ class Plan:
 class Counters:
     """Sums since the start; a gap is counted in steps from one token of a stream to its next.
 
-    prompt_tokens, prefix_hit_tokens: of requests when they first ran. recomputed_tokens: computed again
-    after a preemption. largest_gap: 1 as long as every running stream gets a token in every step;
-    largest_preempted_gap is that of streams that gave way between two tokens.
+    prompt_tokens, prefix_hit_tokens: of requests when they first ran. recomputed_tokens: computed again after
+    a preemption. largest_gap: 1 as long as every running stream gets a token in every step;
+    largest_preempted_gap is that of streams that were preempted between two tokens.
     """
 
     steps: int = 0
@@ -151,7 +151,7 @@ class Counters:
 
 
 def check(arrival: Arrival, limits: Limits) -> None:
-    """Raises RequestError where a request can never run, however long it waits."""
+    """Raises RequestError if a request can never run."""
     if not arrival.prompt:
         raise RequestError("prompt", "the prompt is empty; it needs at least one token")
     if arrival.max_new_tokens < 1:
@@ -161,7 +161,7 @@ def check(arrival: Arrival, limits: Limits) -> None:
             "priority",
             f"priority {arrival.priority} is out of range; it must be {LEAST_PRIORITY} to {MOST_PRIORITY}",
         )
-    # The last sampled token is never computed, so it needs no place.
+    # The last sampled token is never computed, so it needs no page.
     tokens = len(arrival.prompt) + arrival.max_new_tokens - 1
     if tokens > limits.tokens:
         raise RequestError(

@@ -1,11 +1,11 @@
-"""How fast requests end, from which a refused client learns when to come back."""
+"""The rate at which requests end, from which a refused client learns when to retry."""
 
 import math
 from dataclasses import dataclass
 
-# Requests that ended so long ago count about a third.
+# Requests that ended this long ago count about a third.
 HORIZON_S = 30.0
-# Told to clients while nothing has ended yet, and the bounds of what is told later.
+# The retry delay while no request has ended yet, and the bounds of later ones.
 FIRST_DELAY_S = 1.0
 LEAST_DELAY_S = 0.05
 MOST_DELAY_S = 30.0
@@ -20,12 +20,12 @@ class EndRate:
     _at: float = 0.0
 
     def start(self, now: float) -> None:
-        """The first request has come; later calls change nothing."""
+        """Records the first request; later calls change nothing."""
         if self.started is None:
             self.started = self._at = now
 
     def count(self, now: float) -> None:
-        """A request has ended."""
+        """Records the end of a request."""
         self._weight = self._faded(now) + 1.0
         self._at = max(now, self._at)
 

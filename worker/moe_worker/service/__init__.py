@@ -1,1 +1,1 @@
-"""The gRPC edge. The engine runs in a process of its own."""
+"""The gRPC edge. The engine runs in a separate process."""

@@ -1,4 +1,4 @@
-"""What the RPCs of a worker answer: messages and statuses, from the engine's terms."""
+"""Converts results and errors of the engine to messages and statuses of the RPCs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
@@ -15,7 +15,7 @@ from moe_worker.sampling.logprobs import TokenLogprobs
 from moe_worker.sampling.parameters import Violation
 from moe_worker.service.streams import Chunk
 
-# Loading takes seconds to minutes, a drained worker does not come back: a frontend asks another one.
+# Loading takes seconds to minutes, and a drained worker does not return: a frontend tries another one.
 RETRY_ELSEWHERE_S: Final = 1.0
 FINISH_REASONS: Final = {
     FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
@@ -34,12 +34,12 @@ FAILURES: Final[Mapping[FinishReason | None, tuple[grpc.StatusCode, str]]] = {
 
 
 def unavailable(sentence: str, reason: str = "") -> status_pb2.Status:
-    """This worker cannot; another one may. reason: one of `rich_status`, for programs."""
+    """UNAVAILABLE: another worker may succeed. reason: one of `rich_status`, for programs."""
     return rich_status.retry_later(grpc.StatusCode.UNAVAILABLE, sentence, RETRY_ELSEWHERE_S, reason)
 
 
 def of_error(error: WorkerError) -> status_pb2.Status:
-    """How a call ends that an error of the engine, or on the way to it, has stopped."""
+    """The status of a call that an error of the engine, or on the way to it, has stopped."""
     if isinstance(error, QueueFullError):
         code = grpc.StatusCode.RESOURCE_EXHAUSTED
         return rich_status.retry_later(code, str(error), error.retry_after_s)

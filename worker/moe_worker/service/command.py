@@ -28,7 +28,7 @@ LARGEST_OVERRIDE = 1 << 16
 
 
 class _Number(click.FloatRange):
-    """A finite number in a range: no comparison keeps NaN out of one."""
+    """A finite number in a range: comparisons alone would accept NaN."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = float(super().convert(value, param, ctx))
@@ -44,10 +44,12 @@ class _Number(click.FloatRange):
     type=click.Path(path_type=Path),
     help="Checkpoint directory (Hugging Face layout).",
 )
-@click.option("--served-name", help="What clients call the model. Default: the directory's name.")
+@click.option("--served-name", help="Name of the model for clients. Default: the directory's name.")
 @click.option("--listen", default="127.0.0.1:8000", show_default=True, help="HOST:PORT of the gRPC server.")
 @click.option(
-    "--context-length", type=int, help="Tokens of prompt and answer together. Default: the model's limit."
+    "--context-length",
+    type=int,
+    help="Tokens of prompt and continuation together. Default: the model's limit.",
 )
 @click.option(
     "--config-override",
@@ -91,7 +93,7 @@ class _Number(click.FloatRange):
     type=float,
     default=EngineOptions.target_step_ms,
     show_default=True,
-    help="Aim for the time between two tokens of a stream: prompts beside it are cut to keep to it.",
+    help="Target time between two tokens of a stream: prompts are split into chunks to meet it.",
 )
 @click.option(
     "--page-size", type=int, default=16, show_default=True, help="Tokens of a page of the KV cache."
@@ -100,13 +102,13 @@ class _Number(click.FloatRange):
     "--prefix-cache/--no-prefix-cache",
     default=True,
     show_default=True,
-    help="Compute beginnings that prompts share once.",
+    help="Compute common prefixes of prompts once.",
 )
 @click.option(
     "--revision",
     default="",
     envvar="MOE_WORKER_REVISION",
-    help="Names what is served and how; a stream is handed over only between workers of one revision.",
+    help="Identifies how the model is served; only workers of one revision continue each other's streams.",
 )
 @click.option(
     "--stall-timeout",
@@ -169,7 +171,9 @@ class _Number(click.FloatRange):
     envvar="MOE_WORKER_THREADS",
     help="Threads of torch. Default: the usable cores; 1 for small models.",
 )
-@click.option("--explain", "explained", is_flag=True, help="Say which kernels would compute what, and end.")
+@click.option(
+    "--explain", "explained", is_flag=True, help="Print which kernels would compute what, and exit."
+)
 def serve(
     model: Path,
     served_name: str | None,
@@ -223,7 +227,7 @@ def _override(text: str) -> dict[str, Any]:
 
 
 def _address(text: str) -> str:
-    """Left to itself, gRPC takes port 443 where there is none, and 99999 modulo 65536."""
+    """By default gRPC takes port 443 if there is none, and 99999 modulo 65536."""
     try:
         return check_address(text)
     except ValueError as error:

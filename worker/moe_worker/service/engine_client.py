@@ -1,4 +1,4 @@
-"""The edge's side of the engine process: starts it, submits requests, hands out what comes back."""
+"""The edge's side of the engine process: starts it, submits requests, distributes its results."""
 
 import asyncio
 import logging
@@ -37,8 +37,8 @@ from moe_worker.service.wire import (
 
 # Time in which a place in a full queue is likely to come free.
 RETRY_AFTER_S = 1.0
-# An engine that does not end by itself once its socket is closed is killed after this long. One that loads
-# is killed at once: it does not look at its socket before torch is imported, and has nothing to lose.
+# An engine that does not end by itself after its socket is closed is killed after this long. One that loads
+# is killed at once: it does not read its socket before torch is imported, and has nothing to lose.
 END_TIMEOUT_S = 2.0
 # torch's OpenMP threads spin while they wait for one another. On cores that other processes use too, a step
 # of a small model then takes 420 ms instead of 6 (two threads on two busy cores): let them sleep at once.
@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 
 class EngineFailedError(EngineDiedError):
-    """The engine said why it ended."""
+    """The engine reported why it ended."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -81,7 +81,7 @@ class EngineClient:
 
     @classmethod
     async def start(cls, message: Start, stall_timeout_s: float = STALL_TIMEOUT_S) -> "EngineClient":
-        """Starts the process and tells it what to load; `run` then follows it.
+        """Starts the process and sends it what to load; `run` then reads its messages.
 
         stall_timeout_s: an engine that makes no step for so long, with requests to compute, is killed.
         """
@@ -103,14 +103,14 @@ class EngineClient:
 
     @property
     def requests(self) -> int:
-        """Requests under way: admitted, waiting, computed, or finished and not yet read by their clients."""
+        """Active requests: admitted, waiting, running, or finished and not yet read by their clients."""
         return len(self._places)
 
     @property
     def current_load(self) -> Load:
-        """The engine's last word, with what was submitted since counted as queued.
+        """The engine's last report; requests submitted since count as queued.
 
-        Finished texts whose clients have not read them count as running: they hold places.
+        Finished streams whose clients have not read them count as running: they occupy places.
         """
         unread = sum(stream.timeline.finish_reason is not None for stream in self._streams.values())
         queued = self.load.queued + self._untaken
@@ -118,15 +118,15 @@ class EngineClient:
 
     @property
     def _untaken(self) -> int:
-        """Requests that the engine has not taken from its socket yet, cancelled ones among them."""
+        """Requests that the engine has not received yet, including cancelled ones."""
         return self._submitted - self._acknowledged
 
     def admit(self) -> int:
-        """Holds a place for a request, until `close`; its number.
+        """Reserves a place for a request, until `close`; returns its number.
 
         Raises:
-            QueueFullError: all places are held, or the engine has as many requests still to look at.
-            EngineDiedError: there is no engine any more.
+            QueueFullError: all places are taken, or the engine has not received as many requests yet.
+            EngineDiedError: the engine has ended.
         """
         self._raise_if_ended()
         if max(self.requests, self._untaken) >= self.most_requests:
@@ -149,7 +149,7 @@ class EngineClient:
         return stream
 
     def close(self, number: int) -> None:
-        """Forgets a request and frees its place; the engine stops computing it if it has not finished."""
+        """Removes a request and frees its place; the engine stops computing it if it has not finished."""
         self._places.discard(number)
         stream = self._streams.pop(number, None)
         if stream is not None and stream.timeline.finish_reason is None and not stream.failed:
@@ -158,7 +158,7 @@ class EngineClient:
             self._idle.set()
 
     async def expert_statistics(self) -> ExpertStatistics:
-        """Where tokens have gone so far, once the step under way has ended. Raises EngineDiedError."""
+        """The tokens of each expert so far, after the current step. Raises EngineDiedError."""
         self._raise_if_ended()
         if self._asked is None:
             self._asked = asyncio.get_running_loop().create_future()
@@ -191,7 +191,7 @@ class EngineClient:
         self.format, self.load, self.most_requests = message.format, message.load, message.most_requests
 
     async def run(self, supervisor: Supervisor) -> EngineDiedError:
-        """Hands out what the engine produces until it ends, or is killed because it hangs; why it did."""
+        """Distributes the engine's results until it ends, or is killed because it hangs; returns why."""
         watching = supervisor.start(
             "engine watchdog", lambda: self._watchdog.watch(self._computes, self.process.kill)
         )
@@ -204,7 +204,7 @@ class EngineClient:
         return error
 
     async def _hand_out(self) -> Message | None:
-        """Follows the engine to its last message; None where it ended without one."""
+        """Reads the engine's messages to the last one; None if it ended without one."""
         while isinstance(message := await self._receive(), Stepped | Refused | ExpertReport):
             if isinstance(message, Stepped):
                 self._take(message)
@@ -216,7 +216,7 @@ class EngineClient:
         return message
 
     def _computes(self) -> bool:
-        """Whether there is something to compute; a finished text that waits for its reader is not."""
+        """Whether there is something to compute; a finished stream with an unread rest does not count."""
         return any(stream.timeline.finish_reason is None for stream in self._streams.values())
 
     def _take(self, message: Stepped) -> None:
@@ -256,7 +256,7 @@ class EngineClient:
             await self.process.wait()
 
     async def _receive(self) -> Message | None:
-        """The next message; None once the process is gone."""
+        """The next message; None after the process has ended."""
         try:
             size = int.from_bytes(await self.reader.readexactly(LENGTH_BYTES), "big")
             return decode(await self.reader.readexactly(size))

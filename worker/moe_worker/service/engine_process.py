@@ -1,4 +1,4 @@
-"""The engine in a process of its own, so that no step of it ever holds up an RPC.
+"""The engine in its own process, so that no step delays an RPC.
 
 Started by the edge as `python -m moe_worker.service.engine_process FD`, where FD is its end of a socket pair.
 It ends with the edge: the socket is closed then.
@@ -40,8 +40,8 @@ log = logging.getLogger("moe_worker.engine")
 
 
 def main() -> None:
-    """Serves the edge until it goes away. Exits with the code of the error that ends it."""
-    # The edge drains before it ends; a signal to the whole process group must not break that.
+    """Serves the edge until it ends. Exits with the code of the error that ends it."""
+    # The edge drains before it ends; a signal to the whole process group must not interrupt that.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     guard_logs()
@@ -60,15 +60,15 @@ def main() -> None:
 
 
 def _failed(sentence: str, exit_code: int) -> Failed:
-    """Names in a checkpoint may hold halves of characters, which no message carries."""
+    """Names in a checkpoint may contain lone surrogates, which no message can contain."""
     return Failed(visible(sentence, LOG_MOST), exit_code)
 
 
 class _Sender:
-    """Sends from a thread of its own, in order: the next step does not wait until the edge has woken up.
+    """Sends from a separate thread, in order: the next step does not wait for the edge to wake up.
 
-    Where the edge reads nothing, WAITING messages pile up, and then the engine waits. The process ends where
-    the thread fails, since nothing could be sent any more.
+    If the edge reads nothing, WAITING messages queue up, and then the engine waits. If the thread fails, the
+    process ends, since nothing could be sent any more.
     """
 
     WAITING = 8
@@ -80,11 +80,11 @@ class _Sender:
         self._thread.start()
 
     def send(self, message: Message) -> None:
-        """Puts a message behind those that wait."""
+        """Appends a message to the queue."""
         self._messages.put(message)
 
     def end(self, last: Message) -> None:
-        """Sends what waits and `last`; returns when all is sent."""
+        """Sends the queued messages and `last`; returns when all are sent."""
         self.send(last)
         self._messages.put(None)
         self._thread.join()
@@ -97,9 +97,10 @@ class _Sender:
 
 @contextlib.contextmanager
 def _ending_the_process(what: str) -> Iterator[None]:
-    """Lets no thread end unseen: an error in the block ends the process, and the edge starts another one.
+    """Ends the process after an error in the block, so that no thread ends unseen; the edge starts another
+    one.
 
-    A connection that is lost is none: the edge is gone then, and the thread that receives ends the process.
+    A lost connection is no error here: the edge has ended then, and the receiving thread ends the process.
     """
     try:
         yield
@@ -111,7 +112,7 @@ def _ending_the_process(what: str) -> Iterator[None]:
 
 
 def _serve(connection: socket.socket, sender: _Sender) -> None:
-    # The edge bounds it: most_requests requests that were not taken yet, and a Cancel for each.
+    # The edge bounds its length: most_requests requests that were not received yet, and a Cancel for each.
     inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
     start = inbox.get()
@@ -130,7 +131,7 @@ def _serve(connection: socket.socket, sender: _Sender) -> None:
 
 
 def _take_commands(core: EngineCore, inbox: "queue.SimpleQueue[Message]", sender: _Sender) -> int:
-    """Carries out what the edge has asked for, waiting for it while there is nothing to compute."""
+    """Handles the messages of the edge; waits for one if there is nothing to compute."""
     submitted = 0
     for message in _pending(inbox, wait=core.idle):
         if isinstance(message, Submit):
@@ -158,7 +159,7 @@ def _pending(inbox: "queue.SimpleQueue[Message]", wait: bool) -> Iterator[Messag
 
 
 def _receive(connection: socket.socket, inbox: "queue.SimpleQueue[Message]") -> None:
-    """Reads frames until the edge is gone; then ends the process, whatever the main thread is in.
+    """Reads frames until the edge has ended; then ends the process, whatever the main thread does.
 
     A killed edge that had not read everything resets the connection instead of closing it.
     """

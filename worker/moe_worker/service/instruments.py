@@ -1,4 +1,4 @@
-"""Histograms, as OpenTelemetry has them and as plain sums."""
+"""Histograms, as OpenTelemetry instruments and as plain sums."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class Histogram:
         self.counts = [0] * (len(self.bounds) + 1)
 
     def record(self, value: float) -> None:
-        """Takes in one value."""
+        """Adds one value."""
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 

@@ -1,4 +1,4 @@
-"""Answers of WorkerService, from what was counted."""
+"""Responses of WorkerService, from the engine's counters."""
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -12,7 +12,7 @@ from moe_worker.service.request_metrics import RequestMetrics
 def load_message(
     load: Load, statistics: Statistics, step_s: float, requests: RequestMetrics
 ) -> worker_pb2.Load:
-    """How busy the worker is, and its sums; `step_s` is the time of all steps in seconds."""
+    """The load of the worker, and its sums; `step_s` is the time of all steps in seconds."""
     started = Timestamp()
     started.FromNanoseconds(requests.started_ns)
     return worker_pb2.Load(
@@ -40,7 +40,7 @@ def load_message(
 
 
 def expert_message(experts: ExpertStatistics) -> worker_pb2.ExpertLoad:
-    """Where tokens went."""
+    """The tokens of each expert."""
     layers = [
         worker_pb2.ExpertLayer(layer=layer.layer, tokens=layer.tokens, active=layer.active)
         for layer in experts.layers

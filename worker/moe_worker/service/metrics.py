@@ -1,4 +1,4 @@
-"""What the engine counts, as OpenTelemetry instruments.
+"""The engine's counters as OpenTelemetry instruments.
 
 Names, units and meanings are in docs/observability.md. Without a collector the instruments do nothing.
 """
@@ -27,18 +27,18 @@ _GAUGES: Final[Mapping[str, tuple[str, str, Callable[[Load], int]]]] = {
 _COUNTERS: Final[Mapping[str, tuple[str, str, Callable[[Statistics], int]]]] = {
     "steps": ("{step}", "Steps computed.", lambda it: it.steps),
     "prompt_tokens": ("{token}", "Prompt tokens of requests that began.", lambda it: it.prompt_tokens),
-    "prefix_hit_tokens": ("{token}", "Of those, found in the cache.", lambda it: it.prefix_hit_tokens),
+    "prefix_hit_tokens": ("{token}", "Prompt tokens found in the cache.", lambda it: it.prefix_hit_tokens),
     "prefill_tokens": ("{token}", "Tokens computed for prompts.", lambda it: it.prefill_tokens),
-    "decode_tokens": ("{token}", "Tokens computed one a stream and step.", lambda it: it.decode_tokens),
+    "decode_tokens": ("{token}", "Tokens computed in decode.", lambda it: it.decode_tokens),
     "recomputed_tokens": ("{token}", "Computed again after preemption.", lambda it: it.recomputed_tokens),
-    "preemptions": ("{preemption}", "Requests that gave way to others.", lambda it: it.preemptions),
+    "preemptions": ("{preemption}", "Requests that were preempted.", lambda it: it.preemptions),
     "requests.expired": ("{request}", "Requests whose deadline passed.", lambda it: it.expired),
     "kv_cache.evictions": ("{page}", "Pages that idle prefixes lost.", lambda it: it.evictions),
 }
 
 
 class Readings(Protocol):
-    """Where the newest figures of the engine are."""
+    """Source of the engine's newest figures."""
 
     @property
     def current_load(self) -> Load:
@@ -52,7 +52,7 @@ class Readings(Protocol):
 
 
 class EngineMetrics:
-    """Passes on what the engine counts; one for an engine process."""
+    """Exports the engine's counters; one for each engine process."""
 
     def __init__(self, meter: Meter, readings: Readings) -> None:
         self._experts = ExpertStatistics()
@@ -62,7 +62,7 @@ class EngineMetrics:
             "moe_worker.experts.active",
             [self._active],
             "{expert}",
-            "Experts of a layer with at least one token in a step; mean of the last steps.",
+            "Activated experts of a layer in a step; mean of the last steps.",
         )
         self._duration = histogram(
             meter, "moe_worker.step.duration", "s", "Time of a step.", STEP_SECONDS_BOUNDS
@@ -82,13 +82,13 @@ class EngineMetrics:
         )
 
     def step(self, before: Statistics, after: Statistics, seconds: float) -> None:
-        """The engine has computed a step."""
+        """Records a step."""
         self._duration.record(seconds)
         self._tokens.record(after.tokens - before.tokens)
         self._sequences.record(after.sequences - before.sequences)
 
     def count_experts(self, experts: ExpertStatistics) -> None:
-        """The engine reported its experts, since the start."""
+        """Records the engine's expert statistics since the start."""
         recent = experts.since(self._experts)
         self._experts = experts
         if not recent.steps:
@@ -103,13 +103,13 @@ class EngineMetrics:
 
 
 def imbalance(layer: LayerExperts) -> float:
-    """Tokens of the busiest expert over the mean; 1 where all have the same, or there are none."""
+    """Tokens of the busiest expert divided by the mean; 1 if all have the same, or there are none."""
     total = sum(layer.tokens)
     return max(layer.tokens) * len(layer.tokens) / total if total else 1.0
 
 
 def _observe(meter: Meter, readings: Readings) -> None:
-    """Instruments that read the newest figures when the collector's turn comes."""
+    """Instruments that read the newest figures when metrics are exported."""
     for name, (unit, description, of_load) in _GAUGES.items():
 
         def gauge(_: CallbackOptions, read: Callable[[Load], int] = of_load) -> Iterable[Observation]:

@@ -1,4 +1,4 @@
-"""Work that takes long for long inputs, in a few threads beside the event loop."""
+"""Runs work that takes long for long inputs in a few threads outside the event loop."""
 
 import asyncio
 import threading
@@ -8,7 +8,7 @@ from typing import Final, TypeVar
 
 from moe_worker.errors import QueueFullError
 
-# Two long texts at once leave the other cores to the engine; tokenizing releases the interpreter's lock.
+# Two threads leave the other cores to the engine; tokenizing releases the interpreter's lock.
 THREADS: Final = 2
 # Each waiting text is held in memory.
 MOST_WAITING: Final = 64
@@ -17,14 +17,14 @@ T = TypeVar("T")
 
 
 class OffLoop:
-    """Runs functions in THREADS threads (of `pool`, where given); MOST_WAITING may wait for one."""
+    """Runs functions in THREADS threads (of `pool`, if given); MOST_WAITING may wait for one."""
 
     def __init__(self, pool: Executor | None = None) -> None:
         self._pool = pool or ThreadPoolExecutor(THREADS, thread_name_prefix="text")
         self._places = threading.BoundedSemaphore(THREADS + MOST_WAITING)
 
     async def run(self, work: Callable[[], T]) -> T:
-        """What `work` returns or raises. Raises QueueFullError where too many wait already."""
+        """Returns or raises what `work` does. Raises QueueFullError if too many wait already."""
         if not self._places.acquire(blocking=False):
             raise QueueFullError(f"{MOST_WAITING} long texts wait to be tokenized", RETRY_AFTER_S)
         try:
@@ -32,6 +32,6 @@ class OffLoop:
         except BaseException:
             self._places.release()
             raise
-        # In whichever thread ends the work: a caller that is cancelled leaves work that goes on in memory.
+        # Called when the work ends, because the work continues in memory if its caller is cancelled.
         done.add_done_callback(lambda _: self._places.release())
         return await asyncio.wrap_future(done)

@@ -1,6 +1,6 @@
-"""Counts and times of requests, by the GenAI conventions where these have names.
+"""Counts and times of requests, with the names of the GenAI conventions if they define them.
 
-Times were measured where things happened, in the engine process. Names, units and meanings are in
+The engine process measures the times. Names, units and meanings are in
 docs/observability.md.
 """
 
@@ -15,20 +15,20 @@ from moe_worker.service.streams import Timeline
 
 
 class Latency:
-    """A time of requests: an instrument for the collector, and a histogram to answer with."""
+    """One time of requests: an instrument for the collector, and a histogram for `GetLoad`."""
 
     def __init__(self, meter: Meter, name: str, description: str, bounds: Sequence[float]) -> None:
         self.histogram = Histogram(bounds)
         self._instrument = histogram(meter, name, "s", description, bounds)
 
     def record(self, seconds: float, attributes: Mapping[str, str]) -> None:
-        """Takes in one request's."""
+        """Adds the time of one request."""
         self.histogram.record(seconds)
         self._instrument.record(seconds, attributes)
 
 
 class RequestMetrics:
-    """Counts and times requests; one for a worker's life."""
+    """Counts and times requests; one for each worker process."""
 
     def __init__(self, meter: Meter) -> None:
         self.started_ns = time.time_ns()
@@ -70,17 +70,17 @@ class RequestMetrics:
         )
 
     def receive(self) -> None:
-        """A well-formed request came."""
+        """Records a well-formed request."""
         self.received += 1
 
     def refuse(self, model: str) -> None:
-        """A request came, and the queue was full."""
+        """Records a request that met a full queue."""
         self.received += 1
         self.refused += 1
         self._duration.record(0.0, _attributes(model) | {semconv.ERROR_TYPE: "RESOURCE_EXHAUSTED"})
 
     def end(self, model: str, prompt_tokens: int, timeline: Timeline, error: str | None, now_ns: int) -> None:
-        """A request is over by `now_ns`; `error` is its status, None where it has its whole text."""
+        """Records the end of a request at `now_ns`; `error` is its status, None if it is complete."""
         attributes = _attributes(model)
         self._count_tokens(prompt_tokens, timeline.tokens, attributes)
         if timeline.tokens > 1:

@@ -38,13 +38,13 @@ from moe_worker.service.wire import Start
 from moe_worker.service.worker_servicer import WorkerService
 
 SERVICES = ("moe_api.inference.v1.InferenceService", "moe_api.worker.v1.WorkerService")
-# Calls that are still open when the worker ends (the last answers, errors) get this long.
+# Time for calls that are still open when the worker ends (last responses, errors).
 CLOSE_GRACE_S = 2.0
-# A pod is killed 60 s after SIGTERM by default; what follows the last stream takes a part of that.
+# A pod is killed 60 s after SIGTERM by default; the work after the last stream takes a part of that.
 GRACE_S = 55.0
 # Few frontends carry the calls of all clients, each over one connection.
 MOST_STREAMS = 1024
-# How often the engine is asked where tokens went, while metrics are sent and it computes.
+# Interval of asking the engine for expert statistics, while it computes and metrics are sent.
 EXPERTS_PERIOD_S = 1.0
 log = logging.getLogger(__name__)
 
@@ -53,10 +53,10 @@ log = logging.getLogger(__name__)
 class ServeSettings:
     """model: checkpoint directory; served_name: what clients ask for; listen: HOST:PORT.
 
-    revision: names what is served and how; workers of one revision take up each other's streams.
-    stall_timeout_s: an engine that makes no step for so long, with requests to compute, is killed.
-    write_timeout_s: a stream whose client reads nothing for so long is stopped.
-    grace_s: how long requests may run on after SIGTERM; then their streams end with UNAVAILABLE.
+    revision: identifies the model and how it is served; workers of one revision continue each other's
+    streams. stall_timeout_s: an engine without a step for this long, with requests to compute, is killed.
+    write_timeout_s: a stream whose client reads nothing for this long is stopped. grace_s: how long requests
+    may continue after SIGTERM; then their streams end with UNAVAILABLE.
     """
 
     model: Path
@@ -70,16 +70,16 @@ class ServeSettings:
 
 
 class StoppedError(WorkerError):
-    """The worker was told to stop and has no time left for the streams that still run."""
+    """The worker has to stop and has no time left for the running streams."""
 
     retryable = True
 
 
 @dataclass(frozen=True)
 class _Stop:
-    """How the worker is told to end.
+    """Signals that tell the worker to end.
 
-    drain: set where it shall take no more requests. now: where it shall wait for those under way no longer.
+    drain: set when it shall accept no more requests. now: set when it shall stop waiting for active ones.
     """
 
     drain: asyncio.Event = field(default_factory=asyncio.Event)
@@ -88,7 +88,7 @@ class _Stop:
 
 @dataclass(frozen=True)
 class _Model:
-    """What the edge itself needs of a checkpoint."""
+    """The parts of a checkpoint that the edge needs."""
 
     directory: Path
     config: ModelConfig
@@ -153,9 +153,9 @@ async def _serve(settings: ServeSettings, *, measured: bool) -> None:
 
 
 def _stop_on_signal(grace_s: float) -> _Stop:
-    """SIGTERM and SIGINT drain, for `grace_s` at most; a second signal ends the process at once.
+    """SIGTERM and SIGINT drain for at most `grace_s`; a second signal ends the process at once.
 
-    Not by the default action: the kernel spares a container's first process from that.
+    Not by the default action, which the kernel does not apply to a container's first process.
     """
     loop, stop, numbers = asyncio.get_running_loop(), _Stop(), (signal.SIGTERM, signal.SIGINT)
 
@@ -173,7 +173,7 @@ def _stop_on_signal(grace_s: float) -> _Stop:
 async def _listen(
     address: str, most_bytes: int, inference: InferenceService, health: Health, stop: _Stop
 ) -> grpc.aio.Server:
-    """Answers probes from here on, and requests with UNAVAILABLE."""
+    """Responds to probes from here on, and refuses requests with UNAVAILABLE."""
     options = transport.server_options(most_bytes, MOST_STREAMS)
     server = create_server(interceptors=[MalformedRequestInterceptor()], options=options)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
@@ -207,7 +207,7 @@ async def _run(
 
 @contextlib.asynccontextmanager
 async def _measuring(engine: EngineClient, supervisor: Supervisor) -> AsyncIterator[None]:
-    """Feeds the instruments with what the engine reports."""
+    """Records the engine's reports in the instruments."""
     measures = EngineMetrics(metrics.get_meter("moe_worker"), engine)
     engine.on_step = measures.step
     following = supervisor.start("expert statistics", lambda: _follow_experts(engine, measures))
@@ -218,7 +218,7 @@ async def _measuring(engine: EngineClient, supervisor: Supervisor) -> AsyncItera
 
 
 async def _follow_experts(engine: EngineClient, measures: EngineMetrics) -> None:
-    """Asks the engine now and then, so that no step waits for it; ends with the engine."""
+    """Asks the engine periodically, so that no step waits for it; ends with the engine."""
     steps = 0
     with contextlib.suppress(EngineDiedError, StoppedError):
         while True:
@@ -229,7 +229,7 @@ async def _follow_experts(engine: EngineClient, measures: EngineMetrics) -> None
 
 
 async def _unless_stopped(loading: Coroutine[None, None, None], stop: asyncio.Event) -> bool:
-    """Waits for `loading`, or for `stop`: False then, whatever became of `loading`."""
+    """Waits for `loading` or `stop`; returns False after `stop`, whatever the result of `loading`."""
     task, stopped = asyncio.ensure_future(loading), asyncio.ensure_future(stop.wait())
     await asyncio.wait((task, stopped), return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
@@ -260,9 +260,9 @@ async def _run_until_drained(
 
 
 async def _drain(engine: EngineClient, inference: InferenceService, health: Health, stop: _Stop) -> None:
-    """Waits until it is told to, takes no requests from then on, and ends with those under way.
+    """Waits for the signal to drain, then accepts no more requests and returns after the last active one.
 
-    Those that still run when there is no time left end with StoppedError: another worker takes them up.
+    Streams that still run when the time is over end with StoppedError: another worker continues them.
     """
     await stop.drain.wait()
     inference.phase = Phase.DRAINING

@@ -41,13 +41,14 @@ from moe_worker.service.validation import (
 )
 
 GENERATE = "moe_api.inference.v1.InferenceService/Generate"
-# What is longer is checked in a thread: 64 KiB of text take some 10 ms, which other streams would wait for.
+# Longer requests are checked in a thread: 64 KiB of text take about 10 ms, for which other streams would
+# wait.
 INLINE_SIZE = 2_000
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class Phase(Enum):
-    """Where the worker is in its life; the text is what refused requests are told."""
+    """The worker's phase; the value is the message of refused requests."""
 
     LOADING = "the model is still loading; try again"
     SERVING = ""
@@ -69,14 +70,14 @@ class Served:
 
     @property
     def limits(self) -> Limits:
-        """What requests are checked against."""
+        """The limits for checking requests."""
         ends = frozenset(self.config.eos_token_ids)
         return Limits(self.config.vocab_size, self.context_length, ends, self.defaults)
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of Generate. deadline: when its client stops waiting, of `time.monotonic`."""
+    """One call of Generate. deadline: when its client stops waiting, on `time.monotonic`."""
 
     context: Context
     span: trace.Span
@@ -85,9 +86,9 @@ class _Call:
 
 
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
-    """moe_api.inference.v1.InferenceService; takes requests while its phase is SERVING.
+    """moe_api.inference.v1.InferenceService; accepts requests while its phase is SERVING.
 
-    write_timeout_s: a stream whose client reads nothing for so long is stopped.
+    write_timeout_s: a stream whose client reads nothing for this long is stopped.
     """
 
     def __init__(self, tracer: trace.Tracer, meter: Meter, write_timeout_s: float = WRITE_TIMEOUT_S) -> None:
@@ -107,13 +108,13 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             with spans.server_span(self._tracer, context, GENERATE, anchor) as span:
                 await self._generate(request, _Call(context, span, anchor, deadline_s(context)))
         except SlowReaderError as error:
-            # Only now that nothing is held any more: the status waits for the client.
+            # Only after everything is released, because the status waits for the client.
             await rich_status.abort(context, error.status)
 
     async def Tokenize(  # noqa: N802
         self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
-        """Turns text into token ids."""
+        """Converts text into token ids."""
         served = await self._available(request.model, context)
         tokenizer, text, most = served.tokenizer, request.text, served.context_length
         await _refuse(oversize_text("text", text, tokenizer, most), context)
@@ -132,7 +133,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def GetModel(  # noqa: N802
         self, request: inference_pb2.GetModelRequest, context: Context
     ) -> inference_pb2.Model:
-        """Says which model is served."""
+        """Describes the served model."""
         served = await self._available(request.model, context)
         return inference_pb2.Model(
             name=served.name,
@@ -149,7 +150,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         )
 
     async def _available(self, model: str, context: Context) -> Served:
-        """The served model, if it is the one asked for and takes requests; else ends the call."""
+        """The served model, if it is the requested one and the worker serves; otherwise ends the call."""
         if self.phase is not Phase.SERVING or self.served is None:
             await rich_status.abort(context, answers.unavailable(self.phase.value))
         await _refuse(oversize_name(model), context)
@@ -170,11 +171,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         except WorkerError as error:
             await rich_status.abort(call.context, answers.of_error(error))
         finally:
-            # Also when the client has gone: the engine frees the slot before its next step.
+            # Also if the client has disconnected: the engine frees the slot before its next step.
             served.engine.close(number)
 
     async def _admit(self, served: Served, context: Context) -> int:
-        """A place for the request, before anything costs time; its number."""
+        """Reserves a place for the request before anything takes time; returns its number."""
         try:
             return served.engine.admit()
         except WorkerError as error:
@@ -185,7 +186,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def _check(
         self, request: inference_pb2.GenerateRequest, served: Served, context: Context
     ) -> Checked:
-        """The request in the engine's terms; else ends the call with a violation for each wrong field."""
+        """The request for the engine; otherwise ends the call with a violation for each wrong field."""
         if size(request) <= INLINE_SIZE:
             checked = check_generate(request, served.tokenizer, served.limits)
         else:
@@ -222,7 +223,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             self.metrics.end(served.name, len(checked.prompt), stream.timeline, failure, now_ns)
 
     async def _send(self, stream: Stream, checked: Checked, tokenizer: Tokenizer, context: Context) -> None:
-        """Sends what the engine produces. Raises SlowReaderError, and WorkerError where the stream failed."""
+        """Sends the engine's results. Raises SlowReaderError, and WorkerError if the stream failed."""
         writer, resumed = Writer(context, self._write_timeout_s), len(checked.written)
         while stream.timeline.finish_reason is None or stream.pending:
             chunk = await stream.take()
@@ -253,20 +254,20 @@ def _template_message(template: ChatTemplate | None) -> inference_pb2.ChatTempla
 
 
 async def _refuse(violations: list[Violation], context: Context) -> None:
-    """Ends the call where there are violations."""
+    """Ends the call if there are violations."""
     if violations:
         await rich_status.abort(context, answers.of_violations(violations))
 
 
 async def _check_revision(revision: str, served: Served, context: Context) -> None:
-    """Ends the call where a stream of another revision is to be taken up: the text would change midway."""
+    """Ends the call if it resumes a stream of another revision: the text would change midway."""
     if revision not in ("", served.revision):
         sentence = f"the stream is of revision {revision!r}, this worker of {served.revision!r}; ask another"
         await rich_status.abort(context, rich_status.build(grpc.StatusCode.FAILED_PRECONDITION, sentence))
 
 
 def _failure(error: BaseException, stream: Stream, deadline: float | None) -> str | None:
-    """The status that a request which met `error` counts with; None where its text was whole."""
+    """The status under which a request that met `error` is counted; None if it is complete."""
     reason = stream.timeline.finish_reason
     if reason in answers.FAILURES:
         return answers.FAILURES[reason][0].name

@@ -1,4 +1,4 @@
-"""What the engine has produced for one request and the client has not yet taken."""
+"""Results of the engine for one request that the client has not read yet."""
 
 import asyncio
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ class Chunk:
 
 @dataclass
 class Timeline:
-    """Times of one request, in nanoseconds of `time.monotonic_ns`; 0 for what has not happened.
+    """Times of one request, in nanoseconds of `time.monotonic_ns`; 0 for an event that has not happened.
 
     anchor: turns them into timestamps.
     """
@@ -38,7 +38,7 @@ class Timeline:
     events: list[tuple[int, Event]] = field(default_factory=list)
 
     def add(self, delta: Delta, start_ns: int, end_ns: int) -> None:
-        """Takes in a token from a step that began at `start_ns` and ended at `end_ns`."""
+        """Adds a token from a step that started at `start_ns` and ended at `end_ns`."""
         if self.tokens == 0 and delta.token is not None:
             self.prefill_start_ns, self.first_token_ns = start_ns, end_ns
         elif delta.token is not None:
@@ -48,7 +48,7 @@ class Timeline:
         self.finish_reason = delta.finish_reason
 
     def note(self, event: Event, at_ns: int) -> None:
-        """Takes in what happened beside the tokens; `cached_tokens` are those found when it first ran."""
+        """Adds an event other than a token; `cached_tokens` are those found when it first ran."""
         if event.kind is EventKind.PREFIX_HIT and not self.events:
             self.cached_tokens = event.tokens
         self.events.append((at_ns, event))
@@ -56,9 +56,9 @@ class Timeline:
 
 @dataclass
 class Stream:
-    """Gathers deltas until they are taken: a slow reader gets fewer, larger messages.
+    """Collects deltas until the client reads them: a slow reader gets fewer, larger messages.
 
-    It holds at most the rest of the request's own tokens, so a context length bounds it.
+    It holds at most the remaining tokens of the request, so the context length bounds it.
     """
 
     timeline: Timeline
@@ -89,12 +89,12 @@ class Stream:
         self._ready.set()
 
     def fail(self, error: Exception) -> None:
-        """Ends the stream: once what came before has been taken, `take` raises `error`."""
+        """Ends the stream: after the client has read everything before, `take` raises `error`."""
         self._error = error
         self._ready.set()
 
     async def take(self) -> Chunk:
-        """Everything since the last call; waits for a token, or the end. Raises what `fail` was given."""
+        """Everything since the last call; waits for a token or the end. Raises the error given to `fail`."""
         await self._ready.wait()
         if self._error is not None and not self._tokens:
             raise self._error

@@ -1,6 +1,6 @@
 """The spans of one request: attributes of the server span, and queue, prefill and decode below it.
 
-Times were measured where things happened, in the engine process; spans are made of them afterwards.
+The engine process measures the times; spans are created from them afterwards.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from moe_worker.engine.statistics import EventKind
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.service.streams import Timeline
 
-# What an event of the engine is called on a span, and what its tokens are called there.
+# Names of an engine event and of its token count on a span.
 EVENT_NAMES = {
     EventKind.PREFIX_HIT: ("moe_worker.prefix_cache_hit", "moe_worker.cached_tokens"),
     EventKind.PREEMPTED: ("moe_worker.preempted", "moe_worker.recomputed_tokens"),
@@ -20,7 +20,7 @@ EVENT_NAMES = {
 
 
 def describe_request(span: trace.Span, model: str, sampling: SamplingParameters, prompt_tokens: int) -> None:
-    """Sets what is known when a request has been checked."""
+    """Sets the attributes that are known when a request has been checked."""
     span.set_attributes(
         {
             semconv.GEN_AI_OPERATION_NAME: semconv.OPERATION_TEXT_COMPLETION,
@@ -44,9 +44,9 @@ def describe_request(span: trace.Span, model: str, sampling: SamplingParameters,
 def record_outcome(
     tracer: trace.Tracer, span: trace.Span, model: str, timeline: Timeline, now_ns: int
 ) -> None:
-    """Adds what happened, at the latest by `now_ns`; a request that was cancelled shows how far it came.
+    """Adds the events until `now_ns`; a cancelled request shows its progress.
 
-    All times are monotonic; timestamps are made of them here.
+    All times are monotonic; this converts them to timestamps.
     """
     span.set_attribute(semconv.GEN_AI_RESPONSE_MODEL, model)
     span.set_attribute(semconv.GEN_AI_USAGE_OUTPUT_TOKENS, timeline.tokens)
@@ -69,7 +69,7 @@ def record_outcome(
 
 
 def _phases(timeline: Timeline, now_ns: int) -> Iterator[tuple[str, int, int]]:
-    """(name, start, end) of what a request went through."""
+    """(name, start, end) of the phases of a request."""
     queue_end_ns = timeline.prefill_start_ns or now_ns
     yield "queue", timeline.submitted_ns, max(queue_end_ns, timeline.submitted_ns)
     if timeline.tokens:

@@ -1,7 +1,7 @@
-"""Checks requests once, where they enter. Pure: no gRPC context, no engine, no torch.
+"""Checks requests once, at the edge. Pure: no gRPC context, no engine, no torch.
 
-`oversize` looks at lengths alone and costs the same for any request, so the event loop can afford it.
-`check_generate` takes time in proportion to what `oversize` lets pass.
+`oversize` reads lengths only and costs the same for any request, so it can run on the event loop.
+`check_generate` takes time in proportion to what `oversize` accepts.
 """
 
 from dataclasses import dataclass, replace
@@ -15,15 +15,15 @@ from moe_worker.sampling.defaults import NEUTRAL
 from moe_worker.sampling.parameters import SamplingParameters, Violation, list_violation
 from moe_worker.sampling.text import TextStream
 
-# stop texts, biases and stop tokens take some 20 KiB; names, numbers and unknown fields are few.
+# stop texts, biases and stop tokens take about 20 KiB; names, numbers and unknown fields are few.
 OTHER_FIELDS_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the served model allows; `ends` are its end-of-text tokens.
+    """Limits of the served model; `ends` are its end-of-text tokens.
 
-    defaults: what a request's sampling is where it does not set a field.
+    defaults: sampling values of fields that a request does not set.
     """
 
     vocab_size: int
@@ -36,7 +36,7 @@ class Limits:
 class Checked:
     """A request that can be computed.
 
-    seed: the one that it asks for, if any. written: tokens of its text that were sent already.
+    seed: the requested one, if any. written: its emitted tokens.
     """
 
     prompt: tuple[int, ...]
@@ -46,7 +46,7 @@ class Checked:
 
 
 def oversize(request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, limits: Limits) -> list[Violation]:
-    """Every field that is longer than it may be in any request; nothing else is looked at then."""
+    """Every field that is longer than any request allows; nothing else is checked then."""
     sampling, given = request.sampling, len(request.resume.tokens)
     elements = {
         "stop": len(sampling.stop),
@@ -61,9 +61,9 @@ def oversize(request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, limit
 
 
 def largest_request_bytes(tokenizer: Tokenizer, vocab_size: int, context_length: int) -> int:
-    """Bytes of the largest message that a valid request may take; what is larger need not be received.
+    """Size of the largest valid request in bytes; larger messages need not be received.
 
-    The prompt as text or as token ids, the tokens of a stream that is taken up, and room for other fields.
+    The prompt as text or as token ids, the tokens of a resumed stream, and room for other fields.
     """
     id_bytes = -(-max(vocab_size - 1, 1).bit_length() // 7)  # varints hold 7 bits a byte
     characters = lengths.characters_for(context_length, tokenizer.characters_per_token)
@@ -72,18 +72,18 @@ def largest_request_bytes(tokenizer: Tokenizer, vocab_size: int, context_length:
 
 
 def size(request: inference_pb2.GenerateRequest) -> int:
-    """Characters and token ids of a request: what checking it takes time in proportion to."""
+    """Characters and token ids of a request, to which the time of checking it is proportional."""
     return len(request.prompt) + len(request.prompt_tokens.ids) + len(request.resume.tokens)
 
 
 def oversize_text(field: str, text: str, tokenizer: Tokenizer, tokens: int) -> list[Violation]:
-    """What is wrong with a text that has more than `tokens` tokens for sure, by its length alone."""
+    """The problem of a text that certainly has more than `tokens` tokens, by its length alone."""
     wrong = lengths.of_text(len(text), tokens, tokenizer.characters_per_token)
     return [] if wrong is None else [Violation(field, wrong)]
 
 
 def oversize_name(model: str) -> list[Violation]:
-    """What is wrong with the length of the name that a request asks for."""
+    """The problem with the length of the requested model name."""
     wrong = lengths.of_name(len(model))
     return [] if wrong is None else [Violation("model", wrong)]
 
@@ -91,7 +91,7 @@ def oversize_name(model: str) -> list[Violation]:
 def token_ids(
     field: str, text: str, tokenizer: Tokenizer, most: int, add_special_tokens: bool = True
 ) -> list[int] | Violation:
-    """The token ids of a field's text, a few more than `most` among them, or why there are none."""
+    """The token ids of a field's text, at most a few more than `most`, or why there are none."""
     try:
         ids = tokenizer.encode_unless_longer(text, most, add_special_tokens)
     except TokenizerError as error:
@@ -116,9 +116,9 @@ def _oversize_prompt(
 def check_generate(
     request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, limits: Limits
 ) -> Checked | list[Violation]:
-    """The request in the engine's terms, or all that is wrong with it.
+    """The request for the engine, or all its violations.
 
-    The request is one that `oversize` finds nothing wrong with.
+    `oversize` must have accepted the request.
     """
     sampling = sampling_parameters(request.sampling, limits.defaults)
     found = [
@@ -140,7 +140,7 @@ def check_generate(
 def sampling_parameters(
     message: inference_pb2.SamplingParameters, defaults: SamplingParameters = NEUTRAL
 ) -> SamplingParameters:
-    """The parameters, with `defaults` where a field is not set."""
+    """The parameters, with `defaults` for fields that are not set."""
     repeated = {
         "stop": tuple(message.stop),
         "stop_token_ids": tuple(message.stop_token_ids),
@@ -150,7 +150,7 @@ def sampling_parameters(
 
 
 def defaults_message(defaults: SamplingParameters) -> inference_pb2.SamplingParameters:
-    """What holds where a request sets no field, for clients; fields without a default stay unset."""
+    """The defaults as a message for clients; fields without a default stay unset."""
     return inference_pb2.SamplingParameters(
         **{name: value for name, value in vars(defaults).items() if value is not None and value != ()}
     )
@@ -168,7 +168,7 @@ def _resume_violations(
     tokenizer: Tokenizer,
     limits: Limits,
 ) -> list[Violation]:
-    """What is wrong with the tokens that a text of up to `room` tokens begins with."""
+    """The problem with the tokens at the start of a text of up to `room` tokens."""
     field, ends = "resume.tokens", sampling.end_tokens(limits.ends)
     if len(written) >= room:
         return [Violation(field, f"holds {len(written)} tokens of a text of {room}; nothing is left of it")]

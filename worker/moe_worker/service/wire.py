@@ -1,7 +1,8 @@
-"""What the edge and the engine process say to one another: frozen dataclasses as MessagePack, one a frame.
+"""Messages between the edge and the engine process: frozen dataclasses as MessagePack, one in each frame.
 
-A frame is 4 bytes of length (big endian), 1 byte that says which message it is, and the message's fields. The
-reader checks every field's type. Plain data, so that neither side can make the other run code.
+A frame consists of 4 bytes of length (big endian), 1 byte for the kind of message, and the message's fields.
+The reader checks the type of every field. Messages are plain data, so neither side can make the other run
+code.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ LENGTH_BYTES: Final = 4
 
 @dataclass(frozen=True)
 class Start:
-    """Edge to engine, first: load this."""
+    """Edge to engine, first message: load this."""
 
     model: str
     options: EngineOptions
@@ -34,9 +35,9 @@ class Submit:
 
 @dataclass(frozen=True)
 class Refused:
-    """Engine to edge: request `id` was not taken, for this reason; nothing else comes of it.
+    """Engine to edge: request `id` was refused for this reason; no other message about it follows.
 
-    retryable: whether the same request can be taken later (the queue is full).
+    retryable: whether the same request can succeed later (the queue is full).
     """
 
     id: int
@@ -46,26 +47,26 @@ class Refused:
 
 @dataclass(frozen=True)
 class Cancel:
-    """Edge to engine: nobody waits for this request any more."""
+    """Edge to engine: cancel this request."""
 
     id: int
 
 
 @dataclass(frozen=True)
 class AskExperts:
-    """Edge to engine: answer with ExpertReport, after the step under way."""
+    """Edge to engine: send an ExpertReport after the current step."""
 
 
 @dataclass(frozen=True)
 class ExpertReport:
-    """Engine to edge: where the tokens went so far."""
+    """Engine to edge: the tokens of each expert so far."""
 
     experts: ExpertStatistics
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """Engine to edge: requests can come, `most_requests` at once (KV memory may cut the batch)."""
+    """Engine to edge: ready for at most `most_requests` requests (KV memory may limit the batch)."""
 
     format: str
     load: Load
@@ -74,7 +75,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Failed:
-    """Engine to edge, last: why the engine ends, for the user."""
+    """Engine to edge, last message: why the engine ends, for the user."""
 
     message: str
     exit_code: int
@@ -82,10 +83,10 @@ class Failed:
 
 @dataclass(frozen=True)
 class Stepped:
-    """Engine to edge: what happened since the last one.
+    """Engine to edge: results since the last such message.
 
     `start_ns` and `end_ns` are of `time.monotonic_ns`, which all processes of a machine share; `submitted`
-    counts all requests that the engine has seen so far, refused ones among them.
+    counts all requests that the engine has received so far, including refused ones.
     """
 
     start_ns: int
@@ -101,7 +102,7 @@ Message = Start | Submit | Refused | Cancel | AskExperts | ExpertReport | Loaded
 
 
 class MalformedMessageError(Exception):
-    """A frame holds no message of this module."""
+    """A frame contains no message of this module."""
 
 
 _KINDS: Final[Sequence[type[Message]]] = get_args(Message)

@@ -13,9 +13,9 @@ from moe_worker.service.servicers import Context, InferenceService, Phase
 
 
 class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
-    """moe_api.worker.v1.WorkerService; answers from what the engine said last, so at once.
+    """moe_api.worker.v1.WorkerService; responds at once, from the engine's last report.
 
-    stop: set where the worker shall drain and end.
+    stop: set when the worker shall drain and end.
     """
 
     def __init__(self, inference: InferenceService, stop: asyncio.Event) -> None:
@@ -27,7 +27,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         request: worker_pb2.DrainRequest,  # noqa: ARG002
         context: Context,
     ) -> worker_pb2.Drained:
-        """Takes no more requests; ends when those under way have."""
+        """Accepts no more requests; the worker ends after the active ones."""
         served = self._inference.served
         if served is None:
             await rich_status.abort(context, answers.unavailable(Phase.LOADING.value))
@@ -36,7 +36,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         return worker_pb2.Drained(requests=served.engine.requests)
 
     async def GetLoad(self, request: worker_pb2.GetLoadRequest, context: Context) -> worker_pb2.Load:  # noqa: N802, ARG002
-        """Says how busy this worker is."""
+        """Returns the load of this worker."""
         served, requests = self._inference.served, self._inference.metrics
         if served is None:
             return load_message(Load(), Statistics(), 0.0, requests)
@@ -48,7 +48,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         request: worker_pb2.GetExpertLoadRequest,  # noqa: ARG002
         context: Context,
     ) -> worker_pb2.ExpertLoad:
-        """Says which experts tokens went to."""
+        """Returns the tokens of each expert."""
         served = self._inference.served
         if served is None:
             await rich_status.abort(context, answers.unavailable(Phase.LOADING.value))

@@ -1,10 +1,10 @@
-"""Who runs and who waits, and which tokens each of them gets in a step.
+"""The scheduling policy: which requests run, which wait, and how many tokens each gets in a step.
 
-The order of importance is fixed when a request arrives: its arrival time less aging_s for each level of
-priority. So a higher priority is served first among requests of about the same time, a lower one is
-served once it has waited aging_s longer for each level between them, and two requests never change places,
-which is why nobody can give way to another for ever. Waiting requests begin strictly in this order, and
-where pages run out (after the idle ones of the prefix tree are evicted) the least important gives way.
+The order is fixed when a request arrives: its arrival time minus aging_s for each level of priority. So a
+higher priority is served first among requests of about the same time, and a lower one once it has waited
+aging_s longer for each level between them. Two requests never change places, so no request is preempted
+forever. Waiting requests start strictly in this order. When pages run out, after the idle ones of the prefix
+tree are evicted, the lowest-priority request is preempted.
 """
 
 from bisect import bisect_left, insort
@@ -19,7 +19,7 @@ from moe_worker.scheduler.plan import Admitted, Arrival, Chunk, Counters, Limits
 
 @dataclass
 class Draft:
-    """The step in the making: chunks of one token and longer ones, each beside its job."""
+    """The step under construction: chunks of one token and longer ones, each with its job."""
 
     number: int
     single: list[Chunk] = field(default_factory=list)
@@ -30,36 +30,36 @@ class Draft:
     admitted: list[Admitted] = field(default_factory=list)
 
 
-class Lineup:
-    """Jobs by importance, and the pages they hold."""
+class SchedulingPolicy:
+    """Jobs in scheduling order, and their pages."""
 
     def __init__(self, limits: Limits, counters: Counters) -> None:
         self.budget = TokenBudget(limits)
         self.memory = Memory(limits)
-        self.running: list[Job] = []  # the most important first
+        self.running: list[Job] = []  # in scheduling order
         self.most_running = limits.sequences
         self._limits = limits
         self._counters = counters
         self._waiting: LazyHeap[tuple[float, int], Job] = LazyHeap(lambda _, job: job.state is State.WAITING)
-        self._short: tuple[Job, int] | None = None  # who lacked pages in the queue, and how many it needs
+        self._short: tuple[Job, int] | None = None  # the queued job that lacked pages, and how many it needs
         self._arrivals = 0
 
     def add(self, arrival: Arrival) -> Job:
-        """Puts a new request where it belongs in the queue."""
+        """Inserts a new request into the queue."""
         self._arrivals += 1
         job = Job(arrival, (arrival.arrived - self._limits.aging_s * arrival.priority, self._arrivals))
         self._waiting.push(job.rank, job)
         return job
 
     def end(self, job: Job) -> None:
-        """The job is over, wherever it was; its pages are free."""
+        """Ends a job in any state; its pages are free."""
         if job.state is State.RUNNING:
             del self.running[bisect_left(self.running, job.rank, key=_rank)]
         self.memory.free(job)
         job.state = State.ENDED
 
     def draft(self, number: int) -> Draft:
-        """Step `number`. Every stream that runs gets its token in it; prompts take what the budget leaves."""
+        """Step `number`. Every running stream gets a token in it; prompts use the rest of the budget."""
         draft = Draft(number)
         while len(self.running) > self.most_running:
             self._preempt(draft)
@@ -69,8 +69,8 @@ class Lineup:
     def _decode(self, draft: Draft) -> list[Job]:
         """Plans every job with one token to compute; returns those with more.
 
-        The most important come first, so that whoever gives way to one has not been planned yet; it is taken
-        from the end of the list, which the loop then does not reach.
+        The list is in scheduling order, so a job that is preempted for another one has not been planned yet:
+        it is removed from the end of the list, which the loop then does not reach.
         """
         prompts: list[Job] = []
         single, jobs, number, size = draft.single, draft.single_jobs, draft.number, self._limits.page_size
@@ -88,7 +88,7 @@ class Lineup:
         return prompts
 
     def _grow(self, draft: Draft, job: Job) -> bool:
-        """One more page for a job; where none is left the least important give way, in the end itself."""
+        """One more page for a job; if none is free, lowest-priority jobs are preempted, finally this one."""
         while not self.memory.grow(job):
             if self._preempt(draft) is job:
                 return False
@@ -104,7 +104,7 @@ class Lineup:
         return job
 
     def _prefill(self, draft: Draft, prompts: list[Job]) -> None:
-        """Gives the budget for prompts to those that run and to those that may begin, by importance."""
+        """Distributes the prompt budget over running jobs and those that may start, in scheduling order."""
         budget = self.budget.prompt_tokens(len(draft.single))
         prompts.reverse()
         open_ = True
@@ -124,11 +124,13 @@ class Lineup:
             budget -= count
 
     def _admit(self, draft: Draft, job: Job) -> bool:
-        """Whether the first in the queue can begin; nobody passes it, so that none waits for ever."""
+        """Whether the first job of the queue can start; no other job overtakes it, so that none waits
+        forever.
+        """
         running, memory = len(self.running), self.memory
         if running >= min(self.most_running, self.budget.tokens) or not job.known:
             return False
-        # Each running job may soon take a page; without them in reserve the new one would soon give way.
+        # Each running job may soon need a page; without a reserve the new one would soon be preempted.
         if self._short is not None and self._short[0] is job and memory.available < self._short[1] + running:
             return False
         needed = memory.missing(job, reserve=running)
