@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -11,11 +12,11 @@ from hypothesis import strategies as st
 from moe_worker.errors import SettingsError
 from moe_worker.kernels.cpu import build, library, operations, structs
 from moe_worker.kernels.cpu.operations import Choice, PagedRows
-from moe_worker.kernels.cpu.weights import pack_int4, pack_int8
+from moe_worker.kernels.cpu.weights import pack_heads, pack_int4
 from moe_worker.kernels.reference import rms_norm, swiglu
-from moe_worker.kernels.reference_w4a8 import experts_w4a8, heads_w8a8, linear_w4a8
+from moe_worker.kernels.reference_w4a8 import experts_w4a8, heads_bf16, linear_w4a8
 from moe_worker.quant.int4 import Int4Weight, pack, quantize_int4
-from moe_worker.quant.int8 import quantize_tokens
+from moe_worker.quant.int8 import quantize_pieces
 
 try:
     VARIANTS = library.supported_variants()
@@ -62,18 +63,26 @@ def test_a_variant_that_this_cpu_cannot_run_is_refused_by_name():
 
 @every_variant
 @SHAPES
-@given(tokens=st.integers(1, 9), inputs=sizes, group=st.sampled_from([32, 128]), normed=st.booleans())
-def test_quantized_tokens(variant, tokens, inputs, group, normed):
+@given(
+    tokens=st.integers(1, 9),
+    inputs=sizes,
+    group=st.sampled_from([24, 32, 128]),
+    piece=st.sampled_from([64, 128]),
+    normed=st.booleans(),
+)
+def test_quantized_tokens(variant, tokens, inputs, group, piece, normed):
     x, norm = random(tokens, inputs) * 3, random(inputs, seed=1)
     x[0] = 0
-    ours, rounded = operations.quantize(kernels(variant), x, group, norm if normed else None)
+    reader = pack_int4(random_int4(1, inputs, group=group), piece=piece)
+    ours, rounded = operations.quantize(kernels(variant), x, reader, norm if normed else None)
     truth = rms_norm(x, norm, 1e-6) if normed else x
     close(rounded, truth)
-    values, scales = quantize_tokens(rounded)  # of what was rounded: to the bit
+    values, scales = quantize_pieces(rounded, piece)  # of what was rounded: to the bit
     assert torch.equal(ours.values_TS[:, :inputs], values)
-    assert torch.equal(ours.scales_T, scales)
+    assert torch.equal(ours.scales_TX, scales)
     assert not ours.values_TS[:, inputs:].any()
-    sums = torch.stack([part.sum(dim=1) for part in values.int().split(group, dim=1)], dim=1)
+    segment = math.gcd(group, piece)
+    sums = torch.stack([part.sum(dim=1) for part in values.int().split(segment, dim=1)], dim=1)
     assert torch.equal(ours.sums_TG, sums.int())
 
 
@@ -83,16 +92,18 @@ def test_quantized_tokens(variant, tokens, inputs, group, normed):
     tokens=st.integers(1, 40),
     inputs=sizes,
     outputs=sizes,
-    group=st.sampled_from([8, 32, 128]),
+    group=st.sampled_from([8, 32, 96, 128, 256]),
+    piece=st.sampled_from([64, 128]),
     asymmetric=st.booleans(),
     biased=st.booleans(),
 )
-def test_linear(variant, tokens, inputs, outputs, group, asymmetric, biased):
+def test_linear(variant, tokens, inputs, outputs, group, piece, asymmetric, biased):
     weight = random_int4(outputs, inputs, group=group, asymmetric=asymmetric)
     x, bias = random(tokens, inputs, seed=2), random(outputs, seed=3) if biased else None
-    quantized, _ = operations.quantize(kernels(variant), x, group)
-    ours = operations.linear(kernels(variant), quantized, pack_int4(weight, bias))
-    close(ours, linear_w4a8(x, weight, bias))
+    packed = pack_int4(weight, bias, piece=piece)
+    quantized, _ = operations.quantize(kernels(variant), x, packed)
+    ours = operations.linear(kernels(variant), quantized, packed)
+    close(ours, linear_w4a8(x, weight, bias, piece))
 
 
 @every_variant
@@ -104,12 +115,10 @@ def test_the_largest_values_do_not_saturate(variant):
         )
         for sign in (1.0, -1.0):
             x = torch.full((3, 256), 127 * sign)
-            quantized, _ = operations.quantize(kernels(variant), x, 128)
-            ours = operations.linear(kernels(variant), quantized, pack_int4(weight))
+            packed = pack_int4(weight)
+            quantized, _ = operations.quantize(kernels(variant), x, packed)
+            ours = operations.linear(kernels(variant), quantized, packed)
             assert torch.equal(ours, torch.full((3, 32), value * sign * 127 * 256))
-    extreme = torch.full((1, 16, 256), 1.0)
-    ours = operations.heads(kernels(variant), -torch.ones(2, 1, 256), pack_int8(extreme))
-    close(ours, torch.full((2, 1, 16), -256.0))
 
 
 @every_variant
@@ -117,8 +126,9 @@ def test_the_largest_values_do_not_saturate(variant):
 @given(tokens=st.integers(1, 12), inputs=sizes, inner=sizes)
 def test_paired_linear_is_swiglu(variant, tokens, inputs, inner):
     weight, x = random_int4(2 * inner, inputs), random(tokens, inputs, seed=1)
-    quantized, _ = operations.quantize(kernels(variant), x, 128)
-    ours = operations.linear(kernels(variant), quantized, pack_int4(weight, paired=True))
+    packed = pack_int4(weight, paired=True)
+    quantized, _ = operations.quantize(kernels(variant), x, packed)
+    ours = operations.linear(kernels(variant), quantized, packed)
     close(ours, swiglu(linear_w4a8(x, weight)))
 
 
@@ -139,8 +149,8 @@ def test_experts(variant, tokens, width, inner, count, per_token, group):
     x, weights = random(tokens, width, seed=2), random(tokens, per_token, seed=3)
     chosen = torch.rand(tokens, count, generator=torch.Generator().manual_seed(4)).argsort(dim=1)
     chosen = chosen[:, :per_token].int().contiguous()
-    quantized, _ = operations.quantize(kernels(variant), x, group)
     packed = pack_int4(gate_up, paired=True), pack_int4(down)
+    quantized, _ = operations.quantize(kernels(variant), x, packed[0])
     ours = operations.experts(kernels(variant), quantized, *packed, (chosen, weights))
     # Hidden values that stand at the edge of two integers may round either way: one of 127 steps.
     close(ours, experts_w4a8(x, gate_up, down, chosen, weights), 0.01)
@@ -148,10 +158,13 @@ def test_experts(variant, tokens, width, inner, count, per_token, group):
 
 @every_variant
 @SHAPES
-@given(tokens=st.integers(1, 9), count=st.integers(1, 5), inputs=sizes, outputs=sizes)
+@given(tokens=st.integers(1, 19), count=st.integers(1, 5), inputs=sizes, outputs=sizes)
 def test_heads(variant, tokens, count, inputs, outputs):
     x, weight = random(tokens, count, inputs), random(count, outputs, inputs, seed=1)
-    close(operations.heads(kernels(variant), x, pack_int8(weight)), heads_w8a8(x, weight))
+    ours = operations.heads(kernels(variant), x, pack_heads(weight))
+    close(ours, heads_bf16(x, weight))
+    alone = operations.heads(kernels(variant), x[-1:].contiguous(), pack_heads(weight))
+    assert torch.equal(alone[0], ours[-1])
 
 
 @every_variant
@@ -284,13 +297,13 @@ def test_results_do_not_depend_on_the_batch_or_the_threads(variant, tokens, thre
     x, weights = random(tokens, 200), random(tokens, 2, seed=1)
     chosen = torch.tensor([[0, 2]] * tokens, dtype=torch.int32)
     chosen[1::2, 1] = 3
-    all_x, _ = operations.quantize(many, x, 128)
+    all_x, _ = operations.quantize(many, x, packed[0])
     together = operations.experts(many, all_x, *packed, (chosen, weights))
     cache = paged([tokens], [tokens + 50], 72, 16)
     query = random(tokens, 5, 72, seed=2)
     attended = operations.attend(many, query, cache, 64, 0.2)
     for t in range(tokens):
-        x_t, _ = operations.quantize(one, x[t : t + 1], 128)
+        x_t, _ = operations.quantize(one, x[t : t + 1], packed[0])
         alone = operations.experts(one, x_t, *packed, (chosen[t : t + 1], weights[t : t + 1]))
         assert torch.equal(alone[0], together[t])
         part = PagedRows(cache.rows_CW, 16, cache.pages_BN, torch.tensor([0, 1], dtype=torch.int32),

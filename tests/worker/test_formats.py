@@ -17,6 +17,7 @@ from moe_worker.kernels.linear import make_linear
 from moe_worker.quant import compressed_tensors as layout
 from moe_worker.quant.fp8 import from_blocks, quantize_fp8
 from moe_worker.quant.int4 import quantize_int4
+from moe_worker.quant.int8 import piece_of
 from tests.checkpoints import write_checkpoint
 
 IDS = [5 + 7 * i % 300 for i in range(60)]
@@ -144,7 +145,7 @@ def test_rounded_tokens_err_by_half_a_step_of_each_input_at_most(seed, tokens, i
     assert torch.allclose(make_linear(weight, bias).forward(x), exact, atol=1e-4)
     step = x.abs().amax(dim=1, keepdim=True) / 127
     most = 0.5001 * step * weight.dequantize().abs().sum(dim=1) + 1e-4
-    assert ((make_linear(weight, bias, round_tokens=True).forward(x) - exact).abs() <= most).all()
+    assert ((make_linear(weight, bias, piece_of(inputs)).forward(x) - exact).abs() <= most).all()
 
 
 @pytest.mark.parametrize("weights", ["fp8", "w4a16", "w4a8"])

@@ -1,6 +1,4 @@
-"""Whole passes on the CPU kernels against the plain torch model with the same W4A8 weights."""
-
-from dataclasses import replace
+"""Whole passes on the CPU kernels against the plain torch model, which computes W4A8 by its own means."""
 
 import pytest
 import torch
@@ -8,7 +6,6 @@ import torch
 from moe_worker.config.directory import read_checkpoint_config
 from moe_worker.errors import SettingsError
 from moe_worker.kernels.cpu import build, library
-from moe_worker.kernels.reference_w4a8 import heads_w8a8
 from moe_worker.kvcache.paged import CacheShape, PagedCache
 from moe_worker.models.batch import Batch, Segment
 from moe_worker.models.checkpoint import Placement, load_model
@@ -20,30 +17,6 @@ try:
     VARIANTS = library.supported_variants()
 except build.BuildError as error:
     pytest.skip(str(error), allow_module_level=True)
-
-
-class RoundedHeads:
-    """Stands in for an absorbed projection: torch.bmm(x, it) rounds weights and activations to int8."""
-
-    def __init__(self, weight):
-        self.weight, self.shape = weight, weight.shape
-
-    @classmethod
-    def __torch_function__(cls, function, _types, arguments, _keywords=None):
-        assert function is torch.bmm
-        x_HTI, self = arguments
-        return heads_w8a8(x_HTI.transpose(0, 1), self.weight.transpose(1, 2)).transpose(0, 1)
-
-
-def rounded(model):
-    """The reference with absorbed projections in int8, as the kernels hold them."""
-
-    def one(layer):
-        attention = layer.attention
-        key, value = RoundedHeads(attention.key_HNR), RoundedHeads(attention.value_HRV)
-        return replace(layer, attention=replace(attention, key_HNR=key, value_HRV=value))
-
-    return replace(model, layers=tuple(one(layer) for layer in model.layers))
 
 
 CPU = torch.device("cpu")
@@ -109,7 +82,7 @@ def test_logits_are_those_of_the_reference(model, variant):
         [Segment(text(1, 5), 41, PAGES), Segment(text(1, 6), 20, [11, 12])],
     ]
     for segments in passes:
-        result, expected = ours(native, segments, caches[0]), truth(rounded(model), segments, caches[1])
+        result, expected = ours(native, segments, caches[0]), truth(model, segments, caches[1])
         errors = (result - expected).abs().amax(dim=1) / expected.abs().max()
         assert errors.median() < 1e-5
         assert errors.max() < 0.05
@@ -147,7 +120,7 @@ def test_experts_are_counted_as_the_reference_counts_them(model):
         batch = Batch.of(segments, caches[0])
         runner.logits(batch, caches[0], batch.last_rows)
         counter.count(len(batch.tokens_T))
-        truth(rounded(model), segments, caches[1])
+        truth(model, segments, caches[1])
         expected.count(len(batch.tokens_T))
     (steps, ours_L), (true_steps, true_L) = counter.read(), expected.read()
     assert steps == true_steps == 2
@@ -166,7 +139,7 @@ def test_greedy_text_goes_on_as_in_the_reference(model):
         segments = [Segment(tokens, start, PAGES)]
         result, expected = (
             ours(native, segments, caches[0])[-1],
-            truth(rounded(model), segments, caches[1])[-1],
+            truth(model, segments, caches[1])[-1],
         )
         best = expected.topk(2).values
         if best[0] - best[1] > 0.1 * expected.abs().max():

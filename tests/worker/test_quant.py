@@ -11,7 +11,7 @@ from moe_worker.quant import compressed_tensors as layout
 from moe_worker.quant import pieces
 from moe_worker.quant.fp8 import from_blocks, quantize_fp8
 from moe_worker.quant.int4 import Int4Weight, pack, quantize_int4, unpack
-from moe_worker.quant.int8 import quantize_tokens
+from moe_worker.quant.int8 import quantize_pieces, round_pieces
 
 SEEDS = st.integers(0, 2**31 - 1)
 
@@ -90,23 +90,26 @@ def test_we_read_what_the_package_writes(symmetric, dtype, seed, outputs, groups
     assert torch.equal(ours.dequantize(), theirs)
 
 
-@given(SEEDS, st.integers(1, 6), st.integers(1, 300), st.floats(1e-6, 1e6))
-def test_tokens_are_rounded_each_by_its_own_largest(seed, tokens, inputs, size):
+@given(SEEDS, st.integers(1, 6), st.integers(1, 300), st.sampled_from([64, 128]), st.floats(1e-6, 1e6))
+def test_pieces_are_rounded_each_by_its_own_largest(seed, tokens, inputs, piece, size):
     x = normal(seed, tokens, inputs) * size
-    values, scales = quantize_tokens(x)
+    values, scales = quantize_pieces(x, piece)
     assert values.dtype == torch.int8
-    assert scales.shape == (tokens,)
-    assert (values.abs().amax(dim=1) == 127).all()
-    assert ((values * scales[:, None] - x).abs() <= 0.5001 * scales[:, None]).all()
-    alone, scale = quantize_tokens(x[:1])
-    assert torch.equal(alone[0], values[0])
-    assert scale[0] == scales[0]
+    assert scales.shape == (tokens, -(-inputs // piece))
+    for number, part in enumerate(x.split(piece, dim=1)):
+        alone, scale = quantize_pieces(part, piece)
+        assert torch.equal(alone, values[:, number * piece : number * piece + piece])
+        assert torch.equal(scale[:, 0], scales[:, number])
+        assert (alone.abs().amax(dim=1) == 127).all()
+        assert ((alone * scale - part).abs() <= 0.5001 * scale).all()
+    spread = scales.repeat_interleave(piece, dim=1)[:, :inputs]
+    assert torch.equal(round_pieces(x, piece), values * spread)
 
 
-def test_a_token_of_zeros_has_scale_one():
-    values, scales = quantize_tokens(torch.zeros(2, 8))
+def test_a_piece_of_zeros_has_scale_one():
+    values, scales = quantize_pieces(torch.zeros(2, 80), 64)
     assert not values.any()
-    assert scales.tolist() == [1.0, 1.0]
+    assert scales.tolist() == [[1.0, 1.0]] * 2
 
 
 def test_fp8_blocks_have_scales_of_their_own():

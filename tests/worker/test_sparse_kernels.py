@@ -17,6 +17,7 @@ from moe_worker.kernels.linear import sparse14_linear
 from moe_worker.kernels.reference import swiglu
 from moe_worker.kernels.reference_w4a8 import linear_w4a8
 from moe_worker.quant.int4 import Int4Weight, pack
+from moe_worker.quant.int8 import piece_of
 from moe_worker.quant.sparse14 import from_int4
 from tests.compress.sparse import random, random_sparse
 
@@ -51,8 +52,9 @@ def test_the_reference_agrees_with_that_of_dense_matrices(tokens, inputs, output
         random(tokens, inputs, seed=1),
         random(outputs),
     )
-    close(sparse14_linear(x, weight, True, bias), linear_w4a8(x, same_but_dense(weight), bias))
-    close(sparse14_linear(x, weight, False), x @ weight.dequantize(torch.float32).T)
+    piece = piece_of(inputs)
+    close(sparse14_linear(x, weight, piece, bias), linear_w4a8(x, same_but_dense(weight), bias))
+    close(sparse14_linear(x, weight, None), x @ weight.dequantize(torch.float32).T)
 
 
 @every_variant
@@ -61,16 +63,18 @@ def test_the_reference_agrees_with_that_of_dense_matrices(tokens, inputs, output
     tokens=st.integers(1, 20),
     inputs=inputs_of,
     outputs=outputs_of,
-    group=st.sampled_from([64, 128]),
+    group=st.sampled_from([64, 128, 192]),
+    piece=st.sampled_from([64, 128]),
     threads=st.sampled_from([1, 3]),
     biased=st.booleans(),
 )
-def test_linear(variant, tokens, inputs, outputs, group, threads, biased):
+def test_linear(variant, tokens, inputs, outputs, group, piece, threads, biased):
     kernels, weight = ENGINES[variant, threads], random_sparse(outputs, inputs, group=group, seed=inputs)
     x, bias = random(tokens, inputs, seed=2), random(outputs, seed=3) if biased else None
-    quantized, _ = operations.quantize(kernels, x, group)
-    ours = operations.linear(kernels, quantized, pack_sparse14(weight, bias))
-    close(ours, sparse14_linear(x, weight, True, bias))
+    packed = pack_sparse14(weight, bias, piece=piece)
+    quantized, _ = operations.quantize(kernels, x, packed)
+    ours = operations.linear(kernels, quantized, packed)
+    close(ours, sparse14_linear(x, weight, piece, bias))
 
 
 @every_variant
@@ -78,9 +82,10 @@ def test_linear(variant, tokens, inputs, outputs, group, threads, biased):
 @given(tokens=st.integers(1, 9), inputs=inputs_of, inner=outputs_of)
 def test_paired_linear_is_swiglu(variant, tokens, inputs, inner):
     kernels, weight, x = ENGINES[variant, 3], random_sparse(2 * inner, inputs), random(tokens, inputs, seed=1)
-    quantized, _ = operations.quantize(kernels, x, 64)
-    ours = operations.linear(kernels, quantized, pack_sparse14(weight, paired=True))
-    close(ours, swiglu(sparse14_linear(x, weight, True)), 1e-4)
+    packed = pack_sparse14(weight, paired=True)
+    quantized, _ = operations.quantize(kernels, x, packed)
+    ours = operations.linear(kernels, quantized, packed)
+    close(ours, swiglu(sparse14_linear(x, weight, piece_of(inputs))), 1e-4)
 
 
 @every_variant
@@ -90,8 +95,9 @@ def test_the_largest_values_do_not_saturate(variant):
         values[:, 3::4] = value
         weight = from_int4(Int4Weight(pack(values), torch.ones(32, 2), None, 256))
         for sign in (1.0, -1.0):
-            quantized, _ = operations.quantize(ENGINES[variant, 1], torch.full((3, 256), 127 * sign), 128)
-            ours = operations.linear(ENGINES[variant, 1], quantized, pack_sparse14(weight))
+            packed = pack_sparse14(weight)
+            quantized, _ = operations.quantize(ENGINES[variant, 1], torch.full((3, 256), 127 * sign), packed)
+            ours = operations.linear(ENGINES[variant, 1], quantized, packed)
             assert torch.equal(ours, torch.full((3, 32), value * sign * 127 * 64))
 
 
@@ -105,16 +111,14 @@ def test_experts(variant, tokens, seed):
     x = random(tokens, hidden, seed=seed + 2)
     chosen = torch.rand(tokens, count, generator=torch.Generator().manual_seed(seed)).topk(2).indices
     shares = random(tokens, 2, seed=seed + 3)
-    quantized, _ = operations.quantize(kernels, x, 64)
-    choice = (chosen.int(), shares)
-    ours = operations.experts(
-        kernels, quantized, pack_sparse14(gate_up, paired=True), pack_sparse14(down), choice
-    )
+    packed = pack_sparse14(gate_up, paired=True), pack_sparse14(down)
+    quantized, _ = operations.quantize(kernels, x, packed[0])
+    ours = operations.experts(kernels, quantized, *packed, (chosen.int(), shares))
     truth = torch.zeros(tokens, hidden)
     for t in range(tokens):
         for expert, share in zip(chosen[t].tolist(), shares[t], strict=True):
-            middle = swiglu(sparse14_linear(x[t : t + 1], gate_up[expert], True))
-            truth[t] += share * sparse14_linear(middle, down[expert], True)[0]
+            middle = swiglu(sparse14_linear(x[t : t + 1], gate_up[expert], piece_of(hidden)))
+            truth[t] += share * sparse14_linear(middle, down[expert], piece_of(inner))[0]
     close(ours, truth, 2e-2)  # hidden values on the edge between two int8 numbers may fall to either side
 
 
@@ -122,9 +126,9 @@ def test_experts(variant, tokens, seed):
 def test_a_token_alone_has_the_result_it_has_beside_others(variant):
     weight, x = random_sparse(100, 320), random(13, 320, seed=4)
     packed, kernels = pack_sparse14(weight), ENGINES[variant, 3]
-    together = operations.linear(kernels, operations.quantize(kernels, x, 64)[0], packed)
+    together = operations.linear(kernels, operations.quantize(kernels, x, packed)[0], packed)
     for t in range(13):
-        alone = operations.linear(kernels, operations.quantize(kernels, x[t : t + 1], 64)[0], packed)
+        alone = operations.linear(kernels, operations.quantize(kernels, x[t : t + 1], packed)[0], packed)
         assert torch.equal(alone[0], together[t])
 
 

@@ -122,8 +122,8 @@ class Engine(Model):
         default="auto",
         description="What weights are multiplied as. dense: numbers of dtype. fp8: eight bits in blocks of "
         "128 x 128, rounded at load unless the checkpoint is already fp8. w4a16: four bits in groups of "
-        "128, likewise. w4a8: these, and activations in eight bits. auto: four bits where the checkpoint has "
-        "them, else dense. Default: auto.",
+        "128, likewise. w4a8: these, and activations in eight bits, one scale for 128 or 64 values, the same "
+        "on CPUs and GPUs. auto: four bits where the checkpoint has them, else dense. Default: auto.",
     )
     kv_dtype: Literal["auto", "float32", "bfloat16", "fp8"] = Field(
         default="auto",

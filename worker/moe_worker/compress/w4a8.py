@@ -1,4 +1,4 @@
-"""Training as it will be computed: int4 weights in groups, int8 activations a token, straight-through.
+"""Training as it will be computed: int4 weights in groups, int8 activations in pieces, straight-through.
 
 Forward, numbers are rounded exactly as they will be stored and multiplied; backward, rounding is the identity
 within the range (the straight-through estimator, Bengio et al., arXiv 1308.3432) and has no slope outside it.
@@ -16,18 +16,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_worker.quant.int4 import CLIPS, GROUP, HIGHEST, Int4Weight, pack
-from moe_worker.quant.int8 import quantize_tokens
+from moe_worker.quant.int8 import round_pieces
 
 # Scales are rounded to what a checkpoint stores before weights are rounded by them: what was trained is
 # what is served, to the bit.
 SCALE_DTYPE = torch.bfloat16
 
 
-def round_tokens(x: Tensor) -> Tensor:
-    """x as int8 kernels see it, with the gradient of x itself; the last axis is a token's."""
+def round_tokens(x: Tensor, piece: int) -> Tensor:
+    """x as int8 kernels see it, with the gradient of x itself; piece: values that share a scale."""
     with torch.no_grad():
-        values, scales = quantize_tokens(x.flatten(0, -2))
-        rounded = (values.float() * scales.unsqueeze(-1)).view(x.shape).to(x.dtype)
+        rounded = round_pieces(x, piece).to(x.dtype)
     return x + (rounded - x).detach()
 
 

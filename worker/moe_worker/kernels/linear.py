@@ -13,7 +13,7 @@ from torch.nn import functional
 from moe_worker.kernels.reference import grouped_linear
 from moe_worker.quant.fp8 import Fp8Weight
 from moe_worker.quant.int4 import Int4Weight
-from moe_worker.quant.int8 import quantize_tokens
+from moe_worker.quant.int8 import piece_of, round_pieces
 from moe_worker.quant.matrix import Matrix, Packed
 from moe_worker.quant.sparse14 import QUAD, Sparse14Weight
 
@@ -40,30 +40,29 @@ class DenseLinear:
 
 @dataclass(frozen=True)
 class Int4Linear:
-    """W4A16 (activations as they are), or W4A8 where `round_tokens`: the reference of both.
+    """W4A16 (`piece` None: activations as they are) or W4A8: the reference of both.
 
-    It multiplies in float32 what the weights stand for. Integer products of int8 and int4 are exact in
-    float32 up to 16,000 inputs a group, so kernels that sum integers differ only in the order of groups.
+    It multiplies in float32 what weights and activations stand for. Kernels that sum integers differ from it
+    only in the roundings of float32. piece: inputs that share the scale of an int8 activation.
     """
 
     weight: Int4Weight
     bias_O: Tensor | None = None
-    round_tokens: bool = False
+    piece: int | None = None
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """[T, I] to [T, O]."""
-        return int4_linear(x_TI, self.weight, self.round_tokens, self.bias_O)
+        return int4_linear(x_TI, self.weight, self.piece, self.bias_O)
 
 
-def int4_linear(x_TI: Tensor, weight: Int4Weight, round_tokens: bool, bias_O: Tensor | None = None) -> Tensor:
+def int4_linear(x_TI: Tensor, weight: Int4Weight, piece: int | None, bias_O: Tensor | None = None) -> Tensor:
     """x W^T + bias for one matrix, in x's dtype."""
-    weight_OI = weight.dequantize(torch.float32)
-    if not round_tokens:
-        y_TO = functional.linear(x_TI.float(), weight_OI)
-    else:
-        values_TI, scales_T = quantize_tokens(x_TI)
-        y_TO = functional.linear(values_TI.float(), weight_OI) * scales_T.unsqueeze(1)
+    y_TO = functional.linear(_activations(x_TI, piece), weight.dequantize(torch.float32))
     return (y_TO if bias_O is None else y_TO + bias_O.float()).to(x_TI.dtype)
+
+
+def _activations(x_TI: Tensor, piece: int | None) -> Tensor:
+    return x_TI.float() if piece is None else round_pieces(x_TI, piece)
 
 
 @dataclass(frozen=True)
@@ -75,24 +74,22 @@ class Sparse14Linear:
 
     weight: Sparse14Weight
     bias_O: Tensor | None = None
-    round_tokens: bool = False
+    piece: int | None = None
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """[T, I] to [T, O]."""
-        return sparse14_linear(x_TI, self.weight, self.round_tokens, self.bias_O)
+        return sparse14_linear(x_TI, self.weight, self.piece, self.bias_O)
 
 
 def sparse14_linear(
-    x_TI: Tensor, weight: Sparse14Weight, round_tokens: bool, bias_O: Tensor | None = None
+    x_TI: Tensor, weight: Sparse14Weight, piece: int | None, bias_O: Tensor | None = None
 ) -> Tensor:
     """x W^T + bias for one matrix, in x's dtype: one product for each of the four positions."""
     scaled_OQ, positions_OQ = weight.scaled(), weight.positions()
-    values_TI, scales_T = quantize_tokens(x_TI) if round_tokens else (x_TI, torch.ones(()))
-    values_TQ4 = values_TI.float().unflatten(-1, (-1, QUAD))
+    x_TQ4 = _activations(x_TI, piece).unflatten(-1, (-1, QUAD))
     y_TO = x_TI.new_zeros(x_TI.shape[0], weight.outputs, dtype=torch.float32)
     for position in range(QUAD):
-        y_TO += values_TQ4[..., position] @ (scaled_OQ * (positions_OQ == position)).T
-    y_TO *= scales_T.unsqueeze(-1).to(y_TO.device)
+        y_TO += x_TQ4[..., position] @ (scaled_OQ * (positions_OQ == position)).T
     return (y_TO if bias_O is None else y_TO + bias_O.float()).to(x_TI.dtype)
 
 
@@ -117,12 +114,12 @@ def fp8_linear(x_TI: Tensor, weight: Fp8Weight, bias_O: Tensor | None = None) ->
     return functional.linear(x_TI.float(), weight.dequantize(), bias_O).to(x_TI.dtype)
 
 
-def make_linear(matrix: Matrix, bias_O: Tensor | None = None, round_tokens: bool = False) -> Linear:
-    """The projection by `matrix`."""
+def make_linear(matrix: Matrix, bias_O: Tensor | None = None, piece: int | None = None) -> Linear:
+    """The projection by `matrix`; piece: of int8 activations, None where they stay as they are."""
     if isinstance(matrix, Int4Weight):
-        return Int4Linear(matrix, bias_O, round_tokens)
+        return Int4Linear(matrix, bias_O, piece)
     if isinstance(matrix, Sparse14Weight):
-        return Sparse14Linear(matrix, bias_O, round_tokens)
+        return Sparse14Linear(matrix, bias_O, piece)
     if isinstance(matrix, Fp8Weight):
         return Fp8Linear(matrix, bias_O)
     return DenseLinear(matrix, bias_O)
@@ -133,17 +130,18 @@ def grouped_matrix(x_MI: Tensor, weights_AOI: Matrix, ends_A: Tensor, round_toke
     if isinstance(weights_AOI, Tensor):
         return grouped_linear(x_MI, weights_AOI, ends_A)
     out_MO = x_MI.new_empty(x_MI.shape[0], weights_AOI.outputs)
+    piece = piece_of(x_MI.shape[1]) if round_tokens else None
     start = 0
     for index, end in enumerate(ends_A.tolist()):
         if end > start:
-            out_MO[start:end] = _multiply(x_MI[start:end], weights_AOI[index], round_tokens)
+            out_MO[start:end] = _multiply(x_MI[start:end], weights_AOI[index], piece)
         start = end
     return out_MO
 
 
-def _multiply(x_TI: Tensor, weight: Packed, round_tokens: bool) -> Tensor:
+def _multiply(x_TI: Tensor, weight: Packed, piece: int | None) -> Tensor:
     if isinstance(weight, Fp8Weight):
         return fp8_linear(x_TI, weight)
     if isinstance(weight, Sparse14Weight):
-        return sparse14_linear(x_TI, weight, round_tokens)
-    return int4_linear(x_TI, weight, round_tokens)
+        return sparse14_linear(x_TI, weight, piece)
+    return int4_linear(x_TI, weight, piece)

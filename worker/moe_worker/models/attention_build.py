@@ -12,7 +12,7 @@ from moe_worker.kernels.linear import Linear, make_linear
 from moe_worker.models.gqa import GroupedQueryAttention
 from moe_worker.models.mla import LatentAttention, QueryExpansion
 from moe_worker.models.rope import attention_scale
-from moe_worker.models.source import TensorSource
+from moe_worker.models.source import TensorSource, piece_for
 from moe_worker.quant.matrix import Matrix, join_rows, map_rows
 
 
@@ -22,18 +22,20 @@ def latent_attention(config: LatentConfig, d: int, source: TensorSource, prefix:
     first_OD, expansion = _query(config, d, source, prefix)
     latent_WD = source.matrix(f"{prefix}.kv_a_proj_with_mqa.weight", config.cache_width, d)
     expand_OR = source.take(f"{prefix}.kv_b_proj.weight", heads * (plain + config.v_head_dim), rank)
+    if source.round_tokens:  # W4A8 has it in bfloat16, whatever else is computed in
+        expand_OR = expand_OR.bfloat16().to(expand_OR.dtype)
     expand_HOR = expand_OR.view(heads, -1, rank)
     return LatentAttention(
         input=make_linear(
             join_rows((first_OD, _interleaved(config.rope, latent_WD, config.cache_width))),
             _input_bias(config, source, prefix) if config.attention_bias else None,
-            source.round_tokens,
+            piece_for(source, d),
         ),
         query=expansion,
         latent_norm_R=source.take(f"{prefix}.kv_a_layernorm.weight", rank),
         key_HNR=expand_HOR[:, :plain].contiguous(),
         value_HRV=expand_HOR[:, plain:].transpose(1, 2).contiguous(),
-        output=_output(d, heads * config.v_head_dim, config.attention_bias, source, prefix),
+        output=_output(d, (heads, config.v_head_dim), config.attention_bias, source, prefix),
         rope_width=config.qk_rope_head_dim,
         scale=attention_scale(config.rope, config.qk_head_dim),
     )
@@ -51,7 +53,7 @@ def _query(
     norm_Q = source.take(f"{prefix}.q_a_layernorm.weight", rank)
     expand_OQ = source.matrix(f"{prefix}.q_b_proj.weight", queries, rank)
     expand_OQ = _interleaved(config.rope, expand_OQ, config.qk_head_dim)
-    return first_QD, QueryExpansion(norm_Q, make_linear(expand_OQ, None, source.round_tokens))
+    return first_QD, QueryExpansion(norm_Q, make_linear(expand_OQ, None, piece_for(source, rank)))
 
 
 def _input_bias(config: LatentConfig, source: TensorSource, prefix: str) -> Tensor:
@@ -83,19 +85,22 @@ def grouped_attention(
     if config.attention_bias:
         bias_O = torch.cat([vector(f"{name}.bias", count) for name, count in counts.items()])
     return GroupedQueryAttention(
-        input=make_linear(weight_OD, bias_O, source.round_tokens),
+        input=make_linear(weight_OD, bias_O, piece_for(source, d)),
         query_norm_K=vector("q_norm.weight", 1),
         key_norm_K=vector("k_norm.weight", 1),
-        output=_output(d, heads * width, config.attention_bias, source, prefix),
+        output=_output(d, (heads, width), config.attention_bias, source, prefix),
         key_heads=keys,
         norm_eps=eps,
         scale=attention_scale(config.rope, width),
     )
 
 
-def _output(d: int, inputs: int, has_bias: bool, source: TensorSource, prefix: str) -> Linear:
+def _output(d: int, values: tuple[int, int], has_bias: bool, source: TensorSource, prefix: str) -> Linear:
+    """Over `values`, heads and width of each; no piece of its int8 activations lies in two heads."""
+    heads, width = values
     bias_D = source.take(f"{prefix}.o_proj.bias", d) if has_bias else None
-    return make_linear(source.matrix(f"{prefix}.o_proj.weight", d, inputs), bias_D, source.round_tokens)
+    matrix = source.matrix(f"{prefix}.o_proj.weight", d, heads * width)
+    return make_linear(matrix, bias_D, piece_for(source, width))
 
 
 def _interleaved(rope: RopeConfig, matrix: Matrix, width: int) -> Matrix:

@@ -6,7 +6,6 @@ Legend: D hidden, H heads, O outputs, I inputs, E routed experts, S shared exper
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from moe_worker.config.attention import LatentConfig
 from moe_worker.config.model import ModelConfig
@@ -17,10 +16,10 @@ from moe_worker.models.attention_build import grouped_attention, latent_attentio
 from moe_worker.models.deepseek import DeepseekModel, DenseBlock, Layer, MoeBlock
 from moe_worker.models.memory import give_back_freed
 from moe_worker.models.rope import rotation_table
-from moe_worker.models.source import TensorSource
+from moe_worker.models.source import TensorSource, piece_for
 from moe_worker.moe.experts import Experts
 from moe_worker.moe.router import Router
-from moe_worker.quant.int4 import Int4Weight, quantize_int4
+from moe_worker.quant.int8 import WHOLE_PIECE
 from moe_worker.quant.matrix import Matrix, join_rows, map_rows, split_inputs, stack
 
 
@@ -31,7 +30,7 @@ def build_model(config: ModelConfig, source: TensorSource, context: int) -> Deep
         embedding_VD=source.take("model.embed_tokens.weight", config.vocab_size, config.hidden_size),
         layers=list(_layers(config, source)),
         norm_D=source.take("model.norm.weight", config.hidden_size),
-        head=make_linear(_head(config, source), None, source.round_tokens),
+        head=make_linear(_head(config, source), None, piece_for(source, config.hidden_size)),
         rotations_CP=rotation_table(config.attention.rope, context, source.device),
     )
 
@@ -68,9 +67,9 @@ def _dense(config: ModelConfig, source: TensorSource, prefix: str) -> DenseBlock
     d, width = config.hidden_size, config.intermediate_size
     gate_up = join_rows([source.matrix(f"{prefix}.{part}_proj.weight", width, d) for part in ("gate", "up")])
     down = source.matrix(f"{prefix}.down_proj.weight", d, width)
-    return DenseBlock(
-        make_linear(gate_up, None, source.round_tokens), make_linear(down, None, source.round_tokens)
-    )
+    # The kernels of GPUs cut a dense block into experts of whole groups, so its pieces are whole, too.
+    inner = piece_for(source, WHOLE_PIECE)
+    return DenseBlock(make_linear(gate_up, None, piece_for(source, d)), make_linear(down, None, inner))
 
 
 def _moe(config: ModelConfig, source: TensorSource, prefix: str) -> MoeBlock:
@@ -88,21 +87,9 @@ def _experts(config: ModelConfig, source: TensorSource, prefix: str) -> Experts:
     ]
     if config.moe.shared:
         experts.append(_expert(config, source, f"{prefix}.shared_experts", config.moe.shared))
-    gate_up = stack(_alike([matrix for matrices, _ in experts for matrix in matrices], source))
-    down = stack(_alike([matrix for _, matrices in experts for matrix in matrices], source))
+    gate_up = stack([matrix for matrices, _ in experts for matrix in matrices])
+    down = stack([matrix for _, matrices in experts for matrix in matrices])
     return Experts(gate_up, down, config.moe.shared, source.round_tokens)
-
-
-def _alike(parts: list[Matrix], source: TensorSource) -> list[Matrix]:
-    """The experts of a layer in one format, where kernels need that and some are stored plain.
-
-    Kimi K2 stores routed experts in int4 and shared ones plain. W4A8 has only kernels of four bits: the plain
-    ones are rounded in the groups of the others, which stay what they are. W4A16 computes them all dense.
-    """
-    packed = next((part for part in parts if isinstance(part, Int4Weight)), None)
-    if packed is None or not source.round_tokens:
-        return parts
-    return [quantize_int4(part, packed.group) if isinstance(part, Tensor) else part for part in parts]
 
 
 def _expert(

@@ -213,7 +213,7 @@ def _matrix(linear: Linear) -> Matrix:
 
 
 def _rounds(linear: Linear) -> bool:
-    return isinstance(linear, Int4Linear) and linear.round_tokens
+    return isinstance(linear, Int4Linear) and linear.piece is not None
 
 
 def _outputs(matrix: Matrix) -> int:

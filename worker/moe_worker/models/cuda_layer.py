@@ -17,9 +17,9 @@ from moe_worker.kernels.triton.latent import LatentWeights, write_latents
 from moe_worker.kernels.triton.linear import linear_packed
 from moe_worker.kernels.triton.norm import Activation, Added, Rounding, residual_norm
 from moe_worker.kernels.triton.router import Choice, route
-from moe_worker.kernels.triton.tiles import piece_of
 from moe_worker.kernels.triton.wide import Weight, experts_wide, widen
 from moe_worker.models.mla import INNER_NORM_EPS
+from moe_worker.quant.int8 import piece_of
 
 
 @dataclass(frozen=True)

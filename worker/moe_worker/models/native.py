@@ -1,8 +1,7 @@
 """A DeepSeek model in W4A8 on the CPU kernels: a whole pass is one call.
 
-Projections, experts and head are int4 with int8 activations, as in the reference; W_UK and W_UV, which the
-reference keeps in the model's dtype, are int8 with one scale a head and output row. Router, norms and
-embedding stay as they are; the residual is float32.
+Projections, experts and head are int4 with int8 activations, W_UK and W_UV bfloat16, as in the plain model.
+Router, norms and embedding stay as they are; the residual is float32.
 
 Legend: T tokens of the pass, N tokens whose logits are wanted, B sequences, P pages of the longest one, V
 vocabulary.
@@ -20,12 +19,11 @@ from moe_worker.config.moe import Method, MoeConfig, Scoring
 from moe_worker.errors import SettingsError
 from moe_worker.kernels.cpu import structs
 from moe_worker.kernels.cpu.library import Kernels
-from moe_worker.kernels.cpu.weights import PackedWeight, pack_int4, pack_int8, pack_sparse14
-from moe_worker.kernels.linear import DenseLinear, Int4Linear, Linear, Sparse14Linear
+from moe_worker.kernels.cpu.weights import PackedWeight, pack_heads, pack_int4, pack_sparse14
+from moe_worker.kernels.linear import Int4Linear, Linear, Sparse14Linear
 from moe_worker.models.deepseek import DeepseekModel, Layer, MoeBlock
 from moe_worker.models.mla import INNER_NORM_EPS, LatentAttention
-from moe_worker.quant.fp8 import Fp8Weight
-from moe_worker.quant.int4 import Int4Weight, quantize_int4
+from moe_worker.quant.int4 import Int4Weight
 from moe_worker.quant.matrix import Matrix
 from moe_worker.quant.sparse14 import Sparse14Weight
 
@@ -51,9 +49,9 @@ class NativeModel:
     """Packs the weights of a model once; `run` may be called from one thread at a time."""
 
     def __init__(self, model: DeepseekModel, kernels: Kernels, consume: bool = False) -> None:
-        """Dense projections are rounded to int4 here. consume: takes the layers out of `model`, one by one.
+        """consume: takes the layers out of `model`, one by one.
 
-        Raises SettingsError for a model without latent attention.
+        Raises SettingsError for a model without latent attention, or whose projections are not int4.
         """
         attention = model.config.attention
         if not isinstance(attention, LatentConfig):
@@ -117,7 +115,7 @@ class NativeModel:
             rank=attention.kv_lora_rank,
             value=attention.v_head_dim,
             query_rank=attention.q_lora_rank or 0,
-            group=min(kept.group for kept in self._kept if isinstance(kept, PackedWeight)),
+            segment=min(kept.segment for kept in self._kept if isinstance(kept, PackedWeight)),
             eps=config.rms_norm_eps,
             inner_eps=INNER_NORM_EPS,
         )
@@ -131,8 +129,8 @@ class NativeModel:
             latent_norm=self._floats(attention.latent_norm_R),
             block_norm=self._floats(layer.block_norm_D),
             input=self._linear(attention.input),
-            key=self._keep(pack_int8(attention.key_HNR.transpose(1, 2))),
-            value=self._keep(pack_int8(attention.value_HRV.transpose(1, 2))),
+            key=self._heads(attention.key_HNR),
+            value=self._heads(attention.value_HRV),
             output=self._linear(attention.output),
         )
         if attention.query is not None:
@@ -158,11 +156,14 @@ class NativeModel:
         self._kept.append(weight)
         return weight.struct
 
+    def _heads(self, weight_HIO: Tensor) -> structs.HeadWeight:
+        packed = pack_heads(weight_HIO.transpose(1, 2))
+        self._kept.append(packed)
+        return packed.struct
+
     def _linear(self, linear: Linear, paired: bool = False) -> structs.Weight:
         if isinstance(linear, Int4Linear | Sparse14Linear):
-            return self._keep(_pack(linear.weight, linear.bias_O, paired))
-        if isinstance(linear, DenseLinear):
-            return self._keep(_pack(linear.weight_OI, linear.bias_O, paired))
+            return self._keep(_pack(linear.weight, linear.bias_O, paired, linear.piece))
         raise SettingsError(f"the CPU kernels cannot take a projection of type {type(linear).__name__}")
 
 
@@ -192,12 +193,14 @@ def _latent(layer: Layer) -> LatentAttention:
     return layer.attention
 
 
-def _pack(matrix: Matrix, bias_O: Tensor | None = None, paired: bool = False) -> PackedWeight:
+def _pack(
+    matrix: Matrix, bias_O: Tensor | None = None, paired: bool = False, piece: int | None = None
+) -> PackedWeight:
     if isinstance(matrix, Sparse14Weight):
-        return pack_sparse14(matrix, bias_O, paired)
-    if isinstance(matrix, Fp8Weight):
-        raise SettingsError("there are no CPU kernels for FP8 weights")
-    return pack_int4(matrix if isinstance(matrix, Int4Weight) else quantize_int4(matrix), bias_O, paired)
+        return pack_sparse14(matrix, bias_O, paired, piece)
+    if isinstance(matrix, Int4Weight):
+        return pack_int4(matrix, bias_O, paired, piece)
+    raise SettingsError(f"there are no CPU kernels for weights of type {type(matrix).__name__}")
 
 
 def _cache(step: Pass, rows: Tensor, page_size: int) -> structs.Cache:

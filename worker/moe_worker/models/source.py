@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from moe_worker.quant.int8 import piece_of
 from moe_worker.quant.matrix import Matrix
 
 
@@ -25,3 +26,8 @@ class TensorSource(Protocol):
     def matrix(self, name: str, outputs: int, inputs: int) -> Matrix:
         """The weights of a projection, [outputs, inputs], in the format that the model multiplies them in."""
         ...
+
+
+def piece_for(source: TensorSource, width: int) -> int | None:
+    """Inputs that share the scale of an int8 activation of `width`; None where the model rounds none."""
+    return piece_of(width) if source.round_tokens else None

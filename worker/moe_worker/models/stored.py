@@ -16,7 +16,7 @@ from moe_worker.models.safetensors import StoredTensor
 from moe_worker.quant import compressed_tensors as layout
 from moe_worker.quant import sparse14
 from moe_worker.quant.fp8 import Fp8Weight, from_blocks, quantize_fp8
-from moe_worker.quant.int4 import Int4Weight, quantize_int4
+from moe_worker.quant.int4 import GROUP, Int4Weight, quantize_int4
 from moe_worker.quant.matrix import Matrix
 from moe_worker.quant.pieces import GPU_PIECE
 from moe_worker.quant.sparse14 import Sparse14Weight
@@ -87,10 +87,16 @@ class StoredSource:
             return stored.map(Tensor.clone)
         if self._format != "fp8" and isinstance(stored, Int4Weight | Sparse14Weight):
             return stored
-        if self._storage is not None and is_fp8 == (self._format == "fp8"):
+        if self._storage is not None and self._format == ("fp8" if is_fp8 else "w4a16"):
             return self.take(name, outputs, inputs)  # who quantized the others left this one on purpose
         plain = stored if isinstance(stored, Tensor) else stored.dequantize(torch.float32)
-        return quantize_fp8(plain) if self._format == "fp8" else quantize_int4(plain)
+        return quantize_fp8(plain) if self._format == "fp8" else quantize_int4(plain, self._group(inputs))
+
+    def _group(self, inputs: int) -> int:
+        """Of int4 weights that are rounded here: that of those which the checkpoint has in four bits."""
+        if isinstance(self._storage, PackedStorage | SparseStorage):
+            return self._storage.group or inputs
+        return GROUP
 
     def stored(self, name: str, *shape: int) -> Matrix:
         """Tensor `name` as the files have it, perhaps in a file's memory. Raises CheckpointError."""

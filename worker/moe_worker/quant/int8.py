@@ -1,19 +1,44 @@
-"""Eight-bit activations, rounded anew for each token.
+"""Eight-bit activations, rounded anew for each token, with one scale for each piece of its inputs.
 
-Legend: T tokens, I inputs.
+This is the one definition of what the format w4a8 does to activations; docs/formats.md says it in words. The
+trainer and plain torch compute with these functions, the CPU and GPU kernels are tested against them.
+
+Legend: T tokens, I inputs, X pieces.
 """
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+PIECE, WHOLE_PIECE = 64, 128
 
 
-def quantize_tokens(x_TI: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric rounding (half to even) with one scale a token: int8 [T, I] and float32 scales [T].
+def piece_of(width: int) -> int:
+    """Inputs that share the scale of an int8 activation of `width`: 128 where they fill it, else 64.
 
-    x is about q * scale; the scale makes the token's largest magnitude 127, and is 1 for a token of zeros.
-    The scale of a token that is not finite is NaN or infinite, and so is what is computed from the token.
+    `width` is that of a row, or of what repeats along it: for the output of attention, the values of a head.
     """
-    x_TI = x_TI.float()
-    largest_T1 = x_TI.abs().amax(dim=-1, keepdim=True)
-    scale_T1 = torch.where(largest_T1 == 0, torch.ones_like(largest_T1), largest_T1 / 127)
-    return (x_TI / scale_T1).round_().clamp_(-127, 127).to(torch.int8), scale_T1.squeeze(-1)
+    return WHOLE_PIECE if width % WHOLE_PIECE == 0 else PIECE
+
+
+def quantize_pieces(x_TI: Tensor, piece: int) -> tuple[Tensor, Tensor]:
+    """Symmetric rounding (half to even) with one scale a piece: int8 [T, I] and float32 scales [T, X].
+
+    x is about q * scale; the scale makes the piece's largest magnitude 127, and is 1 for a piece of zeros.
+    The last piece may be shorter. A piece that is not finite has a scale of NaN or infinity, and so is what
+    is computed from the token. Leading axes are allowed.
+    """
+    inputs, missing = x_TI.shape[-1], -x_TI.shape[-1] % piece
+    whole = functional.pad(x_TI.float(), (0, missing)) if missing else x_TI.float()
+    cut_TXi = whole.unflatten(-1, (-1, piece))
+    largest_TX1 = cut_TXi.abs().amax(dim=-1, keepdim=True)
+    scales_TX1 = torch.where(largest_TX1 == 0, torch.ones_like(largest_TX1), largest_TX1 / 127)
+    values_TXi = (cut_TXi / scales_TX1).round_().clamp_(-127, 127).to(torch.int8)
+    return values_TXi.flatten(-2)[..., :inputs], scales_TX1.squeeze(-1)
+
+
+def round_pieces(x_TI: Tensor, piece: int) -> Tensor:
+    """x as int8 products see it, float32 [T, I]."""
+    values_TI, scales_TX = quantize_pieces(x_TI, piece)
+    scales_TI = scales_TX.unsqueeze(-1).expand(*scales_TX.shape, piece).flatten(-2)
+    return values_TI.float() * scales_TI[..., : x_TI.shape[-1]]

@@ -74,7 +74,10 @@ def _split_sparse(matrix: Sparse14Weight, parts: int, width: int) -> list[Matrix
 
 
 def _combine(parts: Sequence[Matrix], join: Callable[[list[Tensor]], Tensor]) -> Matrix:
-    if len({type(part) for part in parts}) > 1:
+    kinds = {type(part) for part in parts}
+    if kinds == {Sparse14Weight, Int4Weight}:
+        parts = [part.to_int4() if isinstance(part, Sparse14Weight) else part for part in parts]
+    elif len(kinds) > 1:
         return _combine_dense(parts, join)
     sparse = [part for part in parts if isinstance(part, Sparse14Weight)]
     if sparse:

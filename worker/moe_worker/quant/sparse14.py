@@ -74,12 +74,17 @@ class Sparse14Weight:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """[..., O, I] with its zeros written out, in `dtype` (None: that of the scales)."""
-        dense = torch.zeros(
-            *self.values_OP.shape[:-1], self.inputs // QUAD, QUAD, device=self.values_OP.device
-        )
-        dense.scatter_(-1, self.positions().long().unsqueeze(-1), self.scaled().unsqueeze(-1))
-        whole: Tensor = dense.flatten(-2).to(dtype or self.scales_OG.dtype)
-        return whole
+        return self._spread(self.scaled()).to(dtype or self.scales_OG.dtype)
+
+    def to_int4(self) -> Int4Weight:
+        """The same matrix with its zeros written out."""
+        return Int4Weight(pack(self._spread(self.values())), self.scales_OG, None, self.inputs, self.group)
+
+    def _spread(self, kept_OQ: Tensor) -> Tensor:
+        """[..., O, I]: what each quad has, at its position."""
+        dense = kept_OQ.new_zeros(*kept_OQ.shape, QUAD)
+        dense.scatter_(-1, self.positions().long().unsqueeze(-1), kept_OQ.unsqueeze(-1))
+        return dense.flatten(-2)
 
 
 def pack_positions(positions: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812 - the field's own name for it
 from torch import Tensor
 
 from moe_worker.compress.w4a8 import round_tokens
+from moe_worker.quant.int8 import piece_of
 
 Weights = tuple[Tensor, Tensor, Tensor]
 """Gate [E, F, D], up [E, F, D] and down [E, D, F]."""
@@ -38,10 +39,10 @@ def experts_at_once(x_TD: Tensor, weights: Weights, choice: Choice, rounded: boo
     """Every expert for every token, [T, D]."""
     gate_EFD, up_EFD, down_EDF = (weight.to(x_TD.dtype) for weight in weights)
     share_TE = torch.zeros(len(x_TD), gate_EFD.shape[0], device=x_TD.device).scatter(-1, *choice)
-    x_TD = round_tokens(x_TD) if rounded else x_TD
+    x_TD = _rounded(x_TD) if rounded else x_TD
     gate, up = F.linear(x_TD, gate_EFD.flatten(0, 1)), F.linear(x_TD, up_EFD.flatten(0, 1))
     hidden_TEF = torch.unflatten(F.silu(gate) * up, -1, (gate_EFD.shape[0], -1))
-    hidden_TEF = round_tokens(hidden_TEF) if rounded else hidden_TEF
+    hidden_TEF = _rounded(hidden_TEF) if rounded else hidden_TEF
     weighted_TM = (hidden_TEF * share_TE.to(hidden_TEF.dtype).unsqueeze(-1)).flatten(-2)
     return F.linear(weighted_TM, down_EDF.transpose(0, 1).flatten(1))
 
@@ -59,12 +60,16 @@ def grouped_experts(x_TD: Tensor, weights: Weights, choice: Choice, rounded: boo
     place_M = order_M.argsort()
     experts = torch.arange(gate_EFD.shape[0], device=x_TD.device)
     ends_E = torch.searchsorted(sorted_M, experts, right=True, out_int32=True)
-    x_TD = round_tokens(x_TD) if rounded else x_TD
+    x_TD = _rounded(x_TD) if rounded else x_TD
     rows_MD = x_TD.unsqueeze(1).expand(-1, per_token, -1).reshape(-1, x_TD.shape[1])[order_M]
     hidden_MF = F.silu(_grouped(rows_MD, gate_EFD, ends_E)) * _grouped(rows_MD, up_EFD, ends_E)
-    out_MD = _grouped(round_tokens(hidden_MF) if rounded else hidden_MF, down_EDF, ends_E)
+    out_MD = _grouped(_rounded(hidden_MF) if rounded else hidden_MF, down_EDF, ends_E)
     out_TKD = out_MD[place_M].view(tokens, per_token, -1)
     return (out_TKD * share_TK.to(out_TKD.dtype).unsqueeze(-1)).sum(dim=1)
+
+
+def _rounded(x: Tensor) -> Tensor:
+    return round_tokens(x, piece_of(x.shape[-1]))
 
 
 def sequence_balance(scores_BSE: Tensor, chosen_BSK: Tensor) -> Tensor:

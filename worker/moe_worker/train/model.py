@@ -18,6 +18,7 @@ from moe_worker.compress.distillation import TeacherView, distilled_loss
 from moe_worker.compress.w4a8 import round_tokens
 from moe_worker.config import ModelConfig
 from moe_worker.models.mla import INNER_NORM_EPS
+from moe_worker.quant.int8 import WHOLE_PIECE, piece_of
 from moe_worker.train.experts import expert_outputs, sequence_balance
 
 
@@ -46,16 +47,24 @@ def rotate(x_BHTR: torch.Tensor, theta: float) -> torch.Tensor:
 
 
 class Projection(nn.Linear):
-    """A matrix without bias; `round_tokens` makes its inputs what int8 kernels will see."""
+    """A matrix without bias; `round_tokens` makes its inputs what int8 kernels will see.
+
+    piece: inputs that share a scale then; None: as quant.int8 has it for all inputs. parts: rows one behind
+    the other that its inputs are when it is served.
+    """
 
     round_tokens = False
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, piece: int | None = None, parts: int = 1) -> None:
         super().__init__(inputs, outputs, bias=False)
+        self.piece, self.parts = piece or piece_of(inputs // parts), parts
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., I] to [..., O]."""
-        return F.linear(round_tokens(x) if self.round_tokens else x, self.weight)
+        return F.linear(self._rounded(x) if self.round_tokens else x, self.weight)
+
+    def _rounded(self, x: torch.Tensor) -> torch.Tensor:
+        return round_tokens(x.unflatten(-1, (self.parts, -1)), self.piece).flatten(-2)
 
 
 class Attention(nn.Module):
@@ -76,7 +85,8 @@ class Attention(nn.Module):
         self.kv_a_layernorm = RMSNorm(config.latent.kv_lora_rank, INNER_NORM_EPS)
         per_head = config.latent.qk_nope_head_dim + config.latent.v_head_dim
         self.kv_b_proj = nn.Linear(config.latent.kv_lora_rank, heads * per_head, bias=False)
-        self.o_proj = Projection(heads * config.latent.v_head_dim, hidden)
+        width = config.latent.v_head_dim
+        self.o_proj = Projection(heads * width, hidden, piece_of(width))
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Lets each token look at itself and those before it."""
@@ -107,13 +117,14 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (arXiv 2002.05202)."""
+    """SwiGLU (arXiv 2002.05202); `experts`: how many it is served as, None for a dense block."""
 
-    def __init__(self, hidden: int, inner: int) -> None:
+    def __init__(self, hidden: int, inner: int, experts: int | None = None) -> None:
         super().__init__()
         self.gate_proj = Projection(hidden, inner)
         self.up_proj = Projection(hidden, inner)
-        self.down_proj = Projection(inner, hidden)
+        piece = WHOLE_PIECE if experts is None else None
+        self.down_proj = Projection(inner, hidden, piece, parts=experts or 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Applies the network to the last axis."""
@@ -137,7 +148,7 @@ class MixtureOfExperts(nn.Module):
         self.gate_EFD = nn.Parameter(torch.empty(experts, inner, hidden))
         self.up_EFD = nn.Parameter(torch.empty(experts, inner, hidden))
         self.down_EDF = nn.Parameter(torch.empty(experts, hidden, inner))
-        self.shared = FeedForward(hidden, inner * config.moe.shared)
+        self.shared = FeedForward(hidden, inner * config.moe.shared, config.moe.shared)
         self.register_buffer("bias_E", torch.zeros(experts))
         self.register_buffer("load_E", torch.zeros(experts), persistent=False)
         self.register_buffer("sequence_loss", torch.zeros(()), persistent=False)
@@ -277,7 +288,7 @@ class TrainingModel(nn.Module):
         return logits
 
     def round_activations(self, on: bool) -> None:
-        """Whether what enters projections and experts is rounded to int8 for each token."""
+        """Whether what enters projections and experts is rounded to int8, anew for each token."""
         for module in self.modules():
             if isinstance(module, Projection | MixtureOfExperts):
                 module.round_tokens = on

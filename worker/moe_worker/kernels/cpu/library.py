@@ -26,7 +26,7 @@ def load() -> ctypes.CDLL:
     library.moe_close.argtypes = [c_void_p]
     library.moe_run.argtypes = [c_void_p, c_int32, c_void_p]
     library.moe_packed_bytes.restype = library.moe_argument_bytes.restype = c_int64
-    library.moe_pack.argtypes = [c_void_p] * 5 + [c_int32] * 5
+    library.moe_pack.argtypes = [c_void_p] * 5 + [c_int32] * 4
     library.moe_pack_sparse14.argtypes = [c_void_p] * 4 + [c_int32] * 4
     return library
 

@@ -3,8 +3,8 @@
 The truth for each is kernels/reference_w4a8.py. models/native.py runs whole passes without these.
 
 Legend: T tokens, I inputs, O outputs, D hidden, H heads, R latent rank, P rotary elements, W = R + P, K
-experts of a token, E routed experts, G groups of inputs, S = I padded to 64, B sequences, N pages of a
-sequence.
+experts of a token, E routed experts, X pieces and G segments of inputs, S = I padded to 64, B sequences, N
+pages of a sequence.
 """
 
 from dataclasses import dataclass
@@ -14,30 +14,32 @@ from torch import Tensor
 
 from moe_worker.kernels.cpu import structs
 from moe_worker.kernels.cpu.library import Kernels
-from moe_worker.kernels.cpu.weights import PackedWeight
+from moe_worker.kernels.cpu.weights import HeadWeight, PackedWeight
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Tokens in int8: values_TS (zeros behind the I values), scales_T float32, sums_TG int32 by group."""
+    """Tokens in int8: values_TS (zeros behind the I values), scales_TX float32, sums_TG int32 of segments."""
 
     values_TS: Tensor
-    scales_T: Tensor
+    scales_TX: Tensor
     sums_TG: Tensor
 
     @classmethod
-    def empty(cls, tokens: int, inputs: int, group: int) -> "Activations":
+    def empty(cls, tokens: int, inputs: int, piece: int, segment: int) -> "Activations":
         """Room for `tokens` of `inputs` values."""
         return cls(
             torch.empty(tokens, -(-inputs // 64) * 64, dtype=torch.int8),
-            torch.empty(tokens),
-            torch.empty(tokens, -(-inputs // group), dtype=torch.int32),
+            torch.empty(tokens, -(-inputs // piece)),
+            torch.empty(tokens, -(-inputs // segment), dtype=torch.int32),
         )
 
     @property
     def struct(self) -> structs.Quantized:
         """The activations as the kernels read them."""
-        return structs.Quantized(self.values_TS.data_ptr(), self.scales_T.data_ptr(), self.sums_TG.data_ptr())
+        return structs.Quantized(
+            self.values_TS.data_ptr(), self.scales_TX.data_ptr(), self.sums_TG.data_ptr()
+        )
 
 
 @dataclass(frozen=True)
@@ -69,16 +71,16 @@ class PagedRows:
 
 
 def quantize(
-    kernels: Kernels, x_TI: Tensor, group: int, norm_I: Tensor | None = None, eps: float = 1e-6
+    kernels: Kernels, x_TI: Tensor, reader: PackedWeight, norm_I: Tensor | None = None, eps: float = 1e-6
 ) -> tuple[Activations, Tensor]:
-    """int8 tokens of x, or of its RMSNorm where `norm_I` is given, and what was rounded [T, I]."""
+    """int8 tokens for `reader` of x, or of its RMSNorm where `norm_I` is given; what was rounded [T, I]."""
     tokens, inputs = x_TI.shape
-    out, normed_TI = Activations.empty(tokens, inputs, group), torch.empty_like(x_TI)
+    normed_TI = torch.empty_like(x_TI)
+    out = Activations.empty(tokens, inputs, reader.piece, reader.segment)
     weight = None if norm_I is None else norm_I.data_ptr()
+    sizes = (tokens, inputs, inputs, reader.piece, reader.segment)
     kernels.run(
-        structs.QuantizeArguments(
-            x_TI.data_ptr(), weight, normed_TI.data_ptr(), out.struct, eps, tokens, inputs, inputs, group
-        )
+        structs.QuantizeArguments(x_TI.data_ptr(), weight, normed_TI.data_ptr(), out.struct, eps, *sizes)
     )
     return out, x_TI if norm_I is None else normed_TI
 
@@ -112,8 +114,8 @@ def experts(
     return out_TD
 
 
-def heads(kernels: Kernels, x_THI: Tensor, weight_HOI: PackedWeight) -> Tensor:
-    """One small projection a head, activations rounded to int8 for each token and head: [T, H, O]."""
+def heads(kernels: Kernels, x_THI: Tensor, weight_HOI: HeadWeight) -> Tensor:
+    """One small projection a head, bfloat16 weights and float32 activations: [T, H, O]."""
     tokens, count, inputs = x_THI.shape
     out_THO = torch.empty(tokens, count, weight_HOI.outputs)
     strides = (count * inputs, inputs, count * weight_HOI.outputs, weight_HOI.outputs)

@@ -7,8 +7,14 @@ class Weight(Structure):
     """MoeWeight."""
 
     _fields_ = [(name, c_void_p) for name in ("data", "zeros", "bias")] + [
-        (name, c_int32) for name in ("rows", "cols", "group", "bits", "paired")
+        (name, c_int32) for name in ("rows", "cols", "group", "piece", "segment", "bits", "paired")
     ]
+
+
+class HeadWeight(Structure):
+    """MoeHeadWeight."""
+
+    _fields_ = [("data", c_void_p), ("rows", c_int32), ("cols", c_int32)]
 
 
 class Quantized(Structure):
@@ -23,7 +29,7 @@ class QuantizeArguments(Structure):
     _fields_ = (
         [(name, c_void_p) for name in ("x", "weight", "normed")]
         + [("out", Quantized), ("eps", c_float)]
-        + [(name, c_int32) for name in ("tokens", "width", "stride", "group")]
+        + [(name, c_int32) for name in ("tokens", "width", "stride", "piece", "segment")]
     )
 
 
@@ -42,7 +48,7 @@ class HeadsArguments(Structure):
     """MoeHeadsArgs."""
 
     _fields_ = [
-        ("weight", Weight),
+        ("weight", HeadWeight),
         ("x", c_void_p),
         ("out", c_void_p),
         *[(name, c_int32) for name in ("tokens", "heads", "x_token", "x_head", "out_token", "out_head")],
@@ -118,7 +124,8 @@ class Layer(Structure):
 
     _fields_ = [
         *[(name, c_void_p) for name in ("attention_norm", "query_norm", "latent_norm", "block_norm")],
-        *[(name, Weight) for name in ("input", "query", "key", "value", "output", "gate_up", "down")],
+        *[(name, Weight) for name in ("input", "query", "output", "gate_up", "down")],
+        *[(name, HeadWeight) for name in ("key", "value")],
         *[(name, c_void_p) for name in ("router", "router_bias", "cache_rows", "experts_used")],
     ]
 
@@ -138,7 +145,7 @@ class ForwardArguments(Structure):
         ],
         *[
             (name, c_int32)
-            for name in ("hidden", "heads", "plain", "rope", "rank", "value", "query_rank", "group")
+            for name in ("hidden", "heads", "plain", "rope", "rank", "value", "query_rank", "segment")
         ],
         *[(name, c_int32) for name in ("experts", "shared", "top_k", *_CHOICE)],
         *[(name, c_float) for name in ("routed_scale", "attention_scale", "eps", "inner_eps")],

@@ -4,18 +4,21 @@ Legend: O outputs, I inputs, A stacked matrices (experts or heads), G groups, H 
 """
 
 import ctypes
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from moe_worker.errors import SettingsError
+from moe_worker.kernels.cpu import structs
 from moe_worker.kernels.cpu.library import load
-from moe_worker.kernels.cpu.structs import Weight
 from moe_worker.quant.int4 import Int4Weight
+from moe_worker.quant.int8 import piece_of
 from moe_worker.quant.sparse14 import Sparse14Weight
 
-SPARSE14 = 14  # what native/interface.h calls so
+INT4, SPARSE14 = 4, 14  # `bits` in native/interface.h
 _BLOCK = 16
 _ALIGNMENT = 64
 _HUGE_PAGE = 1 << 21
@@ -24,7 +27,10 @@ _MADV_HUGEPAGE = 14
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """One matrix or a stack of them; `struct` points into the tensors, which must live as long."""
+    """One matrix or a stack of them; `struct` points into the tensors, which must live as long.
+
+    group: inputs that share a scale. piece: inputs that share the scale of an int8 activation.
+    """
 
     data: Tensor
     zeros: Tensor | None
@@ -33,39 +39,80 @@ class PackedWeight:
     outputs: int
     inputs: int
     group: int
+    piece: int
     bits: int
     paired: bool
 
     @property
-    def struct(self) -> Weight:
+    def segment(self) -> int:
+        """Inputs of one integer sum: those between two edges of groups or pieces."""
+        return math.gcd(self.group, self.piece)
+
+    @property
+    def struct(self) -> structs.Weight:
         """The weight as the kernels read it."""
         zeros = self.zeros.data_ptr() if self.zeros is not None else None
         bias = self.bias.data_ptr() if self.bias is not None else None
-        return Weight(
+        return structs.Weight(
             self.data.data_ptr(),
             zeros,
             bias,
             self.outputs,
             self.inputs,
             self.group,
+            self.piece,
+            self.segment,
             self.bits,
             int(self.paired),
         )
 
 
-def pack_int4(weight: Int4Weight, bias_O: Tensor | None = None, paired: bool = False) -> PackedWeight:
+@dataclass(frozen=True)
+class HeadWeight:
+    """A bfloat16 matrix for each head; `struct` points into `data`, which must live as long."""
+
+    data: Tensor
+    outputs: int
+    inputs: int
+
+    @property
+    def struct(self) -> structs.HeadWeight:
+        """The weights as the kernels read them."""
+        return structs.HeadWeight(self.data.data_ptr(), self.outputs, self.inputs)
+
+
+def pack_heads(weight_HOI: Tensor) -> HeadWeight:
+    """Packs a matrix for each head, rounded to bfloat16: 16 rows and 2 inputs lie together."""
+    outputs, inputs = weight_HOI.shape[1:]
+    padded = functional.pad(weight_HOI.bfloat16(), (0, inputs % 2, 0, -outputs % _BLOCK))
+    blocks = padded.unflatten(2, (-1, 2)).unflatten(1, (-1, _BLOCK)).transpose(2, 3)
+    data = aligned_bytes(padded.nbytes + _ALIGNMENT)
+    data[: padded.nbytes].view(torch.bfloat16).copy_(blocks.flatten())
+    return HeadWeight(data, outputs, inputs)
+
+
+def pack_int4(
+    weight: Int4Weight, bias_O: Tensor | None = None, paired: bool = False, piece: int | None = None
+) -> PackedWeight:
     """Packs [O, I] or a stack [A, O, I]; `paired` for gate and up, the halves of O.
+
+    piece: inputs that share the scale of an activation; None: as quant.int8 has it for I.
 
     Raises SettingsError where the group is no multiple of 8.
     """
     if weight.group % 8:
         raise SettingsError(f"the CPU kernels take groups of multiples of 8 inputs, not of {weight.group}")
     zeros = None if weight.zeros_OG is None else (weight.zeros_OG + 8).to(torch.uint8)
-    return _pack(weight.packed_OP, weight.scales_OG, zeros, bias_O, (weight.inputs, weight.group, 4), paired)
+    layout = (weight.inputs, weight.group, piece or piece_of(weight.inputs))
+    return _pack(weight.packed_OP, weight.scales_OG, zeros, bias_O, layout, paired)
 
 
-def pack_sparse14(weight: Sparse14Weight, bias_O: Tensor | None = None, paired: bool = False) -> PackedWeight:
+def pack_sparse14(
+    weight: Sparse14Weight, bias_O: Tensor | None = None, paired: bool = False, piece: int | None = None
+) -> PackedWeight:
     """Packs [O, I] or a stack [A, O, I] of 1:4 sparse weights; `paired` for gate and up, the halves of O.
+
+    piece: as in `pack_int4`.
 
     Raises SettingsError where the group is no multiple of 64.
     """
@@ -91,23 +138,8 @@ def pack_sparse14(weight: Sparse14Weight, bias_O: Tensor | None = None, paired: 
             int(paired),
         )
     bias = bias_O.float().contiguous() if bias_O is not None else None
-    return PackedWeight(data, None, bias, stacked.count, outputs, inputs, group, SPARSE14, paired)
-
-
-def pack_int8(weight_HOI: Tensor) -> PackedWeight:
-    """Rounds to int8 with one scale a head and output row (see `round_rows`), and packs."""
-    values_HOI, scales_HO = round_rows(weight_HOI)
-    inputs = weight_HOI.shape[-1]
-    group = -(-inputs // 8) * 8
-    return _pack(values_HOI.view(torch.uint8), scales_HO.unsqueeze(-1), None, None, (inputs, group, 8), False)
-
-
-def round_rows(weight_HOI: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 values [H, O, I] from -127 to 127 and float32 scales [H, O]; a row of zeros has scale 1."""
-    weight_HOI = weight_HOI.float()
-    largest_HO = weight_HOI.abs().amax(dim=-1)
-    scales_HO = torch.where(largest_HO > 0, largest_HO / 127, torch.ones_like(largest_HO))
-    return (weight_HOI / scales_HO.unsqueeze(-1)).round().to(torch.int8), scales_HO
+    piece = piece or piece_of(inputs)
+    return PackedWeight(data, None, bias, stacked.count, outputs, inputs, group, piece, SPARSE14, paired)
 
 
 def _pack(
@@ -118,10 +150,10 @@ def _pack(
     layout: tuple[int, int, int],
     paired: bool,
 ) -> PackedWeight:
-    inputs, group, bits = layout
+    inputs, group, piece = layout
     stacked = values if values.dim() == 3 else values.unsqueeze(0)
     count, outputs = stacked.shape[:2]
-    size = load().moe_packed_bytes(outputs, inputs, group, bits, int(paired))
+    size = load().moe_packed_bytes(outputs, inputs, group, INT4, int(paired))
     blocks = 2 * -(-outputs // 2 // _BLOCK) if paired else -(-outputs // _BLOCK)
     zeros_size = blocks * _BLOCK * -(-inputs // group)
     data = aligned_bytes(count * size + _ALIGNMENT)
@@ -139,11 +171,10 @@ def _pack(
             outputs,
             inputs,
             group,
-            bits,
             int(paired),
         )
     bias = bias_O.float().contiguous() if bias_O is not None else None
-    return PackedWeight(data, zeros_out, bias, count, outputs, inputs, group, bits, paired)
+    return PackedWeight(data, zeros_out, bias, count, outputs, inputs, group, piece, INT4, paired)
 
 
 def aligned_bytes(size: int) -> Tensor:

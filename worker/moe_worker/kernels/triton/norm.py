@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_worker.kernels.triton.tiles import int8_scale, piece_of, round_even
+from moe_worker.kernels.triton.tiles import int8_scale, round_even
+from moe_worker.quant.int8 import piece_of
 
 
 class Rounding(Enum):

@@ -18,12 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_worker.quant.int4 import GROUP
+from moe_worker.quant.int8 import PIECE
+
 # Numbers of tokens, rows and blocks are not specialized in any kernel: a server meets all of them, and each
 # variant takes a second to compile.
 
-# Weights share a scale over 128 inputs; activations over 128, or over 64 where a width is no multiple of 128.
-GROUP = 128
-PIECE = 64
 # Interpreted kernels (TRITON_INTERPRET=1) can neither run assembly nor multiply bf16.
 COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
 
@@ -292,8 +292,3 @@ def store_int8_NM(
     n = first + tl.arange(0, ROWS)
     tl.store(q_base + row_M[None, :] * WIDTH + n[:, None], q_NM, mask=mask_M[None, :])
     tl.store(scale_base + row_M * (WIDTH // ROWS) + first // ROWS, scale_M, mask=mask_M)
-
-
-def piece_of(width: int) -> int:
-    """Inputs that share the scale of an int8 activation of `width`."""
-    return GROUP if width % GROUP == 0 else PIECE

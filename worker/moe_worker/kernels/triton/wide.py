@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_worker.kernels.triton.norm import Added
-from moe_worker.kernels.triton.tiles import Packed, PackedFp8, int8_scale, piece_of, round_even
+from moe_worker.kernels.triton.tiles import Packed, PackedFp8, int8_scale, round_even
+from moe_worker.quant.int8 import piece_of
 
 Weight = Tensor | Packed
 

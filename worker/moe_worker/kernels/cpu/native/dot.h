@@ -1,8 +1,7 @@
 // Integer dot products of one group of inputs: 16 output rows (or the half that a vector holds) by TB tokens.
 //
 // Weights are unsigned (value plus zero point); what the zero point adds is taken off by the sums of the
-// activations. int8 weights on CPUs without VNNI are made signed again instead: 255 * 127 * 2 does not fit the
-// 16 bits in which pairs are added there, 127 * 127 * 2 does.
+// activations.
 #pragma once
 #include "layout.h"
 #include "simd.h"
@@ -25,25 +24,17 @@ inline vi dot4(vi sums, vi u8, vi s8) { return _mm512_dpbusd_epi32(sums, u8, s8)
 #else
 inline vi dot4(vi sums, vi u8, vi s8) { return _mm256_dpbusd_avx_epi32(sums, u8, s8); }
 #endif
-constexpr bool OFFSET_INT8 = true;  // int8 dot products carry the zero point 128
 #else
-constexpr bool OFFSET_INT8 = false;
 #if defined(__AVX512F__)
 inline vi pairs(vi u8, vi s8) { return _mm512_maddubs_epi16(u8, s8); }
 inline vi add16(vi a, vi b) { return _mm512_add_epi16(a, b); }
 inline vi sub16(vi a, vi b) { return _mm512_sub_epi16(a, b); }
 inline vi widen(vi a) { return _mm512_madd_epi16(a, _mm512_set1_epi16(1)); }
-inline vi abs8(vi a) { return _mm512_abs_epi8(a); }
-inline vi signed_by(vi w, vi x) { return _mm512_mask_sub_epi8(w, _mm512_movepi8_mask(x), _mm512_setzero_si512(), w); }
-inline vi flip(vi a) { return _mm512_xor_si512(a, _mm512_set1_epi8(char(0x80))); }
 #else
 inline vi pairs(vi u8, vi s8) { return _mm256_maddubs_epi16(u8, s8); }
 inline vi add16(vi a, vi b) { return _mm256_add_epi16(a, b); }
 inline vi sub16(vi a, vi b) { return _mm256_sub_epi16(a, b); }
 inline vi widen(vi a) { return _mm256_madd_epi16(a, _mm256_set1_epi16(1)); }
-inline vi abs8(vi a) { return _mm256_abs_epi8(a); }
-inline vi signed_by(vi w, vi x) { return _mm256_sign_epi8(w, x); }
-inline vi flip(vi a) { return _mm256_xor_si256(a, _mm256_set1_epi8(char(0x80))); }
 #endif
 #endif
 
@@ -79,17 +70,6 @@ struct Dot<4, TB, NV> {
                 for (int v = 0; v < NV; v++) sums[t][v] = add_int(sums[t][v], more[t][v]);
     }
 };
-
-template <int TB, int NV>
-struct Dot<8, TB, NV> {
-    static inline __attribute__((always_inline)) void run(vi (&sums)[TB][NV], const uint8_t* w, const int8_t* const* x, int offset, int steps) {
-        for (int s = 0; s < steps; s++)
-            for (int v = 0; v < NV; v++) {
-                vi raw = load_int(w + s * 64 + v * LANES * 4);
-                for (int t = 0; t < TB; t++) sums[t][v] = dot4(sums[t][v], raw, four(x[t] + offset + s * 4));
-            }
-    }
-};
 #else
 template <int TB, int NV>
 struct Dot<4, TB, NV> {
@@ -112,20 +92,6 @@ struct Dot<4, TB, NV> {
             for (int t = 0; t < TB; t++)
                 for (int v = 0; v < NV; v++) sums[t][v] = add_int(sums[t][v], widen(narrow[t][v]));
         }
-    }
-};
-
-template <int TB, int NV>
-struct Dot<8, TB, NV> {
-    static inline __attribute__((always_inline)) void run(vi (&sums)[TB][NV], const uint8_t* w, const int8_t* const* x, int offset, int steps) {
-        for (int s = 0; s < steps; s++)
-            for (int v = 0; v < NV; v++) {
-                vi value = flip(load_int(w + s * 64 + v * LANES * 4));
-                for (int t = 0; t < TB; t++) {
-                    vi four_t = four(x[t] + offset + s * 4);
-                    sums[t][v] = add_int(sums[t][v], widen(pairs(abs8(four_t), signed_by(value, four_t))));
-                }
-            }
     }
 };
 #endif

@@ -45,25 +45,15 @@ bool reserve(Arena& arena, int64_t size) {
     return true;
 }
 
-uint8_t value_at(const uint8_t* row, int i, int bits) {
-    if (bits == 8) return row[i] ^ 0x80;  // int8 plus 128
-    return i & 1 ? row[i / 2] >> 4 : row[i / 2] & 15;
-}
+uint8_t value_at(const uint8_t* row, int i) { return i & 1 ? row[i / 2] >> 4 : row[i / 2] & 15; }
 
-struct Source {
-    const uint8_t *values, *zeros;
-    const float* scales;
-    int cols, group, bits;
-
-    // Element i of a 64-byte step (lane * 4 + input of the lane), from input `first` on.
-    void pack_lane(uint8_t* step, int lane, int64_t row, int first) const {
-        const uint8_t* from = values + row * (bits == 4 ? (cols + 1) / 2 : cols);
-        for (int i = 0; i < 4; i++) {
-            if (first + i < cols) step[lane * 4 + i] = value_at(from, first + i, bits);
-            if (bits == 4 && first + i + 4 < cols) step[lane * 4 + i] |= value_at(from, first + i + 4, bits) << 4;
-        }
+// Element i of a 64-byte step (lane * 4 + input of the lane), from input `first` of a row on.
+void pack_lane(const uint8_t* row, int cols, int first, uint8_t* step, int lane) {
+    for (int i = 0; i < 4; i++) {
+        if (first + i < cols) step[lane * 4 + i] = value_at(row, first + i);
+        if (first + i + 4 < cols) step[lane * 4 + i] |= value_at(row, first + i + 4) << 4;
     }
-};
+}
 
 }  // namespace
 
@@ -125,21 +115,20 @@ int64_t moe_packed_bytes(int32_t rows, int32_t cols, int32_t group, int32_t bits
 }
 
 void moe_pack(const uint8_t* values, const float* scales, const uint8_t* zeros, uint8_t* data, uint8_t* zeros_out,
-              int32_t rows, int32_t cols, int32_t group, int32_t bits, int32_t paired) {
-    Source source{values, zeros, scales, cols, group, bits};
+              int32_t rows, int32_t cols, int32_t group, int32_t paired) {
     const int groups = ceil_div(cols, group), blocks = block_count(rows, paired), part = paired ? rows / 2 : rows;
-    memset(data, 0, block_bytes(cols, group, bits) * blocks);
+    memset(data, 0, block_bytes(cols, group, 4) * blocks);
     for (int block = 0; block < blocks; block++)
         for (int g = 0; g < groups; g++) {
-            int end = ceil_div(g * group + group < cols ? g * group + group : cols, 8) * 8;
-            int steps = (end - g * group) / step_inputs(bits);
+            int steps = steps_for(g * group + group < cols ? group : cols - g * group, 4);
             for (int lane = 0; lane < BLOCK; lane++) {
                 int at = (paired ? block / 2 : block) * BLOCK + lane;
                 if (at >= part) continue;
                 int64_t row = at + (paired && block % 2 ? part : 0);
                 memcpy(data + lane * 4, &scales[row * groups + g], 4);
                 if (zeros) zeros_out[(int64_t(block) * groups + g) * BLOCK + lane] = zeros[row * groups + g];
-                for (int s = 0; s < steps; s++) source.pack_lane(data + 64 + s * 64, lane, row, g * group + s * step_inputs(bits));
+                const uint8_t* from = values + row * ((cols + 1) / 2);
+                for (int s = 0; s < steps; s++) pack_lane(from, cols, g * group + s * 8, data + 64 + s * 64, lane);
             }
             data += 64 * (steps + 1);
         }

@@ -72,7 +72,7 @@ void experts(const Context& c, const MoeExpertsArgs& a, const ExpertScratch& s) 
     c.sync();
     each_expert(c, a, s, a.gate_up, {a.x, s.tokens, padded(a.gate_up.cols)}, {s.hidden, inner, false});
     c.sync();
-    quantize(c, {s.hidden, nullptr, nullptr, s.quantized, 0, rows, inner, inner, a.down.group});
+    quantize(c, {s.hidden, nullptr, nullptr, s.quantized, 0, rows, inner, inner, a.down.piece, a.down.segment});
     c.sync();
     each_expert(c, a, s, a.down, {s.quantized, nullptr, padded(inner)}, {s.out, width, false});
     c.sync();

@@ -8,21 +8,22 @@
 
 namespace {
 
-inline MoeQuantized take_quantized(Arena& arena, int64_t tokens, int width, int group) {
-    return {arena.take<int8_t>(tokens * padded(width)), arena.take<float>(tokens),
-            arena.take<int32_t>(tokens * ceil_div(width, group))};
+// Room for the smallest pieces, of 64, and for segments of `segment` or more.
+inline MoeQuantized take_quantized(Arena& arena, int64_t tokens, int width, int segment) {
+    return {arena.take<int8_t>(tokens * padded(width)), arena.take<float>(tokens * ceil_div(width, 64)),
+            arena.take<int32_t>(tokens * ceil_div(width, segment))};
 }
 
-inline ExpertScratch take_experts(Arena& arena, int64_t tokens, int per_token, int count, int width, int inner, int group) {
+inline ExpertScratch take_experts(Arena& arena, int64_t tokens, int per_token, int count, int width, int inner, int segment) {
     int64_t rows = tokens * per_token;
     return {arena.take<int32_t>(count + 1), arena.take<int32_t>(rows), arena.take<int32_t>(rows),
-            arena.take<float>(rows * inner), arena.take<float>(rows * width), take_quantized(arena, rows, inner, group)};
+            arena.take<float>(rows * inner), arena.take<float>(rows * width), take_quantized(arena, rows, inner, segment)};
 }
 
 struct ForwardScratch {
     float *x, *normed, *joint, *query, *absorbed, *attended, *values, *hidden, *router, *weights, *latents, *tiles;
     int32_t* chosen;
-    MoeQuantized x8, query8, heads8, values8, hidden8, last8;
+    MoeQuantized x8, query8, values8, hidden8, last8;
     ExpertScratch experts;
 };
 
@@ -36,8 +37,8 @@ inline int widest_inner(const MoeForwardArgs& a, bool moe) {
 inline ForwardScratch take_forward(Arena& m, const MoeForwardArgs& a, int threads) {
     ForwardScratch s;
     int64_t n = a.count, heads = a.heads;
-    int per_token = a.top_k + a.shared, widest = a.plain > a.rank ? a.plain : a.rank, dense = widest_inner(a, false);
-    int queries = a.heads * (a.plain + a.rope), least = a.group < 8 ? 8 : a.group;
+    int per_token = a.top_k + a.shared, dense = widest_inner(a, false);
+    int queries = a.heads * (a.plain + a.rope), least = a.segment;
     s.x = m.take<float>(n * a.hidden);
     s.normed = m.take<float>(n * (a.hidden > a.query_rank ? a.hidden : a.query_rank));
     s.joint = m.take<float>(n * ((a.query_rank ? a.query_rank : queries) + a.rank + a.rope));
@@ -53,7 +54,6 @@ inline ForwardScratch take_forward(Arena& m, const MoeForwardArgs& a, int thread
     s.chosen = m.take<int32_t>(n * per_token);
     s.x8 = take_quantized(m, n, a.hidden, least);
     s.query8 = take_quantized(m, n, a.query_rank, least);
-    s.heads8 = take_quantized(m, n * heads, widest, widest);
     s.values8 = take_quantized(m, n, a.heads * a.value, least);
     s.hidden8 = take_quantized(m, n, dense, least);
     s.last8 = take_quantized(m, a.selected_count, a.hidden, least);
@@ -80,7 +80,7 @@ inline void project_queries(const Context& c, const MoeForwardArgs& a, const Moe
     c.sync();
     const float* query = s.joint;
     if (l.query_norm) {
-        quantize(c, {s.joint, l.query_norm, s.normed, s.query8, a.inner_eps, a.count, front, joint, l.query.group});
+        quantize(c, {s.joint, l.query_norm, s.normed, s.query8, a.inner_eps, a.count, front, joint, l.query.piece, l.query.segment});
         c.sync();
         linear(c, {l.query, s.query8, s.query, a.count, queries, 0});
         c.sync();
@@ -88,7 +88,7 @@ inline void project_queries(const Context& c, const MoeForwardArgs& a, const Moe
     }
     int row = a.rank + a.rope;
     heads(c, {l.key, query, s.absorbed, a.count, a.heads, l.query_norm ? queries : joint, a.plain + a.rope,
-              a.heads * row, row, a.rotations, a.positions, a.rope}, s.heads8);
+              a.heads * row, row, a.rotations, a.positions, a.rope});
     c.sync();
 }
 
@@ -96,23 +96,23 @@ inline void attention(const Context& c, const MoeForwardArgs& a, const MoeLayer&
     MoeCache cache = a.cache;
     cache.rows = l.cache_rows;
     int values = a.heads * a.value;
-    quantize(c, {s.x, l.attention_norm, s.normed, s.x8, a.eps, a.count, a.hidden, a.hidden, l.input.group});
+    quantize(c, {s.x, l.attention_norm, s.normed, s.x8, a.eps, a.count, a.hidden, a.hidden, l.input.piece, l.input.segment});
     c.sync();
     linear(c, {l.input, s.x8, s.joint, a.count, l.input.rows, 0});
     c.sync();
     project_queries(c, a, l, cache, s);
     attend(c, {cache, s.absorbed, s.attended, a.heads, a.rank, a.rope, a.attention_scale}, s.tiles);
     c.sync();
-    heads(c, {l.value, s.attended, s.values, a.count, a.heads, a.heads * a.rank, a.rank, values, a.value, nullptr, nullptr, 0}, s.heads8);
+    heads(c, {l.value, s.attended, s.values, a.count, a.heads, a.heads * a.rank, a.rank, values, a.value, nullptr, nullptr, 0});
     c.sync();
-    quantize(c, {s.values, nullptr, nullptr, s.values8, 0, a.count, values, values, l.output.group});
+    quantize(c, {s.values, nullptr, nullptr, s.values8, 0, a.count, values, values, l.output.piece, l.output.segment});
     c.sync();
     linear(c, {l.output, s.values8, s.x, a.count, a.hidden, 1});
     c.sync();
 }
 
 inline void feed_forward(const Context& c, const MoeForwardArgs& a, const MoeLayer& l, const ForwardScratch& s) {
-    quantize(c, {s.x, l.block_norm, s.normed, s.x8, a.eps, a.count, a.hidden, a.hidden, l.gate_up.group});
+    quantize(c, {s.x, l.block_norm, s.normed, s.x8, a.eps, a.count, a.hidden, a.hidden, l.gate_up.piece, l.gate_up.segment});
     c.sync();
     if (l.router) {
         route(c, {s.normed, l.router, l.router_bias, s.chosen, s.weights, a.count, a.hidden, a.experts, a.top_k, a.shared,
@@ -124,7 +124,7 @@ inline void feed_forward(const Context& c, const MoeForwardArgs& a, const MoeLay
         int inner = l.down.cols;
         linear(c, {l.gate_up, s.x8, s.hidden, a.count, inner, 0});
         c.sync();
-        quantize(c, {s.hidden, nullptr, nullptr, s.hidden8, 0, a.count, inner, inner, l.down.group});
+        quantize(c, {s.hidden, nullptr, nullptr, s.hidden8, 0, a.count, inner, inner, l.down.piece, l.down.segment});
         c.sync();
         linear(c, {l.down, s.hidden8, s.x, a.count, a.hidden, 1});
     }
@@ -136,7 +136,8 @@ inline void head(const Context& c, const MoeForwardArgs& a, const ForwardScratch
     while (c.take(a.selected_count, 1, begin, end)) {
         float* normed = s.normed + int64_t(begin) * a.hidden;
         norm_row(s.x + int64_t(a.selected[begin]) * a.hidden, a.norm, normed, a.hidden, a.eps);
-        quantize_row(normed, a.hidden, a.head.group, at_token(s.last8, begin, a.hidden, a.head.group));
+        quantize_row(normed, a.hidden, a.head.piece, a.head.segment,
+                     at_token(s.last8, begin, a.hidden, a.head.piece, a.head.segment));
     }
     c.sync();
     linear(c, {a.head, s.last8, a.logits, a.selected_count, a.vocabulary, 0});

@@ -4,7 +4,8 @@
 // W = R + P row of the latent cache, E routed experts, A all experts, K experts of a token, B sequences.
 //
 // All float arrays are float32 unless said otherwise. Quantized activations lie padded: a row of int8 takes
-// moe_padded(I) bytes, with zeros behind its I values.
+// moe_padded(I) bytes, with zeros behind its I values. Its inputs are cut into *pieces*, each with a scale of its own;
+// docs/formats.md (w4a8) says into which.
 #pragma once
 #include <stdint.h>
 
@@ -24,31 +25,40 @@ enum MoeOperation : int32_t {
 constexpr int32_t SPARSE14 = 14;
 
 // A weight packed by moe_pack: blocks of 16 output rows; in a block, for each group of inputs, 16 scales and
-// then 64-byte steps, in each of which every row has 8 (int4) or 4 (int8) inputs.
+// then 64-byte steps, in each of which every row has 8 inputs.
 struct MoeWeight {
     const uint8_t* data;    // 64-byte aligned; A weights behind each other where stacked
-    const uint8_t* zeros;   // [A, blocks, groups, 16], or null: every zero point is 8 (int4) or 128 (int8)
+    const uint8_t* zeros;   // [A, blocks, groups, 16], or null: every zero point is 8
     const float* bias;      // [O] or null
     int32_t rows, cols;     // O and I
     int32_t group;          // inputs that share a scale, a multiple of 8, of 64 where sparse
-    int32_t bits;           // 4, 8 or SPARSE14
+    int32_t piece;          // inputs that share the scale of an activation, a multiple of 64
+    int32_t segment;        // inputs of one integer sum: the largest size that divides group and piece
+    int32_t bits;           // 4 or SPARSE14
     int32_t paired;         // 1: blocks alternate between gate and up (the halves of O); the product is silu(gate) * up
+};
+
+// One matrix a head, bfloat16: blocks of 16 output rows; in a block 64-byte steps, in each of which every row has 2
+// inputs. Rows and inputs that fill the last block and step are 0.
+struct MoeHeadWeight {
+    const uint8_t* data;    // 64-byte aligned; H matrices behind each other
+    int32_t rows, cols;     // O and I
 };
 
 struct MoeQuantized {
     int8_t* values;   // [T, moe_padded(I)]
-    float* scales;    // [T]
-    int32_t* sums;    // [T, groups]: sums of values over each group
+    float* scales;    // [T, pieces]
+    int32_t* sums;    // [T, segments]: sums of values over each segment
 };
 
-// RMSNorm (arXiv:1910.07467) where `weight` is given, then int8 with one scale a token.
+// RMSNorm (arXiv:1910.07467) where `weight` is given, then int8 with one scale a piece.
 struct MoeQuantizeArgs {
     const float* x;        // [T, stride]
     const float* weight;   // [I] or null: no norm
     float* normed;         // [T, I] or null: not wanted
     MoeQuantized out;
     float eps;
-    int32_t tokens, width, stride, group;
+    int32_t tokens, width, stride, piece, segment;
 };
 
 struct MoeLinearArgs {
@@ -59,9 +69,9 @@ struct MoeLinearArgs {
     int32_t accumulate;     // 1: added to out, 0: written
 };
 
-// One small int8 projection a head: x[t, h, :I] to out[t, h, :O].
+// One small projection a head, sums in float32: x[t, h, :I] to out[t, h, :O].
 struct MoeHeadsArgs {
-    MoeWeight weight;       // stacked over heads
+    MoeHeadWeight weight;
     const float* x;
     float* out;
     int32_t tokens, heads;
@@ -128,8 +138,9 @@ struct MoeAttendArgs {
 
 struct MoeLayer {
     const float *attention_norm, *query_norm, *latent_norm, *block_norm;   // query_norm null: no low-rank query
-    MoeWeight input, query, key, value, output;
+    MoeWeight input, query, output;
     MoeWeight gate_up, down;      // stacked where the layer has experts
+    MoeHeadWeight key, value;
     const float *router, *router_bias;   // router null: a dense layer
     void* cache_rows;
     int64_t* experts_used;        // [E + 1] or null, as in MoeExpertsArgs
@@ -147,7 +158,7 @@ struct MoeForwardArgs {
     float* logits;                // [N, V]
     int32_t count, selected_count;  // T, N
     int32_t embedding_bf16, layer_count, vocabulary;
-    int32_t hidden, heads, plain, rope, rank, value, query_rank, group;
+    int32_t hidden, heads, plain, rope, rank, value, query_rank, segment;   // segment: the least of all weights
     int32_t experts, shared, top_k, groups, kept_groups, group_best, softmax, normalise;
     float routed_scale, attention_scale, eps, inner_eps;
 };
@@ -167,11 +178,11 @@ MOE_EXPORT void moe_close(MoeEngine* engine);
 MOE_EXPORT int32_t moe_run(MoeEngine* engine, int32_t operation, const void* arguments);
 
 MOE_EXPORT int64_t moe_packed_bytes(int32_t rows, int32_t cols, int32_t group, int32_t bits, int32_t paired);
-// values: int4 as nibbles, low first [O, ceil(I / 2)], or int8 [O, I]; scales [O, groups]. With `paired`, blocks
-// of 16 rows come from the first and the second half of the rows in turn, so that gate and up of an element meet.
+// values: nibbles, low first [O, ceil(I / 2)]; scales [O, groups]. With `paired`, blocks of 16 rows come from the
+// first and the second half of the rows in turn, so that gate and up of an element meet.
 // zeros [O, groups] with zeros_out [blocks, groups, 16], or both null.
 MOE_EXPORT void moe_pack(const uint8_t* values, const float* scales, const uint8_t* zeros, uint8_t* data,
-                         uint8_t* zeros_out, int32_t rows, int32_t cols, int32_t group, int32_t bits, int32_t paired);
+                         uint8_t* zeros_out, int32_t rows, int32_t cols, int32_t group, int32_t paired);
 // values: nibbles of quads, low first [O, ceil(I / 8)]; positions: two bits each, lowest first [O, ceil(I / 16)].
 MOE_EXPORT void moe_pack_sparse14(const uint8_t* values, const uint8_t* positions, const float* scales, uint8_t* data,
                                   int32_t rows, int32_t cols, int32_t group, int32_t paired);

@@ -34,19 +34,61 @@ void latent(const Context& c, const MoeLatentArgs& a, float* scratch) {
         }
 }
 
-// scratch: [T, H] rows of padded(I) bytes, scales and sums
-void heads(const Context& c, const MoeHeadsArgs& a, const MoeQuantized& scratch) {
-    int inputs = a.weight.cols, h, stop;
-    while (c.take(a.heads, 1, h, stop)) {
-        MoeQuantized x = at_token(scratch, h * a.tokens, inputs, a.weight.group);
-        for (int t = 0; t < a.tokens; t++) {
-            const float* from = a.x + int64_t(t) * a.x_token + int64_t(h) * a.x_head;
-            float* to = a.out + int64_t(t) * a.out_token + int64_t(h) * a.out_head;
-            quantize_row(from, inputs, a.weight.group, at_token(x, t, inputs, a.weight.group));
-            if (a.rotations) turn(from + inputs, a.rotations + a.positions[t] * a.rope, to + a.weight.rows, a.rope);
+// NB blocks of a head for TB tokens that lie `x_stride` and `out_stride` apart. Even and odd inputs are summed apart and
+// added at the end, whatever TB and NB.
+template <int TB, int NB>
+inline __attribute__((always_inline)) void head_tile(const MoeHeadWeight& w, const uint8_t* data, int block, const float* x, int64_t x_stride, float* out, int64_t out_stride) {
+    constexpr int VECTORS = BLOCK / LANES;
+    const int64_t size = block_bytes(w);
+    vf even[TB][NB * VECTORS], odd[TB][NB * VECTORS];
+    for (int t = 0; t < TB; t++)
+        for (int v = 0; v < NB * VECTORS; v++) even[t][v] = odd[t][v] = zero();
+    int i = 0;
+    for (; i + 2 <= w.cols; i += 2)
+        for (int v = 0; v < NB * VECTORS; v++) {
+            vi pairs = load_int(data + v / VECTORS * size + i * 32 + v % VECTORS * LANES * 4);
+            for (int t = 0; t < TB; t++) {
+                const float* at = x + t * x_stride + i;
+                even[t][v] = fma(set(at[0]), even_bf16(pairs), even[t][v]);
+                odd[t][v] = fma(set(at[1]), odd_bf16(pairs), odd[t][v]);
+            }
         }
-        Output out{a.out + int64_t(h) * a.out_head, a.out_token, false};
-        multiply(Matrix(a.weight, h), {x, nullptr, padded(inputs)}, 0, a.tokens, 0, block_count(a.weight), out);
+    for (int v = 0; i < w.cols && v < NB * VECTORS; v++) {
+        vi pairs = load_int(data + v / VECTORS * size + i * 32 + v % VECTORS * LANES * 4);
+        for (int t = 0; t < TB; t++) even[t][v] = fma(set(x[t * x_stride + i]), even_bf16(pairs), even[t][v]);
+    }
+    for (int t = 0; t < TB; t++)
+        for (int v = 0; v < NB * VECTORS; v++) {
+            int begin = block * BLOCK + v * LANES, n = w.rows - begin;
+            if (n > 0) store_n(out + t * out_stride + begin, add(even[t][v], odd[t][v]), n < LANES ? n : LANES);
+        }
+}
+
+// Few tokens: several blocks at once, whose sums hide each other's latency.
+template <int TB, int NB>
+inline void head_blocks(const MoeHeadWeight& w, const uint8_t* data, const float* x, int64_t x_stride, float* out, int64_t out_stride) {
+    const int blocks = ceil_div(w.rows, BLOCK);
+    const int64_t size = block_bytes(w);
+    int b = 0;
+    for (; b + NB <= blocks; b += NB) head_tile<TB, NB>(w, data + b * size, b, x, x_stride, out, out_stride);
+    for (; b < blocks; b++) head_tile<TB, 1>(w, data + b * size, b, x, x_stride, out, out_stride);
+}
+
+void heads(const Context& c, const MoeHeadsArgs& a) {
+    constexpr int MOST = LANES == 16 ? 8 : 2;
+    int h, stop;
+    while (c.take(a.heads, 1, h, stop)) {
+        const uint8_t* data = a.weight.data + h * weight_bytes(a.weight);
+        const float* x = a.x + int64_t(h) * a.x_head;
+        float* out = a.out + int64_t(h) * a.out_head;
+        for (int t = 0; a.rotations && t < a.tokens; t++)
+            turn(x + int64_t(t) * a.x_token + a.weight.cols, a.rotations + a.positions[t] * a.rope,
+                 out + int64_t(t) * a.out_token + a.weight.rows, a.rope);
+        int t = 0;
+        for (; t + MOST <= a.tokens; t += MOST)
+            head_blocks<MOST, 1>(a.weight, data, x + int64_t(t) * a.x_token, a.x_token, out + int64_t(t) * a.out_token, a.out_token);
+        for (; t < a.tokens; t++)
+            head_blocks<1, LANES == 16 ? 4 : 2>(a.weight, data, x + int64_t(t) * a.x_token, a.x_token, out + int64_t(t) * a.out_token, a.out_token);
     }
 }
 

@@ -11,15 +11,15 @@ inline int padded(int cols) { return ceil_div(cols, 64) * 64; }
 inline int group_count(const MoeWeight& w) { return ceil_div(w.cols, w.group); }
 inline int block_count(int rows, int paired) { return paired ? 2 * ceil_div(rows / 2, BLOCK) : ceil_div(rows, BLOCK); }
 inline int block_count(const MoeWeight& w) { return block_count(w.rows, w.paired); }
-inline int step_inputs(int bits) { return bits == 4 ? 8 : 4; }
 // Pieces of 64 bytes that hold so many inputs of a block: three for 64 inputs where 1 of 4 is kept.
-inline int steps_for(int inputs, int bits) {
-    return bits == SPARSE14 ? 3 * ceil_div(inputs, 64) : ceil_div(inputs, 8) * 8 / step_inputs(bits);
-}
+inline int steps_for(int inputs, int bits) { return bits == SPARSE14 ? 3 * ceil_div(inputs, 64) : ceil_div(inputs, 8); }
 inline int64_t block_bytes(int cols, int group, int bits) {
     return 64 * (int64_t(ceil_div(cols, group)) + steps_for(cols, bits));
 }
 inline int64_t block_bytes(const MoeWeight& w) { return block_bytes(w.cols, w.group, w.bits); }
 inline int64_t weight_bytes(const MoeWeight& w) { return block_bytes(w) * block_count(w); }
+// Of MoeHeadWeight: a block, and a head's matrix.
+inline int64_t block_bytes(const MoeHeadWeight& w) { return 64 * int64_t(ceil_div(w.cols, 2)); }
+inline int64_t weight_bytes(const MoeHeadWeight& w) { return block_bytes(w) * ceil_div(w.rows, BLOCK); }
 
 }  // namespace

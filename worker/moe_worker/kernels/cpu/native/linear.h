@@ -1,5 +1,5 @@
-// y[t, o] = x_scale[t] * sum over groups of w_scale[o, g] * dot(x[t, g], w[o, g]), in the order of the groups,
-// whatever T and the number of threads: a token's result does not depend on what is computed beside it.
+// y[t, o] = sum over segments s of w_scale[o, group of s] * x_scale[t, piece of s] * dot(x[t, s], w[o, s]), in the order
+// of the segments, whatever T and the number of threads: a token's result does not depend on what is computed beside it.
 #pragma once
 #include "quantize.h"
 #include "sparse14.h"
@@ -14,66 +14,89 @@ struct Rows {
     int at(int row) const { return index ? index[row] : row; }
 };
 
+// One matrix of a stack. Sizes that take divisions are computed once for all of its blocks.
+struct Matrix {
+    const MoeWeight& w;
+    const int groups, segments, pieces;
+    const int64_t block_size;
+    const uint8_t *data, *zeros;
+    Matrix(const MoeWeight& weight, int64_t index)
+        : w(weight), groups(group_count(w)), segments(ceil_div(w.cols, w.segment)), pieces(ceil_div(w.cols, w.piece)),
+          block_size(block_bytes(w)), data(w.data + index * block_size * block_count(w)),
+          zeros(w.zeros ? w.zeros + index * block_count(w) * groups * BLOCK : nullptr) {}
+    const uint8_t* block(int b) const { return data + b * block_size; }
+    const uint8_t* block_zeros(int b) const { return zeros ? zeros + int64_t(b) * groups * BLOCK : nullptr; }
+};
+
 template <int BITS, int TB, int NV>
-inline __attribute__((always_inline)) void tile(const MoeWeight& w, const uint8_t* data, const uint8_t* zeros, int lane, const Rows& rows, int first_row, float* out) {
+inline __attribute__((always_inline)) void tile(const Matrix& m, const uint8_t* data, const uint8_t* zeros, int lane, const Rows& rows, int first_row, float* out) {
+    const MoeWeight& w = m.w;
     const int8_t* x[TB];
     const int32_t* sums[TB];
-    const int groups = group_count(w);
+    const float* scales[TB];
     for (int t = 0; t < TB; t++) {
-        int row = rows.at(first_row + t);
-        x[t] = rows.x.values + int64_t(row) * rows.width;
-        sums[t] = rows.x.sums + int64_t(row) * groups;
+        int64_t row = rows.at(first_row + t);
+        x[t] = rows.x.values + row * rows.width;
+        sums[t] = rows.x.sums + row * m.segments;
+        scales[t] = rows.x.scales + row * m.pieces;
     }
     vf total[TB][NV];
     for (int t = 0; t < TB; t++)
         for (int v = 0; v < NV; v++) total[t][v] = zero();
-    for (int g = 0; g < groups; g++) {
-        int begin = g * w.group, left = w.cols - begin;
-        int steps = steps_for(left < w.group ? left : w.group, BITS);
-        vi dots[TB][NV];
-        for (int t = 0; t < TB; t++)
-            for (int v = 0; v < NV; v++)
-                if (zeros)
-                    dots[t][v] = sub_int(zero_int(), mul_int(load_bytes(zeros + g * BLOCK + lane + v * LANES), set_int(sums[t][g])));
-                else
-                    dots[t][v] = set_int(BITS == 4 ? -8 * sums[t][g] : BITS == 8 && OFFSET_INT8 ? -128 * sums[t][g] : 0);
-        Dot<BITS, TB, NV>::run(dots, data + 64 + lane * 4, x, begin, steps);
-        for (int v = 0; v < NV; v++) {
-            vf scale = load((const float*)data + lane + v * LANES);
-            for (int t = 0; t < TB; t++) total[t][v] = fma(to_float(dots[t][v]), scale, total[t][v]);
+    int begin = 0, piece = 0, piece_end = w.piece;
+    for (int g = 0, s = 0; g < m.groups; g++) {
+        const float* weight_scales = (const float*)data + lane;
+        const int end = begin + w.group < w.cols ? begin + w.group : w.cols;
+        data += 64;
+        for (; begin < end; begin += w.segment, s++) {
+            const int steps = steps_for(end - begin < w.segment ? end - begin : w.segment, BITS);
+            if (begin == piece_end) piece++, piece_end += w.piece;
+            vi dots[TB][NV];
+            for (int t = 0; t < TB; t++)
+                for (int v = 0; v < NV; v++)
+                    if (zeros)
+                        dots[t][v] = sub_int(zero_int(), mul_int(load_bytes(zeros + g * BLOCK + lane + v * LANES), set_int(sums[t][s])));
+                    else
+                        dots[t][v] = set_int(BITS == 4 ? -8 * sums[t][s] : 0);
+            Dot<BITS, TB, NV>::run(dots, data + lane * 4, x, begin, steps);
+            for (int v = 0; v < NV; v++) {
+                vf scale = load(weight_scales + v * LANES);
+                for (int t = 0; t < TB; t++)
+                    total[t][v] = fma(mul(to_float(dots[t][v]), set(scales[t][piece])), scale, total[t][v]);
+            }
+            data += 64 * steps;
         }
-        data += 64 * (steps + 1);
+        begin = end;
     }
     for (int t = 0; t < TB; t++)
-        for (int v = 0; v < NV; v++)
-            store(out + t * BLOCK + lane + v * LANES, mul(total[t][v], set(rows.x.scales[rows.at(first_row + t)])));
+        for (int v = 0; v < NV; v++) store(out + t * BLOCK + lane + v * LANES, total[t][v]);
 }
 
 // A whole block (16 output rows) for TB tokens to out[TB][16]. With narrow vectors and several tokens, the block's
 // halves go one after the other: there are not enough registers for both.
 template <int BITS, int TB>
-inline void block_tile(const MoeWeight& w, const uint8_t* data, const uint8_t* zeros, const Rows& rows, int row, float* out) {
+inline void block_tile(const Matrix& m, int block, const Rows& rows, int row, float* out) {
     constexpr int VECTORS = BLOCK / LANES;
+    const uint8_t *data = m.block(block), *zeros = m.block_zeros(block);
     if (TB == 1) {
-        tile<BITS, TB, VECTORS>(w, data, zeros, 0, rows, row, out);
+        tile<BITS, TB, VECTORS>(m, data, zeros, 0, rows, row, out);
     } else {
-        for (int lane = 0; lane < BLOCK; lane += LANES) tile<BITS, TB, 1>(w, data, zeros, lane, rows, row, out);
+        for (int lane = 0; lane < BLOCK; lane += LANES) tile<BITS, TB, 1>(m, data, zeros, lane, rows, row, out);
     }
 }
 
 template <int BITS>
-inline int tile_rows(const MoeWeight& w, const uint8_t* data, const uint8_t* zeros, const Rows& rows, int row, int left, float* out) {
+inline int tile_rows(const Matrix& m, int block, const Rows& rows, int row, int left, float* out) {
     constexpr int MOST = LANES == 16 ? 8 : 4;
-    if (left >= MOST) return block_tile<BITS, MOST>(w, data, zeros, rows, row, out), MOST;
-    if (left >= 4) return block_tile<BITS, 4>(w, data, zeros, rows, row, out), 4;
-    if (left >= 2) return block_tile<BITS, 2>(w, data, zeros, rows, row, out), 2;
-    return block_tile<BITS, 1>(w, data, zeros, rows, row, out), 1;
+    if (left >= MOST) return block_tile<BITS, MOST>(m, block, rows, row, out), MOST;
+    if (left >= 4) return block_tile<BITS, 4>(m, block, rows, row, out), 4;
+    if (left >= 2) return block_tile<BITS, 2>(m, block, rows, row, out), 2;
+    return block_tile<BITS, 1>(m, block, rows, row, out), 1;
 }
 
-inline int tile_any(const MoeWeight& w, const uint8_t* data, const uint8_t* zeros, const Rows& rows, int row, int left, float* out) {
-    if (w.bits == SPARSE14) return tile_rows<SPARSE14>(w, data, zeros, rows, row, left, out);
-    return w.bits == 4 ? tile_rows<4>(w, data, zeros, rows, row, left, out)
-                       : tile_rows<8>(w, data, zeros, rows, row, left, out);
+inline int tile_any(const Matrix& m, int block, const Rows& rows, int row, int left, float* out) {
+    return m.w.bits == SPARSE14 ? tile_rows<SPARSE14>(m, block, rows, row, left, out)
+                                : tile_rows<4>(m, block, rows, row, left, out);
 }
 
 struct Output {
@@ -101,16 +124,6 @@ inline void write_swiglu(const MoeWeight& w, const Output& o, const float* gate,
         store_n(out + v, mul(silu(load(gate + v)), load(up + v)), left - v < LANES ? left - v : LANES);
 }
 
-struct Matrix {
-    const MoeWeight& w;
-    const uint8_t *data, *zeros;
-    Matrix(const MoeWeight& weight, int64_t index)
-        : w(weight), data(weight.data + index * weight_bytes(weight)),
-          zeros(weight.zeros ? weight.zeros + index * block_count(weight) * group_count(weight) * BLOCK : nullptr) {}
-    const uint8_t* block(int b) const { return data + b * block_bytes(w); }
-    const uint8_t* block_zeros(int b) const { return zeros ? zeros + int64_t(b) * group_count(w) * BLOCK : nullptr; }
-};
-
 // Blocks (or pairs of blocks) begin to end of a matrix, for `count` rows that start at `first`.
 inline void multiply(const Matrix& m, const Rows& rows, int first, int count, int begin, int end, const Output& o) {
     alignas(64) float gate[8 * BLOCK], up[8 * BLOCK];
@@ -118,8 +131,8 @@ inline void multiply(const Matrix& m, const Rows& rows, int first, int count, in
         for (int row = first, done; row < first + count; row += done) {
             int left = first + count - row;
             int block = m.w.paired ? 2 * b : b;
-            done = tile_any(m.w, m.block(block), m.block_zeros(block), rows, row, left, gate);
-            if (m.w.paired) tile_any(m.w, m.block(block + 1), m.block_zeros(block + 1), rows, row, left, up);
+            done = tile_any(m, block, rows, row, left, gate);
+            if (m.w.paired) tile_any(m, block + 1, rows, row, left, up);
             for (int t = 0; t < done; t++)
                 if (m.w.paired) write_swiglu(m.w, o, gate + t * BLOCK, up + t * BLOCK, row + t, b);
                 else write_block(m.w, o, gate + t * BLOCK, row + t, b);

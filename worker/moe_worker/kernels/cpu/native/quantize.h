@@ -1,4 +1,4 @@
-// Activations to int8, one scale a token, with or without RMSNorm before.
+// Activations to int8, one scale a piece of a token, with or without RMSNorm before.
 #pragma once
 #include "layout.h"
 #include "pool.h"
@@ -6,8 +6,9 @@
 
 namespace {
 
-inline MoeQuantized at_token(const MoeQuantized& q, int t, int width, int group) {
-    return {q.values + int64_t(t) * padded(width), q.scales + t, q.sums + int64_t(t) * ceil_div(width, group)};
+inline MoeQuantized at_token(const MoeQuantized& q, int t, int width, int piece, int segment) {
+    return {q.values + int64_t(t) * padded(width), q.scales + int64_t(t) * ceil_div(width, piece),
+            q.sums + int64_t(t) * ceil_div(width, segment)};
 }
 
 // NaN where any is NaN: the bits of magnitudes have the order of their values, and those of NaN stand above all.
@@ -16,34 +17,33 @@ inline float largest_magnitude(const float* x, int n) {
     int i = 0;
     for (; i + LANES <= n; i += LANES) most = max_bits(most, abs(load(x + i)));
     if (i < n) most = max_bits(most, abs(load_n(x + i, n - i)));
-    alignas(64) float each[LANES];
-    store(each, most);
-    float largest = 0;
-    for (float value : each)
-        if (!(value <= largest)) largest = value;
-        else if (largest != largest) break;
-    return largest;
+    return largest_bits(most);
 }
 
-inline void sum_groups(const MoeQuantized& out, int n, int group) {
-    for (int g = 0, begin = 0; begin < n; g++, begin += group) {
-        int end = begin + group < n ? begin + group : n, total = 0;
-        for (int i = begin; i < end; i++) total += out.values[i];
-        out.sums[g] = total;
-    }
+inline int sum_values(const int8_t* values, int n) {
+    int total = 0;
+    for (int i = 0; i < n; i++) total += values[i];
+    return total;
 }
 
-// One token. Divides instead of multiplying by the inverse: the result is the reference's, to the bit. A token that is
-// not finite has a scale that is not, so that products with it are not finite either.
-inline void quantize_row(const float* x, int n, int group, const MoeQuantized& out) {
+// Divides instead of multiplying by the inverse: the result is the reference's, to the bit. A piece that is not finite
+// has a scale that is not, so that products with it are not finite either.
+inline float quantize_piece(const float* x, int n, int8_t* values) {
     float most = largest_magnitude(x, n);
     float scale = most == 0 ? 1 : most / 127;
     int i = 0;
-    for (; i + LANES <= n; i += LANES) store_int8(out.values + i, round_int(div(load(x + i), set(scale))));
-    if (i < n) store_int8(out.values + i, round_int(div(load_n(x + i, n - i), set(scale))));
+    for (; i + LANES <= n; i += LANES) store_int8(values + i, round_int(div(load(x + i), set(scale))));
+    if (i < n) store_int8(values + i, round_int(div(load_n(x + i, n - i), set(scale))));
+    return scale;
+}
+
+// One token.
+inline void quantize_row(const float* x, int n, int piece, int segment, const MoeQuantized& out) {
+    for (int begin = 0, p = 0; begin < n; begin += piece, p++)
+        out.scales[p] = quantize_piece(x + begin, n - begin < piece ? n - begin : piece, out.values + begin);
     memset(out.values + n, 0, padded(n) - n);
-    *out.scales = scale;
-    sum_groups(out, n, group);
+    for (int begin = 0, s = 0; begin < n; begin += segment, s++)
+        out.sums[s] = sum_values(out.values + begin, n - begin < segment ? n - begin : segment);
 }
 
 inline void norm_row(const float* x, const float* weight, float* out, int n, float eps) {
@@ -67,7 +67,7 @@ void quantize(const Context& c, const MoeQuantizeArgs& a) {
                 norm_row(x, a.weight, normed, a.width, a.eps);
                 x = normed;
             }
-            quantize_row(x, a.width, a.group, at_token(a.out, t, a.width, a.group));
+            quantize_row(x, a.width, a.piece, a.segment, at_token(a.out, t, a.width, a.piece, a.segment));
         }
 }
 

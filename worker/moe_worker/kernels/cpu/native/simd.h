@@ -29,6 +29,10 @@ inline vf abs(vf a) { return _mm512_abs_ps(a); }
 inline float sum(vf a) { return _mm512_reduce_add_ps(a); }
 inline float largest(vf a) { return _mm512_reduce_max_ps(a); }
 inline vf max_bits(vf a, vf b) { return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b))); }
+// The largest of values that are not negative; NaN where one is.
+inline float largest_bits(vf a) { return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(_mm512_castps_si512(a))))); }
+inline vf even_bf16(vi pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+inline vf odd_bf16(vi pairs) { return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000)))); }
 // The sums of 16 vectors, in their order; each is added up in the same order.
 inline vf sums_of(const vf (&a)[16]) {
     vf pairs[8], fours[4];
@@ -87,6 +91,13 @@ inline float largest(vf a) {
     return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
 }
 inline vf max_bits(vf a, vf b) { return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b))); }
+inline float largest_bits(vf a) {
+    __m128i b = _mm_max_epi32(_mm_castps_si128(_mm256_castps256_ps128(a)), _mm_castps_si128(_mm256_extractf128_ps(a, 1)));
+    b = _mm_max_epi32(b, _mm_shuffle_epi32(b, 0x4e));
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(b, _mm_shuffle_epi32(b, 0xb1))));
+}
+inline vf even_bf16(vi pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+inline vf odd_bf16(vi pairs) { return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(int(0xffff0000)))); }
 // The sums of 8 vectors, in their order; each is added up in the same order.
 inline vf sums_of(const vf (&a)[8]) {
     vf low = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));

@@ -16,12 +16,10 @@ void run(const Context& c, int32_t operation, const void* arguments, Arena m, in
     } else if (operation == MOE_LINEAR) {
         if (!counting) linear(c, as<MoeLinearArgs>(arguments));
     } else if (operation == MOE_HEADS) {
-        const auto& a = as<MoeHeadsArgs>(arguments);
-        MoeQuantized scratch = take_quantized(m, int64_t(a.tokens) * a.heads, a.weight.cols, a.weight.group);
-        if (!counting) heads(c, a, scratch);
+        if (!counting) heads(c, as<MoeHeadsArgs>(arguments));
     } else if (operation == MOE_EXPERTS) {
         const auto& a = as<MoeExpertsArgs>(arguments);
-        ExpertScratch scratch = take_experts(m, a.tokens, a.per_token, a.count, a.down.rows, a.down.cols, a.down.group);
+        ExpertScratch scratch = take_experts(m, a.tokens, a.per_token, a.count, a.down.rows, a.down.cols, a.down.segment);
         if (!counting) experts(c, a, scratch);
     } else if (operation == MOE_ROUTE) {
         const auto& a = as<MoeRouteArgs>(arguments);
