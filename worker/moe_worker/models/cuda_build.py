@@ -17,14 +17,15 @@ from moe_worker.config.quantization import Fp8Storage, PackedStorage, SparseStor
 from moe_worker.kernels.linear import DenseLinear, Fp8Linear, Int4Linear, Linear
 from moe_worker.kernels.triton.latent import LatentWeights
 from moe_worker.kernels.triton.router import Choice
-from moe_worker.kernels.triton.tiles import GROUP, PIECE, PackedFp8, pack_values
+from moe_worker.kernels.triton.tiles import PackedFp8, pack_values
 from moe_worker.kernels.triton.wide import Weight
 from moe_worker.models.cuda import CudaModel
 from moe_worker.models.cuda_layer import CudaLayer
 from moe_worker.models.deepseek import DeepseekModel, DenseBlock, Layer, MoeBlock
 from moe_worker.models.mla import INNER_NORM_EPS, LatentAttention
 from moe_worker.quant.fp8 import Fp8Weight
-from moe_worker.quant.int4 import Int4Weight
+from moe_worker.quant.int4 import GROUP, Int4Weight
+from moe_worker.quant.int8 import PIECE
 from moe_worker.quant.matrix import Matrix, join_rows, map_rows, split_inputs, stack
 from moe_worker.quant.sparse14 import Sparse14Weight
 
