@@ -14,7 +14,6 @@ import moe_worker
 from moe_worker.config.directory import read_checkpoint_config
 from moe_worker.errors import CheckpointError
 from moe_worker.kernels.cpu.library import Kernels
-from moe_worker.kernels.linear import make_linear
 from moe_worker.models.batch import Segment
 from moe_worker.models.checkpoint import Placement, load_model
 from moe_worker.models.native import NativeModel
@@ -22,7 +21,7 @@ from moe_worker.quant import matrix, sparse14
 from moe_worker.quant.int4 import Int4Weight, pack, quantize_int4
 from tests.checkpoints import write_checkpoint
 from tests.compress.sparse import make_sparse, random, random_sparse
-from tests.worker.test_native import new_cache, ours, rounded, truth
+from tests.worker.test_native import new_cache, ours, truth
 
 QUICK = settings(max_examples=80, deadline=None)
 fours = st.integers(1, 40).map(lambda quads: 4 * quads)
@@ -80,6 +79,9 @@ def test_rows_halves_and_stacks_are_cut_as_dense_ones_are():
     assert torch.equal(turned.dequantize(torch.float32), torch.cat(dense).flip(0))
     mixed = matrix.join_rows([parts[0], quantize_int4(random(4, 128))])
     assert torch.equal(mixed[:4], dense[0])
+    same_groups = matrix.join_rows([parts[0], quantize_int4(random(4, 128), 64)])
+    assert isinstance(same_groups, Int4Weight)
+    assert torch.equal(same_groups.dequantize(torch.float32)[:4], dense[0])
 
 
 @pytest.mark.parametrize(
@@ -147,12 +149,10 @@ def test_a_pass_on_the_cpu_kernels_is_that_of_the_reference(sparse_checkpoint):
     config = read_checkpoint_config(sparse_checkpoint)
     with torch.inference_mode():
         model = load_model(sparse_checkpoint, config, placement, 256, progress=False)
-        # The kernels round a dense head to four bits; the reference is given the same.
-        model = replace(model, head=make_linear(quantize_int4(model.embedding_VD), None, True))
     native = NativeModel(model, Kernels(threads=1))
     segments = [Segment(list(range(2, 30)), 0, range(2)), Segment([5, 9, 7], 0, range(4, 5))]
     results = []
-    for compute, weights in ((ours, native), (truth, rounded(model))):
+    for compute, weights in ((ours, native), (truth, model)):
         results.append(compute(weights, segments, new_cache(model)))
     assert (results[0] - results[1]).norm() < 0.02 * results[1].norm()
 

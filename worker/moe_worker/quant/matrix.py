@@ -75,7 +75,8 @@ def _split_sparse(matrix: Sparse14Weight, parts: int, width: int) -> list[Matrix
 
 def _combine(parts: Sequence[Matrix], join: Callable[[list[Tensor]], Tensor]) -> Matrix:
     kinds = {type(part) for part in parts}
-    if kinds == {Sparse14Weight, Int4Weight}:
+    groups = {part.group for part in parts if isinstance(part, Sparse14Weight | Int4Weight)}
+    if kinds == {Sparse14Weight, Int4Weight} and len(groups) == 1:
         parts = [part.to_int4() if isinstance(part, Sparse14Weight) else part for part in parts]
     elif len(kinds) > 1:
         return _combine_dense(parts, join)

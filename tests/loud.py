@@ -1,0 +1,96 @@
+"""A random model in w4a8 in which rounding anywhere else than docs/formats.md says would show.
+
+A few inputs of each product (the *loud* ones) are 300 times as large as the others and have weights of 0: all
+they do is to coarsen the scale of the piece in which they lie. With pieces cut otherwise, or with one scale a
+row, int8 would round to 0 what results are made of, or would keep what it should not. W_UK and W_UV have loud
+columns whose inputs are 0: in int8 with a scale for a row, nothing would be left of the other columns.
+"""
+
+import torch
+
+from benchmarks.gpu_random import SMALL, RandomSource, config_of
+from moe_worker.kvcache.paged import CacheShape, PagedCache
+from moe_worker.models.batch import Batch, Segment
+from moe_worker.models.build import build_model
+from moe_worker.models.runner import TorchRunner
+from moe_worker.quant.int4 import quantize_int4
+
+CPU = torch.device("cpu")
+# Pieces: 64 of hidden states and of an expert's values (192); 128 of a dense block's, although these are 320;
+# 64 of attention's output, although 128 divides it: it is 6 heads of 64.
+SHAPE = SMALL | {"num_hidden_layers": 2, "moe_intermediate_size": 192, "n_shared_experts": 1}
+LOUD = 300.0
+TOKENS = torch.randint(500, (24,), generator=torch.Generator().manual_seed(1)).tolist()
+# Shares of the logits' length: plain torch and the CPU kernels compute in float32, Triton kernels in bf16.
+TOLERANCE = {"cpu": 1e-4, "triton": 0.05}
+# What plain torch itself is off by, at least, when it rounds otherwise.
+DIVERGED = 0.08
+
+
+class LoudSource(RandomSource):
+    """Random weights with loud rows, and columns of 0 where these are read; the same on all devices."""
+
+    def __init__(self, device, dtype):
+        super().__init__(CPU, dtype, "w4a8")
+        self.target, self.config = device, config_of(SHAPE)
+
+    def take(self, name, *shape, dtype=None):
+        values = super().take(name, *shape, dtype=dtype)
+        last, latent = name.split(".")[-2], self.config.latent
+        if last in ("input_layernorm", "post_attention_layernorm", "norm"):
+            values[-64:] *= LOUD
+        elif last == "q_a_layernorm":
+            values[0] = 0
+        elif last == "kv_a_layernorm":
+            values[0] = 0  # the latent that W_UV's loud column reads
+        elif name.endswith("gate.weight"):
+            values[:, -64:] = 0
+        elif last == "kv_b_proj":
+            heads = values.view(latent.num_attention_heads, -1, latent.kv_lora_rank)
+            heads[:, 0] *= LOUD  # W_UK's first column: `matrix` makes the queries that it reads 0
+            heads[:, latent.qk_nope_head_dim :, 0] *= LOUD
+            heads[0, latent.qk_nope_head_dim :] *= LOUD
+        return values.to(self.target)
+
+    def matrix(self, name, outputs, inputs):
+        plain = RandomSource.take(self, name, outputs, inputs, dtype=torch.float32)
+        part, latent = name.split(".")[-2], self.config.latent
+        if part == "q_b_proj":
+            plain.view(latent.num_attention_heads, -1, inputs)[:, 0] = 0
+        elif part == "o_proj":
+            plain[:, : latent.v_head_dim] = 0
+        elif part == "up_proj":
+            plain[self._loud(name, outputs)] *= LOUD
+        elif part == "down_proj":
+            plain[:, self._loud(name, inputs)] = 0
+        if part in ("q_a_proj", "kv_a_proj_with_mqa", "gate_proj", "up_proj", "lm_head"):
+            plain[:, -64:] = 0
+        return quantize_int4(plain).map(lambda tensor: tensor.to(self.target))
+
+    def _loud(self, name, width):
+        """Hidden values: the last 64 of an expert, some in a dense block's second piece of 128."""
+        if "layers.0" in name:
+            return slice(140, 150)
+        return torch.arange(width) % self.config.moe.intermediate >= self.config.moe.intermediate - 64
+
+
+def model(device, dtype):
+    return build_model(config_of(SHAPE), LoudSource(device, dtype), 128)
+
+
+def run(runner, device, dtype, width=None):
+    config = config_of(SHAPE)
+    shape = CacheShape(config.num_hidden_layers, width or config.attention.cache_width, 16, dtype)
+    cache = PagedCache.allocate(shape, 4, device)
+    batch = Batch.of([Segment(TOKENS, 0, [2, 1])], cache)
+    return runner(cache).logits(batch, cache, range(len(TOKENS))).float().cpu()
+
+
+@torch.inference_mode()
+def plain_logits():
+    return run(lambda cache: TorchRunner(model(CPU, torch.float32)), CPU, torch.float32)
+
+
+def difference(actual, expected):
+    """Of the median token: where two experts score alike, a token may go to the other one."""
+    return float(((actual - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
