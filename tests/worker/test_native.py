@@ -73,13 +73,15 @@ PAGES = [7, 3, 9, 1, 20]
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_are_those_of_the_reference(model, variant):
     """Activations that stand at the edge of two integers round either way, and then so do others, layer after
-    layer; now and then that makes a token change one of its experts. Most tokens see nothing of it."""
+    layer, and those of later tokens of the sequence; now and then a token changes one of its experts. Most
+    sequences see nothing of it."""
     native = NativeModel(model, library.Kernels(variant, 2))
     caches = new_cache(model), new_cache(model)
+    short = [Segment(text(8, page), 0, [page]) for page in range(21, 27)]
     passes = [
-        [Segment(text(40, 1), 0, PAGES)],
+        [Segment(text(40, 1), 0, PAGES), *short],
         [Segment(text(1, 2), 40, PAGES), Segment(text(1, 3), 0, [5]), Segment(text(20, 4), 0, [11, 12])],
-        [Segment(text(1, 5), 41, PAGES), Segment(text(1, 6), 20, [11, 12])],
+        [Segment(text(1, 5), 41, PAGES), *(Segment(text(1, page), 8, [page]) for page in range(21, 27))],
     ]
     for segments in passes:
         result, expected = ours(native, segments, caches[0]), truth(model, segments, caches[1])

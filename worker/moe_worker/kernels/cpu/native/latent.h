@@ -34,42 +34,37 @@ void latent(const Context& c, const MoeLatentArgs& a, float* scratch) {
         }
 }
 
-// NB blocks of a head for TB tokens that lie `x_stride` and `out_stride` apart; inputs are added up in their order,
-// whatever TB and NB.
+// NB blocks of a head for TB tokens that lie `x_stride` and `out_stride` apart. Even and odd inputs are summed apart and
+// added at the end, whatever TB and NB.
 template <int TB, int NB>
 inline __attribute__((always_inline)) void head_tile(const MoeHeadWeight& w, const uint8_t* data, int block, const float* x, int64_t x_stride, float* out, int64_t out_stride) {
-    constexpr int VECTORS = NB * BLOCK / LANES;
+    constexpr int VECTORS = BLOCK / LANES;
     const int64_t size = block_bytes(w);
-    const uint8_t* at[VECTORS];
-    for (int v = 0; v < VECTORS; v++) at[v] = data + v * LANES / BLOCK * size + v * LANES % BLOCK * 4;
-    vf sums[TB][VECTORS];
+    vf even[TB][NB * VECTORS], odd[TB][NB * VECTORS];
     for (int t = 0; t < TB; t++)
-        for (int v = 0; v < VECTORS; v++) sums[t][v] = zero();
-    for (int i = 0; i < w.cols; i += 2) {
-        vf even[VECTORS], odd[VECTORS];
-        for (int v = 0; v < VECTORS; v++) {
-            vi pairs = load_int(at[v] + i * 32);
-            even[v] = even_bf16(pairs);
-            odd[v] = odd_bf16(pairs);
+        for (int v = 0; v < NB * VECTORS; v++) even[t][v] = odd[t][v] = zero();
+    int i = 0;
+    for (; i + 2 <= w.cols; i += 2)
+        for (int v = 0; v < NB * VECTORS; v++) {
+            vi pairs = load_int(data + v / VECTORS * size + i * 32 + v % VECTORS * LANES * 4);
+            for (int t = 0; t < TB; t++) {
+                const float* at = x + t * x_stride + i;
+                even[t][v] = fma(set(at[0]), even_bf16(pairs), even[t][v]);
+                odd[t][v] = fma(set(at[1]), odd_bf16(pairs), odd[t][v]);
+            }
         }
-        for (int t = 0; t < TB; t++) {
-            vf first = set(x[t * x_stride + i]);
-            for (int v = 0; v < VECTORS; v++) sums[t][v] = fma(first, even[v], sums[t][v]);
-        }
-        if (i + 1 == w.cols) break;
-        for (int t = 0; t < TB; t++) {
-            vf second = set(x[t * x_stride + i + 1]);
-            for (int v = 0; v < VECTORS; v++) sums[t][v] = fma(second, odd[v], sums[t][v]);
-        }
+    for (int v = 0; i < w.cols && v < NB * VECTORS; v++) {
+        vi pairs = load_int(data + v / VECTORS * size + i * 32 + v % VECTORS * LANES * 4);
+        for (int t = 0; t < TB; t++) even[t][v] = fma(set(x[t * x_stride + i]), even_bf16(pairs), even[t][v]);
     }
     for (int t = 0; t < TB; t++)
-        for (int v = 0; v < VECTORS; v++) {
+        for (int v = 0; v < NB * VECTORS; v++) {
             int begin = block * BLOCK + v * LANES, n = w.rows - begin;
-            if (n > 0) store_n(out + t * out_stride + begin, sums[t][v], n < LANES ? n : LANES);
+            if (n > 0) store_n(out + t * out_stride + begin, add(even[t][v], odd[t][v]), n < LANES ? n : LANES);
         }
 }
 
-// NB blocks at once, as many as registers hold: they share the tokens' values and hide each other's latency.
+// Few tokens: several blocks at once, whose sums hide each other's latency.
 template <int TB, int NB>
 inline void head_blocks(const MoeHeadWeight& w, const uint8_t* data, const float* x, int64_t x_stride, float* out, int64_t out_stride) {
     const int blocks = ceil_div(w.rows, BLOCK);
@@ -79,15 +74,8 @@ inline void head_blocks(const MoeHeadWeight& w, const uint8_t* data, const float
     for (; b < blocks; b++) head_tile<TB, 1>(w, data + b * size, b, x, x_stride, out, out_stride);
 }
 
-template <int TB, int NB>
-inline int head_tokens(const MoeHeadsArgs& a, const uint8_t* data, const float* x, float* out, int t) {
-    for (; t + TB <= a.tokens; t += TB)
-        head_blocks<TB, NB>(a.weight, data, x + int64_t(t) * a.x_token, a.x_token, out + int64_t(t) * a.out_token, a.out_token);
-    return t;
-}
-
 void heads(const Context& c, const MoeHeadsArgs& a) {
-    constexpr int MOST = LANES == 16 ? 8 : 4, BLOCKS = LANES == 16 ? 2 : 1;
+    constexpr int MOST = LANES == 16 ? 8 : 2;
     int h, stop;
     while (c.take(a.heads, 1, h, stop)) {
         const uint8_t* data = a.weight.data + h * weight_bytes(a.weight);
@@ -96,9 +84,11 @@ void heads(const Context& c, const MoeHeadsArgs& a) {
         for (int t = 0; a.rotations && t < a.tokens; t++)
             turn(x + int64_t(t) * a.x_token + a.weight.cols, a.rotations + a.positions[t] * a.rope,
                  out + int64_t(t) * a.out_token + a.weight.rows, a.rope);
-        int t = head_tokens<MOST, BLOCKS>(a, data, x, out, 0);
-        t = head_tokens<MOST / 2, BLOCKS>(a, data, x, out, t);
-        head_tokens<1, 4 * BLOCKS>(a, data, x, out, t);
+        int t = 0;
+        for (; t + MOST <= a.tokens; t += MOST)
+            head_blocks<MOST, 1>(a.weight, data, x + int64_t(t) * a.x_token, a.x_token, out + int64_t(t) * a.out_token, a.out_token);
+        for (; t < a.tokens; t++)
+            head_blocks<1, LANES == 16 ? 4 : 2>(a.weight, data, x + int64_t(t) * a.x_token, a.x_token, out + int64_t(t) * a.out_token, a.out_token);
     }
 }
 
