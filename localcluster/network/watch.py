@@ -79,7 +79,7 @@ def follow(path: str, on_change: Callable[[dict[str, dict[str, Any]]], None]) ->
         except WatchExpiredError:
             _log.info("%s: watch expired, listing again", path)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            _log.warning("%s: %s; trying again in %.1f s", path, error, _RETRY)
+            _log.warning("%s: %s; retrying in %.1f s", path, error, _RETRY)
             time.sleep(_RETRY)
         except Exception:  # noqa: BLE001 - logged, and everything is listed again
             # Without this thread no service would be found any more, without any error message.

@@ -37,7 +37,7 @@ def acts(docs: Live) -> None:
     eventually(
         lambda: docs.get("service", "docs-workers")["spec"]["selector"][ROLE],
         lambda role: role == "worker",
-        "put back",
+        "drift corrected",
     )
 
 
@@ -102,7 +102,7 @@ def test_upgrade_and_rollback_change_the_operator_and_restart_no_worker(docs, he
     acts(docs)
     assert workers(docs) == before
     told = metrics(docs)
-    assert 'moe_operator_decisions_total{moe_operator_reason="PutBack"' in told
+    assert 'moe_operator_decisions_total{moe_operator_reason="DriftCorrected"' in told
     assert "moe_operator_reconcile_duration_seconds_count" in told
 
     helm("rollback", "moe-operator", "1", "--wait", "--timeout=120s")

@@ -182,7 +182,7 @@ def test_each_pod_says_what_keeps_it_from_being_ready():
 def test_what_was_decided_is_told_in_order_also_within_a_second():
     events = [
         event(1.5, "RollingOut", "1 of 2 replicas at revision new"),
-        event(1.25, "Updated", "brought up to date StatefulSet demo-0"),
+        event(1.25, "Updated", "updated StatefulSet demo-0"),
         event(59, "ModelLoadFailed", "demo-0-0 cannot start", "Warning"),
     ]
     told = report(deployment(), (), events)["decisions"]

@@ -23,11 +23,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no model": ({"model": {}}, "spec.model.uri: Required value"),
     "pipeline": (
         {"parallelism": {"pipeline": 2}},
-        "pipeline parallelism is not there yet: set parallelism.pipeline to 1",
+        "pipeline parallelism is not supported yet; set parallelism.pipeline to 1",
     ),
     "experts": (
         {"parallelism": {"expert": {"size": 2}}},
-        "expert parallelism is not there yet: set parallelism.expert.size",
+        "expert parallelism is not supported yet; set parallelism.expert.size",
     ),
     "experts zero": ({"parallelism": {"expert": {"size": 0}}}, "set parallelism.expert.size to 1"),
     "replicas negative": ({"replicas": -1}, "replicas is a number from 0 to 1000"),

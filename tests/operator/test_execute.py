@@ -103,9 +103,9 @@ def test_an_api_server_that_is_away_ends_it_at_once():
     assert cluster.done == ["gate docs-1-0", "delete docs-0"]
 
 
-def test_what_takes_too_long_goes_on_in_another_turn():
+def test_a_plan_out_of_time_continues_in_the_next_reconcile():
     steps = itertools.count()
     cluster = Cluster()
-    with pytest.raises(OutOfTimeError, match="3 of 4 changes are made"):
+    with pytest.raises(OutOfTimeError, match="3 of 4 changes are applied"):
         execute(cluster, OWNER, plan("a", "b"), lambda: next(steps) < 3)
     assert cluster.done == ["gate docs-1-0", "delete docs-0", "apply a"]

@@ -324,22 +324,22 @@ def test_no_replicas_is_a_state_of_its_own():
     assert condition(world, PROGRESSING).reason == "Complete"
 
 
-def test_a_field_changed_by_hand_is_put_back_with_a_warning():
+def test_drift_of_a_field_is_corrected_with_a_warning():
     world = settled()
     world.children[Key("StatefulSet", "docs-1")]["spec"]["replicas"] = 5
     plan = world.step()
     assert [key(manifest).name for manifest in plan.apply] == ["docs-1"]
-    (decision,) = (found for found in plan.decisions if found.reason == "PutBack")
+    (decision,) = (found for found in plan.decisions if found.reason == "DriftCorrected")
     assert decision.warning
     assert "StatefulSet docs-1: spec.replicas" in decision.message
 
 
-def test_a_deleted_child_is_made_again_with_a_warning():
+def test_a_deleted_child_is_recreated_with_a_warning():
     world = settled()
     del world.children[Key("Service", "docs-workers")]
     plan = world.step()
     assert [key(manifest) for manifest in plan.apply] == [Key("Service", "docs-workers")]
-    assert "MadeAgain" in reasons(plan)
+    assert "Recreated" in reasons(plan)
 
 
 def test_defaults_and_fields_of_others_are_no_difference():
@@ -378,9 +378,9 @@ def test_a_child_whose_owner_was_taken_away_is_adopted_without_a_restart():
     for name in (Key("Service", "docs-workers"), Key("StatefulSet", "docs-1")):
         del world.children[name]["metadata"]["ownerReferences"]
     plan = world.step()
-    assert {change.message for change in plan.decisions if change.reason == "PutBack"} == {
-        "Service docs-workers: metadata.ownerReferences was changed and is put back",
-        "StatefulSet docs-1: metadata.ownerReferences was changed and is put back",
+    assert {change.message for change in plan.decisions if change.reason == "DriftCorrected"} == {
+        "Service docs-workers: metadata.ownerReferences was changed by another client; drift corrected",
+        "StatefulSet docs-1: metadata.ownerReferences was changed by another client; drift corrected",
     }
     assert world.step().apply == ()
     assert (world.revisions(), condition(world, READY).status) == (before, "True")

@@ -63,12 +63,12 @@ def test_of_two_operators_one_acts_and_the_other_takes_over(live, processes):
     live.apply(manifest("one", replicas=1))
     live.settled("one")
     live.patch("statefulset", "one-0", {"spec": {"replicas": 0}})
-    eventually(lambda: live.events("PutBack", "one"), len, "put back")
+    eventually(lambda: live.events("DriftCorrected", "one"), len, "drift corrected")
     live.settled("one")
     assert len(live.events("Created", "one")) == 1
-    assert len(live.events("PutBack", "one")) == 1
-    assert "/one: PutBack: " in processes.logs(first)
-    assert "/one: PutBack: " not in processes.logs(other)
+    assert len(live.events("DriftCorrected", "one")) == 1
+    assert "/one: DriftCorrected: " in processes.logs(first)
+    assert "/one: DriftCorrected: " not in processes.logs(other)
 
 
 def test_a_killed_operator_comes_back_and_restarts_no_worker(live, processes):

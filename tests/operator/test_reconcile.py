@@ -81,13 +81,13 @@ def test_a_settled_deployment_is_not_written_to(docs):
     eventually(
         lambda: docs.get("statefulset", "docs-1")["metadata"]["labels"][ROLE],
         lambda role: role == "worker",
-        "put back",
+        "drift corrected",
     )
     changed = {name for name, version in versions().items() if before[name] != version}
     assert changed - {("MoEDeployment", "docs")} == {("StatefulSet", "docs-0"), ("StatefulSet", "docs-1")}
 
 
-def test_a_hand_edited_child_is_put_back(docs):
+def test_drift_of_a_child_is_corrected(docs):
     docs.kubectl("set", "image", "deployment/docs-frontend", "frontend=busybox")
     docs.patch("service", "docs-frontend", {"spec": {"selector": {NAME: "other"}}})
     docs.patch("role", "docs-frontend", {"rules": []})
@@ -98,8 +98,8 @@ def test_a_hand_edited_child_is_put_back(docs):
         return image, selector, len(docs.get("role", "docs-frontend")["rules"] or [])
 
     wanted = ("ghcr.io/moe-operator/operator:dev", "docs", 2)
-    eventually(look, lambda found: found == wanted, "image, selector and rules put back")
-    said = " ".join(eventually(lambda: docs.events("PutBack"), lambda e: len(e) >= 3, "events"))
+    eventually(look, lambda found: found == wanted, "drift of image, selector and rules corrected")
+    said = " ".join(eventually(lambda: docs.events("DriftCorrected"), lambda e: len(e) >= 3, "events"))
     assert "Deployment docs-frontend: spec.template.spec.containers[frontend].image was changed" in said
 
 
@@ -120,7 +120,7 @@ def test_a_deleted_child_is_made_again(docs):
         eventually(
             lambda n=name: uid(n), lambda found, n=name: found not in (None, before[n]), f"{name} again"
         )
-    assert docs.events("MadeAgain")
+    assert docs.events("Recreated")
 
 
 def test_another_replica_takes_the_place_of_one_that_was_deleted(docs):

@@ -85,10 +85,10 @@ def api(api_server):
     api.clear("rewritten")
 
 
-def put_back(api):
+def corrected(api):
     events = api.ask("GET", "/api/v1/namespaces/default/events")[1]["items"]
     found = [one for one in events if one["involvedObject"]["name"] == "rewritten"]
-    return [one["message"] for one in found if one["reason"] == "PutBack"]
+    return [one["message"] for one in found if one["reason"] == "DriftCorrected"]
 
 
 def test_fields_that_a_policy_rewrites_are_no_drift_and_edits_by_hand_are(api):
@@ -103,12 +103,14 @@ def test_fields_that_a_policy_rewrites_are_no_drift_and_edits_by_hand_are(api):
     assert [api.reconcile("rewritten") for _ in range(3)] == [(0, False)] * 3
     pod = api.ask("GET", FRONTEND)[1]["spec"]["template"]["spec"]
     assert (pod["terminationGracePeriodSeconds"], "enableServiceLinks" in pod) == (7, False)
-    assert put_back(api) == []
+    assert corrected(api) == []
 
     assert api.ask("PATCH", FRONTEND, {"spec": {"replicas": 3}})[0] == 200
     api.reconcile("rewritten")
     assert api.ask("GET", FRONTEND)[1]["spec"]["replicas"] == 1
-    assert put_back(api) == ["Deployment rewritten-frontend: spec.replicas was changed and is put back"]
+    assert corrected(api) == [
+        "Deployment rewritten-frontend: spec.replicas was changed by another client; drift corrected"
+    ]
     assert api.reconcile("rewritten") == (0, False)
 
 

@@ -134,7 +134,7 @@ def test_others_who_write_all_the_time_keep_nothing_from_being_put_right(site):
     try:
         scale(site, "contested", 2)
         wait_for(site, "contested", 2)
-        eventually(lambda: events(site, "contested", "PutBack"), bool, "an event")
+        eventually(lambda: events(site, "contested", "DriftCorrected"), bool, "an event")
     finally:
         stop.set()
         thread.join()
@@ -142,7 +142,7 @@ def test_others_who_write_all_the_time_keep_nothing_from_being_put_right(site):
     def frontends():
         return site.api.ask("GET", frontend)[1]["spec"]["replicas"]
 
-    eventually(frontends, lambda count: count == 1, "put back")
+    eventually(frontends, lambda count: count == 1, "drift corrected")
 
 
 @pytest.mark.slow

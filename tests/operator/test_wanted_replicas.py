@@ -109,4 +109,4 @@ def test_a_replica_that_scaling_adds_is_no_surprise():
     world.deployment = replace(world.deployment, status=decided)
     told = [decision.reason for decision in world.step().decisions]
     assert "Created" in told
-    assert "MadeAgain" not in told
+    assert "Recreated" not in told

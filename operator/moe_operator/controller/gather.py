@@ -1,4 +1,4 @@
-"""Reads what there is of one deployment."""
+"""Reads the objects of one deployment."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moe_operator.resources.deployment import Deployment
 
 
 def gather(cluster: Cluster, deployment: Deployment) -> Observed:
-    """The deployment's objects and pods, found by their label; where there is a mirror, without a request."""
+    """The deployment's objects and pods, found by their label; from the cache, if it is complete."""
     namespace = deployment.identity.namespace
     found: dict[Key, Manifest] = {}
     for kind in children.KINDS:
@@ -30,10 +30,10 @@ def gather(cluster: Cluster, deployment: Deployment) -> Observed:
 
 
 def unlabelled(cluster: Cluster, namespace: str, manifests: Iterable[Manifest]) -> dict[Key, Manifest]:
-    """Objects that have the names of some that are to be made, though they lack the deployment's label.
+    """Existing objects with names of objects to create that lack the deployment's label.
 
-    They are somebody else's, or ours from which somebody took the label. A ControllerRevision is not looked
-    for: its name holds a digest of what is in it.
+    They belong to others, or are ours and somebody removed the label. ControllerRevisions are skipped: their
+    names contain a digest of their content.
     """
     made = (key(manifest) for manifest in manifests if "uid" not in manifest["metadata"])
     found = {
@@ -43,7 +43,9 @@ def unlabelled(cluster: Cluster, namespace: str, manifests: Iterable[Manifest]) 
 
 
 def with_refusal(cluster: Cluster, deployment: Deployment, observed: Observed) -> Observed:
-    """Adds why a pod is missing, as its controller's Event says; of the first, for all have one reason."""
+    """Adds why a pod is missing, from its controller's Event; only for the first, because all have the same
+    reason.
+    """
     for name in podless(observed, deployment.identity)[:1]:
         try:
             why = cluster.last_event("StatefulSet", deployment.identity.namespace, name, "FailedCreate")

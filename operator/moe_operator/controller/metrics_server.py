@@ -14,16 +14,16 @@ from moe_operator.errors import InstallationError
 
 
 class _Handler(WSGIRequestHandler):
-    """Logs no requests, and gives up on a client that says nothing."""
+    """Logs no requests, and closes the connection of a silent client."""
 
     timeout = 10  # seconds
 
     def log_message(self, *_: Any) -> None:
-        """Prometheus asks every few seconds, and nobody wants to read of it."""
+        """Prometheus scrapes every few seconds, which nobody wants to read."""
 
 
 class MetricsServer:
-    """A bound port; `start` begins to answer there.
+    """A bound port; `start` begins to serve there.
 
     Raises:
         InstallationError: the port is not available.
@@ -32,7 +32,7 @@ class MetricsServer:
     def __init__(self, port: int) -> None:
         try:
             self._server = make_server(
-                "0.0.0.0",  # noqa: S104 - Prometheus asks from another pod
+                "0.0.0.0",  # noqa: S104 - Prometheus scrapes from another pod
                 port,
                 make_wsgi_app(),
                 ThreadingWSGIServer,
@@ -46,11 +46,11 @@ class MetricsServer:
 
     @property
     def port(self) -> int:
-        """Where it listens."""
+        """The port."""
         return int(self._server.server_port)
 
     def start(self, supervisor: Supervisor) -> None:
-        """Answers requests in supervised threads."""
+        """Serves requests in supervised threads."""
         supervisor.start_thread("metrics", self._server.serve_forever, self._stopping)
 
     def stop(self) -> None:

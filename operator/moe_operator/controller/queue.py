@@ -1,7 +1,7 @@
-"""Runs one reconcile at a time for each deployment: bursts are answered once, failures again with a pause.
+"""Runs one reconcile at a time for each deployment: merges bursts, and retries failures after a pause.
 
-When there is more to do than can be done at once, edits go first: a person waits for what they bring, and
-looks at what became of them can wait and then take in more.
+Under load, edits go first, because a person waits for their effect. Other reconciles can wait and then cover
+more events.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from moe_operator.settings import Settings
 logger = logging.getLogger(__name__)
 
 _PATIENCE_WITH_BUGS = 5.0
-"""Nobody can tell whether time heals an error that nobody foresaw."""
+"""Unforeseen errors may or may not heal with time."""
 
 _HEAD_START = 10.0
-"""Seconds: an edit overtakes the looks that have waited for less. No look waits for ever."""
+"""Seconds: an edit overtakes other reconciles that have waited for less, so that none waits forever."""
 
 
 Work = Callable[[Name], Awaitable[float | None]]
-"""Reconciles a deployment; says after how many seconds to look again unasked, or None once it is gone."""
+"""Reconciles a deployment; returns the seconds until the next resync, or None if it was deleted."""
 
 
 @dataclass(eq=False)
 class _Item:
-    """A deployment. changed: there is something to look at. edited: the deployment itself is new."""
+    """A deployment. changed: it needs a reconcile. edited: the deployment itself changed."""
 
     task: asyncio.Task[None] | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     edited: asyncio.Event = field(default_factory=asyncio.Event)
     since: float = 0.0
-    """Since when it waits for a slot, on the loop's clock."""
+    """Start of its wait for a slot, on the loop's clock."""
 
     @property
     def due(self) -> float:
-        """Whose is lowest goes first."""
+        """The lowest goes first."""
         return self.since - (_HEAD_START if self.edited.is_set() else 0.0)
 
 
 class _Slots:
-    """A semaphore that lets in first who is due first, also where that changes while one waits."""
+    """A semaphore that admits the earliest due item first, even if the due times change while items wait."""
 
     def __init__(self, count: int) -> None:
         self._free = count
@@ -76,7 +76,7 @@ class _Slots:
             await turn
         except asyncio.CancelledError:
             if self._waiting.pop(turn, None) is None:
-                self._pass_on()  # it was its turn in the same moment
+                self._pass_on()  # it got its slot in the same moment
             raise
 
     def _pass_on(self) -> None:
@@ -89,7 +89,7 @@ class _Slots:
 
 
 class ReconcileQueue:
-    """Deployments that wait for a reconcile. Of one event loop; not for threads."""
+    """Deployments that wait for a reconcile. Belongs to one event loop; not thread-safe."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class ReconcileQueue:
         supervisor: Supervisor,
         chance: Callable[[], float] = random.random,
     ) -> None:
-        """chance: numbers of [0, 1), by which pauses after failures are spread."""
+        """chance: numbers of [0, 1), for the jitter of pauses after failures."""
         self._work = work
         self._settings = settings
         self._supervisor = supervisor
@@ -108,7 +108,9 @@ class ReconcileQueue:
         self._slots_for_failing = asyncio.Semaphore(max(1, settings.workers // 4))
 
     def add(self, name: Name, *, edited: bool = False) -> None:
-        """Something of this deployment changed; `edited`: the deployment itself, by somebody else."""
+        """Records a change of this deployment's objects; `edited`: of the deployment itself, by somebody
+        else.
+        """
         item = self._items.get(name)
         if item is None:
             item = self._items[name] = _Item()
@@ -118,12 +120,12 @@ class ReconcileQueue:
             item.edited.set()
 
     def add_all(self) -> None:
-        """Something changed that concerns every deployment."""
+        """Records a change that concerns every deployment."""
         for item in self._items.values():
             item.changed.set()
 
     async def close(self) -> None:
-        """Stops: what is under way is cancelled at its next pause."""
+        """Stops: running reconciles are cancelled at their next await."""
         tasks = [item.task for item in self._items.values() if item.task is not None]
         for task in tasks:
             task.cancel()
@@ -131,7 +133,7 @@ class ReconcileQueue:
 
     async def _run(self, name: Name, item: _Item) -> None:
         failures = 0
-        item.changed.set()  # whatever ended an earlier run, it may have ended a reconcile
+        item.changed.set()  # the error that ended an earlier run may have ended a reconcile
         pause: float | None = self._settings.resync_seconds
         while pause is not None or item.changed.is_set():
             await _wait(item.changed, pause)
@@ -143,17 +145,17 @@ class ReconcileQueue:
                 pause = backoff(self._settings, failures, error.patience, self._chance())
                 pause = min(pause, error.longest_seconds)
                 failures += 1
-                logger.warning("%s: %s; trying again in %.1f s", name, error, pause)
+                logger.warning("%s: %s; retrying in %.1f s", name, error, pause)
             except Exception:
-                # A bug of ours in one deployment must not end the service of the others.
+                # A bug that one deployment triggers must not stop the others.
                 pause = backoff(self._settings, failures, _PATIENCE_WITH_BUGS, self._chance())
                 failures += 1
-                logger.exception("%s: unexpected error; trying again in %.1f s", name, pause)
+                logger.exception("%s: unexpected error; retrying in %.1f s", name, pause)
         del self._items[name]
 
     async def _turn(self, name: Name, item: _Item, *, failing: bool) -> float | None:
         async with self._slots_for_failing if failing else contextlib.nullcontext(), self._slots.held(item):
-            # Only now: what changes while this one waits for its turn is seen in this turn.
+            # Only now, so that this reconcile covers changes during its wait for a slot.
             item.changed.clear()
             item.edited.clear()
             return await self._work(name)
@@ -167,10 +169,10 @@ async def _wait(changed: asyncio.Event, limit_seconds: float | None) -> None:
 
 
 def backoff(settings: Settings, failures: int, patience: float = 1.0, chance: float = 0.0) -> float:
-    """Seconds to pause after one more failure in a row, of which `failures` came before.
+    """Seconds to pause after a failure that follows `failures` consecutive ones.
 
-    patience: the error's. chance: from [0, 1); takes away up to half of the pause, so that many that failed
-    together do not come back together.
+    patience: the error's. chance: from [0, 1); shortens the pause by up to half, so that deployments that
+    failed together do not retry together.
     """
     pauses = Backoff(settings.retry_first_seconds, settings.retry_most_seconds)
     return pauses.pause_s(failures + 1, chance) * patience

@@ -46,17 +46,17 @@ from moe_operator.settings import Settings
 logger = logging.getLogger(__name__)
 
 _AFTER_DEADLINE_SECONDS = 0.5
-"""Times in the status are whole seconds: so much later the deadline has passed for certain."""
+"""Times in the status are whole seconds: after this many more, the deadline has certainly passed."""
 
 
 class Watcher(Protocol):
-    """Who else wants to know what a reconcile finds."""
+    """Listeners for the results of reconciles."""
 
     def saw(self, deployment: Deployment, observed: Observed) -> None:
-        """A deployment and its objects, freshly read."""
+        """Called with a deployment and its objects."""
 
     def gone(self, name: Name) -> None:
-        """A deployment that is not there any more."""
+        """Called with a deleted deployment."""
 
 
 @dataclass(frozen=True)
@@ -66,22 +66,22 @@ class Reconciler:
     cluster: Cluster
     settings: Settings
     rank: peering.Rank
-    """Of this process among its peers."""
+    """The peering of this process."""
     clock: Callable[[], datetime]
     tracer: trace.Tracer = field(default_factory=lambda: trace.get_tracer(__name__))
     watcher: Watcher | None = None
-    """Hears what every look at a deployment found: scaling."""
+    """Receives the observations of every reconcile: scaling."""
     metrics: WorkMetrics = field(default_factory=lambda: WorkMetrics(get_meter(__name__)))
     _thought: threading.Lock = field(default_factory=threading.Lock)
-    """Reading the mirror and planning are done one at a time. The interpreter lets one thread work anyway;
-    threads that take its lock from each other, as every decompression does, take four times as long.
+    """Only one thread at a time reads the cache and plans. The interpreter runs one thread at a time anyway;
+    threads that compete for its lock, as every decompression does, take four times as long.
     """
 
     def reconcile(self, name: Name) -> float | None:
-        """Looks at one deployment and does what there is to do.
+        """Reconciles one deployment.
 
-        Returns the seconds after which to look again, or None when the deployment is gone.
-        Raises RetryableError when something did not work that may work later.
+        Returns the seconds until the next reconcile, or None if the deployment was deleted. Raises
+        RetryableError if something failed that may succeed later.
         """
         with self.tracer.start_as_current_span("reconcile") as span, self.metrics.reconcile():
             span.set_attributes({"k8s.namespace.name": name.namespace, f"{names.GROUP}.name": name.name})
@@ -102,7 +102,7 @@ class Reconciler:
                 )
             except PermanentError as error:
                 logger.warning("%s: %s; waiting for an edit", name, error)
-            # Nothing is for ever: policies and CRDs change without an event here.
+            # Retried at the resync: policies and CRDs change without an event here.
             return self.settings.resync_seconds
 
     def _advance(self, deployment: Deployment, span: trace.Span) -> float:
@@ -117,7 +117,9 @@ class Reconciler:
             self.watcher.saw(deployment, observed)
         _describe(span, deployment, todo)
         if todo.creates and not self._is_current(deployment.identity):
-            raise ChangedMeanwhileError("the deployment changed or went away; it is looked at again")
+            raise ChangedMeanwhileError(
+                "conflict: the deployment was modified or deleted concurrently; retrying"
+            )
         self._drain(deployment, todo.drain)
         turn_ends = time.monotonic() + self.settings.turn_seconds
         refusals = execute.execute(
@@ -134,7 +136,7 @@ class Reconciler:
         return self._until_next(todo)
 
     def _record(self, deployment: Deployment) -> None:
-        """Writes what scaling decided into spec.replicas; nothing waits for that."""
+        """Writes the scaling decision into spec.replicas; nothing waits for that."""
         replicas = deployment.replicas_to_record
         if replicas is None:
             return
@@ -144,14 +146,14 @@ class Reconciler:
             logger.warning("%s: spec.replicas does not follow scaling: %s", deployment.name, error)
 
     def _until_next(self, todo: Plan) -> float:
-        """Seconds until the next look where no event asks for an earlier one."""
+        """Seconds until the next reconcile if no event comes earlier."""
         pause = self.settings.recheck_seconds if todo.recheck else self.settings.resync_seconds
         if todo.deadline is None:
             return pause
         return min(pause, max((todo.deadline - self.clock()).total_seconds(), 0) + _AFTER_DEADLINE_SECONDS)
 
     def _gathered(self, deployment: Deployment) -> Observed:
-        """What there is. Where it may not be read, the status says so, and what was true of it stays."""
+        """The observed objects. If reading is forbidden, the status says so and keeps its other content."""
         try:
             with self._thought:
                 observed = gather(self.cluster, deployment)
@@ -165,9 +167,10 @@ class Reconciler:
     def _refused(
         self, deployment: Deployment, todo: Plan, refusals: Sequence[ApplyRefusedError | ApplyForbiddenError]
     ) -> float:
-        """Says what the API server refused; returns when to look again where something else is awaited.
+        """Reports the API server's refusals; returns when to reconcile again if the plan awaits something
+        else.
 
-        Raises the refusals as one otherwise: one that can heal without an edit, if there is any.
+        Otherwise raises one of the refusals: one that can heal without an edit, if there is any.
         """
         said = "; ".join(dict.fromkeys(map(str, refusals)))
         after = refused(deployment.status, todo.status, said, self.clock())
@@ -180,7 +183,7 @@ class Reconciler:
         raise next((kind for kind in kinds if issubclass(kind, RetryableError)), kinds[0])(said)
 
     def _planned(self, deployment: Deployment, observed: Observed) -> tuple[Deployment, Observed, Plan]:
-        """What to do, with what it follows from: pinned pods, and the answers of workers and frontends."""
+        """The plan and its inputs: pinned pods, and the responses of workers and frontends."""
         with self._thought:
             deployment = with_pins(deployment, observed)
         observed = self._with_model(deployment, observed)
@@ -199,7 +202,7 @@ class Reconciler:
             return plan(deployment, observed, self.clock())
 
     def _asked(self, observed: Observed, todo: Plan) -> Observed:
-        """What is observed, with what the plan has to know of workers and frontends."""
+        """The observation, extended by what the plan needs from workers and frontends."""
         limit = self.settings.rpc_timeout_seconds
         work = self._work(todo.choice) if todo.choice else {}
         return replace(
@@ -211,16 +214,16 @@ class Reconciler:
         )
 
     def _work(self, pods: Iterable[Pod]) -> dict[str, int]:
-        """Requests under way on each; one that does not say counts as idle, for it may well be hung."""
+        """Active requests on each; one that does not respond counts as idle, because it probably hangs."""
         limit = self.settings.rpc_timeout_seconds
         return {pod.name: found or 0 for pod, found in ask(lambda pod: work(pod.address, limit), pods)}
 
     def _drain(self, deployment: Deployment, addresses: Iterable[str]) -> None:
-        """Takes replicas out of routing. One that does not hear is told again by its pod's deletion."""
+        """Drains replicas. If the call fails, the deletion of the pod drains the replica."""
         limit = self.settings.rpc_timeout_seconds
         for address, heard in ask(lambda address: drain(address, limit), addresses):
             if not heard:
-                logger.info("%s: the worker at %s did not hear that it is to drain", deployment.name, address)
+                logger.info("%s: the worker at %s did not respond to Drain", deployment.name, address)
 
     def _with_model(self, deployment: Deployment, observed: Observed) -> Observed:
         address = model_address(deployment, observed)
@@ -229,18 +232,18 @@ class Reconciler:
         try:
             model = get_model(address, revision(deployment), self.settings.rpc_timeout_seconds)
         except RetryableError as error:
-            # The plan asks to be called again soon; meanwhile nothing else has to wait for a busy worker.
+            # The plan requests another reconcile soon; meanwhile nothing else has to wait for a busy worker.
             logger.info("%s: %s", deployment.name, error)
             return observed
         return replace(observed, model=model)
 
     def _is_current(self, who: Identity) -> bool:
-        """Asks before objects are made: made for a deployment that is gone, they would be deleted at once."""
+        """Reads the deployment before creating objects: for a deleted one they would be deleted at once."""
         body = self.cluster.refresh(names.KIND, who.namespace, who.name)
         return body is not None and identity(body) == who
 
     def _report(self, who: Identity, before: Status, after: Status) -> None:
-        """Says what keeps a deployment from going on."""
+        """Reports what blocks a deployment."""
         execute.write_status(self.cluster, who, before, after)
         self._announce(who, transitions(before, after))
 
@@ -253,8 +256,8 @@ class Reconciler:
             try:
                 execute.post(self.cluster, who, decision, self.clock())
             except MoEOperatorError as error:
-                # Events are for people to read; what was decided is done, with or without one.
-                logger.warning("%s/%s: no event was made: %s", who.namespace, who.name, error)
+                # Events are only for people; the decision is executed even without one.
+                logger.warning("%s/%s: no event was created: %s", who.namespace, who.name, error)
 
 
 def _describe(span: trace.Span, deployment: Deployment, todo: Plan) -> None:

@@ -1,4 +1,4 @@
-"""What kopf calls: start, stop, and every change of a deployment or of something that belongs to one."""
+"""Handlers for kopf: start, stop, and every change of a deployment or of its objects."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from moe_operator.settings import Settings
 
 _FOLLOWED = (*KINDS, "Pod", names.ROUTES_KIND)
 _ALLOCATIONS = 10_000
-"""More containers made than freed, before the collector looks at the youngest; Python's default is 700."""
+"""Net allocations of containers before a collection of the youngest generation; Python's default is 700."""
 
 
 def register(registry: kopf.OperatorRegistry, settings: Settings) -> None:
@@ -100,7 +100,8 @@ async def follow(
     seen_all = False
 
     def tell(heard: Callable[..., None], *arguments: object) -> None:
-        # Before, every deployment is looked at anyway, and must not be while objects are missing here.
+        # Until then every deployment waits for its first reconcile, because objects may still be missing
+        # here.
         if seen_all and not loop.is_closed():
             loop.call_soon_threadsafe(heard, *arguments)
 
@@ -120,9 +121,9 @@ async def follow(
 
 
 def spare_the_collector() -> None:
-    """Takes what stays for good, modules above all, out of the garbage collector's sight.
+    """Excludes permanent objects, mostly modules, from garbage collection.
 
-    And lets it look less often: an object that is read from the mirror counts as hundreds of new ones.
+    Also makes it run less often: an object read from the cache counts as hundreds of new ones.
     With 300 deployments a full collection stopped all threads for 0.3 s, 24 times a minute under load.
     """
     gc.collect()
@@ -174,7 +175,7 @@ async def background(*, memo: kopf.Memo, **_: Any) -> dict[str, dict[str, int]]:
 async def deployment_changed(
     *, namespace: str | None, name: str, memo: kopf.Memo, event: Any, meta: Any, **_: Any
 ) -> None:
-    """A deployment was made, changed or deleted. What the operator wrote into its status is no news."""
+    """A deployment was created, changed or deleted. The operator's own status writes are ignored."""
     _keep(memo.mirror, event)
     seen = memo.get("asked")
     memo.asked = (meta.get("generation"), restarted_at(event["object"]))
@@ -197,27 +198,27 @@ def configure(settings: kopf.OperatorSettings, own: Settings, started: datetime)
     settings.peering.mandatory = not settings.peering.standalone
     settings.peering.lifetime = int(own.peering_lifetime_seconds)
     settings.peering.priority = settings.peering.priority or peering.priority(started)
-    # Events are made from decisions; kopf's own say what its handlers did.
+    # Events are created from decisions; kopf's own only report its handlers.
     settings.posting.enabled = False
     # The CRDs are there before the operator starts: watching for more of them would need more rights.
     settings.scanning.disabled = True
     settings.networking.request_timeout = own.api_timeout_seconds
     settings.networking.connect_timeout = own.api_timeout_seconds
-    # By default kopf pauses up to 21 s before it looks whether the API server is back.
+    # By default kopf pauses up to 21 s before it reconnects to the API server.
     settings.networking.error_backoffs = (1, 1, 2, 3, *[5] * 12)
     settings.watching.connect_timeout = own.api_timeout_seconds
     settings.watching.server_timeout = 300
     settings.watching.chunk_size = 500
     settings.process.ultimate_exiting_timeout = 20.0
-    # They write a line for every event and every probe; what was decided has its own lines.
+    # They write a line for every event and every probe; decisions have lines of their own.
     for noisy in ("kopf.objects", "aiohttp.access"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    # A line for every try; what did not work in the end is said in a line of ours.
+    # They write a line for every attempt; the operator logs the final failure itself.
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
 
 
 def prepare_installation(cluster: Cluster, own: Settings) -> None:
-    """Makes the peering object unless it is there.
+    """Creates the peering object if it does not exist.
 
     Raises InstallationError when a CRD is missing: kopf would wait for it without a word.
     """

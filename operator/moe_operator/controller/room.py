@@ -11,18 +11,18 @@ from moe_operator.planner.placement import Question
 from moe_operator.render.objects import Manifest
 
 _NODES_MOST: Final = 8
-"""Nodes that one look asks for: each costs two requests."""
+"""Nodes that one reconcile reads: each costs two requests."""
 
 
 def obstacles(cluster: Cluster, namespace: str, question: Question) -> dict[str, str]:
     """Why the new pod would not fit in the place of each old leader, by pod name; empty where it would.
 
-    Leaders on nodes that are not looked at, or are gone, are left out.
+    Leaders on nodes that are not read, or do not exist, are omitted.
     """
     try:
         return _obstacles(cluster, namespace, question)
     except ApplyForbiddenError as error:
-        # Rights of an earlier chart: nobody makes room, and the condition says why.
+        # RBAC of an earlier chart: no replica is deleted for another, and the condition says why.
         return {one.name: str(error) for one in question.old}
 
 

@@ -1,4 +1,4 @@
-"""Metrics of the operator's own work: how long reconciles take, how they end, and what was decided."""
+"""Metrics of the operator's own work: duration and result of reconciles, and decisions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BOUNDARIES_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
 class WorkMetrics:
-    """Instruments named moe_operator.*; they do nothing where nobody collects them."""
+    """Instruments named moe_operator.*; they do nothing if nobody collects them."""
 
     def __init__(self, meter: metrics.Meter) -> None:
         self._duration = meter.create_histogram(

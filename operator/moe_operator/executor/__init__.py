@@ -1,1 +1,1 @@
-"""Carries out what `moe_operator.planner` planned. Decides nothing."""
+"""Executes plans of `moe_operator.planner`. Makes no decisions."""

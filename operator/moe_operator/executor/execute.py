@@ -26,29 +26,33 @@ from moe_operator.resources.deployment import Identity
 from moe_operator.resources.status import Status
 
 _EVENT_MOST = 1024
-"""Characters of an Event's message that the API server takes."""
+"""Maximum characters of an Event's message."""
 _ALIKE: Final = 3
-"""After so many refusals of one kind the rest of it waits for the next plan: replicas are all alike."""
+"""After this many refusals of one kind its other objects wait for the next plan: replicas are all the same.
+
+"""
 
 
 def execute(
     cluster: Cluster, identity: Identity, plan: Plan, in_time: Callable[[], bool]
 ) -> list[ApplyRefusedError | ApplyForbiddenError]:
-    """Carries out what the plan says, for as long as it is in time; returns what the API server refused.
+    """Executes the plan within the time limit; returns what the API server refused.
 
-    Readiness gates come first, for requests wait for them; then deletions, which make room for what is
-    created after them. No refusal and no conflict keeps the rest from being done. A conflict may follow from
-    a refusal (a RoleBinding conflicts where its Role was refused), so it only counts where there is none.
+    Readiness gates come first, because requests wait for them; then deletions, which free room for the
+    objects created after them. No refusal and no conflict stops the rest. A conflict may result from a
+    refusal (a RoleBinding conflicts if its Role was refused), so it counts only if there is none.
 
-    Raises what the client raises otherwise, and OutOfTimeError; what was done until then stays, and the next
-    plan starts from there.
+    Raises other errors of the client, and OutOfTimeError; completed changes stay, and the next plan continues
+    from there.
     """
     effects, refusals = list(_effects(cluster, identity, plan)), []
     refused: Counter[str] = Counter()
     conflict: ChangedMeanwhileError | None = None
     for done, (kind, effect) in enumerate(effects):
         if not in_time():
-            raise OutOfTimeError(f"{done} of {len(effects)} changes are made; the others take another turn")
+            raise OutOfTimeError(
+                f"{done} of {len(effects)} changes are applied; the next reconcile continues"
+            )
         if refused[kind] >= _ALIKE:
             continue
         try:
@@ -64,7 +68,7 @@ def execute(
 
 
 def _effects(cluster: Cluster, identity: Identity, plan: Plan) -> Iterator[tuple[str, Callable[[], None]]]:
-    """What a plan does, in order: the kind of the object, and what changes it."""
+    """The effects of a plan, in order: the kind of the object, and the call that changes it."""
     space = identity.namespace
     for gate in plan.gates:
         yield "Pod", partial(cluster.set_pod_condition, space, gate.pod, gate.uid, _condition(gate))
@@ -87,14 +91,14 @@ def _condition(gate: Gate) -> Manifest:
 
 
 def write_status(cluster: Cluster, identity: Identity, before: Status, after: Status) -> None:
-    """Writes the status when it changed; one that did not would only wake everybody who watches."""
+    """Writes the status if it changed; an unchanged one would only wake all watchers."""
     if not before.without_scaling().same_as(after):
         manifest = {**reference(identity), "status": after.manifest()}
         cluster.apply(manifest, subresource="/status")
 
 
 def post(cluster: Cluster, identity: Identity, decision: Decision, now: datetime) -> None:
-    """Makes an Event of a decision; `kubectl describe` shows it."""
+    """Creates an Event for a decision; `kubectl describe` shows it."""
     cluster.create(event(identity, decision, now))
 
 

@@ -1,1 +1,1 @@
-"""The API server: a client, the mirror that watches keep, and the peering of operators. Decides nothing."""
+"""The API server: a client, the watch cache, and the peering of operators. Makes no decisions."""

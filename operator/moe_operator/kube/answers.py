@@ -1,4 +1,4 @@
-"""What an error answer of the API server means: the type of our error says whether trying again can help."""
+"""Classifies error responses of the API server: the type of our error says whether a retry can help."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _TOO_MANY, _SERVER = 429, 500
 _DENIED: Final = re.compile(
     r"""^admission webhook ".*" denied the request|ValidatingAdmissionPolicy '.*' with .* denied request"""
 )
-"""What admission says. The code says nothing: a webhook's is any it likes, 400 where it names none; a
-policy's is 422 where it gives no reason.
+"""Messages of admission. The code is no criterion: a webhook may use any, 400 by default; a policy uses 422
+without a reason.
 https://github.com/kubernetes/kubernetes/tree/master/staging/src/k8s.io/apiserver/pkg/admission/plugin
 """
 _SENTENCE_MOST: Final = 2000
-"""Characters that are kept of an answer; a webhook's may be of any length."""
+"""Maximum characters of a quoted response; a webhook's may have any length."""
 
 
 def translated(error: DynamicApiError, method: str, path: str) -> MoEOperatorError:
@@ -64,7 +64,7 @@ def _refusal(
 
 
 def _is_wrong(status: Mapping[str, Any]) -> bool:
-    """Whether an object is wrong in itself, so that nothing but another object helps.
+    """Whether the object itself is invalid, so that only another object helps.
 
     The API server then says in which field (Invalid), or that it cannot read it (BadRequest). What admission
     refuses has neither, whatever its code, and can heal without an edit.
@@ -73,7 +73,7 @@ def _is_wrong(status: Mapping[str, Any]) -> bool:
 
 
 def _wrong_fields(status: Mapping[str, Any]) -> list[str]:
-    """Paths of the fields that the API server found wrong."""
+    """Paths of the fields that the API server calls invalid."""
     causes = (status.get("details") or {}).get("causes") or ()
     return [cause["field"] for cause in causes if cause.get("field")]
 
@@ -88,7 +88,7 @@ def _status(body: str | bytes | None) -> Mapping[str, Any]:
 
 
 def message(body: str | bytes | None) -> str:
-    """The sentence in a Status object, or the body itself when it is none."""
+    """The message of a Status object, or the body itself if it is none."""
     text = body.decode(errors="replace") if isinstance(body, bytes) else body or ""
     said = str(_status(body).get("message") or text)
     return said if len(said) <= _SENTENCE_MOST else f"{said[:_SENTENCE_MOST]}..."

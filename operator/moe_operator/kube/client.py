@@ -59,14 +59,16 @@ class Chunk:
 
 
 class Cluster:
-    """The API server, and what a mirror holds of it.
+    """The API server, with a cache of its objects.
 
-    Every method raises a RetryableError when trying again can help (its type says why), ApplyRefusedError
-    when that helps only once somebody changes the object.
+    Every method raises a RetryableError if a retry can help (its type says why), and ApplyRefusedError if
+    only a change of the object helps.
     """
 
     def __init__(self, api: client.ApiClient, timeout_seconds: float, mirror: Mirror | None = None) -> None:
-        """timeout_seconds: limit of one request. mirror: where it is complete, it is asked instead."""
+        """timeout_seconds: limit of one request. mirror: the cache, read instead of the API server where it
+        is complete.
+        """
         # No discovery: the paths of the few kinds are known, and the discoverer would keep a cache in /tmp.
         self._dynamic = DynamicClient(api, discoverer=lambda _client, _cache: None)
         self._timeout = timeout_seconds
@@ -78,11 +80,11 @@ class Cluster:
         return known or self.read(kind, namespace, name)
 
     def read(self, kind: str, namespace: str | None, name: str) -> Manifest | None:
-        """One object as it is now, whatever the mirror says; None when there is none."""
+        """One object as it is now, bypassing the cache; None if there is none."""
         return self._request("get", _path(kind, namespace, name))
 
     def refresh(self, kind: str, namespace: str, name: str) -> Manifest | None:
-        """One object as it is now, for the mirror too; None when there is none."""
+        """One object as it is now, which also updates the cache; None if there is none."""
         found = self.read(kind, namespace, name)
         known = self._mirror.get(kind, namespace, name)
         if known is not None and (found is None or found["metadata"]["uid"] != known["metadata"]["uid"]):
@@ -118,11 +120,11 @@ class Cluster:
         return [{**item, "apiVersion": _PATHS[kind][0], "kind": kind} for item in found["items"]]
 
     def note(self, manifests: Iterable[Manifest], verdict: str) -> None:
-        """Keeps what listed objects were found to be, until they change or this process ends."""
+        """Stores verdicts about listed objects until they change or this process ends."""
         self._mirror.note(manifests, verdict)
 
     def verdict(self, manifest: Manifest) -> str:
-        """What this version of a listed object was found to be; empty where nobody noted it."""
+        """The verdict about this version of a listed object; empty if there is none."""
         return self._mirror.verdict(manifest)
 
     def chunk(self, kind: str, label: str, limit: int, following: str | None) -> Chunk:
@@ -168,7 +170,9 @@ class Cluster:
             response.close()
 
     def apply(self, manifest: Manifest, subresource: str = "", manager: str = names.FIELD_MANAGER) -> None:
-        """Server-side apply. Fields that others set differently are taken over, others are left alone."""
+        """Server-side apply. Takes over fields that others set differently, and leaves other fields
+        unchanged.
+        """
         metadata = manifest["metadata"]
         applied = self._request(
             "patch",
@@ -204,7 +208,7 @@ class Cluster:
         )
 
     def create(self, manifest: Manifest) -> None:
-        """Makes an object that must be new."""
+        """Creates an object that must not exist yet."""
         path = _path(manifest["kind"], manifest["metadata"]["namespace"])
         self._request("post", path, body=manifest, field_manager=names.FIELD_MANAGER)
 

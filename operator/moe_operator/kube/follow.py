@@ -1,4 +1,4 @@
-"""Keeps the mirror true: lists a kind in chunks, then watches it, each kind in a supervised thread."""
+"""Maintains the cache: lists a kind in chunks, then watches it, each kind in a supervised thread."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ _CHUNK: Final = 500
 """Objects of one list request: 20,000 pods at once would take hundreds of MB to parse."""
 _BACKOFF: Final = Backoff(first_s=1.0, longest_s=8.0)
 _BETWEEN_WATCHES_S: Final = 0.2
-"""A server that ends every watch at once shall not be asked in a tight loop."""
+"""Avoids a tight loop if a server ends every watch at once."""
 
 Changed = Callable[[str, str], None]
-"""Told the namespace and name of a deployment of which something changed, in the follower's thread."""
+"""Called with the namespace and name of a deployment after a change, in the watcher's thread."""
 
 
 @dataclass
 class Follower:
-    """Follows the objects of one kind that carry a deployment's label."""
+    """Watches the objects of one kind that have a deployment's label."""
 
     cluster: Cluster
     mirror: Mirror
     kind: str
     changed: Changed
     readable: Callable[[], None] = lambda: None
-    """Told, in the follower's thread, that the kind can be listed after it was forbidden."""
+    """Called in the watcher's thread when the kind can be listed after it was forbidden."""
     settled: threading.Event = field(default_factory=threading.Event)
-    """Set once everything that there was at the start is in the mirror, or listing it is forbidden."""
+    """Set when all initial objects are in the cache, or listing is forbidden."""
     _stopping: threading.Event = field(default_factory=threading.Event)
     _version: str | None = None
     """Where to watch from; None where everything has to be listed."""
@@ -58,7 +58,7 @@ class Follower:
             except HistoryExpiredError:
                 self._version = None
             except ClusterUnavailableError:
-                raise  # the next watch goes on from the version that came last
+                raise  # the next watch continues from the last version
             except ReadForbiddenError:
                 self._lose_sight()
                 raise
@@ -68,14 +68,14 @@ class Follower:
             self._stopping.wait(_BETWEEN_WATCHES_S)
 
     def _lose_sight(self) -> None:
-        """Without the right to read a kind, reconciles ask the API server themselves and say what it says."""
+        """Without the right to read a kind, reconciles ask the API server themselves and report it."""
         self._forbidden = self._version is None
         self._version = None
         self.mirror.doubt(self.kind)
         self.settled.set()
 
     def _list(self) -> str:
-        """Puts everything into the mirror; returns the version to watch from."""
+        """Puts all objects into the cache; returns the version to watch from."""
         there: dict[Place, int] = {}
         version, following = "", None
         while following or not version:
@@ -105,6 +105,6 @@ class Follower:
         return str(metadata["resourceVersion"])
 
     def _put(self, manifest: dict[str, Any]) -> None:
-        """What our own write brought here already is no news."""
+        """The cache already has the result of an own write."""
         if self.mirror.put(self.kind, manifest):
             self.changed(manifest["metadata"]["namespace"], deployment_of(manifest))

@@ -1,9 +1,9 @@
-"""What the API server holds of our objects, kept here: reading it costs no request.
+"""A cache of the API server's objects: reading it costs no request.
 
-Filled by watches and by the answers to our own writes, so that a plan sees what the plan before it did. The
-newest resourceVersion wins, whichever way it came: Kubernetes lets those of one kind be compared as numbers.
-Objects are kept as compressed JSON: 20,000 pods as Python values would take half a gigabyte. Reading them is
-most of what a reconcile costs, so it is orjson that does it.
+Watches and the responses to own writes fill it, so each plan sees the effects of the previous one. The newest
+resourceVersion wins, regardless of its source: Kubernetes allows comparing those of one kind as numbers.
+Objects are stored as compressed JSON, because 20,000 pods as Python values would take half a gigabyte.
+Reading them is most of the cost of a reconcile, so orjson decodes them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FASTEST = 1
 """zlib level: a StatefulSet shrinks to a third in 60 us; higher levels gain little."""
 
 _OF_A_POD = ("nodeName", "readinessGates")
-"""What anybody here reads of a pod's spec. The rest is in its StatefulSet, and there are many pods."""
+"""The fields of a pod's spec that are read. The rest is in its StatefulSet, and there are many pods."""
 
 
 class Place(NamedTuple):
@@ -43,15 +43,15 @@ class _Entry:
     deployment: str
     content: bytes
     verdict: str = ""
-    """What somebody found this version to be; a newer version is another entry."""
+    """The verdict about this version; a newer version is another entry."""
 
 
 @dataclass
 class Mirror:
-    """Objects of some kinds. Safe to use from several threads."""
+    """Cached objects of some kinds. Thread-safe."""
 
     kinds: frozenset[str]
-    """Those that somebody keeps true here; others are not taken."""
+    """The watched kinds; objects of other kinds are not stored."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _entries: dict[str, dict[Place, _Entry]] = field(default_factory=lambda: defaultdict(dict))
     _by_deployment: dict[tuple[str, Place], set[Place]] = field(default_factory=lambda: defaultdict(set))
@@ -62,12 +62,12 @@ class Mirror:
         return kind in self._complete
 
     def doubt(self, kind: str) -> None:
-        """Nobody keeps a kind true here for now: until the next whole list, absence means nothing."""
+        """Marks a kind as not watched: until the next complete list, absence means nothing."""
         with self._lock:
             self._complete.discard(kind)
 
     def put(self, kind: str, manifest: Manifest) -> bool:
-        """Takes an object unless a newer version is here; says whether it was new."""
+        """Stores an object unless a newer version is here; returns whether it was new."""
         if kind not in self.kinds:
             return False
         place, entry = _entry(manifest)
@@ -75,7 +75,7 @@ class Mirror:
             return self._put(kind, place, entry)
 
     def drop(self, kind: str, namespace: str, name: str, uid: str) -> None:
-        """Forgets an object that is gone, but not one that took its name since."""
+        """Removes a deleted object, but not a newer one of the same name."""
         place = Place(namespace, name)
         with self._lock:
             entry = self._entries[kind].get(place)
@@ -83,7 +83,7 @@ class Mirror:
                 self._drop(kind, place)
 
     def replace(self, kind: str, listed: Mapping[Place, int], version: int) -> set[Place]:
-        """After a whole list at a version, of which every object was put: forgets those that it lacks.
+        """After a complete list at a version, whose objects were all put: removes those that it lacks.
 
         Returns the deployments, as (namespace, name), that lost an object.
         """
@@ -113,7 +113,7 @@ class Mirror:
         return [_unpacked(entry) for entry in entries]
 
     def note(self, manifests: Iterable[Manifest], verdict: str) -> None:
-        """Keeps what objects that came from here were found to be, for as long as nobody changes them."""
+        """Stores verdicts about cached objects until they change."""
         with self._lock:
             for manifest in manifests:
                 entry = self._entry_of(manifest)
@@ -121,7 +121,7 @@ class Mirror:
                     entry.verdict = verdict
 
     def verdict(self, manifest: Manifest) -> str:
-        """What this version of an object was found to be; empty where nobody looked."""
+        """The verdict about this version of an object; empty if there is none."""
         with self._lock:
             entry = self._entry_of(manifest)
             return "" if entry is None else entry.verdict

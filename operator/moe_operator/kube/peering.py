@@ -1,7 +1,7 @@
 """Whether this process is the one that acts, among several operators of one cluster.
 
 kopf writes every process into the status of one ClusterKopfPeering object and stops the watches of those that
-are outranked. It cannot stop what is under way or waits for its turn, so every reconcile asks here first.
+are outranked. It cannot stop reconciles that run or wait, so every reconcile checks here first.
 Ranks are start times: the process that started last acts, so a replaced operator never waits for its
 predecessor's record to expire.
 """
@@ -33,12 +33,12 @@ def priority(started: datetime) -> int:
 
 
 _REMEMBERED_S: Final = 2.0
-"""For so long two processes may both act after a start; what they do is the same."""
+"""For this long two processes may both act after a start; they do the same."""
 
 
 @dataclass
 class Rank:
-    """This process among its peers, looked up at most every two seconds. Safe to use from several threads."""
+    """The rank of this process among all operators, read at most every two seconds. Thread-safe."""
 
     cluster: Cluster
     name: str
@@ -66,5 +66,7 @@ def outranked(cluster: Cluster, name: str, own_priority: int, now: datetime) -> 
 
 
 def alive(peer: Mapping[str, Any], now: datetime) -> bool:
-    """Whether a peer's record has not expired. The record is kopf's: priority, lifetime in s, lastseen."""
+    """Whether the record of another operator has not expired. The record is kopf's: priority, lifetime in s,
+    lastseen.
+    """
     return datetime.fromisoformat(peer["lastseen"]) + timedelta(seconds=int(peer["lifetime"])) > now

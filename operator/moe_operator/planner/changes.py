@@ -19,9 +19,9 @@ class Why(Enum):
     """Why an object is applied."""
 
     CREATED = "Created"
-    MADE_AGAIN = "MadeAgain"
+    RECREATED = "Recreated"
     UPDATED = "Updated"
-    PUT_BACK = "PutBack"
+    DRIFT_CORRECTED = "DriftCorrected"
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Change:
     manifest: Manifest
     why: Why
     place: str = ""
-    """Path of the field that was changed by hand, for PUT_BACK."""
+    """Path of the field that was changed by hand, for DRIFT_CORRECTED."""
 
 
 def changes(desired: Iterable[Manifest], observed: Observed, deployment: Deployment) -> list[Change]:
@@ -43,14 +43,14 @@ def changes(desired: Iterable[Manifest], observed: Observed, deployment: Deploym
 def _change(manifest: Manifest, observed: Observed, deployment: Deployment) -> Change | None:
     actual = observed.children.get(key(manifest))
     if actual is None:
-        # A replica that is gone is not made again: another one takes its place.
+        # A lost replica is not recreated: another one replaces it.
         again = manifest["kind"] != "StatefulSet" and _was_complete(deployment)
-        return Change(manifest, Why.MADE_AGAIN if again else Why.CREATED)
+        return Change(manifest, Why.RECREATED if again else Why.CREATED)
     guarded = _guarded(manifest, actual)
     if applied_digest(actual) != applied_digest(manifest):
         return Change(guarded, Why.UPDATED)
     place = drift.first_difference(manifest, actual, owned=owned(actual))
-    return None if place is None else Change(guarded, Why.PUT_BACK, place)
+    return None if place is None else Change(guarded, Why.DRIFT_CORRECTED, place)
 
 
 def _guarded(manifest: Manifest, actual: Manifest) -> Manifest:
@@ -72,14 +72,21 @@ def decisions(made: Iterable[Change]) -> list[Decision]:
     made = list(made)
     told = [
         Decision(why.value, f"{verb} {', '.join(str(key(change.manifest)) for change in alike)}")
-        for why, verb in ((Why.CREATED, "made"), (Why.UPDATED, "brought up to date"))
+        for why, verb in ((Why.CREATED, "created"), (Why.UPDATED, "updated"))
         if (alike := [change for change in made if change.why is why])
     ]
-    return [*told, *(_warning(change) for change in made if change.why in (Why.MADE_AGAIN, Why.PUT_BACK))]
+    return [
+        *told,
+        *(_warning(change) for change in made if change.why in (Why.RECREATED, Why.DRIFT_CORRECTED)),
+    ]
 
 
 def _warning(change: Change) -> Decision:
     name = key(change.manifest)
-    if change.why is Why.MADE_AGAIN:
-        return Decision(change.why.value, f"{name} was gone and is made again", warning=True)
-    return Decision(change.why.value, f"{name}: {change.place} was changed and is put back", warning=True)
+    if change.why is Why.RECREATED:
+        return Decision(change.why.value, f"{name} was deleted by another client; recreated", warning=True)
+    return Decision(
+        change.why.value,
+        f"{name}: {change.place} was changed by another client; drift corrected",
+        warning=True,
+    )

@@ -209,7 +209,7 @@ def _removal(deployment: Deployment, replica: Replica, current: State) -> Decisi
     name = names.replica(deployment.name, replica.data_rank)
     why = f"{current.wanted} wanted"
     if replica.revision != current.revision:
-        why = f"revision {replica.revision} gives way to {current.revision}"
+        why = f"revision {replica.revision} is replaced by {current.revision}"
     busy = f"; it finishes {replica.work} requests" if replica.work else ""
     idle = "its pod does not end, and its node does not answer" if replica.lost else "it does not serve"
     serving = busy if replica.ready else f"; {idle}"

@@ -65,7 +65,7 @@ class Expert(Model):
         default=1,
         description="Workers of a pipeline stage among which the experts are divided. Default: 1.",
         json_schema_extra=rules(
-            ("self == 1", "expert parallelism is not there yet: set parallelism.expert.size to 1")
+            ("self == 1", "expert parallelism is not supported yet; set parallelism.expert.size to 1")
         ),
     )
 
@@ -77,7 +77,7 @@ class Parallelism(Model):
         default=1,
         description="Stages, of some layers each, that a replica is cut into. Default: 1.",
         json_schema_extra=rules(
-            ("self == 1", "pipeline parallelism is not there yet: set parallelism.pipeline to 1")
+            ("self == 1", "pipeline parallelism is not supported yet; set parallelism.pipeline to 1")
         ),
     )
     expert: Expert = Field(default=Expert(), description="How the routed experts are spread.")
