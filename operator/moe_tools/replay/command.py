@@ -1,4 +1,4 @@
-"""`moe replay`: what scaling by forecast would have done with a recorded trace."""
+"""`moe replay`: what scaling by forecast, or a cache, would have done with a recorded trace."""
 
 from __future__ import annotations
 
@@ -59,6 +59,13 @@ _FEWEST_STEPS: Final = 3
     show_default=True,
     help="What is counted; tokens (prompt and output) only where the trace has them.",
 )
+@click.option(
+    "--cache",
+    is_flag=True,
+    help="Replay the trace through a cache instead: every eviction policy, beside Belady's optimum and a "
+    "cache without bound. --capacity is then the number of blocks or objects that the cache holds (default: "
+    "a tenth of those in the trace); --json works as well, the other options do not apply.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
 @click.option(
     "--plot",
@@ -68,7 +75,7 @@ _FEWEST_STEPS: Final = 3
 )
 @click.argument("path", metavar="TRACE", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def replay(path: Path, horizon: float, tune_until: str, work: str, *, as_json: bool, **choices: Any) -> None:
-    """Replays TRACE through the forecaster and the scaler, beside other ways to scale.
+    """Replays TRACE through the forecaster and the scaler (or, with --cache, through a cache), beside others.
 
     \b
     TRACE is CSV (time,requests or t,rate, one row an interval; or TIMESTAMP,ContextTokens,GeneratedTokens,
@@ -81,7 +88,16 @@ def replay(path: Path, horizon: float, tune_until: str, work: str, *, as_json: b
     \b
     moe replay azure2024_conv_10s_days1-4.csv.gz --plot azure.png
     moe replay requests.jsonl.gz --work tokens --horizon 120 --json
+    moe replay --cache mooncake_conversation.jsonl.gz --capacity 10000
+
+    With --cache, TRACE is JSONL with hash_ids (one request a line), a text with one key a line, or binary
+    keys of four bytes, big-endian. docs/caching.md describes policies and figures.
     """
+    if choices["cache"]:
+        from moe_tools.cache_replay import command  # noqa: PLC0415 - as below
+
+        command.replay(path, choices["capacity"], as_json=as_json)
+        return
     # numpy and statsmodels take a second to import, which `moe generate` should not pay.
     from moe_tools.recorded import TraceError  # noqa: PLC0415
     from moe_tools.replay.trace import Work, read  # noqa: PLC0415

@@ -1,0 +1,104 @@
+"""`moe replay --cache`: what a cache would have done with a recorded trace, by eviction policy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from rich.table import Table
+
+from moe_client import errors
+from moe_client.console import console
+from moe_client.console import show as show_table
+from moe_client.errors import CommandError
+from moe_tools.cache_replay import simulation
+from moe_tools.cache_replay.document import CacheReplay, document
+from moe_tools.cache_replay.recording import Recording, read
+from moe_tools.progress import Advance, bar
+from moe_tools.recorded import TraceError
+
+_DEFAULT_SHARE: Final = 10
+_TITLES: Final = {
+    "lru": "LRU",
+    "lru2": "LRU-2",
+    "s3fifo": "S3-FIFO",
+    "sieve": "SIEVE",
+    "arc": "ARC",
+    "moe": "moe (adaptive LRU-K)",
+    "belady": "Belady (knows the future)",
+}
+
+
+def replay(path: Path, capacity: float | None, *, as_json: bool) -> None:
+    """Replays the trace at `path` and prints what every policy made of it.
+
+    Args:
+        path: of the trace.
+        capacity: keys that the cache holds; None: a tenth of those in the trace.
+        as_json: whether to print a document for scripts.
+
+    Raises:
+        CommandError: the trace cannot be read.
+    """
+    if capacity is not None and not (capacity >= 1 and capacity.is_integer()):
+        raise click.UsageError(f"--capacity is {capacity:g}; with --cache it is a whole number of 1 or more")
+    try:
+        recording = read(path)
+    except TraceError as error:
+        raise CommandError(str(error), errors.WRONG) from error
+    made = document(_replayed(recording, None if capacity is None else int(capacity)))
+    if as_json:
+        click.echo(json.dumps(made, indent=2))
+    else:
+        _show(made)
+
+
+def _replayed(recording: Recording, capacity: int | None) -> CacheReplay:
+    ceiling = simulation.ceiling(recording)
+    unique = ceiling.lookups - ceiling.hits
+    holds = capacity or max(1, unique // _DEFAULT_SHARE)
+    requests, outcomes = len(recording.requests), {}
+    with bar("policies", requests * len(simulation.NAMES)) as advance:
+        for index, name in enumerate(simulation.NAMES):
+            outcomes[name] = simulation.run(name, recording, holds, _from(advance, index * requests))
+    return CacheReplay(recording, holds, outcomes, ceiling)
+
+
+def _from(advance: Advance, before: int) -> Callable[[int], None]:
+    return lambda done: advance(before + done)
+
+
+def _show(made: dict[str, Any]) -> None:
+    on = console(highlight=False)
+    unit = "blocks" if made["blocks"] else "objects"
+    on.print(
+        f"{made['trace']}: {made['requests']} requests, {made['lookups']} lookups of {made['keys']} {unit}; "
+        f"the cache holds {made['capacity']}"
+    )
+    show_table(_table(made), on)
+
+
+def _table(made: dict[str, Any]) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("policy", no_wrap=True)
+    cost = "recomputed tokens" if made["blocks"] else "misses"
+    for column in ("hits", "hit %", "LRU to Belady %", "evictions", cost):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, outcome in made["cache"].items():
+        table.add_row(_TITLES[name], *_cells(outcome))
+    table.add_row("no bound", *_cells({**made["ceiling"], "gap_closed": None}))
+    return table
+
+
+def _cells(outcome: dict[str, Any]) -> list[str]:
+    gap = outcome["gap_closed"]
+    return [
+        str(outcome["hits"]),
+        f"{100 * outcome['block_hit_share']:.2f}",
+        "-" if gap is None else f"{100 * gap:.1f}",
+        str(outcome["evictions"]),
+        str(outcome["recomputed_tokens"]),
+    ]

@@ -1,0 +1,114 @@
+"""Runs a recorded trace through a cache of a fixed number of keys, once for each eviction policy.
+
+Keys are looked up one by one, in order. A block counts as a hit where it is resident, as in published
+figures of block hits; an engine can use it only where all blocks before it are resident as well, so
+`recomputed` counts tokens behind the first block that is missing.
+
+A policy may use the length of the answer to a block's last request. An engine knows it before the first
+moment at which it could evict the block: blocks in use are never evicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from moe_api.caching import POLICIES
+from moe_api.caching.belady import Belady
+from moe_api.caching.policy import Policy, kind_of
+from moe_tools.cache_replay.recording import Key, Recording, Request
+
+BELADY: Final = "belady"
+NAMES: Final = (*POLICIES, BELADY)
+_TELL_EVERY: Final = 256
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one policy did with a trace.
+
+    lookups, hits, evictions: keys.
+    recomputed: tokens of prompts behind the first missing block; objects: misses.
+    positions: sum of the positions of these tokens: attention's part of prefill grows with the position.
+    """
+
+    lookups: int = 0
+    hits: int = 0
+    evictions: int = 0
+    recomputed: int = 0
+    positions: int = 0
+
+    @property
+    def hit_share(self) -> float:
+        """Hits by lookup; 0 where there was none."""
+        return self.hits / self.lookups if self.lookups else 0.0
+
+
+def run(
+    name: str, recording: Recording, capacity: int, advance: Callable[[int], None] = lambda _: None
+) -> Outcome:
+    """Runs the whole trace.
+
+    Args:
+        name: of `NAMES`.
+        recording: the trace.
+        capacity: keys that the cache holds, 1 or more.
+        advance: is told how many requests are done.
+    """
+    if name == BELADY:
+        policy: Policy[Any] = Belady([key for request in recording.requests for key in request.keys])
+    else:
+        policy = POLICIES[name](capacity)
+    cache = _Cache(policy, capacity)
+    for done, request in enumerate(recording.requests, start=1):
+        cache.ask(request, blocks=recording.blocks)
+        if not done % _TELL_EVERY:
+            advance(done)
+    advance(len(recording.requests))
+    return Outcome(cache.lookups, cache.hits, cache.evictions, cache.recomputed, cache.positions)
+
+
+def ceiling(recording: Recording) -> Outcome:
+    """A cache without bound: every key is missed once."""
+    unique = len({key for request in recording.requests for key in request.keys})
+    return run("lru", recording, max(1, unique))
+
+
+class _Cache:
+    def __init__(self, policy: Policy[Key], capacity: int) -> None:
+        self._policy = policy
+        self._capacity = capacity
+        self._uses: dict[Key, int] = {}
+        """Resident keys: uses since they became resident."""
+        self.lookups = self.hits = self.evictions = self.recomputed = self.positions = 0
+
+    def ask(self, request: Request, *, blocks: bool) -> None:
+        """Looks up all keys of a request; those that are missing become resident."""
+        origin, known, end = 0, 0, len(request.keys) - 1
+        for index, key in enumerate(request.keys):
+            last = blocks and index == end
+            if key in self._uses:
+                known += known == index
+                origin = self._uses[key] = self._uses[key] + 1
+                self._policy.hit(key, kind_of(request.answer_tokens, origin, last=last))
+                self.hits += 1
+            else:
+                self._admit(key, kind_of(request.answer_tokens, origin, last=last))
+        self.lookups += len(request.keys)
+        self._count_recomputed(request, known)
+
+    def _admit(self, key: Key, kind: int) -> None:
+        while len(self._uses) >= self._capacity:
+            del self._uses[self._policy.evict(key)]
+            self.evictions += 1
+        self._policy.admit(key, kind)
+        self._uses[key] = 1
+
+    def _count_recomputed(self, request: Request, known: int) -> None:
+        """known: resident blocks from the prompt's beginning on."""
+        blocks = len(request.keys)
+        tokens = request.prompt_tokens or blocks
+        first = tokens * known // blocks if blocks else tokens
+        self.recomputed += tokens - first
+        self.positions += (tokens * (tokens - 1) - first * (first - 1)) // 2
