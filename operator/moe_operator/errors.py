@@ -1,4 +1,4 @@
-"""The operator's errors: one tree, whose types say whether trying again can help."""
+"""The operator's errors: one tree, whose types say whether a retry can help."""
 
 from __future__ import annotations
 
@@ -7,38 +7,38 @@ from typing import ClassVar
 
 
 class MoEOperatorError(Exception):
-    """Anything that this package raises on purpose. The text is a sentence for a person."""
+    """Base of all errors that this package raises on purpose. The text is a message for people."""
 
 
 class RetryableError(MoEOperatorError):
-    """Trying again later can succeed without anybody changing the object."""
+    """A later retry can succeed without a change of the object."""
 
     patience: ClassVar[float] = 1.0
-    """How long to pause before the next try, against an API server that does not answer."""
+    """Pause before the next retry, relative to that for an API server that does not respond."""
     longest_seconds: ClassVar[float] = math.inf
-    """No pause is longer, however often it was tried."""
+    """Upper bound of the pause, after any number of retries."""
 
 
 class PermanentError(MoEOperatorError):
-    """Trying again soon is of no use: somebody has to change the object or the installation."""
+    """A retry does not help: somebody has to change the object or the installation."""
 
 
 class ClusterUnavailableError(RetryableError):
-    """The API server did not answer, or was overloaded."""
+    """The API server did not respond, or was overloaded."""
 
 
 class HistoryExpiredError(RetryableError):
-    """A watch cannot go on from where it was; what there is has to be listed again."""
+    """A watch cannot continue from its version; the objects have to be listed again."""
 
 
 class ChangedMeanwhileError(RetryableError):
-    """Somebody else changed or deleted an object first; the next plan starts from what they left."""
+    """Another client changed or deleted an object first; the next plan starts from the new state."""
 
     patience = 0.1
 
 
 class ReadForbiddenError(RetryableError):
-    """The operator lacks the right to read something; it goes on once its ClusterRole grants it."""
+    """The operator lacks a right to read; it continues when its ClusterRole grants the right."""
 
     longest_seconds = 30.0
 
@@ -46,16 +46,16 @@ class ReadForbiddenError(RetryableError):
 class ApplyForbiddenError(RetryableError):
     """The API server may not do what was asked: rights, a quota or an admission webhook are against it.
 
-    None of these is part of the object, so it can heal without an edit, though rarely soon.
+    None of these is part of the object, so it can heal without an edit, but rarely soon.
     """
 
     patience = 5.0
 
 
 class OwnerUnknownError(ApplyForbiddenError):
-    """The API server has yet to notice the CRD; where it checks owners, a MoEDeployment may own nothing.
+    """The API server does not know the CRD yet; if it checks owners, a MoEDeployment may own nothing.
 
-    It looks every 30 s (OwnerReferencesPermissionEnforcement, kube-apiserver), so trying often pays.
+    It checks every 30 s (OwnerReferencesPermissionEnforcement, kube-apiserver), so frequent retries help.
     """
 
     patience = 1.0
@@ -63,7 +63,7 @@ class OwnerUnknownError(ApplyForbiddenError):
 
 
 class OutOfTimeError(RetryableError):
-    """A plan was too long for one turn; what was done stays, and the next turn goes on from there."""
+    """A plan took too long for one reconcile; its changes stay, and the next reconcile continues."""
 
     patience = 0.1
 

@@ -1,4 +1,4 @@
-"""How the operator process behaves. What is served is in the MoEDeployment, not here."""
+"""Settings of the operator process. MoEDeployments describe what it serves."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ class Settings:
     """Name of the ClusterKopfPeering object through which operator processes find each other."""
 
     peering_lifetime_seconds: float = 20.0
-    """A process that was killed is taken for alive this long. kopf renews 5 to 10 s before the end."""
+    """A killed process counts as alive this long. kopf renews 5 to 10 s before the end."""
 
     debounce_seconds: float = 0.25
-    """A burst of changes in what belongs to a deployment is answered once, this long after its first one.
+    """A burst of changes of a deployment's objects causes one reconcile, this long after the first change.
 
     Edits of the deployment itself do not wait.
     """
 
     resync_seconds: float = 300.0
-    """Every deployment is looked at this often even when nothing was heard of it."""
+    """Resync interval: every deployment is reconciled this often, even without an event."""
 
     recheck_seconds: float = 5.0
-    """How soon to look again while something that sends no event is awaited (a worker's answer)."""
+    """Interval of reconciles while a plan awaits something that sends no event (a worker's response)."""
 
     routing_seconds: float = 0.5
-    """How soon to ask again whether the frontends send requests to a worker that takes them now."""
+    """Interval of asking whether the frontends route to a worker that accepts requests."""
 
     retry_first_seconds: float = 1.0
     """Pause after the first failed reconcile of a deployment; doubles with each further failure.
 
-    For an API server that does not answer; the type of another error stretches or shortens it.
+    For an API server that does not respond; the type of another error scales it.
     """
 
     retry_most_seconds: float = 60.0
-    """The longest pause between two tries; stretched or shortened likewise."""
+    """The longest pause between two retries; scaled likewise."""
 
     turn_seconds: float = 30.0
-    """A reconcile that takes longer goes on in another turn, so that others get theirs."""
+    """A reconcile that takes longer continues in another one, so that other deployments are not delayed."""
 
     api_timeout_seconds: float = 15.0
     """Limit of one request to the API server."""
@@ -56,10 +56,10 @@ class Settings:
     """Limit of one call to a worker."""
 
     sample_seconds: float = 10.0
-    """How often replicas that scale are asked how busy they are."""
+    """Interval of asking the replicas of a scaling deployment for their load."""
 
     history_seconds: float = 300.0
-    """How often what scaling has learned is written to a ScalingHistory; a crash loses this much at most."""
+    """Interval of writing learned data to a ScalingHistory; a crash loses at most this much."""
 
     scaling_speed: float = 1.0
     """How many times faster than the wall's the scaling clock runs, for tests and demonstrations: at 60 a

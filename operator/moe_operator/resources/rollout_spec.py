@@ -1,4 +1,4 @@
-"""What users write about changes of the pods: spec.rollout."""
+"""User input for rollouts: spec.rollout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _MOST = 1000
 
 
 class Rollout(Model):
-    """How a new revision takes the place of an old one."""
+    """How a new revision replaces an old one."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
@@ -25,16 +25,16 @@ class Rollout(Model):
 
     max_surge: int = Field(
         default=1,
-        description="Replicas beyond the wanted ones while a rollout goes on: a new one is Ready before an "
-        "old one leaves. Where a new one fits no node but would fit in an old one's place, that one makes "
-        "room, within maxUnavailable. Default: 1.",
+        description="Additional replicas during a rollout: the operator deletes an old replica when a new"
+        " one is Ready. If a new one fits no node but would fit in the place of an old one, "
+        "the old one is deleted first, within maxUnavailable. Default: 1.",
         json_schema_extra=rules((f"self >= 0 && self <= {_MOST}", f"maxSurge is a number from 0 to {_MOST}")),
     )
     max_unavailable: int | None = Field(
         default=None,
-        description="Wanted replicas that may be missing while a rollout goes on, where there is no room for "
-        "surge. 0 never gives up a replica that serves. Default: 1, but 0 where one replica is wanted and "
-        "maxSurge is not 0.",
+        description="Wanted replicas that may be missing during a rollout if there is no room for surge. "
+        "0 never deletes a serving replica first. Default: 1, but 0 if one replica is wanted "
+        "and maxSurge is not 0.",
         json_schema_extra=rules(
             (f"self >= 0 && self <= {_MOST}", f"maxUnavailable is a number from 0 to {_MOST}")
         ),
@@ -49,13 +49,14 @@ class Rollout(Model):
     )
     pause: bool = Field(
         default=False,
-        description="Leaves every replica at its revision until this is false again; scaling goes on. "
+        description="Keeps every replica at its revision until this is false again; scaling continues. "
         "Default: false.",
     )
     progress_deadline_seconds: int = Field(
         default=3600,
-        description="A rollout that brings no further replica to Ready for so long stops, and what serves is "
-        "left alone until the spec is edited. Default: 3600, for reading a large checkpoint takes long.",
+        description="A rollout stops if no further replica becomes Ready for this long; serving replicas "
+        "stay until the spec is edited. Default: 3600, because loading a large checkpoint "
+        "takes long.",
         json_schema_extra=rules(
             ("self >= 1 && self <= 604800", "progressDeadlineSeconds is a number from 1 to 604800")
         ),

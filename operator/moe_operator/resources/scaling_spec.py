@@ -1,4 +1,4 @@
-"""What users write about scaling: spec.scaling."""
+"""User input for scaling: spec.scaling."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ REPLICAS_MOST = 1000
 
 
 class Mode(StrEnum):
-    """Who decides how many replicas there are."""
+    """Who decides the number of replicas."""
 
     AUTO = "Auto"
     ADVISORY = "Advisory"
@@ -20,7 +20,7 @@ class Mode(StrEnum):
 
 
 class Scaling(Model):
-    """How many replicas there are, decided from the load that is forecast."""
+    """The number of replicas, decided from the forecast load."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
@@ -33,37 +33,37 @@ class Scaling(Model):
 
     mode: Mode = Field(
         default=Mode.AUTO,
-        description="Auto: the operator sets the number of replicas. Advisory: it only says in "
-        "status.scaling, events and metrics what it would set; spec.replicas decides. "
-        "Off: it neither measures nor says anything. Default: Auto.",
+        description="Auto: the operator sets the number of replicas. Advisory: it only reports in "
+        "status.scaling, events and metrics what it would set; spec.replicas decides. Off: it"
+        " neither measures nor reports. Default: Auto.",
     )
     min_replicas: int = Field(
         default=1,
-        description="Fewest replicas. 0 lets a deployment without requests scale to zero; the frontend then "
-        "holds the first request until a replica is there. Default: 1.",
+        description="Minimum number of replicas. 0 lets a deployment without requests scale to zero; the "
+        "frontend then holds the first request until a replica is ready. Default: 1.",
         json_schema_extra=rules(
             (f"self >= 0 && self <= {REPLICAS_MOST}", f"minReplicas is a number from 0 to {REPLICAS_MOST}")
         ),
     )
     max_replicas: int = Field(
-        description="Most replicas. Required.",
+        description="Maximum number of replicas. Required.",
         json_schema_extra=rules(
             (f"self >= 1 && self <= {REPLICAS_MOST}", f"maxReplicas is a number from 1 to {REPLICAS_MOST}")
         ),
     )
     latency_target_seconds: float = Field(
         default=2.5,
-        description="Seconds from the submission of a request to its first token that 95 of 100 requests "
-        "shall keep; what a replica serves within it is its capacity. Workers count in steps (0.25, 0.5, "
-        "0.75, 1, 2.5, 5, 7.5, 10 s): a target between two counts as the upper one. Default: 2.5.",
+        description="Target time to first token in seconds for 95 of 100 requests; the load that a "
+        "replica serves within it is its capacity. Workers count in buckets (0.25, 0.5, 0.75,"
+        " 1, 2.5, 5, 7.5, 10 s): a target between two counts as the upper one. Default: 2.5.",
         json_schema_extra=rules(
             ("self > 0.0 && self <= 10.0", "latencyTargetSeconds is a number of seconds above 0, up to 10")
         ),
     )
     prior_requests_per_second: float | None = Field(
         default=None,
-        description="Requests per second that one replica is taken to serve within the latency target until "
-        "that was measured. Default: a tenth of engine.maxBatchSize.",
+        description="Assumed requests per second of one replica within the latency target until they are "
+        "measured. Default: a tenth of engine.maxBatchSize.",
         json_schema_extra=rules(
             (
                 "self > 0.0 && self <= 1000000.0",
@@ -73,8 +73,9 @@ class Scaling(Model):
     )
     gpu_budget: float | None = Field(
         default=None,
-        description="GPUs that all replicas together may take, in steps of 0.5; a replica takes what "
-        "worker.acceleratorFraction or its nvidia.com/gpu limit says. Default: no limit but maxReplicas.",
+        description="Maximum number of GPUs of all replicas together, in steps of 0.5; "
+        "worker.acceleratorFraction or the nvidia.com/gpu limit gives the GPUs of a replica. "
+        "Default: no limit but maxReplicas.",
         json_schema_extra=rules(
             (
                 "self >= 0.5 && self <= 100000.0 && self * 2.0 == double(int(self * 2.0))",
@@ -93,7 +94,7 @@ class Scaling(Model):
 
     @property
     def scales_to_zero(self) -> bool:
-        """Whether there may be no replica while requests are welcome."""
+        """Whether the deployment may have no replica and still accept requests."""
         return self.mode is Mode.AUTO and self.min_replicas == 0
 
     def bounded(self, replicas: int) -> int:

@@ -1,4 +1,4 @@
-"""What users read about scaling: status.scaling."""
+"""Scaling information for users: status.scaling."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SCALING_ACTIVE = "ScalingActive"
 
 
 class _Reported(Model):
-    """Fields of a newer operator are passed over."""
+    """Fields of a newer operator are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -26,12 +26,12 @@ class ForecastStatus(_Reported):
         default=None, description="Rolling error (WAPE) of this forecaster, in percent of mean demand."
     )
     last_value_error_percent: float | None = Field(
-        default=None, description="The same of the forecast that demand stays as it is now."
+        default=None, description="The same error for the current demand used as a forecast."
     )
 
 
 class HorizonStatus(_Reported):
-    """How far ahead is looked."""
+    """How far ahead the forecast is."""
 
     seconds: float = Field(default=0.0, description="90th percentile of this deployment's own cold starts.")
     cold_starts: int = Field(
@@ -43,21 +43,21 @@ class ColdStartStatus(_Reported):
     """The phases of the last cold start, in seconds."""
 
     pod: str = Field(default="", description="Leader pod that was measured.")
-    scheduling: float = Field(default=0.0, description="From the pod's making to a node.")
+    scheduling: float = Field(default=0.0, description="From the creation of the pod to its node.")
     image: float = Field(default=0.0, description="From there to the start of the container.")
-    loading: float = Field(default=0.0, description="From there to an answering worker: model and warm-up.")
+    loading: float = Field(default=0.0, description="From there to a ready worker: model and warm-up.")
     total: float = Field(default=0.0, description="Sum of the phases.")
 
 
 class CapacityStatus(_Reported):
-    """What one replica serves within the latency target."""
+    """The load that one replica serves within the latency target."""
 
     requests_per_second: float = Field(default=0.0, description="Requests per second of one replica.")
     source: str = Field(default="", description="Prior (from the spec) or Measured.")
 
 
 class DecisionStatus(_Reported):
-    """The last change, or in Advisory mode the last one that would have been made."""
+    """The last change, or in Advisory mode the last change that Auto would have made."""
 
     time: str = Field(description="When (RFC 3339, UTC).", json_schema_extra={"format": "date-time"})
     before: int = Field(default=0, description="Replicas before.")
@@ -67,36 +67,37 @@ class DecisionStatus(_Reported):
 
 
 class ReplicaLoadStatus(_Reported):
-    """How busy one replica is."""
+    """The load of one replica."""
 
     pod: str = Field(default="", description="Its leader pod.")
     queued: int = Field(default=0, description="Requests that wait for a place in the batch.")
     running: int = Field(default=0, description="Requests in the batch.")
     kv_used_percent: int | None = Field(
-        default=None, description="Part of the KV cache that running requests take, in percent."
+        default=None, description="Share of the KV cache that running requests use, in percent."
     )
 
 
 class ScalingStatus(_Reported):
-    """What the scaler knows and wants; rewritten when a decision is made, and once a minute."""
+    """The state of the scaler; updated with each decision, and once a minute."""
 
     desired_replicas: int = Field(
-        default=0, description="Replicas that the scaler wants: set in Auto mode, only said in Advisory mode."
+        default=0,
+        description="Replicas that the scaler wants: applied in Auto mode, only reported in Advisory mode.",
     )
     requests_per_second: float | None = Field(
-        default=None, description="Demand measured last; absent where no replica reported."
+        default=None, description="Demand measured last; absent if no replica reported."
     )
     forecast: ForecastStatus | None = Field(default=None, description="Demand at the horizon, with band.")
-    horizon: HorizonStatus | None = Field(default=None, description="How far ahead is looked.")
+    horizon: HorizonStatus | None = Field(default=None, description="How far ahead the forecast is.")
     last_cold_start: ColdStartStatus | None = Field(
         default=None, description="Phases of the last cold start measured."
     )
     capacity: CapacityStatus | None = Field(
-        default=None, description="What one replica serves within the latency target."
+        default=None, description="The load that one replica serves within the latency target."
     )
     last_decision: DecisionStatus | None = Field(
         default=None, description="The last change, with its reason."
     )
     load: tuple[ReplicaLoadStatus, ...] = Field(
-        default=(), description="How busy each replica was; one that did not say is left out."
+        default=(), description="The load of each replica; without those that did not report."
     )

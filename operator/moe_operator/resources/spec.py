@@ -1,4 +1,4 @@
-"""What users write: the spec of a MoEDeployment."""
+"""User input: the spec of a MoEDeployment."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _PATH_SEGMENT = "[A-Za-z0-9._@+=,~-]+"
 
 
 class ModelSource(Model):
-    """Which model is served."""
+    """The served model."""
 
     uri: str = Field(
-        description="Where the checkpoint is: file:// followed by the absolute path of a directory that "
-        "every node has, with config.json, tokenizer.json and safetensors files, e.g. "
+        description="Location of the checkpoint: file:// followed by the absolute path of a directory on "
+        "every node, with config.json, tokenizer.json and safetensors files, e.g. "
         "file:///mnt/models/docs-moe. Required.",
         min_length=1,
         max_length=1024,
@@ -46,7 +46,7 @@ class ModelSource(Model):
     )
     served_name: str | None = Field(
         default=None,
-        description="Name that requests ask for. Default: metadata.name.",
+        description="Name of the model in requests. Default: metadata.name.",
         min_length=1,
         max_length=128,
         pattern="^[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?$",
@@ -59,11 +59,11 @@ class ModelSource(Model):
 
 
 class Expert(Model):
-    """How the routed experts are spread."""
+    """How the routed experts are distributed."""
 
     size: int = Field(
         default=1,
-        description="Workers of a pipeline stage among which the experts are divided. Default: 1.",
+        description="Workers of a pipeline stage that share the experts. Default: 1.",
         json_schema_extra=rules(
             ("self == 1", "expert parallelism is not supported yet; set parallelism.expert.size to 1")
         ),
@@ -71,16 +71,16 @@ class Expert(Model):
 
 
 class Parallelism(Model):
-    """How one replica is spread over workers."""
+    """How one replica is distributed over workers."""
 
     pipeline: int = Field(
         default=1,
-        description="Stages, of some layers each, that a replica is cut into. Default: 1.",
+        description="Number of stages of a replica, each with a part of the layers. Default: 1.",
         json_schema_extra=rules(
             ("self == 1", "pipeline parallelism is not supported yet; set parallelism.pipeline to 1")
         ),
     )
-    expert: Expert = Field(default=Expert(), description="How the routed experts are spread.")
+    expert: Expert = Field(default=Expert(), description="How the routed experts are distributed.")
 
 
 class Engine(Model):
@@ -88,15 +88,16 @@ class Engine(Model):
 
     context_length: int | None = Field(
         default=None,
-        description="Tokens of prompt and continuation together, at most. Default: what the checkpoint was "
-        "made for (max_position_embeddings in its config.json).",
+        description="Maximum number of tokens of prompt and continuation together. Default: the "
+        "checkpoint's own limit (max_position_embeddings in its config.json).",
         json_schema_extra=rules(
             ("self >= 1 && self <= 4194304", "contextLength is a number of tokens from 1 to 4194304")
         ),
     )
     max_batch_size: int = Field(
         default=16,
-        description="Requests that a worker decodes together, at most; more wait in its queue. Default: 16.",
+        description="Maximum number of requests that a worker decodes together; more wait in its queue. "
+        "Default: 16.",
         json_schema_extra=rules(
             ("self >= 1 && self <= 4096", "maxBatchSize is a number of requests from 1 to 4096")
         ),
@@ -120,10 +121,11 @@ class Engine(Model):
     )
     format: Literal["auto", "dense", "fp8", "w4a16", "w4a8"] = Field(
         default="auto",
-        description="What weights are multiplied as. dense: numbers of dtype. fp8: eight bits in blocks of "
-        "128 x 128, rounded at load unless the checkpoint is already fp8. w4a16: four bits in groups of "
-        "128, likewise. w4a8: these, and activations in eight bits, one scale for 128 or 64 values, the same "
-        "on CPUs and GPUs. auto: four bits where the checkpoint has them, else dense. Default: auto.",
+        description="How weights are multiplied. dense: numbers of dtype. fp8: eight bits in blocks of "
+        "128 x 128, rounded at load unless the checkpoint is already fp8. w4a16: four bits in"
+        " groups of 128, likewise. w4a8: as w4a16, with activations in eight bits, one scale "
+        "for 128 or 64 values, the same on CPUs and GPUs. auto: w4a16 for a checkpoint in "
+        "four bits, otherwise dense. Default: auto.",
     )
     kv_dtype: Literal["auto", "float32", "bfloat16", "fp8"] = Field(
         default="auto",
@@ -183,13 +185,13 @@ class Worker(AcceleratedPodSettings):
     )
     termination_grace_period_seconds: int = Field(
         default=60,
-        description="Seconds that a worker which is stopped has to finish its requests. Default: 60.",
+        description="Seconds that a terminating worker has to finish its requests. Default: 60.",
         json_schema_extra=rules(_GRACE_RULE),
     )
 
 
 class Frontend(PodSettings):
-    """The pods that clients talk to; they pass requests on to the workers and need no GPU."""
+    """The pods that clients connect to; they forward requests to the workers and need no GPU."""
 
     replicas: int = Field(
         default=1,
@@ -205,18 +207,19 @@ class Frontend(PodSettings):
     )
     termination_grace_period_seconds: int = Field(
         default=60,
-        description="Seconds that a frontend which is stopped has to finish its streams. Default: 60.",
+        description="Seconds that a terminating frontend has to finish its streams. Default: 60.",
         json_schema_extra=rules(_GRACE_RULE),
     )
 
 
 class Telemetry(Model):
-    """Where traces go."""
+    """Where traces and metrics are sent."""
 
     otlp_endpoint: str | None = Field(
         default=None,
-        description="OpenTelemetry Collector that takes OTLP over gRPC, e.g. "
-        "http://otel-collector.moe-system:4317. Default: none, and neither traces nor metrics.",
+        description="OpenTelemetry Collector that accepts OTLP over gRPC, e.g. "
+        "http://otel-collector.moe-system:4317. Default: none, so neither traces nor metrics "
+        "are sent.",
         max_length=1024,
         json_schema_extra=rules(
             (
@@ -243,12 +246,12 @@ _RULES = (
 
 
 class Quality(Model):
-    """What a compressed checkpoint may cost."""
+    """The allowed quality loss of a compressed checkpoint."""
 
     max_bits_per_byte_increase: float = Field(
-        description="By how many bits per byte the checkpoint may be worse than what it was made from, by "
-        "the quality.json that `moe-worker compress` wrote beside its weights, e.g. 0.005. A worker does not "
-        "load a checkpoint that is worse, or that has no such file. Required.",
+        description="Allowed increase of the checkpoint's bits per byte over its original, according to "
+        "the quality.json that `moe-worker compress` stores with the weights, e.g. 0.005. A "
+        "worker does not load a checkpoint that is worse, or that has no such file. Required.",
         json_schema_extra=rules(("self >= 0.0 && self <= 100.0", "give a number of bits from 0 to 100")),
     )
     text: str | None = Field(
@@ -261,27 +264,27 @@ class Quality(Model):
 
 
 class Spec(Model):
-    """What is to be served, and how."""
+    """The desired state of a deployment."""
 
     model_config = ConfigDict(json_schema_extra=rules(*_RULES))
 
     model: ModelSource = Field(description="The model that is served. Required.")
     replicas: int = Field(
         default=1,
-        description="Copies of the model that share the requests; 0 stops serving. `kubectl scale` sets it, "
-        "and so may a HorizontalPodAutoscaler. With scaling in mode Auto the operator writes here what it "
-        "decides, and nobody else may. Default: 1.",
+        description="Number of replicas that share the requests; 0 stops serving. `kubectl scale` or a "
+        "HorizontalPodAutoscaler may set it. With scaling in mode Auto the operator writes "
+        "its decision here, and nobody else may. Default: 1.",
         json_schema_extra=rules(
             (f"self >= 0 && self <= {REPLICAS_MOST}", f"replicas is a number from 0 to {REPLICAS_MOST}")
         ),
     )
     scaling: Scaling | None = Field(
         default=None,
-        description="Lets the operator decide the number of replicas from the load that it forecasts. "
-        "Default: none, so replicas decides.",
+        description="Lets the operator decide the number of replicas from the forecast load. Default: "
+        "none, so replicas decides.",
     )
     parallelism: Parallelism = Field(
-        default=Parallelism(), description="How one replica is spread over worker pods."
+        default=Parallelism(), description="How one replica is distributed over worker pods."
     )
     engine: Engine = Field(default=Engine(), description="How a worker runs the model.")
     quality: Quality | None = Field(
@@ -290,15 +293,16 @@ class Spec(Model):
     )
     worker: Worker = Field(default=Worker(), description="The pods that run the model.")
     frontend: Frontend = Field(
-        default=Frontend(), description="The pods that clients talk to; they pass requests on to the workers."
+        default=Frontend(),
+        description="The pods that clients connect to; they forward requests to the workers.",
     )
-    telemetry: Telemetry = Field(default=Telemetry(), description="Where traces go.")
+    telemetry: Telemetry = Field(default=Telemetry(), description="Where traces and metrics are sent.")
     rollout: Rollout = Field(
-        default=Rollout(), description="How a new revision of the workers takes the place of an old one."
+        default=Rollout(), description="How a new revision of the workers replaces an old one."
     )
     revision_history_limit: int = Field(
         default=10,
-        description="Revisions that are remembered for `moe rollout undo`, beside those in use. Default: 10.",
+        description="Revisions kept for `moe rollout undo`, in addition to those in use. Default: 10.",
         json_schema_extra=rules(
             ("self >= 0 && self <= 100", "revisionHistoryLimit is a number from 0 to 100")
         ),

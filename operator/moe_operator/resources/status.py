@@ -1,4 +1,4 @@
-"""What users read: the status of a MoEDeployment."""
+"""Information for users: the status of a MoEDeployment."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ COMPLETE = "Complete"
 PARTITION_REACHED = "PartitionReached"
 SCALED_TO_ZERO = "ScaledToZero"
 DONE = (COMPLETE, PARTITION_REACHED)
-"""Reasons of Progressing where everything is as the spec asks."""
+"""Reasons of Progressing when the deployment matches the spec."""
 REPORTED_NAME_MOST = 64
 """Characters of a name that a worker reports."""
 
 
 class Observed(Model):
-    """Base of what is read back from the cluster: fields of a newer operator are passed over."""
+    """Base of objects read back from the cluster: fields of a newer operator are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -47,7 +47,7 @@ class Condition(Observed):
     message: str = Field(default="", description="Why, in a sentence for people.", max_length=32768)
     observed_generation: int | None = Field(
         default=None,
-        description="metadata.generation of the spec that this was said of.",
+        description="metadata.generation of the spec that the condition refers to.",
         json_schema_extra=_INT64,
     )
     last_transition_time: str = Field(
@@ -64,10 +64,10 @@ class ModelInfo(Observed):
         max_length=REPORTED_NAME_MOST,
     )
     parameters_total: int = Field(
-        default=0, description="Weights in the whole model.", json_schema_extra=_INT64
+        default=0, description="Number of weights of the model.", json_schema_extra=_INT64
     )
     parameters_active: int = Field(
-        default=0, description="Weights that one token passes through.", json_schema_extra=_INT64
+        default=0, description="Number of weights that one token uses.", json_schema_extra=_INT64
     )
     format: str = Field(
         default="",
@@ -79,30 +79,32 @@ class ModelInfo(Observed):
 
 
 class RolloutStatus(Observed):
-    """How far a rollout has come, so that one that comes no further is noticed."""
+    """Progress of a rollout, to detect one that is stuck."""
 
-    revision: str = Field(description="Revision that is rolled out.")
+    revision: str = Field(description="Revision of the rollout.")
     ready_replicas: int = Field(
-        default=0, description="Replicas of this revision that were ready at once, at most."
+        default=0, description="Maximum number of replicas of this revision that were ready at the same time."
     )
-    ready_frontends: int = Field(default=0, description="Frontend pods that were ready at once, at most.")
+    ready_frontends: int = Field(
+        default=0, description="Maximum number of frontend pods that were ready at the same time."
+    )
     progressed_at: str = Field(
-        description="When one of these last grew, or the rollout began or was paused (RFC 3339, UTC).",
+        description="When one of these last increased, or the rollout started or was paused (RFC 3339, UTC).",
         json_schema_extra={"format": "date-time"},
     )
 
 
 class Status(Observed):
-    """What the operator saw when it last looked."""
+    """The state at the last reconcile."""
 
     observed_generation: int | None = Field(
         default=None, description="metadata.generation of the spec last acted on.", json_schema_extra=_INT64
     )
     desired_replicas: int | None = Field(
-        default=None, description="Replicas that there shall be now: spec.replicas, or what scaling decided."
+        default=None, description="Desired number of replicas: spec.replicas, or the decision of scaling."
     )
     replicas: int = Field(default=0, description="Replicas whose leader pod exists and is not terminating.")
-    ready_replicas: int = Field(default=0, description="Replicas whose leader answers requests.")
+    ready_replicas: int = Field(default=0, description="Replicas whose leader is ready.")
     updated_replicas: int = Field(
         default=0, description="Ready replicas whose leader runs the current revision."
     )
@@ -114,32 +116,33 @@ class Status(Observed):
         "there was none.",
     )
     rollout: RolloutStatus | None = Field(
-        default=None, description="How far the rollout under way has come; absent where there is none."
+        default=None, description="Progress of the current rollout; absent if there is none."
     )
     model: ModelInfo | None = Field(
-        default=None, description="The model as a worker reports it; absent before."
+        default=None, description="The model as a worker reports it; absent before the first report."
     )
     conditions: tuple[Condition, ...] = Field(
         default=(),
         description="Ready: all wanted replicas and frontends are ready, or none is wanted. Active: a "
-        "replica serves; False where none is wanted. Progressing: True while a rollout goes on and when it "
-        "is complete, False when it is stuck. Reconciling, only while it holds: the spec is not reached "
-        "yet. Stalled, only while it holds: it is not reached without help. ModelLoaded: a worker has "
-        "loaded the model. ScalingActive: scaling follows the load.",
+        "replica serves; False if none is wanted. Progressing: True while a rollout runs and "
+        "when it is complete, False when it is stuck. Reconciling, present only while True: "
+        "the cluster does not match the spec yet. Stalled, present only while True: it will "
+        "not without help. ModelLoaded: a worker has loaded the model. ScalingActive: scaling"
+        " follows the load.",
         json_schema_extra={LIST_TYPE: "map", LIST_KEYS: ["type"]},
     )
     scaling: ScalingStatus | None = Field(
         default=None,
-        description="What scaling knows and wants; absent where it is Off.",
+        description="State of scaling; absent if it is Off.",
     )
 
     def without_scaling(self) -> Status:
-        """The part that follows from objects and pods; the other part is written by the scaler alone."""
+        """The part that the reconcile derives from objects and pods; the scaler writes the other part."""
         others = tuple(condition for condition in self.conditions if condition.type != SCALING_ACTIVE)
         return self.model_copy(update={"scaling": None, "conditions": others})
 
     def same_as(self, other: Status) -> bool:
-        """Whether both say the same; conditions have no order, for the API server merges those of writers."""
+        """Whether both are equal; conditions have no order, since the API server merges several writers."""
         return self._ordered() == other._ordered()
 
     def _ordered(self) -> Status:
