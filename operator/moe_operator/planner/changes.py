@@ -35,7 +35,7 @@ class Change:
 
 
 def changes(desired: Iterable[Manifest], observed: Observed, deployment: Deployment) -> list[Change]:
-    """The objects that are not there as they should be, in the order given."""
+    """The objects that are missing or differ, in the given order."""
     found = (_change(manifest, observed, deployment) for manifest in desired)
     return [change for change in found if change is not None]
 
@@ -54,12 +54,12 @@ def _change(manifest: Manifest, observed: Observed, deployment: Deployment) -> C
 
 
 def _guarded(manifest: Manifest, actual: Manifest) -> Manifest:
-    """The object with the UID of the one it changes, so that it never lands in one that took its place."""
+    """The object with the UID of the one it changes, so that a newer one of its name is never changed."""
     return {**manifest, "metadata": {**manifest["metadata"], "uid": actual["metadata"]["uid"]}}
 
 
 def _was_complete(deployment: Deployment) -> bool:
-    """Whether everything that is wanted now was wanted and there when we last looked."""
+    """Whether everything that is wanted now was wanted and complete at the last reconcile."""
     progressing = deployment.status.condition(PROGRESSING)
     complete = progressing is not None and progressing.reason == COMPLETE
     # Scaling changes what is wanted without a new generation of the spec.
@@ -68,7 +68,7 @@ def _was_complete(deployment: Deployment) -> bool:
 
 
 def decisions(made: Iterable[Change]) -> list[Decision]:
-    """What people are told of the changes: one sentence for what is ordinary, one each for what is not."""
+    """Decisions about the changes: one for all ordinary ones, one for each unexpected one."""
     made = list(made)
     told = [
         Decision(why.value, f"{verb} {', '.join(str(key(change.manifest)) for change in alike)}")

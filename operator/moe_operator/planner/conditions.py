@@ -1,4 +1,4 @@
-"""From a deployment's state to its conditions, each with a reason for programs and a sentence for people."""
+"""Converts the state of a deployment to conditions, with a reason for programs and a message for people."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from moe_operator.resources.status import (
 
 _NAMES_SHOWN = 3
 _MESSAGE_MOST = 4096
-"""Characters of a message: Kubernetes takes 32768, which nobody reads."""
+"""Maximum characters of a message: Kubernetes allows 32768, which nobody reads."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Verdict:
 
 
 def verdicts(state: State) -> dict[str, Verdict]:
-    """What holds of a deployment, by condition type."""
+    """The conditions of a deployment, by type."""
     progress = progressing(state)
     found = {
         READY: ready(state),
@@ -63,7 +63,7 @@ def verdicts(state: State) -> dict[str, Verdict]:
 
 
 def abnormal(progress: Verdict) -> dict[str, Verdict]:
-    """The conditions that kstatus reads, which are there only while they hold.
+    """The conditions that kstatus reads, which exist only while they are True.
 
     progress: the verdict on Progressing. `Stalled` holds where it is False, `Reconciling` while it is not
     done (sigs.k8s.io/cli-utils, pkg/kstatus).
@@ -76,7 +76,7 @@ def abnormal(progress: Verdict) -> dict[str, Verdict]:
 
 
 def ready(state: State) -> Verdict:
-    """Whether all replicas and frontends that are wanted are ready; where none is wanted, all are."""
+    """Whether all wanted replicas and frontends are ready; True if none is wanted."""
     if state.conflicts:
         return Verdict(False, "NameConflict", _conflict_sentence(state))
     if state.wanted == 0 and not (state.on_demand and _frontends_missing(state)):
@@ -123,7 +123,7 @@ def _frontends_missing(state: State) -> bool:
 
 
 def _obstacle(state: State) -> Problem | None:
-    """What keeps the deployment from being ready: first what is wrong, then what only needs time."""
+    """Why the deployment is not ready: first problems, then what only needs time."""
     if state.ready < state.wanted and state.problem is not None:
         pod, problem = state.problem
         return replace(problem, message=f"{pod.name}: {problem.message}")
@@ -157,9 +157,9 @@ def _names(pods: list[str]) -> str:
 
 
 def progressing(state: State) -> Verdict:
-    """Whether the deployment gets closer to its spec, by the conventions of a Deployment of apps/v1.
+    """Whether the rollout progresses, by the conventions of Deployment (apps/v1).
 
-    True while a rollout goes on and when it is complete, False when it is stuck, Unknown when it is paused.
+    True while a rollout runs and when it is complete, False when it is stuck, Unknown when it is paused.
     """
     return (
         _stuck(state)
@@ -172,7 +172,7 @@ def progressing(state: State) -> Verdict:
 
 
 def _stuck(state: State) -> Verdict | None:
-    """A rollout that does not go on without help."""
+    """A rollout that cannot continue without help."""
     if state.conflicts:
         return Verdict(False, "NameConflict", _conflict_sentence(state))
     if state.stalled:
@@ -197,7 +197,7 @@ def _deadline_sentence(state: State) -> str:
 
 
 def _deadline_cause(state: State) -> Problem:
-    """What kept the rollout from going on."""
+    """Why the rollout did not continue."""
     if state.problem is not None:
         pod, problem = state.problem
         return replace(problem, message=f"{pod.name}: {problem.message}")
@@ -211,7 +211,7 @@ def _paused(state: State) -> Verdict | None:
 
 
 def _no_room(state: State) -> Verdict | None:
-    """New replicas fit no node, and no old one makes room."""
+    """New replicas fit no node, and no old one may be deleted for them."""
     moves = state.moves
     unplaced = [rank for rank, replica in state.replicas.items() if replica.unplaced]
     waits = unplaced and state.surplus <= len(unplaced)
@@ -231,14 +231,14 @@ def _no_room(state: State) -> Verdict | None:
 
 
 def _why_no_room(state: State) -> str:
-    """Why the first old replica that may leave does not make room; empty where none may leave."""
+    """Why the first candidate for deletion does not free enough room; empty if there is none."""
     leaders = (state.leaders[replica.data_rank].name for replica in state.moves.candidates)
     found = ((name, state.obstacles[name]) for name in leaders if state.obstacles.get(name))
     return next((f"it would not fit in the place of {name}: {why}; " for name, why in found), "")
 
 
 def _remedy(state: State) -> str:
-    """What helps without stopping what serves."""
+    """Remedies that do not stop serving replicas."""
     advice = "free resources, add a node, or undo the rollout"
     if state.wanted < 2 or state.rollout.unavailable(state.wanted):
         return advice
@@ -291,7 +291,7 @@ def model_loaded(state: State) -> Verdict:
 
 
 def quality_gate(state: State) -> Verdict:
-    """Whether the checkpoint is as good as spec.quality asks; a worker that loads it has found so."""
+    """Whether the checkpoint satisfies spec.quality, as found by a worker that loads it."""
     if state.problem is not None and state.problem[1].reason == QUALITY:
         pod, problem = state.problem
         return Verdict(False, QUALITY, f"{pod.name}: {problem.message}")

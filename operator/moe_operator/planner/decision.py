@@ -1,4 +1,4 @@
-"""What people are told: every decision has a reason and a sentence."""
+"""Decisions for people: each has a reason and a message."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 @dataclass(frozen=True)
 class Decision:
-    """Something that was decided, for people to read: it becomes an Event."""
+    """A decision, which becomes an Event."""
 
     reason: str
     """One CamelCase word."""

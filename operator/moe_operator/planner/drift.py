@@ -1,4 +1,4 @@
-"""Finds what somebody else changed in an object that the operator applied."""
+"""Finds fields that another client changed in an object that the operator applied."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from moe_operator.resources import quantity
 
 
 def first_difference(desired: Any, actual: Any, path: str = "", owned: Owned = None) -> str | None:
-    """Path of the first value that was set to `desired` and is something else now; None when there is none.
+    """Path of the first value that differs from `desired`; None if there is none.
 
-    What is there beyond `desired` (defaults of the API server, fields of other managers) is no difference:
-    server-side apply leaves it alone too. Amounts compare by size, for the API server rewrites them.
+    Additional fields (defaults of the API server, fields of other managers) are no difference: server-side
+    apply does not change them either. Quantities compare by value, because the API server rewrites them.
 
-    owned: the fields that are still the operator's own. One that is, and yet differs, was rewritten by an
-    admission policy within the operator's own request; the policy would do the same to the next one, so it is
-    no difference either. None: whose the fields are is not known.
+    owned: the fields that the operator still owns. An owned field that differs was rewritten by an admission
+    policy within the operator's own request; the policy would do the same to the next one, so it is no
+    difference either. None: the ownership is unknown.
     """
-    # JSON values are dicts and lists; asking for the abstract types took a third of a reconcile's time.
+    # JSON values are dicts and lists; checks for the abstract types took a third of a reconcile's time.
     if isinstance(desired, dict):
         return _in_mapping(desired, actual, path, owned)
     if isinstance(desired, list | tuple):
@@ -34,7 +34,7 @@ def _unless(owned: Owned, path: str) -> str | None:
 
 def _in_mapping(desired: Mapping[str, Any], actual: Any, path: str, owned: Owned) -> str | None:
     if not isinstance(actual, dict):
-        # The API server drops objects that say nothing.
+        # The API server drops empty objects.
         return None if not desired and actual is None else _unless(owned, path)
     for name, value in desired.items():
         if name in actual:

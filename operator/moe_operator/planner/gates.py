@@ -1,8 +1,8 @@
-"""Decides when a leader's readiness gate opens: once every frontend sends it requests.
+"""Decides when a leader's readiness gate opens: when every frontend routes to it.
 
-The kubelet calls a pod Ready when its containers are and its gates are open. Without the gate a worker would
-be Ready when it has loaded its model, which frontends learn a moment later; with it, whoever sees Ready can
-send a request. The gate closes where the containers are not ready: a worker that starts again is routed anew.
+A pod is Ready when its containers are ready and its gates are open. Without the gate a worker would be Ready
+when it has loaded its model, a moment before the frontends know it; with the gate, a Ready worker can receive
+requests. The gate closes when the containers are not ready, so a restarted worker is routed again first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Routes = frozenset[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Gate:
-    """A gate as it shall be."""
+    """The desired state of a gate."""
 
     pod: str
     uid: str
@@ -32,7 +32,7 @@ def waiting(leaders: Iterable[Pod]) -> list[Pod]:
 
 
 def published(observed: Observed) -> dict[str, Routes]:
-    """What frontends wrote of their routes, by the UID of the frontend's pod."""
+    """The published routes of frontends, by the UID of the frontend's pod."""
     return {
         owner["uid"]: frozenset((to["name"], host(to["address"])) for to in manifest.get("routes", ()))
         for manifest in observed.routes
@@ -49,8 +49,7 @@ def host(address: str) -> str:
 def changes(leaders: Iterable[Pod], routed: Mapping[str, str]) -> list[Gate]:
     """The gates to set.
 
-    routed: addresses, by pod name, of the leaders to which every frontend sends requests; empty where nobody
-    was asked.
+    routed: addresses, by pod name, of the leaders to which every frontend routes; empty if nobody was asked.
     """
     leaders = list(leaders)
     opening = [pod for pod in waiting(leaders) if routed.get(pod.name) == pod.address]

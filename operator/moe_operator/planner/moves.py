@@ -1,13 +1,13 @@
-"""Decides which replicas are made and which leave now.
+"""Decides which replicas are created and which are deleted now.
 
-A replica keeps the revision that it was made with; a new revision comes as new replicas. While old ones are
-left, `maxSurge` replicas may be there beyond the wanted ones, so that a new one is Ready before an old one
-leaves. Where a new one fits no node (or maxSurge is 0), old ones in whose place it would fit make room first,
-as long as no more than `maxUnavailable` of the wanted ones are missing. Replicas of an old revision that do
-not serve leave at once: nobody misses them, and so a corrected spec reaches a deployment that a wrong one
-broke. One that served a moment ago is left for a while: it may only have been slow to answer its probe.
+A replica keeps its revision; a new revision is created as new replicas. During a rollout `maxSurge`
+additional replicas may exist, so that a new one is Ready before an old one is deleted. If a new one fits no
+node (or maxSurge is 0), old ones in whose place it would fit are deleted first, as long as at most
+`maxUnavailable` of the wanted ones are missing. Old replicas that do not serve are deleted at once, so that a
+corrected spec repairs a deployment that a wrong one broke. One that served a moment ago stays for a while:
+its probe may only have been slow.
 
-Of those that could leave, one with the least work does.
+Among the candidates, the least busy one is deleted.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ class Replica:
     ready: bool
     """Its leader is Ready."""
     unplaced: bool = False
-    """No node has had room for its pod for a while."""
+    """No node has had room for its pod for some time."""
     work: int = 0
-    """Requests under way on it, as far as known."""
+    """Its active requests, if known."""
     lost: bool = False
-    """Its pod should have ended, and its node does not say that it has."""
+    """Its pod should have ended, and its node does not report that it has."""
     makes_room: bool = False
-    """A pod of the revision asked for is known to fit in its place, if it left."""
+    """A pod of the desired revision is known to fit in its place."""
     faltering: bool = False
     """It is not ready, but was a moment ago."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What is asked for."""
+    """The desired state."""
 
     wanted: int
     revision: str
     rollout: Rollout
     stalled: bool = False
-    """The rollout's deadline has passed: what serves is left alone."""
+    """The rollout's deadline has passed: serving replicas stay."""
 
     @property
     def held(self) -> bool:
@@ -57,7 +57,7 @@ class Terms:
 
     @property
     def needed(self) -> int:
-        """Replicas that serve at the least, where old ones make room."""
+        """Minimum number of serving replicas when old ones are deleted first."""
         return self.wanted - self.rollout.unavailable(self.wanted)
 
 
@@ -66,21 +66,23 @@ class Moves:
     """What to do now."""
 
     create: int = 0
-    """Replicas to make."""
+    """Replicas to create."""
     revision: str = ""
     """Their revision."""
     remove: tuple[Replica, ...] = ()
-    """Replicas to take away, in this order."""
+    """Replicas to delete, in this order."""
     chosen: bool = False
-    """Ready ones were chosen among others: their work should be known."""
+    """A choice among ready replicas was made: their load should be known."""
     candidates: tuple[Replica, ...] = ()
-    """Old ones that may leave if they make room: whether they do should be known. The first ones first."""
+    """Old replicas that may be deleted if that frees enough room, which should be known; in order of
+    preference.
+    """
 
 
 def moves(replicas: Collection[Replica], terms: Terms) -> Moves:
     """What to do with the replicas that are there.
 
-    Others take the places of lost ones: a StatefulSet makes no new pod until it knows that the old one ended.
+    New replicas replace lost ones: a StatefulSet creates no new pod until it knows that the old one ended.
     """
     lost = [replica for replica in replicas if replica.lost]
     found = _moves([replica for replica in replicas if not replica.lost], terms)
@@ -91,7 +93,7 @@ def _moves(replicas: Collection[Replica], terms: Terms) -> Moves:
     if all(replica.revision == terms.revision for replica in replicas):
         return _scale(replicas, terms.wanted, terms.revision)
     if terms.held:
-        # New ones that do not serve yet are the rollout's own, which may still come to something.
+        # New replicas that do not serve yet belong to the rollout and may still become ready.
         trying = [r for r in replicas if r.revision == terms.revision and not r.ready]
         others = [replica for replica in replicas if replica not in trying[: terms.rollout.max_surge]]
         return _scale(others, terms.wanted, _stable(replicas, terms))
@@ -99,7 +101,7 @@ def _moves(replicas: Collection[Replica], terms: Terms) -> Moves:
 
 
 def free_ranks(count: int, taken: Collection[int]) -> list[int]:
-    """The `count` lowest data ranks that nobody has."""
+    """The `count` lowest free data ranks."""
     candidates = (rank for rank in range(count + len(taken)) if rank not in taken)
     return [rank for _, rank in zip(range(count), candidates, strict=False)]
 
@@ -137,7 +139,7 @@ def _roll(replicas: Collection[Replica], terms: Terms) -> Moves:
 def _leaving(
     alive: list[Replica], most: int, replicas: Collection[Replica], terms: Terms
 ) -> tuple[list[Replica], list[Replica]]:
-    """Old replicas that leave now, at most so many, and the candidates for making room."""
+    """Old replicas to delete now, up to a maximum, and the candidates for freeing room."""
     serving = sum(replica.ready for replica in replicas)
     replaced = _least_useful(alive)[: min(most, max(serving - terms.wanted, 0))]
     in_place = terms.rollout.max_surge == 0 or any(
@@ -150,7 +152,7 @@ def _leaving(
 
 
 def _least_useful(replicas: Iterable[Replica]) -> list[Replica]:
-    """First those that do not serve, then by their work, then the highest rank."""
+    """First those that do not serve, then by load, then the highest rank."""
     return sorted(replicas, key=lambda replica: (replica.ready, replica.work, -replica.data_rank))
 
 

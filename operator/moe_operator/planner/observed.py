@@ -1,4 +1,4 @@
-"""What there is in the cluster, read into typed values."""
+"""The observed objects of the cluster as typed values."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ class Observed:
     pods: tuple[Manifest, ...] = ()
     """Pods that carry the deployment's label."""
     model: ModelInfo | None = None
-    """What a Ready leader just said of its model; None when none was asked or none answered."""
+    """The model as just reported by a Ready leader; None if none was asked or none responded."""
     work: Mapping[str, int] = field(default_factory=dict)
-    """Requests under way on leaders, by pod name; only where somebody asked."""
+    """Active requests of leaders, by pod name; only if they were asked."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Why pods cannot be made, by pod name; only of pods that are missing."""
     routed: Mapping[str, str] = field(default_factory=dict)
-    """Addresses of the leaders to which every frontend sends requests, by pod name; where somebody asked."""
+    """Addresses of the leaders to which every frontend routes, by pod name; if they were asked."""
     obstacles: Mapping[str, str] = field(default_factory=dict)
-    """Why a new replica's pod would not fit in the place of a leader, by pod name; empty text where it would.
-    Only where somebody asked."""
+    """Why a new replica's pod would not fit in the place of a leader, by pod name; empty text if it would.
+    Only if it was checked.
+    """
     verdicts: Mapping[Key, str] = field(default_factory=dict)
-    """Of StatefulSets: the recipe (worker.recipe) that an earlier look found them to follow, as they are."""
+    """The recipe (worker.recipe) that an earlier reconcile found this version of a StatefulSet to match."""
     routes: tuple[Manifest, ...] = ()
     """FrontendRoutes that carry the deployment's label."""
 
@@ -58,19 +59,19 @@ class Pod:
     containers_ready: bool = False
     """Its containers are ready, whether the pod is or not."""
     gated: bool = False
-    """It is Ready only when frontends send it requests."""
+    """It has the readiness gate for routing."""
     routed: bool = False
-    """They do, as was written into its status."""
+    """The gate is open, according to its status."""
     node: str = ""
     """Name of its node; empty until it has one."""
     served_until: datetime | None = None
     """Since when it is not ready, of one that was."""
     ends_by: datetime | None = None
-    """Until when it has to have ended; None where nobody asked for that."""
+    """When it has to have ended; None if it is not being deleted."""
 
 
 def leaders(observed: Observed) -> dict[int, Pod]:
-    """The leader of each replica, by data rank. One that is on its way out loses to its successor."""
+    """The leader of each replica, by data rank. A successor takes precedence over a terminating leader."""
     found: dict[int, Pod] = {}
     for manifest in observed.pods:
         if _is_leader(manifest["metadata"]):
@@ -142,7 +143,7 @@ def owned(observed: Observed, kind: str, owner: Identity) -> dict[str, Manifest]
 
 
 def podless(observed: Observed, owner: Identity) -> list[str]:
-    """StatefulSets that their controller has looked at, and made no pod for: somebody refuses the pod."""
+    """StatefulSets whose controller has created no pod after observing them: the pod was refused."""
     there = {pod["metadata"]["name"] for pod in observed.pods}
     return [
         name
@@ -156,11 +157,11 @@ def podless(observed: Observed, owner: Identity) -> list[str]:
 
 @dataclass(frozen=True)
 class FrontendState:
-    """The frontend's pods, against what is wanted of them."""
+    """The frontend's pods, compared with the wanted ones."""
 
     wanted: int = 0
     ready: int = 0
-    """Of them, at most those wanted."""
+    """Ready pods, at most the wanted number."""
     updated: bool = False
     """All are of the template asked for, and none is there beyond them."""
     problem: tuple[str, Problem] | None = None
@@ -168,7 +169,7 @@ class FrontendState:
 
 
 def frontend_state(observed: Observed, name: str, wanted: int) -> FrontendState:
-    """How the frontend of a deployment fares, as its Deployment and its pods say."""
+    """The state of a deployment's frontend, from its Deployment and its pods."""
     manifest = observed.children.get(Key("Deployment", names.frontend(name)))
     if manifest is None:
         return FrontendState(wanted)

@@ -1,7 +1,7 @@
-"""Whose the fields of an object are, as server-side apply records it in metadata.managedFields.
+"""Owners of an object's fields, as server-side apply records them in metadata.managedFields.
 
-A field that somebody else changes becomes theirs. One that an admission policy changes within our own apply
-stays ours, with a value that we did not send.
+A field that another client changes belongs to that client. One that an admission policy changes within our
+own apply stays ours, with a value that we did not send.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Keeps pods as they were rendered for as long as nobody edits what makes them (docs/adr/0012).
+"""Keeps the rendering of pods until an edit changes them (docs/adr/0012).
 
 A newer operator may render pods differently and have other defaults; neither is a reason to restart a worker.
 A restart that somebody asked for is one, as an edit is.
@@ -30,7 +30,7 @@ _CARRIERS: Final[Mapping[str, tuple[str, Callable[[Deployment], Manifest]]]] = {
 
 
 def with_pins(deployment: Deployment, observed: Observed) -> Deployment:
-    """The deployment with the templates that still hold, or else with fresh ones."""
+    """The deployment with the pinned templates that are still valid, otherwise with new ones."""
     pinned = {}
     for role, (kind, render) in _CARRIERS.items():
         carriers = sorted(owned(observed, kind, deployment.identity).items())
@@ -54,7 +54,7 @@ def _pin(carrier: Manifest) -> Pin | None:
 
 
 def _holds(pin: Pin, fresh: Pin, deployment: Deployment, render: Callable[[Deployment], Manifest]) -> bool:
-    """Whether no edit lies between the pinned spec and today's, as far as these pods go."""
+    """Whether no edit of these pods lies between the pinned spec and the current one."""
     if pin.restarted_at != fresh.restarted_at:
         return False
     if pin.spec == fresh.spec:
@@ -62,6 +62,6 @@ def _holds(pin: Pin, fresh: Pin, deployment: Deployment, render: Callable[[Deplo
     try:
         then = replace(deployment, spec=Spec.model_validate(pin.spec))
     except ValidationError:
-        # What it asked for then is not allowed any more.
+        # The pinned spec is not valid any more.
         return False
     return render(then) == fresh.template

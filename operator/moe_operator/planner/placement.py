@@ -1,9 +1,9 @@
-"""Says whether a pod would fit on a node if another pod left it, as the scheduler's filters would decide.
+"""Decides whether a pod would fit on a node without another pod, as the scheduler's filters would.
 
-An old replica makes room only where this is certain: deleting one for a pod that fits nowhere (a typo in a
-node selector, a device that no node has) would take a serving replica away for nothing. What is not checked
-here (affinity between pods, claims of volumes and devices) must be the same for both pods, for then it did
-not keep the old one from its node. And the scheduler must miss resources and name no obstacle that is not
+An old replica is deleted for a new pod only if this is certain: otherwise a pod that fits nowhere (a typo in
+a node selector, a device that no node has) would cost a serving replica for nothing. What is not checked here
+(affinity between pods, claims of volumes and devices) must be the same for both pods, for then it did not
+keep the old one from its node. And the scheduler must miss resources and name no obstacle that is not
 checked.
 
 Filters: kubernetes/pkg/scheduler/framework/plugins (nodeunschedulable, tainttoleration, nodeaffinity,
@@ -38,10 +38,10 @@ _UNSCHEDULABLE: Final = {"key": "node.kubernetes.io/unschedulable", "effect": "N
 
 @dataclass(frozen=True)
 class Question:
-    """Would the pod of a new replica fit in the place of an old one?"""
+    """The question whether the pod of a new replica would fit in the place of an old one."""
 
     waiting: str
-    """Name of a new pod that no node takes; empty where there is none so far."""
+    """Name of a new pod that no node accepts; empty if there is none so far."""
     template: Manifest
     """Its spec, where there is none."""
     old: tuple[Pod, ...]
@@ -73,7 +73,7 @@ def obstacle(spec: Manifest, said: str, seat: Seat) -> str:
 
 
 def waits_because(pod: Manifest) -> str:
-    """Why no node takes a pod, in the scheduler's words."""
+    """Why no node accepts a pod, in the scheduler's words."""
     conditions = pod.get("status", {}).get("conditions", ())
     return next((str(c.get("message", "")) for c in conditions if c["type"] == "PodScheduled"), "")
 
@@ -146,7 +146,7 @@ def _shortages(spec: Manifest, seat: Seat) -> Iterator[str]:
 def requests(spec: Manifest) -> dict[str, Decimal]:
     """What a pod takes of a node's resources: by the rules of kubernetes/component-helpers/resource.
 
-    Containers run together, sidecars beside them; an init container runs with the sidecars before it.
+    Containers and sidecars run together; an init container runs with the sidecars before it.
     """
     running: dict[str, Decimal] = defaultdict(Decimal)
     for container in spec.get("containers", ()):

@@ -1,4 +1,4 @@
-"""The operator's mind: (deployment, observed, now) -> Plan. Everything that is decided is decided here."""
+"""The plan: (deployment, observed, now) -> Plan. All decisions are made here."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REPLICA_REMOVED = "ReplicaRemoved"
 
 @dataclass(frozen=True)
 class Deletion:
-    """An object to delete; the UID guards one of the same name that somebody made since."""
+    """An object to delete; the UID protects a newer object of the same name."""
 
     key: Key
     uid: str
@@ -43,21 +43,23 @@ class Plan:
     status: Status
     decisions: tuple[Decision, ...]
     recheck: bool
-    """Something is awaited that sends no event: look again soon."""
+    """Something is awaited that sends no event: reconcile again soon."""
     deadline: datetime | None = None
-    """When the rollout under way counts as stuck, which sends no event either; None where that is past."""
+    """When the current rollout counts as stuck, which sends no event either; None if that is past."""
     drain: tuple[str, ...] = ()
-    """IP addresses of workers to be told, before anything is deleted, that they get no more requests."""
+    """IP addresses of workers to drain before anything is deleted."""
     choice: tuple[Pod, ...] = ()
-    """Leaders among which some were chosen to leave, without knowing how busy each of them is."""
+    """Leaders among which some were chosen for deletion without knowing their load."""
     question: Question | None = None
-    """Whether a new replica would fit in the place of an old one has to be known to go on."""
+    """The plan needs to know whether a new replica would fit in the place of an old one."""
     gates: tuple[Gate, ...] = ()
     """Readiness gates to be set."""
     unrouted: tuple[Pod, ...] = ()
-    """Leaders that take requests, but maybe not every frontend sends them some: ask, and look again soon."""
+    """Leaders that accept requests, but to which not every frontend may route: ask, and reconcile again soon.
+
+    """
     sound: tuple[Key, ...] = ()
-    """StatefulSets that were compared and follow the recipe: not to be compared again before they change."""
+    """StatefulSets that were found to match the recipe: not compared again before they change."""
 
     @property
     def removals(self) -> tuple[Decision, ...]:
@@ -66,12 +68,12 @@ class Plan:
 
     @property
     def creates(self) -> bool:
-        """Whether it makes objects; changes of those that are there name their UID."""
+        """Whether it creates objects; changes of existing ones name their UID."""
         return any("uid" not in manifest["metadata"] for manifest in self.apply)
 
 
 def plan(deployment: Deployment, observed: Observed, now: datetime) -> Plan:
-    """What to do now so that the cluster gets closer to the deployment."""
+    """The plan that brings the cluster closer to the deployment."""
     revision = worker.revision(deployment)
     shared = [*children.shared(deployment), revisions.current(deployment, observed)]
     foreign = _foreign(shared, observed, deployment.identity)
@@ -110,7 +112,7 @@ def plan(deployment: Deployment, observed: Observed, now: datetime) -> Plan:
 
 
 def _replicas(deployment: Deployment, observed: Observed, current: State, moves: Moves) -> Iterator[Manifest]:
-    """The StatefulSets as they shall be, without those known to be so; those of other revisions stay."""
+    """The desired StatefulSets, without those known to match; those of other revisions stay."""
     leaving, recipe = {replica.data_rank for replica in moves.remove}, worker.recipe(deployment)
     for rank, replica in current.replicas.items():
         if replica.revision == current.revision and rank not in leaving:
@@ -138,7 +140,7 @@ def _sibling(deployment: Deployment, observed: Observed, revision: str) -> Manif
 
 
 def _taken(deployment: Deployment, observed: Observed, current: State) -> set[int]:
-    """Data ranks whose names somebody has: replicas, pods on their way out, objects of others."""
+    """Data ranks whose names are taken: by replicas, terminating pods, or objects of others."""
     prefix = f"{deployment.name}-"
     sets = (name.name for name in observed.children if name.kind == "StatefulSet")
     ranks = (name.removeprefix(prefix) for name in sets if name.startswith(prefix))
@@ -168,7 +170,7 @@ def _question(deployment: Deployment, moves: Moves, current: State) -> Question 
 
 
 def _is_awaited(deployment: Deployment, observed: Observed, current: State) -> bool:
-    """Whether to look again soon though nothing may happen: time itself moves a rollout on."""
+    """Whether to reconcile again soon without an event, because a rollout depends on the time."""
     if observed.model is None and model_address(deployment, observed) is not None:
         return True
     if podless(observed, deployment.identity):
@@ -189,7 +191,7 @@ def model_address(deployment: Deployment, observed: Observed) -> str | None:
 
 
 def _foreign(desired: Iterable[Manifest], observed: Observed, owner: Identity) -> list[Key]:
-    """Wanted names that objects of somebody else have; those are never touched."""
+    """Required names that objects of others have; those are never changed."""
     found = (key(manifest) for manifest in desired)
     return [
         name for name in found if name in observed.children and not belongs(observed.children[name], owner)
@@ -245,7 +247,7 @@ def transitions(before: Status, after: Status) -> list[Decision]:
 
 
 _EXPECTED = ("ReplicasNotReady", "FrontendNotReady")
-"""Reasons of a condition that is False without anything being wrong."""
+"""Reasons of a condition that is False without a problem."""
 
 
 def _announcement(condition: Condition) -> Decision:
@@ -254,7 +256,7 @@ def _announcement(condition: Condition) -> Decision:
 
 
 def invalid(before: Status, identity: Identity, message: str, now: datetime) -> Status:
-    """The status of a deployment whose spec cannot be understood: nothing else is known of it."""
+    """The status of a deployment whose spec cannot be understood; nothing else is known about it."""
     verdict = Verdict(False, "InvalidSpec", message)
     after = before.without_scaling()
     return _stuck(before, after, identity.generation, {READY, PROGRESSING}, verdict, now)
@@ -265,7 +267,7 @@ def refused(
 ) -> Status:
     """The planned status when the API server refused a part of the plan.
 
-    Nothing goes on; but replicas that answer requests still do, so a Ready that is True stays.
+    The rollout stops, but ready replicas still serve, so a Ready that is True stays.
     """
     ready = planned.condition(READY)
     serves = ready is not None and ready.status == "True" and planned.ready_replicas > 0

@@ -1,4 +1,4 @@
-"""Says in a sentence why a pod does not run, from what the kubelet and the scheduler wrote in its status."""
+"""Explains why a pod does not run, from the kubelet's and the scheduler's entries in its status."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from moe_operator.resources import names
 
 _ERROR_LINE = "error: "
 _QUALITY_LINE = "quality gate: "
-"""What a worker begins its sentence with where a checkpoint is worse than spec.quality allows."""
+"""Start of a worker's message about a checkpoint that is worse than spec.quality allows."""
 
 QUALITY = "QualityTooLow"
 POD_REFUSED = "PodRefused"
-"""The API server takes no such pod: a quota, Pod Security or an admission policy is against it."""
+"""The API server refuses the pod: a quota, Pod Security or an admission policy forbids it."""
 _EXIT_BAD_INPUT = 2
-"""Exit code of a worker that refuses its checkpoint or its configuration: starting it again is of no use."""
+"""Exit code of a worker that refuses its checkpoint or its configuration: a restart does not help."""
 
 _WAITING = {
     "ErrImagePull": "ImagePullFailed",
@@ -39,23 +39,23 @@ _REMEDIES: Final = {
     "ReplicasNotReady": "read the pods' logs, or raise spec.rollout.progressDeadlineSeconds",
     "FrontendNotReady": "read the frontends' logs, or raise spec.rollout.progressDeadlineSeconds",
 }
-"""What helps, by reason, where the message does not say it."""
+"""Remedies by reason, for messages that contain none."""
 
 _REFUSALS: Final = (
     ("exceeded quota", "a quota has no room for the pod; raise the quota"),
     ("violates PodSecurity", "the namespace's Pod Security level forbids the pod; relax it"),
     ("denied the request", "an admission webhook denies the pod; change its policy"),
 )
-"""Cause and remedy by a part of what the API server says."""
+"""Cause and remedy by a part of the API server's message."""
 _REFUSED_SOMEHOW = "the API server refuses the pod; remove what it names"
 
 _NO_DIRECTORY: Final = re.compile(r"does not exist|no such file or directory", re.IGNORECASE)
 _SIGNALLED = 128
-"""A shell's exit codes above it say which signal ended the process."""
+"""Exit codes above it encode the signal that ended the process, as in a shell."""
 
 _NEEDS_EDIT = ("InvalidImageName",)
 _UNINFORMATIVE = ("ImagePullBackOff",)
-"""Reasons whose message repeats that there was an error instead of saying which."""
+"""Reasons whose message only repeats that there was an error."""
 
 
 @dataclass(frozen=True)
@@ -67,30 +67,30 @@ class Problem:
     message: str
     """A sentence."""
     stuck: bool = False
-    """Only an edit of the spec or of the checkpoint helps: no retry and no new node does."""
+    """Only an edit of the spec or of the checkpoint helps, not a retry or a new node."""
     said: str = ""
-    """The scheduler's own words, where the message is about them."""
+    """The scheduler's own words, if the message is about them."""
     remedied: bool = False
-    """The message says what helps."""
+    """The message contains a remedy."""
 
     @property
     def remedy(self) -> str:
-        """What helps, where the message does not say it; else empty."""
+        """The remedy if the message contains none; otherwise empty."""
         return "" if self.remedied else _REMEDIES.get(self.reason, "")
 
 
 _MESSAGE_MOST = 1024
-"""Characters of a sentence that a pod, the kubelet or an admission policy wrote."""
+"""Maximum characters of a quoted message of a pod, the kubelet or an admission policy."""
 
 
 def of_pod(pod: Mapping[str, Any]) -> Problem | None:
-    """What keeps a pod from becoming Ready; None when it runs or just needs time."""
+    """Why a pod does not become Ready; None if it runs or only needs time."""
     found = _of_pod(pod)
     return None if found is None else _bounded(found)
 
 
 def _bounded(problem: Problem) -> Problem:
-    """Whoever controls a container controls what is said here."""
+    """Whoever controls a container controls this text."""
     message, said = (one_line(text, _MESSAGE_MOST) for text in (problem.message, problem.said))
     return replace(problem, message=message, said=said)
 
@@ -116,13 +116,15 @@ def _waiting(container: Mapping[str, Any]) -> Problem | None:
 
 
 def _terminated(container: Mapping[str, Any]) -> Problem | None:
-    """The container's last end, when that was an error; it stays the news while the next try starts."""
+    """The last termination of the container, if it was an error; it is reported while the next attempt
+    starts.
+    """
     ends = (container.get("state", {}).get("terminated"), container.get("lastState", {}).get("terminated"))
     end = next((end for end in ends if end), None)
     if end is None or end.get("exitCode", 0) == 0:
         return None
     if end.get("reason") == "StartError":
-        # What the runtime says while the kubelet waits for the next try; between the two nothing changed.
+        # The runtime's message while the kubelet waits for the next attempt.
         return Problem("ContainerCreateFailed", end.get("message", "the runtime gave no reason").strip())
     said = error_sentence(end.get("message", ""))
     name = container["name"]
@@ -138,7 +140,7 @@ def _terminated(container: Mapping[str, Any]) -> Problem | None:
 def _without_directory(problem: Problem, spec: Mapping[str, Any]) -> Problem | None:
     """The problem of a container whose directory the node lacks; None for any other.
 
-    Runtimes name the path in words of their own: "stat PATH: no such file or directory" (runc).
+    Runtimes report the path in their own words: "stat PATH: no such file or directory" (runc).
     """
     if problem.reason != "ContainerCreateFailed" or not _NO_DIRECTORY.search(problem.message):
         return None
@@ -181,7 +183,7 @@ def error_sentence(log: str) -> str | None:
 def _without_node(pod: Mapping[str, Any]) -> Problem | None:
     """Whether its node stopped reporting.
 
-    The node controller then calls the pods there not Ready and gives no reason; a kubelet always gives one.
+    The node controller then sets the pods there to not Ready without a reason; a kubelet always gives one.
     """
     found = {condition["type"]: condition for condition in pod.get("status", {}).get("conditions", ())}
     ready, containers = found.get("Ready", {}), found.get("ContainersReady", {})
@@ -212,7 +214,7 @@ _PLACING: Final = {
     "no node matches": "correct the node selector or the tolerations, or add a node",
     "no node takes it": "remove what the scheduler names",
 }
-"""What helps a pod that no node takes, by the cause."""
+"""The remedy for a pod that no node accepts, by the cause."""
 
 
 def no_node(said: str) -> str:
@@ -223,12 +225,12 @@ def no_node(said: str) -> str:
 
 
 def scheduler_says(said: str) -> str:
-    """The end of a sentence that names the scheduler's own words; empty where it said nothing."""
+    """The end of a message with the scheduler's own words; empty if there are none."""
     return f"; the scheduler says: {said.rstrip('.')}" if said else ""
 
 
 def refused_pod(said: str) -> Problem:
-    """Why the API server takes no such pod, from what it said."""
+    """Why the API server refuses the pod, from its message."""
     why = next((why for part, why in _REFUSALS if part in said), _REFUSED_SOMEHOW)
     message = f"{why}, and Kubernetes tries again by itself; the API server says: {said}"
     return Problem(POD_REFUSED, message, remedied=True)

@@ -1,4 +1,4 @@
-"""Remembers what each revision was made from, in ControllerRevisions: `moe rollout undo` goes back to one."""
+"""Records the spec of each revision in ControllerRevisions, for `moe rollout undo`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KIND = "ControllerRevision"
 
 
 def current(deployment: Deployment, observed: Observed) -> Manifest:
-    """The record of the revision that the spec asks for; the newest one has the highest number.
+    """The record of the desired revision; the newest one has the highest number.
 
     A field that is not set is recorded as null. A record that exists keeps its content, which the API server
     lets nobody change: another spec that makes the same pods is the same revision.

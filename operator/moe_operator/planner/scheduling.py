@@ -1,4 +1,4 @@
-"""Reads the scheduler's summary of why no node takes a pod."""
+"""Parses the scheduler's summary of why no node accepts a pod."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A deployment's state in the few numbers from which its conditions follow."""
+"""A deployment's state: the numbers that determine its conditions."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from moe_operator.resources.rollout_spec import Rollout
 from moe_operator.resources.status import ModelInfo, RolloutStatus
 
 PLACING_TIME: Final = timedelta(seconds=10)
-"""A pod that no node has taken for so long is taken to fit none."""
+"""A pod that stays pending for this long counts as fitting no node."""
 FALTERING_TIME: Final = timedelta(seconds=60)
-"""A replica that is not ready for longer is taken not to come back by itself."""
+"""A replica that is not ready for longer counts as not recovering by itself."""
 ENDING_TIME: Final = timedelta(seconds=30)
-"""A pod that is there so long after its grace period is taken to be on a node that is gone."""
+"""A pod that still exists this long after its grace period counts as being on a lost node."""
 
 
 @dataclass(frozen=True)
 class State:
-    """What there is of one deployment, against what is wanted."""
+    """The observed state of one deployment, compared with the desired one."""
 
     wanted: int
     """Replicas asked for."""
@@ -35,9 +35,9 @@ class State:
     replicas: dict[int, Replica]
     """Replicas that have a StatefulSet of ours, by data rank; surplus ones included."""
     leaders: dict[int, Pod]
-    """Leader pods by data rank; those of replicas that are gone already included."""
+    """Leader pods by data rank, including those of deleted replicas."""
     progress: RolloutStatus | None
-    """How far the rollout under way has come; None where there is none."""
+    """Progress of the current rollout; None if there is none."""
     deadline: datetime | None
     """When that rollout counts as stuck unless it progresses; None where there is none."""
     stalled: bool
@@ -45,9 +45,9 @@ class State:
     rollout: Rollout
     frontend: FrontendState
     model: ModelInfo | None
-    """What a worker said of the model, now or earlier."""
+    """The model as reported by a worker, now or earlier."""
     on_demand: bool = False
-    """No replica may be wanted although requests are welcome: the first one brings a replica."""
+    """The deployment scales to zero: without a replica, the first request creates one."""
     conflicts: tuple[str, ...] = ()
     """Wanted objects whose names somebody else's objects have."""
     gated: bool = False
@@ -57,36 +57,36 @@ class State:
     obstacles: Mapping[str, str] = field(default_factory=dict)
     """Why a new replica's pod would not fit in the place of an old leader, by pod name."""
     lost: frozenset[int] = frozenset()
-    """Data ranks of leaders that should have ended, on nodes that do not say so."""
+    """Data ranks of leaders that should have ended, on nodes that do not report it."""
 
     @property
     def terms(self) -> Terms:
-        """What the rollout is asked for."""
+        """The desired state of the rollout."""
         return Terms(self.wanted, self.revision, self.rollout, self.stalled)
 
     @property
     def moves(self) -> Moves:
-        """What the rollout does now."""
+        """The current moves of the rollout."""
         return moves(list(self.replicas.values()), self.terms)
 
     @property
     def ready(self) -> int:
-        """Replicas that answer requests."""
+        """Ready replicas."""
         return sum(replica.ready for replica in self.replicas.values())
 
     @property
     def updated(self) -> int:
-        """Replicas of the revision asked for that answer requests."""
+        """Ready replicas of the desired revision."""
         return _ready_at(self.revision, self.replicas)
 
     @property
     def old(self) -> list[Replica]:
-        """Replicas of other revisions than the one asked for."""
+        """Replicas of other revisions than the desired one."""
         return [replica for replica in self.replicas.values() if replica.revision != self.revision]
 
     @property
     def surplus(self) -> int:
-        """Replicas that are there though they are not wanted any more."""
+        """Surplus replicas."""
         leaving = self.leaders.keys() - self.replicas.keys() - self.lost
         return len(leaving) + max(len(self.replicas) - self.wanted, 0)
 
@@ -108,7 +108,7 @@ class State:
 
     @property
     def unready_pods(self) -> list[Pod]:
-        """The leaders that do not answer yet."""
+        """The leaders that are not ready yet."""
         return [pod for pod in self._staying() if not pod.ready]
 
     def _is_old(self, rank: int) -> bool:
@@ -154,7 +154,7 @@ def _progress(
     revision: str,
     now: datetime,
 ) -> RolloutStatus | None:
-    """How far the present rollout has come, from what was written of it last; None where there is none.
+    """Progress of the current rollout, from its last recorded state; None if there is none.
 
     As with a Deployment of apps/v1, a rollout is over once everything was ready at its revision: pods that
     fail later and replicas that scaling adds have no deadline.
