@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -26,6 +28,10 @@ from localcluster.progress import Reporter
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "docs-moe"
 PROMPT = "The PostgreSQL query planner"
+OPENAI = f"""import openai, sys
+client = openai.OpenAI(base_url=sys.argv[1], api_key="unused")
+for chunk in client.completions.create(model="{NAME}", prompt="The kernel", max_tokens=24, stream=True):
+    print(chunk.choices[0].text, end="", flush=True)"""
 READY_WITHIN_S = 300.0
 TRACE_WITHIN_S = 30.0
 
@@ -75,6 +81,7 @@ def run(cluster: Cluster, made: list[str], *, found_running: bool, keep: bool) -
         wait_until_ready(cluster)
     trace_id = generate(cluster)
     show_trace(cluster, trace_id)
+    complete(cluster)
     console.print("\n[bold]$ kubectl get moed[/]")
     console.print(cluster.kubectl("get", "moed"), end="", markup=False)
 
@@ -134,6 +141,28 @@ def generate(cluster: Cluster) -> str:
     return found[1]
 
 
+def complete(cluster: Cluster) -> None:
+    """Has curl and OpenAI's client answered by the frontend's HTTP port."""
+    with Forward(cluster.directory, "default", f"{NAME}-frontend", "http") as frontend:
+        base = f"http://{frontend.address}/v1"
+        fields = {"model": NAME, "prompt": PROMPT, "max_tokens": 24, "temperature": 0}
+        curl = ["curl", "--silent", "--show-error", f"{base}/completions"]
+        curl += ["-H", "Content-Type: application/json", "-d", json.dumps(fields)]
+        if shutil.which("curl") is not None:
+            console.print(f"\n[bold]$ {escape(shlex.join(curl))}[/]")
+            show(curl)
+        console.print(f"\n[bold]$ python -c {escape(shlex.quote(OPENAI))} {base}[/]")
+        show([sys.executable, "-c", OPENAI, base])
+
+
+def show(command: list[str]) -> None:
+    """Runs a command and prints what it says."""
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise DemoError(f"{command[0]} ended with code {result.returncode}: {result.stderr.strip()}")
+    console.print(result.stdout.strip(), markup=False)
+
+
 def show_trace(cluster: Cluster, trace_id: str) -> None:
     """Prints the trace as a tree once the collector has all of it (processes send every second)."""
     console.print("\n[bold]The request as the OpenTelemetry Collector received it[/]")
@@ -176,6 +205,8 @@ Running. Try:
   moe status {NAME}                                what the operator thinks
   kubectl scale moed {NAME} --replicas=3           one more replica
   kubectl delete pod {NAME}-0-0                    a worker dies, and comes back
+  python -m localcluster forward default/{NAME}-frontend:8080 --local-port 8080 &
+  curl http://127.0.0.1:8080/v1/models               OpenAI's API
   python -m localcluster forward default/{NAME}-frontend:8000 --local-port 8000 &
   moe generate --endpoint 127.0.0.1:8000 "DESCRIPTION" --stats
   kubectl explain moedeployment.spec                 every field

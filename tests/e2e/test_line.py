@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+import openai
 import pytest
 
 import moe_worker
@@ -27,6 +28,18 @@ def test_text_through_the_frontend_is_what_the_engine_generates(served):
     assert [token for response in responses for token in response.tokens] == expected.token_ids
     assert responses[-1].finish_reason == pb.FINISH_REASON_LENGTH
     assert responses[-1].usage.completion_tokens == 40
+
+
+def test_openais_client_gets_the_same_text_over_http(served):
+    expected = moe_worker.Engine(EXAMPLE).generate([PROMPT], moe_worker.SamplingParameters(max_tokens=40))[0]
+    with Forward(served.cluster.directory, served.namespace, "docs-moe-frontend", "http") as frontend:
+        client = openai.OpenAI(base_url=f"http://{frontend.address}/v1", api_key="unused")
+        asked = {"model": "docs-moe", "prompt": PROMPT, "max_tokens": 40, "temperature": 0}
+        chunks = list(client.completions.create(**asked, stream=True))
+        whole = client.completions.create(**asked)
+        assert [model.id for model in client.models.list()] == ["docs-moe"]
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text == expected.text
+    assert whole.usage.completion_tokens == 40
 
 
 def test_the_status_knows_the_model(served):
