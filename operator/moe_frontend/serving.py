@@ -103,7 +103,7 @@ async def _listen_http(
     if not options.http:
         return []
     api = Api(forwarder, trace.get_tracer(_SCOPE), lambda: frontend.ready)
-    server = HttpServer(api.gated(metrics.get_meter(_SCOPE)), supervisor)
+    server = HttpServer(api.gated(metrics.get_meter(_SCOPE)), supervisor, api.close)
     port = await server.start(options.http[0])
     _LOG.info("serving HTTP on %s:%d", options.http[0].rpartition(":")[0], port)
     return [server]

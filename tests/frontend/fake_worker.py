@@ -4,6 +4,7 @@
 ``silent``: nothing at all. ``together N``: one message, once N requests run at once.
 ``flood N``: N messages of 64 KiB, as fast as they are taken.
 ``scored``: "né", whose "é" is of two tokens, with log-probabilities. ``echo``: the request, as text.
+`says`: texts to send, whatever is asked.
 ``full``, ``bad``, ``loading``, ``crash``: the errors a worker answers with.
 A stream of ``count`` is taken up where the request says so.
 As a program (NAME [LISTEN]) it prints its address and serves until it is killed.
@@ -59,6 +60,8 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
         self.cancelled = 0
         self.sent = 0
         self.metadata = []
+        self.asked = []
+        self.says = []
         self.deadlines = []
         self.server = None
         self.health = None
@@ -95,6 +98,7 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
             self.changed.notify_all()
 
     async def Generate(self, request, context):
+        self.asked.append(request)
         self.metadata.append(dict(context.invocation_metadata()))
         self.deadlines.append(context.time_remaining())
         if request.resume.revision not in ("", self.revision):
@@ -104,7 +108,7 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
         context.set_trailing_metadata((("x-tenant", self.name), ("x-internal", "10.0.0.1")))
         await self._change(requests=1, running=1)
         try:
-            behave = self._at_once if request.prompt in ("scored", "echo") else self._behave
+            behave = self._at_once if self.says or request.prompt in ("scored", "echo") else self._behave
             async for response in behave(request, context):
                 yield response
                 await self._change(sent=1)
@@ -154,7 +158,11 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
             "scored": SCORED,
             "echo": inference_pb2.GenerateResponse(text=str(request), finish_reason=STOP),
         }
-        yield answers[request.prompt]
+        for number, text in enumerate(self.says):
+            yield inference_pb2.GenerateResponse(text=text, tokens=[number])
+        usage = inference_pb2.Usage(prompt_tokens=3, completion_tokens=len(self.says))
+        done = inference_pb2.GenerateResponse(finish_reason=STOP, usage=usage)
+        yield done if self.says else answers[request.prompt]
 
     async def Tokenize(self, request, context):
         return inference_pb2.TokenizeResponse(tokens=inference_pb2.TokenIds(ids=list(request.text.encode())))

@@ -90,3 +90,87 @@ def total(usages: Iterable[inference_pb2.Usage], n: int) -> Usage:
             prompt += usage.prompt_tokens
             cached += usage.cached_tokens
     return Usage(prompt, completion, prompt + completion, PromptTokensDetails(cached))
+
+
+class FunctionCall(msgspec.Struct, frozen=True):
+    """arguments: JSON, as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A call that the client should make. index: in streams."""
+
+    index: int | msgspec.UnsetType = msgspec.UNSET
+    id: str
+    type: str
+    function: FunctionCall
+
+
+class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
+    """What the assistant said."""
+
+    role: str
+    content: str | None
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
+
+
+class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is new of it."""
+
+    role: str | msgspec.UnsetType = msgspec.UNSET
+    content: str | msgspec.UnsetType = msgspec.UNSET
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
+
+
+class LikelyToken(msgspec.Struct, frozen=True):
+    """A token and its log-probability. bytes: of UTF-8, which need not be whole characters."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChosenToken(LikelyToken, frozen=True):
+    """The token that was chosen, and the likeliest ones."""
+
+    top_logprobs: list[LikelyToken]
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True):
+    """Of the tokens of a message, reasoning and tool calls included."""
+
+    content: list[ChosenToken]
+    refusal: None = None
+
+
+class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """A message."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+
+
+class ChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """A piece of a message."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+
+
+class Chat(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A whole answer, or a chunk of a stream."""
+
+    id: str
+    object: Literal["chat.completion", "chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChoice] | list[ChunkChoice]
+    usage: Usage | None = None

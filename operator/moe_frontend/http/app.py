@@ -4,7 +4,7 @@ import asyncio
 import importlib.metadata
 import time
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Final, TypeVar
 
 import prometheus_client
 from opentelemetry import metrics, trace
@@ -15,17 +15,22 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from moe_frontend.chat.renderer import Renderer
+from moe_frontend.discovery.endpoints import Served
 from moe_frontend.http import answers, bodies
 from moe_frontend.http.bodies import Bodies
+from moe_frontend.http.chats import Chats, render, requests
 from moe_frontend.http.completions import Completions, plan
+from moe_frontend.http.conversation import conversation
 from moe_frontend.http.errors import ApiError, of_status
 from moe_frontend.http.exchange import Exchange, new_exchange
 from moe_frontend.http.gate import Gate, answer, answer_error
-from moe_frontend.http.schemas import CompletionRequest
+from moe_frontend.http.schemas import ChatRequest, CompletionRequest
 from moe_frontend.transport.forwarding import Forwarder
 
 _OPEN: Final = frozenset({"/health", "/metrics", "/version"})
 _SHOWN: Final = 200
+T = TypeVar("T")
 _Handler = Callable[[Exchange, Request], Awaitable[bytes | None]]
 
 
@@ -37,6 +42,7 @@ class Api:
         tracer: of their spans.
         ready: whether requests are welcome, for /health.
         reader: of bodies.
+        renderer: of conversations.
     """
 
     def __init__(
@@ -45,17 +51,20 @@ class Api:
         tracer: trace.Tracer,
         ready: Callable[[], bool],
         reader: Bodies | None = None,
+        renderer: Renderer | None = None,
     ) -> None:
         self._forwarder = forwarder
         self._tracer = tracer
         self._ready = ready
         self._bodies = reader or Bodies()
+        self._renderer = renderer or Renderer()
         self._began = int(time.time())
 
     def gated(self, meter: metrics.Meter) -> Gate:
         """The application that a server runs; `meter` makes its instruments."""
         routes = [
             self._route("/v1/completions", self._complete, "POST"),
+            self._route("/v1/chat/completions", self._chat, "POST"),
             self._route("/v1/models", self._list_models, "GET"),
             self._route("/v1/models/{model:path}", self._get_model, "GET"),
             Route("/health", self._health, methods=["GET"]),
@@ -70,16 +79,34 @@ class Api:
         return Route(path, _Endpoint(path, handler), methods=[method])
 
     async def _complete(self, exchange: Exchange, request: Request) -> bytes | None:
-        most = bodies.most_bytes(self._forwarder.served.context_length)
-        body = await self._bodies.read(request, most)
-        asked = bodies.decode(body, CompletionRequest)
-        await self._until_served(len(body))
-        served = self._forwarder.served
+        asked, served = await self._asked(request, CompletionRequest)
         completions = Completions(exchange, served.name or asked.model or "", plan(asked, served))
         if asked.stream:
             await completions.stream(self._forwarder, self._tracer)
             return None
         return await completions.whole(self._forwarder, self._tracer)
+
+    async def _chat(self, exchange: Exchange, request: Request) -> bytes | None:
+        asked, served = await self._asked(request, ChatRequest)
+        talk = conversation(asked, served)
+        prompt = await render(self._renderer, talk)
+        wanted = requests(asked, served, prompt)
+        chats = Chats(exchange, served.name or asked.model or "", asked, talk, prompt)
+        if asked.stream:
+            await chats.stream(self._forwarder, self._tracer, wanted)
+            return None
+        return await chats.whole(self._forwarder, self._tracer, wanted)
+
+    async def _asked(self, request: Request, kind: type[T]) -> tuple[T, Served]:
+        """The request in a body, and the model that will answer it."""
+        body = await self._bodies.read(request, bodies.most_bytes(self._forwarder.served.context_length))
+        asked = bodies.decode(body, kind)
+        await self._until_served(len(body))
+        return asked, self._forwarder.served
+
+    async def close(self) -> None:
+        """Ends the processes that render."""
+        await self._renderer.close()
 
     async def _until_served(self, size: int) -> None:
         """Waits for a first replica, whose model says what holds for fields that a request does not set."""
@@ -149,7 +176,7 @@ async def _refused(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     allow = (getattr(error, "headers", None) or {}).get("Allow")
     where = f"{request.method} {request.url.path}"[:_SHOWN]
-    known = "/v1/completions and /v1/models are, and /health, /version and /metrics"
+    known = "/v1/chat/completions, /v1/completions and /v1/models are, and /health, /version, /metrics"
     refusal = ApiError(status, f"{where!r} is not served here; {known}", allow=allow)
     return _error_response(refusal)
 

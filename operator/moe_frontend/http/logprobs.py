@@ -4,7 +4,7 @@ import codecs
 from collections.abc import Iterable
 
 from moe_api.inference.v1 import inference_pb2
-from moe_frontend.http.answers import Logprobs
+from moe_frontend.http.answers import ChatLogprobs, ChosenToken, LikelyToken, Logprobs
 
 
 def piece_text(piece: bytes) -> str:
@@ -49,3 +49,18 @@ def joined(parts: Iterable[Logprobs]) -> Logprobs:
         whole.top_logprobs.extend(part.top_logprobs)
         whole.text_offset.extend(part.text_offset)
     return whole
+
+
+def chat_logprobs(found: Iterable[inference_pb2.TokenLogprobs]) -> ChatLogprobs:
+    """Those of a chat's message."""
+    return ChatLogprobs(
+        [
+            ChosenToken(
+                piece_text(token.piece),
+                token.logprob,
+                list(token.piece),
+                [LikelyToken(piece_text(top.piece), top.logprob, list(top.piece)) for top in token.top],
+            )
+            for token in found
+        ]
+    )

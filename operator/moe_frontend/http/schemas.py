@@ -4,7 +4,7 @@ Fields that are not named here are refused: a client that misspells one should n
 it asked for. docs/openai-api.md lists them.
 """
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
@@ -65,3 +65,83 @@ class CompletionRequest(Sampling, frozen=True, kw_only=True, forbid_unknown_fiel
     echo: bool | None = None
     best_of: _Choices | None = None
     suffix: str | None = None
+
+
+class TextPart(msgspec.Struct, frozen=True, tag_field="type", tag="text", forbid_unknown_fields=True):
+    """A part of a message's content; models here read text alone."""
+
+    text: str
+
+
+class FunctionCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """arguments: JSON, as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+class MessageToolCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A call that an assistant made."""
+
+    id: str
+    function: FunctionCall
+    type: Literal["function"] = "function"
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[MessageToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    # As answers have them; without meaning in a request.
+    refusal: str | None = None
+    annotations: list[Any] | None = None
+
+
+class FunctionDefinition(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """parameters: a JSON Schema."""
+
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+    description: str | msgspec.UnsetType = msgspec.UNSET
+    parameters: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    strict: bool | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class Tool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A function that the model may call."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class ResponseFormat(msgspec.Struct, frozen=True):
+    """What the text has to be."""
+
+    type: str
+
+
+class ChatRequest(Sampling, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``POST /v1/chat/completions``."""
+
+    messages: list[Message] | None = None
+    max_completion_tokens: _Positive | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    tools: Annotated[list[Tool], msgspec.Meta(max_length=128)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    reasoning_effort: Annotated[str, msgspec.Meta(max_length=32)] | None = None
+    chat_template_kwargs: dict[str, bool | str] | None = None
+    # Refused where they are set: no model here has them.
+    modalities: list[str] | None = None
+    audio: dict[str, Any] | None = None
+    prediction: dict[str, Any] | None = None
+    functions: list[Any] | None = None
+    function_call: Any = None
+    web_search_options: dict[str, Any] | None = None
+    verbosity: str | None = None

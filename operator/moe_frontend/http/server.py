@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Final
 
 import uvicorn
@@ -34,9 +34,13 @@ class HttpServer:
     Args:
         gate: the application.
         supervisor: runs the server.
+        close: to be called when it has ended.
     """
 
-    def __init__(self, gate: Gate, supervisor: Supervisor) -> None:
+    def __init__(
+        self, gate: Gate, supervisor: Supervisor, close: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
+        self._close = close
         self._gate = gate
         self._supervisor = supervisor
         config = uvicorn.Config(
@@ -77,6 +81,8 @@ class HttpServer:
         await asyncio.wait([self._running], timeout=_END_S)
         self._server.force_exit = True
         await asyncio.wait([self._running], timeout=_END_S)
+        if self._close is not None:
+            await self._close()
 
 
 def _listen(address: str) -> socket.socket:
