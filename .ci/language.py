@@ -18,10 +18,14 @@ from pathlib import Path
 BASE = "80c274bb8ff7"
 """Commits after this one must have a subject as CONTRIBUTING.md asks."""
 
-PENDING = (*("crds/*", "operator/*", "tests/*", "worker/*"),)
-"""Files whose prose is not converted yet, as fnmatch patterns (`*` crosses folders)."""
-
-GENERATED = ("*_pb2*", "requirements/*", "charts/install.yaml", "*tokenizer.json")
+GENERATED = (
+    "*_pb2*",
+    "requirements/*",
+    "charts/install.yaml",
+    "*tokenizer.json",
+    "tests/operator/previous/*",
+)
+"""Files that programs write, and the CRD of an earlier version, as fnmatch patterns (`*` crosses folders)."""
 
 _READ = (
     *(".md", ".py", ".proto", ".h", ".cpp", ".go", ".yaml", ".toml", ".sh", ".svg", ".json"),
@@ -83,8 +87,10 @@ class Allowed:
 
 
 ALLOWED = (
+    Allowed("operator/moe_operator/kube/client.py", "`mirror`", "the name of an argument"),
     Allowed("localcluster/netlink.py", "peer", "the kernel's name for the other end of a veth pair"),
     Allowed("benchmarks/*", "shared/peers|--peers|peers none", "the folder and the option have this name"),
+    Allowed("tests/operator/test_rewritten.py", "mirror.example", "the host of an image"),
     Allowed("benchmarks/*", "^peer$|^peers$|{peer:", "the field of --json and the folder have this name"),
     Allowed("CHANGELOG.md", "`PutBack` is", "it names the reason that was renamed"),
     Allowed("docs/style.md", ".*", "it lists the phrases"),
@@ -109,8 +115,7 @@ class Finding:
 def main() -> int:
     """Checks the checkout that this file lies in."""
     root = Path(__file__).resolve().parents[1]
-    converted = [path for path in files(root) if not _any(path, PENDING)]
-    found = [str(each) for path in converted for each in check(path, (root / path).read_text("utf-8"))]
+    found = [str(each) for path in files(root) for each in check(path, (root / path).read_text("utf-8"))]
     subjects = commit_subjects(root, BASE)
     if isinstance(subjects, str):
         print(f"commit subjects are not checked: {subjects}")

@@ -92,5 +92,5 @@ def plain_logits():
 
 
 def difference(actual, expected):
-    """Of the median token: where two experts score alike, a token may go to the other one."""
+    """Of the median token: where two experts have nearly the same score, a token may go to the other one."""
     return float(((actual - expected).norm(dim=-1) / expected.norm(dim=-1)).median())

@@ -164,7 +164,7 @@ def test_nobody_without_violations_is_cheaper_than_the_clairvoyant(demands, orde
 
 
 def test_the_clairvoyant_is_the_cheapest_of_all_schedules():
-    """Beside an exhaustive search over every schedule of one replica."""
+    """Compared with an exhaustive search over every schedule of one replica."""
     demands = np.array([0, 0, 0, 5, 0, 0, 5, 0, 0, 0, 0, 5, 0], float)
     delay = SERVICE.delay
     cheapest = math.inf

@@ -38,7 +38,7 @@ async def hostile():
 
 
 async def on_terminal(environment, *arguments):
-    """Everything that a terminal would be sent, stdout and stderr alike."""
+    """Everything that a terminal would be sent, on stdout and stderr."""
     return await asyncio.to_thread(run_on_terminal, environment, *arguments)
 
 

@@ -5,7 +5,7 @@
 ``flood N``: N messages of 64 KiB, as fast as they are taken.
 ``scored``: "né", whose "é" is of two tokens, with log-probabilities. ``echo``: the request, as text.
 `says`: texts to send, whatever is asked.
-``full``, ``bad``, ``loading``, ``crash``: the errors a worker answers with.
+``full``, ``bad``, ``loading``, ``crash``: the errors that a worker returns.
 A stream of ``count`` is taken up where the request says so.
 As a program (NAME [LISTEN]) it prints its address and serves until it is killed.
 """

@@ -211,7 +211,7 @@ async def test_a_client_that_never_reads_does_not_keep_a_worker(bench):
         await b.workers[0].until(lambda w: w.requests == 20)
         await b.workers[0].until(lambda w: w.running == 0)
         assert [running for _, running in b.replicas.routes()] == [0]
-        assert await b.text("count 1") == "w-0:0 ", "an honest client beside them"
+        assert await b.text("count 1") == "w-0:0 ", "an honest client at the same time"
 
 
 async def test_a_malformed_request_is_the_callers_fault(bench):

@@ -1,4 +1,4 @@
-"""The engine over the Triton kernels, beside the same model in plain float32 torch.
+"""The engine on the Triton kernels, compared with the same model in plain float32 torch.
 
 Run as tests/gpu/test_triton_kernels.py says. bf16 keeps 8 bits, so logits and, where two are close, tokens
 differ; a token counts as right if plain float32 gives it nearly its best score.
@@ -80,7 +80,7 @@ class NoText:
 
 
 def difference(actual, expected):
-    """Of the median row: routing may tip over at single tokens, where two experts score alike."""
+    """Of the median row: routing may tip over at single tokens, where two scores are nearly equal."""
     errors = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
     return float(errors.median())
 
@@ -119,7 +119,7 @@ def test_wide_passes_are_narrow_ones(monkeypatch, number_format):
 
 @pytest.mark.parametrize("number_format", ["dense", "fp8", "w4a8"])
 def test_decode_goes_on_where_prompts_ended(number_format):
-    """Prompts in pieces, mixed passes, then steps of batches that grow and shrink over recorded sizes."""
+    """Chunked prompts, mixed steps, then steps of batches that grow and shrink over captured sizes."""
     both = Both(SMALL, number_format)
     some, most = (6, 9) if INTERPRETED else (17, 28)  # the interpreter takes a second for few tokens
     texts = [tokens_of(most + 2, seed=number) for number in range(3)]
@@ -168,7 +168,7 @@ def test_memory_that_nobody_wrote_reaches_no_logits():
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.parametrize("number_format", ["dense", "fp8", "w4a8"])
 def test_nothing_is_compiled_once_it_is_ready(monkeypatch, number_format):
-    """Prompts of every length up to 64, in pieces and beside streams."""
+    """Prompts of every length up to 64, in chunks and together with streams."""
     both, compiled = Both(SMALL, number_format), []
 
     def note(**given):

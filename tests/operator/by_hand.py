@@ -67,7 +67,7 @@ class Api:
         return answer.status, json.loads(answer.data) if known else {"message": answer.data.decode()}
 
     def look(self, name):
-        """Seconds after which one reconcile wants to look again."""
+        """Seconds after which one reconcile wants the next one."""
         return self._reconciler.reconcile(Name("default", name))
 
     def condition(self, name, kind):

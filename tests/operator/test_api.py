@@ -138,7 +138,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "key is made of letters, digits and -_.",
     ),
     "variable twice": ({"worker": {"env": [{"name": "A"}, {"name": "A"}]}}, 'Duplicate value: {"name":"A"}'),
-    "replicas beside scaling": (
+    "replicas together with scaling": (
         {"replicas": 2, "scaling": {"maxReplicas": 4}},
         "replicas and scaling exclude each other: remove replicas, or set scaling.mode to Advisory or Off",
     ),
@@ -368,7 +368,7 @@ def test_where_scaling_decides_only_what_it_decided_may_be_set(crd):
         crd.kubectl("scale", "moed/docs", "--replicas=4")
     crd.kubectl("scale", "moed/docs", "--replicas=5")
     decided(crd, 6)
-    crd.apply(manifest(scaling={"maxReplicas": 8}))  # a manifest without replicas leaves them
+    crd.apply(manifest(scaling={"maxReplicas": 8}))  # a manifest without replicas does not change them
     assert scale(crd) == 5
     crd.patch("moed", "docs", {"spec": {"scaling": {"mode": "Off"}}})
     assert scale(crd) == 5

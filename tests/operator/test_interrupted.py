@@ -1,6 +1,6 @@
 """An operator that dies between any two writes, and others who write at the same time.
 
-The API server is real; the reconcile runs in this process, without a mirror, so that a new one knows nothing
+The API server is real; the reconcile runs in this process, without a cache, so that a new one knows nothing
 of what the one before it did.
 """
 

@@ -141,7 +141,7 @@ def test_requests_of_a_pod_are_counted_as_the_scheduler_does():
         "initContainers": init,
         "overhead": {"cpu": "1"},
     }
-    assert requests(content)["cpu"] == 4 + 1 - 0.5, "the last init container beside the sidecar, and overhead"
+    assert requests(content)["cpu"] == 4 + 1 - 0.5, "the last init container with the sidecar, and overhead"
     without = copy.deepcopy(content) | {"initContainers": init[1:2]}
     assert requests(without)["cpu"] == 1.5 + 1 + 1
     assert requests({"containers": [{"resources": {"limits": {GPU: "1"}}}]}) == {"pods": 1, GPU: 1}

@@ -40,7 +40,7 @@ def api(tmp_path):
 
 
 def says(now, before):
-    """Whether all that was said before is still said; new fields may stand beside it."""
+    """Whether all previous fields are unchanged; there may be new ones."""
     if isinstance(before, dict):
         return all(field in now and says(now[field], value) for field, value in before.items())
     return now == before

@@ -60,7 +60,7 @@ def test_pauses_double_up_to_a_minute_while_the_api_server_is_away():
     ("error", "first"),
     [
         (ChangedMeanwhileError("conflict"), 0.1),
-        (OutOfTimeError("a turn is over"), 0.1),
+        (OutOfTimeError("the time is over"), 0.1),
         (ClusterUnavailableError("down"), 1.0),
         (ApplyForbiddenError("quota"), 5.0),
         (RuntimeError("a bug"), 5.0),

@@ -131,7 +131,7 @@ def test_replicas_follow_a_recorded_day_through_the_death_of_the_operator(fast):
         # The evening is over; what follows is a night without anybody.
         eventually(lambda: day.looks[-1].ready, lambda ready: ready <= 2, "replicas fall", 60)
 
-    # Before the load: an order for one more replica is there before those that are there are full.
+    # Before the load: one more replica is ordered before the existing ones are full.
     offered = np.convolve(read(DAY).counts * SHARE * PLAYED / 300, np.ones(12) / 12, "valid")
     most = max(look.desired for look in day.looks)
     assert most >= 4

@@ -20,7 +20,7 @@ from tests.operator.outside import Operator, Proxy, kubeconfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
 MINUTE_S = 60.0
-DEPLOYMENTS = ("dropped", "often", "slow", "beside", "contested", "away")
+DEPLOYMENTS = ("dropped", "often", "slow", "another", "contested", "away")
 
 
 @pytest.fixture(scope="module")
@@ -101,16 +101,16 @@ def test_a_slow_api_server_makes_the_operator_slow_and_nothing_else(site):
     site.proxy.delay_s = 0.15
     try:
         make(site, "slow", replicas=2)
-        make(site, "beside", replicas=1)
-        # A turn is over before all objects are there, and others get theirs.
-        wait_for(site, "beside", 1)
+        make(site, "another", replicas=1)
+        # A reconcile runs out of time before all objects exist, and others get theirs.
+        wait_for(site, "another", 1)
         wait_for(site, "slow", 2)
     finally:
         site.proxy.delay_s = 0.0
     scale(site, "slow", 3)
     wait_for(site, "slow", 3, seconds=15)
     told = eventually(lambda: events(site, "slow", "ReplicasNotReady"), bool, "an event")
-    assert len(told) == 1, "what was said once is not said again in another turn"
+    assert len(told) == 1, "a decision is not repeated in the next reconcile"
 
 
 def test_others_who_write_all_the_time_keep_nothing_from_being_put_right(site):

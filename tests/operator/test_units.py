@@ -1,4 +1,4 @@
-"""The small pure parts: quantities, drift, revisions, log lines, the queue's pauses, peers."""
+"""The small pure parts: quantities, drift, revisions, log lines, the queue's pauses, peering."""
 
 from __future__ import annotations
 

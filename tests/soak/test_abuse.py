@@ -147,7 +147,7 @@ def baseline(served):
 
 @contextlib.contextmanager
 def nobody_is_hurt(served, baseline, what):
-    """An honest client runs beside the block and must notice nothing; no process may end or grow."""
+    """An honest client runs during the block and must notice nothing; no process may end or grow."""
     honest = Honest(served.address, baseline.tokens)
     processes, memory = served.processes, [resident_mb(pid) for pid in served.processes]
     with honest.beside():

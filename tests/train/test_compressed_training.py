@@ -1,4 +1,4 @@
-"""Runs that train into sparsity, into four bits, and beside a teacher."""
+"""Runs with sparsity, with four bits, and with a teacher."""
 
 import json
 from dataclasses import replace

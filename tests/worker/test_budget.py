@@ -1,4 +1,4 @@
-"""The estimate of step times beside numpy's weighted fit, and the budget that follows from it."""
+"""The estimate of step times compared with numpy's weighted fit, and the resulting budget."""
 
 import numpy as np
 import pytest

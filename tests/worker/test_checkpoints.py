@@ -174,7 +174,7 @@ def test_a_missing_shard(tmp_path):
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd"])
 def test_a_shard_outside_the_directory(broken, name):
     (broken / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
-    refuse(broken, repr(name), "must be the name of a file beside it")
+    refuse(broken, repr(name), "must be the name of a file in the same directory")
 
 
 def test_a_missing_tensor(broken):

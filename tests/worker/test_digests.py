@@ -1,4 +1,4 @@
-"""Digests that stand beside a checkpoint's files, as sha256sum and the Hugging Face library write them."""
+"""Digests stored with a checkpoint's files, as sha256sum and the Hugging Face library write them."""
 
 import hashlib
 import json

@@ -14,7 +14,7 @@ from benchmarks.gpu_random import SMALL, config_of
 from moe_worker.models.build import build_model
 
 # 300 million parameters in as many layers as published models have. What is in use for a moment (a layer
-# twice, and up to 10 MB for rounding a piece) must be small beside what stays.
+# twice, and up to 10 MB for rounding a piece) must be small compared with the rest.
 SIZED = SMALL | {
     "hidden_size": 512, "intermediate_size": 2048, "moe_intermediate_size": 384, "num_hidden_layers": 40,
     "n_routed_experts": 10, "num_experts_per_tok": 2, "vocab_size": 4000,

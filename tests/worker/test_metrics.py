@@ -163,7 +163,7 @@ def test_requests_that_fail_are_counted_with_their_reason(measured, collector):
 
 
 def test_a_span_tells_of_the_cache_and_of_giving_way(measured, collector):
-    """Room for one context and two texts that grow: the later one gives way, and begins again."""
+    """Room for one context and two texts that grow: the later one is preempted, and starts again."""
     memory = str(512 * 3 * (16 + 8) * 4)
     worker, since = measured("--context-length", "512", "--kv-memory", memory, "--max-batch-size", "2")
     with worker:

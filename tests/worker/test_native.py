@@ -1,4 +1,4 @@
-"""Whole passes on the CPU kernels against the plain torch model, which computes W4A8 by its own means."""
+"""Forward passes on the CPU kernels against the plain torch model, which computes W4A8 by its own means."""
 
 import pytest
 import torch
@@ -93,7 +93,9 @@ def test_logits_are_those_of_the_reference(model, variant):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_tokens_do_not_depend_on_chunks_company_or_threads(model, variant, dtype):
-    """To the bit: one pass over a prompt, pieces of it beside another sequence, and token by token."""
+    """To the bit: one forward pass for a prompt, chunks of it together with another sequence, and token by
+    token.
+    """
     prompt, other = text(50, 1), text(30, 2)
     whole = NativeModel(model, library.Kernels(variant, 1))
     pieces = NativeModel(model, library.Kernels(variant, 2))

@@ -1,4 +1,4 @@
-"""Work beside the event loop: however it ends, its place is free again."""
+"""Work outside the event loop: however it ends, its place is free again."""
 
 import asyncio
 import threading

@@ -1,4 +1,4 @@
-"""The prefix tree, as behaviours and beside a dictionary of texts."""
+"""The prefix tree, as behaviours and compared with a dictionary of texts."""
 
 import pytest
 from hypothesis import settings

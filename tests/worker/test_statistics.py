@@ -117,7 +117,7 @@ def test_tokens_of_prompts_and_of_texts_add_up(requests):
 
 @given(REQUESTS)
 def test_what_the_cache_had_is_not_computed(requests):
-    # Room for four of the longest requests: none gives way, which would be computed again.
+    # Room for four of the longest requests: none is preempted and recomputed.
     scheduler, tally = Scheduler(Limits(4, 8, pages=96, page_size=4)), Tally()
     run(scheduler, tally, requests)
     sums = tally.statistics(scheduler.counters, scheduler.evictions)

@@ -102,7 +102,7 @@ def test_a_text_that_a_pattern_gives_up_on_is_the_clients_matter_in_every_rpc(br
     change(broken, pre_tokenizer={"type": "Sequence", "pretokenizers": pieces})
     with Worker(broken) as worker:
         worker.wait_ready()
-        for text in ("qw" * 100, "qw" * 1500):  # checked in the event loop, and beside it
+        for text in ("qw" * 100, "qw" * 1500):  # checked in the event loop, and in a thread
             tokenize = inference_pb2.TokenizeRequest(text=text)
             generate = inference_pb2.GenerateRequest(prompt=text)
             for field, call in (

@@ -1,4 +1,4 @@
-"""The routes of OpenAI's API, and what is said of a deployment beside them."""
+"""The routes of OpenAI's API, and routes with information about the deployment."""
 
 import asyncio
 import importlib.metadata

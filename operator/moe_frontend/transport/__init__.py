@@ -5,6 +5,6 @@ bounds      refuses requests that are too large to be valid
 metadata    which metadata pass between clients and workers
 holding     holds requests while no replica takes any
 replicas    the channels to replicas, and what runs on them
-forwarding  one request to a replica, and its answer back; replays what a replica leaves
+forwarding  one request to a replica, and its answer back; replays the stream of a lost replica
 failures    how an attempt can fail, and what the client is told
 """

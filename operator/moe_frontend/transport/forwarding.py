@@ -1,4 +1,5 @@
-"""Carries one request to a replica and the answer back, message by message; replays what a replica leaves.
+"""Forwards one request to a replica and its response back, message by message; replays streams of lost
+replicas.
 
 Messages pass through as bytes and are not buffered here: the next one is read only when the client's
 connection took the last one, so that HTTP/2 flow control reaches from the client to the worker. Of Generate

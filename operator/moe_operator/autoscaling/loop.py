@@ -111,7 +111,7 @@ class Autoscaler:
             await self._pause(item)
 
     async def _round(self, name: Name, item: _Item) -> None:
-        """One look, and what follows from it, where this process is the one that acts."""
+        """One round of scaling for a deployment, if this process is the one that acts."""
         if not await self._acts():
             item.forget()
             self._factory.metrics.forget(*name)

@@ -164,7 +164,7 @@ class Scaler:
         return refit
 
     def _take_over(self, forecaster: Forecaster, end: int) -> None:
-        """Goes on with a forecaster that was made beside us, and knows the minutes before `end`."""
+        """Adopts a forecaster that was trained in another thread and knows the minutes before `end`."""
         for minute, rate in self._history.items():
             if minute >= end:
                 forecaster.update(minute, rate)

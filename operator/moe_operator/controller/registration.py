@@ -73,7 +73,7 @@ async def start(*, settings: kopf.OperatorSettings, memo: kopf.Memo, own: Settin
         return await loop.run_in_executor(memo.threads, reconciler.reconcile, name)
 
     memo.queue, memo.mirror = ReconcileQueue(work, own, memo.supervisor), mirror
-    memo.followers = await follow(cluster, mirror, memo.queue, memo.supervisor)
+    memo.watchers = await follow(cluster, mirror, memo.queue, memo.supervisor)
     spare_the_collector()
     rank = peering.Rank(cluster, own.peering, settings.peering.priority)
     memo.autoscaler = _autoscaler(cluster, own, rank, memo)
@@ -153,7 +153,7 @@ def _autoscaler(cluster: Cluster, own: Settings, rank: peering.Rank, memo: kopf.
 
 async def stop(*, memo: kopf.Memo, **_: Any) -> None:
     """Lets the reconciles under way end, and sends the last spans."""
-    for follower in memo.get("followers", ()):
+    for follower in memo.get("watchers", ()):
         follower.stop()
     if "queue" in memo:
         await memo.autoscaler.close()

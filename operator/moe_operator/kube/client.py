@@ -66,7 +66,7 @@ class Cluster:
     """
 
     def __init__(self, api: client.ApiClient, timeout_seconds: float, mirror: Mirror | None = None) -> None:
-        """timeout_seconds: limit of one request. mirror: the cache, read instead of the API server where it
+        """timeout_seconds: limit of one request. `mirror`: the cache, read instead of the API server where it
         is complete.
         """
         # No discovery: the paths of the few kinds are known, and the discoverer would keep a cache in /tmp.

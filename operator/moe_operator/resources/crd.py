@@ -1,6 +1,6 @@
 """Generates the CRD's manifest from the typed definition: `python -m moe_operator.resources.crd`.
 
-The API server wants a structural OpenAPI v3 schema: no $ref, no title, no additionalProperties beside
+The API server wants a structural OpenAPI v3 schema: no $ref, no title, no additionalProperties together with
 properties, defaults that pass the schema themselves.
 """
 

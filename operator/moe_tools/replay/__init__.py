@@ -1,1 +1,1 @@
-"""What would have happened: a recorded trace, a simulated service, and scaling policies beside each other."""
+"""Compares scaling policies on a recorded trace in a simulated service."""

@@ -62,7 +62,7 @@ _FEWEST_STEPS: Final = 3
 @click.option(
     "--cache",
     is_flag=True,
-    help="Replay the trace through a cache instead: every eviction policy, beside Belady's optimum and a "
+    help="Replay the trace through a cache instead: every eviction policy, Belady's optimum and a "
     "cache without bound. --capacity is then the number of blocks or objects that the cache holds (default: "
     "a tenth of those in the trace); --json works as well, the other options do not apply.",
 )
@@ -75,7 +75,7 @@ _FEWEST_STEPS: Final = 3
 )
 @click.argument("path", metavar="TRACE", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def replay(path: Path, horizon: float, tune_until: str, work: str, *, as_json: bool, **choices: Any) -> None:
-    """Replays TRACE through the forecaster and the scaler (or, with --cache, through a cache), beside others.
+    """Replays TRACE through the forecaster and the scaler (or, with --cache, through a cache).
 
     \b
     TRACE is CSV (time,requests or t,rate, one row an interval; or TIMESTAMP,ContextTokens,GeneratedTokens,

@@ -1,4 +1,4 @@
-"""Policies beside each other: knobs from the first part of a trace, figures from the rest."""
+"""Compares policies: parameters from the first part of a trace, figures from the rest."""
 
 from __future__ import annotations
 

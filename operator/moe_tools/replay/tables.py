@@ -41,7 +41,7 @@ def show(made: dict[str, Any]) -> None:
 
 def _forecasts(forecast: dict[str, Any]) -> Table:
     table = Table("forecast", box=None)
-    for column in ("WAPE %", "beside last value", "P90 pinball %", "P90 coverage %"):
+    for column in ("WAPE %", "vs last value", "P90 pinball %", "P90 coverage %"):
         table.add_column(column, justify="right")
     rows = {forecast["method"]: forecast, **forecast["candidates"]}
     for name, score in rows.items():

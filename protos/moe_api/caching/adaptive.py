@@ -34,7 +34,7 @@ _FIT_LEAST: Final = 1024
 _FIT_SHARE: Final = 4
 """The measurements are taken in every capacity / 4 accesses."""
 _SAMPLED: Final = 4
-"""One key in so many is looked at then."""
+"""One key in this many is sampled then."""
 _WINDOWS: Final = (0.5, 1.0, 2.0)
 """How far to look ahead, as multiples of the capacity: what counts is the best rate of use among these."""
 _REPICK: Final = 32

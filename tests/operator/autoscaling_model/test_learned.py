@@ -30,7 +30,7 @@ def test_the_horizon_is_the_p90_that_numpy_knows(durations):
 
 
 def test_the_minute_planned_for_begins_when_a_replica_ordered_now_is_there():
-    # The last finished minute is number 9; it is 600 s, a replica is there at 900 s, in minute 15.
+    # The last finished minute is number 9; it is 600 s, a replica is ready at 900 s, in minute 15.
     assert 9 + steps_ahead(300) == 15
     assert 9 + steps_ahead(301) == 16
 

@@ -1,4 +1,4 @@
-"""A student's loss beside a teacher: its most likely tokens, and its last hidden states.
+"""A student's loss against a teacher: its most likely tokens, and its last hidden states.
 
 Legend: B sequences, T tokens, V vocabulary, C tokens that the teacher's cache holds for a position, D hidden.
 """

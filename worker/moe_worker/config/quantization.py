@@ -70,7 +70,9 @@ def _parse_packed(fields: Fields) -> PackedStorage:
     fields.choice("format", ("pack-quantized",))
     groups = fields.values.get("config_groups")
     if not isinstance(groups, dict) or len(groups) != 1:
-        raise fields.fail("config_groups", "an object with one group: all layers are quantized alike here")
+        raise fields.fail(
+            "config_groups", "an object with one group: all layers must have the same quantization"
+        )
     [(name, group)] = groups.items()
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(weights, dict):

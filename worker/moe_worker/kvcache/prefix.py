@@ -1,4 +1,4 @@
-"""The prefix tree: cache pages of texts that begin alike are computed once and shared.
+"""The prefix tree: cache pages of texts with the same beginning are computed once and shared.
 
 A node is one whole page of token ids, so that a path from the root spells a text, and equal texts of one
 namespace meet in one path. The pool's reference counts say who uses a page: the tree holds one reference to

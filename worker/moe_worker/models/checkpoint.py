@@ -71,7 +71,7 @@ class _Plan(StoredSource):
         self.nbytes = 0
 
     def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """An empty tensor; nothing is unpacked or rounded for it, which would take longer than with data."""
+        """An empty tensor; nothing is dequantized or rounded, which would take longer than with data."""
         self.parts(name, *shape)
         return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
 

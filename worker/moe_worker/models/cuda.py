@@ -24,7 +24,7 @@ WANTED_PROGRAMS = 264
 MOST_SLICES = 16
 # Tokens of a prefill that one attention program takes.
 PREFILL_TOKENS = 4
-# From so many tokens on, a pass multiplies in bf16 by the library; packed weights are widened for that,
+# From this many tokens on, a step multiplies in bf16 by the library; packed weights are dequantized for that,
 # which in four bits takes 0.6 ms a layer of DeepSeek-V2-Lite on an H100.
 WIDE_TOKENS = 512
 WIDE_TOKENS_PACKED = 8192

@@ -63,7 +63,7 @@ def unsupported(config: ModelConfig, number_format: str) -> str | None:
     if isinstance(storage, PackedStorage) and not (storage.symmetric and storage.group == GROUP):
         return f"the GPU kernels take symmetric int4 in groups of {GROUP}; the checkpoint's is not"
     if isinstance(storage, SparseStorage):
-        return "the GPU kernels for 1:4 sparse weights are not part of whole passes yet"
+        return "the GPU kernels for 1:4 sparse weights are not part of the forward pass yet"
     if number_format == "fp8" and isinstance(storage, Fp8Storage) and storage.block[1] != GROUP:
         return (
             f"the GPU kernels take FP8 in blocks of {GROUP} inputs; the checkpoint's have {storage.block[1]}"
@@ -277,7 +277,7 @@ def _packed(matrix: Matrix, int8: bool) -> Weight:
     if isinstance(matrix, Tensor):
         return matrix.contiguous()
     if isinstance(matrix, Sparse14Weight):
-        raise ValueError("the GPU kernels for whole passes take no sparse matrices")
+        raise ValueError("the GPU kernels of the forward pass support no sparse matrices")
     if isinstance(matrix, Fp8Weight):
         return pack_fp8(matrix)
     if matrix.group != GROUP:

@@ -49,7 +49,7 @@ class MoeBlock:
 
 @dataclass(frozen=True)
 class Layer:
-    """Attention and feed-forward block, each behind a norm and beside a residual."""
+    """Attention and feed-forward block, each after a norm and with a residual connection."""
 
     attention_norm_D: Tensor
     attention: Attention

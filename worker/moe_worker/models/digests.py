@@ -1,4 +1,4 @@
-"""SHA-256 digests that stand beside a checkpoint's files, and whether the files still have them."""
+"""SHA-256 digests stored with a checkpoint's files, and whether the files still match."""
 
 import hashlib
 import logging

@@ -9,7 +9,7 @@ from moe_worker.reading import present
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-# Written beside a model for other programs; never part of it.
+# Stored with a model for other programs; never part of it.
 _OTHERS = ("consolidated*.safetensors", "adapter_model.safetensors")
 _SHARD = re.compile(r"(.+)-(\d{1,6})-of-(\d{1,6})\.safetensors")
 _FUSED = re.compile(r"\.experts\.(gate_up_proj|down_proj)(_blocks|_scales)?$")

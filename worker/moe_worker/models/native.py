@@ -1,4 +1,4 @@
-"""A DeepSeek model in W4A8 on the CPU kernels: a whole pass is one call.
+"""A DeepSeek model in W4A8 on the CPU kernels: a forward pass is one call.
 
 Projections, experts and head are int4 with int8 activations, W_UK and W_UV bfloat16, as in the plain model.
 Router, norms and embedding stay as they are; the residual is float32.

@@ -69,7 +69,7 @@ def _listed(directory: Path) -> list[Path]:
     names = sorted(set(weight_map.values()))
     for name in names:
         if Path(name).name != name or "\0" in name:
-            raise CheckpointError(f"{index}: shard {name!r} must be the name of a file beside it")
+            raise CheckpointError(f"{index}: shard {name!r} must be the name of a file in the same directory")
         if not present(directory / name):
             raise CheckpointError(
                 f"{directory / name} is missing, but {INDEX_FILE} lists it; copy the shard too"

@@ -189,7 +189,7 @@ class StoredSource:
 def has_only_numbers(value: Tensor) -> bool:
     """Whether no element is infinite or NaN, in one pass at about the speed of a copy.
 
-    A sum is not finite where an element is not. Where it only overflows, each element is looked at.
+    A sum is not finite if an element is not. If the sum only overflows, each element is checked.
     """
     if value.numel() == 0:
         return True

@@ -56,7 +56,7 @@ class Fp8Weight:
         return self.map(lambda tensor: tensor[index])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Fp8Weight":
-        """`change`, which must treat rows alike, applied to values and scales."""
+        """`change`, which must treat all rows the same way, applied to values and scales."""
         return Fp8Weight(change(self.bits_OI), change(self.scales_OC), self.columns)
 
     def values(self) -> Tensor:

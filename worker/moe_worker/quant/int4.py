@@ -55,7 +55,7 @@ class Int4Weight:
         return self.map(lambda tensor: tensor[index])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Int4Weight":
-        """`change`, which must treat rows alike, applied to values, scales and zero points."""
+        """`change`, which must treat all rows the same way, applied to values, scales and zero points."""
         zeros = None if self.zeros_OG is None else change(self.zeros_OG)
         return Int4Weight(change(self.packed_OP), change(self.scales_OG), zeros, self.inputs, self.group)
 

@@ -55,7 +55,7 @@ class Sparse14Weight:
         return self.map(lambda tensor: tensor[index])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Sparse14Weight":
-        """`change`, which must treat rows alike, applied to values, positions and scales."""
+        """`change`, which must treat all rows the same way, applied to values, positions and scales."""
         parts = (change(self.values_OP), change(self.positions_OR), change(self.scales_OG))
         return Sparse14Weight(*parts, self.inputs, self.group)
 

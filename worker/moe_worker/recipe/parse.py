@@ -32,7 +32,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Finetune:
-    """Training without compression, or beside a teacher: distillation."""
+    """Training without compression, or with a teacher (distillation)."""
 
     steps: int
     teacher: Path | None = None

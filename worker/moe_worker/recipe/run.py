@@ -162,7 +162,7 @@ def _claim(made: Path, inputs: dict[str, object], kind: str) -> None:
 
 
 def _inputs(recipe: Recipe, source: Path, step: Step | None = None) -> dict[str, str | int | None]:
-    """What a result depends on beside its step's settings: files by what is in them."""
+    """Inputs of a result in addition to its step's settings: files, by their content."""
     teacher = step.what.teacher if step else None
     return {
         "from": digest(source / "model.safetensors"),
@@ -205,7 +205,7 @@ def _sampler(recipe: Recipe, step: Step, source: Path) -> WindowSampler:
 
 
 def _score_start(recipe: Recipe) -> float:
-    """Bits per byte of the checkpoint as it comes, kept beside the steps."""
+    """Bits per byte of the original checkpoint, stored with the steps."""
     kept, training = recipe.out / "start.json", recipe.steps[0].training
     read_tensors(recipe.model / "model.safetensors")  # named first where it is missing
     key = json.dumps({"window": training.window, **_inputs(recipe, recipe.model)}, sort_keys=True)

@@ -162,7 +162,7 @@ class _Number(click.FloatRange):
     default=False,
     envvar="MOE_WORKER_CHECK_DIGESTS",
     show_default=True,
-    help="Before loading, compare files with the SHA-256 digests stated beside them (*.sha256, SHA256SUMS, "
+    help="Before loading, compare files with the SHA-256 digests stored with them (*.sha256, SHA256SUMS, "
     "the index, a Hugging Face cache).",
 )
 @click.option(

@@ -112,7 +112,7 @@ _DEFAULT = TrainSettings
     "--hidden-share",
     type=click.FloatRange(0),
     default=_DEFAULT.hidden_share,
-    help="Weight of the distance to its last hidden states; it runs beside then.",
+    help="Weight of the distance to its last hidden states; it then runs during training.",
 )
 @click.option(
     "--cache",

@@ -16,7 +16,7 @@ HEAD = "lm_head.weight"
 
 
 class Compression(nn.Module):
-    """Masks and rounding of a model's matrices; its state is saved beside the model's.
+    """Masks and rounding of a model's matrices; its state is saved with the model's.
 
     Sparse become the projections and experts inside the layers. Routers, norms and embeddings stay as they
     are, and so does kv_b_proj, which serving absorbs into queries and outputs. Four bits get, besides, the

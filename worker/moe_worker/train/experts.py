@@ -50,7 +50,7 @@ def experts_at_once(x_TD: Tensor, weights: Weights, choice: Choice, rounded: boo
 def grouped_experts(x_TD: Tensor, weights: Weights, choice: Choice, rounded: bool) -> Tensor:
     """The chosen experts alone, [T, D].
 
-    Rows are sorted by expert, so that each expert's are one matrix, and put back by the inverse order. Both
+    Rows are sorted by expert, so that each expert's are one matrix, and restored by the inverse order. Both
     are permutations, so that their gradients need no atomic additions.
     """
     gate_EFD, up_EFD, down_EDF = weights

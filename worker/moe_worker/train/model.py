@@ -190,7 +190,7 @@ class MixtureOfExperts(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward, each behind a norm and beside a residual."""
+    """Attention and feed-forward, each after a norm and with a residual connection."""
 
     def __init__(self, config: ModelConfig, index: int, dropout: float) -> None:
         super().__init__()

@@ -51,7 +51,7 @@ class TrainSettings:
     balance_speed: float = 1e-3
     """How far a step moves the routers' balancing bias."""
     sequence_balance: float = 1e-4
-    """Share of the loss of unbalanced sequences in the loss, beside the bias that balances batches."""
+    """Weight of the sequence balance loss, in addition to the bias that balances batches."""
     sparsity: str = "none"
     """s14 or s24: trains the matrices inside the layers to keep 1 or 2 of four consecutive inputs."""
     dense_share: float = 0.2
@@ -65,13 +65,13 @@ class TrainSettings:
     group: int = 128
     """Inputs of a four-bit matrix that share a scale."""
     teacher: Path | None = None
-    """Checkpoint directory of a model to learn from beside the text."""
+    """Checkpoint directory of a model to learn from, in addition to the text."""
     teacher_share: float = 0.5
     """Share of the teacher's most likely tokens in the loss; the text has the rest."""
     teacher_top: int = 16
     """Most likely tokens of the teacher that are kept on disk for each token of the text."""
     hidden_share: float = 0.0
-    """Weight of the distance to the teacher's last hidden states; the teacher runs beside then."""
+    """Weight of the distance to the teacher's last hidden states; the teacher then runs during training."""
     cache: Path | None = None
     """Folder for the encoded text and teachers' tokens, which runs share; by default that around `out`."""
     seed: int = 0

@@ -38,7 +38,7 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class Teacher:
-    """ids_NC uint16 and logprobs_NC float16 lie on disk; `model` runs beside where hidden states count."""
+    """ids_NC uint16 and logprobs_NC float16 are on disk; `model` runs if hidden states count."""
 
     ids_NC: NDArray[np.uint16]
     logprobs_NC: NDArray[np.float16]

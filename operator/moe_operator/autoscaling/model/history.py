@@ -73,7 +73,7 @@ class History:
     def dump(self) -> str:
         """As ASCII text of at most 72 KiB."""
         differences = np.diff(self._codes, prepend=np.uint16(0))  # wraps around, and back in load
-        planes = differences.view(np.uint8).reshape(-1, 2).T.tobytes()  # high bytes are mostly alike
+        planes = differences.view(np.uint8).reshape(-1, 2).T.tobytes()  # high bytes are mostly equal
         packed = zlib.compress(planes, 9)
         return base64.b64encode(_HEADER.pack(_VERSION, self._end, len(self._codes)) + packed).decode("ascii")
 

@@ -48,7 +48,7 @@ def cache_directory() -> Path:
 
 
 def find_or_build() -> Path:
-    """The library: beside the sources, from the user's cache, or compiled into it now. Raises BuildError."""
+    """The library: from the source folder, the user's cache, or compiled into it now. Raises BuildError."""
     for directory in (PACKAGED, cache_directory()):
         path = directory / library_name()
         if path.exists():
@@ -57,7 +57,7 @@ def find_or_build() -> Path:
 
 
 def install() -> Path:
-    """Puts the library beside the sources of an editable install, where pods that mount them find it too.
+    """Copies the library to the source folder of an editable install, where pods that mount it find it too.
 
     They do not see the user's cache: each would compile at every start. Raises BuildError.
     """

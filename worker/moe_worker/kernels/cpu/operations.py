@@ -1,6 +1,6 @@
 """Each CPU kernel for torch tensors: float32 and contiguous unless said otherwise, on the CPU.
 
-The truth for each is kernels/reference_w4a8.py. models/native.py runs whole passes without these.
+The truth for each is kernels/reference_w4a8.py. models/native.py runs complete forward passes without these.
 
 Legend: T tokens, I inputs, O outputs, D hidden, H heads, R latent rank, P rotary elements, W = R + P, K
 experts of a token, E routed experts, X pieces and G segments of inputs, S = I padded to 64, B sequences, N

@@ -1,1 +1,1 @@
-"""Triton kernels of the GPU path; plain torch beside each is in references.py."""
+"""Triton kernels of the GPU path; the plain torch reference of each is in references.py."""

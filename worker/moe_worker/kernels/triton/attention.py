@@ -1,10 +1,10 @@
 """Attention over the paged latent cache, cut along the context, and the merge that expands the values.
 
 A program takes the heads of up to BLOCK_T tokens of one sequence, so that one kernel serves decode (one
-token) and prefill (several), and reads one slice of the context; each token sees positions up to its own.
+token) and prefill (several), and reads one KV split; each token sees positions up to its own.
 
-Legend: T tokens, H heads, R latent rank, P rotary elements, W = R + P, V value elements of a head, S slices
-of the context, C tiles of tokens.
+Legend: T tokens, H heads, R latent rank, P rotary elements, W = R + P, V value elements of a head, S KV
+splits, C tiles of tokens.
 """
 
 from typing import NamedTuple
@@ -121,9 +121,9 @@ def attend(
     query_THW: Tensor, cache_SW: Tensor, pages_BP: Tensor, positions_T: Tensor, tiles: TokenTiles,
     rank: int, page: int, scale: float, slices: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Weighted latents of each slice, [T, H, S, R], and the base-2 logarithms of their weights, [T, H, S].
+    """Weighted latents of each KV split, [T, H, S, R], and the base-2 logarithms of their weights, [T, H, S].
 
-    bf16 where there is one slice, else float32. `cache_SW` is bf16 or float8_e4m3fn.
+    bf16 if there is one split, else float32. `cache_SW` is bf16 or float8_e4m3fn.
     """
     tokens, heads, width = query_THW.shape
     dtype = torch.bfloat16 if slices == 1 else torch.float32
@@ -184,7 +184,7 @@ def _merge(
 def merge_values(
     parts_THSR: Tensor, lse_THS: Tensor, value_HRV: Tensor, out: Activation, rounding: Rounding
 ) -> None:
-    """Joins the slices and expands latents to values: [T, H * V], V a multiple of out.piece."""
+    """Merges the KV splits and expands latents to values: [T, H * V], V a multiple of out.piece."""
     tokens, heads, slices, rank = parts_THSR.shape
     value = value_HRV.shape[2]
     block_m, block_v = 16 if tokens <= 256 else 64, out.piece
@@ -193,6 +193,6 @@ def merge_values(
         HEADS=heads, RANK=rank, VALUE=value, SLICES=slices,
         BLOCK_M=block_m, BLOCK_R=min(128, rank), BLOCK_V=block_v, ROUNDING=rounding.value,
         num_warps=8 if slices > 4 else 4,
-        # Pipelining would hold the parts of all slices in shared memory.
+        # Pipelining would hold the parts of all splits in shared memory.
         num_stages=3 if slices == 1 else 1,
     )  # fmt: skip

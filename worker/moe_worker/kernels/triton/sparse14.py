@@ -49,7 +49,7 @@ def _linear_sparse14(
         )
         place_NJ = (place_NJ.to(tl.int32) >> ((quad_J % 4) * 2)[None, :]) & 3
         scale_N = tl.load(scales + row_N * ((INPUTS + GROUP - 1) // GROUP) + first * 4 // GROUP)
-        # Where pieces are half a turn, each half is multiplied with the other masked.
+        # Where pieces are half an iteration, each half is multiplied with the other masked.
         for half in tl.static_range(128 // PIECE):
             piece = first * 4 // PIECE + half
             mine_J = there_J & (quad_J * 4 // PIECE == piece)

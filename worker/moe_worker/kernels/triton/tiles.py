@@ -213,7 +213,7 @@ def dot_int4_group(
     """
     j = tl.arange(0, 64)
     packed = tl.load(packed_base + (group * OUTPUTS + rows_N)[:, None] * 64 + j[None, :])
-    # Nibbles are unpacked as 16 times their value.
+    # Nibbles are dequantized as 16 times their value.
     scale_N = tl.load(scale_base + group * OUTPUTS + rows_N) * 0.0625
     mask_high_M = mask_M
     if INPUTS % 128 != 0:

@@ -1,4 +1,4 @@
-"""Passes of many tokens: weights are widened to bf16 once a layer, and the library's products do the rest.
+"""Steps of many tokens: weights are dequantized to bf16 in each layer, and library products do the rest.
 
 With thousands of tokens arithmetic is what costs, and a product in bf16 from cuBLAS or CUTLASS then beats one
 that scales the sums of every 128 inputs.

@@ -227,7 +227,7 @@ class Forecaster:
 
 
 class _RollingErrors:
-    """Absolute errors of about the last day, beside those of the last value."""
+    """Absolute errors of about the last day, and those of the last value."""
 
     def __init__(self, day: int) -> None:
         self._fade = 1 - 1 / day

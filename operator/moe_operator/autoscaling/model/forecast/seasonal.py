@@ -145,7 +145,7 @@ def _harmonics_by_bic(past: Past, spare: float) -> Floats | None:
     if len(means) < 24 * _DAYS_FOR_A_SEASON:
         return None
     values = np.log(means + spare)
-    # A trend beside them, so that a growing week is not taken for a season.
+    # A trend in addition, so that a growing week is not taken for a season.
     trend = np.column_stack([np.ones(len(values)), np.linspace(-1, 1, len(values))])
     middles = np.arange(len(values)) + (begins + 0.5)
     fits = {

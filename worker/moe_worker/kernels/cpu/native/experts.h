@@ -32,7 +32,7 @@ inline void count_used(const MoeExpertsArgs& a, const ExpertScratch& s) {
     }
 }
 
-// Blocks of all experts that have rows, as one shared loop; empty experts cost a look each.
+// Blocks of all experts that have rows, as one shared loop; empty experts cost one check each.
 inline void each_expert(const Context& c, const MoeExpertsArgs& a, const ExpertScratch& s, const MoeWeight& w, const Rows& rows, const Output& out) {
     int per = block_count(w) / (w.paired ? 2 : 1), active = 0;
     for (int e = 0; e < a.count; e++) active += s.ends[e] > (e ? s.ends[e - 1] : 0);

@@ -1,4 +1,4 @@
-// A whole pass: T tokens through all layers, and logits of the chosen ones.
+// A forward pass: T tokens through all layers, and logits of the chosen ones.
 #pragma once
 #include "arena.h"
 #include "attend.h"

@@ -1,5 +1,5 @@
 // y[t, o] = sum over segments s of w_scale[o, group of s] * x_scale[t, piece of s] * dot(x[t, s], w[o, s]), in the order
-// of the segments, whatever T and the number of threads: a token's result does not depend on what is computed beside it.
+// of the segments, whatever T and the number of threads: a token's result does not depend on the rest of the batch.
 #pragma once
 #include "quantize.h"
 #include "sparse14.h"

@@ -25,7 +25,7 @@ inline vi index_of(vi positions, int quad) {
 }
 #endif
 
-// What the offset of 8 adds depends on the activations that a row picks, so it is summed up beside.
+// What the offset of 8 adds depends on the activations that a row picks, so it is summed separately.
 template <int TB, int NV>
 struct Dot<SPARSE14, TB, NV> {
     static inline __attribute__((always_inline)) void run(vi (&sums)[TB][NV], const uint8_t* w, const int8_t* const* x, int offset, int steps) {
