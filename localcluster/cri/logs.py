@@ -100,10 +100,10 @@ class Pump:
         return True
 
     def _close(self) -> None:
+        self._open = False
         asyncio.get_running_loop().remove_reader(self._descriptor)
         os.close(self._descriptor)
         self._log.write(self._stream, self._splitter.end())
-        self._open = False
 
     def finish(self) -> None:
         """Takes what is still in the pipe of a container that has ended, and closes it."""

@@ -7,6 +7,7 @@ ends, the supervisor kills its containers, and the kubelet recreates them.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import shutil
@@ -22,6 +23,9 @@ from localcluster.cri.enter import CANNOT_START, Spec, Volume
 from localcluster.cri.logs import LogFile, Pump
 from localcluster.errors import LocalClusterError
 from localcluster.images import Image
+from moe_api.supervision import Supervisor
+
+_log = logging.getLogger(__name__)
 
 
 class NoSuchObjectError(LocalClusterError):
@@ -111,7 +115,7 @@ class Runtime:
         self._directory, self._images_file = directory, images_file
         self._hidden, self._needed = tuple(hidden), tuple(needed)
         self._addresses = sandbox.AddressPool()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._supervisor = Supervisor()
         # Files of an earlier runtime belong to containers that died with it.
         shutil.rmtree(directory, ignore_errors=True)
 
@@ -222,9 +226,7 @@ class Runtime:
             os.close(stderr)
         container.pid, container.started = started.pid, time.time_ns()
         if started.pid:
-            task = asyncio.create_task(self._watch(container, pumps))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._supervisor.start("container", lambda: self._watch(container, pumps), container.id[:12])
         if started.error:
             if started.pid:
                 await container.ended.wait()
@@ -238,12 +240,17 @@ class Runtime:
     def _end(self, container: Container, pumps: Iterable[Pump], code: int, reason: str, message: str) -> None:
         """Reads the pipes first, so that the last output is in the log when the container's end becomes
         visible.
+
+        The container ends even if its last output cannot be written (a full disk); otherwise nobody could
+        stop or remove it.
         """
-        for pump in pumps:
-            pump.finish()
-        if container.log is not None:
-            container.log.close()
-            container.log = None
+        closing = [] if container.log is None else [container.log.close]
+        for finish in (*(pump.finish for pump in pumps), *closing):
+            try:
+                finish()
+            except OSError as error:
+                _log.warning("the log of container %s is incomplete: %s", container.id[:12], error)
+        container.log = None
         container.exit_code, container.reason, container.message = code, reason, message
         container.finished = container.finished or time.time_ns()
         container.ended.set()

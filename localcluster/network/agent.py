@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import http.client
 import json
 import logging
 import socket
@@ -20,11 +22,13 @@ from localcluster.layout import API_PORT, API_SERVICE_ADDRESS, DNS_ADDRESS, INSI
 from localcluster.netlink import Netlink
 from localcluster.network import catalog, dns, relay, watch
 from localcluster.network.catalog import Address, Catalog, ServicePort
+from moe_api.supervision import Backoff, Supervisor
 
 _API_LISTENER_FD = 3
 _SERVICES = "/api/v1/services"
 _SLICES = "/apis/discovery.k8s.io/v1/endpointslices"
 _PERMANENT = {str(API_SERVICE_ADDRESS), str(DNS_ADDRESS)}
+_BACKOFF = Backoff(first_s=0.5, longest_s=5.0)
 _log = logging.getLogger(__name__)
 
 
@@ -32,6 +36,7 @@ class Agent:
     """Keeps listeners in step with the services of the cluster."""
 
     def __init__(self) -> None:
+        self._supervisor = Supervisor(backoff=_BACKOFF, expected=(OSError, http.client.HTTPException))
         self._objects: dict[str, dict[str, Any]] = {_SERVICES: {}, _SLICES: {}}
         self.catalog: Catalog = catalog.build({}, {})
         self._servers: dict[ServicePort, asyncio.Server] = {}
@@ -53,7 +58,8 @@ class Agent:
             def changed(objects: dict[str, Any], path: str = path) -> None:
                 loop.call_soon_threadsafe(self._update, path, objects)
 
-            threading.Thread(target=watch.follow, args=(path, changed), daemon=True, name=path).start()
+            follow = functools.partial(watch.follow, path, changed)
+            self._supervisor.start_thread("watch", follow, threading.Event(), path)
 
     def _update(self, path: str, objects: dict[str, Any]) -> None:
         self._objects[path] = objects
@@ -120,31 +126,36 @@ class Agent:
         """Accepts requests for forwards. Never returns."""
         INSIDE.network_socket.unlink(missing_ok=True)
         loop = asyncio.get_running_loop()
-        tasks: set[asyncio.Task[None]] = set()
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(INSIDE.network_socket))
             listener.listen()
             listener.setblocking(False)
             while True:
                 control, _ = await loop.sock_accept(listener)
-                task = asyncio.create_task(self._forward_and_close(control))
-                tasks.add(task)
-                task.add_done_callback(tasks.discard)
+                self._supervisor.start_once(
+                    "forward", functools.partial(self._forward_and_close, control), str(control.fileno())
+                )
 
     async def _forward_and_close(self, control: socket.socket) -> None:
         with control:
             await self.forward(control)
 
+    async def run(self) -> None:
+        """Serves DNS, services and forwards until the process ends."""
+        self.watch()
+        await dns.serve(self.lookup)
+        await asyncio.gather(
+            self._supervisor.start("services", self.keep_listening),
+            self._supervisor.start("forwards", self.serve_forwards),
+        )
+
 
 async def main() -> None:
     """Runs the agent until the process ends."""
-    agent = Agent()
     api = [Address(str(NODE_ADDRESS), API_PORT)]
     listener = socket.socket(fileno=_API_LISTENER_FD)
     await asyncio.start_server(relay.handler(lambda: api), sock=listener)
-    agent.watch()
-    await dns.serve(agent.lookup)
-    await asyncio.gather(agent.keep_listening(), agent.serve_forwards())
+    await Agent().run()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 from localcluster.network.catalog import Address
 
@@ -52,7 +53,9 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         writer.transport.abort()
 
 
-def handler(choose: Choose) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], asyncio.Future[None]]:
+def handler(
+    choose: Choose,
+) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]:
     """A callback for asyncio.start_server; without a ready backend it resets the connection, as kube-proxy
     rejects it.
     """
@@ -70,4 +73,4 @@ def handler(choose: Choose) -> Callable[[asyncio.StreamReader, asyncio.StreamWri
             upstream[1].close()
             writer.close()
 
-    return lambda reader, writer: asyncio.ensure_future(serve(reader, writer))
+    return serve

@@ -10,14 +10,12 @@ import http.client
 import json
 import logging
 import ssl
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from localcluster.layout import API_PORT, INSIDE, NODE_ADDRESS
 
 _IDENTITY = "network-agent"
-_RETRY = 0.5  # seconds
 _WATCH_SECONDS = 300
 _log = logging.getLogger(__name__)
 
@@ -67,8 +65,9 @@ def changes(path: str, version: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def follow(path: str, on_change: Callable[[dict[str, dict[str, Any]]], None]) -> None:
-    """Calls `on_change` with all objects by "namespace/name", now and after every change. Never returns; for
-    a thread of its own.
+    """Calls `on_change` with all objects by "namespace/name", now and after every change, until an error.
+
+    For a supervised thread, which calls it again.
     """
     while True:
         try:
@@ -78,13 +77,6 @@ def follow(path: str, on_change: Callable[[dict[str, dict[str, Any]]], None]) ->
             _follow_changes(path, version, objects, on_change)
         except WatchExpiredError:
             _log.info("%s: watch expired, listing again", path)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            _log.warning("%s: %s; retrying in %.1f s", path, error, _RETRY)
-            time.sleep(_RETRY)
-        except Exception:  # noqa: BLE001 - logged, and everything is listed again
-            # Without this thread no service would be found any more, without any error message.
-            _log.exception("%s: unexpected error; listing again in %.1f s", path, _RETRY)
-            time.sleep(_RETRY)
 
 
 def _follow_changes(

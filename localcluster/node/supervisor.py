@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import functools
 import json
-import logging
 import os
 import signal
 import socket
@@ -18,12 +18,13 @@ from localcluster.errors import StartError
 from localcluster.layout import INSIDE
 from localcluster.node import children, probe
 from localcluster.node.components import Component
+from moe_api import supervision
 
 START_TIMEOUT = 90.0  # seconds until a component must be ready; the slowest takes 3 on an idle machine
 _POLL = 0.05
 _RESTART_DELAY = 1.0  # seconds; a component that cannot start must not use a whole core
+_BACKOFF = supervision.Backoff(first_s=1.0, longest_s=10.0)
 _LISTENER_FD = 3
-_log = logging.getLogger(__name__)
 
 
 def report(progress: socket.socket, component: str, *, seconds: float = 0.0, error: str = "") -> None:
@@ -55,7 +56,7 @@ class Supervisor:
         # on-exec.
         self._listener = fcntl.fcntl(listener, fcntl.F_DUPFD_CLOEXEC, 100)
         self._running: dict[str, Running] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._loops = supervision.Supervisor(backoff=_BACKOFF, expected=(OSError,))
 
     def spawn(self, component: Component) -> Running:
         """Starts a component's process with its output appended to its log."""
@@ -85,22 +86,13 @@ class Supervisor:
             if running is not None:
                 running.ended.set()
                 children.kill_orphans({r.pid for r in self._running.values()})
-                self._keep(self._start_again(running.component))
-
-    def _keep(self, work: Any) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+                start = functools.partial(self._start_again, running.component)
+                self._loops.start("component", start, running.component.name)
 
     async def _start_again(self, component: Component) -> None:
-        while True:
-            await asyncio.sleep(_RESTART_DELAY)
-            try:
-                self.spawn(component)
-            except OSError as error:  # no memory, or too many processes, for now
-                _log.warning("%s cannot be started: %s; trying again", component.name, error)
-            else:
-                return
+        """Raises OSError where there is no memory, or too many processes, for now."""
+        await asyncio.sleep(_RESTART_DELAY)
+        self.spawn(component)
 
     async def start(self, component: Component) -> float:
         """Starts a component and waits until it is ready; returns the seconds that took.

@@ -21,27 +21,11 @@ from typing import Final
 
 from opentelemetry import metrics
 
+from moe_api.backoff import Backoff
+
+__all__ = ["DEFAULT_BACKOFF", "Backoff", "LoopState", "Supervisor", "is_being_cancelled"]
+
 _LOG: Final = logging.getLogger(__name__)
-_LARGEST_EXPONENT: Final = 32
-"""Beyond it the pause is at its limit anyway, and a float would overflow in the end."""
-
-
-@dataclass(frozen=True)
-class Backoff:
-    """Exponential backoff with jitter: pauses double from `first_s` to `longest_s`, in seconds."""
-
-    first_s: float = 0.5
-    longest_s: float = 30.0
-
-    def pause_s(self, failures: int, chance: float = 0.0) -> float:
-        """Seconds to pause after `failures` failures in a row, at least 1.
-
-        chance: from [0, 1); takes away up to half of the pause, so that loops that failed together do not
-        retry together.
-        """
-        doubled = self.first_s * 2.0 ** min(max(failures, 1) - 1, _LARGEST_EXPONENT)
-        return min(doubled, self.longest_s) * (1 - chance / 2)
-
 
 DEFAULT_BACKOFF: Final = Backoff()
 
@@ -85,7 +69,8 @@ class Supervisor:
         backoff: pauses between a failure and the restart, unless a loop has its own.
         clock: seconds, monotonic.
         chance: numbers of [0, 1), for the jitter.
-        expected: errors whose message is sufficient; they are logged without a traceback.
+        expected: errors whose message is sufficient; they are logged without a traceback, and only the first
+            of several in a row.
     """
 
     def __init__(
@@ -133,6 +118,21 @@ class Supervisor:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    def start_once(
+        self, loop: str, work: Callable[[], Awaitable[None]], name: str = ""
+    ) -> asyncio.Task[None]:
+        """Like `start`, for what cannot be done again (a connection that came): an error is its end."""
+
+        async def once() -> None:
+            try:
+                await work()
+            except (Exception, asyncio.CancelledError) as error:
+                if is_being_cancelled():
+                    raise
+                _LOG.error("%s failed", _title(loop, name), exc_info=error)
+
+        return self.start(loop, once, name)
 
     def start_thread(
         self,
@@ -212,12 +212,14 @@ class Supervisor:
         self._states[key] = replace(state, since_s=now, failures=failures, error=text, paused=True)
         self._restarts.add(1, {"moe.loop": state.loop})
         pause_s = backoff.pause_s(failures, self._chance())
-        _LOG.error(
+        expected = isinstance(error, self._expected)
+        _LOG.log(
+            logging.DEBUG if expected and failures > 1 else logging.ERROR,
             "%s failed (%s); restarting in %.1f s",
             _title(state.loop, state.name),
             text,
             pause_s,
-            exc_info=None if failures > 1 or isinstance(error, self._expected) else error,
+            exc_info=None if failures > 1 or expected else error,
         )
         return pause_s
 

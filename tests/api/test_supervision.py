@@ -170,6 +170,27 @@ async def test_an_expected_error_is_told_without_a_traceback(caplog):
     assert "probe failed (ValueError: a bug)" in told
 
 
+async def test_an_expected_error_that_repeats_is_told_once(caplog):
+    supervisor = Supervisor(backoff=FAST, expected=(ConnectionError,))
+    work = Failing(*[ConnectionError(f"attempt {number}") for number in range(3)])
+    with caplog.at_level(logging.INFO):
+        supervisor.start("probe", work)
+        await asyncio.wait_for(work.steady.wait(), 5)
+    await supervisor.close()
+    assert [record.message.partition(";")[0] for record in caplog.records] == [
+        "probe failed (ConnectionError: attempt 0)"
+    ]
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), asyncio.CancelledError("a channel was closed")])
+async def test_what_cannot_be_done_again_is_told_and_over(caplog, error):
+    supervisor, work = Supervisor(backoff=FAST), Failing(error, error)
+    await asyncio.wait_for(supervisor.start_once("forward", work, "7"), 5)
+    assert "forward 7 failed" in caplog.text
+    assert supervisor.states == ()
+    assert not work.steady.is_set()
+
+
 async def test_a_task_can_tell_its_own_cancellation_from_that_of_something_else():
     told = []
 

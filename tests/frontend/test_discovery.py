@@ -8,6 +8,7 @@ import pytest
 from moe_api.supervision import Supervisor
 from moe_frontend.discovery.endpoints import Endpoint
 from moe_frontend.discovery.slices import SERVICE_LABEL, SliceWatcher
+from moe_operator.errors import MoEOperatorError
 from tests.frontend.apiserver import running_api_server
 
 PATIENCE_S = 20
@@ -34,7 +35,7 @@ class Followed:
             "default",
             service,
             self.published.put,
-            Supervisor(),
+            Supervisor(expected=(MoEOperatorError,)),
         )
         self.watcher.start()
 

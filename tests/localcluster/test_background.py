@@ -1,40 +1,77 @@
 """What goes on in the background of the node ends for no error that nobody foresaw."""
 
 import asyncio
+import errno
+import os
 import socket
+import threading
 from types import SimpleNamespace
 
-import pytest
-
-from localcluster.network import watch
+from localcluster.cri import process, runtime
+from localcluster.cri.logs import LogFile
+from localcluster.network import agent, watch
 from localcluster.node import supervisor
 from localcluster.node.components import Component
+from moe_api.supervision import Backoff, Supervisor
 
 
-class Stop(BaseException):
-    """Ends what never returns."""
-
-
-def test_an_error_that_nobody_foresaw_makes_the_watch_list_again(monkeypatch):
-    answers = [KeyError("metadata"), ("1", [{"metadata": {"namespace": "a", "name": "b"}}])]
+async def test_an_error_that_nobody_foresaw_makes_the_watch_list_again(monkeypatch):
+    """Of a list, of a watch, and of one whose history expired."""
+    one = ("1", [{"metadata": {"namespace": "a", "name": "b"}}])
+    answers, watches = [KeyError("metadata"), one, one, one], [TypeError("a bug"), watch.WatchExpiredError()]
+    listed_again = asyncio.Event()
 
     def listed(_):
-        answer = answers.pop(0) if answers else Stop()
-        if isinstance(answer, BaseException):
+        answer = answers.pop(0) if answers else ("2", [])
+        if isinstance(answer, Exception):
             raise answer
         return answer
 
     def broken(_, version):
-        raise TypeError(version)
+        if not watches:
+            loop.call_soon_threadsafe(listed_again.set)
+            threading.Event().wait(10)
+        raise watches.pop(0)
         yield
 
-    seen = []
+    loop, node = asyncio.get_running_loop(), agent.Agent()
     monkeypatch.setattr(watch, "list_objects", listed)
     monkeypatch.setattr(watch, "changes", broken)
-    monkeypatch.setattr(watch, "_RETRY", 0.001)
-    with pytest.raises(Stop):
-        watch.follow("/api/v1/services", seen.append)
-    assert [list(objects) for objects in seen] == [["a/b"]]
+    monkeypatch.setattr(agent, "_SLICES", agent._SERVICES)
+    monkeypatch.setattr(node, "_supervisor", Supervisor(backoff=Backoff(0.001)))
+    node.watch()
+    await asyncio.wait_for(listed_again.wait(), 10)
+
+
+def echo(text, output):
+    """The process that writes `text` to a descriptor."""
+    actions = [(os.POSIX_SPAWN_DUP2, output, 1)]
+    return os.posix_spawn("/bin/echo", ["echo", text], {}, file_actions=actions)
+
+
+async def test_a_container_ends_also_where_its_last_words_cannot_be_written(monkeypatch, tmp_path, caplog):
+    async def started(spec, stdout, stderr):
+        return process.Started(echo("last words", stdout), "")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(process, "start", started)
+    monkeypatch.setattr(LogFile, "write", full)
+    node = runtime.Runtime(tmp_path / "containers", tmp_path / "images.json", [], [])
+    pod = SimpleNamespace(
+        config=runtime.SandboxConfig("pod", False, str(tmp_path), ""),
+        home=tmp_path,
+        namespaces=SimpleNamespace(descriptors=()),
+    )
+    image = SimpleNamespace(name="i", variables={})
+    made = node.create(
+        pod, runtime.ContainerConfig(image, ("echo",), {}, "", (), False, "c.log", stop_signal=15)
+    )
+    await node.start(made)
+    await asyncio.wait_for(made.ended.wait(), 10)
+    assert (made.exit_code, made.running) == (0, False)
+    assert "No space left on device" in caplog.text
 
 
 async def test_a_component_that_cannot_be_started_for_now_is_tried_again(monkeypatch):
@@ -49,6 +86,7 @@ async def test_a_component_that_cannot_be_started_for_now_is_tried_again(monkeyp
     ended = [1]
     monkeypatch.setattr(supervisor.Supervisor, "spawn", spawn)
     monkeypatch.setattr(supervisor, "_RESTART_DELAY", 0.001)
+    monkeypatch.setattr(supervisor, "_BACKOFF", Backoff(0.001))
     monkeypatch.setattr(supervisor.children, "ended", lambda: [ended.pop()] if ended else [])
     monkeypatch.setattr(supervisor.children, "kill_orphans", lambda _: None)
     with socket.socket() as listener:

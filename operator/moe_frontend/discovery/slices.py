@@ -5,8 +5,6 @@ Lists, then watches from there on, and lists again whenever the watch cannot go 
 API server that is away for a minute must not take the deployment down with it.
 """
 
-import logging
-import random
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
@@ -16,9 +14,7 @@ import urllib3
 
 from moe_api.supervision import Backoff, Supervisor
 from moe_frontend.discovery.endpoints import Endpoint, endpoints
-from moe_operator.errors import InstallationError
-
-_LOG: Final = logging.getLogger(__name__)
+from moe_operator.errors import ClusterUnavailableError, InstallationError
 
 SERVICE_LABEL: Final = "kubernetes.io/service-name"
 
@@ -26,7 +22,8 @@ SERVICE_LABEL: Final = "kubernetes.io/service-name"
 _WATCH_S: Final = 60
 _CONNECT_S: Final = 5
 _BACKOFF: Final = Backoff(first_s=0.5, longest_s=5.0)
-_CHANCE: Final = random.random
+_BETWEEN_LISTS_S: Final = 0.5
+"""A server whose history expires at once shall not be asked in a tight loop."""
 
 _Slices = dict[str, Mapping[str, Any]]
 
@@ -68,18 +65,22 @@ class SliceWatcher:
         self._stopping.set()
 
     def _run(self) -> None:
-        failures = 0
+        """Follows until an error, after which the supervisor begins anew.
+
+        Raises:
+            ClusterUnavailableError: the API server cannot be asked now.
+        """
         while not self._stopping.is_set():
             try:
                 for slices in self._list_and_watch():
-                    failures = 0
                     self._publish(endpoints(slices.values()))
             except (kubernetes.client.ApiException, urllib3.exceptions.HTTPError, OSError) as error:
-                if self._stopping.is_set():
-                    return
-                failures += 1
-                self._complain(error, failures)
-                self._stopping.wait(_BACKOFF.pause_s(failures, _CHANCE()))
+                if not _expired(error):
+                    raise ClusterUnavailableError(
+                        f"cannot follow the EndpointSlices of {self._service} ({_brief(error)}); "
+                        "going on with the endpoints known last"
+                    ) from error
+                self._stopping.wait(_BETWEEN_LISTS_S)
 
     def _list_and_watch(self) -> Iterator[_Slices]:
         listed = self._api.list_namespaced_endpoint_slice(
@@ -107,16 +108,6 @@ class SliceWatcher:
             _request_timeout=(_CONNECT_S, _WATCH_S + _CONNECT_S),
         )
         return stream
-
-    def _complain(self, error: Exception, failures: int) -> None:
-        """Once when it begins; an expired history is everyday life and not worth a line."""
-        expired = isinstance(error, kubernetes.client.ApiException) and error.status == 410
-        if failures == 1 and not expired:
-            _LOG.warning(
-                "cannot follow the EndpointSlices of %s (%s); going on with the endpoints known last",
-                self._service,
-                _brief(error),
-            )
 
 
 def apply_event(slices: _Slices, kind: str, item: Mapping[str, Any]) -> bool:
@@ -155,6 +146,11 @@ def _load_kubeconfig() -> None:
             "no Kubernetes cluster to be found: run inside a pod with a service account, set KUBECONFIG, "
             "or name the workers with --static HOST:PORT,..."
         ) from error
+
+
+def _expired(error: Exception) -> bool:
+    """Whether the history of the watch is gone: everyday life, and everything is listed again."""
+    return isinstance(error, kubernetes.client.ApiException) and error.status == 410
 
 
 def _brief(error: Exception) -> str:

@@ -6,15 +6,16 @@ dead pod only after its readiness probe failed, and until then it would look the
 """
 
 import dataclasses
-import math
 from collections.abc import Iterable
 from typing import Final
 
+from moe_api.backoff import Backoff
+
 MAX_ATTEMPTS: Final = 3
-FIRST_SUSPICION_S: Final = 0.5
-LONGEST_SUSPICION_S: Final = 10.0
-FIRST_BACKOFF_S: Final = 0.02
-LONGEST_BACKOFF_S: Final = 1.0
+SUSPICION: Final = Backoff(first_s=0.5, longest_s=10.0)
+"""How long a replica that failed comes last."""
+RETRY: Final = Backoff(first_s=0.02, longest_s=1.0)
+"""Between two attempts to have one request answered."""
 RETRY_AFTER_S: Final = 1.0
 # A stream that lost its replica waits this long for another one of its revision: a worker that was killed is
 # back within seconds where its model is small, and a rollout or a scale-up may be bringing others.
@@ -76,9 +77,7 @@ def is_suspect(load: Load, now: float) -> bool:
         return True
     if load.failures == 0:
         return False
-    # The exponent is bounded: 2**10 * 0.5 s is far beyond the longest time, and stays a small number.
-    suspicion = math.ldexp(FIRST_SUSPICION_S, min(load.failures - 1, 10))
-    return now - load.failed_at < min(suspicion, LONGEST_SUSPICION_S)
+    return now - load.failed_at < SUSPICION.pause_s(load.failures)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,24 +157,28 @@ def choose(
     return Decision(best.name, len(candidates), reason, message)
 
 
-def backoff_s(attempt: int, remaining_s: float | None) -> float | None:
+def backoff_s(attempt: int, remaining_s: float | None, chance: float = 0.0) -> float | None:
     """Seconds to wait before attempt number `attempt` + 1, or None when there is to be none.
 
     Args:
         attempt: number of the attempt that failed, from 1.
         remaining_s: until the deadline of the request; None without one.
+        chance: from [0, 1), for the jitter: many requests lose one replica at the same moment.
     """
-    wait = math.ldexp(FIRST_BACKOFF_S, attempt - 1)
+    wait = RETRY.pause_s(attempt, chance)
     if attempt >= MAX_ATTEMPTS or (remaining_s is not None and wait >= remaining_s):
         return None
     return wait
 
 
-def replay_after_s(trials: Trials, now: float) -> float | None:
-    """Seconds to wait before a stream that lost its replica asks another; None where that is of no use."""
+def replay_after_s(trials: Trials, now: float, chance: float = 0.0) -> float | None:
+    """Seconds to wait before a stream that lost its replica asks another; None where that is of no use.
+
+    chance: from [0, 1), for the jitter.
+    """
     if trials.cut >= MOST_CUTS:
         return None
-    wait = min(math.ldexp(FIRST_BACKOFF_S, min(trials.attempts, 10) - 1), LONGEST_BACKOFF_S)
+    wait = RETRY.pause_s(trials.attempts, chance)
     return wait if wait < trials.left_s(now) else None
 
 

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import random
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, Final, Protocol
@@ -34,6 +35,7 @@ from moe_frontend.transport.replicas import Lease, Replicas
 
 Context = grpc.aio.ServicerContext[Any, bytes]
 _LOG: Final = logging.getLogger(__name__)
+_CHANCE: Final = random.random
 
 ROUTING_REPLICA: Final = "moe.routing.replica"
 ROUTING_ADDRESS: Final = "moe.routing.address"
@@ -296,8 +298,8 @@ def _wait_before_next(
     if failure.code not in _ELSEWHERE:
         return None
     if not progress.started:
-        return routing.backoff_s(trials.attempts, remaining_s)
-    return routing.replay_after_s(trials, time.monotonic()) if progress.resumable else None
+        return routing.backoff_s(trials.attempts, remaining_s, _CHANCE())
+    return routing.replay_after_s(trials, time.monotonic(), _CHANCE()) if progress.resumable else None
 
 
 def _record(span: trace.Span, lease: Lease, attempt: int, progress: Progress) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 import signal
 import time
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from moe_api import transport
 from moe_api.inference.v1 import inference_pb2 as pb
 from moe_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
+from moe_api.supervision import Supervisor
 from moe_client import calling
 from moe_tools.load.trace import Trace
 
@@ -137,18 +139,19 @@ async def play(
         CommandError: nothing answers.
     """
     outcomes: list[Outcome] = []
-    tally, tasks = Tally(), set[asyncio.Task[None]]()
+    tally, tasks, supervisor = Tally(), set[asyncio.Task[None]](), Supervisor()
     async with contextlib.AsyncExitStack() as stack:
         stubs = [await _stub(stack, endpoint, number) for number in range(_CONNECTIONS)]
         requests = await _with_model(requests, stubs[0], endpoint)
         with _interrupt() as interrupted:
-            shown = asyncio.create_task(_show(tally, show))
+            shown = supervisor.start("progress", lambda: _show(tally, show))
             started = time.monotonic()
             for number, at_s in enumerate(due.at_s):
                 if await _until(started + at_s, interrupted):
                     break
-                send = _send(stubs[number % _CONNECTIONS], requests, due, number, started, outcomes, tally)
-                task = asyncio.create_task(send)
+                stub = stubs[number % _CONNECTIONS]
+                send = functools.partial(_send, stub, requests, due, number, started, outcomes, tally)
+                task = supervisor.start_once("request", send, str(number))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
             await _finish(tasks, interrupted)

@@ -9,7 +9,7 @@ from moe_worker.engine.statistics import Statistics
 from moe_worker.errors import WorkerError
 from moe_worker.service import answers
 from moe_worker.service.load_messages import expert_message, load_message
-from moe_worker.service.servicers import Context, InferenceService, Phase
+from moe_worker.service.servicers import Context, InferenceService, Phase, Served
 
 
 class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
@@ -28,9 +28,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         context: Context,
     ) -> worker_pb2.Drained:
         """Accepts no more requests; the worker ends after the active ones."""
-        served = self._inference.served
-        if served is None:
-            await rich_status.abort(context, answers.unavailable(Phase.LOADING.value))
+        served = await self._loaded(context)
         self._inference.phase = Phase.DRAINING
         self._stop.set()
         return worker_pb2.Drained(requests=served.engine.requests)
@@ -49,10 +47,14 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         context: Context,
     ) -> worker_pb2.ExpertLoad:
         """Returns the tokens of each expert."""
-        served = self._inference.served
-        if served is None:
-            await rich_status.abort(context, answers.unavailable(Phase.LOADING.value))
+        served = await self._loaded(context)
         try:
             return expert_message(await served.engine.expert_statistics())
         except WorkerError as error:
             await rich_status.abort(context, answers.of_error(error))
+
+    async def _loaded(self, context: Context) -> Served:
+        """The model; ends the call while it is still loading."""
+        if self._inference.served is None:
+            await rich_status.abort(context, answers.unavailable(Phase.LOADING.value))
+        return self._inference.served
