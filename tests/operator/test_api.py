@@ -377,6 +377,22 @@ def test_where_scaling_decides_only_what_it_decided_may_be_set(crd):
     assert scale(crd) == 1
 
 
+def test_before_it_decided_only_the_number_that_there_is_may_be_set(crd):
+    crd.apply(manifest(replicas=3))
+    status = json.dumps({"status": {"desiredReplicas": 3}})
+    crd.kubectl("patch", "moed", "docs", "--subresource=status", "--type=merge", "-p", status)
+    crd.patch("moed", "docs", {"spec": {"replicas": None, "scaling": {"maxReplicas": 8}}})
+    assert scale(crd) == 1
+    with pytest.raises(CommandError, match="scaling decides; to set replicas"):
+        crd.kubectl("scale", "moed/docs", "--replicas=4")
+    stale = crd.get("moed", "docs")["metadata"]["resourceVersion"]
+    crd.kubectl("scale", "moed/docs", "--replicas=3", f"--resource-version={stale}")
+    crd.patch("moed", "docs", {"spec": {"scaling": {"mode": "Off"}}})
+    assert scale(crd) == 3
+    with pytest.raises(CommandError, match="resource"):
+        crd.kubectl("scale", "moed/docs", "--replicas=2", f"--resource-version={stale}")
+
+
 def test_scaling_takes_over_from_replicas(crd):
     crd.apply(manifest(replicas=3))
     status = json.dumps({"status": {"desiredReplicas": 3}})

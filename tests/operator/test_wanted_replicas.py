@@ -65,6 +65,16 @@ def test_what_scaling_decides_is_recorded_in_the_spec(spec, decided, recorded):
     assert replace(deployment(**spec), status=status).replicas_to_record == recorded
 
 
+@pytest.mark.parametrize(("spec", "there"), [(auto(), 5), (auto(minReplicas=3), 3), (auto(minReplicas=0), 0)])
+def test_replicas_stay_as_they_are_where_scaling_is_turned_off_before_it_decided(spec, there):
+    """A manifest with scaling has no replicas: spec.replicas is 1 until the operator wrote it."""
+    status = Status(desired_replicas=there)
+    scaled = replace(deployment(**spec), status=status)
+    assert (scaled.spec.replicas, scaled.wanted_replicas) == (1, there)
+    off = {"scaling": {**spec["scaling"], "mode": "Off"}, "replicas": scaled.replicas_to_record}
+    assert replace(deployment(**off), status=status).wanted_replicas == there
+
+
 def test_a_reconcile_neither_writes_nor_removes_what_the_scaler_reports():
     world = settled()
     world.deployment = replace(

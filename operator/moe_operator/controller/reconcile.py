@@ -129,19 +129,25 @@ class Reconciler:
             return self._refused(deployment, todo, refusals)
         execute.write_status(self.cluster, deployment.identity, deployment.status, todo.status)
         self._announce(deployment.identity, todo.decisions)
-        self._record(deployment)
+        self._record(_with_desired(deployment, todo.status))
         opened = {gate.pod for gate in todo.gates}
         if any(pod.name not in opened for pod in todo.unrouted):
             return self.settings.routing_seconds
         return self._until_next(todo)
 
     def _record(self, deployment: Deployment) -> None:
-        """Writes the scaling decision into spec.replicas; nothing waits for that."""
-        replicas = deployment.replicas_to_record
+        """Writes the scaling decision into spec.replicas; nothing waits for that.
+
+        It does not overwrite what somebody wrote since the deployment was read: scaling may be off by now.
+        """
+        replicas, who = deployment.replicas_to_record, deployment.identity
         if replicas is None:
             return
+        body = self.cluster.refresh(names.KIND, who.namespace, who.name)
+        if body is None or identity(body) != who:
+            return  # the event of that change brings the next look
         try:
-            self.cluster.scale(deployment.identity.namespace, deployment.name, replicas)
+            self.cluster.scale(who.namespace, who.name, replicas, body["metadata"]["resourceVersion"])
         except (ApplyRefusedError, ApplyForbiddenError) as error:
             logger.warning("%s: spec.replicas does not follow scaling: %s", deployment.name, error)
 
@@ -258,6 +264,12 @@ class Reconciler:
             except MoEOperatorError as error:
                 # Events are only for people; the decision is executed even without one.
                 logger.warning("%s/%s: no event was created: %s", who.namespace, who.name, error)
+
+
+def _with_desired(deployment: Deployment, written: Status) -> Deployment:
+    """The deployment with the number of replicas that its status says by now."""
+    desired = {"desired_replicas": written.desired_replicas}
+    return replace(deployment, status=deployment.status.model_copy(update=desired))
 
 
 def _describe(span: trace.Span, deployment: Deployment, todo: Plan) -> None:

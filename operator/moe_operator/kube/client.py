@@ -197,12 +197,12 @@ class Cluster:
         if changed is not None:
             self._mirror.put("Pod", changed)
 
-    def scale(self, namespace: str, name: str, replicas: int) -> None:
-        """Sets spec.replicas of a deployment."""
+    def scale(self, namespace: str, name: str, replicas: int, version: str) -> None:
+        """Sets spec.replicas of a deployment that is still at this resourceVersion."""
         self._request(
             "patch",
             _path(names.KIND, namespace, name) + "/scale",
-            body={"spec": {"replicas": replicas}},
+            body={"metadata": {"resourceVersion": version}, "spec": {"replicas": replicas}},
             content_type="application/merge-patch+json",
             field_manager=names.SCALING_FIELD_MANAGER,
         )

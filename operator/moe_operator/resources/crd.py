@@ -33,7 +33,11 @@ _NAME_RULES = [
     },
 ]
 _BY_HAND = "!has(self.spec.scaling) || self.spec.scaling.mode != 'Auto' || self.spec.replicas == 1"
-_DECIDED = "has(self.status.scaling) && self.spec.replicas == self.status.scaling.desiredReplicas"
+# Before the first decision it is the number that there is.
+_DECIDED = (
+    "(has(self.status.scaling) ? self.spec.replicas == self.status.scaling.desiredReplicas : "
+    "has(self.status.desiredReplicas) && self.spec.replicas == self.status.desiredReplicas)"
+)
 _EXCLUSIVE = "replicas and scaling exclude each other"
 _SCALE_RULES = [
     # The default must be allowed, and cannot be told from a 1 that somebody wrote. An object that is created

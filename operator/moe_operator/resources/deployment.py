@@ -109,13 +109,15 @@ class Deployment:
     def replicas_to_record(self) -> int | None:
         """What spec.replicas is to become; None where it says so already, or is for others to set.
 
-        It follows what scaling decides, so that replicas stay as they are when scaling is turned off.
+        It follows what scaling decides, and before the first decision what there is, so that replicas stay
+        as they are when scaling is turned off.
         """
         scaling, decided = self.spec.scaling, self.status.scaling
-        if scaling is None or scaling.mode is not Mode.AUTO or decided is None:
+        if scaling is None or scaling.mode is not Mode.AUTO:
             return None
+        stated = decided.desired_replicas if decided else self.status.desired_replicas
         wanted = self.wanted_replicas
-        return wanted if wanted == decided.desired_replicas != self.spec.replicas else None
+        return wanted if wanted == stated != self.spec.replicas else None
 
 
 def identity(body: Mapping[str, Any]) -> Identity:
