@@ -114,6 +114,83 @@ def test_fields_that_a_policy_rewrites_are_no_drift_and_edits_by_hand_are(api):
     assert api.reconcile("rewritten") == (0, False)
 
 
+RBAC = "/apis/rbac.authorization.k8s.io/v1/namespaces/default/rolebindings/rewritten-frontend"
+ADDED = {
+    "a Service's selector": (
+        "/api/v1/namespaces/default/services/rewritten-workers",
+        lambda it: it["spec"]["selector"],
+        {"spec": {"selector": {"by": "hand"}}},
+    ),
+    "a label selector": (
+        "/apis/policy/v1/namespaces/default/poddisruptionbudgets/rewritten-workers",
+        lambda it: it["spec"]["selector"]["matchLabels"],
+        {"spec": {"selector": {"matchLabels": {"by": "hand"}}}},
+    ),
+    "a node selector": (
+        FRONTEND,
+        lambda it: it["spec"]["template"]["spec"]["nodeSelector"],
+        {"spec": {"template": {"spec": {"nodeSelector": {"by": "hand"}}}}},
+    ),
+    "the subjects of a RoleBinding": (
+        RBAC,
+        lambda it: {one["name"]: one["kind"] for one in it["subjects"]},
+        {
+            "subjects": [
+                {"kind": "ServiceAccount", "name": "rewritten-frontend", "namespace": "default"},
+                {"kind": "User", "name": "by-hand", "apiGroup": "rbac.authorization.k8s.io"},
+            ]
+        },
+    ),
+}
+LEFT = {
+    "annotations and labels": (
+        FRONTEND,
+        {"metadata": {"annotations": {"by": "hand"}, "labels": {"by": "hand"}}},
+    ),
+    "those of pods": (
+        FRONTEND,
+        {"spec": {"template": {"metadata": {"labels": {"by": "hand"}, "annotations": {"by": "hand"}}}}},
+    ),
+}
+
+
+@pytest.fixture
+def applied(api_server):
+    api = Api(api_server)
+    body = {
+        "apiVersion": names.API_VERSION,
+        "kind": names.KIND,
+        "metadata": {"name": "rewritten"},
+        "spec": {
+            "model": {"uri": "file:///mnt/models/x"},
+            "replicas": 2,
+            "frontend": {"nodeSelector": {"zone": "a"}},
+        },
+    }
+    assert api.ask("POST", COLLECTION, body)[0] == 201
+    api.reconcile("rewritten")
+    assert api.reconcile("rewritten") == (0, False)
+    yield api
+    api.clear("rewritten")
+
+
+def test_what_is_added_by_hand_to_an_atomic_field_is_taken_out(applied):
+    """And nothing is written once it is: server-side apply gives the field back."""
+    for what, (path, field, patch) in ADDED.items():
+        before = field(applied.ask("GET", path)[1])
+        assert applied.ask("PATCH", path, patch)[0] == 200, what
+        assert field(applied.ask("GET", path)[1]) != before, what
+        applied.reconcile("rewritten")
+        assert field(applied.ask("GET", path)[1]) == before, what
+        assert applied.reconcile("rewritten") == (0, False), what
+
+
+def test_what_others_add_to_fields_that_are_shared_is_left(applied):
+    for what, (path, patch) in LEFT.items():
+        assert applied.ask("PATCH", path, patch)[0] == 200, what
+        assert applied.reconcile("rewritten") == (0, False), what
+
+
 def manifest(fields, **spec):
     entries = [
         {"manager": "moe-operator", "operation": "Apply", "subresource": "status", "fieldsV1": {"f:x": {}}},
@@ -144,6 +221,13 @@ ITEMS = {'k:{"name":"a"}': {".": {}, "f:name": {}, "f:image": {}}}
         ({"f:c": {}}, {"c": ["x"]}, {"c": ["x", "y"]}, None),
         ({"f:c": {'v:"x"': {}}}, {"c": ["x"]}, {"c": ["y"]}, None),
         ({"f:c": {'v:"z"': {}}}, {"c": ["x"]}, {"c": ["y"]}, "spec.c[0]"),
+        ({"f:m": {}}, {"m": {"a": 1}}, {"m": {"a": 1, "b": 2}}, None),
+        ({"f:m": {"f:a": {}}}, {"m": {"a": 1}}, {"m": {"a": 1, "b": 2}}, None),
+        ({"f:n": {}}, {"m": {"a": 1}}, {"m": {"a": 1, "b": 2}}, "spec.m"),
+        ({"f:n": {}}, {"m": {"a": 1}}, {"m": {"a": 1}}, None),
+        ({"f:n": {}}, {"m": {"l": {"a": 1}}}, {"m": {"l": {"a": 1, "b": 2}}}, "spec.m.l"),
+        ({"f:n": {}}, {"m": [{"name": "a"}]}, {"m": [{"name": "a"}, {"name": "b"}]}, "spec.m"),
+        ({"f:m": {}}, {"m": [{"name": "a"}]}, {"m": [{"name": "a"}, {"name": "b"}]}, None),
     ],
 )
 def test_a_difference_counts_where_the_field_is_not_ours_any_more(fields, desired, actual, found):

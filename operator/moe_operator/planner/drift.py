@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moe_operator.planner.ownership import Owned, of_field, of_item
+from moe_operator.planner.ownership import LOST, Owned, of_field, of_item
 from moe_operator.resources import quantity
 
 
@@ -13,7 +13,9 @@ def first_difference(desired: Any, actual: Any, path: str = "", owned: Owned = N
     """Path of the first value that differs from `desired`; None if there is none.
 
     Additional fields (defaults of the API server, fields of other managers) are no difference: server-side
-    apply does not change them either. Quantities compare by value, because the API server rewrites them.
+    apply does not change them either. An atomic map or list is a single field, and whoever changes a part of
+    it owns all of it; additional entries are a difference then (a Service's selector, a RoleBinding's
+    subjects). Quantities compare by value, because the API server rewrites them.
 
     owned: the fields that the operator still owns. An owned field that differs was rewritten by an admission
     policy within the operator's own request; the policy would do the same to the next one, so it is no
@@ -29,7 +31,7 @@ def first_difference(desired: Any, actual: Any, path: str = "", owned: Owned = N
 
 def _unless(owned: Owned, path: str) -> str | None:
     """The path, unless what is there is the operator's own."""
-    return path if owned is None else None
+    return path if owned is None or owned is LOST else None
 
 
 def _in_mapping(desired: Mapping[str, Any], actual: Any, path: str, owned: Owned) -> str | None:
@@ -45,7 +47,7 @@ def _in_mapping(desired: Mapping[str, Any], actual: Any, path: str, owned: Owned
             found = _unless(of_field(owned, name), _join(path, name))
         if found is not None:
             return found
-    return None
+    return path if owned is LOST and actual.keys() - desired.keys() else None
 
 
 def _in_list(desired: Sequence[Any], actual: Any, path: str, owned: Owned) -> str | None:
@@ -54,6 +56,8 @@ def _in_list(desired: Sequence[Any], actual: Any, path: str, owned: Owned) -> st
     if not isinstance(actual, list | tuple):
         return _unless(owned, path)
     wanted = _named(desired)
+    if owned is LOST and len(desired) != len(actual):
+        return path
     if wanted:
         there = _named(actual)
         items = {f"{path}[{name}]": (item, there.get(name)) for name, item in wanted.items()}

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from types import MappingProxyType
+from typing import Any, Final, TypeAlias
 
 from moe_operator.resources import names
 
 Owned: TypeAlias = Mapping[str, Any] | None
-"""A node of FieldsV1 ("f:name" for fields, "k:{...}" for items of lists); {}: all below; None: nothing."""
+"""A node of FieldsV1 ("f:name" for fields, "k:{...}" for items of lists); {}: all below; None: not known."""
+LOST: Final[Mapping[str, Any]] = MappingProxyType({"lost": None})
+"""The node of a field that is not the operator's any more, and of all below it."""
 
 
 def is_ours(entry: Mapping[str, Any]) -> bool:
@@ -30,15 +33,15 @@ def owned(manifest: Mapping[str, Any]) -> Owned:
 
 def of_field(node: Owned, name: str) -> Owned:
     """Of these, those below a field."""
-    return node.get(f"f:{name}") if node else node
+    return node.get(f"f:{name}", LOST) if node and node is not LOST else node
 
 
 def of_item(node: Owned, item: Any) -> Owned:
     """Of these, those below an item of a list, which is found by its keys or its value."""
-    if not node:
+    if not node or node is LOST:
         return node
     found = (below for key, below in node.items() if _names(key, item))
-    return next(found, None)
+    return next(found, LOST)
 
 
 def _names(key: str, item: Any) -> bool:
