@@ -10,12 +10,17 @@ from pathlib import Path
 import grpc
 import pytest
 
+import moe_worker
 from moe_api import rich_status
 from moe_api.inference.v1 import inference_pb2
+from moe_worker.bench.cli import bench
 from moe_worker.config.directory import read_checkpoint_config
 from moe_worker.errors import TokenizerError
+from moe_worker.models import tokenizer_guard
 from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.models.tokenizer_guard import load_guarded
+from moe_worker.train.data import read_tokenizer
+from moe_worker.train.evaluate import score_checkpoint
 from tests.worker.serving import Worker
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "docs-moe"
@@ -60,6 +65,35 @@ def test_a_bomb_is_refused_and_this_process_lives(broken, bomb):
     assert str(broken / "tokenizer.json") in str(error.value)
     assert "\n" not in str(error.value)
     assert time.monotonic() - begin < 30  # 5 s on a processor of its own
+
+
+LOADERS = {
+    "Engine": lambda folder: moe_worker.Engine(folder, threads=1),
+    "bench": lambda folder: bench.main(["--model", str(folder)], standalone_mode=False),
+    "eval": lambda folder: score_checkpoint(
+        folder, folder / "config.json", context=None, device="cpu", dtype="float32"
+    ),
+    "training's tokenizer": lambda folder: read_tokenizer(folder / "tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_every_loader_has_the_same_guard(broken, loader):
+    change(broken, **BOMBS["a normalizer that doubles"])
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json needs more than"):
+        LOADERS[loader](broken)
+
+
+def test_a_file_is_tried_once_in_a_process(broken, monkeypatch):
+    tried = []
+    monkeypatch.setattr(tokenizer_guard, "_tried", set())
+    monkeypatch.setattr(tokenizer_guard, "_try", tried.append)
+    path = broken / "tokenizer.json"
+    for _ in range(2):
+        tokenizer_guard.try_tokenizer(path)
+    change(broken, decoder=None)
+    tokenizer_guard.try_tokenizer(path)
+    assert tried == [path] * 2
 
 
 def test_ordinary_tokenizers_pass_unchanged(checkpoint):

@@ -1,6 +1,7 @@
 """Creates a model that is ready to run from a checkpoint directory and the user's choices."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from moe_worker.models.native import NativeModel
 from moe_worker.models.runner import NativeRunner, Runner, TorchRunner
 from moe_worker.models.stored import Placement
 from moe_worker.models.tokenizer import Tokenizer
+from moe_worker.models.tokenizer_guard import load_guarded
 
 # Number of active weights up to which one thread is as fast as several.
 SINGLE_THREAD_BYTES = 64 * 2**20
@@ -53,12 +55,17 @@ class LoadedModel:
         return self.cache.device
 
 
-def load(directory: Path, options: EngineOptions, progress: bool) -> LoadedModel:
+def load(
+    directory: Path,
+    options: EngineOptions,
+    progress: bool,
+    load_tokenizer: Callable[[Path, ModelConfig], Tokenizer] = load_guarded,
+) -> LoadedModel:
     """Checks everything cheap first, then reads the weights. Raises WorkerError."""
     directory = find_checkpoint(directory)
     config = read_checkpoint_config(directory, options.config_override)
     context = options.context_for(config.max_position_embeddings)
-    tokenizer = Tokenizer.load(directory, config)
+    tokenizer = load_tokenizer(directory, config)
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     weights = choose_format(options.format, config)

@@ -1,4 +1,4 @@
-"""Tries a tokenizer.json in a child process with limits, before a process that serves reads it.
+"""Tries a tokenizer.json in a child process with limits, before any process reads it.
 
 Its regular expressions and normalizers run in the tokenizers library, which bounds neither their time nor
 their memory. The child reads the file and tokenizes texts that make such patterns explode: runs of one
@@ -6,6 +6,7 @@ character, every letter of the common scripts, and whatever characters the patte
 that explodes on other texts only is not found; requests are bounded by their length.
 """
 
+import hashlib
 import json
 import os
 import resource
@@ -31,12 +32,27 @@ _FAILED = 3
 _ENVIRONMENT = os.environ | {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
 
 
+_tried: set[bytes] = set()
+"""Digests of the files that this process found to be harmless."""
+
+
 def load_guarded(directory: Path, config: ModelConfig) -> Tokenizer:
     """As Tokenizer.load, after a child process could. Raises TokenizerError."""
     path = directory / "tokenizer.json"
     if present(path):  # what is missing needs no trial
-        _try(path)
+        try_tokenizer(path)
     return Tokenizer.load(directory, config)
+
+
+def try_tokenizer(path: Path) -> None:
+    """Lets a child process read the file and tokenize texts, once for each content.
+
+    Raises TokenizerError where it takes too much, and CheckpointError where the file cannot be read.
+    """
+    digest = hashlib.sha256(read_file(path, LARGEST_TOKENIZER)).digest()
+    if digest not in _tried:
+        _try(path)
+        _tried.add(digest)
 
 
 def _try(path: Path) -> None:

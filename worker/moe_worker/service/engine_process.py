@@ -20,6 +20,7 @@ from moe_api.visible import LOG_MOST, guard_logs, visible
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.loading import load
 from moe_worker.errors import WorkerError
+from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.service.wire import (
     LENGTH_BYTES,
     AskExperts,
@@ -118,7 +119,8 @@ def _serve(connection: socket.socket, sender: _Sender) -> None:
     start = inbox.get()
     if not isinstance(start, Start):
         raise WorkerError(f"the engine must be started with a Start message, not {type(start).__name__}")
-    loaded = load(Path(start.model), start.options, progress=True)
+    # The edge, which started this process, has tried the tokenizer.
+    loaded = load(Path(start.model), start.options, progress=True, load_tokenizer=Tokenizer.load)
     core = EngineCore(loaded, start.options)
     sender.send(Loaded(loaded.format, core.load, core.most_requests))
     submitted = 0

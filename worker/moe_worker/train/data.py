@@ -16,6 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 
 from moe_worker.errors import CheckpointError, DataError, TokenizerError
 from moe_worker.models.tokenizer import LARGEST_TOKENIZER
+from moe_worker.models.tokenizer_guard import try_tokenizer
 from moe_worker.progress import tell
 from moe_worker.reading import read_file
 
@@ -118,13 +119,16 @@ def train_tokenizer(documents: list[str], vocabulary_size: int) -> Tokenizer:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """Reads a tokenizer.json.
+    """Reads a tokenizer.json, after a child process with limits could.
 
     Raises:
-        TokenizerError: it is missing or none.
+        TokenizerError: it is missing or none, or takes too much.
     """
     try:
+        try_tokenizer(path)
         return Tokenizer.from_buffer(read_file(path, LARGEST_TOKENIZER))
+    except TokenizerError:
+        raise
     except CheckpointError as error:
         raise TokenizerError(f"{error}; give a tokenizer.json") from error
     except Exception as error:  # the library raises nothing narrower
