@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from moe_operator.planner.placement import Seat, obstacle, requests
+from moe_operator.planner.placement import Seat, obstacle, requests, room
 
 GPU = "nvidia.com/gpu"
 LACKS = (
@@ -53,6 +55,63 @@ def test_a_larger_pod_fits_only_where_the_rest_of_the_node_is_free():
     said = obstacle(spec(gpus=2), LACKS, seat(others=FULL))
     assert said == "node n1 would have 1 nvidia.com/gpu left, and 2 is requested"
     assert "0.5 cpu left, and 1" in obstacle(spec(cpu="1"), LACKS, seat(others=[spec(gpus=0, cpu="3500m")]))
+
+
+def node_of(*gpus, free=0, others=()):
+    """Seats of old pods that take so many GPUs of one node, by name; `free` GPUs are taken by nobody."""
+    where = node()
+    where["status"]["allocatable"] = {"cpu": "64", "pods": "110", GPU: str(sum(gpus) + free)}
+    old = {f"docs-{rank}-0": pod(f"u{rank}", spec(gpus=count)) for rank, count in enumerate(gpus)}
+    pods = (*old.values(), *(pod(f"other-{i}", one) for i, one in enumerate(others)))
+    return {name: Seat(body, where, pods) for name, body in old.items()}
+
+
+def test_several_old_pods_make_room_together_where_one_is_not_enough():
+    found = room(spec(gpus=4), LACKS, node_of(2, 2, 2))
+    assert found.together == {
+        "docs-0-0": frozenset({"docs-1-0"}),
+        "docs-1-0": frozenset({"docs-0-0"}),
+    }, "the first ones leave, and no more than needed"
+    assert found.obstacles["docs-0-0"] == (
+        "node n1 would have 2 nvidia.com/gpu left, and 4 is requested; "
+        "it would in the places of docs-0-0, docs-1-0 together"
+    )
+    assert found.obstacles["docs-2-0"].endswith("and 4 is requested")
+
+
+def test_nobody_leaves_with_others_where_one_is_enough_or_all_are_too_few():
+    assert room(spec(gpus=2), LACKS, node_of(1, 2)).together == {}
+    assert room(spec(gpus=4), LACKS, node_of(1, 2)).together == {}
+    typo = spec(gpus=2, nodeSelector={"pool": "gpuu"})
+    assert room(typo, LACKS, node_of(1, 1)).together == {}
+    about_others = "0/1 nodes are available: 1 node(s) didn't match pod anti-affinity rules."
+    assert room(spec(gpus=2), about_others, node_of(1, 1)).together == {}
+
+
+def test_old_pods_of_two_nodes_make_no_room_together():
+    one, other = node_of(1), node_of(1)
+    seat = other["docs-0-0"]
+    elsewhere = Seat(seat.pod | {}, {**seat.node, "metadata": {"name": "n2"}}, seat.pods)
+    assert room(spec(gpus=2), LACKS, {**one, "docs-1-0": elsewhere}).together == {}
+
+
+@given(
+    gpus=st.lists(st.integers(1, 4), min_size=1, max_size=6),
+    free=st.integers(0, 3),
+    wanted=st.integers(1, 16),
+)
+def test_a_group_is_enough_and_none_of_it_could_stay(gpus, free, wanted):
+    found = room(spec(gpus=wanted, cpu="0"), LACKS, node_of(*gpus, free=free))
+    by_name = {f"docs-{rank}-0": count for rank, count in enumerate(gpus)}
+    alone = any(free + count >= wanted for count in gpus)
+    possible = free + sum(gpus) >= wanted > free
+    assert bool(found.together) == (possible and not alone)
+    for name, others in found.together.items():
+        group = {name, *others}
+        given_up = sum(by_name[one] for one in group)
+        assert free + given_up >= wanted
+        assert all(free + given_up - by_name[one] < wanted for one in group)
+        assert all(found.together[one] == group - {one} for one in group)
 
 
 WRONG = {

@@ -157,6 +157,17 @@ def test_the_only_replica_stays_where_the_new_one_would_not_fit_in_its_place(sur
     assert condition(world, PROGRESSING).reason == "Complete"
 
 
+@pytest.mark.parametrize(("unavailable", "gone"), [(1, []), (2, ["docs-0", "docs-1"])])
+def test_two_old_replicas_make_room_together_where_both_may_be_missing(unavailable, gone):
+    world = settled(replicas=2, rollout={"maxUnavailable": unavailable})
+    world.obstacle, world.together = "node n1 would have 2 nvidia.com/gpu left, and 4 is requested", True
+    world.change(worker={"resources": {"limits": {"nvidia.com/gpu": 4}}})
+    world.step()
+    world.unplace(2)
+    world.now += timedelta(seconds=10)
+    assert sorted(deletion.key.name for deletion in world.step().delete) == gone
+
+
 def test_the_only_replica_makes_room_only_where_the_user_lets_it_be_missing():
     for rollout, stays in (({}, True), ({"maxUnavailable": 1}, False), ({"maxSurge": 0}, False)):
         world = settled(replicas=1, rollout=rollout)

@@ -64,6 +64,25 @@ def test_nobody_that_serves_leaves_for_a_pod_that_would_not_fit_in_its_place(rep
     assert sum(replica.ready for replica in left) >= min(serving, terms.wanted)
 
 
+@given(REPLICAS, TERMS, st.frozensets(st.integers(0, 30), min_size=2, max_size=4))
+def test_old_replicas_that_make_room_only_together_leave_together(replicas, terms, ranks):
+    """Or none of them does, but for those that leave for another reason."""
+    group = frozenset(replica.data_rank for replica in replicas if replica.data_rank in ranks)
+    alone = [replace(replica, makes_room=False) for replica in replicas]
+    replicas = [
+        replace(one, makes_room=True, along=group - {one.data_rank}) if one.data_rank in group else one
+        for one in alone
+    ]
+    anyway = {replica.data_rank for replica in moves(alone, terms).remove}
+    gone = {replica.data_rank for replica in moves(replicas, terms).remove} - anyway
+    if len(group) > 1:
+        assert gone in (set(), set(group) - anyway)
+    left = [replica for replica in replicas if replica.data_rank not in gone | anyway]
+    serving = sum(replica.ready for replica in replicas)
+    missing = 0 if terms.held else terms.rollout.unavailable(terms.wanted)
+    assert sum(replica.ready for replica in left) >= min(serving, terms.wanted - missing)
+
+
 @given(REPLICAS, TERMS)
 def test_the_only_replica_that_serves_stays_by_default(replicas, terms):
     rollout = terms.rollout.model_copy(update={"max_unavailable": None, "max_surge": 1})

@@ -41,6 +41,8 @@ class World:
     work: dict[str, int] = field(default_factory=dict)
     obstacle: str = ""
     """Why a new pod would not fit in the place of an old one."""
+    together: bool = False
+    """Whether it would in the places of all old ones together."""
 
     @property
     def status(self) -> Status:
@@ -53,7 +55,9 @@ class World:
         if todo.question is None:
             return todo
         obstacles = {pod.name: self.obstacle for pod in todo.question.old}
-        return plan(deployment, replace(observed, obstacles=obstacles), self.now)
+        old = frozenset(obstacles)
+        together = {name: old - {name} for name in old} if self.together else {}
+        return plan(deployment, replace(observed, obstacles=obstacles, together=together), self.now)
 
     def step(self) -> Plan:
         """One reconcile: plan, apply, write the status; a second passes."""

@@ -14,7 +14,7 @@ from opentelemetry import trace
 from opentelemetry.metrics import get_meter
 
 from moe_operator.controller.gather import gather, unlabelled, with_refusal
-from moe_operator.controller.room import obstacles
+from moe_operator.controller.room import room
 from moe_operator.controller.work_metrics import WorkMetrics
 from moe_operator.errors import (
     ApplyForbiddenError,
@@ -195,8 +195,8 @@ class Reconciler:
         observed = self._with_model(deployment, observed)
         todo = self._plan(deployment, observed)
         if todo.question is not None:
-            found = obstacles(self.cluster, deployment.identity.namespace, todo.question)
-            observed = replace(observed, obstacles=found)
+            found = room(self.cluster, deployment.identity.namespace, todo.question)
+            observed = replace(observed, obstacles=found.obstacles, together=found.together)
             todo = self._plan(deployment, observed)
         if todo.choice or todo.unrouted:
             observed = self._asked(observed, todo)

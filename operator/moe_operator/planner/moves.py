@@ -2,10 +2,10 @@
 
 A replica keeps its revision; a new revision is created as new replicas. During a rollout `maxSurge`
 additional replicas may exist, so that a new one is Ready before an old one is deleted. If a new one fits no
-node (or maxSurge is 0), old ones in whose place it would fit are deleted first, as long as at most
-`maxUnavailable` of the wanted ones are missing. Old replicas that do not serve are deleted at once, so that a
-corrected spec repairs a deployment that a wrong one broke. One that served a moment ago stays for a while:
-its probe may only have been slow.
+node (or maxSurge is 0), old ones in whose place it would fit are deleted first (several together if one is
+not enough), as long as at most `maxUnavailable` of the wanted ones are missing. Old replicas that do not
+serve are deleted at once, so that a corrected spec repairs a deployment that a wrong one broke. One that
+served a moment ago stays for a while: its probe may only have been slow.
 
 Among the candidates, the least busy one is deleted.
 """
@@ -36,6 +36,8 @@ class Replica:
     """Its pod should have ended, and its node does not report that it has."""
     makes_room: bool = False
     """A pod of the desired revision is known to fit in its place."""
+    along: frozenset[int] = frozenset()
+    """Data ranks of the replicas that must be deleted together with it for that."""
     faltering: bool = False
     """It is not ready, but was a moment ago."""
 
@@ -147,8 +149,21 @@ def _leaving(
     )
     more = min(most, max(serving - terms.needed, 0)) - len(replaced) if in_place else 0
     candidates = [replica for replica in _least_useful(alive) if replica not in replaced] if more > 0 else []
-    making_room = [replica for replica in candidates if replica.makes_room][:more]
-    return [*replaced, *making_room], candidates
+    return [*replaced, *_making_room(candidates, more)], candidates
+
+
+def _making_room(candidates: list[Replica], most: int) -> list[Replica]:
+    """Replicas to delete for new ones, at most `most`: first single ones, then groups, each as a whole."""
+    by_rank = {replica.data_rank: replica for replica in candidates}
+    chosen: list[Replica] = []
+    for replica in sorted(candidates, key=lambda replica: len(replica.along)):
+        if not replica.makes_room or not replica.along <= by_rank.keys():
+            continue
+        group = [by_rank[rank] for rank in (replica.data_rank, *sorted(replica.along))]
+        group = [one for one in group if one not in chosen]
+        if len(chosen) + len(group) <= most:
+            chosen += group
+    return chosen
 
 
 def _least_useful(replicas: Iterable[Replica]) -> list[Replica]:

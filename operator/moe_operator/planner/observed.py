@@ -35,6 +35,10 @@ class Observed:
     """Why a new replica's pod would not fit in the place of a leader, by pod name; empty text if it would.
     Only if it was checked.
     """
+    together: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """The other leaders that must be deleted too, by pod name; only if the pod would fit in all their places
+    together, and in none alone.
+    """
     verdicts: Mapping[Key, str] = field(default_factory=dict)
     """The recipe (worker.recipe) that an earlier reconcile found this version of a StatefulSet to match."""
     routes: tuple[Manifest, ...] = ()

@@ -1,4 +1,4 @@
-"""Decides whether a pod would fit on a node without another pod, as the scheduler's filters would.
+"""Decides whether a pod would fit on a node without certain pods, as the scheduler's filters would.
 
 An old replica is deleted for a new pod only if this is certain: otherwise a pod that fits nowhere (a typo in
 a node selector, a device that no node has) would cost a serving replica for nothing. What is not checked here
@@ -13,9 +13,10 @@ noderesources).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from typing import Any, Final
 
 from moe_operator.planner.observed import Pod
@@ -49,6 +50,16 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Room:
+    """Whether a new pod would fit in the places of old leaders; omits leaders on nodes that were not read."""
+
+    obstacles: Mapping[str, str]
+    """Why it would not fit in the place of each alone, by pod name; empty text if it would."""
+    together: Mapping[str, frozenset[str]]
+    """The other leaders that must be deleted too, by pod name, if it would fit only in all their places."""
+
+
+@dataclass(frozen=True)
 class Seat:
     """An old replica's pod, and its surroundings."""
 
@@ -70,6 +81,56 @@ def obstacle(spec: Manifest, said: str, seat: Seat) -> str:
         *_other_reasons(said),
     )
     return found[0] if found else ""
+
+
+def room(spec: Manifest, said: str, seats: Mapping[str, Seat]) -> Room:
+    """Whether the pod would fit in the place of each old one, or of several of a node together.
+
+    A group holds no pod that is not needed; earlier ones in `seats` are preferred.
+    """
+    obstacles = {name: obstacle(spec, said, seat) for name, seat in seats.items()}
+    together: dict[str, frozenset[str]] = {}
+    for node in {seat.node["metadata"]["name"]: None for seat in seats.values()}:
+        there = {name: seat for name, seat in seats.items() if seat.node["metadata"]["name"] == node}
+        if all(obstacles[name] for name in there):
+            group = _group(
+                spec, {name: seat for name, seat in there.items() if _only_short(spec, said, seat)}
+            )
+            together |= {name: frozenset(group - {name}) for name in group}
+            obstacles |= {name: f"{obstacles[name]}; {_together(group)}" for name in group}
+    return Room(obstacles, together)
+
+
+def _together(group: Collection[str]) -> str:
+    return f"it would in the places of {', '.join(sorted(group))} together"
+
+
+def _only_short(spec: Manifest, said: str, seat: Seat) -> bool:
+    """Whether only resources are missing."""
+    others = (_constraints(spec, seat.node), _differences(spec, seat.pod["spec"]), _other_reasons(said))
+    return not any(True for found in others for _ in found)
+
+
+def _group(spec: Manifest, seats: Mapping[str, Seat]) -> set[str]:
+    """Pods of one node in whose places together a pod fits, each of them needed; empty if there are none."""
+    if not seats:
+        return set()
+    place = next(iter(seats.values()))
+
+    def lacking(leaving: Iterable[str]) -> dict[str, Decimal]:
+        uids = {seats[name].pod["metadata"]["uid"] for name in leaving}
+        return _lacking(spec, place.node, place.pods, uids)
+
+    leaving: list[str] = []
+    while lack := lacking(leaving):
+        rest = [name for name in seats if name not in leaving]
+        if not rest:
+            return set()
+        leaving.append(max(rest, key=partial(_eases, lack, seats)))
+    for name in reversed(leaving.copy()):
+        if not lacking(one for one in leaving if one != name):
+            leaving.remove(name)
+    return set(leaving)
 
 
 def waits_because(pod: Manifest) -> str:
@@ -131,16 +192,32 @@ def _tolerates(toleration: Mapping[str, Any], taint: Mapping[str, Any]) -> bool:
 
 def _shortages(spec: Manifest, seat: Seat) -> Iterator[str]:
     """Resources that the node would still lack."""
-    leaving = seat.pod["metadata"]["uid"]
+    name, needed = seat.node["metadata"]["name"], requests(spec)
+    for resource, lack in _lacking(spec, seat.node, seat.pods, {seat.pod["metadata"]["uid"]}).items():
+        left = _text(needed[resource] - lack)
+        yield f"node {name} would have {left} {resource} left, and {_text(needed[resource])} is requested"
+
+
+def _lacking(
+    spec: Manifest, node: Manifest, pods: Iterable[Manifest], leaving: Collection[str]
+) -> dict[str, Decimal]:
+    """What a node without the pods with the UIDs `leaving` would lack for a pod, by resource."""
     taken: dict[str, Decimal] = defaultdict(Decimal)
-    for pod in seat.pods:
-        if pod["metadata"]["uid"] != leaving:
+    for pod in pods:
+        if pod["metadata"]["uid"] not in leaving:
             _add(taken, requests(pod["spec"]))
-    name, offered = seat.node["metadata"]["name"], seat.node["status"]["allocatable"]
-    for resource, needed in requests(spec).items():
-        left = quantity.parse(offered.get(resource, 0)) - taken[resource]
-        if needed > left:
-            yield f"node {name} would have {_text(left)} {resource} left, and {_text(needed)} is requested"
+    offered = node["status"]["allocatable"]
+    lacks = {
+        resource: needed + taken[resource] - quantity.parse(offered.get(resource, 0))
+        for resource, needed in requests(spec).items()
+    }
+    return {resource: lack for resource, lack in lacks.items() if lack > 0}
+
+
+def _eases(lacking: Mapping[str, Decimal], seats: Mapping[str, Seat], name: str) -> Decimal:
+    """The share of the missing resources that a pod uses: 1 for all of one resource."""
+    given = requests(seats[name].pod["spec"])
+    return sum((min(given.get(r, Decimal(0)), lack) / lack for r, lack in lacking.items()), Decimal(0))
 
 
 def requests(spec: Manifest) -> dict[str, Decimal]:

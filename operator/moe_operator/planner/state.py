@@ -216,12 +216,14 @@ def _replicas(
         found[rank] = (
             Replica(rank, revision, ready=False)
             if leader is None
-            else _replica(rank, revision, leader, observed, now)
+            else _replica(rank, revision, pods, observed, now)
         )
     return dict(sorted(found.items()))
 
 
-def _replica(rank: int, revision: str, leader: Pod, observed: Observed, now: datetime) -> Replica:
+def _replica(rank: int, revision: str, pods: dict[int, Pod], observed: Observed, now: datetime) -> Replica:
+    leader = pods[rank]
+    others = observed.together.get(leader.name, frozenset())
     return Replica(
         rank,
         revision,
@@ -229,7 +231,8 @@ def _replica(rank: int, revision: str, leader: Pod, observed: Observed, now: dat
         unplaced=_is_unplaced(leader, now),
         work=observed.work.get(leader.name, 0),
         lost=_is_lost(leader, now),
-        makes_room=observed.obstacles.get(leader.name) == "",
+        makes_room=observed.obstacles.get(leader.name) == "" or bool(others),
+        along=frozenset(other for other, pod in pods.items() if pod.name in others),
         faltering=_is_faltering(leader, now),
     )
 
