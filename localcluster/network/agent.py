@@ -37,6 +37,7 @@ class Agent:
 
     def __init__(self) -> None:
         self._supervisor = Supervisor(backoff=_BACKOFF, expected=(OSError, http.client.HTTPException))
+        self._stopping = threading.Event()
         self._objects: dict[str, dict[str, Any]] = {_SERVICES: {}, _SLICES: {}}
         self.catalog: Catalog = catalog.build({}, {})
         self._servers: dict[ServicePort, asyncio.Server] = {}
@@ -59,7 +60,7 @@ class Agent:
                 loop.call_soon_threadsafe(self._update, path, objects)
 
             follow = functools.partial(watch.follow, path, changed)
-            self._supervisor.start_thread("watch", follow, threading.Event(), path)
+            self._supervisor.start_thread("watch", follow, self._stopping, path)
 
     def _update(self, path: str, objects: dict[str, Any]) -> None:
         self._objects[path] = objects

@@ -41,6 +41,7 @@ async def test_an_error_that_nobody_foresaw_makes_the_watch_list_again(monkeypat
     monkeypatch.setattr(node, "_supervisor", Supervisor(backoff=Backoff(0.001)))
     node.watch()
     await asyncio.wait_for(listed_again.wait(), 10)
+    node._stopping.set()
 
 
 def echo(text, output):
