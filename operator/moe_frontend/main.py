@@ -110,6 +110,26 @@ class _Keys(click.ParamType[frozenset[str]]):
     help="Metadata of requests that reach workers, and of answers that reach clients. The W3C trace context "
     "always does; credentials (authorization, cookie) never do.",
 )
+@click.option(
+    "--output-cache",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    envvar="MOE_OUTPUT_CACHE",
+    show_envvar=True,
+    metavar="BYTES",
+    help="Memory for whole answers of requests whose answer is determined (temperature 0, or a seed); equal "
+    "requests are answered from it (docs/caching.md). 0: none.",
+)
+@click.option(
+    "--output-cache-ttl",
+    type=click.FloatRange(min=0, min_open=True),
+    default=3600.0,
+    show_default=True,
+    envvar="MOE_OUTPUT_CACHE_TTL",
+    show_envvar=True,
+    help="Seconds that an answer in the output cache is valid.",
+)
 def main(**given: Any) -> None:
     """Routes requests to the replicas of a MoEDeployment.
 

@@ -15,6 +15,10 @@ from moe_frontend.discovery.endpoints import Endpoint, static_endpoints
 from moe_frontend.discovery.probing import Prober
 from moe_frontend.http.app import Api
 from moe_frontend.http.server import HttpServer
+from moe_frontend.outputs.cache import OutputCache
+from moe_frontend.outputs.store import Store
+from moe_frontend.transport import failures
+from moe_frontend.transport.failures import Failure
 from moe_frontend.transport.forwarding import Forwarder
 from moe_frontend.transport.holding import Hold
 from moe_frontend.transport.replicas import Replicas
@@ -34,6 +38,8 @@ class Options:
     http: one of OpenAI's API, if it is served.
     deployment, static: where the workers are, one of the two.
     forward_metadata: keys that pass between clients and workers.
+    output_cache: bytes of the output cache; 0: there is none.
+    output_cache_ttl: how long its answers are valid.
     """
 
     listen: tuple[str, ...]
@@ -46,6 +52,8 @@ class Options:
     patience: float
     write_timeout: float
     forward_metadata: frozenset[str]
+    output_cache: int
+    output_cache_ttl: float
 
 
 async def serve(options: Options) -> None:
@@ -56,11 +64,12 @@ async def serve(options: Options) -> None:
     """
     supervisor = Supervisor(expected=(MoEOperatorError,))
     replicas = Replicas(supervisor=supervisor)
-    forwarder, hold = _forwarder(options, replicas)
+    outputs = _outputs(options, supervisor)
+    forwarder, hold = _forwarder(options, replicas, outputs)
     frontend = Frontend(forwarder, hold, supervisor)
     await frontend.set_ready(ready=False)
     with _stop_signal() as stop:
-        async with _following(options, replicas, frontend, supervisor):
+        async with _following(options, replicas, frontend, supervisor, outputs):
             # Pods are ready by gRPC's health, so HTTP comes first.
             http = await _listen_http(options, forwarder, frontend, supervisor)
             await _listen(frontend, options.listen[0])
@@ -71,7 +80,19 @@ async def serve(options: Options) -> None:
     await supervisor.close()
 
 
-def _forwarder(options: Options, replicas: Replicas) -> tuple[Forwarder, Hold]:
+def _outputs(options: Options, supervisor: Supervisor) -> OutputCache[Failure] | None:
+    if not options.output_cache:
+        return None
+    outputs = OutputCache(
+        Store(options.output_cache, options.output_cache_ttl), supervisor, failures.stopped()
+    )
+    outputs.measure(metrics.get_meter(_SCOPE))
+    return outputs
+
+
+def _forwarder(
+    options: Options, replicas: Replicas, outputs: OutputCache[Failure] | None
+) -> tuple[Forwarder, Hold]:
     limit_s = options.hold or options.patience
     hold = Hold(limit_s, options.deployment or "this frontend", from_zero=options.hold > 0)
     hold.measure(metrics.get_meter(_SCOPE))
@@ -82,6 +103,7 @@ def _forwarder(options: Options, replicas: Replicas) -> tuple[Forwarder, Hold]:
         options.patience,
         options.forward_metadata,
         options.write_timeout,
+        outputs,
     )
     return forwarder, hold
 
@@ -111,7 +133,11 @@ async def _listen_http(
 
 @contextlib.asynccontextmanager
 async def _following(
-    options: Options, replicas: Replicas, frontend: Frontend, supervisor: Supervisor
+    options: Options,
+    replicas: Replicas,
+    frontend: Frontend,
+    supervisor: Supervisor,
+    outputs: OutputCache[Failure] | None,
 ) -> AsyncIterator[None]:
     """Keeps the replicas to those endpoints that take requests."""
     news, publish = asyncio.Event(), _publication(options, replicas, supervisor)
@@ -122,6 +148,8 @@ async def _following(
             news.clear()
             serving = prober.serving
             replicas.update(serving)
+            if outputs is not None and serving:
+                outputs.serve(frozenset(endpoint.revision for endpoint in serving))
             publish()
             await frontend.set_ready(ready=len(serving) > 0)
             _LOG.info("replicas: %s", ", ".join(sorted(e.name for e in serving)) or "none")

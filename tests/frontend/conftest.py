@@ -14,8 +14,11 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from moe_api import transport
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
+from moe_api.supervision import Supervisor
 from moe_frontend.discovery.endpoints import Endpoint
-from moe_frontend.transport import metadata
+from moe_frontend.outputs.cache import OutputCache
+from moe_frontend.outputs.store import Store
+from moe_frontend.transport import failures, metadata
 from moe_frontend.transport.forwarding import Forwarder
 from moe_frontend.transport.holding import Hold
 from moe_frontend.transport.replicas import Replicas
@@ -29,14 +32,31 @@ FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
 class Bench:
     """A frontend on loopback with real workers behind it, and a client."""
 
-    def __init__(self, hold_s, patience_s, from_zero, keys=metadata.DEFAULT_KEYS, write_timeout_s=30.0):
+    def __init__(
+        self,
+        hold_s,
+        patience_s,
+        from_zero,
+        keys=metadata.DEFAULT_KEYS,
+        write_timeout_s=30.0,
+        output_cache=0,
+        revision="",
+    ):
+        self.revision = revision
+        self.supervisor = Supervisor()
+        self.store = Store(output_cache, 3600.0)
+        self.outputs = None
+        if output_cache:
+            self.outputs = OutputCache(self.store, self.supervisor, failures.stopped())
         self.spans = InMemorySpanExporter()
         provider = TracerProvider()
         provider.add_span_processor(SimpleSpanProcessor(self.spans))
         self.tracer = provider.get_tracer("test")
         self.replicas = Replicas()
         self.hold = Hold(hold_s, "demo", from_zero)
-        self.forwarder = Forwarder(self.replicas, self.tracer, self.hold, patience_s, keys, write_timeout_s)
+        self.forwarder = Forwarder(
+            self.replicas, self.tracer, self.hold, patience_s, keys, write_timeout_s, self.outputs
+        )
         self.frontend = Frontend(self.forwarder, self.hold)
         self.workers = []
         self.processes = {}
@@ -49,13 +69,15 @@ class Bench:
         self.address = f"127.0.0.1:{port}"
         self.channel = grpc.aio.insecure_channel(self.address, options=transport.CLIENT_OPTIONS)
         for i in range(workers):
-            self.workers.append(FakeWorker(f"w-{i}"))
+            self.workers.append(FakeWorker(f"w-{i}", self.revision))
             await self.workers[-1].start()
         await self.publish()
 
     async def publish(self):
         ready = frozenset(w.endpoint for w in self.workers) | self.extra
         self.replicas.update(ready)
+        if self.outputs is not None:
+            self.outputs.serve(frozenset(endpoint.revision for endpoint in ready))
         await self.frontend.set_ready(ready=len(ready) > 0)
 
     async def add_process(self, name, revision=""):
@@ -88,6 +110,7 @@ class Bench:
         await self.channel.close()
         await self.frontend.drain(0)
         await self.replicas.close()
+        await self.supervisor.close()
         for worker in self.workers:
             await worker.server.stop(None)
         for process in self.processes.values():

@@ -61,6 +61,11 @@ class Progress:
         return self._generate is not None and self._whole
 
     @property
+    def revision(self) -> str:
+        """Of the replica that was asked last; "" before."""
+        return self._revision
+
+    @property
     def bound_to(self) -> str | None:
         """The only revision that may answer: that of the replica that began. None: any."""
         asked = self._generate.resume.revision if self._generate else ""

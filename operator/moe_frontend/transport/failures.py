@@ -108,6 +108,11 @@ def deadly(replicas: Sequence[str]) -> Failure:
     return Failure(Kind.DIED, rich_status.build(GRPC_INTERNAL, sentence, [detail]))
 
 
+def stopped() -> Failure:
+    """The computation that the request shared with equal ones ended early."""
+    return Failure(Kind.STOPPED, _unavailable("the computation of this answer was stopped; send it again"))
+
+
 def nobody(deployment: str) -> Failure:
     """There is no replica."""
     sentence = f"{deployment} has no ready replica; see why with `moe status {deployment}`"

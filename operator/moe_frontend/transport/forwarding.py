@@ -23,8 +23,12 @@ from opentelemetry import trace
 
 from moe_api import clock, rich_status, spans, telemetry
 from moe_api.clock import Timed
+from moe_api.inference.v1 import inference_pb2
 from moe_api.writing import WRITE_TIMEOUT_S, Sink, SlowReaderError, Writer
 from moe_frontend.discovery.endpoints import Endpoint, Served
+from moe_frontend.outputs.cache import OutputCache
+from moe_frontend.outputs.flight import Flight
+from moe_frontend.outputs.key import key_of
 from moe_frontend.policy import routing
 from moe_frontend.policy.echo import ContractError
 from moe_frontend.policy.progress import Progress
@@ -94,6 +98,7 @@ class Forwarder:
         patience_s: how long a request or stream whose replica was lost waits for another one.
         keys: metadata that pass between clients and workers.
         write_timeout_s: how long a message may wait for the client to read it.
+        outputs: answers what was answered before; None: nothing is stored.
     """
 
     def __init__(
@@ -104,7 +109,9 @@ class Forwarder:
         patience_s: float = routing.PATIENCE_S,
         keys: frozenset[str] = metadata.DEFAULT_KEYS,
         write_timeout_s: float = WRITE_TIMEOUT_S,
+        outputs: "OutputCache[Failure] | None" = None,
     ) -> None:
+        self._outputs = outputs
         self._replicas = replicas
         self._tracer = tracer
         self._hold = hold
@@ -150,9 +157,31 @@ class Forwarder:
         if failure := self._oversize(request):  # where it waited, it is known only now what is served
             return failure
         try:
-            return await self._attempts(call)
+            answered, failure = await self._from_outputs(call, request)
+            return failure if answered else await self._attempts(call)
         except SlowReaderError as error:
             return Failure(Kind.ANSWERED, error.status)
+
+    async def _from_outputs(self, call: _Call, request: Message) -> tuple[bool, Failure | None]:
+        """Answers from the output cache or through it; gives whether it did, and why it is not whole."""
+        if self._outputs is None or not isinstance(request, inference_pb2.GenerateRequest):
+            return False, None
+        metadata_, samples = call.context.invocation_metadata(), self._replicas.served.samples
+        key = key_of(request, metadata_, self._replicas.only_revision, samples=samples)
+        if key is None:
+            return False, None
+
+        async def compute(flight: Flight[Failure]) -> tuple[Failure | None, str]:
+            progress = Progress(request)
+            with self._tracer.start_as_current_span("compute", trace.set_span_in_context(call.span)) as span:
+                writer = Writer(flight, self._write_timeout_s)
+                failure = await self._attempts(_Call(call.method, flight, span, writer, progress))
+            return failure, progress.revision
+
+        resumed = request.resume.tokens
+        return await self._outputs.answer(
+            key, resumed, call.context, call.writer, call.span, None if resumed else compute
+        )
 
     def _oversize(self, request: Message) -> Failure | None:
         """Why no replica would take the request, by its length alone."""

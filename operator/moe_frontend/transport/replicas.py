@@ -129,6 +129,12 @@ class Replicas:
         )
 
     @property
+    def only_revision(self) -> str:
+        """The revision of all replicas; "" where there are several, as in a rollout, or none is known."""
+        revisions = {replica.endpoint.revision for replica in self._ready.values()}
+        return revisions.pop() if len(revisions) == 1 else ""
+
+    @property
     def served(self) -> Served:
         """The model of a replica that takes requests, or of the last one that did."""
         return self._served

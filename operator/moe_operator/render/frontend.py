@@ -60,6 +60,14 @@ def command(deployment: Deployment) -> list[str]:
     return words
 
 
+def _output_cache(deployment: Deployment) -> dict[str, str]:
+    """Variables, for the same reason as _HTTP; none where the cache is off."""
+    outputs = deployment.spec.cache.outputs
+    if outputs.mode == "Off":
+        return {}
+    return {"MOE_OUTPUT_CACHE": str(outputs.memory_bytes), "MOE_OUTPUT_CACHE_TTL": str(outputs.ttl_seconds)}
+
+
 def pod_spec(deployment: Deployment) -> Manifest:
     """Pod spec of the frontend."""
     settings = deployment.spec.frontend
@@ -67,7 +75,12 @@ def pod_spec(deployment: Deployment) -> Manifest:
         "name": names.ROLE_FRONTEND,
         "image": settings.image,
         "command": command(deployment),
-        "env": [*pods.environment(deployment, names.ROLE_FRONTEND, settings, _HTTP), _POD_UID],
+        "env": [
+            *pods.environment(
+                deployment, names.ROLE_FRONTEND, settings, {**_HTTP, **_output_cache(deployment)}
+            ),
+            _POD_UID,
+        ],
         "ports": [*pods.PORTS, _HTTP_PORT],
         "resources": settings.resources.manifest(),
         "startupProbe": _STARTUP_PROBE,

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field
 from moe_operator.resources import names, quantity
 from moe_operator.resources.accelerator import AcceleratedPodSettings
 from moe_operator.resources.base import Model, rules
-from moe_operator.resources.pods import PodSettings, Quantity
+from moe_operator.resources.pods import Amount, PodSettings, Quantity
 from moe_operator.resources.rollout_spec import Rollout
 from moe_operator.resources.scaling_spec import REPLICAS_MOST, Scaling
 
@@ -212,6 +212,44 @@ class Frontend(PodSettings):
     )
 
 
+class OutputCache(Model):
+    """Answers that frontends keep, so that an equal request costs no worker."""
+
+    mode: Literal["Off", "Deterministic"] = Field(
+        default="Off",
+        description="Deterministic: whole answers of requests with temperature 0 or a seed are stored, and "
+        "equal requests of the same client get them. Off: nothing is stored. Default: Off.",
+    )
+    memory: Amount = Field(
+        default="256Mi",
+        description="Memory of each frontend pod for answers, e.g. 256Mi. Default: 256Mi.",
+    )
+    ttl: str = Field(
+        default="1h",
+        description="How long an answer is valid: a number and s, m or h, e.g. 30m. Default: 1h.",
+        max_length=7,
+        json_schema_extra=rules(
+            ("self.matches('^[1-9][0-9]{0,5}[smh]$')", "ttl is a number and s, m or h, e.g. 30m")
+        ),
+    )
+
+    @property
+    def memory_bytes(self) -> int:
+        """`memory` in bytes."""
+        return int(quantity.parse(self.memory))
+
+    @property
+    def ttl_seconds(self) -> int:
+        """`ttl` in seconds."""
+        return int(self.ttl[:-1]) * {"s": 1, "m": 60, "h": 3600}[self.ttl[-1]]
+
+
+class Cache(Model):
+    """What is kept so that it need not be computed again."""
+
+    outputs: OutputCache = Field(default=OutputCache(), description="Whole answers, in the frontends.")
+
+
 class Telemetry(Model):
     """Where traces and metrics are sent."""
 
@@ -296,6 +334,7 @@ class Spec(Model):
         default=Frontend(),
         description="The pods that clients connect to; they forward requests to the workers.",
     )
+    cache: Cache = Field(default=Cache(), description="What is kept so that it need not be computed again.")
     telemetry: Telemetry = Field(default=Telemetry(), description="Where traces and metrics are sent.")
     rollout: Rollout = Field(
         default=Rollout(), description="How a new revision of the workers replaces an old one."

@@ -1,0 +1,134 @@
+"""The output cache of a frontend: answers what it has and computes the rest once. For one event loop."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, Generic
+
+from opentelemetry import metrics, trace
+
+from moe_api.supervision import Supervisor
+from moe_api.writing import Writer
+from moe_frontend.outputs.answer import answer_of
+from moe_frontend.outputs.flight import F, Flight
+from moe_frontend.outputs.store import Store
+
+RESULT: Final = "moe.cache.output"
+"""Span attribute: hit, miss, or shared (followed an equal request under way)."""
+
+Compute = Callable[[Flight[F]], Awaitable[tuple[F | None, str]]]
+"""Writes an answer to a flight; gives why it is not whole, and the revision that answered."""
+
+
+class OutputCache(Generic[F]):
+    """Answers requests from stored answers and shares computations.
+
+    Args:
+        store: holds the answers.
+        supervisor: runs the computations.
+        stopped: why an answer is not whole whose computation ended early.
+    """
+
+    def __init__(self, store: Store, supervisor: Supervisor, stopped: F) -> None:
+        self._stopped = stopped
+        self._store = store
+        self._supervisor = supervisor
+        self._flights: dict[bytes, tuple[Flight[F], asyncio.Task[None]]] = {}
+        self._counts: metrics.Counter | None = None
+
+    def serve(self, revisions: frozenset[str]) -> None:
+        """Says which revisions are served; answers of others are dropped."""
+        self._store.serve(revisions)
+
+    async def answer(
+        self,
+        key: bytes,
+        resumed: Sequence[int],
+        caller: Any,
+        writer: Writer,
+        span: trace.Span,
+        compute: Compute[F] | None,
+    ) -> tuple[bool, F | None]:
+        """Answers a request; gives whether it did, and why the answer is not whole, if it is not.
+
+        Args:
+            key: of the request.
+            resumed: tokens that the client has already.
+            caller: the client's context.
+            writer: to the client.
+            span: of the request; told how the answer came about.
+            compute: computes the answer; None answers from what is stored only.
+
+        Raises:
+            SlowReaderError: the client does not read the answer.
+        """
+        stored = self._store.get(key)
+        message = None if stored is None else stored.behind(resumed)
+        if message is not None:
+            self._note(span, "hit")
+            await writer.write(message)
+            return True, None
+        if compute is None:
+            self._note(span, "miss")
+            return False, None
+        return True, await self._fly(key, caller, writer, span, compute)
+
+    async def _fly(
+        self, key: bytes, caller: Any, writer: Writer, span: trace.Span, compute: Compute[F]
+    ) -> F | None:
+        self._note(span, "shared" if key in self._flights else "miss")
+        if key not in self._flights:
+            flight: Flight[F] = Flight(caller.invocation_metadata())
+            task = self._supervisor.start("output-flight", lambda: self._run(key, flight, compute))
+            self._flights[key] = flight, task
+        flight, task = self._flights[key]
+        try:
+            return await flight.follow(caller, writer)
+        finally:
+            if flight.deserted and not flight.ended:
+                self._forget(key, flight)
+                task.cancel()
+
+    async def _run(self, key: bytes, flight: Flight[F], compute: Compute[F]) -> None:
+        if flight.ended:  # the supervisor restarts what failed, but the followers were told
+            return
+        failure: F | None = self._stopped
+        try:
+            failure, revision = await compute(flight)
+            answer = answer_of(flight.messages) if failure is None else None
+            if answer is not None:
+                self._store.put(key, answer, revision)
+        finally:
+            self._forget(key, flight)
+            flight.end(failure)
+
+    def _forget(self, key: bytes, flight: Flight[F]) -> None:
+        if key in self._flights and self._flights[key][0] is flight:
+            del self._flights[key]
+
+    def measure(self, meter: metrics.Meter) -> None:
+        """Makes the instruments."""
+        self._counts = meter.create_counter(
+            "moe_frontend.output_cache.lookups", "{request}", "Cacheable requests, by result"
+        )
+        meter.create_observable_up_down_counter(
+            "moe_frontend.output_cache.size",
+            [lambda _: [metrics.Observation(self._store.bytes)]],
+            "By",
+            "Bytes of the answers in the output cache",
+        )
+        meter.create_observable_counter(
+            "moe_frontend.output_cache.evictions",
+            [
+                lambda _: [
+                    metrics.Observation(count, {"reason": reason})
+                    for reason, count in self._store.evictions.items()
+                ]
+            ],
+            "{answer}",
+            "Answers that left the output cache, by reason: capacity, expired, revision",
+        )
+
+    def _note(self, span: trace.Span, result: str) -> None:
+        span.set_attribute(RESULT, result)
+        if self._counts is not None:
+            self._counts.add(1, {"result": result})

@@ -1,0 +1,67 @@
+"""What tells requests apart in the output cache. Pure."""
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any, Final
+
+from moe_api.inference.v1 import inference_pb2
+
+_CREDENTIALS: Final = ("authorization", "x-cache-salt")
+"""Clients with other credentials, or another salt of their own, never share an answer."""
+_OPT_OUT: Final = ("no-store", "no-cache")
+
+
+def key_of(
+    request: inference_pb2.GenerateRequest,
+    metadata: Iterable[Any] | None,
+    revision: str,
+    *,
+    samples: bool,
+) -> bytes | None:
+    """The key of a request's answer, 32 bytes; None where the answer is not cacheable.
+
+    It is cacheable where the answer is determined (a seed is set, or the temperature is 0), the revision is
+    known and the one that the request asks for, and the client did not send ``cache-control: no-store``.
+
+    Args:
+        request: as the client sent it.
+        metadata: of the request, keys in lower case.
+        revision: that would answer; "" where it is not known.
+        samples: whether the checkpoint brings a temperature above 0 for requests that set none.
+    """
+    pairs = list(metadata or ())
+    asked = request.resume.revision
+    if not revision or asked not in ("", revision) or _opts_out(pairs) or not _determined(request, samples):
+        return None
+    question = inference_pb2.GenerateRequest()
+    question.CopyFrom(request)
+    question.ClearField("resume")
+    if not question.sampling.HasField("seed") and request.resume.HasField("seed"):
+        question.sampling.seed = request.resume.seed
+    digest = hashlib.sha256()
+    for part in (_salt(pairs), revision.encode(), question.SerializeToString(deterministic=True)):
+        digest.update(len(part).to_bytes(8, "big"))
+        digest.update(part)
+    return digest.digest()
+
+
+def _determined(request: inference_pb2.GenerateRequest, samples: bool) -> bool:
+    sampling = request.sampling
+    if sampling.HasField("seed") or request.resume.HasField("seed"):
+        return True
+    return sampling.temperature == 0 if sampling.HasField("temperature") else not samples
+
+
+def _opts_out(metadata: list[Any]) -> bool:
+    values = (str(value).lower() for key, value in metadata if key == "cache-control")
+    return any(word in value for value in values for word in _OPT_OUT)
+
+
+def _salt(metadata: list[Any]) -> bytes:
+    digest = hashlib.sha256()
+    for name in _CREDENTIALS:
+        for key, value in metadata:
+            if key == name:
+                part = value if isinstance(value, bytes) else str(value).encode()
+                digest.update(f"{name}:{len(part)}:".encode() + part)
+    return digest.digest()

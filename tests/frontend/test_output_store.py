@@ -1,0 +1,183 @@
+"""Keys and stored answers, against models."""
+
+import copy
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from moe_api.inference.v1 import inference_pb2
+from moe_frontend.outputs.answer import answer_of
+from moe_frontend.outputs.key import key_of
+from moe_frontend.outputs.store import Store
+
+STOP = inference_pb2.FINISH_REASON_STOP
+
+
+def stored(text, tokens=(1, 2, 3)):
+    message = inference_pb2.GenerateResponse(text=text, tokens=tokens, finish_reason=STOP)
+    return answer_of([message.SerializeToString()])
+
+
+def greedy(prompt="x"):
+    return inference_pb2.GenerateRequest(prompt=prompt, sampling={"temperature": 0})
+
+
+SAMPLING = {
+    "max_tokens": (1, 2),
+    "temperature": (0.0, 0.5),
+    "top_p": (0.5, 1.0),
+    "top_k": (0, 3),
+    "seed": (0, 1),
+    "stop": (["a"], ["a", "b"], ["ab"]),
+    "min_p": (0.0, 0.1),
+    "repetition_penalty": (1.0, 1.1),
+    "presence_penalty": (0.0, 1.0),
+    "frequency_penalty": (0.0, 1.0),
+    "logit_bias": ({1: 1.0}, {1: 2.0}, {2: 1.0}),
+    "stop_token_ids": ([1], [1, 2], [12]),
+    "ignore_eos": (True,),
+    "min_tokens": (0, 1),
+    "logprobs": (0, 1),
+}
+
+
+def test_every_field_of_a_request_is_in_its_key():
+    """100,000 random requests: keys are equal exactly where all fields are."""
+    chance, seen = random.Random(1), {}
+    known = {field.name for field in inference_pb2.SamplingParameters.DESCRIPTOR.fields}
+    assert known == set(SAMPLING), "a new sampling field: add values for it here"
+    for _ in range(100_000):
+        sampling = {name: chance.choice(SAMPLING[name]) for name in chance.sample(sorted(SAMPLING), 5)}
+        sampling.setdefault("seed", 7)
+        prompt = chance.choice(({"prompt": "12"}, {"prompt": "1"}, {"prompt_tokens": {"ids": [1, 2]}}))
+        model, salt, revision = chance.choice("ab"), chance.choice("ab"), chance.choice(("r1", "r2"))
+        request = inference_pb2.GenerateRequest(model=model, sampling=sampling, **prompt)
+        key = key_of(request, [("x-cache-salt", salt)], revision, samples=False)
+        identity = repr((model, salt, revision, prompt, sorted(sampling.items())))
+        assert seen.setdefault(key, identity) == identity
+    assert len(set(seen.values())) == len(seen) > 50_000
+
+
+@pytest.mark.parametrize(
+    ("sampling", "samples", "cacheable"),
+    [
+        ({"temperature": 0}, True, True),
+        ({}, False, True),
+        ({}, True, False),
+        ({"temperature": 0.1}, False, False),
+        ({"temperature": 0.1, "seed": 0}, False, True),
+    ],
+)
+def test_only_determined_answers_are_cacheable(sampling, samples, cacheable):
+    request = inference_pb2.GenerateRequest(prompt="x", sampling=sampling)
+    assert (key_of(request, (), "r", samples=samples) is not None) == cacheable
+
+
+def test_no_key_without_a_revision_or_for_another_one():
+    other = greedy()
+    other.resume.revision = "r2"
+    assert key_of(greedy(), (), "", samples=False) is None
+    assert key_of(other, (), "r1", samples=False) is None
+
+
+def test_the_seed_of_a_stream_counts_like_one_of_the_request():
+    streamed = inference_pb2.GenerateRequest(prompt="x", sampling={"temperature": 1}, resume={"seed": 3})
+    seeded = inference_pb2.GenerateRequest(prompt="x", sampling={"temperature": 1, "seed": 3})
+    assert key_of(streamed, (), "r", samples=False) == key_of(seeded, (), "r", samples=False)
+
+
+PIECES = st.lists(
+    st.tuples(st.text(max_size=3), st.lists(st.integers(0, 99), min_size=1, max_size=3)), min_size=1
+)
+
+
+@given(PIECES, st.data())
+def test_an_answer_goes_on_behind_every_message_and_nowhere_else(pieces, data):
+    messages = [
+        inference_pb2.GenerateResponse(text=text, tokens=tokens, logprobs=[{"logprob": -1.0}] * len(tokens))
+        for text, tokens in pieces
+    ]
+    messages[-1].finish_reason = STOP
+    answer = answer_of([message.SerializeToString() for message in messages])
+    cut = data.draw(st.integers(0, len(pieces)))
+    sent = [token for _, tokens in pieces[:cut] for token in tokens]
+    rest = inference_pb2.GenerateResponse.FromString(answer.behind(sent))
+    assert rest.text == "".join(text for text, _ in pieces[cut:])
+    assert list(rest.tokens) == [token for _, tokens in pieces[cut:] for token in tokens]
+    assert len(rest.logprobs) == len(rest.tokens)
+    assert answer.behind([*sent[:-1], 1000]) is None
+
+
+def test_an_answer_without_an_end_is_not_stored():
+    assert answer_of([inference_pb2.GenerateResponse(text="a", tokens=[1]).SerializeToString()]) is None
+
+
+QUESTION = {
+    "tenant": st.sampled_from(("a", "b")),
+    "prompt": st.sampled_from(("p", "q")),
+    "seed": st.integers(0, 2),
+    "revision": st.sampled_from(("r1", "r2")),
+}
+
+
+class Model(RuleBasedStateMachine):
+    """A dictionary says which answer belongs to a key; the store gives that one or none."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = 0.0
+        self.memory = 6000
+        self.store = Store(self.memory, 10.0, lambda: self.now)
+        self.served = frozenset(("r1",))
+        self.store.serve(self.served)
+        self.answers = {}
+        self.stored_at = {}
+
+    def key(self, tenant, prompt, seed, revision):
+        request = inference_pb2.GenerateRequest(prompt=prompt, sampling={"seed": seed})
+        return key_of(request, [("authorization", tenant)], revision, samples=True)
+
+    @rule(**QUESTION, size=st.integers(0, 5000))
+    def put(self, tenant, prompt, seed, revision, size):
+        key = self.key(tenant, prompt, seed, revision)
+        before = copy.copy(self.stored_at)
+        self.store.put(key, stored(f"{tenant}{prompt}{seed}{revision}" + "." * size), revision)
+        self.answers.setdefault(key, (f"{tenant}{prompt}{seed}{revision}", revision))
+        if revision in self.served and key not in before:
+            self.stored_at[key] = self.now
+
+    @rule(**QUESTION)
+    def get(self, tenant, prompt, seed, revision):
+        key = self.key(tenant, prompt, seed, revision)
+        found = self.store.get(key)
+        if found is None:
+            self.stored_at.pop(key, None)
+            return
+        response = inference_pb2.GenerateResponse.FromString(found.behind(()))
+        assert response.text.rstrip(".") == f"{tenant}{prompt}{seed}{revision}"
+        assert revision in self.served
+        assert self.now - self.stored_at[key] < 10
+
+    @rule(revisions=st.sets(st.sampled_from(("r1", "r2")), min_size=1))
+    def roll_out(self, revisions):
+        self.served = frozenset(revisions)
+        self.store.serve(self.served)
+        self.stored_at = {
+            key: at for key, at in self.stored_at.items() if self.answers[key][1] in self.served
+        }
+
+    @rule(seconds=st.floats(0, 6))
+    def wait(self, seconds):
+        self.now += seconds
+
+    @invariant()
+    def memory_is_bounded(self):
+        assert 0 <= self.store.bytes <= self.memory
+        assert (self.store.bytes == 0) == (len(self.store) == 0)
+
+
+TestStore = Model.TestCase
+TestStore.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
