@@ -15,19 +15,19 @@ from hypothesis import strategies as st
 
 from moe_tools.load.report import Progress, summarise
 from moe_tools.load.run import Arrivals, Outcome, Part, Tally, arrivals
-from moe_tools.load.trace import Trace, read
+from moe_tools.load.trace import RequestTrace, read
 from tests.cli.conftest import MOE
 
 NONE = np.zeros(0, np.int64)
 
 
 def counts(numbers, interval_s=10.0):
-    return Trace("t", 0.0, interval_s, np.array(numbers, float), np.zeros(0), NONE, NONE)
+    return RequestTrace("t", 0.0, interval_s, np.array(numbers, float), np.zeros(0), NONE, NONE)
 
 
 def requests(at_s, lengths):
     lengths = np.array(lengths, np.int64)
-    return Trace("t", 0.0, 0.0, np.zeros(0), np.array(at_s, float), lengths, lengths)
+    return RequestTrace("t", 0.0, 0.0, np.zeros(0), np.array(at_s, float), lengths, lengths)
 
 
 def test_every_request_of_the_trace_is_due_within_its_interval():

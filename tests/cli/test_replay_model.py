@@ -14,7 +14,7 @@ from moe_tools.recorded import TraceError
 from moe_tools.replay import policies, scoring
 from moe_tools.replay.comparison import compare
 from moe_tools.replay.simulator import Service, clairvoyant, filled, outcome, simulate
-from moe_tools.replay.trace import Trace, Work, read
+from moe_tools.replay.trace import Work, WorkTrace, read
 
 SERVICE = Service(capacity=10.0, gpus=0.5, delay=3, step_s=60.0)
 
@@ -179,7 +179,7 @@ def waves(days=3, step_s=600.0, seed=0):
     chance, day = np.random.default_rng(seed), round(86400 / step_s)
     steps = np.arange(days * day)
     base = 100 * (1 + 0.6 * np.sin(2 * np.pi * steps / day))
-    return Trace("waves", 0.0, step_s, base * np.exp(chance.normal(0, 0.05, len(steps))))
+    return WorkTrace("waves", 0.0, step_s, base * np.exp(chance.normal(0, 0.05, len(steps))))
 
 
 def test_policies_are_compared_on_the_part_that_they_were_not_tuned_on():

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe_operator.autoscaling.model import plan as scaling
+from moe_operator.autoscaling.model import sizing
 from moe_operator.planner import problems
 from moe_operator.resources import names
 
@@ -75,6 +75,6 @@ def test_every_reason_is_documented_and_every_documented_one_exists():
     read_forbidden = "ReadForbidden"
     assert f'"{read_forbidden}")' in (ROOT / "operator/moe_operator/controller/reconcile.py").read_text()
     given = set().union(*map(written_out, GIVES_REASONS))
-    unusable = re.findall(r'"(ReportsUnusable)"', Path(scaling.__file__).read_text())
+    unusable = re.findall(r'"(ReportsUnusable)"', Path(sizing.__file__).read_text())
     kinds = set(problems._WAITING.values())
     assert documented() == given | kinds | BY_PROGRAM | BY_SCHEDULER | {read_forbidden, *unusable}

@@ -40,7 +40,7 @@ _GAUGES: dict[str, tuple[str, str, _Value]] = {
         lambda o: _per_second(o.capacity.per_replica),
     ),
     "horizon": ("s", "90th percentile of cold starts", lambda o: o.cold_starts.horizon_s),
-    "replicas": ("{replica}", "Replicas that scaling wants", lambda o: float(o.plan.replicas)),
+    "replicas": ("{replica}", "Replicas that scaling wants", lambda o: float(o.sizing.replicas)),
     "reports.unusable": (
         "{replica}",
         "Replicas whose load report was wrong or did not come",

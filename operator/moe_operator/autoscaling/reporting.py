@@ -27,7 +27,7 @@ OFF = Verdict(False, "Off", "spec.scaling.mode is Off: nothing is measured, and 
 def status(subject: Subject, outcome: Outcome, before: ScalingStatus | None, now: datetime) -> ScalingStatus:
     """The status after one round; `before` is the one written last."""
     return ScalingStatus(
-        desired_replicas=outcome.plan.replicas,
+        desired_replicas=outcome.sizing.replicas,
         requests_per_second=None if outcome.demand is None else _per_second(outcome.demand),
         forecast=None if outcome.forecast is None else _forecast(outcome.forecast),
         horizon=HorizonStatus(
@@ -45,26 +45,26 @@ def status(subject: Subject, outcome: Outcome, before: ScalingStatus | None, now
 
 def verdict(subject: Subject, outcome: Outcome) -> Verdict:
     """Whether replicas follow the load, and by what."""
-    said = outcome.plan.message + _doubts(outcome)
+    said = outcome.sizing.message + _doubts(outcome)
     if subject.scaling.mode is Mode.ADVISORY:
         there = subject.deployment.wanted_replicas
         return Verdict(
-            False, "Advisory", f"there would be {outcome.plan.replicas} instead of {there}: {said}"
+            False, "Advisory", f"there would be {outcome.sizing.replicas} instead of {there}: {said}"
         )
     if outcome.demand is None:
-        return Verdict(False, outcome.plan.reason, said)
-    if outcome.plan.forecast_used:
+        return Verdict(False, outcome.sizing.reason, said)
+    if outcome.sizing.forecast_used:
         return Verdict(True, "Forecasting", said)
     return Verdict(True, "Reactive", f"{said}; {_why_reactive(outcome)}")
 
 
 def announcement(subject: Subject, outcome: Outcome, before: ScalingStatus | None) -> Decision | None:
     """The event of a change against the status written last, decided or only advised; None without one."""
-    after, plan = outcome.plan.replicas, outcome.plan
+    after, sizing = outcome.sizing.replicas, outcome.sizing
     last = _last(subject, before)
     if after == last:
         return None
-    said = f"{plan.reason}: {plan.message}"
+    said = f"{sizing.reason}: {sizing.message}"
     if subject.scaling.mode is Mode.ADVISORY:
         there = subject.deployment.wanted_replicas
         return Decision("ScalingAdvised", f"there would be {after} replicas instead of {there}; {said}")
@@ -75,15 +75,15 @@ def _decision(
     subject: Subject, outcome: Outcome, before: ScalingStatus | None, now: datetime
 ) -> DecisionStatus | None:
     last = _last(subject, before)
-    if outcome.plan.replicas == last:
+    if outcome.sizing.replicas == last:
         return before.last_decision if before else None
-    plan = outcome.plan
+    sizing = outcome.sizing
     return DecisionStatus(
         time=timestamp(now),
         before=last,
-        after=plan.replicas,
-        reason=plan.reason,
-        message=one_line(plan.message, 1024),
+        after=sizing.replicas,
+        reason=sizing.reason,
+        message=one_line(sizing.message, 1024),
     )
 
 

@@ -101,7 +101,7 @@ class Scaled:
         reading = await self._with.poller.read(subject)
         settings = self._with.settings
         outcome = self._scaler.step(subject, reading, self._with.poller.now(), settings.scaling_speed)
-        self._awaits_request = outcome.plan.replicas == 0 and not subject.ready and reading.held == 0
+        self._awaits_request = outcome.sizing.replicas == 0 and not subject.ready and reading.held == 0
         self._with.metrics.record(subject.deployment.identity, outcome)
         await self._report(subject, outcome)
         if self._learning is None or self._learning.done():

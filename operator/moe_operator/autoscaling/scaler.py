@@ -13,11 +13,11 @@ from moe_operator.autoscaling.model.capacity import Capacity
 from moe_operator.autoscaling.model.forecast import Forecast, Forecaster
 from moe_operator.autoscaling.model.history import History
 from moe_operator.autoscaling.model.horizon import ColdStarts, steps_ahead
-from moe_operator.autoscaling.model.plan import Observed, Plan, Want, plan
 from moe_operator.autoscaling.model.samples import MinuteRate, MinuteRates, Report
-from moe_operator.autoscaling.model.spec import Mode
+from moe_operator.autoscaling.model.sizing import Situation, Sizing, Want, size
 from moe_operator.autoscaling.readings import Reading
 from moe_operator.autoscaling.subject import Subject
+from moe_operator.resources.scaling_spec import Mode
 from moe_operator.resources.scaling_status import ReplicaLoadStatus
 
 MINUTE_S = 60.0
@@ -54,7 +54,7 @@ class _Round:
 class Outcome:
     """What one round came to."""
 
-    plan: Plan
+    sizing: Sizing
     forecast: Forecast | None
     demand: float | None
     """Work per minute, of the last minute that is known."""
@@ -112,7 +112,7 @@ class Scaler:
             speed: seconds of the scaling clock in one of the wall's, by which cold starts are measured.
         """
         spec = subject.spec
-        if spec.mode is not Mode.AUTO:
+        if subject.scaling.mode is not Mode.AUTO:
             self._desired = subject.deployment.wanted_replicas
         if self._capacity.prior != spec.capacity_prior:
             self._capacity = Capacity.from_prior(spec.capacity_prior)
@@ -123,16 +123,16 @@ class Scaler:
         reading = replace(reading, reports=believed)
         closed = self._close_minutes(subject, reading, now)
         forecast = self._forecaster.forecast() if self._forecaster else None
-        observed = self._observed(subject, reading, now)
+        situation = self._situation(subject, reading, now)
         # Numbers that contradict each other may have misled the forecast too: what is surely known decides.
-        todo = plan(spec, observed, None if wrong else forecast, now)
-        self._wants = todo.wants
-        if spec.mode is Mode.AUTO:
-            self._desired = todo.replicas
+        sizing = size(spec, situation, None if wrong else forecast, now)
+        self._wants = sizing.wants
+        if subject.scaling.mode is Mode.AUTO:
+            self._desired = sizing.replicas
         return Outcome(
-            todo,
+            sizing,
             forecast,
-            observed.demand,
+            situation.demand,
             self._capacity,
             self._cold_starts,
             wrong,
@@ -227,9 +227,9 @@ class Scaler:
         """Mean over the rounds since a minute was closed last."""
         return statistics.fmean(getattr(one, what) for one in self._rounds)
 
-    def _observed(self, subject: Subject, reading: Reading, now: float) -> Observed:
+    def _situation(self, subject: Subject, reading: Reading, now: float) -> Situation:
         busy = reading.running or reading.held
-        return Observed(
+        return Situation(
             replicas=self._desired,
             starting=max(self._desired - len(subject.ready), 0),
             demand=self._demand(subject, now),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_operator.autoscaling.coldstart import ColdStart, measure
-from moe_operator.autoscaling.model.spec import Mode, ScalingSpec
+from moe_operator.autoscaling.model.spec import ScalingSpec
 from moe_operator.planner.observed import Observed, Pod, frontends, leaders
-from moe_operator.resources import scaling_spec as scaling
 from moe_operator.resources.deployment import Deployment
+from moe_operator.resources.scaling_spec import Mode, Scaling
 from moe_operator.resources.spec import Spec
 
 _PRIOR_SHARE = 0.1
@@ -20,7 +20,7 @@ class Subject:
     """What the scaler has to know of one deployment."""
 
     deployment: Deployment
-    scaling: scaling.Scaling
+    scaling: Scaling
     leaders: tuple[Pod, ...]
     """One a replica; those on their way out are left out."""
     frontends: tuple[str, ...]
@@ -47,7 +47,7 @@ class Subject:
 def subject(deployment: Deployment, observed: Observed) -> Subject | None:
     """The deployment as a subject of scaling; None where it does not scale, or scaling is Off."""
     wanted = deployment.spec.scaling
-    if wanted is None or wanted.mode is scaling.Mode.OFF:
+    if wanted is None or wanted.mode is Mode.OFF:
         return None
     pods = tuple(pod for pod in leaders(observed).values() if not pod.terminating)
     ready = {pod.name for pod in pods if pod.ready}
@@ -61,7 +61,7 @@ def subject(deployment: Deployment, observed: Observed) -> Subject | None:
     )
 
 
-def scaling_spec(spec: Spec, wanted: scaling.Scaling) -> ScalingSpec:
+def scaling_spec(spec: Spec, wanted: Scaling) -> ScalingSpec:
     """spec.scaling in the scaler's terms: work is requests, and rates are per minute."""
     prior = wanted.prior_requests_per_second
     if prior is None:
@@ -71,7 +71,6 @@ def scaling_spec(spec: Spec, wanted: scaling.Scaling) -> ScalingSpec:
         min_replicas=wanted.min_replicas,
         max_replicas=wanted.max_replicas,
         capacity_prior=60.0 * prior,
-        mode=Mode(wanted.mode.value),
         gpus_per_replica=workers * spec.worker.gpus,
         gpu_budget=wanted.gpu_budget,
     )

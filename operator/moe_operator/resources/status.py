@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from moe_operator.resources.base import LIST_KEYS, LIST_TYPE, Model
 from moe_operator.resources.scaling_status import SCALING_ACTIVE, ScalingStatus
@@ -28,13 +28,7 @@ REPORTED_NAME_MOST = 64
 """Characters of a name that a worker reports."""
 
 
-class Observed(Model):
-    """Base of objects read back from the cluster: fields of a newer operator are ignored."""
-
-    model_config = ConfigDict(extra="ignore")
-
-
-class Condition(Observed):
+class Condition(Model):
     """One aspect of the deployment's state."""
 
     type: str = Field(
@@ -55,7 +49,7 @@ class Condition(Observed):
     )
 
 
-class ModelInfo(Observed):
+class ModelInfo(Model):
     """The model as a worker reports it."""
 
     architecture: str = Field(
@@ -78,7 +72,7 @@ class ModelInfo(Observed):
     revision: str = Field(default="", description="Revision of the worker that reported this.")
 
 
-class RolloutStatus(Observed):
+class RolloutStatus(Model):
     """Progress of a rollout, to detect one that is stuck."""
 
     revision: str = Field(description="Revision of the rollout.")
@@ -94,7 +88,7 @@ class RolloutStatus(Observed):
     )
 
 
-class Status(Observed):
+class Status(Model):
     """The state at the last reconcile."""
 
     observed_generation: int | None = Field(

@@ -21,7 +21,7 @@ from moe_api.inference.v1 import inference_pb2 as pb
 from moe_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from moe_api.supervision import Supervisor
 from moe_client import calling
-from moe_tools.load.trace import Trace
+from moe_tools.load.trace import RequestTrace
 
 if TYPE_CHECKING:
     from moe_api.inference.v1.inference_pb2_grpc import InferenceServiceAsyncStub
@@ -57,7 +57,7 @@ class Arrivals:
     """Length of each continuation; 0 where the trace does not say."""
 
 
-def arrivals(trace: Trace, part: Part, share: float, speed: float, seed: int) -> Arrivals:
+def arrivals(trace: RequestTrace, part: Part, share: float, speed: float, seed: int) -> Arrivals:
     """The requests of a part of a trace. Within an interval of counts they are spread at random."""
     random = np.random.default_rng(seed)
     at_s, rows = _times(trace, random)
@@ -72,7 +72,7 @@ def arrivals(trace: Trace, part: Part, share: float, speed: float, seed: int) ->
     return Arrivals((at_s[chosen] - part.skip_s) / speed, *lengths)
 
 
-def _times(trace: Trace, random: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _times(trace: RequestTrace, random: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """When requests came, and the row of each."""
     if not len(trace.counts):
         return trace.at_s, np.arange(len(trace.at_s))

@@ -13,7 +13,7 @@ from moe_tools.recorded import Recording, TraceError, read_recording
 
 
 @dataclass(frozen=True)
-class Trace:
+class RequestTrace:
     """A recorded load. Either `counts` or single requests are known."""
 
     name: str
@@ -57,7 +57,7 @@ class Trace:
         return np.asarray(self.counts[:whole].reshape(-1, factor).sum(axis=1))
 
 
-def read(path: Path) -> Trace:
+def read(path: Path) -> RequestTrace:
     """Reads a trace of any kind that `recorded` knows.
 
     Raises:
@@ -69,7 +69,7 @@ def read(path: Path) -> Trace:
     return _of_counts(recording) if recording.intervals else _of_requests(recording)
 
 
-def _of_requests(recording: Recording) -> Trace:
+def _of_requests(recording: Recording) -> RequestTrace:
     times = np.array([row.at for row in recording.rows])
     earlier = np.diff(times) < 0
     if np.any(earlier):
@@ -80,7 +80,7 @@ def _of_requests(recording: Recording) -> Trace:
     prompts = _tokens([row.input_tokens for row in recording.rows])
     answers = _tokens([row.output_tokens for row in recording.rows])
     start = float(times[0])
-    return Trace(recording.path.name, start, 0.0, np.zeros(0), times - start, prompts, answers)
+    return RequestTrace(recording.path.name, start, 0.0, np.zeros(0), times - start, prompts, answers)
 
 
 def _tokens(lengths: list[float | None]) -> NDArray[np.int64]:
@@ -89,7 +89,7 @@ def _tokens(lengths: list[float | None]) -> NDArray[np.int64]:
     return np.array(known if len(known) == len(lengths) else [], np.int64)
 
 
-def _of_counts(recording: Recording) -> Trace:
+def _of_counts(recording: Recording) -> RequestTrace:
     path = recording.path
     times, counted = (
         np.array(values) for values in zip(*((r.at, r.count) for r in recording.rows), strict=True)
@@ -106,4 +106,4 @@ def _of_counts(recording: Recording) -> Trace:
     counts = np.zeros(int(places[-1]) + 1)  # what is left out of a file of counts is an interval without any
     counts[places] = counted * interval if recording.per_second else counted
     none = np.zeros(0, np.int64)
-    return Trace(path.name, float(times[0]), interval, counts, np.zeros(0), none, none)
+    return RequestTrace(path.name, float(times[0]), interval, counts, np.zeros(0), none, none)

@@ -17,7 +17,7 @@ from moe_client.terminal import say
 if TYPE_CHECKING:
     from moe_operator.autoscaling.model.forecast.past import Floats
     from moe_tools.replay.document import Replay
-    from moe_tools.replay.trace import Trace
+    from moe_tools.replay.trace import WorkTrace
 
 _GPUS_AT_MEAN: Final = 10
 _FEWEST_STEPS: Final = 3
@@ -116,7 +116,7 @@ def replay(path: Path, horizon: float, tune_until: str, work: str, *, as_json: b
     _show(found, as_json=as_json)
 
 
-def _boundary(trace: Trace, text: str) -> int:
+def _boundary(trace: WorkTrace, text: str) -> int:
     """The step until which knobs are chosen."""
     steps = len(trace.rates)
     length = f"{steps} steps of {trace.step_s / 60:g} min"
@@ -134,7 +134,7 @@ def _boundary(trace: Trace, text: str) -> int:
     return boundary
 
 
-def _step_of(trace: Trace, text: str) -> int:
+def _step_of(trace: WorkTrace, text: str) -> int:
     try:
         return int(float(text) * len(trace.rates))
     except (ValueError, OverflowError):
@@ -151,7 +151,9 @@ def _step_of(trace: Trace, text: str) -> int:
     return int((seconds - trace.start) / trace.step_s)
 
 
-def _replayed(trace: Trace, horizon: float, boundary: int, fraction: float, capacity: float | None) -> Replay:
+def _replayed(
+    trace: WorkTrace, horizon: float, boundary: int, fraction: float, capacity: float | None
+) -> Replay:
     from moe_tools.progress import bar  # noqa: PLC0415
     from moe_tools.replay import comparison, scoring  # noqa: PLC0415
     from moe_tools.replay.document import Replay  # noqa: PLC0415

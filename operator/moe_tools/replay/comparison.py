@@ -12,8 +12,8 @@ import numpy as np
 from moe_operator.autoscaling.model.forecast.result import Forecast
 from moe_tools.replay import policies
 from moe_tools.replay.policies import Variant
-from moe_tools.replay.simulator import Outcome, Run, Service, clairvoyant, outcome, simulate
-from moe_tools.replay.trace import Trace
+from moe_tools.replay.simulator import Run, Service, SimulatedOutcome, clairvoyant, outcome, simulate
+from moe_tools.replay.trace import WorkTrace
 
 ALLOWED: Final = 0.1
 """Percent of steps with work left over that knobs may allow in the part they are chosen on."""
@@ -25,15 +25,15 @@ class Result:
     """One policy."""
 
     knobs: dict[str, float]
-    tuned: Outcome
+    tuned: SimulatedOutcome
     """On the part that its knobs were chosen on."""
-    judged: Outcome
+    judged: SimulatedOutcome
     """On the rest."""
     run: Run
 
 
 def compare(
-    trace: Trace,
+    trace: WorkTrace,
     service: Service,
     forecasts: list[Forecast | None],
     tune_until: int,
@@ -74,14 +74,14 @@ def compare(
     return results
 
 
-def _result(trace: Trace, service: Service, tune_until: int, run: Run, knobs: dict[str, float]) -> Result:
+def _result(trace: WorkTrace, service: Service, tune_until: int, run: Run, knobs: dict[str, float]) -> Result:
     tuned = outcome(trace.rates, run, service, slice(0, tune_until))
     judged = outcome(trace.rates, run, service, slice(tune_until, len(trace.rates)))
     return Result(knobs, tuned, judged, run)
 
 
 def _best(
-    trace: Trace, service: Service, variants: list[Variant], tune_until: int, ran: Callable[[], None]
+    trace: WorkTrace, service: Service, variants: list[Variant], tune_until: int, ran: Callable[[], None]
 ) -> Variant:
     """The cheapest that keeps to what is allowed; where none does, the one with the fewest violations.
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 from moe_tools.replay.comparison import Result
 from moe_tools.replay.scoring import Backtest, Score
 from moe_tools.replay.simulator import Service
-from moe_tools.replay.trace import Trace
+from moe_tools.replay.trace import WorkTrace
 
 _DIGITS: Final = 4
 METHOD: Final = "combination"
@@ -19,7 +19,7 @@ METHOD: Final = "combination"
 class Replay:
     """All that a replay found."""
 
-    trace: Trace
+    trace: WorkTrace
     service: Service
     tune_until: int
     """Steps that knobs were chosen on."""

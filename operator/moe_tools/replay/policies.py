@@ -13,7 +13,7 @@ import numpy as np
 
 from moe_operator.autoscaling.model.forecast.past import Floats
 from moe_operator.autoscaling.model.forecast.result import Errors, Forecast
-from moe_operator.autoscaling.model.plan import Observed, Want, plan
+from moe_operator.autoscaling.model.sizing import Situation, Want, size
 from moe_operator.autoscaling.model.spec import ScalingSpec
 from moe_tools.replay.simulator import Policy, Service, View, filled
 
@@ -115,7 +115,7 @@ class _Moe:
         self._wants: tuple[Want, ...] = ()
 
     def __call__(self, view: View) -> int:
-        observed = Observed(
+        situation = Situation(
             replicas=view.ordered,
             starting=view.ordered - view.ready,
             demand=view.demand,
@@ -124,7 +124,7 @@ class _Moe:
             waiting=view.waiting,
             wants=self._wants,
         )
-        made = plan(self._spec, observed, self._forecasts[view.step], view.step * self._service.step_s)
+        made = size(self._spec, situation, self._forecasts[view.step], view.step * self._service.step_s)
         self._wants = made.wants
         return made.replicas
 

@@ -14,7 +14,7 @@ from moe_operator.autoscaling.model.forecast.combination import Combination
 from moe_operator.autoscaling.model.forecast.forecaster import CANDIDATES, QUANTILES, Forecaster, Pending
 from moe_operator.autoscaling.model.forecast.past import Floats
 from moe_operator.autoscaling.model.forecast.result import Forecast
-from moe_tools.replay.trace import Trace
+from moe_tools.replay.trace import WorkTrace
 
 _P50, _P90 = QUANTILES.index(0.5), QUANTILES.index(0.9)
 _DAY_S: Final = 86_400
@@ -52,7 +52,7 @@ class Backtest:
     """By the step at whose end they were made [steps]."""
 
 
-def backtest(trace: Trace, horizon: int, progress: Callable[[int], None] = lambda _: None) -> Backtest:
+def backtest(trace: WorkTrace, horizon: int, progress: Callable[[int], None] = lambda _: None) -> Backtest:
     """Goes through a trace as the operator would, refits included.
 
     Args:
@@ -83,12 +83,12 @@ def backtest(trace: Trace, horizon: int, progress: Callable[[int], None] = lambd
     return Backtest(horizon, points[:count], bands[:count], combined[:count], loss_levels[:count], made)
 
 
-def warm_up(trace: Trace) -> int:
+def warm_up(trace: WorkTrace) -> int:
     """Steps that are not scored: a day, or a third of a shorter trace."""
     return min(round(_DAY_S / trace.step_s), len(trace.rates) // 3)
 
 
-def scores(trace: Trace, test: Backtest) -> tuple[Score, dict[str, Score]]:
+def scores(trace: WorkTrace, test: Backtest) -> tuple[Score, dict[str, Score]]:
     """Of the combination, and of each candidate alone with a band from its own errors, by name."""
     scored = _scored(trace, test)
     demand = trace.rates[scored]
@@ -100,7 +100,7 @@ def scores(trace: Trace, test: Backtest) -> tuple[Score, dict[str, Score]]:
     return ours, candidates
 
 
-def recombined(trace: Trace, test: Backtest, memories: tuple[float, ...]) -> Score:
+def recombined(trace: WorkTrace, test: Backtest, memories: tuple[float, ...]) -> Score:
     """The score had the combination had other memories."""
     combination = Combination((0.5, 0.9), len(CANDIDATES), memories)
     forecasts = np.stack([test.points, test.bands], axis=1)
@@ -120,7 +120,7 @@ def recombined(trace: Trace, test: Backtest, memories: tuple[float, ...]) -> Sco
     return _score(trace.rates[scored], combined[scored, 0], combined[scored, 1])
 
 
-def _scored(trace: Trace, test: Backtest) -> NDArray[np.bool_]:
+def _scored(trace: WorkTrace, test: Backtest) -> NDArray[np.bool_]:
     """The steps that count [steps]."""
     late = np.arange(len(trace.rates)) >= max(warm_up(trace), test.horizon)
     return np.asarray(late & ~np.isnan(trace.rates) & ~np.isnan(test.combined[:, 0]))

@@ -62,7 +62,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SimulatedOutcome:
     """What a part of a run cost and what it brought."""
 
     violated_share: float
@@ -114,12 +114,12 @@ def simulate(rates: Floats, service: Service, policy: Policy) -> Run:
     )
 
 
-def outcome(rates: Floats, run: Run, service: Service, part: slice) -> Outcome:
+def outcome(rates: Floats, run: Run, service: Service, part: slice) -> SimulatedOutcome:
     """Figures of a part of a run."""
     hours = service.step_s / 3600
     ordered = run.ordered[part]
     offered = float(ordered.sum()) * service.capacity
-    return Outcome(
+    return SimulatedOutcome(
         violated_share=100 * float((run.waiting[part] > 0).mean()),
         utilisation=100 * float(filled(rates)[part].sum()) / offered if offered else 0.0,
         gpu_hours=float(ordered.sum()) * service.gpus * hours,

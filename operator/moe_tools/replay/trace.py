@@ -26,7 +26,7 @@ class Work(Enum):
 
 
 @dataclass(frozen=True)
-class Trace:
+class WorkTrace:
     """Work that arrived, in steps of equal length."""
 
     name: str
@@ -38,7 +38,7 @@ class Trace:
     """Work per minute [steps]; NaN where nothing was recorded."""
 
 
-def read(path: Path, work: Work = Work.REQUESTS) -> Trace:
+def read(path: Path, work: Work = Work.REQUESTS) -> WorkTrace:
     """Reads a trace of any kind that `recorded` knows.
 
     Raises:
@@ -52,7 +52,7 @@ def read(path: Path, work: Work = Work.REQUESTS) -> Trace:
     return _spaced(recording)
 
 
-def _spaced(recording: Recording) -> Trace:
+def _spaced(recording: Recording) -> WorkTrace:
     """Rows of equal intervals; those left out are unknown, several in a minute are added up."""
     path, rows = recording.path, recording.rows
     if len(rows) < 2:
@@ -73,7 +73,7 @@ def _spaced(recording: Recording) -> Trace:
     return _trace(path, times, values, interval * rows_per_step, rows_per_step)
 
 
-def _binned(recording: Recording, work: Work) -> Trace:
+def _binned(recording: Recording, work: Work) -> WorkTrace:
     """Requests counted by minute from the first one on; a minute without any had none."""
     path, rows = recording.path, recording.rows
     if not rows:
@@ -91,7 +91,7 @@ def _tokens(path: Path, row: Row) -> float:
     return row.input_tokens + row.output_tokens
 
 
-def _trace(path: Path, times: Floats, work: Floats, step: float, rows_per_step: int) -> Trace:
+def _trace(path: Path, times: Floats, work: Floats, step: float, rows_per_step: int) -> WorkTrace:
     """rows_per_step: rows that make a whole step, so that one with none of them is unknown; 0: any number."""
     start = math.floor(times.min() / step) * step if rows_per_step else float(times.min())
     index = ((times - start) / step).astype(np.int64)
@@ -107,4 +107,4 @@ def _trace(path: Path, times: Floats, work: Floats, step: float, rows_per_step: 
             rates = np.where(rows > 0, rates * np.maximum(rows_per_step / rows, 1), np.nan)
     elif count > 1:
         rates = rates[:-1]  # the last minute was not recorded whole
-    return Trace(path.name, start, step, rates)
+    return WorkTrace(path.name, start, step, rates)

@@ -10,5 +10,5 @@ an integer. Nothing here reads a clock, a file or a cluster.
     horizon   how long a replica takes to start, measured
     capacity  what one replica can do within its latency target, learned
     spec      what the user asks of scaling
-    plan      all of it and the spec become a number of replicas with a reason
+    sizing    all of it and the spec become a number of replicas with a reason
 """

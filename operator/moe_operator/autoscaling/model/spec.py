@@ -4,18 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from enum import Enum
-
-
-class Mode(Enum):
-    """What becomes of a plan."""
-
-    AUTO = "Auto"
-    """It is carried out."""
-    ADVISORY = "Advisory"
-    """It is reported, and nothing changes."""
-    OFF = "Off"
-    """None is made."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +16,6 @@ class ScalingSpec:
     """Most replicas, at least `min_replicas` and 1."""
     capacity_prior: float
     """Work per minute that one replica does within its latency target, until that was measured; above 0."""
-    mode: Mode = Mode.AUTO
     gpus_per_replica: float = 1.0
     """GPUs that one replica holds: its workers times worker.acceleratorFraction. 0: none are counted."""
     gpu_budget: float | None = None

@@ -28,7 +28,7 @@ class Want:
 
 
 @dataclass(frozen=True)
-class Observed:
+class Situation:
     """What is known when a plan is made."""
 
     replicas: int
@@ -46,11 +46,11 @@ class Observed:
     idle_since: float | None = None
     """Since when nothing has arrived; None while work arrives or where unknown."""
     wants: tuple[Want, ...] = ()
-    """`Plan.wants` of the plan before: all that a plan remembers. () at first and after a restart."""
+    """`Sizing.wants` of the plan before: all that a plan remembers. () at first and after a restart."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class Sizing:
     """A number of replicas and why it is right."""
 
     replicas: int
@@ -59,7 +59,7 @@ class Plan:
     message: str
     """A sentence with the numbers that decided."""
     wants: tuple[Want, ...]
-    """For the next plan's `Observed.wants`; a few entries at most."""
+    """For the next plan's `Situation.wants`; a few entries at most."""
     forecast_used: bool
     """False: there was none, or it was worse than the last value lately. Then the plan is reactive."""
 
@@ -79,7 +79,7 @@ class _Need:
         return max(self.now, self.ahead)
 
 
-def plan(spec: ScalingSpec, observed: Observed, forecast: Forecast | None, now: float) -> Plan:
+def size(spec: ScalingSpec, situation: Situation, forecast: Forecast | None, now: float) -> Sizing:
     """The replicas that are right now. Pure: the same arguments give the same plan.
 
     The larger of what demand needs now and what the forecast's upper quantile needs at the horizon is ordered
@@ -89,47 +89,46 @@ def plan(spec: ScalingSpec, observed: Observed, forecast: Forecast | None, now: 
 
     Args:
         spec: limits and aims.
-        observed: replicas, demand, capacity, and what the plan before left to remember.
+        situation: replicas, demand, capacity, and what the plan before left to remember.
         forecast: for the minute at the horizon; None: there is none yet.
         now: seconds since the epoch.
     """
     used = forecast if forecast is not None and forecast.errors.trustworthy else None
-    need = _need(spec, observed, used, now)
+    need = _need(spec, situation, used, now)
     if need is None:
-        return _blind(spec, observed)
-    wants = _remembered(spec, observed, need, now)
+        return _blind(spec, situation)
+    wants = _remembered(spec, situation, need, now)
     held = max(want.replicas for want in wants)
     replicas = max(min(held, spec.most), spec.least)
-    reason, message = _explained(spec, observed, need, held, replicas)
+    reason, message = _explained(spec, situation, need, held, replicas)
     if forecast is not None and used is None:
         message += (
             f"; the forecast is not used: lately its error was {forecast.errors.wape:.1f} % and that of the "
             f"last value {forecast.errors.last_value_wape:.1f} %"
         )
-    return Plan(replicas, reason, message, wants, forecast_used=used is not None)
+    return Sizing(replicas, reason, message, wants, forecast_used=used is not None)
 
 
-def _need(spec: ScalingSpec, observed: Observed, forecast: Forecast | None, now: float) -> _Need | None:
-    if observed.demand is None:
+def _need(spec: ScalingSpec, situation: Situation, forecast: Forecast | None, now: float) -> _Need | None:
+    if situation.demand is None:
         return None
-    usable = observed.capacity * spec.target_utilisation
-    reactive = _replicas_for(observed.demand, usable)
-    drained = observed.capacity * _DRAIN_MINUTES
+    usable = situation.capacity * spec.target_utilisation
+    reactive = _replicas_for(situation.demand, usable)
+    drained = situation.capacity * _DRAIN_MINUTES
     # Replicas that start will take of what waits: ordering more for it would be ordering it twice.
-    backlog = max(0, _replicas_for(observed.waiting, drained) - observed.starting)
+    backlog = max(0, _replicas_for(situation.waiting, drained) - situation.starting)
     upper = 0.0 if forecast is None else forecast.quantile(spec.quantile)
     ahead = _replicas_for(upper, usable)
-    if _may_rest(spec, observed, forecast, now):
+    if _may_rest(spec, situation, forecast, now):
         return _Need(0, 0, 0, f"nothing has arrived for {spec.idle_s:.0f} s and nothing is expected")
-    cause = f"{observed.demand:.4g} work/min now"
+    cause = f"{situation.demand:.4g} work/min now"
     if backlog:
-        cause += f" and {observed.waiting:.4g} waiting"
+        cause += f" and {situation.waiting:.4g} waiting"
     if forecast is not None:
-        cause += (
-            f", up to {upper:.4g} in {observed.horizon_s:.0f} s (P{100 * spec.quantile:g}, {forecast.method})"
-        )
+        horizon = f"in {situation.horizon_s:.0f} s (P{100 * spec.quantile:g}, {forecast.method})"
+        cause += f", up to {upper:.4g} {horizon}"
     cause += f", at {usable:.4g} a replica"
-    work = max(observed.demand + backlog * usable, upper)
+    work = max(situation.demand + backlog * usable, upper)
     lower = _replicas_for(work * (1 + _TOLERANCE), usable)
     return _Need(max(reactive + backlog, 1), ahead, lower, cause)
 
@@ -138,47 +137,47 @@ def _replicas_for(work: float, usable: float) -> int:
     return math.ceil(work / usable - _SLACK)
 
 
-def _may_rest(spec: ScalingSpec, observed: Observed, forecast: Forecast | None, now: float) -> bool:
+def _may_rest(spec: ScalingSpec, situation: Situation, forecast: Forecast | None, now: float) -> bool:
     """Whether no replica is needed. The band's upper edge is hardly ever 0, so the expectation decides."""
-    idle = observed.idle_since is not None and now - observed.idle_since >= spec.idle_s
+    idle = situation.idle_since is not None and now - situation.idle_since >= spec.idle_s
     expected = 0.0 if forecast is None else forecast.mean
-    nothing = not observed.demand and observed.waiting == 0
+    nothing = not situation.demand and situation.waiting == 0
     return spec.least == 0 and idle and nothing and expected < _NOTHING
 
 
-def _remembered(spec: ScalingSpec, observed: Observed, need: _Need, now: float) -> tuple[Want, ...]:
+def _remembered(spec: ScalingSpec, situation: Situation, need: _Need, now: float) -> tuple[Want, ...]:
     """The wants that still count: one that a later want reaches never decides again."""
-    delay = max(spec.scale_down_delay_s, observed.horizon_s)
+    delay = max(spec.scale_down_delay_s, situation.horizon_s)
     # With nothing remembered, what is there counts as wanted until now: a restart takes nothing away.
-    before = observed.wants or (Want(now, observed.replicas),)
-    latest = Want(now, max(need.replicas, min(need.lower, observed.replicas)))
+    before = situation.wants or (Want(now, situation.replicas),)
+    latest = Want(now, max(need.replicas, min(need.lower, situation.replicas)))
     recent = [want for want in before if now - delay < want.at <= now and want.replicas > latest.replicas]
     return (*recent, latest)
 
 
 def _explained(
-    spec: ScalingSpec, observed: Observed, need: _Need, held: int, replicas: int
+    spec: ScalingSpec, situation: Situation, need: _Need, held: int, replicas: int
 ) -> tuple[str, str]:
     if held > replicas:
         limit = "maxReplicas" if spec.most == spec.max_replicas else f"the budget of {spec.gpu_budget:g} GPUs"
         reason = "AtMaximum" if spec.most == spec.max_replicas else "GPUBudgetReached"
         return reason, f"{held} replicas are needed, {limit} allows {replicas}: {need.cause}"
-    if replicas > observed.replicas:
+    if replicas > situation.replicas:
         reason = "ForecastHigher" if need.ahead > need.now else "DemandHigher"
-        if observed.replicas == 0 and observed.waiting > 0:
+        if situation.replicas == 0 and situation.waiting > 0:
             reason = "FirstRequest"
-        return reason, f"from {observed.replicas} to {replicas}: {need.cause}"
-    if replicas < observed.replicas:
+        return reason, f"from {situation.replicas} to {replicas}: {need.cause}"
+    if replicas < situation.replicas:
         reason = "Idle" if replicas == 0 else "DemandLower"
-        return reason, f"from {observed.replicas} to {replicas}: {need.cause}"
-    return _unchanged(spec, observed, need, held, replicas)
+        return reason, f"from {situation.replicas} to {replicas}: {need.cause}"
+    return _unchanged(spec, situation, need, held, replicas)
 
 
 def _unchanged(
-    spec: ScalingSpec, observed: Observed, need: _Need, held: int, replicas: int
+    spec: ScalingSpec, situation: Situation, need: _Need, held: int, replicas: int
 ) -> tuple[str, str]:
-    if held > max(need.replicas, min(need.lower, observed.replicas)):
-        delay = max(spec.scale_down_delay_s, observed.horizon_s)
+    if held > max(need.replicas, min(need.lower, situation.replicas)):
+        delay = max(spec.scale_down_delay_s, situation.horizon_s)
         return (
             "ScaleDownDelayed",
             f"{replicas} stay: {need.replicas} are enough, but {held} were needed within the last "
@@ -195,14 +194,14 @@ def _unchanged(
     return "AsNeeded", f"{replicas} are right: {need.cause}"
 
 
-def _blind(spec: ScalingSpec, observed: Observed) -> Plan:
-    replicas = max(min(observed.replicas, spec.most), spec.least)
-    if replicas == 0 and observed.waiting > 0:
+def _blind(spec: ScalingSpec, situation: Situation) -> Sizing:
+    replicas = max(min(situation.replicas, spec.most), spec.least)
+    if replicas == 0 and situation.waiting > 0:
         replicas = min(1, spec.most)
-    return Plan(
+    return Sizing(
         replicas,
         "ReportsUnusable",
         f"{replicas} replicas, as before: the reports do not tell how much work arrives",
-        observed.wants,
+        situation.wants,
         forecast_used=False,
     )

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_operator.autoscaling.model.forecast import Errors, Forecast, Forecaster
-from moe_operator.autoscaling.model.plan import Observed, Want, plan
+from moe_operator.autoscaling.model.sizing import Situation, Want, size
 from moe_operator.autoscaling.model.spec import ScalingSpec
 
 NOW = 1_000_000.0
@@ -37,7 +37,7 @@ def specs(draw):
 def worlds(draw):
     replicas = draw(st.integers(0, 60))
     wants = draw(st.lists(st.tuples(st.floats(0, 2000), st.integers(0, 80)), max_size=5))
-    return Observed(
+    return Situation(
         replicas=replicas,
         starting=draw(st.integers(0, replicas)),
         demand=draw(st.none() | rates),
@@ -53,37 +53,37 @@ forecasts = st.none() | rates.map(forecast)
 
 
 @given(specs(), worlds(), forecasts)
-def test_a_plan_keeps_to_the_limits_and_to_its_arguments(spec, observed, ahead):
-    first = plan(spec, observed, ahead, NOW)
+def test_a_plan_keeps_to_the_limits_and_to_its_arguments(spec, situation, ahead):
+    first = size(spec, situation, ahead, NOW)
     assert spec.least <= first.replicas <= spec.most
     assert first.message
     assert first.reason[0].isupper()
     assert " " not in first.reason
-    assert plan(spec, observed, ahead, NOW) == first
+    assert size(spec, situation, ahead, NOW) == first
 
 
 @given(specs(), worlds(), forecasts, st.floats(0, 1e6))
-def test_more_demand_never_means_fewer_replicas(spec, observed, ahead, more):
-    if observed.demand is None:
+def test_more_demand_never_means_fewer_replicas(spec, situation, ahead, more):
+    if situation.demand is None:
         return
-    higher = replace(observed, demand=observed.demand + more)
-    assert plan(spec, higher, ahead, NOW).replicas >= plan(spec, observed, ahead, NOW).replicas
+    higher = replace(situation, demand=situation.demand + more)
+    assert size(spec, higher, ahead, NOW).replicas >= size(spec, situation, ahead, NOW).replicas
 
 
 @given(specs(), worlds(), rates, st.floats(0, 1e6))
-def test_a_higher_forecast_never_means_fewer_replicas(spec, observed, rate, more):
-    low = plan(spec, observed, forecast(rate), NOW)
-    assert plan(spec, observed, forecast(rate + more), NOW).replicas >= low.replicas
+def test_a_higher_forecast_never_means_fewer_replicas(spec, situation, rate, more):
+    low = size(spec, situation, forecast(rate), NOW)
+    assert size(spec, situation, forecast(rate + more), NOW).replicas >= low.replicas
 
 
 @given(specs(), worlds(), rates, rates)
-def test_constant_demand_does_not_flap(spec, observed, rate, ahead):
-    numbers = [observed.replicas]
-    observed = replace(observed, demand=rate, idle_since=None)
+def test_constant_demand_does_not_flap(spec, situation, rate, ahead):
+    numbers = [situation.replicas]
+    situation = replace(situation, demand=rate, idle_since=None)
     for minute in range(60):
-        made = plan(spec, observed, forecast(ahead), NOW + 60 * minute)
+        made = size(spec, situation, forecast(ahead), NOW + 60 * minute)
         numbers.append(made.replicas)
-        observed = replace(observed, replicas=made.replicas, starting=0, waiting=0.0, wants=made.wants)
+        situation = replace(situation, replicas=made.replicas, starting=0, waiting=0.0, wants=made.wants)
     changes = [(b > a) - (b < a) for a, b in itertools.pairwise(numbers[1:]) if a != b]
     assert changes == sorted(changes, reverse=True), "no step up after a step down"
     assert len(set(numbers[-25:])) == 1, "whatever was remembered has been forgotten after the longest delay"
@@ -106,8 +106,8 @@ def noise():
 def test_constant_demand_with_noise_changes_replicas_now_and_then_and_by_one(noise, capacity):
     spec, wants, numbers = ScalingSpec(1, 100, capacity), (), [1]
     for minute, (rate, ahead) in enumerate(noise):
-        observed = Observed(numbers[-1], 0, rate, capacity, 300.0, wants=wants)
-        made = plan(spec, observed, ahead, NOW + 60 * minute)
+        situation = Situation(numbers[-1], 0, rate, capacity, 300.0, wants=wants)
+        made = size(spec, situation, ahead, NOW + 60 * minute)
         wants = made.wants
         numbers.append(made.replicas)
     settled = numbers[30:]
@@ -117,20 +117,20 @@ def test_constant_demand_with_noise_changes_replicas_now_and_then_and_by_one(noi
 
 
 @given(specs(), worlds(), forecasts)
-def test_replicas_that_start_are_not_ordered_again(spec, observed, ahead):
-    if observed.demand is None:
+def test_replicas_that_start_are_not_ordered_again(spec, situation, ahead):
+    if situation.demand is None:
         return
     none_ready = replace(
-        observed,
-        starting=observed.replicas,
-        waiting=observed.replicas * observed.capacity * 5,
+        situation,
+        starting=situation.replicas,
+        waiting=situation.replicas * situation.capacity * 5,
         idle_since=None,
     )
     calm = replace(none_ready, waiting=0.0)
-    assert plan(spec, none_ready, ahead, NOW).replicas == plan(spec, calm, ahead, NOW).replicas
+    assert size(spec, none_ready, ahead, NOW).replicas == size(spec, calm, ahead, NOW).replicas
 
 
 @given(specs(), worlds(), st.floats(1, 1e6))
-def test_the_last_replica_stays_while_work_arrives_whatever_is_said_of_idleness(spec, observed, rate):
-    busy = replace(observed, replicas=1, demand=rate, idle_since=NOW - 1e4)
-    assert plan(spec, busy, None, NOW).replicas >= min(1, spec.most)
+def test_the_last_replica_stays_while_work_arrives_whatever_is_said_of_idleness(spec, situation, rate):
+    busy = replace(situation, replicas=1, demand=rate, idle_since=NOW - 1e4)
+    assert size(spec, busy, None, NOW).replicas >= min(1, spec.most)

@@ -1,0 +1,60 @@
+"""A class name means one thing: no two classes of one package tree share a name."""
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TREES = {
+    "operator": ["moe_operator", "moe_frontend", "moe_cli", "moe_client", "moe_tools"],
+    "protos": ["moe_api"],
+    "worker": ["moe_worker"],
+    ".": ["localcluster"],
+}
+SHARED = {
+    # Issue 15, "The house and its language": those who change these folders take names out of here.
+    "moe_worker": {
+        "Attention",
+        "Batch",
+        "Choice",
+        "Chunk",
+        "Layer",
+        "Limits",
+        "Load",
+        "Pass",
+        "Phase",
+        "Row",
+        "Sizes",
+        "Step",
+    },
+}
+
+
+def classes(package):
+    """Names of the top-level classes of a package, each with the modules that define it."""
+    found = defaultdict(set)
+    for path in package.rglob("*.py"):
+        if not path.stem.endswith(("_pb2", "_pb2_grpc")):
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    found[node.name].add(str(path.relative_to(ROOT)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("folder", "package"), [(folder, package) for folder, packages in TREES.items() for package in packages]
+)
+def test_no_two_classes_of_a_package_share_a_name(folder, package):
+    found = classes(ROOT / folder / package)
+    assert found
+    shared = {name: sorted(modules) for name, modules in found.items() if len(modules) > 1}
+    assert shared.keys() <= SHARED.get(package, set()), shared
+
+
+def test_a_shared_name_is_found(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    for module in ("a", "b"):
+        (tmp_path / f"{module}.py").write_text("class Plan:\n    pass\n")
+    assert classes(tmp_path) == {"Plan": {"a.py", "b.py"}}
