@@ -160,14 +160,16 @@ def _time(path: Path, number: int, text: str) -> float:
         moment = datetime.fromisoformat(_microseconds(text.strip()))
     except ValueError as error:
         raise TraceError(
-            f"{path}:{number}: {text!r} is no time; write seconds, or like 2024-05-12 00:00:10"
+            f"{path}:{number}: {text!r} is not a time; write seconds, or like 2024-05-12 00:00:10"
         ) from error
     return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()  # noqa: UP017
 
 
 def _finite(path: Path, number: int, seconds: float) -> float:
     if not math.isfinite(seconds):
-        raise TraceError(f"{path}:{number}: {seconds} is no time; write seconds, or like 2024-05-12 00:00:10")
+        raise TraceError(
+            f"{path}:{number}: {seconds} is not a time; write seconds, or like 2024-05-12 00:00:10"
+        )
     return seconds
 
 

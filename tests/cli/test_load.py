@@ -169,5 +169,5 @@ def test_a_log_gets_lines_now_and_then_about_a_run():
         for now[0], sent in ((1.0, 10), (31.0, 40), (32.0, 50), (75.0, 90)):
             progress.show(Tally(sent=sent, ok=sent - 3, failed=1))
     assert out.getvalue() == (
-        "sent 40 of 100 requests; 2 under way, 1 failed\nsent 90 of 100 requests; 2 under way, 1 failed\n"
+        "sent 40 of 100 requests; 2 active, 1 failed\nsent 90 of 100 requests; 2 active, 1 failed\n"
     )

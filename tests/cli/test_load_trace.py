@@ -71,7 +71,7 @@ def test_compressed_files(tmp_path, suffix, pack):
         ("a.csv", "time,requests\n0,1\n10,-2\n", "a.csv:3: '-2' is not a number of 0 or more"),
         ("a.csv", "time,requests\n0,1\n10,nan\n", "a.csv:3: 'nan' is not a number of 0 or more"),
         ("a.csv", "time,requests\n0,1\n0,1\n", "each later than the one above"),
-        ("a.csv", "time,requests\n0,1\nsoon,2\n", "a.csv:3: 'soon' is no time"),
+        ("a.csv", "time,requests\n0,1\nsoon,2\n", "a.csv:3: 'soon' is not a time"),
         ("a.csv", "time,requests\n10,1\n0,2\n", "each later than the one above"),
         ("a.csv", "time,requests\n0,1\n", "needs two rows or more"),
         ("a.csv", "time,input_tokens\n10,1\n0,1\n", "a.csv:3: its time is before the line's above"),

@@ -148,7 +148,7 @@ async def test_a_worker_that_ignores_resume_shows_the_client_no_text_twice(scrip
         tokens, error = await hear(b)
     assert tokens == list(range(8))
     assert is_final(error, rich_status.REPLICA_BROKE_PROTOCOL)
-    assert "began the text anew" in error.details()
+    assert "restarted the text" in error.details()
     assert list(workers[1].requests[-1].resume.tokens) == tokens
 
 

@@ -231,7 +231,7 @@ def test_an_object_of_somebody_else_is_left_alone(live):
     live.kubectl("create", "service", "clusterip", "taken-workers", "--tcp=80")
     live.apply(manifest("taken", replicas=0))
     condition = live.wait("Ready", "NameConflict", "taken")
-    assert "Service taken-workers exists and belongs to somebody else" in condition["message"]
+    assert "Service taken-workers exists and belongs to another owner" in condition["message"]
     assert live.get("service", "taken-workers")["spec"]["ports"][0]["port"] == 80
     live.kubectl("delete", "moed", "taken")
 

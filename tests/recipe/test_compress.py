@@ -168,7 +168,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(
-        WorkerError, match=r"could not be written \(No space left on device\); what was there"
+        WorkerError, match=r"could not be written \(No space left on device\); the previous file"
     ):
         files.write_text(path, "new")
     assert path.read_text() == "old"

@@ -63,7 +63,7 @@ steps:
         (HEAD + "training: {bach: 1}\nsteps: [{quantize: {steps: 1}}]", "did you mean 'batch'?"),
         (HEAD + "steps: [{quantize: {steps: 1}}, {finetune: {steps: 1}}]", r"steps\[0\] makes four bits"),
         (HEAD + "steps: [{prune: {steps: 1}, finetune: {steps: 1}}]", "must have one key"),
-        ("model: [", "is no YAML"),
+        ("model: [", "is not YAML"),
         ("- a", "must be keys with values, not list"),
     ],
 )

@@ -163,7 +163,7 @@ def test_a_run_can_start_from_the_weights_of_another(run_settings, tmp_path):
 def test_files_to_start_with_that_are_none_are_named(run_settings, tmp_path, wrong):
     (tmp_path / "tokenizer.json").write_text("{}")
     given = {"start_from": tmp_path, "tokenizer": tmp_path / "tokenizer.json"}
-    with pytest.raises(InputError, match=rf"{tmp_path}/tokenizer\.json is no tokenizer"):
+    with pytest.raises(InputError, match=rf"{tmp_path}/tokenizer\.json is not a tokenizer"):
         train(replace(run_settings, **{wrong: given[wrong]}))
 
 
@@ -177,7 +177,7 @@ def test_weights_to_start_from_that_are_missing_are_named(run_settings, tmp_path
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_gpu_that_is_not_there_is_told(run_settings):
-    with pytest.raises(InputError, match="device cuda is not there"):
+    with pytest.raises(InputError, match="device cuda is not available"):
         train(replace(run_settings, device="cuda"))
 
 

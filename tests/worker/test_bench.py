@@ -35,7 +35,7 @@ def test_the_table_has_a_line_for_each_batch(endless):
     ("flags", "sentence"),
     [
         (["--prompt", "4090", "--tokens", "64"], "context length 4154 is too long"),
-        (["--plot", "/nowhere/x.png"], "there is no directory /nowhere"),
+        (["--plot", "/nowhere/x.png"], "directory /nowhere does not exist"),
         (["--plot", "x.docx"], "must end in .png, .pdf or .svg"),
         (["--batch", "0"], "0 is not in the range x>=1"),
     ],

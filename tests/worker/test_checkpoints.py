@@ -203,7 +203,7 @@ def test_no_tokenizer(broken):
 def test_a_tokenizer_that_is_none(broken):
     path = broken / "tokenizer.json"
     path.write_text(json.dumps({"decoder": {"type": "ByteLevel"}}))
-    refuse(broken, "tokenizer.json is no tokenizer", "copy it again")
+    refuse(broken, "tokenizer.json is not a tokenizer", "copy it again")
 
 
 def test_a_tokenizer_of_another_kind(broken):
@@ -255,7 +255,7 @@ def test_kv_memory_too_small_for_one_context(checkpoint):
         ({"max_batch_size": -1}, "max_batch_size is -1"),
         ({"device": "tpu"}, "device 'tpu' is unknown"),
         ({"device": "3"}, "device '3' is unknown"),
-        ({"device": "cuda:99"}, "device cuda:99 is not there"),
+        ({"device": "cuda:99"}, "device cuda:99 is not available"),
         ({"dtype": "int3"}, "dtype 'int3' is unknown"),
     ],
 )

@@ -129,7 +129,7 @@ def entry(begin, end, shape=(1,), dtype="F32"):
         (b"", "should take 0 bytes"),
         (b"\x01\x02", "should take"),
         (struct.pack("<Q", 2**63), "should take 9223372036854775808 bytes"),
-        (headed(b"[]"), "is no JSON object"),
+        (headed(b"[]"), "is not a JSON object"),
         (headed(b"[" * 100_000), "cannot be read"),
         (headed(b'{"a": 1' + b"0" * 5000 + b"}"), "cannot be read"),
         (headed(b'{"a": {}, "a": {}}'), "a name stands there twice"),

@@ -38,8 +38,8 @@ def test_numbers_out_of_range_are_refused(name, value):
     ("override", "sentence"),
     [
         ({"a": [10**30]}, "holds a whole number of 100 bits; use at most 63"),
-        ({"a": {"b": "\ud800"}}, r"holds '\\ud800', which is no text"),
-        ({"\udcff": 1}, r"holds '\\udcff', which is no text"),
+        ({"a": {"b": "\ud800"}}, r"holds '\\ud800', which is not text"),
+        ({"\udcff": 1}, r"holds '\\udcff', which is not text"),
         (nested(500), "nests more than 16 deep"),
     ],
 )

@@ -39,4 +39,4 @@ def test_serve_refuses_before_it_loads(tmp_path):
     arguments = ["--model", str(tmp_path), "--max-bits-per-byte-increase", "0.1"]
     result = CliRunner().invoke(serve, arguments)
     assert isinstance(result.exception, CheckpointError)
-    assert "quality.json is not there" in str(result.exception)
+    assert "quality.json does not exist" in str(result.exception)

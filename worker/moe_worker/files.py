@@ -103,7 +103,7 @@ def _writing(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise WorkerError(
-            f"{path} could not be written ({reason}); what was there before is unchanged: "
+            f"{path} could not be written ({reason}); the previous file is unchanged: "
             "make room or choose another place, and run the same command again"
         ) from error
 

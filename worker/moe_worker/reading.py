@@ -86,4 +86,4 @@ def _missing(path: Path) -> CheckpointError:
             "in a Hugging Face cache the files lie in blobs/: mount the whole models--... directory and give "
             "that as the model, or copy the snapshot with `cp -rL`"
         )
-    return CheckpointError(f"{path} is a symbolic link to {target}, which is not there; {remedy}")
+    return CheckpointError(f"{path} is a symbolic link to {target}, which does not exist; {remedy}")

@@ -69,7 +69,7 @@ class EchoGuard:
                 return True
             self._matched += 1
             if self._matched == min(len(self._sent), ENOUGH):
-                raise ContractError("began the text anew instead of going on behind the tokens it was given")
+                raise ContractError("restarted the text instead of continuing after the given tokens")
         return response.finish_reason != inference_pb2.FINISH_REASON_UNSPECIFIED
 
 

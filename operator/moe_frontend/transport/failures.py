@@ -123,7 +123,7 @@ def other_revision(deployment: str) -> Failure:
     """The client named a revision that no replica has."""
     sentence = (
         f"resume.revision is not served: no ready replica of {deployment} has this revision; send the "
-        "request without `resume`, which starts the text anew"
+        "request without `resume`, which starts the text again"
     )
     return Failure(Kind.UNREACHED, rich_status.build(grpc.StatusCode.FAILED_PRECONDITION, sentence))
 

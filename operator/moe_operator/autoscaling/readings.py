@@ -54,13 +54,13 @@ def contradiction(load: worker_pb2.Load) -> str | None:
         return f"says that {ended} requests ended though {load.requests_received} came"
     if load.queued + load.running > load.requests_received:
         there = load.queued + load.running
-        return f"says that {there} requests are under way though {load.requests_received} came"
+        return f"says that {there} requests are active although {load.requests_received} arrived"
     if load.requests_received > _SUM_MOST:
         return f"holds a sum above {_SUM_MOST}"
     if load.kv_tokens_used > load.kv_tokens_capacity:
         return "says that more of the KV cache is used than there is"
     if not 0 <= load.started.seconds <= _LAST_SECOND or not 0 <= load.started.nanos < _NANOS:
-        return "holds a start time that is none"
+        return "contains an invalid start time"
     return _wrong_histogram(load.time_to_first_token_seconds, load.requests_received)
 
 

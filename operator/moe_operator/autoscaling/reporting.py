@@ -21,7 +21,7 @@ from moe_operator.resources.scaling_status import (
 )
 
 _LOWER, _UPPER = 0.05, 0.95
-OFF = Verdict(False, "Off", "spec.scaling.mode is Off: nothing is measured, and nobody changes replicas")
+OFF = Verdict(False, "Off", "spec.scaling.mode is Off: nothing is measured, and replicas do not change")
 
 
 def status(subject: Subject, outcome: Outcome, before: ScalingStatus | None, now: datetime) -> ScalingStatus:

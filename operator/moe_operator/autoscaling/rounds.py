@@ -61,7 +61,7 @@ class ScaledFactory:
             kept = await self.call(storage.load, self.cluster, identity)
             memory = await self.call(scaling_history.memory, kept, identity)
         except (HistoryError, PermanentError, ReadForbiddenError) as error:
-            logger.warning("%s: %s; scaling begins anew", identity.name, error)
+            logger.warning("%s: %s; scaling starts without history", identity.name, error)
             memory = None
         return Scaled(self, subject, Scaler(subject.deployment.wanted_replicas, memory, prior))
 

@@ -42,7 +42,7 @@ def translated(error: DynamicApiError, method: str, path: str) -> MoEOperatorErr
     if code == _EXPIRED:
         return HistoryExpiredError(said)
     if code in (_CONFLICT, _GONE) or "metadata.uid" in _wrong_fields(status):
-        return ChangedMeanwhileError(f"somebody else was faster at {path}: {said}")
+        return ChangedMeanwhileError(f"conflict: {path} was modified concurrently: {said}")
     if code in (_UNAUTHENTICATED, _TIMED_OUT, _TOO_MANY) or code >= _SERVER:
         return ClusterUnavailableError(f"the API server could not serve {path}: {said}")
     return _refusal(status, said, method, path, forbidden=code == _FORBIDDEN)

@@ -318,7 +318,7 @@ def _short(count: int) -> str:
 
 def _conflict_sentence(state: State) -> str:
     found = ", ".join(state.conflicts)
-    return f"{found} exists and belongs to somebody else; choose another name for this MoEDeployment"
+    return f"{found} exists and belongs to another owner; choose another name for this MoEDeployment"
 
 
 def dated(

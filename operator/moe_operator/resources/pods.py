@@ -128,7 +128,7 @@ class Toleration(Model):
     )
     toleration_seconds: int | None = Field(
         default=None,
-        description="Seconds that a pod stays on a node after a NoExecute taint. Default: for ever.",
+        description="Seconds that a pod stays on a node after a NoExecute taint. Default: forever.",
     )
 
 

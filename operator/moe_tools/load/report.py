@@ -41,7 +41,7 @@ class Progress:
     def show(self, tally: Tally) -> None:
         """Where the run stands."""
         waiting = tally.sent - tally.ok - tally.failed
-        state = f"{waiting} under way, {tally.failed} failed"
+        state = f"{waiting} active, {tally.failed} failed"
         self._bar.update(self._task, completed=tally.sent, state=state)
         if self._bar.disable and self._clock() >= self._next_line_s:
             self._out.write(f"sent {tally.sent} of {self._total} requests; {state}\n")

@@ -86,7 +86,7 @@ def _binned(recording: Recording, work: Work) -> WorkTrace:
 def _tokens(path: Path, row: Row) -> float:
     if row.input_tokens is None or row.output_tokens is None:
         raise TraceError(
-            f"{path}:{row.line}: the tokens of prompt and answer are not there; leave out --work tokens"
+            f"{path}:{row.line}: the trace has no prompt and output tokens; leave out --work tokens"
         )
     return row.input_tokens + row.output_tokens
 

@@ -30,10 +30,10 @@ def load(**fields):
     [
         ({"requests_refused": 3}, "11 requests ended though 10 came"),
         ({"requests_received": 0, "requests_completed": UINT_MINUS_ONE}, "requests ended though 0 came"),
-        ({"queued": 2**32 - 1, "running": 2}, "4294967297 requests are under way though 10 came"),
+        ({"queued": 2**32 - 1, "running": 2}, "4294967297 requests are active although 10 arrived"),
         ({"requests_received": 2**63}, "holds a sum above"),
-        ({"started": Timestamp(seconds=2**62)}, "holds a start time that is none"),
-        ({"started": Timestamp(nanos=-1)}, "holds a start time that is none"),
+        ({"started": Timestamp(seconds=2**62)}, "contains an invalid start time"),
+        ({"started": Timestamp(nanos=-1)}, "contains an invalid start time"),
         (
             {"time_to_first_token_seconds": worker_pb2.Histogram(bounds=range(65), counts=[0] * 66)},
             "more than 64 buckets",

@@ -79,7 +79,7 @@ def bench(
 def _check_picture(path: Path) -> None:
     """Before minutes are spent on measuring."""
     if not path.resolve().parent.is_dir():
-        raise SettingsError(f"--plot {path}: there is no directory {path.parent}; make it first")
+        raise SettingsError(f"--plot {path}: directory {path.parent} does not exist; create it first")
     if path.suffix not in PICTURES:
         raise SettingsError(f"--plot {path}: the name must end in .png, .pdf or .svg")
 

@@ -122,7 +122,7 @@ def _check_override(value: Any, nested: int = 0) -> None:
         raise SettingsError(f"config_override nests more than {MOST_NESTED} deep; give fields of config.json")
     if isinstance(value, str) and not is_unicode(value):
         raise SettingsError(
-            f"config_override holds {value[:MOST_SHOWN]!r}, which is no text; write it in UTF-8"
+            f"config_override holds {value[:MOST_SHOWN]!r}, which is not text; write it in UTF-8"
         )
     if isinstance(value, int) and abs(value) >= 1 << 63:
         raise SettingsError(

@@ -20,7 +20,7 @@ def check_quality(checkpoint: Path, most: float, text: str | None) -> None:
     path = checkpoint / QUALITY_FILE
     if not present(path):
         raise CheckpointError(
-            f"quality gate: {path} is not there; `moe-worker compress` writes it, or leave spec.quality out"
+            f"quality gate: {path} does not exist; `moe-worker compress` writes it, or leave spec.quality out"
         )
     report = read_json(path)
     scores = report.get("bits_per_byte")

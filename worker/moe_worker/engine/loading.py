@@ -159,7 +159,7 @@ def choose_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SettingsError(
-            f"device {name} is not there: torch sees {torch.cuda.device_count()} GPUs; use cpu or auto"
+            f"device {name} is not available: torch sees {torch.cuda.device_count()} GPUs; use cpu or auto"
         )
     return device
 

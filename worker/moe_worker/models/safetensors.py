@@ -96,7 +96,7 @@ def read_header(path: Path) -> list[StoredTensor]:
     except (ValueError, RecursionError) as error:
         raise _truncated(path, f"its header cannot be read ({_first_line(error)})") from error
     if not isinstance(entries, dict):
-        raise _truncated(path, "its header is no JSON object")
+        raise _truncated(path, "its header is not a JSON object")
     start = 8 + length
     tensors = [_entry(path, name, entry, start) for name, entry in entries.items() if name != "__metadata__"]
     _check_layout(path, tensors, start, size)

@@ -155,7 +155,7 @@ class StoredSource:
         if inputs % sparse14.QUAD:
             raise CheckpointError(
                 f"{self._directory}: {name} is stored 1:4 sparse, but config.json gives it {inputs} inputs, "
-                "which is no multiple of 4; the files do not belong together"
+                "which is not a multiple of 4; the files do not belong together"
             )
         stem = name.removesuffix("weight")
         return {

@@ -141,7 +141,7 @@ def _parse(path: Path, content: bytes) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises nothing narrower
-        raise TokenizerError(f"{path} is no tokenizer ({str(error)[:300]}); copy it again") from error
+        raise TokenizerError(f"{path} is not a tokenizer ({str(error)[:300]}); copy it again") from error
 
 
 def _check_matches(path: Path, inner: tokenizers.Tokenizer, config: ModelConfig) -> None:

@@ -113,7 +113,7 @@ def read_recipe(path: Path) -> Recipe:
     except RecursionError as error:
         raise SettingsError(f"{path} is nested too deeply; write it as docs/compression.md shows") from error
     except yaml.YAMLError as error:
-        raise SettingsError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        raise SettingsError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     given = dict(_mapping(values, str(path)))
     steps, training = given.pop("steps", None), given.pop("training", {})
     shared = _build(Training, training, f"{path}: training", path.parent)

@@ -105,7 +105,7 @@ class Scheduler:
         tokens is wrong.
         """
         if not self._flights or self._flights[0][0] is not step:
-            raise ValueError(f"step {step.number} is not the oldest one under way")
+            raise ValueError(f"step {step.number} is not the oldest one in flight")
         if len(tokens) != [chunk.samples for chunk in step.chunks].count(True):
             raise ValueError(f"step {step.number} does not sample {len(tokens)} tokens")
         jobs = self._flights.popleft()[1]
@@ -125,7 +125,7 @@ class Scheduler:
         streams. Raises ValueError if it is not the newest step in flight.
         """
         if not self._flights or self._flights[-1][0] is not step:
-            raise ValueError(f"step {step.number} is not the newest one under way")
+            raise ValueError(f"step {step.number} is not the newest one in flight")
         jobs = self._flights.pop()[1]
         for chunk, job in zip(step.chunks, jobs, strict=True):
             if job.state is not State.ENDED:

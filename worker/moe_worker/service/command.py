@@ -33,7 +33,7 @@ class _Number(click.FloatRange):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = float(super().convert(value, param, ctx))
         if not math.isfinite(number):
-            self.fail(f"{value} is no finite number.", param, ctx)
+            self.fail(f"{value} is not a finite number.", param, ctx)
         return number
 
 
@@ -207,7 +207,7 @@ def serve(
     name = served_name or Path(os.path.realpath(model)).name
     for flag, text in (("--model", str(model)), ("--served-name", name), ("--revision", revision)):
         if not is_unicode(text):
-            raise SettingsError(f"{flag} {text!r} is no text; write it in UTF-8")
+            raise SettingsError(f"{flag} {text!r} is not text; write it in UTF-8")
     if wrong := lengths.of_name(len(name)):
         raise SettingsError(f"the served name {wrong}: no request could ask for it")
     run(ServeSettings(model, name, _address(listen), engine_options, revision, **times))

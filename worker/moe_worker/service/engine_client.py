@@ -130,7 +130,7 @@ class EngineClient:
         """
         self._raise_if_ended()
         if max(self.requests, self._untaken) >= self.most_requests:
-            raise QueueFullError(f"the queue is full ({self.requests} requests are under way)", RETRY_AFTER_S)
+            raise QueueFullError(f"the queue is full ({self.requests} requests are active)", RETRY_AFTER_S)
         number = next(self._ids)
         self._places.add(number)
         self._idle.clear()
@@ -263,7 +263,7 @@ class EngineClient:
         except (asyncio.IncompleteReadError, ConnectionError):
             return None
         except MalformedMessageError as error:
-            log.exception("the engine sent what is no message; it is killed")
+            log.exception("the engine sent an invalid message; killing it")
             self.process.kill()
             return Failed(f"the engine sent a malformed message: {error}; report this", 1)
 

@@ -267,7 +267,7 @@ async def _drain(engine: EngineClient, inference: InferenceService, health: Heal
     await stop.drain.wait()
     inference.phase = Phase.DRAINING
     await health.set_ready(ready=False)
-    log.info("draining: %d requests under way", engine.requests)
+    log.info("draining: %d active requests", engine.requests)
     if not await _unless_stopped(engine.until_idle(), stop.now):
         log.warning("%d requests did not end in time; they are handed off", engine.requests)
         engine.abandon(StoppedError("this worker was stopped before the text was whole; another goes on"))

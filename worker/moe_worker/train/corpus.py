@@ -64,7 +64,7 @@ def _stream(settings: TrainSettings, tokenizer: Tokenizer) -> NDArray[np.int32]:
     try:
         return np.asarray(np.load(kept), np.int32)
     except (OSError, ValueError) as error:
-        raise DataError(f"{kept}: cannot be read ({error}); remove it, to encode the text anew") from error
+        raise DataError(f"{kept}: cannot be read ({error}); remove it to encode the text again") from error
 
 
 def _valid(settings: TrainSettings, tokenizer: Tokenizer) -> ScoredText | None:

@@ -132,7 +132,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     except CheckpointError as error:
         raise TokenizerError(f"{error}; give a tokenizer.json") from error
     except Exception as error:  # the library raises nothing narrower
-        raise TokenizerError(f"{path} is no tokenizer ({error}); give a tokenizer.json") from error
+        raise TokenizerError(f"{path} is not a tokenizer ({error}); give a tokenizer.json") from error
 
 
 def encode_documents(tokenizer: Tokenizer, documents: list[str]) -> list[NDArray[np.int32]]:

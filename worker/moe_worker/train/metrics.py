@@ -30,7 +30,7 @@ def read_rows(file: Path) -> list[Row]:
     try:
         return [json.loads(line) for line in whole]
     except ValueError as error:
-        raise DataError(f"{file} holds a line that is no JSON ({error}); remove that line") from error
+        raise DataError(f"{file} contains a line that is not JSON ({error}); remove that line") from error
 
 
 def write_rows(file: Path, rows: Iterable[Row]) -> None:

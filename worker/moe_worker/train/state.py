@@ -42,7 +42,7 @@ def load_state(path: Path, model: nn.Module, optimizers: list[Optimizer], finger
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); remove it to start anew") from error
+        raise CheckpointError(f"{path}: cannot be read ({error}); remove it to start again") from error
     if metadata.get("fingerprint") != fingerprint:
         raise CheckpointError(
             f"{path}: belongs to a run with other settings; train with the same ones, or into another --out"

@@ -19,10 +19,10 @@ _ENOUGH_SEEN: Final = 0.5
 class Distrust(Enum):
     """Why a report is left out. The value completes "its report ..."."""
 
-    NOT_A_NUMBER = "holds a number that is none, or a negative one"
+    NOT_A_NUMBER = "contains NaN, infinity or a negative number"
     FROM_THE_FUTURE = "says that the worker started in the future: its clock is wrong"
     OUT_OF_ORDER = "is older than one that came before"
-    SUM_FELL = "holds sums that fell though the worker did not start anew"
+    SUM_FELL = "contains sums that decreased although the worker did not restart"
     IMPLAUSIBLE = "holds more work than any replica could have got"
 
 

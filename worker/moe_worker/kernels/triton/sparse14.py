@@ -80,7 +80,7 @@ def linear_sparse14(x_TI: Tensor, weight: Sparse14Weight) -> Tensor:
     if weight.group % TURN and weight.group < weight.inputs:
         raise ValueError(f"groups of {weight.group} cut pieces of {TURN} inputs")
     if weight.inputs % QUAD:
-        raise ValueError(f"{weight.inputs} inputs are no whole number of quads")
+        raise ValueError(f"{weight.inputs} inputs are not a multiple of four")
     piece = piece_of(weight.inputs)
     values_TI, scales_TX = quantize_pieces(x_TI, piece)
     tokens, outputs = x_TI.shape[0], weight.outputs
