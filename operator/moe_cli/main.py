@@ -2,6 +2,7 @@
 
 import click
 
+from moe_cli.chat import chat
 from moe_cli.generate import generate
 from moe_cli.rollout import rollout
 from moe_cli.status import status
@@ -20,6 +21,7 @@ def main() -> None:
     Follow a change of it:   moe rollout status NAME
     Reach it from here:      kubectl port-forward service/NAME-frontend 8000
     Ask it:                  moe generate "A pod is"
+    Talk to a chat model:    moe chat --endpoint 127.0.0.1:8080   (the frontend's HTTP port)
     Play a recorded load:    moe load TRACE --speed 60
     Try scaling on a trace:  moe replay TRACE --plot F.png
 
@@ -32,6 +34,7 @@ def main() -> None:
     """
 
 
+main.add_command(chat)
 main.add_command(generate)
 main.add_command(tokenize)
 main.add_command(status)

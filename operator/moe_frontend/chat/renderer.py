@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import sys
 from dataclasses import dataclass
 from typing import Any, Final
@@ -15,6 +16,7 @@ RENDER_S: Final = 5.0
 PROCESSES: Final = 2
 WAITING_MOST: Final = 64
 _MODULE: Final = "moe_frontend.chat.render_process"
+_NEEDED: Final = ("PATH", "PYTHONPATH", "LANG", "HOME")
 _SLOW: Final = "the chat template did not render the conversation within {:g} s; shorten it"
 _ENDED: Final = "the chat template ended its process on the conversation; shorten it"
 _DECODER: Final = msgspec.msgpack.Decoder(Result)
@@ -107,10 +109,15 @@ class Renderer:
             await self._idle.pop().end()
 
 
+def _environment() -> dict[str, str]:
+    """What Python needs to start, and nothing that may be secret."""
+    return {name: os.environ[name] for name in _NEEDED if name in os.environ}
+
+
 async def _start() -> _Process:
     pipe, nothing = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
     return _Process(
         await asyncio.create_subprocess_exec(
-            sys.executable, "-m", _MODULE, stdin=pipe, stdout=pipe, stderr=nothing
+            sys.executable, "-m", _MODULE, stdin=pipe, stdout=pipe, stderr=nothing, env=_environment()
         )
     )
