@@ -145,7 +145,7 @@ class Reconciler:
             return
         body = self.cluster.refresh(names.KIND, who.namespace, who.name)
         if body is None or identity(body) != who:
-            return  # the event of that change brings the next look
+            return  # the event of that change causes the next reconcile
         try:
             self.cluster.scale(who.namespace, who.name, replicas, body["metadata"]["resourceVersion"])
         except (ApplyRefusedError, ApplyForbiddenError) as error:
