@@ -11,7 +11,7 @@ from moe_worker.models.build import build_model
 from moe_worker.models.deepseek import DeepseekModel
 from moe_worker.quant.fp8 import E4M3, from_blocks
 from moe_worker.quant.int4 import Int4Weight
-from moe_worker.quant.matrix import Matrix
+from moe_worker.quant.matrix import Dense, Matrix
 
 # DeepSeek-V2-Lite with DeepSeek-V3's router: 15.7 billion parameters, about 2.4 billion active.
 LARGE: dict[str, Any] = {
@@ -64,7 +64,7 @@ class RandomSource:
 
     def matrix(self, name: str, outputs: int, inputs: int) -> Matrix:
         if self.number_format == "dense":
-            return self.take(name, outputs, inputs)
+            return Dense(self.take(name, outputs, inputs))
         size, device, generator = (outputs, inputs), self.device, self.generator
         if self.number_format == "fp8":
             bits = torch.randn(size, generator=generator, device=device).to(E4M3).view(torch.uint8)

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_worker.compress.w4a8 import Int4Trainer, pack_weight, round_tokens, round_weight, search_scales
-from moe_worker.quant.int4 import quantize_int4
+from moe_worker.compress.w4a8 import Int4Trainer, pack_weight, round_tokens, round_weight
+from moe_worker.quant.int4 import quantize_int4, search_scales
 from moe_worker.quant.int8 import piece_of, round_pieces
 
 QUICK = settings(max_examples=50, deadline=None)
@@ -23,7 +23,7 @@ def random(shape, seed):
 @given(shape=shapes, seed=st.integers(0, 99), group=st.sampled_from([32, 64, 128]), moved=st.floats(0.5, 2))
 def test_what_is_trained_is_what_is_packed_to_the_bit(shape, seed, group, moved):
     weight = random(shape, seed)
-    scales = search_scales(weight, group) * moved
+    scales = search_scales(weight, group, torch.bfloat16) * moved
     packed = pack_weight(weight, scales, group)
     exact = replace(packed, scales_OG=packed.scales_OG.float())  # the dtype of scales is that of the product
     assert torch.equal(round_weight(weight, scales, group), exact.dequantize())
@@ -33,7 +33,7 @@ def test_what_is_trained_is_what_is_packed_to_the_bit(shape, seed, group, moved)
 @given(shape=shapes, seed=st.integers(0, 99), group=st.sampled_from([32, 128]))
 def test_the_search_finds_what_the_engine_rounds_to(shape, seed, group):
     weight = random(shape, seed) ** 3  # outliers
-    ours = pack_weight(weight, search_scales(weight, group), group)
+    ours = pack_weight(weight, search_scales(weight, group, torch.bfloat16), group)
     engine = quantize_int4(weight, group, torch.bfloat16)
     assert torch.equal(ours.scales_OG, engine.scales_OG)
     assert torch.equal(ours.values(), engine.values())
@@ -88,7 +88,7 @@ def trained_over_nearest(seed):
         optimizer.step()
     with torch.no_grad():
         trained = expected(round_weight(weight, trainer.scales("w"), 32))
-        nearest = expected(round_weight(truth, search_scales(truth, 32), 32))
+        nearest = expected(round_weight(truth, search_scales(truth, 32, torch.bfloat16), 32))
     return float(trained / nearest)
 
 
@@ -102,8 +102,8 @@ def test_ranges_are_searched_once_and_go_through_a_state_dict():
     trainer.update(9, {"a.b": weight})
     assert (trainer.scales("a.b") == 1).all()
     trainer.update(10, {"a.b": weight})
-    assert torch.equal(trainer.scales("a.b"), search_scales(weight, 32))
+    assert torch.equal(trainer.scales("a.b"), search_scales(weight, 32, torch.bfloat16))
     trainer.update(11, {"a.b": weight * 2})
     other = Int4Trainer({"a.b": weight}, first=10, group=32)
     other.load_state_dict(trainer.state_dict())
-    assert torch.equal(other.scales("a.b"), search_scales(weight, 32))
+    assert torch.equal(other.scales("a.b"), search_scales(weight, 32, torch.bfloat16))

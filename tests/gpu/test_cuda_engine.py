@@ -20,6 +20,7 @@ from moe_worker.models.batch import Batch, Segment
 from moe_worker.models.cuda_build import Sizes, prepare, unsupported
 from moe_worker.models.cuda_runner import CudaRunner
 from moe_worker.models.runner import TorchRunner
+from moe_worker.quant.formats import FORMATS
 from moe_worker.sampling.parameters import SamplingParameters
 from tests.gpu.device import DEVICE, INTERPRETED, needs_device
 
@@ -36,9 +37,7 @@ SHAPES = {
     | {"kv_lora_rank": 96, "v_head_dim": 48, "qk_nope_head_dim": 24, "q_lora_rank": None,
        "moe_intermediate_size": 64},
 }  # fmt: skip
-# Share of the logits' length that bf16 (8 bits, some 40 roundings deep) and int8 in one or the other scheme
-# may change: the plain model has one scale a token, the kernels one for 64 inputs.
-TOLERANCE = {"dense": 0.04, "fp8": 0.04, "w4a16": 0.04, "w4a8": 0.08}
+TOLERANCE = {name: each.tolerance for name, each in FORMATS.items()}
 
 
 class Both:

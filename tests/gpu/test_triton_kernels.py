@@ -13,9 +13,10 @@ import torch
 pytest.importorskip("triton")
 
 from moe_worker.kernels.triton import attention, experts, latent, linear, norm, router, tiles, wide
-from moe_worker.models.cuda_build import pack_fp8, split_dense
+from moe_worker.models.cuda_build import pack_fp8, pack_int4, split_dense
 from moe_worker.quant.fp8 import quantize_fp8
-from moe_worker.quant.matrix import stack
+from moe_worker.quant.int4 import quantize_int4
+from moe_worker.quant.matrix import Dense, stack
 from tests.gpu.device import BF16, DEVICE, needs_device
 
 pytestmark = needs_device
@@ -47,17 +48,11 @@ def from_int8(x):
     return (x.q_TD.double().unflatten(1, (-1, x.piece)) * x.scales_TX.double().unsqueeze(-1)).flatten(1)
 
 
-def rounded_weight(weight):
-    """What rounding [..., O, I] to four bits leaves of it, float64."""
-    values, scales = tiles.round_to_int4(weight)
-    whole = (values.double() * scales.double().unsqueeze(-1)).transpose(-3, -2).flatten(-2)
-    return whole[..., : weight.shape[-1]]
-
-
 def packed_and_plain(weight, kind):
     """What the kernels read of rounded weights [..., O, I], and what they stand for, float64."""
     if kind != "fp8":
-        return tiles.pack_int4(weight, kind == "w4a8"), rounded_weight(weight)
+        int4 = quantize_int4(weight)
+        return pack_int4(int4, kind == "w4a8"), int4.dequantize().double()
     rounded = quantize_fp8(weight) if weight.dim() == 2 else stack([quantize_fp8(each) for each in weight])
     return pack_fp8(rounded), rounded.dequantize().double()
 
@@ -104,14 +99,12 @@ def test_emulated_rounding_is_that_of_int8():
 
 
 def test_packed_weights_are_the_rounded_ones():
-    weight = randn(3, 40, 192)
-    packed = tiles.pack_int4(weight)
+    rounded = quantize_int4(randn(3, 40, 192))
+    packed = pack_int4(rounded, int8=True)
     signed = packed.packed.view(torch.int8)
     values = torch.cat((signed << 4 >> 4, signed >> 4), dim=-1).double()
     whole = (values * packed.scales.double().unsqueeze(-1)).transpose(1, 2).flatten(2)[..., :192]
-    assert torch.equal(whole, rounded_weight(weight))
-    step = packed.scales.transpose(1, 2).repeat_interleave(128, dim=2)[..., :192].double()
-    assert ((whole - weight.double()).abs() <= step * 0.5001).all()
+    assert torch.equal(whole.float(), rounded.dequantize(torch.float32))
 
 
 @pytest.mark.parametrize("tokens", [1, 77, 150])
@@ -381,7 +374,8 @@ def test_a_dense_block_is_the_sum_of_its_experts():
     gate, up = (x @ gate_up.t()).chunk(2, dim=1)
     expected = (torch.nn.functional.silu(gate) * up) @ down.t()
     total = torch.zeros_like(x)
-    for own_gate_up, own_down in zip(*split_dense(gate_up, down, 3), strict=True):
+    parts = split_dense(Dense(gate_up), Dense(down), 3)
+    for own_gate_up, own_down in zip(*(part.dense for part in parts), strict=True):
         gate, up = (x @ own_gate_up.t()).chunk(2, dim=1)
         total += (torch.nn.functional.silu(gate) * up) @ own_down.t()
     assert torch.allclose(total, expected)

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 
 import moe_worker
 from moe_worker.errors import InputError
-from moe_worker.kernels.linear import make_linear
 from moe_worker.quant import compressed_tensors as layout
 from moe_worker.quant.fp8 import from_blocks, quantize_fp8
 from moe_worker.quant.int4 import quantize_int4
@@ -142,10 +141,10 @@ def test_rounded_tokens_err_by_half_a_step_of_each_input_at_most(seed, tokens, i
     x, bias = torch.randn(tokens, inputs, generator=generator), torch.randn(7, generator=generator)
     weight = quantize_int4(torch.randn(7, inputs, generator=generator))
     exact = torch.nn.functional.linear(x, weight.dequantize(), bias)
-    assert torch.allclose(make_linear(weight, bias).forward(x), exact, atol=1e-4)
+    assert torch.allclose(weight.multiply(x, bias), exact, atol=1e-4)
     step = x.abs().amax(dim=1, keepdim=True) / 127
     most = 0.5001 * step * weight.dequantize().abs().sum(dim=1) + 1e-4
-    assert ((make_linear(weight, bias, piece_of(inputs)).forward(x) - exact).abs() <= most).all()
+    assert ((weight.multiply(x, bias, piece_of(inputs)) - exact).abs() <= most).all()
 
 
 @pytest.mark.parametrize("weights", ["fp8", "w4a16", "w4a8"])

@@ -34,7 +34,7 @@ def test_cpu_kernels_compute_what_plain_torch_does(variant, expected):
 def test_pieces_cut_in_any_other_way_would_show(piece, expected, monkeypatch):
     """64 everywhere breaks dense blocks, 128 hidden states, and one scale a row all."""
     rounded = int8.round_pieces
-    monkeypatch.setattr("moe_worker.kernels.linear.round_pieces", lambda x_TI, _: rounded(x_TI, piece))
+    monkeypatch.setattr("moe_worker.quant.matrix.round_pieces", lambda x_TI, _: rounded(x_TI, piece))
     assert difference(plain_logits(), expected) > DIVERGED
 
 

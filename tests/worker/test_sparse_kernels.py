@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from moe_worker.errors import SettingsError
 from moe_worker.kernels.cpu import build, library, operations
 from moe_worker.kernels.cpu.weights import pack_sparse14
-from moe_worker.kernels.linear import sparse14_linear
 from moe_worker.kernels.reference import swiglu
 from moe_worker.kernels.reference_w4a8 import linear_w4a8
 from moe_worker.quant.int4 import Int4Weight, pack
@@ -53,8 +52,8 @@ def test_the_reference_agrees_with_that_of_dense_matrices(tokens, inputs, output
         random(outputs),
     )
     piece = piece_of(inputs)
-    close(sparse14_linear(x, weight, piece, bias), linear_w4a8(x, same_but_dense(weight), bias))
-    close(sparse14_linear(x, weight, None), x @ weight.dequantize(torch.float32).T)
+    close(weight.multiply(x, bias, piece), linear_w4a8(x, same_but_dense(weight), bias))
+    close(weight.multiply(x), x @ weight.dequantize(torch.float32).T)
 
 
 @every_variant
@@ -74,7 +73,7 @@ def test_linear(variant, tokens, inputs, outputs, group, piece, threads, biased)
     packed = pack_sparse14(weight, bias, piece=piece)
     quantized, _ = operations.quantize(kernels, x, packed)
     ours = operations.linear(kernels, quantized, packed)
-    close(ours, sparse14_linear(x, weight, piece, bias))
+    close(ours, weight.multiply(x, bias, piece))
 
 
 @every_variant
@@ -85,7 +84,7 @@ def test_paired_linear_is_swiglu(variant, tokens, inputs, inner):
     packed = pack_sparse14(weight, paired=True)
     quantized, _ = operations.quantize(kernels, x, packed)
     ours = operations.linear(kernels, quantized, packed)
-    close(ours, swiglu(sparse14_linear(x, weight, piece_of(inputs))), 1e-4)
+    close(ours, swiglu(weight.multiply(x, piece=piece_of(inputs))), 1e-4)
 
 
 @every_variant
@@ -117,8 +116,8 @@ def test_experts(variant, tokens, seed):
     truth = torch.zeros(tokens, hidden)
     for t in range(tokens):
         for expert, share in zip(chosen[t].tolist(), shares[t], strict=True):
-            middle = swiglu(sparse14_linear(x[t : t + 1], gate_up[expert], piece_of(hidden)))
-            truth[t] += share * sparse14_linear(middle, down[expert], piece_of(inner))[0]
+            middle = swiglu(gate_up[expert].multiply(x[t : t + 1], piece=piece_of(hidden)))
+            truth[t] += share * down[expert].multiply(middle, piece=piece_of(inner))[0]
     close(ours, truth, 2e-2)  # hidden values on the edge between two int8 numbers may fall to either side
 
 

@@ -13,9 +13,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from moe_worker.quant.int4 import CLIPS, GROUP, HIGHEST, Int4Weight, pack
+from moe_worker.quant.int4 import GROUP, HIGHEST, Int4Weight, cut_groups, pack, round_values, search_scales
 from moe_worker.quant.int8 import round_pieces
 
 # Scales are rounded to what a checkpoint stores before weights are rounded by them: what was trained is
@@ -30,27 +29,10 @@ def round_tokens(x: Tensor, piece: int) -> Tensor:
     return x + (rounded - x).detach()
 
 
-def search_scales(weight: Tensor, group: int) -> Tensor:
-    """float32 [..., O, G]: the scale of each group with the least squared error, its edge among CLIPS."""
-    grouped = _grouped(weight.detach(), group)
-    largest_OG = grouped.abs().amax(dim=-1)
-    best_OG = torch.ones_like(largest_OG)
-    least_OG = torch.full_like(largest_OG, float("inf"))
-    for share in CLIPS:
-        scales_OG = _storable(largest_OG * share / HIGHEST)
-        scales_OG = torch.where(scales_OG > 0, scales_OG, torch.ones_like(scales_OG))
-        scales = scales_OG.unsqueeze(-1)
-        rounded = (grouped / scales).round().clamp(-HIGHEST, HIGHEST) * scales
-        error_OG = (rounded - grouped).square().sum(dim=-1)
-        best_OG = torch.where(error_OG < least_OG, scales_OG, best_OG)
-        least_OG = torch.minimum(least_OG, error_OG)
-    return best_OG
-
-
 def round_weight(weight: Tensor, scales_OG: Tensor, group: int) -> Tensor:
     """weight as four bits hold it, float32 [..., O, I]; gradients go to it and to its scales."""
     scales = _storable(scales_OG).unsqueeze(-1)
-    scaled = (_grouped(weight, group) / scales).clamp(-HIGHEST, HIGHEST)
+    scaled = (cut_groups(weight, group) / scales).clamp(-HIGHEST, HIGHEST)
     whole = scaled + (scaled.round() - scaled).detach()
     rounded: Tensor = (whole * scales).flatten(-2)[..., : weight.shape[-1]]
     return rounded
@@ -59,9 +41,8 @@ def round_weight(weight: Tensor, scales_OG: Tensor, group: int) -> Tensor:
 def pack_weight(weight: Tensor, scales_OG: Tensor, group: int) -> Int4Weight:
     """What `round_weight` gives, packed: values times scales in float32 equal it to the bit."""
     scales_OG = _storable(scales_OG.detach())
-    values = (_grouped(weight.detach(), group) / scales_OG.unsqueeze(-1)).clamp(-HIGHEST, HIGHEST).round()
-    flat = values.to(torch.int8).flatten(-2)[..., : weight.shape[-1]]
-    return Int4Weight(pack(flat), scales_OG.to(SCALE_DTYPE), None, weight.shape[-1], group)
+    values = round_values(weight.detach(), scales_OG, group)
+    return Int4Weight(pack(values), scales_OG.to(SCALE_DTYPE), None, weight.shape[-1], group)
 
 
 class Int4Trainer(nn.Module):
@@ -95,7 +76,9 @@ class Int4Trainer(nn.Module):
         """Searches the ranges where `step`, which is not computed yet, is the first to round."""
         if step == self.first:
             for name, key in self._names.items():
-                self.get_buffer(f"start-{key}").copy_(search_scales(weights[name], self.group))
+                self.get_buffer(f"start-{key}").copy_(
+                    search_scales(weights[name].detach(), self.group, SCALE_DTYPE)
+                )
 
     def round_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The named weights as four bits hold them."""
@@ -106,13 +89,6 @@ class Int4Trainer(nn.Module):
         key = self._names[name]
         scales: Tensor = self.get_buffer(f"start-{key}") * self.get_parameter(f"moved-{key}").exp()
         return scales
-
-
-def _grouped(weight: Tensor, group: int) -> Tensor:
-    """float32 [..., O, G, group], padded by zeros."""
-    padded = functional.pad(weight.float(), (0, -weight.shape[-1] % group))
-    grouped: Tensor = padded.unflatten(-1, (-1, group))
-    return grouped
 
 
 def _storable(scales: Tensor) -> Tensor:

@@ -12,10 +12,9 @@ from moe_worker.kernels.registry import Hardware
 from moe_worker.kvcache.paged import PagedCache
 from moe_worker.models.deepseek import DeepseekModel
 from moe_worker.models.runner import Runner
+from moe_worker.quant.formats import FORMATS
 
 GB = 10**9
-# Bytes of a packed weight, including its share of one float32 scale for 128 weights of a row.
-PACKED_BYTES = {"fp8": 1 + 4 / 128, "w4a16": 0.5 + 4 / 128, "w4a8": 0.5 + 4 / 128}
 # Share of a GPU's memory that is left for forward passes.
 SPARE_SHARE = 0.1
 
@@ -56,14 +55,15 @@ def make_runner(
 def weight_bytes(config: ModelConfig, number_format: str) -> int:
     """Estimated bytes of the weights: all are packed but the embedding, W_UK and W_UV."""
     dense = 4 if number_format == "fp32" else 2
-    if number_format not in PACKED_BYTES:
+    bits = FORMATS[number_format].bits if number_format in FORMATS else None
+    if bits is None:
         return config.parameters_total * dense
     kept = config.vocab_size * config.hidden_size
     if isinstance(config.attention, LatentConfig):
         latent = config.attention
         expanded = latent.num_attention_heads * (latent.qk_nope_head_dim + latent.v_head_dim)
         kept += config.num_hidden_layers * expanded * latent.kv_lora_rank
-    return int((config.parameters_total - kept) * PACKED_BYTES[number_format] + kept * dense)
+    return int((config.parameters_total - kept) * bits / 8 + kept * dense)
 
 
 def check_weights_fit(config: ModelConfig, number_format: str, device: torch.device, free: int) -> None:

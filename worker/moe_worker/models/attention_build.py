@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from moe_worker.config.attention import GroupedConfig, LatentConfig, RopeConfig
-from moe_worker.kernels.linear import Linear, make_linear
+from moe_worker.kernels.linear import Linear
 from moe_worker.models.gqa import GroupedQueryAttention
 from moe_worker.models.mla import LatentAttention, QueryExpansion
 from moe_worker.models.rope import attention_scale
 from moe_worker.models.source import TensorSource, piece_for
-from moe_worker.quant.matrix import Matrix, join_rows, map_rows
+from moe_worker.quant.matrix import Matrix, join_rows
 
 
 def latent_attention(config: LatentConfig, d: int, source: TensorSource, prefix: str) -> LatentAttention:
@@ -26,7 +26,7 @@ def latent_attention(config: LatentConfig, d: int, source: TensorSource, prefix:
         expand_OR = expand_OR.bfloat16().to(expand_OR.dtype)
     expand_HOR = expand_OR.view(heads, -1, rank)
     return LatentAttention(
-        input=make_linear(
+        input=Linear(
             join_rows((first_OD, _interleaved(config.rope, latent_WD, config.cache_width))),
             _input_bias(config, source, prefix) if config.attention_bias else None,
             piece_for(source, d),
@@ -53,7 +53,7 @@ def _query(
     norm_Q = source.take(f"{prefix}.q_a_layernorm.weight", rank)
     expand_OQ = source.matrix(f"{prefix}.q_b_proj.weight", queries, rank)
     expand_OQ = _interleaved(config.rope, expand_OQ, config.qk_head_dim)
-    return first_QD, QueryExpansion(norm_Q, make_linear(expand_OQ, None, piece_for(source, rank)))
+    return first_QD, QueryExpansion(norm_Q, Linear(expand_OQ, None, piece_for(source, rank)))
 
 
 def _input_bias(config: LatentConfig, source: TensorSource, prefix: str) -> Tensor:
@@ -85,7 +85,7 @@ def grouped_attention(
     if config.attention_bias:
         bias_O = torch.cat([vector(f"{name}.bias", count) for name, count in counts.items()])
     return GroupedQueryAttention(
-        input=make_linear(weight_OD, bias_O, piece_for(source, d)),
+        input=Linear(weight_OD, bias_O, piece_for(source, d)),
         query_norm_K=vector("q_norm.weight", 1),
         key_norm_K=vector("k_norm.weight", 1),
         output=_output(d, (heads, width), config.attention_bias, source, prefix),
@@ -100,11 +100,11 @@ def _output(d: int, values: tuple[int, int], has_bias: bool, source: TensorSourc
     heads, width = values
     bias_D = source.take(f"{prefix}.o_proj.bias", d) if has_bias else None
     matrix = source.matrix(f"{prefix}.o_proj.weight", d, heads * width)
-    return make_linear(matrix, bias_D, piece_for(source, width))
+    return Linear(matrix, bias_D, piece_for(source, width))
 
 
 def _interleaved(rope: RopeConfig, matrix: Matrix, width: int) -> Matrix:
-    return map_rows(matrix, lambda rows: interleave(rope, rows, width))
+    return matrix.map(lambda rows: interleave(rope, rows, width))
 
 
 def interleave(rope: RopeConfig, weight: Tensor, width: int) -> Tensor:

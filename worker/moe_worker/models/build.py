@@ -10,7 +10,7 @@ import torch
 from moe_worker.config.attention import LatentConfig
 from moe_worker.config.model import ModelConfig
 from moe_worker.errors import CheckpointError
-from moe_worker.kernels.linear import make_linear
+from moe_worker.kernels.linear import Linear
 from moe_worker.models.attention import Attention
 from moe_worker.models.attention_build import grouped_attention, latent_attention
 from moe_worker.models.deepseek import DeepseekModel, DenseBlock, Layer, MoeBlock
@@ -20,7 +20,7 @@ from moe_worker.models.source import TensorSource, piece_for
 from moe_worker.moe.experts import Experts
 from moe_worker.moe.router import Router
 from moe_worker.quant.int8 import WHOLE_PIECE
-from moe_worker.quant.matrix import Matrix, join_rows, map_rows, split_inputs, stack
+from moe_worker.quant.matrix import Matrix, join_rows, stack
 
 
 def build_model(config: ModelConfig, source: TensorSource, context: int) -> DeepseekModel:
@@ -30,7 +30,7 @@ def build_model(config: ModelConfig, source: TensorSource, context: int) -> Deep
         embedding_VD=source.take("model.embed_tokens.weight", config.vocab_size, config.hidden_size),
         layers=list(_layers(config, source)),
         norm_D=source.take("model.norm.weight", config.hidden_size),
-        head=make_linear(_head(config, source), None, piece_for(source, config.hidden_size)),
+        head=Linear(_head(config, source), None, piece_for(source, config.hidden_size)),
         rotations_CP=rotation_table(config.attention.rope, context, source.device),
     )
 
@@ -69,7 +69,7 @@ def _dense(config: ModelConfig, source: TensorSource, prefix: str) -> DenseBlock
     down = source.matrix(f"{prefix}.down_proj.weight", d, width)
     # The kernels of GPUs cut a dense block into experts of whole groups, so its pieces are whole, too.
     inner = piece_for(source, WHOLE_PIECE)
-    return DenseBlock(make_linear(gate_up, None, piece_for(source, d)), make_linear(down, None, inner))
+    return DenseBlock(Linear(gate_up, None, piece_for(source, d)), Linear(down, None, inner))
 
 
 def _moe(config: ModelConfig, source: TensorSource, prefix: str) -> MoeBlock:
@@ -100,7 +100,7 @@ def _expert(
     gate, up = (source.matrix(f"{name}.{part}_proj.weight", shared * width, d) for part in ("gate", "up"))
     down = source.matrix(f"{name}.down_proj.weight", d, shared * width)
     try:
-        downs = split_inputs(down, shared)
+        downs = down.split_inputs(shared)
     except ValueError as error:
         raise CheckpointError(
             f"{name}.down_proj.weight: {error}; load it with format dense, or quantize it with smaller groups"
@@ -109,4 +109,4 @@ def _expert(
 
 
 def _part(matrix: Matrix, index: int, width: int) -> Matrix:
-    return map_rows(matrix, lambda rows: rows[index * width : (index + 1) * width])
+    return matrix.map(lambda rows: rows[index * width : (index + 1) * width])

@@ -19,7 +19,7 @@ from moe_worker.models.memory import describe, weight_memory
 from moe_worker.models.safetensors import StoredTensor, stored_tensors
 from moe_worker.models.stored import DTYPES, Placement, StoredSource
 from moe_worker.progress import bar, tell
-from moe_worker.quant.matrix import Matrix
+from moe_worker.quant.matrix import Dense, Matrix
 from moe_worker.reading import open_file
 
 LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.")
@@ -77,7 +77,7 @@ class _Plan(StoredSource):
 
     def matrix(self, name: str, outputs: int, inputs: int) -> Matrix:
         """An empty tensor."""
-        return self.take(name, outputs, inputs)
+        return Dense(self.take(name, outputs, inputs))
 
     def read(self, tensor: StoredTensor) -> Tensor:
         """An empty tensor of the right shape and dtype."""

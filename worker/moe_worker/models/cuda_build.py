@@ -4,6 +4,7 @@ Legend: D hidden, F = 2 * I gate and up, I intermediate, H heads, N and P query 
 rotary position, R latent rank, V value elements, A experts, O outputs, G groups of inputs, L layers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,22 +15,20 @@ from moe_worker.config.attention import LatentConfig
 from moe_worker.config.model import ModelConfig
 from moe_worker.config.moe import Method, Scoring
 from moe_worker.config.quantization import Fp8Storage, PackedStorage, SparseStorage
-from moe_worker.kernels.linear import DenseLinear, Fp8Linear, Int4Linear, Linear
+from moe_worker.kernels.linear import Linear
 from moe_worker.kernels.triton.latent import LatentWeights
 from moe_worker.kernels.triton.router import Choice
-from moe_worker.kernels.triton.tiles import PackedFp8, pack_values
+from moe_worker.kernels.triton.tiles import PackedFp8, PackedInt4, pack_values
 from moe_worker.kernels.triton.wide import Weight
 from moe_worker.models.cuda import CudaModel
 from moe_worker.models.cuda_layer import CudaLayer
 from moe_worker.models.deepseek import DeepseekModel, DenseBlock, Layer, MoeBlock
 from moe_worker.models.mla import INNER_NORM_EPS, LatentAttention
+from moe_worker.quant.formats import FORMATS
 from moe_worker.quant.fp8 import Fp8Weight
 from moe_worker.quant.int4 import GROUP, Int4Weight
 from moe_worker.quant.int8 import PIECE
-from moe_worker.quant.matrix import Matrix, join_rows, map_rows, split_inputs, stack
-from moe_worker.quant.sparse14 import Sparse14Weight
-
-PACKED_FORMATS = ("fp8", "w4a16", "w4a8")
+from moe_worker.quant.matrix import Dense, Matrix, join_rows, stack
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Sizes:
 def unsupported(config: ModelConfig, number_format: str) -> str | None:
     """Why there are no GPU kernels for a model in `number_format`, in words; None where there are."""
     attention, storage = config.attention, config.storage
-    packed = number_format in PACKED_FORMATS
+    packed = number_format in FORMATS and FORMATS[number_format].bits is not None
     if not isinstance(attention, LatentConfig):
         return f"there are no GPU kernels for the attention of {config.architecture} yet"
     if isinstance(storage, PackedStorage) and not (storage.symmetric and storage.group == GROUP):
@@ -114,16 +113,16 @@ def _layer(config: ModelConfig, layer: Layer, counts_A: Tensor) -> CudaLayer:
     heads, plain, rope = config.latent.num_attention_heads, sizes.plain, config.latent.qk_rope_head_dim
     query_rows = heads * (config.latent.qk_nope_head_dim + rope)
     query_norm_Q, query = None, None
-    joint = _matrix(attention.input)
+    joint = attention.input.matrix
     if attention.query is None:
         first, latent = _split_rows(joint, query_rows)
         first = _pad_heads(first, heads, config.latent.qk_nope_head_dim, plain, rope)
     else:
         first, latent = _split_rows(joint, attention.query.norm_Q.shape[0])
         query_norm_Q = attention.query.norm_Q
-        expand = _matrix(attention.query.linear)
+        expand = attention.query.linear.matrix
         expand = _pad_heads(expand, heads, config.latent.qk_nope_head_dim, plain, rope)
-        query = _packed(expand, _rounds(attention.query.linear))
+        query = _packed(expand, _int8(attention.query.linear))
     latent = _pad_heads(latent, 1, config.latent.kv_lora_rank, sizes.rank, rope)
     more_r, more_n = sizes.rank - config.latent.kv_lora_rank, plain - config.latent.qk_nope_head_dim
     more_v = sizes.value - config.latent.v_head_dim
@@ -131,7 +130,7 @@ def _layer(config: ModelConfig, layer: Layer, counts_A: Tensor) -> CudaLayer:
     router = None if isinstance(block, DenseBlock) else block.router
     return CudaLayer(
         attention_norm_D=layer.attention_norm_D,
-        input=_packed(join_rows((first, latent)), _rounds(attention.input)),
+        input=_packed(join_rows((first, latent)), _int8(attention.input)),
         query_norm_Q=query_norm_Q,
         query=query,
         latent=LatentWeights(
@@ -141,7 +140,7 @@ def _layer(config: ModelConfig, layer: Layer, counts_A: Tensor) -> CudaLayer:
             config.latent.kv_lora_rank,
         ),
         value_HRV=functional.pad(attention.value_HRV, (0, more_v, 0, more_r)).contiguous(),
-        output=_packed(_pad_values(_matrix(attention.output), heads, more_v), _rounds(attention.output)),
+        output=_packed(_pad_values(attention.output.matrix, heads, more_v), _int8(attention.output)),
         block_norm_D=layer.block_norm_D,
         router_ED=None if router is None else router.weight_ED,
         bias_E=None if router is None else router.bias_E,
@@ -166,8 +165,8 @@ def _experts(config: ModelConfig, block: DenseBlock | MoeBlock) -> tuple[Weight,
     if isinstance(block, MoeBlock):
         int8 = block.experts.round_tokens
         return _packed(block.experts.gate_up_AFD, int8), _packed(block.experts.down_ADI, int8)
-    gate_up, down = split_dense(_matrix(block.gate_up), _matrix(block.down), _dense_parts(config))
-    return _packed(gate_up, _rounds(block.gate_up)), _packed(down, _rounds(block.down))
+    gate_up, down = split_dense(block.gate_up.matrix, block.down.matrix, _dense_parts(config))
+    return _packed(gate_up, _int8(block.gate_up)), _packed(down, _int8(block.down))
 
 
 def _dense_parts(config: ModelConfig) -> int:
@@ -181,7 +180,7 @@ def split_dense(gate_up: Matrix, down: Matrix, parts: int) -> tuple[Matrix, Matr
 
     Each takes whole groups of inputs; the last is padded by zeros.
     """
-    inner = _outputs(gate_up) // 2
+    inner = gate_up.outputs // 2
     width = -(-inner // parts // GROUP) * GROUP
     missing = width * parts - inner
 
@@ -191,7 +190,7 @@ def split_dense(gate_up: Matrix, down: Matrix, parts: int) -> tuple[Matrix, Matr
         ]
         return torch.cat(halves, dim=1)
 
-    return map_rows(gate_up, cut), stack(split_inputs(_pad_inputs(down, missing), parts))
+    return gate_up.map(cut), stack(down.pad_inputs(missing).split_inputs(parts))
 
 
 def _latent(layer: Layer) -> LatentAttention:
@@ -205,24 +204,12 @@ def _power(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def _matrix(linear: Linear) -> Matrix:
-    if isinstance(linear, DenseLinear):
-        return linear.weight_OI
-    if isinstance(linear, Int4Linear | Fp8Linear):
-        return linear.weight
-    raise TypeError(f"there are no GPU kernels for {type(linear).__name__}")
-
-
-def _rounds(linear: Linear) -> bool:
-    return isinstance(linear, Int4Linear) and linear.piece is not None
-
-
-def _outputs(matrix: Matrix) -> int:
-    return matrix.shape[0] if isinstance(matrix, Tensor) else matrix.outputs
+def _int8(linear: Linear) -> bool:
+    return linear.piece is not None
 
 
 def _split_rows(matrix: Matrix, first: int) -> tuple[Matrix, Matrix]:
-    return map_rows(matrix, lambda rows: rows[:first]), map_rows(matrix, lambda rows: rows[first:])
+    return matrix.map(lambda rows: rows[:first]), matrix.map(lambda rows: rows[first:])
 
 
 def _pad_heads(matrix: Matrix, heads: int, width: int, padded: int, rope: int) -> Matrix:
@@ -234,52 +221,34 @@ def _pad_heads(matrix: Matrix, heads: int, width: int, padded: int, rope: int) -
             (functional.pad(each[:, :width], (0, 0, 0, padded - width)), each[:, width:]), 1
         ).flatten(0, 1)
 
-    return matrix if width == padded else map_rows(matrix, spread)
+    return matrix if width == padded else matrix.map(spread)
 
 
 def _pad_values(matrix: Matrix, heads: int, more: int) -> Matrix:
     """Zeros behind the inputs of each head; packed weights never need them (`unsupported`)."""
     if more == 0:
         return matrix
-    if not isinstance(matrix, Tensor):
+    if matrix.dense is None:
         raise ValueError("inputs of a head in packed weights cannot be padded")
-    return functional.pad(matrix.unflatten(1, (heads, -1)), (0, more)).flatten(1)
-
-
-def _pad_inputs(matrix: Matrix, more: int) -> Matrix:
-    """Zeros behind the inputs; groups of nothing else have a scale of zero, too."""
-    if more == 0:
-        return matrix
-    if isinstance(matrix, Tensor):
-        return functional.pad(matrix, (0, more))
-    if isinstance(matrix, Sparse14Weight):
-        raise ValueError("inputs of a sparse matrix cannot be padded")
-    inputs = matrix.inputs + more
-    if isinstance(matrix, Fp8Weight):
-        blocks = -(-inputs // matrix.columns) - matrix.scales_OC.shape[-1]
-        bits, scales = (
-            functional.pad(matrix.bits_OI, (0, more)),
-            functional.pad(matrix.scales_OC, (0, blocks)),
-        )
-        return Fp8Weight(bits, scales, matrix.columns)
-    groups = -(-inputs // matrix.group) - matrix.scales_OG.shape[-1]
-    packed = functional.pad(matrix.packed_OP, (0, -(-inputs // 2) - matrix.packed_OP.shape[-1]), value=0x88)
-    zeros = None if matrix.zeros_OG is None else functional.pad(matrix.zeros_OG, (0, groups))
-    return Int4Weight(packed, functional.pad(matrix.scales_OG, (0, groups)), zeros, inputs, matrix.group)
+    return Dense(functional.pad(matrix.dense.unflatten(1, (heads, -1)), (0, more)).flatten(1))
 
 
 def _ready(linear: Linear) -> Weight:
-    return _packed(_matrix(linear), _rounds(linear))
+    return _packed(linear.matrix, _int8(linear))
 
 
 def _packed(matrix: Matrix, int8: bool) -> Weight:
-    """A matrix (or stacked ones) in the kernels' layout."""
-    if isinstance(matrix, Tensor):
-        return matrix.contiguous()
-    if isinstance(matrix, Sparse14Weight):
-        raise ValueError("the GPU kernels of the forward pass support no sparse matrices")
-    if isinstance(matrix, Fp8Weight):
-        return pack_fp8(matrix)
+    """A matrix (or stacked ones) in the kernels' layout. Raises ValueError where they take none like it."""
+    if matrix.dense is not None:
+        return matrix.dense.contiguous()
+    packer = _PACKERS.get(type(matrix))
+    if packer is None:
+        raise ValueError(f"the GPU kernels of the forward pass support no {type(matrix).__name__}")
+    return packer(matrix, int8)
+
+
+def pack_int4(matrix: Int4Weight, int8: bool) -> PackedInt4:
+    """A matrix (or stacked ones) as the kernels read it; int8: whether activations are rounded."""
     if matrix.group != GROUP:
         raise ValueError(
             f"the GPU kernels take int4 in groups of {GROUP}; these are groups of {matrix.group}"
@@ -296,3 +265,9 @@ def pack_fp8(matrix: Fp8Weight) -> PackedFp8:
     if matrix.columns != GROUP:
         raise ValueError(f"the GPU kernels take FP8 in blocks of {GROUP} inputs, not of {matrix.columns}")
     return PackedFp8(matrix.values().contiguous(), matrix.scales_OC.transpose(-1, -2).contiguous())
+
+
+_PACKERS: dict[type[Matrix], Callable[..., Weight]] = {
+    Int4Weight: pack_int4,
+    Fp8Weight: lambda matrix, _: pack_fp8(matrix),
+}

@@ -6,11 +6,7 @@ from dataclasses import fields, is_dataclass
 
 from torch import Tensor
 
-from moe_worker.quant.fp8 import Fp8Weight
-from moe_worker.quant.int4 import Int4Weight
-from moe_worker.quant.sparse14 import Sparse14Weight
-
-VALUES, POSITIONS, SCALES, DENSE = "values", "positions", "scales", "dense rest"
+from moe_worker.quant.matrix import DENSE, POSITIONS, SCALES, VALUES, Matrix
 
 
 def weight_memory(part: object) -> dict[str, int]:
@@ -42,16 +38,9 @@ def describe(memory: dict[str, int]) -> str:
 def _count(part: object, found: Counter[str]) -> None:
     if isinstance(part, Tensor):
         found[DENSE] += part.nbytes
-    elif isinstance(part, Sparse14Weight):
-        found[VALUES] += part.values_OP.nbytes
-        found[POSITIONS] += part.positions_OR.nbytes
-        found[SCALES] += part.scales_OG.nbytes
-    elif isinstance(part, Int4Weight):
-        found[VALUES] += part.packed_OP.nbytes
-        found[SCALES] += part.nbytes - part.packed_OP.nbytes
-    elif isinstance(part, Fp8Weight):
-        found[VALUES] += part.bits_OI.nbytes
-        found[SCALES] += part.scales_OC.nbytes
+    elif isinstance(part, Matrix):
+        for tensor, kind, *_ in part.parts:
+            found[kind] += tensor.nbytes
     elif isinstance(part, tuple | list):
         for item in part:
             _count(item, found)

@@ -19,13 +19,10 @@ from moe_worker.config.moe import Method, MoeConfig, Scoring
 from moe_worker.errors import SettingsError
 from moe_worker.kernels.cpu import structs
 from moe_worker.kernels.cpu.library import Kernels
-from moe_worker.kernels.cpu.weights import PackedWeight, pack_heads, pack_int4, pack_sparse14
-from moe_worker.kernels.linear import Int4Linear, Linear, Sparse14Linear
+from moe_worker.kernels.cpu.weights import PackedWeight, pack, pack_heads
+from moe_worker.kernels.linear import Linear
 from moe_worker.models.deepseek import DeepseekModel, Layer, MoeBlock
 from moe_worker.models.mla import INNER_NORM_EPS, LatentAttention
-from moe_worker.quant.int4 import Int4Weight
-from moe_worker.quant.matrix import Matrix
-from moe_worker.quant.sparse14 import Sparse14Weight
 
 
 @dataclass(frozen=True)
@@ -140,8 +137,8 @@ class NativeModel:
             router, experts = layer.block.router, layer.block.experts
             struct.router = self._floats(router.weight_ED)
             struct.router_bias = None if router.bias_E is None else self._floats(router.bias_E)
-            struct.gate_up = self._keep(_pack(experts.gate_up_AFD, paired=True))
-            struct.down = self._keep(_pack(experts.down_ADI))
+            struct.gate_up = self._keep(pack(experts.gate_up_AFD, paired=True))
+            struct.down = self._keep(pack(experts.down_ADI))
         else:
             struct.gate_up = self._linear(layer.block.gate_up, paired=True)
             struct.down = self._linear(layer.block.down)
@@ -162,9 +159,7 @@ class NativeModel:
         return packed.struct
 
     def _linear(self, linear: Linear, paired: bool = False) -> structs.Weight:
-        if isinstance(linear, Int4Linear | Sparse14Linear):
-            return self._keep(_pack(linear.weight, linear.bias_O, paired, linear.piece))
-        raise SettingsError(f"the CPU kernels cannot take a projection of type {type(linear).__name__}")
+        return self._keep(pack(linear.matrix, linear.bias_O, paired, linear.piece))
 
 
 class NativeCounter:
@@ -191,16 +186,6 @@ def _latent(layer: Layer) -> LatentAttention:
     if not isinstance(layer.attention, LatentAttention):
         raise SettingsError(f"there are no CPU kernels for {type(layer.attention).__name__}")
     return layer.attention
-
-
-def _pack(
-    matrix: Matrix, bias_O: Tensor | None = None, paired: bool = False, piece: int | None = None
-) -> PackedWeight:
-    if isinstance(matrix, Sparse14Weight):
-        return pack_sparse14(matrix, bias_O, paired, piece)
-    if isinstance(matrix, Int4Weight):
-        return pack_int4(matrix, bias_O, paired, piece)
-    raise SettingsError(f"there are no CPU kernels for weights of type {type(matrix).__name__}")
 
 
 def _cache(step: Pass, rows: Tensor, page_size: int) -> structs.Cache:

@@ -10,16 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe_worker.config.quantization import Fp8Storage, PackedStorage, SparseStorage, Storage
+from moe_worker.config.quantization import Storage
 from moe_worker.errors import CheckpointError
 from moe_worker.models.safetensors import StoredTensor
-from moe_worker.quant import compressed_tensors as layout
-from moe_worker.quant import sparse14
-from moe_worker.quant.fp8 import Fp8Weight, from_blocks, quantize_fp8
-from moe_worker.quant.int4 import GROUP, Int4Weight, quantize_int4
-from moe_worker.quant.matrix import Matrix
+from moe_worker.models.stored_layouts import layout_of
+from moe_worker.quant import compressed_tensors
+from moe_worker.quant.formats import FORMATS
+from moe_worker.quant.matrix import Dense, Matrix
 from moe_worker.quant.pieces import GPU_PIECE
-from moe_worker.quant.sparse14 import Sparse14Weight
 
 DTYPES = {
     "F32": torch.float32,
@@ -31,10 +29,6 @@ DTYPES = {
     "I32": torch.int32,
     "I64": torch.int64,
 }
-FLOATING = ("F32", "F16", "BF16")
-# Scales of FP8 blocks: as DeepSeek, as Qwen, and as powers of two.
-SCALES = (*FLOATING, "F8_E8M0")
-PLAIN, FP8_SCALE = "", "_scale_inv"
 
 
 @dataclass(frozen=True)
@@ -63,9 +57,11 @@ class StoredSource:
         placement: Placement,
     ) -> None:
         self.dtype, self.device = placement.dtype, placement.device
-        self.round_tokens, self._format = placement.format == "w4a8", placement.format
+        self._format = FORMATS[placement.format]
+        self.round_tokens = self._format.int8
         self._check_weights = placement.check_weights
         self._directory, self._stored, self._storage = directory, stored, storage
+        self._layout = layout_of(storage)
 
     def read(self, tensor: StoredTensor) -> Tensor:
         """The tensor in its own dtype, on the source's device."""
@@ -73,103 +69,44 @@ class StoredSource:
 
     def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Tensor `name`, which must have `shape`, in `dtype` (None: the source's own). CheckpointError."""
-        stored, dtype = self.stored(name, *shape), dtype or self.dtype
-        if isinstance(stored, Tensor):
-            return stored.to(dtype=dtype, copy=True)  # what was mapped from a file must not outlive it
-        return stored.dequantize(dtype)
+        return self.stored(name, *shape).dequantize(dtype or self.dtype)
 
     def matrix(self, name: str, outputs: int, inputs: int) -> Matrix:
         """The weights of a projection in the model's format. Raises CheckpointError."""
-        if self._format == "dense":
-            return self.take(name, outputs, inputs)
-        stored, is_fp8 = self.stored(name, outputs, inputs), isinstance(self._storage, Fp8Storage)
-        if self._format == "fp8" and isinstance(stored, Fp8Weight):
-            return stored.map(Tensor.clone)
-        if self._format != "fp8" and isinstance(stored, Int4Weight | Sparse14Weight):
-            return stored
-        if self._storage is not None and self._format == ("fp8" if is_fp8 else "w4a16"):
-            return self.take(name, outputs, inputs)  # who quantized the others left this one on purpose
-        plain = stored if isinstance(stored, Tensor) else stored.dequantize(torch.float32)
-        return quantize_fp8(plain) if self._format == "fp8" else quantize_int4(plain, self._group(inputs))
-
-    def _group(self, inputs: int) -> int:
-        """Of int4 weights that are rounded here: that of those which the checkpoint has in four bits."""
-        if isinstance(self._storage, PackedStorage | SparseStorage):
-            return self._storage.group or inputs
-        return GROUP
+        stored, form = self.stored(name, outputs, inputs), self._format
+        if form.bits is not None and type(stored) in form.matrices:
+            return stored.map(Tensor.clone)  # what was mapped from a file must not outlive it
+        if form.bits is None or isinstance(self._storage, form.own):
+            # A plain matrix beside packed ones: who quantized the others left this one on purpose.
+            return Dense(stored.dequantize(self.dtype))
+        plain = stored.dequantize(torch.float32) if stored.dense is None else stored.dense
+        return form.quantize(plain, form.group(self._storage, inputs))
 
     def stored(self, name: str, *shape: int) -> Matrix:
         """Tensor `name` as the files have it, perhaps in a file's memory. Raises CheckpointError."""
-        kind, parts = self._kind(name), self.parts(name, *shape)
-        if isinstance(kind, SparseStorage):
-            return sparse14.from_tensors(parts, shape[1], kind.group)
-        if isinstance(kind, PackedStorage):
-            return layout.from_tensors(parts, shape[1], kind.group or shape[1])
-        if isinstance(kind, Fp8Storage):
-            return from_blocks(parts[PLAIN], parts[FP8_SCALE], kind.block)
-        return parts[PLAIN]
+        return self._layout.of(name, self._stored).matrix(self.parts(name, *shape), shape)
 
     def parts(self, name: str, *shape: int) -> dict[str, Tensor]:
         """The tensors that make up `name`, checked against the files' headers, by the ends of their names.
 
         Raises CheckpointError.
         """
-        kind = self._kind(name)
-        if isinstance(kind, SparseStorage):
-            return self._sparse_parts(kind, name, *shape)
-        if isinstance(kind, PackedStorage):
-            return self._packed_parts(kind, name, *shape)
-        if isinstance(kind, Fp8Storage):
-            scales = tuple(-(-size // edge) for size, edge in zip(shape, kind.block, strict=True))
-            return {
-                PLAIN: self._part(name, shape, ("F8_E4M3",)),
-                FP8_SCALE: self._part(name + FP8_SCALE, scales, SCALES),
-            }
-        return {PLAIN: self._part(name, shape, FLOATING)}
-
-    def _kind(self, name: str) -> Storage | None:
-        """How this tensor is stored: some are left plain in every kind of checkpoint."""
-        storage, stem = self._storage, name.removesuffix("weight")
-        if isinstance(storage, Fp8Storage):
-            return storage if name + FP8_SCALE in self._stored else None
-        if isinstance(storage, SparseStorage) and stem + sparse14.VALUES in self._stored:
-            return storage
-        if storage is None or stem + layout.PACKED not in self._stored:
-            return None
-        return PackedStorage(storage.group, symmetric=isinstance(storage, SparseStorage) or storage.symmetric)
-
-    def _packed_parts(self, kind: PackedStorage, name: str, outputs: int, inputs: int) -> dict[str, Tensor]:
-        stem, groups = name.removesuffix("weight"), -(-inputs // (kind.group or inputs))
-        words = -(-inputs // layout.VALUES_A_WORD)
-        parts = {
-            layout.PACKED: self._part(stem + layout.PACKED, (outputs, words), ("I32",)),
-            layout.SCALE: self._part(stem + layout.SCALE, (outputs, groups), FLOATING),
-        }
-        self._check_shape(stem + layout.SHAPE, outputs, inputs)
-        if not kind.symmetric:
-            zero_words = -(-outputs // layout.VALUES_A_WORD)
-            parts[layout.ZERO] = self._part(stem + layout.ZERO, (zero_words, groups), ("I32",))
+        wanted = self._layout.of(name, self._stored).wanted(name, shape)
+        if isinstance(wanted, str):
+            raise CheckpointError(f"{self._directory}: {name} {wanted}; the files do not belong together")
+        parts = {key: self._part(*part) for key, part in wanted.items()}
+        self._check_shape(name, parts.get(compressed_tensors.SHAPE), shape)
         return parts
 
-    def _sparse_parts(self, kind: SparseStorage, name: str, outputs: int, inputs: int) -> dict[str, Tensor]:
-        if inputs % sparse14.QUAD:
-            raise CheckpointError(
-                f"{self._directory}: {name} is stored 1:4 sparse, but config.json gives it {inputs} inputs, "
-                "which is not a multiple of 4; the files do not belong together"
-            )
-        stem = name.removesuffix("weight")
-        return {
-            part: self._part(stem + part, shape, FLOATING if part == sparse14.SCALE else ("U8",))
-            for part, shape in sparse14.shapes(outputs, inputs, kind.group).items()
-        }
-
-    def _check_shape(self, name: str, outputs: int, inputs: int) -> None:
-        shape = self._part(name, (2,), ("I64", "I32"))
-        if not shape.is_meta and shape.tolist() != [outputs, inputs]:
-            raise CheckpointError(
-                f"{self._stored[name].file}: tensor {name} says {shape.tolist()}, but config.json needs "
-                f"{[outputs, inputs]}; the files do not belong together"
-            )
+    def _check_shape(self, name: str, told: Tensor | None, shape: tuple[int, ...]) -> None:
+        """`told`: what a packed checkpoint says of the shape beside the weights."""
+        if told is None or told.is_meta or told.tolist() == list(shape):
+            return
+        stored = self._stored[name.removesuffix("weight") + compressed_tensors.SHAPE]
+        raise CheckpointError(
+            f"{stored.file}: tensor {stored.name} says {told.tolist()}, but config.json needs "
+            f"{list(shape)}; the files do not belong together"
+        )
 
     def _part(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> Tensor:
         """One stored tensor, checked against its header."""

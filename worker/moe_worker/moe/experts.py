@@ -33,7 +33,7 @@ class Experts:
     @property
     def count(self) -> int:
         """Experts in all, A."""
-        return self.down_ADI.shape[0] if isinstance(self.down_ADI, Tensor) else self.down_ADI.count
+        return self.down_ADI.count
 
     def forward(self, x_TD: Tensor, routed_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Weighted sum of the chosen experts, plus the shared ones with weight 1; [T, D] in x's dtype."""
@@ -50,9 +50,8 @@ class Experts:
     @cached_property
     def _views(self) -> _Views | None:
         """Each expert's dense matrices, made once: slicing them anew costs a token 14 us a layer."""
-        if not isinstance(self.gate_up_AFD, Tensor) or not isinstance(self.down_ADI, Tensor):
-            return None
-        return self.gate_up_AFD.unbind(0), self.down_ADI.unbind(0)
+        gate_up, down = self.gate_up_AFD.dense, self.down_ADI.dense
+        return None if gate_up is None or down is None else (gate_up.unbind(0), down.unbind(0))
 
     def _one_token(self, views: _Views, x_D: Tensor, experts: list[int], weights_K: Tensor) -> Tensor:
         """Reads the experts' weights where they lie: gathering them first takes four times as long."""

@@ -4,13 +4,14 @@ Legend: O outputs, I inputs, R = ceil(O / rows of a block), C = ceil(I / columns
 (experts) are allowed where a class says so.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moe_worker.quant.matrix import SCALES, VALUES, Matrix, Part
 from moe_worker.quant.pieces import float_rows
 
 E4M3 = torch.float8_e4m3fn
@@ -19,7 +20,7 @@ BLOCK = (128, 128)
 
 
 @dataclass(frozen=True)
-class Fp8Weight:
+class Fp8Weight(Matrix):
     """A matrix (or stacked ones): weight[o, i] = value[o, i] * scale[o, i // columns].
 
     bits_OI: uint8 [..., O, I], the bits of e4m3, since torch moves few things of eight-bit floats.
@@ -32,41 +33,34 @@ class Fp8Weight:
     columns: int
 
     @property
-    def outputs(self) -> int:
-        """O."""
-        return self.bits_OI.shape[-2]
-
-    @property
     def inputs(self) -> int:
         """I."""
         return self.bits_OI.shape[-1]
 
     @property
-    def count(self) -> int:
-        """Matrices stacked, A."""
-        return self.bits_OI.shape[0]
+    def parts(self) -> tuple[Part, ...]:
+        """Values and scales."""
+        return Part(self.bits_OI, VALUES, 1), Part(self.scales_OC, SCALES, self.columns)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of values and scales."""
-        return self.bits_OI.nbytes + self.scales_OC.nbytes
+    def unit(self) -> int:
+        """A block's inputs."""
+        return self.columns
 
-    def __getitem__(self, index: int) -> "Fp8Weight":
-        """One of stacked matrices."""
-        return self.map(lambda tensor: tensor[index])
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Fp8Weight":
-        """`change`, which must treat all rows the same way, applied to values and scales."""
-        return Fp8Weight(change(self.bits_OI), change(self.scales_OC), self.columns)
+    def with_parts(self, tensors: Sequence[Tensor], inputs: int) -> "Fp8Weight":
+        """See Matrix."""
+        del inputs
+        bits, scales = tensors
+        return Fp8Weight(bits, scales, self.columns)
 
     def values(self) -> Tensor:
         """e4m3 [..., O, I], the same memory."""
         return self.bits_OI.view(E4M3)
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[..., O, I], computed in float32, as `dtype`."""
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """[..., O, I], computed in float32, as `dtype` (None: float32)."""
         scales_OI = self.scales_OC.repeat_interleave(self.columns, dim=-1)[..., : self.inputs]
-        return (self.values().float() * scales_OI).to(dtype)
+        return (self.values().float() * scales_OI).to(dtype or torch.float32)
 
 
 def from_blocks(weight_OI: Tensor, scales_RC: Tensor, block: tuple[int, int]) -> Fp8Weight:

@@ -4,30 +4,34 @@ Legend: O outputs, I inputs, P = ceil(I / 2) bytes of two values, G = ceil(I / g
 (experts) are allowed everywhere.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moe_worker.quant.matrix import SCALES, VALUES, Matrix, Part
 from moe_worker.quant.pieces import float_rows
 
 GROUP = 128
 LOWEST, HIGHEST = -8, 7
+ZERO_BYTE = 0x88  # two values of 0
 # Shares of the largest weight of a group that may become the edge of the range; the one with the smallest
 # squared error is taken. A single outlier then does not coarsen its 127 neighbours.
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
 @dataclass(frozen=True)
-class Int4Weight:
+class Int4Weight(Matrix):
     """A matrix: weight[o, i] = scale[o, i // group] * (value[o, i] - zero[o, i // group]).
 
     packed_OP: uint8, value + 8 in four bits, that of the even input in the low ones. scales_OG: floating.
     zeros_OG: int8 from -8 to 7, or None where all are 0. inputs: I, where odd the last high bits mean
     nothing.
     """
+
+    takes_int8 = True
 
     packed_OP: Tensor
     scales_OG: Tensor
@@ -36,28 +40,28 @@ class Int4Weight:
     group: int = GROUP
 
     @property
-    def outputs(self) -> int:
-        """O."""
-        return self.packed_OP.shape[-2]
+    def parts(self) -> tuple[Part, ...]:
+        """Values, scales and, where there are any, zero points."""
+        scaled = (Part(self.packed_OP, VALUES, 2, ZERO_BYTE), Part(self.scales_OG, SCALES, self.group))
+        return scaled if self.zeros_OG is None else (*scaled, Part(self.zeros_OG, SCALES, self.group))
 
     @property
-    def count(self) -> int:
-        """Matrices stacked, A."""
-        return self.packed_OP.shape[0]
+    def unit(self) -> int:
+        """A group."""
+        return self.group
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of values, scales and zero points."""
-        return sum(t.nbytes for t in (self.packed_OP, self.scales_OG, self.zeros_OG) if t is not None)
+    def with_parts(self, tensors: Sequence[Tensor], inputs: int) -> "Int4Weight":
+        """See Matrix."""
+        packed, scales, *zeros = tensors
+        return Int4Weight(packed, scales, zeros[0] if zeros else None, inputs, self.group)
 
-    def __getitem__(self, index: int) -> "Int4Weight":
-        """One of stacked matrices."""
-        return self.map(lambda tensor: tensor[index])
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Int4Weight":
-        """`change`, which must treat all rows the same way, applied to values, scales and zero points."""
-        zeros = None if self.zeros_OG is None else change(self.zeros_OG)
-        return Int4Weight(change(self.packed_OP), change(self.scales_OG), zeros, self.inputs, self.group)
+    def like(self, others: Sequence[Matrix]) -> "Int4Weight":
+        """With zero points, all of them 0, where others have some."""
+        asymmetric = any(isinstance(each, Int4Weight) and each.zeros_OG is not None for each in others)
+        if self.zeros_OG is not None or not asymmetric:
+            return self
+        zeros = torch.zeros_like(self.scales_OG, dtype=torch.int8)
+        return Int4Weight(self.packed_OP, self.scales_OG, zeros, self.inputs, self.group)
 
     def values(self) -> Tensor:
         """int8 [..., O, I], from -8 to 7."""
@@ -89,7 +93,7 @@ def unpack(packed: Tensor, inputs: int) -> Tensor:
 
 
 def quantize_int4(weight: Tensor, group: int = GROUP, scale_dtype: torch.dtype = torch.float32) -> Int4Weight:
-    """Rounds [..., O, I] to the nearest of 15 symmetric values a group, the range chosen among CLIPS."""
+    """Rounds [..., O, I] to the nearest of 15 symmetric values a group: the one rule of rounding to int4."""
     inputs, leading = weight.shape[-1], weight.shape[:-1]
     parts = [_round_rows(piece, group, scale_dtype) for piece in float_rows(weight.reshape(-1, inputs))]
     packed, scales = (torch.cat(tensors).unflatten(0, leading) for tensors in zip(*parts, strict=True))
@@ -98,24 +102,36 @@ def quantize_int4(weight: Tensor, group: int = GROUP, scale_dtype: torch.dtype =
 
 def _round_rows(weight_OI: Tensor, group: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Packed values [O, P] and scales [O, G]."""
-    inputs = weight_OI.shape[-1]
-    padded = functional.pad(weight_OI, (0, -inputs % group))
-    grouped = padded.unflatten(-1, (-1, group))
+    scales_OG = search_scales(weight_OI, group, scale_dtype)
+    return pack(round_values(weight_OI, scales_OG, group)), scales_OG.to(scale_dtype)
+
+
+def search_scales(weight: Tensor, group: int, scale_dtype: torch.dtype = torch.float32) -> Tensor:
+    """float32 [..., O, G], rounded to `scale_dtype`: of CLIPS the one with the least squared error."""
+    grouped = cut_groups(weight, group)
     largest = grouped.abs().amax(dim=-1, keepdim=True)
-    best, error = None, None
+    best = torch.ones_like(largest)
+    least = torch.full_like(largest, float("inf"))
     for clip in CLIPS:
         scale = _scale(largest * clip, scale_dtype)
         rounded = (grouped / scale).round_().clamp_(-HIGHEST, HIGHEST)
-        squared = (rounded * scale - grouped).square_().sum(dim=-1, keepdim=True)
-        if best is None or error is None:
-            best, error = scale, squared
-        else:
-            better = squared < error
-            best, error = torch.where(better, scale, best), torch.where(better, squared, error)
-    if best is None:
-        raise ValueError("CLIPS is empty")
-    values = (grouped / best).round_().clamp_(-HIGHEST, HIGHEST).to(torch.int8).flatten(-2)
-    return pack(values[..., :inputs]), best.squeeze(-1).to(scale_dtype)
+        error = (rounded * scale - grouped).square_().sum(dim=-1, keepdim=True)
+        best = torch.where(error < least, scale, best)
+        least = torch.minimum(least, error)
+    return best.squeeze(-1)
+
+
+def round_values(weight: Tensor, scales_OG: Tensor, group: int) -> Tensor:
+    """int8 [..., O, I] from -HIGHEST to HIGHEST: the nearest to each weight, half to even."""
+    values = (cut_groups(weight, group) / scales_OG.unsqueeze(-1)).round_().clamp_(-HIGHEST, HIGHEST)
+    return values.to(torch.int8).flatten(-2)[..., : weight.shape[-1]]
+
+
+def cut_groups(weight: Tensor, group: int) -> Tensor:
+    """float32 [..., O, G, group], padded by zeros."""
+    padded = functional.pad(weight.float(), (0, -weight.shape[-1] % group))
+    grouped: Tensor = padded.unflatten(-1, (-1, group))
+    return grouped
 
 
 def _scale(edge: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,52 +1,202 @@
-"""Matrices in whatever format: joined, reordered, split and stacked.
+"""A matrix in some number format, or several of one shape stacked: what all formats can do.
 
-Legend: O outputs (rows), I inputs.
+Each format is a class: `Dense` here, `Fp8Weight`, `Int4Weight` and `Sparse14Weight` in modules of their own;
+quant/formats.py names what a user can ask for. Every format holds tensors whose last axis runs along the
+inputs and whose other axes are those of the matrix, so most operations are the same for all.
+
+Legend: O outputs (rows), I inputs, A stacked matrices, T tokens, M rows of several matrices.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from moe_worker.quant.fp8 import Fp8Weight
-from moe_worker.quant.int4 import Int4Weight
-from moe_worker.quant.sparse14 import QUAD, Sparse14Weight
+from moe_worker.quant.int8 import round_pieces
 
-Packed = Int4Weight | Sparse14Weight | Fp8Weight
-Matrix = Tensor | Packed
+VALUES, POSITIONS, SCALES, DENSE = "values", "positions", "scales", "dense rest"
 
 
-def join_rows(parts: Sequence[Matrix]) -> Matrix:
-    """One matrix with the rows of all, which have the same inputs; dense if any of them is."""
-    return _combine(parts, _join)
+class Part(NamedTuple):
+    """A tensor of a matrix: [..., O, ceil(I / inputs)], of a kind that reports name.
+
+    inputs: of the matrix that one element stands for. fill: what stands for inputs whose weights are 0.
+    """
+
+    tensor: Tensor
+    kind: str
+    inputs: int
+    fill: int = 0
 
 
-def map_rows(matrix: Matrix, change: Callable[[Tensor], Tensor]) -> Matrix:
-    """`change` moves whole rows of a tensor; it is applied to everything that has a row for each output."""
-    return change(matrix) if isinstance(matrix, Tensor) else matrix.map(change)
+class Matrix(ABC):
+    """[O, I], or stacked [A, O, I]; `inputs` is I.
+
+    takes_int8: whether products with it may round activations to int8.
+    """
+
+    takes_int8: ClassVar[bool] = False
+
+    if TYPE_CHECKING:  # a field of some classes: a property that they inherit would stand in its way
+
+        @property
+        def inputs(self) -> int:
+            """I."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> tuple[Part, ...]:
+        """Its tensors, the one with the values first."""
+
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """What matrices must have in common to be joined."""
+        return type(self), *(part.inputs for part in self.parts)
+
+    @property
+    @abstractmethod
+    def unit(self) -> int:
+        """Inputs that cannot be cut apart."""
+
+    @abstractmethod
+    def with_parts(self, tensors: Sequence[Tensor], inputs: int) -> Self:
+        """The format's other matrix of these tensors, in the order of `parts`."""
+
+    @abstractmethod
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """[..., O, I] in memory of its own, as `dtype` (None: the format's own)."""
+
+    @property
+    def outputs(self) -> int:
+        """O."""
+        return self.parts[0].tensor.shape[-2]
+
+    @property
+    def count(self) -> int:
+        """Matrices stacked, A."""
+        return self.parts[0].tensor.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(part.tensor.nbytes for part in self.parts)
+
+    @property
+    def dense(self) -> Tensor | None:
+        """The weights themselves where they are plain numbers, not copied; None where they are packed."""
+        return None
+
+    def __getitem__(self, index: int) -> Self:
+        """One of stacked matrices."""
+        return self.map(lambda tensor: tensor[index])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """`change`, which moves whole rows, applied to every tensor: each has a row for each output."""
+        return self.with_parts([change(part.tensor) for part in self.parts], self.inputs)
+
+    def split_inputs(self, count: int) -> list[Self]:
+        """Cuts the inputs into equal parts. Raises ValueError where a group would be cut."""
+        width = self.inputs // count
+        if count > 1 and width % self.unit:
+            raise ValueError(f"{count} parts of {width} inputs cut groups of {self.unit}")
+        cut = zip(*(part.tensor.chunk(count, dim=-1) for part in self.parts), strict=True)
+        return [self.with_parts(tensors, width) for tensors in cut]
+
+    def pad_inputs(self, more: int) -> Self:
+        """`more` inputs of weight 0 behind the others; groups of nothing else have a scale of 0, too."""
+        if more == 0:
+            return self
+        inputs = self.inputs + more
+
+        def padded(part: Part) -> Tensor:
+            missing = -(-inputs // part.inputs) - part.tensor.shape[-1]
+            return functional.pad(part.tensor, (0, missing), value=part.fill)
+
+        return self.with_parts([padded(part) for part in self.parts], inputs)
+
+    def like(self, others: Sequence["Matrix"]) -> "Matrix":
+        """The same matrix with the parts that `others` have, before they are joined."""
+        del others
+        return self
+
+    def multiply(self, x_TI: Tensor, bias_O: Tensor | None = None, piece: int | None = None) -> Tensor:
+        """x W^T + bias in plain torch, [T, O] in x's dtype: the reference of all kernels.
+
+        It multiplies in float32 what weights and activations stand for; kernels that sum integers differ from
+        it only in the roundings of float32. piece: inputs that share the scale of an int8 activation; None:
+        activations are not rounded.
+        """
+        rounded = piece is not None and self.takes_int8
+        y_TO = self._product(round_pieces(x_TI, piece) if rounded and piece else x_TI.float())
+        return (y_TO if bias_O is None else y_TO + bias_O.float()).to(x_TI.dtype)
+
+    def _product(self, x_TI: Tensor) -> Tensor:
+        """float32 [T, O] of float32 [T, I]."""
+        return functional.linear(x_TI, self.dequantize(torch.float32))
 
 
-def split_inputs(matrix: Matrix, parts: int) -> list[Matrix]:
-    """Cuts the inputs into equal parts. Raises ValueError where a group would be cut."""
-    if isinstance(matrix, Tensor):
-        return list(matrix.chunk(parts, dim=-1))
-    width = matrix.inputs // parts
-    group = matrix.columns if isinstance(matrix, Fp8Weight) else matrix.group
-    if parts > 1 and width % group:
-        raise ValueError(f"{parts} parts of {width} inputs cut groups of {group}")
-    if isinstance(matrix, Sparse14Weight):
-        return _split_sparse(matrix, parts, width)
-    if isinstance(matrix, Fp8Weight):
-        pieces = matrix.bits_OI.chunk(parts, dim=-1), matrix.scales_OC.chunk(parts, dim=-1)
-        return [Fp8Weight(bits, scales, group) for bits, scales in zip(*pieces, strict=True)]
-    packed, scales = matrix.packed_OP.chunk(parts, dim=-1), matrix.scales_OG.chunk(parts, dim=-1)
-    zeros = [None] * parts if matrix.zeros_OG is None else list(matrix.zeros_OG.chunk(parts, dim=-1))
-    return [Int4Weight(p, s, z, width, group) for p, s, z in zip(packed, scales, zeros, strict=True)]
+@dataclass(frozen=True)
+class Dense(Matrix):
+    """Weights as they are computed with: float32 or bfloat16 [..., O, I]."""
+
+    values: Tensor
+
+    @property
+    def inputs(self) -> int:
+        """I."""
+        return self.values.shape[-1]
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The values."""
+        return (Part(self.values, DENSE, 1),)
+
+    @property
+    def unit(self) -> int:
+        """One input."""
+        return 1
+
+    @property
+    def dense(self) -> Tensor | None:
+        """The values."""
+        return self.values
+
+    def with_parts(self, tensors: Sequence[Tensor], inputs: int) -> "Dense":
+        """See Matrix."""
+        del inputs
+        return Dense(*tensors)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """A copy."""
+        return self.values.to(dtype=dtype or self.values.dtype, copy=True)
+
+    def multiply(self, x_TI: Tensor, bias_O: Tensor | None = None, piece: int | None = None) -> Tensor:
+        """x W^T + bias, computed in x's dtype."""
+        del piece
+        return functional.linear(x_TI, self.values, bias_O)
 
 
-def stack(parts: Sequence[Matrix]) -> Matrix:
-    """Matrices of one shape with a leading axis; dense if any of them is."""
-    return _combine(parts, _pile)
+def join_rows(matrices: Sequence[Matrix]) -> Matrix:
+    """One matrix with the rows of all, which have the same inputs; dense where formats differ."""
+    return _combine(matrices, _join)
+
+
+def stack(matrices: Sequence[Matrix]) -> Matrix:
+    """Matrices of one shape with a leading axis; dense likewise."""
+    return _combine(matrices, _pile)
+
+
+def _combine(matrices: Sequence[Matrix], join: Callable[[list[Tensor]], Tensor]) -> Matrix:
+    alike = [matrix.like(matrices) for matrix in matrices]
+    if len({matrix.layout for matrix in alike}) > 1:
+        dtype = next((matrix.dense.dtype for matrix in alike if matrix.dense is not None), torch.float32)
+        alike = [Dense(matrix.dequantize(dtype)) for matrix in alike]
+    columns = zip(*([part.tensor for part in matrix.parts] for matrix in alike), strict=True)
+    return alike[0].with_parts([join(list(tensors)) for tensors in columns], alike[0].inputs)
 
 
 def _join(rows: list[Tensor]) -> Tensor:
@@ -61,62 +211,3 @@ def _pile(tensors: list[Tensor]) -> Tensor:
     if tensors[0].is_meta:
         return tensors[0].new_empty(len(tensors), *tensors[0].shape)
     return torch.stack(tensors)
-
-
-def _split_sparse(matrix: Sparse14Weight, parts: int, width: int) -> list[Matrix]:
-    """Cuts bytes of four quads: inputs a part must be a multiple of 16."""
-    if parts > 1 and width % (4 * QUAD):
-        raise ValueError(f"{parts} parts of {width} inputs cut bytes of {4 * QUAD}")
-    pieces = [
-        tensor.chunk(parts, dim=-1) for tensor in (matrix.values_OP, matrix.positions_OR, matrix.scales_OG)
-    ]
-    return [Sparse14Weight(v, p, s, width, matrix.group) for v, p, s in zip(*pieces, strict=True)]
-
-
-def _combine(parts: Sequence[Matrix], join: Callable[[list[Tensor]], Tensor]) -> Matrix:
-    kinds = {type(part) for part in parts}
-    groups = {part.group for part in parts if isinstance(part, Sparse14Weight | Int4Weight)}
-    if kinds == {Sparse14Weight, Int4Weight} and len(groups) == 1:
-        parts = [part.to_int4() if isinstance(part, Sparse14Weight) else part for part in parts]
-    elif len(kinds) > 1:
-        return _combine_dense(parts, join)
-    sparse = [part for part in parts if isinstance(part, Sparse14Weight)]
-    if sparse:
-        return Sparse14Weight(
-            join([part.values_OP for part in sparse]),
-            join([part.positions_OR for part in sparse]),
-            join([part.scales_OG for part in sparse]),
-            sparse[0].inputs,
-            sparse[0].group,
-        )
-    eight = [part for part in parts if isinstance(part, Fp8Weight)]
-    if eight:
-        bits, scales = join([part.bits_OI for part in eight]), join([part.scales_OC for part in eight])
-        return Fp8Weight(bits, scales, eight[0].columns)
-    packed = [part for part in parts if isinstance(part, Int4Weight)]
-    return _combine_int4(packed, join) if packed else _combine_dense(parts, join)
-
-
-def _combine_dense(parts: Sequence[Matrix], join: Callable[[list[Tensor]], Tensor]) -> Tensor:
-    """In the dtype of those that are dense already."""
-    dtype = next((part.dtype for part in parts if isinstance(part, Tensor)), torch.float32)
-    return join([part if isinstance(part, Tensor) else part.dequantize(dtype) for part in parts])
-
-
-def _combine_int4(parts: Sequence[Int4Weight], join: Callable[[list[Tensor]], Tensor]) -> Int4Weight:
-    zeros = None
-    if any(part.zeros_OG is not None for part in parts):
-        zeros = join([_zeros(part) for part in parts])
-    return Int4Weight(
-        join([part.packed_OP for part in parts]),
-        join([part.scales_OG for part in parts]),
-        zeros,
-        parts[0].inputs,
-        parts[0].group,
-    )
-
-
-def _zeros(part: Int4Weight) -> Tensor:
-    if part.zeros_OG is not None:
-        return part.zeros_OG
-    return torch.zeros_like(part.scales_OG, dtype=torch.int8)

@@ -6,7 +6,8 @@ Legend: O outputs, I inputs, Q = I / 4 quads, P = ceil(Q / 2) bytes of values, R
 positions, G groups of inputs that share a scale; leading axes (experts) are allowed everywhere.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,20 +15,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moe_worker.quant.int4 import GROUP, Int4Weight, pack, unpack
+from moe_worker.quant.int4 import GROUP, ZERO_BYTE, Int4Weight, pack, unpack
+from moe_worker.quant.matrix import POSITIONS as OF_POSITIONS
+from moe_worker.quant.matrix import SCALES as OF_SCALES
+from moe_worker.quant.matrix import VALUES as OF_VALUES
+from moe_worker.quant.matrix import Matrix, Part
 
 VALUES, POSITIONS, SCALE = "weight_s14_values", "weight_s14_positions", "weight_scale"
 QUAD = 4
-ZERO_BYTE = 0x88  # two values of 0
 
 
 @dataclass(frozen=True)
-class Sparse14Weight:
+class Sparse14Weight(Matrix):
     """A matrix: weight[o, 4 q + position[o, q]] = scale[o, 4 q // group] * value[o, q], all others are 0.
 
     values_OP: uint8, value + 8 in four bits, that of the even quad in the low ones. positions_OR: uint8, two
     bits a quad, the first of four in the lowest. scales_OG: floating. inputs: I, a multiple of 4; group: too.
     """
+
+    takes_int8 = True
 
     values_OP: Tensor
     positions_OR: Tensor
@@ -36,28 +42,28 @@ class Sparse14Weight:
     group: int = GROUP
 
     @property
-    def outputs(self) -> int:
-        """O."""
-        return self.values_OP.shape[-2]
+    def parts(self) -> tuple[Part, ...]:
+        """Values, positions and scales."""
+        return (
+            Part(self.values_OP, OF_VALUES, 2 * QUAD, ZERO_BYTE),
+            Part(self.positions_OR, OF_POSITIONS, 4 * QUAD),
+            Part(self.scales_OG, OF_SCALES, self.group),
+        )
 
     @property
-    def count(self) -> int:
-        """Matrices stacked, A."""
-        return self.values_OP.shape[0]
+    def unit(self) -> int:
+        """Whole groups, and whole bytes of four quads."""
+        return math.lcm(self.group, 4 * QUAD)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of values, positions and scales."""
-        return self.values_OP.nbytes + self.positions_OR.nbytes + self.scales_OG.nbytes
+    def with_parts(self, tensors: Sequence[Tensor], inputs: int) -> "Sparse14Weight":
+        """See Matrix."""
+        values, positions, scales = tensors
+        return Sparse14Weight(values, positions, scales, inputs, self.group)
 
-    def __getitem__(self, index: int) -> "Sparse14Weight":
-        """One of stacked matrices."""
-        return self.map(lambda tensor: tensor[index])
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Sparse14Weight":
-        """`change`, which must treat all rows the same way, applied to values, positions and scales."""
-        parts = (change(self.values_OP), change(self.positions_OR), change(self.scales_OG))
-        return Sparse14Weight(*parts, self.inputs, self.group)
+    def like(self, others: Sequence[Matrix]) -> Matrix:
+        """With its zeros written out, which loses nothing, where others have four bits and are not sparse."""
+        dense = [other for other in others if isinstance(other, Int4Weight)]
+        return self.to_int4() if dense and all(other.group == self.group for other in dense) else self
 
     def values(self) -> Tensor:
         """int8 [..., O, Q], from -8 to 7."""
@@ -79,6 +85,15 @@ class Sparse14Weight:
     def to_int4(self) -> Int4Weight:
         """The same matrix with its zeros written out."""
         return Int4Weight(pack(self._spread(self.values())), self.scales_OG, None, self.inputs, self.group)
+
+    def _product(self, x_TI: Tensor) -> Tensor:
+        """One product for each position: no more than a quarter of the dense matrix is written out."""
+        scaled_OQ, positions_OQ = self.scaled(), self.positions()
+        x_TQ4 = x_TI.unflatten(-1, (-1, QUAD))
+        y_TO = x_TI.new_zeros(x_TI.shape[0], self.outputs)
+        for position in range(QUAD):
+            y_TO += x_TQ4[..., position] @ (scaled_OQ * (positions_OQ == position)).T
+        return y_TO
 
     def _spread(self, kept_OQ: Tensor) -> Tensor:
         """[..., O, I]: what each quad has, at its position."""

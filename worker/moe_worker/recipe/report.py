@@ -13,8 +13,8 @@ from moe_worker.config.engine import EngineOptions
 from moe_worker.config.quality import QUALITY_FILE
 from moe_worker.engine.loading import load
 from moe_worker.files import replacing, write_text
-from moe_worker.models.memory import DENSE, POSITIONS, SCALES, VALUES
 from moe_worker.models.safetensors import stored_tensors
+from moe_worker.quant.matrix import DENSE, POSITIONS, SCALES, VALUES
 
 KIND_OF = {
     "weight_packed": VALUES,

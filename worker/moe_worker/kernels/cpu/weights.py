@@ -5,6 +5,7 @@ Legend: O outputs, I inputs, A stacked matrices (experts or heads), G groups, H 
 
 import ctypes
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from moe_worker.kernels.cpu import structs
 from moe_worker.kernels.cpu.library import load
 from moe_worker.quant.int4 import Int4Weight
 from moe_worker.quant.int8 import piece_of
+from moe_worker.quant.matrix import Matrix
 from moe_worker.quant.sparse14 import Sparse14Weight
 
 INT4, SPARSE14 = 4, 14  # `bits` in native/interface.h
@@ -175,6 +177,22 @@ def _pack(
         )
     bias = bias_O.float().contiguous() if bias_O is not None else None
     return PackedWeight(data, zeros_out, bias, count, outputs, inputs, group, piece, INT4, paired)
+
+
+_PACKERS: dict[type[Matrix], Callable[..., PackedWeight]] = {
+    Int4Weight: pack_int4,
+    Sparse14Weight: pack_sparse14,
+}
+
+
+def pack(
+    matrix: Matrix, bias_O: Tensor | None = None, paired: bool = False, piece: int | None = None
+) -> PackedWeight:
+    """Packs a matrix of any format that has kernels: see `pack_int4`. Raises SettingsError for others."""
+    packer = _PACKERS.get(type(matrix))
+    if packer is None:
+        raise SettingsError(f"there are no CPU kernels for weights of type {type(matrix).__name__}")
+    return packer(matrix, bias_O, paired, piece)
 
 
 def aligned_bytes(size: int) -> Tensor:

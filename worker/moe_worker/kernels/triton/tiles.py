@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_worker.quant.int4 import GROUP
 from moe_worker.quant.int8 import PIECE
 
 # Numbers of tokens, rows and blocks are not specialized in any kernel: a server meets all of them, and each
@@ -101,20 +100,6 @@ class PackedFp8(_Scaled):
 
 
 Packed = PackedInt4 | PackedFp8
-
-
-def round_to_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Values -8..7 (int8) [..., G, O, 128] and scales [..., G, O] of weights [..., O, I], padded by 0."""
-    padded = torch.nn.functional.pad(weight.float(), (0, -weight.shape[-1] % GROUP))
-    grouped = padded.unflatten(-1, (-1, GROUP)).transpose(-2, -3)
-    scales = grouped.abs().amax(-1).clamp_min(1e-8) / 7
-    return (grouped / scales.unsqueeze(-1)).round().clamp(-8, 7).to(torch.int8), scales
-
-
-def pack_int4(weight: Tensor, int8: bool = True) -> PackedInt4:
-    """Rounds [..., O, I] to nearest, symmetric, one scale for 128 inputs, and packs it for the kernels."""
-    values, scales = round_to_int4(weight)
-    return pack_values(values, scales, weight.shape[-1], int8)
 
 
 def pack_values(values: Tensor, scales: Tensor, inputs: int, int8: bool = True) -> PackedInt4:
