@@ -16,6 +16,7 @@ from moe_worker.kernels.triton import attention, experts, latent, linear, norm, 
 from moe_worker.models.cuda_build import pack_fp8, pack_int4, split_dense
 from moe_worker.quant.fp8 import quantize_fp8
 from moe_worker.quant.int4 import quantize_int4
+from moe_worker.quant.int8 import piece_of
 from moe_worker.quant.matrix import Dense, stack
 from tests.gpu.device import BF16, DEVICE, needs_device
 
@@ -185,7 +186,7 @@ def test_attention_over_pages_and_the_merge_of_slices(slices, counts, heads, pag
         expected.append(torch.einsum("hr,hrv->hv", shares @ rows[:, :rank], weight.double()).flatten())
     expected = torch.stack(expected)
     for rounding in norm.Rounding:
-        out = poisoned(tokens, heads * value, tiles.piece_of(value))
+        out = poisoned(tokens, heads * value, piece_of(value))
         attention.merge_values(parts, lse, weight, out, rounding)
         actual = from_int8(out) if rounding is INT8 else out.x_TD
         assert difference(actual, expected) < (0.01 if rounding is NONE else 0.015) + BF16
@@ -204,7 +205,7 @@ def test_a_row_of_not_numbers_reaches_no_token_before_it(wrong):
 
     def attended(cache):
         parts, lse = attention.attend(query, cache, pages, positions, token_tiles, rank, page, 0.1, 2)
-        out = poisoned(count, heads * 64, tiles.piece_of(64))
+        out = poisoned(count, heads * 64, piece_of(64))
         attention.merge_values(parts, lse, weight, out, NONE)
         return out.x_TD
 
