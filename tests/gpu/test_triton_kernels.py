@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from moe_worker.kernels.triton import attention, experts, latent, linear, norm, router, tiles, wide
+from moe_worker.kernels.triton import attention, experts, latent, linear, norm, router, wide
 from moe_worker.models.cuda_build import pack_fp8, pack_int4, split_dense
 from moe_worker.quant.fp8 import quantize_fp8
 from moe_worker.quant.int4 import quantize_int4
