@@ -77,7 +77,7 @@ class StoredSource:
         if form.bits is not None and type(stored) in form.matrices:
             return stored.map(Tensor.clone)  # what was mapped from a file must not outlive it
         if form.bits is None or isinstance(self._storage, form.own):
-            # A plain matrix beside packed ones: who quantized the others left this one on purpose.
+            # A plain matrix next to packed ones: who quantized the others left this one on purpose.
             return Dense(stored.dequantize(self.dtype))
         plain = stored.dequantize(torch.float32) if stored.dense is None else stored.dense
         return form.quantize(plain, form.group(self._storage, inputs))
@@ -99,7 +99,7 @@ class StoredSource:
         return parts
 
     def _check_shape(self, name: str, told: Tensor | None, shape: tuple[int, ...]) -> None:
-        """`told`: what a packed checkpoint says of the shape beside the weights."""
+        """`told`: what a packed checkpoint says of the shape with the weights."""
         if told is None or told.is_meta or told.tolist() == list(shape):
             return
         stored = self._stored[name.removesuffix("weight") + compressed_tensors.SHAPE]

@@ -115,7 +115,7 @@ class PackedLayout:
 
 @dataclass(frozen=True)
 class SparseLayout:
-    """s14; a matrix that is not sparse may stand beside it as pack-quantized or plain."""
+    """s14; a matrix that is not sparse may stand next to it as pack-quantized or plain."""
 
     storage: SparseStorage
 
