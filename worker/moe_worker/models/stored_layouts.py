@@ -130,7 +130,7 @@ class SparseLayout:
         outputs, inputs = shape
         if inputs % sparse14.QUAD:
             return (
-                f"is stored 1:4 sparse, but config.json gives it {inputs} inputs, which is no multiple of "
+                f"is stored 1:4 sparse, but config.json gives it {inputs} inputs, which is not a multiple of "
                 f"{sparse14.QUAD}"
             )
         stem = name.removesuffix("weight")
