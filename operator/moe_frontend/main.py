@@ -13,7 +13,7 @@ from moe_api import telemetry
 from moe_api.address import check_address
 from moe_api.visible import LOG_MOST, guard_logs, one_line
 from moe_api.writing import WRITE_TIMEOUT_S
-from moe_frontend.policy import routing
+from moe_frontend.policy import balancing, routing
 from moe_frontend.serving import Options, serve
 from moe_frontend.transport import metadata
 from moe_operator.errors import MoEOperatorError
@@ -130,11 +130,23 @@ class _Keys(click.ParamType[frozenset[str]]):
     show_envvar=True,
     help="Seconds that an answer in the output cache is valid.",
 )
+@click.option(
+    "--routing",
+    type=click.Choice(sorted(balancing.POLICIES)),
+    default="least-loaded",
+    show_default=True,
+    envvar="MOE_ROUTING",
+    show_envvar=True,
+    help="Which replica takes a request. least-loaded: the one with the fewest requests in flight. "
+    "prefix-affinity: the one with the least left to compute, because it was sent the same beginning of a "
+    "prompt. session: the same one for all requests of a session (metadata x-session-id). random-of-two: the "
+    "less loaded of two.",
+)
 def main(**given: Any) -> None:
     """Routes requests to the replicas of a MoEDeployment.
 
     Serves moe_api.inference.v1.InferenceService, grpc.health.v1 and reflection; with --http also OpenAI's
-    API. A request goes to the replica with the fewest requests in flight. Where a worker dies, another
+    API. A request goes to the replica that --routing chooses. Where a worker dies, another
     replica of the same revision goes on with its streams, without a lost or repeated token. Health service ""
     is SERVING while at least one worker is ready, for --patience after the last one was lost, and where one
     is made for requests (--hold); "liveness" always.

@@ -17,6 +17,7 @@ from moe_frontend.http.app import Api
 from moe_frontend.http.server import HttpServer
 from moe_frontend.outputs.cache import OutputCache
 from moe_frontend.outputs.store import Store
+from moe_frontend.policy import balancing
 from moe_frontend.transport import failures
 from moe_frontend.transport.failures import Failure
 from moe_frontend.transport.forwarding import Forwarder
@@ -40,6 +41,7 @@ class Options:
     forward_metadata: keys that pass between clients and workers.
     output_cache: bytes of the output cache; 0: there is none.
     output_cache_ttl: how long its answers are valid.
+    routing: name of the policy (balancing.POLICIES).
     """
 
     listen: tuple[str, ...]
@@ -54,6 +56,7 @@ class Options:
     forward_metadata: frozenset[str]
     output_cache: int
     output_cache_ttl: float
+    routing: str
 
 
 async def serve(options: Options) -> None:
@@ -63,7 +66,7 @@ async def serve(options: Options) -> None:
         InstallationError: there is no cluster, or the address cannot be listened on.
     """
     supervisor = Supervisor(expected=(MoEOperatorError,))
-    replicas = Replicas(supervisor=supervisor)
+    replicas = Replicas(supervisor=supervisor, policy=balancing.POLICIES[options.routing]())
     outputs = _outputs(options, supervisor)
     forwarder, hold = _forwarder(options, replicas, outputs)
     frontend = Frontend(forwarder, hold, supervisor)

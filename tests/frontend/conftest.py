@@ -41,6 +41,7 @@ class Bench:
         write_timeout_s=30.0,
         output_cache=0,
         revision="",
+        policy=None,
     ):
         self.revision = revision
         self.supervisor = Supervisor()
@@ -52,7 +53,7 @@ class Bench:
         provider = TracerProvider()
         provider.add_span_processor(SimpleSpanProcessor(self.spans))
         self.tracer = provider.get_tracer("test")
-        self.replicas = Replicas()
+        self.replicas = Replicas(policy=policy)
         self.hold = Hold(hold_s, "demo", from_zero)
         self.forwarder = Forwarder(
             self.replicas, self.tracer, self.hold, patience_s, keys, write_timeout_s, self.outputs

@@ -5,9 +5,8 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from moe_api.inference.v1 import inference_pb2
+from moe_frontend.policy.salt import salt_of
 
-_CREDENTIALS: Final = ("authorization", "x-cache-salt")
-"""Clients with other credentials, or another salt of their own, never share an answer."""
 _OPT_OUT: Final = ("no-store", "no-cache")
 
 
@@ -39,7 +38,7 @@ def key_of(
     if not question.sampling.HasField("seed") and request.resume.HasField("seed"):
         question.sampling.seed = request.resume.seed
     digest = hashlib.sha256()
-    for part in (_salt(pairs), revision.encode(), question.SerializeToString(deterministic=True)):
+    for part in (salt_of(pairs), revision.encode(), question.SerializeToString(deterministic=True)):
         digest.update(len(part).to_bytes(8, "big"))
         digest.update(part)
     return digest.digest()
@@ -55,13 +54,3 @@ def _determined(request: inference_pb2.GenerateRequest, samples: bool) -> bool:
 def _opts_out(metadata: list[Any]) -> bool:
     values = (str(value).lower() for key, value in metadata if key == "cache-control")
     return any(word in value for value in values for word in _OPT_OUT)
-
-
-def _salt(metadata: list[Any]) -> bytes:
-    digest = hashlib.sha256()
-    for name in _CREDENTIALS:
-        for key, value in metadata:
-            if key == name:
-                part = value if isinstance(value, bytes) else str(value).encode()
-                digest.update(f"{name}:{len(part)}:".encode() + part)
-    return digest.digest()

@@ -6,8 +6,8 @@ dead pod only after its readiness probe failed, and until then it would look the
 """
 
 import dataclasses
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import Iterable, Sequence
+from typing import Final, Protocol
 
 from moe_api.backoff import Backoff
 
@@ -52,6 +52,20 @@ class Load:
     failed_at: float = 0.0
     revision: str = ""
     distrusted_until: float = 0.0
+
+
+LEAST_LOADED: Final = "LeastLoaded"
+
+
+class Ranking(Protocol):
+    """Orders the candidates for one request."""
+
+    @property
+    def reason(self) -> str:
+        """CamelCase, for machines."""
+
+    def costs(self, candidates: Sequence[Load], now: float) -> Sequence[float]:
+        """The cost of each candidate; the cheapest is chosen. `now` in seconds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +153,11 @@ class Trials:
 
 
 def choose(
-    loads: Iterable[Load], tried: frozenset[str], now: float, revision: str | None = None
+    loads: Iterable[Load],
+    tried: frozenset[str],
+    now: float,
+    revision: str | None = None,
+    ranking: Ranking | None = None,
 ) -> Decision | None:
     """The replica for a request, or None when there is none left that was not tried.
 
@@ -148,12 +166,20 @@ def choose(
         tried: names of replicas where this request failed before.
         now: seconds, on the clock of `Load.failed_at`.
         revision: the only one that will do; None: any.
+        ranking: gives each candidate a cost, and says why the cheapest one is chosen; None: the fewest
+            requests in flight.
     """
     candidates = [load for load in loads if load.name not in tried and revision in (None, load.revision)]
     if not candidates:
         return None
-    best = min(candidates, key=lambda load: (is_suspect(load, now), load.in_flight, load.last_chosen))
+    costs = [load.in_flight for load in candidates] if ranking is None else ranking.costs(candidates, now)
+    _, best = min(
+        zip(costs, candidates, strict=True),
+        key=lambda pair: (is_suspect(pair[1], now), pair[0], pair[1].last_chosen),
+    )
     reason, message = _why(best, candidates, now)
+    if ranking is not None and reason == LEAST_LOADED:
+        reason, message = ranking.reason, f"{best.name} has the lowest cost of {len(candidates)}"
     return Decision(best.name, len(candidates), reason, message)
 
 
@@ -187,4 +213,4 @@ def _why(best: Load, candidates: list[Load], now: float) -> tuple[str, str]:
         return "OnlyReplica", f"{best.name} is the only replica to choose"
     if is_suspect(best, now):
         return "AllSuspect", f"all {len(candidates)} replicas failed lately; {best.name} has the least load"
-    return "LeastLoaded", f"{best.name} runs {best.in_flight} requests, the least of {len(candidates)}"
+    return LEAST_LOADED, f"{best.name} runs {best.in_flight} requests, the least of {len(candidates)}"

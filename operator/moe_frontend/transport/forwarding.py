@@ -30,6 +30,7 @@ from moe_frontend.outputs.cache import OutputCache
 from moe_frontend.outputs.flight import Flight
 from moe_frontend.outputs.key import key_of
 from moe_frontend.policy import routing
+from moe_frontend.policy.balancing import Asked
 from moe_frontend.policy.echo import ContractError
 from moe_frontend.policy.progress import Progress
 from moe_frontend.transport import bounds, failures, metadata
@@ -86,6 +87,7 @@ class _Call:
     span: trace.Span
     writer: Writer
     progress: Progress
+    asked: Asked | None
 
 
 class Forwarder:
@@ -151,7 +153,8 @@ class Forwarder:
         if failure := self._oversize(request):
             return failure
         writer = Writer(caller, self._write_timeout_s)
-        call = _Call(method, caller, span, writer, Progress(request))
+        asked = self._replicas.ask(request, caller.invocation_metadata())
+        call = _Call(method, caller, span, writer, Progress(request), asked)
         if failure := await self._held(call):
             return failure
         if failure := self._oversize(request):  # where it waited, it is known only now what is served
@@ -175,7 +178,7 @@ class Forwarder:
             progress = Progress(request)
             with self._tracer.start_as_current_span("compute", trace.set_span_in_context(call.span)) as span:
                 writer = Writer(flight, self._write_timeout_s)
-                failure = await self._attempts(_Call(call.method, flight, span, writer, progress))
+                failure = await self._attempts(_Call(call.method, flight, span, writer, progress, call.asked))
             return failure, progress.revision
 
         resumed = request.resume.tokens
@@ -201,7 +204,7 @@ class Forwarder:
         trials = routing.Trials(time.monotonic(), patience_s=self._patience_s)
         while True:
             before = progress.tokens
-            with self._replicas.lease(trials.tried, progress.bound_to) as lease:
+            with self._replicas.lease(trials.tried, progress.bound_to, call.asked) as lease:
                 if lease is not None:
                     _record(call.span, lease, trials.attempts + 1, progress)
                     failure = await self._attempt(call, lease)

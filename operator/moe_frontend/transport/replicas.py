@@ -4,16 +4,18 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 import grpc
+from google.protobuf.message import Message
 
 from moe_api import transport
 from moe_api.supervision import Supervisor
 from moe_frontend.discovery.endpoints import Endpoint, Served
 from moe_frontend.policy import routing
+from moe_frontend.policy.balancing import Asked, Policy, question_of
 from moe_frontend.transport.bounds import Limits
 
 # Pods reuse addresses: a channel of its own per replica shares no backoff with a predecessor's.
@@ -58,11 +60,16 @@ class Replicas:
     Args:
         clock: seconds, monotonic.
         supervisor: closes channels that are not needed any more.
+        policy: orders replicas; None: the fewest requests in flight first.
     """
 
     def __init__(
-        self, clock: Callable[[], float] = time.monotonic, supervisor: Supervisor | None = None
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        supervisor: Supervisor | None = None,
+        policy: Policy | None = None,
     ) -> None:
+        self._policy = policy
         self._clock = clock
         self._supervisor = supervisor or Supervisor()
         self._ready: dict[str, _Replica] = {}
@@ -81,6 +88,8 @@ class Replicas:
         for name, replica in list(self._ready.items()):
             if wanted.get(name) != replica.endpoint:
                 self._leaving.append(self._ready.pop(name))
+        if self._policy is not None:
+            self._policy.keep(frozenset(self._ready))
         for name, endpoint in wanted.items():
             if name not in self._ready:
                 channel = grpc.aio.insecure_channel(endpoint.address, options=_OPTIONS)
@@ -91,25 +100,34 @@ class Replicas:
         self._changed.set()
         self._changed = asyncio.Event()
 
+    def ask(self, request: Message, metadata: Iterable[Any] | None) -> Asked | None:
+        """What the policy makes of a request, for `lease`; None where there is no policy."""
+        return None if self._policy is None else Asked(self._policy, question_of(request, metadata))
+
     async def change(self, most_s: float) -> None:
         """Waits until `update` is called, `most_s` seconds at most."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), most_s)
 
     @contextlib.contextmanager
-    def lease(self, tried: frozenset[str], revision: str | None = None) -> Iterator[Lease | None]:
+    def lease(
+        self, tried: frozenset[str], revision: str | None = None, asked: Asked | None = None
+    ) -> Iterator[Lease | None]:
         """Holds the best replica for the time of the block; None if there is none.
 
         Args:
             tried: those not to be tried again.
             revision: the only one that will do; None: any.
+            asked: the request, as `ask` gave it.
         """
         loads = (replica.load for replica in self._ready.values())
-        decision = routing.choose(loads, tried, self._clock(), revision)
+        decision = routing.choose(loads, tried, self._clock(), revision, asked)
         if decision is None:
             yield None
             return
         replica = self._ready[decision.replica]
+        if asked is not None:
+            asked.sent(decision.replica, self._clock())
         self._requests += 1
         replica.load = replace(replica.load, in_flight=replica.load.in_flight + 1, last_chosen=self._requests)
         try:

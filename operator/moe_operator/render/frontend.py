@@ -60,8 +60,20 @@ def command(deployment: Deployment) -> list[str]:
     return words
 
 
+_ROUTING = {
+    "PrefixAffinity": "prefix-affinity",
+    "RandomOfTwo": "random-of-two",
+    "Session": "session",
+}
+
+
+def _options(deployment: Deployment) -> dict[str, str]:
+    """Variables, for the same reason as _HTTP; none for what has its default."""
+    routing = _ROUTING.get(deployment.spec.frontend.routing)
+    return {**({"MOE_ROUTING": routing} if routing else {}), **_output_cache(deployment)}
+
+
 def _output_cache(deployment: Deployment) -> dict[str, str]:
-    """Variables, for the same reason as _HTTP; none where the cache is off."""
     outputs = deployment.spec.cache.outputs
     if outputs.mode == "Off":
         return {}
@@ -76,9 +88,7 @@ def pod_spec(deployment: Deployment) -> Manifest:
         "image": settings.image,
         "command": command(deployment),
         "env": [
-            *pods.environment(
-                deployment, names.ROLE_FRONTEND, settings, {**_HTTP, **_output_cache(deployment)}
-            ),
+            *pods.environment(deployment, names.ROLE_FRONTEND, settings, {**_HTTP, **_options(deployment)}),
             _POD_UID,
         ],
         "ports": [*pods.PORTS, _HTTP_PORT],

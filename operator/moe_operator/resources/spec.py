@@ -205,6 +205,13 @@ class Frontend(PodSettings):
         max_length=512,
         json_schema_extra=rules(_IMAGE_RULE),
     )
+    routing: Literal["LeastLoaded", "PrefixAffinity", "RandomOfTwo", "Session"] = Field(
+        default="LeastLoaded",
+        description="Which replica takes a request. LeastLoaded: the one with the fewest requests in flight. "
+        "PrefixAffinity: the one with the least left to compute, because it was sent the same beginning of a "
+        "prompt. Session: the same one for all requests of a session (metadata x-session-id). RandomOfTwo: "
+        "the less loaded of two. Default: LeastLoaded.",
+    )
     termination_grace_period_seconds: int = Field(
         default=60,
         description="Seconds that a terminating frontend has to finish its streams. Default: 60.",

@@ -1,0 +1,167 @@
+"""Policies that order replicas for a request. Pure but for chance, which is given.
+
+A policy gives each candidate a cost; `routing.choose` takes the cheapest one, after those that are suspect.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from google.protobuf.message import Message
+
+from moe_api.inference.v1 import inference_pb2
+from moe_frontend.policy.prefixes import PrefixIndex, blocks_of
+from moe_frontend.policy.routing import Load
+from moe_frontend.policy.salt import salt_of
+
+SESSION_KEY: Final = "x-session-id"
+"""Metadata (HTTP header) that names the session of a request."""
+_SMOOTHING: Final = 0.02
+"""Share of the newest request in the mean cost of one."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a policy knows of a request.
+
+    Attributes:
+        blocks: names of the blocks of its prompt, in order.
+        session: that the client named; "" for none.
+    """
+
+    blocks: tuple[int, ...] = ()
+    session: str = ""
+
+
+class Policy(Protocol):
+    """Orders replicas."""
+
+    reason: str
+    """CamelCase, for machines."""
+
+    def costs(self, question: Question, candidates: Sequence[Load], now: float) -> Sequence[float]:
+        """The cost of each candidate; `now` in seconds."""
+
+    def sent(self, question: Question, replica: str, now: float) -> None:
+        """The request went to a replica."""
+
+    def keep(self, replicas: frozenset[str]) -> None:
+        """These replicas are ready, and no others."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A policy's view of one request: a `routing.Ranking`."""
+
+    policy: Policy
+    question: Question
+
+    @property
+    def reason(self) -> str:
+        """Of the policy."""
+        return self.policy.reason
+
+    def costs(self, candidates: Sequence[Load], now: float) -> Sequence[float]:
+        """As `Policy.costs`."""
+        return self.policy.costs(self.question, candidates, now)
+
+    def sent(self, replica: str, now: float) -> None:
+        """As `Policy.sent`."""
+        self.policy.sent(self.question, replica, now)
+
+
+def question_of(request: Message, metadata: Iterable[Any] | None) -> Question:
+    """What a policy knows of a request; `metadata` with keys in lower case."""
+    pairs = list(metadata or ())
+    session = next((str(value) for key, value in pairs if key == SESSION_KEY), "")
+    if not isinstance(request, inference_pb2.GenerateRequest):
+        return Question(session=session)
+    return Question(blocks_of(request, salt_of(pairs)), session)
+
+
+class LeastLoaded:
+    """The fewest requests of this frontend in flight."""
+
+    reason = "LeastLoaded"
+
+    def costs(self, question: Question, candidates: Sequence[Load], now: float) -> Sequence[float]:  # noqa: ARG002
+        """As `Policy.costs`."""
+        return [load.in_flight for load in candidates]
+
+    def sent(self, question: Question, replica: str, now: float) -> None:
+        """As `Policy.sent`."""
+
+    def keep(self, replicas: frozenset[str]) -> None:
+        """As `Policy.keep`."""
+
+
+class RandomOfTwo(LeastLoaded):
+    """The less loaded of two that chance picks. Mitzenmacher, IEEE TPDS 2001."""
+
+    reason = "RandomOfTwo"
+
+    def __init__(self, chance: random.Random | None = None) -> None:
+        self._chance = chance or random.Random()  # noqa: S311 - nobody gains by guessing it
+
+    def costs(self, question: Question, candidates: Sequence[Load], now: float) -> Sequence[float]:
+        """As `Policy.costs`."""
+        loads = super().costs(question, candidates, now)
+        picked = self._chance.sample(range(len(candidates)), min(2, len(candidates)))
+        return [load if index in picked else float("inf") for index, load in enumerate(loads)]
+
+
+class Session(LeastLoaded):
+    """All requests of a session go to one replica, by rendezvous hashing; others to the least loaded."""
+
+    reason = "Session"
+
+    def costs(self, question: Question, candidates: Sequence[Load], now: float) -> Sequence[float]:
+        """As `Policy.costs`."""
+        if not question.session:
+            return super().costs(question, candidates, now)
+        return [
+            int.from_bytes(
+                hashlib.blake2b(f"{question.session}\0{load.name}".encode(), digest_size=6).digest()
+            )
+            for load in candidates
+        ]
+
+
+class PrefixAffinity:
+    """The least work before the answer begins: blocks to compute, and those of the requests in flight.
+
+    A request in flight counts as the mean of the blocks that requests had to compute lately, so that a
+    replica which holds a hot prefix gets no more than what is cheaper there than elsewhere.
+    """
+
+    reason = "PrefixAffinity"
+
+    def __init__(self, index: PrefixIndex | None = None) -> None:
+        self._index = PrefixIndex() if index is None else index
+        self._mean = 1.0
+
+    def costs(self, question: Question, candidates: Sequence[Load], now: float) -> Sequence[float]:
+        """As `Policy.costs`."""
+        held = self._index.held(question.blocks, now)
+        total = len(question.blocks)
+        return [total - held.get(load.name, 0) + load.in_flight * self._mean for load in candidates]
+
+    def sent(self, question: Question, replica: str, now: float) -> None:
+        """As `Policy.sent`."""
+        missing = len(question.blocks) - self._index.held(question.blocks, now).get(replica, 0)
+        self._mean += _SMOOTHING * (max(1, missing) - self._mean)
+        self._index.note(replica, question.blocks, now)
+
+    def keep(self, replicas: frozenset[str]) -> None:
+        """As `Policy.keep`."""
+        self._index.keep(replicas)
+
+
+POLICIES: Final[dict[str, Callable[[], Policy]]] = {
+    "least-loaded": LeastLoaded,
+    "prefix-affinity": PrefixAffinity,
+    "random-of-two": RandomOfTwo,
+    "session": Session,
+}

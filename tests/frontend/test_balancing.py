@@ -1,0 +1,127 @@
+"""Routing policies: pure decisions, and requests over a running frontend."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_api.inference.v1 import inference_pb2
+from moe_frontend.policy.balancing import (
+    POLICIES,
+    Asked,
+    PrefixAffinity,
+    Question,
+    RandomOfTwo,
+    Session,
+    question_of,
+)
+from moe_frontend.policy.prefixes import BLOCKS_MOST, PrefixIndex, blocks_of
+from moe_frontend.policy.routing import Load, choose
+
+NAMES = ("a", "b", "c")
+
+
+def loads(*in_flight):
+    return [Load(name, count) for name, count in zip(NAMES, in_flight, strict=False)]
+
+
+def chosen(policy, question, candidates, now=0.0):
+    decision = choose(candidates, frozenset(), now, ranking=Asked(policy, question))
+    policy.sent(question, decision.replica, now)
+    return decision
+
+
+def test_a_prompt_goes_where_its_beginning_went():
+    policy = PrefixAffinity()
+    first = chosen(policy, Question((1, 2, 3)), loads(1, 0, 1))
+    again = chosen(policy, Question((1, 2, 3, 4)), loads(1, 1, 1))
+    assert (first.replica, again.replica, again.reason) == ("b", "b", "PrefixAffinity")
+
+
+def test_a_hot_prefix_spreads_when_its_replica_is_busy():
+    policy, question = PrefixAffinity(), Question(tuple(range(20)))
+    assert chosen(policy, question, loads(0, 0, 0)).replica == "a"
+    assert chosen(policy, question, loads(3, 0, 0)).replica == "a"
+    assert chosen(policy, question, loads(40, 0, 0)).replica == "b"
+
+
+def test_a_replica_that_comes_back_is_not_taken_to_hold_anything():
+    policy = PrefixAffinity()
+    chosen(policy, Question((1, 2)), loads(0, 1, 1))
+    policy.keep(frozenset("bc"))
+    assert chosen(policy, Question((1, 2)), loads(1, 0, 0)).replica == "b"
+
+
+def test_what_was_sent_long_ago_counts_no_more():
+    policy = PrefixAffinity(PrefixIndex(ttl_s=10))
+    chosen(policy, Question((1, 2, 3)), loads(0, 1, 1))
+    assert chosen(policy, Question((1, 2, 3)), loads(1, 0, 0), now=9.0).replica == "a"
+    assert chosen(policy, Question((1, 2, 3)), loads(1, 0, 0), now=20.0).replica == "b"
+
+
+@given(st.lists(st.tuples(st.sampled_from(NAMES), st.lists(st.integers(0, 99), max_size=30)), max_size=50))
+def test_the_index_is_bounded_and_never_claims_what_was_not_sent(sent):
+    index, prefixes = PrefixIndex(most=40), {}
+    for now, (replica, blocks) in enumerate(sent):
+        index.note(replica, blocks, float(now))
+        for end in range(1, len(blocks) + 1):
+            prefixes.setdefault(replica, set()).update(blocks[:end])
+        assert len(index) <= 40
+    for _, blocks in sent:
+        for replica, count in index.held(blocks, float(len(sent))).items():
+            assert set(blocks[:count]) <= prefixes[replica]
+
+
+def test_blocks_name_all_that_is_before_them():
+    def names(salt, prompt):
+        return blocks_of(inference_pb2.GenerateRequest(prompt=prompt), salt)
+
+    first, second, third = "a" * 512, "b" * 512, "c" * 512
+    assert len(names(b"s", first + second + "rest")) == 2
+    assert names(b"s", first + third)[0] == names(b"s", first + second)[0]
+    assert names(b"s", first + third)[1] != names(b"s", second + third)[1]
+    assert not set(names(b"s", first + second)) & set(names(b"t", first + second))
+    assert len(names(b"s", "x" * (512 * BLOCKS_MOST + 5000))) == BLOCKS_MOST
+
+
+def test_token_ids_are_blocks_as_well():
+    request = inference_pb2.GenerateRequest(prompt_tokens={"ids": range(300)})
+    assert len(blocks_of(request, b"s")) == 2
+
+
+def test_a_session_stays_where_it_is_while_its_replica_is_there():
+    sessions = [Question(session=f"s{number}") for number in range(200)]
+    before = [chosen(Session(), question, loads(9, 0, 0)).replica for question in sessions]
+    assert {before.count(name) > 30 for name in NAMES} == {True}
+    after = [chosen(Session(), question, loads(0, 9)).replica for question in sessions]
+    assert all(old == new for old, new in zip(before, after, strict=True) if old != "c")
+    assert chosen(Session(), Question(), loads(2, 1, 3)).replica == "b"
+
+
+def test_the_less_loaded_of_two_is_never_the_most_loaded_of_three():
+    policy = RandomOfTwo(random.Random(1))
+    picked = {chosen(policy, Question(), loads(0, 1, 2)).replica for _ in range(100)}
+    assert picked == {"a", "b"}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_replica_that_just_failed_comes_last(name):
+    failed = [Load("a", 0, failures=1, failed_at=0.0), Load("b", 50)]
+    assert chosen(POLICIES[name](), Question((1,), "s"), failed, now=0.1).replica == "b"
+
+
+def test_a_question_holds_session_and_blocks_by_tenant():
+    request = inference_pb2.GenerateRequest(prompt="x" * 1024)
+    one = question_of(request, [("x-session-id", "s"), ("authorization", "a")])
+    other = question_of(request, [("authorization", "b")])
+    assert one.session == "s"
+    assert not set(one.blocks) & set(other.blocks)
+
+
+async def test_a_frontend_sends_equal_beginnings_to_one_replica(bench):
+    running = await bench(workers=3, policy=PrefixAffinity())
+    prompt = "count 1 0" + " " * 4096
+    for _ in range(6):
+        await running.text(prompt)
+    assert sorted(worker.requests for worker in running.workers) == [0, 0, 6]
