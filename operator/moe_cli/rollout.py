@@ -61,11 +61,9 @@ def status(name: str, namespace: str | None, context: str | None, timeout: float
             if reason in DONE:
                 return
             if holds == "False" or reason == _PAUSED:
-                raise CommandError(
-                    f"the rollout of {name} does not go on: see `moe status {name}`", errors.FAILED
-                )
+                raise CommandError(f"the rollout of {name} is stuck; see `moe status {name}`", errors.FAILED)
             if deadline is not None and time.monotonic() >= deadline:
-                raise CommandError(f"the rollout of {name} is not through within --timeout", errors.LATE)
+                raise CommandError(f"the rollout of {name} did not complete within --timeout", errors.LATE)
             time.sleep(_POLL_S)
 
 

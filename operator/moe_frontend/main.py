@@ -159,9 +159,7 @@ def main(**given: Any) -> None:
     """
     options = Options(**given)
     if (options.deployment is None) == (options.static is None):
-        raise click.UsageError(
-            "say where the workers are, by one of --deployment NAME and --static HOST:PORT,..."
-        )
+        raise click.UsageError("no workers given; use one of --deployment NAME and --static HOST:PORT,...")
     guard_logs()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:

@@ -97,7 +97,7 @@ def counting(request, number, **last):
 
 
 LIES = {
-    "sent a message behind the end": lambda _, __: [message(1, finish_reason=STOP), message(2)],
+    "sent a message after the end": lambda _, __: [message(1, finish_reason=STOP), message(2)],
     "sent more than max_tokens (100) tokens": lambda _, __: [message(n) for n in range(200)],
     "sent more than max_tokens": lambda _, __: [message(*range(200))],
     "ended the answer without a finish reason": lambda _, __: [message(1), message(2)],
@@ -181,7 +181,7 @@ async def test_a_worker_that_goes_on_from_elsewhere_is_caught(scripted):
     b, _ = await scripted(script, script)
     tokens, error = await hear(b)
     assert tokens == [1, 2, 3]
-    assert "goes on behind 2 tokens of a text of which 3 were sent" in error.details()
+    assert "continues after 2 tokens, but 3 were emitted" in error.details()
 
 
 async def test_a_worker_that_leaves_the_call_open_does_not_keep_the_client(scripted):

@@ -356,8 +356,8 @@ def test_help_teaches():
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        ((), "say where the workers are"),
-        (("--static", "a:1", "--deployment", "d"), "say where the workers are"),
+        ((), "no workers given"),
+        (("--static", "a:1", "--deployment", "d"), "no workers given"),
         (("--static", "nowhere"), "'nowhere' is not HOST:PORT"),
         (("--static", "127.0.0.1:99999"), "is not HOST:PORT"),
         (("--static", "127.0.0.1:1", "--listen", "x"), "'x' is not HOST:PORT"),

@@ -102,6 +102,8 @@ def test_an_operator_newer_than_its_crds_does_not_wait_for_them(monkeypatch):
     """Its watchers settle, and say what is missing again and again."""
     cluster = Cluster(ApiClient(Configuration()), 1.0)
     monkeypatch.setattr(cluster, "_request", lambda *_, **__: None)
-    with pytest.raises(ReadForbiddenError, match="the API server knows no FrontendRoutes; apply the CRDs"):
+    with pytest.raises(
+        ReadForbiddenError, match="kind FrontendRoutes is unknown to the API server; apply the CRDs"
+    ):
         cluster.chunk(names.ROUTES_KIND, names.LABEL_NAME, 10, None)
     assert cluster.list(names.ROUTES_KIND, "default", "docs") == []

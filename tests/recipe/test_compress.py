@@ -86,7 +86,9 @@ def test_other_settings_for_a_step_that_is_done_are_refused(folder, text_file):
     write_recipe(folder, text_file, "twice", "\n  - finetune: {steps: 1}")
     list(run.run_steps(read_recipe(folder / "twice.yaml")))
     write_recipe(folder, text_file, "twice", "\n  - finetune: {steps: 2}")
-    with pytest.raises(SettingsError, match="was made by other settings, texts or checkpoints than finetune"):
+    with pytest.raises(
+        SettingsError, match="was created from other settings, texts or checkpoints than those of finetune"
+    ):
         list(run.run_steps(read_recipe(folder / "twice.yaml")))
 
 
@@ -106,7 +108,9 @@ def test_another_text_to_score_is_no_result_of_before(folder, text_file, tmp_pat
     changed(valid, "quite another text, of other words")
     again = run.run_steps(recipe)
     assert next(again)[2] != before
-    with pytest.raises(SettingsError, match="was made by other settings, texts or checkpoints than finetune"):
+    with pytest.raises(
+        SettingsError, match="was created from other settings, texts or checkpoints than those of finetune"
+    ):
         next(again)
 
 
@@ -122,7 +126,7 @@ def test_an_interrupted_step_of_other_settings_is_refused(folder, text_file, mon
     with pytest.raises(KeyboardInterrupt):
         list(run.run_steps(read_recipe(folder / "half.yaml")))
     write_recipe(folder, text_file, "half", prune.format(experts=6))
-    with pytest.raises(SettingsError, match="was made by other settings"):
+    with pytest.raises(SettingsError, match="was created from other settings"):
         list(run.run_steps(read_recipe(folder / "half.yaml")))
 
 

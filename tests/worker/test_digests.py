@@ -105,5 +105,5 @@ def test_files_without_a_digest_are_named_in_the_log(copied, caplog):
 @pytest.mark.parametrize("line", ["abc", "z" * 64, f"{'0' * 63}  {WEIGHTS}"])
 def test_a_list_that_sha256sum_does_not_write(copied, line):
     (copied / f"{WEIGHTS}.sha256").write_text(line + "\n")
-    with pytest.raises(CheckpointError, match="holds a line that sha256sum does not write"):
+    with pytest.raises(CheckpointError, match="contains a line that is not in sha256sum format"):
         check_digests(copied, threads=1)

@@ -132,7 +132,7 @@ def entry(begin, end, shape=(1,), dtype="F32"):
         (headed(b"[]"), "is not a JSON object"),
         (headed(b"[" * 100_000), "cannot be read"),
         (headed(b'{"a": 1' + b"0" * 5000 + b"}"), "cannot be read"),
-        (headed(b'{"a": {}, "a": {}}'), "a name stands there twice"),
+        (headed(b'{"a": {}, "a": {}}'), "a name occurs twice"),
         (
             headed(json.dumps({"a": entry(0, 8), "b": entry(4, 12)}).encode(), bytes(12)),
             "overlaps the one",

@@ -25,7 +25,7 @@ def test_a_checkpoint_within_its_bound_passes(tmp_path):
     ("changes", "text", "sentence"),
     [
         ({}, None, "needs 1.0200 bits per byte, its original 1.0000; that is 0.0200 more, and at most 0.01"),
-        ({"after": 1.0}, "test", "is about the text 'valid', where 'test' is asked for"),
+        ({"after": 1.0}, "test", "is for the text 'valid'; 'test' is required"),
         ({"after": "much"}, None, "must give bits_per_byte.before and bits_per_byte.after, two numbers"),
         ({"before": float("nan")}, None, "must give bits_per_byte.before"),
     ],

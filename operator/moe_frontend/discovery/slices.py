@@ -78,7 +78,7 @@ class SliceWatcher:
                 if not _expired(error):
                     raise ClusterUnavailableError(
                         f"cannot follow the EndpointSlices of {self._service} ({_brief(error)}); "
-                        "going on with the endpoints known last"
+                        "continuing with the last known endpoints"
                     ) from error
                 self._stopping.wait(_BETWEEN_LISTS_S)
 
@@ -143,7 +143,7 @@ def _load_kubeconfig() -> None:
         kubernetes.config.load_kube_config()
     except kubernetes.config.ConfigException as error:
         raise InstallationError(
-            "no Kubernetes cluster to be found: run inside a pod with a service account, set KUBECONFIG, "
+            "no Kubernetes cluster found: run inside a pod with a service account, set KUBECONFIG, "
             "or name the workers with --static HOST:PORT,..."
         ) from error
 

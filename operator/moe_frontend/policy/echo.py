@@ -59,7 +59,7 @@ class EchoGuard:
             return
         if response.resumed != len(self._sent):
             raise ContractError(
-                f"goes on behind {response.resumed} tokens of a text of which {len(self._sent)} were sent"
+                f"continues after {response.resumed} tokens, but {len(self._sent)} were emitted"
             )
         self._acknowledged = self._sure = True
 

@@ -91,7 +91,7 @@ class Progress:
         """
         response = self._parsed(message)
         if self.finished:
-            raise ContractError("sent a message behind the end of the answer")
+            raise ContractError("sent a message after the end of the answer")
         if not isinstance(response, inference_pb2.GenerateResponse):
             self.messages, self.finished = 1, True
             return [message]
@@ -136,7 +136,7 @@ class Progress:
         doubtful = self._guard.doubtful and response.HasField("usage")
         if doubtful and response.usage.completion_tokens != total:
             raise ContractError(
-                f"counts {response.usage.completion_tokens} tokens in a text of which {total} were sent"
+                f"reports {response.usage.completion_tokens} completion tokens, but sent {total}"
             )
 
 

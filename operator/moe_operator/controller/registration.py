@@ -225,6 +225,6 @@ def prepare_installation(cluster: Cluster, own: Settings) -> None:
     for api_version in (names.API_VERSION, peering.API_VERSION):
         if not cluster.serves(api_version):
             raise InstallationError(
-                f"the cluster does not know {api_version}; install the chart, or apply charts/install.yaml"
+                f"{api_version} is not installed; install the chart, or apply charts/install.yaml"
             )
     cluster.apply(peering.manifest(own.peering))

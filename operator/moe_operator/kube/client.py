@@ -136,7 +136,7 @@ class Cluster:
         more = {"_continue": following} if following else {}
         found = self._request("get", _path(kind, None), label_selector=label, limit=limit, **more)
         if found is None:
-            raise ReadForbiddenError(f"the API server knows no {kind}; apply the CRDs of the chart")
+            raise ReadForbiddenError(f"kind {kind} is unknown to the API server; apply the CRDs of the chart")
         items = [{**item, "apiVersion": _PATHS[kind][0], "kind": kind} for item in found["items"]]
         metadata = found["metadata"]
         return Chunk(items, metadata["resourceVersion"], metadata.get("continue"))
@@ -165,7 +165,7 @@ class Cluster:
                     raise _watch_error(event["object"])
                 yield event
         except urllib3.exceptions.HTTPError as error:
-            raise ClusterUnavailableError(f"the watch of {kind} broke off: {error}") from error
+            raise ClusterUnavailableError(f"the watch of {kind} was interrupted: {error}") from error
         finally:
             response.close()
 
@@ -236,7 +236,7 @@ class Cluster:
             raise translated(error, method, path) from error
         except urllib3.exceptions.HTTPError as error:
             raise ClusterUnavailableError(
-                f"the API server does not answer {method} {path}: {error}"
+                f"the API server did not respond to {method} {path}: {error}"
             ) from error
 
 

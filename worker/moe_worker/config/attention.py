@@ -104,7 +104,7 @@ def parse_latent(fields: Fields) -> LatentConfig:
         raise fields.fail("num_key_value_heads", f"num_attention_heads ({heads}): all heads share one latent")
     width = fields.integer("qk_rope_head_dim", least=2)
     if width % 2:
-        raise fields.fail("qk_rope_head_dim", "even: rotary position turns pairs")
+        raise fields.fail("qk_rope_head_dim", "even: rotary positions rotate pairs")
     return LatentConfig(
         num_attention_heads=heads,
         q_lora_rank=fields.optional_integer("q_lora_rank"),
@@ -125,7 +125,7 @@ def parse_grouped(fields: Fields) -> GroupedConfig:
         raise fields.fail("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
     width = fields.integer("head_dim", default=max(1, fields.integer("hidden_size") // heads))
     if width % 2:
-        raise fields.fail("head_dim", "even: rotary position turns pairs")
+        raise fields.fail("head_dim", "even: rotary positions rotate pairs")
     if fields.boolean("use_sliding_window", default=False):
         raise fields.fail("use_sliding_window", "false: attention goes over the whole context here")
     return GroupedConfig(
@@ -141,7 +141,7 @@ def _parse_rope(fields: Fields, width: int, interleaved: bool) -> RopeConfig:
     nested = _rope_fields(fields)
     theta = nested.positive("rope_theta", default=fields.positive("rope_theta", default=10000.0))
     if theta <= 1:
-        raise nested.fail("rope_theta", "above 1: the slowest pair would turn faster than the first")
+        raise nested.fail("rope_theta", "above 1: the slowest pair would rotate faster than the first")
     return RopeConfig(width, theta, interleaved, _parse_yarn(nested, fields))
 
 

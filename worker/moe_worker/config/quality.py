@@ -31,7 +31,7 @@ def check_quality(checkpoint: Path, most: float, text: str | None) -> None:
         )
     if text is not None and report.get("text") != text:
         raise CheckpointError(
-            f"quality gate: {path} is about the text {report.get('text')!r}, where {text!r} is asked for"
+            f"quality gate: {path} is for the text {report.get('text')!r}; {text!r} is required"
         )
     if after - before > most:
         raise CheckpointError(

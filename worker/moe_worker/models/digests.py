@@ -83,7 +83,7 @@ def _listed(path: Path) -> Iterator[tuple[str, str]]:
             continue
         match = _LINE.fullmatch(line.strip())
         if match is None:
-            raise CheckpointError(f"{path} holds a line that sha256sum does not write: {line[:100]!r}")
+            raise CheckpointError(f"{path} contains a line that is not in sha256sum format: {line[:100]!r}")
         name = match[2] or path.name.removesuffix(".sha256")
         yield Path(name).name, match[1]
 

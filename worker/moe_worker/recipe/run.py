@@ -155,8 +155,8 @@ def _claim(made: Path, inputs: dict[str, object], kind: str) -> None:
     key = json.loads(json.dumps(inputs, default=str))
     if (made / INPUTS).exists() and read_json(made / INPUTS) != key:
         raise SettingsError(
-            f"{made} was made by other settings, texts or checkpoints than {kind} has now; choose another "
-            "`out`, or remove it"
+            f"{made} was created from other settings, texts or checkpoints than those of {kind}; "
+            "choose another `out`, or remove it"
         )
     write_text(made / INPUTS, json.dumps(key, indent=2))
 
