@@ -98,7 +98,7 @@ def undo(name: str, namespace: str | None, context: str | None, to_revision: int
             return
         api.patch(name, operations)
         click.echo(
-            f"{name} goes back to revision {record['revision']}; `moe rollout status {name}` follows it"
+            f"{name} rolls back to revision {record['revision']}; watch it with `moe rollout status {name}`"
         )
 
 
@@ -115,7 +115,7 @@ def restart(name: str, namespace: str | None, context: str | None) -> None:
         api.patch(name, list(_restarting(body, now)))
         paused = body["spec"].get("rollout", {}).get("pause")
         later = " as soon as it is resumed" if paused else ""
-        click.echo(f"{name} restarts{later}; `moe rollout status {name}` follows it")
+        click.echo(f"{name} restarts{later}; watch it with `moe rollout status {name}`")
 
 
 @rollout.command()
@@ -137,7 +137,7 @@ def _set_pause(name: str, namespace: str | None, context: str | None, *, value: 
         body = api.get(name)
         missing = [] if "rollout" in body["spec"] else [{"op": "add", "path": "/spec/rollout", "value": {}}]
         api.patch(name, [*missing, {"op": "add", "path": "/spec/rollout/pause", "value": value}])
-        click.echo(f"{name} {'is paused' if value else 'goes on'}")
+        click.echo(f"{name} {'is paused' if value else 'resumed'}")
 
 
 def _progress(body: dict[str, Any]) -> tuple[str, str, str]:

@@ -55,7 +55,9 @@ def test_undo_brings_back_the_revision_before(docs):
     assert history[1].split()[1] == revision(docs)
     first = history[0].split()[1]
     done = moe(docs, "undo", "docs")
-    assert done.stdout == "docs goes back to revision 1; `moe rollout status docs` follows it\n", done.stderr
+    assert done.stdout == "docs rolls back to revision 1; watch it with `moe rollout status docs`\n", (
+        done.stderr
+    )
     docs.settled()
     assert revision(docs) == first
     assert docs.get("moed", "docs")["spec"]["engine"]["maxBatchSize"] == 16
@@ -71,7 +73,7 @@ def test_restart_replaces_the_pods_of_an_unchanged_spec(docs):
 
     before, generation = pods(), docs.get("moed", "docs")["metadata"]["generation"]
     said = moe(docs, "restart", "docs").stdout
-    assert said == "docs restarts; `moe rollout status docs` follows it\n"
+    assert said == "docs restarts; watch it with `moe rollout status docs`\n"
     done = moe(docs, "status", "docs")
     assert done.returncode == 0, done.stdout
     eventually(pods, lambda now: now and not now & before, "no pod of before is left")
