@@ -137,7 +137,7 @@ def _set_pause(name: str, namespace: str | None, context: str | None, *, value: 
         body = api.get(name)
         missing = [] if "rollout" in body["spec"] else [{"op": "add", "path": "/spec/rollout", "value": {}}]
         api.patch(name, [*missing, {"op": "add", "path": "/spec/rollout/pause", "value": value}])
-        click.echo(f"{name} {'is paused' if value else 'resumed'}")
+        click.echo(f"{name} {'is paused' if value else 'is resumed'}")
 
 
 def _progress(body: dict[str, Any]) -> tuple[str, str, str]:

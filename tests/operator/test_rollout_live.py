@@ -89,7 +89,7 @@ def test_a_paused_change_waits(docs):
     assert stuck.returncode == 1
     assert "set spec.rollout.pause to false" in stuck.stdout
     assert docs.leaders().keys() == before
-    assert moe(docs, "resume", "docs").stdout == "docs goes on\n"
+    assert moe(docs, "resume", "docs").stdout == "docs is resumed\n"
     docs.settled()
     assert docs.leaders().keys() != before
 
