@@ -12,13 +12,17 @@ import msgspec
 from moe_frontend.chat.render_process import LENGTH_BYTES, Job, Result
 
 RENDER_S: Final = 5.0
-"""Of one conversation, the start of a process included; published templates take milliseconds."""
+"""Of one conversation; published templates take milliseconds."""
+START_S: Final = 30.0
+"""Of a process, which imports jinja2; on a busy machine that takes seconds."""
 PROCESSES: Final = 2
 WAITING_MOST: Final = 64
 _MODULE: Final = "moe_frontend.chat.render_process"
 _NEEDED: Final = ("PATH", "PYTHONPATH", "LANG", "HOME")
 _SLOW: Final = "the chat template did not render the conversation within {:g} s; shorten it"
 _ENDED: Final = "the chat template ended its process on the conversation; shorten it"
+_NOT_STARTED: Final = "the process that renders chat templates does not start; try later"
+_NOTHING: Final = msgspec.msgpack.encode(Job("", {}, 0))
 _DECODER: Final = msgspec.msgpack.Decoder(Result)
 
 
@@ -86,15 +90,13 @@ class Renderer:
         return result.prompt
 
     async def _result(self, payload: bytes) -> Result:
-        process = self._idle.pop() if self._idle else None
+        process = self._idle.pop() if self._idle else await _start()
         try:
             async with asyncio.timeout(self._limit_s):
-                process = process or await _start()
                 answer = await process.ask(payload)
         except BaseException as error:
             # What it would still answer is of this job, so it cannot take another one.
-            if process is not None:
-                await process.end()
+            await process.end()
             if isinstance(error, TimeoutError):
                 raise RenderError(_SLOW.format(self._limit_s)) from None
             if isinstance(error, EOFError | ConnectionError):
@@ -115,9 +117,23 @@ def _environment() -> dict[str, str]:
 
 
 async def _start() -> _Process:
+    """A process that has rendered a first template.
+
+    Raises:
+        RenderError: it does not start.
+    """
     pipe, nothing = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
-    return _Process(
+    process = _Process(
         await asyncio.create_subprocess_exec(
             sys.executable, "-m", _MODULE, stdin=pipe, stdout=pipe, stderr=nothing, env=_environment()
         )
     )
+    try:
+        async with asyncio.timeout(START_S):
+            await process.ask(_NOTHING)
+    except BaseException as error:
+        await process.end()
+        if isinstance(error, TimeoutError | EOFError | ConnectionError):
+            raise RenderError(_NOT_STARTED, busy=True) from error
+        raise
+    return process

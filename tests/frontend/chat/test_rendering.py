@@ -102,12 +102,9 @@ LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% end
 
 
 async def test_a_template_without_end_is_stopped_and_the_next_one_rendered():
-    running = Renderer(limit_s=20)
-    await running.render("{{ 1 }}", {}, 9)
-    running._limit_s = 1  # now that the process has started
+    running = Renderer(limit_s=1)
     with pytest.raises(RenderError, match="did not render the conversation within 1 s"):
         await rendered(running, LOOP)
-    running._limit_s = 20
     assert await rendered(running, "still {{ 1 }}") == "still 1"
     await running.close()
 
@@ -130,3 +127,10 @@ async def test_a_caller_that_leaves_takes_its_process_along():
         await leaving
     assert await rendered(running, "{{ 3 }}") == "3"
     await running.close()
+
+
+async def test_a_process_that_does_not_start_is_said(monkeypatch):
+    monkeypatch.setattr("moe_frontend.chat.renderer._MODULE", "moe_frontend.chat.missing")
+    with pytest.raises(RenderError, match="does not start; try later") as caught:
+        await rendered(Renderer(), "{{ 1 }}")
+    assert caught.value.busy
