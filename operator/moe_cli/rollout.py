@@ -1,4 +1,4 @@
-"""`moe rollout`: how a change of the workers goes on, and how to stop it or take it back."""
+"""`moe rollout`: watches, pauses and undoes rollouts."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -35,21 +35,23 @@ def _cluster_options(command: _Command) -> _Command:
 
 @click.group()
 def rollout() -> None:
-    """Follows, holds, and takes back changes of a deployment's workers.
+    """Watches, pauses and undoes rollouts of a deployment.
 
     \b
-    moe rollout status docs-moe     wait until the change is through, or stuck
-    moe rollout history docs-moe    which revisions there were
-    moe rollout undo docs-moe       back to the one before
-    moe rollout restart docs-moe    new pods of the same spec
+    moe rollout status docs-moe     wait until the rollout is complete or stuck
+    moe rollout history docs-moe    list the revisions
+    moe rollout undo docs-moe       roll back to the previous revision
+    moe rollout restart docs-moe    replace all pods, with the same spec
     """
 
 
 @rollout.command()
 @_cluster_options
-@click.option("--timeout", type=click.FloatRange(min=0), help="Seconds to wait at most. Default: no limit.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0), help="Maximum number of seconds to wait. Default: no limit."
+)
 def status(name: str, namespace: str | None, context: str | None, timeout: float | None) -> None:
-    """Waits until the rollout of NAME is complete (exit code 0) or does not go on by itself (1)."""
+    """Waits until the rollout of NAME is complete (exit code 0) or stuck (1)."""
     deadline = None if timeout is None else time.monotonic() + timeout
     with _deployments(context, namespace, name) as api:
         said = ""
@@ -70,7 +72,7 @@ def status(name: str, namespace: str | None, context: str | None, timeout: float
 @rollout.command()
 @_cluster_options
 def history(name: str, namespace: str | None, context: str | None) -> None:
-    """Lists the revisions of NAME, the newest last, with what each changed."""
+    """Lists the revisions of NAME with their changes, the newest last."""
     with _deployments(context, namespace, name) as api:
         current = api.get(name).get("status", {}).get("revision")
         before: dict[str, Any] = {}
@@ -88,7 +90,7 @@ def history(name: str, namespace: str | None, context: str | None) -> None:
 @_cluster_options
 @click.option("--to-revision", type=int, help="Number in `moe rollout history`. Default: the last but one.")
 def undo(name: str, namespace: str | None, context: str | None, to_revision: int | None) -> None:
-    """Brings the spec of NAME back to that of an earlier revision; the operator rolls to it."""
+    """Restores the spec of an earlier revision of NAME; the operator rolls it out."""
     with _deployments(context, namespace, name) as api:
         body = api.get(name)
         record = _wanted(api.records(name), body.get("status", {}).get("revision"), to_revision, name)
@@ -107,7 +109,7 @@ def undo(name: str, namespace: str | None, context: str | None, to_revision: int
 def restart(name: str, namespace: str | None, context: str | None) -> None:
     """Replaces every worker and frontend of NAME, in the order of any other rollout.
 
-    It sets the annotation kubectl.kubernetes.io/restartedAt, which may be set by other means as well.
+    It sets the annotation kubectl.kubernetes.io/restartedAt.
     """
     now = datetime.now().astimezone().isoformat(timespec="milliseconds")
     with _deployments(context, namespace, name) as api:
@@ -121,14 +123,14 @@ def restart(name: str, namespace: str | None, context: str | None) -> None:
 @rollout.command()
 @_cluster_options
 def pause(name: str, namespace: str | None, context: str | None) -> None:
-    """Leaves every replica of NAME at its revision, whatever the spec says; scaling goes on."""
+    """Keeps every replica of NAME at its revision; scaling continues."""
     _set_pause(name, namespace, context, value=True)
 
 
 @rollout.command()
 @_cluster_options
 def resume(name: str, namespace: str | None, context: str | None) -> None:
-    """Lets a paused rollout of NAME go on."""
+    """Resumes a paused rollout of NAME."""
     _set_pause(name, namespace, context, value=False)
 
 
@@ -149,7 +151,7 @@ def _progress(body: dict[str, Any]) -> tuple[str, str, str]:
             if seen == (body["metadata"]["generation"], restarted_at(body)):
                 return condition["reason"], condition["message"], condition["status"]
             break
-    return "Waiting", "the operator has not looked at the latest change yet", "Unknown"
+    return "Waiting", "the operator has not reconciled the latest change yet", "Unknown"
 
 
 def _wanted(

@@ -30,12 +30,16 @@ class _Bias(click.ParamType[tuple[int, float]]):
 
 _OPTIONS: Final = (
     click.option(
-        "--max-tokens", type=click.IntRange(1, 2**32 - 1), help="Tokens to generate at most. [server: 128]"
+        "--max-tokens",
+        type=click.IntRange(1, 2**32 - 1),
+        help="Maximum number of generated tokens. [server: 128]",
     ),
-    click.option("--temperature", type=float, help="0 takes the likeliest token; up to 2. [server: 0]"),
-    click.option("--top-p", type=float, help="Keep the likeliest tokens up to this probability. [server: 1]"),
+    click.option("--temperature", type=float, help="0 selects the most likely token; up to 2. [server: 0]"),
     click.option(
-        "--top-k", type=_UINT32, help="Keep this many of the likeliest tokens; 0 keeps all. [server: 0]"
+        "--top-p", type=float, help="Keep the most likely tokens up to this total probability. [server: 1]"
+    ),
+    click.option(
+        "--top-k", type=_UINT32, help="Keep this many of the most likely tokens; 0 keeps all. [server: 0]"
     ),
     click.option(
         "--min-p",
@@ -76,7 +80,7 @@ _OPTIONS: Final = (
         help="End with this token; may be repeated.",
     ),
     click.option(
-        "--ignore-eos", is_flag=True, default=None, help="Go on past the model's own end of the text."
+        "--ignore-eos", is_flag=True, default=None, help="Continue after the model's end-of-text token."
     ),
     click.option(
         "--min-tokens", type=_UINT32, help="Tokens to generate before the model may end. [server: 0]"

@@ -50,7 +50,7 @@ def _forecast(forecast: ForecastStatus, horizon: HorizonStatus | None) -> str:
 
 def _cold_start(horizon: HorizonStatus, last: ColdStartStatus | None) -> str:
     seen = f"{horizon.cold_starts} cold start{'' if horizon.cold_starts == 1 else 's'} seen"
-    said = f"{horizon.seconds:g} s is looked ahead ({seen})"
+    said = f"{horizon.seconds:g} s horizon ({seen})"
     if last is None:
         return said
     phases = f"{last.scheduling:g} s scheduling, {last.image:g} s image, {last.loading:g} s loading"

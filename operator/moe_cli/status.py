@@ -1,4 +1,4 @@
-"""`moe status`: what is deployed and how it fares."""
+"""`moe status`: deployments and their state."""
 
 import json
 from collections.abc import Callable

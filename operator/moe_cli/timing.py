@@ -1,4 +1,4 @@
-"""How fast an answer came. Pure."""
+"""Timing of a response. Pure."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ _PREFIX = "FINISH_REASON_"
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """What is known after an answer.
+    """Figures of a completed response.
 
     Attributes:
         prompt_tokens: tokens read.

@@ -8,7 +8,7 @@ from moe_client.calling import TEXT, calling, model_options
 
 @click.command()
 @model_options
-@click.option("--special", is_flag=True, help="Put the begin-of-text token first, as generate does.")
+@click.option("--special", is_flag=True, help="Prepend the begin-of-text token, as generate does.")
 @click.argument("text", type=TEXT)
 def tokenize(endpoint: str, model: str, timeout: float | None, text: str, *, special: bool) -> None:
     """Prints the token ids of TEXT ("-" reads standard input)."""

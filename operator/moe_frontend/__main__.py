@@ -1,10 +1,10 @@
-"""The command `moe-frontend`, from its first instruction."""
+"""Entry point of the command `moe-frontend`."""
 
 from moe_api.first_process import prepare
 
 
 def main() -> None:
-    """Prepares the process before the imports that take long."""
+    """Prepares the process before the slow imports."""
     prepare()
     from moe_frontend.main import main as command  # noqa: PLC0415 - after prepare()
 

@@ -6,7 +6,7 @@ from moe_api.first_process import prepare
 
 
 def main() -> None:
-    """Prepares the process before the imports that take long."""
+    """Prepares the process before the slow imports."""
     prepare()
     from kopf.cli import main as kopf  # noqa: PLC0415 - after prepare()
 
