@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from moe_worker.config.moe import Routing
 from moe_worker.kernels.triton import attention, experts, latent, linear, norm, router, wide
 from moe_worker.models.cuda_build import pack_fp8, pack_int4, split_dense
 from moe_worker.quant.fp8 import quantize_fp8
@@ -220,22 +221,22 @@ def test_a_row_of_not_numbers_reaches_no_token_before_it(wrong):
 
 
 CHOICES = {
-    "sigmoid": (64, router.Choice(6, 2, 1, 1, sigmoid=True, normalise=True, scale=1.0)),
-    "softmax": (64, router.Choice(2, 0, 1, 1, sigmoid=False, normalise=False, scale=16.0)),
-    "groups by two": (64, router.Choice(4, 1, 8, 3, sigmoid=True, normalise=True, scale=2.5)),
-    "groups by one": (64, router.Choice(3, 2, 4, 2, sigmoid=False, normalise=True, scale=1.0, pair=False)),
+    "sigmoid": (64, Routing(64, 2, 6, normalise=True)),
+    "softmax": (64, Routing(64, 0, 2, softmax=True, scale=16.0)),
+    "groups by two": (64, Routing(64, 1, 4, 8, 3, 2, normalise=True, scale=2.5)),
+    "groups by one": (64, Routing(64, 2, 3, 4, 2, softmax=True, normalise=True)),
     # DeepSeek-V2 has groups of 20 experts.
-    "groups of 20": (160, router.Choice(6, 2, 8, 3, sigmoid=False, normalise=False, scale=16.0, pair=False)),
+    "groups of 20": (160, Routing(160, 2, 6, 8, 3, softmax=True, scale=16.0)),
 }
 
 
 def plain_route(logits_TE, bias_E, choice):
     """Weights of all experts, the shared ones behind, 0 where an expert is not chosen: [T, A]."""
-    scores = logits_TE.sigmoid() if choice.sigmoid else logits_TE.softmax(-1)
+    scores = logits_TE.softmax(-1) if choice.softmax else logits_TE.sigmoid()
     moved = scores + bias_E
     if choice.kept_groups < choice.groups:
         each = moved.unflatten(-1, (choice.groups, -1))
-        group = each.topk(2 if choice.pair else 1, dim=-1).values.sum(-1)
+        group = each.topk(choice.group_best, dim=-1).values.sum(-1)
         kept = torch.zeros_like(group).scatter(-1, group.topk(choice.kept_groups).indices, 1.0)
         moved = each.masked_fill(kept.unsqueeze(-1) == 0, float("-inf")).flatten(-2)
     chosen = moved.topk(choice.top_k).indices
@@ -290,8 +291,8 @@ def test_rows_of_padding_that_nobody_wrote_are_not_added():
     added[6:] = math.nan
     expected, out = residual.clone(), poisoned(4, 128)
     ones = torch.ones(128, device=DEVICE, dtype=torch.bfloat16)
-    valid = torch.tensor([2], dtype=torch.int32, device=DEVICE)
-    norm.residual_norm(residual, norm.Added(added, valid=valid), ones, 1e-6, out, NONE)
+    owners = torch.tensor([3, 0, 5] * 2 + [-1] * 6, dtype=torch.int32, device=DEVICE)
+    norm.residual_norm(residual, norm.Added(added, experts_M=owners), ones, 1e-6, out, NONE)
     assert torch.equal(residual[2:], expected[2:])
     assert out.x_TD.isfinite().all()
 
@@ -332,6 +333,9 @@ def plain_experts(x_TD, gate_up_AFD, down_ADI, chosen_TK, shares_TK):
     out = torch.empty(*chosen_TK.shape, down_ADI.shape[1], dtype=torch.float64, device=DEVICE)
     for t, row in enumerate(chosen_TK.tolist()):
         for k, expert in enumerate(row):
+            if expert < 0:
+                out[t, k] = 0
+                continue
             gate, up = (gate_up_AFD[expert].double() @ x_TD[t].double()).chunk(2)
             hidden = torch.nn.functional.silu(gate) * up
             out[t, k] = down_ADI[expert].double() @ hidden * shares_TK[t, k].double()
@@ -346,8 +350,9 @@ def test_experts(number_format, tokens, wanted, inner):
     x = quantized(randn(tokens, width))
     gate_up, down = randn(count, 2 * inner, width) / 16, randn(count, width, inner) / 11
     chosen = torch.rand(tokens, count, device=DEVICE).topk(per_token).indices.int()
+    chosen.view(-1)[2::5] = -1  # no expert
     shares = torch.rand(tokens, per_token, device=DEVICE)
-    counts = chosen.flatten().bincount(minlength=count).int()
+    counts = chosen[chosen >= 0].bincount(minlength=count).int()
     packed, int8 = number_format != "bf16", number_format == "w4a8"
     weights, plain = [gate_up, down], [gate_up, down]
     if packed:
@@ -363,11 +368,22 @@ def test_experts(number_format, tokens, wanted, inner):
         rows = added.rows_MD[added.order_M]
     elif packed:
         rows = experts.experts_packed(x, *weights, blocks, shares, cut)
+        added = norm.Added(rows, experts_M=chosen)
     else:
         rows = experts.experts_bf16(x.x_TD, *weights, blocks, shares, cut)
+        added = norm.Added(rows, experts_M=chosen)
     expected = plain_experts(values, *plain, chosen, shares)
-    for row, wish in zip(rows, expected.flatten(0, 1), strict=True):
-        assert difference(row, wish) < (0.02 if int8 else 0.01) + 2 * BF16
+    tolerance = (0.02 if int8 else 0.01) + 2 * BF16
+    for row, wish, expert in zip(rows, expected.flatten(0, 1), chosen.flatten().tolist(), strict=True):
+        if expert >= 0:
+            assert difference(row, wish) < tolerance
+        else:
+            row.fill_(math.nan)  # nobody wrote it, so anything may stand there
+    rows_MD = rows if added.order_M is None else rows[added.order_M.argsort()]
+    residual, out = torch.zeros(tokens, width, dtype=torch.bfloat16, device=DEVICE), poisoned(tokens, width)
+    ones = torch.ones(width, dtype=torch.bfloat16, device=DEVICE)
+    norm.residual_norm(residual, norm.Added(rows_MD, added.order_M, added.experts_M), ones, 1e-6, out, NONE)
+    assert difference(residual, expected.sum(dim=1)) < tolerance
 
 
 def test_a_dense_block_is_the_sum_of_its_experts():

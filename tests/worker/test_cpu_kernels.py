@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_worker.config.moe import Routing
 from moe_worker.errors import SettingsError
 from moe_worker.kernels.cpu import build, library, operations, structs
-from moe_worker.kernels.cpu.operations import Choice, PagedRows
+from moe_worker.kernels.cpu.operations import PagedRows
 from moe_worker.kernels.cpu.weights import pack_heads, pack_int4
 from moe_worker.kernels.reference import rms_norm, swiglu
 from moe_worker.kernels.reference_w4a8 import experts_w4a8, heads_bf16, linear_w4a8
@@ -185,7 +186,7 @@ def test_route(variant, tokens, width, groups, size, group_best, softmax, normal
     top_k = data.draw(st.integers(1, kept * size))
     x, weight = random(tokens, width), random(groups * size, width, seed=1) / width**0.5
     bias = random(groups * size, seed=2) if biased else None
-    choice = Choice(top_k, 1, groups, kept, group_best, softmax, normalise, 2.5)
+    choice = Routing(groups * size, 1, top_k, groups, kept, group_best, softmax, normalise, 2.5)
     chosen, weights = operations.route(kernels(variant), x, weight, bias, choice)
     logits = x @ weight.T
     scores = logits.softmax(dim=-1) if softmax else logits.sigmoid()

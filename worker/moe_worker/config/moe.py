@@ -26,6 +26,32 @@ class Method(Enum):
 
 
 @dataclass(frozen=True)
+class Routing:
+    """How a token's experts are chosen: what every backend's router is told, and all that it needs.
+
+    top_k of `experts` are chosen. Behind them stand the `shared` ones (experts, experts + 1, ...), which
+    every token takes with weight 1. kept_groups of `groups` take part, each scored by the sum of its
+    `group_best` (1 or 2) best experts. Scores are the softmax or the sigmoid of the router's logits.
+    normalise: whether the chosen scores are divided by their sum; `scale` multiplies them afterwards.
+    """
+
+    experts: int
+    shared: int
+    top_k: int
+    groups: int = 1
+    kept_groups: int = 1
+    group_best: int = 1
+    softmax: bool = False
+    normalise: bool = False
+    scale: float = 1.0
+
+    @property
+    def per_token(self) -> int:
+        """Ids of a token, K: the chosen experts and the shared ones."""
+        return self.top_k + self.shared
+
+
+@dataclass(frozen=True)
 class MoeConfig:
     """Experts of a layer, each of `intermediate` elements, and the choice of `top_k` among `routed`.
 
@@ -47,6 +73,22 @@ class MoeConfig:
     def has_bias(self) -> bool:
         """Whether the checkpoint holds a bias that moves the choice."""
         return self.method is Method.GROUP_PAIR
+
+    @property
+    def routing(self) -> Routing:
+        """The choice as backends are told it."""
+        grouped = self.method is not Method.GREEDY
+        return Routing(
+            experts=self.routed,
+            shared=self.shared,
+            top_k=self.top_k,
+            groups=self.groups if grouped else 1,
+            kept_groups=self.kept_groups if grouped else 1,
+            group_best=2 if self.method is Method.GROUP_PAIR else 1,
+            softmax=self.scoring is Scoring.SOFTMAX,
+            normalise=self.normalise,
+            scale=self.scale,
+        )
 
 
 _DEEPSEEK: Mapping[str, tuple[Scoring, tuple[str, ...], Method]] = {

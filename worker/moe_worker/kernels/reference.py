@@ -21,11 +21,21 @@ def swiglu(gate_up_TF: Tensor) -> Tensor:
     return functional.silu(gate) * up
 
 
+def group_by_expert(experts_TK: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The order that puts rows t * K + k of one of `count` experts together, int64 [M], and where each
+    expert's rows end in it, int32 [A]. Rows of no expert (-1) stand behind those of the last.
+    """
+    keys_M = experts_TK.flatten()
+    sorted_M, order_M = torch.where(keys_M < 0, count, keys_M).sort(stable=True)
+    numbers_A = torch.arange(count, device=keys_M.device, dtype=keys_M.dtype)
+    return order_M, torch.searchsorted(sorted_M, numbers_A, right=True, out_int32=True)
+
+
 def grouped_linear(x_MI: Tensor, weights_AOI: Tensor, ends_A: Tensor) -> Tensor:
     """Multiplies rows ends[a - 1] to ends[a] of x by weights[a] transposed; [M, O].
 
-    `ends_A` (int32) does not fall and ends at M. torch's own grouped product wants rows of whole 16-byte
-    pieces, and on CUDA bfloat16; the plain loop takes what is left.
+    `ends_A` (int32) does not fall. Rows behind the last end are not written. torch's own grouped product
+    wants rows of whole 16-byte pieces, and on CUDA bfloat16; the plain loop takes what is left.
     """
     aligned = all(size * x_MI.element_size() % 16 == 0 for size in weights_AOI.shape[1:])
     if aligned and (x_MI.device.type == "cpu" or x_MI.dtype == torch.bfloat16):

@@ -3,7 +3,7 @@
 Legend: D hidden, H heads, O outputs, I inputs, E routed experts, S shared experts, A all experts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -17,20 +17,27 @@ from moe_worker.models.deepseek import DeepseekModel, DenseBlock, Layer, MoeBloc
 from moe_worker.models.memory import give_back_freed
 from moe_worker.models.rope import rotation_table
 from moe_worker.models.source import TensorSource, piece_for
+from moe_worker.models.stage import Stage
 from moe_worker.moe.experts import Experts
 from moe_worker.moe.router import Router
 from moe_worker.quant.int8 import WHOLE_PIECE
-from moe_worker.quant.matrix import Matrix, join_rows, stack
+from moe_worker.quant.matrix import Dense, Matrix, join_rows, stack
 
 
-def build_model(config: ModelConfig, source: TensorSource, context: int) -> DeepseekModel:
-    """Takes every tensor of the model once; `context` positions can be used afterwards."""
+def build_model(
+    config: ModelConfig, source: TensorSource, context: int, stage: Stage | None = None
+) -> DeepseekModel:
+    """Takes every tensor of the stage (None: the whole model); `context` positions can be used afterwards."""
+    stage = stage or Stage.whole(config.num_hidden_layers)
+    v, d = config.vocab_size, config.hidden_size
+    none_ND = torch.empty(0, d, dtype=source.dtype, device=source.device)
     return DeepseekModel(
         config=config,
-        embedding_VD=source.take("model.embed_tokens.weight", config.vocab_size, config.hidden_size),
-        layers=list(_layers(config, source)),
-        norm_D=source.take("model.norm.weight", config.hidden_size),
-        head=Linear(_head(config, source), None, piece_for(source, config.hidden_size)),
+        stage=stage,
+        embedding_VD=source.take("model.embed_tokens.weight", v, d) if stage.first else none_ND,
+        layers=list(_layers(config, source, stage)),
+        norm_D=source.take("model.norm.weight", d) if stage.last else none_ND[:, 0],
+        head=Linear(_head(config, source) if stage.last else Dense(none_ND), None, piece_for(source, d)),
         rotations_CP=rotation_table(config.attention.rope, context, source.device),
     )
 
@@ -40,20 +47,21 @@ def _head(config: ModelConfig, source: TensorSource) -> Matrix:
     return source.matrix(name, config.vocab_size, config.hidden_size)
 
 
-def _layers(config: ModelConfig, source: TensorSource) -> Iterator[Layer]:
-    for index in range(config.num_hidden_layers):
-        yield _layer(config, source, index)
+def _layers(config: ModelConfig, source: TensorSource, stage: Stage) -> Iterator[Layer]:
+    for index in stage.layers:
+        yield _layer(config, source, stage, index)
         give_back_freed()
 
 
-def _layer(config: ModelConfig, source: TensorSource, index: int) -> Layer:
+def _layer(config: ModelConfig, source: TensorSource, stage: Stage, index: int) -> Layer:
     prefix, d = f"model.layers.{index}", config.hidden_size
-    block = _dense if index in config.dense_layers else _moe
+    mlp = f"{prefix}.mlp"
+    dense = index in config.dense_layers
     return Layer(
         attention_norm_D=source.take(f"{prefix}.input_layernorm.weight", d),
         attention=_attention(config, source, f"{prefix}.self_attn"),
         block_norm_D=source.take(f"{prefix}.post_attention_layernorm.weight", d),
-        block=block(config, source, f"{prefix}.mlp"),
+        block=_dense(config, source, mlp) if dense else _moe(config, source, mlp, stage, index),
     )
 
 
@@ -72,24 +80,24 @@ def _dense(config: ModelConfig, source: TensorSource, prefix: str) -> DenseBlock
     return DenseBlock(Linear(gate_up, None, piece_for(source, d)), Linear(down, None, inner))
 
 
-def _moe(config: ModelConfig, source: TensorSource, prefix: str) -> MoeBlock:
+def _moe(config: ModelConfig, source: TensorSource, prefix: str, stage: Stage, index: int) -> MoeBlock:
     experts, d = config.moe.routed, config.hidden_size
     bias_E = None
     if config.moe.has_bias:
         bias_E = source.take(f"{prefix}.gate.e_score_correction_bias", experts, dtype=torch.float32)
     weight_ED = source.take(f"{prefix}.gate.weight", experts, d, dtype=torch.float32)
-    return MoeBlock(Router(weight_ED, bias_E, config.moe), _experts(config, source, prefix))
+    held = stage.experts.get(index, range(experts))
+    router = Router(weight_ED, bias_E, config.moe.routing)
+    return MoeBlock(router, _experts(config, source, prefix, held), stage.dispatch(index))
 
 
-def _experts(config: ModelConfig, source: TensorSource, prefix: str) -> Experts:
-    experts = [
-        _expert(config, source, f"{prefix}.experts.{expert}", shared=1) for expert in range(config.moe.routed)
-    ]
+def _experts(config: ModelConfig, source: TensorSource, prefix: str, held: Sequence[int]) -> Experts:
+    experts = [_expert(config, source, f"{prefix}.experts.{expert}", shared=1) for expert in held]
     if config.moe.shared:
         experts.append(_expert(config, source, f"{prefix}.shared_experts", config.moe.shared))
     gate_up = stack([matrix for matrices, _ in experts for matrix in matrices])
     down = stack([matrix for _, matrices in experts for matrix in matrices])
-    return Experts(gate_up, down, config.moe.shared, source.round_tokens)
+    return Experts(gate_up, down, source.round_tokens)
 
 
 def _expert(

@@ -17,6 +17,7 @@ from moe_worker.models.deepseek import DeepseekModel
 from moe_worker.models.layouts import check_names
 from moe_worker.models.memory import describe, weight_memory
 from moe_worker.models.safetensors import StoredTensor, stored_tensors
+from moe_worker.models.stage import Stage
 from moe_worker.models.stored import DTYPES, Placement, StoredSource
 from moe_worker.progress import bar, tell
 from moe_worker.quant.matrix import Dense, Matrix
@@ -27,23 +28,25 @@ log = logging.getLogger(__name__)
 
 
 def load_model(
-    directory: Path, config: ModelConfig, placement: Placement, context: int, progress: bool
-) -> DeepseekModel:
-    """Reads the weights, checking every name, shape and size before the first byte of data.
+    directory: Path, config: ModelConfig, placement: Placement, context: int, progress: bool,
+    stage: Stage | None = None,
+) -> DeepseekModel:  # fmt: skip
+    """Reads the weights of a stage (None: all), checking names, shapes and sizes before any byte of data.
 
     `progress` shows a bar in bytes on stderr. Raises CheckpointError.
     """
     stored = stored_tensors(directory)
     check_names(directory, stored)
     plan = _Plan(directory, stored, config.storage, placement)
-    build_model(config, plan, context=1)
-    _log_unused(config, set(stored) - plan.names)
+    build_model(config, plan, context=1, stage=stage)
+    if stage is None:
+        _log_unused(config, set(stored) - plan.names)
     with bar(
         total=plan.nbytes, unit="B", unit_scale=True, desc="loading weights", disable=not progress
     ) as read:
         reader = _Reader(directory, stored, config.storage, placement)
         reader.attach(read.update)
-        model = build_model(config, reader, context)
+        model = build_model(config, reader, context, stage)
     _tell_memory(model, progress)
     return model
 

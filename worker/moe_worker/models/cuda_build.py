@@ -13,11 +13,9 @@ from torch.nn import functional
 
 from moe_worker.config.attention import LatentConfig
 from moe_worker.config.model import ModelConfig
-from moe_worker.config.moe import Method, Scoring
 from moe_worker.config.quantization import Fp8Storage, PackedStorage, SparseStorage
 from moe_worker.kernels.linear import Linear
 from moe_worker.kernels.triton.latent import LatentWeights
-from moe_worker.kernels.triton.router import Choice
 from moe_worker.kernels.triton.tiles import PackedFp8, PackedInt4, pack_values
 from moe_worker.kernels.triton.wide import Weight
 from moe_worker.models.cuda import CudaModel
@@ -144,21 +142,11 @@ def _layer(config: ModelConfig, layer: Layer, counts_A: Tensor) -> CudaLayer:
         block_norm_D=layer.block_norm_D,
         router_ED=None if router is None else router.weight_ED,
         bias_E=None if router is None else router.bias_E,
-        choice=_choice(config),
+        routing=config.moe.routing,
         gate_up=gate_up,
         down=down,
         counts_A=counts_A,
     )
-
-
-def _choice(config: ModelConfig) -> Choice:
-    moe = config.moe
-    grouped = moe.method is not Method.GREEDY
-    return Choice(
-        moe.top_k, moe.shared, moe.groups if grouped else 1, moe.kept_groups if grouped else 1,
-        sigmoid=moe.scoring is Scoring.SIGMOID, normalise=moe.normalise, scale=moe.scale,
-        pair=moe.method is Method.GROUP_PAIR,
-    )  # fmt: skip
 
 
 def _experts(config: ModelConfig, block: DenseBlock | MoeBlock) -> tuple[Weight, Weight]:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moe_worker.config.moe import Routing
 from moe_worker.kernels.triton.attention import TokenTiles, attend, merge_values
 from moe_worker.kernels.triton.experts import expert_tiles, experts_bf16, experts_packed, sort_by_expert
 from moe_worker.kernels.triton.latent import LatentWeights, write_latents
 from moe_worker.kernels.triton.linear import linear_packed
 from moe_worker.kernels.triton.norm import Activation, Added, Rounding, residual_norm
-from moe_worker.kernels.triton.router import Choice, route
+from moe_worker.kernels.triton.router import route
 from moe_worker.kernels.triton.wide import Weight, experts_wide, widen
 from moe_worker.models.mla import INNER_NORM_EPS
 from moe_worker.quant.int8 import piece_of
@@ -61,7 +62,7 @@ class CudaLayer:
     block_norm_D: Tensor
     router_ED: Tensor | None
     bias_E: Tensor | None
-    choice: Choice
+    routing: Routing
     gate_up: Weight
     down: Weight
     counts_A: Tensor
@@ -104,14 +105,14 @@ class CudaLayer:
         blocks = sort_by_expert(experts_TK, self.counts_A, tiles.rows)
         if not (isinstance(self.gate_up, Tensor) or isinstance(self.down, Tensor)):
             rows_MD = experts_packed(normed, self.gate_up, self.down, blocks, weights_TK, tiles)
-            return Added(rows_MD, valid=shared.valid)
+            return Added(rows_MD, experts_M=experts_TK)
         gate_up, down = widen(self.gate_up), widen(self.down)
         rows_MD = experts_bf16(normed.x_TD, gate_up, down, blocks, weights_TK, tiles)
-        return Added(rows_MD, valid=shared.valid)
+        return Added(rows_MD, experts_M=experts_TK)
 
     def _routes(self, x_TD: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.router_ED is not None:
-            return route(x_TD, self.router_ED, self.bias_E, self.choice, self.counts_A, valid)
+            return route(x_TD, self.router_ED, self.bias_E, self.routing, self.counts_A, valid)
         tokens, experts = x_TD.shape[0], self.counts_A.shape[0]
         self.counts_A.fill_(tokens)
         experts_TK = torch.arange(experts, dtype=torch.int32, device=x_TD.device).repeat(tokens, 1)

@@ -129,7 +129,7 @@ class CudaExpertCounter:
         rows = []
         for index, layer in enumerate(self._model.layers):
             if layer.router_ED is not None:
-                routed, shared = layer.router_ED.shape[0], layer.choice.shared
+                routed, shared = layer.router_ED.shape[0], layer.routing.shared
                 # Shared experts are active in every pass.
                 rows.append((index, tokens[index][:routed], active[index] - shared * self._passes))
         return self._passes, rows

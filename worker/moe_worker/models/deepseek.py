@@ -1,4 +1,6 @@
-"""The DeepSeek-V3 model over prepared weights.
+"""The model over prepared weights: layers of attention -> route -> dispatch -> experts -> combine.
+
+This description is the truth; backends that fuse more (kernels/cpu, kernels/triton) are made of it.
 
 Legend: T tokens of all sequences in the pass one behind the other, D hidden, F = 2 * I gate and up, I
 intermediate.
@@ -18,7 +20,9 @@ from moe_worker.kvcache.paged import PagedCache
 from moe_worker.models.attention import Attention
 from moe_worker.models.batch import Batch
 from moe_worker.models.memory import give_back_freed
+from moe_worker.models.stage import Stage
 from moe_worker.moe.counting import ExpertCounter
+from moe_worker.moe.dispatch import LOCAL, Dispatch
 from moe_worker.moe.experts import Experts
 from moe_worker.moe.router import Router
 
@@ -37,14 +41,16 @@ class DenseBlock:
 
 @dataclass(frozen=True)
 class MoeBlock:
-    """Router and experts."""
+    """Router and experts, and the way of tokens between them."""
 
     router: Router
     experts: Experts
+    dispatch: Dispatch = LOCAL
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] to [T, D]."""
-        return self.experts.forward(x_TD, *self.router.route(x_TD))
+        received = self.dispatch.scatter(x_TD, *self.router.route(x_TD))
+        return self.dispatch.gather(self.experts.forward(*received))
 
 
 @dataclass(frozen=True)
@@ -59,9 +65,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class DeepseekModel:
-    """All weights on one device, in one dtype (the router's in float32)."""
+    """A stage's weights on one device, in one dtype (the router's in float32).
+
+    embedding_VD is empty where the stage is not the first; norm_D and the head's weights are where it is not
+    the last.
+    """
 
     config: ModelConfig
+    stage: Stage
     embedding_VD: Tensor
     layers: list[Layer]
     norm_D: Tensor
@@ -90,20 +101,24 @@ class DeepseekModel:
 
     def expert_counter(self) -> ExpertCounter:
         """Counts the experts that the passes from now on use; it wants to be told after each."""
-        blocks = [(index, layer.block) for index, layer in enumerate(self.layers)]
+        blocks = zip(self.stage.layers, (layer.block for layer in self.layers), strict=True)
         routers = {index: block.router for index, block in blocks if isinstance(block, MoeBlock)}
         choices = [router.choice for router in routers.values()]
-        experts = max((router.weight_ED.shape[0] for router in routers.values()), default=0)
-        return ExpertCounter(list(routers), choices, experts)
+        return ExpertCounter(list(routers), choices, self.config.moe.routed)
 
-    def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
-        """Runs a pass, writing the cache; hidden states [T, D]."""
+    def forward(self, batch: Batch, cache: PagedCache, x_TD: Tensor | None = None) -> Tensor:
+        """Runs a pass through the stage, writing its cache; hidden states [T, D].
+
+        x_TD: those of the stage before; the first stage makes them of the tokens.
+        """
         eps = self.config.rms_norm_eps
         rotations_T1P = self.rotations_CP.index_select(0, batch.positions_T).unsqueeze(1)
-        x_TD = functional.embedding(batch.tokens_T, self.embedding_VD)
+        if x_TD is None:
+            x_TD = functional.embedding(batch.tokens_T, self.embedding_VD)
         for index, layer in enumerate(self.layers):
             normed_TD = rms_norm(x_TD, layer.attention_norm_D, eps)
-            x_TD = x_TD + layer.attention.forward(normed_TD, rotations_T1P, batch, cache, index)
+            if batch.segments:  # a rank of a mesh may have none, and still compute others' experts
+                x_TD = x_TD + layer.attention.forward(normed_TD, rotations_T1P, batch, cache, index)
             x_TD = x_TD + layer.block.forward(rms_norm(x_TD, layer.block_norm_D, eps))
         return x_TD
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from moe_worker.config.attention import LatentConfig
-from moe_worker.config.moe import Method, MoeConfig, Scoring
 from moe_worker.errors import SettingsError
 from moe_worker.kernels.cpu import structs
 from moe_worker.kernels.cpu.library import Kernels
@@ -116,7 +115,9 @@ class NativeModel:
             eps=config.rms_norm_eps,
             inner_eps=INNER_NORM_EPS,
         )
-        _fill_choice(arguments, config.moe)
+        routing = config.moe.routing
+        arguments.experts, arguments.routed_scale = routing.experts, routing.scale
+        structs.set_choice(arguments, routing)
         return arguments
 
     def _layer(self, layer: Layer) -> structs.Layer:
@@ -199,13 +200,3 @@ def _cache(step: Pass, rows: Tensor, page_size: int) -> structs.Cache:
         step.pages_BP.shape[1],
         step.pages_BP.shape[0],
     )
-
-
-def _fill_choice(arguments: structs.ForwardArguments, moe: MoeConfig) -> None:
-    grouped = moe.method is not Method.GREEDY
-    arguments.experts, arguments.shared, arguments.top_k = moe.routed, moe.shared, moe.top_k
-    arguments.groups = moe.groups if grouped else 1
-    arguments.kept_groups = moe.kept_groups if grouped else 1
-    arguments.group_best = 2 if moe.method is Method.GROUP_PAIR else 1
-    arguments.softmax = int(moe.scoring is Scoring.SOFTMAX)
-    arguments.normalise, arguments.routed_scale = int(moe.normalise), moe.scale

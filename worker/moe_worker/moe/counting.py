@@ -20,7 +20,7 @@ KEPT_ENTRIES = 1 << 18
 
 @dataclass
 class Choice:
-    """Where a router leaves what it chose last: int64 [T, K]; None before its first pass."""
+    """Where a router leaves what it chose last: int64 [T, K], -1 for none; None before its first pass."""
 
     experts_TK: Tensor | None = None
 
@@ -76,10 +76,12 @@ class ExpertCounter:
         chosen_NM = torch.stack(self._kept).flatten(1)  # N = S * L, M = T * K
         self._kept = []
         groups = chosen_NM.shape[0]
-        first_N1 = torch.arange(groups, device=chosen_NM.device).unsqueeze(1) * experts
+        # The first place of each group takes the choices of no expert (-1).
+        first_N1 = torch.arange(groups, device=chosen_NM.device).unsqueeze(1) * (experts + 1) + 1
         index = (chosen_NM + first_N1).flatten()
-        counts = torch.zeros(groups * experts, dtype=torch.int64, device=index.device)
-        counts_SLE = counts.scatter_add_(0, index, torch.ones_like(index)).view(-1, layers, experts)
+        counts = torch.zeros(groups * (experts + 1), dtype=torch.int64, device=index.device)
+        counts.scatter_add_(0, index, torch.ones_like(index))
+        counts_SLE = counts.view(-1, layers, experts + 1)[..., 1:]
         sums_LE, active_L = counts_SLE.sum(0), (counts_SLE > 0).sum((0, 2))
         self._counts_LE = sums_LE if self._counts_LE is None else self._counts_LE + sums_LE
         self._active_L = active_L if self._active_L is None else self._active_L + active_L

@@ -1,4 +1,4 @@
-"""The experts of one layer; shared experts stand behind the routed ones and every token takes them.
+"""The experts of one layer; shared experts stand behind the routed ones.
 
 Legend: T tokens, D hidden, I intermediate of one expert, F = 2 * I (gate, then up), A all experts, K experts
 a token (the chosen ones, then the shared ones), M = T * K rows, one for each token and expert.
@@ -9,10 +9,9 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from moe_worker.kernels.linear import grouped_matrix
-from moe_worker.kernels.reference import swiglu
+from moe_worker.kernels.reference import group_by_expert, swiglu
 from moe_worker.quant.matrix import Matrix
 
 _Views = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
@@ -27,7 +26,6 @@ class Experts:
 
     gate_up_AFD: Matrix
     down_ADI: Matrix
-    shared: int
     round_tokens: bool = False
 
     @property
@@ -35,17 +33,16 @@ class Experts:
         """Experts in all, A."""
         return self.down_ADI.count
 
-    def forward(self, x_TD: Tensor, routed_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """Weighted sum of the chosen experts, plus the shared ones with weight 1; [T, D] in x's dtype."""
-        first_shared = self.count - self.shared
+    def forward(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Weighted sum over each token's experts; [T, D] in x's dtype.
+
+        experts_TK: int64; -1 stands for no expert, for which nothing is computed. weights_TK: float32.
+        """
+        if not x_TD.shape[0]:
+            return x_TD
         if x_TD.shape[0] == 1 and x_TD.device.type == "cpu" and self._views is not None:
-            experts = [*routed_TK[0].tolist(), *range(first_shared, first_shared + self.shared)]
-            return self._one_token(
-                self._views, x_TD[0], experts, functional.pad(weights_TK[0], (0, self.shared), value=1.0)
-            )
-        shared_TS = torch.arange(first_shared, first_shared + self.shared, device=x_TD.device)
-        experts_TK = torch.cat((routed_TK, shared_TS.expand(x_TD.shape[0], -1)), dim=1)
-        return self._grouped(x_TD, experts_TK, functional.pad(weights_TK, (0, self.shared), value=1.0))
+            return self._one_token(self._views, x_TD[0], experts_TK[0].tolist(), weights_TK[0])
+        return self._grouped(x_TD, experts_TK, weights_TK)
 
     @cached_property
     def _views(self) -> _Views | None:
@@ -56,6 +53,11 @@ class Experts:
     def _one_token(self, views: _Views, x_D: Tensor, experts: list[int], weights_K: Tensor) -> Tensor:
         """Reads the experts' weights where they lie: gathering them first takes four times as long."""
         gate_up, down = views
+        if min(experts) < 0:
+            kept = [place for place, expert in enumerate(experts) if expert >= 0]
+            experts, weights_K = [experts[place] for place in kept], weights_K[kept]
+        if not experts:
+            return torch.zeros_like(x_D).unsqueeze(0)
         gate_up_KF = torch.stack([torch.mv(gate_up[expert], x_D) for expert in experts])
         hidden_KI = swiglu(gate_up_KF) * weights_K.to(x_D.dtype).unsqueeze(1)
         out_D = torch.zeros_like(x_D)
@@ -66,12 +68,13 @@ class Experts:
     def _grouped(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """One product for each expert, over the rows of all tokens that go to it."""
         tokens, per_token = experts_TK.shape
-        experts_M, order_M = experts_TK.flatten().sort(stable=True)
-        ends_A = torch.searchsorted(
-            experts_M, torch.arange(self.count, device=x_TD.device), right=True, out_int32=True
-        )
+        order_M, ends_A = group_by_expert(experts_TK, self.count)
         rows_MD = x_TD.index_select(0, order_M // per_token)
         hidden_MI = swiglu(grouped_matrix(rows_MD, self.gate_up_AFD, ends_A, self.round_tokens))
         sorted_MD = grouped_matrix(hidden_MI, self.down_ADI, ends_A, self.round_tokens)
-        out_MD = torch.empty_like(sorted_MD).index_copy_(0, order_M, sorted_MD)
-        return torch.einsum("tkd,tk->td", out_MD.view(tokens, per_token, -1), weights_TK.to(x_TD.dtype))
+        out_TKD = torch.empty_like(sorted_MD).index_copy_(0, order_M, sorted_MD).view(tokens, per_token, -1)
+        # Nobody wrote the rows of no expert. Asking a GPU whether there are any would wait for it.
+        none_TK = experts_TK < 0
+        if none_TK.is_cuda or bool(none_TK.any()):
+            out_TKD.masked_fill_(none_TK.unsqueeze(-1), 0)
+        return torch.einsum("tkd,tk->td", out_TKD, weights_TK.to(x_TD.dtype))

@@ -3,7 +3,7 @@
 DeepSeek-V3 scores groups by their two best experts and moves the choice by a load-balance bias
 (arXiv:2412.19437, 2.1.2), DeepSeek-V2 by their best one (arXiv:2405.04434, 2.1.4).
 
-Legend: T tokens, D hidden, E routed experts, G groups, K experts chosen for a token.
+Legend: T tokens, D hidden, E routed experts, G groups, K experts of a token.
 """
 
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moe_worker.config.moe import Method, MoeConfig, Scoring
+from moe_worker.config.moe import Routing
 from moe_worker.moe.counting import Choice
 
 
@@ -25,33 +25,49 @@ class Router:
 
     weight_ED: Tensor
     bias_E: Tensor | None
-    config: MoeConfig
+    routing: Routing
     choice: Choice = field(default_factory=Choice)
 
     def route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Which experts each token goes to (int64 [T, K]) and with which weights (float32 [T, K])."""
-        scores_TE = self._scores(functional.linear(x_TD.float(), self.weight_ED))
-        choice_TE = scores_TE if self.bias_E is None else scores_TE + self.bias_E
-        if self.config.method is not Method.GREEDY and self.config.kept_groups < self.config.groups:
-            choice_TE = self._mask_groups(choice_TE)
-        experts_TK = choice_TE.topk(self.config.top_k, dim=-1, sorted=False).indices
-        self.choice.experts_TK = experts_TK
-        weights_TK = scores_TE.gather(1, experts_TK)
-        if self.config.normalise:
-            # 1e-20 as in DeepSeek's code: all scores can underflow to 0.
-            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
-        return experts_TK, weights_TK * self.config.scale
+        """Each token's experts, the shared ones behind the chosen, and their weights.
 
-    def _scores(self, logits_TE: Tensor) -> Tensor:
-        if self.config.scoring is Scoring.SIGMOID:
-            return logits_TE.sigmoid_()
-        return logits_TE.softmax(dim=-1)
+        int64 and float32 [T, K].
+        """
+        shared = self.routing.shared
+        scores_TE = scores(functional.linear(x_TD.float(), self.weight_ED), self.routing)
+        experts_Tk, weights_Tk = choose(scores_TE, self.bias_E, self.routing)
+        self.choice.experts_TK = experts_Tk
+        if not shared:
+            return experts_Tk, weights_Tk
+        first = self.routing.experts
+        shared_S = torch.arange(first, first + shared, device=x_TD.device)
+        experts_TK = torch.cat((experts_Tk, shared_S.expand(x_TD.shape[0], -1)), dim=1)
+        return experts_TK, functional.pad(weights_Tk, (0, shared), value=1.0)
 
-    def _mask_groups(self, choice_TE: Tensor) -> Tensor:
-        """Sets the experts outside the best groups to -inf; a group scores by its best one or two experts."""
-        best = 2 if self.config.method is Method.GROUP_PAIR else 1
-        choice_TGe = choice_TE.view(choice_TE.shape[0], self.config.groups, -1)
-        groups_TG = choice_TGe.topk(best, dim=-1, sorted=False).values.sum(dim=-1)
-        kept_Tg = groups_TG.topk(self.config.kept_groups, dim=-1, sorted=False).indices
-        dropped_TG = torch.ones_like(groups_TG, dtype=torch.bool).scatter_(1, kept_Tg, False)
-        return choice_TGe.masked_fill(dropped_TG.unsqueeze(-1), float("-inf")).flatten(1)
+
+def scores(logits_TE: Tensor, routing: Routing) -> Tensor:
+    """What the router's logits say of each expert, in float32."""
+    return logits_TE.softmax(dim=-1) if routing.softmax else logits_TE.sigmoid()
+
+
+def choose(scores_TE: Tensor, bias_E: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
+    """The best experts of each token, int64 [T, top_k], and their weights; gradients flow through these."""
+    choice_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
+    if routing.kept_groups < routing.groups:
+        choice_TE = _mask_groups(choice_TE, routing)
+    experts_TK = choice_TE.topk(routing.top_k, dim=-1, sorted=False).indices
+    weights_TK = scores_TE.gather(1, experts_TK)
+    if routing.normalise:
+        # 1e-20 as in DeepSeek's code: all scores can underflow to 0.
+        weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
+    return experts_TK, weights_TK * routing.scale
+
+
+def _mask_groups(choice_TE: Tensor, routing: Routing) -> Tensor:
+    """Sets the experts outside the best groups to -inf; a group scores by its best one or two experts."""
+    size = routing.experts // routing.groups
+    choice_TGe = choice_TE.view(choice_TE.shape[0], routing.groups, size)
+    groups_TG = choice_TGe.topk(routing.group_best, dim=-1, sorted=False).values.sum(dim=-1)
+    kept_Tg = groups_TG.topk(routing.kept_groups, dim=-1, sorted=False).indices
+    dropped_TG = torch.ones_like(groups_TG, dtype=torch.bool).scatter_(1, kept_Tg, False)
+    return choice_TGe.masked_fill(dropped_TG.unsqueeze(-1), float("-inf")).flatten(1)

@@ -15,12 +15,13 @@ import torch.nn.functional as F  # noqa: N812 - the field's own name for it
 from torch import Tensor
 
 from moe_worker.compress.w4a8 import round_tokens
+from moe_worker.kernels.reference import group_by_expert
 from moe_worker.quant.int8 import piece_of
 
 Weights = tuple[Tensor, Tensor, Tensor]
 """Gate [E, F, D], up [E, F, D] and down [E, D, F]."""
 Choice = tuple[Tensor, Tensor]
-"""Experts int64 [T, K] and their weights float32 [T, K]."""
+"""Experts int64 [T, K], -1 for none, and their weights float32 [T, K]."""
 # Gathering rows moves a token's hidden state K times there and back; from about this many experts for one
 # that is chosen, computing all of them costs more. An estimate: benchmarks/train_speed.py measures both ways.
 GROUPED_FROM = 8
@@ -38,7 +39,7 @@ def expert_outputs(x_TD: Tensor, weights: Weights, choice: Choice, rounded: bool
 def experts_at_once(x_TD: Tensor, weights: Weights, choice: Choice, rounded: bool) -> Tensor:
     """Every expert for every token, [T, D]."""
     gate_EFD, up_EFD, down_EDF = (weight.to(x_TD.dtype) for weight in weights)
-    share_TE = torch.zeros(len(x_TD), gate_EFD.shape[0], device=x_TD.device).scatter(-1, *choice)
+    share_TE = _spread(*choice, gate_EFD.shape[0])
     x_TD = _rounded(x_TD) if rounded else x_TD
     gate, up = F.linear(x_TD, gate_EFD.flatten(0, 1)), F.linear(x_TD, up_EFD.flatten(0, 1))
     hidden_TEF = torch.unflatten(F.silu(gate) * up, -1, (gate_EFD.shape[0], -1))
@@ -56,15 +57,16 @@ def grouped_experts(x_TD: Tensor, weights: Weights, choice: Choice, rounded: boo
     gate_EFD, up_EFD, down_EDF = weights
     chosen_TK, share_TK = choice
     tokens, per_token = chosen_TK.shape
-    sorted_M, order_M = chosen_TK.flatten().sort(stable=True)
+    order_M, ends_E = group_by_expert(chosen_TK, gate_EFD.shape[0])
     place_M = order_M.argsort()
-    experts = torch.arange(gate_EFD.shape[0], device=x_TD.device)
-    ends_E = torch.searchsorted(sorted_M, experts, right=True, out_int32=True)
+    # Products write no rows of no expert, neither forward nor backward.
+    some_TK1 = (chosen_TK >= 0).unsqueeze(-1)
     x_TD = _rounded(x_TD) if rounded else x_TD
-    rows_MD = x_TD.unsqueeze(1).expand(-1, per_token, -1).reshape(-1, x_TD.shape[1])[order_M]
+    rows_TKD = torch.where(some_TK1, x_TD.unsqueeze(1), 0)
+    rows_MD = rows_TKD.reshape(-1, x_TD.shape[1])[order_M]
     hidden_MF = F.silu(_grouped(rows_MD, gate_EFD, ends_E)) * _grouped(rows_MD, up_EFD, ends_E)
     out_MD = _grouped(_rounded(hidden_MF) if rounded else hidden_MF, down_EDF, ends_E)
-    out_TKD = out_MD[place_M].view(tokens, per_token, -1)
+    out_TKD = torch.where(some_TK1, out_MD[place_M].view(tokens, per_token, -1), 0)
     return (out_TKD * share_TK.to(out_TKD.dtype).unsqueeze(-1)).sum(dim=1)
 
 
@@ -72,12 +74,24 @@ def _rounded(x: Tensor) -> Tensor:
     return round_tokens(x, piece_of(x.shape[-1]))
 
 
+def chosen(scores_BSE: Tensor, chosen_BSK: Tensor) -> Tensor:
+    """1 for each expert that a token has, else 0: [B, S, E] in the scores' dtype."""
+    ones_BSK = torch.ones(chosen_BSK.shape, dtype=scores_BSE.dtype, device=scores_BSE.device)
+    return _spread(chosen_BSK, ones_BSK, scores_BSE.shape[-1])
+
+
 def sequence_balance(scores_BSE: Tensor, chosen_BSK: Tensor) -> Tensor:
     """The loss of unbalanced sequences, 1 where experts share evenly (arXiv 2412.19437, eq. 17 to 20)."""
     experts, per_token = scores_BSE.shape[-1], chosen_BSK.shape[-1]
-    count_BE = torch.zeros_like(scores_BSE).scatter_(-1, chosen_BSK, 1.0).mean(dim=1)
+    count_BE = chosen(scores_BSE, chosen_BSK).mean(dim=1)
     share_BE = (scores_BSE / scores_BSE.sum(dim=-1, keepdim=True)).mean(dim=1)
     return (count_BE * experts / per_token * share_BE).sum(dim=-1).mean()
+
+
+def _spread(chosen_TK: Tensor, values_TK: Tensor, experts: int) -> Tensor:
+    """The values at their experts' places, 0 elsewhere, [T, E]; those of no expert are left out."""
+    wide_TE = values_TK.new_zeros(*chosen_TK.shape[:-1], experts + 1)
+    return wide_TE.scatter(-1, torch.where(chosen_TK < 0, experts, chosen_TK), values_TK)[..., :-1]
 
 
 def _grouped(rows_MI: Tensor, weights_EOI: Tensor, ends_E: Tensor) -> Tensor:

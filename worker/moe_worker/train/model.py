@@ -18,8 +18,9 @@ from moe_worker.compress.distillation import TeacherView, distilled_loss
 from moe_worker.compress.w4a8 import round_tokens
 from moe_worker.config import ModelConfig
 from moe_worker.models.mla import INNER_NORM_EPS
+from moe_worker.moe.router import choose, scores
 from moe_worker.quant.int8 import WHOLE_PIECE, piece_of
-from moe_worker.train.experts import expert_outputs, sequence_balance
+from moe_worker.train.experts import chosen, expert_outputs, sequence_balance
 
 
 class RMSNorm(nn.Module):
@@ -157,7 +158,7 @@ class MixtureOfExperts(nn.Module):
         """Adds up the shared experts and the chosen ones; counts the choices while training."""
         chosen_BTK, weight_BTK, scores_BTE = self.route(x_BTD)
         if self.training:
-            self.load_E.add_(torch.zeros_like(scores_BTE).scatter_(-1, chosen_BTK, 1.0).sum((0, 1)))
+            self.load_E.add_(chosen(scores_BTE, chosen_BTK).sum((0, 1)))
             self.sequence_loss = sequence_balance(scores_BTE, chosen_BTK)
         routed_TD = expert_outputs(
             x_BTD.flatten(0, 1),
@@ -171,22 +172,14 @@ class MixtureOfExperts(nn.Module):
     def route(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns each token's experts [B, T, K], their weights and all scores [B, T, E], both float32.
 
-        Sigmoid scores; the balancing bias takes part in the choice alone; the best `topk_group` groups
-        by the sum of their two best experts, then the best experts within (arXiv 2412.19437, 2.1.2).
+        The balancing bias takes part in the choice alone (moe/router.py).
         """
-        c = self.config.moe
+        routing = self.config.moe.routing
         with torch.autocast(x_BTD.device.type, enabled=False):
-            scores_BTE = F.linear(x_BTD.float(), self.router_ED.float()).sigmoid()
-        choice_BTE = scores_BTE.detach() + self.bias_E
-        by_group = torch.unflatten(choice_BTE, -1, (c.groups, -1))
-        best_groups = by_group.topk(2, -1).values.sum(-1).topk(c.kept_groups, -1).indices
-        allowed = torch.zeros_like(by_group[..., 0], dtype=torch.bool).scatter(-1, best_groups, value=True)
-        candidates = by_group.masked_fill(~allowed.unsqueeze(-1), float("-inf")).flatten(-2)
-        chosen_BTK = candidates.topk(c.top_k, -1).indices
-        picked = scores_BTE.gather(-1, chosen_BTK)
-        if c.normalise:
-            picked = picked / (picked.sum(-1, keepdim=True) + 1e-20)
-        return chosen_BTK, picked * c.scale, scores_BTE
+            scores_BTE = scores(F.linear(x_BTD.float(), self.router_ED.float()), routing)
+        chosen_TK, weight_TK = choose(scores_BTE.flatten(0, 1), self.bias_E, routing)
+        shape = (*x_BTD.shape[:2], routing.top_k)
+        return chosen_TK.view(shape), weight_TK.view(shape), scores_BTE
 
 
 class Layer(nn.Module):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_worker.config.moe import Routing
 from moe_worker.kernels.cpu import structs
 from moe_worker.kernels.cpu.library import Kernels
 from moe_worker.kernels.cpu.weights import HeadWeight, PackedWeight
@@ -101,7 +102,7 @@ def experts(
     down: PackedWeight,
     choice: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """Weighted sum of the chosen experts, [T, D]; `choice` is experts int32 [T, K] and weights [T, K]."""
+    """Weighted sum of the chosen experts, [T, D]; `choice` is experts int32 [T, K] (-1: none) and weights."""
     experts_TK, weights_TK = choice
     tokens, per_token = experts_TK.shape
     out_TD = torch.zeros(tokens, down.outputs)
@@ -127,46 +128,26 @@ def heads(kernels: Kernels, x_THI: Tensor, weight_HOI: HeadWeight) -> Tensor:
     return out_THO
 
 
-@dataclass(frozen=True)
-class Choice:
-    """How a router chooses; the fields are those of MoeRouteArgs in native/interface.h."""
-
-    top_k: int
-    shared: int
-    groups: int
-    kept_groups: int
-    group_best: int
-    softmax: bool
-    normalise: bool
-    scale: float
-
-
 def route(
-    kernels: Kernels, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, choice: Choice
+    kernels: Kernels, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, routing: Routing
 ) -> tuple[Tensor, Tensor]:
     """Experts int32 [T, K] by falling score, the shared ones (E, E + 1, ...) behind, and their weights."""
     tokens, width = x_TD.shape
-    experts_TK = torch.empty(tokens, choice.top_k + choice.shared, dtype=torch.int32)
-    weights_TK = torch.empty(tokens, choice.top_k + choice.shared)
-    pointers = (x_TD.data_ptr(), weight_ED.data_ptr(), None if bias_E is None else bias_E.data_ptr())
-    kernels.run(
-        structs.RouteArguments(
-            *pointers,
-            experts_TK.data_ptr(),
-            weights_TK.data_ptr(),
-            tokens,
-            width,
-            weight_ED.shape[0],
-            choice.top_k,
-            choice.shared,
-            choice.groups,
-            choice.kept_groups,
-            choice.group_best,
-            int(choice.softmax),
-            int(choice.normalise),
-            choice.scale,
-        )
+    experts_TK = torch.empty(tokens, routing.per_token, dtype=torch.int32)
+    weights_TK = torch.empty(tokens, routing.per_token)
+    arguments = structs.RouteArguments(
+        x=x_TD.data_ptr(),
+        weight=weight_ED.data_ptr(),
+        bias=None if bias_E is None else bias_E.data_ptr(),
+        experts=experts_TK.data_ptr(),
+        weights=weights_TK.data_ptr(),
+        tokens=tokens,
+        width=width,
+        count=routing.experts,
+        scale=routing.scale,
     )
+    structs.set_choice(arguments, routing)
+    kernels.run(arguments)
     return experts_TK, weights_TK
 
 

@@ -2,6 +2,8 @@
 
 from ctypes import Structure, c_float, c_int32, c_void_p
 
+from moe_worker.config.moe import Routing
+
 
 class Weight(Structure):
     """MoeWeight."""
@@ -70,7 +72,7 @@ class ExpertsArguments(Structure):
     ]
 
 
-_CHOICE = ("groups", "kept_groups", "group_best", "softmax", "normalise")
+_CHOICE = ("shared", "top_k", "groups", "kept_groups", "group_best", "softmax", "normalise")
 
 
 class RouteArguments(Structure):
@@ -78,7 +80,7 @@ class RouteArguments(Structure):
 
     _fields_ = (
         [(name, c_void_p) for name in ("x", "weight", "bias", "experts", "weights")]
-        + [(name, c_int32) for name in ("tokens", "width", "count", "top_k", "shared", *_CHOICE)]
+        + [(name, c_int32) for name in ("tokens", "width", "count", *_CHOICE)]
         + [("scale", c_float)]
     )
 
@@ -147,7 +149,7 @@ class ForwardArguments(Structure):
             (name, c_int32)
             for name in ("hidden", "heads", "plain", "rope", "rank", "value", "query_rank", "segment")
         ],
-        *[(name, c_int32) for name in ("experts", "shared", "top_k", *_CHOICE)],
+        *[(name, c_int32) for name in ("experts", *_CHOICE)],
         *[(name, c_float) for name in ("routed_scale", "attention_scale", "eps", "inner_eps")],
     ]
 
@@ -163,3 +165,9 @@ OPERATIONS: tuple[type[Structure], ...] = (
     AttendArguments,
     ForwardArguments,
 )
+
+
+def set_choice(arguments: RouteArguments | ForwardArguments, routing: Routing) -> None:
+    """Fills in how the router chooses; its experts and scale have other names in the two."""
+    for name in _CHOICE:
+        setattr(arguments, name, int(getattr(routing, name)))

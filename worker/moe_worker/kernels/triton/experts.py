@@ -232,7 +232,7 @@ def experts_packed(
 ) -> Tensor:
     """Weighted outputs of each row, bf16 [M, D], to be summed over K; `blocks` are of tiles.rows.
 
-    Rows that stand in no block (of padding tokens) are not written.
+    Rows that stand in no block (of expert -1, which is none) are not written.
 
     W4A8 rounds hidden values to int8, with a scale for each piece of tiles.gate_up.n; others to bf16.
     """
@@ -274,7 +274,7 @@ def experts_bf16(
 ) -> Tensor:
     """Weighted outputs of each row, bf16 [M, D], to be summed over K; `blocks` are of tiles.rows.
 
-    Rows that stand in no block (of padding tokens) are not written.
+    Rows that stand in no block (of expert -1, which is none) are not written.
     """
     tokens, per_token = weights_TK.shape
     total, inner, width, size = tokens * per_token, down_ADI.shape[2], x_TD.shape[1], blocks.size

@@ -49,9 +49,9 @@ class Activation:
 
 @triton.jit
 def _residual_norm(
-    residual, added, order, valid, weight, out, out_q, out_scale, stride, eps,
+    residual, added, order, experts, weight, out, out_q, out_scale, stride, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, SUMMED: tl.constexpr, ORDERED: tl.constexpr,
-    PADDED: tl.constexpr, ROUNDING: tl.constexpr, PIECE: tl.constexpr,
+    CHOSEN: tl.constexpr, ROUNDING: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
@@ -59,11 +59,11 @@ def _residual_norm(
     x = tl.load(residual + t * stride + d, mask=mask, other=0.0).to(tl.float32)
     if SUMMED > 0:
         sums = tl.zeros((BLOCK,), tl.float32)
-        there = mask
-        if PADDED:
-            there = mask & (t < tl.load(valid))
         for s in tl.static_range(SUMMED):
             row = t * SUMMED + s
+            there = mask
+            if CHOSEN:
+                there = mask & (tl.load(experts + row) >= 0)
             if ORDERED:
                 row = tl.load(order + row)
             sums += tl.load(added + row * WIDTH + d, mask=there, other=0.0).to(tl.float32)
@@ -88,19 +88,24 @@ def _residual_norm(
 class Added:
     """What is to be added to a residual: each token's sum of S rows of `rows_MD`, bf16 [T * S, D].
 
-    order_M: int64, where row t * S + s stands; None: at its place. valid: int32 [1], the tokens that have
-    rows; nobody has written those of the others, which are padding, and they count as 0. None: all have.
+    order_M: int64, where row t * S + s stands; None: at its place. experts_M: int32, the expert of row
+    t * S + s. Nobody has written the rows of no expert (-1), as padding has, and they count as 0. None: all
+    rows are written.
     """
 
     rows_MD: Tensor
     order_M: Tensor | None = None
-    valid: Tensor | None = None
+    experts_M: Tensor | None = None
 
     def of_tokens(self, tokens_N: Tensor, tokens: int) -> "Added":
         """Those of some of `tokens` tokens."""
+        experts_M = None
+        if self.experts_M is not None:
+            experts_M = self.experts_M.view(tokens, -1)[tokens_N].flatten()
         if self.order_M is None:
-            return Added(self.rows_MD.unflatten(0, (tokens, -1))[tokens_N].flatten(0, 1))
-        return Added(self.rows_MD, self.order_M.view(tokens, -1)[tokens_N].flatten())
+            rows_MD = self.rows_MD.unflatten(0, (tokens, -1))[tokens_N].flatten(0, 1)
+            return Added(rows_MD, experts_M=experts_M)
+        return Added(self.rows_MD, self.order_M.view(tokens, -1)[tokens_N].flatten(), experts_M)
 
     def per_token(self, tokens: int) -> int:
         """S."""
@@ -122,12 +127,12 @@ def residual_norm(
     tokens, width = residual_TD.shape
     _residual_norm[(tokens,)](
         residual_TD, None if added is None else added.rows_MD, None if added is None else added.order_M,
-        None if added is None else added.valid,
+        None if added is None else added.experts_M,
         weight_D, out.x_TD, out.q_TD, out.scales_TX, residual_TD.stride(0), eps,
         WIDTH=width, BLOCK=max(128, triton.next_power_of_2(width)),
         SUMMED=0 if added is None else added.per_token(tokens),
         ORDERED=added is not None and added.order_M is not None,
-        PADDED=added is not None and added.valid is not None, ROUNDING=rounding.value,
+        CHOSEN=added is not None and added.experts_M is not None, ROUNDING=rounding.value,
         PIECE=out.piece,
         num_warps=8 if width >= 2048 else 4,
     )  # fmt: skip

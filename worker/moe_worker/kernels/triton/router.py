@@ -4,25 +4,12 @@ Legend: T tokens, D hidden, E routed experts, G groups, K experts a token, the s
 S slices of the inputs, A all experts.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-
-class Choice(NamedTuple):
-    """How experts are chosen. pair: a group scores by its two best experts, else by its best."""
-
-    top_k: int
-    shared: int
-    groups: int
-    kept_groups: int
-    sigmoid: bool
-    normalise: bool
-    scale: float
-    pair: bool = True
+from moe_worker.config.moe import Routing
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -127,7 +114,7 @@ def _choose(
 
 
 def route(
-    x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, choice: Choice, counts_A: Tensor,
+    x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, routing: Routing, counts_A: Tensor,
     valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Experts int32 [T, K] and their weights float32 [T, K]; adds to the histogram `counts_A` (int32).
@@ -144,17 +131,17 @@ def route(
         x_TD, weight_ED, logits_TSE, tokens,
         WIDTH=width, EXPERTS=experts, SLICE=cut, BLOCK_E=block_e, BLOCK_M=block_m, BLOCK_D=64, num_warps=4,
     )  # fmt: skip
-    columns = choice.top_k + choice.shared
+    columns = routing.per_token
     experts_TK = torch.empty(tokens, columns, dtype=torch.int32, device=x_TD.device)
     weights_TK = torch.empty(tokens, columns, dtype=torch.float32, device=x_TD.device)
     block_m = 2
     _choose[(triton.cdiv(tokens, block_m),)](
-        logits_TSE, bias_E, experts_TK, weights_TK, counts_A, valid, tokens, choice.scale,
-        EXPERTS=experts, BLOCK_E=block_e, SLICES=slices, TOP_K=choice.top_k, SHARED=choice.shared,
-        BLOCK_K=triton.next_power_of_2(columns), BLOCK_G=triton.next_power_of_2(choice.groups),
-        GROUPS=choice.groups, KEPT=choice.kept_groups,
-        SIGMOID=choice.sigmoid, NORMALISE=choice.normalise, PAIR=choice.pair, BIAS=bias_E is not None,
-        PADDED=valid is not None,
+        logits_TSE, bias_E, experts_TK, weights_TK, counts_A, valid, tokens, routing.scale,
+        EXPERTS=experts, BLOCK_E=block_e, SLICES=slices, TOP_K=routing.top_k, SHARED=routing.shared,
+        BLOCK_K=triton.next_power_of_2(columns), BLOCK_G=triton.next_power_of_2(routing.groups),
+        GROUPS=routing.groups, KEPT=routing.kept_groups,
+        SIGMOID=not routing.softmax, NORMALISE=routing.normalise, PAIR=routing.group_best == 2,
+        BIAS=bias_E is not None, PADDED=valid is not None,
         BLOCK_M=block_m, num_warps=1,
     )  # fmt: skip
     return experts_TK, weights_TK

@@ -95,7 +95,9 @@ def experts_wide(
     counts_A: int32 histogram of `experts_TK`. emulated: hidden values are rounded as int8 kernels round them.
     """
     per_token, inner = experts_TK.shape[1], down_ADI.shape[2]
-    order_M = experts_TK.flatten().argsort(stable=True)
+    keys_M = experts_TK.flatten()
+    # Rows of no expert (-1) go behind all others, where no product reads them or writes their outputs.
+    order_M = torch.where(keys_M < 0, counts_A.shape[0], keys_M).argsort(stable=True)
     ends_A = counts_A.cumsum(0, dtype=torch.int32)
     rows_MD = x_TD.index_select(0, order_M // per_token)
     gate_up_MF = functional.grouped_mm(rows_MD, gate_up_AFD.transpose(1, 2), offs=ends_A)
@@ -107,4 +109,5 @@ def experts_wide(
     )  # fmt: skip
     out_MD = functional.grouped_mm(hidden_MI, down_ADI.transpose(1, 2), offs=ends_A)
     numbers_M = torch.arange(order_M.shape[0], device=order_M.device)
-    return Added(out_MD, torch.empty_like(order_M).index_copy_(0, order_M, numbers_M))
+    places_M = torch.empty_like(order_M).index_copy_(0, order_M, numbers_M)
+    return Added(out_MD, places_M, keys_M)

@@ -115,7 +115,7 @@ inline void feed_forward(const Context& c, const MoeForwardArgs& a, const MoeLay
     quantize(c, {s.x, l.block_norm, s.normed, s.x8, a.eps, a.count, a.hidden, a.hidden, l.gate_up.piece, l.gate_up.segment});
     c.sync();
     if (l.router) {
-        route(c, {s.normed, l.router, l.router_bias, s.chosen, s.weights, a.count, a.hidden, a.experts, a.top_k, a.shared,
+        route(c, {s.normed, l.router, l.router_bias, s.chosen, s.weights, a.count, a.hidden, a.experts, a.shared, a.top_k,
                   a.groups, a.kept_groups, a.group_best, a.softmax, a.normalise, a.routed_scale}, s.router);
         c.sync();
         experts(c, {l.gate_up, l.down, s.x8, s.chosen, s.weights, s.x, l.experts_used,

@@ -84,7 +84,7 @@ struct MoeHeadsArgs {
 struct MoeExpertsArgs {
     MoeWeight gate_up, down;   // stacked; gate_up paired
     MoeQuantized x;
-    const int32_t* experts;    // [T, K]
+    const int32_t* experts;    // [T, K]; -1: none
     const float* weights;      // [T, K]
     float* out;                // [T, D], added to
     int64_t* used;             // [counted + 1] or null; added to: tokens of an expert, and experts that had any
@@ -98,7 +98,7 @@ struct MoeRouteArgs {
     const float* bias;      // [E] or null: moves the choice only
     int32_t* experts;       // [T, K + shared]: the chosen, then E, E + 1, ...
     float* weights;         // [T, K + shared]: shared ones have 1
-    int32_t tokens, width, count, top_k, shared;
+    int32_t tokens, width, count, shared, top_k;
     int32_t groups, kept_groups;
     int32_t group_best;     // a group scores by the sum of its best this many experts: 1 or 2
     int32_t softmax;        // 1: softmax scores, 0: sigmoid

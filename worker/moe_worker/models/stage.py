@@ -1,0 +1,47 @@
+"""The part of a model that one process holds and computes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from moe_worker.moe.dispatch import LOCAL, Dispatch
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Layers `begin` to `end` (not included) of `of`.
+
+    The first stage embeds tokens, the last one computes logits; between stages go hidden states.
+    experts: for each layer whose experts are spread over ranks, the routed ones that are held here, in the
+    order of their places; layers that are absent hold all. dispatches: for the same layers, the way to the
+    experts of other ranks.
+    """
+
+    begin: int
+    end: int
+    of: int
+    experts: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    dispatches: Mapping[int, Dispatch] = field(default_factory=dict)
+
+    @classmethod
+    def whole(cls, layers: int) -> "Stage":
+        """All layers, with all experts."""
+        return cls(0, layers, layers)
+
+    @property
+    def first(self) -> bool:
+        """Whether it embeds tokens."""
+        return self.begin == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether it computes logits."""
+        return self.end == self.of
+
+    @property
+    def layers(self) -> range:
+        """Numbers of its layers."""
+        return range(self.begin, self.end)
+
+    def dispatch(self, layer: int) -> Dispatch:
+        """How tokens of `layer` get to their experts."""
+        return self.dispatches.get(layer, LOCAL)
