@@ -45,7 +45,7 @@ def test_without_a_compiler_the_error_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(registry.library, "supported_variants", lambda: build.build(tmp_path))
     hardware = registry.probe_cpu()
     assert str(choose("linear", "w4a8", hardware)).startswith(
-        "w4a8 linear: reference (no C++ compiler was found"
+        "w4a8 linear: reference, kernels.linear.Linear.forward (no C++ compiler was found"
     )
 
 
@@ -63,11 +63,12 @@ def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch):
     ("number_format", "hardware", "said"),
     [
         ("w4a8", Hardware("cpu", "avx512-vnni", "this CPU has avx512_vnni"),
-         "w4a8 linear: cpu/avx512-vnni (this CPU has avx512_vnni)"),
+         "w4a8 linear: cpu/avx512-vnni, kernels.cpu.library.Kernels.run (this CPU has avx512_vnni)"),
         ("w4a8", Hardware("cuda", "triton", "this is a CUDA device"),
-         "w4a8 linear: triton (this is a CUDA device)"),
+         "w4a8 linear: triton, kernels.triton.linear.linear_packed (this is a CUDA device)"),
         ("fp32", Hardware("cpu", "avx2"),
-         "fp32 linear: reference (there are no kernels for fp32 on cpu yet)"),
+         "fp32 linear: reference, kernels.linear.Linear.forward ("
+         "there are no kernels for fp32 on cpu yet)"),
     ],
 )  # fmt: skip
 def test_every_choice_has_a_reason(number_format, hardware, said):

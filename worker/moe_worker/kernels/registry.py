@@ -1,11 +1,16 @@
-"""Which implementation computes an operation, and why: one frozen table, one choice."""
+"""Which implementation computes an operation, and why: one table, one choice.
+
+The operations of a layer are chosen together, as the choice for "pass": kernels for one operation alone would
+need the layouts of all others. Every line names the function that runs; a test watches forward passes.
+"""
 
 from dataclasses import dataclass
 
 from moe_worker.kernels.cpu import build, library
 
-OPERATIONS = ("linear", "experts", "router", "norm", "attention", "pass")
+OPERATIONS = ("linear", "attention", "router", "dispatch", "experts", "norm", "pass")
 FORMATS = ("fp32", "bf16", "w4a16", "w4a8", "fp8")
+REFERENCE, TRITON = "reference", "triton"
 
 
 @dataclass(frozen=True)
@@ -13,34 +18,60 @@ class Hardware:
     """What was found: `device` is "cpu" or "cuda".
 
     kernels: "triton", or the fastest CPU kernels that can run here; None where there are none for this
-    machine or model. `reason` says why in words.
+    machine or model. `reason` says why in words. ranks: processes that share the experts of a layer.
     """
 
     device: str
     kernels: str | None = None
     reason: str = ""
+    ranks: int = 1
 
 
 @dataclass(frozen=True)
 class Choice:
-    """`implementation`: "cpu/<variant>", "triton" or "reference"; `reason` is a clause for the user."""
+    """`implementation`: "cpu/<variant>", "triton" or "reference"; `reason` is a clause for the user.
+
+    function: what runs, as MODULE.NAME inside moe_worker, or as torch has it.
+    """
 
     operation: str
     format: str
     implementation: str
+    function: str
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.format} {self.operation}: {self.implementation} ({self.reason})"
+        return f"{self.format} {self.operation}: {self.implementation}, {self.function} ({self.reason})"
 
 
-_ON_CUDA = ("bf16", "fp8", "w4a16", "w4a8")
-# (operation, format, device) with kernels of its own; everything else is computed by the reference.
-_KERNELS = frozenset(
-    (operation, number_format, device)
-    for number_format, device in (("w4a8", "cpu"), *((each, "cuda") for each in _ON_CUDA))
-    for operation in OPERATIONS
-)
+_DENSE = ("fp32", "bf16")
+# (format, device) with kernels for a whole forward pass; everything else is computed by the reference.
+_KERNELS = frozenset({("w4a8", "cpu"), *((each, "cuda") for each in ("bf16", "fp8", "w4a16", "w4a8"))})
+_LOCAL, _SPREAD = "moe.dispatch.LocalDispatch.scatter", "mesh.dispatch.AllToAllDispatch.scatter"
+_REFERENCE = {
+    "linear": "kernels.linear.Linear.forward",
+    "attention": "models.attention.attend",
+    "router": "moe.router.choose",
+    "dispatch": _LOCAL,
+    "experts": "moe.experts.Experts.forward",
+    "norm": "kernels.reference.rms_norm",
+    "pass": "models.deepseek.DeepseekModel.forward",
+}
+_TRITON = {
+    "linear": "kernels.triton.linear.linear_packed",
+    "attention": "kernels.triton.attention.attend",
+    "router": "kernels.triton.router.route",
+    "dispatch": "none: all experts are in this process",
+    "experts": "kernels.triton.experts.experts_packed",
+    "norm": "kernels.triton.norm.residual_norm",
+    "pass": "models.cuda.CudaModel.forward",
+}
+_TRITON_DENSE = _TRITON | {
+    "linear": "torch.nn.functional.linear",
+    "experts": "kernels.triton.experts.experts_bf16",
+}
+# One call computes a whole forward pass (native/forward.h).
+_NATIVE = dict.fromkeys(OPERATIONS, "kernels.cpu.library.Kernels.run")
 
 
 def probe_cpu() -> Hardware:
@@ -56,15 +87,29 @@ def probe_cpu() -> Hardware:
 
 def choose(operation: str, number_format: str, hardware: Hardware) -> Choice:
     """The implementation of `operation` (of OPERATIONS) in `number_format` (of FORMATS)."""
-    if (operation, number_format, hardware.device) not in _KERNELS:
-        reason = f"there are no kernels for {number_format} on {hardware.device} yet"
-        return Choice(operation, number_format, "reference", reason)
-    if hardware.kernels is None:
-        return Choice(operation, number_format, "reference", hardware.reason)
-    kernels = hardware.kernels if hardware.device == "cuda" else f"cpu/{hardware.kernels}"
-    return Choice(operation, number_format, kernels, hardware.reason)
+    implementation, reason = _implementation(number_format, hardware)
+    function = _functions(number_format, implementation)[operation]
+    if function == _LOCAL and hardware.ranks > 1:
+        function = _SPREAD
+    return Choice(operation, number_format, implementation, function, reason)
 
 
 def explain(number_format: str, hardware: Hardware) -> list[str]:
     """One line an operation."""
     return [str(choose(operation, number_format, hardware)) for operation in OPERATIONS]
+
+
+def _implementation(number_format: str, hardware: Hardware) -> tuple[str, str]:
+    if (number_format, hardware.device) not in _KERNELS:
+        return REFERENCE, f"there are no kernels for {number_format} on {hardware.device} yet"
+    if hardware.kernels is None:
+        return REFERENCE, hardware.reason
+    return hardware.kernels if hardware.device == "cuda" else f"cpu/{hardware.kernels}", hardware.reason
+
+
+def _functions(number_format: str, implementation: str) -> dict[str, str]:
+    if implementation == TRITON:
+        return _TRITON_DENSE if number_format in _DENSE else _TRITON
+    if implementation != REFERENCE:
+        return _NATIVE
+    return _REFERENCE
