@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moe_worker.config.fields import LARGEST_SIZE, MOST_SHOWN, is_unicode
+from moe_worker.config.mesh import MOST_RANKS, MeshShape
+from moe_worker.config.moe import MOST_EXPERTS
 from moe_worker.errors import SettingsError
 
 DEVICES = re.compile(r"auto|cpu|cuda(:[0-9]{1,2})?")
@@ -24,6 +26,9 @@ BOUNDS: Mapping[str, tuple[int, int]] = {
     "target_step_ms": (1, 3_600_000),
     "page_size": (1, 1 << 16),
     "threads": (1, 1 << 12),
+    "mesh_rank": (0, MOST_RANKS - 1),
+    "mesh_epoch": (0, LARGEST_SIZE),
+    "redundant_experts": (0, MOST_EXPERTS),
 }
 # Of config.json's fields; published ones nest 4 deep.
 MOST_NESTED = 16
@@ -58,6 +63,9 @@ class EngineOptions:
     generation_config: "auto": sampling that a request does not set is that of generation_config.json; "none":
         it is SamplingParameters' own.
     config_override: fields that replace those of config.json, as {"rope_scaling": {...}} for YaRN.
+    mesh: processes of this replica, PIPELINExEXPERT. mesh_rank: which of them this is; 0 leads. mesh_leader:
+        HOST:PORT where rank 0 listens. mesh_epoch: how often the mesh has formed; ranks of another epoch are
+        refused. redundant_experts: copies of experts in each layer, spread over a stage's ranks.
     threads: of torch on the CPU; None: all cores that this process may use, or one for small models.
     """
 
@@ -77,6 +85,11 @@ class EngineOptions:
     check_digests: bool = False
     threads: int | None = None
     generation_config: str = "none"
+    mesh: str = "1x1"
+    mesh_rank: int = 0
+    mesh_leader: str = ""
+    mesh_epoch: int = 0
+    redundant_experts: int = 0
     config_override: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -100,7 +113,22 @@ class EngineOptions:
                 raise SettingsError(f"{name} is {str(value)[:MOST_SHOWN]}; it must be {wanted}")
         if self.page_size & (self.page_size - 1):
             raise SettingsError(f"page_size is {self.page_size}; it must be a power of two")
+        ranks = self.mesh_shape.ranks
+        if self.mesh_rank >= ranks:
+            raise SettingsError(
+                f"mesh_rank is {self.mesh_rank}; a mesh {self.mesh_shape} has ranks 0 to {ranks - 1}"
+            )
+        if self.redundant_experts and self.mesh_shape.expert == 1:
+            raise SettingsError(
+                f"redundant_experts is {self.redundant_experts}; a mesh {self.mesh_shape} has one rank a "
+                "stage and no use for them: use 0"
+            )
         _check_override(self.config_override)
+
+    @property
+    def mesh_shape(self) -> MeshShape:
+        """The mesh, parsed."""
+        return MeshShape.parse(self.mesh)
 
     def context_for(self, longest: int) -> int:
         """The context length, given the model's limit `longest`. Raises SettingsError if above it."""

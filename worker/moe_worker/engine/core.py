@@ -7,7 +7,7 @@ device and feed the next step there, so the device hides the host's work.
 import logging
 import time
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -33,12 +33,13 @@ log = logging.getLogger(__name__)
 class _Sequence:
     """An active request; `pages` is its page table. admitted: whether the sampler knows it.
 
-    generated: tokens of its text, including emitted tokens of a resumed stream.
+    generated: tokens of its text, including emitted tokens of a resumed stream. shard: where its pages are.
     """
 
     request: Request
     text: TextStream
     ends: frozenset[int]
+    shard: int = 0
     pages: "array[int]" = field(default_factory=lambda: array("i"))
     generated: int = 0
     admitted: bool = False
@@ -57,7 +58,7 @@ class _Sequence:
         """The model's input for `chunk`."""
         if chunk.pages:
             self.pages[chunk.pages_from :] = array("i", chunk.pages)
-        return Segment(chunk.tokens, chunk.start, self.pages)
+        return Segment(chunk.tokens, chunk.start, self.pages, self.shard)
 
 
 class EngineCore:
@@ -82,7 +83,8 @@ class EngineCore:
         self._experts = loaded.runner.expert_counter()
         self._tally = Tally()
         self._flights: deque[Flight[_Sequence]] = deque()
-        self._most_flights = flights or (2 if loaded.device.type == "cuda" else 1)
+        ahead = loaded.device.type == "cuda" and loaded.member is None
+        self._most_flights = flights or (2 if ahead else 1)
 
     @property
     def idle(self) -> bool:
@@ -134,7 +136,7 @@ class EngineCore:
 
     def submit(self, request: Request) -> None:
         """Adds a checked request. Raises QueueFullError."""
-        room = self._loaded.context - len(request.prompt)
+        room, shard = self._loaded.context - len(request.prompt), self._idlest_shard()
         arrival = Arrival(
             id=request.id,
             prompt=request.prompt + request.written,
@@ -142,13 +144,21 @@ class EngineCore:
             arrived=self._clock(),
             priority=request.priority,
             deadline=request.deadline,
+            namespace=f"shard {shard}" if shard else "",
         )
         self._scheduler.submit(arrival)
         ends = request.sampling.end_tokens(self._loaded.config.eos_token_ids)
         text = TextStream(request.sampling.stop)
         for token in request.written:
             text.push(self._loaded.tokenizer.token_bytes(token))  # has been sent
-        self._sequences[request.id] = _Sequence(request, text, ends, generated=len(request.written))
+        self._sequences[request.id] = _Sequence(request, text, ends, shard, generated=len(request.written))
+
+    def _idlest_shard(self) -> int:
+        """That with the fewest sequences; a sequence stays where its pages are."""
+        if self._loaded.shards == 1:
+            return 0
+        live = Counter(sequence.shard for sequence in self._sequences.values())
+        return min(range(self._loaded.shards), key=lambda shard: live[shard])
 
     def cancel(self, request: int) -> None:
         """Removes a request and frees its resources; it is no error if it has finished already."""

@@ -1,8 +1,9 @@
 """Creates a model that is ready to run from a checkpoint directory and the user's choices."""
 
+import contextlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from moe_worker.config.attention import LatentConfig
 from moe_worker.config.directory import find_checkpoint, read_checkpoint_config
 from moe_worker.config.engine import EngineOptions
+from moe_worker.config.mesh import MeshShape
 from moe_worker.config.model import ModelConfig
 from moe_worker.config.quantization import PackedStorage, SparseStorage
 from moe_worker.engine import gpu
@@ -17,11 +19,15 @@ from moe_worker.errors import SettingsError
 from moe_worker.kernels.cpu.library import Kernels
 from moe_worker.kernels.registry import Hardware, choose, explain, probe_cpu
 from moe_worker.kvcache.paged import FP8, CacheShape, PagedCache
+from moe_worker.mesh.identity import mesh_digest
+from moe_worker.mesh.member import Member, join, part_of
+from moe_worker.mesh.runner import MeshRunner, agree_on_pages
 from moe_worker.models.checkpoint import load_model
 from moe_worker.models.deepseek import DeepseekModel
 from moe_worker.models.digests import check_digests
 from moe_worker.models.native import NativeModel
 from moe_worker.models.runner import NativeRunner, Runner, TorchRunner
+from moe_worker.models.safetensors import stored_tensors
 from moe_worker.models.stored import Placement
 from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.models.tokenizer_guard import load_guarded
@@ -31,6 +37,7 @@ SINGLE_THREAD_BYTES = 64 * 2**20
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 DTYPE_BY_NAME = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CACHE_DTYPES = DTYPE_BY_NAME | {"fp8": FP8}
+ONE_PROCESS = MeshShape()
 CPU_CACHE, GPU_CACHE = ("float32", "bfloat16"), ("bfloat16", "fp8")
 
 
@@ -38,7 +45,8 @@ CPU_CACHE, GPU_CACHE = ("float32", "bfloat16"), ("bfloat16", "fp8")
 class LoadedModel:
     """The constant state of the engine, and its cache.
 
-    kernels: which implementation computes what, and why; one line each.
+    kernels: which implementation computes what, and why; one line each. member: this process in its mesh;
+    None: it is the whole replica.
     """
 
     config: ModelConfig
@@ -48,6 +56,12 @@ class LoadedModel:
     context: int
     format: str
     kernels: tuple[str, ...]
+    member: Member | None = None
+
+    @property
+    def shards(self) -> int:
+        """Sequences are spread over so many caches of the size of `cache`."""
+        return 1 if self.member is None else self.member.shape.expert
 
     @property
     def device(self) -> torch.device:
@@ -71,21 +85,34 @@ def load(
     weights = choose_format(options.format, config)
     placement = Placement(dtype, device, weights, options.check_weights)
     name = NAMES[dtype] if weights == "dense" else weights
-    hardware = probe(device, config, name)
-    if device.type == "cuda":
+    shape, member, stage = options.mesh_shape, None, None
+    hardware = probe(device, config, name, shape)
+    if device.type == "cuda" and shape.ranks == 1:
         gpu.check_weights_fit(config, name, device, torch.cuda.mem_get_info(device)[0])
     path = choose("pass", name, hardware).implementation
-    shape = _cache_shape(config, options, dtype, path)
-    shape.pages_that_fit(context, options.kv_memory, options.max_batch_size)
+    rows = _cache_shape(config, options, dtype, path)
+    if shape.ranks == 1:
+        rows.pages_that_fit(context, options.kv_memory, options.max_batch_size)
     threads = options.threads or suggested_threads(config, dtype)
     torch.set_num_threads(threads)
     if options.check_digests:
         check_digests(directory, usable_cores(), progress)
-    with torch.inference_mode():
-        model = load_model(directory, config, placement, context, progress)
-        cache = _allocate_cache(shape, options, context, device)
-        runner = _runner(model, cache, options, context, path, threads, progress)
-    return LoadedModel(config, runner, tokenizer, cache, context, name, tuple(explain(name, hardware)))
+    with contextlib.ExitStack() as unfinished, torch.inference_mode():
+        if shape.ranks > 1:
+            stored = stored_tensors(directory)
+            member = join(options, mesh_digest(directory, stored, options), device)
+            unfinished.callback(member.close)
+            stage = part_of(config, member, stored, options.redundant_experts, device)
+            rows = replace(rows, layers=len(stage.layers))
+        model = load_model(directory, config, placement, context, progress, stage)
+        cache = _allocate_cache(rows, options, context, device, member)
+        if member is not None:
+            runner: Runner = MeshRunner(member, model, cache)
+        else:
+            runner = _runner(model, cache, options, context, path, threads, progress)
+        unfinished.pop_all()
+    lines = tuple(explain(name, hardware))
+    return LoadedModel(config, runner, tokenizer, cache, context, name, lines, member)
 
 
 def _cache_shape(config: ModelConfig, options: EngineOptions, dtype: torch.dtype, path: str) -> CacheShape:
@@ -96,7 +123,7 @@ def _cache_shape(config: ModelConfig, options: EngineOptions, dtype: torch.dtype
 
 
 def _allocate_cache(
-    shape: CacheShape, options: EngineOptions, context: int, device: torch.device
+    shape: CacheShape, options: EngineOptions, context: int, device: torch.device, member: Member | None
 ) -> PagedCache:
     """The memory that the user set, or on a GPU what the weights leave. Raises SettingsError if it does not
     fit.
@@ -105,6 +132,8 @@ def _allocate_cache(
     if memory is None and device.type == "cuda":
         memory = gpu.cache_bytes(device)
     pages = shape.pages_that_fit(context, memory, options.max_batch_size)
+    if member is not None:
+        pages = agree_on_pages(member, pages)
     return PagedCache.allocate(shape, pages, device)
 
 
@@ -138,11 +167,16 @@ def explain_choice(directory: Path, options: EngineOptions) -> list[str]:
     dtype, weights = choose_dtype(options.dtype, device), choose_format(options.format, config)
     name = NAMES[dtype] if weights == "dense" else weights
     first = f"{config.architecture} on {device}, weights {weights}, computed in {NAMES[dtype]}"
-    return [first, *explain(name, probe(device, config, name))]
+    return [first, *explain(name, probe(device, config, name, options.mesh_shape))]
 
 
-def probe(device: torch.device, config: ModelConfig, number_format: str) -> Hardware:
+def probe(
+    device: torch.device, config: ModelConfig, number_format: str, shape: MeshShape = ONE_PROCESS
+) -> Hardware:
     """Kernels that `device` has for a model in `number_format` (of registry.FORMATS)."""
+    if shape.ranks > 1:
+        reason = f"the kernels do not compute parts of a mesh ({shape}) yet"
+        return Hardware(device.type, None, reason, shape.expert)
     if device.type == "cuda":
         return gpu.probe_gpu(config, number_format)
     if not isinstance(config.attention, LatentConfig):

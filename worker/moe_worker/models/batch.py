@@ -22,12 +22,13 @@ class Segment:
     """The next tokens of one sequence: `tokens`, the first at position `start`.
 
     `pages` are the cache pages of the sequence in order, enough for all its tokens up to these (best an
-    array of ints: thousands of them are copied in a step).
+    array of ints: thousands of them are copied in a step). shard: of those that sequences are spread over.
     """
 
     tokens: Sequence[int]
     start: int
     pages: Sequence[int]
+    shard: int = 0
 
     @property
     def count(self) -> int:
@@ -60,18 +61,20 @@ class Batch:
 
     @classmethod
     def of(cls, segments: Sequence[Segment], cache: PagedCache) -> "Batch":
-        """Places `segments` in `cache`; those of one token must come before longer ones."""
+        """Places `segments` (perhaps none) in `cache`; those of one token must come before longer ones."""
         decodes = next((i for i, segment in enumerate(segments) if segment.count > 1), len(segments))
         pages_BP = _page_tables(segments)
-        starts_B = np.array([segment.start for segment in segments])
-        counts_B = np.array([segment.count for segment in segments])
+        starts_B = np.array([segment.start for segment in segments], np.int64)
+        counts_B = np.array([segment.count for segment in segments], np.int64)
         sequence_T = np.repeat(np.arange(len(segments)), counts_B)
         first_T = np.repeat(np.cumsum(counts_B) - counts_B, counts_B)
-        positions_T = starts_B[sequence_T] + np.arange(len(sequence_T)) - first_T
+        places_T: NDArray[np.int64] = starts_B[sequence_T] + np.arange(len(sequence_T)) - first_T
         size = cache.page_size
-        rows_T = pages_BP[sequence_T, positions_T // size].astype(np.int64) * size + positions_T % size
-        tokens = [token for segment in segments for token in segment.tokens]
-        tokens_T, positions_T, rows_T = aligned_parts((np.array(tokens), positions_T, rows_T), cache.device)
+        page_T = pages_BP[sequence_T, places_T // size].astype(np.int64)
+        tokens = np.array([token for segment in segments for token in segment.tokens], np.int64)
+        tokens_T, positions_T, rows_T = aligned_parts(
+            (tokens, places_T, page_T * size + places_T % size), cache.device
+        )
         lengths_B, pages_N = aligned_parts(
             ((starts_B + counts_B).astype(np.int32), pages_BP.ravel()), cache.device
         )
@@ -111,7 +114,9 @@ def aligned_parts(parts: Sequence[NDArray[Any]], device: torch.device) -> list[T
 
 def _page_tables(segments: Sequence[Segment]) -> NDArray[np.int32]:
     """One row a segment, 0 behind its last page."""
-    pages_BP = np.zeros((len(segments), max(len(segment.pages) for segment in segments)), np.int32)
+    pages_BP = np.zeros(
+        (len(segments), max((len(segment.pages) for segment in segments), default=0)), np.int32
+    )
     for row_P, segment in zip(pages_BP, segments, strict=True):
         row_P[: len(segment.pages)] = segment.pages
     return pages_BP

@@ -172,6 +172,44 @@ class _Number(click.FloatRange):
     help="Threads of torch. Default: the usable cores; 1 for small models.",
 )
 @click.option(
+    "--mesh",
+    default="1x1",
+    envvar="MOE_WORKER_MESH",
+    show_default=True,
+    help="Processes of this replica, PIPELINExEXPERT: stages of layers, and ranks of a stage that share its "
+    "experts. Start each with its --mesh-rank and the same MOE_WORKER_MESH_SECRET.",
+)
+@click.option(
+    "--mesh-rank",
+    type=int,
+    default=0,
+    envvar="MOE_WORKER_MESH_RANK",
+    show_default=True,
+    help="Which of the mesh's processes this is. 0 leads: it serves; the others compute what it says.",
+)
+@click.option(
+    "--mesh-leader",
+    default="",
+    envvar="MOE_WORKER_MESH_LEADER",
+    help="HOST:PORT where rank 0 meets the others.",
+)
+@click.option(
+    "--mesh-epoch",
+    type=int,
+    default=0,
+    envvar="MOE_WORKER_MESH_EPOCH",
+    show_default=True,
+    help="How often the mesh has formed; ranks of another epoch are refused.",
+)
+@click.option(
+    "--redundant-experts",
+    type=int,
+    default=0,
+    envvar="MOE_WORKER_REDUNDANT_EXPERTS",
+    show_default=True,
+    help="Copies of experts in each layer, in addition to the model's own, spread over a stage's ranks.",
+)
+@click.option(
     "--explain", "explained", is_flag=True, help="Print which kernels would compute what, and exit."
 )
 def serve(
@@ -188,6 +226,10 @@ def serve(
     \b
     Example:
       moe-worker serve --model examples/docs-moe --listen 127.0.0.1:8000
+
+    \b
+    Four processes, two stages of two ranks (the others with --mesh-rank 1, 2 and 3):
+      moe-worker serve --model examples/docs-moe --mesh 2x2 --mesh-leader 127.0.0.1:29500
     """
     guard_logs()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
@@ -204,6 +246,10 @@ def serve(
         for line in explain_choice(model, engine_options):
             click.echo(line)
         return
+    if engine_options.mesh_rank:
+        from moe_worker.engine.following import follow  # noqa: PLC0415 - torch: only where the engine is
+
+        follow(model, engine_options)
     name = served_name or Path(os.path.realpath(model)).name
     for flag, text in (("--model", str(model)), ("--served-name", name), ("--revision", revision)):
         if not is_unicode(text):

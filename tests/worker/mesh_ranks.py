@@ -1,0 +1,127 @@
+"""The ranks of a mesh as processes of this machine.
+
+    python -m tests.worker.mesh_ranks follow CHECKPOINT OPTIONS
+    python -m tests.worker.mesh_ranks dispatch RANK RANKS FILE
+
+follow: one rank that follows; OPTIONS is JSON for EngineOptions. dispatch: one of RANKS that exchange tokens
+by many random routings, and compare with all experts in one process.
+"""
+
+import contextlib
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+ROUNDS = 25
+
+
+def free_address():
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
+        return f"127.0.0.1:{server.getsockname()[1]}"
+
+
+class Processes:
+    """Runs this module once for each list of arguments; `errors` is what each wrote, once it has ended."""
+
+    def __init__(self, arguments):
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.worker.mesh_ranks", *map(str, own)],
+                cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True,
+            )
+            for own in arguments
+        ]  # fmt: skip
+        self.errors = [""] * len(self.processes)
+        self._threads = [threading.Thread(target=self._read, args=(n,)) for n in range(len(self.processes))]
+        for thread in self._threads:
+            thread.start()
+
+    def _read(self, number):
+        self.errors[number] = self.processes[number].stderr.read()
+
+    def wait(self, seconds=60):
+        """Their exit statuses."""
+        statuses = [process.wait(seconds) for process in self.processes]
+        for thread in self._threads:
+            thread.join(seconds)
+        return statuses
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+        self.wait()
+
+
+def followers(checkpoint, ranks, **options):
+    return Processes(
+        ["follow", checkpoint, json.dumps(options | {"mesh_rank": rank})] for rank in range(1, ranks)
+    )
+
+
+def follow(checkpoint, options):
+    from moe_worker.config.engine import EngineOptions  # noqa: PLC0415
+    from moe_worker.engine.following import follow  # noqa: PLC0415
+
+    follow(Path(checkpoint), EngineOptions(**json.loads(options)))
+
+
+def dispatch(rank, ranks, file):
+    import torch  # noqa: PLC0415
+    import torch.distributed as dist  # noqa: PLC0415
+
+    rank, ranks = int(rank), int(ranks)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
+    for seed in range(ROUNDS):
+        _one_routing(random.Random(seed), torch.Generator().manual_seed(seed), rank, ranks)
+    dist.destroy_process_group()
+
+
+def _one_routing(draw, generator, rank, ranks):
+    import torch  # noqa: PLC0415
+    import torch.distributed as dist  # noqa: PLC0415
+
+    from moe_worker.mesh.dispatch import AllToAllDispatch, PlaceTable  # noqa: PLC0415
+    from moe_worker.mesh.placement import Topology, placement  # noqa: PLC0415
+    from moe_worker.moe.experts import Experts  # noqa: PLC0415
+    from moe_worker.quant.matrix import Dense  # noqa: PLC0415
+
+    routed, shared, width = ranks * draw.randint(1, 3), draw.randint(0, 2), 8
+    per_token = draw.randint(1, routed)
+    counts = [draw.choice([0, 0, 1, 1, 5, 17]) for _ in range(ranks)]
+    weights = [torch.randn(routed + shared, *size, generator=generator) for size in ((8, width), (width, 4))]
+    loads = [[draw.random() for _ in range(routed)]]
+    (places,) = placement(loads, Topology(ranks), ranks * draw.randint(0, 2))
+    each = len(places) // ranks
+    held = [*places[rank * each : (rank + 1) * each], *range(routed, routed + shared)]
+    for number, count in enumerate(counts):  # every rank draws all, and keeps its own
+        x_TD = torch.randn(count, width, generator=generator)
+        scores_TE = torch.rand(count, routed, generator=generator)
+        if draw.random() < 0.3:
+            scores_TE[:, : routed // 2] += 1  # some ranks may get nothing
+        experts_TK = scores_TE.topk(per_token).indices
+        dropped = torch.rand(experts_TK.shape, generator=generator) < draw.choice([0, 0.3, 1])
+        experts_TK = experts_TK.masked_fill(dropped, -1)
+        experts_TK = torch.cat((experts_TK, torch.arange(routed, routed + shared).expand(count, -1)), dim=1)
+        weights_TK = torch.rand(experts_TK.shape, generator=generator).masked_fill(experts_TK < 0, 0)
+        if number == rank:
+            own = x_TD, experts_TK, weights_TK
+    table = PlaceTable(places, routed, ranks, torch.device("cpu"))
+    exchange = AllToAllDispatch(table, routed, dist.group.WORLD)
+    local = Experts(*(Dense(weight[held]) for weight in weights))
+    for _ in range(2):  # nothing stays behind from one layer to the next
+        received = exchange.scatter(*own)
+        outputs = exchange.gather(local.forward(*received))
+        expected = Experts(*map(Dense, weights)).forward(*own)
+        assert outputs.shape == expected.shape
+        assert torch.allclose(outputs, expected, atol=1e-5), (rank, counts)
+
+
+if __name__ == "__main__":
+    {"follow": follow, "dispatch": dispatch}[sys.argv[1]](*sys.argv[2:])

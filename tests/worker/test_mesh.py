@@ -1,0 +1,262 @@
+"""A replica of several processes gives what one process gives; strangers are refused with a sentence."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import threading
+from contextlib import closing
+from dataclasses import replace
+
+import grpc
+import pytest
+
+from moe_worker.config.engine import EngineOptions
+from moe_worker.config.mesh import MeshShape
+from moe_worker.engine.core import EngineCore
+from moe_worker.engine.loading import load
+from moe_worker.engine.offline import Engine
+from moe_worker.engine.requests import Request
+from moe_worker.errors import SettingsError
+from moe_worker.mesh.control import Channel, Identity, MeshError, gather_ranks, join_leader
+from moe_worker.mesh.member import SECRET
+from moe_worker.sampling.parameters import SamplingParameters
+from tests.checkpoints import write_checkpoint
+from tests.worker.mesh_ranks import Processes, followers, free_address
+from tests.worker.serving import COMMAND, DEADLINE_S, Worker, refused
+
+SHARED = [7 + i % 290 for i in range(40)]
+LONG = [300 - i % 250 for i in range(70)]
+PROMPTS = [[*SHARED, 11, 12], SHARED, [5], [*SHARED, 99], LONG, [*SHARED, 11, 12]]
+LAYERS = 4
+PER_PAGE = 16 * LAYERS * 24 * 4
+OPTIONS = {"device": "cpu", "dtype": "float32", "threads": 1, "context_length": 256}
+SAMPLINGS = (
+    SamplingParameters(max_tokens=16),
+    SamplingParameters(max_tokens=16, temperature=1.2, top_p=0.95, top_k=80, seed=5),
+)
+# Chunked prompts and shared prefixes in all; pages for two or three sequences, so that some are preempted.
+TIGHT = {"prefill_tokens": 30, "kv_memory": 17 * PER_PAGE}
+CASES = {
+    "2x2 of V3 with copies of experts": (
+        "deepseek_v3",
+        "2x2",
+        {"redundant_experts": 2, "prefill_tokens": 30},
+    ),
+    "1x3 of V2, uneven experts": ("deepseek_v2", "1x3", {"redundant_experts": 1, **TIGHT}),
+    "3x1 of Qwen3": ("qwen3_moe", "3x1", {"prefill_tokens": 7}),
+}
+SLOW = {
+    f"{shape} of {family}, {redundant} redundant": (
+        family, shape, {"redundant_experts": redundant, "prefill_tokens": 30}
+    )
+    for shape, redundant in (("1x2", 0), ("1x4", 4), ("2x1", 0), ("2x4", 4), ("3x2", 2), ("3x4", 0))
+    for family in ("deepseek_v2", "deepseek_v3", "qwen3_moe")
+}  # fmt: skip
+
+
+def tokens_of(loaded, options, sampling):
+    core = EngineCore(loaded, options)
+    for number, prompt in enumerate(PROMPTS):
+        core.submit(Request(number, tuple(prompt), sampling, seed=sampling.seed or 0))
+    found = [[] for _ in PROMPTS]
+    while not core.idle:
+        for delta in core.step():
+            found[delta.id].append(delta.token)
+    counted = {layer.layer: layer.tokens for layer in core.expert_statistics.layers}
+    return found, counted
+
+
+@pytest.mark.parametrize(
+    ("family", "shape", "options"),
+    [*CASES.values(), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW.values())],
+    ids=[*CASES, *SLOW],
+)
+def test_a_mesh_computes_what_one_process_computes(tmp_path, family, shape, options):
+    checkpoint = write_checkpoint(tmp_path, family=family, num_hidden_layers=LAYERS)
+    mesh = {"mesh": shape, "mesh_leader": free_address(), **OPTIONS, **options}
+    alone = {**OPTIONS, **options, "redundant_experts": 0}
+    others = followers(checkpoint, MeshShape.parse(shape).ranks, **mesh)
+    with contextlib.ExitStack() as stack:
+        stack.callback(others.kill)
+        engine = Engine(checkpoint, **mesh)
+        stack.callback(engine._loaded.member.close)
+        single = Engine(checkpoint, **alone)
+        found, expected = engine.logits(LONG), single.logits(LONG)
+        assert (found - expected).abs().max() < 1e-5
+        for sampling in SAMPLINGS:
+            ours, _ = tokens_of(engine._loaded, EngineOptions(**mesh), sampling)
+            assert ours == tokens_of(single._loaded, EngineOptions(**alone), sampling)[0]
+        if "kv_memory" not in options:  # nothing is computed twice: every token is counted once
+            plain = [EngineOptions(**each, prefix_cache=False) for each in (mesh, alone)]
+            assert tokens_of(engine._loaded, plain[0], SAMPLINGS[0]) == tokens_of(
+                single._loaded, plain[1], SAMPLINGS[0]
+            )
+        engine._loaded.member.close()
+        assert others.wait(DEADLINE_S) == [1] * len(others.processes)
+        assert all("rank 0 left the mesh" in error for error in others.errors)
+
+
+@pytest.mark.parametrize("ranks", [3])
+def test_dispatch_is_exact_for_any_routing(tmp_path, ranks):
+    """Ranks without tokens, tokens without experts, ranks that nobody needs, experts at several places."""
+    others = Processes(["dispatch", rank, ranks, tmp_path / "store"] for rank in range(ranks))
+    try:
+        assert others.wait(DEADLINE_S) == [0] * ranks, others.errors
+    finally:
+        others.kill()
+
+
+IDENTITY = Identity(MeshShape(1, 2), epoch=3, digest="a1" * 32, secret=b"known")
+STRANGERS = {
+    "its mesh is 2x2, the leader's 1x2": replace(IDENTITY, shape=MeshShape(2, 2)),
+    "its epoch is 2, the leader's is 3": replace(IDENTITY, epoch=2),
+    "its checkpoint or options are not the leader's": replace(IDENTITY, digest="b2" * 32),
+    "the mesh's secret is another one": replace(IDENTITY, secret=b"guessed"),
+}
+
+
+class Leader:
+    """Waits for ranks in a thread."""
+
+    def __init__(self, identity=IDENTITY, seconds=60.0):
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = self._listener.getsockname()
+        self.outcome = None
+        self._thread = threading.Thread(target=self._run, args=(identity, seconds))
+        self._thread.start()
+
+    def _run(self, identity, seconds):
+        with closing(self._listener):
+            try:
+                self.outcome = gather_ranks(self._listener, identity, 77, seconds)
+            except MeshError as error:
+                self.outcome = error
+
+    def end(self):
+        self._thread.join(DEADLINE_S)
+        return self.outcome
+
+
+def test_ranks_that_do_not_belong_are_refused_and_the_right_one_still_joins():
+    leader = Leader()
+    for sentence, identity in STRANGERS.items():
+        with pytest.raises(MeshError, match=sentence):
+            join_leader(leader.address, 1, identity, 5)
+    for rank in (0, 2, -1):
+        with pytest.raises(MeshError, match="has ranks 0 to 1, and 0 leads"):
+            join_leader(leader.address, rank, IDENTITY, 5)
+    with closing(socket.create_connection(leader.address)) as stranger:
+        stranger.sendall(b"GET / HTTP/1.1\r\n\r\n" * 10)
+    channel, welcome = join_leader(leader.address, 1, IDENTITY, 5)
+    assert welcome.store_port == 77
+    assert [other.rank for other in leader.end()] == [1]
+    channel.close()
+
+
+def test_a_second_process_of_a_rank_is_refused():
+    identity = replace(IDENTITY, shape=MeshShape(1, 3))
+    leader = Leader(identity)
+    first, _ = join_leader(leader.address, 1, identity, 5)
+    with pytest.raises(MeshError, match="another process has joined as rank 1"):
+        join_leader(leader.address, 1, identity, 5)
+    second, _ = join_leader(leader.address, 2, identity, 5)
+    assert isinstance(leader.end(), list)
+    first.close()
+    second.close()
+
+
+def test_a_mesh_that_stays_incomplete_says_who_is_missing():
+    outcome = Leader(replace(IDENTITY, shape=MeshShape(2, 2)), seconds=0.3).end()
+    assert str(outcome).startswith("mesh 2x2 is incomplete: ranks [1, 2, 3] did not join within 0.3 s")
+
+
+def test_a_channel_refuses_what_is_no_message():
+    ours, theirs = tcp_pair()
+    channel = Channel(ours, 4)
+    theirs.sendall((1 << 30).to_bytes(4, "big"))
+    with pytest.raises(MeshError, match="rank 4 sent a message of 1073741824 bytes"):
+        channel.receive()
+    theirs.sendall((3).to_bytes(4, "big") + b"\x01\xc1\xc1")
+    with pytest.raises(MeshError, match="rank 4 sent what is no message"):
+        channel.receive()
+    theirs.close()
+    with pytest.raises(MeshError, match="rank 4 left the mesh"):
+        channel.receive()
+    channel.close()
+
+
+def tcp_pair():
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        one = socket.create_connection(server.getsockname())
+        return one, server.accept()[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"mesh": "2"}, "write PIPELINExEXPERT"),
+        ({"mesh": "0x2"}, "write PIPELINExEXPERT"),
+        ({"mesh": "64x64"}, "of up to 1024 ranks"),
+        ({"mesh": "2x2", "mesh_rank": 4}, "has ranks 0 to 3"),
+        ({"redundant_experts": 1}, "has one rank a stage"),
+    ],
+)
+def test_impossible_meshes_are_refused(options, sentence):
+    with pytest.raises(SettingsError, match=sentence):
+        EngineOptions(**options)
+
+
+def test_a_leader_needs_an_address(tmp_path):
+    checkpoint = write_checkpoint(tmp_path)
+    with pytest.raises(SettingsError, match="write HOST:PORT of rank 0"):
+        load(checkpoint, EngineOptions(mesh="1x2", **OPTIONS), progress=False)
+
+
+def test_two_processes_serve_and_end_together(tmp_path):
+    """By the command line: one stream, and then the other rank dies, which the stream's client is told."""
+    checkpoint, address = write_checkpoint(tmp_path, eos_token_id=None), free_address()
+    secret = {SECRET: "known to both"}
+    flags = ["--mesh", "2x1", "--mesh-leader", address, "--dtype", "float32", "--device", "cpu"]
+    command = [*COMMAND, "serve", "--model", str(checkpoint), "--threads", "1", *flags, "--mesh-rank", "1"]
+    other = subprocess.Popen(command, env=os.environ | secret, stderr=subprocess.PIPE, text=True)
+    try:
+        with Worker(checkpoint, *flags, environment=secret) as worker:
+            worker.wait_ready()
+            text = "".join(response.text for response in worker.generate(max_tokens=8))
+            expected = Engine(checkpoint, **OPTIONS).generate("hello", SamplingParameters(max_tokens=8))
+            assert text == expected[0].text
+            stream = worker.generate(max_tokens=200)
+            next(stream)
+            other.kill()
+            assert refused(stream).code() == grpc.StatusCode.UNAVAILABLE
+            assert worker.process.wait(DEADLINE_S) != 0
+            said = "\n".join(worker.lines)
+            assert "left the mesh" in said
+    finally:
+        other.kill()
+        other.wait()
+        other.stderr.close()
+
+
+def test_a_refused_rank_ends_with_the_sentence(tmp_path):
+    checkpoint, leader = write_checkpoint(tmp_path), Leader(seconds=DEADLINE_S)
+    host, port = leader.address
+    command = [*COMMAND, "serve", "--model", str(checkpoint), "--mesh", "1x2", "--mesh-rank", "1"]
+    command += ["--mesh-leader", f"{host}:{port}", "--mesh-epoch", "3"]
+    result = subprocess.run(
+        command,
+        env=os.environ | {SECRET: "known"},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith(
+        "error: rank 1 is refused: its checkpoint or options are not the leader's (digest "
+    )
+    channel, _ = join_leader(leader.address, 1, IDENTITY, 5)
+    leader.end()
+    channel.close()

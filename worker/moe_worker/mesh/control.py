@@ -1,0 +1,295 @@
+"""What the leader of a mesh tells the other ranks: frames of MessagePack over one TCP connection each.
+
+A rank that joins proves that it knows the mesh's secret (HMAC-SHA256 of a fresh challenge and its claim) and
+says who it is; the leader sends what it needs to connect to the others, or refuses it with a sentence. Then
+come steps. Tensors never travel here.
+"""
+
+import contextlib
+import hashlib
+import hmac
+import logging
+import secrets
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, cast, get_args
+
+import msgspec
+
+from moe_worker.config.mesh import MeshShape
+from moe_worker.errors import WorkerError
+
+log = logging.getLogger(__name__)
+LENGTH_BYTES: Final = 4
+LARGEST_CLAIM: Final = 4096
+LARGEST_FRAME: Final = 1 << 28
+GREETING_S: Final = 5.0
+
+
+class MeshError(WorkerError):
+    """The ranks of a mesh cannot work together, or no longer do; another start may help."""
+
+    retryable = True
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Rank to leader: who it is. digest: of what all ranks must have in common."""
+
+    rank: int
+    shape: str
+    epoch: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """Leader to rank: it has joined; where torch.distributed's store listens."""
+
+    store_port: int
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Leader to rank: why it may not join."""
+
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Rank to leader: its weights are loaded, and it has room for `pages` pages of KV cache."""
+
+    pages: int
+
+
+@dataclass(frozen=True)
+class Allocate:
+    """Leader to rank: the KV cache gets `pages` pages."""
+
+    pages: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens of one sequence, as models.batch.Segment. selected: those whose logits are wanted."""
+
+    tokens: tuple[int, ...]
+    start: int
+    pages: tuple[int, ...]
+    shard: int
+    selected: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Leader to rank: the next pass. scratch: pages of a cache for this pass alone; 0: the engine's cache."""
+
+    pieces: tuple[Piece, ...]
+    scratch: int = 0
+
+
+@dataclass(frozen=True)
+class AskCounts:
+    """Leader to rank: answer with Counts."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Rank to leader: passes, and by layer its number, the tokens of each expert, and experts with tokens."""
+
+    passes: int
+    layers: tuple[tuple[int, tuple[int, ...], int], ...]
+
+
+Message = Claim | Welcome | Refusal | Ready | Allocate | Compute | AskCounts | Counts
+_KINDS: Final[Sequence[type[Any]]] = get_args(Message)
+_DECODERS: Final = [msgspec.msgpack.Decoder(kind) for kind in _KINDS]
+_ENCODER: Final = msgspec.msgpack.Encoder()
+
+
+class Channel:
+    """One connection; `rank` is at its other end. Not for several threads at once."""
+
+    def __init__(self, connection: socket.socket, rank: int) -> None:
+        self._connection, self.rank = connection, rank
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def send(self, message: Message) -> None:
+        """Raises MeshError."""
+        payload = bytes([_KINDS.index(type(message))]) + _ENCODER.encode(message)
+        with self._lost():
+            self._connection.sendall(len(payload).to_bytes(LENGTH_BYTES, "big") + payload)
+
+    def receive(self, *kinds: type[Any], most: int = LARGEST_FRAME) -> Any:
+        """The next message, which must be one of `kinds`. Raises MeshError."""
+        length = int.from_bytes(self._read(LENGTH_BYTES), "big")
+        if not 1 <= length <= most:
+            raise MeshError(f"rank {self.rank} sent a message of {length} bytes; {most} are allowed")
+        payload = self._read(length)
+        try:
+            message = _DECODERS[payload[0]].decode(payload[1:])
+        except (IndexError, msgspec.MsgspecError) as error:
+            raise MeshError(f"rank {self.rank} sent what is no message: {error}") from error
+        if not isinstance(message, kinds):
+            raise MeshError(f"rank {self.rank} sent {type(message).__name__} out of turn")
+        return message
+
+    def challenge(self) -> bytes:
+        """Sends fresh random bytes for the other end to sign."""
+        nonce = secrets.token_bytes(32)
+        with self._lost():
+            self._connection.sendall(nonce)
+        return nonce
+
+    def read_challenge(self) -> bytes:
+        """The bytes to sign."""
+        return self._read(32)
+
+    def send_proof(self, proof: bytes) -> None:
+        """The signature."""
+        with self._lost():
+            self._connection.sendall(proof)
+
+    def read_proof(self) -> bytes:
+        """The other end's signature."""
+        return self._read(hashlib.sha256().digest_size)
+
+    def timeout(self, seconds: float | None) -> None:
+        """For each read and write; None: none."""
+        self._connection.settimeout(seconds)
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self._connection.close()
+
+    def _read(self, count: int) -> bytes:
+        data = bytearray()
+        with self._lost():
+            while len(data) < count:
+                part = self._connection.recv(min(count - len(data), 1 << 20))
+                if not part:
+                    raise MeshError(f"rank {self.rank} left the mesh: its connection is closed")
+                data += part
+        return bytes(data)
+
+    @contextlib.contextmanager
+    def _lost(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise MeshError(f"rank {self.rank} is out of reach: {error or 'it is silent'}") from error
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What the ranks of one mesh agree on. epoch: how often the mesh has formed. secret: theirs alone."""
+
+    shape: MeshShape
+    epoch: int
+    digest: str
+    secret: bytes
+
+    def claim(self, rank: int) -> Claim:
+        """What `rank` says of itself."""
+        return Claim(rank, str(self.shape), self.epoch, self.digest)
+
+    def sign(self, nonce: bytes, claim: Claim) -> bytes:
+        """Proof that who makes `claim` knows the secret."""
+        return hmac.new(self.secret, nonce + _ENCODER.encode(claim), hashlib.sha256).digest()
+
+    def objection(self, claim: Claim, joined: Sequence[int]) -> str | None:
+        """Why a rank that makes `claim` may not join; None where it may. Pure."""
+        who = f"rank {claim.rank} is refused"
+        if claim.shape != str(self.shape):
+            return f"{who}: its mesh is {claim.shape[:20]}, the leader's {self.shape}; use one shape"
+        if not 1 <= claim.rank < self.shape.ranks:
+            return f"{who}: a mesh {self.shape} has ranks 0 to {self.shape.ranks - 1}, and 0 leads"
+        if claim.epoch != self.epoch:
+            return f"{who}: its epoch is {claim.epoch}, the leader's is {self.epoch}; start it again"
+        if claim.digest != self.digest:
+            return (
+                f"{who}: its checkpoint or options are not the leader's (digest {claim.digest[:12]}, not "
+                f"{self.digest[:12]}); give all ranks the same"
+            )
+        if claim.rank in joined:
+            return f"{who}: another process has joined as rank {claim.rank}; give each rank its own number"
+        return None
+
+
+def gather_ranks(
+    listener: socket.socket, identity: Identity, store_port: int, seconds: float
+) -> list[Channel]:
+    """The leader's part of joining: a channel to each other rank, in order.
+
+    Raises MeshError where some have not come after `seconds`.
+    """
+    joined: dict[int, Channel] = {}
+    ends = time.monotonic() + seconds
+    while len(joined) < identity.shape.ranks - 1:
+        listener.settimeout(max(0.0, ends - time.monotonic()) or 1e-3)
+        try:
+            connection, address = listener.accept()
+        except OSError:
+            missing = sorted(set(range(1, identity.shape.ranks)) - set(joined))
+            raise MeshError(
+                f"mesh {identity.shape} is incomplete: ranks {missing} did not join within {seconds:g} s; "
+                "start them with the same --mesh and --mesh-leader"
+            ) from None
+        try:
+            channel = _admit(connection, identity, store_port, sorted(joined))
+        except MeshError as error:
+            log.warning("a connection from %s did not join: %s", address[0], error)
+            connection.close()
+        else:
+            joined[channel.rank] = channel
+    return [joined[rank] for rank in sorted(joined)]
+
+
+def _admit(connection: socket.socket, identity: Identity, store_port: int, joined: Sequence[int]) -> Channel:
+    channel = Channel(connection, -1)
+    channel.timeout(GREETING_S)
+    nonce = channel.challenge()
+    claim = cast("Claim", channel.receive(Claim, most=LARGEST_CLAIM))
+    genuine = hmac.compare_digest(channel.read_proof(), identity.sign(nonce, claim))
+    wrong = "the mesh's secret is another one; set the same MOE_WORKER_MESH_SECRET on all ranks"
+    objection = identity.objection(claim, joined) if genuine else f"rank {claim.rank} is refused: {wrong}"
+    if objection is not None:
+        channel.send(Refusal(objection))
+        raise MeshError(objection)
+    channel.rank = claim.rank
+    channel.send(Welcome(store_port))
+    channel.timeout(None)
+    return channel
+
+
+def join_leader(
+    address: tuple[str, int], rank: int, identity: Identity, seconds: float
+) -> tuple[Channel, Welcome]:
+    """Another rank's part: a channel to the leader, tried for `seconds`. Raises MeshError."""
+    host, port = address
+    ends = time.monotonic() + seconds
+    while True:
+        try:
+            connection = socket.create_connection(address, timeout=GREETING_S)
+            break
+        except OSError as error:
+            if time.monotonic() >= ends:
+                raise MeshError(
+                    f"the leader at {host}:{port} is out of reach ({error}); check --mesh-leader, and that "
+                    "rank 0 runs"
+                ) from error
+            time.sleep(0.2)
+    channel = Channel(connection, 0)
+    channel.timeout(seconds)
+    nonce, claim = channel.read_challenge(), identity.claim(rank)
+    channel.send(claim)
+    channel.send_proof(identity.sign(nonce, claim))
+    answer = channel.receive(Welcome, Refusal)
+    if isinstance(answer, Refusal):
+        channel.close()
+        raise MeshError(answer.sentence)
+    channel.timeout(None)
+    return channel, answer

@@ -1,0 +1,168 @@
+"""Joining a mesh: who this process is in it, and which part of the model it holds."""
+
+import contextlib
+import os
+import re
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+from moe_worker.config.engine import EngineOptions
+from moe_worker.config.mesh import MeshShape
+from moe_worker.config.model import ModelConfig
+from moe_worker.errors import SettingsError
+from moe_worker.mesh.control import Channel, Identity, MeshError, gather_ranks, join_leader
+from moe_worker.mesh.dispatch import AllToAllDispatch, PlaceTable
+from moe_worker.mesh.layers import layer_ranges
+from moe_worker.mesh.placement import Topology, placement
+from moe_worker.models.safetensors import StoredTensor
+from moe_worker.models.stage import Stage
+
+SECRET = "MOE_WORKER_MESH_SECRET"  # noqa: S105 - the variable's name
+# Ranks start when their pods do; a step's exchanges begin together.
+JOIN_S, STEP_S = 600.0, 60.0
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.*\.experts\.\d+\.)?")
+
+
+@dataclass(frozen=True)
+class Member:
+    """This process in its mesh. channels: to all other ranks in order (the leader's), or to the leader.
+
+    stage_group: the ranks of its stage.
+    """
+
+    shape: MeshShape
+    rank: int
+    channels: Sequence[Channel]
+    stage_group: dist.ProcessGroup
+
+    @property
+    def leads(self) -> bool:
+        """Whether it schedules, samples and answers."""
+        return self.rank == 0
+
+    @property
+    def place(self) -> int:
+        """Its number in its stage."""
+        return self.shape.place_of(self.rank)
+
+    @property
+    def number(self) -> int:
+        """The number of its stage."""
+        return self.shape.stage_of(self.rank)
+
+    def close(self) -> None:
+        """Leaves the mesh, if it has not yet; the other ranks end."""
+        for channel in self.channels:
+            channel.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join(options: EngineOptions, digest: str, device: torch.device) -> Member:
+    """Meets the other ranks of `options.mesh`. Raises MeshError, SettingsError."""
+    shape, rank = MeshShape.parse(options.mesh), options.mesh_rank
+    host, port = _address(options.mesh_leader)
+    identity = Identity(shape, options.mesh_epoch, digest, os.environ.get(SECRET, "").encode())
+    if rank == 0:
+        channels, store = _lead(identity, host, port)
+    else:
+        channel, welcome = join_leader((host, port), rank, identity, JOIN_S)
+        channels = [channel]
+        store = _store(host, welcome.store_port, shape, leads=False)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    prefixed = PrefixStore(f"epoch {options.mesh_epoch}", store)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group(
+            backend, store=prefixed, rank=rank, world_size=shape.ranks, timeout=timedelta(seconds=STEP_S)
+        )
+        groups = [dist.new_group(shape.stage_ranks(stage)) for stage in range(shape.pipeline)]
+    except (RuntimeError, dist.DistError) as error:
+        raise MeshError(f"mesh {shape} cannot be connected: {error}; start all ranks again") from error
+    return Member(shape, rank, channels, groups[shape.stage_of(rank)])
+
+
+def part_of(
+    config: ModelConfig,
+    member: Member,
+    stored: Mapping[str, StoredTensor],
+    redundant: int,
+    device: torch.device,
+) -> Stage:
+    """What this rank holds. Raises SettingsError where the model cannot be spread over the mesh."""
+    sizes, ends = _nbytes(config, stored, member.shape.expert)
+    layers = layer_ranges(sizes, member.shape.pipeline, *ends)[member.number]
+    ranks = member.shape.expert
+    routed = [layer for layer in layers if layer not in config.dense_layers] if ranks > 1 else []
+    even = [[1.0] * config.moe.routed] * len(routed)
+    topology = Topology(ranks, groups=config.moe.routing.groups)
+    places = dict(zip(routed, placement(even, topology, redundant), strict=True))
+    each = (config.moe.routed + redundant) // ranks
+    held = {layer: own[member.place * each : (member.place + 1) * each] for layer, own in places.items()}
+    dispatches = {
+        layer: AllToAllDispatch(
+            PlaceTable(own, config.moe.routed, ranks, device), config.moe.routed, member.stage_group
+        )
+        for layer, own in places.items()
+    }
+    return Stage(layers.start, layers.stop, config.num_hidden_layers, held, dispatches)
+
+
+def _nbytes(
+    config: ModelConfig, stored: Mapping[str, StoredTensor], ranks: int
+) -> tuple[list[int], tuple[int, int]]:
+    """Bytes that a rank holds of each layer, and of the embedding and the head."""
+    layers, ends = [0] * config.num_hidden_layers, [0, 0]
+    for tensor in stored.values():
+        match = _LAYER.match(tensor.name)
+        if match is None:
+            if "embed_tokens" in tensor.name:
+                ends[0] += tensor.nbytes
+            if tensor.name.startswith("lm_head") or (
+                config.tie_word_embeddings and "embed_tokens" in tensor.name
+            ):
+                ends[1] += tensor.nbytes
+        elif int(match[1]) < len(layers):
+            layers[int(match[1])] += tensor.nbytes // (ranks if match[2] else 1)
+    return layers, (ends[0], ends[1])
+
+
+def _lead(identity: Identity, host: str, port: int) -> tuple[Sequence[Channel], TCPStore]:
+    store = _store(host, 0, identity.shape, leads=True)
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with contextlib.closing(socket.create_server((host, port), family=family)) as listener:
+            return gather_ranks(listener, identity, store.port, JOIN_S), store
+    except OSError as error:
+        raise SettingsError(
+            f"the mesh's leader cannot listen on {host}:{port} ({error}); give --mesh-leader an address of "
+            "rank 0 with a free port"
+        ) from error
+
+
+def _store(host: str, port: int, shape: MeshShape, leads: bool) -> TCPStore:
+    try:
+        return TCPStore(
+            host,
+            port,
+            shape.ranks,
+            is_master=leads,
+            timeout=timedelta(seconds=JOIN_S),
+            wait_for_workers=False,
+        )
+    except (RuntimeError, dist.DistError) as error:
+        raise MeshError(f"the mesh's store at {host}:{port} is out of reach: {error}") from error
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise SettingsError(f"--mesh-leader {text[:60]!r} is no address; write HOST:PORT of rank 0")
+    return host.strip("[]"), int(port)
