@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from moe_worker.kvcache.pages import PagePool
-from moe_worker.kvcache.prefix import HIT_CREDIT, MOST_HITS, PrefixTree
+from moe_worker.kvcache.prefix import MOST_HITS, PrefixTree
 
 SIZE = 2
 
@@ -85,20 +85,36 @@ def test_what_was_used_last_stays_longest():
 
 
 def test_a_text_with_hits_outlives_a_burst_of_new_ones_but_not_for_ever():
-    pool, tree = make(pages=3)
-    remember(pool, tree, [7, 7])
-    for _ in range(MOST_HITS):
-        look_up(tree, [7, 7])
+    pool, tree = make(pages=20)
 
     def burst(count, start):
         for number in range(start, start + count):
             tree.evict(1 - pool.free)
             remember(pool, tree, [100 + number, 0])
 
-    burst(HIT_CREDIT * MOST_HITS // 2, 0)
+    burst(19, 0)
+    remember(pool, tree, [7, 7])
+    for _ in range(MOST_HITS):
+        look_up(tree, [7, 7])
+    burst(40, 1000)
     assert look_up(tree, [7, 7])
-    burst(HIT_CREDIT * MOST_HITS + 10, 10_000)
+    burst(20 * (MOST_HITS + 2), 10_000)
     assert not look_up(tree, [7, 7])
+
+
+def test_a_small_cache_does_not_keep_what_was_popular_once():
+    """Sessions that follow one another, each with a prompt that grows: a constant credit kept old ones."""
+    pool, tree = make(pages=8)
+    hits = 0
+    for session in range(50):
+        for turn in range(1, 6):
+            tokens = [session] * (2 * turn)
+            node, pages = tree.match(tokens)
+            hits += len(pages)
+            rest = turn - len(pages)
+            tree.evict(rest - pool.free)
+            tree.release(tree.insert(node, tokens[2 * len(pages) :], pool.take(rest))[0])
+    assert hits == 50 * (0 + 1 + 2 + 3 + 4)
 
 
 def test_a_namespace_may_be_forgotten_while_an_empty_text_of_it_is_held():
@@ -125,7 +141,7 @@ TEXTS = st.lists(st.sampled_from([(0, 0), (0, 1)]), max_size=5).map(
 
 
 class Tree(RuleBasedStateMachine):
-    """The model: page and (last use, hits) for each text that ends with a page, found by brute force."""
+    """The model: page, usefulness and hits for each text that ends with a page, found by brute force."""
 
     @initialize(pages=st.integers(1, 16))
     def start(self, pages):
@@ -137,7 +153,8 @@ class Tree(RuleBasedStateMachine):
 
     def use(self, text):
         page, _, hits = self.known[text]
-        self.known[text] = (page, self.lookups, hits + 1)
+        useful = self.lookups + self.tree.lifetime * min(hits + 1, MOST_HITS)
+        self.known[text] = (page, useful, hits + 1)
 
     @rule(tokens=TEXTS, space=st.sampled_from("ab"))
     def request(self, tokens, space):
@@ -180,8 +197,8 @@ class Tree(RuleBasedStateMachine):
     def evict(self):
         """Exactly one text goes: a least useful one of those that nobody uses and nothing follows."""
         candidates = {
-            text: used + HIT_CREDIT * min(hits, MOST_HITS)
-            for text, (_, used, hits) in self.known.items()
+            text: useful
+            for text, (_, useful, _) in self.known.items()
             if text not in self.in_use()
             and not any(len(other) > len(text) and other[: len(text)] == text for other in self.known)
         }

@@ -6,9 +6,10 @@ each of its pages, and every user of a path holds one to each page on it. A page
 only is idle and may be evicted; since users hold whole paths, what is below an idle page is idle too.
 
 The least useful leaf goes first. Usefulness is the time of the last use, counted in lookups, plus a credit
-for each hit: HIT_CREDIT lookups for each of the first MOST_HITS. Plain recency would let a burst of prompts
-that never come back wash out a system prompt that everybody shares; without the bound on hits, one that was
-popular once would stay for ever.
+for each of the first MOST_HITS hits: the lookups that together use as many pages as the tree holds, as
+measured lately. Plain recency would let a burst of prompts that never come back wash out a system prompt that
+everybody shares; without the bound on hits, one that was popular once would stay for ever. A constant credit
+is too small for a large cache, and makes a small one keep what is stale.
 """
 
 from collections.abc import Sequence
@@ -16,27 +17,23 @@ from collections.abc import Sequence
 from moe_worker.kvcache.heap import LazyHeap
 from moe_worker.kvcache.pages import PagePool
 
-HIT_CREDIT = 32
-MOST_HITS = 8
+MOST_HITS = 3
+_SMOOTHING = 1 / 64
+"""Share of the last lookup in the mean number of pages that one uses."""
 
 
 class Node:
     """A page in the tree, and at the same time the text from the root to its end. To users it is opaque."""
 
-    __slots__ = ("children", "hits", "key", "page", "parent", "used")
+    __slots__ = ("children", "hits", "key", "page", "parent", "usefulness")
 
-    def __init__(self, parent: "Node | None", key: tuple[int, ...], page: int, used: int) -> None:
+    def __init__(self, parent: "Node | None", key: tuple[int, ...], page: int, usefulness: int) -> None:
         self.parent = parent
         self.key = key
         self.page = page
-        self.used = used
+        self.usefulness = usefulness  # the leaf with the least is evicted first
         self.hits = 0
         self.children: dict[tuple[int, ...], Node] = {}
-
-    @property
-    def usefulness(self) -> int:
-        """The leaf with the least is evicted first."""
-        return self.used + HIT_CREDIT * min(self.hits, MOST_HITS)
 
 
 class _Root(Node):
@@ -58,6 +55,9 @@ class PrefixTree:
         self._roots: dict[str, _Root] = {}
         self._leaves: LazyHeap[float, Node] = LazyHeap(self._is_idle_leaf)
         self._lookups = 0
+        self._touched = 0
+        self._touched_mean = 1.0
+        self.lifetime = 0  # lookups that use as many pages as the tree holds
         self.pages = 0
         self.idle = 0
         self.evictions = 0
@@ -70,6 +70,7 @@ class PrefixTree:
         The caller uses these pages from now on, until it gives the node to `release`.
         """
         self._lookups += 1
+        self._measure_lifetime()
         node: Node = self._roots.get(namespace) or _Root(namespace)
         pages: list[int] = []
         size = self._page_size
@@ -120,8 +121,14 @@ class PrefixTree:
     def _use(self, node: Node) -> None:
         if self._pool.retain(node.page) == 2:
             self.idle -= 1
-        node.used = self._lookups
+        self._touched += 1
         node.hits += 1
+        node.usefulness = self._lookups + self.lifetime * min(node.hits, MOST_HITS)
+
+    def _measure_lifetime(self) -> None:
+        self._touched_mean += _SMOOTHING * (self._touched - self._touched_mean)
+        self._touched = 0
+        self.lifetime = int(self.pages / max(1.0, self._touched_mean))
 
     def _insert_page(self, node: Node, key: tuple[int, ...], page: int) -> Node:
         if isinstance(node, _Root):
@@ -135,6 +142,7 @@ class PrefixTree:
         self._pool.retain(page)
         child = node.children[key] = Node(node, key, page, self._lookups)
         self.pages += 1
+        self._touched += 1
         return child
 
     def _remove(self, leaf: Node) -> None:
