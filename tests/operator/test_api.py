@@ -239,7 +239,7 @@ def test_defaults_are_written_into_the_object(crd):
     assert spec["parallelism"] == {"pipeline": 1, "expert": {"size": 1}}
     assert spec["engine"] == {
         "maxBatchSize": 16, "kvMemory": "512Mi", "dtype": "auto", "device": "auto", "format": "auto",
-        "kvDtype": "auto", "generationConfig": "None",
+        "kvDtype": "auto", "generationConfig": "None", "verification": "Weights",
     }  # fmt: skip
     assert spec["worker"]["image"] == "ghcr.io/moe-operator/worker:dev"
     assert spec["frontend"]["replicas"] == 1
@@ -299,6 +299,7 @@ def test_everything_that_can_be_set_is_taken_and_kept(crd):
             "format": "w4a8",
             "kvDtype": "bfloat16",
             "generationConfig": "Auto",
+            "verification": "Digests",
             "configOverride": '{"max_position_embeddings": 512}',
         },
         "worker": pod,

@@ -19,6 +19,7 @@ from moe_operator.render import worker
 from moe_operator.resources import quantity
 from moe_operator.resources.deployment import parse
 from moe_operator.settings import Settings, from_environment
+from moe_worker.service.command import serve
 from tests.operator.worlds import deployment
 
 SUFFIXES = ["", "n", "u", "m", "k", "M", "G", "T", "P", "E", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei", "e3", "E-2"]
@@ -82,6 +83,17 @@ def test_what_the_spec_leaves_open_is_left_to_the_worker():
     assert command[command.index("--kv-dtype") + 1] == "fp8"
     assert command[command.index("--context-length") + 1] == "512"
     assert command[command.index("--kv-memory") + 1] == str(2 * 1024**3)
+
+
+@pytest.mark.parametrize(
+    ("verification", "flags"),
+    [("None", {"--no-check-weights"}), ("Weights", set()), ("Digests", {"--check-digests"})],
+)
+def test_the_verification_of_a_checkpoint_is_a_flag_of_the_worker(verification, flags):
+    command = worker.command(deployment(engine={"verification": verification}))
+    assert {word for word in command if "check" in word and word.startswith("--")} == flags
+    known = {flag for option in serve.params for flag in (*option.opts, *option.secondary_opts)}
+    assert flags <= known
 
 
 def test_a_variable_of_the_user_wins_over_ours():

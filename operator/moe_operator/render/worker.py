@@ -34,6 +34,13 @@ _DEFAULT_GRACE_SECONDS = 55
 """The worker's own default; left out, so that deployments from before the setting do not change."""
 
 
+_VERIFICATION: dict[str, list[str]] = {
+    "None": ["--no-check-weights"],
+    "Weights": [],
+    "Digests": ["--check-digests"],
+}
+
+
 def command(deployment: Deployment) -> list[str]:
     """The worker's command line. What the spec leaves to the worker is left out."""
     engine = deployment.spec.engine
@@ -47,6 +54,7 @@ def command(deployment: Deployment) -> list[str]:
     words += ["--format", engine.format] if engine.format != "auto" else []
     words += ["--kv-dtype", engine.kv_dtype] if engine.kv_dtype != "auto" else []
     words += ["--generation-config", "auto"] if engine.generation_config == "Auto" else []
+    words += _VERIFICATION[engine.verification]
     words += ["--config-override", engine.config_override] if engine.config_override is not None else []
     quality = deployment.spec.quality
     if quality is not None:

@@ -138,6 +138,12 @@ class Engine(Model):
         "repetition_penalty and max_tokens are those of the checkpoint's generation_config.json. None: "
         "greedy, 128 tokens. Default: None.",
     )
+    verification: Literal["None", "Weights", "Digests"] = Field(
+        default="Weights",
+        description="What a worker checks before it serves a checkpoint. None: nothing. Weights: all "
+        "weights are finite numbers. Digests: that, and the files have the SHA-256 digests stored with them "
+        "(*.sha256, SHA256SUMS, the index, a Hugging Face cache). Default: Weights.",
+    )
     config_override: str | None = Field(
         default=None,
         max_length=4096,
