@@ -80,7 +80,7 @@ def history(name: str, namespace: str | None, context: str | None) -> None:
             restart = {"restartedAt": record["data"].get("restartedAt")}
             spec = {**record["data"]["spec"], **restart}
             revision = record["metadata"]["labels"][names.LABEL_REVISION]
-            mark = " (current)" if revision == current else ""
+            mark = _mark(record, is_current=revision == current)
             changed = ", ".join(_differences(before, spec)) if before else "the first one on record"
             say(f"{record['revision']}  {revision}{mark}  {changed}")
             before = spec
@@ -152,6 +152,13 @@ def _progress(body: dict[str, Any]) -> tuple[str, str, str]:
                 return condition["reason"], condition["message"], condition["status"]
             break
     return "Waiting", "the operator has not reconciled the latest change yet", "Unknown"
+
+
+def _mark(record: dict[str, Any], *, is_current: bool) -> str:
+    """What a revision is besides its number: the current one, and an earlier one that an undo restored."""
+    former = record["metadata"].get("annotations", {}).get(names.ANNOTATION_FORMER, "").rpartition(",")[2]
+    parts = [*(["current"] if is_current else []), *([f"restored from revision {former}"] if former else [])]
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _wanted(

@@ -320,7 +320,7 @@ def test_everything_that_can_be_set_is_taken_and_kept(crd):
 
 def test_the_spec_explains_itself(api):
     said = " ".join(api.kubectl("explain", "moedeployment.spec.engine").split())
-    assert "contextLength <integer> Tokens of prompt and continuation together, at most. Default:" in said
+    assert "contextLength <integer> Maximum number of tokens of prompt and continuation together." in said
     one = " ".join(api.kubectl("explain", "moedeployment.spec.engine.kvMemory").split())
     assert "a quantity such as 512Mi or 40Gi, or a number of bytes; 1Mi to 1Pi. Default: 512Mi." in one
 

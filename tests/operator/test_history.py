@@ -153,3 +153,18 @@ def test_records_survive_on_a_real_api_server(api):
         assert "ApplyRefused" not in {condition["reason"] for condition in conditions}
     finally:
         api.clear("undo")
+
+
+def test_a_record_that_an_undo_restores_keeps_the_numbers_that_it_had():
+    first, second = deployment(), deployment(engine={"contextLength": 512})
+    known = {}
+
+    def record(of):
+        made = revisions.current(of, Observed(known))
+        known[Key(revisions.KIND, made["metadata"]["name"])] = made
+        return made["revision"], made["metadata"]["annotations"].get(names.ANNOTATION_FORMER)
+
+    assert [record(one) for one in (first, first, second)] == [(1, None), (1, None), (2, None)]
+    assert [record(one) for one in (first, first)] == [(3, "1"), (3, "1")], "it comes to rest"
+    assert record(second) == (4, "2")
+    assert record(first) == (5, "1,3")

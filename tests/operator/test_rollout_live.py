@@ -61,7 +61,10 @@ def test_undo_brings_back_the_revision_before(docs):
     docs.settled()
     assert revision(docs) == first
     assert docs.get("moed", "docs")["spec"]["engine"]["maxBatchSize"] == 16
-    assert [line.split()[0] for line in moe(docs, "history", "docs").stdout.splitlines()] == ["2", "3"]
+    before, restored = moe(docs, "history", "docs").stdout.splitlines()
+    assert (before.split()[0], restored.split()[0]) == ("2", "3")
+    assert "(current, restored from revision 1)" in restored
+    assert "(" not in before
     unknown = moe(docs, "undo", "docs", "--to-revision", "99")
     assert unknown.returncode == 2
     assert "has no revision 99 on record" in unknown.stderr

@@ -11,6 +11,7 @@ from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment
 
 KIND = "ControllerRevision"
+_FORMER_MOST = 10
 
 
 def current(deployment: Deployment, observed: Observed) -> Manifest:
@@ -26,9 +27,20 @@ def current(deployment: Deployment, observed: Observed) -> Manifest:
     known = owned(observed, KIND, deployment.identity)
     newest = max((record["revision"] for record in known.values()), default=0)
     number = known[name]["revision"] if name in known else 0
+    former = _former(known[name]) if name in known else []
     manifest["data"] = known[name]["data"] if name in known else _content(deployment)
     manifest["revision"] = number if number == newest and number else newest + 1
+    if number and number != newest:
+        former = [*former, str(number)]
+    if former:
+        manifest["metadata"]["annotations"] = {names.ANNOTATION_FORMER: ",".join(former[-_FORMER_MOST:])}
     return sealed(manifest)
+
+
+def _former(record: Manifest) -> list[str]:
+    """The numbers that a record had before."""
+    text = record["metadata"].get("annotations", {}).get(names.ANNOTATION_FORMER, "")
+    return [number for number in text.split(",") if number]
 
 
 def _content(deployment: Deployment) -> Manifest:

@@ -33,6 +33,8 @@ LABEL_EXPERT_RANK: Final = f"{GROUP}/expert-rank"
 LABEL_REVISION: Final = f"{GROUP}/revision"
 ANNOTATION_DIGEST: Final = f"{GROUP}/digest"
 """Digest of what the operator last applied: tells a change of ours from one made by hand."""
+ANNOTATION_FORMER: Final = f"{GROUP}/former-revisions"
+"""On a ControllerRevision: its numbers before an undo made it the newest again, separated by commas."""
 ANNOTATION_PINNED: Final = f"{GROUP}/pinned"
 """A pod template as it was rendered, and the part of the spec that it was rendered from."""
 
