@@ -10,12 +10,12 @@ import argparse
 from pathlib import Path
 
 from moe_tools.cache_replay import simulation
-from moe_tools.cache_replay.recording import Recording, read
+from moe_tools.cache_replay.recording import KeyTrace, read
 from moe_worker.kvcache.pages import PagePool
 from moe_worker.kvcache.prefix import PrefixTree
 
 
-def hits(recording: Recording, capacity: int) -> int:
+def hits(recording: KeyTrace, capacity: int) -> int:
     pool = PagePool(capacity)
     tree, found = PrefixTree(pool, 1), 0
     numbers: dict[int | str, int] = {}

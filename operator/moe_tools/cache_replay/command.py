@@ -16,7 +16,7 @@ from moe_client.console import show as show_table
 from moe_client.errors import CommandError
 from moe_tools.cache_replay import simulation
 from moe_tools.cache_replay.document import CacheReplay, document
-from moe_tools.cache_replay.recording import Recording, read
+from moe_tools.cache_replay.recording import KeyTrace, read
 from moe_tools.progress import Advance, bar
 from moe_tools.recorded import TraceError
 
@@ -56,7 +56,7 @@ def replay(path: Path, capacity: float | None, *, as_json: bool) -> None:
         _show(made)
 
 
-def _replayed(recording: Recording, capacity: int | None) -> CacheReplay:
+def _replayed(recording: KeyTrace, capacity: int | None) -> CacheReplay:
     ceiling = simulation.ceiling(recording)
     unique = ceiling.lookups - ceiling.hits
     holds = capacity or max(1, unique // _DEFAULT_SHARE)

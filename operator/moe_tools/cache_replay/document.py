@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from moe_tools.cache_replay.recording import Recording
-from moe_tools.cache_replay.simulation import BELADY, Outcome
+from moe_tools.cache_replay.recording import KeyTrace
+from moe_tools.cache_replay.simulation import BELADY, CacheOutcome
 
 _DIGITS: Final = 6
 
@@ -15,10 +15,10 @@ _DIGITS: Final = 6
 class CacheReplay:
     """All that a replay found; `outcomes` by policy."""
 
-    recording: Recording
+    recording: KeyTrace
     capacity: int
-    outcomes: dict[str, Outcome]
-    ceiling: Outcome
+    outcomes: dict[str, CacheOutcome]
+    ceiling: CacheOutcome
 
 
 def document(replay: CacheReplay) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def document(replay: CacheReplay) -> dict[str, Any]:
     }
 
 
-def _outcome(outcome: Outcome, replay: CacheReplay) -> dict[str, Any]:
+def _outcome(outcome: CacheOutcome, replay: CacheReplay) -> dict[str, Any]:
     lru, best = replay.outcomes["lru"].hits, replay.outcomes[BELADY].hits
     return {
         "hits": outcome.hits,

@@ -45,7 +45,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Recording:
+class KeyTrace:
     """A trace; `blocks` says whether keys are blocks of prompts, else each is an object of its own."""
 
     name: str
@@ -53,7 +53,7 @@ class Recording:
     blocks: bool
 
 
-def read(path: Path) -> Recording:
+def read(path: Path) -> KeyTrace:
     """Reads a trace of any of the kinds above.
 
     Raises:
@@ -66,11 +66,11 @@ def read(path: Path) -> Recording:
             for number, line in enumerate(content.splitlines(), start=1)
             if line.strip()
         ]
-        return Recording(path.name, requests, blocks=True)
+        return KeyTrace(path.name, requests, blocks=True)
     keys = _text_keys(content) or _binary_keys(content)
     if not keys:
         raise TraceError(f"{path}: it holds no keys; a trace of a cache is {_KINDS}")
-    return Recording(path.name, [Request((key,)) for key in keys], blocks=False)
+    return KeyTrace(path.name, [Request((key,)) for key in keys], blocks=False)
 
 
 def _content(path: Path) -> bytes:

@@ -17,7 +17,7 @@ from typing import Any, Final
 from moe_api.caching import POLICIES
 from moe_api.caching.belady import Belady
 from moe_api.caching.policy import Policy, kind_of
-from moe_tools.cache_replay.recording import Key, Recording, Request
+from moe_tools.cache_replay.recording import Key, KeyTrace, Request
 
 BELADY: Final = "belady"
 NAMES: Final = (*POLICIES, BELADY)
@@ -25,7 +25,7 @@ _TELL_EVERY: Final = 256
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CacheOutcome:
     """What one policy did with a trace.
 
     lookups, hits, evictions: keys.
@@ -46,8 +46,8 @@ class Outcome:
 
 
 def run(
-    name: str, recording: Recording, capacity: int, advance: Callable[[int], None] = lambda _: None
-) -> Outcome:
+    name: str, recording: KeyTrace, capacity: int, advance: Callable[[int], None] = lambda _: None
+) -> CacheOutcome:
     """Runs the whole trace.
 
     Args:
@@ -66,10 +66,10 @@ def run(
         if not done % _TELL_EVERY:
             advance(done)
     advance(len(recording.requests))
-    return Outcome(cache.lookups, cache.hits, cache.evictions, cache.recomputed, cache.positions)
+    return CacheOutcome(cache.lookups, cache.hits, cache.evictions, cache.recomputed, cache.positions)
 
 
-def ceiling(recording: Recording) -> Outcome:
+def ceiling(recording: KeyTrace) -> CacheOutcome:
     """A cache without bound: every key is missed once."""
     unique = len({key for request in recording.requests for key in request.keys})
     return run("lru", recording, max(1, unique))
