@@ -36,14 +36,15 @@ def crowded_field(data: bytes, descriptor: Descriptor, most: int = MOST_FIELDS) 
         NotWireFormatError: the bytes became invalid before the bound was reached.
     """
     seen: Counter[str] = Counter()
-    waiting = [(0, len(data), descriptor, "")]
+    left, waiting = most, [(0, len(data), descriptor, "")]
     while waiting:
         start, end, kind, path = waiting.pop()
         for number, begin, stop in _fields(data, start, end):
             field = kind.fields_by_number.get(number)
             name = path if field is None else f"{path}.{field.name}".lstrip(".")
             seen[name] += 1
-            if seen.total() > most:
+            left -= 1
+            if left < 0:
                 return seen.most_common(1)[0][0]
             if begin is not None and field is not None and field.message_type is not None:
                 waiting.append((begin, stop, field.message_type, name))

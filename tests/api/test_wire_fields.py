@@ -51,7 +51,7 @@ def encoded(message):
 def test_counting_ends_at_its_bound(what):
     data, started = encoded(HUGE[what]), time.process_time()
     assert crowded_field(data, GENERATE) == FIELDS[what]
-    assert time.process_time() - started < 0.1
+    assert time.process_time() - started < 0.5
 
 
 def test_the_largest_valid_request_is_not_too_large():
