@@ -1,4 +1,4 @@
-"""Hits of the worker's prefix tree on recorded traces, beside plain LRU of the same blocks.
+"""Hits of the worker's prefix tree on recorded traces, compared with plain LRU of the same blocks.
 
 `python -m benchmarks.prefix_tree TRACE CAPACITY...`: TRACE is JSONL with hash_ids; a hit is a block that can
 be used, since all blocks before it are in the tree. One request after the other, so nothing stays pinned.
