@@ -126,7 +126,7 @@ def row(what: str, ours: float, baseline: float | None, unit: str = "tokens/s") 
     return {
         "what": what,
         "ours": round(ours, 1),
-        "baseline": baseline,
+        "peer": baseline,
         "ratio": round(ours / baseline, 3) if baseline else None,
         "unit": unit,
         "device": torch.cuda.get_device_name(),
@@ -234,7 +234,7 @@ def report(values: dict[str, Any], args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(values), flush=True)
         return
-    baseline = "" if values["baseline"] is None else f"  vLLM {values['baseline']:g}  {values['ratio']}x"
+    baseline = "" if values["peer"] is None else f"  vLLM {values['peer']:g}  {values['ratio']}x"
     print(f"{values['what']:44} {values['ours']:>12} {values['unit']}{baseline}", flush=True)
 
 

@@ -33,6 +33,7 @@ SHAPES = {
        "norm_topk_prob": False},
     "groups by their best": SMALL
     | {"model_type": "deepseek_v2", "topk_method": "group_limited_greedy", "norm_topk_prob": False},
+    "whole groups": SMALL | {"hidden_size": 256, "intermediate_size": 384},
     "sizes that are padded": SMALL
     | {"kv_lora_rank": 96, "v_head_dim": 48, "qk_nope_head_dim": 24, "q_lora_rank": None,
        "moe_intermediate_size": 64},
@@ -116,10 +117,17 @@ def test_wide_passes_are_narrow_ones(monkeypatch, number_format):
     assert difference(wide, narrow) < 0.04
 
 
-@pytest.mark.parametrize("number_format", ["dense", "fp8", "w4a8"])
-def test_decode_goes_on_where_prompts_ended(number_format):
-    """Chunked prompts, mixed steps, then steps of batches that grow and shrink over captured sizes."""
-    both = Both(SMALL, number_format)
+@pytest.mark.parametrize(
+    ("shape", "number_format"),
+    [("small", "dense"), ("small", "fp8"), ("small", "w4a8"), ("whole groups", "w4a8")],
+    ids=["dense", "fp8", "w4a8", "whole"],
+)
+def test_decode_goes_on_where_prompts_ended(shape, number_format):
+    """Chunked prompts, mixed steps, then steps of batches that grow and shrink over captured sizes.
+
+    The kernels for few tokens take whole groups of inputs alone.
+    """
+    both = Both(SHAPES[shape], number_format)
     some, most = (6, 9) if INTERPRETED else (17, 28)  # the interpreter takes a second for few tokens
     texts = [tokens_of(most + 2, seed=number) for number in range(3)]
     pages = [[3 * number, 3 * number + 1] for number in range(3)]

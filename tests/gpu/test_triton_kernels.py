@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton")
 
 from moe_worker.config.moe import Routing
-from moe_worker.kernels.triton import attention, experts, latent, linear, norm, router, wide
+from moe_worker.kernels.triton import attention, experts, few, latent, linear, norm, router, tiles, wide
 from moe_worker.models.cuda_build import pack_fp8, pack_int4, split_dense
 from moe_worker.quant.fp8 import quantize_fp8
 from moe_worker.quant.int4 import quantize_int4
@@ -118,6 +118,39 @@ def test_linear(tokens, inputs, outputs, kind):
     linear.linear_packed(x, weight, actual)
     expected = (from_int8(x) if kind == "w4a8" else x.x_TD.double()) @ plain.t()
     assert difference(actual, expected) < 1e-5
+
+
+@pytest.mark.parametrize("turn", [1, 2, 4])
+@pytest.mark.parametrize("inputs", [320, 640])
+@pytest.mark.parametrize("kind", ["w4a8", "fp8"])
+def test_an_iteration_may_reach_behind_the_last_group(monkeypatch, turn, inputs, kind):
+    monkeypatch.setattr(linear, "linear_tile", lambda *_: tiles.Tile(64, 16, 4, 3, turn))
+    x, (weight, plain) = quantized(randn(3, inputs)), packed_and_plain(randn(130, inputs), kind)
+    actual = torch.full((3, 130), math.nan, device=DEVICE)
+    linear.linear_packed(x, weight, actual)
+    expected = (from_int8(x) if kind == "w4a8" else x.x_TD.double()) @ plain.t()
+    assert difference(actual, expected) < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize(("inputs", "outputs"), [(256, 200), (1408, 130), (8192, 40)])
+def test_linear_of_few_tokens(tokens, inputs, outputs):
+    x, (weight, plain) = quantized(randn(tokens, inputs)), packed_and_plain(randn(outputs, inputs), "w4a8")
+    assert few.takes(weight, x)
+    actual = torch.full((tokens, outputs), math.nan, device=DEVICE)
+    few.linear_few(x, weight, actual)
+    assert difference(actual, from_int8(x) @ plain.t()) < 1e-5
+
+
+def test_few_tokens_go_elsewhere_in_other_formats_and_sizes():
+    (whole, _), (halves, _) = (packed_and_plain(randn(64, inputs), "w4a8") for inputs in (256, 320))
+    x, more = poisoned(4, 256), poisoned(5, 256)
+    assert few.takes(whole, x)
+    assert not few.takes(whole, more)
+    assert not few.takes(whole, poisoned(4, 256, piece=64))
+    assert not few.takes(halves, poisoned(4, 320))
+    assert not few.takes(packed_and_plain(randn(64, 256), "w4a16")[0], x)
+    assert not few.takes(randn(64, 256), x)
 
 
 @pytest.mark.parametrize("inputs", [256, 320])
@@ -360,7 +393,7 @@ def test_experts(number_format, tokens, wanted, inner):
             *(packed_and_plain(each, number_format) for each in (gate_up, down)), strict=True
         )
     values = from_int8(x) if int8 else x.x_TD.double()
-    cut = experts.expert_tiles(tokens, packed)
+    cut = experts.expert_tiles(tokens, number_format if packed else None)
     blocks = experts.sort_by_expert(chosen, counts, cut.rows)
     if wanted == "wide":
         read, wide_weights = values.to(torch.bfloat16), [wide.widen(each) for each in weights]
@@ -384,6 +417,36 @@ def test_experts(number_format, tokens, wanted, inner):
     ones = torch.ones(width, dtype=torch.bfloat16, device=DEVICE)
     norm.residual_norm(residual, norm.Added(rows_MD, added.order_M, added.experts_M), ones, 1e-6, out, NONE)
     assert difference(residual, expected.sum(dim=1)) < tolerance
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize(("width", "inner"), [(256, 128), (512, 384), (1280, 512)])
+@pytest.mark.parametrize("routed", [3, 0])
+def test_experts_of_few_tokens(tokens, width, inner, routed):
+    """Three that the router chose and two that every token takes; or all five taken, as in a dense block."""
+    count, per_token = (8, 5) if routed else (5, 5)
+    x = quantized(randn(tokens, width))
+    (gate_up, plain_gate_up), (down, plain_down) = (
+        packed_and_plain(randn(count, *size) / 16, "w4a8") for size in ((2 * inner, width), (width, inner))
+    )
+    taken = torch.arange(count - per_token + routed, count, device=DEVICE).expand(tokens, -1)
+    chosen = torch.rand(tokens, count - 2, device=DEVICE).topk(routed).indices
+    chosen = torch.cat((chosen, taken), dim=1).int().contiguous()
+    shares = torch.rand(tokens, per_token, device=DEVICE)
+    rows = few.experts_few(x, gate_up, down, few.Taken(chosen, routed, int(taken[0, 0])), shares)
+    expected = plain_experts(from_int8(x), plain_gate_up, plain_down, chosen, shares)
+    for row, wish in zip(rows, expected.flatten(0, 1), strict=True):
+        assert difference(row, wish) < 0.02 + 2 * BF16
+
+
+def test_few_rows_of_padding_are_no_experts():
+    x = quantized(randn(2, 256))
+    (gate_up, _), (down, _) = (packed_and_plain(randn(4, 256, inputs), "w4a8") for inputs in (256, 128))
+    chosen = torch.tensor([[2, 0], [-1, -1]], device=DEVICE, dtype=torch.int32)
+    shares = torch.ones(2, 2, device=DEVICE)
+    alone = few.experts_few(quantized(x.x_TD[:1]), gate_up, down, few.Taken(chosen[:1], 2, 4), shares[:1])
+    rows = few.experts_few(x, gate_up, down, few.Taken(chosen, 2, 4), shares)
+    assert torch.equal(rows[:2].isfinite(), alone.isfinite())
 
 
 def test_a_dense_block_is_the_sum_of_its_experts():

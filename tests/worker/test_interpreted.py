@@ -15,13 +15,16 @@ ROOT = Path(__file__).parents[2]
 FILES = {
     "kernels": "tests/gpu/test_triton_kernels.py",
     "engine": "tests/gpu/test_cuda_engine.py",
+    "few tokens": "tests/gpu/test_cuda_engine.py",
     "w4a8": "tests/gpu/test_one_w4a8.py",
 }
 CHOSEN = {
     "kernels": "not_numbers or not_a_number or nobody or norm or rounding or order or widened or router"
     " or padding or sorted or dense_block or latents"
+    " or (few and (200-1 or 256-128-1 or elsewhere)) or (iteration and w4a8-320-2)"
     " or (linear and 320-130-77) or (attention and 6-8-counts1-4) or (experts and 64-40)",
     "engine": "nobody or small-w4a8 or small-fp8 or padded-dense or (decode and dense) or counted",
+    "few tokens": "decode and whole",
     "w4a8": "plain_torch",
 }
 

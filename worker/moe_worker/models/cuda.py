@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moe_worker.kernels.triton import few
 from moe_worker.kernels.triton.attention import TokenTiles
 from moe_worker.kernels.triton.linear import linear_packed
 from moe_worker.kernels.triton.norm import Added
@@ -83,7 +84,8 @@ class CudaModel:
         if isinstance(self.head, Tensor):
             torch.mm(normed.x_TD, self.head.t(), out=out_NV)
         else:
-            linear_packed(normed, self.head, out_NV)
+            multiply = few.linear_few if few.takes(self.head, normed) else linear_packed
+            multiply(normed, self.head, out_NV)
 
     def empty_logits(self, tokens: int) -> Tensor:
         """Memory for the logits of `tokens` tokens: in the dtype in which they are computed."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_worker.config.moe import Routing
+from moe_worker.kernels.triton import few
 from moe_worker.kernels.triton.attention import TokenTiles, attend, merge_values
 from moe_worker.kernels.triton.experts import expert_tiles, experts_bf16, experts_packed, sort_by_expert
 from moe_worker.kernels.triton.latent import LatentWeights, write_latents
@@ -95,13 +96,21 @@ class CudaLayer:
     def block(self, x_TD: Tensor, attended_TD: Tensor, shared: Pass) -> Added:
         """Adds the attention's output to the residual; the experts' weighted outputs, to be added."""
         normed = norm(x_TD, Added(attended_TD), self.block_norm_D, shared.eps, self.gate_up, shared.wide)
-        experts_TK, weights_TK = self._routes(normed.x_TD, shared.valid)
+        experts_TK, weights_TK = self.routes(normed.x_TD, shared.valid)
         if shared.wide:
             emulated = rounding(self.down, shared.wide) is Rounding.EMULATED
             gate_up, down = widen(self.gate_up), widen(self.down)
             return experts_wide(normed.x_TD, gate_up, down, experts_TK, weights_TK, self.counts_A, emulated)
-        packed = not isinstance(self.gate_up, Tensor)
-        tiles = expert_tiles(x_TD.shape[0], packed)
+        tokens = x_TD.shape[0]
+        most = few.FEW_TOKENS_OF_EXPERTS
+        if few.takes(self.gate_up, normed, most) and few.takes(self.down, normed, most):
+            routed, first = (
+                (self.routing.top_k, self.router_ED.shape[0]) if self.router_ED is not None else (0, 0)
+            )
+            taken = few.Taken(experts_TK, routed, first)
+            rows_MD = few.experts_few(normed, self.gate_up, self.down, taken, weights_TK)
+            return Added(rows_MD, experts_M=experts_TK)
+        tiles = expert_tiles(tokens, None if isinstance(self.gate_up, Tensor) else self.gate_up.kind)
         blocks = sort_by_expert(experts_TK, self.counts_A, tiles.rows)
         if not (isinstance(self.gate_up, Tensor) or isinstance(self.down, Tensor)):
             rows_MD = experts_packed(normed, self.gate_up, self.down, blocks, weights_TK, tiles)
@@ -110,7 +119,8 @@ class CudaLayer:
         rows_MD = experts_bf16(normed.x_TD, gate_up, down, blocks, weights_TK, tiles)
         return Added(rows_MD, experts_M=experts_TK)
 
-    def _routes(self, x_TD: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    def routes(self, x_TD: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Experts int32 [T, K] of each token and their weights float32 [T, K]; adds to `counts_A`."""
         if self.router_ED is not None:
             return route(x_TD, self.router_ED, self.bias_E, self.routing, self.counts_A, valid)
         tokens, experts = x_TD.shape[0], self.counts_A.shape[0]
@@ -140,5 +150,6 @@ def linear(x: Activation, weight: Weight, wide: bool) -> Tensor:
     if wide or isinstance(weight, Tensor):
         return functional.linear(x.x_TD, widen(weight))
     out_TO = torch.empty(x.x_TD.shape[0], weight.outputs, dtype=torch.bfloat16, device=x.x_TD.device)
-    linear_packed(x, weight, out_TO)
+    multiply = few.linear_few if few.takes(weight, x) else linear_packed
+    multiply(x, weight, out_TO)
     return out_TO

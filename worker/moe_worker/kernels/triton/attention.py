@@ -14,12 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_worker.kernels.triton.launch import launch, start_next, wait_for_inputs
 from moe_worker.kernels.triton.norm import Activation, Rounding
 from moe_worker.kernels.triton.tiles import add_dot_bf16, dot_bf16, int8_scale, round_even
 
 
 class TokenTiles(NamedTuple):
-    """Which tokens go together: int32 sequence, first token and number of tokens of each tile; its most."""
+    """Which tokens go together: int32 sequence, first token and number of tokens of each tile; its most.
+
+    Where the most is 1, tile i is token i, the only one of sequence i.
+    """
 
     sequence_C: Tensor
     first_C: Tensor
@@ -71,38 +75,41 @@ def _attend(
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = RANK + ROPE
+    start_next()
     tile, part = tl.program_id(0), tl.program_id(1)
-    own_pages = pages + tl.load(tile_sequence + tile) * page_stride
-    first, count = tl.load(tile_first + tile), tl.load(tile_count + tile)
+    own_pages, first, count = pages + tile * page_stride, tile, 1
+    if BLOCK_T > 1:
+        own_pages = pages + tl.load(tile_sequence + tile) * page_stride
+        first, count = tl.load(tile_first + tile), tl.load(tile_count + tile)
     q = tl.arange(0, BLOCK_T * BLOCK_H)
     token_q, head_q = q // BLOCK_H, tl.program_id(2) * BLOCK_H + q % BLOCK_H
     mask_q = (token_q < count) & (head_q < HEADS)
     row_q = ((first + token_q) * HEADS + head_q).to(tl.int64)
     position_q = tl.load(positions + first + token_q, mask=mask_q, other=0)
     length = tl.load(positions + first + count - 1) + 1
-    per_slice = tl.cdiv(tl.cdiv(length, SLICES), BLOCK_S) * BLOCK_S
-    start = part * per_slice
-    end = tl.minimum(start + per_slice, length)
     r, p = tl.arange(0, RANK), tl.arange(0, ROPE)
+    wait_for_inputs()
     q_plain = tl.load(query + row_q[:, None] * WIDTH + r[None, :], mask=mask_q[:, None], other=0.0)
     q_rope = tl.load(query + row_q[:, None] * WIDTH + RANK + p[None, :], mask=mask_q[:, None], other=0.0)
     top = tl.full((BLOCK_T * BLOCK_H,), -1e30, tl.float32)
     total = tl.zeros((BLOCK_T * BLOCK_H,), tl.float32)
     acc = tl.zeros((BLOCK_T * BLOCK_H, RANK), tl.float32)
-    diagonal = end
+    # KV splits take blocks in rotation, so that the place of the first one does not depend on the length.
+    STEP: tl.constexpr = SLICES * BLOCK_S
+    start, diagonal = part * BLOCK_S, length
     if BLOCK_T > 1:
         # The first token of the tile sees all blocks before this one, and so do the others.
-        seen_by_all = (tl.load(positions + first) + 1) // BLOCK_S * BLOCK_S
-        diagonal = tl.maximum(start, tl.minimum(end, seen_by_all))
-    for at in range(start, diagonal, BLOCK_S):
+        diagonal = tl.minimum(length, (tl.load(positions + first) + 1) // BLOCK_S * BLOCK_S)
+    for at in range(start, diagonal, STEP):
         total, top, acc = _add_block(
-            total, top, acc, q_plain, q_rope, position_q, cache, own_pages, at, end, scale,
+            total, top, acc, q_plain, q_rope, position_q, cache, own_pages, at, length, scale,
             RANK, ROPE, PAGE, BLOCK_S, False,
         )  # fmt: skip
     if BLOCK_T > 1:
-        for at in range(diagonal, end, BLOCK_S):
+        behind = start + tl.cdiv(tl.maximum(diagonal - start, 0), STEP) * STEP
+        for at in range(behind, length, STEP):
             total, top, acc = _add_block(
-                total, top, acc, q_plain, q_rope, position_q, cache, own_pages, at, end, scale,
+                total, top, acc, q_plain, q_rope, position_q, cache, own_pages, at, length, scale,
                 RANK, ROPE, PAGE, BLOCK_S, True,
             )  # fmt: skip
     safe = tl.where(total > 0.0, total, 1.0)
@@ -113,13 +120,27 @@ def _attend(
     tl.store(out_lse + to, lse, mask=mask_q)
 
 
+class AttentionTile(NamedTuple):
+    """How attention is cut: positions of one iteration, warps, and iterations that are loaded ahead."""
+
+    s: int
+    warps: int
+    stages: int
+
+
+def attention_tile(tokens: int, rows: int) -> AttentionTile:
+    """How programs of `rows` rows are cut, in a pass of `tokens` tokens; measured as other tiles are."""
+    del tokens
+    return AttentionTile(32, 4, 3) if rows <= 16 else AttentionTile(32, 8, 2)
+
+
 # Rows (tokens times heads) of one program: their sums over 512 latents are what registers hold.
 MOST_ROWS = 64
 
 
 def attend(
     query_THW: Tensor, cache_SW: Tensor, pages_BP: Tensor, positions_T: Tensor, tiles: TokenTiles,
-    rank: int, page: int, scale: float, slices: int,
+    rank: int, page: int, scale: float, slices: int, cut: AttentionTile | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Weighted latents of each KV split, [T, H, S, R], and the base-2 logarithms of their weights, [T, H, S].
 
@@ -130,12 +151,13 @@ def attend(
     out_THSR = torch.empty(tokens, heads, slices, rank, dtype=dtype, device=query_THW.device)
     lse_THS = torch.empty(tokens, heads, slices, dtype=torch.float32, device=query_THW.device)
     block_h = min(triton.next_power_of_2(heads), MOST_ROWS // tiles.most)
-    few = tiles.most * block_h <= 16
+    cut = cut or attention_tile(tokens, tiles.most * block_h)
     _attend[(tiles.first_C.shape[0], slices, triton.cdiv(heads, block_h))](
         query_THW, cache_SW, pages_BP, positions_T, tiles.sequence_C, tiles.first_C, tiles.count_C,
         out_THSR, lse_THS, scale, pages_BP.stride(0),
         HEADS=heads, RANK=rank, ROPE=width - rank, PAGE=page, SLICES=slices, BLOCK_T=tiles.most,
-        BLOCK_H=block_h, BLOCK_S=32, num_warps=4 if few else 8, num_stages=3 if few else 2,
+        BLOCK_H=block_h, BLOCK_S=cut.s, num_warps=cut.warps, num_stages=cut.stages,
+        **launch(tokens),
     )  # fmt: skip
     return out_THSR, lse_THS
 
@@ -146,8 +168,10 @@ def _merge(
     HEADS: tl.constexpr, RANK: tl.constexpr, VALUE: tl.constexpr, SLICES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, ROUNDING: tl.constexpr,
 ):  # fmt: skip
+    start_next()
     token_M = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     head = tl.program_id(1)
+    wait_for_inputs()
     v = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask_M = token_M < tokens
     first_M = (token_M * HEADS + head) * SLICES
@@ -181,6 +205,45 @@ def _merge(
         tl.store(out + to, y, mask=mask_M[:, None])
 
 
+@triton.jit
+def _merge_few(
+    parts, lse, value, out, out_q, out_scale,
+    HEADS: tl.constexpr, RANK: tl.constexpr, VALUE: tl.constexpr, SLICES: tl.constexpr,
+    BLOCK_V: tl.constexpr, ROUNDING: tl.constexpr,
+):  # fmt: skip
+    """As `_merge`, with a token and head a program: all it reads is loaded at once, weights early."""
+    start_next()
+    token, head = tl.program_id(0), tl.program_id(1)
+    r, s = tl.arange(0, RANK), tl.arange(0, SLICES)
+    v = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+    w_RV = tl.load(value + (head * RANK + r[:, None]) * VALUE + v[None, :])
+    wait_for_inputs()
+    first = (token * HEADS + head) * SLICES
+    lse_S = tl.load(lse + first + s)
+    parts_SR = tl.load(parts + (first + s)[:, None] * RANK + r[None, :]).to(tl.float32)
+    share_S = tl.exp2(lse_S - tl.max(lse_S, axis=0))
+    latent_R = tl.sum(parts_SR * (share_S / tl.sum(share_S, axis=0))[:, None], axis=0)
+    latent_R = latent_R.to(tl.bfloat16).to(tl.float32)
+    y = tl.sum(latent_R[:, None] * w_RV.to(tl.float32), axis=0).to(tl.bfloat16)
+    to = token * (HEADS * VALUE) + head * VALUE + v
+    if ROUNDING > 0:
+        y32 = y.to(tl.float32)
+        scale = int8_scale(y32, 0)
+        steps = round_even(y32 / scale)
+        if ROUNDING == 1:
+            tl.store(out_q + to, steps.to(tl.int8))
+            x_piece = (head * VALUE) // BLOCK_V + tl.program_id(2)
+            tl.store(out_scale + token * (HEADS * VALUE // BLOCK_V) + x_piece, scale)
+        else:
+            y = (steps * scale).to(tl.bfloat16)
+    if ROUNDING != 1:
+        tl.store(out + to, y)
+
+
+# Tokens up to which a program takes one token and head.
+FEW_TOKENS = 4
+
+
 def merge_values(
     parts_THSR: Tensor, lse_THS: Tensor, value_HRV: Tensor, out: Activation, rounding: Rounding
 ) -> None:
@@ -188,11 +251,18 @@ def merge_values(
     tokens, heads, slices, rank = parts_THSR.shape
     value = value_HRV.shape[2]
     block_m, block_v = 16 if tokens <= 256 else 64, out.piece
+    if tokens <= FEW_TOKENS:
+        _merge_few[(tokens, heads, value // block_v)](
+            parts_THSR, lse_THS, value_HRV, out.x_TD, out.q_TD, out.scales_TX,
+            HEADS=heads, RANK=rank, VALUE=value, SLICES=slices, BLOCK_V=block_v, ROUNDING=rounding.value,
+            num_warps=16 if rank >= 512 else 4, **launch(tokens),
+        )  # fmt: skip
+        return
     _merge[(triton.cdiv(tokens, block_m), heads, value // block_v)](
         parts_THSR, lse_THS, value_HRV, out.x_TD, out.q_TD, out.scales_TX, tokens,
         HEADS=heads, RANK=rank, VALUE=value, SLICES=slices,
         BLOCK_M=block_m, BLOCK_R=min(128, rank), BLOCK_V=block_v, ROUNDING=rounding.value,
         num_warps=8 if slices > 4 else 4,
         # Pipelining would hold the parts of all splits in shared memory.
-        num_stages=3 if slices == 1 else 1,
+        num_stages=3 if slices == 1 else 1, **launch(tokens),
     )  # fmt: skip

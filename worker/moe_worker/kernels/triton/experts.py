@@ -14,8 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_worker.kernels.triton.launch import launch, start_next, wait_for_inputs
 from moe_worker.kernels.triton.norm import Activation
-from moe_worker.kernels.triton.tiles import Packed, Tile, add_dot_bf16, dot_group, store_int8_NM
+from moe_worker.kernels.triton.tiles import (
+    Packed,
+    Tile,
+    add_dot_bf16,
+    add_product,
+    dot_group,
+    store_int8_NM,
+    token_scales,
+    weight_scales,
+)
 
 
 class Blocks(NamedTuple):
@@ -31,7 +41,9 @@ def _sort(
     experts, counts, rows, block_experts, total, blocks,
     EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
+    start_next()
     own = tl.program_id(0)
+    wait_for_inputs()
     e = tl.arange(0, BLOCK_E)
     blocks_E = (tl.load(counts + e, mask=e < EXPERTS, other=0) + BLOCK_M - 1) // BLOCK_M
     first = tl.sum(tl.where(e < own, blocks_E, 0))
@@ -64,7 +76,7 @@ def sort_by_expert(experts_TK: Tensor, counts_A: Tensor, size: int) -> Blocks:
     _sort[(experts,)](
         experts_TK, counts_A, rows, experts_C, total, blocks,
         EXPERTS=experts, BLOCK_E=triton.next_power_of_2(experts), BLOCK_M=size,
-        CHUNK=256 if total <= 256 else 2048, num_warps=4,
+        CHUNK=256 if total <= 256 else 2048, num_warps=4, **launch(experts_TK.shape[0]),
     )  # fmt: skip
     return Blocks(rows, experts_C, size)
 
@@ -78,10 +90,12 @@ def _swiglu(gate, up):
 def _gate_up_packed(
     x, x_scale, packed, scales, rows, block_experts, out, out_scale, total,
     PER_TOKEN: tl.constexpr, INNER: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr,
-    PIECE: tl.constexpr, STRIDE: tl.constexpr, KIND: tl.constexpr,
+    PIECE: tl.constexpr, STRIDE: tl.constexpr, KIND: tl.constexpr, TURN: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
+    start_next()
     block = tl.program_id(1)
+    wait_for_inputs()
     expert = tl.load(block_experts + block).to(tl.int64)
     if expert >= 0:
         row_M = tl.load(rows + block * BLOCK_M + tl.arange(0, BLOCK_M))
@@ -93,26 +107,25 @@ def _gate_up_packed(
         scale = scales + expert * (GROUPS * 2 * INNER)
         gate_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         up_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for group in range(GROUPS):
-            gate_NM = dot_group(
-                gate_NM,
-                weight,
-                scale,
-                x,
-                x_scale,
-                group,
-                n,
-                token_M,
-                mask_M,
-                2 * INNER,
-                INPUTS,
-                PIECE,
-                KIND,
-            )
-            up_NM = dot_group(
-                up_NM, weight, scale, x, x_scale, group, INNER + n, token_M, mask_M, 2 * INNER, INPUTS, PIECE,
-                KIND,
-            )  # fmt: skip
+        EACH: tl.constexpr = 128 // PIECE
+        WIDTH: tl.constexpr = 2 * INNER
+        INT8: tl.constexpr = KIND == "w4a8"
+        gate_N = weight_scales(scale, 0, n, WIDTH, GROUPS, TURN)
+        up_N = weight_scales(scale, 0, INNER + n, WIDTH, GROUPS, TURN)
+        for group in range(0, GROUPS, TURN):
+            next_gate_N = weight_scales(scale, group + TURN, n, WIDTH, GROUPS, TURN)
+            next_up_N = weight_scales(scale, group + TURN, INNER + n, WIDTH, GROUPS, TURN)
+            own_M = token_scales(x_scale, group, token_M, mask_M, INPUTS, PIECE, TURN, INT8)
+            for i in tl.static_range(TURN):
+                gate_NM = dot_group(
+                    gate_NM, weight, x, group + i, n, token_M, mask_M, gate_N[i], own_M[i * EACH],
+                    own_M[i * EACH + EACH - 1], WIDTH, GROUPS, INPUTS, PIECE, KIND, TURN,
+                )  # fmt: skip
+                up_NM = dot_group(
+                    up_NM, weight, x, group + i, INNER + n, token_M, mask_M, up_N[i], own_M[i * EACH],
+                    own_M[i * EACH + EACH - 1], WIDTH, GROUPS, INPUTS, PIECE, KIND, TURN,
+                )  # fmt: skip
+            gate_N, up_N = next_gate_N, next_up_N
         hidden_NM = _swiglu(gate_NM, up_NM)
         if KIND == "w4a8":
             store_int8_NM(hidden_NM, out, out_scale, row_M.to(tl.int64), first, mask_M, INNER, BLOCK_N)
@@ -125,9 +138,12 @@ def _gate_up_packed(
 def _down_packed(
     x, x_scale, packed, scales, rows, block_experts, weights, out, total,
     OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, PIECE: tl.constexpr,
-    STRIDE: tl.constexpr, KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    STRIDE: tl.constexpr, KIND: tl.constexpr, TURN: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
+    start_next()
     block = tl.program_id(1)
+    wait_for_inputs()
     expert = tl.load(block_experts + block).to(tl.int64)
     if expert >= 0:
         row_M = tl.load(rows + block * BLOCK_M + tl.arange(0, BLOCK_M))
@@ -135,11 +151,10 @@ def _down_packed(
         n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         weight = packed + expert * STRIDE
         scale = scales + expert * (GROUPS * OUTPUTS)
-        acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for group in range(GROUPS):
-            acc_NM = dot_group(
-                acc_NM, weight, scale, x, x_scale, group, n, row_M, mask_M, OUTPUTS, INPUTS, PIECE, KIND
-            )
+        acc_NM = add_product(
+            tl.zeros((BLOCK_N, BLOCK_M), tl.float32), weight, scale, x, x_scale, n, row_M, mask_M,
+            OUTPUTS, GROUPS, INPUTS, PIECE, KIND, TURN,
+        )  # fmt: skip
         share_M = tl.load(weights + row_M, mask=mask_M, other=0.0)
         where = out + row_M[None, :].to(tl.int64) * OUTPUTS + n[:, None]
         tl.store(where, (acc_NM * share_M[None, :]).to(tl.bfloat16), mask=mask_M[None, :])
@@ -151,7 +166,9 @@ def _gate_up_bf16(
     PER_TOKEN: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    start_next()
     block = tl.program_id(1)
+    wait_for_inputs()
     expert = tl.load(block_experts + block).to(tl.int64)
     if expert >= 0:
         row_M = tl.load(rows + block * BLOCK_M + tl.arange(0, BLOCK_M))
@@ -178,7 +195,9 @@ def _down_bf16(
     OUTPUTS: tl.constexpr, INNER: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    start_next()
     block = tl.program_id(1)
+    wait_for_inputs()
     expert = tl.load(block_experts + block).to(tl.int64)
     if expert >= 0:
         row_M = tl.load(rows + block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -209,17 +228,48 @@ class ExpertTiles(NamedTuple):
         return self.down.m
 
 
-def expert_tiles(tokens: int, packed: bool) -> ExpertTiles:
+def expert_tiles(tokens: int, kind: str | None) -> ExpertTiles:
     """Blocks of about as many rows as an expert gets, but packed, where the sums of each group take
-    registers, of no more than 32.
+    registers, of no more than 32. kind: that of packed weights; None: bf16.
     """
-    if packed:
-        tile = Tile(128, 16 if tokens <= 64 else 32, 8, 3)
-        return ExpertTiles(tile, tile)
+    if kind is not None:
+        tile = Tile(128, 16 if tokens <= 64 else 32, 4 if kind == "w4a8" else 8, 3)
+        return ExpertTiles(tile, tile._replace(n=64) if kind == "w4a8" and 32 < tokens <= 64 else tile)
     rows = 16 if tokens <= 128 else 32 if tokens <= 512 else 64 if tokens <= 2048 else 128
     if rows < 64:
         return ExpertTiles(Tile(64, rows, 4, 3), Tile(64, rows, 4, 4))
     return ExpertTiles(Tile(128, rows, 8, 3), Tile(128, rows, 8, 3))
+
+
+def gate_up_packed(
+    x: Activation, gate_up: Packed, blocks: Blocks, rows: int, per_token: int, tile: Tile
+) -> Activation:
+    """Hidden values of `rows` rows; W4A8 rounds them to int8, with a scale for each piece of tile.n."""
+    inner, int8 = gate_up.outputs // 2, gate_up.int8
+    block_n = fitting(tile.n, inner)
+    hidden = Activation.empty(rows, inner, x.x_TD.device, block_n)
+    _gate_up_packed[(inner // block_n, blocks.experts_C.shape[0])](
+        x.q_TD if int8 else x.x_TD, x.scales_TX, gate_up.stored, gate_up.scales, blocks.rows,
+        blocks.experts_C, hidden.q_TD if int8 else hidden.x_TD, hidden.scales_TX, rows,
+        PER_TOKEN=per_token, INNER=inner, GROUPS=gate_up.groups, INPUTS=gate_up.inputs,
+        PIECE=x.piece, STRIDE=gate_up.stride, KIND=gate_up.kind, TURN=tile.turn,
+        BLOCK_N=block_n, BLOCK_M=blocks.size, **tile.options, **launch(rows // per_token),
+    )  # fmt: skip
+    return hidden
+
+
+def down_packed(hidden: Activation, down: Packed, blocks: Blocks, weights_TK: Tensor, tile: Tile) -> Tensor:
+    """Weighted outputs of each row, bf16 [M, D]."""
+    total, int8, block_n = weights_TK.numel(), down.int8, fitting(tile.n, down.outputs)
+    out_MD = torch.empty(total, down.outputs, dtype=torch.bfloat16, device=weights_TK.device)
+    _down_packed[(down.outputs // block_n, blocks.experts_C.shape[0])](
+        hidden.q_TD if int8 else hidden.x_TD, hidden.scales_TX, down.stored, down.scales, blocks.rows,
+        blocks.experts_C, weights_TK, out_MD, total,
+        OUTPUTS=down.outputs, GROUPS=down.groups, INPUTS=down.inputs, PIECE=hidden.piece,
+        STRIDE=down.stride, KIND=down.kind, TURN=tile.turn,
+        BLOCK_N=block_n, BLOCK_M=blocks.size, **tile.options, **launch(weights_TK.shape[0]),
+    )  # fmt: skip
+    return out_MD
 
 
 def experts_packed(
@@ -233,30 +283,9 @@ def experts_packed(
     """Weighted outputs of each row, bf16 [M, D], to be summed over K; `blocks` are of tiles.rows.
 
     Rows that stand in no block (of expert -1, which is none) are not written.
-
-    W4A8 rounds hidden values to int8, with a scale for each piece of tiles.gate_up.n; others to bf16.
     """
-    tokens, per_token = weights_TK.shape
-    total, inner, int8 = tokens * per_token, gate_up.outputs // 2, gate_up.int8
-    up_n, down_n = fitting(tiles.gate_up.n, inner), fitting(tiles.down.n, down.outputs)
-    hidden = Activation.empty(total, inner, x.x_TD.device, up_n)
-    out_MD = torch.empty(total, down.outputs, dtype=torch.bfloat16, device=x.x_TD.device)
-    count = blocks.experts_C.shape[0]
-    _gate_up_packed[(inner // up_n, count)](
-        x.q_TD if int8 else x.x_TD, x.scales_TX, gate_up.stored, gate_up.scales, blocks.rows,
-        blocks.experts_C, hidden.q_TD if int8 else hidden.x_TD, hidden.scales_TX, total,
-        PER_TOKEN=per_token, INNER=inner, GROUPS=gate_up.groups, INPUTS=gate_up.inputs,
-        PIECE=x.piece, STRIDE=gate_up.stride, KIND=gate_up.kind,
-        BLOCK_N=up_n, BLOCK_M=blocks.size, num_warps=tiles.gate_up.warps, num_stages=tiles.gate_up.stages,
-    )  # fmt: skip
-    _down_packed[(down.outputs // down_n, count)](
-        hidden.q_TD if int8 else hidden.x_TD, hidden.scales_TX, down.stored, down.scales, blocks.rows,
-        blocks.experts_C, weights_TK, out_MD, total,
-        OUTPUTS=down.outputs, GROUPS=down.groups, INPUTS=down.inputs, PIECE=hidden.piece,
-        STRIDE=down.stride, KIND=down.kind,
-        BLOCK_N=down_n, BLOCK_M=blocks.size, num_warps=tiles.down.warps, num_stages=tiles.down.stages,
-    )  # fmt: skip
-    return out_MD
+    hidden = gate_up_packed(x, gate_up, blocks, weights_TK.numel(), weights_TK.shape[1], tiles.gate_up)
+    return down_packed(hidden, down, blocks, weights_TK, tiles.down)
 
 
 def fitting(wanted: int, outputs: int) -> int:
@@ -286,12 +315,12 @@ def experts_bf16(
         x_TD, gate_up_AFD, blocks.rows, blocks.experts_C, hidden_MI, total,
         PER_TOKEN=per_token, INNER=inner, WIDTH=width, BLOCK_N=up_n, BLOCK_M=size,
         BLOCK_K=128 if size < 64 and width % 128 == 0 else 64,
-        num_warps=tiles.gate_up.warps, num_stages=tiles.gate_up.stages,
+        **tiles.gate_up.options, **launch(tokens),
     )  # fmt: skip
     _down_bf16[(width // down_n, count)](
         hidden_MI, down_ADI, blocks.rows, blocks.experts_C, weights_TK, out_MD, total,
         OUTPUTS=width, INNER=inner, BLOCK_N=down_n, BLOCK_M=size,
         BLOCK_K=128 if size < 64 and inner % 128 == 0 else 64,
-        num_warps=tiles.down.warps, num_stages=tiles.down.stages,
+        **tiles.down.options, **launch(tokens),
     )  # fmt: skip
     return out_MD

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_worker.kernels.triton.launch import launch, start_next, wait_for_inputs
 from moe_worker.kernels.triton.tiles import dot_bf16
 
 
@@ -45,8 +46,10 @@ def _latent(
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = RANK + ROPE
+    start_next()
     part = tl.program_id(1)
     if part == HEADS * (RANK // BLOCK_R):
+        wait_for_inputs()
         # A whole row is needed for its norm: few at a time, since registers hold them.
         for start in tl.static_range(0, BLOCK_M, 16):
             token_m = tl.program_id(0) * BLOCK_M + start + tl.arange(0, 16)
@@ -71,8 +74,9 @@ def _latent(
         head, block = part // (RANK // BLOCK_R), part % (RANK // BLOCK_R)
         n, own_r = tl.arange(0, PLAIN), block * BLOCK_R + tl.arange(0, BLOCK_R)
         own = query + head * (PLAIN + ROPE)
-        plain = tl.load(own + token_M[:, None] * query_stride + n[None, :], mask=mask_M[:, None], other=0.0)
         w = tl.load(key + (head * PLAIN + n[:, None]) * RANK + own_r[None, :])
+        wait_for_inputs()
+        plain = tl.load(own + token_M[:, None] * query_stride + n[None, :], mask=mask_M[:, None], other=0.0)
         to = (token_M * HEADS + head) * WIDTH
         absorbed = dot_bf16(plain, w).to(tl.bfloat16)
         tl.store(out + to[:, None] + own_r[None, :], absorbed, mask=mask_M[:, None])
@@ -97,5 +101,5 @@ def write_latents(
         query_TO, query_TO.stride(0), latent_TW, latent_TW.stride(0), weights.norm_R, weights.key_HNR,
         table_CP2, positions_T, rows_T, cache_SW, out_THW, tokens, weights.eps,
         HEADS=heads, PLAIN=plain, ROPE=rope, RANK=rank, COUNTED=weights.rank,
-        BLOCK_M=block_m, BLOCK_R=block_r, num_warps=4 if block_m == 16 else 8,
+        BLOCK_M=block_m, BLOCK_R=block_r, num_warps=4 if block_m == 16 else 8, **launch(tokens),
     )  # fmt: skip

@@ -7,63 +7,53 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_worker.kernels.triton.launch import launch, start_next, wait_for_inputs
 from moe_worker.kernels.triton.norm import Activation
-from moe_worker.kernels.triton.tiles import Packed, Tile, dot_group
+from moe_worker.kernels.triton.tiles import Packed, Tile, add_product
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _linear_packed(
     x, x_scale, packed, scales, out, tokens,
     OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, PIECE: tl.constexpr,
-    KIND: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    KIND: tl.constexpr, TURN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
+    start_next()
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_N = tl.minimum(n, OUTPUTS - 1)
     token_M = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_M = token_M < tokens
-    acc_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for group in range(GROUPS):
-        acc_NM = dot_group(
-            acc_NM,
-            packed,
-            scales,
-            x,
-            x_scale,
-            group,
-            rows_N,
-            token_M,
-            mask_M,
-            OUTPUTS,
-            INPUTS,
-            PIECE,
-            KIND,
-        )
+    wait_for_inputs()
+    acc_NM = add_product(
+        tl.zeros((BLOCK_N, BLOCK_M), tl.float32), packed, scales, x, x_scale, rows_N, token_M, mask_M,
+        OUTPUTS, GROUPS, INPUTS, PIECE, KIND, TURN,
+    )  # fmt: skip
     where = out + token_M[None, :].to(tl.int64) * OUTPUTS + n[:, None]
     tl.store(where, acc_NM.to(out.dtype.element_ty), mask=mask_M[None, :] & (n < OUTPUTS)[:, None])
 
 
-def linear_tile(tokens: int, outputs: int) -> Tile:
-    """How the product of `tokens` rows with a matrix of `outputs` is cut."""
+def linear_tile(tokens: int, outputs: int, kind: str = "w4a8") -> Tile:
+    """How the product of `tokens` rows with a matrix of `outputs` and `kind` is cut."""
     if outputs > 32768:
-        return (
-            Tile(128, 16, 4, 3)
-            if tokens <= 16
-            else Tile(128, 32, 4, 3)
-            if tokens <= 64
-            else Tile(128, 64, 8, 3)
-        )
-    return Tile(64, 16 if tokens <= 64 else 64 if tokens <= 512 else 128, 4, 3)
+        few = Tile(128, 16, 4, 3, 2) if tokens <= 16 else Tile(128, 32, 4, 3)
+        return few if tokens <= 64 else Tile(128, 64, 8, 3)
+    if tokens > 512:
+        return Tile(64, 128, 4, 3)
+    if kind != "w4a8":
+        return Tile(64, 16 if tokens <= 64 else 64, 4, 3)
+    if tokens <= 64:
+        return Tile(32, 16, 2, 3, 4) if tokens <= 16 else Tile(64, 32, 4, 3, 4)
+    return Tile(64, 64, 4, 3, 2)
 
 
 def linear_packed(x: Activation, weight: Packed, out_TO: Tensor) -> None:
     """Writes x W^T to `out_TO` (any floating dtype): sums of each group of inputs, scaled in float32."""
     tokens = x.x_TD.shape[0]
-    tile = linear_tile(tokens, weight.outputs)
+    tile = linear_tile(tokens, weight.outputs, weight.kind)
     grid = (triton.cdiv(weight.outputs, tile.n), triton.cdiv(tokens, tile.m))
     _linear_packed[grid](
         x.q_TD if weight.int8 else x.x_TD, x.scales_TX, weight.stored, weight.scales, out_TO, tokens,
         OUTPUTS=weight.outputs, GROUPS=weight.groups, INPUTS=weight.inputs, PIECE=x.piece,
-        KIND=weight.kind,
-        BLOCK_N=tile.n, BLOCK_M=tile.m, num_warps=tile.warps, num_stages=tile.stages,
+        KIND=weight.kind, TURN=min(tile.turn, weight.groups),
+        BLOCK_N=tile.n, BLOCK_M=tile.m, **tile.options, **launch(tokens),
     )  # fmt: skip

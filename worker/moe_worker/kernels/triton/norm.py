@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_worker.kernels.triton.launch import launch, start_next, wait_for_inputs
 from moe_worker.kernels.triton.tiles import int8_scale, round_even
 from moe_worker.quant.int8 import piece_of
 
@@ -53,9 +54,12 @@ def _residual_norm(
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, SUMMED: tl.constexpr, ORDERED: tl.constexpr,
     CHOSEN: tl.constexpr, ROUNDING: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
+    start_next()
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     mask = d < WIDTH
+    weight_D = tl.load(weight + d, mask=mask, other=0.0).to(tl.float32)
+    wait_for_inputs()
     x = tl.load(residual + t * stride + d, mask=mask, other=0.0).to(tl.float32)
     if SUMMED > 0:
         sums = tl.zeros((BLOCK,), tl.float32)
@@ -70,7 +74,7 @@ def _residual_norm(
         x = (x + sums.to(tl.bfloat16).to(tl.float32)).to(tl.bfloat16).to(tl.float32)
         tl.store(residual + t * stride + d, x.to(tl.bfloat16), mask=mask)
     normed = (x * tl.rsqrt(tl.sum(x * x) / WIDTH + eps)).to(tl.bfloat16).to(tl.float32)
-    y = (normed * tl.load(weight + d, mask=mask, other=0.0).to(tl.float32)).to(tl.bfloat16)
+    y = (normed * weight_D).to(tl.bfloat16)
     if ROUNDING > 0:
         cut = tl.reshape(y.to(tl.float32), (BLOCK // PIECE, PIECE))
         scale = int8_scale(cut, 1)
@@ -134,5 +138,5 @@ def residual_norm(
         ORDERED=added is not None and added.order_M is not None,
         CHOSEN=added is not None and added.experts_M is not None, ROUNDING=rounding.value,
         PIECE=out.piece,
-        num_warps=8 if width >= 2048 else 4,
+        num_warps=8 if width >= 2048 else 4, **launch(tokens),
     )  # fmt: skip

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_worker.config.moe import Routing
+from moe_worker.kernels.triton.launch import launch, start_next, wait_for_inputs
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -22,6 +23,8 @@ def _logits(
     e = tl.arange(0, BLOCK_E)
     mask_M, mask_e = token_M < tokens, e < EXPERTS
     logits_ME = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    start_next()
+    wait_for_inputs()
     for start in range(0, SLICE, BLOCK_D):
         d = tl.program_id(1) * SLICE + start + tl.arange(0, BLOCK_D)
         mask_d = d < WIDTH
@@ -73,6 +76,8 @@ def _choose(
     mask_M = token_M < tokens
     e, k = tl.arange(0, BLOCK_E)[None, :], tl.arange(0, BLOCK_K)[None, :]
     mask = mask_M[:, None] & (e < EXPERTS)
+    start_next()
+    wait_for_inputs()
     sums_ME = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     for s in tl.static_range(SLICES):
         sums_ME += tl.load(logits + (token_M[:, None] * SLICES + s) * EXPERTS + e, mask=mask, other=0.0)
@@ -130,6 +135,7 @@ def route(
     _logits[(triton.cdiv(tokens, block_m), slices)](
         x_TD, weight_ED, logits_TSE, tokens,
         WIDTH=width, EXPERTS=experts, SLICE=cut, BLOCK_E=block_e, BLOCK_M=block_m, BLOCK_D=64, num_warps=4,
+        **launch(tokens),
     )  # fmt: skip
     columns = routing.per_token
     experts_TK = torch.empty(tokens, columns, dtype=torch.int32, device=x_TD.device)
@@ -142,6 +148,6 @@ def route(
         GROUPS=routing.groups, KEPT=routing.kept_groups,
         SIGMOID=not routing.softmax, NORMALISE=routing.normalise, PAIR=routing.group_best == 2,
         BIAS=bias_E is not None, PADDED=valid is not None,
-        BLOCK_M=block_m, num_warps=1,
+        BLOCK_M=block_m, num_warps=1, **launch(tokens),
     )  # fmt: skip
     return experts_TK, weights_TK

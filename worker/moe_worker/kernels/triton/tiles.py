@@ -114,7 +114,8 @@ def pack_values(values: Tensor, scales: Tensor, inputs: int, int8: bool = True) 
 
 
 class Tile(NamedTuple):
-    """How a product is cut: outputs and rows of one program, its warps, and loads under way.
+    """How a product is cut: outputs and rows of one program, its warps, iterations of its loop that are
+    loaded ahead, and groups of inputs in an iteration.
 
     The choices for each product were measured by benchmarks/gpu_tiles.py on Hopper GPUs.
     """
@@ -123,6 +124,12 @@ class Tile(NamedTuple):
     m: int
     warps: int
     stages: int
+    turn: int = 1
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Those of a launch."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 @triton.jit
@@ -158,17 +165,29 @@ def _larger(a, b):
 
 
 @triton.jit
-def int8_scale(values, axis: tl.constexpr):
-    """The scale that makes the largest magnitude along `axis` 127; 1 for zeros, not finite where one is not.
-
-    So a value that is not finite makes what is computed from its int8 form not finite, too.
-    """
+def largest(values, axis: tl.constexpr):
+    """The largest magnitude along `axis`; not finite where a value is not."""
     if COMPILED:
         top = tl.reduce(tl.abs(values), axis, _larger)
     else:
         # The interpreter reduces by any other function value by value.
         top = tl.max(tl.abs(values), axis=axis) + tl.sum(values - values, axis=axis)
+    return top
+
+
+@triton.jit
+def scale_of(top):
+    """The scale that makes magnitude `top` 127; 1 for zeros, so that nothing is divided by zero."""
     return tl.where(top == 0.0, 1.0, top / 127.0)
+
+
+@triton.jit
+def int8_scale(values, axis: tl.constexpr):
+    """The scale that makes the largest magnitude along `axis` 127; 1 for zeros, not finite where one is not.
+
+    So a value that is not finite makes what is computed from its int8 form not finite, too.
+    """
+    return scale_of(largest(values, axis))
 
 
 @triton.jit
@@ -188,37 +207,75 @@ def add_dot_bf16(acc_MN, a_MK, b_KN):
 
 
 @triton.jit
+def weight_scales(base, group, rows_N, OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, TURN: tl.constexpr):
+    """The scales [N] of TURN groups; zeros behind the last group.
+
+    Kernels load those of the next iteration before the products of this one: Triton pipelines only what a
+    product reads, and an iteration that waits for memory takes longer than its products. The scales of
+    tokens are in the cache, and two sets of them would take registers.
+    """
+    scales = ()
+    for i in tl.static_range(TURN):
+        inside_N = rows_N * 0 + (group + i) < GROUPS
+        own_N = tl.load(base + (group + i) * OUTPUTS + rows_N, mask=inside_N, other=0.0)
+        scales = scales + (own_N,)  # type: ignore[assignment]  # noqa: RUF005
+    return scales
+
+
+@triton.jit
+def token_scales(
+    base, group, token_M, mask_M, INPUTS: tl.constexpr, PIECE: tl.constexpr, TURN: tl.constexpr,
+    INT8: tl.constexpr,
+):  # fmt: skip
+    """The scales [M] of TURN groups of int8 activations, PIECE inputs each; of others their masks."""
+    scales = ()
+    for i in tl.static_range(TURN * (128 // PIECE)):
+        piece = group * (128 // PIECE) + i
+        own_M = mask_M
+        if INT8:
+            inside_M = mask_M & (piece < INPUTS // PIECE)
+            own_M = tl.load(base + token_M * (INPUTS // PIECE) + piece, mask=inside_M, other=0.0)
+        scales = scales + (own_M,)  # type: ignore[assignment]  # noqa: RUF005
+    return scales
+
+
+@triton.jit
 def dot_int4_group(
-    acc_NM, packed_base, scale_base, x_base, x_scale_base, group, rows_N, token_M, mask_M,
-    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, PIECE: tl.constexpr, INT8: tl.constexpr,
+    acc_NM, packed_base, x_base, group, rows_N, token_M, mask_M, scale_N, scale_M, second_M,
+    OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, PIECE: tl.constexpr,
+    INT8: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     """Adds the products of one group of 128 inputs; x has INPUTS columns, of int8 or bf16.
 
-    Weights stand as the left operand, so that few tokens still fill the tensor cores' wide side.
+    Weights stand as the left operand, so that few tokens still fill the tensor cores' wide side. scale_M and
+    second_M: of both halves of the group, where int8 activations have scales for 64 inputs.
     """
     j = tl.arange(0, 64)
-    packed = tl.load(packed_base + (group * OUTPUTS + rows_N)[:, None] * 64 + j[None, :])
-    # Nibbles are dequantized as 16 times their value.
-    scale_N = tl.load(scale_base + group * OUTPUTS + rows_N) * 0.0625
-    mask_high_M = mask_M
+    where_Nj = packed_base + (group * OUTPUTS + rows_N)[:, None] * 64 + j[None, :]
+    mask_low_M = mask_M
+    if GROUPS % TURN == 0:
+        packed = tl.load(where_Nj)
+    else:
+        packed = tl.load(where_Nj, mask=(rows_N * 0 + group < GROUPS)[:, None], other=0)
+        mask_low_M = mask_M & (group < GROUPS)
+    mask_high_M = mask_low_M
     if INPUTS % 128 != 0:
         mask_high_M = mask_M & (group * 128 + 64 < INPUTS)
     x_row = x_base + token_M[None, :] * INPUTS + group * 128 + j[:, None]
-    low_jM = tl.load(x_row, mask=mask_M[None, :], other=0)
+    low_jM = tl.load(x_row, mask=mask_low_M[None, :], other=0)
     high_jM = tl.load(x_row + 64, mask=mask_high_M[None, :], other=0)
     low_Nj, high_Nj = unpack_low(packed), unpack_high(packed)
+    # Nibbles are dequantized as 16 times their value.
+    scale_N = scale_N * 0.0625
     # One way out: what stands behind a return is compiled, too.
     if INT8:
-        x_scale = x_scale_base + token_M * (INPUTS // PIECE) + group * (128 // PIECE)
-        scale_M = tl.load(x_scale, mask=mask_M, other=0.0)
         low = tl.dot(low_Nj, low_jM, out_dtype=tl.int32)
         if PIECE == 128:
             whole = tl.dot(high_Nj, high_jM, acc=low, out_dtype=tl.int32)
             acc_NM += whole.to(tl.float32) * (scale_N[:, None] * scale_M[None, :])
         else:
             high = tl.dot(high_Nj, high_jM, out_dtype=tl.int32)
-            high_scale_M = tl.load(x_scale + 1, mask=mask_high_M, other=0.0)
-            sums = low.to(tl.float32) * scale_M[None, :] + high.to(tl.float32) * high_scale_M[None, :]
+            sums = low.to(tl.float32) * scale_M[None, :] + high.to(tl.float32) * second_M[None, :]
             acc_NM += sums * scale_N[:, None]
     else:
         sums = dot_bf16(low_Nj.to(tl.float32).to(tl.bfloat16), low_jM)
@@ -229,8 +286,8 @@ def dot_int4_group(
 
 @triton.jit
 def dot_fp8_group(
-    acc_NM, weight_base, scale_base, x_base, group, rows_N, token_M, mask_M,
-    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
+    acc_NM, weight_base, x_base, group, rows_N, token_M, mask_M, scale_N,
+    GROUPS: tl.constexpr, INPUTS: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     """Adds the products of one group of 128 inputs, or of the 64 that are left; x is bf16.
 
@@ -239,31 +296,56 @@ def dot_fp8_group(
     k = group * 128 + tl.arange(0, 128)
     where_Nk = weight_base + rows_N[:, None] * INPUTS + k[None, :]
     where_kM = x_base + token_M[None, :] * INPUTS + k[:, None]
-    if INPUTS % 128 == 0:
+    if INPUTS % 128 == 0 and GROUPS % TURN == 0:
         values_Nk = tl.load(where_Nk)
         x_kM = tl.load(where_kM, mask=mask_M[None, :], other=0.0)
     else:
         values_Nk = tl.load(where_Nk, mask=(k < INPUTS)[None, :], other=0.0)
         x_kM = tl.load(where_kM, mask=mask_M[None, :] & (k < INPUTS)[:, None], other=0.0)
-    scale_N = tl.load(scale_base + group * OUTPUTS + rows_N)
     return acc_NM + dot_bf16(values_Nk.to(tl.bfloat16), x_kM) * scale_N[:, None]
 
 
 @triton.jit
 def dot_group(
-    acc_NM, weight_base, scale_base, x_base, x_scale_base, group, rows_N, token_M, mask_M,
-    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, PIECE: tl.constexpr, KIND: tl.constexpr,
+    acc_NM, weight_base, x_base, group, rows_N, token_M, mask_M, scale_N, scale_M, second_M,
+    OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, PIECE: tl.constexpr,
+    KIND: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
-    """Adds the products of one group of 128 inputs; x has INPUTS columns, of int8 or bf16."""
+    """Adds the products of one group of 128 inputs; x has INPUTS columns, of int8 or bf16.
+
+    Groups behind the last, which an iteration of TURN groups may reach, add nothing.
+    """
     if KIND == "fp8":
         acc_NM = dot_fp8_group(
-            acc_NM, weight_base, scale_base, x_base, group, rows_N, token_M, mask_M, OUTPUTS, INPUTS
+            acc_NM, weight_base, x_base, group, rows_N, token_M, mask_M, scale_N, GROUPS, INPUTS, TURN
         )
     else:
         acc_NM = dot_int4_group(
-            acc_NM, weight_base, scale_base, x_base, x_scale_base, group, rows_N, token_M, mask_M,
-            OUTPUTS, INPUTS, PIECE, KIND == "w4a8",
+            acc_NM, weight_base, x_base, group, rows_N, token_M, mask_M, scale_N, scale_M, second_M,
+            OUTPUTS, GROUPS, INPUTS, PIECE, KIND == "w4a8", TURN,
         )  # fmt: skip
+    return acc_NM
+
+
+@triton.jit
+def add_product(
+    acc_NM, weight_base, scale_base, x_base, x_scale_base, rows_N, token_M, mask_M,
+    OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, PIECE: tl.constexpr,
+    KIND: tl.constexpr, TURN: tl.constexpr,
+):  # fmt: skip
+    """acc + the products of all groups, TURN of them in an iteration."""
+    EACH: tl.constexpr = 128 // PIECE
+    INT8: tl.constexpr = KIND == "w4a8"
+    own_N = weight_scales(scale_base, 0, rows_N, OUTPUTS, GROUPS, TURN)
+    for group in range(0, GROUPS, TURN):
+        next_N = weight_scales(scale_base, group + TURN, rows_N, OUTPUTS, GROUPS, TURN)
+        own_M = token_scales(x_scale_base, group, token_M, mask_M, INPUTS, PIECE, TURN, INT8)
+        for i in tl.static_range(TURN):
+            acc_NM = dot_group(
+                acc_NM, weight_base, x_base, group + i, rows_N, token_M, mask_M, own_N[i], own_M[i * EACH],
+                own_M[i * EACH + EACH - 1], OUTPUTS, GROUPS, INPUTS, PIECE, KIND, TURN,
+            )  # fmt: skip
+        own_N = next_N
     return acc_NM
 
 
