@@ -26,7 +26,7 @@ def group_by_expert(experts_TK: Tensor, count: int) -> tuple[Tensor, Tensor]:
     expert's rows end in it, int32 [A]. Rows of no expert (-1) stand behind those of the last.
     """
     keys_M = experts_TK.flatten()
-    sorted_M, order_M = torch.where(keys_M < 0, count, keys_M).sort(stable=True)
+    sorted_M, order_M = keys_M.remainder(count + 1).sort(stable=True)  # -1 becomes `count`
     numbers_A = torch.arange(count, device=keys_M.device, dtype=keys_M.dtype)
     return order_M, torch.searchsorted(sorted_M, numbers_A, right=True, out_int32=True)
 

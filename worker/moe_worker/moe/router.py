@@ -7,6 +7,7 @@ Legend: T tokens, D hidden, E routed experts, G groups, K experts of a token.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,10 +40,13 @@ class Router:
         self.choice.experts_TK = experts_Tk
         if not shared:
             return experts_Tk, weights_Tk
-        first = self.routing.experts
-        shared_S = torch.arange(first, first + shared, device=x_TD.device)
-        experts_TK = torch.cat((experts_Tk, shared_S.expand(x_TD.shape[0], -1)), dim=1)
+        experts_TK = torch.cat((experts_Tk, self._shared_ids.expand(x_TD.shape[0], -1)), dim=1)
         return experts_TK, functional.pad(weights_Tk, (0, shared), value=1.0)
+
+    @cached_property
+    def _shared_ids(self) -> Tensor:
+        first, device = self.routing.experts, self.weight_ED.device
+        return torch.arange(first, first + self.routing.shared, device=device)
 
 
 def scores(logits_TE: Tensor, routing: Routing) -> Tensor:
