@@ -58,12 +58,13 @@ class ScaledFactory:
         """The scaling of a deployment, with what was kept of it."""
         identity, prior = subject.deployment.identity, subject.spec.capacity_prior
         try:
-            kept = await self.call(storage.load, self.cluster, identity)
-            memory = await self.call(scaling_history.memory, kept, identity)
+            whole, recent = await self.call(storage.load, self.cluster, identity)
+            memory = await self.call(scaling_history.memory, whole, identity, recent)
         except (HistoryError, PermanentError, ReadForbiddenError) as error:
             logger.warning("%s: %s; scaling starts without history", identity.name, error)
             memory = None
-        return Scaled(self, subject, Scaler(subject.deployment.wanted_replicas, memory, prior))
+        scaler = Scaler(subject.deployment.wanted_replicas, memory, prior)
+        return Scaled(self, subject, scaler, memory.whole_until if memory else 0)
 
     async def retire(self, deployment: Deployment) -> None:
         """Takes out of the status what is not true any more of a deployment that does not scale."""
@@ -85,11 +86,15 @@ class Scaled:
         factory: what all have in common.
         subject: the deployment as it was seen last.
         scaler: its memory.
+        whole_until: the minute before which all rates are in the stored ScalingHistory; 0 if there is none.
     """
 
-    def __init__(self, factory: ScaledFactory, subject: Subject, scaler: Scaler) -> None:
+    def __init__(
+        self, factory: ScaledFactory, subject: Subject, scaler: Scaler, whole_until: int = 0
+    ) -> None:
         self._with = factory
         self._scaler = scaler
+        self._whole_until = whole_until
         self._status = subject.deployment.status.scaling
         self._condition = subject.deployment.status.condition(SCALING_ACTIVE)
         self._kept_at = time.monotonic()
@@ -123,9 +128,10 @@ class Scaled:
         memory = self._scaler.memory()
         pods = {start.uid for start in subject.cold_starts}
         identity = subject.deployment.identity
-        manifest = await self._with.call(scaling_history.manifest, identity, memory, pods)
+        due = await self._with.call(scaling_history.due, identity, memory, pods, self._whole_until)
         try:
-            await self._with.call(storage.save, self._with.cluster, manifest)
+            await self._with.call(storage.save, self._with.cluster, due.manifest)
+            self._whole_until = due.whole_until
         except MoEOperatorError as error:
             logger.warning("%s: what scaling learned was not kept: %s", identity.name, error)
 

@@ -38,6 +38,8 @@ class Memory:
     measured: frozenset[str]
     """UIDs of pods whose cold start is among them."""
     capacity: Capacity
+    whole_until: int = 0
+    """The minute before which all rates are in the stored whole history; 0 if there is none."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,14 @@
-"""A scaler's memory as a ScalingHistory: it belongs to the deployment and outlives the operator."""
+"""A scaler's memory as ScalingHistory objects: they belong to the deployment and outlive the operator.
+
+etcd stores each version of an object as a whole. So the operator writes the 14 days (tens of KiB) every 6
+hours, and every few minutes a second object with the minutes since then (1 to 2 KiB).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Final
 
 from pydantic import ConfigDict, Field, ValidationError
 
@@ -15,6 +20,9 @@ from moe_operator.render.objects import Manifest, child, owner_uid
 from moe_operator.resources import names
 from moe_operator.resources.base import Model
 from moe_operator.resources.deployment import Identity
+
+WHOLE_MINUTES: Final = 360
+"""Minutes that the object of the latest minutes has at most; then the whole history is written again."""
 
 _Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -35,8 +43,34 @@ class _Content(Model):
     capacity: _Capacity
 
 
-def manifest(owner: Identity, memory: Memory, pods: Iterable[str]) -> Manifest:
-    """The object that keeps a memory; of measured pods only those that are still there (their UIDs)."""
+@dataclass(frozen=True)
+class Due:
+    """What is to be written now."""
+
+    manifest: Manifest
+    whole_until: int
+    """The minute before which all rates are in the stored whole history, once this is written."""
+
+
+def due(owner: Identity, memory: Memory, pods: Iterable[str], whole_until: int) -> Due:
+    """The whole history if it is missing or 6 hours old, else the minutes since it was written.
+
+    Args:
+        owner: the deployment.
+        memory: what to keep.
+        pods: UIDs of the pods that exist.
+        whole_until: of the last write; 0 if there is none.
+    """
+    end = memory.history.end
+    if not whole_until or end - whole_until >= WHOLE_MINUTES:
+        return Due(manifest(owner, memory, pods), end)
+    recent = replace(memory, history=memory.history.since(whole_until))
+    named = manifest(owner, recent, pods, names.recent_history(owner.name))
+    return Due(named, whole_until)
+
+
+def manifest(owner: Identity, memory: Memory, pods: Iterable[str], name: str = "") -> Manifest:
+    """The object that keeps a memory; of measured pods only those that still exist (their UIDs)."""
     content = _Content(
         rates=memory.history.dump(),
         cold_start_seconds=memory.cold_starts.seconds,
@@ -48,17 +82,35 @@ def manifest(owner: Identity, memory: Memory, pods: Iterable[str]) -> Manifest:
         ),
     )
     return {
-        **child(owner, names.API_VERSION, names.HISTORY_KIND, owner.name, "scaling"),
+        **child(owner, names.API_VERSION, names.HISTORY_KIND, name or owner.name, "scaling"),
         **content.manifest(),
     }
 
 
-def memory(kept: Mapping[str, Any] | None, owner: Identity) -> Memory | None:
-    """What an object kept; None where there is none, or it is of an earlier deployment of the same name.
+def memory(
+    kept: Mapping[str, Any] | None, owner: Identity, recent: Mapping[str, Any] | None = None
+) -> Memory | None:
+    """What was kept; None if nothing was, or it belongs to an earlier deployment of the same name.
+
+    Args:
+        kept: the whole history. Without it, `recent` says nothing.
+        owner: the deployment.
+        recent: the minutes since then.
 
     Raises:
-        HistoryError: it is damaged.
+        HistoryError: an object is damaged.
     """
+    whole, later = _memory(kept, owner), _memory(recent, owner)
+    if whole is None:
+        return None
+    until = whole.history.end
+    if later is None or later.history.end <= until:
+        return replace(whole, whole_until=until)
+    whole.history.extend(later.history)
+    return replace(later, history=whole.history, whole_until=until)
+
+
+def _memory(kept: Mapping[str, Any] | None, owner: Identity) -> Memory | None:
     if kept is None or owner_uid(kept) != owner.uid:
         return None
     try:

@@ -27,9 +27,13 @@ def write_status(
     cluster.apply(manifest, subresource="/status", manager=names.SCALING_FIELD_MANAGER)
 
 
-def load(cluster: Cluster, identity: Identity) -> Manifest | None:
-    """The deployment's ScalingHistory, or None."""
-    return cluster.get(names.HISTORY_KIND, identity.namespace, identity.name)
+def load(cluster: Cluster, identity: Identity) -> tuple[Manifest | None, Manifest | None]:
+    """The deployment's ScalingHistory and the one of its latest minutes; None for one that does not exist."""
+    whole, recent = (
+        cluster.get(names.HISTORY_KIND, identity.namespace, name)
+        for name in (identity.name, names.recent_history(identity.name))
+    )
+    return whole, recent
 
 
 def save(cluster: Cluster, history: Manifest) -> None:

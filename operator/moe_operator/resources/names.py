@@ -97,6 +97,11 @@ def frontend(name: str) -> str:
     return f"{name}-frontend"
 
 
+def recent_history(name: str) -> str:
+    """ScalingHistory of the latest minutes: no deployment's own name contains a dot."""
+    return f"{name}.recent"
+
+
 def leader_labels(name: str) -> dict[str, str]:
     """Labels that exactly the leaders of a deployment carry: one pod for each replica."""
     return {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import random
 from datetime import timedelta
 
 import pytest
@@ -97,6 +99,59 @@ def test_what_is_kept_comes_back():
     assert found.cold_starts.seconds == (40.0, 50.0)
     assert found.capacity == Capacity(90.0, 60.0, 4)
     assert found.measured == {"a"}, "pods that are gone are forgotten"
+
+
+def hours(count, whole_until=0):
+    """What is written in `count` hours, one object every five minutes, with the memory at the end."""
+    chance, days, written = random.Random(1), 14 * 24 * 60, []
+    kept = memory(0)
+    for minute in range(days):
+        kept.history.add(minute, chance.gauss(1000, 32))
+    for minute in range(days, days + 60 * count):
+        kept.history.add(minute, chance.gauss(1000, 32))
+        if minute % 5 == 4:
+            due = scaling_history.due(OWNER, kept, {"a"}, whole_until)
+            whole_until = due.whole_until
+            written.append(due.manifest)
+    return written, kept
+
+
+def test_most_writes_hold_only_the_minutes_since_the_last_whole_history():
+    written, kept = hours(13)
+    by_name = {manifest["metadata"]["name"]: manifest for manifest in written}
+    names = [manifest["metadata"]["name"] for manifest in written]
+    assert [index for index, name in enumerate(names) if name == "docs"] == [0, 72, 144]
+    assert set(names) == {"docs", "docs.recent"}
+    found = scaling_history.memory(by_name["docs"], OWNER, by_name["docs.recent"])
+    assert list(found.history.items()) == list(kept.history.items())
+    assert found.whole_until == scaling_history.memory(by_name["docs"], OWNER).history.end
+    assert found.capacity == kept.capacity
+    every_time = len(written) * len(json.dumps(by_name["docs"]))
+    assert sum(len(json.dumps(manifest)) for manifest in written) < every_time / 15
+
+
+def test_a_recent_history_that_is_older_than_the_whole_one_changes_nothing():
+    written, _ = hours(7)
+    stale, whole = written[71], written[72]
+    assert (stale["metadata"]["name"], whole["metadata"]["name"]) == ("docs.recent", "docs")
+    alone, both = scaling_history.memory(whole, OWNER), scaling_history.memory(whole, OWNER, stale)
+    assert list(both.history.items()) == list(alone.history.items())
+
+
+def test_without_the_whole_history_a_recent_one_says_nothing():
+    written, _ = hours(1)
+    assert scaling_history.memory(None, OWNER, written[-1]) is None
+
+
+def test_minutes_while_no_operator_ran_are_unknown():
+    written, _ = hours(1)
+    later = memory(10)
+    later.history.add(14 * 24 * 60 + 90, 7.0)
+    due = scaling_history.due(OWNER, later, (), 14 * 24 * 60 + 5)
+    found = scaling_history.memory(written[0], OWNER, due.manifest)
+    rates = dict(found.history.items())
+    assert rates[14 * 24 * 60 + 30] is None
+    assert rates[14 * 24 * 60 + 90] == pytest.approx(7.0, rel=0.001)
 
 
 def test_fourteen_days_take_less_than_a_hundred_kib():

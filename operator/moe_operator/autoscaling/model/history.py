@@ -70,6 +70,18 @@ class History:
         for offset, rate in enumerate(self.rates()):
             yield first + offset, None if math.isnan(rate) else float(rate)
 
+    def since(self, minute: int) -> History:
+        """The rates from `minute` on."""
+        later = History()
+        later._codes = self._codes[max(len(self._codes) - max(self._end - minute, 0), 0) :].copy()
+        later._end = self._end
+        return later
+
+    def extend(self, later: History) -> None:
+        """Appends what `later` has of the minutes after these."""
+        for minute, rate in later.items():
+            self.add(minute, rate)
+
     def dump(self) -> str:
         """As ASCII text of at most 72 KiB."""
         differences = np.diff(self._codes, prepend=np.uint16(0))  # wraps around, and back in load
