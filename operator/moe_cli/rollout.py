@@ -115,7 +115,8 @@ def restart(name: str, namespace: str | None, context: str | None) -> None:
     with _deployments(context, namespace, name) as api:
         body = api.get(name)
         api.patch(name, list(_restarting(body, now)))
-        paused = body["spec"].get("rollout", {}).get("pause")
+        rollout = body["spec"].get("rollout", {})
+        paused = rollout.get("paused", rollout.get("pause"))
         later = " as soon as it is resumed" if paused else ""
         click.echo(f"{name} restarts{later}; watch it with `moe rollout status {name}`")
 
@@ -138,7 +139,7 @@ def _set_pause(name: str, namespace: str | None, context: str | None, *, value: 
     with _deployments(context, namespace, name) as api:
         body = api.get(name)
         missing = [] if "rollout" in body["spec"] else [{"op": "add", "path": "/spec/rollout", "value": {}}]
-        api.patch(name, [*missing, {"op": "add", "path": "/spec/rollout/pause", "value": value}])
+        api.patch(name, [*missing, {"op": "add", "path": "/spec/rollout/paused", "value": value}])
         click.echo(f"{name} {'is paused' if value else 'is resumed'}")
 
 

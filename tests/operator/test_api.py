@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from localcluster.errors import CommandError
+from moe_operator.resources.deployment import parse
 from tests.operator.live import Live, eventually, manifest
 
 
@@ -149,6 +150,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no replica ever": ({"scaling": {"maxReplicas": 0}}, "maxReplicas is a number from 1 to 1000"),
     "latency zero": (
+        {"scaling": {"maxReplicas": 2, "latencyTargetMilliseconds": 0}},
+        "latencyTargetMilliseconds is a number of milliseconds from 1 to 10000",
+    ),
+    "throughput zero": (
+        {"scaling": {"maxReplicas": 2, "priorThroughput": "0"}},
+        "priorThroughput is a quantity of requests per second above 0",
+    ),
+    "deprecated latency zero": (
         {"scaling": {"maxReplicas": 2, "latencyTargetSeconds": 0}},
         "latencyTargetSeconds is a number of seconds above 0, up to 10",
     ),
@@ -251,7 +260,6 @@ def test_defaults_of_scaling_are_written_into_the_object(crd):
         "mode": "Auto",
         "minReplicas": 1,
         "maxReplicas": 4,
-        "latencyTargetSeconds": 2.5,
         "holdSeconds": 600,
     }
 
@@ -309,13 +317,21 @@ def test_everything_that_can_be_set_is_taken_and_kept(crd):
             "maxSurge": 0,
             "maxUnavailable": 2,
             "partition": 1,
-            "pause": True,
+            "paused": True,
             "progressDeadlineSeconds": 900,
         },
         "revisionHistoryLimit": 3,
     }
     crd.apply(manifest(**spec))
     assert crd.get("moed", "docs")["spec"] == spec
+
+
+def test_deprecated_fields_are_accepted_and_kept(crd):
+    scaling = {"maxReplicas": 2, "latencyTargetSeconds": 0.5, "priorRequestsPerSecond": 1.5}
+    crd.apply(manifest(scaling=scaling, rollout={"pause": True}))
+    found = parse(crd.get("moed", "docs")).spec
+    assert found.rollout.is_paused
+    assert (found.scaling.latency_target_s, found.scaling.assumed_throughput) == (0.5, 1.5)
 
 
 def test_the_spec_explains_itself(api):

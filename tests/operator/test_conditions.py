@@ -250,7 +250,7 @@ def test_a_checkpoint_that_is_refused_stalls_at_once():
 
 def test_a_paused_rollout_is_neither_stuck_nor_complete():
     world = settled()
-    world.change(engine={"maxBatchSize": 4}, rollout={"pause": True})
+    world.change(engine={"maxBatchSize": 4}, rollout={"paused": True})
     world.step()
     assert (said(world, PROGRESSING), computed(world)) == (("Unknown", "Paused"), "InProgress")
 

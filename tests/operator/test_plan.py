@@ -259,7 +259,7 @@ def test_a_rollout_that_comes_no_further_stops_at_its_deadline():
 def test_a_paused_rollout_changes_nothing_and_scales_at_the_old_revision():
     world = settled(replicas=2)
     old = world.revisions()[0]
-    world.change(engine={"maxBatchSize": 4}, rollout={"pause": True})
+    world.change(engine={"maxBatchSize": 4}, rollout={"paused": True})
     assert "StatefulSet" not in kinds(world.step())
     assert condition(world, PROGRESSING).reason == "Paused"
     world.change(replicas=3)
@@ -267,7 +267,7 @@ def test_a_paused_rollout_changes_nothing_and_scales_at_the_old_revision():
     assert world.revisions() == {0: old, 1: old, 2: old}
     world.all_ready()
     assert world.step().apply == ()
-    world.change(rollout={"pause": False})
+    world.change(rollout={"paused": False})
     for _ in range(8):
         world.step()
         world.all_ready()

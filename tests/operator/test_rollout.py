@@ -32,7 +32,7 @@ ROLLOUTS = st.builds(
     max_surge=st.integers(0, 3),
     max_unavailable=st.none() | st.integers(1, 3),
     partition=st.integers(0, 3),
-    pause=st.booleans(),
+    paused=st.booleans(),
 )
 TERMS = st.builds(
     Terms, wanted=st.integers(0, 6), revision=st.just("new"), rollout=ROLLOUTS, stalled=st.booleans()
@@ -113,7 +113,7 @@ def test_nobody_busier_leaves_while_somebody_idler_of_the_same_kind_stays(replic
 @settings(deadline=None)
 @given(REPLICAS, TERMS, st.data())
 def test_it_comes_to_an_end_once_pods_start(replicas, terms, data):
-    terms = replace(terms, rollout=terms.rollout.model_copy(update={"pause": False}), stalled=False)
+    terms = replace(terms, rollout=terms.rollout.model_copy(update={"paused": False}), stalled=False)
     for _ in range(40):
         found = moves(replicas, terms)
         replicas = [replica for replica in replicas if replica not in found.remove]

@@ -90,7 +90,7 @@ def test_a_paused_change_waits(docs):
     docs.wait("Progressing", "Paused", seconds=120)
     stuck = moe(docs, "status", "docs")
     assert stuck.returncode == 1
-    assert "set spec.rollout.pause to false" in stuck.stdout
+    assert "set spec.rollout.paused to false" in stuck.stdout
     assert docs.leaders().keys() == before
     assert moe(docs, "resume", "docs").stdout == "docs is resumed\n"
     docs.settled()

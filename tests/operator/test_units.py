@@ -18,6 +18,8 @@ from moe_operator.planner.problems import error_sentence
 from moe_operator.render import worker
 from moe_operator.resources import quantity
 from moe_operator.resources.deployment import parse
+from moe_operator.resources.rollout_spec import Rollout
+from moe_operator.resources.scaling_spec import Scaling
 from moe_operator.settings import Settings, from_environment
 from moe_worker.service.command import serve
 from tests.operator.worlds import deployment
@@ -166,3 +168,33 @@ def test_a_worker_hands_off_its_streams_before_its_pod_is_killed(whole, grace):
     spec = worker.pod_spec(deployment(worker={"terminationGracePeriodSeconds": whole}))
     environment = {entry["name"]: entry.get("value") for entry in spec["containers"][0]["env"]}
     assert environment.get("MOE_WORKER_GRACE") == grace
+
+
+@pytest.mark.parametrize(
+    ("rollout", "paused"),
+    [
+        ({}, False),
+        ({"pause": True}, True),
+        ({"pause": False}, False),
+        ({"paused": True}, True),
+        ({"paused": False, "pause": True}, False),
+        ({"paused": True, "pause": False}, True),
+    ],
+)
+def test_paused_takes_precedence_over_the_deprecated_pause(rollout, paused):
+    assert Rollout.model_validate(rollout).is_paused is paused
+
+
+@pytest.mark.parametrize(
+    ("scaling", "latency_s", "throughput"),
+    [
+        ({}, 2.5, None),
+        ({"latencyTargetSeconds": 0.5, "priorRequestsPerSecond": 1.5}, 0.5, 1.5),
+        ({"latencyTargetMilliseconds": 250, "priorThroughput": "500m"}, 0.25, 0.5),
+        ({"latencyTargetMilliseconds": 250, "latencyTargetSeconds": 2.5, "priorThroughput": 3}, 0.25, 3.0),
+        ({"priorThroughput": "1.5", "priorRequestsPerSecond": 9.0}, 2.5, 1.5),
+    ],
+)
+def test_new_fields_of_scaling_take_precedence_over_deprecated_ones(scaling, latency_s, throughput):
+    found = Scaling.model_validate({"maxReplicas": 2, **scaling})
+    assert (found.latency_target_s, found.assumed_throughput) == (latency_s, throughput)

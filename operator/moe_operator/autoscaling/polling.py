@@ -52,7 +52,7 @@ class Poller:
         given = {pod: load for pod, load in answers.items() if load is not None}
         wrong = {pod.name: why for pod, load in given.items() if (why := readings.contradiction(load))}
         sound = {pod: load for pod, load in given.items() if pod.name not in wrong}
-        target_s = subject.scaling.latency_target_seconds
+        target_s = subject.scaling.latency_target_s
         return Reading(
             reports=tuple(self._report(pod, load, target_s) for pod, load in sound.items()),
             wrong=wrong,

@@ -63,7 +63,7 @@ def subject(deployment: Deployment, observed: Observed) -> Subject | None:
 
 def scaling_spec(spec: Spec, wanted: Scaling) -> ScalingSpec:
     """spec.scaling in the scaler's terms: work is requests, and rates are per minute."""
-    prior = wanted.prior_requests_per_second
+    prior = wanted.assumed_throughput
     if prior is None:
         prior = _PRIOR_SHARE * spec.engine.max_batch_size
     workers = spec.parallelism.pipeline * spec.parallelism.expert.size

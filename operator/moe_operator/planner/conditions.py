@@ -205,9 +205,9 @@ def _deadline_cause(state: State) -> Problem:
 
 
 def _paused(state: State) -> Verdict | None:
-    if not (state.old and state.rollout.pause):
+    if not (state.old and state.rollout.is_paused):
         return None
-    return Verdict(None, "Paused", f"{_updated_count(state)}; set spec.rollout.pause to false to go on")
+    return Verdict(None, "Paused", f"{_updated_count(state)}; set spec.rollout.paused to false to go on")
 
 
 def _no_room(state: State) -> Verdict | None:

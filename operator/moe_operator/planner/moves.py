@@ -55,7 +55,7 @@ class Terms:
     @property
     def held(self) -> bool:
         """Whether every replica keeps its revision for now."""
-        return self.rollout.pause or self.stalled
+        return self.rollout.is_paused or self.stalled
 
     @property
     def needed(self) -> int:

@@ -190,7 +190,7 @@ def _is_under_way(
 
 
 def _is_paused(deployment: Deployment, replicas: dict[int, Replica], revision: str) -> bool:
-    return deployment.spec.rollout.pause and any(one.revision != revision for one in replicas.values())
+    return deployment.spec.rollout.is_paused and any(one.revision != revision for one in replicas.values())
 
 
 def _ready_at(revision: str, replicas: Mapping[int, Replica]) -> int:

@@ -47,10 +47,13 @@ class Rollout(Model):
             (f"self >= 0 && self <= {_MOST}", f"partition is a number from 0 to {_MOST}")
         ),
     )
-    pause: bool = Field(
-        default=False,
+    paused: bool | None = Field(
+        default=None,
         description="Keeps every replica at its revision until this is false again; scaling continues. "
         "Default: false.",
+    )
+    pause: bool | None = Field(
+        default=None, description="Deprecated: use paused, which takes precedence. Default: none."
     )
     progress_deadline_seconds: int = Field(
         default=3600,
@@ -61,6 +64,11 @@ class Rollout(Model):
             ("self >= 1 && self <= 604800", "progressDeadlineSeconds is a number from 1 to 604800")
         ),
     )
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether every replica keeps its revision: `paused`, or what an earlier version called `pause`."""
+        return bool(self.paused if self.paused is not None else self.pause)
 
     def unavailable(self, wanted: int) -> int:
         """Replicas of the wanted ones that may be missing."""

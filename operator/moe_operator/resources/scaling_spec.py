@@ -6,9 +6,12 @@ from enum import StrEnum
 
 from pydantic import ConfigDict, Field
 
+from moe_operator.resources import quantity
 from moe_operator.resources.base import Model, rules
+from moe_operator.resources.pods import Quantity
 
 REPLICAS_MOST = 1000
+_LATENCY_TARGET_S = 2.5
 
 
 class Mode(StrEnum):
@@ -51,19 +54,40 @@ class Scaling(Model):
             (f"self >= 1 && self <= {REPLICAS_MOST}", f"maxReplicas is a number from 1 to {REPLICAS_MOST}")
         ),
     )
-    latency_target_seconds: float = Field(
-        default=2.5,
-        description="Target time to first token in seconds for 95 of 100 requests; the load that a "
-        "replica serves within it is its capacity. Workers count in buckets (0.25, 0.5, 0.75,"
-        " 1, 2.5, 5, 7.5, 10 s): a target between two counts as the upper one. Default: 2.5.",
+    latency_target_milliseconds: int | None = Field(
+        default=None,
+        description="Target time to first token in milliseconds for 95 of 100 requests; the load that a "
+        "replica serves within it is its capacity. Workers count in buckets (250, 500, 750, 1000, 2500, "
+        "5000, 7500, 10000 ms): a target between two counts as the upper one. Default: 2500.",
+        json_schema_extra=rules(
+            (
+                "self >= 1 && self <= 10000",
+                "latencyTargetMilliseconds is a number of milliseconds from 1 to 10000",
+            )
+        ),
+    )
+    prior_throughput: Quantity | None = Field(
+        default=None,
+        description="Requests per second that one replica is assumed to serve within the latency target "
+        "until that is measured: a quantity, such as 1.5 or 500m. Default: a tenth of engine.maxBatchSize.",
+        json_schema_extra=rules(
+            (
+                "isQuantity(string(self)) && quantity(string(self)).isGreaterThan(quantity('0')) && "
+                "quantity(string(self)).compareTo(quantity('1M')) <= 0",
+                "priorThroughput is a quantity of requests per second above 0, up to 1M, e.g. 1.5",
+            )
+        ),
+    )
+    latency_target_seconds: float | None = Field(
+        default=None,
+        description="Deprecated: use latencyTargetMilliseconds, which takes precedence. Default: none.",
         json_schema_extra=rules(
             ("self > 0.0 && self <= 10.0", "latencyTargetSeconds is a number of seconds above 0, up to 10")
         ),
     )
     prior_requests_per_second: float | None = Field(
         default=None,
-        description="Assumed requests per second of one replica within the latency target until they are "
-        "measured. Default: a tenth of engine.maxBatchSize.",
+        description="Deprecated: use priorThroughput, which takes precedence. Default: none.",
         json_schema_extra=rules(
             (
                 "self > 0.0 && self <= 1000000.0",
@@ -91,6 +115,20 @@ class Scaling(Model):
             ("self >= 1 && self <= 3600", "holdSeconds is a number of seconds from 1 to 3600")
         ),
     )
+
+    @property
+    def latency_target_s(self) -> float:
+        """Seconds to the first token that 95 of 100 requests must meet."""
+        if self.latency_target_milliseconds is not None:
+            return self.latency_target_milliseconds / 1000
+        return _LATENCY_TARGET_S if self.latency_target_seconds is None else self.latency_target_seconds
+
+    @property
+    def assumed_throughput(self) -> float | None:
+        """Requests per second that the spec assumes of one replica; None if it says nothing."""
+        if self.prior_throughput is not None:
+            return float(quantity.parse(self.prior_throughput))
+        return self.prior_requests_per_second
 
     @property
     def scales_to_zero(self) -> bool:
