@@ -1,6 +1,7 @@
 """Connects kopf and the planner: receives changes and reconciles each deployment.
 
     registration    what kopf calls
+    operator        the objects that run in the process
     queue           one reconcile at a time for each deployment
     reconcile       gather, plan, execute, report
     gather          reads the objects of one deployment

@@ -1,195 +1,70 @@
-"""Handlers for kopf: start, stop, and every change of a deployment or of its objects."""
+"""What kopf calls: start, stop, and every change of a deployment."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
-from collections import Counter
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any
 
 import kopf
-from opentelemetry import metrics, trace
-from opentelemetry.exporter.prometheus import PrometheusMetricReader
 
-from moe_api import telemetry
-from moe_api.supervision import Supervisor
-from moe_operator.autoscaling.loop import Autoscaler
-from moe_operator.autoscaling.metrics import ScalingMetrics
-from moe_operator.autoscaling.polling import Poller
-from moe_operator.autoscaling.rounds import ScaledFactory
 from moe_operator.controller.metrics_server import MetricsServer
-from moe_operator.controller.queue import ReconcileQueue
-from moe_operator.controller.reconcile import Reconciler
-from moe_operator.controller.work_metrics import WorkMetrics
+from moe_operator.controller.operator import FOLLOWED, Operator
 from moe_operator.errors import InstallationError, MoEOperatorError
 from moe_operator.kube import peering
 from moe_operator.kube.client import Cluster, connect
-from moe_operator.kube.follow import Follower
 from moe_operator.kube.mirror import Mirror
-from moe_operator.render.children import KINDS
 from moe_operator.resources import names
-from moe_operator.resources.deployment import Name, restarted_at
 from moe_operator.settings import Settings
-
-_FOLLOWED = (*KINDS, "Pod", names.ROUTES_KIND)
-_ALLOCATIONS = 10_000
-"""Net allocations of containers before a collection of the youngest generation; Python's default is 700."""
 
 
 def register(registry: kopf.OperatorRegistry, settings: Settings) -> None:
     """Adds the operator's handlers to a registry."""
-    kopf.on.startup(registry=registry)(partial(start, own=settings))
-    kopf.on.cleanup(registry=registry)(stop)
-    kopf.on.probe(registry=registry, id="background")(background)
+    handlers = Handlers(settings)
+    kopf.on.startup(registry=registry, id="start")(handlers.start)
+    kopf.on.cleanup(registry=registry, id="stop")(handlers.stop)
+    kopf.on.probe(registry=registry, id="background")(handlers.background)
     kopf.on.event(names.GROUP, names.VERSION, names.PLURAL, registry=registry, id="deployment")(
-        deployment_changed
+        handlers.deployment_changed
     )
 
 
-async def start(*, settings: kopf.OperatorSettings, memo: kopf.Memo, own: Settings, **_: Any) -> None:
-    """Connects, checks the installation, and starts the queue that the other handlers fill."""
-    configure(settings, own, datetime.now(UTC))
-    try:
-        mirror = Mirror(frozenset({names.KIND, *_FOLLOWED}))
-        cluster = await asyncio.to_thread(connect, own.api_timeout_seconds, mirror)
-        await asyncio.to_thread(prepare_installation, cluster, own)
-        server = MetricsServer(own.metrics_port) if own.metrics_port else None
-    except MoEOperatorError as error:
-        # The CRDs may be on their way: one `kubectl apply` brings them and the operator.
-        raise kopf.TemporaryError(str(error), delay=own.retry_first_seconds) from error
-    memo.telemetry = telemetry.configure("moe-operator", readers=[PrometheusMetricReader()] if server else [])
-    memo.supervisor = Supervisor(expected=(MoEOperatorError,))
-    if server is not None:
-        server.start(memo.supervisor)
-    memo.threads = ThreadPoolExecutor(own.workers, thread_name_prefix="reconcile")
+class Handlers:
+    """kopf's handlers. They translate its arguments and hand them to the operator."""
 
-    async def work(name: Name) -> float | None:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(memo.threads, reconciler.reconcile, name)
+    def __init__(self, own: Settings) -> None:
+        self._own = own
+        self._operator: Operator | None = None
 
-    memo.queue, memo.mirror = ReconcileQueue(work, own, memo.supervisor), mirror
-    memo.watchers = await follow(cluster, mirror, memo.queue, memo.supervisor)
-    spare_the_collector()
-    rank = peering.Rank(cluster, own.peering, settings.peering.priority)
-    memo.autoscaler = _autoscaler(cluster, own, rank, memo)
-    reconciler = Reconciler(
-        cluster,
-        own,
-        rank,
-        lambda: datetime.now(UTC),
-        watcher=memo.autoscaler,
-        metrics=WorkMetrics(metrics.get_meter("moe_operator")),
-    )
+    async def start(self, *, settings: kopf.OperatorSettings, **_: Any) -> None:
+        """Connects, checks the installation, and starts what the other handlers use."""
+        own = self._own
+        configure(settings, own, datetime.now(UTC))
+        try:
+            mirror = Mirror(frozenset({names.KIND, *FOLLOWED}))
+            cluster = await asyncio.to_thread(connect, own.api_timeout_seconds, mirror)
+            await asyncio.to_thread(prepare_installation, cluster, own)
+            server = MetricsServer(own.metrics_port) if own.metrics_port else None
+        except MoEOperatorError as error:
+            # The CRDs may be on their way: one `kubectl apply` brings them and the operator.
+            raise kopf.TemporaryError(str(error), delay=own.retry_first_seconds) from error
+        self._operator = Operator(cluster, mirror, own, settings.peering.priority, server)
+        await self._operator.watch()
 
+    async def stop(self, **_: Any) -> None:
+        """Ends what `start` started."""
+        if self._operator is not None:
+            await self._operator.close()
 
-async def follow(
-    cluster: Cluster, mirror: Mirror, queue: ReconcileQueue, supervisor: Supervisor
-) -> list[Follower]:
-    """Follows what belongs to deployments; returns when all there is has been seen once.
+    async def background(self, **_: Any) -> dict[str, dict[str, int]]:
+        """The state of background loops: a part of the health answer."""
+        return {} if self._operator is None else self._operator.background()
 
-    kopf follows the deployments themselves. Of pods and other objects there can be tens of thousands, for
-    each of which kopf would keep a task at the start and a record ever after. A kind that the operator may
-    not read is not waited for: reconciles say what is missing, and go on when the right comes.
-    """
-    loop = asyncio.get_running_loop()
-    seen_all = False
-
-    def tell(heard: Callable[..., None], *arguments: object) -> None:
-        # Until then every deployment waits for its first reconcile, because objects may still be missing
-        # here.
-        if seen_all and not loop.is_closed():
-            loop.call_soon_threadsafe(heard, *arguments)
-
-    def changed(namespace: str, deployment: str) -> None:
-        tell(queue.add, Name(namespace, deployment))
-
-    def readable() -> None:
-        tell(queue.add_all)
-
-    followers = [Follower(cluster, mirror, kind, changed, readable) for kind in _FOLLOWED]
-    for follower in followers:
-        follower.start(supervisor)
-    for follower in followers:
-        await asyncio.to_thread(follower.settled.wait)
-    seen_all = True
-    return followers
-
-
-def spare_the_collector() -> None:
-    """Excludes permanent objects, mostly modules, from garbage collection.
-
-    Also makes it run less often: an object read from the cache counts as hundreds of new ones.
-    With 300 deployments a full collection stopped all threads for 0.3 s, 24 times a minute under load.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(_ALLOCATIONS)
-
-
-def _autoscaler(cluster: Cluster, own: Settings, rank: peering.Rank, memo: kopf.Memo) -> Autoscaler:
-    """The autoscaler, with the threads and connections that it needs."""
-    factory = ScaledFactory(
-        cluster,
-        Poller(own.rpc_timeout_seconds, own.scaling_speed),
-        own,
-        threads=memo.threads,
-        laboratory=ThreadPoolExecutor(1, thread_name_prefix="forecast"),
-        decided=memo.queue.add,
-        metrics=ScalingMetrics(metrics.get_meter("moe_operator.autoscaler")),
-        tracer=trace.get_tracer("moe_operator.autoscaler"),
-        supervisor=memo.supervisor,
-    )
-
-    async def acts() -> bool:
-        return not await factory.call(rank.outranked, datetime.now(UTC))
-
-    return Autoscaler(factory, acts)
-
-
-async def stop(*, memo: kopf.Memo, **_: Any) -> None:
-    """Lets the reconciles under way end, and sends the last spans."""
-    for follower in memo.get("watchers", ()):
-        follower.stop()
-    if "queue" in memo:
-        await memo.autoscaler.close()
-        await memo.queue.close()
-        await memo.supervisor.close()
-        await asyncio.to_thread(memo.threads.shutdown)
-    if "telemetry" in memo:
-        await asyncio.to_thread(memo.telemetry.shutdown)
-
-
-async def background(*, memo: kopf.Memo, **_: Any) -> dict[str, dict[str, int]]:
-    """How many background loops of each kind run or wait for their restart: a part of the health answer."""
-    counts: dict[str, Counter[str]] = {}
-    for state in memo.supervisor.states:
-        counts.setdefault(state.loop, Counter())["restarting" if state.paused else "running"] += 1
-    return {loop: dict(count) for loop, count in counts.items()}
-
-
-async def deployment_changed(
-    *, namespace: str | None, name: str, memo: kopf.Memo, event: Any, meta: Any, **_: Any
-) -> None:
-    """A deployment was created, changed or deleted. The operator's own status writes are ignored."""
-    _keep(memo.mirror, event)
-    seen = memo.get("asked")
-    memo.asked = (meta.get("generation"), restarted_at(event["object"]))
-    if event["type"] in (None, "ADDED", "DELETED") or seen != memo.asked:
-        memo.queue.add(Name(str(namespace), name), edited=True)
-
-
-def _keep(mirror: Mirror, event: Mapping[str, Any]) -> None:
-    body = dict(event["object"])
-    if event["type"] == "DELETED":
-        metadata = body["metadata"]
-        mirror.drop(names.KIND, metadata["namespace"], metadata["name"], metadata["uid"])
-    else:
-        mirror.put(names.KIND, body)
+    async def deployment_changed(self, *, event: Any, **_: Any) -> None:
+        """A deployment was created, changed or deleted."""
+        if self._operator is not None:
+            self._operator.deployment_changed(event["type"], event["object"])
 
 
 def configure(settings: kopf.OperatorSettings, own: Settings, started: datetime) -> None:
