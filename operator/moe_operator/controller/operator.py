@@ -43,16 +43,16 @@ class Operator:
 
     Args:
         cluster: the API server.
-        mirror: filled by the watches.
+        cache: of observed objects, filled by the watches.
         own: settings of the operator.
-        priority: of this process among its peers.
+        priority: of this process among several operators.
         server: serves metrics; None if nobody fetches them.
     """
 
     def __init__(
-        self, cluster: Cluster, mirror: Mirror, own: Settings, priority: int, server: MetricsServer | None
+        self, cluster: Cluster, cache: Mirror, own: Settings, priority: int, server: MetricsServer | None
     ) -> None:
-        self._cluster, self._mirror, self._settings = cluster, mirror, own
+        self._cluster, self._mirror, self._settings = cluster, cache, own
         self._telemetry = telemetry.configure(
             "moe-operator", readers=[PrometheusMetricReader()] if server else []
         )
