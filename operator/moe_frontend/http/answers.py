@@ -92,20 +92,20 @@ def total(usages: Iterable[inference_pb2.Usage], n: int) -> Usage:
     return Usage(prompt, completion, prompt + completion, PromptTokensDetails(cached))
 
 
-class FunctionCall(msgspec.Struct, frozen=True):
+class AnsweredFunction(msgspec.Struct, frozen=True):
     """arguments: JSON, as the model wrote it."""
 
     name: str
     arguments: str
 
 
-class ToolCall(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class AnsweredToolCall(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A call that the client should make. index: in streams."""
 
     index: int | msgspec.UnsetType = msgspec.UNSET
     id: str
     type: str
-    function: FunctionCall
+    function: AnsweredFunction
 
 
 class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,7 +114,7 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
     role: str
     content: str | None
     reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
-    tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
+    tool_calls: list[AnsweredToolCall] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -123,7 +123,7 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     role: str | msgspec.UnsetType = msgspec.UNSET
     content: str | msgspec.UnsetType = msgspec.UNSET
     reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
-    tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
+    tool_calls: list[AnsweredToolCall] | msgspec.UnsetType = msgspec.UNSET
 
 
 class LikelyToken(msgspec.Struct, frozen=True):

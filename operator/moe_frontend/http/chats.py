@@ -181,13 +181,13 @@ class Chats:
 
     def _call(
         self, message: _Message, number: int, call: ToolCall, *, numbered: bool = True
-    ) -> answers.ToolCall:
-        function = answers.FunctionCall(call.name, call.arguments)
+    ) -> answers.AnsweredToolCall:
+        function = answers.AnsweredFunction(call.name, call.arguments)
         index = next(at for at, one in enumerate(self._messages) if one is message)
         id_ = f"call_{self._exchange.id}_{index}_{number}"
         if numbered:
-            return answers.ToolCall(index=number, id=id_, type="function", function=function)
-        return answers.ToolCall(id=id_, type="function", function=function)
+            return answers.AnsweredToolCall(index=number, id=id_, type="function", function=function)
+        return answers.AnsweredToolCall(id=id_, type="function", function=function)
 
     def _choice(self, index: int, message: _Message) -> ChatChoice:
         content = "".join(piece.content for piece in message.pieces)

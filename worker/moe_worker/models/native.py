@@ -154,7 +154,7 @@ class NativeModel:
         self._kept.append(weight)
         return weight.struct
 
-    def _heads(self, weight_HIO: Tensor) -> structs.HeadWeight:
+    def _heads(self, weight_HIO: Tensor) -> structs.HeadWeightStruct:
         packed = pack_heads(weight_HIO.transpose(1, 2))
         self._kept.append(packed)
         return packed.struct

@@ -13,7 +13,7 @@ class Weight(Structure):
     ]
 
 
-class HeadWeight(Structure):
+class HeadWeightStruct(Structure):
     """MoeHeadWeight."""
 
     _fields_ = [("data", c_void_p), ("rows", c_int32), ("cols", c_int32)]
@@ -50,7 +50,7 @@ class HeadsArguments(Structure):
     """MoeHeadsArgs."""
 
     _fields_ = [
-        ("weight", HeadWeight),
+        ("weight", HeadWeightStruct),
         ("x", c_void_p),
         ("out", c_void_p),
         *[(name, c_int32) for name in ("tokens", "heads", "x_token", "x_head", "out_token", "out_head")],
@@ -127,7 +127,7 @@ class Layer(Structure):
     _fields_ = [
         *[(name, c_void_p) for name in ("attention_norm", "query_norm", "latent_norm", "block_norm")],
         *[(name, Weight) for name in ("input", "query", "output", "gate_up", "down")],
-        *[(name, HeadWeight) for name in ("key", "value")],
+        *[(name, HeadWeightStruct) for name in ("key", "value")],
         *[(name, c_void_p) for name in ("router", "router_bias", "cache_rows", "experts_used")],
     ]
 

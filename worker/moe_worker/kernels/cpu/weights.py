@@ -78,9 +78,9 @@ class HeadWeight:
     inputs: int
 
     @property
-    def struct(self) -> structs.HeadWeight:
+    def struct(self) -> structs.HeadWeightStruct:
         """The weights as the kernels read them."""
-        return structs.HeadWeight(self.data.data_ptr(), self.outputs, self.inputs)
+        return structs.HeadWeightStruct(self.data.data_ptr(), self.outputs, self.inputs)
 
 
 def pack_heads(weight_HOI: Tensor) -> HeadWeight:
