@@ -32,7 +32,7 @@ _EXIT_CODES: Final = {
     metavar="HOST:PORT",
     help="HTTP port of a frontend.",
 )
-@click.option("--model", default="", help="Served name of the model; needed by no frontend.")
+@click.option("--model", default="", help="Served name of the model; may be left out.")
 @click.option("--system", help="What the model is told first.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Tokens of an answer, at most.")
 @click.option("--temperature", type=click.FloatRange(0, 2), help="0 always takes the likeliest token.")

@@ -4,4 +4,7 @@ main, serving   the command `moe-frontend` and its process
 discovery       which leaders there are, and which of them take requests
 policy          which replica takes a request, and how another one continues its stream: pure
 transport       carries requests and answers over gRPC
+http            OpenAI's HTTP API
+chat            chat templates, and tool calls and reasoning in answers
+outputs         the output cache
 """

@@ -45,9 +45,7 @@ from moe_client.errors import CommandError
     show_default=True,
     help="Tokens to ask for, at most where the trace says how many there were.",
 )
-@click.option(
-    "--prompt", type=calling.TEXT, help="Prompt of every request. Default: random tokens, see below."
-)
+@click.option("--prompt", type=calling.TEXT, help="Prompt of every request. Default: random tokens.")
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Of times within intervals, and of tokens."
 )
