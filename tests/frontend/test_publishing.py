@@ -81,10 +81,19 @@ class Running:
         )
         return next((item for item in listed["items"] if item["metadata"]["name"] == POD.name), None)
 
+    def read_when_served(self):
+        """None while a restarted API server still initializes the storage of custom resources."""
+        try:
+            return self.read()
+        except kubernetes.client.ApiException as error:
+            if error.status not in {429, 503}:
+                raise
+            return None
+
     async def until(self, *routes):
         async with asyncio.timeout(30):
             while True:
-                found = await asyncio.to_thread(self.read)
+                found = await asyncio.to_thread(self.read_when_served)
                 if found and {to["name"] for to in found["routes"]} == {to.name for to in routes}:
                     return found
                 await asyncio.sleep(0.05)

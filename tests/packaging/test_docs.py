@@ -28,3 +28,10 @@ def test_the_table_of_changes_names_files_that_exist():
     named = re.findall(r"`((?:\w+/)+[\w./-]*)`", text)
     assert len(named) > 60
     assert not [path for path in named if not any((ROOT / folder / path).exists() for folder in BELOW)]
+
+
+def test_decisions_are_numbered_once_each():
+    pages = sorted((ROOT / "docs/adr").glob("[0-9]*.md"))
+    assert [int(page.name[:4]) for page in pages] == list(range(1, len(pages) + 1))
+    titles = {int(page.name[:4]): page.read_text(encoding="utf-8").splitlines()[0] for page in pages}
+    assert not [title for number, title in titles.items() if not title.startswith(f"# {number}. ")]
