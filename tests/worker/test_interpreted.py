@@ -23,19 +23,20 @@ CHOSEN = {
     " or padding or sorted or dense_block or latents"
     " or (few and (200-1 or 256-128-1 or elsewhere)) or (iteration and w4a8-320-2)"
     " or (linear and 320-130-77) or (attention and 6-8-counts1-4) or (experts and 64-40)",
-    "engine": "nobody or small-w4a8 or small-fp8 or padded-dense or (decode and dense) or counted",
+    "engine": "nobody or small-w4a8 or padded-dense or counted",
     "few tokens": "decode and whole",
     "w4a8": "plain_torch",
 }
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("part", FILES)
 def test_kernels_agree_with_plain_torch(part):
     pytest_ = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command = [*pytest_, FILES[part], "-k", CHOSEN[part]]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=170, check=False
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=390, check=False
     )
     assert result.returncode == 0, result.stdout[-4000:]
     assert " passed" in result.stdout

@@ -14,6 +14,7 @@ REQUESTS = 10_000
 AT_ONCE = 256
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 async def test_ten_thousand_requests_with_random_cancels(endless):
     rng = random.Random(3)

@@ -222,7 +222,7 @@ def test_sigterm_drains(own_worker):
     next(running)
     engine = own_worker.engine_pid()
     own_worker.terminate()
-    own_worker.wait_line("draining: 1 requests")
+    own_worker.wait_line("draining: 1 active requests")
     assert own_worker.status("") == NOT_SERVING
     assert own_worker.status("liveness") == SERVING
     error = refused(own_worker.generate())
