@@ -3,7 +3,8 @@
 Templates are programs of whoever made the checkpoint. The sandbox keeps them from Python's internals, but not
 from endless loops or from texts that fill the memory: the parent bounds the time, and the kernel the memory.
 
-Jobs arrive on standard input and results leave on standard output, each after its length in four bytes.
+Jobs arrive on standard input and results leave on standard output, each as JSON after its length in four
+bytes. MessagePack has no integers beyond 64 bits, which schemas of tools may hold.
 """
 
 import functools
@@ -38,9 +39,9 @@ class Result(msgspec.Struct, frozen=True):
 def main() -> None:
     """Serves the parent until it closes the standard input."""
     _limit()
-    decoder = msgspec.msgpack.Decoder(Job)
+    decoder = msgspec.json.Decoder(Job)
     while job := read_frame(sys.stdin.buffer):
-        write_frame(sys.stdout.buffer, msgspec.msgpack.encode(_result(decoder.decode(job))))
+        write_frame(sys.stdout.buffer, msgspec.json.encode(_result(decoder.decode(job))))
 
 
 def read_frame(file: BinaryIO) -> bytes:

@@ -22,8 +22,8 @@ _NEEDED: Final = ("PATH", "PYTHONPATH", "LANG", "HOME")
 _SLOW: Final = "the chat template did not render the conversation within {:g} s; shorten it"
 _ENDED: Final = "the chat template ended its process on the conversation; shorten it"
 _NOT_STARTED: Final = "the process that renders chat templates does not start; try later"
-_NOTHING: Final = msgspec.msgpack.encode(Job("", {}, 0))
-_DECODER: Final = msgspec.msgpack.Decoder(Result)
+_NOTHING: Final = msgspec.json.encode(Job("", {}, 0))
+_DECODER: Final = msgspec.json.Decoder(Result)
 
 
 class RenderError(Exception):
@@ -76,7 +76,7 @@ class Renderer:
         Raises:
             RenderError: there is none.
         """
-        payload = msgspec.msgpack.encode(Job(template, variables, most))
+        payload = msgspec.json.encode(Job(template, variables, most))
         if self._waiting >= WAITING_MOST:
             raise RenderError(f"{WAITING_MOST} conversations wait to be rendered; try later", busy=True)
         self._waiting += 1
@@ -90,7 +90,7 @@ class Renderer:
         return result.prompt
 
     async def _result(self, payload: bytes) -> Result:
-        process = self._idle.pop() if self._idle else await _start()
+        process = self._living() or await _start()
         try:
             async with asyncio.timeout(self._limit_s):
                 answer = await process.ask(payload)
@@ -104,6 +104,14 @@ class Renderer:
             raise
         self._idle.append(process)
         return _DECODER.decode(answer)
+
+    def _living(self) -> _Process | None:
+        """An idle process. One that has ended, such as by the kernel's OOM killer, takes no job."""
+        while self._idle:
+            process = self._idle.pop()
+            if process.inner.returncode is None:
+                return process
+        return None
 
     async def close(self) -> None:
         """Ends the processes."""

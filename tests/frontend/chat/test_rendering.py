@@ -129,6 +129,14 @@ async def test_a_caller_that_leaves_takes_its_process_along():
     await running.close()
 
 
+async def test_an_idle_process_that_was_killed_costs_no_conversation(renderer):
+    assert await rendered(renderer, "{{ 1 }}") == "1"
+    for process in renderer._idle:
+        process.inner.kill()
+        await process.inner.wait()
+    assert await rendered(renderer, "{{ 2 }}") == "2"
+
+
 async def test_a_process_that_does_not_start_is_said(monkeypatch):
     monkeypatch.setattr("moe_frontend.chat.renderer._MODULE", "moe_frontend.chat.missing")
     with pytest.raises(RenderError, match="does not start; try later") as caught:

@@ -178,6 +178,14 @@ async def test_a_model_without_a_template_and_one_that_refuses_say_so(http):
     )
 
 
+async def test_schemas_of_tools_may_hold_integers_of_any_size(http):
+    h = await chatting(http, "<tool_call>{{ tools | tojson }}", says=["a"])
+    for number in (2**64, -(2**63) - 1, 10**40):
+        tools = [{"type": "function", "function": {"name": "f", "parameters": {"minimum": number}}}]
+        assert (await chat(h, tools=tools)).status_code == 200
+        assert f'"minimum": {number}}}' in h.bench.workers[0].asked[-1].prompt
+
+
 async def test_deep_tools_and_errors_of_the_worker_name_the_field_of_the_request(http):
     h = await chatting(http, "{{ messages[0].content }}")
     deep = {}
