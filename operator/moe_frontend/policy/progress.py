@@ -129,6 +129,8 @@ class Progress:
     def _check(self, response: inference_pb2.GenerateResponse) -> None:
         if self._generate is None:
             return
+        if response.finish_reason not in inference_pb2.FinishReason.values():
+            raise ContractError(f"sent finish reason {response.finish_reason}, which does not exist")
         sampling = self._generate.sampling
         total = len(self._generate.resume.tokens) + self.tokens + len(response.tokens)
         if sampling.HasField("max_tokens") and total > sampling.max_tokens:
