@@ -2,6 +2,7 @@
 
 import copy
 import random
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -42,6 +43,14 @@ SAMPLING = {
     "min_tokens": (0, 1),
     "logprobs": (0, 1),
 }
+
+
+def test_a_long_answer_takes_time_in_proportion_to_its_length():
+    message = inference_pb2.GenerateResponse(text="abcd ", tokens=[1]).SerializeToString()
+    last = inference_pb2.GenerateResponse(finish_reason=STOP).SerializeToString()
+    began = time.process_time()
+    assert answer_of([message] * 80_000 + [last]) is not None
+    assert time.process_time() - began < 5  # 18 s if each message copies the text so far
 
 
 def test_every_field_of_a_request_is_in_its_key():

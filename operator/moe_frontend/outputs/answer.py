@@ -49,12 +49,12 @@ class Answer:
 def answer_of(messages: Iterable[bytes]) -> Answer | None:
     """The answer that a stream of messages makes; None where it is not whole."""
     whole = inference_pb2.GenerateResponse()
-    marks, characters = array("I"), 0
+    marks, texts, characters = array("I"), [], 0
     for message in messages:
         piece = inference_pb2.GenerateResponse.FromString(message)
         whole.tokens.extend(piece.tokens)
         whole.logprobs.extend(piece.logprobs)
-        whole.text += piece.text
+        texts.append(piece.text)
         characters += len(piece.text)
         marks.extend((len(whole.tokens), characters))
         whole.finish_reason = piece.finish_reason
@@ -62,5 +62,6 @@ def answer_of(messages: Iterable[bytes]) -> Answer | None:
             whole.usage.CopyFrom(piece.usage)
     if whole.finish_reason == inference_pb2.FINISH_REASON_UNSPECIFIED:
         return None
+    whole.text = "".join(texts)
     whole.usage.cached = True
     return Answer(whole.SerializeToString(), marks)
