@@ -79,7 +79,7 @@ class Api:
         return Route(path, _Endpoint(path, handler), methods=[method])
 
     async def _complete(self, exchange: Exchange, request: Request) -> bytes | None:
-        asked, served = await self._asked(request, CompletionRequest)
+        asked, served = await self._asked(exchange, request, CompletionRequest)
         completions = Completions(exchange, served.name or asked.model or "", plan(asked, served))
         if asked.stream:
             await completions.stream(self._forwarder, self._tracer)
@@ -87,7 +87,7 @@ class Api:
         return await completions.whole(self._forwarder, self._tracer)
 
     async def _chat(self, exchange: Exchange, request: Request) -> bytes | None:
-        asked, served = await self._asked(request, ChatRequest)
+        asked, served = await self._asked(exchange, request, ChatRequest)
         talk = conversation(asked, served)
         prompt = await render(self._renderer, talk)
         wanted = requests(asked, served, prompt)
@@ -97,11 +97,12 @@ class Api:
             return None
         return await chats.whole(self._forwarder, self._tracer, wanted)
 
-    async def _asked(self, request: Request, kind: type[T]) -> tuple[T, Served]:
+    async def _asked(self, exchange: Exchange, request: Request, kind: type[T]) -> tuple[T, Served]:
         """The request in a body, and the model that will answer it."""
         body = await self._bodies.read(request, bodies.most_bytes(self._forwarder.served.context_length))
         asked = bodies.decode(body, kind)
-        await self._until_served(len(body))
+        if not self._forwarder.served.name:
+            await exchange.wait(self._until_served(len(body)))
         return asked, self._forwarder.served
 
     async def close(self) -> None:
@@ -110,10 +111,9 @@ class Api:
 
     async def _until_served(self, size: int) -> None:
         """Waits for a first replica, whose model says what holds for fields that a request does not set."""
-        if not self._forwarder.served.name:
-            status = await self._forwarder.until_replica(size)
-            if status is not None:
-                raise of_status(status, {})
+        status = await self._forwarder.until_replica(size)
+        if status is not None:
+            raise of_status(status, {})
 
     async def _list_models(self, exchange: Exchange, request: Request) -> bytes:  # noqa: ARG002
         return answers.encode(answers.ModelList([self._described()]))

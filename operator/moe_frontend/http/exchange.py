@@ -8,9 +8,9 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -27,6 +27,7 @@ TIMEOUT_HEADER: Final = "x-request-timeout"
 """Seconds that the client waits for its answer: the deadline of the request."""
 _DAY_S: Final = 86_400.0
 Take = Callable[[int, inference_pb2.GenerateResponse], Awaitable[None]]
+T = TypeVar("T")
 
 
 class ClientGoneError(Exception):
@@ -92,6 +93,24 @@ class Exchange:
     def remaining_s(self) -> float | None:
         """Seconds until the deadline, 0 at least."""
         return None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+
+    async def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of what comes before the first text, such as a replica.
+
+        Raises:
+            ApiError: the deadline passed, or the process ends.
+            ClientGoneError: nobody waits any more.
+        """
+        with self._attended():
+            async with asyncio.TaskGroup() as group:
+                watch = group.create_task(_until_gone(self.receive))
+                try:
+                    async with asyncio.timeout(self.remaining_s):
+                        result = await work
+                except TimeoutError:
+                    raise _late() from None
+                watch.cancel()
+        return result
 
     async def generate(
         self,

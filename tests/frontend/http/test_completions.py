@@ -218,6 +218,19 @@ async def test_requests_wait_for_a_first_replica(http):
     assert (await waiting).json()["choices"][0]["text"] == "late:0 "
 
 
+async def test_a_wait_for_a_first_replica_ends_with_the_deadline_or_the_client(http):
+    h = await http(workers=0, hold_s=30, from_zero=True)
+    late = await h.client.post(
+        "/v1/completions", json={"prompt": "count 1"}, headers={"x-request-timeout": "0.2"}
+    )
+    assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
+    with pytest.raises(httpx2.ReadTimeout):
+        await h.client.post("/v1/completions", json={"prompt": "count 1"}, timeout=0.3)
+    async with asyncio.timeout(5):
+        while h.bench.hold.held:
+            await asyncio.sleep(0.01)
+
+
 async def test_an_error_in_the_middle_of_a_stream_is_its_last_event(http):
     h = await http(workers=0, patience_s=0.5)
     process = await h.bench.add_process("only")
