@@ -23,6 +23,7 @@ DEPTH_MOST: Final = 64
 _RETRY_S: Final = 1.0
 _AT: Final = re.compile(r" - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`$")
 _UNKNOWN: Final = re.compile(r"Object contains unknown field `(?P<name>[^`]*)`")
+_UNSUPPORTED: Final = re.compile("expected null, got ")
 _SHOWN: Final = 100
 T = TypeVar("T")
 
@@ -99,7 +100,8 @@ def decode(body: bytes, kind: type[T]) -> T:
     except msgspec.ValidationError as error:
         raise _of_validation(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ApiError(400, f"the body is not valid JSON: {_lower(str(error))}; send one object") from None
+        problem = _lower(str(error).removeprefix("JSON is malformed: "))
+        raise ApiError(400, f"the body is not valid JSON: {problem}; send one object") from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply; send a flatter object") from None
 
@@ -153,6 +155,8 @@ def _of_validation(text: str) -> ApiError:
     param = _path(text)
     if not param:
         return ApiError(400, f"the body is not such a request: {problem}; send one JSON object")
+    if _UNSUPPORTED.match(problem):
+        return invalid(param[:_SHOWN], "is not supported; leave it out")
     return invalid(param[:_SHOWN], f"is not valid: {problem}")
 
 

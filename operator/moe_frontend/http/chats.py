@@ -18,6 +18,7 @@ from moe_frontend.http.errors import OVERLOADED, ApiError
 from moe_frontend.http.events import EventStream
 from moe_frontend.http.exchange import Answering, Exchange
 from moe_frontend.http.logprobs import chat_logprobs
+from moe_frontend.http.prompts import check_together
 from moe_frontend.http.schemas import ChatRequest
 
 PROMPT_MOST: Final = 16 * 2**20
@@ -45,6 +46,7 @@ def requests(request: ChatRequest, served: Served, prompt: str) -> list[inferenc
     Raises:
         ApiError: the request is not valid, as far as that can be told here.
     """
+    check_together(len(prompt), request.n or 1)
     parameters = sampling.parameters(
         request,
         most_tokens=most_tokens(request, served),

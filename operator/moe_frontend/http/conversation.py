@@ -8,20 +8,10 @@ import msgspec
 from moe_frontend.chat.environment import VARIABLES
 from moe_frontend.chat.parsing import ToolFormat, thinks, tool_format
 from moe_frontend.discovery.endpoints import Served
-from moe_frontend.http import sampling
 from moe_frontend.http.bodies import check_depth
 from moe_frontend.http.errors import ApiError, invalid
 from moe_frontend.http.schemas import ChatRequest, Message, TextPart
 
-_UNSUPPORTED: Final = (
-    "modalities",
-    "audio",
-    "prediction",
-    "functions",
-    "function_call",
-    "web_search_options",
-    "verbosity",
-)
 _TEXT_MOST: Final = 64
 
 
@@ -48,7 +38,6 @@ def conversation(request: ChatRequest, served: Served) -> Conversation:
     Raises:
         ApiError: the request is not valid, as far as that can be told here, or the model has no template.
     """
-    sampling.refuse({name: getattr(request, name) for name in _UNSUPPORTED})
     _check_format(request)
     if not request.messages:
         raise invalid("messages", "is missing or empty; give at least one message")

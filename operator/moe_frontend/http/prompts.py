@@ -1,12 +1,14 @@
 """The prompts of a completion request. Pure."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from moe_frontend.http.errors import ApiError, invalid
 from moe_frontend.http.schemas import CHOICES_MOST
 
 Prompt = str | list[int]
+TOGETHER_MOST: Final = 64 * 2**20
+"""Characters or token ids of all prompts of one request: each text is a request with a copy of its prompt."""
 
 
 def prompts(given: Any) -> list[Prompt]:
@@ -33,7 +35,7 @@ def prompts(given: Any) -> list[Prompt]:
 
 
 def check_number(prompts: Sequence[Prompt], n: int) -> None:
-    """Refuses more texts than one request may ask for.
+    """Refuses more texts, or longer prompts of them, than one request may ask for.
 
     Raises:
         ApiError: there are too many.
@@ -45,3 +47,17 @@ def check_number(prompts: Sequence[Prompt], n: int) -> None:
             f"{CHOICES_MOST} at most in one request",
             param="prompt" if n == 1 else "n",
         )
+    check_together(sum(map(len, prompts)), n)
+
+
+def check_together(length: int, n: int) -> None:
+    """Refuses prompts whose copies for `n` texts take too much memory.
+
+    length: of all prompts, in characters or token ids.
+
+    Raises:
+        ApiError: they do.
+    """
+    if length * n > TOGETHER_MOST:
+        problem = f"asks for {n} texts of {length} characters each; {TOGETHER_MOST} together are the most"
+        raise invalid("n", f"{problem}, so send several requests")

@@ -1,7 +1,8 @@
 """What clients send, as OpenAI's API and its usual extensions name it. Pure.
 
 Fields that are not named here are refused: a client that misspells one should not get another answer than
-it asked for. docs/openai-api.md lists them.
+it asked for. docs/openai-api.md lists them. Nothing is built of values that are ignored or refused: objects
+take 20 times the memory of their JSON.
 """
 
 from typing import Annotated, Any, Final, Literal
@@ -17,6 +18,7 @@ _Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 _Choices = Annotated[int, msgspec.Meta(ge=1, le=CHOICES_MOST)]
 _Seed = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 _Bias = Annotated[float, msgspec.Meta(ge=-100, le=100)]
+_Ignored = msgspec.Raw
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -52,7 +54,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: _Ignored = _Ignored()
     store: bool | None = None
     service_tier: str | None = None
 
@@ -99,7 +101,7 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reasoning_content: str | None = None
     # As answers have them; without meaning in a request.
     refusal: str | None = None
-    annotations: list[Any] | None = None
+    annotations: _Ignored = _Ignored()
 
 
 class FunctionDefinition(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -118,6 +120,12 @@ class Tool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     function: FunctionDefinition
 
 
+class ToolChoice(msgspec.Struct, frozen=True):
+    """A function that the model should call."""
+
+    type: str
+
+
 class ResponseFormat(msgspec.Struct, frozen=True):
     """What the text has to be."""
 
@@ -132,16 +140,16 @@ class ChatRequest(Sampling, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     logprobs: bool | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
     tools: Annotated[list[Tool], msgspec.Meta(max_length=128)] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: str | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     reasoning_effort: Annotated[str, msgspec.Meta(max_length=32)] | None = None
     chat_template_kwargs: dict[str, bool | str] | None = None
-    # Refused where they are set: no model here has them.
-    modalities: list[str] | None = None
-    audio: dict[str, Any] | None = None
-    prediction: dict[str, Any] | None = None
-    functions: list[Any] | None = None
-    function_call: Any = None
-    web_search_options: dict[str, Any] | None = None
-    verbosity: str | None = None
+    # Refused unless they are null: no model here has them.
+    modalities: None = None
+    audio: None = None
+    prediction: None = None
+    functions: None = None
+    function_call: None = None
+    web_search_options: None = None
+    verbosity: None = None

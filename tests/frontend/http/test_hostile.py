@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import re
+import tracemalloc
 
 import httpx2
 import msgspec
@@ -15,10 +16,11 @@ from hypothesis import strategies as st
 from moe_frontend.discovery.endpoints import Served
 from moe_frontend.http import bodies, prompts
 from moe_frontend.http.bodies import Bodies, check_depth, decode
+from moe_frontend.http.chats import requests
 from moe_frontend.http.completions import plan
 from moe_frontend.http.errors import ApiError
 from moe_frontend.http.protocol import BoundedProtocol
-from moe_frontend.http.schemas import CompletionRequest
+from moe_frontend.http.schemas import ChatRequest, CompletionRequest
 
 WRONG = [
     ({"prompt": 7}, "prompt", "prompt is not valid: expected"),
@@ -79,7 +81,7 @@ async def test_a_wrong_field_is_named_in_a_sentence(http, body, param, sentence)
         (b'{"prompt": "a", "temperature": 1e999}', "temperature"),
         (b'{"prompt": ' + b"[" * 100_000, "prompt"),
         (b'{"metadata": {"a": ' + b"[" * 100_000, "the body is nested too deeply"),
-        (b"\xef\xbb\xbf{}", "is not valid JSON"),
+        (b"\xef\xbb\xbf{}", "is not valid JSON: invalid character"),
     ],
 )
 async def test_what_is_no_request_is_refused(http, content, sentence):
@@ -276,6 +278,25 @@ def test_any_bytes_are_refused_or_taken(body):
     assert isinstance(found, list) or found.status == 400
 
 
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (CompletionRequest, b'{"metadata": {"a": %s}}'),
+        (ChatRequest, b'{"messages": [{"role": "user", "annotations": %s}]}'),
+        (ChatRequest, b'{"tool_choice": {"type": "function", "function": %s}}'),
+        (ChatRequest, b'{"functions": %s}'),
+    ],
+)
+def test_nothing_is_built_of_values_that_are_ignored_or_refused(kind, body):
+    large = body % (b"[" + b",".join([b"[]"] * 300_000) + b"]")
+    tracemalloc.start()
+    with contextlib.suppress(ApiError):
+        decode(large, kind)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < len(large) / 4
+
+
 def test_numbers_beyond_a_float_become_what_the_worker_refuses():
     asked = plan(decode(b'{"prompt": "a", "temperature": 1e300}', CompletionRequest), Served())
     assert math.isinf(asked.requests[0].sampling.temperature)
@@ -288,6 +309,17 @@ def test_nesting_is_bounded_without_recursion():
     with pytest.raises(ApiError, match="nested more than 64 deep"):
         check_depth("tools", deep)
     check_depth("tools", {"a": [1, {"b": "c"}]})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "n"), [("x" * 2**20, 65), (["x" * 2**20] * 2, 33), (list(range(2**20)), 65)]
+)
+def test_copies_of_a_prompt_are_bounded_together(prompt, n):
+    with pytest.raises(ApiError, match=r"n asks for \d+ texts of \d+ characters") as caught:
+        plan(CompletionRequest(prompt=prompt, n=n), Served("m", 2**17))
+    assert (caught.value.status, caught.value.param) == (400, "n")
+    with pytest.raises(ApiError, match="n asks for 65 texts"):
+        requests(ChatRequest(n=65), Served("m", 2**17), "x" * 2**20)
 
 
 def test_one_prompt_of_ids_is_one_prompt():
