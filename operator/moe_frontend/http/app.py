@@ -22,7 +22,7 @@ from moe_frontend.http.bodies import Bodies
 from moe_frontend.http.chats import Chats, render, requests
 from moe_frontend.http.completions import Completions, plan
 from moe_frontend.http.conversation import conversation
-from moe_frontend.http.errors import ApiError, of_status
+from moe_frontend.http.errors import SERVER_ERROR, ApiError, of_status
 from moe_frontend.http.exchange import Exchange, new_exchange
 from moe_frontend.http.gate import Gate, answer, answer_error
 from moe_frontend.http.schemas import ChatRequest, CompletionRequest
@@ -71,7 +71,7 @@ class Api:
             Route("/version", _version, methods=["GET"]),
             Route("/metrics", _metrics, methods=["GET"]),
         ]
-        app = Starlette(routes=routes, exception_handlers={HTTPException: _refused})
+        app = Starlette(routes=routes, exception_handlers={HTTPException: _refused, Exception: _failed})
         app.router.redirect_slashes = False
         return Gate(app, self._tracer, meter, _OPEN)
 
@@ -179,6 +179,13 @@ async def _refused(request: Request, error: Exception) -> Response:
     known = "/v1/chat/completions, /v1/completions and /v1/models are, and /health, /version, /metrics"
     refusal = ApiError(status, f"{where!r} is not served here; {known}", allow=allow)
     return _error_response(refusal)
+
+
+async def _failed(request: Request, error: Exception) -> Response:  # noqa: ARG001 - uvicorn logs it
+    """What nobody foresaw."""
+    name = request.scope["state"].get("id", "")
+    sentence = f"the frontend failed on request {name}: this is a bug; report it with the frontend's log"
+    return _error_response(ApiError(500, sentence, SERVER_ERROR))
 
 
 def _error_response(error: ApiError) -> Response:

@@ -38,6 +38,7 @@ class ApiError(Exception):
         type, param, code: as OpenAI's error objects have them; `param` is the field that is wrong.
         retry_after_s: when to send the request again, if there is a time to tell.
         allow: methods, where another one was used.
+        close: whether the connection ends, because nobody knows where the next request begins.
     """
 
     status: int
@@ -47,6 +48,7 @@ class ApiError(Exception):
     code: str | None = None
     retry_after_s: float | None = None
     allow: str | None = None
+    close: bool = False
 
     def __str__(self) -> str:
         return self.message
@@ -58,6 +60,8 @@ class ApiError(Exception):
     def headers(self) -> list[tuple[bytes, bytes]]:
         """What clients go by: OpenAI's wait for Retry-After, and send nothing again that must not be."""
         headers = [] if self.allow is None else [(b"allow", self.allow.encode())]
+        if self.close:
+            headers.append((b"connection", b"close"))
         if self.retry_after_s is not None:
             headers.append((b"retry-after", str(math.ceil(self.retry_after_s)).encode()))
             headers.append((b"retry-after-ms", str(math.ceil(self.retry_after_s * 1000)).encode()))

@@ -1,5 +1,6 @@
 """A stream of server-sent events, begun with its first one."""
 
+import asyncio
 from typing import Final
 
 from starlette.types import Send
@@ -24,6 +25,7 @@ class EventStream:
     def __init__(self, send: Send) -> None:
         self._send = send
         self.begun = False
+        self._lock = asyncio.Lock()  # the head of the response goes before all events
 
     async def event(self, data: bytes) -> None:
         """Sends one event; `data` has no line breaks."""
@@ -39,7 +41,8 @@ class EventStream:
         await self.end()
 
     async def _body(self, body: bytes, *, more: bool) -> None:
-        if not self.begun:
-            self.begun = True
-            await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        async with self._lock:
+            if not self.begun:
+                self.begun = True
+                await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+            await self._send({"type": "http.response.body", "body": body, "more_body": more})

@@ -18,6 +18,8 @@ from moe_frontend.http.measures import Measured, Measures, bounded
 
 REQUESTS_MOST: Final = 1024
 """At a time; as of one gRPC connection."""
+HEAD_MOST: Final = 16 * 2**10
+"""Bytes of the head of a request."""
 _RETRY_S: Final = 1.0
 _ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _CLIENT_GONE: Final = "client_gone"
@@ -57,13 +59,16 @@ class Gate:
         """Answers one request."""
         if scope["type"] != "http":
             return
-        if scope["path"] in self._open_paths:
+        refusal = _of_head(scope)
+        if refusal is None and scope["path"] in self._open_paths:
             await self._app(scope, receive, send)
             return
         with self._measures.request(scope["method"]) as measured:
-            await self._traced(scope, receive, send, measured)
+            await self._traced(scope, receive, send, measured, refusal)
 
-    async def _traced(self, scope: Scope, receive: Receive, send: Send, measured: Measured) -> None:
+    async def _traced(
+        self, scope: Scope, receive: Receive, send: Send, measured: Measured, refusal: ApiError | None
+    ) -> None:
         metadata = [(key.decode("latin-1"), value.decode("latin-1")) for key, value in scope["headers"]]
         method, id_ = bounded(scope["method"]), _request_id(metadata)
         span = self._tracer.start_span(
@@ -71,16 +76,16 @@ class Gate:
         )
         scope["state"].update(id=id_, span=span, measured=measured, stopping=lambda: self._stopped)
         try:
-            await self._placed(scope, receive, _noting(send, id_, measured), measured)
+            noting = _noting(send, id_, measured)
+            if refusal := refusal or self._refusal():
+                await answer_error(refusal, noting)
+            else:
+                await self._placed(scope, receive, noting, measured)
         finally:
             _describe(span, method, measured)
             span.end()
 
     async def _placed(self, scope: Scope, receive: Receive, send: Send, measured: Measured) -> None:
-        refusal = self._refusal()
-        if refusal is not None:
-            await answer_error(refusal, send)
-            return
         task = asyncio.current_task()
         self._running |= {task} if task else set()
         try:
@@ -104,6 +109,20 @@ class Gate:
             sentence = f"{REQUESTS_MOST} requests are being answered; try later"
             return ApiError(429, sentence, OVERLOADED, code="queue_full", retry_after_s=_RETRY_S)
         return None
+
+
+def _of_head(scope: Scope) -> ApiError | None:
+    """What is wrong with the head of a request that h11 takes."""
+    headers: list[tuple[bytes, bytes]] = scope["headers"]
+    if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:
+        # A proxy in front may go by the other one and take the rest for a request of its own (RFC 9112, 6.1).
+        sentence = "the request has both Content-Length and Transfer-Encoding; send one of them"
+        return ApiError(400, sentence, close=True)
+    size = len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(n) + len(v) + 4 for n, v in headers)
+    if size > HEAD_MOST:
+        sentence = f"the head of the request is larger than {HEAD_MOST} bytes; send shorter headers"
+        return ApiError(431, sentence)
+    return None
 
 
 async def answer_error(error: ApiError, send: Send) -> None:

@@ -1,18 +1,26 @@
-"""Bounds what uvicorn leaves open: the time that a client takes for the head of a request, and connections.
+"""Bounds what uvicorn leaves open: the time that a client takes for the head of a request, and connections;
+notices that a client left, whatever it sent ahead.
 
 uvicorn (0.54) has a time for idle connections between two requests, and none for one that never sends a whole
 head; every byte resets it.
 """
 
 import asyncio
+from http import HTTPStatus
 from typing import Any, Final
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from moe_frontend.http import answers
+from moe_frontend.http.errors import ApiError
 
 HEAD_S: Final = 10.0
 """Seconds from the first byte of a request, or from the connection, to the end of its head."""
 CONNECTIONS_MOST: Final = 1000
 """As of gRPC (moe_api.transport)."""
+AHEAD_MOST: Final = 16 * 2**10
+"""Bytes that a client may send behind a request which is under way."""
 
 
 class BoundedProtocol(H11Protocol):
@@ -38,6 +46,28 @@ class BoundedProtocol(H11Protocol):
         super().data_received(data)
         if not self._idle:
             self._forget_head()
+            self._read_on()
+
+    def _read_on(self) -> None:
+        """Sees a client leave: uvicorn reads no more when bytes follow a request that is under way."""
+        ahead = self.conn.their_state is h11.DONE and not self.transport.is_closing()
+        if ahead and self.flow.read_paused and len(self.conn.trailing_data[0]) <= AHEAD_MOST:
+            self.flow.resume_reading()
+
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's
+        """Refuses what is not HTTP; where a response has begun, the connection just ends."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            refusal = ApiError(400, "the request is not valid HTTP; send HTTP/1.1", close=True)
+            body = answers.encode(refusal.body())
+            headers = [
+                (b"content-type", b"application/json"),
+                (b"content-length", str(len(body)).encode()),
+                *refusal.headers(),
+            ]
+            head = h11.Response(status_code=400, headers=headers, reason=HTTPStatus(400).phrase.encode())
+            for event in (head, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stops the clock."""
@@ -49,6 +79,7 @@ class BoundedProtocol(H11Protocol):
         super().on_response_complete()
         if not self._idle:
             self._forget_head()
+            self._read_on()
 
     @property
     def _idle(self) -> bool:

@@ -19,6 +19,7 @@ from moe_frontend.http.bodies import Bodies, check_depth, decode
 from moe_frontend.http.chats import requests
 from moe_frontend.http.completions import plan
 from moe_frontend.http.errors import ApiError
+from moe_frontend.http.events import EventStream
 from moe_frontend.http.protocol import BoundedProtocol
 from moe_frontend.http.schemas import ChatRequest, CompletionRequest
 
@@ -228,6 +229,104 @@ async def test_bytes_that_are_no_http_are_answered_and_forgotten(http):
             assert (await asyncio.wait_for(reader.read(100), 5))[:10] in (b"HTTP/1.1 4", b"")
         writer.close()
     assert (await h.complete("count 1")).status_code == 200
+
+
+async def exchanged(h, *parts):
+    """What comes back for these bytes, sent one after the other's answer, until the connection ends."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", h.port)
+    answered = b""
+    for part in parts:
+        if answered or part is not parts[0]:
+            answered += await asyncio.wait_for(reader.readuntil(b"}}"), 5)
+        writer.write(part)
+    with contextlib.suppress(ConnectionError):
+        answered += await asyncio.wait_for(reader.read(), 5)
+    writer.close()
+    return answered
+
+
+POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET /health HTTP/1.1\r\n\r\n",
+        POST + b"content-length: 2\r\ncontent-length: 3\r\n\r\n{}x",
+        POST + b"transfer-encoding: chunked\r\n\r\nzz\r\n",
+        POST
+        + b"content-length: 30\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\nGET /version HTTP/1.1\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nhost:x\r\ntransfer-encoding: chunked\r\ncontent-length: 5\r\n\r\n0\r\n\r\n",
+    ],
+)
+async def test_a_request_without_one_meaning_is_refused_in_openais_form_and_ends_its_connection(http, sent):
+    h = await http(workers=1)
+    answered = await exchanged(h, sent)
+    head, _, body = answered.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
+    assert b"connection: close" in head.lower()
+
+
+async def test_bytes_behind_an_answer_that_are_no_http_end_the_connection_without_a_traceback(http, caplog):
+    h = await http(workers=1)
+    begun = b"POST /nothing HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    assert (await exchanged(h, begun, b"zz\r\n")).count(b"HTTP/1.1") == 1
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models"])
+async def test_a_head_is_bounded_however_fast_it_comes(http, path):
+    h = await http(workers=1)
+    response = await h.client.get(path, headers={"x-large": "x" * 20_000})
+    assert response.status_code == 431
+    assert "larger than 16384 bytes" in response.json()["error"]["message"]
+    assert (await h.client.get(path, headers={"x-large": "x" * 15_000})).status_code == 200
+
+
+@pytest.mark.parametrize("ahead", [b"\r\n", b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n" * 2])
+@pytest.mark.parametrize("together", [True, False])
+async def test_a_client_that_sent_more_and_left_frees_its_worker(http, ahead, together):
+    h = await http(workers=1)
+    _, writer = await asyncio.open_connection("127.0.0.1", h.port)
+    body = json.dumps({"prompt": "silent"}).encode()
+    writer.write(POST + b"content-length: %d\r\n\r\n%s" % (len(body), body) + (ahead if together else b""))
+    await h.bench.workers[0].until(lambda worker: worker.running == 1)
+    if not together:
+        writer.write(ahead)
+        await writer.drain()
+        await asyncio.sleep(0.1)  # so that it is read before the connection ends
+    writer.close()
+    await h.bench.workers[0].until(lambda worker: worker.running == 0, 5)
+
+
+async def test_what_nobody_foresaw_is_an_error_in_openais_form(http, monkeypatch):
+    def fails(*_):
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr("moe_frontend.http.app.plan", fails)
+    h = await http(workers=1)
+    response = await h.complete("count 1")
+    assert (response.status_code, response.headers["x-should-retry"]) == (500, "false")
+    error = response.json()["error"]
+    assert response.headers["x-request-id"] in error["message"]
+    assert error["type"] == "server_error"
+    assert "secret" not in response.text
+
+
+async def test_a_stream_begins_with_its_head_whoever_is_first():
+    sent, room = [], asyncio.Event()
+
+    async def send(message):
+        await room.wait()
+        sent.append(message["type"])
+
+    stream = EventStream(send)
+    texts = [asyncio.create_task(stream.event(b"{}")) for _ in range(3)]
+    await asyncio.sleep(0)
+    room.set()
+    await asyncio.gather(*texts)
+    assert sent == ["http.response.start"] + ["http.response.body"] * 3
 
 
 async def test_a_stream_that_nobody_reads_is_stopped(http):
