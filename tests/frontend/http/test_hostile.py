@@ -318,7 +318,8 @@ async def test_a_stream_begins_with_its_head_whoever_is_first():
     sent, room = [], asyncio.Event()
 
     async def send(message):
-        await room.wait()
+        if message["type"] == "http.response.start":
+            await room.wait()
         sent.append(message["type"])
 
     stream = EventStream(send)
