@@ -12,6 +12,7 @@ import pytest
 from moe_api import rich_status
 from moe_api.clock import Anchor
 from moe_api.supervision import Supervisor
+from moe_worker import framing
 from moe_worker.engine.requests import Delta, FinishReason, Load, Request
 from moe_worker.engine.statistics import ExpertStatistics, Statistics
 from moe_worker.errors import EngineDiedError, QueueFullError
@@ -50,7 +51,7 @@ class Engine:
         self.writer.write(wire.encode(message))
 
     async def hear(self):
-        size = int.from_bytes(await self.reader.readexactly(wire.LENGTH_BYTES), "big")
+        size = int.from_bytes(await self.reader.readexactly(framing.LENGTH_BYTES), "big")
         return wire.decode(await self.reader.readexactly(size))
 
     def stepped(self, submitted, *deltas):
@@ -190,7 +191,7 @@ def test_a_request_that_cannot_be_taken_does_not_end_the_engine():
 
 def test_a_failure_about_a_name_that_is_no_text_reaches_the_edge():
     frame = wire.encode(engine_process._failed("\ud800.safetensors is missing", 2))
-    assert wire.decode(frame[wire.LENGTH_BYTES :]) == wire.Failed(r"\ud800.safetensors is missing", 2)
+    assert wire.decode(frame[framing.LENGTH_BYTES :]) == wire.Failed(r"\ud800.safetensors is missing", 2)
 
 
 def test_a_malformed_frame_ends_the_engine_instead_of_its_receiver_alone():

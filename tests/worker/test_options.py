@@ -2,6 +2,7 @@
 
 import pytest
 
+from moe_worker import framing
 from moe_worker.config.engine import BOUNDS, EngineOptions
 from moe_worker.errors import SettingsError
 from moe_worker.service import wire
@@ -17,7 +18,7 @@ def nested(depth):
 def test_the_least_and_the_most_of_each_number_reach_the_engine(name, value):
     mesh = {"mesh": "1x1024"} if "mesh" in name or "redundant" in name else {}
     start = wire.Start("model", EngineOptions(**{name: value}, **mesh))
-    assert wire.decode(wire.encode(start)[wire.LENGTH_BYTES :]) == start
+    assert wire.decode(wire.encode(start)[framing.LENGTH_BYTES :]) == start
 
 
 @pytest.mark.parametrize(
@@ -52,4 +53,4 @@ def test_overrides_that_no_config_can_hold_are_refused(override, sentence):
 def test_any_other_override_reaches_the_engine():
     values = {"a": {"b": [-(2**63) + 1, 2**63 - 1, 1e308, True, None, "\U0001f642"]}}
     start = wire.Start("model", EngineOptions(config_override=values))
-    assert wire.decode(wire.encode(start)[wire.LENGTH_BYTES :]) == start
+    assert wire.decode(wire.encode(start)[framing.LENGTH_BYTES :]) == start

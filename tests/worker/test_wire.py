@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_worker import framing
 from moe_worker.config import EngineOptions
 from moe_worker.engine.requests import Delta, FinishReason, Load, Request
 from moe_worker.engine.statistics import Event, EventKind, ExpertStatistics, LayerExperts, Statistics
@@ -69,14 +70,14 @@ MESSAGES = st.one_of(
 @given(MESSAGES)
 def test_a_message_survives_the_wire(message):
     frame = wire.encode(message)
-    assert int.from_bytes(frame[: wire.LENGTH_BYTES], "big") == len(frame) - wire.LENGTH_BYTES
-    assert wire.decode(frame[wire.LENGTH_BYTES :]) == message
+    assert int.from_bytes(frame[: framing.LENGTH_BYTES], "big") == len(frame) - framing.LENGTH_BYTES
+    assert wire.decode(frame[framing.LENGTH_BYTES :]) == message
 
 
 @given(MESSAGES, st.integers(0, 2**20))
 def test_a_cut_message_is_refused(message, cut):
-    payload = wire.encode(message)[wire.LENGTH_BYTES :]
-    with pytest.raises(wire.MalformedMessageError):
+    payload = wire.encode(message)[framing.LENGTH_BYTES :]
+    with pytest.raises(framing.MalformedMessageError):
         wire.decode(payload[: cut % len(payload)])
 
 
@@ -84,6 +85,6 @@ def test_a_cut_message_is_refused(message, cut):
 def test_any_bytes_are_a_message_or_refused(payload):
     try:
         message = wire.decode(payload)
-    except wire.MalformedMessageError:
+    except framing.MalformedMessageError:
         return
     assert isinstance(message, wire.Message)

@@ -1,4 +1,4 @@
-"""What the leader of a mesh tells the other ranks: frames of MessagePack over one TCP connection each.
+"""What the leader of a mesh tells the other ranks: frames of `moe_worker.framing` over a TCP connection each.
 
 A rank that joins proves that it knows the mesh's secret (HMAC-SHA256 of a fresh challenge and its claim) and
 says who it is; the leader sends what it needs to connect to the others, or refuses it with a sentence. Then
@@ -16,13 +16,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast, get_args
 
-import msgspec
-
 from moe_worker.config.mesh import MeshShape
 from moe_worker.errors import WorkerError
+from moe_worker.framing import LENGTH_BYTES, Codec, MalformedMessageError
 
 log = logging.getLogger(__name__)
-LENGTH_BYTES: Final = 4
 LARGEST_CLAIM: Final = 4096
 LARGEST_FRAME: Final = 1 << 28
 GREETING_S: Final = 5.0
@@ -105,9 +103,7 @@ class Counts:
 
 
 Message = Claim | Welcome | Refusal | Ready | Allocate | Compute | AskCounts | Counts
-_KINDS: Final[Sequence[type[Any]]] = get_args(Message)
-_DECODERS: Final = [msgspec.msgpack.Decoder(kind) for kind in _KINDS]
-_ENCODER: Final = msgspec.msgpack.Encoder()
+_CODEC: Final = Codec[Message](get_args(Message))
 
 
 class Channel:
@@ -119,19 +115,18 @@ class Channel:
 
     def send(self, message: Message) -> None:
         """Raises MeshError."""
-        payload = bytes([_KINDS.index(type(message))]) + _ENCODER.encode(message)
+        frame = _CODEC.encode(message)
         with self._lost():
-            self._connection.sendall(len(payload).to_bytes(LENGTH_BYTES, "big") + payload)
+            self._connection.sendall(frame)
 
     def receive(self, *kinds: type[Any], most: int = LARGEST_FRAME) -> Any:
         """The next message, which must be one of `kinds`. Raises MeshError."""
         length = int.from_bytes(self._read(LENGTH_BYTES), "big")
         if not 1 <= length <= most:
             raise MeshError(f"rank {self.rank} sent a message of {length} bytes; {most} are allowed")
-        payload = self._read(length)
         try:
-            message = _DECODERS[payload[0]].decode(payload[1:])
-        except (IndexError, msgspec.MsgspecError) as error:
+            message = _CODEC.decode(self._read(length))
+        except MalformedMessageError as error:
             raise MeshError(f"rank {self.rank} sent what is no message: {error}") from error
         if not isinstance(message, kinds):
             raise MeshError(f"rank {self.rank} sent {type(message).__name__} out of turn")
@@ -198,7 +193,7 @@ class Identity:
 
     def sign(self, nonce: bytes, claim: Claim) -> bytes:
         """Proof that who makes `claim` knows the secret."""
-        return hmac.new(self.secret, nonce + _ENCODER.encode(claim), hashlib.sha256).digest()
+        return hmac.new(self.secret, nonce + _CODEC.encode(claim), hashlib.sha256).digest()
 
     def objection(self, claim: Claim, joined: Sequence[int]) -> str | None:
         """Why a rank that makes `claim` may not join; None where it may. Pure."""

@@ -54,7 +54,7 @@ class Matrix(ABC):
 
     @property
     def layout(self) -> tuple[object, ...]:
-        """What matrices must have in common to be joined."""
+        """What matrices must have in common to be compatible."""
         return type(self), *(part.inputs for part in self.parts)
 
     @property
@@ -119,7 +119,7 @@ class Matrix(ABC):
         return self.with_parts([padded(part) for part in self.parts], inputs)
 
     def like(self, others: Sequence["Matrix"]) -> "Matrix":
-        """The same matrix with the parts that `others` have, before they are joined."""
+        """The same matrix with the parts that `others` have, before they are compatible."""
         del others
         return self
 
@@ -191,12 +191,12 @@ def stack(matrices: Sequence[Matrix]) -> Matrix:
 
 
 def _combine(matrices: Sequence[Matrix], join: Callable[[list[Tensor]], Tensor]) -> Matrix:
-    alike = [matrix.like(matrices) for matrix in matrices]
-    if len({matrix.layout for matrix in alike}) > 1:
-        dtype = next((matrix.dense.dtype for matrix in alike if matrix.dense is not None), torch.float32)
-        alike = [Dense(matrix.dequantize(dtype)) for matrix in alike]
-    columns = zip(*([part.tensor for part in matrix.parts] for matrix in alike), strict=True)
-    return alike[0].with_parts([join(list(tensors)) for tensors in columns], alike[0].inputs)
+    compatible = [matrix.like(matrices) for matrix in matrices]
+    if len({matrix.layout for matrix in compatible}) > 1:
+        dtype = next((matrix.dense.dtype for matrix in compatible if matrix.dense is not None), torch.float32)
+        compatible = [Dense(matrix.dequantize(dtype)) for matrix in compatible]
+    columns = zip(*([part.tensor for part in matrix.parts] for matrix in compatible), strict=True)
+    return compatible[0].with_parts([join(list(tensors)) for tensors in columns], compatible[0].inputs)
 
 
 def _join(rows: list[Tensor]) -> Tensor:

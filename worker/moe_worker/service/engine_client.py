@@ -16,16 +16,15 @@ from moe_api.supervision import Supervisor
 from moe_worker.engine.requests import Load, Request
 from moe_worker.engine.statistics import ExpertStatistics, Statistics
 from moe_worker.errors import EngineDiedError, QueueFullError, RequestError, WorkerError
+from moe_worker.framing import LENGTH_BYTES, MalformedMessageError
 from moe_worker.service.streams import Stream, Timeline
 from moe_worker.service.watchdog import STALL_TIMEOUT_S, Watchdog
 from moe_worker.service.wire import (
-    LENGTH_BYTES,
     AskExperts,
     Cancel,
     ExpertReport,
     Failed,
     Loaded,
-    MalformedMessageError,
     Message,
     Refused,
     Start,

@@ -20,9 +20,9 @@ from moe_api.visible import LOG_MOST, guard_logs, visible
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.loading import load
 from moe_worker.errors import WorkerError
+from moe_worker.framing import LENGTH_BYTES
 from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.service.wire import (
-    LENGTH_BYTES,
     AskExperts,
     Cancel,
     ExpertReport,

@@ -1,21 +1,12 @@
-"""Messages between the edge and the engine process: frozen dataclasses as MessagePack, one in each frame.
+"""Messages between the edge and the engine process, in frames of `moe_worker.framing`."""
 
-A frame consists of 4 bytes of length (big endian), 1 byte for the kind of message, and the message's fields.
-The reader checks the type of every field. Messages are plain data, so neither side can make the other run
-code.
-"""
-
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, cast, get_args
-
-import msgspec
+from typing import Final, get_args
 
 from moe_worker.config.engine import EngineOptions
 from moe_worker.engine.requests import Delta, Load, Request
 from moe_worker.engine.statistics import Event, ExpertStatistics, Statistics
-
-LENGTH_BYTES: Final = 4
+from moe_worker.framing import Codec
 
 
 @dataclass(frozen=True)
@@ -101,28 +92,6 @@ class Stepped:
 Message = Start | Submit | Refused | Cancel | AskExperts | ExpertReport | Loaded | Failed | Stepped
 
 
-class MalformedMessageError(Exception):
-    """A frame contains no message of this module."""
-
-
-_KINDS: Final[Sequence[type[Message]]] = get_args(Message)
-_NUMBERS: Final[Mapping[type, bytes]] = {kind: bytes([number]) for number, kind in enumerate(_KINDS)}
-_ENCODER: Final = msgspec.msgpack.Encoder()
-_DECODERS: Final[Sequence[msgspec.msgpack.Decoder[Any]]] = [msgspec.msgpack.Decoder(kind) for kind in _KINDS]
-
-
-def encode(message: Message) -> bytes:
-    """The frame of one message."""
-    payload = _NUMBERS[type(message)] + _ENCODER.encode(message)
-    return len(payload).to_bytes(LENGTH_BYTES, "big") + payload
-
-
-def decode(payload: bytes) -> Message:
-    """The message in a frame, without its length. Raises MalformedMessageError."""
-    if not payload or payload[0] >= len(_KINDS):
-        raise MalformedMessageError(f"a message of {len(payload)} bytes names no known kind")
-    kind = payload[0]
-    try:
-        return cast("Message", _DECODERS[kind].decode(memoryview(payload)[1:]))
-    except msgspec.MsgspecError as error:
-        raise MalformedMessageError(f"{_KINDS[kind].__name__}: {error}") from error
+_CODEC: Final = Codec[Message](get_args(Message))
+encode: Final = _CODEC.encode
+decode: Final = _CODEC.decode
