@@ -29,7 +29,7 @@ from moe_worker.engine.loading import usable_cores
 from moe_worker.kernels.cpu.library import Kernels
 from moe_worker.models.build import build_model
 from moe_worker.models.memory import describe, weight_memory
-from moe_worker.models.native import NativeModel, Pass
+from moe_worker.models.native import NativeModel, NativePass
 from moe_worker.models.source import TensorSource
 from moe_worker.quant.int4 import Int4Weight
 
@@ -83,7 +83,7 @@ class Ours:
     def step(self, tokens: Tensor, start: int) -> int:
         count = len(tokens)
         positions = torch.arange(start, start + count)
-        step = Pass(
+        step = NativePass(
             tokens_T=tokens,
             positions_T=positions,
             rows_T=positions,

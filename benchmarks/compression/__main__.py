@@ -32,7 +32,7 @@ from benchmarks.compression import protocol
 from benchmarks.compression.protocol import LINES, Line
 from moe_worker.config.model import parse_model_config
 from moe_worker.files import locked, write_text
-from moe_worker.recipe.parse import Prune, Step, Training
+from moe_worker.recipe.parse import Prune, RecipeStep, Training
 from moe_worker.recipe.parse import Recipe as PruneRecipe
 from moe_worker.recipe.report import decode_speed
 from moe_worker.recipe.run import prune_step
@@ -140,7 +140,7 @@ class Experiment:
         )
         source = self.folder(line.after or "", seed)
         recipe = PruneRecipe(source, self.out, self.args.data, self.args.valid, (), seed, self.args.device)
-        last = prune_step(recipe, Step("prune", what, Training(**shared)), what, source, settings.out)
+        last = prune_step(recipe, RecipeStep("prune", what, Training(**shared)), what, source, settings.out)
         return replace(
             settings, config=last / "config.json", start_from=last, steps=0, teacher=None, evaluate_every=1
         )

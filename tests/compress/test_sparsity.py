@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_worker.compress.sparsity import PATTERNS, S14, S24, Schedule, Sparsifier, mask_keeping
-from moe_worker.compress.sparsity.schedule import Phase
+from moe_worker.compress.sparsity.schedule import SparsityPhase
 from moe_worker.errors import SettingsError
 
 QUICK = settings(max_examples=60, deadline=None)
@@ -63,10 +63,12 @@ def test_inputs_that_do_not_fall_into_fours_are_refused_by_name():
 def test_the_schedule_never_loosens_and_ends_at_the_pattern(steps, kept, dense, shrink):
     schedule = Schedule(steps, kept, dense, shrink)
     phases = [schedule.phase(step) for step in range(steps + 1)]
-    assert phases == sorted(phases, key=list(Phase).index)
+    assert phases == sorted(phases, key=list(SparsityPhase).index)
     amounts = [schedule.kept_at(step) for step in range(steps + 1)]
     assert amounts == sorted(amounts, reverse=True)
-    assert all(amount == 4 for amount, phase in zip(amounts, phases, strict=True) if phase is Phase.DENSE)
+    assert all(
+        amount == 4 for amount, phase in zip(amounts, phases, strict=True) if phase is SparsityPhase.DENSE
+    )
     assert amounts[-1] == kept
 
 

@@ -16,22 +16,6 @@ TREES = {
 SHARED = {
     # OpenAI's own names, once as a client sends them and once as an answer contains them.
     "moe_frontend": {"FunctionCall", "ToolCall"},
-    # Issue 15, "The house and its language": those who change these folders take names out of here.
-    "moe_worker": {
-        "Attention",
-        "Batch",
-        "Choice",
-        "Chunk",
-        "HeadWeight",
-        "Layer",
-        "Limits",
-        "Load",
-        "Pass",
-        "Phase",
-        "Row",
-        "Sizes",
-        "Step",
-    },
 }
 
 

@@ -15,13 +15,13 @@ from moe_worker.train.data import WindowSampler
 from moe_worker.train.model import TrainingModel
 from moe_worker.train.prune import cut, measure, prune_checkpoint
 from moe_worker.train.settings import TrainSettings
-from moe_worker.train.sizes import Sizes
+from moe_worker.train.sizes import ModelSizes
 from moe_worker.train.trainer import train
 from tests.train.conftest import CONFIG
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 3}
 SHAPE |= {"n_group": 2, "topk_group": 1}
-SMALLER = Sizes(layers=2, heads=2, experts=4, channels=16, dense_channels=48)
+SMALLER = ModelSizes(layers=2, heads=2, experts=4, channels=16, dense_channels=48)
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_a_pruned_checkpoint_is_one_that_transformers_and_the_trainer_take(
     train(settings)
     prune_checkpoint(settings.out, tmp_path / "lite", SMALLER, sampler, batches=2)
     config = json.loads((tmp_path / "lite" / "config.json").read_text())
-    assert Sizes.of(config) == SMALLER
+    assert ModelSizes.of(config) == SMALLER
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "lite", dtype=torch.float32)
     assert model.config.num_key_value_heads == 2
     assert model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
@@ -94,7 +94,7 @@ def test_a_pruned_checkpoint_is_one_that_transformers_and_the_trainer_take(
 def test_sizes_that_cannot_be_are_refused(changes, sentence):
     config = {**CONFIG, **SHAPE}
     with pytest.raises(SettingsError, match=sentence):
-        Sizes.of(config).check(replace(SMALLER, **changes), config)
+        ModelSizes.of(config).check(replace(SMALLER, **changes), config)
 
 
 def test_experts_that_a_token_needs_stay():
@@ -103,12 +103,12 @@ def test_experts_that_a_token_needs_stay():
         SettingsError,
         match="experts is 4; with 2 of 4 groups kept and 4 experts a token",
     ):
-        Sizes.of(config).check(replace(Sizes.of(config), experts=4), config)
+        ModelSizes.of(config).check(replace(ModelSizes.of(config), experts=4), config)
 
 
 def test_progress_towards_smaller_sizes_is_steady_and_possible():
     config = {**CONFIG, **SHAPE, "n_routed_experts": 32}
-    start = Sizes.of(config)
+    start = ModelSizes.of(config)
     way = [start.towards(SMALLER, share / 4, config) for share in range(1, 5)]
     assert way[-1] == SMALLER
     for before, after in zip([start, *way], way, strict=False):

@@ -10,7 +10,7 @@ from moe_api.inference.v1 import inference_pb2
 from moe_worker.errors import ConfigError
 from moe_worker.sampling.defaults import sampling_defaults
 from moe_worker.sampling.parameters import SamplingParameters
-from moe_worker.service.validation import Limits, check_generate, defaults_message, sampling_parameters
+from moe_worker.service.validation import RequestLimits, check_generate, defaults_message, sampling_parameters
 from tests.worker.serving import Worker
 
 # As Qwen3 publishes it.
@@ -96,7 +96,7 @@ def test_fields_of_a_request_win_even_where_they_are_zero():
 def test_defaults_reach_a_checked_request():
     defaults = SamplingParameters(temperature=0.6, max_tokens=7)
     request = inference_pb2.GenerateRequest(prompt_tokens=inference_pb2.TokenIds(ids=[5]))
-    limits = Limits(320, 100, defaults=defaults)
+    limits = RequestLimits(320, 100, defaults=defaults)
     assert check_generate(request, None, limits).sampling == defaults
 
 

@@ -9,7 +9,7 @@ from moe_worker.kernels.cpu import build, library
 from moe_worker.kvcache.paged import CacheShape, PagedCache
 from moe_worker.models.batch import Batch, Segment
 from moe_worker.models.checkpoint import Placement, load_model
-from moe_worker.models.native import NativeModel, Pass
+from moe_worker.models.native import NativeModel, NativePass
 from moe_worker.models.runner import NativeRunner
 from tests.checkpoints import write_checkpoint
 
@@ -49,7 +49,7 @@ def step_of(batch):
     counts = [0, *[segment.count for segment in batch.segments]]
     starts = torch.tensor(counts).cumsum(0).int()
     selected = torch.arange(len(batch.tokens_T), dtype=torch.int32)
-    return Pass(
+    return NativePass(
         batch.tokens_T, batch.positions_T, batch.rows_T, starts, batch.lengths_B, batch.pages_BP, selected
     )
 

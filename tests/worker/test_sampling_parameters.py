@@ -9,10 +9,16 @@ from hypothesis import strategies as st
 
 from moe_api.inference.v1 import inference_pb2
 from moe_worker.sampling.parameters import SamplingParameters
-from moe_worker.service.validation import Checked, Limits, check_generate, oversize, sampling_parameters
+from moe_worker.service.validation import (
+    Checked,
+    RequestLimits,
+    check_generate,
+    oversize,
+    sampling_parameters,
+)
 from tests.worker.messages import INPUTS, SAMPLINGS
 
-LIMITS = Limits(vocab_size=320, context_length=64)
+LIMITS = RequestLimits(vocab_size=320, context_length=64)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from moe_worker.bench.measure import Load, Result, as_json, measure
+from moe_worker.bench.measure import Result, Workload, as_json, measure
 from moe_worker.bench.plot import plot
 from moe_worker.config.engine import DTYPES, FORMATS, EngineOptions
 from moe_worker.engine.loading import LoadedModel, load
@@ -67,7 +67,7 @@ def bench(
     asked = EngineOptions(context_length=prompt + tokens, prefix_cache=False, **options)  # type: ignore[arg-type]
     settings = replace(asked, max_batch_size=max(batches), prefill_tokens=max(prompt, asked.prefill_tokens))
     loaded = load(model, settings, progress=True)
-    results = _measure_all(loaded, settings, Load(prompt, tokens, rounds), sorted(set(batches)))
+    results = _measure_all(loaded, settings, Workload(prompt, tokens, rounds), sorted(set(batches)))
     for line in [json.dumps(as_json(result)) for result in results] if as_lines else _table(results):
         click.echo(line)
     if picture is not None:
@@ -84,7 +84,9 @@ def _check_picture(path: Path) -> None:
         raise SettingsError(f"--plot {path}: the name must end in .png, .pdf or .svg")
 
 
-def _measure_all(loaded: LoadedModel, options: EngineOptions, work: Load, batches: list[int]) -> list[Result]:
+def _measure_all(
+    loaded: LoadedModel, options: EngineOptions, work: Workload, batches: list[int]
+) -> list[Result]:
     total = len(batches) * (work.rounds + 1)
     with bar(total=total, desc="measuring", unit="round") as measured:
         return [measure(loaded, options, work, batch, measured.update) for batch in batches]

@@ -15,7 +15,7 @@ from moe_worker.sampling.parameters import SamplingParameters
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """What is asked of the engine: `prompt` tokens in and `tokens` out for each sequence of a batch."""
 
     prompt: int
@@ -40,7 +40,7 @@ class Result:
 
 
 def measure(
-    loaded: LoadedModel, options: EngineOptions, load: Load, batch: int, on_round: Callable[[], object]
+    loaded: LoadedModel, options: EngineOptions, load: Workload, batch: int, on_round: Callable[[], object]
 ) -> Result:
     """Times `load.rounds` rounds of `batch` sequences, after one that warms up.
 
@@ -63,7 +63,7 @@ def as_json(result: Result) -> dict[str, float]:
     return asdict(result)
 
 
-def _round(core: EngineCore, load: Load, batch: int, seed: int) -> tuple[float, float, float, float]:
+def _round(core: EngineCore, load: Workload, batch: int, seed: int) -> tuple[float, float, float, float]:
     for request in _requests(core, load, batch, seed):
         core.submit(request)
     began, first, ends = time.perf_counter(), {}, []
@@ -82,7 +82,7 @@ def _round(core: EngineCore, load: Load, batch: int, seed: int) -> tuple[float, 
     )
 
 
-def _requests(core: EngineCore, load: Load, batch: int, seed: int) -> Sequence[Request]:
+def _requests(core: EngineCore, load: Workload, batch: int, seed: int) -> Sequence[Request]:
     """Prompts that share nothing, and end-of-text tokens that end nothing."""
     rng = random.Random(seed)  # noqa: S311 - a workload, no secret
     sampling = SamplingParameters(max_tokens=load.tokens, ignore_eos=True)

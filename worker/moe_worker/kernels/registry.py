@@ -28,7 +28,7 @@ class Hardware:
 
 
 @dataclass(frozen=True)
-class Choice:
+class KernelChoice:
     """`implementation`: "cpu/<variant>", "triton" or "reference"; `reason` is a clause for the user.
 
     function: what runs, as MODULE.NAME inside moe_worker, or as torch has it.
@@ -85,13 +85,13 @@ def probe_cpu() -> Hardware:
     return Hardware("cpu", variants[-1], f"this CPU has {variants[-1].replace('-', '_')}")
 
 
-def choose(operation: str, number_format: str, hardware: Hardware) -> Choice:
+def choose(operation: str, number_format: str, hardware: Hardware) -> KernelChoice:
     """The implementation of `operation` (of OPERATIONS) in `number_format` (of FORMATS)."""
     implementation, reason = _implementation(number_format, hardware)
     function = _functions(number_format, implementation)[operation]
     if function == _LOCAL and hardware.ranks > 1:
         function = _SPREAD
-    return Choice(operation, number_format, implementation, function, reason)
+    return KernelChoice(operation, number_format, implementation, function, reason)
 
 
 def explain(number_format: str, hardware: Hardware) -> list[str]:

@@ -25,7 +25,7 @@ from moe_worker.models.mla import INNER_NORM_EPS, LatentAttention
 
 
 @dataclass(frozen=True)
-class Pass:
+class NativePass:
     """What one pass computes; int64: tokens_T, positions_T, rows_T; int32: all others.
 
     starts: first token of each sequence, [B + 1]. lengths_B: tokens in the cache once the pass is done.
@@ -60,13 +60,13 @@ class NativeModel:
         self._used = dict(zip(routed, counts, strict=True))
         scale = _latent(model.layers[0]).scale
         layers = [self._layer(layer) for layer in model.each_layer(consume)]
-        self._layers = (structs.Layer * len(layers))(*layers)
+        self._layers = (structs.LayerStruct * len(layers))(*layers)
         for index, used in self._used.items():
             self._layers[index].experts_used = used.data_ptr()
         self._arguments = self._fill(model, attention)
         self._arguments.attention_scale = scale
 
-    def run(self, step: Pass, layers: Sequence[Tensor], page_size: int) -> Tensor:
+    def run(self, step: NativePass, layers: Sequence[Tensor], page_size: int) -> Tensor:
         """Runs a pass and writes `layers`, the cache [rows, W] of each layer, float32 or bfloat16.
 
         Returns float32 logits [N, V]. Raises MemoryError where scratch memory is short.
@@ -120,9 +120,9 @@ class NativeModel:
         structs.set_choice(arguments, routing)
         return arguments
 
-    def _layer(self, layer: Layer) -> structs.Layer:
+    def _layer(self, layer: Layer) -> structs.LayerStruct:
         attention = _latent(layer)
-        struct = structs.Layer(
+        struct = structs.LayerStruct(
             attention_norm=self._floats(layer.attention_norm_D),
             latent_norm=self._floats(attention.latent_norm_R),
             block_norm=self._floats(layer.block_norm_D),
@@ -189,7 +189,7 @@ def _latent(layer: Layer) -> LatentAttention:
     return layer.attention
 
 
-def _cache(step: Pass, rows: Tensor, page_size: int) -> structs.Cache:
+def _cache(step: NativePass, rows: Tensor, page_size: int) -> structs.Cache:
     return structs.Cache(
         None,
         int(rows.dtype == torch.bfloat16),

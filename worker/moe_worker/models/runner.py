@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_worker.kvcache.paged import PagedCache
 from moe_worker.models.batch import Batch
 from moe_worker.models.deepseek import DeepseekModel
-from moe_worker.models.native import NativeCounter, NativeModel, Pass
+from moe_worker.models.native import NativeCounter, NativeModel, NativePass
 
 
 class Counter(Protocol):
@@ -71,7 +71,7 @@ class NativeRunner:
     def logits(self, batch: Batch, cache: PagedCache, rows: Sequence[int]) -> Tensor:
         """[N, V]."""
         starts = [0, *accumulate(segment.count for segment in batch.segments)]
-        step = Pass(
+        step = NativePass(
             tokens_T=batch.tokens_T,
             positions_T=batch.positions_T,
             rows_T=batch.rows_T,

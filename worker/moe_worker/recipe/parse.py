@@ -82,7 +82,7 @@ KINDS: dict[str, type[Finetune]] = {
 
 
 @dataclass(frozen=True)
-class Step:
+class RecipeStep:
     """One step: its kind, what it was given, and what differs from the recipe's training."""
 
     kind: str
@@ -98,7 +98,7 @@ class Recipe:
     out: Path
     data: Path
     valid: Path
-    steps: tuple[Step, ...]
+    steps: tuple[RecipeStep, ...]
     seed: int = 0
     device: str = "auto"
     training: Training = field(default_factory=Training)
@@ -125,7 +125,7 @@ def read_recipe(path: Path) -> Recipe:
     return recipe
 
 
-def _step(values: Any, where: str, folder: Path, shared: Training) -> Step:
+def _step(values: Any, where: str, folder: Path, shared: Training) -> RecipeStep:
     entry = _mapping(values, where)
     if len(entry) != 1:
         raise SettingsError(f"{where} must have one key, one of {', '.join(KINDS)}, with the step's settings")
@@ -136,7 +136,7 @@ def _step(values: Any, where: str, folder: Path, shared: Training) -> Step:
     own = {key: given.pop(key) for key in list(given) if key in _names(Training)}
     merged = {name: getattr(shared, name) for name in _names(Training)} | own
     what = _build(KINDS[kind], given, f"{where}.{kind}", folder, also=_names(Training))
-    return Step(kind, what, _build(Training, merged, f"{where}.{kind}", folder))
+    return RecipeStep(kind, what, _build(Training, merged, f"{where}.{kind}", folder))
 
 
 def _check_order(recipe: Recipe, path: Path) -> None:

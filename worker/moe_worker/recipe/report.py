@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moe_worker.bench.measure import Load, measure
+from moe_worker.bench.measure import Workload, measure
 from moe_worker.config.directory import read_checkpoint_config
 from moe_worker.config.engine import EngineOptions
 from moe_worker.config.quality import QUALITY_FILE
@@ -26,7 +26,7 @@ KIND_OF = {
 
 
 @dataclass(frozen=True)
-class Row:
+class ReportRow:
     """One step. Bytes are those of model.safetensors by kind; they lie in memory as they lie on disk."""
 
     step: str
@@ -43,14 +43,14 @@ class Row:
         return sum(self.nbytes.values())
 
 
-def describe_step(step: str, folder: Path, bits_per_byte: float, threads: int | None) -> Row:
+def describe_step(step: str, folder: Path, bits_per_byte: float, threads: int | None) -> ReportRow:
     """Reads a checkpoint's sizes and measures how fast it decodes here, one sequence at a time."""
     config = read_checkpoint_config(folder)
     kinds: Counter[str] = Counter({VALUES: 0, POSITIONS: 0, SCALES: 0, DENSE: 0})
     for name, tensor in stored_tensors(folder).items():
         kinds[KIND_OF.get(name.rpartition(".")[2], DENSE)] += tensor.nbytes
     speed = decode_speed(folder, threads)
-    return Row(
+    return ReportRow(
         step,
         str(folder),
         bits_per_byte,
@@ -74,11 +74,11 @@ def decode_speed(folder: Path, threads: int | None) -> float:
         threads=threads,
     )
     loaded = load(folder, options, progress=True)
-    result = measure(loaded, options, Load(prompt=16, tokens=32, rounds=3), 1, lambda: None)
+    result = measure(loaded, options, Workload(prompt=16, tokens=32, rounds=3), 1, lambda: None)
     return result.decode_tokens_per_s
 
 
-def write_report(out: Path, rows: list[Row]) -> Path:
+def write_report(out: Path, rows: list[ReportRow]) -> Path:
     """Writes report.json, quality.png, bytes.png and report.md; returns the last."""
     write_text(out / "report.json", json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     _plot(out, rows)
@@ -91,7 +91,7 @@ def write_report(out: Path, rows: list[Row]) -> Path:
     return out / "report.md"
 
 
-def markdown(rows: list[Row]) -> str:
+def markdown(rows: list[ReportRow]) -> str:
     """The report's text."""
     first, lines = rows[0], []
     for row in rows:
@@ -122,7 +122,7 @@ The compressed checkpoint is in `{folder}`.
 """  # noqa: E501 - a table's row is one line
 
 
-def _plot(out: Path, rows: list[Row]) -> None:
+def _plot(out: Path, rows: list[ReportRow]) -> None:
     from matplotlib.figure import Figure  # noqa: PLC0415 - takes a second; only the end draws
 
     names = [row.step for row in rows]

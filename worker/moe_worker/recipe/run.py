@@ -15,7 +15,7 @@ from moe_worker.config.model import parse_model_config
 from moe_worker.engine.loading import choose_device
 from moe_worker.errors import InputError, SettingsError, WorkerError
 from moe_worker.files import copy_file, digest, make_folder, write_text
-from moe_worker.recipe.parse import Prune, Quantize, Recipe, Sparsify, Step
+from moe_worker.recipe.parse import Prune, Quantize, Recipe, RecipeStep, Sparsify
 from moe_worker.train.compression import Compression
 from moe_worker.train.corpus import read_corpus
 from moe_worker.train.data import WindowSampler, read_documents, read_tokenizer
@@ -23,7 +23,7 @@ from moe_worker.train.metrics import METRICS_FILE, read_rows, scores
 from moe_worker.train.model import TrainingModel
 from moe_worker.train.prune import prune_checkpoint
 from moe_worker.train.settings import TrainSettings
-from moe_worker.train.sizes import Sizes
+from moe_worker.train.sizes import ModelSizes
 from moe_worker.train.state import read_tensors
 from moe_worker.train.teacher import check_teacher
 from moe_worker.train.trainer import TrainingRun, train
@@ -64,7 +64,7 @@ def check_recipe(recipe: Recipe) -> None:
         if isinstance(step.what, Prune):
             goal = _goal(config, step.what)
             with _naming(where):
-                Sizes.of(config).check(goal, config)
+                ModelSizes.of(config).check(goal, config)
             config = goal.write(config)
         with _naming(where):
             _check_shape(recipe, step, config)
@@ -79,14 +79,14 @@ def _naming(where: str) -> Iterator[None]:
         raise SettingsError(f"{where}: {error}") from error
 
 
-def _check_shape(recipe: Recipe, step: Step, config: dict[str, object]) -> None:
+def _check_shape(recipe: Recipe, step: RecipeStep, config: dict[str, object]) -> None:
     """Builds the compression of a step over a model without memory."""
     with torch.device("meta"):
         model = TrainingModel(parse_model_config(config, str(recipe.model)), dropout=0.0)
         Compression(model, _settings(recipe, step, recipe.model, recipe.out, "none"))
 
 
-def _check_teacher(recipe: Recipe, step: Step, config: dict[str, object]) -> None:
+def _check_teacher(recipe: Recipe, step: RecipeStep, config: dict[str, object]) -> None:
     """One that an earlier step makes is checked when it is there."""
     teacher = step.what.teacher
     if teacher is None or (teacher.is_relative_to(recipe.out) and not teacher.exists()):
@@ -96,7 +96,7 @@ def _check_teacher(recipe: Recipe, step: Step, config: dict[str, object]) -> Non
     check_teacher(teacher, tokenizer, size if step.what.hidden_share else None)
 
 
-def _settings(recipe: Recipe, step: Step, source: Path, out: Path, pattern: str) -> TrainSettings:
+def _settings(recipe: Recipe, step: RecipeStep, source: Path, out: Path, pattern: str) -> TrainSettings:
     """The training that a step is."""
     what = step.what
     settings = TrainSettings(
@@ -133,7 +133,7 @@ def _settings(recipe: Recipe, step: Step, source: Path, out: Path, pattern: str)
     return settings
 
 
-def _run_step(recipe: Recipe, step: Step, source: Path, made: Path, pattern: str) -> float:
+def _run_step(recipe: Recipe, step: RecipeStep, source: Path, made: Path, pattern: str) -> float:
     """Makes the step's folder, or finds it made from the same inputs; returns its bits per byte."""
     _claim(made, {"step": asdict(step), **_inputs(recipe, source, step)}, step.kind)
     if (made / DONE).exists():
@@ -161,7 +161,7 @@ def _claim(made: Path, inputs: dict[str, object], kind: str) -> None:
     write_text(made / INPUTS, json.dumps(key, indent=2))
 
 
-def _inputs(recipe: Recipe, source: Path, step: Step | None = None) -> dict[str, str | int | None]:
+def _inputs(recipe: Recipe, source: Path, step: RecipeStep | None = None) -> dict[str, str | int | None]:
     """Inputs of a result in addition to its step's settings: files, by their content."""
     teacher = step.what.teacher if step else None
     return {
@@ -173,12 +173,12 @@ def _inputs(recipe: Recipe, source: Path, step: Step | None = None) -> dict[str,
     }
 
 
-def prune_step(recipe: Recipe, step: Step, what: Prune, source: Path, made: Path) -> Path:
+def prune_step(recipe: Recipe, step: RecipeStep, what: Prune, source: Path, made: Path) -> Path:
     """Rounds of cutting and fine-tuning below `made`; returns the last one's folder. Raises WorkerError."""
     start = read_json(source / "config.json")
     goal = _goal(start, what)
     for number in range(1, what.rounds + 1):
-        sizes = Sizes.of(start).towards(goal, number / what.rounds, start)
+        sizes = ModelSizes.of(start).towards(goal, number / what.rounds, start)
         cut, tuned = made / f"round-{number}-cut", made / f"round-{number}"
         if not (cut / "config.json").exists():  # written last
             prune_checkpoint(source, cut, sizes, _sampler(recipe, step, source), what.batches)
@@ -190,13 +190,13 @@ def prune_step(recipe: Recipe, step: Step, what: Prune, source: Path, made: Path
     return source
 
 
-def _goal(config: dict[str, object], what: Prune) -> Sizes:
-    now = Sizes.of(config)
-    named = {entry.name: getattr(what, entry.name) for entry in fields(Sizes)}
+def _goal(config: dict[str, object], what: Prune) -> ModelSizes:
+    now = ModelSizes.of(config)
+    named = {entry.name: getattr(what, entry.name) for entry in fields(ModelSizes)}
     return replace(now, **{name: value for name, value in named.items() if value is not None})
 
 
-def _sampler(recipe: Recipe, step: Step, source: Path) -> WindowSampler:
+def _sampler(recipe: Recipe, step: RecipeStep, source: Path) -> WindowSampler:
     settings = _settings(recipe, step, source, recipe.out, "none")
     vocabulary = int(read_json(source / "config.json")["vocab_size"])
     stream_N = torch.from_numpy(read_corpus(replace(settings, valid=None), vocabulary).stream_N)

@@ -71,7 +71,7 @@ class Sampling:
 
 
 @dataclass
-class Batch:
+class SamplingBatch:
     """Rows to choose for together, `step` times so far.
 
     indices_B: int64, the number of the token that each row gets next.
@@ -112,14 +112,16 @@ class Batch:
             row.generated += 1
 
 
-def build(names: Sequence[int], rows: Sequence[Row], counts: TokenCounts, device: torch.device) -> Batch:
+def build(
+    names: Sequence[int], rows: Sequence[Row], counts: TokenCounts, device: torch.device
+) -> SamplingBatch:
     """The batch of `rows`, which belong to the sequences `names`; `counts` hold the tokens to penalize."""
     wanted = [(number, row.parameters.logprobs) for number, row in enumerate(rows)]
     asked = [(number, most) for number, most in wanted if most is not None]
     penalized = [
         (number, row.counted, row.parameters) for number, row in enumerate(rows) if row.counted is not None
     ]
-    return Batch(
+    return SamplingBatch(
         names=tuple(names),
         rows=tuple(rows),
         indices_B=to_device((row.generated for row in rows), torch.int64, device),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_worker.sampling.adjust import TokenCounts
-from moe_worker.sampling.batch import Batch, Row, build
+from moe_worker.sampling.batch import Row, SamplingBatch, build
 from moe_worker.sampling.draw import draw, masses
 from moe_worker.sampling.logprobs import TokenLogprobs
 from moe_worker.sampling.parameters import SamplingParameters
@@ -81,7 +81,7 @@ class Sampler:
         self._ends = frozenset(ends)
         self._rows: dict[int, Row] = {}
         self._counts = TokenCounts(vocab_size, device)
-        self._batch: Batch | None = None
+        self._batch: SamplingBatch | None = None
 
     @torch.inference_mode()
     def admit(
@@ -124,7 +124,7 @@ class Sampler:
         return sampled
 
 
-def sample(logits_BV: Tensor, batch: Batch) -> Sampled:
+def sample(logits_BV: Tensor, batch: SamplingBatch) -> Sampled:
     """One token for each row. Rows of temperature 0 take the first of their likeliest tokens."""
     scores_BV = logits_BV.float()
     if batch.adjusts:
@@ -145,7 +145,7 @@ def sample(logits_BV: Tensor, batch: Batch) -> Sampled:
     return Sampled(tokens_B, failed_B, _logprobs(logits_BV, tokens_B, batch))
 
 
-def _logprobs(logits_BV: Tensor, tokens_B: Tensor, batch: Batch) -> Logprobs | None:
+def _logprobs(logits_BV: Tensor, tokens_B: Tensor, batch: SamplingBatch) -> Logprobs | None:
     """Of the model's own distribution, as vLLM's `raw_logprobs`: what was asked of it changes nothing."""
     if not batch.wanted:
         return None

@@ -13,7 +13,7 @@ from moe_worker.engine.requests import FinishReason
 from moe_worker.errors import EngineDiedError, QueueFullError, RequestError, WorkerError
 from moe_worker.sampling.logprobs import TokenLogprobs
 from moe_worker.sampling.parameters import Violation
-from moe_worker.service.streams import Chunk
+from moe_worker.service.streams import TextChunk
 
 # Loading takes seconds to minutes, and a drained worker does not return: a frontend tries another one.
 RETRY_ELSEWHERE_S: Final = 1.0
@@ -54,7 +54,7 @@ def of_violations(violations: Sequence[Violation]) -> status_pb2.Status:
 
 
 def of_chunk(
-    chunk: Chunk, usage: inference_pb2.Usage, piece: Callable[[int], bytes]
+    chunk: TextChunk, usage: inference_pb2.Usage, piece: Callable[[int], bytes]
 ) -> inference_pb2.GenerateResponse:
     """The next message of a stream.
 

@@ -29,7 +29,7 @@ from moe_worker.service.streams import Stream
 from moe_worker.service.tracing import describe_request, record_outcome
 from moe_worker.service.validation import (
     Checked,
-    Limits,
+    RequestLimits,
     check_generate,
     defaults_message,
     oversize,
@@ -69,10 +69,10 @@ class Served:
     chat_template: ChatTemplate | None = None
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> RequestLimits:
         """The limits for checking requests."""
         ends = frozenset(self.config.eos_token_ids)
-        return Limits(self.config.vocab_size, self.context_length, ends, self.defaults)
+        return RequestLimits(self.config.vocab_size, self.context_length, ends, self.defaults)
 
 
 @dataclass(frozen=True)

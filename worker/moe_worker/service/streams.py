@@ -10,7 +10,7 @@ from moe_worker.sampling.logprobs import TokenLogprobs
 
 
 @dataclass(frozen=True)
-class Chunk:
+class TextChunk:
     """The next message to the client. `finish_reason` is set on the last one."""
 
     text: str
@@ -93,7 +93,7 @@ class Stream:
         self._error = error
         self._ready.set()
 
-    async def take(self) -> Chunk:
+    async def take(self) -> TextChunk:
         """Everything since the last call; waits for a token or the end. Raises the error given to `fail`."""
         await self._ready.wait()
         if self._error is not None and not self._tokens:
@@ -101,7 +101,7 @@ class Stream:
         if self._error is None:
             self._ready.clear()
         reason = self.timeline.finish_reason
-        chunk = Chunk("".join(self._text), tuple(self._tokens), reason, tuple(self._logprobs))
+        chunk = TextChunk("".join(self._text), tuple(self._tokens), reason, tuple(self._logprobs))
         for gathered in (self._text, self._tokens, self._logprobs):
             gathered.clear()
         return chunk

@@ -20,7 +20,7 @@ OTHER_FIELDS_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """Limits of the served model; `ends` are its end-of-text tokens.
 
     defaults: sampling values of fields that a request does not set.
@@ -45,7 +45,9 @@ class Checked:
     written: tuple[int, ...] = ()
 
 
-def oversize(request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, limits: Limits) -> list[Violation]:
+def oversize(
+    request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, limits: RequestLimits
+) -> list[Violation]:
     """Every field that is longer than any request allows; nothing else is checked then."""
     sampling, given = request.sampling, len(request.resume.tokens)
     elements = {
@@ -105,7 +107,7 @@ def too_many(field: str, most: int) -> Violation:
 
 
 def _oversize_prompt(
-    request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, limits: Limits
+    request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, limits: RequestLimits
 ) -> list[Violation]:
     if request.WhichOneof("input") != "prompt_tokens":
         return oversize_text("prompt", request.prompt, tokenizer, limits.context_length - 1)
@@ -114,7 +116,7 @@ def _oversize_prompt(
 
 
 def check_generate(
-    request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, limits: Limits
+    request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, limits: RequestLimits
 ) -> Checked | list[Violation]:
     """The request for the engine, or all its violations.
 
@@ -166,7 +168,7 @@ def _resume_violations(
     room: int,
     sampling: SamplingParameters,
     tokenizer: Tokenizer,
-    limits: Limits,
+    limits: RequestLimits,
 ) -> list[Violation]:
     """The problem with the tokens at the start of a text of up to `room` tokens."""
     field, ends = "resume.tokens", sampling.end_tokens(limits.ends)
@@ -183,7 +185,7 @@ def _resume_violations(
 
 
 def _prompt(
-    request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, limits: Limits
+    request: inference_pb2.GenerateRequest, tokenizer: Tokenizer, limits: RequestLimits
 ) -> tuple[int, ...] | Violation:
     kind = request.WhichOneof("input")
     if kind is None:

@@ -68,7 +68,7 @@ class Projection(nn.Linear):
         return round_tokens(x.unflatten(-1, (self.parts, -1)), self.piece).flatten(-2)
 
 
-class Attention(nn.Module):
+class TrainingAttention(nn.Module):
     """Multi-head latent attention, keys and values written out."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -182,13 +182,13 @@ class MixtureOfExperts(nn.Module):
         return chosen_TK.view(shape), weight_TK.view(shape), scores_BTE
 
 
-class Layer(nn.Module):
+class TrainingLayer(nn.Module):
     """Attention and feed-forward, each after a norm and with a residual connection."""
 
     def __init__(self, config: ModelConfig, index: int, dropout: float) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = TrainingAttention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         dense = index in config.dense_layers
         self.mlp: FeedForward | MixtureOfExperts = (
@@ -214,7 +214,9 @@ class TrainingModel(nn.Module):
         self.config, self.sequence_share = config, sequence_share
         self.head_loss = self._head_loss
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, i, dropout) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            TrainingLayer(config, i, dropout) for i in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = nn.Dropout(dropout)
         self.lm_head = Projection(config.hidden_size, config.vocab_size)

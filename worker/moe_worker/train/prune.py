@@ -18,22 +18,30 @@ from moe_worker.config.model import parse_model_config
 from moe_worker.progress import bar
 from moe_worker.train.data import WindowSampler, read_tokenizer
 from moe_worker.train.export import save_directory, stored
-from moe_worker.train.model import Attention, FeedForward, Layer, MixtureOfExperts, TrainingModel
+from moe_worker.train.model import (
+    FeedForward,
+    MixtureOfExperts,
+    TrainingAttention,
+    TrainingLayer,
+    TrainingModel,
+)
 from moe_worker.train.names import load_checkpoint_tensors, named_tensors, untied_state
-from moe_worker.train.sizes import Sizes
+from moe_worker.train.sizes import ModelSizes
 from moe_worker.train.state import read_tensors
 
 State = dict[str, Tensor]
 
 
-def prune_checkpoint(source: Path, target: Path, goal: Sizes, sampler: WindowSampler, batches: int) -> None:
+def prune_checkpoint(
+    source: Path, target: Path, goal: ModelSizes, sampler: WindowSampler, batches: int
+) -> None:
     """Writes a smaller checkpoint of the same architecture to the folder `target`.
 
     Importance is measured over the first `batches` batches of `sampler`, on the device of its tokens.
     Raises SettingsError for sizes that cannot be, CheckpointError for a checkpoint that cannot be read.
     """
     config = read_json(source / "config.json")
-    Sizes.of(config).check(goal, config)
+    ModelSizes.of(config).check(goal, config)
     model = TrainingModel(parse_model_config(config, str(source / "config.json")), dropout=0.0)
     load_checkpoint_tensors(model, read_tensors(source / "model.safetensors"))
     model.to(sampler.tokens_N.device)
@@ -61,7 +69,7 @@ def measure(model: TrainingModel, batches: Iterable[tuple[Tensor, Tensor]]) -> I
 
 def _changes(model: TrainingModel) -> State:
     found: State = {}
-    layers = [layer for layer in model.layers if isinstance(layer, Layer)]
+    layers = [layer for layer in model.layers if isinstance(layer, TrainingLayer)]
     found["layers"] = torch.stack([_sum(layer) for layer in layers])
     for index, layer in enumerate(layers):
         found[f"{index}.heads"] = _heads(layer.self_attn)
@@ -75,11 +83,11 @@ def _changes(model: TrainingModel) -> State:
     return found
 
 
-def _sum(layer: Layer) -> Tensor:
+def _sum(layer: TrainingLayer) -> Tensor:
     return torch.stack([change(weight).sum() for weight in layer.parameters() if weight.dim() > 1]).sum()
 
 
-def _heads(attention: Attention) -> Tensor:
+def _heads(attention: TrainingAttention) -> Tensor:
     """By the columns of the output projection, all that a head says: [H]."""
     heads = attention.config.latent.num_attention_heads
     by_head: Tensor = change(attention.o_proj.weight).unflatten(1, (heads, -1))
@@ -95,7 +103,7 @@ def _channels_of(block: FeedForward) -> Tensor:
 
 
 def cut(
-    model: TrainingModel, config: dict[str, Any], importance: Importance, goal: Sizes
+    model: TrainingModel, config: dict[str, Any], importance: Importance, goal: ModelSizes
 ) -> tuple[State, dict[str, Any]]:
     """The state of the smaller model, and its config.json. Dense layers stay: they are the first ones."""
     state = untied_state(model)
@@ -141,7 +149,7 @@ def _cut_block(layer: State, name: str, kept: Tensor) -> State:
 
 
 def _cut_experts(
-    layer: State, config: dict[str, Any], importance: Importance, old: int, goal: Sizes
+    layer: State, config: dict[str, Any], importance: Importance, old: int, goal: ModelSizes
 ) -> State:
     """As many experts of each group as of the others, and of each expert its own best channels."""
     groups, shared = int(config.get("n_group", 1)), int(config["n_shared_experts"])

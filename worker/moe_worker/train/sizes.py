@@ -17,7 +17,7 @@ _KEYS = {
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ModelSizes:
     """Layers; heads and routed experts of a layer; channels of an expert, and of a dense layer.
 
     A shared expert is as wide as `n_shared_experts` routed ones, so it shrinks with their channels.
@@ -30,7 +30,7 @@ class Sizes:
     dense_channels: int
 
     @classmethod
-    def of(cls, config: dict[str, Any]) -> Sizes:
+    def of(cls, config: dict[str, Any]) -> ModelSizes:
         """Those of a parsed config.json of the DeepSeek-V3 family."""
         return cls(**{name: int(config[key]) for name, key in _KEYS.items()})
 
@@ -39,7 +39,7 @@ class Sizes:
         changed = {key: getattr(self, name) for name, key in _KEYS.items()}
         return {**config, **changed, "num_key_value_heads": self.heads}
 
-    def towards(self, goal: Sizes, share: float, config: dict[str, Any]) -> Sizes:
+    def towards(self, goal: ModelSizes, share: float, config: dict[str, Any]) -> ModelSizes:
         """Sizes on the way to `goal` that are possible: experts fill groups, channels come in eights."""
         steps = {"experts": int(config.get("n_group", 1)), "channels": 8, "dense_channels": 8}
         values = {}
@@ -48,9 +48,9 @@ class Sizes:
             step = steps.get(field.name, 1)
             between = now - (now - then) * share
             values[field.name] = then if share >= 1 else max(then, round(between / step) * step)
-        return Sizes(**values)
+        return ModelSizes(**values)
 
-    def check(self, goal: Sizes, config: dict[str, Any]) -> None:
+    def check(self, goal: ModelSizes, config: dict[str, Any]) -> None:
         """Raises SettingsError where a model of these sizes cannot be pruned to `goal`."""
         for name in _KEYS:
             now, then = getattr(self, name), getattr(goal, name)

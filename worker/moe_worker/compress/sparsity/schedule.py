@@ -6,7 +6,7 @@ from enum import Enum
 from moe_worker.compress.sparsity.patterns import QUAD
 
 
-class Phase(Enum):
+class SparsityPhase(Enum):
     """What masks do at a step."""
 
     DENSE = "dense"
@@ -36,18 +36,18 @@ class Schedule:
         """The step from which masks stay as they are."""
         return round(self.steps * (self.dense_share + self.shrink_share))
 
-    def phase(self, step: int) -> Phase:
+    def phase(self, step: int) -> SparsityPhase:
         """What masks do at `step`, counted from 0."""
         if step >= self.first_fixed:
-            return Phase.FIXED
-        return Phase.TIGHTENING if step >= self.first_sparse else Phase.DENSE
+            return SparsityPhase.FIXED
+        return SparsityPhase.TIGHTENING if step >= self.first_sparse else SparsityPhase.DENSE
 
     def kept_at(self, step: int) -> float:
         """Weights that a quad keeps at `step`, on average: from 4 to `kept` along a cubic.
 
         Source: Zhu and Gupta, arXiv 1710.01878: much goes early, while the rest can still make up for it.
         """
-        if self.phase(step) is Phase.FIXED:
+        if self.phase(step) is SparsityPhase.FIXED:
             return float(self.kept)
         left = (self.first_fixed - step) / max(1, self.first_fixed - self.first_sparse)
         return self.kept + (QUAD - self.kept) * min(1.0, left) ** 3

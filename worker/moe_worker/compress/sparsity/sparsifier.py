@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_worker.compress.sparsity.patterns import QUAD, mask_keeping
-from moe_worker.compress.sparsity.schedule import Phase, Schedule
+from moe_worker.compress.sparsity.schedule import Schedule, SparsityPhase
 from moe_worker.errors import SettingsError
 
 Saliency = Literal["magnitude", "gradient"]
@@ -56,7 +56,7 @@ class Sparsifier(nn.Module):
 
     def needs_gradients(self, step: int) -> bool:
         """Whether `observe` must see the gradients of this step."""
-        return self.saliency == "gradient" and self.schedule.phase(step) is not Phase.FIXED
+        return self.saliency == "gradient" and self.schedule.phase(step) is not SparsityPhase.FIXED
 
     @torch.no_grad()
     def update(self, step: int, weights: Mapping[str, Tensor]) -> None:
@@ -81,9 +81,9 @@ class Sparsifier(nn.Module):
         it may come back; once they are fixed, it gets none. Source: Zhou et al., arXiv 2102.04010.
         """
         phase = self.schedule.phase(step)
-        if phase is Phase.DENSE:
+        if phase is SparsityPhase.DENSE:
             return dict(weights)
-        if phase is Phase.FIXED:
+        if phase is SparsityPhase.FIXED:
             return {name: weight * mask for weight, (name, mask) in self._pairs(weights)}
         return {name: weight - (weight * ~mask).detach() for weight, (name, mask) in self._pairs(weights)}
 

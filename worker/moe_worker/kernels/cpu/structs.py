@@ -121,7 +121,7 @@ class AttendArguments(Structure):
     ]
 
 
-class Layer(Structure):
+class LayerStruct(Structure):
     """MoeLayer."""
 
     _fields_ = [
