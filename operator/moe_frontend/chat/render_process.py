@@ -1,24 +1,21 @@
-"""Renders chat templates, one job after the other, in a process that may not do much else.
+"""Renders chat templates, in a process of its own (`moe_api.child`).
 
 Templates are programs of whoever made the checkpoint. The sandbox keeps them from Python's internals, but not
-from endless loops or from texts that fill the memory: the parent bounds the time, and the kernel the memory.
+from endless loops or from texts that fill the memory.
 
-Jobs arrive on standard input and results leave on standard output, each as JSON after its length in four
-bytes. MessagePack has no integers beyond 64 bits, which schemas of tools may hold.
+Jobs and results are JSON: MessagePack has no integers beyond 64 bits, which schemas of tools may hold.
 """
 
 import functools
-import resource
-import sys
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import jinja2
 import msgspec
 
+from moe_api import child
 from moe_frontend.chat.environment import TemplateFailureError, compile_template, render
 
 MEMORY_MOST: Final = 512 * 2**20
-LENGTH_BYTES: Final = 4
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -36,24 +33,12 @@ class Result(msgspec.Struct, frozen=True):
     error: str = ""
 
 
-def main() -> None:
-    """Serves the parent until it closes the standard input."""
-    _limit()
-    decoder = msgspec.json.Decoder(Job)
-    while job := read_frame(sys.stdin.buffer):
-        write_frame(sys.stdout.buffer, msgspec.json.encode(_result(decoder.decode(job))))
+_DECODER: Final = msgspec.json.Decoder(Job)
 
 
-def read_frame(file: BinaryIO) -> bytes:
-    """The next frame; empty at the end."""
-    head = file.read(LENGTH_BYTES)
-    return file.read(int.from_bytes(head, "big")) if len(head) == LENGTH_BYTES else b""
-
-
-def write_frame(file: BinaryIO, payload: bytes) -> None:
-    """Writes one frame."""
-    file.write(len(payload).to_bytes(LENGTH_BYTES, "big") + payload)
-    file.flush()
+def answer(question: bytes) -> bytes:
+    """The result of a job."""
+    return msgspec.json.encode(_result(_DECODER.decode(question)))
 
 
 def _result(job: Job) -> Result:
@@ -70,15 +55,5 @@ def _compiled(template: str) -> jinja2.Template:
     return compile_template(template)
 
 
-def _limit() -> None:
-    """No memory beyond the bound, no files written, no processes."""
-    for kind, most in (
-        (resource.RLIMIT_AS, MEMORY_MOST),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        resource.setrlimit(kind, (most, most))
-
-
 if __name__ == "__main__":
-    main()
+    child.serve(answer, MEMORY_MOST)

@@ -9,12 +9,12 @@ from opentelemetry import trace
 
 from moe_api.inference.v1 import inference_pb2
 from moe_frontend.chat.parsing import Parser, Piece, ToolCall
-from moe_frontend.chat.renderer import Renderer, RenderError
+from moe_frontend.chat.renderer import Renderer, RendererBusyError, RendererNotStartedError, RenderError
 from moe_frontend.discovery.endpoints import Served
 from moe_frontend.http import answers, sampling
 from moe_frontend.http.answers import Chat, ChatChoice, ChatLogprobs, ChatMessage, ChunkChoice, Delta
 from moe_frontend.http.conversation import Conversation, most_tokens, top_logprobs
-from moe_frontend.http.errors import OVERLOADED, ApiError
+from moe_frontend.http.errors import OVERLOADED, SERVER_ERROR, ApiError
 from moe_frontend.http.events import EventStream
 from moe_frontend.http.exchange import Answering, Exchange
 from moe_frontend.http.logprobs import chat_logprobs
@@ -34,9 +34,11 @@ async def render(renderer: Renderer, asked: Conversation) -> str:
     """
     try:
         return await renderer.render(asked.template, asked.variables, PROMPT_MOST)
+    except RendererBusyError as error:
+        raise ApiError(429, str(error), OVERLOADED, code="queue_full", retry_after_s=1.0) from None
+    except RendererNotStartedError as error:
+        raise ApiError(503, str(error), SERVER_ERROR, code="unavailable", retry_after_s=1.0) from None
     except RenderError as error:
-        if error.busy:
-            raise ApiError(429, str(error), OVERLOADED, code="queue_full", retry_after_s=1.0) from None
         raise ApiError(400, str(error), param="messages") from None
 
 

@@ -10,7 +10,7 @@ from moe_frontend.chat.parsing import ToolFormat, thinks, tool_format
 from moe_frontend.discovery.endpoints import Served
 from moe_frontend.http.bodies import check_depth
 from moe_frontend.http.errors import ApiError, invalid
-from moe_frontend.http.schemas import ChatRequest, Message, TextPart
+from moe_frontend.http.schemas import ChatRequest, Message, MessageToolCall, TextPart
 
 _TEXT_MOST: Final = 64
 
@@ -138,8 +138,12 @@ def _message(message: Message) -> dict[str, Any]:
         if value is not None:
             fields[name] = value
     if message.tool_calls:
-        fields["tool_calls"] = msgspec.to_builtins(message.tool_calls)
+        fields["tool_calls"] = [_call(call) for call in message.tool_calls]
     return fields
+
+
+def _call(call: MessageToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": call.type, "function": msgspec.to_builtins(call.function)}
 
 
 def _content(content: str | list[TextPart] | None) -> str | None:

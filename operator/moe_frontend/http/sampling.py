@@ -19,6 +19,8 @@ _SAME: Final = (
     "min_tokens",
 )
 _SEEDS: Final = 2**64
+_ALL: Final = -1
+"""What vLLM's clients send as `top_k` to keep all tokens."""
 
 
 def parameters(
@@ -33,6 +35,8 @@ def parameters(
         logprobs: log-probabilities to send for each token; None: none at all.
     """
     given: dict[str, Any] = {name: getattr(request, name) for name in _SAME}
+    if given["top_k"] == _ALL:
+        given["top_k"] = 0
     if given["temperature"] is None and not samples:
         given["temperature"] = 1.0
     message = inference_pb2.SamplingParameters(max_tokens=most_tokens, logprobs=logprobs, **given)

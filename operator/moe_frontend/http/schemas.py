@@ -15,6 +15,7 @@ CHOICES_MOST: Final = 128
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 _Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+_TopK = Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)]
 _Choices = Annotated[int, msgspec.Meta(ge=1, le=CHOICES_MOST)]
 _Seed = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 _Bias = Annotated[float, msgspec.Meta(ge=-100, le=100)]
@@ -44,7 +45,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     logit_bias: dict[TokenId, _Bias] | None = None
     seed: _Seed | None = None
     # Extensions that other servers of open models have under the same names.
-    top_k: _Count | None = None
+    top_k: _TopK | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     stop_token_ids: list[TokenId] | None = None
@@ -83,11 +84,12 @@ class FunctionCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class MessageToolCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A call that an assistant made."""
+    """A call that an assistant made. index: as chunks of a stream have it; without meaning in a request."""
 
     id: str
     function: FunctionCall
     type: Literal["function"] = "function"
+    index: _Ignored = _Ignored()
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -105,12 +107,12 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class FunctionDefinition(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """parameters: a JSON Schema."""
+    """parameters: a JSON Schema. Fields that are null are left out, as clients mean it."""
 
     name: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
-    description: str | msgspec.UnsetType = msgspec.UNSET
-    parameters: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
-    strict: bool | msgspec.UnsetType | None = msgspec.UNSET
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
 
 
 class Tool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

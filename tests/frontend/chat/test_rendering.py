@@ -7,7 +7,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from moe_frontend.chat.environment import TemplateFailureError, compile_template, render
-from moe_frontend.chat.renderer import Renderer, RenderError
+from moe_frontend.chat.renderer import Renderer, RendererNotStartedError, RenderError
 from tests.frontend.chat.templates import TEMPLATES
 
 TOOLS = [
@@ -131,14 +131,13 @@ async def test_a_caller_that_leaves_takes_its_process_along():
 
 async def test_an_idle_process_that_was_killed_costs_no_conversation(renderer):
     assert await rendered(renderer, "{{ 1 }}") == "1"
-    for process in renderer._idle:
-        process.inner.kill()
-        await process.inner.wait()
+    for child in renderer._pool._idle:
+        child.process.kill()
+        await child.process.wait()
     assert await rendered(renderer, "{{ 2 }}") == "2"
 
 
 async def test_a_process_that_does_not_start_is_said(monkeypatch):
     monkeypatch.setattr("moe_frontend.chat.renderer._MODULE", "moe_frontend.chat.missing")
-    with pytest.raises(RenderError, match="does not start; try later") as caught:
+    with pytest.raises(RendererNotStartedError, match="does not start; try later"):
         await rendered(Renderer(), "{{ 1 }}")
-    assert caught.value.busy

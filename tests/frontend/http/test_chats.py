@@ -88,10 +88,19 @@ async def test_openais_client_gets_the_calls_of_tools(http):
     messages = [USER, final.choices[0].message.model_dump(exclude_none=True, exclude={"parsed"})]
     for made in messages[1]["tool_calls"]:
         made["function"].pop("parsed_arguments", None)
-        made.pop("index", None)
     messages.append({"role": "tool", "content": "42", "tool_call_id": messages[1]["tool_calls"][0]["id"]})
     await h.openai.chat.completions.create(**asked | {"messages": messages})
     assert "<tool_response>\n42\n</tool_response>" in h.bench.workers[0].asked[-1].prompt
+
+
+async def test_fields_that_clients_send_without_a_value_change_nothing(http):
+    h = await chatting(http, says=["x"])
+    function = {"name": "f", "description": None, "parameters": None, "strict": None}
+    assert (await chat(h, tools=[{"type": "function", "function": function}], top_k=-1)).status_code == 200
+    asked = h.bench.workers[0].asked[-1]
+    assert '{"type": "function", "function": {"name": "f"}}' in asked.prompt
+    assert asked.sampling.top_k == 0
+    assert (await chat(h, top_k=-2)).status_code == 400
 
 
 async def test_without_tools_the_marks_of_calls_are_content(http):
