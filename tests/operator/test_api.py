@@ -165,42 +165,57 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"scaling": {"maxReplicas": 2, "priorRequestsPerSecond": -1}},
         "priorRequestsPerSecond is a number above 0",
     ),
-    "budget step": (
+    "limit step": (
+        {"scaling": {"maxReplicas": 2, "gpuLimit": "1250m"}},
+        "gpuLimit is a quantity of GPUs from 500m to 100k, in steps of 500m",
+    ),
+    "limit below the minimum": (
+        {
+            "scaling": {"minReplicas": 3, "maxReplicas": 4, "gpuLimit": 1},
+            "worker": {"acceleratorPercentage": 50, "acceleratorResource": "nvidia.com/gpu.shared"},
+        },
+        "scaling.gpuLimit does not allow scaling.minReplicas",
+    ),
+    "deprecated budget step": (
         {"scaling": {"maxReplicas": 2, "gpuBudget": 1.25}},
         "gpuBudget is a number of GPUs of 0.5 or more, in steps of 0.5",
     ),
-    "budget below the minimum": (
+    "deprecated budget below the minimum": (
         {
             "scaling": {"minReplicas": 2, "maxReplicas": 4, "gpuBudget": 1},
             "worker": {"acceleratorFraction": 1},
         },
-        "scaling.gpuBudget does not hold scaling.minReplicas",
+        "scaling.gpuLimit does not allow scaling.minReplicas",
     ),
+    "loss": ({"quality": {"maxLoss": "101"}}, "maxLoss is a quantity of bits per byte from 0 to 100"),
+    "no loss": ({"quality": {}}, "maxLoss is required"),
     "hold": ({"scaling": {"maxReplicas": 2, "holdSeconds": 0}}, "holdSeconds is a number of seconds from 1"),
     "mode": ({"scaling": {"maxReplicas": 2, "mode": "On"}}, 'supported values: "Auto", "Advisory", "Off"'),
-    "fraction": ({"worker": {"acceleratorFraction": 0.25}}, "acceleratorFraction is 0.5 or 1"),
-    "half of what": ({"worker": {"acceleratorFraction": 0.5}}, "0.5 needs acceleratorResource"),
+    "percentage": ({"worker": {"acceleratorPercentage": 25}}, "acceleratorPercentage is 50 or 100"),
+    "deprecated fraction": ({"worker": {"acceleratorFraction": 0.25}}, "acceleratorFraction is 0.5 or 1"),
+    "half of what": ({"worker": {"acceleratorPercentage": 50}}, "50 needs acceleratorResource"),
+    "deprecated half of what": ({"worker": {"acceleratorFraction": 0.5}}, "50 needs acceleratorResource"),
     "resource alone": (
         {"worker": {"acceleratorResource": "nvidia.com/gpu.shared"}},
-        "acceleratorResource says nothing without acceleratorFraction",
+        "acceleratorResource has no effect without acceleratorPercentage",
     ),
     "gpu twice": (
-        {"worker": {"acceleratorFraction": 1, "resources": {"limits": {"nvidia.com/gpu": 1}}}},
-        "acceleratorFraction asks for the GPU: take it out of resources.limits",
+        {"worker": {"acceleratorPercentage": 100, "resources": {"limits": {"nvidia.com/gpu": 1}}}},
+        "acceleratorPercentage requests the GPU: remove it from resources.limits",
     ),
     "halves of a pipeline": (
         {
-            "worker": {"acceleratorFraction": 0.5, "acceleratorResource": "nvidia.com/gpu.shared"},
+            "worker": {"acceleratorPercentage": 50, "acceleratorResource": "nvidia.com/gpu.shared"},
             "parallelism": {"pipeline": 2},
         },
-        "acceleratorFraction 0.5 is for replicas of one worker: set parallelism.pipeline",
+        "acceleratorPercentage 50 is for replicas of one worker: set parallelism.pipeline",
     ),
     "halves of experts": (
         {
-            "worker": {"acceleratorFraction": 0.5, "acceleratorResource": "nvidia.com/gpu.shared"},
+            "worker": {"acceleratorPercentage": 50, "acceleratorResource": "nvidia.com/gpu.shared"},
             "parallelism": {"expert": {"size": 2}},
         },
-        "acceleratorFraction 0.5 is for replicas of one worker: set parallelism.pipeline",
+        "acceleratorPercentage 50 is for replicas of one worker: set parallelism.pipeline",
     ),
     "a rollout that cannot": (
         {"rollout": {"maxSurge": 0, "maxUnavailable": 0}},
@@ -280,9 +295,10 @@ def test_kubectl_scale_is_refused_where_scaling_decides(crd):
 
 
 def test_half_a_gpu_is_taken(crd):
-    worker = {"acceleratorFraction": 0.5, "acceleratorResource": "nvidia.com/mig-3g.40gb"}
-    crd.apply(manifest(worker=worker, scaling={"maxReplicas": 4, "gpuBudget": 1.5}))
-    assert crd.get("moed", "docs")["spec"]["worker"]["acceleratorFraction"] == 0.5
+    worker = {"acceleratorPercentage": 50, "acceleratorResource": "nvidia.com/mig-3g.40gb"}
+    crd.apply(manifest(worker=worker, scaling={"maxReplicas": 4, "gpuLimit": "1500m"}))
+    found = parse(crd.get("moed", "docs")).spec
+    assert (found.worker.gpus, found.scaling.gpus_most) == (0.5, 1.5)
 
 
 def test_everything_that_can_be_set_is_taken_and_kept(crd):

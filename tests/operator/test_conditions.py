@@ -12,10 +12,12 @@ from moe_operator.executor.execute import event
 from moe_operator.planner.plan import invalid, refused, transitions
 from moe_operator.planner.problems import of_pod
 from moe_operator.render.objects import Key
-from moe_operator.resources import names
+from moe_operator.resources import names, quantity
+from moe_operator.resources.deprecated import as_quantity
 from moe_operator.resources.scaling_status import ScalingStatus
 from moe_operator.resources.status import (
     ACTIVE,
+    DEPRECATED_FIELDS,
     MODEL_LOADED,
     PROGRESSING,
     READY,
@@ -396,7 +398,7 @@ def test_what_is_refused_or_invalid_is_stalled():
 
 
 def test_the_order_of_conditions_says_nothing():
-    status = settled(quality={"maxBitsPerByteIncrease": 0.01}).status
+    status = settled(quality={"maxLoss": "10m"}).status
     turned = status.model_copy(update={"conditions": status.conditions[::-1]})
     assert turned != status
     assert turned.same_as(status)
@@ -437,3 +439,24 @@ def test_what_the_api_server_passes_on_acts_on_no_terminal_and_is_bounded():
         made = event(world.deployment.identity, told, world.now)
         assert made["message"].startswith("denied by webhook: \\x1b[2J xxx")
         assert len(made["message"]) <= 1024
+
+
+def test_a_deprecated_field_is_announced_once_with_what_replaces_it():
+    before = settled(rollout={"pause": False}).status
+    found = before.condition(DEPRECATED_FIELDS)
+    assert (found.status, found.reason) == ("True", "DeprecatedFieldUsed")
+    assert found.message == "spec.rollout.pause is deprecated; replace it with spec.rollout.paused: false"
+    (told,) = [one for one in transitions(Status(), before) if one.reason == found.reason]
+    assert told.warning
+    assert transitions(before, before) == []
+    assert kstatus([body(settled(rollout={"pause": False}))]) == ["Current"]
+    assert settled(rollout={"paused": False}).status.condition(DEPRECATED_FIELDS) is None
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(6.0, "6"), (1.5, "1500m"), (0.005, "5m"), (1e-7, "100n"), (2e6, "2000000"), (0.0, "0")],
+)
+def test_a_float_is_advised_as_an_equal_quantity(number, text):
+    assert as_quantity(number) == text
+    assert float(quantity.parse(text)) == number

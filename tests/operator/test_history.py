@@ -22,7 +22,7 @@ from tests.operator import manifests_at_random
 from tests.operator.by_hand import COLLECTION, Api
 from tests.operator.worlds import deployment, settled
 
-QUALITY = {"maxBitsPerByteIncrease": 0.005}
+QUALITY = {"maxLoss": "5m"}
 
 
 def parsed(spec):

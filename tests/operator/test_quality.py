@@ -8,7 +8,7 @@ WORSE = "quality gate: the checkpoint needs 1.0200 bits per byte, its original 1
 
 
 def gated(**quality):
-    return deployment(quality={"maxBitsPerByteIncrease": 0.01, **quality})
+    return deployment(quality={"maxLoss": "10m", **quality})
 
 
 def test_the_worker_is_told_the_bound_and_the_text():

@@ -98,7 +98,7 @@ def test_zero_replicas_by_scaling_promise_that_a_request_brings_one():
 def test_half_a_gpu_is_a_piece_of_its_resource():
     half = deployment(
         worker={
-            "acceleratorFraction": 0.5,
+            "acceleratorPercentage": 50,
             "acceleratorResource": "nvidia.com/gpu.shared",
             "resources": {"limits": {"memory": "8Gi"}},
         }

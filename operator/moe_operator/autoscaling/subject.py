@@ -72,5 +72,5 @@ def scaling_spec(spec: Spec, wanted: Scaling) -> ScalingSpec:
         max_replicas=wanted.max_replicas,
         capacity_prior=60.0 * prior,
         gpus_per_replica=workers * spec.worker.gpus,
-        gpu_budget=wanted.gpu_budget,
+        gpu_limit=wanted.gpus_most,
     )

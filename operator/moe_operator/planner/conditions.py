@@ -14,6 +14,7 @@ from moe_operator.planner.state import State
 from moe_operator.resources.status import (
     ACTIVE,
     COMPLETE,
+    DEPRECATED_FIELDS,
     DONE,
     MODEL_LOADED,
     PARTITION_REACHED,
@@ -59,7 +60,11 @@ def verdicts(state: State) -> dict[str, Verdict]:
         MODEL_LOADED: model_loaded(state),
         **abnormal(progress),
     }
-    return {**found, QUALITY_GATE: quality_gate(state)} if state.gated else found
+    if state.gated:
+        found[QUALITY_GATE] = quality_gate(state)
+    if state.deprecated:
+        found[DEPRECATED_FIELDS] = Verdict(True, "DeprecatedFieldUsed", "; ".join(state.deprecated))
+    return found
 
 
 def abnormal(progress: Verdict) -> dict[str, Verdict]:

@@ -19,7 +19,15 @@ from moe_operator.render import children, worker
 from moe_operator.render.objects import Key, Manifest, belongs, key, of_predecessor
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Identity
-from moe_operator.resources.status import PROGRESSING, READY, RECONCILING, STALLED, Condition, Status
+from moe_operator.resources.status import (
+    DEPRECATED_FIELDS,
+    PROGRESSING,
+    READY,
+    RECONCILING,
+    STALLED,
+    Condition,
+    Status,
+)
 
 REPLICA_REMOVED = "ReplicaRemoved"
 
@@ -242,17 +250,20 @@ def transitions(before: Status, after: Status) -> list[Decision]:
         old = before.condition(condition.type)
         if old is None or (old.status, old.reason) != (condition.status, condition.reason):
             changed.append(condition)
-    told = (_announcement(condition) for condition in changed if condition.type in (READY, PROGRESSING))
+    told = (_announcement(condition) for condition in changed if condition.type in _ANNOUNCED)
     return list(dict.fromkeys(told))
 
 
+_ANNOUNCED = (READY, PROGRESSING, DEPRECATED_FIELDS)
+"""Conditions whose changes become Events."""
 _EXPECTED = ("ReplicasNotReady", "FrontendNotReady")
 """Reasons of a condition that is False without a problem."""
 
 
 def _announcement(condition: Condition) -> Decision:
     trouble = condition.status == "False" and condition.reason not in _EXPECTED
-    return Decision(condition.reason, condition.message, warning=trouble)
+    warning = trouble or condition.type == DEPRECATED_FIELDS
+    return Decision(condition.reason, condition.message, warning=warning)
 
 
 def invalid(before: Status, identity: Identity, message: str, now: datetime) -> Status:

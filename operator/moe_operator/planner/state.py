@@ -13,6 +13,7 @@ from moe_operator.planner.observed import FrontendState, Observed, Pod, frontend
 from moe_operator.planner.problems import Problem, refused_pod
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment
+from moe_operator.resources.deprecated import advice
 from moe_operator.resources.rollout_spec import Rollout
 from moe_operator.resources.status import ModelInfo, RolloutStatus
 
@@ -52,6 +53,8 @@ class State:
     """Wanted objects whose names somebody else's objects have."""
     gated: bool = False
     """spec.quality asks for a checkpoint that is not much worse than its original."""
+    deprecated: tuple[str, ...] = ()
+    """What to write instead of each deprecated field that the spec sets."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Why pods cannot be made, by pod name."""
     obstacles: Mapping[str, str] = field(default_factory=dict)
@@ -141,6 +144,7 @@ def read(
         on_demand=deployment.scales_to_zero,
         conflicts=conflicts,
         gated=deployment.spec.quality is not None,
+        deprecated=tuple(advice(deployment.spec)),
         refused=observed.refused,
         obstacles=observed.obstacles,
         lost=frozenset(rank for rank, pod in pods.items() if _is_lost(pod, now)),

@@ -58,7 +58,7 @@ def command(deployment: Deployment) -> list[str]:
     words += ["--config-override", engine.config_override] if engine.config_override is not None else []
     quality = deployment.spec.quality
     if quality is not None:
-        words += ["--max-bits-per-byte-increase", str(quality.max_bits_per_byte_increase)]
+        words += ["--max-bits-per-byte-increase", str(quality.loss_most)]
         words += ["--quality-text", quality.text] if quality.text is not None else []
     return [*words, "--listen", f"0.0.0.0:{names.GRPC_PORT}"]
 
@@ -107,7 +107,7 @@ def _grace(settings: Worker) -> list[Manifest]:
 
 
 def _resources(settings: Worker) -> Manifest:
-    """What the container asks for: as written, and the piece of a GPU that acceleratorFraction stands for."""
+    """What the container requests: as written, and the piece of a GPU for acceleratorPercentage."""
     resources = settings.resources.manifest()
     if settings.accelerators:
         resources["limits"] = {**resources.get("limits", {}), **settings.accelerators}

@@ -95,11 +95,24 @@ class Scaling(Model):
             )
         ),
     )
+    gpu_limit: Quantity | None = Field(
+        default=None,
+        description="Maximum number of GPUs of all replicas together: a quantity in steps of 500m, such as 6 "
+        "or 7500m; worker.acceleratorPercentage or the nvidia.com/gpu limit gives the GPUs of a replica. "
+        "Default: no limit but maxReplicas.",
+        json_schema_extra=rules(
+            (
+                "isQuantity(string(self)) && quantity(string(self)).compareTo(quantity('500m')) >= 0 && "
+                "quantity(string(self)).compareTo(quantity('100k')) <= 0 && "
+                "quantity(string(self)).asApproximateFloat() * 2.0 == "
+                "double(int(quantity(string(self)).asApproximateFloat() * 2.0))",
+                "gpuLimit is a quantity of GPUs from 500m to 100k, in steps of 500m, e.g. 7500m",
+            )
+        ),
+    )
     gpu_budget: float | None = Field(
         default=None,
-        description="Maximum number of GPUs of all replicas together, in steps of 0.5; "
-        "worker.acceleratorFraction or the nvidia.com/gpu limit gives the GPUs of a replica. "
-        "Default: no limit but maxReplicas.",
+        description="Deprecated: use gpuLimit, which takes precedence. Default: none.",
         json_schema_extra=rules(
             (
                 "self >= 0.5 && self <= 100000.0 && self * 2.0 == double(int(self * 2.0))",
@@ -129,6 +142,13 @@ class Scaling(Model):
         if self.prior_throughput is not None:
             return float(quantity.parse(self.prior_throughput))
         return self.prior_requests_per_second
+
+    @property
+    def gpus_most(self) -> float | None:
+        """GPUs that all replicas together may hold; None if the spec does not limit them."""
+        if self.gpu_limit is not None:
+            return float(quantity.parse(self.gpu_limit))
+        return self.gpu_budget
 
     @property
     def scales_to_zero(self) -> bool:

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from pydantic import ConfigDict, Field
 
 from moe_operator.resources import names, quantity
-from moe_operator.resources.accelerator import AcceleratedPodSettings
+from moe_operator.resources.accelerator import AcceleratedPodSettings, halves, share_set
 from moe_operator.resources.base import Model, rules
 from moe_operator.resources.pods import Amount, PodSettings, Quantity
 from moe_operator.resources.rollout_spec import Rollout
@@ -281,17 +281,21 @@ class Telemetry(Model):
     )
 
 
+_GPUS_LIMITED = "(has(self.scaling.gpuLimit) || has(self.scaling.gpuBudget))"
+_GPUS_MOST = (
+    "(has(self.scaling.gpuLimit) ? quantity(string(self.scaling.gpuLimit)).asApproximateFloat() : "
+    "self.scaling.gpuBudget)"
+)
 _RULES = (
     (
-        "!has(self.worker.acceleratorFraction) || self.worker.acceleratorFraction == 1.0 || "
-        "(self.parallelism.pipeline == 1 && self.parallelism.expert.size == 1)",
-        "worker.acceleratorFraction 0.5 is for replicas of one worker: set parallelism.pipeline and "
+        f"!{halves('self.worker')} || (self.parallelism.pipeline == 1 && self.parallelism.expert.size == 1)",
+        "worker.acceleratorPercentage 50 is for replicas of one worker: set parallelism.pipeline and "
         "parallelism.expert.size to 1, or take whole GPUs",
     ),
     (
-        "!has(self.scaling) || !has(self.scaling.gpuBudget) || !has(self.worker.acceleratorFraction) || "
-        "double(self.scaling.minReplicas) * self.worker.acceleratorFraction <= self.scaling.gpuBudget",
-        "scaling.gpuBudget does not hold scaling.minReplicas: raise the one or lower the other",
+        f"!has(self.scaling) || !{share_set('self.worker')} || !{_GPUS_LIMITED} || "
+        f"double(self.scaling.minReplicas) * ({halves('self.worker')} ? 0.5 : 1.0) <= {_GPUS_MOST}",
+        "scaling.gpuLimit does not allow scaling.minReplicas: raise the one or lower the other",
     ),
 )
 
@@ -299,10 +303,31 @@ _RULES = (
 class Quality(Model):
     """The allowed quality loss of a compressed checkpoint."""
 
-    max_bits_per_byte_increase: float = Field(
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "has(self.maxLoss) || has(self.maxBitsPerByteIncrease)",
+                "maxLoss is required: the allowed loss in bits per byte, e.g. 5m",
+            )
+        )
+    )
+
+    max_loss: Quantity | None = Field(
+        default=None,
         description="Allowed increase of the checkpoint's bits per byte over its original, according to "
-        "the quality.json that `moe-worker compress` stores with the weights, e.g. 0.005. A "
-        "worker does not load a checkpoint that is worse, or that has no such file. Required.",
+        "the quality.json that `moe-worker compress` stores with the weights: a quantity from 0 to 100, such "
+        "as 5m. A worker does not load a checkpoint that is worse, or that has no such file. Required.",
+        json_schema_extra=rules(
+            (
+                "isQuantity(string(self)) && quantity(string(self)).compareTo(quantity('0')) >= 0 && "
+                "quantity(string(self)).compareTo(quantity('100')) <= 0",
+                "maxLoss is a quantity of bits per byte from 0 to 100, e.g. 5m",
+            )
+        ),
+    )
+    max_bits_per_byte_increase: float | None = Field(
+        default=None,
+        description="Deprecated: use maxLoss, which takes precedence. Default: none.",
         json_schema_extra=rules(("self >= 0.0 && self <= 100.0", "give a number of bits from 0 to 100")),
     )
     text: str | None = Field(
@@ -312,6 +337,13 @@ class Quality(Model):
         max_length=128,
         pattern="^[A-Za-z0-9._/-]+$",
     )
+
+    @property
+    def loss_most(self) -> float:
+        """Bits per byte that the checkpoint may have more than its original."""
+        if self.max_loss is not None:
+            return float(quantity.parse(self.max_loss))
+        return self.max_bits_per_byte_increase or 0.0
 
 
 class Spec(Model):

@@ -18,7 +18,9 @@ QUALITY_GATE = "QualityGate"
 ACTIVE = "Active"
 RECONCILING = "Reconciling"
 STALLED = "Stalled"
-"""Reconciling and Stalled are there only where they hold: what kstatus reads (sigs.k8s.io/cli-utils)."""
+"""Reconciling and Stalled exist only while they are True, as kstatus reads them (sigs.k8s.io/cli-utils)."""
+DEPRECATED_FIELDS = "DeprecatedFields"
+"""Exists only while the spec sets a deprecated field."""
 COMPLETE = "Complete"
 PARTITION_REACHED = "PartitionReached"
 SCALED_TO_ZERO = "ScaledToZero"
@@ -33,7 +35,7 @@ class Condition(Model):
 
     type: str = Field(
         description="Which aspect: Ready, Active, Progressing, Reconciling, Stalled, ModelLoaded, "
-        "QualityGate or ScalingActive.",
+        "QualityGate, DeprecatedFields or ScalingActive.",
         max_length=64,
     )
     status: Literal["True", "False", "Unknown"] = Field(description="Whether it holds.")
@@ -121,8 +123,9 @@ class Status(Model):
         "replica serves; False if none is wanted. Progressing: True while a rollout runs and "
         "when it is complete, False when it is stuck. Reconciling, present only while True: "
         "the cluster does not match the spec yet. Stalled, present only while True: it will "
-        "not without help. ModelLoaded: a worker has loaded the model. ScalingActive: scaling"
-        " follows the load.",
+        "not without help. ModelLoaded: a worker has loaded the model. DeprecatedFields, "
+        "present only while True: the spec sets fields that have a replacement. ScalingActive: "
+        "scaling follows the load.",
         json_schema_extra={LIST_TYPE: "map", LIST_KEYS: ["type"]},
     )
     scaling: ScalingStatus | None = Field(

@@ -196,9 +196,9 @@ def test_a_new_deployment_that_nobody_asks_rests_too():
     assert len(world.replicas) == 0
 
 
-def test_the_budget_in_halves_of_a_gpu_is_kept():
-    world = Simulation({**SPEC, "gpuBudget": 1.5})
-    half = {"accelerator_fraction": 0.5, "accelerator_resource": "nvidia.com/gpu.shared"}
+def test_the_limit_in_halves_of_a_gpu_is_kept():
+    world = Simulation({**SPEC, "gpuLimit": "1500m"})
+    half = {"accelerator_percentage": 50, "accelerator_resource": "nvidia.com/gpu.shared"}
     worker = world.deployment.spec.worker.model_copy(update=half)
     spec = world.deployment.spec.model_copy(update={"worker": worker})
     world.deployment = replace(world.deployment, spec=spec)

@@ -28,7 +28,7 @@ def specs(draw):
         max_replicas=draw(st.integers(max(least, 1), 60)),
         capacity_prior=100.0,
         gpus_per_replica=draw(st.sampled_from([0.5, 1.0, 8.0])),
-        gpu_budget=draw(st.none() | st.floats(8, 100)),
+        gpu_limit=draw(st.none() | st.floats(8, 100)),
         target_utilisation=draw(st.floats(0.3, 1.0)),
     )
 

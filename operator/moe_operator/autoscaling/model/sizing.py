@@ -159,7 +159,7 @@ def _explained(
     spec: ScalingSpec, situation: Situation, need: _Need, held: int, replicas: int
 ) -> tuple[str, str]:
     if held > replicas:
-        limit = "maxReplicas" if spec.most == spec.max_replicas else f"the budget of {spec.gpu_budget:g} GPUs"
+        limit = "maxReplicas" if spec.most == spec.max_replicas else f"the limit of {spec.gpu_limit:g} GPUs"
         reason = "AtMaximum" if spec.most == spec.max_replicas else "GPUBudgetReached"
         return reason, f"{held} replicas are needed, {limit} allows {replicas}: {need.cause}"
     if replicas > situation.replicas:

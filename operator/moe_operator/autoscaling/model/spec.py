@@ -17,8 +17,8 @@ class ScalingSpec:
     capacity_prior: float
     """Work per minute that one replica does within its latency target, until that was measured; above 0."""
     gpus_per_replica: float = 1.0
-    """GPUs that one replica holds: its workers times worker.acceleratorFraction. 0: none are counted."""
-    gpu_budget: float | None = None
+    """GPUs that one replica holds: its workers times worker.acceleratorPercentage. 0: none are counted."""
+    gpu_limit: float | None = None
     """GPUs that all replicas together may hold; None: no limit besides `max_replicas`."""
     quantile: float = 0.95
     """Demand is planned for this quantile of the forecast: 0.95 is exceeded in one minute of twenty."""
@@ -31,11 +31,11 @@ class ScalingSpec:
 
     @property
     def most(self) -> int:
-        """Replicas that both `max_replicas` and the GPU budget allow; the budget wins over `min_replicas`."""
-        if self.gpu_budget is None or self.gpus_per_replica <= 0:
+        """Replicas that both `max_replicas` and the GPU limit allow; the limit wins over `min_replicas`."""
+        if self.gpu_limit is None or self.gpus_per_replica <= 0:
             return self.max_replicas
-        # A budget of 1.5 GPUs holds three halves, also where a binary fraction falls short of that.
-        return min(self.max_replicas, math.floor(self.gpu_budget / self.gpus_per_replica + 1e-9))
+        # A limit of 1.5 GPUs holds three halves, also where a binary fraction falls short of that.
+        return min(self.max_replicas, math.floor(self.gpu_limit / self.gpus_per_replica + 1e-9))
 
     @property
     def least(self) -> int:
