@@ -2,6 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PYTHONUNBUFFERED := 1
+# Some machines set it. Without bytecode every process compiles torch and grpc again, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test soak up down lint proto manifests lock dist clean setup setup-all tools all-tools environment

@@ -1,7 +1,9 @@
 """Fixtures that every part's tests may use: a running local cluster, and a namespace of one's own in it."""
 
+import os
 import secrets
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,10 @@ ROOT = Path(__file__).parents[1]
 CLUSTER_FOLDERS = {"chart", "e2e", "frontend", "localcluster", "operator"}
 """Where `make test` looks for tests in clusters; those in tests/soak are all for `make soak`."""
 
+
+# Tests start hundreds of Python processes; without bytecode each compiles torch and grpc again, for seconds.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # A deadline for each example fails wherever other processes use the machine; tests have a limit as a whole.
 settings.register_profile("busy machine", deadline=None)
