@@ -108,6 +108,13 @@ _FITTING: dict[str, list[Any]] = {
         [{"name": "A", "value": "$(B)"}, {"name": "b.c"}],
         [{"name": "PATH", "value": ""}],
     ],
+    "podTemplate": [
+        {},
+        {"metadata": {"labels": {"team": "a"}, "annotations": {"example.org/a": "b"}}},
+        {"spec": {"priorityClassName": "high", "securityContext": {"runAsUser": 1000}}},
+        {"spec": {"containers": [{"name": "side", "image": "busybox"}], "volumes": [{"name": "x"}]}},
+        {"spec": {"containers": [{"name": "worker", "command": ["sh"]}]}},
+    ],
     "scaling": [
         {"maxReplicas": 3},
         {"minReplicas": 0, "maxReplicas": 2},
@@ -153,6 +160,9 @@ def _object(schema: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
 
 
 _SPEC = crd.schema()["properties"]["spec"]
+for _role in ("worker", "frontend"):
+    # The API server knows Kubernetes' own fields better; thousands of them would crowd out all others.
+    _SPEC["properties"][_role]["properties"]["podTemplate"] = {"type": "object"}
 
 VALID: list[dict[str, Any]] = [
     {"model": {"uri": "file:///mnt/models/docs-moe"}},

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from moe_operator.autoscaling.model import sizing
 from moe_operator.planner import problems
-from moe_operator.resources import names
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/conditions.md"
@@ -23,7 +22,7 @@ GIVES_REASONS = (
 POSITION = {"Verdict": 1, "Problem": 0, "refused": 4}
 """Which argument of a call is the reason."""
 
-BY_PROGRAM = {f"{role.capitalize()}Failed" for role in (names.ROLE_WORKER, names.ROLE_FRONTEND)}
+BY_PROGRAM = {*problems._FAILED.values(), "SidecarFailed"}
 BY_SCHEDULER = {"Unschedulable", "SchedulingGated", "SchedulerError"}
 """PodReason... in k8s.io/api/core/v1: a pod that the scheduler does not place has one of them."""
 

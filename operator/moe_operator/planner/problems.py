@@ -49,6 +49,9 @@ _REFUSALS: Final = (
 """Cause and remedy by a part of the API server's message."""
 _REFUSED_SOMEHOW = "the API server refuses the pod; remove what it names"
 
+_FAILED: Final = {names.ROLE_WORKER: "WorkerFailed", names.ROLE_FRONTEND: "FrontendFailed"}
+"""Reasons by the container that ended with an error; others come from a podTemplate."""
+
 _NO_DIRECTORY: Final = re.compile(r"does not exist|no such file or directory", re.IGNORECASE)
 _SIGNALLED = 128
 """Exit codes above it encode the signal that ended the process, as in a shell."""
@@ -97,7 +100,7 @@ def _bounded(problem: Problem) -> Problem:
 
 def _of_pod(pod: Mapping[str, Any]) -> Problem | None:
     status = pod.get("status", {})
-    for container in status.get("containerStatuses", ()):
+    for container in (*status.get("initContainerStatuses", ()), *status.get("containerStatuses", ())):
         found = _waiting(container) or (None if container.get("ready") else _terminated(container))
         if found is not None:
             return _without_directory(found, pod.get("spec", {})) or found
@@ -133,7 +136,7 @@ def _terminated(container: Mapping[str, Any]) -> Problem | None:
         return Problem(refused, said, stuck=True)
     runs = "running" in container.get("state", {})
     sentence = said or _crash_sentence(name, end)
-    reason = f"{name.capitalize()}Failed" if said else "ContainerCrashed"
+    reason = _FAILED.get(name, "SidecarFailed") if said else "ContainerCrashed"
     return Problem(reason, f"{sentence}; it is started again" if runs else sentence)
 
 

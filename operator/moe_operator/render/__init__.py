@@ -1,6 +1,7 @@
 """The objects that serve a MoEDeployment, as manifests. Pure.
 
 objects    what all rendered objects have in common
+merge      a user's pod template, merged into a rendered one
 pods       the parts that worker pods and frontend pods share
 worker     the workers' StatefulSets and their headless Service
 frontend   the frontend's Deployment, Service and rights

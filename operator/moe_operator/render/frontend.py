@@ -98,6 +98,7 @@ def pod_spec(deployment: Deployment) -> Manifest:
         "livenessProbe": _LIVENESS_PROBE,
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "securityContext": pods.CONTAINER_SECURITY,
+        "volumeMounts": [pods.TMP_MOUNT],
     }
     return {
         "serviceAccountName": names.frontend(deployment.name),
@@ -105,13 +106,14 @@ def pod_spec(deployment: Deployment) -> Manifest:
         "terminationGracePeriodSeconds": settings.termination_grace_period_seconds,
         "securityContext": pods.POD_SECURITY,
         "containers": [container],
+        "volumes": [pods.TMP_VOLUME],
         **pods.placement(settings),
     }
 
 
 def rendered(of: Deployment) -> Manifest:
     """What the frontend's pods are made from, as this operator would have it."""
-    return pods.template(of, labels(of.name), pod_spec(of))
+    return pods.template(of, of.spec.frontend, labels(of.name), pod_spec(of))
 
 
 def _child(deployment: Deployment, api_version: str, kind: str) -> Manifest:
@@ -137,12 +139,16 @@ def deployment(of: Deployment) -> Manifest:
 
 def service(of: Deployment) -> Manifest:
     """The Service that clients call."""
-    manifest = _child(of, "v1", "Service")
+    settings, manifest = of.spec.frontend.service, _child(of, "v1", "Service")
+    if settings.annotations:
+        manifest["metadata"]["annotations"] = dict(settings.annotations)
     manifest["spec"] = {
-        "type": "ClusterIP",
+        "type": settings.type,
         "selector": labels(of.name),
         "ports": [*pods.SERVICE_PORTS, _HTTP_SERVICE_PORT],
     }
+    if settings.load_balancer_class is not None:
+        manifest["spec"]["loadBalancerClass"] = settings.load_balancer_class
     return manifest
 
 

@@ -10,7 +10,6 @@ from moe_operator.resources.deployment import Identity
 from moe_operator.resources.digest import digest
 
 Manifest = dict[str, Any]
-_MANAGED_BY = "app.kubernetes.io/managed-by"
 
 
 class Key(NamedTuple):
@@ -44,7 +43,7 @@ def child(
             "name": name,
             "namespace": owner.namespace,
             "labels": {
-                _MANAGED_BY: names.FIELD_MANAGER,
+                **names.recommended_labels(owner.name, role),
                 names.LABEL_NAME: owner.name,
                 names.LABEL_ROLE: role,
                 **(labels or {}),
@@ -92,7 +91,7 @@ def _is_named_for(manifest: Mapping[str, Any], name: str) -> bool:
     """Whether an object has labels as we set them for this deployment, and the name that follows."""
     metadata = manifest["metadata"]
     labels = metadata.get("labels", {})
-    ours = {_MANAGED_BY: names.FIELD_MANAGER, names.LABEL_NAME: name}.items() <= labels.items()
+    ours = {names.LABEL_MANAGED_BY: names.FIELD_MANAGER, names.LABEL_NAME: name}.items() <= labels.items()
     derived = {
         "StatefulSet": f"{name}-{labels.get(names.LABEL_DATA_RANK)}",
         "ControllerRevision": names.revision(name, labels.get(names.LABEL_REVISION, "")),

@@ -6,13 +6,21 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from moe_operator.render.merge import merged
 from moe_operator.render.objects import Manifest
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment
 from moe_operator.resources.pods import PodSettings
+from moe_operator.resources.spec import Frontend, Worker
 
 # What the Pod Security Standard "restricted" asks for. Only a model on the node keeps workers from it.
-CONTAINER_SECURITY: Manifest = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+CONTAINER_SECURITY: Manifest = {
+    "allowPrivilegeEscalation": False,
+    "capabilities": {"drop": ["ALL"]},
+    "readOnlyRootFilesystem": True,
+}
+TMP_VOLUME: Manifest = {"name": "tmp", "emptyDir": {}}
+TMP_MOUNT: Manifest = {"name": "tmp", "mountPath": "/tmp"}  # noqa: S108 - the pod's own
 POD_SECURITY: Manifest = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
 
 PORTS: list[Manifest] = [
@@ -68,11 +76,15 @@ def environment(
     return [{"name": name, **value} for name, value in pairs.items()]
 
 
-def template(deployment: Deployment, labels: Mapping[str, str], spec: Manifest) -> Manifest:
-    """A pod template, which differs after every restart that somebody asked for."""
+def template(
+    deployment: Deployment, settings: Worker | Frontend, labels: Mapping[str, str], spec: Manifest
+) -> Manifest:
+    """A pod template with the user's merged in; it differs after every restart that somebody asked for."""
     restart = {names.ANNOTATION_RESTARTED: deployment.restarted_at} if deployment.restarted_at else {}
     annotations = {"annotations": restart} if restart else {}
-    return {"metadata": {"labels": dict(labels), **annotations}, "spec": spec}
+    recommended = names.recommended_labels(deployment.name, labels[names.LABEL_ROLE])
+    rendered = {"metadata": {"labels": {**recommended, **labels}, **annotations}, "spec": spec}
+    return merged(rendered, settings.pod_template or {})
 
 
 def placement(settings: PodSettings) -> Manifest:

@@ -81,11 +81,11 @@ def pod_spec(deployment: Deployment) -> Manifest:
         "securityContext": pods.CONTAINER_SECURITY,
         "volumeMounts": [
             {"name": "model", "mountPath": path, "readOnly": True},
-            {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - the pod's own
+            pods.TMP_MOUNT,
         ],
     }
     # hostPath without a type: a missing directory is then reported by the worker, in a sentence.
-    volumes = [{"name": "model", "hostPath": {"path": path}}, {"name": "tmp", "emptyDir": {}}]
+    volumes = [{"name": "model", "hostPath": {"path": path}}, pods.TMP_VOLUME]
     return {
         "serviceAccountName": names.worker_account(deployment.name),
         "automountServiceAccountToken": False,
@@ -120,7 +120,8 @@ def rendered(deployment: Deployment) -> Manifest:
     Only fields that undo restores have an influence.
     """
     revised = replace(deployment, spec=deployment.spec.revised)
-    return pods.template(deployment, names.leader_labels(deployment.name), pod_spec(revised))
+    labels = names.leader_labels(deployment.name)
+    return pods.template(deployment, revised.spec.worker, labels, pod_spec(revised))
 
 
 def pin(deployment: Deployment) -> Pin:

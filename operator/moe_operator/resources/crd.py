@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from moe_operator.resources import names
+from moe_operator.resources import names, pod_template
 from moe_operator.resources.base import RULES, Model
 from moe_operator.resources.spec import Spec
 from moe_operator.resources.status import PROGRESSING, READY, Status
@@ -62,6 +62,8 @@ def structural(model: type[Model]) -> dict[str, Any]:
 
 def _convert(node: Mapping[str, Any], definitions: Mapping[str, Any]) -> dict[str, Any]:
     node = _inlined(_without_null(node), definitions)
+    if pod_template.MARK in node:
+        return {"description": node["description"], **pod_template.schema(node[pod_template.MARK])}
     out = {key: value for key, value in node.items() if key not in _DROPPED and value is not None}
     if isinstance(node.get("additionalProperties"), dict):
         out["additionalProperties"] = _convert(node["additionalProperties"], definitions)

@@ -55,9 +55,15 @@ class Pin:
 
     @cached_property
     def revision(self) -> str:
-        """Hash of the pod spec, and of the last restart where there was one."""
+        """Hash of the pod spec, of the last restart, and of labels and annotations that the user set."""
+        added = [text for text in (self.restarted_at, self._users_metadata) if text]
         spec = self.template["spec"]
-        return digest([spec, self.restarted_at] if self.restarted_at else spec)
+        return digest([spec, *added] if added else spec)
+
+    @property
+    def _users_metadata(self) -> Any:
+        """Labels and annotations of spec.worker.podTemplate, or nothing."""
+        return (self.spec.get("worker", {}).get("podTemplate") or {}).get("metadata")
 
     @property
     def restarted_at(self) -> str:

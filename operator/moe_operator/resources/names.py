@@ -25,6 +25,7 @@ FIELD_MANAGER: Final = "moe-operator"
 SCALING_FIELD_MANAGER: Final = "moe-operator-scaling"
 """Field manager of what the scaler reports: its part of the status, and the history."""
 
+LABEL_MANAGED_BY: Final = "app.kubernetes.io/managed-by"
 LABEL_NAME: Final = f"{GROUP}/name"
 LABEL_ROLE: Final = f"{GROUP}/role"
 LABEL_DATA_RANK: Final = f"{GROUP}/data-rank"
@@ -109,6 +110,17 @@ def leader_labels(name: str) -> dict[str, str]:
         LABEL_ROLE: ROLE_WORKER,
         LABEL_PIPELINE_RANK: "0",
         LABEL_EXPERT_RANK: "0",
+    }
+
+
+def recommended_labels(name: str, role: str) -> dict[str, str]:
+    """The labels that Kubernetes recommends (docs/concepts/overview/working-with-objects/common-labels)."""
+    return {
+        "app.kubernetes.io/name": f"moe-{role}",
+        "app.kubernetes.io/instance": name,
+        "app.kubernetes.io/component": role,
+        "app.kubernetes.io/part-of": FIELD_MANAGER,
+        LABEL_MANAGED_BY: FIELD_MANAGER,
     }
 
 

@@ -31,7 +31,7 @@ Amount = Annotated[
 
 _REQUEST, _LIMIT = "quantity(string(self.requests[k]))", "quantity(string(self.limits[k]))"
 _DOMAIN_NAME = "^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
-_LABEL_KEY = "^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+LABEL_KEY = "^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
 _LABEL_VALUE = "^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
 _RESOURCE_NAME_RULE = (
     "self.all(k, k.size() <= 253 && (k in ['cpu', 'memory', 'ephemeral-storage'] || "
@@ -109,7 +109,7 @@ class Toleration(Model):
         description="Key of the taint. Default: every key (with operator Exists).",
         max_length=316,
         json_schema_extra=rules(
-            (f"self == '' || self.matches('{_LABEL_KEY}')", "key is that of a taint, e.g. nvidia.com/gpu")
+            (f"self == '' || self.matches('{LABEL_KEY}')", "key is that of a taint, e.g. nvidia.com/gpu")
         ),
     )
     operator: Literal["Exists", "Equal"] | None = Field(
@@ -240,7 +240,7 @@ class PodSettings(Model):
         max_length=16,
         json_schema_extra=rules(
             (
-                f"self.all(k, k.size() <= 316 && k.matches('{_LABEL_KEY}'))",
+                f"self.all(k, k.size() <= 316 && k.matches('{LABEL_KEY}'))",
                 "the keys of nodeSelector are those of labels, e.g. nvidia.com/gpu.product",
             )
         ),

@@ -10,7 +10,8 @@ from pydantic import ConfigDict, Field
 from moe_operator.resources import names, quantity
 from moe_operator.resources.accelerator import AcceleratedPodSettings, halves, share_set
 from moe_operator.resources.base import Model, rules
-from moe_operator.resources.pods import Amount, PodSettings, Quantity
+from moe_operator.resources.pod_template import FrontendTemplate, WorkerTemplate
+from moe_operator.resources.pods import LABEL_KEY, Amount, PodSettings, Quantity
 from moe_operator.resources.rollout_spec import Rollout
 from moe_operator.resources.scaling_spec import REPLICAS_MOST, Scaling
 
@@ -179,6 +180,14 @@ _GRACE_RULE = (
 )
 
 
+def _template_text(role: str) -> str:
+    return (
+        "A pod template (metadata.labels, metadata.annotations, spec) that is merged into the rendered one: "
+        f"the container {role} is the operator's, others are added. Fields that the operator owns are "
+        "refused. A change starts a rollout. Default: none."
+    )
+
+
 class Worker(AcceleratedPodSettings):
     """The pods that run the model."""
 
@@ -193,6 +202,49 @@ class Worker(AcceleratedPodSettings):
         default=60,
         description="Seconds that a terminating worker has to finish its requests. Default: 60.",
         json_schema_extra=rules(_GRACE_RULE),
+    )
+    pod_template: WorkerTemplate | None = Field(default=None, description=_template_text("worker"))
+
+
+class Service(Model):
+    """The Service that clients call."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "!has(self.loadBalancerClass) || self.type == 'LoadBalancer'",
+                "loadBalancerClass says nothing without a load balancer: set type to LoadBalancer",
+            )
+        )
+    )
+
+    type: Literal["ClusterIP", "NodePort", "LoadBalancer"] = Field(
+        default="ClusterIP",
+        description="How the Service is reached. The ports speak plaintext and do not authenticate: NodePort "
+        "and LoadBalancer need a firewall. Default: ClusterIP.",
+    )
+    annotations: dict[str, str] = Field(
+        default={},
+        description="Annotations of the Service, e.g. for the load balancer. Default: none.",
+        max_length=64,
+        json_schema_extra=rules(
+            (
+                f"self.all(k, !k.startsWith('{names.GROUP}/'))",
+                f"annotations {names.GROUP}/... are the operator's: remove them",
+            ),
+            (
+                f"self.all(k, k.size() <= 316 && k.matches('{LABEL_KEY}'))",
+                "the keys of annotations are names with an optional domain, e.g. example.org/name",
+            ),
+        ),
+    )
+    load_balancer_class: str | None = Field(
+        default=None,
+        description="Implementation of the load balancer, e.g. service.k8s.aws/nlb. Cannot be changed as "
+        "long as type is LoadBalancer. Default: the cluster's.",
+        min_length=1,
+        max_length=316,
+        pattern=LABEL_KEY,
     )
 
 
@@ -223,6 +275,8 @@ class Frontend(PodSettings):
         description="Seconds that a terminating frontend has to finish its streams. Default: 60.",
         json_schema_extra=rules(_GRACE_RULE),
     )
+    service: Service = Field(default=Service(), description="The Service that clients call.")
+    pod_template: FrontendTemplate | None = Field(default=None, description=_template_text("frontend"))
 
 
 class OutputCache(Model):
