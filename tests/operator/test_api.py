@@ -327,7 +327,12 @@ def test_everything_that_can_be_set_is_taken_and_kept(crd):
             "configOverride": '{"max_position_embeddings": 512}',
         },
         "worker": pod,
-        "frontend": {**pod, "replicas": 2, "routing": "PrefixAffinity"},
+        "frontend": {
+            **pod,
+            "replicas": 2,
+            "routing": "PrefixAffinity",
+            "service": {"type": "NodePort", "annotations": {"example.org/a": "b"}},
+        },
         "cache": {"outputs": {"mode": "Deterministic", "memory": "64Mi", "ttl": "30m"}},
         "telemetry": {"otlpEndpoint": "http://otel.moe-system:4317"},
         "rollout": {
