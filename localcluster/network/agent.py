@@ -14,14 +14,16 @@ import json
 import logging
 import socket
 import threading
+from collections.abc import Mapping
 from ipaddress import IPv4Address, IPv4Interface
-from typing import Any
 
 from localcluster.errors import ForwardError
 from localcluster.layout import API_PORT, API_SERVICE_ADDRESS, DNS_ADDRESS, INSIDE, NODE_ADDRESS
 from localcluster.netlink import Netlink
-from localcluster.network import catalog, dns, relay, watch
+from localcluster.network import catalog, dns, relay
 from localcluster.network.catalog import Address, Catalog, ServicePort
+from localcluster.network.watch import AgentTransport
+from moe_api.listwatch import Collection, ListWatch, Manifest, Snapshot, Transport
 from moe_api.supervision import Backoff, Supervisor
 
 _API_LISTENER_FD = 3
@@ -36,9 +38,10 @@ class Agent:
     """Keeps listeners in step with the services of the cluster."""
 
     def __init__(self) -> None:
+        self._transport: Transport = AgentTransport()
         self._supervisor = Supervisor(backoff=_BACKOFF, expected=(OSError, http.client.HTTPException))
         self._stopping = threading.Event()
-        self._objects: dict[str, dict[str, Any]] = {_SERVICES: {}, _SLICES: {}}
+        self._objects: dict[str, Mapping[str, Manifest]] = {_SERVICES: {}, _SLICES: {}}
         self.catalog: Catalog = catalog.build({}, {})
         self._servers: dict[ServicePort, asyncio.Server] = {}
         self._addresses: set[str] = set()
@@ -56,13 +59,14 @@ class Agent:
         loop = asyncio.get_running_loop()
         for path in (_SERVICES, _SLICES):
 
-            def changed(objects: dict[str, Any], path: str = path) -> None:
+            def changed(objects: Mapping[str, Manifest], path: str = path) -> None:
                 loop.call_soon_threadsafe(self._update, path, objects)
 
-            follow = functools.partial(watch.follow, path, changed)
+            source = Collection(self._transport, path)
+            follow = ListWatch(source, Snapshot(changed), self._stopping).run
             self._supervisor.start_thread("watch", follow, self._stopping, path)
 
-    def _update(self, path: str, objects: dict[str, Any]) -> None:
+    def _update(self, path: str, objects: Mapping[str, Manifest]) -> None:
         self._objects[path] = objects
         self.catalog = catalog.build(self._objects[_SERVICES], self._objects[_SLICES])
         self._changed.set()

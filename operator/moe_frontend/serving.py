@@ -176,7 +176,7 @@ def _publication(options: Options, replicas: Replicas, supervisor: Supervisor) -
     pod = publishing.own_pod(options.namespace, options.deployment)
     if pod is None:
         return lambda: None
-    publisher = publishing.Publisher(slices.cluster_api().api_client, pod, replicas.endpoints)
+    publisher = publishing.Publisher(slices.cluster_api(), pod, replicas.endpoints)
     supervisor.start("publishing", publisher.run)
     return publisher.changed
 
@@ -199,7 +199,8 @@ def _discovery(
         loop.call_soon_threadsafe(update, endpoints)
 
     service = f"{options.deployment}-workers"
-    watcher = slices.SliceWatcher(slices.cluster_api(), options.namespace, service, publish, supervisor)
+    source = slices.slices_of(slices.cluster_api(), options.namespace, service)
+    watcher = slices.SliceWatcher(source, service, publish, supervisor)
     watcher.start()
     try:
         yield

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
+from moe_api.listwatch import ExpiredError, UnavailableError
+
 
 class MoEOperatorError(Exception):
     """Base of all errors that this package raises on purpose. The text is a message for people."""
@@ -23,11 +25,11 @@ class PermanentError(MoEOperatorError):
     """A retry does not help: somebody has to change the object or the installation."""
 
 
-class ClusterUnavailableError(RetryableError):
+class ClusterUnavailableError(RetryableError, UnavailableError):
     """The API server did not respond, or was overloaded."""
 
 
-class HistoryExpiredError(RetryableError):
+class HistoryExpiredError(RetryableError, ExpiredError):
     """A watch cannot continue from its version; the objects have to be listed again."""
 
 

@@ -5,9 +5,11 @@ import queue
 import kubernetes
 import pytest
 
+from moe_api.listwatch import ExpiredError, Page
 from moe_api.supervision import Supervisor
 from moe_frontend.discovery.endpoints import Endpoint
-from moe_frontend.discovery.slices import SERVICE_LABEL, SliceWatcher
+from moe_frontend.discovery.slices import SERVICE_LABEL, SliceWatcher, slices_of
+from moe_operator.apiserver.requests import Requests
 from moe_operator.errors import MoEOperatorError
 from tests.frontend.apiserver import running_api_server
 
@@ -30,9 +32,9 @@ class Followed:
         self.service = service
         self.written = set()
         self.published = queue.Queue()
+        self.source = slices_of(Requests(server.client(), 5.0), "default", service)
         self.watcher = SliceWatcher(
-            kubernetes.client.DiscoveryV1Api(server.client()),
-            "default",
+            self.source,
             service,
             self.published.put,
             Supervisor(expected=(MoEOperatorError,)),
@@ -123,25 +125,26 @@ def test_an_api_server_that_restarts_costs_no_endpoints_and_no_news(server, foll
 
 
 def test_a_watch_from_before_history_is_answered_with_410(server, follow):
-    """What `_run` takes as the sign to list again."""
+    """After which the list-watch lists again."""
     f = follow("four-workers")
-    with pytest.raises(kubernetes.client.ApiException) as caught:
-        list(f.watcher._watch("1"))
-    assert caught.value.status == 410
+    with pytest.raises(ExpiredError):
+        list(f.source.events("1"))
 
 
 class Broken:
-    """An API whose list and watch give what they are told to; an exception is raised."""
+    """A source whose first list fails."""
 
-    def __init__(self, *answers):
-        self.answers = list(answers)
-        self.api_client = kubernetes.client.ApiClient(kubernetes.client.Configuration())
+    def __init__(self, error):
+        self.error = error
 
-    def list_namespaced_endpoint_slice(self, *_, **__):
-        answer = self.answers.pop(0) if self.answers else {"items": [], "metadata": {"resourceVersion": "1"}}
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+    def pages(self):
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        yield Page([], "1")
+
+    def events(self, version):
+        yield from ()
 
 
 @pytest.mark.parametrize(
@@ -150,7 +153,7 @@ class Broken:
 def test_the_watcher_survives_what_nobody_expects(error):
     published = queue.Queue()
     supervisor = Supervisor()
-    watcher = SliceWatcher(Broken(error), "default", "w", published.put, supervisor)
+    watcher = SliceWatcher(Broken(error), "w", published.put, supervisor)
     watcher.start()
     try:
         assert published.get(timeout=PATIENCE_S) == frozenset()

@@ -1,10 +1,6 @@
 """EndpointSlices as the API server writes them, and endpoints out of them."""
 
-from hypothesis import given
-from hypothesis import strategies as st
-
 from moe_frontend.discovery.endpoints import Endpoint, endpoints, static_endpoints
-from moe_frontend.discovery.slices import apply_event
 
 
 def slice_of(*entries, ports=({"name": "grpc", "port": 8000, "protocol": "TCP"},), kind="IPv4"):
@@ -62,24 +58,3 @@ def test_slices_that_are_empty_as_the_api_server_writes_them():
 
 def test_static_addresses_name_themselves():
     assert static_endpoints(["127.0.0.1:1"]) == {Endpoint("127.0.0.1:1", "127.0.0.1:1")}
-
-
-names = st.sampled_from(["x", "y", "z"])
-
-
-@given(
-    st.lists(st.tuples(st.sampled_from(["ADDED", "MODIFIED", "DELETED", "BOOKMARK"]), names, st.integers()))
-)
-def test_events_leave_what_the_server_has(events):
-    """Against a plain replay: the last thing said of a name is what holds."""
-    slices, server = {}, {}
-    for kind, name, version in events:
-        item = {"metadata": {"name": name, "resourceVersion": str(version)}}
-        before = dict(slices)
-        changed = apply_event(slices, kind, item)
-        assert changed or slices == before
-        if kind in ("ADDED", "MODIFIED"):
-            server[name] = item
-        elif kind == "DELETED":
-            server.pop(name, None)
-    assert slices == server

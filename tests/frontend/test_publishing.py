@@ -11,6 +11,7 @@ import yaml
 from moe_api.supervision import Backoff, Supervisor
 from moe_frontend.discovery import publishing
 from moe_frontend.discovery.endpoints import Endpoint
+from moe_operator.apiserver.requests import Requests
 from moe_operator.planner.gates import published
 from moe_operator.planner.observed import Observed
 from moe_operator.render import frontend
@@ -68,7 +69,7 @@ class Running:
         self.custom, self.routes = custom, []
         client = server.client()
         client.set_default_header("Impersonate-User", ACCOUNT)
-        self.publisher = publishing.Publisher(client, POD, lambda: self.routes)
+        self.publisher = publishing.Publisher(Requests(client, 10.0), POD, lambda: self.routes)
         self.supervisor = Supervisor(backoff=Backoff(first_s=0.05), expected=(publishing.PublishError,))
 
     def set(self, *routes):

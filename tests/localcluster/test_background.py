@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import json
 import os
 import socket
 import threading
@@ -9,35 +10,37 @@ from types import SimpleNamespace
 
 from localcluster.cri import process, runtime
 from localcluster.cri.logs import LogFile
-from localcluster.network import agent, watch
+from localcluster.network import agent
 from localcluster.node import supervisor
 from localcluster.node.components import Component
+from moe_api.listwatch import ExpiredError
 from moe_api.supervision import Backoff, Supervisor
 
 
 async def test_an_error_that_nobody_foresaw_makes_the_watch_list_again(monkeypatch):
     """Of a list, of a watch, and of one whose history expired."""
-    one = ("1", [{"metadata": {"namespace": "a", "name": "b"}}])
-    answers, watches = [KeyError("metadata"), one, one, one], [TypeError("a bug"), watch.WatchExpiredError()]
+    metadata = {"namespace": "a", "name": "b", "resourceVersion": "1"}
+    one = {"apiVersion": "v1", "kind": "ServiceList", "metadata": {"resourceVersion": "1"}}
+    one["items"] = [{"metadata": metadata}]
+    lists, watches = [KeyError("metadata"), one, one, one], [TypeError("a bug"), ExpiredError()]
     listed_again = asyncio.Event()
 
-    def listed(_):
-        answer = answers.pop(0) if answers else ("2", [])
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+    class Broken:
+        def get(self, path, query):
+            answer = lists.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return json.dumps(answer).encode()
 
-    def broken(_, version):
-        if not watches:
-            loop.call_soon_threadsafe(listed_again.set)
-            threading.Event().wait(10)
-        raise watches.pop(0)
-        yield
+        def stream(self, path, query, silence_s):
+            if not watches:
+                loop.call_soon_threadsafe(listed_again.set)
+                threading.Event().wait(10)
+            raise watches.pop(0)
 
     loop, node = asyncio.get_running_loop(), agent.Agent()
-    monkeypatch.setattr(watch, "list_objects", listed)
-    monkeypatch.setattr(watch, "changes", broken)
     monkeypatch.setattr(agent, "_SLICES", agent._SERVICES)
+    monkeypatch.setattr(node, "_transport", Broken())
     monkeypatch.setattr(node, "_supervisor", Supervisor(backoff=Backoff(0.001)))
     node.watch()
     await asyncio.wait_for(listed_again.wait(), 10)

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from kubernetes.dynamic.exceptions import DynamicApiError
 
+from moe_operator.apiserver.answers import message, translated
 from moe_operator.errors import (
     ApplyForbiddenError,
     ApplyRefusedError,
@@ -28,7 +29,6 @@ from moe_operator.errors import (
     ClusterUnavailableError,
     ReadForbiddenError,
 )
-from moe_operator.kube.answers import message, translated
 from moe_operator.settings import Settings
 from tests.operator.by_hand import COLLECTION, Api
 from tests.operator.live import eventually, manifest

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_api.listwatch import Event, Page
 from moe_api.supervision import Supervisor
 from moe_operator.errors import ClusterUnavailableError, HistoryExpiredError, ReadForbiddenError
-from moe_operator.kube.client import Chunk
 from moe_operator.kube.follow import Follower
 from moe_operator.kube.mirror import Mirror, Place
 
@@ -112,18 +112,20 @@ class Script:
             threading.Event().wait(3600)
         return self._answers.pop(0)
 
-    def chunk(self, kind, label, limit, following):
-        answer = self._next()
-        if isinstance(answer, Exception):
-            raise answer
-        items, version, more = answer
-        return Chunk(items, str(version), more)
+    def pages(self):
+        more = True
+        while more:
+            answer = self._next()
+            if isinstance(answer, Exception):
+                raise answer
+            items, version, more = answer
+            yield Page(items, str(version))
 
-    def watch(self, kind, label, version):
+    def events(self, version):
         for event in self._next():
             if isinstance(event, Exception):
                 raise event
-            yield event
+            yield Event(event["type"], event["object"])
 
 
 def follow(mirror, *answers):

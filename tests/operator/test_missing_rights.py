@@ -65,9 +65,9 @@ def test_a_missing_right_to_list_is_said_and_heals_when_it_comes(api, operator, 
         lambda: api.condition(NAME, "Progressing"), lambda one: one.get("reason") == "ReadForbidden", "said"
     )
     assert 'cannot list resource "poddisruptionbudgets"' in said["message"]
-    assert said["message"].endswith("grant it in its ClusterRole")
+    assert said["message"].endswith("grant it to the ServiceAccount")
     log = (tmp_path / "operator.log").read_text()
-    assert "watch PodDisruptionBudget failed (ReadForbiddenError: the operator may not read" in log
+    assert "watch PodDisruptionBudget failed (ReadForbiddenError: reading /apis" in log
     assert api.ask("PATCH", f"{RBAC}/clusterroles/less", {"rules": rules()})[0] == 200
     eventually(lambda: api.cluster.list("StatefulSet", "default", NAME), bool, "a replica", 60)
     eventually(

@@ -14,6 +14,7 @@ from kubernetes.client import ApiClient, Configuration
 from moe_api.frontend.v1 import frontend_pb2, frontend_pb2_grpc
 from moe_frontend.discovery import publishing
 from moe_frontend.discovery.endpoints import Endpoint
+from moe_operator.apiserver.requests import Requests
 from moe_operator.errors import ReadForbiddenError
 from moe_operator.kube.client import Cluster
 from moe_operator.planner.gates import published
@@ -101,9 +102,9 @@ def test_a_frontend_of_before_holds_up_nobody():
 def test_an_operator_newer_than_its_crds_does_not_wait_for_them(monkeypatch):
     """Its watchers settle, and say what is missing again and again."""
     cluster = Cluster(ApiClient(Configuration()), 1.0)
-    monkeypatch.setattr(cluster, "_request", lambda *_, **__: None)
+    monkeypatch.setattr(Requests, "_respond", lambda *_, **__: None)
     with pytest.raises(
-        ReadForbiddenError, match="kind FrontendRoutes is unknown to the API server; apply the CRDs"
+        ReadForbiddenError, match="/frontendroutes is unknown to the API server; apply the CRDs"
     ):
-        cluster.chunk(names.ROUTES_KIND, names.LABEL_NAME, 10, None)
+        list(cluster.collection(names.ROUTES_KIND, names.LABEL_NAME).pages())
     assert cluster.list(names.ROUTES_KIND, "default", "docs") == []

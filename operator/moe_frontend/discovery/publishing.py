@@ -10,13 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-import kubernetes
-import urllib3
-from kubernetes.dynamic import DynamicClient
-from kubernetes.dynamic.exceptions import DynamicApiError
-
 from moe_frontend.discovery.endpoints import Endpoint
-from moe_operator.errors import RetryableError
+from moe_operator.apiserver.requests import Requests
+from moe_operator.errors import MoEOperatorError, RetryableError
 from moe_operator.resources import names
 
 FIELD_MANAGER: Final = "moe-frontend"
@@ -24,7 +20,6 @@ BETWEEN_WRITES_S: Final = 0.5
 """Routes that change more often, as in a rollout of many replicas, are written once for all changes."""
 _MOST: Final = 2500
 """Of crds/frontendroutes.yaml, maxItems."""
-_REQUEST_S: Final = 10.0
 
 
 class PublishError(RetryableError):
@@ -56,11 +51,8 @@ class Publisher:
         routes: what they are now.
     """
 
-    def __init__(
-        self, api: kubernetes.client.ApiClient, pod: OwnPod, routes: Callable[[], Iterable[Endpoint]]
-    ) -> None:
-        # No discovery: the path is known.
-        self._client = DynamicClient(api, discoverer=lambda _client, _cache: None)
+    def __init__(self, api: Requests, pod: OwnPod, routes: Callable[[], Iterable[Endpoint]]) -> None:
+        self._api = api
         self._pod = pod
         self._routes = routes
         self._written: dict[str, Any] | None = None
@@ -88,19 +80,17 @@ class Publisher:
     def _apply(self, body: dict[str, Any]) -> None:
         path = f"/apis/{names.API_VERSION}/namespaces/{self._pod.namespace}/{names.ROUTES_PLURAL}"
         try:
-            self._client.request(
+            self._api.send(
                 "patch",
                 f"{path}/{self._pod.name}",
                 body=body,
                 content_type="application/apply-patch+yaml",
                 field_manager=FIELD_MANAGER,
                 force_conflicts=True,
-                serialize=False,
-                _request_timeout=_REQUEST_S,
             )
-        except (DynamicApiError, urllib3.exceptions.HTTPError, OSError) as error:
+        except (MoEOperatorError, OSError) as error:
             raise PublishError(
-                f"FrontendRoutes {self._pod.name} not written: {_brief(error)}; the operator has to "
+                f"FrontendRoutes {self._pod.name} not written: {error}; the operator has to "
                 "reach this pod until it is"
             ) from error
 
@@ -119,9 +109,3 @@ def manifest(pod: OwnPod, routes: Iterable[Endpoint]) -> dict[str, Any]:
         },
         "routes": [{"name": to.name, "address": to.address} for to in sorted(routes)[:_MOST]],
     }
-
-
-def _brief(error: Exception) -> str:
-    if isinstance(error, DynamicApiError):
-        return f"{error.status} {error.reason}"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

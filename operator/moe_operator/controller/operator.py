@@ -14,6 +14,7 @@ from opentelemetry import metrics, trace
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
 
 from moe_api import telemetry
+from moe_api.listwatch import UnavailableError
 from moe_api.supervision import Supervisor
 from moe_operator.autoscaling.loop import Autoscaler
 from moe_operator.autoscaling.metrics import ScalingMetrics
@@ -56,7 +57,7 @@ class Operator:
         self._telemetry = telemetry.configure(
             "moe-operator", readers=[PrometheusMetricReader()] if server else []
         )
-        self._supervisor = Supervisor(expected=(MoEOperatorError,))
+        self._supervisor = Supervisor(expected=(MoEOperatorError, UnavailableError))
         if server is not None:
             server.start(self._supervisor)
         self._threads = ThreadPoolExecutor(own.workers, thread_name_prefix="reconcile")
@@ -163,7 +164,10 @@ async def follow(
     def readable() -> None:
         tell(queue.add_all)
 
-    followers = [Follower(cluster, mirror, kind, changed, readable) for kind in FOLLOWED]
+    followers = [
+        Follower(cluster.collection(kind, names.LABEL_NAME), mirror, kind, changed, readable)
+        for kind in FOLLOWED
+    ]
     for follower in followers:
         follower.start(supervisor)
     for follower in followers:

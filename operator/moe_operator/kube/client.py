@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Iterable, Mapping
+from typing import Final
 
-import orjson
-import urllib3.exceptions
-from kubernetes import client, config
-from kubernetes.dynamic import DynamicClient
-from kubernetes.dynamic.exceptions import DynamicApiError
+from kubernetes import client
 
-from moe_operator.errors import (
-    ClusterUnavailableError,
-    HistoryExpiredError,
-    InstallationError,
-    ReadForbiddenError,
-    RetryableError,
-)
-from moe_operator.kube.answers import translated
+from moe_api.listwatch import Collection
+from moe_operator.apiserver import requests
+from moe_operator.apiserver.requests import Requests
 from moe_operator.kube.mirror import Mirror
 from moe_operator.render.objects import Manifest
 from moe_operator.resources import names
@@ -41,21 +31,8 @@ _PATHS: Final = {
     "PodDisruptionBudget": ("policy/v1", "poddisruptionbudgets"),
     "ClusterKopfPeering": ("kopf.dev/v1", "clusterkopfpeerings"),
 }
-_GONE, _EXPIRED = 404, 410
 _CONNECTIONS = 32
 """Kept open: one for each watch and each thread."""
-_WATCH_SECONDS, _WATCH_SILENCE_SECONDS = 300, 90
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A part of a list."""
-
-    items: list[Manifest]
-    version: str
-    """Of the whole list."""
-    following: str | None
-    """Asks for the next part; None at the end."""
 
 
 class Cluster:
@@ -69,9 +46,7 @@ class Cluster:
         """timeout_seconds: limit of one request. `mirror`: the cache, read instead of the API server where it
         is complete.
         """
-        # No discovery: the paths of the few kinds are known, and the discoverer would keep a cache in /tmp.
-        self._dynamic = DynamicClient(api, discoverer=lambda _client, _cache: None)
-        self._timeout = timeout_seconds
+        self._requests = Requests(api, timeout_seconds)
         self._mirror = mirror or Mirror(frozenset())
 
     def get(self, kind: str, namespace: str | None, name: str) -> Manifest | None:
@@ -81,7 +56,7 @@ class Cluster:
 
     def read(self, kind: str, namespace: str | None, name: str) -> Manifest | None:
         """One object as it is now, bypassing the cache; None if there is none."""
-        return self._request("get", _path(kind, namespace, name))
+        return self._requests.send("get", _path(kind, namespace, name))
 
     def refresh(self, kind: str, namespace: str, name: str) -> Manifest | None:
         """One object as it is now, which also updates the cache; None if there is none."""
@@ -96,27 +71,27 @@ class Cluster:
     def last_event(self, kind: str, namespace: str, name: str, reason: str) -> str | None:
         """The message of the latest Event about an object with a reason; None when there is none."""
         about = f"involvedObject.kind={kind},involvedObject.name={name},reason={reason}"
-        found = self._request("get", _path("Event", namespace), field_selector=about) or {"items": []}
+        found = self._requests.send("get", _path("Event", namespace), field_selector=about) or {"items": []}
         events = sorted(found["items"], key=lambda event: event.get("lastTimestamp") or "")
         return str(events[-1].get("message", "")) if events else None
 
     def pods_on(self, node: str) -> list[Manifest]:
         """All pods on a node that have not ended."""
         alive = f"spec.nodeName={node},status.phase!=Succeeded,status.phase!=Failed"
-        found = self._request("get", _path("Pod", None), field_selector=alive) or {"items": []}
+        found = self._requests.send("get", _path("Pod", None), field_selector=alive) or {"items": []}
         items: list[Manifest] = found["items"]
         return items
 
     def serves(self, api_version: str) -> bool:
         """Whether the API server knows a group and version such as "apps/v1"."""
-        return self._request("get", f"/apis/{api_version}") is not None
+        return self._requests.send("get", f"/apis/{api_version}") is not None
 
     def list(self, kind: str, namespace: str, deployment: str) -> list[Manifest]:
         """The objects that carry a deployment's label."""
         if self._mirror.complete(kind):
             return self._mirror.of_deployment(kind, namespace, deployment)
         selector = names.selector_text({names.LABEL_NAME: deployment})
-        found = self._request("get", _path(kind, namespace), label_selector=selector) or {"items": []}
+        found = self._requests.send("get", _path(kind, namespace), label_selector=selector) or {"items": []}
         return [{**item, "apiVersion": _PATHS[kind][0], "kind": kind} for item in found["items"]]
 
     def note(self, manifests: Iterable[Manifest], verdict: str) -> None:
@@ -127,54 +102,16 @@ class Cluster:
         """The verdict about this version of a listed object; empty if there is none."""
         return self._mirror.verdict(manifest)
 
-    def chunk(self, kind: str, label: str, limit: int, following: str | None) -> Chunk:
-        """A part of the objects of all namespaces that carry a label.
-
-        Raises HistoryExpiredError when it took too long to ask for the next part, ReadForbiddenError when the
-        API server does not know the kind.
-        """
-        more = {"_continue": following} if following else {}
-        found = self._request("get", _path(kind, None), label_selector=label, limit=limit, **more)
-        if found is None:
-            raise ReadForbiddenError(f"kind {kind} is unknown to the API server; apply the CRDs of the chart")
-        items = [{**item, "apiVersion": _PATHS[kind][0], "kind": kind} for item in found["items"]]
-        metadata = found["metadata"]
-        return Chunk(items, metadata["resourceVersion"], metadata.get("continue"))
-
-    def watch(self, kind: str, label: str, version: str) -> Iterator[dict[str, Any]]:
-        """Events of the objects that carry a label, since a version; ends after some minutes.
-
-        Raises HistoryExpiredError when that version is too long ago.
-        """
-        response = self._respond(
-            "get",
-            _path(kind, None),
-            read=False,
-            label_selector=label,
-            resource_version=version,
-            watch=True,
-            allow_watch_bookmarks=True,
-            timeout_seconds=_WATCH_SECONDS,
-            # A bookmark comes every minute: a connection on which nothing came for longer is dead.
-            _request_timeout=(self._timeout, _WATCH_SILENCE_SECONDS),
-        )
-        try:
-            for line in _lines(response.stream(1 << 16)):
-                event = orjson.loads(line)
-                if event["type"] == "ERROR":
-                    raise _watch_error(event["object"])
-                yield event
-        except urllib3.exceptions.HTTPError as error:
-            raise ClusterUnavailableError(f"the watch of {kind} was interrupted: {error}") from error
-        finally:
-            response.close()
+    def collection(self, kind: str, label: str) -> Collection:
+        """The objects of all namespaces that carry a label, to be listed and watched."""
+        return self._requests.collection(_path(kind, None), label)
 
     def apply(self, manifest: Manifest, subresource: str = "", manager: str = names.FIELD_MANAGER) -> None:
         """Server-side apply. Takes over fields that others set differently, and leaves other fields
         unchanged.
         """
         metadata = manifest["metadata"]
-        applied = self._request(
+        applied = self._requests.send(
             "patch",
             _path(manifest["kind"], metadata.get("namespace"), metadata["name"]) + subresource,
             body=manifest,
@@ -187,7 +124,7 @@ class Cluster:
 
     def set_pod_condition(self, namespace: str, name: str, uid: str, condition: Mapping[str, str]) -> None:
         """Sets one condition of a pod, if it is still the one with this UID; the others stay."""
-        changed = self._request(
+        changed = self._requests.send(
             "patch",
             _path("Pod", namespace, name) + "/status",
             body={"metadata": {"uid": uid}, "status": {"conditions": [condition]}},
@@ -199,7 +136,7 @@ class Cluster:
 
     def scale(self, namespace: str, name: str, replicas: int, version: str) -> None:
         """Sets spec.replicas of a deployment that is still at this resourceVersion."""
-        self._request(
+        self._requests.send(
             "patch",
             _path(names.KIND, namespace, name) + "/scale",
             body={"metadata": {"resourceVersion": version}, "spec": {"replicas": replicas}},
@@ -210,46 +147,13 @@ class Cluster:
     def create(self, manifest: Manifest) -> None:
         """Creates an object that must not exist yet."""
         path = _path(manifest["kind"], manifest["metadata"]["namespace"])
-        self._request("post", path, body=manifest, field_manager=names.FIELD_MANAGER)
+        self._requests.send("post", path, body=manifest, field_manager=names.FIELD_MANAGER)
 
     def delete(self, kind: str, namespace: str, name: str, uid: str) -> None:
         """Deletes an object if it is still the one with this UID, and what it owns after it."""
         options = {"preconditions": {"uid": uid}, "propagationPolicy": "Background"}
-        self._request("delete", _path(kind, namespace, name), body=options)
+        self._requests.send("delete", _path(kind, namespace, name), body=options)
         self._mirror.drop(kind, namespace, name, uid)
-
-    def _request(self, method: str, path: str, **parameters: Any) -> Manifest | None:
-        response = self._respond(method, path, read=True, _request_timeout=self._timeout, **parameters)
-        result: Manifest | None = None if response is None else orjson.loads(response.data)
-        return result
-
-    def _respond(self, method: str, path: str, *, read: bool, **parameters: Any) -> Any:
-        """The answer, with its body read or not; None where there is no such object."""
-        try:
-            response = self._dynamic.request(method, path, serialize=False, **parameters)
-            if read:
-                _ = response.data
-            return response
-        except DynamicApiError as error:
-            if error.status == _GONE and method in ("get", "delete"):
-                return None
-            raise translated(error, method, path) from error
-        except urllib3.exceptions.HTTPError as error:
-            raise ClusterUnavailableError(
-                f"the API server did not respond to {method} {path}: {error}"
-            ) from error
-
-
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    rest = b""
-    for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from lines
-
-
-def _watch_error(status: Mapping[str, Any]) -> RetryableError:
-    said = str(status.get("message"))
-    return HistoryExpiredError(said) if status.get("code") == _EXPIRED else ClusterUnavailableError(said)
 
 
 def _path(kind: str, namespace: str | None, name: str | None = None) -> str:
@@ -264,17 +168,4 @@ def connect(timeout_seconds: float, mirror: Mirror | None = None) -> Cluster:
 
     Raises InstallationError when there is neither.
     """
-    configuration = client.Configuration()
-    configuration.connection_pool_maxsize = _CONNECTIONS
-    # Once, for a kept connection that just ended; whoever asks has pauses of its own for all else.
-    configuration.retries = 1
-    try:
-        try:
-            config.load_incluster_config(configuration)
-        except config.ConfigException:
-            config.load_kube_config(client_configuration=configuration)
-    except config.ConfigException as error:
-        raise InstallationError(
-            f"no way to reach a cluster: {error}; run in a pod with a ServiceAccount or set KUBECONFIG"
-        ) from error
-    return Cluster(client.ApiClient(configuration), timeout_seconds, mirror)
+    return Cluster(requests.connect(_CONNECTIONS), timeout_seconds, mirror)

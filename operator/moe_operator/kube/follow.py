@@ -1,110 +1,105 @@
-"""Maintains the cache: lists a kind in chunks, then watches it, each kind in a supervised thread."""
+"""Maintains the cache: each kind is listed and watched in a supervised thread."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Final
+from collections.abc import Callable, Iterator
+from typing import Final
 
+from moe_api.listwatch import Event, ListWatch, Manifest, Page, Source
 from moe_api.supervision import Backoff, Supervisor
-from moe_operator.errors import ClusterUnavailableError, HistoryExpiredError, ReadForbiddenError
-from moe_operator.kube.client import Cluster
+from moe_operator.errors import ReadForbiddenError
 from moe_operator.kube.mirror import Mirror, Place, deployment_of
-from moe_operator.resources import names
 
-_CHUNK: Final = 500
-"""Objects of one list request: 20,000 pods at once would take hundreds of MB to parse."""
 _BACKOFF: Final = Backoff(first_s=1.0, longest_s=8.0)
-_BETWEEN_WATCHES_S: Final = 0.2
-"""Avoids a tight loop if a server ends every watch at once."""
 
 Changed = Callable[[str, str], None]
 """Called with the namespace and name of a deployment after a change, in the watcher's thread."""
 
 
-@dataclass
 class Follower:
-    """Watches the objects of one kind that have a deployment's label."""
+    """Watches the objects of one kind that have a deployment's label, and keeps the cache equal to them.
 
-    cluster: Cluster
-    mirror: Mirror
-    kind: str
-    changed: Changed
-    readable: Callable[[], None] = lambda: None
-    """Called in the watcher's thread when the kind can be listed after it was forbidden."""
-    settled: threading.Event = field(default_factory=threading.Event)
-    """Set when all initial objects are in the cache, or listing is forbidden."""
-    _stopping: threading.Event = field(default_factory=threading.Event)
-    _version: str | None = None
-    """Where to watch from; None where everything has to be listed."""
-    _forbidden: bool = False
+    Args:
+        source: the objects.
+        cache: of observed objects.
+        kind: of the objects.
+        changed: called for every deployment one of whose objects changed.
+        readable: called in the watcher's thread when the kind can be listed after that was forbidden.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        cache: Mirror,
+        kind: str,
+        changed: Changed,
+        readable: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.settled = threading.Event()
+        """Set when all initial objects are in the cache, or listing is forbidden."""
+        self._cache = cache
+        self._kind = kind
+        self._changed = changed
+        self._readable = readable
+        self._stopping = threading.Event()
+        self._watch = ListWatch(source, self, self._stopping)
+        self._listed = False
+        """A list succeeded since reading was last forbidden."""
+        self._forbidden = False
+        """Listing is forbidden."""
 
     def start(self, supervisor: Supervisor) -> None:
         """Starts the thread, which ends only after `stop`."""
-        supervisor.start_thread("watch", self._follow, self._stopping, self.kind, _BACKOFF)
+        supervisor.start_thread("watch", self._follow, self._stopping, self._kind, _BACKOFF)
 
     def stop(self) -> None:
         """Lets the thread end; nobody needs to wait for it."""
         self._stopping.set()
 
-    def _follow(self) -> None:
-        """Lists and watches until an error, which the supervisor logs and counts."""
-        while not self._stopping.is_set():
-            try:
-                self._version = self._version or self._list()
-                for event in self.cluster.watch(self.kind, names.LABEL_NAME, self._version):
-                    self._version = self._take(event)
-            except HistoryExpiredError:
-                self._version = None
-            except ClusterUnavailableError:
-                raise  # the next watch continues from the last version
-            except ReadForbiddenError:
-                self._lose_sight()
-                raise
-            except Exception:
-                self._version = None  # a change may be lost with what could not be read
-                raise
-            self._stopping.wait(_BETWEEN_WATCHES_S)
-
-    def _lose_sight(self) -> None:
-        """Without the right to read a kind, reconciles ask the API server themselves and report it."""
-        self._forbidden = self._version is None
-        self._version = None
-        self.mirror.doubt(self.kind)
-        self.settled.set()
-
-    def _list(self) -> str:
-        """Puts all objects into the cache; returns the version to watch from."""
+    def replace(self, pages: Iterator[Page]) -> None:
+        """Puts all objects into the cache and drops those that do not exist any more."""
         there: dict[Place, int] = {}
-        version, following = "", None
-        while following or not version:
-            chunk = self.cluster.chunk(self.kind, names.LABEL_NAME, _CHUNK, following)
-            for manifest in chunk.items:
+        version = "0"
+        for page in pages:
+            version = page.version
+            for manifest in page.items:
                 metadata = manifest["metadata"]
                 there[Place(metadata["namespace"], metadata["name"])] = int(metadata["resourceVersion"])
                 self._put(manifest)
-            version, following = chunk.version, chunk.following
-        for namespace, deployment in self.mirror.replace(self.kind, there, int(version)):
-            self.changed(namespace, deployment)
+        for namespace, deployment in self._cache.replace(self._kind, there, int(version)):
+            self._changed(namespace, deployment)
+        self._listed = True
         self.settled.set()
         if self._forbidden:
             self._forbidden = False
-            self.readable()
-        return version
+            self._readable()
 
-    def _take(self, event: dict[str, Any]) -> str:
-        """One event of a watch; returns the version after it."""
-        manifest = event["object"]
-        metadata = manifest["metadata"]
-        if event["type"] == "DELETED":
-            self.mirror.drop(self.kind, metadata["namespace"], metadata["name"], metadata["uid"])
-            self.changed(metadata["namespace"], deployment_of(manifest))
-        elif event["type"] != "BOOKMARK":
-            self._put(manifest)
-        return str(metadata["resourceVersion"])
+    def take(self, event: Event) -> None:
+        """A change of one object."""
+        if event.kind != "DELETED":
+            self._put(event.item)
+            return
+        metadata = event.item["metadata"]
+        self._cache.drop(self._kind, metadata["namespace"], metadata["name"], metadata["uid"])
+        self._changed(metadata["namespace"], deployment_of(event.item))
 
-    def _put(self, manifest: dict[str, Any]) -> None:
+    def _follow(self) -> None:
+        """Lists and watches until an error, which the supervisor logs and counts."""
+        try:
+            self._watch.run()
+        except ReadForbiddenError:
+            self._lose_sight()
+            raise
+
+    def _lose_sight(self) -> None:
+        """Without the right to read a kind, reconciles ask the API server themselves and report it."""
+        self._forbidden = not self._listed
+        self._listed = False
+        self._cache.doubt(self._kind)
+        self.settled.set()
+
+    def _put(self, manifest: Manifest) -> None:
         """The cache already has the result of an own write."""
-        if self.mirror.put(self.kind, manifest):
-            self.changed(manifest["metadata"]["namespace"], deployment_of(manifest))
+        if self._cache.put(self._kind, manifest):
+            self._changed(manifest["metadata"]["namespace"], deployment_of(manifest))

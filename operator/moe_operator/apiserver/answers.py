@@ -57,7 +57,7 @@ def _refusal(
             "far; it notices within 30 s of their installation"
         )
     if forbidden and method == "get":
-        return ReadForbiddenError(f"the operator may not read {path}: {said}; grant it in its ClusterRole")
+        return ReadForbiddenError(f"reading {path} is forbidden: {said}; grant it to the ServiceAccount")
     if forbidden or not _is_wrong(status):
         return ApplyForbiddenError(f"the API server forbids {path}: {said}")
     return ApplyRefusedError(f"the API server refused {path}: {said}")
