@@ -93,6 +93,7 @@ def test_a_reconcile_is_a_span_and_an_outranked_process_does_nothing(live):
             Settings(),
             peering.Rank(api, Settings().peering, priority),
             lambda: datetime.now(UTC),
+            lambda _: {},
             provider.get_tracer("test"),
         )
         pause = process.reconcile(Name(live.namespace, "one"))

@@ -64,7 +64,6 @@ class Autoscaler:
         await asyncio.gather(*tasks, return_exceptions=True)
         if items and await self._acts():
             await asyncio.gather(*(item.scaled.keep(item.subject) for item in items if item.scaled))
-        await self._factory.poller.close()
 
     def _take(self, deployment: Deployment, seen: Subject | None) -> None:
         name = Name(deployment.identity.namespace, deployment.name)
@@ -97,7 +96,7 @@ class Autoscaler:
 
     def _release(self, addresses: frozenset[str]) -> None:
         if addresses:
-            self._factory.supervisor.start("release", partial(self._factory.poller.release, addresses))
+            self._factory.supervisor.start("release", partial(self._factory.client.release, addresses))
 
     def _retire(self, name: Name, deployment: Deployment) -> None:
         self._retiring[name] = self._start("retire", partial(self._factory.retire, deployment), name)

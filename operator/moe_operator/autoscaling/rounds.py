@@ -30,6 +30,7 @@ from moe_operator.resources.deployment import Deployment, Name
 from moe_operator.resources.scaling_spec import Mode
 from moe_operator.resources.scaling_status import SCALING_ACTIVE, ScalingStatus
 from moe_operator.resources.status import Condition, Status
+from moe_operator.rpc.pods import PodClient
 from moe_operator.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class ScaledFactory:
     """What the scaling of every deployment needs, and its beginning and end."""
 
     cluster: Cluster
+    client: PodClient
     poller: Poller
     settings: Settings
     threads: Executor

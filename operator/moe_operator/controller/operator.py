@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from opentelemetry import metrics, trace
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
@@ -32,9 +32,12 @@ from moe_operator.kube.mirror import Mirror
 from moe_operator.render.children import KINDS
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Name, restarted_at
+from moe_operator.rpc.pods import PodClient
 from moe_operator.settings import Settings
 
 FOLLOWED = (*KINDS, "Pod", names.ROUTES_KIND)
+P = ParamSpec("P")
+T = TypeVar("T")
 _ALLOCATIONS = 10_000
 """Net allocations of containers before a collection of the youngest generation; Python's default is 700."""
 
@@ -64,6 +67,7 @@ class Operator:
         self._queue = ReconcileQueue(self._reconcile, own, self._supervisor)
         self._watchers: list[Follower] = []
         self._asked: dict[str, tuple[object, str]] = {}
+        self._pods = PodClient(own.rpc_timeout_seconds)
         rank = peering.Rank(cluster, own.peering, priority)
         self._autoscaler = self._new_autoscaler(rank)
         self._reconciler = Reconciler(
@@ -71,6 +75,7 @@ class Operator:
             own,
             rank,
             lambda: datetime.now(UTC),
+            in_loop(self._pods.active),
             watcher=self._autoscaler,
             metrics=WorkMetrics(metrics.get_meter("moe_operator")),
         )
@@ -88,6 +93,7 @@ class Operator:
         await self._queue.close()
         await self._supervisor.close()
         await asyncio.to_thread(self._threads.shutdown)
+        await self._pods.close()
         await asyncio.to_thread(self._telemetry.shutdown)
 
     def deployment_changed(self, kind: str | None, body: Mapping[str, Any]) -> None:
@@ -124,7 +130,8 @@ class Operator:
         own = self._settings
         factory = ScaledFactory(
             self._cluster,
-            Poller(own.rpc_timeout_seconds, own.scaling_speed),
+            self._pods,
+            Poller(self._pods, own.scaling_speed),
             own,
             threads=self._threads,
             laboratory=ThreadPoolExecutor(1, thread_name_prefix="forecast"),
@@ -138,6 +145,16 @@ class Operator:
             return not await factory.call(rank.outranked, datetime.now(UTC))
 
         return Autoscaler(factory, acts)
+
+
+def in_loop(work: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
+    """A function for other threads, which runs `work` in the current event loop and waits for its result."""
+    loop = asyncio.get_running_loop()
+
+    def call(*arguments: P.args, **options: P.kwargs) -> T:
+        return asyncio.run_coroutine_threadsafe(work(*arguments, **options), loop).result()
+
+    return call
 
 
 async def follow(

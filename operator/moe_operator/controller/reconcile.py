@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Protocol
@@ -39,7 +39,7 @@ from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Identity, Name, identity, parse, parse_status
 from moe_operator.resources.status import Status
 from moe_operator.rpc.frontends import routed
-from moe_operator.rpc.leader import drain, get_model, work
+from moe_operator.rpc.leader import drain, get_model
 from moe_operator.rpc.together import ask
 from moe_operator.settings import Settings
 
@@ -68,6 +68,8 @@ class Reconciler:
     rank: peering.Rank
     """The peering of this process."""
     clock: Callable[[], datetime]
+    active: Callable[[Collection[str]], Mapping[str, int]]
+    """Returns the active requests of workers by IP address, without workers that do not respond."""
     tracer: trace.Tracer = field(default_factory=lambda: trace.get_tracer(__name__))
     watcher: Watcher | None = None
     """Receives the observations of every reconcile: scaling."""
@@ -221,8 +223,9 @@ class Reconciler:
 
     def _work(self, pods: Iterable[Pod]) -> dict[str, int]:
         """Active requests on each; one that does not respond counts as idle, because it probably hangs."""
-        limit = self.settings.rpc_timeout_seconds
-        return {pod.name: found or 0 for pod, found in ask(lambda pod: work(pod.address, limit), pods)}
+        addresses = {pod.name: pod.address for pod in pods}
+        active = self.active(tuple(addresses.values()))
+        return {name: active.get(address, 0) for name, address in addresses.items()}
 
     def _drain(self, deployment: Deployment, addresses: Iterable[str]) -> None:
         """Drains replicas. If the call fails, the deletion of the pod drains the replica."""

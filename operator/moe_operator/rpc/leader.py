@@ -1,4 +1,4 @@
-"""What the operator asks of a leader: its model, its work, and to take no more of it."""
+"""Calls of a reconcile to a leader: GetModel and Drain."""
 
 from __future__ import annotations
 
@@ -44,17 +44,6 @@ def get_model(address: str, revision: str, timeout_seconds: float) -> ModelInfo:
         context_length=model.context_length,
         revision=revision,
     )
-
-
-def work(address: str, timeout_seconds: float) -> int | None:
-    """Requests under way on the worker at an IP address; None when it does not answer in time."""
-    with grpc.insecure_channel(target(address), CHANNEL_OPTIONS) as channel:
-        try:
-            stub = worker_pb2_grpc.WorkerServiceStub(channel)
-            load = stub.GetLoad(worker_pb2.GetLoadRequest(), timeout=timeout_seconds)
-        except grpc.RpcError:
-            return None
-    return int(load.queued + load.running)
 
 
 def drain(address: str, timeout_seconds: float) -> bool:

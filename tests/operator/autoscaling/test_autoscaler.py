@@ -27,6 +27,7 @@ from moe_operator.planner.observed import Observed
 from moe_operator.resources.deployment import Name
 from moe_operator.resources.scaling_status import ScalingStatus
 from moe_operator.resources.status import Status
+from moe_operator.rpc.pods import PodClient
 from moe_operator.settings import Settings
 from tests.operator.autoscaling.test_metrics import collected
 from tests.operator.autoscaling.test_polling import Front
@@ -82,9 +83,11 @@ class Site:
         self.supervisor = Supervisor(provider.get_meter("test"))
         self.acting = True
         self.threads = ThreadPoolExecutor(2)
+        self.client = PodClient(1.0)
         self.factory = ScaledFactory(
             self.store,
-            Poller(1.0, 1.0),
+            self.client,
+            Poller(self.client, 1.0),
             QUICK,
             threads=self.threads,
             laboratory=self.threads,
@@ -114,6 +117,7 @@ async def site():
     yield made
     await made.autoscaler.close()
     await made.supervisor.close()
+    await made.client.close()
     made.threads.shutdown()
 
 

@@ -13,7 +13,9 @@ from moe_api.frontend.v1 import frontend_pb2, frontend_pb2_grpc
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
 from moe_operator.autoscaling.polling import Poller
 from moe_operator.autoscaling.subject import subject
+from moe_operator.controller.operator import in_loop
 from moe_operator.planner.observed import Observed
+from moe_operator.rpc.pods import PodClient
 from tests.operator.autoscaling.simulated import START, pod
 from tests.operator.worlds import deployment
 
@@ -52,10 +54,15 @@ def seen(leaders, frontends=(), **scaling):
 
 
 @pytest.fixture
-async def poller():
-    made = Poller(timeout_s=1.0, speed=1.0, clock=lambda: 2e9)
+async def client():
+    made = PodClient(timeout_s=1.0)
     yield made
     await made.close()
+
+
+@pytest.fixture
+def poller(client):
+    return Poller(client, speed=1.0, clock=lambda: 2e9)
 
 
 async def test_a_silent_replica_costs_the_others_nothing(world, poller):
@@ -99,16 +106,24 @@ async def test_without_a_request_the_wait_ends_in_time(world, poller):
     assert not await poller.first_held(seen([], frontends, minReplicas=0), 0.2)
 
 
-async def test_a_connection_that_is_closed_during_a_call_is_silence(world, poller):
+async def test_a_connection_that_is_closed_during_a_call_is_silence(world, poller, client):
     leaders = await world(Replica(silent=True))
     frontends = await world(Front(0))
     at = seen(leaders, frontends, minReplicas=0)
     reading = asyncio.create_task(poller.read(at))
     waiting = asyncio.create_task(poller.first_held(at, 30.0))
     await asyncio.sleep(0.1)
-    await poller.release(at.addresses)
+    await client.release(at.addresses)
     assert (await asyncio.wait_for(reading, 5)).silent == {"docs-0-0"}
     assert not await asyncio.wait_for(waiting, 5)
+
+
+async def test_a_thread_reads_the_active_requests_of_those_that_respond(world, client):
+    """As a reconcile does, which chooses the least busy replica to delete."""
+    busy, idle, hangs = await world(Replica(queued=2, running=1), Replica(), Replica(silent=True))
+    active = in_loop(client.active)
+    assert await asyncio.to_thread(active, [busy, idle, hangs]) == {busy: 3, idle: 0}
+    assert client._channels == {}
 
 
 async def test_a_cancelled_reading_ends(world, poller):

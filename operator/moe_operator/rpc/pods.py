@@ -1,0 +1,92 @@
+"""Asks workers for their load and frontends for the requests that they hold. Keeps the connections."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Collection
+from typing import TypeVar
+
+import grpc
+
+from moe_api.frontend.v1 import frontend_pb2, frontend_pb2_grpc
+from moe_api.supervision import is_being_cancelled
+from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
+from moe_operator.rpc.leader import CHANNEL_OPTIONS, target
+
+Answer = TypeVar("Answer")
+
+
+class PodClient:
+    """Connections to workers and frontends, by IP address. For one event loop.
+
+    timeout_s: limit of one call, in seconds.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    async def load(self, address: str) -> worker_pb2.Load | None:
+        """The load of a worker; None if it does not respond in time."""
+        return await self._load(self._channel(address))
+
+    async def active(self, addresses: Collection[str]) -> dict[str, int]:
+        """Queued and running requests by address, without workers that do not respond in time.
+
+        A reconcile asks only once, so these connections are not kept.
+        """
+        loads = await asyncio.gather(*map(self._load_once, addresses))
+        found = zip(addresses, loads, strict=True)
+        return {address: load.queued + load.running for address, load in found if load is not None}
+
+    async def held(self, address: str, wait_s: float) -> int:
+        """Requests that a frontend holds; 0 if it does not respond.
+
+        wait_s: how long the frontend waits for a first request, in seconds.
+        """
+        stub = frontend_pb2_grpc.FrontendServiceStub(self._channel(address))
+        request = frontend_pb2.GetDemandRequest()
+        request.wait.FromNanoseconds(round(wait_s * 1e9))
+        demand = await _answer(stub.GetDemand(request, timeout=wait_s + self._timeout_s))
+        return 0 if demand is None else demand.held
+
+    async def release(self, addresses: Collection[str]) -> None:
+        """Closes the connections to pods that are not asked any more."""
+        channels = [self._channels.pop(address) for address in addresses if address in self._channels]
+        await asyncio.gather(*(channel.close() for channel in channels))
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        await self.release(tuple(self._channels))
+
+    async def _load_once(self, address: str) -> worker_pb2.Load | None:
+        async with _opened(address) as channel:
+            return await self._load(channel)
+
+    async def _load(self, channel: grpc.aio.Channel) -> worker_pb2.Load | None:
+        stub = worker_pb2_grpc.WorkerServiceStub(channel)
+        return await _answer(stub.GetLoad(worker_pb2.GetLoadRequest(), timeout=self._timeout_s))
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        if address not in self._channels:
+            self._channels[address] = _opened(address)
+        return self._channels[address]
+
+
+def _opened(address: str) -> grpc.aio.Channel:
+    return grpc.aio.insecure_channel(target(address), CHANNEL_OPTIONS)
+
+
+async def _answer(call: Awaitable[Answer]) -> Answer | None:
+    """The response; None if the call fails, or its channel is closed meanwhile.
+
+    gRPC raises CancelledError in calls whose channel is closed, as if the caller were cancelled.
+    """
+    try:
+        return await call
+    except grpc.aio.AioRpcError:
+        return None
+    except asyncio.CancelledError:
+        if is_being_cancelled():
+            raise
+        return None
