@@ -4,10 +4,16 @@ A check takes microseconds for any request, because it reads no element. Each fu
 None.
 """
 
+from collections.abc import Iterator
 from typing import Final
+
+from moe_api.inference.v1.inference_pb2 import OutputFormat
 
 MODEL_MOST: Final = 253
 """Characters of a served name that a request may ask for."""
+
+FORMAT_MOST: Final = {"json_schema": 65_536, "regex": 4_096, "after": 64}
+"""Characters of the fields of an output format."""
 
 
 def characters_for(tokens: int, characters_per_token: int) -> int:
@@ -39,3 +45,9 @@ def of_list(length: int, most: int, elements: str) -> str | None:
 def of_name(characters: int, most: int = MODEL_MOST) -> str | None:
     """Of a name."""
     return f"has {characters} characters; use {most} at most" if characters > most else None
+
+
+def of_output_format(output_format: OutputFormat) -> Iterator[tuple[str, str | None]]:
+    """(field, problem) of each text of an output format."""
+    for field, most in FORMAT_MOST.items():
+        yield f"output_format.{field}", of_name(len(getattr(output_format, field)), most)

@@ -22,6 +22,12 @@ def generate(prompt="p", resumed=0, **sampling):
     return inference_pb2.GenerateRequest(prompt=prompt, sampling=parameters, resume=resume)
 
 
+def formatted(**output_format):
+    return inference_pb2.GenerateRequest(
+        prompt="p", output_format=inference_pb2.OutputFormat(**output_format)
+    )
+
+
 def with_ids(count):
     return inference_pb2.GenerateRequest(prompt_tokens=inference_pb2.TokenIds(ids=[1] * count))
 
@@ -37,6 +43,9 @@ REQUESTS = {
         generate(logit_bias=dict.fromkeys(range(1024), 0.0)),
         generate(logit_bias=dict.fromkeys(range(1025), 0.0)),
     ),
+    "json_schema": (formatted(json_schema="x" * 65_536), formatted(json_schema="x" * 65_537)),
+    "regex": (formatted(regex="x" * 4_096), formatted(regex="x" * 4_097)),
+    "after": (formatted(after="x" * 64), formatted(after="x" * 65)),
     "several": (generate("x" * 378), generate("x" * 379, resumed=64, stop=["x"] * 17)),
 }
 
@@ -45,7 +54,7 @@ REQUESTS = {
 def test_both_refuse_the_same_in_the_same_words(longest, too_long):
     for request, refused in ((longest, False), (too_long, True)):
         ours = bounds.violations(request, bounds.Limits(CONTEXT, PER_TOKEN))
-        theirs = validation.oversize(request, Tokenizer(), validation.Limits(320, CONTEXT))
+        theirs = validation.oversize(request, Tokenizer(), validation.RequestLimits(320, CONTEXT))
         assert {(it.field, it.description) for it in ours} == {(it.field, it.description) for it in theirs}
         assert bool(ours) == refused
 

@@ -66,6 +66,14 @@ def thinks(template: str) -> bool:
     return _THOUGHT in template
 
 
+def unformatted(reasons: bool, prompt: str) -> str:
+    """The text up to which an answer has no format: the end of the reasoning, where there is one.
+
+    reasons: whether the model reasons. prompt: the rendered conversation, which may end the reasoning itself.
+    """
+    return _THOUGHT if reasons and not prompt.rstrip().endswith(_THOUGHT) else ""
+
+
 class _In(enum.Enum):
     START = "before the first character, where reasoning may begin"
     REASONING = "in the reasoning"

@@ -15,6 +15,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from moe_frontend.chat.parsing import unformatted
 from moe_frontend.chat.renderer import Renderer
 from moe_frontend.discovery.endpoints import Served
 from moe_frontend.http import answers, bodies
@@ -90,7 +91,7 @@ class Api:
         asked, served = await self._asked(exchange, request, ChatRequest)
         talk = conversation(asked, served)
         prompt = await render(self._renderer, talk)
-        wanted = requests(asked, served, prompt)
+        wanted = requests(asked, served, prompt, unformatted(talk.thinks, prompt))
         chats = Chats(exchange, served.name or asked.model or "", asked, talk, prompt)
         if asked.stream:
             await chats.stream(self._forwarder, self._tracer, wanted)

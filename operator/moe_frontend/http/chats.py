@@ -11,7 +11,7 @@ from moe_api.inference.v1 import inference_pb2
 from moe_frontend.chat.parsing import Parser, Piece, ToolCall
 from moe_frontend.chat.renderer import Renderer, RendererBusyError, RendererNotStartedError, RenderError
 from moe_frontend.discovery.endpoints import Served
-from moe_frontend.http import answers, sampling
+from moe_frontend.http import answers, formats, sampling
 from moe_frontend.http.answers import Chat, ChatChoice, ChatLogprobs, ChatMessage, ChunkChoice, Delta
 from moe_frontend.http.conversation import Conversation, most_tokens, top_logprobs
 from moe_frontend.http.errors import OVERLOADED, SERVER_ERROR, ApiError
@@ -23,7 +23,12 @@ from moe_frontend.http.schemas import ChatRequest
 
 PROMPT_MOST: Final = 16 * 2**20
 """Characters of a rendered conversation; the model's own bound is checked with the others."""
-_RENAMED: Final = {"prompt": "messages", "prompt_tokens": "messages", "logprobs": "top_logprobs"}
+_RENAMED: Final = {
+    "prompt": "messages",
+    "prompt_tokens": "messages",
+    "logprobs": "top_logprobs",
+    **formats.RENAMED,
+}
 
 
 async def render(renderer: Renderer, asked: Conversation) -> str:
@@ -42,8 +47,12 @@ async def render(renderer: Renderer, asked: Conversation) -> str:
         raise ApiError(400, str(error), param="messages") from None
 
 
-def requests(request: ChatRequest, served: Served, prompt: str) -> list[inference_pb2.GenerateRequest]:
+def requests(
+    request: ChatRequest, served: Served, prompt: str, unformatted: str = ""
+) -> list[inference_pb2.GenerateRequest]:
     """What a rendered conversation asks the replicas for. Pure.
+
+    unformatted: a response format holds behind this text.
 
     Raises:
         ApiError: the request is not valid, as far as that can be told here.
@@ -55,15 +64,20 @@ def requests(request: ChatRequest, served: Served, prompt: str) -> list[inferenc
         samples=served.samples,
         logprobs=top_logprobs(request),
     )
-    asked = []
+    wanted = formats.output_format(request.response_format, unformatted)
+    found = []
     for seed in sampling.seeds(request, request.n or 1):
         one = inference_pb2.GenerateRequest(
-            model=request.model or "", prompt=prompt, without_special_tokens=True, sampling=parameters
+            model=request.model or "",
+            prompt=prompt,
+            without_special_tokens=True,
+            sampling=parameters,
+            output_format=wanted,
         )
         if seed is not None:
             one.sampling.seed = seed
-        asked.append(one)
-    return asked
+        found.append(one)
+    return found
 
 
 @dataclass

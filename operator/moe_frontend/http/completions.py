@@ -8,7 +8,7 @@ from opentelemetry import trace
 
 from moe_api.inference.v1 import inference_pb2
 from moe_frontend.discovery.endpoints import Served
-from moe_frontend.http import answers, prompts, sampling
+from moe_frontend.http import answers, formats, prompts, sampling
 from moe_frontend.http.answers import Completion, CompletionChoice, Logprobs
 from moe_frontend.http.errors import ApiError, invalid
 from moe_frontend.http.events import EventStream
@@ -19,7 +19,7 @@ from moe_frontend.http.schemas import CompletionRequest
 
 MAX_TOKENS: Final = 16
 """OpenAI's default."""
-_RENAMED: Final = {"prompt_tokens": "prompt"}
+_RENAMED: Final = {"prompt_tokens": "prompt", **formats.RENAMED}
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ def plan(request: CompletionRequest, served: Served) -> Plan:
         samples=served.samples,
         logprobs=request.logprobs,
     )
-    asked = [_generate(request.model or "", prompt, parameters) for prompt in given for _ in range(n)]
+    wanted = formats.output_format(request.response_format)
+    asked = [_generate(request.model or "", prompt, parameters, wanted) for prompt in given for _ in range(n)]
     for one, seed in zip(asked, sampling.seeds(request, len(asked)), strict=True):
         if seed is not None:
             one.sampling.seed = seed
@@ -86,9 +87,12 @@ def _check_echo(request: CompletionRequest, given: Sequence[Prompt]) -> None:
 
 
 def _generate(
-    model: str, prompt: Prompt, parameters: inference_pb2.SamplingParameters
+    model: str,
+    prompt: Prompt,
+    parameters: inference_pb2.SamplingParameters,
+    output_format: inference_pb2.OutputFormat | None,
 ) -> inference_pb2.GenerateRequest:
-    request = inference_pb2.GenerateRequest(model=model, sampling=parameters)
+    request = inference_pb2.GenerateRequest(model=model, sampling=parameters, output_format=output_format)
     if isinstance(prompt, str):
         request.prompt = prompt
     else:

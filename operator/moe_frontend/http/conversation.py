@@ -82,13 +82,14 @@ def top_logprobs(request: ChatRequest) -> int | None:
 
 
 def _check_format(request: ChatRequest) -> None:
-    if request.response_format is not None and request.response_format.type != "text":
-        raise invalid(
-            "response_format.type",
-            "is not supported: only 'text' is; ask for JSON in a message, and check what comes",
-        )
+    if request.tools and request.tool_choice != "none" and _formatted(request):
+        raise invalid("response_format", "excludes tools, whose calls have their own format; leave one out")
     if request.parallel_tool_calls is False and request.tools:
         raise invalid("parallel_tool_calls", "cannot be false: the model decides; leave it out")
+
+
+def _formatted(request: ChatRequest) -> bool:
+    return request.response_format is not None and request.response_format.type != "text"
 
 
 def _tools(request: ChatRequest) -> list[Any]:

@@ -29,6 +29,22 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     include_obfuscation: bool = False
 
 
+class JsonSchemaFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """schema: passed on as it is. strict: true or not, the text satisfies the schema."""
+
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+    schema: msgspec.Raw = msgspec.Raw(b"{}")
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the text must be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What all requests for text have in common; None: the default, as where a field is missing."""
 
@@ -44,6 +60,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     frequency_penalty: float | None = None
     logit_bias: dict[TokenId, _Bias] | None = None
     seed: _Seed | None = None
+    response_format: ResponseFormat | None = None
     # Extensions that other servers of open models have under the same names.
     top_k: _TopK | None = None
     min_p: float | None = None
@@ -128,12 +145,6 @@ class ToolChoice(msgspec.Struct, frozen=True):
     type: str
 
 
-class ResponseFormat(msgspec.Struct, frozen=True):
-    """What the text has to be."""
-
-    type: str
-
-
 class ChatRequest(Sampling, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``POST /v1/chat/completions``."""
 
@@ -144,7 +155,6 @@ class ChatRequest(Sampling, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     tools: Annotated[list[Tool], msgspec.Meta(max_length=128)] | None = None
     tool_choice: str | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
     reasoning_effort: Annotated[str, msgspec.Meta(max_length=32)] | None = None
     chat_template_kwargs: dict[str, bool | str] | None = None
     # Refused unless they are null: no model here has them.

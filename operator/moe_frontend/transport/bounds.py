@@ -46,6 +46,7 @@ def _checked(request: Message, limits: Limits) -> _Lengths:
             yield from _of_prompt(request, limits)
             yield from _of_lists(request)
             yield from _of_resume(request, limits)
+            yield from lengths.of_output_format(request.output_format)
         case inference_pb2.TokenizeRequest():
             yield "model", lengths.of_name(len(request.model))
             yield "text", _of_text(request.text, limits.context_length, limits)

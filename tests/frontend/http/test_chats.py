@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import openai
+import pydantic
 import pytest
 
 from moe_frontend.discovery.endpoints import Served
@@ -103,6 +104,26 @@ async def test_fields_that_clients_send_without_a_value_change_nothing(http):
     assert (await chat(h, top_k=-2)).status_code == 400
 
 
+class Person(pydantic.BaseModel):
+    name: str
+    age: int
+
+
+async def test_openais_client_gets_the_format_that_it_asks_for(http):
+    h = await chatting(http, says=["<think>who</think>", '{"name": "Ada", "age": 36}'])
+    answer = await h.openai.chat.completions.parse(model="m", messages=[USER], response_format=Person)
+    assert answer.choices[0].message.parsed == Person(name="Ada", age=36)
+    wanted = h.bench.workers[0].asked[-1].output_format
+    assert json.loads(wanted.json_schema)["required"] == ["name", "age"]
+    assert wanted.after == "</think>"
+    fields = {"chat_template_kwargs": {"enable_thinking": False}, "response_format": {"type": "json_object"}}
+    await chat(h, **fields)
+    wanted = h.bench.workers[0].asked[-1].output_format
+    assert (wanted.json_object, wanted.after) == (True, "")
+    await h.complete("x", model="m", response_format={"type": "json_object"})
+    assert h.bench.workers[0].asked[-1].output_format.json_object
+
+
 async def test_without_tools_the_marks_of_calls_are_content(http):
     h = await chatting(http, says=["<tool_call>{}</tool_call>"])
     for fields in ({}, {"tools": TOOLS, "tool_choice": "none"}):
@@ -147,12 +168,14 @@ async def test_log_probabilities_and_several_texts(http):
         ),
         ({"messages": [USER | {"x": 1}]}, "messages[0].x", "is not a field"),
         ({"tool_choice": "required", "tools": TOOLS}, "tool_choice", "a call cannot be forced"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type", "only 'text' is"),
+        ({"response_format": {"type": "grammar"}}, "response_format.type", "invalid enum value"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "is missing"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {}}},
-            "response_format.type",
-            "only 'text' is",
+            "response_format.json_schema",
+            "missing required field name",
         ),
+        ({"response_format": {"type": "json_object"}, "tools": TOOLS}, "response_format", "excludes tools"),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
         ({"functions": [{}]}, "functions", "is not supported"),
         ({"chat_template_kwargs": {"messages": "x"}}, "chat_template_kwargs.messages", "is not allowed"),

@@ -20,6 +20,7 @@ from moe_worker.engine.requests import Delta, FinishReason, Load, Request
 from moe_worker.engine.statistics import Event, ExpertStatistics, LayerExperts, Statistics, Tally
 from moe_worker.errors import DeviceMemoryError
 from moe_worker.models.batch import Batch, Segment
+from moe_worker.sampling.guides import Allowed, Guide, Guides
 from moe_worker.sampling.logprobs import TokenLogprobs
 from moe_worker.sampling.sampler import Sampled, Sampler
 from moe_worker.sampling.text import TextStream
@@ -34,6 +35,7 @@ class _Sequence:
     """An active request; `pages` is its page table. admitted: whether the sampler knows it.
 
     generated: tokens of its text, including emitted tokens of a resumed stream. shard: where its pages are.
+    guide: of its output format; None: any text will do.
     """
 
     request: Request
@@ -43,6 +45,7 @@ class _Sequence:
     pages: "array[int]" = field(default_factory=lambda: array("i"))
     generated: int = 0
     admitted: bool = False
+    guide: Guide | None = None
 
     @property
     def tokens(self) -> int:
@@ -80,6 +83,12 @@ class EngineCore:
         self._scheduler = Scheduler(_limits(loaded, options))
         self._sequences: dict[int, _Sequence] = {}
         self._sampler = Sampler(loaded.config.vocab_size, loaded.device, loaded.config.eos_token_ids)
+        self._guides = Guides(
+            loaded.tokenizer,
+            loaded.config.vocab_size,
+            loaded.config.eos_token_ids,
+            threads=torch.get_num_threads(),
+        )
         self._experts = loaded.runner.expert_counter()
         self._tally = Tally()
         self._flights: deque[Flight[_Sequence]] = deque()
@@ -151,7 +160,10 @@ class EngineCore:
         text = TextStream(request.sampling.stop)
         for token in request.written:
             text.push(self._loaded.tokenizer.token_bytes(token))  # has been sent
-        self._sequences[request.id] = _Sequence(request, text, ends, shard, generated=len(request.written))
+        sequence = _Sequence(request, text, ends, shard, generated=len(request.written))
+        if request.output_format is not None:
+            sequence.guide = self._guides.open(request.output_format, request.written)
+        self._sequences[request.id] = sequence
 
     def _idlest_shard(self) -> int:
         """That with the fewest sequences; a sequence stays where its pages are."""
@@ -200,6 +212,7 @@ class EngineCore:
 
     def _land(self, flight: "Flight[_Sequence]") -> list[Delta]:
         """Processes the tokens of a step; requests that ended since its launch get none of them."""
+        self._guide(flight)
         tokens, failed, logprobs = flight.wait()
         full = frozenset(self._scheduler.complete(flight.step, tokens, self._clock()))
         deltas = []
@@ -218,12 +231,29 @@ class EngineCore:
         batch = Batch.of([self._sequences[chunk.id].follow(chunk) for chunk in step.chunks], loaded.cache)
         self._fill_in(step, batch)
         rows = [row for row, chunk in zip(batch.last_rows, step.chunks, strict=True) if chunk.samples]
+        sampling = [(chunk.id, self._sequences[chunk.id]) for chunk in step.chunks if chunk.samples]
+        guided = [(row, it.guide) for row, (_, it) in enumerate(sampling) if it.guide is not None]
+        masks = None if self._flights else self._guides.begin(guided, loaded.device)
         logits_NV = loaded.runner.logits(batch, loaded.cache, rows)
         self._experts.count(step.tokens)
-        sampling = [(chunk.id, self._sequences[chunk.id]) for chunk in step.chunks if chunk.samples]
         if not sampling:
             return Flight(step, sampling, None)
-        return Flight(step, sampling, self._sample(logits_NV, sampling))
+        if guided:
+            # Masks depend on the last tokens; where those are under way, this step is already launched.
+            for flight in self._flights:
+                self._guide(flight)
+        masks = masks or self._guides.begin(guided, loaded.device)
+        return Flight(step, sampling, self._sample(logits_NV, sampling, masks()))
+
+    def _guide(self, flight: "Flight[_Sequence]") -> None:
+        """Gives the tokens of a step to the guides of their texts, once."""
+        if flight.guided or all(sequence.guide is None for _, sequence in flight.sampling):
+            return
+        flight.guided = True
+        tokens, failed, _ = flight.wait()
+        for (_, sequence), token, wrong in zip(flight.sampling, tokens, failed, strict=True):
+            if sequence.guide is not None and not wrong:
+                sequence.guide.take(token, self._loaded.tokenizer.token_bytes(token))
 
     def _fill_in(self, step: Step, batch: Batch) -> None:
         """Inserts the tokens that the host does not know yet, from the previous step, on the device."""
@@ -237,28 +267,33 @@ class EngineCore:
                 [name for _, name in unknown], [row for row, _ in unknown], batch.tokens_T
             )
 
-    def _sample(self, logits_NV: torch.Tensor, sampling: Sequence[tuple[int, _Sequence]]) -> Sampled:
+    def _sample(
+        self, logits_NV: torch.Tensor, sampling: Sequence[tuple[int, _Sequence]], allowed: Allowed | None
+    ) -> Sampled:
         for name, sequence in sampling:
             if not sequence.admitted:
                 request = sequence.request
                 self._sampler.admit(name, request.sampling, request.seed, request.prompt, request.written)
                 sequence.admitted = True
-        return self._sampler.sample(logits_NV, [name for name, _ in sampling])
+        return self._sampler.sample(logits_NV, [name for name, _ in sampling], allowed)
 
     def _advance(self, request: int, token: int, full: bool, logprobs: TokenLogprobs | None) -> Delta:
         sequence = self._sequences[request]
         sequence.generated += 1
         ended = token in sequence.ends
         text = "" if ended else sequence.text.push(self._loaded.tokenizer.token_bytes(token))
-        if not (ended or full or sequence.text.stopped):
+        stopped = ended or sequence.text.stopped or (sequence.guide is not None and sequence.guide.complete)
+        if not (stopped or full):
             return Delta(request, text, token, None, logprobs)
-        reason = FinishReason.STOP if ended or sequence.text.stopped else FinishReason.LENGTH
+        reason = FinishReason.STOP if stopped else FinishReason.LENGTH
         self.cancel(request)
         return Delta(request, text + sequence.text.finish(), token, reason, logprobs)
 
     def _fail(self, request: int) -> Delta:
+        guide = self._sequences[request].guide
+        too_complex = guide is not None and guide.failed
         self.cancel(request)
-        return Delta(request, "", None, FinishReason.FAILED)
+        return Delta(request, "", None, FinishReason.FORMAT if too_complex else FinishReason.FAILED)
 
     def _expire(self, request: int) -> Delta:
         self.cancel(request)

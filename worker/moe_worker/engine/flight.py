@@ -18,12 +18,16 @@ S = TypeVar("S")
 
 
 class Flight(Generic[S]):
-    """`sampling` lists the requests that sample, in order, each with its state in the engine."""
+    """`sampling` lists the requests that sample, in order, each with its state in the engine.
+
+    guided: whether the guides of its texts have taken its tokens.
+    """
 
     def __init__(self, step: Step, sampling: Sequence[tuple[int, S]], sampled: Sampled | None) -> None:
         """Starts to copy the tokens, and other results for the host, from the device."""
         self.step = step
         self.sampling = sampling
+        self.guided = False
         self._rows = {name: row for row, (name, _) in enumerate(sampling)}
         self._sampled = sampled
         self._arrived: torch.cuda.Event | None = None

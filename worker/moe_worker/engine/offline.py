@@ -20,6 +20,8 @@ from moe_worker.kvcache.paged import PagedCache
 from moe_worker.models.batch import Batch, Segment
 from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.sampling.defaults import sampling_defaults
+from moe_worker.sampling.grammar import format_violations
+from moe_worker.sampling.output_format import OutputFormat
 from moe_worker.sampling.parameters import SamplingParameters
 
 
@@ -68,15 +70,17 @@ class Engine:
         self,
         prompts: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]],
         sampling: SamplingParameters | None = None,
+        output_format: OutputFormat | None = None,
     ) -> list[GenerationResult]:
         """Continues each prompt; returns one result for each, in order.
 
         A prompt is a text (the begin-of-text token is prepended) or a list of token ids, used as given. A
-        single prompt may be given without a list. Raises RequestError.
+        single prompt may be given without a list. output_format: what each continuation must be.
+        Raises RequestError.
         """
         sampling = sampling or self._defaults
         requests = [
-            Request(number, self._prompt(prompt), sampling, _seed(sampling))
+            Request(number, self._prompt(prompt), sampling, _seed(sampling), output_format=output_format)
             for number, prompt in enumerate(_listed(prompts))
         ]
         for request in requests:
@@ -106,6 +110,9 @@ class Engine:
         context = self._loaded.context
         violations = prompt_violations("prompt", request.prompt, self.config.vocab_size, context)
         found = request.sampling.violations(self.config.vocab_size)
+        if request.output_format is not None:
+            ends = frozenset(self.config.eos_token_ids)
+            found += format_violations(request.output_format, request.sampling, ends)
         for violation in violations + found:
             raise RequestError(violation.field, f"{violation.field} {violation.description}")
 

@@ -6,6 +6,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from moe_worker.sampling.logprobs import TokenLogprobs
+from moe_worker.sampling.output_format import OutputFormat
 from moe_worker.sampling.parameters import SamplingParameters, Violation
 
 
@@ -16,6 +17,7 @@ class FinishReason(Enum):
     LENGTH = "length"  # max_tokens or the context length was reached
     DEADLINE = "deadline"  # its deadline passed
     FAILED = "failed"  # no token can be selected by the model's scores (NaN)
+    FORMAT = "format"  # the output format is too complex to go on with
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Request:
 
     priority: 0 to 9, higher is sooner. deadline: on the engine's clock, in seconds; None: none.
     written: tokens that another engine has emitted; this one continues after them.
+    output_format: what the text must be; None: any text.
     """
 
     id: int
@@ -33,6 +36,7 @@ class Request:
     priority: int = 0
     deadline: float | None = None
     written: tuple[int, ...] = ()
+    output_format: OutputFormat | None = None
 
 
 class Delta(NamedTuple):

@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_worker.sampling.adjust import TokenCounts
 from moe_worker.sampling.batch import Row, SamplingBatch, build
 from moe_worker.sampling.draw import draw, masses
+from moe_worker.sampling.guides import Allowed
 from moe_worker.sampling.logprobs import TokenLogprobs
 from moe_worker.sampling.parameters import SamplingParameters
 
@@ -112,24 +113,27 @@ class Sampler:
             self._batch = None
 
     @torch.inference_mode()
-    def sample(self, logits_BV: Tensor, names: Sequence[int]) -> Sampled:
+    def sample(self, logits_BV: Tensor, names: Sequence[int], allowed: Allowed | None = None) -> Sampled:
         """One token for each of the sequences `names`, in their order; the host never waits for the device.
 
-        logits_BV: of any floating dtype; is left as it is. Counts the tokens as generated.
+        logits_BV: of any floating dtype; is left as it is. allowed: tokens that formats allow; None: all.
+        Counts the tokens as generated.
         """
         if self._batch is None or self._batch.names != tuple(names):
             self._batch = build(names, [self._rows[name] for name in names], self._counts, self._device)
-        sampled = sample(logits_BV, self._batch)
+        sampled = sample(logits_BV, self._batch, allowed)
         self._batch.advance(sampled.tokens_B)
         return sampled
 
 
-def sample(logits_BV: Tensor, batch: SamplingBatch) -> Sampled:
+def sample(logits_BV: Tensor, batch: SamplingBatch, allowed: Allowed | None = None) -> Sampled:
     """One token for each row. Rows of temperature 0 take the first of their likeliest tokens."""
     scores_BV = logits_BV.float()
-    if batch.adjusts:
+    if batch.adjusts or allowed is not None:
         scores_BV = scores_BV.clone() if scores_BV is logits_BV else scores_BV
         batch.adjust(scores_BV)
+    if allowed is not None:
+        allowed.apply(scores_BV)
     # The largest logit is NaN or infinite in just the rows that fail.
     tokens_B = scores_BV.argmax(dim=-1)
     peaks_B1 = scores_BV.gather(1, tokens_B.unsqueeze(1))

@@ -26,6 +26,10 @@ FAILURES: Final[Mapping[FinishReason | None, tuple[grpc.StatusCode, str]]] = {
         grpc.StatusCode.DEADLINE_EXCEEDED,
         "the deadline of the call passed; allow more time, or ask for fewer tokens",
     ),
+    FinishReason.FORMAT: (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "output_format is too complex to go on with this text; simplify it",
+    ),
     FinishReason.FAILED: (
         grpc.StatusCode.INTERNAL,
         "the model gave no valid probabilities for the next token; check its weights (serve --check-weights)",

@@ -147,6 +147,7 @@ async def _serve(settings: ServeSettings, *, measured: bool) -> None:
         finally:
             await engine.stop()
     finally:
+        await inference.close()
         await supervisor.close()
         await health.close()
         await server.stop(CLOSE_GRACE_S)

@@ -23,6 +23,7 @@ from moe_worker.sampling.defaults import NEUTRAL
 from moe_worker.sampling.parameters import SamplingParameters, Violation
 from moe_worker.service import answers
 from moe_worker.service.engine_client import EngineClient
+from moe_worker.service.formats import Formats
 from moe_worker.service.off_loop import OffLoop
 from moe_worker.service.request_metrics import RequestMetrics
 from moe_worker.service.streams import Stream
@@ -98,6 +99,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self._tracer = tracer
         self._write_timeout_s = write_timeout_s
         self._off_loop = OffLoop()
+        self._formats = Formats()
+
+    async def close(self) -> None:
+        """Ends the processes that check output formats."""
+        await self._formats.close()
 
     async def Generate(  # type: ignore[override]  # noqa: N802 - the stubs know generators only
         self, request: inference_pb2.GenerateRequest, context: Context
@@ -195,6 +201,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             )
         if isinstance(checked, list):
             await rich_status.abort(context, answers.of_violations(checked))
+        if checked.output_format is not None:
+            wrong = await self._formats.violation(checked.output_format)
+            await _refuse([] if wrong is None else [wrong], context)
         return checked
 
     async def _stream(self, served: Served, number: int, checked: Checked, call: _Call) -> None:
@@ -208,6 +217,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 seed,
                 deadline=call.deadline,
                 written=checked.written,
+                output_format=checked.output_format,
             ),
             call.anchor,
         )

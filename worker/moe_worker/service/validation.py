@@ -12,11 +12,13 @@ from moe_worker.engine.requests import length_violation, prompt_violations
 from moe_worker.errors import TokenizerError
 from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.sampling.defaults import NEUTRAL
+from moe_worker.sampling.output_format import OutputFormat
 from moe_worker.sampling.parameters import SamplingParameters, Violation, list_violation
 from moe_worker.sampling.text import TextStream
 
-# stop texts, biases and stop tokens take about 20 KiB; names, numbers and unknown fields are few.
-OTHER_FIELDS_BYTES = 64 * 1024
+# stop texts, biases and stop tokens take about 20 KiB; names, numbers and unknown fields are few. Each
+# character of a schema may take four bytes.
+OTHER_FIELDS_BYTES = 64 * 1024 + 4 * max(lengths.FORMAT_MOST.values())
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,14 @@ class RequestLimits:
 class Checked:
     """A request that can be computed.
 
-    seed: the requested one, if any. written: its emitted tokens.
+    seed: the requested one, if any. written: its emitted tokens. output_format: has not been compiled.
     """
 
     prompt: tuple[int, ...]
     sampling: SamplingParameters
     seed: int | None = None
     written: tuple[int, ...] = ()
+    output_format: OutputFormat | None = None
 
 
 def oversize(
@@ -59,6 +62,8 @@ def oversize(
     found = [Violation(f"sampling.{it.field}", it.description) for it in lists if it is not None]
     if wrong := lengths.of_list(given, limits.context_length - 1, "tokens"):
         found.append(Violation("resume.tokens", wrong))
+    of_format = lengths.of_output_format(request.output_format)
+    found += [Violation(field, wrong) for field, wrong in of_format if wrong is not None]
     return [*_oversize_prompt(request, tokenizer, limits), *found]
 
 
@@ -136,7 +141,12 @@ def check_generate(
     if written and not found:
         room = min(sampling.max_tokens, limits.context_length - len(prompt))
         found = _resume_violations(written, room, sampling, tokenizer, limits)
-    return found or Checked(prompt, sampling, _seed(request, sampling), written)
+    wanted = _output_format(request)
+    if isinstance(wanted, OutputFormat):
+        found = found + list(wanted.violations(sampling, limits.ends))
+    if isinstance(wanted, Violation):
+        return [*found, wanted]
+    return found or Checked(prompt, sampling, _seed(request, sampling), written, wanted)
 
 
 def sampling_parameters(
@@ -156,6 +166,21 @@ def defaults_message(defaults: SamplingParameters) -> inference_pb2.SamplingPara
     return inference_pb2.SamplingParameters(
         **{name: value for name, value in vars(defaults).items() if value is not None and value != ()}
     )
+
+
+def _output_format(request: inference_pb2.GenerateRequest) -> OutputFormat | Violation | None:
+    if not request.HasField("output_format"):
+        return None
+    given = request.output_format
+    after = given.after
+    match given.WhichOneof("kind"):
+        case "json_object" if given.json_object:
+            return OutputFormat("json_object", "", after)
+        case "json_schema":
+            return OutputFormat("json_schema", given.json_schema, after)
+        case "regex":
+            return OutputFormat("regex", given.regex, after)
+    return Violation("output_format", "is empty; set json_object, json_schema or regex, or leave it out")
 
 
 def _seed(request: inference_pb2.GenerateRequest, sampling: SamplingParameters) -> int | None:

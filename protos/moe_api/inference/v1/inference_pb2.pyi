@@ -61,6 +61,7 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     RESUME_FIELD_NUMBER: _builtins.int
     WITHOUT_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_FORMAT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Served name of the model, at most 253 characters; empty selects the only model."""
     prompt: _builtins.str
@@ -81,6 +82,10 @@ class GenerateRequest(_message.Message):
         survive the loss of a frontend.
         """
 
+    @_builtins.property
+    def output_format(self) -> Global___OutputFormat:
+        """What the text must be. Not set: any text. INVALID_ARGUMENT says what is not supported."""
+
     def __init__(
         self,
         *,
@@ -90,16 +95,62 @@ class GenerateRequest(_message.Message):
         sampling: Global___SamplingParameters | None = ...,
         resume: Global___Resume | None = ...,
         without_special_tokens: _builtins.bool = ...,
+        output_format: Global___OutputFormat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "prompt", b"prompt", "prompt_tokens", b"prompt_tokens", "resume", b"resume", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "output_format", b"output_format", "prompt", b"prompt", "prompt_tokens", b"prompt_tokens", "resume", b"resume", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "model", b"model", "prompt", b"prompt", "prompt_tokens", b"prompt_tokens", "resume", b"resume", "sampling", b"sampling", "without_special_tokens", b"without_special_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "model", b"model", "output_format", b"output_format", "prompt", b"prompt", "prompt_tokens", b"prompt_tokens", "resume", b"resume", "sampling", b"sampling", "without_special_tokens", b"without_special_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "prompt_tokens"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class OutputFormat(_message.Message):
+    """A format that the text must have: at each token only those are selected that the format allows. A text that ends by
+    itself (FINISH_REASON_STOP) has the format, unless a stop text cut it; one of FINISH_REASON_LENGTH may be cut. Not
+    together with ignore_eos or min_tokens. Log-probabilities are those of the model without the format.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JSON_OBJECT_FIELD_NUMBER: _builtins.int
+    JSON_SCHEMA_FIELD_NUMBER: _builtins.int
+    REGEX_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    json_object: _builtins.bool
+    """JSON: an object of any content. The value must be true."""
+    json_schema: _builtins.str
+    """JSON that satisfies this JSON Schema (itself JSON, at most 65,536 characters; drafts 4 to 2020-12). Keywords
+    that are not supported are refused by name. White space between tokens is at most 20 characters at a time.
+    """
+    regex: _builtins.str
+    """A text that this regular expression matches from beginning to end, in the syntax of Rust's regex crate; at most
+    4,096 characters.
+    """
+    after: _builtins.str
+    """The format begins after the first occurrence of this text, at most 64 characters: for models that write their
+    reasoning before the answer ("</think>"). Default: the format begins with the first token.
+    """
+    def __init__(
+        self,
+        *,
+        json_object: _builtins.bool = ...,
+        json_schema: _builtins.str = ...,
+        regex: _builtins.str = ...,
+        after: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["json_object", b"json_object", "json_schema", b"json_schema", "kind", b"kind", "regex", b"regex"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "json_object", b"json_object", "json_schema", b"json_schema", "kind", b"kind", "regex", b"regex"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["json_object", "json_schema", "regex"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___OutputFormat: _TypeAlias = OutputFormat  # noqa: Y015
 
 @_typing.final
 class Resume(_message.Message):

@@ -1,0 +1,191 @@
+"""Texts have the format that a request asks for, in any batch, from any step on; hostile ones are refused."""
+
+import json
+import re
+
+import grpc
+import jsonschema
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from moe_api import rich_status
+from moe_api.inference.v1 import inference_pb2
+from moe_worker.config.engine import EngineOptions
+from moe_worker.engine.core import EngineCore
+from moe_worker.engine.requests import FinishReason, Request
+from moe_worker.errors import RequestError
+from moe_worker.sampling.output_format import OutputFormat
+from moe_worker.sampling.parameters import SamplingParameters
+from tests.worker.serving import Worker
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 2},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+SCHEMA = OutputFormat("json_schema", json.dumps(PERSON))
+EXPRESSION = OutputFormat("regex", r"[a-z]{3,9}-[0-9]{2}")
+PROMPT = (5, 6, 7, 5)
+
+
+def texts(engine, output_format, count=4, flights=None, max_tokens=480, written=()):
+    """(text, finish reason, tokens) of seeded samples in one batch, and of one free text next to them."""
+    core = EngineCore(engine._loaded, EngineOptions(threads=1, max_batch_size=8), flights=flights)
+    for number in range(count + 1):
+        sampling = SamplingParameters(max_tokens=max_tokens, temperature=1.5, seed=number)
+        wanted = output_format if number < count else None
+        core.submit(Request(number, PROMPT, sampling, number, written=written, output_format=wanted))
+    found = {number: ["", None, []] for number in range(count + 1)}
+    while not core.idle:
+        for delta in core.step():
+            entry = found[delta.id]
+            entry[0] += delta.text
+            entry[1] = delta.finish_reason
+            entry[2] += [] if delta.token is None else [delta.token]
+    return [found[number] for number in range(count + 1)]
+
+
+@pytest.mark.parametrize("flights", [1, 2])
+def test_every_text_of_a_batch_has_its_format(engine, flights):
+    for text, reason, _ in texts(engine, SCHEMA, flights=flights)[:-1]:
+        assert reason is FinishReason.STOP
+        jsonschema.validate(json.loads(text), PERSON)
+    for text, reason, _ in texts(engine, EXPRESSION, flights=flights)[:-1]:
+        assert reason is FinishReason.STOP
+        assert re.fullmatch(EXPRESSION.text, text)
+
+
+def test_a_format_changes_no_other_text(engine):
+    [*_, beside] = texts(engine, SCHEMA)
+    [*_, alone] = texts(engine, None)
+    assert beside == alone
+
+
+def test_steps_ahead_of_their_tokens_give_the_same_texts(engine):
+    assert texts(engine, SCHEMA, flights=2) == texts(engine, SCHEMA, flights=1)
+
+
+def test_a_stream_that_is_taken_up_keeps_its_format(engine):
+    [whole, *_] = texts(engine, SCHEMA, count=1)
+    for cut in range(1, len(whole[2]) - 1, 1 + len(whole[2]) // 5):
+        [rest, *_] = texts(engine, SCHEMA, count=1, written=tuple(whole[2][:cut]))
+        assert whole[2] == [*whole[2][:cut], *rest[2]]
+
+
+def test_the_format_begins_after_a_text(engine):
+    after = OutputFormat("regex", "[0-9]{3}", after="e")
+    [text, reason, _] = texts(engine, after, count=1)[0]
+    assert reason is FinishReason.STOP
+    assert re.fullmatch(r"[^e]*e[^0-9]*[0-9]{3}", text, re.DOTALL)
+
+
+def test_the_library_refuses_a_format_that_it_cannot_compile(engine):
+    with pytest.raises(RequestError, match=r"output_format\.regex is not supported"):
+        engine.generate("x", output_format=OutputFormat("regex", "["))
+
+
+VALUES = st.recursive(
+    st.sampled_from(
+        [
+            {"type": "integer", "minimum": -9, "maximum": 99},
+            {"type": "boolean"},
+            {"type": "null"},
+            {"enum": ["x", 1]},
+        ]
+    )
+    | st.builds(lambda n: {"type": "string", "maxLength": n}, st.integers(0, 5)),
+    lambda inner: (
+        st.builds(lambda items, n: {"type": "array", "items": items, "maxItems": n}, inner, st.integers(0, 2))
+        | st.builds(
+            lambda values: {
+                "type": "object",
+                "properties": values,
+                "required": sorted(values),
+                "additionalProperties": False,
+            },
+            st.dictionaries(st.sampled_from("abc"), inner, max_size=2),
+        )
+    ),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=10, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@given(schema=VALUES)
+def test_texts_satisfy_any_schema(engine, schema):
+    [text, reason, _] = texts(
+        engine, OutputFormat("json_schema", json.dumps(schema)), count=1, max_tokens=300
+    )[0]
+    assert reason is FinishReason.STOP
+    jsonschema.validate(json.loads(text), schema)
+
+
+@pytest.fixture(scope="module")
+def serving(checkpoint):
+    with Worker(checkpoint) as worker:
+        worker.wait_ready()
+        yield worker
+
+
+def ask(worker, sampling=None, **output_format):
+    request = inference_pb2.GenerateRequest(
+        prompt="hello",
+        sampling=sampling or inference_pb2.SamplingParameters(max_tokens=200, temperature=1, seed=1),
+        output_format=inference_pb2.OutputFormat(**output_format),
+    )
+    return "".join(response.text for response in worker.inference.Generate(request, timeout=60))
+
+
+def test_a_served_text_has_its_format(serving):
+    jsonschema.validate(json.loads(ask(serving, json_schema=SCHEMA.text)), PERSON)
+    assert re.fullmatch("[ab]{4}", ask(serving, regex="[ab]{4}"))
+
+
+ALTERNATIVES = {
+    "allOf": [{"anyOf": [{"pattern": f"^a{{{n}}}b*"}, {"pattern": f"^c{{{n}}}"}]} for n in range(24)],
+    "type": "string",
+}
+REFUSED = {
+    "no kind": ({}, "output_format", "set json_object"),
+    "false": ({"json_object": False}, "output_format", "set json_object"),
+    "not JSON": ({"json_schema": "{"}, "output_format.json_schema", "not valid JSON"),
+    "an unknown keyword": ({"json_schema": '{"not": {}}'}, "output_format.json_schema", "not"),
+    "a bad expression": ({"regex": "["}, "output_format.regex", "regex"),
+    "another file": ({"json_schema": '{"$ref": "http://127.0.0.1/x"}'}, "output_format.json_schema", "not"),
+    "a long schema": ({"json_schema": " " * 65_537}, "output_format.json_schema", "65536 at most"),
+    "deep": ({"json_schema": "[" * 60_000}, "output_format.json_schema", "JSON"),
+    "exponential": ({"json_schema": json.dumps(ALTERNATIVES)}, "output_format.json_schema", "not supported"),
+}
+
+
+@pytest.mark.parametrize(("output_format", "field", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_a_format_is_refused(serving, output_format, field, words):
+    with pytest.raises(grpc.RpcError) as caught:
+        ask(serving, **output_format)
+    [violation] = rich_status.field_violations(rich_status.from_error(caught.value))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert violation.field == field
+    assert words in violation.description
+    assert re.fullmatch("[ab]{4}", ask(serving, regex="[ab]{4}"))
+
+
+def test_a_format_that_becomes_too_complex_ends_its_text_alone(serving):
+    with pytest.raises(grpc.RpcError, match="too complex"):
+        ask(serving, regex="(.{1,1000}){1,1000}")
+    assert re.fullmatch("[ab]{4}", ask(serving, regex="[ab]{4}"))
+
+
+def test_a_text_that_never_ends_has_no_format(worker):
+    sampling = inference_pb2.SamplingParameters(max_tokens=4, ignore_eos=True)
+    with pytest.raises(grpc.RpcError) as caught:
+        ask(worker, sampling, json_object=True)
+    found = rich_status.field_violations(rich_status.from_error(caught.value))
+    assert [it.field for it in found] == ["output_format", "output_format"]
+    assert "ignore_eos" in found[0].description
+    assert "end-of-text" in found[1].description

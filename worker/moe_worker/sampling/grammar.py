@@ -1,0 +1,116 @@
+"""Output formats as grammars of llguidance, and what one grammar may cost.
+
+llguidance (https://github.com/guidance-ai/llguidance, MIT, in Rust) computes the mask of tokens that may come
+next, with an Earley parser over derivatives of regular expressions and a trie of the vocabulary. It compiles
+a schema in milliseconds where others build automata first, and it bounds the work of each mask.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from moe_worker.sampling.output_format import OutputFormat
+from moe_worker.sampling.parameters import SamplingParameters, Violation
+
+if TYPE_CHECKING:
+    from llguidance import LLParserLimits, TokenizerWrapper
+
+COMPILE_CPU_S: Final = 0.25
+"""CPU time for compiling one format; a schema with 800 constrained properties takes 0.05 s."""
+TOO_SLOW: Final = f"takes more than {COMPILE_CPU_S:g} s to compile; use fewer alternatives"
+NOT_INSTALLED: Final = "needs llguidance, which is not installed in this worker; install moe-operator[worker]"
+_SHOWN: Final = 300
+_BYTES: Final = 256
+_JSON: Final[Any] = {"whitespace_pattern": r"[ \t\r\n]{1,20}"}
+"""Models that are unsure write white space for ever where it is not bounded."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why a format cannot be used; "": it can."""
+
+    problem: str
+
+
+def available() -> bool:
+    """Whether llguidance is installed."""
+    return find_spec("llguidance") is not None
+
+
+def limits() -> "LLParserLimits":
+    """Bounds of the work and the memory of one text; beyond them the text fails alone."""
+    from llguidance import LLParserLimits  # noqa: PLC0415 - optional
+
+    return LLParserLimits(
+        initial_lexer_fuel=200_000,
+        step_lexer_fuel=50_000,
+        step_max_items=10_000,
+        max_lexer_states=50_000,
+        max_grammar_size=200_000,
+        verbose_errors=False,
+    )
+
+
+def grammar_of(output_format: OutputFormat) -> str:
+    """The grammar of a format. Raises ValueError for a schema that is not JSON."""
+    from llguidance import LLMatcher  # noqa: PLC0415 - optional
+
+    match output_format.kind:
+        case "json_object":
+            return LLMatcher.grammar_from_json_schema({"type": "object"}, overrides=_JSON)
+        case "json_schema":
+            return LLMatcher.grammar_from_json_schema(json.loads(output_format.text), overrides=_JSON)
+        case "regex":
+            return LLMatcher.grammar_from_regex(output_format.text)
+
+
+def check(output_format: OutputFormat) -> Verdict:
+    """Compiles a format and computes its first mask, over a vocabulary of bytes.
+
+    Untrusted formats can take minutes and gigabytes: for a process that can be killed.
+    """
+    from llguidance import LLMatcher, LLTokenizer  # noqa: PLC0415 - optional
+
+    tokenizer = LLTokenizer(cast("TokenizerWrapper", _Bytes()))
+    began = time.process_time()
+    try:
+        grammar = grammar_of(output_format)
+    except (ValueError, RecursionError) as error:
+        return Verdict(f"is not valid JSON: {_short(error)}; send a JSON Schema")
+    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits())
+    if not matcher.is_error():
+        matcher.compute_bitmask()
+    if matcher.is_error():
+        return Verdict(f"is not supported: {_short(matcher.get_error())}; change or leave out that part")
+    return Verdict(TOO_SLOW if time.process_time() - began > COMPILE_CPU_S else "")
+
+
+def format_violations(
+    output_format: OutputFormat, sampling: SamplingParameters, ends: frozenset[int]
+) -> list[Violation]:
+    """Everything that is wrong with a trusted format; compiles it."""
+    if not available():
+        return [Violation("output_format", NOT_INSTALLED)]
+    found = list(output_format.violations(sampling, ends))
+    problem = "" if found else check(output_format).problem
+    return [*found, *([Violation(f"output_format.{output_format.kind}", problem)] if problem else [])]
+
+
+class _Bytes:
+    """A vocabulary of single bytes and an end-of-text token, as llguidance's TokenizerWrapper."""
+
+    is_tokenizer_wrapper = True
+    eos_token_id = _BYTES
+    bos_token_id = None
+    tokens = (*(bytes([byte]) for byte in range(_BYTES)), b"")
+    special_token_ids = (_BYTES,)
+
+    def __call__(self, text: str) -> list[int]:
+        return list(text.encode())
+
+
+def _short(problem: object) -> str:
+    first, *_ = str(problem).strip().splitlines() or ["no reason given"]
+    return first[:_SHOWN].rstrip(".")
