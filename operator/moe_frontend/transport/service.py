@@ -82,14 +82,18 @@ class Frontend:
         """Whether probes are told that requests are welcome."""
         return self._ready
 
-    async def set_ready(self, *, ready: bool) -> None:
-        """Says whether there is a worker, and tells probes whether requests are welcome.
+    def set_replicas(self, *, there: bool) -> None:
+        """Says whether there is a worker: the first one releases the requests that wait."""
+        self._hold.set_replicas(there=there)
 
-        They are as long as they may wait for one: a frontend that lost its last worker gives up only after
-        the time that a request waits, lest the gap between two workers turn new connections away. One that
-        drains stays not ready.
+    async def set_ready(self, *, ready: bool) -> None:
+        """Says whether there is a worker, and reports to probes whether the frontend accepts requests.
+
+        It accepts them as long as they may wait for a worker: after the loss of the last worker it becomes
+        not ready only after the time that a request waits, so that the gap between two workers turns no
+        connection away. A draining frontend stays not ready.
         """
-        self._hold.set_replicas(there=ready)
+        self.set_replicas(there=ready)
         if ready or self._hold.from_zero:
             self._keep_on()
             await self._tell(ready=True)
