@@ -65,18 +65,17 @@ def requests(
         logprobs=top_logprobs(request),
     )
     wanted = formats.output_format(request.response_format, unformatted)
-    found = []
-    for seed in sampling.seeds(request, request.n or 1):
-        one = inference_pb2.GenerateRequest(
+    found = [
+        inference_pb2.GenerateRequest(
             model=request.model or "",
             prompt=prompt,
             without_special_tokens=True,
             sampling=parameters,
             output_format=wanted,
         )
-        if seed is not None:
-            one.sampling.seed = seed
-        found.append(one)
+        for _ in range(request.n or 1)
+    ]
+    sampling.set_seeds(request, found)
     return found
 
 
@@ -153,16 +152,9 @@ class Chats:
             ApiError: it failed before the first one; later the stream says so.
             ClientGoneError: nobody reads it.
         """
-        try:
-            await self._exchange.generate(service, tracer, asked, self._pass_on, _RENAMED)
-        except ApiError as error:
-            if not self._events.begun:
-                raise
-            await self._events.fail(error)
-            return
-        if self._include_usage:
-            await self._send([], self._usage())
-        await self._events.end()
+        generation = self._exchange.generate(service, tracer, asked, self._pass_on, _RENAMED)
+        usage = (lambda: self._chunk([], self._usage())) if self._include_usage else None
+        await self._events.carry(generation, usage)
 
     async def _gather(self, index: int, response: inference_pb2.GenerateResponse) -> None:
         message = self._messages[index]
@@ -176,9 +168,8 @@ class Chats:
         scores = chat_logprobs(response.logprobs) if self._scores else None
         if delta == Delta() and not (scores and scores.content) and message.finish_reason is None:
             return
-        await self._send(
-            [ChunkChoice(index=index, delta=delta, logprobs=scores, finish_reason=message.finish_reason)]
-        )
+        choice = ChunkChoice(index=index, delta=delta, logprobs=scores, finish_reason=message.finish_reason)
+        await self._events.event(self._chunk([choice]))
 
     def _delta(self, message: _Message, piece: Piece) -> Delta:
         fields: dict[str, object] = {}
@@ -220,7 +211,7 @@ class Chats:
         scores: ChatLogprobs | None = chat_logprobs(message.scores) if self._scores else None
         return ChatChoice(index=index, message=said, logprobs=scores, finish_reason=message.finish_reason)
 
-    async def _send(self, choices: list[ChunkChoice], usage: answers.Usage | None = None) -> None:
+    def _chunk(self, choices: list[ChunkChoice], usage: answers.Usage | None = None) -> bytes:
         chunk = Chat(
             id=f"chatcmpl-{self._exchange.id}",
             object="chat.completion.chunk",
@@ -229,7 +220,7 @@ class Chats:
             choices=choices,
             usage=usage,
         )
-        await self._events.event(answers.encode(chunk))
+        return answers.encode(chunk)
 
     def _usage(self) -> answers.Usage:
         return answers.total((message.usage for message in self._messages), len(self._messages))

@@ -10,7 +10,7 @@ from moe_api.inference.v1 import inference_pb2
 from moe_frontend.discovery.endpoints import Served
 from moe_frontend.http import answers, formats, prompts, sampling
 from moe_frontend.http.answers import Completion, CompletionChoice, Logprobs
-from moe_frontend.http.errors import ApiError, invalid
+from moe_frontend.http.errors import invalid
 from moe_frontend.http.events import EventStream
 from moe_frontend.http.exchange import Answering, Exchange
 from moe_frontend.http.logprobs import CompletionLogprobs, joined
@@ -62,9 +62,7 @@ def plan(request: CompletionRequest, served: Served) -> Plan:
     )
     wanted = formats.output_format(request.response_format)
     asked = [_generate(request.model or "", prompt, parameters, wanted) for prompt in given for _ in range(n)]
-    for one, seed in zip(asked, sampling.seeds(request, len(asked)), strict=True):
-        if seed is not None:
-            one.sampling.seed = seed
+    sampling.set_seeds(request, asked)
     echoed = [prompt if request.echo and isinstance(prompt, str) else "" for prompt in given]
     return Plan(
         asked,
@@ -148,16 +146,11 @@ class Completions:
             ApiError: it failed before the first one; later the stream says so.
             ClientGoneError: nobody reads it.
         """
-        try:
-            await self._exchange.generate(service, tracer, self._plan.requests, self._pass_on, _RENAMED)
-        except ApiError as error:
-            if not self._events.begun:
-                raise
-            await self._events.fail(error)
-            return
-        if self._plan.include_usage:
-            await self._events.event(answers.encode(self._completion([], self._usage())))
-        await self._events.end()
+        generation = self._exchange.generate(service, tracer, self._plan.requests, self._pass_on, _RENAMED)
+        await self._events.carry(generation, self._last_chunk if self._plan.include_usage else None)
+
+    def _last_chunk(self) -> bytes:
+        return answers.encode(self._completion([], self._usage()))
 
     async def _gather(self, index: int, response: inference_pb2.GenerateResponse) -> None:
         text = self._note(index, response)

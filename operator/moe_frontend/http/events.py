@@ -1,6 +1,7 @@
 """A stream of server-sent events, begun with its first one."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from starlette.types import Send
@@ -34,6 +35,25 @@ class EventStream:
     async def end(self) -> None:
         """Sends the last event, ``[DONE]``."""
         await self._body(b"data: [DONE]\n\n", more=False)
+
+    async def carry(self, generation: Awaitable[None], usage: Callable[[], bytes] | None) -> None:
+        """Runs a generation that sends its chunks as events of this stream, and ends the stream.
+
+        usage: makes the chunk that follows the last one; None: there is none.
+
+        Raises:
+            ApiError: the generation failed before its first event; later the stream reports it.
+        """
+        try:
+            await generation
+        except ApiError as error:
+            if not self.begun:
+                raise
+            await self.fail(error)
+            return
+        if usage is not None:
+            await self.event(usage())
+        await self.end()
 
     async def fail(self, error: ApiError) -> None:
         """Says that the stream ends before its time, and ends it."""

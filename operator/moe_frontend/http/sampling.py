@@ -1,6 +1,6 @@
 """Sampling parameters of a request in the gRPC API's terms. Pure."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from moe_api.inference.v1 import inference_pb2
@@ -47,11 +47,11 @@ def parameters(
     return message
 
 
-def seeds(request: Sampling, count: int) -> list[int | None]:
-    """A seed for each of the texts: different ones, as equal ones would give equal texts."""
-    if request.seed is None:
-        return [None] * count
-    return [(request.seed + index) % _SEEDS for index in range(count)]
+def set_seeds(request: Sampling, texts: Iterable[inference_pb2.GenerateRequest]) -> None:
+    """Gives each text a seed of its own, if the request has one: equal seeds would give equal texts."""
+    if request.seed is not None:
+        for index, text in enumerate(texts):
+            text.sampling.seed = (request.seed + index) % _SEEDS
 
 
 def include_usage(request: Sampling) -> bool:

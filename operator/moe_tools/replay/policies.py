@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -48,34 +49,27 @@ def hpa(service: Service) -> list[Variant]:
 
     Tolerance 10 %, replicas that start count as idle when scaling up, stabilisation when scaling down.
     """
-    return [
-        Variant(
-            {"target": target, "stabilisation_s": window},
-            lambda target=target, window=window: _Hpa(service, target, window),  # type: ignore[misc]
-        )
-        for target, window in itertools.product(_TARGETS, _WINDOWS_S)
-    ]
+    return _grid(partial(_Hpa, service), "stabilisation_s", _WINDOWS_S)
 
 
 def keda(service: Service) -> list[Variant]:
-    """A rate of requests, averaged over two minutes, and what waits, over a threshold for each replica."""
-    return [
-        Variant(
-            {"target": target, "stabilisation_s": window},
-            lambda target=target, window=window: _Keda(service, target, window),  # type: ignore[misc]
-        )
-        for target, window in itertools.product(_TARGETS, _WINDOWS_S)
-    ]
+    """The rate of requests, averaged over two minutes, plus the queue, over a threshold for each replica."""
+    return _grid(partial(_Keda, service), "stabilisation_s", _WINDOWS_S)
 
 
 def knative(service: Service) -> list[Variant]:
     """Concurrency over a stable window of 60 s; a doubled need panics: no step down for 60 s after it."""
+    return _grid(partial(_Knative, service), "scale_down_delay_s", (0.0, *_WINDOWS_S))
+
+
+def _grid(policy: Callable[[float, float], Policy], delay: str, delays: Iterable[float]) -> list[Variant]:
+    """A policy with each target and each delay.
+
+    delay: name of the parameter that delays a step down.
+    """
     return [
-        Variant(
-            {"target": target, "scale_down_delay_s": delay},
-            lambda target=target, delay=delay: _Knative(service, target, delay),  # type: ignore[misc]
-        )
-        for target, delay in itertools.product(_TARGETS, (0.0, *_WINDOWS_S))
+        Variant({"target": target, delay: seconds}, partial(policy, target, seconds))
+        for target, seconds in itertools.product(_TARGETS, delays)
     ]
 
 
@@ -85,7 +79,7 @@ def moe(service: Service, forecasts: list[Forecast | None]) -> list[Variant]:
     return [
         Variant(
             {"quantile": quantile, "target_utilisation": target},
-            lambda quantile=quantile, target=target: _Moe(service, forecasts, quantile, target),  # type: ignore[misc]
+            partial(_Moe, service, forecasts, quantile, target),
         )
         for quantile, target in itertools.product(quantiles, targets)
     ]
