@@ -1,10 +1,11 @@
-"""A gRPC server that no request for an unknown method can stop.
+"""A gRPC server that bounds what its requests hold, and that no request for an unknown method can stop.
 
-grpcio 1.85 decodes the path of a call to an unregistered method as UTF-8 in the task that accepts all calls
-(`_server_main_loop` in its aio/server.pyx.pxi). One call with a path that is not UTF-8 ends this task and
-with it the server, which accepts no more calls while the process lives on. The path of a call to a registered
-method is not decoded. So a server created here accepts registered methods only, and ends every other call
-with UNIMPLEMENTED without decoding its path.
+`moe_api.requests` does the former. As for the latter: grpcio 1.85 decodes the path of a call to an
+unregistered method as UTF-8 in the task that accepts all calls (`_server_main_loop` in its
+aio/server.pyx.pxi). One call with a path that is not UTF-8 ends this task and with it the server, which
+accepts no more calls while the process lives on. The path of a call to a registered method is not decoded.
+So a server created here accepts registered methods only, and ends every other call with UNIMPLEMENTED
+without decoding its path.
 """
 
 import asyncio
@@ -14,6 +15,9 @@ from typing import Any, Final
 
 import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
+
+from moe_api import transport
+from moe_api.requests import RequestInterceptor
 
 _LOG: Final = logging.getLogger(__name__)
 _UNKNOWN: Final = "method not found; server reflection lists the methods of this server"
@@ -51,13 +55,15 @@ async def _refuse(call: Any) -> None:
         _LOG.exception("call to an unknown method was not answered")
 
 
-def create_server(
-    *, interceptors: Sequence[grpc.aio.ServerInterceptor] = (), options: Sequence[tuple[str, Any]] = ()
-) -> grpc.aio.Server:
+def create_server(options: Sequence[tuple[str, Any]] = transport.SERVER_OPTIONS) -> grpc.aio.Server:
     """Like `grpc.aio.server`, for methods that are registered (as generated code does) before it starts.
 
     A handler that is only added by `add_generic_rpc_handlers` is never called.
+
+    Args:
+        options: of `moe_api.transport`.
     """
+    interceptors = (RequestInterceptor(dict(options)["grpc.max_receive_message_length"]),)
     made = grpc.aio.server(interceptors=interceptors, options=options)
     core = _Server(asyncio.get_running_loop(), None, (), interceptors, tuple(options), None)
     made._server = core  # type: ignore[attr-defined]  # noqa: SLF001

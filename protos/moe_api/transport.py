@@ -65,6 +65,9 @@ _SERVER_OPTIONS: Final[_Options] = (
     # second.
     ("grpc.server.max_pending_requests", 256 * _STREAMS),
     ("grpc.server.max_pending_requests_hard_limit", 512 * _STREAMS),
+    # Without this the window of each stream grows with the bandwidth, to megabytes for messages that nobody
+    # reads yet. While the server reads one, gRPC opens the window for all of it anyway.
+    ("grpc.http2.bdp_probe", 0),
     # Two processes on one port would share its connections; the second one should fail to start instead.
     ("grpc.so_reuseport", 0),
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from moe_api import rich_status
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
-from moe_api.malformed import MalformedRequestInterceptor
 from moe_api.rich_status import FieldViolation
+from moe_api.server import create_server
 
 GENERATE = "/moe_api.inference.v1.InferenceService/Generate"
 TOKENIZE = "/moe_api.inference.v1.InferenceService/Tokenize"
@@ -48,7 +48,7 @@ async def serve():
     servers, channels = [], []
 
     async def start(servicer):
-        server = grpc.aio.server(interceptors=[MalformedRequestInterceptor()])
+        server = create_server()
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()

@@ -15,7 +15,6 @@ from moe_api.inference.v1.inference_pb2_grpc import (
     InferenceServiceStub,
     add_InferenceServiceServicer_to_server,
 )
-from moe_api.malformed import MalformedRequestInterceptor
 from moe_api.server import create_server
 from moe_api.wire_fields import NotWireFormatError, crowded_field
 
@@ -85,9 +84,7 @@ class Echo(InferenceServiceServicer):
 
 @pytest.mark.parametrize("what", HUGE)
 async def test_a_server_refuses_them_with_a_sentence(what):
-    server = create_server(
-        interceptors=[MalformedRequestInterceptor()], options=[("grpc.max_receive_message_length", 2**24)]
-    )
+    server = create_server()
     add_InferenceServiceServicer_to_server(Echo(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -17,11 +17,11 @@ import sys
 
 import grpc
 
-from moe_api import rich_status, transport
+from moe_api import rich_status
 from moe_api.health import Health
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
-from moe_api.malformed import MalformedRequestInterceptor
 from moe_api.rich_status import FieldViolation
+from moe_api.server import create_server
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
 from moe_frontend.discovery.endpoints import Endpoint, Served
 
@@ -69,9 +69,7 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
         self.changed = asyncio.Condition()
 
     async def start(self, address="127.0.0.1:0", leaving=None):
-        self.server = grpc.aio.server(
-            interceptors=[MalformedRequestInterceptor()], options=transport.SERVER_OPTIONS
-        )
+        self.server = create_server()
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, self.server)
         if leaving is not None:
             worker_pb2_grpc.add_WorkerServiceServicer_to_server(leaving, self.server)

@@ -12,7 +12,6 @@ from moe_api import rich_status, transport
 from moe_api.frontend.v1 import frontend_pb2, frontend_pb2_grpc
 from moe_api.health import Health
 from moe_api.inference.v1 import inference_pb2
-from moe_api.malformed import MalformedRequestInterceptor
 from moe_api.rich_status import FieldViolation
 from moe_api.server import create_server
 from moe_api.supervision import Supervisor
@@ -53,10 +52,7 @@ class Frontend:
         self._forwarder = forwarder
         self._hold = hold
         self._health = Health([SERVICE, _DEMAND_SERVICE])
-        self._server = create_server(
-            interceptors=[MalformedRequestInterceptor()],
-            options=transport.server_options(most_streams=MOST_STREAMS),
-        )
+        self._server = create_server(transport.server_options(most_streams=MOST_STREAMS))
         self._draining = False
         self._ready = False
         self._giving_up: asyncio.Task[None] | None = None

@@ -15,7 +15,6 @@ from opentelemetry import metrics, trace
 from moe_api import telemetry, transport
 from moe_api.health import Health
 from moe_api.inference.v1 import inference_pb2_grpc
-from moe_api.malformed import MalformedRequestInterceptor
 from moe_api.server import create_server
 from moe_api.supervision import Supervisor
 from moe_api.worker.v1 import worker_pb2_grpc
@@ -175,8 +174,7 @@ async def _listen(
     address: str, most_bytes: int, inference: InferenceService, health: Health, stop: _Stop
 ) -> grpc.aio.Server:
     """Responds to probes from here on, and refuses requests with UNAVAILABLE."""
-    options = transport.server_options(most_bytes, MOST_STREAMS)
-    server = create_server(interceptors=[MalformedRequestInterceptor()], options=options)
+    server = create_server(transport.server_options(most_bytes, MOST_STREAMS))
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(inference, stop.drain), server)
     await health.register(server)
