@@ -20,6 +20,8 @@ CLUSTER_FOLDERS = {"chart", "e2e", "frontend", "localcluster", "operator"}
 # Tests start hundreds of Python processes; without bytecode each compiles torch and grpc again, for seconds.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+# Tensors this small only wait for one another's threads, for minutes where the cores are shared.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A deadline for each example fails wherever other processes use the machine; tests have a limit as a whole.
 settings.register_profile("busy machine", deadline=None)

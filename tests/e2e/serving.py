@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -17,6 +16,7 @@ import yaml
 from localcluster import Cluster, Forward
 from moe_api.inference.v1 import inference_pb2 as pb
 from moe_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
+from tests.operator.live import Live
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples/docs-moe"
@@ -50,14 +50,14 @@ class Served:
 
     def ready(self, name: str = "docs-moe") -> dict[str, str]:
         """The Ready condition, or {}."""
-        status = json.loads(self.kubectl("get", "moed", name, "-o", "json")).get("status", {})
+        status = Live(self.cluster, self.namespace).get("moed", name).get("status", {})
         return next((c for c in status.get("conditions", []) if c["type"] == "Ready"), {})
 
     def pods(self, role: str) -> list[str]:
         """Names of the pods of a role, oldest name first."""
         selector = f"serving.moe-operator.dev/name=docs-moe,serving.moe-operator.dev/role={role}"
-        names = self.kubectl("get", "pods", "-l", selector, "-o", "jsonpath={.items[*].metadata.name}")
-        return sorted(names.split())
+        found = Live(self.cluster, self.namespace).list("pods", selector)
+        return sorted(pod["metadata"]["name"] for pod in found)
 
     @contextmanager
     def frontend(self) -> Iterator[InferenceServiceStub]:

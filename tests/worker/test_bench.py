@@ -1,10 +1,25 @@
 """`moe-worker bench`, the user's own measurement."""
 
 import json
+import sys
 
 import pytest
 
-from tests.worker.test_command import failure, run
+from moe_worker.main import main
+from tests.worker.test_command import run
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """Runs the command in this process, which has torch; its exit code and what it printed."""
+
+    def run_here(*arguments):
+        monkeypatch.setattr(sys, "argv", ["moe-worker", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, *capsys.readouterr()
+
+    return run_here
 
 
 def test_it_measures_every_batch_and_draws(endless, tmp_path):
@@ -22,13 +37,14 @@ def test_it_measures_every_batch_and_draws(endless, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_table_has_a_line_for_each_batch(endless):
-    done = run("bench", "--model", endless, "--batch", 2, "--prompt", 4, "--tokens", 3, "--rounds", 1)
-    heading, line = done.stdout.splitlines()
+def test_the_table_has_a_line_for_each_batch(endless, here):
+    flags = ("--batch", 2, "--prompt", 4, "--tokens", 3, "--rounds", 1, "--threads", 1)
+    _, printed, errors = here("bench", "--model", endless, *flags)
+    heading, line = printed.splitlines()
     assert heading.split()[0] == "batch"
     assert line.split()[0] == "2"
-    assert "measuring: 100 %" in done.stderr
-    assert "\r" not in done.stderr
+    assert "measuring: 100 %" in errors
+    assert "\r" not in errors
 
 
 @pytest.mark.parametrize(
@@ -40,7 +56,9 @@ def test_the_table_has_a_line_for_each_batch(endless):
         (["--batch", "0"], "0 is not in the range x>=1"),
     ],
 )
-def test_what_cannot_be_measured_is_said_first(endless, flags, sentence):
-    text, code = failure("bench", "--model", endless, *flags)
-    assert sentence in text
+def test_what_cannot_be_measured_is_said_first(endless, here, flags, sentence):
+    code, _, errors = here("bench", "--model", endless, *flags)
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert sentence in last
     assert code == 2

@@ -13,6 +13,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g
 
 
 @needs_compiler
+@pytest.mark.slow  # tests/packaging compiles the same for the wheel
 def test_a_build_makes_one_library_under_the_name_of_its_sources(tmp_path):
     made = build.build(tmp_path / "deep" / "cache")
     assert [path.name for path in made.parent.iterdir()] == [build.library_name()]
