@@ -67,7 +67,7 @@ def cli(context: click.Context, directory: Path) -> None:
 def up(directory: Path, mounts: tuple[str, ...], tools: tuple[str, ...], api_port: int) -> None:
     """Start the cluster and keep it running.
 
-    The first time, this builds Kubernetes from source (5 to 8 minutes on 2 cores); later it takes some
+    The first time, this builds Kubernetes from source (5 to 8 minutes on 2 idle cores); later it takes some
     seconds. The checkout's examples/ is /mnt/models on the node. Ctrl-C at any moment removes everything
     again.
     """

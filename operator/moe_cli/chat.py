@@ -33,9 +33,9 @@ _EXIT_CODES: Final = {
     help="HTTP port of a frontend.",
 )
 @click.option("--model", default="", help="Served name of the model; may be left out.")
-@click.option("--system", help="What the model is told first.")
-@click.option("--max-tokens", type=click.IntRange(min=1), help="Tokens of an answer, at most.")
-@click.option("--temperature", type=click.FloatRange(0, 2), help="0 always takes the likeliest token.")
+@click.option("--system", help="System message of the conversation.")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Maximum number of tokens of an answer.")
+@click.option("--temperature", type=click.FloatRange(0, 2), help="0 selects the most likely token.")
 @click.option("--seed", type=int, help="Makes answers repeatable.")
 @click.option("--thinking/--no-thinking", default=None, help="Asks the chat template for reasoning, or none.")
 @click.option("--show-reasoning", is_flag=True, help="Print reasoning to stderr.")

@@ -29,7 +29,7 @@ def main() -> None:
     names an OpenTelemetry Collector.
 
     \b
-    Exit codes: 0 done, 2 wrong request or options, 3 nothing there to answer (try again),
+    Exit codes: 0 success, 2 invalid request or options, 3 server not available (try again),
     4 too busy (try again), 5 out of time, 1 anything else, 130 stopped with Ctrl-C.
     """
 

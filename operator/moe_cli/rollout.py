@@ -88,7 +88,11 @@ def history(name: str, namespace: str | None, context: str | None) -> None:
 
 @rollout.command()
 @_cluster_options
-@click.option("--to-revision", type=int, help="Number in `moe rollout history`. Default: the last but one.")
+@click.option(
+    "--to-revision",
+    type=int,
+    help="Number in `moe rollout history`. Default: the revision before the current one.",
+)
 def undo(name: str, namespace: str | None, context: str | None, to_revision: int | None) -> None:
     """Restores the spec of an earlier revision of NAME; the operator rolls it out."""
     with _deployments(context, namespace, name) as api:

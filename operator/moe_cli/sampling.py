@@ -89,7 +89,7 @@ _OPTIONS: Final = (
         "--logprobs",
         type=_UINT32,
         metavar="N",
-        help="Print to stderr, a line a token, its log-probability and those of the N likeliest, up to 20.",
+        help="Print the log-probability of each token and of the N most likely ones (up to 20) to stderr.",
     ),
 )
 

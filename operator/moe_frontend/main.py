@@ -73,7 +73,7 @@ class _Keys(click.ParamType[frozenset[str]]):
     default=25.0,
     show_default=True,
     help="Seconds that running requests get to finish after SIGTERM. Keep it below the pod's "
-    "terminationGracePeriodSeconds (30 by default).",
+    "terminationGracePeriodSeconds; the operator passes that of the spec (60 by default) less 5 s.",
 )
 @click.option(
     "--hold",
@@ -118,8 +118,8 @@ class _Keys(click.ParamType[frozenset[str]]):
     envvar="MOE_OUTPUT_CACHE",
     show_envvar=True,
     metavar="BYTES",
-    help="Memory for whole answers of requests whose answer is determined (temperature 0, or a seed); equal "
-    "requests are answered from it (docs/caching.md). 0: none.",
+    help="Memory for complete answers to requests with temperature 0 or a seed; equal requests are answered "
+    "from it (docs/caching.md). 0: no cache.",
 )
 @click.option(
     "--output-cache-ttl",
@@ -146,10 +146,10 @@ def main(**given: Any) -> None:
     """Routes requests to the replicas of a MoEDeployment.
 
     Serves moe_api.inference.v1.InferenceService, grpc.health.v1 and reflection; with --http also OpenAI's
-    API. A request goes to the replica that --routing chooses. Where a worker dies, another
-    replica of the same revision goes on with its streams, without a lost or repeated token. Health service ""
-    is SERVING while at least one worker is ready, for --patience after the last one was lost, and where one
-    is made for requests (--hold); "liveness" always.
+    API. A request goes to the replica that --routing chooses. If a worker dies, another
+    replica of the same revision continues its streams, without a lost or repeated token. Health service ""
+    is SERVING while at least one worker is ready, for --patience after the last one was lost, and always with
+    --hold; "liveness" always.
 
     \b
     In a cluster:      moe-frontend --namespace prod --deployment deepseek

@@ -47,14 +47,18 @@ from moe_client.errors import CommandError
 )
 @click.option("--prompt", type=calling.TEXT, help="Prompt of every request. Default: random tokens.")
 @click.option(
-    "--seed", type=int, default=0, show_default=True, help="Of times within intervals, and of tokens."
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Seed of the times within intervals and of the tokens.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as a JSON document.")
 @click.argument("trace", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def load(
     endpoint: str, model: str, timeout: float | None, trace: Path, *, as_json: bool, **choices: Any
 ) -> None:
-    """Sends the requests of TRACE to a deployment when they are due, and says how long answers took.
+    """Sends the requests of TRACE to a deployment at their times and reports the latencies.
 
     The load is open: a request is sent at its time whether or not earlier ones were answered, and its latency
     counts from then, so that a slow server cannot hide by slowing us down. TRACE is CSV or JSON lines, .gz or

@@ -35,8 +35,8 @@ _FEWEST_STEPS: Final = 3
     "--tune-until",
     metavar="SHARE|TIME",
     default="",
-    help="Knobs of all policies are chosen before this, figures are from after it: a share of the trace "
-    "(0.5) or a time (2024-05-13, or 2024-05-13T12:00). Default: the first third.",
+    help="The parameters of all policies are tuned before this, figures are from after it: a share of the "
+    "trace (0.5) or a time (2024-05-13, or 2024-05-13T12:00). Default: the first third.",
 )
 @click.option(
     "--fraction",
@@ -81,9 +81,9 @@ def replay(path: Path, horizon: float, tune_until: str, work: str, *, as_json: b
     TRACE is CSV (time,requests or t,rate, one row an interval; or TIMESTAMP,ContextTokens,GeneratedTokens,
     one row a request) or JSONL with timestamp (ms), input_length, output_length; also .gz and .xz.
 
-    The service is simulated: a fluid queue before replicas that take --horizon to start. Every policy chooses
-    its knobs on the first part of the trace, so that at most 0.1 % of its steps leave work over; figures are
-    from the rest. Nothing is random: the same trace gives the same bytes.
+    The service is simulated: a fluid queue before replicas that take --horizon to start. The parameters of
+    each policy are tuned on the first part of the trace, where at most 0.1 % of the steps may end with
+    unfinished work; the figures are from the rest. Nothing is random: the same trace gives the same bytes.
 
     \b
     moe replay azure2024_conv_10s_days1-4.csv.gz --plot azure.png

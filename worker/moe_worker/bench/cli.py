@@ -30,7 +30,13 @@ HEADINGS = ("batch", "prefill tok/s", "TTFT ms", "TPOT ms", "decode tok/s")
 )
 @click.option("--prompt", default=128, show_default=True, type=click.IntRange(1), help="Tokens of a prompt.")
 @click.option("--tokens", default=64, show_default=True, type=click.IntRange(3), help="Tokens generated.")
-@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Medians of so many.")
+@click.option(
+    "--rounds",
+    default=3,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Rounds; the figures are medians over them.",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", default="auto", show_default=True, help=", ".join(DTYPES))
 @click.option(

@@ -10,7 +10,9 @@ import click
 @click.command()
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
-    "--threads", type=click.IntRange(1), help="Of the CPU when speed is measured. Default: as serve."
+    "--threads",
+    type=click.IntRange(1),
+    help="CPU threads for measuring speed. Default: as `serve` would choose.",
 )
 @click.option("--check", is_flag=True, help="Only say whether the recipe can work.")
 def compress(recipe: Path, threads: int | None, *, check: bool) -> None:

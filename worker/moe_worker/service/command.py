@@ -116,8 +116,8 @@ class _Number(click.FloatRange):
     default=STALL_TIMEOUT_S,
     envvar="MOE_WORKER_STALL_TIMEOUT",
     show_default=True,
-    help="An engine that makes no step for so many seconds, with requests to compute, is taken for hung: the "
-    "worker ends, and its streams go on elsewhere.",
+    help="Seconds without a step after which an engine with requests to compute counts as hung. The worker "
+    "then ends, and other workers continue its streams.",
 )
 @click.option(
     "--write-timeout",
@@ -125,7 +125,7 @@ class _Number(click.FloatRange):
     default=WRITE_TIMEOUT_S,
     envvar="MOE_WORKER_WRITE_TIMEOUT",
     show_default=True,
-    help="Seconds for which a client may read nothing of its stream; then the stream is stopped.",
+    help="Seconds that a client may read nothing from its stream; then the stream is stopped.",
 )
 @click.option(
     "--grace",
@@ -133,7 +133,7 @@ class _Number(click.FloatRange):
     default=GRACE_S,
     envvar="MOE_WORKER_GRACE",
     show_default=True,
-    help="Seconds that running requests get to finish after SIGTERM; then other workers take them up. Keep "
+    help="Seconds that running requests get to finish after SIGTERM; then other workers continue them. Keep "
     "it below the pod's terminationGracePeriodSeconds.",
 )
 @click.option(
@@ -185,7 +185,7 @@ class _Number(click.FloatRange):
     default=0,
     envvar="MOE_WORKER_MESH_RANK",
     show_default=True,
-    help="Which of the mesh's processes this is. 0 leads: it serves; the others compute what it says.",
+    help="Rank of this process in the mesh. Rank 0 serves clients and directs the others.",
 )
 @click.option(
     "--mesh-leader",

@@ -43,7 +43,10 @@ _DEFAULT = TrainSettings
     help="Peak learning rate.",
 )
 @click.option(
-    "--weight-decay", type=click.FloatRange(0), default=_DEFAULT.weight_decay, help="Of the matrices."
+    "--weight-decay",
+    type=click.FloatRange(0),
+    default=_DEFAULT.weight_decay,
+    help="Weight decay of the matrices.",
 )
 @click.option(
     "--optimizer",
@@ -52,9 +55,14 @@ _DEFAULT = TrainSettings
     help="muon: Muon for the matrices inside the layers, AdamW for the rest.",
 )
 @click.option(
-    "--clip-norm", type=click.FloatRange(0), default=_DEFAULT.clip_norm, help="Longest gradient; 0: any."
+    "--clip-norm",
+    type=click.FloatRange(0),
+    default=_DEFAULT.clip_norm,
+    help="Maximum norm of the gradient; 0: no limit.",
 )
-@click.option("--dropout", type=click.FloatRange(0, 0.9), default=_DEFAULT.dropout, help="Share dropped.")
+@click.option(
+    "--dropout", type=click.FloatRange(0, 0.9), default=_DEFAULT.dropout, help="Dropout probability."
+)
 @click.option("--warmup", type=click.IntRange(0), default=_DEFAULT.warmup, help="Steps of rising rate.")
 @click.option(
     "--decay-share",
@@ -72,7 +80,7 @@ _DEFAULT = TrainSettings
     "--sequence-balance",
     type=click.FloatRange(0),
     default=_DEFAULT.sequence_balance,
-    help="Share of the loss of unbalanced sequences.",
+    help="Weight of the loss term that balances the experts within each sequence; 0: none.",
 )
 @click.option(
     "--sparsity",
@@ -80,33 +88,41 @@ _DEFAULT = TrainSettings
     default=_DEFAULT.sparsity,
     help="Train the matrices inside the layers to keep 1 (s14) or 2 (s24) of four consecutive inputs.",
 )
-@click.option("--dense-share", type=_SHARE, default=_DEFAULT.dense_share, help="First steps, all dense.")
+@click.option(
+    "--dense-share",
+    type=_SHARE,
+    default=_DEFAULT.dense_share,
+    help="Share of the steps at the start that are dense.",
+)
 @click.option(
     "--shrink-share",
     type=_SHARE,
     default=_DEFAULT.shrink_share,
-    help="Next steps, in which masks tighten and weights may come back; afterwards masks are fixed.",
+    help="Share of the steps after that in which masks tighten and weights may return; then masks are fixed.",
 )
 @click.option(
     "--saliency",
     type=click.Choice(SALIENCIES),
     default=_DEFAULT.saliency,
-    help="By what masks are chosen: |w|, or |w times its gradient|.",
+    help="What decides which weights are kept: |w|, or |w times its gradient|.",
 )
 @click.option(
     "--w4a8-share",
     type=_SHARE,
     default=_DEFAULT.w4a8_share,
-    help="Last steps, which compute with int4 weights and int8 activations; the checkpoint is packed then.",
+    help="Share of the steps at the end that compute with int4 weights and int8 activations; the checkpoint "
+    "is then packed.",
 )
 @click.option("--group", type=click.IntRange(8), default=_DEFAULT.group, help="Inputs that share a scale.")
 @click.option("--teacher", type=_FOLDER, help="Checkpoint directory of a model to learn from (bf16).")
-@click.option("--teacher-share", type=_SHARE, default=_DEFAULT.teacher_share, help="Of it in the loss.")
+@click.option(
+    "--teacher-share", type=_SHARE, default=_DEFAULT.teacher_share, help="Share of the teacher in the loss."
+)
 @click.option(
     "--teacher-top",
     type=click.IntRange(1, 256),
     default=_DEFAULT.teacher_top,
-    help="Its most likely tokens kept on disk, 4 bytes each for every token of the text.",
+    help="Most likely tokens of the teacher kept on disk, 4 bytes each for every token of the text.",
 )
 @click.option(
     "--hidden-share",
