@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any, Final, TypeAlias
 
 import grpc
@@ -103,7 +103,7 @@ async def _single(reader: _Reader, context: _Context) -> AsyncIterator[Any]:
 async def _stream(reader: _Reader, context: _Context) -> AsyncIterator[Any]:
     """The requests of a call, as an iterator; each is as good as gone when the next one is read."""
 
-    async def each() -> AsyncIterator[Any]:
+    async def each() -> AsyncGenerator[Any, None]:
         while (data := await reader.receive(context)) is not grpc.aio.EOF:
             yield await reader.parse(data, context)
 
