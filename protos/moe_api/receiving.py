@@ -149,6 +149,7 @@ class Receiver:
 def _every(seconds: float, act: Callable[[], None]) -> Iterator[None]:
     """Calls `act` again and again during the block."""
     loop = asyncio.get_running_loop()
+    timer: asyncio.TimerHandle
 
     def again() -> None:
         nonlocal timer
