@@ -163,7 +163,7 @@ def test_replicas_follow_a_recorded_day_through_the_death_of_the_operator(fast):
     assert {look.ready for look in advised.looks} == {1}
     assert len(fast.leaders("advised")) == 1
     assert max(look.desired for look in advised.looks) > 1
-    assert any("replicas instead of 1" in said for said in fast.events("ScalingAdvised", "advised"))
+    assert any("would scale from 1 to" in said for said in fast.events("ScalingAdvised", "advised"))
     assert fast.condition("ScalingActive", "advised")["reason"] == "Advisory"
     fast.kubectl("delete", "moed", "day", "advised", "--wait=false")
 
@@ -197,9 +197,9 @@ def test_the_last_replica_goes_and_the_first_request_waits_for_a_new_one(fast):
 
 
 SPOILED = {
-    "silent": "spoiled-silent-0-0 does not say how busy it is",
+    "silent": "spoiled-silent-0-0 does not report its load",
     "future": "its clock is wrong",
-    "contradictory": "requests ended though",
+    "contradictory": "requests ended although",
 }
 
 

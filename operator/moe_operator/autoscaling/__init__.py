@@ -1,18 +1,18 @@
-"""Scales a deployment by forecast: what replicas report becomes a number of replicas in the status.
+"""Autoscaling by forecast: turns the load that replicas report into a number of replicas in the status.
 
-    loop             the deployments that scale, each in a task of its own
-    rounds           one deployment: ask, decide, report, keep
-    polling          asks the replicas how busy they are, and the frontends who waits
-    readings         what a worker says of its load, checked
-    coldstart        how long a replica took to start, from its pod's conditions
-    subject          a deployment that scales, as a reconcile saw it
-    scaler           its memory: takes a reading every few seconds, says how many replicas there should be
-    scaling_history  the memory as an object of the cluster
-    storage          reads and writes that object, and the scaler's part of the status
-    reporting        what people are told: status, condition, event
-    metrics          what each scaler measured, expects and wants
-    model            the mathematics, which knows no Kubernetes
+    loop             the deployments that scale, each in its own task
+    rounds           one deployment: poll, decide, report, persist
+    polling          reads the load of replicas and the requests that frontends hold
+    readings         validates the load report of a worker
+    coldstart        the start time of a replica, from its pod's conditions
+    subject          a deployment that scales, as a reconcile observed it
+    scaler           state of one deployment: turns readings into a number of replicas
+    scaling_history  that state as a Kubernetes object
+    storage          reads and writes that object and the scaler's part of the status
+    reporting        status, condition and event for users
+    metrics          what each scaler measures, forecasts and decides
+    model            the mathematics, without Kubernetes
 
-`loop`, `rounds`, `polling` and `storage` act; the others are pure. Times are those of the scaling clock, in
-seconds since the epoch.
+`loop`, `rounds`, `polling` and `storage` have side effects; the others are pure. Times are seconds since the
+epoch on the scaling clock.
 """

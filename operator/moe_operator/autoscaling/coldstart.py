@@ -1,4 +1,4 @@
-"""How long a replica took to start, read out of its leader's pod."""
+"""Measures the cold start of a replica from the status of its leader pod."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ColdStart:
-    """The phases of one start, in seconds of the wall clock; Kubernetes keeps times to the second."""
+    """The phases of one cold start, in seconds of the wall clock. Kubernetes stores times to the second."""
 
     uid: str
     """Of the pod."""
     pod: str
     """Its name."""
     made: str
-    """When it was made (RFC 3339)."""
+    """When it was created (RFC 3339)."""
     scheduling: float
-    """From its making until a node was found."""
+    """From its creation until it had a node."""
     image: float
     """From there until the container ran: pulling the image, mounting volumes."""
     loading: float
-    """From there until it answered: reading the model, warm-up."""
+    """From there until it was ready: loading the model, warm-up."""
 
     @property
     def total(self) -> float:
-        """From the order until the first answer."""
+        """From the creation of the pod until it was ready."""
         return self.scheduling + self.image + self.loading
 
 
 def measure(pod: Mapping[str, Any]) -> ColdStart | None:
-    """The cold start of a pod that is Ready for the first time; None where that cannot be told.
+    """The cold start of a pod that is Ready for the first time; None if it cannot be measured.
 
-    A container that was started again says nothing: its pod was not new.
+    A pod with a restarted container is ignored: the restart was not a cold start.
     """
     metadata, status = pod["metadata"], pod.get("status", {})
     conditions = {item["type"]: item for item in status.get("conditions", ())}

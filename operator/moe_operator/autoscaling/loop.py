@@ -1,4 +1,4 @@
-"""Runs the scaling of every deployment that asks for it, each in a task of its own: none delays another."""
+"""Runs autoscaling for every deployment that enables it. Each has its own task, so none delays another."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ class _Item:
     subject: Subject
     task: asyncio.Task[None] | None = None
     scaled: Scaled | None = None
-    """None until what was kept is read, and while another process acts."""
+    """None until the stored state is read, and while another process is active."""
 
     def forget(self) -> None:
-        """What was learned gets old where somebody else acts."""
+        """Drops the state: it becomes outdated while another process scales."""
         scaled, self.scaled = self.scaled, None
         if scaled is not None:
             scaled.close()
 
 
 class Autoscaler:
-    """The deployments that scale. Of one event loop; `saw` and `gone` may be called from any thread.
+    """The deployments that scale. Belongs to one event loop; `saw` and `gone` may be called from any thread.
 
     Args:
-        factory: makes the scaling of a deployment.
-        acts: whether this process is the one that acts, among several operators.
+        factory: creates the scaling of a deployment.
+        acts: whether this process is the active one among several operators.
     """
 
     def __init__(self, factory: ScaledFactory, acts: Callable[[], Awaitable[bool]]) -> None:
@@ -48,7 +48,7 @@ class Autoscaler:
         self._loop = asyncio.get_running_loop()
 
     def saw(self, deployment: Deployment, observed: Observed) -> None:
-        """A reconcile looked at a deployment."""
+        """Takes a deployment as a reconcile observed it."""
         self._loop.call_soon_threadsafe(self._take, deployment, subject(deployment, observed))
 
     def gone(self, name: Name) -> None:
@@ -56,7 +56,7 @@ class Autoscaler:
         self._loop.call_soon_threadsafe(self._drop, name)
 
     async def close(self) -> None:
-        """Stops all scaling, and keeps what was learned where this process still acts."""
+        """Stops all scaling, and stores its state if this process is still the active one."""
         items, self._items = list(self._items.values()), {}
         tasks = [*(item.task for item in items if item.task), *self._retiring.values()]
         for task in tasks:
@@ -83,7 +83,7 @@ class Autoscaler:
         item.task = self._start("scaling", partial(self._run, name, item), name)
 
     def _drop(self, name: Name) -> None:
-        """Forgets a deployment, its gauges too."""
+        """Forgets a deployment and its gauges."""
         retiring = self._retiring.pop(name, None)
         if retiring is not None:
             retiring.cancel()
@@ -110,7 +110,7 @@ class Autoscaler:
             await self._pause(item)
 
     async def _round(self, name: Name, item: _Item) -> None:
-        """One round of scaling for a deployment, if this process is the one that acts."""
+        """One round of scaling for a deployment, if this process is the active one."""
         if not await self._acts():
             item.forget()
             self._factory.metrics.forget(*name)

@@ -1,4 +1,4 @@
-"""Metrics of scaling: what each deployment's scaler measured, expects and wants."""
+"""Metrics of scaling: what the scaler of each deployment measures, forecasts and decides."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ _GAUGES: dict[str, tuple[str, str, _Value]] = {
     ),
     "forecast.last_value_error": (
         "%",
-        "The same of the forecast that nothing changes",
+        "The same for the last value used as a forecast",
         lambda o: o.forecast.errors.last_value_wape if o.forecast else None,
     ),
     "capacity": (
         "{request}/s",
-        "What one replica serves within the latency target",
+        "Requests that one replica serves within the latency target",
         lambda o: _per_second(o.capacity.per_replica),
     ),
     "horizon": ("s", "90th percentile of cold starts", lambda o: o.cold_starts.horizon_s),
     "replicas": ("{replica}", "Replicas that scaling wants", lambda o: float(o.sizing.replicas)),
     "reports.unusable": (
         "{replica}",
-        "Replicas whose load report was wrong or did not come",
+        "Replicas whose load report is invalid or missing",
         lambda o: float(len(o.wrong) + len(o.silent)),
     ),
 }
@@ -60,11 +60,11 @@ class ScalingMetrics:
             )
 
     def record(self, identity: Identity, outcome: Outcome) -> None:
-        """What a round came to."""
+        """Stores the outcome of a round."""
         self._outcomes[identity.namespace, identity.name] = outcome
 
     def forget(self, namespace: str, name: str) -> None:
-        """A deployment is gone, does not scale any more, or another process scales it."""
+        """Removes the gauges of a deployment that this process does not scale any more."""
         self._outcomes.pop((namespace, name), None)
 
     def _reader(self, value: _Value) -> Callable[[CallbackOptions], Iterator[Observation]]:

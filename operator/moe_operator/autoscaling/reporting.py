@@ -1,4 +1,4 @@
-"""What people are told of scaling: status.scaling, condition ScalingActive, an event for each change."""
+"""Reports scaling to users: status.scaling, condition ScalingActive, and an event for each change."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from moe_operator.resources.scaling_status import (
 )
 
 _LOWER, _UPPER = 0.05, 0.95
-OFF = Verdict(False, "Off", "spec.scaling.mode is Off: nothing is measured, and replicas do not change")
+OFF = Verdict(False, "Off", "spec.scaling.mode is Off: the load is not measured, and replicas do not change")
 
 
 def status(subject: Subject, outcome: Outcome, before: ScalingStatus | None, now: datetime) -> ScalingStatus:
-    """The status after one round; `before` is the one written last."""
+    """The status after one round; `before` is the last written one."""
     return ScalingStatus(
         desired_replicas=outcome.sizing.replicas,
         requests_per_second=None if outcome.demand is None else _per_second(outcome.demand),
@@ -44,13 +44,11 @@ def status(subject: Subject, outcome: Outcome, before: ScalingStatus | None, now
 
 
 def verdict(subject: Subject, outcome: Outcome) -> Verdict:
-    """Whether replicas follow the load, and by what."""
+    """Whether the number of replicas follows the load, and on which basis."""
     said = outcome.sizing.message + _doubts(outcome)
     if subject.scaling.mode is Mode.ADVISORY:
         there = subject.deployment.wanted_replicas
-        return Verdict(
-            False, "Advisory", f"there would be {outcome.sizing.replicas} instead of {there}: {said}"
-        )
+        return Verdict(False, "Advisory", f"would scale from {there} to {outcome.sizing.replicas}: {said}")
     if outcome.demand is None:
         return Verdict(False, outcome.sizing.reason, said)
     if outcome.sizing.forecast_used:
@@ -59,7 +57,7 @@ def verdict(subject: Subject, outcome: Outcome) -> Verdict:
 
 
 def announcement(subject: Subject, outcome: Outcome, before: ScalingStatus | None) -> Decision | None:
-    """The event of a change against the status written last, decided or only advised; None without one."""
+    """The event for a change since the last written status, decided or advised; None without a change."""
     after, sizing = outcome.sizing.replicas, outcome.sizing
     last = _last(subject, before)
     if after == last:
@@ -67,7 +65,7 @@ def announcement(subject: Subject, outcome: Outcome, before: ScalingStatus | Non
     said = f"{sizing.reason}: {sizing.message}"
     if subject.scaling.mode is Mode.ADVISORY:
         there = subject.deployment.wanted_replicas
-        return Decision("ScalingAdvised", f"there would be {after} replicas instead of {there}; {said}")
+        return Decision("ScalingAdvised", f"would scale from {there} to {after} replicas; {said}")
     return Decision("ScaledUp" if after > last else "ScaledDown", said)
 
 
@@ -88,23 +86,23 @@ def _decision(
 
 
 def _last(subject: Subject, before: ScalingStatus | None) -> int:
-    """Replicas that were wanted until now."""
+    """The previous number of wanted replicas."""
     return subject.deployment.wanted_replicas if before is None else before.desired_replicas
 
 
 def _doubts(outcome: Outcome) -> str:
-    """Which replicas' reports do not count, and why."""
-    wrong = [f"{name}: its report {why} and is left out" for name, why in sorted(outcome.wrong.items())]
-    silent = [f"{name} does not say how busy it is" for name in sorted(outcome.silent)]
+    """Replicas whose reports are ignored, with the reason."""
+    wrong = [f"{name}: its report {why} and is ignored" for name, why in sorted(outcome.wrong.items())]
+    silent = [f"{name} does not report its load" for name in sorted(outcome.silent)]
     return "".join(f"; {sentence}" for sentence in [*wrong, *silent][:3])
 
 
 def _why_reactive(outcome: Outcome) -> str:
     if outcome.wrong:
-        return "the forecast is not used while reports are wrong"
+        return "the forecast is not used while reports are invalid"
     if outcome.forecast is None:
-        return "too little was seen for a forecast"
-    return "the forecast is not used while the last value does better"
+        return "there is too little history for a forecast"
+    return "the forecast is not used while the last value predicts better"
 
 
 def _forecast(forecast: Forecast) -> ForecastStatus:
@@ -120,7 +118,7 @@ def _forecast(forecast: Forecast) -> ForecastStatus:
 
 
 def _cold_start(subject: Subject) -> ColdStartStatus | None:
-    """The latest one of the replicas that are there."""
+    """The latest cold start of the existing replicas."""
     if not subject.cold_starts:
         return None
     last = max(subject.cold_starts, key=lambda start: start.made)
@@ -138,5 +136,5 @@ def _per_second(per_minute: float) -> float:
 
 
 def _short(number: float) -> float:
-    """Four digits: more would only make every minute's status differ from the last one's."""
+    """Four significant digits: with more, the status would change every minute."""
     return float(f"{number:.4g}")

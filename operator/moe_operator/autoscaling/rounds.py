@@ -1,4 +1,4 @@
-"""One deployment's scaling in the cluster: asks, has the scaler decide, reports, keeps what was learned."""
+"""The scaling of one deployment: polls, lets the scaler decide, reports, and stores the state."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ScaledFactory:
-    """What the scaling of every deployment needs, and its beginning and end."""
+    """What the scaling of all deployments shares; starts and retires the scaling of one."""
 
     cluster: Cluster
     client: PodClient
@@ -48,16 +48,16 @@ class ScaledFactory:
     threads: Executor
     """For requests to the API server."""
     laboratory: Executor
-    """One thread for learning, so that it never takes more than one core."""
+    """One thread for fitting forecast models, so that it never uses more than one core."""
     decided: Callable[[Name], None]
-    """Carries out what was written into the status."""
+    """Called after a decision was written into the status, to reconcile."""
     metrics: ScalingMetrics
     tracer: trace.Tracer
     supervisor: Supervisor
-    """Runs whatever goes on in the background."""
+    """Runs background tasks."""
 
     async def load(self, subject: Subject) -> Scaled:
-        """The scaling of a deployment, with what was kept of it."""
+        """The scaling of a deployment, with its stored state."""
         identity, prior = subject.deployment.identity, subject.spec.capacity_prior
         try:
             whole, recent = await self.call(storage.load, self.cluster, identity)
@@ -69,7 +69,7 @@ class ScaledFactory:
         return Scaled(self, subject, scaler, memory.whole_until if memory else 0)
 
     async def retire(self, deployment: Deployment) -> None:
-        """Takes out of the status what is not true any more of a deployment that does not scale."""
+        """Removes scaling information from the status of a deployment that does not scale any more."""
         self.metrics.forget(deployment.identity.namespace, deployment.name)
         is_off, before = deployment.spec.scaling is not None, deployment.status
         wanted = _condition(deployment, reporting.OFF, before) if is_off else None
@@ -77,17 +77,17 @@ class ScaledFactory:
             await self.call(storage.write_status, self.cluster, deployment.identity, None, wanted)
 
     async def call(self, function: Callable[..., T], *arguments: object) -> T:
-        """Calls something that blocks, in a thread."""
+        """Calls a blocking function in a thread."""
         return await asyncio.get_running_loop().run_in_executor(self.threads, function, *arguments)
 
 
 class Scaled:
-    """One deployment's scaling. Of one event loop.
+    """The scaling of one deployment. Belongs to one event loop.
 
     Args:
-        factory: what all have in common.
-        subject: the deployment as it was seen last.
-        scaler: its memory.
+        factory: what all deployments share.
+        subject: the deployment as last observed.
+        scaler: its state.
         whole_until: the minute before which all rates are in the stored ScalingHistory; 0 if there is none.
     """
 
@@ -104,7 +104,7 @@ class Scaled:
         self._awaits_request = False
 
     async def round(self, subject: Subject) -> None:
-        """Asks the replicas, decides, and tells everybody."""
+        """Polls the replicas, decides, and reports."""
         reading = await self._with.poller.read(subject)
         settings = self._with.settings
         outcome = self._scaler.step(subject, reading, self._with.poller.now(), settings.scaling_speed)
@@ -117,7 +117,7 @@ class Scaled:
             await self.keep(subject)
 
     async def until_next(self, subject: Subject) -> None:
-        """Waits for the next round's time; where there is no replica, a first request ends the wait."""
+        """Waits for the next round. If there is no replica, a first request ends the wait."""
         pause = self._with.settings.sample_seconds / self._with.settings.scaling_speed
         end = time.monotonic() + pause
         if self._awaits_request and await self._with.poller.first_held(subject, pause):
@@ -125,7 +125,7 @@ class Scaled:
         await asyncio.sleep(end - time.monotonic())
 
     async def keep(self, subject: Subject) -> None:
-        """Writes what was learned into the ScalingHistory; where that fails, scaling goes on all the same."""
+        """Writes the state into the ScalingHistory; scaling continues if that fails."""
         self._kept_at = time.monotonic()
         memory = self._scaler.memory()
         pods = {start.uid for start in subject.cold_starts}
@@ -135,22 +135,22 @@ class Scaled:
             await self._with.call(storage.save, self._with.cluster, due.manifest)
             self._whole_until = due.whole_until
         except MoEOperatorError as error:
-            logger.warning("%s: what scaling learned was not kept: %s", identity.name, error)
+            logger.warning("%s: cannot store the scaling history: %s", identity.name, error)
 
     def close(self) -> None:
-        """Stops learning."""
+        """Stops fitting models."""
         if self._learning is not None:
             self._learning.cancel()
 
     async def _learn(self) -> None:
-        """Slow work in a thread; where it fails, scaling goes on with the models that it has."""
+        """Fits models in a thread; if that fails, scaling continues with the present models."""
         job = self._scaler.upkeep()
         if job is not None:
             adopt = await asyncio.get_running_loop().run_in_executor(self._with.laboratory, job)
             adopt()
 
     async def _report(self, subject: Subject, outcome: Outcome) -> None:
-        """Writes the status when a decision or the condition changed, and else once a minute."""
+        """Writes the status if the decision or the condition changed, otherwise once a minute."""
         deployment, before, now = subject.deployment, self._status, datetime.now(UTC)
         status = reporting.status(subject, outcome, before, now)
         last = Status(conditions=(self._condition,) if self._condition else ())
@@ -167,7 +167,7 @@ class Scaled:
             await self._announce(subject, reporting.announcement(subject, outcome, before))
 
     async def _announce(self, subject: Subject, decision: Decision | None) -> None:
-        """Has the decision carried out, then told: as a span, a line of the log and an Event."""
+        """Triggers a reconcile that executes the decision; reports it as a span, a log line and an Event."""
         identity = subject.deployment.identity
         if subject.scaling.mode is Mode.AUTO:
             self._with.decided(Name(identity.namespace, identity.name))
@@ -182,8 +182,8 @@ class Scaled:
         try:
             await self._with.call(execute.post, self._with.cluster, identity, decision, datetime.now(UTC))
         except MoEOperatorError as error:
-            # Events are for people to read; what was decided is done, with or without one.
-            logger.warning("%s/%s: no event was made: %s", identity.namespace, identity.name, error)
+            # Events are only for people; the decision is executed even without one.
+            logger.warning("%s/%s: no event was created: %s", identity.namespace, identity.name, error)
 
 
 def _condition(
@@ -197,7 +197,7 @@ def _condition(
 def _news(
     before: ScalingStatus | None, status: ScalingStatus, last: Condition | None, condition: Condition
 ) -> bool:
-    """Whether something changed that nobody should wait a minute for."""
+    """Whether the number of replicas or the condition changed, which is reported at once."""
     if before is None or last is None:
         return True
     decided = before.desired_replicas != status.desired_replicas

@@ -1,4 +1,4 @@
-"""The memory of one deployment's scaling, and the decision it leads to every few seconds."""
+"""The state of one deployment's scaling, and the decision that follows from it every few seconds."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from moe_operator.resources.scaling_status import ReplicaLoadStatus
 
 MINUTE_S = 60.0
 _LATE_MOST = 0.05
-"""Share of requests that may miss the latency target: the target is for 95 of 100."""
+"""Share of requests that may miss the latency target, which is for 95 of 100."""
 _DEMAND_MINUTES = 3
-"""A rate that is older than this many minutes says nothing about now."""
+"""An older rate, in minutes, is not used as the current demand."""
 _PLAUSIBLE = 1000.0
-"""A replica that reports this many times its prior capacity reports nonsense."""
+"""A report of more than this many times the prior capacity is invalid."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What outlives the process."""
+    """State that outlives the process."""
 
     history: History
     cold_starts: ColdStarts
     measured: frozenset[str]
-    """UIDs of pods whose cold start is among them."""
+    """UIDs of pods whose cold start is included."""
     capacity: Capacity
     whole_until: int = 0
     """The minute before which all rates are in the stored whole history; 0 if there is none."""
@@ -44,40 +44,40 @@ class Memory:
 
 @dataclass(frozen=True)
 class _Round:
-    """What counts of one round towards its minute."""
+    """The contribution of one round to its minute."""
 
     ready: int
-    """Replicas that answered requests."""
+    """Ready replicas."""
     queueing: int
-    """Of these, those with requests in their queue."""
+    """Of these, replicas with queued requests."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one round came to."""
+    """The result of one round."""
 
     sizing: Sizing
     forecast: Forecast | None
     demand: float | None
-    """Work per minute, of the last minute that is known."""
+    """Work per minute in the last known minute."""
     capacity: Capacity
     cold_starts: ColdStarts
     wrong: dict[str, str]
-    """Replicas whose reports were left out, each with why; completes "its report ..."."""
+    """Replicas whose reports were ignored, with the reason, which completes "its report ..."."""
     silent: frozenset[str]
     closed: bool
     """A minute ended."""
     loads: tuple[ReplicaLoadStatus, ...] = ()
-    """How busy the replicas say they are."""
+    """Reported load of the replicas."""
 
 
 class Scaler:
-    """One deployment's scaling. Not thread-safe, except that `upkeep`'s outer function runs anywhere.
+    """The scaling of one deployment. Not thread-safe, but the function from `upkeep` runs in any thread.
 
     Args:
-        desired: replicas ordered now.
-        memory: what was kept; None at first.
-        prior: work per minute that one replica does, by the spec.
+        desired: current number of ordered replicas.
+        memory: the stored state; None at first.
+        prior: work per minute of one replica, according to the spec.
     """
 
     def __init__(self, desired: int, memory: Memory | None, prior: float) -> None:
@@ -97,21 +97,21 @@ class Scaler:
 
     @property
     def desired(self) -> int:
-        """Replicas ordered now."""
+        """Current number of ordered replicas."""
         return self._desired
 
     def memory(self) -> Memory:
-        """What to keep for the next process."""
+        """The state to store for the next process."""
         return Memory(copy.copy(self._history), self._cold_starts, self._measured, self._capacity)
 
     def step(self, subject: Subject, reading: Reading, now: float, speed: float = 1.0) -> Outcome:
-        """Takes in a reading and decides.
+        """Takes a reading and decides.
 
         Args:
             subject: the deployment.
-            reading: what its replicas and frontends just said.
+            reading: the latest reports of its replicas and frontends.
             now: seconds of the scaling clock.
-            speed: seconds of the scaling clock in one of the wall's, by which cold starts are measured.
+            speed: seconds of the scaling clock per second of the wall clock, which measures cold starts.
         """
         spec = subject.spec
         if subject.scaling.mode is not Mode.AUTO:
@@ -120,13 +120,13 @@ class Scaler:
             self._capacity = Capacity.from_prior(spec.capacity_prior)
         self._learn_cold_starts(subject, speed)
         wrong = {**reading.wrong, **self._take_reports(subject, reading)}
-        # What waits at a replica that reports nonsense is nonsense too.
+        # The queue in an invalid report is not used either.
         believed = tuple(report for report in reading.reports if report.replica not in wrong)
         reading = replace(reading, reports=believed)
         closed = self._close_minutes(subject, reading, now)
         forecast = self._forecaster.forecast() if self._forecaster else None
         situation = self._situation(subject, reading, now)
-        # Numbers that contradict each other may have misled the forecast too: what is surely known decides.
+        # Invalid reports may have affected the forecast, so only the current demand decides.
         sizing = size(spec, situation, None if wrong else forecast, now)
         self._wants = sizing.wants
         if subject.scaling.mode is Mode.AUTO:
@@ -144,7 +144,7 @@ class Scaler:
         )
 
     def upkeep(self) -> Callable[[], Callable[[], None]] | None:
-        """Slow work that is due: a function for another thread, which returns what adopts the outcome."""
+        """Slow work that is due: a function for another thread, which returns one that adopts the result."""
         steps = steps_ahead(self._cold_starts.horizon_s)
         if self._forecaster is None or self._forecaster.horizon_steps != steps:
             snapshot = copy.copy(self._history)
@@ -166,7 +166,7 @@ class Scaler:
         return refit
 
     def _take_over(self, forecaster: Forecaster, end: int) -> None:
-        """Adopts a forecaster that was trained in another thread and knows the minutes before `end`."""
+        """Adopts a forecaster that was fitted in another thread to the minutes before `end`."""
         for minute, rate in self._history.items():
             if minute >= end:
                 forecaster.update(minute, rate)
@@ -179,7 +179,7 @@ class Scaler:
                 self._measured |= {start.uid}
 
     def _take_reports(self, subject: Subject, reading: Reading) -> dict[str, str]:
-        """Reports of replicas that answer requests count; one that starts shows where its sums begin."""
+        """Takes the reports of ready replicas. The report of a starting replica is the start of its sums."""
         ready = {pod.name for pod in subject.ready}
         wrong = {}
         for report in reading.reports:
@@ -202,7 +202,7 @@ class Scaler:
         for minute in finished:
             rate = minute.arrived
             if rate is None and self._desired == 0 and not subject.ready and not reading.held:
-                rate = 0.0  # nobody can report, and nobody came
+                rate = 0.0  # no replica can report, and no request arrived
             self._history.add(minute.minute, rate)
             if rate is not None:
                 self._latest = (minute.minute, rate)
@@ -216,7 +216,7 @@ class Scaler:
         return bool(finished)
 
     def _learn_capacity(self, minute: MinuteRate) -> None:
-        """Where few queue while others have room, requests are late by bad luck of routing, not by load."""
+        """If few replicas queue requests while others are free, routing causes the latency, not the load."""
         ready, queueing = self._mean("ready"), self._mean("queueing")
         if minute.completed is not None and ready and not 0 < queueing < ready / 2:
             self._capacity = self._capacity.observed(
@@ -226,7 +226,7 @@ class Scaler:
             )
 
     def _mean(self, what: Literal["ready", "queueing"]) -> float:
-        """Mean over the rounds since a minute was closed last."""
+        """Mean over the rounds since the last minute was closed."""
         return statistics.fmean(getattr(one, what) for one in self._rounds)
 
     def _situation(self, subject: Subject, reading: Reading, now: float) -> Situation:
@@ -243,21 +243,21 @@ class Scaler:
         )
 
     def _demand(self, subject: Subject, now: float) -> float | None:
-        """The latest known rate of the last minutes; nothing arrives where there is no replica."""
+        """The latest known rate of the last minutes; 0 if there is no replica."""
         if self._latest is not None and self._latest[0] >= math.floor(now / MINUTE_S) - _DEMAND_MINUTES:
             return self._latest[1]
         return 0.0 if self._desired == 0 and not subject.ready else None
 
 
 def _idle_since(history: History) -> float | None:
-    """Start of the minutes without any work that end the history; None where its last one is none of them."""
+    """Start of the idle minutes at the end of the history; None if its last minute is not idle."""
     rates = history.rates()
-    busy = (rates != 0).nonzero()[0]  # what is unknown counts as work
+    busy = (rates != 0).nonzero()[0]  # an unknown rate counts as work
     first = int(busy[-1]) + 1 if len(busy) else 0
     return (history.end - len(rates) + first) * MINUTE_S if first < len(rates) else None
 
 
 def _latest(history: History) -> tuple[int, float] | None:
-    """The last minute whose rate is known, and that rate."""
+    """The last minute with a known rate, and the rate."""
     known = [(minute, rate) for minute, rate in history.items() if rate is not None]
     return known[-1] if known else None

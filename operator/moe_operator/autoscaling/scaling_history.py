@@ -1,4 +1,4 @@
-"""A scaler's memory as ScalingHistory objects: they belong to the deployment and outlive the operator.
+"""The state of a scaler as ScalingHistory objects, which belong to the deployment and outlive the operator.
 
 etcd stores each version of an object as a whole. So the operator writes the 14 days (tens of KiB) every 6
 hours, and every few minutes a second object with the minutes since then (1 to 2 KiB).
@@ -22,7 +22,7 @@ from moe_operator.resources.base import Model
 from moe_operator.resources.deployment import Identity
 
 WHOLE_MINUTES: Final = 360
-"""Minutes that the object of the latest minutes has at most; then the whole history is written again."""
+"""Maximum minutes in the object of the latest minutes; then the whole history is written again."""
 
 _Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -45,11 +45,11 @@ class _Content(Model):
 
 @dataclass(frozen=True)
 class Due:
-    """What is to be written now."""
+    """The object to write now."""
 
     manifest: Manifest
     whole_until: int
-    """The minute before which all rates are in the stored whole history, once this is written."""
+    """After this write, the stored whole history has all rates before this minute."""
 
 
 def due(owner: Identity, memory: Memory, pods: Iterable[str], whole_until: int) -> Due:
@@ -57,7 +57,7 @@ def due(owner: Identity, memory: Memory, pods: Iterable[str], whole_until: int) 
 
     Args:
         owner: the deployment.
-        memory: what to keep.
+        memory: the state to store.
         pods: UIDs of the pods that exist.
         whole_until: of the last write; 0 if there is none.
     """
@@ -70,7 +70,7 @@ def due(owner: Identity, memory: Memory, pods: Iterable[str], whole_until: int) 
 
 
 def manifest(owner: Identity, memory: Memory, pods: Iterable[str], name: str = "") -> Manifest:
-    """The object that keeps a memory; of measured pods only those that still exist (their UIDs)."""
+    """The object that stores a state; of the measured pods it lists only those that still exist, by UID."""
     content = _Content(
         rates=memory.history.dump(),
         cold_start_seconds=memory.cold_starts.seconds,
@@ -90,10 +90,10 @@ def manifest(owner: Identity, memory: Memory, pods: Iterable[str], name: str = "
 def memory(
     kept: Mapping[str, Any] | None, owner: Identity, recent: Mapping[str, Any] | None = None
 ) -> Memory | None:
-    """What was kept; None if nothing was, or it belongs to an earlier deployment of the same name.
+    """The stored state; None if there is none, or it belongs to an earlier deployment of the same name.
 
     Args:
-        kept: the whole history. Without it, `recent` says nothing.
+        kept: the whole history. Without it, `recent` is not used.
         owner: the deployment.
         recent: the minutes since then.
 

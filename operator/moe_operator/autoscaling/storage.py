@@ -1,4 +1,4 @@
-"""What the scaler reads and writes. Its part of the status has a field manager of its own."""
+"""Reads and writes the ScalingHistory and the part of the status that scaling owns."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from moe_operator.resources.status import Condition
 def write_status(
     cluster: Cluster, identity: Identity, status: ScalingStatus | None, condition: Condition | None
 ) -> None:
-    """Writes status.scaling and the condition; what is None is taken out.
+    """Writes status.scaling and the condition, and removes those that are None.
 
-    The reconcile writes the rest of the status under another name, so neither needs to know of the other.
+    Scaling has its own field manager, so it and the reconcile write the status independently.
     """
     content: Manifest = {}
     if status is not None:
@@ -28,7 +28,7 @@ def write_status(
 
 
 def load(cluster: Cluster, identity: Identity) -> tuple[Manifest | None, Manifest | None]:
-    """The deployment's ScalingHistory and the one of its latest minutes; None for one that does not exist."""
+    """The ScalingHistory of a deployment and the one of its latest minutes; None if it does not exist."""
     whole, recent = (
         cluster.get(names.HISTORY_KIND, identity.namespace, name)
         for name in (identity.name, names.recent_history(identity.name))

@@ -30,10 +30,10 @@ def load(**fields):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"requests_refused": 3}, "11 requests ended though 10 came"),
-        ({"requests_received": 0, "requests_completed": UINT_MINUS_ONE}, "requests ended though 0 came"),
+        ({"requests_refused": 3}, "11 requests ended although 10 arrived"),
+        ({"requests_received": 0, "requests_completed": UINT_MINUS_ONE}, "requests ended although 0 arrived"),
         ({"queued": 2**32 - 1, "running": 2}, "4294967297 requests are active although 10 arrived"),
-        ({"requests_received": 2**63}, "holds a sum above"),
+        ({"requests_received": 2**63}, "contains a sum above"),
         ({"started": Timestamp(seconds=2**62)}, "contains an invalid start time"),
         ({"started": Timestamp(nanos=-1)}, "contains an invalid start time"),
         (
@@ -48,14 +48,14 @@ def load(**fields):
             {"time_to_first_token_seconds": worker_pb2.Histogram(bounds=[math.nan], counts=[0] * 2)},
             "bounds do not ascend",
         ),
-        ({"kv_tokens_used": 2, "kv_tokens_capacity": 1}, "more of the KV cache is used than there is"),
+        ({"kv_tokens_used": 2, "kv_tokens_capacity": 1}, "more of the KV cache is used than exists"),
         (
             {"time_to_first_token_seconds": worker_pb2.Histogram(bounds=[1.0], counts=[1])},
             "counts do not fit its bounds",
         ),
         (
             {"time_to_first_token_seconds": worker_pb2.Histogram(bounds=[1.0], counts=[9, 9])},
-            "histogram of more requests than came",
+            "histogram of more requests than arrived",
         ),
     ],
 )

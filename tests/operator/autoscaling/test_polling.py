@@ -76,7 +76,7 @@ async def test_a_silent_replica_costs_the_others_nothing(world, poller):
     assert (report.replica, report.arrived, report.completed, report.waiting) == ("docs-0-0", 7, 5, 2)
     assert (report.started, report.at) == (1e9, 2e9)
     assert reading.silent == {"docs-1-0"}
-    assert "1 requests ended though 0 came" in reading.wrong["docs-2-0"]
+    assert "1 requests ended although 0 arrived" in reading.wrong["docs-2-0"]
     assert reading.running == 3
     (load,) = reading.loads
     assert (load.pod, load.queued, load.running, load.kv_used_percent) == ("docs-0-0", 2, 1, 33)

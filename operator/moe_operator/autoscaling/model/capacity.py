@@ -1,4 +1,4 @@
-"""How much work one replica can do within its latency target, learned from what replicas really did."""
+"""The work that one replica can do within its latency target, learned from measured minutes."""
 
 from __future__ import annotations
 
@@ -7,43 +7,43 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 _STEP: Final = 0.2
-"""Share of the way to a new finding: one slow minute moves little, five in a row two thirds."""
+"""Step towards a new value: one slow minute moves the capacity by a fifth, five in a row by two thirds."""
 _FARTHEST: Final = 100.0
-"""A capacity this many times above or below the prior is a broken report, not a finding."""
+"""A value this many times above or below the prior is an invalid report."""
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What is known of one deployment's replicas. Frozen; `observed` returns the next one."""
+    """The known capacity of a deployment's replicas. Frozen; `observed` returns an updated one."""
 
     per_replica: float
     """Work per minute that a replica does within its latency target."""
     prior: float
-    """What the spec says."""
+    """The assumption of the spec."""
     findings: int = 0
-    """Minutes that taught something. 0: the prior is all there is."""
+    """Number of minutes that changed it. 0: only the prior is known."""
 
     @staticmethod
     def from_prior(prior: float) -> Capacity:
-        """Nothing was seen yet."""
+        """A capacity without measurements."""
         return Capacity(per_replica=prior, prior=prior)
 
     @property
     def learned(self) -> bool:
-        """Whether any minute taught something."""
+        """Whether it was measured."""
         return self.findings > 0
 
     def observed(self, rate_per_replica: float, *, within_target: bool, saturated: bool = False) -> Capacity:
-        """After one minute of the ready replicas.
+        """The capacity after one more minute of the ready replicas.
 
-        Only two kinds of minutes teach: more work than thought possible was done in time (capacity is at
-        least that), or the target was missed though there was less work than thought possible, or requests
-        waited all the minute (capacity is what was completed). A quiet minute in time says nothing.
+        A minute changes it in two cases. The replicas did more than the known capacity within the target: the
+        capacity is at least that. Or they missed the target, and either did less than the known capacity or
+        had waiting requests during the whole minute: the capacity is the completed work.
 
         Args:
             rate_per_replica: work per minute that one replica completed, on average.
-            within_target: the latency target held, by the measure that the spec names.
-            saturated: requests were waiting throughout, so the replicas did all they could.
+            within_target: the latency target was met.
+            saturated: requests waited during the whole minute, so the replicas were fully used.
         """
         rate = rate_per_replica
         if not math.isfinite(rate) or not self.prior / _FARTHEST <= rate <= self.prior * _FARTHEST:

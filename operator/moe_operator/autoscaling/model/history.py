@@ -1,4 +1,4 @@
-"""The rates of the last 14 days, minute by minute, small enough to be kept in an object of the cluster."""
+"""The rates of the last 14 days by minute, small enough to be stored in a Kubernetes object."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _VERSION: Final = 1
 _HEADER: Final = struct.Struct("<BQH")
 _UNKNOWN, _ZERO, _FIRST = 0, 1, 2
 _STEP: Final = math.log1p(0.001)
-"""Rates are kept to within 0.05 %, far below their noise."""
+"""Rates are stored to within 0.05 %, far below their noise."""
 _SMALLEST: Final = 1e-6
 _LARGEST: Final = _SMALLEST * math.exp(_STEP * (2**16 - 1 - _FIRST))
 
 
 class HistoryError(MoEOperatorError):
-    """What was stored cannot be read back."""
+    """The stored history cannot be read."""
 
 
 class History:
@@ -41,13 +41,13 @@ class History:
 
     @property
     def end(self) -> int:
-        """The minute after the last one; 0 when there is none."""
+        """The minute after the last one; 0 if there is none."""
         return self._end
 
     def add(self, minute: int, rate: float | None) -> None:
-        """Appends the rate of a minute, in order; minutes left out are unknown, earlier ones are ignored.
+        """Appends the rate of a minute. Skipped minutes are unknown; earlier ones are ignored.
 
-        rate: work per minute; None, negative or not finite: unknown. It is kept to within 0.05 %.
+        rate: work per minute; None, negative or not finite: unknown. Stored to within 0.05 %.
         """
         if self._end and minute < self._end:
             return
@@ -71,19 +71,19 @@ class History:
             yield first + offset, None if math.isnan(rate) else float(rate)
 
     def since(self, minute: int) -> History:
-        """The rates from `minute` on."""
+        """The rates since `minute`."""
         later = History()
         later._codes = self._codes[max(len(self._codes) - max(self._end - minute, 0), 0) :].copy()
         later._end = self._end
         return later
 
     def extend(self, later: History) -> None:
-        """Appends what `later` has of the minutes after these."""
+        """Appends the rates that `later` has of the following minutes."""
         for minute, rate in later.items():
             self.add(minute, rate)
 
     def dump(self) -> str:
-        """As ASCII text of at most 72 KiB."""
+        """The history as ASCII text of at most 72 KiB."""
         differences = np.diff(self._codes, prepend=np.uint16(0))  # wraps around, and back in load
         planes = differences.view(np.uint8).reshape(-1, 2).T.tobytes()  # high bytes are mostly equal
         packed = zlib.compress(planes, 9)
@@ -91,10 +91,10 @@ class History:
 
     @staticmethod
     def load(text: str) -> History:
-        """What `dump` wrote.
+        """Reads what `dump` wrote.
 
         Raises:
-            HistoryError: it is damaged, or of a later version.
+            HistoryError: it is damaged or of a later version.
         """
         try:
             raw = base64.b64decode(text, validate=True)

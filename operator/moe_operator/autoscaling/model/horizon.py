@@ -1,4 +1,4 @@
-"""How far ahead to look: as long as a replica takes from its order to its first answer."""
+"""The horizon of the forecast: the time from the order of a replica until it is ready."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Final
 
 DEFAULT_S: Final = 300.0
 ENOUGH: Final = 5
-"""Cold starts that must have been seen before they count."""
+"""Cold starts needed before they determine the horizon."""
 KEPT: Final = 32
-"""The latest ones decide: a node pool or an image that changed is forgotten after this many."""
+"""Number of latest cold starts that count, so that the horizon follows a changed node pool or image."""
 
 
 def steps_ahead(horizon_s: float) -> int:
@@ -20,24 +20,24 @@ def steps_ahead(horizon_s: float) -> int:
 
 @dataclass(frozen=True)
 class ColdStarts:
-    """The latest cold starts of one deployment, oldest first: from the pod's creation until it answers."""
+    """The latest cold starts of one deployment, oldest first: from the creation of the pod to ready."""
 
     seconds: tuple[float, ...] = ()
 
     def observed(self, duration_s: float) -> ColdStarts:
-        """With one more; what cannot be a duration (negative, not finite) is left out."""
+        """Adds one; ignores a value that is no duration (negative or not finite)."""
         if not math.isfinite(duration_s) or duration_s <= 0:
             return self
         return ColdStarts((*self.seconds, duration_s)[-KEPT:])
 
     @property
     def measured(self) -> bool:
-        """Whether the horizon is this deployment's own."""
+        """Whether the horizon is measured."""
         return len(self.seconds) >= ENOUGH
 
     @property
     def horizon_s(self) -> float:
-        """P90 of the cold starts (nearest rank), or 300 s until five were seen."""
+        """P90 of the cold starts (nearest rank), or 300 s until five are measured."""
         if not self.measured:
             return DEFAULT_S
         rank = math.ceil(0.9 * len(self.seconds))

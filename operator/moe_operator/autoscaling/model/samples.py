@@ -1,4 +1,4 @@
-"""Reports of replicas become rates of whole minutes; what cannot be true is left out, with a reason."""
+"""Converts reports of replicas to rates of whole minutes, and ignores implausible reports with a reason."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from moe_operator.autoscaling.model.history import MINUTES
 
 _MINUTE_S: Final = 60.0
 _CLOCK_SKEW_S: Final = 30.0
-"""Clocks of nodes differ; more than this into the future is a wrong clock."""
+"""Allowed difference between the clocks of nodes."""
 _ENOUGH_SEEN: Final = 0.5
-"""Share of the replicas' time that must be covered by reports for a minute's rate to be known."""
+"""Share of the replicas' time that reports must cover, or else the rate of the minute is unknown."""
 
 
 class Distrust(Enum):
-    """Why a report is left out. The value completes "its report ..."."""
+    """Why a report is ignored. The value completes "its report ..."."""
 
     NOT_A_NUMBER = "contains NaN, infinity or a negative number"
     FROM_THE_FUTURE = "says that the worker started in the future: its clock is wrong"
-    OUT_OF_ORDER = "is older than one that came before"
+    OUT_OF_ORDER = "is older than an earlier one"
     SUM_FELL = "contains sums that decreased although the worker did not restart"
-    IMPLAUSIBLE = "holds more work than any replica could have got"
+    IMPLAUSIBLE = "contains more work than a replica can get"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one leader said of itself."""
+    """The report of one leader."""
 
     replica: str
     """Name of the leader's pod."""
     at: float
-    """When it was asked, by the asker's clock."""
+    """Time of the report, on the operator's clock."""
     started: float
-    """Since when the sums count, by the worker's clock."""
+    """Start of the sums, on the worker's clock."""
     arrived: float
-    """Work that came since then, after the output cache; a sum that only grows."""
+    """Work that arrived since then, after the output cache; never decreases."""
     completed: float
-    """Work done since then."""
+    """Work completed since then."""
     waiting: float = 0.0
     """Work that waits for a place in the batch now."""
     late: float = 0.0
@@ -48,7 +48,7 @@ class Report:
 
 @dataclass(frozen=True)
 class MinuteRate:
-    """What one finished minute brought to all replicas together."""
+    """The rates of one finished minute, of all replicas together."""
 
     minute: int
     arrived: float | None
@@ -58,7 +58,7 @@ class MinuteRate:
     late_share: float
     """Share of the completed work that missed the latency target, in [0, 1]."""
     waited: bool
-    """Some work waited in every report of the minute: the replicas did all they could."""
+    """Work waited in every report of the minute: the replicas were fully used."""
 
 
 @dataclass
@@ -76,22 +76,22 @@ class MinuteRates:
     """Collects the reports of one deployment's replicas. Not thread-safe."""
 
     plausible_rate: float = math.inf
-    """Most work per minute that one replica can have got; a report of more is left out."""
+    """Maximum plausible work per minute of one replica; a report of more is ignored."""
     _latest: dict[str, Report] = field(default_factory=dict)
     _open: dict[int, _Minute] = field(default_factory=dict)
     _closed: int | None = None
 
     def observe(self, report: Report) -> Distrust | None:
-        """Takes in one report; says why it was left out, or None.
+        """Takes one report; returns why it is ignored, or None.
 
-        A replica's first report, and its first after it started anew, only begins its sums.
+        The first report of a replica, and the first one after its restart, is only the start of its sums.
         """
         before = self._latest.get(report.replica)
         reason = distrust(report, before, self.plausible_rate)
         if reason in (Distrust.NOT_A_NUMBER, Distrust.FROM_THE_FUTURE, Distrust.OUT_OF_ORDER):
             return reason
         if reason is not None:
-            # Which of the two is wrong cannot be told: the next report begins the sums again.
+            # Either of the two may be wrong, so the next report is a new start of the sums.
             self._latest.pop(report.replica, None)
             return reason
         self._latest[report.replica] = report
@@ -104,7 +104,7 @@ class MinuteRates:
 
         Args:
             now: seconds since the epoch.
-            replicas: replicas that answered requests, on average over these minutes.
+            replicas: mean number of ready replicas over these minutes.
         """
         end = math.floor(now / _MINUTE_S)
         if self._closed is None:
@@ -120,7 +120,7 @@ class MinuteRates:
         return finished
 
     def _spread(self, before: Report, report: Report) -> None:
-        """Spreads the work between two reports evenly over the minutes that they touch and that are open."""
+        """Distributes the work between two reports evenly over the open minutes that they cover."""
         span = report.at - before.at
         start = before.at
         while start < report.at:
@@ -140,7 +140,7 @@ class MinuteRates:
 
 
 def distrust(report: Report, before: Report | None, plausible_rate: float = math.inf) -> Distrust | None:
-    """Why a report cannot be believed, given the same replica's one before; None if it can."""
+    """Why a report is implausible, given the previous one of the same replica; None if it is plausible."""
     numbers = (report.at, report.started, report.arrived, report.completed, report.waiting, report.late)
     if not all(math.isfinite(number) and number >= 0 for number in numbers):
         return Distrust.NOT_A_NUMBER
@@ -154,7 +154,7 @@ def distrust(report: Report, before: Report | None, plausible_rate: float = math
 
 
 def _too_much(report: Report, seconds: float, plausible_rate: float) -> Distrust | None:
-    """Whether a replica did more in its life of so many seconds than any can."""
+    """Whether a replica reports more work since its start, `seconds` ago, than a replica can do."""
     most = plausible_rate * max(seconds / _MINUTE_S, 1.0)
     return Distrust.IMPLAUSIBLE if max(report.arrived, report.completed) > most else None
 
@@ -173,7 +173,7 @@ def _same_life(before: Report, report: Report) -> bool:
 
 
 def _rate(minute: int, sums: _Minute, replicas: float) -> MinuteRate:
-    """A silent replica is taken to do what the others do on average: work is routed evenly."""
+    """A replica without reports is assumed to have the mean rate of the others, because routing is even."""
     seen = sums.covered_s / (_MINUTE_S * replicas) if replicas else 0.0
     known = seen >= _ENOUGH_SEEN
     return MinuteRate(

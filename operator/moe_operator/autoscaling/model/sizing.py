@@ -1,4 +1,4 @@
-"""How many replicas there should be, and why."""
+"""Computes the number of replicas, with a reason."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from moe_operator.autoscaling.model.forecast.result import Forecast
 from moe_operator.autoscaling.model.spec import ScalingSpec
 
 _SLACK: Final = 1e-9
-"""Work this close above a whole number of replicas needs no further one: rounding errors of floats."""
+"""Tolerance for rounding errors: so little work above a whole number of replicas needs no further one."""
 _NOTHING: Final = 0.5
-"""Expected work per minute below which nothing is expected."""
+"""A lower expected rate, in work per minute, counts as none."""
 _DRAIN_MINUTES: Final = 5.0
-"""Work that waits shall be done within this time."""
+"""Waiting work must be done within this time."""
 _TOLERANCE: Final = 0.05
-"""Fewer replicas must be enough for this share of work more: noise would add and remove one for ever."""
+"""Fewer replicas must suffice for so much more work; otherwise noise would add and remove one forever."""
 
 
 @dataclass(frozen=True)
 class Want:
-    """How many replicas one earlier plan found necessary, before it waited with scaling down."""
+    """The number of replicas that an earlier decision needed, before the scale-down delay."""
 
     at: float
     replicas: int
@@ -29,49 +29,49 @@ class Want:
 
 @dataclass(frozen=True)
 class Situation:
-    """What is known when a plan is made."""
+    """The input of a decision, besides the spec and the forecast."""
 
     replicas: int
-    """Ordered now: those that answer and those that start."""
+    """Ordered replicas: ready and starting."""
     starting: int
-    """Of these, those that do not answer yet."""
+    """Of these, replicas that are not ready yet."""
     demand: float | None
-    """Work per minute that arrives now; None: the reports cannot tell."""
+    """Current rate of arriving work per minute; None if the reports do not contain it."""
     capacity: float
-    """Work per minute that one replica does within its latency target; above 0."""
+    """Work per minute of one replica within its latency target; above 0."""
     horizon_s: float
-    """How long a replica takes to start."""
+    """Time that a replica takes to start."""
     waiting: float = 0.0
-    """Work that waits for a place now, in queues or held by the frontend."""
+    """Work that waits in queues or is held by the frontend."""
     idle_since: float | None = None
-    """Since when nothing has arrived; None while work arrives or where unknown."""
+    """Start of the idle time; None while work arrives, or if unknown."""
     wants: tuple[Want, ...] = ()
-    """`Sizing.wants` of the plan before: all that a plan remembers. () at first and after a restart."""
+    """`Sizing.wants` of the previous decision, the only state. () at first and after a restart."""
 
 
 @dataclass(frozen=True)
 class Sizing:
-    """A number of replicas and why it is right."""
+    """A number of replicas, with its reason."""
 
     replicas: int
     reason: str
     """One CamelCase word."""
     message: str
-    """A sentence with the numbers that decided."""
+    """A sentence with the numbers behind the decision."""
     wants: tuple[Want, ...]
-    """For the next plan's `Situation.wants`; a few entries at most."""
+    """`Situation.wants` of the next decision; a few entries at most."""
     forecast_used: bool
-    """False: there was none, or it was worse than the last value lately. Then the plan is reactive."""
+    """False if there is none, or it was recently worse than the last value. The decision is reactive then."""
 
 
 @dataclass(frozen=True)
 class _Need:
-    """What would be right if replicas came and went at once and without limits."""
+    """The replicas needed if they started and stopped at once, without limits."""
 
     now: int
     ahead: int
     lower: int
-    """What would be right for a little more work: of those that are there, so many stay."""
+    """The replicas needed for a little more work: a scale-down keeps so many of the existing ones."""
     cause: str
 
     @property
@@ -80,17 +80,17 @@ class _Need:
 
 
 def size(spec: ScalingSpec, situation: Situation, forecast: Forecast | None, now: float) -> Sizing:
-    """The replicas that are right now. Pure: the same arguments give the same plan.
+    """Decides the number of replicas. Pure: the same arguments give the same result.
 
-    The larger of what demand needs now and what the forecast's upper quantile needs at the horizon is ordered
-    at once; a lower number only when it has been enough, with a little to spare, for the scale-down delay.
-    Each want is for a minute that lies a horizon ahead, so the most that was wanted during the last horizon
-    is what the upper edge of the band needs from now until the horizon.
+    It scales up at once to the larger of the replicas for the current demand and the replicas for the upper
+    quantile of the forecast at the horizon. It scales down only if the lower number, with a small margin, was
+    sufficient during the whole scale-down delay. Each want is for a minute that is one horizon ahead, so the
+    maximum want of the last horizon covers the upper edge of the band from now until the horizon.
 
     Args:
-        spec: limits and aims.
-        situation: replicas, demand, capacity, and what the plan before left to remember.
-        forecast: for the minute at the horizon; None: there is none yet.
+        spec: limits and targets.
+        situation: replicas, demand, capacity, and the wants of earlier decisions.
+        forecast: for the minute at the horizon; None if there is none yet.
         now: seconds since the epoch.
     """
     used = forecast if forecast is not None and forecast.errors.trustworthy else None
@@ -103,8 +103,8 @@ def size(spec: ScalingSpec, situation: Situation, forecast: Forecast | None, now
     reason, message = _explained(spec, situation, need, held, replicas)
     if forecast is not None and used is None:
         message += (
-            f"; the forecast is not used: lately its error was {forecast.errors.wape:.1f} % and that of the "
-            f"last value {forecast.errors.last_value_wape:.1f} %"
+            f"; the forecast is not used: its recent error is {forecast.errors.wape:.1f} %, that of the last "
+            f"value {forecast.errors.last_value_wape:.1f} %"
         )
     return Sizing(replicas, reason, message, wants, forecast_used=used is not None)
 
@@ -115,19 +115,19 @@ def _need(spec: ScalingSpec, situation: Situation, forecast: Forecast | None, no
     usable = situation.capacity * spec.target_utilisation
     reactive = _replicas_for(situation.demand, usable)
     drained = situation.capacity * _DRAIN_MINUTES
-    # Replicas that start will take of what waits: ordering more for it would be ordering it twice.
+    # Starting replicas will take waiting work; ordering more for the same work would order twice.
     backlog = max(0, _replicas_for(situation.waiting, drained) - situation.starting)
     upper = 0.0 if forecast is None else forecast.quantile(spec.quantile)
     ahead = _replicas_for(upper, usable)
     if _may_rest(spec, situation, forecast, now):
-        return _Need(0, 0, 0, f"nothing has arrived for {spec.idle_s:.0f} s and nothing is expected")
+        return _Need(0, 0, 0, f"no work arrived for {spec.idle_s:.0f} s, and none is expected")
     cause = f"{situation.demand:.4g} work/min now"
     if backlog:
         cause += f" and {situation.waiting:.4g} waiting"
     if forecast is not None:
         horizon = f"in {situation.horizon_s:.0f} s (P{100 * spec.quantile:g}, {forecast.method})"
         cause += f", up to {upper:.4g} {horizon}"
-    cause += f", at {usable:.4g} a replica"
+    cause += f", at {usable:.4g} work/min per replica"
     work = max(situation.demand + backlog * usable, upper)
     lower = _replicas_for(work * (1 + _TOLERANCE), usable)
     return _Need(max(reactive + backlog, 1), ahead, lower, cause)
@@ -138,7 +138,7 @@ def _replicas_for(work: float, usable: float) -> int:
 
 
 def _may_rest(spec: ScalingSpec, situation: Situation, forecast: Forecast | None, now: float) -> bool:
-    """Whether no replica is needed. The band's upper edge is hardly ever 0, so the expectation decides."""
+    """Whether no replica is needed. The upper edge of the band is hardly ever 0, so the mean decides."""
     idle = situation.idle_since is not None and now - situation.idle_since >= spec.idle_s
     expected = 0.0 if forecast is None else forecast.mean
     nothing = not situation.demand and situation.waiting == 0
@@ -146,9 +146,9 @@ def _may_rest(spec: ScalingSpec, situation: Situation, forecast: Forecast | None
 
 
 def _remembered(spec: ScalingSpec, situation: Situation, need: _Need, now: float) -> tuple[Want, ...]:
-    """The wants that still count: one that a later want reaches never decides again."""
+    """The wants that can still decide: those within the delay that no later want reaches."""
     delay = max(spec.scale_down_delay_s, situation.horizon_s)
-    # With nothing remembered, what is there counts as wanted until now: a restart takes nothing away.
+    # Without earlier wants the existing replicas count as wanted, so a restart never scales down.
     before = situation.wants or (Want(now, situation.replicas),)
     latest = Want(now, max(need.replicas, min(need.lower, situation.replicas)))
     recent = [want for want in before if now - delay < want.at <= now and want.replicas > latest.replicas]
@@ -160,8 +160,8 @@ def _explained(
 ) -> tuple[str, str]:
     if held > replicas:
         limit = "maxReplicas" if spec.most == spec.max_replicas else f"the limit of {spec.gpu_limit:g} GPUs"
-        reason = "AtMaximum" if spec.most == spec.max_replicas else "GPUBudgetReached"
-        return reason, f"{held} replicas are needed, {limit} allows {replicas}: {need.cause}"
+        reason = "AtMaximum" if spec.most == spec.max_replicas else "GPULimitReached"
+        return reason, f"{held} replicas are needed, but {limit} allows {replicas}: {need.cause}"
     if replicas > situation.replicas:
         reason = "ForecastHigher" if need.ahead > need.now else "DemandHigher"
         if situation.replicas == 0 and situation.waiting > 0:
@@ -180,18 +180,21 @@ def _unchanged(
         delay = max(spec.scale_down_delay_s, situation.horizon_s)
         return (
             "ScaleDownDelayed",
-            f"{replicas} stay: {need.replicas} are enough, but {held} were needed within the last "
+            f"keeping {replicas}: {need.replicas} suffice now, but {held} were needed within the last "
             f"{delay:.0f} s; {need.cause}",
         )
     if need.replicas < replicas <= need.lower:
         return (
             "AsNeeded",
-            f"{replicas} stay: {need.replicas} would just be enough, for {_TOLERANCE:.0%} more work "
-            f"{need.lower}; {need.cause}",
+            f"keeping {replicas}: {need.replicas} barely suffice, and {_TOLERANCE:.0%} more work would "
+            f"need {need.lower}; {need.cause}",
         )
     if need.replicas < replicas:
-        return "AtMinimum", f"{need.replicas} would do, minReplicas keeps {replicas}: {need.cause}"
-    return "AsNeeded", f"{replicas} are right: {need.cause}"
+        return (
+            "AtMinimum",
+            f"keeping {replicas}, which is minReplicas, although {need.replicas} suffice: {need.cause}",
+        )
+    return "AsNeeded", f"keeping {replicas}: {need.cause}"
 
 
 def _blind(spec: ScalingSpec, situation: Situation) -> Sizing:
@@ -201,7 +204,7 @@ def _blind(spec: ScalingSpec, situation: Situation) -> Sizing:
     return Sizing(
         replicas,
         "ReportsUnusable",
-        f"{replicas} replicas, as before: the reports do not tell how much work arrives",
+        f"keeping {replicas}: no report says how much work arrives",
         situation.wants,
         forecast_used=False,
     )
