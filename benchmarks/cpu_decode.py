@@ -27,9 +27,11 @@ from torch import Tensor
 from moe_worker.config.model import parse_model_config
 from moe_worker.engine.loading import usable_cores
 from moe_worker.kernels.cpu.library import Kernels
+from moe_worker.kvcache.paged import CacheShape, PagedCache
+from moe_worker.models.batch import Batch, Segment
 from moe_worker.models.build import build_model
 from moe_worker.models.memory import describe, weight_memory
-from moe_worker.models.native import NativeModel, NativePass
+from moe_worker.models.native import NativeModel
 from moe_worker.models.source import TensorSource
 from moe_worker.quant.int4 import Int4Weight
 
@@ -74,35 +76,24 @@ class Ours:
         longest = max(CONTEXTS) + STEPS
         model = build_model(config, source, longest)
         self.memory = describe(weight_memory(model))
-        self.model = NativeModel(model, kernels)
-        pages = -(-longest // PAGE)
-        self.pages_BP = torch.arange(pages, dtype=torch.int32).unsqueeze(0)
-        width, layers = config.attention.cache_width, config.num_hidden_layers
-        self.layers = [torch.zeros((pages + 1) * PAGE, width, dtype=cache) for _ in range(layers)]
+        self.model = NativeModel.of(model, kernels)
+        rows = CacheShape(config.num_hidden_layers, config.attention.cache_width, PAGE, cache)
+        self.cache = PagedCache.allocate(rows, -(-longest // PAGE), torch.device("cpu"))
 
-    def step(self, tokens: Tensor, start: int) -> int:
-        count = len(tokens)
-        positions = torch.arange(start, start + count)
-        step = NativePass(
-            tokens_T=tokens,
-            positions_T=positions,
-            rows_T=positions,
-            starts=torch.tensor([0, count], dtype=torch.int32),
-            lengths_B=torch.tensor([start + count], dtype=torch.int32),
-            pages_BP=self.pages_BP,
-            selected_N=torch.tensor([count - 1], dtype=torch.int32),
-        )
-        return int(self.model.run(step, self.layers, PAGE)[0].argmax())
+    def step(self, tokens: list[int], start: int) -> int:
+        batch = Batch.of([Segment(tokens, start, range(self.cache.pages))], self.cache)
+        return int(self.model.next_logits(batch, self.cache, [len(tokens) - 1])[0].argmax())
 
     def measure(self, context: int) -> tuple[float, float]:
         """Tokens a second of prefill and of greedy decode."""
-        prompt = torch.randint(3, 32000, (context,), generator=torch.Generator().manual_seed(context))
+        generator = torch.Generator().manual_seed(context)
+        prompt = torch.randint(3, 32000, (context,), generator=generator).tolist()
         begin = time.perf_counter()
         for start in range(0, context, CHUNK):
             token = self.step(prompt[start : start + CHUNK], start)
         middle = time.perf_counter()
         for position in range(context, context + STEPS):
-            token = self.step(torch.tensor([token]), position)
+            token = self.step([token], position)
         return context / (middle - begin), STEPS / (time.perf_counter() - middle)
 
 

@@ -12,7 +12,7 @@ from benchmarks.gpu_random import SMALL, RandomSource, config_of
 from moe_worker.kvcache.paged import CacheShape, PagedCache
 from moe_worker.models.batch import Batch, Segment
 from moe_worker.models.build import build_model
-from moe_worker.models.runner import TorchRunner
+from moe_worker.models.runner import ModelRunner
 from moe_worker.quant.int4 import quantize_int4
 
 CPU = torch.device("cpu")
@@ -88,7 +88,7 @@ def run(runner, device, dtype, width=None):
 
 @torch.inference_mode()
 def plain_logits():
-    return run(lambda cache: TorchRunner(model(CPU, torch.float32)), CPU, torch.float32)
+    return run(lambda cache: ModelRunner(model(CPU, torch.float32)), CPU, torch.float32)
 
 
 def difference(actual, expected):

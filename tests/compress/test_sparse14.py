@@ -149,7 +149,7 @@ def test_a_pass_on_the_cpu_kernels_is_that_of_the_reference(sparse_checkpoint):
     config = read_checkpoint_config(sparse_checkpoint)
     with torch.inference_mode():
         model = load_model(sparse_checkpoint, config, placement, 256, progress=False)
-    native = NativeModel(model, Kernels(threads=1))
+    native = NativeModel.of(model, Kernels(threads=1))
     segments = [Segment(list(range(2, 30)), 0, range(2)), Segment([5, 9, 7], 0, range(4, 5))]
     results = []
     for compute, weights in ((ours, native), (truth, model)):

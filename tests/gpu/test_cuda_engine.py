@@ -19,7 +19,7 @@ from moe_worker.models import cuda
 from moe_worker.models.batch import Batch, Segment
 from moe_worker.models.cuda_build import Sizes, prepare, unsupported
 from moe_worker.models.cuda_runner import CudaRunner
-from moe_worker.models.runner import TorchRunner
+from moe_worker.models.runner import ModelRunner
 from moe_worker.quant.formats import FORMATS
 from moe_worker.sampling.parameters import SamplingParameters
 from tests.gpu.device import DEVICE, INTERPRETED, needs_device
@@ -53,7 +53,7 @@ class Both:
             shape = CacheShape(self.config.num_hidden_layers, width, page, kv_dtype)
             self.cache = PagedCache.allocate(shape, pages, DEVICE)
             self.runner = CudaRunner(prepare(model, consume=True), self.cache, sequences, CONTEXT, 256)
-            self.plain = TorchRunner(random_model(values, number_format, CONTEXT, DEVICE, torch.float32))
+            self.plain = ModelRunner(random_model(values, number_format, CONTEXT, DEVICE, torch.float32))
         self.loaded = LoadedModel(self.config, self.runner, NoText(), self.cache, CONTEXT, number_format, ())
 
     @torch.inference_mode()

@@ -1,6 +1,7 @@
 """What `--explain` prints is what runs: a forward pass is watched for the functions that it names."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,3 +66,21 @@ def test_every_named_function_runs(tmp_path, family, number_format):
 def test_experts_over_several_ranks_are_said(tmp_path):
     lines = explain_choice(write_checkpoint(tmp_path), EngineOptions(device="cpu", mesh="1x2"))
     assert "fp32 dispatch: reference, mesh.dispatch.AllToAllDispatch.scatter" in "\n".join(lines)
+
+
+@pytest.mark.skipif(not NATIVE, reason="no C++ compiler")
+def test_operations_of_a_stage_that_is_not_fused_are_said(tmp_path):
+    """All but the dispatch run in one process, too, one call an operation."""
+    checkpoint = write_checkpoint(tmp_path)
+    options = EngineOptions(device="cpu", format="w4a8", context_length=64, threads=1)
+    loaded = load(checkpoint, options, progress=False)
+    model = replace(loaded.runner.model, fused=False)
+    cache = PagedCache.allocate(loaded.cache.shape, 4, loaded.device)
+
+    @torch.inference_mode()
+    def step():
+        model.next_logits(Batch.of([Segment([5, 6, 7], 0, [0])], cache), cache, [2])
+
+    found = called(step) | {"mesh.dispatch.AllToAllDispatch.scatter"}
+    for line in explain_choice(checkpoint, replace(options, mesh="1x2"))[1:]:
+        assert line.split(": ")[1].split(" (")[0].split(", ")[1] in found, line

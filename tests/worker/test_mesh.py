@@ -44,6 +44,7 @@ CASES = {
         {"redundant_experts": 2, "prefill_tokens": 30},
     ),
     "1x3 of V2, uneven experts": ("deepseek_v2", "1x3", {"redundant_experts": 1, **TIGHT}),
+    "2x2 of V3 on the CPU kernels": ("deepseek_v3", "2x2", {"format": "w4a8", "prefill_tokens": 30}),
     "3x1 of Qwen3": ("qwen3_moe", "3x1", {"prefill_tokens": 7}),
 }
 SLOW = {

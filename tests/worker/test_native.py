@@ -1,5 +1,7 @@
 """Forward passes on the CPU kernels against the plain torch model, which computes W4A8 by its own means."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,8 +11,9 @@ from moe_worker.kernels.cpu import build, library
 from moe_worker.kvcache.paged import CacheShape, PagedCache
 from moe_worker.models.batch import Batch, Segment
 from moe_worker.models.checkpoint import Placement, load_model
-from moe_worker.models.native import NativeModel, NativePass
-from moe_worker.models.runner import NativeRunner
+from moe_worker.models.native import NativeModel
+from moe_worker.models.runner import ModelRunner
+from moe_worker.models.stage import Stage
 from tests.checkpoints import write_checkpoint
 
 try:
@@ -45,17 +48,9 @@ def new_cache(model, dtype=torch.float32):
     return PagedCache.allocate(shape, 32, CPU)
 
 
-def step_of(batch):
-    counts = [0, *[segment.count for segment in batch.segments]]
-    starts = torch.tensor(counts).cumsum(0).int()
-    selected = torch.arange(len(batch.tokens_T), dtype=torch.int32)
-    return NativePass(
-        batch.tokens_T, batch.positions_T, batch.rows_T, starts, batch.lengths_B, batch.pages_BP, selected
-    )
-
-
 def ours(native, segments, cache):
-    return native.run(step_of(Batch.of(segments, cache)), cache.layers, cache.page_size)
+    batch = Batch.of(segments, cache)
+    return native.next_logits(batch, cache, range(len(batch.tokens_T)))
 
 
 def truth(model, segments, cache):
@@ -75,7 +70,7 @@ def test_logits_are_those_of_the_reference(model, variant):
     """Activations that stand at the edge of two integers round either way, and then so do others, layer after
     layer, and those of later tokens of the sequence; now and then a token changes one of its experts. Most
     sequences see nothing of it."""
-    native = NativeModel(model, library.Kernels(variant, 2))
+    native = NativeModel.of(model, library.Kernels(variant, 2))
     caches = new_cache(model), new_cache(model)
     short = [Segment(text(8, page), 0, [page]) for page in range(21, 27)]
     passes = [
@@ -97,8 +92,8 @@ def test_tokens_do_not_depend_on_chunks_company_or_threads(model, variant, dtype
     token.
     """
     prompt, other = text(50, 1), text(30, 2)
-    whole = NativeModel(model, library.Kernels(variant, 1))
-    pieces = NativeModel(model, library.Kernels(variant, 2))
+    whole = NativeModel.of(model, library.Kernels(variant, 1))
+    pieces = NativeModel.of(model, library.Kernels(variant, 2))
     expected = ours(whole, [Segment(prompt, 0, PAGES)], new_cache(model, dtype))
     cache, single = new_cache(model, dtype), new_cache(model, dtype)
     for start in range(0, 50, 10):
@@ -112,7 +107,7 @@ def test_tokens_do_not_depend_on_chunks_company_or_threads(model, variant, dtype
 
 def test_experts_are_counted_as_the_reference_counts_them(model):
     """Every token passes every layer once; now and then rounding makes one choose another expert."""
-    runner = NativeRunner(NativeModel(model, library.Kernels(threads=2)))
+    runner = ModelRunner(NativeModel.of(model, library.Kernels(threads=2)))
     caches = new_cache(model), new_cache(model)
     runner.logits(Batch.of([Segment(text(9, 1), 0, [30])], caches[0]), caches[0], [8])  # before both counters
     counter, expected = runner.expert_counter(), model.expert_counter()
@@ -137,7 +132,7 @@ def test_experts_are_counted_as_the_reference_counts_them(model):
 
 def test_greedy_text_goes_on_as_in_the_reference(model):
     """Where the reference's best token leads clearly, it is ours too."""
-    native, caches = NativeModel(model, library.Kernels(threads=2)), (new_cache(model), new_cache(model))
+    native, caches = NativeModel.of(model, library.Kernels(threads=2)), (new_cache(model), new_cache(model))
     tokens, start, clear = text(8, 9), 0, 0
     for _ in range(40):
         segments = [Segment(tokens, start, PAGES)]
@@ -159,4 +154,33 @@ def test_other_attention_is_refused_by_name(model):
             attention, architecture = None, "qwen3_moe"
 
     with pytest.raises(SettingsError, match="attention of qwen3_moe"):
-        NativeModel(Stranger(), library.Kernels())
+        NativeModel.of(Stranger(), library.Kernels())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_fused_call_computes_what_its_operations_compute(model, variant):
+    """To the bit, the cache too: it is the same model."""
+    fused = NativeModel.of(model, library.Kernels(variant, 2))
+    single = replace(fused, fused=False)
+    caches = new_cache(model, torch.bfloat16), new_cache(model, torch.bfloat16)
+    beside = Segment(text(9, 2), 0, [11])
+    for segments in ([Segment(text(40, 1), 0, PAGES)], [Segment([7], 40, PAGES), beside]):
+        assert torch.equal(ours(fused, segments, caches[0]), ours(single, segments, caches[1]))
+    assert torch.equal(torch.stack(caches[0].layers), torch.stack(caches[1].layers))
+
+
+def test_a_stage_takes_and_gives_hidden_states(model):
+    """Two stages of half the layers give the logits of the whole model, fused or one operation a call."""
+    whole = NativeModel.of(model, library.Kernels(threads=1))
+    count = len(whole.layers)
+    stages = [
+        replace(whole, layers=whole.layers[part.begin : part.end], stage=part, fused=fused)
+        for part, fused in ((Stage(0, count // 2, count), True), (Stage(count // 2, count, count), False))
+    ]
+    cache = new_cache(model)
+    segments = [Segment(text(20, 3), 0, PAGES)]
+    batch, hidden = Batch.of(segments, cache), None
+    for stage in stages:
+        own = replace(cache, layers=cache.layers[stage.stage.begin : stage.stage.end])
+        hidden = stage.forward(batch, own, hidden)
+    assert torch.equal(whole.logits(hidden), ours(whole, segments, new_cache(model)))

@@ -5,7 +5,7 @@ import torch
 
 from moe_worker.kernels.cpu import build, library
 from moe_worker.models.native import NativeModel
-from moe_worker.models.runner import NativeRunner
+from moe_worker.models.runner import ModelRunner
 from moe_worker.quant import int8
 from tests.loud import CPU, DIVERGED, TOLERANCE, LoudSource, difference, model, plain_logits, run
 
@@ -25,8 +25,8 @@ def variants():
 @pytest.mark.parametrize("variant", variants())
 @torch.inference_mode()
 def test_cpu_kernels_compute_what_plain_torch_does(variant, expected):
-    native = NativeModel(model(CPU, torch.float32), library.Kernels(variant))
-    actual = run(lambda cache: NativeRunner(native), CPU, torch.float32)
+    native = NativeModel.of(model(CPU, torch.float32), library.Kernels(variant))
+    actual = run(lambda cache: ModelRunner(native), CPU, torch.float32)
     assert difference(actual, expected) < TOLERANCE["cpu"]
 
 

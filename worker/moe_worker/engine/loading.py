@@ -1,4 +1,4 @@
-"""Creates a model that is ready to run from a checkpoint directory and the user's choices."""
+"""Loads a model from a checkpoint directory and engine options."""
 
 import contextlib
 import os
@@ -25,8 +25,9 @@ from moe_worker.mesh.runner import MeshRunner, agree_on_pages
 from moe_worker.models.checkpoint import load_model
 from moe_worker.models.deepseek import DeepseekModel
 from moe_worker.models.digests import check_digests
+from moe_worker.models.layers import StageModel
 from moe_worker.models.native import NativeModel
-from moe_worker.models.runner import NativeRunner, Runner, TorchRunner
+from moe_worker.models.runner import ModelRunner, Runner
 from moe_worker.models.safetensors import stored_tensors
 from moe_worker.models.stored import Placement
 from moe_worker.models.tokenizer import Tokenizer
@@ -45,8 +46,8 @@ CPU_CACHE, GPU_CACHE = ("float32", "bfloat16"), ("bfloat16", "fp8")
 class LoadedModel:
     """The constant state of the engine, and its cache.
 
-    kernels: which implementation computes what, and why; one line each. member: this process in its mesh;
-    None: it is the whole replica.
+    kernels: the implementation of each operation and the reason, one line each. member: this process in its
+    mesh; None: it is the whole replica.
     """
 
     config: ModelConfig
@@ -60,7 +61,7 @@ class LoadedModel:
 
     @property
     def shards(self) -> int:
-        """Sequences are spread over so many caches of the size of `cache`."""
+        """Number of caches of the size of `cache` over which sequences are spread."""
         return 1 if self.member is None else self.member.shape.expert
 
     @property
@@ -75,7 +76,7 @@ def load(
     progress: bool,
     load_tokenizer: Callable[[Path, ModelConfig], Tokenizer] = load_guarded,
 ) -> LoadedModel:
-    """Checks everything cheap first, then reads the weights. Raises WorkerError."""
+    """Checks everything that is cheap to check, then reads the weights. Raises WorkerError."""
     directory = find_checkpoint(directory)
     config = read_checkpoint_config(directory, options.config_override)
     context = options.context_for(config.max_position_embeddings)
@@ -106,17 +107,14 @@ def load(
             rows = replace(rows, layers=len(stage.layers))
         model = load_model(directory, config, placement, context, progress, stage)
         cache = _allocate_cache(rows, options, context, device, member)
-        if member is not None:
-            runner: Runner = MeshRunner(member, model, cache)
-        else:
-            runner = _runner(model, cache, options, context, path, threads, progress)
+        runner = _runner(model, cache, options, context, path, progress, member)
         unfinished.pop_all()
     lines = tuple(explain(name, hardware))
     return LoadedModel(config, runner, tokenizer, cache, context, name, lines, member)
 
 
 def _cache_shape(config: ModelConfig, options: EngineOptions, dtype: torch.dtype, path: str) -> CacheShape:
-    """Of a model computed in `dtype` by the kernels `path`. Raises SettingsError."""
+    """The shape of a cache for a model computed in `dtype` by the kernels `path`. Raises SettingsError."""
     width = gpu.cache_width(config) if path == "triton" else config.attention.cache_width
     rows = cache_dtype(options, dtype, path)
     return CacheShape(config.num_hidden_layers, width, options.page_size, rows)
@@ -125,8 +123,8 @@ def _cache_shape(config: ModelConfig, options: EngineOptions, dtype: torch.dtype
 def _allocate_cache(
     shape: CacheShape, options: EngineOptions, context: int, device: torch.device, member: Member | None
 ) -> PagedCache:
-    """The memory that the user set, or on a GPU what the weights leave. Raises SettingsError if it does not
-    fit.
+    """Allocates the memory that the user set, or on a GPU what the weights leave. Raises SettingsError if it
+    is too small.
     """
     memory = options.kv_memory
     if memory is None and device.type == "cuda":
@@ -150,18 +148,19 @@ def cache_dtype(options: EngineOptions, dtype: torch.dtype, path: str) -> torch.
 
 
 def _runner(
-    model: DeepseekModel, cache: PagedCache, options: EngineOptions, context: int, path: str, threads: int,
-    progress: bool,
+    model: DeepseekModel, cache: PagedCache, options: EngineOptions, context: int, path: str,
+    progress: bool, member: Member | None,
 ) -> Runner:  # fmt: skip
     if path == "triton":
         return gpu.make_runner(model, cache, options, context, progress)
+    stage: StageModel = model
     if path.startswith("cpu/"):
-        return NativeRunner(NativeModel(model, Kernels(threads=threads), consume=True))
-    return TorchRunner(model)
+        stage = NativeModel.of(model, Kernels(threads=torch.get_num_threads()), consume=True)
+    return ModelRunner(stage) if member is None else MeshRunner(member, stage, cache)
 
 
 def explain_choice(directory: Path, options: EngineOptions) -> list[str]:
-    """Which implementation would compute what for this checkpoint, and why. Raises WorkerError."""
+    """The implementations for this checkpoint, and the reasons. Raises WorkerError."""
     config = read_checkpoint_config(find_checkpoint(directory), options.config_override)
     device = choose_device(options.device)
     dtype, weights = choose_dtype(options.dtype, device), choose_format(options.format, config)
@@ -174,16 +173,15 @@ def probe(
     device: torch.device, config: ModelConfig, number_format: str, shape: MeshShape = ONE_PROCESS
 ) -> Hardware:
     """Kernels that `device` has for a model in `number_format` (of registry.FORMATS)."""
-    if shape.ranks > 1:
+    if device.type == "cuda" and shape.ranks > 1:
         reason = f"the kernels do not compute parts of a mesh ({shape}) yet"
         return Hardware(device.type, None, reason, shape.expert)
     if device.type == "cuda":
         return gpu.probe_gpu(config, number_format)
     if not isinstance(config.attention, LatentConfig):
-        return Hardware(
-            "cpu", None, f"there are no CPU kernels for the attention of {config.architecture} yet"
-        )
-    return probe_cpu()
+        reason = f"there are no CPU kernels for the attention of {config.architecture} yet"
+        return Hardware("cpu", None, reason, shape.expert)
+    return replace(probe_cpu(), ranks=shape.expert)
 
 
 def choose_device(name: str) -> torch.device:
@@ -215,7 +213,7 @@ def choose_format(name: str, config: ModelConfig) -> str:
 
 
 def suggested_threads(config: ModelConfig, dtype: torch.dtype) -> int:
-    """All usable cores, or a single one for models so small that threads mostly wait for one another.
+    """All usable cores, or one for models so small that threads mostly wait for each other.
 
     A step with 20 MB of active weights takes 5.8 ms on one thread under any load. On two threads it takes 4.3
     ms on idle cores, but 13 to 400 ms on shared cores, such as those of a Kubernetes node.

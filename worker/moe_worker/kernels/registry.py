@@ -1,7 +1,8 @@
-"""Which implementation computes an operation, and why: one table, one choice.
+"""Selects the implementation of each operation, with a reason.
 
-The operations of a layer are chosen together, as the choice for "pass": kernels for one operation alone would
-need the layouts of all others. Every line names the function that runs; a test watches forward passes.
+The operations of a layer are selected together, as the choice for "pass": kernels for a single operation
+would need the weight layouts of all others. Every line names the function that runs; a test watches forward
+passes.
 """
 
 from dataclasses import dataclass
@@ -15,10 +16,10 @@ REFERENCE, TRITON = "reference", "triton"
 
 @dataclass(frozen=True)
 class Hardware:
-    """What was found: `device` is "cpu" or "cuda".
+    """The hardware: `device` is "cpu" or "cuda".
 
-    kernels: "triton", or the fastest CPU kernels that can run here; None where there are none for this
-    machine or model. `reason` says why in words. ranks: processes that share the experts of a layer.
+    kernels: "triton", or the fastest CPU kernels for this machine; None if there are none for the machine or
+    the model. `reason` explains it in words. ranks: processes that share the experts of a layer.
     """
 
     device: str
@@ -31,7 +32,7 @@ class Hardware:
 class KernelChoice:
     """`implementation`: "cpu/<variant>", "triton" or "reference"; `reason` is a clause for the user.
 
-    function: what runs, as MODULE.NAME inside moe_worker, or as torch has it.
+    function: the function that runs, as MODULE.NAME inside moe_worker, or its name in torch.
     """
 
     operation: str
@@ -55,7 +56,7 @@ _REFERENCE = {
     "dispatch": _LOCAL,
     "experts": "moe.experts.Experts.forward",
     "norm": "kernels.reference.rms_norm",
-    "pass": "models.deepseek.DeepseekModel.forward",
+    "pass": "models.layers.StageModel.forward",
 }
 _TRITON = {
     "linear": "kernels.triton.linear.linear_packed",
@@ -70,12 +71,21 @@ _TRITON_DENSE = _TRITON | {
     "linear": "torch.nn.functional.linear",
     "experts": "kernels.triton.experts.experts_bf16",
 }
-# One call computes a whole forward pass (native/forward.h).
-_NATIVE = dict.fromkeys(OPERATIONS, "kernels.cpu.library.Kernels.run")
+# One call computes all layers (native/forward.h) where all experts are in this process.
+_FUSED = dict.fromkeys(OPERATIONS, "kernels.cpu.library.Kernels.run")
+_NATIVE = {
+    "linear": "kernels.cpu.operations.linear",
+    "attention": "kernels.cpu.operations.attend",
+    "router": "kernels.cpu.operations.route",
+    "dispatch": _LOCAL,
+    "experts": "kernels.cpu.operations.experts",
+    "norm": "kernels.cpu.operations.norm",
+    "pass": "models.layers.StageModel.forward",
+}
 
 
 def probe_cpu() -> Hardware:
-    """Looks for CPU kernels; compiles them where a compiler is and none are there yet."""
+    """Finds CPU kernels; compiles them if there are none yet and a compiler is available."""
     try:
         variants = library.supported_variants()
     except build.BuildError as error:
@@ -88,7 +98,7 @@ def probe_cpu() -> Hardware:
 def choose(operation: str, number_format: str, hardware: Hardware) -> KernelChoice:
     """The implementation of `operation` (of OPERATIONS) in `number_format` (of FORMATS)."""
     implementation, reason = _implementation(number_format, hardware)
-    function = _functions(number_format, implementation)[operation]
+    function = _functions(number_format, implementation, hardware)[operation]
     if function == _LOCAL and hardware.ranks > 1:
         function = _SPREAD
     return KernelChoice(operation, number_format, implementation, function, reason)
@@ -107,9 +117,9 @@ def _implementation(number_format: str, hardware: Hardware) -> tuple[str, str]:
     return hardware.kernels if hardware.device == "cuda" else f"cpu/{hardware.kernels}", hardware.reason
 
 
-def _functions(number_format: str, implementation: str) -> dict[str, str]:
+def _functions(number_format: str, implementation: str, hardware: Hardware) -> dict[str, str]:
     if implementation == TRITON:
         return _TRITON_DENSE if number_format in _DENSE else _TRITON
     if implementation != REFERENCE:
-        return _NATIVE
+        return _FUSED if hardware.ranks == 1 else _NATIVE
     return _REFERENCE

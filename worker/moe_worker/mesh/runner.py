@@ -20,8 +20,8 @@ from moe_worker.mesh.dispatch import AllToAllDispatch
 from moe_worker.mesh.exchange import receive, send
 from moe_worker.mesh.member import Member
 from moe_worker.models.batch import Batch, Segment
-from moe_worker.models.deepseek import DeepseekModel
-from moe_worker.moe.counting import ExpertCounter
+from moe_worker.models.layers import StageModel
+from moe_worker.moe.counting import Counter
 
 
 def agree_on_pages(member: Member, pages: int) -> int:
@@ -39,7 +39,7 @@ def agree_on_pages(member: Member, pages: int) -> int:
 class MeshRunner:
     """One rank's stage. On the leader a Runner; the others `follow` it."""
 
-    def __init__(self, member: Member, model: DeepseekModel, cache: PagedCache) -> None:
+    def __init__(self, member: Member, model: StageModel, cache: PagedCache) -> None:
         self._member, self._model, self._cache = member, model, cache
         self._last = member.shape.pipeline - 1
         self._counter = model.expert_counter()
@@ -124,7 +124,7 @@ class MeshRunner:
 class MeshCounter:
     """Counts the experts of all ranks from now on. An expert is active once for each shard that uses it."""
 
-    def __init__(self, member: Member, own: ExpertCounter) -> None:
+    def __init__(self, member: Member, own: Counter) -> None:
         self._member, self._own, self._passes = member, own, 0
         self._before = self._sums()
 

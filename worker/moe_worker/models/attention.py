@@ -5,42 +5,28 @@ K elements of a query or key, V of a value, W of a cache row.
 """
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moe_worker.kvcache.paged import PagedCache
-from moe_worker.models.batch import Batch
+from moe_worker.models.layers import LayerStep
 
 # Cuts rows [B, S, W] into keys [B, G, S, K] and values [B, G, S, V], without copying.
 Cut = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-class Attention(Protocol):
-    """One layer's attention."""
-
-    def forward(
-        self, x_TD: Tensor, rotations_TP: Tensor, batch: Batch, cache: PagedCache, layer: int
-    ) -> Tensor:
-        """Writes the tokens' rows into the cache, attends over it; [T, D].
-
-        rotations_TP: complex64 [T, 1, P / 2], the tokens' rotary rotations.
-        """
-        ...
-
-
-def attend(query_THK: Tensor, cut: Cut, batch: Batch, cache: PagedCache, layer: int, scale: float) -> Tensor:
+def attend(query_THK: Tensor, cut: Cut, step: LayerStep, scale: float) -> Tensor:
     """Each token over its own sequence up to itself: [T, H, V]."""
+    batch, cache = step.batch, step.cache
     outputs = []
     done = 0
     if batch.decodes > 1:
-        outputs.append(_decodes(query_THK[: batch.decodes], cut, batch, cache, layer, scale))
+        outputs.append(_decodes(query_THK[: batch.decodes], cut, step, scale))
         done = batch.decodes
     first = done
     for segment in batch.segments[done:]:
-        rows_1SW = cache.sequence(layer, segment.pages, segment.end).unsqueeze(0).to(query_THK.dtype)
+        rows_1SW = cache.sequence(step.layer, segment.pages, segment.end).unsqueeze(0).to(query_THK.dtype)
         query_tHK = query_THK[first : first + segment.count]
         broken_S = None
         if segment.count > 1:
@@ -52,13 +38,12 @@ def attend(query_THK: Tensor, cut: Cut, batch: Batch, cache: PagedCache, layer: 
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def _decodes(
-    query_BHK: Tensor, cut: Cut, batch: Batch, cache: PagedCache, layer: int, scale: float
-) -> Tensor:
+def _decodes(query_BHK: Tensor, cut: Cut, step: LayerStep, scale: float) -> Tensor:
     """One token of each sequence; all are read up to the longest and masked."""
+    batch, cache = step.batch, step.cache
     ends = [segment.end for segment in batch.segments[: batch.decodes]]
     longest = max(ends)
-    rows_BSW = cache.sequences(layer, batch.pages_BP[: batch.decodes], longest).to(query_BHK.dtype)
+    rows_BSW = cache.sequences(step.layer, batch.pages_BP[: batch.decodes], longest).to(query_BHK.dtype)
     mask_B11S = None
     if min(ends) < longest:
         positions_S = torch.arange(longest, device=query_BHK.device)

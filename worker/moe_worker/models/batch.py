@@ -1,10 +1,11 @@
-"""What one pass of the model computes, as tensors on its device.
+"""The input of one forward pass as tensors on the device.
 
-Legend: T tokens of all sequences one behind the other, B sequences, P pages of the longest one.
+Legend: T tokens of all sequences, one sequence after the other, B sequences, P pages of the longest one.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -21,8 +22,9 @@ from moe_worker.kvcache.paged import PagedCache
 class Segment:
     """The next tokens of one sequence: `tokens`, the first at position `start`.
 
-    `pages` are the cache pages of the sequence in order, enough for all its tokens up to these (best an
-    array of ints: thousands of them are copied in a step). shard: of those that sequences are spread over.
+    `pages`: the cache pages of the sequence in order, enough for all its tokens including these (preferably
+    an array of ints: a step copies thousands). shard: where the pages are, if sequences are spread over
+    several.
     """
 
     tokens: Sequence[int]
@@ -32,7 +34,7 @@ class Segment:
 
     @property
     def count(self) -> int:
-        """Tokens in this pass."""
+        """Tokens in this forward pass."""
         return len(self.tokens)
 
     @property
@@ -43,12 +45,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class Batch:
-    """One pass: decode (one token a sequence), prefill (many tokens of one), or both, decodes first.
+    """One forward pass: decode (one token a sequence), prefill (many tokens of one), or both, decodes first.
 
-    tokens_T, positions_T: int64. rows_T: int64, the row of each layer's cache that a token's entry goes to.
-    lengths_B: int32, tokens of a sequence in the cache once this pass has written its own.
-    pages_BP: int32, page numbers, 0 behind a sequence's last.
-    decodes: how many of the leading segments have one token.
+    tokens_T, positions_T: int64. rows_T: int64, the cache row that each token is written to. lengths_B:
+    int32, tokens of a sequence in the cache after this pass. pages_BP: int32, page numbers, 0 after the last
+    page of a sequence. decodes: number of leading segments with one token.
     """
 
     segments: tuple[Segment, ...]
@@ -61,7 +62,7 @@ class Batch:
 
     @classmethod
     def of(cls, segments: Sequence[Segment], cache: PagedCache) -> "Batch":
-        """Places `segments` (perhaps none) in `cache`; those of one token must come before longer ones."""
+        """The batch of `segments` (perhaps none) over `cache`; segments of one token must come first."""
         decodes = next((i for i, segment in enumerate(segments) if segment.count > 1), len(segments))
         pages_BP = _page_tables(segments)
         starts_B = np.array([segment.start for segment in segments], np.int64)
@@ -88,9 +89,14 @@ class Batch:
             decodes=decodes,
         )
 
+    @cached_property
+    def starts(self) -> Tensor:
+        """First token of each sequence, and T: int32 [B + 1], on the CPU."""
+        return torch.tensor([0, *accumulate(segment.count for segment in self.segments)], dtype=torch.int32)
+
     @property
     def last_rows(self) -> list[int]:
-        """Where in T each sequence's last token stands."""
+        """Index in T of the last token of each sequence."""
         rows, total = [], 0
         for segment in self.segments:
             total += segment.count
@@ -101,7 +107,7 @@ class Batch:
 def aligned_parts(parts: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
     """Vectors of one dtype on `device`, in one copy.
 
-    Each begins at a multiple of 16 bytes: Triton compiles a kernel anew for a pointer that does not.
+    Each begins at a multiple of 16 bytes: Triton compiles another variant of a kernel for unaligned pointers.
     """
     step = 16 // parts[0].itemsize
     sizes = [len(part) + -len(part) % step for part in parts]
@@ -113,7 +119,7 @@ def aligned_parts(parts: Sequence[NDArray[Any]], device: torch.device) -> list[T
 
 
 def _page_tables(segments: Sequence[Segment]) -> NDArray[np.int32]:
-    """One row a segment, 0 behind its last page."""
+    """One row a segment, 0 after its last page."""
     pages_BP = np.zeros(
         (len(segments), max((len(segment.pages) for segment in segments), default=0)), np.int32
     )

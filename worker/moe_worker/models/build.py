@@ -11,9 +11,9 @@ from moe_worker.config.attention import LatentConfig
 from moe_worker.config.model import ModelConfig
 from moe_worker.errors import CheckpointError
 from moe_worker.kernels.linear import Linear
-from moe_worker.models.attention import Attention
 from moe_worker.models.attention_build import grouped_attention, latent_attention
-from moe_worker.models.deepseek import DeepseekModel, DenseBlock, Layer, MoeBlock
+from moe_worker.models.deepseek import DeepseekModel, DenseBlock, MoeBlock, TorchLayer
+from moe_worker.models.layers import Layer, Part
 from moe_worker.models.memory import give_back_freed
 from moe_worker.models.rope import rotation_table
 from moe_worker.models.source import TensorSource, piece_for
@@ -27,7 +27,7 @@ from moe_worker.quant.matrix import Dense, Matrix, join_rows, stack
 def build_model(
     config: ModelConfig, source: TensorSource, context: int, stage: Stage | None = None
 ) -> DeepseekModel:
-    """Takes every tensor of the stage (None: the whole model); `context` positions can be used afterwards."""
+    """Builds a stage (None: the whole model) for up to `context` positions."""
     stage = stage or Stage.whole(config.num_hidden_layers)
     v, d = config.vocab_size, config.hidden_size
     none_ND = torch.empty(0, d, dtype=source.dtype, device=source.device)
@@ -47,25 +47,25 @@ def _head(config: ModelConfig, source: TensorSource) -> Matrix:
     return source.matrix(name, config.vocab_size, config.hidden_size)
 
 
-def _layers(config: ModelConfig, source: TensorSource, stage: Stage) -> Iterator[Layer]:
+def _layers(config: ModelConfig, source: TensorSource, stage: Stage) -> Iterator[TorchLayer]:
     for index in stage.layers:
         yield _layer(config, source, stage, index)
         give_back_freed()
 
 
-def _layer(config: ModelConfig, source: TensorSource, stage: Stage, index: int) -> Layer:
+def _layer(config: ModelConfig, source: TensorSource, stage: Stage, index: int) -> TorchLayer:
     prefix, d = f"model.layers.{index}", config.hidden_size
     mlp = f"{prefix}.mlp"
     dense = index in config.dense_layers
     return Layer(
-        attention_norm_D=source.take(f"{prefix}.input_layernorm.weight", d),
+        attention_norm=source.take(f"{prefix}.input_layernorm.weight", d),
         attention=_attention(config, source, f"{prefix}.self_attn"),
-        block_norm_D=source.take(f"{prefix}.post_attention_layernorm.weight", d),
+        block_norm=source.take(f"{prefix}.post_attention_layernorm.weight", d),
         block=_dense(config, source, mlp) if dense else _moe(config, source, mlp, stage, index),
     )
 
 
-def _attention(config: ModelConfig, source: TensorSource, prefix: str) -> Attention:
+def _attention(config: ModelConfig, source: TensorSource, prefix: str) -> Part:
     if isinstance(config.attention, LatentConfig):
         return latent_attention(config.attention, config.hidden_size, source, prefix)
     return grouped_attention(config.attention, config.hidden_size, config.rms_norm_eps, source, prefix)
@@ -103,7 +103,9 @@ def _experts(config: ModelConfig, source: TensorSource, prefix: str, held: Seque
 def _expert(
     config: ModelConfig, source: TensorSource, name: str, shared: int
 ) -> tuple[list[Matrix], list[Matrix]]:
-    """Gate and up, and down, of one expert; of several where the checkpoint holds them as one wide block."""
+    """Matrices of one expert: gate and up, and down; of several experts if the checkpoint stores them as one
+    block.
+    """
     d, width = config.hidden_size, config.moe.intermediate
     gate, up = (source.matrix(f"{name}.{part}_proj.weight", shared * width, d) for part in ("gate", "up"))
     down = source.matrix(f"{name}.down_proj.weight", d, shared * width)

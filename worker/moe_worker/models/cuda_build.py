@@ -20,7 +20,7 @@ from moe_worker.kernels.triton.tiles import PackedFp8, PackedInt4, pack_values
 from moe_worker.kernels.triton.wide import Weight
 from moe_worker.models.cuda import CudaModel
 from moe_worker.models.cuda_layer import CudaLayer
-from moe_worker.models.deepseek import DeepseekModel, DenseBlock, Layer, MoeBlock
+from moe_worker.models.deepseek import DeepseekModel, DenseBlock, MoeBlock, TorchLayer
 from moe_worker.models.mla import INNER_NORM_EPS, LatentAttention
 from moe_worker.quant.formats import FORMATS
 from moe_worker.quant.fp8 import Fp8Weight
@@ -106,7 +106,7 @@ def prepare(model: DeepseekModel, consume: bool = False) -> CudaModel:
     )
 
 
-def _layer(config: ModelConfig, layer: Layer, counts_A: Tensor) -> CudaLayer:
+def _layer(config: ModelConfig, layer: TorchLayer, counts_A: Tensor) -> CudaLayer:
     attention, block, sizes = _latent(layer), layer.block, Sizes.of(config.latent)
     heads, plain, rope = config.latent.num_attention_heads, sizes.plain, config.latent.qk_rope_head_dim
     query_rows = heads * (config.latent.qk_nope_head_dim + rope)
@@ -127,7 +127,7 @@ def _layer(config: ModelConfig, layer: Layer, counts_A: Tensor) -> CudaLayer:
     gate_up, down = _experts(config, block)
     router = None if isinstance(block, DenseBlock) else block.router
     return CudaLayer(
-        attention_norm_D=layer.attention_norm_D,
+        attention_norm_D=layer.attention_norm,
         input=_packed(join_rows((first, latent)), _int8(attention.input)),
         query_norm_Q=query_norm_Q,
         query=query,
@@ -139,7 +139,7 @@ def _layer(config: ModelConfig, layer: Layer, counts_A: Tensor) -> CudaLayer:
         ),
         value_HRV=functional.pad(attention.value_HRV, (0, more_v, 0, more_r)).contiguous(),
         output=_packed(_pad_values(attention.output.matrix, heads, more_v), _int8(attention.output)),
-        block_norm_D=layer.block_norm_D,
+        block_norm_D=layer.block_norm,
         router_ED=None if router is None else router.weight_ED,
         bias_E=None if router is None else router.bias_E,
         routing=config.moe.routing,
@@ -181,7 +181,7 @@ def split_dense(gate_up: Matrix, down: Matrix, parts: int) -> tuple[Matrix, Matr
     return gate_up.map(cut), stack(down.pad_inputs(missing).split_inputs(parts))
 
 
-def _latent(layer: Layer) -> LatentAttention:
+def _latent(layer: TorchLayer) -> LatentAttention:
     if not isinstance(layer.attention, LatentAttention):
         raise TypeError(f"there are no GPU kernels for {type(layer.attention).__name__}")
     return layer.attention

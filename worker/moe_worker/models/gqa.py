@@ -11,9 +11,8 @@ from torch import Tensor
 
 from moe_worker.kernels.linear import Linear
 from moe_worker.kernels.reference import rms_norm
-from moe_worker.kvcache.paged import PagedCache
 from moe_worker.models.attention import attend
-from moe_worker.models.batch import Batch
+from moe_worker.models.layers import LayerStep
 from moe_worker.models.rope import rotate
 
 
@@ -29,17 +28,17 @@ class GroupedQueryAttention:
     norm_eps: float
     scale: float
 
-    def forward(
-        self, x_TD: Tensor, rotations_TP: Tensor, batch: Batch, cache: PagedCache, layer: int
-    ) -> Tensor:
-        """Writes the tokens' keys and values to the cache, attends over it; [T, D]."""
+    def forward(self, x_TD: Tensor, step: LayerStep) -> Tensor:
+        """Writes the tokens' keys and values to the cache and attends over it; [T, D]."""
+        if not step.batch.segments:  # of a mesh's rank: it computes experts for the tokens of others only
+            return x_TD
         joint_THK = self.input.forward(x_TD).view(x_TD.shape[0], -1, self.query_norm_K.shape[0])
         heads = joint_THK.shape[1] - 2 * self.key_heads
         query_THK, key_TGK, value_TGK = torch.split(joint_THK, [heads, self.key_heads, self.key_heads], dim=1)
-        query_THK = rotate(rms_norm(query_THK, self.query_norm_K, self.norm_eps), rotations_TP)
-        key_TGK = rotate(rms_norm(key_TGK, self.key_norm_K, self.norm_eps), rotations_TP)
-        cache.write(layer, batch.rows_T, torch.cat((key_TGK, value_TGK), dim=1).flatten(1))
-        return self.output.forward(attend(query_THK, self._cut, batch, cache, layer, self.scale).flatten(1))
+        query_THK = rotate(rms_norm(query_THK, self.query_norm_K, self.norm_eps), step.rotations_T1P)
+        key_TGK = rotate(rms_norm(key_TGK, self.key_norm_K, self.norm_eps), step.rotations_T1P)
+        step.cache.write(step.layer, step.batch.rows_T, torch.cat((key_TGK, value_TGK), dim=1).flatten(1))
+        return self.output.forward(attend(query_THK, self._cut, step, self.scale).flatten(1))
 
     def _cut(self, rows_BSW: Tensor) -> tuple[Tensor, Tensor]:
         keys_BSGK, values_BSGK = rows_BSW.view(*rows_BSW.shape[:2], 2, self.key_heads, -1).unbind(2)

@@ -1,7 +1,7 @@
 """Multi-head latent attention (arXiv:2405.04434, 2.1) with the key and value expansions absorbed.
 
-A query head's part without position is multiplied by its slice of W_UK once, after which scores and
-weighted sums run over the cached latents themselves: no keys or values are ever expanded.
+The part of a query head without position is multiplied by its slice of W_UK once. Scores and weighted sums
+then run over the cached latents themselves: keys and values are never expanded.
 
 Legend: T tokens, B sequences, S cached positions, D hidden, H heads, N query elements without and P with
 rotary position, R latent rank, W = R + P cache row, V value elements of a head, Q query rank.
@@ -14,9 +14,8 @@ from torch import Tensor
 
 from moe_worker.kernels.linear import Linear
 from moe_worker.kernels.reference import rms_norm
-from moe_worker.kvcache.paged import PagedCache
 from moe_worker.models.attention import attend
-from moe_worker.models.batch import Batch
+from moe_worker.models.layers import LayerStep, Projects
 from moe_worker.models.rope import rotate
 
 # DeepSeek's code gives the two inner norms no eps, so that they keep the default of its norm.
@@ -35,11 +34,55 @@ class QueryExpansion:
         return self.linear.forward(rms_norm(x_TQ, self.norm_Q, INNER_NORM_EPS))
 
 
-@dataclass(frozen=True)
-class LatentAttention:
-    """Weights of one layer's attention, prepared: the two projections of the input are one matrix."""
+class AbsorbedAttention:
+    """The order of the operations on a CPU; a backend supplies those on the cache and on heads.
 
-    input: Linear  # rows: Q query ranks (or H * (N + P) query elements), R latents, P rotary key elements
+    input: its outputs are Q query ranks (or H * (N + P) query elements), R latents, P rotary key elements.
+    query: the second half of a low-rank query projection, with its norm.
+    """
+
+    input: Projects
+    query: Projects | None
+    latent_norm_R: Tensor
+    output: Projects
+    rope_width: int
+    scale: float
+
+    def forward(self, x_TD: Tensor, step: LayerStep) -> Tensor:
+        """Writes the tokens' latents to the cache and attends over it; [T, D]."""
+        if not step.batch.segments:  # of a mesh's rank: it computes experts for the tokens of others only
+            return x_TD
+        joint_TO = self.input.forward(x_TD)
+        width = self.latent_norm_R.shape[0] + self.rope_width
+        query_TO, latent_TW = torch.split(joint_TO, [joint_TO.shape[1] - width, width], dim=1)
+        if self.query is not None:
+            query_TO = self.query.forward(query_TO)
+        self.write(latent_TW, step)
+        latent_THR = self.attend(self.absorb(query_TO, step), step)
+        return self.output.forward(self.expand(latent_THR).flatten(1))
+
+    def write(self, latent_TW: Tensor, step: LayerStep) -> None:
+        """Normalises the latents, rotates the rotary key, and writes both into the cache."""
+        raise NotImplementedError
+
+    def absorb(self, query_TO: Tensor, step: LayerStep) -> Tensor:
+        """Queries in the space of cache rows: [T, H * (N + P)] to [T, H, W]."""
+        raise NotImplementedError
+
+    def attend(self, query_THW: Tensor, step: LayerStep) -> Tensor:
+        """Weighted sums of latents: [T, H, R]."""
+        raise NotImplementedError
+
+    def expand(self, latent_THR: Tensor) -> Tensor:
+        """Values of the heads: [T, H, V]."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class LatentAttention(AbsorbedAttention):
+    """In plain torch."""
+
+    input: Linear
     query: QueryExpansion | None
     latent_norm_R: Tensor
     key_HNR: Tensor
@@ -48,40 +91,33 @@ class LatentAttention:
     rope_width: int
     scale: float
 
-    def forward(
-        self, x_TD: Tensor, rotations_TP: Tensor, batch: Batch, cache: PagedCache, layer: int
-    ) -> Tensor:
-        """Writes the tokens' latents to the cache, attends over it; [T, D]."""
-        rank = self.latent_norm_R.shape[0]
-        joint_TO = self.input.forward(x_TD)
-        query_TO, latent_TR, key_TP = torch.split(
-            joint_TO, [joint_TO.shape[1] - rank - self.rope_width, rank, self.rope_width], dim=1
-        )
-        rotated_T1P = rotate(key_TP.unsqueeze(1), rotations_TP)
-        row_TW = torch.cat(
-            (rms_norm(latent_TR, self.latent_norm_R, INNER_NORM_EPS), rotated_T1P[:, 0]), dim=1
-        )
-        cache.write(layer, batch.rows_T, row_TW)
-        query_THW = self._absorbed_query(query_TO, rotations_TP)
-        latent_THR = attend(query_THW, _same_rows, batch, cache, layer, self.scale)[..., :rank]
-        value_HTV = torch.bmm(latent_THR.transpose(0, 1), self.value_HRV)
-        return self.output.forward(value_HTV.transpose(0, 1).flatten(1))
+    def write(self, latent_TW: Tensor, step: LayerStep) -> None:
+        """See AbsorbedAttention."""
+        latent_TR, key_TP = latent_TW.tensor_split([self.latent_norm_R.shape[0]], dim=1)
+        key_TP = rotate(key_TP.unsqueeze(1), step.rotations_T1P)[:, 0]
+        row_TW = torch.cat((rms_norm(latent_TR, self.latent_norm_R, INNER_NORM_EPS), key_TP), dim=1)
+        step.cache.write(step.layer, step.batch.rows_T, row_TW)
 
-    def _absorbed_query(self, query_TO: Tensor, rotations_TP: Tensor) -> Tensor:
-        """Queries in the space of cache rows: [T, H, W]."""
+    def absorb(self, query_TO: Tensor, step: LayerStep) -> Tensor:
+        """See AbsorbedAttention."""
         heads, plain, _ = self.key_HNR.shape
-        if self.query is not None:
-            query_TO = self.query.forward(query_TO)
-        plain_THN, rope_THP = torch.split(
-            query_TO.reshape(query_TO.shape[0], heads, -1), [plain, self.rope_width], dim=2
-        )
+        query_THQ = query_TO.reshape(query_TO.shape[0], heads, -1)
+        plain_THN, rope_THP = query_THQ.tensor_split([plain], dim=2)
         latent_HTR = torch.bmm(plain_THN.transpose(0, 1), self.key_HNR)
-        return torch.cat((latent_HTR.transpose(0, 1), rotate(rope_THP, rotations_TP)), dim=2)
+        return torch.cat((latent_HTR.transpose(0, 1), rotate(rope_THP, step.rotations_T1P)), dim=2)
+
+    def attend(self, query_THW: Tensor, step: LayerStep) -> Tensor:
+        """See AbsorbedAttention."""
+        return attend(query_THW, _same_rows, step, self.scale)[..., : self.latent_norm_R.shape[0]]
+
+    def expand(self, latent_THR: Tensor) -> Tensor:
+        """See AbsorbedAttention."""
+        return torch.bmm(latent_THR.transpose(0, 1), self.value_HRV).transpose(0, 1)
 
 
 def _same_rows(rows_BSW: Tensor) -> tuple[Tensor, Tensor]:
-    """A row is key and value of one head. The rotary elements of the sums mean nothing; the caller cuts
-    them off, so that one fused operation does it all.
+    """A row is key and value of one head. The rotary elements of the sums mean nothing; the caller drops
+    them, so that one fused operation computes everything.
     """
     rows_B1SW = rows_BSW.unsqueeze(1)
     return rows_B1SW, rows_B1SW

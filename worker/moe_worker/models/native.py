@@ -1,202 +1,270 @@
-"""A DeepSeek model in W4A8 on the CPU kernels: a forward pass is one call.
+"""The operations of DeepSeek's layers in W4A8 on the CPU kernels, and the fused call of all layers.
 
 Projections, experts and head are int4 with int8 activations, W_UK and W_UV bfloat16, as in the plain model.
 Router, norms and embedding stay as they are; the residual is float32.
 
-Legend: T tokens of the pass, N tokens whose logits are wanted, B sequences, P pages of the longest one, V
-vocabulary.
+Legend: T tokens of a forward pass, I inputs, O outputs, D hidden, H heads, R latent rank, N query elements
+without and P with rotary position, Q = N + P, W = R + P cache row, K experts of a token, V vocabulary.
 """
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from moe_worker.config.attention import LatentConfig
+from moe_worker.config.model import ModelConfig
 from moe_worker.errors import SettingsError
-from moe_worker.kernels.cpu import structs
+from moe_worker.kernels.cpu import operations
 from moe_worker.kernels.cpu.library import Kernels
-from moe_worker.kernels.cpu.weights import PackedWeight, pack, pack_heads
+from moe_worker.kernels.cpu.operations import PagedRows
+from moe_worker.kernels.cpu.weights import INT4, HeadWeight, PackedWeight, pack, pack_heads
 from moe_worker.kernels.linear import Linear
-from moe_worker.models.deepseek import DeepseekModel, Layer, MoeBlock
-from moe_worker.models.mla import INNER_NORM_EPS, LatentAttention
+from moe_worker.kvcache.paged import PagedCache
+from moe_worker.models.batch import Batch
+from moe_worker.models.deepseek import DeepseekModel, DenseBlock, MoeBlock, TorchLayer
+from moe_worker.models.layers import Layer, LayerStep, RoutedBlock, StageModel
+from moe_worker.models.mla import INNER_NORM_EPS, AbsorbedAttention, LatentAttention
+from moe_worker.models.native_fusion import Fusion
+from moe_worker.models.stage import Stage
+from moe_worker.moe.counting import Counter
+from moe_worker.moe.dispatch import Dispatch
+from moe_worker.moe.router import Router
 
 
 @dataclass(frozen=True)
-class NativePass:
-    """What one pass computes; int64: tokens_T, positions_T, rows_T; int32: all others.
+class NativeLinear:
+    """A projection, of the RMSNorm of its inputs where `norm_I` is given; `weight` paired: with SwiGLU."""
 
-    starts: first token of each sequence, [B + 1]. lengths_B: tokens in the cache once the pass is done.
-    pages_BP: page table. selected_N: tokens whose logits are wanted. All are contiguous.
+    kernels: Kernels
+    weight: PackedWeight
+    norm_I: Tensor | None = None
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """[T, I] to [T, O]."""
+        x, _ = operations.quantize(self.kernels, x_TI.contiguous(), self.weight, self.norm_I, INNER_NORM_EPS)
+        return operations.linear(self.kernels, x, self.weight)
+
+
+@dataclass(frozen=True)
+class NativeAttention(AbsorbedAttention):
+    """Attention whose W_UK and W_UV are packed by heads."""
+
+    kernels: Kernels
+    input: NativeLinear
+    query: NativeLinear | None
+    latent_norm_R: Tensor
+    key: HeadWeight
+    value: HeadWeight
+    output: NativeLinear
+    rope_width: int
+    scale: float
+    rotations_CP: Tensor
+
+    def write(self, latent_TW: Tensor, step: LayerStep) -> None:
+        """See AbsorbedAttention."""
+        places = step.batch.positions_T, step.batch.rows_T
+        operations.write_latents(
+            self.kernels, latent_TW.contiguous(), self.latent_norm_R, self.rotations_CP, places, _paged(step)
+        )
+
+    def absorb(self, query_TO: Tensor, step: LayerStep) -> Tensor:
+        """See AbsorbedAttention."""
+        query_THQ = query_TO.reshape(query_TO.shape[0], -1, self.key.inputs + self.rope_width)
+        turned = operations.Rotation(self.rotations_CP, step.batch.positions_T, self.rope_width)
+        return operations.heads(self.kernels, query_THQ, self.key, turned)
+
+    def attend(self, query_THW: Tensor, step: LayerStep) -> Tensor:
+        """See AbsorbedAttention."""
+        return operations.attend(
+            self.kernels, query_THW, _paged(step), self.latent_norm_R.shape[0], self.scale
+        )
+
+    def expand(self, latent_THR: Tensor) -> Tensor:
+        """See AbsorbedAttention."""
+        return operations.heads(self.kernels, latent_THR, self.value)
+
+
+@dataclass(frozen=True)
+class NativeDenseBlock:
+    """SwiGLU feed-forward block."""
+
+    gate_up: NativeLinear
+    down: NativeLinear
+
+    def forward(self, x_TD: Tensor, _step: LayerStep) -> Tensor:
+        """[T, D] to [T, D]."""
+        return self.down.forward(self.gate_up.forward(x_TD))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeRouter(Router):
+    """A router; its weights and bias are float32."""
+
+    kernels: Kernels
+
+    def route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """See Router; experts are int32."""
+        experts_TK, weights_TK = operations.route(
+            self.kernels, x_TD, self.weight_ED, self.bias_E, self.routing
+        )
+        self.choice.experts_TK = experts_TK[:, : self.routing.top_k].long()
+        return experts_TK, weights_TK
+
+
+@dataclass(frozen=True)
+class NativeExperts:
+    """SwiGLU experts, stacked."""
+
+    kernels: Kernels
+    gate_up: PackedWeight
+    down: PackedWeight
+
+    def forward(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Weighted sum over each token's experts, float32 [T, D]."""
+        x, _ = operations.quantize(self.kernels, x_TD.contiguous(), self.gate_up)
+        choice = experts_TK.int().contiguous(), weights_TK.contiguous()
+        return operations.experts(self.kernels, x, self.gate_up, self.down, choice)
+
+
+@dataclass(frozen=True)
+class NativeMoeBlock(RoutedBlock):
+    """Router and experts, and the way of tokens between them."""
+
+    router: NativeRouter
+    experts: NativeExperts
+    dispatch: Dispatch
+
+
+# The head of a stage that is not the last.
+NO_HEAD = PackedWeight(torch.empty(0, dtype=torch.uint8), None, None, 0, 0, 0, 128, 128, INT4, paired=False)
+
+NativeLayer = Layer[Tensor, NativeAttention, NativeDenseBlock | NativeMoeBlock]
+
+
+@dataclass(frozen=True)
+class NativeModel(StageModel):
+    """A stage on the CPU kernels. `forward` may be called from one thread at a time.
+
+    fused: whether one call computes all layers; without, a call computes one operation. Tokens are the same.
     """
 
-    tokens_T: Tensor
-    positions_T: Tensor
-    rows_T: Tensor
-    starts: Tensor
-    lengths_B: Tensor
-    pages_BP: Tensor
-    selected_N: Tensor
+    config: ModelConfig
+    stage: Stage
+    embedding_VD: Tensor
+    layers: tuple[NativeLayer, ...]
+    norm_D: Tensor
+    head: NativeLinear
+    rotations_CP: Tensor
+    kernels: Kernels
+    fused: bool
 
+    @classmethod
+    def of(cls, model: DeepseekModel, kernels: Kernels, consume: bool = False) -> "NativeModel":
+        """Packs the weights of `model`; fused where no tokens go to experts of other processes.
 
-class NativeModel:
-    """Packs the weights of a model once; `run` may be called from one thread at a time."""
-
-    def __init__(self, model: DeepseekModel, kernels: Kernels, consume: bool = False) -> None:
-        """consume: takes the layers out of `model`, one by one.
+        consume: takes the layers out of `model`, one by one.
 
         Raises SettingsError for a model without latent attention, or whose projections are not int4.
         """
-        attention = model.config.attention
-        if not isinstance(attention, LatentConfig):
+        if not isinstance(model.config.attention, LatentConfig):
             raise SettingsError(f"there are no CPU kernels for the attention of {model.config.architecture}")
-        self.kernels = kernels
-        self.vocabulary = model.config.vocab_size
-        self._kept: list[object] = []  # whatever the structs point at
-        routed = [index for index, layer in enumerate(model.layers) if isinstance(layer.block, MoeBlock)]
-        counts = torch.zeros(len(routed), model.config.moe.routed + 1, dtype=torch.int64)
-        self._used = dict(zip(routed, counts, strict=True))
-        scale = _latent(model.layers[0]).scale
-        layers = [self._layer(layer) for layer in model.each_layer(consume)]
-        self._layers = (structs.LayerStruct * len(layers))(*layers)
-        for index, used in self._used.items():
-            self._layers[index].experts_used = used.data_ptr()
-        self._arguments = self._fill(model, attention)
-        self._arguments.attention_scale = scale
-
-    def run(self, step: NativePass, layers: Sequence[Tensor], page_size: int) -> Tensor:
-        """Runs a pass and writes `layers`, the cache [rows, W] of each layer, float32 or bfloat16.
-
-        Returns float32 logits [N, V]. Raises MemoryError where scratch memory is short.
-        """
-        for struct, rows in zip(self._layers, layers, strict=True):
-            struct.cache_rows = rows.data_ptr()
-        arguments = self._arguments
-        arguments.cache = _cache(step, layers[0], page_size)
-        logits_NV = torch.empty(step.selected_N.shape[0], self.vocabulary)
-        arguments.tokens, arguments.positions = step.tokens_T.data_ptr(), step.positions_T.data_ptr()
-        arguments.rows, arguments.selected = step.rows_T.data_ptr(), step.selected_N.data_ptr()
-        arguments.logits = logits_NV.data_ptr()
-        arguments.count, arguments.selected_count = step.tokens_T.shape[0], step.selected_N.shape[0]
-        self.kernels.run(arguments)
-        return logits_NV
-
-    @property
-    def experts_used(self) -> dict[int, Tensor]:
-        """By layer, over all passes: tokens of each routed expert, and behind them the experts of each pass
-        that had at least one, added up; int64 [E + 1], a copy."""
-        return {layer: used.clone() for layer, used in self._used.items()}
-
-    def _fill(self, model: DeepseekModel, attention: LatentConfig) -> structs.ForwardArguments:
-        config, embedding = model.config, model.embedding_VD.contiguous()
-        if embedding.dtype not in (torch.float32, torch.bfloat16):
-            embedding = embedding.float()
-        rotations = torch.view_as_real(model.rotations_CP).contiguous()
-        self._kept += [embedding, rotations]
-        arguments = structs.ForwardArguments(
-            layers=ctypes.addressof(self._layers),
-            embedding=embedding.data_ptr(),
-            norm=self._floats(model.norm_D),
-            head=self._linear(model.head),
-            rotations=rotations.data_ptr(),
-            embedding_bf16=int(embedding.dtype == torch.bfloat16),
-            layer_count=len(self._layers),
-            vocabulary=config.vocab_size,
-            hidden=config.hidden_size,
-            heads=attention.num_attention_heads,
-            plain=attention.qk_nope_head_dim,
-            rope=attention.qk_rope_head_dim,
-            rank=attention.kv_lora_rank,
-            value=attention.v_head_dim,
-            query_rank=attention.q_lora_rank or 0,
-            segment=min(kept.segment for kept in self._kept if isinstance(kept, PackedWeight)),
-            eps=config.rms_norm_eps,
-            inner_eps=INNER_NORM_EPS,
+        embedding_VD = model.embedding_VD.contiguous()
+        if embedding_VD.dtype not in (torch.float32, torch.bfloat16):
+            embedding_VD = embedding_VD.float()
+        return cls(
+            config=model.config,
+            stage=model.stage,
+            embedding_VD=embedding_VD,
+            layers=tuple(_layer(model, layer, kernels) for layer in model.each_layer(consume)),
+            norm_D=_floats(model.norm_D),
+            head=_linear(model.head, kernels) if model.stage.last else NativeLinear(kernels, NO_HEAD),
+            rotations_CP=model.rotations_CP.contiguous(),
+            kernels=kernels,
+            fused=not model.stage.dispatches,
         )
-        routing = config.moe.routing
-        arguments.experts, arguments.routed_scale = routing.experts, routing.scale
-        structs.set_choice(arguments, routing)
-        return arguments
 
-    def _layer(self, layer: Layer) -> structs.LayerStruct:
-        attention = _latent(layer)
-        struct = structs.LayerStruct(
-            attention_norm=self._floats(layer.attention_norm_D),
-            latent_norm=self._floats(attention.latent_norm_R),
-            block_norm=self._floats(layer.block_norm_D),
-            input=self._linear(attention.input),
-            key=self._heads(attention.key_HNR),
-            value=self._heads(attention.value_HRV),
-            output=self._linear(attention.output),
-        )
-        if attention.query is not None:
-            struct.query_norm = self._floats(attention.query.norm_Q)
-            struct.query = self._linear(attention.query.linear)
-        if isinstance(layer.block, MoeBlock):
-            router, experts = layer.block.router, layer.block.experts
-            struct.router = self._floats(router.weight_ED)
-            struct.router_bias = None if router.bias_E is None else self._floats(router.bias_E)
-            struct.gate_up = self._keep(pack(experts.gate_up_AFD, paired=True))
-            struct.down = self._keep(pack(experts.down_ADI))
-        else:
-            struct.gate_up = self._linear(layer.block.gate_up, paired=True)
-            struct.down = self._linear(layer.block.down)
-        return struct
+    def norm(self, x_TD: Tensor, norm_D: Tensor) -> Tensor:
+        """See StageModel."""
+        return operations.norm(self.kernels, x_TD, norm_D, self.config.rms_norm_eps)
 
-    def _floats(self, tensor: Tensor) -> int:
-        tensor = tensor.float().contiguous()
-        self._kept.append(tensor)
-        return tensor.data_ptr()
+    def forward(self, batch: Batch, cache: PagedCache, x_TD: Tensor | None = None) -> Tensor:
+        """See StageModel."""
+        if self.fused:
+            return self.fusion.run(batch, cache, x_TD)[0]
+        return super().forward(batch, cache, x_TD)
 
-    def _keep(self, weight: PackedWeight) -> structs.Weight:
-        self._kept.append(weight)
-        return weight.struct
+    def next_logits(self, batch: Batch, cache: PagedCache, rows: Sequence[int]) -> Tensor:
+        """See StageModel."""
+        if self.fused:
+            return self.fusion.run(batch, cache, None, rows)[1]
+        return super().next_logits(batch, cache, rows)
 
-    def _heads(self, weight_HIO: Tensor) -> structs.HeadWeightStruct:
-        packed = pack_heads(weight_HIO.transpose(1, 2))
-        self._kept.append(packed)
-        return packed.struct
+    def expert_counter(self) -> Counter:
+        """See StageModel."""
+        return self.fusion.expert_counter() if self.fused else super().expert_counter()
 
-    def _linear(self, linear: Linear, paired: bool = False) -> structs.Weight:
-        return self._keep(pack(linear.matrix, linear.bias_O, paired, linear.piece))
+    @cached_property
+    def fusion(self) -> Fusion:
+        """All layers in one call."""
+        return Fusion(self)
 
 
-class NativeCounter:
-    """The experts that a model's passes use from now on; the kernels count them."""
-
-    def __init__(self, model: NativeModel) -> None:
-        self._model, self._before, self._passes = model, model.experts_used, 0
-
-    def count(self, tokens: int) -> None:
-        """Takes note of a pass; which has no padding, so that all its tokens count."""
-        del tokens
-        self._passes += 1
-
-    def read(self) -> tuple[int, list[tuple[int, list[int], int]]]:
-        """See models.runner.Counter."""
-        rows = []
-        for layer, used in self._model.experts_used.items():
-            *tokens, active = (used - self._before[layer]).tolist()
-            rows.append((layer, tokens, active))
-        return self._passes, rows
-
-
-def _latent(layer: Layer) -> LatentAttention:
-    if not isinstance(layer.attention, LatentAttention):
-        raise SettingsError(f"there are no CPU kernels for {type(layer.attention).__name__}")
-    return layer.attention
-
-
-def _cache(step: NativePass, rows: Tensor, page_size: int) -> structs.Cache:
-    return structs.Cache(
-        None,
-        int(rows.dtype == torch.bfloat16),
-        page_size.bit_length() - 1,
-        step.pages_BP.data_ptr(),
-        step.starts.data_ptr(),
-        step.lengths_B.data_ptr(),
-        step.pages_BP.shape[1],
-        step.pages_BP.shape[0],
+def _layer(model: DeepseekModel, layer: TorchLayer, kernels: Kernels) -> NativeLayer:
+    block = layer.block
+    return Layer(
+        attention_norm=_floats(layer.attention_norm),
+        attention=_attention(layer.attention, kernels, model.rotations_CP.contiguous()),
+        block_norm=_floats(layer.block_norm),
+        block=_moe(block, kernels) if isinstance(block, MoeBlock) else _dense(block, kernels),
     )
+
+
+def _attention(attention: object, kernels: Kernels, rotations_CP: Tensor) -> NativeAttention:
+    if not isinstance(attention, LatentAttention):
+        raise SettingsError(f"there are no CPU kernels for {type(attention).__name__}")
+    query = attention.query
+    return NativeAttention(
+        kernels=kernels,
+        input=_linear(attention.input, kernels),
+        query=None if query is None else _linear(query.linear, kernels, norm_I=_floats(query.norm_Q)),
+        latent_norm_R=_floats(attention.latent_norm_R),
+        key=pack_heads(attention.key_HNR.transpose(1, 2)),
+        value=pack_heads(attention.value_HRV.transpose(1, 2)),
+        output=_linear(attention.output, kernels),
+        rope_width=attention.rope_width,
+        scale=attention.scale,
+        rotations_CP=rotations_CP,
+    )
+
+
+def _dense(block: DenseBlock, kernels: Kernels) -> NativeDenseBlock:
+    return NativeDenseBlock(_linear(block.gate_up, kernels, paired=True), _linear(block.down, kernels))
+
+
+def _moe(block: MoeBlock, kernels: Kernels) -> NativeMoeBlock:
+    router, experts = block.router, block.experts
+    bias_E = None if router.bias_E is None else _floats(router.bias_E)
+    return NativeMoeBlock(
+        NativeRouter(_floats(router.weight_ED), bias_E, router.routing, kernels=kernels),
+        NativeExperts(kernels, pack(experts.gate_up_AFD, paired=True), pack(experts.down_ADI)),
+        block.dispatch,
+    )
+
+
+def _linear(
+    linear: Linear, kernels: Kernels, paired: bool = False, norm_I: Tensor | None = None
+) -> NativeLinear:
+    return NativeLinear(kernels, pack(linear.matrix, linear.bias_O, paired, linear.piece), norm_I)
+
+
+def _floats(tensor: Tensor) -> Tensor:
+    return tensor.float().contiguous()
+
+
+def _paged(step: LayerStep) -> PagedRows:
+    batch, cache = step.batch, step.cache
+    rows_CW = cache.layers[step.layer]
+    return PagedRows(rows_CW, cache.page_size, batch.pages_BP, batch.starts, batch.lengths_B)

@@ -1,14 +1,16 @@
-"""Counts which experts the tokens went to, at next to no cost.
+"""Counts the tokens of each expert at almost no cost.
 
-Routers leave their last choice in a `Choice`; the counter keeps a reference to each and adds up many
+A router leaves its last choice in a `Choice`. The counter keeps a reference to each choice and sums many
 steps at once, with a handful of small operations and no host synchronisation. On two cores a decode step of
-one token over 7 layers pays some microseconds for it.
+one token over 7 layers pays a few microseconds for it.
 
-Legend: L layers with experts, E experts of a layer, T tokens of a pass, K experts of a token, S passes kept.
+Legend: L layers with experts, E experts of a layer, T tokens of a forward pass, K experts of a token, S
+passes kept.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,17 +22,32 @@ KEPT_ENTRIES = 1 << 18
 
 @dataclass
 class Choice:
-    """Where a router leaves what it chose last: int64 [T, K], -1 for none; None before its first pass."""
+    """The last choice of a router: int64 [T, K], -1 for no expert; None before the first forward pass."""
 
     experts_TK: Tensor | None = None
 
 
-class ExpertCounter:
-    """Adds up the choices of one model's routers.
+class Counter(Protocol):
+    """Counts the experts that forward passes use."""
 
-    layers: numbers of the layers with experts. choices: their routers', in the same order. experts: of a
-    layer. keep: passes that are kept until they are added up; 1 where the next pass writes its choices into
-    the same memory.
+    def count(self, tokens: int) -> None:
+        """Counts the last forward pass, over `tokens` tokens."""
+        ...
+
+    def read(self) -> tuple[int, list[tuple[int, list[int], int]]]:
+        """Passes so far, and for each layer its number, the tokens of each expert, and its activated experts.
+
+        A pass activates an expert if at least one token goes there. Waits for the device.
+        """
+        ...
+
+
+class ExpertCounter:
+    """Sums the choices of one model's routers.
+
+    layers: numbers of the layers with experts. choices: of their routers, in the same order. experts: of a
+    layer. keep: passes that are kept before they are summed; 1 if the next pass writes its choices into the
+    same memory.
     """
 
     def __init__(
@@ -46,7 +63,7 @@ class ExpertCounter:
         self._passes = 0
 
     def count(self, tokens: int) -> None:
-        """Takes in the pass that ran last, of which the first `tokens` rows count (others are padding)."""
+        """Counts the last forward pass; the first `tokens` rows count, others are padding."""
         chosen = [choice.experts_TK for choice in self._choices if choice.experts_TK is not None]
         if not chosen:
             return
@@ -59,10 +76,7 @@ class ExpertCounter:
             self._add_up()
 
     def read(self) -> tuple[int, list[tuple[int, list[int], int]]]:
-        """Passes so far, and for each layer its number, the tokens of each expert, and its active experts.
-
-        A pass has an expert active if at least one token goes there. Waits for the device.
-        """
+        """See Counter."""
         if self._kept:
             self._add_up()
         if self._counts_LE is None or self._active_L is None:

@@ -1,6 +1,6 @@
-"""Each CPU kernel for torch tensors: float32 and contiguous unless said otherwise, on the CPU.
+"""The CPU kernels for torch tensors: on the CPU, float32 and contiguous unless noted otherwise.
 
-The truth for each is kernels/reference_w4a8.py. models/native.py runs complete forward passes without these.
+kernels/reference_w4a8.py defines their results. models/native.py builds layers from these operations.
 
 Legend: T tokens, I inputs, O outputs, D hidden, H heads, R latent rank, P rotary elements, W = R + P, K
 experts of a token, E routed experts, X pieces and G segments of inputs, S = I padded to 64, B sequences, N
@@ -8,6 +8,7 @@ pages of a sequence.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from moe_worker.kernels.cpu.weights import HeadWeight, PackedWeight
 
 @dataclass(frozen=True)
 class Activations:
-    """Tokens in int8: values_TS (zeros behind the I values), scales_TX float32, sums_TG int32 of segments."""
+    """Tokens in int8: values_TS (zeros after the I values), scales_TX float32, sums_TG int32 of segments."""
 
     values_TS: Tensor
     scales_TX: Tensor
@@ -45,7 +46,7 @@ class Activations:
 
 @dataclass(frozen=True)
 class PagedRows:
-    """A layer's cache rows ([rows, W] float32 or bfloat16) and which of them a batch has.
+    """A layer's cache rows ([rows, W] float32 or bfloat16) and the pages of a batch in it.
 
     pages_BN, starts (first token of each sequence, [B + 1]) and lengths_B are int32.
     """
@@ -74,7 +75,9 @@ class PagedRows:
 def quantize(
     kernels: Kernels, x_TI: Tensor, reader: PackedWeight, norm_I: Tensor | None = None, eps: float = 1e-6
 ) -> tuple[Activations, Tensor]:
-    """int8 tokens for `reader` of x, or of its RMSNorm where `norm_I` is given; what was rounded [T, I]."""
+    """int8 tokens for `reader`, of x or, with `norm_I`, of its RMSNorm; also the values that were rounded [T,
+    I].
+    """
     tokens, inputs = x_TI.shape
     normed_TI = torch.empty_like(x_TI)
     out = Activations.empty(tokens, inputs, reader.piece, reader.segment)
@@ -86,8 +89,17 @@ def quantize(
     return out, x_TI if norm_I is None else normed_TI
 
 
+def norm(kernels: Kernels, x_TD: Tensor, norm_D: Tensor, eps: float) -> Tensor:
+    """RMSNorm (arXiv:1910.07467) [T, D], the same as `quantize` computes."""
+    tokens, width = x_TD.shape
+    normed_TD, unused = torch.empty_like(x_TD), Activations.empty(tokens, width, 64, 64)
+    pointers = x_TD.data_ptr(), norm_D.data_ptr(), normed_TD.data_ptr()
+    kernels.run(structs.QuantizeArguments(*pointers, unused.struct, eps, tokens, width, width, 64, 64))
+    return normed_TD
+
+
 def linear(kernels: Kernels, x: Activations, weight: PackedWeight) -> Tensor:
-    """[T, O]; of a paired weight silu(gate) * up, [T, O / 2]."""
+    """[T, O]; for a paired weight silu(gate) * up, [T, O / 2]."""
     tokens = x.values_TS.shape[0]
     width = weight.outputs // 2 if weight.paired else weight.outputs
     out_TO = torch.zeros(tokens, width)
@@ -102,7 +114,7 @@ def experts(
     down: PackedWeight,
     choice: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """Weighted sum of the chosen experts, [T, D]; `choice` is experts int32 [T, K] (-1: none) and weights."""
+    """Weighted sum of the chosen experts, [T, D]; `choice`: experts int32 [T, K] (-1: none) and weights."""
     experts_TK, weights_TK = choice
     tokens, per_token = experts_TK.shape
     out_TD = torch.zeros(tokens, down.outputs)
@@ -115,23 +127,39 @@ def experts(
     return out_TD
 
 
-def heads(kernels: Kernels, x_THI: Tensor, weight_HOI: HeadWeight) -> Tensor:
-    """One small projection a head, bfloat16 weights and float32 activations: [T, H, O]."""
-    tokens, count, inputs = x_THI.shape
-    out_THO = torch.empty(tokens, count, weight_HOI.outputs)
-    strides = (count * inputs, inputs, count * weight_HOI.outputs, weight_HOI.outputs)
+class Rotation(NamedTuple):
+    """Rotation of rotary elements: complex64 rotations [C, P / 2], int64 positions [T]; P is `width`."""
+
+    rotations_CP: Tensor
+    positions_T: Tensor
+    width: int
+
+
+def heads(kernels: Kernels, x_THI: Tensor, weight_HOI: HeadWeight, turned: Rotation | None = None) -> Tensor:
+    """One small projection a head, bfloat16 weights and float32 activations: [T, H, O].
+
+    Only the elements of a head must be contiguous. turned: rotates the elements after the inputs of each head
+    and writes them after its outputs.
+    """
+    tokens, count, _ = x_THI.shape
+    outputs = weight_HOI.outputs + (0 if turned is None else turned.width)
+    out_THO = torch.empty(tokens, count, outputs)
+    rotations, positions, width = (None, None, 0) if turned is None else (
+        turned.rotations_CP.data_ptr(), turned.positions_T.data_ptr(), turned.width
+    )  # fmt: skip
     kernels.run(
         structs.HeadsArguments(
-            weight_HOI.struct, x_THI.data_ptr(), out_THO.data_ptr(), tokens, count, *strides, None, None, 0
+            weight_HOI.struct, x_THI.data_ptr(), out_THO.data_ptr(), tokens, count,
+            x_THI.stride(0), x_THI.stride(1), count * outputs, outputs, rotations, positions, width,
         )
-    )
+    )  # fmt: skip
     return out_THO
 
 
 def route(
     kernels: Kernels, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, routing: Routing
 ) -> tuple[Tensor, Tensor]:
-    """Experts int32 [T, K] by falling score, the shared ones (E, E + 1, ...) behind, and their weights."""
+    """Experts int32 [T, K] by descending score, then the shared ones (E, E + 1, ...), and their weights."""
     tokens, width = x_TD.shape
     experts_TK = torch.empty(tokens, routing.per_token, dtype=torch.int32)
     weights_TK = torch.empty(tokens, routing.per_token)
@@ -159,7 +187,7 @@ def write_latents(
     places: tuple[Tensor, Tensor],
     cache: PagedRows,
 ) -> None:
-    """Norm of the latents, rotation of the rotary key, both to the cache.
+    """Normalises the latents, rotates the rotary key, and writes both to the cache.
 
     `rotations_CP` is complex64 [C, P / 2]; `places` are positions and rows of the tokens, int64 [T].
     """
@@ -175,7 +203,7 @@ def write_latents(
 
 
 def attend(kernels: Kernels, query_THW: Tensor, cache: PagedRows, rank: int, scale: float) -> Tensor:
-    """Causal attention of each token over its sequence's rows; weighted sums of latents [T, H, R]."""
+    """Causal attention of each token over its sequence; weighted sums of latents [T, H, R]."""
     tokens, count, width = query_THW.shape
     out_THR = torch.empty(tokens, count, rank)
     kernels.run(

@@ -136,7 +136,7 @@ class ForwardArguments(Structure):
     """MoeForwardArgs."""
 
     _fields_ = [
-        *[(name, c_void_p) for name in ("layers", "embedding", "norm")],
+        *[(name, c_void_p) for name in ("layers", "embedding", "x", "norm")],
         ("head", Weight),
         ("rotations", c_void_p),
         ("cache", Cache),

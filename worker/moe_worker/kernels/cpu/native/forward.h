@@ -1,4 +1,5 @@
-// A forward pass: T tokens through all layers, and logits of the chosen ones.
+// A forward pass: T tokens through all layers of a stage, and logits of the chosen ones. It fuses the operations of
+// models/layers.py and computes the same numbers as they do one by one.
 #pragma once
 #include "arena.h"
 #include "attend.h"
@@ -21,7 +22,7 @@ inline ExpertScratch take_experts(Arena& arena, int64_t tokens, int per_token, i
 }
 
 struct ForwardScratch {
-    float *x, *normed, *joint, *query, *absorbed, *attended, *values, *hidden, *router, *weights, *latents, *tiles;
+    float *normed, *joint, *query, *absorbed, *attended, *values, *hidden, *router, *weights, *latents, *tiles;
     int32_t* chosen;
     MoeQuantized x8, query8, values8, hidden8, last8;
     ExpertScratch experts;
@@ -39,7 +40,6 @@ inline ForwardScratch take_forward(Arena& m, const MoeForwardArgs& a, int thread
     int64_t n = a.count, heads = a.heads;
     int per_token = a.top_k + a.shared, dense = widest_inner(a, false);
     int queries = a.heads * (a.plain + a.rope), least = a.segment;
-    s.x = m.take<float>(n * a.hidden);
     s.normed = m.take<float>(n * (a.hidden > a.query_rank ? a.hidden : a.query_rank));
     s.joint = m.take<float>(n * ((a.query_rank ? a.query_rank : queries) + a.rank + a.rope));
     s.query = m.take<float>(n * queries);
@@ -61,11 +61,11 @@ inline ForwardScratch take_forward(Arena& m, const MoeForwardArgs& a, int thread
     return s;
 }
 
-inline void embed(const Context& c, const MoeForwardArgs& a, float* x) {
+inline void embed(const Context& c, const MoeForwardArgs& a) {
     int begin, end;
     while (c.take(a.count, c.grain(a.count), begin, end))
         for (int t = begin; t < end; t++) {
-            float* to = x + int64_t(t) * a.hidden;
+            float* to = a.x + int64_t(t) * a.hidden;
             int64_t from = a.tokens[t] * a.hidden;
             if (!a.embedding_bf16) memcpy(to, (const float*)a.embedding + from, sizeof(float) * a.hidden);
             else for (int i = 0; i < a.hidden; i++) to[i] = from_bf16(((const uint16_t*)a.embedding)[from + i]);
@@ -96,7 +96,7 @@ inline void attention(const Context& c, const MoeForwardArgs& a, const MoeLayer&
     MoeCache cache = a.cache;
     cache.rows = l.cache_rows;
     int values = a.heads * a.value;
-    quantize(c, {s.x, l.attention_norm, s.normed, s.x8, a.eps, a.count, a.hidden, a.hidden, l.input.piece, l.input.segment});
+    quantize(c, {a.x, l.attention_norm, s.normed, s.x8, a.eps, a.count, a.hidden, a.hidden, l.input.piece, l.input.segment});
     c.sync();
     linear(c, {l.input, s.x8, s.joint, a.count, l.input.rows, 0});
     c.sync();
@@ -107,18 +107,18 @@ inline void attention(const Context& c, const MoeForwardArgs& a, const MoeLayer&
     c.sync();
     quantize(c, {s.values, nullptr, nullptr, s.values8, 0, a.count, values, values, l.output.piece, l.output.segment});
     c.sync();
-    linear(c, {l.output, s.values8, s.x, a.count, a.hidden, 1});
+    linear(c, {l.output, s.values8, a.x, a.count, a.hidden, 1});
     c.sync();
 }
 
 inline void feed_forward(const Context& c, const MoeForwardArgs& a, const MoeLayer& l, const ForwardScratch& s) {
-    quantize(c, {s.x, l.block_norm, s.normed, s.x8, a.eps, a.count, a.hidden, a.hidden, l.gate_up.piece, l.gate_up.segment});
+    quantize(c, {a.x, l.block_norm, s.normed, s.x8, a.eps, a.count, a.hidden, a.hidden, l.gate_up.piece, l.gate_up.segment});
     c.sync();
     if (l.router) {
         route(c, {s.normed, l.router, l.router_bias, s.chosen, s.weights, a.count, a.hidden, a.experts, a.shared, a.top_k,
                   a.groups, a.kept_groups, a.group_best, a.softmax, a.normalise, a.routed_scale}, s.router);
         c.sync();
-        experts(c, {l.gate_up, l.down, s.x8, s.chosen, s.weights, s.x, l.experts_used,
+        experts(c, {l.gate_up, l.down, s.x8, s.chosen, s.weights, a.x, l.experts_used,
                     a.count, a.top_k + a.shared, a.experts + a.shared, a.experts}, s.experts);
     } else {
         int inner = l.down.cols;
@@ -126,7 +126,7 @@ inline void feed_forward(const Context& c, const MoeForwardArgs& a, const MoeLay
         c.sync();
         quantize(c, {s.hidden, nullptr, nullptr, s.hidden8, 0, a.count, inner, inner, l.down.piece, l.down.segment});
         c.sync();
-        linear(c, {l.down, s.hidden8, s.x, a.count, a.hidden, 1});
+        linear(c, {l.down, s.hidden8, a.x, a.count, a.hidden, 1});
     }
     c.sync();
 }
@@ -135,7 +135,7 @@ inline void head(const Context& c, const MoeForwardArgs& a, const ForwardScratch
     int begin, end;
     while (c.take(a.selected_count, 1, begin, end)) {
         float* normed = s.normed + int64_t(begin) * a.hidden;
-        norm_row(s.x + int64_t(a.selected[begin]) * a.hidden, a.norm, normed, a.hidden, a.eps);
+        norm_row(a.x + int64_t(a.selected[begin]) * a.hidden, a.norm, normed, a.hidden, a.eps);
         quantize_row(normed, a.hidden, a.head.piece, a.head.segment,
                      at_token(s.last8, begin, a.hidden, a.head.piece, a.head.segment));
     }
@@ -144,12 +144,12 @@ inline void head(const Context& c, const MoeForwardArgs& a, const ForwardScratch
 }
 
 void forward(const Context& c, const MoeForwardArgs& a, const ForwardScratch& s) {
-    embed(c, a, s.x);
+    if (a.embedding) embed(c, a);
     for (int i = 0; i < a.layer_count; i++) {
         attention(c, a, a.layers[i], s);
         feed_forward(c, a, a.layers[i], s);
     }
-    head(c, a, s);
+    if (a.selected_count) head(c, a, s);
 }
 
 }  // namespace

@@ -148,7 +148,8 @@ struct MoeLayer {
 
 struct MoeForwardArgs {
     const MoeLayer* layers;
-    const void* embedding;        // [V, D]
+    const void* embedding;        // [V, D] or null: x has hidden states of the stage before
+    float* x;                     // [T, D]: hidden states, those behind the last layer afterwards
     const float* norm;
     MoeWeight head;
     const float* rotations;
