@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import moe_worker
 from moe_worker.config import read_model_config
 from moe_worker.errors import CheckpointError, DataError, InputError
-from moe_worker.train.model import MixtureOfExperts, TrainingModel
+from moe_worker.train.blocks import MixtureOfExperts
+from moe_worker.train.model import TrainingModel
 from moe_worker.train.names import checkpoint_tensors, load_checkpoint_tensors
 from moe_worker.train.settings import TrainSettings
 from moe_worker.train.trainer import train

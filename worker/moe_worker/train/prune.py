@@ -1,4 +1,4 @@
-"""Cuts layers, heads, experts and channels that the loss would miss least out of a model.
+"""Prunes the layers, heads, experts and channels that contribute least to the loss.
 
 Legend: E routed experts, D hidden size, F channels of an expert, H heads.
 """
@@ -16,15 +16,15 @@ from moe_worker.compress.taylor import Importance, change
 from moe_worker.config.directory import read_json
 from moe_worker.config.model import parse_model_config
 from moe_worker.progress import bar
-from moe_worker.train.data import WindowSampler, read_tokenizer
-from moe_worker.train.export import save_directory, stored
-from moe_worker.train.model import (
+from moe_worker.train.blocks import (
     FeedForward,
     MixtureOfExperts,
     TrainingAttention,
     TrainingLayer,
-    TrainingModel,
 )
+from moe_worker.train.data import WindowSampler, read_tokenizer
+from moe_worker.train.export import save_directory, stored
+from moe_worker.train.model import TrainingModel
 from moe_worker.train.names import load_checkpoint_tensors, named_tensors, untied_state
 from moe_worker.train.sizes import ModelSizes
 from moe_worker.train.state import read_tensors
@@ -37,8 +37,8 @@ def prune_checkpoint(
 ) -> None:
     """Writes a smaller checkpoint of the same architecture to the folder `target`.
 
-    Importance is measured over the first `batches` batches of `sampler`, on the device of its tokens.
-    Raises SettingsError for sizes that cannot be, CheckpointError for a checkpoint that cannot be read.
+    Importance is measured over the first `batches` batches of `sampler`, on the device of its tokens. Raises
+    SettingsError for impossible sizes, CheckpointError for a checkpoint that cannot be read.
     """
     config = read_json(source / "config.json")
     ModelSizes.of(config).check(goal, config)
@@ -54,7 +54,7 @@ def prune_checkpoint(
 
 
 def measure(model: TrainingModel, batches: Iterable[tuple[Tensor, Tensor]]) -> Importance:
-    """The importance of every part, under the names that `cut` asks for."""
+    """The importance of every part, under the names that `cut` uses."""
     importance = Importance()
     model.eval()
     for inputs, targets in batches:
@@ -88,7 +88,7 @@ def _sum(layer: TrainingLayer) -> Tensor:
 
 
 def _heads(attention: TrainingAttention) -> Tensor:
-    """By the columns of the output projection, all that a head says: [H]."""
+    """By the columns of the output projection, which carry the whole output of a head: [H]."""
     heads = attention.config.latent.num_attention_heads
     by_head: Tensor = change(attention.o_proj.weight).unflatten(1, (heads, -1))
     return by_head.sum(dim=(0, 2))
@@ -105,7 +105,7 @@ def _channels_of(block: FeedForward) -> Tensor:
 def cut(
     model: TrainingModel, config: dict[str, Any], importance: Importance, goal: ModelSizes
 ) -> tuple[State, dict[str, Any]]:
-    """The state of the smaller model, and its config.json. Dense layers stay: they are the first ones."""
+    """The state and config.json of the smaller model. Dense layers stay: they are the first ones."""
     state = untied_state(model)
     dense = len(model.config.dense_layers)
     smaller = {name: tensor for name, tensor in state.items() if not name.startswith("layers.")}
@@ -129,7 +129,7 @@ def _kept_layers(importance: Importance, dense: int, count: int) -> list[int]:
 
 
 def _cut_heads(layer: State, model: TrainingModel, kept_H: Tensor) -> State:
-    """Rows of the query and of the expansion of latents, columns of the output."""
+    """Cuts rows of the query and of the latent expansion, and columns of the output."""
     heads = model.config.latent.num_attention_heads
     query = "self_attn.q_proj.weight" if "self_attn.q_proj.weight" in layer else "self_attn.q_b_proj.weight"
     rows = {
@@ -151,7 +151,7 @@ def _cut_block(layer: State, name: str, kept: Tensor) -> State:
 def _cut_experts(
     layer: State, config: dict[str, Any], importance: Importance, old: int, goal: ModelSizes
 ) -> State:
-    """As many experts of each group as of the others, and of each expert its own best channels."""
+    """Keeps equally many experts of each group, and the best channels of each expert."""
     groups, shared = int(config.get("n_group", 1)), int(config["n_shared_experts"])
     worth_GE = importance[f"{old}.experts"].unflatten(0, (groups, -1))
     best_GE = worth_GE.argsort(dim=1, descending=True, stable=True)[:, : goal.experts // groups]
