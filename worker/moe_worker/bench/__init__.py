@@ -1,1 +1,1 @@
-"""How fast a checkpoint runs on this machine: `moe-worker bench`."""
+"""Measures the speed of a checkpoint on this machine: `moe-worker bench`."""

@@ -16,7 +16,7 @@ from moe_worker.sampling.parameters import SamplingParameters
 
 @dataclass(frozen=True)
 class Workload:
-    """What is asked of the engine: `prompt` tokens in and `tokens` out for each sequence of a batch."""
+    """The load: `prompt` tokens in and `tokens` out for each sequence of a batch."""
 
     prompt: int
     tokens: int
@@ -42,9 +42,9 @@ class Result:
 def measure(
     loaded: LoadedModel, options: EngineOptions, load: Workload, batch: int, on_round: Callable[[], object]
 ) -> Result:
-    """Times `load.rounds` rounds of `batch` sequences, after one that warms up.
+    """Times `load.rounds` rounds of `batch` sequences after a warm-up round.
 
-    Raises SettingsError where a sequence exceeds the context length.
+    Raises SettingsError if a sequence exceeds the context length.
     """
     if load.prompt + load.tokens > loaded.context:
         raise SettingsError(
@@ -83,7 +83,7 @@ def _round(core: EngineCore, load: Workload, batch: int, seed: int) -> tuple[flo
 
 
 def _requests(core: EngineCore, load: Workload, batch: int, seed: int) -> Sequence[Request]:
-    """Prompts that share nothing, and end-of-text tokens that end nothing."""
+    """Prompts without common prefixes, with end-of-text tokens ignored."""
     rng = random.Random(seed)  # noqa: S311 - a workload, no secret
     sampling = SamplingParameters(max_tokens=load.tokens, ignore_eos=True)
     return [

@@ -1,1 +1,1 @@
-"""Ways to make a trained model smaller; they know tensors by name and no model."""
+"""Compression methods; they know tensors by name and no model."""

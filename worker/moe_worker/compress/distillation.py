@@ -14,11 +14,11 @@ SMALLEST = 1e-6  # a probability: the logarithm of what is left besides the top 
 
 @dataclass(frozen=True)
 class TeacherView:
-    """What a teacher says of a batch.
+    """Output of a teacher for a batch.
 
-    ids_BTC: its most likely next tokens, int64; logprobs_BTC: their log-probabilities, float32.
-    share: of the teacher in the loss; the text itself has the rest.
-    hidden_BTD: its last hidden states, or None; hidden_share: their weight, added to the loss.
+    ids_BTC: its most likely next tokens, int64; logprobs_BTC: their log-probabilities, float32. share: weight
+    of the teacher in the loss; the text has the rest. hidden_BTD: its last hidden states, or None;
+    hidden_share: their weight, added to the loss.
     """
 
     ids_BTC: Tensor
@@ -41,7 +41,7 @@ def distilled_loss(loss: Tensor, logits_BTV: Tensor, hidden_BTD: Tensor, teacher
 def top_cross_entropy(logits_BTV: Tensor, ids_BTC: Tensor, logprobs_BTC: Tensor) -> Tensor:
     """Mean of -sum p log q over the teacher's top tokens and "any other token"; nats, float32.
 
-    Smallest where the student gives each top token, and all others together, the teacher's probability.
+    It is smallest if the student gives each top token, and all others together, the teacher's probability.
     """
     logq_BTC = F.log_softmax(logits_BTV.float(), dim=-1).gather(-1, ids_BTC)
     p_BTC = logprobs_BTC.float().exp()
@@ -51,7 +51,7 @@ def top_cross_entropy(logits_BTV: Tensor, ids_BTC: Tensor, logprobs_BTC: Tensor)
 
 
 def hidden_distance(student_BTD: Tensor, teacher_BTD: Tensor) -> Tensor:
-    """Mean squared distance of hidden states that are normalised first: their scale is the model's own."""
+    """Mean squared distance of normalised hidden states: their scale differs between models."""
     width = (student_BTD.shape[-1],)
     return F.mse_loss(F.rms_norm(student_BTD.float(), width), F.rms_norm(teacher_BTD.float(), width))
 
@@ -63,7 +63,9 @@ def top_logprobs(logits_BTV: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def teacher_fits(student: dict[str, int], teacher: dict[str, int]) -> str | None:
-    """Why a teacher cannot teach, by the vocabularies of both (text of a token to its id); None if it can."""
+    """Why a teacher cannot teach a student, by their vocabularies (text of a token to its id); None if it
+    can.
+    """
     if student == teacher:
         return None
     differing = sorted(set(student.items()) ^ set(teacher.items()), key=lambda item: item[1])

@@ -1,7 +1,7 @@
-"""How much the loss would change without a part of a model, to first order.
+"""First-order importance of the parts of a model.
 
-Source: Molchanov et al., "Importance estimation for neural network pruning", arXiv 1906.10771: a part's
-importance is the squared sum of weight times gradient over its weights, averaged over batches.
+Source: Molchanov et al., "Importance estimation for neural network pruning", arXiv 1906.10771: the importance
+of a part is the squared sum of weight times gradient over its weights, averaged over batches.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ class Importance:
         self._batches = 0
 
     def add(self, changes: Mapping[str, Tensor]) -> None:
-        """One batch: for each name the sums of weight times gradient of its parts, any shape."""
+        """Adds a batch: for each name the sums of weight times gradient of its parts, any shape."""
         for name, change in changes.items():
             squared = change.detach().float().square()
             self._sums[name] = self._sums[name] + squared if name in self._sums else squared
@@ -29,9 +29,9 @@ class Importance:
         return self._sums[name] / self._batches
 
     def best(self, name: str, count: int) -> Tensor:
-        """Which `count` parts along the last axis are worth most, in their own order: int64 [..., count].
+        """The `count` most important parts along the last axis, in ascending order: int64 [..., count].
 
-        Of equal ones the first stay.
+        Of equal ones the first are kept.
         """
         order = self[name].argsort(dim=-1, descending=True, stable=True)
         return order[..., :count].sort(dim=-1).values

@@ -1,10 +1,10 @@
-"""Training as it will be computed: int4 weights in groups, int8 activations in pieces, straight-through.
+"""Quantization-aware training: int4 weights in groups, int8 activations in pieces, straight-through.
 
-Forward, numbers are rounded exactly as they will be stored and multiplied; backward, rounding is the identity
-within the range (the straight-through estimator, Bengio et al., arXiv 1308.3432) and has no slope outside it.
-The range of each group begins where a search finds the least squared error and is learned from then on (Esser
-et al., arXiv 1902.08153). Searching it anew along the way was tried: whenever a group's range moved at once,
-all its weights did, and training ended worse than plain rounding.
+The forward pass rounds numbers exactly as they will be stored and multiplied. In the backward pass, rounding
+is the identity within the range and has no gradient outside it (the straight-through estimator, Bengio et
+al., arXiv 1308.3432). The range of each group is initialized by a search for the least squared error and
+learned from then on (Esser et al., arXiv 1902.08153). Repeating the search during training was tried: when
+the range of a group changed at once, all its weights did, and training ended worse than plain rounding.
 
 Legend: O outputs, I inputs, G groups of inputs; leading axes (experts) are allowed.
 """
@@ -23,14 +23,14 @@ SCALE_DTYPE = torch.bfloat16
 
 
 def round_tokens(x: Tensor, piece: int) -> Tensor:
-    """x as int8 kernels see it, with the gradient of x itself; piece: values that share a scale."""
+    """x rounded as by int8 kernels, with the gradient of x; piece: values that share a scale."""
     with torch.no_grad():
         rounded = round_pieces(x, piece).to(x.dtype)
     return x + (rounded - x).detach()
 
 
 def round_weight(weight: Tensor, scales_OG: Tensor, group: int) -> Tensor:
-    """weight as four bits hold it, float32 [..., O, I]; gradients go to it and to its scales."""
+    """weight rounded to int4, float32 [..., O, I]; gradients go to it and to its scales."""
     scales = _storable(scales_OG).unsqueeze(-1)
     scaled = (cut_groups(weight, group) / scales).clamp(-HIGHEST, HIGHEST)
     whole = scaled + (scaled.round() - scaled).detach()
@@ -39,7 +39,7 @@ def round_weight(weight: Tensor, scales_OG: Tensor, group: int) -> Tensor:
 
 
 def pack_weight(weight: Tensor, scales_OG: Tensor, group: int) -> Int4Weight:
-    """What `round_weight` gives, packed: values times scales in float32 equal it to the bit."""
+    """The result of `round_weight`, packed: values times scales in float32 equal it to the bit."""
     scales_OG = _storable(scales_OG.detach())
     values = round_values(weight.detach(), scales_OG, group)
     return Int4Weight(pack(values), scales_OG.to(SCALE_DTYPE), None, weight.shape[-1], group)
@@ -48,8 +48,8 @@ def pack_weight(weight: Tensor, scales_OG: Tensor, group: int) -> Int4Weight:
 class Int4Trainer(nn.Module):
     """Ranges of named weights, searched at step `first` and learned from then on.
 
-    Its parameters are the logarithms by which scales have moved since; they want a tenth of the rate of the
-    weights and no decay. Its state is part of a run's state.
+    Its parameters are the logarithms of the changes of the scales; they need a tenth of the learning rate of
+    the weights and no decay. Its state is part of the state of a run.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], first: int, group: int = GROUP) -> None:
@@ -68,12 +68,12 @@ class Int4Trainer(nn.Module):
         return frozenset(self._names)
 
     def is_active(self, step: int) -> bool:
-        """Whether `step` computes with rounded numbers."""
+        """Whether `step` computes with rounded weights."""
         return step >= self.first
 
     @torch.no_grad()
     def update(self, step: int, weights: Mapping[str, Tensor]) -> None:
-        """Searches the ranges where `step`, which is not computed yet, is the first to round."""
+        """Searches the ranges before `step` if it is the first step that rounds."""
         if step == self.first:
             for name, key in self._names.items():
                 self.get_buffer(f"start-{key}").copy_(
@@ -81,7 +81,7 @@ class Int4Trainer(nn.Module):
                 )
 
     def round_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The named weights as four bits hold them."""
+        """The named weights, rounded to int4."""
         return {name: round_weight(weights[name], self.scales(name), self.group) for name in self._names}
 
     def scales(self, name: str) -> Tensor:
@@ -92,5 +92,5 @@ class Int4Trainer(nn.Module):
 
 
 def _storable(scales: Tensor) -> Tensor:
-    """Scales as a checkpoint holds them, with their own gradient."""
+    """Scales rounded as a checkpoint stores them, with a straight-through gradient."""
     return scales + (scales.to(SCALE_DTYPE).float() - scales).detach()

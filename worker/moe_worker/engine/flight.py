@@ -1,4 +1,4 @@
-"""A launched step, and its sampled tokens on their way to the host.
+"""A launched step, whose sampled tokens are being copied to the host.
 
 Legend: B rows that sample, T tokens of a step.
 """
@@ -18,13 +18,13 @@ S = TypeVar("S")
 
 
 class Flight(Generic[S]):
-    """`sampling` lists the requests that sample, in order, each with its state in the engine.
+    """`sampling`: the requests that sample, in order, each with its state in the engine.
 
     guided: whether the guides of its texts have taken its tokens.
     """
 
     def __init__(self, step: Step, sampling: Sequence[tuple[int, S]], sampled: Sampled | None) -> None:
-        """Starts to copy the tokens, and other results for the host, from the device."""
+        """Starts to copy the tokens and other results from the device."""
         self.step = step
         self.sampling = sampling
         self.guided = False
@@ -41,7 +41,7 @@ class Flight(Generic[S]):
                 self._arrived.record()
 
     def wait(self) -> tuple[list[int], list[bool], dict[int, TokenLogprobs]]:
-        """Tokens, whether no token could be selected, and log-probabilities, by row."""
+        """Tokens, failed rows, and log-probabilities by row."""
         if self._sampled is None:
             return [], [], {}
         if self._arrived is not None:
@@ -63,7 +63,7 @@ class Flight(Generic[S]):
 
 
 def _to_host(values: Tensor) -> Tensor:
-    """A copy that may still be on its way; a CPU's tensor as it is."""
+    """An asynchronous copy; a CPU tensor unchanged."""
     if not values.is_cuda:
         return values
     return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)

@@ -1,4 +1,4 @@
-"""What a rank of a mesh does that does not lead."""
+"""The ranks of a mesh other than the leader."""
 
 import logging
 from pathlib import Path
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 def follow(directory: Path, options: EngineOptions) -> NoReturn:
-    """Loads this rank's part and computes what the leader says. Raises WorkerError when it is gone."""
+    """Loads the part of this rank and computes what the leader sends. Raises WorkerError when it ends."""
     if options.mesh_rank == 0:
         raise SettingsError("rank 0 leads its mesh and follows nobody; give another --mesh-rank")
     loaded = load(directory, options, progress=True)

@@ -27,7 +27,7 @@ from moe_worker.sampling.parameters import SamplingParameters
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """A continuation; `finish_reason` is "stop" or "length", `token_ids` hold the end-of-text token too."""
+    """A continuation; `finish_reason` is "stop" or "length"; `token_ids` includes the end-of-text token."""
 
     text: str
     token_ids: list[int]

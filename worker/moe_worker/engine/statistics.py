@@ -1,4 +1,4 @@
-"""Counters of the engine. No torch: the RPC edge reads these too."""
+"""Counters of the engine. No torch: the RPC edge reads them, too."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,12 +9,12 @@ from moe_worker.scheduler.plan import Counters, Plan, Step
 
 
 class Statistics(NamedTuple):
-    """Sums since the start. A tuple, because every step sends one to the edge: it is a list on the wire.
+    """Sums since the start. A tuple, because every step sends it to the edge as a list.
 
-    sequences: of all steps, so that a step's are the difference of two. prefill_tokens: of prompts, including
-    recomputation after a preemption (recomputed_tokens are only that). decode_tokens: computed in decode, one
-    for each step and stream. output_tokens: sampled. prompt_tokens, prefix_hit_tokens: of requests when they
-    first ran. evictions: pages evicted from idle prefixes.
+    sequences: summed over steps. prefill_tokens: of prompts, including recomputation after a preemption
+    (recomputed_tokens has that part alone). decode_tokens: computed in decode, one for each step and stream.
+    output_tokens: sampled. prompt_tokens, prefix_hit_tokens: of requests when they first ran. evictions:
+    pages evicted from idle prefixes.
     """
 
     steps: int = 0

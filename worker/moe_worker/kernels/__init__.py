@@ -1,1 +1,1 @@
-"""Operations of the model; reference.py is the readable truth for every faster one."""
+"""Operations of the model; reference.py defines the results of all faster ones."""

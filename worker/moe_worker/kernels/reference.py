@@ -6,9 +6,9 @@ from torch.nn import functional
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Root-mean-square normalisation (arXiv:1910.07467) over the last axis; same dtype out as in.
+    """Root-mean-square normalisation (arXiv:1910.07467) over the last axis; keeps the dtype.
 
-    Computes in float32 and rounds before the weight is applied, as DeepSeek's own code does.
+    Computes in float32 and rounds before it multiplies by the weight, as DeepSeek's own code does.
     """
     if x_TD.dtype == torch.float32:
         return functional.rms_norm(x_TD, weight_D.shape, weight_D, eps)
@@ -22,8 +22,8 @@ def swiglu(gate_up_TF: Tensor) -> Tensor:
 
 
 def group_by_expert(experts_TK: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The order that puts rows t * K + k of one of `count` experts together, int64 [M], and where each
-    expert's rows end in it, int32 [A]. Rows of no expert (-1) stand behind those of the last.
+    """The order that groups rows t * K + k by expert, int64 [M], and the end of each of the `count` experts'
+    rows in it, int32 [A]. Rows of no expert (-1) follow those of the last.
     """
     keys_M = experts_TK.flatten()
     sorted_M, order_M = keys_M.remainder(count + 1).sort(stable=True)  # -1 becomes `count`
@@ -34,8 +34,8 @@ def group_by_expert(experts_TK: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def grouped_linear(x_MI: Tensor, weights_AOI: Tensor, ends_A: Tensor) -> Tensor:
     """Multiplies rows ends[a - 1] to ends[a] of x by weights[a] transposed; [M, O].
 
-    `ends_A` (int32) does not fall. Rows behind the last end are not written. torch's own grouped product
-    wants rows of whole 16-byte pieces, and on CUDA bfloat16; the plain loop takes what is left.
+    `ends_A` (int32) is non-decreasing. Rows after the last end are not written. torch's own grouped product
+    needs rows of whole 16-byte pieces, and bfloat16 on CUDA; otherwise a plain loop computes it.
     """
     aligned = all(size * x_MI.element_size() % 16 == 0 for size in weights_AOI.shape[1:])
     if aligned and (x_MI.device.type == "cpu" or x_MI.dtype == torch.bfloat16):

@@ -25,7 +25,7 @@ def linear_w4a8(
 def experts_w4a8(
     x_TD: Tensor, gate_up_AFD: Int4Weight, down_ADI: Int4Weight, experts_TK: Tensor, weights_TK: Tensor
 ) -> Tensor:
-    """Weighted sum over each token's SwiGLU experts, whose hidden values are rounded anew; float32 [T, D]."""
+    """Weighted sum over each token's SwiGLU experts, whose hidden values are rounded, too; float32 [T, D]."""
     gate_up, down = gate_up_AFD.dequantize(torch.float32), down_ADI.dequantize(torch.float32)
     rounded_TD = round_pieces(x_TD, piece_of(x_TD.shape[1]))
     out_TD = torch.zeros(x_TD.shape[0], down.shape[1])
@@ -37,5 +37,5 @@ def experts_w4a8(
 
 
 def heads_bf16(x_THI: Tensor, weight_HOI: Tensor) -> Tensor:
-    """One projection a head; weights rounded to bfloat16, x as it is: float32 [T, H, O]."""
+    """One projection a head; weights rounded to bfloat16, x not rounded: float32 [T, H, O]."""
     return torch.einsum("thi,hoi->tho", x_THI.float(), weight_HOI.bfloat16().float())

@@ -1,4 +1,4 @@
-"""A heap whose entries may become stale: they are dropped when they come up, or when they are too many."""
+"""A heap with lazy deletion: stale entries are dropped at the top, or when there are too many."""
 
 import heapq
 from collections.abc import Callable
@@ -7,14 +7,14 @@ from typing import Generic, TypeVar
 K = TypeVar("K", float, tuple[float, int])
 T = TypeVar("T")
 
-# Below so many entries it is not worth asking which of them are stale.
+# With fewer entries than this, compaction is not worth its cost.
 SMALL = 64
 
 
 class LazyHeap(Generic[K, T]):
-    """Items by key, least first; among equal keys the first pushed. All calls are O(log n) amortized.
+    """A min-heap of items by key, first in, first out among equal keys. All calls are O(log n) amortized.
 
-    `valid(key, item)` says whether an entry still counts; an item that counts again is pushed again.
+    `valid(key, item)` says whether an entry is current; an item that becomes current again is pushed again.
     """
 
     def __init__(self, valid: Callable[[K, T], bool]) -> None:
@@ -53,7 +53,7 @@ class LazyHeap(Generic[K, T]):
         return least[1]
 
     def _compact(self) -> None:
-        """Drops stale entries; the next time only once the heap has doubled, so that pushes stay cheap."""
+        """Drops stale entries. The next compaction runs when the heap has doubled, so pushes stay cheap."""
         self._entries = [entry for entry in self._entries if self._valid(entry[0], entry[2])]
         heapq.heapify(self._entries)
         self._most = max(SMALL, 2 * len(self._entries))

@@ -1,8 +1,8 @@
 """Storage of the KV cache: pages of rows, one row for each token and layer.
 
-What a row holds is the attention's matter: kv_lora_rank + qk_rope_head_dim values for latent attention
+Attention defines what a row holds: kv_lora_rank + qk_rope_head_dim values for latent attention
 (arXiv:2405.04434), keys and values of all key heads for grouped queries. Row page * page_size + offset of a
-layer is the token at that offset of the page.
+layer belongs to the token at that offset of the page.
 
 Legend: W values of a row, S tokens of a sequence, P pages of a sequence, B sequences.
 """
@@ -40,9 +40,10 @@ class CacheShape:
         return -(-tokens // self.page_size)
 
     def pages_that_fit(self, context: int, memory: int | None, sequences: int) -> int:
-        """Pages for `sequences` of `context` tokens, or as many as `memory` bytes hold, if that is fewer.
+        """Pages for `sequences` sequences of `context` tokens, or those that fit into `memory` bytes if
+        fewer.
 
-        Raises SettingsError where not even one such sequence fits.
+        Raises SettingsError if not even one such sequence fits.
         """
         most = sequences * self.pages_for(context)
         if memory is None:
@@ -59,7 +60,7 @@ class CacheShape:
 
 @dataclass(frozen=True)
 class PagedCache:
-    """Storage for `pages` pages, and one more that belongs to nobody (padding of fixed-size batches)."""
+    """Storage for `pages` pages, and one more for the padding of fixed-size batches."""
 
     shape: CacheShape
     pages: int
@@ -67,9 +68,9 @@ class PagedCache:
 
     @classmethod
     def allocate(cls, shape: CacheShape, pages: int, device: torch.device) -> "PagedCache":
-        """Zeroed storage; on Linux CPUs memory is taken only as it is written.
+        """Zeroed storage; on Linux CPUs a page takes memory when it is written.
 
-        Raises SettingsError where the device has not enough memory.
+        Raises SettingsError if the device has too little memory.
         """
         size = (shape.layers, (pages + 1) * shape.page_size, shape.width)
         try:
@@ -102,13 +103,17 @@ class PagedCache:
         return chosen.view(self.shape.dtype).flatten(0, 1)[:length]
 
     def sequences(self, layer: int, pages_BP: Tensor, length: int) -> Tensor:
-        """The first `length` rows of several sequences, [B, S, W], copied; rows behind ends mean nothing."""
+        """The first `length` rows of several sequences, [B, S, W], copied; rows after the end of a sequence
+        are undefined.
+        """
         count = self.shape.pages_for(length)
         chosen = self._paged(layer)[pages_BP[:, :count].long()]
         return chosen.view(self.shape.dtype).flatten(1, 2)[:, :length]
 
     def write(self, layer: int, rows_T: Tensor, values_TW: Tensor) -> None:
-        """Stores values at rows, in the cache's dtype; e4m3 has no infinity, so its largest stands in."""
+        """Stores values at rows, in the cache's dtype; e4m3 has no infinity, so values are clamped to its
+        largest.
+        """
         rows_SW = self.layers[layer]
         if self.shape.dtype is FP8:
             rounded_TW = values_TW.float().clamp(-FP8_MOST, FP8_MOST).to(FP8)
@@ -117,7 +122,7 @@ class PagedCache:
             rows_SW.index_copy_(0, rows_T, values_TW.to(self.shape.dtype))
 
     def _paged(self, layer: int) -> Tensor:
-        """[pages, tokens, W]; torch moves e4m3 only as bytes."""
+        """[pages, tokens, W]; torch indexes e4m3 only as bytes."""
         rows_SW = self.layers[layer]
         if self.shape.dtype is FP8:
             rows_SW = rows_SW.view(torch.uint8)
@@ -125,7 +130,7 @@ class PagedCache:
 
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.zeros writes every page; numpy's zeros on a CPU come from the kernel when they are touched."""
+    """torch.zeros writes every page; numpy maps zero pages, which the kernel provides on first touch."""
     if device.type != "cpu":
         return torch.zeros(size, dtype=dtype, device=device)
     nbytes = math.prod(size) * dtype.itemsize

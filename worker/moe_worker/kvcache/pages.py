@@ -1,10 +1,10 @@
-"""Which pages of the cache are in use, and by how many. Pure: the storage itself is elsewhere."""
+"""Reference counts of the cache's pages. Pure: kvcache/paged.py has the storage."""
 
 
 class PagePool:
     """Pages 0 to `pages` - 1, each with a number of references; a page with none is free.
 
-    Freed pages are used again last in, first out: what was written last is likeliest still in a CPU's cache.
+    Free pages are reused last in, first out: the newest one is most likely still in a CPU's cache.
     """
 
     def __init__(self, pages: int) -> None:
@@ -13,17 +13,17 @@ class PagePool:
 
     @property
     def pages(self) -> int:
-        """All pages there are."""
+        """Number of pages."""
         return len(self._references)
 
     @property
     def free(self) -> int:
-        """Pages that nobody refers to."""
+        """Pages without a reference."""
         return len(self._free)
 
     @property
     def used(self) -> int:
-        """Pages that somebody refers to."""
+        """Pages with a reference."""
         return self.pages - self.free
 
     def take(self, count: int) -> list[int]:
@@ -38,11 +38,11 @@ class PagePool:
         return taken
 
     def references(self, page: int) -> int:
-        """How many refer to the page; 0: free."""
+        """References to the page; 0: it is free."""
         return self._references[page]
 
     def retain(self, page: int) -> int:
-        """One more refers to the page; returns how many do now. Raises ValueError for a free page."""
+        """Adds a reference to the page; returns the new count. Raises ValueError for a free page."""
         count = self._references[page]
         if not count:
             raise ValueError(f"page {page} is free; only a page in use can be shared")
@@ -50,7 +50,9 @@ class PagePool:
         return count + 1
 
     def release(self, page: int) -> int:
-        """One fewer refers to the page, free at 0; returns how many do. Raises ValueError if it is free."""
+        """Removes a reference to the page, which is free at 0; returns the new count. Raises ValueError if
+        free.
+        """
         count = self._references[page] - 1
         if count < 0:
             raise ValueError(f"page {page} is free already; it was released twice")

@@ -1,15 +1,16 @@
-"""The prefix tree: cache pages of texts with the same beginning are computed once and shared.
+"""The prefix tree: sequences with the same prefix share its cache pages, which are computed once.
 
-A node is one whole page of token ids, so that a path from the root spells a text, and equal texts of one
-namespace meet in one path. The pool's reference counts say who uses a page: the tree holds one reference to
-each of its pages, and every user of a path holds one to each page on it. A page with the tree's reference
-only is idle and may be evicted; since users hold whole paths, what is below an idle page is idle too.
+A node is one full page of token ids. A path from the root is a prefix, and equal prefixes of one namespace
+share a path. The pool counts references: the tree holds one to each of its pages, and every user of a path
+holds one to each page on it. A page with the tree's reference only is idle and may be evicted. Users hold
+whole paths, so all pages below an idle page are idle, too.
 
-The least useful leaf goes first. Usefulness is the time of the last use, counted in lookups, plus a credit
-for each of the first MOST_HITS hits: the lookups that together use as many pages as the tree holds, as
-measured lately. Plain recency would let a burst of prompts that never come back wash out a system prompt that
-everybody shares; without the bound on hits, one that was popular once would stay for ever. A constant credit
-is too small for a large cache, and makes a small one keep what is stale.
+The least useful leaf is evicted first. Usefulness is the time of the last use, counted in lookups, plus a
+credit for each of the first MOST_HITS hits. The credit is the number of lookups that together use as many
+pages as the tree holds, measured over recent lookups. With recency alone, a burst of prompts that never
+return would evict a system prompt that everybody shares; without the bound on hits, a prefix that was popular
+once would stay forever. A constant credit would be too small for a large cache and would keep stale pages in
+a small one.
 """
 
 from collections.abc import Sequence
@@ -19,11 +20,11 @@ from moe_worker.kvcache.pages import PagePool
 
 MOST_HITS = 3
 _SMOOTHING = 1 / 64
-"""Share of the last lookup in the mean number of pages that one uses."""
+"""Weight of the last lookup in the mean number of pages per lookup."""
 
 
 class Node:
-    """A page in the tree, and at the same time the text from the root to its end. To users it is opaque."""
+    """A page in the tree, and the prefix that ends with it. Opaque to users."""
 
     __slots__ = ("children", "hits", "key", "page", "parent", "usefulness")
 
@@ -37,7 +38,7 @@ class Node:
 
 
 class _Root(Node):
-    """The empty text of a namespace."""
+    """The empty prefix of a namespace."""
 
     __slots__ = ("namespace",)
 
@@ -47,7 +48,7 @@ class _Root(Node):
 
 
 class PrefixTree:
-    """Texts whose pages are in `pool`, `page_size` tokens a page. Not for several threads at once."""
+    """Prefixes whose pages are in `pool`, `page_size` tokens a page. Not thread-safe."""
 
     def __init__(self, pool: PagePool, page_size: int) -> None:
         self._pool = pool
@@ -65,9 +66,9 @@ class PrefixTree:
     def match(
         self, tokens: Sequence[int], namespace: str = "", most: int | None = None
     ) -> tuple[Node, list[int]]:
-        """The longest known beginning of `tokens`, in whole pages (`most` at most), and its pages in order.
+        """The longest cached prefix of `tokens`, in full pages (at most `most`), and its pages in order.
 
-        The caller uses these pages from now on, until it gives the node to `release`.
+        The caller holds a reference to these pages until it passes the node to `release`.
         """
         self._lookups += 1
         self._measure_lifetime()
@@ -85,11 +86,11 @@ class PrefixTree:
         return node, pages
 
     def insert(self, node: Node, tokens: Sequence[int], pages: Sequence[int]) -> tuple[Node, list[int]]:
-        """Adds pages filled with `tokens` behind a node in use; returns the node of the last, and its pages.
+        """Adds pages filled with `tokens` after a node in use; returns the last node and the pages.
 
-        The caller's reference to each page becomes its use of the tree's page. Where the tree has a page
-        for the same text already, that one takes the place of the caller's, which is given back: then
-        the pages returned differ from those given. Raises ValueError where the pages are not whole.
+        The caller's reference to a page becomes a reference to the tree's page. If the tree already has a
+        page for the same prefix, that page replaces the caller's, which is released: the pages returned then
+        differ from those given. Raises ValueError if the pages are not full.
         """
         size = self._page_size
         if len(tokens) != size * len(pages):
@@ -101,7 +102,7 @@ class PrefixTree:
         return node, kept
 
     def release(self, node: Node) -> None:
-        """The caller no longer uses the text that ends in `node`; its pages stay until they are evicted."""
+        """Drops the caller's references to the prefix that ends in `node`; its pages stay until evicted."""
         while node.parent is not None:
             if self._pool.release(node.page) == 1:
                 self.idle += 1
@@ -132,7 +133,7 @@ class PrefixTree:
 
     def _insert_page(self, node: Node, key: tuple[int, ...], page: int) -> Node:
         if isinstance(node, _Root):
-            # While it was held, its last page may have been evicted, and the root forgotten.
+            # While the caller held this root, its last page may have been evicted and the root dropped.
             node = self._roots.setdefault(node.namespace, node)
         child = node.children.get(key)
         if child is not None:

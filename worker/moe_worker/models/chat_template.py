@@ -1,7 +1,7 @@
-"""The chat template of a checkpoint, as its files have it; frontends render it. Imports no torch.
+"""The chat template of a checkpoint. Frontends render it. Imports no torch.
 
-As in transformers, chat_template.jinja comes before `chat_template` in tokenizer_config.json, which is a text
-or a list of named ones, of which "default" is taken.
+As in transformers, chat_template.jinja takes precedence over `chat_template` in tokenizer_config.json, which
+is a text or a list of named ones; "default" is used.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ _TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template, and the texts of the special tokens that it may name."""
+    """A template, and the texts of the special tokens that it may use."""
 
     template: str
     special_tokens: Mapping[str, str] = field(default_factory=dict)
@@ -66,7 +66,7 @@ def _is_default(one: Any) -> bool:
 
 
 def _special_tokens(values: Mapping[str, Any]) -> dict[str, str]:
-    """By name; a token is a text, or an object that holds it as `content`."""
+    """By name; a token is a text, or an object with the text in `content`."""
     found = {}
     for name in _TOKENS:
         named = values.get(name)

@@ -31,7 +31,8 @@ def load_model(
     directory: Path, config: ModelConfig, placement: Placement, context: int, progress: bool,
     stage: Stage | None = None,
 ) -> DeepseekModel:  # fmt: skip
-    """Reads the weights of a stage (None: all), checking names, shapes and sizes before any byte of data.
+    """Reads the weights of a stage (None: of the whole model). Checks names, shapes and sizes before it reads
+    data.
 
     `progress` shows a bar in bytes on stderr. Raises CheckpointError.
     """
@@ -60,7 +61,7 @@ def _tell_memory(model: DeepseekModel, progress: bool) -> None:
 
 
 class _Plan(StoredSource):
-    """Tensors without data, all dense: finds out what the model takes, and whether it is there."""
+    """A dry run with dense tensors without data: finds and checks the tensors that the model needs."""
 
     def __init__(
         self,
@@ -74,7 +75,7 @@ class _Plan(StoredSource):
         self.nbytes = 0
 
     def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """An empty tensor; nothing is dequantized or rounded, which would take longer than with data."""
+        """An empty tensor. Nothing is dequantized or rounded: without data that would take longer."""
         self.parts(name, *shape)
         return torch.empty(shape, dtype=dtype or self.dtype, device="meta")
 
@@ -93,12 +94,12 @@ class _Reader(StoredSource):
     """Reads tensors from memory-mapped files, one at a time."""
 
     def attach(self, advance: Callable[[int], object]) -> None:
-        """`advance` is told of the bytes read."""
+        """Calls `advance` with the bytes read."""
         self._advance = advance
         self._maps: dict[Path, mmap.mmap] = {}
 
     def read(self, tensor: StoredTensor) -> Tensor:
-        """The tensor's data; on the CPU in the file's memory."""
+        """The tensor's data; on the CPU in the mapped memory of the file."""
         try:
             mapped = self._map(tensor.file)
         except OSError as error:
@@ -112,10 +113,10 @@ class _Reader(StoredSource):
         return value.view(DTYPES[tensor.dtype]).view(tensor.shape).to(self.device)
 
     def _map(self, file: Path) -> mmap.mmap:
-        """The file, none of which counts as this process's memory any more.
+        """Maps the file, and releases its pages from the memory of this process.
 
-        What was read is rarely read again, and then comes back by itself. Nothing is written to the copy; it
-        is one since torch warns of memory that cannot be written.
+        Pages are rarely read again; the kernel then loads them again. The mapping is private because torch
+        warns about read-only memory; nothing writes to it.
         """
         if file not in self._maps:
             with open_file(file) as opened:
@@ -126,7 +127,7 @@ class _Reader(StoredSource):
 
 
 def _log_unused(config: ModelConfig, names: set[str]) -> None:
-    """Says what is left out: multi-token prediction layers by name, anything else as a warning."""
+    """Logs unused tensors: multi-token prediction layers by name, all others as a warning."""
     prediction = {int(match[1]) for name in names if (match := LAYER_NAME.match(name))}
     prediction = {layer for layer in prediction if layer >= config.num_hidden_layers}
     if prediction:

@@ -1,4 +1,4 @@
-"""SHA-256 digests stored with a checkpoint's files, and whether the files still match."""
+"""Compares the files of a checkpoint with the SHA-256 digests stored with them."""
 
 import hashlib
 import logging
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def check_digests(directory: Path, threads: int, progress: bool = False) -> None:
-    """Reads every file whose digest is stated, `threads` of them at a time. Raises CheckpointError.
+    """Reads every file that has a stored digest, `threads` files at a time. Raises CheckpointError.
 
     `progress` shows a bar on stderr.
     """
@@ -42,11 +42,11 @@ def check_digests(directory: Path, threads: int, progress: bool = False) -> None
 
 
 def known_digests(directory: Path) -> dict[str, str]:
-    """File name to SHA-256 in lower-case hex, from whatever states one. Raises CheckpointError.
+    """File name to SHA-256 in lower-case hex, from all stored digests. Raises CheckpointError.
 
-    Looked at, the later counting: `metadata.sha256` of the index, an object by file name; names of blobs in a
-    Hugging Face cache, and what `hf download --local-dir` notes; `*.sha256` and SHA256SUMS as sha256sum
-    writes them.
+    Sources, in rising precedence: `metadata.sha256` of the index, an object by file name; names of blobs in a
+    Hugging Face cache, and the metadata of `hf download --local-dir`; `*.sha256` and SHA256SUMS in sha256sum
+    format.
     """
     found = dict(_of_index(directory)) | dict(_of_hugging_face(directory))
     for path in sorted({*directory.glob("*.sha256"), *directory.glob("SHA256SUMS*")}):
@@ -65,7 +65,9 @@ def _of_index(directory: Path) -> Iterator[tuple[str, str]]:
 
 
 def _of_hugging_face(directory: Path) -> Iterator[tuple[str, str]]:
-    """Large files have their SHA-256 for a name in blobs/, and for an ETag in *.metadata; others a SHA-1."""
+    """Large files are named by their SHA-256 in blobs/ and have it as ETag in *.metadata; other files have a
+    SHA-1.
+    """
     for path in directory.iterdir():
         target = path.readlink() if path.is_symlink() else path
         if target.parent.name == "blobs" and _HEX.fullmatch(target.name):
@@ -77,7 +79,7 @@ def _of_hugging_face(directory: Path) -> Iterator[tuple[str, str]]:
 
 
 def _listed(path: Path) -> Iterator[tuple[str, str]]:
-    """Lines of a digest and a name; a digest alone is that of the file which `path` is named after."""
+    """Lines with a digest and a name. A digest alone belongs to the file that `path` is named after."""
     for line in read_file(path, LARGEST_LIST).decode(errors="replace").splitlines():
         if not line.strip():
             continue

@@ -1,4 +1,4 @@
-"""Which files hold a checkpoint's weights, and what is said of those that hold them in another way."""
+"""Which files contain the weights of a checkpoint, and error messages for unsupported layouts."""
 
 import re
 from collections.abc import Collection
@@ -40,9 +40,9 @@ _FOREIGN: tuple[tuple[str, str], ...] = (
 
 
 def shards_without_index(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint that has neither SINGLE_FILE nor INDEX_FILE, in order.
+    """The safetensors files of a checkpoint without SINGLE_FILE and INDEX_FILE, in order.
 
-    Raises CheckpointError where there are none or one of a numbered set is missing.
+    Raises CheckpointError if there are none, or if one of a numbered set is missing.
     """
     others = {path for pattern in _OTHERS for path in directory.glob(pattern)}
     found = sorted(path for path in directory.glob("*.safetensors") if path not in others)
@@ -74,7 +74,7 @@ def _no_weights(directory: Path) -> str:
 
 
 def check_names(directory: Path, names: Collection[str]) -> None:
-    """Raises CheckpointError where tensors are named as in another layout than the family's own."""
+    """Raises CheckpointError if tensor names belong to another layout than the family's own."""
     fused = next((name for name in names if _FUSED.search(name)), None)
     if fused is not None:
         raise CheckpointError(
@@ -90,7 +90,7 @@ def check_names(directory: Path, names: Collection[str]) -> None:
 
 
 def no_tokenizer(directory: Path) -> str:
-    """What is said where tokenizer.json is missing."""
+    """The error message for a missing tokenizer.json."""
     path = directory / "tokenizer.json"
     for name in ("tiktoken.model", "tokenizer.model", "vocab.json", "tekken.json"):
         if present(directory / name):

@@ -1,4 +1,4 @@
-"""What a model's weights take in memory, by what they are, and what they left behind."""
+"""Memory of a model's weights by kind, and return of freed memory to the system."""
 
 import ctypes
 from collections import Counter
@@ -10,9 +10,9 @@ from moe_worker.quant.matrix import DENSE, POSITIONS, SCALES, VALUES, Matrix
 
 
 def weight_memory(part: object) -> dict[str, int]:
-    """Bytes of all tensors that `part` (a model, or anything made of dataclasses and sequences) holds.
+    """Bytes of all tensors in `part` (a model, or anything made of dataclasses and sequences).
 
-    Values are those of packed matrices, zero points count as scales; what is not packed is the dense rest.
+    Values are those of packed matrices; zero points count as scales; everything else is the dense rest.
     """
     found: Counter[str] = Counter()
     _count(part, found)
@@ -20,9 +20,9 @@ def weight_memory(part: object) -> dict[str, int]:
 
 
 def give_back_freed() -> None:
-    """Hands what was freed back to the system, where the C library can: it keeps holes between what lives.
+    """Returns freed memory to the system if the C library can; it keeps holes between live blocks otherwise.
 
-    Called after each layer of a model that loads, which is made of many small matrices.
+    Called after each layer while a model loads, because a layer is built from many small matrices.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -30,7 +30,7 @@ def give_back_freed() -> None:
 
 
 def describe(memory: dict[str, int]) -> str:
-    """One clause: each kind that is there, and the sum, in megabytes."""
+    """One clause: each kind present and the sum, in megabytes."""
     kinds = [f"{nbytes / 1e6:.2f} MB {kind}" for kind, nbytes in memory.items() if nbytes]
     return f"{', '.join(kinds)}; {sum(memory.values()) / 1e6:.2f} MB in all"
 

@@ -27,8 +27,8 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
 
 
 def attention_scale(config: RopeConfig, head: int) -> float:
-    """What scores of heads of `head` elements are multiplied by: 1 / sqrt(head), times DeepSeek's YaRN
-    magnitude squared.
+    """The scale of attention scores for heads of `head` elements: 1 / sqrt(head), times the square of
+    DeepSeek's YaRN magnitude.
     """
     scale = 1 / math.sqrt(head)
     if config.yarn is None or config.yarn.mscale_all_dim is None:
@@ -58,7 +58,7 @@ def _table_magnitude(yarn: YarnConfig) -> float:
 
 
 def _kept_share(yarn: YarnConfig, theta: float, width: int) -> Tensor:
-    """How much of each pair's own frequency stays: 1 for pairs that turn often in the original context."""
+    """Share of the original frequency of each pair: 1 for pairs that turn often in the original context."""
 
     def pair_with(rotations: float) -> float:
         wavelength = yarn.original_context / (rotations * 2 * math.pi)

@@ -1,4 +1,4 @@
-"""Which tensors a checkpoint holds, read from the headers of its safetensors files (no torch, no data).
+"""The tensors of a checkpoint, from the headers of its safetensors files (no torch, no data).
 
 Format: https://huggingface.co/docs/safetensors: 8 bytes of header length (little endian), a header in JSON,
 data.
@@ -25,7 +25,7 @@ MOST_DIMENSIONS = 8
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies, from byte `offset` of `file` on, and what it is."""
+    """A tensor in a file: dtype, shape and the `offset` of its first byte."""
 
     name: str
     file: Path
@@ -36,7 +36,7 @@ class StoredTensor:
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """All tensors of the checkpoint by name, from one file or from shards, be they listed in an index or not.
+    """All tensors of the checkpoint by name, from one file or from shards with or without an index.
 
     Raises CheckpointError for a missing or damaged file.
     """
@@ -111,7 +111,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_layout(path: Path, tensors: list[StoredTensor], start: int, size: int) -> None:
-    """Tensors must follow one another without gap or overlap from `start` to the file's end, `size`."""
+    """Tensors must be contiguous from byte `start` to the end of the file, `size`."""
     end = start
     for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
         gap = tensor.offset - end

@@ -1,4 +1,4 @@
-"""Where a model's tensors come from."""
+"""Source of a model's tensors."""
 
 from typing import Protocol
 
@@ -10,9 +10,9 @@ from moe_worker.quant.matrix import Matrix
 
 
 class TensorSource(Protocol):
-    """Gives tensors by name, on one device and in one dtype.
+    """Provides tensors by name, on one device and in one dtype.
 
-    round_tokens: whether the model rounds activations to int8 where weights have four bits.
+    round_tokens: whether the model rounds activations to int8 before int4 weights.
     """
 
     device: torch.device
@@ -24,10 +24,10 @@ class TensorSource(Protocol):
         ...
 
     def matrix(self, name: str, outputs: int, inputs: int) -> Matrix:
-        """The weights of a projection, [outputs, inputs], in the format that the model multiplies them in."""
+        """The weights of a projection, [outputs, inputs], in the format of the model."""
         ...
 
 
 def piece_for(source: TensorSource, width: int) -> int | None:
-    """Inputs that share the scale of an int8 activation of `width`; None where the model rounds none."""
+    """Inputs that share the scale of an int8 activation of `width`; None if activations are not rounded."""
     return piece_of(width) if source.round_tokens else None

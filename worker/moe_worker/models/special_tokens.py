@@ -1,4 +1,4 @@
-"""Which special tokens stand around a prompt: the tokenizer's own files decide, never config.json."""
+"""Special tokens before and after a prompt, from the tokenizer's files; config.json is not used."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,23 +20,23 @@ _SAMPLE = "a"
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Token ids before and behind those of a text."""
+    """Token ids before and after those of a text."""
 
     before: tuple[int, ...] = ()
     behind: tuple[int, ...] = ()
 
     def around(self, ids: list[int]) -> list[int]:
-        """`ids` with the special tokens; none is put where the text itself has it already."""
+        """`ids` with the special tokens; one that the text already has is not added again."""
         before = () if tuple(ids[: len(self.before)]) == self.before else self.before
         return [*before, *ids, *self.behind]
 
 
 def special_tokens(directory: Path, inner: tokenizers.Tokenizer) -> SpecialTokens:
-    """What the post-processor of tokenizer.json puts around a text, and `add_bos_token` changes of it.
+    """Special tokens that the post-processor of tokenizer.json adds, as changed by `add_bos_token`.
 
-    As transformers 4 does for the tokenizers of Llama's kind that DeepSeek publishes, `add_bos_token` in
-    tokenizer_config.json decides about the begin-of-text token `bos_token`; where it is not set, or no
-    `bos_token` is named (null), the post-processor alone decides, as in transformers 5.
+    As transformers 4 does for the Llama tokenizers that DeepSeek publishes, `add_bos_token` in
+    tokenizer_config.json decides whether the begin-of-text token `bos_token` is added. If it is not set, or
+    `bos_token` is null, the post-processor alone decides, as in transformers 5.
 
     Raises TokenizerError.
     """
@@ -60,7 +60,7 @@ def _of_post_processor(inner: tokenizers.Tokenizer) -> SpecialTokens:
 
 
 def _bos(path: Path, named: Any, inner: tokenizers.Tokenizer) -> int | None:
-    """The id of `bos_token`, a text or an object that holds it as `content`."""
+    """The id of `bos_token`, which is a text or an object with the text in `content`."""
     text = named.get("content") if isinstance(named, dict) else named
     if text is None:
         return None

@@ -10,10 +10,10 @@ from moe_worker.moe.dispatch import LOCAL, Dispatch
 class Stage:
     """Layers `begin` to `end` (not included) of `of`.
 
-    The first stage embeds tokens, the last one computes logits; between stages go hidden states.
-    experts: for each layer whose experts are spread over ranks, the routed ones that are held here, in the
-    order of their places; layers that are absent hold all. dispatches: for the same layers, the way to the
-    experts of other ranks.
+    The first stage embeds tokens, the last one computes logits; hidden states go from stage to stage.
+    experts: for each layer whose experts are spread over ranks, the routed experts of this rank, in the order
+    of their places; a layer that is absent has all experts. dispatches: for the same layers, the exchange of
+    tokens with other ranks.
     """
 
     begin: int
@@ -43,5 +43,5 @@ class Stage:
         return range(self.begin, self.end)
 
     def dispatch(self, layer: int) -> Dispatch:
-        """How tokens of `layer` get to their experts."""
+        """The dispatch of `layer`."""
         return self.dispatches.get(layer, LOCAL)

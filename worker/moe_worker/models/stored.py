@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint as the model wants them, however they are stored.
+"""Converts the tensors of a checkpoint from their stored format to the format of the model.
 
 Legend: O outputs, I inputs, G groups.
 """
@@ -33,10 +33,10 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Placement:
-    """How a model is held.
+    """Device, dtype and format of a model in memory.
 
-    format: of projections, "dense", "w4a16", "w4a8" or "fp8" (config/engine.py says what they are): those
-    stored so are taken as they are; all are rounded at load where none is. check_weights: every stored value
+    format: of projections: "dense", "w4a16", "w4a8" or "fp8" (see config/engine.py). Matrices stored in that
+    format are used unchanged; if none are, all are rounded when they load. check_weights: every stored value
     must be finite.
     """
 
@@ -47,7 +47,7 @@ class Placement:
 
 
 class StoredSource:
-    """A TensorSource over the tensors in the files' headers; a subclass reads, or only checks."""
+    """A TensorSource for tensors in safetensors files; subclasses read them, or only check them."""
 
     def __init__(
         self,
@@ -83,11 +83,11 @@ class StoredSource:
         return form.quantize(plain, form.group(self._storage, inputs))
 
     def stored(self, name: str, *shape: int) -> Matrix:
-        """Tensor `name` as the files have it, perhaps in a file's memory. Raises CheckpointError."""
+        """Tensor `name` as it is stored, perhaps in mapped memory. Raises CheckpointError."""
         return self._layout.of(name, self._stored).matrix(self.parts(name, *shape), shape)
 
     def parts(self, name: str, *shape: int) -> dict[str, Tensor]:
-        """The tensors that make up `name`, checked against the files' headers, by the ends of their names.
+        """The tensors of matrix `name` by the suffixes of their names, checked against the files' headers.
 
         Raises CheckpointError.
         """
@@ -99,7 +99,7 @@ class StoredSource:
         return parts
 
     def _check_shape(self, name: str, told: Tensor | None, shape: tuple[int, ...]) -> None:
-        """`told`: what a packed checkpoint says of the shape with the weights."""
+        """`told`: the shape that a packed checkpoint stores with the weights."""
         if told is None or told.is_meta or told.tolist() == list(shape):
             return
         stored = self._stored[name.removesuffix("weight") + compressed_tensors.SHAPE]
@@ -124,9 +124,9 @@ class StoredSource:
 
 
 def has_only_numbers(value: Tensor) -> bool:
-    """Whether no element is infinite or NaN, in one pass at about the speed of a copy.
+    """Whether all elements are finite, in one pass at about the speed of a copy.
 
-    A sum is not finite if an element is not. If the sum only overflows, each element is checked.
+    A sum is not finite if an element is not. If only the sum overflows, each element is checked.
     """
     if value.numel() == 0:
         return True
@@ -139,7 +139,7 @@ def has_only_numbers(value: Tensor) -> bool:
 
 
 def _count_wrong(value: Tensor) -> int:
-    """Elements that are not finite; a copy of few elements at a time."""
+    """Number of elements that are not finite; copies a few elements at a time."""
     return sum(int((~part.float().isfinite()).sum()) for part in value.flatten().split(GPU_PIECE))
 
 
@@ -151,7 +151,7 @@ def _not_finite(tensor: StoredTensor, value: Tensor) -> CheckpointError:
 
 
 def _mismatch(tensor: StoredTensor, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> str | None:
-    """What is wrong with a tensor, and what would be right; None if it can be used."""
+    """The problem with a tensor and the expected value; None if it can be used."""
     if tensor.shape != shape:
         return f"has shape {list(tensor.shape)}, but config.json needs {list(shape)}"
     if tensor.dtype not in dtypes:

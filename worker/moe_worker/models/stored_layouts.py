@@ -1,6 +1,6 @@
-"""How a matrix lies in a checkpoint's files: which tensors make it up, and the matrix that they are.
+"""How a checkpoint stores a matrix: the tensors that it consists of, and their conversion.
 
-docs/formats.md describes each layout. A class for each; `layout_of` selects it by what config.json says.
+docs/formats.md describes each layout. Each has a class; `layout_of` selects it by config.json.
 """
 
 from collections.abc import Container
@@ -27,21 +27,21 @@ class Layout(Protocol):
     """One way of storing a matrix."""
 
     def of(self, name: str, stored: Container[str]) -> "Layout":
-        """The layout of this one: some matrices are left plain in every kind of checkpoint."""
+        """The layout of one matrix: every kind of checkpoint leaves some matrices plain."""
         ...
 
     def wanted(self, name: str, shape: tuple[int, ...]) -> Wanted | str:
-        """The tensors that make up `name`; or why there can be none, as the end of a sentence."""
+        """The tensors of matrix `name`, or the reason why there can be none, as the end of a sentence."""
         ...
 
     def matrix(self, parts: dict[str, Tensor], shape: tuple[int, ...]) -> Matrix:
-        """The matrix that they are, perhaps in their memory."""
+        """The matrix made of these tensors, which may share their memory."""
         ...
 
 
 @dataclass(frozen=True)
 class PlainLayout:
-    """Numbers as they are."""
+    """Plain floating-point numbers."""
 
     def of(self, name: str, stored: Container[str]) -> Layout:
         """Always this."""
@@ -115,12 +115,12 @@ class PackedLayout:
 
 @dataclass(frozen=True)
 class SparseLayout:
-    """s14; a matrix that is not sparse may stand next to it as pack-quantized or plain."""
+    """s14. A matrix that is not sparse may be stored as pack-quantized or plain."""
 
     storage: SparseStorage
 
     def of(self, name: str, stored: Container[str]) -> Layout:
-        """That of pack-quantized without sparse values."""
+        """As pack-quantized if there are no sparse values."""
         if name.removesuffix("weight") + sparse14.VALUES in stored:
             return self
         return PackedLayout(PackedStorage(self.storage.group, symmetric=True)).of(name, stored)
@@ -145,7 +145,7 @@ class SparseLayout:
 
 
 def layout_of(storage: Storage | None) -> Layout:
-    """That of a checkpoint's matrices; plain where config.json says nothing."""
+    """The layout of a checkpoint's matrices; plain if config.json names none."""
     match storage:
         case Fp8Storage():
             return Fp8Layout(storage)

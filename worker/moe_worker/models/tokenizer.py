@@ -25,7 +25,7 @@ _NORMALIZED = 4
 
 
 class Tokenizer:
-    """Text to token ids, and token ids to the bytes they stand for."""
+    """Converts text to token ids, and token ids to bytes."""
 
     def __init__(self, inner: tokenizers.Tokenizer, special: SpecialTokens, vocab_size: int) -> None:
         self._inner = inner
@@ -47,10 +47,10 @@ class Tokenizer:
         return cls(inner, special, config.vocab_size)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`, between the special tokens that the tokenizer's files put around a text.
+        """Token ids of `text` with the special tokens of the tokenizer's files.
 
-        A text that begins with those tokens itself gets no second ones. Raises TokenizerError where the
-        library gives up.
+        Special tokens that the text already has are not added again. Raises TokenizerError if the library
+        fails.
         """
         try:
             # A batch of one: unlike the library's `encode` it lets other threads run (4 MiB take 2 s).
@@ -63,29 +63,29 @@ class Tokenizer:
         return self._special.around(ids) if add_special_tokens else ids
 
     def encode_unless_longer(self, text: str, most: int, add_special_tokens: bool = True) -> list[int] | None:
-        """As `encode`; None where the text clearly has more than `most` tokens, which costs less to find out.
+        """As `encode`, or None if the text clearly has more than `most` tokens, which is cheaper to find out.
 
-        The library takes some 250 bytes of memory a token, so a text that is far too long is given up early.
-        A text with a few tokens too many gives all its ids.
+        The library takes about 250 bytes of memory per token, so a text that is far too long is refused
+        early. A text that is slightly too long returns all its ids.
         """
         return None if self._is_longer(text, most) else self.encode(text, add_special_tokens)
 
     @property
     def characters_per_token(self) -> int:
-        """Characters of text that one token stands for at most: longer texts have more tokens."""
+        """Most characters that one token represents: longer texts have more tokens."""
         shrinks = 1 if self._inner.normalizer is None else _NORMALIZED
         return self.longest_token_bytes * shrinks
 
     @cached_property
     def longest_token_bytes(self) -> int:
-        """Bytes of text that one token stands for at most."""
+        """Most bytes that one token represents."""
         added = (token.content for token in self._inner.get_added_tokens_decoder().values())
         # In a byte-level vocabulary each character of a token's name is a byte.
         names = self._inner.get_vocab(with_added_tokens=False)
         return max(max(map(len, names), default=1), max((len(text.encode()) for text in added), default=1))
 
     def _is_longer(self, text: str, most: int) -> bool:
-        """Whether the text surely has more than `most` tokens; tokenizes a suspect one piece by piece."""
+        """Whether the text certainly has more than `most` tokens; tokenizes a suspect text piece by piece."""
         if len(text) > most * self.characters_per_token:
             return True
         if len(text) <= most * _SUSPECT_CHARACTERS:
@@ -99,11 +99,11 @@ class Tokenizer:
         return False
 
     def token_bytes(self, token: int) -> bytes:
-        """What one token adds to the text; special tokens and ids without a token add nothing."""
+        """Bytes that a token adds to the text; special tokens and unknown ids add none."""
         return self._bytes[token]
 
     def piece(self, token: int) -> bytes:
-        """What one token stands for: its bytes, or the name of a special token; b"" for unknown ids."""
+        """The bytes of a token, or the name of a special token; b"" for unknown ids."""
         return self._bytes[token] or (self._inner.id_to_token(token) or "").encode()
 
     @cached_property
@@ -114,7 +114,7 @@ class Tokenizer:
 
 
 def byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's table: the printable character that stands for each byte in a token's name."""
+    """GPT-2's table: the printable character that represents each byte in a token's name."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -124,7 +124,7 @@ _ALPHABET = byte_level_alphabet()
 
 
 def _from_byte_level(name: str) -> bytes:
-    """Bytes of a token from its name; a name outside the alphabet (an added token) is plain text."""
+    """Bytes of a token by its name; a name outside the alphabet (an added token) is plain text."""
     if all(character in _ALPHABET for character in name):
         return bytes(_ALPHABET[character] for character in name)
     return name.encode()

@@ -1,9 +1,9 @@
-"""Tries a tokenizer.json in a child process with limits, before any process reads it.
+"""Tests a tokenizer.json in a child process with limits before any other process reads it.
 
-Its regular expressions and normalizers run in the tokenizers library, which bounds neither their time nor
-their memory. The child reads the file and tokenizes texts that make such patterns explode: runs of one
-character, every letter of the common scripts, and whatever characters the patterns themselves name. A pattern
-that explodes on other texts only is not found; requests are bounded by their length.
+The tokenizers library bounds neither time nor memory of its regular expressions and normalizers. The child
+reads the file and tokenizes texts on which such patterns explode: runs of one character, all letters of the
+common scripts, and the characters that the patterns name. A pattern that explodes on other texts only is not
+found; requests are bounded by their length.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ _tried: set[bytes] = set()
 
 
 def load_guarded(directory: Path, config: ModelConfig) -> Tokenizer:
-    """As Tokenizer.load, after a child process could. Raises TokenizerError."""
+    """Loads a tokenizer after a child process has loaded it. Raises TokenizerError."""
     path = directory / "tokenizer.json"
     if present(path):  # what is missing needs no trial
         try_tokenizer(path)
@@ -45,9 +45,9 @@ def load_guarded(directory: Path, config: ModelConfig) -> Tokenizer:
 
 
 def try_tokenizer(path: Path) -> None:
-    """Lets a child process read the file and tokenize texts, once for each content.
+    """Reads the file and tokenizes texts in a child process, once per content.
 
-    Raises TokenizerError where it takes too much, and CheckpointError where the file cannot be read.
+    Raises TokenizerError if that exceeds the limits, and CheckpointError if the file cannot be read.
     """
     digest = hashlib.sha256(read_file(path, LARGEST_TOKENIZER)).digest()
     if digest not in _tried:
@@ -86,7 +86,7 @@ def _refused(path: Path, what: str) -> TokenizerError:
 def main(path: Path) -> None:
     """Reads the file and tokenizes the texts, within limits that end the process.
 
-    What is wrong with the file itself is no matter here. Raises what the library does.
+    Errors in the file itself are not checked here. Raises the errors of the library.
     """
     used = resource.getrusage(resource.RUSAGE_SELF)
     used_s = int(used.ru_utime + used.ru_stime)
@@ -104,7 +104,7 @@ def main(path: Path) -> None:
 
 
 def texts(values: Any) -> list[str]:
-    """What to tokenize for a tokenizer.json that holds `values`."""
+    """Test texts for a tokenizer.json with the content `values`."""
     given = values if isinstance(values, dict) else {}
     patterns = [given.get(part) for part in ("normalizer", "pre_tokenizer")]
     named = {character for text in _strings(patterns) for character in text[:_LONG]}

@@ -1,7 +1,7 @@
-"""Dispatch: brings tokens to the ranks that hold their experts, and the experts' outputs back.
+"""Dispatch: sends tokens to the ranks of their experts, and the experts' outputs back.
 
-A layer is attention -> route -> dispatch -> experts -> combine. Where one process holds all experts there is
-nothing to move; `moe_worker.mesh.dispatch` exchanges tokens between processes.
+A layer is attention -> route -> dispatch -> experts -> combine. In one process nothing moves;
+`moe_worker.mesh.dispatch` exchanges tokens between processes.
 
 Legend: T tokens of this rank, K experts of a token, R tokens that this rank computes experts for, D hidden.
 """
@@ -14,8 +14,8 @@ from torch import Tensor
 class Received(NamedTuple):
     """Tokens for this rank's experts.
 
-    x_RD: hidden states. experts_RK: int64 places among the rank's own experts, -1 where an expert is
-    another rank's, or none. weights_RK: float32.
+    x_RD: hidden states. experts_RK: places among this rank's experts, -1 for an expert of another rank and
+    for none. weights_RK: float32.
     """
 
     x_RD: Tensor
@@ -24,14 +24,14 @@ class Received(NamedTuple):
 
 
 class Dispatch(Protocol):
-    """Moves the tokens of one layer; `gather` follows each `scatter` before the next one."""
+    """Moves the tokens of one layer; each `scatter` is followed by its `gather`."""
 
     def scatter(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Received:
-        """What the ranks send one another. experts_TK: int64, -1 for none; weights_TK: float32."""
+        """Exchanges tokens between ranks. experts_TK: -1 for none; weights_TK: float32."""
         ...
 
     def gather(self, out_RD: Tensor) -> Tensor:
-        """Sums for each own token what the ranks computed for it, [T, D]."""
+        """Sums the outputs of all ranks for each own token, [T, D]."""
         ...
 
 

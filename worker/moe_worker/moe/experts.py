@@ -1,7 +1,7 @@
-"""The experts of one layer; shared experts stand behind the routed ones.
+"""The experts of one layer; shared experts follow the routed ones.
 
 Legend: T tokens, D hidden, I intermediate of one expert, F = 2 * I (gate, then up), A all experts, K experts
-a token (the chosen ones, then the shared ones), M = T * K rows, one for each token and expert.
+a token (chosen ones, then shared ones), M = T * K rows, one for each token and expert.
 """
 
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ _Views = tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Experts:
-    """SwiGLU experts, stacked; a shared block of S * I intermediate values is S experts that add up.
+    """SwiGLU experts, stacked; a shared block of S * I intermediate values is S experts.
 
-    round_tokens: whether activations are rounded to int8 before they meet weights of four bits.
+    round_tokens: whether activations are rounded to int8 before int4 weights.
     """
 
     gate_up_AFD: Matrix
@@ -30,13 +30,13 @@ class Experts:
 
     @property
     def count(self) -> int:
-        """Experts in all, A."""
+        """Number of experts, A."""
         return self.down_ADI.count
 
     def forward(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Weighted sum over each token's experts; [T, D] in x's dtype.
 
-        experts_TK: int64; -1 stands for no expert, for which nothing is computed. weights_TK: float32.
+        experts_TK: int64; for -1 (no expert) nothing is computed. weights_TK: float32.
         """
         if not x_TD.shape[0]:
             return x_TD
@@ -46,12 +46,12 @@ class Experts:
 
     @cached_property
     def _views(self) -> _Views | None:
-        """Each expert's dense matrices, made once: slicing them anew costs a token 14 us a layer."""
+        """Each expert's dense matrices, cached: slicing them again costs 14 us a token and layer."""
         gate_up, down = self.gate_up_AFD.dense, self.down_ADI.dense
         return None if gate_up is None or down is None else (gate_up.unbind(0), down.unbind(0))
 
     def _one_token(self, views: _Views, x_D: Tensor, experts: list[int], weights_K: Tensor) -> Tensor:
-        """Reads the experts' weights where they lie: gathering them first takes four times as long."""
+        """Reads the weights in place: gathering them first takes four times as long."""
         gate_up, down = views
         if min(experts) < 0:
             kept = [place for place, expert in enumerate(experts) if expert >= 0]
@@ -66,7 +66,7 @@ class Experts:
         return out_D.unsqueeze(0)
 
     def _grouped(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """One product for each expert, over the rows of all tokens that go to it."""
+        """One product for each expert over all its tokens."""
         tokens, per_token = experts_TK.shape
         order_M, ends_A = group_by_expert(experts_TK, self.count)
         rows_MD = x_TD.index_select(0, order_M // per_token)

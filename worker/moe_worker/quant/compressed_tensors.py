@@ -42,7 +42,9 @@ def from_tensors(tensors: Mapping[str, Tensor], inputs: int, group: int) -> Int4
 
 
 def quantization_config(group: int, symmetric: bool, ignore: Sequence[str]) -> dict[str, Any]:
-    """What config.json says of such a checkpoint; `ignore` names the linear layers left as they are."""
+    """The entry of config.json for such a checkpoint; `ignore` names the linear layers that are not
+    quantized.
+    """
     weights = {
         "num_bits": 4,
         "type": "int",

@@ -1,6 +1,6 @@
-"""The number formats that a user can ask for, by name: one table for all that depends on them.
+"""The number formats that users can select, by name.
 
-docs/formats.md says what each means. `config.engine.FORMATS` has the same names, without torch.
+docs/formats.md defines each. `config.engine.FORMATS` has the same names, without torch.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,13 @@ from moe_worker.quant.sparse14 import Sparse14Weight
 
 @dataclass(frozen=True)
 class Format:
-    """How projections are held and multiplied.
+    """How projections are stored and multiplied.
 
-    matrices: classes that are taken as a checkpoint has them. quantize: makes one of plain weights [O, I], in
-    groups where the format has any. own: ways of storing that are this format, so that what their maker left
-    plain stays so. int8: whether activations are rounded. bits: of a weight, with its share of scales; None
-    where it is a number of the model's dtype. tolerance: share of the logits' length by which computing in
-    bfloat16, with the rounding that is part of it, may differ from float32.
+    matrices: classes that a checkpoint may have for this format. quantize: makes one of plain weights [O, I],
+    in groups if the format has any. own: storage that belongs to this format, so plain matrices in it stay
+    plain. int8: whether activations are rounded. bits: per weight, including scales; None for numbers of the
+    model's dtype. tolerance: difference from float32, as a share of the norm of the logits, that computing in
+    bfloat16 with the rounding of the format may cause.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Format:
     tolerance: float = 0.04
 
     def group(self, storage: Storage | None, inputs: int) -> int:
-        """Inputs that share a scale where weights are rounded at load: as in a checkpoint that has int4."""
+        """Inputs that share a scale if weights are rounded when they load: as in a checkpoint with int4."""
         if isinstance(storage, PackedStorage | SparseStorage):
             return storage.group or inputs
         return GROUP

@@ -23,9 +23,9 @@ BLOCK = (128, 128)
 class Fp8Weight(Matrix):
     """A matrix (or stacked ones): weight[o, i] = value[o, i] * scale[o, i // columns].
 
-    bits_OI: uint8 [..., O, I], the bits of e4m3, since torch moves few things of eight-bit floats.
-    scales_OC: float32 [..., O, C]. Each row has the scales of its block, so that rows can be joined and
-    reordered across the edges of blocks; for 128 columns that takes 3 % more memory than one scale a block.
+    bits_OI: uint8 [..., O, I], the bits of e4m3, because torch moves e4m3 with few operations only.
+    scales_OC: float32 [..., O, C]. Each row stores the scales of its block, so rows can be joined and
+    reordered across blocks; for 128 columns that takes 3 % more memory than one scale a block.
     """
 
     bits_OI: Tensor
@@ -44,7 +44,7 @@ class Fp8Weight(Matrix):
 
     @property
     def unit(self) -> int:
-        """A block's inputs."""
+        """Inputs of a block."""
         return self.columns
 
     def with_parts(self, tensors: Sequence[Tensor], inputs: int) -> "Fp8Weight":
@@ -64,7 +64,7 @@ class Fp8Weight(Matrix):
 
 
 def from_blocks(weight_OI: Tensor, scales_RC: Tensor, block: tuple[int, int]) -> Fp8Weight:
-    """Weights e4m3 [O, I] as they are, with a scale for each block of `block` rows and columns."""
+    """Unchanged e4m3 weights [O, I] with a scale for each block of `block` rows and columns."""
     rows, columns = block
     scales_OC = scales_RC.float().repeat_interleave(rows, dim=0)[: weight_OI.shape[0]]
     return Fp8Weight(weight_OI.view(torch.uint8), scales_OC, columns)

@@ -1,4 +1,4 @@
-"""Four-bit weights in groups of inputs that share a scale, and a zero point where they are asymmetric.
+"""Four-bit weights in groups of inputs with a common scale and, if asymmetric, a zero point.
 
 Legend: O outputs, I inputs, P = ceil(I / 2) bytes of two values, G = ceil(I / group) groups; leading axes
 (experts) are allowed everywhere.
@@ -26,9 +26,8 @@ CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 class Int4Weight(Matrix):
     """A matrix: weight[o, i] = scale[o, i // group] * (value[o, i] - zero[o, i // group]).
 
-    packed_OP: uint8, value + 8 in four bits, that of the even input in the low ones. scales_OG: floating.
-    zeros_OG: int8 from -8 to 7, or None where all are 0. inputs: I, where odd the last high bits mean
-    nothing.
+    packed_OP: uint8, value + 8 in four bits, the even input in the low bits. scales_OG: floating. zeros_OG:
+    int8 from -8 to 7, or None if all are 0. inputs: I; if it is odd, the last high bits are unused.
     """
 
     takes_int8 = True
@@ -56,7 +55,7 @@ class Int4Weight(Matrix):
         return Int4Weight(packed, scales, zeros[0] if zeros else None, inputs, self.group)
 
     def like(self, others: Sequence[Matrix]) -> "Int4Weight":
-        """With zero points, all of them 0, where others have some."""
+        """With zero points of 0 if others have zero points."""
         asymmetric = any(isinstance(each, Int4Weight) and each.zeros_OG is not None for each in others)
         if self.zeros_OG is not None or not asymmetric:
             return self
@@ -93,7 +92,7 @@ def unpack(packed: Tensor, inputs: int) -> Tensor:
 
 
 def quantize_int4(weight: Tensor, group: int = GROUP, scale_dtype: torch.dtype = torch.float32) -> Int4Weight:
-    """Rounds [..., O, I] to the nearest of 15 symmetric values a group: the one rule of rounding to int4."""
+    """Rounds [..., O, I] to the nearest of 15 symmetric values per group: the only rounding rule of int4."""
     inputs, leading = weight.shape[-1], weight.shape[:-1]
     parts = [_round_rows(piece, group, scale_dtype) for piece in float_rows(weight.reshape(-1, inputs))]
     packed, scales = (torch.cat(tensors).unflatten(0, leading) for tensors in zip(*parts, strict=True))
@@ -107,7 +106,7 @@ def _round_rows(weight_OI: Tensor, group: int, scale_dtype: torch.dtype) -> tupl
 
 
 def search_scales(weight: Tensor, group: int, scale_dtype: torch.dtype = torch.float32) -> Tensor:
-    """float32 [..., O, G], rounded to `scale_dtype`: of CLIPS the one with the least squared error."""
+    """Scales float32 [..., O, G], rounded to `scale_dtype`: the one of CLIPS with the least squared error."""
     grouped = cut_groups(weight, group)
     largest = grouped.abs().amax(dim=-1, keepdim=True)
     best = torch.ones_like(largest)
@@ -135,6 +134,6 @@ def cut_groups(weight: Tensor, group: int) -> Tensor:
 
 
 def _scale(edge: Tensor, dtype: torch.dtype) -> Tensor:
-    """What makes HIGHEST the edge, rounded as it will be stored; 1 for groups of zeros."""
+    """The scale that maps the edge to HIGHEST, rounded as it is stored; 1 for groups of zeros."""
     scale = (edge / HIGHEST).to(dtype).float()
     return torch.where(scale > 0, scale, torch.ones_like(scale))

@@ -1,7 +1,7 @@
-"""Eight-bit activations, rounded anew for each token, with one scale for each piece of its inputs.
+"""Eight-bit activations, rounded dynamically per token, with one scale for each piece of the inputs.
 
-This is the one definition of what the format w4a8 does to activations; docs/formats.md says it in words. The
-trainer and plain torch compute with these functions, the CPU and GPU kernels are tested against them.
+This module defines what the format w4a8 does to activations; docs/formats.md describes it. The trainer and
+plain torch compute with these functions, and the kernels are tested against them.
 
 Legend: T tokens, I inputs, X pieces.
 """
@@ -14,7 +14,7 @@ PIECE, WHOLE_PIECE = 64, 128
 
 
 def piece_of(width: int) -> int:
-    """Inputs that share the scale of an int8 activation of `width`: 128 where they fill it, else 64.
+    """Inputs that share the scale of an int8 activation of `width`: 128 if it divides `width`, else 64.
 
     `width` is that of a row, or of what repeats along it: for the output of attention, the values of a head.
     """
@@ -24,9 +24,9 @@ def piece_of(width: int) -> int:
 def quantize_pieces(x_TI: Tensor, piece: int) -> tuple[Tensor, Tensor]:
     """Symmetric rounding (half to even) with one scale a piece: int8 [T, I] and float32 scales [T, X].
 
-    x is about q * scale; the scale makes the piece's largest magnitude 127, and is 1 for a piece of zeros.
-    The last piece may be shorter. A piece that is not finite has a scale of NaN or infinity, and so is what
-    is computed from the token. Leading axes are allowed.
+    x is about q * scale. The scale maps the largest magnitude of a piece to 127, and is 1 for a piece of
+    zeros. The last piece may be shorter. A piece with a value that is not finite gets a scale of NaN or
+    infinity, which reaches every result of the token. Leading axes are allowed.
     """
     inputs, missing = x_TI.shape[-1], -x_TI.shape[-1] % piece
     whole = functional.pad(x_TI.float(), (0, missing)) if missing else x_TI.float()

@@ -1,8 +1,8 @@
-"""A matrix in some number format, or several of one shape stacked: what all formats can do.
+"""Matrices in a number format, one or a stack of one shape: the operations of all formats.
 
-Each format is a class: `Dense` here, `Fp8Weight`, `Int4Weight` and `Sparse14Weight` in modules of their own;
-quant/formats.py names what a user can ask for. Every format holds tensors whose last axis runs along the
-inputs and whose other axes are those of the matrix, so most operations are the same for all.
+Each format is a class: `Dense` here, `Fp8Weight`, `Int4Weight` and `Sparse14Weight` in their own modules;
+quant/formats.py names the formats that users can select. The last axis of every tensor runs along the inputs,
+and the others are those of the matrix, so most operations are the same for all formats.
 
 Legend: O outputs (rows), I inputs, A stacked matrices, T tokens, M rows of several matrices.
 """
@@ -24,7 +24,7 @@ VALUES, POSITIONS, SCALES, DENSE = "values", "positions", "scales", "dense rest"
 class Part(NamedTuple):
     """A tensor of a matrix: [..., O, ceil(I / inputs)], of a kind that reports name.
 
-    inputs: of the matrix that one element stands for. fill: what stands for inputs whose weights are 0.
+    inputs: of the matrix, per element. fill: the element for inputs with weight 0.
     """
 
     tensor: Tensor
@@ -36,7 +36,7 @@ class Part(NamedTuple):
 class Matrix(ABC):
     """[O, I], or stacked [A, O, I]; `inputs` is I.
 
-    takes_int8: whether products with it may round activations to int8.
+    takes_int8: whether activations may be rounded to int8 for products.
     """
 
     takes_int8: ClassVar[bool] = False
@@ -54,21 +54,21 @@ class Matrix(ABC):
 
     @property
     def layout(self) -> tuple[object, ...]:
-        """What matrices must have in common to be compatible."""
+        """What compatible matrices have in common."""
         return type(self), *(part.inputs for part in self.parts)
 
     @property
     @abstractmethod
     def unit(self) -> int:
-        """Inputs that cannot be cut apart."""
+        """Inputs that cannot be split."""
 
     @abstractmethod
     def with_parts(self, tensors: Sequence[Tensor], inputs: int) -> Self:
-        """The format's other matrix of these tensors, in the order of `parts`."""
+        """A matrix of the same format with these tensors, in the order of `parts`."""
 
     @abstractmethod
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """[..., O, I] in memory of its own, as `dtype` (None: the format's own)."""
+        """[..., O, I] in new memory, as `dtype` (None: that of the format)."""
 
     @property
     def outputs(self) -> int:
@@ -87,7 +87,7 @@ class Matrix(ABC):
 
     @property
     def dense(self) -> Tensor | None:
-        """The weights themselves where they are plain numbers, not copied; None where they are packed."""
+        """The weights if they are plain numbers, not copied; None if they are packed."""
         return None
 
     def __getitem__(self, index: int) -> Self:
@@ -95,11 +95,11 @@ class Matrix(ABC):
         return self.map(lambda tensor: tensor[index])
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """`change`, which moves whole rows, applied to every tensor: each has a row for each output."""
+        """Applies `change`, which moves whole rows, to every tensor: each has a row per output."""
         return self.with_parts([change(part.tensor) for part in self.parts], self.inputs)
 
     def split_inputs(self, count: int) -> list[Self]:
-        """Cuts the inputs into equal parts. Raises ValueError where a group would be cut."""
+        """Splits the inputs into equal parts. Raises ValueError if a group would be split."""
         width = self.inputs // count
         if count > 1 and width % self.unit:
             raise ValueError(f"{count} parts of {width} inputs cut groups of {self.unit}")
@@ -107,7 +107,7 @@ class Matrix(ABC):
         return [self.with_parts(tensors, width) for tensors in cut]
 
     def pad_inputs(self, more: int) -> Self:
-        """`more` inputs of weight 0 behind the others; groups of nothing else have a scale of 0, too."""
+        """Appends `more` inputs of weight 0; groups of such inputs only have scale 0."""
         if more == 0:
             return self
         inputs = self.inputs + more
@@ -119,16 +119,16 @@ class Matrix(ABC):
         return self.with_parts([padded(part) for part in self.parts], inputs)
 
     def like(self, others: Sequence["Matrix"]) -> "Matrix":
-        """The same matrix with the parts that `others` have, before they are compatible."""
+        """The same matrix with the optional parts that `others` have, to make them compatible."""
         del others
         return self
 
     def multiply(self, x_TI: Tensor, bias_O: Tensor | None = None, piece: int | None = None) -> Tensor:
         """x W^T + bias in plain torch, [T, O] in x's dtype: the reference of all kernels.
 
-        It multiplies in float32 what weights and activations stand for; kernels that sum integers differ from
-        it only in the roundings of float32. piece: inputs that share the scale of an int8 activation; None:
-        activations are not rounded.
+        It multiplies dequantized weights and activations in float32; kernels that sum integers differ only by
+        float32 rounding. piece: inputs that share the scale of an int8 activation; None: activations are not
+        rounded.
         """
         rounded = piece is not None and self.takes_int8
         y_TO = self._product(round_pieces(x_TI, piece) if rounded and piece else x_TI.float())
@@ -141,7 +141,7 @@ class Matrix(ABC):
 
 @dataclass(frozen=True)
 class Dense(Matrix):
-    """Weights as they are computed with: float32 or bfloat16 [..., O, I]."""
+    """Plain weights: float32 or bfloat16 [..., O, I]."""
 
     values: Tensor
 
@@ -181,12 +181,12 @@ class Dense(Matrix):
 
 
 def join_rows(matrices: Sequence[Matrix]) -> Matrix:
-    """One matrix with the rows of all, which have the same inputs; dense where formats differ."""
+    """One matrix with the rows of all, which have equal inputs; dense if formats differ."""
     return _combine(matrices, _join)
 
 
 def stack(matrices: Sequence[Matrix]) -> Matrix:
-    """Matrices of one shape with a leading axis; dense likewise."""
+    """Matrices of one shape with a leading axis; dense if formats differ."""
     return _combine(matrices, _pile)
 
 
@@ -200,7 +200,9 @@ def _combine(matrices: Sequence[Matrix], join: Callable[[list[Tensor]], Tensor])
 
 
 def _join(rows: list[Tensor]) -> Tensor:
-    """torch.cat. Those without data are joined by hand: torch imports its compiler for them, for seconds."""
+    """torch.cat; meta tensors are joined by hand, because torch imports its compiler for them, which takes
+    seconds.
+    """
     if rows[0].is_meta:
         return rows[0].new_empty(sum(part.shape[0] for part in rows), *rows[0].shape[1:])
     return torch.cat(rows)

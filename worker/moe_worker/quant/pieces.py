@@ -1,4 +1,4 @@
-"""Large matrices are rounded a few rows at a time, so that copies in float32 take little memory.
+"""Rounds large matrices a few rows at a time, so that float32 copies stay small.
 
 Legend: O outputs, I inputs.
 """
@@ -13,7 +13,7 @@ CPU_PIECE, GPU_PIECE = 1 << 18, 1 << 24
 
 
 def float_rows(weight_OI: Tensor, multiple: int = 1) -> Iterator[Tensor]:
-    """float32 pieces of whole rows, one behind the other; of a `multiple` of rows but for the last."""
+    """Consecutive float32 pieces of whole rows; all but the last have a `multiple` of rows."""
     most = CPU_PIECE if weight_OI.device.type == "cpu" else GPU_PIECE
     rows = max(1, most // (multiple * weight_OI.shape[1])) * multiple
     return (part.to(torch.float32) for part in weight_OI.split(rows))

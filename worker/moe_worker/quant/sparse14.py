@@ -1,6 +1,6 @@
-"""The layout s14: of four consecutive inputs one has a weight, of four bits, and a position of two.
+"""The layout s14: one of four consecutive inputs has a weight, stored as four bits and a two-bit position.
 
-A *quad* is four consecutive inputs. docs/formats.md says where each bit of a checkpoint stands.
+A *quad* is four consecutive inputs. docs/formats.md defines every bit of a checkpoint.
 
 Legend: O outputs, I inputs, Q = I / 4 quads, P = ceil(Q / 2) bytes of values, R = ceil(Q / 4) bytes of
 positions, G groups of inputs that share a scale; leading axes (experts) are allowed everywhere.
@@ -61,7 +61,7 @@ class Sparse14Weight(Matrix):
         return Sparse14Weight(values, positions, scales, inputs, self.group)
 
     def like(self, others: Sequence[Matrix]) -> Matrix:
-        """With its zeros written out, which loses nothing, where others have four bits and are not sparse."""
+        """As int4 with explicit zeros, which is exact, if others are int4 and not sparse."""
         dense = [other for other in others if isinstance(other, Int4Weight)]
         return self.to_int4() if dense and all(other.group == self.group for other in dense) else self
 
@@ -74,20 +74,20 @@ class Sparse14Weight(Matrix):
         return unpack_positions(self.positions_OR, self.inputs // QUAD)
 
     def scaled(self) -> Tensor:
-        """float32 [..., O, Q]: the weights that are not left out."""
+        """float32 [..., O, Q]: the stored weights, dequantized."""
         scales_OQ = self.scales_OG.float().repeat_interleave(self.group // QUAD, dim=-1)
         return self.values().float() * scales_OQ[..., : self.inputs // QUAD]
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """[..., O, I] with its zeros written out, in `dtype` (None: that of the scales)."""
+        """[..., O, I] with explicit zeros, in `dtype` (None: that of the scales)."""
         return self._spread(self.scaled()).to(dtype or self.scales_OG.dtype)
 
     def to_int4(self) -> Int4Weight:
-        """The same matrix with its zeros written out."""
+        """As int4 with explicit zeros."""
         return Int4Weight(pack(self._spread(self.values())), self.scales_OG, None, self.inputs, self.group)
 
     def _product(self, x_TI: Tensor) -> Tensor:
-        """One product for each position: no more than a quarter of the dense matrix is written out."""
+        """One product for each position, so that at most a quarter of the dense matrix is materialized."""
         scaled_OQ, positions_OQ = self.scaled(), self.positions()
         x_TQ4 = x_TI.unflatten(-1, (-1, QUAD))
         y_TO = x_TI.new_zeros(x_TI.shape[0], self.outputs)
@@ -96,7 +96,7 @@ class Sparse14Weight(Matrix):
         return y_TO
 
     def _spread(self, kept_OQ: Tensor) -> Tensor:
-        """[..., O, I]: what each quad has, at its position."""
+        """[..., O, I]: the value of each quad at its position."""
         dense = kept_OQ.new_zeros(*kept_OQ.shape, QUAD)
         dense.scatter_(-1, self.positions().long().unsqueeze(-1), kept_OQ.unsqueeze(-1))
         return dense.flatten(-2)
@@ -157,5 +157,5 @@ def shapes(outputs: int, inputs: int, group: int) -> dict[str, tuple[int, int]]:
 
 
 def quantization_config(group: int) -> dict[str, Any]:
-    """What config.json says of such a checkpoint."""
+    """The entry of config.json for such a checkpoint."""
     return {"quant_method": "moe-operator", "format": "s14-int4", "group_size": group, "version": 1}

@@ -1,1 +1,1 @@
-"""`moe-worker compress`: a recipe's steps one after the other, resumable, and a report of what each cost."""
+"""`moe-worker compress`: runs the steps of a recipe, resumably, and reports the cost of each."""

@@ -1,4 +1,4 @@
-"""A recipe: which checkpoint, which text, and the steps that make it smaller."""
+"""A recipe: a checkpoint, texts, and the steps that make the checkpoint smaller."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LARGEST_RECIPE = 1 << 20
 
 @dataclass(frozen=True)
 class Training:
-    """What all training of a recipe shares; a step may say otherwise."""
+    """Training settings of a recipe; a step may override them."""
 
     batch: int = 16
     window: int = 1024
@@ -43,7 +43,7 @@ class Finetune:
 
 @dataclass(frozen=True)
 class Sparsify(Finetune):
-    """Training into a pattern; with 0 steps the mask is chosen by magnitude and nothing is trained."""
+    """Training into a sparsity pattern. With 0 steps the mask is chosen by magnitude, without training."""
 
     pattern: str = "s14"
     dense_share: float = 0.2
@@ -55,14 +55,16 @@ class Sparsify(Finetune):
 
 @dataclass(frozen=True)
 class Quantize(Finetune):
-    """int4 weights and int8 activations, trained; with 0 steps rounded. Zeros of an earlier pattern stay."""
+    """Quantization-aware training with int4 weights and int8 activations; with 0 steps rounding only. Zeros
+    of an earlier pattern stay.
+    """
 
     group: int = 128
 
 
 @dataclass(frozen=True)
 class Prune(Finetune):
-    """Smaller sizes, reached in `rounds`, each with its share of the steps; sizes not named stay."""
+    """Smaller sizes, reached in `rounds`, each with its share of the steps; sizes that are not named stay."""
 
     rounds: int = 1
     batches: int = 16
@@ -83,7 +85,7 @@ KINDS: dict[str, type[Finetune]] = {
 
 @dataclass(frozen=True)
 class RecipeStep:
-    """One step: its kind, what it was given, and what differs from the recipe's training."""
+    """One step: its kind, its settings, and overrides of the training settings."""
 
     kind: str
     what: Finetune
@@ -92,7 +94,7 @@ class RecipeStep:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Paths are taken from the recipe's own folder."""
+    """A recipe; paths are relative to its own folder."""
 
     model: Path
     out: Path
@@ -140,7 +142,7 @@ def _step(values: Any, where: str, folder: Path, shared: Training) -> RecipeStep
 
 
 def _check_order(recipe: Recipe, path: Path) -> None:
-    """What is packed in four bits is not trained further."""
+    """Refuses steps after quantization: packed weights are not trained further."""
     for index, step in enumerate(recipe.steps[:-1]):
         packs = step.kind == "quantize" or (isinstance(step.what, Sparsify) and step.what.w4a8_share)
         if packs:
@@ -152,7 +154,7 @@ def _check_order(recipe: Recipe, path: Path) -> None:
 def _build(
     kind: type[Any], given: dict[str, Any], where: str, folder: Path, also: tuple[str, ...] = (), **made: Any
 ) -> Any:
-    """A dataclass from checked values; paths are made absolute by `folder`."""
+    """Builds a dataclass from checked values; `folder` makes paths absolute."""
     allowed = {entry.name: entry for entry in fields(kind) if entry.name not in made}
     for key in given:
         if key not in allowed:

@@ -1,4 +1,4 @@
-"""What each step of a recipe cost and saved: report.md, report.json, and two pictures."""
+"""Cost and savings of each step of a recipe: report.md, report.json, and two pictures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KIND_OF = {
 
 @dataclass(frozen=True)
 class ReportRow:
-    """One step. Bytes are those of model.safetensors by kind; they lie in memory as they lie on disk."""
+    """One step. Bytes are those of model.safetensors by kind; memory has the same."""
 
     step: str
     folder: str
@@ -44,7 +44,7 @@ class ReportRow:
 
 
 def describe_step(step: str, folder: Path, bits_per_byte: float, threads: int | None) -> ReportRow:
-    """Reads a checkpoint's sizes and measures how fast it decodes here, one sequence at a time."""
+    """Reads the sizes of a checkpoint and measures its decode speed on this machine, batch size 1."""
     config = read_checkpoint_config(folder)
     kinds: Counter[str] = Counter({VALUES: 0, POSITIONS: 0, SCALES: 0, DENSE: 0})
     for name, tensor in stored_tensors(folder).items():
@@ -62,7 +62,7 @@ def describe_step(step: str, folder: Path, bits_per_byte: float, threads: int | 
 
 
 def decode_speed(folder: Path, threads: int | None) -> float:
-    """Tokens a second on this machine's CPU: plain weights in float32, packed ones as W4A8."""
+    """Tokens per second on this machine's CPU: plain weights in float32, packed ones in W4A8."""
     packed = read_checkpoint_config(folder).storage is not None
     options = EngineOptions(
         device="cpu",

@@ -1,4 +1,4 @@
-"""Runs a recipe's steps, each into a folder of its own; what is done is not done again."""
+"""Runs the steps of a recipe, each in its own folder; completed steps are not repeated."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CHECKPOINT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "m
 
 
 def run_steps(recipe: Recipe) -> Iterator[tuple[str, Path, float]]:
-    """Yields, as each is done, what was done, its checkpoint folder and its bits per byte on valid.
+    """Yields each completed step, its checkpoint folder and its bits per byte on the validation text.
 
     The first is the checkpoint that the recipe starts from. Raises WorkerError.
     """
@@ -52,7 +52,7 @@ def run_steps(recipe: Recipe) -> Iterator[tuple[str, Path, float]]:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Everything that can be refused before hours of work: texts, sizes, groups, patterns, teachers.
+    """Checks everything that can be checked before hours of work: texts, sizes, groups, patterns, teachers.
 
     Raises WorkerError.
     """
@@ -80,14 +80,14 @@ def _naming(where: str) -> Iterator[None]:
 
 
 def _check_shape(recipe: Recipe, step: RecipeStep, config: dict[str, object]) -> None:
-    """Builds the compression of a step over a model without memory."""
+    """Checks the compression of a step on a model without memory."""
     with torch.device("meta"):
         model = TrainingModel(parse_model_config(config, str(recipe.model)), dropout=0.0)
         Compression(model, _settings(recipe, step, recipe.model, recipe.out, "none"))
 
 
 def _check_teacher(recipe: Recipe, step: RecipeStep, config: dict[str, object]) -> None:
-    """One that an earlier step makes is checked when it is there."""
+    """Checks a teacher; one that an earlier step creates is checked once it exists."""
     teacher = step.what.teacher
     if teacher is None or (teacher.is_relative_to(recipe.out) and not teacher.exists()):
         return
@@ -97,7 +97,7 @@ def _check_teacher(recipe: Recipe, step: RecipeStep, config: dict[str, object]) 
 
 
 def _settings(recipe: Recipe, step: RecipeStep, source: Path, out: Path, pattern: str) -> TrainSettings:
-    """The training that a step is."""
+    """The training settings of a step."""
     what = step.what
     settings = TrainSettings(
         data=recipe.data,
@@ -134,7 +134,7 @@ def _settings(recipe: Recipe, step: RecipeStep, source: Path, out: Path, pattern
 
 
 def _run_step(recipe: Recipe, step: RecipeStep, source: Path, made: Path, pattern: str) -> float:
-    """Makes the step's folder, or finds it made from the same inputs; returns its bits per byte."""
+    """Runs a step unless its folder is complete and has the same inputs; returns its bits per byte."""
     _claim(made, {"step": asdict(step), **_inputs(recipe, source, step)}, step.kind)
     if (made / DONE).exists():
         return float(read_json(made / DONE)["bits_per_byte"])
@@ -150,7 +150,7 @@ def _run_step(recipe: Recipe, step: RecipeStep, source: Path, made: Path, patter
 
 
 def _claim(made: Path, inputs: dict[str, object], kind: str) -> None:
-    """Notes in a step's folder what it is made from; raises SettingsError where that was something else."""
+    """Records the inputs of a step in its folder; raises SettingsError if it has other inputs."""
     make_folder(made)
     key = json.loads(json.dumps(inputs, default=str))
     if (made / INPUTS).exists() and read_json(made / INPUTS) != key:
@@ -162,7 +162,7 @@ def _claim(made: Path, inputs: dict[str, object], kind: str) -> None:
 
 
 def _inputs(recipe: Recipe, source: Path, step: RecipeStep | None = None) -> dict[str, str | int | None]:
-    """Inputs of a result in addition to its step's settings: files, by their content."""
+    """Inputs of a result in addition to the settings of its step: files, by their content."""
     teacher = step.what.teacher if step else None
     return {
         "from": digest(source / "model.safetensors"),
@@ -174,7 +174,7 @@ def _inputs(recipe: Recipe, source: Path, step: RecipeStep | None = None) -> dic
 
 
 def prune_step(recipe: Recipe, step: RecipeStep, what: Prune, source: Path, made: Path) -> Path:
-    """Rounds of cutting and fine-tuning below `made`; returns the last one's folder. Raises WorkerError."""
+    """Rounds of pruning and fine-tuning below `made`; returns the folder of the last. Raises WorkerError."""
     start = read_json(source / "config.json")
     goal = _goal(start, what)
     for number in range(1, what.rounds + 1):

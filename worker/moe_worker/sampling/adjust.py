@@ -1,4 +1,4 @@
-"""Changes logits before a token is chosen: bias, tokens that must wait, and penalties.
+"""Changes logits before sampling: bias, min_tokens and penalties.
 
 Legend: B rows of the batch, V vocabulary, P rows with penalties, N single logits.
 """
@@ -14,12 +14,12 @@ from moe_worker.sampling.parameters import SamplingParameters
 
 
 def to_device(values: Iterable[float | int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A vector of `values`; the host does not wait for what the device still computes."""
+    """A vector of `values` on the device; the host does not wait for the device."""
     return transfer.to_device(torch.tensor(list(values), dtype=dtype), device)
 
 
 class TokenCounts:
-    """Which tokens the sequences with penalties hold: 5 bytes a token of the vocabulary, for these alone."""
+    """Tokens of the sequences with penalties: 5 bytes per token of the vocabulary and sequence."""
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self.output_PV = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
@@ -27,7 +27,7 @@ class TokenCounts:
         self._free: list[int] = []
 
     def open(self, prompt: Iterable[int], output: Iterable[int]) -> int:
-        """A row with these tokens counted."""
+        """A row with the counts of these tokens."""
         if not self._free:
             self._grow()
         row = self._free.pop()
@@ -38,7 +38,7 @@ class TokenCounts:
         return row
 
     def close(self, row: int) -> None:
-        """Gives a row back."""
+        """Returns a row."""
         self._free.append(row)
 
     def _grow(self) -> None:
@@ -51,7 +51,7 @@ class TokenCounts:
 
 @dataclass(frozen=True)
 class Penalties:
-    """Penalties of the rows that have some.
+    """Penalties of the rows that have any.
 
     rows_P: in the batch; counts_P: in `counts`. repetition_P1, presence_P1, frequency_P1: float32.
     """
@@ -67,7 +67,7 @@ class Penalties:
     def of(
         cls, counts: TokenCounts, given: list[tuple[int, int, SamplingParameters]], device: torch.device
     ) -> "Penalties | None":
-        """From (row of the batch, row of `counts`, parameters); None where there are none."""
+        """From (row of the batch, row of `counts`, parameters); None if there are none."""
         if not given:
             return None
 
@@ -98,7 +98,7 @@ class Penalties:
         scores_BV[self.rows_P] = scores_PV
 
     def count(self, tokens_B: Tensor) -> None:
-        """Notes the tokens that were chosen."""
+        """Counts the sampled tokens."""
         self.counts.output_PV.index_put_(
             (self.counts_P, tokens_B[self.rows_P]),
             torch.ones_like(self.counts_P, dtype=torch.int32),
@@ -108,9 +108,9 @@ class Penalties:
 
 @dataclass(frozen=True)
 class Biases:
-    """What is added to single logits, each once: rows_N, tokens_N (int64), values_N (float32).
+    """Values that are added to single logits: rows_N, tokens_N (int64), values_N (float32).
 
-    until_N: number of the token of its row (int64) from which on it is not added any more.
+    until_N: index of the token of the row at which the bias ends.
     """
 
     rows_N: Tensor
@@ -120,7 +120,7 @@ class Biases:
 
     @classmethod
     def of(cls, given: list[tuple[int, int, float, int]], device: torch.device) -> "Biases | None":
-        """From (row, token, value, until); None where there are none."""
+        """From (row, token, value, until); None if there are none."""
         if not given:
             return None
         rows, tokens, values, until = zip(*given, strict=True)

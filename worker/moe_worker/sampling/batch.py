@@ -1,4 +1,4 @@
-"""The parameters of a batch's rows as tensors on the device; made anew only when the rows change.
+"""Sampling parameters of a batch as tensors on the device; rebuilt only when the rows change.
 
 Legend: B rows, S rows that sample, V vocabulary, K steps, N lanes of noise, L rows that want
 log-probabilities.
@@ -16,7 +16,7 @@ from moe_worker.sampling.draw import MIN_TEMPERATURE, SHORT_TOP_K, Truncation, e
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.sampling.randomness import mix, signed
 
-# Rows are drawn in parts of this many logits: more would take gigabytes for large vocabularies.
+# Rows are sampled in parts of at most this many logits: larger ones take gigabytes with large vocabularies.
 PART_LOGITS = 2**24
 BLOCK_STEPS = 32
 BLOCK_NUMBERS = 2**15
@@ -25,7 +25,7 @@ ALWAYS = 2**62
 
 @dataclass
 class Row:
-    """One sequence: its choices, and how many tokens it has. `counted`: its row of the token counts."""
+    """One sequence: its parameters and generated tokens. `counted`: its row of the token counts."""
 
     parameters: SamplingParameters
     seed: int
@@ -38,7 +38,7 @@ class Row:
 class Sampling:
     """Some of the rows that sample: int64 rows_S, float32 temperatures_S1.
 
-    states_S1, indices_S1: int64, of the seeds, and the number of the token that each row gets first.
+    states_S1, indices_S1: int64, the state of each seed, and the index of the row's next token at step 0.
     """
 
     rows_S: Tensor
@@ -50,10 +50,9 @@ class Sampling:
     _block: tuple[Tensor, ...] = ()
 
     def noise(self, step: int) -> Tensor:
-        """The random numbers (float64 [S, N]) of the batch's step `step`; made for several steps at once.
+        """The random numbers (float64 [S, N]) of step `step`, computed for several steps at once.
 
-        They take some 20 kernels however many there are, which a GPU pays for by the kernel and a CPU by the
-        number.
+        This takes about 20 kernels for any count: a GPU pays for each launch, a CPU for each number.
         """
         start = step % self.steps
         if start == 0 or not self._block:
@@ -64,7 +63,7 @@ class Sampling:
 
     @property
     def steps(self) -> int:
-        """Steps whose numbers are made together."""
+        """Steps whose numbers are computed together."""
         if self.states_S1.is_cuda:
             return BLOCK_STEPS
         return max(1, min(BLOCK_STEPS, BLOCK_NUMBERS // (self.states_S1.shape[0] * self.lanes)))
@@ -72,9 +71,9 @@ class Sampling:
 
 @dataclass
 class SamplingBatch:
-    """Rows to choose for together, `step` times so far.
+    """Rows that are sampled together; `step` counts the steps so far.
 
-    indices_B: int64, the number of the token that each row gets next.
+    indices_B: int64, the index of the next token of each row.
     """
 
     names: tuple[int, ...]
@@ -91,11 +90,11 @@ class SamplingBatch:
 
     @property
     def adjusts(self) -> bool:
-        """Whether logits change before a token is chosen."""
+        """Whether logits change before sampling."""
         return not (self.biases is None and self.waits is None and self.penalties is None)
 
     def adjust(self, scores_BV: Tensor) -> None:
-        """Changes logits by bias, by tokens that must wait, and by penalties, in this order."""
+        """Applies logit biases, min_tokens and penalties, in this order."""
         for biases in (self.biases, self.waits):
             if biases is not None:
                 biases.apply(scores_BV, self.indices_B)
@@ -103,7 +102,7 @@ class SamplingBatch:
             self.penalties.apply(scores_BV)
 
     def advance(self, tokens_B: Tensor) -> None:
-        """Takes in the tokens that were chosen; they stay on the device."""
+        """Records the sampled tokens, which stay on the device."""
         if self.penalties is not None:
             self.penalties.count(tokens_B)
         self.step += 1
@@ -115,7 +114,7 @@ class SamplingBatch:
 def build(
     names: Sequence[int], rows: Sequence[Row], counts: TokenCounts, device: torch.device
 ) -> SamplingBatch:
-    """The batch of `rows`, which belong to the sequences `names`; `counts` hold the tokens to penalize."""
+    """The batch of `rows`, which belong to the sequences `names`; `counts` has the tokens to penalize."""
     wanted = [(number, row.parameters.logprobs) for number, row in enumerate(rows)]
     asked = [(number, most) for number, most in wanted if most is not None]
     penalized = [
@@ -172,8 +171,8 @@ def _part(numbers: list[int], rows: list[Row], vocab_size: int, device: torch.de
 
 
 def truncation(parameters: Sequence[SamplingParameters], vocab_size: int, device: torch.device) -> Truncation:
-    """What is kept of the distributions of these rows."""
-    # At the whole vocabulary top-k keeps all, and 0 says so.
+    """Top-k, top-p and min-p of these rows."""
+    # A top-k of the whole vocabulary keeps all tokens, as 0 does.
     top_k = [given.top_k if given.top_k < vocab_size else 0 for given in parameters]
     top_p = [given.top_p for given in parameters]
     min_p = [given.min_p for given in parameters]

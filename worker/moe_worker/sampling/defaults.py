@@ -1,4 +1,4 @@
-"""Sampling defaults of a checkpoint: what generation_config.json recommends, where the user asks for it."""
+"""Sampling defaults of a checkpoint (generation_config.json), if the user enables them."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,11 +17,11 @@ _WHOLE = {"top_k": "top_k", "max_new_tokens": "max_tokens"}
 
 
 def sampling_defaults(directory: Path, mode: str) -> SamplingParameters:
-    """The sampling of a request that sets no field of it.
+    """Sampling parameters of a request that sets none.
 
-    With `mode` "none", the worker's own. With "auto", what generation_config.json names, as vLLM takes it:
-    temperature, top_p, top_k, min_p, repetition_penalty and max_new_tokens (max_tokens). `do_sample: false`
-    is greedy, as in transformers, and `true` without a temperature means 1. Raises CheckpointError.
+    With `mode` "none", the worker's own defaults. With "auto", those of generation_config.json, read as in
+    vLLM: temperature, top_p, top_k, min_p, repetition_penalty and max_new_tokens (max_tokens). `do_sample:
+    false` is greedy, as in transformers, and `true` without a temperature means 1. Raises CheckpointError.
     """
     path = directory / GENERATION
     if mode == "none" or not present(path):
@@ -36,7 +36,7 @@ def sampling_defaults(directory: Path, mode: str) -> SamplingParameters:
 def _defaults(fields: Fields) -> dict[str, Any]:
     found: dict[str, Any] = {name: fields.number(name) for name in _given(fields, _NUMBERS)}
     found |= {_WHOLE[name]: fields.integer(name, least=-1) for name in _given(fields, _WHOLE)}
-    if found.get("top_k") == -1:  # vLLM's word for all tokens, which is 0 here
+    if found.get("top_k") == -1:  # in vLLM -1 keeps all tokens; here it is 0
         found["top_k"] = 0
     if fields.values.get("do_sample") is not None:
         sampled = fields.boolean("do_sample")

@@ -1,21 +1,21 @@
 """Draws tokens from distributions with noise that belongs to the tokens, not to the batch.
 
-The token drawn is the one with the least E / w, where w is its likelihood and E its own exponential number:
-the Gumbel-max trick (Gumbel 1954; Maddison, Tarlow and Minka, arXiv:1411.0030) without the logarithms. Where
-logits differ by d, as they do between batches, another token is drawn only where the two best differ by less
-than about d: one draw in 100,000 for d = 5e-6. Inverting the cumulative distribution amplifies d instead: the
-sum of all likelihoods before a token moves.
+The drawn token has the smallest E / w, where w is its likelihood and E its own exponential number: the
+Gumbel-max trick (Gumbel 1954; Maddison, Tarlow and Minka, arXiv:1411.0030) without logarithms. If logits
+differ by d, as they do between batches, another token is drawn only if the two best differ by less than about
+d: one draw in 100,000 for d = 5e-6. Inverting the cumulative distribution would amplify d: the sum of all
+likelihoods before a token changes.
 
-A number for each token of the vocabulary would cost more than all the rest, so that the choice has two
-stages: first one among blocks of 256 tokens, by the sums of their likelihoods, then one inside the block. The
-distribution is the same, since P(token) = P(block) P(token | block), with V / 256 + 256 numbers a row.
+A number for each token of the vocabulary would cost more than all the rest, so there are two stages: first a
+block of 256 tokens is drawn by the sums of likelihoods, then a token in the block. The distribution is the
+same, since P(token) = P(block) P(token | block), with V / 256 + 256 numbers a row.
 
-Likelihoods are made whole numbers (40 bits after the point) before they are added up. Such sums are exact in
-float64 and int64, so neither the size of the batch nor the way a device splits a sum changes a token. A
-likelihood below 2^-40 of the largest is taken as none.
+Likelihoods are rounded to integers (40 fractional bits) before they are summed. Such sums are exact in
+float64 and int64, so neither the batch size nor the way a device splits a sum changes a token. A likelihood
+below 2^-40 of the largest counts as 0.
 
 Truncation is one threshold a row: with likelihoods relative to the largest, top-k, top-p and min-p each keep
-all tokens at or above some value, so the largest of the three values does for all, and nothing is sorted.
+all tokens at or above a value, so the largest of the three values is the threshold and nothing is sorted.
 
 Legend: S rows that sample, V vocabulary, N blocks, C = N * 256 places of tokens, K the largest top-k among
 rows, L lanes of noise, D digits (1024).
@@ -43,10 +43,10 @@ MIN_TEMPERATURE = 1e-30
 
 @dataclass(frozen=True)
 class Truncation:
-    """What of the distributions is kept; None where no row wants it.
+    """Truncation of the distributions; a field is None if no row needs it.
 
     top_k_S1: int64, 0 for all. largest_top_k: of all rows. top_p_S1: float64, 1 for all. min_p_S1: float32.
-    short: every row that has a top_p below 1 has a top_k, too, of SHORT_TOP_K at most.
+    short: every row with a top_p below 1 has a top_k of at most SHORT_TOP_K, too.
     """
 
     top_k_S1: Tensor | None = None
@@ -57,7 +57,7 @@ class Truncation:
 
 
 def lanes(vocab_size: int) -> int:
-    """Numbers that a draw needs: one for each place in a block, and one for each block."""
+    """Random numbers of a draw: one for each place in a block, and one for each block."""
     return BLOCK + -(-vocab_size // BLOCK)
 
 
@@ -74,7 +74,7 @@ def exponentials(states_S1: Tensor, indices_S1: Tensor, count: int) -> Tensor:
 
 
 def draw(masses_SC: Tensor, noise_SL: Tensor, vocab_size: int) -> Tensor:
-    """One token a row (int64 [S]) from the distribution that `masses` gave, by numbers of `exponentials`."""
+    """One token a row (int64 [S]) from the distribution of `masses`, by numbers of `exponentials`."""
     masses_SNI: Tensor = masses_SC.unflatten(1, (-1, BLOCK))
     blocks_S = (masses_SNI.sum(dim=-1, dtype=torch.float64) / noise_SL[:, BLOCK:]).argmax(dim=-1)
     index_S1I = blocks_S.view(-1, 1, 1).expand(-1, 1, BLOCK)
@@ -85,10 +85,10 @@ def draw(masses_SC: Tensor, noise_SL: Tensor, vocab_size: int) -> Tensor:
 
 
 def masses(scores_SV: Tensor, peaks_S1: Tensor, temperatures_S1: Tensor, keep: Truncation) -> Tensor:
-    """Likelihoods of the tokens that are kept, in steps of 2^-40 of the largest: float32 [S, C], whole.
+    """Likelihoods of the tokens that are kept, in steps of 2^-40 of the largest: float32 [S, C], integers.
 
-    scores_SV: float32 logits. peaks_S1: the largest of each row; where it is not finite, so are the masses.
-    temperatures_S1: float32, MIN_TEMPERATURE or more. Places behind the vocabulary are 0.
+    scores_SV: float32 logits. peaks_S1: the largest of each row; if it is not finite, neither are the masses.
+    temperatures_S1: float32, at least MIN_TEMPERATURE. Places after the vocabulary are 0.
     """
     rows, vocab_size = scores_SV.shape
     weights_SC = scores_SV.new_empty(rows, -(-vocab_size // BLOCK) * BLOCK)
@@ -112,7 +112,7 @@ def _threshold(masses_SC: Tensor, keep: Truncation) -> Tensor | None:
 
 
 def _kth(masses_SC: Tensor, top_k_S1: Tensor, largest: int) -> tuple[Tensor, Tensor | None]:
-    """The k-th largest mass of each row (0 where k is 0), and the K largest, falling, if K is small."""
+    """The k-th largest mass of each row (0 where k is 0), and the K largest, descending, if K is small."""
     if largest <= SHORT_TOP_K:
         largest_SK = masses_SC.topk(min(largest, masses_SC.shape[1]), dim=-1).values
         kth_S1 = largest_SK.gather(1, (top_k_S1 - 1).clamp(min=0))
@@ -126,7 +126,7 @@ def _kth(masses_SC: Tensor, top_k_S1: Tensor, largest: int) -> tuple[Tensor, Ten
 def _nucleus(
     masses_SC: Tensor, top_p_S1: Tensor, short: bool, kth_S1: Tensor | None, largest_SK: Tensor | None
 ) -> Tensor:
-    """The least mass in the smallest set that holds top_p of what top-k left."""
+    """The smallest mass in the smallest set that holds top_p of the mass that top-k keeps."""
     left_SC = masses_SC if kth_S1 is None else masses_SC.masked_fill(masses_SC < kth_S1, 0)
     targets_S1 = (left_SC.sum(dim=-1, keepdim=True, dtype=torch.float64) * top_p_S1).ceil().clamp(min=1)
     # `short` is only said where all rows concerned have a top_k, so both are there.
@@ -139,11 +139,12 @@ def _nucleus(
 
 
 def mass_threshold(weights_SV: Tensor, masses_SV: Tensor, targets_S1: Tensor) -> Tensor:
-    """The largest weight (float32 [S, 1]) such that all tokens of at least that weight hold `targets_S1`.
+    """The largest weight (float32 [S, 1]) such that the tokens of at least that weight have the mass
+    `targets_S1`.
 
-    Looks at the bit patterns of the weights 10 bits at a time, as radix sort does: three passes, with sums of
-    masses_SV (int64, not negative) in 1024 bins. weights_SV: float32 in [0, 1]. A row that does not hold its
-    target gives 0.
+    Examines the bit patterns of the weights 10 bits at a time, as radix sort does: three passes, with sums of
+    masses_SV (int64, not negative) in 1024 bins. weights_SV: float32 in [0, 1]. A row whose total mass is
+    below its target gets 0.
     """
     bits_SV = weights_SV.view(torch.int32)
     prefix_S1 = torch.zeros_like(targets_S1)
@@ -168,5 +169,5 @@ def _split(states: Tensor, numbers: Tensor) -> Tensor:
 
 
 def _shifted(bits: Tensor, count: int) -> Tensor:
-    """Shifted right with zeros: int64 shifts in its sign."""
+    """Logical right shift: int64 shifts in its sign."""
     return (bits >> count) & ((1 << (64 - count)) - 1)

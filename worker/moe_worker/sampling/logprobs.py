@@ -1,14 +1,13 @@
-"""Log-probabilities as they leave the engine. No torch: the RPC edge speaks in these too."""
+"""Log-probabilities as they leave the engine. No torch: the RPC edge uses them, too."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """What the model thought of one token (natural logarithms, before bias, penalties and temperature).
+    """Natural log-probabilities at one token, before bias, penalties and temperature.
 
-    logprob: of the token that was chosen.
-    top: the likeliest tokens and theirs, likeliest first; as many as were asked for.
+    logprob: of the sampled token. top: the most likely tokens and theirs, descending, as many as requested.
     """
 
     logprob: float

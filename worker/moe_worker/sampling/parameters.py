@@ -24,7 +24,7 @@ MAX_LOGPROBS = 20
 
 @dataclass(frozen=True)
 class Violation:
-    """What is wrong with one field; `description` reads on from its name ("is 3; use a number in (0, 1]")."""
+    """A violation in one field; `description` continues its name ("is 3; use a number in (0, 1]")."""
 
     field: str
     description: str
@@ -32,28 +32,28 @@ class Violation:
 
 @dataclass(frozen=True)
 class SamplingParameters:
-    """Choices for one request. The defaults change nothing: the likeliest token, up to 128 of them.
+    """Sampling parameters of one request. The defaults are greedy, with at most 128 tokens.
 
     They apply in this order, as in transformers: logit_bias, the penalties, temperature, top_k, top_p over
     what top_k left, min_p.
 
-    max_tokens: tokens to generate at most; the context length also ends a text.
-    temperature: 0 takes the likeliest token; above 0 divides the logits.
+    max_tokens: most tokens to generate; generation also ends at the context length.
+    temperature: 0 is greedy; above 0 divides the logits.
     top_p: keeps the smallest set of tokens whose probability reaches this (Holtzman et al. 2020).
-    top_k: keeps this many of the likeliest tokens, and those as likely as the last of them; 0 keeps all.
-    seed: makes sampling repeatable, in any batch that gives the same logits; None: a fresh one.
+    top_k: keeps this many of the most likely tokens, and ties with the last of them; 0 keeps all.
+    seed: makes sampling reproducible in any batch that gives the same logits; None: a random one.
     stop: generation ends before the first of these texts.
-    min_p: drops tokens less likely than this share of the likeliest one's probability (Nguyen et al. 2024).
+    min_p: drops tokens below this share of the largest probability (Nguyen et al. 2024).
     repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or text (Keskar et
         al. 2019); 1 changes nothing.
-    presence_penalty: subtracted from the logits of tokens in the text so far, the prompt not counted.
-    frequency_penalty: the same, once for each time the token occurs.
-    logit_bias: (token id, what is added to its logit) pairs.
-    stop_token_ids: generation ends with the first of these tokens, which is not shown.
-    ignore_eos: goes on past the model's end-of-text token.
-    min_tokens: the model's end-of-text token and stop_token_ids are not chosen before this many tokens; stop
-        texts end the text all the same.
-    logprobs: log-probabilities of each chosen token and of this many of the likeliest; None: none at all.
+    presence_penalty: subtracted from the logits of generated tokens; the prompt does not count.
+    frequency_penalty: the same, once for each occurrence of the token.
+    logit_bias: (token id, value added to its logit) pairs.
+    stop_token_ids: generation ends with the first of these tokens, which is not part of the text.
+    ignore_eos: continues after the model's end-of-text token.
+    min_tokens: end-of-text tokens and stop_token_ids are not sampled before this many tokens; stop texts
+        still end the text.
+    logprobs: log-probabilities of each sampled token and of this many of the most likely; None: none.
     """
 
     max_tokens: int = 128
@@ -74,12 +74,12 @@ class SamplingParameters:
 
     @property
     def penalizes(self) -> bool:
-        """Whether choices depend on the tokens before them."""
+        """Whether logits depend on previous tokens."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
         return penalties != (1.0, 0.0, 0.0)
 
     def end_tokens(self, model_ends: Iterable[int]) -> frozenset[int]:
-        """Tokens that end this text, where `model_ends` are the model's own end-of-text tokens."""
+        """Tokens that end the text; `model_ends` are the model's end-of-text tokens."""
         return frozenset(self.stop_token_ids).union(() if self.ignore_eos else model_ends)
 
     def violations(self, vocab_size: int | None = None) -> list[Violation]:
@@ -97,7 +97,7 @@ class SamplingParameters:
         ]
 
     def _numbers(self) -> Iterator[tuple[str, float | None, bool, str]]:
-        """(field, value, whether it is right, what is allowed) for every field that is one number."""
+        """(field, value, whether it is valid, what is allowed) for every numeric field."""
         yield "max_tokens", self.max_tokens, self.max_tokens >= 1, "1 or more"
         yield _within("temperature", self.temperature, 0, MAX_TEMPERATURE)
         yield "top_p", self.top_p, 0 < self.top_p <= 1, "a number above 0, 1 at most"
@@ -146,7 +146,7 @@ class SamplingParameters:
 
 
 def list_violation(field: str, length: int) -> Violation | None:
-    """What is wrong with a list of so many elements, by its length alone: it is cheap to refuse then."""
+    """The violation of a list with too many elements, found by its length: a cheap check."""
     most, elements = LISTS[field]
     return Violation(field, f"holds {length} {elements}; use {most} at most") if length > most else None
 

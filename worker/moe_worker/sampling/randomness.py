@@ -1,4 +1,4 @@
-"""Noise as a function of (seed, index, lane): the same in any batch, on any device, after any preemption.
+"""Noise as a function of (seed, index, lane): equal in any batch, on any device, after any preemption.
 
 SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014), split twice: the
 seed and the token's index give a state, the state and the lane give 64 bits. This is the plain form;

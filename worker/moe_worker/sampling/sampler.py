@@ -1,4 +1,4 @@
-"""Chooses the next token of each sequence from its logits, on the device and without waiting for it.
+"""Samples the next token of each sequence on the device, without waiting for it.
 
 Legend: B sequences, V vocabulary, L sequences that want log-probabilities, N the most any of them wants.
 """
@@ -31,7 +31,7 @@ class Logprobs:
     tokens_LN: Tensor
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "Logprobs":
-        """With all tensors moved by `move`."""
+        """The same with all tensors moved by `move`."""
         return replace(
             self,
             chosen_L=move(self.chosen_L),
@@ -40,7 +40,7 @@ class Logprobs:
         )
 
     def listed(self) -> dict[int, TokenLogprobs]:
-        """By row, on the host: waits for the device where the tensors are on one."""
+        """By row, on the host; waits for the device."""
         columns = zip(
             self.rows,
             self.counts,
@@ -57,11 +57,11 @@ class Logprobs:
 
 @dataclass(frozen=True)
 class Sampled:
-    """One step's choices, all on the device.
+    """The tokens of one step, on the device.
 
-    tokens_B: int64, below the vocabulary size. failed_B: bool, rows that nothing can be chosen for, because a
-    logit is NaN or +inf, or all are -inf; their token means nothing, and the others are as without them.
-    logprobs: None where no row wants any.
+    tokens_B: int64, below the vocabulary size. failed_B: bool, rows that cannot be sampled because a logit is
+    NaN or +inf, or all are -inf; their token is undefined, and other rows are not affected. logprobs: None if
+    no row requested them.
     """
 
     tokens_B: Tensor
@@ -70,11 +70,10 @@ class Sampled:
 
 
 class Sampler:
-    """Chooses tokens for the sequences it was told of.
+    """Samples tokens for admitted sequences.
 
-    A sequence is admitted once, when its first token is due, and released when it ends; preempted and resumed
-    in between, it needs nothing. Tokens of one sequence do not depend on the others in the batch.
-    `ends` are the model's end-of-text tokens.
+    A sequence is admitted once, when its first token is due, and released when it ends; preemption needs no
+    call. Tokens of a sequence do not depend on the rest of the batch. `ends`: the model's end-of-text tokens.
     """
 
     def __init__(self, vocab_size: int, device: torch.device, ends: Collection[int]) -> None:
@@ -93,9 +92,9 @@ class Sampler:
         prompt: Sequence[int],
         output: Sequence[int] = (),
     ) -> None:
-        """Takes in a sequence with checked parameters; `output` is what it has generated already.
+        """Adds a sequence with validated parameters; `output` has the tokens generated so far.
 
-        One of that name that is here already is forgotten.
+        It replaces a sequence of the same name.
         """
         self.release(name)
         row = Row(parameters, seed, len(output), parameters.end_tokens(self._ends))
@@ -105,7 +104,7 @@ class Sampler:
         self._batch = None
 
     def release(self, name: int) -> None:
-        """Forgets a sequence; one that is unknown is no error."""
+        """Removes a sequence; ignores unknown names."""
         row = self._rows.pop(name, None)
         if row is not None and row.counted is not None:
             self._counts.close(row.counted)
@@ -127,7 +126,7 @@ class Sampler:
 
 
 def sample(logits_BV: Tensor, batch: SamplingBatch, allowed: Allowed | None = None) -> Sampled:
-    """One token for each row. Rows of temperature 0 take the first of their likeliest tokens."""
+    """One token for each row. Temperature 0 takes the first of the most likely tokens."""
     scores_BV = logits_BV.float()
     if batch.adjusts or allowed is not None:
         scores_BV = scores_BV.clone() if scores_BV is logits_BV else scores_BV
@@ -150,7 +149,7 @@ def sample(logits_BV: Tensor, batch: SamplingBatch, allowed: Allowed | None = No
 
 
 def _logprobs(logits_BV: Tensor, tokens_B: Tensor, batch: SamplingBatch) -> Logprobs | None:
-    """Of the model's own distribution, as vLLM's `raw_logprobs`: what was asked of it changes nothing."""
+    """Of the model's own distribution, as vLLM's `raw_logprobs`: sampling parameters do not change them."""
     if not batch.wanted:
         return None
     logprobs_LV = logits_BV.index_select(0, batch.wanted_L).float().log_softmax(dim=-1)

@@ -1,11 +1,11 @@
-"""Turns the bytes of tokens into text as it can be sent: whole characters, and nothing of a stop text."""
+"""Decodes the bytes of tokens into text that can be sent: complete characters, no part of a stop text."""
 
 import codecs
 from collections.abc import Sequence
 
 
 class StopMatcher:
-    """Follows how much of one stop text the characters seen last spell (Knuth, Morris and Pratt 1977)."""
+    """Matches one stop text against a stream of characters (Knuth, Morris and Pratt 1977)."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -13,7 +13,7 @@ class StopMatcher:
         self.matched = 0
 
     def advance(self, character: str) -> bool:
-        """Takes one character; True once the whole text has been seen."""
+        """Adds a character; True once the whole stop text matches."""
         while self.matched and self._text[self.matched] != character:
             self.matched = self._fallback[self.matched - 1]
         if self._text[self.matched] == character:
@@ -37,8 +37,8 @@ def _fallbacks(text: str) -> list[int]:
 class TextStream:
     """The text of one request.
 
-    The joined deltas are the UTF-8 decoding of all bytes (invalid ones become U+FFFD), cut before the stop
-    text that is complete first; how the bytes were cut into tokens makes no difference.
+    The joined deltas are the UTF-8 decoding of all bytes (invalid ones become U+FFFD), cut before the first
+    complete stop text. They do not depend on how bytes are split into tokens.
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
@@ -48,11 +48,11 @@ class TextStream:
         self.stopped = False
 
     def push(self, data: bytes) -> str:
-        """Takes the bytes of one token; what can be sent now."""
+        """Adds the bytes of one token; returns the text that can be sent now."""
         return self._take(self._decoder.decode(data))
 
     def finish(self) -> str:
-        """What was held back: the text has ended without it becoming a stop text or a whole character."""
+        """Returns the text held back, once generation has ended."""
         ready = self._take(self._decoder.decode(b"", final=True))
         ready, self._held = ready + self._held, ""
         return ready

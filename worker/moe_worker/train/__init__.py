@@ -1,1 +1,1 @@
-"""Trains a DeepSeek-V3-architecture model from text; `moe-worker train` is its face."""
+"""Trains a model of the DeepSeek-V3 architecture on text: `moe-worker train`."""

@@ -1,4 +1,4 @@
-"""What a configuration must be like for this trainer, beyond what makes it one."""
+"""Checks of a configuration for this trainer, in addition to those of every configuration."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from moe_worker.train.settings import TrainSettings
 
 
 def check_trainable(config: ModelConfig, settings: TrainSettings) -> None:
-    """Refuses what the training model would silently do otherwise than the served one.
+    """Refuses configurations that the training model would compute differently from the served one.
 
-    Raises:
-        ConfigError: a field of the model's configuration cannot be trained here.
-        SettingsError: windows are longer than the model's context.
+    Raises ConfigError if a field of the model's configuration cannot be trained here, SettingsError if
+    windows are longer than the model's context.
     """
     problems = [
         (config.architecture != "deepseek_v3", "model_type", "deepseek_v3"),

@@ -1,4 +1,4 @@
-"""What a run compresses: which matrices, and what they are at a step."""
+"""The matrices that a run compresses, and their values at a step."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ HEAD = "lm_head.weight"
 
 
 class Compression(nn.Module):
-    """Masks and rounding of a model's matrices; its state is saved with the model's.
+    """Masks and rounding of a model's matrices; its state is saved with the model.
 
-    Sparse become the projections and experts inside the layers. Routers, norms and embeddings stay as they
-    are, and so does kv_b_proj, which serving absorbs into queries and outputs. Four bits get, besides, the
-    output head.
+    Projections and experts inside the layers become sparse. Routers, norms and embeddings stay dense, and so
+    does kv_b_proj, which serving absorbs into queries and outputs. The output head is quantized to int4, too.
     """
 
     sparsifier: Sparsifier | None
     int4: Int4Trainer | None
 
     def __init__(self, model: TrainingModel, settings: TrainSettings) -> None:
-        """Raises SettingsError where the model's sizes cannot be compressed so."""
+        """Raises SettingsError if the sizes of the model do not allow this compression."""
         super().__init__()
         matrices = compressible(model)
         self.sparsifier = self.int4 = None
@@ -47,20 +46,20 @@ class Compression(nn.Module):
         return self.int4 is not None and self.int4.is_active(step)
 
     def update(self, step: int, weights: dict[str, Tensor]) -> None:
-        """Moves masks and ranges where that is due, before `step` is computed."""
+        """Updates masks and ranges if that is due, before `step` is computed."""
         if self.sparsifier is not None:
             self.sparsifier.update(step, weights)
         if self.int4 is not None:
             self.int4.update(step, {**weights, **self.masked(step, weights)})
 
     def masked(self, step: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The masked weights alone, by name."""
+        """The masked weights, by name."""
         if self.sparsifier is None:
             return {}
         return self.sparsifier.apply_masks(step, {name: weights[name] for name in self.sparsifier.masks})
 
     def effective(self, step: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the model computes with at `step`, where that differs from its own weights."""
+        """The weights that the model computes with at `step`, if they differ from its own."""
         masked = self.masked(step, weights)
         if self.int4 is None or not self.int4.is_active(step):
             return masked
@@ -68,7 +67,7 @@ class Compression(nn.Module):
 
 
 def compressible(model: TrainingModel) -> dict[str, Tensor]:
-    """The matrices inside the layers that serving multiplies as they are, by name."""
+    """The matrices inside the layers that serving multiplies unchanged, by name."""
     kept_dense = ("router", "kv_b_proj")
     return {
         name: parameter
@@ -78,7 +77,7 @@ def compressible(model: TrainingModel) -> dict[str, Tensor]:
 
 
 def check_groups(weights: dict[str, Tensor], group: int) -> None:
-    """Raises SettingsError where groups do not fill a matrix: no other tool could read such a checkpoint."""
+    """Raises SettingsError if groups do not fill a matrix: no other tool could read such a checkpoint."""
     for name, weight in weights.items():
         inputs = weight.shape[-1]
         if group < 8 or inputs % group:

@@ -19,7 +19,7 @@ from moe_worker.train.settings import TrainSettings
 
 @dataclass(frozen=True)
 class ScoredText:
-    """Documents and the tokens of each."""
+    """Documents and their tokens."""
 
     documents: list[str]
     tokens: list[Window]
@@ -27,7 +27,7 @@ class ScoredText:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training text as one stream of tokens, and the text to score along the way, if any."""
+    """Training text as one stream of tokens, and the text to score during training, if any."""
 
     tokenizer: Tokenizer
     stream_N: NDArray[np.int32]
@@ -46,9 +46,9 @@ def read_corpus(settings: TrainSettings, vocabulary: int) -> Corpus:
 
 
 def _stream(settings: TrainSettings, tokenizer: Tokenizer) -> NDArray[np.int32]:
-    """The encoded text, kept under a name that changes with the text and the tokenizer.
+    """The encoded text, cached under a name that depends on the text and the tokenizer.
 
-    Encoding takes a core a second for a megabyte or two.
+    Encoding 1 to 2 MB takes one core a second.
     """
     text = data.read_bytes(settings.data)
     key = hashlib.sha256(text + tokenizer.to_str().encode()).hexdigest()
@@ -75,7 +75,7 @@ def _valid(settings: TrainSettings, tokenizer: Tokenizer) -> ScoredText | None:
 
 
 def _tokenizer(settings: TrainSettings, vocabulary: int) -> Tokenizer:
-    """The tokenizer given, else the one of the run that is resumed, else a new one."""
+    """The given tokenizer, else that of the resumed run, else a new one."""
     own, start = settings.out / "tokenizer.json", settings.start_from
     given = settings.tokenizer or (start / "tokenizer.json" if start else None)
     given = given or (own if own.exists() else None)

@@ -1,4 +1,4 @@
-"""Text in, batches of token windows out: documents, tokenizer, and a sampler that can resume at any step.
+"""From text to batches of token windows: documents, tokenizer, and a sampler that can resume at any step.
 
 Legend: B windows in a batch, T tokens in a window, N tokens in the corpus.
 """
@@ -32,11 +32,8 @@ _SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\
 def read_documents(path: Path) -> list[str]:
     """Reads documents from a text file, plain or compressed with Zstandard (`.zst`).
 
-    Documents are separated by NUL bytes where there are any, by blank lines otherwise; empty ones
-    are dropped.
-
-    Raises:
-        DataError: the file cannot be read, is not Zstandard, is not UTF-8, or holds no text.
+    NUL bytes separate documents if there are any, otherwise blank lines; empty documents are dropped. Raises
+    DataError if the file cannot be read, is not Zstandard, is not UTF-8, or holds no text.
     """
     data = read_bytes(path)
     if path.suffix == ".zst":
@@ -53,7 +50,7 @@ def read_documents(path: Path) -> list[str]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The file as it is. Raises DataError where it cannot be read."""
+    """The content of the file. Raises DataError if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -83,9 +80,9 @@ def _decompress(path: Path, data: bytes) -> bytes:
 
 
 def train_tokenizer(documents: list[str], vocabulary_size: int) -> Tokenizer:
-    """Trains a byte-level BPE (Sennrich et al., arXiv 1508.07909) that can write any text.
+    """Trains a byte-level BPE (Sennrich et al., arXiv 1508.07909) that can encode any text.
 
-    Token 0 begins a text and is put before every encoded one; token 1 ends it.
+    Token 0 begins every encoded text; token 1 ends a text.
     """
     smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 2
     if vocabulary_size < smallest:
@@ -119,10 +116,9 @@ def train_tokenizer(documents: list[str], vocabulary_size: int) -> Tokenizer:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """Reads a tokenizer.json, after a child process with limits could.
+    """Reads a tokenizer.json after a child process with limits has read it.
 
-    Raises:
-        TokenizerError: it is missing or none, or takes too much.
+    Raises TokenizerError if it is missing, invalid, or exceeds the limits.
     """
     try:
         try_tokenizer(path)
@@ -149,10 +145,10 @@ def join_documents(documents: list[NDArray[np.int32]]) -> NDArray[np.int32]:
 
 @dataclass(frozen=True)
 class WindowSampler:
-    """Draws batches from a token stream: each pass cuts it at a new offset and shuffles the windows.
+    """Draws batches from a token stream: each pass splits it at a new offset and shuffles the windows.
 
-    The batch of a step depends on nothing but the seed and the step, so that a resumed run sees what
-    the uninterrupted one would have seen.
+    The batch of a step depends only on the seed and the step, so a resumed run gets the same batches as an
+    uninterrupted one.
     """
 
     tokens_N: torch.Tensor
@@ -172,7 +168,7 @@ class WindowSampler:
 
     @property
     def windows_per_pass(self) -> int:
-        """Windows in one pass; one window's worth of tokens is left out so that any offset fits."""
+        """Windows in one pass; the tokens of one window are left out so that any offset fits."""
         return (len(self.tokens_N) - 1) // self.window - 1
 
     @property
@@ -189,7 +185,7 @@ class WindowSampler:
         return window_BT[:, :-1], window_BT[:, 1:]
 
     def places(self, step: int) -> NDArray[np.int64]:
-        """Where in the stream the inputs of a step stand, [B, T]."""
+        """Positions of the inputs of a step in the stream, [B, T]."""
         return self._starts(step)[:, None] + np.arange(self.window)
 
     def _starts(self, step: int) -> NDArray[np.int64]:

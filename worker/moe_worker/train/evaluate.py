@@ -1,4 +1,4 @@
-"""Scores a checkpoint on a file of text, with the engine that serves it."""
+"""Scores a checkpoint on a text file with the serving engine."""
 
 from __future__ import annotations
 

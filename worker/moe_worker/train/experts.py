@@ -1,11 +1,11 @@
-"""The experts of a layer as they are trained, in two ways that are one function.
+"""The experts of a layer in training, computed in two equivalent ways.
 
 Grouped: one product for each expert over its tokens, all in one launch. At once: the experts are one wide
-network whose inner channels are multiplied by the router's weight, zero for an expert that was not chosen;
-nothing is gathered, but the cost grows with all experts (docs/adr/0007).
+network whose inner channels are multiplied by the router's weight, zero for an expert that was not chosen.
+Nothing is gathered, but the cost grows with the number of experts (docs/adr/0007).
 
-Legend: T tokens, D hidden size, E routed experts, F expert channels, K experts of a token, M = T * K rows,
-B sequences, S tokens of a sequence.
+Legend: T tokens, D hidden size, E routed experts, F expert channels, K experts of a token, M = T * K rows, B
+sequences, S tokens of a sequence.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GROUPED_FROM = 8
 
 
 def expert_outputs(x_TD: Tensor, weights: Weights, choice: Choice, rounded: bool) -> Tensor:
-    """Weighted sum of each token's SwiGLU experts, [T, D], in the way that should cost less.
+    """Weighted sum of each token's SwiGLU experts, [T, D], in the way with the lower estimated cost.
 
     `rounded`: whether rows are rounded to int8 before each product.
     """
@@ -49,10 +49,10 @@ def experts_at_once(x_TD: Tensor, weights: Weights, choice: Choice, rounded: boo
 
 
 def grouped_experts(x_TD: Tensor, weights: Weights, choice: Choice, rounded: bool) -> Tensor:
-    """The chosen experts alone, [T, D].
+    """Only the chosen experts, [T, D].
 
-    Rows are sorted by expert, so that each expert's are one matrix, and restored by the inverse order. Both
-    are permutations, so that their gradients need no atomic additions.
+    Rows are sorted by expert, so that the rows of each form one matrix, and restored by the inverse order.
+    Both are permutations, so gradients need no atomic additions.
     """
     gate_EFD, up_EFD, down_EDF = weights
     chosen_TK, share_TK = choice
@@ -75,13 +75,13 @@ def _rounded(x: Tensor) -> Tensor:
 
 
 def chosen(scores_BSE: Tensor, chosen_BSK: Tensor) -> Tensor:
-    """1 for each expert that a token has, else 0: [B, S, E] in the scores' dtype."""
+    """1 for each chosen expert of a token, else 0: [B, S, E] in the dtype of the scores."""
     ones_BSK = torch.ones(chosen_BSK.shape, dtype=scores_BSE.dtype, device=scores_BSE.device)
     return _spread(chosen_BSK, ones_BSK, scores_BSE.shape[-1])
 
 
 def sequence_balance(scores_BSE: Tensor, chosen_BSK: Tensor) -> Tensor:
-    """The loss of unbalanced sequences, 1 where experts share evenly (arXiv 2412.19437, eq. 17 to 20)."""
+    """The sequence balance loss, 1 for an even load (arXiv 2412.19437, eq. 17 to 20)."""
     experts, per_token = scores_BSE.shape[-1], chosen_BSK.shape[-1]
     count_BE = chosen(scores_BSE, chosen_BSK).mean(dim=1)
     share_BE = (scores_BSE / scores_BSE.sum(dim=-1, keepdim=True)).mean(dim=1)
@@ -89,13 +89,13 @@ def sequence_balance(scores_BSE: Tensor, chosen_BSK: Tensor) -> Tensor:
 
 
 def _spread(chosen_TK: Tensor, values_TK: Tensor, experts: int) -> Tensor:
-    """The values at their experts' places, 0 elsewhere, [T, E]; those of no expert are left out."""
+    """The values at the indices of their experts, 0 elsewhere, [T, E]; those of no expert are dropped."""
     wide_TE = values_TK.new_zeros(*chosen_TK.shape[:-1], experts + 1)
     return wide_TE.scatter(-1, torch.where(chosen_TK < 0, experts, chosen_TK), values_TK)[..., :-1]
 
 
 def _grouped(rows_MI: Tensor, weights_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """Row m times its expert's matrix, in autocast's dtype where there is one: [M, O]."""
+    """Row m times the matrix of its expert, in autocast's dtype if there is one: [M, O]."""
     device = rows_MI.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

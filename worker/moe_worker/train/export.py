@@ -1,4 +1,4 @@
-"""Writes a checkpoint directory as Hugging Face's DeepSeek-V3 has it, compressed as it was trained."""
+"""Writes a checkpoint directory in the layout of Hugging Face's DeepSeek-V3, compressed as it was trained."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from moe_worker.train.settings import TrainSettings
 def write_checkpoint(settings: TrainSettings, learner: Learner, tokenizer: Tokenizer) -> None:
     """Writes config.json, tokenizer.json, tokenizer_config.json and model.safetensors into the run's folder.
 
-    Weights are bfloat16, masked ones zero; matrices that were trained in four bits are packed, in the layout
-    s14 where they keep one of four inputs, in that of compressed-tensors otherwise. The routers' balancing
-    bias stays in float32, as published: it is compared, not multiplied.
+    Weights are bfloat16, masked ones zero. Matrices trained in int4 are packed: in the layout s14 if they
+    keep one of four inputs, otherwise in that of compressed-tensors. The balancing bias of routers stays
+    float32, as published: it is compared, not multiplied.
     """
     config: dict[str, Any] = {**read_json(settings.config), "torch_dtype": "bfloat16"}
     if learner.compression.int4 is None:
@@ -43,7 +43,7 @@ def write_checkpoint(settings: TrainSettings, learner: Learner, tokenizer: Token
 def save_directory(
     folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], tokenizer: Tokenizer
 ) -> None:
-    """Writes the files of a checkpoint, each whole or not at all."""
+    """Writes the files of a checkpoint, each atomically."""
     with replacing(folder / "model.safetensors") as beside:
         save_file(tensors, beside, metadata={"format": "pt"})
     write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
@@ -70,7 +70,7 @@ def dense_tensors(learner: Learner) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def packed_tensors(learner: Learner, sparse: bool) -> dict[str, Tensor]:
-    """As `dense_tensors`, with the matrices that were trained in four bits packed; the head has its own."""
+    """As `dense_tensors`, with the matrices trained in int4 packed; the head has its own tensor."""
     int4, experts = learner.compression.int4, learner.model.config.moe.routed
     if int4 is None:
         raise ValueError("this run trained no weights in four bits")
@@ -94,7 +94,7 @@ def packed_tensors(learner: Learner, sparse: bool) -> dict[str, Tensor]:
 
 
 def stored(name: str, tensor: Tensor) -> Tensor:
-    """A tensor as checkpoints hold it: on the CPU, in bfloat16 but for the routers' bias."""
+    """A tensor as checkpoints store it: on the CPU, bfloat16 except for the bias of routers."""
     dtype = torch.float32 if "bias" in name else torch.bfloat16
     return tensor.detach().cpu().to(dtype).contiguous()
 

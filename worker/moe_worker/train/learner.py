@@ -1,4 +1,4 @@
-"""A model that learns: one step after the other, and what it would score as it is."""
+"""A model in training: its steps, and its score with the current weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from moe_worker.train.teacher import Teacher
 
 
 class Learner(nn.Module):
-    """Model, optimizers and compression. As a module its state is all that a resumed run needs of them."""
+    """Model, optimizers and compression. Its state as a module is complete for resuming a run."""
 
     def __init__(self, config: ModelConfig, settings: TrainSettings, device: torch.device) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Learner(nn.Module):
         self.last_loss, self.last_imbalance = torch.zeros(()), 1.0
 
     def step(self, step: int, sampler: WindowSampler, teacher: Teacher | None, measure: bool) -> None:
-        """Computes step number `step`, counted from 0; `measure` waits for the load of the experts."""
+        """Computes step `step`, counted from 0; `measure` waits for the load of the experts."""
         factor = learning_rate_factor(
             step, self.settings.steps, self.settings.warmup, self.settings.decay_share
         )
@@ -58,11 +58,11 @@ class Learner(nn.Module):
         self.step_done = step + 1
 
     def prepare(self) -> None:
-        """Masks and ranges of a run without steps: what is there is compressed as it is."""
+        """Sets masks and ranges for a run without steps, which compresses the weights unchanged."""
         self.compression.update(0, self._weights())
 
     def check(self) -> None:
-        """Raises DivergedError where a loss since the last check was no finite number."""
+        """Raises DivergedError if a loss since the last check was not finite."""
         if int(self._first_bad) >= 0:
             raise DivergedError(
                 f"the loss at step {int(self._first_bad) + 1} is not a finite number; the last good state is "
@@ -71,14 +71,15 @@ class Learner(nn.Module):
             )
 
     def effective(self) -> dict[str, Tensor]:
-        """The weights that the model computes with now, where they differ from its own."""
+        """The weights that the model computes with now, if they differ from its own."""
         return self.compression.effective(self.step_done, self._weights())
 
     @torch.no_grad()
     def nats(self, windows: Sequence[Window]) -> float:
-        """Summed negative log-likelihood of windows' tokens after their first, as the model is now.
+        """Summed negative log-likelihood of the tokens of windows after their first, with the current
+        weights.
 
-        Nothing is compiled for this: lengths differ, and a text is scored in a second.
+        Nothing is compiled for this: lengths differ, and scoring a text takes a second.
         """
         inputs, targets = padded(windows)
         self.model.eval()
@@ -112,14 +113,14 @@ class Learner(nn.Module):
     def _call(
         self, weights: dict[str, Tensor], inputs: Tensor, targets: Tensor, teacher: TeacherView | None
     ) -> Tensor:
-        """The model with other weights in place of its own; a tied head may differ from the embedding."""
+        """Calls the model with other weights; a tied head may differ from the embedding."""
         loss: Tensor = torch.func.functional_call(
             self.model, weights, (inputs, targets, teacher), tie_weights=False
         )
         return loss
 
     def _weights(self) -> dict[str, Tensor]:
-        """By name, a tied head under its own name too."""
+        """Weights by name; a tied head also has its own name."""
         return {**dict(self.model.named_parameters()), "lm_head.weight": self.model.lm_head.weight}
 
     def _set_rate(self, factor: float) -> None:
@@ -129,7 +130,7 @@ class Learner(nn.Module):
 
 
 def padded(windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, int64 [B, T]; behind short windows stand targets of -1, which do not count."""
+    """Inputs and targets, int64 [B, T]; short windows are padded with targets of -1, which do not count."""
     longest = max(map(len, windows)) - 1
     inputs, targets = (np.full((len(windows), longest), fill, np.int64) for fill in (0, -1))
     for row, window in enumerate(windows):

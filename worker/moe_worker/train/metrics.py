@@ -1,4 +1,4 @@
-"""metrics.jsonl: what a run showed while it went on, one object a line."""
+"""metrics.jsonl: metrics of a run in progress, one object per line."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Row = dict[str, Any]
 
 
 def record(file: Path, row: Row) -> None:
-    """Adds a row. Raises WorkerError where the disk takes none."""
+    """Appends a row. Raises WorkerError if the disk is full."""
     append_text(file, json.dumps(row) + "\n")
 
 
 def read_rows(file: Path) -> list[Row]:
-    """All rows; one at the end that was cut off while it was written is left out.
+    """All rows; an incomplete last row is dropped.
 
-    Raises DataError where another line is none of ours.
+    Raises DataError if another line is not valid.
     """
     if not file.exists():
         return []
@@ -39,6 +39,6 @@ def write_rows(file: Path, rows: Iterable[Row]) -> None:
 
 
 def scores(rows: Iterable[Row]) -> list[tuple[int, float]]:
-    """Steps, and the bits per byte on the validation text behind them."""
+    """Steps, and their bits per byte on the validation text."""
     found = ((row["step"], row.get("valid_bits_per_byte")) for row in rows)
     return [(step, score) for step, score in found if score is not None]

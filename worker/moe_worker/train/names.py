@@ -1,4 +1,4 @@
-"""Names of the trained model's tensors here and in published checkpoints."""
+"""Names of the model's tensors in training and in published checkpoints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moe_worker.train.model import TrainingModel
 
 
 def named_tensors(state: dict[str, torch.Tensor], experts: int) -> dict[str, torch.Tensor]:
-    """Tensors of a model's state under the names that Hugging Face's DeepSeek-V3 checkpoints use."""
+    """The tensors of a model's state under the names of Hugging Face's DeepSeek-V3 checkpoints."""
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         names = checkpoint_names(name, experts)
@@ -23,10 +23,9 @@ def checkpoint_tensors(model: TrainingModel) -> dict[str, torch.Tensor]:
 
 
 def load_checkpoint_tensors(model: TrainingModel, tensors: dict[str, torch.Tensor]) -> None:
-    """Sets the weights to those of a checkpoint of the same shape.
+    """Loads the weights of a checkpoint of the same shape.
 
-    Raises:
-        CheckpointError: a tensor is missing or has another shape.
+    Raises CheckpointError if a tensor is missing or has another shape.
     """
     for name, tensor in untied_state(model).items():
         names = checkpoint_names(name, model.config.moe.routed)
@@ -43,7 +42,7 @@ def load_checkpoint_tensors(model: TrainingModel, tensors: dict[str, torch.Tenso
 
 
 def untied_state(model: TrainingModel) -> dict[str, torch.Tensor]:
-    """The model's state without the output head where that is the embedding itself."""
+    """The model's state without the output head if that is tied to the embedding."""
     state: dict[str, torch.Tensor] = model.state_dict()
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
@@ -51,7 +50,7 @@ def untied_state(model: TrainingModel) -> dict[str, torch.Tensor]:
 
 
 def checkpoint_names(name: str, experts: int) -> list[str]:
-    """Names in a checkpoint of what is one tensor here: one, or one an expert."""
+    """Names in a checkpoint for one tensor of the model: one, or one per expert."""
     layer, _, kind = name.rpartition(".mlp.")
     prefix = f"model.{layer}.mlp"
     match kind:

@@ -1,9 +1,9 @@
-"""Bits per byte: how many bits a model needs for a byte of text, whatever its tokenizer.
+"""Bits per byte: bits that a model needs per byte of text, independent of its tokenizer.
 
-Protocol: every document is scored alone. Its tokens stand behind one begin-of-text token and are cut
-into windows of `context` tokens without overlap; a later window begins with the one token before it, so
-that each token of the document is predicted exactly once. The sum of their negative log-likelihoods, in
-bits, is divided by the UTF-8 bytes of the documents. The end-of-text token is neither given nor scored.
+Protocol: every document is scored alone. Its tokens follow one begin-of-text token and are split into windows
+of `context` tokens without overlap; a later window begins with the previous token, so that each token of the
+document is predicted exactly once. The sum of the negative log-likelihoods, in bits, is divided by the UTF-8
+bytes of the documents. The end-of-text token is neither given nor scored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Window = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Score:
-    """What a model needed for some documents."""
+    """The score of a model on some documents."""
 
     nats: float
     """Negative log-likelihood of all tokens, natural logarithm."""
@@ -33,7 +33,7 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits needed for a byte of text; lower is better."""
+        """Bits per byte of text; lower is better."""
         return self.nats / math.log(2) / self.utf8_bytes
 
     def to_json(self) -> dict[str, float | int]:
@@ -48,7 +48,7 @@ class Score:
 
 
 def cut_windows(tokens_N: Window, context: int, bos_id: int) -> Iterator[Window]:
-    """Cuts one document's N token ids into windows of at most `context` given tokens."""
+    """Splits the N token ids of one document into windows of at most `context` given tokens."""
     behind_bos = np.concatenate([np.array([bos_id], np.int32), tokens_N])
     for start in range(0, len(tokens_N), context):
         yield behind_bos[start : start + context + 1]

@@ -1,4 +1,4 @@
-"""What `moe-worker train` can be told, apart from the model's shape."""
+"""Settings of `moe-worker train`, apart from the shape of the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SALIENCIES = ("magnitude", "gradient")
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """The defaults suit a dozen million parameters and some fifty megabytes of text."""
+    """Settings of a run. The defaults suit about 12 million parameters and 50 MB of text."""
 
     data: Path
     """Training text."""
@@ -37,19 +37,21 @@ class TrainSettings:
     learning_rate: float = 8e-3
     """Peak learning rate."""
     weight_decay: float = 0.1
-    """Of matrices; embeddings and norms have none."""
+    """Weight decay of matrices; embeddings and norms have none."""
     optimizer: str = "muon"
     """muon for the matrices inside the layers and AdamW for the rest, or adamw for all."""
     clip_norm: float = 1.0
-    """Longest gradient, all weights taken together; longer ones are shortened. 0: none are."""
+    """Largest norm of the gradient of all weights; longer ones are scaled down. 0: no limit."""
     dropout: float = 0.2
-    """Of embeddings and of what each sublayer adds: a small corpus seen sixty times overfits without."""
+    """Dropout of embeddings and of the output of each sublayer: a small corpus seen sixty times overfits
+    without it.
+    """
     warmup: int = 200
     """Steps of rising learning rate."""
     decay_share: float = 0.6
     """Share of the steps over which the learning rate falls to zero."""
     balance_speed: float = 1e-3
-    """How far a step moves the routers' balancing bias."""
+    """Change of the balancing bias of routers per step."""
     sequence_balance: float = 1e-4
     """Weight of the sequence balance loss, in addition to the bias that balances batches."""
     sparsity: str = "none"
@@ -59,7 +61,7 @@ class TrainSettings:
     shrink_share: float = 0.6
     """Share of the steps, the next ones, in which masks tighten and weights may come back."""
     saliency: str = "magnitude"
-    """What a weight is worth when masks are chosen: magnitude or gradient."""
+    """Importance of weights for masks: magnitude or gradient."""
     w4a8_share: float = 0.0
     """Share of the steps, the last ones, that compute with int4 weights and int8 activations."""
     group: int = 128
@@ -67,15 +69,15 @@ class TrainSettings:
     teacher: Path | None = None
     """Checkpoint directory of a model to learn from, in addition to the text."""
     teacher_share: float = 0.5
-    """Share of the teacher's most likely tokens in the loss; the text has the rest."""
+    """Weight of the teacher in the loss; the text has the rest."""
     teacher_top: int = 16
     """Most likely tokens of the teacher that are kept on disk for each token of the text."""
     hidden_share: float = 0.0
     """Weight of the distance to the teacher's last hidden states; the teacher then runs during training."""
     cache: Path | None = None
-    """Folder for the encoded text and teachers' tokens, which runs share; by default that around `out`."""
+    """Folder for encoded texts and teachers' tokens, which runs share; by default the parent of `out`."""
     seed: int = 0
-    """Of initial weights, dropout and the order of windows."""
+    """Seed of initial weights, dropout and the order of windows."""
     evaluate_every: int = 1500
     """Steps between scores on the validation text."""
     checkpoint_every: int = 1500
@@ -87,11 +89,11 @@ class TrainSettings:
 
     @property
     def shared(self) -> Path:
-        """The folder of what runs share."""
+        """The folder for files that runs share."""
         return self.cache or self.out.parent
 
     def __post_init__(self) -> None:
-        """Raises SettingsError for a choice that does not exist or shares that do not add up."""
+        """Raises SettingsError for an unknown choice, or for shares that do not add up."""
         for name, allowed in (
             ("optimizer", OPTIMIZERS),
             ("sparsity", SPARSITIES),

@@ -1,4 +1,4 @@
-"""What pruning can make smaller in a model, read from its config.json and written back."""
+"""The sizes that pruning can reduce, read from config.json and written back."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ModelSizes:
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> ModelSizes:
-        """Those of a parsed config.json of the DeepSeek-V3 family."""
+        """The sizes in a parsed config.json of the DeepSeek-V3 family."""
         return cls(**{name: int(config[key]) for name, key in _KEYS.items()})
 
     def write(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -40,7 +40,7 @@ class ModelSizes:
         return {**config, **changed, "num_key_value_heads": self.heads}
 
     def towards(self, goal: ModelSizes, share: float, config: dict[str, Any]) -> ModelSizes:
-        """Sizes on the way to `goal` that are possible: experts fill groups, channels come in eights."""
+        """Possible sizes on the way to `goal`: experts fill groups, channels are multiples of eight."""
         steps = {"experts": int(config.get("n_group", 1)), "channels": 8, "dense_channels": 8}
         values = {}
         for field in fields(self):
@@ -51,7 +51,7 @@ class ModelSizes:
         return ModelSizes(**values)
 
     def check(self, goal: ModelSizes, config: dict[str, Any]) -> None:
-        """Raises SettingsError where a model of these sizes cannot be pruned to `goal`."""
+        """Raises SettingsError if a model of these sizes cannot be pruned to `goal`."""
         for name in _KEYS:
             now, then = getattr(self, name), getattr(goal, name)
             if not 1 <= then <= now:

@@ -1,4 +1,4 @@
-"""Everything a run needs to go on where it stopped, in one safetensors file."""
+"""The state of a run for resuming it, in one safetensors file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moe_worker.reading import open_file
 def save_state(
     path: Path, step: int, model: nn.Module, optimizers: list[Optimizer], fingerprint: str
 ) -> None:
-    """Writes weights, optimizer state and random state; the file is replaced at once or not at all."""
+    """Writes weights, optimizer state and random state, atomically."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for index, optimizer in enumerate(optimizers):
         for parameter, values in optimizer.state_dict()["state"].items():
@@ -31,10 +31,9 @@ def save_state(
 
 
 def load_state(path: Path, model: nn.Module, optimizers: list[Optimizer], fingerprint: str) -> int:
-    """Restores what `save_state` wrote and returns the step to go on with.
+    """Restores the state that `save_state` wrote and returns the next step.
 
-    Raises:
-        CheckpointError: the file is damaged or belongs to a run with other settings.
+    Raises CheckpointError if the file is damaged or belongs to a run with other settings.
     """
     open_file(path).close()
     try:
@@ -64,8 +63,7 @@ def load_state(path: Path, model: nn.Module, optimizers: list[Optimizer], finger
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of one safetensors file.
 
-    Raises:
-        CheckpointError: it is missing or damaged.
+    Raises CheckpointError if it is missing or damaged.
     """
     open_file(path).close()
     try:

@@ -1,9 +1,9 @@
-"""A teacher's most likely tokens for every place of the training text, computed once and kept on disk.
+"""A teacher's most likely tokens for every position of the training text, computed once and cached on disk.
 
-The teacher reads windows that overlap by half, and what it says in the second half is kept: every place but
-those at the very beginning has at least half a window before it, wherever a student's own windows begin.
+The teacher reads windows that overlap by half, and the output for the second half is kept. So every position
+except those at the very beginning has at least half a window of context, wherever a student's windows begin.
 
-Legend: N tokens of the stream, C tokens kept for each place, B sequences, T tokens.
+Legend: N tokens of the stream, C tokens kept per position, B sequences, T tokens.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class Teacher:
-    """ids_NC uint16 and logprobs_NC float16 are on disk; `model` runs if hidden states count."""
+    """ids_NC uint16 and logprobs_NC float16 are on disk; `model` runs if hidden states are in the loss."""
 
     ids_NC: NDArray[np.uint16]
     logprobs_NC: NDArray[np.float16]
@@ -46,7 +46,7 @@ class Teacher:
     settings: TrainSettings
 
     def view(self, places_BT: NDArray[np.int64], inputs_BT: torch.Tensor) -> TeacherView:
-        """What it says at these places of the stream."""
+        """The output of the teacher at these positions of the stream."""
         device, hidden = inputs_BT.device, None
         if self.model is not None:
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
@@ -61,9 +61,9 @@ class Teacher:
 
 
 def prepare_teacher(settings: TrainSettings, corpus: Corpus, device: torch.device) -> Teacher | None:
-    """Opens the teacher's cache, made first where it is not there or not complete; None without a teacher.
+    """Opens the teacher's cache, and computes what is missing; None without a teacher.
 
-    Raises WorkerError: the teacher cannot be read or has another tokenizer.
+    Raises WorkerError if the teacher cannot be read or has another tokenizer.
     """
     if settings.teacher is None:
         return None
@@ -107,7 +107,7 @@ def _load(teacher: Path, device: torch.device) -> TrainingModel:
 
 
 def _stem(settings: TrainSettings, corpus: Corpus) -> Path:
-    """In the folder that runs share, a name that changes with the teacher, the text and the window."""
+    """Path in the shared folder, with a name that depends on the teacher, the text and the window."""
     if settings.teacher is None or corpus.tokenizer.get_vocab_size() > 2**16:
         raise SettingsError("the teacher's cache holds token ids of 16 bits; use a smaller vocabulary")
     teacher = digest(settings.teacher / "model.safetensors")
@@ -124,7 +124,7 @@ class _Cache:
 
     @classmethod
     def open(cls, stem: Path, settings: TrainSettings, corpus: Corpus) -> _Cache:
-        """The files that begin with `stem`, made where they are not there."""
+        """The files that begin with `stem`, created if missing."""
         shape = (len(corpus.stream_N), settings.teacher_top)
         ids, logprobs = stem.with_suffix(".ids.npy"), stem.with_suffix(".logprobs.npy")
         progress = stem.with_suffix(".json")
@@ -138,7 +138,7 @@ class _Cache:
         return cls(opened[0], opened[1], progress, settings.window)
 
     def fill(self, model: TrainingModel, corpus: Corpus, device: torch.device) -> None:
-        """Goes on where it stopped; places that are told to be done are on the disk."""
+        """Continues an interrupted computation; positions recorded as done are on disk."""
         done, total = int(json.loads(self.progress.read_text())["places"]), len(corpus.stream_N)
         stream_N = torch.from_numpy(corpus.stream_N)
         with bar(total=total, initial=done, desc="teacher", unit="token", unit_scale=True) as shown:
@@ -151,7 +151,7 @@ class _Cache:
                     self._flush(done)
 
     def _batches(self, stream_N: torch.Tensor, done: int) -> Iterator[tuple[torch.Tensor, int]]:
-        """Windows that lie half a window apart, and where the first of them begins."""
+        """Windows that overlap by half, and the position of the first."""
         half, total = max(1, self.window // 2), len(stream_N)
         start = max(0, done - self.window + half)
         while done < total:
@@ -162,7 +162,7 @@ class _Cache:
             done = min(total, start - half + self.window)
 
     def _store(self, logits_BTV: torch.Tensor, first: int, done: int) -> int:
-        """Keeps what is said of places not done yet; returns up to where all are done."""
+        """Stores the output for positions that are not done; returns the first position that is not done."""
         half = max(1, self.window // 2)
         ids_BTC, logprobs_BTC = top_logprobs(logits_BTV, self.ids_NC.shape[1])
         ids, logprobs = ids_BTC.cpu().numpy(), as_float16(logprobs_BTC).cpu().numpy()

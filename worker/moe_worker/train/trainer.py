@@ -37,17 +37,16 @@ _FREE |= {"cache", "evaluate_every", "checkpoint_every"}
 
 
 def train(settings: TrainSettings) -> Path:
-    """Trains a model, or goes on with an interrupted run of the same settings, and returns its folder.
+    """Trains a model, or resumes an interrupted run with the same settings; returns its folder.
 
-    Raises:
-        WorkerError: settings, text or an earlier state are unusable; the sentence says which and why.
-        DivergedError: the loss became no number; the last good state is kept.
+    Raises WorkerError if settings, text or an earlier state are unusable, and DivergedError if the loss is
+    not finite; the last good state is kept then.
     """
     return TrainingRun(settings).run()
 
 
 class TrainingRun:
-    """A run that is set up: nothing is computed before `run`, all settings and files are checked.
+    """A configured run: all settings and files are checked, and nothing is computed before `run`.
 
     final: the score on the validation text at the end, None before.
     """
@@ -101,7 +100,7 @@ class TrainingRun:
         return self.settings.out
 
     def score(self, text: ScoredText | None) -> Score | None:
-        """Scores a text with the weights as they are: masked and rounded where the run has come to that."""
+        """Scores a text with the current weights, masked and rounded if the run has reached that."""
         if text is None:
             return None
         window, nats = self.settings.window, self.learner.nats
@@ -109,7 +108,7 @@ class TrainingRun:
         return score_documents(text.documents, text.tokens, window, data.BOS_ID, nats, together=together)
 
     def _steps(self, first: int) -> Iterator[int]:
-        """Yields steps behind a progress bar, and records what the finished ones showed."""
+        """Yields steps with a progress bar, and records the metrics of completed ones."""
         last = time.monotonic()
         with bar(total=self.settings.steps, initial=first, unit="step", desc="train") as shown:
             for step in range(first, self.settings.steps):
@@ -125,7 +124,7 @@ class TrainingRun:
                     last = time.monotonic()
 
     def _log(self, shown: tqdm[Any], step: int, last: float) -> float:
-        """Shows and records the last steps' figures; returns when that was."""
+        """Shows and records the metrics of the last steps; returns the time of the record."""
         self.learner.check()
         now, tokens = time.monotonic(), self.settings.batch * self.settings.window
         figures = {
@@ -145,7 +144,7 @@ class TrainingRun:
         return step % every == 0 and step < self.settings.steps
 
     def _fingerprint(self) -> str:
-        """Names the settings, the model's shape and the text that a resumed run must share."""
+        """Identifies the settings, the shape of the model and the text, which a resumed run must share."""
         fixed = {key: value for key, value in asdict(self.settings).items() if key not in _FREE}
         model = read_json(self.settings.config)
         return json.dumps({**fixed, "model": model, "text": self.corpus.digest}, sort_keys=True)

@@ -1,4 +1,4 @@
-"""Structured sparsity that a model is trained into: patterns, when masks tighten, which weights stay."""
+"""Training into structured sparsity: patterns, the schedule of masks, and the choice of weights."""
 
 from moe_worker.compress.sparsity.patterns import PATTERNS, S14, S24, Pattern, mask_keeping
 from moe_worker.compress.sparsity.schedule import Schedule

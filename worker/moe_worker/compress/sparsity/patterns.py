@@ -24,18 +24,13 @@ PATTERNS = {pattern.name: pattern for pattern in (S14, S24)}
 
 
 def mask_keeping(scores: Tensor, kept: float) -> Tensor:
-    """Which weights stay where quads keep `kept` on average, by their scores: bool of the same shape.
+    """The weights to keep if quads keep `kept` on average, by their scores: bool of the same shape.
 
-    Every quad keeps its floor(kept) best; where `kept` lies between two whole numbers, as many quads as it
-    takes keep one more, those whose next weight scores highest. Of equal scores the first stays. So masks
-    tighten from 4 to N without a jump, and a whole `kept` is exactly the pattern.
+    Every quad keeps its floor(kept) best weights. If `kept` is fractional, the necessary number of quads
+    keeps one more: those whose next weight scores highest. Of equal scores the first are kept. So masks
+    tighten from 4 to N gradually, and a whole `kept` is exactly the pattern.
 
-    Args:
-        scores: [..., I], any floating type; I is a multiple of 4.
-        kept: 0 to 4.
-
-    Raises:
-        ValueError: I is no multiple of 4, or `kept` is out of range.
+    Raises ValueError if I (scores is [..., I]) is no multiple of 4, or `kept` is not 0 to 4.
     """
     if scores.shape[-1] % QUAD or not 0 <= kept <= QUAD:
         raise ValueError(f"{scores.shape[-1]} inputs do not fall into quads that keep {kept}")

@@ -1,4 +1,4 @@
-"""When masks tighten: dense, then ever sparser while weights may come back, then fixed."""
+"""The schedule of masks: dense, then ever sparser while weights may return, then fixed."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -7,7 +7,7 @@ from moe_worker.compress.sparsity.patterns import QUAD
 
 
 class SparsityPhase(Enum):
-    """What masks do at a step."""
+    """The phase of masks at a step."""
 
     DENSE = "dense"
     TIGHTENING = "tightening"
@@ -18,7 +18,7 @@ class SparsityPhase(Enum):
 class Schedule:
     """Of `steps` steps the first `dense_share` are dense and the next `shrink_share` tighten masks to `kept`.
 
-    With both shares 0 the mask is chosen once, before the first step: pruning after training.
+    If both shares are 0, the mask is chosen once, before the first step: pruning after training.
     """
 
     steps: int
@@ -33,11 +33,11 @@ class Schedule:
 
     @property
     def first_fixed(self) -> int:
-        """The step from which masks stay as they are."""
+        """The first step with fixed masks."""
         return round(self.steps * (self.dense_share + self.shrink_share))
 
     def phase(self, step: int) -> SparsityPhase:
-        """What masks do at `step`, counted from 0."""
+        """The phase at `step`, counted from 0."""
         if step >= self.first_fixed:
             return SparsityPhase.FIXED
         return SparsityPhase.TIGHTENING if step >= self.first_sparse else SparsityPhase.DENSE
@@ -45,7 +45,7 @@ class Schedule:
     def kept_at(self, step: int) -> float:
         """Weights that a quad keeps at `step`, on average: from 4 to `kept` along a cubic.
 
-        Source: Zhu and Gupta, arXiv 1710.01878: much goes early, while the rest can still make up for it.
+        Source: Zhu and Gupta, arXiv 1710.01878: most weights go early, while the rest can still compensate.
         """
         if self.phase(step) is SparsityPhase.FIXED:
             return float(self.kept)

@@ -1,4 +1,4 @@
-"""Masks over named weights while they are trained."""
+"""Masks of named weights during training."""
 
 from collections.abc import Mapping
 from typing import Literal, get_args
@@ -17,10 +17,10 @@ MEMORY = 0.9
 
 
 class Sparsifier(nn.Module):
-    """Holds a mask for each weight and tightens it by a schedule; its state is part of a run's state.
+    """A mask for each weight, tightened by a schedule; its state is part of the state of a run.
 
-    `saliency` says what a weight is worth: "magnitude", |w|, or "gradient", the average of |w dL/dw|, what
-    the loss would change to first order without it (Molchanov et al., arXiv 1906.10771).
+    `saliency` is the importance of a weight: "magnitude", |w|, or "gradient", the average of |w dL/dw|, the
+    first-order change of the loss without it (Molchanov et al., arXiv 1906.10771).
     """
 
     def __init__(
@@ -30,9 +30,9 @@ class Sparsifier(nn.Module):
         saliency: Saliency = "magnitude",
         update_every: int = 10,
     ) -> None:
-        """`weights` are those to be masked, [..., I] each; masks lie where they lie.
+        """`weights` are those to mask, [..., I] each; masks are on the same device.
 
-        Raises SettingsError for a weight whose inputs do not fall into fours.
+        Raises SettingsError for a weight whose inputs are no multiple of four.
         """
         super().__init__()
         for name, weight in weights.items():
@@ -60,7 +60,7 @@ class Sparsifier(nn.Module):
 
     @torch.no_grad()
     def update(self, step: int, weights: Mapping[str, Tensor]) -> None:
-        """Chooses masks anew where the schedule wants it, before `step` is computed."""
+        """Chooses new masks if the schedule requires it, before `step` is computed."""
         if not self._is_due(step):
             return
         kept = self.schedule.kept_at(step)
@@ -69,16 +69,17 @@ class Sparsifier(nn.Module):
 
     @torch.no_grad()
     def observe(self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
-        """Takes the step's gradients with respect to the whole weights into their saliency."""
+        """Adds the gradients of the step with respect to the unmasked weights to their saliency."""
         for name in self._names:
             worth = (weights[name] * gradients[name]).abs()
             self._buffer("worth", name).mul_(MEMORY).add_(worth, alpha=1 - MEMORY)
 
     def apply_masks(self, step: int, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights that the model computes with at `step`.
+        """The masked weights of `step`.
 
-        While masks tighten, a masked weight gets the gradient it would have had (straight-through), so that
-        it may come back; once they are fixed, it gets none. Source: Zhou et al., arXiv 2102.04010.
+        While masks tighten, a masked weight gets the gradient that it would have without the mask
+        (straight-through), so it may return; once masks are fixed, it gets none. Source: Zhou et al., arXiv
+        2102.04010.
         """
         phase = self.schedule.phase(step)
         if phase is SparsityPhase.DENSE:
@@ -95,7 +96,7 @@ class Sparsifier(nn.Module):
         return step == fixed or (first <= step < fixed and (step - first) % self.update_every == 0)
 
     def _worth(self, name: str, weight: Tensor) -> Tensor:
-        """Gradient saliency that has seen nothing yet says nothing: then magnitude decides."""
+        """The saliency; magnitude as long as gradient saliency has no observations."""
         if self.saliency == "gradient" and bool(self._buffer("worth", name).any()):
             return self._buffer("worth", name)
         return weight.abs()

@@ -1,5 +1,5 @@
-"""CPU kernels in C++ behind a C interface; the variant is chosen by what this CPU can do.
+"""CPU kernels in C++ behind a C interface; the variant is selected by the instruction sets of this CPU.
 
-native/ holds the sources, build.py compiles them, library.py loads them, operations.py gives each
-operation to torch tensors.
+native/ holds the sources, build.py compiles them, library.py loads them, operations.py offers each operation
+for torch tensors.
 """

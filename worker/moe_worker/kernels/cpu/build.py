@@ -1,7 +1,7 @@
-"""Compiles the CPU kernels: once for each instruction set, into one shared object.
+"""Compiles the CPU kernels once for each instruction set into one shared object.
 
-Runs without torch and without the rest of the package: the wheel's build hook loads this file alone. Why
-there are two places for the result: docs/adr/0008.
+It needs neither torch nor the rest of the package: the build hook of the wheel loads this file alone.
+docs/adr/0008 explains why the result has two places.
 """
 
 import hashlib
@@ -30,11 +30,11 @@ VARIANTS = {
 
 
 class BuildError(Exception):
-    """The kernels cannot be had here; the message says why."""
+    """The kernels are not available here; the message says why."""
 
 
 def library_name() -> str:
-    """File name that changes with the sources and the flags, so that a stale library is never loaded."""
+    """File name that changes with sources and flags, so a stale library is never loaded."""
     digest = hashlib.sha256(repr((FLAGS, FLOATS, VARIANTS)).encode())
     for source in sorted(NATIVE.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
@@ -42,13 +42,13 @@ def library_name() -> str:
 
 
 def cache_directory() -> Path:
-    """The user's cache, by XDG's rule."""
+    """The user's cache directory (XDG)."""
     root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(root) / "moe-operator" / "kernels"
 
 
 def find_or_build() -> Path:
-    """The library: from the source folder, the user's cache, or compiled into it now. Raises BuildError."""
+    """The library: from the source folder, from the user's cache, or compiled into it. Raises BuildError."""
     for directory in (PACKAGED, cache_directory()):
         path = directory / library_name()
         if path.exists():
@@ -57,9 +57,9 @@ def find_or_build() -> Path:
 
 
 def install() -> Path:
-    """Copies the library to the source folder of an editable install, where pods that mount it find it too.
+    """Copies the library to the source folder of an editable install, where pods that mount it find it, too.
 
-    They do not see the user's cache: each would compile at every start. Raises BuildError.
+    Pods do not see the user's cache: each would compile at every start. Raises BuildError.
     """
     found = find_or_build()
     if found.parent == PACKAGED:
@@ -73,9 +73,9 @@ def install() -> Path:
 
 
 def build(directory: Path) -> Path:
-    """Compiles into `directory`, some 10 seconds; other processes see the whole file or none.
+    """Compiles into `directory` in about 10 seconds; other processes see the complete file or none.
 
-    Raises BuildError where this is not Linux on x86-64, where there is no C++ compiler, or where it fails.
+    Raises BuildError if this is not Linux on x86-64, if there is no C++ compiler, or if it fails.
     """
     compiler = _compiler()
     try:

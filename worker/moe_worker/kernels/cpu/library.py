@@ -15,7 +15,7 @@ _INDEX = {arguments: index for index, arguments in enumerate(OPERATIONS)}
 
 @cache
 def load() -> ctypes.CDLL:
-    """The compiled kernels, once a process. Raises build.BuildError where they cannot be had."""
+    """The compiled kernels, loaded once per process. Raises build.BuildError if they are not available."""
     path = build.find_or_build()
     try:
         library = ctypes.CDLL(str(path))
@@ -44,7 +44,7 @@ def supported_variants() -> tuple[str, ...]:
 class Kernels:
     """A variant with its own threads; one operation runs at a time.
 
-    Threads do not survive a fork: a child process makes its own Kernels.
+    Threads do not survive a fork: a child process creates its own Kernels.
     """
 
     def __init__(self, variant: str | None = None, threads: int = 1) -> None:
@@ -65,6 +65,6 @@ class Kernels:
         weakref.finalize(self, library.moe_close, self._engine)
 
     def run(self, arguments: Structure) -> None:
-        """Runs the operation that `arguments` (one of structs.OPERATIONS) belongs to. Raises MemoryError."""
+        """Runs the operation of `arguments` (one of structs.OPERATIONS). Raises MemoryError."""
         if status := self._run(self._engine, _INDEX[type(arguments)], byref(arguments)):
             raise MemoryError(os.strerror(status))

@@ -1,4 +1,4 @@
-"""Weights in the layout of the CPU kernels; native/layout.h says what it is.
+"""Weights in the layout of the CPU kernels, which native/layout.h defines.
 
 Legend: O outputs, I inputs, A stacked matrices (experts or heads), G groups, H heads.
 """
@@ -29,7 +29,7 @@ _MADV_HUGEPAGE = 14
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """One matrix or a stack of them; `struct` points into the tensors, which must live as long.
+    """One matrix or a stack of them; `struct` points into the tensors, which must outlive it.
 
     group: inputs that share a scale. piece: inputs that share the scale of an int8 activation.
     """
@@ -71,7 +71,7 @@ class PackedWeight:
 
 @dataclass(frozen=True)
 class HeadWeight:
-    """A bfloat16 matrix for each head; `struct` points into `data`, which must live as long."""
+    """A bfloat16 matrix for each head; `struct` points into `data`, which must outlive it."""
 
     data: Tensor
     outputs: int
@@ -98,9 +98,9 @@ def pack_int4(
 ) -> PackedWeight:
     """Packs [O, I] or a stack [A, O, I]; `paired` for gate and up, the halves of O.
 
-    piece: inputs that share the scale of an activation; None: as quant.int8 has it for I.
+    piece: inputs that share the scale of an activation; None: the default of quant.int8 for I.
 
-    Raises SettingsError where the group is no multiple of 8.
+    Raises SettingsError if the group is no multiple of 8.
     """
     if weight.group % 8:
         raise SettingsError(f"the CPU kernels take groups of multiples of 8 inputs, not of {weight.group}")
@@ -112,11 +112,9 @@ def pack_int4(
 def pack_sparse14(
     weight: Sparse14Weight, bias_O: Tensor | None = None, paired: bool = False, piece: int | None = None
 ) -> PackedWeight:
-    """Packs [O, I] or a stack [A, O, I] of 1:4 sparse weights; `paired` for gate and up, the halves of O.
+    """Packs [O, I] or a stack [A, O, I] of 1:4 sparse weights; `paired` and `piece` as in `pack_int4`.
 
-    piece: as in `pack_int4`.
-
-    Raises SettingsError where the group is no multiple of 64.
+    Raises SettingsError if the group is no multiple of 64.
     """
     if weight.group % 64:
         raise SettingsError(
@@ -196,7 +194,7 @@ def pack(
 
 
 def aligned_bytes(size: int) -> Tensor:
-    """uint8 storage; large ones in huge pages, which spares a decode step 20,000 look-ups of small ones."""
+    """Aligned uint8 storage; large blocks use huge pages, which saves 20,000 TLB misses per decode step."""
     align = _HUGE_PAGE if size >= _HUGE_PAGE else _ALIGNMENT
     room = torch.empty(size + align, dtype=torch.uint8)
     start = -room.data_ptr() % align
