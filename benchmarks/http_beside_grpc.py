@@ -193,7 +193,7 @@ def served(streams: int) -> Iterator[Site]:
         process = stack.enter_context(started([*frontend, "--static", f"127.0.0.1:{port}"]))
         http = said(process, r"serving HTTP on (\S+)")
         address = said(process, r"serving on (\S+)")
-        said(process, r"(127\S+) takes requests")
+        said(process, r"(127\S+) accepts requests")
         yield Site(address, http, process.pid)
 
 

@@ -159,8 +159,7 @@ def test_the_process_that_started_last_ranks_highest_and_an_expired_record_count
     start = datetime(2026, 1, 1, tzinfo=UTC)
     assert peering.priority(start + timedelta(milliseconds=1)) > peering.priority(start)
     record = {"priority": 1, "lifetime": 20, "lastseen": start.isoformat()}
-    assert peering.alive(record, start + timedelta(seconds=19))
-    assert not peering.alive(record, start + timedelta(seconds=20))
+    assert peering.Record.parse(record).expires == start + timedelta(seconds=20)
 
 
 @pytest.mark.parametrize(("whole", "grace"), [(60, None), (600, "595"), (5, "3"), (0, "0")])

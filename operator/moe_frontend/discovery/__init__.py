@@ -1,7 +1,7 @@
-"""Which leaders there are, and which of them take requests.
+"""Discovers the leaders of a deployment, and which of them accept requests.
 
-endpoints   leaders as EndpointSlices name them: pure
+endpoints   reads leaders from EndpointSlices: pure
 slices      watches the EndpointSlices of a service
 probing     watches the health of every leader
-publishing  writes where this frontend sends requests, for the operator
+publishing  publishes the routes of this frontend for the operator
 """

@@ -1,4 +1,4 @@
-"""Which leaders there are, read out of EndpointSlices. Pure."""
+"""Reads leaders from EndpointSlices. Pure."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -9,14 +9,14 @@ PORT_NAME: Final = "grpc"
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Served:
-    """What a worker says of its model, beyond what routing needs.
+    """The model of a worker, beyond what routing needs.
 
     Attributes:
-        name: that clients ask for.
+        name: that requests contain.
         context_length: tokens of prompt and text together.
-        samples: whether the checkpoint brings a temperature above 0 for requests that set none.
-        template: how a conversation becomes a prompt, in Jinja; "" where there is no telling.
-        special_tokens: names of the template's variables, and what they hold.
+        samples: whether the checkpoint has a default temperature above 0.
+        template: chat template in Jinja; "" if unknown.
+        special_tokens: variables of the template, with their values.
     """
 
     name: str = ""
@@ -28,15 +28,15 @@ class Served:
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Endpoint:
-    """A leader that may take requests.
+    """A leader that may accept requests.
 
     Attributes:
-        name: of the pod; of the address where there is no pod.
+        name: of the pod; the address if there is no pod.
         address: ``HOST:PORT``, with an IPv6 host in brackets.
-        revision: of what it serves, once it was asked.
-        context_length: of its model in tokens, once it was asked; 0 before.
-        characters_per_token: that one token of its model stands for at most; 0: not known.
-        served: the model, once it was asked.
+        revision: that it serves, after the first GetModel.
+        context_length: of its model in tokens, after the first GetModel; 0 before.
+        characters_per_token: maximum characters of one token of its model; 0 if unknown.
+        served: the model, after the first GetModel.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Endpoint:
 
 
 def endpoints(slices: Iterable[Mapping[str, Any]]) -> frozenset[Endpoint]:
-    """The endpoints that are not going away, whether ready or not: that is asked of themselves.
+    """The endpoints that are not terminating, whether ready or not: their health is watched directly.
 
     Args:
         slices: discovery.k8s.io/v1 EndpointSlice objects as JSON gives them.
@@ -57,7 +57,7 @@ def endpoints(slices: Iterable[Mapping[str, Any]]) -> frozenset[Endpoint]:
 
 
 def static_endpoints(addresses: Iterable[str]) -> frozenset[Endpoint]:
-    """Endpoints given by address rather than by a cluster; each is named after its address."""
+    """Endpoints by address, without a cluster; each is named after its address."""
     return frozenset(Endpoint(address, address) for address in addresses)
 
 
@@ -78,7 +78,7 @@ def _port(ports: Iterable[Mapping[str, Any]]) -> int | None:
 
 
 def _endpoint(endpoint: Mapping[str, Any], port: int) -> Endpoint:
-    host = endpoint["addresses"][0]  # the API says: consumers use the first one
+    host = endpoint["addresses"][0]  # by the API, consumers use the first one
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     name = (endpoint.get("targetRef") or {}).get("name")
     return Endpoint(name or address, address)

@@ -1,8 +1,8 @@
-"""Follows the health of every worker there may be: which of them take requests, and at what revision.
+"""Watches the health of every worker: which of them accept requests, and their revision.
 
-A watch of grpc.health.v1 tells at once what Kubernetes knows only after a probe: that a model is loaded, that
-a worker drains, that its process is gone. A Pod is Ready only after a frontend routes to it, so its readiness
-cannot be what a frontend goes by.
+A watch of grpc.health.v1 reports at once what Kubernetes knows only after a probe: a model is loaded, a
+worker drains, its process has ended. A Pod becomes Ready only after a frontend routes to it, so a frontend
+cannot depend on the readiness of the Pod.
 """
 
 import asyncio
@@ -31,10 +31,10 @@ _OPTIONS: Final = (*transport.CLIENT_OPTIONS, ("grpc.use_local_subchannel_pool",
 
 
 class Prober:
-    """Keeps a watch on each endpoint it is told of. For one event loop.
+    """Keeps a watch on each endpoint. Belongs to one event loop.
 
     Args:
-        changed: called whenever `serving` is another.
+        changed: called after each change of `serving`.
         supervisor: runs the watches.
     """
 
@@ -46,11 +46,11 @@ class Prober:
 
     @property
     def serving(self) -> frozenset[Endpoint]:
-        """The endpoints that take requests, each with what its worker said of its model."""
+        """The endpoints that accept requests, each with the model that its worker reported."""
         return frozenset(self._serving.values())
 
     def update(self, endpoints: frozenset[Endpoint]) -> None:
-        """Takes over which endpoints there are."""
+        """Replaces the watched endpoints."""
         for endpoint in [known for known in self._watches if known not in endpoints]:
             self._watches.pop(endpoint).cancel()
             self._set(endpoint, None)
@@ -75,7 +75,7 @@ class Prober:
                 await asyncio.sleep(_BACKOFF.pause_s(failures, _CHANCE()))
 
     async def _watch(self, channel: grpc.aio.Channel, endpoint: Endpoint) -> bool:
-        """Follows one connection to its end; whether it ever took requests."""
+        """Watches one connection until its end; returns whether the worker ever accepted requests."""
         served = False
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
         try:
@@ -86,7 +86,7 @@ class Prober:
         except grpc.aio.AioRpcError as error:
             _LOG.debug("the watch of %s ended: %s", endpoint.name, error.details())
         finally:
-            if self._watches.get(endpoint) is asyncio.current_task():  # else it is another's by now
+            if self._watches.get(endpoint) is asyncio.current_task():  # else a newer one replaced it
                 self._set(endpoint, None)
         return served
 
@@ -95,7 +95,8 @@ class Prober:
         if serving is not None:
             self._serving[endpoint] = serving
         if before != serving:
-            _LOG.info("%s %s", endpoint.name, "takes no requests" if serving is None else "takes requests")
+            verb = "accepts no requests" if serving is None else "accepts requests"
+            _LOG.info("%s %s", endpoint.name, verb)
             self._changed()
 
 

@@ -1,7 +1,7 @@
-"""Writes where this frontend sends requests into a FrontendRoutes object, for the operator to read.
+"""Publishes the routes of this frontend in a FrontendRoutes object, which the operator reads.
 
 The operator opens a worker's readiness gate once every frontend routes to it. It could ask each frontend over
-gRPC, but a service mesh or a NetworkPolicy may keep it from that port; the API server both can reach.
+gRPC, but a service mesh or a NetworkPolicy may block that port; both can reach the API server.
 """
 
 import asyncio
@@ -17,13 +17,13 @@ from moe_operator.resources import names
 
 FIELD_MANAGER: Final = "moe-frontend"
 BETWEEN_WRITES_S: Final = 0.5
-"""Routes that change more often, as in a rollout of many replicas, are written once for all changes."""
+"""Minimum time between writes: frequent changes, as in a rollout of many replicas, become one write."""
 _MOST: Final = 2500
 """Of crds/frontendroutes.yaml, maxItems."""
 
 
 class PublishError(RetryableError):
-    """The API server did not take the routes."""
+    """The API server did not accept the routes."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,18 @@ class OwnPod:
 
 
 def own_pod(namespace: str, deployment: str, environ: Mapping[str, str] = os.environ) -> OwnPod | None:
-    """The pod as its environment names it; None outside of one."""
+    """The pod of this process, from its environment; None outside a pod."""
     name, uid = environ.get("POD_NAME"), environ.get("POD_UID")
     return OwnPod(namespace, name, uid, deployment) if name and uid else None
 
 
 class Publisher:
-    """Keeps the object true. For one event loop; requests to the API server run in threads.
+    """Keeps the object up to date. Belongs to one event loop; requests to the API server run in threads.
 
     Args:
         api: of the cluster.
-        pod: whose routes they are.
-        routes: what they are now.
+        pod: of this frontend.
+        routes: returns the current routes.
     """
 
     def __init__(self, api: Requests, pod: OwnPod, routes: Callable[[], Iterable[Endpoint]]) -> None:
@@ -59,14 +59,14 @@ class Publisher:
         self._news = asyncio.Event()
 
     def changed(self) -> None:
-        """The routes may be others."""
+        """Notes that the routes may have changed."""
         self._news.set()
 
     async def run(self) -> None:
-        """Writes the routes whenever they differ from what was written last, and not more often than that.
+        """Writes the routes whenever they differ from the last written ones.
 
         Raises:
-            PublishError: the API server did not take them; the next run writes them again.
+            PublishError: the API server did not accept them; the next run writes them again.
         """
         while True:
             self._news.clear()
@@ -96,7 +96,7 @@ class Publisher:
 
 
 def manifest(pod: OwnPod, routes: Iterable[Endpoint]) -> dict[str, Any]:
-    """The FrontendRoutes of a pod, which goes with it."""
+    """The FrontendRoutes of a pod, which is deleted with it."""
     owner = {"apiVersion": "v1", "kind": "Pod", "name": pod.name, "uid": pod.uid}
     return {
         "apiVersion": names.API_VERSION,

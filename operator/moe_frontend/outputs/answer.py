@@ -1,4 +1,4 @@
-"""A stored answer: one message, and where the worker's messages ended in it. Pure."""
+"""A stored answer: one message, and the ends of the worker's messages in it. Pure."""
 
 from array import array
 from collections.abc import Iterable, Sequence
@@ -13,11 +13,11 @@ _OBJECTS: Final = 700
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole answer.
+    """A complete answer.
 
     Attributes:
         payload: one GenerateResponse with all text and tokens; usage.cached is set.
-        marks: after each message of the worker, the tokens and the characters until there; flat pairs.
+        marks: the number of tokens and characters up to the end of each message of the worker, as flat pairs.
     """
 
     payload: bytes
@@ -29,7 +29,7 @@ class Answer:
         return len(self.payload) + self.marks.itemsize * len(self.marks) + _OBJECTS
 
     def behind(self, resumed: Sequence[int]) -> bytes | None:
-        """The message that goes on behind the tokens that a client has; None where there is no telling."""
+        """The message that continues after the tokens of a client; None if they end within a message."""
         if not resumed:
             return self.payload
         characters = dict(zip(self.marks[::2], self.marks[1::2], strict=True)).get(len(resumed))
@@ -47,7 +47,7 @@ class Answer:
 
 
 def answer_of(messages: Iterable[bytes]) -> Answer | None:
-    """The answer that a stream of messages makes; None where it is not whole."""
+    """The answer from a stream of messages; None if it is incomplete."""
     whole = inference_pb2.GenerateResponse()
     marks, texts, characters = array("I"), [], 0
     for message in messages:

@@ -1,4 +1,4 @@
-"""The output cache of a frontend: answers what it has and computes the rest once. For one event loop."""
+"""The output cache of a frontend: equal requests are computed once. Belongs to one event loop."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -16,7 +16,7 @@ RESULT: Final = "moe.cache.output"
 """Span attribute: hit, miss, or shared (followed an equal request under way)."""
 
 Compute = Callable[[Flight[F]], Awaitable[tuple[F | None, str]]]
-"""Writes an answer to a flight; gives why it is not whole, and the revision that answered."""
+"""Writes an answer to a flight; returns why it is incomplete, or None, and the revision of the replica."""
 
 
 class OutputCache(Generic[F]):
@@ -25,7 +25,7 @@ class OutputCache(Generic[F]):
     Args:
         store: holds the answers.
         supervisor: runs the computations.
-        stopped: why an answer is not whole whose computation ended early.
+        stopped: the failure of an answer whose computation ended early.
     """
 
     def __init__(self, store: Store, supervisor: Supervisor, stopped: F) -> None:
@@ -36,7 +36,7 @@ class OutputCache(Generic[F]):
         self._counts: metrics.Counter | None = None
 
     def serve(self, revisions: frozenset[str]) -> None:
-        """Says which revisions are served; answers of others are dropped."""
+        """Sets the served revisions; drops answers of others."""
         self._store.serve(revisions)
 
     async def answer(
@@ -48,15 +48,15 @@ class OutputCache(Generic[F]):
         span: trace.Span,
         compute: Compute[F] | None,
     ) -> tuple[bool, F | None]:
-        """Answers a request; gives whether it did, and why the answer is not whole, if it is not.
+        """Answers a request; returns whether it did, and why the answer is incomplete, or None.
 
         Args:
             key: of the request.
-            resumed: tokens that the client has already.
+            resumed: tokens that the client already has.
             caller: the client's context.
             writer: to the client.
-            span: of the request; told how the answer came about.
-            compute: computes the answer; None answers from what is stored only.
+            span: of the request; records whether it was a hit.
+            compute: computes the answer; None: only stored answers are used.
 
         Raises:
             SlowReaderError: the client does not read the answer.
@@ -89,7 +89,7 @@ class OutputCache(Generic[F]):
                 task.cancel()
 
     async def _run(self, key: bytes, flight: Flight[F], compute: Compute[F]) -> None:
-        if flight.ended:  # the supervisor restarts what failed, but the followers were told
+        if flight.ended:  # the supervisor restarts a failed flight, but its readers have their failure
             return
         failure: F | None = self._stopped
         try:
@@ -106,7 +106,7 @@ class OutputCache(Generic[F]):
             del self._flights[key]
 
     def measure(self, meter: metrics.Meter) -> None:
-        """Makes the instruments."""
+        """Creates the instruments."""
         self._counts = meter.create_counter(
             "moe_frontend.output_cache.lookups", "{request}", "Cacheable requests, by result"
         )
@@ -125,7 +125,7 @@ class OutputCache(Generic[F]):
                 ]
             ],
             "{answer}",
-            "Answers that left the output cache, by reason: capacity, expired, revision",
+            "Answers removed from the output cache, by reason: capacity, expired, revision",
         )
 
     def _note(self, span: trace.Span, result: str) -> None:

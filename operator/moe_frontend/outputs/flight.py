@@ -1,4 +1,4 @@
-"""One computation that several clients of equal requests follow. For one event loop."""
+"""One computation that several clients with equal requests share. Belongs to one event loop."""
 
 import asyncio
 from collections.abc import Iterable
@@ -7,24 +7,23 @@ from typing import Any, Final, Generic, TypeVar
 from moe_api.writing import Writer
 
 F = TypeVar("F")
-"""Why an answer is not whole."""
+"""Why an answer is incomplete."""
 
 _AHEAD_MOST: Final = 64
-"""Messages that a computation may be ahead of its fastest reader: flow control reaches through."""
+"""Maximum messages that a computation is ahead of its fastest reader, for flow control."""
 
 
 class Flight(Generic[F]):
-    """Takes the place of a client's context: it collects the messages of the answer for all followers.
+    """Replaces the context of a client: it collects the messages of the answer for all readers.
 
-    It has no deadline of its own. Whoever follows may leave at any time; the computation ends when nobody
-    follows it any more.
+    It has no deadline. A reader may leave at any time; the computation ends when the last one has left.
 
     Args:
-        metadata: of the request that began it.
+        metadata: of the request that started it.
 
     Attributes:
         messages: of the answer so far.
-        ended: whether there will be no more.
+        ended: whether the answer has ended.
     """
 
     def __init__(self, metadata: Iterable[Any] | None) -> None:
@@ -40,7 +39,7 @@ class Flight(Generic[F]):
 
     @property
     def deserted(self) -> bool:
-        """Whether nobody follows."""
+        """Whether there is no reader."""
         return not self._positions
 
     def invocation_metadata(self) -> Iterable[Any]:
@@ -59,19 +58,19 @@ class Flight(Generic[F]):
         """As of a client's context."""
 
     async def write(self, message: bytes) -> None:
-        """As of a client's context; waits where all followers are far behind."""
+        """As of a client's context; waits if all readers are far behind."""
         self.messages.append(message)
         _wake(self._news)
         while self._positions and len(self.messages) - max(self._positions.values()) > _AHEAD_MOST:
             await self._taken.wait()
 
     def end(self, failure: F | None) -> None:
-        """The computation has ended."""
+        """Ends the answer; `failure`: why it is incomplete."""
         self._failure, self.ended = failure, True
         _wake(self._news)
 
     async def follow(self, caller: Any, writer: Writer) -> F | None:
-        """Passes all messages to a client; returns why the answer is not whole, if it is not.
+        """Sends all messages to a client; returns why the answer is incomplete, or None.
 
         Raises:
             SlowReaderError: the client does not read them.
@@ -96,6 +95,6 @@ class Flight(Generic[F]):
 
 
 def _wake(event: asyncio.Event) -> None:
-    """Wakes who waits now."""
+    """Wakes all present waiters."""
     event.set()
     event.clear()

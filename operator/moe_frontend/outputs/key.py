@@ -1,4 +1,4 @@
-"""What tells requests apart in the output cache. Pure."""
+"""The key of a request in the output cache. Pure."""
 
 import hashlib
 from collections.abc import Iterable
@@ -17,16 +17,16 @@ def key_of(
     *,
     samples: bool,
 ) -> bytes | None:
-    """The key of a request's answer, 32 bytes; None where the answer is not cacheable.
+    """The key of the answer to a request, 32 bytes; None if the answer is not cacheable.
 
-    It is cacheable where the answer is determined (a seed is set, or the temperature is 0), the revision is
-    known and the one that the request asks for, and the client did not send ``cache-control: no-store``.
+    It is cacheable if it is determined (a seed is set, or the temperature is 0), the revision is known and
+    matches the request, and the client did not send ``cache-control: no-store``.
 
     Args:
         request: as the client sent it.
         metadata: of the request, keys in lower case.
-        revision: that would answer; "" where it is not known.
-        samples: whether the checkpoint brings a temperature above 0 for requests that set none.
+        revision: of the replicas; "" if it is not known.
+        samples: whether the checkpoint has a default temperature above 0.
     """
     pairs = list(metadata or ())
     asked = request.resume.revision

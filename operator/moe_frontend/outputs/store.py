@@ -1,4 +1,4 @@
-"""Stored answers, bounded in bytes and time, of the revisions that are served. For one event loop."""
+"""Stores answers of the served revisions, bounded in bytes and time. Belongs to one event loop."""
 
 import time
 from collections import Counter
@@ -18,7 +18,7 @@ class _Entry:
 
 
 class Store:
-    """Answers by key; the least recently used go first.
+    """Answers by key; the least recently used are evicted first.
 
     LRU keeps no history of evicted keys, so that memory is bounded by `memory` alone.
 
@@ -46,7 +46,7 @@ class Store:
         return len(self._entries)
 
     def get(self, key: bytes) -> Answer | None:
-        """The answer, if it is there and valid."""
+        """The answer, if it is stored and valid."""
         entry = self._entries.get(key)
         if entry is None:
             return None
@@ -68,7 +68,7 @@ class Store:
         self.bytes += answer.size
 
     def serve(self, revisions: frozenset[str]) -> None:
-        """Says which revisions are served; answers of others are dropped."""
+        """Sets the served revisions; drops answers of others."""
         if revisions == self._served:
             return
         self._served = revisions

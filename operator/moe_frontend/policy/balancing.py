@@ -1,6 +1,6 @@
-"""Policies that order replicas for a request. Pure but for chance, which is given.
+"""Policies that order replicas for a request. Pure, except for a given source of randomness.
 
-A policy gives each candidate a cost; `routing.choose` takes the cheapest one, after those that are suspect.
+A policy gives each candidate a cost; `routing.choose` takes the cheapest one; suspect replicas come last.
 """
 
 import hashlib
@@ -19,16 +19,16 @@ from moe_frontend.policy.salt import salt_of
 SESSION_KEY: Final = "x-session-id"
 """Metadata (HTTP header) that names the session of a request."""
 _SMOOTHING: Final = 0.02
-"""Share of the newest request in the mean cost of one."""
+"""Weight of the newest request in the mean cost of a request."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What a policy knows of a request.
+    """What a policy knows about a request.
 
     Attributes:
         blocks: names of the blocks of its prompt, in order.
-        session: that the client named; "" for none.
+        session: named by the client; "" for none.
     """
 
     blocks: tuple[int, ...] = ()
@@ -45,10 +45,10 @@ class Policy(Protocol):
         """The cost of each candidate; `now` in seconds."""
 
     def sent(self, question: Question, replica: str, now: float) -> None:
-        """The request went to a replica."""
+        """Notes that the request was sent to a replica."""
 
     def keep(self, replicas: frozenset[str]) -> None:
-        """These replicas are ready, and no others."""
+        """Forgets all replicas but these, which are ready."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Asked:
 
 
 def question_of(request: Message, metadata: Iterable[Any] | None) -> Question:
-    """What a policy knows of a request; `metadata` with keys in lower case."""
+    """What a policy knows about a request; `metadata` has keys in lower case."""
     pairs = list(metadata or ())
     session = next((str(value) for key, value in pairs if key == SESSION_KEY), "")
     if not isinstance(request, inference_pb2.GenerateRequest):
@@ -98,12 +98,12 @@ class LeastLoaded:
 
 
 class RandomOfTwo(LeastLoaded):
-    """The less loaded of two that chance picks. Mitzenmacher, IEEE TPDS 2001."""
+    """The less loaded of two random replicas. Mitzenmacher, IEEE TPDS 2001."""
 
     reason = "RandomOfTwo"
 
     def __init__(self, chance: random.Random | None = None) -> None:
-        self._chance = chance or random.Random()  # noqa: S311 - nobody gains by guessing it
+        self._chance = chance or random.Random()  # noqa: S311 - not for security
 
     def costs(self, question: Question, candidates: Sequence[Load], now: float) -> Sequence[float]:
         """As `Policy.costs`."""
@@ -130,10 +130,10 @@ class Session(LeastLoaded):
 
 
 class PrefixAffinity:
-    """The least work before the answer begins: blocks to compute, and those of the requests in flight.
+    """The replica with the least prefill work: missing blocks of this prompt and of requests in flight.
 
-    A request in flight counts as the mean of the blocks that requests had to compute lately, so that a
-    replica which holds a hot prefix gets no more than what is cheaper there than elsewhere.
+    A request in flight counts as the recent mean number of missing blocks, so that a replica with a popular
+    prefix does not get requests that another replica would serve sooner.
     """
 
     reason = "PrefixAffinity"

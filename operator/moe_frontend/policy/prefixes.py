@@ -1,7 +1,8 @@
-"""Which replica was sent which beginnings of prompts: an approximate index of their prefix caches. Pure.
+"""An approximate index of the prefix caches of replicas: which replica was sent which prefixes. Pure.
 
-Nothing is asked of replicas. A block is a piece of a prompt together with everything before it, named by a
-chained hash that begins with the client's salt. What was not sent to a replica for a while counts as evicted.
+Replicas are not asked. A block is a part of a prompt together with everything before it, identified by a
+chained hash that starts with the client's salt. A block that was not sent to a replica for TTL_S counts as
+evicted.
 """
 
 import hashlib
@@ -14,14 +15,14 @@ from moe_api.inference.v1 import inference_pb2
 BLOCK_BYTES: Final = 512
 BLOCK_TOKENS: Final = 128
 BLOCKS_MOST: Final = 512
-"""Blocks of one prompt that count; what is behind them is not looked at."""
+"""Maximum blocks of one prompt; the rest is ignored."""
 INDEX_MOST: Final = 50_000
-"""Blocks that are known; about 400 bytes each."""
+"""Maximum blocks in the index; about 400 bytes each."""
 TTL_S: Final = 600.0
 
 
 def blocks_of(request: inference_pb2.GenerateRequest, salt: bytes) -> tuple[int, ...]:
-    """Names of the whole blocks of a prompt, in order."""
+    """Identifiers of the complete blocks of a prompt, in order."""
     names, name = [], salt
     for piece in _pieces(request):
         name = hashlib.blake2b(piece, digest_size=8, key=name).digest()
@@ -40,7 +41,7 @@ def _pieces(request: inference_pb2.GenerateRequest) -> Iterator[bytes]:
 
 
 class PrefixIndex:
-    """When each replica was sent each block last. The blocks used least recently are forgotten first."""
+    """The last time each block was sent to each replica. The least recently used blocks are dropped first."""
 
     def __init__(self, most: int = INDEX_MOST, ttl_s: float = TTL_S) -> None:
         self._most = most
@@ -51,8 +52,8 @@ class PrefixIndex:
         return len(self._sent)
 
     def note(self, replica: str, blocks: Sequence[int], now: float) -> None:
-        """A prompt of these blocks goes to a replica; `now` in seconds."""
-        for block in reversed(blocks):  # so that the beginning of a prompt outlives its end
+        """Notes that a prompt of these blocks is sent to a replica; `now` in seconds."""
+        for block in reversed(blocks):  # so that the start of a prompt outlives its end
             self._sent.setdefault(block, {})[replica] = now
             self._sent.move_to_end(block)
         while len(self._sent) > self._most:
@@ -73,7 +74,7 @@ class PrefixIndex:
         return counts
 
     def keep(self, replicas: frozenset[str]) -> None:
-        """Forgets all other replicas: one that comes back has an empty cache."""
+        """Drops all other replicas: one that returns has an empty cache."""
         for block, holders in list(self._sent.items()):
             kept = {replica: at for replica, at in holders.items() if replica in replicas}
             if not kept:

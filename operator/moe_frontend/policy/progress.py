@@ -1,9 +1,9 @@
-"""What a client has of its stream, and the request with which another replica takes it up. Pure.
+"""The emitted part of a stream, and the request with which another replica continues it. Pure.
 
 A stream is a function of its prompt, its sampling parameters and its seed. The frontend keeps these and the
-tokens that it has passed on: with them any worker of the same revision computes what is missing, and nothing
-else, since text and tokens of a message belong together (moe_api.inference.v1.Resume). Workers are not
-believed: what they send is held against the .proto file before the client sees it.
+emitted tokens: with them any worker of the same revision computes exactly the missing part, since text and
+tokens of a message belong together (moe_api.inference.v1.Resume). Workers are not trusted: their messages are
+checked against the .proto file before the client receives them.
 """
 
 import secrets
@@ -23,7 +23,7 @@ _ANSWERS: Final[dict[type[Message], type[Message]]] = {
 
 
 class Progress:
-    """Of one call. Of calls other than Generate it only knows whether their one message has come.
+    """The progress of one call. For calls other than Generate: whether their single message has arrived.
 
     Args:
         request: as the client sent it.
@@ -42,7 +42,7 @@ class Progress:
 
     @property
     def started(self) -> bool:
-        """Whether the client has a part of the answer already."""
+        """Whether the client already has a part of the response."""
         return self.messages > 0
 
     @property
@@ -52,27 +52,27 @@ class Progress:
 
     @property
     def tokens(self) -> int:
-        """Tokens that were passed on."""
+        """Number of emitted tokens."""
         return len(self._tokens)
 
     @property
     def resumable(self) -> bool:
-        """Whether another replica can give what is missing."""
+        """Whether another replica can compute the missing part."""
         return self._generate is not None and self._whole
 
     @property
     def revision(self) -> str:
-        """Of the replica that was asked last; "" before."""
+        """The revision of the last replica; "" before the first attempt."""
         return self._revision
 
     @property
     def bound_to(self) -> str | None:
-        """The only revision that may answer: that of the replica that began. None: any."""
+        """The required revision: the one that started the response. None: any."""
         asked = self._generate.resume.revision if self._generate else ""
         return asked or (self._revision if self.started and self.resumable else None)
 
     def request(self, revision: str) -> Message:
-        """What to ask a replica of this revision for; begins an attempt."""
+        """The request for a replica of this revision; starts an attempt."""
         if self._generate is None:
             return self._request
         self._revision = self.bound_to or revision
@@ -84,10 +84,10 @@ class Progress:
         return asked
 
     def take(self, message: bytes) -> list[bytes]:
-        """Checks and notes a message of the replica; gives what to pass on, which may come later.
+        """Checks and records a message of the replica; returns the messages to send now, which may be none.
 
         Raises:
-            ContractError: the message is not what the .proto file promises.
+            ContractError: the message violates the .proto file.
         """
         response = self._parsed(message)
         if self.finished:
@@ -101,10 +101,10 @@ class Progress:
         return [message if ready is response else ready.SerializeToString() for ready in passed]
 
     def end(self) -> None:
-        """The replica says that the answer is whole.
+        """Checks that the response is complete when the replica ends it.
 
         Raises:
-            ContractError: it is not.
+            ContractError: it is not complete.
         """
         if not self.finished:
             raise ContractError(
@@ -122,7 +122,7 @@ class Progress:
         self._check(response)
         self.messages += 1
         self._tokens.extend(response.tokens)
-        # Text without its tokens could not be told from what is still to come.
+        # Text without tokens cannot be told apart from text that is still missing.
         self._whole &= not response.text or len(response.tokens) > 0
         self.finished = response.finish_reason != inference_pb2.FINISH_REASON_UNSPECIFIED
 
@@ -143,7 +143,7 @@ class Progress:
 
 
 def _with_seed(request: inference_pb2.GenerateRequest) -> inference_pb2.GenerateRequest:
-    """The request with the seed of its stream fixed where it samples: each worker would draw another."""
+    """The request with a fixed seed if it samples; otherwise each worker would draw its own."""
     seeded = inference_pb2.GenerateRequest()
     seeded.CopyFrom(request)
     sampling = request.sampling

@@ -1,8 +1,8 @@
-"""Which replica takes the next request, and whether one that failed is tried again. Pure.
+"""Chooses the replica for a request, and decides whether a failed request is retried. Pure.
 
-Least loaded first, where the load of a replica is what this frontend has running on it. Replicas that
-just failed come last, for a time that doubles with every failure in a row: the EndpointSlice learns of a
-dead pod only after its readiness probe failed, and until then it would look the least loaded of all.
+The least loaded replica comes first; its load is the number of requests that this frontend has in flight on
+it. A replica that just failed comes last, for a time that doubles with every consecutive failure: an
+EndpointSlice lists a dead pod until its readiness probe fails, and until then the pod seems to be idle.
 """
 
 import dataclasses
@@ -13,36 +13,36 @@ from moe_api.backoff import Backoff
 
 MAX_ATTEMPTS: Final = 3
 SUSPICION: Final = Backoff(first_s=0.5, longest_s=10.0)
-"""How long a replica that failed comes last."""
+"""How long a failed replica comes last."""
 RETRY: Final = Backoff(first_s=0.02, longest_s=1.0)
-"""Between two attempts to have one request answered."""
+"""Between two attempts of one request."""
 RETRY_AFTER_S: Final = 1.0
-# A stream that lost its replica waits this long for another one of its revision: a worker that was killed is
-# back within seconds where its model is small, and a rollout or a scale-up may be bringing others.
+# How long a stream that lost its replica waits for another one of its revision: a killed worker with a small
+# model is ready again within seconds, and a rollout or a scale-up may start others.
 PATIENCE_S: Final = 30.0
 # A replica that broke the protocol is the last choice for this long.
 DISTRUST_S: Final = 30.0
 
 WELL_TOKENS: Final = 16
-"""An attempt that brought so many tokens got on well: what ended it is not the request's doing."""
+"""After so many tokens the request is not considered the cause of a failed attempt."""
 MOST_SILENT_DEATHS: Final = 2
 MOST_DEATHS: Final = 3
 MOST_CUTS: Final = 10
-"""Attempts that end after fewer tokens than that, one after the other."""
+"""Consecutive attempts that end after fewer tokens than that."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What is known of a replica.
+    """The state of a replica, as this frontend knows it.
 
     Attributes:
         name: of the replica's leader.
-        in_flight: requests of this frontend that run on it.
-        last_chosen: number of the request that went there last; ties go to the lowest.
-        failures: in a row.
-        failed_at: time of the last of them, in seconds.
-        revision: of what it serves.
-        distrusted_until: seconds; it broke the protocol, and is suspect until then whatever it does.
+        in_flight: requests of this frontend in flight on it.
+        last_chosen: number of the last request sent to it; the lowest number wins a tie.
+        failures: consecutive failures.
+        failed_at: time of the last failure, in seconds.
+        revision: that it serves.
+        distrusted_until: seconds; it broke the protocol and is suspect until then.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Decision:
 
     Attributes:
         replica: name of the chosen replica.
-        candidates: how many there were to choose from.
+        candidates: number of replicas to choose from.
         reason: CamelCase, for machines.
         message: for people.
     """
@@ -86,7 +86,7 @@ class Decision:
 
 
 def is_suspect(load: Load, now: float) -> bool:
-    """Whether a replica failed so lately that others are better; `now` in seconds."""
+    """Whether a replica failed so recently that others take precedence; `now` in seconds."""
     if now < load.distrusted_until:
         return True
     if load.failures == 0:
@@ -96,20 +96,20 @@ def is_suspect(load: Load, now: float) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Trials:
-    """What was tried for one request since its client last got something.
+    """The attempts of one request since its client last received a message.
 
-    A request may be what kills its replicas, so deaths under it are counted. It is stopped by the second one
-    without a token in between, and by the third one with a few: it takes two or three replicas with it. A
-    stream that got on well in between is not to blame, and may lose any number.
+    A request may be what kills its replicas, so it is stopped after the second death of a replica without a
+    token in between, or the third one with a few tokens in between. A stream that emitted WELL_TOKENS tokens
+    in between may lose any number of replicas.
 
     Attributes:
-        began: seconds; when that was.
-        attempts: that brought nothing.
-        tried: replicas where they failed.
-        patience_s: how long a stream that has begun may go without anything.
-        dead: replicas that died under the request since it last got on well, in order.
-        silent: how many of the last ones there are without a token in between.
-        cut: attempts that brought a few tokens, since then.
+        began: time of that message, or the start of the request, in seconds.
+        attempts: failed attempts since then.
+        tried: replicas of these attempts.
+        patience_s: how long a started stream may wait for its next message.
+        dead: replicas that died with the request in flight since its last WELL_TOKENS tokens, in order.
+        silent: how many of the last of them died without a token in between.
+        cut: attempts since then that ended after a few tokens.
     """
 
     began: float
@@ -123,9 +123,9 @@ class Trials:
     def after(
         self, replica: str, *, progressed: bool, now: float, died: bool = False, tokens: int = 0
     ) -> "Trials":
-        """Takes in an attempt that failed; one that brought something begins the count anew.
+        """Adds a failed attempt; one that emitted tokens restarts the count.
 
-        died: whether the replica died under it. tokens: how many it brought.
+        died: whether the replica died. tokens: how many it emitted.
         """
         earlier = dataclasses.replace(self, dead=(), cut=0) if tokens >= WELL_TOKENS else self
         silent = (0 if progressed else self.silent) + died
@@ -139,16 +139,16 @@ class Trials:
         return dataclasses.replace(counted, attempts=self.attempts + 1, tried=self.tried | {replica})
 
     def all_over(self) -> "Trials":
-        """Nobody is left to try: from the first one again, after a pause."""
+        """No replica is left to try, so all may be tried again after a pause."""
         return dataclasses.replace(self, tried=frozenset())
 
     @property
     def deadly(self) -> bool:
-        """Whether the request is likely to be what replicas die of."""
+        """Whether the request is likely to kill replicas."""
         return self.silent >= MOST_SILENT_DEATHS or len(self.dead) >= MOST_DEATHS
 
     def left_s(self, now: float) -> float:
-        """Seconds that a stream which has begun may still wait; 0 at least."""
+        """Seconds that a started stream may still wait; at least 0."""
         return max(0.0, self.began + self.patience_s - now)
 
 
@@ -159,15 +159,15 @@ def choose(
     revision: str | None = None,
     ranking: Ranking | None = None,
 ) -> Decision | None:
-    """The replica for a request, or None when there is none left that was not tried.
+    """The replica for a request, or None if all were tried.
 
     Args:
-        loads: of the replicas that are ready.
-        tried: names of replicas where this request failed before.
+        loads: of the ready replicas.
+        tried: names of replicas where this request already failed.
         now: seconds, on the clock of `Load.failed_at`.
-        revision: the only one that will do; None: any.
-        ranking: gives each candidate a cost, and says why the cheapest one is chosen; None: the fewest
-            requests in flight.
+        revision: the required one; None: any.
+        ranking: gives each candidate a cost; the cheapest one is chosen. None: the number of requests in
+            flight.
     """
     candidates = [load for load in loads if load.name not in tried and revision in (None, load.revision)]
     if not candidates:
@@ -184,12 +184,12 @@ def choose(
 
 
 def backoff_s(attempt: int, remaining_s: float | None, chance: float = 0.0) -> float | None:
-    """Seconds to wait before attempt number `attempt` + 1, or None when there is to be none.
+    """Seconds to wait before attempt number `attempt` + 1, or None if there is no further attempt.
 
     Args:
-        attempt: number of the attempt that failed, from 1.
-        remaining_s: until the deadline of the request; None without one.
-        chance: from [0, 1), for the jitter: many requests lose one replica at the same moment.
+        attempt: number of the failed attempt, from 1.
+        remaining_s: seconds until the deadline of the request; None without one.
+        chance: from [0, 1), for the jitter: many requests lose a replica at the same time.
     """
     wait = RETRY.pause_s(attempt, chance)
     if attempt >= MAX_ATTEMPTS or (remaining_s is not None and wait >= remaining_s):
@@ -198,7 +198,7 @@ def backoff_s(attempt: int, remaining_s: float | None, chance: float = 0.0) -> f
 
 
 def replay_after_s(trials: Trials, now: float, chance: float = 0.0) -> float | None:
-    """Seconds to wait before a stream that lost its replica asks another; None where that is of no use.
+    """Seconds to wait before a stream that lost its replica is sent to another; None if it is given up.
 
     chance: from [0, 1), for the jitter.
     """
@@ -212,5 +212,5 @@ def _why(best: Load, candidates: list[Load], now: float) -> tuple[str, str]:
     if len(candidates) == 1:
         return "OnlyReplica", f"{best.name} is the only replica to choose"
     if is_suspect(best, now):
-        return "AllSuspect", f"all {len(candidates)} replicas failed lately; {best.name} has the least load"
+        return "AllSuspect", f"all {len(candidates)} replicas failed recently; {best.name} has the least load"
     return LEAST_LOADED, f"{best.name} runs {best.in_flight} requests, the least of {len(candidates)}"

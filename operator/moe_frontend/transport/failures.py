@@ -1,4 +1,4 @@
-"""How an attempt at a replica can fail, and what the client is told of it."""
+"""How an attempt at a replica can fail, and the status that the client gets."""
 
 import asyncio
 import dataclasses
@@ -16,14 +16,14 @@ from moe_frontend.policy import routing
 from moe_frontend.transport import metadata
 from moe_frontend.transport.metadata import Pairs
 
-# What gRPC itself says, with RESOURCE_EXHAUSTED, of a message that a server does not take.
+# The text of gRPC's own RESOURCE_EXHAUSTED for a message that a server does not accept.
 _TOO_LARGE: Final = "message larger than max"
 _TOO_LARGE_SENTENCE: Final = "the request is too large for the model: no prompt of that size fits; shorten it"
 GRPC_INTERNAL: Final = grpc.StatusCode.INTERNAL
 
 
 class Kind(enum.Enum):
-    """What became of the replica."""
+    """What happened to the replica."""
 
     ANSWERED = "answered with an error"
     UNREACHED = "was not reached, so it never saw the request"
@@ -34,11 +34,11 @@ class Kind(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """How an attempt ended that did not succeed.
+    """The end of a failed attempt.
 
     Attributes:
-        kind: what became of the replica.
-        status: for the client, if no other replica does better.
+        kind: what happened to the replica.
+        status: for the client, if no other replica succeeds.
         metadata: trailing metadata to forward.
     """
 
@@ -55,20 +55,20 @@ class Failure:
 def of_call(
     error: grpc.aio.AioRpcError | asyncio.CancelledError, replica: str, keys: frozenset[str], *, started: bool
 ) -> Failure:
-    """What gRPC reports of a call on an established connection.
+    """The failure that gRPC reports for a call on an established connection.
 
     Args:
         error: as caught.
         replica: its name.
         keys: trailing metadata to forward.
-        started: whether the client has a part of the answer.
+        started: whether the client has a part of the response.
 
     Raises:
-        asyncio.CancelledError: our own client went away.
+        asyncio.CancelledError: the client of this frontend cancelled the call.
     """
     if isinstance(error, asyncio.CancelledError):
-        # grpc.aio raises this, too, where the *replica* ended the call with CANCELLED, as it does to
-        # what still runs when its grace period is over.
+        # grpc.aio raises this also if the *replica* ends the call with CANCELLED, as it does with running
+        # calls at the end of its grace period.
         if is_being_cancelled():
             raise error
         return Failure(Kind.STOPPED, _lost(replica, "it was stopped", started=started))
@@ -89,7 +89,7 @@ def unreached(replica: str, *, started: bool) -> Failure:
 
 
 def broke_protocol(replica: str, how: str) -> Failure:
-    """A replica answered against the .proto file; `how` goes on behind "it "."""
+    """A replica violated the .proto file; `how` completes "it ..."."""
     sentence = (
         f"replica {replica} broke the protocol: it {how}; do not use this answer, and tell whoever runs the "
         "deployment"
@@ -109,18 +109,18 @@ def deadly(replicas: Sequence[str]) -> Failure:
 
 
 def stopped() -> Failure:
-    """The computation that the request shared with equal ones ended early."""
+    """The shared computation of equal requests ended early."""
     return Failure(Kind.STOPPED, _unavailable("the computation of this answer was stopped; send it again"))
 
 
 def nobody(deployment: str) -> Failure:
-    """There is no replica."""
+    """No replica is ready."""
     sentence = f"{deployment} has no ready replica; see why with `moe status {deployment}`"
     return Failure(Kind.UNREACHED, _unavailable(sentence))
 
 
 def other_revision(deployment: str) -> Failure:
-    """The client named a revision that no replica has."""
+    """The client asked for a revision that no ready replica has."""
     sentence = (
         f"resume.revision is not served: no ready replica of {deployment} has this revision; send the "
         "request without `resume`, which starts the text again"

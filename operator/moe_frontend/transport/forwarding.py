@@ -1,10 +1,9 @@
-"""Forwards one request to a replica and its response back, message by message; replays streams of lost
-replicas.
+"""Forwards a request to a replica and its response, message by message; replays streams of lost replicas.
 
-Messages pass through as bytes and are not buffered here: the next one is read only when the client's
-connection took the last one, so that HTTP/2 flow control reaches from the client to the worker. Of Generate
-the tokens are noted on the way (`progress`): where a replica is lost, another one of the same revision goes
-on behind them, and the client sees a pause at most.
+Messages are bytes and are not buffered here: the next one is read only after the client's connection has
+accepted the last one, so HTTP/2 flow control works from the client to the worker. For Generate, `progress`
+records the emitted tokens: if a replica is lost, another one of the same revision continues after them, and
+the client only sees a pause.
 """
 
 import asyncio
@@ -49,7 +48,7 @@ ROUTING_ATTEMPT: Final = "moe.routing.attempt"
 ROUTING_REASON: Final = "moe.routing.reason"
 ROUTING_REPLAYED: Final = "moe.routing.replayed_tokens"
 
-# Another replica may do what one answers so: it is lost, it has no room, or it changed its revision under us.
+# Another replica may succeed after these: a replica is lost, has no room, or has changed its revision.
 _ELSEWHERE: Final = frozenset(
     {
         grpc.StatusCode.UNAVAILABLE,
@@ -58,10 +57,10 @@ _ELSEWHERE: Final = frozenset(
     }
 )
 _LOOK_AGAIN_S: Final = 1.0
-# A worker ends a call right behind the last message of its answer.
+# A worker ends a call directly after the last message of its response.
 _END_S: Final = 5.0
 
-# Asking which model is served does not start it.
+# GetModel does not start a replica.
 _NOT_WORTH_A_REPLICA: Final = "/GetModel"
 
 
@@ -69,18 +68,18 @@ _Answer = grpc.aio.UnaryStreamCall[Message, bytes]
 
 
 class Caller(Sink, Timed, Protocol):
-    """Who is answered: the context of a gRPC call, or what takes its place behind another protocol."""
+    """The receiver of a response: the context of a gRPC call, or its equivalent of another protocol."""
 
     def invocation_metadata(self) -> Iterable[Any] | None:
         """Metadata of the request, keys in lower case."""
 
     def set_trailing_metadata(self, trailing_metadata: Any) -> None:
-        """Takes metadata of the answer."""
+        """Sets trailing metadata of the response."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """One call of a client, across all attempts to answer it."""
+    """One call of a client, across all attempts."""
 
     method: str
     context: Caller
@@ -94,13 +93,13 @@ class Forwarder:
     """Forwards the calls of one service to the replicas.
 
     Args:
-        replicas: where requests may go.
+        replicas: the ready ones.
         tracer: for the server span of every call.
-        hold: where requests wait while there is no replica; names the deployment.
-        patience_s: how long a request or stream whose replica was lost waits for another one.
-        keys: metadata that pass between clients and workers.
+        hold: where requests wait while no replica is ready; names the deployment.
+        patience_s: how long a request or stream waits for another replica after it lost one.
+        keys: metadata that are forwarded between clients and workers.
         write_timeout_s: how long a message may wait for the client to read it.
-        outputs: answers what was answered before; None: nothing is stored.
+        outputs: the output cache; None: there is none.
     """
 
     def __init__(
@@ -122,32 +121,32 @@ class Forwarder:
         self._write_timeout_s = write_timeout_s
 
     def routes(self) -> list[tuple[Endpoint, int]]:
-        """Where requests may go now, and how many of ours run there."""
+        """The ready endpoints, with the number of requests of this frontend in flight on each."""
         return self._replicas.routes()
 
     @property
     def served(self) -> Served:
-        """The model that replicas serve; of the last one, where there is none."""
+        """The model of the ready replicas, or of the last one that was ready."""
         return self._replicas.served
 
     async def until_replica(self, size: int) -> status_pb2.Status | None:
-        """Waits for a replica, where there is none; says why a request of `size` bytes has to end before."""
+        """Waits for a replica if none is ready; returns why a request of `size` bytes ends, or None."""
         return None if len(self._replicas) else await self._hold.until_replica(size)
 
     async def forward(self, method: str, request: Message, context: Context) -> None:
-        """Answers one call of gRPC; `method` is ``package.Service/Method``."""
+        """Serves one gRPC call; `method` is ``package.Service/Method``."""
         with spans.server_span(self._tracer, context, method) as span:
             failure = await self.answer(method, request, context, span)
             if failure is not None:
                 await _give_up(failure, context)
 
     async def answer(self, method: str, request: Message, caller: Caller, span: trace.Span) -> Failure | None:
-        """Answers one call, whichever protocol it came by; gives why the answer is not whole, if it is not.
+        """Serves one call of any protocol; returns why the response is incomplete, or None.
 
         Args:
             method: ``package.Service/Method``.
             request: of that method.
-            caller: gets the messages of the answer, as bytes.
+            caller: receives the messages of the response, as bytes.
             span: of the call.
         """
         if failure := self._oversize(request):
@@ -157,7 +156,7 @@ class Forwarder:
         call = _Call(method, caller, span, writer, Progress(request), asked)
         if failure := await self._held(call):
             return failure
-        if failure := self._oversize(request):  # where it waited, it is known only now what is served
+        if failure := self._oversize(request):  # after a wait, the served model is known only now
             return failure
         try:
             answered, failure = await self._from_outputs(call, request)
@@ -166,7 +165,7 @@ class Forwarder:
             return Failure(Kind.ANSWERED, error.status)
 
     async def _from_outputs(self, call: _Call, request: Message) -> tuple[bool, Failure | None]:
-        """Answers from the output cache or through it; gives whether it did, and why it is not whole."""
+        """Serves a call by the output cache; returns whether it did, and why the response is incomplete."""
         if self._outputs is None or not isinstance(request, inference_pb2.GenerateRequest):
             return False, None
         metadata_, samples = call.context.invocation_metadata(), self._replicas.served.samples
@@ -187,12 +186,12 @@ class Forwarder:
         )
 
     def _oversize(self, request: Message) -> Failure | None:
-        """Why no replica would take the request, by its length alone."""
+        """Why no replica would accept the request, by its length alone; None if one may."""
         too_long = bounds.violations(request, self._replicas.limits)
         return Failure(Kind.ANSWERED, rich_status.invalid_argument(too_long)) if too_long else None
 
     async def _held(self, call: _Call) -> Failure | None:
-        """Waits for a replica, where the call is worth one; says why it has to end before there is one."""
+        """Waits for a replica, except for GetModel; returns why the call ends without one, or None."""
         if len(self._replicas) or call.method.endswith(_NOT_WORTH_A_REPLICA):
             return None
         call.span.add_event("hold", {"message": "no replica is ready; the request waits for one"})
@@ -226,8 +225,8 @@ class Forwarder:
     async def _wait_for_another(
         self, failure: Failure | None, trials: routing.Trials, progress: Progress
     ) -> Failure | None:
-        """Waits a while for a replica to come; says why the call ends where it may not wait."""
-        if failure is None and len(self._replicas):  # none was tried, so none has the revision asked for
+        """Waits a while for a change of replicas; returns why the call ends if it may not wait."""
+        if failure is None and len(self._replicas):  # none was tried, so none has the required revision
             return failures.other_revision(self._hold.deployment)
         full = failure is not None and failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         wait = min(trials.left_s(time.monotonic()), _LOOK_AGAIN_S)
@@ -240,14 +239,14 @@ class Forwarder:
         return None
 
     def _unanswered(self, failure: Failure | None, progress: Progress) -> Failure:
-        """What the client is told where there is no replica left to ask."""
+        """The failure for the client if no replica is left to try."""
         lost = failure is not None and failure.kind is not Kind.ANSWERED and not progress.started
         if failure is None or (lost and not len(self._replicas)):
             return failures.nobody(self._hold.deployment)
         return failure
 
     async def _attempt(self, call: _Call, lease: Lease) -> Failure | None:
-        """One attempt; None where the client has its answer."""
+        """One attempt; None if the client has its response."""
         failure = await self._exchange(call, lease)
         if failure is None:
             self._replicas.report_success(lease.endpoint)
@@ -261,7 +260,7 @@ class Forwarder:
         return None if call.progress.finished else failure
 
     async def _exchange(self, call: _Call, lease: Lease) -> Failure | None:
-        """Sends the request and passes the answer on, as far as it comes.
+        """Sends the request and forwards the response, as far as it arrives.
 
         Raises:
             SlowReaderError: the client does not read it.
@@ -283,7 +282,7 @@ class Forwarder:
         return None
 
     def _send(self, call: _Call, lease: Lease) -> _Answer:
-        """On the wire a unary answer is a stream of one message, so one way of calling serves both."""
+        """On the wire a unary response is a stream of one message, so one kind of call serves both."""
         request = call.progress.request(lease.endpoint.revision)
         serialize: Callable[[Message], bytes] = type(request).SerializeToString
         multicallable: grpc.aio.UnaryStreamMultiCallable[Message, bytes] = lease.channel.unary_stream(
@@ -295,15 +294,15 @@ class Forwarder:
 
 
 async def _pass_on(answer: _Answer, call: _Call) -> None:
-    """Passes the messages of an answer on, to its end.
+    """Forwards the messages of a response until its end.
 
     Raises:
-        ContractError: what came is not an answer.
+        ContractError: the replica violates the .proto file.
         SlowReaderError: the client does not read it.
         grpc.aio.AioRpcError: the replica, or the connection to it, failed.
     """
     progress = call.progress
-    with contextlib.suppress(TimeoutError):  # the client has its whole answer
+    with contextlib.suppress(TimeoutError):  # the client has its complete response
         async with asyncio.timeout(None) as limit:
             async for message in answer:
                 for ready in progress.take(message):
@@ -326,7 +325,7 @@ def _counted(trials: routing.Trials, lease: Lease, failure: Failure, tokens: int
 def _wait_before_next(
     failure: Failure, trials: routing.Trials, progress: Progress, remaining_s: float | None
 ) -> float | None:
-    """Seconds to wait before another replica is asked; None where the failure is the answer."""
+    """Seconds to wait before another replica is tried; None if the failure is final."""
     if failure.code not in _ELSEWHERE:
         return None
     if not progress.started:

@@ -1,4 +1,4 @@
-"""Holds requests while no replica takes any, and tells the operator so."""
+"""Holds requests while no replica is ready, and reports their number to the operator."""
 
 import asyncio
 import contextlib
@@ -13,20 +13,20 @@ from opentelemetry import metrics
 from moe_api import rich_status
 
 HELD_MOST: Final = 1000
-"""Requests that one frontend holds at most."""
+"""Maximum number of held requests of one frontend."""
 HELD_BYTES_MOST: Final = 256 * 2**20
-"""Bytes of these requests: each keeps its prompt in memory."""
+"""Maximum bytes of these requests: each keeps its prompt in memory."""
 RETRY_AFTER_S: Final = 5.0
 
 
 @dataclasses.dataclass
 class Hold:
-    """The requests that wait for a replica. For one event loop.
+    """The requests that wait for a replica. Belongs to one event loop.
 
     Args:
-        limit_s: how long one waits at most, in seconds; 0 holds none.
-        deployment: name, for sentences.
-        from_zero: whether the deployment scales to zero: requests are welcome where there is no replica.
+        limit_s: maximum wait of one request, in seconds; 0 holds none.
+        deployment: name, for messages.
+        from_zero: whether the deployment scales to zero, so that requests are accepted without a replica.
     """
 
     limit_s: float
@@ -39,18 +39,18 @@ class Hold:
 
     @property
     def held(self) -> int:
-        """Requests that wait now."""
+        """Number of waiting requests."""
         return self._held
 
     def set_replicas(self, *, there: bool) -> None:
-        """Whether there is a replica; the first one releases all that wait."""
+        """Says whether a replica is ready; the first one releases all waiting requests."""
         if there:
             self._replicas.set()
         else:
             self._replicas.clear()
 
     async def until_replica(self, size: int) -> status_pb2.Status | None:
-        """Waits until there is a replica; says why the request has to end when that takes too long.
+        """Waits until a replica is ready; returns why the request ends if that takes too long.
 
         size: of the request, in bytes.
         """
@@ -67,7 +67,7 @@ class Hold:
 
     @contextlib.contextmanager
     def place(self, size: int) -> Iterator[status_pb2.Status | None]:
-        """Counts a request that waits for a replica, for the time of the block; gives why it may not wait.
+        """Counts a request that waits for a replica during the block; yields why it may not wait, or None.
 
         size: of the request, in bytes.
         """
@@ -79,18 +79,18 @@ class Hold:
             yield None
 
     async def demand(self, wait_s: float) -> int:
-        """Requests that wait; while there are none, waits for the first one, up to `wait_s` seconds."""
+        """Number of waiting requests; if there is none, waits up to `wait_s` seconds for the first one."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._demand.wait(), wait_s)
         return self._held
 
     def measure(self, meter: metrics.Meter) -> None:
-        """Makes the instrument of the requests that wait."""
+        """Creates the instrument for waiting requests."""
         meter.create_observable_up_down_counter(
             "moe_frontend.requests.held",
             [lambda _: [metrics.Observation(self._held)]],
             "{request}",
-            "Requests that wait because no replica takes any",
+            "Requests that wait because no replica is ready",
         )
 
     @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The replicas that are ready, a channel to each, and what runs on them. For one event loop."""
+"""The ready replicas, with a channel to each and their requests in flight. Belongs to one event loop."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ from moe_frontend.policy import routing
 from moe_frontend.policy.balancing import Asked, Policy, question_of
 from moe_frontend.transport.bounds import Limits
 
-# Pods reuse addresses: a channel of its own per replica shares no backoff with a predecessor's.
+# Pods reuse addresses: with its own channel a replica does not inherit the backoff of its predecessor.
 _OPTIONS: Final = (*transport.CLIENT_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
 _CONNECTING: Final = (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING)
 _CONNECT_S: Final = 5.0
@@ -34,16 +34,16 @@ class _Replica:
 
 @dataclasses.dataclass(frozen=True)
 class Lease:
-    """One request's hold on a replica: where to send it, and why there."""
+    """A replica chosen for one request, with the reason."""
 
     endpoint: Endpoint
     channel: grpc.aio.Channel
     decision: routing.Decision
 
     async def connected(self) -> bool:
-        """Whether there is a connection, or one can be made now.
+        """Whether there is a connection, or one can be opened now.
 
-        Asked before a request is sent: a replica that was never reached did not die of it.
+        Checked before a request is sent: a replica that was not reached did not die of the request.
         """
         state = self.channel.get_state(try_to_connect=True)
         with contextlib.suppress(TimeoutError):
@@ -55,11 +55,11 @@ class Lease:
 
 
 class Replicas:
-    """Keeps channels and counts, and leaves every choice to `routing`.
+    """Keeps channels and counts; `routing` makes all choices.
 
     Args:
         clock: seconds, monotonic.
-        supervisor: closes channels that are not needed any more.
+        supervisor: runs the closing of unused channels.
         policy: orders replicas; None: the fewest requests in flight first.
     """
 
@@ -83,7 +83,7 @@ class Replicas:
         return len(self._ready)
 
     def update(self, endpoints: frozenset[Endpoint]) -> None:
-        """Takes over which endpoints are ready; requests on others run to their end."""
+        """Replaces the ready endpoints; requests on removed ones run to their end."""
         wanted = {endpoint.name: endpoint for endpoint in endpoints}
         for name, replica in list(self._ready.items()):
             if wanted.get(name) != replica.endpoint:
@@ -101,11 +101,11 @@ class Replicas:
         self._changed = asyncio.Event()
 
     def ask(self, request: Message, metadata: Iterable[Any] | None) -> Asked | None:
-        """What the policy makes of a request, for `lease`; None where there is no policy."""
+        """The policy's view of a request, for `lease`; None without a policy."""
         return None if self._policy is None else Asked(self._policy, question_of(request, metadata))
 
     async def change(self, most_s: float) -> None:
-        """Waits until `update` is called, `most_s` seconds at most."""
+        """Waits until `update` is called, at most `most_s` seconds."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), most_s)
 
@@ -113,12 +113,12 @@ class Replicas:
     def lease(
         self, tried: frozenset[str], revision: str | None = None, asked: Asked | None = None
     ) -> Iterator[Lease | None]:
-        """Holds the best replica for the time of the block; None if there is none.
+        """Counts a request on the best replica during the block; yields None if there is none.
 
         Args:
-            tried: those not to be tried again.
-            revision: the only one that will do; None: any.
-            asked: the request, as `ask` gave it.
+            tried: replicas that are not tried again.
+            revision: the required one; None: any.
+            asked: the result of `ask` for the request.
         """
         loads = (replica.load for replica in self._ready.values())
         decision = routing.choose(loads, tried, self._clock(), revision, asked)
@@ -138,7 +138,7 @@ class Replicas:
 
     @property
     def limits(self) -> Limits:
-        """What no replica takes more than: what is longer need not be sent to any."""
+        """The limits that a request must keep on at least one replica; a longer one is not sent."""
         known = self.endpoints()
         per_token = [endpoint.characters_per_token for endpoint in known]
         return Limits(
@@ -148,43 +148,43 @@ class Replicas:
 
     @property
     def only_revision(self) -> str:
-        """The revision of all replicas; "" where there are several, as in a rollout, or none is known."""
+        """The revision of all replicas; "" if there are several, as in a rollout, or none."""
         revisions = {replica.endpoint.revision for replica in self._ready.values()}
         return revisions.pop() if len(revisions) == 1 else ""
 
     @property
     def served(self) -> Served:
-        """The model of a replica that takes requests, or of the last one that did."""
+        """The model of a ready replica, or of the last one that was ready."""
         return self._served
 
     def endpoints(self) -> list[Endpoint]:
-        """Where requests may go now."""
+        """The ready endpoints."""
         return [replica.endpoint for replica in self._ready.values()]
 
     def routes(self) -> list[tuple[Endpoint, int]]:
-        """Where requests may go now, and how many run there."""
+        """The ready endpoints, with the number of requests in flight on each."""
         return [(replica.endpoint, replica.load.in_flight) for replica in self._ready.values()]
 
     def report_failure(self, endpoint: Endpoint) -> None:
-        """A request died with the replica, or could not reach it."""
+        """Notes that the replica died with a request in flight, or was not reached."""
         replica = self._find(endpoint)
         if replica is not None:
             replica.load = replace(replica.load, failures=replica.load.failures + 1, failed_at=self._clock())
 
     def distrust(self, endpoint: Endpoint) -> None:
-        """The replica broke the protocol."""
+        """Notes that the replica broke the protocol."""
         replica = self._find(endpoint)
         if replica is not None:
             replica.load = replace(replica.load, distrusted_until=self._clock() + routing.DISTRUST_S)
 
     def report_success(self, endpoint: Endpoint) -> None:
-        """The replica answered."""
+        """Notes that the replica responded."""
         replica = self._find(endpoint)
         if replica is not None and replica.load.failures:
             replica.load = replace(replica.load, failures=0)
 
     async def close(self) -> None:
-        """Closes all channels and ends what runs on them."""
+        """Closes all channels, which ends the requests on them."""
         replicas = [*self._ready.values(), *self._leaving]
         self._ready.clear()
         self._leaving.clear()

@@ -1,9 +1,9 @@
-"""Whether this process is the one that acts, among several operators of one cluster.
+"""Whether this process is the active one among several operators of a cluster.
 
-kopf writes every process into the status of one ClusterKopfPeering object and stops the watches of those that
-are outranked. It cannot stop reconciles that run or wait, so every reconcile checks here first.
-Ranks are start times: the process that started last acts, so a replaced operator never waits for its
-predecessor's record to expire.
+kopf writes a record of every process into the status of a ClusterKopfPeering object and stops the watches of
+processes that are outranked. It cannot stop running or queued reconciles, so each checks here first.
+Ranks are start times: the process that started last is active, so a new operator never waits until the record
+of its predecessor expires.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ API_VERSION: Final = "kopf.dev/v1"
 
 
 def manifest(name: str) -> Manifest:
-    """The object; kopf fills its status."""
+    """The peering object; kopf fills its status."""
     return {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": name}}
 
 
 def priority(started: datetime) -> int:
-    """Rank of a process that started then: milliseconds of the epoch, so that two are never the same."""
+    """Rank of a process: its start in milliseconds since the epoch, so that no two are equal."""
     return int(started.timestamp() * 1000)
 
 
 _REMEMBERED_S: Final = 2.0
-"""For this long two processes may both act after a start; they do the same."""
+"""After a start, two processes may both be active for so long; both do the same."""
 
 
 @dataclass
 class Rank:
-    """The rank of this process among all operators, read at most every two seconds. Thread-safe."""
+    """The rank of this process among all operators; read at most every two seconds. Thread-safe."""
 
     cluster: Cluster
     name: str
     priority: int
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _looked: float | None = None
-    """When, on the monotonic clock."""
+    """Time of the last read, on the monotonic clock."""
     _outranked: bool = False
 
     def outranked(self, now: datetime) -> bool:
@@ -58,15 +58,22 @@ class Rank:
             return self._outranked
 
 
+@dataclass(frozen=True)
+class Record:
+    """The record of one process, as kopf writes it."""
+
+    priority: int
+    expires: datetime
+
+    @staticmethod
+    def parse(record: Mapping[str, Any]) -> Record:
+        """Reads priority, lastseen (ISO 8601) and lifetime (seconds)."""
+        lifetime = timedelta(seconds=int(record["lifetime"]))
+        return Record(int(record["priority"]), datetime.fromisoformat(record["lastseen"]) + lifetime)
+
+
 def outranked(cluster: Cluster, name: str, own_priority: int, now: datetime) -> bool:
     """Whether another live process ranks higher."""
     peering = cluster.get(KIND, None, name) or {}
-    peers: Mapping[str, Any] = peering.get("status") or {}
-    return any(peer["priority"] > own_priority and alive(peer, now) for peer in peers.values())
-
-
-def alive(peer: Mapping[str, Any], now: datetime) -> bool:
-    """Whether the record of another operator has not expired. The record is kopf's: priority, lifetime in s,
-    lastseen.
-    """
-    return datetime.fromisoformat(peer["lastseen"]) + timedelta(seconds=int(peer["lifetime"])) > now
+    records = map(Record.parse, (peering.get("status") or {}).values())
+    return any(record.priority > own_priority and record.expires > now for record in records)

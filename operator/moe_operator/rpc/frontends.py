@@ -1,4 +1,4 @@
-"""Finds out where frontends send requests: from what they published, else by asking them."""
+"""Reads the routes of frontends: from their published FrontendRoutes, otherwise by gRPC."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def routed(
     timeout_seconds: float,
     published: Mapping[str, Routes],
 ) -> dict[str, str]:
-    """IP addresses, by name, of those leaders to which every one of the frontends sends requests.
+    """The leaders to which every frontend routes: IP addresses by name. Empty if there is no frontend.
 
-    One that does not answer sends none, unless it is not Ready: then no client reaches it either. No new
-    request reaches a terminating one, whatever it answers. One of an earlier version, which knows no such
-    question, goes by what Kubernetes says. None are routed where there is no frontend.
+    A Ready frontend that does not respond has no routes; one that is not Ready is ignored, because no client
+    reaches it. A terminating one is ignored, because it gets no new requests. A frontend of a version without
+    GetRoutes routes to all leaders in the EndpointSlices.
 
-    published: what frontends wrote of their routes (gates.published). These are not asked, so the operator
-    need not reach them.
+    published: the published routes of frontends (gates.published). These frontends are not asked, so the
+    operator need not reach them.
     """
     everything = frozenset((leader.name, leader.address) for leader in leaders)
 
@@ -41,7 +41,7 @@ def routed(
 
 
 def _routes(address: str, everything: Routes, timeout_seconds: float) -> Routes | None:
-    """Names and addresses; None where it does not answer."""
+    """The routes of one frontend, as names and addresses; None if it does not respond."""
     with grpc.insecure_channel(target(address)) as channel:
         try:
             stub = frontend_pb2_grpc.FrontendServiceStub(channel)

@@ -20,22 +20,20 @@ _ANSWER_MOST_BYTES: Final = 64 * 1024
 CHANNEL_OPTIONS: Final = tuple(
     {**dict(transport.CLIENT_OPTIONS), "grpc.max_receive_message_length": _ANSWER_MOST_BYTES}.items()
 )
-"""Of channels to workers: no answer that the operator asks for is longer than some KiB."""
+"""Options of channels to workers: the responses that the operator reads have a few KiB."""
 
 
 def get_model(address: str, revision: str, timeout_seconds: float) -> ModelInfo:
-    """What the worker at an IP address says of its model; it is known to be of this revision.
+    """The model that the worker at an IP address serves, which is known to have this revision.
 
-    Raises RetryableError when it does not answer within the timeout.
+    Raises RetryableError if it does not respond within the timeout.
     """
     with grpc.insecure_channel(target(address), CHANNEL_OPTIONS) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         try:
             model = stub.GetModel(inference_pb2.GetModelRequest(), timeout=timeout_seconds)
         except grpc.RpcError as error:
-            raise RetryableError(
-                f"the worker at {address} did not say what model it serves: {error}"
-            ) from error
+            raise RetryableError(f"GetModel of the worker at {address} failed: {error}") from error
     return ModelInfo(
         architecture=one_line(model.architecture, REPORTED_NAME_MOST),
         parameters_total=min(model.parameters_total, _INT64_MOST),
@@ -47,7 +45,7 @@ def get_model(address: str, revision: str, timeout_seconds: float) -> ModelInfo:
 
 
 def drain(address: str, timeout_seconds: float) -> bool:
-    """Tells the worker at an IP address to take no more requests; whether it heard."""
+    """Tells the worker at an IP address to accept no more requests; returns whether it responded."""
     with grpc.insecure_channel(target(address), CHANNEL_OPTIONS) as channel:
         try:
             stub = worker_pb2_grpc.WorkerServiceStub(channel)
@@ -58,6 +56,6 @@ def drain(address: str, timeout_seconds: float) -> bool:
 
 
 def target(address: str) -> str:
-    """Where a worker or a frontend at an IP address listens."""
+    """The gRPC target of a worker or a frontend at an IP address."""
     host = f"[{address}]" if ipaddress.ip_address(address).version == 6 else address
     return f"{host}:{names.GRPC_PORT}"

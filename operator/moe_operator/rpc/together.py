@@ -1,4 +1,4 @@
-"""Asks several pods at once: one that is silent costs one timeout, not everybody's."""
+"""Calls several pods concurrently, so that pods that do not respond cost one timeout together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Answer = TypeVar("Answer")
 
 
 def ask(question: Callable[[Item], Answer], items: Iterable[Item]) -> list[tuple[Item, Answer]]:
-    """Each item with its answer, in their order."""
+    """Each item with its result, in the order of the items."""
     items = list(items)
     if not items:
         return []
