@@ -54,8 +54,8 @@ COMPILE = $(BIN)/uv pip compile --quiet --universal --generate-hashes --python-v
 	--no-emit-find-links --custom-compile-command "make lock" pyproject.toml
 lock: $(VENV)/.ready ## Write the locked dependencies with hashes: requirements/*.txt (ARGS=--upgrade for newer ones)
 	$(COMPILE) --extra dev $(ARGS) --output-file requirements/dev.txt
-	for extra in dist operator worker; do $(COMPILE) --extra $$extra --upgrade --constraints requirements/dev.txt --output-file requirements/$$extra.txt || exit 1; done
-	$(COMPILE) --extra operator --extra worker --resolution lowest-direct $(ARGS) --output-file requirements/lowest.txt
+	for extra in dist operator "worker --extra fetch"; do $(COMPILE) --extra $$extra --upgrade --constraints requirements/dev.txt --output-file requirements/$${extra%% *}.txt || exit 1; done
+	$(COMPILE) --extra operator --extra worker --extra fetch --resolution lowest-direct $(ARGS) --output-file requirements/lowest.txt
 
 dist: $(VENV)/.ready ## Build the wheel, the sdist and an SBOM of each image (CycloneDX) into dist/
 	rm -rf dist

@@ -68,6 +68,11 @@ class Settings:
     metrics_port: int = 0
     """Port where Prometheus may fetch metrics (/metrics); 0 for none. A collector gets them either way."""
 
+    model_roots: str = ""
+    """Directories of nodes that deployments may mount, with all below them, separated by commas; none by
+    default: a model on the node, a cache on it, and hostPath volumes of pod templates need one.
+    """
+
     workers: int = 8
     """Deployments that are reconciled at the same time, each in a thread.
 

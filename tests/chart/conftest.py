@@ -15,6 +15,7 @@ from tests.operator.live import Live, manifest
 
 CHART = Path(__file__).parents[2] / "charts/moe-operator"
 RELEASE = "moe-operator"
+ROOTS = ("--set", "modelRoots={/mnt/models}")
 NAMESPACE = "moe-system"
 
 
@@ -42,10 +43,10 @@ class Helm:
         return done.stdout
 
     def install(self, *settings: str) -> str:
-        return self("install", RELEASE, str(CHART), "--wait", "--timeout=120s", *settings)
+        return self("install", RELEASE, str(CHART), "--wait", "--timeout=120s", *ROOTS, *settings)
 
     def upgrade(self, *settings: str) -> str:
-        return self("upgrade", RELEASE, str(CHART), "--wait", "--timeout=120s", *settings)
+        return self("upgrade", RELEASE, str(CHART), "--wait", "--timeout=120s", *ROOTS, *settings)
 
 
 @pytest.fixture(scope="package")

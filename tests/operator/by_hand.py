@@ -36,7 +36,9 @@ class Api:
         self.cluster = Cluster(server.client(), timeout_seconds=30)
         # Above any process that ran here before and is not forgotten yet.
         rank = peering.Rank(self.cluster, "moe-operator", 2**60)
-        self._reconciler = Reconciler(self.cluster, Settings(), rank, lambda: datetime.now(UTC), lambda _: {})
+        self._reconciler = Reconciler(
+            self.cluster, Settings(model_roots="/"), rank, lambda: datetime.now(UTC), lambda _: {}
+        )
         self.writes = 0
         self._writes_to_live: int | None = None
         self._interruption: Callable[[], None] | None = None

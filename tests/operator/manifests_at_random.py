@@ -82,7 +82,14 @@ _ANYTHING = st.none() | st.booleans() | _NUMBERS | st.floats() | _TEXTS | st.lis
 
 # Values that fit where they are, so that not everything is refused for its first field.
 _FITTING: dict[str, list[Any]] = {
-    "uri": ["file:///mnt/models/docs-moe", "file:///a", "file:///mnt/models/x/"],
+    "uri": [
+        "file:///mnt/models/docs-moe",
+        "file:///a",
+        "hf://a/b@v1",
+        "pvc://a/b",
+        "oci://a/b:1",
+        "s3://abc/d",
+    ],
     "servedName": ["docs", "a/b", "v1.0"],
     "replicas": [1, 2, 3],
     "size": [1],

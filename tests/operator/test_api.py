@@ -44,14 +44,30 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "format": ({"engine": {"format": "W4A8"}}, 'supported values: "auto", "dense", "fp8", "w4a16", "w4a8"'),
     "cache": ({"engine": {"kvDtype": "fp4"}}, 'supported values: "auto", "float32", "bfloat16", "fp8"'),
     "another scheme": (
-        {"model": {"uri": "s3://bucket/model"}},
-        "only file:// is served so far: write file:///absolute",
+        {"model": {"uri": "https://example.org/model"}},
+        "begins with one of file://, hf://, s3://, gs://, pvc://, oci://",
     ),
     "relative path": (
         {"model": {"uri": "models/x"}},
-        "only file:// is served so far: write file:///absolute",
+        "write e.g. hf://OWNER/NAME or pvc://CLAIM/PATH",
     ),
     "host in the path": ({"model": {"uri": "file://models/x"}}, "an absolute path (three slashes in all)"),
+    "no owner": ({"model": {"uri": "hf://model"}}, "after hf:// comes the model's owner and name"),
+    "no bucket": ({"model": {"uri": "s3://"}}, "after s3:// comes a bucket and a path"),
+    "wrong claim": ({"model": {"uri": "pvc://Models/a"}}, "after pvc:// comes the name of a"),
+    "wrong image": ({"model": {"uri": "oci://a b"}}, "after oci:// comes an image"),
+    "credentials for nothing": (
+        {"model": {"uri": "file:///mnt/models/a", "credentialsSecret": "a"}},
+        "credentialsSecret and cache are for models that are downloaded",
+    ),
+    "endpoint for nothing": (
+        {"model": {"uri": "gs://bucket/a", "endpoint": "http://a"}},
+        "endpoint is for models of a hub or an S3 API",
+    ),
+    "cache in two places": (
+        {"model": {"uri": "hf://a/b", "cache": {"claimName": "a", "hostPath": "/a"}}},
+        "a cache is in one place: set claimName or hostPath, not both",
+    ),
     "way up": ({"model": {"uri": "file:///mnt/../etc"}}, "must not hold . or .. as a part"),
     "resources": ({"worker": {"resources": {"limits": {"cpu": -1}}}}, "an amount is a number of 0 or more"),
     "frontends": ({"frontend": {"replicas": 0}}, "frontend.replicas is a number from 1 to 100"),

@@ -44,6 +44,16 @@ class DivergedError(InputError):
     """Training reached NaN or infinity; the last good state is kept."""
 
 
+class SourceError(InputError):
+    """The source of a model does not have it, or does not give it to us."""
+
+
+class FetchError(WorkerError):
+    """A model could not be downloaded this time: the network, the source or the disk failed."""
+
+    retryable = True
+
+
 class RequestError(InputError):
     """One field of a request is out of range."""
 

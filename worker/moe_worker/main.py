@@ -11,6 +11,7 @@ from moe_worker.errors import WorkerError
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "serve": ("moe_worker.service.command:serve", "Serve a model over gRPC."),
+    "fetch": ("moe_worker.fetch.command:fetch", "Download a checkpoint into a cache."),
     "train": ("moe_worker.train.cli:train", "Train a model on text."),
     "compress": ("moe_worker.recipe.cli:compress", "Compress a checkpoint by the steps of a recipe."),
     "bench": ("moe_worker.bench.cli:bench", "Measure how fast a model runs on this machine."),

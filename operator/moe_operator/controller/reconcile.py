@@ -29,9 +29,10 @@ from moe_operator.errors import (
 from moe_operator.executor import execute
 from moe_operator.kube import peering
 from moe_operator.kube.client import Cluster
+from moe_operator.planner import host_paths
 from moe_operator.planner.decision import Decision
 from moe_operator.planner.gates import published
-from moe_operator.planner.observed import Observed, Pod, frontends
+from moe_operator.planner.observed import Download, Observed, Pod, frontends
 from moe_operator.planner.pinning import with_pins
 from moe_operator.planner.plan import Plan, invalid, model_address, plan, refused, transitions
 from moe_operator.render.worker import recipe, revision
@@ -39,7 +40,7 @@ from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Identity, Name, identity, parse, parse_status
 from moe_operator.resources.status import Status
 from moe_operator.rpc.frontends import routed
-from moe_operator.rpc.leader import drain, get_model
+from moe_operator.rpc.leader import download, drain, get_model
 from moe_operator.rpc.together import ask
 from moe_operator.settings import Settings
 
@@ -108,6 +109,9 @@ class Reconciler:
             return self.settings.resync_seconds
 
     def _advance(self, deployment: Deployment, span: trace.Span) -> float:
+        roots = [root for root in self.settings.model_roots.split(",") if root]
+        if wrong := host_paths.refusal(deployment, roots):
+            raise InvalidSpecError(wrong)
         observed = self._gathered(deployment)
         deployment, observed, todo = self._planned(deployment, observed)
         while others := unlabelled(self.cluster, deployment.identity.namespace, todo.apply):
@@ -200,7 +204,7 @@ class Reconciler:
             found = room(self.cluster, deployment.identity.namespace, todo.question)
             observed = replace(observed, obstacles=found.obstacles, together=found.together)
             todo = self._plan(deployment, observed)
-        if todo.choice or todo.unrouted:
+        if todo.choice or todo.unrouted or todo.fetching:
             observed = self._asked(observed, todo)
             todo = self._plan(deployment, observed)
         return deployment, observed, todo
@@ -219,7 +223,14 @@ class Reconciler:
             routed=routed(frontends(observed), todo.unrouted, limit, published(observed))
             if todo.unrouted
             else {},
+            downloads=self._downloads(todo.fetching),
         )
+
+    def _downloads(self, pods: Iterable[Pod]) -> dict[str, Download]:
+        """How far the downloads of the model are, of pods that say it."""
+        limit = self.settings.rpc_timeout_seconds
+        found = ask(lambda pod: download(pod.address, limit), pods)
+        return {pod.name: told for pod, told in found if told is not None}
 
     def _work(self, pods: Iterable[Pod]) -> dict[str, int]:
         """Active requests on each; one that does not respond counts as idle, because it probably hangs."""

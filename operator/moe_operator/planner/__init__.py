@@ -10,6 +10,7 @@
     state       the numbers from which the conditions follow
     conditions  what state that is, in Kubernetes' conventions
     problems    why a pod does not run; scheduling reads the scheduler's summary
+    host_paths  whether the administrator allows the directories of nodes that a deployment mounts
     decision    a reason and a sentence for people
     plan        puts it together: (deployment, observed, now) -> Plan
 

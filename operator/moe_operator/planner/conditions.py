@@ -144,6 +144,9 @@ def _obstacle(state: State) -> Problem | None:
 
 def _waiting_for_replicas(state: State) -> Problem:
     pods = state.unready_pods
+    if state.download is not None:
+        pod, text = state.download
+        return Problem("ReplicasNotReady", f"{pod.name} downloads the model: {text}")
     loading = [pod.name for pod in pods if not pod.containers_ready and not pod.terminating]
     unrouted = [pod.name for pod in pods if pod.containers_ready]
     if loading:
@@ -292,6 +295,8 @@ def model_loaded(state: State) -> Verdict:
     if state.problem is not None:
         pod, problem = state.problem
         return Verdict(False, problem.reason, f"{pod.name}: {problem.message}")
+    if state.download is not None:
+        return Verdict(False, "Downloading", state.download[1])
     return Verdict(False, "Loading", _waiting_for_replicas(state).message)
 
 

@@ -41,8 +41,38 @@ class Observed:
     """
     verdicts: Mapping[Key, str] = field(default_factory=dict)
     """The recipe (worker.recipe) that an earlier reconcile found this version of a StatefulSet to match."""
+    downloads: Mapping[str, Download] = field(default_factory=dict)
+    """How far downloads of the model are, by pod name; if they were asked."""
     routes: tuple[Manifest, ...] = ()
     """FrontendRoutes that carry the deployment's label."""
+
+
+@dataclass(frozen=True)
+class Download:
+    """How far a pod is with downloading the model."""
+
+    done: int
+    """Bytes that are there."""
+    total: int
+    """Bytes of the model; above 0."""
+    seconds_left: int
+    """At the current speed; 0 where it is not known."""
+
+    @property
+    def text(self) -> str:
+        """For people: 42 % of 18.2 GiB, 3 min left."""
+        left = f", {_duration(self.seconds_left)} left" if self.seconds_left else ""
+        return f"{100 * self.done // self.total} % of {_amount(self.total)}{left}"
+
+
+def _amount(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def _duration(seconds: int) -> str:
+    if seconds < 60:
+        return f"{seconds} s"
+    return f"{seconds // 60} min" if seconds < 3600 else f"{seconds // 3600} h {seconds % 3600 // 60} min"
 
 
 @dataclass(frozen=True)
@@ -70,6 +100,8 @@ class Pod:
     """Name of its node; empty until it has one."""
     served_until: datetime | None = None
     """Since when it is not ready, of one that was."""
+    fetching: bool = False
+    """It downloads the model before its worker starts."""
     ends_by: datetime | None = None
     """When it has to have ended; None if it is not being deleted."""
 
@@ -124,7 +156,15 @@ def _pod(manifest: Mapping[str, Any]) -> Pod:
         containers_ready=not terminating and conditions.get("ContainersReady") == "True",
         gated={"conditionType": names.ROUTED} in manifest.get("spec", {}).get("readinessGates", ()),
         routed=conditions.get(names.ROUTED) == "True",
+        fetching=not terminating and _is_fetching(status),
         ends_by=datetime.fromisoformat(metadata["deletionTimestamp"]) if terminating else None,
+    )
+
+
+def _is_fetching(status: Mapping[str, Any]) -> bool:
+    return any(
+        container["name"] == names.FETCH_CONTAINER and "running" in container.get("state", {})
+        for container in status.get("initContainerStatuses", ())
     )
 
 

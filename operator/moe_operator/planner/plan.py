@@ -60,6 +60,8 @@ class Plan:
     """Leaders among which some were chosen for deletion without knowing their load."""
     question: Question | None = None
     """The plan needs to know whether a new replica would fit in the place of an old one."""
+    fetching: tuple[Pod, ...] = ()
+    """Leaders that download the model, and were not asked how far they are."""
     gates: tuple[Gate, ...] = ()
     """Readiness gates to be set."""
     unrouted: tuple[Pod, ...] = ()
@@ -113,6 +115,7 @@ def plan(deployment: Deployment, observed: Observed, now: datetime) -> Plan:
         drain=_to_drain(moves, current),
         choice=_choice(moves, current) if not observed.work else (),
         question=_question(deployment, moves, current) if not observed.obstacles else None,
+        fetching=() if observed.downloads else tuple(current.fetching),
         gates=tuple(gates.changes(current.leaders.values(), observed.routed)),
         unrouted=tuple(gates.waiting(current.leaders.values())),
         sound=_sound(replicas, made),
@@ -181,7 +184,7 @@ def _is_awaited(deployment: Deployment, observed: Observed, current: State) -> b
     """Whether to reconcile again soon without an event, because a rollout depends on the time."""
     if observed.model is None and model_address(deployment, observed) is not None:
         return True
-    if podless(observed, deployment.identity):
+    if podless(observed, deployment.identity) or current.fetching:
         return True
     if any(pod.terminating for rank, pod in current.leaders.items() if rank in current.replicas):
         return True

@@ -131,6 +131,8 @@ def _terminated(container: Mapping[str, Any]) -> Problem | None:
         return Problem("ContainerCreateFailed", end.get("message", "the runtime gave no reason").strip())
     said = error_sentence(end.get("message", ""))
     name = container["name"]
+    if name == names.FETCH_CONTAINER and said is not None:
+        return Problem("ModelFetchFailed", said, stuck=end["exitCode"] == _EXIT_BAD_INPUT)
     if name == names.ROLE_WORKER and end["exitCode"] == _EXIT_BAD_INPUT and said is not None:
         refused = QUALITY if said.startswith(_QUALITY_LINE) else "ModelLoadFailed"
         return Problem(refused, said, stuck=True)

@@ -9,7 +9,15 @@ from typing import Final
 
 from moe_operator.planner.decision import timestamp
 from moe_operator.planner.moves import Moves, Replica, Terms, moves
-from moe_operator.planner.observed import FrontendState, Observed, Pod, frontend_state, leaders, owned
+from moe_operator.planner.observed import (
+    Download,
+    FrontendState,
+    Observed,
+    Pod,
+    frontend_state,
+    leaders,
+    owned,
+)
 from moe_operator.planner.problems import Problem, refused_pod
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment
@@ -59,6 +67,8 @@ class State:
     """Why pods cannot be made, by pod name."""
     obstacles: Mapping[str, str] = field(default_factory=dict)
     """Why a new replica's pod would not fit in the place of an old leader, by pod name."""
+    downloads: Mapping[str, Download] = field(default_factory=dict)
+    """How far downloads of the model are, by pod name."""
     lost: frozenset[int] = frozenset()
     """Data ranks of leaders that should have ended, on nodes that do not report it."""
 
@@ -114,6 +124,19 @@ class State:
         """The leaders that are not ready yet."""
         return [pod for pod in self._staying() if not pod.ready]
 
+    @property
+    def fetching(self) -> list[Pod]:
+        """The leaders that download the model now."""
+        return [pod for pod in self._staying() if pod.fetching and pod.address]
+
+    @property
+    def download(self) -> tuple[Pod, str] | None:
+        """The first leader that downloads the model, and how far it is."""
+        return next(
+            ((pod, self.downloads[pod.name].text) for pod in self.fetching if pod.name in self.downloads),
+            None,
+        )
+
     def _is_old(self, rank: int) -> bool:
         return self.replicas[rank].revision != self.revision
 
@@ -147,6 +170,7 @@ def read(
         deprecated=tuple(advice(deployment.spec)),
         refused=observed.refused,
         obstacles=observed.obstacles,
+        downloads=observed.downloads,
         lost=frozenset(rank for rank, pod in pods.items() if _is_lost(pod, now)),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moe_operator.render import pods
+from moe_operator.render import model, pods
 from moe_operator.render.objects import Manifest, child
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Pin
@@ -44,7 +44,7 @@ _VERIFICATION: dict[str, list[str]] = {
 def command(deployment: Deployment) -> list[str]:
     """The worker's command line. What the spec leaves to the worker is left out."""
     engine = deployment.spec.engine
-    words = ["moe-worker", "serve", "--model", deployment.spec.model.path]
+    words = ["moe-worker", "serve", "--model", deployment.spec.model.folder]
     words += ["--served-name", deployment.served_name]
     if engine.context_length is not None:
         words += ["--context-length", str(engine.context_length)]
@@ -65,8 +65,7 @@ def command(deployment: Deployment) -> list[str]:
 
 def pod_spec(deployment: Deployment) -> Manifest:
     """Pod spec of every worker of the deployment, whatever its replica."""
-    settings = deployment.spec.worker
-    path = deployment.spec.model.path
+    settings, source = deployment.spec.worker, deployment.spec.model
     container = {
         "name": names.ROLE_WORKER,
         "image": settings.image,
@@ -79,13 +78,9 @@ def pod_spec(deployment: Deployment) -> Manifest:
         "livenessProbe": _LIVENESS_PROBE,
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "securityContext": pods.CONTAINER_SECURITY,
-        "volumeMounts": [
-            {"name": "model", "mountPath": path, "readOnly": True},
-            pods.TMP_MOUNT,
-        ],
+        "volumeMounts": [*model.mounts(source), pods.TMP_MOUNT],
     }
-    # hostPath without a type: a missing directory is then reported by the worker, in a sentence.
-    volumes = [{"name": "model", "hostPath": {"path": path}}, pods.TMP_VOLUME]
+    fetching = model.init_containers(deployment)
     return {
         "serviceAccountName": names.worker_account(deployment.name),
         "automountServiceAccountToken": False,
@@ -94,7 +89,8 @@ def pod_spec(deployment: Deployment) -> Manifest:
         "securityContext": pods.POD_SECURITY,
         "readinessGates": [{"conditionType": names.ROUTED}],
         "containers": [container],
-        "volumes": volumes,
+        **({"initContainers": fetching} if fetching else {}),
+        "volumes": [*model.volumes(source), pods.TMP_VOLUME],
         **pods.placement(settings),
     }
 

@@ -49,6 +49,9 @@ ROLE_WORKER: Final = "worker"
 ROLE_FRONTEND: Final = "frontend"
 ROLE_HISTORY: Final = "history"
 
+FETCH_CONTAINER: Final = "fetch"
+"""Init container of workers that downloads the model."""
+
 REVISED_FIELDS: Final = ("model", "parallelism", "engine", "quality", "worker", "telemetry")
 """Fields of the spec that the workers' pods are made from: revisions record and undo restores them."""
 

@@ -26,7 +26,7 @@ MARK: Final = "x-pod-template"
 _BYTES_MOST: Final = 32 * 1024
 """Maximum size as JSON. A StatefulSet carries it three times in annotations of together at most 256 KiB."""
 
-OWN_VOLUMES: Final = ("model", "tmp")
+OWN_VOLUMES: Final = ("model", "model-cache", "tmp")
 """Volumes of the operator; users add others."""
 
 
@@ -102,7 +102,7 @@ def schema(role: str) -> dict[str, Any]:
                 "type": "object",
                 "properties": {name: _texts() for name in ("labels", "annotations")},
             },
-            "spec": {**spec, RULES: [*_of_pod(role), *_of_container(role), *_of_volumes()]},
+            "spec": {**spec, RULES: [*_of_pod(role), *_of_container(role), *_of_fetch(), *_of_volumes()]},
         },
     }
 
@@ -138,9 +138,19 @@ def _of_container(role: str) -> list[dict[str, str]]:
     return [*own, _rule(role, amounts, f"{others}{nothing})", "set spec.{role}.resources")]
 
 
+def _of_fetch() -> list[dict[str, str]]:
+    """Of the init container that downloads the model; its env and resources are the user's too."""
+    name = names.FETCH_CONTAINER
+    others = f"!has(self.initContainers) || self.initContainers.all(c, c.name != '{name}' || "
+    return [
+        _rule(name, f"initContainers[{name}].{field}", f"{others}!has(c.{field}))", remedy)
+        for field, remedy in (("args", _REMOVE), ("command", _REMOVE), ("image", "set spec.worker.image"))
+    ]
+
+
 def _of_volumes() -> list[dict[str, str]]:
     taken = f"!has(self.volumes) || self.volumes.all(v, !(v.name in {list(OWN_VOLUMES)}))"
-    message = f"the volumes {' and '.join(OWN_VOLUMES)} are the operator's: choose another name"
+    message = f"the volumes {', '.join(OWN_VOLUMES)} are the operator's: choose another name"
     return [{"rule": taken, "message": message}]
 
 

@@ -3,60 +3,17 @@
 from __future__ import annotations
 
 from typing import Literal
-from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field
 
 from moe_operator.resources import names, quantity
 from moe_operator.resources.accelerator import AcceleratedPodSettings, halves, share_set
 from moe_operator.resources.base import Model, rules
+from moe_operator.resources.model_spec import IMAGE, ModelSource
 from moe_operator.resources.pod_template import FrontendTemplate, WorkerTemplate
 from moe_operator.resources.pods import LABEL_KEY, Amount, PodSettings, Quantity
 from moe_operator.resources.rollout_spec import Rollout
 from moe_operator.resources.scaling_spec import REPLICAS_MOST, Scaling
-
-_PATH_SEGMENT = "[A-Za-z0-9._@+=,~-]+"
-
-
-class ModelSource(Model):
-    """The served model."""
-
-    uri: str = Field(
-        description="Location of the checkpoint: file:// followed by the absolute path of a directory on "
-        "every node, with config.json, tokenizer.json and safetensors files, e.g. "
-        "file:///mnt/models/docs-moe. Required.",
-        min_length=1,
-        max_length=1024,
-        json_schema_extra=rules(
-            (
-                "self.startsWith('file://')",
-                "only file:// is served so far: write file:///absolute/path of a checkpoint directory on "
-                "the nodes",
-            ),
-            (
-                f"!self.startsWith('file://') || self.matches('^file://(/{_PATH_SEGMENT})+/?$')",
-                "after file:// comes an absolute path (three slashes in all) made of letters, digits and "
-                "._@+=,~-, e.g. file:///mnt/models/docs-moe",
-            ),
-            ("!self.matches('/[.][.]?(/|$)')", "the path must not hold . or .. as a part: write it out"),
-            (
-                "!self.matches('^file:///tmp/?$')",
-                "the container has a /tmp of its own: put the checkpoint elsewhere",
-            ),
-        ),
-    )
-    served_name: str | None = Field(
-        default=None,
-        description="Name of the model in requests. Default: metadata.name.",
-        min_length=1,
-        max_length=128,
-        pattern="^[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?$",
-    )
-
-    @property
-    def path(self) -> str:
-        """Absolute path of the checkpoint directory on the node, without a slash at its end."""
-        return urlsplit(self.uri).path.rstrip("/")
 
 
 class Expert(Model):
@@ -170,8 +127,7 @@ class Engine(Model):
 
 _PORT = "[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
 _IMAGE_RULE = (
-    "self.matches('^[A-Za-z0-9][A-Za-z0-9._-]*(:[0-9]+)?(/[a-z0-9]+([._-]+[a-z0-9]+)*)*"
-    "(:[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?(@[a-z0-9]+:[0-9a-f]{32,128})?$')",
+    f"self.matches('^{IMAGE}$')",
     "image is a name with an optional registry, tag and digest, e.g. ghcr.io/moe-operator/worker:dev",
 )
 _GRACE_RULE = (

@@ -12,10 +12,12 @@ from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
 from moe_api.visible import one_line
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
 from moe_operator.errors import RetryableError
+from moe_operator.planner.observed import Download
 from moe_operator.resources import names
 from moe_operator.resources.status import REPORTED_NAME_MOST, ModelInfo
 
 _INT64_MOST = 2**63 - 1
+_LONGEST_S: Final = 30 * 24 * 3600
 _ANSWER_MOST_BYTES: Final = 64 * 1024
 CHANNEL_OPTIONS: Final = tuple(
     {**dict(transport.CLIENT_OPTIONS), "grpc.max_receive_message_length": _ANSWER_MOST_BYTES}.items()
@@ -42,6 +44,19 @@ def get_model(address: str, revision: str, timeout_seconds: float) -> ModelInfo:
         context_length=model.context_length,
         revision=revision,
     )
+
+
+def download(address: str, timeout_seconds: float) -> Download | None:
+    """How far the pod at an IP address has downloaded the model; None when it does not say so in time."""
+    with grpc.insecure_channel(target(address), CHANNEL_OPTIONS) as channel:
+        try:
+            stub = worker_pb2_grpc.FetchServiceStub(channel)
+            told = stub.GetProgress(worker_pb2.GetProgressRequest(), timeout=timeout_seconds)
+        except grpc.RpcError:
+            return None
+    if not 0 < told.total_bytes <= _INT64_MOST:
+        return None
+    return Download(min(told.bytes, told.total_bytes), told.total_bytes, min(told.seconds_left, _LONGEST_S))
 
 
 def drain(address: str, timeout_seconds: float) -> bool:

@@ -1,5 +1,6 @@
 """`moe-worker serve`."""
 
+import contextlib
 import json
 import logging
 import math
@@ -20,6 +21,7 @@ from moe_worker.config.fields import is_unicode
 from moe_worker.config.quality import check_quality
 from moe_worker.config.quantity import parse_bytes
 from moe_worker.errors import SettingsError
+from moe_worker.fetch.cache import hold
 from moe_worker.service.server import GRACE_S, ServeSettings
 from moe_worker.service.server import serve as run
 from moe_worker.service.watchdog import STALL_TIMEOUT_S
@@ -250,13 +252,15 @@ def serve(
         from moe_worker.engine.following import follow  # noqa: PLC0415 - torch: only where the engine is
 
         follow(model, engine_options)
+    held = hold(model)
     name = served_name or Path(os.path.realpath(model)).name
     for flag, text in (("--model", str(model)), ("--served-name", name), ("--revision", revision)):
         if not is_unicode(text):
             raise SettingsError(f"{flag} {text!r} is not text; write it in UTF-8")
     if wrong := lengths.of_name(len(name)):
         raise SettingsError(f"the served name {wrong}: no request could ask for it")
-    run(ServeSettings(model, name, _address(listen), engine_options, revision, **times))
+    with held or contextlib.nullcontext():
+        run(ServeSettings(model, name, _address(listen), engine_options, revision, **times))
 
 
 def _override(text: str) -> dict[str, Any]:

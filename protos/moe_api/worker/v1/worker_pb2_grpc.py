@@ -191,3 +191,79 @@ class WorkerService:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class FetchServiceStub:
+    """Served by `moe-worker fetch` on the worker's port while it downloads the model, before the worker starts.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.GetProgress = channel.unary_unary(
+                '/moe_api.worker.v1.FetchService/GetProgress',
+                request_serializer=moe__api_dot_worker_dot_v1_dot_worker__pb2.GetProgressRequest.SerializeToString,
+                response_deserializer=moe__api_dot_worker_dot_v1_dot_worker__pb2.FetchProgress.FromString,
+                _registered_method=True)
+
+
+class FetchServiceServicer:
+    """Served by `moe-worker fetch` on the worker's port while it downloads the model, before the worker starts.
+    """
+
+    def GetProgress(self, request, context):
+        """Returns how much of the model is there. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_FetchServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'GetProgress': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetProgress,
+                    request_deserializer=moe__api_dot_worker_dot_v1_dot_worker__pb2.GetProgressRequest.FromString,
+                    response_serializer=moe__api_dot_worker_dot_v1_dot_worker__pb2.FetchProgress.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'moe_api.worker.v1.FetchService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('moe_api.worker.v1.FetchService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class FetchService:
+    """Served by `moe-worker fetch` on the worker's port while it downloads the model, before the worker starts.
+    """
+
+    @staticmethod
+    def GetProgress(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moe_api.worker.v1.FetchService/GetProgress',
+            moe__api_dot_worker_dot_v1_dot_worker__pb2.GetProgressRequest.SerializeToString,
+            moe__api_dot_worker_dot_v1_dot_worker__pb2.FetchProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -104,3 +104,34 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class FetchServiceStub:
+    """Served by `moe-worker fetch` on the worker's port while it downloads the model, before the worker starts."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> FetchServiceAsyncStub: ...
+    GetProgress: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetProgressRequest, _worker_pb2.FetchProgress]
+    """Returns how much of the model is there. Idempotent."""
+
+@_typing.type_check_only
+class FetchServiceAsyncStub(FetchServiceStub):
+    """Served by `moe-worker fetch` on the worker's port while it downloads the model, before the worker starts."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    GetProgress: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetProgressRequest, _worker_pb2.FetchProgress]  # type: ignore[assignment]
+    """Returns how much of the model is there. Idempotent."""
+
+class FetchServiceServicer(metaclass=_abc_1.ABCMeta):
+    """Served by `moe-worker fetch` on the worker's port while it downloads the model, before the worker starts."""
+
+    @_abc_1.abstractmethod
+    def GetProgress(
+        self,
+        request: _worker_pb2.GetProgressRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.FetchProgress, _abc.Awaitable[_worker_pb2.FetchProgress]]:
+        """Returns how much of the model is there. Idempotent."""
+
+def add_FetchServiceServicer_to_server(servicer: FetchServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
