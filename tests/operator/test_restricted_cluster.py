@@ -51,6 +51,10 @@ def restricted(operator) -> Iterator[Live]:
     operator.kubectl("delete", "namespace", name, "--wait=false")
 
 
+def is_ready(status: dict[str, Any]) -> bool:
+    return any((one["type"], one["status"]) == ("Ready", "True") for one in status.get("conditions", ()))
+
+
 def served(live: Live, name: str) -> str:
     """What the frontend's HTTP port says of a deployment, once it is Ready."""
     live.settled(name)
@@ -65,7 +69,7 @@ def served(live: Live, name: str) -> str:
 def test_models_of_a_hub_and_of_a_claim_are_served_where_only_restricted_pods_are_admitted(restricted):
     for body in (HUB, SERVICE):
         restricted.kubectl("create", "-f", "-", input=json.dumps(body))
-    restricted.kubectl("wait", "--for=condition=Ready", "pod/hub", "--timeout=60s")
+    eventually(lambda: restricted.get("pod", "hub")["status"], is_ready, "the hub runs", 60)
     hub = {"uri": "hf://moe/docs", "endpoint": f"http://hub.{restricted.namespace}.svc.cluster.local:8080"}
     restricted.apply(real("fetched", model=hub))
     said: set[str] = set()

@@ -54,6 +54,10 @@ class FetchError(WorkerError):
     retryable = True
 
 
+class DiskFullError(FetchError):
+    """The disk has no room for a model."""
+
+
 class RequestError(InputError):
     """One field of a request is out of range."""
 

@@ -155,7 +155,7 @@ class ModelSource(Model):
     )
     endpoint: str | None = Field(
         default=None,
-        description="URL of a mirror of the hub, or of another S3 API, e.g. MinIO. Default: the public one.",
+        description="URL of a proxy of the hub, or of another S3 API, e.g. MinIO. Default: the public one.",
         max_length=1024,
         pattern="^https?://[A-Za-z0-9._:/-]+$",
     )

@@ -64,7 +64,7 @@ def fetch(
 
 
 def bring(source: Source, uri: str, cache: Cache, meter: Meter, patience: Patience | None = None) -> Path:
-    """The folder in the cache with the checkpoint at a URI, downloaded if it is not there yet.
+    """The folder in the cache with the checkpoint at a URI, downloaded unless the cache has it.
 
     Raises FetchError where a retry can help, and SourceError.
     """

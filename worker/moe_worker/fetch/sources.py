@@ -44,16 +44,14 @@ def open_source(location: Location, endpoint: str, timeout_s: float) -> Source:
 
 
 class _Hub:
-    """Hugging Face's hub, or a mirror of it. The token is HF_TOKEN."""
+    """Hugging Face's hub, or a proxy of it. The token is HF_TOKEN."""
 
     def __init__(self, location: Location, endpoint: str, timeout_s: float) -> None:
         # Read when the library is imported.
-        os.environ["HF_HUB_DOWNLOAD_TIMEOUT"] = os.environ["HF_HUB_ETAG_TIMEOUT"] = str(
-            max(1, int(timeout_s))
-        )
         os.environ["HF_HUB_DISABLE_TELEMETRY"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
         import huggingface_hub  # noqa: PLC0415 - an optional dependency
 
+        huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT = max(1, int(timeout_s))
         self._library, self._location, self._timeout_s = huggingface_hub, location, timeout_s
         self._endpoint, self._token = endpoint or None, os.environ.get("HF_TOKEN") or False
         self._commit = location.revision

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from moe_api.backoff import Backoff
-from moe_worker.errors import FetchError
+from moe_worker.errors import DiskFullError, FetchError
 from moe_worker.fetch.cache import size_of
 from moe_worker.fetch.listing import RemoteFile
 from moe_worker.fetch.sources import Source
@@ -42,6 +42,8 @@ def patiently(
     while True:
         try:
             return work()
+        except DiskFullError:
+            raise  # the kubelet tries again, with longer pauses
         except FetchError as error:
             failures, best = (failures + 1, best) if measure() <= best else (1, measure())
             if failures >= patience.attempts:
@@ -81,7 +83,7 @@ def _fetch(source: Source, file: RemoteFile, folder: Path) -> None:
     except OSError as error:
         if error.errno not in _FULL:
             raise FetchError(f"{target} cannot be written: {error}; retrying") from error
-        raise FetchError(
+        raise DiskFullError(
             f"the disk is full: {file.name} of {file.size} bytes cannot be written to {folder}: "
             f"{os.strerror(error.errno or 0)}; free space, or give spec.model.cache a larger volume"
         ) from error
