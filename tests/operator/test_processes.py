@@ -90,7 +90,7 @@ def test_a_reconcile_is_a_span_and_an_outranked_process_does_nothing(live):
         api = Cluster(config.new_client_from_config(str(live.cluster.kubeconfig)), timeout_seconds=15)
         process = Reconciler(
             api,
-            Settings(),
+            Settings(model_roots="/mnt/models"),
             peering.Rank(api, Settings().peering, priority),
             lambda: datetime.now(UTC),
             lambda _: {},

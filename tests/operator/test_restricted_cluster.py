@@ -69,7 +69,7 @@ def served(live: Live, name: str) -> str:
 def test_models_of_a_hub_and_of_a_claim_are_served_where_only_restricted_pods_are_admitted(restricted):
     for body in (HUB, SERVICE):
         restricted.kubectl("create", "-f", "-", input=json.dumps(body))
-    eventually(lambda: restricted.get("pod", "hub")["status"], is_ready, "the hub runs", 60)
+    eventually(lambda: restricted.get("pod", "hub")["status"], is_ready, "the hub runs", 120)
     hub = {"uri": "hf://moe/docs", "endpoint": f"http://hub.{restricted.namespace}.svc.cluster.local:8080"}
     restricted.apply(real("fetched", model=hub))
     said: set[str] = set()

@@ -50,8 +50,9 @@ class _Hub:
         # Read when the library is imported.
         os.environ["HF_HUB_DISABLE_TELEMETRY"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
         import huggingface_hub  # noqa: PLC0415 - an optional dependency
+        from huggingface_hub import constants  # noqa: PLC0415
 
-        huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT = max(1, int(timeout_s))
+        constants.HF_HUB_DOWNLOAD_TIMEOUT = max(1, int(timeout_s))
         self._library, self._location, self._timeout_s = huggingface_hub, location, timeout_s
         self._endpoint, self._token = endpoint or None, os.environ.get("HF_TOKEN") or False
         self._commit = location.revision
