@@ -68,6 +68,11 @@ class Settings:
     metrics_port: int = 0
     """Port where Prometheus may fetch metrics (/metrics); 0 for none. A collector gets them either way."""
 
+    watch_namespaces: str = ""
+    """Namespaces whose deployments are served, separated by commas, as in the options --namespace of kopf; by
+    default all (--all-namespaces).
+    """
+
     model_roots: str = ""
     """Directories of nodes that deployments may mount, with all below them, separated by commas; none by
     default: a model on the node, a cache on it, and hostPath volumes of pod templates need one.
@@ -78,6 +83,11 @@ class Settings:
 
     Those whose last reconcile failed share a quarter of them: slow failures never hold up the others.
     """
+
+    @property
+    def namespaces(self) -> tuple[str, ...]:
+        """`watch_namespaces`, one by one."""
+        return tuple(name for name in self.watch_namespaces.split(",") if name)
 
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:

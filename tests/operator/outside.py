@@ -25,7 +25,9 @@ class Operator:
         sources = os.pathsep.join(str(checkout / part) for part in ("operator", "protos"))
         variables = {f"MOE_OPERATOR_{name.upper()}": value for name, value in settings.items()}
         environment = {**os.environ, "KUBECONFIG": str(kubeconfig), "PYTHONPATH": sources, **variables}
-        command = [sys.executable, "-m", "moe_operator", "--all-namespaces"]
+        watched = settings.get("watch_namespaces", "").split(",")
+        scope = [f"--namespace={name}" for name in watched if name] or ["--all-namespaces"]
+        command = [sys.executable, "-m", "moe_operator", *scope]
         self.started = time.monotonic()
         self.process = subprocess.Popen(
             [*command, "--quiet"], env=environment, cwd=directory, stdout=self._log, stderr=self._log

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any, ParamSpec, TypeVar
@@ -68,7 +68,7 @@ class Operator:
         self._watchers: list[Follower] = []
         self._asked: dict[str, tuple[object, str]] = {}
         self._pods = PodClient(own.rpc_timeout_seconds)
-        rank = peering.Rank(cluster, own.peering, priority)
+        rank = peering.Rank(cluster, own.peering, priority, next(iter(own.namespaces), ""))
         self._autoscaler = self._new_autoscaler(rank)
         self._reconciler = Reconciler(
             cluster,
@@ -82,7 +82,9 @@ class Operator:
 
     async def watch(self) -> None:
         """Starts the watches; returns when every existing object has been observed once."""
-        self._watchers = await follow(self._cluster, self._mirror, self._queue, self._supervisor)
+        self._watchers = await follow(
+            self._cluster, self._mirror, self._queue, self._supervisor, self._settings.namespaces
+        )
         spare_the_collector()
 
     async def close(self) -> None:
@@ -158,9 +160,15 @@ def in_loop(work: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
 
 
 async def follow(
-    cluster: Cluster, mirror: Mirror, queue: ReconcileQueue, supervisor: Supervisor
+    cluster: Cluster,
+    mirror: Mirror,
+    queue: ReconcileQueue,
+    supervisor: Supervisor,
+    namespaces: Sequence[str] = (),
 ) -> list[Follower]:
     """Follows what belongs to deployments; returns when all there is has been seen once.
+
+    namespaces: those that are watched; none stands for all.
 
     kopf follows the deployments themselves. Of pods and other objects there can be tens of thousands, for
     each of which kopf would keep a task at the start and a record ever after. A kind that the operator may
@@ -182,7 +190,8 @@ async def follow(
         tell(queue.add_all)
 
     followers = [
-        Follower(cluster.collection(kind, names.LABEL_NAME), mirror, kind, changed, readable)
+        Follower(cluster.collection(kind, names.LABEL_NAME, space), mirror, kind, changed, readable, space)
+        for space in namespaces or ("",)
         for kind in FOLLOWED
     ]
     for follower in followers:

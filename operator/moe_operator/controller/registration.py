@@ -102,4 +102,5 @@ def prepare_installation(cluster: Cluster, own: Settings) -> None:
             raise InstallationError(
                 f"{api_version} is not installed; install the chart, or apply charts/install.yaml"
             )
-    cluster.apply(peering.manifest(own.peering))
+    for namespace in own.namespaces or ("",):
+        cluster.apply(peering.manifest(own.peering, namespace))

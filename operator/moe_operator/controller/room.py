@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from moe_operator.errors import ApplyForbiddenError
+from moe_operator.errors import ApplyForbiddenError, ReadForbiddenError
 from moe_operator.kube.client import Cluster
 from moe_operator.planner import placement
 from moe_operator.planner.placement import Question, Room
@@ -21,7 +21,7 @@ def room(cluster: Cluster, namespace: str, question: Question) -> Room:
     """
     try:
         return _room(cluster, namespace, question)
-    except ApplyForbiddenError as error:
+    except (ApplyForbiddenError, ReadForbiddenError) as error:
         # RBAC of an earlier chart: no replica is deleted for another, and the condition says why.
         return Room({one.name: str(error) for one in question.old}, {})
 

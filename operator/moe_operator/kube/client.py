@@ -29,6 +29,7 @@ _PATHS: Final = {
     names.ROUTES_KIND: (names.API_VERSION, names.ROUTES_PLURAL),
     "ControllerRevision": ("apps/v1", "controllerrevisions"),
     "PodDisruptionBudget": ("policy/v1", "poddisruptionbudgets"),
+    "KopfPeering": ("kopf.dev/v1", "kopfpeerings"),
     "ClusterKopfPeering": ("kopf.dev/v1", "clusterkopfpeerings"),
 }
 _CONNECTIONS = 32
@@ -88,7 +89,7 @@ class Cluster:
 
     def list(self, kind: str, namespace: str, deployment: str) -> list[Manifest]:
         """The objects that carry a deployment's label."""
-        if self._mirror.complete(kind):
+        if self._mirror.complete(kind, namespace):
             return self._mirror.of_deployment(kind, namespace, deployment)
         selector = names.selector_text({names.LABEL_NAME: deployment})
         found = self._requests.send("get", _path(kind, namespace), label_selector=selector) or {"items": []}
@@ -102,9 +103,9 @@ class Cluster:
         """The verdict about this version of a listed object; empty if there is none."""
         return self._mirror.verdict(manifest)
 
-    def collection(self, kind: str, label: str) -> Collection:
-        """The objects of all namespaces that carry a label, to be listed and watched."""
-        return self._requests.collection(_path(kind, None), label)
+    def collection(self, kind: str, label: str, namespace: str = "") -> Collection:
+        """The objects of a namespace, or of all, that carry a label, to be listed and watched."""
+        return self._requests.collection(_path(kind, namespace or None), label)
 
     def apply(self, manifest: Manifest, subresource: str = "", manager: str = names.FIELD_MANAGER) -> None:
         """Server-side apply. Takes over fields that others set differently, and leaves other fields

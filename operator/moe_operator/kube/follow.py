@@ -26,6 +26,7 @@ class Follower:
         kind: of the objects.
         changed: called for every deployment one of whose objects changed.
         readable: called in the watcher's thread when the kind can be listed after that was forbidden.
+        namespace: of the source; empty if it has objects of all namespaces.
     """
 
     def __init__(
@@ -35,11 +36,13 @@ class Follower:
         kind: str,
         changed: Changed,
         readable: Callable[[], None] = lambda: None,
+        namespace: str = "",
     ) -> None:
         self.settled = threading.Event()
         """Set when all initial objects are in the cache, or listing is forbidden."""
         self._cache = cache
         self._kind = kind
+        self._namespace = namespace
         self._changed = changed
         self._readable = readable
         self._stopping = threading.Event()
@@ -51,7 +54,11 @@ class Follower:
 
     def start(self, supervisor: Supervisor) -> None:
         """Starts the thread, which ends only after `stop`."""
-        supervisor.start_thread("watch", self._follow, self._stopping, self._kind, _BACKOFF)
+        supervisor.start_thread("watch", self._follow, self._stopping, self._title, _BACKOFF)
+
+    @property
+    def _title(self) -> str:
+        return f"{self._kind} in {self._namespace}" if self._namespace else self._kind
 
     def stop(self) -> None:
         """Lets the thread end; nobody needs to wait for it."""
@@ -67,7 +74,7 @@ class Follower:
                 metadata = manifest["metadata"]
                 there[Place(metadata["namespace"], metadata["name"])] = int(metadata["resourceVersion"])
                 self._put(manifest)
-        for namespace, deployment in self._cache.replace(self._kind, there, int(version)):
+        for namespace, deployment in self._cache.replace(self._kind, there, int(version), self._namespace):
             self._changed(namespace, deployment)
         self._listed = True
         self.settled.set()
@@ -96,7 +103,7 @@ class Follower:
         """Without the right to read a kind, reconciles ask the API server themselves and report it."""
         self._forbidden = not self._listed
         self._listed = False
-        self._cache.doubt(self._kind)
+        self._cache.doubt(self._kind, self._namespace)
         self.settled.set()
 
     def _put(self, manifest: Manifest) -> None:

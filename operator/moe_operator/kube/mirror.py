@@ -55,16 +55,20 @@ class Mirror:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _entries: dict[str, dict[Place, _Entry]] = field(default_factory=lambda: defaultdict(dict))
     _by_deployment: dict[tuple[str, Place], set[Place]] = field(default_factory=lambda: defaultdict(set))
-    _complete: set[str] = field(default_factory=set)
+    _complete: set[tuple[str, str]] = field(default_factory=set)
+    """Kinds, each with the namespace that was listed; "" stands for all."""
 
-    def complete(self, kind: str) -> bool:
-        """Whether all objects of a kind have been listed once: only then does absence mean anything."""
-        return kind in self._complete
+    def complete(self, kind: str, namespace: str = "") -> bool:
+        """Whether all objects of a kind, at least in a namespace, have been listed once.
 
-    def doubt(self, kind: str) -> None:
+        Only then does absence mean anything.
+        """
+        return not self._complete.isdisjoint({(kind, ""), (kind, namespace)})
+
+    def doubt(self, kind: str, namespace: str = "") -> None:
         """Marks a kind as not watched: until the next complete list, absence means nothing."""
         with self._lock:
-            self._complete.discard(kind)
+            self._complete.discard((kind, namespace))
 
     def put(self, kind: str, manifest: Manifest) -> bool:
         """Stores an object unless a newer version is here; returns whether it was new."""
@@ -82,8 +86,12 @@ class Mirror:
             if entry is not None and entry.uid == uid:
                 self._drop(kind, place)
 
-    def replace(self, kind: str, listed: Mapping[Place, int], version: int) -> set[Place]:
+    def replace(
+        self, kind: str, listed: Mapping[Place, int], version: int, namespace: str = ""
+    ) -> set[Place]:
         """After a complete list at a version, whose objects were all put: removes those that it lacks.
+
+        namespace: the one that was listed; empty for all.
 
         Returns the deployments, as (namespace, name), that lost an object.
         """
@@ -91,12 +99,12 @@ class Mirror:
             stale = [
                 place
                 for place, entry in self._entries[kind].items()
-                if place not in listed and entry.version <= version
+                if place not in listed and entry.version <= version and namespace in ("", place.namespace)
             ]
             losers = {Place(place.namespace, self._entries[kind][place].deployment) for place in stale}
             for place in stale:
                 self._drop(kind, place)
-            self._complete.add(kind)
+            self._complete.add((kind, namespace))
             return losers
 
     def get(self, kind: str, namespace: str, name: str) -> Manifest | None:

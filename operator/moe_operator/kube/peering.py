@@ -19,12 +19,19 @@ from moe_operator.kube.client import Cluster
 from moe_operator.render.objects import Manifest
 
 KIND: Final = "ClusterKopfPeering"
+LOCAL_KIND: Final = "KopfPeering"
+"""Of one namespace, where the operator does not watch all."""
 API_VERSION: Final = "kopf.dev/v1"
 
 
-def manifest(name: str) -> Manifest:
-    """The peering object; kopf fills its status."""
-    return {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": name}}
+def manifest(name: str, namespace: str = "") -> Manifest:
+    """The peering object of the cluster, or of a namespace; kopf fills its status."""
+    place = {"namespace": namespace} if namespace else {}
+    return {
+        "apiVersion": API_VERSION,
+        "kind": LOCAL_KIND if namespace else KIND,
+        "metadata": {"name": name, **place},
+    }
 
 
 def priority(started: datetime) -> int:
@@ -43,6 +50,8 @@ class Rank:
     cluster: Cluster
     name: str
     priority: int
+    namespace: str = ""
+    """Of the peering object: one of the watched ones, which all have the same; empty for the cluster's."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _looked: float | None = None
     """Time of the last read, on the monotonic clock."""
@@ -53,7 +62,7 @@ class Rank:
         with self._lock:
             at = time.monotonic()
             if self._looked is None or at - self._looked >= _REMEMBERED_S:
-                self._outranked = outranked(self.cluster, self.name, self.priority, now)
+                self._outranked = outranked(self.cluster, self.name, self.priority, now, self.namespace)
                 self._looked = at
             return self._outranked
 
@@ -72,8 +81,9 @@ class Record:
         return Record(int(record["priority"]), datetime.fromisoformat(record["lastseen"]) + lifetime)
 
 
-def outranked(cluster: Cluster, name: str, own_priority: int, now: datetime) -> bool:
+def outranked(cluster: Cluster, name: str, own_priority: int, now: datetime, namespace: str = "") -> bool:
     """Whether another live process ranks higher."""
-    peering = cluster.get(KIND, None, name) or {}
+    kind = LOCAL_KIND if namespace else KIND
+    peering = cluster.get(kind, namespace or None, name) or {}
     records = map(Record.parse, (peering.get("status") or {}).values())
     return any(record.priority > own_priority and record.expires > now for record in records)

@@ -79,7 +79,7 @@ class _Hub:
     def download(self, file: RemoteFile, folder: Path) -> None:
         # Not hf_hub_download: since 2.4 it begins a file anew after a restart.
         from huggingface_hub.file_download import http_get  # noqa: PLC0415
-        from huggingface_hub.utils._headers import build_hf_headers  # noqa: PLC0415
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # noqa: PLC0415
 
         at, part = self._location, folder / f"{file.name}.part"
         url = self._library.hf_hub_url(at.place, file.name, revision=self._commit, endpoint=self._endpoint)
