@@ -11,9 +11,11 @@ from moe_worker.kernels.cpu import build, library
 from moe_worker.kvcache.paged import CacheShape, PagedCache
 from moe_worker.models.batch import Batch, Segment
 from moe_worker.models.checkpoint import Placement, load_model
+from moe_worker.models.deepseek import MoeBlock
 from moe_worker.models.native import NativeModel
 from moe_worker.models.runner import ModelRunner
 from moe_worker.models.stage import Stage
+from moe_worker.moe.dispatch import Received
 from tests.checkpoints import write_checkpoint
 
 try:
@@ -167,6 +169,36 @@ def test_the_fused_call_computes_what_its_operations_compute(model, variant):
     for segments in ([Segment(text(40, 1), 0, PAGES)], [Segment([7], 40, PAGES), beside]):
         assert torch.equal(ours(fused, segments, caches[0]), ours(single, segments, caches[1]))
     assert torch.equal(torch.stack(caches[0].layers), torch.stack(caches[1].layers))
+
+
+class Halves:
+    """Computes experts of even and of odd ids apart, as two ranks would."""
+
+    def scatter(self, x, experts, weights):
+        parts = [experts.masked_fill(experts % 2 == rest, -1) for rest in (0, 1)]
+        return Received(torch.cat((x, x)), torch.cat(parts), torch.cat((weights, weights)))
+
+    def gather(self, out):
+        return sum(out.chunk(2))
+
+
+def test_experts_of_several_ranks_add_up(model):
+    """Rounding of the two sums may move an activation to the next integer, as between two variants."""
+    blocks = [
+        replace(layer, block=replace(layer.block, dispatch=Halves()))
+        if isinstance(layer.block, MoeBlock) else layer
+        for layer in model.layers
+    ]  # fmt: skip
+    stage = replace(model.stage, dispatches={1: Halves()})
+    whole, spread = (
+        NativeModel.of(each, library.Kernels())
+        for each in (model, replace(model, layers=blocks, stage=stage))
+    )
+    assert whole.fused
+    assert not spread.fused
+    segments = [Segment(text(40, 1), 0, PAGES)]
+    expected, found = (ours(each, segments, new_cache(model)) for each in (whole, spread))
+    assert ((found - expected).abs().amax(dim=1) / expected.abs().max()).median() < 1e-5
 
 
 def test_a_stage_takes_and_gives_hidden_states(model):
