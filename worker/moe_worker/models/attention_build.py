@@ -44,7 +44,7 @@ def latent_attention(config: LatentConfig, d: int, source: TensorSource, prefix:
 def _query(
     config: LatentConfig, d: int, source: TensorSource, prefix: str
 ) -> tuple[Matrix, QueryExpansion | None]:
-    """The part of the query projection that reads hidden states, and the part behind it if there are two."""
+    """The part of the query projection that reads hidden states, and the second part if there are two."""
     rank, queries = config.q_lora_rank, config.num_attention_heads * config.qk_head_dim
     if rank is None:
         whole_OD = source.matrix(f"{prefix}.q_proj.weight", queries, d)

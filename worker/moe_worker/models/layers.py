@@ -178,7 +178,7 @@ class StageModel:
         return self.logits(hidden_TD)
 
     def expert_counter(self) -> Counter:
-        """Counts the experts that forward passes from now on use; it wants to be told after each."""
+        """Counts the experts that forward passes use from now on; call `count` after each."""
         blocks = zip(self.stage.layers, (layer.block for layer in self.layers), strict=True)
         routers = {index: block.router for index, block in blocks if isinstance(block, RoutedBlock)}
         choices = [router.choice for router in routers.values()]

@@ -24,7 +24,7 @@ INNER_NORM_EPS = 1e-6
 
 @dataclass(frozen=True)
 class QueryExpansion:
-    """The second half of a low-rank query projection, behind its norm."""
+    """The second half of a low-rank query projection, with its norm."""
 
     norm_Q: Tensor
     linear: Linear

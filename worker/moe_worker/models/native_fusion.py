@@ -120,7 +120,7 @@ class FusionCounter:
         self._fusion, self._before, self._passes = fusion, fusion.experts_used, 0
 
     def count(self, tokens: int) -> None:
-        """Takes in a pass; it has no padding, so all its tokens count."""
+        """Counts a pass; it has no padding, so all its tokens count."""
         del tokens
         self._passes += 1
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Weights of a piece: on a CPU what its caches hold, on a GPU what keeps it at work.
+# Weights of a piece: what the caches of a CPU hold, and enough to keep a GPU busy.
 CPU_PIECE, GPU_PIECE = 1 << 18, 1 << 24
 
 

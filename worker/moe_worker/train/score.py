@@ -71,7 +71,7 @@ def score_documents(
         context: tokens that the model is given at most.
         bos_id: id of the begin-of-text token.
         nats: returns the summed negative log-likelihood of some windows' tokens after the first of each.
-        progress: is told how many tokens finished windows predicted.
+        progress: called with the number of tokens that completed windows predicted.
         together: windows that `nats` is given at once, at most; those of similar length.
     """
     windows = [window for document in tokens for window in cut_windows(document, context, bos_id)]

@@ -149,7 +149,7 @@ struct MoeLayer {
 struct MoeForwardArgs {
     const MoeLayer* layers;
     const void* embedding;        // [V, D] or null: x has hidden states of the stage before
-    float* x;                     // [T, D]: hidden states, those behind the last layer afterwards
+    float* x;                     // [T, D]: hidden states; afterwards those after the last layer
     const float* norm;
     MoeWeight head;
     const float* rotations;
@@ -170,12 +170,12 @@ struct MoeEngine;
 
 // Bit set of variants that this CPU can run: bit i for the i-th name of moe_variant_name.
 MOE_EXPORT int32_t moe_supported(void);
-MOE_EXPORT const char* moe_variant_name(int32_t index);   // null behind the last
+MOE_EXPORT const char* moe_variant_name(int32_t index);   // null after the last
 // Null where the variant cannot run here or threads cannot be made.
 MOE_EXPORT MoeEngine* moe_open(int32_t variant, int32_t threads);
 MOE_EXPORT void moe_close(MoeEngine* engine);
-// Runs one operation on all threads of the engine; calls of several callers wait for each other.
-// 0, or ENOMEM where scratch memory cannot be had (nothing was written then).
+// Runs one operation on all threads of the engine; concurrent calls run one after the other.
+// 0, or ENOMEM if there is too little scratch memory (nothing was written then).
 MOE_EXPORT int32_t moe_run(MoeEngine* engine, int32_t operation, const void* arguments);
 
 MOE_EXPORT int64_t moe_packed_bytes(int32_t rows, int32_t cols, int32_t group, int32_t bits, int32_t paired);
