@@ -54,6 +54,9 @@ SEEDS = (
     ("GetModel", pb.GetModelRequest(model="docs-moe")),
 )
 
+OTHER_MODEL = pb.GetModelRequest(model="other").SerializeToString()
+"""Behind a request of any method, this changes the name of the model in it."""
+
 
 def mutated(content: bytes, chance: random.Random) -> bytes:
     """`content` after one to eight random edits: a flipped bit, a cut, an insertion or a repeated piece."""
@@ -135,7 +138,10 @@ def random_frames(chance: random.Random) -> list[bytes]:
 
 
 def conversation() -> list[bytes]:
-    """The frames of a connection on which a well-behaved client makes some calls."""
+    """The frames of a connection on which a well-behaved client makes some calls.
+
+    They ask for another model. So the figure is what the frames cost, not what answers cost.
+    """
     client = H2Connection(H2Configuration(client_side=True))
     client.initiate_connection()
     sent = [client.data_to_send()]
@@ -143,7 +149,7 @@ def conversation() -> list[bytes]:
         stream = client.get_next_available_stream_id()
         client.send_headers(stream, [(":path", SERVICE + method), *HEADERS])
         sent.append(client.data_to_send())
-        content = message.SerializeToString()
+        content = message.SerializeToString() + OTHER_MODEL
         client.send_data(stream, b"\0" + len(content).to_bytes(4, "big") + content, end_stream=True)
         sent.append(client.data_to_send())
     return sent
