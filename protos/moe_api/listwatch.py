@@ -1,7 +1,7 @@
 """Lists a collection of Kubernetes objects, then watches it.
 
 The operator, the frontend and the local cluster's network agent each bring a connection (`Transport`) and a
-cache (`Sink`); this module does the rest. Protocol: kubernetes.io/docs/reference/using-api/api-concepts,
+cache (`Cache`); this module does the rest. Protocol: kubernetes.io/docs/reference/using-api/api-concepts,
 "Efficient detection of changes".
 """
 
@@ -72,7 +72,7 @@ class Source(Protocol):
         """Changes since a version, until the server ends the watch."""
 
 
-class Sink(Protocol):
+class Cache(Protocol):
     """Takes what a list-watch finds, in its thread."""
 
     def replace(self, pages: Iterator[Page]) -> None:
@@ -138,17 +138,17 @@ class Collection:
 
 
 class ListWatch:
-    """Keeps a sink equal to a source; `run` is the work of a supervised thread.
+    """Keeps a cache equal to a source; `run` is the work of a supervised thread.
 
     Args:
         source: lists and watches.
-        sink: takes what is found.
+        cache: takes what is found.
         stopping: ends `run` at the next event.
     """
 
-    def __init__(self, source: Source, sink: Sink, stopping: threading.Event) -> None:
+    def __init__(self, source: Source, cache: Cache, stopping: threading.Event) -> None:
         self._source = source
-        self._sink = sink
+        self._cache = cache
         self._stopping = stopping
         self._version: str | None = None
         """Where to watch from; None if everything has to be listed."""
@@ -177,7 +177,7 @@ class ListWatch:
             if self._stopping.is_set():
                 return
             if event.kind != "BOOKMARK":
-                self._sink.take(event)
+                self._cache.take(event)
             self._version = event.version
 
     def _list(self) -> str:
@@ -189,12 +189,12 @@ class ListWatch:
                 version = page.version
                 yield page
 
-        self._sink.replace(pages())
+        self._cache.replace(pages())
         return version
 
 
 class Snapshot:
-    """A sink for small collections: all objects by "namespace/name".
+    """A cache for small collections: all objects by "namespace/name".
 
     Args:
         changed: called with all objects after each list and each change.
