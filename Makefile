@@ -19,7 +19,7 @@ demo: setup ## Start a Kubernetes here, serve the example, stream text, show its
 # Two processes share the tests in clusters, which mostly wait, with a cluster each; then the rest. A file of the
 # former stays in one process, because its tests build on each other. 5: no test was chosen.
 test: setup-all ## Run all tests but the long ones (ARGS="-k name" for some)
-	$(BIN)/python -m pytest -m "cluster and not soak and not slow" -n 2 --dist loadfile $(or $(ARGS),$(addprefix tests/,chart e2e frontend localcluster operator)) || [ $$? = 5 ]
+	$(BIN)/python -m pytest -m "cluster and not soak and not slow" -n 2 --dist loadfile --no-loadscope-reorder $(or $(ARGS),$(addprefix tests/,chart e2e frontend localcluster operator)) || [ $$? = 5 ]
 	$(BIN)/python -m pytest -m "not cluster and not soak and not slow" -n 2 --dist worksteal $(ARGS) || [ $$? = 5 ]
 
 soak: setup-all ## Hundreds of scalings, rollouts and faults under load, the table of faults, 10,000 manifests at random (1 to 2 hours)

@@ -15,6 +15,12 @@ from localcluster import Cluster
 ROOT = Path(__file__).parents[1]
 CLUSTER_FOLDERS = {"chart", "e2e", "frontend", "localcluster", "operator"}
 """Where `make test` looks for tests in clusters; those in tests/soak are all for `make soak`."""
+LONGEST = (
+    *("e2e/test_line.py", "operator/test_scaling_cluster.py", "operator/test_rollout_live.py"),
+    *("operator/test_reconcile.py", "localcluster/test_lifecycle.py", "localcluster/test_workloads.py"),
+    *("chart/test_life.py", "chart/test_rights.py"),
+)
+"""They begin first, so that at the end no process waits for another one's long file."""
 
 
 # Tests start hundreds of Python processes; without bytecode each compiles torch and grpc again, for seconds.
@@ -36,7 +42,8 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what happens in clusters."""
+    """Marks what happens in clusters, and puts long files first."""
+    items.sort(key=_rank)
     for item in items:
         folder = item.path.relative_to(ROOT / "tests").parts[0]
         if "cluster" in getattr(item, "fixturenames", ()) or folder in {"chart", "localcluster"}:
@@ -45,6 +52,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                     f"{item.nodeid} needs a cluster: name tests/{folder} in the Makefile's `test`"
                 )
             item.add_marker(pytest.mark.cluster)
+
+
+def _rank(item: pytest.Item) -> int:
+    file = str(item.path.relative_to(ROOT / "tests"))
+    return LONGEST.index(file) if file in LONGEST else len(LONGEST)
 
 
 @pytest.fixture(scope="session")
