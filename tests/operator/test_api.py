@@ -160,6 +160,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"replicas": 2, "scaling": {"maxReplicas": 4}},
         "replicas and scaling exclude each other: remove replicas, or set scaling.mode to Advisory or Off",
     ),
+    "the field of replicas together with scaling": (
+        {"replicas": 2, "scaling": {"maxReplicas": 4}},
+        "spec.replicas: Invalid value",
+    ),
     "scaling without a limit": ({"scaling": {}}, "spec.scaling.maxReplicas: Required value"),
     "bounds crossed": (
         {"scaling": {"minReplicas": 3, "maxReplicas": 2}},

@@ -45,11 +45,13 @@ _SCALE_RULES = [
     {
         "rule": f"{_BY_HAND} || has(self.status)",
         "message": f"{_EXCLUSIVE}: remove replicas, or set scaling.mode to Advisory or Off",
+        "fieldPath": ".spec.replicas",
     },
     {
         "rule": f"{_BY_HAND} || self.spec.replicas == oldSelf.spec.replicas || "
         f"(has(self.status) && {_DECIDED})",
         "message": f"{_EXCLUSIVE}: scaling decides; to set replicas, set scaling.mode to Advisory or Off",
+        "fieldPath": ".spec.replicas",
     },
 ]
 
