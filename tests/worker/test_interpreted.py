@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
-KERNELS, ENGINE, W4A8 = (
-    f"tests/gpu/test_{name}.py" for name in ("triton_kernels", "cuda_engine", "one_w4a8")
+KERNELS, ENGINE, W4A8, EXCHANGE = (
+    f"tests/gpu/test_{name}.py" for name in ("triton_kernels", "cuda_engine", "one_w4a8", "exchange_kernels")
 )
 CHOSEN = {
     "kernels": (
@@ -26,6 +26,7 @@ CHOSEN = {
     "engine": (ENGINE, "nobody or counted"),
     "few tokens": (ENGINE, "decode and whole"),
     "w4a8": (W4A8, "plain_torch and False"),
+    "exchange": (EXCHANGE, "reaches or told"),
 }
 SLOW = {
     "more kernels": (

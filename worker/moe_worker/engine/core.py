@@ -19,6 +19,8 @@ from moe_worker.engine.loading import LoadedModel
 from moe_worker.engine.requests import Delta, FinishReason, Load, Request
 from moe_worker.engine.statistics import Event, ExpertStatistics, LayerExperts, Statistics, Tally
 from moe_worker.errors import DeviceMemoryError
+from moe_worker.mesh.control import MeshError
+from moe_worker.mesh.runner import MeshRunner
 from moe_worker.models.batch import Batch, Segment
 from moe_worker.sampling.guides import Allowed, Guide, Guides
 from moe_worker.sampling.logprobs import TokenLogprobs
@@ -57,11 +59,11 @@ class _Sequence:
         """Tokens of the prompt and of a resumed stream."""
         return len(self.request.prompt) + len(self.request.written)
 
-    def follow(self, chunk: Chunk) -> Segment:
-        """The model's input for `chunk`."""
+    def follow(self, chunk: Chunk, source: int) -> Segment:
+        """The model's input for `chunk`. source: of Segment."""
         if chunk.pages:
             self.pages[chunk.pages_from :] = array("i", chunk.pages)
-        return Segment(chunk.tokens, chunk.start, self.pages, self.shard)
+        return Segment(chunk.tokens, chunk.start, self.pages, self.shard, source)
 
 
 class EngineCore:
@@ -92,7 +94,9 @@ class EngineCore:
         self._experts = loaded.runner.expert_counter()
         self._tally = Tally()
         self._flights: deque[Flight[_Sequence]] = deque()
-        ahead = loaded.device.type == "cuda" and loaded.member is None
+        runner = loaded.runner
+        self._fed = runner if isinstance(runner, MeshRunner) and runner.feeds else None
+        ahead = loaded.device.type == "cuda" and (loaded.member is None or self._fed is not None)
         self._most_flights = flights or (2 if ahead else 1)
 
     @property
@@ -125,7 +129,11 @@ class EngineCore:
     @property
     def expert_statistics(self) -> ExpertStatistics:
         """The tokens of each expert so far. Waits for the device."""
-        steps, layers = self._experts.read()
+        try:
+            steps, layers = self._experts.read()
+        except MeshError as error:
+            self._recover(error)
+            steps, layers = self._experts.read()
         rows = (LayerExperts(layer, tuple(tokens), active) for layer, tokens, active in layers)
         return ExpertStatistics(steps, tuple(rows))
 
@@ -208,7 +216,22 @@ class EngineCore:
             torch.cuda.empty_cache()
             self._scheduler.retract(step, shrink=True)
             return
+        except MeshError as error:
+            self._scheduler.retract(step, shrink=False)
+            self._recover(error)
+            return
         self._tally.count(step, {chunk.id: self._sequences[chunk.id].given for chunk in step.chunks})
+
+    def _recover(self, error: MeshError) -> None:
+        """Forms the mesh again; every running request is computed anew from the tokens that it has.
+
+        Raises MeshError where that fails.
+        """
+        if not isinstance(self._loaded.runner, MeshRunner):
+            raise error
+        self._loaded.runner.reform(error)
+        lost = self._scheduler.lose_cache()
+        log.warning("%d requests go on from the tokens that they have", len(lost))
 
     def _land(self, flight: "Flight[_Sequence]") -> list[Delta]:
         """Processes the tokens of a step; requests that ended since its launch get none of them."""
@@ -228,8 +251,13 @@ class EngineCore:
     def _compute(self, step: Step) -> "Flight[_Sequence]":
         """Launches a step; nothing here waits for the device."""
         loaded = self._loaded
-        batch = Batch.of([self._sequences[chunk.id].follow(chunk) for chunk in step.chunks], loaded.cache)
-        self._fill_in(step, batch)
+        sources = [self._source(chunk) for chunk in step.chunks]
+        segments = [
+            self._sequences[chunk.id].follow(chunk, source)
+            for chunk, source in zip(step.chunks, sources, strict=True)
+        ]
+        batch = Batch.of(segments, loaded.cache)
+        self._fill_in(sources, batch)
         rows = [row for row, chunk in zip(batch.last_rows, step.chunks, strict=True) if chunk.samples]
         sampling = [(chunk.id, self._sequences[chunk.id]) for chunk in step.chunks if chunk.samples]
         guided = [(row, it.guide) for row, (_, it) in enumerate(sampling) if it.guide is not None]
@@ -243,7 +271,10 @@ class EngineCore:
             for flight in self._flights:
                 self._guide(flight)
         masks = masks or self._guides.begin(guided, loaded.device)
-        return Flight(step, sampling, self._sample(logits_NV, sampling, masks()))
+        sampled = self._sample(logits_NV, sampling, masks())
+        if self._fed is not None:
+            self._fed.feed(sampled.tokens_B)
+        return Flight(step, sampling, sampled)
 
     def _guide(self, flight: "Flight[_Sequence]") -> None:
         """Gives the tokens of a step to the guides of their texts, once."""
@@ -255,16 +286,16 @@ class EngineCore:
             if sequence.guide is not None and not wrong:
                 sequence.guide.take(token, self._loaded.tokenizer.token_bytes(token))
 
-    def _fill_in(self, step: Step, batch: Batch) -> None:
+    def _source(self, chunk: Chunk) -> int:
+        """The row of the previous step that samples the last token of `chunk`; -1 where the host knows it."""
+        return self._flights[-1].row(chunk.id) if chunk.tokens[-1] == UNKNOWN_TOKEN else -1
+
+    def _fill_in(self, sources: Sequence[int], batch: Batch) -> None:
         """Inserts the tokens that the host does not know yet, from the previous step, on the device."""
-        unknown = [
-            (row, chunk.id)
-            for row, chunk in zip(batch.last_rows, step.chunks, strict=True)
-            if chunk.tokens[-1] == UNKNOWN_TOKEN
-        ]
-        if unknown:
+        unknown = [(row, source) for row, source in zip(batch.last_rows, sources, strict=True) if source >= 0]
+        if unknown and self._fed is None:
             self._flights[-1].copy_tokens(
-                [name for _, name in unknown], [row for row, _ in unknown], batch.tokens_T
+                [source for _, source in unknown], [row for row, _ in unknown], batch.tokens_T
             )
 
     def _sample(

@@ -49,12 +49,15 @@ class Flight(Generic[S]):
         logprobs = {} if self._logprobs is None else self._logprobs.listed()
         return self._tokens_B.tolist(), self._failed_B.tolist(), logprobs
 
-    def copy_tokens(self, names: Sequence[int], places: Sequence[int], into_T: Tensor) -> None:
-        """Writes the tokens of requests `names` to `places` of `into_T`, on the device."""
+    def row(self, name: int) -> int:
+        """Where request `name` samples."""
+        return self._rows[name]
+
+    def copy_tokens(self, rows: Sequence[int], places: Sequence[int], into_T: Tensor) -> None:
+        """Writes the tokens of `rows` to `places` of `into_T`, on the device."""
         if self._sampled is None:
             raise ValueError("this step samples nothing")
         tokens_B, device = self._sampled.tokens_B, into_T.device
-        rows = [self._rows[name] for name in names]
         if rows == list(range(tokens_B.shape[0])) and list(places) == rows:
             into_T[: len(rows)].copy_(tokens_B)
             return

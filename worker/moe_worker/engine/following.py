@@ -2,18 +2,21 @@
 
 import logging
 from pathlib import Path
-from typing import NoReturn
 
 from moe_worker.config.engine import EngineOptions
 from moe_worker.engine.loading import load
 from moe_worker.errors import SettingsError
+from moe_worker.mesh.control import MeshError
 from moe_worker.mesh.runner import MeshRunner
 
 log = logging.getLogger(__name__)
 
 
-def follow(directory: Path, options: EngineOptions) -> NoReturn:
-    """Loads the part of this rank and computes what the leader sends. Raises WorkerError when it ends."""
+def follow(directory: Path, options: EngineOptions) -> None:
+    """Loads the part of this rank and computes what the leader sends, until the leader ends the mesh.
+
+    Raises WorkerError where the leader is lost and does not come back.
+    """
     if options.mesh_rank == 0:
         raise SettingsError("rank 0 leads its mesh and follows nobody; give another --mesh-rank")
     loaded = load(directory, options, progress=True)
@@ -21,4 +24,10 @@ def follow(directory: Path, options: EngineOptions) -> NoReturn:
     if not isinstance(runner, MeshRunner):
         raise SettingsError(f"a mesh {options.mesh} has no ranks to follow; give a larger --mesh")
     log.info("rank %d of mesh %s is ready", options.mesh_rank, options.mesh)
-    runner.follow()
+    while True:
+        try:
+            runner.follow()
+        except MeshError as error:
+            runner.reform(error)
+        else:
+            return

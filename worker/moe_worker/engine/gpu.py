@@ -3,6 +3,7 @@
 import importlib.util
 
 import torch
+import torch.distributed as dist
 
 from moe_worker.config.attention import LatentConfig
 from moe_worker.config.engine import EngineOptions
@@ -10,6 +11,7 @@ from moe_worker.config.model import ModelConfig
 from moe_worker.errors import SettingsError
 from moe_worker.kernels.registry import Hardware
 from moe_worker.kvcache.paged import PagedCache
+from moe_worker.mesh.rank_stage import RankStage
 from moe_worker.models.deepseek import DeepseekModel
 from moe_worker.models.runner import Runner
 from moe_worker.quant.formats import FORMATS
@@ -50,6 +52,16 @@ def make_runner(
     return CudaRunner(
         prepare(model, consume=True), cache, options.max_batch_size, context, options.prefill_tokens, progress
     )
+
+
+def make_stage(
+    model: DeepseekModel, cache: PagedCache, group: dist.ProcessGroup, options: EngineOptions, context: int,
+    progress: bool,
+) -> RankStage:  # fmt: skip
+    """A mesh rank's stage on the Triton kernels, with captured decode steps; all ranks of the stage call."""
+    from moe_worker.mesh.cuda_stage import CudaStage  # noqa: PLC0415 - triton is not everywhere
+
+    return CudaStage(model, cache, group, options.max_batch_size, context, options.prefill_tokens, progress)
 
 
 def weight_bytes(config: ModelConfig, number_format: str) -> int:

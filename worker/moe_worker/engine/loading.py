@@ -21,6 +21,7 @@ from moe_worker.kernels.registry import Hardware, choose, explain, probe_cpu
 from moe_worker.kvcache.paged import FP8, CacheShape, PagedCache
 from moe_worker.mesh.identity import mesh_digest
 from moe_worker.mesh.member import Member, join, part_of
+from moe_worker.mesh.rank_stage import ModelStage
 from moe_worker.mesh.runner import MeshRunner, agree_on_pages
 from moe_worker.models.checkpoint import load_model
 from moe_worker.models.deepseek import DeepseekModel
@@ -152,11 +153,18 @@ def _runner(
     progress: bool, member: Member | None,
 ) -> Runner:  # fmt: skip
     if path == "triton":
-        return gpu.make_runner(model, cache, options, context, progress)
+        if member is None:
+            return gpu.make_runner(model, cache, options, context, progress)
+        return MeshRunner(
+            member,
+            gpu.make_stage(model, cache, member.stage_group, options, context, progress),
+            cache,
+            feeds=True,
+        )
     stage: StageModel = model
     if path.startswith("cpu/"):
         stage = NativeModel.of(model, Kernels(threads=torch.get_num_threads()), consume=True)
-    return ModelRunner(stage) if member is None else MeshRunner(member, stage, cache)
+    return ModelRunner(stage) if member is None else MeshRunner(member, ModelStage(stage), cache)
 
 
 def explain_choice(directory: Path, options: EngineOptions) -> list[str]:
@@ -173,11 +181,8 @@ def probe(
     device: torch.device, config: ModelConfig, number_format: str, shape: MeshShape = ONE_PROCESS
 ) -> Hardware:
     """Kernels that `device` has for a model in `number_format` (of registry.FORMATS)."""
-    if device.type == "cuda" and shape.ranks > 1:
-        reason = f"the kernels do not compute parts of a mesh ({shape}) yet"
-        return Hardware(device.type, None, reason, shape.expert)
     if device.type == "cuda":
-        return gpu.probe_gpu(config, number_format)
+        return replace(gpu.probe_gpu(config, number_format), ranks=shape.expert)
     if not isinstance(config.attention, LatentConfig):
         reason = f"there are no CPU kernels for the attention of {config.architecture} yet"
         return Hardware("cpu", None, reason, shape.expert)

@@ -49,6 +49,7 @@ _DENSE = ("fp32", "bf16")
 # (format, device) with kernels for a whole forward pass; everything else is computed by the reference.
 _KERNELS = frozenset({("w4a8", "cpu"), *((each, "cuda") for each in ("bf16", "fp8", "w4a16", "w4a8"))})
 _LOCAL, _SPREAD = "moe.dispatch.LocalDispatch.scatter", "mesh.dispatch.AllToAllDispatch.scatter"
+_FIXED = "mesh.fixed.FixedExchange.scatter"
 _REFERENCE = {
     "linear": "kernels.linear.Linear.forward",
     "attention": "models.attention.attend",
@@ -99,8 +100,8 @@ def choose(operation: str, number_format: str, hardware: Hardware) -> KernelChoi
     """The implementation of `operation` (of OPERATIONS) in `number_format` (of FORMATS)."""
     implementation, reason = _implementation(number_format, hardware)
     function = _functions(number_format, implementation, hardware)[operation]
-    if function == _LOCAL and hardware.ranks > 1:
-        function = _SPREAD
+    if operation == "dispatch" and hardware.ranks > 1:
+        function = _FIXED if implementation == TRITON else _SPREAD
     return KernelChoice(operation, number_format, implementation, function, reason)
 
 

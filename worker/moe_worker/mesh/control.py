@@ -9,10 +9,12 @@ import contextlib
 import hashlib
 import hmac
 import logging
+import queue
 import secrets
 import socket
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast, get_args
 
@@ -79,14 +81,19 @@ class Piece:
     pages: tuple[int, ...]
     shard: int
     selected: tuple[int, ...]
+    source: int = -1
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Leader to rank: the next pass. scratch: pages of a cache for this pass alone; 0: the engine's cache."""
+    """Leader to rank: the next pass. scratch: pages of a cache for this pass alone; 0: the engine's cache.
+
+    feeds: whether the leader sends the tokens that it samples, to the ranks of the first stage.
+    """
 
     pieces: tuple[Piece, ...]
     scratch: int = 0
+    feeds: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,35 +109,109 @@ class Counts:
     layers: tuple[tuple[int, tuple[int, ...], int], ...]
 
 
-Message = Claim | Welcome | Refusal | Ready | Allocate | Compute | AskCounts | Counts
+@dataclass(frozen=True)
+class Beat:
+    """Either way: this process runs."""
+
+
+@dataclass(frozen=True)
+class End:
+    """Leader to rank: there are no more passes."""
+
+
+Message = Claim | Welcome | Refusal | Ready | Allocate | Compute | AskCounts | Counts | Beat | End
 _CODEC: Final = Codec[Message](get_args(Message))
 
 
 class Channel:
-    """One connection; `rank` is at its other end. Not for several threads at once."""
+    """One connection; `rank` is at its other end. One thread sends and receives; beats come from others.
+
+    heard: when something came last, once the channel listens.
+    """
 
     def __init__(self, connection: socket.socket, rank: int) -> None:
         self._connection, self.rank = connection, rank
+        self._sending = threading.Lock()
+        self._inbox: queue.SimpleQueue[Message | MeshError] | None = None
+        self.heard = time.monotonic()
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def listen(self, lost: Callable[["Channel", str], None]) -> None:
+        """Reads in a thread from now on, which calls `lost` with a sentence when the connection ends."""
+        self._inbox = queue.SimpleQueue()
+        threading.Thread(
+            target=self._listen, args=(self._inbox, lost), name=f"mesh rank {self.rank}", daemon=True
+        ).start()
+
+    def beat(self) -> None:
+        """Says that this process runs, unless something else is being sent."""
+        if self._sending.acquire(blocking=False):
+            try:
+                self._connection.sendall(_CODEC.encode(Beat()))
+            except OSError as error:  # the thread that reads finds out, too
+                log.debug("no beat to rank %d: %s", self.rank, error)
+            finally:
+                self._sending.release()
 
     def send(self, message: Message) -> None:
         """Raises MeshError."""
         frame = _CODEC.encode(message)
-        with self._lost():
+        with self._lost(), self._sending:
             self._connection.sendall(frame)
 
     def receive(self, *kinds: type[Any], most: int = LARGEST_FRAME) -> Any:
         """The next message, which must be one of `kinds`. Raises MeshError."""
+        message = self._read_message(most) if self._inbox is None else self._inbox.get()
+        if isinstance(message, MeshError):
+            self.end(str(message))
+            raise message
+        if not isinstance(message, kinds):
+            raise MeshError(f"rank {self.rank} sent {type(message).__name__} out of turn")
+        return message
+
+    def end(self, sentence: str) -> None:
+        """Whoever receives is told `sentence`, and whoever sends fails."""
+        if self._inbox is not None:
+            self._inbox.put(MeshError(sentence))
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+
+    def ended(self) -> bool:
+        """Whether the other end has closed a channel that does not listen yet."""
+        try:
+            return self._connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def fileno(self) -> int:
+        """The connection's descriptor."""
+        return self._connection.fileno()
+
+    def _listen(
+        self, inbox: "queue.SimpleQueue[Message | MeshError]", lost: Callable[["Channel", str], None]
+    ) -> None:
+        try:
+            while True:
+                message = self._read_message(LARGEST_FRAME)
+                self.heard = time.monotonic()
+                if not isinstance(message, Beat):
+                    inbox.put(message)
+                if isinstance(message, End):  # what comes next is no loss
+                    return
+        except MeshError as error:
+            inbox.put(error)
+            lost(self, str(error))
+
+    def _read_message(self, most: int) -> Message:
         length = int.from_bytes(self._read(LENGTH_BYTES), "big")
         if not 1 <= length <= most:
             raise MeshError(f"rank {self.rank} sent a message of {length} bytes; {most} are allowed")
         try:
-            message = _CODEC.decode(self._read(length))
+            return _CODEC.decode(self._read(length))
         except MalformedMessageError as error:
             raise MeshError(f"rank {self.rank} sent what is no message: {error}") from error
-        if not isinstance(message, kinds):
-            raise MeshError(f"rank {self.rank} sent {type(message).__name__} out of turn")
-        return message
 
     def challenge(self) -> bytes:
         """Sends fresh random bytes for the other end to sign."""
@@ -158,6 +239,8 @@ class Channel:
 
     def close(self) -> None:
         """Ends the connection."""
+        with contextlib.suppress(OSError):  # a thread that reads wakes up by this, not by closing
+            self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
 
     def _read(self, count: int) -> bytes:
@@ -234,6 +317,7 @@ def gather_ranks(
                 "start them with the same --mesh and --mesh-leader"
             ) from None
         try:
+            joined = {rank: channel for rank, channel in joined.items() if not channel.ended()}
             channel = _admit(connection, identity, store_port, sorted(joined))
         except MeshError as error:
             log.warning("a connection from %s did not join: %s", address[0], error)

@@ -20,7 +20,11 @@ from moe_worker.moe.dispatch import Received
 
 
 class PlaceTable:
-    """Where the routed experts of one layer stand: the i-th equal part of `places_M` is rank i's."""
+    """Where the routed experts of one layer are: the i-th equal part of `places_M` is rank i's.
+
+    places_AC: of each expert, -1 behind its last; copies_A: how many it has. The last row of both is for no
+    expert.
+    """
 
     def __init__(self, places_M: Sequence[int], experts: int, ranks: int, device: torch.device) -> None:
         self.each = len(places_M) // ranks
@@ -28,15 +32,15 @@ class PlaceTable:
         for place, expert in enumerate(places_M):
             at[expert].append(place)
         most = max(len(places) for places in at)
-        # One more row, for ids of no expert (-1 reads the last).
+        # Ids of no expert are -1, which reads the last row.
         rows = [places + [-1] * (most - len(places)) for places in [*at, [-1]]]
-        self._places_AC = torch.tensor(rows, device=device)
-        self._copies_A = torch.tensor([len(places) for places in [*at, [-1]]], device=device)
+        self.places_AC = torch.tensor(rows, device=device)
+        self.copies_A = torch.tensor([len(places) for places in [*at, [-1]]], device=device)
 
     def places(self, experts_TK: Tensor) -> Tensor:
         """A place of each expert, -1 of none, int64 [T, K]; copies take tokens in turn."""
         turns_T1 = torch.arange(experts_TK.shape[0], device=experts_TK.device).unsqueeze(1)
-        return self._places_AC[experts_TK, turns_T1 % self._copies_A[experts_TK]]
+        return self.places_AC[experts_TK, turns_T1 % self.copies_A[experts_TK]]
 
 
 class AllToAllDispatch:
@@ -46,12 +50,16 @@ class AllToAllDispatch:
     """
 
     def __init__(self, table: PlaceTable, experts: int, group: dist.ProcessGroup) -> None:
-        self._table, self._experts, self._group = table, experts, group
+        self.table, self._experts, self._group = table, experts, group
         self._ranks, self._own = group.size(), group.rank()
         self._sent_S = torch.empty(0, dtype=torch.int64)
         self._splits: tuple[list[int], list[int]] = [], []
         self._tokens = 0
         self.sent_bytes, self.seconds = 0, 0.0
+
+    def rejoin(self, group: dist.ProcessGroup) -> None:
+        """The same ranks over other connections."""
+        self._group = group
 
     def scatter(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Received:
         """Sends tokens to their experts, and takes in those for this rank's."""
@@ -82,10 +90,10 @@ class AllToAllDispatch:
     def _locate(self, experts_TK: Tensor) -> tuple[Tensor, Tensor]:
         """The rank of each expert and its number there; -1 of none. Shared experts are at hand."""
         shared_TK = experts_TK >= self._experts
-        places_TK = self._table.places(experts_TK.masked_fill(shared_TK, -1))
-        owners_TK = places_TK.div(self._table.each, rounding_mode="floor")
-        local_TK = torch.where(places_TK < 0, -1, places_TK % self._table.each)
-        behind_TK = experts_TK - self._experts + self._table.each
+        places_TK = self.table.places(experts_TK.masked_fill(shared_TK, -1))
+        owners_TK = places_TK.div(self.table.each, rounding_mode="floor")
+        local_TK = torch.where(places_TK < 0, -1, places_TK % self.table.each)
+        behind_TK = experts_TK - self._experts + self.table.each
         return torch.where(shared_TK, self._own, owners_TK), torch.where(shared_TK, behind_TK, local_TK)
 
     def _counts(self, sent_E: Tensor) -> tuple[list[int], list[int]]:

@@ -34,6 +34,12 @@ def all_to_all(
         dist.all_to_all_single(into, x, received, sent, group=group)
 
 
+def highest(x: Tensor, group: dist.ProcessGroup) -> None:
+    """Each element becomes the highest of all ranks of `group`. Raises MeshError."""
+    with _reached("a rank of the stage"):
+        dist.all_reduce(x, dist.ReduceOp.MAX, group)
+
+
 @contextlib.contextmanager
 def _reached(who: str) -> Iterator[None]:
     try:

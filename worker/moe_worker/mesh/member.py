@@ -5,7 +5,6 @@ import os
 import re
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -16,10 +15,11 @@ from moe_worker.config.engine import EngineOptions
 from moe_worker.config.mesh import MeshShape
 from moe_worker.config.model import ModelConfig
 from moe_worker.errors import SettingsError
-from moe_worker.mesh.control import Channel, Identity, MeshError, gather_ranks, join_leader
+from moe_worker.mesh.control import Channel, End, Identity, MeshError, gather_ranks, join_leader
 from moe_worker.mesh.dispatch import AllToAllDispatch, PlaceTable
 from moe_worker.mesh.layers import layer_ranges
 from moe_worker.mesh.placement import Topology, placement
+from moe_worker.mesh.pulse import Pulse
 from moe_worker.models.safetensors import StoredTensor
 from moe_worker.models.stage import Stage
 
@@ -29,17 +29,21 @@ JOIN_S, STEP_S = 600.0, 60.0
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.*\.experts\.\d+\.)?")
 
 
-@dataclass(frozen=True)
 class Member:
     """This process in its mesh. channels: to all other ranks in order (the leader's), or to the leader.
 
-    stage_group: the ranks of its stage.
+    stage_group: the ranks of its stage. formation: how often it has met the others, from 0. Where a rank is
+    lost, `reform` meets them, and another process in its place, again.
     """
 
-    shape: MeshShape
-    rank: int
-    channels: Sequence[Channel]
     stage_group: dist.ProcessGroup
+
+    def __init__(self, identity: Identity, rank: int, address: tuple[str, int], device: torch.device) -> None:
+        self.shape, self.rank = identity.shape, rank
+        self.channels: Sequence[Channel] = []
+        self.formation = 0
+        self._identity, self._address, self._device = identity, address, device
+        self._pulse: Pulse | None = None
 
     @property
     def leads(self) -> bool:
@@ -56,37 +60,74 @@ class Member:
         """The number of its stage."""
         return self.shape.stage_of(self.rank)
 
+    def arm(self) -> None:
+        """All ranks have loaded: from now on one that is silent counts as lost."""
+        if self._pulse is not None:
+            self._pulse.arm()
+
+    def reform(self, seconds: float) -> None:
+        """Leaves, and meets the other ranks again within `seconds`. Raises MeshError, SettingsError."""
+        self.leave()
+        self.formation += 1
+        self.form(seconds)
+
     def close(self) -> None:
-        """Leaves the mesh, if it has not yet; the other ranks end."""
+        """Leaves the mesh for good; where it leads, the other ranks end."""
+        self.quiet()
+        for channel in self.channels if self.leads else ():
+            with contextlib.suppress(MeshError):
+                channel.send(End())
+        self.leave()
+
+    def quiet(self) -> None:
+        """From now on it is no loss where another rank leaves."""
+        if self._pulse is not None:
+            self._pulse.stop()
+            self._pulse = None
+
+    def leave(self) -> None:
+        """Ends all connections; the other ranks notice."""
+        self.quiet()
         for channel in self.channels:
             channel.close()
+        self.channels = []
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def form(self, seconds: float) -> None:
+        """Meets the other ranks within `seconds`. Raises MeshError, SettingsError."""
+        identity, (host, port), shape = self._identity, self._address, self.shape
+        if self.leads:
+            self.channels, store = _lead(identity, host, port, seconds)
+        else:
+            channel, welcome = join_leader((host, port), self.rank, identity, seconds)
+            self.channels = [channel]
+            store = _store(host, welcome.store_port, shape, leads=False)
+        self._pulse = Pulse(self.channels, self._device.type == "cuda")
+        try:
+            dist.init_process_group(
+                "nccl" if self._device.type == "cuda" else "gloo",
+                store=PrefixStore(f"epoch {identity.epoch}", store),
+                rank=self.rank,
+                world_size=shape.ranks,
+                timeout=timedelta(seconds=STEP_S),
+            )
+            groups = [dist.new_group(shape.stage_ranks(stage)) for stage in range(shape.pipeline)]
+        except (RuntimeError, dist.DistError) as error:
+            self.leave()
+            raise MeshError(f"mesh {shape} cannot be connected: {error}; start all ranks again") from error
+        self.stage_group = groups[self.number]
 
 
 def join(options: EngineOptions, digest: str, device: torch.device) -> Member:
     """Meets the other ranks of `options.mesh`. Raises MeshError, SettingsError."""
-    shape, rank = MeshShape.parse(options.mesh), options.mesh_rank
-    host, port = _address(options.mesh_leader)
-    identity = Identity(shape, options.mesh_epoch, digest, os.environ.get(SECRET, "").encode())
-    if rank == 0:
-        channels, store = _lead(identity, host, port)
-    else:
-        channel, welcome = join_leader((host, port), rank, identity, JOIN_S)
-        channels = [channel]
-        store = _store(host, welcome.store_port, shape, leads=False)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    prefixed = PrefixStore(f"epoch {options.mesh_epoch}", store)
+    secret = os.environ.get(SECRET, "").encode()
+    identity = Identity(options.mesh_shape, options.mesh_epoch, digest, secret)
+    member = Member(identity, options.mesh_rank, _address(options.mesh_leader), device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    try:
-        dist.init_process_group(
-            backend, store=prefixed, rank=rank, world_size=shape.ranks, timeout=timedelta(seconds=STEP_S)
-        )
-        groups = [dist.new_group(shape.stage_ranks(stage)) for stage in range(shape.pipeline)]
-    except (RuntimeError, dist.DistError) as error:
-        raise MeshError(f"mesh {shape} cannot be connected: {error}; start all ranks again") from error
-    return Member(shape, rank, channels, groups[shape.stage_of(rank)])
+    member.form(JOIN_S)
+    return member
 
 
 def part_of(
@@ -99,6 +140,13 @@ def part_of(
     """What this rank holds. Raises SettingsError where the model cannot be spread over the mesh."""
     sizes, ends = _nbytes(config, stored, member.shape.expert)
     layers = layer_ranges(sizes, member.shape.pipeline, *ends)[member.number]
+    return stage_of(config, member, layers, redundant, device)
+
+
+def stage_of(
+    config: ModelConfig, member: Member, layers: range, redundant: int, device: torch.device
+) -> Stage:
+    """This rank's part of `layers`. Raises SettingsError where experts cannot be spread over the ranks."""
     ranks = member.shape.expert
     routed = [layer for layer in layers if layer not in config.dense_layers] if ranks > 1 else []
     even = [[1.0] * config.moe.routed] * len(routed)
@@ -134,12 +182,12 @@ def _nbytes(
     return layers, (ends[0], ends[1])
 
 
-def _lead(identity: Identity, host: str, port: int) -> tuple[Sequence[Channel], TCPStore]:
+def _lead(identity: Identity, host: str, port: int, seconds: float) -> tuple[Sequence[Channel], TCPStore]:
     store = _store(host, 0, identity.shape, leads=True)
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         with contextlib.closing(socket.create_server((host, port), family=family)) as listener:
-            return gather_ranks(listener, identity, store.port, JOIN_S), store
+            return gather_ranks(listener, identity, store.port, seconds), store
     except OSError as error:
         raise SettingsError(
             f"the mesh's leader cannot listen on {host}:{port} ({error}); give --mesh-leader an address of "

@@ -7,21 +7,27 @@ leader. All ranks of a stage enter each exchange of experts together, those with
 Legend: t tokens of a shard, N tokens whose logits are wanted, n those of a shard, D hidden, V vocabulary.
 """
 
+import logging
+import time
 from collections import deque
 from collections.abc import Sequence
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from moe_worker.kernels.transfer import to_device
 from moe_worker.kvcache.paged import PagedCache
-from moe_worker.mesh.control import Allocate, AskCounts, Compute, Counts, Piece, Ready
-from moe_worker.mesh.dispatch import AllToAllDispatch
+from moe_worker.mesh.control import Allocate, AskCounts, Compute, Counts, End, MeshError, Piece, Ready
 from moe_worker.mesh.exchange import receive, send
 from moe_worker.mesh.member import Member
+from moe_worker.mesh.rank_stage import RankStage, Width
 from moe_worker.models.batch import Batch, Segment
-from moe_worker.models.layers import StageModel
 from moe_worker.moe.counting import Counter
+
+log = logging.getLogger(__name__)
+# A lost rank has so long to come back, and so many may be lost in a while; then the replica ends.
+REFORM_S, REFORM_PAUSE_S = 120.0, 0.2
+MOST_REFORMS, REFORM_WINDOW_S = 5, 600.0
 
 
 def agree_on_pages(member: Member, pages: int) -> int:
@@ -37,39 +43,84 @@ def agree_on_pages(member: Member, pages: int) -> int:
 
 
 class MeshRunner:
-    """One rank's stage. On the leader a Runner; the others `follow` it."""
+    """One rank's stage. On the leader a Runner; the others `follow` it.
 
-    def __init__(self, member: Member, model: StageModel, cache: PagedCache) -> None:
-        self._member, self._model, self._cache = member, model, cache
+    feeds: whether ranks get sampled tokens from the leader's device, so that a step may be launched before
+    the host knows its tokens.
+    """
+
+    def __init__(self, member: Member, part: RankStage, cache: PagedCache, feeds: bool = False) -> None:
+        self._member, self._part, self._cache, self.feeds = member, part, cache, feeds
         self._last = member.shape.pipeline - 1
-        self._counter = model.expert_counter()
+        self._counter = part.expert_counter()
+        self._counters: list[MeshCounter] = []
+        self._fed_N: Tensor | None = None
+        self._reformed: list[float] = []
+        member.arm()
+
+    def reform(self, error: MeshError) -> None:
+        """Meets the other ranks again after `error`; all but lost ones keep their weights, none its cache.
+
+        Raises MeshError where that fails, or has happened MOST_REFORMS times in REFORM_WINDOW_S already.
+        """
+        while True:
+            now = time.monotonic()
+            self._reformed = [*(each for each in self._reformed if now - each < REFORM_WINDOW_S), now]
+            if len(self._reformed) > MOST_REFORMS or self._part.device.type == "cuda":
+                raise error
+            log.warning("rank %d meets the others again: %s", self._member.rank, error)
+            try:
+                self._member.reform(REFORM_S)
+                self._agree()
+            except MeshError as again:
+                error = again
+                time.sleep(min(REFORM_PAUSE_S * len(self._reformed), REFORM_S))
+                continue
+            self._part.rejoin(self._member.stage_group)
+            self._member.arm()
+            for counter in self._counters:
+                counter.rebase()
+            took = time.monotonic() - now
+            log.warning(
+                "mesh %s has formed again (%d) in %.2f s", self._member.shape, self._member.formation, took
+            )
+            return
+
+    def _agree(self) -> None:
+        """A rank that is new must have room for as many pages as the others have allocated."""
+        pages = self._cache.pages
+        if agree_on_pages(self._member, pages) != pages:
+            raise MeshError(f"a new rank has no room for {pages} pages of KV cache; start all ranks again")
 
     def logits(self, batch: Batch, cache: PagedCache, rows: Sequence[int]) -> Tensor:
-        """[N, V] float32, of the whole mesh; only the leader calls it. Raises MeshError."""
+        """[N, V], of the whole mesh; only the leader calls it. Raises MeshError."""
         scratch = 0 if cache is self._cache else cache.pages
-        step = Compute(_pieces(batch, rows), scratch)
+        step = Compute(_pieces(batch, rows), scratch, self.feeds and not scratch and bool(rows))
         for channel in self._member.channels:
             channel.send(step)
-        own_nV = self._compute(step, cache)
-        return self._collect(step, own_nV)
+        return self._collect(step, self._compute(step, cache))
+
+    def feed(self, tokens_N: Tensor) -> None:
+        """The tokens sampled from the newest logits; called after each of them where `feeds`."""
+        self._fed_N = tokens_N
+        for rank in self._member.shape.stage_ranks(0)[1:]:
+            send(tokens_N, rank)
 
     def expert_counter(self) -> "MeshCounter":
         """Of all ranks."""
-        return MeshCounter(self._member, self._counter)
+        counter = MeshCounter(self._member, self._counter)
+        self._counters.append(counter)
+        return counter
 
     def exchanged(self) -> tuple[int, float]:
         """Bytes that this rank sent to others for experts, and seconds in exchanges, since the start."""
-        dispatches = [
-            each for each in self._model.stage.dispatches.values() if isinstance(each, AllToAllDispatch)
-        ]
-        return sum(each.sent_bytes for each in dispatches), sum(each.seconds for each in dispatches)
+        return self._part.exchanged()
 
     @torch.inference_mode()
-    def follow(self) -> NoReturn:
-        """Computes what the leader says, until it is gone. Raises MeshError then."""
+    def follow(self) -> None:
+        """Computes what the leader says, until it says that this was all. Raises MeshError if it is gone."""
         channel = self._member.channels[0]
-        while True:
-            message = channel.receive(Compute, AskCounts)
+        while not isinstance(message := channel.receive(Compute, AskCounts, End), End):
             if isinstance(message, AskCounts):
                 passes, layers = self._counter.read()
                 channel.send(Counts(passes, tuple((layer, tuple(own), n) for layer, own, n in layers)))
@@ -78,43 +129,63 @@ class MeshRunner:
             out_nV = self._compute(message, cache)
             if out_nV is not None and out_nV.shape[0]:
                 send(out_nV, 0)
-
-    def _own(self, step: Compute) -> list[Piece]:
-        return [piece for piece in step.pieces if piece.shard == self._member.place]
+            if message.feeds and self._member.number == 0:
+                count = sum(len(piece.selected) for piece in message.pieces)
+                fed_N = torch.empty(count, dtype=torch.int64, device=self._part.device)
+                self._fed_N = receive(fed_N, 0)
+        self._member.quiet()
 
     def _compute(self, step: Compute, cache: PagedCache) -> Tensor | None:
         """This rank's part of a pass; on the last stage, logits [n, V] of its shard."""
-        member, model = self._member, self._model
-        pieces, dim = self._own(step), model.config.hidden_size
+        member, part = self._member, self._part
+        pieces = [piece for piece in step.pieces if piece.shard == member.place]
         batch = Batch.of([Segment(p.tokens, p.start, p.pages, p.shard) for p in pieces], cache)
+        if member.number == 0:
+            self._fill_in(pieces, batch)
         tokens, each = batch.tokens_T.shape[0], member.shape.expert
         x_tD = None
         if member.number:
-            x_tD = torch.empty(tokens, dim, dtype=model.dtype, device=model.device)
+            x_tD = torch.empty(tokens, part.hidden, dtype=part.dtype, device=part.device)
             if tokens:
                 receive(x_tD, member.rank - each)
-        x_tD = model.forward(batch, cache, x_tD)
+        out = part.compute(_width(step.pieces, member.shape.expert), batch, cache, _selected(pieces), x_tD)
         if cache is self._cache:
             self._counter.count(tokens)
-        if member.number < self._last:
-            if tokens:
-                send(x_tD, member.rank + each)
-            return None
-        return model.logits(x_tD[_selected(pieces, model.device)])
+        if member.number == self._last:
+            return out
+        if tokens:
+            send(out, member.rank + each)
+        return None
+
+    def _fill_in(self, pieces: Sequence[Piece], batch: Batch) -> None:
+        """Inserts tokens that the host does not know yet, from the step before, on the device."""
+        unknown = [
+            (row, piece.source)
+            for row, piece in zip(batch.last_rows, pieces, strict=True)
+            if piece.source >= 0
+        ]
+        if unknown and self._fed_N is not None:
+            rows_n, sources_n = (
+                to_device(torch.tensor(each), self._part.device) for each in zip(*unknown, strict=True)
+            )
+            batch.tokens_T.index_copy_(0, rows_n, self._fed_N[sources_n])
 
     def _collect(self, step: Compute, own_nV: Tensor | None) -> Tensor:
         """All logits, in the order of the pieces."""
-        model, first = self._model, self._last * self._member.shape.expert
+        part, first = self._part, self._last * self._member.shape.expert
         shards = [piece.shard for piece in step.pieces for _ in piece.selected]
-        shape = len(shards), model.config.vocab_size
-        out_NV = torch.empty(shape, dtype=torch.float32, device=model.device)
-        shard_N = torch.tensor(shards, dtype=torch.int64, device=model.device)
+        if own_nV is not None and own_nV.shape[0] == len(shards):
+            return own_nV
+        shape = len(shards), part.vocabulary
+        out_NV = torch.empty(shape, dtype=part.logits_dtype, device=part.device)
         for shard in sorted(set(shards)):
+            rows = [row for row, each in enumerate(shards) if each == shard]
+            rows_n = to_device(torch.tensor(rows, dtype=torch.int64), part.device)
             part_nV = own_nV
             if first + shard != self._member.rank or part_nV is None:
-                part_nV = out_NV.new_empty(shards.count(shard), shape[1])
+                part_nV = out_NV.new_empty(len(rows), shape[1])
                 receive(part_nV, first + shard)
-            out_NV[shard_N == shard] = part_nV
+            out_NV.index_copy_(0, rows_n, part_nV)
         return out_NV
 
     def _scratch(self, pages: int) -> PagedCache:
@@ -127,6 +198,13 @@ class MeshCounter:
     def __init__(self, member: Member, own: Counter) -> None:
         self._member, self._own, self._passes = member, own, 0
         self._before = self._sums()
+        self._kept: dict[int, list[int]] = {}
+        self._base: dict[int, list[int]] = {}
+
+    def rebase(self) -> None:
+        """Goes on from what was read last; a new rank counts from 0."""
+        self._base = dict(self._kept)
+        self._before = self._sums()
 
     def count(self, tokens: int) -> None:
         """Takes in a pass; the ranks have counted its experts."""
@@ -137,9 +215,10 @@ class MeshCounter:
         """Passes so far, and for each layer its number, the tokens of each expert, and its active experts."""
         rows = []
         for layer, sums in sorted(self._sums().items()):
-            before = self._before.get(layer, [0] * len(sums))
-            *tokens, active = (now - then for now, then in zip(sums, before, strict=True))
-            rows.append((layer, tokens, active))
+            before, base = (each.get(layer, [0] * len(sums)) for each in (self._before, self._base))
+            found = [now - then + kept for now, then, kept in zip(sums, before, base, strict=True)]
+            self._kept[layer] = found
+            rows.append((layer, found[:-1], found[-1]))
         return self._passes, rows
 
     def _sums(self) -> dict[int, list[int]]:
@@ -156,23 +235,31 @@ class MeshCounter:
 
 
 def _pieces(batch: Batch, rows: Sequence[int]) -> tuple[Piece, ...]:
-    """`rows`, which rise, cut by segments; tokens are the batch's, which knows those of the step before."""
-    tokens = batch.tokens_T.tolist()
+    """`rows`, which rise, cut by segments."""
     pieces, first, wanted = [], 0, deque(rows)
     for segment in batch.segments:
         end, selected = first + segment.count, []
         while wanted and wanted[0] < end:
             selected.append(wanted.popleft() - first)
-        own = tuple(tokens[first:end])
-        pieces.append(Piece(own, segment.start, tuple(segment.pages), segment.shard, tuple(selected)))
+        own = tuple(max(0, token) for token in segment.tokens)  # one that is not known yet is filled in later
+        pages = tuple(segment.pages)
+        pieces.append(Piece(own, segment.start, pages, segment.shard, tuple(selected), segment.source))
         first = end
     return tuple(pieces)
 
 
-def _selected(pieces: Sequence[Piece], device: torch.device) -> Tensor:
+def _width(pieces: Sequence[Piece], shards: int) -> Width:
+    tokens = [0] * shards
+    for piece in pieces:
+        tokens[piece.shard] += len(piece.tokens)
+    decode = all(len(piece.tokens) == len(piece.selected) == 1 for piece in pieces)
+    return Width(max(tokens), decode)
+
+
+def _selected(pieces: Sequence[Piece]) -> list[int]:
     """Rows of a shard's batch whose logits are wanted."""
     rows, first = [], 0
     for piece in pieces:
         rows += [first + row for row in piece.selected]
         first += len(piece.tokens)
-    return torch.tensor(rows, dtype=torch.int64, device=device)
+    return rows

@@ -24,13 +24,15 @@ class Segment:
 
     `pages`: the cache pages of the sequence in order, enough for all its tokens including these (preferably
     an array of ints: a step copies thousands). shard: where the pages are, if sequences are spread over
-    several.
+    several. source: the row of the previous step that samples the last of `tokens`, if the host does not know
+    it yet; else -1.
     """
 
     tokens: Sequence[int]
     start: int
     pages: Sequence[int]
     shard: int = 0
+    source: int = -1
 
     @property
     def count(self) -> int:

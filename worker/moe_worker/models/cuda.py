@@ -42,7 +42,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class CudaModel:
-    """Prepared weights.
+    """Prepared weights of a stage. begin: the number of its first layer.
 
     counts_LA: int32 histogram of the experts that the newest pass used, padding left out.
     """
@@ -55,6 +55,7 @@ class CudaModel:
     eps: float
     scale: float
     counts_LA: Tensor
+    begin: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -66,10 +67,16 @@ class CudaModel:
         """V."""
         return self.head.shape[0] if isinstance(self.head, Tensor) else self.head.outputs
 
-    def forward(self, tokens_T: Tensor, shared: Pass, caches: Sequence[Tensor]) -> tuple[Tensor, Added]:
-        """Writes each layer's cache [S, W]; the residual [T, D] and what is still to be added to it."""
+    def forward(
+        self, tokens_T: Tensor, shared: Pass, caches: Sequence[Tensor], x_TD: Tensor | None = None
+    ) -> tuple[Tensor, Added]:
+        """Writes each layer's cache [S, W]; the residual [T, D] and what is still to be added to it.
+
+        x_TD: hidden states of the stage before, changed in place; the first stage makes them of the tokens.
+        """
         self.counts_LA.zero_()
-        x_TD = functional.embedding(tokens_T, self.embedding_VD)
+        if x_TD is None:
+            x_TD = functional.embedding(tokens_T, self.embedding_VD)
         added: Added | None = None
         for layer, cache_SW in zip(self.layers, caches, strict=True):
             attended_TD = layer.attention(x_TD, added, shared, cache_SW)
@@ -77,6 +84,11 @@ class CudaModel:
         if added is None:
             raise ValueError("a model needs at least one layer")
         return x_TD, added
+
+    def settle(self, x_TD: Tensor, added: Added) -> None:
+        """Adds to the residual in place, before it leaves the stage."""
+        layer = self.layers[0]
+        norm(x_TD, added, layer.attention_norm_D, self.eps, layer.input, wide=True)
 
     def logits(self, x_ND: Tensor, added: Added, out_NV: Tensor) -> None:
         """Writes scores of the next token to `out_NV`, float32 or bf16."""
@@ -110,9 +122,12 @@ class CudaModel:
             first += count
         sequence_C, first_C, count_C = aligned_parts(list(np.array(tiles, np.int32).T), self.device)
         token_tiles = TokenTiles(sequence_C, first_C, count_C, PREFILL_TOKENS)
+        return self._pass(rows, token_tiles, 1, page, wide=self.is_wide(first))
+
+    def is_wide(self, tokens: int) -> bool:
+        """Whether a pass of so many tokens multiplies in bf16 by the library."""
         dense = all(isinstance(layer.gate_up, Tensor) for layer in self.layers)
-        wide = first >= (WIDE_TOKENS if dense else WIDE_TOKENS_PACKED)
-        return self._pass(rows, token_tiles, 1, page, wide=wide)
+        return tokens >= (WIDE_TOKENS if dense else WIDE_TOKENS_PACKED)
 
     def _pass(
         self, rows: Rows, tiles: TokenTiles, slices: int, page: int, wide: bool, valid: Tensor | None = None

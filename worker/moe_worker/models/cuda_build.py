@@ -19,9 +19,10 @@ from moe_worker.kernels.triton.latent import LatentWeights
 from moe_worker.kernels.triton.tiles import PackedFp8, PackedInt4, pack_values
 from moe_worker.kernels.triton.wide import Weight
 from moe_worker.models.cuda import CudaModel
-from moe_worker.models.cuda_layer import CudaLayer
+from moe_worker.models.cuda_layer import CudaLayer, Exchange
 from moe_worker.models.deepseek import DeepseekModel, DenseBlock, MoeBlock, TorchLayer
 from moe_worker.models.mla import INNER_NORM_EPS, LatentAttention
+from moe_worker.moe.dispatch import Dispatch
 from moe_worker.quant.formats import FORMATS
 from moe_worker.quant.fp8 import Fp8Weight
 from moe_worker.quant.int4 import GROUP, Int4Weight
@@ -78,10 +79,19 @@ def unsupported(config: ModelConfig, number_format: str) -> str | None:
     )
 
 
-def prepare(model: DeepseekModel, consume: bool = False) -> CudaModel:
+def _all_here(_: Dispatch, __: int) -> Exchange | None:
+    return None
+
+
+def prepare(
+    model: DeepseekModel,
+    consume: bool = False,
+    exchange_of: Callable[[Dispatch, int], Exchange | None] = _all_here,
+) -> CudaModel:
     """The model for the kernels; it must not be `unsupported`. Dense matrices are not copied.
 
-    consume: takes the layers out of `model`, one by one.
+    consume: takes the layers out of `model`, one by one. exchange_of: the kernels' way to do a layer's
+    dispatch, of which this rank holds so many experts.
     """
     config = model.config
     experts = config.moe.routed + config.moe.shared
@@ -91,7 +101,7 @@ def prepare(model: DeepseekModel, consume: bool = False) -> CudaModel:
     scale = _latent(model.layers[0]).scale
     counts_LA = torch.zeros(len(blocks), max(blocks), dtype=torch.int32, device=model.device)
     layers = [
-        _layer(config, layer, counts_A[:count])
+        _layer(config, layer, counts_A[:count], exchange_of)
         for layer, counts_A, count in zip(model.each_layer(consume), counts_LA, blocks, strict=True)
     ]
     return CudaModel(
@@ -103,10 +113,16 @@ def prepare(model: DeepseekModel, consume: bool = False) -> CudaModel:
         eps=config.rms_norm_eps,
         scale=scale,
         counts_LA=counts_LA,
+        begin=model.stage.begin,
     )
 
 
-def _layer(config: ModelConfig, layer: TorchLayer, counts_A: Tensor) -> CudaLayer:
+def _layer(
+    config: ModelConfig,
+    layer: TorchLayer,
+    counts_A: Tensor,
+    exchange_of: Callable[[Dispatch, int], Exchange | None],
+) -> CudaLayer:
     attention, block, sizes = _latent(layer), layer.block, Sizes.of(config.latent)
     heads, plain, rope = config.latent.num_attention_heads, sizes.plain, config.latent.qk_rope_head_dim
     query_rows = heads * (config.latent.qk_nope_head_dim + rope)
@@ -126,6 +142,7 @@ def _layer(config: ModelConfig, layer: TorchLayer, counts_A: Tensor) -> CudaLaye
     more_v = sizes.value - config.latent.v_head_dim
     gate_up, down = _experts(config, block)
     router = None if isinstance(block, DenseBlock) else block.router
+    exchange = None if isinstance(block, DenseBlock) else exchange_of(block.dispatch, block.experts.count)
     return CudaLayer(
         attention_norm_D=layer.attention_norm,
         input=_packed(join_rows((first, latent)), _int8(attention.input)),
@@ -146,6 +163,7 @@ def _layer(config: ModelConfig, layer: TorchLayer, counts_A: Tensor) -> CudaLaye
         gate_up=gate_up,
         down=down,
         counts_A=counts_A,
+        exchange=exchange,
     )
 
 

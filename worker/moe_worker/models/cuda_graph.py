@@ -5,6 +5,7 @@ Legend: B sequences, T = B tokens, P pages of a sequence, V vocabulary.
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ class DecodeGraphs:
     Rows behind the batch are padding: they write to the cache's page that belongs to nobody. On a device
     without graphs (interpreted kernels) a step runs as it is.
     """
+
+    capture_mode = "global"
 
     def __init__(self, model: CudaModel, cache: PagedCache, largest: int, context: int) -> None:
         device = model.device
@@ -62,17 +65,16 @@ class DecodeGraphs:
             return
         pool = torch.cuda.graph_pool_handle()
         for size in each(self.sizes[::-1]):
-            self._step(size)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                self._step(size)
-            self._graphs[size] = graph
+            self._record(size, pool)
 
-    def fill(self, tokens_B: Tensor, rows: Rows) -> int:
-        """Takes in a batch; the size of the graph for it."""
+    def size_for(self, count: int) -> int:
+        """The smallest size for `count` sequences."""
+        return self.sizes[bisect_left(self.sizes, count)]
+
+    def fill(self, tokens_B: Tensor, rows: Rows, least: int = 0) -> int:
+        """Takes in a batch; the size of the graph for it, which is `least` at least."""
         count = tokens_B.shape[0]
-        size = self.sizes[bisect_left(self.sizes, count)]
+        size = self.size_for(max(count, least))
         self._tokens_B[:count].copy_(tokens_B)
         self._positions_B[:count].copy_(rows.positions_T)
         self._rows_B[:count].copy_(rows.rows_T)
@@ -91,6 +93,17 @@ class DecodeGraphs:
             self._step(size)
         else:
             graph.replay()
+
+    def _record(self, size: int, pool: Any) -> None:
+        self._graphs[size] = self._captured(lambda: self._step(size), pool)
+
+    def _captured(self, step: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
+        step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode=self.capture_mode):
+            step()
+        return graph
 
     def _step(self, size: int) -> None:
         rows = Rows(self._positions_B[:size], self._rows_B[:size], self._pages_BP[:size])

@@ -6,6 +6,7 @@ intermediate of an expert, F = 2 * I, K experts a token, M = T * K rows.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ class Pass:
 
     rotations_CP2: float32, cosine and sine of each position's pairs. slices: of the context, for attention.
     wide: whether there are so many tokens that products in bf16 are fastest whatever the weights' format.
-    valid: int32 [1], the tokens that are no padding; None: all.
+    valid: int32 [1], the tokens that are no padding; None: all. capacity: tokens that each rank of a mesh may
+    send to each other one.
     """
 
     positions_T: Tensor
@@ -44,13 +46,39 @@ class Pass:
     scale: float
     wide: bool = False
     valid: Tensor | None = None
+    capacity: int = 0
+
+
+class Work(NamedTuple):
+    """What experts compute: activations of R tokens, their experts int32 [R, K] (-1: none), weights float32
+    [R, K], and the histogram of the experts, int32 [A].
+    """
+
+    x: Activation
+    experts_RK: Tensor
+    weights_RK: Tensor
+    counts_A: Tensor
+
+
+class Exchange(Protocol):
+    """Moves the tokens of one layer between the ranks that share its experts; as moe.dispatch.Dispatch."""
+
+    def scatter(
+        self, x: Activation, int8: bool, experts_TK: Tensor, weights_TK: Tensor, capacity: int
+    ) -> Work:
+        """The tokens for this rank's experts, with at most `capacity` of each other rank."""
+        ...
+
+    def gather(self, added: Added) -> Added:
+        """Outputs of that work to sums for this rank's own tokens."""
+        ...
 
 
 @dataclass(frozen=True)
 class CudaLayer:
     """Prepared weights of a layer, bf16 or packed. A dense block is experts that all tokens take.
 
-    counts_A: int32, the tokens of each expert in the newest pass.
+    counts_A: int32, the tokens of each expert in the newest pass. exchange: None where all experts are here.
     """
 
     attention_norm_D: Tensor
@@ -67,6 +95,7 @@ class CudaLayer:
     gate_up: Weight
     down: Weight
     counts_A: Tensor
+    exchange: Exchange | None = None
 
     def attention(self, x_TD: Tensor, added: Added | None, shared: Pass, cache_SW: Tensor) -> Tensor:
         """Adds `added` to the residual `x_TD` in place; the attention's output [T, D], not yet added."""
@@ -97,26 +126,37 @@ class CudaLayer:
         """Adds the attention's output to the residual; the experts' weighted outputs, to be added."""
         normed = norm(x_TD, Added(attended_TD), self.block_norm_D, shared.eps, self.gate_up, shared.wide)
         experts_TK, weights_TK = self.routes(normed.x_TD, shared.valid)
-        if shared.wide:
-            emulated = rounding(self.down, shared.wide) is Rounding.EMULATED
+        if self.exchange is None:
+            return self.compute(Work(normed, experts_TK, weights_TK, self.counts_A), shared.wide)
+        int8 = rounding(self.gate_up, shared.wide) is Rounding.INT8
+        work = self.exchange.scatter(normed, int8, experts_TK, weights_TK, shared.capacity)
+        return self.exchange.gather(self.compute(work, shared.wide))
+
+    def compute(self, work: Work, wide: bool) -> Added:
+        """The weighted outputs of this rank's experts."""
+        x, experts_TK, weights_TK, counts_A = work
+        if wide:
+            emulated = rounding(self.down, wide) is Rounding.EMULATED
             gate_up, down = widen(self.gate_up), widen(self.down)
-            return experts_wide(normed.x_TD, gate_up, down, experts_TK, weights_TK, self.counts_A, emulated)
-        tokens = x_TD.shape[0]
+            return experts_wide(x.x_TD, gate_up, down, experts_TK, weights_TK, counts_A, emulated)
+        tokens, per_token = experts_TK.shape
         most = few.FEW_TOKENS_OF_EXPERTS
-        if few.takes(self.gate_up, normed, most) and few.takes(self.down, normed, most):
-            routed, first = (
-                (self.routing.top_k, self.router_ED.shape[0]) if self.router_ED is not None else (0, 0)
-            )
-            taken = few.Taken(experts_TK, routed, first)
-            rows_MD = few.experts_few(normed, self.gate_up, self.down, taken, weights_TK)
+        if few.takes(self.gate_up, x, most) and few.takes(self.down, x, most):
+            if self.exchange is not None:
+                taken = few.Taken(experts_TK, per_token, 0)
+            elif self.router_ED is not None:
+                taken = few.Taken(experts_TK, self.routing.top_k, self.router_ED.shape[0])
+            else:
+                taken = few.Taken(experts_TK, 0, 0)
+            rows_MD = few.experts_few(x, self.gate_up, self.down, taken, weights_TK)
             return Added(rows_MD, experts_M=experts_TK)
         tiles = expert_tiles(tokens, None if isinstance(self.gate_up, Tensor) else self.gate_up.kind)
-        blocks = sort_by_expert(experts_TK, self.counts_A, tiles.rows)
+        blocks = sort_by_expert(experts_TK, counts_A, tiles.rows)
         if not (isinstance(self.gate_up, Tensor) or isinstance(self.down, Tensor)):
-            rows_MD = experts_packed(normed, self.gate_up, self.down, blocks, weights_TK, tiles)
+            rows_MD = experts_packed(x, self.gate_up, self.down, blocks, weights_TK, tiles)
             return Added(rows_MD, experts_M=experts_TK)
         gate_up, down = widen(self.gate_up), widen(self.down)
-        rows_MD = experts_bf16(normed.x_TD, gate_up, down, blocks, weights_TK, tiles)
+        rows_MD = experts_bf16(x.x_TD, gate_up, down, blocks, weights_TK, tiles)
         return Added(rows_MD, experts_M=experts_TK)
 
     def routes(self, x_TD: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:

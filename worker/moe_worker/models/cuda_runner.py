@@ -25,7 +25,7 @@ class CudaRunner:
     ) -> None:  # fmt: skip
         self._model = model
         self.graphs = DecodeGraphs(model, cache, largest, context)
-        self._counts = _Totals(model)
+        self._counts = Totals(model)
 
         def shown(sizes: Iterable[int]) -> Iterable[int]:
             return bar(sizes, desc="recording CUDA graphs", unit="graph", disable=not progress)
@@ -95,24 +95,26 @@ def warm_sizes(most: int) -> list[int]:
     return sorted({most, *(size for power in powers for size in (power, power + 1) if size <= most)})[::-1]
 
 
-class _Totals:
-    """Sums of the histograms of all passes, on the device: int64 [L, A], and experts with a token [L]."""
+class Totals:
+    """Sums of the histograms of all passes, on the device: int64 [L, A], and activated routed experts [L]."""
 
     def __init__(self, model: CudaModel) -> None:
         self._model = model
         self.tokens_LA = torch.zeros_like(model.counts_LA, dtype=torch.int64)
         self.active_L = torch.zeros(len(model.layers), dtype=torch.int64, device=model.device)
+        routers = [layer.router_ED for layer in model.layers if layer.router_ED is not None]
+        self._routed = max((router_ED.shape[0] for router_ED in routers), default=0)
 
     def add(self) -> None:
         """Takes in the newest pass."""
         self.tokens_LA += self._model.counts_LA
-        self.active_L += (self._model.counts_LA > 0).sum(dim=1)
+        self.active_L += (self._model.counts_LA[:, : self._routed] > 0).sum(dim=1)
 
 
 class CudaExpertCounter:
     """Tells which routed experts the passes since its start used."""
 
-    def __init__(self, model: CudaModel, totals: _Totals) -> None:
+    def __init__(self, model: CudaModel, totals: Totals) -> None:
         self._model, self._totals, self._passes = model, totals, 0
         self._tokens_LA, self._active_L = totals.tokens_LA.clone(), totals.active_L.clone()
 
@@ -129,7 +131,6 @@ class CudaExpertCounter:
         rows = []
         for index, layer in enumerate(self._model.layers):
             if layer.router_ED is not None:
-                routed, shared = layer.router_ED.shape[0], layer.routing.shared
-                # Shared experts are active in every pass.
-                rows.append((index, tokens[index][:routed], active[index] - shared * self._passes))
+                routed = layer.router_ED.shape[0]
+                rows.append((self._model.begin + index, tokens[index][:routed], active[index]))
         return self._passes, rows

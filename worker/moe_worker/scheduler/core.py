@@ -135,6 +135,15 @@ class Scheduler:
         elif shrink:
             self._policy.most_running = max(1, len(step.chunks) // 2)
 
+    def lose_cache(self) -> tuple[int, ...]:
+        """Nothing that was in the cache is there any more: running requests are preempted, and returned.
+
+        Raises ValueError with a step in flight.
+        """
+        if self._flights:
+            raise ValueError(f"step {self._flights[0][0].number} is in flight")
+        return self._policy.lose_cache()
+
     def release(self, request: int) -> None:
         """Removes a request that has finished or was cancelled; its pages are free at once. Idempotent."""
         job = self._live.get(request)

@@ -58,6 +58,14 @@ class SchedulingPolicy:
         self.memory.free(job)
         job.state = State.ENDED
 
+    def lose_cache(self) -> tuple[int, ...]:
+        """Preempts every running job, and forgets all prefixes."""
+        draft = Draft(0)
+        while self.running:
+            self._preempt(draft)
+        self.memory.tree.evict(self.memory.tree.idle)
+        return tuple(draft.preempted)
+
     def draft(self, number: int) -> Draft:
         """Step `number`. Every running stream gets a token in it; prompts use the rest of the budget."""
         draft = Draft(number)

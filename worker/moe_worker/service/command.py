@@ -252,6 +252,7 @@ def serve(
         from moe_worker.engine.following import follow  # noqa: PLC0415 - torch: only where the engine is
 
         follow(model, engine_options)
+        return
     held = hold(model)
     name = served_name or Path(os.path.realpath(model)).name
     for flag, text in (("--model", str(model)), ("--served-name", name), ("--revision", revision)):

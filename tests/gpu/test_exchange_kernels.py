@@ -1,0 +1,125 @@
+"""Exchanges of fixed size: what every rank takes out is what the others put in, whatever the routing."""
+
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from moe_worker.kernels.triton.exchange import Places, pack, row_words, sum_rows, unpack
+from moe_worker.kernels.triton.norm import Activation, Added
+from moe_worker.mesh.placement import Topology, placement
+from tests.gpu.device import DEVICE, INTERPRETED, needs_device
+
+pytestmark = needs_device
+WIDTH = 128
+
+
+def of_rank(places, rank, ranks, routed):
+    at = [[place for place, own in enumerate(places) if own == expert] for expert in range(routed)]
+    most = max(map(len, at))
+    table = torch.tensor([each + [-1] * (most - len(each)) for each in at], dtype=torch.int32)
+    copies = torch.tensor([len(each) for each in at], dtype=torch.int32)
+    return Places(table.to(DEVICE), copies.to(DEVICE), len(places) // ranks, rank, ranks)
+
+
+class Rank:
+    """One rank's tokens: random routes, some of them to no expert, shared experts behind the chosen."""
+
+    def __init__(self, draw, tokens, routed, shared, per_token):
+        generator = torch.Generator().manual_seed(draw.randrange(1 << 30))
+        experts = torch.rand(tokens, routed, generator=generator).topk(per_token).indices
+        if draw.random() < 0.3:
+            experts = experts % max(1, routed // 2)  # some ranks get little; copies of an expert do no harm
+        dropped = torch.rand(experts.shape, generator=generator) < draw.choice([0, 0.3, 1])
+        behind = torch.arange(routed, routed + shared).expand(tokens, -1)
+        self.experts = torch.cat((experts.masked_fill(dropped, -1), behind), 1).int().to(DEVICE)
+        self.weights = torch.rand(self.experts.shape, generator=generator).to(DEVICE)
+        self.x = Activation.empty(tokens, WIDTH, DEVICE)
+        self.x.x_TD.copy_(torch.randn(tokens, WIDTH, generator=generator))
+        self.x.q_TD.copy_(torch.randint(-127, 128, (tokens, WIDTH), generator=generator))
+        self.x.scales_TX.copy_(torch.rand(self.x.scales_TX.shape, generator=generator))
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["bf16", "int8"])
+@pytest.mark.parametrize("seed", range(3 if INTERPRETED else 40))
+def test_every_token_reaches_its_experts_and_comes_back(seed, int8):
+    draw = random.Random(seed)
+    ranks, shared = draw.randint(2, 3), draw.randint(0, 2)
+    routed = ranks * draw.randint(1, 3)
+    (places,) = placement(
+        [[draw.random() for _ in range(routed)]], Topology(ranks), ranks * draw.randint(0, 2)
+    )
+    per_token, each = draw.randint(1, routed), len(places) // ranks
+    own = [Rank(draw, draw.choice([1, 2, 5]), routed, shared, per_token) for _ in range(ranks)]
+    capacity, columns = max(rank.experts.shape[0] for rank in own), per_token + shared
+    counts = [torch.full((each + shared,), 7, dtype=torch.int32, device=DEVICE) for _ in own]
+    most = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    sent = [
+        pack(
+            rank.x,
+            int8,
+            rank.experts,
+            rank.weights,
+            of_rank(places, n, ranks, routed),
+            capacity,
+            counts[n],
+            most,
+        )
+        for n, rank in enumerate(own)
+    ]
+    assert sent[0][0].shape[1] == row_words(own[0].x, int8, columns)
+    assert int(most) <= capacity
+    away = (ranks - 1) * capacity
+    sizes = [(away + rank.experts.shape[0], WIDTH) for rank in own]
+    back = [torch.full(size, float("nan"), dtype=torch.bfloat16, device=DEVICE) for size in sizes]
+    sums = []
+    for n, rank in enumerate(own):
+        received = torch.cat([sent[o][0][at(n, o) * capacity :][:capacity] for o in range(ranks) if o != n])
+        x, experts, weights = unpack(received, sent[n][0], away, rank.x, int8, columns, counts[n])
+        found = torch.bincount(experts[experts >= 0].long(), minlength=each + shared)
+        assert counts[n].tolist() == found.tolist()
+        # Each expert gives its number times the token's weight in the first value, and a sum of what it read.
+        names = torch.tensor(
+            [*places[n * each : (n + 1) * each], *range(routed, routed + shared)], device=DEVICE
+        )
+        values = (x.q_TD * x.scales_TX.repeat_interleave(x.piece, 1) if int8 else x.x_TD).float()
+        rows = torch.full((*experts.shape, WIDTH), float("nan"), device=DEVICE)
+        there = experts >= 0
+        scaled = values.unsqueeze(1) * (names[experts.long().clamp(min=0)] + 1.0).unsqueeze(-1)
+        rows[there] = (scaled * weights.unsqueeze(-1))[there]
+        out = torch.empty(away, WIDTH, dtype=torch.bfloat16, device=DEVICE)
+        sum_rows(Added(rows.flatten(0, 1).bfloat16(), experts_M=experts), away, out, back[n])
+        sums.append(out)
+    for n, rank in enumerate(own):
+        for o in (o for o in range(ranks) if o != n):
+            back[n][at(o, n) * capacity :][:capacity] = sums[o][at(n, o) * capacity :][:capacity]
+        slots = sent[n][1]
+        parts = back[n][slots.row_TE.clamp(max=back[n].shape[0] - 1)].float()
+        total = torch.where(slots.chosen_TE.unsqueeze(-1) >= 0, parts, 0.0).sum(1)
+        values = (
+            rank.x.q_TD * rank.x.scales_TX.repeat_interleave(rank.x.piece, 1) if int8 else rank.x.x_TD
+        ).float()
+        share = torch.where(rank.experts >= 0, (rank.experts + 1) * rank.weights, 0.0).sum(1, keepdim=True)
+        assert torch.allclose(total, values * share, rtol=0.03, atol=0.3 if int8 else 0.1)
+
+
+def at(rank, other):
+    """The block of `rank` in what `other` sends or gets."""
+    return rank if rank < other else rank - 1
+
+
+def test_tokens_without_room_are_told():
+    draw = random.Random(1)
+    rank = Rank(draw, 5, 4, 0, 4)
+    rank.experts.copy_(torch.tensor([2, 3, -1, -1]).expand(5, -1))
+    places = of_rank((0, 1, 2, 3), 0, 2, 4)
+    most, counts = (
+        torch.zeros(1, dtype=torch.int32, device=DEVICE),
+        torch.zeros(2, dtype=torch.int32, device=DEVICE),
+    )
+    _, slots = pack(rank.x, False, rank.experts, rank.weights, places, 2, counts, most)
+    assert int(most) == 5
+    assert slots.chosen_TE.tolist() == [[-1, 0]] * 2 + [[-1, -1]] * 3
+    assert slots.source_S.tolist() == [0, 1] + [-1] * 5

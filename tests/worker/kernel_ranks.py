@@ -1,0 +1,110 @@
+"""One rank of a mesh on the Triton kernels; interpreted where there is no GPU.
+
+    TRITON_INTERPRET=1 python -m tests.worker.kernel_ranks RANK MESH ADDRESS FILE CASE...
+
+Each rank draws the same random models and keeps its part of them. Rank 0 compares with the whole model on the
+kernels of one process, and writes what it found to FILE.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("MOE_WORKER_MESH_SECRET", "of these ranks")
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.gpu_mesh import Case, difference, random_tokens
+from benchmarks.gpu_random import SMALL
+from moe_worker.config.engine import EngineOptions
+from moe_worker.engine.core import EngineCore
+from moe_worker.engine.requests import Request
+from moe_worker.mesh import cuda_stage, fixed
+from moe_worker.mesh.member import join
+from moe_worker.models.batch import Segment
+from moe_worker.sampling.parameters import SamplingParameters
+from tests.gpu.device import DEVICE
+
+VALUES = SMALL | {"num_hidden_layers": 2}
+CONTEXT = 64
+
+
+def member_device(rank):
+    return f"cuda:{rank}" if DEVICE.type == "cuda" else "cpu"
+
+
+def compare(case, shards):
+    """Differences of a pass with prompts, a mixed one, a decode step, and one in which one shard has work."""
+    counts, found = [3, 2, 4, 2], []
+    texts = [random_tokens(count + 2, n, 500) for n, count in enumerate(counts)]
+    pages = [[2 * n, 2 * n + 1] for n in range(4)]
+
+    def after(n, at=0):
+        at += counts[n]
+        return Segment(texts[n][at : at + 1], at, pages[n], n % shards)
+
+    prompts = [
+        Segment(t[:c], 0, pages[n], n % shards) for n, (t, c) in enumerate(zip(texts, counts, strict=True))
+    ]
+    steps = [
+        prompts,
+        [after(0), after(1), Segment(random_tokens(3, 9, 500), 0, [8], shards - 1)],
+        [after(2), after(3)],
+        [after(0, 1)],
+    ]
+    for segments in steps:
+        found.append(difference(*case.both(segments)))
+    return found
+
+
+def generated(loaded, flights):
+    core = EngineCore(loaded, EngineOptions(max_batch_size=4, prefill_tokens=64), flights=flights)
+    for number in range(2):
+        sampling = SamplingParameters(max_tokens=3, ignore_eos=True)
+        core.submit(Request(number, tuple(random_tokens(3 + number, number, 500)), sampling, 0))
+    found = [[] for _ in range(2)]
+    while not core.idle:
+        for delta in core.step():
+            found[delta.id].append(delta.token)
+    return found, {layer.layer: sum(layer.tokens) for layer in core.expert_statistics.layers}
+
+
+def run_case(member, name):
+    number_format, shards = "dense" if name == "overflow" else name, member.shape.expert
+    few = (lambda tokens, ranks, top_k: max(1, tokens // 3)) if name == "overflow" else fixed.capacity_for
+    cuda_stage.capacity_for = few
+    redundant = shards * 2 if name == "w4a8" and shards > 1 else 0
+    case = Case(
+        member, VALUES, number_format, torch.device(member_device(member.rank)), CONTEXT, 4, 20, 64, redundant
+    )
+    if not member.leads:
+        case.runner.follow()
+        return None
+    report = {"differences": compare(case, shards)}
+    if name == "dense":
+        ours, ahead, alone = (
+            generated(loaded, flights)
+            for loaded, flights in ((case.loaded(), 1), (case.loaded(), 2), (case.loaded_alone(), 1))
+        )
+        report |= {"ours": ours, "ahead": ahead, "alone": alone}
+    case.end()
+    return report
+
+
+def main():
+    rank, mesh, address, file, *cases = sys.argv[1:]
+    torch.set_num_threads(1)
+    device = member_device(rank)
+    options = EngineOptions(device=device, mesh=mesh, mesh_leader=address, mesh_rank=int(rank))
+    member = join(options, "digest", torch.device(device))
+    reports = {name: run_case(member, name) for name in cases}
+    if member.leads:
+        Path(file).write_text(json.dumps(reports))
+    dist.barrier()
+    member.close()
+
+
+if __name__ == "__main__":
+    main()

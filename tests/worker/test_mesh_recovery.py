@@ -1,0 +1,119 @@
+"""A mesh that loses a rank goes on: streams lose no token, and none comes twice."""
+
+import contextlib
+import signal
+import time
+
+import pytest
+
+from moe_worker.config.engine import EngineOptions
+from moe_worker.engine.core import EngineCore
+from moe_worker.engine.offline import Engine
+from moe_worker.engine.requests import Request
+from moe_worker.mesh import runner
+from moe_worker.mesh.control import MeshError
+from moe_worker.sampling.parameters import SamplingParameters
+from moe_worker.scheduler.core import Scheduler
+from moe_worker.scheduler.plan import Arrival, Limits
+from tests.checkpoints import write_checkpoint
+from tests.worker.mesh_ranks import followers, free_address
+
+OPTIONS = {"device": "cpu", "dtype": "float32", "threads": 1, "context_length": 256}
+PROMPTS = [[7 + i % 290 for i in range(40)], [5], [300 - i % 250 for i in range(30)]]
+LENGTHS = (60, 45, 52)
+FOUND_S = 2.0
+
+
+def requests():
+    """Greedy and seeded ones."""
+    for number, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS, strict=True)):
+        sampling = SamplingParameters(
+            max_tokens=length, temperature=number * 0.6, seed=number, ignore_eos=True
+        )
+        yield Request(number, tuple(prompt), sampling, seed=number)
+
+
+def run(core, at):
+    """Tokens of all requests, and the seconds of each step. at: what happens before a step, by its number."""
+    for request in requests():
+        core.submit(request)
+    found, took = [[] for _ in PROMPTS], {}
+    number = 0
+    while not core.idle:
+        at.get(number, lambda: None)()
+        begin = time.monotonic()
+        for delta in core.step():
+            found[delta.id].append(delta.token)
+        took[number] = time.monotonic() - begin
+        number += 1
+    return found, took
+
+
+@pytest.mark.timeout(300)
+def test_ranks_that_are_killed_or_hang_cost_no_token(tmp_path, caplog):
+    """One after the other: during prefill, in decode, and a process that stops without an end."""
+    checkpoint = write_checkpoint(tmp_path, num_hidden_layers=2)
+    mesh = {"mesh": "1x2", "mesh_leader": free_address(), **OPTIONS}
+    expected, _ = run(EngineCore(Engine(checkpoint, **OPTIONS)._loaded, EngineOptions(**OPTIONS)), {})
+    with contextlib.ExitStack() as stack:
+        running = []
+
+        def start():
+            running.append(followers(checkpoint, 2, **mesh))
+            stack.callback(running[-1].kill)
+
+        def lose(how):
+            running[-1].processes[0].send_signal(how)
+            start()
+
+        start()
+        engine = Engine(checkpoint, **mesh)
+        stack.callback(engine._loaded.member.close)
+        core = EngineCore(engine._loaded, EngineOptions(**mesh))
+        lost = {0: signal.SIGKILL, 9: signal.SIGKILL, 20: signal.SIGSTOP}
+        found, took = run(core, {step: lambda how=how: lose(how) for step, how in lost.items()})
+        assert found == expected
+        assert engine._loaded.member.formation == 3
+        assert core.load.kv_tokens_used == 0
+        assert sum(core.expert_statistics.layers[0].tokens) > 0
+        assert [record.message for record in caplog.records if "is silent for" in record.message]
+        # Meeting again includes the start of the new process; finding out does not.
+        assert max(took.values()) < 120
+
+
+@pytest.mark.timeout(120)
+def test_a_rank_that_never_comes_back_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "REFORM_S", 0.2)
+    monkeypatch.setattr(runner, "MOST_REFORMS", 2)
+    checkpoint = write_checkpoint(tmp_path, num_hidden_layers=2)
+    mesh = {"mesh": "2x1", "mesh_leader": free_address(), **OPTIONS}
+    others = followers(checkpoint, 2, **mesh)
+    with contextlib.ExitStack() as stack:
+        stack.callback(others.kill)
+        engine = Engine(checkpoint, **mesh)
+        stack.callback(engine._loaded.member.close)
+        core = EngineCore(engine._loaded, EngineOptions(**mesh))
+        begin = []
+
+        def kill():
+            others.kill()
+            begin.append(time.monotonic())
+
+        with pytest.raises(MeshError, match=r"ranks \[1\] did not join within 0.2 s"):
+            run(core, {3: kill})
+        assert time.monotonic() - begin[0] < FOUND_S + 2
+
+
+def test_a_lost_cache_is_computed_again():
+    """Prefixes are forgotten, too."""
+    scheduler = Scheduler(Limits(sequences=2, waiting=2, pages=16, page_size=4, prefill_tokens=64))
+    scheduler.submit(Arrival(id=1, prompt=tuple(range(10)), max_new_tokens=5, arrived=0.0))
+    scheduler.complete(scheduler.plan(0.0).step, [50], 1.0)
+    step = scheduler.plan(1.0).step
+    with pytest.raises(ValueError, match="is in flight"):
+        scheduler.lose_cache()
+    scheduler.retract(step, shrink=False)
+    assert scheduler.lose_cache() == (1,)
+    assert (scheduler.used_pages, scheduler.cached_pages, scheduler.free_pages) == (0, 0, 16)
+    chunk = scheduler.plan(2.0).step.chunks[0]
+    assert (chunk.start, list(chunk.tokens), chunk.samples) == (0, [*range(10), 50], True)

@@ -1,0 +1,229 @@
+"""One rank's share of a pass on the Triton kernels: decode by graphs, exchanges of experts included.
+
+Legend: B sequences of a decode step, t tokens of a shard, n those of its tokens whose logits are wanted, D
+hidden, V vocabulary.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_worker.kernels.transfer import to_device
+from moe_worker.kernels.triton.norm import Added, Rounding
+from moe_worker.kvcache.paged import PagedCache
+from moe_worker.mesh.fixed import Exchanges, capacity_for
+from moe_worker.mesh.rank_stage import Width
+from moe_worker.models.batch import Batch
+from moe_worker.models.cuda import CudaModel, Rows
+from moe_worker.models.cuda_build import prepare
+from moe_worker.models.cuda_graph import DecodeGraphs
+from moe_worker.models.cuda_layer import Pass, rounding
+from moe_worker.models.cuda_runner import CudaExpertCounter, Totals, warm_sizes
+from moe_worker.models.deepseek import DeepseekModel
+from moe_worker.models.stage import Stage
+from moe_worker.progress import bar
+
+
+class CudaStage:
+    """A stage on the kernels over `cache`, for shards of up to `largest` sequences of up to `context` tokens.
+
+    model: is consumed. All ranks of the stage make theirs together, since they exchange tokens meanwhile.
+    """
+
+    def __init__(
+        self, model: DeepseekModel, cache: PagedCache, group: dist.ProcessGroup, largest: int, context: int,
+        prefill_tokens: int, progress: bool = False,
+    ) -> None:  # fmt: skip
+        self._stage, config = model.stage, model.config
+        self._top_k = config.moe.top_k
+        self._ranks = group.size()
+        self.hidden, self.vocabulary = config.hidden_size, config.vocab_size
+        self.device, self.dtype = model.device, torch.bfloat16
+        self._exchanges = Exchanges(group, model.device)
+        self._model = prepare(model, consume=True, exchange_of=self._exchanges.of)
+        self.logits_dtype = self._model.empty_logits(0).dtype
+        self._cache, self._totals = cache, Totals(self._model)
+        self._added: Added | None = None
+        self.graphs = StageGraphs(self._model, cache, largest, context, self)
+
+        def shown(sizes: Iterable[int]) -> Iterable[int]:
+            return bar(sizes, desc="recording CUDA graphs", unit="graph", disable=not progress)
+
+        self.graphs.record(shown)
+        if self.device.type == "cuda":
+            sizes = warm_sizes(prefill_tokens + largest)
+            for tokens in bar(sizes, desc="compiling prefill", unit="size", disable=not progress):
+                self._warm(tokens)
+            torch.cuda.empty_cache()
+
+    @property
+    def stage(self) -> Stage:
+        """Which layers."""
+        return self._stage
+
+    @property
+    def sends_int8(self) -> bool:
+        """Whether activations of decode steps go to other ranks as int8 values with scales."""
+        return rounding(self._model.layers[-1].gate_up, wide=False) is Rounding.INT8
+
+    def capacity(self, tokens: int) -> int:
+        """Tokens of `tokens` that a rank may send to each other one, before room is made for all."""
+        return capacity_for(tokens, self._ranks, self._top_k) if self._ranks > 1 else 0
+
+    @torch.inference_mode()
+    def compute(
+        self, width: Width, batch: Batch, cache: PagedCache, rows: Sequence[int], x_tD: Tensor | None
+    ) -> Tensor:
+        """See RankStage."""
+        if width.decode and cache is self._cache and width.most <= self.graphs.largest:
+            out = self._decode(width.most, batch, x_tD)
+        else:
+            out = self._eager(width.most, batch, cache, rows, x_tD)
+        if cache is self._cache:
+            self._totals.add()
+        return out
+
+    def expert_counter(self) -> CudaExpertCounter:
+        """Counts from now on."""
+        return CudaExpertCounter(self._model, self._totals)
+
+    def rejoin(self, group: dist.ProcessGroup) -> bool:
+        """Captured graphs hold the old connections."""
+        del group
+        return False
+
+    def exchanged(self) -> tuple[int, float]:
+        """Bytes of passes outside graphs; no time is measured."""
+        return self._exchanges.sent_bytes, 0.0
+
+    def forward(self, tokens_T: Tensor, shared: Pass, cache: PagedCache, x_TD: Tensor | None) -> Tensor:
+        """Runs the layers; hidden states [T, D], for the last stage not yet complete (see `finish`)."""
+        self._exchanges.most.zero_()
+        x_TD, self._added = self._model.forward(tokens_T, shared, cache.layers, x_TD)
+        if not self._stage.last:
+            self._model.settle(x_TD, self._added)
+        return x_TD
+
+    def finish(self, x_TD: Tensor, rows_n: Tensor | None, out_nV: Tensor) -> None:
+        """Writes logits of the tokens at `rows_n` (None: all) of what `forward` gave."""
+        added = self._added
+        if added is None:
+            raise ValueError("logits follow a pass")
+        if rows_n is not None:
+            x_TD, added = x_TD[rows_n], added.of_tokens(rows_n, x_TD.shape[0])
+        self._model.logits(x_TD, added, out_nV)
+
+    def _decode(self, most: int, batch: Batch, x_BD: Tensor | None) -> Tensor:
+        graphs, count = self.graphs, batch.tokens_T.shape[0]
+        placed = Rows(batch.positions_T, batch.rows_T, batch.pages_BP)
+        size = graphs.fill(batch.tokens_T, placed, most)
+        graphs.take_hidden(x_BD, count, size)
+        capacity = self.capacity(size)
+        graphs.run(size)
+        if capacity < size and self._ranks > 1 and self._exchanges.overflowed(capacity):
+            graphs.take_hidden(x_BD, count, size)
+            graphs.run_with_room(size)
+        return graphs.logits_BV[:count] if self._stage.last else graphs.x_BD[:count]
+
+    def _eager(
+        self, most: int, batch: Batch, cache: PagedCache, rows: Sequence[int], x_tD: Tensor | None
+    ) -> Tensor:
+        shared, tokens_T = self._prefill_pass(batch, cache)
+        shared = replace(shared, wide=self._model.is_wide(most))
+        if x_tD is not None and not batch.segments:
+            x_tD = x_tD.new_zeros(1, self.hidden)
+        capacity = self.capacity(most)
+        retry = self._ranks > 1 and capacity < most
+        given = x_tD.clone() if retry and x_tD is not None else None
+        x_TD = self.forward(tokens_T, replace(shared, capacity=capacity), cache, x_tD)
+        if retry and self._exchanges.overflowed(capacity):
+            x_TD = self.forward(tokens_T, replace(shared, capacity=most), cache, given)
+        if not self._stage.last:
+            return x_TD[: batch.tokens_T.shape[0]]
+        out_nV = self._model.empty_logits(len(rows))
+        if rows:
+            self.finish(x_TD, to_device(torch.tensor(rows, dtype=torch.int64), self.device), out_nV)
+        return out_nV
+
+    def _prefill_pass(self, batch: Batch, cache: PagedCache) -> tuple[Pass, Tensor]:
+        """The pass of a batch; of one token of padding where it is empty."""
+        if batch.segments:
+            placed = Rows(batch.positions_T, batch.rows_T, batch.pages_BP)
+            counts = [segment.count for segment in batch.segments]
+            return self._model.prefill_pass(counts, placed, cache.page_size), batch.tokens_T
+        zeros_T = torch.zeros(1, dtype=torch.int64, device=self.device)
+        nobody = torch.full((1, 1), cache.pages, dtype=torch.int32, device=self.device)
+        placed = Rows(zeros_T, torch.full_like(zeros_T, cache.pages * cache.page_size), nobody)
+        valid = torch.zeros(1, dtype=torch.int32, device=self.device)
+        return self._model.decode_pass(placed, cache.page_size, valid), zeros_T
+
+    @torch.inference_mode()
+    def _warm(self, tokens: int) -> None:
+        """A pass that writes to nobody's page alone, so that its kernels are compiled."""
+        cache = self._cache
+        zeros_T = torch.zeros(tokens, dtype=torch.int64, device=self.device)
+        nobody_BP = torch.full((1, 4), cache.pages, dtype=torch.int32, device=self.device)
+        placed = Rows(zeros_T, torch.full_like(zeros_T, cache.pages * cache.page_size), nobody_BP)
+        shared = self._model.prefill_pass([tokens], placed, cache.page_size)
+        x_TD = None
+        if not self._stage.first:
+            x_TD = torch.zeros(tokens, self.hidden, dtype=self.dtype, device=self.device)
+        x_TD = self.forward(zeros_T, replace(shared, capacity=self.capacity(tokens)), cache, x_TD)
+        if self._stage.last:
+            rows_n = zeros_T[: self.graphs.largest]
+            self.finish(x_TD, rows_n, self._model.empty_logits(rows_n.shape[0]))
+        torch.cuda.synchronize()
+
+
+class StageGraphs(DecodeGraphs):
+    """Decode of a stage: reads hidden states from `x_BD`, unless it is the first, and leaves them there, or
+    logits in `logits_BV` on the last.
+    """
+
+    # torch.distributed's own threads ask the device about other work meanwhile.
+    capture_mode = "thread_local"
+
+    def __init__(
+        self, model: CudaModel, cache: PagedCache, largest: int, context: int, part: CudaStage
+    ) -> None:
+        super().__init__(model, cache, largest, context)
+        self._part = part
+        self.x_BD = torch.zeros(largest, part.hidden, dtype=part.dtype, device=part.device)
+        self._with_room: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def take_hidden(self, x_BD: Tensor | None, count: int, size: int) -> None:
+        """Takes in the `count` rows that the stage before computed, of a batch of `size`."""
+        if x_BD is not None:
+            self.x_BD[:count].copy_(x_BD)
+            self.x_BD[count:size].zero_()
+
+    def run_with_room(self, size: int) -> None:
+        """As `run`, with room for all tokens in each exchange."""
+        graph = self._with_room.get(size)
+        if graph is None:
+            self._pass(size, size)
+        else:
+            graph.replay()
+
+    def _record(self, size: int, pool: Any) -> None:
+        super()._record(size, pool)
+        if self._part.capacity(size) < size and self._part.capacity(size):
+            self._with_room[size] = self._captured(lambda: self._pass(size, size), pool)
+
+    def _step(self, size: int) -> None:
+        self._pass(size, self._part.capacity(size))
+
+    def _pass(self, size: int, capacity: int) -> None:
+        part, stage = self._part, self._part.stage
+        rows = Rows(self._positions_B[:size], self._rows_B[:size], self._pages_BP[:size])
+        shared = self._model.decode_pass(rows, self._cache.page_size, self._valid)
+        x_BD = None if stage.first else self.x_BD[:size]
+        x_BD = part.forward(self._tokens_B[:size], replace(shared, capacity=capacity), self._cache, x_BD)
+        if stage.last:
+            part.finish(x_BD, None, self.logits_BV[:size])
+        elif stage.first:
+            self.x_BD[:size].copy_(x_BD)

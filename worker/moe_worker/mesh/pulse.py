@@ -1,0 +1,90 @@
+"""Notices ranks that die, hang or are cut off: each end of a channel sends a beat every BEAT_S seconds.
+
+Where a channel ends, or is silent for too long, this process shuts its connections to other ranks down.
+Whatever waits for them, deep inside gloo, then fails at once, and so do the ranks at their other ends. What
+waits for a GPU cannot be woken: there the process ends.
+"""
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from moe_worker.mesh.control import Channel
+
+log = logging.getLogger(__name__)
+# Kernels for GPUs are compiled in the middle of the work, which can take seconds without a beat.
+BEAT_S, SILENT_S, SILENT_GPU_S = 0.25, 1.5, 15.0
+
+
+class Pulse:
+    """Watches `channels` until `stop`. Silence counts once all ranks are armed: before, they load weights."""
+
+    def __init__(self, channels: Sequence[Channel], gpu: bool) -> None:
+        self._channels, self._gpu = channels, gpu
+        self._silent_s = SILENT_GPU_S if gpu else SILENT_S
+        self._stopped = threading.Event()
+        self._armed = False
+        for channel in channels:
+            channel.listen(self._lost)
+        self._thread = threading.Thread(target=self._run, name="mesh pulse", daemon=True)
+        self._thread.start()
+
+    def arm(self) -> None:
+        """From now on silence counts."""
+        for channel in self._channels:
+            channel.heard = time.monotonic()
+        self._armed = True
+
+    def stop(self) -> None:
+        """Ends the watch; the channels may be closed then."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        expected = time.monotonic()
+        while not self._stopped.wait(BEAT_S):
+            now = time.monotonic()
+            late, expected = now - expected - BEAT_S, now
+            for channel in self._channels:
+                channel.beat()
+                channel.heard += max(0.0, late)  # whoever was paused itself blames nobody
+                if self._armed and now - channel.heard > self._silent_s:
+                    self._lost(channel, f"rank {channel.rank} is silent for {now - channel.heard:.1f} s")
+                    return
+
+    def _lost(self, channel: Channel, sentence: str) -> None:
+        """May be called by several threads."""
+        if self._stopped.is_set():
+            return
+        self._stopped.set()
+        if self._gpu:
+            log.critical("%s; this rank ends, since work on its GPU waits for it", sentence)
+            os._exit(1)
+        log.warning("%s; shutting %d connections down", sentence, cut(self._channels))
+        channel.end(sentence)
+
+
+def cut(channels: Iterable[Channel]) -> int:
+    """Shuts down the process's TCP connections other than `channels`; returns how many there were."""
+    kept, count = {channel.fileno() for channel in channels}, 0
+    for link in Path("/proc/self/fd").iterdir():
+        if int(link.name) not in kept:
+            with contextlib.suppress(OSError):  # the descriptor is gone, or no connection
+                count += _shut_down(link)
+    return count
+
+
+def _shut_down(link: Path) -> bool:
+    if not str(link.readlink()).startswith("socket:"):
+        return False
+    with socket.socket(fileno=os.dup(int(link.name))) as found:
+        if found.family not in (socket.AF_INET, socket.AF_INET6) or found.type != socket.SOCK_STREAM:
+            return False
+        found.getpeername()
+        found.shutdown(socket.SHUT_RDWR)
+        return True

@@ -1,0 +1,95 @@
+"""One rank's share of a pass: its stage over the tokens of its shard.
+
+Legend: t tokens of a shard, n those of its tokens whose logits are wanted, D hidden, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_worker.kvcache.paged import PagedCache
+from moe_worker.mesh.dispatch import AllToAllDispatch
+from moe_worker.models.batch import Batch
+from moe_worker.models.layers import StageModel
+from moe_worker.moe.counting import Counter
+
+
+class Width(NamedTuple):
+    """What all ranks know of a pass. most: tokens of the shard that has the most. decode: whether each
+    sequence has one token, whose logits are wanted.
+    """
+
+    most: int
+    decode: bool
+
+
+class RankStage(Protocol):
+    """A rank's stage, prepared to run. hidden: D; logits_dtype: of what the last stage computes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    hidden: int
+    vocabulary: int
+    logits_dtype: torch.dtype
+
+    def compute(
+        self, width: Width, batch: Batch, cache: PagedCache, rows: Sequence[int], x_tD: Tensor | None
+    ) -> Tensor:
+        """Hidden states [t, D], or on the last stage logits [n, V] of the tokens at `rows`.
+
+        All ranks of a stage enter together, those without tokens, too. x_tD: hidden states of the stage
+        before; None on the first. What is returned is good until the next pass.
+        """
+        ...
+
+    def expert_counter(self) -> Counter:
+        """Counts the experts of this rank's tokens."""
+        ...
+
+    def rejoin(self, group: dist.ProcessGroup) -> bool:
+        """Goes on over other connections between the stage's ranks; False where it cannot."""
+        ...
+
+    def exchanged(self) -> tuple[int, float]:
+        """Bytes sent to other ranks for experts since the start, and seconds in exchanges, where known."""
+        ...
+
+
+class ModelStage:
+    """A model in plain torch or on the CPU kernels."""
+
+    def __init__(self, model: StageModel) -> None:
+        self._model = model
+        self.device, self.dtype, self.logits_dtype = model.device, model.dtype, torch.float32
+        self.hidden, self.vocabulary = model.config.hidden_size, model.config.vocab_size
+
+    def compute(
+        self, width: Width, batch: Batch, cache: PagedCache, rows: Sequence[int], x_tD: Tensor | None
+    ) -> Tensor:
+        """See RankStage."""
+        del width
+        x_tD = self._model.forward(batch, cache, x_tD)
+        if not self._model.stage.last:
+            return x_tD
+        return self._model.logits(x_tD[torch.tensor(rows, dtype=torch.int64, device=self.device)])
+
+    def expert_counter(self) -> Counter:
+        """Of the routers."""
+        return self._model.expert_counter()
+
+    def rejoin(self, group: dist.ProcessGroup) -> bool:
+        """See RankStage."""
+        for dispatch in self._dispatches():
+            dispatch.rejoin(group)
+        return True
+
+    def _dispatches(self) -> list[AllToAllDispatch]:
+        return [each for each in self._model.stage.dispatches.values() if isinstance(each, AllToAllDispatch)]
+
+    def exchanged(self) -> tuple[int, float]:
+        """Of all layers."""
+        made = self._dispatches()
+        return sum(each.sent_bytes for each in made), sum(each.seconds for each in made)
