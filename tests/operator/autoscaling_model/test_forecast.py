@@ -35,7 +35,7 @@ def past_of(rates, day=DAY, horizon=1):
     return past
 
 
-def driven(rates, horizon=1, step_s=TEN_MINUTES, start=0, refit_every=100):
+def driven(rates, horizon=1, step_s=TEN_MINUTES, start=0, refit_every=50):
     """Forecasts by the step that they are for; refits are rare, for they are what costs time."""
     forecaster = Forecaster(horizon, step_s)
     made, patience = {}, 0
