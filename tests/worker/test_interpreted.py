@@ -46,18 +46,8 @@ SLOW = {
     ids=[*CHOSEN, *SLOW],
 )
 def test_kernels_agree_with_plain_torch(file, chosen):
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--timeout=580",
-        file,
-        "-k",
-        chosen,
-    ]
+    options = ["-q", "-p", "no:cacheprovider", "--timeout=580"]
+    command = [sys.executable, "-m", "pytest", *options, file, "-k", chosen]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=590, check=False
