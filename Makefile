@@ -13,7 +13,7 @@ help: ## Show this help
 	@echo
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
 
-demo: setup ## Start a Kubernetes here, serve the example, stream text, show its trace (KEEP=1 keeps it)
+demo: setup ## Start a Kubernetes here, serve the example, stream text, show its trace (KEEP=1 keeps it, MESH=2x2: several workers a replica)
 	$(BIN)/python -m examples.demo
 
 # Two processes share the tests in clusters, which mostly wait, with a cluster each; then the rest. A file of the

@@ -1,4 +1,5 @@
-"""The complete path from an empty machine to a traced request: `make demo` (KEEP=1 keeps everything running).
+"""The complete path from an empty machine to a traced request: `make demo` (KEEP=1 keeps everything running;
+MESH=2x2 serves the example by a replica of two stages of two workers).
 
 A real Kubernetes on this machine, the operator installed as a user would, a MoEDeployment applied, text
 streamed through its frontend, and the trace of that request as the OpenTelemetry Collector received it.
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 from rich.markup import escape
 
@@ -76,14 +78,33 @@ def run(cluster: Cluster, made: list[str], *, found_running: bool, keep: bool) -
         apply(cluster, "examples/collector.yaml", made)
         cluster.kubectl("-n", "moe-system", "rollout", "status", "deployment/moe-operator", "--timeout=120s")
         cluster.kubectl("-n", "observability", "rollout", "status", "deployment/otelcol", "--timeout=60s")
-    with step(f"kubectl apply -f examples/{NAME}.yaml"):
-        apply(cluster, f"examples/{NAME}.yaml", made)
+    mesh = os.environ.get("MESH", "")
+    manifest = gang(cluster.directory, mesh) if mesh else f"examples/{NAME}.yaml"
+    with step(f"kubectl apply -f {manifest}"):
+        apply(cluster, manifest, made)
         wait_until_ready(cluster)
     trace_id = generate(cluster)
     show_trace(cluster, trace_id)
     complete(cluster)
     console.print("\n[bold]$ kubectl get moed[/]")
     console.print(cluster.kubectl("get", "moed"), end="", markup=False)
+    if mesh:
+        console.print(f"\n[bold]$ moe status {NAME}[/]")
+        show([str(Path(sys.executable).with_name("moe")), "status", NAME], cluster)
+
+
+def gang(folder: Path, mesh: str) -> str:
+    """Writes the example with one replica of PIPELINExEXPERT workers; returns the manifest's path."""
+    shape = re.fullmatch(r"([1-9][0-9]?)x([1-9][0-9]?)", mesh)
+    if shape is None:
+        raise DemoError(f"MESH is {mesh!r}; write PIPELINExEXPERT, as 2x2")
+    body = yaml.safe_load((ROOT / f"examples/{NAME}.yaml").read_text())
+    parallelism = {"pipeline": int(shape[1]), "expert": int(shape[2])}
+    worker = {"resources": {"requests": {"cpu": "100m", "memory": "256Mi"}}}
+    body["spec"] |= {"replicas": 1, "parallelism": parallelism, "worker": worker}
+    path = folder / f"{NAME}-{mesh}.yaml"
+    path.write_text(yaml.safe_dump(body, sort_keys=False))
+    return str(path)
 
 
 def apply(cluster: Cluster, manifest: str, made: list[str]) -> None:
@@ -155,9 +176,12 @@ def complete(cluster: Cluster) -> None:
         show([sys.executable, "-c", OPENAI, base])
 
 
-def show(command: list[str]) -> None:
-    """Runs a command and prints what it says."""
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+def show(command: list[str], cluster: Cluster | None = None) -> None:
+    """Runs a command, for a cluster if there is one, and prints what it says."""
+    environment = os.environ | (
+        {} if cluster is None else {"KUBECONFIG": str(cluster.directory / "kubeconfig")}
+    )
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
         raise DemoError(f"{command[0]} ended with code {result.returncode}: {result.stderr.strip()}")
     console.print(result.stdout.strip(), markup=False)

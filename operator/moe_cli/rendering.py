@@ -66,11 +66,14 @@ def one(report: Mapping[str, Any]) -> RenderableType:
     facts.add_row("Replicas", Text(_replicas(report["replicas"])))
     if report["revision"]:
         facts.add_row("Revision", Text(report["revision"]))
+    if report["mesh"]:
+        facts.add_row("Mesh", Text(_stages(report["mesh"])))
     for heading, said in scaling_rows.rows(report["scaling"]):
         facts.add_row(heading, Text(said))
     if report["observedGeneration"] != report["generation"]:
         facts.add_row("", Text("the operator has not acted on the latest change yet", style="yellow"))
     parts: list[RenderableType] = [facts, "", _conditions(report["conditions"])]
+    parts += [_mesh(report["mesh"])] if report["mesh"] else []
     parts += [_pods(report["pods"])] if report["pods"] else []
     parts += [_decisions(report["decisions"])] if report["decisions"] else []
     return Group(*parts)
@@ -86,6 +89,33 @@ def _conditions(conditions: list[Mapping[str, Any]]) -> RenderableType:
         kind, reason, since = (Text(condition[key]) for key in ("type", "reason", "lastTransitionTime"))
         mark = _mark(condition["status"], _MARK_STYLES.get((condition["type"], condition["status"])))
         result.add_row(kind, mark, reason, Prose(condition["message"]), since)
+    return result
+
+
+def _stages(mesh: Mapping[str, Any]) -> str:
+    """Shape, workers, and the layers of each stage."""
+    counts = f"{mesh['shape']}, {mesh['readyRanks']}/{mesh['ranks']} workers ready"
+    ranges = (
+        f"stage {number}: layers {stage['firstLayer']} to {stage['firstLayer'] + stage['layers'] - 1}"
+        for number, stage in enumerate(mesh["stages"])
+    )
+    return "\n".join([counts, *ranges])
+
+
+def _mesh(mesh: Mapping[str, Any]) -> RenderableType:
+    """A row for each replica of several workers."""
+    headings = ("Replica", "Workers ready", "Epoch", "Restarts", "Imbalance %", "Layer", "Busiest rank")
+    result = _table(*headings, pad_edge=False)
+    for gang in mesh["gangs"]:
+        whole = gang["readyRanks"] == gang["ranks"]
+        load = (gang.get("imbalancePercentage"), gang.get("layer"), gang.get("busiestRank"))
+        result.add_row(
+            Text(gang["name"]),
+            Text(f"{gang['readyRanks']}/{gang['ranks']}", style="" if whole else "yellow"),
+            Text(str(gang["epoch"])),
+            Text(str(gang["restarts"]), style="yellow" if gang["restarts"] else ""),
+            *(Text("-" if value is None else str(value)) for value in load),
+        )
     return result
 
 

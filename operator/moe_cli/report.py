@@ -42,6 +42,7 @@ def report(body: Body, pods: Iterable[Body], events: Iterable[Body]) -> dict[str
             "there": status.replicas,
         },
         "revision": status.revision,
+        "mesh": None if status.mesh is None else status.mesh.manifest(),
         "scaling": body.get("status", {}).get("scaling"),
         "conditions": [condition.manifest() for condition in status.conditions],
         "pods": sorted((_pod(pod, status.revision, loads) for pod in pods), key=_pod_order),
@@ -64,6 +65,7 @@ def _pod(pod: Body, current_revision: str, loads: Mapping[str, Body]) -> dict[st
     return {
         "name": metadata["name"],
         "role": labels.get(names.LABEL_ROLE),
+        "rank": _rank(metadata, labels),
         "dataRank": int(rank) if (rank := labels.get(names.LABEL_DATA_RANK, "")).isdecimal() else None,
         "revision": revision,
         "current": None if revision is None else revision == current_revision,
@@ -77,6 +79,12 @@ def _pod(pod: Body, current_revision: str, loads: Mapping[str, Body]) -> dict[st
         "problem": {"reason": problem.reason, "message": problem.message} if problem else None,
         "lastEnd": _last_end(status),
     }
+
+
+def _rank(metadata: Body, labels: Body) -> int | None:
+    """Its number in a replica of several workers."""
+    ordinal = labels.get(names.LABEL_POD_INDEX) or metadata["name"].rpartition("-")[2]
+    return int(ordinal) if names.ranks_of(labels) > 1 and ordinal.isdecimal() else None
 
 
 def _load(said: Body | None) -> dict[str, Any] | None:
@@ -96,8 +104,8 @@ def _last_end(status: Body) -> dict[str, Any] | None:
     return None
 
 
-def _pod_order(pod: Mapping[str, Any]) -> tuple[bool, int, str]:
-    return pod["role"] != names.ROLE_WORKER, pod["dataRank"] or 0, pod["name"]
+def _pod_order(pod: Mapping[str, Any]) -> tuple[bool, int, int, str]:
+    return pod["role"] != names.ROLE_WORKER, pod["dataRank"] or 0, pod["rank"] or 0, pod["name"]
 
 
 def _decision(event: Body) -> dict[str, Any]:

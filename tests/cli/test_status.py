@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -63,6 +64,23 @@ def test_one_deployment_in_full():
     ):
         assert part in text
     assert "latest change" not in text
+
+
+def test_a_mesh_is_a_table():
+    gang = {"name": "docs-0", "ranks": 4, "readyRanks": 3, "epoch": 2, "restarts": 1}
+    worst = {"imbalancePercentage": 135, "layer": 7, "busiestRank": 1}
+    mesh = {
+        "shape": "2x2",
+        "ranks": 4,
+        "readyRanks": 3,
+        "stages": [{"firstLayer": 0, "layers": 4}, {"firstLayer": 4, "layers": 4}],
+        "gangs": [gang | worst],
+    }
+    assert report(deployment(mesh=mesh), [], [])["mesh"] == mesh
+    text = shown(deployment(mesh=mesh))
+    assert "2x2, 3/4 workers ready" in text
+    assert "stage 1: layers 4 to 7" in text
+    assert re.search(r"docs-0 +3/4 +2 +1 +135 +7 +1", text)
 
 
 def test_replicas_beyond_the_wanted_ones_are_told():

@@ -23,15 +23,28 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown field": ({"replicsa": 2}, 'unknown field "spec.replicsa"'),
     "unknown field inside": ({"engine": {"batch": 2}}, 'unknown field "spec.engine.batch"'),
     "no model": ({"model": {}}, "spec.model.uri: Required value"),
-    "pipeline": (
-        {"parallelism": {"pipeline": 2}},
-        "pipeline parallelism is not supported yet; set parallelism.pipeline to 1",
+    "pipeline zero": ({"parallelism": {"pipeline": 0}}, "pipeline is a number of stages from 1 to 1024"),
+    "copies negative": (
+        {"parallelism": {"expert": 2, "redundantExperts": -1}},
+        "redundantExperts is a number of copies from 0",
     ),
-    "experts": (
-        {"parallelism": {"expert": {"size": 2}}},
-        "expert parallelism is not supported yet; set parallelism.expert.size",
+    "interval": (
+        {"parallelism": {"expert": 2, "rebalance": {"interval": "soon"}}},
+        "interval is a number and s, m or h",
     ),
-    "experts zero": ({"parallelism": {"expert": {"size": 0}}}, "set parallelism.expert.size to 1"),
+    "threshold": (
+        {"parallelism": {"expert": 2, "rebalance": {"threshold": "0.5"}}},
+        "threshold is a ratio of loads from 1 to 100",
+    ),
+    "exclusive": (
+        {"parallelism": {"pipeline": 2, "topology": {"key": "rack", "policy": "Spread", "exclusive": True}}},
+        "exclusive needs policy Required",
+    ),
+    "no restart": ({"parallelism": {"restartBudget": 0}}, "restartBudget is a number from 1 to 1000"),
+    "no time for nodes": (
+        {"parallelism": {"schedulingDeadlineSeconds": 0}},
+        "schedulingDeadlineSeconds is a number from 1",
+    ),
     "replicas negative": ({"replicas": -1}, "replicas is a number from 0 to 1000"),
     "replicas huge": ({"replicas": 2_000_000_000}, "replicas is a number from 0 to 1000"),
     "context zero": ({"engine": {"contextLength": 0}}, "contextLength is a number of tokens from 1"),
@@ -231,13 +244,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         },
         "acceleratorPercentage 50 is for replicas of one worker: set parallelism.pipeline",
     ),
-    "halves of experts": (
-        {
-            "worker": {"acceleratorPercentage": 50, "acceleratorResource": "nvidia.com/gpu.shared"},
-            "parallelism": {"expert": {"size": 2}},
-        },
-        "acceleratorPercentage 50 is for replicas of one worker: set parallelism.pipeline",
-    ),
     "a rollout that cannot": (
         {"rollout": {"maxSurge": 0, "maxUnavailable": 0}},
         "maxSurge and maxUnavailable must not both be 0",
@@ -289,7 +295,10 @@ def test_defaults_are_written_into_the_object(crd):
     crd.apply({**manifest(), "spec": {"model": {"uri": "file:///mnt/models/docs-moe"}}})
     spec = crd.get("moed", "docs")["spec"]
     assert spec["replicas"] == 1
-    assert spec["parallelism"] == {"pipeline": 1, "expert": {"size": 1}}
+    assert spec["parallelism"] == {
+        "pipeline": 1, "expert": 1, "redundantExperts": 0, "schedulingDeadlineSeconds": 300,
+        "restartBudget": 10,
+    }  # fmt: skip
     assert spec["engine"] == {
         "maxBatchSize": 16, "kvMemory": "512Mi", "dtype": "auto", "device": "auto", "format": "auto",
         "kvDtype": "auto", "generationConfig": "None", "verification": "Weights",
@@ -342,7 +351,15 @@ def test_everything_that_can_be_set_is_taken_and_kept(crd):
     spec = {
         "model": {"uri": "file:///mnt/models/docs-moe/", "servedName": "docs/one"},
         "replicas": 0,
-        "parallelism": {"pipeline": 1, "expert": {"size": 1}},
+        "parallelism": {
+            "pipeline": 2,
+            "expert": 4,
+            "redundantExperts": 8,
+            "rebalance": {"mode": "Auto", "interval": "10m", "threshold": "1.1"},
+            "topology": {"key": "example.org/rack", "policy": "Required", "exclusive": True},
+            "schedulingDeadlineSeconds": 60,
+            "restartBudget": 3,
+        },
         "engine": {
             "contextLength": 512,
             "maxBatchSize": 2,

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/conditions.md"
 GIVES_REASONS = (
     "moe_operator.planner.conditions",
+    "moe_operator.planner.gangs",
     "moe_operator.planner.plan",
     "moe_operator.planner.problems",
     "moe_operator.autoscaling.reporting",

@@ -66,7 +66,8 @@ class World:
             self._apply(copy.deepcopy(manifest))
         for deletion in todo.delete:
             del self.children[deletion.key]
-            self._end(f"{deletion.key.name}-0")
+            for name in [pod for pod in self.pods if pod.rpartition("-")[0] == deletion.key.name]:
+                self._end(name)
         self.deployment = replace(self.deployment, status=todo.status)
         self.now += timedelta(seconds=1)
         return todo
@@ -86,13 +87,18 @@ class World:
 
     def _roll(self, name: str, manifest: dict[str, Any]) -> None:
         """The StatefulSet controller: replaces a pod of another revision by one that is not Ready yet."""
-        labels = manifest["spec"]["template"]["metadata"]["labels"]
-        pod = self.pods.get(f"{name}-0")
-        if pod is None or pod["metadata"]["labels"] != labels:
-            self.pods[f"{name}-0"] = {
-                "metadata": {"name": f"{name}-0", "labels": labels},
-                "status": {"podIP": "10.244.0.9", "conditions": []},
-            }
+        size, common = manifest["spec"]["replicas"], manifest["spec"]["template"]["metadata"]["labels"]
+        for pod in [one for one in self.pods if one.rpartition("-")[0] == name]:
+            if int(pod.rpartition("-")[2]) >= size:
+                del self.pods[pod]
+        for ordinal in range(size):
+            pod, labels = f"{name}-{ordinal}", {**common, names.LABEL_POD_INDEX: str(ordinal)}
+            if self.pods.get(pod, {}).get("metadata", {}).get("labels") != labels:
+                self.pods[pod] = {
+                    "metadata": {"name": pod, "labels": labels},
+                    "spec": {"nodeName": "node"},
+                    "status": {"podIP": f"10.244.0.{9 + ordinal}", "conditions": []},
+                }
 
     def change(self, **spec: Any) -> None:
         manifest = {**self.deployment.spec.manifest(), **spec}

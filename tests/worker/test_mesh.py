@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import threading
@@ -10,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 
+from moe_api.worker.v1 import worker_pb2
 from moe_worker.config.engine import EngineOptions
 from moe_worker.config.mesh import MeshShape
 from moe_worker.engine.core import EngineCore
@@ -18,7 +20,7 @@ from moe_worker.engine.offline import Engine
 from moe_worker.engine.requests import Request
 from moe_worker.errors import SettingsError
 from moe_worker.mesh.control import Channel, Identity, MeshError, gather_ranks, join_leader
-from moe_worker.mesh.member import SECRET
+from moe_worker.mesh.member import SECRET, _listener
 from moe_worker.sampling.parameters import SamplingParameters
 from tests.checkpoints import write_checkpoint
 from tests.worker.mesh_ranks import Processes, followers, free_address
@@ -153,6 +155,18 @@ def test_ranks_that_do_not_belong_are_refused_and_the_right_one_still_joins():
     channel.close()
 
 
+def test_a_leader_whose_name_does_not_resolve_is_named():
+    with pytest.raises(MeshError, match=r"name leader\.invalid of the mesh's leader does not resolve"):
+        join_leader(("leader.invalid", 29500), 1, IDENTITY, 0.3)
+
+
+def test_the_leader_of_a_name_listens_although_the_name_does_not_resolve():
+    with closing(_listener("leader.invalid", 0)) as listener:
+        port = listener.getsockname()[1]
+        with closing(socket.create_connection(("127.0.0.1", port), timeout=5)):
+            pass
+
+
 def test_a_second_process_of_a_rank_is_refused():
     identity = replace(IDENTITY, shape=MeshShape(1, 3))
     leader = Leader(identity)
@@ -237,6 +251,35 @@ def test_a_stream_outlives_the_other_rank(tmp_path):
             start()
             assert text + "".join(response.text for response in stream) == expected[0].text
             assert "has formed again (1)" in "\n".join(worker.lines)
+
+
+@contextlib.contextmanager
+def two_processes(tmp_path, shape):
+    """By the command line: the leader, and the other rank, both ready."""
+    checkpoint, secret = write_checkpoint(tmp_path, eos_token_id=None), {SECRET: "known to both"}
+    flags = ["--mesh", shape, "--mesh-leader", free_address(), "--dtype", "float32", "--device", "cpu"]
+    with (
+        Worker(checkpoint, *flags, environment=secret) as leader,
+        Worker(checkpoint, *flags, "--mesh-rank", "1", environment=secret) as other,
+    ):
+        leader.wait_ready()
+        other.wait_ready()
+        yield checkpoint, leader, other
+
+
+def test_a_terminating_mesh_finishes_its_streams_and_reports_its_ranks_before(tmp_path):
+    with two_processes(tmp_path, "1x2") as (_, leader, other):
+        stream = leader.generate(max_tokens=60)
+        next(stream)
+        mesh = leader.load.GetLoad(worker_pb2.GetLoadRequest(), timeout=DEADLINE_S).mesh
+        assert (mesh.pipeline, mesh.expert, list(mesh.ready_ranks)) == (1, 2, [0, 1])
+        assert [(stage.first_layer, stage.layers) for stage in mesh.stages] == [(0, 3)]
+        experts = leader.load.GetExpertLoad(worker_pb2.GetExpertLoadRequest(), timeout=DEADLINE_S)
+        assert all(sum(layer.rank_tokens) == sum(layer.tokens) > 0 for layer in experts.layers)
+        for worker in (other, leader):  # as the kubelet does, to both at once
+            worker.process.send_signal(signal.SIGTERM)
+        assert sum(len(response.tokens) for response in stream) == 59
+        assert [worker.process.wait(DEADLINE_S) for worker in (leader, other)] == [0, 0]
 
 
 def test_a_refused_rank_ends_with_the_sentence(tmp_path):

@@ -7,7 +7,8 @@ class WorkerError(Exception):
     """Base of all errors that this package raises on purpose; the message is for the user.
 
     `exit_code` is what `moe-worker` exits with: 2 for bad input or configuration, 1 for failures of the
-    machine. `retryable` says whether the same call can succeed later unchanged.
+    machine, 3 where another rank of the mesh ended first. `retryable` says whether the same call can succeed
+    later unchanged.
     """
 
     exit_code: int = 1

@@ -53,6 +53,10 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 - apiGroups: [policy]
   resources: [poddisruptionbudgets]
   verbs: [get, list, watch, create, patch, delete]
+# The secret of replicas of several workers: created once with a random value, and never read.
+- apiGroups: [""]
+  resources: [secrets]
+  verbs: [create]
 # The revision history; the oldest records are deleted.
 - apiGroups: [apps]
   resources: [controllerrevisions]

@@ -66,11 +66,10 @@ def scaling_spec(spec: Spec, wanted: Scaling) -> ScalingSpec:
     prior = wanted.assumed_throughput
     if prior is None:
         prior = _PRIOR_SHARE * spec.engine.max_batch_size
-    workers = spec.parallelism.pipeline * spec.parallelism.expert.size
     return ScalingSpec(
         min_replicas=wanted.min_replicas,
         max_replicas=wanted.max_replicas,
         capacity_prior=60.0 * prior,
-        gpus_per_replica=workers * spec.worker.gpus,
+        gpus_per_replica=spec.parallelism.ranks * spec.worker.gpus,
         gpu_limit=wanted.gpus_most,
     )

@@ -32,7 +32,7 @@ from moe_operator.kube.client import Cluster
 from moe_operator.planner import host_paths
 from moe_operator.planner.decision import Decision
 from moe_operator.planner.gates import published
-from moe_operator.planner.observed import Download, Observed, Pod, frontends
+from moe_operator.planner.observed import Download, Observed, Pod, frontends, leaders
 from moe_operator.planner.pinning import with_pins
 from moe_operator.planner.plan import Plan, invalid, model_address, plan, refused, transitions
 from moe_operator.render.worker import recipe, revision
@@ -41,6 +41,7 @@ from moe_operator.resources.deployment import Deployment, Identity, Name, identi
 from moe_operator.resources.status import Status
 from moe_operator.rpc.frontends import routed
 from moe_operator.rpc.leader import download, drain, get_model
+from moe_operator.rpc.mesh import MeshReader
 from moe_operator.rpc.together import ask
 from moe_operator.settings import Settings
 
@@ -75,6 +76,7 @@ class Reconciler:
     watcher: Watcher | None = None
     """Receives the observations of every reconcile: scaling."""
     metrics: WorkMetrics = field(default_factory=lambda: WorkMetrics(get_meter(__name__)))
+    _meshes: MeshReader = field(default_factory=MeshReader)
     _thought: threading.Lock = field(default_factory=threading.Lock)
     """Only one thread at a time reads the cache and plans. The interpreter runs one thread at a time anyway;
     threads that compete for its lock, as every decompression does, take four times as long.
@@ -160,9 +162,11 @@ class Reconciler:
     def _until_next(self, todo: Plan) -> float:
         """Seconds until the next reconcile if no event comes earlier."""
         pause = self.settings.recheck_seconds if todo.recheck else self.settings.resync_seconds
-        if todo.deadline is None:
-            return pause
-        return min(pause, max((todo.deadline - self.clock()).total_seconds(), 0) + _AFTER_DEADLINE_SECONDS)
+        for moment in (todo.deadline, todo.due):
+            if moment is not None:
+                left = max((moment - self.clock()).total_seconds(), 0) + _AFTER_DEADLINE_SECONDS
+                pause = min(pause, left)
+        return pause
 
     def _gathered(self, deployment: Deployment) -> Observed:
         """The observed objects. If reading is forbidden, the status says so and keeps its other content."""
@@ -198,7 +202,7 @@ class Reconciler:
         """The plan and its inputs: pinned pods, and the responses of workers and frontends."""
         with self._thought:
             deployment = with_pins(deployment, observed)
-        observed = self._with_model(deployment, observed)
+        observed = self._with_meshes(self._with_model(deployment, observed))
         todo = self._plan(deployment, observed)
         if todo.question is not None:
             found = room(self.cluster, deployment.identity.namespace, todo.question)
@@ -256,6 +260,13 @@ class Reconciler:
             logger.info("%s: %s", deployment.name, error)
             return observed
         return replace(observed, model=model)
+
+    def _with_meshes(self, observed: Observed) -> Observed:
+        """Adds what the ready leaders of gangs report of their ranks."""
+        gangs = [pod for pod in leaders(observed).values() if pod.shape and pod.ready and pod.address]
+        if not gangs:
+            return observed
+        return replace(observed, meshes=self._meshes.read(gangs, self.settings.rpc_timeout_seconds))
 
     def _is_current(self, who: Identity) -> bool:
         """Reads the deployment before creating objects: for a deleted one they would be deleted at once."""

@@ -12,6 +12,8 @@ from moe_operator.render.objects import Manifest
 
 _NODES_MOST: Final = 8
 """Nodes that one reconcile reads: each costs two requests."""
+_NODES_OF_GANGS: Final = 64
+"""The same for replicas of several workers; those on further nodes make no room."""
 
 
 def room(cluster: Cluster, namespace: str, question: Question) -> Room:
@@ -29,8 +31,12 @@ def room(cluster: Cluster, namespace: str, question: Question) -> Room:
 def _room(cluster: Cluster, namespace: str, question: Question) -> Room:
     pod = cluster.read("Pod", namespace, question.waiting) if question.waiting else None
     spec, said = (question.template, "") if pod is None else (pod["spec"], placement.waits_because(pod))
-    wanted = list(dict.fromkeys(one.node for one in question.old if one.node))[:_NODES_MOST]
+    others = (pod for own in question.others.values() for pod in own)
+    pods, most = (*question.old, *others), _NODES_OF_GANGS if question.is_of_gangs else _NODES_MOST
+    wanted = list(dict.fromkeys(one.node for one in pods if one.node))[:most]
     nodes = {name: found for name in wanted if (found := _node(cluster, name)) is not None}
+    if question.is_of_gangs:
+        return placement.gang_room(question, spec, said, placement.seats(pods, nodes))
     return placement.room(spec, said, placement.seats(question.old, nodes))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -75,12 +77,22 @@ def _effects(cluster: Cluster, identity: Identity, plan: Plan) -> Iterator[tuple
     for deletion in plan.delete:
         kind, name = deletion.key
         yield f"deleted {kind}", partial(cluster.delete, kind, space, name, deletion.uid)
+    if plan.secret is not None:
+        yield "Secret", partial(_ensure_secret, cluster, plan.secret)
     for manifest in plan.apply:
         yield manifest["kind"], partial(cluster.apply, manifest)
 
 
+def _ensure_secret(cluster: Cluster, make: Callable[[str], Manifest]) -> None:
+    """Creates the gangs' Secret with a random value, unless there is one: the operator cannot read
+    Secrets.
+    """
+    with contextlib.suppress(ChangedMeanwhileError):
+        cluster.create(make(secrets.token_hex(32)))
+
+
 def _condition(gate: Gate) -> Manifest:
-    message = "every frontend sends it requests" if gate.open else "its containers are not ready"
+    message = gate.why if gate.open else "its containers are not ready"
     return {
         "type": names.ROUTED,
         "status": "True" if gate.open else "False",

@@ -18,6 +18,7 @@ _PATHS: Final = {
     names.KIND: (names.API_VERSION, names.PLURAL),
     "ServiceAccount": ("v1", "serviceaccounts"),
     "Service": ("v1", "services"),
+    "Secret": ("v1", "secrets"),
     "Pod": ("v1", "pods"),
     "Event": ("v1", "events"),
     "Node": ("v1", "nodes"),

@@ -2,6 +2,8 @@
 
     observed    what the cluster has, read into typed values
     moves       which replicas are created and which are deleted now
+    gangs       replicas of several workers: all or nothing, bounded restarts
+    mesh        what their leaders report, for the status
     placement   whether a new pod would fit in the place of an old one
     gates       when a leader's readiness gate opens
     pinning     keeps pods as they were rendered until an edit

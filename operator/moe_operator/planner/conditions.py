@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Literal
 
 from moe_api.visible import one_line
+from moe_operator.planner import mesh
 from moe_operator.planner.decision import timestamp
 from moe_operator.planner.problems import QUALITY, Problem, no_node, scheduler_says
 from moe_operator.planner.scheduling import lacks_resources
@@ -16,6 +17,7 @@ from moe_operator.resources.status import (
     COMPLETE,
     DEPRECATED_FIELDS,
     DONE,
+    EXPERTS_BALANCED,
     MODEL_LOADED,
     PARTITION_REACHED,
     PROGRESSING,
@@ -25,6 +27,7 @@ from moe_operator.resources.status import (
     SCALED_TO_ZERO,
     STALLED,
     Condition,
+    MeshStatus,
     Status,
 )
 
@@ -64,6 +67,8 @@ def verdicts(state: State) -> dict[str, Verdict]:
         found[QUALITY_GATE] = quality_gate(state)
     if state.deprecated:
         found[DEPRECATED_FIELDS] = Verdict(True, "DeprecatedFieldUsed", "; ".join(state.deprecated))
+    if state.mesh is not None and state.imbalance_most is not None:
+        found[EXPERTS_BALANCED] = experts_balanced(state.mesh, state.imbalance_most)
     return found
 
 
@@ -131,7 +136,7 @@ def _obstacle(state: State) -> Problem | None:
     """Why the deployment is not ready: first problems, then what only needs time."""
     if state.ready < state.wanted and state.problem is not None:
         pod, problem = state.problem
-        return replace(problem, message=f"{pod.name}: {problem.message}")
+        return replace(problem, message=f"{pod.title}: {problem.message}")
     if _frontends_missing(state) and state.frontend.problem is not None:
         name, problem = state.frontend.problem
         return replace(problem, message=f"{_frontend_count(state)}; {name}: {problem.message}")
@@ -146,8 +151,8 @@ def _waiting_for_replicas(state: State) -> Problem:
     pods = state.unready_pods
     if state.download is not None:
         pod, text = state.download
-        return Problem("ReplicasNotReady", f"{pod.name} downloads the model: {text}")
-    loading = [pod.name for pod in pods if not pod.containers_ready and not pod.terminating]
+        return Problem("ReplicasNotReady", f"{pod.title} downloads the model: {text}")
+    loading = [state.described(pod) for pod in pods if not pod.containers_ready and not pod.terminating]
     unrouted = [pod.name for pod in pods if pod.containers_ready]
     if loading:
         return Problem("ReplicasNotReady", f"waiting for {_names(loading)} to load the model")
@@ -187,7 +192,7 @@ def _stuck(state: State) -> Verdict | None:
         return Verdict(False, "ProgressDeadlineExceeded", _deadline_sentence(state))
     if state.problem is not None and state.problem[1].stuck:
         pod, problem = state.problem
-        return Verdict(False, problem.reason, f"{pod.name} cannot start: {problem.message}")
+        return Verdict(False, problem.reason, f"{pod.title} cannot start: {problem.message}")
     return None
 
 
@@ -208,7 +213,7 @@ def _deadline_cause(state: State) -> Problem:
     """Why the rollout did not continue."""
     if state.problem is not None:
         pod, problem = state.problem
-        return replace(problem, message=f"{pod.name}: {problem.message}")
+        return replace(problem, message=f"{pod.title}: {problem.message}")
     return _obstacle(state) or _waiting_for_replicas(state)
 
 
@@ -229,9 +234,9 @@ def _no_room(state: State) -> Verdict | None:
     if not unplaced:
         said = "spec.rollout.maxSurge is 0, so a new replica needs the place of an old one"
         return Verdict(True, "InsufficientCapacity", f"{said}; {_why_no_room(state)}{_remedy(state)}")
-    pod = state.leaders[unplaced[0]]
+    pod = state.unplaced_pod(unplaced[0])
     problem = pod.problem or Problem("Unschedulable", "")
-    cause, end = f"{pod.name}: {no_node(problem.said)}", scheduler_says(problem.said)
+    cause, end = f"{pod.title}: {no_node(problem.said)}", scheduler_says(problem.said)
     if not lacks_resources(problem.said):
         remedy = "correct spec.worker, add a node, or undo the rollout"
         return Verdict(True, problem.reason, f"{cause}; {remedy}{end}")
@@ -240,7 +245,8 @@ def _no_room(state: State) -> Verdict | None:
 
 def _why_no_room(state: State) -> str:
     """Why the first candidate for deletion does not free enough room; empty if there is none."""
-    leaders = (state.leaders[replica.data_rank].name for replica in state.moves.candidates)
+    ranks = (replica.data_rank for replica in state.moves.candidates)
+    leaders = (state.leaders[rank].name for rank in ranks if rank in state.leaders)
     found = ((name, state.obstacles[name]) for name in leaders if state.obstacles.get(name))
     return next((f"it would not fit in the place of {name}: {why}; " for name, why in found), "")
 
@@ -256,7 +262,7 @@ def _remedy(state: State) -> str:
 def _replicas_progressing(state: State) -> Verdict | None:
     staying = min(state.rollout.partition, state.wanted)
     if state.wanted and len(state.old) > staying:
-        trouble = f"{state.problem[0].name}: {state.problem[1].message}; " if state.problem else ""
+        trouble = f"{state.problem[0].title}: {state.problem[1].message}; " if state.problem else ""
         return Verdict(True, "RollingOut", f"{trouble}{_updated_count(state)}")
     if state.surplus:
         return Verdict(True, "ScalingDown", f"{_replicas(state.surplus)} more than wanted, terminating")
@@ -294,7 +300,7 @@ def model_loaded(state: State) -> Verdict:
         return Verdict(None, SCALED_TO_ZERO, "no worker is wanted")
     if state.problem is not None:
         pod, problem = state.problem
-        return Verdict(False, problem.reason, f"{pod.name}: {problem.message}")
+        return Verdict(False, problem.reason, f"{pod.title}: {problem.message}")
     if state.download is not None:
         return Verdict(False, "Downloading", state.download[1])
     return Verdict(False, "Loading", _waiting_for_replicas(state).message)
@@ -304,10 +310,23 @@ def quality_gate(state: State) -> Verdict:
     """Whether the checkpoint satisfies spec.quality, as found by a worker that loads it."""
     if state.problem is not None and state.problem[1].reason == QUALITY:
         pod, problem = state.problem
-        return Verdict(False, QUALITY, f"{pod.name}: {problem.message}")
+        return Verdict(False, QUALITY, f"{pod.title}: {problem.message}")
     if state.updated or (state.model is not None and state.model.revision == state.revision):
         return Verdict(True, "Passed", "the checkpoint's quality.json is within spec.quality")
     return Verdict(None, "NotChecked", "no worker of this revision has read the checkpoint's report yet")
+
+
+def experts_balanced(found: MeshStatus, most: int) -> Verdict:
+    """Whether the ranks of each stage have about the same load, in every layer of every replica."""
+    gang = mesh.worst(found)
+    if gang is None or gang.imbalance_percentage is None:
+        return Verdict(None, "NotMeasured", "no replica has reported the load of its ranks yet")
+    load = f"{gang.imbalance_percentage} % of the mean load of its stage in layer {gang.layer}"
+    where = f"{gang.name}: rank {gang.busiest_rank} of the stage has {load}"
+    if gang.imbalance_percentage <= most:
+        return Verdict(True, "Balanced", f"{where}, the most of all layers")
+    remedy = "raise spec.parallelism.redundantExperts, or let the engine rebalance"
+    return Verdict(False, "Imbalanced", f"{where}, and {most} % is allowed; {remedy}")
 
 
 def _model_sentence(state: State) -> str:

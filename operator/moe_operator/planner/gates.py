@@ -24,6 +24,8 @@ class Gate:
     pod: str
     uid: str
     open: bool
+    why: str = "every frontend sends it requests"
+    """Why it is open."""
 
 
 def waiting(leaders: Iterable[Pod]) -> list[Pod]:
@@ -44,6 +46,17 @@ def published(observed: Observed) -> dict[str, Routes]:
 def host(address: str) -> str:
     """The IP address in HOST:PORT."""
     return address.removesuffix(f":{names.GRPC_PORT}").strip("[]")
+
+
+def of_followers(workers: Iterable[Pod]) -> list[Gate]:
+    """The gates of workers that do not lead: open while their containers are ready, for requests go to the
+    leader.
+    """
+    return [
+        Gate(pod.name, pod.uid, pod.containers_ready, "its leader takes requests for it")
+        for pod in workers
+        if pod.rank and pod.gated and not pod.terminating and pod.routed != pod.containers_ready
+    ]
 
 
 def changes(leaders: Iterable[Pod], routed: Mapping[str, str]) -> list[Gate]:

@@ -45,6 +45,8 @@ class Observed:
     """How far downloads of the model are, by pod name; if they were asked."""
     routes: tuple[Manifest, ...] = ()
     """FrontendRoutes that carry the deployment's label."""
+    meshes: Mapping[str, Any] = field(default_factory=dict)
+    """What leaders of gangs report (mesh.MeshReading), by pod name; only of those that responded."""
 
 
 @dataclass(frozen=True)
@@ -104,17 +106,46 @@ class Pod:
     """It downloads the model before its worker starts."""
     ends_by: datetime | None = None
     """When it has to have ended; None if it is not being deleted."""
+    rank: int = 0
+    """Its number in its replica; 0 leads."""
+    shape: str = ""
+    """PIPELINExEXPERT of its replica; empty if it is the whole replica."""
+    restarts: int = 0
+    """Of its containers."""
+    ready_since: datetime | None = None
+    """Since when it is ready; None if it is not."""
+
+    @property
+    def title(self) -> str:
+        """Its name, and in a replica of several workers its rank."""
+        ranks = self.shape.partition("x")[2]
+        if not ranks:
+            return self.name
+        return f"{self.name} (rank {self.rank}, stage {self.rank // int(ranks)})"
+
+
+def workers(observed: Observed) -> dict[int, tuple[Pod, ...]]:
+    """The workers of each replica in order of their ranks, by data rank. A successor takes precedence over a
+    terminating pod.
+    """
+    found: dict[int, dict[int, Pod]] = {}
+    for manifest in observed.pods:
+        if _is_worker(manifest["metadata"]):
+            pod = _pod(manifest)
+            replica = found.setdefault(pod.data_rank, {})
+            if pod.rank not in replica or replica[pod.rank].terminating:
+                replica[pod.rank] = pod
+    return {rank: tuple(pod for _, pod in sorted(own.items())) for rank, own in sorted(found.items())}
 
 
 def leaders(observed: Observed) -> dict[int, Pod]:
-    """The leader of each replica, by data rank. A successor takes precedence over a terminating leader."""
-    found: dict[int, Pod] = {}
-    for manifest in observed.pods:
-        if _is_leader(manifest["metadata"]):
-            pod = _pod(manifest)
-            if pod.data_rank not in found or found[pod.data_rank].terminating:
-                found[pod.data_rank] = pod
-    return dict(sorted(found.items()))
+    """The leader of each replica, by data rank."""
+    return leading(workers(observed))
+
+
+def leading(workers: Mapping[int, tuple[Pod, ...]]) -> dict[int, Pod]:
+    """The leaders among the workers."""
+    return {data_rank: own[0] for data_rank, own in workers.items() if own[0].rank == 0}
 
 
 def frontends(observed: Observed) -> list[Pod]:
@@ -127,12 +158,14 @@ def frontends(observed: Observed) -> list[Pod]:
     return [_pod(manifest) for manifest in manifests]
 
 
-def _is_leader(metadata: Mapping[str, Any]) -> bool:
+def _is_worker(metadata: Mapping[str, Any]) -> bool:
+    """Whether it has a worker's labels, and the name that the StatefulSet controller gives."""
     labels = metadata.get("labels", {})
-    name, rank = labels.get(names.LABEL_NAME, ""), labels.get(names.LABEL_DATA_RANK, "")
-    if not rank.isdecimal() or metadata["name"] != names.leader(name, int(rank)):
+    name, data_rank = labels.get(names.LABEL_NAME, ""), labels.get(names.LABEL_DATA_RANK, "")
+    if not data_rank.isdecimal() or not names.worker_labels(name).items() <= labels.items():
         return False
-    return all(labels.get(label) == value for label, value in names.leader_labels(name).items())
+    prefix, ordinal = f"{names.replica(name, int(data_rank))}-", metadata["name"].rpartition("-")[2]
+    return bool(metadata["name"] == f"{prefix}{ordinal}" and ordinal.isdecimal())
 
 
 def _pod(manifest: Mapping[str, Any]) -> Pod:
@@ -158,6 +191,10 @@ def _pod(manifest: Mapping[str, Any]) -> Pod:
         routed=conditions.get(names.ROUTED) == "True",
         fetching=not terminating and _is_fetching(status),
         ends_by=datetime.fromisoformat(metadata["deletionTimestamp"]) if terminating else None,
+        rank=_rank(metadata),
+        shape=labels.get(names.LABEL_MESH, "") if names.ranks_of(labels) > 1 else "",
+        restarts=sum(one.get("restartCount", 0) for one in status.get("containerStatuses", ())),
+        ready_since=_since(status, "Ready", "True") if ready else None,
     )
 
 
@@ -168,10 +205,17 @@ def _is_fetching(status: Mapping[str, Any]) -> bool:
     )
 
 
-def _since(status: Mapping[str, Any], kind: str) -> datetime | None:
-    """Since when a condition is False."""
+def _rank(metadata: Mapping[str, Any]) -> int:
+    """The ordinal at the end of a StatefulSet's pod's name."""
+    ordinal = metadata["name"].rpartition("-")[2]
+    of_worker = metadata.get("labels", {}).get(names.LABEL_ROLE) == names.ROLE_WORKER
+    return int(ordinal) if of_worker and ordinal.isdecimal() else 0
+
+
+def _since(status: Mapping[str, Any], kind: str, value: str = "False") -> datetime | None:
+    """Since when a condition has a value."""
     for condition in status.get("conditions", ()):
-        if condition["type"] == kind and condition["status"] == "False":
+        if condition["type"] == kind and condition["status"] == value:
             since = condition.get("lastTransitionTime")
             return datetime.fromisoformat(since) if since else None
     return None
@@ -193,6 +237,7 @@ def podless(observed: Observed, owner: Identity) -> list[str]:
         name
         for name, manifest in owned(observed, "StatefulSet", owner).items()
         if "deletionTimestamp" not in manifest["metadata"]
+        and manifest["spec"].get("replicas", 1)
         and manifest.get("status", {}).get("observedGeneration")
         and not manifest["status"].get("replicas")
         and f"{name}-0" not in there

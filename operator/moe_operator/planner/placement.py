@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
 from typing import Any, Final
@@ -47,6 +47,15 @@ class Question:
     """Its spec, where there is none."""
     old: tuple[Pod, ...]
     """Leaders whose places may serve, the first ones first."""
+    size: int = 1
+    """Pods of the new replica."""
+    others: Mapping[str, tuple[Pod, ...]] = field(default_factory=dict)
+    """The other pods of old replicas, by the name of their leader."""
+
+    @property
+    def is_of_gangs(self) -> bool:
+        """Whether the new replica or an old one has several pods."""
+        return self.size > 1 or any(self.others.values())
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,42 @@ def room(spec: Manifest, said: str, seats: Mapping[str, Seat]) -> Room:
     return Room(obstacles, together)
 
 
+def gang_room(question: Question, spec: Manifest, said: str, seats: Mapping[str, Seat]) -> Room:
+    """Whether all pods of the new replica would fit in the places of an old one's, for each old one.
+
+    Each new pod is taken to need the place of one old pod. seats: of all pods of old replicas, by pod name.
+    """
+    obstacles = {}
+    for leader in question.old:
+        own = [leader.name, *(pod.name for pod in question.others.get(leader.name, ()))]
+        obstacles[leader.name] = _gang_obstacle(question.size, spec, said, own, seats)
+    return Room(obstacles, {})
+
+
+def _gang_obstacle(size: int, spec: Manifest, said: str, own: list[str], seats: Mapping[str, Seat]) -> str:
+    unknown = [name for name in own if name not in seats]
+    if unknown:
+        return f"the node of {unknown[0]} is not known"
+    if size > len(own):
+        return f"the new replica has {size} workers, and this one has {len(own)}"
+    places = [seats[name] for name in own]
+    for seat in places:
+        found = (*_constraints(spec, seat.node), *_differences(spec, seat.pod["spec"]), *_other_reasons(said))
+        if found:
+            return found[0]
+    leaving = {seat.pod["metadata"]["uid"] for seat in places}
+    new: dict[str, int] = {}
+    for seat in places[:size]:
+        node = seat.node["metadata"]["name"]
+        new[node] = new.get(node, 0) + 1
+    for seat in places[:size]:
+        node = seat.node["metadata"]["name"]
+        lacks = _lacking(spec, seat.node, seat.pods, leaving, new[node])
+        for resource, lack in lacks.items():
+            return f"node {node} would lack {_text(lack)} {resource} for {new[node]} of the new workers"
+    return ""
+
+
 def _together(group: Collection[str]) -> str:
     return f"it would in the places of {', '.join(sorted(group))} together"
 
@@ -149,9 +194,9 @@ def _other_reasons(said: str) -> Iterator[str]:
 
 
 def _differences(new: Manifest, old: Manifest) -> Iterator[str]:
-    for field, default in _ALIKE.items():
-        if (new.get(field) or default) != (old.get(field) or default):
-            yield f"the new pod has another {field}"
+    for name, default in _ALIKE.items():
+        if (new.get(name) or default) != (old.get(name) or default):
+            yield f"the new pod has another {name}"
     for what, part in (("volume claims", _claims), ("host ports", _host_ports)):
         if part(new) != part(old):
             yield f"the new pod has other {what}"
@@ -199,16 +244,16 @@ def _shortages(spec: Manifest, seat: Seat) -> Iterator[str]:
 
 
 def _lacking(
-    spec: Manifest, node: Manifest, pods: Iterable[Manifest], leaving: Collection[str]
+    spec: Manifest, node: Manifest, pods: Iterable[Manifest], leaving: Collection[str], count: int = 1
 ) -> dict[str, Decimal]:
-    """What a node without the pods with the UIDs `leaving` would lack for a pod, by resource."""
+    """What a node without the pods with the UIDs `leaving` would lack for `count` new pods, by resource."""
     taken: dict[str, Decimal] = defaultdict(Decimal)
     for pod in pods:
         if pod["metadata"]["uid"] not in leaving:
             _add(taken, requests(pod["spec"]))
     offered = node["status"]["allocatable"]
     lacks = {
-        resource: needed + taken[resource] - quantity.parse(offered.get(resource, 0))
+        resource: needed * count + taken[resource] - quantity.parse(offered.get(resource, 0))
         for resource, needed in requests(spec).items()
     }
     return {resource: lack for resource, lack in lacks.items() if lack > 0}

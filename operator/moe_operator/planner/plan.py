@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 
-from moe_operator.planner import changes, conditions, gates, revisions, state
+from moe_operator.planner import changes, conditions, gangs, gates, revisions, state
 from moe_operator.planner.changes import Change
 from moe_operator.planner.conditions import Verdict
 from moe_operator.planner.decision import Decision
@@ -15,7 +16,7 @@ from moe_operator.planner.moves import Moves, Replica, free_ranks
 from moe_operator.planner.observed import Observed, Pod, leaders, owned, podless
 from moe_operator.planner.placement import Question
 from moe_operator.planner.state import State
-from moe_operator.render import children, worker
+from moe_operator.render import children, gang, worker
 from moe_operator.render.objects import Key, Manifest, belongs, key, of_predecessor
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Identity
@@ -68,6 +69,10 @@ class Plan:
     """Leaders that accept requests, but to which not every frontend may route: ask, and reconcile again soon.
 
     """
+    secret: Callable[[str], Manifest] | None = None
+    """Makes the Secret of the deployment's gangs from a random value; None if it is not needed now."""
+    due: datetime | None = None
+    """When to reconcile again for a gang without an event; None if no gang needs it."""
     sound: tuple[Key, ...] = ()
     """StatefulSets that were found to match the recipe: not compared again before they change."""
 
@@ -92,7 +97,7 @@ def plan(deployment: Deployment, observed: Observed, now: datetime) -> Plan:
     )
     current = state.read(deployment, observed, revision, conflicts, now)
     moves = current.moves
-    replicas = list(_replicas(deployment, observed, current, moves))
+    replicas = list(_replicas(deployment, observed, current, moves, now))
     desired = [*shared, *replicas]
     made = changes.changes((one for one in desired if key(one) not in foreign), observed, deployment)
     status = _status(deployment, current, now)
@@ -108,6 +113,7 @@ def plan(deployment: Deployment, observed: Observed, now: datetime) -> Plan:
         decisions=(
             *changes.decisions(made),
             *(_removal(deployment, replica, current) for replica in moves.remove),
+            *gangs.decisions(current.gangs.values(), now),
             *transitions(deployment.status, status),
         ),
         recheck=_is_awaited(deployment, observed, current),
@@ -116,20 +122,34 @@ def plan(deployment: Deployment, observed: Observed, now: datetime) -> Plan:
         choice=_choice(moves, current) if not observed.work else (),
         question=_question(deployment, moves, current) if not observed.obstacles else None,
         fetching=() if observed.downloads else tuple(current.fetching),
-        gates=tuple(gates.changes(current.leaders.values(), observed.routed)),
+        gates=(
+            *gates.changes(current.leaders.values(), observed.routed),
+            *(gate for own in current.pods.values() for gate in gates.of_followers(own)),
+        ),
         unrouted=tuple(gates.waiting(current.leaders.values())),
+        secret=partial(gang.secret, deployment)
+        if gangs.secret_is_needed(current.gangs.values(), (change.manifest for change in made))
+        else None,
+        due=gangs.next_change(current.gangs.values(), deployment.spec.parallelism, now),
         sound=_sound(replicas, made),
     )
 
 
-def _replicas(deployment: Deployment, observed: Observed, current: State, moves: Moves) -> Iterator[Manifest]:
+def _replicas(
+    deployment: Deployment, observed: Observed, current: State, moves: Moves, now: datetime
+) -> Iterator[Manifest]:
     """The desired StatefulSets, without those known to match; those of other revisions stay."""
     leaving, recipe = {replica.data_rank for replica in moves.remove}, worker.recipe(deployment)
     for rank, replica in current.replicas.items():
-        if replica.revision == current.revision and rank not in leaving:
-            known = observed.verdicts.get(Key("StatefulSet", names.replica(deployment.name, rank)))
-            if known != recipe:
-                yield children.replica(deployment, rank)
+        name, one = Key("StatefulSet", names.replica(deployment.name, rank)), current.gangs.get(rank)
+        is_current = replica.revision == current.revision
+        if rank in leaving:
+            continue
+        if one is not None and (one.next != one.record or (is_current and one.next.text)):
+            like = None if is_current else observed.children[name]
+            yield children.gang(deployment, rank, like, one.next, now)
+        elif is_current and observed.verdicts.get(name) != recipe:
+            yield children.replica(deployment, rank)
     like = None if moves.revision == current.revision else _sibling(deployment, observed, moves.revision)
     for rank in free_ranks(moves.create, _taken(deployment, observed, current)):
         yield children.replica(deployment, rank, like)
@@ -155,7 +175,7 @@ def _taken(deployment: Deployment, observed: Observed, current: State) -> set[in
     prefix = f"{deployment.name}-"
     sets = (name.name for name in observed.children if name.kind == "StatefulSet")
     ranks = (name.removeprefix(prefix) for name in sets if name.startswith(prefix))
-    return {*current.replicas, *current.leaders, *(int(rank) for rank in ranks if rank.isdecimal())}
+    return {*current.replicas, *current.pods, *(int(rank) for rank in ranks if rank.isdecimal())}
 
 
 def _to_drain(moves: Moves, current: State) -> tuple[str, ...]:
@@ -175,9 +195,13 @@ def _question(deployment: Deployment, moves: Moves, current: State) -> Question 
     unplaced = (
         rank for rank, one in current.replicas.items() if one.unplaced and one.revision == current.revision
     )
-    waiting = next((current.leaders[rank].name for rank in unplaced), "")
-    old = tuple(current.leaders[replica.data_rank] for replica in moves.candidates)
-    return Question(waiting, worker.pin(deployment).template["spec"], old)
+    pods = (current.unplaced_pod(rank) for rank in unplaced)
+    waiting = next((pod.name for pod in pods if pod.data_rank not in current.held), "")
+    ranks = [replica.data_rank for replica in moves.candidates if replica.data_rank in current.leaders]
+    old = tuple(current.leaders[rank] for rank in ranks)
+    others = {current.leaders[rank].name: current.pods[rank][1:] for rank in ranks}
+    template = worker.pin(deployment).template
+    return Question(waiting, template["spec"], old, gang.size(template), others)
 
 
 def _is_awaited(deployment: Deployment, observed: Observed, current: State) -> bool:
@@ -186,7 +210,7 @@ def _is_awaited(deployment: Deployment, observed: Observed, current: State) -> b
         return True
     if podless(observed, deployment.identity) or current.fetching:
         return True
-    if any(pod.terminating for rank, pod in current.leaders.items() if rank in current.replicas):
+    if any(pod.terminating for rank in current.replicas for pod in current.pods.get(rank, ())):
         return True
     return bool(current.old) and current.progress is not None and not current.terms.held
 
@@ -242,6 +266,7 @@ def _status(deployment: Deployment, current: State, now: datetime) -> Status:
         restarted_at=deployment.restarted_at or None,
         rollout=current.progress,
         model=current.model,
+        mesh=current.mesh,
         conditions=conditions.dated(conditions.verdicts(current), deployment.status, generation, now),
     )
 

@@ -51,6 +51,8 @@ _REFUSED_SOMEHOW = "the API server refuses the pod; remove what it names"
 
 _FAILED: Final = {names.ROLE_WORKER: "WorkerFailed", names.ROLE_FRONTEND: "FrontendFailed"}
 """Reasons by the container that ended with an error; others come from a podTemplate."""
+_EXIT_RANK_LOST = 3
+"""Exit code of a worker that ended because another rank of its replica did."""
 
 _NO_DIRECTORY: Final = re.compile(r"does not exist|no such file or directory", re.IGNORECASE)
 _SIGNALLED = 128
@@ -75,6 +77,10 @@ class Problem:
     """The scheduler's own words, if the message is about them."""
     remedied: bool = False
     """The message contains a remedy."""
+    follows: bool = False
+    """It follows from the end of another worker of the replica, which is the cause."""
+    since: str = ""
+    """When the container ended (RFC 3339), if that is the problem."""
 
     @property
     def remedy(self) -> str:
@@ -139,7 +145,9 @@ def _terminated(container: Mapping[str, Any]) -> Problem | None:
     runs = "running" in container.get("state", {})
     sentence = said or _crash_sentence(name, end)
     reason = _FAILED.get(name, "SidecarFailed") if said else "ContainerCrashed"
-    return Problem(reason, f"{sentence}; it is started again" if runs else sentence)
+    message = f"{sentence}; it is started again" if runs else sentence
+    follows = name == names.ROLE_WORKER and end["exitCode"] == _EXIT_RANK_LOST
+    return Problem(reason, message, follows=follows, since=str(end.get("finishedAt", "")))
 
 
 def _without_directory(problem: Problem, spec: Mapping[str, Any]) -> Problem | None:

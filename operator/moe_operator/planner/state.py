@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Final
 
+from moe_operator.planner import gangs, mesh
 from moe_operator.planner.decision import timestamp
+from moe_operator.planner.gangs import Gang
 from moe_operator.planner.moves import Moves, Replica, Terms, moves
 from moe_operator.planner.observed import (
     Download,
@@ -15,15 +17,17 @@ from moe_operator.planner.observed import (
     Observed,
     Pod,
     frontend_state,
-    leaders,
+    leading,
     owned,
+    workers,
 )
 from moe_operator.planner.problems import Problem, refused_pod
+from moe_operator.render.gang import shape
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment
 from moe_operator.resources.deprecated import advice
 from moe_operator.resources.rollout_spec import Rollout
-from moe_operator.resources.status import ModelInfo, RolloutStatus
+from moe_operator.resources.status import MeshStatus, ModelInfo, RolloutStatus
 
 PLACING_TIME: Final = timedelta(seconds=10)
 """A pod that stays pending for this long counts as fitting no node."""
@@ -70,7 +74,17 @@ class State:
     downloads: Mapping[str, Download] = field(default_factory=dict)
     """How far downloads of the model are, by pod name."""
     lost: frozenset[int] = frozenset()
-    """Data ranks of leaders that should have ended, on nodes that do not report it."""
+    """Data ranks of replicas with a pod that should have ended, on a node that does not report it."""
+    pods: Mapping[int, tuple[Pod, ...]] = field(default_factory=dict)
+    """All workers by data rank, in order of their ranks; including those of deleted replicas."""
+    gangs: Mapping[int, Gang] = field(default_factory=dict)
+    """Replicas of several workers, by data rank."""
+    mesh: MeshStatus | None = None
+    """What the status says of the gangs; None if there are none."""
+    imbalance_most: int | None = None
+    """The imbalance in percent above which experts are not balanced; None if they are not spread."""
+    held: Mapping[int, Pod] = field(default_factory=dict)
+    """Stands for those of them that have no pods on purpose, with the reason."""
 
     @property
     def terms(self) -> Terms:
@@ -100,19 +114,19 @@ class State:
     @property
     def surplus(self) -> int:
         """Surplus replicas."""
-        leaving = self.leaders.keys() - self.replicas.keys() - self.lost
+        leaving = self.pods.keys() - self.replicas.keys() - self.lost
         return len(leaving) + max(len(self.replicas) - self.wanted, 0)
 
     @property
     def problem(self) -> tuple[Pod, Problem] | None:
-        """The first leader that cannot start, and why; those of the revision asked for come first."""
-        staying = sorted(self._staying(), key=lambda pod: self._is_old(pod.data_rank))
-        pods = [(pod, pod.problem) for pod in staying]
+        """The first worker that cannot start, and why; those of the revision asked for come first."""
+        ranks = sorted(self.replicas, key=self._is_old)
+        pods = [pair for rank in ranks if (pair := self._problem_of(rank)) is not None]
         for name, why in self.refused.items():
             problem = refused_pod(why)
             missing = Pod(name, "", ready=False, terminating=False, revision="", data_rank=0, problem=problem)
             pods.append((missing, problem))
-        return next(((pod, problem) for pod, problem in pods if problem is not None), None)
+        return pods[0] if pods else None
 
     @property
     def loaded(self) -> bool:
@@ -137,6 +151,28 @@ class State:
             None,
         )
 
+    def _problem_of(self, rank: int) -> tuple[Pod, Problem] | None:
+        """Why a replica does not start: its pods are deleted on purpose, or one of them has a problem."""
+        held = self.held.get(rank)
+        if held is not None and held.problem is not None:
+            return held, held.problem
+        gang, leader = self.gangs.get(rank), self.leaders.get(rank)
+        if gang is not None:
+            return None if leader is not None and leader.ready else gang.problem
+        return (leader, leader.problem) if leader is not None and leader.problem is not None else None
+
+    def unplaced_pod(self, rank: int) -> Pod:
+        """A worker of a replica that no node takes."""
+        if rank in self.held:
+            return self.held[rank]
+        pods = self.pods.get(rank, ())
+        return next((pod for pod in pods if pod.unplaced_since is not None), self.leaders[rank])
+
+    def described(self, pod: Pod) -> str:
+        """A leader's name, and how many workers of its replica are ready."""
+        gang = self.gangs.get(pod.data_rank)
+        return pod.name if gang is None else f"{pod.name} ({gang.ready}/{gang.size} workers ready)"
+
     def _is_old(self, rank: int) -> bool:
         return self.replicas[rank].revision != self.revision
 
@@ -148,8 +184,10 @@ def read(
     deployment: Deployment, observed: Observed, revision: str, conflicts: tuple[str, ...], now: datetime
 ) -> State:
     """Sums up what was observed."""
-    pods = leaders(observed)
-    replicas = _replicas(deployment, observed, pods, now)
+    everyone = workers(observed)
+    pods = leading(everyone)
+    found = gangs.read(deployment, observed, everyone, now)
+    replicas = _replicas(deployment, observed, pods, everyone, found, now)
     frontend = frontend_state(observed, deployment.name, deployment.spec.frontend.replicas)
     progress = _progress(deployment, replicas, frontend, revision, now)
     deadline = None if progress is None else _deadline(deployment, progress)
@@ -171,8 +209,20 @@ def read(
         refused=observed.refused,
         obstacles=observed.obstacles,
         downloads=observed.downloads,
-        lost=frozenset(rank for rank, pod in pods.items() if _is_lost(pod, now)),
+        lost=frozenset(rank for rank, own in everyone.items() if any(_is_lost(pod, now) for pod in own)),
+        pods=everyone,
+        gangs=found,
+        mesh=mesh.status(found, observed.meshes, shape(deployment.spec.parallelism)),
+        imbalance_most=_imbalance_most(deployment),
+        held={rank: pod for rank, gang in found.items() if (pod := gangs.held_pod(gang, now)) is not None},
     )
+
+
+def _imbalance_most(deployment: Deployment) -> int | None:
+    parallelism = deployment.spec.parallelism
+    if parallelism.expert == 1:
+        return None
+    return mesh.threshold(parallelism.rebalance.threshold_percentage if parallelism.rebalance else None)
 
 
 def _progress(
@@ -231,7 +281,12 @@ def _deadline(deployment: Deployment, progress: RolloutStatus) -> datetime:
 
 
 def _replicas(
-    deployment: Deployment, observed: Observed, pods: dict[int, Pod], now: datetime
+    deployment: Deployment,
+    observed: Observed,
+    pods: dict[int, Pod],
+    everyone: Mapping[int, tuple[Pod, ...]],
+    found_gangs: Mapping[int, Gang],
+    now: datetime,
 ) -> dict[int, Replica]:
     found = {}
     for manifest in owned(observed, "StatefulSet", deployment.identity).values():
@@ -240,25 +295,27 @@ def _replicas(
         if not rank_text.isdecimal() or "deletionTimestamp" in manifest["metadata"]:
             continue
         rank, revision = int(rank_text), _template_revision(manifest)
-        leader = pods.get(rank)
+        waits = rank in found_gangs and bool(found_gangs[rank].next.attempts)
         found[rank] = (
-            Replica(rank, revision, ready=False)
-            if leader is None
-            else _replica(rank, revision, pods, observed, now)
+            Replica(rank, revision, ready=False, unplaced=waits)
+            if rank not in pods
+            else _replica(rank, revision, pods, everyone[rank], observed, now)
         )
     return dict(sorted(found.items()))
 
 
-def _replica(rank: int, revision: str, pods: dict[int, Pod], observed: Observed, now: datetime) -> Replica:
+def _replica(
+    rank: int, revision: str, pods: dict[int, Pod], own: tuple[Pod, ...], observed: Observed, now: datetime
+) -> Replica:
     leader = pods[rank]
     others = observed.together.get(leader.name, frozenset())
     return Replica(
         rank,
         revision,
         ready=leader.ready and leader.revision == revision,
-        unplaced=_is_unplaced(leader, now),
+        unplaced=any(_is_unplaced(pod, now) for pod in own),
         work=observed.work.get(leader.name, 0),
-        lost=_is_lost(leader, now),
+        lost=any(_is_lost(pod, now) for pod in own),
         makes_room=observed.obstacles.get(leader.name) == "" or bool(others),
         along=frozenset(other for other, pod in pods.items() if pod.name in others),
         faltering=_is_faltering(leader, now),

@@ -4,6 +4,8 @@ objects    what all rendered objects have in common
 merge      a user's pod template, merged into a rendered one
 pods       the parts that worker pods and frontend pods share
 model      how a model gets into the worker's container
+gang       replicas of several workers: ranks, leader's address, secret, topology
+gang_record  what the operator remembers of a gang, as an annotation
 worker     the workers' StatefulSets and their headless Service
 frontend   the frontend's Deployment, Service and rights
 children   all of them, in the order in which they are applied

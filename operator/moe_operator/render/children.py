@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 from moe_operator.render import frontend, worker
+from moe_operator.render.gang_record import GangRecord, with_record
 from moe_operator.render.objects import Key, Manifest, child, key, sealed
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment
@@ -42,6 +45,15 @@ def replica(deployment: Deployment, rank: int, like: Manifest | None = None) -> 
     """The StatefulSet of one replica: of the spec's own revision, or of that of another one."""
     fresh = worker.stateful_set(deployment, rank)
     return sealed(fresh if like is None else worker.at_revision_of(like, fresh))
+
+
+def gang(
+    deployment: Deployment, rank: int, like: Manifest | None, record: GangRecord, now: datetime
+) -> Manifest:
+    """The StatefulSet of one replica of several workers, with what is to be remembered of it."""
+    fresh = worker.stateful_set(deployment, rank)
+    manifest = fresh if like is None else worker.at_revision_of(like, fresh)
+    return sealed(with_record(manifest, record, now))
 
 
 def expected(deployment: Deployment) -> list[Key]:

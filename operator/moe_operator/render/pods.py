@@ -51,11 +51,15 @@ def probe(service: str, *, period: int, failures: int, timeout: int = 5) -> Mani
 
 
 def environment(
-    deployment: Deployment, role: str, settings: PodSettings, own: Mapping[str, str] = MappingProxyType({})
+    deployment: Deployment,
+    role: str,
+    settings: PodSettings,
+    own: Mapping[str, str] = MappingProxyType({}),
+    more: Mapping[str, Manifest] = MappingProxyType({}),
 ) -> list[Manifest]:
     """Environment of a container: who it is, where its traces go, then what the user set (which wins).
 
-    own: variables of this role.
+    own: variables of this role. more: variables that may refer to all others.
     """
     pairs: dict[str, Manifest] = {
         **{name: {"value": value} for name, value in own.items()},
@@ -70,6 +74,7 @@ def environment(
     endpoint = deployment.spec.telemetry.otlp_endpoint
     if endpoint is not None:
         pairs["OTEL_EXPORTER_OTLP_ENDPOINT"] = {"value": endpoint}
+    pairs |= more
     for variable in settings.env:
         manifest = variable.manifest()
         pairs[manifest.pop("name")] = manifest

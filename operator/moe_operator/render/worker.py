@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moe_operator.render import model, pods
+from moe_operator.render import gang, model, pods
 from moe_operator.render.objects import Manifest, child
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Pin
 from moe_operator.resources.digest import digest
 from moe_operator.resources.spec import Worker
-
-GANG_SIZE = 1
-"""Pods of a replica: pipeline x expert, both 1 so far."""
 
 # A checkpoint of hundreds of GB takes tens of minutes to read; a worker that has not loaded after an hour is
 # started anew. Two seconds between looks, so that a small model's replica is Ready as soon as it is loaded.
@@ -70,8 +67,8 @@ def pod_spec(deployment: Deployment) -> Manifest:
         "name": names.ROLE_WORKER,
         "image": settings.image,
         "command": command(deployment),
-        "env": [_REVISION, *_grace(settings), *pods.environment(deployment, names.ROLE_WORKER, settings)],
-        "ports": pods.PORTS,
+        "env": [_REVISION, *_grace(settings), *_environment(deployment)],
+        "ports": [*pods.PORTS, *gang.ports(deployment)],
         "resources": _resources(settings),
         "startupProbe": _STARTUP_PROBE,
         "readinessProbe": _READINESS_PROBE,
@@ -92,7 +89,13 @@ def pod_spec(deployment: Deployment) -> Manifest:
         **({"initContainers": fetching} if fetching else {}),
         "volumes": [*model.volumes(source), pods.TMP_VOLUME],
         **pods.placement(settings),
+        **gang.placement(deployment),
     }
+
+
+def _environment(deployment: Deployment) -> list[Manifest]:
+    settings, more = deployment.spec.worker, gang.environment(deployment)
+    return pods.environment(deployment, names.ROLE_WORKER, settings, more=more)
 
 
 def _grace(settings: Worker) -> list[Manifest]:
@@ -116,7 +119,7 @@ def rendered(deployment: Deployment) -> Manifest:
     Only fields that undo restores have an influence.
     """
     revised = replace(deployment, spec=deployment.spec.revised)
-    labels = names.leader_labels(deployment.name)
+    labels = gang.labels(deployment)
     return pods.template(deployment, revised.spec.worker, labels, pod_spec(revised))
 
 
@@ -149,11 +152,16 @@ def stateful_set(deployment: Deployment, data_rank: int) -> Manifest:
         "StatefulSet",
         names.replica(name, data_rank),
         names.ROLE_WORKER,
-        {**rank_labels, names.LABEL_REVISION: current},
+        # Kueue and others read the labels of the workload.
+        {
+            **(pinned.foreign_labels if gang.size(common) > 1 else {}),
+            **rank_labels,
+            names.LABEL_REVISION: current,
+        },
     )
     manifest["metadata"]["annotations"] = {names.ANNOTATION_PINNED: pinned.text}
     manifest["spec"] = {
-        "replicas": GANG_SIZE,
+        "replicas": gang.size(common),
         "serviceName": names.workers(name),
         "podManagementPolicy": "Parallel",
         "updateStrategy": {"type": "RollingUpdate"},
@@ -176,12 +184,17 @@ def at_revision_of(other: Manifest, fresh: Manifest) -> Manifest:
     }
     metadata = {**fresh["metadata"], "labels": {**labels, **rank}, "annotations": pinned}
     of_pods = {**template["metadata"], "labels": {**template["metadata"]["labels"], **rank}}
-    spec = {**fresh["spec"], "template": {**template, "metadata": of_pods}}
+    new_template = {**template, "metadata": of_pods}
+    spec = {**fresh["spec"], "replicas": gang.size(template), "template": new_template}
     return {**fresh, "metadata": metadata, "spec": spec}
 
 
 def disruption_budget(deployment: Deployment) -> Manifest:
-    """Lets a drained node take one replica at a time; pods that do not serve may always be evicted."""
+    """Lets a drained node take one replica at a time; pods that do not serve may always be evicted.
+
+    Of a gang, every worker is protected. The eviction of one ends the others' containers, so that they are
+    not ready and may be evicted as well, while the other gangs stay.
+    """
     manifest = child(
         deployment.identity,
         "policy/v1",
@@ -192,7 +205,7 @@ def disruption_budget(deployment: Deployment) -> Manifest:
     manifest["spec"] = {
         "maxUnavailable": 1,
         "unhealthyPodEvictionPolicy": "AlwaysAllow",
-        "selector": {"matchLabels": names.leader_labels(deployment.name)},
+        "selector": {"matchLabels": names.worker_labels(deployment.name)},
     }
     return manifest
 

@@ -66,6 +66,11 @@ class Pin:
         return (self.spec.get("worker", {}).get("podTemplate") or {}).get("metadata")
 
     @property
+    def foreign_labels(self) -> dict[str, str]:
+        """Labels of the pods that the operator did not set (spec.worker.podTemplate)."""
+        return dict((self._users_metadata or {}).get("labels", {}))
+
+    @property
     def restarted_at(self) -> str:
         """The last restart of the pods; empty where there was none."""
         return str(self.template["metadata"].get("annotations", {}).get(names.ANNOTATION_RESTARTED, ""))
@@ -163,5 +168,5 @@ def sentence(error: ValidationError) -> str:
     parts = []
     for problem in error.errors():
         path = ".".join(str(part) for part in ("spec", *problem["loc"]))
-        parts.append(f"{path}: {problem['msg']}")
+        parts.append(f"{path}: {problem['msg'].removeprefix('Value error, ')}")
     return "; ".join(parts)

@@ -32,12 +32,19 @@ LABEL_DATA_RANK: Final = f"{GROUP}/data-rank"
 LABEL_PIPELINE_RANK: Final = f"{GROUP}/pipeline-rank"
 LABEL_EXPERT_RANK: Final = f"{GROUP}/expert-rank"
 LABEL_REVISION: Final = f"{GROUP}/revision"
+LABEL_MESH: Final = f"{GROUP}/mesh"
+"""PIPELINExEXPERT, on the pods of replicas of several workers."""
+LABEL_POD_INDEX: Final = "apps.kubernetes.io/pod-index"
+"""Ordinal of a pod, set by the StatefulSet controller (Kubernetes 1.28 or newer): its rank in the gang."""
 ANNOTATION_DIGEST: Final = f"{GROUP}/digest"
 """Digest of what the operator last applied: tells a change of ours from one made by hand."""
 ANNOTATION_FORMER: Final = f"{GROUP}/former-revisions"
 """On a ControllerRevision: its numbers before an undo made it the newest again, separated by commas."""
 ANNOTATION_PINNED: Final = f"{GROUP}/pinned"
 """A pod template as it was rendered, and the part of the spec that it was rendered from."""
+
+ANNOTATION_GANG: Final = f"{GROUP}/gang"
+"""On the StatefulSet of a replica of several workers: why and until when it has no pods."""
 
 ANNOTATION_RESTARTED: Final = "kubectl.kubernetes.io/restartedAt"
 """Time of the last restart: on pods, where `kubectl rollout restart` writes it, and on a MoEDeployment."""
@@ -57,6 +64,9 @@ REVISED_FIELDS: Final = ("model", "parallelism", "engine", "quality", "worker", 
 
 GRPC_PORT: Final = 8000
 GRPC_PORT_NAME: Final = "grpc"
+MESH_PORT: Final = 29500
+MESH_PORT_NAME: Final = "mesh"
+"""Where the leader of a gang meets the other ranks."""
 HTTP_PORT: Final = 8080
 HTTP_PORT_NAME: Final = "http"
 """OpenAI's API, of frontends."""
@@ -76,9 +86,14 @@ def replica(name: str, data_rank: int) -> str:
     return f"{name}-{data_rank}"
 
 
-def leader(name: str, data_rank: int) -> str:
+def leader(name: str, data_rank: int | str) -> str:
     """Leader pod of one replica: the first of its StatefulSet."""
-    return f"{replica(name, data_rank)}-0"
+    return f"{name}-{data_rank}-0"
+
+
+def gang_secret(name: str) -> str:
+    """Secret that the workers of a gang prove to know when they join."""
+    return f"{name}-gang"
 
 
 def revision(name: str, digest: str) -> str:
@@ -106,14 +121,25 @@ def recent_history(name: str) -> str:
     return f"{name}.recent"
 
 
+def worker_labels(name: str) -> dict[str, str]:
+    """Labels that all workers of a deployment carry."""
+    return {LABEL_NAME: name, LABEL_ROLE: ROLE_WORKER}
+
+
+def single_labels(name: str) -> dict[str, str]:
+    """Labels of a worker that is a whole replica."""
+    return {**worker_labels(name), LABEL_PIPELINE_RANK: "0", LABEL_EXPERT_RANK: "0"}
+
+
 def leader_labels(name: str) -> dict[str, str]:
     """Labels that exactly the leaders of a deployment carry: one pod for each replica."""
-    return {
-        LABEL_NAME: name,
-        LABEL_ROLE: ROLE_WORKER,
-        LABEL_PIPELINE_RANK: "0",
-        LABEL_EXPERT_RANK: "0",
-    }
+    return {**worker_labels(name), LABEL_POD_INDEX: "0"}
+
+
+def ranks_of(labels: Mapping[str, str]) -> int:
+    """Pods of the replica that a pod with these labels belongs to."""
+    stages, _, ranks = labels.get(LABEL_MESH, "").partition("x")
+    return int(stages) * int(ranks) if stages.isdecimal() and ranks.isdecimal() else 1
 
 
 def recommended_labels(name: str, role: str) -> dict[str, str]:

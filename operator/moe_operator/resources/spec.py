@@ -4,41 +4,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from moe_operator.resources import names, quantity
 from moe_operator.resources.accelerator import AcceleratedPodSettings, halves, share_set
 from moe_operator.resources.base import Model, rules
 from moe_operator.resources.model_spec import IMAGE, ModelSource
+from moe_operator.resources.parallelism_spec import Parallelism
 from moe_operator.resources.pod_template import FrontendTemplate, WorkerTemplate
 from moe_operator.resources.pods import LABEL_KEY, Amount, PodSettings, Quantity
 from moe_operator.resources.rollout_spec import Rollout
 from moe_operator.resources.scaling_spec import REPLICAS_MOST, Scaling
-
-
-class Expert(Model):
-    """How the routed experts are distributed."""
-
-    size: int = Field(
-        default=1,
-        description="Workers of a pipeline stage that share the experts. Default: 1.",
-        json_schema_extra=rules(
-            ("self == 1", "expert parallelism is not supported yet; set parallelism.expert.size to 1")
-        ),
-    )
-
-
-class Parallelism(Model):
-    """How one replica is distributed over workers."""
-
-    pipeline: int = Field(
-        default=1,
-        description="Number of stages of a replica, each with a part of the layers. Default: 1.",
-        json_schema_extra=rules(
-            ("self == 1", "pipeline parallelism is not supported yet; set parallelism.pipeline to 1")
-        ),
-    )
-    expert: Expert = Field(default=Expert(), description="How the routed experts are distributed.")
 
 
 class Engine(Model):
@@ -291,21 +267,23 @@ class Telemetry(Model):
     )
 
 
+_WHOLE_GPUS = (
+    "worker.acceleratorPercentage 50 is for replicas of one worker: set parallelism.pipeline and "
+    "parallelism.expert to 1, or take whole GPUs"
+)
+_LIMIT = "scaling.gpuLimit does not allow scaling.minReplicas: raise the one or lower the other"
 _GPUS_LIMITED = "(has(self.scaling.gpuLimit) || has(self.scaling.gpuBudget))"
 _GPUS_MOST = (
     "(has(self.scaling.gpuLimit) ? quantity(string(self.scaling.gpuLimit)).asApproximateFloat() : "
     "self.scaling.gpuBudget)"
 )
 _RULES = (
-    (
-        f"!{halves('self.worker')} || (self.parallelism.pipeline == 1 && self.parallelism.expert.size == 1)",
-        "worker.acceleratorPercentage 50 is for replicas of one worker: set parallelism.pipeline and "
-        "parallelism.expert.size to 1, or take whole GPUs",
-    ),
+    (f"!{halves('self.worker')} || self.parallelism.pipeline == 1", _WHOLE_GPUS),
     (
         f"!has(self.scaling) || !{share_set('self.worker')} || !{_GPUS_LIMITED} || "
-        f"double(self.scaling.minReplicas) * ({halves('self.worker')} ? 0.5 : 1.0) <= {_GPUS_MOST}",
-        "scaling.gpuLimit does not allow scaling.minReplicas: raise the one or lower the other",
+        f"double(self.scaling.minReplicas * self.parallelism.pipeline) * ({halves('self.worker')} ? 0.5 : "
+        f"1.0) <= {_GPUS_MOST}",
+        _LIMIT,
     ),
 )
 
@@ -401,6 +379,19 @@ class Spec(Model):
             ("self >= 0 && self <= 100", "revisionHistoryLimit is a number from 0 to 100")
         ),
     )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Spec:
+        """What CEL cannot check, because parallelism.expert has no type in the CRD. Raises ValueError."""
+        ranks, scaling = self.parallelism.ranks, self.scaling
+        if ranks == 1 or not self.worker.accelerators:
+            return self
+        if self.worker.gpus < 1:
+            raise ValueError(_WHOLE_GPUS)
+        most = None if scaling is None else scaling.gpus_most
+        if scaling is not None and most is not None and scaling.min_replicas * ranks > most:
+            raise ValueError(_LIMIT)
+        return self
 
     @property
     def revised(self) -> Spec:

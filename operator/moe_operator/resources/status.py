@@ -15,6 +15,7 @@ READY = "Ready"
 PROGRESSING = "Progressing"
 MODEL_LOADED = "ModelLoaded"
 QUALITY_GATE = "QualityGate"
+EXPERTS_BALANCED = "ExpertsBalanced"
 ACTIVE = "Active"
 RECONCILING = "Reconciling"
 STALLED = "Stalled"
@@ -35,7 +36,7 @@ class Condition(Model):
 
     type: str = Field(
         description="Which aspect: Ready, Active, Progressing, Reconciling, Stalled, ModelLoaded, "
-        "QualityGate, DeprecatedFields or ScalingActive.",
+        "QualityGate, ExpertsBalanced, DeprecatedFields or ScalingActive.",
         max_length=64,
     )
     status: Literal["True", "False", "Unknown"] = Field(description="Whether it holds.")
@@ -72,6 +73,48 @@ class ModelInfo(Model):
     )
     context_length: int = Field(default=0, description="Tokens of prompt and continuation together, at most.")
     revision: str = Field(default="", description="Revision of the worker that reported this.")
+
+
+class StageStatus(Model):
+    """The layers of one pipeline stage."""
+
+    first_layer: int = Field(default=0, description="Index of its first layer in the model, from 0.")
+    layers: int = Field(default=0, description="Number of its layers.")
+
+
+class GangStatus(Model):
+    """One replica of several workers."""
+
+    name: str = Field(description="Name of its StatefulSet.", max_length=63)
+    ranks: int = Field(default=0, description="Workers that it has when it is whole.")
+    ready_ranks: int = Field(default=0, description="Workers that are ready.")
+    epoch: int = Field(default=0, description="How often its mesh has formed anew, as its leader reports it.")
+    restarts: int = Field(default=0, description="Restarts of the worker with the most.")
+    imbalance_percentage: int | None = Field(
+        default=None,
+        description="Load of the busiest rank in percent of the mean of its stage, in the worst layer; "
+        "absent if it is not measured.",
+    )
+    layer: int | None = Field(default=None, description="That layer.")
+    busiest_rank: int | None = Field(default=None, description="That rank, by its number in its stage.")
+
+
+class MeshStatus(Model):
+    """The replicas of several workers."""
+
+    shape: str = Field(default="", description="PIPELINExEXPERT of the current spec.", max_length=16)
+    ranks: int = Field(default=0, description="Workers of all replicas when they are whole.")
+    ready_ranks: int = Field(default=0, description="Workers that are ready.")
+    stages: tuple[StageStatus, ...] = Field(
+        default=(),
+        description="Layers of each stage, as a leader reports them.",
+        json_schema_extra={LIST_TYPE: "atomic"},
+    )
+    gangs: tuple[GangStatus, ...] = Field(
+        default=(),
+        description="The replicas, the first 100.",
+        json_schema_extra={LIST_TYPE: "map", LIST_KEYS: ["name"]},
+    )
 
 
 class RolloutStatus(Model):
@@ -117,15 +160,18 @@ class Status(Model):
     model: ModelInfo | None = Field(
         default=None, description="The model as a worker reports it; absent before the first report."
     )
+    mesh: MeshStatus | None = Field(
+        default=None, description="Replicas of several workers; absent if each replica is one worker."
+    )
     conditions: tuple[Condition, ...] = Field(
         default=(),
         description="Ready: all wanted replicas and frontends are ready, or none is wanted. Active: a "
         "replica serves; False if none is wanted. Progressing: True while a rollout runs and "
         "when it is complete, False when it is stuck. Reconciling, present only while True: "
         "the cluster does not match the spec yet. Stalled, present only while True: it will "
-        "not without help. ModelLoaded: a worker has loaded the model. DeprecatedFields, "
-        "present only while True: the spec sets fields that have a replacement. ScalingActive: "
-        "scaling follows the load.",
+        "not without help. ModelLoaded: a worker has loaded the model. ExpertsBalanced: the ranks of "
+        "each stage have about the same load. DeprecatedFields, present only while True: the spec sets "
+        "fields that have a replacement. ScalingActive: scaling follows the load.",
         json_schema_extra={LIST_TYPE: "map", LIST_KEYS: ["type"]},
     )
     scaling: ScalingStatus | None = Field(

@@ -46,3 +46,20 @@ class MeshShape:
 
     def __str__(self) -> str:
         return f"{self.pipeline}x{self.expert}"
+
+
+@dataclass(frozen=True)
+class MeshReport:
+    """What a leader says of its mesh.
+
+    stages: first layer and number of layers of each. ready_ranks: those that take part. redundant: copies of
+    experts in each layer. rebalances: how often experts moved.
+    """
+
+    pipeline: int
+    expert: int
+    epoch: int
+    stages: tuple[tuple[int, int], ...]
+    ready_ranks: tuple[int, ...]
+    redundant: int = 0
+    rebalances: int = 0

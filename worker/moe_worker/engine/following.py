@@ -1,6 +1,7 @@
 """The ranks of a mesh other than the leader."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from moe_worker.config.engine import EngineOptions
@@ -12,10 +13,13 @@ from moe_worker.mesh.runner import MeshRunner
 log = logging.getLogger(__name__)
 
 
-def follow(directory: Path, options: EngineOptions) -> None:
+def follow(
+    directory: Path, options: EngineOptions, ready: Callable[[str], None] = lambda _format: None
+) -> None:
     """Loads the part of this rank and computes what the leader sends, until the leader ends the mesh.
 
-    Raises WorkerError where the leader is lost and does not come back.
+    ready: called with the format of the weights when the part is loaded. Raises WorkerError where the leader
+    is lost and does not come back.
     """
     if options.mesh_rank == 0:
         raise SettingsError("rank 0 leads its mesh and follows nobody; give another --mesh-rank")
@@ -24,6 +28,7 @@ def follow(directory: Path, options: EngineOptions) -> None:
     if not isinstance(runner, MeshRunner):
         raise SettingsError(f"a mesh {options.mesh} has no ranks to follow; give a larger --mesh")
     log.info("rank %d of mesh %s is ready", options.mesh_rank, options.mesh)
+    ready(loaded.format)
     while True:
         try:
             runner.follow()

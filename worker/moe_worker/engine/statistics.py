@@ -55,11 +55,15 @@ class Event(NamedTuple):
 
 
 class LayerExperts(NamedTuple):
-    """One layer since the start: tokens of each expert, and activated experts summed over steps."""
+    """One layer since the start: tokens of each expert, and activated experts summed over steps.
+
+    rank_tokens: of each rank of the layer's stage; empty where experts are not spread.
+    """
 
     layer: int
     tokens: tuple[int, ...]
     active: int
+    rank_tokens: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,23 @@ log = logging.getLogger(__name__)
 LARGEST_CLAIM: Final = 4096
 LARGEST_FRAME: Final = 1 << 28
 GREETING_S: Final = 5.0
+# A headless Service's names appear some seconds after its pods; resolvers remember absent ones for up to 30
+# s.
+RESOLVE_S: Final = 60.0
 
 
 class MeshError(WorkerError):
     """The ranks of a mesh cannot work together, or no longer do; another start may help."""
 
     retryable = True
+
+
+class RankLostError(MeshError):
+    """Another rank ended or is silent. The exit code tells whoever starts this one that the cause is
+    elsewhere.
+    """
+
+    exit_code = 3
 
 
 @dataclass(frozen=True)
@@ -249,7 +260,7 @@ class Channel:
             while len(data) < count:
                 part = self._connection.recv(min(count - len(data), 1 << 20))
                 if not part:
-                    raise MeshError(f"rank {self.rank} left the mesh: its connection is closed")
+                    raise RankLostError(f"rank {self.rank} left the mesh: its connection is closed")
                 data += part
         return bytes(data)
 
@@ -258,7 +269,7 @@ class Channel:
         try:
             yield
         except OSError as error:
-            raise MeshError(f"rank {self.rank} is out of reach: {error or 'it is silent'}") from error
+            raise RankLostError(f"rank {self.rank} is out of reach: {error or 'it is silent'}") from error
 
 
 @dataclass(frozen=True)
@@ -350,10 +361,18 @@ def join_leader(
     """Another rank's part: a channel to the leader, tried for `seconds`. Raises MeshError."""
     host, port = address
     ends = time.monotonic() + seconds
+    resolved_by = time.monotonic() + min(seconds, RESOLVE_S)
     while True:
         try:
             connection = socket.create_connection(address, timeout=GREETING_S)
             break
+        except socket.gaierror as error:
+            if time.monotonic() >= resolved_by:
+                raise MeshError(
+                    f"the name {host} of the mesh's leader does not resolve ({error}); check --mesh-leader, "
+                    "the headless Service of the workers and the cluster's DNS"
+                ) from error
+            time.sleep(0.2)
         except OSError as error:
             if time.monotonic() >= ends:
                 raise MeshError(

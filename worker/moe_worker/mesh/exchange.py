@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_worker.mesh.control import MeshError
+from moe_worker.mesh.control import RankLostError
 
 
 def send(x: Tensor, rank: int) -> None:
@@ -45,4 +45,4 @@ def _reached(who: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise MeshError(f"{who} left the mesh or is silent: {error}; start all ranks again") from error
+        raise RankLostError(f"{who} left the mesh or is silent: {error}; start all ranks again") from error

@@ -1,6 +1,7 @@
 """Joining a mesh: who this process is in it, and which part of the model it holds."""
 
 import contextlib
+import ipaddress
 import os
 import re
 import socket
@@ -74,10 +75,16 @@ class Member:
     def close(self) -> None:
         """Leaves the mesh for good; where it leads, the other ranks end."""
         self.quiet()
+        self.farewell()
+        self.leave()
+
+    def farewell(self) -> None:
+        """Where it leads, tells the other ranks that there are no more passes. For another thread than its
+        own.
+        """
         for channel in self.channels if self.leads else ():
             with contextlib.suppress(MeshError):
                 channel.send(End())
-        self.leave()
 
     def quiet(self) -> None:
         """From now on it is no loss where another rank leaves."""
@@ -138,8 +145,7 @@ def part_of(
     device: torch.device,
 ) -> Stage:
     """What this rank holds. Raises SettingsError where the model cannot be spread over the mesh."""
-    sizes, ends = _nbytes(config, stored, member.shape.expert)
-    layers = layer_ranges(sizes, member.shape.pipeline, *ends)[member.number]
+    layers = stage_ranges(config, member.shape, stored)[member.number]
     return stage_of(config, member, layers, redundant, device)
 
 
@@ -163,6 +169,12 @@ def stage_of(
     return Stage(layers.start, layers.stop, config.num_hidden_layers, held, dispatches)
 
 
+def stage_ranges(config: ModelConfig, shape: MeshShape, stored: Mapping[str, StoredTensor]) -> list[range]:
+    """Layers of each stage. Raises SettingsError where there are fewer layers than stages."""
+    sizes, ends = _nbytes(config, stored, shape.expert)
+    return layer_ranges(sizes, shape.pipeline, *ends)
+
+
 def _nbytes(
     config: ModelConfig, stored: Mapping[str, StoredTensor], ranks: int
 ) -> tuple[list[int], tuple[int, int]]:
@@ -183,16 +195,37 @@ def _nbytes(
 
 
 def _lead(identity: Identity, host: str, port: int, seconds: float) -> tuple[Sequence[Channel], TCPStore]:
-    store = _store(host, 0, identity.shape, leads=True)
+    named = not _is_address(host)
+    store = _store("localhost" if named else host, 0, identity.shape, leads=True)
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        with contextlib.closing(socket.create_server((host, port), family=family)) as listener:
+        with contextlib.closing(_listener(host, port)) as listener:
             return gather_ranks(listener, identity, store.port, seconds), store
     except OSError as error:
         raise SettingsError(
             f"the mesh's leader cannot listen on {host}:{port} ({error}); give --mesh-leader an address of "
             "rank 0 with a free port"
         ) from error
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    """Of a name: at all addresses of this machine. The name is for the others, and may not resolve here
+    yet.
+    """
+    if _is_address(host):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
+    both = socket.has_dualstack_ipv6()
+    return socket.create_server(
+        ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both
+    )
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _store(host: str, port: int, shape: MeshShape, leads: bool) -> TCPStore:

@@ -35,14 +35,19 @@ def placement(
     return [_place_layer(list(loads_E), topology, redundant) for loads_E in loads_LE]
 
 
-def imbalance(loads_E: Sequence[float], places_M: Sequence[int], ranks: int) -> float:
-    """The load of the busiest rank over the mean, 1 at least; an expert's copies share its load evenly."""
+def rank_loads(loads_E: Sequence[float], places_M: Sequence[int], ranks: int) -> list[float]:
+    """The load of each rank, where an expert's copies share its load evenly."""
     copies = [places_M.count(expert) for expert in range(len(loads_E))]
     each = len(places_M) // ranks
-    sums = [
+    return [
         sum(loads_E[expert] / copies[expert] for expert in places_M[rank * each : (rank + 1) * each])
         for rank in range(ranks)
     ]
+
+
+def imbalance(loads_E: Sequence[float], places_M: Sequence[int], ranks: int) -> float:
+    """The load of the busiest rank over the mean, 1 at least; an expert's copies share its load evenly."""
+    sums = rank_loads(loads_E, places_M, ranks)
     return max(sums) * ranks / sum(sums) if sum(sums) else 1.0
 
 

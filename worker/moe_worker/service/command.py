@@ -22,11 +22,13 @@ from moe_worker.config.quality import check_quality
 from moe_worker.config.quantity import parse_bytes
 from moe_worker.errors import SettingsError
 from moe_worker.fetch.cache import hold
+from moe_worker.service.following import follow
 from moe_worker.service.server import GRACE_S, ServeSettings
 from moe_worker.service.server import serve as run
 from moe_worker.service.watchdog import STALL_TIMEOUT_S
 
 LARGEST_OVERRIDE = 1 << 16
+LISTEN = "127.0.0.1:8000"
 
 
 class _Number(click.FloatRange):
@@ -47,7 +49,11 @@ class _Number(click.FloatRange):
     help="Checkpoint directory (Hugging Face layout).",
 )
 @click.option("--served-name", help="Name of the model for clients. Default: the directory's name.")
-@click.option("--listen", default="127.0.0.1:8000", show_default=True, help="HOST:PORT of the gRPC server.")
+@click.option(
+    "--listen",
+    show_default=f"{LISTEN}; a rank that follows: nowhere",
+    help="HOST:PORT of the gRPC server. A rank that follows answers only health probes there.",
+)
 @click.option(
     "--context-length",
     type=int,
@@ -217,7 +223,7 @@ class _Number(click.FloatRange):
 def serve(
     model: Path,
     served_name: str | None,
-    listen: str,
+    listen: str | None,
     kv_memory: str | None,
     revision: str,
     explained: bool,
@@ -248,11 +254,6 @@ def serve(
         for line in explain_choice(model, engine_options):
             click.echo(line)
         return
-    if engine_options.mesh_rank:
-        from moe_worker.engine.following import follow  # noqa: PLC0415 - torch: only where the engine is
-
-        follow(model, engine_options)
-        return
     held = hold(model)
     name = served_name or Path(os.path.realpath(model)).name
     for flag, text in (("--model", str(model)), ("--served-name", name), ("--revision", revision)):
@@ -260,8 +261,12 @@ def serve(
             raise SettingsError(f"{flag} {text!r} is not text; write it in UTF-8")
     if wrong := lengths.of_name(len(name)):
         raise SettingsError(f"the served name {wrong}: no request could ask for it")
+    settings = ServeSettings(model, name, _address(listen or LISTEN), engine_options, revision, **times)
     with held or contextlib.nullcontext():
-        run(ServeSettings(model, name, _address(listen), engine_options, revision, **times))
+        if engine_options.mesh_rank:
+            follow(settings, None if listen is None else settings.listen)
+        else:
+            run(settings)
 
 
 def _override(text: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from itertools import count
 
 from moe_api.clock import Anchor
 from moe_api.supervision import Supervisor
+from moe_worker.config.mesh import MeshReport
 from moe_worker.engine.requests import Load, Request
 from moe_worker.engine.statistics import ExpertStatistics, Statistics
 from moe_worker.errors import EngineDiedError, QueueFullError, RequestError, WorkerError
@@ -65,6 +66,7 @@ class EngineClient:
     most_requests: int = 0
     load: Load = field(default_factory=Load)
     format: str = ""
+    mesh: MeshReport | None = None
     statistics: Statistics = field(default_factory=Statistics)
     step_s: float = 0.0  # of all steps
     on_step: StepListener | None = None
@@ -188,6 +190,7 @@ class EngineClient:
         if not isinstance(message, Loaded):
             raise await self._death(message)
         self.format, self.load, self.most_requests = message.format, message.load, message.most_requests
+        self.mesh = message.mesh
 
     async def run(self, supervisor: Supervisor) -> EngineDiedError:
         """Distributes the engine's results until it ends, or is killed because it hangs; returns why."""

@@ -13,12 +13,15 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from moe_api.visible import LOG_MOST, guard_logs, visible
 from moe_worker.engine.core import EngineCore
+from moe_worker.engine.following import follow
 from moe_worker.engine.loading import load
+from moe_worker.engine.mesh_report import MeshReporter
+from moe_worker.engine.requests import Load
 from moe_worker.errors import WorkerError
 from moe_worker.framing import LENGTH_BYTES
 from moe_worker.models.tokenizer import Tokenizer
@@ -115,24 +118,35 @@ def _ending_the_process(what: str) -> Iterator[None]:
 def _serve(connection: socket.socket, sender: _Sender) -> None:
     # The edge bounds its length: most_requests requests that were not received yet, and a Cancel for each.
     inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-    threading.Thread(target=_receive, args=(connection, inbox), daemon=True).start()
+    farewells: list[Callable[[], None]] = []
+    threading.Thread(target=_receive, args=(connection, inbox, farewells), daemon=True).start()
     start = inbox.get()
     if not isinstance(start, Start):
         raise WorkerError(f"the engine must be started with a Start message, not {type(start).__name__}")
+    if start.options.mesh_rank:
+        follow(Path(start.model), start.options, lambda name: sender.send(Loaded(name, Load(), 0)))
+        return
     # The edge, which started this process, has tried the tokenizer.
     loaded = load(Path(start.model), start.options, progress=True, load_tokenizer=Tokenizer.load)
     core = EngineCore(loaded, start.options)
-    sender.send(Loaded(loaded.format, core.load, core.most_requests))
+    mesh = None
+    if loaded.member is not None:
+        farewells.append(loaded.member.farewell)
+        mesh = MeshReporter(Path(start.model), loaded.config, start.options)
+    report = None if mesh is None else mesh.report
+    sender.send(Loaded(loaded.format, core.load, core.most_requests, report))
     submitted = 0
     while True:
-        submitted += _take_commands(core, inbox, sender)
+        submitted += _take_commands(core, inbox, sender, mesh)
         begin = time.monotonic_ns()
         deltas = tuple(core.step())
         end, events = time.monotonic_ns(), core.take_events()
         sender.send(Stepped(begin, end, deltas, core.load, submitted, core.statistics, events))
 
 
-def _take_commands(core: EngineCore, inbox: "queue.SimpleQueue[Message]", sender: _Sender) -> int:
+def _take_commands(
+    core: EngineCore, inbox: "queue.SimpleQueue[Message]", sender: _Sender, mesh: MeshReporter | None
+) -> int:
     """Handles the messages of the edge; waits for one if there is nothing to compute."""
     submitted = 0
     for message in _pending(inbox, wait=core.idle):
@@ -146,7 +160,8 @@ def _take_commands(core: EngineCore, inbox: "queue.SimpleQueue[Message]", sender
         elif isinstance(message, Cancel):
             core.cancel(message.id)
         elif isinstance(message, AskExperts):
-            sender.send(ExpertReport(core.expert_statistics))
+            experts = core.expert_statistics
+            sender.send(ExpertReport(experts if mesh is None else mesh.with_ranks(experts)))
     return submitted
 
 
@@ -160,7 +175,9 @@ def _pending(inbox: "queue.SimpleQueue[Message]", wait: bool) -> Iterator[Messag
             return
 
 
-def _receive(connection: socket.socket, inbox: "queue.SimpleQueue[Message]") -> None:
+def _receive(
+    connection: socket.socket, inbox: "queue.SimpleQueue[Message]", farewells: Sequence[Callable[[], None]]
+) -> None:
     """Reads frames until the edge has ended; then ends the process, whatever the main thread does.
 
     A killed edge that had not read everything resets the connection instead of closing it.
@@ -168,6 +185,8 @@ def _receive(connection: socket.socket, inbox: "queue.SimpleQueue[Message]") -> 
     with _ending_the_process("understand"), connection.makefile("rb") as stream:
         while head := stream.read(LENGTH_BYTES):
             inbox.put(decode(stream.read(int.from_bytes(head, "big"))))
+    for farewell in farewells:
+        farewell()
     os._exit(0)
 
 

@@ -3,6 +3,7 @@
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from moe_api.worker.v1 import worker_pb2
+from moe_worker.config.mesh import MeshReport
 from moe_worker.engine.requests import Load
 from moe_worker.engine.statistics import ExpertStatistics, Statistics
 from moe_worker.service.instruments import Histogram
@@ -10,7 +11,11 @@ from moe_worker.service.request_metrics import RequestMetrics
 
 
 def load_message(
-    load: Load, statistics: Statistics, step_s: float, requests: RequestMetrics
+    load: Load,
+    statistics: Statistics,
+    step_s: float,
+    requests: RequestMetrics,
+    mesh: MeshReport | None = None,
 ) -> worker_pb2.Load:
     """The load of the worker, and its sums; `step_s` is the time of all steps in seconds."""
     started = Timestamp()
@@ -36,13 +41,29 @@ def load_message(
         time_to_first_token_seconds=_histogram(requests.first_token.histogram),
         time_per_output_token_seconds=_histogram(requests.output_token.histogram),
         request_seconds=_histogram(requests.whole),
+        mesh=None if mesh is None else mesh_message(mesh),
+    )
+
+
+def mesh_message(mesh: MeshReport) -> worker_pb2.Mesh:
+    """The processes of the replica."""
+    return worker_pb2.Mesh(
+        pipeline=mesh.pipeline,
+        expert=mesh.expert,
+        epoch=mesh.epoch,
+        stages=[worker_pb2.Stage(first_layer=first, layers=layers) for first, layers in mesh.stages],
+        ready_ranks=mesh.ready_ranks,
+        redundant_experts=mesh.redundant,
+        rebalances=mesh.rebalances,
     )
 
 
 def expert_message(experts: ExpertStatistics) -> worker_pb2.ExpertLoad:
     """The tokens of each expert."""
     layers = [
-        worker_pb2.ExpertLayer(layer=layer.layer, tokens=layer.tokens, active=layer.active)
+        worker_pb2.ExpertLayer(
+            layer=layer.layer, tokens=layer.tokens, active=layer.active, rank_tokens=layer.rank_tokens
+        )
         for layer in experts.layers
     ]
     return worker_pb2.ExpertLoad(steps=experts.steps, layers=layers)

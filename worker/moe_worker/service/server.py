@@ -75,7 +75,7 @@ class StoppedError(WorkerError):
 
 
 @dataclass(frozen=True)
-class _Stop:
+class Stop:
     """Signals that tell the worker to end.
 
     drain: set when it shall accept no more requests. now: set when it shall stop waiting for active ones.
@@ -127,7 +127,7 @@ def serve(settings: ServeSettings) -> None:
 
 
 async def _serve(settings: ServeSettings, *, measured: bool) -> None:
-    stop = _stop_on_signal(settings.grace_s)
+    stop = stop_on_signal(settings.grace_s)
     model = await asyncio.to_thread(_Model.load, settings)
     inference = InferenceService(
         trace.get_tracer("moe_worker"), metrics.get_meter("moe_worker"), settings.write_timeout_s
@@ -140,7 +140,7 @@ async def _serve(settings: ServeSettings, *, measured: bool) -> None:
             Start(str(model.directory), settings.options), settings.stall_timeout_s
         )
         try:
-            if await _unless_stopped(engine.loaded(), stop.drain):
+            if await unless_stopped(engine.loaded(), stop.drain):
                 inference.served = model.served(settings, engine)
                 await _run(inference.served, inference, health, stop, supervisor, measured=measured)
         finally:
@@ -152,12 +152,12 @@ async def _serve(settings: ServeSettings, *, measured: bool) -> None:
         await server.stop(CLOSE_GRACE_S)
 
 
-def _stop_on_signal(grace_s: float) -> _Stop:
+def stop_on_signal(grace_s: float) -> Stop:
     """SIGTERM and SIGINT drain for at most `grace_s`; a second signal ends the process at once.
 
     Not by the default action, which the kernel does not apply to a container's first process.
     """
-    loop, stop, numbers = asyncio.get_running_loop(), _Stop(), (signal.SIGTERM, signal.SIGINT)
+    loop, stop, numbers = asyncio.get_running_loop(), Stop(), (signal.SIGTERM, signal.SIGINT)
 
     def on_signal() -> None:
         stop.drain.set()
@@ -171,7 +171,7 @@ def _stop_on_signal(grace_s: float) -> _Stop:
 
 
 async def _listen(
-    address: str, most_bytes: int, inference: InferenceService, health: Health, stop: _Stop
+    address: str, most_bytes: int, inference: InferenceService, health: Health, stop: Stop
 ) -> grpc.aio.Server:
     """Responds to probes from here on, and refuses requests with UNAVAILABLE."""
     server = create_server(transport.server_options(most_bytes, MOST_STREAMS))
@@ -191,7 +191,7 @@ async def _run(
     served: Served,
     inference: InferenceService,
     health: Health,
-    stop: _Stop,
+    stop: Stop,
     supervisor: Supervisor,
     *,
     measured: bool,
@@ -227,7 +227,7 @@ async def _follow_experts(engine: EngineClient, measures: EngineMetrics) -> None
                 measures.count_experts(await engine.expert_statistics())
 
 
-async def _unless_stopped(loading: Coroutine[None, None, None], stop: asyncio.Event) -> bool:
+async def unless_stopped(loading: Coroutine[None, None, None], stop: asyncio.Event) -> bool:
     """Waits for `loading` or `stop`; returns False after `stop`, whatever the result of `loading`."""
     task, stopped = asyncio.ensure_future(loading), asyncio.ensure_future(stop.wait())
     await asyncio.wait((task, stopped), return_when=asyncio.FIRST_COMPLETED)
@@ -241,7 +241,7 @@ async def _unless_stopped(loading: Coroutine[None, None, None], stop: asyncio.Ev
 
 
 async def _run_until_drained(
-    engine: EngineClient, inference: InferenceService, health: Health, stop: _Stop, supervisor: Supervisor
+    engine: EngineClient, inference: InferenceService, health: Health, stop: Stop, supervisor: Supervisor
 ) -> None:
     """Raises EngineDiedError if the engine ends first."""
     running, drained = (
@@ -258,7 +258,7 @@ async def _run_until_drained(
     drained.result()
 
 
-async def _drain(engine: EngineClient, inference: InferenceService, health: Health, stop: _Stop) -> None:
+async def _drain(engine: EngineClient, inference: InferenceService, health: Health, stop: Stop) -> None:
     """Waits for the signal to drain, then accepts no more requests and returns after the last active one.
 
     Streams that still run when the time is over end with StoppedError: another worker continues them.
@@ -267,6 +267,6 @@ async def _drain(engine: EngineClient, inference: InferenceService, health: Heal
     inference.phase = Phase.DRAINING
     await health.set_ready(ready=False)
     log.info("draining: %d active requests", engine.requests)
-    if not await _unless_stopped(engine.until_idle(), stop.now):
+    if not await unless_stopped(engine.until_idle(), stop.now):
         log.warning("%d requests did not end in time; they are handed off", engine.requests)
         engine.abandon(StoppedError("this worker was stopped before the text was whole; another goes on"))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Final, get_args
 
 from moe_worker.config.engine import EngineOptions
+from moe_worker.config.mesh import MeshReport
 from moe_worker.engine.requests import Delta, Load, Request
 from moe_worker.engine.statistics import Event, ExpertStatistics, Statistics
 from moe_worker.framing import Codec
@@ -57,11 +58,15 @@ class ExpertReport:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Engine to edge: ready for at most `most_requests` requests (KV memory may limit the batch)."""
+    """Engine to edge: ready for at most `most_requests` requests (KV memory may limit the batch).
+
+    mesh: of the leader of a mesh.
+    """
 
     format: str
     load: Load
     most_requests: int
+    mesh: MeshReport | None = None
 
 
 @dataclass(frozen=True)

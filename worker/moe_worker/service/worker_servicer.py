@@ -39,7 +39,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         if served is None:
             return load_message(Load(), Statistics(), 0.0, requests)
         engine = served.engine
-        return load_message(engine.current_load, engine.statistics, engine.step_s, requests)
+        return load_message(engine.current_load, engine.statistics, engine.step_s, requests, engine.mesh)
 
     async def GetExpertLoad(  # noqa: N802
         self,

@@ -102,6 +102,7 @@ class Load(_message.Message):
     TIME_TO_FIRST_TOKEN_SECONDS_FIELD_NUMBER: _builtins.int
     TIME_PER_OUTPUT_TOKEN_SECONDS_FIELD_NUMBER: _builtins.int
     REQUEST_SECONDS_FIELD_NUMBER: _builtins.int
+    MESH_FIELD_NUMBER: _builtins.int
     queued: _builtins.int
     """Requests that wait for a place in the batch."""
     running: _builtins.int
@@ -145,6 +146,10 @@ class Load(_message.Message):
     def time_per_output_token_seconds(self) -> Global___Histogram: ...
     @_builtins.property
     def request_seconds(self) -> Global___Histogram: ...
+    @_builtins.property
+    def mesh(self) -> Global___Mesh:
+        """The processes of this replica. Not set while it loads, or where the replica is one process."""
+
     def __init__(
         self,
         *,
@@ -168,14 +173,86 @@ class Load(_message.Message):
         time_to_first_token_seconds: Global___Histogram | None = ...,
         time_per_output_token_seconds: Global___Histogram | None = ...,
         request_seconds: Global___Histogram | None = ...,
+        mesh: Global___Mesh | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["request_seconds", b"request_seconds", "started", b"started", "time_per_output_token_seconds", b"time_per_output_token_seconds", "time_to_first_token_seconds", b"time_to_first_token_seconds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["mesh", b"mesh", "request_seconds", b"request_seconds", "started", b"started", "time_per_output_token_seconds", b"time_per_output_token_seconds", "time_to_first_token_seconds", b"time_to_first_token_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_tokens_cached", b"kv_tokens_cached", "kv_tokens_capacity", b"kv_tokens_capacity", "kv_tokens_used", b"kv_tokens_used", "largest_gap_seconds", b"largest_gap_seconds", "output_tokens", b"output_tokens", "preemptions", b"preemptions", "prefix_hit_tokens", b"prefix_hit_tokens", "prompt_tokens", b"prompt_tokens", "queued", b"queued", "request_seconds", b"request_seconds", "requests_completed", b"requests_completed", "requests_expired", b"requests_expired", "requests_received", b"requests_received", "requests_refused", b"requests_refused", "running", b"running", "started", b"started", "step_seconds", b"step_seconds", "steps", b"steps", "time_per_output_token_seconds", b"time_per_output_token_seconds", "time_to_first_token_seconds", b"time_to_first_token_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_tokens_cached", b"kv_tokens_cached", "kv_tokens_capacity", b"kv_tokens_capacity", "kv_tokens_used", b"kv_tokens_used", "largest_gap_seconds", b"largest_gap_seconds", "mesh", b"mesh", "output_tokens", b"output_tokens", "preemptions", b"preemptions", "prefix_hit_tokens", b"prefix_hit_tokens", "prompt_tokens", b"prompt_tokens", "queued", b"queued", "request_seconds", b"request_seconds", "requests_completed", b"requests_completed", "requests_expired", b"requests_expired", "requests_received", b"requests_received", "requests_refused", b"requests_refused", "running", b"running", "started", b"started", "step_seconds", b"step_seconds", "steps", b"steps", "time_per_output_token_seconds", b"time_per_output_token_seconds", "time_to_first_token_seconds", b"time_to_first_token_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Load: _TypeAlias = Load  # noqa: Y015
+
+@_typing.final
+class Mesh(_message.Message):
+    """A replica of several processes: `pipeline` stages of `expert` ranks each."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PIPELINE_FIELD_NUMBER: _builtins.int
+    EXPERT_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
+    READY_RANKS_FIELD_NUMBER: _builtins.int
+    REDUNDANT_EXPERTS_FIELD_NUMBER: _builtins.int
+    REBALANCES_FIELD_NUMBER: _builtins.int
+    pipeline: _builtins.int
+    expert: _builtins.int
+    epoch: _builtins.int
+    """How often the mesh has formed anew."""
+    redundant_experts: _builtins.int
+    """Copies of experts in each layer, in addition to the model's own."""
+    rebalances: _builtins.int
+    """How often experts were moved between ranks since this process started."""
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Stage]:
+        """In order; each with a range of layers."""
+
+    @_builtins.property
+    def ready_ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Ranks that take part now; the others are lost, and the replica serves without them or waits for them."""
+
+    def __init__(
+        self,
+        *,
+        pipeline: _builtins.int = ...,
+        expert: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        stages: _abc.Iterable[Global___Stage] | None = ...,
+        ready_ranks: _abc.Iterable[_builtins.int] | None = ...,
+        redundant_experts: _builtins.int = ...,
+        rebalances: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "expert", b"expert", "pipeline", b"pipeline", "ready_ranks", b"ready_ranks", "rebalances", b"rebalances", "redundant_experts", b"redundant_experts", "stages", b"stages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Mesh: _TypeAlias = Mesh  # noqa: Y015
+
+@_typing.final
+class Stage(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_LAYER_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    first_layer: _builtins.int
+    """Index of its first layer in the model, from 0, and the number of its layers."""
+    layers: _builtins.int
+    def __init__(
+        self,
+        *,
+        first_layer: _builtins.int = ...,
+        layers: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_layer", b"first_layer", "layers", b"layers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Stage: _TypeAlias = Stage  # noqa: Y015
 
 @_typing.final
 class Histogram(_message.Message):
@@ -257,6 +334,7 @@ class ExpertLayer(_message.Message):
     LAYER_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     ACTIVE_FIELD_NUMBER: _builtins.int
+    RANK_TOKENS_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
     """Index of the layer in the model, from 0."""
     active: _builtins.int
@@ -265,16 +343,23 @@ class ExpertLayer(_message.Message):
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens of each routed expert; a token counts for every expert that it activates."""
 
+    @_builtins.property
+    def rank_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Load of each rank of the layer's stage, in order: tokens that it computed, one for each expert that a token
+        activates there. Recent ones count more where the engine weighs them by age. Empty where experts are not spread.
+        """
+
     def __init__(
         self,
         *,
         layer: _builtins.int = ...,
         tokens: _abc.Iterable[_builtins.int] | None = ...,
         active: _builtins.int = ...,
+        rank_tokens: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "layer", b"layer", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active", b"active", "layer", b"layer", "rank_tokens", b"rank_tokens", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,187 @@
+"""User input for replicas of several workers: spec.parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+
+from moe_operator.resources import quantity
+from moe_operator.resources.base import Model, rules
+from moe_operator.resources.pods import Quantity
+
+RANKS_MOST: Final = 1024
+"""Workers of one replica, at most."""
+_LABEL_KEY = "^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+
+
+def _size(value: Any) -> Any:
+    """The number in {"size": 2}, as earlier versions wrote it."""
+    return value.get("size", 1) if isinstance(value, Mapping) else value
+
+
+# Without a type: stored objects of earlier versions have {"size": 1} here. With type integer the API server
+# would
+# empty that object, and server-side apply of their status would fail.
+ExpertRanks = Annotated[
+    int, BeforeValidator(_size), WithJsonSchema({"x-kubernetes-preserve-unknown-fields": True})
+]
+"""A number of workers."""
+
+
+class Rebalance(Model):
+    """When copies of experts move between the ranks of a stage."""
+
+    mode: Literal["Auto", "Off"] = Field(
+        default="Auto",
+        description="Auto: the engine moves experts while it serves, when the load of ranks differs. Off: "
+        "experts stay where they were at the start. Default: Auto.",
+    )
+    interval: str = Field(
+        default="5m",
+        description="Least time between two rebalancings: a number and s, m or h, e.g. 10m. Default: 5m.",
+        max_length=7,
+        json_schema_extra=rules(
+            ("self.matches('^[1-9][0-9]{0,5}[smh]$')", "interval is a number and s, m or h, e.g. 10m")
+        ),
+    )
+    threshold: Quantity = Field(
+        default="1.2",
+        description="Imbalance above which experts move, and the condition ExpertsBalanced is False: the "
+        "load of the busiest rank of a stage divided by the mean of its ranks, in the worst layer. Default: "
+        "1.2.",
+        json_schema_extra=rules(
+            (
+                "isQuantity(string(self)) && quantity(string(self)).compareTo(quantity('1')) >= 0 && "
+                "quantity(string(self)).compareTo(quantity('100')) <= 0",
+                "threshold is a ratio of loads from 1 to 100, e.g. 1.2",
+            )
+        ),
+    )
+
+    @property
+    def interval_seconds(self) -> int:
+        """`interval` in seconds."""
+        return int(self.interval[:-1]) * {"s": 1, "m": 60, "h": 3600}[self.interval[-1]]
+
+    @property
+    def threshold_percentage(self) -> int:
+        """`threshold` in percent."""
+        return int(quantity.parse(self.threshold) * 100)
+
+
+class Topology(Model):
+    """On which nodes the workers of one replica run, relative to each other."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "!has(self.exclusive) || !self.exclusive || (has(self.policy) && self.policy == 'Required')",
+                "exclusive needs policy Required: only then is a replica alone in its domain",
+            )
+        )
+    )
+
+    key: str = Field(
+        description="Label of nodes; nodes with the same value are one domain, e.g. kubernetes.io/hostname "
+        "or the label of a rack or NVLink domain. Required.",
+        min_length=1,
+        max_length=316,
+        json_schema_extra=rules(
+            (
+                f"self.matches('{_LABEL_KEY}')",
+                "key is that of a node's label, e.g. topology.kubernetes.io/zone",
+            )
+        ),
+    )
+    policy: Literal["Required", "Preferred", "Spread"] = Field(
+        default="Required",
+        description="Required: all workers of a replica run in one domain. Preferred: in one domain where "
+        "there is room. Spread: evenly over domains where there is room. Default: Required.",
+    )
+    exclusive: bool = Field(
+        default=False,
+        description="No two replicas of the deployment share a domain; only with policy Required. Default: "
+        "false.",
+    )
+
+
+class Parallelism(Model):
+    """How one replica is distributed over workers."""
+
+    pipeline: int = Field(
+        default=1,
+        description="Number of stages of a replica, each with a part of the layers; at most as many as the "
+        "model has layers. Default: 1.",
+        json_schema_extra=rules(
+            (f"self >= 1 && self <= {RANKS_MOST}", f"pipeline is a number of stages from 1 to {RANKS_MOST}")
+        ),
+    )
+    expert: ExpertRanks = Field(
+        default=1,
+        description="Workers of each stage; they share the routed experts of its layers. A number: experts "
+        "and redundantExperts together must be divisible by it. A replica has pipeline x expert workers. "
+        "Default: 1.",
+    )
+    redundant_experts: int = Field(
+        default=0,
+        description="Copies of routed experts in each layer, in addition to the model's own, spread over "
+        "the workers of a stage: the busiest experts get them. Default: 0.",
+        json_schema_extra=rules(
+            ("self >= 0 && self <= 65536", "redundantExperts is a number of copies from 0 to 65536")
+        ),
+    )
+    rebalance: Rebalance | None = Field(
+        default=None, description="When experts move between workers. Default: as the engine decides."
+    )
+    topology: Topology | None = Field(
+        default=None,
+        description="On which nodes the workers of one replica run, relative to each other. Needs "
+        "Kubernetes 1.31 or newer. Default: anywhere.",
+    )
+    scheduling_deadline_seconds: int = Field(
+        default=300,
+        description="How long some workers of a replica may have nodes while others have none. Then all its "
+        "pods are deleted, so that they hold no GPUs, and created again after a pause that grows with each "
+        "attempt. Default: 300.",
+        json_schema_extra=rules(
+            ("self >= 1 && self <= 86400", "schedulingDeadlineSeconds is a number from 1 to 86400")
+        ),
+    )
+    restart_budget: int = Field(
+        default=10,
+        description="Restarts of any one worker of a replica that does not become ready; a replica that was "
+        "ready for 10 minutes has a new budget. Then its pods are deleted until an edit or `moe rollout "
+        "restart`. Default: 10.",
+        json_schema_extra=rules(("self >= 1 && self <= 1000", "restartBudget is a number from 1 to 1000")),
+    )
+
+    @property
+    def ranks(self) -> int:
+        """Workers of one replica."""
+        return self.pipeline * self.expert
+
+    @model_validator(mode="after")
+    def _fits(self) -> Parallelism:
+        """What CEL cannot check, because `expert` has no type in the CRD. Raises ValueError."""
+        if not 1 <= self.expert <= RANKS_MOST or self.ranks > RANKS_MOST:
+            raise ValueError(
+                f"expert is {self.expert} and pipeline {self.pipeline}; expert is a number of workers of 1 "
+                f"or more, and a replica has {RANKS_MOST} workers at most"
+            )
+        if self.expert == 1 and self.redundant_experts:
+            raise ValueError(
+                "redundantExperts needs workers that share experts: set expert to 2 or more, or "
+                "redundantExperts to 0"
+            )
+        if self.expert == 1 and self.rebalance is not None:
+            raise ValueError(
+                "rebalance needs workers that share experts: set expert to 2 or more, or remove rebalance"
+            )
+        if self.ranks == 1 and self.topology is not None:
+            raise ValueError(
+                "topology is for replicas of several workers: set pipeline or expert to 2 or more, or "
+                "remove topology"
+            )
+        return self
