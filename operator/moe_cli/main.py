@@ -3,6 +3,7 @@
 import click
 
 from moe_cli.chat import chat
+from moe_cli.experts import experts
 from moe_cli.generate import generate
 from moe_cli.rollout import rollout
 from moe_cli.status import status
@@ -19,6 +20,7 @@ def main() -> None:
     \b
     See what is deployed:    moe status
     Follow a change of it:   moe rollout status NAME
+    See its experts' load:   moe experts --endpoint WORKER
     Reach it from here:      kubectl port-forward service/NAME-frontend 8000
     Ask it:                  moe generate "A pod is"
     Talk to a chat model:    moe chat --endpoint 127.0.0.1:8080   (the frontend's HTTP port)
@@ -38,6 +40,7 @@ main.add_command(chat)
 main.add_command(generate)
 main.add_command(tokenize)
 main.add_command(status)
+main.add_command(experts)
 main.add_command(load)
 main.add_command(rollout)
 main.add_command(replay)

@@ -12,9 +12,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from moe_worker.config.moe import Routing
+from moe_worker.config.moe import Level, Routing
 from moe_worker.kernels.triton import attention, experts, few, latent, linear, norm, router, tiles, wide
 from moe_worker.models.cuda_build import pack_fp8, pack_int4, split_dense
+from moe_worker.moe.router import choose
 from moe_worker.quant.fp8 import quantize_fp8
 from moe_worker.quant.int4 import quantize_int4
 from moe_worker.quant.int8 import piece_of
@@ -256,28 +257,23 @@ def test_a_row_of_not_numbers_reaches_no_token_before_it(wrong):
 CHOICES = {
     "sigmoid": (64, Routing(64, 2, 6, normalise=True)),
     "softmax": (64, Routing(64, 0, 2, softmax=True, scale=16.0)),
-    "groups by two": (64, Routing(64, 1, 4, 8, 3, 2, normalise=True, scale=2.5)),
-    "groups by one": (64, Routing(64, 2, 3, 4, 2, softmax=True, normalise=True)),
+    "groups by two": (64, Routing(64, 1, 4, (Level(8, 3, 2),), normalise=True, scale=2.5)),
+    "groups by one": (64, Routing(64, 2, 3, (Level(4, 2),), softmax=True, normalise=True)),
     # DeepSeek-V2 has groups of 20 experts.
-    "groups of 20": (160, Routing(160, 2, 6, 8, 3, softmax=True, scale=16.0)),
+    "groups of 20": (160, Routing(160, 2, 6, (Level(8, 3),), softmax=True, scale=16.0)),
+    "three levels": (64, Routing(64, 1, 4, (Level(4, 2, 2), Level(8, 3, 2), Level(16, 4)), normalise=True)),
+    "a part of the mass": (64, Routing(64, 1, 6, (Level(8, 3, 2),), normalise=True, scale=2.5, mass=0.6)),
+    "a part of all": (64, Routing(64, 0, 6, softmax=True, mass=0.4)),
 }
 
 
 def plain_route(logits_TE, bias_E, choice):
     """Weights of all experts, the shared ones behind, 0 where an expert is not chosen: [T, A]."""
     scores = logits_TE.softmax(-1) if choice.softmax else logits_TE.sigmoid()
-    moved = scores + bias_E
-    if choice.kept_groups < choice.groups:
-        each = moved.unflatten(-1, (choice.groups, -1))
-        group = each.topk(choice.group_best, dim=-1).values.sum(-1)
-        kept = torch.zeros_like(group).scatter(-1, group.topk(choice.kept_groups).indices, 1.0)
-        moved = each.masked_fill(kept.unsqueeze(-1) == 0, float("-inf")).flatten(-2)
-    chosen = moved.topk(choice.top_k).indices
-    weights = scores.gather(-1, chosen)
-    if choice.normalise:
-        weights = weights / weights.sum(-1, keepdim=True)
-    shares = torch.zeros_like(scores).scatter(-1, chosen, weights * choice.scale)
-    return torch.cat((shares, torch.ones_like(shares[:, : choice.shared])), dim=-1)
+    chosen, weights = choose(scores, bias_E, choice)
+    shares = torch.zeros(len(scores), choice.experts + 1, dtype=scores.dtype, device=DEVICE)
+    shares.scatter_(-1, chosen % (choice.experts + 1), weights)
+    return torch.cat((shares[:, :-1], torch.ones_like(shares[:, : choice.shared])), dim=-1)
 
 
 @pytest.mark.parametrize(("count", "choice"), CHOICES.values(), ids=CHOICES.keys())
@@ -288,12 +284,18 @@ def test_router(count, choice, tokens):
     counts = torch.zeros(count + choice.shared, dtype=torch.int32, device=DEVICE)
     chosen, weights = router.route(x, weight, bias, choice, counts)
     expected = plain_route(x.double() @ weight.double().t(), bias.double(), choice)
-    actual = torch.zeros_like(expected).scatter(1, chosen.long(), weights.double())
+    assert torch.equal(chosen < 0, weights == 0)
+    none = expected.shape[1]
+    actual = torch.zeros(tokens, none + 1, dtype=torch.float64, device=DEVICE)
+    actual = actual.scatter(1, chosen.long() % (none + 1), weights.double())[:, :none]
     assert difference(actual, expected) < 1e-5
     assert torch.equal(counts.long(), (expected > 0).sum(0))
 
 
-@pytest.mark.parametrize(("count", "choice"), [*CHOICES.values(), (20, CHOICES["sigmoid"][1])])
+FIXED = [case for case in CHOICES.values() if not case[1].is_dynamic]
+
+
+@pytest.mark.parametrize(("count", "choice"), [*FIXED, (20, CHOICES["sigmoid"][1])])
 def test_rows_that_are_not_numbers_choose_experts_that_exist(count, choice):
     """20 experts stand in a block of 32: the greatest of NaNs may be any place in it."""
     x, weight = randn(9, 320), randn(count, 320, dtype=torch.float32) / 18

@@ -74,13 +74,19 @@ def test_only_what_changes_the_pods_changes_the_revision():
 
 
 def test_what_the_spec_leaves_open_is_left_to_the_worker():
-    for flag in ("--context-length", "--format", "--kv-dtype", "--generation-config", "--config-override"):
+    flags = ("--context-length", "--format", "--kv-dtype", "--generation-config", "--config-override")
+    for flag in (*flags, "--routing-mass"):
         assert flag not in worker.command(deployment())
     chosen = {"contextLength": 512, "kvMemory": "2Gi", "format": "w4a8", "kvDtype": "fp8"}
-    chosen |= {"generationConfig": "Auto", "configOverride": '{"rope_theta": 1e6}'}
+    chosen |= {
+        "generationConfig": "Auto",
+        "configOverride": '{"rope_theta": 1e6}',
+        "routing": {"mass": "800m"},
+    }
     command = worker.command(deployment(engine=chosen))
     assert command[command.index("--generation-config") + 1] == "auto"
     assert command[command.index("--config-override") + 1] == '{"rope_theta": 1e6}'
+    assert command[command.index("--routing-mass") + 1] == "0.8"
     assert command[command.index("--format") + 1] == "w4a8"
     assert command[command.index("--kv-dtype") + 1] == "fp8"
     assert command[command.index("--context-length") + 1] == "512"

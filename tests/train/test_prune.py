@@ -97,6 +97,12 @@ def test_sizes_that_cannot_be_are_refused(changes, sentence):
         ModelSizes.of(config).check(replace(SMALLER, **changes), config)
 
 
+def test_the_groups_of_levels_stay_whole():
+    config = {**CONFIG, **SHAPE, "n_group": 1, "routing": {"levels": [{"groups": 4, "keep": 2}]}}
+    with pytest.raises(SettingsError, match=r"a model with routing.levels cannot lose experts"):
+        ModelSizes.of(config).check(SMALLER, config)
+
+
 def test_experts_that_a_token_needs_stay():
     config = {**CONFIG, "num_experts_per_tok": 4}
     with pytest.raises(

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_worker.config.moe import Routing
+from moe_worker.config.moe import Level, Routing
 from moe_worker.errors import SettingsError
 from moe_worker.kernels.cpu import build, library, operations, structs
 from moe_worker.kernels.cpu.operations import PagedRows
@@ -186,7 +186,8 @@ def test_route(variant, tokens, width, groups, size, group_best, softmax, normal
     top_k = data.draw(st.integers(1, kept * size))
     x, weight = random(tokens, width), random(groups * size, width, seed=1) / width**0.5
     bias = random(groups * size, seed=2) if biased else None
-    choice = Routing(groups * size, 1, top_k, groups, kept, group_best, softmax, normalise, 2.5)
+    levels = (Level(groups, kept, group_best),)
+    choice = Routing(groups * size, 1, top_k, levels, softmax, normalise, 2.5)
     chosen, weights = operations.route(kernels(variant), x, weight, bias, choice)
     logits = x @ weight.T
     scores = logits.softmax(dim=-1) if softmax else logits.sigmoid()

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_worker.config.moe import Routing
+from moe_worker.config.moe import Level, Routing
 from moe_worker.kernels.cpu import build, library, operations
 from moe_worker.kernels.cpu.weights import pack_int4
 from moe_worker.kernels.reference import group_by_expert, swiglu
@@ -181,7 +181,7 @@ def test_one_description_of_routing_means_one_choice(tokens, groups, size, best,
     """Plain torch (the trainer's as well) and the CPU kernels choose the same by one `Routing`."""
     kept = data.draw(st.integers(1, groups))
     top_k = data.draw(st.integers(1, kept * size))
-    routing = Routing(groups * size, 1, top_k, groups, kept, best, softmax, normalise, 1.5)
+    routing = Routing(groups * size, 1, top_k, (Level(groups, kept, best),), softmax, normalise, 1.5)
     x, weight, bias = (
         random(*shape, seed=3) for shape in ((tokens, 64), (groups * size, 64), (groups * size,))
     )

@@ -52,6 +52,7 @@ def command(deployment: Deployment) -> list[str]:
     words += ["--kv-dtype", engine.kv_dtype] if engine.kv_dtype != "auto" else []
     words += ["--generation-config", "auto"] if engine.generation_config == "Auto" else []
     words += _VERIFICATION[engine.verification]
+    words += ["--routing-mass", f"{engine.routing_mass:g}"] if engine.routing_mass is not None else []
     words += ["--config-override", engine.config_override] if engine.config_override is not None else []
     quality = deployment.spec.quality
     if quality is not None:

@@ -17,6 +17,24 @@ from moe_operator.resources.rollout_spec import Rollout
 from moe_operator.resources.scaling_spec import REPLICAS_MOST, Scaling
 
 
+class EngineRouting(Model):
+    """How many experts a token uses."""
+
+    mass: Quantity | None = Field(
+        default=None,
+        description="Share of the scores of a token's experts at which the rest are left out: a quantity "
+        "above 0, at most 1, such as 750m; 1 leaves none out. A worker refuses less than the checkpoint's "
+        "routing.json allows. Default: the checkpoint's.",
+        json_schema_extra=rules(
+            (
+                "isQuantity(string(self)) && quantity(string(self)).compareTo(quantity('0')) > 0 && "
+                "quantity(string(self)).compareTo(quantity('1')) <= 0",
+                "mass is a quantity above 0, at most 1, e.g. 750m",
+            )
+        ),
+    )
+
+
 class Engine(Model):
     """How a worker runs the model."""
 
@@ -90,6 +108,9 @@ class Engine(Model):
             )
         ),
     )
+    routing: EngineRouting = Field(
+        default=EngineRouting(), description="How many experts a token uses. Default: as the checkpoint says."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto",
         description="Where the model runs; auto takes a GPU when the pod has one. Default: auto.",
@@ -99,6 +120,11 @@ class Engine(Model):
     def kv_memory_bytes(self) -> int:
         """`kv_memory` in bytes."""
         return int(quantity.parse(self.kv_memory))
+
+    @property
+    def routing_mass(self) -> float | None:
+        """`routing.mass` as a number."""
+        return None if self.routing.mass is None else float(quantity.parse(self.routing.mass))
 
 
 _PORT = "[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"

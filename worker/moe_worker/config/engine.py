@@ -17,7 +17,7 @@ GENERATION_CONFIGS = ("auto", "none")
 KV_DTYPES = ("auto", "float32", "bfloat16", "fp8")
 # The range of each number. The upper ends are far above what any machine can use, and keep products within 64
 # bits.
-BOUNDS: Mapping[str, tuple[int, int]] = {
+BOUNDS: Mapping[str, tuple[float, float]] = {
     "context_length": (1, LARGEST_SIZE),
     "max_batch_size": (1, 1 << 16),
     "max_queue": (0, LARGEST_SIZE),
@@ -29,6 +29,8 @@ BOUNDS: Mapping[str, tuple[int, int]] = {
     "mesh_rank": (0, MOST_RANKS - 1),
     "mesh_epoch": (0, LARGEST_SIZE),
     "redundant_experts": (0, MOST_EXPERTS),
+    "routing_mass": (0.001, 1),
+    "routing_margin": (0, 1),
 }
 # Of config.json's fields; published ones nest 4 deep.
 MOST_NESTED = 16
@@ -66,6 +68,12 @@ class EngineOptions:
     mesh: processes of this replica, PIPELINExEXPERT. mesh_rank: which of them this is; 0 leads. mesh_leader:
         HOST:PORT where rank 0 listens. mesh_epoch: how often the mesh has formed; ranks of another epoch are
         refused. redundant_experts: copies of experts in each layer, spread over a stage's ranks.
+    routing_mass: share of the scores of a token's top_k experts that its experts reach (config/moe.py,
+        Routing); None: what the checkpoint says. Less than that only as far as its routing.json allows.
+    routing_margin: experts whose scores differ by less may take each other's place, those with less load in
+        the checkpoint's routing.json first (moe/balance.py). 0: none do.
+    learn_routing: whether requests move the matrix of domains and experts that GetExpertLoad tells; it begins
+        with the checkpoint's routing.json. Answers do not depend on it.
     threads: of torch on the CPU; None: all cores that this process may use, or one for small models.
     """
 
@@ -90,6 +98,9 @@ class EngineOptions:
     mesh_leader: str = ""
     mesh_epoch: int = 0
     redundant_experts: int = 0
+    routing_mass: float | None = None
+    routing_margin: float = 0.0
+    learn_routing: bool = False
     config_override: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

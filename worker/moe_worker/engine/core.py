@@ -17,11 +17,19 @@ from moe_worker.config.engine import EngineOptions
 from moe_worker.engine.flight import Flight
 from moe_worker.engine.loading import LoadedModel
 from moe_worker.engine.requests import Delta, FinishReason, Load, Request
-from moe_worker.engine.statistics import Event, ExpertStatistics, LayerExperts, Statistics, Tally
+from moe_worker.engine.statistics import (
+    DomainExperts,
+    Event,
+    ExpertStatistics,
+    LayerExperts,
+    Statistics,
+    Tally,
+)
 from moe_worker.errors import DeviceMemoryError
 from moe_worker.mesh.control import MeshError
 from moe_worker.mesh.runner import MeshRunner
 from moe_worker.models.batch import Batch, Segment
+from moe_worker.models.runner import TellsChoices
 from moe_worker.sampling.guides import Allowed, Guide, Guides
 from moe_worker.sampling.logprobs import TokenLogprobs
 from moe_worker.sampling.sampler import Sampled, Sampler
@@ -134,8 +142,17 @@ class EngineCore:
         except MeshError as error:
             self._recover(error)
             steps, layers = self._experts.read()
-        rows = (LayerExperts(layer, tuple(tokens), active) for layer, tokens, active in layers)
-        return ExpertStatistics(steps, tuple(rows))
+        rows = tuple(LayerExperts(layer, tuple(tokens), active) for layer, tokens, active in layers)
+        learner = self._loaded.learner
+        if learner is None:
+            return ExpertStatistics(steps, rows)
+        matrix = learner.matrix
+        named = zip(learner.names, matrix.tokens_N, matrix.affinity().unbind(1), strict=True)
+        domains = tuple(
+            DomainExperts(name, tokens, tuple(map(tuple, shares_LE.tolist())))
+            for name, tokens, shares_LE in named
+        )
+        return ExpertStatistics(steps, rows, domains, matrix.fit())
 
     def take_events(self) -> tuple[Event, ...]:
         """Events of requests since the last call."""
@@ -183,6 +200,8 @@ class EngineCore:
     def cancel(self, request: int) -> None:
         """Removes a request and frees its resources; it is no error if it has finished already."""
         self._sequences.pop(request, None)
+        if self._loaded.learner is not None:
+            self._loaded.learner.finish(request)
         self._sampler.release(request)
         self._scheduler.release(request)
 
@@ -264,6 +283,9 @@ class EngineCore:
         masks = None if self._flights else self._guides.begin(guided, loaded.device)
         logits_NV = loaded.runner.logits(batch, loaded.cache, rows)
         self._experts.count(step.tokens)
+        if loaded.learner is not None and isinstance(loaded.runner, TellsChoices):
+            chunks = ((chunk.id, len(chunk.tokens)) for chunk in step.chunks)
+            loaded.learner.take(loaded.runner.choices(), chunks)
         if not sampling:
             return Flight(step, sampling, None)
         if guided:

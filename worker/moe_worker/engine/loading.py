@@ -15,6 +15,7 @@ from moe_worker.config.mesh import MeshShape
 from moe_worker.config.model import ModelConfig
 from moe_worker.config.quantization import PackedStorage, SparseStorage
 from moe_worker.engine import gpu
+from moe_worker.engine.routing import balance, learner_of, with_mass
 from moe_worker.errors import SettingsError
 from moe_worker.kernels.cpu.library import Kernels
 from moe_worker.kernels.registry import Hardware, choose, explain, probe_cpu
@@ -33,6 +34,7 @@ from moe_worker.models.safetensors import stored_tensors
 from moe_worker.models.stored import Placement
 from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.models.tokenizer_guard import load_guarded
+from moe_worker.moe.learning import RoutingLearner
 
 # Number of active weights up to which one thread is as fast as several.
 SINGLE_THREAD_BYTES = 64 * 2**20
@@ -59,6 +61,7 @@ class LoadedModel:
     format: str
     kernels: tuple[str, ...]
     member: Member | None = None
+    learner: RoutingLearner | None = None
 
     @property
     def shards(self) -> int:
@@ -79,7 +82,7 @@ def load(
 ) -> LoadedModel:
     """Checks everything that is cheap to check, then reads the weights. Raises WorkerError."""
     directory = find_checkpoint(directory)
-    config = read_checkpoint_config(directory, options.config_override)
+    config = with_mass(read_checkpoint_config(directory, options.config_override), directory, options)
     context = options.context_for(config.max_position_embeddings)
     tokenizer = load_tokenizer(directory, config)
     device = choose_device(options.device)
@@ -107,11 +110,13 @@ def load(
             stage = part_of(config, member, stored, options.redundant_experts, device)
             rows = replace(rows, layers=len(stage.layers))
         model = load_model(directory, config, placement, context, progress, stage)
+        balance(model, directory, options)
         cache = _allocate_cache(rows, options, context, device, member)
         runner = _runner(model, cache, options, context, path, progress, member)
+        learner = learner_of(runner, config, directory, options)
         unfinished.pop_all()
     lines = tuple(explain(name, hardware))
-    return LoadedModel(config, runner, tokenizer, cache, context, name, lines, member)
+    return LoadedModel(config, runner, tokenizer, cache, context, name, lines, member, learner)
 
 
 def _cache_shape(config: ModelConfig, options: EngineOptions, dtype: torch.dtype, path: str) -> CacheShape:

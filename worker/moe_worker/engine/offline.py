@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,10 +15,12 @@ from moe_worker.config.model import ModelConfig
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.loading import load
 from moe_worker.engine.requests import Delta, FinishReason, Request, prompt_violations
-from moe_worker.errors import RequestError
+from moe_worker.errors import RequestError, SettingsError
 from moe_worker.kvcache.paged import PagedCache
 from moe_worker.models.batch import Batch, Segment
+from moe_worker.models.runner import TellsChoices
 from moe_worker.models.tokenizer import Tokenizer
+from moe_worker.moe.counting import Counter
 from moe_worker.sampling.defaults import sampling_defaults
 from moe_worker.sampling.grammar import format_violations
 from moe_worker.sampling.output_format import OutputFormat
@@ -50,9 +52,9 @@ class Engine:
         format: str = "auto",  # noqa: A002 - the field's word
         *,
         progress: bool = False,
-        **options: int | None,
+        **options: Any,
     ) -> None:
-        self._options = EngineOptions(device=device, dtype=dtype, format=format, **options)  # type: ignore[arg-type]
+        self._options = EngineOptions(device=device, dtype=dtype, format=format, **options)
         self._loaded = load(Path(path), self._options, progress)
         self._defaults = sampling_defaults(find_checkpoint(Path(path)), self._options.generation_config)
 
@@ -65,6 +67,22 @@ class Engine:
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
         return self._loaded.tokenizer
+
+    def expert_counter(self) -> Counter:
+        """Counts the experts of the calls of `logits` from now on; it wants to be told after each."""
+        return self._loaded.runner.expert_counter()
+
+    def choices(self, token_ids: Sequence[int]) -> list[Tensor]:
+        """The routed experts of each of `token_ids`, [T, K], of each layer with experts in order; -1: none.
+
+        Raises SettingsError where the kernels do not tell them, and RequestError.
+        """
+        runner = self._loaded.runner
+        if not isinstance(runner, TellsChoices):
+            raise SettingsError("these kernels do not tell the experts of tokens; use device cpu")
+        runner.keep_choices()
+        self.logits(token_ids)
+        return runner.choices()
 
     def generate(
         self,

@@ -66,12 +66,26 @@ class LayerExperts(NamedTuple):
     rank_tokens: tuple[float, ...] = ()
 
 
+class DomainExperts(NamedTuple):
+    """A domain, the tokens learned from, and the share of each expert in its choices, layer by layer."""
+
+    name: str
+    tokens: int
+    shares: tuple[tuple[float, ...], ...]
+
+
 @dataclass(frozen=True)
 class ExpertStatistics:
-    """All layers with experts, in order, over `steps` steps."""
+    """All layers with experts, in order, over `steps` steps.
+
+    domains: of the capability matrix, where it is learned. fit: share of the choices that went to the experts
+    that it had named before; None before anything was compared.
+    """
 
     steps: int = 0
     layers: tuple[LayerExperts, ...] = ()
+    domains: tuple[DomainExperts, ...] = ()
+    fit: float | None = None
 
     def since(self, before: "ExpertStatistics") -> "ExpertStatistics":
         """The difference to `before`, which is of the same engine, or empty."""
@@ -79,7 +93,7 @@ class ExpertStatistics:
             return self
         pairs = zip(self.layers, before.layers, strict=True)
         layers = tuple(_difference(new, old) for new, old in pairs)
-        return ExpertStatistics(self.steps - before.steps, layers)
+        return ExpertStatistics(self.steps - before.steps, layers, self.domains, self.fit)
 
 
 @dataclass

@@ -5,18 +5,28 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from moe_worker.config.directory import CONFIG
+from moe_worker.config.directory import CONFIG, LARGEST_CONFIG
 from moe_worker.config.engine import EngineOptions
+from moe_worker.config.routing_report import ROUTING_FILE
 from moe_worker.models.safetensors import StoredTensor
-from moe_worker.reading import open_file
+from moe_worker.reading import open_file, present, read_file
 
 # Options that may differ between ranks; all others change what a rank computes or how much it holds.
-OWN = ("mesh_rank", "mesh_leader", "device", "threads", "check_weights", "check_digests", "max_queue")
+OWN = (
+    "mesh_rank",
+    "mesh_leader",
+    "device",
+    "threads",
+    "check_weights",
+    "check_digests",
+    "max_queue",
+    "learn_routing",
+)
 SAMPLES, SAMPLE_BYTES = 16, 4096
 
 
 def mesh_digest(directory: Path, stored: Mapping[str, StoredTensor], options: EngineOptions) -> str:
-    """SHA-256 in hexadecimal of config.json, what the headers say, samples of each file, and options.
+    """SHA-256 in hexadecimal of config.json, routing.json, headers, samples of each file, and options.
 
     Samples, because reading all of a checkpoint takes minutes: two trainings of one shape differ everywhere.
     """
@@ -25,6 +35,8 @@ def mesh_digest(directory: Path, stored: Mapping[str, StoredTensor], options: En
     digest.update(repr(sorted(shared.items())).encode())
     with open_file(directory / CONFIG) as file:
         digest.update(file.read())
+    if present(directory / ROUTING_FILE):
+        digest.update(read_file(directory / ROUTING_FILE, LARGEST_CONFIG))
     for name in sorted(stored):
         tensor = stored[name]
         digest.update(repr((name, tensor.file.name, tensor.dtype, tensor.shape, tensor.offset)).encode())

@@ -183,3 +183,12 @@ class StageModel:
         routers = {index: block.router for index, block in blocks if isinstance(block, RoutedBlock)}
         choices = [router.choice for router in routers.values()]
         return ExpertCounter(list(routers), choices, self.config.moe.routed)
+
+    def keep_choices(self) -> None:
+        """Lets `choices` tell the experts of forward passes from now on."""
+
+    def choices(self) -> list[Tensor]:
+        """The routed experts of each token in the newest pass, [T, K], layer by layer; -1: none."""
+        blocks = (layer.block for layer in self.layers)
+        chosen = (block.router.choice.experts_TK for block in blocks if isinstance(block, RoutedBlock))
+        return [experts_TK for experts_TK in chosen if experts_TK is not None]

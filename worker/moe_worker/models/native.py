@@ -206,6 +206,15 @@ class NativeModel(StageModel):
         """See StageModel."""
         return self.fusion.expert_counter() if self.fused else super().expert_counter()
 
+    def keep_choices(self) -> None:
+        """See StageModel."""
+        if self.fused:
+            self.fusion.keep_choices()
+
+    def choices(self) -> list[Tensor]:
+        """See StageModel."""
+        return self.fusion.choices() if self.fused else super().choices()
+
     @cached_property
     def fusion(self) -> Fusion:
         """All layers in one call."""

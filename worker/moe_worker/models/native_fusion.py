@@ -37,6 +37,7 @@ class Fusion:
         for index, used in self._used.items():
             self._layers[index].experts_used = used.data_ptr()
         self._arguments = self._fixed()
+        self._keeps_choices, self._chosen = False, dict[int, Tensor]()
 
     def run(
         self, batch: Batch, cache: PagedCache, x_TD: Tensor | None, rows: Sequence[int] = ()
@@ -62,8 +63,24 @@ class Fusion:
         arguments.rows, arguments.selected = batch.rows_T.data_ptr(), selected_N.data_ptr()
         arguments.logits = logits_NV.data_ptr()
         arguments.count, arguments.selected_count = tokens, len(rows)
+        if self._keeps_choices:
+            self._receive_choices(tokens)
         model.kernels.run(arguments)
         return x_TD, logits_NV
+
+    def keep_choices(self) -> None:
+        """Lets `choices` tell the experts of passes from now on."""
+        self._keeps_choices = True
+
+    def choices(self) -> list[Tensor]:
+        """The routed experts of each token in the newest pass, int32 [T, K], layer by layer; -1: none."""
+        return [chosen_TK[:, : self._model.config.moe.top_k] for chosen_TK in self._chosen.values()]
+
+    def _receive_choices(self, tokens: int) -> None:
+        for layer in self._used:
+            per_token = self._model.config.moe.routing.per_token
+            self._chosen[layer] = torch.empty(tokens, per_token, dtype=torch.int32)
+            self._layers[layer].chosen = self._chosen[layer].data_ptr()
 
     def expert_counter(self) -> "FusionCounter":
         """Counts the experts that passes from now on use."""
@@ -100,9 +117,8 @@ class Fusion:
             inner_eps=INNER_NORM_EPS,
             attention_scale=model.layers[0].attention.scale,
         )
-        routing = config.moe.routing
-        arguments.experts, arguments.routed_scale = routing.experts, routing.scale
-        structs.set_choice(arguments, routing)
+        arguments.experts = config.moe.routed
+        arguments.choice = structs.choice_struct(config.moe.routing)
         return arguments
 
     def _weights(self) -> Iterator[structs.Weight]:

@@ -5,7 +5,7 @@ Legend: N tokens whose logits are wanted, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -31,6 +31,19 @@ class Runner(Protocol):
         ...
 
 
+@runtime_checkable
+class TellsChoices(Protocol):
+    """A Runner that can tell which experts the tokens of its newest pass had."""
+
+    def keep_choices(self) -> None:
+        """Lets `choices` tell them from now on."""
+        ...
+
+    def choices(self) -> list[Tensor]:
+        """The routed experts of each token, [T, K], of each layer with experts in order; -1: none."""
+        ...
+
+
 @dataclass(frozen=True)
 class ModelRunner:
     """A model in one process, in plain torch or on the CPU kernels."""
@@ -44,3 +57,11 @@ class ModelRunner:
     def expert_counter(self) -> Counter:
         """The counter of the model."""
         return self.model.expert_counter()
+
+    def keep_choices(self) -> None:
+        """See StageModel."""
+        self.model.keep_choices()
+
+    def choices(self) -> list[Tensor]:
+        """See StageModel."""
+        return self.model.choices()

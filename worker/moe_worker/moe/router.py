@@ -1,4 +1,4 @@
-"""Routers: scores by sigmoid or softmax; the best experts of all, or of the best groups only.
+"""Routers: scores by sigmoid or softmax; the best experts of all, or of the best groups of each level only.
 
 DeepSeek-V3 scores groups by their two best experts and moves the choice by a load-balance bias
 (arXiv:2412.19437, 2.1.2), DeepSeek-V2 by their best one (arXiv:2405.04434, 2.1.4).
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moe_worker.config.moe import Routing
+from moe_worker.config.moe import Level, Routing
 from moe_worker.moe.counting import Choice
 
 
@@ -55,23 +55,39 @@ def scores(logits_TE: Tensor, routing: Routing) -> Tensor:
 
 
 def choose(scores_TE: Tensor, bias_E: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
-    """The best experts of each token, int64 [T, top_k], and their weights; gradients flow through these."""
+    """The best experts of each token, int64 [T, top_k], and their weights; gradients flow through these.
+
+    Where the routing is dynamic, experts stand best first, and -1 with weight 0 behind those that it takes.
+    """
     choice_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
-    if routing.kept_groups < routing.groups:
-        choice_TE = _mask_groups(choice_TE, routing)
-    experts_TK = choice_TE.topk(routing.top_k, dim=-1, sorted=False).indices
+    for level in routing.limits:
+        choice_TE = _mask_groups(choice_TE, level)
+    experts_TK = choice_TE.topk(routing.top_k, dim=-1, sorted=routing.is_dynamic).indices
     weights_TK = scores_TE.gather(1, experts_TK)
+    if routing.is_dynamic:
+        left_TK = ~within_mass(weights_TK.detach(), routing.mass)
+        experts_TK, weights_TK = experts_TK.masked_fill(left_TK, -1), weights_TK.masked_fill(left_TK, 0)
     if routing.normalise:
         # 1e-20 as in DeepSeek's code: all scores can underflow to 0.
         weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
     return experts_TK, weights_TK * routing.scale
 
 
-def _mask_groups(choice_TE: Tensor, routing: Routing) -> Tensor:
-    """Sets the experts outside the best groups to -inf; a group scores by its best one or two experts."""
-    size = routing.experts // routing.groups
-    choice_TGe = choice_TE.view(choice_TE.shape[0], routing.groups, size)
-    groups_TG = choice_TGe.topk(routing.group_best, dim=-1, sorted=False).values.sum(dim=-1)
-    kept_Tg = groups_TG.topk(routing.kept_groups, dim=-1, sorted=False).indices
+def within_mass(scores_TK: Tensor, mass: float) -> Tensor:
+    """Which of a token's experts, best first, are needed for a share `mass` of its scores: bool [T, K].
+
+    The first one always is. A token whose scores are not numbers keeps all: it fails as it would otherwise.
+    """
+    before_TK = scores_TK.cumsum(dim=-1) - scores_TK
+    needed_TK = ~(before_TK >= mass * scores_TK.sum(dim=-1, keepdim=True))
+    needed_TK[:, 0] = True
+    return needed_TK
+
+
+def _mask_groups(choice_TE: Tensor, level: Level) -> Tensor:
+    """Sets the experts outside the level's best groups to -inf."""
+    choice_TGe = choice_TE.view(choice_TE.shape[0], level.groups, -1)
+    groups_TG = choice_TGe.topk(level.best, dim=-1, sorted=False).values.sum(dim=-1)
+    kept_Tg = groups_TG.topk(level.keep, dim=-1, sorted=False).indices
     dropped_TG = torch.ones_like(groups_TG, dtype=torch.bool).scatter_(1, kept_Tg, False)
     return choice_TGe.masked_fill(dropped_TG.unsqueeze(-1), float("-inf")).flatten(1)

@@ -218,6 +218,30 @@ class _Number(click.FloatRange):
     help="Copies of experts in each layer, in addition to the model's own, spread over a stage's ranks.",
 )
 @click.option(
+    "--routing-mass",
+    type=_Number(min=0, min_open=True, max=1),
+    envvar="MOE_WORKER_ROUTING_MASS",
+    help="Share of the scores of a token's experts at which the rest are left out (1: none are). Default: "
+    "the checkpoint's; less only as far as its routing.json allows.",
+)
+@click.option(
+    "--routing-margin",
+    type=_Number(min=0, max=1),
+    default=0.0,
+    envvar="MOE_WORKER_ROUTING_MARGIN",
+    show_default=True,
+    help="Experts whose scores differ by less may take each other's place: those with less load in the "
+    "checkpoint's routing.json.",
+)
+@click.option(
+    "--learn-routing/--no-learn-routing",
+    default=False,
+    envvar="MOE_WORKER_LEARN_ROUTING",
+    show_default=True,
+    help="Learn from requests which experts each domain uses, from the checkpoint's routing.json on; "
+    "GetExpertLoad tells it. Answers do not change.",
+)
+@click.option(
     "--explain", "explained", is_flag=True, help="Print which kernels would compute what, and exit."
 )
 def serve(

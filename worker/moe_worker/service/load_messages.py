@@ -59,14 +59,22 @@ def mesh_message(mesh: MeshReport) -> worker_pb2.Mesh:
 
 
 def expert_message(experts: ExpertStatistics) -> worker_pb2.ExpertLoad:
-    """The tokens of each expert."""
+    """The tokens of each expert, and what was learned of domains."""
     layers = [
         worker_pb2.ExpertLayer(
             layer=layer.layer, tokens=layer.tokens, active=layer.active, rank_tokens=layer.rank_tokens
         )
         for layer in experts.layers
     ]
-    return worker_pb2.ExpertLoad(steps=experts.steps, layers=layers)
+    domains = [
+        worker_pb2.ExpertDomain(
+            name=domain.name,
+            tokens=domain.tokens,
+            shares=[worker_pb2.ExpertShares(experts=row) for row in domain.shares],
+        )
+        for domain in experts.domains
+    ]
+    return worker_pb2.ExpertLoad(steps=experts.steps, layers=layers, domains=domains, fit=experts.fit)
 
 
 def _histogram(histogram: Histogram) -> worker_pb2.Histogram:

@@ -21,6 +21,7 @@ from moe_worker.moe.dispatch import LOCAL
 from moe_worker.moe.router import choose, scores
 from moe_worker.quant.int8 import WHOLE_PIECE, piece_of
 from moe_worker.train.experts import chosen, expert_outputs, sequence_balance
+from moe_worker.train.specialise import cost, domain_loss
 
 
 class RMSNorm(nn.Module):
@@ -141,7 +142,9 @@ class MixtureOfExperts(nn.Module):
     round_tokens = False
     bias_E: torch.Tensor
     load_E: torch.Tensor
+    kept_load_E: torch.Tensor
     sequence_loss: torch.Tensor
+    router_loss: torch.Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -154,7 +157,11 @@ class MixtureOfExperts(nn.Module):
         self.shared = FeedForward(hidden, inner * config.moe.shared, config.moe.shared)
         self.register_buffer("bias_E", torch.zeros(experts))
         self.register_buffer("load_E", torch.zeros(experts), persistent=False)
+        self.register_buffer("kept_load_E", torch.ones(experts), persistent=False)
         self.register_buffer("sequence_loss", torch.zeros(()), persistent=False)
+        self.register_buffer("router_loss", torch.zeros(()), persistent=False)
+        self.cost_share, self.hint_share = 0.0, 0.0
+        self.hint: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, x_BTD: torch.Tensor, _step: None = None) -> torch.Tensor:
         """Sums the shared experts and the chosen ones; counts the choices while training."""
@@ -162,6 +169,7 @@ class MixtureOfExperts(nn.Module):
         if self.training:
             self.load_E.add_(chosen(scores_BTE, chosen_BTK).sum((0, 1)))
             self.sequence_loss = sequence_balance(scores_BTE, chosen_BTK)
+            self.router_loss = self._router_loss(scores_BTE)
         choice = chosen_BTK.flatten(0, 1), weight_BTK.flatten(0, 1)
         routed_TD = through_experts(x_BTD.flatten(0, 1), choice, self._experts, LOCAL)
         shared: torch.Tensor = self.shared(x_BTD)
@@ -170,6 +178,15 @@ class MixtureOfExperts(nn.Module):
     def _experts(self, x_TD: torch.Tensor, chosen_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
         weights = self.gate_EFD, self.up_EFD, self.down_EDF
         return expert_outputs(x_TD, weights, (chosen_TK, weight_TK), self.round_tokens)
+
+    def _router_loss(self, scores_BTE: torch.Tensor) -> torch.Tensor:
+        """The cost of experts, and the distance to the groups of the domains of tokens, if known."""
+        loss = scores_BTE.new_zeros(())
+        if self.cost_share:
+            loss = loss + self.cost_share * cost(scores_BTE, self.config.moe.top_k)
+        if self.hint_share and self.hint is not None:
+            loss = loss + self.hint_share * domain_loss(scores_BTE, *self.hint)
+        return loss
 
     def route(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns each token's experts [B, T, K], their weights and all scores [B, T, E], both float32.

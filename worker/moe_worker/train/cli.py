@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from moe_worker.train.settings import OPTIMIZERS, SALIENCIES, SPARSITIES, TrainSettings
+from moe_worker.train.settings import BALANCES, OPTIMIZERS, SALIENCIES, SPARSITIES, TrainSettings
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -81,6 +81,30 @@ _DEFAULT = TrainSettings
     type=click.FloatRange(0),
     default=_DEFAULT.sequence_balance,
     help="Weight of the loss term that balances the experts within each sequence; 0: none.",
+)
+@click.option(
+    "--balance",
+    type=click.Choice(BALANCES),
+    default=_DEFAULT.balance,
+    help="What balances experts: a bias that moves step by step, or a coefficient 1 / (load + eps).",
+)
+@click.option(
+    "--balance-strength",
+    type=click.FloatRange(0),
+    default=_DEFAULT.balance_strength,
+    help="The largest difference that the coefficient makes to a score.",
+)
+@click.option(
+    "--expert-cost",
+    type=click.FloatRange(0),
+    default=_DEFAULT.expert_cost,
+    help="Weight of the cost of experts, for a config.json with a routing.mass below 1.",
+)
+@click.option(
+    "--domains", type=_FILE, help="Labels of the training documents, one a line: a hint for the routers."
+)
+@click.option(
+    "--domain-share", type=click.FloatRange(0), default=_DEFAULT.domain_share, help="Weight of that hint."
 )
 @click.option(
     "--sparsity",

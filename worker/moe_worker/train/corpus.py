@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from moe_worker.config.routing_report import LONGEST_DOMAIN, MOST_DOMAINS
 from moe_worker.errors import DataError
 from moe_worker.files import locked, replacing, write_text
 from moe_worker.progress import tell
@@ -26,12 +28,21 @@ class ScoredText:
 
 
 @dataclass(frozen=True)
+class Domains:
+    """Names of domains, and the number of each token's in the training text, int8."""
+
+    names: tuple[str, ...]
+    tokens_N: NDArray[np.int8]
+
+
+@dataclass(frozen=True)
 class Corpus:
     """Training text as one stream of tokens, and the text to score during training, if any."""
 
     tokenizer: Tokenizer
     stream_N: NDArray[np.int32]
     valid: ScoredText | None
+    domains: Domains | None = None
 
     @property
     def digest(self) -> str:
@@ -42,7 +53,34 @@ class Corpus:
 def read_corpus(settings: TrainSettings, vocabulary: int) -> Corpus:
     """Reads and encodes the text. Raises DataError or TokenizerError."""
     tokenizer = _tokenizer(settings, vocabulary)
-    return Corpus(tokenizer, _stream(settings, tokenizer), _valid(settings, tokenizer))
+    stream_N = _stream(settings, tokenizer)
+    domains = None if settings.domains is None else read_domains(settings.domains, stream_N)
+    return Corpus(tokenizer, stream_N, _valid(settings, tokenizer), domains)
+
+
+def read_labels(path: Path) -> list[str]:
+    """The domain of each document, one a line. Raises DataError."""
+    labels = data.read_bytes(path).decode("utf-8", errors="replace").splitlines()
+    if len(set(labels)) > MOST_DOMAINS or max(map(len, labels), default=0) > LONGEST_DOMAIN:
+        raise DataError(
+            f"{path}: has {len(set(labels))} different labels; use at most {MOST_DOMAINS}, of up to "
+            f"{LONGEST_DOMAIN} characters"
+        )
+    return labels
+
+
+def read_domains(path: Path, stream_N: NDArray[np.int32]) -> Domains:
+    """Domains of a stream's documents by their labels, one a line. Raises DataError."""
+    labels = read_labels(path)
+    begins_N = stream_N == data.BOS_ID
+    documents = int(begins_N.sum())
+    if len(labels) != documents:
+        raise DataError(
+            f"{path}: has {len(labels)} labels for {documents} documents; give one a line for each document"
+        )
+    names = sorted(set(labels))
+    numbers = np.array([names.index(label) for label in labels], np.int8)
+    return Domains(tuple(names), numbers[np.cumsum(begins_N) - 1])
 
 
 def _stream(settings: TrainSettings, tokenizer: Tokenizer) -> NDArray[np.int32]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +31,19 @@ def score_checkpoint(
     Raises:
         WorkerError: the checkpoint or the text cannot be used, or `context` is longer than the model allows.
     """
-    documents = read_documents(data)
     engine = Engine(checkpoint, device=device, dtype=dtype, format=number_format, progress=True)
+    return score_engine(engine, read_documents(data), context)
+
+
+def score_engine(
+    engine: Engine, documents: list[str], context: int | None, passed: Callable[[int], None] = lambda _: None
+) -> Score:
+    """The score of a loaded model; `passed` is told the tokens of each forward pass after it. Raises
+    SettingsError.
+    """
     longest, bos_id = engine.config.max_position_embeddings, engine.config.bos_token_id
     if bos_id is None:
-        raise SettingsError(
-            f"{checkpoint}/config.json names no bos_token_id, which every document begins with"
-        )
+        raise SettingsError("the checkpoint's config.json names no bos_token_id, which documents begin with")
     if context is not None and context > longest:
         raise SettingsError(f"--context is {context}; the model allows {longest} tokens at most")
     tokens = [
@@ -48,6 +54,7 @@ def score_checkpoint(
     def nats(windows: Sequence[Window]) -> float:
         (window,) = windows
         logits_TV = engine.logits(window[:-1].tolist())
+        passed(len(window) - 1)
         targets_T = torch.from_numpy(window[1:].astype(np.int64))
         return float(torch.nn.functional.cross_entropy(logits_TV, targets_T, reduction="sum"))
 

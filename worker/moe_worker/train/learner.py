@@ -12,11 +12,13 @@ from moe_worker.compress.distillation import TeacherView
 from moe_worker.config import ModelConfig
 from moe_worker.errors import DivergedError
 from moe_worker.train.compression import Compression
+from moe_worker.train.corpus import Domains
 from moe_worker.train.data import WindowSampler
 from moe_worker.train.model import TrainingModel
 from moe_worker.train.optimizer import learning_rate_factor, make_optimizers
 from moe_worker.train.score import Window
 from moe_worker.train.settings import TrainSettings
+from moe_worker.train.specialise import groups_of_domains
 from moe_worker.train.teacher import Teacher
 
 
@@ -27,6 +29,8 @@ class Learner(nn.Module):
         super().__init__()
         self.settings, self.device, self.step_done = settings, device, 0
         self.model = TrainingModel(config, settings.dropout, settings.sequence_balance).to(device)
+        self.model.specialise(settings.expert_cost, settings.domain_share)
+        self._hint: tuple[Tensor, Tensor] | None = None
         self.compression = Compression(self.model, settings)
         self.optimizers = make_optimizers(
             list(self.model.named_parameters()),
@@ -39,6 +43,15 @@ class Learner(nn.Module):
             self.model.compile_parts()
         self._first_bad = torch.tensor(-1, device=device)
         self.last_loss, self.last_imbalance = torch.zeros(()), 1.0
+
+    def use_domains(self, domains: Domains) -> None:
+        """Hints at the domains of tokens from now on: each is led to groups of the routers' first level."""
+        groups = self.model.config.moe.routing.groups
+        sizes = np.bincount(domains.tokens_N, minlength=len(domains.names)).tolist()
+        led_NG = torch.zeros(len(sizes), groups, dtype=torch.bool)
+        for domain, own in enumerate(groups_of_domains(sizes, groups)):
+            led_NG[domain, list(own)] = True
+        self._hint = led_NG.to(self.device), torch.from_numpy(domains.tokens_N).to(self.device)
 
     def step(self, step: int, sampler: WindowSampler, teacher: Teacher | None, measure: bool) -> None:
         """Computes step `step`, counted from 0; `measure` waits for the load of the experts."""
@@ -54,7 +67,10 @@ class Learner(nn.Module):
         self._descend(step)
         if measure:
             self.last_imbalance = self.model.imbalance()
-        self.model.balance(self.settings.balance_speed * min(1.0, 2 * factor))
+        if self.settings.balance == "coefficient":
+            self.model.balance_by_coefficient(self.settings.balance_strength)
+        else:
+            self.model.balance(self.settings.balance_speed * min(1.0, 2 * factor))
         self.step_done = step + 1
 
     def prepare(self) -> None:
@@ -92,6 +108,10 @@ class Learner(nn.Module):
         """Backpropagates and returns the loss."""
         inputs, targets = sampler.at(step)
         view = None if teacher is None else teacher.view(sampler.places(step), inputs)
+        if self._hint is not None:
+            led_NG, domains_N = self._hint
+            places_BT = torch.from_numpy(sampler.places(step)).to(self.device)
+            self.model.hint(led_NG, domains_N[places_BT].long())
         self.model.round_activations(self.compression.rounds(step))
         weights = self.compression.effective(step, self._weights())
         with torch.autocast(self.device.type, torch.bfloat16):

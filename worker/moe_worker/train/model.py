@@ -13,7 +13,12 @@ from torch import nn
 
 from moe_worker.compress.distillation import TeacherView, distilled_loss
 from moe_worker.config import ModelConfig
+from moe_worker.moe.balance import nudge
 from moe_worker.train.blocks import MixtureOfExperts, Projection, RMSNorm, TrainingLayer
+from moe_worker.train.specialise import bias_step
+
+# Share of an expert's average load that a step keeps, where the coefficient balances.
+LOAD_KEPT = 0.9
 
 
 class TrainingModel(nn.Module):
@@ -39,6 +44,16 @@ class TrainingModel(nn.Module):
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02)
 
+    def specialise(self, cost_share: float, hint_share: float) -> None:
+        """Sets the weights of the routers' own losses (train/specialise.py)."""
+        for mixture in self.mixtures:
+            mixture.cost_share, mixture.hint_share = cost_share, hint_share
+
+    def hint(self, groups_NG: torch.Tensor, domains_BT: torch.Tensor) -> None:
+        """Tells the routers the domains of the next inputs, int64 (-1: unknown), and their groups, bool."""
+        for mixture in self.mixtures:
+            mixture.hint = groups_NG, domains_BT
+
     @property
     def mixtures(self) -> list[MixtureOfExperts]:
         """The layers' mixtures of experts, in order."""
@@ -53,15 +68,17 @@ class TrainingModel(nn.Module):
         """
         loss: torch.Tensor = self.head_loss(self.hidden(input_BT), target_BT, teacher)
         if self.training:
-            loss = loss + self.sequence_share * self._sequence_loss()
+            loss = loss + self.sequence_share * self._collected("sequence_loss")
+            loss = loss + self._collected("router_loss")
         return loss
 
-    def _sequence_loss(self) -> torch.Tensor:
+    def _collected(self, name: str) -> torch.Tensor:
         """The sum over layers. Stored losses are detached: otherwise layers would be compiled again."""
         total = torch.zeros((), device=self.embed_tokens.weight.device)
         for mixture in self.mixtures:
-            total = total + mixture.sequence_loss
-            mixture.sequence_loss = mixture.sequence_loss.detach()
+            loss: torch.Tensor = getattr(mixture, name)
+            total = total + loss
+            setattr(mixture, name, loss.detach())
         return total
 
     def _head_loss(
@@ -103,12 +120,24 @@ class TrainingModel(nn.Module):
 
     @torch.no_grad()
     def balance(self, speed: float) -> None:
-        """Moves each expert's bias by `speed` towards an even load since the last call.
-
-        Source: Wang et al., "Auxiliary-loss-free load balancing", arXiv 2408.15664.
+        """Moves each expert's bias by `speed` towards an even load since the last call, of each level where
+        there are several; groups that a hint leads domains to keep theirs.
         """
         for mixture in self.mixtures:
-            mixture.bias_E.add_(torch.sign(mixture.load_E.mean() - mixture.load_E), alpha=speed)
+            levels = mixture.config.moe.routing.levels
+            levels = levels[int(mixture.hint_share > 0) :] if len(levels) > 1 else ()
+            mixture.bias_E.add_(bias_step(mixture.load_E, levels), alpha=speed)
+            mixture.load_E.zero_()
+
+    @torch.no_grad()
+    def balance_by_coefficient(self, strength: float) -> None:
+        """Sets each expert's bias by its coefficient, 1 / (load + eps), over the last steps: the scores of an
+        expert with more than the mean load count less. `strength`: the bias of an expert without load.
+        """
+        for mixture in self.mixtures:
+            mixture.kept_load_E.lerp_(mixture.load_E / mixture.load_E.mean().clamp(min=1), 1 - LOAD_KEPT)
+            mixture.bias_E.copy_(nudge(mixture.kept_load_E, 1.0, 1.0))
+            mixture.bias_E.sub_(mixture.bias_E.mean()).mul_(strength)
             mixture.load_E.zero_()
 
     def imbalance(self) -> float:

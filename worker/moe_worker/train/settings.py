@@ -10,6 +10,7 @@ from moe_worker.errors import SettingsError
 OPTIMIZERS = ("muon", "adamw")
 SPARSITIES = ("none", "s14", "s24")
 SALIENCIES = ("magnitude", "gradient")
+BALANCES = ("bias", "coefficient")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,16 @@ class TrainSettings:
     """Change of the balancing bias of routers per step."""
     sequence_balance: float = 1e-4
     """Weight of the sequence balance loss, in addition to the bias that balances batches."""
+    balance: str = "bias"
+    """What balances experts: a bias moved step by step, or the load-balance coefficient 1 / (load + eps)."""
+    balance_strength: float = 0.05
+    """Of the coefficient: the largest difference that it makes to an expert's score."""
+    expert_cost: float = 0.0
+    """Weight of the cost of experts, in models whose config.json has a routing.mass below 1."""
+    domains: Path | None = None
+    """Labels of the training documents, one a line: domains that groups of experts are led to."""
+    domain_share: float = 0.0
+    """Weight of that hint in the loss."""
     sparsity: str = "none"
     """s14 or s24: trains the matrices inside the layers to keep 1 or 2 of four consecutive inputs."""
     dense_share: float = 0.2
@@ -98,10 +109,15 @@ class TrainSettings:
             ("optimizer", OPTIMIZERS),
             ("sparsity", SPARSITIES),
             ("saliency", SALIENCIES),
+            ("balance", BALANCES),
         ):
             value = getattr(self, name)
             if value not in allowed:
                 raise SettingsError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+        if self.domain_share > 0 and self.domains is None:
+            raise SettingsError(
+                f"domain_share is {self.domain_share:g}, but there are no labels; set domains"
+            )
         for name in ("dense_share", "shrink_share", "w4a8_share", "teacher_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")

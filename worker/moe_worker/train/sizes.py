@@ -58,6 +58,11 @@ class ModelSizes:
                 raise SettingsError(f"{name} is {then}; the model has {now}: give 1 to {now}")
         groups, dense = int(config.get("n_group", 1)), int(config.get("first_k_dense_replace", 0))
         per_token, kept = int(config["num_experts_per_tok"]), int(config.get("topk_group", 1))
+        if (config.get("routing") or {}).get("levels") and goal.experts != self.experts:
+            raise SettingsError(
+                f"experts is {goal.experts}; a model with routing.levels cannot lose experts, because "
+                f"their groups would no longer fit: keep {self.experts}"
+            )
         if goal.experts % groups:
             raise SettingsError(f"experts is {goal.experts}; it must be a multiple of n_group, {groups}")
         if goal.experts // groups * kept < max(per_token, 2 * kept):

@@ -32,7 +32,18 @@ from moe_worker.train.teacher import prepare_teacher
 _LOG_EVERY = 50  # steps; reading the loss waits for the device, which every step would slow it down
 _SCORE_TOGETHER = 16  # windows; more fill a GPU no better
 # Settings that do not change what is learned: an interrupted run may go on with others.
-_FREE = {"out", "stop_after", "device", "data", "valid", "tokenizer", "config", "start_from", "teacher"}
+_FREE = {
+    "out",
+    "domains",
+    "stop_after",
+    "device",
+    "data",
+    "valid",
+    "tokenizer",
+    "config",
+    "start_from",
+    "teacher",
+}
 _FREE |= {"cache", "evaluate_every", "checkpoint_every"}
 
 
@@ -71,6 +82,8 @@ class TrainingRun:
         torch.manual_seed(settings.seed)
         torch.set_float32_matmul_precision("high")
         self.learner = Learner(self.config, settings, self.device)
+        if self.corpus.domains is not None and settings.domain_share > 0:
+            self.learner.use_domains(self.corpus.domains)
         if settings.start_from is not None:
             tensors = read_tensors(settings.start_from / "model.safetensors")
             load_checkpoint_tensors(self.learner.model, tensors)

@@ -307,25 +307,88 @@ class ExpertLoad(_message.Message):
 
     STEPS_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
+    DOMAINS_FIELD_NUMBER: _builtins.int
+    FIT_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
     """Steps since the model was loaded."""
+    fit: _builtins.float
+    """Share of the choices that went to the experts that the domains had named before; unset before any was compared."""
     @_builtins.property
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertLayer]:
         """Layers with experts, in order."""
+
+    @_builtins.property
+    def domains(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertDomain]:
+        """Which experts each domain's tokens go to, where the worker learns it (--learn-routing)."""
 
     def __init__(
         self,
         *,
         steps: _builtins.int = ...,
         layers: _abc.Iterable[Global___ExpertLayer] | None = ...,
+        domains: _abc.Iterable[Global___ExpertDomain] | None = ...,
+        fit: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_fit", b"_fit", "fit", b"fit"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_fit", b"_fit", "domains", b"domains", "fit", b"fit", "layers", b"layers", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__fit: _TypeAlias = _typing.Literal["fit"]  # noqa: Y015
+    _WhichOneofArgType__fit: _TypeAlias = _typing.Literal["_fit", b"_fit"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__fit) -> _WhichOneofReturnType__fit | None: ...
+
+Global___ExpertLoad: _TypeAlias = ExpertLoad  # noqa: Y015
+
+@_typing.final
+class ExpertDomain(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    SHARES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    tokens: _builtins.int
+    """Tokens of requests that were taken for this domain."""
+    @_builtins.property
+    def shares(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertShares]:
+        """In the order of `layers`."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        tokens: _builtins.int = ...,
+        shares: _abc.Iterable[Global___ExpertShares] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "shares", b"shares", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ExpertLoad: _TypeAlias = ExpertLoad  # noqa: Y015
+Global___ExpertDomain: _TypeAlias = ExpertDomain  # noqa: Y015
+
+@_typing.final
+class ExpertShares(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXPERTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def experts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Share of each routed expert in the domain's choices, recent ones above all."""
+
+    def __init__(
+        self,
+        *,
+        experts: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["experts", b"experts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExpertShares: _TypeAlias = ExpertShares  # noqa: Y015
 
 @_typing.final
 class ExpertLayer(_message.Message):

@@ -159,7 +159,9 @@ def heads(kernels: Kernels, x_THI: Tensor, weight_HOI: HeadWeight, turned: Rotat
 def route(
     kernels: Kernels, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, routing: Routing
 ) -> tuple[Tensor, Tensor]:
-    """Experts int32 [T, K] by descending score, then the shared ones (E, E + 1, ...), and their weights."""
+    """Experts int32 [T, K] by descending score (-1: none), then the shared ones (E, E + 1, ...), and their
+    weights.
+    """
     tokens, width = x_TD.shape
     experts_TK = torch.empty(tokens, routing.per_token, dtype=torch.int32)
     weights_TK = torch.empty(tokens, routing.per_token)
@@ -172,9 +174,8 @@ def route(
         tokens=tokens,
         width=width,
         count=routing.experts,
-        scale=routing.scale,
+        choice=structs.choice_struct(routing),
     )
-    structs.set_choice(arguments, routing)
     kernels.run(arguments)
     return experts_TK, weights_TK
 

@@ -2,7 +2,7 @@
 
 from ctypes import Structure, c_float, c_int32, c_void_p
 
-from moe_worker.config.moe import Routing
+from moe_worker.config.moe import MOST_LEVELS, Routing
 
 
 class Weight(Structure):
@@ -72,7 +72,21 @@ class ExpertsArguments(Structure):
     ]
 
 
-_CHOICE = ("shared", "top_k", "groups", "kept_groups", "group_best", "softmax", "normalise")
+class LevelStruct(Structure):
+    """MoeLevel."""
+
+    _fields_ = [(name, c_int32) for name in ("groups", "keep", "best")]
+
+
+class ChoiceStruct(Structure):
+    """MoeChoice."""
+
+    _fields_ = [
+        *[(name, c_int32) for name in ("shared", "top_k", "softmax", "normalise")],
+        *[(name, c_float) for name in ("scale", "mass")],
+        ("level_count", c_int32),
+        ("levels", LevelStruct * MOST_LEVELS),
+    ]
 
 
 class RouteArguments(Structure):
@@ -80,8 +94,8 @@ class RouteArguments(Structure):
 
     _fields_ = (
         [(name, c_void_p) for name in ("x", "weight", "bias", "experts", "weights")]
-        + [(name, c_int32) for name in ("tokens", "width", "count", *_CHOICE)]
-        + [("scale", c_float)]
+        + [(name, c_int32) for name in ("tokens", "width", "count")]
+        + [("choice", ChoiceStruct)]
     )
 
 
@@ -128,7 +142,7 @@ class LayerStruct(Structure):
         *[(name, c_void_p) for name in ("attention_norm", "query_norm", "latent_norm", "block_norm")],
         *[(name, Weight) for name in ("input", "query", "output", "gate_up", "down")],
         *[(name, HeadWeightStruct) for name in ("key", "value")],
-        *[(name, c_void_p) for name in ("router", "router_bias", "cache_rows", "experts_used")],
+        *[(name, c_void_p) for name in ("router", "router_bias", "cache_rows", "experts_used", "chosen")],
     ]
 
 
@@ -149,8 +163,9 @@ class ForwardArguments(Structure):
             (name, c_int32)
             for name in ("hidden", "heads", "plain", "rope", "rank", "value", "query_rank", "segment")
         ],
-        *[(name, c_int32) for name in ("experts", *_CHOICE)],
-        *[(name, c_float) for name in ("routed_scale", "attention_scale", "eps", "inner_eps")],
+        ("experts", c_int32),
+        ("choice", ChoiceStruct),
+        *[(name, c_float) for name in ("attention_scale", "eps", "inner_eps")],
     ]
 
 
@@ -167,7 +182,16 @@ OPERATIONS: tuple[type[Structure], ...] = (
 )
 
 
-def set_choice(arguments: RouteArguments | ForwardArguments, routing: Routing) -> None:
-    """Fills in how the router chooses; its experts and scale have other names in the two."""
-    for name in _CHOICE:
-        setattr(arguments, name, int(getattr(routing, name)))
+def choice_struct(routing: Routing) -> ChoiceStruct:
+    """How the router chooses, as the kernels read it."""
+    limits = [LevelStruct(level.groups, level.keep, level.best) for level in routing.limits]
+    return ChoiceStruct(
+        shared=routing.shared,
+        top_k=routing.top_k,
+        softmax=int(routing.softmax),
+        normalise=int(routing.normalise),
+        scale=routing.scale,
+        mass=routing.mass,
+        level_count=len(limits),
+        levels=(LevelStruct * MOST_LEVELS)(*limits),
+    )

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_worker.config.moe import Routing
+from moe_worker.config.moe import Level, Routing
 from moe_worker.kernels.triton.launch import launch, start_next, wait_for_inputs
 
 
@@ -40,17 +40,17 @@ def _logits(
 
 @triton.jit
 def _kept_groups(
-    choice_ME, e, EXPERTS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, PAIR: tl.constexpr,
+    choice_ME, e, EXPERTS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BEST: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """The choice with experts outside the best groups at -inf."""
+    """The choice with experts outside the best groups of one level at -inf."""
     EACH: tl.constexpr = EXPERTS // GROUPS
     g = tl.arange(0, BLOCK_G)[None, :]
     group_MG = tl.full((choice_ME.shape[0], BLOCK_G), float("-inf"), tl.float32)
     for i in tl.static_range(GROUPS):
         own_ME = tl.where(e // EACH == i, choice_ME, float("-inf"))
         score_M = tl.max(own_ME, axis=1)
-        if PAIR:
+        if BEST == 2:
             best_M = tl.argmax(own_ME, axis=1)
             score_M += tl.max(tl.where(e == best_M[:, None], float("-inf"), own_ME), axis=1)
         group_MG = tl.where(g == i, score_M[:, None], group_MG)
@@ -64,12 +64,11 @@ def _kept_groups(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _choose(
-    logits, bias, experts, weights, counts, valid, tokens, scale,
+    logits, bias, experts, weights, counts, valid, tokens, scale, mass,
     EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, SLICES: tl.constexpr,
     TOP_K: tl.constexpr, SHARED: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_G: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr,
-    SIGMOID: tl.constexpr, NORMALISE: tl.constexpr, PAIR: tl.constexpr, BIAS: tl.constexpr,
-    PADDED: tl.constexpr,
+    BLOCK_K: tl.constexpr, LEVELS: tl.constexpr, LEVEL_COUNT: tl.constexpr, DYNAMIC: tl.constexpr,
+    SIGMOID: tl.constexpr, NORMALISE: tl.constexpr, BIAS: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     token_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -94,8 +93,10 @@ def _choose(
     # that has one fails, and its experts exist.
     choice_ME = tl.where(choice_ME == choice_ME, choice_ME, 1e30)  # noqa: PLR0124 - false for NaN
     choice_ME = tl.where(e < EXPERTS, choice_ME, float("-inf"))
-    if KEPT < GROUPS:
-        choice_ME = _kept_groups(choice_ME, e, EXPERTS, GROUPS, KEPT, PAIR, BLOCK_G)
+    for i in tl.static_range(LEVEL_COUNT):
+        choice_ME = _kept_groups(
+            choice_ME, e, EXPERTS, LEVELS[4 * i], LEVELS[4 * i + 1], LEVELS[4 * i + 2], LEVELS[4 * i + 3]
+        )
     # Columns behind the chosen experts are the shared ones, which every token takes with weight 1.
     ids_MK = tl.where(k >= TOP_K, EXPERTS + k - TOP_K, 0) + tl.zeros((BLOCK_M, BLOCK_K), tl.int32)
     shares_MK = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
@@ -105,6 +106,12 @@ def _choose(
         ids_MK = tl.where(k == i, best_M[:, None], ids_MK)
         shares_MK = tl.where(k == i, share_M[:, None], shares_MK)
         choice_ME = tl.where(e == best_M[:, None], float("-inf"), choice_ME)
+    if DYNAMIC:
+        # Experts stand best first: those behind `mass` of the summed scores become none.
+        before_MK = tl.cumsum(shares_MK, axis=1) - shares_MK
+        left_MK = (k > 0) & (k < TOP_K) & (before_MK >= (mass * tl.sum(shares_MK, axis=1))[:, None])
+        ids_MK = tl.where(left_MK, -1, ids_MK)
+        shares_MK = tl.where(left_MK, 0.0, shares_MK)
     if NORMALISE:
         shares_MK = shares_MK / (tl.sum(shares_MK, axis=1) + 1e-20)[:, None]
     shares_MK = tl.where(k >= TOP_K, 1.0, shares_MK * scale)
@@ -115,6 +122,8 @@ def _choose(
         counted &= token_M[:, None] < tl.load(valid)
     tl.store(experts + to, tl.where(counted, ids_MK, -1), mask=stored)
     tl.store(weights + to, shares_MK, mask=stored)
+    if DYNAMIC:
+        counted &= ids_MK >= 0
     tl.atomic_add(counts + ids_MK, 1, mask=counted)
 
 
@@ -124,7 +133,8 @@ def route(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Experts int32 [T, K] and their weights float32 [T, K]; adds to the histogram `counts_A` (int32).
 
-    Equal scores choose the expert of lower number. Tokens behind the first `valid` (int32 [1]; None: all)
+    Equal scores choose the expert of lower number. Where the routing is dynamic, experts that a token does
+    not need are -1 with weight 0, and are not counted. Tokens behind the first `valid` (int32 [1]; None: all)
     are padding of a fixed-size batch: they go to expert -1, which is none, and are not counted.
     """
     tokens, width = x_TD.shape
@@ -140,14 +150,19 @@ def route(
     columns = routing.per_token
     experts_TK = torch.empty(tokens, columns, dtype=torch.int32, device=x_TD.device)
     weights_TK = torch.empty(tokens, columns, dtype=torch.float32, device=x_TD.device)
+    levels = tuple(number for level in routing.limits for number in _numbers(level))
     block_m = 2
     _choose[(triton.cdiv(tokens, block_m),)](
-        logits_TSE, bias_E, experts_TK, weights_TK, counts_A, valid, tokens, routing.scale,
+        logits_TSE, bias_E, experts_TK, weights_TK, counts_A, valid, tokens, routing.scale, routing.mass,
         EXPERTS=experts, BLOCK_E=block_e, SLICES=slices, TOP_K=routing.top_k, SHARED=routing.shared,
-        BLOCK_K=triton.next_power_of_2(columns), BLOCK_G=triton.next_power_of_2(routing.groups),
-        GROUPS=routing.groups, KEPT=routing.kept_groups,
-        SIGMOID=not routing.softmax, NORMALISE=routing.normalise, PAIR=routing.group_best == 2,
+        BLOCK_K=triton.next_power_of_2(columns), LEVELS=levels, LEVEL_COUNT=len(routing.limits),
+        DYNAMIC=routing.is_dynamic, SIGMOID=not routing.softmax, NORMALISE=routing.normalise,
         BIAS=bias_E is not None, PADDED=valid is not None,
         BLOCK_M=block_m, num_warps=1, **launch(tokens),
     )  # fmt: skip
     return experts_TK, weights_TK
+
+
+def _numbers(level: Level) -> tuple[int, int, int, int]:
+    """A level as `_choose` takes it, the fourth number being the groups' block."""
+    return level.groups, level.keep, level.best, triton.next_power_of_2(level.groups)

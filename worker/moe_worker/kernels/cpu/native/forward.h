@@ -38,7 +38,7 @@ inline int widest_inner(const MoeForwardArgs& a, bool moe) {
 inline ForwardScratch take_forward(Arena& m, const MoeForwardArgs& a, int threads) {
     ForwardScratch s;
     int64_t n = a.count, heads = a.heads;
-    int per_token = a.top_k + a.shared, dense = widest_inner(a, false);
+    int per_token = a.choice.top_k + a.choice.shared, dense = widest_inner(a, false);
     int queries = a.heads * (a.plain + a.rope), least = a.segment;
     s.normed = m.take<float>(n * (a.hidden > a.query_rank ? a.hidden : a.query_rank));
     s.joint = m.take<float>(n * ((a.query_rank ? a.query_rank : queries) + a.rank + a.rope));
@@ -57,7 +57,7 @@ inline ForwardScratch take_forward(Arena& m, const MoeForwardArgs& a, int thread
     s.values8 = take_quantized(m, n, a.heads * a.value, least);
     s.hidden8 = take_quantized(m, n, dense, least);
     s.last8 = take_quantized(m, a.selected_count, a.hidden, least);
-    s.experts = take_experts(m, n, per_token, a.experts + a.shared, a.hidden, widest_inner(a, true), least);
+    s.experts = take_experts(m, n, per_token, a.experts + a.choice.shared, a.hidden, widest_inner(a, true), least);
     return s;
 }
 
@@ -115,11 +115,11 @@ inline void feed_forward(const Context& c, const MoeForwardArgs& a, const MoeLay
     quantize(c, {a.x, l.block_norm, s.normed, s.x8, a.eps, a.count, a.hidden, a.hidden, l.gate_up.piece, l.gate_up.segment});
     c.sync();
     if (l.router) {
-        route(c, {s.normed, l.router, l.router_bias, s.chosen, s.weights, a.count, a.hidden, a.experts, a.shared, a.top_k,
-                  a.groups, a.kept_groups, a.group_best, a.softmax, a.normalise, a.routed_scale}, s.router);
+        int32_t* chosen = l.chosen ? l.chosen : s.chosen;
+        route(c, {s.normed, l.router, l.router_bias, chosen, s.weights, a.count, a.hidden, a.experts, a.choice}, s.router);
         c.sync();
-        experts(c, {l.gate_up, l.down, s.x8, s.chosen, s.weights, a.x, l.experts_used,
-                    a.count, a.top_k + a.shared, a.experts + a.shared, a.experts}, s.experts);
+        experts(c, {l.gate_up, l.down, s.x8, chosen, s.weights, a.x, l.experts_used,
+                    a.count, a.choice.top_k + a.choice.shared, a.experts + a.choice.shared, a.experts}, s.experts);
     } else {
         int inner = l.down.cols;
         linear(c, {l.gate_up, s.x8, s.hidden, a.count, inner, 0});

@@ -92,18 +92,32 @@ struct MoeExpertsArgs {
     int32_t counted;           // experts, the first ones, that `used` is about
 };
 
+constexpr int32_t MOE_LEVELS = 4;
+
+// Keeps the best `keep` of `groups` equal groups, each scored by the sum of its `best` (1 or 2) best experts.
+struct MoeLevel {
+    int32_t groups, keep, best;
+};
+
+// How experts are chosen (config/moe.py, Routing).
+struct MoeChoice {
+    int32_t shared, top_k;
+    int32_t softmax;        // 1: softmax scores, 0: sigmoid
+    int32_t normalise;
+    float scale;
+    float mass;             // share of the scores of the top_k that a token's experts reach; 1: all of them
+    int32_t level_count;
+    MoeLevel levels[MOE_LEVELS];   // coarse to fine, the first level_count
+};
+
 struct MoeRouteArgs {
     const float* x;         // [T, D]
     const float* weight;    // [E, D]
     const float* bias;      // [E] or null: moves the choice only
-    int32_t* experts;       // [T, K + shared]: the chosen, then E, E + 1, ...
-    float* weights;         // [T, K + shared]: shared ones have 1
-    int32_t tokens, width, count, shared, top_k;
-    int32_t groups, kept_groups;
-    int32_t group_best;     // a group scores by the sum of its best this many experts: 1 or 2
-    int32_t softmax;        // 1: softmax scores, 0: sigmoid
-    int32_t normalise;
-    float scale;
+    int32_t* experts;       // [T, K + shared]: the chosen (-1: none), then E, E + 1, ...
+    float* weights;         // [T, K + shared]: none has 0, shared ones have 1
+    int32_t tokens, width, count;
+    MoeChoice choice;
 };
 
 struct MoeCache {
@@ -144,6 +158,7 @@ struct MoeLayer {
     const float *router, *router_bias;   // router null: a dense layer
     void* cache_rows;
     int64_t* experts_used;        // [E + 1] or null, as in MoeExpertsArgs
+    int32_t* chosen;              // [T, K + shared] or null: receives the layer's choice, as in MoeRouteArgs
 };
 
 struct MoeForwardArgs {
@@ -160,8 +175,9 @@ struct MoeForwardArgs {
     int32_t count, selected_count;  // T, N
     int32_t embedding_bf16, layer_count, vocabulary;
     int32_t hidden, heads, plain, rope, rank, value, query_rank, segment;   // segment: the least of all weights
-    int32_t experts, shared, top_k, groups, kept_groups, group_best, softmax, normalise;
-    float routed_scale, attention_scale, eps, inner_eps;
+    int32_t experts;
+    MoeChoice choice;
+    float attention_scale, eps, inner_eps;
 };
 
 struct MoeEngine;

@@ -1,4 +1,4 @@
-// The router (arXiv:2412.19437, 2.1.2): float32 scores, choice limited to the best groups of experts.
+// The router (arXiv:2412.19437, 2.1.2): float32 scores, choice limited to the best groups of each level.
 #pragma once
 #include "pool.h"
 #include "simd.h"
@@ -43,39 +43,52 @@ inline int best_of(const float* x, int n) {
     return best;
 }
 
-// Sets the choice of experts outside the best groups to -inf. `scores` has room for one value a group.
-inline void keep_groups(float* choice, float* scores, const MoeRouteArgs& a) {
-    int size = a.count / a.groups;
-    for (int g = 0; g < a.groups; g++) {
+// Sets the choice of experts outside the level's best groups to -inf. `scores` has room for one value a group.
+inline void keep_groups(float* choice, float* scores, int count, const MoeLevel& level) {
+    int size = count / level.groups;
+    for (int g = 0; g < level.groups; g++) {
         float first = -__builtin_inff(), second = first;
         for (int i = g * size; i < (g + 1) * size; i++) {
             if (choice[i] > first) second = first, first = choice[i];
             else if (choice[i] > second) second = choice[i];
         }
-        scores[g] = a.group_best == 2 ? first + second : first;
+        scores[g] = level.best == 2 ? first + second : first;
     }
-    for (int k = 0; k < a.kept_groups; k++) scores[best_of(scores, a.groups)] = -__builtin_inff();
-    for (int i = 0; i < a.count; i++)
+    for (int k = 0; k < level.keep; k++) scores[best_of(scores, level.groups)] = -__builtin_inff();
+    for (int i = 0; i < count; i++)
         if (scores[i / size] != -__builtin_inff()) choice[i] = -__builtin_inff();
+}
+
+// Experts, best first, are needed until their weights reach `mass` of all; from there on they become none.
+inline void cut_at_mass(int32_t* experts, float* weights, int top_k, float mass) {
+    float total = 0, before = 0;
+    for (int k = 0; k < top_k; k++) total += weights[k];
+    for (int k = 0; k < top_k; k++) {
+        bool left = k && before >= mass * total;
+        before += weights[k];
+        if (left) experts[k] = -1, weights[k] = 0;
+    }
 }
 
 // logits [E] become scores; `choice` has room for E values, `groups` for one value a group.
 inline void choose(const MoeRouteArgs& a, int t, float* logits, float* choice, float* groups) {
-    scores_of(logits, a.count, a.softmax);
+    const MoeChoice& c = a.choice;
+    scores_of(logits, a.count, c.softmax);
     for (int e = 0; e < a.count; e++) choice[e] = logits[e] + (a.bias ? a.bias[e] : 0);
-    if (a.kept_groups < a.groups) keep_groups(choice, groups, a);
-    int width = a.top_k + a.shared;
+    for (int i = 0; i < c.level_count; i++) keep_groups(choice, groups, a.count, c.levels[i]);
+    int width = c.top_k + c.shared;
     int32_t* experts = a.experts + int64_t(t) * width;
     float* weights = a.weights + int64_t(t) * width;
     float total = 1e-20f;
-    for (int k = 0; k < a.top_k; k++) {
+    for (int k = 0; k < c.top_k; k++) {
         experts[k] = best_of(choice, a.count);
         weights[k] = logits[experts[k]];
         choice[experts[k]] = -__builtin_inff();
-        total += weights[k];
     }
-    for (int k = 0; k < a.top_k; k++) weights[k] *= a.normalise ? a.scale / total : a.scale;
-    for (int s = 0; s < a.shared; s++) experts[a.top_k + s] = a.count + s, weights[a.top_k + s] = 1;
+    if (c.mass < 1) cut_at_mass(experts, weights, c.top_k, c.mass);
+    for (int k = 0; k < c.top_k; k++) total += weights[k];
+    for (int k = 0; k < c.top_k; k++) weights[k] *= c.normalise ? c.scale / total : c.scale;
+    for (int s = 0; s < c.shared; s++) experts[c.top_k + s] = a.count + s, weights[c.top_k + s] = 1;
 }
 
 // scratch: [T, 3 * E]

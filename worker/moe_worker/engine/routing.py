@@ -1,0 +1,78 @@
+"""What options change in a checkpoint's routers: the mass, and the load-balance coefficient.
+
+Both are fixed when the model is loaded, from files of the checkpoint and options of the revision: answers do
+not depend on what a worker served before.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from moe_worker.config.engine import EngineOptions
+from moe_worker.config.model import ModelConfig
+from moe_worker.config.routing_report import ROUTING_FILE, check_mass, read_routing_report
+from moe_worker.errors import SettingsError
+from moe_worker.models.deepseek import DeepseekModel, MoeBlock
+from moe_worker.models.runner import Runner, TellsChoices
+from moe_worker.moe.balance import nudge
+from moe_worker.moe.learning import RoutingLearner
+
+
+def with_mass(config: ModelConfig, directory: Path, options: EngineOptions) -> ModelConfig:
+    """The configuration with the mass that the user chose. Raises SettingsError if it is not allowed."""
+    if options.routing_mass is None:
+        return config
+    check_mass(options.routing_mass, config.moe.routing, read_routing_report(directory))
+    routing = replace(config.moe.routing, mass=options.routing_mass)
+    return replace(config, moe=replace(config.moe, routing=routing))
+
+
+@torch.inference_mode()
+def balance(model: DeepseekModel, directory: Path, options: EngineOptions) -> None:
+    """Lets experts with little load take the place of others whose scores differ by less than the margin.
+
+    Loads are those of the checkpoint's report. Raises SettingsError where it has none, or routers no bias.
+    """
+    if not options.routing_margin:
+        return
+    report = read_routing_report(directory)
+    for index, layer in zip(model.stage.layers, model.layers, strict=True):
+        if not isinstance(layer.block, MoeBlock):
+            continue
+        bias_E = layer.block.router.bias_E
+        load = None if report is None else report.loads.get(index)
+        if load is None or len(load) != layer.block.router.routing.experts:
+            raise SettingsError(
+                f"routing_margin is {options.routing_margin:g}, but the checkpoint has no {ROUTING_FILE} "
+                f"with the loads of layer {index}; `moe-worker routing` writes it, or set the margin to 0"
+            )
+        if bias_E is None:
+            raise SettingsError(
+                f"routing_margin is {options.routing_margin:g}, but the routers of "
+                f"{model.config.architecture} have no bias to carry it; set the margin to 0"
+            )
+        bias_E += nudge(torch.tensor(load), 1.0, options.routing_margin).to(bias_E)
+
+
+def learner_of(
+    runner: Runner, config: ModelConfig, directory: Path, options: EngineOptions
+) -> RoutingLearner | None:
+    """Learns from requests where the user wants that. Raises SettingsError where it cannot."""
+    if not options.learn_routing:
+        return None
+    report = read_routing_report(directory)
+    known = None if report is None else report.domains
+    layers = [layer for layer in range(config.num_hidden_layers) if layer not in config.dense_layers]
+    if known is None or [*known.shares] != layers or len(known.shares[layers[0]][0]) != config.moe.routed:
+        raise SettingsError(
+            f"learn_routing: the checkpoint has no {ROUTING_FILE} with the domains of its layers; "
+            "`moe-worker routing --domains` writes it"
+        )
+    if not isinstance(runner, TellsChoices):
+        raise SettingsError(
+            "learn_routing: these kernels do not tell the experts of each request; serve it in one process "
+            "on a CPU, or leave it out"
+        )
+    runner.keep_choices()
+    return RoutingLearner(known, config.moe.routed)

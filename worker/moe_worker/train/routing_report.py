@@ -1,0 +1,114 @@
+"""Measures a checkpoint's routers on text: quality and experts by mass, and the load of each expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_worker.config.directory import CONFIG, find_checkpoint, read_json
+from moe_worker.engine.offline import Engine
+from moe_worker.errors import DataError
+from moe_worker.moe.capability import CapabilityMatrix
+from moe_worker.train.corpus import read_labels
+from moe_worker.train.data import read_documents
+from moe_worker.train.evaluate import score_engine
+
+MASSES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model that cuts at `mass`.
+
+    activated: routed experts of a token, mean over layers. loads: tokens of each expert, by layer.
+    utilisation: the mean over the largest load of a layer, the worst layer's.
+    """
+
+    mass: float
+    bits_per_byte: float
+    activated: float
+    utilisation: float
+    loads: dict[int, list[int]]
+
+
+def measure(checkpoint: Path, data: Path, mass: float, context: int | None, **options: Any) -> Measured:
+    """Scores the checkpoint; `options` are those of Engine. Raises WorkerError."""
+    own = read_json(find_checkpoint(checkpoint) / CONFIG).get("routing") or {}
+    engine = Engine(checkpoint, progress=True, config_override={"routing": {**own, "mass": mass}}, **options)
+    counter, tokens = engine.expert_counter(), 0
+
+    def passed(count: int) -> None:
+        nonlocal tokens
+        tokens += count
+        counter.count(count)
+
+    score = score_engine(engine, read_documents(data), context, passed)
+    loads = {layer: row for layer, row, _ in counter.read()[1]}
+    activated = sum(map(sum, loads.values())) / max(1, len(loads) * tokens)
+    used = min((sum(row) / len(row) / max(1, *row) for row in loads.values()), default=1.0)
+    return Measured(mass, score.bits_per_byte, activated, used, loads)
+
+
+def learn_domains(checkpoint: Path, data: Path, labels: Path, **options: Any) -> dict[str, Any]:
+    """Which experts each domain's tokens go to: the part "domains" of routing.json, with its fit.
+
+    labels: the domain of each document, one a line. Each document counts with its first context of tokens;
+    what a domain needs is half of a layer's experts. Raises WorkerError.
+    """
+    documents, domains = read_documents(data), read_labels(labels)
+    if len(domains) != len(documents):
+        raise DataError(
+            f"{labels}: has {len(domains)} labels for {len(documents)} documents; give one for each"
+        )
+    engine = Engine(checkpoint, progress=True, **options)
+    config, names = engine.config, sorted(set(domains))
+    layers = [layer for layer in range(config.num_hidden_layers) if layer not in config.dense_layers]
+    experts = config.moe.routed
+    matrix = CapabilityMatrix(len(layers), len(names), experts, max(1, experts // 2))
+    for document, domain in zip(documents, domains, strict=True):
+        ids = engine.tokenizer.encode(document)[: config.max_position_embeddings]
+        counts_LE = torch.stack([torch.bincount(x[x >= 0], minlength=experts) for x in engine.choices(ids)])
+        matrix.observe(names.index(domain), counts_LE, len(ids))
+    shares = [[[round(value, 6) for value in row] for row in table] for table in matrix.affinity().tolist()]
+    return {
+        "names": names,
+        "named": max(1, experts // 2),
+        "fit": matrix.fit(),
+        "shares": {str(layer): table for layer, table in zip(layers, shares, strict=True)},
+    }
+
+
+def report(measured: list[Measured], text: str, most_loss: float) -> dict[str, Any]:
+    """What routing.json holds.
+
+    least_mass is the smallest one up to which no mass costs more than a share `most_loss` of the bits per
+    byte of all of it. Loads are shares, of the model with all of its mass.
+    """
+    ordered = sorted(measured, key=lambda one: -one.mass)
+    whole = ordered[0]
+    allowed = whole.mass
+    for one in ordered:
+        if one.bits_per_byte > whole.bits_per_byte * (1 + most_loss):
+            break
+        allowed = one.mass
+    return {
+        "text": text,
+        "most_loss": most_loss,
+        "least_mass": allowed,
+        "masses": [
+            {
+                "mass": one.mass,
+                "bits_per_byte": one.bits_per_byte,
+                "activated": one.activated,
+                "utilisation": one.utilisation,
+            }
+            for one in ordered
+        ],
+        "loads": {
+            str(layer): [round(count / max(1, sum(row)), 6) for count in row]
+            for layer, row in whole.loads.items()
+        },
+    }
