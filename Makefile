@@ -13,16 +13,16 @@ help: ## Show this help
 	@echo
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
 
-demo: setup ## Start a Kubernetes here, serve the example, stream text, show its trace (KEEP=1 keeps it, MESH=2x2: several workers a replica)
+demo: setup ## Start a local Kubernetes, serve the example, stream text and show its trace (KEEP=1 keeps it, MESH=2x2: several workers per replica)
 	$(BIN)/python -m examples.demo
 
 # Two processes share the tests in clusters, which mostly wait, with a cluster each; then the rest. A file of the
 # former stays in one process, because its tests build on each other. 5: no test was chosen.
-test: setup-all ## Run all tests but the long ones (ARGS="-k name" for some)
+test: setup-all ## Run all tests except the long ones (ARGS="-k name" for some)
 	$(BIN)/python -m pytest -m "cluster and not soak and not slow" -n 2 --dist loadfile --no-loadscope-reorder $(or $(ARGS),$(addprefix tests/,chart e2e frontend localcluster operator)) || [ $$? = 5 ]
 	$(BIN)/python -m pytest -m "not cluster and not soak and not slow" -n 2 --dist worksteal $(ARGS) || [ $$? = 5 ]
 
-soak: setup-all ## Hundreds of scalings, rollouts and faults under load, the table of faults, 10,000 manifests at random (1 to 2 hours)
+soak: setup-all ## Run the long tests: scalings, rollouts and faults under load, random manifests (1 to 2 hours)
 	timeout 1800 $(BIN)/python -m pytest -m slow $(ARGS)
 	timeout 5400 $(BIN)/python -m pytest -m soak -s tests/soak $(ARGS)
 	timeout 1800 $(BIN)/python -m benchmarks.faults

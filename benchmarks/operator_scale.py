@@ -104,9 +104,9 @@ class Api:
     ) -> Body:
         headers = {**self._headers, "Content-Type": kind}
         answer = self._pool.request(method, self._url + path, body=json.dumps(body), headers=headers)
+        if answer.status >= 300:  # not always JSON: a path that is not served yet has a plain text
+            raise RuntimeError(f"{method} {path}: {answer.data.decode(errors='replace')[:500]}")
         found: Body = json.loads(answer.data)
-        if answer.status >= 300:
-            raise RuntimeError(f"{method} {path}: {found.get('message')}")
         return found
 
     def follow(self, path: str) -> Iterator[tuple[str, Body]]:

@@ -22,7 +22,7 @@ _UNFINISHED: Final = inference_pb2.FINISH_REASON_UNSPECIFIED
 _NO_END: Final = (
     "answer is not complete: the server ended it without a finish reason; update or report the server"
 )
-# A server ends a call right behind the last message of its answer.
+# A server ends a call directly after the last message of its response.
 _END_S: Final = 5.0
 
 
@@ -70,14 +70,14 @@ def generate(
 
 
 def build_request(model: str, prompt: str, choices: dict[str, Any]) -> inference_pb2.GenerateRequest:
-    """The request for what was asked on the command line; what was not asked is left to the server."""
+    """The request for the given options; the server applies its defaults for the others."""
     return inference_pb2.GenerateRequest(model=model, prompt=prompt, sampling=sampling.message(choices))
 
 
 def print_stream(
     responses: Iterable[inference_pb2.GenerateResponse], clock: Callable[[], float] = time.monotonic
 ) -> Timing:
-    """Prints text as it comes, and log-probabilities to stderr; says when first and last message came.
+    """Prints text as it arrives, and log-probabilities to stderr; returns when the first and last arrived.
 
     Args:
         responses: of one call, begun now; nothing behind the message that ends the answer is read.
@@ -132,14 +132,14 @@ def _call(endpoint: str, request: inference_pb2.GenerateRequest, timeout: float 
             call.cancel()
             sys.exit(errors.INTERRUPTED)
         except BrokenPipeError:
-            # Whoever reads us, `head` for one, has enough. Python would complain once more at exit.
+            # The reader, such as `head`, has closed the pipe. Python would report that again at exit.
             call.cancel()
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
 
 
 def _end(call: Any) -> None:
-    """Waits for the end of a call whose answer is whole, lest the server count it as cancelled."""
+    """Waits for the end of a call with a complete response, which the server would count as cancelled."""
     with contextlib.suppress(grpc.FutureTimeoutError, grpc.RpcError):
         call.result(_END_S)
     call.cancel()
@@ -156,7 +156,7 @@ def _describe_request(span: trace.Span, request: inference_pb2.GenerateRequest) 
 
 
 def _attribute_value(value: Any) -> Any:
-    """Attributes know lists of texts, and integers of 64 bits with a sign; a seed may be larger."""
+    """Attributes support lists of texts and signed 64-bit integers; a seed may be larger."""
     if isinstance(value, Mapping):
         return [f"{key}:{number:g}" for key, number in value.items()]
     if isinstance(value, int | float | str):

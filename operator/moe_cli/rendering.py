@@ -18,15 +18,15 @@ from moe_operator.resources.status import ACTIVE, READY, RECONCILING, STALLED, M
 
 _MARKS: Final = {"True": ("yes", "green"), "False": ("no", "red"), "Unknown": ("?", "yellow")}
 _MARK_STYLES: Final = {(STALLED, "True"): "red", (RECONCILING, "True"): "yellow", (ACTIVE, "False"): ""}
-"""Where True is no good news, or False no bad news: idle is healthy."""
+"""Conditions whose True is not good, or whose False is not bad: idle is healthy."""
 _PROSE: Final = ("Message", "What it says", "Model")
 _DECISIONS_SHOWN: Final = 12
 _CROWDED: Final = 90
-"""Percent of a KV cache from which on new requests soon have to wait."""
+"""Use of a KV cache, in percent, above which new requests soon have to wait."""
 
 
 def show(found: Mapping[str, Any], on: Console | None = None) -> None:
-    """Prints the report of one MoEDeployment, or a list of them as the API server gave it.
+    """Prints the report of one MoEDeployment, or a list of them as the API server returned it.
 
     Cells are `Text` throughout: in plain strings rich would take brackets of a message for markup.
     """
@@ -57,7 +57,7 @@ def table(bodies: list[Mapping[str, Any]]) -> Table:
 
 
 def one(report: Mapping[str, Any]) -> RenderableType:
-    """A report: everything a user wants to know of one deployment."""
+    """The report of one deployment."""
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold")
     facts.add_column()
@@ -133,7 +133,7 @@ def _pods(pods: list[Mapping[str, Any]]) -> RenderableType:
 
 
 def _load(pod: Mapping[str, Any]) -> tuple[Text, Text, Text]:
-    """Requests that wait and that run, and the part of the KV cache in use; what is crowded stands out."""
+    """Queued and running requests, and the used part of the KV cache; a full cache is highlighted."""
     load = pod["load"]
     if load is None:
         return Text("-"), Text("-"), Text("-")
@@ -146,7 +146,7 @@ def _load(pod: Mapping[str, Any]) -> tuple[Text, Text, Text]:
 
 
 def _says(pod: Mapping[str, Any]) -> Text:
-    """What keeps a pod from being ready, or else how it ended the last time."""
+    """The problem of a pod, or else how it last ended."""
     if pod["leaving"]:
         return Prose("on its way out", style="yellow")
     if pod["problem"]:
@@ -168,7 +168,7 @@ def _decisions(decisions: list[Mapping[str, Any]]) -> RenderableType:
 
 
 def _table(*headings: str, pad_edge: bool = True) -> Table:
-    """An empty table that folds prose where it does not fit; names, reasons and times stay whole."""
+    """An empty table that folds prose to fit; names, reasons and times are not folded."""
     result = Table(box=box.SIMPLE, pad_edge=pad_edge)
     for heading in headings:
         result.add_column(heading, overflow="fold", no_wrap=heading not in _PROSE)
@@ -176,7 +176,7 @@ def _table(*headings: str, pad_edge: bool = True) -> Table:
 
 
 def _replicas(replicas: Mapping[str, int]) -> str:
-    """The number that serves, and where a rollout or scaling is under way the number that there is."""
+    """The number of ready replicas and, during a rollout or scaling, of existing ones."""
     ready, wanted, there = replicas["ready"], replicas["desired"], replicas["there"]
     counts = f"{min(ready, wanted)}/{wanted} replicas ready, {replicas['updated']} at the current revision"
     return counts if there == wanted else f"{counts}; {there} exist, {ready} of them ready"

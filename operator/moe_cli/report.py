@@ -1,4 +1,4 @@
-"""All that `moe status NAME` says of one deployment, as JSON values. Pure.
+"""The report of `moe status NAME` about one deployment, as JSON values. Pure.
 
 The keys are an interface: scripts read them. They are added to, not renamed.
 """
@@ -16,7 +16,7 @@ Body = Mapping[str, Any]
 
 
 def report(body: Body, pods: Iterable[Body], events: Iterable[Body]) -> dict[str, Any]:
-    """One deployment with its pods and what was decided, oldest first.
+    """One deployment with its pods and decisions, oldest first.
 
     Args:
         body: a MoEDeployment as the API server gives it.
@@ -51,7 +51,7 @@ def report(body: Body, pods: Iterable[Body], events: Iterable[Body]) -> dict[str
 
 
 def desired(body: Body) -> int:
-    """Replicas asked for, or decided by scaling; as the operator says, or else as the spec does."""
+    """The desired number of replicas: from the status, otherwise from the spec."""
     said = parse_status(body).desired_replicas
     return int(body.get("spec", {}).get("replicas", 1)) if said is None else said
 
@@ -88,14 +88,14 @@ def _rank(metadata: Body, labels: Body) -> int | None:
 
 
 def _load(said: Body | None) -> dict[str, Any] | None:
-    """What a replica said of itself, at most a minute ago; None where nobody asked or it did not say."""
+    """The load of a replica, at most a minute old; None if it is unknown."""
     if said is None:
         return None
     return {field: said.get(field) for field in ("queued", "running", "kvUsedPercent")}
 
 
 def _last_end(status: Body) -> dict[str, Any] | None:
-    """How the container ended before its present run: what it wrote itself is often the best explanation."""
+    """The end of the previous run of the container; its own message is often the best explanation."""
     for container in status.get("containerStatuses", ()):
         end = container.get("lastState", {}).get("terminated")
         if end:
@@ -109,7 +109,7 @@ def _pod_order(pod: Mapping[str, Any]) -> tuple[bool, int, int, str]:
 
 
 def _decision(event: Body) -> dict[str, Any]:
-    """An Event; the operator's have microseconds, by which decisions of one second keep their order."""
+    """An Event. Those of the operator have microseconds, which order decisions within one second."""
     return {
         "time": event.get("eventTime") or event.get("lastTimestamp"),
         "type": event.get("type"),

@@ -1,4 +1,4 @@
-"""What `moe status NAME` says of scaling, as rows of a table. Pure."""
+"""The rows of `moe status NAME` about scaling. Pure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moe_operator.resources.scaling_status import (
 
 
 def rows(found: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
-    """(heading, text) for each thing that status.scaling says; nothing without one, or a broken one."""
+    """(heading, text) for each part of status.scaling; nothing if it is absent or invalid."""
     if found is None:
         return
     try:
@@ -25,12 +25,12 @@ def rows(found: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
     except ValidationError:
         return
     demand = scaling.requests_per_second
-    yield "Demand", "no replica says" if demand is None else f"{demand:g} requests/s"
+    yield "Demand", "not reported" if demand is None else f"{demand:g} requests/s"
     if scaling.forecast is not None:
         yield "Forecast", _forecast(scaling.forecast, scaling.horizon)
     if scaling.capacity is not None:
         source = "as measured" if scaling.capacity.source == "Measured" else "as spec.scaling assumes"
-        yield "Capacity", f"{scaling.capacity.requests_per_second:g} requests/s a replica, {source}"
+        yield "Capacity", f"{scaling.capacity.requests_per_second:g} requests/s per replica, {source}"
     if scaling.horizon is not None:
         yield "Cold start", _cold_start(scaling.horizon, scaling.last_cold_start)
     if scaling.last_decision is not None:

@@ -90,7 +90,7 @@ def _reported(api: Any, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _items(read: Callable[..., Any], metadata: dict[str, Any], **selector: str) -> list[dict[str, Any]]:
-    """The items of a list as the API server wrote them; none where this user may not read them."""
+    """The items of a list as the API server returned them; none if this user may not read them."""
     import kubernetes  # noqa: PLC0415
 
     options = {"_preload_content": False, "_request_timeout": TIMEOUT_S}
@@ -99,9 +99,8 @@ def _items(read: Callable[..., Any], metadata: dict[str, Any], **selector: str) 
     except kubernetes.client.ApiException as error:
         if error.status != _FORBIDDEN:
             raise
-        click.echo(
-            f"note: your user may not read all of it ({read.__name__.removeprefix('list_')})", err=True
-        )
+        kind = read.__name__.removeprefix("list_namespaced_")
+        click.echo(f"note: incomplete: your user may not list objects of kind {kind}", err=True)
         return []
     items: list[dict[str, Any]] = json.loads(answer.data)["items"]
     return items

@@ -1,4 +1,4 @@
-"""What all commands that call a model share: the address, the text, and errors in one sentence."""
+"""Shared by all commands that call a model: the address, the text, and one-sentence errors."""
 
 import contextlib
 import sys
@@ -38,7 +38,7 @@ class _Address(click.ParamType[str]):
 
 
 class _Text(click.ParamType[str]):
-    """Text that UTF-8 can carry; ``-`` reads standard input."""
+    """Text that UTF-8 can encode; ``-`` reads standard input."""
 
     name = "text"
 
@@ -59,7 +59,7 @@ def model_options(command: _Command) -> _Command:
         click.option(
             "--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds to wait at most."
         ),
-        click.option("--model", default="", help="Served name of the model; may be left out."),
+        click.option("--model", default="", help="Served name of the model; optional."),
         click.option(
             "--endpoint",
             type=_Address(),
@@ -76,7 +76,7 @@ def model_options(command: _Command) -> _Command:
 
 @contextlib.contextmanager
 def calling(endpoint: str) -> Iterator[InferenceServiceStub]:
-    """A stub for the endpoint; gRPC's errors inside the block become sentences.
+    """A stub for the endpoint; gRPC errors inside the block become one-sentence errors.
 
     Raises:
         CommandError: the call failed.
@@ -89,19 +89,19 @@ def calling(endpoint: str) -> Iterator[InferenceServiceStub]:
 
 
 def explain(error: grpc.RpcError, endpoint: str) -> CommandError:
-    """What a failed call means for the user."""
+    """The error of a failed call, for users."""
     status = rich_status.from_error(error)
     code = rich_status.status_code(status)
     sentence = status.message or code.name
     if code is grpc.StatusCode.UNAVAILABLE and not status.details:
         sentence = (
-            f"nothing answers at {endpoint} ({sentence}); is the frontend running and reachable from "
+            f"cannot connect to {endpoint} ({sentence}); is the frontend running and reachable from "
             "here, by `kubectl port-forward service/NAME-frontend 8000` for one?"
         )
     elif code is grpc.StatusCode.UNIMPLEMENTED:
         sentence = f"{endpoint} is a gRPC server, but serves no models"
     elif code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        sentence = f"no full answer from {endpoint} within --timeout; what was printed is valid"
+        sentence = f"no complete response from {endpoint} within --timeout; the printed text is valid"
     delay = rich_status.retry_delay(status)
-    hint = f" (wait {delay:g} s before you try again)" if delay else ""
+    hint = f" (retry after {delay:g} s)" if delay else ""
     return CommandError(sentence + hint, EXIT_CODES.get(code, errors.FAILED))

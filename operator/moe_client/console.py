@@ -1,4 +1,4 @@
-"""How tables are fitted to a terminal, a pipe or a file."""
+"""Fits tables to a terminal, a pipe or a file."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from rich.measure import Measurement
 from rich.text import Text
 
 _UNLIMITED: Final = 100_000
-"""Columns where nothing has to fit."""
+"""Width if there is no limit."""
 _NARROWEST: Final = 20
-"""Columns that prose gets at least."""
+"""Minimum width of prose."""
 
 
 class Prose(Text):
-    """A sentence: in a narrow table it is folded, while names and times stay whole."""
+    """A sentence, which a narrow table folds; names and times are not folded."""
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         """The longest word asks for no more than any other text."""
@@ -26,7 +26,7 @@ class Prose(Text):
 
 
 def console(**options: Any) -> Console:
-    """Standard output: as wide as the terminal, or as COLUMNS says, else so wide that no line is folded."""
+    """Standard output, as wide as the terminal or COLUMNS; otherwise so wide that no line is folded."""
     free = not sys.stdout.isatty() and not os.environ.get("COLUMNS")
     return Console(width=_UNLIMITED if free else None, **options)
 

@@ -1,4 +1,4 @@
-"""How commands fail: with one sentence and an exit code that scripts can tell apart."""
+"""Errors of commands: one sentence, and an exit code for scripts."""
 
 from typing import Any, Final
 
@@ -13,11 +13,11 @@ ABSENT: Final = 3
 BUSY: Final = 4
 LATE: Final = 5
 _SENTENCE_MOST: Final = 4096
-INTERRUPTED: Final = 130  # as shells have it: 128 and the number of SIGINT
+INTERRUPTED: Final = 130  # as in shells: 128 plus the number of SIGINT
 
 
 class CommandError(click.ClickException):
-    """A command that did not succeed.
+    """A command failed.
 
     Args:
         sentence: what is wrong and what to do.
@@ -31,5 +31,5 @@ class CommandError(click.ClickException):
         self.exit_code = exit_code
 
     def show(self, file: Any = None) -> None:
-        """Prints ``error: SENTENCE`` to stderr: one line, though a server may have written it."""
+        """Prints ``error: SENTENCE`` to stderr, in one line, even if a server wrote the text."""
         say(f"error: {one_line(self.format_message(), _SENTENCE_MOST)}", err=True, file=file)

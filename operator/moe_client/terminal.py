@@ -1,4 +1,4 @@
-"""What commands print. Nothing that comes from a model, a cluster or a server acts on the terminal."""
+"""Prints output of commands. Text of a model, a cluster or a server cannot control the terminal."""
 
 from collections.abc import Callable
 from typing import Any, TextIO
@@ -9,12 +9,12 @@ from moe_api.visible import visible
 
 
 def say(text: str, *, err: bool = False, file: Any = None) -> None:
-    """Prints a line, with control characters made visible."""
+    """Prints a line with visible control characters."""
     click.echo(visible(text), err=err, file=file)
 
 
 def writer(stream: TextIO) -> Callable[[str], object]:
-    """Writes text of a model: as it is into a pipe or a file, made visible on a terminal."""
+    """Writes text of a model: unchanged into a pipe or file, with visible control characters otherwise."""
     if not stream.isatty():
         return stream.write
     return lambda text: stream.write(visible(text))

@@ -1,4 +1,4 @@
-"""Progress of long commands on stderr: a bar on a terminal, plain lines now and then in a log."""
+"""Progress of long commands on stderr: a bar on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ LINE_INTERVAL_S: Final = 30.0
 
 
 class Advance(Protocol):
-    """Says how far the work is."""
+    """Reports progress."""
 
     def __call__(self, done: int, total: int | None = None) -> None:
-        """`done` of `total`; the total stays as it was where None."""
+        """`done` of `total`; None keeps the previous total."""
 
 
 class Lines:
@@ -33,7 +33,7 @@ class Lines:
         self._write(0)
 
     def __call__(self, done: int, total: int | None = None) -> None:
-        """Writes a line where one is due."""
+        """Writes a line if one is due."""
         self._total = self._total if total is None else total
         ended = done == self._total and done != self._written
         if ended or self._clock() - self._written_s >= LINE_INTERVAL_S:
@@ -49,9 +49,9 @@ class Lines:
 
 @contextmanager
 def bar(what: str, total: int | None = None) -> Iterator[Advance]:
-    """A bar that is gone when the work is done; lines that stay where stderr is no terminal.
+    """A bar that disappears at the end; lines if stderr is not a terminal.
 
-    total: how much work there is; None where the first step says so.
+    total: of the work; None if the first step sets it.
     """
     if not sys.stderr.isatty():
         yield Lines(what, total, sys.stderr)

@@ -1,4 +1,4 @@
-"""Reads recorded traces: rows of what came in each interval, or one row for each request.
+"""Reads recorded traces: one row for each interval, or one row for each request.
 
 CSV, or JSON lines, plain or compressed (.gz, .xz). Columns are found by their names, in any case:
 
@@ -40,18 +40,18 @@ _KINDS: Final = (
 
 
 class TraceError(MoEOperatorError):
-    """A trace cannot be read. The text names the line and what would be right."""
+    """A trace cannot be read. The message names the line and the expected content."""
 
 
 @dataclass(frozen=True)
 class Row:
     """An interval, or a request.
 
-    count: requests, or requests per second; 1 where it is a single one. Tokens are None where unknown.
+    count: requests, or requests per second; 1 for a single request. Tokens are None where unknown.
     """
 
     at: float
-    """Seconds since the epoch, or since whatever the file counts from."""
+    """Seconds since the epoch, or since the origin of the file."""
     line: int
     count: float = 1.0
     input_tokens: float | None = None
@@ -65,7 +65,7 @@ class Recording:
     path: Path
     rows: list[Row]
     intervals: bool
-    """Whether a row is an interval; else it is a request."""
+    """Whether a row is an interval, not a request."""
     per_second: bool = False
     """Whether the counts of intervals are rates."""
 
@@ -98,7 +98,7 @@ def _lines(path: Path) -> Iterator[str]:
         with openers.get(path.suffix, open)(path, "rt", encoding="utf-8", newline="") as text:
             yield from text
     except UnicodeDecodeError as error:
-        raise TraceError(f"{path}: it is not text; a trace is {_KINDS}") from error
+        raise TraceError(f"{path}: not a text file; a trace is {_KINDS}") from error
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise TraceError(f"{path}: {reason}") from error
@@ -142,7 +142,7 @@ def _json_rows(path: Path, head: str, lines: Iterable[str]) -> Iterator[Row]:
 def _json_row(path: Path, number: int, record: dict[str, Any]) -> Row:
     at = next((_amount(path, number, record[key]) * unit for key, unit in _JSON_TIMES if key in record), None)
     if at is None:
-        raise TraceError(f"{path}:{number}: neither timestamp (ms) nor timestamp_us is there")
+        raise TraceError(f"{path}:{number}: timestamp (ms) or timestamp_us is missing")
     prompt, answer = (_first(record, names) for names in (_INPUTS, _OUTPUTS))
     return Row(
         at,
@@ -153,7 +153,7 @@ def _json_row(path: Path, number: int, record: dict[str, Any]) -> Row:
 
 
 def _time(path: Path, number: int, text: str) -> float:
-    """Seconds since the epoch, of a number or a date and time (taken for UTC where it names no zone)."""
+    """Seconds since the epoch, of a number or a date and time (in UTC unless it names a zone)."""
     with contextlib.suppress(ValueError):
         return _finite(path, number, float(text))
     try:
@@ -174,7 +174,7 @@ def _finite(path: Path, number: int, seconds: float) -> float:
 
 
 def _microseconds(text: str) -> str:
-    """Recorded times have seven digits behind the point; Python reads six."""
+    """Recorded times have seven decimals; Python reads six."""
     whole, point, digits = text.partition(".")
     return whole + point + digits[:6].ljust(6, "0") if point and digits.isdigit() else text
 

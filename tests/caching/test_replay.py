@@ -72,10 +72,10 @@ def test_people_get_a_table_and_scripts_the_same_bytes_again(blocks):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"", "it holds no keys"),
-        (b"\x00\x01\x02", "it holds no keys"),
+        (b"", "the trace has no keys"),
+        (b"\x00\x01\x02", "the trace has no keys"),
         (b'{"hash_ids": 3}\n', "hash_ids is missing"),
-        (b'{"hash_ids": [[]]}\n', "something else than numbers and texts"),
+        (b'{"hash_ids": [[]]}\n', "neither a number nor a text"),
         (b'{"hash_ids": [1], "output_length": -1}\n', "output_length is -1"),
         (b'{"hash_ids": [1]}\n{\n', "trace:2: not JSON"),
     ],

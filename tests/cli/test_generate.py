@@ -196,8 +196,8 @@ async def test_a_reader_that_has_enough_is_no_error(worker, environment):
     ("prompt", "code", "sentence"),
     [
         ("bad", 2, "error: sampling.top_p: is 7; use a number in (0, 1]\n"),
-        ("full", 4, "error: the queue is full (wait 2.5 s before you try again)\n"),
-        ("loading", 3, "error: the model is still loading (wait 4 s before you try again)\n"),
+        ("full", 4, "error: the queue is full (retry after 2.5 s)\n"),
+        ("loading", 3, "error: the model is still loading (retry after 4 s)\n"),
         ("unknown-model", 2, "error: no model of that name; this is m\n"),
     ],
 )
@@ -217,7 +217,7 @@ async def test_nobody_there_is_explained(moe):
         address = "{}:{}".format(*free.getsockname())
     result = await moe("generate", "x", "--endpoint", address)
     assert result.returncode == 3
-    assert f"error: nothing answers at {address}" in result.stderr.decode()
+    assert f"error: cannot connect to {address}" in result.stderr.decode()
     assert "port-forward" in result.stderr.decode()
 
 
@@ -254,7 +254,7 @@ async def test_tokenize_prints_ids(worker, moe):
 async def test_help_teaches(moe):
     text = " ".join((await moe("--help")).stdout.decode().split())
     assert 'moe generate "A pod is"' in text
-    assert "Exit codes: 0 done, 2 wrong request" in text
+    assert "Exit codes: 0 success, 2 invalid request" in text
 
 
 def test_rates_need_two_tokens():

@@ -101,7 +101,7 @@ def test_jsonl_with_milliseconds_or_microseconds(tmp_path):
         ("time,requests\n0,1\n", "1 rows; a trace has at least two"),
         ("t,rate\n0,1\n86400,2\n", "intervals of 86400 s"),
         ('{"timestamp": 1}\n{"timestamp": oops}\n', r":2: not JSON"),
-        ('{"time": 1}\n', r":1: neither timestamp \(ms\) nor timestamp_us"),
+        ('{"time": 1}\n', r":1: timestamp \(ms\) or timestamp_us is missing"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "no requests"),
     ],
 )
@@ -113,7 +113,7 @@ def test_a_bad_trace_says_what_is_wrong_and_where(tmp_path, text, sentence):
 def test_what_is_not_text_or_damaged_says_so(tmp_path):
     path = tmp_path / "keys.trace"
     path.write_bytes(bytes(range(256)))
-    with pytest.raises(TraceError, match="it is not text; a trace is"):
+    with pytest.raises(TraceError, match="not a text file; a trace is"):
         read(path)
     cut = written(tmp_path, "time,requests\n" + "0,1\n" * 1000, "cut.csv.gz")
     cut.write_bytes(cut.read_bytes()[:20])

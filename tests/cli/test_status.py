@@ -118,7 +118,7 @@ def test_scaling_is_told_with_its_reasons():
         "3/4 replicas ready",
         "5.25 requests/s",
         "6.5 requests/s in 95 s (5 to 8), by harmonic regression; error 11.5 %, last value 15 %",
-        "2.1 requests/s a replica, as measured",
+        "2.1 requests/s per replica, as measured",
         "95 s horizon (7 cold starts seen); last one 90 s: 1 s scheduling, 4 s image, 85 s loading",
         "3 to 4 at 2026-01-31T12:00:00Z, ForecastHigher: up to 480 work/min in 95 s",
     ):

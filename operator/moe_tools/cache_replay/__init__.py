@@ -1,1 +1,1 @@
-"""What caches would have saved on a recorded trace: `moe replay --cache`. Pure."""
+"""Simulates caches on a recorded trace: `moe replay --cache`. Pure."""

@@ -1,4 +1,4 @@
-"""`moe replay --cache`: what a cache would have done with a recorded trace, by eviction policy."""
+"""`moe replay --cache`: simulates a cache on a recorded trace, with each eviction policy."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _TITLES: Final = {
 
 
 def replay(path: Path, capacity: float | None, *, as_json: bool) -> None:
-    """Replays the trace at `path` and prints what every policy made of it.
+    """Replays the trace at `path` and prints the result of every policy.
 
     Args:
         path: of the trace.
-        capacity: keys that the cache holds; None: a tenth of those in the trace.
+        capacity: of the cache, in keys; None: a tenth of the keys in the trace.
         as_json: whether to print a document for scripts.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The outcome of a cache replay as a document for scripts. Keys are stable: docs/caching.md lists them."""
+"""The result of a cache replay as JSON for scripts. Keys are stable: docs/caching.md lists them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _DIGITS: Final = 6
 
 @dataclass(frozen=True)
 class CacheReplay:
-    """All that a replay found; `outcomes` by policy."""
+    """The result of a replay; `outcomes` by policy."""
 
     recording: KeyTrace
     capacity: int

@@ -1,4 +1,4 @@
-"""Reads traces of what a cache was asked for.
+"""Reads traces of cache lookups.
 
     {"timestamp": 0, "input_length": 512, "output_length": 20, "hash_ids": [46, 47]}
                         one request a line; hash_ids name the blocks of its prompt, each with all before it
@@ -31,11 +31,11 @@ Key = int | str
 
 @dataclass(frozen=True)
 class Request:
-    """What one request asks the cache for.
+    """The lookups of one request.
 
     keys: in order; blocks of a prompt, or one object.
     prompt_tokens, answer_tokens: 0 where the trace does not say.
-    at_s: seconds since the trace began; 0 where it does not say.
+    at_s: seconds since the start of the trace; 0 if unknown.
     """
 
     keys: tuple[Key, ...]
@@ -46,7 +46,7 @@ class Request:
 
 @dataclass(frozen=True)
 class KeyTrace:
-    """A trace; `blocks` says whether keys are blocks of prompts, else each is an object of its own."""
+    """A trace; `blocks` says whether keys are blocks of prompts; otherwise each key is an object."""
 
     name: str
     requests: list[Request]
@@ -69,7 +69,7 @@ def read(path: Path) -> KeyTrace:
         return KeyTrace(path.name, requests, blocks=True)
     keys = _text_keys(content) or _binary_keys(content)
     if not keys:
-        raise TraceError(f"{path}: it holds no keys; a trace of a cache is {_KINDS}")
+        raise TraceError(f"{path}: the trace has no keys; a trace of a cache is {_KINDS}")
     return KeyTrace(path.name, [Request((key,)) for key in keys], blocks=False)
 
 
@@ -81,7 +81,7 @@ def _content(path: Path) -> bytes:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise TraceError(f"{path}: {reason}") from error
     if len(content) > _MOST_BYTES:
-        raise TraceError(f"{path}: it has more than {_MOST_BYTES} bytes; cut it into parts")
+        raise TraceError(f"{path}: the trace has more than {_MOST_BYTES} bytes; split it")
     return content
 
 
@@ -93,7 +93,7 @@ def _opened(path: Path) -> IO[bytes]:
 
 
 def _text_keys(content: bytes) -> list[Key]:
-    """Keys of a text; none where it is not text."""
+    """Keys of a text; none if it is not text."""
     if not content[:4096].isascii() or b"\0" in content[:4096]:
         return []
     try:
@@ -116,7 +116,7 @@ def _request(path: Path, number: int, line: bytes) -> Request:
     if not isinstance(record, dict) or not isinstance(keys := record.get("hash_ids"), list):
         raise TraceError(f"{path}:{number}: hash_ids is missing; write a list of block ids")
     if not all(isinstance(key, int | str) for key in keys):
-        raise TraceError(f"{path}:{number}: hash_ids holds something else than numbers and texts")
+        raise TraceError(f"{path}:{number}: hash_ids contains a value that is neither a number nor a text")
     milliseconds = _number(path, number, record, "timestamp")
     return Request(
         tuple(keys),

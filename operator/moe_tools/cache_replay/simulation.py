@@ -26,11 +26,11 @@ _TELL_EVERY: Final = 256
 
 @dataclass(frozen=True)
 class CacheOutcome:
-    """What one policy did with a trace.
+    """The result of one policy.
 
     lookups, hits, evictions: keys.
-    recomputed: tokens of prompts behind the first missing block; objects: misses.
-    positions: sum of the positions of these tokens: attention's part of prefill grows with the position.
+    recomputed: prompt tokens after the first missing block; misses, if keys are objects.
+    positions: sum of the positions of these tokens: the cost of attention in prefill grows with the position.
     """
 
     lookups: int = 0
@@ -41,7 +41,7 @@ class CacheOutcome:
 
     @property
     def hit_share(self) -> float:
-        """Hits by lookup; 0 where there was none."""
+        """Hits per lookup; 0 without lookups."""
         return self.hits / self.lookups if self.lookups else 0.0
 
 
@@ -53,8 +53,8 @@ def run(
     Args:
         name: of `NAMES`.
         recording: the trace.
-        capacity: keys that the cache holds, 1 or more.
-        advance: is told how many requests are done.
+        capacity: of the cache in keys, at least 1.
+        advance: called with the number of finished requests.
     """
     if name == BELADY:
         policy: Policy[Any] = Belady([key for request in recording.requests for key in request.keys])
@@ -70,7 +70,7 @@ def run(
 
 
 def ceiling(recording: KeyTrace) -> CacheOutcome:
-    """A cache without bound: every key is missed once."""
+    """A cache without a limit: every key is missed once."""
     unique = len({key for request in recording.requests for key in request.keys})
     return run("lru", recording, max(1, unique))
 
@@ -84,7 +84,7 @@ class _Cache:
         self.lookups = self.hits = self.evictions = self.recomputed = self.positions = 0
 
     def ask(self, request: Request, *, blocks: bool) -> None:
-        """Looks up all keys of a request; those that are missing become resident."""
+        """Looks up all keys of a request; missing ones become resident."""
         origin, known, end = 0, 0, len(request.keys) - 1
         for index, key in enumerate(request.keys):
             last = blocks and index == end
@@ -106,7 +106,7 @@ class _Cache:
         self._uses[key] = 1
 
     def _count_recomputed(self, request: Request, known: int) -> None:
-        """known: resident blocks from the prompt's beginning on."""
+        """known: consecutive resident blocks at the start of the prompt."""
         blocks = len(request.keys)
         tokens = request.prompt_tokens or blocks
         first = tokens * known // blocks if blocks else tokens

@@ -1,1 +1,1 @@
-"""`moe load`: a recorded trace, played against a deployment."""
+"""`moe load`: replays a recorded trace against a deployment."""

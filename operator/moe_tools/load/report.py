@@ -1,4 +1,4 @@
-"""How a played trace is shown: a bar while it runs, a summary afterwards."""
+"""Shows the progress and the summary of a replayed trace."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PERCENTILES: Final = (50, 95, 99)
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line now and then. A context manager."""
+    """A progress bar on a terminal, otherwise a line every 30 s. A context manager."""
 
     def __init__(self, due: Arrivals, out: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._out, self._clock, self._total = out, clock, len(due.at_s)
@@ -39,7 +39,7 @@ class Progress:
         self._task = self._bar.add_task("sending", total=len(due.at_s), state="")
 
     def show(self, tally: Tally) -> None:
-        """Where the run stands."""
+        """Shows the state of the run."""
         waiting = tally.sent - tally.ok - tally.failed
         state = f"{waiting} active, {tally.failed} failed"
         self._bar.update(self._task, completed=tally.sent, state=state)
@@ -59,7 +59,7 @@ class Progress:
 
 
 def summarise(outcomes: Sequence[Outcome], due: Arrivals) -> dict[str, Any]:
-    """The document of a run; times in seconds from when a request was due."""
+    """The result of a run as JSON; times are seconds since a request was due."""
     good = [outcome for outcome in outcomes if outcome.code == "OK"]
     ends = [due.at_s[outcome.number] + outcome.total_s for outcome in outcomes]
     length = max(ends, default=0.0)

@@ -1,4 +1,4 @@
-"""Plays a trace: when requests are due, what they ask, and how each one ended."""
+"""Replays a trace: schedules the requests, sends them, and records how each one ends."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 
 _PROMPT_TOKENS: Final = 16
 _CONNECTIONS: Final = 4
-"""One HTTP/2 connection takes 100 streams at a time by default; more wait where nobody sees it."""
+"""By default, an HTTP/2 connection allows 100 concurrent streams; further ones wait unnoticed."""
 _SHOW_S: Final = 0.25
 
 
 @dataclass(frozen=True)
 class Part:
-    """Which part of a trace is played, in its own seconds."""
+    """The replayed part of a trace, in seconds of the trace."""
 
     skip_s: float
     duration_s: float | None
 
     def holds(self, at_s: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """Which times lie in it."""
+        """Selects the times within the part."""
         end = math.inf if self.duration_s is None else self.skip_s + self.duration_s
         return (at_s >= self.skip_s) & (at_s < end)
 
@@ -52,16 +52,16 @@ class Arrivals:
     at_s: NDArray[np.float64]
     """When each is due, in seconds from the start, ascending."""
     input_tokens: NDArray[np.int64]
-    """Length of each prompt; 0 where the trace does not say."""
+    """Length of each prompt in tokens; 0 if unknown."""
     output_tokens: NDArray[np.int64]
-    """Length of each continuation; 0 where the trace does not say."""
+    """Length of each continuation in tokens; 0 if unknown."""
 
 
 def arrivals(trace: RequestTrace, part: Part, share: float, speed: float, seed: int) -> Arrivals:
-    """The requests of a part of a trace. Within an interval of counts they are spread at random."""
+    """The requests of a part of a trace, at random times within each interval of counts."""
     random = np.random.default_rng(seed)
     at_s, rows = _times(trace, random)
-    # 2.3 requests for each one are two for sure and a third by chance.
+    # 2.3 requests for each one: two, and a third with probability 0.3.
     copies = np.floor(share + random.random(len(at_s))).astype(np.int64) * part.holds(at_s)
     chosen = np.repeat(np.arange(len(at_s)), copies)
     chosen = chosen[np.argsort(at_s[chosen], kind="stable")]
@@ -73,7 +73,7 @@ def arrivals(trace: RequestTrace, part: Part, share: float, speed: float, seed: 
 
 
 def _times(trace: RequestTrace, random: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """When requests came, and the row of each."""
+    """Times of the requests, and the row of each."""
     if not len(trace.counts):
         return trace.at_s, np.arange(len(trace.at_s))
     whole = np.floor(trace.counts + random.random(len(trace.counts))).astype(np.int64)
@@ -83,7 +83,7 @@ def _times(trace: RequestTrace, random: np.random.Generator) -> tuple[NDArray[np
 
 @dataclass(frozen=True)
 class Requests:
-    """What is asked."""
+    """The content of the requests."""
 
     model: str
     max_tokens: int
@@ -133,10 +133,10 @@ class Tally:
 async def play(
     endpoint: str, due: Arrivals, requests: Requests, show: Callable[[Tally], None]
 ) -> tuple[list[Outcome], bool]:
-    """Sends every request at its time; returns how they ended, and whether Ctrl-C came before the end.
+    """Sends every request at its time; returns the outcomes, and whether Ctrl-C ended the run early.
 
     Raises:
-        CommandError: nothing answers.
+        CommandError: the endpoint does not respond.
     """
     outcomes: list[Outcome] = []
     tally, tasks, supervisor = Tally(), set[asyncio.Task[None]](), Supervisor()
@@ -168,7 +168,7 @@ async def _stub(stack: contextlib.AsyncExitStack, endpoint: str, number: int) ->
 
 
 async def _with_model(requests: Requests, stub: InferenceServiceAsyncStub, endpoint: str) -> Requests:
-    """With what has to be known of the model to make up tokens."""
+    """Adds the vocabulary and context length of the model, to generate random tokens."""
     if requests.prompt is not None:
         return requests
     try:
@@ -206,14 +206,14 @@ async def _send(
 
 
 async def _until(moment: float, interrupted: asyncio.Event) -> bool:
-    """Waits for a time on the monotonic clock; says whether Ctrl-C came first."""
+    """Waits until a time on the monotonic clock; returns whether Ctrl-C came first."""
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(interrupted.wait(), max(moment - time.monotonic(), 0))
     return interrupted.is_set()
 
 
 async def _finish(tasks: set[asyncio.Task[None]], interrupted: asyncio.Event) -> None:
-    """Waits for the answers; Ctrl-C gives up on them."""
+    """Waits for the responses; Ctrl-C cancels them."""
     stop = asyncio.create_task(interrupted.wait())
     while tasks and not interrupted.is_set():
         await asyncio.wait({*tasks, stop}, return_when=asyncio.FIRST_COMPLETED)

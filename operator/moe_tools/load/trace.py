@@ -1,4 +1,4 @@
-"""A recorded trace as requests to send: when each came, and where it is known, how long it was."""
+"""A recorded trace as requests to send, with their times and, if known, their lengths."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from moe_tools.recorded import Recording, TraceError, read_recording
 
 @dataclass(frozen=True)
 class RequestTrace:
-    """A recorded load. Either `counts` or single requests are known."""
+    """A recorded load: either `counts` of intervals, or single requests."""
 
     name: str
     start: float
-    """Time of the first row, seconds since the epoch, or whatever the file counts from."""
+    """Time of the first row, seconds since the epoch, or since the origin of the file."""
     interval_s: float
     """Length of an interval in seconds; 0 where single requests are known."""
     counts: NDArray[np.float64]
@@ -84,7 +84,7 @@ def _of_requests(recording: Recording) -> RequestTrace:
 
 
 def _tokens(lengths: list[float | None]) -> NDArray[np.int64]:
-    """Empty where they are not known of all requests."""
+    """Empty unless they are known for all requests."""
     known = [length for length in lengths if length is not None]
     return np.array(known if len(known) == len(lengths) else [], np.int64)
 
@@ -103,7 +103,7 @@ def _of_counts(recording: Recording) -> RequestTrace:
         raise TraceError(
             f"{path}: rows are {steps.min():g} to {steps.max():g} s apart; write one an interval"
         )
-    counts = np.zeros(int(places[-1]) + 1)  # what is left out of a file of counts is an interval without any
+    counts = np.zeros(int(places[-1]) + 1)  # an interval that the file omits has no requests
     counts[places] = counted * interval if recording.per_second else counted
     none = np.zeros(0, np.int64)
     return RequestTrace(path.name, float(times[0]), interval, counts, np.zeros(0), none, none)

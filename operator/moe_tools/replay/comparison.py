@@ -26,9 +26,9 @@ class Result:
 
     knobs: dict[str, float]
     tuned: SimulatedOutcome
-    """On the part that its knobs were chosen on."""
+    """On the part for tuning."""
     judged: SimulatedOutcome
-    """On the rest."""
+    """On the rest of the trace."""
     run: Run
 
 
@@ -42,11 +42,11 @@ def compare(
     """Results by the policy's name.
 
     Args:
-        trace: what arrives.
-        service: what serves it.
+        trace: the arriving work.
+        service: that serves it.
         forecasts: by the step at whose end they were made.
-        tune_until: knobs are chosen on the steps before this one; 0 < tune_until < steps.
-        progress: told how many of how many runs are done.
+        tune_until: parameters are tuned on the steps before this one; 0 < tune_until < steps.
+        progress: called with the numbers of finished and of all runs.
     """
     rates, first = trace.rates, slice(0, tune_until)
     families: dict[str, list[Variant]] = {
@@ -83,7 +83,7 @@ def _result(trace: WorkTrace, service: Service, tune_until: int, run: Run, knobs
 def _best(
     trace: WorkTrace, service: Service, variants: list[Variant], tune_until: int, ran: Callable[[], None]
 ) -> Variant:
-    """The cheapest that keeps to what is allowed; where none does, the one with the fewest violations.
+    """The cheapest variant within the allowed violations; if there is none, the one with the fewest.
 
     The first horizon is left out: nothing that is ordered serves before it. `ran` is called for each variant.
     """
@@ -100,7 +100,7 @@ def _best(
 
 
 def best_reactive(results: dict[str, Result]) -> str:
-    """The reactive policy with the fewest GPU-hours, of those that kept to what is allowed if any did."""
+    """The reactive policy with the fewest GPU-hours; those within the allowed violations come first."""
     return min(
         REACTIVE,
         key=lambda name: (

@@ -1,4 +1,4 @@
-"""The outcome of a replay as a document for scripts. Its keys are stable: docs/scaling.md lists them."""
+"""The result of a replay as JSON for scripts. Its keys are stable: docs/scaling.md lists them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ METHOD: Final = "combination"
 
 @dataclass(frozen=True)
 class Replay:
-    """All that a replay found."""
+    """The result of a replay."""
 
     trace: WorkTrace
     service: Service
     tune_until: int
-    """Steps that knobs were chosen on."""
+    """Number of steps for tuning."""
     warm_up: int
-    """Steps whose forecasts were not scored."""
+    """Number of steps whose forecasts are not scored."""
     score: Score
     candidates: dict[str, Score]
     results: dict[str, Result]
