@@ -7,9 +7,11 @@ import urllib.request
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from moe_api.metrics_server import MetricsServer
 from moe_api.supervision import Supervisor
-from moe_operator.controller.metrics_server import MetricsServer
+from moe_operator.controller.registration import _metrics_server
 from moe_operator.errors import InstallationError
+from moe_operator.settings import Settings
 
 
 @pytest.fixture
@@ -32,5 +34,5 @@ def test_a_port_that_is_taken_is_said(server):
     with pytest.raises(
         InstallationError, match=r"is not available: .*; set another MOE_OPERATOR_METRICS_PORT"
     ):
-        MetricsServer(server.port)
+        _metrics_server(Settings(metrics_port=server.port))
     server.start(Supervisor())

@@ -15,12 +15,12 @@ from opentelemetry.exporter.prometheus import PrometheusMetricReader
 
 from moe_api import telemetry
 from moe_api.listwatch import UnavailableError
+from moe_api.metrics_server import MetricsServer
 from moe_api.supervision import Supervisor
 from moe_operator.autoscaling.loop import Autoscaler
 from moe_operator.autoscaling.metrics import ScalingMetrics
 from moe_operator.autoscaling.polling import Poller
 from moe_operator.autoscaling.rounds import ScaledFactory
-from moe_operator.controller.metrics_server import MetricsServer
 from moe_operator.controller.queue import ReconcileQueue
 from moe_operator.controller.reconcile import Reconciler
 from moe_operator.controller.work_metrics import WorkMetrics

@@ -9,7 +9,7 @@ from typing import Any
 
 import kopf
 
-from moe_operator.controller.metrics_server import MetricsServer
+from moe_api.metrics_server import MetricsServer, PortTakenError
 from moe_operator.controller.operator import FOLLOWED, Operator
 from moe_operator.errors import InstallationError, MoEOperatorError
 from moe_operator.kube import peering
@@ -45,7 +45,7 @@ class Handlers:
             mirror = Mirror(frozenset({names.KIND, *FOLLOWED}))
             cluster = await asyncio.to_thread(connect, own.api_timeout_seconds, mirror)
             await asyncio.to_thread(prepare_installation, cluster, own)
-            server = MetricsServer(own.metrics_port) if own.metrics_port else None
+            server = _metrics_server(own)
         except MoEOperatorError as error:
             # The CRDs may be on their way: one `kubectl apply` brings them and the operator.
             raise kopf.TemporaryError(str(error), delay=own.retry_first_seconds) from error
@@ -65,6 +65,14 @@ class Handlers:
         """A deployment was created, changed or deleted."""
         if self._operator is not None:
             self._operator.deployment_changed(event["type"], event["object"])
+
+
+def _metrics_server(own: Settings) -> MetricsServer | None:
+    """Serves metrics, if that is asked for. Raises InstallationError when the port is not available."""
+    try:
+        return MetricsServer(own.metrics_port) if own.metrics_port else None
+    except PortTakenError as error:
+        raise InstallationError(f"{error}; set another MOE_OPERATOR_METRICS_PORT") from error
 
 
 def configure(settings: kopf.OperatorSettings, own: Settings, started: datetime) -> None:

@@ -25,6 +25,14 @@ _REVISION: Manifest = {
     },
 }
 
+# A variable, for images of earlier versions know no such flag; users turn it off with 0.
+_METRICS = {"MOE_WORKER_METRICS_PORT": str(names.METRICS_PORT)}
+_METRICS_PORT: Manifest = {
+    "name": names.METRICS_PORT_NAME,
+    "containerPort": names.METRICS_PORT,
+    "protocol": "TCP",
+}
+
 _EXIT_SECONDS = 5
 """Of a pod's grace period, what the process keeps for itself after its last stream; half of a short one."""
 _DEFAULT_GRACE_SECONDS = 55
@@ -69,7 +77,7 @@ def pod_spec(deployment: Deployment) -> Manifest:
         "image": settings.image,
         "command": command(deployment),
         "env": [_REVISION, *_grace(settings), *_environment(deployment)],
-        "ports": [*pods.PORTS, *gang.ports(deployment)],
+        "ports": [*pods.PORTS, _METRICS_PORT, *gang.ports(deployment)],
         "resources": _resources(settings),
         "startupProbe": _STARTUP_PROBE,
         "readinessProbe": _READINESS_PROBE,
@@ -96,7 +104,7 @@ def pod_spec(deployment: Deployment) -> Manifest:
 
 def _environment(deployment: Deployment) -> list[Manifest]:
     settings, more = deployment.spec.worker, gang.environment(deployment)
-    return pods.environment(deployment, names.ROLE_WORKER, settings, more=more)
+    return pods.environment(deployment, names.ROLE_WORKER, settings, _METRICS, more=more)
 
 
 def _grace(settings: Worker) -> list[Manifest]:

@@ -70,6 +70,9 @@ MESH_PORT_NAME: Final = "mesh"
 HTTP_PORT: Final = 8080
 HTTP_PORT_NAME: Final = "http"
 """OpenAI's API, of frontends."""
+METRICS_PORT: Final = 9464
+METRICS_PORT_NAME: Final = "metrics"
+"""Prometheus' text format, of workers."""
 LIVENESS_SERVICE: Final = "liveness"
 """grpc.health.v1 service that says that the process is alive; the service "" says that it is ready."""
 

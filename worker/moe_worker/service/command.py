@@ -145,6 +145,13 @@ class _Number(click.FloatRange):
     "it below the pod's terminationGracePeriodSeconds.",
 )
 @click.option(
+    "--metrics-port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    envvar="MOE_WORKER_METRICS_PORT",
+    help="Port where Prometheus fetches metrics (/metrics). Default: none.",
+)
+@click.option(
     "--max-bits-per-byte-increase",
     type=_Number(min=0),
     help="Refuse a checkpoint that is worse than its original by more, by its quality.json.",
@@ -251,6 +258,7 @@ def serve(
     kv_memory: str | None,
     revision: str,
     explained: bool,
+    metrics_port: int,
     **options: float | str | Mapping[str, Any] | None,
 ) -> None:
     """Serve a model over gRPC.
@@ -285,7 +293,10 @@ def serve(
             raise SettingsError(f"{flag} {text!r} is not text; write it in UTF-8")
     if wrong := lengths.of_name(len(name)):
         raise SettingsError(f"the served name {wrong}: no request could ask for it")
-    settings = ServeSettings(model, name, _address(listen or LISTEN), engine_options, revision, **times)
+    address = _address(listen or LISTEN)
+    settings = ServeSettings(
+        model, name, address, engine_options, revision, **times, metrics_port=metrics_port
+    )
     with held or contextlib.nullcontext():
         if engine_options.mesh_rank:
             follow(settings, None if listen is None else settings.listen)

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import grpc
 from opentelemetry import metrics, trace
+from opentelemetry.exporter.prometheus import PrometheusMetricReader
 
 from moe_api import telemetry, transport
 from moe_api.health import Health
 from moe_api.inference.v1 import inference_pb2_grpc
+from moe_api.metrics_server import MetricsServer, PortTakenError
 from moe_api.server import create_server
 from moe_api.supervision import Supervisor
 from moe_api.worker.v1 import worker_pb2_grpc
@@ -55,7 +57,8 @@ class ServeSettings:
     revision: identifies the model and how it is served; workers of one revision continue each other's
     streams. stall_timeout_s: an engine without a step for this long, with requests to compute, is killed.
     write_timeout_s: a stream whose client reads nothing for this long is stopped. grace_s: how long requests
-    may continue after SIGTERM; then their streams end with UNAVAILABLE.
+    may continue after SIGTERM; then their streams end with UNAVAILABLE. metrics_port: where Prometheus
+    fetches metrics; 0 for nowhere.
     """
 
     model: Path
@@ -66,6 +69,7 @@ class ServeSettings:
     stall_timeout_s: float = STALL_TIMEOUT_S
     write_timeout_s: float = WRITE_TIMEOUT_S
     grace_s: float = GRACE_S
+    metrics_port: int = 0
 
 
 class StoppedError(WorkerError):
@@ -122,17 +126,29 @@ class _Model:
 
 def serve(settings: ServeSettings) -> None:
     """Serves until SIGTERM or SIGINT, then drains. Raises WorkerError."""
-    with telemetry.configure("moe-worker") as handle:
-        asyncio.run(_serve(settings, measured=handle.measures))
+    server = _metrics_server(settings.metrics_port)
+    readers = [PrometheusMetricReader()] if server is not None else []
+    with telemetry.configure("moe-worker", readers=readers) as handle:
+        asyncio.run(_serve(settings, server, measured=handle.measures))
 
 
-async def _serve(settings: ServeSettings, *, measured: bool) -> None:
+def _metrics_server(port: int) -> MetricsServer | None:
+    """Serves metrics for Prometheus, if that is asked for."""
+    try:
+        return MetricsServer(port) if port else None
+    except PortTakenError as error:
+        raise SettingsError(f"{error}; set another --metrics-port") from error
+
+
+async def _serve(settings: ServeSettings, scraped: MetricsServer | None, *, measured: bool) -> None:
     stop = stop_on_signal(settings.grace_s)
     model = await asyncio.to_thread(_Model.load, settings)
     inference = InferenceService(
         trace.get_tracer("moe_worker"), metrics.get_meter("moe_worker"), settings.write_timeout_s
     )
     health, supervisor = Health(SERVICES), Supervisor()
+    if scraped is not None:
+        scraped.start(supervisor)
     most_bytes = largest_request_bytes(model.tokenizer, model.config.vocab_size, model.context_length)
     server = await _listen(settings.listen, most_bytes, inference, health, stop)
     try:
@@ -147,6 +163,8 @@ async def _serve(settings: ServeSettings, *, measured: bool) -> None:
             await engine.stop()
     finally:
         await inference.close()
+        if scraped is not None:
+            await asyncio.to_thread(scraped.stop)
         await supervisor.close()
         await health.close()
         await server.stop(CLOSE_GRACE_S)

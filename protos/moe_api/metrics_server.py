@@ -10,7 +10,6 @@ from prometheus_client import make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer
 
 from moe_api.supervision import Supervisor
-from moe_operator.errors import InstallationError
 
 
 class _Handler(WSGIRequestHandler):
@@ -22,11 +21,15 @@ class _Handler(WSGIRequestHandler):
         """Prometheus scrapes every few seconds, which nobody wants to read."""
 
 
+class PortTakenError(Exception):
+    """The port for metrics is not available."""
+
+
 class MetricsServer:
     """A bound port; `start` begins to serve there.
 
     Raises:
-        InstallationError: the port is not available.
+        PortTakenError: the port is not available.
     """
 
     def __init__(self, port: int) -> None:
@@ -39,9 +42,7 @@ class MetricsServer:
                 _Handler,
             )
         except (OSError, OverflowError) as error:
-            raise InstallationError(
-                f"metrics port {port} is not available: {error}; set another MOE_OPERATOR_METRICS_PORT"
-            ) from error
+            raise PortTakenError(f"metrics port {port} is not available: {error}") from error
         self._stopping = threading.Event()
 
     @property
