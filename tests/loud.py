@@ -31,11 +31,11 @@ class LoudSource(RandomSource):
     """Random weights with loud rows, and columns of 0 where these are read; the same on all devices."""
 
     def __init__(self, device, dtype):
-        super().__init__(CPU, dtype, "w4a8")
-        self.target, self.config = device, config_of(SHAPE)
+        super().__init__(device, dtype, "w4a8")
+        self.drawn, self.config = RandomSource(CPU, dtype, "w4a8"), config_of(SHAPE)
 
     def take(self, name, *shape, dtype=None):
-        values = super().take(name, *shape, dtype=dtype)
+        values = self.drawn.take(name, *shape, dtype=dtype)
         last, latent = name.split(".")[-2], self.config.latent
         if last in ("input_layernorm", "post_attention_layernorm", "norm"):
             values[-64:] *= LOUD
@@ -50,10 +50,10 @@ class LoudSource(RandomSource):
             heads[:, 0] *= LOUD  # W_UK's first column: `matrix` makes the queries that it reads 0
             heads[:, latent.qk_nope_head_dim :, 0] *= LOUD
             heads[0, latent.qk_nope_head_dim :] *= LOUD
-        return values.to(self.target)
+        return values.to(self.device)
 
     def matrix(self, name, outputs, inputs):
-        plain = RandomSource.take(self, name, outputs, inputs, dtype=torch.float32)
+        plain = self.drawn.take(name, outputs, inputs, dtype=torch.float32)
         part, latent = name.split(".")[-2], self.config.latent
         if part == "q_b_proj":
             plain.view(latent.num_attention_heads, -1, inputs)[:, 0] = 0
@@ -65,7 +65,7 @@ class LoudSource(RandomSource):
             plain[:, self._loud(name, inputs)] = 0
         if part in ("q_a_proj", "kv_a_proj_with_mqa", "gate_proj", "up_proj", "lm_head"):
             plain[:, -64:] = 0
-        return quantize_int4(plain).map(lambda tensor: tensor.to(self.target))
+        return quantize_int4(plain).map(lambda tensor: tensor.to(self.device))
 
     def _loud(self, name, width):
         """Hidden values: the last 64 of an expert, some in a dense block's second piece of 128."""
