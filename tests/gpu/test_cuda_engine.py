@@ -4,6 +4,8 @@ Run as tests/gpu/test_triton_kernels.py says. bf16 keeps 8 bits, so logits and, 
 differ; a token counts as right if plain float32 gives it nearly its best score.
 """
 
+import math
+
 import pytest
 import torch
 
@@ -115,6 +117,23 @@ def test_wide_passes_are_narrow_ones(monkeypatch, number_format):
     wide = both.kernels([Segment(tokens, 0, [5, 9, 2])], rows=range(40))
     assert not torch.equal(narrow, wide)
     assert difference(wide, narrow) < 0.04
+
+
+@pytest.mark.parametrize("number_format", ["dense", "w4a8"])
+def test_contexts_are_expanded_as_queries_are_absorbed(monkeypatch, number_format):
+    """A prompt, then its second chunk together with a stream."""
+    both, (text, other) = Both(SMALL, number_format), (tokens_of(40, seed=5), tokens_of(12, seed=6))
+
+    def passes():
+        first = both.kernels([Segment(text[:25], 0, [5, 9, 2]), Segment(other[:11], 0, [7])], rows=range(36))
+        chunks = [Segment(other[11:], 11, [7]), Segment(text[25:], 25, [5, 9, 2])]
+        return torch.cat((first, both.kernels(chunks, rows=range(16))))
+
+    absorbed = passes()
+    monkeypatch.setattr(cuda, "EXPANDED_LAUNCHES", -math.inf)
+    expanded = passes()
+    assert not torch.equal(absorbed, expanded)
+    assert difference(expanded, absorbed) < 0.04
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,20 @@ import torch
 pytest.importorskip("triton")
 
 from moe_worker.config.moe import Level, Routing
-from moe_worker.kernels.triton import attention, experts, few, latent, linear, norm, router, tiles, wide
+from moe_worker.kernels.triton import (
+    attention,
+    expanded,
+    experts,
+    few,
+    greedy,
+    latent,
+    linear,
+    norm,
+    router,
+    tiles,
+    wide,
+)
+from moe_worker.models import cuda
 from moe_worker.models.cuda_build import pack_fp8, pack_int4, split_dense
 from moe_worker.moe.router import choose
 from moe_worker.quant.fp8 import quantize_fp8
@@ -141,6 +154,10 @@ def test_linear_of_few_tokens(tokens, inputs, outputs):
     actual = torch.full((tokens, outputs), math.nan, device=DEVICE)
     few.linear_few(x, weight, actual)
     assert difference(actual, from_int8(x) @ plain.t()) < 1e-5
+    # What the norm kernel rounds is the bf16 side, too; halves may go to either side.
+    itself = torch.full((tokens, outputs), math.nan, device=DEVICE)
+    few.linear_few(x, weight, itself, rounded=False)
+    assert difference(itself, actual) < 2e-3
 
 
 def test_few_tokens_go_elsewhere_in_other_formats_and_sizes():
@@ -250,6 +267,56 @@ def test_a_row_of_not_numbers_reaches_no_token_before_it(wrong):
         wrong_cache = cache.clone()
         wrong_cache[start + broken, 5] = wrong
         actual = attended(wrong_cache)
+        assert torch.equal(actual[:broken], whole[:broken])
+        assert not actual[broken:].isfinite().any()
+
+
+def expanded_attention(cache, query, weights, counts, ends, page, rounding=NONE):
+    """Values of queries [T, H * (N + P)] over pages in order of their sequences; tiles of 16 tokens."""
+    key, value = weights
+    each = cache.shape[0] // page // len(counts)
+    pages = torch.arange(len(counts) * each, device=DEVICE, dtype=torch.int32).view(len(counts), each).flip(1)
+    positions = torch.cat([torch.arange(e - c, e, device=DEVICE) for c, e in zip(counts, ends, strict=True)])
+    rows = cuda.Rows(positions, positions, pages)
+    contexts = expanded.Contexts(*cuda._contexts(ends, rows, page), cuda._tiles(counts, 16, DEVICE))
+    expanded_CO, latents_CW = expanded.expand(cache, contexts.rows_C, key, value)
+    out = poisoned(len(query), value.shape[0] * value.shape[2], piece_of(value.shape[2]))
+    expanded.attend_expanded(
+        query, expanded_CO, latents_CW, positions, contexts, key.shape[1], key.shape[2], 0.1, out, rounding
+    )
+    return out, contexts, positions
+
+
+@pytest.mark.parametrize("value", [64, 192])
+@pytest.mark.parametrize("rounding", norm.Rounding)
+def test_attention_over_expanded_contexts(value, rounding):
+    heads, plain, rope, rank, page, counts, ends = 3, 32, 16, 64, 8, [37, 1, 20], [37, 70, 96]
+    cache, query = randn(3 * 96, rank + rope), randn(sum(counts), heads * (plain + rope) + 8)[:, 8:]
+    key, weight = randn(heads, plain, rank) / 8, randn(heads, rank, value) / 8
+    out, contexts, positions = expanded_attention(cache, query, (key, weight), counts, ends, page, rounding)
+    expected, sequence_T = [], torch.repeat_interleave(torch.tensor(counts)).tolist()
+    for t, sequence in enumerate(sequence_T):
+        first = int(contexts.first_B[sequence])
+        seen = cache[contexts.rows_C[first : first + int(positions[t]) + 1]].double()
+        own = query[t].double().view(heads, -1)
+        keys = torch.einsum("cr,hnr->hcn", seen[:, :rank], key.double())
+        scores = torch.einsum("hn,hcn->hc", own[:, :plain], keys) + own[:, plain:] @ seen[:, rank:].t()
+        values = torch.einsum("cr,hrv->hcv", seen[:, :rank], weight.double())
+        expected.append(torch.einsum("hc,hcv->hv", (scores * 0.1).softmax(-1), values).flatten())
+    actual = from_int8(out) if rounding is INT8 else out.x_TD
+    assert difference(actual, torch.stack(expected)) < 0.015 + BF16
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_an_expanded_row_of_not_numbers_reaches_no_token_before_it(wrong):
+    heads, plain, rope, rank, page, start, count = 2, 32, 16, 64, 16, 29, 19
+    cache, query = randn(48, rank + rope), randn(count, heads * (plain + rope))
+    weights = randn(heads, plain, rank), randn(heads, rank, 64)
+    whole = expanded_attention(cache, query, weights, [count], [start + count], page)[0].x_TD
+    for broken in (0, 2, 15, 18):
+        wrong_cache, at = cache.clone(), start + broken
+        wrong_cache[(2 - at // page) * page + at % page, 5] = wrong
+        actual = expanded_attention(wrong_cache, query, weights, [count], [start + count], page)[0].x_TD
         assert torch.equal(actual[:broken], whole[:broken])
         assert not actual[broken:].isfinite().any()
 
@@ -461,3 +528,34 @@ def test_a_dense_block_is_the_sum_of_its_experts():
         gate, up = (x @ own_gate_up.t()).chunk(2, dim=1)
         total += (torch.nn.functional.silu(gate) * up) @ own_down.t()
     assert torch.allclose(total, expected)
+
+
+@pytest.mark.parametrize(("batch", "vocabulary"), [(1, 100), (5, 9000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_likeliest_tokens_are_those_of_argmax(batch, vocabulary, dtype):
+    scores = randn(batch, vocabulary + 4, dtype=dtype)[:, :vocabulary]
+    scores[0, [30, 70]] = 9.0  # the first of equal ones
+    tokens, peaks, failed = greedy.best_tokens(scores)
+    assert torch.equal(tokens, scores.float().argmax(dim=-1))
+    assert tokens[0] == 30
+    assert torch.equal(peaks, scores.float().amax(dim=-1))
+    assert not failed.any()
+
+
+def test_rows_without_a_likeliest_token_fail():
+    scores = randn(5, 5000, dtype=torch.float32)
+    scores[0, 4321], scores[1, 17], scores[2], scores[3, 4999] = math.nan, math.inf, -math.inf, -math.inf
+    tokens, peaks, failed = greedy.best_tokens(scores)
+    assert failed.tolist() == [True, True, True, False, False]
+    assert tokens[:3].tolist() == [0, 0, 0]
+    assert peaks.isfinite().tolist() == [False, False, False, True, True]
+
+
+def test_histograms_of_passes_are_summed():
+    counts = torch.randint(3, (4, 11), device=DEVICE, dtype=torch.int32)
+    tokens = torch.randint(1 << 40, (4, 11), device=DEVICE)
+    active = torch.randint(99, (4,), device=DEVICE)
+    expected = tokens + counts, active + (counts[:, :9] > 0).sum(dim=1)
+    greedy.add_counts(counts, tokens, active, routed=9)
+    assert torch.equal(tokens, expected[0])
+    assert torch.equal(active, expected[1])

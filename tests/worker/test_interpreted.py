@@ -21,7 +21,7 @@ CHOSEN = {
         "(not_numbers and (20 or nan)) or nobody or norm or rounding or order or widened"
         " or (router and not 37) or padding or sorted or dense_block or latents"
         " or (few and (200-1 or elsewhere)) or (linear and w4a8-320-130-77)"
-        " or (attention and 6-8-counts1-4) or (experts and 64-40)",
+        " or (attention and 6-8-counts1-4) or (experts and 64-40) or likeliest or (expanded and INT8-64)",
     ),
     "engine": (ENGINE, "nobody or counted"),
     "few tokens": (ENGINE, "decode and whole"),

@@ -5,7 +5,7 @@ sequence, W cache row, L layers, A experts, C tiles of tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from moe_worker.kernels.triton import few
 from moe_worker.kernels.triton.attention import TokenTiles
+from moe_worker.kernels.triton.expanded import BLOCK_T, Contexts
 from moe_worker.kernels.triton.linear import linear_packed
 from moe_worker.kernels.triton.norm import Added
 from moe_worker.kernels.triton.wide import Weight
@@ -29,6 +30,11 @@ PREFILL_TOKENS = 4
 # which in four bits takes 0.6 ms a layer of DeepSeek-V2-Lite on an H100.
 WIDE_TOKENS = 512
 WIDE_TOKENS_PACKED = 8192
+# Bytes of the keys and values that a pass may expand.
+MOST_EXPANDED_BYTES = 1 << 30
+# Nanoseconds of a layer on an H200, with 16 heads: what absorbed queries cost more for a token, and for a
+# token and a position that it sees; what expanding costs for a position, and for its launches.
+ABSORBED_TOKEN, ABSORBED_PAIR, EXPANDED_POSITION, EXPANDED_LAUNCHES = 40.0, 0.25, 11.0, 10_000.0
 
 
 @dataclass(frozen=True)
@@ -112,22 +118,35 @@ class CudaModel:
         slices = max(1, min(MOST_SLICES, WANTED_PROGRAMS // count))
         return self._pass(rows, tiles, 1 << (slices.bit_length() - 1), page, wide=False, valid=valid)
 
-    def prefill_pass(self, counts: Sequence[int], rows: Rows, page: int) -> Pass:
-        """A pass with `counts` tokens of each sequence."""
-        tiles: list[tuple[int, int, int]] = []
-        first = 0
-        for sequence, count in enumerate(counts):
-            cuts = range(0, count, PREFILL_TOKENS)
-            tiles += [(sequence, first + cut, min(PREFILL_TOKENS, count - cut)) for cut in cuts]
-            first += count
-        sequence_C, first_C, count_C = aligned_parts(list(np.array(tiles, np.int32).T), self.device)
-        token_tiles = TokenTiles(sequence_C, first_C, count_C, PREFILL_TOKENS)
-        return self._pass(rows, token_tiles, 1, page, wide=self.is_wide(first))
+    def prefill_pass(
+        self, counts: Sequence[int], rows: Rows, page: int, lengths: Sequence[int] | None = None
+    ) -> Pass:
+        """A pass with `counts` tokens of each sequence.
+
+        lengths: those of the sequences with them; None: attention expands no contexts.
+        """
+        wide = self.is_wide(sum(counts))
+        if lengths is not None and self._expands(counts, lengths):
+            tiles, contexts = _tiles(counts, BLOCK_T, self.device), _contexts(lengths, rows, page)
+            shared = self._pass(rows, tiles, 1, page, wide=wide)
+            return replace(shared, contexts=Contexts(*contexts, tiles))
+        return self._pass(rows, _tiles(counts, PREFILL_TOKENS, self.device), 1, page, wide=wide)
 
     def is_wide(self, tokens: int) -> bool:
         """Whether a pass of so many tokens multiplies in bf16 by the library."""
         dense = all(isinstance(layer.gate_up, Tensor) for layer in self.layers)
         return tokens >= (WIDE_TOKENS if dense else WIDE_TOKENS_PACKED)
+
+    def _expands(self, counts: Sequence[int], lengths: Sequence[int]) -> bool:
+        """Whether attention costs less with keys and values expanded than with queries absorbed."""
+        latent, value = self.layers[0].latent, self.layers[0].value_HRV.shape[2]
+        heads, plain, _ = latent.key_HNR.shape
+        positions = sum(lengths)
+        if positions * heads * (plain + value) * 2 > MOST_EXPANDED_BYTES:
+            return False
+        pairs = sum(count * (length - count / 2) for count, length in zip(counts, lengths, strict=True))
+        absorbed = ABSORBED_TOKEN * sum(counts) + ABSORBED_PAIR * pairs
+        return absorbed > EXPANDED_POSITION * positions + EXPANDED_LAUNCHES
 
     def _pass(
         self, rows: Rows, tiles: TokenTiles, slices: int, page: int, wide: bool, valid: Tensor | None = None
@@ -136,3 +155,24 @@ class CudaModel:
             rows.positions_T, rows.rows_T, rows.pages_BP, tiles, slices, page, self.rotations_CP2, self.eps,
             self.scale, wide, valid,
         )  # fmt: skip
+
+
+def _tiles(counts: Sequence[int], most: int, device: torch.device) -> TokenTiles:
+    tiles: list[tuple[int, int, int]] = []
+    first = 0
+    for sequence, count in enumerate(counts):
+        tiles += [(sequence, first + cut, min(most, count - cut)) for cut in range(0, count, most)]
+        first += count
+    sequence_C, first_C, count_C = aligned_parts(list(np.array(tiles, np.int32).T), device)
+    return TokenTiles(sequence_C, first_C, count_C, most)
+
+
+def _contexts(lengths: Sequence[int], rows: Rows, page: int) -> tuple[Tensor, Tensor]:
+    """Rows of the cache of all positions, sequence by sequence, and where each one's begin."""
+    lengths_B = np.array(lengths, np.int32)
+    first_B = np.cumsum(lengths_B, dtype=np.int32) - lengths_B
+    sequence = np.repeat(np.arange(len(lengths_B), dtype=np.int32), lengths_B)
+    position = np.arange(len(sequence), dtype=np.int32) - first_B[sequence]
+    sequence_C, position_C, firsts_B = aligned_parts((sequence, position, first_B), rows.pages_BP.device)
+    page_C = rows.pages_BP[sequence_C, position_C // page].long()
+    return page_C * page + position_C % page, firsts_B

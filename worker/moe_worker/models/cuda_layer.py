@@ -15,6 +15,7 @@ from torch.nn import functional
 from moe_worker.config.moe import Routing
 from moe_worker.kernels.triton import few
 from moe_worker.kernels.triton.attention import TokenTiles, attend, merge_values
+from moe_worker.kernels.triton.expanded import Contexts, attend_expanded, expand
 from moe_worker.kernels.triton.experts import expert_tiles, experts_bf16, experts_packed, sort_by_expert
 from moe_worker.kernels.triton.latent import LatentWeights, write_latents
 from moe_worker.kernels.triton.linear import linear_packed
@@ -32,7 +33,8 @@ class Pass:
     rotations_CP2: float32, cosine and sine of each position's pairs. slices: of the context, for attention.
     wide: whether there are so many tokens that products in bf16 are fastest whatever the weights' format.
     valid: int32 [1], the tokens that are no padding; None: all. capacity: tokens that each rank of a mesh may
-    send to each other one.
+    send to each other one. contexts: where attention expands keys and values; None: where queries are
+    absorbed.
     """
 
     positions_T: Tensor
@@ -47,6 +49,7 @@ class Pass:
     wide: bool = False
     valid: Tensor | None = None
     capacity: int = 0
+    contexts: Contexts | None = None
 
 
 class Work(NamedTuple):
@@ -102,25 +105,59 @@ class CudaLayer:
         tokens = x_TD.shape[0]
         normed = norm(x_TD, added, self.attention_norm_D, shared.eps, self.input, shared.wide)
         joint_TO = linear(normed, self.input, shared.wide)
-        heads, _, rank = self.latent.key_HNR.shape
-        width = cache_SW.shape[1]
+        heads, width = self.latent.key_HNR.shape[0], cache_SW.shape[1]
         query_TO, latent_TW = joint_TO[:, :-width], joint_TO[:, -width:]
         if self.query is not None and self.query_norm_Q is not None:
             low = norm(query_TO, None, self.query_norm_Q, INNER_NORM_EPS, self.query, shared.wide)
             query_TO = linear(low, self.query, shared.wide)
-        query_THW = torch.empty(tokens, heads, width, dtype=x_TD.dtype, device=x_TD.device)
-        write_latents(
-            query_TO, latent_TW, self.latent, shared.rotations_CP2, shared.positions_T, shared.rows_T,
-            cache_SW, query_THW,
-        )  # fmt: skip
+        value = self.value_HRV.shape[2]
+        values = Activation.empty(tokens, heads * value, x_TD.device, piece_of(value))
+        attend_to = self._absorbed if shared.contexts is None else self._expanded
+        # With few tokens the projection rounds, so that a head's values come from several programs.
+        if few.takes(self.output, values):
+            attend_to(query_TO, latent_TW, shared, cache_SW, values, Rounding.NONE)
+            out_TD = torch.empty_like(x_TD)
+            few.linear_few(values, self.output, out_TD, rounded=False)
+            return out_TD
+        attend_to(query_TO, latent_TW, shared, cache_SW, values, rounding(self.output, shared.wide))
+        return linear(values, self.output, shared.wide)
+
+    def _absorbed(
+        self, query_TO: Tensor, latent_TW: Tensor, shared: Pass, cache_SW: Tensor, out: Activation,
+        rounded: Rounding,
+    ) -> None:  # fmt: skip
+        (heads, _, rank), (tokens, width) = self.latent.key_HNR.shape, latent_TW.shape
+        query_THW = torch.empty(tokens, heads, width, dtype=query_TO.dtype, device=query_TO.device)
+        self._write(query_TO, latent_TW, shared, cache_SW, query_THW)
         parts_THSR, lse_THS = attend(
             query_THW, cache_SW, shared.pages_BP, shared.positions_T, shared.tiles, rank, shared.page,
             shared.scale, shared.slices,
         )  # fmt: skip
-        value = self.value_HRV.shape[2]
-        values = Activation.empty(tokens, heads * value, x_TD.device, piece_of(value))
-        merge_values(parts_THSR, lse_THS, self.value_HRV, values, rounding(self.output, shared.wide))
-        return linear(values, self.output, shared.wide)
+        merge_values(parts_THSR, lse_THS, self.value_HRV, out, rounded)
+
+    def _expanded(
+        self, query_TO: Tensor, latent_TW: Tensor, shared: Pass, cache_SW: Tensor, out: Activation,
+        rounded: Rounding,
+    ) -> None:  # fmt: skip
+        if shared.contexts is None:
+            raise ValueError("a pass without contexts has no keys and values to expand")
+        _, plain, rank = self.latent.key_HNR.shape
+        self._write(query_TO, latent_TW, shared, cache_SW, None)
+        expanded_CO, latents_CW = expand(
+            cache_SW, shared.contexts.rows_C, self.latent.key_HNR, self.value_HRV
+        )
+        attend_expanded(
+            query_TO, expanded_CO, latents_CW, shared.positions_T, shared.contexts, plain, rank, shared.scale,
+            out, rounded,
+        )  # fmt: skip
+
+    def _write(
+        self, query_TO: Tensor, latent_TW: Tensor, shared: Pass, cache_SW: Tensor, out_THW: Tensor | None
+    ) -> None:
+        write_latents(
+            query_TO, latent_TW, self.latent, shared.rotations_CP2, shared.positions_T, shared.rows_T,
+            cache_SW, out_THW,
+        )  # fmt: skip
 
     def block(self, x_TD: Tensor, attended_TD: Tensor, shared: Pass) -> Added:
         """Adds the attention's output to the residual; the experts' weighted outputs, to be added."""

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from moe_worker.kernels.transfer import to_device
+from moe_worker.kernels.triton.greedy import add_counts, best_tokens
 from moe_worker.kvcache.paged import PagedCache
 from moe_worker.models.batch import Batch
-from moe_worker.models.cuda import CudaModel, Rows
+from moe_worker.models.cuda import MOST_EXPANDED_BYTES, CudaModel, Rows
 from moe_worker.models.cuda_graph import DecodeGraphs
 from moe_worker.progress import bar
 
@@ -35,6 +36,8 @@ class CudaRunner:
             sizes = warm_sizes(prefill_tokens + largest)
             for tokens in bar(sizes, desc="compiling prefill", unit="size", disable=not progress):
                 self._warm(tokens)
+            self._counts.add()
+            best_tokens(self.graphs.logits_BV[:1].float())
             torch.cuda.empty_cache()
 
     def logits(self, batch: Batch, cache: PagedCache, rows: Sequence[int]) -> Tensor:
@@ -62,8 +65,10 @@ class CudaRunner:
         nobody_BP = torch.full((1, 4), cache.pages, dtype=torch.int32, device=device)
         rows = Rows(zeros_T, torch.full_like(zeros_T, cache.pages * cache.page_size), nobody_BP)
         try:
-            shared = self._model.prefill_pass([tokens], rows, cache.page_size)
-            x_TD, added = self._model.forward(zeros_T, shared, cache.layers)
+            # Attention expands keys and values of one position, and of too many it does not.
+            for length in (1, MOST_EXPANDED_BYTES):
+                shared = self._model.prefill_pass([tokens], rows, cache.page_size, [length])
+                x_TD, added = self._model.forward(zeros_T, shared, cache.layers)
             rows_N = zeros_T[: self.graphs.largest]
             out_NV = self._model.empty_logits(rows_N.shape[0])
             self._model.logits(x_TD[rows_N], added.of_tokens(rows_N, tokens), out_NV)
@@ -75,7 +80,8 @@ class CudaRunner:
         model = self._model
         placed = Rows(batch.positions_T, batch.rows_T, batch.pages_BP)
         counts = [segment.count for segment in batch.segments]
-        shared = model.prefill_pass(counts, placed, cache.page_size)
+        lengths = [segment.end for segment in batch.segments]
+        shared = model.prefill_pass(counts, placed, cache.page_size, lengths)
         x_TD, added = model.forward(batch.tokens_T, shared, cache.layers)
         self._counts.add()
         out_NV = model.empty_logits(len(rows))
@@ -107,8 +113,7 @@ class Totals:
 
     def add(self) -> None:
         """Takes in the newest pass."""
-        self.tokens_LA += self._model.counts_LA
-        self.active_L += (self._model.counts_LA[:, : self._routed] > 0).sum(dim=1)
+        add_counts(self._model.counts_LA, self.tokens_LA, self.active_L, self._routed)
 
 
 class CudaExpertCounter:

@@ -133,19 +133,31 @@ def sample(logits_BV: Tensor, batch: SamplingBatch, allowed: Allowed | None = No
         batch.adjust(scores_BV)
     if allowed is not None:
         allowed.apply(scores_BV)
-    # The largest logit is NaN or infinite in just the rows that fail.
-    tokens_B = scores_BV.argmax(dim=-1)
-    peaks_B1 = scores_BV.gather(1, tokens_B.unsqueeze(1))
-    failed_B = ~peaks_B1.isfinite().squeeze(1)
+    tokens_B, peaks_B, failed_B = _best_tokens(scores_BV)
     for part in batch.sampling:
         rows_S = part.rows_S
         whole = rows_S.shape[0] == scores_BV.shape[0]
         scores_SV = scores_BV if whole else scores_BV.index_select(0, rows_S)
-        masses_SC = masses(scores_SV, peaks_B1[rows_S], part.temperatures_S1, part.keep)
+        masses_SC = masses(scores_SV, peaks_B[rows_S].unsqueeze(1), part.temperatures_S1, part.keep)
         drawn_S = draw(masses_SC, part.noise(batch.step), scores_SV.shape[1])
         tokens_B = tokens_B.index_copy(0, rows_S, drawn_S)
-    tokens_B = tokens_B.masked_fill(failed_B, 0)
+    if batch.sampling:
+        tokens_B = tokens_B.masked_fill(failed_B, 0)
     return Sampled(tokens_B, failed_B, _logprobs(logits_BV, tokens_B, batch))
+
+
+def _best_tokens(scores_BV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The first of each row's likeliest tokens, its score, and whether the row fails; its token is 0 then."""
+    if scores_BV.is_cuda:
+        # Triton exists where torch has CUDA, and takes seconds to import.
+        from moe_worker.kernels.triton.greedy import best_tokens  # noqa: PLC0415
+
+        return best_tokens(scores_BV)
+    # The largest logit is NaN or infinite in just the rows that fail.
+    tokens_B = scores_BV.argmax(dim=-1)
+    peaks_B = scores_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1)
+    failed_B = ~peaks_B.isfinite()
+    return tokens_B.masked_fill(failed_B, 0), peaks_B, failed_B
 
 
 def _logprobs(logits_BV: Tensor, tokens_B: Tensor, batch: SamplingBatch) -> Logprobs | None:

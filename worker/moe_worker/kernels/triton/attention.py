@@ -32,47 +32,73 @@ class TokenTiles(NamedTuple):
 
 
 @triton.jit
+def _cache_rows(own_pages, at, end, PAGE: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Rows of the cache of positions `at` to `at` + BLOCK_S; behind `end` (exclusive) the last one's."""
+    position_s = tl.minimum(at + tl.arange(0, BLOCK_S), end - 1)
+    return tl.load(own_pages + position_s // PAGE).to(tl.int64) * PAGE + position_s % PAGE
+
+
+@triton.jit
+def _load_parts(base, row_m, mask_m, RANK: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """The first RANK values of the rows `row_m` in bf16, as a tuple of tensors [M, CHUNK].
+
+    An 8-bit cache becomes bf16 here; a bf16 one is as it is. mask_m: which rows exist; None: all.
+    """
+    c, parts = tl.arange(0, CHUNK), ()
+    for i in tl.static_range(RANK // CHUNK):
+        where = base + row_m[:, None] * WIDTH + (i * CHUNK + c)[None, :]
+        if mask_m is None:  # noqa: SIM108 - no tensor
+            part = tl.load(where)
+        else:
+            part = tl.load(where, mask=mask_m[:, None], other=0.0)
+        parts = parts + (part.to(tl.bfloat16),)  # type: ignore[assignment]  # noqa: RUF005
+    return parts
+
+
+@triton.jit
 def _add_block(
-    total, top, acc, q_plain, q_rope, position_q, cache, own_pages, at, end, scale,
-    RANK: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr, BLOCK_S: tl.constexpr,
+    total, top, acc, q_parts, q_rope, position_q, cache, row_s, at, end, scale,
+    RANK: tl.constexpr, ROPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_S: tl.constexpr,
     DIAGONAL: tl.constexpr,
 ):  # fmt: skip
     """Adds cached positions `at` to `at` + BLOCK_S (exclusive, as `end` is) to the running softmax.
 
-    DIAGONAL: not all tokens see all of them. A weight of 0 times NaN is NaN, so that a row that is not finite
+    acc, q_parts: tuples of [Q, CHUNK], so that their products do not wait for each other. DIAGONAL: not all
+    tokens see all of them. A weight of 0 times NaN is NaN, so that a row that is not finite
     would reach the tokens before it, whose pages other requests share: it counts as 0, and those that see it
     have no finite score.
     """
     WIDTH: tl.constexpr = RANK + ROPE
-    r, p, s = tl.arange(0, RANK), tl.arange(0, ROPE), tl.arange(0, BLOCK_S)
-    inside = at + s < end
-    page_s = tl.load(own_pages + (at + s) // PAGE, mask=inside, other=0)
-    row_s = page_s.to(tl.int64) * PAGE + (at + s) % PAGE
-    # An 8-bit cache becomes bf16 here; a bf16 one is as it is.
-    k = tl.load(cache + row_s[:, None] * WIDTH + r[None, :], mask=inside[:, None], other=0.0)
-    k = k.to(tl.bfloat16)
-    k_rope = tl.load(cache + row_s[:, None] * WIDTH + RANK + p[None, :], mask=inside[:, None], other=0.0)
-    k_rope = k_rope.to(tl.bfloat16)
-    scores = add_dot_bf16(dot_bf16(q_plain, tl.trans(k)), q_rope, tl.trans(k_rope))
+    s = tl.arange(0, BLOCK_S)
+    k_parts = _load_parts(cache, row_s, None, RANK, WIDTH, CHUNK)
+    k_rope = tl.load(cache + row_s[:, None] * WIDTH + RANK + tl.arange(0, ROPE)[None, :]).to(tl.bfloat16)
+    scores = dot_bf16(q_rope, tl.trans(k_rope))
+    for i in tl.static_range(RANK // CHUNK):
+        scores += dot_bf16(q_parts[i], tl.trans(k_parts[i]))
     scores *= scale * 1.4426950408889634
     if DIAGONAL:
         scores = tl.where(tl.abs(scores) < float("inf"), scores, float("nan"))
-        k = tl.where(tl.abs(k.to(tl.float32)) < float("inf"), k, 0.0).to(tl.bfloat16)
-    visible = inside[None, :] & (at + s[None, :] <= position_q[:, None])
+    visible = (at + s < end)[None, :] & (at + s[None, :] <= position_q[:, None])
     scores = tl.where(visible, scores, -1e30)
     new_top = tl.maximum(top, tl.max(scores, axis=1))
     weights = tl.where(visible, tl.exp2(scores - new_top[:, None]), 0.0)
     shrink = tl.exp2(top - new_top)
     total = total * shrink + tl.sum(weights, axis=1)
-    acc = add_dot_bf16(acc * shrink[:, None], weights.to(tl.bfloat16), k)
-    return total, new_top, acc
+    out = ()
+    for i in tl.static_range(RANK // CHUNK):
+        k = k_parts[i]
+        if DIAGONAL:
+            k = tl.where(tl.abs(k) < float("inf"), k, 0.0)
+        part = add_dot_bf16(acc[i] * shrink[:, None], weights.to(tl.bfloat16), k)
+        out = out + (part,)  # type: ignore[assignment]  # noqa: RUF005
+    return total, new_top, out
 
 
 @triton.jit(do_not_specialize=["page_stride"])
 def _attend(
     query, cache, pages, positions, tile_sequence, tile_first, tile_count, out, out_lse, scale, page_stride,
     HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, PAGE: tl.constexpr, SLICES: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = RANK + ROPE
     start_next()
@@ -87,36 +113,44 @@ def _attend(
     row_q = ((first + token_q) * HEADS + head_q).to(tl.int64)
     position_q = tl.load(positions + first + token_q, mask=mask_q, other=0)
     length = tl.load(positions + first + count - 1) + 1
-    r, p = tl.arange(0, RANK), tl.arange(0, ROPE)
-    wait_for_inputs()
-    q_plain = tl.load(query + row_q[:, None] * WIDTH + r[None, :], mask=mask_q[:, None], other=0.0)
-    q_rope = tl.load(query + row_q[:, None] * WIDTH + RANK + p[None, :], mask=mask_q[:, None], other=0.0)
-    top = tl.full((BLOCK_T * BLOCK_H,), -1e30, tl.float32)
-    total = tl.zeros((BLOCK_T * BLOCK_H,), tl.float32)
-    acc = tl.zeros((BLOCK_T * BLOCK_H, RANK), tl.float32)
+    p = tl.arange(0, ROPE)
     # KV splits take blocks in rotation, so that the place of the first one does not depend on the length.
     STEP: tl.constexpr = SLICES * BLOCK_S
     start, diagonal = part * BLOCK_S, length
     if BLOCK_T > 1:
         # The first token of the tile sees all blocks before this one, and so do the others.
         diagonal = tl.minimum(length, (tl.load(positions + first) + 1) // BLOCK_S * BLOCK_S)
+    # Rows are looked up an iteration ahead: Triton loads ahead only from places that it knows already.
+    row_s = _cache_rows(own_pages, start, length, PAGE, BLOCK_S)
+    wait_for_inputs()
+    q_parts = _load_parts(query, row_q, mask_q, RANK, WIDTH, CHUNK)
+    q_rope = tl.load(query + row_q[:, None] * WIDTH + RANK + p[None, :], mask=mask_q[:, None], other=0.0)
+    top = tl.full((BLOCK_T * BLOCK_H,), -1e30, tl.float32)
+    total = tl.zeros((BLOCK_T * BLOCK_H,), tl.float32)
+    acc = ()
+    for _ in tl.static_range(RANK // CHUNK):
+        acc = acc + (tl.zeros((BLOCK_T * BLOCK_H, CHUNK), tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     for at in range(start, diagonal, STEP):
+        next_s = _cache_rows(own_pages, at + STEP, length, PAGE, BLOCK_S)
         total, top, acc = _add_block(
-            total, top, acc, q_plain, q_rope, position_q, cache, own_pages, at, length, scale,
-            RANK, ROPE, PAGE, BLOCK_S, False,
+            total, top, acc, q_parts, q_rope, position_q, cache, row_s, at, length, scale,
+            RANK, ROPE, CHUNK, BLOCK_S, False,
         )  # fmt: skip
+        row_s = next_s
     if BLOCK_T > 1:
         behind = start + tl.cdiv(tl.maximum(diagonal - start, 0), STEP) * STEP
         for at in range(behind, length, STEP):
+            row_s = _cache_rows(own_pages, at, length, PAGE, BLOCK_S)
             total, top, acc = _add_block(
-                total, top, acc, q_plain, q_rope, position_q, cache, own_pages, at, length, scale,
-                RANK, ROPE, PAGE, BLOCK_S, True,
+                total, top, acc, q_parts, q_rope, position_q, cache, row_s, at, length, scale,
+                RANK, ROPE, CHUNK, BLOCK_S, True,
             )  # fmt: skip
     safe = tl.where(total > 0.0, total, 1.0)
     lse = tl.where(total > 0.0, top + tl.log2(safe), -1e30)
     to = row_q * SLICES + part
-    mean = (acc / safe[:, None]).to(out.dtype.element_ty)
-    tl.store(out + to[:, None] * RANK + r[None, :], mean, mask=mask_q[:, None])
+    for i in tl.static_range(RANK // CHUNK):
+        where = out + to[:, None] * RANK + (i * CHUNK + tl.arange(0, CHUNK))[None, :]
+        tl.store(where, (acc[i] / safe[:, None]).to(out.dtype.element_ty), mask=mask_q[:, None])
     tl.store(out_lse + to, lse, mask=mask_q)
 
 
@@ -151,13 +185,14 @@ def attend(
     out_THSR = torch.empty(tokens, heads, slices, rank, dtype=dtype, device=query_THW.device)
     lse_THS = torch.empty(tokens, heads, slices, dtype=torch.float32, device=query_THW.device)
     block_h = min(triton.next_power_of_2(heads), MOST_ROWS // tiles.most)
-    cut = cut or attention_tile(tokens, tiles.most * block_h)
+    rows = tiles.most * block_h
+    cut = cut or attention_tile(tokens, rows)
     _attend[(tiles.first_C.shape[0], slices, triton.cdiv(heads, block_h))](
         query_THW, cache_SW, pages_BP, positions_T, tiles.sequence_C, tiles.first_C, tiles.count_C,
         out_THSR, lse_THS, scale, pages_BP.stride(0),
         HEADS=heads, RANK=rank, ROPE=width - rank, PAGE=page, SLICES=slices, BLOCK_T=tiles.most,
-        BLOCK_H=block_h, BLOCK_S=cut.s, num_warps=cut.warps, num_stages=cut.stages,
-        **launch(tokens),
+        BLOCK_H=block_h, BLOCK_S=cut.s, CHUNK=min(128, rank) if rows <= 16 else rank,
+        num_warps=cut.warps, num_stages=cut.stages, **launch(tokens),
     )  # fmt: skip
     return out_THSR, lse_THS
 
@@ -240,8 +275,9 @@ def _merge_few(
         tl.store(out + to, y)
 
 
-# Tokens up to which a program takes one token and head.
+# Tokens up to which a program takes one token and head, and the values that it takes if it does not round.
 FEW_TOKENS = 4
+FEW_VALUES = 32
 
 
 def merge_values(
@@ -252,10 +288,12 @@ def merge_values(
     value = value_HRV.shape[2]
     block_m, block_v = 16 if tokens <= 256 else 64, out.piece
     if tokens <= FEW_TOKENS:
+        # Nothing is shared by the values of a piece that are not rounded: more programs take fewer.
+        block_v = FEW_VALUES if rounding is Rounding.NONE else block_v
         _merge_few[(tokens, heads, value // block_v)](
             parts_THSR, lse_THS, value_HRV, out.x_TD, out.q_TD, out.scales_TX,
             HEADS=heads, RANK=rank, VALUE=value, SLICES=slices, BLOCK_V=block_v, ROUNDING=rounding.value,
-            num_warps=16 if rank >= 512 else 4, **launch(tokens),
+            num_warps=16 if rank * block_v >= 65536 else 4, **launch(tokens),
         )  # fmt: skip
         return
     _merge[(triton.cdiv(tokens, block_m), heads, value // block_v)](

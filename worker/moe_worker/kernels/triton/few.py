@@ -74,17 +74,74 @@ def _multiply(word_GNW, scale_GN, low_GW, high_GW, scale_G):
     return tl.sum(sums_GN * (scale_GN * scale_G[:, None]), axis=0)
 
 
+@triton.jit
+def _load_four(values, mask_GW):
+    """Four neighbours of each of `values` [G, W], as a tuple."""
+    four = ()
+    for i in tl.static_range(4):
+        four = four + (tl.load(values + i, mask=mask_GW, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+    return four
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _top_of_four(four):
+    """The largest magnitudes [G, W]; NaN where a value is."""
+    return _larger(_larger(tl.abs(four[0]), tl.abs(four[1])), _larger(tl.abs(four[2]), tl.abs(four[3])))
+
+
+@triton.jit
+def _round_words(four, scale_G):
+    """Words [G, W] of four values each, rounded to int8."""
+    word_GW = tl.zeros(four[0].shape, tl.int32)
+    for i in tl.static_range(4):
+        word_GW |= (round_even(four[i] / scale_G[:, None]).to(tl.int32) & 255) << (8 * i)
+    return word_GW
+
+
+@triton.jit
+def _round_token(x, token, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr):
+    """As `_load_tokens`, of a token in bf16, read as words of two values."""
+    g, w = tl.arange(0, BLOCK_G), tl.arange(0, 16)
+    from_GW, mask_GW = x + (token * GROUPS + g)[:, None] * 64 + w[None, :] * 2, (g < GROUPS)[:, None]
+    low, high = _load_pairs(from_GW, mask_GW), _load_pairs(from_GW + 32, mask_GW)
+    scale_G = scale_of(largest(_larger(_top_of_four(low), _top_of_four(high)), 1))
+    return _round_words(low, scale_G), _round_words(high, scale_G), scale_G
+
+
+@triton.jit
+def _load_pairs(words, mask_GW):
+    """The four bf16 values of two neighbours of `words` [G, W], in float32."""
+    four = ()
+    for i in tl.static_range(2):
+        pair = tl.load(words + i, mask=mask_GW, other=0)
+        first, second = (
+            (pair << 16).to(tl.float32, bitcast=True),
+            (pair & -65536).to(tl.float32, bitcast=True),
+        )
+        four = four + (first, second)  # type: ignore[assignment]  # noqa: RUF005
+    return four
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _linear_few(
     x, x_scale, words, scales, out, tokens,
-    OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
+    OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, ROUNDED: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     start_next()
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     word_GNW, scale_GN = _load_weights(words, scales, n, OUTPUTS, GROUPS, BLOCK_G)
     wait_for_inputs()
     for token in range(tokens):
-        low_GW, high_GW, scale_G = _load_tokens(x, x_scale, token, GROUPS, BLOCK_G)
+        if ROUNDED:
+            low_GW, high_GW, scale_G = _load_tokens(x, x_scale, token, GROUPS, BLOCK_G)
+        else:
+            low_GW, high_GW, scale_G = _round_token(x, token, GROUPS, BLOCK_G)
         y_N = _multiply(word_GNW, scale_GN, low_GW, high_GW, scale_G)
         tl.store(out + token * OUTPUTS + n, y_N.to(out.dtype.element_ty), mask=n < OUTPUTS)
 
@@ -120,35 +177,6 @@ def _gate_up_few(
         gate_N = _multiply(gate_GNW, gate_scale_GN, low_GW, high_GW, scale_G)
         up_N = _multiply(up_GNW, up_scale_GN, low_GW, high_GW, scale_G)
         tl.store(hidden + row * INNER + n, gate_N / (1.0 + tl.exp(-gate_N)) * up_N)
-
-
-@triton.jit
-def _load_four(values, mask_GW):
-    """Four neighbours of each of `values` [G, W], as a tuple."""
-    four = ()
-    for i in tl.static_range(4):
-        four = four + (tl.load(values + i, mask=mask_GW, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
-    return four
-
-
-@triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _top_of_four(four):
-    """The largest magnitudes [G, W]; NaN where a value is."""
-    return _larger(_larger(tl.abs(four[0]), tl.abs(four[1])), _larger(tl.abs(four[2]), tl.abs(four[3])))
-
-
-@triton.jit
-def _round_words(four, scale_G):
-    """Words [G, W] of four values each, rounded to int8."""
-    word_GW = tl.zeros(four[0].shape, tl.int32)
-    for i in tl.static_range(4):
-        word_GW |= (round_even(four[i] / scale_G[:, None]).to(tl.int32) & 255) << (8 * i)
-    return word_GW
 
 
 @triton.jit
@@ -208,12 +236,15 @@ class Cut(NamedTuple):
 LINEAR, GATE_UP, DOWN = Cut(256, 4), Cut(256, 4), Cut(512, 4)
 
 
-def linear_few(x: Activation, weight: Packed, out_TO: Tensor) -> None:
-    """Writes x W^T to `out_TO` (any floating dtype), as `linear_packed` does; `takes` says whether it can."""
+def linear_few(x: Activation, weight: Packed, out_TO: Tensor, rounded: bool = True) -> None:
+    """Writes x W^T to `out_TO` (any floating dtype), as `linear_packed` does; `takes` says whether it can.
+
+    rounded: whether `x` has its int8 side; otherwise the kernel rounds the bf16 one.
+    """
     tokens, options = x.x_TD.shape[0], LINEAR.options(weight)
     _linear_few[(triton.cdiv(weight.outputs, options["BLOCK_N"]),)](
-        x.q_TD.view(torch.int32), x.scales_TX, weight.stored.view(torch.int32), weight.scales, out_TO,
-        tokens, OUTPUTS=weight.outputs, **options, **launch(tokens),
+        (x.q_TD if rounded else x.x_TD).view(torch.int32), x.scales_TX, weight.stored.view(torch.int32),
+        weight.scales, out_TO, tokens, OUTPUTS=weight.outputs, ROUNDED=rounded, **options, **launch(tokens),
     )  # fmt: skip
 
 

@@ -1,4 +1,6 @@
-"""From the joint projection to what attention reads: cache rows, and queries in the space of cache rows.
+"""From the joint projection to what attention reads: cache rows, and rotated queries, absorbed or not.
+
+Absorbed queries are in the space of cache rows.
 
 Legend: T tokens, H heads, N query elements without and P with rotary position, R latent rank, W = R + P.
 """
@@ -43,12 +45,12 @@ def _turn(source, target, stride_in, stride_out, token_M, mask_M, position_M, ta
 def _latent(
     query, query_stride, latent, latent_stride, norm, key, table, positions, rows, cache, out, tokens, eps,
     HEADS: tl.constexpr, PLAIN: tl.constexpr, ROPE: tl.constexpr, RANK: tl.constexpr, COUNTED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    ABSORBED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = RANK + ROPE
     start_next()
     part = tl.program_id(1)
-    if part == HEADS * (RANK // BLOCK_R):
+    if part == tl.num_programs(1) - 1:
         wait_for_inputs()
         # A whole row is needed for its norm: few at a time, since registers hold them.
         for start in tl.static_range(0, BLOCK_M, 16):
@@ -67,6 +69,15 @@ def _latent(
                 latent + RANK, cache + RANK, latent_stride, row_m, token_m, mask_m, position_m, table,
                 ROPE // 2,
             )  # fmt: skip
+    elif not ABSORBED:
+        # Pairs of one head turn where they are.
+        token_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask_M = token_M < tokens
+        token_M = token_M.to(tl.int64)
+        own = query + part * (PLAIN + ROPE) + PLAIN
+        wait_for_inputs()
+        position_M = tl.load(positions + token_M, mask=mask_M, other=0)
+        _turn(own, own, query_stride, token_M * query_stride, token_M, mask_M, position_M, table, ROPE // 2)
     else:
         token_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_M = token_M < tokens
@@ -87,19 +98,24 @@ def _latent(
 
 def write_latents(
     query_TO: Tensor, latent_TW: Tensor, weights: LatentWeights, table_CP2: Tensor,
-    positions_T: Tensor, rows_T: Tensor, cache_SW: Tensor, out_THW: Tensor,
+    positions_T: Tensor, rows_T: Tensor, cache_SW: Tensor, out_THW: Tensor | None,
 ) -> None:  # fmt: skip
     """Writes normed and rotated latents to rows of the cache, and absorbed, rotated queries to `out_THW`.
 
+    With none, queries are rotated where they are, in `query_TO`.
     `table_CP2` is the rotation table as float32 [C, P / 2, 2]; rows of both inputs may have any stride.
     """
     heads, plain, rank = weights.key_HNR.shape
     tokens, rope = latent_TW.shape[0], latent_TW.shape[1] - rank
-    block_m, block_r = 16 if tokens <= 256 else 128, min(128, rank)
-    grid = (triton.cdiv(tokens, block_m), heads * (rank // block_r) + 1)
+    # Rows of the cache take whole rows of registers: small blocks, where nothing is multiplied by weights.
+    small = tokens <= 256 or out_THW is None
+    block_m, block_r = 16 if small else 128, min(128, rank)
+    parts = heads if out_THW is None else heads * (rank // block_r)
+    grid = (triton.cdiv(tokens, block_m), parts + 1)
     _latent[grid](
         query_TO, query_TO.stride(0), latent_TW, latent_TW.stride(0), weights.norm_R, weights.key_HNR,
         table_CP2, positions_T, rows_T, cache_SW, out_THW, tokens, weights.eps,
         HEADS=heads, PLAIN=plain, ROPE=rope, RANK=rank, COUNTED=weights.rank,
-        BLOCK_M=block_m, BLOCK_R=block_r, num_warps=4 if block_m == 16 else 8, **launch(tokens),
+        ABSORBED=out_THW is not None, BLOCK_M=block_m, BLOCK_R=block_r,
+        num_warps=4 if block_m == 16 else 8, **launch(tokens),
     )  # fmt: skip

@@ -37,7 +37,7 @@ def linear_tile(tokens: int, outputs: int, kind: str = "w4a8") -> Tile:
     if outputs > 32768:
         few = Tile(128, 16, 4, 3, 2) if tokens <= 16 else Tile(128, 32, 4, 3)
         return few if tokens <= 64 else Tile(128, 64, 8, 3)
-    if tokens > 512:
+    if tokens > 512 or (kind == "w4a8" and tokens > 128 and outputs > 3072):
         return Tile(64, 128, 4, 3)
     if kind != "w4a8":
         return Tile(64, 16 if tokens <= 64 else 64, 4, 3)
