@@ -1,7 +1,7 @@
 """Decode and prefill of the engine on a GPU, with vLLM as the baseline; one shape, context 512.
 
     PYTHONPATH=worker:protos:. python -m benchmarks.gpu_decode [--formats bf16 w4a8] [--batch 1 16 64 256]
-        [--tokens 128] [--rounds 5] [--profile] [--launches] [--json]
+        [--tokens 128] [--rounds 5] [--temperature 1] [--profile] [--launches] [--json]
 
 Needs torch, triton, numpy, safetensors, tokenizers and tqdm. Weights are random, so only speed is compared. A
 figure is that of the whole engine (scheduler, model and sampling); `graph only` is the device's part of it.
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
     parser.add_argument("--launches", action="store_true", help="kernel launches of one layer and token")
     parser.add_argument("--skip-prefill", action="store_true")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--same-prompt", action="store_true", help="identical prompts: few activated experts")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -112,7 +113,8 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[dict[str, object]]:
         measured = [decode_rate(bench, batch, args) for _ in range(args.rounds)]
         rate, active = (statistics.median(each) for each in zip(*measured, strict=True))
         baseline = None if args.same_prompt else BASELINES[BASELINE_OF[name]].get(batch)
-        yield row(f"decode {name}, batch {batch}, {active:.0f} activated experts", rate, baseline)
+        how = f", temperature {args.temperature:g}" if args.temperature else ""
+        yield row(f"decode {name}, batch {batch}, {active:.0f} activated experts{how}", rate, baseline)
         yield row(f"decode {name}, batch {batch}, graph only", graph_rate(bench, batch, args), None)
     if not args.skip_prefill:
         prefill_rate(bench)
@@ -133,10 +135,12 @@ def row(what: str, ours: float, baseline: float | None, unit: str = "tokens/s") 
     }
 
 
-def submitted(bench: Bench, count: int, tokens: int, same: bool = False) -> EngineCore:
+def submitted(
+    bench: Bench, count: int, tokens: int, same: bool = False, temperature: float = 0.0
+) -> EngineCore:
     """An engine with `count` random prompts of CONTEXT tokens, or the same one for all."""
     core, generator = EngineCore(bench.loaded, bench.options), torch.Generator().manual_seed(0)
-    sampling = SamplingParameters(max_tokens=tokens, ignore_eos=True)
+    sampling = SamplingParameters(max_tokens=tokens, ignore_eos=True, temperature=temperature)
     for number in range(count):
         if number == 0 or not same:
             prompt = torch.randint(bench.loaded.config.vocab_size, (CONTEXT,), generator=generator)
@@ -146,7 +150,7 @@ def submitted(bench: Bench, count: int, tokens: int, same: bool = False) -> Engi
 
 def decode_rate(bench: Bench, batch: int, args: argparse.Namespace) -> tuple[float, float]:
     """Tokens per second after all prompts have their first token; activated routed experts of a layer."""
-    core, seen = submitted(bench, batch, args.tokens, args.same_prompt), set[int]()
+    core, seen = submitted(bench, batch, args.tokens, args.same_prompt, args.temperature), set[int]()
     while len(seen) < batch:
         seen |= {delta.id for delta in core.step()}
     before = core.expert_statistics
