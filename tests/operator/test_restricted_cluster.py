@@ -19,15 +19,13 @@ HUB: dict[str, Any] = {
     "kind": "Pod",
     "metadata": {"name": "hub", "labels": {"app": "hub"}},
     "spec": {
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": 1000,
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
+        "automountServiceAccountToken": False,
+        "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
         "containers": [
             {
                 "name": "hub",
-                "image": "python:3",
+                "image": "ghcr.io/moe-operator/operator:dev",
+                "command": ["python"],
                 "args": [f"{ROOT}/tests/operator/hub.py", f"{ROOT}/examples/docs-moe", "6"],
                 "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
             }
@@ -66,6 +64,7 @@ def served(live: Live, name: str) -> str:
     return str(answer.json()["choices"][0]["text"])
 
 
+@pytest.mark.soak
 def test_models_of_a_hub_and_of_a_claim_are_served_where_only_restricted_pods_are_admitted(restricted):
     for body in (HUB, SERVICE):
         restricted.kubectl("create", "-f", "-", input=json.dumps(body))
