@@ -403,7 +403,9 @@ def measure(arguments: argparse.Namespace, directory: Path) -> None:
         _standins = start_standins(simulated)
         config = kubeconfig(directory, server.port, OPERATOR_TOKEN)
         make_deployments(api, count, replicas)
-        operator = Operator(directory, config, arguments.operator, resync_seconds="3600")
+        operator = Operator(
+            directory, config, arguments.operator, resync_seconds="3600", model_roots="/mnt/models"
+        )
         took = wait_until_ready(api, simulated, count, replicas, arguments.limit)
         rows["from no object to all Ready"] = f"{took:.0f} s"
         operator.idle_after(arguments.limit)
@@ -420,7 +422,9 @@ def measure(arguments: argparse.Namespace, directory: Path) -> None:
         operator.stop()
 
         before, resync = server.requests(), arguments.resync
-        operator = Operator(directory, config, arguments.operator, resync_seconds=str(resync))
+        operator = Operator(
+            directory, config, arguments.operator, resync_seconds=str(resync), model_roots="/mnt/models"
+        )
         rows["restart: seconds until all are reconciled"] = f"{operator.idle_after(arguments.limit):.0f} s"
         asked = server.asked(before, server.requests())
         writes = sum(n for what, n in asked.items() if not what.startswith(("get", "list")))
