@@ -64,7 +64,7 @@ def served(live: Live, name: str) -> str:
     return str(answer.json()["choices"][0]["text"])
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_models_of_a_hub_and_of_a_claim_are_served_where_only_restricted_pods_are_admitted(restricted):
     for body in (HUB, SERVICE):
         restricted.kubectl("create", "-f", "-", input=json.dumps(body))
