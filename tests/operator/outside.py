@@ -23,6 +23,7 @@ class Operator:
     def __init__(self, directory: Path, kubeconfig: Path, checkout: Path, **settings: str) -> None:
         self._log = (directory / "operator.log").open("ab")
         sources = os.pathsep.join(str(checkout / part) for part in ("operator", "protos"))
+        settings = {"model_roots": "/", **settings}
         variables = {f"MOE_OPERATOR_{name.upper()}": value for name, value in settings.items()}
         environment = {**os.environ, "KUBECONFIG": str(kubeconfig), "PYTHONPATH": sources, **variables}
         watched = settings.get("watch_namespaces", "").split(",")
