@@ -15,7 +15,7 @@ import pytest
 
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
 from moe_worker.errors import FetchError, SettingsError, SourceError
-from moe_worker.fetch.cache import KEPT_S, Cache, hold, size_of
+from moe_worker.fetch.cache import KEPT_S, CheckpointCache, hold, size_of
 from moe_worker.fetch.command import bring
 from moe_worker.fetch.listing import RemoteFile, checkpoint_files, key
 from moe_worker.fetch.location import Location, parse
@@ -52,7 +52,7 @@ def remote(monkeypatch):
 
 def fetched(remote, folder, uri=HUB, patience=QUICK, meter=None, timeout_s=1.0, **cache):
     source = open_source(parse(uri), "" if uri.startswith("gs") else remote.url, timeout_s)
-    return bring(source, uri, Cache(folder, **cache), meter or Meter(), patience)
+    return bring(source, uri, CheckpointCache(folder, **cache), meter or Meter(), patience)
 
 
 @pytest.mark.parametrize("uri", [HUB, S3, GS])
@@ -130,9 +130,9 @@ def test_bytes_that_changed_on_the_way_are_downloaded_again(remote, tmp_path):
     remote.files["model.safetensors"] = b"x" * len(WEIGHTS)
     source.files = lambda: files
     with pytest.raises(FetchError, match=r"model.safetensors is damaged: it has the SHA-256"):
-        bring(source, HUB, Cache(tmp_path), Meter(), QUICK)
+        bring(source, HUB, CheckpointCache(tmp_path), Meter(), QUICK)
     remote.files["model.safetensors"] = WEIGHTS
-    assert bring(source, HUB, Cache(tmp_path), Meter(), QUICK).is_dir()
+    assert bring(source, HUB, CheckpointCache(tmp_path), Meter(), QUICK).is_dir()
 
 
 def test_a_disk_that_is_too_small_is_known_before_a_byte_is_downloaded(remote, tmp_path, monkeypatch):
@@ -213,7 +213,7 @@ def entries(root, *names, age_s=2 * KEPT_S):
 
 def test_the_least_recently_used_entries_go_first_and_no_more_than_needed(tmp_path):
     entries(tmp_path, "oldest", "older", "old")
-    Cache(tmp_path, most_bytes=2500).make_room("new", 1200, HUB)
+    CheckpointCache(tmp_path, most_bytes=2500).make_room("new", 1200, HUB)
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"old"}
 
 
@@ -223,7 +223,7 @@ def test_entries_that_workers_read_or_just_got_are_not_evicted(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "read")
     held = hold(tmp_path / "link")
     assert held is not None
-    cache = Cache(tmp_path, most_bytes=2500)
+    cache = CheckpointCache(tmp_path, most_bytes=2500)
     with (
         held,
         pytest.raises(FetchError, match=r"does not fit: 0.0 MiB to download, .* and the cache may take"),

@@ -26,7 +26,7 @@ _SPARE: Final = 64 << 20
 
 
 @dataclass(frozen=True)
-class Cache:
+class CheckpointCache:
     """root: the folder; most_bytes: what all entries may take together, 0 for as much as fits."""
 
     root: Path

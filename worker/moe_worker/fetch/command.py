@@ -7,7 +7,7 @@ import click
 
 from moe_api.visible import guard_logs
 from moe_worker.config.quantity import parse_bytes
-from moe_worker.fetch.cache import Cache, size_of
+from moe_worker.fetch.cache import CheckpointCache, size_of
 from moe_worker.fetch.listing import RemoteFile, checkpoint_files, gibibytes, key, total
 from moe_worker.fetch.location import parse
 from moe_worker.fetch.meter import Meter, served
@@ -56,14 +56,18 @@ def fetch(
     meter = Meter()
     with served(meter, progress):
         source = open_source(parse(uri), endpoint, timeout)
-        entry = bring(source, uri, Cache(cache, parse_bytes(max_size) if max_size != "0" else 0), meter)
+        entry = bring(
+            source, uri, CheckpointCache(cache, parse_bytes(max_size) if max_size != "0" else 0), meter
+        )
     make_folder(link.parent)
     link.unlink(missing_ok=True)
     link.symlink_to(entry)
     log.info("%s is complete: %s", uri, entry)
 
 
-def bring(source: Source, uri: str, cache: Cache, meter: Meter, patience: Patience | None = None) -> Path:
+def bring(
+    source: Source, uri: str, cache: CheckpointCache, meter: Meter, patience: Patience | None = None
+) -> Path:
     """The folder in the cache with the checkpoint at a URI, downloaded unless the cache has it.
 
     Raises FetchError where a retry can help, and SourceError.
@@ -84,7 +88,9 @@ def bring(source: Source, uri: str, cache: Cache, meter: Meter, patience: Patien
             return _completed(source, files, uri, cache, patience)
 
 
-def _completed(source: Source, files: list[RemoteFile], uri: str, cache: Cache, patience: Patience) -> Path:
+def _completed(
+    source: Source, files: list[RemoteFile], uri: str, cache: CheckpointCache, patience: Patience
+) -> Path:
     """The entry, of which this process has the lock."""
     name = key(files)
     entry, staging = cache.entry(name), cache.staging(name)

@@ -13,7 +13,7 @@ from moe_worker.errors import CheckpointError
 from moe_worker.kernels.linear import Linear
 from moe_worker.models.attention_build import grouped_attention, latent_attention
 from moe_worker.models.deepseek import DeepseekModel, DenseBlock, MoeBlock, TorchLayer
-from moe_worker.models.layers import Layer, Part
+from moe_worker.models.layers import Layer, Sublayer
 from moe_worker.models.memory import give_back_freed
 from moe_worker.models.rope import rotation_table
 from moe_worker.models.source import TensorSource, piece_for
@@ -65,7 +65,7 @@ def _layer(config: ModelConfig, source: TensorSource, stage: Stage, index: int) 
     )
 
 
-def _attention(config: ModelConfig, source: TensorSource, prefix: str) -> Part:
+def _attention(config: ModelConfig, source: TensorSource, prefix: str) -> Sublayer:
     if isinstance(config.attention, LatentConfig):
         return latent_attention(config.attention, config.hidden_size, source, prefix)
     return grouped_attention(config.attention, config.hidden_size, config.rms_norm_eps, source, prefix)

@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_worker.config.model import ModelConfig
 from moe_worker.kernels.linear import Linear
 from moe_worker.kernels.reference import swiglu
-from moe_worker.models.layers import Layer, LayerStep, Part, RoutedBlock, StageModel
+from moe_worker.models.layers import Layer, LayerStep, RoutedBlock, StageModel, Sublayer
 from moe_worker.models.memory import give_back_freed
 from moe_worker.models.stage import Stage
 from moe_worker.moe.dispatch import LOCAL, Dispatch
@@ -41,7 +41,7 @@ class MoeBlock(RoutedBlock):
     dispatch: Dispatch = LOCAL
 
 
-TorchLayer = Layer[Tensor, Part, DenseBlock | MoeBlock]
+TorchLayer = Layer[Tensor, Sublayer, DenseBlock | MoeBlock]
 
 
 @dataclass(frozen=True)

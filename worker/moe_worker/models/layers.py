@@ -37,7 +37,7 @@ class LayerStep(NamedTuple):
     layer: int
 
 
-class Part(Protocol):
+class Sublayer(Protocol):
     """Attention or feed-forward block of a layer, over normalised hidden states; it knows its backend's."""
 
     def forward(self, x: Any, step: Any) -> Any:
@@ -66,8 +66,8 @@ class Residual:
 
 
 N = TypeVar("N")
-A = TypeVar("A", bound=Part)
-B = TypeVar("B", bound=Part)
+A = TypeVar("A", bound=Sublayer)
+B = TypeVar("B", bound=Sublayer)
 
 
 @dataclass(frozen=True)
