@@ -80,8 +80,11 @@ def namespace(cluster: Cluster) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def api(cluster: Cluster) -> Cluster:
     """A cluster that knows MoEDeployments."""
-    cluster.kubectl("apply", "-f", str(ROOT / "crds"))
-    cluster.kubectl("wait", "--for=condition=Established", "-f", str(ROOT / "crds"))
+    crds = str(ROOT / "crds")
+    cluster.kubectl("apply", "-f", crds)
+    # `kubectl wait` fails on a condition while there are none at all.
+    cluster.kubectl("wait", "--for=jsonpath={.status.conditions}", "-f", crds)
+    cluster.kubectl("wait", "--for=condition=Established", "-f", crds)
     return cluster
 
 
