@@ -24,6 +24,9 @@ REPLICAS_DIED: Final = "REPLICAS_DIED"
 REPLICA_BROKE_PROTOCOL: Final = "REPLICA_BROKE_PROTOCOL"
 """The response of a replica violated the .proto file."""
 
+CONTEXT_LENGTH_EXCEEDED: Final = "CONTEXT_LENGTH_EXCEEDED"
+"""Of a violation: the prompt is longer than the model's context; clients shorten it and try again."""
+
 # gRPC may drop a call whose trailing metadata exceeds 8 KiB, so texts that may quote what a user sent are
 # cut. At worst the message is percent-encoded to three times its bytes, and the details (the message and
 # four violations) take a third more in base64: 1.5 + 3.5 KiB.
@@ -40,10 +43,12 @@ class FieldViolation:
     Attributes:
         field: path of the field, e.g. ``sampling.top_p``.
         description: a message with the problem and the remedy.
+        reason: for programs, where they react to this problem; else "".
     """
 
     field: str
     description: str
+    reason: str = ""
 
 
 def build(code: grpc.StatusCode, sentence: str, details: Iterable[message.Message] = ()) -> status_pb2.Status:
@@ -59,7 +64,9 @@ def invalid_argument(violations: Sequence[FieldViolation]) -> status_pb2.Status:
     shown = violations[:_MAX_VIOLATIONS]
     detail = error_details_pb2.BadRequest(
         field_violations=[
-            error_details_pb2.BadRequest.FieldViolation(field=v.field, description=_cut(v.description))
+            error_details_pb2.BadRequest.FieldViolation(
+                field=v.field, description=_cut(v.description), reason=v.reason
+            )
             for v in shown
         ]
     )
@@ -118,7 +125,9 @@ def field_violations(status: status_pb2.Status) -> tuple[FieldViolation, ...]:
     bad_request = error_details_pb2.BadRequest()
     for detail in status.details:
         if detail.Unpack(bad_request):
-            return tuple(FieldViolation(v.field, v.description) for v in bad_request.field_violations)
+            return tuple(
+                FieldViolation(v.field, v.description, v.reason) for v in bad_request.field_violations
+            )
     return ()
 
 

@@ -93,6 +93,8 @@ def of_status(status: status_pb2.Status, renamed: Mapping[str, str]) -> ApiError
     param = next((violation.field for violation in violations), None) or None
     if name == "model_not_found":
         param = "model"
+    if any(violation.reason == rich_status.CONTEXT_LENGTH_EXCEEDED for violation in violations):
+        name = "context_length_exceeded"
     return ApiError(
         code, message, kind, param, name or _reason(status), retry_after_s=rich_status.retry_delay(status)
     )

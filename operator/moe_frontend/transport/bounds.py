@@ -12,12 +12,14 @@ from google.protobuf.message import Message
 
 from moe_api import lengths
 from moe_api.inference.v1 import inference_pb2
-from moe_api.rich_status import FieldViolation
+from moe_api.rich_status import CONTEXT_LENGTH_EXCEEDED, FieldViolation
 
 # As inference.proto states them.
 STOP_MOST: Final = 16
 STOP_TOKENS_MOST: Final = 64
 BIASES_MOST: Final = 1024
+_TEXTS: Final = ("prompt", "prompt_tokens", "text")
+"""Fields of which only the length is checked here."""
 
 _Lengths = Iterator[tuple[str, str | None]]
 
@@ -35,7 +37,11 @@ class Limits:
 
 def violations(request: Message, limits: Limits) -> list[FieldViolation]:
     """The fields that are too long. request: of any method."""
-    return [FieldViolation(field, wrong) for field, wrong in _checked(request, limits) if wrong is not None]
+    return [
+        FieldViolation(field, wrong, CONTEXT_LENGTH_EXCEEDED if field in _TEXTS else "")
+        for field, wrong in _checked(request, limits)
+        if wrong is not None
+    ]
 
 
 def _checked(request: Message, limits: Limits) -> _Lengths:

@@ -93,4 +93,8 @@ async def test_seeds_and_errors_of_the_real_worker(client):
         await client.chat.completions.create(
             model="tiny", messages=[{"role": "user", "content": "the " * 9000}]
         )
-    assert caught.value.param == "messages"
+    assert (caught.value.param, caught.value.code) == ("messages", "context_length_exceeded")
+    # Few enough characters that the frontend cannot tell; the worker counts tokens.
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.completions.create(model="tiny", prompt=" q z" * 300)
+    assert (caught.value.param, caught.value.code) == ("prompt", "context_length_exceeded")

@@ -71,7 +71,7 @@ def length_violation(field: str, length: int, context_length: int) -> Violation 
         return Violation(field, "is empty; give at least one token")
     if length >= context_length:
         allowed = f"use {context_length - 1} at most, the context length of {context_length} less one"
-        return Violation(field, f"has {length} tokens; {allowed}")
+        return Violation(field, f"has {length} tokens; {allowed}", too_long=True)
     return None
 
 

@@ -24,10 +24,14 @@ MAX_LOGPROBS = 20
 
 @dataclass(frozen=True)
 class Violation:
-    """A violation in one field; `description` continues its name ("is 3; use a number in (0, 1]")."""
+    """A violation in one field; `description` continues its name ("is 3; use a number in (0, 1]").
+
+    too_long: whether it is a text of more tokens than the context has room for.
+    """
 
     field: str
     description: str
+    too_long: bool = False
 
 
 @dataclass(frozen=True)

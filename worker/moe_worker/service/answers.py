@@ -54,7 +54,12 @@ def of_error(error: WorkerError) -> status_pb2.Status:
 
 def of_violations(violations: Sequence[Violation]) -> status_pb2.Status:
     """INVALID_ARGUMENT with the fields that are wrong."""
-    return rich_status.invalid_argument([FieldViolation(it.field, it.description) for it in violations])
+    return rich_status.invalid_argument([_violation(it) for it in violations])
+
+
+def _violation(violation: Violation) -> FieldViolation:
+    reason = rich_status.CONTEXT_LENGTH_EXCEEDED if violation.too_long else ""
+    return FieldViolation(violation.field, violation.description, reason)
 
 
 def of_chunk(

@@ -86,7 +86,7 @@ def size(request: inference_pb2.GenerateRequest) -> int:
 def oversize_text(field: str, text: str, tokenizer: Tokenizer, tokens: int) -> list[Violation]:
     """The problem of a text that certainly has more than `tokens` tokens, by its length alone."""
     wrong = lengths.of_text(len(text), tokens, tokenizer.characters_per_token)
-    return [] if wrong is None else [Violation(field, wrong)]
+    return [] if wrong is None else [Violation(field, wrong, too_long=True)]
 
 
 def oversize_name(model: str) -> list[Violation]:
@@ -108,7 +108,7 @@ def token_ids(
 
 def too_many(field: str, most: int) -> Violation:
     """A text of more than `most` tokens."""
-    return Violation(field, f"has more tokens than fit; use {most} at most")
+    return Violation(field, f"has more tokens than fit; use {most} at most", too_long=True)
 
 
 def _oversize_prompt(
