@@ -22,12 +22,16 @@ class PromptTokensDetails(msgspec.Struct, frozen=True):
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """Tokens of a request: of each prompt once, of all texts."""
+    """Tokens of a request: of each prompt once, of all texts.
+
+    cached: true where all texts come from the frontend's output cache; else it is not there.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    cached: bool | msgspec.UnsetType = msgspec.UNSET
 
 
 class Logprobs(msgspec.Struct, frozen=True):
@@ -84,12 +88,15 @@ def encode(answer: Any) -> bytes:
 def total(usages: Iterable[inference_pb2.Usage], n: int) -> Usage:
     """The usage of a request of which each prompt gave `n` texts, in the order of the texts."""
     prompt = cached = completion = 0
+    stored = True
     for index, usage in enumerate(usages):
+        stored &= usage.cached
         completion += usage.completion_tokens
         if index % n == 0:
             prompt += usage.prompt_tokens
             cached += usage.cached_tokens
-    return Usage(prompt, completion, prompt + completion, PromptTokensDetails(cached))
+    details = PromptTokensDetails(cached)
+    return Usage(prompt, completion, prompt + completion, details, stored or msgspec.UNSET)
 
 
 class AnsweredFunction(msgspec.Struct, frozen=True):

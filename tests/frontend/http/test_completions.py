@@ -303,3 +303,12 @@ async def test_requests_are_told_of_in_traces_and_metrics(http):
         "/v1/completions", json={"prompt": "count 1"}, headers={"x-request-id": "a b"}
     )
     assert forged.headers["x-request-id"] != "a b"
+
+
+async def test_an_answer_from_the_output_cache_says_so(http):
+    h = await http(workers=1, output_cache=2**20, revision="r1")
+    first, again = [(await h.complete("count 3", model="m", temperature=0)).json() for _ in range(2)]
+    assert first["choices"] == again["choices"]
+    assert "cached" not in first["usage"]
+    assert again["usage"]["cached"] is True
+    assert h.bench.workers[0].requests == 1
