@@ -39,6 +39,11 @@ _GAUGES: dict[str, tuple[str, str, _Value]] = {
         "Requests that one replica serves within the latency target",
         lambda o: _per_second(o.capacity.per_replica),
     ),
+    "latency_target": (
+        "s",
+        "Time to first token that 95 of 100 requests must meet",
+        lambda o: o.latency_target_s,
+    ),
     "horizon": ("s", "90th percentile of cold starts", lambda o: o.cold_starts.horizon_s),
     "replicas": ("{replica}", "Replicas that scaling wants", lambda o: float(o.sizing.replicas)),
     "reports.unusable": (

@@ -62,6 +62,8 @@ class Outcome:
     """Work per minute in the last known minute."""
     capacity: Capacity
     cold_starts: ColdStarts
+    latency_target_s: float
+    """Seconds to the first token that 95 of 100 requests must meet."""
     wrong: dict[str, str]
     """Replicas whose reports were ignored, with the reason, which completes "its report ..."."""
     silent: frozenset[str]
@@ -137,6 +139,7 @@ class Scaler:
             situation.demand,
             self._capacity,
             self._cold_starts,
+            subject.scaling.latency_target_s,
             wrong,
             reading.silent,
             closed,

@@ -21,6 +21,7 @@ from moe_operator.autoscaling.loop import Autoscaler
 from moe_operator.autoscaling.metrics import ScalingMetrics
 from moe_operator.autoscaling.polling import Poller
 from moe_operator.autoscaling.rounds import ScaledFactory
+from moe_operator.controller.deployment_metrics import DeploymentMetrics
 from moe_operator.controller.queue import ReconcileQueue
 from moe_operator.controller.reconcile import Reconciler
 from moe_operator.controller.work_metrics import WorkMetrics
@@ -78,6 +79,7 @@ class Operator:
             in_loop(self._pods.active),
             watcher=self._autoscaler,
             metrics=WorkMetrics(metrics.get_meter("moe_operator")),
+            states=DeploymentMetrics(metrics.get_meter("moe_operator")),
         )
 
     async def watch(self) -> None:

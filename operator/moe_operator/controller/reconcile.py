@@ -13,6 +13,7 @@ from typing import Protocol
 from opentelemetry import trace
 from opentelemetry.metrics import get_meter
 
+from moe_operator.controller.deployment_metrics import DeploymentMetrics
 from moe_operator.controller.gather import gather, unlabelled, with_refusal
 from moe_operator.controller.room import room
 from moe_operator.controller.work_metrics import WorkMetrics
@@ -76,6 +77,7 @@ class Reconciler:
     watcher: Watcher | None = None
     """Receives the observations of every reconcile: scaling."""
     metrics: WorkMetrics = field(default_factory=lambda: WorkMetrics(get_meter(__name__)))
+    states: DeploymentMetrics = field(default_factory=lambda: DeploymentMetrics(get_meter(__name__)))
     _meshes: MeshReader = field(default_factory=MeshReader)
     _thought: threading.Lock = field(default_factory=threading.Lock)
     """Only one thread at a time reads the cache and plans. The interpreter runs one thread at a time anyway;
@@ -92,9 +94,11 @@ class Reconciler:
             span.set_attributes({"k8s.namespace.name": name.namespace, f"{names.GROUP}.name": name.name})
             if self.rank.outranked(self.clock()):
                 span.set_attribute(f"{names.GROUP}.outranked", value=True)
+                self.states.forget(name)
                 return self.settings.recheck_seconds
             body = self.cluster.get(names.KIND, name.namespace, name.name)
             if body is None or "deletionTimestamp" in body["metadata"]:
+                self.states.forget(name)
                 if self.watcher is not None:
                     self.watcher.gone(name)
                 return None
@@ -135,7 +139,7 @@ class Reconciler:
         )
         if refusals:
             return self._refused(deployment, todo, refusals)
-        execute.write_status(self.cluster, deployment.identity, deployment.status, todo.status)
+        self._write(deployment.identity, deployment.status, todo.status)
         self._announce(deployment.identity, todo.decisions)
         self._record(_with_desired(deployment, todo.status))
         opened = {gate.pod for gate in todo.gates}
@@ -275,8 +279,13 @@ class Reconciler:
 
     def _report(self, who: Identity, before: Status, after: Status) -> None:
         """Reports what blocks a deployment."""
-        execute.write_status(self.cluster, who, before, after)
+        self._write(who, before, after)
         self._announce(who, transitions(before, after))
+
+    def _write(self, who: Identity, before: Status, after: Status) -> None:
+        """Writes the status, for users and for whoever collects metrics."""
+        self.states.record(Name(who.namespace, who.name), after)
+        execute.write_status(self.cluster, who, before, after)
 
     def _announce(self, who: Identity, decisions: Iterable[Decision]) -> None:
         span = trace.get_current_span()

@@ -25,6 +25,7 @@ def test_a_round_is_measured_until_the_deployment_is_gone():
     assert points["demand"][0].value == pytest.approx(3.0)
     assert points["capacity"][0].value == pytest.approx(2.0, rel=0.1)
     assert points["replicas"][0].value == len(world.replicas)
+    assert points["latency_target"][0].value == 2.5
     assert points["horizon"][0].value == world.outcomes[-1].cold_starts.horizon_s
     assert points["forecast.upper"][0].value >= points["forecast"][0].value
     assert points["demand"][0].attributes == {
