@@ -1,6 +1,11 @@
-"""Entry point of the command `moe`."""
+"""Entry point of the commands `moe` and `kubectl-moe`, which kubectl runs as `kubectl moe`."""
+
+import sys
+from pathlib import Path
 
 from moe_api.first_process import prepare
+
+PLUGIN = "kubectl-moe"
 
 
 def main() -> None:
@@ -8,7 +13,8 @@ def main() -> None:
     prepare()
     from moe_cli.main import main as command  # noqa: PLC0415 - after prepare()
 
-    command()
+    plugin = Path(sys.argv[0]).stem == PLUGIN
+    command(prog_name="kubectl moe" if plugin else "moe")
 
 
 if __name__ == "__main__":
