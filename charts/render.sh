@@ -14,4 +14,4 @@ metadata:
   labels:
     pod-security.kubernetes.io/enforce: restricted
 HEADER
-"${HELM:-helm}" template moe-operator moe-operator --namespace moe-system --set "modelRoots={/mnt/models}"
+"${HELM:-helm}" template moe-operator moe-operator --namespace moe-system --skip-tests --set "modelRoots={/mnt/models}"

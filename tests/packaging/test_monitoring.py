@@ -1,0 +1,281 @@
+"""Dashboards, alerts and `helm test` of the chart, rendered by helm, against what the processes export."""
+
+import http.server
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+
+from localcluster.build import ensure
+from tests.packaging import scraped
+from tests.packaging.promql import PromqlError, parse
+
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "charts/moe-operator"
+BOARDS = sorted((CHART / "dashboards").glob("*.json"))
+RULES = [
+    rule for group in yaml.safe_load((CHART / "alerts.yaml").read_text())["groups"] for rule in group["rules"]
+]
+UNITS = {"short", "reqps", "ops", "s", "percent", "percentunit", "bytes"}
+
+
+@pytest.fixture(scope="module")
+def exported():
+    """Labels of every series that Prometheus has of the three processes, with those of its targets."""
+    found = {}
+    pods = scraped.TARGET | scraped.OF_DEPLOYMENT
+    for process, labels in (
+        (scraped.operator, scraped.TARGET),
+        (scraped.frontend, pods),
+        (scraped.worker, pods),
+    ):
+        for name, own in scraped.scrape(process).items():
+            found.setdefault(name, set()).update(own | labels)
+    return found
+
+
+@pytest.fixture(scope="module")
+def render(tmp_path_factory):
+    """`render(*settings)` gives the objects that `helm template` prints, without the long CRDs."""
+    helm, home = ensure(["helm"])["helm"], tmp_path_factory.mktemp("helm")
+
+    def run(*settings):
+        words = [helm, "template", "moe-operator", CHART, "--namespace", "moe-system"]
+        words += [word for setting in settings for word in ("--set", setting)]
+        words += ["--set", "crds.install=false"]
+        folders = {f"HELM_{name}_HOME": str(home / name) for name in ("CACHE", "CONFIG", "DATA")}
+        done = subprocess.run(
+            words, env={**os.environ, **folders}, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        return [body for body in yaml.safe_load_all(done.stdout) if body]
+
+    return run
+
+
+def wrong(text, exported, legend=""):
+    """What an expression names that nobody exports."""
+    found = parse(text)
+    unknown = {f"metric {name}" for name in found.names - exported.keys()}
+    known = found.names & exported.keys()
+    unknown |= {
+        f"{name}{{{label}}}" for name, label in found.matched if name in known and label not in exported[name]
+    }
+    labels = set().union(found.made, *(exported[name] for name in known))
+    unknown |= {f"by ({label})" for label in found.grouped - labels}
+    shown = set(re.findall(r"\{\{(\w+)\}\}", legend))
+    # Aggregation drops all labels but those that it names.
+    left = found.grouped if found.grouped or "sum(" in text else labels
+    return unknown | {f"legend {label}" for label in shown - left}
+
+
+def board(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def panels(path):
+    return [panel for panel in board(path)["panels"] if panel["type"] != "row"]
+
+
+@pytest.mark.parametrize("path", BOARDS, ids=lambda path: path.stem)
+def test_every_name_in_a_panel_is_exported(path, exported):
+    found = {
+        f"{panel['title']}: {problem}"
+        for panel in panels(path)
+        for target in panel["targets"]
+        for problem in wrong(target["expr"], exported, target["legendFormat"])
+    }
+    assert not found
+    for variable in board(path)["templating"]["list"]:
+        if variable["type"] == "query":
+            query, label = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]["query"]).groups()
+            assert not wrong(query, exported, f"{{{{{label}}}}}")
+
+
+@pytest.mark.parametrize("path", BOARDS, ids=lambda path: path.stem)
+def test_panels_have_units_legends_and_the_chosen_data_source(path):
+    body = board(path)
+    assert body["uid"] == f"moe-operator-{path.stem}"
+    variables = {variable["name"] for variable in body["templating"]["list"]}
+    assert variables == {"datasource", "namespace", "deployment"}
+    assert len({panel["id"] for panel in body["panels"]}) == len(body["panels"])
+    for panel in panels(path):
+        chosen = [panel["datasource"], *(target["datasource"] for target in panel["targets"])]
+        assert {item["uid"] for item in chosen} == {"${datasource}"}
+        assert panel["description"].endswith(".")
+        assert panel["fieldConfig"]["defaults"]["unit"] in UNITS
+        assert all(target["legendFormat"] for target in panel["targets"])
+        used = set(re.findall(r"\$(?!__)(\w+)", json.dumps(panel["targets"])))
+        assert used <= variables
+        seconds = ["_seconds_bucket" in target["expr"] for target in panel["targets"]]
+        assert not any(seconds) or panel["fieldConfig"]["defaults"]["unit"] == "s"
+
+
+@pytest.mark.parametrize("path", BOARDS, ids=lambda path: path.stem)
+def test_panels_do_not_overlap(path):
+    taken = set()
+    for panel in board(path)["panels"]:
+        place = panel["gridPos"]
+        columns = range(place["x"], place["x"] + place["w"])
+        cells = {(x, y) for x in columns for y in range(place["y"], place["y"] + place["h"])}
+        assert max(columns) < 24
+        assert not cells & taken, panel["title"]
+        taken |= cells
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
+def test_every_name_in_an_alert_is_exported(rule, exported):
+    told = " ".join(rule["annotations"].values())
+    legend = re.sub(r"\{\{ \$labels\.(\w+) \}\}", r"{{\1}}", told)
+    assert not wrong(rule["expr"], exported, legend)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
+def test_an_alert_says_how_bad_it_is_and_where_to_read_on(rule):
+    assert rule["labels"]["severity"] in {"critical", "warning", "info"}
+    assert re.fullmatch(r"\d+[mh]", rule["for"])
+    assert rule["annotations"].keys() == {"summary", "description", "runbook"}
+    page, _, section = rule["annotations"]["runbook"].partition("#")
+    titles = re.findall(r"^#+ (.+)$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+    assert section in anchors
+
+
+def test_an_error_that_an_alert_leaves_out_exists():
+    from moe_operator import errors  # noqa: PLC0415
+
+    (rule,) = (rule for rule in RULES if rule["alert"] == "MoEReconcileErrors")
+    (left_out,) = re.findall(r'error_type!~"\|(\w+)"', rule["expr"])
+    assert issubclass(getattr(errors, left_out), errors.RetryableError)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sum(rate(moe_worker_steps_total[5m])",
+        "rate(moe_worker_requests_queued[5m])",
+        'moe_worker_steps_total{pod="a}',
+        "rat(moe_worker_steps_total[5m])",
+        "rate(moe_worker_steps_total[5 minutes])",
+        "sum by pod (moe_worker_steps_total)",
+    ],
+)
+def test_broken_expressions_are_noticed(text):
+    with pytest.raises(PromqlError):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("moe_worker_request_queued", "metric moe_worker_request_queued"),
+        ('moe_worker_requests_queued{modl="a"}', "moe_worker_requests_queued{modl}"),
+        ("sum by (layer) (moe_worker_experts_active)", "by (layer)"),
+    ],
+)
+def test_names_that_nobody_exports_are_noticed(text, problem, exported):
+    assert wrong(text, exported) == {problem}
+
+
+def test_nothing_of_it_is_rendered_by_default(render):
+    kinds = {body["kind"] for body in render()}
+    assert not kinds & {"ConfigMap", "PrometheusRule", "PodMonitor", "ServiceMonitor"}
+
+
+def test_dashboards_become_config_maps_that_grafana_finds(render):
+    settings = ("metrics.dashboards.enabled=true", "metrics.dashboards.annotations.grafana_folder=MoE")
+    maps = [body for body in render(*settings) if body["kind"] == "ConfigMap"]
+    assert len(maps) == len(BOARDS) == 4
+    found = {}
+    for body in maps:
+        assert body["metadata"]["labels"]["grafana_dashboard"] == "1"
+        assert body["metadata"]["annotations"] == {"grafana_folder": "MoE"}
+        found |= {name: json.loads(text) for name, text in body["data"].items()}
+    assert found == {f"moe-operator-{path.name}": board(path) for path in BOARDS}
+
+
+def test_alerts_become_a_prometheus_rule(render):
+    settings = (
+        "metrics.enabled=true",
+        "metrics.alerts.enabled=true",
+        "metrics.alerts.labels.release=prometheus",
+    )
+    (rule,) = (body for body in render(*settings) if body["kind"] == "PrometheusRule")
+    assert rule["spec"] == yaml.safe_load((CHART / "alerts.yaml").read_text())
+    assert rule["metadata"]["labels"]["release"] == "prometheus"
+    with pytest.raises(RuntimeError, match=r"metrics\.alerts\.enabled needs metrics.enabled: set it to true"):
+        render("metrics.alerts.enabled=true")
+
+
+def test_pod_monitors_give_the_labels_that_expressions_use(render):
+    monitors = [body for body in render("metrics.podMonitor.enabled=true") if body["kind"] == "PodMonitor"]
+    assert len(monitors) == 2
+    for body in monitors:
+        labels = {re.sub(r"\W", "_", name) for name in body["spec"]["podTargetLabels"]}
+        assert labels == scraped.OF_DEPLOYMENT
+
+
+class Health(http.server.BaseHTTPRequestHandler):
+    """Says that it is well at /healthz, and nowhere else."""
+
+    def do_GET(self):
+        self.send_response(200 if self.path == "/healthz" else 503)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def served():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Health)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_helm_test_asks_the_operator_and_a_frontend(render, served):
+    (pod,) = (body for body in render("test.deployment=users/docs") if body["kind"] == "Pod")
+    assert pod["metadata"]["annotations"]["helm.sh/hook"] == "test"
+    (container,) = pod["spec"]["containers"]
+    python, flag, program, *urls = container["command"]
+    assert (python, flag) == ("python", "-c")
+    assert urls == [
+        "http://moe-operator-test.moe-system:8080/healthz",
+        "http://docs-frontend.users:8080/health",
+    ]
+
+    def run(*urls):
+        impatient = program.replace("PATIENCE_S = 60.0", "PATIENCE_S = 0.0")
+        done = subprocess.run(
+            [sys.executable, flag, impatient, *urls], capture_output=True, text=True, check=False
+        )
+        return done.returncode, done.stdout
+
+    assert run(f"{served}/healthz") == (0, f"{served}/healthz: 200\n")
+    code, said = run(f"{served}/healthz", f"{served}/health")
+    assert code == 1
+    assert f"{served}/health: HTTP Error 503" in said
+
+
+def test_the_charts_metadata_names_the_kinds_and_an_example_that_is_valid():
+    from moe_operator.resources.deployment import parse as parse_deployment  # noqa: PLC0415
+
+    notes = yaml.safe_load((CHART / "Chart.yaml").read_text())["annotations"]
+    (kind,) = yaml.safe_load(notes["artifacthub.io/crds"])
+    crd = yaml.load((ROOT / "crds/moedeployments.yaml").read_text(), yaml.CSafeLoader)
+    assert kind["name"] == crd["metadata"]["name"]
+    assert kind["version"] in {version["name"] for version in crd["spec"]["versions"]}
+    (example,) = yaml.safe_load(notes["artifacthub.io/crdsExamples"])
+    example["metadata"] |= {"namespace": "default", "uid": "u", "generation": 1}
+    assert parse_deployment(example).name
