@@ -78,7 +78,7 @@ def test_what_the_user_sets_is_merged_into_what_the_operator_renders():
     assert proxy == EVERYTHING["spec"]["containers"][1]
     labels = template["metadata"]["labels"]
     assert labels == {**plain["metadata"]["labels"], "team": "search"}
-    assert names.leader_labels("docs").items() <= labels.items()
+    assert names.single_labels("docs").items() <= labels.items()
 
 
 def test_a_variable_of_the_user_replaces_that_of_the_operator_as_a_whole():

@@ -201,7 +201,7 @@ def test_a_malformed_frame_ends_the_engine_instead_of_its_receiver_alone():
     if child == 0:
         try:
             logging.disable()
-            engine_process._receive(theirs, queue.SimpleQueue())
+            engine_process._receive(theirs, queue.SimpleQueue(), [])
         finally:
             os._exit(9)  # never goes on with the tests of its parent
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1

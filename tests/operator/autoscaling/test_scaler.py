@@ -163,7 +163,7 @@ def test_advice_changes_nothing_and_says_what_it_would_have_done():
     assert len(world.replicas) == 1
     first = next(decision for decision in told if decision)
     assert first.reason == "ScalingAdvised"
-    assert "replicas instead of 1" in first.message
+    assert "would scale from 1 to " in first.message
     assert world.status.desired_replicas >= 5
     assert world.told[0].reason == "Advisory"
 
