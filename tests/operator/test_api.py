@@ -13,9 +13,25 @@ from tests.operator.by_hand import COLLECTION, Api
 from tests.operator.live import Live, eventually, manifest
 
 
+@pytest.fixture(scope="module")
+def idle(api):
+    """A cluster in which no operator acts; other files of tests may have installed one."""
+    operator = ("-n", "moe-system", "deployment/moe-operator")
+    installed = api.kubectl(
+        "get", "deployments", "-A", "-o", "name", "--field-selector=metadata.name=moe-operator"
+    )
+    if installed:
+        api.kubectl("scale", *operator, "--replicas=0")
+        api.kubectl("-n", "moe-system", "wait", "--for=delete", "pods", "--all", "--timeout=60s")
+    yield api
+    if installed:
+        api.kubectl("scale", *operator, "--replicas=1")
+        api.kubectl("rollout", "status", *operator, "--timeout=90s")
+
+
 @pytest.fixture
-def crd(api, namespace):
-    return Live(api, namespace)
+def crd(idle, namespace):
+    return Live(idle, namespace)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -301,7 +317,7 @@ def test_defaults_are_written_into_the_object(crd):
     }  # fmt: skip
     assert spec["engine"] == {
         "maxBatchSize": 16, "kvMemory": "512Mi", "dtype": "auto", "device": "auto", "format": "auto",
-        "kvDtype": "auto", "generationConfig": "None", "verification": "Weights",
+        "kvDtype": "auto", "generationConfig": "None", "verification": "Weights", "routing": {},
     }  # fmt: skip
     assert spec["worker"]["image"] == "ghcr.io/moe-operator/worker:dev"
     assert spec["frontend"]["replicas"] == 1
@@ -371,6 +387,7 @@ def test_everything_that_can_be_set_is_taken_and_kept(crd):
             "generationConfig": "Auto",
             "verification": "Digests",
             "configOverride": '{"max_position_embeddings": 512}',
+            "routing": {"mass": "0.8"},
         },
         "worker": pod,
         "frontend": {
