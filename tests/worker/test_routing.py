@@ -109,6 +109,16 @@ def test_a_router_chooses_what_the_description_says(route, routing, seed):
 
 @ROUTERS
 @CASES
+@given(routing=routings())
+def test_no_tokens_get_no_experts(route, routing):
+    """A rank of a mesh takes part in a pass without tokens of its own."""
+    x, weight, bias = drawn(routing, 0)
+    chosen, weights = route(x[:0], weight, bias, routing)
+    assert chosen.shape == weights.shape == (0, routing.top_k)
+
+
+@ROUTERS
+@CASES
 @given(routing=routings(), seed=SEED, masses=st.tuples(MASS, MASS))
 def test_more_mass_never_takes_an_expert_away(route, routing, seed, masses):
     x, weight, bias = drawn(routing, seed)

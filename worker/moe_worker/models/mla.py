@@ -101,7 +101,7 @@ class LatentAttention(AbsorbedAttention):
     def absorb(self, query_TO: Tensor, step: LayerStep) -> Tensor:
         """See AbsorbedAttention."""
         heads, plain, _ = self.key_HNR.shape
-        query_THQ = query_TO.reshape(query_TO.shape[0], heads, -1)
+        query_THQ = query_TO.unflatten(1, (heads, query_TO.shape[1] // heads))
         plain_THN, rope_THP = query_THQ.tensor_split([plain], dim=2)
         latent_HTR = torch.bmm(plain_THN.transpose(0, 1), self.key_HNR)
         return torch.cat((latent_HTR.transpose(0, 1), rotate(rope_THP, step.rotations_T1P)), dim=2)

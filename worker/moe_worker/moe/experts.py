@@ -72,7 +72,8 @@ class Experts:
         rows_MD = x_TD.index_select(0, order_M // per_token)
         hidden_MI = swiglu(grouped_matrix(rows_MD, self.gate_up_AFD, ends_A, self.round_tokens))
         sorted_MD = grouped_matrix(hidden_MI, self.down_ADI, ends_A, self.round_tokens)
-        out_TKD = torch.empty_like(sorted_MD).index_copy_(0, order_M, sorted_MD).view(tokens, per_token, -1)
+        out_MD = torch.empty_like(sorted_MD).index_copy_(0, order_M, sorted_MD)
+        out_TKD = out_MD.unflatten(0, (tokens, per_token))
         # Nobody wrote the rows of no expert. Asking a GPU whether there are any would wait for it.
         none_TK = experts_TK < 0
         if none_TK.is_cuda or bool(none_TK.any()):

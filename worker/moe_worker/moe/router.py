@@ -86,7 +86,9 @@ def within_mass(scores_TK: Tensor, mass: float) -> Tensor:
 
 def _mask_groups(choice_TE: Tensor, level: Level) -> Tensor:
     """Sets the experts outside the level's best groups to -inf."""
-    choice_TGe = choice_TE.view(choice_TE.shape[0], level.groups, -1)
+    # A rank of a mesh may have no tokens, so that no size can be inferred.
+    tokens, experts = choice_TE.shape
+    choice_TGe = choice_TE.view(tokens, level.groups, experts // level.groups)
     groups_TG = choice_TGe.topk(level.best, dim=-1, sorted=False).values.sum(dim=-1)
     kept_Tg = groups_TG.topk(level.keep, dim=-1, sorted=False).indices
     dropped_TG = torch.ones_like(groups_TG, dtype=torch.bool).scatter_(1, kept_Tg, False)
