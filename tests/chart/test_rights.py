@@ -121,7 +121,7 @@ def test_every_right_that_is_granted_is_used_and_no_other_is_asked_for(docs, hel
     restricted(docs)
     # A replica of several workers has a secret.
     docs.apply(manifest("gang", parallelism={"pipeline": 2}))
-    eventually(lambda: docs.get("statefulsets", "gang-0"), bool, "a gang")
+    eventually(lambda: docs.list("statefulsets", f"{GROUP}/name=gang"), bool, "a gang")
     docs.kubectl("delete", "moed", "gang")
     wanted = granted(role(docs)) - set(ASKED_OF_OTHERS) - set(ASKED_FOR_ADOPTION)
     eventually(lambda: sorted(wanted - used(requests(docs))), lambda left: left == [], "every right used", 90)

@@ -33,32 +33,37 @@ def frontend_objects(namespace):
         yield manifest
 
 
-def worker_objects():
-    labels = names.leader_labels(DEPLOYMENT)
+def worker_service():
+    """Finds the leaders of replicas."""
+    selector = names.leader_labels(DEPLOYMENT)
+    spec = {"clusterIP": "None", "selector": selector, "ports": [{"name": "grpc", "port": 8000}]}
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": names.workers(DEPLOYMENT)},
+        "spec": spec,
+    }
+
+
+def replica(number):
+    """A StatefulSet of one worker, the pod `w-NUMBER-0`."""
+    labels = {**names.worker_labels(DEPLOYMENT), names.LABEL_DATA_RANK: str(number)}
     container = {
         "name": "worker",
         "image": names.DEFAULT_WORKER_IMAGE,
         "command": ["sh", "-c", f"exec python {FAKE_WORKER} $HOSTNAME 0.0.0.0:8000"],
         "readinessProbe": {"grpc": {"port": 8000}, "periodSeconds": 1},
     }
-    service = {"clusterIP": "None", "selector": labels, "ports": [{"name": "grpc", "port": 8000}]}
-    stateful_set = {
+    spec = {
         "serviceName": names.workers(DEPLOYMENT),
-        "replicas": 2,
-        "podManagementPolicy": "Parallel",
+        "replicas": 1,
         "selector": {"matchLabels": labels},
         "template": {
             "metadata": {"labels": labels},
             "spec": {"terminationGracePeriodSeconds": 1, "containers": [container]},
         },
     }
-    yield {
-        "apiVersion": "v1",
-        "kind": "Service",
-        "metadata": {"name": names.workers(DEPLOYMENT)},
-        "spec": service,
-    }
-    yield {"apiVersion": "apps/v1", "kind": "StatefulSet", "metadata": {"name": "w"}, "spec": stateful_set}
+    return {"apiVersion": "apps/v1", "kind": "StatefulSet", "metadata": {"name": f"w-{number}"}, "spec": spec}
 
 
 async def one_answer(stub):
@@ -84,8 +89,8 @@ async def stub(cluster, namespace):
         *("wait", "-n", namespace, "pod", "-l", selector, "--timeout=60s"),
         "--for=jsonpath={.status.containerStatuses[0].started}=true",
     )
-    apply(cluster, namespace, *worker_objects())
-    wait_ready(cluster, namespace, "w-0", "w-1")
+    apply(cluster, namespace, worker_service(), replica(0), replica(1))
+    wait_ready(cluster, namespace, "w-0-0", "w-1-0")
     cluster.kubectl("wait", "-n", namespace, "--for=condition=Ready", "pod", "-l", selector, "--timeout=30s")
     with Forward(cluster.directory, namespace, names.frontend(DEPLOYMENT), 8000) as forward:
         async with grpc.aio.insecure_channel(forward.address) as channel:
@@ -93,11 +98,11 @@ async def stub(cluster, namespace):
 
 
 async def test_pods_come_and_go_and_requests_follow(cluster, namespace, stub):
-    await eventually(stub, {"w-0", "w-1"})
+    await eventually(stub, {"w-0-0", "w-1-0"})
 
-    cluster.kubectl("scale", "-n", namespace, "statefulset/w", "--replicas=3")
-    await eventually(stub, {"w-0", "w-1", "w-2"})
-    assert published(cluster, namespace) == {"w-0", "w-1", "w-2"}
+    apply(cluster, namespace, replica(2))
+    await eventually(stub, {"w-0-0", "w-1-0", "w-2-0"})
+    assert published(cluster, namespace) == {"w-0-0", "w-1-0", "w-2-0"}
 
     call = stub.Generate(inference_pb2.GenerateRequest(prompt="count 100000 0.01"))
     victim = (await call.read()).text.partition(":")[0]
@@ -114,7 +119,7 @@ async def test_pods_come_and_go_and_requests_follow(cluster, namespace, stub):
     deadline = time.monotonic() + 60
     while victim not in seen and time.monotonic() < deadline:
         seen |= await answers(stub)
-    assert seen == {"w-0", "w-1", "w-2"}
+    assert seen == {"w-0-0", "w-1-0", "w-2-0"}
 
 
 def published(cluster, namespace):
