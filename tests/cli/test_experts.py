@@ -56,4 +56,4 @@ def test_a_worker_that_computed_nothing_has_no_layers():
 def test_a_worker_that_is_not_there_is_told():
     result = CliRunner().invoke(experts, ["--endpoint", "127.0.0.1:1", "--timeout", "2"])
     assert result.exit_code == ABSENT
-    assert "nothing answers at 127.0.0.1:1" in result.stderr
+    assert "cannot connect to 127.0.0.1:1" in result.stderr
