@@ -102,6 +102,7 @@ def test_what_a_cluster_holds_acts_on_nothing():
         "replicas": {"desired": 1, "ready": 0, "updated": 0, "there": 0},
         "revision": hostile,
         "scaling": None,
+        "mesh": None,
         "conditions": [{**condition, "lastTransitionTime": hostile}],
         "pods": [pod, {**pod, "problem": None, "lastEnd": {"at": hostile, "exitCode": 1, "log": hostile}}],
         "decisions": [{"time": hostile, "type": hostile, "reason": hostile, "message": hostile}],
