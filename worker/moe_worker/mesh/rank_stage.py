@@ -41,7 +41,7 @@ class RankStage(Protocol):
         """Hidden states [t, D], or on the last stage logits [n, V] of the tokens at `rows`.
 
         All ranks of a stage enter together, those without tokens, too. x_tD: hidden states of the stage
-        before; None on the first. What is returned is good until the next pass.
+        before; None on the first. The result is valid until the next pass.
         """
         ...
 
