@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from moe_worker import framing
 from moe_worker.config import EngineOptions
 from moe_worker.engine.requests import Delta, FinishReason, Load, Request
-from moe_worker.engine.statistics import Event, EventKind, ExpertStatistics, LayerExperts, Statistics
+from moe_worker.engine.statistics import (
+    DomainExperts,
+    Event,
+    EventKind,
+    ExpertStatistics,
+    LayerExperts,
+    Statistics,
+)
 from moe_worker.sampling.logprobs import TokenLogprobs
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.service import wire
@@ -17,8 +24,18 @@ TEXTS = st.text(max_size=20)
 LOADS = st.builds(Load, *[NUMBERS] * 5)
 STATISTICS = st.builds(Statistics, *[NUMBERS] * len(Statistics._fields))
 EVENTS = st.builds(Event, NUMBERS, st.sampled_from(EventKind), NUMBERS)
-LAYERS = st.builds(LayerExperts, NUMBERS, st.lists(NUMBERS, max_size=3).map(tuple), NUMBERS)
-EXPERTS = st.builds(ExpertStatistics, NUMBERS, st.lists(LAYERS, max_size=3).map(tuple))
+# Named fields only: hypothesis would choose the others by their types, and NaN is equal to nothing.
+LOADS_OF_RANKS = st.lists(st.floats(0, 1e12), max_size=3).map(tuple)
+LAYERS = st.builds(LayerExperts, NUMBERS, st.lists(NUMBERS, max_size=3).map(tuple), NUMBERS, LOADS_OF_RANKS)
+SHARES = st.lists(st.lists(st.floats(0, 1), max_size=3).map(tuple), max_size=2).map(tuple)
+DOMAINS = st.builds(DomainExperts, TEXTS, NUMBERS, SHARES)
+EXPERTS = st.builds(
+    ExpertStatistics,
+    NUMBERS,
+    st.lists(LAYERS, max_size=3).map(tuple),
+    st.lists(DOMAINS, max_size=2).map(tuple),
+    st.none() | st.floats(0, 1),
+)
 SAMPLING = st.builds(
     SamplingParameters,
     max_tokens=NUMBERS,
