@@ -11,13 +11,14 @@ Formats are told by the checkpoint's chat template, which writes the markers tha
 
 import enum
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 _THINK, _THOUGHT = "<think>", "</think>"
-_FENCE: Final = re.compile(r"\A\s*```(?:json)?\s*\n(?P<json>.*?)\n?\s*```\s*\Z", re.DOTALL)
+_FENCE: Final = "```"
+_PART: Final = 4096
+"""Characters of a text that are taken at a time: each step copies what is not parsed yet."""
 
 
 @dataclass(frozen=True)
@@ -106,19 +107,24 @@ class Parser:
 
     def take(self, text: str, *, last: bool = False) -> Piece:
         """What the next part of the text adds. last: nothing follows, so nothing is held back."""
-        self._rest += text
         reasoning: list[str] = []
         content: list[str] = []
         calls: list[ToolCall] = []
-        while True:
-            before, state = self._state, self._step(reasoning, content, calls, last=last)
-            self._state = state
-            if state is before:
-                break
+        for start in range(0, max(len(text), 1), _PART):
+            self._rest += text[start : start + _PART]
+            self._advance(reasoning, content, calls, last=last and start + _PART >= len(text))
         if last:
             self._flush(reasoning, content)
         self.called |= bool(calls)
         return Piece("".join(reasoning), "".join(content), tuple(calls))
+
+    def _advance(
+        self, reasoning: list[str], content: list[str], calls: list[ToolCall], *, last: bool
+    ) -> None:
+        """Takes all that it can of the rest."""
+        state = None
+        while state is not self._state:
+            state, self._state = self._state, self._step(reasoning, content, calls, last=last)
 
     def _step(self, reasoning: list[str], content: list[str], calls: list[ToolCall], *, last: bool) -> _In:
         """Takes what it can of the rest; the state behind it."""
@@ -221,11 +227,19 @@ def _of_deepseek(inner: str) -> ToolCall | None:
     name, arguments = kind.strip(), rest.strip()
     if name == "function":
         name, _, fenced = rest.partition("\n")
-        found = _FENCE.match(fenced)
-        if found is None:
+        unfenced = _unfenced(fenced)
+        if unfenced is None:
             return None
-        name, arguments = name.strip(), found["json"].strip()
+        name, arguments = name.strip(), unfenced
     return ToolCall(name, arguments) if name and _object(arguments) is not None else None
+
+
+def _unfenced(text: str) -> str | None:
+    """What a block of JSON contains; None where the text is no block. Takes linear time."""
+    head, line_break, block = text.strip().partition("\n")
+    if head.rstrip() not in (_FENCE, f"{_FENCE}json") or not line_break or not block.endswith(_FENCE):
+        return None
+    return block.removesuffix(_FENCE).strip()
 
 
 def _marker(name: str) -> str:

@@ -1,6 +1,7 @@
 """Texts of chats become reasoning, content and calls, however they are cut into messages."""
 
 import json
+import time
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -114,3 +115,14 @@ def test_a_format_is_told_by_the_template():
         json.loads(parse(['<tool_call>{"name": "f", "arguments": "{}"}</tool_call>'], QWEN)[2][0].arguments)
         == {}
     )
+
+
+def test_hostile_texts_take_linear_time():
+    """The event loop parses. Models may repeat line breaks or markers until the end of the context."""
+    breaks = "\n" * 1200
+    fenced = f"{BEGIN}function{SEP}f\n```json{breaks}{{}}{breaks}x{END}"
+    calls = "<tool_call></tool_call>" * 30_000
+    began = time.process_time()
+    assert parse([ALL + fenced], DEEPSEEK, "</think>")[1:] == (fenced, [])
+    assert parse([calls], QWEN, "<think>\n\n</think>")[1:] == (calls, [])
+    assert time.process_time() - began < 1.0
