@@ -1,0 +1,71 @@
+"""A request from its submission to its end: the text so far, and its pages in the cache."""
+
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from moe_worker.engine.requests import FinishReason, Request
+from moe_worker.models.batch import Segment
+from moe_worker.sampling.guides import Guide
+from moe_worker.sampling.text import TextStream
+from moe_worker.scheduler.plan import Chunk
+
+
+@dataclass
+class ActiveRequest:
+    """`pages` is the page table. ends: tokens that end the text. shard: where the pages are.
+
+    generated: tokens of the text, including emitted tokens of a resumed stream. admitted: whether the sampler
+    knows the request. guide: of its output format; None: any text is allowed.
+    """
+
+    request: Request
+    text: TextStream
+    ends: frozenset[int]
+    shard: int = 0
+    pages: "array[int]" = field(default_factory=lambda: array("i"))
+    generated: int = 0
+    admitted: bool = False
+    guide: Guide | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prompt and of the text so far."""
+        return len(self.request.prompt) + self.generated
+
+    @property
+    def given(self) -> int:
+        """Tokens of the prompt and of a resumed stream."""
+        return len(self.request.prompt) + len(self.request.written)
+
+    @property
+    def too_complex(self) -> bool:
+        """Whether the output format became too complex to go on with."""
+        return self.guide is not None and self.guide.failed
+
+    def follow(self, chunk: Chunk, source: int) -> Segment:
+        """The model's input for `chunk`. source: of Segment."""
+        if chunk.pages:
+            self.pages[chunk.pages_from :] = array("i", chunk.pages)
+        return Segment(chunk.tokens, chunk.start, self.pages, self.shard, source)
+
+    def resume(self, token_bytes: Callable[[int], bytes]) -> None:
+        """Puts the emitted tokens of a resumed stream before the text; the client has them."""
+        for token in self.request.written:
+            self.text.push(token_bytes(token))
+        self.generated = len(self.request.written)
+
+    def take(
+        self, token: int, token_bytes: Callable[[int], bytes], full: bool
+    ) -> tuple[str, FinishReason | None]:
+        """Adds a sampled token: the text that can be sent now, and why the request ends here, if it does.
+
+        full: whether no more tokens are allowed.
+        """
+        self.generated += 1
+        ended = token in self.ends
+        text = "" if ended else self.text.push(token_bytes(token))
+        stopped = ended or self.text.stopped or (self.guide is not None and self.guide.complete)
+        if not (stopped or full):
+            return text, None
+        return text + self.text.finish(), FinishReason.STOP if stopped else FinishReason.LENGTH

@@ -1,0 +1,64 @@
+"""Output formats in the order of steps: tokens reach the guides, and masks the steps that sample.
+
+The mask of a step depends on the tokens before it. If they are known, masks are computed during the forward
+pass; if their step is still in flight, the new step is launched first, so that the device does not wait.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from moe_worker.engine.active import ActiveRequest
+from moe_worker.engine.flight import Flight
+from moe_worker.engine.loading import LoadedModel
+from moe_worker.engine.requests import Request
+from moe_worker.sampling.guides import Allowed, Guide, Guides
+
+Sampling = Sequence[tuple[int, ActiveRequest]]
+Flights = Sequence[Flight[ActiveRequest]]
+
+
+class StepGuides:
+    """The guides of all active requests of a model."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        config = loaded.config
+        self._tokenizer, self._device = loaded.tokenizer, loaded.device
+        self._guides = Guides(
+            loaded.tokenizer, config.vocab_size, config.eos_token_ids, threads=torch.get_num_threads()
+        )
+
+    def open(self, request: Request) -> Guide | None:
+        """The guide of a new request; None if it has no output format."""
+        if request.output_format is None:
+            return None
+        return self._guides.open(request.output_format, request.written)
+
+    def begin(self, sampling: Sampling, flights: Flights) -> Callable[[], Allowed | None]:
+        """Prepares the masks for requests that sample in a new step, behind the steps in `flights`.
+
+        Call the result when the forward pass is launched: it returns the masks, or None if no request has a
+        format.
+        """
+        guided = [(row, it.guide) for row, (_, it) in enumerate(sampling) if it.guide is not None]
+        if not guided:
+            return lambda: None
+        if not flights:
+            return self._guides.begin(guided, self._device)
+
+        def after_flights() -> Allowed | None:
+            for flight in flights:
+                self.take(flight)
+            return self._guides.begin(guided, self._device)()
+
+        return after_flights
+
+    def take(self, flight: Flight[ActiveRequest]) -> None:
+        """Gives the tokens of a step to the guides of their texts, once; waits for the tokens."""
+        if flight.guided or all(active.guide is None for _, active in flight.sampling):
+            return
+        flight.guided = True
+        tokens, failed, _ = flight.wait()
+        for (_, active), token, wrong in zip(flight.sampling, tokens, failed, strict=True):
+            if active.guide is not None and not wrong:
+                active.guide.take(token, self._tokenizer.token_bytes(token))
