@@ -207,6 +207,7 @@ def served() -> Iterator[Site]:
 def manifest() -> dict[str, object]:
     body = yaml.safe_load((ROOT / "examples/docs-moe.yaml").read_text())
     body["spec"].pop("telemetry")
+    body["spec"].pop("cache")  # every request is to reach a worker
     body["spec"]["worker"]["env"] = [{"name": "MOE_WORKER_STALL_TIMEOUT", "value": str(STALL_S)}]
     body["spec"]["worker"]["terminationGracePeriodSeconds"] = 10
     return dict(body)

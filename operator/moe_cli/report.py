@@ -9,19 +9,22 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moe_operator.planner.problems import of_pod
-from moe_operator.resources import names
+from moe_operator.resources import cache_sums, names
 from moe_operator.resources.deployment import parse_status
 
 Body = Mapping[str, Any]
 
 
-def report(body: Body, pods: Iterable[Body], events: Iterable[Body]) -> dict[str, Any]:
+def report(
+    body: Body, pods: Iterable[Body], events: Iterable[Body], routes: Iterable[Body] = ()
+) -> dict[str, Any]:
     """One deployment with its pods and decisions, oldest first.
 
     Args:
         body: a MoEDeployment as the API server gives it.
         pods: its pods, workers and frontends.
         events: Events about it.
+        routes: FrontendRoutes of its frontends.
     """
     status, metadata, spec = parse_status(body), body["metadata"], body.get("spec", {})
     loads = {load["pod"]: load for load in (body.get("status", {}).get("scaling") or {}).get("load", ())}
@@ -44,10 +47,15 @@ def report(body: Body, pods: Iterable[Body], events: Iterable[Body]) -> dict[str
         "revision": status.revision,
         "mesh": None if status.mesh is None else status.mesh.manifest(),
         "scaling": body.get("status", {}).get("scaling"),
+        "caches": cache_sums.total(_caches(one) for one in routes),
         "conditions": [condition.manifest() for condition in status.conditions],
         "pods": sorted((_pod(pod, status.revision, loads) for pod in pods), key=_pod_order),
         "decisions": sorted((_decision(event) for event in events), key=lambda told: str(told["time"])),
     }
+
+
+def _caches(routes: Body) -> object:
+    return (routes["metadata"].get("annotations") or {}).get(names.ANNOTATION_CACHES)
 
 
 def desired(body: Body) -> int:

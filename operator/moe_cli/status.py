@@ -10,6 +10,7 @@ from moe_cli.kube import TIMEOUT_S, reading
 from moe_operator.resources import names
 
 _FORBIDDEN: Final = 403
+_ABSENT: Final = 404
 
 
 @click.command()
@@ -25,8 +26,9 @@ def status(
 ) -> None:
     """Shows the MoEDeployment NAME, or lists all of a namespace.
 
-    Of one deployment: its conditions, every pod with its revision and what keeps it from being ready, the
-    load of each, and the last decisions of the operator with their reasons.
+    Of one deployment: its conditions, what caches saved since its frontends started, every pod with its
+    revision and what keeps it from being ready, the load of each, and the last decisions of the operator
+    with their reasons.
 
     \b
     The load is known where spec.scaling is set; with `mode: Advisory` it is measured, every minute,
@@ -60,7 +62,7 @@ def _read(
         import kubernetes  # noqa: PLC0415
 
         found = _request(kubernetes.client.CustomObjectsApi(), chosen, name, everywhere=everywhere)
-        return _reported(kubernetes.client.CoreV1Api(), found) if name else found
+        return _reported(kubernetes.client, found) if name else found
 
 
 def _request(api: Any, namespace: str, name: str | None, *, everywhere: bool) -> dict[str, Any]:
@@ -79,28 +81,43 @@ def _request(api: Any, namespace: str, name: str | None, *, everywhere: bool) ->
     return dict(answer)
 
 
-def _reported(api: Any, body: dict[str, Any]) -> dict[str, Any]:
-    """The report of a deployment, with its pods and Events, as far as this user may read them."""
+def _reported(client: Any, body: dict[str, Any]) -> dict[str, Any]:
+    """The report of a deployment, with its pods, Events and routes, as far as this user may read them.
+
+    client: the module `kubernetes.client`.
+    """
     from moe_cli.report import report  # noqa: PLC0415
 
-    metadata = body["metadata"]
-    pods = _items(api.list_namespaced_pod, metadata, label_selector=f"{names.LABEL_NAME}={metadata['name']}")
-    about = f"involvedObject.kind={names.KIND},involvedObject.uid={metadata['uid']}"
-    return report(body, pods, _items(api.list_namespaced_event, metadata, field_selector=about))
+    core, namespace, name = client.CoreV1Api(), body["metadata"]["namespace"], body["metadata"]["name"]
+    about = f"involvedObject.kind={names.KIND},involvedObject.uid={body['metadata']['uid']}"
+    pods = _items("pod", core.list_namespaced_pod, namespace, label_selector=f"{names.LABEL_NAME}={name}")
+    events = _items("event", core.list_namespaced_event, namespace, field_selector=about)
+    routes = _items(
+        names.ROUTES_KIND,
+        client.CustomObjectsApi().list_namespaced_custom_object,
+        namespace,
+        group=names.GROUP,
+        version=names.VERSION,
+        plural=names.ROUTES_PLURAL,
+        label_selector=f"{names.LABEL_NAME}={name}",
+    )
+    return report(body, pods, events, routes)
 
 
-def _items(read: Callable[..., Any], metadata: dict[str, Any], **selector: str) -> list[dict[str, Any]]:
-    """The items of a list as the API server returned them; none if this user may not read them."""
+def _items(kind: str, read: Callable[..., Any], namespace: str, **options: str) -> list[dict[str, Any]]:
+    """The items of a list as the API server returned them; none if this user may not read them.
+
+    There are none either if the API server does not know the kind.
+    """
     import kubernetes  # noqa: PLC0415
 
-    options = {"_preload_content": False, "_request_timeout": TIMEOUT_S}
     try:
-        answer = read(metadata["namespace"], **selector, **options)
+        answer = read(namespace=namespace, **options, _preload_content=False, _request_timeout=TIMEOUT_S)
     except kubernetes.client.ApiException as error:
-        if error.status != _FORBIDDEN:
+        if error.status not in (_FORBIDDEN, _ABSENT):
             raise
-        kind = read.__name__.removeprefix("list_namespaced_")
-        click.echo(f"note: incomplete: your user may not list objects of kind {kind}", err=True)
+        if error.status == _FORBIDDEN:
+            click.echo(f"note: incomplete: your user may not list objects of kind {kind}", err=True)
         return []
     items: list[dict[str, Any]] = json.loads(answer.data)["items"]
     return items

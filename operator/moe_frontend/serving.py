@@ -2,9 +2,10 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,6 +23,7 @@ from moe_frontend.transport import failures
 from moe_frontend.transport.failures import Failure
 from moe_frontend.transport.forwarding import Forwarder
 from moe_frontend.transport.holding import Hold
+from moe_frontend.transport.loads import LoadPolling
 from moe_frontend.transport.replicas import Replicas
 from moe_frontend.transport.service import Frontend
 from moe_operator.errors import InstallationError, MoEOperatorError
@@ -67,12 +69,16 @@ async def serve(options: Options) -> None:
     """
     supervisor = Supervisor(expected=(MoEOperatorError,))
     replicas = Replicas(supervisor=supervisor, policy=balancing.POLICIES[options.routing]())
+    polling = LoadPolling(replicas)
+    polling.measure(metrics.get_meter(_SCOPE))
+    supervisor.start("replica-loads", polling.run)
     outputs = _outputs(options, supervisor)
     forwarder, hold = _forwarder(options, replicas, outputs)
     frontend = Frontend(forwarder, hold, supervisor)
     await frontend.set_ready(ready=False)
     with _stop_signal() as stop:
-        async with _following(options, replicas, frontend, supervisor, outputs):
+        sums = functools.partial(_sums, forwarder, outputs)
+        async with _following(options, replicas, frontend, supervisor, outputs, sums):
             # Pods are ready by gRPC's health, so HTTP comes first.
             http = await _listen_http(options, forwarder, frontend, supervisor)
             await _listen(frontend, options.listen[0])
@@ -141,9 +147,10 @@ async def _following(
     frontend: Frontend,
     supervisor: Supervisor,
     outputs: OutputCache[Failure] | None,
+    sums: Callable[[], Mapping[str, int]],
 ) -> AsyncIterator[None]:
     """Routes requests to the endpoints that take them."""
-    news, publish = asyncio.Event(), _publication(options, replicas, supervisor)
+    news, publish = asyncio.Event(), _publication(options, replicas, supervisor, sums)
 
     def route() -> None:
         # Without a task in between: on a busy event loop each one costs tens of milliseconds.
@@ -174,7 +181,15 @@ async def _following(
         await prober.close()
 
 
-def _publication(options: Options, replicas: Replicas, supervisor: Supervisor) -> Callable[[], None]:
+def _sums(forwarder: Forwarder, outputs: OutputCache[Failure] | None) -> dict[str, int]:
+    """What caches saved since this frontend started, with the keys of `moe_operator.resources.cache_sums`."""
+    found = {"promptTokens": forwarder.prompts.tokens, "cachedPromptTokens": forwarder.prompts.cached}
+    return found if outputs is None else found | outputs.sums()
+
+
+def _publication(
+    options: Options, replicas: Replicas, supervisor: Supervisor, sums: Callable[[], Mapping[str, int]]
+) -> Callable[[], None]:
     """To be called when the routes are others: in a cluster the operator is told."""
     if options.deployment is None:
         return lambda: None
@@ -183,7 +198,7 @@ def _publication(options: Options, replicas: Replicas, supervisor: Supervisor) -
     pod = publishing.own_pod(options.namespace, options.deployment)
     if pod is None:
         return lambda: None
-    publisher = publishing.Publisher(slices.cluster_api(), pod, replicas.endpoints)
+    publisher = publishing.Publisher(slices.cluster_api(), pod, replicas.endpoints, sums)
     supervisor.start("publishing", publisher.run)
     return publisher.changed
 

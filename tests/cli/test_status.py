@@ -5,10 +5,13 @@ import json
 import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from moe_cli.rendering import count, show
 from moe_cli.report import report
+from moe_operator.resources import cache_sums, names
 
 
 def deployment(name="demo", **status):
@@ -35,9 +38,9 @@ MODEL = {
 }
 
 
-def shown(body, width=120, pods=(), events=()):
+def shown(body, width=120, pods=(), events=(), routes=()):
     output = io.StringIO()
-    found = body if "items" in body else report(body, pods, events)
+    found = body if "items" in body else report(body, pods, events, routes)
     show(found, Console(file=output, width=width))
     return output.getvalue()
 
@@ -123,6 +126,41 @@ def test_scaling_is_told_with_its_reasons():
         "3 to 4 at 2026-01-31T12:00:00Z, ForecastHigher: up to 480 work/min in 95 s",
     ):
         assert part in text
+
+
+def routes(**sums):
+    """The FrontendRoutes of a frontend."""
+    return {"metadata": {"annotations": {names.ANNOTATION_CACHES: cache_sums.write(sums)}}, "routes": []}
+
+
+def test_caches_of_all_frontends_are_added_up():
+    first = routes(promptTokens=900, cachedPromptTokens=300, outputHits=2, outputShared=1, outputMisses=7)
+    second = routes(promptTokens=300, cachedPromptTokens=0, outputMisses=2, savedTokens=1500)
+    saved = routes(savedMilliseconds=2500, outputBytes=2**19, outputEvictions=4)
+    body, silent = deployment(readyReplicas=2), {"metadata": {"name": "of an earlier version"}}
+    told = report(body, [], [], [first, second, saved, silent])["caches"]
+    assert (told["promptTokens"], told["outputMisses"]) == (1200, 9)
+    text = " ".join(shown(body, width=200, routes=[first, second, saved, silent]).split())
+    assert "Prefix cache 25 % of 1,200 prompt tokens were cached" in text
+    assert (
+        "Output cache 25 % of 12 cacheable requests needed no worker, which saved 1,500 tokens and 2.5 s; "
+        "0.5 MiB, 4 evictions" in text
+    )
+
+
+def test_of_caches_that_nobody_used_nothing_is_said():
+    text = shown(deployment(readyReplicas=2), routes=[routes(promptTokens=0, outputHits=0)])
+    assert "cache" not in text
+
+
+ANNOTATIONS = st.one_of(st.none(), st.text(), st.dictionaries(st.text(), st.integers()).map(json.dumps))
+
+
+@given(st.lists(ANNOTATIONS))
+def test_whatever_an_annotation_says_the_sums_are_numbers(found):
+    wrong = ["[" * 10**5, '{"outputHits": -1}', '{"outputHits": true}', '{"outputHits": 1e3}', "[]"]
+    assert all(value >= 0 for value in cache_sums.total([*found, *wrong]).values())
+    assert cache_sums.total(wrong) == {}
 
 
 def test_without_scaling_nothing_is_said_of_it():

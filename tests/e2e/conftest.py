@@ -14,7 +14,7 @@ def served(operator: Cluster) -> Iterator[Served]:
     namespace = f"e2e-{secrets.token_hex(4)}"
     operator.kubectl("create", "namespace", namespace)
     deployment = Served(operator, namespace)
-    deployment.kubectl("apply", "-f", str(ROOT / "examples/docs-moe.yaml"))
+    deployment.apply("docs-moe", "file:///mnt/models/docs-moe")
     eventually(lambda: deployment.ready().get("status") == "True", "docs-moe Ready", 120)
     yield deployment
     operator.kubectl("delete", "namespace", namespace, "observability", "--wait=false")

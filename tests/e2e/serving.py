@@ -41,6 +41,7 @@ class Served:
         """Applies the example under another name, served from `uri`."""
         body = yaml.safe_load((ROOT / "examples/docs-moe.yaml").read_text())
         body["metadata"]["name"] = name
+        body["spec"].pop("cache")  # every request is to reach a worker
         body["spec"] |= {"model": {"uri": uri}, **spec}
         self.kubectl("apply", "-f", "-", input=yaml.safe_dump(body))
 

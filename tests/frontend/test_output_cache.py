@@ -6,7 +6,8 @@ import grpc
 import pytest
 
 from moe_api.inference.v1 import inference_pb2
-from moe_frontend.outputs.cache import RESULT
+from moe_frontend.outputs.cache import RESULT, SAVED_SECONDS, SAVED_TOKENS
+from moe_operator.resources import cache_sums
 
 MEMORY = 1 << 20
 
@@ -45,6 +46,43 @@ async def test_a_repeat_costs_no_worker_and_says_so(cached):
     assert again[0].usage.cached
     assert not first[-1].usage.cached
     assert results(cached) == ["miss", "hit"]
+
+
+def savings(bench):
+    """Saved tokens and seconds of each request that needed no worker, from its span."""
+    spans = (span.attributes for span in bench.spans.get_finished_spans())
+    return [(found[SAVED_TOKENS], found[SAVED_SECONDS]) for found in spans if SAVED_TOKENS in found]
+
+
+async def test_each_answer_without_a_worker_says_what_it_saved(cached):
+    """9 prompt tokens, of which a prefix cache held 4, and 3 of text: a worker computed 8."""
+    await answer(cached, request("scored"))
+    await answer(cached, request("scored"))
+    assert [tokens for tokens, _ in savings(cached)] == [8]
+    assert cached.outputs.saved_tokens == 8
+    assert (cached.forwarder.prompts.tokens, cached.forwarder.prompts.cached) == (9, 4)
+
+
+async def test_a_shared_computation_saves_its_time_once_for_each_follower(cached):
+    asked = request("count 5 0.05")
+    await asyncio.gather(*(answer(cached, asked) for _ in range(3)))
+    assert cached.outputs.lookups == {"miss": 1, "shared": 2}
+    assert [tokens for tokens, _ in savings(cached)] == [3 + 5] * 2  # words of the prompt, and tokens
+    assert all(seconds >= 0.25 for _, seconds in savings(cached))
+    resume = inference_pb2.Resume(tokens=[0, 1, 2], revision="r1")
+    await answer(cached, request("count 5 0.05", resume=resume))
+    tokens, seconds = savings(cached)[-1]
+    assert tokens == 3 + 2
+    assert seconds == pytest.approx(2 / 5 * savings(cached)[0][1])
+
+
+async def test_the_sums_are_those_that_a_status_shows(cached):
+    for _ in range(2):
+        await answer(cached, request("count 2"))
+    sums = cached.outputs.sums()
+    assert set(sums) == set(cache_sums.OUTPUTS)
+    assert (sums["outputHits"], sums["outputMisses"], sums["savedTokens"]) == (1, 1, 3 + 2)
+    assert sums["outputBytes"] == cached.store.bytes > 0
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from moe_operator.apiserver.requests import Requests
 from moe_operator.planner.gates import published
 from moe_operator.planner.observed import Observed
 from moe_operator.render import frontend
-from moe_operator.resources import names
+from moe_operator.resources import cache_sums, names
 from moe_operator.resources.deployment import parse
 from tests.frontend.apiserver import running_api_server
 
@@ -69,7 +69,10 @@ class Running:
         self.custom, self.routes = custom, []
         client = server.client()
         client.set_default_header("Impersonate-User", ACCOUNT)
-        self.publisher = publishing.Publisher(Requests(client, 10.0), POD, lambda: self.routes)
+        self.sums = {}
+        self.publisher = publishing.Publisher(
+            Requests(client, 10.0), POD, lambda: self.routes, lambda: self.sums, sums_s=0.05
+        )
         self.supervisor = Supervisor(backoff=Backoff(first_s=0.05), expected=(publishing.PublishError,))
 
     def set(self, *routes):
@@ -125,6 +128,19 @@ async def test_routes_are_published_once_each_time_they_change(running):
         await asyncio.sleep(0.002)
     last = await running.until(*running.routes)
     assert last["metadata"]["generation"] - found["metadata"]["generation"] <= 4
+
+
+async def test_sums_of_caches_follow_without_a_change_of_routes(running):
+    await running.until()
+    for hits in (1, 2):
+        running.sums = {"outputHits": hits}
+        async with asyncio.timeout(30):
+            while True:
+                found = await asyncio.to_thread(running.read)
+                annotations = found["metadata"].get("annotations", {}) if found else {}
+                if cache_sums.total([annotations.get(names.ANNOTATION_CACHES)]) == {"outputHits": hits}:
+                    break
+                await asyncio.sleep(0.05)
 
 
 async def test_an_api_server_that_is_away_gets_the_routes_when_it_is_back(running, server):

@@ -16,6 +16,7 @@ loads = st.lists(
         last_chosen=st.integers(0, 100),
         failures=st.integers(0, 5),
         failed_at=st.floats(0, 20),
+        elsewhere=st.integers(0, 5),
     ),
     unique_by=lambda load: load.name,
     max_size=8,
@@ -31,7 +32,7 @@ def test_the_choice_is_the_least_loaded_of_the_best_that_were_not_tried(candidat
         return
     chosen = next(load for load in left if load.name == decision.replica)
     peers = [load for load in left if is_suspect(load, now) == is_suspect(chosen, now)]
-    assert chosen.in_flight == min(load.in_flight for load in peers)
+    assert chosen.in_flight + chosen.elsewhere == min(load.in_flight + load.elsewhere for load in peers)
     assert not is_suspect(chosen, now) or all(is_suspect(load, now) for load in left)
     assert decision.candidates == len(left)
     assert decision.replica in decision.message

@@ -16,6 +16,7 @@ from moe_frontend.http.measures import Measures
 from moe_frontend.outputs.cache import OutputCache
 from moe_frontend.outputs.store import Store
 from moe_frontend.transport.holding import Hold
+from moe_frontend.transport.loads import LoadPolling, Reported
 from moe_operator.autoscaling.metrics import ScalingMetrics
 from moe_operator.autoscaling.model.forecast.result import Errors
 from moe_operator.controller.deployment_metrics import DeploymentMetrics
@@ -41,6 +42,10 @@ Names = dict[str, set[str]]
 class _Readings:
     current_load = Load(1, 2, 300, 40, 5)
     statistics = Statistics(steps=1)
+
+
+class _Fleet:
+    reported = (Reported(1, 2, 100, 50),)
 
 
 def operator(meter: Meter) -> None:
@@ -70,6 +75,7 @@ def frontend(meter: Meter) -> None:
     cache = OutputCache(store, Supervisor(), None)
     cache.measure(meter)
     cache._note(INVALID_SPAN, "hit")
+    LoadPolling(_Fleet()).measure(meter)
 
 
 def worker(meter: Meter) -> None:

@@ -279,3 +279,12 @@ def test_the_charts_metadata_names_the_kinds_and_an_example_that_is_valid():
     (example,) = yaml.safe_load(notes["artifacthub.io/crdsExamples"])
     example["metadata"] |= {"namespace": "default", "uid": "u", "generation": 1}
     assert parse_deployment(example).name
+
+
+def test_endpoint_pickers_find_the_gauges_that_the_docs_name(exported):
+    page = (ROOT / "docs/observability.md").read_text()
+    rows = re.findall(
+        r"^\| `(TotalQueuedRequests|TotalRunningRequests|KVCacheUtilization)` \| `(\w+)`", page, re.M
+    )
+    assert len(rows) == 3
+    assert {name for _, name in rows} <= exported.keys()

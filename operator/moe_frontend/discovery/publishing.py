@@ -1,10 +1,13 @@
 """Publishes the routes of this frontend in a FrontendRoutes object, which the operator reads.
 
+`moe status` reads what caches saved from an annotation of the same object.
+
 The operator opens a worker's readiness gate once every frontend routes to it. It could ask each frontend over
 gRPC, but a service mesh or a NetworkPolicy may block that port; both can reach the API server.
 """
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,11 +16,13 @@ from typing import Any, Final
 from moe_frontend.discovery.endpoints import Endpoint
 from moe_operator.apiserver.requests import Requests
 from moe_operator.errors import MoEOperatorError, RetryableError
-from moe_operator.resources import names
+from moe_operator.resources import cache_sums, names
 
 FIELD_MANAGER: Final = "moe-frontend"
 BETWEEN_WRITES_S: Final = 0.5
 """Minimum time between writes: frequent changes, as in a rollout of many replicas, become one write."""
+SUMS_S: Final = 30.0
+"""Time between writes of new sums: each one is a write to the API server and a reconcile."""
 _MOST: Final = 2500
 """Of crds/frontendroutes.yaml, maxItems."""
 
@@ -49,12 +54,23 @@ class Publisher:
         api: of the cluster.
         pod: of this frontend.
         routes: returns the current routes.
+        sums: returns what caches saved so far, with the keys of `cache_sums`.
+        sums_s: time between writes of new sums, in seconds.
     """
 
-    def __init__(self, api: Requests, pod: OwnPod, routes: Callable[[], Iterable[Endpoint]]) -> None:
+    def __init__(
+        self,
+        api: Requests,
+        pod: OwnPod,
+        routes: Callable[[], Iterable[Endpoint]],
+        sums: Callable[[], Mapping[str, int]] = dict,
+        sums_s: float = SUMS_S,
+    ) -> None:
         self._api = api
         self._pod = pod
         self._routes = routes
+        self._sums = sums
+        self._sums_s = sums_s
         self._written: dict[str, Any] | None = None
         self._news = asyncio.Event()
 
@@ -63,19 +79,20 @@ class Publisher:
         self._news.set()
 
     async def run(self) -> None:
-        """Writes the routes whenever they differ from the last written ones.
+        """Writes the routes whenever they differ from the last written ones, and new sums now and then.
 
         Raises:
             PublishError: the API server did not accept them; the next run writes them again.
         """
         while True:
             self._news.clear()
-            wanted = manifest(self._pod, self._routes())
+            wanted = manifest(self._pod, self._routes(), self._sums())
             if wanted != self._written:
                 await asyncio.to_thread(self._apply, wanted)
                 self._written = wanted
                 await asyncio.sleep(BETWEEN_WRITES_S)
-            await self._news.wait()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), self._sums_s)
 
     def _apply(self, body: dict[str, Any]) -> None:
         path = f"/apis/{names.API_VERSION}/namespaces/{self._pod.namespace}/{names.ROUTES_PLURAL}"
@@ -95,7 +112,7 @@ class Publisher:
             ) from error
 
 
-def manifest(pod: OwnPod, routes: Iterable[Endpoint]) -> dict[str, Any]:
+def manifest(pod: OwnPod, routes: Iterable[Endpoint], sums: Mapping[str, int]) -> dict[str, Any]:
     """The FrontendRoutes of a pod, which is deleted with it."""
     owner = {"apiVersion": "v1", "kind": "Pod", "name": pod.name, "uid": pod.uid}
     return {
@@ -104,6 +121,7 @@ def manifest(pod: OwnPod, routes: Iterable[Endpoint]) -> dict[str, Any]:
         "metadata": {
             "name": pod.name,
             "namespace": pod.namespace,
+            "annotations": {names.ANNOTATION_CACHES: cache_sums.write(sums)},
             "labels": {names.LABEL_NAME: pod.deployment, names.LABEL_ROLE: names.ROLE_FRONTEND},
             "ownerReferences": [owner],
         },

@@ -11,22 +11,45 @@ _OBJECTS: Final = 700
 """Bytes of an entry's Python objects and its places in dictionaries, measured with tracemalloc."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """What an answer without a worker saves.
+
+    Attributes:
+        tokens: of the prompt and the text that a worker would compute; cached prefixes do not count.
+        seconds: that a worker would take, queueing included.
+    """
+
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """A complete answer.
 
     Attributes:
         payload: one GenerateResponse with all text and tokens; usage.cached is set.
         marks: the number of tokens and characters up to the end of each message of the worker, as flat pairs.
+        tokens: that the worker computed, as `Saving.tokens`.
+        seconds: that the worker took.
     """
 
     payload: bytes
     marks: "array[int]"
+    tokens: int
+    seconds: float
 
     @property
     def size(self) -> int:
         """Bytes of memory."""
         return len(self.payload) + self.marks.itemsize * len(self.marks) + _OBJECTS
+
+    def saving(self, resumed: int) -> Saving:
+        """What a hit saves if the client already has this many tokens."""
+        length = self.marks[-2] if self.marks else 0
+        missing = (length - resumed) / length if length else 1.0
+        return Saving(self.tokens - resumed, self.seconds * missing)
 
     def behind(self, resumed: Sequence[int]) -> bytes | None:
         """The message that continues after the tokens of a client; None if they end within a message."""
@@ -46,8 +69,11 @@ class Answer:
         ).SerializeToString()
 
 
-def answer_of(messages: Iterable[bytes]) -> Answer | None:
-    """The answer from a stream of messages; None if it is incomplete."""
+def answer_of(messages: Iterable[bytes], seconds: float = 0.0) -> Answer | None:
+    """The answer from a stream of messages; None if it is incomplete.
+
+    seconds: that the worker took.
+    """
     whole = inference_pb2.GenerateResponse()
     marks, texts, characters = array("I"), [], 0
     for message in messages:
@@ -64,4 +90,5 @@ def answer_of(messages: Iterable[bytes]) -> Answer | None:
         return None
     whole.text = "".join(texts)
     whole.usage.cached = True
-    return Answer(whole.SerializeToString(), marks)
+    computed = max(0, whole.usage.prompt_tokens - whole.usage.cached_tokens) + len(whole.tokens)
+    return Answer(whole.SerializeToString(), marks, computed, seconds)

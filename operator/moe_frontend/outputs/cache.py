@@ -1,6 +1,8 @@
 """The output cache of a frontend: equal requests are computed once. Belongs to one event loop."""
 
 import asyncio
+import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, Generic
 
@@ -8,12 +10,15 @@ from opentelemetry import metrics, trace
 
 from moe_api.supervision import Supervisor
 from moe_api.writing import Writer
-from moe_frontend.outputs.answer import answer_of
+from moe_frontend.outputs.answer import Saving, answer_of
 from moe_frontend.outputs.flight import F, Flight
 from moe_frontend.outputs.store import Store
 
 RESULT: Final = "moe.cache.output"
 """Span attribute: hit, miss, or shared (followed an equal request under way)."""
+SAVED_TOKENS: Final = "moe.cache.saved_tokens"
+SAVED_SECONDS: Final = "moe.cache.saved_seconds"
+"""Span attributes of hits and shared answers, as `Saving`."""
 
 Compute = Callable[[Flight[F]], Awaitable[tuple[F | None, str]]]
 """Writes an answer to a flight; returns why it is incomplete, or None, and the revision of the replica."""
@@ -26,6 +31,10 @@ class OutputCache(Generic[F]):
         store: holds the answers.
         supervisor: runs the computations.
         stopped: the failure of an answer whose computation ended early.
+
+    Attributes:
+        lookups: by result: hit, miss, shared.
+        saved_tokens, saved_seconds: sums of `Saving`.
     """
 
     def __init__(self, store: Store, supervisor: Supervisor, stopped: F) -> None:
@@ -34,6 +43,9 @@ class OutputCache(Generic[F]):
         self._supervisor = supervisor
         self._flights: dict[bytes, tuple[Flight[F], asyncio.Task[None]]] = {}
         self._counts: metrics.Counter | None = None
+        self.lookups: Counter[str] = Counter()
+        self.saved_tokens = 0
+        self.saved_seconds = 0.0
 
     def serve(self, revisions: frozenset[str]) -> None:
         """Sets the served revisions; drops answers of others."""
@@ -63,8 +75,9 @@ class OutputCache(Generic[F]):
         """
         stored = self._store.get(key)
         message = None if stored is None else stored.behind(resumed)
-        if message is not None:
+        if stored is not None and message is not None:
             self._note(span, "hit")
+            self._save(span, stored.saving(len(resumed)))
             await writer.write(message)
             return True, None
         if compute is None:
@@ -75,14 +88,18 @@ class OutputCache(Generic[F]):
     async def _fly(
         self, key: bytes, caller: Any, writer: Writer, span: trace.Span, compute: Compute[F]
     ) -> F | None:
-        self._note(span, "shared" if key in self._flights else "miss")
+        shared = key in self._flights
+        self._note(span, "shared" if shared else "miss")
         if key not in self._flights:
             flight: Flight[F] = Flight(caller.invocation_metadata())
             task = self._supervisor.start("output-flight", lambda: self._run(key, flight, compute))
             self._flights[key] = flight, task
         flight, task = self._flights[key]
         try:
-            return await flight.follow(caller, writer)
+            failure = await flight.follow(caller, writer)
+            if shared and flight.saving is not None:
+                self._save(span, flight.saving)
+            return failure
         finally:
             if flight.deserted and not flight.ended:
                 self._forget(key, flight)
@@ -92,10 +109,13 @@ class OutputCache(Generic[F]):
         if flight.ended:  # the supervisor restarts a failed flight, but its readers have their failure
             return
         failure: F | None = self._stopped
+        began = time.monotonic()
         try:
             failure, revision = await compute(flight)
-            answer = answer_of(flight.messages) if failure is None else None
+            seconds = time.monotonic() - began - flight.waited_s
+            answer = answer_of(flight.messages, seconds) if failure is None else None
             if answer is not None:
+                flight.saving = answer.saving(0)
                 self._store.put(key, answer, revision)
         finally:
             self._forget(key, flight)
@@ -105,10 +125,34 @@ class OutputCache(Generic[F]):
         if key in self._flights and self._flights[key][0] is flight:
             del self._flights[key]
 
+    def sums(self) -> dict[str, int]:
+        """Its sums since the start, with the keys of `moe_operator.resources.cache_sums`."""
+        return {
+            "outputHits": self.lookups["hit"],
+            "outputShared": self.lookups["shared"],
+            "outputMisses": self.lookups["miss"],
+            "outputEvictions": self._store.evictions.total(),
+            "outputBytes": self._store.bytes,
+            "savedTokens": self.saved_tokens,
+            "savedMilliseconds": round(1000 * self.saved_seconds),
+        }
+
     def measure(self, meter: metrics.Meter) -> None:
         """Creates the instruments."""
         self._counts = meter.create_counter(
             "moe_frontend.output_cache.lookups", "{request}", "Cacheable requests, by result"
+        )
+        meter.create_observable_counter(
+            "moe_frontend.output_cache.saved_tokens",
+            [lambda _: [metrics.Observation(self.saved_tokens)]],
+            "{token}",
+            "Prompt and output tokens that hits and shared computations saved the workers",
+        )
+        meter.create_observable_counter(
+            "moe_frontend.output_cache.saved_time",
+            [lambda _: [metrics.Observation(self.saved_seconds)]],
+            "s",
+            "Time that hits and shared computations saved the workers",
         )
         meter.create_observable_up_down_counter(
             "moe_frontend.output_cache.size",
@@ -130,5 +174,11 @@ class OutputCache(Generic[F]):
 
     def _note(self, span: trace.Span, result: str) -> None:
         span.set_attribute(RESULT, result)
+        self.lookups[result] += 1
         if self._counts is not None:
             self._counts.add(1, {"result": result})
+
+    def _save(self, span: trace.Span, saving: Saving) -> None:
+        span.set_attributes({SAVED_TOKENS: saving.tokens, SAVED_SECONDS: saving.seconds})
+        self.saved_tokens += saving.tokens
+        self.saved_seconds += saving.seconds

@@ -1,10 +1,12 @@
 """One computation that several clients with equal requests share. Belongs to one event loop."""
 
 import asyncio
+import time
 from collections.abc import Iterable
 from typing import Any, Final, Generic, TypeVar
 
 from moe_api.writing import Writer
+from moe_frontend.outputs.answer import Saving
 
 F = TypeVar("F")
 """Why an answer is incomplete."""
@@ -24,6 +26,8 @@ class Flight(Generic[F]):
     Attributes:
         messages: of the answer so far.
         ended: whether the answer has ended.
+        waited_s: time for which the computation waited for readers.
+        saving: what each reader but the first saved; None until the answer is complete.
     """
 
     def __init__(self, metadata: Iterable[Any] | None) -> None:
@@ -36,6 +40,8 @@ class Flight(Generic[F]):
         self._failure: F | None = None
         self.messages: list[bytes] = []
         self.ended = False
+        self.waited_s = 0.0
+        self.saving: Saving | None = None
 
     @property
     def deserted(self) -> bool:
@@ -62,7 +68,9 @@ class Flight(Generic[F]):
         self.messages.append(message)
         _wake(self._news)
         while self._positions and len(self.messages) - max(self._positions.values()) > _AHEAD_MOST:
+            began = time.monotonic()
             await self._taken.wait()
+            self.waited_s += time.monotonic() - began
 
     def end(self, failure: F | None) -> None:
         """Ends the answer; `failure`: why it is incomplete."""

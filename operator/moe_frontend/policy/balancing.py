@@ -82,13 +82,13 @@ def question_of(request: Message, metadata: Iterable[Any] | None) -> Question:
 
 
 class LeastLoaded:
-    """The fewest requests of this frontend in flight."""
+    """The fewest requests, of all frontends as far as replicas reported them."""
 
     reason = "LeastLoaded"
 
     def costs(self, question: Question, candidates: Sequence[Load], now: float) -> Sequence[float]:  # noqa: ARG002
         """As `Policy.costs`."""
-        return [load.in_flight for load in candidates]
+        return [load.requests for load in candidates]
 
     def sent(self, question: Question, replica: str, now: float) -> None:
         """As `Policy.sent`."""
@@ -146,7 +146,7 @@ class PrefixAffinity:
         """As `Policy.costs`."""
         held = self._index.held(question.blocks, now)
         total = len(question.blocks)
-        return [total - held.get(load.name, 0) + load.in_flight * self._mean for load in candidates]
+        return [total - held.get(load.name, 0) + load.requests * self._mean for load in candidates]
 
     def sent(self, question: Question, replica: str, now: float) -> None:
         """As `Policy.sent`."""

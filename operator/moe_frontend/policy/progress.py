@@ -39,6 +39,8 @@ class Progress:
         self._guard = EchoGuard(())
         self.messages = 0
         self.finished = False
+        self.usage: inference_pb2.Usage | None = None
+        """As the last replica reported it with the end of the response."""
 
     @property
     def started(self) -> bool:
@@ -124,6 +126,8 @@ class Progress:
         self._tokens.extend(response.tokens)
         # Text without tokens cannot be told apart from text that is still missing.
         self._whole &= not response.text or len(response.tokens) > 0
+        if response.HasField("usage"):
+            self.usage = response.usage
         self.finished = response.finish_reason != inference_pb2.FINISH_REASON_UNSPECIFIED
 
     def _check(self, response: inference_pb2.GenerateResponse) -> None:

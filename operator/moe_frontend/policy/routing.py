@@ -1,8 +1,9 @@
 """Chooses the replica for a request, and decides whether a failed request is retried. Pure.
 
-The least loaded replica comes first; its load is the number of requests that this frontend has in flight on
-it. A replica that just failed comes last, for a time that doubles with every consecutive failure: an
-EndpointSlice lists a dead pod until its readiness probe fails, and until then the pod seems to be idle.
+The least loaded replica comes first; its load is the number of requests that are in flight on it, those of
+other frontends as the replica last reported them. A replica that just failed comes last, for a time that
+doubles with every consecutive failure: an EndpointSlice lists a dead pod until its readiness probe fails, and
+until then the pod seems to be idle.
 """
 
 import dataclasses
@@ -43,6 +44,7 @@ class Load:
         failed_at: time of the last failure, in seconds.
         revision: that it serves.
         distrusted_until: seconds; it broke the protocol and is suspect until then.
+        elsewhere: requests of other frontends on it, as it last reported.
     """
 
     name: str
@@ -52,6 +54,12 @@ class Load:
     failed_at: float = 0.0
     revision: str = ""
     distrusted_until: float = 0.0
+    elsewhere: int = 0
+
+    @property
+    def requests(self) -> int:
+        """All requests on it, as far as they are known."""
+        return self.in_flight + self.elsewhere
 
 
 LEAST_LOADED: Final = "LeastLoaded"
@@ -166,13 +174,12 @@ def choose(
         tried: names of replicas where this request already failed.
         now: seconds, on the clock of `Load.failed_at`.
         revision: the required one; None: any.
-        ranking: gives each candidate a cost; the cheapest one is chosen. None: the number of requests in
-            flight.
+        ranking: gives each candidate a cost; the cheapest one is chosen. None: the number of requests.
     """
     candidates = [load for load in loads if load.name not in tried and revision in (None, load.revision)]
     if not candidates:
         return None
-    costs = [load.in_flight for load in candidates] if ranking is None else ranking.costs(candidates, now)
+    costs = [load.requests for load in candidates] if ranking is None else ranking.costs(candidates, now)
     _, best = min(
         zip(costs, candidates, strict=True),
         key=lambda pair: (is_suspect(pair[1], now), pair[0], pair[1].last_chosen),
@@ -213,4 +220,4 @@ def _why(best: Load, candidates: list[Load], now: float) -> tuple[str, str]:
         return "OnlyReplica", f"{best.name} is the only replica to choose"
     if is_suspect(best, now):
         return "AllSuspect", f"all {len(candidates)} replicas failed recently; {best.name} has the least load"
-    return LEAST_LOADED, f"{best.name} runs {best.in_flight} requests, the least of {len(candidates)}"
+    return LEAST_LOADED, f"{best.name} runs {best.requests} requests, the least of {len(candidates)}"

@@ -77,6 +77,14 @@ class Caller(Sink, Timed, Protocol):
         """Sets trailing metadata of the response."""
 
 
+@dataclasses.dataclass
+class Prompts:
+    """Prompt tokens of the responses that workers completed, and how many of them a prefix cache held."""
+
+    tokens: int = 0
+    cached: int = 0
+
+
 @dataclasses.dataclass(frozen=True)
 class _Call:
     """One call of a client, across all attempts."""
@@ -100,6 +108,9 @@ class Forwarder:
         keys: metadata that are forwarded between clients and workers.
         write_timeout_s: how long a message may wait for the client to read it.
         outputs: the output cache; None: there is none.
+
+    Attributes:
+        prompts: of all calls so far.
     """
 
     def __init__(
@@ -113,6 +124,7 @@ class Forwarder:
         outputs: "OutputCache[Failure] | None" = None,
     ) -> None:
         self._outputs = outputs
+        self.prompts = Prompts()
         self._replicas = replicas
         self._tracer = tracer
         self._hold = hold
@@ -250,6 +262,7 @@ class Forwarder:
         failure = await self._exchange(call, lease)
         if failure is None:
             self._replicas.report_success(lease.endpoint)
+            self._count(call.progress.usage)
             return None
         if failure.kind is Kind.BROKE_PROTOCOL:
             _LOG.warning("%s", failure.status.message)
@@ -258,6 +271,11 @@ class Forwarder:
         if failure.code is grpc.StatusCode.UNAVAILABLE:
             self._replicas.report_failure(lease.endpoint)
         return None if call.progress.finished else failure
+
+    def _count(self, usage: inference_pb2.Usage | None) -> None:
+        if usage is not None:
+            self.prompts.tokens += usage.prompt_tokens
+            self.prompts.cached += min(usage.cached_tokens, usage.prompt_tokens)
 
     async def _exchange(self, call: _Call, lease: Lease) -> Failure | None:
         """Sends the request and forwards the response, as far as it arrives.

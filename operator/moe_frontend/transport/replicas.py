@@ -17,6 +17,7 @@ from moe_frontend.discovery.endpoints import Endpoint, Served
 from moe_frontend.policy import routing
 from moe_frontend.policy.balancing import Asked, Policy, question_of
 from moe_frontend.transport.bounds import Limits
+from moe_frontend.transport.loads import Reported, Target
 
 # Pods reuse addresses: with its own channel a replica does not inherit the backoff of its predecessor.
 _OPTIONS: Final = (*transport.CLIENT_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
@@ -30,6 +31,7 @@ class _Replica:
     endpoint: Endpoint
     channel: grpc.aio.Channel
     load: routing.Load
+    reported: Reported | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +166,31 @@ class Replicas:
     def routes(self) -> list[tuple[Endpoint, int]]:
         """The ready endpoints, with the number of requests in flight on each."""
         return [(replica.endpoint, replica.load.in_flight) for replica in self._ready.values()]
+
+    def targets(self) -> list[Target]:
+        """The ready replicas, to be asked for their load."""
+        return [
+            Target(replica.endpoint, replica.channel, replica.load.in_flight)
+            for replica in self._ready.values()
+        ]
+
+    def report_load(self, target: Target, reported: Reported | None) -> None:
+        """Notes the load that a replica reported; None: it did not.
+
+        Requests of this frontend are counted here, which is more recent. It may have sent or finished some
+        since the replica was asked, so the larger of both counts is taken off the report.
+        """
+        replica = self._find(target.endpoint)
+        if replica is not None:
+            own = max(target.in_flight, replica.load.in_flight)
+            elsewhere = 0 if reported is None else max(0, reported.requests - own)
+            replica.load = replace(replica.load, elsewhere=elsewhere)
+            replica.reported = reported
+
+    @property
+    def reported(self) -> list[Reported]:
+        """The last reports of the ready replicas."""
+        return [replica.reported for replica in self._ready.values() if replica.reported is not None]
 
     def report_failure(self, endpoint: Endpoint) -> None:
         """Notes that the replica died with a request in flight, or was not reached."""

@@ -46,6 +46,9 @@ ANNOTATION_PINNED: Final = f"{GROUP}/pinned"
 ANNOTATION_GANG: Final = f"{GROUP}/gang"
 """On the StatefulSet of a replica of several workers: why and until when it has no pods."""
 
+ANNOTATION_CACHES: Final = f"{GROUP}/caches"
+"""On FrontendRoutes: what the caches of that frontend and its workers saved (`cache_sums`)."""
+
 ANNOTATION_RESTARTED: Final = "kubectl.kubernetes.io/restartedAt"
 """Time of the last restart: on pods, where `kubectl rollout restart` writes it, and on a MoEDeployment."""
 
