@@ -93,3 +93,31 @@ def test_a_capacity_is_a_whole_number(blocks, capacity):
     result = run(blocks, "--capacity", capacity)
     assert result.exit_code == 2
     assert "whole number of 1 or more" in " ".join(result.output.split())
+
+
+def test_a_cache_saves_the_replicas_that_its_hits_would_have_kept_busy(tmp_path):
+    """Every prompt comes twice in a second; prompt and answer are 600 tokens, 400 of them shared."""
+    path = tmp_path / "half.jsonl"
+    lines = []
+    for number in range(40 * 60 // 2):
+        ids = [1, 2, 3, 4, 100 + number]
+        for second in (0.0, 0.9):
+            at = 1000 * (2 * number + second)
+            record = {"timestamp": at, "input_length": 500, "output_length": 100, "hash_ids": ids}
+            lines.append(json.dumps(record))
+    path.write_text("\n".join(lines))
+    made = document(path, "--capacity", 50)["replicas"]
+    assert list(made) == ["none", "outputs", "lru", "moe", "belady"]
+    assert made["none"]["work_share"] == 1
+    assert made["outputs"]["work_share"] == pytest.approx(0.5, abs=0.01)
+    assert made["lru"]["work_share"] == pytest.approx((200 + 100) / 1200, abs=0.01)
+    assert made["outputs"]["mean"] == pytest.approx(made["none"]["mean"] / 2, rel=0.1)
+    assert made["lru"]["mean"] < made["outputs"]["mean"] < made["none"]["mean"]
+    assert made["none"]["peak"] >= 10
+
+
+def test_replicas_are_unknown_where_a_trace_has_no_times(blocks, tmp_path):
+    assert document(blocks)["replicas"] is None  # of three milliseconds
+    keys = tmp_path / "keys.txt"
+    keys.write_text("1\n2\n1\n")
+    assert document(keys)["replicas"] is None

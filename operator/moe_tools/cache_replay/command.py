@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,12 +15,16 @@ from moe_client.console import console
 from moe_client.console import show as show_table
 from moe_client.errors import CommandError
 from moe_tools.cache_replay import simulation
-from moe_tools.cache_replay.document import CacheReplay, document
+from moe_tools.cache_replay.document import CacheReplay, ReplicaUse, document
 from moe_tools.cache_replay.recording import KeyTrace, read
 from moe_tools.progress import Advance, bar
 from moe_tools.recorded import TraceError
 
 _DEFAULT_SHARE: Final = 10
+_SHORTEST_S: Final = 180.0
+"""Shorter traces say nothing about replicas: work is counted by minute."""
+_SCALED: Final = ("lru", "moe", simulation.BELADY)
+"""Policies for which replicas are computed: a forecast over the whole trace takes seconds."""
 _TITLES: Final = {
     "lru": "LRU",
     "lru2": "LRU-2",
@@ -64,7 +68,25 @@ def _replayed(recording: KeyTrace, capacity: int | None) -> CacheReplay:
     with bar("policies", requests * len(simulation.NAMES)) as advance:
         for index, name in enumerate(simulation.NAMES):
             outcomes[name] = simulation.run(name, recording, holds, _from(advance, index * requests))
-    return CacheReplay(recording, holds, outcomes, ceiling)
+    return CacheReplay(recording, holds, outcomes, ceiling, _replicas(recording, outcomes))
+
+
+def _replicas(
+    recording: KeyTrace, outcomes: dict[str, simulation.CacheOutcome]
+) -> dict[str, ReplicaUse] | None:
+    times = [request.at_s for request in recording.requests]
+    if not recording.blocks or max(times) - min(times) < _SHORTEST_S:
+        return None
+    # numpy and statsmodels take a second to import.
+    from moe_tools.cache_replay import replicas  # noqa: PLC0415
+
+    work: dict[str, Sequence[float]] = {
+        "none": replicas.without_cache(recording),
+        "outputs": replicas.with_outputs(recording),
+    }
+    for name in _SCALED:
+        work[name] = replicas.with_prefixes(recording, outcomes[name].by_request)
+    return replicas.compare(recording, work)
 
 
 def _from(advance: Advance, before: int) -> Callable[[int], None]:
@@ -79,6 +101,8 @@ def _show(made: dict[str, Any]) -> None:
         f"the cache holds {made['capacity']}"
     )
     show_table(_table(made), on)
+    if made["replicas"] is not None:
+        show_table(_replica_table(made["replicas"]), on)
 
 
 def _table(made: dict[str, Any]) -> Table:
@@ -90,6 +114,24 @@ def _table(made: dict[str, Any]) -> Table:
     for name, outcome in made["cache"].items():
         table.add_row(_TITLES[name], *_cells(outcome))
     table.add_row("no bound", *_cells({**made["ceiling"], "gap_closed": None}))
+    return table
+
+
+def _replica_table(made: dict[str, Any]) -> Table:
+    """Replicas that the scaler orders for the work that is left after a cache."""
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("cache", no_wrap=True)
+    for column in ("work left %", "mean replicas", "peak", "violated %"):
+        table.add_column(column, justify="right", no_wrap=True)
+    titles = {"none": "none", "outputs": "whole answers", **_TITLES}
+    for name, use in made.items():
+        table.add_row(
+            titles[name],
+            f"{100 * use['work_share']:.1f}",
+            f"{use['mean']:.2f}",
+            str(use["peak"]),
+            f"{use['violated_share']:.1f}",
+        )
     return table
 
 

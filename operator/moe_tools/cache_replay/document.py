@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from moe_tools.cache_replay.recording import KeyTrace
@@ -12,13 +12,28 @@ _DIGITS: Final = 6
 
 
 @dataclass(frozen=True)
+class ReplicaUse:
+    """What the scaler ordered for the work that one cache leaves.
+
+    mean, peak: replicas. violated_share: steps that ended with unfinished work, in percent.
+    work_share: of the work without a cache.
+    """
+
+    mean: float
+    peak: int
+    violated_share: float
+    work_share: float
+
+
+@dataclass(frozen=True)
 class CacheReplay:
-    """The result of a replay; `outcomes` by policy."""
+    """The result of a replay; `outcomes` by policy, `replicas` by cache (None: unknown)."""
 
     recording: KeyTrace
     capacity: int
     outcomes: dict[str, CacheOutcome]
     ceiling: CacheOutcome
+    replicas: dict[str, ReplicaUse] | None = None
 
 
 def document(replay: CacheReplay) -> dict[str, Any]:
@@ -32,6 +47,16 @@ def document(replay: CacheReplay) -> dict[str, Any]:
         "blocks": replay.recording.blocks,
         "ceiling": _outcome(replay.ceiling, replay),
         "cache": {name: _outcome(outcome, replay) for name, outcome in replay.outcomes.items()},
+        "replicas": _replicas(replay.replicas),
+    }
+
+
+def _replicas(found: dict[str, ReplicaUse] | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {
+        name: {key: round(value, _DIGITS) for key, value in asdict(use).items()}
+        for name, use in found.items()
     }
 
 

@@ -31,6 +31,7 @@ class CacheOutcome:
     lookups, hits, evictions: keys.
     recomputed: prompt tokens after the first missing block; misses, if keys are objects.
     positions: sum of the positions of these tokens: the cost of attention in prefill grows with the position.
+    by_request: `recomputed` of each request, in the order of the trace.
     """
 
     lookups: int = 0
@@ -38,6 +39,7 @@ class CacheOutcome:
     evictions: int = 0
     recomputed: int = 0
     positions: int = 0
+    by_request: tuple[int, ...] = ()
 
     @property
     def hit_share(self) -> float:
@@ -66,7 +68,14 @@ def run(
         if not done % _TELL_EVERY:
             advance(done)
     advance(len(recording.requests))
-    return CacheOutcome(cache.lookups, cache.hits, cache.evictions, cache.recomputed, cache.positions)
+    return CacheOutcome(
+        cache.lookups,
+        cache.hits,
+        cache.evictions,
+        sum(cache.recomputed),
+        cache.positions,
+        tuple(cache.recomputed),
+    )
 
 
 def ceiling(recording: KeyTrace) -> CacheOutcome:
@@ -81,7 +90,8 @@ class _Cache:
         self._capacity = capacity
         self._uses: dict[Key, int] = {}
         """Resident keys: uses since they became resident."""
-        self.lookups = self.hits = self.evictions = self.recomputed = self.positions = 0
+        self.lookups = self.hits = self.evictions = self.positions = 0
+        self.recomputed: list[int] = []
 
     def ask(self, request: Request, *, blocks: bool) -> None:
         """Looks up all keys of a request; missing ones become resident."""
@@ -110,5 +120,5 @@ class _Cache:
         blocks = len(request.keys)
         tokens = request.prompt_tokens or blocks
         first = tokens * known // blocks if blocks else tokens
-        self.recomputed += tokens - first
+        self.recomputed.append(tokens - first)
         self.positions += (tokens * (tokens - 1) - first * (first - 1)) // 2

@@ -85,6 +85,12 @@ def moe(service: Service, forecasts: list[Forecast | None]) -> list[Variant]:
     ]
 
 
+def default(service: Service, forecasts: list[Forecast | None]) -> Policy:
+    """The operator's plan as it is set by default."""
+    spec = ScalingSpec(1, _UNLIMITED, service.capacity)
+    return _Moe(service, forecasts, spec.quantile, spec.target_utilisation)
+
+
 def perfect(rates: Floats, service: Service) -> Variant:
     """The same plan with a forecast that is always right."""
     demands = filled(rates)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -52,6 +53,20 @@ def read(path: Path, work: Work = Work.REQUESTS) -> WorkTrace:
     return _spaced(recording)
 
 
+def of_requests(name: str, times: Sequence[float], work: Sequence[float]) -> WorkTrace:
+    """The work of single requests, counted by minute from the first one on.
+
+    Args:
+        name: of the trace.
+        times: of the requests, in seconds, in any order; at least one.
+        work: of each request.
+
+    Raises:
+        TraceError: the requests are years apart.
+    """
+    return _trace(Path(name), np.array(times, np.float64), np.array(work, np.float64), _MINUTE_S, 0)
+
+
 def _spaced(recording: Recording) -> WorkTrace:
     """Rows of equal intervals; those left out are unknown, several in a minute are added up."""
     path, rows = recording.path, recording.rows
@@ -78,9 +93,8 @@ def _binned(recording: Recording, work: Work) -> WorkTrace:
     path, rows = recording.path, recording.rows
     if not rows:
         raise TraceError(f"{path}: no requests")
-    times = np.array([row.at for row in rows], np.float64)
     amounts = [1.0 if work is Work.REQUESTS else _tokens(path, row) for row in rows]
-    return _trace(path, times, np.array(amounts, np.float64), _MINUTE_S, rows_per_step=0)
+    return of_requests(str(path), [row.at for row in rows], amounts)
 
 
 def _tokens(path: Path, row: Row) -> float:
