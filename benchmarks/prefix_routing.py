@@ -1,10 +1,14 @@
 """Routing policies on a recorded trace, simulated: prefill tokens and time to first token.
 
-`python -m benchmarks.prefix_routing TRACE [--replicas 4] [--busy 0.7]`: TRACE is JSONL with hash_ids. A
-replica computes one prompt after the other at a fixed rate and keeps the blocks that it computed by LRU; a
-request counts as in flight until its answer ends (30 ms a token). The rate is such that replicas are busy for
---busy of the trace where nothing is cached. Half way, one replica gets no requests for 60 s and comes back
-empty. The policies are those of the frontend.
+`python -m benchmarks.prefix_routing TRACE [--replicas 4] [--busy 0.7] [--frontends 1]`: TRACE is JSONL with
+hash_ids. A replica computes one prompt after the other at a fixed rate and keeps the blocks that it computed
+by LRU; a request counts as in flight until its answer ends (30 ms a token). The rate is such that replicas
+are busy for --busy of the trace where nothing is cached. Half way, one replica gets no requests for 60 s and
+comes back empty. The policies are those of the frontend.
+
+With several frontends, requests go to them in turn. "own" counts only a frontend's own requests, "shared"
+also those of the others, as each replica reports them once a second. "exact" knows what each replica holds,
+as if replicas told all frontends of every block at once.
 """
 
 from __future__ import annotations
@@ -14,16 +18,18 @@ import heapq
 import random
 import statistics
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from moe_frontend.policy.balancing import LeastLoaded, Policy, PrefixAffinity, Question, RandomOfTwo
 from moe_frontend.policy.prefixes import PrefixIndex
 from moe_frontend.policy.routing import Load
-from moe_tools.cache_replay.recording import Key, Request, read
+from moe_tools.cache_replay.recording import Request, read
 
 TOKEN_S = 0.03
 LOST_S = 60.0
+POLL_S = 1.0
 
 
 @dataclass
@@ -34,56 +40,122 @@ class Replica:
     free_at: float = 0.0
     in_flight: int = 0
     prefilled: int = 0
-    cache: OrderedDict[Key, None] = field(default_factory=OrderedDict)
+    cache: OrderedDict[int, None] = field(default_factory=OrderedDict)
 
-    def compute(self, request: Request) -> int:
+    def held(self, blocks: Sequence[int]) -> int:
+        """Leading blocks that are cached."""
+        return next((index for index, block in enumerate(blocks) if block not in self.cache), len(blocks))
+
+    def compute(self, request: Request, blocks: Sequence[int]) -> int:
         """Tokens of the prompt that are not cached."""
-        known = 0
-        for key in request.keys:
-            if key not in self.cache:
-                break
-            known += 1
-        for key in reversed(request.keys):
-            self.cache[key] = None
-            self.cache.move_to_end(key)
+        known = self.held(blocks)
+        for block in reversed(blocks):
+            self.cache[block] = None
+            self.cache.move_to_end(block)
         while len(self.cache) > self.holds:
             self.cache.popitem(last=False)
-        return request.prompt_tokens * (len(request.keys) - known) // max(1, len(request.keys))
+        return request.prompt_tokens * (len(blocks) - known) // max(1, len(blocks))
+
+
+class ExactIndex(PrefixIndex):
+    """Knows what each replica holds."""
+
+    def __init__(self, fleet: list[Replica]) -> None:
+        super().__init__()
+        self._fleet = fleet
+
+    def held(self, blocks: Sequence[int], now: float) -> dict[str, int]:  # noqa: ARG002
+        return {replica.name: replica.held(blocks) for replica in self._fleet}
+
+
+@dataclass
+class Frontend:
+    """One frontend: its policy, its requests by replica, and those of others as last reported."""
+
+    policy: Policy
+    shared: bool
+    own: dict[str, int]
+    elsewhere: dict[str, int]
+    polled_at: float = -POLL_S
+    last_chosen: dict[str, int] = field(default_factory=dict)
+
+    def choose(self, ready: list[Replica], costs: Sequence[float], number: int) -> Replica:
+        """The cheapest replica; of several the one that was not chosen for longest."""
+        _, _, place = min(
+            (cost, self.last_chosen.get(one.name, -1), place)
+            for place, (cost, one) in enumerate(zip(costs, ready, strict=True))
+        )
+        self.last_chosen[ready[place].name] = number
+        return ready[place]
+
+    def loads(self, ready: list[Replica], now: float) -> list[Load]:
+        if self.shared and now - self.polled_at >= POLL_S:
+            self.polled_at = now
+            self.elsewhere = {one.name: one.in_flight - self.own[one.name] for one in ready}
+        return [
+            Load(one.name, self.own[one.name], elsewhere=self.elsewhere.get(one.name, 0)) for one in ready
+        ]
+
+
+@dataclass(frozen=True)
+class Result:
+    tokens: int
+    waits: list[float]
+    most: int
+    """Requests on one replica at a time."""
 
 
 def simulate(
-    policy: Policy, requests: list[Request], replicas: int, holds: int, rate: float
-) -> tuple[int, list[float], int]:
-    """Prefill tokens, times to first token, and the most requests on one replica at a time."""
-    fleet = [Replica(f"replica-{number}", holds, rate) for number in range(replicas)]
-    ends: list[tuple[float, int, int]] = []
+    make: Callable[[list[Replica]], Policy],
+    requests: list[Request],
+    given: argparse.Namespace,
+    rate: float,
+    *,
+    shared: bool,
+) -> Result:
+    fleet = [Replica(f"replica-{number}", given.holds, rate) for number in range(given.replicas)]
+    frontends = [
+        Frontend(make(fleet), shared, {one.name: 0 for one in fleet}, {}) for _ in range(given.frontends)
+    ]
+    ends: list[tuple[float, int, Replica, Frontend]] = []
     waits: list[float] = []
     lost, span = fleet[-1], requests[-1].at_s - requests[0].at_s
     lost_at, most = requests[0].at_s + span / 2, 0
-    back_at, down = lost_at + LOST_S, False
+    down = False
     for number, request in enumerate(requests):
         now = request.at_s
         while ends and ends[0][0] <= now:
-            fleet[heapq.heappop(ends)[2]].in_flight -= 1
-        if replicas > 1 and down != (lost_at <= now < back_at):
+            _, _, replica, sender = heapq.heappop(ends)
+            replica.in_flight -= 1
+            sender.own[replica.name] -= 1
+        if len(fleet) > 1 and down != (lost_at <= now < lost_at + LOST_S):
             down = not down
             lost.cache.clear()
-            policy.keep(frozenset(one.name for one in fleet if not (down and one is lost)))
+            for frontend in frontends:
+                frontend.policy.keep(frozenset(one.name for one in fleet if not (down and one is lost)))
         ready = [one for one in fleet if not (down and one is lost)]
-        loads = [Load(one.name, one.in_flight) for one in ready]
+        frontend = frontends[number % len(frontends)]
         question = Question(tuple(hash(key) for key in request.keys))
-        costs = policy.costs(question, loads, now)
-        index = min(range(len(ready)), key=lambda place: (costs[place], ready[place].free_at))
-        chosen = ready[index]
-        policy.sent(question, chosen.name, now)
-        tokens = chosen.compute(request)
+        costs = frontend.policy.costs(question, frontend.loads(ready, now), now)
+        chosen = frontend.choose(ready, costs, number)
+        frontend.policy.sent(question, chosen.name, now)
+        tokens = chosen.compute(request, question.blocks)
         chosen.prefilled += tokens
         chosen.free_at = max(chosen.free_at, now) + tokens / rate
         waits.append(chosen.free_at - now)
         chosen.in_flight += 1
+        frontend.own[chosen.name] += 1
         most = max(most, chosen.in_flight)
-        heapq.heappush(ends, (chosen.free_at + TOKEN_S * request.answer_tokens, number, fleet.index(chosen)))
-    return sum(one.prefilled for one in fleet), waits, most
+        heapq.heappush(ends, (chosen.free_at + TOKEN_S * request.answer_tokens, number, chosen, frontend))
+    return Result(sum(one.prefilled for one in fleet), waits, most)
+
+
+POLICIES: dict[str, Callable[[list[Replica]], Policy]] = {
+    "least-loaded": lambda _: LeastLoaded(),
+    "random-of-two": lambda _: RandomOfTwo(random.Random(1)),
+    "prefix-affinity": lambda _: PrefixAffinity(PrefixIndex()),
+    "prefix-affinity, exact": lambda fleet: PrefixAffinity(ExactIndex(fleet)),
+}
 
 
 def main() -> None:
@@ -91,6 +163,7 @@ def main() -> None:
     parser.add_argument("trace", type=Path)
     parser.add_argument("--replicas", type=int, default=4)
     parser.add_argument("--busy", type=float, default=0.7)
+    parser.add_argument("--frontends", type=int, default=1)
     parser.add_argument("--holds", type=int, default=2000, help="Blocks that one replica's cache holds.")
     given = parser.parse_args()
     requests = sorted(read(given.trace).requests, key=lambda request: request.at_s)
@@ -100,19 +173,20 @@ def main() -> None:
     ]
     span = requests[-1].at_s - requests[0].at_s
     rate = sum(request.prompt_tokens for request in requests) / span / given.replicas / given.busy
-    policies: dict[str, Policy] = {
-        "least-loaded": LeastLoaded(),
-        "random-of-two": RandomOfTwo(random.Random(1)),
-        "prefix-affinity": PrefixAffinity(PrefixIndex()),
-    }
-    print(f"{given.trace.name}: {len(requests)} requests, {given.replicas} replicas of {rate:.0f} tokens/s")
-    for name, policy in policies.items():
-        tokens, waits, most = simulate(policy, requests, given.replicas, given.holds, rate)
-        cuts = statistics.quantiles(waits, n=100)
-        print(
-            f"{name:16} prefill tokens {tokens:>11}   time to first token p50 {cuts[49]:6.2f} s  "
-            f"p99 {cuts[98]:6.2f} s   most in flight {most}"
-        )
+    print(
+        f"{given.trace.name}: {len(requests)} requests, {given.frontends} frontends, "
+        f"{given.replicas} replicas of {rate:.0f} tokens/s"
+    )
+    for name, make in POLICIES.items():
+        for shared in (False, True)[: min(2, given.frontends)]:
+            result = simulate(make, requests, given, rate, shared=shared)
+            cuts = statistics.quantiles(result.waits, n=100)
+            print(
+                f"{name:23} {'shared' if shared else 'own':6} prefill tokens {result.tokens:>11}   "
+                f"time to first token p50 {cuts[49]:6.2f} s  p99 {cuts[98]:6.2f} s   "
+                f"most in flight {result.most}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
