@@ -24,6 +24,9 @@ REPLICAS_DIED: Final = "REPLICAS_DIED"
 REPLICA_BROKE_PROTOCOL: Final = "REPLICA_BROKE_PROTOCOL"
 """The response of a replica violated the .proto file."""
 
+TENANT_LIMIT: Final = "TENANT_LIMIT"
+"""A limit of the client's tenant is reached; other tenants' requests are accepted."""
+
 CONTEXT_LENGTH_EXCEEDED: Final = "CONTEXT_LENGTH_EXCEEDED"
 """Of a violation: the prompt is longer than the model's context; clients shorten it and try again."""
 

@@ -62,6 +62,7 @@ class GenerateRequest(_message.Message):
     RESUME_FIELD_NUMBER: _builtins.int
     WITHOUT_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     OUTPUT_FORMAT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Served name of the model, at most 253 characters; empty selects the only model."""
     prompt: _builtins.str
@@ -69,6 +70,11 @@ class GenerateRequest(_message.Message):
     without_special_tokens: _builtins.bool
     """Takes `prompt` exactly as it is: the begin-of-text token is not put before it. For prompts that a chat
     template wrote, which writes that token itself where the model wants one. Default: false.
+    """
+    priority: _builtins.int
+    """0 to 9. A request is served before those of its tenant that arrived up to 10 s earlier for each level by which
+    it is higher. More than the tenant may use is refused (INVALID_ARGUMENT). Default: the most that it may use; 0
+    without tenants.
     """
     @_builtins.property
     def prompt_tokens(self) -> Global___TokenIds:
@@ -96,13 +102,19 @@ class GenerateRequest(_message.Message):
         resume: Global___Resume | None = ...,
         without_special_tokens: _builtins.bool = ...,
         output_format: Global___OutputFormat | None = ...,
+        priority: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "output_format", b"output_format", "prompt", b"prompt", "prompt_tokens", b"prompt_tokens", "resume", b"resume", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "input", b"input", "output_format", b"output_format", "priority", b"priority", "prompt", b"prompt", "prompt_tokens", b"prompt_tokens", "resume", b"resume", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "model", b"model", "output_format", b"output_format", "prompt", b"prompt", "prompt_tokens", b"prompt_tokens", "resume", b"resume", "sampling", b"sampling", "without_special_tokens", b"without_special_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_priority", b"_priority", "input", b"input", "model", b"model", "output_format", b"output_format", "priority", b"priority", "prompt", b"prompt", "prompt_tokens", b"prompt_tokens", "resume", b"resume", "sampling", b"sampling", "without_special_tokens", b"without_special_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
+    _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "prompt_tokens"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
@@ -619,6 +631,7 @@ class Model(_message.Message):
     SAMPLING_DEFAULTS_FIELD_NUMBER: _builtins.int
     CHARACTERS_PER_TOKEN_FIELD_NUMBER: _builtins.int
     CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
+    MAX_REQUESTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Served name."""
     architecture: _builtins.str
@@ -641,6 +654,8 @@ class Model(_message.Message):
     """Maximum number of characters that one token stands for: a text with more characters than tokens times this value
     has more tokens. 0: unknown.
     """
+    max_requests: _builtins.int
+    """Requests that the worker accepts at a time, running and waiting. 0: unknown."""
     @_builtins.property
     def sampling_defaults(self) -> Global___SamplingParameters:
         """Values of fields that a request does not set: the defaults stated at SamplingParameters, or those of the
@@ -665,10 +680,11 @@ class Model(_message.Message):
         sampling_defaults: Global___SamplingParameters | None = ...,
         characters_per_token: _builtins.int = ...,
         chat_template: Global___ChatTemplate | None = ...,
+        max_requests: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat_template", b"chat_template", "sampling_defaults", b"sampling_defaults"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "characters_per_token", b"characters_per_token", "chat_template", b"chat_template", "context_length", b"context_length", "format", b"format", "name", b"name", "parameters_active", b"parameters_active", "parameters_total", b"parameters_total", "revision", b"revision", "sampling_defaults", b"sampling_defaults", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "characters_per_token", b"characters_per_token", "chat_template", b"chat_template", "context_length", b"context_length", "format", b"format", "max_requests", b"max_requests", "name", b"name", "parameters_active", b"parameters_active", "parameters_total", b"parameters_total", "revision", b"revision", "sampling_defaults", b"sampling_defaults", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

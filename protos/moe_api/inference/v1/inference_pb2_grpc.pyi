@@ -50,7 +50,8 @@ class InferenceServiceStub:
     a stream may be resumed on another worker (resume).
 
     Status codes: INVALID_ARGUMENT (a field is out of range; the message names the field and the range), NOT_FOUND
-    (the model is not served here), RESOURCE_EXHAUSTED (the queue is full; retry after the given delay),
+    (the model is not served here), RESOURCE_EXHAUSTED (the queue is full, or the tenant's limit is reached, with the
+    reason TENANT_LIMIT; retry after the given delay),
     FAILED_PRECONDITION (resume names another revision), UNAVAILABLE (loading, draining, or the worker died; retry),
     CANCELLED, DEADLINE_EXCEEDED (the deadline of the call passed; the emitted tokens are valid), ABORTED (the client
     read nothing for 30 s), INTERNAL (do not retry).
@@ -82,7 +83,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     a stream may be resumed on another worker (resume).
 
     Status codes: INVALID_ARGUMENT (a field is out of range; the message names the field and the range), NOT_FOUND
-    (the model is not served here), RESOURCE_EXHAUSTED (the queue is full; retry after the given delay),
+    (the model is not served here), RESOURCE_EXHAUSTED (the queue is full, or the tenant's limit is reached, with the
+    reason TENANT_LIMIT; retry after the given delay),
     FAILED_PRECONDITION (resume names another revision), UNAVAILABLE (loading, draining, or the worker died; retry),
     CANCELLED, DEADLINE_EXCEEDED (the deadline of the call passed; the emitted tokens are valid), ABORTED (the client
     read nothing for 30 s), INTERNAL (do not retry).
@@ -117,7 +119,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         a stream may be resumed on another worker (resume).
 
         Status codes: INVALID_ARGUMENT (a field is out of range; the message names the field and the range), NOT_FOUND
-        (the model is not served here), RESOURCE_EXHAUSTED (the queue is full; retry after the given delay),
+        (the model is not served here), RESOURCE_EXHAUSTED (the queue is full, or the tenant's limit is reached, with the
+        reason TENANT_LIMIT; retry after the given delay),
         FAILED_PRECONDITION (resume names another revision), UNAVAILABLE (loading, draining, or the worker died; retry),
         CANCELLED, DEADLINE_EXCEEDED (the deadline of the call passed; the emitted tokens are valid), ABORTED (the client
         read nothing for 30 s), INTERNAL (do not retry).
