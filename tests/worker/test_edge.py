@@ -122,6 +122,21 @@ async def test_requests_that_the_engine_has_not_taken_hold_places_when_cancelled
     running.cancel()
 
 
+async def test_one_tenant_cannot_take_all_places(connected):
+    client, _, _ = connected
+    client.most_requests = 16
+    for _ in range(14):
+        client.admit("crowd")
+    with pytest.raises(QueueFullError, match="14 of its requests are active, 14 of all tenants"):
+        client.admit("crowd")
+    numbers = [client.admit("guest"), client.admit("third")]
+    with pytest.raises(QueueFullError, match="the queue is full"):
+        client.admit("guest")
+    for number in numbers:
+        client.close(number)
+    client.admit()
+
+
 async def test_a_finished_text_that_nobody_reads_counts_as_load(connected):
     client, engine, supervisor = connected
     running = asyncio.create_task(client.run(supervisor))

@@ -34,8 +34,9 @@ PROMPTS = st.builds(
 class Interleaving(RuleBasedStateMachine):
     """The simulated device checks every step, and every text against the one computed alone."""
 
-    @initialize(limits=LIMITS)
-    def start(self, limits):
+    @initialize(limits=LIMITS, tenants=st.sampled_from([1, 2, 4]))
+    def start(self, limits, tenants):
+        self.tenants = tenants
         self.run = SimulatedEngine(limits)
         self.next = 0
 
@@ -49,12 +50,15 @@ class Interleaving(RuleBasedStateMachine):
         priority=st.integers(0, 9),
         patience=st.none() | st.floats(0, 1),
         namespace=st.sampled_from(["", "", "other"]),
+        tenant=st.integers(0, 3),
+        weight=st.sampled_from([1, 1, 5]),
     )
-    def submit(self, prompt, new_tokens, priority, patience, namespace):
+    def submit(self, prompt, new_tokens, priority, patience, namespace, tenant, weight):
         limits, full = self.run.limits, len(self.live) >= self.run.limits.requests
         fits = len(prompt) + new_tokens - 1 <= limits.tokens
         deadline = None if patience is None else self.run.now + patience
         more = {"priority": priority, "deadline": deadline, "namespace": namespace}
+        more |= {"tenant": str(min(tenant, self.tenants - 1)), "weight": weight}
         if fits and not full:
             self.run.submit(self.next, prompt, new_tokens, **more)
             self.next += 1
@@ -96,7 +100,8 @@ class Interleaving(RuleBasedStateMachine):
     def pages_are_accounted_for(self):
         if hasattr(self, "run"):
             self.run.check_pages()
-            assert self.run.scheduler.running <= self.run.limits.sequences
+            most = self.run.limits.sequences * (1 if self.tenants == 1 else 2)
+            assert self.run.scheduler.running <= most
             assert self.run.scheduler.waiting + self.run.scheduler.running == len(self.live)
 
     def teardown(self):
@@ -105,7 +110,7 @@ class Interleaving(RuleBasedStateMachine):
             self.run.check_pages()
             assert not self.live
             assert self.run.scheduler.used_pages == 0
-            assert self.run.scheduler.counters.largest_gap <= 1
+            assert self.tenants > 1 or self.run.scheduler.counters.largest_gap <= 1
 
 
 TestInterleaving = Interleaving.TestCase

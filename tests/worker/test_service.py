@@ -16,6 +16,7 @@ import moe_worker
 from moe_api import rich_status
 from moe_api.clock import Anchor
 from moe_api.inference.v1 import inference_pb2
+from moe_api.tenancy import Tenancy
 from moe_worker.engine.requests import Delta, FinishReason
 from moe_worker.errors import EngineDiedError
 from moe_worker.sampling.parameters import SamplingParameters
@@ -46,6 +47,31 @@ def test_a_stream_is_what_the_library_generates(worker, engine):
     usage = responses[-1].usage
     assert (usage.prompt_tokens, usage.completion_tokens) == (expected.prompt_tokens, 50)
     assert len(responses) > 5
+
+
+def test_tenants_share_no_prefix_and_get_the_same_tokens(worker):
+    """Cached tokens are told to the client, and tell by their time what others sent."""
+    prompt = "a prompt of some length that two tenants send, one after the other, to the same worker"
+
+    def ask(**tenancy):
+        metadata = Tenancy(**tenancy).metadata()
+        parts = list(worker.generate(prompt, max_tokens=8, temperature=1.0, seed=3, metadata=metadata))
+        return [token for part in parts for token in part.tokens], parts[-1].usage.cached_tokens
+
+    first, cold = ask(tenant="a", salt="aa", weight=3, priority=2)
+    again, warm = ask(tenant="a", salt="aa", weight=3)
+    other, colder = ask(tenant="b", salt="bb")
+    assert first == again == other
+    assert (cold, warm > 0, colder) == (0, True, 0)
+
+
+def test_malformed_metadata_of_a_frontend_and_a_priority_out_of_range_are_refused(worker):
+    error = refused(worker.generate(metadata=[("x-moe-weight", "0")]))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "x-moe-weight: is malformed; send it once, as a whole number from 1 to 1000" in error.details()
+    request = inference_pb2.GenerateRequest(prompt="a", priority=10)
+    error = refused(worker.inference.Generate(request))
+    assert "priority: is 10; use 0 to 9" in error.details()
 
 
 def test_token_ids_and_sampling_give_what_the_library_gives(worker, engine):

@@ -112,7 +112,9 @@ class EngineCore:
             arrived=self._clock(),
             priority=request.priority,
             deadline=request.deadline,
-            namespace=f"shard {shard}" if shard else "",
+            namespace=f"{request.salt} {shard}" if shard else request.salt,
+            tenant=request.tenant,
+            weight=request.weight,
         )
         self._scheduler.submit(arrival)
         ends = request.sampling.end_tokens(self._loaded.config.eos_token_ids)

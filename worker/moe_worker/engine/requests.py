@@ -27,6 +27,8 @@ class Request:
     priority: 0 to 9, higher is sooner. deadline: on the engine's clock, in seconds; None: none.
     written: tokens that another engine has emitted; this one continues after them.
     output_format: what the text must be; None: any text.
+    tenant, weight: whose request it is, and its share of the machine relative to other tenants.
+    salt: requests with different ones share no cached prefix.
     """
 
     id: int
@@ -37,6 +39,9 @@ class Request:
     deadline: float | None = None
     written: tuple[int, ...] = ()
     output_format: OutputFormat | None = None
+    tenant: str = ""
+    weight: int = 1
+    salt: str = ""
 
 
 class Delta(NamedTuple):

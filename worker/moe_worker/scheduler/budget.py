@@ -1,5 +1,6 @@
 """Automatic batch size: how many tokens fit into a step of the target duration."""
 
+import math
 from dataclasses import dataclass, field
 
 from moe_worker.scheduler.plan import Limits
@@ -36,6 +37,11 @@ class StepTime:
     def estimate(self, tokens: int) -> float:
         """Seconds that a step of `tokens` tokens takes."""
         return self.fixed + self.per_token * tokens
+
+    def within(self, seconds: float) -> float:
+        """Tokens of a step that takes `seconds`, with a fraction; infinite before the first measurement."""
+        left = max(0.0, seconds - self.fixed)
+        return left / self.per_token if self.per_token else math.inf
 
     def observe(self, tokens: int, seconds: float) -> None:
         """Adds a measured step."""

@@ -4,6 +4,7 @@ from enum import Enum
 
 from moe_worker.kvcache.prefix import Node
 from moe_worker.scheduler.plan import UNKNOWN_TOKEN, Arrival, Chunk
+from moe_worker.scheduler.tenants import Tenant
 
 
 class State(Enum):
@@ -37,13 +38,15 @@ class Job:
         "shared",
         "state",
         "table",
+        "tenant",
         "tokens",
         "told",
         "written",
     )
 
-    def __init__(self, arrival: Arrival, rank: tuple[float, int]) -> None:
+    def __init__(self, arrival: Arrival, rank: tuple[float, int], tenant: Tenant) -> None:
         self.arrival = arrival
+        self.tenant = tenant
         self.rank = rank
         self.state = State.WAITING
         self.tokens = list(arrival.prompt)

@@ -10,6 +10,9 @@ from moe_worker.errors import RequestError
 LEAST_PRIORITY = 0
 MOST_PRIORITY = 9
 
+# Shares of tenants, relative to each other.
+MOST_WEIGHT = 1000
+
 # Placeholder in `Chunk.tokens` for a token that an earlier step samples and the host does not know yet.
 UNKNOWN_TOKEN = -1
 
@@ -61,7 +64,8 @@ class Arrival:
 
     id: unique among live requests. prompt: token ids, at least one. max_new_tokens: tokens sampled at most,
     at least one. arrived, deadline: times; None: no deadline. priority: LEAST_PRIORITY to MOST_PRIORITY.
-    namespace: prompts of two namespaces (tenants) never share pages.
+    namespace: prompts of two namespaces never share pages. tenant, weight: whose request it is, and its share
+    of the machine relative to other tenants.
     """
 
     id: int
@@ -71,6 +75,8 @@ class Arrival:
     priority: int = LEAST_PRIORITY
     deadline: float | None = None
     namespace: str = ""
+    tenant: str = ""
+    weight: int = 1
 
 
 class Chunk(NamedTuple):
@@ -135,8 +141,9 @@ class Counters:
     """Sums since the start; a gap is counted in steps from one token of a stream to its next.
 
     prompt_tokens, prefix_hit_tokens: of requests when they first ran. recomputed_tokens: computed again after
-    a preemption. largest_gap: 1 as long as every running stream gets a token in every step;
-    largest_preempted_gap is that of streams that were preempted between two tokens.
+    a preemption. largest_gap: 1 as long as every running stream gets a token in every step, which holds while
+    one tenant has all requests; largest_preempted_gap is that of streams that were preempted between two
+    tokens.
     """
 
     steps: int = 0
@@ -160,6 +167,10 @@ def check(arrival: Arrival, limits: Limits) -> None:
         raise RequestError(
             "priority",
             f"priority {arrival.priority} is out of range; it must be {LEAST_PRIORITY} to {MOST_PRIORITY}",
+        )
+    if not 1 <= arrival.weight <= MOST_WEIGHT:
+        raise RequestError(
+            "weight", f"weight {arrival.weight} is out of range; it must be 1 to {MOST_WEIGHT}"
         )
     # The last sampled token is never computed, so it needs no page.
     tokens = len(arrival.prompt) + arrival.max_new_tokens - 1

@@ -5,29 +5,58 @@ higher priority is served first among requests of about the same time, and a low
 aging_s longer for each level between them. Two requests never change places, so no request is preempted
 forever. Waiting requests start strictly in this order. When pages run out, after the idle ones of the prefix
 tree are evicted, the lowest-priority request is preempted.
+
+All that holds for the requests of one tenant. Several tenants share steps, places in the batch and pages
+(`tenants`): streams of one that has more than its share pause, which costs nothing, and of its requests the
+lowest-priority one is the first to be preempted.
 """
 
 from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from moe_worker.kvcache.heap import LazyHeap
 from moe_worker.scheduler.budget import TokenBudget
 from moe_worker.scheduler.job import Job, State
 from moe_worker.scheduler.memory import Memory
 from moe_worker.scheduler.plan import Admitted, Arrival, Chunk, Counters, Limits
+from moe_worker.scheduler.tenants import Tenant, Tenants, charge, shares_of, step_tokens
+
+OVERTAKEN_STEPS = 1000
+"""A request that lacks pages is overtaken by other tenants' requests for so many steps."""
 
 
 @dataclass
 class Draft:
-    """The step under construction: chunks of one token and longer ones, each with its job."""
+    """The step under construction: chunks of one token and longer ones, each with its job.
+
+    order: running jobs, of which the last one is the first to be preempted. The rest is for several tenants.
+    paused: streams that get no token. spare: those of them that may get one if something is left, in turn.
+    tokens: of the whole step, at most. prompts: tokens of prompts that each tenant may compute.
+    """
 
     number: int
+    order: list[Job]
+    paused: set[Job] = field(default_factory=set)
+    spare: list[Job] = field(default_factory=list)
+    tokens: int = 0
+    prompts: dict[Tenant, int] = field(default_factory=dict)
     single: list[Chunk] = field(default_factory=list)
     single_jobs: list[Job] = field(default_factory=list)
     long: list[Chunk] = field(default_factory=list)
     long_jobs: list[Job] = field(default_factory=list)
     preempted: list[int] = field(default_factory=list)
     admitted: list[Admitted] = field(default_factory=list)
+
+
+class _Short(NamedTuple):
+    """The first job in a tenant's queue lacked pages in step `since`; how many it needs."""
+
+    job: Job
+    pages: int
+    since: int
 
 
 class SchedulingPolicy:
@@ -40,52 +69,115 @@ class SchedulingPolicy:
         self.most_running = limits.sequences
         self._limits = limits
         self._counters = counters
-        self._waiting: LazyHeap[tuple[float, int], Job] = LazyHeap(lambda _, job: job.state is State.WAITING)
-        self._short: tuple[Job, int] | None = None  # the queued job that lacked pages, and how many it needs
+        self._tenants = Tenants()
+        self._queues: dict[Tenant, LazyHeap[tuple[float, int], Job]] = {}
+        self._short: dict[Tenant, _Short] = {}
         self._arrivals = 0
 
     def add(self, arrival: Arrival) -> Job:
-        """Inserts a new request into the queue."""
+        """Inserts a new request into the queue of its tenant."""
         self._arrivals += 1
-        job = Job(arrival, (arrival.arrived - self._limits.aging_s * arrival.priority, self._arrivals))
-        self._waiting.push(job.rank, job)
+        rank = (arrival.arrived - self._limits.aging_s * arrival.priority, self._arrivals)
+        tenant = self._tenants.join(arrival.tenant, arrival.weight, arrival.priority)
+        job = Job(arrival, rank, tenant)
+        self._queues.setdefault(tenant, LazyHeap(_waits)).push(job.rank, job)
         return job
 
     def end(self, job: Job) -> None:
         """Ends a job in any state; its pages are free."""
         if job.state is State.RUNNING:
-            del self.running[bisect_left(self.running, job.rank, key=_rank)]
+            self._stop(job)
         self.memory.free(job)
         job.state = State.ENDED
+        self._tenants.leave(job.tenant)
+        if not job.tenant.live:
+            del self._queues[job.tenant]
+            self._short.pop(job.tenant, None)
 
     def lose_cache(self) -> tuple[int, ...]:
         """Preempts every running job, and forgets all prefixes."""
-        draft = Draft(0)
-        while self.running:
+        draft = Draft(0, list(self.running))
+        while draft.order:
             self._preempt(draft)
         self.memory.tree.evict(self.memory.tree.idle)
         return tuple(draft.preempted)
 
     def draft(self, number: int) -> Draft:
-        """Step `number`. Every running stream gets a token in it; prompts use the rest of the budget."""
-        draft = Draft(number)
-        while len(self.running) > self.most_running:
+        """Step `number`. Every running stream of a lone tenant gets a token; prompts use the rest."""
+        several = self._tenants.several
+        draft = Draft(number, _interleaved(self.running) if several else list(self.running))
+        while len(draft.order) > (2 if several else 1) * self.most_running:
             self._preempt(draft)
+        if several:
+            self._divide(draft)
         self._prefill(draft, self._decode(draft))
+        self._use_rest(draft)
+        self._charge(draft)
         return draft
+
+    def _divide(self, draft: Draft) -> None:
+        """Divides the step among several tenants: pauses streams and limits prompts."""
+        decoding, prompts = self._demands(draft)
+        most = self.budget.prompt_tokens(0)
+        demands = {
+            tenant: len(decoding.get(tenant, ())) + min(prompts.get(tenant, 0), most)
+            for tenant in decoding.keys() | prompts.keys()
+        }
+        if not demands:
+            return
+        tokens = min(step_tokens(demands, self.budget.time), float(self.budget.ceiling))
+        chosen: list[Job] = []
+        for tenant, share in shares_of(tokens, demands).items():
+            jobs = decoding.get(tenant, [])
+            # Its own prompts advance, too, however many streams it has.
+            for_prompts = min(prompts.get(tenant, 0), max(1, share // 4), share) if jobs else share
+            jobs.sort(key=lambda job: (job.sampled, job.rank))
+            chosen += jobs[: share - for_prompts]
+            draft.prompts[tenant] = share - min(len(jobs), share - for_prompts)
+        places = max(1, self.most_running - len(prompts))
+        if len(chosen) > places:
+            chosen = _interleaved(chosen)[:places]
+        taken = set(chosen)
+        draft.spare = [job for jobs in decoding.values() for job in jobs if job not in taken]
+        draft.paused.update(draft.spare)
+        draft.tokens = int(tokens)
+
+    def _demands(self, draft: Draft) -> tuple[dict[Tenant, list[Job]], dict[Tenant, int]]:
+        """Streams that can get a token, and tokens of prompts, of running requests and the next waiting one.
+
+        A stream that paused while its last token was under way waits until the host knows that token.
+        """
+        decoding: dict[Tenant, list[Job]] = {}
+        prompts: dict[Tenant, int] = {}
+        for job in draft.order:
+            left = job.left
+            if left > 1:
+                prompts[job.tenant] = prompts.get(job.tenant, 0) + left
+            elif left and (job.known or job.sampled + 1 == draft.number):
+                decoding.setdefault(job.tenant, []).append(job)
+            elif left:
+                draft.paused.add(job)
+        for tenant, queue in self._queues.items():
+            first = queue.peek()
+            if first is not None and self._may_start(first[1]):
+                prompts[tenant] = prompts.get(tenant, 0) + first[1].left
+        return decoding, prompts
 
     def _decode(self, draft: Draft) -> list[Job]:
         """Plans every job with one token to compute; returns those with more.
 
-        The list is in scheduling order, so a job that is preempted for another one has not been planned yet:
-        it is removed from the end of the list, which the loop then does not reach.
+        A job that is preempted for another one has not been planned yet: it is removed from the end of the
+        order, which the loop then does not reach.
         """
         prompts: list[Job] = []
         single, jobs, number, size = draft.single, draft.single_jobs, draft.number, self._limits.page_size
-        for job in self.running:
+        paused = draft.paused
+        for job in draft.order:
             position, length = job.computed, job.length
             if length - position > 1:
                 prompts.append(job)
+            elif paused and job in paused:
+                continue
             elif length < job.ends and (position < len(job.table) * size or self._grow(draft, job)):
                 single.append(job.next_token())
                 jobs.append(job)
@@ -95,29 +187,65 @@ class SchedulingPolicy:
                     self._count_gap(job, number)
         return prompts
 
+    def _use_rest(self, draft: Draft) -> None:
+        """Gives tokens that a tenant had no pages or places for to streams that pause."""
+        left = draft.tokens - len(draft.single) - sum(len(chunk.tokens) for chunk in draft.long)
+        places = self.most_running - len(draft.single) - len(draft.long)
+        for job in draft.spare[: max(0, min(left, places))]:
+            empty = not draft.single and not draft.long
+            has_page = job.computed < len(job.table) * self._limits.page_size
+            # Only in an empty step nobody is planned who could be preempted.
+            waits = job.state is State.RUNNING and job.admitted < draft.number
+            if waits and (has_page or (self._grow(draft, job) if empty else self.memory.grow(job))):
+                self._place(draft, job, 1)
+
     def _grow(self, draft: Draft, job: Job) -> bool:
-        """One more page for a job; if none is free, lowest-priority jobs are preempted, finally this one."""
+        """One more page for a job; if none is free, jobs at the end of the order are preempted, finally this
+        one.
+        """
         while not self.memory.grow(job):
             if self._preempt(draft) is job:
                 return False
         return True
 
     def _preempt(self, draft: Draft) -> Job:
-        job = self.running.pop()
+        job = draft.order.pop()
+        self._stop(job)
         self.memory.free(job)
         job.state, job.preempted = State.WAITING, True
-        self._waiting.push(job.rank, job)
+        self._queues[job.tenant].push(job.rank, job)
         draft.preempted.append(job.arrival.id)
         self._counters.preemptions += 1
         return job
 
-    def _prefill(self, draft: Draft, prompts: list[Job]) -> None:
-        """Distributes the prompt budget over running jobs and those that may start, in scheduling order."""
+    def _stop(self, job: Job) -> None:
+        del self.running[bisect_left(self.running, job.rank, key=_rank)]
+        job.tenant.running -= 1
+
+    def _prefill(self, draft: Draft, prompts: Sequence[Job]) -> None:
+        """Distributes the prompt budget over the tenants' prompts, running and waiting ones.
+
+        First each tenant gets its part, then they get in order what is left.
+        """
         budget = self.budget.prompt_tokens(len(draft.single))
-        prompts.reverse()
-        open_ = True
-        while budget and (open_ or prompts):
-            first = self._waiting.peek() if open_ else None
+        if not self._tenants.several:
+            for tenant in self._tenants.live.values():
+                self._prefill_tenant(draft, tenant, list(prompts), budget)
+            return
+        order, left = self._tenants.in_order(), max(0, min(budget, draft.tokens - len(draft.single)))
+        mine = {tenant: [job for job in prompts if job.tenant is tenant] for tenant in order}
+        for parts in (draft.prompts, {}):
+            for tenant in order:
+                most = min(left, parts.get(tenant, 0) if parts else left)
+                left -= self._prefill_tenant(draft, tenant, mine[tenant], most)
+
+    def _prefill_tenant(self, draft: Draft, tenant: Tenant, prompts: list[Job], budget: int) -> int:
+        """Distributes tokens over the prompts of a tenant, in scheduling order; returns how many it uses."""
+        left, open_ = budget, True
+        prompts.sort(key=_rank, reverse=True)
+        queue = self._queues[tenant]
+        while left and (open_ or prompts) and len(draft.single) + len(draft.long) < self._limits.sequences:
+            first = queue.peek() if open_ else None
             if first is not None and (not prompts or first[0] < prompts[-1].rank):
                 job = first[1]
                 open_ = self._admit(draft, job)
@@ -126,32 +254,84 @@ class SchedulingPolicy:
             elif prompts:
                 job = prompts.pop()
             else:
-                return
-            count = min(budget, job.left)
+                break
+            count = min(left, job.left)
             self._place(draft, job, count)
-            budget -= count
+            left -= count
+        return budget - left
 
     def _admit(self, draft: Draft, job: Job) -> bool:
-        """Whether the first job of the queue can start; no other job overtakes it, so that none waits
-        forever.
+        """Whether the first job of a tenant's queue can start; none of its jobs overtakes it, so that none
+        waits forever.
         """
-        running, memory = len(self.running), self.memory
-        if running >= min(self.most_running, self.budget.tokens) or not job.known:
+        running, memory, tenant = len(self.running), self.memory, job.tenant
+        if not self._may_start(job) or self._another_waits_long(draft, tenant):
             return False
         # Each running job may soon need a page; without a reserve the new one would soon be preempted.
-        if self._short is not None and self._short[0] is job and memory.available < self._short[1] + running:
-            return False
         needed = memory.missing(job, reserve=running)
+        while needed and self._take_page_from_others(draft, tenant, needed):
+            needed = memory.missing(job, reserve=len(self.running))
         if needed:
-            self._short = (job, needed)
+            short = self._short.get(tenant)
+            since = short.since if short is not None and short.job is job else draft.number
+            self._short[tenant] = _Short(job, needed, since)
             return False
-        self._short = None
-        self._waiting.pop()
+        self._short.pop(tenant, None)
+        self._queues[tenant].pop()
         job.state, job.admitted = State.RUNNING, draft.number
         insort(self.running, job, key=_rank)
+        tenant.running += 1
         draft.admitted.append(Admitted(job.arrival.id, job.computed))
         self._count_admission(job)
         return True
+
+    def _may_start(self, job: Job) -> bool:
+        """Whether there is a place for the first job of a queue, and may be pages, as far as is known."""
+        if not job.known or not self._has_place(job.tenant):
+            return False
+        short = self._short.get(job.tenant)
+        if short is None or short.job is not job:
+            return True
+        return self.memory.available >= short.pages + len(self.running)
+
+    def _another_waits_long(self, draft: Draft, tenant: Tenant) -> bool:
+        """Whether the tenant's requests may no longer overtake one of another tenant that lacks pages."""
+        mine = self._short.get(tenant)
+        latest = draft.number - OVERTAKEN_STEPS if mine is None else mine.since
+        since = [short.since for other, short in self._short.items() if other is not tenant]
+        return min(since, default=latest) < min(latest, draft.number - OVERTAKEN_STEPS)
+
+    def _take_page_from_others(self, draft: Draft, tenant: Tenant, needed: int) -> bool:
+        """Preempts a paused stream of another tenant for a request that stays within its tenant's share."""
+        if not (self._tenants.several and draft.order and draft.order[-1] in draft.paused):
+            return False
+        pages = needed + sum(len(job.table) for job in self.running if job.tenant is tenant)
+        if draft.order[-1].tenant is tenant or pages > self._limits.pages * self._tenants.part(tenant):
+            return False
+        self._preempt(draft)
+        return True
+
+    def _has_place(self, tenant: Tenant) -> bool:
+        """Whether one more request of a tenant may run.
+
+        One that has less than its share of a full batch may run nevertheless: then streams of others pause.
+        """
+        most, running = min(self.most_running, self.budget.tokens), len(self.running)
+        if running < most:
+            return True
+        room = running < 2 * most and tenant.running < most
+        return room and self._tenants.several and self._tenants.below_share(tenant)
+
+    def _charge(self, draft: Draft) -> None:
+        """Counts the estimated time of the step for the tenants that it computes tokens of."""
+        if self._tenants.several:
+            tokens: Counter[Tenant] = Counter(job.tenant for job in draft.single_jobs)
+            for chunk, job in zip(draft.long, draft.long_jobs, strict=True):
+                tokens[job.tenant] += len(chunk.tokens)
+        else:
+            long = sum(len(chunk.tokens) for chunk in draft.long)
+            tokens = Counter({tenant: len(draft.single) + long for tenant in self._tenants.live.values()})
+        charge(tokens, self.budget.time)
 
     def _place(self, draft: Draft, job: Job, count: int) -> None:
         chunk = job.chunk(count)
@@ -176,5 +356,20 @@ class SchedulingPolicy:
         job.sampled, job.preempted = number, False
 
 
+def _interleaved(jobs: Iterable[Job]) -> list[Job]:
+    """Jobs in turns of their tenants by weight, each tenant's in their order: the last has most before it."""
+    counts: Counter[Tenant] = Counter()
+    keys = []
+    for job in jobs:
+        counts[job.tenant] += 1
+        keys.append((counts[job.tenant] / job.tenant.weight, job.rank, job))
+    keys.sort()
+    return [job for _, _, job in keys]
+
+
 def _rank(job: Job) -> tuple[float, int]:
     return job.rank
+
+
+def _waits(_: tuple[float, int], job: Job) -> bool:
+    return job.state is State.WAITING

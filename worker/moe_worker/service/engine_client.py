@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 
 from moe_api.clock import Anchor
+from moe_api.places import Places
 from moe_api.supervision import Supervisor
 from moe_worker.config.mesh import MeshReport
 from moe_worker.engine.requests import Load, Request
@@ -70,7 +71,7 @@ class EngineClient:
     statistics: Statistics = field(default_factory=Statistics)
     step_s: float = 0.0  # of all steps
     on_step: StepListener | None = None
-    _places: set[int] = field(default_factory=set)
+    _places: Places = field(default_factory=Places)
     _streams: dict[int, Stream] = field(default_factory=dict)
     _ids: "count[int]" = field(default_factory=count)
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -122,18 +123,25 @@ class EngineClient:
         """Requests that the engine has not received yet, including cancelled ones."""
         return self._submitted - self._acknowledged
 
-    def admit(self) -> int:
+    def admit(self, tenant: str = "") -> int:
         """Reserves a place for a request, until `close`; returns its number.
 
         Raises:
-            QueueFullError: all places are taken, or the engine has not received as many requests yet.
+            QueueFullError: all places are taken, or as many as the tenant may have, or the engine has not
+                received as many requests yet.
             EngineDiedError: the engine has ended.
         """
         self._raise_if_ended()
         if max(self.requests, self._untaken) >= self.most_requests:
             raise QueueFullError(f"the queue is full ({self.requests} requests are active)", RETRY_AFTER_S)
+        if not self._places.has_room(tenant, self.most_requests):
+            raise QueueFullError(
+                f"the tenant's part of the queue is full ({self._places.of(tenant)} of its requests are "
+                f"active, {self.requests} of all tenants); the rest is for other tenants",
+                RETRY_AFTER_S,
+            )
         number = next(self._ids)
-        self._places.add(number)
+        self._places.take(number, tenant)
         self._idle.clear()
         return number
 
@@ -151,7 +159,7 @@ class EngineClient:
 
     def close(self, number: int) -> None:
         """Removes a request and frees its place; the engine stops computing it if it has not finished."""
-        self._places.discard(number)
+        self._places.free(number)
         stream = self._streams.pop(number, None)
         if stream is not None and stream.timeline.finish_reason is None and not stream.failed:
             self.writer.write(encode(Cancel(number)))

@@ -13,6 +13,7 @@ from opentelemetry.metrics import Meter
 from moe_api import rich_status, spans
 from moe_api.clock import Anchor, deadline_s
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
+from moe_api.tenancy import MalformedTenancyError, Tenancy, tenancy_of
 from moe_api.writing import WRITE_TIMEOUT_S, SlowReaderError, Writer
 from moe_worker.config.model import ModelConfig
 from moe_worker.engine.requests import Request
@@ -78,12 +79,16 @@ class Served:
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of Generate. deadline: when its client stops waiting, on `time.monotonic`."""
+    """One call of Generate. deadline: when its client stops waiting, on `time.monotonic`.
+
+    tenancy: as the frontend states it.
+    """
 
     context: Context
     span: trace.Span
     anchor: Anchor
     deadline: float | None
+    tenancy: Tenancy
 
 
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
@@ -112,7 +117,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         anchor = Anchor.now()
         try:
             with spans.server_span(self._tracer, context, GENERATE, anchor) as span:
-                await self._generate(request, _Call(context, span, anchor, deadline_s(context)))
+                tenancy = await _tenancy(context)
+                await self._generate(request, _Call(context, span, anchor, deadline_s(context), tenancy))
         except SlowReaderError as error:
             # Only after everything is released, because the status waits for the client.
             await rich_status.abort(context, error.status)
@@ -153,6 +159,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             characters_per_token=served.tokenizer.characters_per_token,
             sampling_defaults=defaults_message(served.defaults),
             chat_template=_template_message(served.chat_template),
+            max_requests=served.engine.most_requests,
         )
 
     async def _available(self, model: str, context: Context) -> Served:
@@ -169,7 +176,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         served = await self._available(request.model, call.context)
         await _check_revision(request.resume.revision, served, call.context)
         await _refuse(oversize(request, served.tokenizer, served.limits), call.context)
-        number = await self._admit(served, call.context)
+        number = await self._admit(served, call)
         try:
             checked = await self._check(request, served, call.context)
             describe_request(call.span, served.name, checked.sampling, len(checked.prompt))
@@ -180,14 +187,14 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             # Also if the client has disconnected: the engine frees the slot before its next step.
             served.engine.close(number)
 
-    async def _admit(self, served: Served, context: Context) -> int:
+    async def _admit(self, served: Served, call: _Call) -> int:
         """Reserves a place for the request before anything takes time; returns its number."""
         try:
-            return served.engine.admit()
+            return served.engine.admit(call.tenancy.tenant)
         except WorkerError as error:
             if isinstance(error, QueueFullError):
                 self.metrics.refuse(served.name)
-            await rich_status.abort(context, answers.of_error(error))
+            await rich_status.abort(call.context, answers.of_error(error))
 
     async def _check(
         self, request: inference_pb2.GenerateRequest, served: Served, context: Context
@@ -218,6 +225,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 deadline=call.deadline,
                 written=checked.written,
                 output_format=checked.output_format,
+                priority=max(checked.priority, call.tenancy.priority),
+                tenant=call.tenancy.tenant,
+                weight=call.tenancy.weight,
+                salt=call.tenancy.salt,
             ),
             call.anchor,
         )
@@ -267,6 +278,15 @@ async def _refuse(violations: list[Violation], context: Context) -> None:
     """Ends the call if there are violations."""
     if violations:
         await rich_status.abort(context, answers.of_violations(violations))
+
+
+async def _tenancy(context: Context) -> Tenancy:
+    """What the frontend says of the request's client; otherwise ends the call."""
+    try:
+        return tenancy_of(context.invocation_metadata())
+    except MalformedTenancyError as error:
+        await _refuse([Violation(f"metadata {error.key}", error.problem)], context)
+        raise
 
 
 async def _check_revision(revision: str, served: Served, context: Context) -> None:

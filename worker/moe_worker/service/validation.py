@@ -15,6 +15,7 @@ from moe_worker.sampling.defaults import NEUTRAL
 from moe_worker.sampling.output_format import OutputFormat
 from moe_worker.sampling.parameters import SamplingParameters, Violation, list_violation
 from moe_worker.sampling.text import TextStream
+from moe_worker.scheduler.plan import MOST_PRIORITY
 
 # stop texts, biases and stop tokens take about 20 KiB; names, numbers and unknown fields are few. Each
 # character of a schema may take four bytes.
@@ -46,6 +47,7 @@ class Checked:
     seed: int | None = None
     written: tuple[int, ...] = ()
     output_format: OutputFormat | None = None
+    priority: int = 0
 
 
 def oversize(
@@ -137,6 +139,8 @@ def check_generate(
         return [prompt, *found]
     field = request.WhichOneof("input") or "prompt"
     found = prompt_violations(field, prompt, limits.vocab_size, limits.context_length) + found
+    if request.priority > MOST_PRIORITY:
+        found.append(Violation("priority", f"is {request.priority}; use 0 to {MOST_PRIORITY}"))
     written = tuple(request.resume.tokens)
     if written and not found:
         room = min(sampling.max_tokens, limits.context_length - len(prompt))
@@ -146,7 +150,8 @@ def check_generate(
         found = found + list(wanted.violations(sampling, limits.ends))
     if isinstance(wanted, Violation):
         return [*found, wanted]
-    return found or Checked(prompt, sampling, _seed(request, sampling), written, wanted)
+    seed = _seed(request, sampling)
+    return found or Checked(prompt, sampling, seed, written, wanted, request.priority)
 
 
 def sampling_parameters(
