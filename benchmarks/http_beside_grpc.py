@@ -1,10 +1,11 @@
-"""Throughput of OpenAI's HTTP API relative to gRPC, through one frontend and one worker on this machine.
+"""Throughput of OpenAI's HTTP API, and of TLS with API keys, relative to gRPC; on this machine.
 
     python -m benchmarks.http_beside_grpc [--streams 64] [--tokens 64] [--rounds 5]
 
-Starts a worker with examples/docs-moe on the CPU and a frontend with both ports. Each round streams STREAMS
-greedy texts of TOKENS tokens at the same time over gRPC and over HTTP; the order alternates. The clients are
-thin: grpc.aio with one connection, and a socket for each HTTP request. The columns:
+Starts a worker with examples/docs-moe on the CPU and two frontends before it, each with both ports: one in
+plaintext, and one that serves TLS and asks for an API key. Each round streams STREAMS greedy texts of TOKENS
+tokens at the same time in each way; the order alternates. The clients are thin: grpc.aio with one connection,
+and a socket for each HTTP request, so that each one pays a TLS handshake. The columns:
 
     tokens/s   tokens of all texts, divided by the time until the last one ended; median of the rounds
     first ms   time to the first token of a text; median
@@ -18,12 +19,15 @@ The process prints the machine's load average, since the clients, the frontend a
 import argparse
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import re
+import ssl
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -34,6 +38,7 @@ import grpc
 from moe_api import transport
 from moe_api.inference.v1 import inference_pb2 as pb
 from moe_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
+from tests.pki import Authority, mount
 
 MODEL = Path(__file__).parents[1] / "examples/docs-moe"
 PROMPT = "The kernel maps a page of memory for process number {}"
@@ -74,41 +79,50 @@ def main() -> None:
 
 async def compare(site: "Site", args: argparse.Namespace) -> None:
     """Takes the rounds in turns."""
-    options = transport.CLIENT_OPTIONS
-    async with grpc.aio.insecure_channel(site.grpc, options=options) as channel:
-        ways: dict[str, Stream] = {
-            "gRPC": over_grpc(InferenceServiceStub(channel), args.tokens),
-            "HTTP": over_http(site.http, args.tokens),
-        }
-        for stream in ways.values():
-            await measure(stream, site, args)
+    async with contextlib.AsyncExitStack() as stack:
+        ways: dict[str, tuple[Stream, Port]] = {}
+        for name, port in (("", site.plain), (" TLS", site.guarded)):
+            channel = await stack.enter_async_context(connected(port))
+            ways[f"gRPC{name}"] = over_grpc(InferenceServiceStub(channel), args.tokens, port), port
+            ways[f"HTTP{name}"] = over_http(port, args.tokens), port
+        for stream, port in ways.values():
+            await measure(stream, port, args)
         rounds: dict[str, list[Round]] = {name: [] for name in ways}
         for number in range(args.rounds):
             for name in list(ways)[:: 1 if number % 2 else -1]:
-                rounds[name].append(await measure(ways[name], site, args))
+                rounds[name].append(await measure(*ways[name], args))
     show(rounds, args)
 
 
-async def measure(stream: Stream, site: "Site", args: argparse.Namespace) -> Round:
+def connected(port: "Port") -> grpc.aio.Channel:
+    """A channel to a frontend."""
+    if port.authority is None:
+        return grpc.aio.insecure_channel(port.grpc, options=transport.CLIENT_OPTIONS)
+    credentials = grpc.ssl_channel_credentials(port.authority)
+    return grpc.aio.secure_channel(port.grpc, credentials, options=transport.CLIENT_OPTIONS)
+
+
+async def measure(stream: Stream, port: "Port", args: argparse.Namespace) -> Round:
     """One round of one way."""
-    began, cpu_s = time.monotonic(), site.cpu_s()
+    began, cpu_s = time.monotonic(), port.cpu_s()
     texts = await asyncio.gather(*(stream(number) for number in range(args.streams)))
     took_s = time.monotonic() - began
     wrong = [text.tokens for text in texts if text.tokens != args.tokens]
     if wrong:
         sys.exit(f"{len(wrong)} texts are not whole: {wrong[:5]} tokens instead of {args.tokens}")
     tokens, first_s = sum(text.tokens for text in texts), statistics.median(t.first_s for t in texts)
-    return Round(tokens / took_s, first_s, (site.cpu_s() - cpu_s) / tokens)
+    return Round(tokens / took_s, first_s, (port.cpu_s() - cpu_s) / tokens)
 
 
-def over_grpc(stub: InferenceServiceStub, tokens: int) -> Stream:
+def over_grpc(stub: InferenceServiceStub, tokens: int, port: "Port") -> Stream:
     """Streams over one connection."""
+    metadata = tuple(port.headers.items())
 
     async def stream(number: int) -> Text:
         sampling = pb.SamplingParameters(max_tokens=tokens, ignore_eos=True)
         request = pb.GenerateRequest(prompt=PROMPT.format(number), sampling=sampling)
         began, first_s, found = time.monotonic(), 0.0, 0
-        async for response in stub.Generate(request):  # type: ignore[attr-defined]
+        async for response in stub.Generate(request, metadata=metadata):  # type: ignore[attr-defined]
             first_s = first_s or time.monotonic() - began
             found += len(response.tokens)
         return Text(found, first_s)
@@ -116,16 +130,20 @@ def over_grpc(stub: InferenceServiceStub, tokens: int) -> Stream:
     return stream
 
 
-def over_http(address: str, tokens: int) -> Stream:
+def over_http(port: "Port", tokens: int) -> Stream:
     """Streams over a connection each."""
-    host, _, port = address.rpartition(":")
+    host, _, number_ = port.http.rpartition(":")
+    headers = "".join(f"{name}: {value}\r\n" for name, value in port.headers.items())
+    context = ssl.create_default_context(cadata=port.authority.decode()) if port.authority else None
 
     async def stream(number: int) -> Text:
         fields = {"prompt": PROMPT.format(number), "max_tokens": tokens, "temperature": 0, "stream": True}
         body = json.dumps(fields | {"ignore_eos": True, "stream_options": {"include_usage": True}}).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: {address}\r\nContent-Length: {len(body)}\r\n"
-        reader, writer = await asyncio.open_connection(host, int(port))
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: {port.http}\r\nContent-Length: {len(body)}\r\n{headers}"
+        )
         began, first_s, last = time.monotonic(), 0.0, b""
+        reader, writer = await asyncio.open_connection(host, int(number_), ssl=context)
         writer.write(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
         async for line in reader:
             if line.startswith(b"data: {"):
@@ -141,30 +159,32 @@ def over_http(address: str, tokens: int) -> Stream:
 
 def show(rounds: dict[str, list[Round]], args: argparse.Namespace) -> None:
     """Prints the table."""
-    ratios = [http.rate / plain.rate for http, plain in zip(rounds["HTTP"], rounds["gRPC"], strict=True)]
     print(
         f"{args.streams} streams of {args.tokens} tokens, {args.rounds} rounds, {os.cpu_count()} cores, "
         f"load average {os.getloadavg()[0]:.1f}"
     )
-    print(f"{'':6}{'tokens/s':>10}{'first ms':>10}{'frontend':>10}{'relative':>10}")
+    print(f"{'':9}{'tokens/s':>10}{'first ms':>10}{'frontend':>10}{'relative':>10}")
     for name, found in rounds.items():
         rate, first_s, cpu_s = (
             statistics.median(getattr(each, field) for each in found)
             for field in ("rate", "first_s", "cpu_s")
         )
-        line = f"{name:6}{rate:>10.0f}{first_s * 1e3:>10.0f}{cpu_s * 1e6:>10.0f}"
-        if name == "HTTP":
+        line = f"{name:9}{rate:>10.0f}{first_s * 1e3:>10.0f}{cpu_s * 1e6:>10.0f}"
+        if name != "gRPC":
+            ratios = [way.rate / plain.rate for way, plain in zip(found, rounds["gRPC"], strict=True)]
             line += f"{statistics.median(ratios):>10.3f}   {min(ratios):.3f} to {max(ratios):.3f}"
         print(line)
 
 
 @dataclass(frozen=True)
-class Site:
-    """Addresses of the frontend's two ports, and its process."""
+class Port:
+    """Addresses of a frontend's two ports, its process, and what its clients need."""
 
     grpc: str
     http: str
     pid: int
+    authority: bytes | None
+    headers: dict[str, str]
 
     def cpu_s(self) -> float:
         """CPU seconds of the frontend so far."""
@@ -172,9 +192,17 @@ class Site:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+@dataclass(frozen=True)
+class Site:
+    """Both frontends."""
+
+    plain: Port
+    guarded: Port
+
+
 @contextlib.contextmanager
 def served(streams: int) -> Iterator[Site]:
-    """A worker, and a frontend before it."""
+    """A worker, and two frontends before it."""
     binaries = Path(sys.executable).parent
     worker = [
         binaries / "moe-worker",
@@ -189,12 +217,30 @@ def served(streams: int) -> Iterator[Site]:
     with contextlib.ExitStack() as stack:
         process = stack.enter_context(started([*worker, "--max-batch-size", str(streams)]))
         port = said(process, r"listening on port (\d+)")
-        frontend = [binaries / "moe-frontend", "--listen", "127.0.0.1:0", "--http", "127.0.0.1:0"]
-        process = stack.enter_context(started([*frontend, "--static", f"127.0.0.1:{port}"]))
+        worker_address = f"127.0.0.1:{port}"
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        authority, key = Authority(), "moe-benchmark-key"
+        mount(folder / "tls", authority.pair())
+        mount(folder / "keys", {"tenant": f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"})
+        options: list[object] = ["--tls", folder / "tls", "--api-keys", folder / "keys"]
+        headers = {"authorization": f"Bearer {key}"}
+        yield Site(
+            stack.enter_context(frontend(worker_address, [], None, {})),
+            stack.enter_context(frontend(worker_address, options, authority.certificate, headers)),
+        )
+
+
+@contextlib.contextmanager
+def frontend(
+    worker: str, options: list[object], authority: bytes | None, headers: dict[str, str]
+) -> Iterator[Port]:
+    """A frontend that routes to the worker."""
+    command = [Path(sys.executable).with_name("moe-frontend"), "--listen", "127.0.0.1:0"]
+    with started([*command, "--http", "127.0.0.1:0", "--static", worker, *options]) as process:
         http = said(process, r"serving HTTP on (\S+)")
         address = said(process, r"serving on (\S+)")
         said(process, r"(127\S+) accepts requests")
-        yield Site(address, http, process.pid)
+        yield Port(address, http, process.pid, authority, headers)
 
 
 @contextlib.contextmanager

@@ -11,11 +11,12 @@ import click
 
 from moe_api.address import check_address
 from moe_client import errors, terminal
+from moe_client.endpoint import Endpoint, access_options
 
 _PATH: Final = "/v1/chat/completions"
 _EVENT_MOST: Final = 4 * 2**20
 _EXIT_CODES: Final = {
-    **dict.fromkeys((400, 404, 405, 413, 415), errors.WRONG),
+    **dict.fromkeys((400, 401, 404, 405, 413, 415), errors.WRONG),
     429: errors.BUSY,
     503: errors.ABSENT,
     504: errors.LATE,
@@ -46,9 +47,10 @@ _EXIT_CODES: Final = {
     show_default=True,
     help="Seconds to wait for each part of an answer.",
 )
+@access_options
 @click.argument("message", required=False)
 def chat(
-    endpoint: str,
+    endpoint: Endpoint,
     message: str | None,
     system: str | None,
     timeout: float,
@@ -99,19 +101,23 @@ def _request(messages: list[dict[str, str]], given: dict[str, Any]) -> dict[str,
 
 
 @contextlib.contextmanager
-def _stream(endpoint: str, timeout_s: float, request: dict[str, Any]) -> Iterator[Iterator[dict[str, Any]]]:
+def _stream(
+    endpoint: Endpoint, timeout_s: float, request: dict[str, Any]
+) -> Iterator[Iterator[dict[str, Any]]]:
     """The deltas of the answer, as they come.
 
     Raises:
         CommandError: there is no answer, or not all of it.
     """
     try:
-        connection = http.client.HTTPConnection(check_address(endpoint), timeout=timeout_s)
+        check_address(endpoint.address)
+        connection = endpoint.connection(timeout_s)
     except ValueError as error:
         raise errors.CommandError(str(error), errors.WRONG) from error
     try:
         with contextlib.closing(connection):
-            connection.request("POST", _PATH, json.dumps(request), {"Content-Type": "application/json"})
+            headers = {"Content-Type": "application/json", **dict(endpoint.metadata)}
+            connection.request("POST", _PATH, json.dumps(request), headers)
             response = connection.getresponse()
             if response.status != 200:
                 raise _refused(response.status, response.read(_EVENT_MOST))

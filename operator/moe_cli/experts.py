@@ -11,6 +11,7 @@ from moe_api import transport
 from moe_api.visible import one_line
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
 from moe_client.calling import explain, model_options
+from moe_client.endpoint import Endpoint
 
 _LONGEST_NAME = 40
 _DOMAINS_SHOWN = 3
@@ -21,7 +22,7 @@ _DOMAINS_SHOWN = 3
 @click.option(
     "--top", type=click.IntRange(1, 64), default=4, show_default=True, help="Experts of a layer shown."
 )
-def experts(endpoint: str, model: str, timeout: float | None, top: int) -> None:
+def experts(endpoint: Endpoint, model: str, timeout: float | None, top: int) -> None:
     """Prints the load of the experts of one worker.
 
     Of each layer: the activated experts in a step, how evenly experts share the tokens (mean over the largest
@@ -33,7 +34,7 @@ def experts(endpoint: str, model: str, timeout: float | None, top: int) -> None:
       kubectl port-forward pod/NAME-0-0 8000 && moe experts
     """
     del model  # a worker serves one
-    with grpc.insecure_channel(endpoint, options=transport.CLIENT_OPTIONS) as channel:
+    with endpoint.channel(transport.CLIENT_OPTIONS) as channel:
         stub = worker_pb2_grpc.WorkerServiceStub(channel)
         try:
             load = stub.GetExpertLoad(worker_pb2.GetExpertLoadRequest(), timeout=timeout or 10)

@@ -17,6 +17,7 @@ from moe_api.inference.v1 import inference_pb2
 from moe_cli import sampling, timing
 from moe_cli.timing import Timing
 from moe_client import calling, errors, terminal
+from moe_client.endpoint import Endpoint
 
 _UNFINISHED: Final = inference_pb2.FINISH_REASON_UNSPECIFIED
 _NO_END: Final = (
@@ -35,7 +36,7 @@ _END_S: Final = 5.0
 )
 @click.argument("prompt", type=calling.TEXT)
 def generate(
-    endpoint: str,
+    endpoint: Endpoint,
     model: str,
     timeout: float | None,
     prompt: str,
@@ -121,9 +122,9 @@ def _tracer(*, sent: bool, wanted: bool) -> trace.Tracer:
     return trace.get_tracer(__name__)
 
 
-def _call(endpoint: str, request: inference_pb2.GenerateRequest, timeout: float | None) -> Timing:
+def _call(endpoint: Endpoint, request: inference_pb2.GenerateRequest, timeout: float | None) -> Timing:
     with calling.calling(endpoint) as stub:
-        call = stub.Generate(request, timeout=timeout, metadata=telemetry.inject())
+        call = stub.Generate(request, timeout=timeout, metadata=telemetry.inject(endpoint.metadata))
         try:
             result = print_stream(call)
             _end(call)

@@ -5,6 +5,7 @@ import click
 from moe_cli.chat import chat
 from moe_cli.experts import experts
 from moe_cli.generate import generate
+from moe_cli.key import key
 from moe_cli.rollout import rollout
 from moe_cli.status import status
 from moe_cli.tokenize import tokenize
@@ -24,6 +25,7 @@ def main() -> None:
     Reach it from here:      kubectl port-forward service/NAME-frontend 8000
     Ask it:                  moe generate "A pod is"
     Talk to a chat model:    moe chat --endpoint 127.0.0.1:8080   (the frontend's HTTP port)
+    Make an API key:         moe key
     Play a recorded load:    moe load TRACE --speed 60
     Try scaling on a trace:  moe replay TRACE --plot F.png
 
@@ -43,4 +45,5 @@ main.add_command(status)
 main.add_command(experts)
 main.add_command(load)
 main.add_command(rollout)
+main.add_command(key)
 main.add_command(replay)

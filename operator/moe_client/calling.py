@@ -12,6 +12,7 @@ from moe_api import rich_status, transport
 from moe_api.address import check_address
 from moe_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from moe_client import errors
+from moe_client.endpoint import Endpoint, access_options
 from moe_client.errors import CommandError
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -19,6 +20,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 EXIT_CODES: Final = {
     grpc.StatusCode.INVALID_ARGUMENT: errors.WRONG,
     grpc.StatusCode.NOT_FOUND: errors.WRONG,
+    grpc.StatusCode.UNAUTHENTICATED: errors.WRONG,
     grpc.StatusCode.UNAVAILABLE: errors.ABSENT,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.BUSY,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.LATE,
@@ -54,7 +56,8 @@ TEXT: Final = _Text()
 
 
 def model_options(command: _Command) -> _Command:
-    """Adds --endpoint, --model and --timeout."""
+    """Adds --endpoint, --model, --timeout and those of `access_options`."""
+    command = access_options(command)
     for option in (
         click.option(
             "--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds to wait at most."
@@ -75,20 +78,20 @@ def model_options(command: _Command) -> _Command:
 
 
 @contextlib.contextmanager
-def calling(endpoint: str) -> Iterator[InferenceServiceStub]:
+def calling(endpoint: Endpoint) -> Iterator[InferenceServiceStub]:
     """A stub for the endpoint; gRPC errors inside the block become one-sentence errors.
 
     Raises:
         CommandError: the call failed.
     """
-    with grpc.insecure_channel(endpoint, options=transport.CLIENT_OPTIONS) as channel:
+    with endpoint.channel(transport.CLIENT_OPTIONS) as channel:
         try:
             yield InferenceServiceStub(channel)
         except grpc.RpcError as error:
             raise explain(error, endpoint) from error
 
 
-def explain(error: grpc.RpcError, endpoint: str) -> CommandError:
+def explain(error: grpc.RpcError, endpoint: Endpoint) -> CommandError:
     """The error of a failed call, for users."""
     status = rich_status.from_error(error)
     code = rich_status.status_code(status)
@@ -96,7 +99,8 @@ def explain(error: grpc.RpcError, endpoint: str) -> CommandError:
     if code is grpc.StatusCode.UNAVAILABLE and not status.details:
         sentence = (
             f"cannot connect to {endpoint} ({sentence}); is the frontend running and reachable from "
-            "here, by `kubectl port-forward service/NAME-frontend 8000` for one?"
+            "here, by `kubectl port-forward service/NAME-frontend 8000` for one, and does --ca-file or --tls "
+            "say whether it serves TLS?"
         )
     elif code is grpc.StatusCode.UNIMPLEMENTED:
         sentence = f"{endpoint} is a gRPC server, but serves no models"

@@ -1,6 +1,7 @@
 """The command `moe-frontend`."""
 
 import asyncio
+import dataclasses
 import logging
 import sys
 from typing import Any
@@ -10,47 +11,20 @@ from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.sdk.metrics.export import MetricReader
 
 from moe_api import telemetry
-from moe_api.address import check_address
 from moe_api.visible import LOG_MOST, guard_logs, one_line
 from moe_api.writing import WRITE_TIMEOUT_S
+from moe_frontend.edges import Guards
+from moe_frontend.parameters import FOLDER, Addresses, Keys, KeySet
 from moe_frontend.policy import balancing, routing
 from moe_frontend.serving import Options, serve
 from moe_frontend.transport import metadata
 from moe_operator.errors import MoEOperatorError
 
 
-class _Addresses(click.ParamType[tuple[str, ...]]):
-    """``HOST:PORT[,HOST:PORT...]``."""
-
-    name = "HOST:PORT,..."
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, ...]:
-        try:
-            return tuple(check_address(part) for part in str(value).split(","))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-class _Keys(click.ParamType[frozenset[str]]):
-    """``KEY[,KEY...]``."""
-
-    name = "KEY,..."
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> frozenset[str]:
-        try:
-            return value if isinstance(value, frozenset) else metadata.parse_keys(str(value))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
 @click.command(epilog="Stop it with SIGTERM: running streams finish, within --grace seconds.")
 @click.option(
     "--listen",
-    type=_Addresses(),
+    type=Addresses(),
     default="0.0.0.0:8000",
     show_default=True,
     metavar="HOST:PORT",
@@ -58,7 +32,7 @@ class _Keys(click.ParamType[frozenset[str]]):
 )
 @click.option(
     "--http",
-    type=_Addresses(),
+    type=Addresses(),
     envvar="MOE_HTTP",
     show_envvar=True,
     metavar="HOST:PORT",
@@ -66,7 +40,7 @@ class _Keys(click.ParamType[frozenset[str]]):
 )
 @click.option("--namespace", default="default", show_default=True, help="Namespace of the deployment.")
 @click.option("--deployment", help="Name of the MoEDeployment; its workers are found by EndpointSlices.")
-@click.option("--static", type=_Addresses(), help="Workers by address instead, without Kubernetes.")
+@click.option("--static", type=Addresses(), help="Workers by address instead, without Kubernetes.")
 @click.option(
     "--grace",
     type=click.FloatRange(min=0),
@@ -101,7 +75,7 @@ class _Keys(click.ParamType[frozenset[str]]):
 )
 @click.option(
     "--forward-metadata",
-    type=_Keys(),
+    type=Keys(),
     default=",".join(sorted(metadata.DEFAULT_KEYS)),
     envvar="MOE_FORWARD_METADATA",
     show_default=True,
@@ -142,6 +116,64 @@ class _Keys(click.ParamType[frozenset[str]]):
     "prompt. session: the same one for all requests of a session (metadata x-session-id). random-of-two: the "
     "less loaded of two.",
 )
+@click.option(
+    "--tls",
+    type=FOLDER,
+    envvar="MOE_TLS",
+    show_envvar=True,
+    metavar="FOLDER",
+    help="Serves clients of gRPC and HTTP over TLS, with tls.crt and tls.key of this folder (a mounted "
+    "Secret); a renewed certificate is used within seconds, for new connections. Default: plaintext.",
+)
+@click.option(
+    "--api-keys",
+    type=FOLDER,
+    envvar="MOE_API_KEYS",
+    show_envvar=True,
+    metavar="FOLDER",
+    help="Only callers that send a key of this folder, or a token (--jwks), are let in. It has a file for "
+    "each tenant with the digests of its keys (`moe key` makes one). Changes apply within seconds.",
+)
+@click.option(
+    "--jwks",
+    type=KeySet(),
+    envvar="MOE_JWKS",
+    show_envvar=True,
+    metavar="URL|FOLDER",
+    help="Only callers that send a JSON Web Token signed by one of these keys, or an API key (--api-keys), "
+    "are let in: an https:// URL of a JSON Web Key Set, or a folder with jwks.json. Needs --jwt-issuer and "
+    "--jwt-audience.",
+)
+@click.option(
+    "--jwt-issuer", default="", envvar="MOE_JWT_ISSUER", show_envvar=True, help="The iss of tokens."
+)
+@click.option(
+    "--jwt-audience", default="", envvar="MOE_JWT_AUDIENCE", show_envvar=True, help="An aud of tokens."
+)
+@click.option(
+    "--jwt-tenant-claim",
+    default="sub",
+    envvar="MOE_JWT_TENANT_CLAIM",
+    show_default=True,
+    show_envvar=True,
+    help="The claim of tokens that names the tenant.",
+)
+@click.option(
+    "--admin",
+    type=Addresses(),
+    envvar="MOE_ADMIN",
+    show_envvar=True,
+    metavar="HOST:PORT",
+    help="Serves the operator and probes here, in plaintext, instead of on the port of clients.",
+)
+@click.option(
+    "--metrics-port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    envvar="MOE_METRICS_PORT",
+    show_envvar=True,
+    help="Serves /metrics on this port instead of on the port of --http.",
+)
 def main(**given: Any) -> None:
     """Routes requests to the replicas of a MoEDeployment.
 
@@ -157,7 +189,12 @@ def main(**given: Any) -> None:
 
     Traces are sent when OTEL_EXPORTER_OTLP_ENDPOINT names an OpenTelemetry Collector.
     """
-    options = Options(**given)
+    guards = Guards(**{field.name: given.pop(field.name) for field in dataclasses.fields(Guards)})
+    options = Options(**given, guards=guards)
+    if guards.jwks and not (guards.jwt_issuer and guards.jwt_audience):
+        raise click.UsageError(
+            "--jwks accepts tokens of one issuer for one audience; give --jwt-issuer and --jwt-audience"
+        )
     if (options.deployment is None) == (options.static is None):
         raise click.UsageError("no workers given; use one of --deployment NAME and --static HOST:PORT,...")
     guard_logs()
@@ -171,5 +208,5 @@ def main(**given: Any) -> None:
 
 
 def _readers(options: Options) -> list[MetricReader]:
-    """Who else reads metrics: Prometheus, at /metrics of the HTTP port."""
-    return [PrometheusMetricReader()] if options.http else []
+    """Who else reads metrics: Prometheus, at /metrics."""
+    return [PrometheusMetricReader()] if options.http or options.metrics_port else []

@@ -12,8 +12,10 @@ from typing import Final
 from opentelemetry import metrics, trace
 
 from moe_api.supervision import Supervisor
+from moe_frontend import edges, listening
 from moe_frontend.discovery.endpoints import Endpoint, static_endpoints
 from moe_frontend.discovery.probing import Prober
+from moe_frontend.edges import Edge, Guards
 from moe_frontend.http.app import Api
 from moe_frontend.http.server import HttpServer
 from moe_frontend.outputs.cache import OutputCache
@@ -26,7 +28,7 @@ from moe_frontend.transport.holding import Hold
 from moe_frontend.transport.loads import LoadPolling
 from moe_frontend.transport.replicas import Replicas
 from moe_frontend.transport.service import Frontend
-from moe_operator.errors import InstallationError, MoEOperatorError
+from moe_operator.errors import MoEOperatorError
 
 _LOG: Final = logging.getLogger("moe-frontend")
 _SCOPE: Final = "moe_operator.frontend"
@@ -44,6 +46,9 @@ class Options:
     output_cache: bytes of the output cache; 0: there is none.
     output_cache_ttl: how long its answers are valid.
     routing: name of the policy (balancing.POLICIES).
+    guards: TLS and authentication of the client ports.
+    admin: address for the operator and for probes; None: they use that of gRPC.
+    metrics_port: where Prometheus may fetch metrics; 0: at /metrics of the HTTP port.
     """
 
     listen: tuple[str, ...]
@@ -59,6 +64,9 @@ class Options:
     output_cache: int
     output_cache_ttl: float
     routing: str
+    guards: Guards
+    admin: tuple[str, ...] | None
+    metrics_port: int
 
 
 async def serve(options: Options) -> None:
@@ -74,14 +82,15 @@ async def serve(options: Options) -> None:
     supervisor.start("replica-loads", polling.run)
     outputs = _outputs(options, supervisor)
     forwarder, hold = _forwarder(options, replicas, outputs)
-    frontend = Frontend(forwarder, hold, supervisor)
+    edge = edges.edge_of(options.guards, supervisor)
+    frontend = Frontend(forwarder, hold, supervisor, edge.authenticator)
     await frontend.set_ready(ready=False)
-    with _stop_signal() as stop:
+    with _stop_signal() as stop, listening.serving_metrics(options.metrics_port, supervisor):
         sums = functools.partial(_sums, forwarder, outputs)
         async with _following(options, replicas, frontend, supervisor, outputs, sums):
             # Pods are ready by gRPC's health, so HTTP comes first.
-            http = await _listen_http(options, forwarder, frontend, supervisor)
-            await _listen(frontend, options.listen[0])
+            http = await _listen_http(options, forwarder, frontend, supervisor, edge)
+            await listening.listen(frontend, options.listen[0], edge, options.admin)
             await stop.wait()
             _LOG.info("draining for %g s at most", options.grace)
             await asyncio.gather(frontend.drain(options.grace), *(port.drain(options.grace) for port in http))
@@ -117,26 +126,23 @@ def _forwarder(
     return forwarder, hold
 
 
-async def _listen(frontend: Frontend, address: str) -> None:
-    try:
-        port = await frontend.start(address)
-    except RuntimeError as error:
-        raise InstallationError(
-            f"cannot listen on {address}; is the port taken, or the address another machine's?"
-        ) from error
-    _LOG.info("serving on %s:%d", address.rpartition(":")[0], port)
-
-
 async def _listen_http(
-    options: Options, forwarder: Forwarder, frontend: Frontend, supervisor: Supervisor
+    options: Options, forwarder: Forwarder, frontend: Frontend, supervisor: Supervisor, edge: Edge
 ) -> list[HttpServer]:
     """The server of OpenAI's API, where there is one."""
     if not options.http:
         return []
-    api = Api(forwarder, trace.get_tracer(_SCOPE), lambda: frontend.ready)
-    server = HttpServer(api.gated(metrics.get_meter(_SCOPE)), supervisor, api.close)
-    port = await server.start(options.http[0])
-    _LOG.info("serving HTTP on %s:%d", options.http[0].rpartition(":")[0], port)
+    api = Api(
+        forwarder,
+        trace.get_tracer(_SCOPE),
+        lambda: frontend.ready,
+        authenticator=edge.authenticator,
+        measured=not options.metrics_port,
+    )
+    gate = api.gated(metrics.get_meter(_SCOPE))
+    tls = None if edge.tls is None else edge.tls.http
+    server = HttpServer(gate, supervisor, api.close, tls)
+    await listening.listen_http(server, options.http[0])
     return [server]
 
 

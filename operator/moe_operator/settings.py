@@ -78,6 +78,9 @@ class Settings:
     default: a model on the node, a cache on it, and hostPath volumes of pod templates need one.
     """
 
+    namespace: str = ""
+    """Namespace of the operator's own pod: NetworkPolicies let it in from there. Empty: from every one."""
+
     workers: int = 8
     """Deployments that are reconciled at the same time, each in a thread.
 

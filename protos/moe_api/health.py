@@ -50,12 +50,13 @@ class Health:
         self._servicer = _Servicer()
         self._readiness = ("", *services)
 
-    async def register(self, server: grpc.aio.Server) -> None:
-        """Adds the health service, not ready yet, and reflection of all services to a server."""
+    async def register(self, server: grpc.aio.Server, services: Sequence[str] | None = None) -> None:
+        """Adds the health service, not ready yet, and reflection of `services` (default: all) to a server."""
         await self.set_ready(ready=False)
         await self._servicer.set(LIVENESS, _SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
-        names = (*self._readiness[1:], health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflected = self._readiness[1:] if services is None else services
+        names = (*reflected, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
 
     async def set_ready(self, *, ready: bool) -> None:

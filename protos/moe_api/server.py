@@ -55,15 +55,19 @@ async def _refuse(call: Any) -> None:
         _LOG.exception("call to an unknown method was not answered")
 
 
-def create_server(options: Sequence[tuple[str, Any]] = transport.SERVER_OPTIONS) -> grpc.aio.Server:
+def create_server(
+    options: Sequence[tuple[str, Any]] = transport.SERVER_OPTIONS,
+    first: Sequence[grpc.aio.ServerInterceptor] = (),
+) -> grpc.aio.Server:
     """Like `grpc.aio.server`, for methods that are registered (as generated code does) before it starts.
 
     A handler that is only added by `add_generic_rpc_handlers` is never called.
 
     Args:
         options: of `moe_api.transport`.
+        first: interceptors that see calls before their requests are received.
     """
-    interceptors = (RequestInterceptor(dict(options)["grpc.max_receive_message_length"]),)
+    interceptors = (*first, RequestInterceptor(dict(options)["grpc.max_receive_message_length"]))
     made = grpc.aio.server(interceptors=interceptors, options=options)
     core = _Server(asyncio.get_running_loop(), None, (), interceptors, tuple(options), None)
     made._server = core  # type: ignore[attr-defined]  # noqa: SLF001

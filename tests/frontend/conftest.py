@@ -15,6 +15,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from moe_api import transport
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
 from moe_api.supervision import Supervisor
+from moe_frontend import edges
 from moe_frontend.discovery.endpoints import Endpoint
 from moe_frontend.outputs.cache import OutputCache
 from moe_frontend.outputs.store import Store
@@ -42,9 +43,13 @@ class Bench:
         output_cache=0,
         revision="",
         policy=None,
+        guards=None,
+        authority=None,
     ):
         self.revision = revision
         self.supervisor = Supervisor()
+        self.edge = edges.edge_of(guards or edges.Guards(), self.supervisor)
+        self.authority = authority
         self.store = Store(output_cache, 3600.0)
         self.outputs = None
         if output_cache:
@@ -58,7 +63,7 @@ class Bench:
         self.forwarder = Forwarder(
             self.replicas, self.tracer, self.hold, patience_s, keys, write_timeout_s, self.outputs
         )
-        self.frontend = Frontend(self.forwarder, self.hold)
+        self.frontend = Frontend(self.forwarder, self.hold, authenticator=self.edge.authenticator)
         self.workers = []
         self.processes = {}
         self.extra = frozenset()
@@ -66,13 +71,23 @@ class Bench:
         self.channel = None
 
     async def start(self, workers):
-        port = await self.frontend.start("127.0.0.1:0")
+        tls = self.edge.tls
+        port = await self.frontend.start("127.0.0.1:0", tls and tls.grpc)
         self.address = f"127.0.0.1:{port}"
-        self.channel = grpc.aio.insecure_channel(self.address, options=transport.CLIENT_OPTIONS)
+        self.channel = self.connect(self.authority)
         for i in range(workers):
             self.workers.append(FakeWorker(f"w-{i}", self.revision))
             await self.workers[-1].start()
         await self.publish()
+
+    def connect(self, authority=None):
+        """A channel to the frontend, over TLS if there is an authority."""
+        # Without a pool of its own a channel shares the connections of others.
+        options = (*transport.CLIENT_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
+        if authority is None:
+            return grpc.aio.insecure_channel(self.address, options=options)
+        credentials = grpc.ssl_channel_credentials(authority.certificate)
+        return grpc.aio.secure_channel(self.address, credentials, options=options)
 
     async def publish(self):
         ready = frozenset(w.endpoint for w in self.workers) | self.extra

@@ -38,6 +38,32 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "wrong type": ({"replicas": "two"}, "spec.replicas in body must be of type integer"),
     "unknown field": ({"replicsa": 2}, 'unknown field "spec.replicsa"'),
     "unknown field inside": ({"engine": {"batch": 2}}, 'unknown field "spec.engine.batch"'),
+    "no certificate": ({"frontend": {"tls": {}}}, "spec.frontend.tls.secretName: Required value"),
+    "certificate": (
+        {"frontend": {"tls": {"secretName": "My_Secret"}}},
+        "this is the name of a Secret in the same namespace",
+    ),
+    "nobody let in": ({"frontend": {"auth": {}}}, "auth needs apiKeysSecret, jwt or both"),
+    "keys of no provider": (
+        {"frontend": {"auth": {"jwt": {"issuer": "i", "audience": "a"}}}},
+        "jwt takes its keys from exactly one of jwksUri and jwksSecret",
+    ),
+    "keys of two providers": (
+        {
+            "frontend": {
+                "auth": {"jwt": {"issuer": "i", "audience": "a", "jwksUri": "https://i/", "jwksSecret": "a"}}
+            }
+        },
+        "jwt takes its keys from exactly one of jwksUri and jwksSecret",
+    ),
+    "keys in plain text": (
+        {"frontend": {"auth": {"jwt": {"issuer": "i", "audience": "a", "jwksUri": "http://i/"}}}},
+        "jwksUri is an https:// URL",
+    ),
+    "no issuer": (
+        {"frontend": {"auth": {"jwt": {"audience": "a", "jwksSecret": "a"}}}},
+        "spec.frontend.auth.jwt.issuer: Required value",
+    ),
     "no model": ({"model": {}}, "spec.model.uri: Required value"),
     "pipeline zero": ({"parallelism": {"pipeline": 0}}, "pipeline is a number of stages from 1 to 1024"),
     "copies negative": (

@@ -22,7 +22,8 @@ def upgrade(monkeypatch):
     def later():
         probe = {**worker._LIVENESS_PROBE, "failureThreshold": 7}
         monkeypatch.setattr(worker, "_LIVENESS_PROBE", probe)
-        monkeypatch.setattr(frontend, "_LIVENESS_PROBE", probe)
+        probes = frontend._probes
+        monkeypatch.setattr(frontend, "_probes", lambda port: {**probes(port), "livenessProbe": probe})
 
     return later
 

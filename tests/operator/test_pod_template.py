@@ -171,7 +171,7 @@ OWN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "volume": (
         template(volumes=[{"name": "model", "emptyDir": {}}]),
-        "the volumes model, model-cache, tmp are the operator's",
+        "the volumes model, model-cache, tmp, moe-tls, moe-api-keys, moe-jwks are the operator's",
     ),
     "label": (
         {"podTemplate": {"metadata": {"labels": {"serving.moe-operator.dev/role": "frontend"}}}},

@@ -27,9 +27,11 @@ from moe_frontend.http.errors import SERVER_ERROR, ApiError, of_status
 from moe_frontend.http.exchange import Exchange, new_exchange
 from moe_frontend.http.gate import Gate, answer, answer_error
 from moe_frontend.http.schemas import ChatRequest, CompletionRequest
+from moe_frontend.identity.credentials import NOBODY_ASKED, Authenticator
 from moe_frontend.transport.forwarding import Forwarder
 
-_OPEN: Final = frozenset({"/health", "/metrics", "/version"})
+_METRICS: Final = "/metrics"
+_OPEN: Final = frozenset({"/health", _METRICS, "/version"})
 _SHOWN: Final = 200
 T = TypeVar("T")
 _Handler = Callable[[Exchange, Request], Awaitable[bytes | None]]
@@ -44,6 +46,8 @@ class Api:
         ready: whether requests are welcome, for /health.
         reader: of bodies.
         renderer: of conversations.
+        authenticator: knows the callers.
+        measured: whether there is /metrics.
     """
 
     def __init__(
@@ -53,7 +57,12 @@ class Api:
         ready: Callable[[], bool],
         reader: Bodies | None = None,
         renderer: Renderer | None = None,
+        authenticator: Authenticator = NOBODY_ASKED,
+        *,
+        measured: bool = True,
     ) -> None:
+        self._authenticator = authenticator
+        self._open = _OPEN if measured else _OPEN - {_METRICS}
         self._forwarder = forwarder
         self._tracer = tracer
         self._ready = ready
@@ -70,11 +79,11 @@ class Api:
             self._route("/v1/models/{model:path}", self._get_model, "GET"),
             Route("/health", self._health, methods=["GET"]),
             Route("/version", _version, methods=["GET"]),
-            Route("/metrics", _metrics, methods=["GET"]),
+            *([Route(_METRICS, _metrics, methods=["GET"])] if _METRICS in self._open else []),
         ]
         app = Starlette(routes=routes, exception_handlers={HTTPException: _refused, Exception: _failed})
         app.router.redirect_slashes = False
-        return Gate(app, self._tracer, meter, _OPEN)
+        return Gate(app, self._tracer, meter, self._open, self._authenticator)
 
     def _route(self, path: str, handler: _Handler, method: str) -> Route:
         return Route(path, _Endpoint(path, handler), methods=[method])

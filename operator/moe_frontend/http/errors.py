@@ -16,7 +16,7 @@ SERVER_ERROR: Final = "server_error"
 OVERLOADED: Final = "rate_limit_error"
 _CODES: Final[Mapping[grpc.StatusCode, tuple[int, str, str | None]]] = {
     grpc.StatusCode.INVALID_ARGUMENT: (400, INVALID_REQUEST, None),
-    grpc.StatusCode.UNAUTHENTICATED: (401, "authentication_error", "invalid_api_key"),
+    grpc.StatusCode.UNAUTHENTICATED: (401, INVALID_REQUEST, "invalid_api_key"),
     grpc.StatusCode.PERMISSION_DENIED: (403, "permission_error", None),
     grpc.StatusCode.NOT_FOUND: (404, INVALID_REQUEST, "model_not_found"),
     grpc.StatusCode.ABORTED: (408, "timeout_error", "slow_reader"),
@@ -62,6 +62,8 @@ class ApiError(Exception):
         headers = [] if self.allow is None else [(b"allow", self.allow.encode())]
         if self.close:
             headers.append((b"connection", b"close"))
+        if self.status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))  # RFC 9110, 11.6.1
         if self.retry_after_s is not None:
             headers.append((b"retry-after", str(math.ceil(self.retry_after_s)).encode()))
             headers.append((b"retry-after-ms", str(math.ceil(self.retry_after_s * 1000)).encode()))

@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from moe_api.inference.v1 import inference_pb2
 from moe_frontend.http.errors import ApiError, of_status, shutting_down
 from moe_frontend.transport.failures import Failure
-from moe_frontend.transport.forwarding import Caller
+from moe_frontend.transport.forwarding import Recipient
 
 SERVICE: Final = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 TIMEOUT_HEADER: Final = "x-request-timeout"
@@ -37,7 +37,9 @@ class ClientGoneError(Exception):
 class Answering(Protocol):
     """What answers calls: `forwarding.Forwarder`."""
 
-    async def answer(self, method: str, request: Message, caller: Caller, span: trace.Span) -> Failure | None:
+    async def answer(
+        self, method: str, request: Message, caller: Recipient, span: trace.Span
+    ) -> Failure | None:
         """Gives the messages of the answer to `caller`, and why they are not all, where they are not."""
 
 

@@ -12,9 +12,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moe_api import telemetry
 from moe_frontend.http import answers
-from moe_frontend.http.errors import OVERLOADED, ApiError, shutting_down
+from moe_frontend.http.errors import OVERLOADED, ApiError, of_status, shutting_down
 from moe_frontend.http.exchange import ClientGoneError
 from moe_frontend.http.measures import Measured, Measures, bounded
+from moe_frontend.identity.caller import serve_as
+from moe_frontend.identity.credentials import NOBODY_ASKED, Authenticator, RefusedError
 
 REQUESTS_MOST: Final = 1024
 """At a time; as of one gRPC connection."""
@@ -31,16 +33,23 @@ class Gate:
     Args:
         app: answers requests; finds `id`, `span`, `measured` and `stopping` in `scope["state"]`.
         tracer, meter: of what is told about requests.
-        open_paths: answered whatever goes on, and not told about.
+        open_paths: answered whatever goes on and whoever asks, and not told about.
+        authenticator: knows the callers of all other paths.
     """
 
     def __init__(
-        self, app: ASGIApp, tracer: trace.Tracer, meter: metrics.Meter, open_paths: frozenset[str]
+        self,
+        app: ASGIApp,
+        tracer: trace.Tracer,
+        meter: metrics.Meter,
+        open_paths: frozenset[str],
+        authenticator: Authenticator = NOBODY_ASKED,
     ) -> None:
         self._app = app
         self._tracer = tracer
         self._measures = Measures(meter)
         self._open_paths = open_paths
+        self._authenticator = authenticator
         self._running: set[asyncio.Task[Any]] = set()
         self._draining = False
         self._stopped = False
@@ -63,7 +72,7 @@ class Gate:
         if refusal is None and scope["path"] in self._open_paths:
             await self._app(scope, receive, send)
             return
-        with self._measures.request(scope["method"]) as measured:
+        with self._measures.request(scope["method"], scope["scheme"]) as measured:
             await self._traced(scope, receive, send, measured, refusal)
 
     async def _traced(
@@ -77,13 +86,21 @@ class Gate:
         scope["state"].update(id=id_, span=span, measured=measured, stopping=lambda: self._stopped)
         try:
             noting = _noting(send, id_, measured)
-            if refusal := refusal or self._refusal():
+            if refusal := refusal or self._refusal() or await self._unauthenticated(metadata):
                 await answer_error(refusal, noting)
             else:
                 await self._placed(scope, receive, noting, measured)
         finally:
             _describe(span, method, measured)
             span.end()
+
+    async def _unauthenticated(self, metadata: Sequence[tuple[str, str]]) -> ApiError | None:
+        """Sets the caller of the request, whose task this is; returns why it is not known, or None."""
+        try:
+            serve_as(await self._authenticator.caller(metadata))
+        except RefusedError as error:
+            return of_status(error.status, {})
+        return None
 
     async def _placed(self, scope: Scope, receive: Receive, send: Send, measured: Measured) -> None:
         task = asyncio.current_task()

@@ -43,10 +43,10 @@ class Measures:
         self.active = 0
 
     @contextlib.contextmanager
-    def request(self, method: str) -> Iterator[Measured]:
-        """Measures a request for the time of the block."""
+    def request(self, method: str, scheme: str = "http") -> Iterator[Measured]:
+        """Measures a request for the time of the block; scheme: http or https."""
         measured, began = Measured(), time.monotonic()
-        attributes = {"http.request.method": bounded(method), "url.scheme": "http"}
+        attributes = {"http.request.method": bounded(method), "url.scheme": scheme}
         self.active += 1
         self._active.add(1, attributes)
         try:

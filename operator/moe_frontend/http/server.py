@@ -4,12 +4,14 @@ import asyncio
 import contextlib
 import logging
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Final
 
 import uvicorn
 
 from moe_api.supervision import Supervisor
+from moe_api.tls import HANDSHAKE_S
 from moe_frontend.http.gate import Gate
 from moe_frontend.http.protocol import BoundedProtocol
 from moe_operator.errors import InstallationError
@@ -21,11 +23,38 @@ _END_S: Final = 2.0
 
 
 class _Uvicorn(uvicorn.Server):
-    """Leaves signals to the process, which drains."""
+    """Leaves signals to the process, which drains; bounds TLS handshakes, which uvicorn leaves to asyncio (60
+    s).
+
+    tls: None: plaintext.
+    """
+
+    tls: ssl.SSLContext | None = None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        loop, tls = asyncio.get_running_loop(), self.tls
+        await self.lifespan.startup()
+
+        def protocol() -> asyncio.Protocol:
+            return BoundedProtocol(self.config, self.server_state, self.lifespan.state)
+
+        handshake_s, shutdown_s = (None, None) if tls is None else (HANDSHAKE_S, _END_S)
+        self.servers = [
+            await loop.create_server(
+                protocol,
+                sock=listener,
+                backlog=_BACKLOG,
+                ssl=tls,
+                ssl_handshake_timeout=handshake_s,
+                ssl_shutdown_timeout=shutdown_s,
+            )
+            for listener in sockets or ()
+        ]
+        self.started = True
 
 
 class HttpServer:
@@ -35,10 +64,15 @@ class HttpServer:
         gate: the application.
         supervisor: runs the server.
         close: to be called when it has ended.
+        tls: for connections; None: plaintext.
     """
 
     def __init__(
-        self, gate: Gate, supervisor: Supervisor, close: Callable[[], Awaitable[None]] | None = None
+        self,
+        gate: Gate,
+        supervisor: Supervisor,
+        close: Callable[[], Awaitable[None]] | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._close = close
         self._gate = gate
@@ -57,6 +91,7 @@ class HttpServer:
         # What clients do wrong is told to them, not to the log.
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
         self._server = _Uvicorn(config)
+        self._server.tls = tls
         self._running: asyncio.Task[None] | None = None
 
     async def start(self, address: str) -> int:

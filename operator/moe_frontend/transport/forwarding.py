@@ -25,6 +25,7 @@ from moe_api.clock import Timed
 from moe_api.inference.v1 import inference_pb2
 from moe_api.writing import WRITE_TIMEOUT_S, Sink, SlowReaderError, Writer
 from moe_frontend.discovery.endpoints import Endpoint, Served
+from moe_frontend.identity.caller import current
 from moe_frontend.outputs.cache import OutputCache
 from moe_frontend.outputs.flight import Flight
 from moe_frontend.outputs.key import key_of
@@ -67,7 +68,7 @@ _NOT_WORTH_A_REPLICA: Final = "/GetModel"
 _Answer = grpc.aio.UnaryStreamCall[Message, bytes]
 
 
-class Caller(Sink, Timed, Protocol):
+class Recipient(Sink, Timed, Protocol):
     """The receiver of a response: the context of a gRPC call, or its equivalent of another protocol."""
 
     def invocation_metadata(self) -> Iterable[Any] | None:
@@ -90,7 +91,7 @@ class _Call:
     """One call of a client, across all attempts."""
 
     method: str
-    context: Caller
+    context: Recipient
     span: trace.Span
     writer: Writer
     progress: Progress
@@ -152,7 +153,9 @@ class Forwarder:
             if failure is not None:
                 await _give_up(failure, context)
 
-    async def answer(self, method: str, request: Message, caller: Caller, span: trace.Span) -> Failure | None:
+    async def answer(
+        self, method: str, request: Message, caller: Recipient, span: trace.Span
+    ) -> Failure | None:
         """Serves one call of any protocol; returns why the response is incomplete, or None.
 
         Args:
@@ -307,7 +310,8 @@ class Forwarder:
             f"/{call.method}", request_serializer=serialize
         )
         forwarded = metadata.selected(call.context.invocation_metadata(), self._keys)
-        traced = telemetry.inject(forwarded, trace.set_span_in_context(call.span))
+        told = (*forwarded, *metadata.of_caller(current()))
+        traced = telemetry.inject(told, trace.set_span_in_context(call.span))
         return multicallable(request, timeout=clock.remaining_s(call.context), metadata=traced)
 
 

@@ -7,12 +7,16 @@ context is not in the list: each hop writes its own (moe_api.telemetry).
 from collections.abc import Iterable
 from typing import Any, Final
 
+from moe_api import tenancy
+from moe_api.tenancy import Tenancy
+from moe_frontend.identity.caller import Caller
+
 Pairs = tuple[tuple[str, str | bytes], ...]
 
 DEFAULT_KEYS: Final = frozenset({"x-request-id"})
 
-NEVER: Final = frozenset({"authorization", "proxy-authorization", "cookie", "set-cookie"})
-"""Credentials of the client, not to be named as keys to forward."""
+NEVER: Final = frozenset({"authorization", "proxy-authorization", "cookie", "set-cookie", *tenancy.KEYS})
+"""Credentials of the client, and what only frontends say; not to be named as keys to forward."""
 
 _HOP: Final = frozenset({"user-agent", "content-type", "te", "host", "traceparent", "tracestate"})
 _LETTERS: Final = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")
@@ -39,6 +43,11 @@ def selected(metadata: Iterable[Any] | None, keys: frozenset[str]) -> Pairs:
     It receives others, but fails a call that is to send them on.
     """
     return tuple((key, value) for key, value in metadata or () if key in keys and _may_be_sent(key, value))
+
+
+def of_caller(caller: Caller) -> Pairs:
+    """What workers are told about the caller of a request: the tenant, if there is one."""
+    return Tenancy(caller.tenant).metadata()
 
 
 def _may_be_sent(key: str, value: str | bytes) -> bool:

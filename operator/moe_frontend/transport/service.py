@@ -9,18 +9,19 @@ import grpc
 from google.protobuf.message import Message
 
 from moe_api import rich_status, transport
-from moe_api.frontend.v1 import frontend_pb2, frontend_pb2_grpc
+from moe_api.frontend.v1 import frontend_pb2_grpc
 from moe_api.health import Health
 from moe_api.inference.v1 import inference_pb2
-from moe_api.rich_status import FieldViolation
 from moe_api.server import create_server
 from moe_api.supervision import Supervisor
+from moe_frontend.identity.credentials import NOBODY_ASKED, Authenticator
+from moe_frontend.transport.admin import SERVICE as ADMIN_SERVICE
+from moe_frontend.transport.admin import ForOperator, admin_server
+from moe_frontend.transport.authenticating import AuthenticatingInterceptor
 from moe_frontend.transport.forwarding import Context, Forwarder
 from moe_frontend.transport.holding import Hold
 
 SERVICE: Final = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
-_DEMAND_SERVICE: Final = frontend_pb2.DESCRIPTOR.services_by_name["FrontendService"].full_name
-_LONGEST_WAIT_S: Final = 60
 MOST_STREAMS: Final = 1024
 """Calls of one connection at a time: gateways and sidecars send those of many clients over one."""
 
@@ -45,32 +46,63 @@ class Frontend:
         forwarder: answers the calls.
         hold: tells the operator how many of them wait for a first replica.
         supervisor: runs what goes on in the background.
+        authenticator: knows the callers.
     """
 
-    def __init__(self, forwarder: Forwarder, hold: Hold, supervisor: Supervisor | None = None) -> None:
+    def __init__(
+        self,
+        forwarder: Forwarder,
+        hold: Hold,
+        supervisor: Supervisor | None = None,
+        authenticator: Authenticator = NOBODY_ASKED,
+    ) -> None:
         self._supervisor = supervisor or Supervisor()
         self._forwarder = forwarder
         self._hold = hold
-        self._health = Health([SERVICE, _DEMAND_SERVICE])
-        self._server = create_server(transport.server_options(most_streams=MOST_STREAMS))
+        self._for_operator = ForOperator(hold, forwarder)
+        self._health = Health([SERVICE, ADMIN_SERVICE])
+        self._server = create_server(
+            transport.server_options(most_streams=MOST_STREAMS), (AuthenticatingInterceptor(authenticator),)
+        )
+        self._admin: grpc.aio.Server | None = None
         self._draining = False
         self._ready = False
         self._giving_up: asyncio.Task[None] | None = None
 
-    async def start(self, address: str) -> int:
+    async def start(
+        self, address: str, credentials: grpc.ServerCredentials | None = None, *, administered: bool = True
+    ) -> int:
         """Listens on ``HOST:PORT`` (port 0 takes a free one) and returns the port.
+
+        Args:
+            address: for clients.
+            credentials: of TLS; None: plaintext.
+            administered: whether the operator's service is on this port too (`start_admin` gives it its own).
 
         Raises:
             RuntimeError: the address cannot be listened on.
         """
         handlers = {name: self._handler(name, request) for name, request in _REQUESTS.items()}
         self._server.add_registered_method_handlers(SERVICE, handlers)
-        frontend_pb2_grpc.add_FrontendServiceServicer_to_server(
-            _ForOperator(self._hold, self._forwarder), self._server
-        )
-        await self._health.register(self._server)
-        port = self._server.add_insecure_port(address)
+        if administered:
+            frontend_pb2_grpc.add_FrontendServiceServicer_to_server(self._for_operator, self._server)
+        await self._health.register(self._server, [SERVICE, ADMIN_SERVICE] if administered else [SERVICE])
+        if credentials is None:
+            port = self._server.add_insecure_port(address)
+        else:
+            port = self._server.add_secure_port(address, credentials)
         await self._server.start()
+        return port
+
+    async def start_admin(self, address: str) -> int:
+        """Listens on ``HOST:PORT`` for the operator and for probes, and returns the port.
+
+        Raises:
+            RuntimeError: the address cannot be listened on.
+        """
+        self._admin = await admin_server(self._for_operator, self._health)
+        port = self._admin.add_insecure_port(address)
+        await self._admin.start()
         return port
 
     @property
@@ -119,6 +151,8 @@ class Frontend:
         await asyncio.sleep(_SETTLE_S)
         await self._health.close()
         await self._server.stop(grace_s)
+        if self._admin is not None:
+            await self._admin.stop(None)
 
     def _handler(self, name: str, request_type: type[Message]) -> grpc.RpcMethodHandler[Message, bytes]:
         """All methods answer as streams: on the wire a unary answer is a stream of one message."""
@@ -134,33 +168,3 @@ class Frontend:
         if self._draining:
             await rich_status.abort(context, _SHUTTING_DOWN)
         await self._forwarder.forward(method, request, context)
-
-
-class _ForOperator(frontend_pb2_grpc.FrontendServiceServicer):
-    """moe_api.frontend.v1.FrontendService."""
-
-    def __init__(self, hold: Hold, forwarder: Forwarder) -> None:
-        self._hold = hold
-        self._forwarder = forwarder
-
-    async def GetRoutes(  # noqa: N802 - gRPC's name
-        self,
-        request: frontend_pb2.GetRoutesRequest,  # noqa: ARG002
-        context: Context,  # noqa: ARG002
-    ) -> frontend_pb2.Routes:
-        """Says where requests go."""
-        routes = (
-            frontend_pb2.Route(name=to.name, address=to.address, revision=to.revision, in_flight=running)
-            for to, running in self._forwarder.routes()
-        )
-        return frontend_pb2.Routes(routes=routes)
-
-    async def GetDemand(  # noqa: N802 - gRPC's name
-        self, request: frontend_pb2.GetDemandRequest, context: Context
-    ) -> frontend_pb2.Demand:
-        """Says how many requests wait, as soon as there is one."""
-        wait_s = request.wait.ToTimedelta().total_seconds()
-        if not 0 <= wait_s <= _LONGEST_WAIT_S:
-            violation = FieldViolation("wait", f"is {wait_s:g} s; use 0 to {_LONGEST_WAIT_S} s")
-            await rich_status.abort(context, rich_status.invalid_argument([violation]))
-        return frontend_pb2.Demand(held=await self._hold.demand(wait_s))

@@ -56,7 +56,7 @@ def subject(deployment: Deployment, observed: Observed) -> Subject | None:
         deployment,
         wanted,
         pods,
-        tuple(pod.address for pod in frontends(observed) if pod.address and not pod.terminating),
+        tuple(pod.admin_address for pod in frontends(observed) if pod.address and not pod.terminating),
         tuple(start for start in starts if start is not None),
     )
 

@@ -103,7 +103,8 @@ class Reconciler:
                     self.watcher.gone(name)
                 return None
             try:
-                return self._advance(parse(body), span)
+                deployment = replace(parse(body), operator_namespace=self.settings.namespace)
+                return self._advance(deployment, span)
             except InvalidSpecError as error:
                 before = parse_status(body)
                 self._report(

@@ -30,6 +30,7 @@ _PATHS: Final = {
     names.ROUTES_KIND: (names.API_VERSION, names.ROUTES_PLURAL),
     "ControllerRevision": ("apps/v1", "controllerrevisions"),
     "PodDisruptionBudget": ("policy/v1", "poddisruptionbudgets"),
+    "NetworkPolicy": ("networking.k8s.io/v1", "networkpolicies"),
     "KopfPeering": ("kopf.dev/v1", "kopfpeerings"),
     "ClusterKopfPeering": ("kopf.dev/v1", "clusterkopfpeerings"),
 }

@@ -114,6 +114,16 @@ class Pod:
     """Of its containers."""
     ready_since: datetime | None = None
     """Since when it is ready; None if it is not."""
+    admin_port: int = names.GRPC_PORT
+    """Where it answers the operator."""
+
+    @property
+    def admin_address(self) -> str:
+        """Where it answers the operator: its IP address, with the port if that is not gRPC's."""
+        if not self.address or self.admin_port == names.GRPC_PORT:
+            return self.address
+        host = f"[{self.address}]" if ":" in self.address else self.address
+        return f"{host}:{self.admin_port}"
 
     @property
     def title(self) -> str:
@@ -195,7 +205,20 @@ def _pod(manifest: Mapping[str, Any]) -> Pod:
         shape=labels.get(names.LABEL_MESH, "") if names.ranks_of(labels) > 1 else "",
         restarts=sum(one.get("restartCount", 0) for one in status.get("containerStatuses", ())),
         ready_since=_since(status, "Ready", "True") if ready else None,
+        admin_port=_admin_port(manifest),
     )
+
+
+def _admin_port(manifest: Mapping[str, Any]) -> int:
+    """The port of this name that its containers declare; that of gRPC if there is none."""
+    declared = (
+        port
+        for container in manifest.get("spec", {}).get("containers", ())
+        if container["name"] == names.ROLE_FRONTEND
+        for port in container.get("ports", ())
+    )
+    found = (int(port["containerPort"]) for port in declared if port.get("name") == names.ADMIN_PORT_NAME)
+    return next(found, names.GRPC_PORT)
 
 
 def _is_fetching(status: Mapping[str, Any]) -> bool:

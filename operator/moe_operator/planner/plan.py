@@ -104,6 +104,7 @@ def plan(deployment: Deployment, observed: Observed, now: datetime) -> Plan:
     in_use = {replica.revision for replica in current.replicas.values()}
     deletions = (
         *_deletions(deployment, observed, moves),
+        *(_deletion(policy) for policy in _surplus_policies(deployment, observed, shared)),
         *(_deletion(record) for record in revisions.outdated(deployment, observed, in_use)),
     )
     return Plan(
@@ -236,6 +237,16 @@ def _foreign(desired: Iterable[Manifest], observed: Observed, owner: Identity) -
 def _deletions(deployment: Deployment, observed: Observed, moves: Moves) -> tuple[Deletion, ...]:
     sets = (names.replica(deployment.name, replica.data_rank) for replica in moves.remove)
     return tuple(_deletion(observed.children[Key("StatefulSet", name)]) for name in sets)
+
+
+def _surplus_policies(
+    deployment: Deployment, observed: Observed, wanted: Iterable[Manifest]
+) -> Iterator[Manifest]:
+    """NetworkPolicies that the spec does not ask for any more."""
+    names_ = {key(manifest).name for manifest in wanted if manifest["kind"] == "NetworkPolicy"}
+    for name, manifest in owned(observed, "NetworkPolicy", deployment.identity).items():
+        if name not in names_ and "deletionTimestamp" not in manifest["metadata"]:
+            yield manifest
 
 
 def _deletion(manifest: Manifest) -> Deletion:

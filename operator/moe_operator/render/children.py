@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from moe_operator.render import frontend, worker
+from moe_operator.render import frontend, network, worker
 from moe_operator.render.gang_record import GangRecord, with_record
 from moe_operator.render.objects import Key, Manifest, child, key, sealed
 from moe_operator.resources import names
@@ -19,6 +19,7 @@ KINDS = {
     "Deployment": "apps/v1",
     "ControllerRevision": "apps/v1",
     "PodDisruptionBudget": "policy/v1",
+    "NetworkPolicy": "networking.k8s.io/v1",
 }
 """Kinds of children, each with its apiVersion."""
 
@@ -36,6 +37,7 @@ def shared(deployment: Deployment) -> list[Manifest]:
         worker.service(deployment),
         worker.disruption_budget(deployment),
         frontend.service(deployment),
+        *network.policies(deployment),
         frontend.deployment(deployment),
     ]
     return [sealed(manifest) for manifest in objects]

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from moe_operator.render import pods
+from moe_operator.render import access, pods
 from moe_operator.render.objects import Manifest, child
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Pin
-
-# It is Ready only while a worker is, so only "liveness" may restart it.
-_STARTUP_PROBE = pods.probe(names.LIVENESS_SERVICE, period=2, failures=30)
-_READINESS_PROBE = pods.probe("", period=2, failures=2)
-_LIVENESS_PROBE = pods.probe(names.LIVENESS_SERVICE, period=10, failures=3)
+from moe_operator.resources.spec import Frontend
 
 # Owns what the frontend publishes (moe_frontend.discovery.publishing).
 _POD_UID: Manifest = {
@@ -20,18 +16,6 @@ _POD_UID: Manifest = {
 
 # A variable, for images of earlier versions know no such flag; users turn HTTP off with an empty one.
 _HTTP = {"MOE_HTTP": f"0.0.0.0:{names.HTTP_PORT}"}
-_HTTP_PORT: Manifest = {
-    "name": names.HTTP_PORT_NAME,
-    "containerPort": names.HTTP_PORT,
-    "protocol": "TCP",
-}
-_HTTP_SERVICE_PORT: Manifest = {
-    "name": names.HTTP_PORT_NAME,
-    "port": names.HTTP_PORT,
-    "targetPort": names.HTTP_PORT_NAME,
-    "protocol": "TCP",
-    "appProtocol": "http",
-}
 
 _EXIT_SECONDS = 5
 """Of a pod's grace period, what the process keeps for itself after its last stream."""
@@ -70,7 +54,11 @@ _ROUTING = {
 def _options(deployment: Deployment) -> dict[str, str]:
     """Variables, for the same reason as _HTTP; none for what has its default."""
     routing = _ROUTING.get(deployment.spec.frontend.routing)
-    return {**({"MOE_ROUTING": routing} if routing else {}), **_output_cache(deployment)}
+    return {
+        **({"MOE_ROUTING": routing} if routing else {}),
+        **_output_cache(deployment),
+        **access.variables(deployment.spec.frontend),
+    }
 
 
 def _output_cache(deployment: Deployment) -> dict[str, str]:
@@ -78,6 +66,37 @@ def _output_cache(deployment: Deployment) -> dict[str, str]:
     if outputs.mode == "Off":
         return {}
     return {"MOE_OUTPUT_CACHE": str(outputs.memory_bytes), "MOE_OUTPUT_CACHE_TTL": str(outputs.ttl_seconds)}
+
+
+def _probes(port: int) -> Manifest:
+    """The frontend is Ready only while a worker is, so only "liveness" may restart it."""
+    return {
+        "startupProbe": pods.probe(names.LIVENESS_SERVICE, period=2, failures=30, port=port),
+        "readinessProbe": pods.probe("", period=2, failures=2, port=port),
+        "livenessProbe": pods.probe(names.LIVENESS_SERVICE, period=10, failures=3, port=port),
+    }
+
+
+def _http_port_name(settings: Frontend) -> str:
+    return names.GUARDED_HTTP_PORT_NAME if settings.guarded else names.HTTP_PORT_NAME
+
+
+def _http_port(settings: Frontend) -> Manifest:
+    return {"name": _http_port_name(settings), "containerPort": names.HTTP_PORT, "protocol": "TCP"}
+
+
+def _service_ports(settings: Frontend) -> list[Manifest]:
+    """The Service's ports. Gateways go by appProtocol, which says h2c of gRPC without TLS."""
+    http = {
+        "name": names.HTTP_PORT_NAME,
+        "port": names.HTTP_PORT,
+        "targetPort": _http_port_name(settings),
+        "protocol": "TCP",
+        "appProtocol": "http" if settings.tls is None else "https",
+    }
+    if settings.tls is None:
+        return [*pods.SERVICE_PORTS, http]
+    return [*({**port, "appProtocol": "https"} for port in pods.SERVICE_PORTS), http]
 
 
 def pod_spec(deployment: Deployment) -> Manifest:
@@ -91,14 +110,12 @@ def pod_spec(deployment: Deployment) -> Manifest:
             *pods.environment(deployment, names.ROLE_FRONTEND, settings, {**_HTTP, **_options(deployment)}),
             _POD_UID,
         ],
-        "ports": [*pods.PORTS, _HTTP_PORT],
+        "ports": [*pods.PORTS, _http_port(settings), *access.ports(settings)],
         "resources": settings.resources.manifest(),
-        "startupProbe": _STARTUP_PROBE,
-        "readinessProbe": _READINESS_PROBE,
-        "livenessProbe": _LIVENESS_PROBE,
+        **_probes(names.ADMIN_PORT if settings.guarded else names.GRPC_PORT),
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "securityContext": pods.CONTAINER_SECURITY,
-        "volumeMounts": [pods.TMP_MOUNT],
+        "volumeMounts": [pods.TMP_MOUNT, *access.mounts(settings)],
     }
     return {
         "serviceAccountName": names.frontend(deployment.name),
@@ -106,7 +123,7 @@ def pod_spec(deployment: Deployment) -> Manifest:
         "terminationGracePeriodSeconds": settings.termination_grace_period_seconds,
         "securityContext": pods.POD_SECURITY,
         "containers": [container],
-        "volumes": [pods.TMP_VOLUME],
+        "volumes": [pods.TMP_VOLUME, *access.volumes(settings)],
         **pods.placement(settings),
     }
 
@@ -145,7 +162,7 @@ def service(of: Deployment) -> Manifest:
     manifest["spec"] = {
         "type": settings.type,
         "selector": labels(of.name),
-        "ports": [*pods.SERVICE_PORTS, _HTTP_SERVICE_PORT],
+        "ports": _service_ports(of.spec.frontend),
     }
     if settings.load_balancer_class is not None:
         manifest["spec"]["loadBalancerClass"] = settings.load_balancer_class

@@ -37,13 +37,15 @@ SERVICE_PORTS: list[Manifest] = [
 ]
 
 
-def probe(service: str, *, period: int, failures: int, timeout: int = 5) -> Manifest:
+def probe(
+    service: str, *, period: int, failures: int, timeout: int = 5, port: int = names.GRPC_PORT
+) -> Manifest:
     """A gRPC health probe every `period` seconds that gives up after `failures` failures in a row.
 
     Five seconds for an answer: a worker that decodes on every core is slow to answer, not dead.
     """
     return {
-        "grpc": {"port": names.GRPC_PORT, "service": service},
+        "grpc": {"port": port, "service": service},
         "periodSeconds": period,
         "timeoutSeconds": timeout,
         "failureThreshold": failures,

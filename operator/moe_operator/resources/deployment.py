@@ -87,6 +87,8 @@ class Deployment:
     """When somebody asked for a restart last; empty where nobody did. Another text is another restart."""
     pinned: Mapping[str, Pin] = field(default_factory=dict)
     """Pod templates by role: those that were rendered before and still hold, or else today's."""
+    operator_namespace: str = ""
+    """Where the operator runs; empty if it does not know."""
 
     @property
     def name(self) -> str:

@@ -73,9 +73,14 @@ MESH_PORT_NAME: Final = "mesh"
 HTTP_PORT: Final = 8080
 HTTP_PORT_NAME: Final = "http"
 """OpenAI's API, of frontends."""
+GUARDED_HTTP_PORT_NAME: Final = "api"
+"""The same port of frontends with TLS or authentication: there is no /metrics, so none is scraped."""
+ADMIN_PORT: Final = 8001
+ADMIN_PORT_NAME: Final = "admin"
+"""For the operator and probes, of frontends with TLS or authentication."""
 METRICS_PORT: Final = 9464
 METRICS_PORT_NAME: Final = "metrics"
-"""Prometheus' text format, of workers."""
+"""Prometheus' text format, of workers, and of frontends with TLS or authentication."""
 LIVENESS_SERVICE: Final = "liveness"
 """grpc.health.v1 service that says that the process is alive; the service "" says that it is ready."""
 

@@ -32,6 +32,7 @@ Amount = Annotated[
 _REQUEST, _LIMIT = "quantity(string(self.requests[k]))", "quantity(string(self.limits[k]))"
 _DOMAIN_NAME = "^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
 LABEL_KEY = "^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+OBJECT_NAME = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
 _LABEL_VALUE = "^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
 _RESOURCE_NAME_RULE = (
     "self.all(k, k.size() <= 253 && (k in ['cpu', 'memory', 'ephemeral-storage'] || "
@@ -141,7 +142,7 @@ class KeySelector(Model):
         max_length=253,
         json_schema_extra=rules(
             (
-                "self.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*$')",
+                f"self.matches('{OBJECT_NAME}')",
                 "name is that of an object: lower-case letters, digits, - and .",
             )
         ),

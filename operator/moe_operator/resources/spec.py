@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from moe_operator.resources import names, quantity
 from moe_operator.resources.accelerator import AcceleratedPodSettings, halves, share_set
+from moe_operator.resources.access_spec import Auth, Tls
 from moe_operator.resources.base import Model, rules
 from moe_operator.resources.model_spec import IMAGE, ModelSource
 from moe_operator.resources.parallelism_spec import Parallelism
@@ -178,8 +179,8 @@ class Service(Model):
 
     type: Literal["ClusterIP", "NodePort", "LoadBalancer"] = Field(
         default="ClusterIP",
-        description="How the Service is reached. The ports speak plaintext and do not authenticate: NodePort "
-        "and LoadBalancer need a firewall. Default: ClusterIP.",
+        description="How the Service is reached. Without frontend.tls and frontend.auth the ports speak "
+        "plaintext and let everybody in: NodePort and LoadBalancer need a firewall. Default: ClusterIP.",
     )
     annotations: dict[str, str] = Field(
         default={},
@@ -234,7 +235,20 @@ class Frontend(PodSettings):
         json_schema_extra=rules(_GRACE_RULE),
     )
     service: Service = Field(default=Service(), description="The Service that clients call.")
+    tls: Tls | None = Field(
+        default=None, description="The certificate of the ports for clients. Default: none, so plaintext."
+    )
+    auth: Auth | None = Field(
+        default=None,
+        description="Which requests are let in; with apiKeysSecret and jwt, either of them suffices. "
+        "Default: none, so all.",
+    )
     pod_template: FrontendTemplate | None = Field(default=None, description=_template_text("frontend"))
+
+    @property
+    def guarded(self) -> bool:
+        """Whether clients cannot simply connect, so that the operator and probes need a port of their own."""
+        return self.tls is not None or self.auth is not None
 
 
 class OutputCache(Model):
@@ -273,6 +287,17 @@ class Cache(Model):
     """What is kept so that it need not be computed again."""
 
     outputs: OutputCache = Field(default=OutputCache(), description="Whole answers, in the frontends.")
+
+
+class NetworkPolicies(Model):
+    """NetworkPolicies of the pods; they need a network plugin that enforces them."""
+
+    mode: Literal["Off", "Restricted"] = Field(
+        default="Off",
+        description="Restricted: workers accept connections of the frontends, of the operator and, in "
+        "replicas of several workers, of the deployment's other workers; frontends accept clients on the "
+        "ports of the API. Metrics stay readable. Off: there are no policies. Default: Off.",
+    )
 
 
 class Telemetry(Model):
@@ -395,6 +420,10 @@ class Spec(Model):
     )
     cache: Cache = Field(default=Cache(), description="What is kept so that it need not be computed again.")
     telemetry: Telemetry = Field(default=Telemetry(), description="Where traces and metrics are sent.")
+    network_policy: NetworkPolicies = Field(
+        default=NetworkPolicies(),
+        description="NetworkPolicies of the pods; they need a network plugin that enforces them.",
+    )
     rollout: Rollout = Field(
         default=Rollout(), description="How a new revision of the workers replaces an old one."
     )

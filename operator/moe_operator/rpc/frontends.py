@@ -33,7 +33,7 @@ def routed(
     def routes(pod: Pod) -> Routes | None:
         if pod.uid in published:
             return published[pod.uid]
-        return _routes(pod.address, everything, timeout_seconds)
+        return _routes(pod.admin_address, everything, timeout_seconds)
 
     reachable = (pod for pod in frontends if pod.address and not pod.terminating)
     known = [found or frozenset() for pod, found in ask(routes, reachable) if pod.ready or found is not None]

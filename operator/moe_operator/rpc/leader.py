@@ -71,6 +71,8 @@ def drain(address: str, timeout_seconds: float) -> bool:
 
 
 def target(address: str) -> str:
-    """The gRPC target of a worker or a frontend at an IP address."""
+    """The gRPC target of a worker or a frontend at an IP address; one with a port stays as it is."""
+    if address.startswith("[") or address.count(":") == 1:
+        return address
     host = f"[{address}]" if ipaddress.ip_address(address).version == 6 else address
     return f"{host}:{names.GRPC_PORT}"

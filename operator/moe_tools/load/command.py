@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from moe_client import calling, errors
+from moe_client.endpoint import Endpoint
 from moe_client.errors import CommandError
 
 
@@ -56,7 +57,7 @@ from moe_client.errors import CommandError
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as a JSON document.")
 @click.argument("trace", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def load(
-    endpoint: str, model: str, timeout: float | None, trace: Path, *, as_json: bool, **choices: Any
+    endpoint: Endpoint, model: str, timeout: float | None, trace: Path, *, as_json: bool, **choices: Any
 ) -> None:
     """Sends the requests of TRACE to a deployment at their times and reports the latencies.
 

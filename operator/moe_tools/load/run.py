@@ -21,6 +21,7 @@ from moe_api.inference.v1 import inference_pb2 as pb
 from moe_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from moe_api.supervision import Supervisor
 from moe_client import calling
+from moe_client.endpoint import Endpoint
 from moe_tools.load.trace import RequestTrace
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class Requests:
     timeout_s: float | None
     vocabulary: int = 0
     context: int = 0
+    metadata: tuple[tuple[str, str], ...] = ()
 
     def message(self, number: int, arrivals: Arrivals) -> pb.GenerateRequest:
         """The request of this number."""
@@ -131,7 +133,7 @@ class Tally:
 
 
 async def play(
-    endpoint: str, due: Arrivals, requests: Requests, show: Callable[[Tally], None]
+    endpoint: Endpoint, due: Arrivals, requests: Requests, show: Callable[[Tally], None]
 ) -> tuple[list[Outcome], bool]:
     """Sends every request at its time; returns the outcomes, and whether Ctrl-C ended the run early.
 
@@ -142,6 +144,7 @@ async def play(
     tally, tasks, supervisor = Tally(), set[asyncio.Task[None]](), Supervisor()
     async with contextlib.AsyncExitStack() as stack:
         stubs = [await _stub(stack, endpoint, number) for number in range(_CONNECTIONS)]
+        requests = replace(requests, metadata=endpoint.metadata)
         requests = await _with_model(requests, stubs[0], endpoint)
         with _interrupt() as interrupted:
             shown = supervisor.start("progress", lambda: _show(tally, show))
@@ -160,19 +163,23 @@ async def play(
     return outcomes, interrupted.is_set()
 
 
-async def _stub(stack: contextlib.AsyncExitStack, endpoint: str, number: int) -> InferenceServiceAsyncStub:
+async def _stub(
+    stack: contextlib.AsyncExitStack, endpoint: Endpoint, number: int
+) -> InferenceServiceAsyncStub:
     # Channels with the same options would share one connection.
     options = (*transport.CLIENT_OPTIONS, ("moe.connection", number))
-    channel = await stack.enter_async_context(grpc.aio.insecure_channel(endpoint, options=options))
+    channel = await stack.enter_async_context(endpoint.aio_channel(options))
     return InferenceServiceStub(channel)
 
 
-async def _with_model(requests: Requests, stub: InferenceServiceAsyncStub, endpoint: str) -> Requests:
+async def _with_model(requests: Requests, stub: InferenceServiceAsyncStub, endpoint: Endpoint) -> Requests:
     """Adds the vocabulary and context length of the model, to generate random tokens."""
     if requests.prompt is not None:
         return requests
     try:
-        model = await stub.GetModel(pb.GetModelRequest(model=requests.model), timeout=20)
+        model = await stub.GetModel(
+            pb.GetModelRequest(model=requests.model), timeout=20, metadata=endpoint.metadata
+        )
     except grpc.aio.AioRpcError as error:
         raise calling.explain(error, endpoint) from error
     return replace(requests, vocabulary=model.vocabulary_size, context=model.context_length)
@@ -192,7 +199,9 @@ async def _send(
     tally.sent += 1
     first, tokens, code = None, 0, "OK"
     try:
-        async for part in stub.Generate(requests.message(number, due), timeout=requests.timeout_s):
+        async for part in stub.Generate(
+            requests.message(number, due), timeout=requests.timeout_s, metadata=requests.metadata
+        ):
             if first is None and (part.tokens or part.text):
                 first = time.monotonic() - at
             tokens += len(part.tokens)

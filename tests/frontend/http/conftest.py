@@ -1,4 +1,5 @@
 import contextlib
+import ssl
 
 import httpx2
 import openai
@@ -18,15 +19,24 @@ class Http:
     def __init__(self, bench, reader):
         self.bench = bench
         self.reader = InMemoryMetricReader()
-        api = Api(bench.forwarder, bench.tracer, lambda: bench.frontend.ready, reader)
+        edge = bench.edge
+        api = Api(
+            bench.forwarder,
+            bench.tracer,
+            lambda: bench.frontend.ready,
+            reader,
+            authenticator=edge.authenticator,
+        )
         self.gate = api.gated(MeterProvider([self.reader]).get_meter("test"))
         self.supervisor = Supervisor()
-        self.server = HttpServer(self.gate, self.supervisor)
+        self.server = HttpServer(self.gate, self.supervisor, tls=edge.tls and edge.tls.http)
 
     async def start(self):
         self.port = await self.server.start("127.0.0.1:0")
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.client = httpx2.AsyncClient(base_url=self.url, timeout=30)
+        authority = self.bench.authority
+        self.url = f"{'https' if authority else 'http'}://127.0.0.1:{self.port}"
+        trusted = ssl.create_default_context(cadata=authority.certificate.decode()) if authority else True
+        self.client = httpx2.AsyncClient(base_url=self.url, timeout=30, verify=trusted)
         self.openai = openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0)
 
     async def complete(self, prompt, **fields):

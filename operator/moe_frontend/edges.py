@@ -1,0 +1,110 @@
+"""What guards the ports of a frontend: TLS, and who is let in. Made from the command line."""
+
+import ssl
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import grpc
+
+from moe_api import tls
+from moe_api.mounted import Mounted, MountedError
+from moe_api.supervision import Supervisor
+from moe_frontend.identity import keys
+from moe_frontend.identity.credentials import NOBODY_ASKED, Authenticator
+from moe_operator.errors import InstallationError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Guards:
+    """What the command line says about it.
+
+    tls: folder with tls.crt and tls.key; None: plaintext.
+    api_keys: folder with an entry for each tenant (identity.keys); None: there are no keys.
+    jwks: URL of a key set, or folder with jwks.json; None: tokens are not accepted.
+    jwt_issuer, jwt_audience: that tokens must name.
+    jwt_tenant_claim: the claim of a token that names the tenant.
+    """
+
+    tls: Path | None = None
+    api_keys: Path | None = None
+    jwks: str | None = None
+    jwt_issuer: str = ""
+    jwt_audience: str = ""
+    jwt_tenant_claim: str = "sub"
+
+
+def _authenticator(guards: Guards, supervisor: Supervisor) -> Authenticator:
+    """Knows the callers; follows the keys as they change. Raises InstallationError."""
+    known = None
+    if guards.api_keys is not None:
+        known = _mounted(guards.api_keys, keys.parse, supervisor)
+    tokens = None
+    if guards.jwks is not None:
+        # A fifth of a second, which frontends that verify no tokens need not wait.
+        from moe_frontend.identity import provider  # noqa: PLC0415
+        from moe_frontend.identity.tokens import TokenVerifier, Trust  # noqa: PLC0415
+
+        source: provider.Source
+        if guards.jwks.startswith(("https:", "http:")):
+            source = fetched = provider.UrlSource(guards.jwks)
+            supervisor.start("jwks", fetched.run)
+        else:
+            published = _mounted(Path(guards.jwks), provider.parse_file, supervisor)
+            source = provider.FileSource(lambda: published.value)
+        tokens = TokenVerifier(Trust(guards.jwt_issuer, guards.jwt_audience, guards.jwt_tenant_claim), source)
+    if known is None and tokens is None:
+        return NOBODY_ASKED
+    return Authenticator(None if known is None else lambda: known.value, tokens)
+
+
+@dataclass(frozen=True)
+class Tls:
+    """TLS of both client ports."""
+
+    grpc: grpc.ServerCredentials
+    http: ssl.SSLContext
+
+
+@dataclass(frozen=True)
+class Edge:
+    """What guards the client ports; tls: None: plaintext."""
+
+    authenticator: Authenticator
+    tls: Tls | None
+
+
+def edge_of(guards: Guards, supervisor: Supervisor) -> Edge:
+    """The guards of a running frontend.
+
+    Raises:
+        InstallationError: a folder is not valid.
+    """
+    return Edge(_authenticator(guards, supervisor), _tls(guards, supervisor))
+
+
+def _tls(guards: Guards, supervisor: Supervisor) -> Tls | None:
+    """The server side of TLS, which takes renewed certificates; None: plaintext. Raises InstallationError."""
+    if guards.tls is None:
+        return None
+    context: list[ssl.SSLContext] = []
+    pair = _mounted(guards.tls, tls.parse, supervisor, lambda renewed: tls.load(context[0], renewed))
+    context.append(tls.server_context(pair.value))
+    return Tls(tls.server_credentials(lambda: pair.value), context[0])
+
+
+def _mounted(
+    folder: Path,
+    parse: Callable[[Mapping[str, bytes]], T],
+    supervisor: Supervisor,
+    changed: Callable[[T], None] | None = None,
+) -> Mounted[T]:
+    try:
+        mounted = Mounted(folder, parse, changed)
+    except MountedError as error:
+        raise InstallationError(str(error)) from error
+    supervisor.start("mounted", mounted.watch, str(folder))
+    return mounted
