@@ -5,6 +5,8 @@ import logging
 import os
 import queue
 import socket
+from concurrent.futures import Future
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -16,9 +18,12 @@ from moe_worker import framing
 from moe_worker.engine.requests import Delta, FinishReason, Load, Request
 from moe_worker.engine.statistics import ExpertStatistics, Statistics
 from moe_worker.errors import EngineDiedError, QueueFullError
+from moe_worker.sampling.guides import Guide, _Unguided
+from moe_worker.sampling.output_format import OutputFormat
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.service import answers, engine_process, wire
 from moe_worker.service.engine_client import EngineClient
+from moe_worker.service.preparing import Preparing
 from moe_worker.service.servicers import _failure
 from moe_worker.service.streams import Stream, Timeline
 
@@ -185,10 +190,16 @@ class Core:
     def __init__(self):
         self.taken = []
 
-    def submit(self, taken):
+    def open_guide(self, asked):
+        return None if asked.output_format is None else Guide(Future(), _Unguided(b""))
+
+    def submit(self, taken, guide=None):
         if self.taken:
             raise QueueFullError("the queue is full", 1.0)
         self.taken.append(taken.id)
+
+    def cancel(self, number):
+        pass
 
 
 class Sent(list):
@@ -199,9 +210,32 @@ def test_a_request_that_cannot_be_taken_does_not_end_the_engine():
     core, inbox, sent = Core(), queue.SimpleQueue(), Sent()
     for number in (1, 2):
         inbox.put(wire.Submit(request(number)))
-    assert engine_process._take_commands(core, inbox, sent, None) == 2
+    assert engine_process._take_commands(core, inbox, sent, None, Preparing(inbox.put)) == 2
     assert core.taken == [1]
     assert sent == [wire.Refused(2, "the queue is full", retryable=True)]
+
+
+@pytest.mark.parametrize("outcome", ["compiled", "broken", "cancelled"])
+def test_requests_do_not_wait_for_the_output_format_of_another(outcome):
+    guides, inbox, sent = {}, queue.SimpleQueue(), Sent()
+    core, preparing = Core(), Preparing(inbox.put)
+    core.open_guide = lambda asked: guides.setdefault(asked.id, Core.open_guide(core, asked))
+    core.submit = lambda taken, guide: core.taken.append((taken.id, guide))
+    slow = replace(request(1), output_format=OutputFormat("json_object"))
+    for message in (wire.Submit(slow), wire.Submit(request(2))):
+        inbox.put(message)
+    assert engine_process._take_commands(core, inbox, sent, None, preparing) == 1
+    assert core.taken == [(2, None)]
+    if outcome == "cancelled":
+        inbox.put(wire.Cancel(1))
+    elif outcome == "broken":
+        guides[1].matcher.set_exception(ValueError("secret"))
+    else:
+        guides[1].matcher.set_result("a matcher")
+    counted = engine_process._take_commands(core, inbox, sent, None, preparing)
+    assert counted == 1, "the edge counts it as not taken until then"
+    assert core.taken[1:] == ([(1, guides[1])] if outcome == "compiled" else [])
+    assert [(it.id, it.retryable) for it in sent] == ([(1, False)] if outcome == "broken" else [])
 
 
 def test_a_failure_about_a_name_that_is_no_text_reaches_the_edge():

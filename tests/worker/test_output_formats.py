@@ -2,10 +2,12 @@
 
 import json
 import re
+import threading
 
 import grpc
 import jsonschema
 import pytest
+import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +17,8 @@ from moe_worker.config.engine import EngineOptions
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.requests import FinishReason, Request
 from moe_worker.errors import RequestError
+from moe_worker.sampling import guides
+from moe_worker.sampling.grammar import grammar_of
 from moe_worker.sampling.output_format import OutputFormat
 from moe_worker.sampling.parameters import SamplingParameters
 from tests.worker.serving import Worker
@@ -76,6 +80,25 @@ def test_a_stream_that_is_taken_up_keeps_its_format(engine):
     for cut in range(1, len(whole[2]) - 1, 1 + len(whole[2]) // 5):
         [rest, *_] = texts(engine, SCHEMA, count=1, written=tuple(whole[2][:cut]))
         assert whole[2] == [*whole[2][:cut], *rest[2]]
+
+
+def test_masks_do_not_wait_for_a_format_that_is_being_compiled(engine, monkeypatch):
+    found, goes_on = engine._loaded, threading.Event()
+    masks = guides.Guides(found.tokenizer, found.config.vocab_size, found.config.eos_token_ids, threads=1)
+    ready = masks.open(SCHEMA, ())
+    ready.matcher.result()
+
+    def slow(output_format):
+        assert goes_on.wait(30)
+        return grammar_of(output_format)
+
+    monkeypatch.setattr(guides, "grammar_of", slow)
+    compiling = masks.open(EXPRESSION, ())
+    allowed = masks.begin([(0, ready)], torch.device("cpu"))()
+    assert allowed is not None
+    assert not compiling.matcher.done()
+    goes_on.set()
+    compiling.matcher.result(30)
 
 
 def test_the_format_begins_after_a_text(engine):

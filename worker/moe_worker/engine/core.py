@@ -21,6 +21,7 @@ from moe_worker.engine.statistics import Event, ExpertStatistics, Statistics, Ta
 from moe_worker.errors import DeviceMemoryError
 from moe_worker.mesh.control import MeshError
 from moe_worker.mesh.runner import MeshRunner
+from moe_worker.sampling.guides import Guide
 from moe_worker.sampling.logprobs import TokenLogprobs
 from moe_worker.sampling.text import TextStream
 from moe_worker.scheduler.core import Scheduler
@@ -102,8 +103,15 @@ class EngineCore:
         """Events of requests since the last call."""
         return self._tally.take_events()
 
-    def submit(self, request: Request) -> None:
-        """Adds a checked request. Raises QueueFullError."""
+    def open_guide(self, request: Request) -> Guide | None:
+        """The guide of a request's output format, which is compiled in the background; None without one."""
+        return self._launcher.guides.open(request)
+
+    def submit(self, request: Request, guide: Guide | None = None) -> None:
+        """Adds a checked request. Raises QueueFullError.
+
+        guide: of `open_guide`; steps wait until it is ready.
+        """
         room, shard = self._loaded.context - len(request.prompt), self._idlest_shard()
         arrival = Arrival(
             id=request.id,
@@ -120,7 +128,7 @@ class EngineCore:
         ends = request.sampling.end_tokens(self._loaded.config.eos_token_ids)
         active = ActiveRequest(request, TextStream(request.sampling.stop), ends, shard)
         active.resume(self._loaded.tokenizer.token_bytes)
-        active.guide = self._launcher.guides.open(request)
+        active.guide = guide or self.open_guide(request)
         self._active[request.id] = active
 
     def _idlest_shard(self) -> int:

@@ -97,7 +97,9 @@ class Guide:
 
 
 class Guides:
-    """Compiles formats and computes masks, in a thread of its own (llguidance releases the GIL).
+    """Compiles formats in one thread and computes masks in another (llguidance releases the GIL).
+
+    Compiling takes up to seconds for a hostile format, and masks of other texts do not wait for it.
 
     Args:
         vocabulary: of the model.
@@ -113,12 +115,15 @@ class Guides:
         self._threads = threads
 
     def open(self, output_format: OutputFormat, written: Sequence[int]) -> Guide:
-        """The guide of a text, which begins with the tokens `written`; compiles in the background."""
+        """The guide of a text, which begins with the tokens `written`; compiles in the background.
+
+        `Guide.matcher` is done then. A step that samples this text waits for it. For any thread.
+        """
         unguided = _Unguided(output_format.after.encode())
         guided = deque(written)
         while guided and unguided.waits:
             unguided.take(self._vocabulary.token_bytes(guided.popleft()))
-        return Guide(self._background.submit(self._compile, output_format, list(guided)), unguided)
+        return Guide(self._compiling.submit(self._compile, output_format, list(guided)), unguided)
 
     def begin(
         self, guided: Sequence[tuple[int, Guide]], device: torch.device
@@ -126,7 +131,7 @@ class Guides:
         """Starts to compute the masks of some rows; the result waits for them. None: there are no rows."""
         if not guided:
             return lambda: None
-        return self._background.submit(self._masks, guided, device).result
+        return self._masking.submit(self._masks, guided, device).result
 
     def _masks(self, guided: Sequence[tuple[int, Guide]], device: torch.device) -> Allowed:
         words = -(-self._vocab_size // _WORD_BITS)
@@ -154,8 +159,12 @@ class Guides:
         return matcher
 
     @cached_property
-    def _background(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(1, "guides")
+    def _compiling(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, "formats")
+
+    @cached_property
+    def _masking(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, "masks")
 
     @cached_property
     def _executor(self) -> "LLExecutor":

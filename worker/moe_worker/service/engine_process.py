@@ -21,10 +21,12 @@ from moe_worker.engine.core import EngineCore
 from moe_worker.engine.following import follow
 from moe_worker.engine.loading import load
 from moe_worker.engine.mesh_report import MeshReporter
-from moe_worker.engine.requests import Load
+from moe_worker.engine.requests import Load, Request
 from moe_worker.errors import WorkerError
 from moe_worker.framing import LENGTH_BYTES
 from moe_worker.models.tokenizer import Tokenizer
+from moe_worker.sampling.guides import Guide
+from moe_worker.service.preparing import Prepared, Preparing
 from moe_worker.service.wire import (
     AskExperts,
     Cancel,
@@ -117,7 +119,7 @@ def _ending_the_process(what: str) -> Iterator[None]:
 
 def _serve(connection: socket.socket, sender: _Sender) -> None:
     # The edge bounds its length: most_requests requests that were not received yet, and a Cancel for each.
-    inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[Message | Prepared] = queue.SimpleQueue()
     farewells: list[Callable[[], None]] = []
     threading.Thread(target=_receive, args=(connection, inbox, farewells), daemon=True).start()
     start = inbox.get()
@@ -135,9 +137,10 @@ def _serve(connection: socket.socket, sender: _Sender) -> None:
         mesh = MeshReporter(Path(start.model), loaded.config, start.options)
     report = None if mesh is None else mesh.report
     sender.send(Loaded(loaded.format, core.load, core.most_requests, report))
+    preparing = Preparing(inbox.put)
     submitted = 0
     while True:
-        submitted += _take_commands(core, inbox, sender, mesh)
+        submitted += _take_commands(core, inbox, sender, mesh, preparing)
         begin = time.monotonic_ns()
         deltas = tuple(core.step())
         end, events = time.monotonic_ns(), core.take_events()
@@ -145,19 +148,28 @@ def _serve(connection: socket.socket, sender: _Sender) -> None:
 
 
 def _take_commands(
-    core: EngineCore, inbox: "queue.SimpleQueue[Message]", sender: _Sender, mesh: MeshReporter | None
+    core: EngineCore,
+    inbox: "queue.SimpleQueue[Message | Prepared]",
+    sender: _Sender,
+    mesh: MeshReporter | None,
+    preparing: Preparing,
 ) -> int:
     """Handles the messages of the edge; waits for one if there is nothing to compute."""
     submitted = 0
     for message in _pending(inbox, wait=core.idle):
         if isinstance(message, Submit):
+            guide = core.open_guide(message.request)
+            if guide is None:
+                submitted += 1
+                _submit(core, message.request, None, sender)
+            else:
+                preparing.start(message.request, guide)
+        elif isinstance(message, Prepared):
             submitted += 1
-            try:
-                core.submit(message.request)
-            except WorkerError as error:  # of this request alone
-                log.warning("request %d is refused: %s", message.request.id, error)
-                sender.send(Refused(message.request.id, str(error), error.retryable))
+            if preparing.take(message):
+                _submit_prepared(core, message, sender)
         elif isinstance(message, Cancel):
+            preparing.cancel(message.id)
             core.cancel(message.id)
         elif isinstance(message, AskExperts):
             experts = core.expert_statistics
@@ -165,7 +177,25 @@ def _take_commands(
     return submitted
 
 
-def _pending(inbox: "queue.SimpleQueue[Message]", wait: bool) -> Iterator[Message]:
+def _submit_prepared(core: EngineCore, prepared: Prepared, sender: _Sender) -> None:
+    request, error = prepared.request, prepared.guide.matcher.exception()
+    if error is None:
+        _submit(core, request, prepared.guide, sender)
+        return
+    log.warning("request %d is refused: its output format cannot be compiled", request.id, exc_info=error)
+    sentence = f"output_format cannot be compiled: {type(error).__name__}; simplify it"
+    sender.send(Refused(request.id, sentence, retryable=False))
+
+
+def _submit(core: EngineCore, request: Request, guide: Guide | None, sender: _Sender) -> None:
+    try:
+        core.submit(request, guide)
+    except WorkerError as error:  # of this request alone
+        log.warning("request %d is refused: %s", request.id, error)
+        sender.send(Refused(request.id, str(error), error.retryable))
+
+
+def _pending(inbox: "queue.SimpleQueue[Message | Prepared]", wait: bool) -> Iterator[Message | Prepared]:
     if wait:
         yield inbox.get()
     while True:
@@ -176,7 +206,9 @@ def _pending(inbox: "queue.SimpleQueue[Message]", wait: bool) -> Iterator[Messag
 
 
 def _receive(
-    connection: socket.socket, inbox: "queue.SimpleQueue[Message]", farewells: Sequence[Callable[[], None]]
+    connection: socket.socket,
+    inbox: "queue.SimpleQueue[Message | Prepared]",
+    farewells: Sequence[Callable[[], None]],
 ) -> None:
     """Reads frames until the edge has ended; then ends the process, whatever the main thread does.
 
