@@ -12,6 +12,7 @@ from moe_api import tls
 from moe_api.mounted import Mounted, MountedError
 from moe_api.supervision import Supervisor
 from moe_frontend.identity import keys
+from moe_frontend.identity.audit import NO_LOG, AuditLog
 from moe_frontend.identity.credentials import NOBODY_ASKED, Authenticator
 from moe_operator.errors import InstallationError
 
@@ -27,6 +28,7 @@ class Guards:
     jwks: URL of a key set, or folder with jwks.json; None: tokens are not accepted.
     jwt_issuer, jwt_audience: that tokens must name.
     jwt_tenant_claim: the claim of a token that names the tenant.
+    audit_log: whether requests are logged to standard output (identity.audit).
     """
 
     tls: Path | None = None
@@ -35,6 +37,7 @@ class Guards:
     jwt_issuer: str = ""
     jwt_audience: str = ""
     jwt_tenant_claim: str = "sub"
+    audit_log: bool = False
 
 
 def _authenticator(guards: Guards, supervisor: Supervisor) -> Authenticator:
@@ -71,10 +74,11 @@ class Tls:
 
 @dataclass(frozen=True)
 class Edge:
-    """What guards the client ports; tls: None: plaintext."""
+    """What guards the client ports; tls: None: plaintext. log: of their requests."""
 
     authenticator: Authenticator
     tls: Tls | None
+    log: AuditLog
 
 
 def edge_of(guards: Guards, supervisor: Supervisor) -> Edge:
@@ -83,7 +87,13 @@ def edge_of(guards: Guards, supervisor: Supervisor) -> Edge:
     Raises:
         InstallationError: a folder is not valid.
     """
-    return Edge(_authenticator(guards, supervisor), _tls(guards, supervisor))
+    log = AuditLog(_print) if guards.audit_log else NO_LOG
+    return Edge(_authenticator(guards, supervisor), _tls(guards, supervisor), log)
+
+
+def _print(line: str) -> None:
+    """Standard output is for the audit log alone; everything else is logged to standard error."""
+    print(line, flush=True)
 
 
 def _tls(guards: Guards, supervisor: Supervisor) -> Tls | None:

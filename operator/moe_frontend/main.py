@@ -159,6 +159,15 @@ from moe_operator.errors import MoEOperatorError
     help="The claim of tokens that names the tenant.",
 )
 @click.option(
+    "--audit-log/--no-audit-log",
+    default=False,
+    envvar="MOE_AUDIT_LOG",
+    show_default=True,
+    show_envvar=True,
+    help="Prints a line of JSON to standard output for each request: time, tenant, caller, method, status, "
+    "tokens and duration, never a prompt or an answer.",
+)
+@click.option(
     "--admin",
     type=Addresses(),
     envvar="MOE_ADMIN",

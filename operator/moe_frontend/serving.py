@@ -83,7 +83,7 @@ async def serve(options: Options) -> None:
     outputs = _outputs(options, supervisor)
     forwarder, hold = _forwarder(options, replicas, outputs)
     edge = edges.edge_of(options.guards, supervisor)
-    frontend = Frontend(forwarder, hold, supervisor, edge.authenticator)
+    frontend = Frontend(forwarder, hold, supervisor, edge.authenticator, edge.log)
     await frontend.set_ready(ready=False)
     with _stop_signal() as stop, listening.serving_metrics(options.metrics_port, supervisor):
         sums = functools.partial(_sums, forwarder, outputs)
@@ -139,7 +139,7 @@ async def _listen_http(
         authenticator=edge.authenticator,
         measured=not options.metrics_port,
     )
-    gate = api.gated(metrics.get_meter(_SCOPE))
+    gate = api.gated(metrics.get_meter(_SCOPE), edge.log)
     tls = None if edge.tls is None else edge.tls.http
     server = HttpServer(gate, supervisor, api.close, tls)
     await listening.listen_http(server, options.http[0])

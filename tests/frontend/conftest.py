@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
 from moe_api.supervision import Supervisor
 from moe_frontend import edges
 from moe_frontend.discovery.endpoints import Endpoint
+from moe_frontend.identity.audit import AuditLog
 from moe_frontend.outputs.cache import OutputCache
 from moe_frontend.outputs.store import Store
 from moe_frontend.transport import failures, metadata
@@ -50,6 +52,8 @@ class Bench:
         self.supervisor = Supervisor()
         self.edge = edges.edge_of(guards or edges.Guards(), self.supervisor)
         self.authority = authority
+        self.audited = []
+        self.log = AuditLog(lambda line: self.audited.append(json.loads(line)))
         self.store = Store(output_cache, 3600.0)
         self.outputs = None
         if output_cache:
@@ -63,7 +67,9 @@ class Bench:
         self.forwarder = Forwarder(
             self.replicas, self.tracer, self.hold, patience_s, keys, write_timeout_s, self.outputs
         )
-        self.frontend = Frontend(self.forwarder, self.hold, authenticator=self.edge.authenticator)
+        self.frontend = Frontend(
+            self.forwarder, self.hold, authenticator=self.edge.authenticator, log=self.log
+        )
         self.workers = []
         self.processes = {}
         self.extra = frozenset()
@@ -161,12 +167,13 @@ async def command():
     """`await command(*args)` starts `moe-frontend`: (process, address). `command.http` is of HTTP."""
     processes = []
 
-    async def start(*args, env=None):
+    async def start(*args, env=None, stdout=False):
         process = await asyncio.create_subprocess_exec(
             MOE_FRONTEND,
             "--listen",
             "127.0.0.1:0",
             *args,
+            stdout=subprocess.PIPE if stdout else None,
             stderr=subprocess.PIPE,
             env={**os.environ, **(env or {})},
         )

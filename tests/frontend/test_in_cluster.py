@@ -1,6 +1,8 @@
 """The frontend as the operator runs it: a pod that knows its workers from the API server alone."""
 
 import asyncio
+import base64
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -14,17 +16,18 @@ from moe_operator.render import frontend
 from moe_operator.resources import names
 from moe_operator.resources.deployment import parse
 from tests.localcluster.objects import apply, wait_ready
+from tests.pki import Authority
 
 ROOT = Path(__file__).parents[2]
 FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
 DEPLOYMENT = "demo"
 
 
-def frontend_objects(namespace):
+def frontend_objects(namespace, **settings):
     """What the operator renders, without the owner, which is not there to own it."""
     body = {
         "metadata": {"name": DEPLOYMENT, "namespace": namespace, "uid": "0", "generation": 1},
-        "spec": {"model": {"uri": "file:///mnt/models/none"}},
+        "spec": {"model": {"uri": "file:///mnt/models/none"}, "frontend": settings},
     }
     parts = (frontend.account, frontend.role, frontend.role_binding, frontend.service, frontend.deployment)
     for part in parts:
@@ -95,6 +98,42 @@ async def stub(cluster, namespace):
     with Forward(cluster.directory, namespace, names.frontend(DEPLOYMENT), 8000) as forward:
         async with grpc.aio.insecure_channel(forward.address) as channel:
             yield inference_pb2_grpc.InferenceServiceStub(channel)
+
+
+def secret(name, files):
+    data = {key: base64.b64encode(content).decode() for key, content in files.items()}
+    return {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "data": data}
+
+
+async def test_a_guarded_frontend_is_ready_and_serves_callers_with_a_key(cluster, namespace):
+    """The kubelet probes a port of its own, and mounts the Secrets as the frontend reads them."""
+    authority = Authority()
+    digest = hashlib.sha256(b"alpha").hexdigest()
+    cluster.kubectl("apply", "-f", str(ROOT / "crds"))
+    settings = {"tls": {"secretName": "front-tls"}, "auth": {"apiKeysSecret": "front-keys"}}
+    apply(
+        cluster,
+        namespace,
+        secret("front-tls", authority.pair()),
+        secret("front-keys", {"team-a": f"sha256:{digest}".encode()}),
+        *frontend_objects(namespace, **settings),
+        worker_service(),
+        replica(0),
+    )
+    selector = ",".join(f"{k}={v}" for k, v in frontend.labels(DEPLOYMENT).items())
+    wait_ready(cluster, namespace, "w-0-0")
+    cluster.kubectl("wait", "-n", namespace, "--for=condition=Ready", "pod", "-l", selector, "--timeout=60s")
+    credentials = grpc.ssl_channel_credentials(authority.certificate)
+    with Forward(cluster.directory, namespace, names.frontend(DEPLOYMENT), 8000) as forward:
+        async with grpc.aio.secure_channel(forward.address, credentials) as channel:
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            assert (await one_answer(stub)).startswith("UNAUTHENTICATED: credentials are missing")
+            call = stub.Generate(
+                inference_pb2.GenerateRequest(prompt="count 1"),
+                metadata=(("authorization", "Bearer alpha"),),
+                timeout=20,
+            )
+            assert (await call.read()).text.startswith("w-0-0:")
 
 
 async def test_pods_come_and_go_and_requests_follow(cluster, namespace, stub):

@@ -60,6 +60,11 @@ def test_secrets_are_mounted_where_the_frontend_reads_them():
     assert {name for name in given if name.startswith("MOE_")} <= known
 
 
+def test_the_audit_log_is_turned_on_by_the_spec():
+    assert environment(auditLog="Requests")["MOE_AUDIT_LOG"] == "1"
+    assert "MOE_AUDIT_LOG" not in environment(auditLog="Off")
+
+
 def test_a_url_of_keys_is_not_mounted():
     jwt = {**JWT, "jwksUri": "https://idp.example/jwks"}
     spec = frontend.pod_spec(deployment(frontend={"auth": {"jwt": jwt}}))

@@ -27,6 +27,7 @@ from moe_frontend.http.errors import SERVER_ERROR, ApiError, of_status
 from moe_frontend.http.exchange import Exchange, new_exchange
 from moe_frontend.http.gate import Gate, answer, answer_error
 from moe_frontend.http.schemas import ChatRequest, CompletionRequest
+from moe_frontend.identity.audit import NO_LOG, AuditLog
 from moe_frontend.identity.credentials import NOBODY_ASKED, Authenticator
 from moe_frontend.transport.forwarding import Forwarder
 
@@ -70,8 +71,8 @@ class Api:
         self._renderer = renderer or Renderer()
         self._began = int(time.time())
 
-    def gated(self, meter: metrics.Meter) -> Gate:
-        """The application that a server runs; `meter` makes its instruments."""
+    def gated(self, meter: metrics.Meter, log: AuditLog = NO_LOG) -> Gate:
+        """The application that a server runs; `meter` makes its instruments, `log` gets its requests."""
         routes = [
             self._route("/v1/completions", self._complete, "POST"),
             self._route("/v1/chat/completions", self._chat, "POST"),
@@ -83,7 +84,7 @@ class Api:
         ]
         app = Starlette(routes=routes, exception_handlers={HTTPException: _refused, Exception: _failed})
         app.router.redirect_slashes = False
-        return Gate(app, self._tracer, meter, self._open, self._authenticator)
+        return Gate(app, self._tracer, meter, self._open, self._authenticator, log)
 
     def _route(self, path: str, handler: _Handler, method: str) -> Route:
         return Route(path, _Endpoint(path, handler), methods=[method])

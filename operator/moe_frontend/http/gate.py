@@ -15,6 +15,7 @@ from moe_frontend.http import answers
 from moe_frontend.http.errors import OVERLOADED, ApiError, of_status, shutting_down
 from moe_frontend.http.exchange import ClientGoneError
 from moe_frontend.http.measures import Measured, Measures, bounded
+from moe_frontend.identity.audit import NO_LOG, AuditLog
 from moe_frontend.identity.caller import serve_as
 from moe_frontend.identity.credentials import NOBODY_ASKED, Authenticator, RefusedError
 
@@ -35,6 +36,7 @@ class Gate:
         tracer, meter: of what is told about requests.
         open_paths: answered whatever goes on and whoever asks, and not told about.
         authenticator: knows the callers of all other paths.
+        log: of the requests for them.
     """
 
     def __init__(
@@ -44,7 +46,9 @@ class Gate:
         meter: metrics.Meter,
         open_paths: frozenset[str],
         authenticator: Authenticator = NOBODY_ASKED,
+        log: AuditLog = NO_LOG,
     ) -> None:
+        self._log = log
         self._app = app
         self._tracer = tracer
         self._measures = Measures(meter)
@@ -84,15 +88,17 @@ class Gate:
             method, telemetry.extract(metadata), trace.SpanKind.SERVER, {"http.request.method": method}
         )
         scope["state"].update(id=id_, span=span, measured=measured, stopping=lambda: self._stopped)
-        try:
-            noting = _noting(send, id_, measured)
-            if refusal := refusal or self._refusal() or await self._unauthenticated(metadata):
-                await answer_error(refusal, noting)
-            else:
-                await self._placed(scope, receive, noting, measured)
-        finally:
-            _describe(span, method, measured)
-            span.end()
+        with self._log.request("http", method, id_) as entry:
+            try:
+                noting = _noting(send, id_, measured)
+                if refusal := refusal or self._refusal() or await self._unauthenticated(metadata):
+                    await answer_error(refusal, noting)
+                else:
+                    await self._placed(scope, receive, noting, measured)
+            finally:
+                entry.method, entry.status = f"{method} {measured.route}".strip(), measured.status
+                _describe(span, method, measured)
+                span.end()
 
     async def _unauthenticated(self, metadata: Sequence[tuple[str, str]]) -> ApiError | None:
         """Sets the caller of the request, whose task this is; returns why it is not known, or None."""

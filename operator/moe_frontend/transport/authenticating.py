@@ -9,6 +9,7 @@ import grpc
 from google.rpc import status_pb2
 
 from moe_api import rich_status
+from moe_frontend.identity.audit import NO_LOG, AuditLog
 from moe_frontend.identity.caller import serve_as
 from moe_frontend.identity.credentials import Authenticator, RefusedError
 
@@ -20,8 +21,9 @@ _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 class AuthenticatingInterceptor(grpc.aio.ServerInterceptor):
     """The first interceptor of a server: sets the caller of each call, or ends it with UNAUTHENTICATED."""
 
-    def __init__(self, authenticator: Authenticator) -> None:
+    def __init__(self, authenticator: Authenticator, log: AuditLog = NO_LOG) -> None:
         self._authenticator = authenticator
+        self._log = log
 
     async def intercept_service(
         self,
@@ -34,6 +36,8 @@ class AuthenticatingInterceptor(grpc.aio.ServerInterceptor):
             try:
                 serve_as(await self._authenticator.caller(details.invocation_metadata))
             except RefusedError as error:
+                with self._log.request("grpc", details.method.lstrip("/")) as entry:
+                    entry.status = rich_status.status_code(error.status).name
                 return _refusal(error.status)
         return await continuation(handler_call_details)
 

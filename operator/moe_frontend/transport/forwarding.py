@@ -25,6 +25,7 @@ from moe_api.clock import Timed
 from moe_api.inference.v1 import inference_pb2
 from moe_api.writing import WRITE_TIMEOUT_S, Sink, SlowReaderError, Writer
 from moe_frontend.discovery.endpoints import Endpoint, Served
+from moe_frontend.identity import audit
 from moe_frontend.identity.caller import current
 from moe_frontend.outputs.cache import OutputCache
 from moe_frontend.outputs.flight import Flight
@@ -262,7 +263,12 @@ class Forwarder:
 
     async def _attempt(self, call: _Call, lease: Lease) -> Failure | None:
         """One attempt; None if the client has its response."""
-        failure = await self._exchange(call, lease)
+        before = call.progress.tokens
+        try:
+            failure = await self._exchange(call, lease)
+        finally:
+            usage = call.progress.usage
+            audit.count(0 if usage is None else usage.prompt_tokens, call.progress.tokens - before)
         if failure is None:
             self._replicas.report_success(lease.endpoint)
             self._count(call.progress.usage)

@@ -18,6 +18,7 @@ DEFAULT_KEYS: Final = frozenset({"x-request-id"})
 NEVER: Final = frozenset({"authorization", "proxy-authorization", "cookie", "set-cookie", *tenancy.KEYS})
 """Credentials of the client, and what only frontends say; not to be named as keys to forward."""
 
+_ID_MOST: Final = 128
 _HOP: Final = frozenset({"user-agent", "content-type", "te", "host", "traceparent", "tracestate"})
 _LETTERS: Final = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-_.")
 
@@ -43,6 +44,12 @@ def selected(metadata: Iterable[Any] | None, keys: frozenset[str]) -> Pairs:
     It receives others, but fails a call that is to send them on.
     """
     return tuple((key, value) for key, value in metadata or () if key in keys and _may_be_sent(key, value))
+
+
+def request_id(metadata: Iterable[Any] | None) -> str:
+    """The client's name for its request, bounded; "" if it gave none."""
+    given = (value for key, value in metadata or () if key == "x-request-id" and _may_be_sent(key, value))
+    return str(next(given, ""))[:_ID_MOST]
 
 
 def of_caller(caller: Caller) -> Pairs:

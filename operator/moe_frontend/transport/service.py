@@ -14,7 +14,9 @@ from moe_api.health import Health
 from moe_api.inference.v1 import inference_pb2
 from moe_api.server import create_server
 from moe_api.supervision import Supervisor
+from moe_frontend.identity.audit import NO_LOG, AuditLog
 from moe_frontend.identity.credentials import NOBODY_ASKED, Authenticator
+from moe_frontend.transport import metadata
 from moe_frontend.transport.admin import SERVICE as ADMIN_SERVICE
 from moe_frontend.transport.admin import ForOperator, admin_server
 from moe_frontend.transport.authenticating import AuthenticatingInterceptor
@@ -47,6 +49,7 @@ class Frontend:
         hold: tells the operator how many of them wait for a first replica.
         supervisor: runs what goes on in the background.
         authenticator: knows the callers.
+        log: of all calls.
     """
 
     def __init__(
@@ -55,14 +58,17 @@ class Frontend:
         hold: Hold,
         supervisor: Supervisor | None = None,
         authenticator: Authenticator = NOBODY_ASKED,
+        log: AuditLog = NO_LOG,
     ) -> None:
+        self._log = log
         self._supervisor = supervisor or Supervisor()
         self._forwarder = forwarder
         self._hold = hold
         self._for_operator = ForOperator(hold, forwarder)
         self._health = Health([SERVICE, ADMIN_SERVICE])
         self._server = create_server(
-            transport.server_options(most_streams=MOST_STREAMS), (AuthenticatingInterceptor(authenticator),)
+            transport.server_options(most_streams=MOST_STREAMS),
+            (AuthenticatingInterceptor(authenticator, log),),
         )
         self._admin: grpc.aio.Server | None = None
         self._draining = False
@@ -165,6 +171,15 @@ class Frontend:
         return grpc.unary_stream_rpc_method_handler(cast("Any", behaviour), request_type.FromString)
 
     async def _serve(self, method: str, request: Message, context: Context) -> None:
-        if self._draining:
-            await rich_status.abort(context, _SHUTTING_DOWN)
-        await self._forwarder.forward(method, request, context)
+        with self._log.request("grpc", method, metadata.request_id(context.invocation_metadata())) as entry:
+            try:
+                if self._draining:
+                    await rich_status.abort(context, _SHUTTING_DOWN)
+                await self._forwarder.forward(method, request, context)
+                entry.status = (context.code() or grpc.StatusCode.OK).name
+            except asyncio.CancelledError:
+                entry.status = grpc.StatusCode.CANCELLED.name
+                raise
+            except BaseException:
+                entry.status = (context.code() or grpc.StatusCode.UNKNOWN).name
+                raise

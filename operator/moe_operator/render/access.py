@@ -27,10 +27,12 @@ def ports(settings: Frontend) -> list[Manifest]:
 
 def variables(settings: Frontend) -> dict[str, str]:
     """The options of `moe-frontend`."""
+    log = {} if settings.audit_log == "Off" else {"MOE_AUDIT_LOG": "1"}
     if not settings.guarded:
-        return {}
+        return log
     auth = settings.auth
     return {
+        **log,
         "MOE_ADMIN": f"0.0.0.0:{names.ADMIN_PORT}",
         "MOE_METRICS_PORT": str(names.METRICS_PORT),
         **({"MOE_TLS": TLS_FOLDER} if settings.tls is not None else {}),

@@ -245,6 +245,12 @@ class Frontend(PodSettings):
     )
     pod_template: FrontendTemplate | None = Field(default=None, description=_template_text("frontend"))
 
+    audit_log: Literal["Off", "Requests"] = Field(
+        default="Off",
+        description="Requests: frontends print a line of JSON for each request: time, tenant, caller, "
+        "method, status, tokens and duration, never a prompt or an answer. Off: nothing. Default: Off.",
+    )
+
     @property
     def guarded(self) -> bool:
         """Whether clients cannot simply connect, so that the operator and probes need a port of their own."""

@@ -27,7 +27,7 @@ class Http:
             reader,
             authenticator=edge.authenticator,
         )
-        self.gate = api.gated(MeterProvider([self.reader]).get_meter("test"))
+        self.gate = api.gated(MeterProvider([self.reader]).get_meter("test"), bench.log)
         self.supervisor = Supervisor()
         self.server = HttpServer(self.gate, self.supervisor, tls=edge.tls and edge.tls.http)
 
