@@ -104,6 +104,10 @@ def test_every_right_that_is_granted_is_used_and_no_other_is_asked_for(docs, hel
     eventually(docs.leaders, lambda pods: len(pods) == 1, "scaled down")
     docs.patch("service", "docs-frontend", {"spec": {"selector": {f"{GROUP}/role": "other"}}})
     eventually(lambda: docs.events("DriftCorrected"), len, "drift corrected")
+    docs.patch("moed", "docs", {"spec": {"networkPolicy": {"mode": "Restricted"}}})
+    eventually(lambda: docs.list("networkpolicies"), lambda found: len(found) == 2, "policies made")
+    docs.patch("moed", "docs", {"spec": {"networkPolicy": {"mode": "Off"}}})
+    eventually(lambda: docs.list("networkpolicies"), lambda found: found == [], "policies deleted")
     # What scaling learns is written in every round, instead of every five minutes.
     setting = ("--set", "env[0].name=MOE_OPERATOR_HISTORY_SECONDS", "--set-string", "env[0].value=1")
     helm.upgrade("--reuse-values", *setting)

@@ -421,7 +421,19 @@ def test_everything_that_can_be_set_is_taken_and_kept(crd):
             "replicas": 2,
             "routing": "PrefixAffinity",
             "service": {"type": "NodePort", "annotations": {"example.org/a": "b"}},
+            "tls": {"secretName": "front-tls"},
+            "auth": {
+                "apiKeysSecret": "front-keys",
+                "jwt": {
+                    "issuer": "https://idp.example",
+                    "audience": "moe",
+                    "jwksUri": "https://idp.example/.well-known/jwks.json?v=1",
+                    "tenantClaim": "team",
+                },
+            },
+            "auditLog": "Requests",
         },
+        "networkPolicy": {"mode": "Restricted"},
         "cache": {"outputs": {"mode": "Deterministic", "memory": "64Mi", "ttl": "30m"}},
         "telemetry": {"otlpEndpoint": "http://otel.moe-system:4317"},
         "rollout": {
