@@ -8,12 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import pytest
 
+from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
 from moe_operator.planner import host_paths, problems
 from moe_operator.planner.observed import Download, Observed
 from moe_operator.planner.plan import plan
 from moe_operator.render import worker
 from moe_operator.rpc import leader
+from moe_worker.models.chat_template import LARGEST_TEMPLATE
 from tests.operator.worlds import World, deployment
 
 
@@ -142,13 +144,18 @@ def test_a_failed_download_gives_its_sentence(code, stuck):
 
 
 @contextlib.contextmanager
-def saying(monkeypatch, **progress):
-    class Service(worker_pb2_grpc.FetchServiceServicer):
+def saying(monkeypatch, template="", **progress):
+    class Service(worker_pb2_grpc.FetchServiceServicer, inference_pb2_grpc.InferenceServiceServicer):
         def GetProgress(self, request, context):
             return worker_pb2.FetchProgress(**progress)
 
+        def GetModel(self, request, context):
+            chat_template = inference_pb2.ChatTemplate(template=template)
+            return inference_pb2.Model(architecture="deepseek_v3", chat_template=chat_template)
+
     server = grpc.server(ThreadPoolExecutor(1))
     worker_pb2_grpc.add_FetchServiceServicer_to_server(Service(), server)
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(Service(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     monkeypatch.setattr(leader.names, "GRPC_PORT", port)
     server.start()
@@ -170,3 +177,8 @@ def saying(monkeypatch, **progress):
 def test_what_a_pod_says_of_its_download_is_bounded(monkeypatch, progress, found):
     with saying(monkeypatch, **progress):
         assert leader.download("127.0.0.1", 5) == found
+
+
+def test_a_model_with_the_largest_chat_template_is_known(monkeypatch):
+    with saying(monkeypatch, template="x" * LARGEST_TEMPLATE):
+        assert leader.get_model("127.0.0.1", "r", 5).architecture == "deepseek_v3"

@@ -19,10 +19,19 @@ from moe_operator.resources.status import REPORTED_NAME_MOST, ModelInfo
 _INT64_MOST = 2**63 - 1
 _LONGEST_S: Final = 30 * 24 * 3600
 _ANSWER_MOST_BYTES: Final = 64 * 1024
-CHANNEL_OPTIONS: Final = tuple(
-    {**dict(transport.CLIENT_OPTIONS), "grpc.max_receive_message_length": _ANSWER_MOST_BYTES}.items()
-)
+_MODEL_MOST_BYTES: Final = 1 << 20
+
+
+def _options(answer_most_bytes: int) -> tuple[tuple[str, int], ...]:
+    return tuple(
+        {**dict(transport.CLIENT_OPTIONS), "grpc.max_receive_message_length": answer_most_bytes}.items()
+    )
+
+
+CHANNEL_OPTIONS: Final = _options(_ANSWER_MOST_BYTES)
 """Options of channels to workers: the responses that the operator reads have a few KiB."""
+_MODEL_OPTIONS: Final = _options(_MODEL_MOST_BYTES)
+"""GetModel's response contains the chat template, of up to 256 KiB."""
 
 
 def get_model(address: str, revision: str, timeout_seconds: float) -> ModelInfo:
@@ -30,7 +39,7 @@ def get_model(address: str, revision: str, timeout_seconds: float) -> ModelInfo:
 
     Raises RetryableError if it does not respond within the timeout.
     """
-    with grpc.insecure_channel(target(address), CHANNEL_OPTIONS) as channel:
+    with grpc.insecure_channel(target(address), _MODEL_OPTIONS) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         try:
             model = stub.GetModel(inference_pb2.GetModelRequest(), timeout=timeout_seconds)
