@@ -98,7 +98,15 @@ def test_a_margin_moves_tokens_to_idle_experts_and_answers_stay_the_same(checkpo
 
 
 @pytest.mark.parametrize(
-    "values", [{}, {"least_mass": 2}, {"least_mass": True}, {"least_mass": 1, "loads": {"x": []}}]
+    "values",
+    [
+        {},
+        {"least_mass": 2},
+        {"least_mass": True},
+        {"least_mass": 1, "loads": {"x": []}},
+        {"least_mass": 10**400},
+        {"least_mass": 1, "loads": {"1": [10**400]}},
+    ],
 )
 def test_a_broken_report_is_named(checkpoint, reported, values):
     reported(**values)
@@ -217,6 +225,7 @@ def test_learning_needs_the_domains_of_a_report(checkpoint, reported, domains):
         {"names": ["a"], "named": 9, "shares": {"1": [[1.0]]}},
         {"names": ["a", "b"], "named": 1, "shares": {"1": [[1.0]]}},
         {"names": ["a"], "named": 1, "shares": {"x": [[1.0]]}},
+        {"names": ["\ud800"], "named": 1, "shares": {"1": [[1.0]]}},
         {"names": ["a"], "named": 1, "shares": {"1": [[float("nan")]]}},
     ],
 )

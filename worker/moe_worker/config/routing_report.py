@@ -7,12 +7,12 @@
 `loads` are shares of the tokens that each expert of a layer took; `shares` are those of each domain's.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moe_worker.config.directory import read_json
+from moe_worker.config.fields import LARGEST_FLOAT, is_unicode
 from moe_worker.config.moe import Routing
 from moe_worker.errors import CheckpointError, SettingsError
 from moe_worker.reading import present
@@ -71,7 +71,7 @@ def _domains(path: Path, value: Any) -> KnownDomains | None:
         raise wrong
     tables = [table for table in shares.values() if isinstance(table, list) and len(table) == len(names)]
     sizes = {len(row) if _is_loads(("0", row)) else 0 for table in tables for row in table}
-    known = all(isinstance(name, str) and len(name) <= LONGEST_DOMAIN for name in names)
+    known = all(isinstance(name, str) and len(name) <= LONGEST_DOMAIN and is_unicode(name) for name in names)
     if not (shares and len(tables) == len(shares) and len(sizes) == 1 and known and isinstance(named, int)):
         raise wrong
     if not 1 <= named <= min(sizes) or not all(layer.isdecimal() and len(layer) < 6 for layer in shares):
@@ -100,4 +100,5 @@ def _is_loads(item: tuple[str, Any]) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= LARGEST_FLOAT  # nor NaN
