@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import socket
 import threading
-from typing import Any
+from typing import Any, Final
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 from prometheus_client import make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer
 
 from moe_api.supervision import Supervisor
+
+_LOG: Final = logging.getLogger(__name__)
+CONNECTIONS_MOST: Final = 16
+"""At a time. Prometheus opens one, for milliseconds."""
 
 
 class _Handler(WSGIRequestHandler):
@@ -19,6 +26,35 @@ class _Handler(WSGIRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         """Prometheus scrapes every few seconds, which nobody wants to read."""
+
+
+class _Server(ThreadingWSGIServer):
+    """A thread for each of a few connections; a further one ends the oldest, which may be idle."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._connections: dict[int, socket.socket] = {}
+        self._lock = threading.Lock()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Called by the thread that accepts."""
+        with self._lock:
+            if len(self._connections) >= CONNECTIONS_MOST:
+                oldest = self._connections.pop(next(iter(self._connections)))
+                with contextlib.suppress(OSError):  # it has ended
+                    oldest.shutdown(socket.SHUT_RDWR)
+            self._connections[id(request)] = request
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Called by the thread of a connection when it ends."""
+        with self._lock:
+            self._connections.pop(id(request), None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - socketserver's
+        """Clients that leave are no errors of this process."""
+        _LOG.debug("a request for metrics ended early", exc_info=True)
 
 
 class PortTakenError(Exception):
@@ -38,7 +74,7 @@ class MetricsServer:
                 "0.0.0.0",  # noqa: S104 - Prometheus scrapes from another pod
                 port,
                 make_wsgi_app(),
-                ThreadingWSGIServer,
+                _Server,
                 _Handler,
             )
         except (OSError, OverflowError) as error:

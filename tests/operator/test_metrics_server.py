@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import urllib.request
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from moe_api.metrics_server import MetricsServer
+from moe_api.metrics_server import CONNECTIONS_MOST, MetricsServer
 from moe_api.supervision import Supervisor
 from moe_operator.controller.registration import _metrics_server
 from moe_operator.errors import InstallationError
@@ -28,6 +30,19 @@ def test_metrics_are_served_by_a_supervised_loop(server):
         families = list(text_string_to_metric_families(answer.read().decode()))
     assert "python_info" in {family.name for family in families}
     assert [state.loop for state in supervisor.states] == ["metrics"]
+
+
+def test_silent_connections_take_neither_threads_nor_the_place_of_prometheus(server):
+    server.start(Supervisor())
+    silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(3 * CONNECTIONS_MOST)]
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=10) as answer:
+        assert answer.status == 200
+    silent[0].settimeout(5)  # an idle connection is closed after 10 s
+    assert silent[0].recv(1) == b"", "the oldest is closed"
+    answering = [each for each in threading.enumerate() if "process_request_thread" in each.name]
+    assert len(answering) <= 2 * CONNECTIONS_MOST, "some may still be ending"
+    for each in silent:
+        each.close()
 
 
 def test_a_port_that_is_taken_is_said(server):
