@@ -119,6 +119,14 @@ async def test_a_large_request_without_a_key_is_refused_before_it_is_received(be
     assert not received
 
 
+async def test_a_huge_header_is_refused_and_harms_nobody(bench, folder):
+    b = await bench(workers=1, guards=Guards(api_keys=folder))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await b.text("count 1", metadata=bearer("a" * 100_000))
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert await b.text("count 1", metadata=bearer("alpha"))
+
+
 async def test_keys_are_added_and_taken_away_without_a_restart(bench, folder):
     b = await bench(workers=1, guards=Guards(api_keys=folder))
     running = b.generate("count 30 0.05", metadata=bearer("alpha"))

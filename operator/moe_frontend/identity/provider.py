@@ -9,6 +9,7 @@ A provider rotates its keys: it publishes the next one first, then signs with it
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import ssl
@@ -134,18 +135,20 @@ class UrlSource:
         self._wanted = asyncio.Event()
         self._fetched = asyncio.Event()
         self._asked_at = -COOL_S
+        self._asking = True
 
     async def run(self) -> None:
         """Fetches the keys now, and again when it is time or somebody waits."""
         failures = 0
         while True:
             self._wanted.clear()
-            self._asked_at = self._clock()
+            self._asking, self._asked_at = True, self._clock()
             try:
                 self._keys, failures = await fetch(self._url), 0
             except KeySetError as error:
                 failures += 1
                 _LOG.log(logging.ERROR if failures == 1 else logging.DEBUG, "%s; trying again", error)
+            self._asking = False
             self._fetched.set()
             self._fetched = asyncio.Event()
             pause_s = REFRESH_S if not failures else min(_RETRY_S * 2.0**failures, REFRESH_S / 5)
@@ -163,13 +166,11 @@ class UrlSource:
         if found is not None:
             return found
         if self._clock() - self._asked_at >= COOL_S:
-            self._asked_at = self._clock()
-            fetched = self._fetched
+            self._asking, self._asked_at = True, self._clock()
             self._wanted.set()
-            try:
-                await asyncio.wait_for(fetched.wait(), FETCH_S)
-            except TimeoutError:
-                _LOG.warning("%s does not answer; the keys that are known stay in force", self._url)
+        if self._asking:
+            with contextlib.suppress(TimeoutError):  # then the keys that are known hold
+                await asyncio.wait_for(self._fetched.wait(), FETCH_S)
         if self._keys is None:
             sentence = "tokens cannot be verified: the identity provider's keys are not known yet; try later"
             raise RefusedError(rich_status.retry_later(grpc.StatusCode.UNAVAILABLE, sentence, _RETRY_S))
