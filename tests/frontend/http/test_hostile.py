@@ -275,6 +275,19 @@ async def test_bytes_behind_an_answer_that_are_no_http_end_the_connection_withou
     assert not caplog.records
 
 
+async def test_a_body_in_tiny_chunks_is_refused_before_it_costs(http):
+    h = await http(workers=1)
+    begun = POST + b"content-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+    answered = await exchanged(h, begun + b"1\r\n \r\n" * 20_000)
+    assert answered.startswith(b"HTTP/1.1 400 ")
+    assert b"tiny chunks" in answered
+    body = json.dumps({"prompt": "count 1"}).encode()
+    pieces = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+    assert (await exchanged(h, begun.replace(b"host: x", b"host: x\r\nconnection: close") + pieces))[:12] == (
+        b"HTTP/1.1 200"
+    )
+
+
 @pytest.mark.parametrize("path", ["/health", "/v1/models"])
 async def test_a_head_is_bounded_however_fast_it_comes(http, path):
     h = await http(workers=1)
