@@ -60,6 +60,18 @@ async def test_one_that_does_not_answer_delays_nobody(probed):
     silent.close()
 
 
+async def test_a_worker_with_impossible_names_is_not_used(probed, caplog):
+    lying, worker = FakeWorker("w", "r" * 300), FakeWorker("x", "r1")
+    probed.prober.update(frozenset({await lying.start(), await worker.start()}))
+    await probed.until(("x", "r1"))
+    async with asyncio.timeout(10):
+        while "w is not used: GetModel returns names" not in caplog.text:
+            await asyncio.sleep(0.01)
+    assert {endpoint.name for endpoint in probed.prober.serving} == {"x"}
+    for each in (lying, worker):
+        await each.server.stop(None)
+
+
 async def test_a_watch_that_ends_unexpectedly_begins_again(probed, monkeypatch):
     worker = FakeWorker("w")
     where = await worker.start()

@@ -16,7 +16,7 @@ from typing import Final
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from moe_api import transport
+from moe_api import lengths, transport
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
 from moe_api.supervision import Backoff, Supervisor
 from moe_frontend.discovery.endpoints import Endpoint, Served
@@ -25,6 +25,9 @@ _LOG: Final = logging.getLogger(__name__)
 _ASK_S: Final = 10.0
 # Bytes, as inference.proto states it; a template of no more characters is no larger than three times that.
 _LARGEST_TEMPLATE: Final = 256 * 2**10
+# A worker reports seven at most, of 256 characters each.
+_TOKENS_MOST: Final = 64
+_TOKEN_MOST: Final = 1024
 _BACKOFF: Final = Backoff(first_s=0.1, longest_s=2.0)
 _CHANCE: Final = random.random
 _OPTIONS: Final = (*transport.CLIENT_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
@@ -100,9 +103,13 @@ class Prober:
             self._changed()
 
 
-async def _with_model(channel: grpc.aio.Channel, endpoint: Endpoint) -> Endpoint:
+async def _with_model(channel: grpc.aio.Channel, endpoint: Endpoint) -> Endpoint | None:
+    """The endpoint with the model that its worker reports; None if that cannot be one."""
     stub = inference_pb2_grpc.InferenceServiceStub(channel)
     model = await stub.GetModel(inference_pb2.GetModelRequest(), timeout=_ASK_S)
+    if not _plausible(model):
+        _LOG.warning("%s is not used: GetModel returns names that are too long; replace it", endpoint.name)
+        return None
     return dataclasses.replace(
         endpoint,
         revision=model.revision,
@@ -110,6 +117,14 @@ async def _with_model(channel: grpc.aio.Channel, endpoint: Endpoint) -> Endpoint
         characters_per_token=model.characters_per_token,
         served=_served(model),
     )
+
+
+def _plausible(model: inference_pb2.Model) -> bool:
+    """Whether the names that frontends keep, and repeat in every answer, have a usual length."""
+    tokens = model.chat_template.special_tokens
+    named = max(map(len, (model.name, model.revision))) <= lengths.MODEL_MOST
+    texts = (text for pair in tokens.items() for text in pair)
+    return named and len(tokens) <= _TOKENS_MOST and all(len(text) <= _TOKEN_MOST for text in texts)
 
 
 def _served(model: inference_pb2.Model) -> Served:
