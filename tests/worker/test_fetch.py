@@ -124,6 +124,15 @@ def test_a_source_that_lies_about_a_size_is_found_out(remote, tmp_path, uri, siz
     assert not [path for path in tmp_path.iterdir() if path.is_dir() and path.suffix == ""]
 
 
+def test_a_source_that_sends_more_than_it_lists_does_not_fill_the_disk(remote, tmp_path):
+    remote.stated["model.safetensors"] = 1000
+    source = open_source(parse(HUB), remote.url, 1.0)
+    (file,) = (one for one in source.files() if one.name == "model.safetensors")
+    with pytest.raises(FetchError, match=r"is longer than the 1000 bytes that are listed; retrying"):
+        source.download(file, tmp_path)
+    assert size_of(tmp_path) == 0
+
+
 def test_bytes_that_changed_on_the_way_are_downloaded_again(remote, tmp_path):
     source = open_source(parse(HUB), remote.url, 1.0)
     files = source.files()
@@ -236,6 +245,13 @@ def test_entries_that_workers_read_or_just_got_are_not_evicted(tmp_path):
 
 def test_a_folder_that_is_no_entry_is_not_held(tmp_path):
     assert hold(tmp_path) is None
+
+
+@pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:1:2"])
+def test_an_address_for_progress_that_is_none_is_named(address):
+    sentence = f"cannot listen on {address}; give a free HOST:PORT"
+    with pytest.raises(SettingsError, match=sentence), served(Meter(), address):
+        pass
 
 
 def test_progress_is_served_over_grpc():

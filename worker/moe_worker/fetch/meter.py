@@ -13,6 +13,7 @@ import grpc
 
 from moe_api import transport
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
+from moe_worker.errors import SettingsError
 
 _WINDOW_S: Final = 30.0
 _EVERY_S: Final = 1.0
@@ -92,13 +93,16 @@ class _Service(worker_pb2_grpc.FetchServiceServicer):
 
 @contextmanager
 def served(meter: Meter, address: str) -> Iterator[None]:
-    """Serves a meter at HOST:PORT; at nothing where that is empty."""
+    """Serves a meter at HOST:PORT; nowhere if that is empty. Raises SettingsError."""
     if not address:
         yield
         return
     server = grpc.server(ThreadPoolExecutor(2), options=transport.server_options(1 << 20))
     worker_pb2_grpc.add_FetchServiceServicer_to_server(_Service(meter), server)
-    server.add_insecure_port(address)
+    try:
+        server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise SettingsError(f"cannot listen on {address}; give a free HOST:PORT of this machine") from error
     server.start()
     try:
         yield

@@ -1,12 +1,13 @@
 """Clients of Hugging Face's hub and of object stores."""
 
+import io
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any, Final, Protocol
+from typing import IO, Any, BinaryIO, Final, Protocol, cast
 
 from moe_worker.errors import FetchError, SettingsError, SourceError
 from moe_worker.fetch.listing import RemoteFile
@@ -86,7 +87,7 @@ class _Hub:
         with part.open("ab") as out, self._translated(file.name):
             http_get(
                 url,
-                out,
+                cast("BinaryIO", _Bounded(out, file, at.uri)),
                 resume_size=_kept(out, file),
                 headers=build_hf_headers(token=self._token),
                 expected_size=file.size,
@@ -194,6 +195,31 @@ class _Store:
             if isinstance(error, errors.PreconditionError):
                 raise FetchError(f"model {uri}: {what} changed during the download; retrying") from error
             raise FetchError(f"model {uri}: {what}: {said}; retrying") from error
+
+
+class _Bounded(io.BufferedIOBase):
+    """A file that takes no more than its source lists: an answer may be endless once decompressed."""
+
+    def __init__(self, out: IO[bytes], file: RemoteFile, uri: str) -> None:
+        self._out, self._file, self._uri = out, file, uri
+
+    def write(self, data: Any) -> int:
+        if self._out.tell() + len(data) > self._file.size:
+            self._out.truncate(0)
+            raise FetchError(
+                f"model {self._uri}: {self._file.name} is longer than the {self._file.size} bytes that are "
+                "listed; retrying"
+            )
+        return self._out.write(data)
+
+    def tell(self) -> int:
+        return self._out.tell()
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._out.seek(offset, whence)
+
+    def truncate(self, size: int | None = None) -> int:
+        return self._out.truncate(size)
 
 
 def _kept(part: IO[bytes], file: RemoteFile) -> int:
