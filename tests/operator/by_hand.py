@@ -116,20 +116,15 @@ class Api:
 
 
 def reconciled_to_true_conditions(api, name):
-    """What it says of itself is so, and it comes to rest. Returns whether it was refused later than
-    at apply: a child by the API server, or a field that only the operator can check.
-    """
+    """What it says of itself is so, and it comes to rest. Returns whether the API server refused a child."""
     for _ in range(3):
         writes, again = api.reconcile(name)
     body = api.cluster.get(names.KIND, "default", name)
     conditions = {c["type"]: c for c in body["status"]["conditions"]}
-    if conditions["Progressing"]["reason"] == "InvalidSpec":
-        # The one field that the API server cannot check: earlier versions stored {size: 1} there (ADR 32).
-        assert "expert" in conditions["Progressing"]["message"], "the CRD took something else that is wrong"
-        return True
     assert {c["observedGeneration"] for c in conditions.values()} == {body["metadata"]["generation"]}
     assert all(c["reason"] and c["message"] for c in conditions.values())
     ready, progressing = conditions["Ready"], conditions["Progressing"]
+    assert progressing["reason"] != "InvalidSpec", "the CRD took something that the operator refuses"
     idle = ready["reason"] == "ScaledToZero"
     assert ready["status"] == ("True" if idle else "False"), "nothing runs here"
     if progressing["reason"] == "ApplyRefused":

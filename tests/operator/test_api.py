@@ -66,6 +66,37 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no model": ({"model": {}}, "spec.model.uri: Required value"),
     "pipeline zero": ({"parallelism": {"pipeline": 0}}, "pipeline is a number of stages from 1 to 1024"),
+    "no experts": ({"parallelism": {"expert": 0}}, "expert is a number of workers from 1 to 1024"),
+    "experts as text": ({"parallelism": {"expert": "2"}}, "expert is a number of workers from 1 to 1024"),
+    "experts as before": (
+        {"parallelism": {"expert": {"size": 2}}},
+        "spec.parallelism.expert in body must be of type integer",
+    ),
+    "workers huge": ({"parallelism": {"pipeline": 64, "expert": 64}}, "a replica has pipeline * expert workers"),
+    "copies of one worker's experts": (
+        {"parallelism": {"pipeline": 2, "redundantExperts": 2}},
+        "redundantExperts needs workers that share experts",
+    ),
+    "rebalance alone": ({"parallelism": {"rebalance": {}}}, "rebalance needs workers that share experts"),
+    "topology of one worker": (
+        {"parallelism": {"topology": {"key": "rack"}}},
+        "topology is for replicas of several workers",
+    ),
+    "half a GPU for each rank": (
+        {
+            "parallelism": {"expert": 2},
+            "worker": {"acceleratorPercentage": 50, "acceleratorResource": "nvidia.com/gpu.shared"},
+        },
+        "acceleratorPercentage 50 is for replicas of one worker",
+    ),
+    "limit below the ranks": (
+        {
+            "parallelism": {"expert": 2},
+            "worker": {"acceleratorPercentage": 100},
+            "scaling": {"maxReplicas": 4, "minReplicas": 2, "gpuLimit": 3},
+        },
+        "gpuLimit does not allow",
+    ),
     "copies negative": (
         {"parallelism": {"expert": 2, "redundantExperts": -1}},
         "redundantExperts is a number of copies from 0",

@@ -20,6 +20,7 @@ from moe_operator.resources.status import (
     DEPRECATED_FIELDS,
     MODEL_LOADED,
     PROGRESSING,
+    QUALITY_GATE,
     READY,
     RECONCILING,
     STALLED,
@@ -395,6 +396,33 @@ def test_what_is_refused_or_invalid_is_stalled():
     world.step()
     found = refused(world.status, world.look().status, "forbidden: exceeded quota", world.now)
     assert found.condition(RECONCILING) is None
+
+
+@pytest.mark.parametrize("reason", ["InvalidSpec", "ReadForbidden"])
+def test_conditions_of_an_earlier_generation_are_unknown_once_a_new_one_cannot_be_observed(reason):
+    world = settled(quality={"maxLoss": "10m"}, rollout={"pause": False})
+    before, identity = world.status, world.deployment.identity
+    later = replace(identity, generation=identity.generation + 1)
+
+    def blocked(who):
+        if reason == "InvalidSpec":
+            return invalid(before, who, "spec.x: no", world.now)
+        known = before.model_copy(update={"observed_generation": who.generation})
+        return refused(before, known, "no right", world.now, reason)
+
+    after = blocked(later)
+    assert {c.observed_generation for c in after.conditions} == {later.generation}
+    unknown = {c.type for c in after.conditions if (c.status, c.reason) == ("Unknown", reason)}
+    ready = set() if reason == "InvalidSpec" else {READY}
+    assert unknown == {ACTIVE, MODEL_LOADED, QUALITY_GATE} | ready
+    assert after.condition(DEPRECATED_FIELDS) is None, "it exists only while True"
+    assert len({told.message for told in transitions(before, after)}) == 1
+    assert len(transitions(before, after)) == 1
+
+    same = blocked(identity)
+    assert [same.condition(kind) for kind in (ACTIVE, DEPRECATED_FIELDS)] == [
+        before.condition(kind) for kind in (ACTIVE, DEPRECATED_FIELDS)
+    ], "nothing else is known"
 
 
 def test_the_order_of_conditions_says_nothing():

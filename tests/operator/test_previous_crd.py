@@ -76,6 +76,15 @@ def api(tmp_path):
         yield Api(server)
 
 
+HALF_OF_A_GPU = "worker.acceleratorPercentage 50 is for replicas of one worker"
+
+
+def edited(api, name, **spec):
+    """The API server's answer to a merge patch: "" or what it refuses."""
+    code, answer = api.ask("PATCH", f"{COLLECTION}/{name}?fieldValidation=Strict", {"spec": spec})
+    return "" if code == 200 else answer["message"]
+
+
 def says(now, before):
     """Whether all previous fields are unchanged; there may be new ones."""
     if isinstance(before, dict):
@@ -123,6 +132,16 @@ def test_objects_of_earlier_crds_are_read_reconciled_and_keep_what_they_say(api)
         assert reconciled_to_true_conditions(api, name) == (name == "never-worked")
         used = api.condition(name, DEPRECATED_FIELDS).get("message", "")
         assert used == ("; ".join(ADVICE) if name == "floats" else "")
+
+    assert specs["two"]["parallelism"]["expert"] == {"size": 1}, "as earlier versions stored it"
+    assert edited(api, "two", engine={"maxBatchSize": 4}) == "", "what it says there is no obstacle"
+    assert not reconciled_to_true_conditions(api, "two")
+    assert "must be of type integer" in edited(api, "two", parallelism={"expert": {"size": 2}})
+    assert edited(api, "two", parallelism={"expert": 2, "redundantExperts": 2}) == ""
+    assert not reconciled_to_true_conditions(api, "two")
+    assert "redundantExperts needs workers" in edited(api, "two", parallelism={"expert": 1})
+    assert HALF_OF_A_GPU in edited(api, "floats", engine={"maxBatchSize": 4}), "CEL cannot read {size: 1}"
+    assert edited(api, "floats", engine={"maxBatchSize": 4}, parallelism={"expert": 1}) == ""
 
     made(api, {"advised": PRESENT})
     old, new = (parse(api.cluster.get(names.KIND, "default", name)).spec for name in ("floats", "advised"))

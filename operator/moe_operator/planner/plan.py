@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 
@@ -300,9 +300,15 @@ _EXPECTED = ("ReplicasNotReady", "FrontendNotReady")
 
 
 def _announcement(condition: Condition) -> Decision:
-    trouble = condition.status == "False" and condition.reason not in _EXPECTED
-    warning = trouble or condition.type == DEPRECATED_FIELDS
-    return Decision(condition.reason, condition.message, warning=warning)
+    return Decision(condition.reason, condition.message, warning=_is_warning(condition))
+
+
+def _is_warning(condition: Condition) -> bool:
+    """Whether it is bad news: a Progressing that is Unknown is paused on purpose."""
+    if condition.type == DEPRECATED_FIELDS:
+        return True
+    bad = ("False", "Unknown") if condition.type == READY else ("False",)
+    return condition.status in bad and condition.reason not in _EXPECTED
 
 
 def invalid(before: Status, identity: Identity, message: str, now: datetime) -> Status:
@@ -329,7 +335,17 @@ def refused(
 def _stuck(
     before: Status, after: Status, generation: int, kinds: set[str], verdict: Verdict, now: datetime
 ) -> Status:
-    found = {**dict.fromkeys(sorted(kinds), verdict), **conditions.abnormal(verdict)}
-    stuck = conditions.dated(found, before, generation, now)
-    kept = tuple(one for one in after.conditions if one.type not in {*found, RECONCILING, STALLED})
-    return after.model_copy(update={"observed_generation": generation, "conditions": (*stuck, *kept)})
+    """The status `after`, with conditions of some kinds that say what blocks the deployment.
+
+    Whatever an earlier generation's conditions say is Unknown at this generation.
+    """
+    blocked = {**dict.fromkeys(sorted(kinds), verdict), **conditions.abnormal(verdict)}
+    others = [one for one in after.conditions if one.type not in {*blocked, RECONCILING, STALLED}]
+    current = [one for one in others if one.observed_generation == generation]
+    unknown = {
+        one.type: replace(verdict, holds=None)
+        for one in others
+        if one not in current and one.type != DEPRECATED_FIELDS
+    }
+    found = conditions.dated({**blocked, **unknown}, before, generation, now)
+    return after.model_copy(update={"observed_generation": generation, "conditions": (*found, *current)})

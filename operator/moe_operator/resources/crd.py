@@ -74,7 +74,7 @@ def _convert(node: Mapping[str, Any], definitions: Mapping[str, Any]) -> dict[st
     if "properties" in node:
         out["properties"] = {key: _convert(value, definitions) for key, value in node["properties"].items()}
         # Defaults of the fields inside apply only where the object itself exists.
-        if "default" in out:
+        if "default" in out and out.get("type") == "object":
             out["default"] = {}
     elif out.get("default") in ({}, []):
         del out["default"]

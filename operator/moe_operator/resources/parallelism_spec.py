@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from moe_operator.resources import quantity
-from moe_operator.resources.base import Model, rules
+from moe_operator.resources.base import INT_OR_STRING, Model, rules
 from moe_operator.resources.pods import Quantity
 
 RANKS_MOST: Final = 1024
@@ -21,11 +21,18 @@ def _size(value: Any) -> Any:
     return value.get("size", 1) if isinstance(value, Mapping) else value
 
 
-# Without a type: stored objects of earlier versions have {"size": 1} here. With type integer the API server
-# would
-# empty that object, and server-side apply of their status would fail.
+_EXPERT_SCHEMA: Final[dict[str, Any]] = {
+    "anyOf": [{"type": "integer"}, {"type": "string"}],
+    INT_OR_STRING: True,
+    "maxLength": 32,
+    "properties": {"size": {"type": "integer"}},
+}
+"""Stored objects of earlier versions have {"size": 1} here. With the type integer the API server would prune
+`size`, and server-side apply of their status would fail. This type and property keep the object as it is, new
+objects of this form are refused, and CEL rules can read the number.
+"""
 ExpertRanks = Annotated[
-    int, BeforeValidator(_size), WithJsonSchema({"x-kubernetes-preserve-unknown-fields": True})
+    int, Field(ge=1, le=RANKS_MOST), BeforeValidator(_size), WithJsonSchema(_EXPERT_SCHEMA)
 ]
 """A number of workers."""
 
@@ -107,8 +114,35 @@ class Topology(Model):
     )
 
 
+_PARALLELISM_RULES: Final = (
+    (
+        f"!has(self.pipeline) || self.pipeline == 1 || self.pipeline * self.expert <= {RANKS_MOST}",
+        f"a replica has pipeline * expert workers, {RANKS_MOST} at most: lower pipeline or expert",
+    ),
+    (
+        "!has(self.redundantExperts) || self.redundantExperts == 0 || self.expert > 1",
+        "redundantExperts needs workers that share experts: set expert to 2 or more, or redundantExperts to "
+        "0",
+    ),
+    (
+        "!has(self.rebalance) || self.expert > 1",
+        "rebalance needs workers that share experts: set expert to 2 or more, or remove rebalance",
+    ),
+    (
+        "!has(self.topology) || self.pipeline > 1 || self.expert > 1",
+        "topology is for replicas of several workers: set pipeline or expert to 2 or more, or remove "
+        "topology",
+    ),
+)
+"""The API server also checks the default {} by these rules, before the defaults of fields are in it. A rule
+reads `expert` last: CEL cannot read the object that earlier versions stored there.
+"""
+
+
 class Parallelism(Model):
     """How one replica is distributed over workers."""
+
+    model_config = ConfigDict(json_schema_extra=rules(*_PARALLELISM_RULES))
 
     pipeline: int = Field(
         default=1,
@@ -123,6 +157,12 @@ class Parallelism(Model):
         description="Workers of each stage; they share the routed experts of its layers. A number: experts "
         "and redundantExperts together must be divisible by it. A replica has pipeline x expert workers. "
         "Default: 1.",
+        json_schema_extra=rules(
+            (
+                f"type(self) == int && self >= 1 && self <= {RANKS_MOST}",
+                f"expert is a number of workers from 1 to {RANKS_MOST}",
+            )
+        ),
     )
     redundant_experts: int = Field(
         default=0,
@@ -161,27 +201,3 @@ class Parallelism(Model):
     def ranks(self) -> int:
         """Workers of one replica."""
         return self.pipeline * self.expert
-
-    @model_validator(mode="after")
-    def _fits(self) -> Parallelism:
-        """What CEL cannot check, because `expert` has no type in the CRD. Raises ValueError."""
-        if not 1 <= self.expert <= RANKS_MOST or self.ranks > RANKS_MOST:
-            raise ValueError(
-                f"expert is {self.expert} and pipeline {self.pipeline}; expert is a number of workers of 1 "
-                f"or more, and a replica has {RANKS_MOST} workers at most"
-            )
-        if self.expert == 1 and self.redundant_experts:
-            raise ValueError(
-                "redundantExperts needs workers that share experts: set expert to 2 or more, or "
-                "redundantExperts to 0"
-            )
-        if self.expert == 1 and self.rebalance is not None:
-            raise ValueError(
-                "rebalance needs workers that share experts: set expert to 2 or more, or remove rebalance"
-            )
-        if self.ranks == 1 and self.topology is not None:
-            raise ValueError(
-                "topology is for replicas of several workers: set pipeline or expert to 2 or more, or "
-                "remove topology"
-            )
-        return self

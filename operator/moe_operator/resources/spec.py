@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field
 
 from moe_operator.resources import names, quantity
 from moe_operator.resources.accelerator import AcceleratedPodSettings, halves, share_set
@@ -324,25 +324,27 @@ class Telemetry(Model):
     )
 
 
-_WHOLE_GPUS = (
-    "worker.acceleratorPercentage 50 is for replicas of one worker: set parallelism.pipeline and "
-    "parallelism.expert to 1, or take whole GPUs"
-)
-_LIMIT = "scaling.gpuLimit does not allow scaling.minReplicas: raise the one or lower the other"
 _GPUS_LIMITED = "(has(self.scaling.gpuLimit) || has(self.scaling.gpuBudget))"
 _GPUS_MOST = (
     "(has(self.scaling.gpuLimit) ? quantity(string(self.scaling.gpuLimit)).asApproximateFloat() : "
     "self.scaling.gpuBudget)"
 )
 _RULES = (
-    (f"!{halves('self.worker')} || self.parallelism.pipeline == 1", _WHOLE_GPUS),
+    (
+        f"!{halves('self.worker')} || (self.parallelism.pipeline == 1 && self.parallelism.expert == 1)",
+        "worker.acceleratorPercentage 50 is for replicas of one worker: set parallelism.pipeline and "
+        "parallelism.expert to 1, or take whole GPUs",
+    ),
     (
         f"!has(self.scaling) || !{share_set('self.worker')} || !{_GPUS_LIMITED} || "
-        f"double(self.scaling.minReplicas * self.parallelism.pipeline) * ({halves('self.worker')} ? 0.5 : "
-        f"1.0) <= {_GPUS_MOST}",
-        _LIMIT,
+        "double(self.scaling.minReplicas * self.parallelism.pipeline * self.parallelism.expert) * "
+        f"({halves('self.worker')} ? 0.5 : 1.0) <= {_GPUS_MOST}",
+        "scaling.gpuLimit does not allow scaling.minReplicas: raise the one or lower the other",
     ),
 )
+"""A rule reads `parallelism.expert` only where it matters: CEL cannot read the object that earlier versions
+stored there.
+"""
 
 
 class Quality(Model):
@@ -440,19 +442,6 @@ class Spec(Model):
             ("self >= 0 && self <= 100", "revisionHistoryLimit is a number from 0 to 100")
         ),
     )
-
-    @model_validator(mode="after")
-    def _fits(self) -> Spec:
-        """What CEL cannot check, because parallelism.expert has no type in the CRD. Raises ValueError."""
-        ranks, scaling = self.parallelism.ranks, self.scaling
-        if ranks == 1 or not self.worker.accelerators:
-            return self
-        if self.worker.gpus < 1:
-            raise ValueError(_WHOLE_GPUS)
-        most = None if scaling is None else scaling.gpus_most
-        if scaling is not None and most is not None and scaling.min_replicas * ranks > most:
-            raise ValueError(_LIMIT)
-        return self
 
     @property
     def revised(self) -> Spec:
