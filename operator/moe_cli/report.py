@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from moe_operator.planner.problems import of_pod
+from moe_operator.observed.problems import of_pod
 from moe_operator.resources import cache_sums, names
 from moe_operator.resources.deployment import parse_status
 

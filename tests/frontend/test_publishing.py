@@ -12,8 +12,8 @@ from moe_api.supervision import Backoff, Supervisor
 from moe_frontend.discovery import publishing
 from moe_frontend.discovery.endpoints import Endpoint
 from moe_operator.apiserver.requests import Requests
+from moe_operator.observed.observation import Observed
 from moe_operator.planner.gates import published
-from moe_operator.planner.observed import Observed
 from moe_operator.render import frontend
 from moe_operator.resources import cache_sums, names
 from moe_operator.resources.deployment import parse

@@ -72,7 +72,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"parallelism": {"expert": {"size": 2}}},
         "spec.parallelism.expert in body must be of type integer",
     ),
-    "workers huge": ({"parallelism": {"pipeline": 64, "expert": 64}}, "a replica has pipeline * expert workers"),
+    "workers huge": (
+        {"parallelism": {"pipeline": 64, "expert": 64}},
+        "a replica has pipeline * expert workers",
+    ),
     "copies of one worker's experts": (
         {"parallelism": {"pipeline": 2, "redundantExperts": 2}},
         "redundantExperts needs workers that share experts",

@@ -12,9 +12,9 @@ import pytest
 from pydantic import ValidationError
 
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
+from moe_operator.observed.observation import Observed, Pod, leaders
 from moe_operator.planner.gangs import FIRST_PAUSE, HEALTHY_TIME, LONGEST_PAUSE, pause
 from moe_operator.planner.mesh import Balance, MeshReading, balance
-from moe_operator.planner.observed import Observed, Pod, leaders
 from moe_operator.planner.pinning import with_pins
 from moe_operator.planner.placement import Question, gang_room, requests, seats
 from moe_operator.planner.plan import plan

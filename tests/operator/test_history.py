@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from moe_cli.rollout import restoring
+from moe_operator.observed.observation import Observed
 from moe_operator.planner import revisions
-from moe_operator.planner.observed import Observed
 from moe_operator.render import frontend, worker
 from moe_operator.render.objects import Key
 from moe_operator.resources import names

@@ -10,8 +10,9 @@ import pytest
 
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
-from moe_operator.planner import host_paths, problems
-from moe_operator.planner.observed import Download, Observed
+from moe_operator.observed import problems
+from moe_operator.observed.observation import Download, Observed
+from moe_operator.planner import host_paths
 from moe_operator.planner.plan import plan
 from moe_operator.render import worker
 from moe_operator.rpc import leader

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import pytest
 
-from moe_operator.planner.observed import Observed
+from moe_operator.observed.observation import Observed
 from moe_operator.planner.pinning import with_pins
 from moe_operator.planner.plan import Plan, invalid, plan, refused, transitions
 from moe_operator.render.objects import Key, belongs, key

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from moe_operator.errors import InvalidSpecError
-from moe_operator.planner import problems
+from moe_operator.observed import problems
 from moe_operator.render import frontend, worker
 from moe_operator.resources import names
 from moe_operator.resources.deployment import parse

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moe_operator.autoscaling.model import sizing
-from moe_operator.planner import problems
+from moe_operator.observed import problems
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/conditions.md"
@@ -17,7 +17,7 @@ GIVES_REASONS = (
     "moe_operator.planner.conditions",
     "moe_operator.planner.gangs",
     "moe_operator.planner.plan",
-    "moe_operator.planner.problems",
+    "moe_operator.observed.problems",
     "moe_operator.autoscaling.reporting",
 )
 POSITION = {"Verdict": 1, "Problem": 0, "refused": 4}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from moe_operator.observed.ownership import owned
 from moe_operator.planner.drift import first_difference
-from moe_operator.planner.ownership import owned
 from moe_operator.resources import names
 from tests.operator.by_hand import COLLECTION, Api
 from tests.operator.live import eventually

@@ -17,8 +17,8 @@ from moe_frontend.discovery.endpoints import Endpoint
 from moe_operator.apiserver.requests import Requests
 from moe_operator.errors import ReadForbiddenError
 from moe_operator.kube.client import Cluster
+from moe_operator.observed.observation import Observed, Pod
 from moe_operator.planner.gates import published
-from moe_operator.planner.observed import Observed, Pod
 from moe_operator.resources import names
 from moe_operator.rpc.frontends import routed
 

@@ -13,8 +13,8 @@ from kubernetes.utils.quantity import parse_quantity
 from moe_operator.controller.queue import backoff
 from moe_operator.errors import InstallationError, InvalidSpecError
 from moe_operator.kube import peering
+from moe_operator.observed.problems import error_sentence
 from moe_operator.planner.drift import first_difference
-from moe_operator.planner.problems import error_sentence
 from moe_operator.render import worker
 from moe_operator.resources import quantity
 from moe_operator.resources.deployment import parse

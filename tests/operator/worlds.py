@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from moe_operator.observed.observation import Observed
 from moe_operator.planner.decision import timestamp
-from moe_operator.planner.observed import Observed
 from moe_operator.planner.pinning import with_pins
 from moe_operator.planner.plan import Plan, plan
 from moe_operator.render.objects import Key, key

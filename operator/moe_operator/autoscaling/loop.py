@@ -10,7 +10,7 @@ from functools import partial
 from moe_api.supervision import Backoff
 from moe_operator.autoscaling.rounds import Scaled, ScaledFactory
 from moe_operator.autoscaling.subject import Subject, subject
-from moe_operator.planner.observed import Observed
+from moe_operator.observed.observation import Observed
 from moe_operator.resources.deployment import Deployment, Name
 
 

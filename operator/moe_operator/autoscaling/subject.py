@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from moe_operator.autoscaling.coldstart import ColdStart, measure
 from moe_operator.autoscaling.model.spec import ScalingSpec
-from moe_operator.planner.observed import Observed, Pod, frontends, leaders
+from moe_operator.observed.observation import Observed, Pod, frontends, leaders
 from moe_operator.resources.deployment import Deployment
 from moe_operator.resources.scaling_spec import Mode, Scaling
 from moe_operator.resources.spec import Spec

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from moe_operator.errors import ReadForbiddenError
 from moe_operator.kube.client import Cluster
+from moe_operator.observed.observation import Observed, podless
 from moe_operator.planner import revisions
-from moe_operator.planner.observed import Observed, podless
 from moe_operator.render import children
 from moe_operator.render.objects import Key, Manifest, key
 from moe_operator.resources import names

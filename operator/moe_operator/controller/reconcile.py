@@ -30,10 +30,10 @@ from moe_operator.errors import (
 from moe_operator.executor import execute
 from moe_operator.kube import peering
 from moe_operator.kube.client import Cluster
+from moe_operator.observed.observation import Download, Observed, Pod, frontends, leaders
 from moe_operator.planner import host_paths
 from moe_operator.planner.decision import Decision
 from moe_operator.planner.gates import published
-from moe_operator.planner.observed import Download, Observed, Pod, frontends, leaders
 from moe_operator.planner.pinning import with_pins
 from moe_operator.planner.plan import Plan, invalid, model_address, plan, refused, transitions
 from moe_operator.render.worker import recipe, revision

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from moe_operator.planner.ownership import is_ours
+from moe_operator.observed.ownership import is_ours
 from moe_operator.render.children import KINDS
 from moe_operator.render.objects import Manifest
 from moe_operator.resources import names

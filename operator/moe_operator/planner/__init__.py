@@ -1,6 +1,5 @@
 """From a MoEDeployment and what was observed to a plan. Pure: reads no clock, no cluster, no network.
 
-    observed    what the cluster has, read into typed values
     moves       which replicas are created and which are deleted now
     gangs       replicas of several workers: all or nothing, bounded restarts
     mesh        what their leaders report, for the status
@@ -11,7 +10,6 @@
     changes     which objects have to be applied, and why: drift and ownership decide
     state       the numbers from which the conditions follow
     conditions  what state that is, in Kubernetes' conventions
-    problems    why a pod does not run; scheduling reads the scheduler's summary
     host_paths  whether the administrator allows the directories of nodes that a deployment mounts
     decision    a reason and a sentence for people
     plan        puts it together: (deployment, observed, now) -> Plan

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+from moe_operator.observed.observation import Observed
+from moe_operator.observed.ownership import owned
 from moe_operator.planner import drift
 from moe_operator.planner.decision import Decision
-from moe_operator.planner.observed import Observed
-from moe_operator.planner.ownership import owned
 from moe_operator.render.objects import Manifest, applied_digest, key
 from moe_operator.resources.deployment import Deployment
 from moe_operator.resources.status import COMPLETE, PROGRESSING

@@ -7,10 +7,10 @@ from datetime import datetime
 from typing import Literal
 
 from moe_api.visible import one_line
+from moe_operator.observed.problems import QUALITY, Problem, no_node, scheduler_says
+from moe_operator.observed.scheduling import lacks_resources
 from moe_operator.planner import mesh
 from moe_operator.planner.decision import timestamp
-from moe_operator.planner.problems import QUALITY, Problem, no_node, scheduler_says
-from moe_operator.planner.scheduling import lacks_resources
 from moe_operator.planner.state import State
 from moe_operator.resources.status import (
     ACTIVE,

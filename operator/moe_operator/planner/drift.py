@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moe_operator.planner.ownership import LOST, Owned, of_field, of_item
+from moe_operator.observed.ownership import LOST, Owned, of_field, of_item
 from moe_operator.resources import quantity
 
 

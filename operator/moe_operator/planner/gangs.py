@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final
 
+from moe_operator.observed.observation import Observed, Pod, owned
+from moe_operator.observed.problems import Problem, scheduler_says
 from moe_operator.planner.decision import Decision, timestamp
-from moe_operator.planner.observed import Observed, Pod, owned
-from moe_operator.planner.problems import Problem, scheduler_says
 from moe_operator.render import gang as render
 from moe_operator.render.gang_record import NOTHING, GangRecord, recorded
 from moe_operator.render.objects import Manifest

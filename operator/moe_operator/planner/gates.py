@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from moe_operator.planner.observed import Observed, Pod
+from moe_operator.observed.observation import Observed, Pod
 from moe_operator.resources import names
 
 Routes = frozenset[tuple[str, str]]

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from moe_operator.planner.observed import Observed, owned
+from moe_operator.observed.observation import Observed, owned
 from moe_operator.render import frontend, worker
 from moe_operator.render.objects import Manifest
 from moe_operator.resources import names

@@ -19,8 +19,8 @@ from decimal import Decimal
 from functools import partial
 from typing import Any, Final
 
-from moe_operator.planner.observed import Pod
-from moe_operator.planner.scheduling import is_exclusion, is_shortage, lacks_resources, reasons
+from moe_operator.observed.observation import Pod
+from moe_operator.observed.scheduling import is_exclusion, is_shortage, lacks_resources, reasons
 from moe_operator.render.objects import Manifest
 from moe_operator.resources import quantity
 

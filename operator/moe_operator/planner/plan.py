@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 
+from moe_operator.observed.observation import Observed, Pod, leaders, owned, podless
 from moe_operator.planner import changes, conditions, gangs, gates, revisions, state
 from moe_operator.planner.changes import Change
 from moe_operator.planner.conditions import Verdict
 from moe_operator.planner.decision import Decision
 from moe_operator.planner.gates import Gate
 from moe_operator.planner.moves import Moves, Replica, free_ranks
-from moe_operator.planner.observed import Observed, Pod, leaders, owned, podless
 from moe_operator.planner.placement import Question
 from moe_operator.planner.state import State
 from moe_operator.render import children, gang, worker

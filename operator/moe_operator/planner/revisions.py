@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from moe_operator.planner.observed import Observed, owned
+from moe_operator.observed.observation import Observed, owned
 from moe_operator.render import worker
 from moe_operator.render.objects import Manifest, child, sealed
 from moe_operator.resources import names

@@ -7,11 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Final
 
-from moe_operator.planner import gangs, mesh
-from moe_operator.planner.decision import timestamp
-from moe_operator.planner.gangs import Gang
-from moe_operator.planner.moves import Moves, Replica, Terms, moves
-from moe_operator.planner.observed import (
+from moe_operator.observed.observation import (
     Download,
     FrontendState,
     Observed,
@@ -21,7 +17,11 @@ from moe_operator.planner.observed import (
     owned,
     workers,
 )
-from moe_operator.planner.problems import Problem, refused_pod
+from moe_operator.observed.problems import Problem, refused_pod
+from moe_operator.planner import gangs, mesh
+from moe_operator.planner.decision import timestamp
+from moe_operator.planner.gangs import Gang
+from moe_operator.planner.moves import Moves, Replica, Terms, moves
 from moe_operator.render.gang import shape
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment

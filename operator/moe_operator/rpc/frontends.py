@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 import grpc
 
 from moe_api.frontend.v1 import frontend_pb2, frontend_pb2_grpc
+from moe_operator.observed.observation import Pod
 from moe_operator.planner.gates import Routes, host
-from moe_operator.planner.observed import Pod
 from moe_operator.rpc.leader import target
 from moe_operator.rpc.together import ask
 

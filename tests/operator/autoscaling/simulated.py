@@ -13,7 +13,7 @@ from moe_operator.autoscaling.model.samples import Report
 from moe_operator.autoscaling.readings import Reading
 from moe_operator.autoscaling.scaler import Memory, Outcome, Scaler
 from moe_operator.autoscaling.subject import Subject, subject
-from moe_operator.planner.observed import Observed
+from moe_operator.observed.observation import Observed
 from moe_operator.resources.deployment import Deployment
 from moe_operator.resources.scaling_status import ScalingStatus
 from moe_operator.resources.status import Status

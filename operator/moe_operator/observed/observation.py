@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from moe_operator.planner import problems
-from moe_operator.planner.problems import Problem
+from moe_operator.observed import problems
+from moe_operator.observed.problems import Problem
 from moe_operator.render.objects import Key, Manifest, belongs, key
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Identity

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from moe_api.visible import one_line
-from moe_operator.planner.scheduling import is_excluded, lacks_resources
+from moe_operator.observed.scheduling import is_excluded, lacks_resources
 from moe_operator.resources import names
 
 _ERROR_LINE = "error: "
