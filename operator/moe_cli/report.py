@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from moe_operator.observed import pod_status
+from moe_operator.observed.pod_status import PodStatus
 from moe_operator.observed.problems import of_pod
 from moe_operator.resources import cache_sums, names
 from moe_operator.resources.deployment import parse_status
@@ -65,11 +67,11 @@ def desired(body: Body) -> int:
 
 
 def _pod(pod: Body, current_revision: str, loads: Mapping[str, Body]) -> dict[str, Any]:
-    metadata, status = pod["metadata"], pod.get("status", {})
+    metadata, status = pod["metadata"], pod_status.read(pod)
     labels = metadata.get("labels", {})
     revision = labels.get(names.LABEL_REVISION)
-    ready = any(c["type"] == "Ready" and c["status"] == "True" for c in status.get("conditions", ()))
-    problem = None if ready else of_pod(pod)
+    ready = status.holds("Ready")
+    problem = None if ready else of_pod(status)
     return {
         "name": metadata["name"],
         "role": labels.get(names.LABEL_ROLE),
@@ -79,10 +81,10 @@ def _pod(pod: Body, current_revision: str, loads: Mapping[str, Body]) -> dict[st
         "current": None if revision is None else revision == current_revision,
         "ready": ready,
         "leaving": "deletionTimestamp" in metadata,
-        "phase": status.get("phase"),
-        "node": pod.get("spec", {}).get("nodeName"),
-        "address": status.get("podIP"),
-        "restarts": sum(c.get("restartCount", 0) for c in status.get("containerStatuses", ())),
+        "phase": status.phase or None,
+        "node": status.node or None,
+        "address": status.address or None,
+        "restarts": status.restarts,
         "load": _load(loads.get(metadata["name"])),
         "problem": {"reason": problem.reason, "message": problem.message} if problem else None,
         "lastEnd": _last_end(status),
@@ -102,13 +104,13 @@ def _load(said: Body | None) -> dict[str, Any] | None:
     return {field: said.get(field) for field in ("queued", "running", "kvUsedPercent")}
 
 
-def _last_end(status: Body) -> dict[str, Any] | None:
+def _last_end(status: PodStatus) -> dict[str, Any] | None:
     """The end of the previous run of the container; its own message is often the best explanation."""
-    for container in status.get("containerStatuses", ()):
-        end = container.get("lastState", {}).get("terminated")
-        if end:
-            told = {"exitCode": end.get("exitCode"), "reason": end.get("reason"), "at": end.get("finishedAt")}
-            return {**told, "log": end.get("message", "").strip() or None}
+    for container in status.containers:
+        end = container.last_end
+        if end is not None:
+            told = {"exitCode": end.code, "reason": end.reason or None, "at": end.at or None}
+            return {**told, "log": end.message.strip() or None}
     return None
 
 

@@ -12,8 +12,7 @@ from moe_api.supervision import Backoff, Supervisor
 from moe_frontend.discovery import publishing
 from moe_frontend.discovery.endpoints import Endpoint
 from moe_operator.apiserver.requests import Requests
-from moe_operator.observed.observation import Observed
-from moe_operator.planner.gates import published
+from moe_operator.observed.routes import published
 from moe_operator.render import frontend
 from moe_operator.resources import cache_sums, names
 from moe_operator.resources.deployment import parse
@@ -115,7 +114,7 @@ async def test_routes_are_published_once_each_time_they_change(running):
     await running.until()
     running.set(ONE, TWO)
     found = await running.until(ONE, TWO)
-    assert published(Observed(routes=(found,))) == {"u1": {(ONE.name, "10.0.0.1"), (TWO.name, "fd00::2")}}
+    assert published((found,)) == {"u1": {(ONE.name, "10.0.0.1"), (TWO.name, "fd00::2")}}
     assert found["metadata"]["labels"][names.LABEL_NAME] == "demo"
     running.set(TWO, ONE)
     await asyncio.sleep(2 * publishing.BETWEEN_WRITES_S)

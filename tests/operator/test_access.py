@@ -6,8 +6,8 @@ import pytest
 from click.testing import CliRunner
 
 from moe_frontend import main
-from moe_operator.planner.observed import Observed as Seen
-from moe_operator.planner.observed import Pod, frontends
+from moe_operator.observed.observation import observe
+from moe_operator.observed.pods import Pod
 from moe_operator.render import frontend, network
 from moe_operator.render.objects import Key, key
 from moe_operator.resources import names
@@ -100,7 +100,7 @@ def observed_pod(address, **settings):
         "spec": frontend.pod_spec(deployment(frontend=settings)),
         "status": {"podIP": address},
     }
-    (pod,) = frontends(Seen(pods=(manifest,)))
+    (pod,) = observe(pods_there=(manifest,)).frontends
     return pod
 
 

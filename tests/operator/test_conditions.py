@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from moe_operator.executor.execute import event
+from moe_operator.observed import pod_status
 from moe_operator.observed.problems import of_pod
 from moe_operator.planner.plan import invalid, refused, transitions
 from moe_operator.render.objects import Key
@@ -343,7 +344,7 @@ def test_a_directory_that_the_node_lacks_is_named(text, is_missing):
         "spec": {"nodeName": "n1", "volumes": [{"name": "model", "hostPath": {"path": "/mnt/m"}}]},
         "status": waiting("CreateContainerError", text),
     }
-    found = of_pod(pod)
+    found = of_pod(pod_status.read(pod))
     assert found is not None
     assert found.reason == "ContainerCreateFailed"
     begin = "node n1 has no directory /mnt/m; correct spec.model.uri, or put the checkpoint there; "
@@ -365,7 +366,7 @@ def test_a_directory_that_the_node_lacks_is_named(text, is_missing):
 )
 def test_a_crash_names_the_signal_and_its_usual_causes(end, sentence):
     status = {"name": "frontend", "ready": False, "state": {"terminated": end}}
-    found = of_pod({"status": {"containerStatuses": [status]}})
+    found = of_pod(pod_status.read({"status": {"containerStatuses": [status]}}))
     assert found is not None
     assert (found.reason, found.message) == ("ContainerCrashed", sentence)
 

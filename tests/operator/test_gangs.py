@@ -12,11 +12,12 @@ import pytest
 from pydantic import ValidationError
 
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
-from moe_operator.observed.observation import Observed, Pod, leaders
+from moe_operator.observed.nodes import needs, read_node, read_pod
+from moe_operator.observed.pods import Pod
 from moe_operator.planner.gangs import FIRST_PAUSE, HEALTHY_TIME, LONGEST_PAUSE, pause
 from moe_operator.planner.mesh import Balance, MeshReading, balance
 from moe_operator.planner.pinning import with_pins
-from moe_operator.planner.placement import Question, gang_room, requests, seats
+from moe_operator.planner.placement import Question, gang_room, seats
 from moe_operator.planner.plan import plan
 from moe_operator.render import worker
 from moe_operator.render.gang_record import GangRecord, recorded
@@ -297,7 +298,7 @@ def test_a_rollout_replaces_gangs_as_wholes():
     found.step()
     assert pods(found) == []
     found.step()
-    assert list(leaders(Observed(pods=tuple(found.pods.values())))) == [1]
+    assert list(found.observed().leaders) == [1]
 
 
 def test_topology_keeps_the_workers_of_one_gang_together_and_gangs_apart():
@@ -320,7 +321,7 @@ def test_labels_and_the_scheduler_of_the_pod_template_reach_gangs():
     assert queue.items() <= manifest["metadata"]["labels"].items()
     assert queue.items() <= rendered["metadata"]["labels"].items()
     assert rendered["spec"]["schedulerName"] == "gangs"
-    assert requests(rendered["spec"])["pods"] == 1
+    assert needs(rendered["spec"]).requests["pods"] == 1
     single = worker.stateful_set(deployment(worker={"podTemplate": template}), 0)
     assert not queue.items() & single["metadata"]["labels"].items(), "as before"
 
@@ -348,17 +349,20 @@ def test_a_new_gang_takes_the_places_of_all_workers_of_an_old_one():
     bodies = [{"metadata": {"uid": pod.uid}, "spec": limits} for pod in old]
     nodes = {
         f"node-{number}": (
-            {
-                "metadata": {"name": f"node-{number}"},
-                "status": {"allocatable": {"nvidia.com/gpu": 4, "pods": 9}},
-            },
-            tuple(bodies[2 * number : 2 * number + 2]),
+            read_node(
+                {
+                    "metadata": {"name": f"node-{number}"},
+                    "status": {"allocatable": {"nvidia.com/gpu": 4, "pods": 9}},
+                }
+            ),
+            tuple(map(read_pod, bodies[2 * number : 2 * number + 2])),
         )
         for number in range(2)
     }
     places = seats(old, nodes)
 
-    def obstacle(new, size):
+    def obstacle(content, size):
+        new = needs(content)
         question = Question("", new, old[:1], size, {old[0].name: old[1:]})
         return gang_room(question, new, "", places).obstacles["docs-0-0"]
 
@@ -383,7 +387,7 @@ def test_the_status_shows_ranks_stages_and_imbalance(threshold, reason):
     for rank in range(3):
         found.pods[f"docs-1-{rank}"]["status"]["conditions"] = [{"type": "Ready", "status": "True"}]
     readings = {"docs-1-0": MeshReading(3, ((0, 4), (4, 3)), 4, Balance(5, 1, 150))}
-    observed = Observed(found.children, tuple(found.pods.values()), meshes=readings)
+    observed = found.observed(meshes=readings)
     status = plan(with_pins(found.deployment, observed), observed, found.now).status
     assert status.mesh is not None
     assert (status.mesh.shape, status.mesh.ready_ranks, status.mesh.ranks) == ("2x2", 3, 8)

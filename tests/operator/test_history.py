@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from moe_cli.rollout import restoring
-from moe_operator.observed.observation import Observed
+from moe_operator.observed.observation import Observed, observe
 from moe_operator.planner import revisions
 from moe_operator.render import frontend, worker
 from moe_operator.render.objects import Key
@@ -160,7 +160,7 @@ def test_a_record_that_an_undo_restores_keeps_the_numbers_that_it_had():
     known = {}
 
     def record(of):
-        made = revisions.current(of, Observed(known))
+        made = revisions.current(of, observe(known.values()))
         known[Key(revisions.KIND, made["metadata"]["name"])] = made
         return made["revision"], made["metadata"]["annotations"].get(names.ANNOTATION_FORMER)
 

@@ -10,8 +10,8 @@ import pytest
 
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
-from moe_operator.observed import problems
-from moe_operator.observed.observation import Download, Observed
+from moe_operator.observed import pod_status, problems
+from moe_operator.observed.downloads import Download
 from moe_operator.planner import host_paths
 from moe_operator.planner.plan import plan
 from moe_operator.render import worker
@@ -116,8 +116,7 @@ def test_the_conditions_say_how_far_the_download_is():
     assert [pod.name for pod in todo.fetching] == ["docs-0-0"]
     assert todo.recheck
     told = {"docs-0-0": Download(int(7.7 * 2**30), int(18.2 * 2**30), 175)}
-    observed = Observed(world.children, tuple(world.pods.values()), downloads=told)
-    todo = plan(world.deployment, observed, world.now)
+    todo = plan(world.deployment, world.observed(downloads=told), world.now)
     assert todo.fetching == ()
     conditions = {one.type: one for one in todo.status.conditions}
     loaded = conditions["ModelLoaded"]
@@ -141,7 +140,7 @@ def test_a_failed_download_gives_its_sentence(code, stuck):
     state = {"waiting": {"reason": "CrashLoopBackOff"}}
     status = {"initContainerStatuses": [{"name": "fetch", "ready": False, "state": state, "lastState": end}]}
     wanted = problems.Problem("ModelFetchFailed", "model hf://a/b does not exist", stuck=stuck)
-    assert problems.of_pod({"status": status}) == wanted
+    assert problems.of_pod(pod_status.read({"status": status})) == wanted
 
 
 @contextlib.contextmanager

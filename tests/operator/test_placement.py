@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_operator.planner.placement import Seat, obstacle, requests, room
+from moe_operator.observed import nodes
+from moe_operator.planner import placement
+from moe_operator.planner.placement import Seat
 
 GPU = "nvidia.com/gpu"
 LACKS = (
@@ -16,6 +19,18 @@ LACKS = (
     "{node-role.kubernetes.io/control-plane: }. preemption: 0/3 nodes are available: 1 No preemption victims "
     "found for incoming pod, 2 Preemption is not helpful for scheduling."
 )
+
+
+def obstacle(content, said, seat):
+    return placement.obstacle(nodes.needs(content), said, seat)
+
+
+def room(content, said, seats):
+    return placement.room(nodes.needs(content), said, seats)
+
+
+def requests(content):
+    return nodes.needs(content).requests
 
 
 def spec(gpus=1, cpu="500m", **more):
@@ -38,7 +53,12 @@ def node(labels=None, **content):
 
 def seat(old=None, others=(), where=None):
     old = pod("old", old or spec())
-    return Seat(old, where or node(), (old, *(pod(f"other-{i}", one) for i, one in enumerate(others))))
+    pods = (old, *(pod(f"other-{i}", one) for i, one in enumerate(others)))
+    return seated(old, where or node(), pods)
+
+
+def seated(old, where, pods):
+    return Seat(nodes.read_pod(old), nodes.read_node(where), tuple(map(nodes.read_pod, pods)))
 
 
 FULL = (spec(),)
@@ -63,7 +83,7 @@ def node_of(*gpus, free=0, others=()):
     where["status"]["allocatable"] = {"cpu": "64", "pods": "110", GPU: str(sum(gpus) + free)}
     old = {f"docs-{rank}-0": pod(f"u{rank}", spec(gpus=count)) for rank, count in enumerate(gpus)}
     pods = (*old.values(), *(pod(f"other-{i}", one) for i, one in enumerate(others)))
-    return {name: Seat(body, where, pods) for name, body in old.items()}
+    return {name: seated(body, where, pods) for name, body in old.items()}
 
 
 def test_several_old_pods_make_room_together_where_one_is_not_enough():
@@ -91,7 +111,7 @@ def test_nobody_leaves_with_others_where_one_is_enough_or_all_are_too_few():
 def test_old_pods_of_two_nodes_make_no_room_together():
     one, other = node_of(1), node_of(1)
     seat = other["docs-0-0"]
-    elsewhere = Seat(seat.pod | {}, {**seat.node, "metadata": {"name": "n2"}}, seat.pods)
+    elsewhere = replace(seat, node=replace(seat.node, name="n2"))
     assert room(spec(gpus=2), LACKS, {**one, "docs-1-0": elsewhere}).together == {}
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
-from moe_operator.observed.observation import Observed
+from moe_operator.observed import children
 from moe_operator.planner.pinning import with_pins
 from moe_operator.planner.plan import Plan, invalid, plan, refused, transitions
-from moe_operator.render.objects import Key, belongs, key
+from moe_operator.render.objects import Key, key
 from moe_operator.render.worker import recipe
 from moe_operator.resources.deployment import Identity
 from moe_operator.resources.status import MODEL_LOADED, PROGRESSING, READY, Condition, Status
@@ -643,8 +644,7 @@ def test_a_pod_that_somebody_refuses_is_the_reason_and_is_looked_at_again():
     replica = world.children[Key("StatefulSet", "docs-0")]
     replica["status"] = {"observedGeneration": 1, "replicas": 0}
     why = 'create Pod docs-0-0 failed error: pods "docs-0-0" is forbidden: violates PodSecurity'
-    observed = Observed(world.children, refused={"docs-0-0": why})
-    todo = plan(world.deployment, observed, world.now)
+    todo = plan(world.deployment, world.observed(refused={"docs-0-0": why}), world.now)
     ready = todo.status.condition(READY)
     assert ready.reason == "PodRefused"
     assert ready.message == (
@@ -659,7 +659,7 @@ def test_a_pod_that_somebody_refuses_is_the_reason_and_is_looked_at_again():
 
 
 def looks(world: World, verdicts: dict[Key, str]) -> Plan:
-    observed = Observed(world.children, tuple(world.pods.values()), world.model, verdicts=verdicts)
+    observed = world.observed(model=world.model, verdicts=verdicts)
     return plan(with_pins(world.deployment, observed), observed, world.now)
 
 
@@ -667,7 +667,7 @@ def test_what_an_earlier_look_found_changes_no_plan_until_something_else_is_want
     world = settled(replicas=3)
     first = looks(world, {})
     assert first.sound == tuple(Key("StatefulSet", f"docs-{rank}") for rank in range(3))
-    verdicts = dict.fromkeys(first.sound, recipe(with_pins(world.deployment, Observed(world.children))))
+    verdicts = dict.fromkeys(first.sound, recipe(with_pins(world.deployment, world.observed())))
     again = looks(world, verdicts)
     assert (again.sound, again.apply, again.status) == ((), first.apply, first.status)
     for edit in ({"engine": {"maxBatchSize": 7}}, {"replicas": 1}, {"worker": {"resources": {}}}):
@@ -692,6 +692,10 @@ def orphan_of(world: World, kind: str, name: str) -> Key:
     found = Key(kind, name)
     del world.children[found]["metadata"]["ownerReferences"]
     return found
+
+
+def belongs(manifest: dict[str, Any], owner: Identity) -> bool:
+    return children.read(manifest).belongs_to(owner)
 
 
 def test_an_orphan_is_adopted_where_its_labels_and_its_name_are_those_that_we_give():

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from moe_operator.errors import InvalidSpecError
-from moe_operator.observed import problems
+from moe_operator.observed import pod_status, problems
 from moe_operator.render import frontend, worker
 from moe_operator.resources import names
 from moe_operator.resources.deployment import parse
@@ -127,7 +127,9 @@ def test_a_template_that_fits_no_annotation_is_refused():
 def test_a_sidecar_that_fails_gives_a_reason_that_kubernetes_takes():
     end = {"terminated": {"exitCode": 1, "message": "error: no licence"}}
     status = {"containerStatuses": [{"name": "my-proxy", "ready": False, "state": end}]}
-    assert problems.of_pod({"status": status}) == problems.Problem("SidecarFailed", "no licence")
+    assert problems.of_pod(pod_status.read({"status": status})) == problems.Problem(
+        "SidecarFailed", "no licence"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_operator.observed.observation import Pod
+from moe_operator.observed.pods import Pod
 from moe_operator.planner.gates import Gate, changes, waiting
 from moe_operator.planner.moves import Replica, Terms, free_ranks, moves
 from moe_operator.resources.rollout_spec import Rollout

@@ -17,8 +17,8 @@ from moe_frontend.discovery.endpoints import Endpoint
 from moe_operator.apiserver.requests import Requests
 from moe_operator.errors import ReadForbiddenError
 from moe_operator.kube.client import Cluster
-from moe_operator.observed.observation import Observed, Pod
-from moe_operator.planner.gates import published
+from moe_operator.observed.pods import Pod
+from moe_operator.observed.routes import published
 from moe_operator.resources import names
 from moe_operator.rpc.frontends import routed
 
@@ -90,7 +90,7 @@ def test_what_frontends_publish_is_read_by_the_pod_that_owns_it():
     )
     mine = publishing.manifest(pod, [*routes, Endpoint("docs-2-0", "[fd00::2]:8000")])
     other = {"metadata": {"name": "docs-frontend-y", "ownerReferences": mine["metadata"]["ownerReferences"]}}
-    found = published(Observed(routes=(mine, other)))
+    found = published((mine, other))
     assert found == {"u1": {("docs-1-0", "10.0.0.1"), ("docs-2-0", "fd00::2")}}
 
 

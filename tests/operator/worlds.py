@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from moe_operator.observed.observation import Observed
+from moe_operator.observed.observation import Observed, observe
 from moe_operator.planner.decision import timestamp
 from moe_operator.planner.pinning import with_pins
 from moe_operator.planner.plan import Plan, plan
@@ -48,8 +48,11 @@ class World:
     def status(self) -> Status:
         return self.deployment.status
 
+    def observed(self, **more: Any) -> Observed:
+        return replace(observe(self.children.values(), self.pods.values()), **more)
+
     def look(self) -> Plan:
-        observed = Observed(self.children, tuple(self.pods.values()), self.model, self.work)
+        observed = self.observed(model=self.model, work=self.work)
         deployment = with_pins(self.deployment, observed)
         todo = plan(deployment, observed, self.now)
         if todo.question is None:

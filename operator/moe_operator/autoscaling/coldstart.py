@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from itertools import pairwise
-from typing import Any
+
+from moe_operator.observed.pods import Pod
+from moe_operator.planner.decision import timestamp
 
 
 @dataclass(frozen=True)
@@ -32,33 +32,25 @@ class ColdStart:
         return self.scheduling + self.image + self.loading
 
 
-def measure(pod: Mapping[str, Any]) -> ColdStart | None:
+def measure(pod: Pod) -> ColdStart | None:
     """The cold start of a pod that is Ready for the first time; None if it cannot be measured.
 
     A pod with a restarted container is ignored: the restart was not a cold start.
     """
-    metadata, status = pod["metadata"], pod.get("status", {})
-    conditions = {item["type"]: item for item in status.get("conditions", ())}
-    containers = status.get("containerStatuses", ())
-    if not containers or any(container.get("restartCount", 0) for container in containers):
+    started = [container.started for container in pod.status.containers]
+    if not started or pod.restarts:
         return None
-    made, scheduled = metadata.get("creationTimestamp"), _since(conditions, "PodScheduled")
-    ran = max((_started(container) for container in containers), default="")
-    ready = _since(conditions, "Ready")
-    if not (made and scheduled and ran and ready):
+    ran = [time for time in started if time is not None]
+    times = (
+        pod.created,
+        pod.status.since("PodScheduled", "True"),
+        max(ran, default=None),
+        pod.status.since("Ready", "True"),
+    )
+    known = [time for time in times if time is not None]
+    if len(known) < len(times):
         return None
-    times = [datetime.fromisoformat(text) for text in (made, scheduled, ran, ready)]
-    phases = [(after - before).total_seconds() for before, after in pairwise(times)]
+    phases = [(after - before).total_seconds() for before, after in pairwise(known)]
     if min(phases) < 0:
         return None
-    return ColdStart(metadata["uid"], metadata["name"], made, *phases)
-
-
-def _since(conditions: Mapping[str, Mapping[str, str]], kind: str) -> str:
-    condition = conditions.get(kind, {})
-    return condition.get("lastTransitionTime", "") if condition.get("status") == "True" else ""
-
-
-def _started(container: Mapping[str, Any]) -> str:
-    started: str = container.get("state", {}).get("running", {}).get("startedAt", "")
-    return started
+    return ColdStart(pod.uid, pod.name, timestamp(known[0]), *phases)

@@ -11,7 +11,7 @@ from moe_operator.autoscaling import readings
 from moe_operator.autoscaling.model.samples import Report
 from moe_operator.autoscaling.readings import Reading
 from moe_operator.autoscaling.subject import Subject
-from moe_operator.observed.observation import Pod
+from moe_operator.observed.pods import Pod
 from moe_operator.rpc.pods import PodClient
 
 

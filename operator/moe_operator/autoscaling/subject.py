@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from moe_operator.autoscaling.coldstart import ColdStart, measure
 from moe_operator.autoscaling.model.spec import ScalingSpec
-from moe_operator.observed.observation import Observed, Pod, frontends, leaders
+from moe_operator.observed.observation import Observed
+from moe_operator.observed.pods import Pod
 from moe_operator.resources.deployment import Deployment
 from moe_operator.resources.scaling_spec import Mode, Scaling
 from moe_operator.resources.spec import Spec
@@ -49,14 +50,13 @@ def subject(deployment: Deployment, observed: Observed) -> Subject | None:
     wanted = deployment.spec.scaling
     if wanted is None or wanted.mode is Mode.OFF:
         return None
-    pods = tuple(pod for pod in leaders(observed).values() if not pod.terminating)
-    ready = {pod.name for pod in pods if pod.ready}
-    starts = (measure(pod) for pod in observed.pods if pod["metadata"]["name"] in ready)
+    pods = tuple(pod for pod in observed.leaders.values() if not pod.terminating)
+    starts = (measure(pod) for pod in pods if pod.ready)
     return Subject(
         deployment,
         wanted,
         pods,
-        tuple(pod.admin_address for pod in frontends(observed) if pod.address and not pod.terminating),
+        tuple(pod.admin_address for pod in observed.frontends if pod.address and not pod.terminating),
         tuple(start for start in starts if start is not None),
     )
 

@@ -30,10 +30,11 @@ from moe_operator.errors import (
 from moe_operator.executor import execute
 from moe_operator.kube import peering
 from moe_operator.kube.client import Cluster
-from moe_operator.observed.observation import Download, Observed, Pod, frontends, leaders
+from moe_operator.observed.downloads import Download
+from moe_operator.observed.observation import Observed
+from moe_operator.observed.pods import Pod
 from moe_operator.planner import host_paths
 from moe_operator.planner.decision import Decision
-from moe_operator.planner.gates import published
 from moe_operator.planner.pinning import with_pins
 from moe_operator.planner.plan import Plan, invalid, model_address, plan, refused, transitions
 from moe_operator.render.worker import recipe, revision
@@ -125,7 +126,7 @@ class Reconciler:
             observed = replace(observed, children={**observed.children, **others})
             deployment, observed, todo = self._planned(deployment, observed)
         if todo.sound:
-            self.cluster.note((observed.children[name] for name in todo.sound), recipe(deployment))
+            self.cluster.note((observed.children[name].content for name in todo.sound), recipe(deployment))
         if self.watcher is not None:
             self.watcher.saw(deployment, observed)
         _describe(span, deployment, todo)
@@ -229,9 +230,7 @@ class Reconciler:
         return replace(
             observed,
             work=work,
-            routed=routed(frontends(observed), todo.unrouted, limit, published(observed))
-            if todo.unrouted
-            else {},
+            routed=routed(observed.frontends, todo.unrouted, limit, observed.routes) if todo.unrouted else {},
             downloads=self._downloads(todo.fetching),
         )
 
@@ -268,7 +267,7 @@ class Reconciler:
 
     def _with_meshes(self, observed: Observed) -> Observed:
         """Adds what the ready leaders of gangs report of their ranks."""
-        gangs = [pod for pod in leaders(observed).values() if pod.shape and pod.ready and pod.address]
+        gangs = [pod for pod in observed.leaders.values() if pod.shape and pod.ready and pod.address]
         if not gangs:
             return observed
         return replace(observed, meshes=self._meshes.read(gangs, self.settings.rpc_timeout_seconds))

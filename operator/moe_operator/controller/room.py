@@ -6,9 +6,10 @@ from typing import Final
 
 from moe_operator.errors import ApplyForbiddenError, ReadForbiddenError
 from moe_operator.kube.client import Cluster
+from moe_operator.observed import nodes, pod_status
+from moe_operator.observed.nodes import Node, NodePod
 from moe_operator.planner import placement
 from moe_operator.planner.placement import Question, Room
-from moe_operator.render.objects import Manifest
 
 _NODES_MOST: Final = 8
 """Nodes that one reconcile reads: each costs two requests."""
@@ -30,16 +31,20 @@ def room(cluster: Cluster, namespace: str, question: Question) -> Room:
 
 def _room(cluster: Cluster, namespace: str, question: Question) -> Room:
     pod = cluster.read("Pod", namespace, question.waiting) if question.waiting else None
-    spec, said = (question.template, "") if pod is None else (pod["spec"], placement.waits_because(pod))
+    new, said = question.needs, ""
+    if pod is not None:
+        new, said = nodes.needs(pod["spec"]), pod_status.read(pod).waits_because
     others = (pod for own in question.others.values() for pod in own)
     pods, most = (*question.old, *others), _NODES_OF_GANGS if question.is_of_gangs else _NODES_MOST
     wanted = list(dict.fromkeys(one.node for one in pods if one.node))[:most]
-    nodes = {name: found for name in wanted if (found := _node(cluster, name)) is not None}
+    read = {name: found for name in wanted if (found := _node(cluster, name)) is not None}
     if question.is_of_gangs:
-        return placement.gang_room(question, spec, said, placement.seats(pods, nodes))
-    return placement.room(spec, said, placement.seats(question.old, nodes))
+        return placement.gang_room(question, new, said, placement.seats(pods, read))
+    return placement.room(new, said, placement.seats(question.old, read))
 
 
-def _node(cluster: Cluster, name: str) -> tuple[Manifest, tuple[Manifest, ...]] | None:
+def _node(cluster: Cluster, name: str) -> tuple[Node, tuple[NodePod, ...]] | None:
     node = cluster.read("Node", None, name)
-    return None if node is None else (node, tuple(cluster.pods_on(name)))
+    if node is None:
+        return None
+    return nodes.read_node(node), tuple(map(nodes.read_pod, cluster.pods_on(name)))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 from moe_api.visible import one_line
+from moe_operator.observed.pod_status import Container, ContainerEnd, PodStatus
 from moe_operator.observed.scheduling import is_excluded, lacks_resources
 from moe_operator.resources import names
 
@@ -92,9 +92,9 @@ _MESSAGE_MOST = 1024
 """Maximum characters of a quoted message of a pod, the kubelet or an admission policy."""
 
 
-def of_pod(pod: Mapping[str, Any]) -> Problem | None:
+def of_pod(status: PodStatus) -> Problem | None:
     """Why a pod does not become Ready; None if it runs or only needs time."""
-    found = _of_pod(pod)
+    found = _of_pod(status)
     return None if found is None else _bounded(found)
 
 
@@ -104,78 +104,69 @@ def _bounded(problem: Problem) -> Problem:
     return replace(problem, message=message, said=said)
 
 
-def _of_pod(pod: Mapping[str, Any]) -> Problem | None:
-    status = pod.get("status", {})
-    for container in (*status.get("initContainerStatuses", ()), *status.get("containerStatuses", ())):
-        found = _waiting(container) or (None if container.get("ready") else _terminated(container))
+def _of_pod(status: PodStatus) -> Problem | None:
+    for container in (*status.init_containers, *status.containers):
+        found = _waiting(container) or (None if container.ready else _ended(container))
         if found is not None:
-            return _without_directory(found, pod.get("spec", {})) or found
-    return _unschedulable(status) or _without_node(pod)
+            return _without_directory(found, status) or found
+    return _unschedulable(status) or _without_node(status)
 
 
-def _waiting(container: Mapping[str, Any]) -> Problem | None:
-    waiting = container.get("state", {}).get("waiting") or {}
-    reason = _WAITING.get(waiting.get("reason", ""))
+def _waiting(container: Container) -> Problem | None:
+    reason = _WAITING.get(container.waiting)
     if reason is None:
         return None
-    detail = waiting.get("message") or waiting["reason"]
-    if waiting["reason"] in _UNINFORMATIVE:
-        detail = f"image {container.get('image')}: {detail}"
-    return Problem(reason, detail.strip(), stuck=waiting["reason"] in _NEEDS_EDIT)
+    detail = container.waiting_message or container.waiting
+    if container.waiting in _UNINFORMATIVE:
+        detail = f"image {container.image}: {detail}"
+    return Problem(reason, detail.strip(), stuck=container.waiting in _NEEDS_EDIT)
 
 
-def _terminated(container: Mapping[str, Any]) -> Problem | None:
-    """The last termination of the container, if it was an error; it is reported while the next attempt
-    starts.
-    """
-    ends = (container.get("state", {}).get("terminated"), container.get("lastState", {}).get("terminated"))
-    end = next((end for end in ends if end), None)
-    if end is None or end.get("exitCode", 0) == 0:
+def _ended(container: Container) -> Problem | None:
+    """The last end of the container, if it was an error; it is reported while the next attempt starts."""
+    end, name = container.end or container.last_end, container.name
+    if end is None or end.code == 0:
         return None
-    if end.get("reason") == "StartError":
+    if end.reason == "StartError":
         # The runtime's message while the kubelet waits for the next attempt.
-        return Problem("ContainerCreateFailed", end.get("message", "the runtime gave no reason").strip())
-    said = error_sentence(end.get("message", ""))
-    name = container["name"]
+        return Problem("ContainerCreateFailed", end.message.strip() or "the runtime gave no reason")
+    said = error_sentence(end.message)
     if name == names.FETCH_CONTAINER and said is not None:
-        return Problem("ModelFetchFailed", said, stuck=end["exitCode"] == _EXIT_BAD_INPUT)
-    if name == names.ROLE_WORKER and end["exitCode"] == _EXIT_BAD_INPUT and said is not None:
+        return Problem("ModelFetchFailed", said, stuck=end.code == _EXIT_BAD_INPUT)
+    if name == names.ROLE_WORKER and end.code == _EXIT_BAD_INPUT and said is not None:
         refused = QUALITY if said.startswith(_QUALITY_LINE) else "ModelLoadFailed"
         return Problem(refused, said, stuck=True)
-    runs = "running" in container.get("state", {})
     sentence = said or _crash_sentence(name, end)
     reason = _FAILED.get(name, "SidecarFailed") if said else "ContainerCrashed"
-    message = f"{sentence}; it is started again" if runs else sentence
-    follows = name == names.ROLE_WORKER and end["exitCode"] == _EXIT_RANK_LOST
-    return Problem(reason, message, follows=follows, since=str(end.get("finishedAt", "")))
+    message = f"{sentence}; it is started again" if container.running else sentence
+    follows = name == names.ROLE_WORKER and end.code == _EXIT_RANK_LOST
+    return Problem(reason, message, follows=follows, since=end.at)
 
 
-def _without_directory(problem: Problem, spec: Mapping[str, Any]) -> Problem | None:
+def _without_directory(problem: Problem, status: PodStatus) -> Problem | None:
     """The problem of a container whose directory the node lacks; None for any other.
 
     Runtimes report the path in their own words: "stat PATH: no such file or directory" (runc).
     """
     if problem.reason != "ContainerCreateFailed" or not _NO_DIRECTORY.search(problem.message):
         return None
-    paths = (volume["hostPath"]["path"] for volume in spec.get("volumes", ()) if "hostPath" in volume)
     words = re.split(r"""[\s:"',]+""", problem.message)
-    missing = next((path for path in paths if path in words), None)
+    missing = next((path for path in status.host_paths if path in words), None)
     if missing is None:
         return None
-    cause = f"node {spec.get('nodeName', 'of the pod')} has no directory {missing}"
+    cause = f"node {status.node or 'of the pod'} has no directory {missing}"
     remedy = "correct spec.model.uri, or put the checkpoint there"
     message = f"{cause}; {remedy}; the kubelet says: {problem.message}"
     return replace(problem, message=message, remedied=True)
 
 
-def _crash_sentence(name: str, end: Mapping[str, Any]) -> str:
-    code, reason = end["exitCode"], end.get("reason")
-    sentence = f"{name} ended with exit code {code}{_signal(code)}"
-    if reason == "OOMKilled":
+def _crash_sentence(name: str, end: ContainerEnd) -> str:
+    sentence = f"{name} ended with exit code {end.code}{_signal(end.code)}"
+    if end.reason == "OOMKilled":
         return f"{sentence}, OOMKilled: it needed more memory than its limit, or than the node has"
-    if reason not in (None, "Error"):
-        return f"{sentence}, {reason}"
-    if code == _SIGNALLED + signal.SIGKILL:
+    if end.reason not in ("", "Error"):
+        return f"{sentence}, {end.reason}"
+    if end.code == _SIGNALLED + signal.SIGKILL:
         return f"{sentence}: usual causes are its memory limit, its liveness probe and its node"
     return sentence
 
@@ -193,28 +184,26 @@ def error_sentence(log: str) -> str | None:
     return lines[-1].removeprefix(_ERROR_LINE).strip() if lines else None
 
 
-def _without_node(pod: Mapping[str, Any]) -> Problem | None:
+def _without_node(status: PodStatus) -> Problem | None:
     """Whether its node stopped reporting.
 
     The node controller then sets the pods there to not Ready without a reason; a kubelet always gives one.
     """
-    found = {condition["type"]: condition for condition in pod.get("status", {}).get("conditions", ())}
-    ready, containers = found.get("Ready", {}), found.get("ContainersReady", {})
-    if (ready.get("status"), containers.get("status")) != ("False", "True") or ready.get("reason"):
+    ready = status.conditions.get("Ready")
+    if ready is None or ready.status != "False" or ready.reason or not status.holds("ContainersReady"):
         return None
-    node = pod.get("spec", {}).get("nodeName", "of the pod")
     sentence = (
-        f"node {node} does not report to Kubernetes; after some minutes another replica takes its place"
+        f"node {status.node or 'of the pod'} does not report to Kubernetes; after some minutes another "
+        "replica takes its place"
     )
     return Problem("NodeNotReady", sentence)
 
 
-def _unschedulable(status: Mapping[str, Any]) -> Problem | None:
-    for condition in status.get("conditions", ()):
-        if condition["type"] == "PodScheduled" and condition["status"] == "False":
-            said = condition.get("message", "")
-            return _unplaced(condition.get("reason", "Unschedulable"), said)
-    return None
+def _unschedulable(status: PodStatus) -> Problem | None:
+    placed = status.conditions.get("PodScheduled")
+    if placed is None or placed.status != "False":
+        return None
+    return _unplaced(placed.reason or "Unschedulable", placed.message)
 
 
 def _unplaced(reason: str, said: str) -> Problem:
@@ -249,10 +238,6 @@ def refused_pod(said: str) -> Problem:
     return Problem(POD_REFUSED, message, remedied=True)
 
 
-def of_workload(manifest: Mapping[str, Any]) -> Problem | None:
-    """Why a Deployment's controller cannot create pods, as its condition ReplicaFailure says; else None."""
-    for condition in manifest.get("status", {}).get("conditions", ()):
-        if condition["type"] == "ReplicaFailure" and condition["status"] == "True":
-            why = condition.get("message", "the API server gives no reason")
-            return _bounded(refused_pod(why))
-    return None
+def of_workload(said: str) -> Problem:
+    """Why a Deployment's controller cannot create pods, from the message of its condition ReplicaFailure."""
+    return _bounded(refused_pod(said or "the API server gives no reason"))

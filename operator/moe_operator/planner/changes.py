@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+from moe_operator.observed.children import Child
 from moe_operator.observed.observation import Observed
-from moe_operator.observed.ownership import owned
 from moe_operator.planner import drift
 from moe_operator.planner.decision import Decision
 from moe_operator.render.objects import Manifest, applied_digest, key
@@ -47,15 +47,15 @@ def _change(manifest: Manifest, observed: Observed, deployment: Deployment) -> C
         again = manifest["kind"] != "StatefulSet" and _was_complete(deployment)
         return Change(manifest, Why.RECREATED if again else Why.CREATED)
     guarded = _guarded(manifest, actual)
-    if applied_digest(actual) != applied_digest(manifest):
+    if actual.applied_digest != applied_digest(manifest):
         return Change(guarded, Why.UPDATED)
-    place = drift.first_difference(manifest, actual, owned=owned(actual))
+    place = drift.first_difference(manifest, actual.content, owned=actual.owned_fields)
     return None if place is None else Change(guarded, Why.DRIFT_CORRECTED, place)
 
 
-def _guarded(manifest: Manifest, actual: Manifest) -> Manifest:
+def _guarded(manifest: Manifest, actual: Child) -> Manifest:
     """The object with the UID of the one it changes, so that a newer one of its name is never changed."""
-    return {**manifest, "metadata": {**manifest["metadata"], "uid": actual["metadata"]["uid"]}}
+    return {**manifest, "metadata": {**manifest["metadata"], "uid": actual.uid}}
 
 
 def _was_complete(deployment: Deployment) -> bool:

@@ -8,18 +8,19 @@ leader.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final
 
-from moe_operator.observed.observation import Observed, Pod, owned
+from moe_operator.observed.children import StatefulSet
+from moe_operator.observed.observation import Observed
+from moe_operator.observed.pods import Pod
 from moe_operator.observed.problems import Problem, scheduler_says
 from moe_operator.planner.decision import Decision, timestamp
 from moe_operator.render import gang as render
-from moe_operator.render.gang_record import NOTHING, GangRecord, recorded
+from moe_operator.render.gang_record import NOTHING, GangRecord
 from moe_operator.render.objects import Manifest
-from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment
 from moe_operator.resources.parallelism_spec import Parallelism
 
@@ -83,18 +84,14 @@ class Gang:
         return min(found, key=lambda pair: (pair[1].follows, pair[1].since), default=None)
 
 
-def read(
-    deployment: Deployment, observed: Observed, workers: Mapping[int, tuple[Pod, ...]], now: datetime
-) -> dict[int, Gang]:
+def read(deployment: Deployment, observed: Observed, now: datetime) -> dict[int, Gang]:
     """The gangs of a deployment, by data rank."""
     found = {}
-    for name, manifest in owned(observed, "StatefulSet", deployment.identity).items():
-        rank = manifest["metadata"].get("labels", {}).get(names.LABEL_DATA_RANK, "")
-        size = render.size(manifest["spec"]["template"])
-        if size > 1 and rank.isdecimal() and "deletionTimestamp" not in manifest["metadata"]:
-            pods = tuple(pod for pod in workers.get(int(rank), ()) if not pod.terminating)
-            gang = Gang(name, int(rank), size, pods, recorded(manifest))
-            found[int(rank)] = replace(gang, next=advance(gang, deployment.spec.parallelism, now))
+    for name, one in observed.owned(StatefulSet, deployment.identity).items():
+        if one.size > 1 and one.data_rank is not None and not one.terminating:
+            pods = tuple(pod for pod in observed.workers.get(one.data_rank, ()) if not pod.terminating)
+            gang = Gang(name, one.data_rank, one.size, pods, one.record)
+            found[one.data_rank] = replace(gang, next=advance(gang, deployment.spec.parallelism, now))
     return found
 
 

@@ -10,11 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from moe_operator.observed.observation import Observed, Pod
-from moe_operator.resources import names
-
-Routes = frozenset[tuple[str, str]]
-"""Pod names and IP addresses of leaders."""
+from moe_operator.observed.pods import Pod
 
 
 @dataclass(frozen=True)
@@ -31,21 +27,6 @@ class Gate:
 def waiting(leaders: Iterable[Pod]) -> list[Pod]:
     """Leaders whose containers are ready and whose gate is closed."""
     return [pod for pod in leaders if pod.gated and not pod.routed and pod.containers_ready]
-
-
-def published(observed: Observed) -> dict[str, Routes]:
-    """The published routes of frontends, by the UID of the frontend's pod."""
-    return {
-        owner["uid"]: frozenset((to["name"], host(to["address"])) for to in manifest.get("routes", ()))
-        for manifest in observed.routes
-        for owner in manifest["metadata"].get("ownerReferences", ())
-        if owner["kind"] == "Pod" and owner["name"] == manifest["metadata"]["name"]
-    }
-
-
-def host(address: str) -> str:
-    """The IP address in HOST:PORT."""
-    return address.removesuffix(f":{names.GRPC_PORT}").strip("[]")
 
 
 def of_followers(workers: Iterable[Pod]) -> list[Gate]:

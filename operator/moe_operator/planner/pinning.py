@@ -16,16 +16,17 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from moe_operator.observed.observation import Observed, owned
+from moe_operator.observed.children import Child, FrontendDeployment, StatefulSet
+from moe_operator.observed.observation import Observed
 from moe_operator.render import frontend, worker
 from moe_operator.render.objects import Manifest
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Pin
 from moe_operator.resources.spec import Spec
 
-_CARRIERS: Final[Mapping[str, tuple[str, Callable[[Deployment], Manifest]]]] = {
-    names.ROLE_WORKER: ("StatefulSet", worker.rendered),
-    names.ROLE_FRONTEND: ("Deployment", frontend.rendered),
+_CARRIERS: Final[Mapping[str, tuple[type[Child], Callable[[Deployment], Manifest]]]] = {
+    names.ROLE_WORKER: (StatefulSet, worker.rendered),
+    names.ROLE_FRONTEND: (FrontendDeployment, frontend.rendered),
 }
 
 
@@ -33,7 +34,7 @@ def with_pins(deployment: Deployment, observed: Observed) -> Deployment:
     """The deployment with the pinned templates that are still valid, otherwise with new ones."""
     pinned = {}
     for role, (kind, render) in _CARRIERS.items():
-        carriers = sorted(owned(observed, kind, deployment.identity).items())
+        carriers = sorted(observed.owned(kind, deployment.identity).items())
         pins = (_pin(carrier) for _, carrier in carriers)
         fresh = Pin(deployment.spec.manifest(), render(deployment))
         pinned[role] = next(
@@ -42,9 +43,9 @@ def with_pins(deployment: Deployment, observed: Observed) -> Deployment:
     return replace(deployment, pinned=pinned)
 
 
-def _pin(carrier: Manifest) -> Pin | None:
+def _pin(carrier: Child) -> Pin | None:
     """What an object carries; None where there is nothing, or somebody edited it."""
-    text = carrier["metadata"].get("annotations", {}).get(names.ANNOTATION_PINNED)
+    text = carrier.annotations.get(names.ANNOTATION_PINNED)
     try:
         pin: dict[str, Any] = json.loads(text) if text else {}
         whole = isinstance(pin["template"]["spec"], dict) and isinstance(pin["template"]["metadata"], dict)

@@ -12,29 +12,17 @@ noderesources).
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
-from moe_operator.observed.observation import Pod
+from moe_operator.observed.nodes import Node, NodePod, PodNeeds, PodToleration, Taint
+from moe_operator.observed.pods import Pod
 from moe_operator.observed.scheduling import is_exclusion, is_shortage, lacks_resources, reasons
-from moe_operator.render.objects import Manifest
-from moe_operator.resources import quantity
 
-_ALIKE: Final[Mapping[str, Any]] = {
-    "affinity": None,
-    "topologySpreadConstraints": None,
-    "resourceClaims": None,
-    "runtimeClassName": None,
-    "schedulerName": "default-scheduler",
-    "schedulingGates": None,
-    "hostNetwork": False,
-}
-"""Fields of a pod's spec that the scheduler reads and nobody models here, each with its default."""
-_UNSCHEDULABLE: Final = {"key": "node.kubernetes.io/unschedulable", "effect": "NoSchedule"}
+_NONE: Final = Decimal(0)
 
 
 @dataclass(frozen=True)
@@ -43,8 +31,8 @@ class Question:
 
     waiting: str
     """Name of a new pod that no node accepts; empty if there is none so far."""
-    template: Manifest
-    """Its spec, where there is none."""
+    needs: PodNeeds
+    """What it asks of its node, where there is none."""
     old: tuple[Pod, ...]
     """Leaders whose places may serve, the first ones first."""
     size: int = 1
@@ -72,45 +60,43 @@ class Room:
 class Seat:
     """An old replica's pod, and its surroundings."""
 
-    pod: Manifest
-    node: Manifest
-    pods: tuple[Manifest, ...]
+    pod: NodePod
+    node: Node
+    pods: tuple[NodePod, ...]
     """All on the node that have not ended, the old one included."""
 
 
-def obstacle(spec: Manifest, said: str, seat: Seat) -> str:
-    """Why a pod with a spec would not fit in the place of an old one; empty where it would.
+def obstacle(new: PodNeeds, said: str, seat: Seat) -> str:
+    """Why a new pod would not fit in the place of an old one; empty where it would.
 
     said: why no node takes the pod so far, in the scheduler's words; empty where the scheduler was not asked.
     """
     found = (
-        *_constraints(spec, seat.node),
-        *_shortages(spec, seat),
-        *_differences(spec, seat.pod["spec"]),
+        *_constraints(new, seat.node),
+        *_shortages(new, seat),
+        *_differences(new, seat.pod.needs),
         *_other_reasons(said),
     )
     return found[0] if found else ""
 
 
-def room(spec: Manifest, said: str, seats: Mapping[str, Seat]) -> Room:
+def room(new: PodNeeds, said: str, seats: Mapping[str, Seat]) -> Room:
     """Whether the pod would fit in the place of each old one, or of several of a node together.
 
     A group holds no pod that is not needed; earlier ones in `seats` are preferred.
     """
-    obstacles = {name: obstacle(spec, said, seat) for name, seat in seats.items()}
+    obstacles = {name: obstacle(new, said, seat) for name, seat in seats.items()}
     together: dict[str, frozenset[str]] = {}
-    for node in {seat.node["metadata"]["name"]: None for seat in seats.values()}:
-        there = {name: seat for name, seat in seats.items() if seat.node["metadata"]["name"] == node}
+    for node in {seat.node.name: None for seat in seats.values()}:
+        there = {name: seat for name, seat in seats.items() if seat.node.name == node}
         if all(obstacles[name] for name in there):
-            group = _group(
-                spec, {name: seat for name, seat in there.items() if _only_short(spec, said, seat)}
-            )
+            group = _group(new, {name: seat for name, seat in there.items() if _only_short(new, said, seat)})
             together |= {name: frozenset(group - {name}) for name in group}
             obstacles |= {name: f"{obstacles[name]}; {_together(group)}" for name in group}
     return Room(obstacles, together)
 
 
-def gang_room(question: Question, spec: Manifest, said: str, seats: Mapping[str, Seat]) -> Room:
+def gang_room(question: Question, new: PodNeeds, said: str, seats: Mapping[str, Seat]) -> Room:
     """Whether all pods of the new replica would fit in the places of an old one's, for each old one.
 
     Each new pod is taken to need the place of one old pod. seats: of all pods of old replicas, by pod name.
@@ -118,11 +104,11 @@ def gang_room(question: Question, spec: Manifest, said: str, seats: Mapping[str,
     obstacles = {}
     for leader in question.old:
         own = [leader.name, *(pod.name for pod in question.others.get(leader.name, ()))]
-        obstacles[leader.name] = _gang_obstacle(question.size, spec, said, own, seats)
+        obstacles[leader.name] = _gang_obstacle(question.size, new, said, own, seats)
     return Room(obstacles, {})
 
 
-def _gang_obstacle(size: int, spec: Manifest, said: str, own: list[str], seats: Mapping[str, Seat]) -> str:
+def _gang_obstacle(size: int, new: PodNeeds, said: str, own: list[str], seats: Mapping[str, Seat]) -> str:
     unknown = [name for name in own if name not in seats]
     if unknown:
         return f"the node of {unknown[0]} is not known"
@@ -130,19 +116,18 @@ def _gang_obstacle(size: int, spec: Manifest, said: str, own: list[str], seats: 
         return f"the new replica has {size} workers, and this one has {len(own)}"
     places = [seats[name] for name in own]
     for seat in places:
-        found = (*_constraints(spec, seat.node), *_differences(spec, seat.pod["spec"]), *_other_reasons(said))
+        found = (*_constraints(new, seat.node), *_differences(new, seat.pod.needs), *_other_reasons(said))
         if found:
             return found[0]
-    leaving = {seat.pod["metadata"]["uid"] for seat in places}
-    new: dict[str, int] = {}
+    leaving = {seat.pod.uid for seat in places}
+    count: dict[str, int] = {}
     for seat in places[:size]:
-        node = seat.node["metadata"]["name"]
-        new[node] = new.get(node, 0) + 1
+        node = seat.node.name
+        count[node] = count.get(node, 0) + 1
     for seat in places[:size]:
-        node = seat.node["metadata"]["name"]
-        lacks = _lacking(spec, seat.node, seat.pods, leaving, new[node])
-        for resource, lack in lacks.items():
-            return f"node {node} would lack {_text(lack)} {resource} for {new[node]} of the new workers"
+        node = seat.node.name
+        for resource, lack in _lacking(new, seat.node, seat.pods, leaving, count[node]).items():
+            return f"node {node} would lack {_text(lack)} {resource} for {count[node]} of the new workers"
     return ""
 
 
@@ -150,21 +135,20 @@ def _together(group: Collection[str]) -> str:
     return f"it would in the places of {', '.join(sorted(group))} together"
 
 
-def _only_short(spec: Manifest, said: str, seat: Seat) -> bool:
+def _only_short(new: PodNeeds, said: str, seat: Seat) -> bool:
     """Whether only resources are missing."""
-    others = (_constraints(spec, seat.node), _differences(spec, seat.pod["spec"]), _other_reasons(said))
+    others = (_constraints(new, seat.node), _differences(new, seat.pod.needs), _other_reasons(said))
     return not any(True for found in others for _ in found)
 
 
-def _group(spec: Manifest, seats: Mapping[str, Seat]) -> set[str]:
+def _group(new: PodNeeds, seats: Mapping[str, Seat]) -> set[str]:
     """Pods of one node in whose places together a pod fits, each of them needed; empty if there are none."""
     if not seats:
         return set()
     place = next(iter(seats.values()))
 
     def lacking(leaving: Iterable[str]) -> dict[str, Decimal]:
-        uids = {seats[name].pod["metadata"]["uid"] for name in leaving}
-        return _lacking(spec, place.node, place.pods, uids)
+        return _lacking(new, place.node, place.pods, {seats[name].pod.uid for name in leaving})
 
     leaving: list[str] = []
     while lack := lacking(leaving):
@@ -178,12 +162,6 @@ def _group(spec: Manifest, seats: Mapping[str, Seat]) -> set[str]:
     return set(leaving)
 
 
-def waits_because(pod: Manifest) -> str:
-    """Why no node accepts a pod, in the scheduler's words."""
-    conditions = pod.get("status", {}).get("conditions", ())
-    return next((str(c.get("message", "")) for c in conditions if c["type"] == "PodScheduled"), "")
-
-
 def _other_reasons(said: str) -> Iterator[str]:
     """What the scheduler misses, unless it misses resources and names nothing that is not checked here."""
     if not said:
@@ -193,125 +171,72 @@ def _other_reasons(said: str) -> Iterator[str]:
         yield f"the scheduler says: {'; '.join(unknown)}" if unknown else "no resource is missing"
 
 
-def _differences(new: Manifest, old: Manifest) -> Iterator[str]:
-    for name, default in _ALIKE.items():
-        if (new.get(name) or default) != (old.get(name) or default):
+def _differences(new: PodNeeds, old: PodNeeds) -> Iterator[str]:
+    for name, value in new.unmodelled.items():
+        if value != old.unmodelled[name]:
             yield f"the new pod has another {name}"
-    for what, part in (("volume claims", _claims), ("host ports", _host_ports)):
-        if part(new) != part(old):
-            yield f"the new pod has other {what}"
+    if new.claims != old.claims:
+        yield "the new pod has other volume claims"
+    if new.host_ports != old.host_ports:
+        yield "the new pod has other host ports"
 
 
-def _claims(spec: Manifest) -> list[Any]:
-    kinds = ("persistentVolumeClaim", "ephemeral", "csi")
-    return [volume for volume in spec.get("volumes", ()) if any(kind in volume for kind in kinds)]
-
-
-def _host_ports(spec: Manifest) -> set[int]:
-    ports = (port for container in spec.get("containers", ()) for port in container.get("ports", ()))
-    return {port["hostPort"] for port in ports if port.get("hostPort")}
-
-
-def _constraints(spec: Manifest, node: Manifest) -> Iterator[str]:
+def _constraints(new: PodNeeds, node: Node) -> Iterator[str]:
     """What keeps a pod from a node whatever else runs there."""
-    name, labels = node["metadata"]["name"], node["metadata"].get("labels", {})
-    for key, value in (spec.get("nodeSelector") or {}).items():
-        if labels.get(key) != value:
-            yield f"node {name} lacks the label {key}={value}"
-    taints = node.get("spec", {}).get("taints", ())
-    cordoned = [_UNSCHEDULABLE] if node.get("spec", {}).get("unschedulable") else []
-    for taint in (*cordoned, *taints):
-        tolerated = any(_tolerates(one, taint) for one in spec.get("tolerations", ()))
-        if taint["effect"] in ("NoSchedule", "NoExecute") and not tolerated:
-            yield f"node {name} has the taint {taint['key']}:{taint['effect']}"
+    for key, value in new.node_selector.items():
+        if node.labels.get(key) != value:
+            yield f"node {node.name} lacks the label {key}={value}"
+    for taint in node.taints:
+        tolerated = any(_tolerates(one, taint) for one in new.tolerations)
+        if taint.effect in ("NoSchedule", "NoExecute") and not tolerated:
+            yield f"node {node.name} has the taint {taint.key}:{taint.effect}"
 
 
-def _tolerates(toleration: Mapping[str, Any], taint: Mapping[str, Any]) -> bool:
-    if toleration.get("effect") not in (None, "", taint["effect"]):
+def _tolerates(toleration: PodToleration, taint: Taint) -> bool:
+    if toleration.effect not in ("", taint.effect):
         return False
-    if toleration.get("operator") == "Exists":
-        return toleration.get("key") in (None, "", taint["key"])
-    same = toleration.get("key") == taint["key"] and toleration.get("value", "") == taint.get("value", "")
-    return bool(same)
+    if toleration.operator == "Exists":
+        return toleration.key in ("", taint.key)
+    return (toleration.key, toleration.value) == (taint.key, taint.value)
 
 
-def _shortages(spec: Manifest, seat: Seat) -> Iterator[str]:
+def _shortages(new: PodNeeds, seat: Seat) -> Iterator[str]:
     """Resources that the node would still lack."""
-    name, needed = seat.node["metadata"]["name"], requests(spec)
-    for resource, lack in _lacking(spec, seat.node, seat.pods, {seat.pod["metadata"]["uid"]}).items():
-        left = _text(needed[resource] - lack)
-        yield f"node {name} would have {left} {resource} left, and {_text(needed[resource])} is requested"
+    for resource, lack in _lacking(new, seat.node, seat.pods, {seat.pod.uid}).items():
+        left, needed = _text(new.requests[resource] - lack), _text(new.requests[resource])
+        yield f"node {seat.node.name} would have {left} {resource} left, and {needed} is requested"
 
 
 def _lacking(
-    spec: Manifest, node: Manifest, pods: Iterable[Manifest], leaving: Collection[str], count: int = 1
+    new: PodNeeds, node: Node, pods: Iterable[NodePod], leaving: Collection[str], count: int = 1
 ) -> dict[str, Decimal]:
     """What a node without the pods with the UIDs `leaving` would lack for `count` new pods, by resource."""
-    taken: dict[str, Decimal] = defaultdict(Decimal)
-    for pod in pods:
-        if pod["metadata"]["uid"] not in leaving:
-            _add(taken, requests(pod["spec"]))
-    offered = node["status"]["allocatable"]
+    staying = [pod.needs.requests for pod in pods if pod.uid not in leaving]
     lacks = {
-        resource: needed * count + taken[resource] - quantity.parse(offered.get(resource, 0))
-        for resource, needed in requests(spec).items()
+        resource: needed * count
+        + sum((requests.get(resource, _NONE) for requests in staying), _NONE)
+        - node.allocatable.get(resource, _NONE)
+        for resource, needed in new.requests.items()
     }
     return {resource: lack for resource, lack in lacks.items() if lack > 0}
 
 
 def _eases(lacking: Mapping[str, Decimal], seats: Mapping[str, Seat], name: str) -> Decimal:
     """The share of the missing resources that a pod uses: 1 for all of one resource."""
-    given = requests(seats[name].pod["spec"])
-    return sum((min(given.get(r, Decimal(0)), lack) / lack for r, lack in lacking.items()), Decimal(0))
-
-
-def requests(spec: Manifest) -> dict[str, Decimal]:
-    """What a pod takes of a node's resources: by the rules of kubernetes/component-helpers/resource.
-
-    Containers and sidecars run together; an init container runs with the sidecars before it.
-    """
-    running: dict[str, Decimal] = defaultdict(Decimal)
-    for container in spec.get("containers", ()):
-        _add(running, _requested(container))
-    sidecars: dict[str, Decimal] = defaultdict(Decimal)
-    peak: dict[str, Decimal] = defaultdict(Decimal)
-    for container in spec.get("initContainers", ()):
-        is_sidecar = container.get("restartPolicy") == "Always"
-        needed = defaultdict(Decimal, sidecars)
-        _add(needed, _requested(container))
-        if is_sidecar:
-            sidecars = needed
-        for resource, amount in needed.items():
-            peak[resource] = max(peak[resource], amount)
-    _add(running, sidecars)
-    total = {resource: max(running[resource], peak[resource]) for resource in {*running, *peak}}
-    total = defaultdict(Decimal, total)
-    _add(total, {resource: quantity.parse(text) for resource, text in spec.get("overhead", {}).items()})
-    return {"pods": Decimal(1), **total}
-
-
-def _requested(container: Manifest) -> dict[str, Decimal]:
-    """Requests of one container; what it limits without a request counts as requested."""
-    resources = container.get("resources", {})
-    texts = {**resources.get("limits", {}), **resources.get("requests", {})}
-    return {resource: quantity.parse(text) for resource, text in texts.items()}
-
-
-def _add(total: dict[str, Decimal], more: Mapping[str, Decimal]) -> None:
-    for resource, amount in more.items():
-        total[resource] = total.get(resource, Decimal(0)) + amount
+    given = seats[name].pod.needs.requests
+    return sum((min(given.get(resource, _NONE), lack) / lack for resource, lack in lacking.items()), _NONE)
 
 
 def _text(amount: Decimal) -> str:
-    return f"{max(amount, Decimal(0)).normalize():f}"
+    return f"{max(amount, _NONE).normalize():f}"
 
 
-def seats(old: Iterable[Pod], nodes: Mapping[str, tuple[Manifest, tuple[Manifest, ...]]]) -> dict[str, Seat]:
+def seats(old: Iterable[Pod], nodes: Mapping[str, tuple[Node, tuple[NodePod, ...]]]) -> dict[str, Seat]:
     """The places of old replicas' leaders, by pod name; without those whose node is not known."""
     found = {}
     for pod in old:
         node, pods = nodes.get(pod.node, (None, ()))
-        body = next((one for one in pods if one["metadata"]["uid"] == pod.uid), None)
-        if node is not None and body is not None:
-            found[pod.name] = Seat(body, node, pods)
+        placed = next((one for one in pods if one.uid == pod.uid), None)
+        if node is not None and placed is not None:
+            found[pod.name] = Seat(placed, node, pods)
     return found

@@ -7,7 +7,10 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 
-from moe_operator.observed.observation import Observed, Pod, leaders, owned, podless
+from moe_operator.observed import nodes
+from moe_operator.observed.children import Child, NetworkPolicy, StatefulSet
+from moe_operator.observed.observation import Observed
+from moe_operator.observed.pods import Pod
 from moe_operator.planner import changes, conditions, gangs, gates, revisions, state
 from moe_operator.planner.changes import Change
 from moe_operator.planner.conditions import Verdict
@@ -17,7 +20,7 @@ from moe_operator.planner.moves import Moves, Replica, free_ranks
 from moe_operator.planner.placement import Question
 from moe_operator.planner.state import State
 from moe_operator.render import children, gang, worker
-from moe_operator.render.objects import Key, Manifest, belongs, key, of_predecessor
+from moe_operator.render.objects import Key, Manifest, key
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Identity
 from moe_operator.resources.status import (
@@ -93,7 +96,7 @@ def plan(deployment: Deployment, observed: Observed, now: datetime) -> Plan:
     shared = [*children.shared(deployment), revisions.current(deployment, observed)]
     foreign = _foreign(shared, observed, deployment.identity)
     conflicts = tuple(
-        str(name) for name in foreign if not of_predecessor(observed.children[name], deployment.identity)
+        str(name) for name in foreign if not observed.children[name].is_of_predecessor(deployment.identity)
     )
     current = state.read(deployment, observed, revision, conflicts, now)
     moves = current.moves
@@ -147,7 +150,7 @@ def _replicas(
         if rank in leaving:
             continue
         if one is not None and (one.next != one.record or (is_current and one.next.text)):
-            like = None if is_current else observed.children[name]
+            like = None if is_current else observed.children[name].content
             yield children.gang(deployment, rank, like, one.next, now)
         elif is_current and observed.verdicts.get(name) != recipe:
             yield children.replica(deployment, rank)
@@ -164,10 +167,8 @@ def _sound(replicas: Iterable[Manifest], made: Iterable[Change]) -> tuple[Key, .
 
 def _sibling(deployment: Deployment, observed: Observed, revision: str) -> Manifest | None:
     """A StatefulSet of a revision."""
-    owned_sets = owned(observed, "StatefulSet", deployment.identity).values()
-    labelled = (
-        found for found in owned_sets if found["metadata"]["labels"][names.LABEL_REVISION] == revision
-    )
+    found = observed.owned(StatefulSet, deployment.identity).values()
+    labelled = (one.content for one in found if one.labels[names.LABEL_REVISION] == revision)
     return next(labelled, None)
 
 
@@ -202,14 +203,14 @@ def _question(deployment: Deployment, moves: Moves, current: State) -> Question 
     old = tuple(current.leaders[rank] for rank in ranks)
     others = {current.leaders[rank].name: current.pods[rank][1:] for rank in ranks}
     template = worker.pin(deployment).template
-    return Question(waiting, template["spec"], old, gang.size(template), others)
+    return Question(waiting, nodes.needs(template["spec"]), old, gang.size(template), others)
 
 
 def _is_awaited(deployment: Deployment, observed: Observed, current: State) -> bool:
     """Whether to reconcile again soon without an event, because a rollout depends on the time."""
     if observed.model is None and model_address(deployment, observed) is not None:
         return True
-    if podless(observed, deployment.identity) or current.fetching:
+    if observed.podless(deployment.identity) or current.fetching:
         return True
     if any(pod.terminating for rank in current.replicas for pod in current.pods.get(rank, ())):
         return True
@@ -222,7 +223,7 @@ def model_address(deployment: Deployment, observed: Observed) -> str | None:
     known = deployment.status.model
     if known is not None and known.revision == revision:
         return None
-    pods = leaders(observed).values()
+    pods = observed.leaders.values()
     return next((pod.address for pod in pods if pod.ready and pod.revision == revision and pod.address), None)
 
 
@@ -230,7 +231,7 @@ def _foreign(desired: Iterable[Manifest], observed: Observed, owner: Identity) -
     """Required names that objects of others have; those are never changed."""
     found = (key(manifest) for manifest in desired)
     return [
-        name for name in found if name in observed.children and not belongs(observed.children[name], owner)
+        name for name in found if name in observed.children and not observed.children[name].belongs_to(owner)
     ]
 
 
@@ -241,16 +242,16 @@ def _deletions(deployment: Deployment, observed: Observed, moves: Moves) -> tupl
 
 def _surplus_policies(
     deployment: Deployment, observed: Observed, wanted: Iterable[Manifest]
-) -> Iterator[Manifest]:
+) -> Iterator[NetworkPolicy]:
     """NetworkPolicies that the spec does not ask for any more."""
-    names_ = {key(manifest).name for manifest in wanted if manifest["kind"] == "NetworkPolicy"}
-    for name, manifest in owned(observed, "NetworkPolicy", deployment.identity).items():
-        if name not in names_ and "deletionTimestamp" not in manifest["metadata"]:
-            yield manifest
+    kept = {key(manifest).name for manifest in wanted if manifest["kind"] == "NetworkPolicy"}
+    for name, policy in observed.owned(NetworkPolicy, deployment.identity).items():
+        if name not in kept and not policy.terminating:
+            yield policy
 
 
-def _deletion(manifest: Manifest) -> Deletion:
-    return Deletion(key(manifest), manifest["metadata"]["uid"])
+def _deletion(child: Child) -> Deletion:
+    return Deletion(child.key, child.uid)
 
 
 def _removal(deployment: Deployment, replica: Replica, current: State) -> Decision:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from moe_operator.observed.observation import Observed, owned
+from moe_operator.observed.children import RevisionRecord
+from moe_operator.observed.observation import Observed
 from moe_operator.render import worker
 from moe_operator.render.objects import Manifest, child, sealed
 from moe_operator.resources import names
@@ -24,23 +25,18 @@ def current(deployment: Deployment, observed: Observed) -> Manifest:
     name = names.revision(deployment.name, revision)
     labels = {names.LABEL_REVISION: revision}
     manifest = child(deployment.identity, "apps/v1", KIND, name, names.ROLE_HISTORY, labels)
-    known = owned(observed, KIND, deployment.identity)
-    newest = max((record["revision"] for record in known.values()), default=0)
-    number = known[name]["revision"] if name in known else 0
-    former = _former(known[name]) if name in known else []
-    manifest["data"] = known[name]["data"] if name in known else _content(deployment)
+    known = observed.owned(RevisionRecord, deployment.identity)
+    newest = max((record.number for record in known.values()), default=0)
+    record = known.get(name)
+    number = 0 if record is None else record.number
+    former = () if record is None else record.former
+    manifest["data"] = _content(deployment) if record is None else record.data
     manifest["revision"] = number if number == newest and number else newest + 1
     if number and number != newest:
-        former = [*former, str(number)]
+        former = (*former, str(number))
     if former:
         manifest["metadata"]["annotations"] = {names.ANNOTATION_FORMER: ",".join(former[-_FORMER_MOST:])}
     return sealed(manifest)
-
-
-def _former(record: Manifest) -> list[str]:
-    """The numbers that a record had before."""
-    text = record["metadata"].get("annotations", {}).get(names.ANNOTATION_FORMER, "")
-    return [number for number in text.split(",") if number]
 
 
 def _content(deployment: Deployment) -> Manifest:
@@ -49,10 +45,10 @@ def _content(deployment: Deployment) -> Manifest:
     return {"spec": {field: spec.get(field) for field in names.REVISED_FIELDS}, **restart}
 
 
-def outdated(deployment: Deployment, observed: Observed, in_use: Collection[str]) -> list[Manifest]:
+def outdated(deployment: Deployment, observed: Observed, in_use: Collection[str]) -> list[RevisionRecord]:
     """Records beyond the limit, the oldest first. in_use: revisions that replicas have."""
     needed = {worker.revision(deployment), *in_use}
-    records = owned(observed, KIND, deployment.identity).values()
-    idle = [one for one in records if one["metadata"]["labels"].get(names.LABEL_REVISION) not in needed]
-    idle.sort(key=lambda record: int(record["revision"]))
+    records = observed.owned(RevisionRecord, deployment.identity).values()
+    idle = [one for one in records if one.labels.get(names.LABEL_REVISION) not in needed]
+    idle.sort(key=lambda record: record.number)
     return idle[: max(len(idle) - deployment.spec.revision_history_limit, 0)]

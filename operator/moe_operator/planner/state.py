@@ -7,23 +7,17 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Final
 
-from moe_operator.observed.observation import (
-    Download,
-    FrontendState,
-    Observed,
-    Pod,
-    frontend_state,
-    leading,
-    owned,
-    workers,
-)
+from moe_operator.observed.children import StatefulSet
+from moe_operator.observed.downloads import Download
+from moe_operator.observed.observation import Observed
+from moe_operator.observed.pods import Pod
 from moe_operator.observed.problems import Problem, refused_pod
 from moe_operator.planner import gangs, mesh
 from moe_operator.planner.decision import timestamp
+from moe_operator.planner.frontend_state import FrontendState, frontend_state
 from moe_operator.planner.gangs import Gang
 from moe_operator.planner.moves import Moves, Replica, Terms, moves
 from moe_operator.render.gang import shape
-from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment
 from moe_operator.resources.deprecated import advice
 from moe_operator.resources.rollout_spec import Rollout
@@ -45,9 +39,9 @@ class State:
     """Replicas asked for."""
     revision: str
     """Revision asked for."""
-    replicas: dict[int, Replica]
+    replicas: Mapping[int, Replica]
     """Replicas that have a StatefulSet of ours, by data rank; surplus ones included."""
-    leaders: dict[int, Pod]
+    leaders: Mapping[int, Pod]
     """Leader pods by data rank, including those of deleted replicas."""
     progress: RolloutStatus | None
     """Progress of the current rollout; None if there is none."""
@@ -184,10 +178,9 @@ def read(
     deployment: Deployment, observed: Observed, revision: str, conflicts: tuple[str, ...], now: datetime
 ) -> State:
     """Sums up what was observed."""
-    everyone = workers(observed)
-    pods = leading(everyone)
-    found = gangs.read(deployment, observed, everyone, now)
-    replicas = _replicas(deployment, observed, pods, everyone, found, now)
+    everyone = observed.workers
+    found = gangs.read(deployment, observed, now)
+    replicas = _replicas(deployment, observed, found, now)
     frontend = frontend_state(observed, deployment.name, deployment.spec.frontend.replicas)
     progress = _progress(deployment, replicas, frontend, revision, now)
     deadline = None if progress is None else _deadline(deployment, progress)
@@ -195,7 +188,7 @@ def read(
         wanted=deployment.wanted_replicas,
         revision=revision,
         replicas=replicas,
-        leaders=pods,
+        leaders=observed.leaders,
         progress=progress,
         deadline=deadline,
         stalled=deadline is not None and now > deadline,
@@ -281,33 +274,24 @@ def _deadline(deployment: Deployment, progress: RolloutStatus) -> datetime:
 
 
 def _replicas(
-    deployment: Deployment,
-    observed: Observed,
-    pods: dict[int, Pod],
-    everyone: Mapping[int, tuple[Pod, ...]],
-    found_gangs: Mapping[int, Gang],
-    now: datetime,
+    deployment: Deployment, observed: Observed, found_gangs: Mapping[int, Gang], now: datetime
 ) -> dict[int, Replica]:
     found = {}
-    for manifest in owned(observed, "StatefulSet", deployment.identity).values():
-        labels = manifest["metadata"].get("labels", {})
-        rank_text = labels.get(names.LABEL_DATA_RANK, "")
-        if not rank_text.isdecimal() or "deletionTimestamp" in manifest["metadata"]:
+    for one in observed.owned(StatefulSet, deployment.identity).values():
+        rank = one.data_rank
+        if rank is None or one.terminating:
             continue
-        rank, revision = int(rank_text), _template_revision(manifest)
         waits = rank in found_gangs and bool(found_gangs[rank].next.attempts)
         found[rank] = (
-            Replica(rank, revision, ready=False, unplaced=waits)
-            if rank not in pods
-            else _replica(rank, revision, pods, everyone[rank], observed, now)
+            Replica(rank, one.revision, ready=False, unplaced=waits)
+            if rank not in observed.leaders
+            else _replica(rank, one.revision, observed, now)
         )
     return dict(sorted(found.items()))
 
 
-def _replica(
-    rank: int, revision: str, pods: dict[int, Pod], own: tuple[Pod, ...], observed: Observed, now: datetime
-) -> Replica:
-    leader = pods[rank]
+def _replica(rank: int, revision: str, observed: Observed, now: datetime) -> Replica:
+    leader, own = observed.leaders[rank], observed.workers[rank]
     others = observed.together.get(leader.name, frozenset())
     return Replica(
         rank,
@@ -317,7 +301,7 @@ def _replica(
         work=observed.work.get(leader.name, 0),
         lost=any(_is_lost(pod, now) for pod in own),
         makes_room=observed.obstacles.get(leader.name) == "" or bool(others),
-        along=frozenset(other for other, pod in pods.items() if pod.name in others),
+        along=frozenset(other for other, pod in observed.leaders.items() if pod.name in others),
         faltering=_is_faltering(leader, now),
     )
 
@@ -332,7 +316,3 @@ def _is_lost(pod: Pod, now: datetime) -> bool:
 
 def _is_unplaced(pod: Pod, now: datetime) -> bool:
     return pod.unplaced_since is not None and now - pod.unplaced_since >= PLACING_TIME
-
-
-def _template_revision(stateful_set: dict[str, dict[str, dict[str, dict[str, dict[str, str]]]]]) -> str:
-    return stateful_set["spec"]["template"]["metadata"].get("labels", {}).get(names.LABEL_REVISION, "")

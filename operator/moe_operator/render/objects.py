@@ -70,37 +70,6 @@ def owner_uid(manifest: Mapping[str, Any]) -> str | None:
     return next((reference["uid"] for reference in references if reference.get("controller")), None)
 
 
-def belongs(manifest: Mapping[str, Any], owner: Identity) -> bool:
-    """Whether an object is a deployment's: controlled by it, or made by us for one of its name and controlled
-    by nobody, as after `kubectl delete --cascade=orphan` or when somebody took its ownerReferences away.
-    """
-    controller = owner_uid(manifest)
-    if controller is not None:
-        return controller == owner.uid
-    return applied_digest(manifest) is not None and _is_named_for(manifest, owner.name)
-
-
-def of_predecessor(manifest: Mapping[str, Any], owner: Identity) -> bool:
-    """Whether an object belongs to an earlier deployment of the same name: it is about to be deleted."""
-    references = manifest["metadata"].get("ownerReferences", ())
-    theirs = (one for one in references if one.get("controller") and one["uid"] != owner.uid)
-    return any((one.get("kind"), one.get("name")) == (names.KIND, owner.name) for one in theirs)
-
-
-def _is_named_for(manifest: Mapping[str, Any], name: str) -> bool:
-    """Whether an object has labels as we set them for this deployment, and the name that follows."""
-    metadata = manifest["metadata"]
-    labels = metadata.get("labels", {})
-    ours = {names.LABEL_MANAGED_BY: names.FIELD_MANAGER, names.LABEL_NAME: name}.items() <= labels.items()
-    derived = {
-        "StatefulSet": f"{name}-{labels.get(names.LABEL_DATA_RANK)}",
-        "ControllerRevision": names.revision(name, labels.get(names.LABEL_REVISION, "")),
-    }
-    shared = (names.workers(name), names.worker_account(name), names.frontend(name))
-    kind = manifest["kind"]
-    return ours and metadata["name"] in ((derived[kind],) if kind in derived else shared)
-
-
 def applied_digest(manifest: Mapping[str, Any]) -> str | None:
     """The digest that `sealed` wrote, or None when there is none."""
     digest_text: str | None = manifest["metadata"].get("annotations", {}).get(names.ANNOTATION_DIGEST)

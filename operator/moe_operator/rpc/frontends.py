@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 import grpc
 
 from moe_api.frontend.v1 import frontend_pb2, frontend_pb2_grpc
-from moe_operator.observed.observation import Pod
-from moe_operator.planner.gates import Routes, host
+from moe_operator.observed.pods import Pod
+from moe_operator.observed.routes import Routes, host
 from moe_operator.rpc.leader import target
 from moe_operator.rpc.together import ask
 
@@ -25,7 +25,7 @@ def routed(
     reaches it. A terminating one is ignored, because it gets no new requests. A frontend of a version without
     GetRoutes routes to all leaders in the EndpointSlices.
 
-    published: the published routes of frontends (gates.published). These frontends are not asked, so the
+    published: the published routes of frontends (routes.published). These frontends are not asked, so the
     operator need not reach them.
     """
     everything = frozenset((leader.name, leader.address) for leader in leaders)

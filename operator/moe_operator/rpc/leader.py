@@ -12,7 +12,7 @@ from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
 from moe_api.visible import one_line
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
 from moe_operator.errors import RetryableError
-from moe_operator.observed.observation import Download
+from moe_operator.observed.downloads import Download
 from moe_operator.resources import names
 from moe_operator.resources.status import REPORTED_NAME_MOST, ModelInfo
 

@@ -12,7 +12,7 @@ import grpc
 
 from moe_api import transport
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
-from moe_operator.observed.observation import Pod
+from moe_operator.observed.pods import Pod
 from moe_operator.planner.mesh import Balance, MeshReading, balance
 from moe_operator.rpc.leader import target
 from moe_operator.rpc.together import ask

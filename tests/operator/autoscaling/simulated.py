@@ -13,7 +13,7 @@ from moe_operator.autoscaling.model.samples import Report
 from moe_operator.autoscaling.readings import Reading
 from moe_operator.autoscaling.scaler import Memory, Outcome, Scaler
 from moe_operator.autoscaling.subject import Subject, subject
-from moe_operator.observed.observation import Observed
+from moe_operator.observed.observation import observe
 from moe_operator.resources.deployment import Deployment
 from moe_operator.resources.scaling_status import ScalingStatus
 from moe_operator.resources.status import Status
@@ -114,7 +114,7 @@ class Simulation:
             pod("docs", rank, one.uid, one.made, self.start_s, ready=self.is_ready(one))
             for rank, one in self.replicas.items()
         ]
-        found = subject(self.deployment, Observed(pods=tuple(pods)))
+        found = subject(self.deployment, observe(pods_there=pods))
         assert found is not None
         return found
 

@@ -23,7 +23,7 @@ from moe_operator.autoscaling.polling import Poller
 from moe_operator.autoscaling.rounds import ScaledFactory
 from moe_operator.autoscaling.scaler import Memory
 from moe_operator.errors import ClusterUnavailableError
-from moe_operator.observed.observation import Observed
+from moe_operator.observed.observation import Observed, observe
 from moe_operator.resources.deployment import Name
 from moe_operator.resources.scaling_status import ScalingStatus
 from moe_operator.resources.status import Status
@@ -129,8 +129,8 @@ def asleep(**scaling):
 
 def frontends(*addresses):
     role = {"serving.moe-operator.dev/role": "frontend"}
-    return Observed(
-        pods=tuple(
+    return observe(
+        pods_there=(
             {"metadata": {"name": f"docs-frontend-{address}", "labels": role}, "status": {"podIP": address}}
             for address in addresses
         )

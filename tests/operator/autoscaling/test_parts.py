@@ -16,6 +16,7 @@ from moe_operator.autoscaling.model.capacity import Capacity
 from moe_operator.autoscaling.model.history import History, HistoryError
 from moe_operator.autoscaling.model.horizon import ColdStarts
 from moe_operator.autoscaling.scaler import Memory
+from moe_operator.observed import pods
 from moe_operator.resources.deployment import Identity
 from tests.operator.autoscaling.simulated import START, pod
 
@@ -70,19 +71,23 @@ def test_late_is_what_is_surely_above_the_target(target, late):
     assert readings.late([0.1, 0.25, 0.5], counts, target) == late
 
 
+def measured(manifest):
+    return coldstart.measure(pods.read(manifest))
+
+
 def test_the_phases_of_a_cold_start_come_from_the_pod():
-    found = coldstart.measure(pod("docs", 0, "u", START, 40, ready=True))
+    found = measured(pod("docs", 0, "u", START, 40, ready=True))
     assert (found.scheduling, found.image, found.loading, found.total) == (1, 1, 38, 40)
 
 
 def test_a_container_that_was_started_again_tells_nothing_of_cold_starts():
     restarted = pod("docs", 0, "u", START, 40, ready=True)
     restarted["status"]["containerStatuses"][0]["restartCount"] = 1
-    assert coldstart.measure(restarted) is None
-    assert coldstart.measure(pod("docs", 0, "u", START, 40, ready=False)) is None
-    assert coldstart.measure({"metadata": {"name": "x", "uid": "u"}, "status": {}}) is None
+    assert measured(restarted) is None
+    assert measured(pod("docs", 0, "u", START, 40, ready=False)) is None
+    assert measured({"metadata": {"name": "x", "uid": "u"}, "status": {}}) is None
     odd = pod("docs", 0, "u", START + timedelta(seconds=9), -20, ready=True)
-    assert coldstart.measure(odd) is None
+    assert measured(odd) is None
 
 
 def memory(minutes=14 * 24 * 60):

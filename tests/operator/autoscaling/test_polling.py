@@ -14,7 +14,7 @@ from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
 from moe_operator.autoscaling.polling import Poller
 from moe_operator.autoscaling.subject import subject
 from moe_operator.controller.operator import in_loop
-from moe_operator.observed.observation import Observed
+from moe_operator.observed.observation import observe
 from moe_operator.rpc.pods import PodClient
 from tests.operator.autoscaling.simulated import START, pod
 from tests.operator.worlds import deployment
@@ -49,7 +49,7 @@ def seen(leaders, frontends=(), **scaling):
         made = pod("docs", rank, f"u{rank}", START, 5, ready=True)
         made["status"]["podIP"] = address
         pods.append(made)
-    found = subject(deployment(scaling={"maxReplicas": 4, **scaling}), Observed(pods=tuple(pods)))
+    found = subject(deployment(scaling={"maxReplicas": 4, **scaling}), observe(pods_there=pods))
     return replace(found, frontends=tuple(frontends))
 
 

@@ -1,0 +1,148 @@
+"""The status of a pod, as the kubelet and the scheduler report it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from moe_operator.resources import names
+
+
+@dataclass(frozen=True)
+class PodCondition:
+    """One condition of a pod."""
+
+    status: str
+    """True, False or Unknown."""
+    reason: str = ""
+    message: str = ""
+    since: datetime | None = None
+    """Time of the last change of its status."""
+
+
+@dataclass(frozen=True)
+class ContainerEnd:
+    """The end of one run of a container."""
+
+    code: int
+    """Exit code."""
+    reason: str = ""
+    message: str = ""
+    at: str = ""
+    """RFC 3339."""
+
+
+@dataclass(frozen=True)
+class Container:
+    """One container of a pod."""
+
+    name: str
+    image: str = ""
+    ready: bool = False
+    restarts: int = 0
+    running: bool = False
+    started: datetime | None = None
+    """Start of the current run; None if it does not run."""
+    waiting: str = ""
+    """Reason why it does not run yet; empty if it does not wait."""
+    waiting_message: str = ""
+    end: ContainerEnd | None = None
+    """End of the current run; None if it has not ended."""
+    last_end: ContainerEnd | None = None
+    """End of the run before."""
+
+
+@dataclass(frozen=True)
+class PodStatus:
+    """What the kubelet and the scheduler report of one pod."""
+
+    phase: str = ""
+    address: str = ""
+    """Pod IP; empty until it has one."""
+    node: str = ""
+    """Name of its node; empty until it has one."""
+    conditions: Mapping[str, PodCondition] = field(default_factory=dict)
+    """By type."""
+    init_containers: tuple[Container, ...] = ()
+    containers: tuple[Container, ...] = ()
+    host_paths: tuple[str, ...] = ()
+    """Directories of its node that it mounts."""
+
+    @property
+    def restarts(self) -> int:
+        """Of its containers."""
+        return sum(container.restarts for container in self.containers)
+
+    @property
+    def fetches(self) -> bool:
+        """Whether it downloads the model now."""
+        return any(one.name == names.FETCH_CONTAINER and one.running for one in self.init_containers)
+
+    @property
+    def waits_because(self) -> str:
+        """Why no node accepts it, in the scheduler's words."""
+        placed = self.conditions.get("PodScheduled")
+        return "" if placed is None else placed.message
+
+    def holds(self, kind: str) -> bool:
+        """Whether a condition is True."""
+        found = self.conditions.get(kind)
+        return found is not None and found.status == "True"
+
+    def since(self, kind: str, status: str = "False") -> datetime | None:
+        """Since when a condition has a status; None if it does not, or that is not known."""
+        found = self.conditions.get(kind)
+        return found.since if found is not None and found.status == status else None
+
+
+def read(manifest: Mapping[str, Any]) -> PodStatus:
+    """The status of a pod as the API server returns it."""
+    status, spec = manifest.get("status", {}), manifest.get("spec", {})
+    return PodStatus(
+        phase=status.get("phase", ""),
+        address=status.get("podIP", ""),
+        node=spec.get("nodeName", ""),
+        conditions={one["type"]: _condition(one) for one in status.get("conditions", ())},
+        init_containers=_containers(status.get("initContainerStatuses", ())),
+        containers=_containers(status.get("containerStatuses", ())),
+        host_paths=tuple(one["hostPath"]["path"] for one in spec.get("volumes", ()) if "hostPath" in one),
+    )
+
+
+def _condition(item: Mapping[str, Any]) -> PodCondition:
+    since = _time(item.get("lastTransitionTime"))
+    return PodCondition(item["status"], item.get("reason", ""), item.get("message", ""), since)
+
+
+def _containers(items: Iterable[Mapping[str, Any]]) -> tuple[Container, ...]:
+    return tuple(map(_container, items))
+
+
+def _container(item: Mapping[str, Any]) -> Container:
+    state = item.get("state", {})
+    waiting = state.get("waiting") or {}
+    return Container(
+        name=item["name"],
+        image=item.get("image", ""),
+        ready=bool(item.get("ready")),
+        restarts=item.get("restartCount", 0),
+        running="running" in state,
+        started=_time((state.get("running") or {}).get("startedAt")),
+        waiting=waiting.get("reason", ""),
+        waiting_message=waiting.get("message", ""),
+        end=_end(state.get("terminated")),
+        last_end=_end(item.get("lastState", {}).get("terminated")),
+    )
+
+
+def _end(item: Mapping[str, Any] | None) -> ContainerEnd | None:
+    if not item:
+        return None
+    texts = (str(item.get(name) or "") for name in ("reason", "message", "finishedAt"))
+    return ContainerEnd(int(item.get("exitCode", 0)), *texts)
+
+
+def _time(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text) if text else None

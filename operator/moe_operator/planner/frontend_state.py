@@ -1,0 +1,45 @@
+"""The state of a deployment's frontend, compared with the desired one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_operator.observed import problems
+from moe_operator.observed.children import FrontendDeployment
+from moe_operator.observed.observation import Observed
+from moe_operator.observed.problems import Problem
+from moe_operator.render.objects import Key
+from moe_operator.resources import names
+
+
+@dataclass(frozen=True)
+class FrontendState:
+    """The frontend's pods, compared with the wanted ones."""
+
+    wanted: int = 0
+    ready: int = 0
+    """Ready pods, at most the wanted number."""
+    updated: bool = False
+    """All are of the template asked for, and none is there beyond them."""
+    problem: tuple[str, Problem] | None = None
+    """The first pod that cannot start, or the Deployment that cannot create pods, and why."""
+
+
+def frontend_state(observed: Observed, name: str, wanted: int) -> FrontendState:
+    """The state of a deployment's frontend, from its Deployment and its pods."""
+    found = observed.children.get(Key("Deployment", names.frontend(name)))
+    if not isinstance(found, FrontendDeployment):
+        return FrontendState(wanted)
+    return FrontendState(
+        wanted,
+        min(found.ready_pods, wanted),
+        found.current and found.pods == found.updated_pods == wanted,
+        _problem(observed, found),
+    )
+
+
+def _problem(observed: Observed, found: FrontendDeployment) -> tuple[str, Problem] | None:
+    for pod in observed.frontends:
+        if pod.problem is not None:
+            return pod.name, pod.problem
+    return None if found.refusal is None else (str(found.key), problems.of_workload(found.refusal))
