@@ -13,6 +13,7 @@ from moe_api.supervision import Supervisor
 from moe_operator.errors import ClusterUnavailableError, HistoryExpiredError, ReadForbiddenError
 from moe_operator.kube.follow import Follower
 from moe_operator.kube.mirror import Mirror, Place
+from moe_operator.observed import pods
 
 
 def pod(name, version, deployment="docs", uid=None, **more):
@@ -54,6 +55,17 @@ def test_an_object_comes_back_as_it_was_but_for_who_set_what(mirror):
     expected = pod("a", 1, status={"phase": "Running"})
     del expected["metadata"]["managedFields"]
     assert mirror.get("Pod", "default", "a") == expected
+
+
+def test_a_cached_pod_names_the_directory_that_its_node_lacks(mirror):
+    """A message of the runtime names the path, and the pod's volumes say whether it is the model's."""
+    volumes = [{"name": "model", "hostPath": {"path": "/mnt/m"}}, {"name": "tmp", "emptyDir": {}}]
+    waiting = {"reason": "CreateContainerError", "message": "stat /mnt/m: no such file or directory"}
+    status = {"containerStatuses": [{"name": "worker", "ready": False, "state": {"waiting": waiting}}]}
+    mirror.put("Pod", pod("a", 1, spec={"nodeName": "n", "volumes": volumes}, status=status))
+    found = pods.read(mirror.get("Pod", "default", "a")).problem
+    assert found is not None
+    assert found.message.startswith("node n has no directory /mnt/m; correct spec.model.uri")
 
 
 def test_of_a_pods_spec_only_what_is_read_is_kept(mirror):
