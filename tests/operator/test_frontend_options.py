@@ -4,7 +4,7 @@ import pytest
 
 from moe_frontend.policy.balancing import POLICIES
 from moe_operator.render import frontend
-from moe_operator.resources.spec import Frontend
+from moe_operator.resources.frontend_spec import Frontend
 from tests.operator.worlds import deployment
 
 

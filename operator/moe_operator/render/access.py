@@ -8,7 +8,7 @@ from typing import Final
 from moe_operator.render.objects import Manifest
 from moe_operator.resources import names
 from moe_operator.resources.access_spec import Jwt
-from moe_operator.resources.spec import Frontend
+from moe_operator.resources.frontend_spec import Frontend
 
 _FOLDER: Final = "/etc/moe"
 TLS_FOLDER: Final = f"{_FOLDER}/tls"

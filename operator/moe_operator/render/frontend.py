@@ -6,7 +6,7 @@ from moe_operator.render import access, pods
 from moe_operator.render.objects import Manifest, child
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Pin
-from moe_operator.resources.spec import Frontend
+from moe_operator.resources.frontend_spec import Frontend
 
 # Owns what the frontend publishes (moe_frontend.discovery.publishing).
 _POD_UID: Manifest = {

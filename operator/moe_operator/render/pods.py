@@ -10,8 +10,9 @@ from moe_operator.render.merge import merged
 from moe_operator.render.objects import Manifest
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment
+from moe_operator.resources.frontend_spec import Frontend
 from moe_operator.resources.pods import PodSettings
-from moe_operator.resources.spec import Frontend, Worker
+from moe_operator.resources.worker_spec import Worker
 
 # What the Pod Security Standard "restricted" asks for. Only a model on the node keeps workers from it.
 CONTAINER_SECURITY: Manifest = {

@@ -9,7 +9,7 @@ from moe_operator.render.objects import Manifest, child
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Pin
 from moe_operator.resources.digest import digest
-from moe_operator.resources.spec import Worker
+from moe_operator.resources.worker_spec import Worker
 
 # A checkpoint of hundreds of GB takes tens of minutes to read; a worker that has not loaded after an hour is
 # started anew. Two seconds between looks, so that a small model's replica is Ready as soon as it is loaded.

@@ -1,0 +1,121 @@
+"""User input: how a worker runs the model (spec.engine)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from moe_operator.resources import quantity
+from moe_operator.resources.base import Model, rules
+from moe_operator.resources.pods import Quantity
+
+
+class EngineRouting(Model):
+    """How many experts a token uses."""
+
+    mass: Quantity | None = Field(
+        default=None,
+        description="Share of the scores of a token's experts at which the rest are left out: a quantity "
+        "above 0, at most 1, such as 750m; 1 leaves none out. A worker refuses less than the checkpoint's "
+        "routing.json allows. Default: the checkpoint's.",
+        json_schema_extra=rules(
+            (
+                "isQuantity(string(self)) && quantity(string(self)).compareTo(quantity('0')) > 0 && "
+                "quantity(string(self)).compareTo(quantity('1')) <= 0",
+                "mass is a quantity above 0, at most 1, e.g. 750m",
+            )
+        ),
+    )
+
+
+class Engine(Model):
+    """How a worker runs the model."""
+
+    context_length: int | None = Field(
+        default=None,
+        description="Maximum number of tokens of prompt and continuation together. Default: the "
+        "checkpoint's own limit (max_position_embeddings in its config.json).",
+        json_schema_extra=rules(
+            ("self >= 1 && self <= 4194304", "contextLength is a number of tokens from 1 to 4194304")
+        ),
+    )
+    max_batch_size: int = Field(
+        default=16,
+        description="Maximum number of requests that a worker decodes together; more wait in its queue. "
+        "Default: 16.",
+        json_schema_extra=rules(
+            ("self >= 1 && self <= 4096", "maxBatchSize is a number of requests from 1 to 4096")
+        ),
+    )
+    kv_memory: Quantity = Field(
+        default="512Mi",
+        description="Memory of one worker for the KV cache, on its device: a quantity such as 512Mi or "
+        "40Gi, or a number of bytes; 1Mi to 1Pi. Default: 512Mi.",
+        json_schema_extra=rules(
+            (
+                "isQuantity(string(self)) && quantity(string(self)).compareTo(quantity('1Mi')) >= 0 && "
+                "quantity(string(self)).compareTo(quantity('1Pi')) <= 0",
+                "kvMemory is an amount of memory of 1Mi or more, e.g. 512Mi or 40Gi, and at most 1Pi",
+            )
+        ),
+    )
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        default="auto",
+        description="Number format of weights and activations; auto takes bfloat16 on GPUs and float32 on "
+        "CPUs. Default: auto.",
+    )
+    format: Literal["auto", "dense", "fp8", "w4a16", "w4a8"] = Field(
+        default="auto",
+        description="How weights are multiplied. dense: numbers of dtype. fp8: eight bits in blocks of "
+        "128 x 128, rounded at load unless the checkpoint is already fp8. w4a16: four bits in"
+        " groups of 128, likewise. w4a8: as w4a16, with activations in eight bits, one scale "
+        "for 128 or 64 values, the same on CPUs and GPUs. auto: w4a16 for a checkpoint in "
+        "four bits, otherwise dense. Default: auto.",
+    )
+    kv_dtype: Literal["auto", "float32", "bfloat16", "fp8"] = Field(
+        default="auto",
+        description="Number format of the KV cache; auto takes that of dtype; fp8 takes half the memory of "
+        "bfloat16. Default: auto.",
+    )
+    generation_config: Literal["Auto", "None"] = Field(
+        default="None",
+        description="Sampling of requests that do not set it. Auto: temperature, top_p, top_k, min_p, "
+        "repetition_penalty and max_tokens are those of the checkpoint's generation_config.json. None: "
+        "greedy, 128 tokens. Default: None.",
+    )
+    verification: Literal["None", "Weights", "Digests"] = Field(
+        default="Weights",
+        description="What a worker checks before it serves a checkpoint. None: nothing. Weights: all "
+        "weights are finite numbers. Digests: that, and the files have the SHA-256 digests stored with them "
+        "(*.sha256, SHA256SUMS, the index, a Hugging Face cache). Default: Weights.",
+    )
+    config_override: str | None = Field(
+        default=None,
+        max_length=4096,
+        description="A JSON object of fields that replace those of the checkpoint's config.json, such as "
+        "rope_scaling for YaRN. Default: none.",
+        json_schema_extra=rules(
+            (
+                "self.startsWith('{')",
+                """configOverride is a JSON object as a string, e.g. '{"rope_scaling": {...}}'""",
+            )
+        ),
+    )
+    routing: EngineRouting = Field(
+        default=EngineRouting(), description="How many experts a token uses. Default: as the checkpoint says."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto",
+        description="Where the model runs; auto takes a GPU when the pod has one. Default: auto.",
+    )
+
+    @property
+    def kv_memory_bytes(self) -> int:
+        """`kv_memory` in bytes."""
+        return int(quantity.parse(self.kv_memory))
+
+    @property
+    def routing_mass(self) -> float | None:
+        """`routing.mass` as a number."""
+        return None if self.routing.mass is None else float(quantity.parse(self.routing.mass))

@@ -1,0 +1,106 @@
+"""User input: the pods that clients connect to, and their Service (spec.frontend)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import ConfigDict, Field
+
+from moe_operator.resources import names
+from moe_operator.resources.access_spec import Auth, Tls
+from moe_operator.resources.base import Model, rules
+from moe_operator.resources.pod_template import FrontendTemplate
+from moe_operator.resources.pods import LABEL_KEY, PodSettings
+from moe_operator.resources.role_fields import GRACE_RULE, IMAGE_RULE, template_text
+
+
+class Service(Model):
+    """The Service that clients call."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "!has(self.loadBalancerClass) || self.type == 'LoadBalancer'",
+                "loadBalancerClass says nothing without a load balancer: set type to LoadBalancer",
+            )
+        )
+    )
+
+    type: Literal["ClusterIP", "NodePort", "LoadBalancer"] = Field(
+        default="ClusterIP",
+        description="How the Service is reached. Without frontend.tls and frontend.auth the ports speak "
+        "plaintext and let everybody in: NodePort and LoadBalancer need a firewall. Default: ClusterIP.",
+    )
+    annotations: dict[str, str] = Field(
+        default={},
+        description="Annotations of the Service, e.g. for the load balancer. Default: none.",
+        max_length=64,
+        json_schema_extra=rules(
+            (
+                f"self.all(k, !k.startsWith('{names.GROUP}/'))",
+                f"annotations {names.GROUP}/... are the operator's: remove them",
+            ),
+            (
+                f"self.all(k, k.size() <= 316 && k.matches('{LABEL_KEY}'))",
+                "the keys of annotations are names with an optional domain, e.g. example.org/name",
+            ),
+        ),
+    )
+    load_balancer_class: str | None = Field(
+        default=None,
+        description="Implementation of the load balancer, e.g. service.k8s.aws/nlb. Cannot be changed as "
+        "long as type is LoadBalancer. Default: the cluster's.",
+        min_length=1,
+        max_length=316,
+        pattern=LABEL_KEY,
+    )
+
+
+class Frontend(PodSettings):
+    """The pods that clients connect to; they forward requests to the workers and need no GPU."""
+
+    replicas: int = Field(
+        default=1,
+        description="Frontend pods. Default: 1.",
+        json_schema_extra=rules(("self >= 1 && self <= 100", "frontend.replicas is a number from 1 to 100")),
+    )
+    image: str = Field(
+        default=names.DEFAULT_OPERATOR_IMAGE,
+        description=f"Image of the frontend. Default: {names.DEFAULT_OPERATOR_IMAGE}.",
+        min_length=1,
+        max_length=512,
+        json_schema_extra=rules(IMAGE_RULE),
+    )
+    routing: Literal["LeastLoaded", "PrefixAffinity", "RandomOfTwo", "Session"] = Field(
+        default="LeastLoaded",
+        description="Which replica takes a request. LeastLoaded: the one with the fewest requests in flight. "
+        "PrefixAffinity: the one with the least left to compute, because it was sent the same beginning of a "
+        "prompt. Session: the same one for all requests of a session (metadata x-session-id). RandomOfTwo: "
+        "the less loaded of two. Default: LeastLoaded.",
+    )
+    termination_grace_period_seconds: int = Field(
+        default=60,
+        description="Seconds that a terminating frontend has to finish its streams. Default: 60.",
+        json_schema_extra=rules(GRACE_RULE),
+    )
+    service: Service = Field(default=Service(), description="The Service that clients call.")
+    tls: Tls | None = Field(
+        default=None, description="The certificate of the ports for clients. Default: none, so plaintext."
+    )
+    auth: Auth | None = Field(
+        default=None,
+        description="Which requests are let in; with apiKeysSecret and jwt, either of them suffices. "
+        "Default: none, so all.",
+    )
+    pod_template: FrontendTemplate | None = Field(default=None, description=template_text("frontend"))
+
+    audit_log: Literal["Off", "Requests"] = Field(
+        default="Off",
+        description="Requests: frontends print a line of JSON for each request: time, tenant, caller, "
+        "method, status, tokens and duration, never a prompt or an answer. Off: nothing. Default: Off.",
+    )
+
+    @property
+    def guarded(self) -> bool:
+        """Whether clients cannot simply connect, so that the operator and probes need a port of their own."""
+        return self.tls is not None or self.auth is not None
