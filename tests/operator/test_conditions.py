@@ -11,7 +11,7 @@ import pytest
 from moe_operator.executor.execute import event
 from moe_operator.observed import pod_status
 from moe_operator.observed.problems import of_pod
-from moe_operator.planner.plan import invalid, refused, transitions
+from moe_operator.planner.status_report import invalid, refused, transitions
 from moe_operator.render.objects import Key
 from moe_operator.resources import names, quantity
 from moe_operator.resources.deprecated import as_quantity

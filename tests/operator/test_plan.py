@@ -11,7 +11,8 @@ import pytest
 
 from moe_operator.observed import children
 from moe_operator.planner.pinning import with_pins
-from moe_operator.planner.plan import Plan, invalid, plan, refused, transitions
+from moe_operator.planner.plan import Plan, plan
+from moe_operator.planner.status_report import invalid, refused, transitions
 from moe_operator.render.objects import Key, key
 from moe_operator.render.worker import recipe
 from moe_operator.resources.deployment import Identity

@@ -15,8 +15,12 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/conditions.md"
 GIVES_REASONS = (
     "moe_operator.planner.conditions",
+    "moe_operator.planner.conditions.model",
+    "moe_operator.planner.conditions.progress",
+    "moe_operator.planner.conditions.readiness",
+    "moe_operator.planner.conditions.sentences",
     "moe_operator.planner.gangs",
-    "moe_operator.planner.plan",
+    "moe_operator.planner.status_report",
     "moe_operator.observed.problems",
     "moe_operator.autoscaling.reporting",
 )

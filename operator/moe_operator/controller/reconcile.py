@@ -36,7 +36,8 @@ from moe_operator.observed.pods import Pod
 from moe_operator.planner import host_paths
 from moe_operator.planner.decision import Decision
 from moe_operator.planner.pinning import with_pins
-from moe_operator.planner.plan import Plan, invalid, model_address, plan, refused, transitions
+from moe_operator.planner.plan import Plan, model_address, plan
+from moe_operator.planner.status_report import invalid, refused, transitions
 from moe_operator.render.worker import recipe, revision
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Identity, Name, identity, parse, parse_status

@@ -8,8 +8,9 @@
     pinning     keeps pods as they were rendered until an edit
     revisions   what each revision was made from
     changes     which objects have to be applied, and why: drift and ownership decide
-    state       the numbers from which the conditions follow
+    state       the numbers from which the conditions follow; rollout_progress, frontend_state: parts of it
     conditions  what state that is, in Kubernetes' conventions
+    status_report  the status that a reconcile writes, and what changed in it
     host_paths  whether the administrator allows the directories of nodes that a deployment mounts
     decision    a reason and a sentence for people
     plan        puts it together: (deployment, observed, now) -> Plan

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 
@@ -11,9 +11,8 @@ from moe_operator.observed import nodes
 from moe_operator.observed.children import Child, NetworkPolicy, StatefulSet
 from moe_operator.observed.observation import Observed
 from moe_operator.observed.pods import Pod
-from moe_operator.planner import changes, conditions, gangs, gates, revisions, state
+from moe_operator.planner import changes, gangs, gates, revisions, state, status_report
 from moe_operator.planner.changes import Change
-from moe_operator.planner.conditions import Verdict
 from moe_operator.planner.decision import Decision
 from moe_operator.planner.gates import Gate
 from moe_operator.planner.moves import Moves, Replica, free_ranks
@@ -23,15 +22,7 @@ from moe_operator.render import children, gang, worker
 from moe_operator.render.objects import Key, Manifest, key
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Identity
-from moe_operator.resources.status import (
-    DEPRECATED_FIELDS,
-    PROGRESSING,
-    READY,
-    RECONCILING,
-    STALLED,
-    Condition,
-    Status,
-)
+from moe_operator.resources.status import Status
 
 REPLICA_REMOVED = "ReplicaRemoved"
 
@@ -103,7 +94,7 @@ def plan(deployment: Deployment, observed: Observed, now: datetime) -> Plan:
     replicas = list(_replicas(deployment, observed, current, moves, now))
     desired = [*shared, *replicas]
     made = changes.changes((one for one in desired if key(one) not in foreign), observed, deployment)
-    status = _status(deployment, current, now)
+    status = status_report.of_plan(deployment, current, now)
     in_use = {replica.revision for replica in current.replicas.values()}
     deletions = (
         *_deletions(deployment, observed, moves),
@@ -118,7 +109,7 @@ def plan(deployment: Deployment, observed: Observed, now: datetime) -> Plan:
             *changes.decisions(made),
             *(_removal(deployment, replica, current) for replica in moves.remove),
             *gangs.decisions(current.gangs.values(), now),
-            *transitions(deployment.status, status),
+            *status_report.transitions(deployment.status, status),
         ),
         recheck=_is_awaited(deployment, observed, current),
         deadline=None if current.stalled else current.deadline,
@@ -263,90 +254,3 @@ def _removal(deployment: Deployment, replica: Replica, current: State) -> Decisi
     idle = "its pod does not end, and its node does not answer" if replica.lost else "it does not serve"
     serving = busy if replica.ready else f"; {idle}"
     return Decision(REPLICA_REMOVED, f"deleting StatefulSet {name}: {why}{serving}")
-
-
-def _status(deployment: Deployment, current: State, now: datetime) -> Status:
-    generation = deployment.identity.generation
-    return Status(
-        observed_generation=generation,
-        desired_replicas=current.wanted,
-        replicas=sum(not pod.terminating for pod in current.leaders.values()),
-        ready_replicas=current.ready,
-        updated_replicas=current.updated,
-        selector=names.selector_text(names.leader_labels(deployment.name)),
-        revision=current.revision,
-        restarted_at=deployment.restarted_at or None,
-        rollout=current.progress,
-        model=current.model,
-        mesh=current.mesh,
-        conditions=conditions.dated(conditions.verdicts(current), deployment.status, generation, now),
-    )
-
-
-def transitions(before: Status, after: Status) -> list[Decision]:
-    """A decision for every condition that changed its status or its reason; equal ones count once."""
-    changed = []
-    for condition in after.conditions:
-        old = before.condition(condition.type)
-        if old is None or (old.status, old.reason) != (condition.status, condition.reason):
-            changed.append(condition)
-    told = (_announcement(condition) for condition in changed if condition.type in _ANNOUNCED)
-    return list(dict.fromkeys(told))
-
-
-_ANNOUNCED = (READY, PROGRESSING, DEPRECATED_FIELDS)
-"""Conditions whose changes become Events."""
-_EXPECTED = ("ReplicasNotReady", "FrontendNotReady")
-"""Reasons of a condition that is False without a problem."""
-
-
-def _announcement(condition: Condition) -> Decision:
-    return Decision(condition.reason, condition.message, warning=_is_warning(condition))
-
-
-def _is_warning(condition: Condition) -> bool:
-    """Whether it is bad news: a Progressing that is Unknown is paused on purpose."""
-    if condition.type == DEPRECATED_FIELDS:
-        return True
-    bad = ("False", "Unknown") if condition.type == READY else ("False",)
-    return condition.status in bad and condition.reason not in _EXPECTED
-
-
-def invalid(before: Status, identity: Identity, message: str, now: datetime) -> Status:
-    """The status of a deployment whose spec cannot be understood; nothing else is known about it."""
-    verdict = Verdict(False, "InvalidSpec", message)
-    after = before.without_scaling()
-    return _stuck(before, after, identity.generation, {READY, PROGRESSING}, verdict, now)
-
-
-def refused(
-    before: Status, planned: Status, message: str, now: datetime, reason: str = "ApplyRefused"
-) -> Status:
-    """The planned status when the API server refused a part of the plan.
-
-    The rollout stops, but ready replicas still serve, so a Ready that is True stays.
-    """
-    ready = planned.condition(READY)
-    serves = ready is not None and ready.status == "True" and planned.ready_replicas > 0
-    kinds = {PROGRESSING} if serves else {READY, PROGRESSING}
-    verdict = Verdict(False, reason, message)
-    return _stuck(before, planned, planned.observed_generation or 0, kinds, verdict, now)
-
-
-def _stuck(
-    before: Status, after: Status, generation: int, kinds: set[str], verdict: Verdict, now: datetime
-) -> Status:
-    """The status `after`, with conditions of some kinds that say what blocks the deployment.
-
-    Whatever an earlier generation's conditions say is Unknown at this generation.
-    """
-    blocked = {**dict.fromkeys(sorted(kinds), verdict), **conditions.abnormal(verdict)}
-    others = [one for one in after.conditions if one.type not in {*blocked, RECONCILING, STALLED}]
-    current = [one for one in others if one.observed_generation == generation]
-    unknown = {
-        one.type: replace(verdict, holds=None)
-        for one in others
-        if one not in current and one.type != DEPRECATED_FIELDS
-    }
-    found = conditions.dated({**blocked, **unknown}, before, generation, now)
-    return after.model_copy(update={"observed_generation": generation, "conditions": (*found, *current)})

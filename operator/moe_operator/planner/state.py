@@ -12,8 +12,7 @@ from moe_operator.observed.downloads import Download
 from moe_operator.observed.observation import Observed
 from moe_operator.observed.pods import Pod
 from moe_operator.observed.problems import Problem, refused_pod
-from moe_operator.planner import gangs, mesh
-from moe_operator.planner.decision import timestamp
+from moe_operator.planner import gangs, mesh, rollout_progress
 from moe_operator.planner.frontend_state import FrontendState, frontend_state
 from moe_operator.planner.gangs import Gang
 from moe_operator.planner.moves import Moves, Replica, Terms, moves
@@ -98,7 +97,7 @@ class State:
     @property
     def updated(self) -> int:
         """Ready replicas of the desired revision."""
-        return _ready_at(self.revision, self.replicas)
+        return rollout_progress.ready_at(self.revision, self.replicas)
 
     @property
     def old(self) -> list[Replica]:
@@ -182,8 +181,8 @@ def read(
     found = gangs.read(deployment, observed, now)
     replicas = _replicas(deployment, observed, found, now)
     frontend = frontend_state(observed, deployment.name, deployment.spec.frontend.replicas)
-    progress = _progress(deployment, replicas, frontend, revision, now)
-    deadline = None if progress is None else _deadline(deployment, progress)
+    progress = rollout_progress.progress(deployment, replicas, frontend, revision, now)
+    deadline = None if progress is None else rollout_progress.deadline(deployment, progress)
     return State(
         wanted=deployment.wanted_replicas,
         revision=revision,
@@ -216,61 +215,6 @@ def _imbalance_most(deployment: Deployment) -> int | None:
     if parallelism.expert == 1:
         return None
     return mesh.threshold(parallelism.rebalance.threshold_percentage if parallelism.rebalance else None)
-
-
-def _progress(
-    deployment: Deployment,
-    replicas: dict[int, Replica],
-    frontend: FrontendState,
-    revision: str,
-    now: datetime,
-) -> RolloutStatus | None:
-    """Progress of the current rollout, from its last recorded state; None if there is none.
-
-    As with a Deployment of apps/v1, a rollout is over once everything was ready at its revision: pods that
-    fail later and replicas that scaling adds have no deadline.
-    """
-    if not _is_under_way(deployment, replicas, frontend, revision):
-        return None
-    before, counts = deployment.status.rollout, (_ready_at(revision, replicas), frontend.ready)
-    if before is not None and before.revision == revision and not _is_paused(deployment, replicas, revision):
-        most = (max(counts[0], before.ready_replicas), max(counts[1], before.ready_frontends))
-        if most == (before.ready_replicas, before.ready_frontends):
-            return before
-        counts = most
-    return RolloutStatus(
-        revision=revision,
-        ready_replicas=counts[0],
-        ready_frontends=counts[1],
-        progressed_at=timestamp(now),
-    )
-
-
-def _is_under_way(
-    deployment: Deployment, replicas: dict[int, Replica], frontend: FrontendState, revision: str
-) -> bool:
-    """Whether a rollout has begun, of workers or of the frontend, and is not complete."""
-    wanted, before = deployment.wanted_replicas, deployment.status
-    old = sum(replica.revision != revision for replica in replicas.values())
-    staying = min(deployment.spec.rollout.partition, wanted)
-    begun = before.revision != revision or before.rollout is not None
-    # Without a worker no frontend becomes Ready, so a change of it waits for the first replica.
-    routed = wanted == 0 or (frontend.updated and frontend.ready == frontend.wanted)
-    complete = routed and old <= staying and _ready_at(revision, replicas) >= wanted - old
-    return not complete and (begun or old > staying or (wanted > 0 and not frontend.updated))
-
-
-def _is_paused(deployment: Deployment, replicas: dict[int, Replica], revision: str) -> bool:
-    return deployment.spec.rollout.is_paused and any(one.revision != revision for one in replicas.values())
-
-
-def _ready_at(revision: str, replicas: Mapping[int, Replica]) -> int:
-    return sum(replica.ready and replica.revision == revision for replica in replicas.values())
-
-
-def _deadline(deployment: Deployment, progress: RolloutStatus) -> datetime:
-    limit = timedelta(seconds=deployment.spec.rollout.progress_deadline_seconds)
-    return datetime.fromisoformat(progress.progressed_at) + limit
 
 
 def _replicas(
