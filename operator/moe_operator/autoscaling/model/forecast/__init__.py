@@ -1,4 +1,4 @@
-"""Demand at the horizon, with a band."""
+"""Forecasts demand at the horizon, with prediction intervals."""
 
 from moe_operator.autoscaling.model.forecast.forecaster import Forecaster
 from moe_operator.autoscaling.model.forecast.result import Errors, Forecast

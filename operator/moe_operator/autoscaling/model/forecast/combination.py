@@ -1,9 +1,9 @@
-"""Combines candidates by how they fared, for each quantile on its own.
+"""Combines the candidates' forecasts by their past losses, separately for each quantile.
 
 Polynomially weighted averages with multiple learning rates (ML-Poly) on linearised losses: Gaillard, Stoltz,
-van Erven, A second-order bound with excess losses (COLT 2014). It has no rate to tune and comes close to the
-best fixed weighted mean of the candidates. Where regrets fade, it also follows a candidate whose time has
-come; how fast is best differs between traces.
+van Erven, A second-order bound with excess losses (COLT 2014). It has no learning rate to tune, and its loss
+comes close to that of the best fixed weighted mean of the candidates. With discounted regrets it also follows
+a candidate that becomes the best one later; the best discount differs between traces.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ import numpy as np
 from moe_operator.autoscaling.model.forecast.past import Floats
 
 _MOST: Final = 3.0
-"""Larger gains, over the level, count as this."""
+"""Gains relative to the level are clipped to this."""
 MEMORIES: Final = (1.0, 0.999, 0.995, 0.98)
-"""What a regret keeps each step: for ever, and half for 693, 138 and 34 steps."""
+"""Discount factors of regrets per step: no discount, and half-lives of 693, 138 and 34 steps."""
 
 
 class Combination:
     """Weights of candidates [memories, probabilities, candidates]. Not thread-safe.
 
-    Each memory weighs for itself; the mean over memories is what counts, so that none has to be chosen.
+    Each discount factor (memory) has weights of its own. Their mean is used, so that none has to be chosen.
 
     Args:
         probabilities: of the quantiles to combine, in (0, 1); 0.5 gives the point forecast.
         candidates: how many there are.
-        memories: what regrets keep each step, in (0, 1].
+        memories: discount factors of regrets per step, in (0, 1].
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class Combination:
         """Learns from an outcome.
 
         Args:
-            outcome: what came.
+            outcome: the observed value.
             forecasts: the candidates' quantiles for it [probabilities, candidates].
-            opinions: what `opinions` made of them then [memories, probabilities].
-            level: above 0; makes losses comparable over time.
+            opinions: the result of `opinions` for them [memories, probabilities].
+            level: scale of the losses, above 0, which makes them comparable over time.
         """
         made = opinions[:, :, None]
         slope = np.where(made > outcome, 1 - self._probabilities, -self._probabilities)
@@ -70,5 +70,5 @@ class Combination:
         self._squares += gains**2
         weights = np.maximum(self._regrets, 0) / (1 + self._squares)
         sums = weights.sum(axis=-1, keepdims=True)
-        # Where no candidate is regretted, the present weights are better than any of them.
+        # If no regret is positive, the current weights had a lower loss than any single candidate.
         self._weights = np.where(sums > 0, weights / np.where(sums > 0, sums, 1), self._weights)

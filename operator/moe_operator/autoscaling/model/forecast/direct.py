@@ -1,4 +1,4 @@
-"""Direct regression: the rate at the horizon from what is known now, by least absolute deviations."""
+"""Direct regression of the rate at the horizon on current features, by least absolute deviations."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from moe_operator.autoscaling.model.forecast.features import Features
 from moe_operator.autoscaling.model.forecast.past import Floats, Past
 
 _ROWS: Final = 5040
-"""Steps that one regression learns from at most; of a longer past every second, every third, ..."""
+"""Maximum rows of one regression; from a longer past every second, every third step ... is taken."""
 _FEWEST: Final = 60
 _ITERATIONS: Final = 40
 _DOUBT: Final = 20.0
-"""Steps' worth of evidence that each coefficient is 0: without it, few steps teach too much."""
+"""Weight of the prior that each coefficient is 0, in steps: without it, a short past overfits."""
 _DOUBT_HARMONIC: Final = 60.0
-"""The same for the time of day, which few days know little of."""
+"""The same for the harmonics, for which a few days contain little evidence."""
 _MOST: Final = 3.0
 
 
@@ -32,7 +32,7 @@ class Direct:
     days: int
     """Days to learn from."""
     robust: bool = False
-    """Relative to the median instead of the mean of the last steps: spikes do not move it."""
+    """Relative to the median of the last steps instead of their mean, which spikes would change."""
     slopes: bool = False
     harmonics: bool = False
     coefficients: Floats | None = None
@@ -50,10 +50,10 @@ class Direct:
         return float(level[-1] * (1 + columns[-1] @ self.coefficients))
 
     def fitted(self, past: Past, features: Features, horizon: int) -> Direct:
-        """One learned from the past; this one where that is too short.
+        """A copy that is fitted to the past; itself if the past is too short.
 
         Args:
-            past: the rates seen.
+            past: the observed rates.
             features: of all steps of `past`.
             horizon: steps ahead.
         """
@@ -72,7 +72,7 @@ class Direct:
         return Direct(self.name, self.days, self.robust, self.slopes, self.harmonics, coefficients)
 
     def _least_deviations(self, outcomes: Floats, columns: Floats) -> Floats:
-        """Rows of doubt are added that say that each coefficient is 0; the constant goes free."""
+        """Adds rows that pull every coefficient except the constant towards 0."""
         doubt = np.full(columns.shape[1], _DOUBT)
         doubt[0] = 0.0
         if self.harmonics:
@@ -81,5 +81,5 @@ class Direct:
         outcomes = np.concatenate([outcomes, np.zeros(len(doubt))])
         columns = np.vstack([columns, np.diag(doubt * scale)])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", IterationLimitWarning)  # close enough: the next refit goes on
+            warnings.simplefilter("ignore", IterationLimitWarning)  # close enough; the next refit continues
             return np.asarray(QuantReg(outcomes, columns).fit(0.5, max_iter=_ITERATIONS).params)

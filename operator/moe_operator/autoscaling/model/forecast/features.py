@@ -1,6 +1,6 @@
-"""What the direct regressions know of each step: smoothed rates, slopes, and what the seasons did.
+"""Features of each step for the direct regressions: smoothed rates, slopes and seasonal changes.
 
-All windows are multiples of the horizon, so that minutes and tens of minutes need no tables of their own.
+All windows are multiples of the horizon, so that the same constants serve any horizon.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from scipy.signal import lfilter
 from moe_operator.autoscaling.model.forecast.past import Floats, Past, Steps
 
 _SPANS: Final = (0.4, 0.8, 1.6, 3.0, 12.0, 36.0)
-"""Of exponentially weighted means, in horizons."""
+"""Spans of exponentially weighted means, in horizons."""
 _MEDIANS: Final = (1.0, 3.0)
 """Windows of medians, in horizons."""
 _SLOPES: Final = (1.0, 3.0, 6.0, 12.0, 24.0)
@@ -23,27 +23,27 @@ _SLOPES: Final = (1.0, 3.0, 6.0, 12.0, 24.0)
 _LEVEL: Final = 6.0
 """Span of the level that rates are taken relative to, in horizons."""
 _SMALLEST_LEVEL: Final = 0.05
-"""Share of the last day's mean below which a level is taken to be no smaller: nights near zero, outages."""
+"""Lower bound of a level, as a share of the last day's mean: at night and in outages rates are near 0."""
 _BACK: Final = 0.25
-"""Share of the median of the last three rates that a level has at least."""
+"""Lower bound of a level, as a share of the median of the last three rates."""
 _SEASON_S: Final = 1800
-"""Seasons are compared by means over this long to either side."""
+"""Seasonal changes compare means over this time on either side."""
 _HARMONICS: Final = 8
 _MOST: Final = 3.0
-"""Relative features are cut off at -1 and this: one spike must not decide a regression."""
+"""Relative features are clipped to [-1, this], so that one spike does not dominate a regression."""
 _LARGEST_SWING: Final = 0.5
 _TAIL: Final = 4
-"""Spans after which an exponentially weighted mean has forgotten what it began with (to 0.03 %)."""
+"""Spans after which the initial value of an exponentially weighted mean has decayed to 0.03 %."""
 
 
 def level_steps(horizon: int) -> int:
-    """Steps whose median is the present level; odd."""
+    """Window of the median that is the current level, in steps; odd."""
     return max(3, int(_LEVEL * horizon) | 1)
 
 
 @dataclass(frozen=True)
 class Features:
-    """Of consecutive steps, oldest first; all that is known at the end of the step."""
+    """Features of consecutive steps, oldest first, from data that is known at the end of each step."""
 
     day_mean: Floats
     """Mean of the last day [steps], above 0."""
@@ -56,17 +56,17 @@ class Features:
     slopes: Floats
     """Changes of means, work per minute [steps, kinds]."""
     seasons: Floats
-    """Logarithm of what the rate did over the next horizon a day and a week ago [steps, 2]; 0 if unknown."""
+    """Logarithm of the rate's change over the next horizon a day and a week ago [steps, 2]; 0 if unknown."""
     harmonics: Floats
     """Sines and cosines of the time of day at the horizon [steps, 16]."""
 
     @staticmethod
     def of(past: Past, horizon: int, steps: int) -> Features:
-        """Of the last `steps` of what was seen."""
+        """Features of the last `steps` steps."""
         rates = past.rates
         tail = int(_TAIL * max(*_SPANS, *_SLOPES) * horizon)
         near = rates[max(0, len(rates) - steps - tail) :]
-        # A level follows at once when work comes back after an outage, but not a single spike.
+        # The level follows at once when load returns after an outage, but does not follow a single spike.
         back = _BACK * _median(near, 3, steps)
         day_mean = _day_mean(rates, past.day, steps)
         floor = np.maximum(_SMALLEST_LEVEL * day_mean, back)
@@ -112,7 +112,7 @@ def _smoothed(rates: Floats, span: float) -> Floats:
 
 
 def _median(rates: Floats, window: int, steps: int) -> Floats:
-    """Of the last `steps`; what lies before the first rate is taken to be like it."""
+    """Moving medians of the last `steps`; values before the first rate count as equal to it."""
     if window <= 2:
         return rates[-steps:]
     latest = rates[-(steps + window - 1) :]

@@ -1,7 +1,7 @@
 """Candidates whose forecast is a weighted sum of the latest rates.
 
 Exponential smoothing and ARIMA with fixed parameters are linear filters: statsmodels estimates the
-parameters at a refit, and the weights that they give to the past are all that an update needs.
+parameters at a refit, and an update needs only the weights of past rates that follow from them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from statsmodels.tsa.exponential_smoothing.ets import ETSModel
 from moe_operator.autoscaling.model.forecast.past import Floats
 
 LONGEST: Final = 1440
-"""Steps back at most; weights further back are negligible for what is forecast here."""
+"""Maximum number of weights; those of older rates are negligible at the horizons used here."""
 _NEGLIGIBLE: Final = 1e-6
 
 
@@ -26,7 +26,7 @@ def exponential_smoothing(rates: Floats, horizon: int) -> Floats:
     Hyndman, Koehler, Ord, Snyder: Forecasting with Exponential Smoothing (2008), parameters by likelihood.
 
     Args:
-        rates: [steps] to estimate from, at least 20 of which two differ.
+        rates: [steps] to estimate from; at least 20, not all equal.
         horizon: steps ahead.
     """
     fit = ETSModel(rates / rates.mean(), error="add", trend="add", damped_trend=True).fit(disp=False)
@@ -36,7 +36,7 @@ def exponential_smoothing(rates: Floats, horizon: int) -> Floats:
 
 
 def best_arima(values: Floats, orders: Sequence[tuple[int, int, int]], horizon: int) -> Floats:
-    """Weights of the `horizon`-step forecast by the order with the least AIC, from its steady Kalman filter.
+    """Weights of the `horizon`-step forecast by the order with the lowest AIC, from its steady-state filter.
 
     Args:
         values: [steps], centred around 0.

@@ -1,4 +1,4 @@
-"""The forecaster of one deployment: learns from each finished step, says what the horizon will bring."""
+"""The forecaster of one deployment: learns from each finished step and forecasts the rate at the horizon."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DAY_S: Final = 86_400
 _FIRST_REFIT: Final = 60
 """Steps before the first refit."""
 _REFIT_DAY_SHARE: Final = 4
-"""A refit at least so many times a day; in the first days whenever the past has grown by a tenth."""
+"""Minimum refits per day; in the first days models are refitted whenever the past has grown by a tenth."""
 
 Model = LastValue | Moving | HoltWinters | HarmonicArima
 _MODELS: Final[tuple[Model, ...]] = (
@@ -43,7 +43,7 @@ _DIRECT: Final = (
 )
 CANDIDATES: Final = tuple(candidate.name for candidate in (*_MODELS, *_DIRECT))
 
-# Work a minute; more is no measurement, and sums of it would overflow.
+# Work per minute; a higher value is no measurement, and sums of it would overflow.
 HIGHEST_RATE: Final = 1e12
 
 
@@ -57,27 +57,27 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Pending:
-    """A forecast whose outcome is awaited."""
+    """A forecast whose outcome is not known yet."""
 
     level: float
     """Work per minute when it was made, above 0."""
     loss_level: float
-    """Work per minute, above 0, that losses are taken relative to: it hardly moves in an outage."""
+    """Scale of losses, work per minute, above 0; it hardly changes in an outage."""
     scales: tuple[float, ...]
     points: Floats
-    """Of the candidates [candidates]."""
+    """Point forecasts [candidates]."""
     bands: Floats
     """Quantiles of the candidates [QUANTILES, candidates], at least 0."""
     opinions: Floats
-    """What each memory of the combination makes of them [memories, QUANTILES]."""
+    """Quantiles by each memory of the combination [memories, QUANTILES]."""
     combined: Floats
-    """Quantiles of all together [QUANTILES], ascending, at least 0."""
+    """Combined quantiles [QUANTILES], ascending, at least 0."""
 
 
 class Forecaster:
     """Forecasts the rate of one step of time, `horizon_steps` after the last finished one.
 
-    Not thread-safe, except that what `refit_job` returns may run in another thread.
+    Not thread-safe, but the function that `refit_job` returns may run in another thread.
 
     Args:
         horizon_steps: at least 1.
@@ -99,9 +99,9 @@ class Forecaster:
 
     @classmethod
     def restored(cls, history: History, horizon_steps: int) -> Forecaster:
-        """One that has seen `history`: after a restart, or when the horizon changed. Takes seconds.
+        """A forecaster that has observed `history`, for a restart or a changed horizon. Takes seconds.
 
-        Models are learned from all but the last day, which then is gone through as if it happened again.
+        The models are fitted to all but the last day; the last day is then replayed step by step.
         """
         forecaster = cls(horizon_steps)
         minutes = list(history.items())
@@ -121,16 +121,16 @@ class Forecaster:
 
     @property
     def latest(self) -> Pending | None:
-        """What all candidates say of the step that `forecast` is for."""
+        """The candidates' forecasts of the step that `forecast` is for."""
         return self._pending[-1] if self._pending else None
 
     def update(self, step: int, rate: float | None) -> None:
-        """Takes in the rate of a finished step. At most 5 ms.
+        """Observes the rate of a finished step. Takes at most 5 ms.
 
         Args:
-            step: number of the step (a minute's start over 60 s); steps left out are gaps. One that was seen
-                already is ignored.
-            rate: work per minute; None where it is unknown. Negative or above HIGHEST_RATE counts so too.
+            step: number of the step (a minute's start over 60 s). Skipped steps are gaps; a step that was
+                observed already is ignored.
+            rate: work per minute; None if it is unknown, as are negative rates and those above HIGHEST_RATE.
         """
         if self._steps and step < self._past.end:
             return
@@ -149,14 +149,14 @@ class Forecaster:
 
     @property
     def refit_due(self) -> bool:
-        """Whether the models should be learned anew: four times a day, in the first days more often."""
+        """Whether the models should be fitted again: four times a day, in the first days more often."""
         if self._refitted_at is None:
             return self._steps >= _FIRST_REFIT
         fresh = self._steps - self._refitted_at
         return fresh >= min(self._refitted_at // 10, self._past.day // _REFIT_DAY_SHARE)
 
     def refit_job(self) -> Callable[[], Fitted]:
-        """What learns the models anew from what was seen until now: at most 1 s, for another thread.
+        """Returns a function that fits the models to all rates so far: at most 1 s, for another thread.
 
         Use: ``forecaster.adopt(await asyncio.to_thread(forecaster.refit_job()))``.
         """
@@ -177,7 +177,7 @@ class Forecaster:
         self._fitted = fitted
 
     def forecast(self) -> Forecast | None:
-        """The rate `horizon_steps` after the last one updated; None while no rate is known."""
+        """The forecast for `horizon_steps` after the last step; None until a rate is known."""
         latest = self.latest
         if latest is None:
             return None
@@ -197,7 +197,7 @@ class Forecaster:
             + [direct.predict(features) for direct in self._fitted.direct]
         )
         level = float(max(features.mean_level[0], features.median_level[0]))
-        # Nothing learned yet forecasts more than a few times what there ever was.
+        # A bad fit must not forecast more than a few times the highest rate so far.
         points = np.clip(np.nan_to_num(points, nan=level), 0, 10 * level + self._past.rates.max())
         bands = self._bands(points, level)
         opinions = self._combination.opinions(bands)
@@ -214,7 +214,7 @@ class Forecaster:
         for index, model in enumerate(self._fitted.models):
             if isinstance(model, Moving):
                 bands[:, index] = model.band(self._past, self._horizon, QUANTILES)
-        # Errors relative to a level near 0 say nothing of a larger one: a burst must not order thousands.
+        # Errors relative to a level near 0 do not apply to a higher one: a burst must not order thousands.
         bands = np.clip(bands, 0, np.maximum(self._past.rates.max(), 2 * points))
         bands[_POINT] = points
         return bands
@@ -227,7 +227,7 @@ class Forecaster:
 
 
 class _RollingErrors:
-    """Absolute errors of about the last day, and those of the last value."""
+    """Absolute errors over about one day, of the forecast and of the last value."""
 
     def __init__(self, day: int) -> None:
         self._fade = 1 - 1 / day

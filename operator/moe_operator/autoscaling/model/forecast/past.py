@@ -1,4 +1,4 @@
-"""The rates seen so far, without holes."""
+"""The observed rates, with gaps filled."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ Steps = NDArray[np.int64]
 
 
 class Past:
-    """Rates of consecutive steps, oldest first; holes are filled by the median before them.
+    """Rates of consecutive steps, oldest first; gaps are filled with the median of the rates before them.
 
     Args:
         day: steps of a day.
-        level: steps whose median stands for the present level, also in holes.
+        level: window of that median, in steps.
     """
 
     KEPT_DAYS = 14
@@ -30,7 +30,7 @@ class Past:
         """Number of the step after the last one."""
 
     def append(self, step: int, rate: float | None) -> None:
-        """Adds the rate of a step after the last one; None: unknown, as are steps left out."""
+        """Appends the rate of a later step; None if it is unknown. Skipped steps are unknown, too."""
         holes = min(step - self.end, self._most) if self._length else 0
         fill = float(np.median(self.rates[-self._level :])) if self._length else 0.0
         for _ in range(holes):
@@ -57,11 +57,11 @@ class Past:
 
     @property
     def known(self) -> NDArray[np.bool_]:
-        """Whether a rate was seen or filled in [steps]."""
+        """Whether a rate was observed (True) or filled in [steps]."""
         return self._known[self._length - len(self) : self._length]
 
     def copy(self) -> Past:
-        """One that does not change, for another thread."""
+        """A copy for another thread, which `append` does not change."""
         other = Past(self.day, self._level)
         other._length = len(self)
         other._rates[: len(self)] = self.rates

@@ -1,6 +1,6 @@
-"""How far outcomes lay from forecasts: quantiles by split conformal prediction over a sliding window.
+"""Quantiles of forecast errors, by split conformal prediction over a sliding window.
 
-Errors are scaled by how large they have been lately, so that the band widens when demand becomes restless
+Errors are scaled by their recent size, so that prediction intervals widen when demand becomes volatile
 (Lei et al., Distribution-Free Predictive Inference for Regression, 2018, section 5.2).
 """
 
@@ -22,7 +22,7 @@ _ENOUGH: Final = 20
 _SPAN: Final = 60
 """Steps over which the size of errors is averaged."""
 _LARGEST: Final = 3.0
-"""An error that is more times its level counts no more: one spike must not blow up the band for hours."""
+"""Errors relative to the level are clipped to this: one spike must not widen intervals for hours."""
 _AT_FIRST: Final = 0.1
 _LEAST: Final = 0.01
 _NORMAL: Final = NormalDist()
@@ -38,7 +38,7 @@ class Residuals:
 
     @property
     def scale(self) -> float:
-        """Size of an error now, as a share of the level."""
+        """Current size of errors, relative to the level."""
         return self._size + _LEAST
 
     def observe(self, error: float, level: float, scale: float) -> None:
@@ -46,8 +46,8 @@ class Residuals:
 
         Args:
             error: outcome minus forecast.
-            level: when the forecast was made, above 0.
-            scale: `scale` when the forecast was made.
+            level: at the time of the forecast, above 0.
+            scale: `scale` at the time of the forecast.
         """
         self._size += 2 / (_SPAN + 1) * (min(abs(error) / level, _LARGEST) - self._size)
         score = error / (level * scale)
@@ -57,10 +57,10 @@ class Residuals:
             del self._sorted[bisect_left(self._sorted, self._order.popleft())]
 
     def quantiles(self, probabilities: tuple[float, ...]) -> Floats:
-        """Errors over level that outcomes stay below with these probabilities [probabilities]."""
+        """Quantiles of errors relative to the level [probabilities]."""
         count = len(self._sorted)
         if count < _ENOUGH:
-            # Too few to tell: as if errors were normal, whose mean size is 0.8 standard deviations.
+            # Too few errors: a normal distribution, whose mean absolute value is 0.8 standard deviations.
             return np.array([self.scale * 1.25 * _NORMAL.inv_cdf(p) for p in probabilities])
         ranks = [min(count, max(1, math.ceil(p * (count + 1)))) for p in probabilities]
         return np.array([self._sorted[rank - 1] * self.scale for rank in ranks])

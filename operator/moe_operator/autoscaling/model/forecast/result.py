@@ -1,4 +1,4 @@
-"""What a forecaster says."""
+"""The result of a forecaster."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Errors:
-    """How forecasts fared lately, at this horizon, in percent of mean demand; None before any was due."""
+    """Recent forecast errors at this horizon, in percent of mean demand; None before the first outcomes."""
 
     wape: float | None = None
     """Sum of absolute errors of the point forecast over the sum of demand."""
     last_value_wape: float | None = None
-    """The same had the forecast been the last known rate."""
+    """The same for the last known rate as a forecast (baseline)."""
 
     @property
     def trustworthy(self) -> bool:
-        """The forecast is no worse than the last value (a tie is none), or too young to tell."""
+        """Whether the forecast is not clearly worse than the baseline, or has too few outcomes to compare."""
         if self.wape is None or self.last_value_wape is None:
             return True
         return self.wape <= self.last_value_wape * 1.02
@@ -26,22 +26,22 @@ class Errors:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Demand of one minute that lies ahead."""
+    """Forecast demand of one future minute."""
 
     at: float
     """The time it is for, seconds since the epoch."""
     mean: float
-    """Expected work per minute: what as many outcomes lie above as below."""
+    """Median forecast, work per minute."""
     quantiles: tuple[tuple[float, float], ...]
     """(probability, work per minute), ascending in both; never negative."""
     method: str
-    """Who made it: the candidate that weighs most, or "last value" where nothing was learned yet."""
+    """The candidate with the largest weight, or "last value" before the first fit."""
     errors: Errors
 
     def quantile(self, probability: float) -> float:
-        """Work per minute that demand stays below with this probability; between two known ones linear.
+        """Quantile of demand, work per minute, interpolated linearly between the known ones.
 
-        Outside of what is known, the outermost one.
+        Beyond the outermost known probability, the quantile of that one.
         """
         known, rates = zip(*self.quantiles, strict=True)
         return float(np.interp(probability, known, rates))

@@ -1,6 +1,6 @@
-"""Candidates that know the time of day: Holt-Winters, and harmonic regression with ARIMA errors.
+"""Candidates with a daily season: Holt-Winters, and harmonic regression with ARIMA errors.
 
-Both find the season in hourly means, where a day is 24 numbers, and follow the rest step by step.
+Both estimate the season from hourly means, and the remainder from single steps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moe_operator.autoscaling.model.forecast.features import harmonics
 from moe_operator.autoscaling.model.forecast.past import Floats, Past, Steps
 
 _LATEST: Final = 1440
-"""Steps from which the fast part is estimated: it changes from day to day."""
+"""Steps from which the remainder is estimated, because it changes from day to day."""
 _FEWEST: Final = 60
 _DAYS_FOR_A_SEASON: Final = 2
 _ORDERS: Final = ((0, 1, 1), (1, 1, 1))
@@ -32,12 +32,12 @@ _SPARE: Final = 0.5
 
 @dataclass(frozen=True)
 class HoltWinters:
-    """ETS with damped trend on rates over their hour's seasonal factor, where the hours show one."""
+    """ETS with damped trend on rates divided by the seasonal factor of their hour, if there is a season."""
 
     name: str = "Holt-Winters"
     weights: Floats | None = None
     factors: Floats | None = None
-    """Of the 24 hours of a day, that of step 0 first; None: no season."""
+    """Seasonal factors of the 24 hours, that of step 0 first; None if there is no season."""
 
     def predict(self, past: Past, horizon: int) -> float:
         """Work per minute at the horizon after the last step; before any fit the last rate."""
@@ -49,7 +49,7 @@ class HoltWinters:
         return float(_filtered(rates / season[:-1], self.weights) * season[-1])
 
     def fitted(self, past: Past, horizon: int) -> HoltWinters:
-        """One learned from the past; this one where that is too short."""
+        """A copy that is fitted to the past; itself if the past is too short."""
         rates = past.rates[-_LATEST:]
         if len(rates) < _FEWEST or rates.max() == rates.min():
             return self
@@ -60,7 +60,7 @@ class HoltWinters:
             return replace(found, weights=filters.exponential_smoothing(rates / season, horizon))
 
     def season(self, steps: Steps, day: int) -> Floats:
-        """What the time of day does in each step [steps]."""
+        """The seasonal component of each step [steps]."""
         if self.factors is None:
             return np.ones(len(steps))
         middles = np.concatenate([self.factors[-1:], self.factors, self.factors[:1]])
@@ -69,7 +69,7 @@ class HoltWinters:
 
 @dataclass(frozen=True)
 class HarmonicArima:
-    """Sines of the day by least squares, as many as the hours show by BIC; ARIMA for what they leave."""
+    """Daily harmonics by least squares, their number chosen by BIC, and ARIMA for the residuals."""
 
     name: str = "harmonic regression with ARIMA errors"
     weights: Floats | None = None
@@ -89,7 +89,7 @@ class HarmonicArima:
         return float(np.exp(min(left + season[-1], 700.0)) - self.spare)
 
     def fitted(self, past: Past, horizon: int) -> HarmonicArima:
-        """One learned from the past; this one where that is too short."""
+        """A copy that is fitted to the past; itself if the past is too short."""
         rates = past.rates[-_LATEST:]
         if len(rates) < _FEWEST or rates.max() == rates.min():
             return self
@@ -101,20 +101,20 @@ class HarmonicArima:
             return replace(found, weights=filters.best_arima(left - left.mean(), _ORDERS, horizon))
 
     def season(self, steps: Steps, day: int) -> Floats:
-        """What the time of day does in each step [steps]."""
+        """The seasonal component of each step [steps]."""
         if self.harmonics is None:
             return np.zeros(len(steps))
         return np.asarray(harmonics(steps, day, len(self.harmonics) // 2) @ self.harmonics)
 
 
 def _filtered(values: Floats, weights: Floats) -> float:
-    """The weighted sum; a past shorter than the weights is taken to have begun with its first value."""
+    """The weighted sum; values before the first one count as equal to it."""
     missing = len(weights) - len(values)
     return float(weights[missing:] @ values + weights[:missing].sum() * values[0])
 
 
 def _hourly_means(past: Past) -> tuple[int, Floats]:
-    """The hour of the day with which they begin, and the means of whole hours [hours]."""
+    """The hour of the day of the first mean, and the means of whole hours [hours]."""
     hour = past.day // 24
     first = past.end - len(past)
     skipped = -first % hour
@@ -124,7 +124,7 @@ def _hourly_means(past: Past) -> tuple[int, Floats]:
 
 
 def _hourly_factors(past: Past) -> Floats | None:
-    """Seasonal factors by Holt-Winters, if it describes the hours better (AICc) than no season."""
+    """Seasonal factors by Holt-Winters; None if a model without a season has the lower AICc."""
     begins, means = _hourly_means(past)
     if len(means) < 24 * _DAYS_FOR_A_SEASON:
         return None
@@ -145,7 +145,7 @@ def _harmonics_by_bic(past: Past, spare: float) -> Floats | None:
     if len(means) < 24 * _DAYS_FOR_A_SEASON:
         return None
     values = np.log(means + spare)
-    # A trend in addition, so that a growing week is not taken for a season.
+    # With a trend, so that growth over a week does not count as a season.
     trend = np.column_stack([np.ones(len(values)), np.linspace(-1, 1, len(values))])
     middles = np.arange(len(values)) + (begins + 0.5)
     fits = {
@@ -158,7 +158,7 @@ def _harmonics_by_bic(past: Past, spare: float) -> Floats | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """An optimiser that stops early has parameters that are good enough; how good, the backtest tells."""
+    """Ignores warnings of optimisers that stop early: candidates are weighted by their losses anyway."""
     with warnings.catch_warnings():
         for category in (ConvergenceWarning, ModelWarning, RuntimeWarning, UserWarning):
             warnings.simplefilter("ignore", category)

@@ -1,4 +1,4 @@
-"""Candidates without a model: the last value, and means and medians of the latest."""
+"""Candidates without a model: the last value, and means and medians of the latest rates."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from numpy.lib.stride_tricks import sliding_window_view
 from moe_operator.autoscaling.model.forecast.past import Floats, Past
 
 _WINDOWS: Final = (1.0, 2.0, 3.0, 6.0)
-"""In horizons."""
+"""Window lengths, in horizons."""
 _DAY_SHARE: Final = 6
-"""A band looks at this part of a day at most."""
+"""A prediction interval uses the rates of at most one of so many parts of a day."""
 
 
 @dataclass(frozen=True)
 class LastValue:
-    """What every forecast must beat."""
+    """The baseline of all forecasts."""
 
     name: str = "last value"
 
@@ -28,29 +28,29 @@ class LastValue:
         return float(past.rates[-1])
 
     def fitted(self, past: Past, horizon: int) -> LastValue:  # noqa: ARG002
-        """There is nothing to learn."""
+        """Itself: it has no parameters."""
         return self
 
 
 @dataclass(frozen=True)
 class Moving:
-    """Mean or median of the latest rates, as many as would have been best during the last day."""
+    """Mean or median over the window that had the lowest error in the last day."""
 
     name: str
     median: bool
     spread: float
-    """How far back the band looks, in horizons, but not so far that it would take in the time of day."""
+    """Length of the past behind the prediction interval, in horizons; at most a part of a day."""
     steps: int | None = None
 
     def predict(self, past: Past, horizon: int) -> float:
-        """Mean or median of the last `steps`; before any fit of one horizon."""
+        """Mean or median of the last `steps`; of one horizon before the first fit."""
         rates = past.rates[-(self.steps or horizon) :]
         return float(np.median(rates) if self.median else rates.mean())
 
     def band(self, past: Past, horizon: int, probabilities: tuple[float, ...]) -> Floats:
         """Quantiles of the latest rates [probabilities].
 
-        Where bursts come from nowhere, what there was tells more than how far forecasts were off.
+        If bursts are unpredictable, recent rates give better quantiles than errors of forecasts.
         """
         steps = min(round(self.spread * horizon), max(past.day // _DAY_SHARE, 1))
         latest = np.sort(past.rates[-steps:])
@@ -58,7 +58,7 @@ class Moving:
         return np.asarray(latest[np.clip(ranks, 1, len(latest)) - 1])
 
     def fitted(self, past: Past, horizon: int) -> Moving:
-        """One whose window had the least absolute error."""
+        """A copy with the window that had the lowest absolute error."""
         rates = past.rates[-past.day :]
         windows = [max(2, round(share * horizon)) for share in _WINDOWS]
         outcomes = rates[max(windows) - 1 + horizon :]
