@@ -1,4 +1,4 @@
-"""The operator's errors: one tree, whose types say whether a retry can help."""
+"""The operator's errors: one tree, whose types tell whether a retry can help."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class ReadForbiddenError(RetryableError):
 
 
 class ApplyForbiddenError(RetryableError):
-    """The API server may not do what was asked: rights, a quota or an admission webhook are against it.
+    """The API server refused a request because of missing rights, a quota or an admission webhook.
 
-    None of these is part of the object, so it can heal without an edit, but rarely soon.
+    None of these is part of the object, so a retry can succeed without an edit, but rarely soon.
     """
 
     patience = 5.0
@@ -75,7 +75,7 @@ class ApplyRefusedError(PermanentError):
 
 
 class InvalidSpecError(PermanentError):
-    """A MoEDeployment that got past the CRD's own checks cannot be understood."""
+    """A MoEDeployment that the CRD accepted has an invalid spec."""
 
 
 class InstallationError(PermanentError):

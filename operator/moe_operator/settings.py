@@ -20,7 +20,7 @@ class Settings:
     """Name of the ClusterKopfPeering object through which operator processes find each other."""
 
     peering_lifetime_seconds: float = 20.0
-    """A killed process counts as alive this long. kopf renews 5 to 10 s before the end."""
+    """A killed process counts as alive for this long; kopf renews its record 5 to 10 s before it expires."""
 
     debounce_seconds: float = 0.25
     """A burst of changes of a deployment's objects causes one reconcile, this long after the first change.
@@ -40,7 +40,7 @@ class Settings:
     retry_first_seconds: float = 1.0
     """Pause after the first failed reconcile of a deployment; doubles with each further failure.
 
-    For an API server that does not respond; the type of another error scales it.
+    This is the pause if the API server does not respond; other types of errors scale it.
     """
 
     retry_most_seconds: float = 60.0
@@ -62,11 +62,12 @@ class Settings:
     """Interval of writing learned data to a ScalingHistory; a crash loses at most this much."""
 
     scaling_speed: float = 1.0
-    """How many times faster than the wall's the scaling clock runs, for tests and demonstrations: at 60 a
-    minute of load is a second. It divides `sample_seconds` and `history_seconds` too."""
+    """Speed of the scaling clock relative to the wall clock, for tests and demonstrations: at 60, a minute of
+    load takes a second. `sample_seconds` and `history_seconds` are divided by it, too.
+    """
 
     metrics_port: int = 0
-    """Port where Prometheus may fetch metrics (/metrics); 0 for none. A collector gets them either way."""
+    """Port of the Prometheus metrics (/metrics); 0 for none. OpenTelemetry collectors get them either way."""
 
     watch_namespaces: str = ""
     """Namespaces whose deployments are served, separated by commas, as in the options --namespace of kopf; by
@@ -74,8 +75,8 @@ class Settings:
     """
 
     model_roots: str = ""
-    """Directories of nodes that deployments may mount, with all below them, separated by commas; none by
-    default: a model on the node, a cache on it, and hostPath volumes of pod templates need one.
+    """Directories of nodes that deployments may mount, with everything below them, separated by commas; none
+    by default. Models and caches on nodes, and hostPath volumes of pod templates, need one.
     """
 
     namespace: str = ""

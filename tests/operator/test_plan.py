@@ -540,7 +540,7 @@ def test_another_replica_takes_the_place_of_one_whose_node_is_gone():
     assert [deletion.key.name for deletion in plan.delete] == ["docs-1"]
     assert sorted(world.revisions()) == [0, 2], "the name of the pod that does not end stays taken"
     (removed,) = (one for one in plan.decisions if one.reason == "ReplicaRemoved")
-    assert removed.message.endswith("its pod does not end, and its node does not answer")
+    assert removed.message.endswith("its pod does not end, and its node does not respond")
     world.ready(2)
     world.step()
     assert (condition(world, READY).status, condition(world, PROGRESSING).reason) == ("True", "Complete")

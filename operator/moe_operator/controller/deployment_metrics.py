@@ -1,4 +1,4 @@
-"""Metrics of deployments as the last reconcile left them: conditions, and wanted and ready replicas."""
+"""Metrics of deployments at their last reconcile: conditions, and desired and ready replicas."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class DeploymentMetrics:
             "moe_operator.deployment.replicas.desired",
             [self._reader(_desired)],
             "{replica}",
-            "Replicas that the spec or scaling wants",
+            "Replicas that the spec or scaling asks for",
         )
         meter.create_observable_gauge(
             "moe_operator.deployment.replicas.ready",

@@ -1,4 +1,4 @@
-"""The operator's process: the objects that run in it, and what each event of a deployment does."""
+"""The operator's process: the objects that run in it, and the handling of each event of a deployment."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Operator:
         spare_the_collector()
 
     async def close(self) -> None:
-        """Lets the reconciles under way end, and sends the last spans."""
+        """Waits for running reconciles, and exports the last spans."""
         for watcher in self._watchers:
             watcher.stop()
         await self._autoscaler.close()
@@ -168,13 +168,13 @@ async def follow(
     supervisor: Supervisor,
     namespaces: Sequence[str] = (),
 ) -> list[Follower]:
-    """Follows what belongs to deployments; returns when all there is has been seen once.
+    """Starts a watcher for each kind of object of deployments; returns when all have listed their objects.
 
-    namespaces: those that are watched; none stands for all.
+    namespaces: those that are watched; empty for all.
 
-    kopf follows the deployments themselves. Of pods and other objects there can be tens of thousands, for
-    each of which kopf would keep a task at the start and a record ever after. A kind that the operator may
-    not read is not waited for: reconciles say what is missing, and go on when the right comes.
+    kopf watches the deployments themselves. There can be tens of thousands of pods and other objects, and
+    kopf would keep a task and a record for each. The function does not wait for a kind that the operator may
+    not read: reconciles report the missing right, and continue when it is granted.
     """
     loop = asyncio.get_running_loop()
     seen_all = False

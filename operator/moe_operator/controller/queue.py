@@ -108,9 +108,7 @@ class ReconcileQueue:
         self._slots_for_failing = asyncio.Semaphore(max(1, settings.workers // 4))
 
     def add(self, name: Name, *, edited: bool = False) -> None:
-        """Records a change of this deployment's objects; `edited`: of the deployment itself, by somebody
-        else.
-        """
+        """Records a change of this deployment's objects, or (`edited`) of the deployment itself by others."""
         item = self._items.get(name)
         if item is None:
             item = self._items[name] = _Item()

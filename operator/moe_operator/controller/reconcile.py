@@ -151,9 +151,9 @@ class Reconciler:
         return self._until_next(todo)
 
     def _record(self, deployment: Deployment) -> None:
-        """Writes the scaling decision into spec.replicas; nothing waits for that.
+        """Writes the scaling decision into spec.replicas; no other step depends on that.
 
-        It does not overwrite what somebody wrote since the deployment was read: scaling may be off by now.
+        It does not overwrite a later change by others: scaling may be off by now.
         """
         replicas, who = deployment.replicas_to_record, deployment.identity
         if replicas is None:

@@ -47,18 +47,18 @@ class Handlers:
             await asyncio.to_thread(prepare_installation, cluster, own)
             server = _metrics_server(own)
         except MoEOperatorError as error:
-            # The CRDs may be on their way: one `kubectl apply` brings them and the operator.
+            # One `kubectl apply` may create the CRDs and the operator, so the CRDs may exist soon.
             raise kopf.TemporaryError(str(error), delay=own.retry_first_seconds) from error
         self._operator = Operator(cluster, mirror, own, settings.peering.priority, server)
         await self._operator.watch()
 
     async def stop(self, **_: Any) -> None:
-        """Ends what `start` started."""
+        """Stops the operator."""
         if self._operator is not None:
             await self._operator.close()
 
     async def background(self, **_: Any) -> dict[str, dict[str, int]]:
-        """The state of background loops: a part of the health answer."""
+        """The state of background loops: a part of the health response."""
         return {} if self._operator is None else self._operator.background()
 
     async def deployment_changed(self, *, event: Any, **_: Any) -> None:
@@ -83,7 +83,7 @@ def configure(settings: kopf.OperatorSettings, own: Settings, started: datetime)
     settings.peering.priority = settings.peering.priority or peering.priority(started)
     # Events are created from decisions; kopf's own only report its handlers.
     settings.posting.enabled = False
-    # The CRDs are there before the operator starts: watching for more of them would need more rights.
+    # The CRDs exist before the operator starts; watching for more of them would need more rights.
     settings.scanning.disabled = True
     settings.networking.request_timeout = own.api_timeout_seconds
     settings.networking.connect_timeout = own.api_timeout_seconds
@@ -93,17 +93,17 @@ def configure(settings: kopf.OperatorSettings, own: Settings, started: datetime)
     settings.watching.server_timeout = 300
     settings.watching.chunk_size = 500
     settings.process.ultimate_exiting_timeout = 20.0
-    # They write a line for every event and every probe; decisions have lines of their own.
+    # They log every event and every probe; the operator logs its decisions.
     for noisy in ("kopf.objects", "aiohttp.access"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    # They write a line for every attempt; the operator logs the final failure itself.
+    # It logs every attempt; the operator logs the final failure itself.
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
 
 
 def prepare_installation(cluster: Cluster, own: Settings) -> None:
     """Creates the peering object if it does not exist.
 
-    Raises InstallationError when a CRD is missing: kopf would wait for it without a word.
+    Raises InstallationError when a CRD is missing: kopf would wait for it without a message.
     """
     for api_version in (names.API_VERSION, peering.API_VERSION):
         if not cluster.serves(api_version):

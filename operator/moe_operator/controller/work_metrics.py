@@ -20,16 +20,14 @@ class WorkMetrics:
         self._duration = meter.create_histogram(
             "moe_operator.reconcile.duration",
             "s",
-            "How long a reconcile took",
+            "Duration of a reconcile",
             explicit_bucket_boundaries_advisory=_BOUNDARIES_S,
         )
-        self._decisions = meter.create_counter(
-            "moe_operator.decisions", "{decision}", "What was decided, by reason"
-        )
+        self._decisions = meter.create_counter("moe_operator.decisions", "{decision}", "Decisions, by reason")
 
     @contextmanager
     def reconcile(self) -> Iterator[None]:
-        """Times one reconcile; `error.type` is there when it failed."""
+        """Measures one reconcile; the attribute `error.type` is set if it failed."""
         started, outcome = time.monotonic(), {}
         try:
             yield

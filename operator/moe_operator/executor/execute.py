@@ -1,4 +1,4 @@
-"""Carries out a plan."""
+"""Executes a plan."""
 
 from __future__ import annotations
 
@@ -145,6 +145,6 @@ def event(identity: Identity, decision: Decision, now: datetime) -> Manifest:
 
 
 def reference(identity: Identity) -> Manifest:
-    """Which object a part of a status, or an Event, is about."""
+    """The reference to a deployment in a status or an Event."""
     metadata = {"name": identity.name, "namespace": identity.namespace, "uid": identity.uid}
     return {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": metadata}

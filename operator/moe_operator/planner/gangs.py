@@ -96,7 +96,7 @@ def read(deployment: Deployment, observed: Observed, now: datetime) -> dict[int,
 
 
 def advance(gang: Gang, terms: Parallelism, now: datetime) -> GangRecord:
-    """What has to be remembered of a gang from now on."""
+    """The record of a gang from now on."""
     record, leader = gang.record, gang.leader
     if record.held(now):
         return record

@@ -1,4 +1,4 @@
-"""What the leaders of gangs say of their ranks, and what follows for the status."""
+"""Reports of gang leaders about their ranks, and the part of the status that follows from them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_operator.resources.status import GangStatus, MeshStatus, StageStatus
 _SHOWN: Final = 100
 """Gangs in the status, at most."""
 _THRESHOLD: Final = 120
-"""Of the imbalance in percent, if spec.parallelism.rebalance sets none."""
+"""Threshold of the imbalance in percent, if spec.parallelism.rebalance sets none."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Balance:
 
 @dataclass(frozen=True)
 class MeshReading:
-    """What one leader reports of its gang."""
+    """The report of one leader about its gang."""
 
     epoch: int
     stages: tuple[tuple[int, int], ...]

@@ -1,10 +1,9 @@
 """Keeps the rendering of pods until an edit changes them (docs/adr/0012).
 
 A newer operator may render pods differently and have other defaults; neither is a reason to restart a worker.
-A restart that somebody asked for is one, as an edit is.
-So an object with a pod template carries, in an annotation, that template and the spec that it was made from.
-Where this operator would make the same of that spec as of today's, no edit lies between the two: the template
-is used again, also for new replicas.
+An edit and a requested restart are. So an object with a pod template has an annotation with that template and
+the spec from which it was rendered. If this operator renders that spec and the current one equally, no edit
+of these pods lies between the two, and the pinned template is used again, also for new replicas.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def with_pins(deployment: Deployment, observed: Observed) -> Deployment:
 
 
 def _pin(carrier: Child) -> Pin | None:
-    """What an object carries; None where there is nothing, or somebody edited it."""
+    """The pin of an object; None if there is none, or somebody edited it."""
     text = carrier.annotations.get(names.ANNOTATION_PINNED)
     try:
         pin: dict[str, Any] = json.loads(text) if text else {}

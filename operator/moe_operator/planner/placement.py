@@ -1,10 +1,10 @@
 """Decides whether a pod would fit on a node without certain pods, as the scheduler's filters would.
 
 An old replica is deleted for a new pod only if this is certain: otherwise a pod that fits nowhere (a typo in
-a node selector, a device that no node has) would cost a serving replica for nothing. What is not checked here
-(affinity between pods, claims of volumes and devices) must be the same for both pods, for then it did not
-keep the old one from its node. And the scheduler must miss resources and name no obstacle that is not
-checked.
+a node selector, a device that no node has) would cost a serving replica for nothing. Rules that are not
+checked here (affinity between pods, claims of volumes and devices) must be the same for both pods, because
+then they did not keep the old pod off its node. The scheduler must report missing resources and no other
+obstacle that is not checked here.
 
 Filters: kubernetes/pkg/scheduler/framework/plugins (nodeunschedulable, tainttoleration, nodeaffinity,
 noderesources).
@@ -163,7 +163,7 @@ def _group(new: PodNeeds, seats: Mapping[str, Seat]) -> set[str]:
 
 
 def _other_reasons(said: str) -> Iterator[str]:
-    """What the scheduler misses, unless it misses resources and names nothing that is not checked here."""
+    """Why the place does not help: the scheduler names other obstacles, or misses no resource."""
     if not said:
         return
     unknown = [reason for reason in reasons(said) if not (is_shortage(reason) or is_exclusion(reason))]

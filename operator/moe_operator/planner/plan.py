@@ -46,7 +46,7 @@ class Plan:
     status: Status
     decisions: tuple[Decision, ...]
     recheck: bool
-    """Something is awaited that sends no event: reconcile again soon."""
+    """The plan waits for something that sends no event: reconcile again soon."""
     deadline: datetime | None = None
     """When the current rollout counts as stuck, which sends no event either; None if that is past."""
     drain: tuple[str, ...] = ()
@@ -56,7 +56,7 @@ class Plan:
     question: Question | None = None
     """The plan needs to know whether a new replica would fit in the place of an old one."""
     fetching: tuple[Pod, ...] = ()
-    """Leaders that download the model, and were not asked how far they are."""
+    """Leaders that download the model, and were not asked for their progress."""
     gates: tuple[Gate, ...] = ()
     """Readiness gates to be set."""
     unrouted: tuple[Pod, ...] = ()
@@ -251,6 +251,6 @@ def _removal(deployment: Deployment, replica: Replica, current: State) -> Decisi
     if replica.revision != current.revision:
         why = f"revision {replica.revision} is replaced by {current.revision}"
     busy = f"; it finishes {replica.work} requests" if replica.work else ""
-    idle = "its pod does not end, and its node does not answer" if replica.lost else "it does not serve"
+    idle = "its pod does not end, and its node does not respond" if replica.lost else "it does not serve"
     serving = busy if replica.ready else f"; {idle}"
     return Decision(REPLICA_REMOVED, f"deleting StatefulSet {name}: {why}{serving}")

@@ -18,8 +18,8 @@ _FORMER_MOST = 10
 def current(deployment: Deployment, observed: Observed) -> Manifest:
     """The record of the desired revision; the newest one has the highest number.
 
-    A field that is not set is recorded as null. A record that exists keeps its content, which the API server
-    lets nobody change: another spec that makes the same pods is the same revision.
+    A field that is not set is recorded as null. An existing record keeps its content, because that of a
+    ControllerRevision is immutable: another spec that renders the same pods is the same revision.
     """
     revision = worker.revision(deployment)
     name = names.revision(deployment.name, revision)

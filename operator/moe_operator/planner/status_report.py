@@ -71,7 +71,7 @@ def _is_warning(condition: Condition) -> bool:
 
 
 def invalid(before: Status, identity: Identity, message: str, now: datetime) -> Status:
-    """The status of a deployment whose spec cannot be understood; nothing else is known about it."""
+    """The status of a deployment with an invalid spec; nothing else is known about it."""
     verdict = Verdict(False, "InvalidSpec", message)
     after = before.without_scaling()
     return _stuck(before, after, identity.generation, {READY, PROGRESSING}, verdict, now)

@@ -1,6 +1,6 @@
 """The objects that serve a MoEDeployment, as manifests. Pure.
 
-objects    what all rendered objects have in common
+objects    common parts of all rendered objects
 merge      a user's pod template, merged into a rendered one
 pods       the parts that worker pods and frontend pods share
 model      how a model gets into the worker's container

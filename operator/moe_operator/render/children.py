@@ -25,7 +25,7 @@ KINDS = {
 
 
 def shared(deployment: Deployment) -> list[Manifest]:
-    """The objects of which a deployment has one each."""
+    """The objects that exist once for each deployment."""
     worker_account = child(
         deployment.identity, "v1", "ServiceAccount", names.worker_account(deployment.name), names.ROLE_WORKER
     )
@@ -44,7 +44,7 @@ def shared(deployment: Deployment) -> list[Manifest]:
 
 
 def replica(deployment: Deployment, rank: int, like: Manifest | None = None) -> Manifest:
-    """The StatefulSet of one replica: of the spec's own revision, or of that of another one."""
+    """The StatefulSet of one replica, at the spec's revision or at that of the StatefulSet `like`."""
     fresh = worker.stateful_set(deployment, rank)
     return sealed(fresh if like is None else worker.at_revision_of(like, fresh))
 
@@ -52,12 +52,12 @@ def replica(deployment: Deployment, rank: int, like: Manifest | None = None) -> 
 def gang(
     deployment: Deployment, rank: int, like: Manifest | None, record: GangRecord, now: datetime
 ) -> Manifest:
-    """The StatefulSet of one replica of several workers, with what is to be remembered of it."""
+    """The StatefulSet of one replica of several workers, with its record."""
     fresh = worker.stateful_set(deployment, rank)
     manifest = fresh if like is None else worker.at_revision_of(like, fresh)
     return sealed(with_record(manifest, record, now))
 
 
 def expected(deployment: Deployment) -> list[Key]:
-    """Keys of the objects of which a deployment has one each."""
+    """Keys of the objects that exist once for each deployment."""
     return [key(manifest) for manifest in shared(deployment)]

@@ -1,4 +1,4 @@
-"""The frontend: Deployment, Service, and the right to read where the leaders are."""
+"""The frontend: Deployment, Service, and the right to read the addresses of leaders."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Pin
 from moe_operator.resources.frontend_spec import Frontend
 
-# Owns what the frontend publishes (moe_frontend.discovery.publishing).
+# The pod owns the objects that the frontend publishes (moe_frontend.discovery.publishing).
 _POD_UID: Manifest = {
     "name": "POD_UID",
     "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.uid"}},
 }
 
-# A variable, for images of earlier versions know no such flag; users turn HTTP off with an empty one.
+# A variable, because images of earlier versions do not know the flag; an empty one turns HTTP off.
 _HTTP = {"MOE_HTTP": f"0.0.0.0:{names.HTTP_PORT}"}
 
 _EXIT_SECONDS = 5
-"""Of a pod's grace period, what the process keeps for itself after its last stream."""
+"""Part of the grace period that remains after the last stream, for the process to exit."""
 
 
 def labels(name: str) -> dict[str, str]:
@@ -52,7 +52,7 @@ _ROUTING = {
 
 
 def _options(deployment: Deployment) -> dict[str, str]:
-    """Variables, for the same reason as _HTTP; none for what has its default."""
+    """Variables, for the same reason as _HTTP; defaults are omitted."""
     routing = _ROUTING.get(deployment.spec.frontend.routing)
     return {
         **({"MOE_ROUTING": routing} if routing else {}),
@@ -129,7 +129,7 @@ def pod_spec(deployment: Deployment) -> Manifest:
 
 
 def rendered(of: Deployment) -> Manifest:
-    """What the frontend's pods are made from, as this operator would have it."""
+    """The frontend's pod template, as this version of the operator renders it."""
     return pods.template(of, of.spec.frontend, labels(of.name), pod_spec(of))
 
 
@@ -139,7 +139,7 @@ def _child(deployment: Deployment, api_version: str, kind: str) -> Manifest:
 
 
 def deployment(of: Deployment) -> Manifest:
-    """The frontend's Deployment: a new pod is Ready before an old one goes."""
+    """The frontend's Deployment: a new pod is Ready before an old one is deleted."""
     manifest = _child(of, "apps/v1", "Deployment")
     selector = labels(of.name)
     pin = of.pinned.get(names.ROLE_FRONTEND) or Pin(of.spec.manifest(), rendered(of))
@@ -178,14 +178,14 @@ def role(of: Deployment) -> Manifest:
             "resources": ["endpointslices"],
             "verbs": ["get", "list", "watch"],
         },
-        # Its name is the pod's, which nobody knows beforehand. Server-side apply needs both verbs.
+        # The object has the pod's name, which is not known in advance. Server-side apply needs both verbs.
         {"apiGroups": [names.GROUP], "resources": [names.ROUTES_PLURAL], "verbs": ["create", "patch"]},
     ]
     return manifest
 
 
 def role_binding(of: Deployment) -> Manifest:
-    """Gives that right to the frontend's account."""
+    """Grants the Role to the frontend's ServiceAccount."""
     name = names.frontend(of.name)
     manifest = _child(of, "rbac.authorization.k8s.io/v1", "RoleBinding")
     manifest["roleRef"] = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": name}

@@ -64,7 +64,7 @@ def environment(deployment: Deployment) -> dict[str, Manifest]:
 
 
 def _experts(parallelism: Parallelism) -> dict[str, Manifest]:
-    """What the spec says of experts; nothing where it says nothing."""
+    """Variables of the settings of experts that the spec contains."""
     values = {}
     if parallelism.redundant_experts:
         values["MOE_WORKER_REDUNDANT_EXPERTS"] = str(parallelism.redundant_experts)

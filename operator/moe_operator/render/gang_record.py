@@ -1,4 +1,4 @@
-"""What the operator remembers of one gang between reconciles: an annotation of its StatefulSet."""
+"""The record of one gang that the operator keeps between reconciles: an annotation of its StatefulSet."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class GangRecord:
 
     @property
     def text(self) -> str:
-        """As JSON; empty if there is nothing to remember."""
+        """As JSON; empty if there is nothing to record."""
         return "" if self == NOTHING else json.dumps(asdict(self), sort_keys=True)
 
 
@@ -42,7 +42,7 @@ NOTHING: Final = GangRecord()
 
 
 def recorded(manifest: Mapping[str, Any]) -> GangRecord:
-    """The record on a StatefulSet; an empty one where there is none, or somebody edited it."""
+    """The record of a StatefulSet; an empty one if there is none, or somebody edited it."""
     text = manifest["metadata"].get("annotations", {}).get(names.ANNOTATION_GANG, "")
     try:
         record = GangRecord(**json.loads(text)) if text else NOTHING

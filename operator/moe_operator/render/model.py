@@ -9,7 +9,7 @@ from moe_operator.resources.deployment import Deployment
 from moe_operator.resources.model_spec import CACHE_FOLDER, MODEL_FOLDER, ModelCache, ModelSource
 
 _DEVICE = "/"
-"""Only names of devices contain it."""
+"""Only resource names of devices contain it."""
 
 
 def volumes(model: ModelSource) -> list[Manifest]:
@@ -43,7 +43,7 @@ def mounts(model: ModelSource) -> list[Manifest]:
 
 
 def init_containers(deployment: Deployment) -> list[Manifest]:
-    """The container that downloads the model, if it is to be downloaded."""
+    """The container that downloads the model; none if the model is mounted as it is."""
     model, settings = deployment.spec.model, deployment.spec.worker
     if not model.is_fetched:
         return []
@@ -79,7 +79,7 @@ def _allowed_http(model: ModelSource) -> dict[str, str]:
 
 
 def _without_devices(resources: Manifest) -> Manifest:
-    """What the worker asks for: the pod needs no more for both, because they run one after the other."""
+    """The worker's resources: both containers need no more, because they run one after the other."""
     return {
         kind: {name: amount for name, amount in amounts.items() if _DEVICE not in name}
         for kind, amounts in resources.items()

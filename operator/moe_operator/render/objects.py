@@ -1,4 +1,4 @@
-"""What all rendered objects have in common."""
+"""Common parts of all rendered objects."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _owner_reference(owner: Identity) -> Manifest:
 
 
 def owner_uid(manifest: Mapping[str, Any]) -> str | None:
-    """UID of the object's controller, or None when nothing controls it."""
+    """UID of the object's controller; None if it has none."""
     references = manifest["metadata"].get("ownerReferences", ())
     return next((reference["uid"] for reference in references if reference.get("controller")), None)
 

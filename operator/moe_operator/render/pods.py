@@ -14,7 +14,7 @@ from moe_operator.resources.frontend_spec import Frontend
 from moe_operator.resources.pods import PodSettings
 from moe_operator.resources.worker_spec import Worker
 
-# What the Pod Security Standard "restricted" asks for. Only a model on the node keeps workers from it.
+# As the Pod Security Standard "restricted" requires; workers with a model on the node do not satisfy it.
 CONTAINER_SECURITY: Manifest = {
     "allowPrivilegeEscalation": False,
     "capabilities": {"drop": ["ALL"]},
@@ -43,7 +43,7 @@ def probe(
 ) -> Manifest:
     """A gRPC health probe every `period` seconds that gives up after `failures` failures in a row.
 
-    Five seconds for an answer: a worker that decodes on every core is slow to answer, not dead.
+    The timeout is five seconds, because a worker that decodes on every core responds slowly.
     """
     return {
         "grpc": {"port": port, "service": service},
@@ -60,7 +60,7 @@ def environment(
     own: Mapping[str, str] = MappingProxyType({}),
     more: Mapping[str, Manifest] = MappingProxyType({}),
 ) -> list[Manifest]:
-    """Environment of a container: who it is, where its traces go, then what the user set (which wins).
+    """Environment of a container: identity, telemetry, then the user's variables, which take precedence.
 
     own: variables of this role. more: variables that may refer to all others.
     """
@@ -87,7 +87,7 @@ def environment(
 def template(
     deployment: Deployment, settings: Worker | Frontend, labels: Mapping[str, str], spec: Manifest
 ) -> Manifest:
-    """A pod template with the user's merged in; it differs after every restart that somebody asked for."""
+    """A pod template with the user's merged in; each requested restart changes it."""
     restart = {names.ANNOTATION_RESTARTED: deployment.restarted_at} if deployment.restarted_at else {}
     annotations = {"annotations": restart} if restart else {}
     recommended = names.recommended_labels(deployment.name, labels[names.LABEL_ROLE])

@@ -12,7 +12,7 @@ from moe_operator.resources.digest import digest
 from moe_operator.resources.worker_spec import Worker
 
 # A checkpoint of hundreds of GB takes tens of minutes to read; a worker that has not loaded after an hour is
-# started anew. Two seconds between looks, so that a small model's replica is Ready as soon as it is loaded.
+# restarted. The period is two seconds, so that a replica of a small model is Ready as soon as it is loaded.
 _STARTUP_PROBE = pods.probe("", period=2, failures=1800)
 _READINESS_PROBE = pods.probe("", period=2, failures=2)
 _LIVENESS_PROBE = pods.probe(names.LIVENESS_SERVICE, period=10, failures=3)
@@ -25,7 +25,7 @@ _REVISION: Manifest = {
     },
 }
 
-# A variable, for images of earlier versions know no such flag; users turn it off with 0.
+# A variable, because images of earlier versions do not know the flag; 0 turns the server off.
 _METRICS = {"MOE_WORKER_METRICS_PORT": str(names.METRICS_PORT)}
 _METRICS_PORT: Manifest = {
     "name": names.METRICS_PORT_NAME,
@@ -34,9 +34,9 @@ _METRICS_PORT: Manifest = {
 }
 
 _EXIT_SECONDS = 5
-"""Of a pod's grace period, what the process keeps for itself after its last stream; half of a short one."""
+"""Part of the grace period that remains after the last stream, for the process to exit; at most half."""
 _DEFAULT_GRACE_SECONDS = 55
-"""The worker's own default; left out, so that deployments from before the setting do not change."""
+"""The worker's own default; omitted, so that existing deployments do not change."""
 
 
 _VERIFICATION: dict[str, list[str]] = {
@@ -47,7 +47,7 @@ _VERIFICATION: dict[str, list[str]] = {
 
 
 def command(deployment: Deployment) -> list[str]:
-    """The worker's command line. What the spec leaves to the worker is left out."""
+    """The worker's command line. Options that the spec does not set are omitted."""
     engine = deployment.spec.engine
     words = ["moe-worker", "serve", "--model", deployment.spec.model.folder]
     words += ["--served-name", deployment.served_name]
@@ -55,7 +55,7 @@ def command(deployment: Deployment) -> list[str]:
         words += ["--context-length", str(engine.context_length)]
     words += ["--max-batch-size", str(engine.max_batch_size), "--kv-memory", str(engine.kv_memory_bytes)]
     words += ["--device", engine.device, "--dtype", engine.dtype]
-    # Left out where they are the worker's default, so that deployments from before them do not change.
+    # Omitted if they equal the worker's default, so that existing deployments do not change.
     words += ["--format", engine.format] if engine.format != "auto" else []
     words += ["--kv-dtype", engine.kv_dtype] if engine.kv_dtype != "auto" else []
     words += ["--generation-config", "auto"] if engine.generation_config == "Auto" else []
@@ -108,14 +108,14 @@ def _environment(deployment: Deployment) -> list[Manifest]:
 
 
 def _grace(settings: Worker) -> list[Manifest]:
-    """How long requests may run on after SIGTERM, so that their streams are handed off before SIGKILL."""
+    """How long requests may continue after SIGTERM, so that streams are handed off before SIGKILL."""
     whole = settings.termination_grace_period_seconds
     seconds = whole - min(_EXIT_SECONDS, whole // 2)
     return [] if seconds == _DEFAULT_GRACE_SECONDS else [{"name": "MOE_WORKER_GRACE", "value": str(seconds)}]
 
 
 def _resources(settings: Worker) -> Manifest:
-    """What the container requests: as written, and the piece of a GPU for acceleratorPercentage."""
+    """The container's resources: those of the spec, and the share of a GPU for acceleratorPercentage."""
     resources = settings.resources.manifest()
     if settings.accelerators:
         resources["limits"] = {**resources.get("limits", {}), **settings.accelerators}
@@ -123,9 +123,9 @@ def _resources(settings: Worker) -> Manifest:
 
 
 def rendered(deployment: Deployment) -> Manifest:
-    """What all workers are made from, but for their rank and revision, as this operator would have it.
+    """The pod template of all workers, without rank and revision, as this version of the operator renders it.
 
-    Only fields that undo restores have an influence.
+    It depends only on fields that undo restores.
     """
     revised = replace(deployment, spec=deployment.spec.revised)
     labels = gang.labels(deployment)
@@ -133,7 +133,7 @@ def rendered(deployment: Deployment) -> Manifest:
 
 
 def pin(deployment: Deployment) -> Pin:
-    """What workers are really made from: as it was rendered first for this spec."""
+    """The pod template that workers have: as it was first rendered for this spec."""
     return deployment.pinned.get(names.ROLE_WORKER) or Pin(deployment.spec.manifest(), rendered(deployment))
 
 
@@ -143,7 +143,7 @@ def revision(deployment: Deployment) -> str:
 
 
 def recipe(deployment: Deployment) -> str:
-    """Hash of everything from which the StatefulSets of the deployment's replicas follow, but their ranks."""
+    """Hash of all inputs of the StatefulSets of the deployment's replicas, without their ranks."""
     owner = deployment.identity
     return digest([owner.namespace, owner.name, owner.uid, pin(deployment).text], length=16)
 
@@ -185,7 +185,7 @@ def at_revision_of(other: Manifest, fresh: Manifest) -> Manifest:
     """The StatefulSet `fresh` with the pods of another replica of the deployment."""
     template, labels = other["spec"]["template"], other["metadata"]["labels"]
     rank = {names.LABEL_DATA_RANK: fresh["metadata"]["labels"][names.LABEL_DATA_RANK]}
-    # What its pods were made from goes with them (pinning).
+    # The pinned spec belongs to the pods (pinning).
     pinned = {
         name: text
         for name, text in other["metadata"].get("annotations", {}).items()
@@ -201,8 +201,8 @@ def at_revision_of(other: Manifest, fresh: Manifest) -> Manifest:
 def disruption_budget(deployment: Deployment) -> Manifest:
     """Lets a drained node take one replica at a time; pods that do not serve may always be evicted.
 
-    Of a gang, every worker is protected. The eviction of one ends the others' containers, so that they are
-    not ready and may be evicted as well, while the other gangs stay.
+    It protects every worker of a gang. The eviction of one ends the containers of the others; these are then
+    not ready and may be evicted as well, while other gangs stay protected.
     """
     manifest = child(
         deployment.identity,
@@ -222,7 +222,7 @@ def disruption_budget(deployment: Deployment) -> Manifest:
 def service(deployment: Deployment) -> Manifest:
     """Headless Service of the leaders, Ready or not; the frontend reads its EndpointSlices.
 
-    Readiness comes after routing: the frontend asks the workers themselves whether they take requests.
+    Readiness comes after routing: the frontend asks the workers themselves whether they accept requests.
     """
     name = deployment.name
     manifest = child(deployment.identity, "v1", "Service", names.workers(name), names.ROLE_WORKER)
