@@ -46,7 +46,7 @@ class Settings:
     retry_most_seconds: float = 60.0
     """The longest pause between two retries; scaled likewise."""
 
-    turn_seconds: float = 30.0
+    reconcile_seconds: float = 30.0
     """A reconcile that takes longer continues in another one, so that other deployments are not delayed."""
 
     api_timeout_seconds: float = 15.0

@@ -28,7 +28,7 @@ def site(api_server, tmp_path_factory):
     """An API server, a proxy, and the operator, which knows only the proxy."""
     proxy = Proxy(api_server.port)
     config = kubeconfig(api_server.directory, proxy.port, ACCESS)
-    settings = {"resync_seconds": "3600", "turn_seconds": "1", "retry_most_seconds": "5"}
+    settings = {"resync_seconds": "3600", "reconcile_seconds": "1", "retry_most_seconds": "5"}
     operator = Operator(tmp_path_factory.mktemp("operator"), config, ROOT, **settings)
     api = Api(api_server)
     yield SimpleNamespace(api=api, proxy=proxy, operator=operator)

@@ -61,21 +61,21 @@ class _Slots:
         if self._free:
             self._free -= 1
         else:
-            await self._turn(item)
+            await self._passed_on_to(item)
         try:
             yield
         finally:
             self._pass_on()
 
-    async def _turn(self, item: _Item) -> None:
+    async def _passed_on_to(self, item: _Item) -> None:
         loop = asyncio.get_running_loop()
-        turn: asyncio.Future[None] = loop.create_future()
+        slot: asyncio.Future[None] = loop.create_future()
         item.since = loop.time()
-        self._waiting[turn] = item
+        self._waiting[slot] = item
         try:
-            await turn
+            await slot
         except asyncio.CancelledError:
-            if self._waiting.pop(turn, None) is None:
+            if self._waiting.pop(slot, None) is None:
                 self._pass_on()  # it got its slot in the same moment
             raise
 
@@ -83,9 +83,9 @@ class _Slots:
         if not self._waiting:
             self._free += 1
             return
-        turn = min(self._waiting, key=lambda turn: self._waiting[turn].due)
-        del self._waiting[turn]
-        turn.set_result(None)
+        slot = min(self._waiting, key=lambda slot: self._waiting[slot].due)
+        del self._waiting[slot]
+        slot.set_result(None)
 
 
 class ReconcileQueue:
@@ -137,7 +137,7 @@ class ReconcileQueue:
             await _wait(item.changed, pause)
             await _wait(item.edited, self._settings.debounce_seconds)
             try:
-                pause = await self._turn(name, item, failing=failures > 0)
+                pause = await self._reconcile(name, item, failing=failures > 0)
                 failures = 0
             except RetryableError as error:
                 pause = backoff(self._settings, failures, error.patience, self._chance())
@@ -151,7 +151,7 @@ class ReconcileQueue:
                 logger.exception("%s: unexpected error; retrying in %.1f s", name, pause)
         del self._items[name]
 
-    async def _turn(self, name: Name, item: _Item, *, failing: bool) -> float | None:
+    async def _reconcile(self, name: Name, item: _Item, *, failing: bool) -> float | None:
         async with self._slots_for_failing if failing else contextlib.nullcontext(), self._slots.held(item):
             # Only now, so that this reconcile covers changes during its wait for a slot.
             item.changed.clear()

@@ -136,10 +136,8 @@ class Reconciler:
                 "conflict: the deployment was modified or deleted concurrently; retrying"
             )
         self._drain(deployment, todo.drain)
-        turn_ends = time.monotonic() + self.settings.turn_seconds
-        refusals = execute.execute(
-            self.cluster, deployment.identity, todo, lambda: time.monotonic() < turn_ends
-        )
+        end = time.monotonic() + self.settings.reconcile_seconds
+        refusals = execute.execute(self.cluster, deployment.identity, todo, lambda: time.monotonic() < end)
         if refusals:
             return self._refused(deployment, todo, refusals)
         self._write(deployment.identity, deployment.status, todo.status)
