@@ -140,8 +140,12 @@ def test_objects_of_earlier_crds_are_read_reconciled_and_keep_what_they_say(api)
     assert edited(api, "two", parallelism={"expert": 2, "redundantExperts": 2}) == ""
     assert not reconciled_to_true_conditions(api, "two")
     assert "redundantExperts needs workers" in edited(api, "two", parallelism={"expert": 1})
-    assert HALF_OF_A_GPU in edited(api, "floats", engine={"maxBatchSize": 4}), "CEL cannot read {size: 1}"
-    assert edited(api, "floats", engine={"maxBatchSize": 4}, parallelism={"expert": 1}) == ""
+    assert edited(api, "floats", engine={"maxBatchSize": 4}) == "", "CEL does not read {size: 1}"
+    assert edited(api, "floats", parallelism={"expert": 2}) == ""
+    assert reconciled_to_true_conditions(api, "floats"), "refused by the operator"
+    assert HALF_OF_A_GPU in api.condition("floats", "Progressing")["message"]
+    assert edited(api, "floats", parallelism={"expert": 1}) == ""
+    assert not reconciled_to_true_conditions(api, "floats")
 
     made(api, {"advised": PRESENT})
     old, new = (parse(api.cluster.get(names.KIND, "default", name)).spec for name in ("floats", "advised"))

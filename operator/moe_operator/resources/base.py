@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict
@@ -29,6 +30,14 @@ class Model(BaseModel):
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
-def rules(*pairs: tuple[str, str], **more: Any) -> dict[str, Any]:
-    """Schema extras with CEL rules, each a pair (expression, sentence that says what would be right)."""
-    return {RULES: [{"rule": rule, "message": message} for rule, message in pairs], **more}
+def rules(*pairs: tuple[str, str], at_creation: Iterable[tuple[str, str]] = ()) -> dict[str, Any]:
+    """Schema extras with CEL rules, each a pair (expression, sentence that says what would be right).
+
+    at_creation: rules that objects of an earlier CRD may break; updates are not checked by them.
+    """
+    always = [{"rule": rule, "message": message} for rule, message in pairs]
+    once = [
+        {"rule": f"oldSelf.hasValue() || ({rule})", "message": message, "optionalOldSelf": True}
+        for rule, message in at_creation
+    ]
+    return {RULES: [*always, *once]}

@@ -24,12 +24,21 @@ def _size(value: Any) -> Any:
 _EXPERT_SCHEMA: Final[dict[str, Any]] = {
     "anyOf": [{"type": "integer"}, {"type": "string"}],
     INT_OR_STRING: True,
-    "maxLength": 32,
-    "properties": {"size": {"type": "integer"}},
+    "properties": {
+        "size": {
+            "type": "integer",
+            "description": "Deprecated: earlier versions had the number here. Write expert itself as a "
+            "number. Default: none.",
+        }
+    },
+    "minimum": 1,
+    "maximum": RANKS_MOST,
+    "minLength": 1,
+    "pattern": "^$",
 }
 """Stored objects of earlier versions have {"size": 1} here. With the type integer the API server would prune
-`size`, and server-side apply of their status would fail. This type and property keep the object as it is, new
-objects of this form are refused, and CEL rules can read the number.
+`size`, and server-side apply of their status would fail. With this type and property it keeps them as they
+are, and refuses new objects of this form. No text satisfies minLength and pattern.
 """
 ExpertRanks = Annotated[
     int, Field(ge=1, le=RANKS_MOST), BeforeValidator(_size), WithJsonSchema(_EXPERT_SCHEMA)
@@ -114,7 +123,7 @@ class Topology(Model):
     )
 
 
-_PARALLELISM_RULES: Final = (
+_ONLY_OF_EXPERTS: Final = (
     (
         f"!has(self.pipeline) || self.pipeline == 1 || self.pipeline * self.expert <= {RANKS_MOST}",
         f"a replica has pipeline * expert workers, {RANKS_MOST} at most: lower pipeline or expert",
@@ -134,15 +143,19 @@ _PARALLELISM_RULES: Final = (
         "topology",
     ),
 )
-"""The API server also checks the default {} by these rules, before the defaults of fields are in it. A rule
-reads `expert` last: CEL cannot read the object that earlier versions stored there.
+"""Each reads `expert` last: CEL fails to read the object that earlier versions stored there, and an `||` with
+a true side ignores that. The API server also checks the default {} by these rules, which lacks all fields.
 """
+_INTEGER: Final = (
+    f"!has(self.expert) || (type(self.expert) == int && self.expert >= 1 && self.expert <= {RANKS_MOST})",
+    f"expert is a number of workers from 1 to {RANKS_MOST}",
+)
 
 
 class Parallelism(Model):
     """How one replica is distributed over workers."""
 
-    model_config = ConfigDict(json_schema_extra=rules(*_PARALLELISM_RULES))
+    model_config = ConfigDict(json_schema_extra=rules(*_ONLY_OF_EXPERTS, at_creation=[_INTEGER]))
 
     pipeline: int = Field(
         default=1,
@@ -157,12 +170,6 @@ class Parallelism(Model):
         description="Workers of each stage; they share the routed experts of its layers. A number: experts "
         "and redundantExperts together must be divisible by it. A replica has pipeline x expert workers. "
         "Default: 1.",
-        json_schema_extra=rules(
-            (
-                f"type(self) == int && self >= 1 && self <= {RANKS_MOST}",
-                f"expert is a number of workers from 1 to {RANKS_MOST}",
-            )
-        ),
     )
     redundant_experts: int = Field(
         default=0,

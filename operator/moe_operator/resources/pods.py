@@ -257,11 +257,14 @@ class PodSettings(Model):
         description="Environment variables, added to those that the operator sets; one of the same name wins "
         "over the operator's. Default: none.",
         max_length=100,
-        json_schema_extra=rules(
-            (
-                "self.all(v, !(has(v.value) && has(v.valueFrom)))",
-                "a variable takes either value or valueFrom, not both",
+        json_schema_extra={
+            **rules(
+                (
+                    "self.all(v, !(has(v.value) && has(v.valueFrom)))",
+                    "a variable takes either value or valueFrom, not both",
+                )
             ),
-            **{LIST_TYPE: "map", LIST_KEYS: ["name"]},
-        ),
+            LIST_TYPE: "map",
+            LIST_KEYS: ["name"],
+        },
     )

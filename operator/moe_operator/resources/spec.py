@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from moe_operator.resources import names
 from moe_operator.resources.accelerator import halves, share_set
@@ -24,28 +24,37 @@ _GPUS_MOST = (
     "(has(self.scaling.gpuLimit) ? quantity(string(self.scaling.gpuLimit)).asApproximateFloat() : "
     "self.scaling.gpuBudget)"
 )
-_RULES = (
-    (
-        f"!{halves('self.worker')} || (self.parallelism.pipeline == 1 && self.parallelism.expert == 1)",
-        "worker.acceleratorPercentage 50 is for replicas of one worker: set parallelism.pipeline and "
-        "parallelism.expert to 1, or take whole GPUs",
-    ),
-    (
-        f"!has(self.scaling) || !{share_set('self.worker')} || !{_GPUS_LIMITED} || "
-        "double(self.scaling.minReplicas * self.parallelism.pipeline * self.parallelism.expert) * "
-        f"({halves('self.worker')} ? 0.5 : 1.0) <= {_GPUS_MOST}",
-        "scaling.gpuLimit does not allow scaling.minReplicas: raise the one or lower the other",
-    ),
+_WHOLE_GPUS = (
+    "worker.acceleratorPercentage 50 is for replicas of one worker: set parallelism.pipeline and "
+    "parallelism.expert to 1, or take whole GPUs"
 )
-"""A rule reads `parallelism.expert` only where it matters: CEL cannot read the object that earlier versions
-stored there.
-"""
+_LIMIT = "scaling.gpuLimit does not allow scaling.minReplicas: raise the one or lower the other"
+
+
+def _gpu_rules(workers: str) -> tuple[tuple[str, str], ...]:
+    """Rules of several sections. workers: CEL, pods of a replica, as far as the rules may count them."""
+    return (
+        (f"!{halves('self.worker')} || {workers} == 1", _WHOLE_GPUS),
+        (
+            f"!has(self.scaling) || !{share_set('self.worker')} || !{_GPUS_LIMITED} || "
+            f"double(self.scaling.minReplicas * {workers}) * ({halves('self.worker')} ? 0.5 : 1.0) <= "
+            f"{_GPUS_MOST}",
+            _LIMIT,
+        ),
+    )
+
+
+_RULES = rules(
+    *_gpu_rules("self.parallelism.pipeline"),
+    # CEL fails to read the object that earlier versions stored in `expert`.
+    at_creation=_gpu_rules("self.parallelism.pipeline * self.parallelism.expert"),
+)
 
 
 class Spec(Model):
     """The desired state of a deployment."""
 
-    model_config = ConfigDict(json_schema_extra=rules(*_RULES))
+    model_config = ConfigDict(json_schema_extra=_RULES)
 
     model: ModelSource = Field(description="The model that is served. Required.")
     replicas: int = Field(
@@ -91,6 +100,19 @@ class Spec(Model):
             ("self >= 0 && self <= 100", "revisionHistoryLimit is a number from 0 to 100")
         ),
     )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Spec:
+        """What CEL cannot check at an update of an object of an earlier CRD. Raises ValueError."""
+        ranks, scaling = self.parallelism.ranks, self.scaling
+        if ranks == 1 or not self.worker.accelerators:
+            return self
+        if self.worker.gpus < 1:
+            raise ValueError(_WHOLE_GPUS)
+        most = None if scaling is None else scaling.gpus_most
+        if scaling is not None and most is not None and scaling.min_replicas * ranks > most:
+            raise ValueError(_LIMIT)
+        return self
 
     @property
     def revised(self) -> Spec:
