@@ -14,6 +14,8 @@ from moe_operator.errors import ClusterUnavailableError, HistoryExpiredError, Re
 from moe_operator.kube.follow import Follower
 from moe_operator.kube.mirror import Mirror, Place
 from moe_operator.observed import pods
+from moe_operator.render import frontend
+from tests.operator import worlds
 
 
 def pod(name, version, deployment="docs", uid=None, **more):
@@ -66,6 +68,14 @@ def test_a_cached_pod_names_the_directory_that_its_node_lacks(mirror):
     found = pods.read(mirror.get("Pod", "default", "a")).problem
     assert found is not None
     assert found.message.startswith("node n has no directory /mnt/m; correct spec.model.uri")
+
+
+def test_a_cached_frontend_is_asked_at_the_port_that_it_declares(mirror):
+    spec = frontend.pod_spec(worlds.deployment(frontend={"tls": {"secretName": "front-tls"}}))
+    body = pod("docs-frontend-1", 1, spec=spec, status={"podIP": "10.0.0.1"})
+    body["metadata"]["labels"] |= frontend.labels("docs")
+    mirror.put("Pod", body)
+    assert pods.read(mirror.get("Pod", "default", "docs-frontend-1")).admin_address == "10.0.0.1:8001"
 
 
 def test_of_a_pods_spec_only_what_is_read_is_kept(mirror):

@@ -26,8 +26,8 @@ _FASTEST = 1
 """zlib level: a StatefulSet shrinks to a third in 60 us; higher levels gain little."""
 
 _OF_A_POD = ("nodeName", "readinessGates")
-"""The fields of a pod's spec that are read, in addition to directories of its node that it mounts. The rest
-is in its StatefulSet, and there are many pods.
+"""The fields of a pod's spec that are read, in addition to its port for the operator and directories of its
+node. The rest is in its StatefulSet, and there are many pods.
 """
 
 
@@ -182,9 +182,18 @@ def _entry(manifest: Manifest) -> tuple[Place, _Entry]:
 
 
 def _read_of_pod(spec: Manifest) -> Manifest:
-    mounted = [volume for volume in spec.get("volumes", ()) if "hostPath" in volume]
+    """The part of a pod's spec that `observed.pods.read` reads."""
+    lists = {
+        "volumes": [volume for volume in spec.get("volumes", ()) if "hostPath" in volume],
+        "containers": [kept for container in spec.get("containers", ()) if (kept := _admin_port(container))],
+    }
     kept = {name: spec[name] for name in _OF_A_POD if name in spec}
-    return {**kept, "volumes": mounted} if mounted else kept
+    return {**kept, **{name: items for name, items in lists.items() if items}}
+
+
+def _admin_port(container: Manifest) -> Manifest:
+    ports = [port for port in container.get("ports", ()) if port.get("name") == names.ADMIN_PORT_NAME]
+    return {"name": container["name"], "ports": ports} if ports else {}
 
 
 def _unpacked(entry: _Entry) -> Manifest:
