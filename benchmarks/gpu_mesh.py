@@ -29,9 +29,10 @@ from moe_worker.engine.core import EngineCore
 from moe_worker.engine.loading import LoadedModel
 from moe_worker.engine.requests import Request
 from moe_worker.kvcache.paged import CacheShape, PagedCache
-from moe_worker.mesh.control import End
 from moe_worker.mesh.cuda_stage import CudaStage
-from moe_worker.mesh.member import Member, join, stage_of
+from moe_worker.mesh.member import Member, join
+from moe_worker.mesh.messages import End
+from moe_worker.mesh.part import stage_of
 from moe_worker.mesh.runner import MeshRunner
 from moe_worker.models import cuda_graph, cuda_runner
 from moe_worker.models.batch import Batch, Segment

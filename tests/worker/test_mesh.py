@@ -19,8 +19,10 @@ from moe_worker.engine.loading import load
 from moe_worker.engine.offline import Engine
 from moe_worker.engine.requests import Request
 from moe_worker.errors import SettingsError
-from moe_worker.mesh.control import Channel, Identity, MeshError, gather_ranks, join_leader
-from moe_worker.mesh.member import SECRET, _listener
+from moe_worker.mesh.channel import Channel
+from moe_worker.mesh.errors import MeshError
+from moe_worker.mesh.joining import Identity, gather_ranks, join_leader, listener_at
+from moe_worker.mesh.member import SECRET
 from moe_worker.sampling.parameters import SamplingParameters
 from tests.checkpoints import write_checkpoint
 from tests.worker.mesh_ranks import Processes, followers, free_address
@@ -161,7 +163,7 @@ def test_a_leader_whose_name_does_not_resolve_is_named():
 
 
 def test_the_leader_of_a_name_listens_although_the_name_does_not_resolve():
-    with closing(_listener("leader.invalid", 0)) as listener:
+    with closing(listener_at("leader.invalid", 0)) as listener:
         port = listener.getsockname()[1]
         with closing(socket.create_connection(("127.0.0.1", port), timeout=5)):
             pass

@@ -11,7 +11,7 @@ from moe_worker.engine.core import EngineCore
 from moe_worker.engine.offline import Engine
 from moe_worker.engine.requests import Request
 from moe_worker.mesh import runner
-from moe_worker.mesh.control import MeshError
+from moe_worker.mesh.errors import MeshError
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.scheduler.core import Scheduler
 from moe_worker.scheduler.plan import Arrival, Limits

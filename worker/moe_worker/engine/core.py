@@ -19,7 +19,7 @@ from moe_worker.engine.loading import LoadedModel
 from moe_worker.engine.requests import Delta, FinishReason, Load, Request
 from moe_worker.engine.statistics import Event, ExpertStatistics, Statistics, Tally
 from moe_worker.errors import DeviceMemoryError
-from moe_worker.mesh.control import MeshError
+from moe_worker.mesh.errors import MeshError
 from moe_worker.mesh.runner import MeshRunner
 from moe_worker.sampling.guides import Guide
 from moe_worker.sampling.logprobs import TokenLogprobs

@@ -7,7 +7,7 @@ from pathlib import Path
 from moe_worker.config.engine import EngineOptions
 from moe_worker.engine.loading import load
 from moe_worker.errors import SettingsError
-from moe_worker.mesh.control import MeshError
+from moe_worker.mesh.errors import MeshError
 from moe_worker.mesh.runner import MeshRunner
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ from moe_worker.kernels.cpu.library import Kernels
 from moe_worker.kernels.registry import Hardware, choose, explain, probe_cpu
 from moe_worker.kvcache.paged import FP8, CacheShape, PagedCache
 from moe_worker.mesh.identity import mesh_digest
-from moe_worker.mesh.member import Member, join, part_of
+from moe_worker.mesh.member import Member, join
+from moe_worker.mesh.part import part_of
 from moe_worker.mesh.rank_stage import ModelStage
 from moe_worker.mesh.runner import MeshRunner, agree_on_pages
 from moe_worker.models.checkpoint import load_model

@@ -7,7 +7,7 @@ from moe_worker.config.engine import EngineOptions
 from moe_worker.config.mesh import MeshReport
 from moe_worker.config.model import ModelConfig
 from moe_worker.engine.statistics import ExpertStatistics
-from moe_worker.mesh.member import stage_ranges
+from moe_worker.mesh.part import stage_ranges
 from moe_worker.mesh.placement import Topology, placement, rank_loads
 from moe_worker.models.safetensors import stored_tensors
 

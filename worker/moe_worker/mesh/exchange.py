@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_worker.mesh.control import RankLostError
+from moe_worker.mesh.errors import RankLostError
 
 
 def send(x: Tensor, rank: int) -> None:

@@ -1,11 +1,8 @@
-"""Joining a mesh: who this process is in it, and which part of the model it holds."""
+"""This process in its mesh: its connections to the other ranks."""
 
 import contextlib
-import ipaddress
 import os
-import re
-import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
@@ -14,20 +11,23 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from moe_worker.config.engine import EngineOptions
 from moe_worker.config.mesh import MeshShape
-from moe_worker.config.model import ModelConfig
 from moe_worker.errors import SettingsError
-from moe_worker.mesh.control import Channel, End, Identity, MeshError, gather_ranks, join_leader
-from moe_worker.mesh.dispatch import AllToAllDispatch, PlaceTable
-from moe_worker.mesh.layers import layer_ranges
-from moe_worker.mesh.placement import Topology, placement
+from moe_worker.mesh.channel import Channel
+from moe_worker.mesh.errors import MeshError
+from moe_worker.mesh.joining import (
+    Identity,
+    gather_ranks,
+    is_address,
+    join_leader,
+    listener_at,
+    parse_address,
+)
+from moe_worker.mesh.messages import End
 from moe_worker.mesh.pulse import Pulse
-from moe_worker.models.safetensors import StoredTensor
-from moe_worker.models.stage import Stage
 
 SECRET = "MOE_WORKER_MESH_SECRET"  # noqa: S105 - the variable's name
 # Ranks start when their pods do; a step's exchanges begin together.
 JOIN_S, STEP_S = 600.0, 60.0
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.*\.experts\.\d+\.)?")
 
 
 class Member:
@@ -130,102 +130,24 @@ def join(options: EngineOptions, digest: str, device: torch.device) -> Member:
     """Meets the other ranks of `options.mesh`. Raises MeshError, SettingsError."""
     secret = os.environ.get(SECRET, "").encode()
     identity = Identity(options.mesh_shape, options.mesh_epoch, digest, secret)
-    member = Member(identity, options.mesh_rank, _address(options.mesh_leader), device)
+    member = Member(identity, options.mesh_rank, parse_address(options.mesh_leader), device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     member.form(JOIN_S)
     return member
 
 
-def part_of(
-    config: ModelConfig,
-    member: Member,
-    stored: Mapping[str, StoredTensor],
-    redundant: int,
-    device: torch.device,
-) -> Stage:
-    """What this rank holds. Raises SettingsError where the model cannot be spread over the mesh."""
-    layers = stage_ranges(config, member.shape, stored)[member.number]
-    return stage_of(config, member, layers, redundant, device)
-
-
-def stage_of(
-    config: ModelConfig, member: Member, layers: range, redundant: int, device: torch.device
-) -> Stage:
-    """This rank's part of `layers`. Raises SettingsError where experts cannot be spread over the ranks."""
-    ranks = member.shape.expert
-    routed = [layer for layer in layers if layer not in config.dense_layers] if ranks > 1 else []
-    even = [[1.0] * config.moe.routed] * len(routed)
-    topology = Topology(ranks, groups=config.moe.routing.groups)
-    places = dict(zip(routed, placement(even, topology, redundant), strict=True))
-    each = (config.moe.routed + redundant) // ranks
-    held = {layer: own[member.place * each : (member.place + 1) * each] for layer, own in places.items()}
-    dispatches = {
-        layer: AllToAllDispatch(
-            PlaceTable(own, config.moe.routed, ranks, device), config.moe.routed, member.stage_group
-        )
-        for layer, own in places.items()
-    }
-    return Stage(layers.start, layers.stop, config.num_hidden_layers, held, dispatches)
-
-
-def stage_ranges(config: ModelConfig, shape: MeshShape, stored: Mapping[str, StoredTensor]) -> list[range]:
-    """Layers of each stage. Raises SettingsError where there are fewer layers than stages."""
-    sizes, ends = _nbytes(config, stored, shape.expert)
-    return layer_ranges(sizes, shape.pipeline, *ends)
-
-
-def _nbytes(
-    config: ModelConfig, stored: Mapping[str, StoredTensor], ranks: int
-) -> tuple[list[int], tuple[int, int]]:
-    """Bytes that a rank holds of each layer, and of the embedding and the head."""
-    layers, ends = [0] * config.num_hidden_layers, [0, 0]
-    for tensor in stored.values():
-        match = _LAYER.match(tensor.name)
-        if match is None:
-            if "embed_tokens" in tensor.name:
-                ends[0] += tensor.nbytes
-            if tensor.name.startswith("lm_head") or (
-                config.tie_word_embeddings and "embed_tokens" in tensor.name
-            ):
-                ends[1] += tensor.nbytes
-        elif int(match[1]) < len(layers):
-            layers[int(match[1])] += tensor.nbytes // (ranks if match[2] else 1)
-    return layers, (ends[0], ends[1])
-
-
 def _lead(identity: Identity, host: str, port: int, seconds: float) -> tuple[Sequence[Channel], TCPStore]:
-    named = not _is_address(host)
+    named = not is_address(host)
     store = _store("localhost" if named else host, 0, identity.shape, leads=True)
     try:
-        with contextlib.closing(_listener(host, port)) as listener:
+        with contextlib.closing(listener_at(host, port)) as listener:
             return gather_ranks(listener, identity, store.port, seconds), store
     except OSError as error:
         raise SettingsError(
             f"the mesh's leader cannot listen on {host}:{port} ({error}); give --mesh-leader an address of "
             "rank 0 with a free port"
         ) from error
-
-
-def _listener(host: str, port: int) -> socket.socket:
-    """Of a name: at all addresses of this machine. The name is for the others, and may not resolve here
-    yet.
-    """
-    if _is_address(host):
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family)
-    both = socket.has_dualstack_ipv6()
-    return socket.create_server(
-        ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both
-    )
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def _store(host: str, port: int, shape: MeshShape, leads: bool) -> TCPStore:
@@ -240,10 +162,3 @@ def _store(host: str, port: int, shape: MeshShape, leads: bool) -> TCPStore:
         )
     except (RuntimeError, dist.DistError) as error:
         raise MeshError(f"the mesh's store at {host}:{port} is out of reach: {error}") from error
-
-
-def _address(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise SettingsError(f"--mesh-leader {text[:60]!r} is no address; write HOST:PORT of rank 0")
-    return host.strip("[]"), int(port)

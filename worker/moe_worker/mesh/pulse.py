@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from moe_worker.mesh.control import Channel
+from moe_worker.mesh.channel import Channel
 
 log = logging.getLogger(__name__)
 # Kernels for GPUs are compiled in the middle of the work, which can take seconds without a beat.

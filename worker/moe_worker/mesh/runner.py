@@ -17,9 +17,10 @@ from torch import Tensor
 
 from moe_worker.kernels.transfer import to_device
 from moe_worker.kvcache.paged import PagedCache
-from moe_worker.mesh.control import Allocate, AskCounts, Compute, Counts, End, MeshError, Piece, Ready
+from moe_worker.mesh.errors import MeshError
 from moe_worker.mesh.exchange import receive, send
 from moe_worker.mesh.member import Member
+from moe_worker.mesh.messages import Allocate, AskCounts, Compute, Counts, End, Piece, Ready
 from moe_worker.mesh.rank_stage import RankStage, Width
 from moe_worker.models.batch import Batch, Segment
 from moe_worker.moe.counting import Counter

@@ -1,0 +1,74 @@
+"""Which part of the model each rank holds: the layers of its stage, and some experts of each."""
+
+import re
+from collections.abc import Mapping
+
+import torch
+
+from moe_worker.config.mesh import MeshShape
+from moe_worker.config.model import ModelConfig
+from moe_worker.mesh.dispatch import AllToAllDispatch, PlaceTable
+from moe_worker.mesh.layers import layer_ranges
+from moe_worker.mesh.member import Member
+from moe_worker.mesh.placement import Topology, placement
+from moe_worker.models.safetensors import StoredTensor
+from moe_worker.models.stage import Stage
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.*\.experts\.\d+\.)?")
+
+
+def part_of(
+    config: ModelConfig,
+    member: Member,
+    stored: Mapping[str, StoredTensor],
+    redundant: int,
+    device: torch.device,
+) -> Stage:
+    """What this rank holds. Raises SettingsError where the model cannot be spread over the mesh."""
+    layers = stage_ranges(config, member.shape, stored)[member.number]
+    return stage_of(config, member, layers, redundant, device)
+
+
+def stage_of(
+    config: ModelConfig, member: Member, layers: range, redundant: int, device: torch.device
+) -> Stage:
+    """This rank's part of `layers`. Raises SettingsError where experts cannot be spread over the ranks."""
+    ranks = member.shape.expert
+    routed = [layer for layer in layers if layer not in config.dense_layers] if ranks > 1 else []
+    even = [[1.0] * config.moe.routed] * len(routed)
+    topology = Topology(ranks, groups=config.moe.routing.groups)
+    places = dict(zip(routed, placement(even, topology, redundant), strict=True))
+    each = (config.moe.routed + redundant) // ranks
+    held = {layer: own[member.place * each : (member.place + 1) * each] for layer, own in places.items()}
+    dispatches = {
+        layer: AllToAllDispatch(
+            PlaceTable(own, config.moe.routed, ranks, device), config.moe.routed, member.stage_group
+        )
+        for layer, own in places.items()
+    }
+    return Stage(layers.start, layers.stop, config.num_hidden_layers, held, dispatches)
+
+
+def stage_ranges(config: ModelConfig, shape: MeshShape, stored: Mapping[str, StoredTensor]) -> list[range]:
+    """Layers of each stage. Raises SettingsError where there are fewer layers than stages."""
+    sizes, ends = _nbytes(config, stored, shape.expert)
+    return layer_ranges(sizes, shape.pipeline, *ends)
+
+
+def _nbytes(
+    config: ModelConfig, stored: Mapping[str, StoredTensor], ranks: int
+) -> tuple[list[int], tuple[int, int]]:
+    """Bytes that a rank holds of each layer, and of the embedding and the head."""
+    layers, ends = [0] * config.num_hidden_layers, [0, 0]
+    for tensor in stored.values():
+        match = _LAYER.match(tensor.name)
+        if match is None:
+            if "embed_tokens" in tensor.name:
+                ends[0] += tensor.nbytes
+            if tensor.name.startswith("lm_head") or (
+                config.tie_word_embeddings and "embed_tokens" in tensor.name
+            ):
+                ends[1] += tensor.nbytes
+        elif int(match[1]) < len(layers):
+            layers[int(match[1])] += tensor.nbytes // (ranks if match[2] else 1)
+    return layers, (ends[0], ends[1])
