@@ -210,7 +210,7 @@ def test_a_request_that_cannot_be_taken_does_not_end_the_engine():
     core, inbox, sent = Core(), queue.SimpleQueue(), Sent()
     for number in (1, 2):
         inbox.put(wire.Submit(request(number)))
-    assert engine_process._take_commands(core, inbox, sent, None, Preparing(inbox.put)) == 2
+    assert engine_process._take_commands(core, inbox, sent, Preparing(inbox.put)) == 2
     assert core.taken == [1]
     assert sent == [wire.Refused(2, "the queue is full", retryable=True)]
 

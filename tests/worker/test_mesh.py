@@ -23,6 +23,7 @@ from moe_worker.mesh.channel import Channel
 from moe_worker.mesh.errors import MeshError
 from moe_worker.mesh.joining import Identity, gather_ranks, join_leader, listener_at
 from moe_worker.mesh.member import SECRET
+from moe_worker.mesh.messages import Welcome
 from moe_worker.sampling.parameters import SamplingParameters
 from tests.checkpoints import write_checkpoint
 from tests.worker.mesh_ranks import Processes, followers, free_address
@@ -132,7 +133,7 @@ class Leader:
     def _run(self, identity, seconds):
         with closing(self._listener):
             try:
-                self.outcome = gather_ranks(self._listener, identity, 77, seconds)
+                self.outcome = gather_ranks(self._listener, identity, Welcome({3: (0, 1)}), seconds)
             except MeshError as error:
                 self.outcome = error
 
@@ -152,7 +153,7 @@ def test_ranks_that_do_not_belong_are_refused_and_the_right_one_still_joins():
     with closing(socket.create_connection(leader.address)) as stranger:
         stranger.sendall(b"GET / HTTP/1.1\r\n\r\n" * 10)
     channel, welcome = join_leader(leader.address, 1, IDENTITY, 5)
-    assert welcome.store_port == 77
+    assert welcome.moved == {3: (0, 1)}
     assert [other.rank for other in leader.end()] == [1]
     channel.close()
 

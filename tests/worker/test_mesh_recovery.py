@@ -3,20 +3,27 @@
 import contextlib
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from moe_worker.config.engine import EngineOptions
+from moe_worker.config.mesh import MeshShape
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.offline import Engine
 from moe_worker.engine.requests import Request
-from moe_worker.mesh import runner
+from moe_worker.mesh import recovery
 from moe_worker.mesh.errors import MeshError
+from moe_worker.mesh.part import stage_of
+from moe_worker.mesh.places import ExpertPlaces
+from moe_worker.mesh.recovery import may_spare
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.scheduler.core import Scheduler
 from moe_worker.scheduler.plan import Arrival, Limits
 from tests.checkpoints import write_checkpoint
 from tests.worker.mesh_ranks import followers, free_address
+from tests.worker.test_rebalance import places_of
 
 OPTIONS = {"device": "cpu", "dtype": "float32", "threads": 1, "context_length": 256}
 PROMPTS = [[7 + i % 290 for i in range(40)], [5], [300 - i % 250 for i in range(30)]]
@@ -81,12 +88,73 @@ def test_ranks_that_are_killed_or_hang_cost_no_token(tmp_path, caplog):
         assert max(took.values()) < 120
 
 
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(signal.SIGKILL, id="killed"),
+        pytest.param(signal.SIGSTOP, id="hung", marks=pytest.mark.slow),
+    ],
+)
+def test_a_mesh_serves_without_a_rank_whose_experts_others_have_and_takes_it_in_again(tmp_path, how):
+    checkpoint = write_checkpoint(tmp_path, num_hidden_layers=2)
+    mesh = {"mesh": "1x2", "mesh_leader": free_address(), "redundant_experts": 8, **OPTIONS}
+    expected, _ = run(EngineCore(Engine(checkpoint, **OPTIONS)._loaded, EngineOptions(**OPTIONS)), {})
+    with contextlib.ExitStack() as stack:
+        running = [followers(checkpoint, 2, **mesh)]
+        stack.callback(lambda: [each.kill() for each in running])
+        engine = Engine(checkpoint, **mesh)
+        stack.callback(engine._loaded.member.close)
+        core, present = EngineCore(engine._loaded, EngineOptions(**mesh)), []
+        engine._loaded.member.on_change = lambda: present.append(core.mesh_report.ready_ranks)
+        found, took = run(core, {9: lambda: running[0].processes[0].send_signal(how)})
+        assert found == expected
+        assert present == [(0,)]
+        assert max(took.values()) < FOUND_S + 2  # a busy machine; benchmarks.mesh_faults measures it
+        running.append(followers(checkpoint, 2, **mesh))
+        end = time.monotonic() + 120
+        while core.mesh_report.ready_ranks != (0, 1):
+            assert time.monotonic() < end
+            assert run(core, {})[0] == expected
+        assert core.mesh_report.epoch == 2
+        assert list(engine._loaded.shards) == [0, 2]
+        assert run(core, {})[0] == expected
+
+
+def test_a_new_rank_of_a_mesh_that_serves_without_another_finds_experts_among_those_present():
+    routing = SimpleNamespace(groups=1)
+    moe = SimpleNamespace(routed=6, routing=routing)
+    config = SimpleNamespace(moe=moe, num_hidden_layers=1, dense_layers=())
+    member = SimpleNamespace(
+        shape=MeshShape(1, 3), place=1, number=0, moved={}, group=None, places=lambda _: [0, 1]
+    )
+    stage = stage_of(config, member, range(1), 6, torch.device("cpu"))
+    table = stage.dispatches[0].table
+    assert (table.ranks, table.each) == (2, 4)
+    found = table.places(torch.arange(6).unsqueeze(1)).flatten().tolist()
+    held = ExpertPlaces(config, 3, 6).among(0, [0, 1])
+    assert [held[place] for place in found] == list(range(6))
+
+
+def test_what_a_mesh_can_spare():
+    shape, stages = MeshShape(2, 2), [range(2), range(2, 4)]
+
+    def spares(*missing, redundant=8):
+        return may_spare(shape, places_of(2, redundant, layers=4), stages, frozenset(missing))
+
+    assert spares(1)
+    assert spares(2)
+    assert spares(1, 3)  # the other shard is whole
+    assert not spares(1, 2)  # no shard is
+    assert not spares(2, 3)  # the second stage is gone
+    assert not spares(1, redundant=4)  # some experts are
+
+
 @pytest.mark.timeout(120)
 def test_a_rank_that_never_comes_back_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "REFORM_S", 0.2)
-    monkeypatch.setattr(runner, "MOST_REFORMS", 2)
+    monkeypatch.setattr(recovery, "REFORM_S", 0.2)
     checkpoint = write_checkpoint(tmp_path, num_hidden_layers=2)
-    mesh = {"mesh": "2x1", "mesh_leader": free_address(), **OPTIONS}
+    mesh = {"mesh": "2x1", "mesh_leader": free_address(), "mesh_reforms": 2, **OPTIONS}
     others = followers(checkpoint, 2, **mesh)
     with contextlib.ExitStack() as stack:
         stack.callback(others.kill)

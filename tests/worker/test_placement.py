@@ -53,6 +53,17 @@ def test_redundant_experts_even_out_a_skewed_load():
     assert balance[1] > 0.93
 
 
+@pytest.mark.parametrize("ranks", range(2, 9))
+@pytest.mark.parametrize("each", range(1, 5))
+def test_copies_of_an_expert_go_to_different_ranks(ranks, each):
+    """With two of each expert, any rank may be lost."""
+    experts = ranks * each
+    (places,) = placement([[1.0] * experts], Topology(ranks, apart=True), experts)
+    for lost in range(ranks):
+        alive = places[: lost * 2 * each] + places[(lost + 1) * 2 * each :]
+        assert set(alive) == set(range(experts))
+
+
 def test_places_that_cannot_be_spread_are_refused():
     with pytest.raises(SettingsError, match="64 experts and 1 redundant ones cannot spread evenly over 8"):
         placement([[1.0] * 64], Topology(8), 1)

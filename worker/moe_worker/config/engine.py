@@ -14,6 +14,7 @@ DEVICES = re.compile(r"auto|cpu|cuda(:[0-9]{1,2})?")
 DTYPES = ("auto", "float32", "bfloat16")
 FORMATS = ("auto", "dense", "fp8", "w4a16", "w4a8")
 GENERATION_CONFIGS = ("auto", "none")
+REBALANCE = ("auto", "off")
 KV_DTYPES = ("auto", "float32", "bfloat16", "fp8")
 # The range of each number. The upper ends are far above what any machine can use, and keep products within 64
 # bits.
@@ -29,6 +30,9 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "mesh_rank": (0, MOST_RANKS - 1),
     "mesh_epoch": (0, LARGEST_SIZE),
     "redundant_experts": (0, MOST_EXPERTS),
+    "mesh_reforms": (0, LARGEST_SIZE),
+    "rebalance_interval": (0.01, 1e9),
+    "rebalance_threshold": (1, 100),
     "routing_mass": (0.001, 1),
     "routing_margin": (0, 1),
 }
@@ -68,6 +72,10 @@ class EngineOptions:
     mesh: processes of this replica, PIPELINExEXPERT. mesh_rank: which of them this is; 0 leads. mesh_leader:
         HOST:PORT where rank 0 listens. mesh_epoch: how often the mesh has formed; ranks of another epoch are
         refused. redundant_experts: copies of experts in each layer, spread over a stage's ranks.
+    mesh_reforms: how often in 10 minutes a mesh may lose ranks and meet again before the replica ends.
+    rebalance: "auto": experts move to where the load of a stage's ranks is even, at most every
+        rebalance_interval seconds, in layers whose busiest rank has more than rebalance_threshold times the
+        mean; "off": they stay. On GPUs they always stay.
     routing_mass: share of the scores of a token's top_k experts that its experts reach (config/moe.py,
         Routing); None: what the checkpoint says. Less than that only as far as its routing.json allows.
     routing_margin: experts whose scores differ by less may take each other's place, those with less load in
@@ -98,6 +106,10 @@ class EngineOptions:
     mesh_leader: str = ""
     mesh_epoch: int = 0
     redundant_experts: int = 0
+    mesh_reforms: int = 5
+    rebalance: str = "auto"
+    rebalance_interval: float = 300.0
+    rebalance_threshold: float = 1.2
     routing_mass: float | None = None
     routing_margin: float = 0.0
     learn_routing: bool = False
@@ -112,6 +124,7 @@ class EngineOptions:
             ("format", FORMATS),
             ("kv_dtype", KV_DTYPES),
             ("generation_config", GENERATION_CONFIGS),
+            ("rebalance", REBALANCE),
         ):
             if getattr(self, name) not in allowed:
                 raise SettingsError(

@@ -12,10 +12,12 @@ from collections.abc import Callable
 import torch
 
 from moe_worker.config.engine import EngineOptions
+from moe_worker.config.mesh import MeshReport
 from moe_worker.engine.active import ActiveRequest
 from moe_worker.engine.flight import Flight
 from moe_worker.engine.launching import Launcher
 from moe_worker.engine.loading import LoadedModel
+from moe_worker.engine.mesh_report import MeshReporter
 from moe_worker.engine.requests import Delta, FinishReason, Load, Request
 from moe_worker.engine.statistics import Event, ExpertStatistics, Statistics, Tally
 from moe_worker.errors import DeviceMemoryError
@@ -50,6 +52,8 @@ class EngineCore:
         self._launcher = Launcher(loaded)
         self._active: dict[int, ActiveRequest] = {}
         self._tally = Tally()
+        runner = loaded.runner
+        self._mesh = MeshReporter.of(runner, options.mesh_epoch) if isinstance(runner, MeshRunner) else None
         self._flights: deque[Flight[ActiveRequest]] = deque()
         self._most_flights = flights or (2 if self._launcher.ahead else 1)
 
@@ -94,10 +98,19 @@ class EngineCore:
     def expert_statistics(self) -> ExpertStatistics:
         """The tokens of each expert so far. Waits for the device."""
         try:
-            return self._launcher.experts.read()
+            return self._expert_statistics()
         except MeshError as error:
             self._recover(error)
-            return self._launcher.experts.read()
+            return self._expert_statistics()
+
+    def _expert_statistics(self) -> ExpertStatistics:
+        found = self._launcher.experts.read()
+        return found if self._mesh is None else self._mesh.with_ranks(found)
+
+    @property
+    def mesh_report(self) -> MeshReport | None:
+        """The processes of this replica; None where it is one."""
+        return None if self._mesh is None else self._mesh.report
 
     def take_events(self) -> tuple[Event, ...]:
         """Events of requests since the last call."""
@@ -133,10 +146,9 @@ class EngineCore:
 
     def _idlest_shard(self) -> int:
         """The shard with the fewest requests; a request stays where its pages are."""
-        if self._loaded.shards == 1:
-            return 0
-        live = Counter(active.shard for active in self._active.values())
-        return min(range(self._loaded.shards), key=lambda shard: live[shard])
+        shards = self._loaded.shards
+        live = Counter(active.shard for active in self._active.values()) if len(shards) > 1 else {}
+        return min(shards, key=lambda shard: live.get(shard, 0))
 
     def cancel(self, request: int) -> None:
         """Removes a request and frees its resources; it is no error if it has finished already."""
@@ -151,6 +163,7 @@ class EngineCore:
 
         Empty if there is nothing to do, or, on a GPU, if nothing was launched before this step.
         """
+        self._tend()
         plan = self._scheduler.plan(self._clock())
         if plan.preempted or plan.admitted:
             self._tally.note(plan, {id_: self._active[id_].tokens for id_ in plan.preempted})
@@ -160,6 +173,14 @@ class EngineCore:
         if self._flights and (plan.step is None or len(self._flights) == self._most_flights):
             deltas += self._land(self._flights.popleft())
         return deltas
+
+    def _tend(self) -> None:
+        """What a mesh does between two steps."""
+        if isinstance(self._loaded.runner, MeshRunner):
+            try:
+                self._loaded.runner.tend()
+            except MeshError as error:
+                self._recover(error)
 
     def _launch(self, step: Step) -> None:
         active = [self._active[chunk.id] for chunk in step.chunks]

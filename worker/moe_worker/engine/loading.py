@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,22 +16,21 @@ from moe_worker.config.model import ModelConfig
 from moe_worker.config.quantization import PackedStorage, SparseStorage
 from moe_worker.engine import gpu
 from moe_worker.engine.routing import balance, learner_of, with_mass
+from moe_worker.engine.spread import Spread
 from moe_worker.errors import SettingsError
 from moe_worker.kernels.cpu.library import Kernels
 from moe_worker.kernels.registry import Hardware, choose, explain, probe_cpu
 from moe_worker.kvcache.paged import FP8, CacheShape, PagedCache
-from moe_worker.mesh.identity import mesh_digest
-from moe_worker.mesh.member import Member, join
-from moe_worker.mesh.part import part_of
+from moe_worker.mesh.member import Member
 from moe_worker.mesh.rank_stage import ModelStage
-from moe_worker.mesh.runner import MeshRunner, agree_on_pages
+from moe_worker.mesh.recovery import agree_on_pages
+from moe_worker.mesh.runner import MeshRunner
 from moe_worker.models.checkpoint import load_model
 from moe_worker.models.deepseek import DeepseekModel
 from moe_worker.models.digests import check_digests
 from moe_worker.models.layers import StageModel
 from moe_worker.models.native import NativeModel
 from moe_worker.models.runner import ModelRunner, Runner
-from moe_worker.models.safetensors import stored_tensors
 from moe_worker.models.stored import Placement
 from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.models.tokenizer_guard import load_guarded
@@ -65,9 +64,9 @@ class LoadedModel:
     learner: RoutingLearner | None = None
 
     @property
-    def shards(self) -> int:
-        """Number of caches of the size of `cache` over which sequences are spread."""
-        return 1 if self.member is None else self.member.shape.expert
+    def shards(self) -> Sequence[int]:
+        """Caches of the size of `cache` over which new sequences are spread, by number."""
+        return self.runner.shards if isinstance(self.runner, MeshRunner) else (0,)
 
     @property
     def device(self) -> torch.device:
@@ -91,7 +90,7 @@ def load(
     weights = choose_format(options.format, config)
     placement = Placement(dtype, device, weights, options.check_weights)
     name = NAMES[dtype] if weights == "dense" else weights
-    shape, member, stage = options.mesh_shape, None, None
+    shape, spread, stage = options.mesh_shape, None, None
     hardware = probe(device, config, name, shape)
     if device.type == "cuda" and shape.ranks == 1:
         gpu.check_weights_fit(config, name, device, torch.cuda.mem_get_info(device)[0])
@@ -105,15 +104,15 @@ def load(
         check_digests(directory, usable_cores(), progress)
     with contextlib.ExitStack() as unfinished, torch.inference_mode():
         if shape.ranks > 1:
-            stored = stored_tensors(directory)
-            member = join(options, mesh_digest(directory, stored, options), device)
-            unfinished.callback(member.close)
-            stage = part_of(config, member, stored, options.redundant_experts, device)
+            spread = Spread.join(directory, config, options, placement)
+            unfinished.callback(spread.member.close)
+            stage = spread.stage()
             rows = replace(rows, layers=len(stage.layers))
         model = load_model(directory, config, placement, context, progress, stage)
         balance(model, directory, options)
+        member = None if spread is None else spread.member
         cache = _allocate_cache(rows, options, context, device, member)
-        runner = _runner(model, cache, options, context, path, progress, member)
+        runner = _runner(model, cache, options, context, path, progress, spread)
         learner = learner_of(runner, config, directory, options)
         unfinished.pop_all()
     lines = tuple(explain(name, hardware))
@@ -156,21 +155,18 @@ def cache_dtype(options: EngineOptions, dtype: torch.dtype, path: str) -> torch.
 
 def _runner(
     model: DeepseekModel, cache: PagedCache, options: EngineOptions, context: int, path: str,
-    progress: bool, member: Member | None,
+    progress: bool, spread: Spread | None,
 ) -> Runner:  # fmt: skip
     if path == "triton":
-        if member is None:
+        if spread is None:
             return gpu.make_runner(model, cache, options, context, progress)
-        return MeshRunner(
-            member,
-            gpu.make_stage(model, cache, member.stage_group, options, context, progress),
-            cache,
-            feeds=True,
-        )
+        group = spread.member.stage_group
+        part = gpu.make_stage(model, cache, group, options, context, progress)
+        return spread.runner(part, cache, feeds=True)
     stage: StageModel = model
     if path.startswith("cpu/"):
         stage = NativeModel.of(model, Kernels(threads=torch.get_num_threads()), consume=True)
-    return ModelRunner(stage) if member is None else MeshRunner(member, ModelStage(stage), cache)
+    return ModelRunner(stage) if spread is None else spread.runner(ModelStage(stage), cache)
 
 
 def explain_choice(directory: Path, options: EngineOptions) -> list[str]:

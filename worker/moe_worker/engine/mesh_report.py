@@ -1,42 +1,44 @@
-"""What the leader of a mesh reports of it: layers of each stage, and the load of each rank."""
+"""What the leader of a mesh reports of it: layers of each stage, ranks, and the load of each rank."""
 
 from dataclasses import replace
-from pathlib import Path
 
-from moe_worker.config.engine import EngineOptions
 from moe_worker.config.mesh import MeshReport
-from moe_worker.config.model import ModelConfig
 from moe_worker.engine.statistics import ExpertStatistics
-from moe_worker.mesh.part import stage_ranges
-from moe_worker.mesh.placement import Topology, placement, rank_loads
-from moe_worker.models.safetensors import stored_tensors
+from moe_worker.mesh.rebalance.execute import Rebalancing
+from moe_worker.mesh.runner import MeshRunner
 
 
 class MeshReporter:
-    """Of the mesh that `options` describe, for a model of `config` in `directory`; all ranks take part."""
+    """Of the mesh that `runner` runs as its leader. epoch: of the first formation."""
 
-    def __init__(self, directory: Path, config: ModelConfig, options: EngineOptions) -> None:
-        shape = options.mesh_shape
-        ranges = stage_ranges(config, shape, stored_tensors(directory))
-        self.report = MeshReport(
-            shape.pipeline,
-            shape.expert,
-            options.mesh_epoch,
-            tuple((own.start, len(own)) for own in ranges),
-            tuple(range(shape.ranks)),
-            options.redundant_experts,
+    def __init__(self, runner: MeshRunner, rebalancing: Rebalancing, epoch: int) -> None:
+        self._runner, self._rebalancing, self._epoch = runner, rebalancing, epoch
+
+    @classmethod
+    def of(cls, runner: MeshRunner, epoch: int) -> "MeshReporter | None":
+        """None where `runner` does not know where experts are."""
+        return None if runner.rebalancing is None else cls(runner, runner.rebalancing, epoch)
+
+    @property
+    def report(self) -> MeshReport:
+        """As of now."""
+        member, rebalancing = self._runner.member, self._rebalancing
+        return MeshReport(
+            member.shape.pipeline,
+            member.shape.expert,
+            self._epoch + member.formation,
+            tuple((own.start, len(own)) for own in rebalancing.stages),
+            member.present,
+            rebalancing.places.redundant,
+            rebalancing.count,
         )
-        self._ranks = shape.expert
-        even = [[1.0] * config.moe.routed]
-        topology = Topology(shape.expert, groups=config.moe.routing.groups)
-        (self._places_M,) = placement(even, topology, options.redundant_experts)
 
     def with_ranks(self, experts: ExpertStatistics) -> ExpertStatistics:
-        """The statistics with the tokens of each rank of a layer's stage; copies share an expert's evenly."""
-        if self._ranks == 1:
+        """The statistics with the recent load of each rank of a layer's stage. Raises MeshError."""
+        if not self._rebalancing.places.layers:
             return experts
-        layers = tuple(
-            layer._replace(rank_tokens=tuple(rank_loads(layer.tokens, self._places_M, self._ranks)))
-            for layer in experts.layers
+        self._rebalancing.sample()
+        layers = (
+            layer._replace(rank_tokens=self._rebalancing.rank_loads(layer.layer)) for layer in experts.layers
         )
-        return replace(experts, layers=layers)
+        return replace(experts, layers=tuple(layers))

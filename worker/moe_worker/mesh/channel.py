@@ -22,7 +22,8 @@ LARGEST_FRAME: Final = 1 << 28
 class Channel:
     """One connection; `rank` is at its other end. One thread sends and receives; beats come from others.
 
-    heard: when something came last, once the channel listens.
+    heard: when something came last, once the channel listens. progress: what beats tell the other end; told:
+    what its beats tell. process: the one at the other end.
     """
 
     def __init__(self, connection: socket.socket, rank: int) -> None:
@@ -30,6 +31,8 @@ class Channel:
         self._sending = threading.Lock()
         self._inbox: queue.SimpleQueue[Message | MeshError] | None = None
         self.heard = time.monotonic()
+        self.progress = self.told = 0
+        self.process = ""
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def listen(self, lost: Callable[["Channel", str], None]) -> None:
@@ -43,7 +46,7 @@ class Channel:
         """Says that this process runs, unless something else is being sent."""
         if self._sending.acquire(blocking=False):
             try:
-                self._connection.sendall(CODEC.encode(Beat()))
+                self._connection.sendall(CODEC.encode(Beat(self.progress)))
             except OSError as error:  # the thread that reads finds out, too
                 log.debug("no beat to rank %d: %s", self.rank, error)
             finally:
@@ -92,7 +95,9 @@ class Channel:
             while True:
                 message = self._read_message(LARGEST_FRAME)
                 self.heard = time.monotonic()
-                if not isinstance(message, Beat):
+                if isinstance(message, Beat):
+                    self.told = message.progress
+                else:
                     inbox.put(message)
                 if isinstance(message, End):  # what comes next is no loss
                     return

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_worker.mesh.errors import MeshError
 from moe_worker.mesh.exchange import all_to_all
 from moe_worker.moe.dispatch import Received
 
@@ -27,7 +28,7 @@ class PlaceTable:
     """
 
     def __init__(self, places_M: Sequence[int], experts: int, ranks: int, device: torch.device) -> None:
-        self.each = len(places_M) // ranks
+        self.ranks, self.each = ranks, len(places_M) // ranks
         at: list[list[int]] = [[] for _ in range(experts)]
         for place, expert in enumerate(places_M):
             at[expert].append(place)
@@ -44,25 +45,34 @@ class PlaceTable:
 
 
 class AllToAllDispatch:
-    """A Dispatch of one layer over `group`, in which this process is number `own` of `ranks`.
+    """A Dispatch of one layer over `group`; None: `rejoin` gives it one before the first pass.
 
     sent_bytes, seconds: what went out to other ranks since the start, and the time in exchanges.
     """
 
-    def __init__(self, table: PlaceTable, experts: int, group: dist.ProcessGroup) -> None:
+    def __init__(self, table: PlaceTable, experts: int, group: dist.ProcessGroup | None) -> None:
         self.table, self._experts, self._group = table, experts, group
-        self._ranks, self._own = group.size(), group.rank()
+        self._ranks, self._own = (group.size(), group.rank()) if group is not None else (1, 0)
         self._sent_S = torch.empty(0, dtype=torch.int64)
         self._splits: tuple[list[int], list[int]] = [], []
         self._tokens = 0
         self.sent_bytes, self.seconds = 0, 0.0
 
+    def place(self, table: PlaceTable) -> None:
+        """From the next pass on experts are where `table` says."""
+        self.table = table
+
     def rejoin(self, group: dist.ProcessGroup) -> None:
-        """The same ranks over other connections."""
+        """Goes on over other connections, perhaps between other ranks of the stage; `place` follows."""
         self._group = group
+        self._ranks, self._own = group.size(), group.rank()
 
     def scatter(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Received:
-        """Sends tokens to their experts, and takes in those for this rank's."""
+        """Sends tokens to their experts, and takes in those for this rank's. Raises MeshError."""
+        if self.table.ranks != self._ranks:
+            raise MeshError(
+                f"experts are placed at {self.table.ranks} ranks, but {self._ranks} are connected"
+            )
         owners_TK, local_TK = self._locate(experts_TK)
         ranks_E = torch.arange(self._ranks, device=x_TD.device)
         needed_ET = (owners_TK.unsqueeze(0) == ranks_E[:, None, None]).any(dim=2)

@@ -9,6 +9,10 @@ class MeshError(WorkerError):
     retryable = True
 
 
+class MeetAgainError(MeshError):
+    """No rank is lost: the leader wants all to meet again, since one has come back."""
+
+
 class RankLostError(MeshError):
     """Another rank ended or is silent. The exit code tells whoever starts this one that the cause is
     elsewhere.

@@ -25,7 +25,7 @@ def receive(into: Tensor, rank: int) -> Tensor:
 def all_to_all(
     into: Tensor,
     x: Tensor,
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
     received: Sequence[int] | None = None,
     sent: Sequence[int] | None = None,
 ) -> None:

@@ -21,6 +21,10 @@ OWN = (
     "check_digests",
     "max_queue",
     "learn_routing",
+    "mesh_reforms",
+    "rebalance",
+    "rebalance_interval",
+    "rebalance_threshold",
 )
 SAMPLES, SAMPLE_BYTES = 16, 4096
 

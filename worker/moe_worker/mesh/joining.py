@@ -8,21 +8,24 @@ import hashlib
 import hmac
 import ipaddress
 import logging
+import secrets
 import socket
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Final, cast
 
 from moe_worker.config.mesh import MeshShape
 from moe_worker.errors import SettingsError
 from moe_worker.mesh.channel import Channel
-from moe_worker.mesh.errors import MeshError
+from moe_worker.mesh.errors import MeshError, RankLostError
 from moe_worker.mesh.messages import CODEC, Claim, Refusal, Welcome
 
 log = logging.getLogger(__name__)
 LARGEST_CLAIM: Final = 4096
 GREETING_S: Final = 5.0
+POLL_S: Final = 0.05
+RETRY_S: Final = 0.1
 # A headless Service's names appear some seconds after its pods; resolvers remember absent ones for up to 30
 # s.
 RESOLVE_S: Final = 60.0
@@ -30,16 +33,20 @@ RESOLVE_S: Final = 60.0
 
 @dataclass(frozen=True)
 class Identity:
-    """What the ranks of one mesh agree on. epoch: how often the mesh has formed. secret: theirs alone."""
+    """What the ranks of one mesh agree on. epoch: how often the mesh has formed. secret: theirs alone.
+
+    process: of this process alone.
+    """
 
     shape: MeshShape
     epoch: int
     digest: str
     secret: bytes
+    process: str = field(default_factory=lambda: secrets.token_hex(8))
 
     def claim(self, rank: int) -> Claim:
         """What `rank` says of itself."""
-        return Claim(rank, str(self.shape), self.epoch, self.digest)
+        return Claim(rank, str(self.shape), self.epoch, self.digest, self.process)
 
     def sign(self, nonce: bytes, claim: Claim) -> bytes:
         """Proof that who makes `claim` knows the secret."""
@@ -64,28 +71,40 @@ class Identity:
         return None
 
 
+def all_needed(missing: frozenset[int], waited_s: float) -> bool:
+    """A mesh forms only when all ranks have come."""
+    del missing, waited_s
+    return False
+
+
 def gather_ranks(
-    listener: socket.socket, identity: Identity, store_port: int, seconds: float
-) -> list[Channel]:
+    listener: socket.socket, identity: Identity, welcome: Welcome, seconds: float,
+    may_lack: Callable[[frozenset[int], float], bool] = all_needed,
+) -> list[Channel]:  # fmt: skip
     """The leader's part of joining: a channel to each other rank, in order.
 
-    Raises MeshError where some have not come after `seconds`.
+    may_lack: whether the mesh may form without these ranks, after so many seconds. Raises MeshError where
+    some that it needs have not come after `seconds`.
     """
     joined: dict[int, Channel] = {}
-    ends = time.monotonic() + seconds
-    while len(joined) < identity.shape.ranks - 1:
-        listener.settimeout(max(0.0, ends - time.monotonic()) or 1e-3)
+    begin = time.monotonic()
+    while missing := frozenset(range(1, identity.shape.ranks)) - joined.keys():
+        waited = time.monotonic() - begin
+        if may_lack(missing, waited):
+            break
+        if waited >= seconds:
+            raise MeshError(
+                f"mesh {identity.shape} is incomplete: ranks {sorted(missing)} did not join within "
+                f"{seconds:g} s; start them with the same --mesh and --mesh-leader"
+            )
+        listener.settimeout(min(POLL_S, seconds))
         try:
             connection, address = listener.accept()
-        except OSError:
-            missing = sorted(set(range(1, identity.shape.ranks)) - set(joined))
-            raise MeshError(
-                f"mesh {identity.shape} is incomplete: ranks {missing} did not join within {seconds:g} s; "
-                "start them with the same --mesh and --mesh-leader"
-            ) from None
+        except TimeoutError:
+            continue
         try:
             joined = {rank: channel for rank, channel in joined.items() if not channel.ended()}
-            channel = _admit(connection, identity, store_port, sorted(joined))
+            channel = admit(connection, identity, welcome, sorted(joined))
         except MeshError as error:
             log.warning("a connection from %s did not join: %s", address[0], error)
             connection.close()
@@ -94,7 +113,14 @@ def gather_ranks(
     return [joined[rank] for rank in sorted(joined)]
 
 
-def _admit(connection: socket.socket, identity: Identity, store_port: int, joined: Sequence[int]) -> Channel:
+def admit(
+    connection: socket.socket, identity: Identity, welcome: Welcome, joined: Sequence[int],
+    later: Sequence[int] = (),
+) -> Channel:  # fmt: skip
+    """A channel to a rank that may join `joined`. Raises MeshError after it has told the rank why not.
+
+    later: ranks that are told nothing, and so will try again.
+    """
     channel = Channel(connection, -1)
     channel.timeout(GREETING_S)
     nonce = channel.challenge()
@@ -105,8 +131,10 @@ def _admit(connection: socket.socket, identity: Identity, store_port: int, joine
     if objection is not None:
         channel.send(Refusal(objection))
         raise MeshError(objection)
-    channel.rank = claim.rank
-    channel.send(Welcome(store_port))
+    if claim.rank in later:
+        raise MeshError(f"rank {claim.rank} still takes part; it may try again")
+    channel.rank, channel.process = claim.rank, claim.process
+    channel.send(welcome)
     channel.timeout(None)
     return channel
 
@@ -115,38 +143,52 @@ def join_leader(
     address: tuple[str, int], rank: int, identity: Identity, seconds: float
 ) -> tuple[Channel, Welcome]:
     """Another rank's part: a channel to the leader, tried for `seconds`. Raises MeshError."""
-    host, port = address
     ends = time.monotonic() + seconds
+    while True:
+        channel = Channel(_connected(address, seconds, ends), 0)
+        try:
+            channel.timeout(GREETING_S)
+            answer = _introduced(channel, rank, identity)
+        except RankLostError:  # the leader is not ready yet
+            channel.close()
+            if time.monotonic() >= ends:
+                raise
+            time.sleep(RETRY_S)
+            continue
+        if isinstance(answer, Refusal):
+            channel.close()
+            raise MeshError(answer.sentence)
+        channel.timeout(None)
+        return channel, answer
+
+
+def _connected(address: tuple[str, int], seconds: float, ends: float) -> socket.socket:
+    host, port = address
     resolved_by = time.monotonic() + min(seconds, RESOLVE_S)
     while True:
         try:
-            connection = socket.create_connection(address, timeout=GREETING_S)
-            break
+            return socket.create_connection(address, timeout=GREETING_S)
         except socket.gaierror as error:
             if time.monotonic() >= resolved_by:
                 raise MeshError(
                     f"the name {host} of the mesh's leader does not resolve ({error}); check --mesh-leader, "
                     "the headless Service of the workers and the cluster's DNS"
                 ) from error
-            time.sleep(0.2)
         except OSError as error:
             if time.monotonic() >= ends:
                 raise MeshError(
                     f"the leader at {host}:{port} is out of reach ({error}); check --mesh-leader, and that "
                     "rank 0 runs"
                 ) from error
-            time.sleep(0.2)
-    channel = Channel(connection, 0)
-    channel.timeout(seconds)
+        time.sleep(RETRY_S)
+
+
+def _introduced(channel: Channel, rank: int, identity: Identity) -> Welcome | Refusal:
     nonce, claim = channel.read_challenge(), identity.claim(rank)
     channel.send(claim)
     channel.send_proof(identity.sign(nonce, claim))
-    answer = channel.receive(Welcome, Refusal)
-    if isinstance(answer, Refusal):
-        channel.close()
-        raise MeshError(answer.sentence)
-    channel.timeout(None)
-    return channel, answer
+    answer: Welcome | Refusal = channel.receive(Welcome, Refusal)
+    return answer
 
 
 def listener_at(host: str, port: int) -> socket.socket:

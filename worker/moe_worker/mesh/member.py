@@ -2,7 +2,8 @@
 
 import contextlib
 import os
-from collections.abc import Sequence
+import socket
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 
 import torch
@@ -13,38 +14,50 @@ from moe_worker.config.engine import EngineOptions
 from moe_worker.config.mesh import MeshShape
 from moe_worker.errors import SettingsError
 from moe_worker.mesh.channel import Channel
+from moe_worker.mesh.door import Door
 from moe_worker.mesh.errors import MeshError
 from moe_worker.mesh.joining import (
     Identity,
+    all_needed,
     gather_ranks,
     is_address,
     join_leader,
     listener_at,
     parse_address,
 )
-from moe_worker.mesh.messages import End
+from moe_worker.mesh.messages import Again, End, Meet, Wait, Welcome
 from moe_worker.mesh.pulse import Pulse
 
 SECRET = "MOE_WORKER_MESH_SECRET"  # noqa: S105 - the variable's name
 # Ranks start when their pods do; a step's exchanges begin together.
 JOIN_S, STEP_S = 600.0, 60.0
+# Ranks that a mesh can do without, and that are not known to be silent, have so long to meet it again.
+GRACE_S = 0.5
+MayLack = Callable[[frozenset[int], float], bool]
 
 
 class Member:
-    """This process in its mesh. channels: to all other ranks in order (the leader's), or to the leader.
+    """This process in its mesh. channels: to the other ranks in order (the leader's), or to the leader.
 
-    stage_group: the ranks of its stage. formation: how often it has met the others, from 0. Where a rank is
-    lost, `reform` meets them, and another process in its place, again.
+    group: the present ranks of its stage; None while it waits to meet them. moved: where experts are, as the
+    leader says: by layer, the expert at each place, where it is not that of the start. present: ranks that
+    take part now. formation: how often they have met again. on_change: called when others take part; on_wake,
+    by other threads, when there is something to do between two passes.
     """
-
-    stage_group: dist.ProcessGroup
 
     def __init__(self, identity: Identity, rank: int, address: tuple[str, int], device: torch.device) -> None:
         self.shape, self.rank = identity.shape, rank
         self.channels: Sequence[Channel] = []
+        self.group: dist.ProcessGroup | None = None
+        self.moved: Mapping[int, tuple[int, ...]] = {}
+        self.present: tuple[int, ...] = (rank,)
         self.formation = 0
+        self.on_change: Callable[[], None] = lambda: None
+        self.on_wake: Callable[[], None] = lambda: None
         self._identity, self._address, self._device = identity, address, device
         self._pulse: Pulse | None = None
+        self._door: Door | None = None
+        self._away: frozenset[int] = frozenset()
 
     @property
     def leads(self) -> bool:
@@ -61,28 +74,80 @@ class Member:
         """The number of its stage."""
         return self.shape.stage_of(self.rank)
 
+    @property
+    def stage_group(self) -> dist.ProcessGroup:
+        """`group`. Raises MeshError while it waits."""
+        if self.group is None:
+            raise MeshError(f"rank {self.rank} has not met the others; start all ranks again")
+        return self.group
+
+    @property
+    def absent(self) -> frozenset[int]:
+        """Ranks that the mesh serves without."""
+        return frozenset(range(self.shape.ranks)) - frozenset(self.present)
+
+    @property
+    def lost(self) -> str:
+        """A sentence, where another rank is lost and has not been met again."""
+        return "" if self._pulse is None else self._pulse.lost
+
+    @property
+    def returned(self) -> frozenset[int]:
+        """Absent ranks that have loaded and wait."""
+        return frozenset() if self._door is None else self._door.ready
+
+    @property
+    def processes(self) -> dict[int, str]:
+        """Of the ranks that the leader is connected to."""
+        return {channel.rank: channel.process for channel in self.channels}
+
+    def index(self, rank: int) -> int:
+        """The number of `rank` among those present, which torch.distributed knows it by."""
+        return self.present.index(rank)
+
+    def places(self, stage: int) -> list[int]:
+        """The numbers of the present ranks of a stage, in it."""
+        return [self.shape.place_of(rank) for rank in self.shape.stage_ranks(stage) if rank in self.present]
+
     def arm(self) -> None:
         """All ranks have loaded: from now on one that is silent counts as lost."""
         if self._pulse is not None:
             self._pulse.arm()
 
-    def reform(self, seconds: float) -> None:
-        """Leaves, and meets the other ranks again within `seconds`. Raises MeshError, SettingsError."""
+    def reform(self, seconds: float, may_lack: MayLack = all_needed) -> None:
+        """Leaves, and meets the other ranks again within `seconds`.
+
+        may_lack: see gather_ranks; ranks that are known to be away are waited for no longer than it takes the
+        others to come. Raises MeshError, SettingsError.
+        """
+        if self.group is not None and self._pulse is not None:
+            self._away = self._pulse.silent | (self.absent - self.returned)
+        away = self._away
+        if self._door is not None:
+            self._door.close()
+            self._door.let_in()
         self.leave()
         self.formation += 1
-        self.form(seconds)
+        self.form(seconds, lambda missing, waited: may_lack(missing, GRACE_S if missing <= away else waited))
+
+    def wait_for_absent(self, pages: int) -> None:
+        """From now on absent ranks may come, load, and wait; they need room for `pages` pages."""
+        if self._door is not None:
+            self._door.open(Welcome(dict(self.moved)), self.present, pages)
 
     def close(self) -> None:
         """Leaves the mesh for good; where it leads, the other ranks end."""
         self.quiet()
         self.farewell()
         self.leave()
+        self._end_door()
 
     def farewell(self) -> None:
         """Where it leads, tells the other ranks that there are no more passes. For another thread than its
         own.
         """
-        for channel in self.channels if self.leads else ():
+        waiting = () if self._door is None else self._door.channels()
+        for channel in (*self.channels, *waiting) if self.leads else ():
             with contextlib.suppress(MeshError):
                 channel.send(End())
 
@@ -97,33 +162,94 @@ class Member:
         self.quiet()
         for channel in self.channels:
             channel.close()
-        self.channels = []
+        self.channels, self.group = [], None
         if dist.is_initialized():
             dist.destroy_process_group()
+        self._are_present((self.rank,))
 
-    def form(self, seconds: float) -> None:
+    def call_together(self) -> None:
+        """Tells the other ranks to meet again."""
+        if self._door is not None:
+            self._door.close()
+        for channel in self.channels:
+            channel.send(Again())
+
+    def form(self, seconds: float, may_lack: MayLack = all_needed) -> None:
         """Meets the other ranks within `seconds`. Raises MeshError, SettingsError."""
-        identity, (host, port), shape = self._identity, self._address, self.shape
         if self.leads:
-            self.channels, store = _lead(identity, host, port, seconds)
+            ranks, store = self._lead(seconds, may_lack)
         else:
-            channel, welcome = join_leader((host, port), self.rank, identity, seconds)
-            self.channels = [channel]
-            store = _store(host, welcome.store_port, shape, leads=False)
-        self._pulse = Pulse(self.channels, self._device.type == "cuda")
+            meeting = self._join(seconds)
+            if isinstance(meeting, Wait):
+                return
+            ranks = meeting.ranks
+            store = _store(self._address[0], meeting.store_port, self.shape, leads=False)
+        self._connect(ranks, store)
+
+    def _lead(self, seconds: float, may_lack: MayLack) -> tuple[tuple[int, ...], TCPStore]:
+        host, port = self._address
+        store = _store("localhost" if not is_address(host) else host, 0, self.shape, leads=True)
+        if self._door is None:
+            self._door = Door(_listen(host, port), self._identity, self._wake)
+        try:
+            welcome = Welcome(dict(self.moved))
+            self.channels = gather_ranks(self._door.listener, self._identity, welcome, seconds, may_lack)
+        except MeshError:
+            self._end_door()
+            raise
+        ranks = (0, *(channel.rank for channel in self.channels))
+        if len(ranks) == self.shape.ranks:
+            self._end_door()
+        for channel in self.channels:
+            channel.send(Meet(store.port, ranks))
+        self._watch()
+        return ranks, store
+
+    def _join(self, seconds: float) -> Meet | Wait:
+        channel, welcome = join_leader(self._address, self.rank, self._identity, seconds)
+        self.channels, self.moved = [channel], welcome.moved
+        channel.timeout(seconds)
+        meeting: Meet | Wait = channel.receive(Meet, Wait)
+        channel.timeout(None)
+        self._watch()
+        return meeting
+
+    def _end_door(self) -> None:
+        if self._door is not None:
+            self._door.end()
+            self._door = None
+
+    def _wake(self) -> None:
+        self.on_wake()
+
+    def _watch(self) -> None:
+        def kept() -> list[Channel]:
+            return [] if self._door is None else self._door.channels()
+
+        self._pulse = Pulse(self.channels, self._device.type == "cuda", self._wake, kept)
+
+    def _connect(self, ranks: tuple[int, ...], store: TCPStore) -> None:
+        shape = self.shape
         try:
             dist.init_process_group(
                 "nccl" if self._device.type == "cuda" else "gloo",
-                store=PrefixStore(f"epoch {identity.epoch}", store),
-                rank=self.rank,
-                world_size=shape.ranks,
+                store=PrefixStore(f"epoch {self._identity.epoch}", store),
+                rank=ranks.index(self.rank),
+                world_size=len(ranks),
                 timeout=timedelta(seconds=STEP_S),
             )
-            groups = [dist.new_group(shape.stage_ranks(stage)) for stage in range(shape.pipeline)]
-        except (RuntimeError, dist.DistError) as error:
+            stages = [[rank for rank in ranks if shape.stage_of(rank) == s] for s in range(shape.pipeline)]
+            groups = [dist.new_group([ranks.index(rank) for rank in stage]) for stage in stages]
+        except (RuntimeError, ValueError, dist.DistError) as error:
             self.leave()
             raise MeshError(f"mesh {shape} cannot be connected: {error}; start all ranks again") from error
-        self.stage_group = groups[self.number]
+        self.group = groups[self.number]
+        self._are_present(ranks)
+
+    def _are_present(self, ranks: tuple[int, ...]) -> None:
+        changed, self.present = ranks != self.present, ranks
+        if changed:
+            self.on_change()
 
 
 def join(options: EngineOptions, digest: str, device: torch.device) -> Member:
@@ -137,12 +263,9 @@ def join(options: EngineOptions, digest: str, device: torch.device) -> Member:
     return member
 
 
-def _lead(identity: Identity, host: str, port: int, seconds: float) -> tuple[Sequence[Channel], TCPStore]:
-    named = not is_address(host)
-    store = _store("localhost" if named else host, 0, identity.shape, leads=True)
+def _listen(host: str, port: int) -> socket.socket:
     try:
-        with contextlib.closing(listener_at(host, port)) as listener:
-            return gather_ranks(listener, identity, store.port, seconds), store
+        return listener_at(host, port)
     except OSError as error:
         raise SettingsError(
             f"the mesh's leader cannot listen on {host}:{port} ({error}); give --mesh-leader an address of "

@@ -1,6 +1,6 @@
 """What the ranks of a mesh tell one another, in frames of `moe_worker.framing`. Tensors never travel here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, get_args
 
 from moe_worker.framing import Codec
@@ -8,19 +8,42 @@ from moe_worker.framing import Codec
 
 @dataclass(frozen=True)
 class Claim:
-    """Rank to leader: who it is. digest: of what all ranks must have in common."""
+    """Rank to leader: who it is. digest: of what all ranks must have in common. process: another one for each
+    process.
+    """
 
     rank: int
     shape: str
     epoch: int
     digest: str
+    process: str = ""
 
 
 @dataclass(frozen=True)
 class Welcome:
-    """Leader to rank: it has joined; where torch.distributed's store listens."""
+    """Leader to rank: it has joined. moved: by layer, the expert at each place, where it is not that of the
+    start.
+    """
+
+    moved: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Meet:
+    """Leader to rank: connect to `ranks`, itself among them, by torch.distributed's store at this port."""
 
     store_port: int
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Leader to rank: the mesh serves without this rank; load, then `Again` will come."""
+
+
+@dataclass(frozen=True)
+class Again:
+    """Leader to rank: all leave, and join again at once."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +105,30 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class Prepare:
+    """Leader to the ranks of a stage: read the experts of `layer` that you hold once `places` hold.
+
+    places: the expert at each place of all ranks.
+    """
+
+    number: int
+    layer: int
+    places: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Leader to the ranks of a stage: from the next pass on, move `number` holds; without `go`, forget it."""
+
+    number: int
+    go: bool = True
+
+
+@dataclass(frozen=True)
 class Beat:
-    """Either way: this process runs."""
+    """Either way: this process runs. progress: the move that it has prepared, negative where that failed."""
+
+    progress: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,5 +136,21 @@ class End:
     """Leader to rank: there are no more passes."""
 
 
-Message = Claim | Welcome | Refusal | Ready | Allocate | Compute | AskCounts | Counts | Beat | End
+Message = (
+    Claim
+    | Welcome
+    | Meet
+    | Wait
+    | Again
+    | Refusal
+    | Ready
+    | Allocate
+    | Compute
+    | AskCounts
+    | Counts
+    | Prepare
+    | Switch
+    | Beat
+    | End
+)
 CODEC: Final = Codec[Message](get_args(Message))

@@ -10,7 +10,7 @@ from moe_worker.config.model import ModelConfig
 from moe_worker.mesh.dispatch import AllToAllDispatch, PlaceTable
 from moe_worker.mesh.layers import layer_ranges
 from moe_worker.mesh.member import Member
-from moe_worker.mesh.placement import Topology, placement
+from moe_worker.mesh.places import ExpertPlaces
 from moe_worker.models.safetensors import StoredTensor
 from moe_worker.models.stage import Stage
 
@@ -33,20 +33,27 @@ def stage_of(
     config: ModelConfig, member: Member, layers: range, redundant: int, device: torch.device
 ) -> Stage:
     """This rank's part of `layers`. Raises SettingsError where experts cannot be spread over the ranks."""
-    ranks = member.shape.expert
-    routed = [layer for layer in layers if layer not in config.dense_layers] if ranks > 1 else []
-    even = [[1.0] * config.moe.routed] * len(routed)
-    topology = Topology(ranks, groups=config.moe.routing.groups)
-    places = dict(zip(routed, placement(even, topology, redundant), strict=True))
-    each = (config.moe.routed + redundant) // ranks
-    held = {layer: own[member.place * each : (member.place + 1) * each] for layer, own in places.items()}
+    places, routed = places_of(config, member, redundant), config.moe.routed
+    own = [layer for layer in places.layers if layer in layers]
+    held = {layer: places.held(layer, member.place) for layer in own}
     dispatches = {
-        layer: AllToAllDispatch(
-            PlaceTable(own, config.moe.routed, ranks, device), config.moe.routed, member.stage_group
-        )
-        for layer, own in places.items()
+        layer: AllToAllDispatch(place_table(places, member, layer, device), routed, member.group)
+        for layer in own
     }
     return Stage(layers.start, layers.stop, config.num_hidden_layers, held, dispatches)
+
+
+def place_table(places: ExpertPlaces, member: Member, layer: int, device: torch.device) -> PlaceTable:
+    """Where experts of a layer are among the ranks of this process's stage that take part."""
+    present = member.places(member.number)
+    return PlaceTable(places.among(layer, present), places.experts, len(present), device)
+
+
+def places_of(config: ModelConfig, member: Member, redundant: int) -> ExpertPlaces:
+    """Where experts are now. Raises SettingsError where they cannot be spread over the ranks."""
+    places = ExpertPlaces(config, member.shape.expert, redundant)
+    places.adopt(member.moved)
+    return places
 
 
 def stage_ranges(config: ModelConfig, shape: MeshShape, stored: Mapping[str, StoredTensor]) -> list[range]:

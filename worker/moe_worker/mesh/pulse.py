@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from moe_worker.mesh.channel import Channel
@@ -22,13 +22,23 @@ BEAT_S, SILENT_S, SILENT_GPU_S = 0.25, 1.5, 15.0
 
 
 class Pulse:
-    """Watches `channels` until `stop`. Silence counts once all ranks are armed: before, they load weights."""
+    """Watches `channels` until `stop`. Silence counts once all ranks are armed: before, they load weights.
 
-    def __init__(self, channels: Sequence[Channel], gpu: bool) -> None:
+    lost: a sentence, once a rank is; silent: ranks that are lost because they are silent. on_lost: called
+    then by another thread. kept: further channels, which get beats and stay open.
+    """
+
+    def __init__(
+        self, channels: Sequence[Channel], gpu: bool, on_lost: Callable[[], None] = lambda: None,
+        kept: Callable[[], Iterable[Channel]] = tuple,
+    ) -> None:  # fmt: skip
         self._channels, self._gpu = channels, gpu
         self._silent_s = SILENT_GPU_S if gpu else SILENT_S
         self._stopped = threading.Event()
         self._armed = False
+        self._on_lost, self._kept = on_lost, kept
+        self.lost = ""
+        self.silent: frozenset[int] = frozenset()
         for channel in channels:
             channel.listen(self._lost)
         self._thread = threading.Thread(target=self._run, name="mesh pulse", daemon=True)
@@ -50,12 +60,20 @@ class Pulse:
         while not self._stopped.wait(BEAT_S):
             now = time.monotonic()
             late, expected = now - expected - BEAT_S, now
+            for channel in self._kept():
+                channel.beat()
             for channel in self._channels:
                 channel.beat()
                 channel.heard += max(0.0, late)  # whoever was paused itself blames nobody
                 if self._armed and now - channel.heard > self._silent_s:
+                    self.silent = self._silent(now)
                     self._lost(channel, f"rank {channel.rank} is silent for {now - channel.heard:.1f} s")
                     return
+
+    def _silent(self, now: float) -> frozenset[int]:
+        """Ranks that are, or are about to be."""
+        limit = self._silent_s - 2 * BEAT_S
+        return frozenset(channel.rank for channel in self._channels if now - channel.heard > limit)
 
     def _lost(self, channel: Channel, sentence: str) -> None:
         """May be called by several threads."""
@@ -65,8 +83,10 @@ class Pulse:
         if self._gpu:
             log.critical("%s; this rank ends, since work on its GPU waits for it", sentence)
             os._exit(1)
-        log.warning("%s; shutting %d connections down", sentence, cut(self._channels))
+        self.lost = sentence
+        log.warning("%s; shutting %d connections down", sentence, cut([*self._channels, *self._kept()]))
         channel.end(sentence)
+        self._on_lost()
 
 
 def cut(channels: Iterable[Channel]) -> int:

@@ -11,10 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_worker.kvcache.paged import PagedCache
-from moe_worker.mesh.dispatch import AllToAllDispatch
+from moe_worker.mesh.dispatch import AllToAllDispatch, PlaceTable
 from moe_worker.models.batch import Batch
-from moe_worker.models.layers import StageModel
+from moe_worker.models.layers import ComputesExperts, StageModel
+from moe_worker.models.stage import Stage
 from moe_worker.moe.counting import Counter
+from moe_worker.moe.experts import Experts
 
 
 class Width(NamedTuple):
@@ -35,6 +37,11 @@ class RankStage(Protocol):
     vocabulary: int
     logits_dtype: torch.dtype
 
+    @property
+    def stage(self) -> Stage:
+        """Which layers."""
+        ...
+
     def compute(
         self, width: Width, batch: Batch, cache: PagedCache, rows: Sequence[int], x_tD: Tensor | None
     ) -> Tensor:
@@ -50,7 +57,7 @@ class RankStage(Protocol):
         ...
 
     def rejoin(self, group: dist.ProcessGroup) -> bool:
-        """Goes on over other connections between the stage's ranks; False where it cannot."""
+        """Goes on over other connections, perhaps between other ranks of the stage; False where it cannot."""
         ...
 
     def exchanged(self) -> tuple[int, float]:
@@ -66,6 +73,11 @@ class ModelStage:
         self.device, self.dtype, self.logits_dtype = model.device, model.dtype, torch.float32
         self.hidden, self.vocabulary = model.config.hidden_size, model.config.vocab_size
 
+    @property
+    def stage(self) -> Stage:
+        """See RankStage."""
+        return self._model.stage
+
     def compute(
         self, width: Width, batch: Batch, cache: PagedCache, rows: Sequence[int], x_tD: Tensor | None
     ) -> Tensor:
@@ -75,6 +87,21 @@ class ModelStage:
         if not self._model.stage.last:
             return x_tD
         return self._model.logits(x_tD[torch.tensor(rows, dtype=torch.int64, device=self.device)])
+
+    def converted(self, experts: Experts) -> ComputesExperts:
+        """Experts as this stage computes them."""
+        return self._model.converted(experts)
+
+    def hold(self, layer: int, experts: ComputesExperts, table: PlaceTable) -> None:
+        """From the next pass on, this rank computes `experts` of `layer`, and finds all others by `table`."""
+        self._model.set_experts(layer, experts)
+        self.place(layer, table)
+
+    def place(self, layer: int, table: PlaceTable) -> None:
+        """From the next pass on, experts of `layer` are where `table` says."""
+        dispatch = self._model.stage.dispatch(layer)
+        if isinstance(dispatch, AllToAllDispatch):
+            dispatch.place(table)
 
     def expert_counter(self) -> Counter:
         """Of the routers."""

@@ -8,7 +8,6 @@ Legend: t tokens of a shard, N tokens whose logits are wanted, n those of a shar
 """
 
 import logging
-import time
 from collections import deque
 from collections.abc import Sequence
 
@@ -17,99 +16,110 @@ from torch import Tensor
 
 from moe_worker.kernels.transfer import to_device
 from moe_worker.kvcache.paged import PagedCache
-from moe_worker.mesh.errors import MeshError
+from moe_worker.mesh.errors import MeetAgainError, MeshError, RankLostError
 from moe_worker.mesh.exchange import receive, send
 from moe_worker.mesh.member import Member
-from moe_worker.mesh.messages import Allocate, AskCounts, Compute, Counts, End, Piece, Ready
+from moe_worker.mesh.messages import (
+    Again,
+    AskCounts,
+    Compute,
+    Counts,
+    End,
+    Piece,
+    Prepare,
+    Switch,
+)
 from moe_worker.mesh.rank_stage import RankStage, Width
+from moe_worker.mesh.rebalance.execute import Rebalancing
+from moe_worker.mesh.rebalance.hold import HeldExperts
+from moe_worker.mesh.recovery import MOST_REFORMS, Recovery, whole_places
 from moe_worker.models.batch import Batch, Segment
 from moe_worker.moe.counting import Counter
 
 log = logging.getLogger(__name__)
-# A lost rank has so long to come back, and so many may be lost in a while; then the replica ends.
-REFORM_S, REFORM_PAUSE_S = 120.0, 0.2
-MOST_REFORMS, REFORM_WINDOW_S = 5, 600.0
-
-
-def agree_on_pages(member: Member, pages: int) -> int:
-    """The pages that every rank has room for; returns when all ranks have loaded their weights."""
-    if member.leads:
-        most: int = min([pages, *(channel.receive(Ready).pages for channel in member.channels)])
-        for channel in member.channels:
-            channel.send(Allocate(most))
-        return most
-    member.channels[0].send(Ready(pages))
-    allotted: int = member.channels[0].receive(Allocate).pages
-    return allotted
 
 
 class MeshRunner:
     """One rank's stage. On the leader a Runner; the others `follow` it.
 
     feeds: whether ranks get sampled tokens from the leader's device, so that a step may be launched before
-    the host knows its tokens.
+    the host knows its tokens. held: the experts of this rank, where they may change. reforms: how often
+    in 10 minutes ranks may be lost. rebalancing: the leader's, which `tend` advances.
     """
 
-    def __init__(self, member: Member, part: RankStage, cache: PagedCache, feeds: bool = False) -> None:
-        self._member, self._part, self._cache, self.feeds = member, part, cache, feeds
+    def __init__(
+        self, member: Member, part: RankStage, cache: PagedCache, feeds: bool = False,
+        held: HeldExperts | None = None, reforms: int = MOST_REFORMS,
+    ) -> None:  # fmt: skip
+        self.member, self._part, self._cache, self.feeds = member, part, cache, feeds
+        self._held = held
+        self.rebalancing: Rebalancing | None = None
         self._last = member.shape.pipeline - 1
         self._counter = part.expert_counter()
         self._counters: list[MeshCounter] = []
         self._fed_N: Tensor | None = None
-        self._reformed: list[float] = []
+        # Where the sequences of a shard are: the ranks with this number in each stage.
+        self._homes = list(range(member.shape.expert))
+        self._recovery = Recovery(member, part, held, cache.pages, self._met_again, reforms)
         member.arm()
 
     def reform(self, error: MeshError) -> None:
-        """Meets the other ranks again after `error`; all but lost ones keep their weights, none its cache.
+        """Meets the other ranks again after `error`. Raises MeshError."""
+        self._recovery.recover(error)
 
-        Raises MeshError where that fails, or has happened MOST_REFORMS times in REFORM_WINDOW_S already.
-        """
-        while True:
-            now = time.monotonic()
-            self._reformed = [*(each for each in self._reformed if now - each < REFORM_WINDOW_S), now]
-            if len(self._reformed) > MOST_REFORMS or self._part.device.type == "cuda":
-                raise error
-            log.warning("rank %d meets the others again: %s", self._member.rank, error)
-            try:
-                self._member.reform(REFORM_S)
-                self._agree()
-            except MeshError as again:
-                error = again
-                time.sleep(min(REFORM_PAUSE_S * len(self._reformed), REFORM_S))
-                continue
-            self._part.rejoin(self._member.stage_group)
-            self._member.arm()
-            for counter in self._counters:
-                counter.rebase()
-            took = time.monotonic() - now
-            log.warning(
-                "mesh %s has formed again (%d) in %.2f s", self._member.shape, self._member.formation, took
-            )
+    @property
+    def shards(self) -> Sequence[int]:
+        """Those to which new sequences may go: one for each shard that is whole."""
+        return sorted({place: shard for shard, place in reversed([*enumerate(self._homes)])}.values())
+
+    def direct(self, rebalancing: Rebalancing) -> None:
+        """For the leader, which moves experts, and serves without ranks whose experts others have."""
+        self.rebalancing, self._recovery.stages = rebalancing, rebalancing.stages
+
+    def _take_in(self, returned: Sequence[int]) -> None:
+        """All others keep their cache. Raises MeshError where one of them is another process now."""
+        before = self.member.processes
+        self.member.call_together()
+        self._recovery.recover(MeetAgainError(f"ranks {returned} are back"))
+        after = self.member.processes
+        for rank, process in before.items():
+            if after.get(rank) != process:
+                raise RankLostError(f"rank {rank} was lost when others came back")
+
+    def _met_again(self) -> None:
+        if not self.member.leads:
             return
+        self._rehome()
+        if self.rebalancing is not None:
+            self.rebalancing.abandon()
+        for counter in self._counters:
+            counter.rebase()
 
-    def _agree(self) -> None:
-        """A rank that is new must have room for as many pages as the others have allocated."""
-        pages = self._cache.pages
-        if agree_on_pages(self._member, pages) != pages:
-            raise MeshError(f"a new rank has no room for {pages} pages of KV cache; start all ranks again")
+    def _rehome(self) -> None:
+        """Sequences of shards that are not whole any more go to others; those that are again get new ones."""
+        whole = whole_places(self.member.shape, self.member.absent)
+        self._homes = [
+            place if place in whole else whole[shard % len(whole)] for shard, place in enumerate(self._homes)
+        ]
+        self._homes += [place for place in whole if place not in self._homes]
 
     def logits(self, batch: Batch, cache: PagedCache, rows: Sequence[int]) -> Tensor:
         """[N, V], of the whole mesh; only the leader calls it. Raises MeshError."""
         scratch = 0 if cache is self._cache else cache.pages
-        step = Compute(_pieces(batch, rows), scratch, self.feeds and not scratch and bool(rows))
-        for channel in self._member.channels:
+        step = Compute(_pieces(batch, rows, self._homes), scratch, self.feeds and not scratch and bool(rows))
+        for channel in self.member.channels:
             channel.send(step)
         return self._collect(step, self._compute(step, cache))
 
     def feed(self, tokens_N: Tensor) -> None:
         """The tokens sampled from the newest logits; called after each of them where `feeds`."""
         self._fed_N = tokens_N
-        for rank in self._member.shape.stage_ranks(0)[1:]:
-            send(tokens_N, rank)
+        for rank in self.member.shape.stage_ranks(0)[1:]:
+            send(tokens_N, self.member.index(rank))
 
     def expert_counter(self) -> "MeshCounter":
         """Of all ranks."""
-        counter = MeshCounter(self._member, self._counter)
+        counter = MeshCounter(self.member, self._counter)
         self._counters.append(counter)
         return counter
 
@@ -117,11 +127,31 @@ class MeshRunner:
         """Bytes that this rank sent to others for experts, and seconds in exchanges, since the start."""
         return self._part.exchanged()
 
+    def tend(self) -> None:
+        """Between two passes: takes ranks in that have returned, and moves experts. Only the leader calls it.
+
+        Raises MeshError, also where a rank is lost.
+        """
+        if self.member.lost:
+            raise RankLostError(self.member.lost)
+        if self.member.returned:
+            self._take_in(sorted(self.member.returned))
+        if self.rebalancing is not None:
+            self.rebalancing.tend()
+
     @torch.inference_mode()
     def follow(self) -> None:
         """Computes what the leader says, until it says that this was all. Raises MeshError if it is gone."""
-        channel = self._member.channels[0]
-        while not isinstance(message := channel.receive(Compute, AskCounts, End), End):
+        channel = self.member.channels[0]
+        kinds = Compute, AskCounts, Prepare, Switch, Again, End
+        while not isinstance(message := channel.receive(*kinds), End):
+            if isinstance(message, Again):
+                raise MeetAgainError("the leader calls all ranks together")
+            if isinstance(message, Prepare | Switch):
+                if self._held is None:
+                    raise MeshError(f"the experts of rank {self.member.rank} stay where they are")
+                self._held.take(message)
+                continue
             if isinstance(message, AskCounts):
                 passes, layers = self._counter.read()
                 channel.send(Counts(passes, tuple((layer, tuple(own), n) for layer, own, n in layers)))
@@ -129,16 +159,16 @@ class MeshRunner:
             cache = self._scratch(message.scratch) if message.scratch else self._cache
             out_nV = self._compute(message, cache)
             if out_nV is not None and out_nV.shape[0]:
-                send(out_nV, 0)
-            if message.feeds and self._member.number == 0:
+                send(out_nV, self.member.index(0))
+            if message.feeds and self.member.number == 0:
                 count = sum(len(piece.selected) for piece in message.pieces)
                 fed_N = torch.empty(count, dtype=torch.int64, device=self._part.device)
                 self._fed_N = receive(fed_N, 0)
-        self._member.quiet()
+        self.member.quiet()
 
     def _compute(self, step: Compute, cache: PagedCache) -> Tensor | None:
         """This rank's part of a pass; on the last stage, logits [n, V] of its shard."""
-        member, part = self._member, self._part
+        member, part = self.member, self._part
         pieces = [piece for piece in step.pieces if piece.shard == member.place]
         batch = Batch.of([Segment(p.tokens, p.start, p.pages, p.shard) for p in pieces], cache)
         if member.number == 0:
@@ -148,14 +178,14 @@ class MeshRunner:
         if member.number:
             x_tD = torch.empty(tokens, part.hidden, dtype=part.dtype, device=part.device)
             if tokens:
-                receive(x_tD, member.rank - each)
+                receive(x_tD, member.index(member.rank - each))
         out = part.compute(_width(step.pieces, member.shape.expert), batch, cache, _selected(pieces), x_tD)
         if cache is self._cache:
             self._counter.count(tokens)
         if member.number == self._last:
             return out
         if tokens:
-            send(out, member.rank + each)
+            send(out, member.index(member.rank + each))
         return None
 
     def _fill_in(self, pieces: Sequence[Piece], batch: Batch) -> None:
@@ -173,7 +203,7 @@ class MeshRunner:
 
     def _collect(self, step: Compute, own_nV: Tensor | None) -> Tensor:
         """All logits, in the order of the pieces."""
-        part, first = self._part, self._last * self._member.shape.expert
+        part, first = self._part, self._last * self.member.shape.expert
         shards = [piece.shard for piece in step.pieces for _ in piece.selected]
         if own_nV is not None and own_nV.shape[0] == len(shards):
             return own_nV
@@ -183,9 +213,9 @@ class MeshRunner:
             rows = [row for row, each in enumerate(shards) if each == shard]
             rows_n = to_device(torch.tensor(rows, dtype=torch.int64), part.device)
             part_nV = own_nV
-            if first + shard != self._member.rank or part_nV is None:
+            if first + shard != self.member.rank or part_nV is None:
                 part_nV = out_NV.new_empty(len(rows), shape[1])
-                receive(part_nV, first + shard)
+                receive(part_nV, self.member.index(first + shard))
             out_NV.index_copy_(0, rows_n, part_nV)
         return out_NV
 
@@ -235,8 +265,8 @@ class MeshCounter:
         return sums
 
 
-def _pieces(batch: Batch, rows: Sequence[int]) -> tuple[Piece, ...]:
-    """`rows`, which rise, cut by segments."""
+def _pieces(batch: Batch, rows: Sequence[int], homes: Sequence[int]) -> tuple[Piece, ...]:
+    """`rows`, which rise, cut by segments. homes: the place of each shard."""
     pieces, first, wanted = [], 0, deque(rows)
     for segment in batch.segments:
         end, selected = first + segment.count, []
@@ -244,7 +274,7 @@ def _pieces(batch: Batch, rows: Sequence[int]) -> tuple[Piece, ...]:
             selected.append(wanted.popleft() - first)
         own = tuple(max(0, token) for token in segment.tokens)  # one that is not known yet is filled in later
         pages = tuple(segment.pages)
-        pieces.append(Piece(own, segment.start, pages, segment.shard, tuple(selected), segment.source))
+        pieces.append(Piece(own, segment.start, pages, homes[segment.shard], tuple(selected), segment.source))
         first = end
     return tuple(pieces)
 

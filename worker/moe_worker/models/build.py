@@ -88,10 +88,12 @@ def _moe(config: ModelConfig, source: TensorSource, prefix: str, stage: Stage, i
     weight_ED = source.take(f"{prefix}.gate.weight", experts, d, dtype=torch.float32)
     held = stage.experts.get(index, range(experts))
     router = Router(weight_ED, bias_E, config.moe.routing)
-    return MoeBlock(router, _experts(config, source, prefix, held), stage.dispatch(index))
+    return MoeBlock(router, build_experts(config, source, index, held), stage.dispatch(index))
 
 
-def _experts(config: ModelConfig, source: TensorSource, prefix: str, held: Sequence[int]) -> Experts:
+def build_experts(config: ModelConfig, source: TensorSource, layer: int, held: Sequence[int]) -> Experts:
+    """The routed experts `held` of a layer, in this order, and the shared ones."""
+    prefix = f"model.layers.{layer}.mlp"
     experts = [_expert(config, source, f"{prefix}.experts.{expert}", shared=1) for expert in held]
     if config.moe.shared:
         experts.append(_expert(config, source, f"{prefix}.shared_experts", config.moe.shared))

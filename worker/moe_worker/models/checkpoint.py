@@ -3,7 +3,7 @@
 import logging
 import mmap
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,13 +12,14 @@ from torch import Tensor
 from moe_worker.config.model import ModelConfig
 from moe_worker.config.quantization import Storage
 from moe_worker.errors import CheckpointError
-from moe_worker.models.build import build_model
+from moe_worker.models.build import build_experts, build_model
 from moe_worker.models.deepseek import DeepseekModel
 from moe_worker.models.layouts import check_names
 from moe_worker.models.memory import describe, weight_memory
 from moe_worker.models.safetensors import StoredTensor, stored_tensors
 from moe_worker.models.stage import Stage
 from moe_worker.models.stored import DTYPES, Placement, StoredSource
+from moe_worker.moe.experts import Experts
 from moe_worker.progress import bar, tell
 from moe_worker.quant.matrix import Dense, Matrix
 from moe_worker.reading import open_file
@@ -50,6 +51,23 @@ def load_model(
         model = build_model(config, reader, context, stage)
     _tell_memory(model, progress)
     return model
+
+
+class ExpertReader:
+    """Reads experts of single layers, for a process that holds other ones than at its start."""
+
+    def __init__(self, directory: Path, config: ModelConfig, placement: Placement) -> None:
+        self._directory, self._config, self._placement = directory, config, placement
+        self._stored = stored_tensors(directory)
+
+    def read(self, layer: int, held: Sequence[int], advance: Callable[[int], object]) -> Experts:
+        """The routed experts `held` of a layer, and the shared ones. `advance` gets the bytes of each tensor.
+
+        Raises CheckpointError.
+        """
+        reader = _Reader(self._directory, self._stored, self._config.storage, self._placement)
+        reader.attach(advance)
+        return build_experts(self._config, reader, layer, held)
 
 
 def _tell_memory(model: DeepseekModel, progress: bool) -> None:

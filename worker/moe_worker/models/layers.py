@@ -7,8 +7,8 @@ Legend: T tokens of all sequences of a forward pass, one sequence after the othe
 wanted, D hidden, V vocabulary, P rotary elements of a head.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, MutableSequence, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -22,6 +22,7 @@ from moe_worker.models.batch import Batch
 from moe_worker.models.stage import Stage
 from moe_worker.moe.counting import Counter, ExpertCounter
 from moe_worker.moe.dispatch import Dispatch
+from moe_worker.moe.experts import Experts
 from moe_worker.moe.router import Router
 
 
@@ -134,7 +135,7 @@ class StageModel:
     config: ModelConfig
     stage: Stage
     embedding_VD: Tensor
-    layers: Sequence[Layer[Tensor, Any, Any]]
+    layers: MutableSequence[Layer[Tensor, Any, Any]]
     norm_D: Tensor
     head: Projects
     rotations_CP: Tensor  # complex64, one row a position
@@ -176,6 +177,16 @@ class StageModel:
         if len(rows) < hidden_TD.shape[0]:
             hidden_TD = hidden_TD[torch.tensor(rows, dtype=torch.long, device=hidden_TD.device)]
         return self.logits(hidden_TD)
+
+    def set_experts(self, layer: int, experts: Any) -> None:
+        """Computes `experts` of the model's `layer` from the next pass on."""
+        index = layer - self.stage.begin
+        own = self.layers[index]
+        self.layers[index] = replace(own, block=replace(own.block, experts=experts))
+
+    def converted(self, experts: Experts) -> ComputesExperts:
+        """Experts in this backend."""
+        return experts
 
     def expert_counter(self) -> Counter:
         """Counts the experts that forward passes use from now on; call `count` after each."""

@@ -31,6 +31,7 @@ from moe_worker.models.native_fusion import Fusion
 from moe_worker.models.stage import Stage
 from moe_worker.moe.counting import Counter
 from moe_worker.moe.dispatch import Dispatch
+from moe_worker.moe.experts import Experts
 from moe_worker.moe.router import Router
 
 
@@ -154,7 +155,7 @@ class NativeModel(StageModel):
     config: ModelConfig
     stage: Stage
     embedding_VD: Tensor
-    layers: tuple[NativeLayer, ...]
+    layers: list[NativeLayer]
     norm_D: Tensor
     head: NativeLinear
     rotations_CP: Tensor
@@ -178,13 +179,17 @@ class NativeModel(StageModel):
             config=model.config,
             stage=model.stage,
             embedding_VD=embedding_VD,
-            layers=tuple(_layer(model, layer, kernels) for layer in model.each_layer(consume)),
+            layers=[_layer(model, layer, kernels) for layer in model.each_layer(consume)],
             norm_D=_floats(model.norm_D),
             head=_linear(model.head, kernels) if model.stage.last else NativeLinear(kernels, NO_HEAD),
             rotations_CP=model.rotations_CP.contiguous(),
             kernels=kernels,
             fused=not model.stage.dispatches,
         )
+
+    def converted(self, experts: Experts) -> NativeExperts:
+        """See StageModel. Raises SettingsError."""
+        return _experts(experts, self.kernels)
 
     def norm(self, x_TD: Tensor, norm_D: Tensor) -> Tensor:
         """See StageModel."""
@@ -258,9 +263,13 @@ def _moe(block: MoeBlock, kernels: Kernels) -> NativeMoeBlock:
     bias_E = None if router.bias_E is None else _floats(router.bias_E)
     return NativeMoeBlock(
         NativeRouter(_floats(router.weight_ED), bias_E, router.routing, kernels=kernels),
-        NativeExperts(kernels, pack(experts.gate_up_AFD, paired=True), pack(experts.down_ADI)),
+        _experts(experts, kernels),
         block.dispatch,
     )
+
+
+def _experts(experts: Experts, kernels: Kernels) -> NativeExperts:
+    return NativeExperts(kernels, pack(experts.gate_up_AFD, paired=True), pack(experts.down_ADI))
 
 
 def _linear(

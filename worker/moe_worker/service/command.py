@@ -16,7 +16,7 @@ from moe_api.address import check_address
 from moe_api.visible import guard_logs
 from moe_api.writing import WRITE_TIMEOUT_S
 from moe_worker.config.directory import find_checkpoint
-from moe_worker.config.engine import DTYPES, FORMATS, GENERATION_CONFIGS, KV_DTYPES, EngineOptions
+from moe_worker.config.engine import DTYPES, FORMATS, GENERATION_CONFIGS, KV_DTYPES, REBALANCE, EngineOptions
 from moe_worker.config.fields import is_unicode
 from moe_worker.config.quality import check_quality
 from moe_worker.config.quantity import parse_bytes
@@ -223,6 +223,38 @@ class _Number(click.FloatRange):
     envvar="MOE_WORKER_REDUNDANT_EXPERTS",
     show_default=True,
     help="Copies of experts in each layer, in addition to the model's own, spread over a stage's ranks.",
+)
+@click.option(
+    "--mesh-reforms",
+    type=int,
+    default=EngineOptions.mesh_reforms,
+    envvar="MOE_WORKER_MESH_REFORMS",
+    show_default=True,
+    help="How often in 10 minutes a mesh on CPUs may lose ranks and meet again; then the replica ends.",
+)
+@click.option(
+    "--rebalance",
+    type=click.Choice(REBALANCE),
+    default="auto",
+    envvar="MOE_WORKER_REBALANCE",
+    show_default=True,
+    help="auto: while it serves, experts move between the ranks of a stage whose load differs (on CPUs).",
+)
+@click.option(
+    "--rebalance-interval",
+    type=_Number(min=0.01),
+    default=EngineOptions.rebalance_interval,
+    envvar="MOE_WORKER_REBALANCE_INTERVAL",
+    show_default=True,
+    help="Seconds between two rebalancings, at least; loads that are so old count half.",
+)
+@click.option(
+    "--rebalance-threshold",
+    type=_Number(min=1, max=100),
+    default=EngineOptions.rebalance_threshold,
+    envvar="MOE_WORKER_REBALANCE_THRESHOLD",
+    show_default=True,
+    help="Load of the busiest rank over the mean of its stage, above which a layer's experts move.",
 )
 @click.option(
     "--routing-mass",

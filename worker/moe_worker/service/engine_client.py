@@ -27,6 +27,7 @@ from moe_worker.service.wire import (
     ExpertReport,
     Failed,
     Loaded,
+    MeshChanged,
     Message,
     Refused,
     Start,
@@ -215,11 +216,13 @@ class EngineClient:
 
     async def _hand_out(self) -> Message | None:
         """Reads the engine's messages to the last one; None if it ended without one."""
-        while isinstance(message := await self._receive(), Stepped | Refused | ExpertReport):
+        while isinstance(message := await self._receive(), Stepped | Refused | ExpertReport | MeshChanged):
             if isinstance(message, Stepped):
                 self._take(message)
             elif isinstance(message, Refused):
                 self._refuse(message)
+            elif isinstance(message, MeshChanged):
+                self.mesh = message.mesh
             elif self._asked is not None:
                 self._asked.set_result(message.experts)
                 self._asked = None

@@ -14,13 +14,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from moe_api.visible import LOG_MOST, guard_logs, visible
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.following import follow
 from moe_worker.engine.loading import load
-from moe_worker.engine.mesh_report import MeshReporter
 from moe_worker.engine.requests import Load, Request
 from moe_worker.errors import WorkerError
 from moe_worker.framing import LENGTH_BYTES
@@ -33,6 +33,7 @@ from moe_worker.service.wire import (
     ExpertReport,
     Failed,
     Loaded,
+    MeshChanged,
     Message,
     Refused,
     Start,
@@ -119,7 +120,7 @@ def _ending_the_process(what: str) -> Iterator[None]:
 
 def _serve(connection: socket.socket, sender: _Sender) -> None:
     # The edge bounds its length: most_requests requests that were not received yet, and a Cancel for each.
-    inbox: queue.SimpleQueue[Message | Prepared] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[Message | Prepared | Wake] = queue.SimpleQueue()
     farewells: list[Callable[[], None]] = []
     threading.Thread(target=_receive, args=(connection, inbox, farewells), daemon=True).start()
     start = inbox.get()
@@ -131,27 +132,45 @@ def _serve(connection: socket.socket, sender: _Sender) -> None:
     # The edge, which started this process, has tried the tokenizer.
     loaded = load(Path(start.model), start.options, progress=True, load_tokenizer=Tokenizer.load)
     core = EngineCore(loaded, start.options)
-    mesh = None
+    sender.send(Loaded(loaded.format, core.load, core.most_requests, core.mesh_report))
+    mesh = _MeshTeller(core, sender)
     if loaded.member is not None:
         farewells.append(loaded.member.farewell)
-        mesh = MeshReporter(Path(start.model), loaded.config, start.options)
-    report = None if mesh is None else mesh.report
-    sender.send(Loaded(loaded.format, core.load, core.most_requests, report))
+        loaded.member.on_change = mesh.tell
+        loaded.member.on_wake = lambda: inbox.put(Wake())
     preparing = Preparing(inbox.put)
     submitted = 0
     while True:
-        submitted += _take_commands(core, inbox, sender, mesh, preparing)
+        submitted += _take_commands(core, inbox, sender, preparing)
         begin = time.monotonic_ns()
         deltas = tuple(core.step())
+        mesh.tell()
         end, events = time.monotonic_ns(), core.take_events()
         sender.send(Stepped(begin, end, deltas, core.load, submitted, core.statistics, events))
 
 
+@dataclass(frozen=True)
+class Wake:
+    """A thread to the main one: the mesh has something to do, even if there is nothing to compute."""
+
+
+class _MeshTeller:
+    """Tells the edge of the mesh when something has changed."""
+
+    def __init__(self, core: EngineCore, sender: _Sender) -> None:
+        self._core, self._sender, self._told = core, sender, core.mesh_report
+
+    def tell(self) -> None:
+        report = self._core.mesh_report
+        if report is not None and report != self._told:
+            self._told = report
+            self._sender.send(MeshChanged(report))
+
+
 def _take_commands(
     core: EngineCore,
-    inbox: "queue.SimpleQueue[Message | Prepared]",
+    inbox: "queue.SimpleQueue[Message | Prepared | Wake]",
     sender: _Sender,
-    mesh: MeshReporter | None,
     preparing: Preparing,
 ) -> int:
     """Handles the messages of the edge; waits for one if there is nothing to compute."""
@@ -172,8 +191,7 @@ def _take_commands(
             preparing.cancel(message.id)
             core.cancel(message.id)
         elif isinstance(message, AskExperts):
-            experts = core.expert_statistics
-            sender.send(ExpertReport(experts if mesh is None else mesh.with_ranks(experts)))
+            sender.send(ExpertReport(core.expert_statistics))
     return submitted
 
 
@@ -195,7 +213,9 @@ def _submit(core: EngineCore, request: Request, guide: Guide | None, sender: _Se
         sender.send(Refused(request.id, str(error), error.retryable))
 
 
-def _pending(inbox: "queue.SimpleQueue[Message | Prepared]", wait: bool) -> Iterator[Message | Prepared]:
+def _pending(
+    inbox: "queue.SimpleQueue[Message | Prepared | Wake]", wait: bool
+) -> Iterator[Message | Prepared | Wake]:
     if wait:
         yield inbox.get()
     while True:
@@ -207,7 +227,7 @@ def _pending(inbox: "queue.SimpleQueue[Message | Prepared]", wait: bool) -> Iter
 
 def _receive(
     connection: socket.socket,
-    inbox: "queue.SimpleQueue[Message | Prepared]",
+    inbox: "queue.SimpleQueue[Message | Prepared | Wake]",
     farewells: Sequence[Callable[[], None]],
 ) -> None:
     """Reads frames until the edge has ended; then ends the process, whatever the main thread does.

@@ -94,7 +94,16 @@ class Stepped:
     events: tuple[Event, ...] = ()
 
 
-Message = Start | Submit | Refused | Cancel | AskExperts | ExpertReport | Loaded | Failed | Stepped
+@dataclass(frozen=True)
+class MeshChanged:
+    """Engine to edge: what the leader of a mesh says of it now."""
+
+    mesh: MeshReport
+
+
+Message = (
+    Start | Submit | Refused | Cancel | AskExperts | ExpertReport | Loaded | Failed | Stepped | MeshChanged
+)
 
 
 _CODEC: Final = Codec[Message](get_args(Message))

@@ -1,0 +1,80 @@
+"""A model that is spread over the ranks of a mesh: what this rank needs to run its part."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moe_worker.config.engine import EngineOptions
+from moe_worker.config.model import ModelConfig
+from moe_worker.kvcache.paged import PagedCache
+from moe_worker.mesh.identity import mesh_digest
+from moe_worker.mesh.member import Member, join
+from moe_worker.mesh.part import part_of, places_of, stage_ranges
+from moe_worker.mesh.rank_stage import ModelStage, RankStage
+from moe_worker.mesh.rebalance.execute import Rebalancing
+from moe_worker.mesh.rebalance.hold import HeldExperts
+from moe_worker.mesh.rebalance.plan import RebalancePolicy
+from moe_worker.mesh.runner import MeshRunner
+from moe_worker.models.checkpoint import ExpertReader
+from moe_worker.models.layers import ComputesExperts
+from moe_worker.models.safetensors import StoredTensor, stored_tensors
+from moe_worker.models.stage import Stage
+from moe_worker.models.stored import Placement
+
+
+@dataclass(frozen=True)
+class Spread:
+    """This process in its mesh, and the model that the mesh serves."""
+
+    directory: Path
+    config: ModelConfig
+    options: EngineOptions
+    placement: Placement
+    member: Member
+    stored: Mapping[str, StoredTensor]
+
+    @classmethod
+    def join(
+        cls, directory: Path, config: ModelConfig, options: EngineOptions, placement: Placement
+    ) -> "Spread":
+        """Meets the other ranks. Raises MeshError, SettingsError."""
+        stored = stored_tensors(directory)
+        member = join(options, mesh_digest(directory, stored, options), placement.device)
+        return cls(directory, config, options, placement, member, stored)
+
+    def stage(self) -> Stage:
+        """What this rank holds. Raises SettingsError where the model cannot be spread over the mesh."""
+        redundant = self.options.redundant_experts
+        return part_of(self.config, self.member, self.stored, redundant, self.placement.device)
+
+    def runner(self, part: RankStage, cache: PagedCache, feeds: bool = False) -> MeshRunner:
+        """Runs `part`; on the leader the whole mesh."""
+        places = places_of(self.config, self.member, self.options.redundant_experts)
+        held = (
+            HeldExperts(places, self.member, part, self._read(part)) if isinstance(part, ModelStage) else None
+        )
+        runner = MeshRunner(self.member, part, cache, feeds, held, self.options.mesh_reforms)
+        if self.member.leads:
+            stages = stage_ranges(self.config, self.member.shape, self.stored)
+            counter = runner.expert_counter()
+            runner.direct(Rebalancing(self._policy(), places, held, self.member, stages, counter))
+        return runner
+
+    def _policy(self) -> RebalancePolicy:
+        options = self.options
+        return RebalancePolicy(
+            options.rebalance == "auto", options.rebalance_interval, options.rebalance_threshold
+        )
+
+    def _read(
+        self, part: ModelStage
+    ) -> Callable[[int, Sequence[int], Callable[[int], object]], ComputesExperts]:
+        reader = ExpertReader(self.directory, self.config, self.placement)
+
+        def read(layer: int, held: Sequence[int], advance: Callable[[int], object]) -> ComputesExperts:
+            with torch.inference_mode():
+                return part.converted(reader.read(layer, held, advance))
+
+        return read

@@ -1,0 +1,65 @@
+"""Which expert stands at each place of each layer, the same at all ranks of a mesh: pure.
+
+Legend: E routed experts of a layer, M places over the ranks of a stage.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from moe_worker.config.model import ModelConfig
+from moe_worker.mesh.errors import MeshError
+from moe_worker.mesh.placement import Topology, placement
+
+Moved = Mapping[int, tuple[int, ...]]
+
+
+class ExpertPlaces:
+    """Places of a model's routed experts over the `ranks` of a stage; at the start as for equal loads.
+
+    layers: those with routed experts; none where a stage has one rank. moved: by layer, the expert at each
+    place [M], where it is not that of the start. Raises SettingsError where experts cannot be spread evenly.
+    """
+
+    def __init__(self, config: ModelConfig, ranks: int, redundant: int) -> None:
+        self.ranks, self.experts, self.redundant = ranks, config.moe.routed, redundant
+        self.topology = Topology(ranks, groups=config.moe.routing.groups, apart=True)
+        routed = (layer for layer in range(config.num_hidden_layers) if layer not in config.dense_layers)
+        self.layers = tuple(routed) if ranks > 1 else ()
+        self.moved: dict[int, tuple[int, ...]] = {}
+        if self.layers:
+            (self._start_M,) = placement([[1.0] * self.experts], self.topology, redundant)
+
+    def of(self, layer: int) -> tuple[int, ...]:
+        """The expert at each place, [M]."""
+        return self.moved.get(layer, self._start_M)
+
+    def held(self, layer: int, own: int) -> tuple[int, ...]:
+        """The experts at the places of rank number `own` of the stage."""
+        each = len(self._start_M) // self.ranks
+        return self.of(layer)[own * each : (own + 1) * each]
+
+    def among(self, layer: int, present: Sequence[int]) -> tuple[int, ...]:
+        """The expert at each place of the ranks `present` alone, by their numbers in the stage."""
+        return tuple(expert for rank in present for expert in self.held(layer, rank))
+
+    def move(self, layer: int, places_M: tuple[int, ...]) -> None:
+        """Raises MeshError where `places_M` is no placement of all experts of `layer`."""
+        if layer not in self.layers or len(places_M) != len(self._start_M):
+            raise MeshError(
+                f"the leader places {len(places_M)} experts in layer {layer}; start all ranks again"
+            )
+        if set(places_M) != set(range(self.experts)):
+            raise MeshError(
+                f"the leader leaves experts of layer {layer} without a place; start all ranks again"
+            )
+        self.moved[layer] = places_M
+
+    def adopt(self, moved: Moved) -> None:
+        """Places experts as the leader does. Raises MeshError."""
+        self.moved = {}
+        for layer, places_M in moved.items():
+            self.move(layer, places_M)
+
+    def complete(self, present: Sequence[int], layers: Iterable[int]) -> bool:
+        """Whether the ranks `present` have all experts of `layers`."""
+        everyone = set(range(self.experts))
+        return all(set(self.among(layer, present)) == everyone for layer in layers if layer in self.layers)

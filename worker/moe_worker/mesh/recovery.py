@@ -1,0 +1,124 @@
+"""A mesh that has lost a rank meets again: without it, if the others have its experts, or with a new one.
+
+All processes that are left keep their weights. `may_spare` decides, everything else acts.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from moe_worker.config.mesh import MeshShape
+from moe_worker.mesh.errors import MeetAgainError, MeshError
+from moe_worker.mesh.member import GRACE_S, Member
+from moe_worker.mesh.messages import Allocate, Ready
+from moe_worker.mesh.places import ExpertPlaces
+from moe_worker.mesh.rank_stage import RankStage
+from moe_worker.mesh.rebalance.hold import HeldExperts
+
+log = logging.getLogger(__name__)
+# A lost rank has so long to come back, and so often may ranks be lost in a while; then the replica ends.
+REFORM_S, REFORM_PAUSE_S = 120.0, 0.2
+MOST_REFORMS, REFORM_WINDOW_S = 5, 600.0
+
+
+def agree_on_pages(member: Member, pages: int) -> int:
+    """The pages that every rank has room for; returns when all ranks have loaded their weights."""
+    if member.leads:
+        most: int = min([pages, *(channel.receive(Ready).pages for channel in member.channels)])
+        for channel in member.channels:
+            channel.send(Allocate(most))
+        return most
+    member.channels[0].send(Ready(pages))
+    allotted: int = member.channels[0].receive(Allocate).pages
+    return allotted
+
+
+def whole_places(shape: MeshShape, missing: frozenset[int]) -> list[int]:
+    """Shards of which every stage has its rank: pure."""
+    lost = {shape.place_of(rank) for rank in missing}
+    return [place for place in range(shape.expert) if place not in lost]
+
+
+def may_spare(
+    shape: MeshShape, places: ExpertPlaces, stages: Sequence[range], missing: frozenset[int]
+) -> bool:
+    """Whether the other ranks have all layers and experts, and a shard that is whole: pure."""
+
+    def present(stage: int) -> list[int]:
+        return [shape.place_of(rank) for rank in shape.stage_ranks(stage) if rank not in missing]
+
+    complete = all(places.complete(present(stage), layers) for stage, layers in enumerate(stages))
+    return complete and bool(whole_places(shape, missing))
+
+
+class Recovery:
+    """Of one rank. stages: the layers of each stage, for the leader. on_met: called when ranks have met; may
+    raise MeshError.
+    """
+
+    def __init__(
+        self, member: Member, part: RankStage, held: HeldExperts | None, pages: int,
+        on_met: Callable[[], None], most: int = MOST_REFORMS,
+    ) -> None:  # fmt: skip
+        self._most = most
+        self._member, self._part, self._held, self._pages, self._on_met = member, part, held, pages, on_met
+        self.stages: Sequence[range] = ()
+        self._begun: list[float] = []
+
+    def recover(self, error: MeshError) -> None:
+        """Meets the other ranks again after `error`; all but lost ones keep their weights.
+
+        Raises MeshError where that fails, or has happened `most` times in REFORM_WINDOW_S already.
+        """
+        if self._part.device.type == "cuda":
+            raise error
+        begin = time.monotonic()
+        while True:
+            self._count(error)
+            log.warning("rank %d meets the others again: %s", self._member.rank, error)
+            try:
+                self._meet()
+            except MeshError as again:
+                error = again
+                time.sleep(min(REFORM_PAUSE_S * len(self._begun), REFORM_S))
+            else:
+                break
+        absent = sorted(self._member.absent)
+        log.warning(
+            "mesh %s has formed again (%d) in %.2f s%s", self._member.shape, self._member.formation,
+            time.monotonic() - begin, f"; it serves without ranks {absent}" if absent else "",
+        )  # fmt: skip
+
+    def _count(self, error: MeshError) -> None:
+        """Raises `error` where too many ranks were lost."""
+        if isinstance(error, MeetAgainError):
+            return
+        now = time.monotonic()
+        self._begun = [*(each for each in self._begun if now - each < REFORM_WINDOW_S), now]
+        if len(self._begun) > self._most:
+            raise error
+
+    def _meet(self) -> None:
+        member, held = self._member, self._held
+        if member.leads and held is not None:
+            member.moved = held.places.moved
+        member.reform(REFORM_S, self._may_lack)
+        # A rank that is new must have room for as many pages as the others have allocated.
+        if agree_on_pages(member, self._pages) != self._pages:
+            raise MeshError(
+                f"a new rank has no room for {self._pages} pages of KV cache; start all ranks again"
+            )
+        if member.group is None:
+            return
+        self._part.rejoin(member.group)
+        if held is not None:
+            held.adopt(member.moved, self._part.stage.layers)
+        member.arm()
+        if member.leads:
+            member.wait_for_absent(self._pages)
+        self._on_met()
+
+    def _may_lack(self, missing: frozenset[int], waited_s: float) -> bool:
+        if self._held is None or waited_s < GRACE_S:
+            return False
+        return may_spare(self._member.shape, self._held.places, self.stages, missing)
