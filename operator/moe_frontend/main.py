@@ -14,7 +14,7 @@ from moe_api import telemetry
 from moe_api.visible import LOG_MOST, guard_logs, one_line
 from moe_api.writing import WRITE_TIMEOUT_S
 from moe_frontend.edges import Guards
-from moe_frontend.parameters import FOLDER, Addresses, Keys, KeySet
+from moe_frontend.parameters import FOLDER, Addresses, Keys, KeySet, Tenants
 from moe_frontend.policy import balancing, routing
 from moe_frontend.serving import Options, serve
 from moe_frontend.transport import metadata
@@ -115,6 +115,16 @@ from moe_operator.errors import MoEOperatorError
     "prefix-affinity: the one with the least left to compute, because it was sent the same beginning of a "
     "prompt. session: the same one for all requests of a session (metadata x-session-id). random-of-two: the "
     "less loaded of two.",
+)
+@click.option(
+    "--tenants",
+    type=Tenants(),
+    default="",
+    envvar="MOE_TENANTS",
+    show_envvar=True,
+    metavar="JSON",
+    help="What tenants may use (docs/tenants.md), as in spec.frontend: "
+    '{"tenants": [{"name": "a", "weight": 2, "requestsPerMinute": 60}], "default": {"concurrency": 8}}.',
 )
 @click.option(
     "--tls",

@@ -6,6 +6,7 @@ from typing import Final
 import click
 
 from moe_api.address import check_address
+from moe_frontend.policy import tenants
 from moe_frontend.transport import metadata
 
 
@@ -35,6 +36,21 @@ class Keys(click.ParamType[frozenset[str]]):
         """The keys."""
         try:
             return value if isinstance(value, frozenset) else metadata.parse_keys(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Tenants(click.ParamType[tenants.TenantsConfig]):
+    """JSON."""
+
+    name = "JSON"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tenants.TenantsConfig:
+        """What tenants may use."""
+        try:
+            return value if isinstance(value, tenants.TenantsConfig) else tenants.parse(str(value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
 

@@ -21,7 +21,9 @@ from moe_frontend.http.server import HttpServer
 from moe_frontend.outputs.cache import OutputCache
 from moe_frontend.outputs.store import Store
 from moe_frontend.policy import balancing
+from moe_frontend.policy.tenants import TenantsConfig
 from moe_frontend.transport import failures
+from moe_frontend.transport.admission import Admission
 from moe_frontend.transport.failures import Failure
 from moe_frontend.transport.forwarding import Forwarder
 from moe_frontend.transport.holding import Hold
@@ -46,6 +48,7 @@ class Options:
     output_cache: bytes of the output cache; 0: there is none.
     output_cache_ttl: how long its answers are valid.
     routing: name of the policy (balancing.POLICIES).
+    tenants: what they may use.
     guards: TLS and authentication of the client ports.
     admin: address for the operator and for probes; None: they use that of gRPC.
     metrics_port: where Prometheus may fetch metrics; 0: at /metrics of the HTTP port.
@@ -64,6 +67,7 @@ class Options:
     output_cache: int
     output_cache_ttl: float
     routing: str
+    tenants: TenantsConfig
     guards: Guards
     admin: tuple[str, ...] | None
     metrics_port: int
@@ -114,6 +118,8 @@ def _forwarder(
     limit_s = options.hold or options.patience
     hold = Hold(limit_s, options.deployment or "this frontend", from_zero=options.hold > 0)
     hold.measure(metrics.get_meter(_SCOPE))
+    admission = Admission(options.tenants)
+    admission.measure(metrics.get_meter(_SCOPE))
     forwarder = Forwarder(
         replicas,
         trace.get_tracer(_SCOPE),
@@ -123,6 +129,7 @@ def _forwarder(
         options.write_timeout,
         outputs,
     )
+    forwarder.limit(admission)
     return forwarder, hold
 
 

@@ -21,7 +21,9 @@ from moe_frontend.discovery.endpoints import Endpoint
 from moe_frontend.identity.audit import AuditLog
 from moe_frontend.outputs.cache import OutputCache
 from moe_frontend.outputs.store import Store
+from moe_frontend.policy.tenants import parse
 from moe_frontend.transport import failures, metadata
+from moe_frontend.transport.admission import Admission
 from moe_frontend.transport.forwarding import Forwarder
 from moe_frontend.transport.holding import Hold
 from moe_frontend.transport.replicas import Replicas
@@ -47,6 +49,7 @@ class Bench:
         policy=None,
         guards=None,
         authority=None,
+        tenants="",
     ):
         self.revision = revision
         self.supervisor = Supervisor()
@@ -67,6 +70,7 @@ class Bench:
         self.forwarder = Forwarder(
             self.replicas, self.tracer, self.hold, patience_s, keys, write_timeout_s, self.outputs
         )
+        self.forwarder.limit(Admission(parse(tenants)))
         self.frontend = Frontend(
             self.forwarder, self.hold, authenticator=self.edge.authenticator, log=self.log
         )

@@ -331,6 +331,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"rollout": {"progressDeadlineSeconds": 0}},
         "progressDeadlineSeconds is a number from 1 to 604800",
     ),
+    "tenant weight": ({"frontend": {"tenants": [{"name": "a", "weight": 0}]}}, "weight is a number from 1"),
+    "tenant rate": (
+        {"frontend": {"defaultTenant": {"requestsPerMinute": 0}}},
+        "requestsPerMinute is a number from 1",
+    ),
+    "tenant priority": (
+        {"frontend": {"tenants": [{"name": "a", "priority": 10}]}},
+        "priority is a number from 0 to 9",
+    ),
+    "tenant twice": ({"frontend": {"tenants": [{"name": "a"}, {"name": "a"}]}}, "Duplicate value"),
+    "tenant name": ({"frontend": {"tenants": [{"name": "a b"}]}}, "should match"),
     "history": ({"revisionHistoryLimit": 101}, "revisionHistoryLimit is a number from 0 to 100"),
     "endpoint": (
         {"telemetry": {"otlpEndpoint": "otel:4317"}},

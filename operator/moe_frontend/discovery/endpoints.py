@@ -37,6 +37,7 @@ class Endpoint:
         context_length: of its model in tokens, after the first GetModel; 0 before.
         characters_per_token: maximum characters of one token of its model; 0 if unknown.
         served: the model, after the first GetModel.
+        max_requests: that it accepts at a time; 0 if unknown.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Endpoint:
     context_length: int = 0
     characters_per_token: int = 0
     served: Served = Served()
+    max_requests: int = 0
 
 
 def endpoints(slices: Iterable[Mapping[str, Any]]) -> frozenset[Endpoint]:

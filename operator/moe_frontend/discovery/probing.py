@@ -116,6 +116,7 @@ async def _with_model(channel: grpc.aio.Channel, endpoint: Endpoint) -> Endpoint
         context_length=model.context_length,
         characters_per_token=model.characters_per_token,
         served=_served(model),
+        max_requests=model.max_requests,
     )
 
 

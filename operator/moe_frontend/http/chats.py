@@ -76,6 +76,7 @@ def requests(
         for _ in range(request.n or 1)
     ]
     sampling.set_seeds(request, found)
+    sampling.set_priority(request, found)
     return found
 
 

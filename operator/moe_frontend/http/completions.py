@@ -63,6 +63,7 @@ def plan(request: CompletionRequest, served: Served) -> Plan:
     wanted = formats.output_format(request.response_format)
     asked = [_generate(request.model or "", prompt, parameters, wanted) for prompt in given for _ in range(n)]
     sampling.set_seeds(request, asked)
+    sampling.set_priority(request, asked)
     echoed = [prompt if request.echo and isinstance(prompt, str) else "" for prompt in given]
     return Plan(
         asked,

@@ -97,6 +97,8 @@ def of_status(status: status_pb2.Status, renamed: Mapping[str, str]) -> ApiError
         param = "model"
     if any(violation.reason == rich_status.CONTEXT_LENGTH_EXCEEDED for violation in violations):
         name = "context_length_exceeded"
+    if rich_status.reason(status) == rich_status.TENANT_LIMIT:
+        name = "rate_limit_exceeded"
     return ApiError(
         code, message, kind, param, name or _reason(status), retry_after_s=rich_status.retry_delay(status)
     )

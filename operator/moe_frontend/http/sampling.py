@@ -54,6 +54,13 @@ def set_seeds(request: Sampling, texts: Iterable[inference_pb2.GenerateRequest])
             text.sampling.seed = (request.seed + index) % _SEEDS
 
 
+def set_priority(request: Sampling, texts: Iterable[inference_pb2.GenerateRequest]) -> None:
+    """Gives all texts the priority of the request, if it has one."""
+    if request.priority is not None:
+        for text in texts:
+            text.priority = request.priority
+
+
 def include_usage(request: Sampling) -> bool:
     """Whether the last chunk of a stream tells how many tokens there were.
 

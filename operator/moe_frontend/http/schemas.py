@@ -68,6 +68,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     stop_token_ids: list[TokenId] | None = None
     ignore_eos: bool | None = None
     min_tokens: _Count | None = None
+    priority: Annotated[int, msgspec.Meta(ge=0, le=9)] | None = None
     # Accepted without effect: they name who asks, or where OpenAI computes.
     user: str | None = None
     safety_identifier: str | None = None

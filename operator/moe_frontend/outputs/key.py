@@ -16,6 +16,7 @@ def key_of(
     revision: str,
     *,
     samples: bool,
+    tenant: str = "",
 ) -> bytes | None:
     """The key of the answer to a request, 32 bytes; None if the answer is not cacheable.
 
@@ -27,6 +28,7 @@ def key_of(
         metadata: of the request, keys in lower case.
         revision: of the replicas; "" if it is not known.
         samples: whether the checkpoint has a default temperature above 0.
+        tenant: whose request it is; "" if that is not known.
     """
     pairs = list(metadata or ())
     asked = request.resume.revision
@@ -35,10 +37,11 @@ def key_of(
     question = inference_pb2.GenerateRequest()
     question.CopyFrom(request)
     question.ClearField("resume")
+    question.ClearField("priority")
     if not question.sampling.HasField("seed") and request.resume.HasField("seed"):
         question.sampling.seed = request.resume.seed
     digest = hashlib.sha256()
-    for part in (salt_of(pairs), revision.encode(), question.SerializeToString(deterministic=True)):
+    for part in (salt_of(pairs, tenant), revision.encode(), question.SerializeToString(deterministic=True)):
         digest.update(len(part).to_bytes(8, "big"))
         digest.update(part)
     return digest.digest()

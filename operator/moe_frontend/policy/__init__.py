@@ -6,4 +6,7 @@ prefixes  which replica was sent which beginnings of prompts
 progress  what a client has of its stream, and the request with which another replica continues it
 echo      notices a worker that begins a stream anew
 salt      separates clients in caches that they share
+tenants   what tenants may use
+fair      the order in which requests of tenants are served
+costs     the tokens of a request
 """

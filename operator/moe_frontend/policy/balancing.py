@@ -72,13 +72,13 @@ class Asked:
         self.policy.sent(self.question, replica, now)
 
 
-def question_of(request: Message, metadata: Iterable[Any] | None) -> Question:
+def question_of(request: Message, metadata: Iterable[Any] | None, tenant: str = "") -> Question:
     """What a policy knows about a request; `metadata` has keys in lower case."""
     pairs = list(metadata or ())
     session = next((str(value) for key, value in pairs if key == SESSION_KEY), "")
     if not isinstance(request, inference_pb2.GenerateRequest):
         return Question(session=session)
-    return Question(blocks_of(request, salt_of(pairs)), session)
+    return Question(blocks_of(request, salt_of(pairs, tenant)), session)
 
 
 class LeastLoaded:

@@ -13,6 +13,7 @@ from google.protobuf import message as protobuf
 from google.protobuf.message import Message
 
 from moe_api.inference.v1 import inference_pb2
+from moe_frontend.policy.costs import prompt_tokens
 from moe_frontend.policy.echo import ContractError, EchoGuard
 
 _ANSWERS: Final[dict[type[Message], type[Message]]] = {
@@ -56,6 +57,15 @@ class Progress:
     def tokens(self) -> int:
         """Number of emitted tokens."""
         return len(self._tokens)
+
+    @property
+    def used(self) -> int:
+        """Tokens of the prompt and of the text so far, once a replica was asked; estimated until its end."""
+        if self._generate is None or not (self._revision or self.started):
+            return 0
+        if self.usage is not None:
+            return self.usage.prompt_tokens + self.usage.completion_tokens
+        return prompt_tokens(self._generate) + self.tokens
 
     @property
     def resumable(self) -> bool:

@@ -19,7 +19,7 @@ from moe_api.tenancy import PRIORITY_MOST, WEIGHT_MOST
 
 OTHER: Final = "other"
 """Name in metrics of all tenants that are not configured."""
-TENANTS_MOST: Final = 256
+TENANTS_MOST: Final = 100
 KNOWN_MOST: Final = 10_000
 """Tenants whose use is remembered."""
 _MINUTE_S: Final = 60.0

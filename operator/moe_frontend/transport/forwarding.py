@@ -34,10 +34,13 @@ from moe_frontend.policy import routing
 from moe_frontend.policy.balancing import Asked
 from moe_frontend.policy.echo import ContractError
 from moe_frontend.policy.progress import Progress
+from moe_frontend.policy.salt import prefix_salt
 from moe_frontend.transport import bounds, failures, metadata
+from moe_frontend.transport.admission import Admission, Admitted, RefusedRequestError
 from moe_frontend.transport.failures import Failure, Kind
 from moe_frontend.transport.holding import Hold
 from moe_frontend.transport.replicas import Lease, Replicas
+from moe_frontend.transport.turns import Turns
 
 Context = grpc.aio.ServicerContext[Any, bytes]
 _LOG: Final = logging.getLogger(__name__)
@@ -97,6 +100,7 @@ class _Call:
     writer: Writer
     progress: Progress
     asked: Asked | None
+    admitted: Admitted
 
 
 class Forwarder:
@@ -126,6 +130,9 @@ class Forwarder:
         outputs: "OutputCache[Failure] | None" = None,
     ) -> None:
         self._outputs = outputs
+        self._admission = Admission()
+        self._turns = Turns(lambda: replicas.places, patience_s)
+        replicas.listen(self._turns.changed)
         self.prompts = Prompts()
         self._replicas = replicas
         self._tracer = tracer
@@ -133,6 +140,10 @@ class Forwarder:
         self._patience_s = patience_s
         self._keys = keys
         self._write_timeout_s = write_timeout_s
+
+    def limit(self, admission: Admission) -> None:
+        """Sets what tenants may use, before the first call; there are no limits without it."""
+        self._admission = admission
 
     def routes(self) -> list[tuple[Endpoint, int]]:
         """The ready endpoints, with the number of requests of this frontend in flight on each."""
@@ -167,25 +178,46 @@ class Forwarder:
         """
         if failure := self._oversize(request):
             return failure
-        writer = Writer(caller, self._write_timeout_s)
-        asked = self._replicas.ask(request, caller.invocation_metadata())
-        call = _Call(method, caller, span, writer, Progress(request), asked)
+        pairs, tenant = list(caller.invocation_metadata() or ()), current().tenant
+        try:
+            with self._admission.admit(tenant, prefix_salt(pairs, tenant), request) as admitted:
+                asked = self._replicas.ask(request, pairs, tenant)
+                writer = Writer(caller, self._write_timeout_s)
+                call = _Call(method, caller, span, writer, Progress(request), asked, admitted)
+                return await self._admitted(call, request)
+        except RefusedRequestError as error:
+            return Failure(Kind.ANSWERED, error.status)
+        except SlowReaderError as error:
+            return Failure(Kind.ANSWERED, error.status)
+
+    async def _admitted(self, call: _Call, request: Message) -> Failure | None:
+        """Raises SlowReaderError."""
         if failure := await self._held(call):
             return failure
         if failure := self._oversize(request):  # after a wait, the served model is known only now
             return failure
+        answered, failure = await self._from_outputs(call, request)
+        return failure if answered else await self._compute(call)
+
+    async def _compute(self, call: _Call) -> Failure | None:
+        """Has the request computed, when it is its tenant's turn. Raises SlowReaderError."""
+        admitted = call.admitted
+        if not admitted.tokens:
+            return await self._attempts(call)
         try:
-            answered, failure = await self._from_outputs(call, request)
-            return failure if answered else await self._attempts(call)
-        except SlowReaderError as error:
-            return Failure(Kind.ANSWERED, error.status)
+            use = admitted.use
+            async with self._turns.place(use.tenant, use.allowed.weight, admitted.tokens) as refusal:
+                return await self._attempts(call) if refusal is None else Failure(Kind.ANSWERED, refusal)
+        finally:
+            self._admission.spend(admitted, call.progress.used)
 
     async def _from_outputs(self, call: _Call, request: Message) -> tuple[bool, Failure | None]:
         """Serves a call by the output cache; returns whether it did, and why the response is incomplete."""
         if self._outputs is None or not isinstance(request, inference_pb2.GenerateRequest):
             return False, None
         metadata_, samples = call.context.invocation_metadata(), self._replicas.served.samples
-        key = key_of(request, metadata_, self._replicas.only_revision, samples=samples)
+        revision, tenant = self._replicas.only_revision, call.admitted.use.tenant
+        key = key_of(request, metadata_, revision, samples=samples, tenant=tenant)
         if key is None:
             return False, None
 
@@ -193,7 +225,8 @@ class Forwarder:
             progress = Progress(request)
             with self._tracer.start_as_current_span("compute", trace.set_span_in_context(call.span)) as span:
                 writer = Writer(flight, self._write_timeout_s)
-                failure = await self._attempts(_Call(call.method, flight, span, writer, progress, call.asked))
+                shared = _Call(call.method, flight, span, writer, progress, call.asked, call.admitted)
+                failure = await self._compute(shared)
             return failure, progress.revision
 
         resumed = request.resume.tokens
@@ -316,7 +349,7 @@ class Forwarder:
             f"/{call.method}", request_serializer=serialize
         )
         forwarded = metadata.selected(call.context.invocation_metadata(), self._keys)
-        told = (*forwarded, *metadata.of_caller(current()))
+        told = (*forwarded, *call.admitted.tenancy.metadata())
         traced = telemetry.inject(told, trace.set_span_in_context(call.span))
         return multicallable(request, timeout=clock.remaining_s(call.context), metadata=traced)
 

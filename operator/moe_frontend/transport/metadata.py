@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from moe_api import tenancy
-from moe_api.tenancy import Tenancy
-from moe_frontend.identity.caller import Caller
 
 Pairs = tuple[tuple[str, str | bytes], ...]
 
@@ -50,11 +48,6 @@ def request_id(metadata: Iterable[Any] | None) -> str:
     """The client's name for its request, bounded; "" if it gave none."""
     given = (value for key, value in metadata or () if key == "x-request-id" and _may_be_sent(key, value))
     return str(next(given, ""))[:_ID_MOST]
-
-
-def of_caller(caller: Caller) -> Pairs:
-    """What workers are told about the caller of a request: the tenant, if there is one."""
-    return Tenancy(caller.tenant).metadata()
 
 
 def _may_be_sent(key: str, value: str | bytes) -> bool:

@@ -80,6 +80,7 @@ class Replicas:
         self._requests = 0
         self._closing: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
+        self._listeners: list[Callable[[], None]] = []
 
     def __len__(self) -> int:
         return len(self._ready)
@@ -101,10 +102,16 @@ class Replicas:
         self._close_idle()
         self._changed.set()
         self._changed = asyncio.Event()
+        for listener in self._listeners:
+            listener()
 
-    def ask(self, request: Message, metadata: Iterable[Any] | None) -> Asked | None:
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Calls `listener` after each `update`."""
+        self._listeners.append(listener)
+
+    def ask(self, request: Message, metadata: Iterable[Any] | None, tenant: str = "") -> Asked | None:
         """The policy's view of a request, for `lease`; None without a policy."""
-        return None if self._policy is None else Asked(self._policy, question_of(request, metadata))
+        return None if self._policy is None else Asked(self._policy, question_of(request, metadata, tenant))
 
     async def change(self, most_s: float) -> None:
         """Waits until `update` is called, at most `most_s` seconds."""
@@ -147,6 +154,12 @@ class Replicas:
             max((endpoint.context_length for endpoint in known), default=0),
             max(per_token, default=0) if all(per_token) else 0,
         )
+
+    @property
+    def places(self) -> int:
+        """Requests that all ready replicas together accept; 0: not known."""
+        most = [endpoint.max_requests for endpoint in self.endpoints()]
+        return sum(most) if all(most) else 0
 
     @property
     def only_revision(self) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 from moe_operator.render import access, pods
 from moe_operator.render.objects import Manifest, child
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Pin
 from moe_operator.resources.frontend_spec import Frontend
+from moe_operator.resources.tenants_spec import TenantLimits
 
 # The pod owns the objects that the frontend publishes (moe_frontend.discovery.publishing).
 _POD_UID: Manifest = {
@@ -58,7 +61,21 @@ def _options(deployment: Deployment) -> dict[str, str]:
         **({"MOE_ROUTING": routing} if routing else {}),
         **_output_cache(deployment),
         **access.variables(deployment.spec.frontend),
+        **_tenants(deployment.spec.frontend),
     }
+
+
+def _tenants(settings: Frontend) -> dict[str, str]:
+    """What tenants may use; fields that have their defaults are left out."""
+    tenants = [{"name": tenant.name, **_limits(tenant)} for tenant in settings.tenants]
+    default = _limits(settings.default_tenant)
+    if not tenants and not default:
+        return {}
+    return {"MOE_TENANTS": json.dumps({"tenants": tenants, "default": default}, separators=(",", ":"))}
+
+
+def _limits(limits: TenantLimits) -> Manifest:
+    return limits.model_dump(by_alias=True, exclude_defaults=True, exclude={"name"})
 
 
 def _output_cache(deployment: Deployment) -> dict[str, str]:

@@ -8,10 +8,11 @@ from pydantic import ConfigDict, Field
 
 from moe_operator.resources import names
 from moe_operator.resources.access_spec import Auth, Tls
-from moe_operator.resources.base import Model, rules
+from moe_operator.resources.base import LIST_KEYS, LIST_TYPE, Model, rules
 from moe_operator.resources.pod_template import FrontendTemplate
 from moe_operator.resources.pods import LABEL_KEY, PodSettings
 from moe_operator.resources.role_fields import GRACE_RULE, IMAGE_RULE, template_text
+from moe_operator.resources.tenants_spec import TENANTS_MOST, Tenant, TenantLimits
 
 
 class Service(Model):
@@ -77,6 +78,18 @@ class Frontend(PodSettings):
         "PrefixAffinity: the one with the least left to compute, because it was sent the same beginning of a "
         "prompt. Session: the same one for all requests of a session (metadata x-session-id). RandomOfTwo: "
         "the less loaded of two. Default: LeastLoaded.",
+    )
+    tenants: list[Tenant] = Field(
+        default=[],
+        description="Tenants with limits and shares of their own (docs/tenants.md); defaultTenant has those "
+        "of all others. Default: none.",
+        max_length=TENANTS_MOST,
+        json_schema_extra={LIST_TYPE: "map", LIST_KEYS: ["name"]},
+    )
+    default_tenant: TenantLimits = Field(
+        default=TenantLimits(),
+        description="Limits and share of each tenant that tenants does not name. Callers that are not "
+        "authenticated are one tenant. Default: no limits.",
     )
     termination_grace_period_seconds: int = Field(
         default=60,
