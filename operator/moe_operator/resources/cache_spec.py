@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from moe_operator.resources import quantity
+from moe_operator.resources import duration, quantity
 from moe_operator.resources.base import Model, rules
 from moe_operator.resources.pods import Amount
 
@@ -26,10 +26,8 @@ class OutputCache(Model):
     ttl: str = Field(
         default="1h",
         description="How long an answer is valid: a number and s, m or h, e.g. 30m. Default: 1h.",
-        max_length=7,
-        json_schema_extra=rules(
-            ("self.matches('^[1-9][0-9]{0,5}[smh]$')", "ttl is a number and s, m or h, e.g. 30m")
-        ),
+        max_length=duration.LENGTH_MOST,
+        json_schema_extra=rules(duration.rule("ttl", "30m")),
     )
 
     @property
@@ -40,7 +38,7 @@ class OutputCache(Model):
     @property
     def ttl_seconds(self) -> int:
         """`ttl` in seconds."""
-        return int(self.ttl[:-1]) * {"s": 1, "m": 60, "h": 3600}[self.ttl[-1]]
+        return duration.seconds(self.ttl)
 
 
 class Cache(Model):

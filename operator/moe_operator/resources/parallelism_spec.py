@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from moe_operator.resources import quantity
+from moe_operator.resources import duration, quantity
 from moe_operator.resources.base import INT_OR_STRING, Model, rules
 from moe_operator.resources.pods import Quantity
 
@@ -57,10 +57,8 @@ class Rebalance(Model):
     interval: str = Field(
         default="5m",
         description="Least time between two rebalancings: a number and s, m or h, e.g. 10m. Default: 5m.",
-        max_length=7,
-        json_schema_extra=rules(
-            ("self.matches('^[1-9][0-9]{0,5}[smh]$')", "interval is a number and s, m or h, e.g. 10m")
-        ),
+        max_length=duration.LENGTH_MOST,
+        json_schema_extra=rules(duration.rule("interval", "10m")),
     )
     threshold: Quantity = Field(
         default="1.2",
@@ -79,7 +77,7 @@ class Rebalance(Model):
     @property
     def interval_seconds(self) -> int:
         """`interval` in seconds."""
-        return int(self.interval[:-1]) * {"s": 1, "m": 60, "h": 3600}[self.interval[-1]]
+        return duration.seconds(self.interval)
 
     @property
     def threshold_percentage(self) -> int:
