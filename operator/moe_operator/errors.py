@@ -22,7 +22,7 @@ class RetryableError(MoEOperatorError):
 
 
 class PermanentError(MoEOperatorError):
-    """A retry does not help: somebody has to change the object or the installation."""
+    """A retry does not help: the object or the installation has to be changed."""
 
 
 class ClusterUnavailableError(RetryableError, UnavailableError):

@@ -282,7 +282,7 @@ class Reconciler:
         self._announce(who, transitions(before, after))
 
     def _write(self, who: Identity, before: Status, after: Status) -> None:
-        """Writes the status, for users and for whoever collects metrics."""
+        """Writes the status to the API server and to the metrics."""
         self.states.record(Name(who.namespace, who.name), after)
         execute.write_status(self.cluster, who, before, after)
 

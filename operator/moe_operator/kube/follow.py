@@ -61,7 +61,7 @@ class Follower:
         return f"{self._kind} in {self._namespace}" if self._namespace else self._kind
 
     def stop(self) -> None:
-        """Lets the thread end; nobody needs to wait for it."""
+        """Lets the thread end; callers need not wait for it."""
         self._stopping.set()
 
     def replace(self, pages: Iterator[Page]) -> None:

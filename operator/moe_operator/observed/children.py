@@ -35,7 +35,7 @@ class Child:
     terminating: bool
     controller: Owner | None
     content: Manifest = field(repr=False)
-    """All of it, to be compared field by field with what is rendered, or copied; nobody else reads it."""
+    """The whole object, only to compare it with a rendered one or to copy it."""
 
     @classmethod
     def read(cls, manifest: Manifest) -> Self:

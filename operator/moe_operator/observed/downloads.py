@@ -10,7 +10,7 @@ class Download:
     """How far a pod is with downloading the model."""
 
     done: int
-    """Bytes that are there."""
+    """Downloaded bytes."""
     total: int
     """Bytes of the model; above 0."""
     seconds_left: int

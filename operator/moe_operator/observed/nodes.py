@@ -22,7 +22,7 @@ _UNMODELLED: Final[Mapping[str, Any]] = {
     "schedulingGates": None,
     "hostNetwork": False,
 }
-"""Fields of a pod's spec that the scheduler reads and nobody models here, each with its default."""
+"""Fields of a pod's spec that the scheduler reads and that are not modelled here, with their defaults."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def first_difference(desired: Any, actual: Any, path: str = "", owned: Owned = N
 
 
 def _unless(owned: Owned, path: str) -> str | None:
-    """The path, unless what is there is the operator's own."""
+    """The path, unless the operator owns the field."""
     return path if owned is None or owned is LOST else None
 
 

@@ -20,7 +20,7 @@ class FrontendState:
     ready: int = 0
     """Ready pods, at most the wanted number."""
     updated: bool = False
-    """All are of the template asked for, and none is there beyond them."""
+    """All have the desired template, and there is no additional one."""
     problem: tuple[str, Problem] | None = None
     """The first pod that cannot start, or the Deployment that cannot create pods, and why."""
 

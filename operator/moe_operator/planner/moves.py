@@ -82,7 +82,7 @@ class Moves:
 
 
 def moves(replicas: Collection[Replica], terms: Terms) -> Moves:
-    """What to do with the replicas that are there.
+    """What to do with the existing replicas.
 
     New replicas replace lost ones: a StatefulSet creates no new pod until it knows that the old one ended.
     """

@@ -1,4 +1,4 @@
-"""How far the current rollout is, and until when it must go on."""
+"""Progress of the current rollout, and its deadline."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class State:
     on_demand: bool = False
     """The deployment scales to zero: without a replica, the first request creates one."""
     conflicts: tuple[str, ...] = ()
-    """Wanted objects whose names somebody else's objects have."""
+    """Desired objects whose names belong to objects of other owners."""
     gated: bool = False
     """spec.quality asks for a checkpoint that is not much worse than its original."""
     deprecated: tuple[str, ...] = ()

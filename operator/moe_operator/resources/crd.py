@@ -150,7 +150,7 @@ def manifest() -> dict[str, Any]:
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        # helm leaves it, and with it everybody's objects, where they are when the chart is uninstalled.
+        # helm keeps it, and with it all MoEDeployments, when the chart is uninstalled.
         "metadata": {
             "name": f"{names.PLURAL}.{names.GROUP}",
             "annotations": {"helm.sh/resource-policy": "keep"},

@@ -43,7 +43,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Pin:
-    """A pod template as it was rendered, and the spec that it was rendered from, both as JSON values."""
+    """A rendered pod template and the spec from which it was rendered, both as JSON values."""
 
     spec: Mapping[str, Any]
     template: Mapping[str, Any]
@@ -84,9 +84,9 @@ class Deployment:
     spec: Spec
     status: Status
     restarted_at: str = ""
-    """When somebody asked for a restart last; empty where nobody did. Another text is another restart."""
+    """Time of the last requested restart; empty if there was none. Another text is another restart."""
     pinned: Mapping[str, Pin] = field(default_factory=dict)
-    """Pod templates by role: those that were rendered before and still hold, or else today's."""
+    """Pod templates by role: those that were rendered before and are still valid, or new ones."""
     operator_namespace: str = ""
     """Where the operator runs; empty if it does not know."""
 
@@ -102,15 +102,15 @@ class Deployment:
 
     @property
     def scales_to_zero(self) -> bool:
-        """Whether scaling may take the last replica, and a request brings it back."""
+        """Whether scaling may delete the last replica, and a request creates one again."""
         return self.spec.scaling is not None and self.spec.scaling.scales_to_zero
 
     @property
     def wanted_replicas(self) -> int:
-        """Replicas that there shall be now.
+        """Desired number of replicas.
 
-        In mode Auto what the scaler decided last, or what there was before, within today's bounds. Else what
-        the spec says: what a user, an autoscaler of theirs or, last, scaling in mode Auto wrote.
+        In mode Auto it is the scaler's last decision, or the number before the first one, within the current
+        bounds. Otherwise it is spec.replicas, which a user, another autoscaler or mode Auto has written.
         """
         scaling, decided = self.spec.scaling, self.status.scaling
         if scaling is None or scaling.mode is not Mode.AUTO:
@@ -120,10 +120,10 @@ class Deployment:
 
     @property
     def replicas_to_record(self) -> int | None:
-        """What spec.replicas is to become; None where it says so already, or is for others to set.
+        """The number to write into spec.replicas; None if it is there already, or others set the field.
 
-        It follows what scaling decides, and before the first decision what there is, so that replicas stay
-        as they are when scaling is turned off.
+        It follows the decisions of scaling, and before the first one the existing number, so that replicas
+        stay as they are when scaling is turned off.
         """
         scaling, decided = self.spec.scaling, self.status.scaling
         if scaling is None or scaling.mode is not Mode.AUTO:
@@ -152,13 +152,13 @@ def parse(body: Mapping[str, Any]) -> Deployment:
 
 
 def restarted_at(body: Mapping[str, Any]) -> str:
-    """What the annotation says by which users ask for a restart, bounded; empty where there is none."""
+    """The annotation by which users request a restart, bounded; empty if there is none."""
     annotations = body["metadata"].get("annotations") or {}
     return str(annotations.get(names.ANNOTATION_RESTARTED, ""))[:_RESTARTED_MOST]
 
 
 def parse_status(body: Mapping[str, Any]) -> Status:
-    """The object's status; an empty one when there is none, or somebody broke what we wrote last."""
+    """The object's status; an empty one if there is none, or it is not valid any more."""
     try:
         return Status.model_validate(body.get("status") or {})
     except ValidationError:

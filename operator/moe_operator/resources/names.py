@@ -89,7 +89,7 @@ DEFAULT_OPERATOR_IMAGE: Final = "ghcr.io/moe-operator/operator:dev"
 
 NAME_LENGTH_MOST: Final = 40
 """A StatefulSet's name plus an 11-character hash must fit a label (63), and ours adds a rank of up to 4
-digits; 40 leaves room for the names to come."""
+digits; 40 leaves room for future names."""
 
 
 def replica(name: str, data_rank: int) -> str:

@@ -158,7 +158,7 @@ def from_openapi(document: Mapping[str, Any]) -> dict[str, Any]:
     """Structural schema of a PodSpec, from Kubernetes' description of apps/v1."""
     definitions = document["components"]["schemas"]
     found = _convert(definitions["io.k8s.api.core.v1.PodSpec"], definitions)
-    del found["required"]  # whoever only sets an affinity names no container
+    del found["required"]  # a template that only sets an affinity names no container
     return found
 
 

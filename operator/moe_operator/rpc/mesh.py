@@ -36,7 +36,7 @@ class MeshReader:
     _known: dict[str, tuple[float, MeshReading | None]] = field(default_factory=dict)
 
     def read(self, leaders: Iterable[Pod], timeout_seconds: float) -> dict[str, MeshReading]:
-        """What each leader says, by pod name; those that do not answer in time are left out."""
+        """The report of each leader, by pod name, without leaders that do not respond in time."""
         leaders, now = list(leaders), time.monotonic()
         with self._lock:
             known = {pod.uid: self._known[pod.uid] for pod in leaders if pod.uid in self._known}

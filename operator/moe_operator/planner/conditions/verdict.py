@@ -11,7 +11,7 @@ from moe_operator.planner.decision import timestamp
 from moe_operator.resources.status import Condition, Status
 
 _MESSAGE_MOST = 4096
-"""Maximum characters of a message: Kubernetes allows 32768, which nobody reads."""
+"""Maximum characters of a message: Kubernetes allows 32768, which is too long to read."""
 
 
 @dataclass(frozen=True)
