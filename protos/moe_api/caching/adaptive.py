@@ -22,6 +22,7 @@ from moe_api.caching.policy import ANSWERS, KINDS, K
 _LEVELS: Final = (0, 1, 2, 3, 4, 4, 4, 4, 5, 5, 5, 5, 5, 5, 5, 5)
 """Level of a number of uses; 6 from 16 on."""
 _TOP_LEVEL: Final = 6
+_USES_MOST: Final = len(_LEVELS)
 _OCTAVES: Final = 40
 _HISTORY: Final = 3
 """Evicted keys that are remembered, as a multiple of the capacity."""
@@ -39,6 +40,20 @@ _WINDOWS: Final = (0.5, 1.0, 2.0)
 """How far to look ahead, as multiples of the capacity: what counts is the best rate of use among these."""
 _REPICK: Final = 32
 """Evictions from one class before the classes are compared again."""
+
+
+def _class_of(uses: int, kind: int) -> int:
+    """New keys are told apart by all that is known of the access, keys used again by the answer only."""
+    level = _LEVELS[uses] if uses < _USES_MOST else _TOP_LEVEL
+    if level > 3:
+        return level * KINDS
+    return level * KINDS + (kind if level == 1 else kind % ANSWERS)
+
+
+_CLASSES: Final = tuple(
+    tuple(_class_of(uses, kind) for kind in range(KINDS)) for uses in range(_USES_MOST + 1)
+)
+"""Class by number of uses (_USES_MOST stands for more, too) and kind."""
 
 _Rates = list[float]
 _Entry = tuple[int, int, int]
@@ -69,9 +84,19 @@ class Adaptive(Generic[K]):
 
     def hit(self, key: K, kind: int = 0) -> None:
         """As `Policy.hit`."""
-        entry = self._entries[key]
-        del self._queues[entry[0]][key]
-        self._use(key, entry, kind)
+        self._now = now = self._now + 1
+        if now >= self._next_fit:
+            self._fit()
+        of, last, uses = self._entries[key]
+        self._uses[of][(now - last).bit_length()] += 1.0
+        uses += 1
+        new = _CLASSES[min(uses, _USES_MOST)][kind]
+        if new == of:
+            self._queues[of].move_to_end(key)
+        else:
+            del self._queues[of][key]
+            self._queue(new)[key] = None
+        self._entries[key] = new, now, uses
 
     def evict(self, incoming: K) -> K:  # noqa: ARG002
         """As `Policy.evict`."""
@@ -86,33 +111,29 @@ class Adaptive(Generic[K]):
 
     def admit(self, key: K, kind: int = 0) -> None:
         """As `Policy.admit`."""
-        self._use(key, self._history.pop(key, None), kind)
+        self._now = now = self._now + 1
+        if now >= self._next_fit:
+            self._fit()
+        uses = 1
+        if (before := self._history.pop(key, None)) is not None:
+            of, last, uses = before
+            self._uses[of][(now - last).bit_length()] += 1.0
+            uses += 1
+        of = _CLASSES[min(uses, _USES_MOST)][kind]
+        self._queue(of)[key] = None
+        self._entries[key] = of, now, uses
 
     def remove(self, key: K) -> None:
         """As `Policy.remove`."""
         entry = self._entries.pop(key)
         del self._queues[entry[0]][key]
 
-    def _use(self, key: K, before: _Entry | None, kind: int) -> None:
-        self._now = now = self._now + 1
-        if now >= self._next_fit:
-            self._fit()
-        count = 1
-        if before is not None:
-            of, last, uses = before
-            count = uses + 1
-            self._uses[of][(now - last).bit_length()] += 1.0
-        of = _class_of(count, kind)
+    def _queue(self, of: int) -> OrderedDict[K, None]:
         queue = self._queues.get(of)
         if queue is None:
-            queue = self._new_class(of)
-        queue[key] = None
-        self._entries[key] = of, now, count
-
-    def _new_class(self, of: int) -> OrderedDict[K, None]:
-        self._uses[of] = [0.0] * _OCTAVES
-        self._exposure[of] = [0.0] * _OCTAVES
-        queue = self._queues[of] = OrderedDict()
+            self._uses[of] = [0.0] * _OCTAVES
+            self._exposure[of] = [0.0] * _OCTAVES
+            queue = self._queues[of] = OrderedDict()
         return queue
 
     def _pick(self) -> None:
@@ -165,14 +186,6 @@ class Adaptive(Generic[K]):
         self._overall = [uses / time if time else 0.0 for uses, time in zip(used, seen, strict=True)]
         self._rates.clear()
         self._picks_left = 0
-
-
-def _class_of(uses: int, kind: int) -> int:
-    """New keys are told apart by all that is known of the access, keys used again by the answer only."""
-    level = _LEVELS[uses] if uses < len(_LEVELS) else _TOP_LEVEL
-    if level > 3:
-        return level * KINDS
-    return level * KINDS + (kind if level == 1 else kind % ANSWERS)
 
 
 def _sums(of_classes: dict[int, _Rates]) -> _Rates:
