@@ -24,7 +24,7 @@ test: setup-all ## Run all tests except the long ones (ARGS="-k name" for some)
 
 soak: setup-all ## Run the long tests: scalings, rollouts and faults under load, random manifests (1 to 2 hours)
 	timeout 1800 $(BIN)/python -m pytest -m slow $(ARGS)
-	timeout 5400 $(BIN)/python -m pytest -m soak -s tests/soak $(ARGS)
+	timeout 7800 $(BIN)/python -m pytest -m soak -s tests/soak $(ARGS)
 	timeout 1800 $(BIN)/python -m benchmarks.faults
 	MOE_FUZZ=10000 timeout 3600 $(BIN)/python -m pytest -s tests/operator/test_fuzz.py
 

@@ -78,6 +78,11 @@ def tokens_of(loaded, options, sampling):
     ids=[*CASES, *SLOW],
 )
 def test_a_mesh_computes_what_one_process_computes(tmp_path, family, shape, options):
+    compare_with_one_process(tmp_path, family, shape, options)
+
+
+def compare_with_one_process(tmp_path, family, shape, options):
+    """Logits, greedy and seeded tokens, and the tokens of each expert."""
     checkpoint = write_checkpoint(tmp_path, family=family, num_hidden_layers=LAYERS)
     mesh = {"mesh": shape, "mesh_leader": free_address(), **OPTIONS, **options}
     alone = {**OPTIONS, **options, "redundant_experts": 0}
