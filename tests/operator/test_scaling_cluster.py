@@ -24,6 +24,7 @@ import pytest
 from localcluster import Cluster, Forward
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
 from moe_operator.autoscaling.model.history import History
+from moe_operator.resources import names
 from moe_tools.load.trace import read
 from tests.e2e.serving import kill_processes
 from tests.operator.live import STANDIN_PATH, Live, eventually, manifest
@@ -112,10 +113,16 @@ def status(live: Live, name: str) -> dict[str, Any]:
 
 
 def kept(live: Live, name: str) -> History:
-    return History.load(live.get("scalinghistories", name)["rates"])
+    """The stored minutes: the whole history, and the minutes since it was written."""
+    rates = {one["metadata"]["name"]: one["rates"] for one in live.list("scalinghistories")}
+    history = History.load(rates[name])
+    if names.recent_history(name) in rates:
+        history.extend(History.load(rates[names.recent_history(name)]))
+    return history
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_replicas_follow_a_recorded_day_through_the_death_of_the_operator(fast):
     fast.apply(scaled("day", {"minReplicas": 1}, env=FAST))
     fast.apply(scaled("advised", {"mode": "Advisory"}, env=FAST, replicas=1))
