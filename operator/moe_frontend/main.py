@@ -14,7 +14,7 @@ from moe_api import telemetry
 from moe_api.visible import LOG_MOST, guard_logs, one_line
 from moe_api.writing import WRITE_TIMEOUT_S
 from moe_frontend.edges import Guards
-from moe_frontend.parameters import FOLDER, Addresses, Keys, KeySet, Tenants
+from moe_frontend.parameters import FOLDER, Addresses, KeySet, MetadataKeys, Tenants
 from moe_frontend.policy import balancing, routing
 from moe_frontend.serving import Options, serve
 from moe_frontend.transport import metadata
@@ -75,7 +75,7 @@ from moe_operator.errors import MoEOperatorError
 )
 @click.option(
     "--forward-metadata",
-    type=Keys(),
+    type=MetadataKeys(),
     default=",".join(sorted(metadata.DEFAULT_KEYS)),
     envvar="MOE_FORWARD_METADATA",
     show_default=True,

@@ -25,7 +25,7 @@ class Addresses(click.ParamType[tuple[str, ...]]):
             self.fail(str(error), param, ctx)
 
 
-class Keys(click.ParamType[frozenset[str]]):
+class MetadataKeys(click.ParamType[frozenset[str]]):
     """``KEY[,KEY...]``."""
 
     name = "KEY,..."
