@@ -17,6 +17,7 @@ from moe_frontend.outputs.key import key_of
 from moe_frontend.outputs.store import Store
 
 STOP = inference_pb2.FINISH_REASON_STOP
+LONG = (pytest.mark.slow, pytest.mark.timeout(1200))
 
 
 def stored(text, tokens=(1, 2, 3)):
@@ -55,7 +56,7 @@ def test_a_long_answer_takes_time_in_proportion_to_its_length():
     assert time.process_time() - began < 5  # 18 s if each message copies the text so far
 
 
-@pytest.mark.parametrize("count", [50_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [50_000, pytest.param(1_000_000, marks=LONG)])
 def test_every_field_of_a_request_is_in_its_key(count):
     """Random requests: keys are equal exactly where all fields are."""
     chance, seen = random.Random(1), {}
@@ -79,7 +80,7 @@ def test_every_field_of_a_request_is_in_its_key(count):
     assert len(set(seen.values())) == len(seen) > 0.9 * count
 
 
-@pytest.mark.parametrize("count", [20_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [20_000, pytest.param(1_000_000, marks=LONG)])
 def test_memory_stays_within_the_limit(count):
     """Short answers, of which the objects around the text are most; measured by Python's allocator."""
     limit = 300 * count // 4
