@@ -32,7 +32,7 @@ from moe_worker.kvcache.paged import CacheShape, PagedCache
 from moe_worker.mesh.cuda_stage import CudaStage
 from moe_worker.mesh.member import Member, join
 from moe_worker.mesh.messages import End
-from moe_worker.mesh.part import stage_of
+from moe_worker.mesh.part import places_of, stage_of
 from moe_worker.mesh.runner import MeshRunner
 from moe_worker.models import cuda_graph, cuda_runner
 from moe_worker.models.batch import Batch, Segment
@@ -98,7 +98,8 @@ class Case:
         )
         cuts = [round(total * stage / member.shape.pipeline) for stage in range(member.shape.pipeline + 1)]
         layers = range(cuts[member.number], cuts[member.number + 1])
-        stage = stage_of(self.config, member, layers, redundant, device)
+        places = places_of(self.config, member, redundant, {})
+        stage = stage_of(self.config, member, layers, places, device)
 
         def cache(count: int) -> PagedCache:
             return PagedCache.allocate(CacheShape(count, width, PAGE, torch.bfloat16), pages, device)

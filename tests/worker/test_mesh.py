@@ -1,7 +1,9 @@
 """A replica of several processes gives what one process gives; strangers are refused with a sentence."""
 
 import contextlib
+import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -12,8 +14,10 @@ from dataclasses import replace
 import pytest
 
 from moe_api.worker.v1 import worker_pb2
+from moe_worker.config import read_model_config
 from moe_worker.config.engine import EngineOptions
 from moe_worker.config.mesh import MeshShape
+from moe_worker.config.routing_report import read_routing_report
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.loading import load
 from moe_worker.engine.offline import Engine
@@ -24,6 +28,7 @@ from moe_worker.mesh.errors import MeshError
 from moe_worker.mesh.joining import Identity, gather_ranks, join_leader, listener_at
 from moe_worker.mesh.member import SECRET
 from moe_worker.mesh.messages import Welcome
+from moe_worker.mesh.places import advised
 from moe_worker.sampling.parameters import SamplingParameters
 from tests.checkpoints import write_checkpoint
 from tests.worker.mesh_ranks import Processes, followers, free_address
@@ -84,6 +89,8 @@ def test_a_mesh_computes_what_one_process_computes(tmp_path, family, shape, opti
 def compare_with_one_process(tmp_path, family, shape, options):
     """Logits, greedy and seeded tokens, and the tokens of each expert."""
     checkpoint = write_checkpoint(tmp_path, family=family, num_hidden_layers=LAYERS)
+    if family == "deepseek_v3":
+        write_routing_report(checkpoint)
     mesh = {"mesh": shape, "mesh_leader": free_address(), **OPTIONS, **options}
     alone = {**OPTIONS, **options, "redundant_experts": 0}
     others = followers(checkpoint, MeshShape.parse(shape).ranks, **mesh)
@@ -104,6 +111,23 @@ def compare_with_one_process(tmp_path, family, shape, options):
             )
         engine._loaded.member.close()
         assert others.wait(DEADLINE_S) == [0] * len(others.processes), others.errors
+
+
+def write_routing_report(checkpoint):
+    """Loads and domains by which the mesh places experts otherwise than in their order."""
+    config, draw = read_model_config(checkpoint / "config.json"), random.Random(1)
+    layers = [str(layer) for layer in range(LAYERS) if layer not in config.dense_layers]
+
+    def shares():
+        drawn = [draw.random() ** 3 for _ in range(config.moe.routed)]
+        return [each / sum(drawn) for each in drawn]
+
+    domains = {"names": ["a", "b"], "named": 2, "shares": {layer: [shares(), shares()] for layer in layers}}
+    report = {"least_mass": 1.0, "loads": {layer: shares() for layer in layers}, "domains": domains}
+    (checkpoint / "routing.json").write_text(json.dumps(report))
+    start = advised(config, 2, 2, read_routing_report(checkpoint))
+    assert sorted(start) == sorted(map(int, layers))
+    assert len(set(start.values())) > 1
 
 
 @pytest.mark.parametrize("ranks", [3])

@@ -13,9 +13,8 @@ from moe_worker.config.mesh import MeshShape
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.offline import Engine
 from moe_worker.engine.requests import Request
-from moe_worker.mesh import recovery
+from moe_worker.mesh import part, recovery
 from moe_worker.mesh.errors import MeshError
-from moe_worker.mesh.part import stage_of
 from moe_worker.mesh.places import ExpertPlaces
 from moe_worker.mesh.recovery import may_spare
 from moe_worker.sampling.parameters import SamplingParameters
@@ -128,7 +127,8 @@ def test_a_new_rank_of_a_mesh_that_serves_without_another_finds_experts_among_th
     member = SimpleNamespace(
         shape=MeshShape(1, 3), place=1, number=0, moved={}, group=None, places=lambda _: [0, 1]
     )
-    stage = stage_of(config, member, range(1), 6, torch.device("cpu"))
+    places = part.places_of(config, member, 6, {})
+    stage = part.stage_of(config, member, range(1), places, torch.device("cpu"))
     table = stage.dispatches[0].table
     assert (table.ranks, table.each) == (2, 4)
     found = table.places(torch.arange(6).unsqueeze(1)).flatten().tolist()

@@ -10,7 +10,7 @@ from moe_worker.config.model import ModelConfig
 from moe_worker.mesh.dispatch import AllToAllDispatch, PlaceTable
 from moe_worker.mesh.layers import layer_ranges
 from moe_worker.mesh.member import Member
-from moe_worker.mesh.places import ExpertPlaces
+from moe_worker.mesh.places import ExpertPlaces, Moved
 from moe_worker.models.safetensors import StoredTensor
 from moe_worker.models.stage import Stage
 
@@ -21,19 +21,19 @@ def part_of(
     config: ModelConfig,
     member: Member,
     stored: Mapping[str, StoredTensor],
-    redundant: int,
+    places: ExpertPlaces,
     device: torch.device,
 ) -> Stage:
     """What this rank holds. Raises SettingsError where the model cannot be spread over the mesh."""
     layers = stage_ranges(config, member.shape, stored)[member.number]
-    return stage_of(config, member, layers, redundant, device)
+    return stage_of(config, member, layers, places, device)
 
 
 def stage_of(
-    config: ModelConfig, member: Member, layers: range, redundant: int, device: torch.device
+    config: ModelConfig, member: Member, layers: range, places: ExpertPlaces, device: torch.device
 ) -> Stage:
-    """This rank's part of `layers`. Raises SettingsError where experts cannot be spread over the ranks."""
-    places, routed = places_of(config, member, redundant), config.moe.routed
+    """This rank's part of `layers`."""
+    routed = config.moe.routed
     own = [layer for layer in places.layers if layer in layers]
     held = {layer: places.held(layer, member.place) for layer in own}
     dispatches = {
@@ -49,9 +49,9 @@ def place_table(places: ExpertPlaces, member: Member, layer: int, device: torch.
     return PlaceTable(places.among(layer, present), places.experts, len(present), device)
 
 
-def places_of(config: ModelConfig, member: Member, redundant: int) -> ExpertPlaces:
+def places_of(config: ModelConfig, member: Member, redundant: int, start: Moved) -> ExpertPlaces:
     """Where experts are now. Raises SettingsError where they cannot be spread over the ranks."""
-    places = ExpertPlaces(config, member.shape.expert, redundant)
+    places = ExpertPlaces(config, member.shape.expert, redundant, start)
     places.adopt(member.moved)
     return places
 

@@ -6,35 +6,67 @@ Legend: E routed experts of a layer, M places over the ranks of a stage.
 from collections.abc import Iterable, Mapping, Sequence
 
 from moe_worker.config.model import ModelConfig
+from moe_worker.config.routing_report import RoutingReport
+from moe_worker.mesh.affinity import gathered
 from moe_worker.mesh.errors import MeshError
 from moe_worker.mesh.placement import Topology, placement
 
 Moved = Mapping[int, tuple[int, ...]]
 
 
-class ExpertPlaces:
-    """Places of a model's routed experts over the `ranks` of a stage; at the start as for equal loads.
+def advised(config: ModelConfig, ranks: int, redundant: int, report: RoutingReport | None) -> Moved:
+    """Places by layer [M] that suit the loads and domains in the checkpoint's routing.json, if it has them.
 
-    layers: those with routed experts; none where a stage has one rank. moved: by layer, the expert at each
-    place [M], where it is not that of the start. Raises SettingsError where experts cannot be spread evenly.
+    Raises SettingsError where experts cannot be spread evenly.
+    """
+    if report is None or ranks == 1:
+        return {}
+    topology, experts = _topology(config, ranks), config.moe.routed
+    found = {}
+    for layer in _routed(config):
+        loads_E = report.loads.get(layer, ())
+        if len(loads_E) != experts or not sum(loads_E):
+            continue
+        (places_M,) = placement([loads_E], topology, redundant)
+        shares_NE = () if report.domains is None else report.domains.shares.get(layer, ())
+        if shares_NE and len(shares_NE[0]) == experts:
+            places_M = gathered(places_M, shares_NE, loads_E, ranks, config.moe.routing.top_k)
+        found[layer] = places_M
+    return found
+
+
+def _topology(config: ModelConfig, ranks: int) -> Topology:
+    return Topology(ranks, groups=config.moe.routing.groups, apart=True)
+
+
+def _routed(config: ModelConfig) -> Iterable[int]:
+    return (layer for layer in range(config.num_hidden_layers) if layer not in config.dense_layers)
+
+
+class ExpertPlaces:
+    """Places of a model's routed experts over the `ranks` of a stage.
+
+    layers: those with routed experts; none where a stage has one rank. start: by layer, the expert at each
+    place [M], where that is not the placement for equal loads. moved: as `start`, of layers whose experts
+    have moved since. Raises SettingsError where experts cannot be spread evenly.
     """
 
-    def __init__(self, config: ModelConfig, ranks: int, redundant: int) -> None:
+    def __init__(self, config: ModelConfig, ranks: int, redundant: int, start: Moved | None = None) -> None:
         self.ranks, self.experts, self.redundant = ranks, config.moe.routed, redundant
-        self.topology = Topology(ranks, groups=config.moe.routing.groups, apart=True)
-        routed = (layer for layer in range(config.num_hidden_layers) if layer not in config.dense_layers)
-        self.layers = tuple(routed) if ranks > 1 else ()
+        self.topology = _topology(config, ranks)
+        self.layers = tuple(_routed(config)) if ranks > 1 else ()
         self.moved: dict[int, tuple[int, ...]] = {}
+        self._start = start or {}
         if self.layers:
-            (self._start_M,) = placement([[1.0] * self.experts], self.topology, redundant)
+            (self._even_M,) = placement([[1.0] * self.experts], self.topology, redundant)
 
     def of(self, layer: int) -> tuple[int, ...]:
         """The expert at each place, [M]."""
-        return self.moved.get(layer, self._start_M)
+        return self.moved.get(layer) or self._start.get(layer, self._even_M)
 
     def held(self, layer: int, own: int) -> tuple[int, ...]:
         """The experts at the places of rank number `own` of the stage."""
-        each = len(self._start_M) // self.ranks
+        each = len(self._even_M) // self.ranks
         return self.of(layer)[own * each : (own + 1) * each]
 
     def among(self, layer: int, present: Sequence[int]) -> tuple[int, ...]:
@@ -43,7 +75,7 @@ class ExpertPlaces:
 
     def move(self, layer: int, places_M: tuple[int, ...]) -> None:
         """Raises MeshError where `places_M` is no placement of all experts of `layer`."""
-        if layer not in self.layers or len(places_M) != len(self._start_M):
+        if layer not in self.layers or len(places_M) != len(self._even_M):
             raise MeshError(
                 f"the leader places {len(places_M)} experts in layer {layer}; start all ranks again"
             )
