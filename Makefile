@@ -20,7 +20,7 @@ demo: setup ## Start a local Kubernetes, serve the example, stream text and show
 # former stays in one process, because its tests build on each other. 5: no test was chosen.
 test: setup-all ## Run all tests except the long ones (ARGS="-k name" for some)
 	$(BIN)/python -m pytest -m "cluster and not soak and not slow" -n 2 --dist loadfile --no-loadscope-reorder $(or $(ARGS),$(addprefix tests/,chart e2e frontend localcluster operator)) || [ $$? = 5 ]
-	$(BIN)/python -m pytest -m "not cluster and not soak and not slow" -n 2 --dist loadfile $(ARGS) || [ $$? = 5 ]
+	$(BIN)/python -m pytest -m "not cluster and not soak and not slow" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS) || [ $$? = 5 ]
 
 soak: setup-all ## Run the long tests: scalings, rollouts and faults under load, random manifests (1 to 2 hours)
 	timeout 1800 $(BIN)/python -m pytest -m slow $(ARGS)

@@ -20,6 +20,13 @@ LONGEST = (
     *("e2e/test_line.py", "operator/test_scaling_cluster.py", "operator/test_rollout_live.py"),
     *("operator/test_reconcile.py", "localcluster/test_lifecycle.py", "localcluster/test_workloads.py"),
     *("chart/test_life.py", "chart/test_rights.py"),
+    *(
+        "worker/test_interpreted.py",
+        "worker/test_mesh.py",
+        "operator/test_fuzz.py",
+        "packaging/test_image.py",
+    ),
+    *("e2e/test_replay.py", "worker/test_mesh_recovery.py", "worker/test_leaving.py"),
 )
 """They begin first, so that at the end no process waits for another one's long file."""
 

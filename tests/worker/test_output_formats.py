@@ -5,7 +5,6 @@ import re
 import threading
 
 import grpc
-import jsonschema
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -38,6 +37,13 @@ EXPRESSION = OutputFormat("regex", r"[a-z]{3,9}-[0-9]{2}")
 PROMPT = (5, 6, 7, 5)
 
 
+def validate(text, schema):
+    """Raises an error if `text` is not JSON of `schema`."""
+    import jsonschema  # noqa: PLC0415 - imports a grammar for seconds, in each process that collects tests
+
+    jsonschema.validate(json.loads(text), schema)
+
+
 def texts(engine, output_format, count=4, flights=None, max_tokens=480, written=()):
     """(text, finish reason, tokens) of seeded samples in one batch, and of one free text next to them."""
     core = EngineCore(engine._loaded, EngineOptions(threads=1, max_batch_size=8), flights=flights)
@@ -59,7 +65,7 @@ def texts(engine, output_format, count=4, flights=None, max_tokens=480, written=
 def test_every_text_of_a_batch_has_its_format(engine, flights):
     for text, reason, _ in texts(engine, SCHEMA, flights=flights)[:-1]:
         assert reason is FinishReason.STOP
-        jsonschema.validate(json.loads(text), PERSON)
+        validate(text, PERSON)
     for text, reason, _ in texts(engine, EXPRESSION, flights=flights)[:-1]:
         assert reason is FinishReason.STOP
         assert re.fullmatch(EXPRESSION.text, text)
@@ -146,7 +152,7 @@ def test_texts_satisfy_any_schema(engine, schema):
         engine, OutputFormat("json_schema", json.dumps(schema)), count=1, max_tokens=300
     )[0]
     assert reason is FinishReason.STOP
-    jsonschema.validate(json.loads(text), schema)
+    validate(text, schema)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +172,7 @@ def ask(worker, sampling=None, **output_format):
 
 
 def test_a_served_text_has_its_format(serving):
-    jsonschema.validate(json.loads(ask(serving, json_schema=SCHEMA.text)), PERSON)
+    validate(ask(serving, json_schema=SCHEMA.text), PERSON)
     assert re.fullmatch("[ab]{4}", ask(serving, regex="[ab]{4}"))
 
 

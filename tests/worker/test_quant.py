@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,11 +18,16 @@ def normal(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def scheme(group, symmetric):
+def package(group, symmetric):
+    """The compressor of the package, and its description of these weights."""
+    # Imported here, because it takes seconds in each process that collects tests.
+    from compressed_tensors.compressors.pack_quantized import base  # noqa: PLC0415
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme  # noqa: PLC0415
+
     weights = QuantizationArgs(
         num_bits=4, type="int", symmetric=symmetric, strategy="group", group_size=group
     )
-    return QuantizationScheme(targets=["Linear"], weights=weights)
+    return base.PackedQuantizationCompressor, QuantizationScheme(targets=["Linear"], weights=weights)
 
 
 def asymmetric(weight, group):
@@ -70,7 +73,8 @@ def test_a_group_of_zeros_stays_zero():
 def test_the_package_reads_what_we_write(symmetric, seed, outputs, groups, group):
     weight = normal(seed, outputs, groups * group)
     ours = quantize_int4(weight, group) if symmetric else asymmetric(weight, group)
-    theirs = PackedQuantizationCompressor.decompress(layout.to_tensors(ours), scheme(group, symmetric))
+    compressor, scheme = package(group, symmetric)
+    theirs = compressor.decompress(layout.to_tensors(ours), scheme)
     assert torch.equal(theirs["weight"], ours.dequantize())
 
 
@@ -84,8 +88,9 @@ def test_we_read_what_the_package_writes(symmetric, dtype, seed, outputs, groups
     state = {"weight": weight.to(dtype), "weight_scale": rounded.scales_OG.to(dtype)}
     if not symmetric:
         state["weight_zero_point"] = rounded.zeros_OG
-    stored = PackedQuantizationCompressor.compress(state, scheme(group, symmetric))
-    theirs = PackedQuantizationCompressor.decompress(stored, scheme(group, symmetric))["weight"]
+    compressor, scheme = package(group, symmetric)
+    stored = compressor.compress(state, scheme)
+    theirs = compressor.decompress(stored, scheme)["weight"]
     ours = layout.from_tensors(stored, groups * group, group)
     assert torch.equal(ours.dequantize(), theirs)
 

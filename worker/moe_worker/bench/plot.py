@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from moe_worker.bench.measure import Result
 
 
 def plot(results: Sequence[Result], title: str, path: Path) -> None:
     """Writes the picture; its format is the file's suffix."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 - takes a second; only the end draws
+
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     latencies = [result.tpot_ms for result in results]
