@@ -7,13 +7,19 @@ None.
 from collections.abc import Iterator
 from typing import Final
 
-from moe_api.inference.v1.inference_pb2 import OutputFormat
+from moe_api.inference.v1.inference_pb2 import OutputFormat, TaggedValues
 
 MODEL_MOST: Final = 253
 """Characters of a served name that a request may ask for."""
 
 FORMAT_MOST: Final = {"json_schema": 65_536, "regex": 4_096, "after": 64}
 """Characters of the fields of an output format."""
+
+TAGS_MOST: Final = 128
+TAGGED_MOST: Final = 65_536
+"""Characters of all tags of tagged values."""
+BETWEEN_MOST: Final = 256
+"""Characters of each text before, between and behind tagged values."""
 
 
 def characters_for(tokens: int, characters_per_token: int) -> int:
@@ -51,3 +57,15 @@ def of_output_format(output_format: OutputFormat) -> Iterator[tuple[str, str | N
     """(field, problem) of each text of an output format."""
     for field, most in FORMAT_MOST.items():
         yield f"output_format.{field}", of_name(len(getattr(output_format, field)), most)
+    if output_format.HasField("tagged"):
+        yield from _of_tagged(output_format.tagged)
+
+
+def _of_tagged(tagged: TaggedValues) -> Iterator[tuple[str, str | None]]:
+    for field in ("before", "between", "behind"):
+        yield f"output_format.tagged.{field}", of_name(len(getattr(tagged, field)), BETWEEN_MOST)
+    if problem := of_list(len(tagged.tags), TAGS_MOST, "tags"):
+        yield "output_format.tagged.tags", problem
+        return
+    total = sum(len(tag.begin) + len(tag.json_schema) + len(tag.end) for tag in tagged.tags)
+    yield "output_format.tagged.tags", of_name(total, TAGGED_MOST)

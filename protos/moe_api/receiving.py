@@ -17,7 +17,8 @@ from google.rpc import status_pb2
 from moe_api import rich_status
 
 BYTES_MOST: Final = 256 * 2**20
-"""Bytes of all messages that are being received; as many again of those whose calls are in progress."""
+"""Bytes of all messages that are being received; as many again of those whose calls are in progress. Bodies
+of HTTP requests count as in progress from their first byte on."""
 SMALL: Final = 64 * 2**10
 SMALL_ONLY: Final = 64 * 2**20
 """Bytes of `BYTES_MOST` that are for requests of up to `SMALL` bytes, so that large ones do not take all."""
@@ -45,30 +46,54 @@ class NotReceivedError(Exception):
 
 
 class InProgress:
-    """Counts the bytes of the requests whose calls are in progress.
+    """Counts the bytes of the requests in progress, of all servers of a process.
 
     Args:
         most: bytes of all; `small_only` of them are for requests of up to `SMALL` bytes.
     """
 
     def __init__(self, most: int = BYTES_MOST, small_only: int = SMALL_ONLY) -> None:
-        self._left = most
-        self._small_only = small_only
+        self.left = self._most = most
+        self.small_only = small_only
+
+    @property
+    def held(self) -> int:
+        """Bytes of all requests."""
+        return self._most - self.left
 
     @contextlib.contextmanager
-    def place(self, size: int) -> Iterator[None]:
-        """Counts a request of `size` bytes for the time of the block.
+    def place(self, size: int = 0) -> Iterator["Place"]:
+        """Counts a request of `size` bytes for the time of the block, in which it may grow.
 
         Raises:
             NotReceivedError: there is no room for it.
         """
-        if size > self._left - (self._small_only if size > SMALL else 0):
-            raise NotReceivedError(_exhausted(_TOO_MUCH.format(size)))
-        self._left -= size
+        place = Place(self)
         try:
-            yield
+            place.grow(size)
+            yield place
         finally:
-            self._left += size
+            self.left += place.size
+
+
+class Place:
+    """The bytes of one request."""
+
+    def __init__(self, among: InProgress) -> None:
+        self._among = among
+        self.size = 0
+
+    def grow(self, by: int) -> None:
+        """Counts `by` more bytes.
+
+        Raises:
+            NotReceivedError: there is no room for them; none are counted.
+        """
+        size = self.size + by
+        if by > self._among.left - (self._among.small_only if size > SMALL else 0):
+            raise NotReceivedError(_exhausted(_TOO_MUCH.format(size)))
+        self._among.left -= by
+        self.size = size
 
 
 class Receiver:

@@ -33,11 +33,12 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
 
     Args:
         most_bytes: of one message.
+        in_progress: counts the requests; None: this server has a count of its own.
     """
 
-    def __init__(self, most_bytes: int) -> None:
+    def __init__(self, most_bytes: int, in_progress: InProgress | None = None) -> None:
         self._receiver = Receiver(max(BYTES_MOST // most_bytes, 1))
-        self._in_progress = InProgress()
+        self._in_progress = in_progress or InProgress()
 
     async def intercept_service(
         self,

@@ -72,4 +72,5 @@ SAMPLING_ATTRIBUTES: Final = {
     "ignore_eos": "moe.request.ignore_eos",
     "min_tokens": "moe.request.min_tokens",
     "logprobs": "moe.request.logprobs",
+    "prompt_logprobs": "moe.request.prompt_logprobs",
 }

@@ -17,6 +17,7 @@ import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 from moe_api import transport
+from moe_api.receiving import InProgress
 from moe_api.requests import RequestInterceptor
 
 _LOG: Final = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ async def _refuse(call: Any) -> None:
 def create_server(
     options: Sequence[tuple[str, Any]] = transport.SERVER_OPTIONS,
     first: Sequence[grpc.aio.ServerInterceptor] = (),
+    in_progress: InProgress | None = None,
 ) -> grpc.aio.Server:
     """Like `grpc.aio.server`, for methods that are registered (as generated code does) before it starts.
 
@@ -66,8 +68,10 @@ def create_server(
     Args:
         options: of `moe_api.transport`.
         first: interceptors that see calls before their requests are received.
+        in_progress: counts the bytes of requests in progress, also those of other servers of the process.
     """
-    interceptors = (*first, RequestInterceptor(dict(options)["grpc.max_receive_message_length"]))
+    most_bytes = dict(options)["grpc.max_receive_message_length"]
+    interceptors = (*first, RequestInterceptor(most_bytes, in_progress))
     made = grpc.aio.server(interceptors=interceptors, options=options)
     core = _Server(asyncio.get_running_loop(), None, (), interceptors, tuple(options), None)
     made._server = core  # type: ignore[attr-defined]  # noqa: SLF001

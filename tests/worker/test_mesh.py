@@ -12,7 +12,9 @@ from contextlib import closing
 from dataclasses import replace
 
 import pytest
+import torch
 
+from moe_api.inference.v1 import inference_pb2
 from moe_api.worker.v1 import worker_pb2
 from moe_worker.config import read_model_config
 from moe_worker.config.engine import EngineOptions
@@ -31,8 +33,10 @@ from moe_worker.mesh.messages import Welcome
 from moe_worker.mesh.places import advised
 from moe_worker.sampling.parameters import SamplingParameters
 from tests.checkpoints import write_checkpoint
+from tests.frontend.apiserver import free_port
 from tests.worker.mesh_ranks import Processes, followers, free_address
 from tests.worker.serving import COMMAND, DEADLINE_S, Worker
+from tests.worker.test_scraped import scrape
 
 SHARED = [7 + i % 290 for i in range(40)]
 LONG = [300 - i % 250 for i in range(70)]
@@ -290,17 +294,35 @@ def two_processes(tmp_path, shape):
     """By the command line: the leader, and the other rank, both ready."""
     checkpoint, secret = write_checkpoint(tmp_path, eos_token_id=None), {SECRET: "known to both"}
     flags = ["--mesh", shape, "--mesh-leader", free_address(), "--dtype", "float32", "--device", "cpu"]
+    metrics_port = free_port()
+    follower = [*flags, "--mesh-rank", "1", "--metrics-port", str(metrics_port)]
     with (
         Worker(checkpoint, *flags, environment=secret) as leader,
-        Worker(checkpoint, *flags, "--mesh-rank", "1", environment=secret) as other,
+        Worker(checkpoint, *follower, environment=secret) as other,
     ):
         leader.wait_ready()
         other.wait_ready()
+        other.metrics_port = metrics_port
         yield checkpoint, leader, other
 
 
+def check_scores(checkpoint, leader):
+    """Prompts are scored over a mesh as in one process."""
+    sampling = inference_pb2.SamplingParameters(max_tokens=1, prompt_logprobs=0)
+    ids = inference_pb2.TokenIds(ids=LONG)
+    request = inference_pb2.GenerateRequest(prompt_tokens=ids, sampling=sampling)
+    found = [token.logprob for r in leader.inference.Generate(request, timeout=60) for token in r.prompt]
+    single = Engine(checkpoint, device="cpu", dtype="float32", threads=1).logits(LONG)
+    rows = single[:-1].log_softmax(-1)
+    expected = rows.gather(1, torch.tensor(LONG[1:]).unsqueeze(1)).squeeze(1).tolist()
+    assert found[1:] == pytest.approx(expected, abs=1e-3)
+
+
 def test_a_terminating_mesh_finishes_its_streams_and_reports_its_ranks_before(tmp_path):
-    with two_processes(tmp_path, "1x2") as (_, leader, other):
+    with two_processes(tmp_path, "1x2") as (checkpoint, leader, other):
+        (computing,) = scrape(other.metrics_port)["moe_worker_mesh_computing"].samples
+        assert (computing.value, computing.labels["moe_worker_mesh_rank"]) == (1, "1")
+        check_scores(checkpoint, leader)
         stream = leader.generate(max_tokens=60)
         next(stream)
         mesh = leader.load.GetLoad(worker_pb2.GetLoadRequest(), timeout=DEADLINE_S).mesh

@@ -28,6 +28,13 @@ def formatted(**output_format):
     )
 
 
+TAG = inference_pb2.Tag(begin="a", json_schema="{}")
+
+
+def tagged(**fields):
+    return formatted(tagged=inference_pb2.TaggedValues(**fields))
+
+
 def with_ids(count):
     return inference_pb2.GenerateRequest(prompt_tokens=inference_pb2.TokenIds(ids=[1] * count))
 
@@ -45,6 +52,12 @@ REQUESTS = {
     ),
     "json_schema": (formatted(json_schema="x" * 65_536), formatted(json_schema="x" * 65_537)),
     "regex": (formatted(regex="x" * 4_096), formatted(regex="x" * 4_097)),
+    "before": (tagged(before="x" * 256), tagged(before="x" * 257)),
+    "tags": (tagged(tags=[TAG] * 128), tagged(tags=[TAG] * 129)),
+    "schemas": (
+        tagged(tags=[inference_pb2.Tag(json_schema="x" * 65_536)]),
+        tagged(tags=[inference_pb2.Tag(json_schema="x" * 65_536, end="x")]),
+    ),
     "after": (formatted(after="x" * 64), formatted(after="x" * 65)),
     "several": (generate("x" * 378), generate("x" * 379, resumed=64, stop=["x"] * 17)),
 }

@@ -55,6 +55,7 @@ LIMITS = RequestLimits(vocab_size=320, context_length=64)
         ("min_tokens", {"min_tokens": 9, "max_tokens": 8}),
         ("logprobs", {"logprobs": 21}),
         ("logprobs", {"logprobs": -1}),
+        ("prompt_logprobs", {"prompt_logprobs": 21}),
     ],
 )
 def test_impossible_parameters_are_named(field, parameters):
@@ -81,6 +82,7 @@ def test_the_limits_themselves_are_allowed():
         ignore_eos=True,
         min_tokens=100,
         logprobs=20,
+        prompt_logprobs=20,
     )
     assert [least.violations(2000), most.violations(2000)] == [[], []]
 
@@ -107,10 +109,11 @@ def test_every_field_of_the_message_is_a_parameter_and_is_taken_over():
         ignore_eos=True,
         min_tokens=2,
         logprobs=0,
+        prompt_logprobs=1,
     )
     assert {field.name for field, _ in message.ListFields()} == set(vars(SamplingParameters()))
     assert sampling_parameters(message) == SamplingParameters(
-        5, 0.5, 0.5, 3, 9, ("a",), 0.25, 1.5, 0.5, -0.5, ((3, -2.0), (7, 1.5)), (4, 5), True, 2, 0
+        5, 0.5, 0.5, 3, 9, ("a",), 0.25, 1.5, 0.5, -0.5, ((3, -2.0), (7, 1.5)), (4, 5), True, 2, 0, 1
     )
 
 

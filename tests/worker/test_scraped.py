@@ -7,7 +7,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from moe_api.inference.v1 import inference_pb2
 from moe_worker.errors import SettingsError
-from moe_worker.service.server import _metrics_server
+from moe_worker.service.server import metrics_server
 from tests.frontend.apiserver import free_port
 from tests.worker.serving import Worker
 
@@ -41,6 +41,6 @@ def test_a_worker_serves_its_metrics_under_the_names_of_otlp(checkpoint):
 
 
 def test_a_port_that_is_taken_is_said():
-    server = _metrics_server(free_port())
+    server = metrics_server(free_port())
     with pytest.raises(SettingsError, match=r"is not available: .*; set another --metrics-port"):
-        _metrics_server(server.port)
+        metrics_server(server.port)

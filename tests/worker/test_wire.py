@@ -55,13 +55,15 @@ SAMPLING = st.builds(
     ignore_eos=st.booleans(),
     min_tokens=NUMBERS,
     logprobs=st.none() | st.integers(0, 20),
+    prompt_logprobs=st.none() | st.integers(0, 20),
 )
 TOKENS = st.lists(NUMBERS).map(tuple)
 REQUESTS = st.builds(Request, NUMBERS, TOKENS, SAMPLING, NUMBERS, written=TOKENS)
 FLOATS = st.floats(-100, 0) | st.just(float("-inf"))
 LOGPROBS = st.builds(TokenLogprobs, FLOATS, st.lists(st.tuples(NUMBERS, FLOATS), max_size=2).map(tuple))
 REASONS = st.none() | st.sampled_from(FinishReason)
-DELTAS = st.builds(Delta, NUMBERS, TEXTS, st.none() | NUMBERS, REASONS, st.none() | LOGPROBS)
+SCORES = st.lists(LOGPROBS, max_size=2).map(tuple)
+DELTAS = st.builds(Delta, NUMBERS, TEXTS, st.none() | NUMBERS, REASONS, st.none() | LOGPROBS, SCORES)
 MESSAGES = st.one_of(
     st.builds(wire.Start, TEXTS, st.builds(EngineOptions, kv_memory=st.none() | st.integers(1, 2**50))),
     st.builds(wire.Submit, REQUESTS),

@@ -16,7 +16,8 @@ class ActiveRequest:
     """`pages` is the page table. ends: tokens that end the text. shard: where the pages are.
 
     generated: tokens of the text, including emitted tokens of a resumed stream. admitted: whether the sampler
-    knows the request. guide: of its output format; None: any text is allowed.
+    knows the request. guide: of its output format; None: any text is allowed. scored: tokens of the prompt,
+    from its first one on, whose log-probabilities have been sent.
     """
 
     request: Request
@@ -27,6 +28,7 @@ class ActiveRequest:
     generated: int = 0
     admitted: bool = False
     guide: Guide | None = None
+    scored: int = 0
 
     @property
     def tokens(self) -> int:

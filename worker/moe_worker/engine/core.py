@@ -20,7 +20,7 @@ from moe_worker.engine.loading import LoadedModel
 from moe_worker.engine.mesh_report import MeshReporter
 from moe_worker.engine.requests import Delta, FinishReason, Load, Request
 from moe_worker.engine.statistics import Event, ExpertStatistics, Statistics, Tally
-from moe_worker.errors import DeviceMemoryError
+from moe_worker.errors import DeviceMemoryError, RequestError
 from moe_worker.mesh.errors import MeshError
 from moe_worker.mesh.runner import MeshRunner
 from moe_worker.sampling.guides import Guide
@@ -121,7 +121,7 @@ class EngineCore:
         return self._launcher.guides.open(request)
 
     def submit(self, request: Request, guide: Guide | None = None) -> None:
-        """Adds a checked request. Raises QueueFullError.
+        """Adds a checked request. Raises QueueFullError, and RequestError for what this engine cannot do.
 
         guide: of `open_guide`; steps wait until it is ready.
         """
@@ -136,7 +136,13 @@ class EngineCore:
             namespace=f"{request.salt} {shard}" if shard else request.salt,
             tenant=request.tenant,
             weight=request.weight,
+            scored=request.scores_prompt,
         )
+        if arrival.scored and self._launcher.feeds:
+            raise RequestError(
+                "sampling.prompt_logprobs",
+                "sampling.prompt_logprobs is not supported by a replica of several GPU workers; leave it out",
+            )
         self._scheduler.submit(arrival)
         ends = request.sampling.end_tokens(self._loaded.config.eos_token_ids)
         active = ActiveRequest(request, TextStream(request.sampling.stop), ends, shard)
@@ -217,7 +223,7 @@ class EngineCore:
         self._launcher.guides.take(flight)
         tokens, failed, logprobs = flight.wait()
         full = frozenset(self._scheduler.complete(flight.step, tokens, self._clock()))
-        deltas = []
+        deltas = self._scored(flight)
         for row, (request, active) in enumerate(flight.sampling):
             if self._active.get(request) is not active:
                 continue
@@ -227,6 +233,16 @@ class EngineCore:
                 )
             else:
                 deltas.append(self._advance(active, tokens[row], request in full, logprobs.get(row)))
+        return deltas
+
+    def _scored(self, flight: Flight[ActiveRequest]) -> list[Delta]:
+        """The log-probabilities of the prompts' tokens in a step."""
+        deltas, scores = [], flight.scores()
+        for span in flight.spans:
+            own, scores = scores[: len(span.rows)], scores[len(span.rows) :]
+            request = span.active.request.id
+            if self._active.get(request) is span.active:
+                deltas.append(Delta(request, "", None, prompt=span.take(own)))
         return deltas
 
     def _advance(

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from moe_worker.engine.scoring import Span
 from moe_worker.sampling.adjust import to_device
 from moe_worker.sampling.logprobs import TokenLogprobs
 from moe_worker.sampling.sampler import Logprobs, Sampled
@@ -20,12 +21,20 @@ S = TypeVar("S")
 class Flight(Generic[S]):
     """`sampling`: the requests that sample, in order, each with its state in the engine.
 
-    guided: whether the guides of its texts have taken its tokens.
+    guided: whether the guides of its texts have taken its tokens. spans: tokens of prompts that it scores.
     """
 
-    def __init__(self, step: Step, sampling: Sequence[tuple[int, S]], sampled: Sampled | None) -> None:
-        """Starts to copy the tokens and other results from the device."""
+    def __init__(
+        self,
+        step: Step,
+        sampling: Sequence[tuple[int, S]],
+        sampled: Sampled | None,
+        spans: Sequence[Span] = (),
+        scores: Logprobs | None = None,
+    ) -> None:
+        """Starts to copy the tokens and other results from the device. scores: of all spans."""
         self.step = step
+        self.spans = spans
         self.sampling = sampling
         self.guided = False
         self._rows = {name: row for row, (name, _) in enumerate(sampling)}
@@ -36,9 +45,19 @@ class Flight(Generic[S]):
             self._failed_B = _to_host(sampled.failed_B)
             # Copied now, because a later copy would wait for the step launched since.
             self._logprobs: Logprobs | None = sampled.logprobs and sampled.logprobs.moved(_to_host)
-            if sampled.tokens_B.is_cuda:
-                self._arrived = torch.cuda.Event()
-                self._arrived.record()
+        self._scores = scores and scores.moved(_to_host)
+        copied = sampled.tokens_B if sampled is not None else None if scores is None else scores.chosen_L
+        if copied is not None and copied.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def scores(self) -> list[TokenLogprobs]:
+        """Of the tokens of all spans, one span after the other; waits for the device."""
+        if self._scores is None:
+            return []
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return list(self._scores.listed().values())
 
     def wait(self) -> tuple[list[int], list[bool], dict[int, TokenLogprobs]]:
         """Tokens, failed rows, and log-probabilities by row."""

@@ -6,13 +6,11 @@ pass; if their step is still in flight, the new step is launched first, so that 
 
 from collections.abc import Callable, Sequence
 
-import torch
-
 from moe_worker.engine.active import ActiveRequest
 from moe_worker.engine.flight import Flight
 from moe_worker.engine.loading import LoadedModel
 from moe_worker.engine.requests import Request
-from moe_worker.sampling.guides import Allowed, Guide, Guides
+from moe_worker.sampling.guides import Allowed, Guide
 
 Sampling = Sequence[tuple[int, ActiveRequest]]
 Flights = Sequence[Flight[ActiveRequest]]
@@ -22,11 +20,7 @@ class StepGuides:
     """The guides of all active requests of a model."""
 
     def __init__(self, loaded: LoadedModel) -> None:
-        config = loaded.config
-        self._tokenizer, self._device = loaded.tokenizer, loaded.device
-        self._guides = Guides(
-            loaded.tokenizer, config.vocab_size, config.eos_token_ids, threads=torch.get_num_threads()
-        )
+        self._tokenizer, self._device, self._guides = loaded.tokenizer, loaded.device, loaded.guides
 
     def open(self, request: Request) -> Guide | None:
         """The guide of a new request; None if it has no output format."""

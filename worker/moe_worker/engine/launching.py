@@ -3,8 +3,11 @@
 Legend: N rows that sample, V vocabulary.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from moe_worker.engine.active import ActiveRequest
@@ -12,17 +15,20 @@ from moe_worker.engine.expert_usage import ExpertUsage
 from moe_worker.engine.flight import Flight
 from moe_worker.engine.guiding import Flights, StepGuides
 from moe_worker.engine.loading import LoadedModel
+from moe_worker.engine.scoring import Span, score_spans, spans
+from moe_worker.kernels.transfer import to_device
 from moe_worker.mesh.runner import MeshRunner
 from moe_worker.models.batch import Batch
 from moe_worker.sampling.guides import Allowed
-from moe_worker.sampling.sampler import Sampled, Sampler
+from moe_worker.sampling.sampler import Logprobs, Sampled, Sampler
 from moe_worker.scheduler.plan import UNKNOWN_TOKEN, Chunk, Step
 
 
 class Launcher:
     """The device's side of the engine: model, cache, sampler, and the masks of output formats.
 
-    ahead: whether a step can be launched before the tokens of the previous one are known.
+    ahead: whether a step can be launched before the tokens of the previous one are known. feeds: whether a
+    mesh gets the sampled tokens from this device, one for each row of logits.
     """
 
     def __init__(self, loaded: LoadedModel) -> None:
@@ -31,6 +37,7 @@ class Launcher:
         self._sampler = Sampler(loaded.config.vocab_size, loaded.device, loaded.config.eos_token_ids)
         runner = loaded.runner
         self._fed = runner if isinstance(runner, MeshRunner) and runner.feeds else None
+        self.feeds = self._fed is not None
         self.ahead = loaded.device.type == "cuda" and (loaded.member is None or self._fed is not None)
 
     def launch(self, step: Step, active: Sequence[ActiveRequest], flights: Flights) -> Flight[ActiveRequest]:
@@ -47,11 +54,21 @@ class Launcher:
         pairs = zip(step.chunks, active, strict=True)
         sampling = [(chunk.id, each) for chunk, each in pairs if chunk.samples]
         masks = self.guides.begin(sampling, flights)
-        logits_NV = self._runner.logits(batch, self._cache, rows)
+        wanted = spans(step.chunks, active)
+        logits = self._logits(batch, rows, wanted)
         self.experts.count(step)
-        if not sampling:
-            return Flight(step, sampling, None)
-        return Flight(step, sampling, self._sample(logits_NV, sampling, masks()))
+        sampled = self._sample(logits.sampled_NV, sampling, masks()) if sampling else None
+        return Flight(step, sampling, sampled, wanted, logits.scores)
+
+    def _logits(self, batch: Batch, rows: Sequence[int], wanted: Sequence[Span]) -> "_Logits":
+        """Computes the forward pass. rows: that sample."""
+        scored = sorted({*rows, *(row for span in wanted for row in span.rows)})
+        logits_NV = self._runner.logits(batch, self._cache, scored)
+        if not wanted:
+            return _Logits(logits_NV)
+        places_N = torch.tensor([bisect_left(scored, row) for row in rows], dtype=torch.int64)
+        sampled_NV = logits_NV.index_select(0, to_device(places_N, logits_NV.device))
+        return _Logits(sampled_NV, score_spans(logits_NV, scored, wanted))
 
     def release(self, request: int) -> None:
         """Frees what the device holds for a request that ended; ignores unknown requests."""
@@ -70,6 +87,14 @@ class Launcher:
         if self._fed is not None:
             self._fed.feed(sampled.tokens_B)
         return sampled
+
+
+@dataclass(frozen=True)
+class _Logits:
+    """sampled_NV: of the rows that sample. scores: of the tokens of prompts; None: none are scored."""
+
+    sampled_NV: Tensor
+    scores: Logprobs | None = None
 
 
 def _source(chunk: Chunk, flights: Flights) -> int:

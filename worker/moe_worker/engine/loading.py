@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from moe_worker.models.stored import Placement
 from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.models.tokenizer_guard import load_guarded
 from moe_worker.moe.learning import RoutingLearner
+from moe_worker.sampling.guides import Guides
 
 # Number of active weights up to which one thread is as fast as several.
 SINGLE_THREAD_BYTES = 64 * 2**20
@@ -62,6 +64,12 @@ class LoadedModel:
     kernels: tuple[str, ...]
     member: Member | None = None
     learner: RoutingLearner | None = None
+
+    @cached_property
+    def guides(self) -> Guides:
+        """Compiles output formats; prepares the vocabulary once, which takes seconds for a large one."""
+        config = self.config
+        return Guides(self.tokenizer, config.vocab_size, config.eos_token_ids, torch.get_num_threads())
 
     @property
     def shards(self) -> Sequence[int]:

@@ -23,18 +23,23 @@ from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.moe.counting import Counter
 from moe_worker.sampling.defaults import sampling_defaults
 from moe_worker.sampling.grammar import format_violations
+from moe_worker.sampling.logprobs import TokenLogprobs
 from moe_worker.sampling.output_format import OutputFormat
 from moe_worker.sampling.parameters import SamplingParameters
 
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """A continuation; `finish_reason` is "stop" or "length"; `token_ids` includes the end-of-text token."""
+    """A continuation; `finish_reason` is "stop" or "length"; `token_ids` includes the end-of-text token.
+
+    prompt_logprobs: of the tokens of the prompt from the second one on, if they were requested.
+    """
 
     text: str
     token_ids: list[int]
     finish_reason: str
     prompt_tokens: int
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Engine:
@@ -128,6 +133,7 @@ class Engine:
         context = self._loaded.context
         violations = prompt_violations("prompt", request.prompt, self.config.vocab_size, context)
         found = request.sampling.violations(self.config.vocab_size)
+        found += request.sampling.prompt_violations(len(request.prompt))
         if request.output_format is not None:
             ends = frozenset(self.config.eos_token_ids)
             found += format_violations(request.output_format, request.sampling, ends)
@@ -164,6 +170,7 @@ def _result(request: Request, deltas: Sequence[Delta]) -> GenerationResult:
         token_ids=[delta.token for delta in deltas if delta.token is not None],
         finish_reason=(deltas[-1].finish_reason or FinishReason.LENGTH).value,
         prompt_tokens=len(request.prompt),
+        prompt_logprobs=tuple(score for delta in deltas for score in delta.prompt),
     )
 
 

@@ -43,13 +43,19 @@ class Request:
     weight: int = 1
     salt: str = ""
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the log-probabilities of the prompt are wanted; a stream that is resumed has them."""
+        return self.sampling.prompt_logprobs is not None and not self.written
+
 
 class Delta(NamedTuple):
     """The result of one step for a request. Text waits for complete characters and stop texts; tokens do not.
 
     A tuple, because every step sends one for each stream to the edge: it is a list on the wire.
 
-    `token` is None if the request ends without one, in an error. logprobs: of the token, if requested.
+    `token` is None if the request ends without one, in an error, and while its prompt is scored. logprobs: of
+    the token, if requested. prompt: of the next tokens of the prompt, from the second one on, if requested.
     """
 
     id: int
@@ -57,6 +63,7 @@ class Delta(NamedTuple):
     token: int | None
     finish_reason: FinishReason | None = None
     logprobs: TokenLogprobs | None = None
+    prompt: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from moe_worker.sampling.output_format import OutputFormat
+from moe_worker.sampling.output_format import OutputFormat, TaggedValues
 from moe_worker.sampling.parameters import SamplingParameters, Violation
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def limits() -> "LLParserLimits":
 
 
 def grammar_of(output_format: OutputFormat) -> str:
-    """The grammar of a format. Raises ValueError for a schema that is not JSON."""
+    """The grammar of a format. Raises ValueError and RecursionError for a schema that is not JSON."""
     from llguidance import LLMatcher  # noqa: PLC0415 - optional
 
     match output_format.kind:
@@ -64,6 +64,28 @@ def grammar_of(output_format: OutputFormat) -> str:
             return LLMatcher.grammar_from_json_schema(json.loads(output_format.text), overrides=_JSON)
         case "regex":
             return LLMatcher.grammar_from_regex(output_format.text)
+        case "tagged":
+            return LLMatcher.grammar_from_lark(_lark(output_format.tagged or TaggedValues(())))
+
+
+def _lark(tagged: TaggedValues) -> str:
+    """Tagged values in llguidance's dialect of Lark, in which `%json` is followed by a schema."""
+    more = "" if tagged.single else f"({_literal(tagged.between)} value)*"
+    rules = [
+        "%llguidance {}",
+        f"start: {_literal(tagged.before)} value {more} {_literal(tagged.behind)}",
+        "value: " + " | ".join(f"tag_{number}" for number in range(len(tagged.tags))),
+    ]
+    for number, tag in enumerate(tagged.tags):
+        schema = json.loads(tag.schema)
+        options = schema | {"x-guidance": _JSON} if isinstance(schema, dict) else schema
+        value = f"%json {json.dumps(options)}"
+        rules.append(f"tag_{number}: {_literal(tag.begin)} {value} {_literal(tag.end)}")
+    return "\n".join(rules)
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text) if text else ""
 
 
 def check(output_format: OutputFormat) -> Verdict:

@@ -20,6 +20,8 @@ MAX_BIAS = 100.0
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.1, 10.0
 MAX_PENALTY = 2.0
 MAX_LOGPROBS = 20
+MAX_PROMPT_LOGPROBS = 2**18
+"""Log-probabilities of one prompt: its tokens times (likely ones of each plus 1)."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class SamplingParameters:
     min_tokens: end-of-text tokens and stop_token_ids are not sampled before this many tokens; stop texts
         still end the text.
     logprobs: log-probabilities of each sampled token and of this many of the most likely; None: none.
+    prompt_logprobs: the same for each token of the prompt.
     """
 
     max_tokens: int = 128
@@ -75,6 +78,7 @@ class SamplingParameters:
     ignore_eos: bool = False
     min_tokens: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     @property
     def penalizes(self) -> bool:
@@ -115,8 +119,20 @@ class SamplingParameters:
         yield _within("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
         most = f"0 to max_tokens, which is {self.max_tokens}"
         yield "min_tokens", self.min_tokens, 0 <= self.min_tokens <= max(self.max_tokens, 0), most
-        wanted = 0 if self.logprobs is None else self.logprobs
-        yield "logprobs", self.logprobs, 0 <= wanted <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"
+        for name in ("logprobs", "prompt_logprobs"):
+            value: int | None = getattr(self, name)
+            yield name, value, 0 <= (value or 0) <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"
+
+    def prompt_violations(self, length: int) -> list[Violation]:
+        """The problem with scoring a prompt of this many tokens."""
+        if self.prompt_logprobs is None:
+            return []
+        total = length * (self.prompt_logprobs + 1)
+        if total <= MAX_PROMPT_LOGPROBS:
+            return []
+        asked = f"asks for {total} log-probabilities of a prompt of {length} tokens"
+        remedy = f"{MAX_PROMPT_LOGPROBS} are the most; ask for fewer, or shorten the prompt"
+        return [Violation("prompt_logprobs", f"{asked}; {remedy}")]
 
     def _stop_violations(self) -> Iterator[Violation]:
         if too_many := list_violation("stop", len(self.stop)):

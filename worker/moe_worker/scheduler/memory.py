@@ -27,7 +27,8 @@ class Memory:
         """
         before = self.available
         # The last token is always computed, because its logits are needed: its page is never shared.
-        most = (job.length - 1) // self._size if self._limits.prefix_cache else 0
+        shares = self._limits.prefix_cache and not job.arrival.scored
+        most = (job.length - 1) // self._size if shares else 0
         job.node, shared = self.tree.match(job.tokens, job.arrival.namespace, most)
         fresh = self._limits.pages_for(job.length) - len(shared)
         if self.available < fresh + reserve:

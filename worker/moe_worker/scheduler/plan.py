@@ -13,6 +13,9 @@ MOST_PRIORITY = 9
 # Shares of tenants, relative to each other.
 MOST_WEIGHT = 1000
 
+# Tokens of scored prompts in one step: their logits take 132 MB in float32 with a vocabulary of 129,280.
+SCORED_TOKENS = 256
+
 # Placeholder in `Chunk.tokens` for a token that an earlier step samples and the host does not know yet.
 UNKNOWN_TOKEN = -1
 
@@ -65,7 +68,8 @@ class Arrival:
     id: unique among live requests. prompt: token ids, at least one. max_new_tokens: tokens sampled at most,
     at least one. arrived, deadline: times; None: no deadline. priority: LEAST_PRIORITY to MOST_PRIORITY.
     namespace: prompts of two namespaces never share pages. tenant, weight: whose request it is, and its share
-    of the machine relative to other tenants.
+    of the machine relative to other tenants. scored: whether the logits of all tokens of the prompt are
+    needed, so that it takes no pages from the prefix cache.
     """
 
     id: int
@@ -77,6 +81,7 @@ class Arrival:
     namespace: str = ""
     tenant: str = ""
     weight: int = 1
+    scored: bool = False
 
 
 class Chunk(NamedTuple):

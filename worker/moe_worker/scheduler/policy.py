@@ -21,7 +21,7 @@ from moe_worker.kvcache.heap import LazyHeap
 from moe_worker.scheduler.budget import TokenBudget
 from moe_worker.scheduler.job import Job, State
 from moe_worker.scheduler.memory import Memory
-from moe_worker.scheduler.plan import Admitted, Arrival, Chunk, Counters, Limits
+from moe_worker.scheduler.plan import SCORED_TOKENS, Admitted, Arrival, Chunk, Counters, Limits
 from moe_worker.scheduler.tenants import Tenant, Tenants, charge, shares_of, step_tokens
 
 OVERTAKEN_STEPS = 1000
@@ -34,7 +34,8 @@ class Draft:
 
     order: running jobs, of which the last one is the first to be preempted. The rest is for several tenants.
     paused: streams that get no token. spare: those of them that may get one if something is left, in turn.
-    tokens: of the whole step, at most. prompts: tokens of prompts that each tenant may compute.
+    tokens: of the whole step, at most. prompts: tokens of prompts that each tenant may compute. scored:
+    tokens of scored prompts that are left of SCORED_TOKENS.
     """
 
     number: int
@@ -43,6 +44,7 @@ class Draft:
     spare: list[Job] = field(default_factory=list)
     tokens: int = 0
     prompts: dict[Tenant, int] = field(default_factory=dict)
+    scored: int = SCORED_TOKENS
     single: list[Chunk] = field(default_factory=list)
     single_jobs: list[Job] = field(default_factory=list)
     long: list[Chunk] = field(default_factory=list)
@@ -256,8 +258,12 @@ class SchedulingPolicy:
             else:
                 break
             count = min(left, job.left)
-            self._place(draft, job, count)
-            left -= count
+            if job.arrival.scored:
+                count = min(count, draft.scored)
+                draft.scored -= count
+            if count:
+                self._place(draft, job, count)
+                left -= count
         return budget - left
 
     def _admit(self, draft: Draft, job: Job) -> bool:

@@ -1,6 +1,6 @@
 """Converts results and errors of the engine to messages and statuses of the RPCs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 import grpc
@@ -80,11 +80,40 @@ def of_chunk(
     return response
 
 
+class PromptTokens:
+    """The tokens of a prompt with their log-probabilities, in the order in which these come.
+
+    Args:
+        prompt: all tokens.
+        piece: the bytes that a token stands for.
+    """
+
+    def __init__(self, prompt: Sequence[int], piece: Callable[[int], bytes]) -> None:
+        self._left = iter(prompt)
+        self._piece = piece
+        self._begun = False
+
+    def take(self, scores: Iterable[TokenLogprobs]) -> Iterator[inference_pb2.PromptToken]:
+        """The next tokens: as many as there are scores; before all others the first one, which has none."""
+        if not self._begun:
+            self._begun = True
+            token = next(self._left)
+            yield inference_pb2.PromptToken(token=token, piece=self._piece(token))
+        for score in scores:
+            token = next(self._left)
+            yield inference_pb2.PromptToken(
+                token=token, piece=self._piece(token), logprob=score.logprob, top=_top(score, self._piece)
+            )
+
+
 def _logprobs(
     token: int, logprobs: TokenLogprobs, piece: Callable[[int], bytes]
 ) -> inference_pb2.TokenLogprobs:
-    top = [
-        inference_pb2.TopLogprob(token=likely, logprob=value, piece=piece(likely))
-        for likely, value in logprobs.top
-    ]
-    return inference_pb2.TokenLogprobs(logprob=logprobs.logprob, top=top, piece=piece(token))
+    return inference_pb2.TokenLogprobs(
+        logprob=logprobs.logprob, top=_top(logprobs, piece), piece=piece(token)
+    )
+
+
+def _top(logprobs: TokenLogprobs, piece: Callable[[int], bytes]) -> Iterator[inference_pb2.TopLogprob]:
+    for likely, value in logprobs.top:
+        yield inference_pb2.TopLogprob(token=likely, logprob=value, piece=piece(likely))

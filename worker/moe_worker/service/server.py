@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 from opentelemetry import metrics, trace
 from opentelemetry.exporter.prometheus import PrometheusMetricReader
+from opentelemetry.sdk.metrics.export import MetricReader
 
 from moe_api import telemetry, transport
 from moe_api.health import Health
@@ -126,13 +127,17 @@ class _Model:
 
 def serve(settings: ServeSettings) -> None:
     """Serves until SIGTERM or SIGINT, then drains. Raises WorkerError."""
-    server = _metrics_server(settings.metrics_port)
-    readers = [PrometheusMetricReader()] if server is not None else []
-    with telemetry.configure("moe-worker", readers=readers) as handle:
+    server = metrics_server(settings.metrics_port)
+    with telemetry.configure("moe-worker", readers=metric_readers(server)) as handle:
         asyncio.run(_serve(settings, server, measured=handle.measures))
 
 
-def _metrics_server(port: int) -> MetricsServer | None:
+def metric_readers(server: MetricsServer | None) -> list[MetricReader]:
+    """What reads metrics besides a collector."""
+    return [] if server is None else [PrometheusMetricReader()]
+
+
+def metrics_server(port: int) -> MetricsServer | None:
     """Serves metrics for Prometheus, if that is asked for."""
     try:
         return MetricsServer(port) if port else None

@@ -246,12 +246,15 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def _send(self, stream: Stream, checked: Checked, tokenizer: Tokenizer, context: Context) -> None:
         """Sends the engine's results. Raises SlowReaderError, and WorkerError if the stream failed."""
         writer, resumed = Writer(context, self._write_timeout_s), len(checked.written)
+        scored = answers.PromptTokens(checked.prompt, tokenizer.piece) if checked.scored else None
         while stream.timeline.finish_reason is None or stream.pending:
             chunk = await stream.take()
             if chunk.finish_reason in answers.FAILURES:
                 break
             response = answers.of_chunk(chunk, _usage(checked, stream), tokenizer.piece)
             response.resumed, resumed = resumed, 0  # on the first message only
+            if scored is not None:
+                response.prompt.extend(scored.take(chunk.prompt))
             await writer.write(response)
         if stream.timeline.finish_reason in answers.FAILURES:
             code, sentence = answers.FAILURES[stream.timeline.finish_reason]

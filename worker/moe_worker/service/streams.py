@@ -1,22 +1,31 @@
 """Results of the engine for one request that the client has not read yet."""
 
 import asyncio
+from collections import deque
 from dataclasses import dataclass, field
+from typing import Final
 
 from moe_api.clock import Anchor
 from moe_worker.engine.requests import Delta, FinishReason
 from moe_worker.engine.statistics import Event, EventKind
 from moe_worker.sampling.logprobs import TokenLogprobs
 
+PROMPT_MOST: Final = 1024
+"""Tokens of a prompt in one message: about 400 KiB with 20 likely ones for each."""
+
 
 @dataclass(frozen=True)
 class TextChunk:
-    """The next message to the client. `finish_reason` is set on the last one."""
+    """The next message to the client. `finish_reason` is set on the last one.
+
+    prompt: log-probabilities of the next tokens of the prompt, from the second one on.
+    """
 
     text: str
     tokens: tuple[int, ...]
     finish_reason: FinishReason | None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass
@@ -58,20 +67,22 @@ class Timeline:
 class Stream:
     """Collects deltas until the client reads them: a slow reader gets fewer, larger messages.
 
-    It holds at most the remaining tokens of the request, so the context length bounds it.
+    It holds at most the remaining tokens of the request, so the context length bounds it, and the scores of
+    its prompt, which `SamplingParameters.prompt_violations` bounds.
     """
 
     timeline: Timeline
     _text: list[str] = field(default_factory=list)
     _tokens: list[int] = field(default_factory=list)
     _logprobs: list[TokenLogprobs] = field(default_factory=list)
+    _prompt: deque[TokenLogprobs] = field(default_factory=deque)
     _error: Exception | None = None
     _ready: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def pending(self) -> bool:
         """Whether there is something to take."""
-        return bool(self._tokens)
+        return bool(self._tokens or self._prompt)
 
     @property
     def failed(self) -> bool:
@@ -86,6 +97,7 @@ class Stream:
             self._tokens.append(delta.token)
         if delta.logprobs is not None:
             self._logprobs.append(delta.logprobs)
+        self._prompt.extend(delta.prompt)
         self._ready.set()
 
     def fail(self, error: Exception) -> None:
@@ -96,12 +108,17 @@ class Stream:
     async def take(self) -> TextChunk:
         """Everything since the last call; waits for a token or the end. Raises the error given to `fail`."""
         await self._ready.wait()
-        if self._error is not None and not self._tokens:
+        if self._error is not None and not self.pending:
             raise self._error
+        if len(self._prompt) > PROMPT_MOST:
+            return TextChunk("", (), None, prompt=self._scores())
         if self._error is None:
             self._ready.clear()
-        reason = self.timeline.finish_reason
-        chunk = TextChunk("".join(self._text), tuple(self._tokens), reason, tuple(self._logprobs))
+        reason, scores = self.timeline.finish_reason, self._scores()
+        chunk = TextChunk("".join(self._text), tuple(self._tokens), reason, tuple(self._logprobs), scores)
         for gathered in (self._text, self._tokens, self._logprobs):
             gathered.clear()
         return chunk
+
+    def _scores(self) -> tuple[TokenLogprobs, ...]:
+        return tuple(self._prompt.popleft() for _ in range(min(len(self._prompt), PROMPT_MOST)))

@@ -12,7 +12,7 @@ from moe_worker.engine.requests import length_violation, prompt_violations
 from moe_worker.errors import TokenizerError
 from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.sampling.defaults import NEUTRAL
-from moe_worker.sampling.output_format import OutputFormat
+from moe_worker.sampling.output_format import OutputFormat, Tag, TaggedValues
 from moe_worker.sampling.parameters import SamplingParameters, Violation, list_violation
 from moe_worker.sampling.text import TextStream
 from moe_worker.scheduler.plan import MOST_PRIORITY
@@ -48,6 +48,11 @@ class Checked:
     written: tuple[int, ...] = ()
     output_format: OutputFormat | None = None
     priority: int = 0
+
+    @property
+    def scored(self) -> bool:
+        """Whether the response has the tokens of the prompt."""
+        return self.sampling.prompt_logprobs is not None
 
 
 def oversize(
@@ -141,7 +146,10 @@ def check_generate(
     found = prompt_violations(field, prompt, limits.vocab_size, limits.context_length) + found
     if request.priority > MOST_PRIORITY:
         found.append(Violation("priority", f"is {request.priority}; use 0 to {MOST_PRIORITY}"))
+    found += [replace(it, field=f"sampling.{it.field}") for it in sampling.prompt_violations(len(prompt))]
     written = tuple(request.resume.tokens)
+    if written:  # the prompt has been scored before the first token
+        sampling = replace(sampling, prompt_logprobs=None)
     if written and not found:
         room = min(sampling.max_tokens, limits.context_length - len(prompt))
         found = _resume_violations(written, room, sampling, tokenizer, limits)
@@ -185,7 +193,18 @@ def _output_format(request: inference_pb2.GenerateRequest) -> OutputFormat | Vio
             return OutputFormat("json_schema", given.json_schema, after)
         case "regex":
             return OutputFormat("regex", given.regex, after)
-    return Violation("output_format", "is empty; set json_object, json_schema or regex, or leave it out")
+        case "tagged":
+            return _tagged(given.tagged, after)
+    remedy = "set json_object, json_schema, regex or tagged, or leave it out"
+    return Violation("output_format", f"is empty; {remedy}")
+
+
+def _tagged(given: inference_pb2.TaggedValues, after: str) -> OutputFormat | Violation:
+    if not given.tags:
+        return Violation("output_format.tagged.tags", "is empty; give at least one")
+    tags = tuple(Tag(tag.begin, tag.json_schema, tag.end) for tag in given.tags)
+    values = TaggedValues(tags, given.before, given.between, given.behind, given.single)
+    return OutputFormat("tagged", "", after, values)
 
 
 def _seed(request: inference_pb2.GenerateRequest, sampling: SamplingParameters) -> int | None:
