@@ -24,7 +24,7 @@ def main() -> None:
     See its experts' load:   moe experts --endpoint WORKER
     Reach it from here:      kubectl port-forward service/NAME-frontend 8000
     Ask it:                  moe generate "A pod is"
-    Talk to a chat model:    moe chat --endpoint 127.0.0.1:8080   (the frontend's HTTP port)
+    Talk to a chat model:    moe chat "Which pods restart?"
     Make an API key:         moe key
     Play a recorded load:    moe load TRACE --speed 60
     Try scaling on a trace:  moe replay TRACE --plot F.png

@@ -79,14 +79,21 @@ def model_options(command: _Command) -> _Command:
 
 @contextlib.contextmanager
 def calling(endpoint: Endpoint) -> Iterator[InferenceServiceStub]:
-    """A stub for the endpoint; gRPC errors inside the block become one-sentence errors.
+    """As `connected`, with a stub of InferenceService."""
+    with connected(endpoint) as channel:
+        yield InferenceServiceStub(channel)
+
+
+@contextlib.contextmanager
+def connected(endpoint: Endpoint) -> Iterator[grpc.Channel]:
+    """A channel to the endpoint; gRPC errors inside the block become one-sentence errors.
 
     Raises:
         CommandError: the call failed.
     """
     with endpoint.channel(transport.CLIENT_OPTIONS) as channel:
         try:
-            yield InferenceServiceStub(channel)
+            yield channel
         except grpc.RpcError as error:
             raise explain(error, endpoint) from error
 

@@ -11,17 +11,21 @@ from typing import Final
 
 from opentelemetry import metrics, trace
 
+from moe_api.receiving import InProgress
 from moe_api.supervision import Supervisor
 from moe_frontend import edges, listening
+from moe_frontend.chat.renderer import Renderer
 from moe_frontend.discovery.endpoints import Endpoint, static_endpoints
 from moe_frontend.discovery.probing import Prober
 from moe_frontend.edges import Edge, Guards
 from moe_frontend.http.app import Api
+from moe_frontend.http.bodies import Bodies
 from moe_frontend.http.server import HttpServer
 from moe_frontend.outputs.cache import OutputCache
 from moe_frontend.outputs.store import Store
 from moe_frontend.policy import balancing
 from moe_frontend.policy.tenants import TenantsConfig
+from moe_frontend.rpc.chat import ChatService
 from moe_frontend.transport import failures
 from moe_frontend.transport.admission import Admission
 from moe_frontend.transport.failures import Failure
@@ -87,17 +91,29 @@ async def serve(options: Options) -> None:
     outputs = _outputs(options, supervisor)
     forwarder, hold = _forwarder(options, replicas, outputs)
     edge = edges.edge_of(options.guards, supervisor)
-    frontend = Frontend(forwarder, hold, supervisor, edge.authenticator, edge.log)
+    in_progress, renderer = InProgress(), Renderer()
+    frontend = Frontend(forwarder, hold, supervisor, edge.authenticator, edge.log, in_progress)
+    frontend.add(ChatService(forwarder, renderer, trace.get_tracer(_SCOPE), frontend.serve).register)
     await frontend.set_ready(ready=False)
     with _stop_signal() as stop, listening.serving_metrics(options.metrics_port, supervisor):
         sums = functools.partial(_sums, forwarder, outputs)
         async with _following(options, replicas, frontend, supervisor, outputs, sums):
             # Pods are ready by gRPC's health, so HTTP comes first.
-            http = await _listen_http(options, forwarder, frontend, supervisor, edge)
+            api = Api(
+                forwarder,
+                trace.get_tracer(_SCOPE),
+                lambda: frontend.ready,
+                Bodies(in_progress=in_progress),
+                renderer,
+                edge.authenticator,
+                measured=not options.metrics_port,
+            )
+            http = await _listen_http(options, api, supervisor, edge)
             await listening.listen(frontend, options.listen[0], edge, options.admin)
             await stop.wait()
             _LOG.info("draining for %g s at most", options.grace)
             await asyncio.gather(frontend.drain(options.grace), *(port.drain(options.grace) for port in http))
+    await renderer.close()
     await replicas.close()
     await supervisor.close()
 
@@ -133,22 +149,12 @@ def _forwarder(
     return forwarder, hold
 
 
-async def _listen_http(
-    options: Options, forwarder: Forwarder, frontend: Frontend, supervisor: Supervisor, edge: Edge
-) -> list[HttpServer]:
+async def _listen_http(options: Options, api: Api, supervisor: Supervisor, edge: Edge) -> list[HttpServer]:
     """The server of OpenAI's API, where there is one."""
     if not options.http:
         return []
-    api = Api(
-        forwarder,
-        trace.get_tracer(_SCOPE),
-        lambda: frontend.ready,
-        authenticator=edge.authenticator,
-        measured=not options.metrics_port,
-    )
     gate = api.gated(metrics.get_meter(_SCOPE), edge.log)
-    tls = None if edge.tls is None else edge.tls.http
-    server = HttpServer(gate, supervisor, api.close, tls)
+    server = HttpServer(gate, supervisor, None if edge.tls is None else edge.tls.http)
     await listening.listen_http(server, options.http[0])
     return [server]
 

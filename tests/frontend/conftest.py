@@ -17,11 +17,13 @@ from moe_api import transport
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
 from moe_api.supervision import Supervisor
 from moe_frontend import edges
+from moe_frontend.chat.renderer import Renderer
 from moe_frontend.discovery.endpoints import Endpoint
 from moe_frontend.identity.audit import AuditLog
 from moe_frontend.outputs.cache import OutputCache
 from moe_frontend.outputs.store import Store
 from moe_frontend.policy.tenants import parse
+from moe_frontend.rpc.chat import ChatService
 from moe_frontend.transport import failures, metadata
 from moe_frontend.transport.admission import Admission
 from moe_frontend.transport.forwarding import Forwarder
@@ -50,6 +52,7 @@ class Bench:
         guards=None,
         authority=None,
         tenants="",
+        in_progress=None,
     ):
         self.revision = revision
         self.supervisor = Supervisor()
@@ -72,7 +75,15 @@ class Bench:
         )
         self.forwarder.limit(Admission(parse(tenants)))
         self.frontend = Frontend(
-            self.forwarder, self.hold, authenticator=self.edge.authenticator, log=self.log
+            self.forwarder,
+            self.hold,
+            authenticator=self.edge.authenticator,
+            log=self.log,
+            in_progress=in_progress,
+        )
+        self.renderer = Renderer()
+        self.frontend.add(
+            ChatService(self.forwarder, self.renderer, self.tracer, self.frontend.serve).register
         )
         self.workers = []
         self.processes = {}
@@ -135,6 +146,7 @@ class Bench:
     async def close(self):
         await self.channel.close()
         await self.frontend.drain(0)
+        await self.renderer.close()
         await self.replicas.close()
         await self.supervisor.close()
         for worker in self.workers:

@@ -4,6 +4,7 @@
 ``silent``: nothing at all. ``together N``: one message, once N requests run at once.
 ``flood N``: N messages of 64 KiB, as fast as they are taken.
 ``scored``: "né", whose "é" is of two tokens, with log-probabilities. ``echo``: the request, as text.
+`scores`: (token, piece, log-probability) of the tokens of a prompt, sent before ``scored``.
 `says`: texts to send, whatever is asked.
 ``full``, ``bad``, ``loading``, ``crash``: the errors that a worker returns.
 A stream of ``count`` is taken up where the request says so.
@@ -47,6 +48,15 @@ SCORED = inference_pb2.GenerateResponse(
 )
 
 
+SHORT = inference_pb2.GenerateResponse(
+    text="n",
+    tokens=[1],
+    logprobs=SCORED.logprobs[:1],
+    finish_reason=inference_pb2.FINISH_REASON_LENGTH,
+    usage=inference_pb2.Usage(prompt_tokens=9, completion_tokens=1),
+)
+
+
 class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
     """Counts what it sees."""
 
@@ -62,6 +72,7 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
         self.metadata = []
         self.asked = []
         self.says = []
+        self.scores = []
         self.deadlines = []
         self.server = None
         self.health = None
@@ -106,7 +117,8 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
         context.set_trailing_metadata((("x-tenant", self.name), ("x-internal", "10.0.0.1")))
         await self._change(requests=1, running=1)
         try:
-            behave = self._at_once if self.says or request.prompt in ("scored", "echo") else self._behave
+            at_once = self.says or self.scores or request.prompt in ("scored", "echo")
+            behave = self._at_once if at_once else self._behave
             async for response in behave(request, context):
                 yield response
                 await self._change(sent=1)
@@ -152,6 +164,13 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
         )
 
     async def _at_once(self, request, context):
+        for token, piece, logprob in self.scores:
+            top = [] if logprob is None else [_TOP(token=7, logprob=-0.25, piece=b"t")]
+            scored = inference_pb2.PromptToken(token=token, piece=piece, logprob=logprob, top=top)
+            yield inference_pb2.GenerateResponse(prompt=[scored])
+        if self.scores:
+            yield SCORED if request.sampling.max_tokens >= len(SCORED.tokens) else SHORT
+            return
         answers = {
             "scored": SCORED,
             "echo": inference_pb2.GenerateResponse(text=str(request), finish_reason=STOP),

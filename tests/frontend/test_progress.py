@@ -1,9 +1,11 @@
 """What the frontend remembers of a stream, by itself."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_api.inference.v1 import inference_pb2 as pb
+from moe_frontend.policy.echo import ContractError
 from moe_frontend.policy.progress import Progress
 from moe_frontend.policy.routing import Trials, replay_after_s
 
@@ -76,3 +78,32 @@ def test_patience_begins_anew_with_every_token():
     trials = trials.after("c", progressed=True, now=9.5)
     assert (trials.attempts, trials.tried, trials.left_s(9.5)) == (1, {"c"}, 10.0)
     assert trials.all_over().tried == frozenset()
+
+
+def scored(*tokens, **more):
+    prompt = [pb.PromptToken(token=token, logprob=-1) for token in tokens]
+    return pb.GenerateResponse(prompt=prompt, **more).SerializeToString()
+
+
+def test_scores_of_a_prompt_are_sent_once_however_many_replicas_compute_them():
+    progress = Progress(generate(prompt_logprobs=1, temperature=1.0))
+    progress.request("r1")
+    assert progress.take(scored(1, 2, 3)) == [scored(1, 2, 3)]
+    assert progress.bound_to == "r1"
+    progress.request("r1")
+    passed = [
+        *progress.take(scored(1, 2)),
+        *progress.take(scored(3, 4)),
+        *progress.take(scored(5, tokens=[9])),
+    ]
+    found = [pb.GenerateResponse.FromString(message) for message in passed]
+    assert [token.token for response in found for token in response.prompt] == [4, 5]
+    assert list(progress.request("r1").resume.tokens) == [9]
+    assert progress.take(message(finish_reason=pb.FINISH_REASON_STOP))
+
+
+def test_scores_for_which_nobody_asked_break_the_contract():
+    progress = Progress(generate())
+    progress.request("")
+    with pytest.raises(ContractError, match="tokens of the prompt, for which nobody asked"):
+        progress.take(scored(1))

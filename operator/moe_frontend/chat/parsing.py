@@ -12,7 +12,7 @@ Formats are told by the checkpoint's chat template, which writes the markers tha
 import enum
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 _THINK, _THOUGHT = "<think>", "</think>"
@@ -44,20 +44,27 @@ class ToolFormat:
 
     Attributes:
         begin, end: around each call.
-        wrapping: markers around all of them, which say nothing.
+        wrapping: markers around all of them, which say nothing: none, or one before and one behind.
         parse: a call from the text between `begin` and `end`; None where it is none.
+        write: what a call of the function with this name has before its arguments, and behind them, between
+            `begin` and `end`.
+        between: between two calls.
+        thought: between the end of the reasoning and the first call.
     """
 
     begin: str
     end: str
     wrapping: tuple[str, ...]
     parse: Callable[[str], ToolCall | None]
+    write: Callable[[str], tuple[str, str]]
+    between: str = "\n"
+    thought: str = "\n\n"
 
 
 def tool_format(template: str) -> ToolFormat | None:
     """The format of the model with this chat template; None where it is not known."""
     if _DEEPSEEK.begin in template:
-        return _DEEPSEEK
+        return _DEEPSEEK if "```json" in template else _DEEPSEEK_V31
     # Qwen3-Coder writes XML between the same markers.
     return _QWEN if _QWEN.begin in template and "<function=" not in template else None
 
@@ -255,10 +262,24 @@ def _object(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-_QWEN: Final = ToolFormat("<tool_call>", "</tool_call>", (), _of_qwen)
+def _as_qwen(name: str) -> tuple[str, str]:
+    return f'\n{{"name": {json.dumps(name)}, "arguments": ', "}\n"
+
+
+def _as_deepseek(name: str) -> tuple[str, str]:
+    return f"function{_marker('sep')}{name}\n```json\n", "\n```"
+
+
+def _as_deepseek_v31(name: str) -> tuple[str, str]:
+    return f"{name}{_marker('sep')}", ""
+
+
+_QWEN: Final = ToolFormat("<tool_call>", "</tool_call>", (), _of_qwen, _as_qwen)
 _DEEPSEEK: Final = ToolFormat(
     _marker("call\u2581begin"),
     _marker("call\u2581end"),
     (_marker("calls\u2581begin"), _marker("calls\u2581end")),
     _of_deepseek,
+    _as_deepseek,
 )
+_DEEPSEEK_V31: Final = replace(_DEEPSEEK, write=_as_deepseek_v31, between="", thought="")

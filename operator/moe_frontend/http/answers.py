@@ -35,11 +35,14 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class Logprobs(msgspec.Struct, frozen=True):
-    """What the model thought of the tokens of a completion; one entry for each token."""
+    """What the model thought of the tokens of a completion; one entry for each token.
+
+    None: of the first token of a prompt, for which it has no probabilities.
+    """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

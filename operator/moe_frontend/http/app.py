@@ -3,7 +3,7 @@
 import asyncio
 import importlib.metadata
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
 import prometheus_client
@@ -15,11 +15,11 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from moe_frontend.chat.parsing import unformatted
+from moe_api.inference.v1 import inference_pb2
 from moe_frontend.chat.renderer import Renderer
 from moe_frontend.discovery.endpoints import Served
-from moe_frontend.http import answers, bodies
-from moe_frontend.http.bodies import Bodies
+from moe_frontend.http import answers, bodies, openapi
+from moe_frontend.http.bodies import Bodies, Counted
 from moe_frontend.http.chats import Chats, render, requests
 from moe_frontend.http.completions import Completions, plan
 from moe_frontend.http.conversation import conversation
@@ -32,7 +32,7 @@ from moe_frontend.identity.credentials import NOBODY_ASKED, Authenticator
 from moe_frontend.transport.forwarding import Forwarder
 
 _METRICS: Final = "/metrics"
-_OPEN: Final = frozenset({"/health", _METRICS, "/version"})
+_OPEN: Final = frozenset({"/health", _METRICS, "/version", "/openapi.json"})
 _SHOWN: Final = 200
 T = TypeVar("T")
 _Handler = Callable[[Exchange, Request], Awaitable[bytes | None]]
@@ -56,8 +56,8 @@ class Api:
         forwarder: Forwarder,
         tracer: trace.Tracer,
         ready: Callable[[], bool],
-        reader: Bodies | None = None,
-        renderer: Renderer | None = None,
+        reader: Bodies,
+        renderer: Renderer,
         authenticator: Authenticator = NOBODY_ASKED,
         *,
         measured: bool = True,
@@ -67,8 +67,8 @@ class Api:
         self._forwarder = forwarder
         self._tracer = tracer
         self._ready = ready
-        self._bodies = reader or Bodies()
-        self._renderer = renderer or Renderer()
+        self._bodies = reader
+        self._renderer = renderer
         self._began = int(time.time())
 
     def gated(self, meter: metrics.Meter, log: AuditLog = NO_LOG) -> Gate:
@@ -80,6 +80,7 @@ class Api:
             self._route("/v1/models/{model:path}", self._get_model, "GET"),
             Route("/health", self._health, methods=["GET"]),
             Route("/version", _version, methods=["GET"]),
+            Route("/openapi.json", _openapi, methods=["GET"]),
             *([Route(_METRICS, _metrics, methods=["GET"])] if _METRICS in self._open else []),
         ]
         app = Starlette(routes=routes, exception_handlers={HTTPException: _refused, Exception: _failed})
@@ -90,35 +91,39 @@ class Api:
         return Route(path, _Endpoint(path, handler), methods=[method])
 
     async def _complete(self, exchange: Exchange, request: Request) -> bytes | None:
-        asked, served = await self._asked(exchange, request, CompletionRequest)
-        completions = Completions(exchange, served.name or asked.model or "", plan(asked, served))
-        if asked.stream:
-            await completions.stream(self._forwarder, self._tracer)
-            return None
-        return await completions.whole(self._forwarder, self._tracer)
+        with self._bodies.place() as counted:
+            asked, served = await self._asked(exchange, request, CompletionRequest, counted)
+            planned = plan(asked, served)
+            counted.grow(_size(planned.requests))
+            completions = Completions(exchange, served.name or asked.model or "", planned)
+            if asked.stream:
+                await completions.stream(self._forwarder, self._tracer)
+                return None
+            return await completions.whole(self._forwarder, self._tracer)
 
     async def _chat(self, exchange: Exchange, request: Request) -> bytes | None:
-        asked, served = await self._asked(exchange, request, ChatRequest)
-        talk = conversation(asked, served)
-        prompt = await render(self._renderer, talk)
-        wanted = requests(asked, served, prompt, unformatted(talk.thinks, prompt))
-        chats = Chats(exchange, served.name or asked.model or "", asked, talk, prompt)
-        if asked.stream:
-            await chats.stream(self._forwarder, self._tracer, wanted)
-            return None
-        return await chats.whole(self._forwarder, self._tracer, wanted)
+        with self._bodies.place() as counted:
+            asked, served = await self._asked(exchange, request, ChatRequest, counted)
+            talk = conversation(asked, served)
+            prompt = await render(self._renderer, talk)
+            wanted = requests(asked, served, talk, prompt)
+            counted.grow(_size(wanted))
+            chats = Chats(exchange, served.name or asked.model or "", asked, talk, prompt)
+            if asked.stream:
+                await chats.stream(self._forwarder, self._tracer, wanted)
+                return None
+            return await chats.whole(self._forwarder, self._tracer, wanted)
 
-    async def _asked(self, exchange: Exchange, request: Request, kind: type[T]) -> tuple[T, Served]:
+    async def _asked(
+        self, exchange: Exchange, request: Request, kind: type[T], counted: Counted
+    ) -> tuple[T, Served]:
         """The request in a body, and the model that will answer it."""
-        body = await self._bodies.read(request, bodies.most_bytes(self._forwarder.served.context_length))
+        most = bodies.most_bytes(self._forwarder.served.context_length)
+        body = await self._bodies.read(request, most, counted)
         asked = bodies.decode(body, kind)
         if not self._forwarder.served.name:
             await exchange.wait(self._until_served(len(body)))
         return asked, self._forwarder.served
-
-    async def close(self) -> None:
-        """Ends the processes that render."""
-        await self._renderer.close()
 
     async def _until_served(self, size: int) -> None:
         """Waits for a first replica, whose model says what holds for fields that a request does not set."""
@@ -172,9 +177,18 @@ class _Endpoint:
             await answer(body, send)
 
 
+def _size(asked: Sequence[inference_pb2.GenerateRequest]) -> int:
+    """Bytes of what is sent to replicas: each text has a copy of its prompt."""
+    return sum(request.ByteSize() for request in asked)
+
+
 async def _version(request: Request) -> Response:  # noqa: ARG001
     version = importlib.metadata.version("moe-operator")
     return Response(answers.encode({"version": version}), media_type="application/json")
+
+
+async def _openapi(request: Request) -> Response:  # noqa: ARG001
+    return Response(openapi.document(), media_type="application/json")
 
 
 async def _metrics(request: Request) -> Response:  # noqa: ARG001
@@ -187,7 +201,10 @@ async def _refused(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     allow = (getattr(error, "headers", None) or {}).get("Allow")
     where = f"{request.method} {request.url.path}"[:_SHOWN]
-    known = "/v1/chat/completions, /v1/completions and /v1/models are, and /health, /version, /metrics"
+    known = (
+        "/v1/chat/completions, /v1/completions and /v1/models are, and /health, /version, /metrics, "
+        "/openapi.json"
+    )
     refusal = ApiError(status, f"{where!r} is not served here; {known}", allow=allow)
     return _error_response(refusal)
 

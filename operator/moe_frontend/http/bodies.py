@@ -9,18 +9,16 @@ from typing import Final, TypeVar
 import msgspec
 from starlette.requests import Request
 
-from moe_frontend.http.errors import OVERLOADED, ApiError, invalid
+from moe_api.receiving import InProgress, NotReceivedError, Place
+from moe_frontend.http.errors import ApiError, invalid, of_status
 
 BODY_MOST: Final = 16 * 2**20
 """Bytes, as of a gRPC message."""
 BODY_LEAST: Final = 2**20
 BYTES_A_TOKEN: Final = 64
 """Bytes of a body for each token of the context: a body may hold several prompts."""
-BODIES_MOST: Final = 256 * 2**20
-"""Bytes of all bodies that are being read."""
 BODY_S: Final = 30.0
 DEPTH_MOST: Final = 64
-_RETRY_S: Final = 1.0
 _AT: Final = re.compile(r" - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`$")
 _UNKNOWN: Final = re.compile(r"Object contains unknown field `(?P<name>[^`]*)`")
 _UNSUPPORTED: Final = re.compile("expected null, got ")
@@ -38,55 +36,59 @@ class Bodies:
 
     Args:
         limit_s: how long a client may take to send its body, in seconds.
-        most: bytes of all bodies at a time.
+        in_progress: counts the bytes of requests in progress, those of gRPC too.
     """
 
-    def __init__(self, limit_s: float = BODY_S, most: int = BODIES_MOST) -> None:
+    def __init__(self, limit_s: float = BODY_S, in_progress: InProgress | None = None) -> None:
         self._limit_s = limit_s
-        self._most = most
-        self._held = 0
+        self._in_progress = in_progress or InProgress()
 
-    @property
-    def held(self) -> int:
-        """Bytes of all bodies that are being read now."""
-        return self._held
+    @contextlib.contextmanager
+    def place(self) -> Iterator["Counted"]:
+        """Counts what a request holds for the time of the block."""
+        with self._in_progress.place() as place:
+            yield Counted(place)
 
-    async def read(self, request: Request, most: int) -> bytes:
+    async def read(self, request: Request, most: int, counted: "Counted") -> bytes:
         """The body.
 
         Raises:
-            ApiError: it is no JSON by its headers, larger than `most` bytes, or took too long.
+            ApiError: it is no JSON by its headers, larger than `most` bytes, took too long, or there is no
+                room for it.
             ClientDisconnect: the client went away.
         """
         _check_headers(request, most)
+        body = bytearray()
         try:
             async with asyncio.timeout(self._limit_s):
-                with self._places() as body:
-                    async for part in request.stream():
-                        self._take(body, part, most)
-                    return bytes(body)
+                async for part in request.stream():
+                    if len(body) + len(part) > most:
+                        raise _too_large(most)
+                    counted.grow(len(part))
+                    body.extend(part)
+                return bytes(body)
         except TimeoutError:
             raise ApiError(
                 408, f"the body of the request did not arrive within {self._limit_s:g} s; send it again"
             ) from None
 
-    def _take(self, body: bytearray, part: bytes, most: int) -> None:
-        if len(body) + len(part) > most:
-            raise _too_large(most)
-        if self._held + len(part) > self._most:
-            raise ApiError(
-                429, "too many large requests arrive at once; try later", OVERLOADED, retry_after_s=_RETRY_S
-            )
-        self._held += len(part)
-        body.extend(part)
 
-    @contextlib.contextmanager
-    def _places(self) -> Iterator[bytearray]:
-        body = bytearray()
+class Counted:
+    """What one request holds."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+
+    def grow(self, by: int) -> None:
+        """Counts `by` more bytes.
+
+        Raises:
+            ApiError: there is no room for them.
+        """
         try:
-            yield body
-        finally:
-            self._held -= len(body)
+            self._place.grow(by)
+        except NotReceivedError as error:
+            raise of_status(error.status, {}) from None
 
 
 def decode(body: bytes, kind: type[T]) -> T:
@@ -98,7 +100,7 @@ def decode(body: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        raise _of_validation(str(error)) from None
+        raise of_validation(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         problem = _lower(str(error).removeprefix("JSON is malformed: "))
         raise ApiError(400, f"the body is not valid JSON: {problem}; send one object") from None
@@ -145,8 +147,11 @@ def _too_large(most: int) -> ApiError:
     )
 
 
-def _of_validation(text: str) -> ApiError:
-    """msgspec's "Expected `int`, got `str` - at `$.max_tokens`" as a sentence of ours."""
+def of_validation(text: str) -> ApiError:
+    """What is wrong with a request.
+
+    text: of msgspec, such as "Expected `int`, got `str` - at `$.max_tokens`".
+    """
     if unknown := _UNKNOWN.search(text):
         where = _path(text)
         param = f"{where}.{unknown['name']}".lstrip(".")[:_SHOWN]

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from opentelemetry import trace
 
 from moe_api.inference.v1 import inference_pb2
-from moe_frontend.chat.parsing import Parser, Piece, ToolCall
+from moe_frontend.chat.parsing import Parser, Piece, ToolCall, unformatted
 from moe_frontend.chat.renderer import Renderer, RendererBusyError, RendererNotStartedError, RenderError
 from moe_frontend.discovery.endpoints import Served
 from moe_frontend.http import answers, formats, sampling
@@ -19,7 +19,7 @@ from moe_frontend.http.events import EventStream
 from moe_frontend.http.exchange import Answering, Exchange
 from moe_frontend.http.logprobs import chat_logprobs
 from moe_frontend.http.prompts import check_together
-from moe_frontend.http.schemas import ChatRequest
+from moe_frontend.http.schemas import ChatRequest, ToolChoice
 
 PROMPT_MOST: Final = 16 * 2**20
 """Characters of a rendered conversation; the model's own bound is checked with the others."""
@@ -48,11 +48,9 @@ async def render(renderer: Renderer, asked: Conversation) -> str:
 
 
 def requests(
-    request: ChatRequest, served: Served, prompt: str, unformatted: str = ""
+    request: ChatRequest, served: Served, talk: Conversation, prompt: str
 ) -> list[inference_pb2.GenerateRequest]:
     """What a rendered conversation asks the replicas for. Pure.
-
-    unformatted: a response format holds behind this text.
 
     Raises:
         ApiError: the request is not valid, as far as that can be told here.
@@ -64,7 +62,7 @@ def requests(
         samples=served.samples,
         logprobs=top_logprobs(request),
     )
-    wanted = formats.output_format(request.response_format, unformatted)
+    wanted = output_format(request, talk, unformatted(talk.thinks, prompt))
     found = [
         inference_pb2.GenerateRequest(
             model=request.model or "",
@@ -78,6 +76,14 @@ def requests(
     sampling.set_seeds(request, found)
     sampling.set_priority(request, found)
     return found
+
+
+def output_format(request: ChatRequest, talk: Conversation, after: str) -> inference_pb2.OutputFormat | None:
+    """What the text must be behind `after`: calls of tools, or the response format. Raises ApiError."""
+    if not talk.forced or talk.tools is None:
+        return formats.output_format(request.response_format, after)
+    single = request.parallel_tool_calls is False or isinstance(request.tool_choice, ToolChoice)
+    return formats.tool_calls(talk.forced, talk.tools, after, single=single)
 
 
 @dataclass

@@ -19,7 +19,9 @@ from moe_frontend.http.schemas import CompletionRequest
 
 MAX_TOKENS: Final = 16
 """OpenAI's default."""
-_RENAMED: Final = {"prompt_tokens": "prompt", **formats.RENAMED}
+SCORES_MOST: Final = 2**19
+"""Log-probabilities of the prompts of one request whose answer is one object: about 100 bytes each."""
+_RENAMED: Final = {"prompt_tokens": "prompt", "prompt_logprobs": "echo", **formats.RENAMED}
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,9 @@ class Plan:
 
     Attributes:
         requests: one for each text; the texts of a prompt are neighbours.
-        echoes: what is put before each text.
+        echoes: the prompt that is put before each text; "": none, or it comes token by token.
         n: texts of each prompt.
+        prompt_alone: whether no text is generated. Workers generate a token nevertheless.
     """
 
     requests: Sequence[inference_pb2.GenerateRequest]
@@ -38,6 +41,7 @@ class Plan:
     stream: bool
     include_usage: bool
     logprobs: bool
+    prompt_alone: bool
 
 
 def plan(request: CompletionRequest, served: Served) -> Plan:
@@ -52,13 +56,15 @@ def plan(request: CompletionRequest, served: Served) -> Plan:
         raise invalid("best_of", "is not supported; leave it out, or give the value of n")
     given = prompts.prompts(request.prompt)
     prompts.check_number(given, n)
-    if request.echo:
-        _check_echo(request, given)
+    most_tokens = MAX_TOKENS if request.max_tokens is None else request.max_tokens
+    if not (most_tokens or request.echo):
+        raise invalid("max_tokens", "is 0, which needs echo; ask for 1 token at least")
     parameters = sampling.parameters(
         request,
-        most_tokens=MAX_TOKENS if request.max_tokens is None else request.max_tokens,
+        most_tokens=max(most_tokens, 1),
         samples=served.samples,
         logprobs=request.logprobs,
+        prompt_logprobs=_prompt_logprobs(request, given),
     )
     wanted = formats.output_format(request.response_format)
     asked = [_generate(request.model or "", prompt, parameters, wanted) for prompt in given for _ in range(n)]
@@ -72,17 +78,16 @@ def plan(request: CompletionRequest, served: Served) -> Plan:
         bool(request.stream),
         sampling.include_usage(request),
         request.logprobs is not None,
+        not most_tokens,
     )
 
 
-def _check_echo(request: CompletionRequest, given: Sequence[Prompt]) -> None:
-    """What echo cannot do: workers give neither log-probabilities of a prompt nor the text of token ids."""
-    if request.logprobs is not None:
-        raise invalid(
-            "echo", "with logprobs is not supported: prompts are not scored; leave one of the two out"
-        )
-    if not all(isinstance(prompt, str) for prompt in given):
-        raise invalid("echo", "needs prompts that are texts; leave it out for token ids")
+def _prompt_logprobs(request: CompletionRequest, given: Sequence[Prompt]) -> int | None:
+    """Likely tokens to report with each token of the prompts; None: the prompts' tokens are not needed."""
+    if not request.echo:
+        return None
+    of_ids = not isinstance(given[0], str)  # whose text the worker knows
+    return 0 if request.logprobs is None and of_ids else request.logprobs
 
 
 def _generate(
@@ -101,10 +106,10 @@ def _generate(
 
 @dataclass
 class _Text:
-    """One text as it comes."""
+    """One text as it comes. echo: of the prompt, not sent yet."""
 
     logprobs: CompletionLogprobs
-    begun: bool = False
+    echo: str
     parts: list[str] = field(default_factory=list)
     scores: list[Logprobs] = field(default_factory=list)
     finish_reason: str | None = None
@@ -124,7 +129,8 @@ class Completions:
         self._exchange = exchange
         self._model = model
         self._plan = asked
-        self._texts = [_Text(CompletionLogprobs(len(echo))) for echo in asked.echoes]
+        self._texts = [_Text(CompletionLogprobs(echo), echo) for echo in asked.echoes]
+        self._scores_left = SCORES_MOST
         self._events = EventStream(exchange.send)
 
     async def whole(self, service: Answering, tracer: trace.Tracer) -> bytes:
@@ -135,8 +141,8 @@ class Completions:
         """
         await self._exchange.generate(service, tracer, self._plan.requests, self._gather, _RENAMED)
         choices = [
-            self._choice(index, echo + "".join(text.parts), joined(text.scores))
-            for index, (echo, text) in enumerate(zip(self._plan.echoes, self._texts, strict=True))
+            self._choice(index, "".join(text.parts), joined(text.scores))
+            for index, text in enumerate(self._texts)
         ]
         return answers.encode(self._completion(choices, self._usage()))
 
@@ -154,25 +160,38 @@ class Completions:
         return answers.encode(self._completion([], self._usage()))
 
     async def _gather(self, index: int, response: inference_pb2.GenerateResponse) -> None:
-        text = self._note(index, response)
-        text.parts.append(response.text)
-        text.scores.append(text.logprobs.take(response.logprobs))
+        added, scores = self._take(index, response)
+        self._scores_left -= sum(len(token.top) + 1 for token in response.prompt)
+        if self._scores_left < 0:
+            problem = f"with logprobs asks for more than {SCORES_MOST} log-probabilities of prompts"
+            raise invalid("echo", f"{problem}; send several requests, or stream")
+        self._texts[index].parts.append(added)
+        self._texts[index].scores.append(scores)
 
     async def _pass_on(self, index: int, response: inference_pb2.GenerateResponse) -> None:
         """Sends a chunk; tokens that make no text yet are worth none, but for their log-probabilities."""
-        text = self._note(index, response)
-        scores = text.logprobs.take(response.logprobs)
-        echo, text.begun = "" if text.begun else self._plan.echoes[index], True
-        if echo or response.text or scores.tokens or text.finish_reason:
-            choice = self._choice(index, echo + response.text, scores)
+        added, scores = self._take(index, response)
+        shown = scores.tokens if self._plan.logprobs else ()
+        if added or shown or self._texts[index].finish_reason:
+            choice = self._choice(index, added, scores)
             await self._events.event(answers.encode(self._completion([choice])))
 
-    def _note(self, index: int, response: inference_pb2.GenerateResponse) -> _Text:
+    def _take(self, index: int, response: inference_pb2.GenerateResponse) -> tuple[str, Logprobs]:
+        """What a response adds: text, of the prompt as well where that is echoed, and its tokens."""
         text = self._texts[index]
         text.finish_reason = answers.FINISH_REASONS[response.finish_reason]
         if response.HasField("usage"):
             text.usage = response.usage
-        return text
+        echo, text.echo = text.echo, ""
+        of_prompt, prompt_scores = text.logprobs.take_prompt(response.prompt)
+        if not self._plan.echoes[index]:
+            echo += of_prompt
+        if self._plan.prompt_alone:
+            text.usage.completion_tokens = 0
+            text.finish_reason = text.finish_reason and "length"
+            return echo, prompt_scores
+        scores = text.logprobs.take(response.logprobs)
+        return echo + response.text, joined((prompt_scores, scores))
 
     def _choice(self, index: int, text: str, scores: Logprobs) -> CompletionChoice:
         reason = self._texts[index].finish_reason

@@ -10,7 +10,14 @@ from moe_frontend.chat.parsing import ToolFormat, thinks, tool_format
 from moe_frontend.discovery.endpoints import Served
 from moe_frontend.http.bodies import check_depth
 from moe_frontend.http.errors import ApiError, invalid
-from moe_frontend.http.schemas import ChatRequest, Message, MessageToolCall, TextPart
+from moe_frontend.http.schemas import (
+    ChatRequest,
+    FunctionDefinition,
+    Message,
+    MessageToolCall,
+    TextPart,
+    ToolChoice,
+)
 
 _TEXT_MOST: Final = 64
 
@@ -24,12 +31,15 @@ class Conversation:
         variables: what it may name.
         thinks: whether the model reasons before it answers.
         tools: how it writes calls of the tools that it was given; None: it was given none.
+        forced: functions of which it must call one or more, and do nothing else; none: it may answer as it
+            likes.
     """
 
     template: str
     variables: dict[str, Any]
     thinks: bool
     tools: ToolFormat | None
+    forced: tuple[FunctionDefinition, ...] = ()
 
 
 def conversation(request: ChatRequest, served: Served) -> Conversation:
@@ -57,7 +67,11 @@ def conversation(request: ChatRequest, served: Served) -> Conversation:
         "add_generation_prompt": True,
     }
     return Conversation(
-        served.template, variables, thinks(served.template), _format(served.template) if tools else None
+        served.template,
+        variables,
+        thinks(served.template),
+        _format(served.template) if tools else None,
+        _forced(request),
     )
 
 
@@ -84,8 +98,9 @@ def top_logprobs(request: ChatRequest) -> int | None:
 def _check_format(request: ChatRequest) -> None:
     if request.tools and request.tool_choice != "none" and _formatted(request):
         raise invalid("response_format", "excludes tools, whose calls have their own format; leave one out")
-    if request.parallel_tool_calls is False and request.tools:
-        raise invalid("parallel_tool_calls", "cannot be false: the model decides; leave it out")
+    if request.parallel_tool_calls is False and request.tools and request.tool_choice in (None, "auto"):
+        problem = "can be false only where tool_choice forces a call: otherwise the model decides"
+        raise invalid("parallel_tool_calls", f"{problem}; leave it out")
 
 
 def _formatted(request: ChatRequest) -> bool:
@@ -94,13 +109,28 @@ def _formatted(request: ChatRequest) -> bool:
 
 def _tools(request: ChatRequest) -> list[Any]:
     """The tools, as the template gets them."""
-    if request.tool_choice not in (None, "auto", "none"):
-        raise invalid("tool_choice", "is not supported: a call cannot be forced; use 'auto' or 'none'")
     if not request.tools or request.tool_choice == "none":
         return []
     tools = msgspec.to_builtins(request.tools)
     check_depth("tools", tools)
     return list(tools)
+
+
+def _forced(request: ChatRequest) -> tuple[FunctionDefinition, ...]:
+    """The functions of which one must be called."""
+    if request.tool_choice in (None, "auto", "none"):
+        return ()
+    functions = tuple(tool.function for tool in request.tools or ())
+    if isinstance(request.tool_choice, ToolChoice):
+        name = request.tool_choice.function.name
+        functions = tuple(function for function in functions if function.name == name)
+        if not functions:
+            raise invalid(
+                "tool_choice", f"names {name[:_TEXT_MOST]!r}, which is not among tools; add it there"
+            )
+    if not functions:
+        raise invalid("tool_choice", "forces a call, and there are no tools; add some, or leave it out")
+    return functions
 
 
 def _format(template: str) -> ToolFormat:

@@ -24,7 +24,12 @@ _ALL: Final = -1
 
 
 def parameters(
-    request: Sampling, *, most_tokens: int, samples: bool, logprobs: int | None
+    request: Sampling,
+    *,
+    most_tokens: int,
+    samples: bool,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
 ) -> inference_pb2.SamplingParameters:
     """The parameters of a request; fields that it does not set are OpenAI's defaults, or the checkpoint's.
 
@@ -33,13 +38,16 @@ def parameters(
         most_tokens: tokens to generate at most.
         samples: whether the checkpoint brings a temperature of its own; else it is 1, as OpenAI's.
         logprobs: log-probabilities to send for each token; None: none at all.
+        prompt_logprobs: the same for each token of the prompt.
     """
     given: dict[str, Any] = {name: getattr(request, name) for name in _SAME}
     if given["top_k"] == _ALL:
         given["top_k"] = 0
     if given["temperature"] is None and not samples:
         given["temperature"] = 1.0
-    message = inference_pb2.SamplingParameters(max_tokens=most_tokens, logprobs=logprobs, **given)
+    message = inference_pb2.SamplingParameters(
+        max_tokens=most_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, **given
+    )
     message.stop.extend([request.stop] if isinstance(request.stop, str) else request.stop or ())
     message.stop_token_ids.extend(request.stop_token_ids or ())
     for token, bias in (request.logit_bias or {}).items():

@@ -82,6 +82,7 @@ class CompletionRequest(Sampling, frozen=True, kw_only=True, forbid_unknown_fiel
     """``POST /v1/completions``."""
 
     prompt: str | list[str | TokenId | list[TokenId]] | None = None
+    max_tokens: _Count | None = None  # 0 with echo: the prompt alone
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
     echo: bool | None = None
     best_of: _Choices | None = None
@@ -140,10 +141,17 @@ class Tool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     function: FunctionDefinition
 
 
-class ToolChoice(msgspec.Struct, frozen=True):
-    """A function that the model should call."""
+class NamedFunction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The name of one of the tools."""
 
-    type: str
+    name: str
+
+
+class ToolChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A function that the model must call."""
+
+    type: Literal["function"]
+    function: NamedFunction
 
 
 class ChatRequest(Sampling, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -154,7 +162,7 @@ class ChatRequest(Sampling, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     logprobs: bool | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
     tools: Annotated[list[Tool], msgspec.Meta(max_length=128)] | None = None
-    tool_choice: str | ToolChoice | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Annotated[str, msgspec.Meta(max_length=32)] | None = None
     chat_template_kwargs: dict[str, bool | str] | None = None

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from typing import Final
 
 import uvicorn
@@ -63,18 +63,10 @@ class HttpServer:
     Args:
         gate: the application.
         supervisor: runs the server.
-        close: to be called when it has ended.
         tls: for connections; None: plaintext.
     """
 
-    def __init__(
-        self,
-        gate: Gate,
-        supervisor: Supervisor,
-        close: Callable[[], Awaitable[None]] | None = None,
-        tls: ssl.SSLContext | None = None,
-    ) -> None:
-        self._close = close
+    def __init__(self, gate: Gate, supervisor: Supervisor, tls: ssl.SSLContext | None = None) -> None:
         self._gate = gate
         self._supervisor = supervisor
         config = uvicorn.Config(
@@ -116,8 +108,6 @@ class HttpServer:
         await asyncio.wait([self._running], timeout=_END_S)
         self._server.force_exit = True
         await asyncio.wait([self._running], timeout=_END_S)
-        if self._close is not None:
-            await self._close()
 
 
 def _listen(address: str) -> socket.socket:

@@ -21,7 +21,8 @@ def key_of(
     """The key of the answer to a request, 32 bytes; None if the answer is not cacheable.
 
     It is cacheable if it is determined (a seed is set, or the temperature is 0), the revision is known and
-    matches the request, and the client did not send ``cache-control: no-store``.
+    matches the request, and the client did not send ``cache-control: no-store``. Scores of prompts are not
+    cached: they take a hundred times the memory of the text.
 
     Args:
         request: as the client sent it.
@@ -32,7 +33,9 @@ def key_of(
     """
     pairs = list(metadata or ())
     asked = request.resume.revision
-    if not revision or asked not in ("", revision) or _opts_out(pairs) or not _determined(request, samples):
+    if not revision or asked not in ("", revision) or request.sampling.HasField("prompt_logprobs"):
+        return None
+    if _opts_out(pairs) or not _determined(request, samples):
         return None
     question = inference_pb2.GenerateRequest()
     question.CopyFrom(request)

@@ -37,6 +37,7 @@ class Progress:
         self._revision = ""
         self._whole = True
         self._tokens: list[int] = []
+        self._scored = self._repeated = 0
         self._guard = EchoGuard(())
         self.messages = 0
         self.finished = False
@@ -93,6 +94,7 @@ class Progress:
         asked.resume.revision = self._revision
         asked.resume.tokens.extend(self._tokens)
         self._guard = EchoGuard(tuple(asked.resume.tokens))
+        self._repeated = self._scored
         return asked
 
     def take(self, message: bytes) -> list[bytes]:
@@ -108,9 +110,11 @@ class Progress:
             self.messages, self.finished = 1, True
             return [message]
         passed = self._guard.take(response)
+        trimmed = self._drop_repeated(response)
         for ready in passed:
             self._note(ready)
-        return [message if ready is response else ready.SerializeToString() for ready in passed]
+        unchanged = None if trimmed else response
+        return [message if ready is unchanged else ready.SerializeToString() for ready in passed]
 
     def end(self) -> None:
         """Checks that the response is complete when the replica ends it.
@@ -130,10 +134,18 @@ class Progress:
             name = self._answer.DESCRIPTOR.name
             raise ContractError(f"sent a message that is not a {name}") from None
 
+    def _drop_repeated(self, response: inference_pb2.GenerateResponse) -> bool:
+        """Removes tokens of the prompt that the client has: a replica that begins anew sends all of them."""
+        repeated = min(len(response.prompt), self._repeated)
+        self._repeated -= repeated
+        del response.prompt[:repeated]
+        return repeated > 0
+
     def _note(self, response: inference_pb2.GenerateResponse) -> None:
         self._check(response)
         self.messages += 1
         self._tokens.extend(response.tokens)
+        self._scored += len(response.prompt)
         # Text without tokens cannot be told apart from text that is still missing.
         self._whole &= not response.text or len(response.tokens) > 0
         if response.HasField("usage"):
@@ -146,6 +158,8 @@ class Progress:
         if response.finish_reason not in inference_pb2.FinishReason.values():
             raise ContractError(f"sent finish reason {response.finish_reason}, which does not exist")
         sampling = self._generate.sampling
+        if response.prompt and not sampling.HasField("prompt_logprobs"):
+            raise ContractError("sent tokens of the prompt, for which nobody asked")
         total = len(self._generate.resume.tokens) + self.tokens + len(response.tokens)
         if sampling.HasField("max_tokens") and total > sampling.max_tokens:
             raise ContractError(f"sent more than max_tokens ({sampling.max_tokens}) tokens")

@@ -163,7 +163,7 @@ class Forwarder:
         with spans.server_span(self._tracer, context, method) as span:
             failure = await self.answer(method, request, context, span)
             if failure is not None:
-                await _give_up(failure, context)
+                await give_up(failure, context)
 
     async def answer(
         self, method: str, request: Message, caller: Recipient, span: trace.Span
@@ -408,7 +408,8 @@ def _record(span: trace.Span, lease: Lease, attempt: int, progress: Progress) ->
     span.add_event("route", {**attributes, "message": lease.decision.message})
 
 
-async def _give_up(failure: Failure, context: Context) -> None:
+async def give_up(failure: Failure, context: Context) -> None:
+    """Ends a gRPC call that failed. Raises AbortError."""
     status = failure.status
     details = ((rich_status.DETAILS_KEY, status.SerializeToString()),) if status.details else ()
     await context.abort(failure.code, status.message, (*failure.metadata, *details))

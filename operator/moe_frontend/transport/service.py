@@ -3,6 +3,7 @@
 from __future__ import annotations  # grpc.RpcMethodHandler takes no parameters at run time
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any, Final, cast
 
 import grpc
@@ -11,7 +12,8 @@ from google.protobuf.message import Message
 from moe_api import rich_status, transport
 from moe_api.frontend.v1 import frontend_pb2_grpc
 from moe_api.health import Health
-from moe_api.inference.v1 import inference_pb2
+from moe_api.inference.v1 import chat_pb2, inference_pb2
+from moe_api.receiving import InProgress
 from moe_api.server import create_server
 from moe_api.supervision import Supervisor
 from moe_frontend.identity.audit import NO_LOG, AuditLog
@@ -24,6 +26,7 @@ from moe_frontend.transport.forwarding import Context, Forwarder
 from moe_frontend.transport.holding import Hold
 
 SERVICE: Final = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+CHAT_SERVICE: Final = chat_pb2.DESCRIPTOR.services_by_name["ChatService"].full_name
 MOST_STREAMS: Final = 1024
 """Calls of one connection at a time: gateways and sidecars send those of many clients over one."""
 
@@ -50,6 +53,7 @@ class Frontend:
         supervisor: runs what goes on in the background.
         authenticator: knows the callers.
         log: of all calls.
+        in_progress: counts the bytes of requests in progress.
     """
 
     def __init__(
@@ -59,16 +63,18 @@ class Frontend:
         supervisor: Supervisor | None = None,
         authenticator: Authenticator = NOBODY_ASKED,
         log: AuditLog = NO_LOG,
+        in_progress: InProgress | None = None,
     ) -> None:
         self._log = log
         self._supervisor = supervisor or Supervisor()
         self._forwarder = forwarder
         self._hold = hold
         self._for_operator = ForOperator(hold, forwarder)
-        self._health = Health([SERVICE, ADMIN_SERVICE])
+        self._health = Health([SERVICE, CHAT_SERVICE, ADMIN_SERVICE])
         self._server = create_server(
             transport.server_options(most_streams=MOST_STREAMS),
             (AuthenticatingInterceptor(authenticator, log),),
+            in_progress,
         )
         self._admin: grpc.aio.Server | None = None
         self._draining = False
@@ -92,7 +98,8 @@ class Frontend:
         self._server.add_registered_method_handlers(SERVICE, handlers)
         if administered:
             frontend_pb2_grpc.add_FrontendServiceServicer_to_server(self._for_operator, self._server)
-        await self._health.register(self._server, [SERVICE, ADMIN_SERVICE] if administered else [SERVICE])
+        own = [SERVICE, CHAT_SERVICE]
+        await self._health.register(self._server, [*own, ADMIN_SERVICE] if administered else own)
         if credentials is None:
             port = self._server.add_insecure_port(address)
         else:
@@ -110,6 +117,10 @@ class Frontend:
         port = self._admin.add_insecure_port(address)
         await self._admin.start()
         return port
+
+    def add(self, register: Callable[[grpc.aio.Server], None]) -> None:
+        """Lets `register` add a service, whose methods run by `serve`; before `start`."""
+        register(self._server)
 
     @property
     def ready(self) -> bool:
@@ -171,11 +182,15 @@ class Frontend:
         return grpc.unary_stream_rpc_method_handler(cast("Any", behaviour), request_type.FromString)
 
     async def _serve(self, method: str, request: Message, context: Context) -> None:
+        await self.serve(method, context, lambda: self._forwarder.forward(method, request, context))
+
+    async def serve(self, method: str, context: Context, work: Callable[[], Awaitable[None]]) -> None:
+        """Does the work of one call, unless this frontend drains, and logs the call."""
         with self._log.request("grpc", method, metadata.request_id(context.invocation_metadata())) as entry:
             try:
                 if self._draining:
                     await rich_status.abort(context, _SHUTTING_DOWN)
-                await self._forwarder.forward(method, request, context)
+                await work()
                 entry.status = (context.code() or grpc.StatusCode.OK).name
             except asyncio.CancelledError:
                 entry.status = grpc.StatusCode.CANCELLED.name

@@ -7,9 +7,11 @@ import pytest
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
+from moe_api.receiving import InProgress
 from moe_api.supervision import Supervisor
+from moe_frontend.chat.renderer import Renderer
 from moe_frontend.http.app import Api
-from moe_frontend.http.bodies import Bodies
+from moe_frontend.http.bodies import BODY_S, Bodies
 from moe_frontend.http.server import HttpServer
 
 
@@ -19,13 +21,14 @@ class Http:
     def __init__(self, bench, reader):
         self.bench = bench
         self.reader = InMemoryMetricReader()
-        edge = bench.edge
+        edge, self.renderer = bench.edge, Renderer()
         api = Api(
             bench.forwarder,
             bench.tracer,
             lambda: bench.frontend.ready,
             reader,
-            authenticator=edge.authenticator,
+            self.renderer,
+            edge.authenticator,
         )
         self.gate = api.gated(MeterProvider([self.reader]).get_meter("test"), bench.log)
         self.supervisor = Supervisor()
@@ -52,6 +55,7 @@ class Http:
         await self.client.aclose()
         await self.openai.close()
         await self.server.drain(0)
+        await self.renderer.close()
         await self.supervisor.close()
 
 
@@ -60,8 +64,10 @@ async def http(bench):
     """`await http(workers=2)` gives a running Http."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def start(workers=2, reader=None, **options):
-            running = Http(await bench(workers, **options), reader or Bodies())
+        async def start(workers=2, in_progress=None, limit_s=BODY_S, **options):
+            in_progress = in_progress or InProgress()
+            reader = Bodies(limit_s, in_progress)
+            running = Http(await bench(workers, in_progress=in_progress, **options), reader)
             await running.start()
             stack.push_async_callback(running.close)
             return running

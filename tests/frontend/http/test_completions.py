@@ -147,6 +147,63 @@ async def test_a_prompt_is_echoed_before_its_text(http):
     assert [chunk["choices"][0]["text"] for chunk in chunks] == ["count 2w-0:0 ", "w-0:1 ", ""]
 
 
+SCORES = [(104, b"h", None), (105, b"\xc3", -0.5), (106, b"\xa9", -1.0)]
+
+
+async def test_a_prompt_is_scored_where_it_is_echoed_with_log_probabilities(http):
+    h = await http(workers=1)
+    h.bench.workers[0].scores = SCORES
+    fields = {"echo": True, "logprobs": 1}
+    found = (await h.complete([104, 105, 106], **fields)).json()["choices"][0]
+    assert found["text"] == "hén\u00e9"
+    assert found["logprobs"] == {
+        "tokens": ["h", "bytes:\\xc3", "bytes:\\xa9", "n", "bytes:\\xc3", "bytes:\\xa9"],
+        "token_logprobs": [None, -0.5, -1, -0.5, -1, -2],
+        "top_logprobs": [
+            None,
+            {"t": -0.25, "bytes:\\xc3": -0.5},
+            {"t": -0.25, "bytes:\\xa9": -1},
+            {"m": -0.25, "n": -0.5},
+            {"bytes:\\xc3": -1},
+            {},
+        ],
+        "text_offset": [0, 1, 1, 2, 3, 3],
+    }
+    asked = h.bench.workers[0].asked[-1].sampling
+    assert (asked.prompt_logprobs, asked.logprobs, asked.max_tokens) == (1, 1, 16)
+    chunks = await streamed(h, [104, 105, 106], **fields)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == found["text"]
+    tokens = [token for chunk in chunks for token in chunk["choices"][0]["logprobs"]["tokens"]]
+    assert tokens == found["logprobs"]["tokens"]
+
+
+async def test_a_prompt_alone_is_scored_without_a_text(http):
+    h = await http(workers=1)
+    h.bench.workers[0].scores = [(1, b"<s>", None), *SCORES[:1], *SCORES[1:]]
+    found = (await h.complete("hé", echo=True, logprobs=0, max_tokens=0)).json()
+    (choice,) = found["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("hé", "length")
+    # What the tokenizer put before the prompt is a token, and no text.
+    assert choice["logprobs"]["tokens"] == ["<s>", "h", "bytes:\\xc3", "bytes:\\xa9"]
+    assert choice["logprobs"]["text_offset"] == [0, 0, 1, 1]
+    assert found["usage"]["completion_tokens"] == 0
+    assert h.bench.workers[0].asked[-1].sampling.max_tokens == 1
+    (ids,) = (await h.complete([104, 105, 106], echo=True, max_tokens=0)).json()["choices"]
+    assert (ids["text"], ids["logprobs"]) == ("<s>hé", None)
+
+
+async def test_scores_of_one_answer_are_bounded_together(http, monkeypatch):
+    monkeypatch.setattr("moe_frontend.http.completions.SCORES_MOST", 9)
+    h = await http(workers=1)
+    h.bench.workers[0].scores = SCORES
+    refused = await h.complete([[1], [2]], echo=True, logprobs=1)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "echo"
+    assert "more than 9 log-probabilities of prompts" in refused.json()["error"]["message"]
+    assert (await h.complete([1], echo=True, logprobs=1)).status_code == 200
+    await streamed(h, [[1], [2]], echo=True, logprobs=1)
+
+
 @pytest.mark.parametrize("lost", ["kill", "drain"])
 async def test_a_stream_survives_the_loss_of_its_worker_to_the_byte(http, lost):
     h = await http(workers=0)

@@ -2,22 +2,26 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import math
 import re
 import tracemalloc
 
+import grpc
 import httpx2
 import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from moe_api.receiving import InProgress
 from moe_frontend.discovery.endpoints import Served
 from moe_frontend.http import bodies, prompts
-from moe_frontend.http.bodies import Bodies, check_depth, decode
+from moe_frontend.http.bodies import check_depth, decode
 from moe_frontend.http.chats import requests
 from moe_frontend.http.completions import plan
+from moe_frontend.http.conversation import Conversation
 from moe_frontend.http.errors import ApiError
 from moe_frontend.http.events import EventStream
 from moe_frontend.http.protocol import BoundedProtocol
@@ -34,7 +38,8 @@ WRONG = [
     ({"prompt": [2**32]}, "prompt[0]", "expected"),
     ({"prompt": ["a"] * 129}, "prompt", "ask for 129 texts"),
     ({"prompt": ["a"] * 65, "n": 2}, "n", "ask for 130 texts"),
-    ({"prompt": "a", "max_tokens": 0}, "max_tokens", "expected int >= 1"),
+    ({"prompt": "a", "max_tokens": 0}, "max_tokens", "is 0, which needs echo"),
+    ({"prompt": "a", "max_tokens": -1}, "max_tokens", "expected int >= 0"),
     ({"prompt": "a", "max_tokens": "7"}, "max_tokens", "expected int | null, got str"),
     ({"prompt": "a", "max_tokens": 1.5}, "max_tokens", "got float"),
     ({"prompt": "a", "n": 0}, "n", "expected int >= 1"),
@@ -42,8 +47,6 @@ WRONG = [
     ({"prompt": "a", "best_of": 2}, "best_of", "leave it out, or give the value of n"),
     ({"prompt": "a", "suffix": "b"}, "suffix", "is not supported"),
     ({"prompt": "a", "logprobs": 21}, "logprobs", "expected int <= 20"),
-    ({"prompt": "a", "echo": True, "logprobs": 1}, "echo", "prompts are not scored"),
-    ({"prompt": [1], "echo": True}, "echo", "needs prompts that are texts"),
     ({"prompt": "a", "stream_options": {}}, "stream_options", "is only for streams"),
     ({"prompt": "a", "stream": "yes"}, "stream", "expected bool"),
     ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias", "expected"),
@@ -138,9 +141,15 @@ async def test_a_body_that_is_too_large_is_refused_before_it_is_held(http):
     assert (await h.complete("count 1")).status_code == 200
 
 
+async def until(condition, most_s=20):
+    async with asyncio.timeout(most_s):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
 async def test_many_large_bodies_at_once_are_bounded_together(http):
-    reader = Bodies(limit_s=30, most=600_000)
-    h = await http(workers=1, reader=reader)
+    in_progress = InProgress(most=1_600_000, small_only=0)
+    h = await http(workers=1, in_progress=in_progress)
     rest = asyncio.Event()
 
     async def slow():
@@ -150,19 +159,59 @@ async def test_many_large_bodies_at_once_are_bounded_together(http):
 
     headers = {"content-type": "application/json"}
     first = asyncio.create_task(h.client.post("/v1/completions", content=slow(), headers=headers))
-    while reader.held < 500_000:
-        await asyncio.sleep(0.01)
-    refused = await h.complete("x" * 300_000)
+    await until(lambda: in_progress.held >= 500_000)
+    refused = await h.complete("x" * 600_000)  # and the request to a replica, which has a copy
     assert refused.status_code == 429
     assert refused.headers["retry-after"] == "1"
+    assert in_progress.held < 600_000
     rest.set()
     assert (await first).status_code == 200
-    assert reader.held == 0
+    assert in_progress.held == 0
     assert (await h.complete("count 1")).status_code == 200
 
 
+async def test_many_slow_bodies_leave_room_for_small_requests_of_both_protocols(http):
+    # 40 bodies of 2 MB, in as much memory as 10 of them need.
+    in_progress = InProgress(most=20 * 2**20, small_only=2**20)
+    h = await http(workers=1, in_progress=in_progress)
+    endpoint = next(iter(h.bench.replicas.endpoints()))
+    large = dataclasses.replace(endpoint, context_length=2**16, served=Served("m", 2**16))
+    h.bench.replicas.update(frozenset({large}))
+    size = 2 * 10**6
+    head = POST + b"content-length: %d\r\n\r\n" % size
+    clients = [await asyncio.open_connection("127.0.0.1", h.port) for _ in range(40)]
+    refused = [asyncio.create_task(reader.readuntil(b"\r\n\r\n")) for reader, _ in clients]
+    for _, writer in clients:
+        writer.write(head + b'{"prompt": "' + b"x" * (size // 2))
+    for _, writer in clients:
+        with contextlib.suppress(ConnectionError):
+            writer.write(b"x" * (size // 4))
+    await until(lambda: sum(task.done() for task in refused) >= 20)
+    answered = [task for task in refused if task.done() and task.exception() is None]
+    assert all(b" 429 " in task.result() for task in answered)
+    assert in_progress.held <= 19 * 2**20
+    assert (await h.complete("count 1")).status_code == 200
+    assert await h.bench.text("count 1") == "w-0:0 "
+    with pytest.raises(grpc.aio.AioRpcError, match="the requests in progress leave no room"):
+        await h.bench.text("x" * 8 * 2**20)
+    for task, (_, writer) in zip(refused, clients, strict=True):
+        task.cancel()
+        writer.close()
+    await until(lambda: in_progress.held == 0)
+
+
+async def test_a_request_is_counted_until_its_answer_ends(http):
+    in_progress = InProgress()
+    h = await http(workers=1, in_progress=in_progress)
+    asked = asyncio.create_task(h.complete("silent" + " " * 50_000))
+    await h.bench.workers[0].until(lambda worker: worker.running == 1)
+    assert in_progress.held > 100_000  # the body, and the request to a replica
+    asked.cancel()
+    await until(lambda: in_progress.held == 0)
+
+
 async def test_a_body_that_does_not_come_is_given_up(http):
-    h = await http(workers=1, reader=Bodies(limit_s=0.3))
+    h = await http(workers=1, limit_s=0.3)
     reader, writer = await asyncio.open_connection("127.0.0.1", h.port)
     writer.write(
         b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
@@ -432,7 +481,7 @@ def test_copies_of_a_prompt_are_bounded_together(prompt, n):
         plan(CompletionRequest(prompt=prompt, n=n), Served("m", 2**17))
     assert (caught.value.status, caught.value.param) == (400, "n")
     with pytest.raises(ApiError, match="n asks for 65 texts"):
-        requests(ChatRequest(n=65), Served("m", 2**17), "x" * 2**20)
+        requests(ChatRequest(n=65), Served("m", 2**17), Conversation("", {}, False, None), "x" * 2**20)
 
 
 def test_one_prompt_of_ids_is_one_prompt():

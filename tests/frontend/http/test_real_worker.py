@@ -4,7 +4,8 @@ import json
 
 import openai
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_worker
 from tests.checkpoints import write_checkpoint
@@ -98,3 +99,51 @@ async def test_seeds_and_errors_of_the_real_worker(client):
     with pytest.raises(openai.BadRequestError) as caught:
         await client.completions.create(model="tiny", prompt=" q z" * 300)
     assert (caught.value.param, caught.value.code) == ("prompt", "context_length_exceeded")
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
+
+
+def parsed(answer, context_lengths):
+    """Sum of log-probabilities and greediness of each continuation, as lm-eval's local-completions read them.
+
+    Of one generated token, which it asks for and drops.
+    """
+    found = []
+    for choice, length in zip(
+        sorted(answer.choices, key=lambda one: one.index), context_lengths, strict=True
+    ):
+        logprobs = choice.logprobs.token_logprobs[length:-1]
+        likely = choice.logprobs.top_logprobs[length:-1]
+        greedy = all(logprob == max(top.values()) for logprob, top in zip(logprobs, likely, strict=True))
+        found.append((sum(logprobs), greedy))
+    return found
+
+
+async def test_prompts_are_scored_as_lm_eval_asks_for_it(client, model):
+    prompts = [[0, *range(5, 90)], [0, 7, 8, 9], [0, *range(5, 70)]]
+    lengths = [40, 2, 60]
+    with torch.inference_mode():
+        best = model(torch.tensor([prompts[1]])).logits[0, -1].argmax().item()
+    prompts[1].append(best)
+    lengths[1] = 4
+    answer = await client.completions.create(
+        model="tiny", prompt=prompts, temperature=0, max_tokens=1, logprobs=1, echo=True, seed=1234
+    )
+    with torch.inference_mode():
+        for prompt, length, (total, greedy) in zip(prompts, lengths, parsed(answer, lengths), strict=True):
+            rows = model(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)[length - 1 :]
+            wanted = torch.tensor(prompt[length:])
+            assert total == pytest.approx(rows.gather(1, wanted.unsqueeze(1)).sum().item(), abs=1e-3)
+            assert greedy == bool((rows.argmax(-1) == wanted).all())
+    assert [greedy for _, greedy in parsed(answer, lengths)] == [False, True, False]
+    (text,) = (
+        await client.completions.create(
+            model="tiny", prompt="the lazy dog", max_tokens=0, logprobs=0, echo=True
+        )
+    ).choices
+    assert text.text == "the lazy dog"
+    assert "".join(text.logprobs.tokens[1:]) == "the lazy dog"
+    assert text.logprobs.token_logprobs[0] is None
