@@ -10,11 +10,11 @@ from rich.text import Text
 
 from moe_api.visible import visible_values
 from moe_cli import cache_rows, scaling_rows
-from moe_cli.report import desired
 from moe_client import console
 from moe_client.console import Prose
 from moe_operator.resources.deployment import parse_status
 from moe_operator.resources.status import ACTIVE, READY, RECONCILING, STALLED, ModelInfo
+from moe_operator.statuspage.report import desired
 
 _MARKS: Final = {"True": ("yes", "green"), "False": ("no", "red"), "Unknown": ("?", "yellow")}
 _MARK_STYLES: Final = {(STALLED, "True"): "red", (RECONCILING, "True"): "yellow", (ACTIVE, "False"): ""}

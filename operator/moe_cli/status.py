@@ -86,7 +86,7 @@ def _reported(client: Any, body: dict[str, Any]) -> dict[str, Any]:
 
     client: the module `kubernetes.client`.
     """
-    from moe_cli.report import report  # noqa: PLC0415
+    from moe_operator.statuspage.report import report  # noqa: PLC0415
 
     core, namespace, name = client.CoreV1Api(), body["metadata"]["namespace"], body["metadata"]["name"]
     about = f"involvedObject.kind={names.KIND},involvedObject.uid={body['metadata']['uid']}"

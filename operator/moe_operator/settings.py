@@ -69,6 +69,9 @@ class Settings:
     metrics_port: int = 0
     """Port of the Prometheus metrics (/metrics); 0 for none. OpenTelemetry collectors get them either way."""
 
+    status_port: int = 0
+    """Port of the status page, on the loopback interface for `kubectl port-forward`; 0 for none."""
+
     watch_namespaces: str = ""
     """Namespaces whose deployments are served, separated by commas, as in the options --namespace of kopf; by
     default all (--all-namespaces).

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from moe_cli.rendering import count, show
-from moe_cli.report import report
 from moe_operator.resources import cache_sums, names
+from moe_operator.statuspage.report import report
 
 
 def deployment(name="demo", **status):

@@ -35,6 +35,8 @@ from moe_operator.resources import names
 from moe_operator.resources.deployment import Name, restarted_at
 from moe_operator.rpc.pods import PodClient
 from moe_operator.settings import Settings
+from moe_operator.statuspage.collecting import Collector
+from moe_operator.statuspage.server import StatusServer
 
 FOLLOWED = (*KINDS, "Pod", names.ROUTES_KIND)
 P = ParamSpec("P")
@@ -52,10 +54,17 @@ class Operator:
         own: settings of the operator.
         priority: of this process among several operators.
         server: serves metrics; None if nobody fetches them.
+        page: serves the status page; None if nobody looks at it.
     """
 
     def __init__(
-        self, cluster: Cluster, cache: Mirror, own: Settings, priority: int, server: MetricsServer | None
+        self,
+        cluster: Cluster,
+        cache: Mirror,
+        own: Settings,
+        priority: int,
+        server: MetricsServer | None,
+        page: StatusServer | None = None,
     ) -> None:
         self._cluster, self._mirror, self._settings = cluster, cache, own
         self._telemetry = telemetry.configure(
@@ -69,6 +78,11 @@ class Operator:
         self._watchers: list[Follower] = []
         self._asked: dict[str, tuple[object, str]] = {}
         self._pods = PodClient(own.rpc_timeout_seconds)
+        self._page = page
+        if page is not None:
+            page.start(
+                self._supervisor, Collector(cluster, cache, own.namespaces, in_loop(self._pods.loads)).read
+            )
         rank = peering.Rank(cluster, own.peering, priority, next(iter(own.namespaces), ""))
         self._autoscaler = self._new_autoscaler(rank)
         self._reconciler = Reconciler(
@@ -93,6 +107,8 @@ class Operator:
         """Waits for running reconciles, and exports the last spans."""
         for watcher in self._watchers:
             watcher.stop()
+        if self._page is not None:
+            await asyncio.to_thread(self._page.stop)
         await self._autoscaler.close()
         await self._queue.close()
         await self._supervisor.close()

@@ -17,6 +17,7 @@ from moe_operator.kube.client import Cluster, connect
 from moe_operator.kube.mirror import Mirror
 from moe_operator.resources import names
 from moe_operator.settings import Settings
+from moe_operator.statuspage.server import StatusServer
 
 
 def register(registry: kopf.OperatorRegistry, settings: Settings) -> None:
@@ -46,10 +47,11 @@ class Handlers:
             cluster = await asyncio.to_thread(connect, own.api_timeout_seconds, mirror)
             await asyncio.to_thread(prepare_installation, cluster, own)
             server = _metrics_server(own)
+            page = StatusServer(own.status_port) if own.status_port else None
         except MoEOperatorError as error:
             # One `kubectl apply` may create the CRDs and the operator, so the CRDs may exist soon.
             raise kopf.TemporaryError(str(error), delay=own.retry_first_seconds) from error
-        self._operator = Operator(cluster, mirror, own, settings.peering.priority, server)
+        self._operator = Operator(cluster, mirror, own, settings.peering.priority, server, page)
         await self._operator.watch()
 
     async def stop(self, **_: Any) -> None:

@@ -78,6 +78,13 @@ class Cluster:
         events = sorted(found["items"], key=lambda event: event.get("lastTimestamp") or "")
         return str(events[-1].get("message", "")) if events else None
 
+    def events_about(self, kind: str, namespace: str = "") -> list[Manifest]:
+        """The Events about all objects of a kind in a namespace; empty for all namespaces."""
+        selector = f"involvedObject.kind={kind}"
+        found = self._requests.send("get", _path("Event", namespace or None), field_selector=selector)
+        items: list[Manifest] = (found or {"items": []})["items"]
+        return items
+
     def pods_on(self, node: str) -> list[Manifest]:
         """All pods on a node that have not ended."""
         alive = f"spec.nodeName={node},status.phase!=Succeeded,status.phase!=Failed"

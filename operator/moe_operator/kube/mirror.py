@@ -115,6 +115,12 @@ class Mirror:
             entry = self._entries[kind].get(Place(namespace, name))
         return None if entry is None else _unpacked(entry)
 
+    def all(self, kind: str) -> list[Manifest]:
+        """All objects of a kind that are here."""
+        with self._lock:
+            entries = list(self._entries[kind].values())
+        return [_unpacked(entry) for entry in entries]
+
     def of_deployment(self, kind: str, namespace: str, deployment: str) -> list[Manifest]:
         """The objects that carry a deployment's label."""
         with self._lock:

@@ -35,9 +35,14 @@ class PodClient:
 
         A reconcile asks only once, so these connections are not kept.
         """
+        loads = await self.loads(addresses)
+        return {address: load.queued + load.running for address, load in loads.items()}
+
+    async def loads(self, addresses: Collection[str]) -> dict[str, worker_pb2.Load]:
+        """The loads of workers by address, as `active`."""
         loads = await asyncio.gather(*map(self._load_once, addresses))
         found = zip(addresses, loads, strict=True)
-        return {address: load.queued + load.running for address, load in found if load is not None}
+        return {address: load for address, load in found if load is not None}
 
     async def held(self, address: str, wait_s: float) -> int:
         """Requests that a frontend holds; 0 if it does not respond.
