@@ -103,6 +103,7 @@ def test_what_a_cluster_holds_acts_on_nothing():
         "revision": hostile,
         "scaling": None,
         "mesh": None,
+        "caches": {},
         "conditions": [{**condition, "lastTransitionTime": hostile}],
         "pods": [pod, {**pod, "problem": None, "lastEnd": {"at": hostile, "exitCode": 1, "log": hostile}}],
         "decisions": [{"time": hostile, "type": hostile, "reason": hostile, "message": hostile}],

@@ -224,7 +224,7 @@ def test_requests_do_not_wait_for_the_output_format_of_another(outcome):
     slow = replace(request(1), output_format=OutputFormat("json_object"))
     for message in (wire.Submit(slow), wire.Submit(request(2))):
         inbox.put(message)
-    assert engine_process._take_commands(core, inbox, sent, None, preparing) == 1
+    assert engine_process._take_commands(core, inbox, sent, preparing) == 1
     assert core.taken == [(2, None)]
     if outcome == "cancelled":
         inbox.put(wire.Cancel(1))
@@ -232,7 +232,7 @@ def test_requests_do_not_wait_for_the_output_format_of_another(outcome):
         guides[1].matcher.set_exception(ValueError("secret"))
     else:
         guides[1].matcher.set_result("a matcher")
-    counted = engine_process._take_commands(core, inbox, sent, None, preparing)
+    counted = engine_process._take_commands(core, inbox, sent, preparing)
     assert counted == 1, "the edge counts it as not taken until then"
     assert core.taken[1:] == ([(1, guides[1])] if outcome == "compiled" else [])
     assert [(it.id, it.retryable) for it in sent] == ([(1, False)] if outcome == "broken" else [])

@@ -176,11 +176,22 @@ class ChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Chat(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A whole answer, or a chunk of a stream."""
+    """A whole answer."""
 
     id: str
-    object: Literal["chat.completion", "chat.completion.chunk"]
+    object: Literal["chat.completion"]
     created: int
     model: str
-    choices: list[ChatChoice] | list[ChunkChoice]
+    choices: list[ChatChoice]
+    usage: Usage | None = None
+
+
+class ChatChunk(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A chunk of a stream."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChunkChoice]
     usage: Usage | None = None

@@ -12,7 +12,15 @@ from moe_frontend.chat.parsing import Parser, Piece, ToolCall, unformatted
 from moe_frontend.chat.renderer import Renderer, RendererBusyError, RendererNotStartedError, RenderError
 from moe_frontend.discovery.endpoints import Served
 from moe_frontend.http import answers, formats, sampling
-from moe_frontend.http.answers import Chat, ChatChoice, ChatLogprobs, ChatMessage, ChunkChoice, Delta
+from moe_frontend.http.answers import (
+    Chat,
+    ChatChoice,
+    ChatChunk,
+    ChatLogprobs,
+    ChatMessage,
+    ChunkChoice,
+    Delta,
+)
 from moe_frontend.http.conversation import Conversation, most_tokens, top_logprobs
 from moe_frontend.http.errors import OVERLOADED, SERVER_ERROR, ApiError
 from moe_frontend.http.events import EventStream
@@ -219,7 +227,7 @@ class Chats:
         return ChatChoice(index=index, message=said, logprobs=scores, finish_reason=message.finish_reason)
 
     def _chunk(self, choices: list[ChunkChoice], usage: answers.Usage | None = None) -> bytes:
-        chunk = Chat(
+        chunk = ChatChunk(
             id=f"chatcmpl-{self._exchange.id}",
             object="chat.completion.chunk",
             created=self._exchange.created,

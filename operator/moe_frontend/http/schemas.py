@@ -19,6 +19,7 @@ _TopK = Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)]
 _Choices = Annotated[int, msgspec.Meta(ge=1, le=CHOICES_MOST)]
 _Seed = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 _Bias = Annotated[float, msgspec.Meta(ge=-100, le=100)]
+# Its defaults are made by factories: those are no part of the OpenAPI description, which has no raw JSON.
 _Ignored = msgspec.Raw
 
 
@@ -33,7 +34,7 @@ class JsonSchemaFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """schema: passed on as it is. strict: true or not, the text satisfies the schema."""
 
     name: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
-    schema: msgspec.Raw = msgspec.Raw(b"{}")
+    schema: msgspec.Raw = msgspec.field(default_factory=lambda: msgspec.Raw(b"{}"))
     description: str | None = None
     strict: bool | None = None
 
@@ -73,7 +74,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    metadata: _Ignored = _Ignored()
+    metadata: _Ignored = msgspec.field(default_factory=msgspec.Raw)
     store: bool | None = None
     service_tier: str | None = None
 
@@ -108,7 +109,7 @@ class MessageToolCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     id: str
     function: FunctionCall
     type: Literal["function"] = "function"
-    index: _Ignored = _Ignored()
+    index: _Ignored = msgspec.field(default_factory=msgspec.Raw)
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -122,7 +123,7 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reasoning_content: str | None = None
     # As answers have them; without meaning in a request.
     refusal: str | None = None
-    annotations: _Ignored = _Ignored()
+    annotations: _Ignored = msgspec.field(default_factory=msgspec.Raw)
 
 
 class FunctionDefinition(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
