@@ -458,7 +458,7 @@ def test_everything_that_can_be_set_is_taken_and_kept(crd):
             "generationConfig": "Auto",
             "verification": "Digests",
             "configOverride": '{"max_position_embeddings": 512}',
-            "routing": {"mass": "0.8"},
+            "routing": {"mass": "0.8", "margin": "20m", "learning": "Online"},
         },
         "worker": pod,
         "frontend": {

@@ -75,18 +75,20 @@ def test_only_what_changes_the_pods_changes_the_revision():
 
 def test_what_the_spec_leaves_open_is_left_to_the_worker():
     flags = ("--context-length", "--format", "--kv-dtype", "--generation-config", "--config-override")
-    for flag in (*flags, "--routing-mass"):
+    for flag in (*flags, "--routing-mass", "--routing-margin", "--learn-routing"):
         assert flag not in worker.command(deployment())
     chosen = {"contextLength": 512, "kvMemory": "2Gi", "format": "w4a8", "kvDtype": "fp8"}
     chosen |= {
         "generationConfig": "Auto",
         "configOverride": '{"rope_theta": 1e6}',
-        "routing": {"mass": "800m"},
+        "routing": {"mass": "800m", "margin": "50m", "learning": "Online"},
     }
     command = worker.command(deployment(engine=chosen))
     assert command[command.index("--generation-config") + 1] == "auto"
     assert command[command.index("--config-override") + 1] == '{"rope_theta": 1e6}'
     assert command[command.index("--routing-mass") + 1] == "0.8"
+    assert command[command.index("--routing-margin") + 1] == "0.05"
+    assert "--learn-routing" in command
     assert command[command.index("--format") + 1] == "w4a8"
     assert command[command.index("--kv-dtype") + 1] == "fp8"
     assert command[command.index("--context-length") + 1] == "512"

@@ -61,6 +61,8 @@ def command(deployment: Deployment) -> list[str]:
     words += ["--generation-config", "auto"] if engine.generation_config == "Auto" else []
     words += _VERIFICATION[engine.verification]
     words += ["--routing-mass", f"{engine.routing_mass:g}"] if engine.routing_mass is not None else []
+    words += ["--routing-margin", f"{engine.routing_margin:g}"] if engine.routing_margin else []
+    words += ["--learn-routing"] if engine.routing.learning == "Online" else []
     words += ["--config-override", engine.config_override] if engine.config_override is not None else []
     quality = deployment.spec.quality
     if quality is not None:

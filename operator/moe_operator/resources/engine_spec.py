@@ -12,7 +12,7 @@ from moe_operator.resources.pods import Quantity
 
 
 class EngineRouting(Model):
-    """How many experts a token uses."""
+    """Which experts a token uses, and how many."""
 
     mass: Quantity | None = Field(
         default=None,
@@ -26,6 +26,25 @@ class EngineRouting(Model):
                 "mass is a quantity above 0, at most 1, e.g. 750m",
             )
         ),
+    )
+    margin: Quantity | None = Field(
+        default=None,
+        description="By how much the scores of two experts may differ so that the one with less load takes "
+        "the other's place: a quantity from 0 to 1, such as 50m. Loads are those of the checkpoint's "
+        "routing.json, which must have them. Default: 0, none does.",
+        json_schema_extra=rules(
+            (
+                "isQuantity(string(self)) && quantity(string(self)).compareTo(quantity('0')) >= 0 && "
+                "quantity(string(self)).compareTo(quantity('1')) <= 0",
+                "margin is a quantity from 0 to 1, e.g. 50m",
+            )
+        ),
+    )
+    learning: Literal["Off", "Online"] = Field(
+        default="Off",
+        description="Online: requests update which experts each domain uses, as GetExpertLoad reports it, "
+        "starting from the checkpoint's routing.json; answers stay the same. On CPUs, in replicas of one "
+        "worker. Default: Off.",
     )
 
 
@@ -103,7 +122,8 @@ class Engine(Model):
         ),
     )
     routing: EngineRouting = Field(
-        default=EngineRouting(), description="How many experts a token uses. Default: as the checkpoint says."
+        default=EngineRouting(),
+        description="Which experts a token uses, and how many. Default: as the checkpoint says.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto",
@@ -119,3 +139,8 @@ class Engine(Model):
     def routing_mass(self) -> float | None:
         """`routing.mass` as a number."""
         return None if self.routing.mass is None else float(quantity.parse(self.routing.mass))
+
+    @property
+    def routing_margin(self) -> float:
+        """`routing.margin` as a number."""
+        return 0.0 if self.routing.margin is None else float(quantity.parse(self.routing.margin))
