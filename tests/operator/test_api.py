@@ -435,6 +435,13 @@ def test_everything_that_can_be_set_is_taken_and_kept(crd):
         "image": "example.org/image:1",
         "terminationGracePeriodSeconds": 5,
     }
+    limits = {
+        "weight": 2,
+        "requestsPerMinute": 60,
+        "tokensPerMinute": 10_000,
+        "concurrency": 8,
+        "priority": 3,
+    }
     spec = {
         "model": {"uri": "file:///mnt/models/docs-moe/", "servedName": "docs/one"},
         "replicas": 0,
@@ -477,6 +484,8 @@ def test_everything_that_can_be_set_is_taken_and_kept(crd):
                 },
             },
             "auditLog": "Requests",
+            "tenants": [{"name": "team-a", **limits}],
+            "defaultTenant": {**limits, "weight": 1},
         },
         "networkPolicy": {"mode": "Restricted"},
         "cache": {"outputs": {"mode": "Deterministic", "memory": "64Mi", "ttl": "30m"}},
