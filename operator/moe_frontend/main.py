@@ -124,7 +124,8 @@ from moe_operator.errors import MoEOperatorError
     show_envvar=True,
     metavar="JSON",
     help="What tenants may use (docs/tenants.md), as in spec.frontend: "
-    '{"tenants": [{"name": "a", "weight": 2, "requestsPerMinute": 60}], "default": {"concurrency": 8}}.',
+    '{"tenants": [{"name": "a", "weight": 2, "requestsPerMinute": 60}], '
+    '"defaultTenant": {"concurrency": 8}}.',
 )
 @click.option(
     "--tls",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -100,25 +101,27 @@ class Settings:
 def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
     """Reads the settings from environment variables; those not set keep their default.
 
-    Raises InstallationError when a value is not a positive number where one is needed.
+    Raises InstallationError when a value is not a positive number where one is needed; 0 is allowed where
+    it is the default.
     """
     defaults = Settings()
     values: dict[str, Any] = {}
     for field in fields(Settings):
         variable = ENVIRONMENT_PREFIX + field.name.upper()
         if variable in environment:
-            values[field.name] = _parse(variable, environment[variable], type(getattr(defaults, field.name)))
+            values[field.name] = _parse(variable, environment[variable], getattr(defaults, field.name))
     return Settings(**values)
 
 
-def _parse(variable: str, text: str, kind: type) -> object:
-    if kind is str:
+def _parse(variable: str, text: str, default: str | float) -> object:
+    if isinstance(default, str):
         return text
     try:
-        number = kind(text)
+        number = type(default)(text)
     except ValueError:
-        number = 0
-    if number <= 0:
-        expected = "a whole number of 1 or more" if kind is int else "a number above 0"
-        raise InstallationError(f"{variable} is {text!r}; it must be {expected}")
-    return number
+        number = math.nan
+    if 0 < number < math.inf or number == default:
+        return number
+    least = 1 if default else 0
+    expected = f"a whole number of {least} or more" if isinstance(default, int) else "a number above 0"
+    raise InstallationError(f"{variable} is {text!r}; it must be {expected}")

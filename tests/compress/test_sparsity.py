@@ -46,6 +46,18 @@ def test_a_tighter_mask_lies_within_a_looser_one(shape, seed, more, less):
     assert not (mask_keeping(scores, min(more, less)) & ~mask_keeping(scores, max(more, less))).any()
 
 
+@pytest.mark.parametrize(
+    ("inputs", "kept", "sentence"),
+    [
+        (7, 1, "sparsity: input dimension 7 is not divisible by 4"),
+        (8, 5, "sparsity: kept is 5; it must be between 0 and 4"),
+    ],
+)
+def test_a_mask_that_cannot_be_is_refused_with_its_reason(inputs, kept, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        mask_keeping(torch.ones(2, inputs), kept)
+
+
 def test_inputs_that_do_not_fall_into_fours_are_refused_by_name():
     with pytest.raises(
         SettingsError, match=r"layers\.0\.down has 6 inputs; sparsity of 1 in 4 needs a multi"

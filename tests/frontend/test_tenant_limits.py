@@ -77,7 +77,7 @@ def test_a_clock_that_stands_or_jumps_back_gives_nothing():
 
 
 def test_tenants_without_a_class_have_the_default_each_on_its_own():
-    uses = Directory(parse('{"tenants": [{"name": "a"}], "default": {"concurrency": 1}}'))
+    uses = Directory(parse('{"tenants": [{"name": "a"}], "defaultTenant": {"concurrency": 1}}'))
     assert uses.of("b", 0.0).enter(0.0) is None
     assert uses.of("b", 0.0).enter(0.0).limit == "concurrency"
     assert uses.of("c", 0.0).enter(0.0) is None
@@ -86,7 +86,7 @@ def test_tenants_without_a_class_have_the_default_each_on_its_own():
 
 
 def test_the_memory_of_tenants_is_bounded_and_keeps_those_that_use_something():
-    uses = Directory(parse('{"default": {"requestsPerMinute": 1}}'))
+    uses = Directory(parse('{"defaultTenant": {"requestsPerMinute": 1}}'))
     uses.of("runs", 0.0).enter(0.0)
     for number in range(KNOWN_MOST + 500):
         uses.of(str(number), 0.0).enter(0.0)
@@ -101,12 +101,13 @@ def test_the_memory_of_tenants_is_bounded_and_keeps_those_that_use_something():
     ("text", "sentence"),
     [
         ("{", "tenants are malformed"),
+        ('{"default": {"weight": 1}}', "a JSON object with tenants and defaultTenant"),
         ('{"tenants": [{"name": "a", "wieght": 1}]}', "wieght"),
         ('{"tenants": [{"weight": 1}]}', "give each tenant one name"),
         ('{"tenants": [{"name": "a"}, {"name": "a"}]}', "tenant 'a' occurs 2 times"),
         ('{"tenants": [{"name": "a", "weight": 0}]}', "weight of tenant 'a' is 0; use 1 to 1000"),
-        ('{"default": {"priority": 10}}', "priority of tenant 'default' is 10; use 0 to 9"),
-        ('{"default": {"requestsPerMinute": -1}}', "requestsPerMinute of tenant 'default' is -1"),
+        ('{"defaultTenant": {"priority": 10}}', "priority of tenant 'defaultTenant' is 10; use 0 to 9"),
+        ('{"defaultTenant": {"requestsPerMinute": -1}}', "requestsPerMinute of tenant 'defaultTenant' is -1"),
     ],
 )
 def test_a_wrong_configuration_is_refused_with_a_sentence(text, sentence):

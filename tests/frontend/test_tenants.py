@@ -30,7 +30,7 @@ def by(tenant):
 
 def config(default=None, **tenants):
     named = [{"name": name, **limits} for name, limits in tenants.items()]
-    return json.dumps({"tenants": named, "default": default or {}})
+    return json.dumps({"tenants": named, "defaultTenant": default or {}})
 
 
 async def refusal(call):

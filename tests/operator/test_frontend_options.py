@@ -51,7 +51,7 @@ def test_tenants_are_what_the_frontend_reads():
                 "batch/a", requests_per_minute=600, tokens_per_minute=200_000, concurrency=64
             ),
         ),
-        default=tenants.TenantClass(requests_per_minute=60),
+        default_tenant=tenants.TenantClass(requests_per_minute=60),
     )
 
 

@@ -154,6 +154,21 @@ def test_settings_come_from_the_environment_and_are_checked():
         from_environment({"MOE_OPERATOR_DEBOUNCE_SECONDS": "soon"})
 
 
+def test_0_turns_the_ports_of_the_operator_off_and_other_settings_refuse_it():
+    given = {"MOE_OPERATOR_METRICS_PORT": "0", "MOE_OPERATOR_STATUS_PORT": "0"}
+    assert from_environment(given) == Settings(metrics_port=0, status_port=0)
+    for variable, text, expected in (
+        ("STATUS_PORT", "-1", "a whole number of 0 or more"),
+        ("STATUS_PORT", "1.5", "a whole number of 0 or more"),
+        ("WORKERS", "0", "a whole number of 1 or more"),
+        ("RESYNC_SECONDS", "0", "a number above 0"),
+        ("RESYNC_SECONDS", "nan", "a number above 0"),
+        ("RESYNC_SECONDS", "inf", "a number above 0"),
+    ):
+        with pytest.raises(InstallationError, match=f"_{variable} is '{text}'; it must be {expected}"):
+            from_environment({f"MOE_OPERATOR_{variable}": text})
+
+
 @given(st.integers(0, 10**6), st.floats(0, 1, exclude_max=True), st.floats(0.1, 10))
 def test_pauses_grow_up_to_a_limit_and_are_spread_over_their_second_half(failures, chance, patience):
     settings = Settings()

@@ -38,14 +38,16 @@ class TenantClass(msgspec.Struct, frozen=True, forbid_unknown_fields=True, renam
 
 
 class TenantsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="camel"):
-    """The tenants with a class of their own, and the class of each other tenant."""
+    """The tenants with a class of their own, and the class of each other tenant. Named in JSON as in
+    spec.frontend.
+    """
 
     tenants: tuple[TenantClass, ...] = ()
-    default: TenantClass = TenantClass()
+    default_tenant: TenantClass = TenantClass()
 
 
 def parse(text: str) -> TenantsConfig:
-    """The configuration from JSON: ``{"tenants": [...], "default": {...}}``.
+    """The configuration from JSON: ``{"tenants": [...], "defaultTenant": {...}}``.
 
     Raises:
         ValueError: it is malformed; the message is a sentence.
@@ -55,14 +57,17 @@ def parse(text: str) -> TenantsConfig:
     try:
         config = msgspec.json.decode(text, type=TenantsConfig)
     except msgspec.MsgspecError as error:
-        raise ValueError(f"tenants are malformed: {error}; give JSON as spec.frontend has it") from None
+        raise ValueError(
+            f"tenants are malformed: {error}; give a JSON object with tenants and defaultTenant, as "
+            "spec.frontend has them"
+        ) from None
     if len(config.tenants) > TENANTS_MOST:
         raise ValueError(f"there are {len(config.tenants)} tenants; configure at most {TENANTS_MOST}")
     names = Counter(tenant.name for tenant in config.tenants)
     for name, count in names.items():
         if not name or count > 1:
             raise ValueError(f"tenant {name!r} occurs {count} times; give each tenant one name")
-    for tenant in (*config.tenants, config.default):
+    for tenant in (*config.tenants, config.default_tenant):
         _check(tenant)
     return config
 
@@ -78,7 +83,7 @@ def _check(tenant: TenantClass) -> None:
     for field_, (value, least, most) in bounds.items():
         if value is not None and not least <= value <= most:
             raise ValueError(
-                f"{field_} of tenant {tenant.name or 'default'!r} is {value}; use {least} to {most}"
+                f"{field_} of tenant {tenant.name or 'defaultTenant'!r} is {value}; use {least} to {most}"
             )
 
 
@@ -191,7 +196,9 @@ class Directory:
         use = self._uses.get(tenant)
         if use is None:
             self._forget(now)
-            use = self._uses[tenant] = _new(self._classes.get(tenant, self.config.default), tenant, now)
+            use = self._uses[tenant] = _new(
+                self._classes.get(tenant, self.config.default_tenant), tenant, now
+            )
         self._uses.move_to_end(tenant)
         return use
 

@@ -71,7 +71,8 @@ def _tenants(settings: Frontend) -> dict[str, str]:
     default = _limits(settings.default_tenant)
     if not tenants and not default:
         return {}
-    return {"MOE_TENANTS": json.dumps({"tenants": tenants, "default": default}, separators=(",", ":"))}
+    given = {"tenants": tenants, "defaultTenant": default}
+    return {"MOE_TENANTS": json.dumps(given, separators=(",", ":"))}
 
 
 def _limits(limits: TenantLimits) -> Manifest:

@@ -30,10 +30,12 @@ def mask_keeping(scores: Tensor, kept: float) -> Tensor:
     keeps one more: those whose next weight scores highest. Of equal scores the first are kept. So masks
     tighten from 4 to N gradually, and a whole `kept` is exactly the pattern.
 
-    Raises ValueError if I (scores is [..., I]) is no multiple of 4, or `kept` is not 0 to 4.
+    Raises ValueError if I (scores is [..., I]) is not divisible by 4, or `kept` is not from 0 to 4.
     """
-    if scores.shape[-1] % QUAD or not 0 <= kept <= QUAD:
-        raise ValueError(f"{scores.shape[-1]} inputs do not fall into quads that keep {kept}")
+    if scores.shape[-1] % QUAD:
+        raise ValueError(f"sparsity: input dimension {scores.shape[-1]} is not divisible by {QUAD}")
+    if not 0 <= kept <= QUAD:
+        raise ValueError(f"sparsity: kept is {kept}; it must be between 0 and {QUAD}")
     scores_Q4 = scores.detach().float().unflatten(-1, (-1, QUAD))
     order_Q4 = scores_Q4.argsort(dim=-1, descending=True, stable=True)
     rank_Q4 = order_Q4.argsort(dim=-1, stable=True)
