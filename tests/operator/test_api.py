@@ -313,6 +313,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"worker": {"acceleratorPercentage": 100, "resources": {"limits": {"nvidia.com/gpu": 1}}}},
         "acceleratorPercentage requests the GPU: remove it from resources.limits",
     ),
+    "less mass than an engine takes": (
+        {"engine": {"routing": {"mass": "100u"}}},
+        "mass is a quantity from 1m to 1",
+    ),
+    "learning in a pipeline": (
+        {"engine": {"routing": {"learning": "Online"}}, "parallelism": {"pipeline": 2}},
+        "engine.routing.learning Online is for replicas of one worker",
+    ),
+    "learning of several that share experts": (
+        {"engine": {"routing": {"learning": "Online"}}, "parallelism": {"expert": 2}},
+        "engine.routing.learning Online is for replicas of one worker",
+    ),
     "halves of a pipeline": (
         {
             "worker": {"acceleratorPercentage": 50, "acceleratorResource": "nvidia.com/gpu.shared"},
@@ -388,7 +400,8 @@ def test_defaults_are_written_into_the_object(crd):
     }  # fmt: skip
     assert spec["engine"] == {
         "maxBatchSize": 16, "kvMemory": "512Mi", "dtype": "auto", "device": "auto", "format": "auto",
-        "kvDtype": "auto", "generationConfig": "None", "verification": "Weights", "routing": {},
+        "kvDtype": "auto", "generationConfig": "None", "verification": "Weights",
+        "routing": {"learning": "Off"},
     }  # fmt: skip
     assert spec["worker"]["image"] == "ghcr.io/moe-operator/worker:dev"
     assert spec["frontend"]["replicas"] == 1
@@ -465,7 +478,7 @@ def test_everything_that_can_be_set_is_taken_and_kept(crd):
             "generationConfig": "Auto",
             "verification": "Digests",
             "configOverride": '{"max_position_embeddings": 512}',
-            "routing": {"mass": "0.8", "margin": "20m", "learning": "Online"},
+            "routing": {"mass": "0.8", "margin": "20m", "learning": "Off"},
         },
         "worker": pod,
         "frontend": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
@@ -18,9 +19,11 @@ from moe_operator.planner.drift import first_difference
 from moe_operator.render import worker
 from moe_operator.resources import quantity
 from moe_operator.resources.deployment import parse
+from moe_operator.resources.engine_spec import EngineRouting
 from moe_operator.resources.rollout_spec import Rollout
 from moe_operator.resources.scaling_spec import Scaling
 from moe_operator.settings import Settings, from_environment
+from moe_worker.config.engine import BOUNDS
 from moe_worker.service.command import serve
 from tests.operator.worlds import deployment
 
@@ -135,6 +138,23 @@ def test_a_spec_that_got_past_the_crd_is_refused_with_every_field_named():
         parse(body)
     for field in ("spec.model.uri", "spec.replicas"):
         assert field in str(caught.value)
+
+
+@pytest.mark.parametrize("parallelism", [{"pipeline": 2}, {"expert": 2}])
+def test_learning_of_several_workers_is_refused_after_edits_too(parallelism):
+    """CEL counts `expert` at creation only."""
+    spec = {"model": {"uri": "file:///mnt/models/x"}, "engine": {"routing": {"learning": "Online"}}}
+    body = {"metadata": {"namespace": "n", "name": "x", "uid": "u"}, "spec": spec}
+    assert parse(body).spec.engine.routing.learning == "Online"
+    with pytest.raises(InvalidSpecError, match=r"learning Online is for replicas of one worker: set"):
+        parse({**body, "spec": {**spec, "parallelism": parallelism}})
+
+
+def test_the_spec_and_the_engine_have_the_same_bounds_of_mass():
+    (rule,) = EngineRouting.model_fields["mass"].json_schema_extra["x-kubernetes-validations"]
+    least, most = map(quantity.parse, re.findall(r"quantity\('(\w+)'\)", rule["rule"]))
+    (flag,) = (option.type for option in serve.params if "--routing-mass" in option.opts)
+    assert (float(least), float(most)) == BOUNDS["routing_mass"] == (flag.min, flag.max)
 
 
 def test_fields_of_a_newer_crd_are_passed_over():

@@ -17,13 +17,13 @@ class EngineRouting(Model):
     mass: Quantity | None = Field(
         default=None,
         description="Share of the scores of a token's experts at which the rest are left out: a quantity "
-        "above 0, at most 1, such as 750m; 1 leaves none out. A worker refuses less than the checkpoint's "
+        "from 1m to 1, such as 750m; 1 leaves none out. A worker refuses less than the checkpoint's "
         "routing.json allows. Default: the checkpoint's.",
         json_schema_extra=rules(
             (
-                "isQuantity(string(self)) && quantity(string(self)).compareTo(quantity('0')) > 0 && "
+                "isQuantity(string(self)) && quantity(string(self)).compareTo(quantity('1m')) >= 0 && "
                 "quantity(string(self)).compareTo(quantity('1')) <= 0",
-                "mass is a quantity above 0, at most 1, e.g. 750m",
+                "mass is a quantity from 1m to 1, e.g. 750m",
             )
         ),
     )
@@ -44,7 +44,7 @@ class EngineRouting(Model):
         default="Off",
         description="Online: requests update which experts each domain uses, as GetExpertLoad reports it, "
         "starting from the checkpoint's routing.json; answers stay the same. On CPUs, in replicas of one "
-        "worker. Default: Off.",
+        "worker (pipeline and expert 1). Default: Off.",
     )
 
 

@@ -28,13 +28,22 @@ _WHOLE_GPUS = (
     "worker.acceleratorPercentage 50 is for replicas of one worker: set parallelism.pipeline and "
     "parallelism.expert to 1, or take whole GPUs"
 )
+_ONE_LEARNS = (
+    "engine.routing.learning Online is for replicas of one worker: set parallelism.pipeline and "
+    "parallelism.expert to 1, or learning to Off"
+)
 _LIMIT = "scaling.gpuLimit does not allow scaling.minReplicas: raise the one or lower the other"
 
 
-def _gpu_rules(workers: str) -> tuple[tuple[str, str], ...]:
+def _rules_of_replicas(workers: str) -> tuple[tuple[str, str], ...]:
     """Rules of several sections. workers: CEL, pods of a replica, as far as the rules may count them."""
     return (
         (f"!{halves('self.worker')} || {workers} == 1", _WHOLE_GPUS),
+        (
+            "!has(self.engine.routing.learning) || self.engine.routing.learning != 'Online' || "
+            f"{workers} == 1",
+            _ONE_LEARNS,
+        ),
         (
             f"!has(self.scaling) || !{share_set('self.worker')} || !{_GPUS_LIMITED} || "
             f"double(self.scaling.minReplicas * {workers}) * ({halves('self.worker')} ? 0.5 : 1.0) <= "
@@ -45,9 +54,9 @@ def _gpu_rules(workers: str) -> tuple[tuple[str, str], ...]:
 
 
 _RULES = rules(
-    *_gpu_rules("self.parallelism.pipeline"),
+    *_rules_of_replicas("self.parallelism.pipeline"),
     # CEL fails to read the object that earlier versions stored in `expert`.
-    at_creation=_gpu_rules("self.parallelism.pipeline * self.parallelism.expert"),
+    at_creation=_rules_of_replicas("self.parallelism.pipeline * self.parallelism.expert"),
 )
 
 
@@ -105,6 +114,8 @@ class Spec(Model):
     def _fits(self) -> Spec:
         """What CEL cannot check at an update of an object of an earlier CRD. Raises ValueError."""
         ranks, scaling = self.parallelism.ranks, self.scaling
+        if ranks > 1 and self.engine.routing.learning == "Online":
+            raise ValueError(_ONE_LEARNS)
         if ranks == 1 or not self.worker.accelerators:
             return self
         if self.worker.gpus < 1:

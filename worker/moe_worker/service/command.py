@@ -16,7 +16,15 @@ from moe_api.address import check_address
 from moe_api.visible import guard_logs
 from moe_api.writing import WRITE_TIMEOUT_S
 from moe_worker.config.directory import find_checkpoint
-from moe_worker.config.engine import DTYPES, FORMATS, GENERATION_CONFIGS, KV_DTYPES, REBALANCE, EngineOptions
+from moe_worker.config.engine import (
+    BOUNDS,
+    DTYPES,
+    FORMATS,
+    GENERATION_CONFIGS,
+    KV_DTYPES,
+    REBALANCE,
+    EngineOptions,
+)
 from moe_worker.config.fields import is_unicode
 from moe_worker.config.quality import check_quality
 from moe_worker.config.quantity import parse_bytes
@@ -258,7 +266,7 @@ class _Number(click.FloatRange):
 )
 @click.option(
     "--routing-mass",
-    type=_Number(min=0, min_open=True, max=1),
+    type=_Number(*BOUNDS["routing_mass"]),
     envvar="MOE_WORKER_ROUTING_MASS",
     help="Share of the scores of a token's experts at which the rest are left out (1: none are). Default: "
     "the checkpoint's; less only as far as its routing.json allows.",
