@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import socket
+import struct
 import subprocess
 import threading
 from contextlib import closing
@@ -25,11 +26,12 @@ from moe_worker.engine.loading import load
 from moe_worker.engine.offline import Engine
 from moe_worker.engine.requests import Request
 from moe_worker.errors import SettingsError
+from moe_worker.mesh import joining
 from moe_worker.mesh.channel import Channel
-from moe_worker.mesh.errors import MeshError
+from moe_worker.mesh.errors import MeshError, RankLostError
 from moe_worker.mesh.joining import Identity, gather_ranks, join_leader, listener_at
 from moe_worker.mesh.member import SECRET
-from moe_worker.mesh.messages import Welcome
+from moe_worker.mesh.messages import CODEC, Refusal, Wait, Welcome
 from moe_worker.mesh.places import advised
 from moe_worker.sampling.parameters import SamplingParameters
 from tests.checkpoints import write_checkpoint
@@ -220,14 +222,57 @@ def test_a_mesh_that_stays_incomplete_says_who_is_missing():
     assert str(outcome).startswith("mesh 2x2 is incomplete: ranks [1, 2, 3] did not join within 0.3 s")
 
 
+def test_a_stranger_that_sends_a_byte_now_and_then_keeps_no_rank_from_joining(monkeypatch):
+    """A limit for each read would hold the leader for as long as bytes come."""
+    monkeypatch.setattr(joining, "GREETING_S", 0.3)
+    leader, stop = Leader(), threading.Event()
+    with closing(socket.create_connection(leader.address)) as stranger:
+
+        def trickle():
+            with contextlib.suppress(OSError):  # the leader has closed it
+                stranger.sendall((4000).to_bytes(4, "big"))
+                while not stop.wait(0.1):
+                    stranger.sendall(b"x")
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        try:
+            channel, _ = join_leader(leader.address, 1, IDENTITY, 10)
+            assert [other.rank for other in leader.end()] == [1]
+            channel.close()
+        finally:
+            stop.set()
+            thread.join()
+
+
+def test_a_channel_tells_what_it_lacks_within_which_time():
+    ours, theirs = tcp_pair()
+    channel = Channel(ours, 2)
+    theirs.sendall(CODEC.encode(Wait()))
+    with pytest.raises(MeshError, match="rank 2: unexpected message Wait, expected Welcome or Refusal; "):
+        channel.receive(Welcome, Refusal)
+    channel.end_within(0.05)
+    with pytest.raises(RankLostError, match=r"rank 2: connection lost: its messages .* within 0\.05 s"):
+        channel.receive(Welcome)
+    with pytest.raises(RankLostError, match="connection lost"):
+        channel.send(Wait())
+    channel.end_within(None)
+    channel.send(Wait())
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    theirs.close()
+    with pytest.raises(RankLostError, match=r"rank 2: connection lost: .*reset by peer; check that it runs"):
+        channel.receive(Welcome)
+    channel.close()
+
+
 def test_a_channel_refuses_what_is_no_message():
     ours, theirs = tcp_pair()
     channel = Channel(ours, 4)
     theirs.sendall((1 << 30).to_bytes(4, "big"))
-    with pytest.raises(MeshError, match="rank 4 sent a message of 1073741824 bytes"):
+    with pytest.raises(MeshError, match="rank 4: invalid message: 1073741824 bytes, not 1 to"):
         channel.receive()
     theirs.sendall((3).to_bytes(4, "big") + b"\x01\xc1\xc1")
-    with pytest.raises(MeshError, match="rank 4 sent what is no message"):
+    with pytest.raises(MeshError, match=r"rank 4: invalid message: .*; use the same worker version"):
         channel.receive()
     theirs.close()
     with pytest.raises(MeshError, match="rank 4 left the mesh"):

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import logging
+import math
 import queue
 import secrets
 import socket
@@ -17,6 +18,7 @@ from moe_worker.mesh.messages import CODEC, Beat, End, Message
 
 log = logging.getLogger(__name__)
 LARGEST_FRAME: Final = 1 << 28
+_ONE_VERSION: Final = "use the same worker version on all ranks"
 
 
 class Channel:
@@ -33,6 +35,7 @@ class Channel:
         self.heard = time.monotonic()
         self.progress = self.told = 0
         self.process = ""
+        self._limit_s = self._ends = math.inf
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def listen(self, lost: Callable[["Channel", str], None]) -> None:
@@ -55,8 +58,8 @@ class Channel:
     def send(self, message: Message) -> None:
         """Raises MeshError."""
         frame = CODEC.encode(message)
-        with self._lost(), self._sending:
-            self._connection.sendall(frame)
+        with self._sending:
+            self._send(frame)
 
     def receive(self, *kinds: type[Any], most: int = LARGEST_FRAME) -> Any:
         """The next message, which must be one of `kinds`. Raises MeshError."""
@@ -65,7 +68,11 @@ class Channel:
             self.end(str(message))
             raise message
         if not isinstance(message, kinds):
-            raise MeshError(f"rank {self.rank} sent {type(message).__name__} out of turn")
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            found = type(message).__name__
+            raise MeshError(
+                f"rank {self.rank}: unexpected message {found}, expected {expected}; {_ONE_VERSION}"
+            )
         return message
 
     def end(self, sentence: str) -> None:
@@ -108,17 +115,18 @@ class Channel:
     def _read_message(self, most: int) -> Message:
         length = int.from_bytes(self._read(LENGTH_BYTES), "big")
         if not 1 <= length <= most:
-            raise MeshError(f"rank {self.rank} sent a message of {length} bytes; {most} are allowed")
+            raise MeshError(
+                f"rank {self.rank}: invalid message: {length} bytes, not 1 to {most}; {_ONE_VERSION}"
+            )
         try:
             return CODEC.decode(self._read(length))
         except MalformedMessageError as error:
-            raise MeshError(f"rank {self.rank} sent what is no message: {error}") from error
+            raise MeshError(f"rank {self.rank}: invalid message: {error}; {_ONE_VERSION}") from error
 
     def challenge(self) -> bytes:
         """Sends fresh random bytes for the other end to sign."""
         nonce = secrets.token_bytes(32)
-        with self._lost():
-            self._connection.sendall(nonce)
+        self._send(nonce)
         return nonce
 
     def read_challenge(self) -> bytes:
@@ -127,16 +135,20 @@ class Channel:
 
     def send_proof(self, proof: bytes) -> None:
         """The signature."""
-        with self._lost():
-            self._connection.sendall(proof)
+        self._send(proof)
 
     def read_proof(self) -> bytes:
         """The other end's signature."""
         return self._read(hashlib.sha256().digest_size)
 
-    def timeout(self, seconds: float | None) -> None:
-        """For each read and write; None: none."""
+    def end_within(self, seconds: float | None) -> None:
+        """All reads and writes from now on must end within so many seconds together; None: no limit.
+
+        A limit for each read would let the other end take as long as it likes, with a byte now and then.
+        """
         self._connection.settimeout(seconds)
+        self._limit_s = math.inf if seconds is None else seconds
+        self._ends = time.monotonic() + self._limit_s
 
     def close(self) -> None:
         """Ends the connection."""
@@ -148,15 +160,33 @@ class Channel:
         data = bytearray()
         with self._lost():
             while len(data) < count:
+                self._await_deadline()
                 part = self._connection.recv(min(count - len(data), 1 << 20))
                 if not part:
                     raise RankLostError(f"rank {self.rank} left the mesh: its connection is closed")
                 data += part
         return bytes(data)
 
+    def _send(self, data: bytes) -> None:
+        with self._lost():
+            self._await_deadline()
+            self._connection.sendall(data)
+
+    def _await_deadline(self) -> None:
+        """The next read or write ends at the deadline at the latest. Raises TimeoutError after it."""
+        if self._ends < math.inf:
+            left_s = self._ends - time.monotonic()
+            if left_s <= 0:
+                raise TimeoutError
+            self._connection.settimeout(left_s)
+
     @contextlib.contextmanager
     def _lost(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise RankLostError(f"rank {self.rank} is out of reach: {error or 'it is silent'}") from error
+            late = isinstance(error, TimeoutError) and self._ends < math.inf
+            why = f"its messages did not arrive within {self._limit_s:g} s" if late else str(error)
+            raise RankLostError(
+                f"rank {self.rank}: connection lost: {why}; check that it runs, and the network"
+            ) from error

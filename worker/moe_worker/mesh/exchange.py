@@ -45,4 +45,4 @@ def _reached(who: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RankLostError(f"{who} left the mesh or is silent: {error}; start all ranks again") from error
+        raise RankLostError(f"{who}: connection lost: {error}; start all ranks again") from error

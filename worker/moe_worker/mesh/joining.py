@@ -122,7 +122,7 @@ def admit(
     later: ranks that are told nothing, and so will try again.
     """
     channel = Channel(connection, -1)
-    channel.timeout(GREETING_S)
+    channel.end_within(GREETING_S)
     nonce = channel.challenge()
     claim = cast("Claim", channel.receive(Claim, most=LARGEST_CLAIM))
     genuine = hmac.compare_digest(channel.read_proof(), identity.sign(nonce, claim))
@@ -135,7 +135,7 @@ def admit(
         raise MeshError(f"rank {claim.rank} still takes part; it may try again")
     channel.rank, channel.process = claim.rank, claim.process
     channel.send(welcome)
-    channel.timeout(None)
+    channel.end_within(None)
     return channel
 
 
@@ -147,7 +147,7 @@ def join_leader(
     while True:
         channel = Channel(_connected(address, seconds, ends), 0)
         try:
-            channel.timeout(GREETING_S)
+            channel.end_within(GREETING_S)
             answer = _introduced(channel, rank, identity)
         except RankLostError:  # the leader is not ready yet
             channel.close()
@@ -158,7 +158,7 @@ def join_leader(
         if isinstance(answer, Refusal):
             channel.close()
             raise MeshError(answer.sentence)
-        channel.timeout(None)
+        channel.end_within(None)
         return channel, answer
 
 

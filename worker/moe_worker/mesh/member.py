@@ -208,9 +208,9 @@ class Member:
     def _join(self, seconds: float) -> Meet | Wait:
         channel, welcome = join_leader(self._address, self.rank, self._identity, seconds)
         self.channels, self.moved = [channel], welcome.moved
-        channel.timeout(seconds)
+        channel.end_within(seconds)
         meeting: Meet | Wait = channel.receive(Meet, Wait)
-        channel.timeout(None)
+        channel.end_within(None)
         self._watch()
         return meeting
 

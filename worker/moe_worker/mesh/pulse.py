@@ -67,7 +67,7 @@ class Pulse:
                 channel.heard += max(0.0, late)  # whoever was paused itself blames nobody
                 if self._armed and now - channel.heard > self._silent_s:
                     self.silent = self._silent(now)
-                    self._lost(channel, f"rank {channel.rank} is silent for {now - channel.heard:.1f} s")
+                    self._lost(channel, _sentence(channel, now))
                     return
 
     def _silent(self, now: float) -> frozenset[int]:
@@ -87,6 +87,11 @@ class Pulse:
         log.warning("%s; shutting %d connections down", sentence, cut([*self._channels, *self._kept()]))
         channel.end(sentence)
         self._on_lost()
+
+
+def _sentence(channel: Channel, now: float) -> str:
+    silent = f"no heartbeat received in {now - channel.heard:.1f} s"
+    return f"rank {channel.rank}: connection lost: {silent}; check that it runs, and the network"
 
 
 def cut(channels: Iterable[Channel]) -> int:
