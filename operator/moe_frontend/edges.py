@@ -1,5 +1,6 @@
 """What guards the ports of a frontend: TLS, and who is let in. Made from the command line."""
 
+import asyncio
 import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import grpc
+from opentelemetry import metrics
 
 from moe_api import tls
 from moe_api.mounted import Mounted, MountedError
@@ -14,6 +16,7 @@ from moe_api.supervision import Supervisor
 from moe_frontend.identity import keys
 from moe_frontend.identity.audit import NO_LOG, AuditLog
 from moe_frontend.identity.credentials import NOBODY_ASKED, Authenticator
+from moe_frontend.identity.lines import LineWriter
 from moe_operator.errors import InstallationError
 
 T = TypeVar("T")
@@ -74,11 +77,22 @@ class Tls:
 
 @dataclass(frozen=True)
 class Edge:
-    """What guards the client ports; tls: None: plaintext. log: of their requests."""
+    """What guards the client ports; tls: None: plaintext. log: of their requests. lines: its writer."""
 
     authenticator: Authenticator
     tls: Tls | None
     log: AuditLog
+    lines: LineWriter | None = None
+
+    def measure(self, meter: metrics.Meter) -> None:
+        """Creates the instruments."""
+        if self.lines is not None:
+            self.lines.measure(meter)
+
+    async def close(self) -> None:
+        """Writes the last lines of the log."""
+        if self.lines is not None:
+            await asyncio.to_thread(self.lines.close)
 
 
 def edge_of(guards: Guards, supervisor: Supervisor) -> Edge:
@@ -87,13 +101,12 @@ def edge_of(guards: Guards, supervisor: Supervisor) -> Edge:
     Raises:
         InstallationError: a folder is not valid.
     """
-    log = AuditLog(_print) if guards.audit_log else NO_LOG
-    return Edge(_authenticator(guards, supervisor), _tls(guards, supervisor), log)
-
-
-def _print(line: str) -> None:
-    """Standard output is for the audit log alone; everything else is logged to standard error."""
-    print(line, flush=True)
+    authenticator, encryption = _authenticator(guards, supervisor), _tls(guards, supervisor)
+    if not guards.audit_log:
+        return Edge(authenticator, encryption, NO_LOG)
+    # Standard output is for the audit log alone; everything else is logged to standard error.
+    lines = LineWriter(supervisor)
+    return Edge(authenticator, encryption, AuditLog(lines.put), lines)
 
 
 def _tls(guards: Guards, supervisor: Supervisor) -> Tls | None:

@@ -91,6 +91,7 @@ async def serve(options: Options) -> None:
     outputs = _outputs(options, supervisor)
     forwarder, hold = _forwarder(options, replicas, outputs)
     edge = edges.edge_of(options.guards, supervisor)
+    edge.measure(metrics.get_meter(_SCOPE))
     in_progress, renderer = InProgress(), Renderer()
     frontend = Frontend(forwarder, hold, supervisor, edge.authenticator, edge.log, in_progress)
     frontend.add(ChatService(forwarder, renderer, trace.get_tracer(_SCOPE), frontend.serve).register)
@@ -115,6 +116,7 @@ async def serve(options: Options) -> None:
             await asyncio.gather(frontend.drain(options.grace), *(port.drain(options.grace) for port in http))
     await renderer.close()
     await replicas.close()
+    await edge.close()
     await supervisor.close()
 
 

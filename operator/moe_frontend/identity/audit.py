@@ -46,7 +46,8 @@ def count(prompt_tokens: int, completion_tokens: int) -> None:
 class AuditLog:
     """Writes a line for each request when it ends.
 
-    write: takes a line without its end; None: there is no log.
+    write: takes a line without its end, and neither waits nor fails (lines.LineWriter); None: there is no
+        log.
     """
 
     def __init__(self, write: Callable[[str], object] | None = None) -> None:
