@@ -101,9 +101,9 @@ LIES = {
     "sent more than max_tokens (100) tokens": lambda _, __: [message(n) for n in range(200)],
     "sent more than max_tokens": lambda _, __: [message(*range(200))],
     "ended the answer without a finish reason": lambda _, __: [message(1), message(2)],
-    "sent a message that is not a GenerateResponse": lambda _, __: [message(1), b"\x0a\x02\xff\xfe"],
+    "sent an invalid GenerateResponse: ": lambda _, __: [message(1), b"\x0a\x02\xff\xfe"],
     "sent finish reason 9, which does not exist": lambda _, __: [message(1, finish_reason=9)],
-    "not a GenerateResponse": lambda _, __: [b"\xff\xff\xff"],
+    "; use worker and frontend images of the same version": lambda _, __: [b"\xff\xff\xff"],
 }
 
 

@@ -130,9 +130,9 @@ class Progress:
     def _parsed(self, message: bytes) -> Message:
         try:
             return self._answer.FromString(message)
-        except protobuf.DecodeError:
-            name = self._answer.DESCRIPTOR.name
-            raise ContractError(f"sent a message that is not a {name}") from None
+        except protobuf.DecodeError as error:
+            invalid = f"sent an invalid {self._answer.DESCRIPTOR.name}: {error}"
+            raise ContractError(f"{invalid}; use worker and frontend images of the same version") from None
 
     def _drop_repeated(self, response: inference_pb2.GenerateResponse) -> bool:
         """Removes tokens of the prompt that the client has: a replica that begins anew sends all of them."""

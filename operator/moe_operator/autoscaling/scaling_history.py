@@ -16,7 +16,7 @@ from moe_operator.autoscaling.model.capacity import Capacity
 from moe_operator.autoscaling.model.history import History, HistoryError
 from moe_operator.autoscaling.model.horizon import ColdStarts
 from moe_operator.autoscaling.scaler import Memory
-from moe_operator.render.objects import Manifest, child, owner_uid
+from moe_operator.render.objects import Manifest, child, key, owner_uid
 from moe_operator.resources import names
 from moe_operator.resources.base import Model
 from moe_operator.resources.deployment import Identity
@@ -98,7 +98,7 @@ def memory(
         recent: the minutes since then.
 
     Raises:
-        HistoryError: an object is damaged.
+        HistoryError: an object is invalid; the message names it, and its first invalid field.
     """
     whole, later = _memory(kept, owner), _memory(recent, owner)
     if whole is None:
@@ -117,13 +117,20 @@ def _memory(kept: Mapping[str, Any] | None, owner: Identity) -> Memory | None:
         content = _Content.model_validate(
             {name: value for name, value in kept.items() if name not in ("apiVersion", "kind", "metadata")}
         )
-    except ValidationError as error:
-        raise HistoryError(
-            f"the stored history is damaged: {error.error_count()} fields are wrong"
-        ) from error
+        history = History.load(content.rates)
+    except (ValidationError, HistoryError) as error:
+        why = _first(error) if isinstance(error, ValidationError) else str(error)
+        raise HistoryError(f"{key(kept)} is invalid: {why}; the operator writes a new one") from error
     return Memory(
-        History.load(content.rates),
+        history,
         ColdStarts(content.cold_start_seconds),
         frozenset(content.measured_pods),
         Capacity(content.capacity.per_replica, content.capacity.prior, content.capacity.findings),
     )
+
+
+def _first(error: ValidationError) -> str:
+    """The first violation, and how many more there are."""
+    problem, more = error.errors(include_input=False)[0], error.error_count() - 1
+    field = ".".join(map(str, problem["loc"]))
+    return f"{field}: {problem['msg']}" + (f" (and {more} more)" if more else "")

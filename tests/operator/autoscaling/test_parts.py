@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import random
@@ -171,17 +172,24 @@ def test_the_history_belongs_to_the_deployment_and_to_no_later_one_of_its_name()
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "sentence"),
     [
-        {"rates": "AAAA"},
-        {"capacity": None},
-        {"capacity": {"perReplica": 0.0, "prior": 60.0}},
-        {"capacity": {"perReplica": "NaN", "prior": 60.0}},
-        {"coldStartSeconds": ["x"]},
-        {"coldStartSeconds": [-1.0]},
+        ({"rates": "AAAA"}, "rates: unpack_from requires"),
+        (
+            {"rates": base64.b64encode(b"\x02" + bytes(20)).decode()},
+            "rates: its version is 2; this",
+        ),
+        ({"capacity": None}, "capacity: Input should be"),
+        (
+            {"capacity": {"perReplica": 0.0, "prior": 60.0}},
+            "capacity.perReplica: .* greater than 0;",
+        ),
+        ({"capacity": {"perReplica": "NaN", "prior": 0}}, r"capacity.perReplica: .* \(and 1 more\);"),
+        ({"coldStartSeconds": ["x"]}, "coldStartSeconds.0: "),
+        ({"coldStartSeconds": [-1.0]}, "coldStartSeconds.0: Input should be greater than or equal to 0"),
     ],
 )
-def test_a_damaged_history_is_said_to_be(damage):
+def test_an_invalid_history_is_named_with_its_first_invalid_field(damage, sentence):
     kept = {**scaling_history.manifest(OWNER, memory(10), pods=[]), **damage}
-    with pytest.raises(HistoryError, match=r"damaged|version"):
+    with pytest.raises(HistoryError, match=f"^ScalingHistory {OWNER.name} is invalid: {sentence}"):
         scaling_history.memory(kept, OWNER)

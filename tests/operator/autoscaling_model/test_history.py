@@ -54,7 +54,7 @@ def test_minutes_that_went_by_are_not_rewritten():
 
 @pytest.mark.parametrize("damage", ["", "!!!", "AAAA", base64.b64encode(b"\x02" + bytes(20)).decode()])
 def test_what_is_damaged_says_so(damage):
-    with pytest.raises(HistoryError, match=r"stored history (is damaged|has version 2)"):
+    with pytest.raises(HistoryError, match=r"^rates: ."):
         History.load(damage)
 
 

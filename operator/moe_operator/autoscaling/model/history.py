@@ -94,21 +94,19 @@ class History:
         """Reads what `dump` wrote.
 
         Raises:
-            HistoryError: it is damaged or of a later version.
+            HistoryError: it is invalid or of a later version.
         """
         try:
             raw = base64.b64decode(text, validate=True)
             version, end, length = _HEADER.unpack_from(raw)
             if version != _VERSION:
-                raise HistoryError(
-                    f"the stored history has version {version}; this operator reads {_VERSION}"
-                )
+                raise HistoryError(f"rates: its version is {version}; this operator reads {_VERSION}")
             unpacker = zlib.decompressobj()
             planes = unpacker.decompress(raw[_HEADER.size :], 2 * MINUTES + 1)
         except (binascii.Error, ValueError, struct.error, zlib.error) as error:
-            raise HistoryError(f"the stored history is damaged: {error}") from error
+            raise HistoryError(f"rates: {error}") from error
         if len(planes) != 2 * length or length > MINUTES or end < length or not unpacker.eof:
-            raise HistoryError("the stored history is damaged: its length does not fit its header")
+            raise HistoryError("rates: its length does not match its header")
         history = History()
         differences = np.frombuffer(planes, np.uint8).reshape(2, -1).T.copy().view(np.uint16).ravel()
         history._codes = np.cumsum(differences, dtype=np.uint16)
