@@ -76,19 +76,22 @@ def build_request(model: str, prompt: str, choices: dict[str, Any]) -> inference
 
 
 def print_stream(
-    responses: Iterable[inference_pb2.GenerateResponse], clock: Callable[[], float] = time.monotonic
+    responses: Iterable[inference_pb2.GenerateResponse],
+    clock: Callable[[], float] = time.monotonic,
+    sent: float | None = None,
 ) -> Timing:
     """Prints text as it arrives, and log-probabilities to stderr; returns when the first and last arrived.
 
     Args:
-        responses: of one call, begun now; nothing behind the message that ends the answer is read.
+        responses: of one call; nothing behind the message that ends the answer is read.
         clock: seconds, monotonic.
+        sent: when the call began, by this clock. Default: now.
 
     Raises:
         CommandError: the answer has no end.
     """
     write = terminal.writer(sys.stdout)
-    started = clock()
+    started = clock() if sent is None else sent
     first = last = None
     usage, reason, text = inference_pb2.Usage(), _UNFINISHED, ""
     for response in responses:
@@ -124,9 +127,10 @@ def _tracer(*, sent: bool, wanted: bool) -> trace.Tracer:
 
 def _call(endpoint: Endpoint, request: inference_pb2.GenerateRequest, timeout: float | None) -> Timing:
     with calling.calling(endpoint) as stub:
+        sent = time.monotonic()
         call = stub.Generate(request, timeout=timeout, metadata=telemetry.inject(endpoint.metadata))
         try:
-            result = print_stream(call)
+            result = print_stream(call, sent=sent)
             _end(call)
             return result
         except KeyboardInterrupt:

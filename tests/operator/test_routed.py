@@ -88,7 +88,7 @@ def test_what_frontends_publish_is_read_by_the_pod_that_owns_it():
         publishing.OwnPod("ns", "docs-frontend-x", "u1", "docs"),
         [Endpoint("docs-1-0", "10.0.0.1:8000")],
     )
-    mine = publishing.manifest(pod, [*routes, Endpoint("docs-2-0", "[fd00::2]:8000")])
+    mine = publishing.manifest(pod, [*routes, Endpoint("docs-2-0", "[fd00::2]:8000")], {})
     other = {"metadata": {"name": "docs-frontend-y", "ownerReferences": mine["metadata"]["ownerReferences"]}}
     found = published((mine, other))
     assert found == {"u1": {("docs-1-0", "10.0.0.1"), ("docs-2-0", "fd00::2")}}

@@ -24,7 +24,6 @@ CHOSEN = {
         " or (attention and 6-8-counts1-4) or (experts and 64-40) or likeliest or (expanded and INT8-64)",
     ),
     "engine": (ENGINE, "nobody or counted"),
-    "few tokens": (ENGINE, "decode and whole"),
     "w4a8": (W4A8, "plain_torch and False"),
     "exchange": (EXCHANGE, "reaches or told"),
 }
@@ -35,6 +34,7 @@ SLOW = {
         " or (linear and 320-130-77)",
     ),
     "more of the engine": (ENGINE, "small-w4a8 or padded-dense"),
+    "few tokens": (ENGINE, "decode and whole"),
     "wide w4a8": (W4A8, "plain_torch and True"),
 }
 

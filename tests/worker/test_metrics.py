@@ -94,7 +94,7 @@ def test_a_known_sequence_of_requests_arrives_with_its_figures(measured, collect
     for layer in ("1", "2"):
         assert 2 <= value(found, "moe_worker.experts.active", moe_worker__layer=layer).value <= 8
         assert value(found, "moe_worker.experts.imbalance", moe_worker__layer=layer).sum >= 1
-    assert set(found) == documented_metrics()
+    assert set(found) == documented_metrics() - {"moe_worker.mesh.computing"}, "which ranks that follow have"
     check_requests(found, load)
     assert (load.requests_received, load.requests_completed, load.requests_refused) == (2, 2, 0)
     assert (load.prompt_tokens, load.prefix_hit_tokens, load.output_tokens, load.steps) == (66, 32, 10, 10)
