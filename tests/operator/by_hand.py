@@ -120,8 +120,10 @@ def reconciled_to_true_conditions(api, name):
     """What it says of itself is so, and it comes to rest. Returns whether it was refused later than
     at apply: a child by the API server, or a combination that CEL does not check at updates.
     """
-    for _ in range(3):
+    for _ in range(5):
         writes, again = api.reconcile(name)
+        if (writes, again) == (0, False):
+            break
     body = api.cluster.get(names.KIND, "default", name)
     conditions = {c["type"]: c for c in body["status"]["conditions"]}
     assert {c["observedGeneration"] for c in conditions.values()} == {body["metadata"]["generation"]}
