@@ -10,9 +10,12 @@ Legend: N domains, E experts, M places over all ranks, R ranks.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from moe_worker.mesh.placement import rank_loads
 
 _ROUNDS = 6
 _WORTH = 1e-9
@@ -35,13 +38,10 @@ def gathered(
     expert do not meet on a rank more often than before.
     """
     before_M = torch.tensor(places_M)
-    search = _Search(before_M, shares_NE, loads_E, ranks, choices, slack)
+    search = _Search(places_M, shares_NE, loads_E, ranks, choices, slack)
     ends = [search.run(before_M), search.run(before_M[search.by_domain(before_M)])]
-    best = min(
-        (cost, places.tolist())
-        for cost, places in ends
-        if search.meetings(places) <= search.meetings(before_M)
-    )
+    most = search.meetings(before_M)
+    best = min((cost, places.tolist()) for cost, places in ends if search.meetings(places) <= most)
     return tuple(best[1])
 
 
@@ -53,10 +53,18 @@ def ranks_used(
     return float(_used(part_NM.unflatten(1, (ranks, -1)).sum(2), choices).sum(1).mean())
 
 
+class _Ranks(NamedTuple):
+    """What lies on each rank: shares of the domains' choices, load, and what that costs."""
+
+    share_NR: Tensor
+    load_R: Tensor
+    cost_R: Tensor
+
+
 class _Search:
     def __init__(
         self,
-        places_M: Tensor,
+        places_M: Sequence[int],
         shares_NE: Sequence[Sequence[float]],
         loads_E: Sequence[float],
         ranks: int,
@@ -67,8 +75,8 @@ class _Search:
         self._loads_E = torch.tensor(loads_E, dtype=torch.float64)
         self._ranks, self._choices = ranks, choices
         self._rank_M = torch.arange(len(places_M)) * ranks // len(places_M)
-        sums_R = self._per_rank(_parts(places_M, self._loads_E[None]))[0]
-        self._most = max(float(sums_R.max()), float(sums_R.mean()) * (1 + slack))
+        sums = rank_loads(loads_E, places_M, ranks)
+        self._most = max(*sums, sum(sums) / ranks * (1 + slack))
 
     def by_domain(self, places_M: Tensor) -> Tensor:
         """The order of places by copy, the domain that uses the expert most, and how much."""
@@ -88,27 +96,33 @@ class _Search:
         places_M = places_M.clone()
         part_NM = _parts(places_M, self._shares_NE)
         (load_M,) = _parts(places_M, self._loads_E[None])
+        ranks = self._of_ranks(part_NM, load_M)
         for _ in range(_ROUNDS):
             swaps = 0
             for one in range(len(places_M)):
-                other = self._best_swap(one, places_M, part_NM, load_M)
+                other = self._best_swap(one, places_M, part_NM, load_M, ranks)
                 if other is not None:
                     swaps += 1
                     for row in (places_M, part_NM, load_M):
                         row[..., [one, other]] = row[..., [other, one]]
+                    ranks = self._of_ranks(part_NM, load_M)
             if not swaps:
                 break
-        cost_R = self._cost(self._per_rank(part_NM), self._per_rank(load_M[None])[0])
-        return float(cost_R.sum()), places_M
+        return float(ranks.cost_R.sum()), places_M
 
-    def _best_swap(self, one: int, places_M: Tensor, part_NM: Tensor, load_M: Tensor) -> int | None:
+    def _of_ranks(self, part_NM: Tensor, load_M: Tensor) -> "_Ranks":
+        share_NR, load_R = self._per_rank(part_NM), self._per_rank(load_M[None])[0]
+        return _Ranks(share_NR, load_R, self._cost(share_NR, load_R))
+
+    def _best_swap(
+        self, one: int, places_M: Tensor, part_NM: Tensor, load_M: Tensor, ranks: "_Ranks"
+    ) -> int | None:
         """The place whose swap with `one` lowers the cost most, or None."""
         rank = int(self._rank_M[one])
-        share_NR, sum_R = self._per_rank(part_NM), self._per_rank(load_M[None])[0]
-        cost_R = self._cost(share_NR, sum_R)
+        share_NR, load_R, cost_R = ranks
         more_NM, heavier_M = part_NM - part_NM[:, one : one + 1], load_M - load_M[one]
-        here_M = self._cost(share_NR[:, rank : rank + 1] + more_NM, sum_R[rank] + heavier_M)
-        there_M = self._cost(share_NR[:, self._rank_M] - more_NM, sum_R[self._rank_M] - heavier_M)
+        here_M = self._cost(share_NR[:, rank : rank + 1] + more_NM, load_R[rank] + heavier_M)
+        there_M = self._cost(share_NR[:, self._rank_M] - more_NM, load_R[self._rank_M] - heavier_M)
         gain_M = cost_R[rank] + cost_R[self._rank_M] - here_M - there_M
         ranks_RX = places_M.unflatten(0, (self._ranks, -1))
         holds_R = (ranks_RX == places_M[one]).any(1)
