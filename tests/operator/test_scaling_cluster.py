@@ -164,7 +164,11 @@ def test_replicas_follow_a_recorded_day_through_the_death_of_the_operator(fast):
     assert told["forecast"]["lower"] <= told["forecast"]["requestsPerSecond"] <= told["forecast"]["upper"]
     assert told["lastDecision"]["after"] == told["desiredReplicas"]
     assert told["lastColdStart"]["total"] > 0
-    assert fast.condition("ScalingActive", "day")["status"] == "True"
+    # Scaling edits spec.replicas: for a moment there is the condition of the spec before.
+    active = eventually(
+        lambda: fast.condition("ScalingActive", "day"), bool, "ScalingActive of this spec", 10
+    )
+    assert active["status"] == "True"
 
     # The other one was only advised.
     assert {look.ready for look in advised.looks} == {1}

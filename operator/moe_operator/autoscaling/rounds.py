@@ -197,8 +197,8 @@ def _condition(
 def _news(
     before: ScalingStatus | None, status: ScalingStatus, last: Condition | None, condition: Condition
 ) -> bool:
-    """Whether the number of replicas or the condition changed, which is reported at once."""
-    if before is None or last is None:
+    """Whether the number of replicas, the condition or the spec changed, which is reported at once."""
+    if before is None or last is None or last.observed_generation != condition.observed_generation:
         return True
     decided = before.desired_replicas != status.desired_replicas
     return decided or (last.status, last.reason) != (condition.status, condition.reason)

@@ -21,7 +21,7 @@ from moe_operator.autoscaling.model.history import History
 from moe_operator.autoscaling.model.horizon import ColdStarts
 from moe_operator.autoscaling.polling import Poller
 from moe_operator.autoscaling.rounds import ScaledFactory
-from moe_operator.autoscaling.scaler import Memory
+from moe_operator.autoscaling.scaler import Memory, Scaler
 from moe_operator.errors import ClusterUnavailableError
 from moe_operator.observed.observation import Observed, observe
 from moe_operator.resources.deployment import Name
@@ -161,6 +161,28 @@ async def test_a_damaged_history_begins_anew(site, world):
     site.store.kept |= {"rates": "damaged"}
     site.autoscaler.saw(asleep(), frontends(front))
     await site.store.becomes(1)  # nothing is known, so it is seen whether somebody comes
+
+
+async def test_the_condition_speaks_of_an_edited_spec_at_once(site, world, monkeypatch):
+    (front,) = await world(Front(0))
+    written, rounds, step = [], [], Scaler.step
+
+    def apply(manifest, subresource="", manager=""):
+        written.extend(c["observedGeneration"] for c in manifest.get("status", {}).get("conditions", ()))
+
+    def counted(*arguments):
+        rounds.append(1)
+        return step(*arguments)
+
+    monkeypatch.setattr("moe_operator.autoscaling.scaler.Scaler.step", counted)
+    site.store.apply = apply
+    site.autoscaler.saw(asleep(), frontends(front))
+    await site.until(lambda: len(rounds) > 5)
+    assert set(written) == {1}
+    site.autoscaler.saw(replace(asleep(), identity=replace(OWNER, generation=2)), frontends(front))
+    first = len(rounds)
+    await site.until(lambda: len(rounds) > first + 3)
+    assert written[-1] == 2
 
 
 async def test_the_gauges_go_with_the_deployment(site, world):
