@@ -31,7 +31,7 @@ from moe_worker.mesh.channel import Channel
 from moe_worker.mesh.errors import MeshError, RankLostError
 from moe_worker.mesh.joining import Identity, gather_ranks, join_leader, listener_at
 from moe_worker.mesh.member import SECRET
-from moe_worker.mesh.messages import CODEC, Refusal, Wait, Welcome
+from moe_worker.mesh.messages import CODEC, End, Refusal, Wait, Welcome
 from moe_worker.mesh.places import advised
 from moe_worker.sampling.parameters import SamplingParameters
 from tests.checkpoints import write_checkpoint
@@ -279,6 +279,22 @@ def test_a_channel_refuses_what_is_no_message():
     theirs.close()
     with pytest.raises(MeshError, match="rank 4 left the mesh"):
         channel.receive()
+    channel.close()
+
+
+def test_a_channel_carries_runs_one_after_another_and_its_end_after_one_is_no_loss():
+    ours, theirs = tcp_pair()
+    channel, lost = Channel(ours, 0), []
+    channel.listen(lambda _, why: lost.append(why))
+    theirs.sendall(CODEC.encode(End()) + CODEC.encode(Wait()) + CODEC.encode(End()))
+    assert [type(channel.receive(End, Wait)) for _ in range(3)] == [End, Wait, End]
+    theirs.close()
+    with pytest.raises(MeshError, match="rank 0 left the mesh"):
+        channel.receive(End)
+    for thread in threading.enumerate():
+        if thread.name == "mesh rank 0":
+            thread.join(DEADLINE_S)
+    assert lost == []
     channel.close()
 
 

@@ -98,19 +98,20 @@ class Channel:
     def _listen(
         self, inbox: "queue.SimpleQueue[Message | MeshError]", lost: Callable[["Channel", str], None]
     ) -> None:
+        over = False  # whether the leader's newest message was the last one of a run
         try:
             while True:
                 message = self._read_message(LARGEST_FRAME)
                 self.heard = time.monotonic()
                 if isinstance(message, Beat):
                     self.told = message.progress
-                else:
-                    inbox.put(message)
-                if isinstance(message, End):  # what comes next is no loss
-                    return
+                    continue
+                over = isinstance(message, End)
+                inbox.put(message)
         except MeshError as error:
             inbox.put(error)
-            lost(self, str(error))
+            if not over:
+                lost(self, str(error))
 
     def _read_message(self, most: int) -> Message:
         length = int.from_bytes(self._read(LENGTH_BYTES), "big")
