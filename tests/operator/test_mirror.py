@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from moe_api.listwatch import Event, Page
 from moe_api.supervision import Supervisor
+from moe_operator.controller.operator import follow as follow_all
 from moe_operator.errors import ClusterUnavailableError, HistoryExpiredError, ReadForbiddenError
 from moe_operator.kube.follow import Follower
 from moe_operator.kube.mirror import Mirror, Place
@@ -116,6 +119,20 @@ def test_what_an_object_was_found_to_be_holds_until_it_changes(mirror):
     assert mirror.verdict(new) == ""
 
 
+async def test_an_operator_that_stops_during_its_first_lists_leaves_no_thread_that_waits(mirror):
+    """Python waits for such threads at exit: the process would not end."""
+    before, script = set(threading.enumerate()), Script()
+    cluster = SimpleNamespace(collection=lambda *_: script)
+    starting = asyncio.create_task(follow_all(cluster, mirror, None, Supervisor()))
+    async with asyncio.timeout(20):
+        while not script.done.is_set():
+            await asyncio.sleep(0.01)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert [one for one in set(threading.enumerate()) - before if not one.daemon] == []
+
+
 def test_kinds_that_nobody_follows_are_not_kept(mirror):
     assert not mirror.put("Secret", pod("a", 1))
     assert mirror.get("Secret", "default", "a") is None
@@ -153,12 +170,18 @@ class Script:
 def follow(mirror, *answers):
     """Follows a script to its end; returns the deployments that were told of."""
     script, told = Script(*answers), []
+    settled = threading.Event()
     follower = Follower(
-        script, mirror, "Pod", lambda namespace, deployment: told.append(deployment), lambda: told.append("*")
+        script,
+        mirror,
+        "Pod",
+        lambda namespace, deployment: told.append(deployment),
+        lambda: told.append("*"),
+        settled.set,
     )
     follower.start(Supervisor(chance=lambda: 0.99))
     assert script.done.wait(20)
-    assert follower.settled.is_set()
+    assert settled.is_set()
     return told
 
 

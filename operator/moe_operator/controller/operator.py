@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 from opentelemetry import metrics, trace
@@ -104,17 +106,18 @@ class Operator:
         spare_the_collector()
 
     async def close(self) -> None:
-        """Waits for running reconciles, and exports the last spans."""
+        """Waits for running reconciles, and exports the last spans; an error of one step skips no other."""
         for watcher in self._watchers:
             watcher.stop()
-        if self._page is not None:
-            await asyncio.to_thread(self._page.stop)
-        await self._autoscaler.close()
-        await self._queue.close()
-        await self._supervisor.close()
-        await asyncio.to_thread(self._threads.shutdown)
-        await self._pods.close()
-        await asyncio.to_thread(self._telemetry.shutdown)
+        async with contextlib.AsyncExitStack() as last_to_first:
+            last_to_first.push_async_callback(asyncio.to_thread, self._telemetry.shutdown)
+            last_to_first.push_async_callback(self._pods.close)
+            last_to_first.push_async_callback(asyncio.to_thread, self._threads.shutdown)
+            last_to_first.push_async_callback(self._supervisor.close)
+            last_to_first.push_async_callback(self._queue.close)
+            last_to_first.push_async_callback(self._autoscaler.close)
+            if self._page is not None:
+                last_to_first.push_async_callback(asyncio.to_thread, self._page.stop)
 
     def deployment_changed(self, kind: str | None, body: Mapping[str, Any]) -> None:
         """A deployment was created, changed or deleted. The operator's own status writes are ignored.
@@ -198,8 +201,8 @@ async def follow(
     def tell(heard: Callable[..., None], *arguments: object) -> None:
         # Until then every deployment waits for its first reconcile, because objects may still be missing
         # here.
-        if seen_all and not loop.is_closed():
-            loop.call_soon_threadsafe(heard, *arguments)
+        if seen_all:
+            _in_loop(loop, heard, *arguments)
 
     def changed(namespace: str, deployment: str) -> None:
         tell(queue.add, Name(namespace, deployment))
@@ -207,17 +210,32 @@ async def follow(
     def readable() -> None:
         tell(queue.add_all)
 
-    followers = [
-        Follower(cluster.collection(kind, names.LABEL_NAME, space), mirror, kind, changed, readable, space)
-        for space in namespaces or ("",)
-        for kind in FOLLOWED
-    ]
-    for follower in followers:
-        follower.start(supervisor)
-    for follower in followers:
-        await asyncio.to_thread(follower.settled.wait)
+    def follower(kind: str, space: str) -> tuple[Follower, asyncio.Event]:
+        # No thread waits for it: a thread could not be woken if the operator has to stop before that.
+        settled = asyncio.Event()
+        source = cluster.collection(kind, names.LABEL_NAME, space)
+        settle = partial(_in_loop, loop, settled.set)
+        return Follower(source, mirror, kind, changed, readable, settle, space), settled
+
+    followers = [follower(kind, space) for space in namespaces or ("",) for kind in FOLLOWED]
+    started = [one for one, _ in followers]
+    try:
+        for one in started:
+            one.start(supervisor)
+        for _, settled in followers:
+            await settled.wait()
+    except asyncio.CancelledError:
+        for one in started:
+            one.stop()
+        raise
     seen_all = True
-    return followers
+    return started
+
+
+def _in_loop(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *arguments: object) -> None:
+    """Calls a function in an event loop, unless the loop has ended."""
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(call, *arguments)
 
 
 def spare_the_collector() -> None:

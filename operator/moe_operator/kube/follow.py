@@ -26,6 +26,8 @@ class Follower:
         kind: of the objects.
         changed: called for every deployment one of whose objects changed.
         readable: called in the watcher's thread when the kind can be listed after that was forbidden.
+        settled: called in the watcher's thread when all initial objects are in the cache, or listing is
+            forbidden; once or more often.
         namespace: of the source; empty if it has objects of all namespaces.
     """
 
@@ -36,15 +38,15 @@ class Follower:
         kind: str,
         changed: Changed,
         readable: Callable[[], None] = lambda: None,
+        settled: Callable[[], None] = lambda: None,
         namespace: str = "",
     ) -> None:
-        self.settled = threading.Event()
-        """Set when all initial objects are in the cache, or listing is forbidden."""
         self._cache = cache
         self._kind = kind
         self._namespace = namespace
         self._changed = changed
         self._readable = readable
+        self._settled = settled
         self._stopping = threading.Event()
         self._watch = ListWatch(source, self, self._stopping)
         self._listed = False
@@ -77,7 +79,7 @@ class Follower:
         for namespace, deployment in self._cache.replace(self._kind, there, int(version), self._namespace):
             self._changed(namespace, deployment)
         self._listed = True
-        self.settled.set()
+        self._settled()
         if self._forbidden:
             self._forbidden = False
             self._readable()
@@ -104,7 +106,7 @@ class Follower:
         self._forbidden = not self._listed
         self._listed = False
         self._cache.doubt(self._kind, self._namespace)
-        self.settled.set()
+        self._settled()
 
     def _put(self, manifest: Manifest) -> None:
         """The cache already has the result of an own write."""
