@@ -5,6 +5,7 @@ end of a span), one `Anchor` gives all timestamps of a request the same offset.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -26,6 +27,30 @@ class Anchor:
     def timestamp_ns(self, monotonic_ns: int) -> int:
         """The timestamp, in nanoseconds since the epoch, of a monotonic time of this machine."""
         return self.wall_ns + monotonic_ns - self.monotonic_ns
+
+
+class ForwardClock:
+    """The wall clock, which never goes back: it runs on from where it was when the wall clock is set back.
+
+    For values that are ordered by their time, and compared with times of other machines. It follows a step
+    forward. Seconds since the epoch.
+
+    Args:
+        wall: seconds since the epoch.
+        monotonic: seconds.
+    """
+
+    def __init__(
+        self, wall: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._wall, self._monotonic = wall, monotonic
+        self._ahead = float("-inf")
+
+    def __call__(self) -> float:
+        """Now."""
+        # The wall clock is read first: a pause between the two then only makes the difference smaller.
+        self._ahead = max(self._ahead, self._wall() - self._monotonic())
+        return self._ahead + self._monotonic()
 
 
 class Timed(Protocol):

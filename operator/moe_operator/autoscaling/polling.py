@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 
+from moe_api.clock import ForwardClock
 from moe_api.worker.v1 import worker_pb2
 from moe_operator.autoscaling import readings
 from moe_operator.autoscaling.model.samples import Report
@@ -21,13 +21,13 @@ class Poller:
     Args:
         client: of leaders and frontends.
         speed: seconds of the scaling clock per second of the wall clock.
-        clock: seconds since the epoch.
+        clock: seconds since the epoch, never going back: reports in the wrong order are ignored.
     """
 
-    def __init__(self, client: PodClient, speed: float, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, client: PodClient, speed: float, clock: Callable[[], float] | None = None) -> None:
         self._client = client
         self._speed = speed
-        self._clock = clock
+        self._clock = clock or ForwardClock()
 
     def now(self) -> float:
         """Seconds of the scaling clock."""

@@ -9,8 +9,10 @@ from dataclasses import replace
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from moe_api.clock import ForwardClock
 from moe_api.frontend.v1 import frontend_pb2, frontend_pb2_grpc
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
+from moe_operator.autoscaling.model.samples import MinuteRates
 from moe_operator.autoscaling.polling import Poller
 from moe_operator.autoscaling.subject import subject
 from moe_operator.controller.operator import in_loop
@@ -23,8 +25,10 @@ from tests.operator.worlds import deployment
 class Replica(worker_pb2_grpc.WorkerServiceServicer):
     def __init__(self, silent=False, **fields):
         self.silent, self.fields = silent, fields
+        self.asked = asyncio.Event()
 
     async def GetLoad(self, request, context):
+        self.asked.set()
         if self.silent:
             await asyncio.sleep(3600)
         load = worker_pb2.Load(**self.fields)
@@ -36,10 +40,14 @@ class Replica(worker_pb2_grpc.WorkerServiceServicer):
 class Front(frontend_pb2_grpc.FrontendServiceServicer):
     def __init__(self, held):
         self.held = held
+        self.waited_for = asyncio.Event()
+        """Somebody waits for a first request."""
 
     async def GetDemand(self, request, context):
-        if not self.held:
-            await asyncio.sleep(request.wait.ToTimedelta().total_seconds())
+        wait_s = request.wait.ToTimedelta().total_seconds()
+        if not self.held and wait_s:
+            self.waited_for.set()
+            await asyncio.sleep(wait_s)
         return frontend_pb2.Demand(held=self.held)
 
 
@@ -107,12 +115,14 @@ async def test_without_a_request_the_wait_ends_in_time(world, poller):
 
 
 async def test_a_connection_that_is_closed_during_a_call_is_silence(world, poller, client):
-    leaders = await world(Replica(silent=True))
-    frontends = await world(Front(0))
-    at = seen(leaders, frontends, minReplicas=0)
+    replica, front = Replica(silent=True), Front(0)
+    leader, frontend = await world(replica, front)
+    at = seen([leader], [frontend], minReplicas=0)
     reading = asyncio.create_task(poller.read(at))
     waiting = asyncio.create_task(poller.first_held(at, 30.0))
-    await asyncio.sleep(0.1)
+    async with asyncio.timeout(20):
+        await replica.asked.wait()
+        await front.waited_for.wait()
     await client.release(at.addresses)
     assert (await asyncio.wait_for(reading, 5)).silent == {"docs-0-0"}
     assert not await asyncio.wait_for(waiting, 5)
@@ -127,12 +137,22 @@ async def test_a_thread_reads_the_active_requests_of_those_that_respond(world, c
 
 
 async def test_a_cancelled_reading_ends(world, poller):
-    leaders = await world(Replica(silent=True))
-    reading = asyncio.create_task(poller.read(seen(leaders)))
-    await asyncio.sleep(0.1)
+    replica = Replica(silent=True)
+    reading = asyncio.create_task(poller.read(seen(await world(replica))))
+    async with asyncio.timeout(20):
+        await replica.asked.wait()
     reading.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reading
+
+
+async def test_reports_stay_in_order_when_the_wall_clock_is_set_back(world, client):
+    leaders, wall = await world(Replica(requests_received=7)), [2e9]
+    poller, rates = Poller(client, 1.0, ForwardClock(lambda: wall[0])), MinuteRates()
+    for step_s in (0.0, -3600.0, 0.0):
+        wall[0] += step_s
+        (report,) = (await poller.read(seen(leaders))).reports
+        assert rates.observe(report) is None
 
 
 async def test_one_replica_that_reports_nonsense_leaves_the_others_readable(world, poller):

@@ -1,0 +1,19 @@
+"""A wall clock that does not go back."""
+
+from moe_api.clock import ForwardClock
+
+
+def test_it_runs_on_when_the_wall_clock_is_set_back_and_follows_it_forward():
+    wall, monotonic = [1000.0], [5.0]
+    clock = ForwardClock(lambda: wall[0], lambda: monotonic[0])
+    assert clock() == 1000
+
+    def after(seconds, set_by=0.0):
+        monotonic[0] += seconds
+        wall[0] += seconds + set_by
+        return clock()
+
+    assert after(10) == 1010
+    assert after(10, set_by=-3600) == 1020
+    assert after(10) == 1030
+    assert after(10, set_by=7200) == 1040 + 3600
