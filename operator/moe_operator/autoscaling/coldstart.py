@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Final
 
 from moe_operator.observed.pods import Pod
 from moe_operator.planner.decision import timestamp
+
+LOADING_MOST_S: Final = 3700.0
+"""The startup probe restarts a worker that has not loaded after an hour. A longer time is no cold start: the
+pod was not ready for a moment, and Kubernetes stores only the last change of a condition.
+"""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,6 @@ def measure(pod: Pod) -> ColdStart | None:
     if len(known) < len(times):
         return None
     phases = [(after - before).total_seconds() for before, after in pairwise(known)]
-    if min(phases) < 0:
+    if min(phases) < 0 or phases[-1] > LOADING_MOST_S:
         return None
     return ColdStart(pod.uid, pod.name, timestamp(known[0]), *phases)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,8 +11,11 @@ from functools import partial
 from moe_api.supervision import Backoff
 from moe_operator.autoscaling.rounds import Scaled, ScaledFactory
 from moe_operator.autoscaling.subject import Subject, subject
+from moe_operator.errors import MoEOperatorError
 from moe_operator.observed.observation import Observed
 from moe_operator.resources.deployment import Deployment, Name
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -62,8 +66,11 @@ class Autoscaler:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if items and await self._acts():
-            await asyncio.gather(*(item.scaled.keep(item.subject) for item in items if item.scaled))
+        try:
+            if items and await self._acts():
+                await asyncio.gather(*(item.scaled.keep(item.subject) for item in items if item.scaled))
+        except MoEOperatorError as error:
+            logger.warning("the scaling histories of %d deployments are not stored: %s", len(items), error)
 
     def _take(self, deployment: Deployment, seen: Subject | None) -> None:
         name = Name(deployment.identity.namespace, deployment.name)
@@ -115,6 +122,8 @@ class Autoscaler:
             item.forget()
             self._factory.metrics.forget(*name)
             return
+        if item.scaled is not None and item.scaled.outdated:
+            item.forget()
         item.scaled = item.scaled or await self._factory.load(item.subject)
         await item.scaled.round(item.subject)
 

@@ -26,7 +26,7 @@ from moe_operator.kube.client import Cluster
 from moe_operator.planner.conditions import Verdict, dated
 from moe_operator.planner.decision import Decision
 from moe_operator.resources import names
-from moe_operator.resources.deployment import Deployment, Name
+from moe_operator.resources.deployment import Deployment, Identity, Name
 from moe_operator.resources.scaling_spec import Mode
 from moe_operator.resources.scaling_status import SCALING_ACTIVE, ScalingStatus
 from moe_operator.resources.status import Condition, Status
@@ -59,14 +59,15 @@ class ScaledFactory:
     async def load(self, subject: Subject) -> Scaled:
         """The scaling of a deployment, with its stored state."""
         identity, prior = subject.deployment.identity, subject.spec.capacity_prior
+        memory, unread = None, False
         try:
             whole, recent = await self.call(storage.load, self.cluster, identity)
             memory = await self.call(scaling_history.memory, whole, identity, recent)
         except (HistoryError, PermanentError, ReadForbiddenError) as error:
             logger.warning("%s: %s; scaling starts without history", identity.name, error)
-            memory = None
+            unread = isinstance(error, ReadForbiddenError)
         scaler = Scaler(subject.deployment.wanted_replicas, memory, prior)
-        return Scaled(self, subject, scaler, memory.whole_until if memory else 0)
+        return Scaled(self, subject, scaler, memory.whole_until if memory else 0, unread=unread)
 
     async def retire(self, deployment: Deployment) -> None:
         """Removes scaling information from the status of a deployment that does not scale any more."""
@@ -89,11 +90,21 @@ class Scaled:
         subject: the deployment as last observed.
         scaler: its state.
         whole_until: the minute before which all rates are in the stored ScalingHistory; 0 if there is none.
+        unread: there may be a stored state, which could not be read: nothing replaces it.
     """
 
     def __init__(
-        self, factory: ScaledFactory, subject: Subject, scaler: Scaler, whole_until: int = 0
+        self,
+        factory: ScaledFactory,
+        subject: Subject,
+        scaler: Scaler,
+        whole_until: int = 0,
+        *,
+        unread: bool = False,
     ) -> None:
+        self.outdated = False
+        """The stored state, which could not be read before, can be read now: load it."""
+        self._unread = unread
         self._with = factory
         self._scaler = scaler
         self._whole_until = whole_until
@@ -127,15 +138,26 @@ class Scaled:
     async def keep(self, subject: Subject) -> None:
         """Writes the state into the ScalingHistory; scaling continues if that fails."""
         self._kept_at = time.monotonic()
-        memory = self._scaler.memory()
-        pods = {start.uid for start in subject.cold_starts}
         identity = subject.deployment.identity
-        due = await self._with.call(scaling_history.due, identity, memory, pods, self._whole_until)
+        if self._unread:
+            self.outdated = await self._is_readable(identity)
+            return
+        memory = self._scaler.memory()
+        due = await self._with.call(scaling_history.due, identity, memory, subject.uids, self._whole_until)
         try:
             await self._with.call(storage.save, self._with.cluster, due.manifest)
             self._whole_until = due.whole_until
         except MoEOperatorError as error:
             logger.warning("%s: cannot store the scaling history: %s", identity.name, error)
+
+    async def _is_readable(self, identity: Identity) -> bool:
+        """Whether the stored state can be read by now."""
+        try:
+            await self._with.call(storage.load, self._with.cluster, identity)
+        except MoEOperatorError as error:
+            logger.warning("%s: the scaling history is not stored: %s", identity.name, error)
+            return False
+        return True
 
     def close(self) -> None:
         """Stops fitting models."""

@@ -176,6 +176,7 @@ class Scaler:
         self._forecaster = forecaster
 
     def _learn_cold_starts(self, subject: Subject, speed: float) -> None:
+        self._measured &= subject.uids
         for start in subject.cold_starts:
             if start.uid not in self._measured:
                 self._cold_starts = self._cold_starts.observed(start.total * speed)

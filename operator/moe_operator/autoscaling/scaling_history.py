@@ -58,7 +58,7 @@ def due(owner: Identity, memory: Memory, pods: Iterable[str], whole_until: int) 
     Args:
         owner: the deployment.
         memory: the state to store.
-        pods: UIDs of the pods that exist.
+        pods: UIDs of the leaders that exist.
         whole_until: of the last write; 0 if there is none.
     """
     end = memory.history.end

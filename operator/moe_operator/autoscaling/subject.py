@@ -1,4 +1,4 @@
-"""A deployment that scales, as a reconcile saw it."""
+"""A deployment that scales, as a reconcile observed it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moe_operator.resources.scaling_spec import Mode, Scaling
 from moe_operator.resources.spec import Spec
 
 _PRIOR_SHARE = 0.1
-"""Requests per second that each place in a replica's batch is taken to serve: a request takes 10 s."""
+"""Assumed requests per second for each request of a full batch: a request takes 10 s."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Subject:
     deployment: Deployment
     scaling: Scaling
     leaders: tuple[Pod, ...]
-    """One a replica; those on their way out are left out."""
+    """One of each replica, without terminating ones."""
     frontends: tuple[str, ...]
     """IP addresses."""
     cold_starts: tuple[ColdStart, ...]
@@ -31,13 +31,18 @@ class Subject:
 
     @property
     def ready(self) -> tuple[Pod, ...]:
-        """Leaders that answer requests."""
+        """Leaders that are ready."""
         return tuple(pod for pod in self.leaders if pod.ready)
 
     @property
     def addresses(self) -> frozenset[str]:
-        """Whoever may be asked."""
+        """Pods that are asked for their load or for waiting requests."""
         return frozenset(pod.address for pod in self.leaders if pod.address).union(self.frontends)
+
+    @property
+    def uids(self) -> frozenset[str]:
+        """Of the leaders, ready or not: one that is not ready for a moment was measured nevertheless."""
+        return frozenset(pod.uid for pod in self.leaders)
 
     @property
     def spec(self) -> ScalingSpec:

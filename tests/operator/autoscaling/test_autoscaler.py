@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -22,8 +23,9 @@ from moe_operator.autoscaling.model.horizon import ColdStarts
 from moe_operator.autoscaling.polling import Poller
 from moe_operator.autoscaling.rounds import ScaledFactory
 from moe_operator.autoscaling.scaler import Memory, Scaler
-from moe_operator.errors import ClusterUnavailableError
+from moe_operator.errors import ClusterUnavailableError, ReadForbiddenError
 from moe_operator.observed.observation import Observed, observe
+from moe_operator.resources import names
 from moe_operator.resources.deployment import Name
 from moe_operator.resources.scaling_status import ScalingStatus
 from moe_operator.resources.status import Status
@@ -54,6 +56,8 @@ class Store:
         self.loop = asyncio.get_running_loop()
         self.trouble = []
         self.kept = scaling_history.manifest(OWNER, quiet(), ())
+        self.histories = []
+        """Names of the ScalingHistories that were written."""
 
     def get(self, kind, namespace, name):
         if self.trouble:
@@ -61,6 +65,8 @@ class Store:
         return self.kept
 
     def apply(self, manifest, subresource="", manager=""):
+        if manifest["kind"] == names.HISTORY_KIND:
+            self.histories.append(manifest["metadata"]["name"])
         wanted = manifest.get("status", {}).get("scaling", {}).get("desiredReplicas")
         self.loop.call_soon_threadsafe(self.wanted.put_nowait, wanted)
 
@@ -74,9 +80,9 @@ class Store:
 
 
 class Site:
-    """An autoscaler, and what it works with."""
+    """An autoscaler, and what it works with. settings: other than those of QUICK."""
 
-    def __init__(self):
+    def __init__(self, **settings):
         self.reader = InMemoryMetricReader()
         self.store = Store()
         provider = MeterProvider([self.reader])
@@ -88,7 +94,7 @@ class Site:
             self.store,
             self.client,
             Poller(self.client, 1.0),
-            QUICK,
+            replace(QUICK, **settings),
             threads=self.threads,
             laboratory=self.threads,
             decided=lambda name: None,
@@ -98,6 +104,8 @@ class Site:
         )
 
         async def acts():
+            if isinstance(self.acting, Exception):
+                raise self.acting
             return self.acting
 
         self.autoscaler = Autoscaler(self.factory, acts)
@@ -110,15 +118,17 @@ class Site:
             while not wanted():
                 await asyncio.sleep(0.01)
 
+    async def aclose(self):
+        await self.autoscaler.close()
+        await self.supervisor.close()
+        await self.client.close()
+        self.threads.shutdown()
+
 
 @pytest.fixture
 async def site():
-    made = Site()
-    yield made
-    await made.autoscaler.close()
-    await made.supervisor.close()
-    await made.client.close()
-    made.threads.shutdown()
+    async with contextlib.aclosing(Site()) as made:
+        yield made
 
 
 def asleep(**scaling):
@@ -137,15 +147,18 @@ def frontends(*addresses):
     )
 
 
-async def test_a_rollout_of_the_frontend_at_zero_replicas_strands_nobody(site, world):
+async def test_a_rollout_of_the_frontend_at_zero_replicas_strands_nobody(world):
     """The call that waits for a first request ends when its frontend's connection is closed."""
-    site.factory = replace(site.factory, settings=replace(QUICK, sample_seconds=30))
-    old, new = await world(Front(0), Front(2))
-    site.autoscaler.saw(asleep(), frontends(old))
-    await site.store.becomes(0)
-    site.autoscaler.saw(asleep(), frontends(new))
-    await site.store.becomes(1)
-    assert site.failures()["scaling"] == 0
+    old_front = Front(0)
+    old, new = await world(old_front, Front(2))
+    async with contextlib.aclosing(Site(sample_seconds=1)) as site:
+        site.autoscaler.saw(asleep(), frontends(old))
+        await site.store.becomes(0)
+        async with asyncio.timeout(20):
+            await old_front.waited_for.wait()
+        site.autoscaler.saw(asleep(), frontends(new))
+        await site.store.becomes(1)
+        assert site.failures()["scaling"] == 0
 
 
 async def test_scaling_goes_on_after_errors_and_after_a_cancellation_that_was_not_its_own(site, world):
@@ -183,6 +196,25 @@ async def test_the_condition_speaks_of_an_edited_spec_at_once(site, world, monke
     first = len(rounds)
     await site.until(lambda: len(rounds) > first + 3)
     assert written[-1] == 2
+
+
+async def test_a_history_that_may_not_be_read_is_read_later_and_never_replaced(world):
+    (front,) = await world(Front(0))
+    async with contextlib.aclosing(Site(history_seconds=0.05)) as site:
+        site.store.trouble = [ReadForbiddenError("reading it is forbidden")] * 4
+        site.autoscaler.saw(asleep(), frontends(front))
+        await site.until(lambda: site.store.histories)
+        assert site.store.trouble == []
+        assert set(site.store.histories) == {names.recent_history("docs")}, "the stored one continues"
+
+
+async def test_it_stops_while_the_api_server_does_not_respond(site, world, caplog):
+    (front,) = await world(Front(0))
+    site.autoscaler.saw(asleep(), frontends(front))
+    await site.store.becomes(0)
+    site.acting = ClusterUnavailableError("it does not respond")
+    await site.autoscaler.close()
+    assert "the scaling histories of 1 deployments are not stored: it does not respond" in caplog.text
 
 
 async def test_the_gauges_go_with_the_deployment(site, world):

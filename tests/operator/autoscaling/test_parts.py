@@ -91,6 +91,12 @@ def test_a_container_that_was_started_again_tells_nothing_of_cold_starts():
     assert measured(odd) is None
 
 
+def test_a_pod_that_became_ready_again_long_after_its_start_tells_nothing_of_cold_starts():
+    """Kubernetes stores only the last change of a condition: a pod whose probe failed once looks new."""
+    assert measured(pod("docs", 0, "u", START, 3600, ready=True)).total == 3600
+    assert measured(pod("docs", 0, "u", START, 3 * 24 * 3600, ready=True)) is None
+
+
 def memory(minutes=14 * 24 * 60):
     history = History()
     for minute in range(minutes):

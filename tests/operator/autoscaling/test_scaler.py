@@ -144,6 +144,23 @@ def test_a_new_process_goes_on_with_what_was_kept():
     assert len(starts) == len(world.memory.cold_starts.seconds), "no cold start counts twice"
 
 
+def test_only_pods_that_exist_are_remembered_as_measured():
+    world = settled(rate=9.0, start_s=60)
+    most = len(world.replicas)
+    world.run(minutes(60, 1.0))
+    assert len(world.replicas) < most
+    assert world.scaler.memory().measured == world.subject().uids
+
+
+def test_a_measured_pod_that_is_not_ready_for_a_moment_stays_measured():
+    world = settled(start_s=60)
+    world.start_s = math.inf
+    world.round(1.0)
+    found = world.subject()
+    assert found.ready == ()
+    assert world.scaler.memory().measured == found.uids != frozenset()
+
+
 def test_the_horizon_becomes_what_was_measured():
     world = settled(rate=9.0, start_s=130.0)
     assert world.outcomes[0].cold_starts.horizon_s == 300
