@@ -15,6 +15,7 @@ from moe_operator.planner.plan import Plan, plan
 from moe_operator.planner.status_report import invalid, refused, transitions
 from moe_operator.render.objects import Key, key
 from moe_operator.render.worker import recipe
+from moe_operator.resources import names
 from moe_operator.resources.deployment import Identity
 from moe_operator.resources.status import MODEL_LOADED, PROGRESSING, READY, Condition, Status
 from tests.operator.worlds import START, World, deployment, settled
@@ -274,6 +275,16 @@ def test_a_paused_rollout_changes_nothing_and_scales_at_the_old_revision():
         world.step()
         world.all_ready()
     assert old not in world.revisions().values()
+
+
+def test_a_paused_rollout_scales_at_the_old_revision_of_a_replica_that_lost_its_label():
+    """The pods say which revision a replica has; another client may have removed the label of its set."""
+    world = settled(replicas=1)
+    old = world.revisions()[0]
+    del world.children[Key("StatefulSet", "docs-0")]["metadata"]["labels"][names.LABEL_REVISION]
+    world.change(engine={"maxBatchSize": 4}, rollout={"paused": True}, replicas=2)
+    world.step()
+    assert world.revisions() == {0: old, 1: old}
 
 
 def test_a_partition_keeps_so_many_at_the_old_revision():

@@ -113,8 +113,8 @@ class Reconciler:
                     identity(body), before, invalid(before, identity(body), str(error), self.clock())
                 )
             except PermanentError as error:
-                logger.warning("%s: %s; waiting for an edit", name, error)
-            # Retried at the resync: policies and CRDs change without an event here.
+                logger.warning("%s: %s; retrying in %.0f s", name, error, self.settings.resync_seconds)
+            # Policies and CRDs change without an event here, so not only an edit helps.
             return self.settings.resync_seconds
 
     def _advance(self, deployment: Deployment, span: trace.Span) -> float:

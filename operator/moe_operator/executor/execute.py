@@ -31,7 +31,6 @@ _EVENT_MOST = 1024
 """Maximum characters of an Event's message."""
 _ALIKE: Final = 3
 """After this many refusals of one kind its other objects wait for the next plan: replicas are all the same.
-
 """
 
 

@@ -60,8 +60,8 @@ class Plan:
     gates: tuple[Gate, ...] = ()
     """Readiness gates to be set."""
     unrouted: tuple[Pod, ...] = ()
-    """Leaders that accept requests, but to which not every frontend may route: ask, and reconcile again soon.
-
+    """Leaders that accept requests, but to which not every frontend may route: they are asked, and the
+    deployment is reconciled again soon.
     """
     secret: Callable[[str], Manifest] | None = None
     """Makes the Secret of the deployment's gangs from a random value; None if it is not needed now."""
@@ -159,8 +159,7 @@ def _sound(replicas: Iterable[Manifest], made: Iterable[Change]) -> tuple[Key, .
 def _sibling(deployment: Deployment, observed: Observed, revision: str) -> Manifest | None:
     """A StatefulSet of a revision."""
     found = observed.owned(StatefulSet, deployment.identity).values()
-    labelled = (one.content for one in found if one.labels[names.LABEL_REVISION] == revision)
-    return next(labelled, None)
+    return next((one.content for one in found if one.revision == revision), None)
 
 
 def _taken(deployment: Deployment, observed: Observed, current: State) -> set[int]:
