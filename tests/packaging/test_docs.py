@@ -23,6 +23,45 @@ def test_relative_links_lead_to_a_file(page):
     assert not broken
 
 
+def headings(page):
+    """The anchors of a page, as GitHub makes them from headings."""
+    text = re.sub(r"(?s)```.*?```", "", (ROOT / page).read_text(encoding="utf-8"))
+    titles = re.findall(r"(?m)^#+ (.*)$", text)
+    plain = (re.sub(r"\[([^\]]*)\]\([^)]*\)|[`*]", r"\1", title).strip().lower() for title in titles)
+    return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in plain}
+
+
+def links(page):
+    """Pages of the project and sections to which a page links."""
+    for path, section in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", (ROOT / page).read_text("utf-8")):
+        target = (ROOT / page).parent.joinpath(path).resolve() if path else ROOT / page
+        if "://" not in path and target.suffix == ".md":
+            yield str(target.relative_to(ROOT)), section
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_a_section(page):
+    assert not [(to, section) for to, section in links(page) if section and section not in headings(to)]
+
+
+def test_the_readme_leads_to_every_page():
+    reached, new = set(), {"README.md"}
+    while new:
+        reached |= new
+        new = {to for page in new for to, _ in links(page)} - reached
+    pages = {page for page in PAGES if page.startswith("docs/") and not page.startswith("docs/adr/")}
+    assert pages - reached == set(), "the folder docs/adr is linked as a whole"
+
+
+@pytest.mark.parametrize("package", ["operator/moe_operator", "operator/moe_frontend"])
+def test_every_background_loop_is_named_in_the_page_about_metrics(package):
+    text = (ROOT / "docs/observability.md").read_text(encoding="utf-8")
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / package).rglob("*.py"))
+    loops = set(re.findall(r"start(?:_thread|_once)?\(\s*\"([\w -]+)\"", sources))
+    assert len(loops) > 5
+    assert [loop for loop in sorted(loops) if f"`{loop}`" not in text] == []
+
+
 def test_the_table_of_changes_names_files_that_exist():
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     named = re.findall(r"`((?:\w+/)+[\w./-]*)`", text)
