@@ -51,7 +51,7 @@ def rollout() -> None:
     "--timeout", type=click.FloatRange(min=0), help="Maximum number of seconds to wait. Default: no limit."
 )
 def status(name: str, namespace: str | None, context: str | None, timeout: float | None) -> None:
-    """Waits until the rollout of NAME is complete (exit code 0) or stuck (1)."""
+    """Waits until the rollout of NAME is complete (exit code 0), or is stuck or paused (1)."""
     deadline = None if timeout is None else time.monotonic() + timeout
     with _deployments(context, namespace, name) as api:
         said = ""
@@ -62,7 +62,10 @@ def status(name: str, namespace: str | None, context: str | None, timeout: float
                 said = message
             if reason in DONE:
                 return
-            if holds == "False" or reason == _PAUSED:
+            if reason == _PAUSED:
+                sentence = f"the rollout of {name} is paused; continue it with `moe rollout resume {name}`"
+                raise CommandError(sentence, errors.FAILED)
+            if holds == "False":
                 raise CommandError(f"the rollout of {name} is stuck; see `moe status {name}`", errors.FAILED)
             if deadline is not None and time.monotonic() >= deadline:
                 raise CommandError(f"the rollout of {name} did not complete within --timeout", errors.LATE)
@@ -79,7 +82,7 @@ def history(name: str, namespace: str | None, context: str | None) -> None:
         for record in api.records(name):
             restart = {"restartedAt": record["data"].get("restartedAt")}
             spec = {**record["data"]["spec"], **restart}
-            revision = record["metadata"]["labels"][names.LABEL_REVISION]
+            revision = _revision(record)
             mark = _mark(record, is_current=revision == current)
             changed = ", ".join(_differences(before, spec)) if before else "the first one on record"
             say(f"{record['revision']}  {revision}{mark}  {changed}")
@@ -159,6 +162,11 @@ def _progress(body: dict[str, Any]) -> tuple[str, str, str]:
     return "Waiting", "the operator has not reconciled the latest change yet", "Unknown"
 
 
+def _revision(record: dict[str, Any]) -> str:
+    """The revision of a record; empty if another client removed its label."""
+    return str(record["metadata"]["labels"].get(names.LABEL_REVISION, ""))
+
+
 def _mark(record: dict[str, Any], *, is_current: bool) -> str:
     """What a revision is besides its number: the current one, and an earlier one that an undo restored."""
     former = record["metadata"].get("annotations", {}).get(names.ANNOTATION_FORMER, "").rpartition(",")[2]
@@ -178,7 +186,7 @@ def _wanted(
         found = [record for record in records if record["revision"] == number]
         sentence = f"{name} has no revision {number} on record; `moe rollout history {name}` lists them"
     else:
-        found = [one for one in records if one["metadata"]["labels"][names.LABEL_REVISION] != current]
+        found = [one for one in records if _revision(one) != current]
         sentence = f"{name} has no earlier revision on record"
     if not found:
         raise CommandError(sentence, errors.WRONG)
