@@ -58,5 +58,5 @@ async def _listening(started: Coroutine[Any, Any, int], address: str) -> int:
         return await started
     except RuntimeError as error:
         raise InstallationError(
-            f"cannot listen on {address}; is the port taken, or the address another machine's?"
+            f"cannot listen on {address}; use a free port and an address of this machine"
         ) from error

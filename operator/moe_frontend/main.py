@@ -112,9 +112,9 @@ from moe_operator.errors import MoEOperatorError
     envvar="MOE_ROUTING",
     show_envvar=True,
     help="Which replica takes a request. least-loaded: the one with the fewest requests in flight. "
-    "prefix-affinity: the one with the least left to compute, because it was sent the same beginning of a "
-    "prompt. session: the same one for all requests of a session (metadata x-session-id). random-of-two: the "
-    "less loaded of two.",
+    "prefix-affinity: the one with the least to compute, because it has computed the beginning of the "
+    "prompt before. session: the same one for all requests of a session (metadata x-session-id). "
+    "random-of-two: the less loaded of two.",
 )
 @click.option(
     "--tenants",
@@ -142,7 +142,7 @@ from moe_operator.errors import MoEOperatorError
     envvar="MOE_API_KEYS",
     show_envvar=True,
     metavar="FOLDER",
-    help="Only callers that send a key of this folder, or a token (--jwks), are let in. It has a file for "
+    help="Only callers that send a key of this folder, or a token (--jwks), are accepted. It has a file for "
     "each tenant with the digests of its keys (`moe key` makes one). Changes apply within seconds.",
 )
 @click.option(
@@ -152,7 +152,7 @@ from moe_operator.errors import MoEOperatorError
     show_envvar=True,
     metavar="URL|FOLDER",
     help="Only callers that send a JSON Web Token signed by one of these keys, or an API key (--api-keys), "
-    "are let in: an https:// URL of a JSON Web Key Set, or a folder with jwks.json. Needs --jwt-issuer and "
+    "are accepted: an https:// URL of a JSON Web Key Set, or a folder with jwks.json. Needs --jwt-issuer and "
     "--jwt-audience.",
 )
 @click.option(

@@ -1,4 +1,4 @@
-"""The operator's errors: one tree, whose types tell whether a retry can help."""
+"""The operator's errors: one tree, whose types say whether a retry can help."""
 
 from __future__ import annotations
 
@@ -79,4 +79,4 @@ class InvalidSpecError(PermanentError):
 
 
 class InstallationError(PermanentError):
-    """The operator cannot start: its CRDs or its peering object are missing."""
+    """The operator cannot start: a CRD is missing, a setting is invalid, or a port is not available."""

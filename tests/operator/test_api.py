@@ -174,11 +174,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "device without a limit": (
         {"worker": {"resources": {"requests": {"nvidia.com/gpu": 1}}}},
-        "a device such as nvidia.com/gpu is asked for in limits",
+        "a device such as nvidia.com/gpu belongs in limits",
     ),
     "half a device": (
         {"frontend": {"resources": {"limits": {"nvidia.com/gpu": "500m"}}}},
-        "devices such as nvidia.com/gpu are asked for in whole pieces",
+        "devices such as nvidia.com/gpu are requested in whole numbers",
     ),
     "unknown resource": ({"worker": {"resources": {"limits": {"gpu": 1}}}}, "a resource is cpu, memory"),
     "label of a node": (

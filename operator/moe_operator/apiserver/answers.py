@@ -35,7 +35,7 @@ _SENTENCE_MOST: Final = 2000
 
 
 def translated(error: DynamicApiError, method: str, path: str) -> MoEOperatorError:
-    """The error to raise for an answer to `method` at `path`."""
+    """The error to raise for an error response to `method` at `path`."""
     code, said, status = error.status, message(error.body), _status(error.body)
     if _DENIED.search(said):
         return ApplyForbiddenError(f"the API server forbids {path}: {said}")
@@ -53,8 +53,7 @@ def _refusal(
 ) -> MoEOperatorError:
     if forbidden and f"RESTMapping for APIVersion {names.API_VERSION}" in said:
         return OwnerUnknownError(
-            f"the API server has yet to notice that there are {names.PLURAL}, and lets them own nothing so "
-            "far; it notices within 30 s of their installation"
+            f"the API server does not accept {names.PLURAL} as owners yet: it learns of a new CRD within 30 s"
         )
     if forbidden and method == "get":
         return ReadForbiddenError(f"reading {path} is forbidden: {said}; grant it to the ServiceAccount")
@@ -79,7 +78,7 @@ def _wrong_fields(status: Mapping[str, Any]) -> list[str]:
 
 
 def _status(body: str | bytes | None) -> Mapping[str, Any]:
-    """The Status object of an answer; empty where it is none."""
+    """The Status object of a response; empty if it is none."""
     try:
         found = json.loads(body or "")
     except ValueError:

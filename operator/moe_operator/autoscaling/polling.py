@@ -16,7 +16,7 @@ from moe_operator.rpc.pods import PodClient
 
 
 class Poller:
-    """Reads what scaling has to know from the pods of a deployment.
+    """Reads what scaling needs from the pods of a deployment.
 
     Args:
         client: of leaders and frontends.

@@ -183,7 +183,7 @@ class Scaler:
                 self._measured |= {start.uid}
 
     def _take_reports(self, subject: Subject, reading: Reading) -> dict[str, str]:
-        """Takes the reports of ready replicas. The report of a starting replica is the start of its sums."""
+        """Takes the reports of ready replicas. The report of a starting replica is where its sums start."""
         ready = {pod.name for pod in subject.ready}
         wrong = {}
         for report in reading.reports:

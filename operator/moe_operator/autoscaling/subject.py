@@ -18,7 +18,7 @@ _PRIOR_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Subject:
-    """What the scaler has to know of one deployment."""
+    """What the scaler needs of one deployment."""
 
     deployment: Deployment
     scaling: Scaling
@@ -36,7 +36,7 @@ class Subject:
 
     @property
     def addresses(self) -> frozenset[str]:
-        """Pods that are asked for their load or for waiting requests."""
+        """Whoever may be asked."""
         return frozenset(pod.address for pod in self.leaders if pod.address).union(self.frontends)
 
     @property

@@ -7,6 +7,7 @@
     gather          reads the objects of one deployment
     room            checks whether a new pod would fit, for the planner
     work_metrics    metrics of the operator's own work
+    deployment_metrics  conditions and replicas of each deployment
 
 kopf provides the watches, the peering and the process. Its stateful handlers are not used: a plan depends
 only on observed objects, so there is no state in annotations and no finalizer.

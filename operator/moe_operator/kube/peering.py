@@ -40,7 +40,7 @@ def priority(started: datetime) -> int:
 
 
 _REMEMBERED_S: Final = 2.0
-"""After a start, two processes may both be active for so long; both do the same."""
+"""For so long after a start, two processes may both be active; both do the same."""
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Rank:
     namespace: str = ""
     """Of the peering object: one of the watched ones, which all have the same; empty for the cluster's."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _looked: float | None = None
+    _read_at: float | None = None
     """Time of the last read, on the monotonic clock."""
     _outranked: bool = False
 
@@ -61,9 +61,9 @@ class Rank:
         """Whether another live process ranks higher. Raises what the client raises."""
         with self._lock:
             at = time.monotonic()
-            if self._looked is None or at - self._looked >= _REMEMBERED_S:
+            if self._read_at is None or at - self._read_at >= _REMEMBERED_S:
                 self._outranked = outranked(self.cluster, self.name, self.priority, now, self.namespace)
-                self._looked = at
+                self._read_at = at
             return self._outranked
 
 

@@ -171,7 +171,7 @@ class NetworkPolicy(Child):
 
 @dataclass(frozen=True)
 class RevisionRecord(Child):
-    """A ControllerRevision: what a revision was made from."""
+    """A ControllerRevision: the spec of a revision."""
 
     number: int
     data: Mapping[str, Any]

@@ -33,7 +33,7 @@ class Observed:
     work: Mapping[str, int] = field(default_factory=dict)
     """Active requests of leaders, by pod name; only if they were asked."""
     refused: Mapping[str, str] = field(default_factory=dict)
-    """Why pods cannot be made, by pod name; only of pods that are missing."""
+    """Why pods cannot be created, by pod name; only of pods that are missing."""
     routed: Mapping[str, str] = field(default_factory=dict)
     """Addresses of the leaders to which every frontend routes, by pod name; if they were asked."""
     obstacles: Mapping[str, str] = field(default_factory=dict)

@@ -32,7 +32,7 @@ class Question:
     waiting: str
     """Name of a new pod that no node accepts; empty if there is none so far."""
     needs: PodNeeds
-    """What it asks of its node, where there is none."""
+    """What it requests of its node, if there is none."""
     old: tuple[Pod, ...]
     """Leaders whose places may serve, the first ones first."""
     size: int = 1
@@ -142,7 +142,7 @@ def _only_short(new: PodNeeds, said: str, seat: Seat) -> bool:
 
 
 def _group(new: PodNeeds, seats: Mapping[str, Seat]) -> set[str]:
-    """Pods of one node in whose places together a pod fits, each of them needed; empty if there are none."""
+    """Pods of one node in whose places together a pod fits, without any that is not needed; empty if none."""
     if not seats:
         return set()
     place = next(iter(seats.values()))

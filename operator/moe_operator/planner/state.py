@@ -35,9 +35,9 @@ class State:
     """The observed state of one deployment, compared with the desired one."""
 
     wanted: int
-    """Replicas asked for."""
+    """Desired number of replicas."""
     revision: str
-    """Revision asked for."""
+    """Desired revision."""
     replicas: Mapping[int, Replica]
     """Replicas that have a StatefulSet of ours, by data rank; surplus ones included."""
     leaders: Mapping[int, Pod]
@@ -45,7 +45,7 @@ class State:
     progress: RolloutStatus | None
     """Progress of the current rollout; None if there is none."""
     deadline: datetime | None
-    """When that rollout counts as stuck unless it progresses; None where there is none."""
+    """When that rollout counts as stuck unless it progresses; None if there is none."""
     stalled: bool
     """The deadline has passed."""
     rollout: Rollout
@@ -61,7 +61,7 @@ class State:
     deprecated: tuple[str, ...] = ()
     """What to write instead of each deprecated field that the spec sets."""
     refused: Mapping[str, str] = field(default_factory=dict)
-    """Why pods cannot be made, by pod name."""
+    """Why pods cannot be created, by pod name."""
     obstacles: Mapping[str, str] = field(default_factory=dict)
     """Why a new replica's pod would not fit in the place of an old leader, by pod name."""
     downloads: Mapping[str, Download] = field(default_factory=dict)
@@ -112,7 +112,7 @@ class State:
 
     @property
     def problem(self) -> tuple[Pod, Problem] | None:
-        """The first worker that cannot start, and why; those of the revision asked for come first."""
+        """The first worker that cannot start, and why; those of the desired revision come first."""
         ranks = sorted(self.replicas, key=self._is_old)
         pods = [pair for rank in ranks if (pair := self._problem_of(rank)) is not None]
         for name, why in self.refused.items():

@@ -17,7 +17,7 @@ _POD_UID: Manifest = {
     "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.uid"}},
 }
 
-# A variable, because images of earlier versions do not know the flag; an empty one turns HTTP off.
+# A variable, because images of earlier versions do not have the flag; an empty one turns HTTP off.
 _HTTP = {"MOE_HTTP": f"0.0.0.0:{names.HTTP_PORT}"}
 
 _EXIT_SECONDS = 5
@@ -66,7 +66,7 @@ def _options(deployment: Deployment) -> dict[str, str]:
 
 
 def _tenants(settings: Frontend) -> dict[str, str]:
-    """What tenants may use; fields that have their defaults are left out."""
+    """What tenants may use; fields that have their defaults are omitted."""
     tenants = [{"name": tenant.name, **_limits(tenant)} for tenant in settings.tenants]
     default = _limits(settings.default_tenant)
     if not tenants and not default:

@@ -1,7 +1,7 @@
 """Replicas of several workers: which rank each pod has, where it meets its leader, and on which nodes it
 runs.
 
-All pods of a gang have one template, so what differs between them comes from their labels: the ordinal is the
+All pods of a gang have one template, so their differences come from their labels: the ordinal is the
 rank, and rank 0 leads. Stage and number in the stage follow from it: divmod(rank, expert).
 """
 

@@ -25,7 +25,7 @@ _REVISION: Manifest = {
     },
 }
 
-# A variable, because images of earlier versions do not know the flag; 0 turns the server off.
+# A variable, because images of earlier versions do not have the flag; 0 turns the server off.
 _METRICS = {"MOE_WORKER_METRICS_PORT": str(names.METRICS_PORT)}
 _METRICS_PORT: Manifest = {
     "name": names.METRICS_PORT_NAME,

@@ -73,7 +73,7 @@ class Jwt(Model):
 
 
 class Auth(Model):
-    """Which requests are let in; with both, either of them suffices."""
+    """Which requests are accepted; with both, either of them suffices."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(

@@ -17,8 +17,8 @@ INT_OR_STRING: Final = "x-kubernetes-int-or-string"
 class Model(BaseModel):
     """Frozen; camelCase outside, snake_case inside.
 
-    Unknown fields are passed over: they come from a newer CRD, which an upgrade brings before its operator.
-    What users misspell is refused by the API server.
+    Unknown fields are ignored: they come from a newer CRD, which an upgrade installs before its operator. The
+    API server refuses misspelled fields.
     """
 
     model_config = ConfigDict(
@@ -31,7 +31,7 @@ class Model(BaseModel):
 
 
 def rules(*pairs: tuple[str, str], at_creation: Iterable[tuple[str, str]] = ()) -> dict[str, Any]:
-    """Schema extras with CEL rules, each a pair (expression, sentence that says what would be right).
+    """Schema extras with CEL rules, each a pair (expression, sentence that says what is correct).
 
     at_creation: rules that objects of an earlier CRD may break; updates are not checked by them.
     """

@@ -1,4 +1,4 @@
-"""User input: what is kept so that it need not be computed again (spec.cache)."""
+"""User input: results that are stored, so that they need not be computed again (spec.cache)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_operator.resources.pods import Amount
 
 
 class OutputCache(Model):
-    """Answers that frontends keep, so that an equal request costs no worker."""
+    """Answers that frontends store, so that an equal request needs no worker."""
 
     mode: Literal["Off", "Deterministic"] = Field(
         default="Off",
@@ -42,6 +42,6 @@ class OutputCache(Model):
 
 
 class Cache(Model):
-    """What is kept so that it need not be computed again."""
+    """Results that are stored, so that they need not be computed again."""
 
     outputs: OutputCache = Field(default=OutputCache(), description="Whole answers, in the frontends.")

@@ -24,7 +24,7 @@ _NAME_RULES = [
     {
         "rule": f"size(self.metadata.name) <= {names.NAME_LENGTH_MOST}",
         "message": f"metadata.name has {names.NAME_LENGTH_MOST} characters at most: the names of pods and "
-        "services are made from it",
+        "services are derived from it",
     },
     {
         "rule": "self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
@@ -124,11 +124,11 @@ def _columns() -> list[dict[str, str]]:
     return [
         _column("Ready", f"{ready}.status", "Whether all wanted replicas and frontends are ready.", "string"),
         _column("Desired", ".status.desiredReplicas", "Replicas asked for, or decided by scaling."),
-        _column("Available", ".status.readyReplicas", "Replicas that answer requests."),
+        _column("Available", ".status.readyReplicas", "Replicas whose leader is ready."),
         _column("Updated", ".status.updatedReplicas", "Ready replicas of the current revision."),
         _column("Reason", f"{ready}.reason", "Why it is or is not Ready.", "string"),
-        _column("Rollout", f"{progressing}.reason", "How the latest change goes on.", "string"),
-        _column("Age", ".metadata.creationTimestamp", "Time since it was made.", "date"),
+        _column("Rollout", f"{progressing}.reason", "State of the latest rollout.", "string"),
+        _column("Age", ".metadata.creationTimestamp", "Time since its creation.", "date"),
     ]
 
 
@@ -172,7 +172,7 @@ def manifest() -> dict[str, Any]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what occurs twice twice: anchors are hard on readers and on some tools."""
+    """Writes no anchors for values that occur twice: they are hard for readers and for some tools."""
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
         return True

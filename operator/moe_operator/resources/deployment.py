@@ -50,7 +50,7 @@ class Pin:
 
     @cached_property
     def text(self) -> str:
-        """As it is kept."""
+        """As the annotation stores it."""
         return canonical({"spec": self.spec, "template": self.template})
 
     @cached_property
@@ -120,7 +120,7 @@ class Deployment:
 
     @property
     def replicas_to_record(self) -> int | None:
-        """The number to write into spec.replicas; None if it is there already, or others set the field.
+        """The number to write into spec.replicas; None if the field has it already, or others set the field.
 
         It follows the decisions of scaling, and before the first one the existing number, so that replicas
         stay as they are when scaling is turned off.

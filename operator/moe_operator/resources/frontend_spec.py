@@ -22,7 +22,7 @@ class Service(Model):
         json_schema_extra=rules(
             (
                 "!has(self.loadBalancerClass) || self.type == 'LoadBalancer'",
-                "loadBalancerClass says nothing without a load balancer: set type to LoadBalancer",
+                "loadBalancerClass has no effect without a load balancer: set type to LoadBalancer",
             )
         )
     )
@@ -30,7 +30,7 @@ class Service(Model):
     type: Literal["ClusterIP", "NodePort", "LoadBalancer"] = Field(
         default="ClusterIP",
         description="How the Service is reached. Without frontend.tls and frontend.auth the ports speak "
-        "plaintext and let everybody in: NodePort and LoadBalancer need a firewall. Default: ClusterIP.",
+        "plaintext and accept everybody: NodePort and LoadBalancer need a firewall. Default: ClusterIP.",
     )
     annotations: dict[str, str] = Field(
         default={},
@@ -75,14 +75,14 @@ class Frontend(PodSettings):
     routing: Literal["LeastLoaded", "PrefixAffinity", "RandomOfTwo", "Session"] = Field(
         default="LeastLoaded",
         description="Which replica takes a request. LeastLoaded: the one with the fewest requests in flight. "
-        "PrefixAffinity: the one with the least left to compute, because it was sent the same beginning of a "
-        "prompt. Session: the same one for all requests of a session (metadata x-session-id). RandomOfTwo: "
-        "the less loaded of two. Default: LeastLoaded.",
+        "PrefixAffinity: the one with the least to compute, because it has computed the beginning of the "
+        "prompt before. Session: the same one for all requests of a session (metadata x-session-id). "
+        "RandomOfTwo: the less loaded of two. Default: LeastLoaded.",
     )
     tenants: list[Tenant] = Field(
         default=[],
-        description="Tenants with limits and shares of their own (docs/tenants.md); defaultTenant has those "
-        "of all others. Default: none.",
+        description="Tenants with limits and shares of their own (docs/tenants.md); defaultTenant applies to "
+        "all others. Default: none.",
         max_length=TENANTS_MOST,
         json_schema_extra={LIST_TYPE: "map", LIST_KEYS: ["name"]},
     )
@@ -102,7 +102,7 @@ class Frontend(PodSettings):
     )
     auth: Auth | None = Field(
         default=None,
-        description="Which requests are let in; with apiKeysSecret and jwt, either of them suffices. "
+        description="Which requests are accepted; with apiKeysSecret and jwt, either of them suffices. "
         "Default: none, so all.",
     )
     pod_template: FrontendTemplate | None = Field(default=None, description=template_text("frontend"))

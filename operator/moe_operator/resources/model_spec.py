@@ -92,7 +92,7 @@ class ModelCache(Model):
     host_path: str | None = Field(
         default=None,
         description="Existing directory of each node that its replicas share, writable for workers, below "
-        " a root that the administrator allows (modelRoots of the chart). Default: none.",
+        "a root that the administrator allows (modelRoots of the chart). Default: none.",
         max_length=1024,
         json_schema_extra=rules(
             (
@@ -103,7 +103,7 @@ class ModelCache(Model):
     )
     max_size: Amount | None = Field(
         default=None,
-        description="Bytes that the cache may take, e.g. 500Gi; the least recently used models are evicted. "
+        description="Maximum bytes of the cache, e.g. 500Gi; the least recently used models are evicted. "
         "It is also the sizeLimit of an emptyDir. Default: what the disk holds.",
     )
 

@@ -37,7 +37,7 @@ LABEL_MESH: Final = f"{GROUP}/mesh"
 LABEL_POD_INDEX: Final = "apps.kubernetes.io/pod-index"
 """Ordinal of a pod, set by the StatefulSet controller (Kubernetes 1.28 or newer): its rank in the gang."""
 ANNOTATION_DIGEST: Final = f"{GROUP}/digest"
-"""Digest of what the operator last applied: tells a change of ours from one made by hand."""
+"""Digest of what the operator last applied: distinguishes its own changes from those of other clients."""
 ANNOTATION_FORMER: Final = f"{GROUP}/former-revisions"
 """On a ControllerRevision: its numbers before an undo made it the newest again, separated by commas."""
 ANNOTATION_PINNED: Final = f"{GROUP}/pinned"
@@ -63,7 +63,7 @@ FETCH_CONTAINER: Final = "fetch"
 """Init container of workers that downloads the model."""
 
 REVISED_FIELDS: Final = ("model", "parallelism", "engine", "quality", "worker", "telemetry")
-"""Fields of the spec that the workers' pods are made from: revisions record and undo restores them."""
+"""Fields of the spec that determine the workers' pods: revisions record them, and undo restores them."""
 
 GRPC_PORT: Final = 8000
 GRPC_PORT_NAME: Final = "grpc"
@@ -108,7 +108,7 @@ def gang_secret(name: str) -> str:
 
 
 def revision(name: str, digest: str) -> str:
-    """ControllerRevision that remembers what a revision was made from."""
+    """ControllerRevision that records the spec of a revision."""
     return f"{name}-{digest}"
 
 

@@ -56,7 +56,7 @@ class Rebalance(Model):
     )
     interval: str = Field(
         default="5m",
-        description="Least time between two rebalancings: a number and s, m or h, e.g. 10m. Default: 5m.",
+        description="Minimum time between two rebalancings: a number and s, m or h, e.g. 10m. Default: 5m.",
         max_length=duration.LENGTH_MOST,
         json_schema_extra=rules(duration.rule("interval", "10m")),
     )

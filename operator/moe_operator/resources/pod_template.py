@@ -81,7 +81,7 @@ _UNSUPPORTED: Final = (
     *("gcePersistentDisk", "gitRepo", "glusterfs", "iscsi", "photonPersistentDisk", "portworxVolume"),
     *("quobyte", "rbd", "scaleIO", "storageos", "vsphereVolume"),
 )
-"""Fields that are left out: Kubernetes sets them itself, or they are deprecated."""
+"""Fields that the schema lacks: Kubernetes sets them itself, or they are deprecated."""
 _KEY_DEFAULTS: Final[Mapping[str, str]] = {"name": "", "protocol": "TCP"}
 _KEPT: Final = ("type", "format", "required", LIST_TYPE, LIST_KEYS, "x-kubernetes-map-type")
 

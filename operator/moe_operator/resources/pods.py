@@ -41,12 +41,12 @@ _RESOURCE_NAME_RULE = (
 )
 _WHOLE_DEVICES_RULE = (
     "self.all(k, !k.contains('/') || !isQuantity(string(self[k])) || quantity(string(self[k])).isInteger())",
-    "devices such as nvidia.com/gpu are asked for in whole pieces",
+    "devices such as nvidia.com/gpu are requested in whole numbers",
 )
 
 
 class Resources(Model):
-    """What a container asks of its node."""
+    """What a container requests of its node."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
@@ -61,14 +61,14 @@ class Resources(Model):
                 "k in self.limits && (!isQuantity(string(self.requests[k])) || "
                 "!isQuantity(string(self.limits[k])) || "
                 f"{_REQUEST}.compareTo({_LIMIT}) == 0)))",
-                "a device such as nvidia.com/gpu is asked for in limits; a request of it has to be the same",
+                "a device such as nvidia.com/gpu belongs in limits; a request of it has to be the same",
             ),
         )
     )
 
     requests: dict[str, Amount] | None = Field(
         default=None,
-        description="What the scheduler sets aside, by resource name: cpu in cores, memory in bytes, "
+        description="What the scheduler reserves, by resource name: cpu in cores, memory in bytes, "
         'devices in pieces, e.g. {"cpu": "2", "memory": "8Gi"}. Default: the limits.',
         max_length=16,
         json_schema_extra=rules(_RESOURCE_NAME_RULE, _WHOLE_DEVICES_RULE),
@@ -233,7 +233,7 @@ class PodSettings(Model):
 
     resources: Resources = Field(
         default=Resources(),
-        description="CPU, memory and devices of one pod. Default: none asked for, none limited.",
+        description="CPU, memory and devices of one pod. Default: no requests, no limits.",
     )
     node_selector: dict[str, LabelValue] = Field(
         default={},
@@ -248,14 +248,14 @@ class PodSettings(Model):
     )
     tolerations: tuple[Toleration, ...] = Field(
         default=(),
-        description="Taints that these pods put up with. Default: none.",
+        description="Taints of nodes that these pods tolerate. Default: none.",
         max_length=16,
         json_schema_extra={LIST_TYPE: "atomic"},
     )
     env: tuple[EnvVar, ...] = Field(
         default=(),
-        description="Environment variables, added to those that the operator sets; one of the same name wins "
-        "over the operator's. Default: none.",
+        description="Environment variables, in addition to those that the operator sets; they take "
+        "precedence over the operator's. Default: none.",
         max_length=100,
         json_schema_extra={
             **rules(

@@ -70,7 +70,7 @@ class ReplicaLoadStatus(_Reported):
     """The load of one replica."""
 
     pod: str = Field(default="", description="Its leader pod.")
-    queued: int = Field(default=0, description="Requests that wait for a place in the batch.")
+    queued: int = Field(default=0, description="Requests in the queue: they wait for room in the batch.")
     running: int = Field(default=0, description="Requests in the batch.")
     kv_used_percent: int | None = Field(
         default=None, description="Share of the KV cache that running requests use, in percent."

@@ -93,7 +93,9 @@ class Spec(Model):
         default=Frontend(),
         description="The pods that clients connect to; they forward requests to the workers.",
     )
-    cache: Cache = Field(default=Cache(), description="What is kept so that it need not be computed again.")
+    cache: Cache = Field(
+        default=Cache(), description="Results that are stored, so that they need not be computed again."
+    )
     telemetry: Telemetry = Field(default=Telemetry(), description="Where traces and metrics are sent.")
     network_policy: NetworkPolicies = Field(
         default=NetworkPolicies(),

@@ -1,4 +1,4 @@
-"""Calls of a reconcile to a leader: GetModel and Drain."""
+"""Calls of a reconcile to one pod: GetModel and Drain of a leader, progress of a download."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ _OPTIONS: Final = tuple(
 
 @dataclass
 class MeshReader:
-    """Remembers what leaders said, by the UID of their pods. Thread-safe."""
+    """Stores the last reports of leaders, by the UID of their pods. Thread-safe."""
 
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _known: dict[str, tuple[float, MeshReading | None]] = field(default_factory=dict)

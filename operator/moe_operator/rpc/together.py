@@ -1,4 +1,4 @@
-"""Calls several pods concurrently, so that pods that do not respond cost one timeout together."""
+"""Calls up to 16 pods concurrently: so many that do not respond cost one timeout together."""
 
 from __future__ import annotations
 

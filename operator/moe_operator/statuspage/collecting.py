@@ -17,7 +17,7 @@ from moe_operator.resources import names
 from moe_operator.statuspage.overview import overview
 
 FRESH_S: Final = 3.0
-"""So long an answer serves all viewers: they cost the API server and the workers no more than one does."""
+"""An answer is valid for all viewers this long: many cost the API server and the workers no more than one."""
 ASKED_MOST: Final = 200
 """Leaders that are asked for their load."""
 
@@ -46,7 +46,7 @@ class Collector:
         self._read_at = float("-inf")
 
     def read(self) -> dict[str, Any]:
-        """The overview; what cannot be read is named in `problems`, and missing."""
+        """The overview. What cannot be read is missing, and named in `problems`."""
         with self._lock:
             if time.monotonic() - self._read_at > FRESH_S:
                 self._found = self._read()

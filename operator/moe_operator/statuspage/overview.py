@@ -51,7 +51,7 @@ def _one(told: dict[str, Any], loads: Mapping[str, worker_pb2.Load]) -> dict[str
 
 
 def _load(load: worker_pb2.Load) -> dict[str, Any]:
-    """Of one replica, with shares in percent; None where there is nothing to have a share of."""
+    """Of one replica, with shares in percent; None if the whole is 0."""
     return {
         "queued": load.queued,
         "running": load.running,

@@ -1,4 +1,4 @@
-"""The port of the page. It listens on the loopback interface: `kubectl port-forward` decides who may look."""
+"""The port of the page, on the loopback interface: who may see it depends on `kubectl port-forward`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _Handler(WSGIRequestHandler):
     timeout = 10  # seconds
 
     def log_message(self, *_: Any) -> None:
-        """Pages ask every few seconds."""
+        """Not logged: pages ask every few seconds."""
 
 
 class StatusServer:
@@ -90,7 +90,11 @@ class StatusServer:
             return "405 Method Not Allowed", plain, b"this page can only be read; use GET\n"
         if not _HOSTS.fullmatch(environ.get("HTTP_HOST", "")):
             # A page of another site whose name leads here (DNS rebinding).
-            return "421 Misdirected Request", plain, b"ask for localhost, by kubectl port-forward\n"
+            return (
+                "421 Misdirected Request",
+                plain,
+                b"this host is not served here; use localhost, by kubectl port-forward\n",
+            )
         match environ["PATH_INFO"]:
             case "/":
                 return "200 OK", "text/html; charset=utf-8", self._page
@@ -102,7 +106,7 @@ class StatusServer:
                     return "500 Internal Server Error", plain, b"the operator's log says why this failed\n"
                 return "200 OK", "application/json", json.dumps(found).encode()
             case _:
-                return "404 Not Found", plain, b"there are / and /status.json\n"
+                return "404 Not Found", plain, b"this path does not exist; use / or /status.json\n"
 
 
 def content_policy(page: str) -> str:

@@ -285,7 +285,7 @@ class EngineClient:
         if self._watchdog.hung:
             return EngineDiedError(
                 f"the engine made no step for {self._watchdog.timeout_s:g} s with {self.requests} requests "
-                "under way; it was hung and is started again"
+                "in progress; it hung and is restarted"
             )
         if isinstance(last, Failed):
             return EngineFailedError(last.message, last.exit_code)

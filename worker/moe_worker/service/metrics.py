@@ -18,7 +18,11 @@ STEP_TOKENS_BOUNDS: Final = tuple(2.0**power for power in range(14))
 IMBALANCE_BOUNDS: Final = (1.1, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0)
 
 _GAUGES: Final[Mapping[str, tuple[str, str, Callable[[Load], int]]]] = {
-    "requests.queued": ("{request}", "Requests that wait for a place in the batch.", lambda it: it.queued),
+    "requests.queued": (
+        "{request}",
+        "Requests in the queue: they wait for room in the batch.",
+        lambda it: it.queued,
+    ),
     "requests.running": ("{request}", "Requests in the batch.", lambda it: it.running),
     "kv_cache.capacity": ("{token}", "Tokens that the KV cache holds.", lambda it: it.kv_tokens_capacity),
     "kv_cache.used": ("{token}", "Tokens in pages of running requests.", lambda it: it.kv_tokens_used),

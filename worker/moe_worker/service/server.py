@@ -292,4 +292,4 @@ async def _drain(engine: EngineClient, inference: InferenceService, health: Heal
     log.info("draining: %d active requests", engine.requests)
     if not await unless_stopped(engine.until_idle(), stop.now):
         log.warning("%d requests did not end in time; they are handed off", engine.requests)
-        engine.abandon(StoppedError("this worker was stopped before the text was whole; another goes on"))
+        engine.abandon(StoppedError("this worker stopped before the text was complete; another continues it"))

@@ -41,7 +41,7 @@ class Report:
     completed: float
     """Work completed since then."""
     waiting: float = 0.0
-    """Work that waits for a place in the batch now."""
+    """Work that waits in the queue now."""
     late: float = 0.0
     """Completed work that missed the latency target since `started`."""
 

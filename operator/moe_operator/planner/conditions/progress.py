@@ -71,7 +71,7 @@ def _deadline_cause(state: State) -> Problem:
 def _paused(state: State) -> Verdict | None:
     if not (state.old and state.rollout.is_paused):
         return None
-    return Verdict(None, "Paused", f"{updated_count(state)}; set spec.rollout.paused to false to go on")
+    return Verdict(None, "Paused", f"{updated_count(state)}; set spec.rollout.paused to false to continue")
 
 
 def _no_room(state: State) -> Verdict | None:
