@@ -1,4 +1,4 @@
-"""Tenants of a frontend with API keys: limits, priorities, places, and what workers and caches are told."""
+"""Tenants of a frontend with API keys: limits, priorities, slots, and what workers and caches are told."""
 
 import asyncio
 import dataclasses
@@ -117,7 +117,7 @@ async def test_over_http_a_priority_is_checked_too(http, guards):  # noqa: F811
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "priority")
 
 
-async def test_one_tenant_leaves_places_for_others_and_its_rest_waits(bench, guards):
+async def test_one_tenant_leaves_slots_for_others_and_its_rest_waits(bench, guards):
     b = await bench(workers=1, guards=guards)
     b.replicas.update(frozenset({dataclasses.replace(b.workers[0].endpoint, max_requests=14)}))
     crowd = [b.generate("hold", metadata=by("crowd")) for _ in range(30)]
@@ -134,7 +134,7 @@ async def test_one_tenant_leaves_places_for_others_and_its_rest_waits(bench, gua
     await b.workers[0].until(lambda worker: worker.running == 0)
 
 
-async def test_who_waits_too_long_is_told_and_more_places_help_at_once(bench, guards):
+async def test_who_waits_too_long_is_told_and_more_slots_help_at_once(bench, guards):
     b = await bench(workers=1, guards=guards, patience_s=0.2)
     endpoint = b.workers[0].endpoint
     b.replicas.update(frozenset({dataclasses.replace(endpoint, max_requests=1)}))
@@ -150,7 +150,7 @@ async def test_who_waits_too_long_is_told_and_more_places_help_at_once(bench, gu
     held.cancel()
 
 
-async def test_requests_without_a_tenant_do_not_wait_for_places(bench):
+async def test_requests_without_a_tenant_do_not_wait_for_slots(bench):
     b = await bench(workers=1)
     b.replicas.update(frozenset({dataclasses.replace(b.workers[0].endpoint, max_requests=1)}))
     calls = [b.generate("hold") for _ in range(3)]

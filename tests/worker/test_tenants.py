@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_api.places import SPARE, Places
+from moe_api.slots import SPARE, Slots
 from moe_worker.scheduler.budget import StepTime
 from moe_worker.scheduler.plan import Limits
 from moe_worker.scheduler.tenants import IDLE_MOST, TURN_S, Tenant, Tenants, shares_of, step_tokens
@@ -114,29 +114,29 @@ def test_the_counts_of_idle_tenants_are_bounded():
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=300), st.integers(1, 60))
 def test_a_place_is_left_for_a_tenant_that_has_none(events, most):
-    places, taken = Places(), []
+    slots, taken = Slots(), []
     for number, (tenant, takes) in enumerate(events):
-        if takes and places.has_room(tenant, most):
-            places.take(number, tenant)
+        if takes and slots.has_room(tenant, most):
+            slots.take(number, tenant)
             taken.append(number)
         elif not takes and taken:
-            places.free(taken.pop())
-        assert len(places) <= most
-        if most - len(places) >= 1:
-            assert places.has_room("new", most)
-    assert places.of("a") + places.of("b") + places.of("c") == len(places) == len(taken)
+            slots.free(taken.pop())
+        assert len(slots) <= most
+        if most - len(slots) >= 1:
+            assert slots.has_room("new", most)
+    assert slots.of("a") + slots.of("b") + slots.of("c") == len(slots) == len(taken)
 
 
 def test_a_lone_tenant_gets_seven_eighths_of_the_places_and_two_share_them():
-    places = Places()
+    slots = Slots()
     for number in range(800):
-        if places.has_room("a", 800):
-            places.take(number, "a")
-    assert places.of("a") == pytest.approx(800 * SPARE / (SPARE + 1), abs=1)
+        if slots.has_room("a", 800):
+            slots.take(number, "a")
+    assert slots.of("a") == pytest.approx(800 * SPARE / (SPARE + 1), abs=1)
     for number in range(800, 1600):
-        if places.has_room("b", 800):
-            places.take(number, "b")
-    assert places.of("b") == pytest.approx(87, abs=1)  # 7/8 of what the first one left
+        if slots.has_room("b", 800):
+            slots.take(number, "b")
+    assert slots.of("b") == pytest.approx(87, abs=1)  # 7/8 of what the first one left
 
 
 # The scheduler

@@ -1,4 +1,4 @@
-"""One tenant has more streams than a real worker has places: short requests of another one are served.
+"""One tenant has more streams than a real worker has slots: short requests of another one are served.
 
 `python -m benchmarks.fairness` measures how long they take, through a frontend.
 """
@@ -15,7 +15,7 @@ LONG = {"max_tokens": 4000}
 
 @pytest.fixture
 def crowded(endless):
-    """A worker of 4 + 12 places, and the 14 streams of a tenant that it takes of more; none of them ends."""
+    """A worker of 4 + 12 slots, and the 14 streams of a tenant that it takes of more; none of them ends."""
     with Worker(endless, "--max-batch-size", "4", "--max-queue", "12") as worker:
         worker.wait_ready()
         streams = [worker.generate(f"crowd {number}", metadata=CROWD, **LONG) for number in range(14)]

@@ -131,7 +131,7 @@ class Forwarder:
     ) -> None:
         self._outputs = outputs
         self._admission = Admission()
-        self._turns = Turns(lambda: replicas.places, patience_s)
+        self._turns = Turns(lambda: replicas.slots, patience_s)
         replicas.listen(self._turns.changed)
         self.prompts = Prompts()
         self._replicas = replicas
@@ -206,7 +206,7 @@ class Forwarder:
             return await self._attempts(call)
         try:
             use = admitted.use
-            async with self._turns.place(use.tenant, use.allowed.weight, admitted.tokens) as refusal:
+            async with self._turns.slot(use.tenant, use.allowed.weight, admitted.tokens) as refusal:
                 return await self._attempts(call) if refusal is None else Failure(Kind.ANSWERED, refusal)
         finally:
             self._admission.spend(admitted, call.progress.used)

@@ -156,7 +156,7 @@ class Replicas:
         )
 
     @property
-    def places(self) -> int:
+    def slots(self) -> int:
         """Requests that all ready replicas together accept; 0: not known."""
         most = [endpoint.max_requests for endpoint in self.endpoints()]
         return sum(most) if all(most) else 0

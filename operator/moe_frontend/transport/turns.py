@@ -1,6 +1,6 @@
-"""Where requests of tenants wait while the replicas have no place for them; they are served in fair order.
+"""Where requests of tenants wait while the replicas have no slot for them; they are served in fair order.
 
-The number of places is what the replicas say that they accept. One tenant cannot take them all (`Places`), so
+The number of slots is what the replicas say that they accept. One tenant cannot take them all (`Slots`), so
 that a tenant with few requests finds one at once, whatever others have sent. Requests without a tenant do not
 wait here: a full replica refuses them.
 """
@@ -16,19 +16,19 @@ import grpc
 from google.rpc import status_pb2
 
 from moe_api import rich_status
-from moe_api.places import Places
+from moe_api.slots import Slots
 from moe_frontend.policy.fair import FairQueue
 
 WAITING_MOST: Final = 1000
 """Requests that wait, of all tenants."""
 _SPARE: Final = 6
-"""Below the worker's: a worker frees a place a moment after its frontend knows of it."""
+"""Below the worker's: a worker frees a slot a moment after its frontend knows of it."""
 _RETRY_S: Final = 1.0
 
 
 @dataclass(eq=False)
 class _Waiting:
-    """A request that waits. result: None: it has a place; else why it gets none."""
+    """A request that waits. result: None: it has a slot; else why it gets none."""
 
     number: int
     result: "asyncio.Future[status_pb2.Status | None]" = field(
@@ -47,7 +47,7 @@ class Turns:
     def __init__(self, most: Callable[[], int], patience_s: float) -> None:
         self._most = most
         self._patience_s = patience_s
-        self._places = Places(_SPARE)
+        self._slots = Slots(_SPARE)
         self._queue: FairQueue[_Waiting] = FairQueue()
         self._numbers = itertools.count()
 
@@ -57,8 +57,8 @@ class Turns:
         return len(self._queue)
 
     @contextlib.asynccontextmanager
-    async def place(self, tenant: str, weight: int, cost: int) -> AsyncIterator[status_pb2.Status | None]:
-        """A place for a request during the block; yields why it gets none, or None.
+    async def slot(self, tenant: str, weight: int, cost: int) -> AsyncIterator[status_pb2.Status | None]:
+        """A slot for a request during the block; yields why it gets none, or None.
 
         cost: of the request, in tokens.
         """
@@ -69,24 +69,24 @@ class Turns:
         try:
             yield await self._wait(number, tenant, weight, cost)
         finally:
-            self._places.free(number)
+            self._slots.free(number)
             self.changed()
 
     def changed(self) -> None:
-        """Gives free places to those that wait; to be called when the replicas are others."""
+        """Gives free slots to those that wait; to be called when the replicas are others."""
         while taken := self._queue.pop(self._has_room):
             tenant, waiting = taken
             if not waiting.result.done():
-                self._places.take(waiting.number, tenant)
+                self._slots.take(waiting.number, tenant)
                 waiting.result.set_result(None)
 
     def _has_room(self, tenant: str) -> bool:
         most = self._most()
-        return not most or self._places.has_room(tenant, most)
+        return not most or self._slots.has_room(tenant, most)
 
     async def _wait(self, number: int, tenant: str, weight: int, cost: int) -> status_pb2.Status | None:
         if not self._queue.of(tenant) and self._has_room(tenant):
-            self._places.take(number, tenant)
+            self._slots.take(number, tenant)
             return None
         waiting = _Waiting(number)
         self._queue.push(tenant, waiting, weight, cost)

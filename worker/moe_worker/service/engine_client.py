@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 
 from moe_api.clock import Anchor
-from moe_api.places import Places
+from moe_api.slots import Slots
 from moe_api.supervision import Supervisor
 from moe_worker.config.mesh import MeshReport
 from moe_worker.engine.requests import Load, Request
@@ -37,7 +37,7 @@ from moe_worker.service.wire import (
     encode,
 )
 
-# Time in which a place in a full queue is likely to come free.
+# Time in which a slot of a full queue is likely to come free.
 RETRY_AFTER_S = 1.0
 # An engine that does not end by itself after its socket is closed is killed after this long. One that loads
 # is killed at once: it does not read its socket before torch is imported, and has nothing to lose.
@@ -72,7 +72,7 @@ class EngineClient:
     statistics: Statistics = field(default_factory=Statistics)
     step_s: float = 0.0  # of all steps
     on_step: StepListener | None = None
-    _places: Places = field(default_factory=Places)
+    _slots: Slots = field(default_factory=Slots)
     _streams: dict[int, Stream] = field(default_factory=dict)
     _ids: "count[int]" = field(default_factory=count)
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -107,13 +107,13 @@ class EngineClient:
     @property
     def requests(self) -> int:
         """Active requests: admitted, waiting, running, or finished and not yet read by their clients."""
-        return len(self._places)
+        return len(self._slots)
 
     @property
     def current_load(self) -> Load:
         """The engine's last report; requests submitted since count as queued.
 
-        Finished streams whose clients have not read them count as running: they occupy places.
+        Finished streams whose clients have not read them count as running: they occupy slots.
         """
         unread = sum(stream.timeline.finish_reason is not None for stream in self._streams.values())
         queued = self.load.queued + self._untaken
@@ -125,24 +125,24 @@ class EngineClient:
         return self._submitted - self._acknowledged
 
     def admit(self, tenant: str = "") -> int:
-        """Reserves a place for a request, until `close`; returns its number.
+        """Reserves a slot for a request, until `close`; returns its number.
 
         Raises:
-            QueueFullError: all places are taken, or as many as the tenant may have, or the engine has not
+            QueueFullError: all slots are taken, or as many as the tenant may have, or the engine has not
                 received as many requests yet.
             EngineDiedError: the engine has ended.
         """
         self._raise_if_ended()
         if max(self.requests, self._untaken) >= self.most_requests:
             raise QueueFullError(f"the queue is full ({self.requests} requests are active)", RETRY_AFTER_S)
-        if not self._places.has_room(tenant, self.most_requests):
+        if not self._slots.has_room(tenant, self.most_requests):
             raise QueueFullError(
-                f"the tenant's part of the queue is full ({self._places.of(tenant)} of its requests are "
+                f"the tenant's part of the queue is full ({self._slots.of(tenant)} of its requests are "
                 f"active, {self.requests} of all tenants); the rest is for other tenants",
                 RETRY_AFTER_S,
             )
         number = next(self._ids)
-        self._places.take(number, tenant)
+        self._slots.take(number, tenant)
         self._idle.clear()
         return number
 
@@ -159,12 +159,12 @@ class EngineClient:
         return stream
 
     def close(self, number: int) -> None:
-        """Removes a request and frees its place; the engine stops computing it if it has not finished."""
-        self._places.free(number)
+        """Removes a request and frees its slot; the engine stops computing it if it has not finished."""
+        self._slots.free(number)
         stream = self._streams.pop(number, None)
         if stream is not None and stream.timeline.finish_reason is None and not stream.failed:
             self.writer.write(encode(Cancel(number)))
-        if not self._places:
+        if not self._slots:
             self._idle.set()
 
     async def expert_statistics(self) -> ExpertStatistics:
@@ -190,7 +190,7 @@ class EngineClient:
 
     async def until_idle(self) -> None:
         """Waits until no request is under way."""
-        if self._places:
+        if self._slots:
             await self._idle.wait()
 
     async def loaded(self) -> None:

@@ -188,7 +188,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             served.engine.close(number)
 
     async def _admit(self, served: Served, call: _Call) -> int:
-        """Reserves a place for the request before anything takes time; returns its number."""
+        """Reserves a slot for the request before anything takes time; returns its number."""
         try:
             return served.engine.admit(call.tenancy.tenant)
         except WorkerError as error:

@@ -1,19 +1,19 @@
-"""Places of requests, of which one tenant cannot take all. Pure."""
+"""Slots of requests, of which one tenant cannot take all. Pure."""
 
 from collections import Counter
 from typing import Final
 
 SPARE: Final = 7
-"""A tenant gets another place while it has fewer than this many for each free one, at a worker."""
+"""A tenant gets another slot while it has fewer than this many for each free one, at a worker."""
 
 
-class Places:
+class Slots:
     """Which requests are active, and whose they are.
 
-    A tenant may have `spare` times as many places as are free: 7/8 of all if it is alone, 7/15 if there are
-    two. So the next tenant always finds some, and no place is set aside for tenants that do not exist. These
+    A tenant may have `spare` times as many slots as are free: 7/8 of all if it is alone, 7/15 if there are
+    two. So the next tenant always finds some, and no slot is reserved for tenants that do not exist. These
     are the dynamic thresholds of Choudhury and Hahne (IEEE/ACM Transactions on Networking, 1998). Requests
-    without a tenant may take all places.
+    without a tenant may take all slots.
     """
 
     def __init__(self, spare: int = SPARE) -> None:
@@ -25,21 +25,21 @@ class Places:
         return len(self._tenants)
 
     def of(self, tenant: str) -> int:
-        """The places of a tenant."""
+        """The slots of a tenant."""
         return self._counts[tenant]
 
     def has_room(self, tenant: str, most: int) -> bool:
-        """Whether a tenant may take another of `most` places."""
+        """Whether a tenant may take another of `most` slots."""
         free = most - len(self)
         return free > 0 and (not tenant or self._counts[tenant] < self._spare * free)
 
     def take(self, number: int, tenant: str) -> None:
-        """Takes a place for a request."""
+        """Takes a slot for a request."""
         self._tenants[number] = tenant
         self._counts[tenant] += 1
 
     def free(self, number: int) -> None:
-        """Frees the place of a request; ignores requests that have none."""
+        """Frees the slot of a request; ignores requests that have none."""
         tenant = self._tenants.pop(number, None)
         if tenant is None:
             return
