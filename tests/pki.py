@@ -1,5 +1,6 @@
 """Certificates for tests: an authority, and key pairs that it signs, as in the Secrets of cert-manager."""
 
+import asyncio
 import datetime as dt
 import ipaddress
 import os
@@ -47,6 +48,14 @@ class Authority:
         builder = builder.add_extension(x509.SubjectAlternativeName(given), critical=False)
         certificate = builder.sign(self.key, hashes.SHA256()).public_bytes(Encoding.PEM)
         return {"tls.crt": certificate, "tls.key": _pem(key), "ca.crt": self.certificate}
+
+
+async def refused_content(caplog):
+    """Waits until a mounted folder's new content was refused; later calls wait for the next one."""
+    async with asyncio.timeout(10):
+        while "the last valid content stays in force" not in caplog.text:
+            await asyncio.sleep(0.01)
+    caplog.clear()
 
 
 def mount(folder, files):

@@ -1,8 +1,7 @@
 """Files of a mounted Secret or ConfigMap, read again when they change.
 
 The kubelet replaces all files of a volume at once: they are links through ``..data``, itself a link to a
-    directory, and it points that at another directory. So all files of one snapshot are read from one such
-    directory.
+directory, which then leads to another directory. So all files of one snapshot are read from one directory.
 """
 
 import asyncio
@@ -24,7 +23,7 @@ class MountedError(Exception):
 
 
 class Mounted(Generic[T]):
-    """The value in the files of a folder: as it is now, or as it was when it was valid last.
+    """The value in the files of a folder: the present one, or the last valid one.
 
     Args:
         folder: where the volume is mounted.

@@ -14,7 +14,7 @@ from moe_frontend.edges import Guards
 from moe_frontend.identity import keys
 from moe_frontend.identity.caller import ANONYMOUS, Caller
 from tests.frontend.http.conftest import http  # noqa: F401 - a fixture
-from tests.pki import mount
+from tests.pki import mount, refused_content
 
 
 def line(key, name=""):
@@ -140,10 +140,10 @@ async def test_keys_are_added_and_taken_away_without_a_restart(bench, folder):
     running.cancel()
 
 
-async def test_an_empty_secret_lets_nobody_in_and_a_broken_one_changes_nothing(bench, folder):
+async def test_an_empty_secret_lets_nobody_in_and_a_broken_one_changes_nothing(bench, folder, caplog):
     b = await bench(workers=1, guards=Guards(api_keys=folder))
     mount(folder, {"team-a": "alpha in plain text"})
-    await asyncio.sleep(0.2)
+    await refused_content(caplog)
     assert await b.text("count 1", metadata=bearer("alpha"))
     mount(folder, {})
     async with asyncio.timeout(10):

@@ -142,7 +142,7 @@ async def test_pods_come_and_go_and_requests_follow(cluster, namespace, stub):
 
     apply(cluster, namespace, replica(2))
     await eventually(stub, {"w-0-0", "w-1-0", "w-2-0"})
-    assert published(cluster, namespace) == {"w-0-0", "w-1-0", "w-2-0"}
+    await published(cluster, namespace, {"w-0-0", "w-1-0", "w-2-0"})
 
     call = stub.Generate(inference_pb2.GenerateRequest(prompt="count 100000 0.01"))
     victim = (await call.read()).text.partition(":")[0]
@@ -162,11 +162,18 @@ async def test_pods_come_and_go_and_requests_follow(cluster, namespace, stub):
     assert seen == {"w-0-0", "w-1-0", "w-2-0"}
 
 
-def published(cluster, namespace):
-    """Names of the workers in the one FrontendRoutes, a second after the frontend sends them requests."""
-    time.sleep(1)
-    (found,) = json.loads(cluster.kubectl("get", "frontendroutes", "-n", namespace, "-o", "json"))["items"]
-    return {to["name"] for to in found["routes"]}
+async def published(cluster, namespace, wanted):
+    """Waits until the one FrontendRoutes has the wanted workers."""
+    deadline = time.monotonic() + 30
+    while True:
+        (found,) = json.loads(cluster.kubectl("get", "frontendroutes", "-n", namespace, "-o", "json"))[
+            "items"
+        ]
+        seen = {to["name"] for to in found["routes"]}
+        if seen == wanted:
+            return
+        assert time.monotonic() < deadline, seen
+        await asyncio.sleep(0.1)
 
 
 async def eventually(stub, wanted):

@@ -14,7 +14,7 @@ from moe_frontend.edges import Guards
 from moe_frontend.http import server
 from moe_operator.errors import InstallationError
 from tests.frontend.http.conftest import http  # noqa: F401 - a fixture
-from tests.pki import Authority, mount
+from tests.pki import Authority, mount, refused_content
 
 
 @pytest.fixture
@@ -80,13 +80,18 @@ async def test_a_stream_goes_on_while_certificate_and_authority_are_replaced(htt
         await channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=10)
 
 
-async def test_a_secret_that_is_broken_or_deleted_leaves_the_certificate_in_use(http, folder, authority):  # noqa: F811
+async def test_a_secret_that_is_broken_or_deleted_leaves_the_certificate_in_use(
+    http,  # noqa: F811
+    folder,
+    authority,
+    caplog,
+):
     h = await http(workers=1, guards=Guards(tls=folder), authority=authority)
     mount(folder, {**authority.pair(), "tls.key": Authority().pair()["tls.key"]})
-    await asyncio.sleep(0.2)
+    await refused_content(caplog)
     assert await presented(h.port, authority)
     mount(folder, {})
-    await asyncio.sleep(0.2)
+    await refused_content(caplog)
     assert await presented(h.port, authority)
     async with h.bench.connect(authority) as channel:
         await channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=10)

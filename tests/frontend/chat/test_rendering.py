@@ -120,11 +120,16 @@ async def test_a_template_that_fills_the_memory_is_stopped(renderer, template):
 
 async def test_a_caller_that_leaves_takes_its_process_along():
     running = Renderer(limit_s=60)
+    assert await rendered(running, "{{ 1 }}") == "1"
+    (child,) = running._pool._idle
     leaving = asyncio.create_task(rendered(running, LOOP))
-    await asyncio.sleep(0.2)
+    async with asyncio.timeout(20):
+        while running._pool._idle:
+            await asyncio.sleep(0.01)
     leaving.cancel()
     with pytest.raises(asyncio.CancelledError):
         await leaving
+    assert child.process.returncode is not None
     assert await rendered(running, "{{ 3 }}") == "3"
     await running.close()
 
