@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import ConfigDict, Field
 
 from moe_operator.resources.base import Model, rules
-from moe_operator.resources.pods import OBJECT_NAME
+from moe_operator.resources.environment import OBJECT_NAME
 
 _SECRET_RULE = (
     f"self.matches('{OBJECT_NAME}')",

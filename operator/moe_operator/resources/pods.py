@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, WithJsonSchema
 
 from moe_operator.resources.base import INT_OR_STRING, LIST_KEYS, LIST_TYPE, Model, rules
+from moe_operator.resources.environment import EnvVar
 
 # The API server bounds the cost of all rules together: maxLength and maxProperties keep these within it.
 _QUANTITY_SCHEMA: dict[str, Any] = {
@@ -32,7 +33,6 @@ Amount = Annotated[
 _REQUEST, _LIMIT = "quantity(string(self.requests[k]))", "quantity(string(self.limits[k]))"
 _DOMAIN_NAME = "^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
 LABEL_KEY = "^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
-OBJECT_NAME = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
 _LABEL_VALUE = "^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
 _RESOURCE_NAME_RULE = (
     "self.all(k, k.size() <= 253 && (k in ['cpu', 'memory', 'ephemeral-storage'] || "
@@ -130,101 +130,6 @@ class Toleration(Model):
     toleration_seconds: int | None = Field(
         default=None,
         description="Seconds that a pod stays on a node after a NoExecute taint. Default: forever.",
-    )
-
-
-class KeySelector(Model):
-    """One key of a ConfigMap or a Secret of the same namespace."""
-
-    name: str = Field(
-        description="Name of the object. Required.",
-        min_length=1,
-        max_length=253,
-        json_schema_extra=rules(
-            (
-                f"self.matches('{OBJECT_NAME}')",
-                "name is that of an object: lower-case letters, digits, - and .",
-            )
-        ),
-    )
-    key: str = Field(
-        description="Key in the object's data. Required.",
-        min_length=1,
-        max_length=253,
-        json_schema_extra=rules(
-            (
-                "self.matches('^[-._a-zA-Z0-9]+$') && !self.matches('^[.][.]?$') && !self.startsWith('..')",
-                "key is made of letters, digits and -_. and does not begin with two dots",
-            )
-        ),
-    )
-    optional: bool | None = Field(
-        default=None, description="Whether pods start without the object or the key. Default: false."
-    )
-
-
-_POD_FIELDS = (
-    "metadata[.](name|namespace|uid)|spec[.](nodeName|serviceAccountName)|status[.](hostIP|hostIPs|podIP|podIPs)|"
-    "metadata[.](labels|annotations)[\\\\[]'([a-z0-9.-]+/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?'[\\\\]]"
-)
-
-
-class FieldSelector(Model):
-    """One field of the pod itself."""
-
-    field_path: str = Field(
-        description='Path of the field, e.g. "status.hostIP". Required.',
-        min_length=1,
-        max_length=400,
-        json_schema_extra=rules(
-            (
-                f'self.matches("^({_POD_FIELDS})$")',
-                "fieldPath is one that Kubernetes offers: metadata.name, .namespace, .uid, .labels['KEY'], "
-                ".annotations['KEY'], spec.nodeName, .serviceAccountName, status.hostIP(s), .podIP(s)",
-            )
-        ),
-    )
-
-
-class EnvSource(Model):
-    """Where the value of an environment variable comes from."""
-
-    model_config = ConfigDict(
-        json_schema_extra=rules(
-            (
-                "[has(self.configMapKeyRef), has(self.secretKeyRef), has(self.fieldRef)]"
-                ".filter(x, x).size() == 1",
-                "valueFrom takes exactly one of configMapKeyRef, secretKeyRef and fieldRef",
-            )
-        )
-    )
-
-    config_map_key_ref: KeySelector | None = Field(
-        default=None, description="Takes the value from a ConfigMap."
-    )
-    secret_key_ref: KeySelector | None = Field(default=None, description="Takes the value from a Secret.")
-    field_ref: FieldSelector | None = Field(
-        default=None, description="Takes the value from a field of the pod."
-    )
-
-
-class EnvVar(Model):
-    """One environment variable."""
-
-    name: str = Field(
-        description="Name of the variable. Required.",
-        min_length=1,
-        max_length=253,
-        json_schema_extra=rules(
-            (
-                "self.matches('^[-._a-zA-Z][-._a-zA-Z0-9]*$') && self != '.' && !self.startsWith('..')",
-                "a variable's name is made of letters, digits and -_. and does not begin with a digit",
-            )
-        ),
-    )
-    value: str | None = Field(default=None, description="Its value. Default: the empty text.")
-    value_from: EnvSource | None = Field(
-        default=None, description="Where its value comes from, instead of value."
     )
 
 
