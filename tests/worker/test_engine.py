@@ -87,6 +87,19 @@ def test_the_cache_takes_memory_only_as_it_is_written():
     assert not rows.any()
 
 
+def test_a_step_reuses_the_memory_of_the_step_before(engine):
+    """64 MiB in tensors of 8 MiB are 16,384 pages of 4 KiB."""
+
+    def page_faults_of_a_step():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        tensors = [torch.ones(2 << 20) for _ in range(8)]
+        del tensors
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    page_faults_of_a_step()
+    assert page_faults_of_a_step() < 1000
+
+
 def test_a_cache_that_cannot_be_is_refused_before_weights_are_read(checkpoint, monkeypatch):
     monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(SettingsError, match="KV memory of 1024 bytes is too small"):

@@ -30,6 +30,7 @@ from moe_worker.models.checkpoint import load_model
 from moe_worker.models.deepseek import DeepseekModel
 from moe_worker.models.digests import check_digests
 from moe_worker.models.layers import StageModel
+from moe_worker.models.memory import keep_freed
 from moe_worker.models.native import NativeModel
 from moe_worker.models.runner import ModelRunner, Runner
 from moe_worker.models.stored import Placement
@@ -123,6 +124,8 @@ def load(
         runner = _runner(model, cache, options, context, path, progress, spread)
         learner = learner_of(runner, config, directory, options)
         unfinished.pop_all()
+    if device.type == "cpu":
+        keep_freed()
     lines = tuple(explain(name, hardware))
     return LoadedModel(config, runner, tokenizer, cache, context, name, lines, member, learner)
 

@@ -34,7 +34,7 @@ class GroupedQueryAttention:
             return x_TD
         joint_THK = self.input.forward(x_TD).view(x_TD.shape[0], -1, self.query_norm_K.shape[0])
         heads = joint_THK.shape[1] - 2 * self.key_heads
-        query_THK, key_TGK, value_TGK = torch.split(joint_THK, [heads, self.key_heads, self.key_heads], dim=1)
+        query_THK, key_TGK, value_TGK = joint_THK.tensor_split([heads, heads + self.key_heads], dim=1)
         query_THK = rotate(rms_norm(query_THK, self.query_norm_K, self.norm_eps), step.rotations_T1P)
         key_TGK = rotate(rms_norm(key_TGK, self.key_norm_K, self.norm_eps), step.rotations_T1P)
         step.cache.write(step.layer, step.batch.rows_T, torch.cat((key_TGK, value_TGK), dim=1).flatten(1))

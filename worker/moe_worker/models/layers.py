@@ -57,10 +57,6 @@ class Residual:
     norm: Callable[[Tensor, Any], Tensor]
     dropout: Callable[[Tensor], Tensor] | None = None
 
-    def normed(self, weights: Any) -> Any:
-        """The input of the next part."""
-        return self.norm(self.x, weights)
-
     def add(self, out: Any) -> None:
         """Adds the output of a part."""
         self.x = self.x + (out if self.dropout is None else self.dropout(out))
@@ -82,8 +78,8 @@ class Layer(Generic[N, A, B]):
 
     def forward(self, residual: Residual, step: Any) -> None:
         """Adds the outputs of both parts to `residual`."""
-        residual.add(self.attention.forward(residual.normed(self.attention_norm), step))
-        residual.add(self.block.forward(residual.normed(self.block_norm), step))
+        residual.add(self.attention.forward(residual.norm(residual.x, self.attention_norm), step))
+        residual.add(self.block.forward(residual.norm(residual.x, self.block_norm), step))
 
 
 class Projects(Protocol):

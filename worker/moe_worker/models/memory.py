@@ -1,4 +1,4 @@
-"""Memory of a model's weights by kind, and return of freed memory to the system."""
+"""Memory of a model's weights by kind, and what the C library does with freed memory."""
 
 import ctypes
 from collections import Counter
@@ -7,6 +7,11 @@ from dataclasses import fields, is_dataclass
 from torch import Tensor
 
 from moe_worker.quant.matrix import DENSE, POSITIONS, SCALES, VALUES, Matrix
+
+# Freed bytes at the end of the heap that stay in the process between steps.
+KEPT_BYTES = 256 << 20
+# Parameters of mallopt(3), and the largest threshold for mmap that glibc accepts.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _LARGEST_THRESHOLD = -1, -3, 32 << 20
 
 
 def weight_memory(part: object) -> dict[str, int]:
@@ -27,6 +32,19 @@ def give_back_freed() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def keep_freed() -> None:
+    """Lets the C library keep up to KEPT_BYTES of freed memory for the next step, if it can.
+
+    By default glibc may return the temporary tensors of a prompt to the system after each step, depending on
+    the sizes that were freed before, and the next step takes a page fault for every 4 KiB. Steps do not need
+    more memory at their peak: the process stays at the size that its largest step had.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
+        set_option(_M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def describe(memory: dict[str, int]) -> str:

@@ -54,7 +54,7 @@ class AbsorbedAttention:
             return x_TD
         joint_TO = self.input.forward(x_TD)
         width = self.latent_norm_R.shape[0] + self.rope_width
-        query_TO, latent_TW = torch.split(joint_TO, [joint_TO.shape[1] - width, width], dim=1)
+        query_TO, latent_TW = joint_TO.tensor_split([joint_TO.shape[1] - width], dim=1)
         if self.query is not None:
             query_TO = self.query.forward(query_TO)
         self.write(latent_TW, step)
@@ -101,7 +101,7 @@ class LatentAttention(AbsorbedAttention):
     def absorb(self, query_TO: Tensor, step: LayerStep) -> Tensor:
         """See AbsorbedAttention."""
         heads, plain, _ = self.key_HNR.shape
-        query_THQ = query_TO.unflatten(1, (heads, query_TO.shape[1] // heads))
+        query_THQ = query_TO.view(query_TO.shape[0], heads, -1)
         plain_THN, rope_THP = query_THQ.tensor_split([plain], dim=2)
         latent_HTR = torch.bmm(plain_THN.transpose(0, 1), self.key_HNR)
         return torch.cat((latent_HTR.transpose(0, 1), rotate(rope_THP, step.rotations_T1P)), dim=2)
