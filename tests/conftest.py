@@ -7,9 +7,11 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadFileScheduling
 
 from localcluster import Cluster
 
@@ -17,9 +19,9 @@ ROOT = Path(__file__).parents[1]
 CLUSTER_FOLDERS = {"chart", "e2e", "frontend", "localcluster", "operator"}
 """Where `make test` looks for tests in clusters; those in tests/soak are all for `make soak`."""
 LONGEST = (
+    *("chart/test_life.py", "chart/test_rights.py"),
     *("e2e/test_line.py", "operator/test_scaling_cluster.py", "operator/test_rollout_live.py"),
     *("operator/test_reconcile.py", "localcluster/test_lifecycle.py", "localcluster/test_workloads.py"),
-    *("chart/test_life.py", "chart/test_rights.py"),
     *(
         "worker/test_interpreted.py",
         "worker/test_mesh.py",
@@ -60,6 +62,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                     f"{item.nodeid} needs a cluster: name tests/{folder} in the Makefile's `test`"
                 )
             item.add_marker(pytest.mark.cluster)
+
+
+class FileScheduling(LoadFileScheduling):
+    """One process runs a file, and one all of tests/chart: its cluster with a release takes 40 s."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        folder = "tests/chart"
+        return folder if nodeid.startswith(f"{folder}/") else super()._split_scope(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FileScheduling | None:
+    """Distributes tests for `--dist loadfile`."""
+    return FileScheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 def _rank(item: pytest.Item) -> int:

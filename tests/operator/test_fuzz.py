@@ -16,7 +16,7 @@ from moe_operator.resources import names
 from tests.operator import manifests_at_random
 from tests.operator.by_hand import COLLECTION, Api, reconciled_to_true_conditions
 
-EXAMPLES = int(os.environ.get("MOE_FUZZ", "200"))
+EXAMPLES = int(os.environ.get("MOE_FUZZ", "100"))
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Unverified HTTPS request"),
     pytest.mark.timeout(120 + EXAMPLES),

@@ -74,7 +74,11 @@ def run_steps(made, stage, **variables):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
+    """Compiled without optimisation, in a fifth of the time; everything else is as in the image."""
     made = container(tmp_path_factory.mktemp("wheel"), STAGES["wheel"])
+    quick = made.root / "shims" / "g++"
+    quick.write_text(f'#!/bin/sh\nexec {shutil.which("g++")} "$@" -O0\n')
+    quick.chmod(0o755)
     result = run_steps(made, STAGES["wheel"])
     assert result.returncode == 0, result.stdout + result.stderr
     (found,) = (made.root / "dist").glob("*.whl")

@@ -18,10 +18,11 @@ KERNELS, ENGINE, W4A8, EXCHANGE = (
 CHOSEN = {
     "kernels": (
         KERNELS,
-        "(not_numbers and (20 or nan)) or nobody or norm or rounding or order or widened"
+        "(not_numbers and (20 or nan)) or nobody or norm or emulated_rounding or order or widened"
         " or (router and not 37) or padding or sorted or dense_block or latents"
         " or (few and (200-1 or elsewhere)) or (linear and w4a8-320-130-77)"
-        " or (attention and 6-8-counts1-4) or (experts and 64-40) or likeliest or (expanded and INT8-64)",
+        " or (attention and 6-8-counts1-4) or (experts and 64-40 and (narrow or bf16 or w4a8)) or likeliest"
+        " or (expanded and INT8-64)",
     ),
     "engine": (ENGINE, "nobody or counted"),
     "w4a8": (W4A8, "plain_torch and False"),
@@ -31,7 +32,7 @@ SLOW = {
     "more kernels": (
         KERNELS,
         "not_numbers or not_a_number or router or (few and 256-128-1) or (iteration and w4a8-320-2)"
-        " or (linear and 320-130-77)",
+        " or (linear and 320-130-77) or expanded or (experts and 64-40)",
     ),
     "more of the engine": (ENGINE, "small-w4a8 or padded-dense"),
     "few tokens": (ENGINE, "decode and whole"),
