@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moe_tools.recorded import Recording, TraceError, read_recording
+
+_INTERVALS_MOST: Final = 10_000_000
+"""Of a trace: a wrong time must not ask for more memory than there is."""
 
 
 @dataclass(frozen=True)
@@ -37,25 +40,6 @@ class RequestTrace:
             return len(self.counts) * self.interval_s
         return float(self.at_s[-1]) if len(self.at_s) else 0.0
 
-    def per_interval(self, interval_s: float) -> NDArray[np.float64]:
-        """Requests of each whole interval of another length; a multiple of the trace's own, if it has one.
-
-        Raises:
-            TraceError: it is not.
-        """
-        if not len(self.counts):
-            whole = math.floor(self.duration_s / interval_s)
-            bins = np.floor(self.at_s / interval_s).astype(np.int64)
-            return np.bincount(bins[bins < whole], minlength=whole).astype(np.float64)
-        factor = round(interval_s / self.interval_s)
-        if factor < 1 or not math.isclose(factor * self.interval_s, interval_s):
-            raise TraceError(
-                f"{self.name} counts requests in intervals of {self.interval_s:g} s; they cannot become "
-                f"intervals of {interval_s:g} s"
-            )
-        whole = len(self.counts) // factor * factor
-        return np.asarray(self.counts[:whole].reshape(-1, factor).sum(axis=1))
-
 
 def read(path: Path) -> RequestTrace:
     """Reads a trace of any kind that `recorded` knows.
@@ -65,7 +49,7 @@ def read(path: Path) -> RequestTrace:
     """
     recording = read_recording(path)
     if not recording.rows:
-        raise TraceError(f"{path}: no requests")
+        raise TraceError(f"{path}: no requests; give a trace with at least one")
     return _of_counts(recording) if recording.intervals else _of_requests(recording)
 
 
@@ -98,6 +82,10 @@ def _of_counts(recording: Recording) -> RequestTrace:
     if not len(steps) or steps.min() <= 0:
         raise TraceError(f"{path}: it needs two rows or more, each later than the one above")
     interval = float(steps.min())
+    if (times[-1] - times[0]) / interval >= _INTERVALS_MOST:
+        raise TraceError(
+            f"{path}: its times span more than {_INTERVALS_MOST:,} intervals of {interval:g} s; correct them"
+        )
     places = np.round((times - times[0]) / interval).astype(np.int64)
     if len(np.unique(places)) < len(places):
         raise TraceError(

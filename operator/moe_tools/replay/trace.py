@@ -80,7 +80,7 @@ def _spaced(recording: Recording) -> WorkTrace:
     interval = float(np.median(gaps))
     if interval > _LONGEST_S:
         raise TraceError(
-            f"{path}: intervals of {interval:.0f} s; what replicas need within an hour cannot be told"
+            f"{path}: intervals of {interval:.0f} s are too long; give {_LONGEST_S:.0f} s or less"
         )
     values = np.array([row.count for row in rows]) * (interval if recording.per_second else 1.0)
     # Whole intervals, so that every step has as many: minutes where they divide one.
@@ -92,7 +92,7 @@ def _binned(recording: Recording, work: Work) -> WorkTrace:
     """Requests counted by minute from the first one on; a minute without any had none."""
     path, rows = recording.path, recording.rows
     if not rows:
-        raise TraceError(f"{path}: no requests")
+        raise TraceError(f"{path}: no requests; give a trace with at least one")
     amounts = [1.0 if work is Work.REQUESTS else _tokens(path, row) for row in rows]
     return of_requests(str(path), [row.at for row in rows], amounts)
 
@@ -111,7 +111,7 @@ def _trace(path: Path, times: Floats, work: Floats, step: float, rows_per_step: 
     index = ((times - start) / step).astype(np.int64)
     count = int(index.max()) + 1
     if count > _MOST_STEPS:
-        raise TraceError(f"{path}: it spans {count * step / 86400:.0f} days; is one of its times wrong?")
+        raise TraceError(f"{path}: it spans {count * step / 86400:.0f} days; correct its times, or split it")
     sums = np.bincount(index, work, count)
     rates: Floats = np.asarray(sums * _MINUTE_S / step, np.float64)
     if rows_per_step:
