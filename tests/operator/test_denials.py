@@ -268,5 +268,28 @@ def test_answers_are_told_apart_by_what_they_say(method, error, kind):
     assert type(translated(error, method, "/path")) is kind
 
 
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        ('pods "a" is forbidden: exceeded quota: small, requested: pods=1, used: pods=1', "raise the quota"),
+        ('admission webhook "p.example.org" denied the request: no', "change the policy that denies it"),
+        (
+            "roles \"a\" is forbidden: ValidatingAdmissionPolicy 'p' with binding 'b' denied request: no",
+            "change the policy that denies it",
+        ),
+        (
+            'deployments "a" is forbidden: User "system:serviceaccount:moe-system:moe-operator" cannot patch '
+            'resource "deployments" in API group "apps" in the namespace "default"',
+            "grant the right to the operator's ServiceAccount",
+        ),
+    ],
+)
+def test_a_refused_request_says_what_to_do(said, remedy):
+    refused = translated(answer(403, reason="Forbidden", message=said), "patch", "/path")
+    assert str(refused) == f"the API server forbids /path: {said}; {remedy}"
+    unknown = translated(answer(403, reason="Forbidden", message="no"), "patch", "/path")
+    assert str(unknown) == "the API server forbids /path: no"
+
+
 def test_a_sentence_of_any_length_is_cut():
     assert len(message(answer(400, message="x" * 10**6).body)) < 2100

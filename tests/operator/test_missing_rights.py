@@ -65,7 +65,7 @@ def test_a_missing_right_to_list_is_said_and_heals_when_it_comes(api, operator, 
         lambda: api.condition(NAME, "Progressing"), lambda one: one.get("reason") == "ReadForbidden", "said"
     )
     assert 'cannot list resource "poddisruptionbudgets"' in said["message"]
-    assert said["message"].endswith("grant it to the ServiceAccount")
+    assert said["message"].endswith("grant the right to the operator's ServiceAccount")
     log = (tmp_path / "operator.log").read_text()
     assert "watch PodDisruptionBudget failed (ReadForbiddenError: reading /apis" in log
     assert api.ask("PATCH", f"{RBAC}/clusterroles/less", {"rules": rules()})[0] == 200

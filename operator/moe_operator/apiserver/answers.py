@@ -30,6 +30,12 @@ _DENIED: Final = re.compile(
 without a reason.
 https://github.com/kubernetes/kubernetes/tree/master/staging/src/k8s.io/apiserver/pkg/admission/plugin
 """
+_REMEDIES: Final = (
+    (re.compile("exceeded quota"), "raise the quota"),
+    (_DENIED, "change the policy that denies it"),
+    (re.compile(r'User ".*" cannot \w+ resource'), "grant the right to the operator's ServiceAccount"),
+)
+"""By what the message of a refused request says."""
 _SENTENCE_MOST: Final = 2000
 """Maximum characters of a quoted response; a webhook's may have any length."""
 
@@ -38,7 +44,7 @@ def translated(error: DynamicApiError, method: str, path: str) -> MoEOperatorErr
     """The error to raise for an error response to `method` at `path`."""
     code, said, status = error.status, message(error.body), _status(error.body)
     if _DENIED.search(said):
-        return ApplyForbiddenError(f"the API server forbids {path}: {said}")
+        return ApplyForbiddenError(f"the API server forbids {path}: {said}{_remedy(said)}")
     if code == _EXPIRED:
         return HistoryExpiredError(said)
     if code in (_CONFLICT, _GONE) or "metadata.uid" in _wrong_fields(status):
@@ -56,10 +62,17 @@ def _refusal(
             f"the API server does not accept {names.PLURAL} as owners yet: it learns of a new CRD within 30 s"
         )
     if forbidden and method == "get":
-        return ReadForbiddenError(f"reading {path} is forbidden: {said}; grant it to the ServiceAccount")
+        return ReadForbiddenError(
+            f"reading {path} is forbidden: {said}; grant the right to the operator's ServiceAccount"
+        )
     if forbidden or not _is_wrong(status):
-        return ApplyForbiddenError(f"the API server forbids {path}: {said}")
+        return ApplyForbiddenError(f"the API server forbids {path}: {said}{_remedy(said)}")
     return ApplyRefusedError(f"the API server refused {path}: {said}")
+
+
+def _remedy(said: str) -> str:
+    """What lets the request succeed, as the end of a message; empty if that is not known."""
+    return next((f"; {remedy}" for form, remedy in _REMEDIES if form.search(said)), "")
 
 
 def _is_wrong(status: Mapping[str, Any]) -> bool:
