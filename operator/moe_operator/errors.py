@@ -45,6 +45,10 @@ class ReadForbiddenError(RetryableError):
     longest_seconds = 30.0
 
 
+class KindUnknownError(ReadForbiddenError):
+    """The API server does not serve a kind: its CRD is not installed."""
+
+
 class ApplyForbiddenError(RetryableError):
     """The API server refused a request because of missing rights, a quota or an admission webhook.
 

@@ -14,6 +14,7 @@ from moe_operator.render import children
 from moe_operator.render.objects import Manifest
 from moe_operator.resources.deployment import parse
 from tests.chart.conftest import NAMESPACE
+from tests.operator.inferencepool_crd import CRD
 from tests.operator.live import Live, eventually, manifest
 
 ACCOUNT = f"system:serviceaccount:{NAMESPACE}:moe-operator"
@@ -97,6 +98,17 @@ def role(docs: Live) -> dict[str, Any]:
     return docs.get("clusterrole", "moe-operator")
 
 
+def pooled(docs: Live) -> None:
+    """A pool for an inference gateway comes and goes; the CRD comes after the operator."""
+    docs.cluster.kubectl("apply", "-f", "-", input=json.dumps(CRD))
+    docs.cluster.kubectl("wait", "--for=condition=Established", f"crd/{CRD['metadata']['name']}")
+    picker = {"endpointPicker": {"name": "picker"}}
+    docs.patch("moed", "docs", {"spec": {"frontend": {"inferencePool": picker}}})
+    eventually(lambda: docs.list("inferencepools"), lambda found: len(found) == 1, "the pool is made")
+    docs.patch("moed", "docs", {"spec": {"frontend": {"inferencePool": None}}})
+    eventually(lambda: docs.list("inferencepools"), lambda found: found == [], "the pool is deleted")
+
+
 @pytest.mark.timeout(400)  # many steps, one after the other
 def test_every_right_that_is_granted_is_used_and_no_other_is_asked_for(docs, helm):
     before = len(requests(docs))
@@ -108,6 +120,7 @@ def test_every_right_that_is_granted_is_used_and_no_other_is_asked_for(docs, hel
     eventually(lambda: docs.list("networkpolicies"), lambda found: len(found) == 2, "policies made")
     docs.patch("moed", "docs", {"spec": {"networkPolicy": {"mode": "Off"}}})
     eventually(lambda: docs.list("networkpolicies"), lambda found: found == [], "policies deleted")
+    pooled(docs)
     # What scaling learns is written in every round, instead of every five minutes.
     setting = ("--set", "env[0].name=MOE_OPERATOR_HISTORY_SECONDS", "--set-string", "env[0].value=1")
     helm.upgrade("--reuse-values", *setting)

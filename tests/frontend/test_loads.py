@@ -2,11 +2,16 @@
 
 import asyncio
 import contextlib
+import re
+from pathlib import Path
 
 import grpc
+import prometheus_client
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
@@ -14,7 +19,10 @@ from moe_api.supervision import Supervisor
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
 from moe_frontend.transport.loads import LoadPolling, reported
 from moe_frontend.transport.replicas import Replicas
+from moe_operator.render import inference_pool
 from tests.frontend.fake_worker import FakeWorker
+
+ROOT = Path(__file__).parents[2]
 
 
 class Reports(worker_pb2_grpc.WorkerServiceServicer):
@@ -123,6 +131,28 @@ async def test_the_sums_of_all_replicas_are_exported(fleet):
         "moe_frontend.replicas.requests.running": 4,
         "moe_frontend.replicas.kv_cache.utilization": 0.25,
     }
+
+
+def read_by_endpoint_pickers():
+    """The gauges that the picker's configuration in the example names."""
+    example = yaml.safe_load_all((ROOT / "examples/inference-gateway.yaml").read_text())
+    (configuration,) = (one["data"]["picker.yaml"] for one in example if one["kind"] == "ConfigMap")
+    plugins = {one["type"]: one.get("parameters", {}) for one in yaml.safe_load(configuration)["plugins"]}
+    (engine,) = plugins["core-metrics-extractor"]["engineConfigs"]
+    assert engine["name"] == inference_pool.ENGINE
+    return {value for name, value in engine.items() if name.endswith("Spec")}
+
+
+async def test_a_scrape_shows_the_gauges_that_the_example_names_to_endpoint_pickers(fleet):
+    provider = MeterProvider([PrometheusMetricReader()])
+    try:
+        fleet.polling.measure(provider.get_meter("test"))
+        await fleet.report(0, queued=2, running=3, kv_tokens_capacity=100, kv_tokens_used=50)
+        scraped = prometheus_client.generate_latest().decode()
+    finally:
+        provider.shutdown()
+    found = set(re.findall(r"^# TYPE (moe_frontend_replicas_\w+) gauge$", scraped, re.MULTILINE))
+    assert found == read_by_endpoint_pickers()
 
 
 @given(st.binary(max_size=200), *[st.integers(0, 2**64 - 1)] * 2, *[st.integers(0, 2**32 - 1)] * 2)

@@ -13,7 +13,12 @@ from hypothesis import strategies as st
 from moe_api.listwatch import Event, Page
 from moe_api.supervision import Supervisor
 from moe_operator.controller.operator import follow as follow_all
-from moe_operator.errors import ClusterUnavailableError, HistoryExpiredError, ReadForbiddenError
+from moe_operator.errors import (
+    ClusterUnavailableError,
+    HistoryExpiredError,
+    KindUnknownError,
+    ReadForbiddenError,
+)
 from moe_operator.kube.follow import Follower
 from moe_operator.kube.mirror import Mirror, Place
 from moe_operator.observed import pods
@@ -167,19 +172,20 @@ class Script:
             yield Event(event["type"], event["object"])
 
 
-def follow(mirror, *answers):
+def follow(mirror, *answers, kind="Pod"):
     """Follows a script to its end; returns the deployments that were told of."""
     script, told = Script(*answers), []
     settled = threading.Event()
     follower = Follower(
         script,
         mirror,
-        "Pod",
+        kind,
         lambda namespace, deployment: told.append(deployment),
         lambda: told.append("*"),
         settled.set,
+        unknown_s=0.01,
     )
-    follower.start(Supervisor(chance=lambda: 0.99))
+    follower.start(Supervisor(chance=lambda: 0.99, expected=(ReadForbiddenError,)))
     assert script.done.wait(20)
     assert settled.is_set()
     return told
@@ -247,3 +253,20 @@ def test_what_may_not_be_watched_any_more_is_not_believed(mirror):
     told = follow(mirror, ([], 10, None), [ReadForbiddenError("no")], ReadForbiddenError("no"))
     assert told == []
     assert not mirror.complete("Pod")
+
+
+def test_of_a_kind_that_the_cluster_may_lack_there_is_nothing_until_its_crd_is_installed(caplog):
+    mirror, kind = Mirror(frozenset({"InferencePool"})), "InferencePool"
+    absent = KindUnknownError("inferencepools is unknown to the API server")
+    told = follow(
+        mirror, absent, absent, ([{**pod("a", 1), "kind": kind}], 10, None), [absent], absent, kind=kind
+    )
+    assert told == ["docs", "docs"]
+    assert mirror.complete(kind)
+    assert mirror.of_deployment(kind, "default", "docs") == []
+    assert not caplog.records
+
+
+def test_any_other_kind_that_is_unknown_is_an_error(mirror, caplog):
+    follow(mirror, KindUnknownError("pods is unknown to the API server"), ([], 10, None), [])
+    assert "is unknown to the API server" in caplog.text

@@ -47,6 +47,9 @@ def translated(error: DynamicApiError, method: str, path: str) -> MoEOperatorErr
         return ApplyForbiddenError(f"the API server forbids {path}: {said}{_remedy(said)}")
     if code == _EXPIRED:
         return HistoryExpiredError(said)
+    if code == _GONE and not (status.get("details") or {}).get("name"):
+        # No object is missing, but the kind; often it is a plain "404 page not found".
+        return ApplyForbiddenError(f"the API server does not know {path}; install the CRD of its kind")
     if code in (_CONFLICT, _GONE) or "metadata.uid" in _wrong_fields(status):
         return ChangedMeanwhileError(f"conflict: {path} was modified concurrently: {said}")
     if code in (_UNAUTHENTICATED, _TIMED_OUT, _TOO_MANY) or code >= _SERVER:

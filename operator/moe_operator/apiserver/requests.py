@@ -14,7 +14,7 @@ from kubernetes.dynamic.exceptions import DynamicApiError
 
 from moe_api.listwatch import Collection, Manifest, Query
 from moe_operator.apiserver.answers import translated
-from moe_operator.errors import ClusterUnavailableError, InstallationError, ReadForbiddenError
+from moe_operator.errors import ClusterUnavailableError, InstallationError, KindUnknownError
 
 _NOT_FOUND = 404
 
@@ -48,7 +48,7 @@ class Requests:
     def get(self, path: str, query: Query) -> bytes:
         """The body of a response.
 
-        Raises ReadForbiddenError also if the API server does not know the path.
+        Raises KindUnknownError if the API server does not know the path.
         """
         response = self._respond("get", path, read=True, **self._reading(query, self._timeout_s))
         content: bytes = _found(response, path).data
@@ -87,7 +87,7 @@ class Requests:
 
 def _found(response: Any, path: str) -> Any:
     if response is None:
-        raise ReadForbiddenError(f"{path} is unknown to the API server; apply the CRDs of the chart")
+        raise KindUnknownError(f"{path} is unknown to the API server; apply the CRDs of the chart")
     return response
 
 

@@ -12,7 +12,7 @@ from moe_operator.observed import children
 from moe_operator.observed.children import Child, StatefulSet
 from moe_operator.observed.observation import Observed, observe
 from moe_operator.planner import revisions
-from moe_operator.render.children import KINDS
+from moe_operator.render.children import KINDS, OPTIONAL_KINDS, expected
 from moe_operator.render.objects import Key, Manifest, key
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment
@@ -23,7 +23,12 @@ def gather(cluster: Cluster, deployment: Deployment) -> Observed:
     namespace = deployment.identity.namespace
 
     def listed(kind: str) -> list[Manifest]:
-        return cluster.list(kind, namespace, deployment.name)
+        try:
+            return cluster.list(kind, namespace, deployment.name)
+        except ReadForbiddenError:
+            if kind not in OPTIONAL_KINDS or any(name.kind == kind for name in expected(deployment)):
+                raise
+            return []
 
     found = observe(chain.from_iterable(map(listed, KINDS)), listed("Pod"), listed(names.ROUTES_KIND))
     sets = [child for child in found.children.values() if isinstance(child, StatefulSet)]

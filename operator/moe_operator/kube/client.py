@@ -31,6 +31,7 @@ _PATHS: Final = {
     "ControllerRevision": ("apps/v1", "controllerrevisions"),
     "PodDisruptionBudget": ("policy/v1", "poddisruptionbudgets"),
     "NetworkPolicy": ("networking.k8s.io/v1", "networkpolicies"),
+    names.INFERENCE_POOL_KIND: (names.INFERENCE_POOL_API_VERSION, "inferencepools"),
     "KopfPeering": ("kopf.dev/v1", "kopfpeerings"),
     "ClusterKopfPeering": ("kopf.dev/v1", "clusterkopfpeerings"),
 }

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Final
 
 from moe_api.listwatch import Event, ListWatch, Manifest, Page, Source
 from moe_api.supervision import Backoff, Supervisor
-from moe_operator.errors import ReadForbiddenError
+from moe_operator.errors import KindUnknownError, ReadForbiddenError
 from moe_operator.kube.mirror import Mirror, Place, deployment_of
+from moe_operator.render.children import OPTIONAL_KINDS
 
 _BACKOFF: Final = Backoff(first_s=1.0, longest_s=8.0)
+_UNKNOWN_S: Final = 30.0
 
 Changed = Callable[[str, str], None]
 """Called with the namespace and name of a deployment after a change, in the watcher's thread."""
@@ -29,6 +32,7 @@ class Follower:
         settled: called in the watcher's thread when all initial objects are in the cache, or listing is
             forbidden; once or more often.
         namespace: of the source; empty if it has objects of all namespaces.
+        unknown_s: pause before the API server is asked again for an optional kind that it does not serve.
     """
 
     def __init__(
@@ -40,10 +44,12 @@ class Follower:
         readable: Callable[[], None] = lambda: None,
         settled: Callable[[], None] = lambda: None,
         namespace: str = "",
+        unknown_s: float = _UNKNOWN_S,
     ) -> None:
         self._cache = cache
         self._kind = kind
         self._namespace = namespace
+        self._unknown_s = unknown_s
         self._changed = changed
         self._readable = readable
         self._settled = settled
@@ -94,12 +100,19 @@ class Follower:
         self._changed(metadata["namespace"], deployment_of(event.item))
 
     def _follow(self) -> None:
-        """Lists and watches until an error, which the supervisor logs and counts."""
-        try:
-            self._watch.run()
-        except ReadForbiddenError:
-            self._lose_sight()
-            raise
+        """Lists and watches until an error, which the supervisor logs and counts.
+
+        Of an optional kind that the API server does not serve there are no objects, which is no error.
+        """
+        while not self._stopping.is_set():
+            try:
+                self._watch.run()
+            except ReadForbiddenError as error:
+                if self._kind not in OPTIONAL_KINDS or not isinstance(error, KindUnknownError):
+                    self._lose_sight()
+                    raise
+                self.replace(iter([Page([], str(sys.maxsize))]))
+                self._stopping.wait(self._unknown_s)
 
     def _lose_sight(self) -> None:
         """Without the right to read a kind, reconciles ask the API server themselves and report it."""

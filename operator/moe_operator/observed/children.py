@@ -165,8 +165,8 @@ class FrontendDeployment(Child):
 
 
 @dataclass(frozen=True)
-class NetworkPolicy(Child):
-    """A NetworkPolicy of the deployment's pods."""
+class OptionalChild(Child):
+    """An object that exists only while the spec asks for it."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,8 @@ _CLASSES: Mapping[str, type[Child]] = {
     "StatefulSet": StatefulSet,
     "Deployment": FrontendDeployment,
     "ControllerRevision": RevisionRecord,
-    "NetworkPolicy": NetworkPolicy,
+    "NetworkPolicy": OptionalChild,
+    names.INFERENCE_POOL_KIND: OptionalChild,
 }
 
 

@@ -8,7 +8,7 @@ from datetime import datetime
 from functools import partial
 
 from moe_operator.observed import nodes
-from moe_operator.observed.children import Child, NetworkPolicy, StatefulSet
+from moe_operator.observed.children import Child, OptionalChild, StatefulSet
 from moe_operator.observed.observation import Observed
 from moe_operator.observed.pods import Pod
 from moe_operator.planner import changes, gangs, gates, revisions, state, status_report
@@ -98,7 +98,7 @@ def plan(deployment: Deployment, observed: Observed, now: datetime) -> Plan:
     in_use = {replica.revision for replica in current.replicas.values()}
     deletions = (
         *_deletions(deployment, observed, moves),
-        *(_deletion(policy) for policy in _surplus_policies(deployment, observed, shared)),
+        *(_deletion(one) for one in _surplus(deployment, observed, shared)),
         *(_deletion(record) for record in revisions.outdated(deployment, observed, in_use)),
     )
     return Plan(
@@ -230,14 +230,16 @@ def _deletions(deployment: Deployment, observed: Observed, moves: Moves) -> tupl
     return tuple(_deletion(observed.children[Key("StatefulSet", name)]) for name in sets)
 
 
-def _surplus_policies(
+def _surplus(
     deployment: Deployment, observed: Observed, wanted: Iterable[Manifest]
-) -> Iterator[NetworkPolicy]:
-    """NetworkPolicies that the spec does not ask for any more."""
-    kept = {key(manifest).name for manifest in wanted if manifest["kind"] == "NetworkPolicy"}
-    for name, policy in observed.owned(NetworkPolicy, deployment.identity).items():
-        if name not in kept and not policy.terminating:
-            yield policy
+) -> Iterator[OptionalChild]:
+    """Objects that the spec does not ask for any more."""
+    kept = set(map(key, wanted))
+    for child in observed.children.values():
+        if not isinstance(child, OptionalChild) or child.key in kept or child.terminating:
+            continue
+        if child.belongs_to(deployment.identity):
+            yield child
 
 
 def _deletion(child: Child) -> Deletion:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from moe_operator.render import frontend, network, worker
+from moe_operator.render import frontend, inference_pool, network, worker
 from moe_operator.render.gang_record import GangRecord, with_record
 from moe_operator.render.objects import Key, Manifest, child, key, sealed
 from moe_operator.resources import names
@@ -20,8 +20,11 @@ KINDS = {
     "ControllerRevision": "apps/v1",
     "PodDisruptionBudget": "policy/v1",
     "NetworkPolicy": "networking.k8s.io/v1",
+    names.INFERENCE_POOL_KIND: names.INFERENCE_POOL_API_VERSION,
 }
 """Kinds of children, each with its apiVersion."""
+OPTIONAL_KINDS = frozenset({names.INFERENCE_POOL_KIND})
+"""Those that a cluster may lack, because their CRDs belong to another project."""
 
 
 def shared(deployment: Deployment) -> list[Manifest]:
@@ -38,6 +41,7 @@ def shared(deployment: Deployment) -> list[Manifest]:
         worker.disruption_budget(deployment),
         frontend.service(deployment),
         *network.policies(deployment),
+        *inference_pool.pools(deployment),
         frontend.deployment(deployment),
     ]
     return [sealed(manifest) for manifest in objects]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from moe_operator.render import access, pods
+from moe_operator.render import access, inference_pool, pods
 from moe_operator.render.objects import Manifest, child
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Pin
@@ -26,7 +26,7 @@ _EXIT_SECONDS = 5
 
 def labels(name: str) -> dict[str, str]:
     """Labels of the frontend's pods."""
-    return {names.LABEL_NAME: name, names.LABEL_ROLE: names.ROLE_FRONTEND}
+    return names.frontend_labels(name)
 
 
 def command(deployment: Deployment) -> list[str]:
@@ -148,7 +148,9 @@ def pod_spec(deployment: Deployment) -> Manifest:
 
 def rendered(of: Deployment) -> Manifest:
     """The frontend's pod template, as this version of the operator renders it."""
-    return pods.template(of, of.spec.frontend, labels(of.name), pod_spec(of))
+    settings = of.spec.frontend
+    own = {**labels(of.name), **inference_pool.pod_labels(settings)}
+    return pods.template(of, settings, own, pod_spec(of))
 
 
 def _child(deployment: Deployment, api_version: str, kind: str) -> Manifest:

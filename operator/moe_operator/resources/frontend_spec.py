@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field
 from moe_operator.resources import names
 from moe_operator.resources.access_spec import Auth, Tls
 from moe_operator.resources.base import LIST_KEYS, LIST_TYPE, Model, rules
+from moe_operator.resources.inference_pool_spec import InferencePool
 from moe_operator.resources.pod_template import FrontendTemplate
 from moe_operator.resources.pods import LABEL_KEY, PodSettings
 from moe_operator.resources.role_fields import GRACE_RULE, IMAGE_RULE, template_text
@@ -60,6 +61,15 @@ class Service(Model):
 class Frontend(PodSettings):
     """The pods that clients connect to; they forward requests to the workers and need no GPU."""
 
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            (
+                "!has(self.inferencePool) || !has(self.tls)",
+                "an InferencePool knows no TLS to its pods: remove frontend.tls, or frontend.inferencePool",
+            )
+        )
+    )
+
     replicas: int = Field(
         default=1,
         description="Frontend pods. Default: 1.",
@@ -97,6 +107,11 @@ class Frontend(PodSettings):
         json_schema_extra=rules(GRACE_RULE),
     )
     service: Service = Field(default=Service(), description="The Service that clients call.")
+    inference_pool: InferencePool | None = Field(
+        default=None,
+        description="An InferencePool named NAME-frontend, through which a gateway sends HTTP requests to "
+        "the frontends (docs/pods.md); the cluster needs the Gateway API Inference Extension. Default: none.",
+    )
     tls: Tls | None = Field(
         default=None, description="The certificate of the ports for clients. Default: none, so plaintext."
     )

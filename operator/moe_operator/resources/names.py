@@ -55,6 +55,12 @@ ANNOTATION_RESTARTED: Final = "kubectl.kubernetes.io/restartedAt"
 ROUTED: Final = f"{GROUP}/routed"
 """Readiness gate of leaders: every frontend sends them requests."""
 
+INFERENCE_POOL_KIND: Final = "InferencePool"
+INFERENCE_POOL_API_VERSION: Final = "inference.networking.k8s.io/v1"
+"""Of the Gateway API Inference Extension."""
+ENGINE_LABELS: Final = ("inference.networking.k8s.io/engine-type", "llm-d.ai/engine-type")
+"""Labels of pods by which endpoint pickers (the extension's, llm-d's) select the names of metrics to read."""
+
 ROLE_WORKER: Final = "worker"
 ROLE_FRONTEND: Final = "frontend"
 ROLE_HISTORY: Final = "history"
@@ -123,7 +129,7 @@ def worker_account(name: str) -> str:
 
 
 def frontend(name: str) -> str:
-    """Deployment, Service, ServiceAccount, Role and RoleBinding of the frontend."""
+    """Deployment, Service, ServiceAccount, Role, RoleBinding and InferencePool of the frontend."""
     return f"{name}-frontend"
 
 
@@ -135,6 +141,11 @@ def recent_history(name: str) -> str:
 def worker_labels(name: str) -> dict[str, str]:
     """Labels that all workers of a deployment carry."""
     return {LABEL_NAME: name, LABEL_ROLE: ROLE_WORKER}
+
+
+def frontend_labels(name: str) -> dict[str, str]:
+    """Labels that all frontends of a deployment carry."""
+    return {LABEL_NAME: name, LABEL_ROLE: ROLE_FRONTEND}
 
 
 def single_labels(name: str) -> dict[str, str]:

@@ -1,0 +1,43 @@
+"""User input: the frontends as backends of an inference gateway (spec.frontend.inferencePool)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from moe_operator.resources.base import Model, rules
+from moe_operator.resources.environment import OBJECT_NAME
+
+
+class EndpointPicker(Model):
+    """The endpoint picker, which the user deploys: it chooses a frontend for each request of the gateway."""
+
+    name: str = Field(
+        description="Service of the endpoint picker, in the same namespace. Required.",
+        min_length=1,
+        max_length=253,
+        json_schema_extra=rules(
+            (
+                f"self.matches('{OBJECT_NAME}')",
+                "this is the name of a Service in the same namespace: lower-case letters, digits, - and .",
+            )
+        ),
+    )
+    port: int = Field(
+        default=9002,
+        description="Port of that Service on which the endpoint picker serves external processing (gRPC). "
+        "Default: 9002.",
+        json_schema_extra=rules(("self >= 1 && self <= 65535", "port is a number from 1 to 65535")),
+    )
+    failure_mode: Literal["FailClose", "FailOpen"] = Field(
+        default="FailClose",
+        description="What the gateway does while the endpoint picker does not respond. FailClose: refuses "
+        "requests. FailOpen: sends them to any frontend. Default: FailClose.",
+    )
+
+
+class InferencePool(Model):
+    """An InferencePool (inference.networking.k8s.io/v1) of the deployment's frontends."""
+
+    endpoint_picker: EndpointPicker = Field(description="The endpoint picker of the pool. Required.")

@@ -1,0 +1,138 @@
+"""`spec.frontend.inferencePool` makes frontends backends of an inference gateway. The API server is real."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from moe_operator.planner.drift import first_difference
+from moe_operator.render import frontend, inference_pool
+from moe_operator.render.objects import Key, key
+from moe_operator.resources import names
+from tests.operator.by_hand import COLLECTION, CRDS, Api
+from tests.operator.inferencepool_crd import CRD
+from tests.operator.live import eventually, manifest
+from tests.operator.worlds import World, deployment
+
+ASKED = {"inferencePool": {"endpointPicker": {"name": "picker"}}}
+PICKER = {"name": "picker", "port": 9003, "failureMode": "FailOpen"}
+POOLS = "/apis/inference.networking.k8s.io/v1/namespaces/default/inferencepools"
+POOL = Key("InferencePool", "docs-frontend")
+
+
+def pool(**picker):
+    settings = {"inferencePool": {"endpointPicker": {"name": "picker", **picker}}}
+    (found,) = inference_pool.pools(deployment(frontend=settings))
+    return found
+
+
+def test_by_default_there_is_no_pool_and_no_label_of_one():
+    assert inference_pool.pools(deployment()) == []
+    assert not set(names.ENGINE_LABELS) & frontend.rendered(deployment())["metadata"]["labels"].keys()
+
+
+def test_the_pool_selects_exactly_the_frontends_at_the_port_of_the_api():
+    spec, template = pool()["spec"], frontend.rendered(deployment(frontend=ASKED))
+    labels = template["metadata"]["labels"]
+    assert spec["selector"]["matchLabels"].items() <= labels.items()
+    assert spec["selector"]["matchLabels"] == frontend.service(deployment())["spec"]["selector"]
+    (container,) = template["spec"]["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert spec["targetPorts"] == [{"number": ports["http"]}]
+    assert [labels[name] for name in names.ENGINE_LABELS] == ["moe-operator", "moe-operator"]
+
+
+def test_the_picker_is_the_one_that_the_user_names():
+    assert pool()["spec"]["endpointPickerRef"]["port"] == {"number": 9002}
+    reference = pool(**PICKER)["spec"]["endpointPickerRef"]
+    assert (reference["name"], reference["port"]) == ("picker", {"number": 9003})
+    assert reference["failureMode"] == "FailOpen"
+
+
+def test_the_pool_comes_and_goes_as_the_spec_says_and_the_policies_stay():
+    world = World(deployment(frontend=ASKED, networkPolicy={"mode": "Restricted"}))
+    assert POOL in [key(one) for one in world.step().apply]
+    world.change(frontend={}, networkPolicy={"mode": "Restricted"})
+    assert [deletion.key for deletion in world.step().delete] == [POOL]
+    assert not world.step().delete
+
+
+@pytest.fixture(scope="module")
+def api(api_server):
+    made = Api(api_server)
+    yield made
+    made.ask("DELETE", f"{CRDS}/{CRD['metadata']['name']}")
+
+
+@pytest.fixture
+def pools(api):
+    """The CRD is installed."""
+    assert api.ask("POST", CRDS, CRD)[0] in (201, 409)
+    eventually(lambda: api.ask("GET", POOLS)[0], lambda code: code == 200, "the CRD is served")
+    return api
+
+
+def test_a_cluster_without_the_extension_is_named_and_only_for_deployments_that_ask_for_a_pool(api):
+    for name, front in (("plain", {}), ("pooled", ASKED)):
+        assert api.ask("POST", COLLECTION, manifest(name, replicas=1, frontend=front))[0] == 201
+        api.reconcile(name)
+    assert api.condition("plain", "Progressing")["reason"] != "ApplyRefused"
+    said = api.condition("pooled", "Progressing")
+    assert said["reason"] == "ApplyRefused"
+    assert "inferencepools/pooled-frontend; install the CRD of its kind" in said["message"]
+    assert api.cluster.get("Deployment", "default", "pooled-frontend"), "the rest is applied"
+    for name in ("plain", "pooled"):
+        api.clear(name)
+
+
+def test_the_api_server_takes_the_pool_as_it_is_and_the_operator_finds_no_drift(pools):
+    asked = {"inferencePool": {"endpointPicker": PICKER}}
+    assert pools.ask("POST", COLLECTION, manifest("docs", replicas=1, frontend=asked))[0] == 201
+    pools.reconcile("docs")
+    stored = pools.ask("GET", f"{POOLS}/docs-frontend")[1]
+    assert first_difference(pool(**PICKER)["spec"], stored["spec"]) is None
+    assert stored["spec"]["appProtocol"] == "http"
+    pools.reconcile("docs")
+    assert pools.reconcile("docs")[0] == 0, "it comes to rest"
+    pools.ask("PATCH", f"{POOLS}/docs-frontend", {"spec": {"targetPorts": [{"number": 1}]}})
+    pools.reconcile("docs")
+    assert pools.ask("GET", f"{POOLS}/docs-frontend")[1]["spec"]["targetPorts"] == [{"number": 8080}]
+    pools.ask("PATCH", f"{COLLECTION}/docs", {"spec": {"frontend": {"inferencePool": None}}})
+    pools.reconcile("docs")
+    assert pools.ask("GET", f"{POOLS}/docs-frontend")[0] == 404
+    pools.clear("docs")
+
+
+@pytest.mark.parametrize(
+    ("change", "refused"),
+    [
+        (lambda spec: None, False),
+        (lambda spec: spec["endpointPickerRef"].pop("port"), True),
+        (lambda spec: spec["endpointPickerRef"].update(failureMode="Open"), True),
+        (lambda spec: spec.update(targetPorts=[]), True),
+        (lambda spec: spec.update(targetPorts=[{"number": 1}, {"number": 1}]), True),
+        (lambda spec: spec.update(selector={}), True),
+    ],
+)
+def test_the_schema_has_teeth(pools, change, refused):
+    body = copy.deepcopy(pool())
+    change(body["spec"])
+    del body["metadata"]["ownerReferences"]
+    code, said = pools.ask("POST", f"{POOLS}?dryRun=All&fieldValidation=Strict", body)
+    assert code == (422 if refused else 201), said
+
+
+@pytest.mark.parametrize(
+    ("front", "sentence"),
+    [
+        ({"inferencePool": {}}, "spec.frontend.inferencePool.endpointPicker: Required value"),
+        ({"inferencePool": {"endpointPicker": {"name": "My_Picker"}}}, "this is the name of a Service"),
+        ({"inferencePool": {"endpointPicker": {"name": "p", "port": 0}}}, "port is a number from 1 to 65535"),
+        ({**ASKED, "tls": {"secretName": "front-tls"}}, "an InferencePool knows no TLS to its pods"),
+    ],
+)
+def test_a_wrong_pool_is_refused_at_apply(api, front, sentence):
+    code, said = api.ask("POST", COLLECTION, manifest("wrong", frontend=front))
+    assert code == 422
+    assert sentence in said["message"]
