@@ -119,10 +119,11 @@ class AnsweredToolCall(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
 
 
 class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """What the assistant said."""
+    """What the assistant said. refusal: OpenAI's description requires it; no model here has one."""
 
     role: str
     content: str | None
+    refusal: None = None
     reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
     tool_calls: list[AnsweredToolCall] | msgspec.UnsetType = msgspec.UNSET
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import re
 from collections.abc import Iterator
 from typing import Final, TypeVar
@@ -20,7 +21,7 @@ BYTES_A_TOKEN: Final = 64
 BODY_S: Final = 30.0
 DEPTH_MOST: Final = 64
 _AT: Final = re.compile(r" - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`$")
-_UNKNOWN: Final = re.compile(r"Object contains unknown field `(?P<name>[^`]*)`")
+_UNKNOWN: Final = re.compile(r"Object contains unknown field `(?P<name>.*?)`(?: - at `[^`]*`)?$", re.DOTALL)
 _UNSUPPORTED: Final = re.compile("expected null, got ")
 _SHOWN: Final = 100
 T = TypeVar("T")
@@ -154,8 +155,9 @@ def of_validation(text: str) -> ApiError:
     """
     if unknown := _UNKNOWN.search(text):
         where = _path(text)
-        param = f"{where}.{unknown['name']}".lstrip(".")[:_SHOWN]
-        return invalid(param, "is not a field of this request; see docs/openai-api.md for those that are")
+        param = (f"{where}.{unknown['name']}" if where else unknown["name"])[:_SHOWN]
+        sentence = "is not a field of this request; see docs/openai-api.md for those that are"
+        return ApiError(400, f"{_shown(param)} {sentence}", param=param)
     problem = _lower(_AT.sub("", text).replace("`", ""))
     param = _path(text)
     if not param:
@@ -163,6 +165,11 @@ def of_validation(text: str) -> ApiError:
     if _UNSUPPORTED.match(problem):
         return invalid(param[:_SHOWN], "is not supported; leave it out")
     return invalid(param[:_SHOWN], f"is not valid: {problem}")
+
+
+def _shown(name: str) -> str:
+    """A field's name as a word of a sentence."""
+    return name if re.fullmatch(r"\S+", name) else json.dumps(name, ensure_ascii=False)
 
 
 def _path(text: str) -> str:
