@@ -285,7 +285,9 @@ async def test_a_rotated_key_is_fetched_once_it_is_used_and_invented_names_are_n
     running.cancel()
 
 
-async def test_until_the_keys_are_known_the_answer_is_unavailable_and_afterwards_the_last_ones_hold(idp):
+async def test_until_the_keys_are_known_the_answer_is_unavailable_and_then_the_last_ones_hold_for_an_hour(
+    idp,
+):
     now = [0.0]
     idp.body, good = b"", idp.body
     source = UrlSource(idp.url, lambda: now[0])
@@ -302,5 +304,13 @@ async def test_until_the_keys_are_known_the_answer_is_unavailable_and_afterwards
         idp.body, now[0] = b"", 22.0
         with pytest.raises(RefusedError, match=r"\(kid\)"):
             await checked.caller(signed(RSA, "RS256"))
+        assert (await checked.caller(signed())).tenant == "team-a"
+        now[0] = 11.0 + provider.KEPT_S - 1
+        assert (await checked.caller(signed())).tenant == "team-a"
+        now[0] = 11.0 + provider.KEPT_S  # a withdrawn key would be accepted for ever
+        with pytest.raises(RefusedError, match=r"keys are not known any more; try later") as caught:
+            await checked.caller(signed())
+        assert caught.value.status.code == grpc.StatusCode.UNAVAILABLE.value[0]
+        idp.body, now[0] = good, now[0] + 20.0
         assert (await checked.caller(signed())).tenant == "team-a"
     running.cancel()

@@ -1,9 +1,10 @@
 """The public keys of an identity provider: a JSON Web Key Set (RFC 7517), from a mounted file or a URL.
 
 A provider rotates its keys: it publishes the next one first, then signs with it. Keys from a URL are fetched
-    every five minutes, and at once when a token names a key that is not known (but not more often than every
-    ten seconds, so that invented names do not reach the provider). While it cannot be reached, the last keys
-    stay in force.
+every five minutes, and at once when a token names a key that is not known (but not more often than every
+ten seconds, so that invented names do not reach the provider). Each set replaces the one before, so a key
+that the provider withdrew is accepted no more. While the provider cannot be reached, the last keys stay in
+force for an hour: whoever can keep the provider from answering must not keep a withdrawn key alive.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ RSA_BITS_LEAST: Final = 2048
 FETCH_S: Final = 10.0
 REFRESH_S: Final = 300.0
 COOL_S: Final = 10.0
+KEPT_S: Final = 3600.0
+"""Seconds for which keys are accepted after they were fetched."""
 _RETRY_S: Final = 1.0
 PublicKey = RSAKey | ECKey | OKPKey
 
@@ -132,6 +135,7 @@ class UrlSource:
         self._url = url
         self._clock = clock
         self._keys: Keys | None = None
+        self._fetched_at = 0.0
         self._wanted = asyncio.Event()
         self._fetched = asyncio.Event()
         self._asked_at = -COOL_S
@@ -145,6 +149,7 @@ class UrlSource:
             self._asking, self._asked_at = True, self._clock()
             try:
                 self._keys, failures = await fetch(self._url), 0
+                self._fetched_at = self._asked_at
             except KeySetError as error:
                 failures += 1
                 _LOG.log(logging.ERROR if failures == 1 else logging.DEBUG, "%s; trying again", error)
@@ -162,7 +167,8 @@ class UrlSource:
 
     async def find(self, kid: str | None) -> PublicKey | None:
         """The key of this name, or None. Raises RefusedError if no keys are known yet."""
-        found = None if self._keys is None else self._keys.find(kid)
+        known = self._valid()
+        found = None if known is None else known.find(kid)
         if found is not None:
             return found
         if self._clock() - self._asked_at >= COOL_S:
@@ -171,10 +177,18 @@ class UrlSource:
         if self._asking:
             with contextlib.suppress(TimeoutError):  # then the keys that are known hold
                 await asyncio.wait_for(self._fetched.wait(), FETCH_S)
-        if self._keys is None:
-            sentence = "tokens cannot be verified: the identity provider's keys are not known yet; try later"
+        known = self._valid()
+        if known is None:
+            when = "yet" if self._keys is None else "any more"
+            sentence = (
+                f"tokens cannot be verified: the identity provider's keys are not known {when}; try later"
+            )
             raise RefusedError(rich_status.retry_later(grpc.StatusCode.UNAVAILABLE, sentence, _RETRY_S))
-        return self._keys.find(kid)
+        return known.find(kid)
+
+    def _valid(self) -> Keys | None:
+        """The keys, unless there are none or they are too old."""
+        return self._keys if self._clock() - self._fetched_at < KEPT_S else None
 
 
 def check_url(url: str) -> str:
