@@ -27,8 +27,9 @@ class Remote:
     """Serves `files` as hf://moe/docs and in the bucket `models` under docs/.
 
     faults: by file name (or "list"), what happens to its next requests, one after the other: a number is a
-    status, ("cut", n) closes the connection after n bytes, ("stall", n) goes silent there. stated: sizes that
-    are listed instead of the true ones. token: what requests must bear.
+    status, ("cut", n) closes the connection after n bytes, ("stall", n) goes silent there, ("more", n) sends
+    n bytes more than were asked for. stated: sizes that are listed instead of the true ones. token: what
+    requests must bear.
     """
 
     files: dict[str, bytes]
@@ -124,6 +125,8 @@ class Handler(BaseHTTPRequestHandler):
         return self._send(status, content, headers, fault, body)
 
     def _send(self, status, content, headers, fault=None, body=True):
+        if fault is not None and fault[0] == "more":
+            content, fault = content + bytes(fault[1]), None
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)

@@ -133,6 +133,17 @@ def test_a_source_that_sends_more_than_it_lists_does_not_fill_the_disk(remote, t
     assert size_of(tmp_path) == 0
 
 
+def test_a_store_that_sends_more_than_it_was_asked_for_is_stopped(remote, tmp_path):
+    remote.faults["model.safetensors"] = [("more", 4 << 20)]
+    source = open_source(parse(S3), remote.url, 5.0)
+    (file,) = (one for one in source.files() if one.name == "model.safetensors")
+    with pytest.raises(FetchError, match=r"is longer than the \d+ bytes that are listed; retrying"):
+        source.download(file, tmp_path)
+    assert size_of(tmp_path) == 0
+    source.download(file, tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == WEIGHTS
+
+
 def test_bytes_that_changed_on_the_way_are_downloaded_again(remote, tmp_path):
     source = open_source(parse(HUB), remote.url, 1.0)
     files = source.files()

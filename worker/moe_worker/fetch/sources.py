@@ -14,7 +14,9 @@ from moe_worker.fetch.listing import RemoteFile
 from moe_worker.fetch.location import Location
 
 _CHUNK: Final = 32 << 20
-"""Bytes of one request to an object store: what a stall or a restart can lose."""
+"""Bytes of one request to an object store."""
+_PIECE: Final = 1 << 20
+"""Bytes that are held of an answer: what a stall or a restart can lose."""
 _REFUSED, _MISSING = (401, 403), 404
 
 
@@ -164,18 +166,23 @@ class _Store:
         with part.open("ab") as out:
             done = _kept(out, file)
             while done < file.size:
-                options: Any = {"range": (done, min(done + _CHUNK, file.size))}
+                end = min(done + _CHUNK, file.size)
+                options: Any = {"range": (done, end)}
                 if file.tag:
                     options["if_match"] = file.tag
                 with self._translated(file.name):
                     answer = self._library.get(self._store, file.name, options=options)
-                    size, chunk = int(answer.meta["size"]), answer.bytes()
-                if size != file.size or not len(chunk):
+                    size = int(answer.meta["size"])
+                    if size == file.size:
+                        bounded = _Bounded(out, file, self._location.uri, end)
+                        for piece in answer.stream(min_chunk_size=_PIECE):
+                            bounded.write(piece)
+                if size != file.size or out.tell() == done:
                     raise FetchError(
                         f"model {self._location.uri}: {file.name} has {size} bytes, and {file.size} are "
                         "listed; retrying"
                     )
-                done += out.write(chunk)
+                done = out.tell()
         part.replace(folder / file.name)
 
     @contextmanager
@@ -198,13 +205,17 @@ class _Store:
 
 
 class _Bounded(io.BufferedIOBase):
-    """A file that takes no more than its source lists: an answer may be endless once decompressed."""
+    """A file that takes no more than its source lists: an answer may be endless.
 
-    def __init__(self, out: IO[bytes], file: RemoteFile, uri: str) -> None:
+    end: where the answer has to end, in bytes of the file; default: at its end.
+    """
+
+    def __init__(self, out: IO[bytes], file: RemoteFile, uri: str, end: int | None = None) -> None:
         self._out, self._file, self._uri = out, file, uri
+        self._end = file.size if end is None else end
 
     def write(self, data: Any) -> int:
-        if self._out.tell() + len(data) > self._file.size:
+        if self._out.tell() + len(data) > self._end:
             self._out.truncate(0)
             raise FetchError(
                 f"model {self._uri}: {self._file.name} is longer than the {self._file.size} bytes that are "
