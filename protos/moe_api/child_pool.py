@@ -34,12 +34,13 @@ class ChildSlowError(ChildError):
 
 
 class ChildEndedError(ChildError):
-    """The question ended its process, for example because it needed too much memory."""
+    """The question ended its process, for example because it needed too much memory or has a huge answer."""
 
 
 @dataclass
 class _Child:
     process: asyncio.subprocess.Process
+    answer_most: int
 
     async def ask(self, question: bytes) -> bytes:
         stdin, stdout = self.process.stdin, self.process.stdout
@@ -48,6 +49,9 @@ class _Child:
         stdin.write(frame(question))
         await stdin.drain()
         length = int.from_bytes(await stdout.readexactly(LENGTH_BYTES), "big")
+        if length > self.answer_most:
+            # Untrusted input may have taken the process over; its memory is bounded, that of this one is not.
+            raise ConnectionError(f"the process announces an answer of {length} bytes")
         return await stdout.readexactly(length)
 
     async def end(self) -> None:
@@ -63,12 +67,14 @@ class ChildPool:
         module: to run, which calls `moe_api.child.serve`.
         limit_s: time for one answer, in seconds.
         first: a harmless question; a process is ready when it has answered it.
+        answer_most: bytes of the longest answer.
     """
 
-    def __init__(self, module: str, limit_s: float, first: bytes) -> None:
+    def __init__(self, module: str, limit_s: float, first: bytes, answer_most: int) -> None:
         self._module = module
         self._limit_s = limit_s
         self._first = first
+        self._answer_most = answer_most
         self._places = asyncio.Semaphore(PROCESSES)
         self._waiting = 0
         self._idle: list[_Child] = []
@@ -124,7 +130,8 @@ class ChildPool:
         child = _Child(
             await asyncio.create_subprocess_exec(
                 sys.executable, "-m", self._module, stdin=pipe, stdout=pipe, stderr=nothing, env=environment
-            )
+            ),
+            self._answer_most,
         )
         try:
             async with asyncio.timeout(START_S):

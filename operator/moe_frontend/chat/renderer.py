@@ -11,6 +11,8 @@ from moe_frontend.chat.render_process import Job, Result
 RENDER_S: Final = 5.0
 """Of one conversation; published templates take milliseconds."""
 _MODULE: Final = "moe_frontend.chat.render_process"
+_ANSWER_MOST: Final = 2**27
+"""Bytes: callers ask for 16 Mi characters at most, and a character takes 6 bytes of JSON at most."""
 _DECODER: Final = msgspec.json.Decoder(Result)
 
 
@@ -35,7 +37,7 @@ class Renderer:
 
     def __init__(self, limit_s: float = RENDER_S) -> None:
         self._limit_s = limit_s
-        self._pool = ChildPool(_MODULE, limit_s, msgspec.json.encode(Job("", {}, 0)))
+        self._pool = ChildPool(_MODULE, limit_s, msgspec.json.encode(Job("", {}, 0)), _ANSWER_MOST)
 
     async def render(self, template: str, variables: dict[str, Any], most: int) -> str:
         """The prompt, of `most` characters at most.

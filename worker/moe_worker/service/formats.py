@@ -16,6 +16,8 @@ CHECK_S: Final = 5.0
 """Of one format, also on a busy machine; `grammar.COMPILE_CPU_S` is the bound of its work."""
 _MODULE: Final = "moe_worker.service.format_process"
 _FIRST: Final = msgspec.json.encode(OutputFormat("json_object"))
+_ANSWER_MOST: Final = 2**20
+"""Bytes: a verdict is a sentence."""
 _DECODER: Final = msgspec.json.Decoder(Verdict)
 
 
@@ -29,7 +31,7 @@ class Formats:
     """Compiles each format once in a process that can be killed. For one event loop."""
 
     def __init__(self) -> None:
-        self._pool = ChildPool(_MODULE, CHECK_S, _FIRST)
+        self._pool = ChildPool(_MODULE, CHECK_S, _FIRST, _ANSWER_MOST)
 
     async def violation(self, output_format: OutputFormat) -> Violation | None:
         """Why a format cannot be used.
