@@ -183,7 +183,6 @@ def follow(mirror, *answers, kind="Pod"):
         lambda namespace, deployment: told.append(deployment),
         lambda: told.append("*"),
         settled.set,
-        unknown_s=0.01,
     )
     follower.start(Supervisor(chance=lambda: 0.99, expected=(ReadForbiddenError,)))
     assert script.done.wait(20)
@@ -255,7 +254,8 @@ def test_what_may_not_be_watched_any_more_is_not_believed(mirror):
     assert not mirror.complete("Pod")
 
 
-def test_of_a_kind_that_the_cluster_may_lack_there_is_nothing_until_its_crd_is_installed(caplog):
+def test_of_a_kind_that_the_cluster_may_lack_there_is_nothing_until_its_crd_is_installed(caplog, monkeypatch):
+    monkeypatch.setattr("moe_operator.kube.follow.UNKNOWN_S", 0.01)
     mirror, kind = Mirror(frozenset({"InferencePool"})), "InferencePool"
     absent = KindUnknownError("inferencepools is unknown to the API server")
     told = follow(

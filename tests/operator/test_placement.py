@@ -9,16 +9,37 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_operator.observed import nodes
+from moe_operator.observed import nodes, scheduling
 from moe_operator.planner import placement
 from moe_operator.planner.placement import Seat
 
 GPU = "nvidia.com/gpu"
+CONTROL_PLANE = "{node-role.kubernetes.io/control-plane: }"
 LACKS = (
     "0/3 nodes are available: 1 Insufficient nvidia.com/gpu, 2 node(s) had untolerated taint "
     "{node-role.kubernetes.io/control-plane: }. preemption: 0/3 nodes are available: 1 No preemption victims "
     "found for incoming pod, 2 Preemption is not helpful for scheduling."
 )
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (LACKS, ["Insufficient nvidia.com/gpu", f"node(s) had untolerated taint {CONTROL_PLANE}"]),
+        ("0/1 nodes are available: 1 Too many pods.", ["Too many pods"]),
+        ("0/1 nodes are available: 1 Too many pods", ["Too many pods"]),
+        ("0/1 nodes are available: 1 Too many pods.  preemption: 0/1 nodes", ["Too many pods"]),
+        ("0/1 nodes are available: 1 Too many pods preemption: 0/1 nodes", ["Too many pods"]),
+        ("pod has unbound claims", []),
+    ],
+)
+def test_the_schedulers_summary_is_read_up_to_its_end(said, expected):
+    assert scheduling.reasons(said) == expected
+
+
+def test_a_summary_of_spaces_is_read_in_linear_time():
+    reason = "a" + " " * 300_000 + "b"
+    assert scheduling.reasons(f"0/1 nodes are available: 1 {reason}") == [reason]
 
 
 def obstacle(content, said, seat):

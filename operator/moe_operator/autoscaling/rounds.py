@@ -18,7 +18,7 @@ from moe_operator.autoscaling import reporting, scaling_history, storage
 from moe_operator.autoscaling.metrics import ScalingMetrics
 from moe_operator.autoscaling.model.history import HistoryError
 from moe_operator.autoscaling.polling import Poller
-from moe_operator.autoscaling.scaler import Outcome, Scaler
+from moe_operator.autoscaling.scaler import Memory, Outcome, Scaler
 from moe_operator.autoscaling.subject import Subject
 from moe_operator.errors import MoEOperatorError, PermanentError, ReadForbiddenError
 from moe_operator.executor import execute
@@ -58,16 +58,26 @@ class ScaledFactory:
 
     async def load(self, subject: Subject) -> Scaled:
         """The scaling of a deployment, with its stored state."""
-        identity, prior = subject.deployment.identity, subject.spec.capacity_prior
         memory, unread = None, False
         try:
-            whole, recent = await self.call(storage.load, self.cluster, identity)
-            memory = await self.call(scaling_history.memory, whole, identity, recent)
+            memory = await self.call(self._stored, subject.deployment.identity)
         except (HistoryError, PermanentError, ReadForbiddenError) as error:
-            logger.warning("%s: %s; scaling starts without history", identity.name, error)
+            logger.warning("%s: %s; scaling starts without history", subject.deployment.name, error)
             unread = isinstance(error, ReadForbiddenError)
-        scaler = Scaler(subject.deployment.wanted_replicas, memory, prior)
+        scaler = Scaler(subject.deployment.wanted_replicas, memory, subject.spec.capacity_prior)
         return Scaled(self, subject, scaler, memory.whole_until if memory else 0, unread=unread)
+
+    def _stored(self, identity: Identity) -> Memory | None:
+        """The stored state, as far as it is valid; raises errors of `storage.load` and HistoryError."""
+        kept, recent = storage.load(self.cluster, identity)
+        whole = scaling_history.memory(kept, identity)
+        if whole is None:
+            return None
+        try:
+            return scaling_history.with_recent(whole, recent, identity)
+        except HistoryError as error:
+            logger.warning("%s: %s; scaling starts without the latest minutes", identity.name, error)
+            return whole
 
     async def retire(self, deployment: Deployment) -> None:
         """Removes scaling information from the status of a deployment that does not scale any more."""

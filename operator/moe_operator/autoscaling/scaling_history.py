@@ -87,27 +87,27 @@ def manifest(owner: Identity, memory: Memory, pods: Iterable[str], name: str = "
     }
 
 
-def memory(
-    kept: Mapping[str, Any] | None, owner: Identity, recent: Mapping[str, Any] | None = None
-) -> Memory | None:
-    """The stored state; None if there is none, or it belongs to an earlier deployment of the same name.
-
-    Args:
-        kept: the whole history. Without it, `recent` is not used.
-        owner: the deployment.
-        recent: the minutes since then.
+def memory(kept: Mapping[str, Any] | None, owner: Identity) -> Memory | None:
+    """The state in the whole history; None if there is none, or it is of an earlier deployment of the name.
 
     Raises:
-        HistoryError: an object is invalid; the message names it, and its first invalid field.
+        HistoryError: the object is invalid; the message names it, and its first invalid field.
     """
-    whole, later = _memory(kept, owner), _memory(recent, owner)
-    if whole is None:
-        return None
-    until = whole.history.end
-    if later is None or later.history.end <= until:
-        return replace(whole, whole_until=until)
+    whole = _memory(kept, owner)
+    return None if whole is None else replace(whole, whole_until=whole.history.end)
+
+
+def with_recent(whole: Memory, recent: Mapping[str, Any] | None, owner: Identity) -> Memory:
+    """The state in the whole history and the minutes since then.
+
+    Raises:
+        HistoryError: as `memory`, about the object of the latest minutes; the whole history is still good.
+    """
+    later = _memory(recent, owner)
+    if later is None or later.history.end <= whole.history.end:
+        return whole
     whole.history.extend(later.history)
-    return replace(later, history=whole.history, whole_until=until)
+    return replace(later, history=whole.history, whole_until=whole.whole_until)
 
 
 def _memory(kept: Mapping[str, Any] | None, owner: Identity) -> Memory | None:

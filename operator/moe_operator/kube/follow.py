@@ -14,7 +14,8 @@ from moe_operator.kube.mirror import Mirror, Place, deployment_of
 from moe_operator.render.children import OPTIONAL_KINDS
 
 _BACKOFF: Final = Backoff(first_s=1.0, longest_s=8.0)
-_UNKNOWN_S: Final = 30.0
+UNKNOWN_S: Final = 30.0
+"""Pause before the API server is asked again for an optional kind that it does not serve."""
 
 Changed = Callable[[str, str], None]
 """Called with the namespace and name of a deployment after a change, in the watcher's thread."""
@@ -32,7 +33,6 @@ class Follower:
         settled: called in the watcher's thread when all initial objects are in the cache, or listing is
             forbidden; once or more often.
         namespace: of the source; empty if it has objects of all namespaces.
-        unknown_s: pause before the API server is asked again for an optional kind that it does not serve.
     """
 
     def __init__(
@@ -44,12 +44,10 @@ class Follower:
         readable: Callable[[], None] = lambda: None,
         settled: Callable[[], None] = lambda: None,
         namespace: str = "",
-        unknown_s: float = _UNKNOWN_S,
     ) -> None:
         self._cache = cache
         self._kind = kind
         self._namespace = namespace
-        self._unknown_s = unknown_s
         self._changed = changed
         self._readable = readable
         self._settled = settled
@@ -112,7 +110,7 @@ class Follower:
                     self._lose_sight()
                     raise
                 self.replace(iter([Page([], str(sys.maxsize))]))
-                self._stopping.wait(self._unknown_s)
+                self._stopping.wait(UNKNOWN_S)
 
     def _lose_sight(self) -> None:
         """Without the right to read a kind, reconciles ask the API server themselves and report it."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
-_SUMMARY: Final = re.compile(r"0/\d+ nodes are available: (.*?)\.?(?:$|\. |\s+(?=preemption: ))")
+_HEAD: Final = re.compile(r"0/\d+ nodes are available: ")
+_END: Final = re.compile(r"\. |\spreemption: ")
 _LACKS: Final = re.compile(r"Insufficient \S+|Too many pods")
 _EXCLUDES: Final = re.compile(
     r"node\(s\) (?:didn't match Pod's node affinity/selector|had untolerated taint.*|were unschedulable)"
@@ -14,8 +15,11 @@ _EXCLUDES: Final = re.compile(
 
 def reasons(said: str) -> list[str]:
     """Why nodes do not take a pod, without their numbers; none where it is not the scheduler's summary."""
-    summary = _SUMMARY.match(said)
-    return re.split(r", \d+ ", re.sub(r"^\d+ ", "", summary[1])) if summary else []
+    head = _HEAD.match(said)
+    if head is None:
+        return []
+    summary = _END.split(said[head.end() :], maxsplit=1)[0].rstrip().removesuffix(".")
+    return re.split(r", \d+ ", re.sub(r"^\d+ ", "", summary))
 
 
 def is_shortage(reason: str) -> bool:

@@ -7,6 +7,7 @@ import json
 import math
 import random
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -16,6 +17,7 @@ from moe_operator.autoscaling import coldstart, readings, scaling_history
 from moe_operator.autoscaling.model.capacity import Capacity
 from moe_operator.autoscaling.model.history import History, HistoryError
 from moe_operator.autoscaling.model.horizon import ColdStarts
+from moe_operator.autoscaling.rounds import ScaledFactory
 from moe_operator.autoscaling.scaler import Memory
 from moe_operator.observed import pods
 from moe_operator.resources.deployment import Identity
@@ -113,6 +115,11 @@ def test_what_is_kept_comes_back():
     assert found.measured == {"a"}, "pods that are gone are forgotten"
 
 
+def both(whole, recent):
+    """The state in two objects."""
+    return scaling_history.with_recent(scaling_history.memory(whole, OWNER), recent, OWNER)
+
+
 def hours(count, whole_until=0):
     """What is written in `count` hours, one object every five minutes, with the memory at the end."""
     chance, days, written = random.Random(1), 14 * 24 * 60, []
@@ -134,7 +141,7 @@ def test_most_writes_hold_only_the_minutes_since_the_last_whole_history():
     names = [manifest["metadata"]["name"] for manifest in written]
     assert [index for index, name in enumerate(names) if name == "docs"] == [0, 72, 144]
     assert set(names) == {"docs", "docs.recent"}
-    found = scaling_history.memory(by_name["docs"], OWNER, by_name["docs.recent"])
+    found = both(by_name["docs"], by_name["docs.recent"])
     assert list(found.history.items()) == list(kept.history.items())
     assert found.whole_until == scaling_history.memory(by_name["docs"], OWNER).history.end
     assert found.capacity == kept.capacity
@@ -146,13 +153,32 @@ def test_a_recent_history_that_is_older_than_the_whole_one_changes_nothing():
     written, _ = hours(7)
     stale, whole = written[71], written[72]
     assert (stale["metadata"]["name"], whole["metadata"]["name"]) == ("docs.recent", "docs")
-    alone, both = scaling_history.memory(whole, OWNER), scaling_history.memory(whole, OWNER, stale)
-    assert list(both.history.items()) == list(alone.history.items())
+    alone, with_stale = scaling_history.memory(whole, OWNER), both(whole, stale)
+    assert list(with_stale.history.items()) == list(alone.history.items())
+
+
+def stored(whole, recent):
+    """What an operator that starts reads of these objects."""
+    objects = {"docs": whole, "docs.recent": recent}
+    cluster = SimpleNamespace(get=lambda kind, namespace, name: objects[name])
+    return ScaledFactory._stored(SimpleNamespace(cluster=cluster), OWNER)
 
 
 def test_without_the_whole_history_a_recent_one_says_nothing():
     written, _ = hours(1)
-    assert scaling_history.memory(None, OWNER, written[-1]) is None
+    assert stored(None, written[-1]) is None
+
+
+def test_an_invalid_recent_history_costs_its_minutes_alone(caplog):
+    written, _ = hours(1)
+    whole = next(one for one in written if one["metadata"]["name"] == "docs")
+    found = stored(whole, {**written[-1], "rates": "AAAA"})
+    assert list(found.history.items()) == list(scaling_history.memory(whole, OWNER).history.items())
+    assert found.whole_until == found.history.end
+    assert "ScalingHistory docs.recent is invalid: rates: unpack_from" in caplog.text
+    assert caplog.text.rstrip().endswith("scaling starts without the latest minutes")
+    with pytest.raises(HistoryError, match="ScalingHistory docs is invalid"):
+        stored({**whole, "rates": "AAAA"}, written[-1])
 
 
 def test_minutes_while_no_operator_ran_are_unknown():
@@ -160,7 +186,7 @@ def test_minutes_while_no_operator_ran_are_unknown():
     later = memory(10)
     later.history.add(14 * 24 * 60 + 90, 7.0)
     due = scaling_history.due(OWNER, later, (), 14 * 24 * 60 + 5)
-    found = scaling_history.memory(written[0], OWNER, due.manifest)
+    found = both(written[0], due.manifest)
     rates = dict(found.history.items())
     assert rates[14 * 24 * 60 + 30] is None
     assert rates[14 * 24 * 60 + 90] == pytest.approx(7.0, rel=0.001)
