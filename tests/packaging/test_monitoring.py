@@ -7,14 +7,18 @@ import re
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 import yaml
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from localcluster.build import ensure
 from tests.packaging import scraped
 from tests.packaging.promql import PromqlError, parse
+from tests.pki import Authority
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts/moe-operator"
@@ -253,19 +257,67 @@ def test_helm_test_asks_the_operator_and_a_frontend(render, served):
     assert urls == [
         "http://moe-operator-test.moe-system:8080/healthz",
         "http://docs-frontend.users:8080/health",
+        "grpc://docs-frontend.users:8000",
     ]
-
-    def run(*urls):
-        impatient = program.replace("PATIENCE_S = 60.0", "PATIENCE_S = 0.0")
-        done = subprocess.run(
-            [sys.executable, flag, impatient, *urls], capture_output=True, text=True, check=False
-        )
-        return done.returncode, done.stdout
-
-    assert run(f"{served}/healthz") == (0, f"{served}/healthz: 200\n")
-    code, said = run(f"{served}/healthz", f"{served}/health")
+    assert run_test(program, f"{served}/healthz") == (0, f"{served}/healthz: 200\n")
+    code, said = run_test(program, f"{served}/healthz", f"{served}/health")
     assert code == 1
     assert f"{served}/health: HTTP Error 503" in said
+
+
+def run_test(program, *urls, ca_file=""):
+    """Exit code and output of the test's program."""
+    impatient = program.replace("PATIENCE_S = 60.0", "PATIENCE_S = 0.0")
+    done = subprocess.run(
+        [sys.executable, "-c", impatient, *urls],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "CA_FILE": str(ca_file)},
+    )
+    return done.returncode, done.stdout
+
+
+@pytest.fixture
+def grpc_served(tmp_path):
+    """Ports of gRPC servers that are well: in plaintext and with TLS; and the authority's file."""
+    authority = Authority()
+    pair = authority.pair("localhost")
+    (tmp_path / "ca.crt").write_bytes(pair["ca.crt"])
+    server = grpc.server(ThreadPoolExecutor(2))
+    servicer = health.HealthServicer()
+    servicer.set("", health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    credentials = grpc.ssl_server_credentials([(pair["tls.key"], pair["tls.crt"])])
+    plain = server.add_insecure_port("127.0.0.1:0")
+    secure = server.add_secure_port("127.0.0.1:0", credentials)
+    server.start()
+    yield plain, secure, tmp_path / "ca.crt"
+    server.stop(None)
+
+
+def test_helm_test_speaks_grpc_and_verifies_certificates(render, grpc_served):
+    plain, secure, ca_file = grpc_served
+    settings = ("test.deployment=users/docs", "test.tls.enabled=true", "test.tls.caSecret=ca")
+    (pod,) = (body for body in render(*settings) if body["kind"] == "Pod")
+    (container,) = pod["spec"]["containers"]
+    program, _, *urls = container["command"][2:]
+    assert urls == ["https://docs-frontend.users:8080/health", "grpcs://docs-frontend.users:8000"]
+    (variable,), (mount,), (volume,) = container["env"], container["volumeMounts"], pod["spec"]["volumes"]
+    assert variable == {
+        "name": "CA_FILE",
+        "value": f"{mount['mountPath']}/{volume['secret']['items'][0]['path']}",
+    }
+    assert volume["secret"]["secretName"] == "ca"
+
+    found = run_test(program, f"grpc://localhost:{plain}", f"grpcs://localhost:{secure}", ca_file=ca_file)
+    assert found == (0, f"grpc://localhost:{plain}: SERVING\ngrpcs://localhost:{secure}: SERVING\n")
+    code, said = run_test(program, f"grpcs://localhost:{secure}")  # the system does not know the authority
+    assert code == 1
+    assert "UNAVAILABLE" in said
+    code, said = run_test(program, f"https://localhost:{secure}/health")
+    assert code == 1
+    assert "CERTIFICATE_VERIFY_FAILED" in said
 
 
 def test_the_charts_metadata_names_the_kinds_and_an_example_that_is_valid():
