@@ -260,4 +260,5 @@ def test_a_browser_draws_it(page, tmp_path):
     assert 'aria-label="prefix cache hits 75 %"' in dom
     assert "ScaledUp" in dom
     assert "&lt;script&gt;document.title" in dom
+    assert '<th scope="col" class="number">Restarts</th>' in dom
     assert "<title>MoEDeployments</title>" in dom
