@@ -15,6 +15,7 @@ from tests.operator.inferencepool_crd import CRD
 from tests.operator.live import eventually, manifest
 from tests.operator.worlds import World, deployment
 
+pytestmark = pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
 ASKED = {"inferencePool": {"endpointPicker": {"name": "picker"}}}
 PICKER = {"name": "picker", "port": 9003, "failureMode": "FailOpen"}
 POOLS = "/apis/inference.networking.k8s.io/v1/namespaces/default/inferencepools"
