@@ -7,8 +7,8 @@ are busy for --busy of the trace where nothing is cached. Half way, one replica 
 comes back empty. The policies are those of the frontend.
 
 With several frontends, requests go to them in turn. "own" counts only a frontend's own requests, "shared"
-also those of the others, as each replica reports them once a second. "exact" knows what each replica holds,
-as if replicas told all frontends of every block at once.
+also those of the others, as each replica reports them once a second. With prefix-affinity-exact, every
+frontend hears 0.1 s later of each block that a replica is to compute or evicts, as by WatchCache.
 """
 
 from __future__ import annotations
@@ -22,14 +22,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moe_frontend.policy.balancing import LeastLoaded, Policy, PrefixAffinity, Question, RandomOfTwo
-from moe_frontend.policy.prefixes import PrefixIndex
+from moe_api.prefixes import CHANGE_MOST
+from moe_api.worker.v1 import worker_pb2
+from moe_frontend.policy.balancing import (
+    ExactPrefixAffinity,
+    LeastLoaded,
+    Policy,
+    PrefixAffinity,
+    Question,
+    RandomOfTwo,
+)
 from moe_frontend.policy.routing import Load
+from moe_frontend.policy.watched import Held
 from moe_tools.cache_replay.recording import Request, read
 
 TOKEN_S = 0.03
 LOST_S = 60.0
 POLL_S = 1.0
+HEARD_S = 0.1
+MASK = 2**64 - 1
 
 
 @dataclass
@@ -41,31 +52,52 @@ class Replica:
     in_flight: int = 0
     prefilled: int = 0
     cache: OrderedDict[int, None] = field(default_factory=OrderedDict)
+    changes: list[tuple[float, int, bool]] = field(default_factory=list)
+    """When frontends hear that a block is stored (True) or evicted."""
 
     def held(self, blocks: Sequence[int]) -> int:
         """Leading blocks that are cached."""
         return next((index for index, block in enumerate(blocks) if block not in self.cache), len(blocks))
 
-    def compute(self, request: Request, blocks: Sequence[int]) -> int:
+    def compute(self, request: Request, blocks: Sequence[int], now: float) -> int:
         """Tokens of the prompt that are not cached."""
         known = self.held(blocks)
         for block in reversed(blocks):
+            if block not in self.cache:
+                self.changes.append((now + HEARD_S, block, True))
             self.cache[block] = None
             self.cache.move_to_end(block)
         while len(self.cache) > self.holds:
-            self.cache.popitem(last=False)
+            self.changes.append((now + HEARD_S, self.cache.popitem(last=False)[0], False))
         return request.prompt_tokens * (len(blocks) - known) // max(1, len(blocks))
 
 
-class ExactIndex(PrefixIndex):
-    """Knows what each replica holds."""
+@dataclass
+class Watch:
+    """A frontend's watch of a replica; `heard`: how many of its changes."""
 
-    def __init__(self, fleet: list[Replica]) -> None:
-        super().__init__()
-        self._fleet = fleet
+    held: Held = field(default_factory=Held)
+    heard: int = 0
 
-    def held(self, blocks: Sequence[int], now: float) -> dict[str, int]:  # noqa: ARG002
-        return {replica.name: replica.held(blocks) for replica in self._fleet}
+    def messages(self, replica: Replica, now: float) -> list[worker_pb2.CacheChange]:
+        """What is due, as a worker sends it."""
+        due: dict[int, bool] = {}
+        while self.heard < len(replica.changes) and replica.changes[self.heard][0] <= now:
+            _, block, stored = replica.changes[self.heard]
+            due[block] = stored
+            self.heard += 1
+        names = sorted(due, key=due.__getitem__)  # evicted ones first
+        parts = [names[start : start + CHANGE_MOST] for start in range(0, len(names), CHANGE_MOST)]
+        first = self.held.sequence == 0
+        return [
+            worker_pb2.CacheChange(
+                sequence=self.held.sequence + number,
+                reset=first and number == 1,
+                stored=[name for name in part if due[name]],
+                evicted=[name for name in part if not due[name]],
+            )
+            for number, part in enumerate(parts or [[]] * first, 1)
+        ]
 
 
 @dataclass
@@ -78,6 +110,17 @@ class Frontend:
     elsewhere: dict[str, int]
     polled_at: float = -POLL_S
     last_chosen: dict[str, int] = field(default_factory=dict)
+    watches: dict[str, Watch] = field(default_factory=dict)
+
+    def hear(self, ready: list[Replica], now: float) -> None:
+        """Takes what replicas told of their caches, where the policy uses that."""
+        if not isinstance(self.policy, ExactPrefixAffinity):
+            return
+        self.watches = {one.name: self.watches.get(one.name) or Watch() for one in ready}
+        for one in ready:
+            watch = self.watches[one.name]
+            for message in watch.messages(one, now):
+                self.policy.index.apply(one.name, watch.held, message)
 
     def choose(self, ready: list[Replica], costs: Sequence[float], number: int) -> Replica:
         """The cheapest replica; of several the one that was not chosen for longest."""
@@ -106,7 +149,7 @@ class Result:
 
 
 def simulate(
-    make: Callable[[list[Replica]], Policy],
+    make: Callable[[], Policy],
     requests: list[Request],
     given: argparse.Namespace,
     rate: float,
@@ -114,9 +157,7 @@ def simulate(
     shared: bool,
 ) -> Result:
     fleet = [Replica(f"replica-{number}", given.holds, rate) for number in range(given.replicas)]
-    frontends = [
-        Frontend(make(fleet), shared, {one.name: 0 for one in fleet}, {}) for _ in range(given.frontends)
-    ]
+    frontends = [Frontend(make(), shared, {one.name: 0 for one in fleet}, {}) for _ in range(given.frontends)]
     ends: list[tuple[float, int, Replica, Frontend]] = []
     waits: list[float] = []
     lost, span = fleet[-1], requests[-1].at_s - requests[0].at_s
@@ -131,15 +172,17 @@ def simulate(
         if len(fleet) > 1 and down != (lost_at <= now < lost_at + LOST_S):
             down = not down
             lost.cache.clear()
+            lost.changes.clear()
             for frontend in frontends:
                 frontend.policy.keep(frozenset(one.name for one in fleet if not (down and one is lost)))
         ready = [one for one in fleet if not (down and one is lost)]
         frontend = frontends[number % len(frontends)]
-        question = Question(tuple(hash(key) for key in request.keys))
+        frontend.hear(ready, now)
+        question = Question(tuple(hash(key) & MASK for key in request.keys))
         costs = frontend.policy.costs(question, frontend.loads(ready, now), now)
         chosen = frontend.choose(ready, costs, number)
         frontend.policy.sent(question, chosen.name, now)
-        tokens = chosen.compute(request, question.blocks)
+        tokens = chosen.compute(request, question.blocks, now)
         chosen.prefilled += tokens
         chosen.free_at = max(chosen.free_at, now) + tokens / rate
         waits.append(chosen.free_at - now)
@@ -150,11 +193,11 @@ def simulate(
     return Result(sum(one.prefilled for one in fleet), waits, most)
 
 
-POLICIES: dict[str, Callable[[list[Replica]], Policy]] = {
-    "least-loaded": lambda _: LeastLoaded(),
-    "random-of-two": lambda _: RandomOfTwo(random.Random(1)),
-    "prefix-affinity": lambda _: PrefixAffinity(PrefixIndex()),
-    "prefix-affinity, exact": lambda fleet: PrefixAffinity(ExactIndex(fleet)),
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "least-loaded": LeastLoaded,
+    "random-of-two": lambda: RandomOfTwo(random.Random(1)),
+    "prefix-affinity": PrefixAffinity,
+    "prefix-affinity-exact": ExactPrefixAffinity,
 }
 
 

@@ -113,7 +113,8 @@ from moe_operator.errors import MoEOperatorError
     show_envvar=True,
     help="Which replica takes a request. least-loaded: the one with the fewest requests in flight. "
     "prefix-affinity: the one with the least to compute, because it has computed the beginning of the "
-    "prompt before. session: the same one for all requests of a session (metadata x-session-id). "
+    "prompt before. prefix-affinity-exact: the same, but replicas report what they have cached; use it with "
+    "several frontends. session: the same one for all requests of a session (metadata x-session-id). "
     "random-of-two: the less loaded of two.",
 )
 @click.option(

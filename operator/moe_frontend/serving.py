@@ -34,6 +34,7 @@ from moe_frontend.transport.holding import Hold
 from moe_frontend.transport.loads import LoadPolling
 from moe_frontend.transport.replicas import Replicas
 from moe_frontend.transport.service import Frontend
+from moe_frontend.transport.watching import CacheWatching
 from moe_operator.errors import MoEOperatorError
 
 _LOG: Final = logging.getLogger("moe-frontend")
@@ -84,7 +85,10 @@ async def serve(options: Options) -> None:
         InstallationError: there is no cluster, or the address cannot be listened on.
     """
     supervisor = Supervisor(expected=(MoEOperatorError,))
-    replicas = Replicas(supervisor=supervisor, policy=balancing.POLICIES[options.routing]())
+    policy = balancing.POLICIES[options.routing]()
+    replicas = Replicas(supervisor=supervisor, policy=policy)
+    if isinstance(policy, balancing.ExactPrefixAffinity):
+        CacheWatching(replicas, policy.index, supervisor).measure(metrics.get_meter(_SCOPE))
     polling = LoadPolling(replicas)
     polling.measure(metrics.get_meter(_SCOPE))
     supervisor.start("replica-loads", polling.run)

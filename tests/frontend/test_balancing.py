@@ -16,7 +16,7 @@ from moe_frontend.policy.balancing import (
     Session,
     question_of,
 )
-from moe_frontend.policy.prefixes import BLOCKS_MOST, PrefixIndex, blocks_of
+from moe_frontend.policy.prefixes import PrefixIndex
 from moe_frontend.policy.routing import Load, choose
 
 NAMES = ("a", "b", "c")
@@ -71,23 +71,6 @@ def test_the_index_is_bounded_and_never_claims_what_was_not_sent(sent):
     for _, blocks in sent:
         for replica, count in index.held(blocks, float(len(sent))).items():
             assert set(blocks[:count]) <= prefixes[replica]
-
-
-def test_blocks_name_all_that_is_before_them():
-    def names(salt, prompt):
-        return blocks_of(inference_pb2.GenerateRequest(prompt=prompt), salt)
-
-    first, second, third = "a" * 512, "b" * 512, "c" * 512
-    assert len(names(b"s", first + second + "rest")) == 2
-    assert names(b"s", first + third)[0] == names(b"s", first + second)[0]
-    assert names(b"s", first + third)[1] != names(b"s", second + third)[1]
-    assert not set(names(b"s", first + second)) & set(names(b"t", first + second))
-    assert len(names(b"s", "x" * (512 * BLOCKS_MOST + 5000))) == BLOCKS_MOST
-
-
-def test_token_ids_are_blocks_as_well():
-    request = inference_pb2.GenerateRequest(prompt_tokens={"ids": range(300)})
-    assert len(blocks_of(request, b"s")) == 2
 
 
 def test_a_session_stays_where_it_is_while_its_replica_is_there():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from moe_worker.errors import QueueFullError, RequestError
-from moe_worker.scheduler.plan import Limits
+from moe_worker.scheduler.plan import Block, Limits
 from tests.worker.simulated import SimulatedEngine
 
 LIMITS = st.builds(
@@ -39,6 +39,10 @@ class Interleaving(RuleBasedStateMachine):
         self.tenants = tenants
         self.run = SimulatedEngine(limits)
         self.next = 0
+        self.names, self.told = {}, set()
+
+    def _name(self, namespace, beginning):
+        return self.names.setdefault((namespace, tuple(beginning)), len(self.names))
 
     @property
     def live(self):
@@ -59,6 +63,7 @@ class Interleaving(RuleBasedStateMachine):
         deadline = None if patience is None else self.run.now + patience
         more = {"priority": priority, "deadline": deadline, "namespace": namespace}
         more |= {"tenant": str(min(tenant, self.tenants - 1)), "weight": weight}
+        more["blocks"] = [Block(self._name(namespace, prompt[:end]), end) for end in range(3, len(prompt), 3)]
         if fits and not full:
             self.run.submit(self.next, prompt, new_tokens, **more)
             self.next += 1
@@ -104,6 +109,22 @@ class Interleaving(RuleBasedStateMachine):
             assert self.run.scheduler.running <= most
             assert self.run.scheduler.waiting + self.run.scheduler.running == len(self.live)
 
+    @invariant()
+    def told_blocks_are_cached_or_will_be(self):
+        if not hasattr(self, "run"):
+            return
+        stored, evicted = self.run.scheduler.take_block_changes()
+        assert not self.told & set(stored)
+        assert self.told >= set(evicted)
+        self.told = self.told - set(evicted) | set(stored)
+        live = {block.name for number in self.live for block in self.run.arrivals[number].blocks}
+        caches = self.run.limits.prefix_cache
+        assert self.told >= (live if caches else set())
+        tree, size = self.run.scheduler._policy.memory.tree, self.run.limits.page_size
+        for (namespace, beginning), name in self.names.items():
+            if name in self.told - live:
+                assert _is_cached(tree, namespace, beginning, size)
+
     def teardown(self):
         if hasattr(self, "run"):
             self.run.drain()
@@ -111,6 +132,15 @@ class Interleaving(RuleBasedStateMachine):
             assert not self.live
             assert self.run.scheduler.used_pages == 0
             assert self.tenants > 1 or self.run.scheduler.counters.largest_gap <= 1
+
+
+def _is_cached(tree, namespace, tokens, size):
+    """Whether a path of the tree begins with these tokens."""
+    nodes = [tree._roots[namespace]] if namespace in tree._roots else []
+    for start in range(0, len(tokens), size):
+        page = tuple(tokens[start : start + size])
+        nodes = [child for node in nodes for key, child in node.children.items() if key[: len(page)] == page]
+    return bool(nodes)
 
 
 TestInterleaving = Interleaving.TestCase

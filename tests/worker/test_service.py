@@ -16,7 +16,9 @@ import moe_worker
 from moe_api import rich_status
 from moe_api.clock import Anchor
 from moe_api.inference.v1 import inference_pb2
+from moe_api.prefixes import names_of
 from moe_api.tenancy import Tenancy
+from moe_api.worker.v1 import worker_pb2
 from moe_worker.engine.requests import Delta, FinishReason
 from moe_worker.errors import EngineDiedError
 from moe_worker.sampling.parameters import SamplingParameters
@@ -347,3 +349,40 @@ def test_the_library_needs_no_grpc():
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert moe_worker.Engine is not None
+
+
+def test_the_cache_can_be_watched(endless):
+    """The names are those that a frontend computes of the same request and salt."""
+    request = inference_pb2.GenerateRequest(
+        prompt="a text that many share " * 60, sampling={"max_tokens": 2, "temperature": 0.0}
+    )
+    other = inference_pb2.GenerateRequest(prompt_tokens={"ids": range(300)}, sampling={"max_tokens": 2})
+    tenancy = Tenancy(tenant="a", salt="5a17")
+    names = {*names_of(request, "5a17"), *names_of(other, "5a17")}
+    assert len(names) == 4
+    with Worker(endless, "--context-length", "2048", "--max-batch-size", "1") as worker:
+        worker.wait_ready()
+        first = worker.load.WatchCache(worker_pb2.WatchCacheRequest(), timeout=DEADLINE_S)
+        message = next(first)
+        assert (message.sequence, message.reset, list(message.stored)) == (1, True, [])
+        for given in (request, other):
+            list(worker.inference.Generate(given, timeout=DEADLINE_S, metadata=tenancy.metadata()))
+        held, sequence = set(), 1
+        while held != names:
+            message, sequence = next(first), sequence + 1
+            assert (message.sequence, message.reset) == (sequence, False)
+            held = (held | set(message.stored)) - set(message.evicted)
+        snapshot = next(worker.load.WatchCache(worker_pb2.WatchCacheRequest(), timeout=DEADLINE_S))
+        assert set(snapshot.stored) == names
+        # One context fills the cache, which is as large as one.
+        list(
+            worker.inference.Generate(
+                inference_pb2.GenerateRequest(prompt_tokens={"ids": [7] * 2000}, sampling={"max_tokens": 40}),
+                timeout=DEADLINE_S,
+            )
+        )
+        evicted = set()
+        while not evicted >= names:
+            evicted |= set(next(first).evicted)
+        worker.terminate()
+        assert refused(first).code() is grpc.StatusCode.UNAVAILABLE

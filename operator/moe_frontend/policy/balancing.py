@@ -12,9 +12,11 @@ from typing import Any, Final, Protocol
 from google.protobuf.message import Message
 
 from moe_api.inference.v1 import inference_pb2
-from moe_frontend.policy.prefixes import PrefixIndex, blocks_of
+from moe_api.prefixes import names_of
+from moe_frontend.policy.prefixes import PrefixIndex
 from moe_frontend.policy.routing import Load
-from moe_frontend.policy.salt import salt_of
+from moe_frontend.policy.salt import prefix_salt
+from moe_frontend.policy.watched import WatchedIndex
 
 SESSION_KEY: Final = "x-session-id"
 """Metadata (HTTP header) that names the session of a request."""
@@ -78,7 +80,7 @@ def question_of(request: Message, metadata: Iterable[Any] | None, tenant: str = 
     session = next((str(value) for key, value in pairs if key == SESSION_KEY), "")
     if not isinstance(request, inference_pb2.GenerateRequest):
         return Question(session=session)
-    return Question(blocks_of(request, salt_of(pairs, tenant)), session)
+    return Question(names_of(request, prefix_salt(pairs, tenant)), session)
 
 
 class LeastLoaded:
@@ -159,9 +161,20 @@ class PrefixAffinity:
         self._index.keep(replicas)
 
 
+class ExactPrefixAffinity(PrefixAffinity):
+    """The same, for replicas that tell which blocks they hold (`index` is told by a watch of each)."""
+
+    reason = "PrefixAffinityExact"
+
+    def __init__(self, index: WatchedIndex | None = None) -> None:
+        self.index = WatchedIndex() if index is None else index
+        super().__init__(self.index)
+
+
 POLICIES: Final[dict[str, Callable[[], Policy]]] = {
     "least-loaded": LeastLoaded,
     "prefix-affinity": PrefixAffinity,
+    "prefix-affinity-exact": ExactPrefixAffinity,
     "random-of-two": RandomOfTwo,
     "session": Session,
 }

@@ -1,43 +1,16 @@
 """An approximate index of the prefix caches of replicas: which replica was sent which prefixes. Pure.
 
-Replicas are not asked. A block is a part of a prompt together with everything before it, identified by a
-chained hash that starts with the client's salt. A block that was not sent to a replica for TTL_S counts as
+Replicas are not asked. A block (`moe_api.prefixes`) that was not sent to a replica for TTL_S counts as
 evicted.
 """
 
-import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Final
 
-from moe_api.inference.v1 import inference_pb2
-
-BLOCK_BYTES: Final = 512
-BLOCK_TOKENS: Final = 128
-BLOCKS_MOST: Final = 512
-"""Maximum blocks of one prompt; the rest is ignored."""
 INDEX_MOST: Final = 50_000
 """Maximum blocks in the index; about 400 bytes each."""
 TTL_S: Final = 600.0
-
-
-def blocks_of(request: inference_pb2.GenerateRequest, salt: bytes) -> tuple[int, ...]:
-    """Identifiers of the complete blocks of a prompt, in order."""
-    names, name = [], salt
-    for piece in _pieces(request):
-        name = hashlib.blake2b(piece, digest_size=8, key=name).digest()
-        names.append(int.from_bytes(name, "big"))
-    return tuple(names)
-
-
-def _pieces(request: inference_pb2.GenerateRequest) -> Iterator[bytes]:
-    if ids := request.prompt_tokens.ids:
-        for start in range(0, min(len(ids) // BLOCK_TOKENS, BLOCKS_MOST) * BLOCK_TOKENS, BLOCK_TOKENS):
-            yield b"".join(token.to_bytes(4, "big") for token in ids[start : start + BLOCK_TOKENS])
-        return
-    text = request.prompt.encode()
-    for start in range(0, min(len(text) // BLOCK_BYTES, BLOCKS_MOST) * BLOCK_BYTES, BLOCK_BYTES):
-        yield text[start : start + BLOCK_BYTES]
 
 
 class PrefixIndex:
@@ -72,6 +45,11 @@ class PrefixIndex:
                 break
             counts.update(dict.fromkeys(holders, index + 1))
         return counts
+
+    def was_sent(self, block: int, replica: str, now: float, within_s: float) -> bool:
+        """Whether a block was sent to a replica in the last `within_s` seconds."""
+        at = self._sent.get(block, {}).get(replica)
+        return at is not None and now - at < within_s
 
     def keep(self, replicas: frozenset[str]) -> None:
         """Drops all other replicas: one that returns has an empty cache."""

@@ -49,6 +49,7 @@ def command(deployment: Deployment) -> list[str]:
 
 _ROUTING = {
     "PrefixAffinity": "prefix-affinity",
+    "PrefixAffinityExact": "prefix-affinity-exact",
     "RandomOfTwo": "random-of-two",
     "Session": "session",
 }

@@ -58,6 +58,9 @@ class Service(Model):
     )
 
 
+Routing = Literal["LeastLoaded", "PrefixAffinity", "PrefixAffinityExact", "RandomOfTwo", "Session"]
+
+
 class Frontend(PodSettings):
     """The pods that clients connect to; they forward requests to the workers and need no GPU."""
 
@@ -82,12 +85,13 @@ class Frontend(PodSettings):
         max_length=512,
         json_schema_extra=rules(IMAGE_RULE),
     )
-    routing: Literal["LeastLoaded", "PrefixAffinity", "RandomOfTwo", "Session"] = Field(
+    routing: Routing = Field(
         default="LeastLoaded",
         description="Which replica takes a request. LeastLoaded: the one with the fewest requests in flight. "
         "PrefixAffinity: the one with the least to compute, because it has computed the beginning of the "
-        "prompt before. Session: the same one for all requests of a session (metadata x-session-id). "
-        "RandomOfTwo: the less loaded of two. Default: LeastLoaded.",
+        "prompt before. PrefixAffinityExact: the same, but replicas report what they have cached; use it "
+        "with several frontends. Session: the same one for all requests of a session (metadata "
+        "x-session-id). RandomOfTwo: the less loaded of two. Default: LeastLoaded.",
     )
     tenants: list[Tenant] = Field(
         default=[],

@@ -116,6 +116,10 @@ class EngineCore:
         """Events of requests since the last call."""
         return self._tally.take_events()
 
+    def take_block_changes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Names of blocks that the cache holds now, and that it holds no more, since the last call."""
+        return self._scheduler.take_block_changes()
+
     def open_guide(self, request: Request) -> Guide | None:
         """The guide of a request's output format, which is compiled in the background; None without one."""
         return self._launcher.guides.open(request)
@@ -137,6 +141,7 @@ class EngineCore:
             tenant=request.tenant,
             weight=request.weight,
             scored=request.scores_prompt,
+            blocks=request.blocks,
         )
         if arrival.scored and self._launcher.feeds:
             raise RequestError(

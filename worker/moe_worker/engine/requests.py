@@ -8,6 +8,7 @@ from typing import NamedTuple
 from moe_worker.sampling.logprobs import TokenLogprobs
 from moe_worker.sampling.output_format import OutputFormat
 from moe_worker.sampling.parameters import SamplingParameters, Violation
+from moe_worker.scheduler.plan import Block
 
 
 class FinishReason(Enum):
@@ -28,7 +29,7 @@ class Request:
     written: tokens that another engine has emitted; this one continues after them.
     output_format: what the text must be; None: any text.
     tenant, weight: whose request it is, and its share of the machine relative to other tenants.
-    salt: requests with different ones share no cached prefix.
+    salt: requests with different ones share no cached prefix. blocks: of the prompt that have names.
     """
 
     id: int
@@ -42,6 +43,7 @@ class Request:
     tenant: str = ""
     weight: int = 1
     salt: str = ""
+    blocks: tuple[Block, ...] = ()
 
     @property
     def scores_prompt(self) -> bool:

@@ -15,10 +15,13 @@ a small one.
 
 from collections.abc import Sequence
 
+from moe_worker.kvcache.blocks import BlockNames
 from moe_worker.kvcache.heap import LazyHeap
 from moe_worker.kvcache.pages import PagePool
 
 MOST_HITS = 3
+MOST_NAMES = 8
+"""Blocks that may end in one page: several where equal tokens came as different requests."""
 _SMOOTHING = 1 / 64
 """Weight of the last lookup in the mean number of pages per lookup."""
 
@@ -26,7 +29,7 @@ _SMOOTHING = 1 / 64
 class Node:
     """A page in the tree, and the prefix that ends with it. Opaque to users."""
 
-    __slots__ = ("children", "hits", "key", "page", "parent", "usefulness")
+    __slots__ = ("children", "hits", "key", "names", "page", "parent", "usefulness")
 
     def __init__(self, parent: "Node | None", key: tuple[int, ...], page: int, usefulness: int) -> None:
         self.parent = parent
@@ -35,6 +38,7 @@ class Node:
         self.usefulness = usefulness  # the leaf with the least is evicted first
         self.hits = 0
         self.children: dict[tuple[int, ...], Node] = {}
+        self.names: tuple[int, ...] = ()  # of blocks that end in it
 
 
 class _Root(Node):
@@ -58,6 +62,7 @@ class PrefixTree:
         self._lookups = 0
         self._touched = 0
         self._touched_mean = 1.0
+        self.names = BlockNames()
         self.lifetime = 0  # lookups that use as many pages as the tree holds
         self.pages = 0
         self.idle = 0
@@ -100,6 +105,14 @@ class PrefixTree:
             node = self._insert_page(node, tuple(tokens[index * size : (index + 1) * size]), page)
             kept.append(node.page)
         return node, kept
+
+    def name(self, node: Node, back: int, name: int) -> Node:
+        """Names the block that ends in the page `back` pages before a node in use; returns that page's."""
+        for _ in range(back):
+            node = node.parent or node
+        if len(node.names) < MOST_NAMES and name not in node.names and self.names.retain(name):
+            node.names += (name,)
+        return node
 
     def release(self, node: Node) -> None:
         """Drops the caller's references to the prefix that ends in `node`; its pages stay until evicted."""
@@ -152,6 +165,8 @@ class PrefixTree:
             raise ValueError("the root of a namespace holds no page to evict")
         del parent.children[leaf.key]
         leaf.parent = None
+        for name in leaf.names:
+            self.names.release(name)
         self._pool.release(leaf.page)
         self.pages -= 1
         self.idle -= 1

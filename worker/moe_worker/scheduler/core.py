@@ -70,6 +70,12 @@ class Scheduler:
         """Pages evicted from the prefix tree since the start."""
         return self._policy.memory.tree.evictions
 
+    def take_block_changes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Names of blocks that came into the cache, or are about to, and of those that went, since the last
+        call.
+        """
+        return self._policy.memory.tree.names.take()
+
     def submit(self, arrival: Arrival) -> None:
         """Adds a request to the queue.
 

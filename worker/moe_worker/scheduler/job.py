@@ -21,12 +21,14 @@ class Job:
     tokens: known ones, of the prompt and sampled. length: tokens, with those sampled by steps under way.
     computed: tokens in the cache once all planned steps are done; written: once all completed ones are.
     table: its pages; the first `shared` are the path to `node` in the prefix tree. told: entries of the table
-    that earlier planned chunks contain. admitted, sampled: numbers of the steps in which it last started to
-    run and got its newest token (0: never, or that step was reverted).
+    that earlier planned chunks contain. announced: names of its blocks, held until it ends. admitted,
+    sampled: numbers of the steps in which it last started to run and got its newest token (0: never, or that
+    step was reverted).
     """
 
     __slots__ = (
         "admitted",
+        "announced",
         "arrival",
         "computed",
         "ends",
@@ -57,6 +59,7 @@ class Job:
         self.node: Node | None = None
         self.shared = 0
         self.told = 0
+        self.announced: tuple[int, ...] = ()
         self.admitted = 0
         self.sampled = 0
         self.preempted = False

@@ -20,6 +20,18 @@ class Memory:
         """Pages that are free or can be evicted."""
         return self.pool.free + self.tree.idle
 
+    def announce(self, job: Job) -> None:
+        """Names the blocks of a new job's prompt as held: they will be."""
+        if self._limits.prefix_cache:
+            names = self.tree.names
+            job.announced = tuple(block.name for block in job.arrival.blocks if names.retain(block.name))
+
+    def retract(self, job: Job) -> None:
+        """The job has ended; from now on the cache holds what is in the tree."""
+        for name in job.announced:
+            self.tree.names.release(name)
+        job.announced = ()
+
     def missing(self, job: Job, reserve: int) -> int:
         """Gives a waiting job the pages of all its tokens; `reserve` more must stay available.
 
@@ -38,6 +50,7 @@ class Memory:
         job.shared = len(shared)
         job.table = shared + self._take(fresh)
         job.computed = job.written = len(shared) * self._size
+        self._name(job, 0)
         return 0
 
     def grow(self, job: Job) -> bool:
@@ -55,6 +68,7 @@ class Memory:
         pages = job.table[first:last]
         job.node, kept = self.tree.insert(job.node, job.tokens[first * self._size : last * self._size], pages)
         job.shared = last
+        self._name(job, first)
         if kept != pages:
             job.table[first:last] = kept
             job.told = min(job.told, first)
@@ -67,6 +81,16 @@ class Memory:
             self.tree.release(job.node)
         job.node, job.table = None, []
         job.shared = job.told = job.computed = job.written = 0
+
+    def _name(self, job: Job, first: int) -> None:
+        """Names the blocks that end in the pages from `first` on that the job has in the tree."""
+        node, last = job.node, job.shared - 1
+        for block in reversed(job.arrival.blocks):
+            page = (block.end - 1) // self._size
+            if page < first or node is None:
+                return
+            if page <= last:
+                node, last = self.tree.name(node, last - page, block.name), page
 
     def _take(self, count: int) -> list[int]:
         self.tree.evict(count - self.pool.free)

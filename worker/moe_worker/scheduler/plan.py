@@ -61,6 +61,13 @@ class Limits:
         return -(-tokens // self.page_size)
 
 
+class Block(NamedTuple):
+    """A part of a prompt, with all before it, that a router knows by name; `end`: tokens up to its end."""
+
+    name: int
+    end: int
+
+
 @dataclass(frozen=True)
 class Arrival:
     """A request as the scheduler sees it.
@@ -69,7 +76,7 @@ class Arrival:
     at least one. arrived, deadline: times; None: no deadline. priority: LEAST_PRIORITY to MOST_PRIORITY.
     namespace: prompts of two namespaces never share pages. tenant, weight: whose request it is, and its share
     of the machine relative to other tenants. scored: whether the logits of all tokens of the prompt are
-    needed, so that it takes no pages from the prefix cache.
+    needed, so that it takes no pages from the prefix cache. blocks: of the prompt that have names, in order.
     """
 
     id: int
@@ -82,6 +89,7 @@ class Arrival:
     tenant: str = ""
     weight: int = 1
     scored: bool = False
+    blocks: Sequence[Block] = ()
 
 
 class Chunk(NamedTuple):

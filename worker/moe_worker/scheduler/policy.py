@@ -82,6 +82,7 @@ class SchedulingPolicy:
         rank = (arrival.arrived - self._limits.aging_s * arrival.priority, self._arrivals)
         tenant = self._tenants.join(arrival.tenant, arrival.weight, arrival.priority)
         job = Job(arrival, rank, tenant)
+        self.memory.announce(job)
         self._queues.setdefault(tenant, LazyHeap(_waits)).push(job.rank, job)
         return job
 
@@ -90,6 +91,7 @@ class SchedulingPolicy:
         if job.state is State.RUNNING:
             self._stop(job)
         self.memory.free(job)
+        self.memory.retract(job)
         job.state = State.ENDED
         self._tenants.leave(job.tenant)
         if not job.tenant.live:

@@ -19,6 +19,7 @@ from moe_worker.engine.requests import Load, Request
 from moe_worker.engine.statistics import ExpertStatistics, Statistics
 from moe_worker.errors import EngineDiedError, QueueFullError, RequestError, WorkerError
 from moe_worker.framing import LENGTH_BYTES, MalformedMessageError
+from moe_worker.service.cache_feed import CacheFeed
 from moe_worker.service.streams import Stream, Timeline
 from moe_worker.service.watchdog import STALL_TIMEOUT_S, Watchdog
 from moe_worker.service.wire import (
@@ -72,6 +73,7 @@ class EngineClient:
     statistics: Statistics = field(default_factory=Statistics)
     step_s: float = 0.0  # of all steps
     on_step: StepListener | None = None
+    cached: CacheFeed = field(default_factory=CacheFeed)
     _slots: Slots = field(default_factory=Slots)
     _streams: dict[int, Stream] = field(default_factory=dict)
     _ids: "count[int]" = field(default_factory=count)
@@ -178,6 +180,7 @@ class EngineClient:
     def abandon(self, reason: WorkerError) -> None:
         """Ends all streams with `reason`, and refuses requests from now on."""
         self._ended = reason
+        self.cached.close()
         for stream in self._streams.values():
             stream.fail(reason)
         if self._asked is not None and not self._asked.done():
@@ -236,6 +239,8 @@ class EngineClient:
         self._watchdog.heard()
         before, self.statistics = self.statistics, message.statistics
         self.load, self._acknowledged = message.load, message.submitted
+        if message.stored or message.evicted:
+            self.cached.change(message.stored, message.evicted)
         for event in message.events:
             if event.id in self._streams:
                 self._streams[event.id].timeline.note(event, message.start_ns)
@@ -259,6 +264,7 @@ class EngineClient:
 
     async def stop(self) -> None:
         """Ends the process, which by itself ends when its socket closes, unless it is still loading."""
+        self.cached.close()
         self.writer.close()
         loading = not self.format
         try:

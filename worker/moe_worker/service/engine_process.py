@@ -146,7 +146,8 @@ def _serve(connection: socket.socket, sender: _Sender) -> None:
         deltas = tuple(core.step())
         mesh.tell()
         end, events = time.monotonic_ns(), core.take_events()
-        sender.send(Stepped(begin, end, deltas, core.load, submitted, core.statistics, events))
+        changes = core.take_block_changes()
+        sender.send(Stepped(begin, end, deltas, core.load, submitted, core.statistics, events, *changes))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -13,6 +13,7 @@ from opentelemetry.metrics import Meter
 from moe_api import rich_status, spans
 from moe_api.clock import Anchor, deadline_s
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
+from moe_api.prefixes import ends_of, names_of
 from moe_api.tenancy import MalformedTenancyError, Tenancy, tenancy_of
 from moe_api.writing import WRITE_TIMEOUT_S, SlowReaderError, Writer
 from moe_worker.config.model import ModelConfig
@@ -22,6 +23,7 @@ from moe_worker.models.chat_template import ChatTemplate
 from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.sampling.defaults import NEUTRAL
 from moe_worker.sampling.parameters import SamplingParameters, Violation
+from moe_worker.scheduler.plan import Block
 from moe_worker.service import answers
 from moe_worker.service.engine_client import EngineClient
 from moe_worker.service.formats import Formats
@@ -102,7 +104,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self.served: Served | None = None
         self.metrics = RequestMetrics(meter)
         self._tracer = tracer
-        self._write_timeout_s = write_timeout_s
+        self.write_timeout_s = write_timeout_s
         self._off_loop = OffLoop()
         self._formats = Formats()
 
@@ -178,7 +180,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         await _refuse(oversize(request, served.tokenizer, served.limits), call.context)
         number = await self._admit(served, call)
         try:
-            checked = await self._check(request, served, call.context)
+            checked = await self._check(request, served, call)
             describe_request(call.span, served.name, checked.sampling, len(checked.prompt))
             await self._stream(served, number, checked, call)
         except WorkerError as error:
@@ -196,16 +198,14 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 self.metrics.refuse(served.name)
             await rich_status.abort(call.context, answers.of_error(error))
 
-    async def _check(
-        self, request: inference_pb2.GenerateRequest, served: Served, context: Context
-    ) -> Checked:
+    async def _check(self, request: inference_pb2.GenerateRequest, served: Served, call: _Call) -> Checked:
         """The request for the engine; otherwise ends the call with a violation for each wrong field."""
+        salt = call.tenancy.salt if served.engine.cached.wanted else None
+        context = call.context
         if size(request) <= INLINE_SIZE:
-            checked = check_generate(request, served.tokenizer, served.limits)
+            checked = _checked(request, served, salt)
         else:
-            checked = await self._off_loop.run(
-                lambda: check_generate(request, served.tokenizer, served.limits)
-            )
+            checked = await self._off_loop.run(lambda: _checked(request, served, salt))
         if isinstance(checked, list):
             await rich_status.abort(context, answers.of_violations(checked))
         if checked.output_format is not None:
@@ -229,6 +229,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 tenant=call.tenancy.tenant,
                 weight=call.tenancy.weight,
                 salt=call.tenancy.salt,
+                blocks=checked.blocks,
             ),
             call.anchor,
         )
@@ -245,7 +246,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
     async def _send(self, stream: Stream, checked: Checked, tokenizer: Tokenizer, context: Context) -> None:
         """Sends the engine's results. Raises SlowReaderError, and WorkerError if the stream failed."""
-        writer, resumed = Writer(context, self._write_timeout_s), len(checked.written)
+        writer, resumed = Writer(context, self.write_timeout_s), len(checked.written)
         scored = answers.PromptTokens(checked.prompt, tokenizer.piece) if checked.scored else None
         while stream.timeline.finish_reason is None or stream.pending:
             chunk = await stream.take()
@@ -259,6 +260,18 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         if stream.timeline.finish_reason in answers.FAILURES:
             code, sentence = answers.FAILURES[stream.timeline.finish_reason]
             await rich_status.abort(context, rich_status.build(code, sentence))
+
+
+def _checked(
+    request: inference_pb2.GenerateRequest, served: Served, salt: str | None
+) -> Checked | list[Violation]:
+    """A checked request; with the names of its blocks if its prefixes have a salt that is known."""
+    checked = check_generate(request, served.tokenizer, served.limits)
+    if salt is None or isinstance(checked, list):
+        return checked
+    ends = ends_of(request, checked.prompt, served.tokenizer.piece)
+    pairs = zip(names_of(request, salt), ends, strict=True)
+    return replace(checked, blocks=tuple(Block(name, end) for name, end in pairs))
 
 
 def _usage(checked: Checked, stream: Stream) -> inference_pb2.Usage:

@@ -15,7 +15,7 @@ from moe_worker.sampling.defaults import NEUTRAL
 from moe_worker.sampling.output_format import OutputFormat, Tag, TaggedValues
 from moe_worker.sampling.parameters import SamplingParameters, Violation, list_violation
 from moe_worker.sampling.text import TextStream
-from moe_worker.scheduler.plan import MOST_PRIORITY
+from moe_worker.scheduler.plan import MOST_PRIORITY, Block
 
 # stop texts, biases and stop tokens take about 20 KiB; names, numbers and unknown fields are few. Each
 # character of a schema may take four bytes.
@@ -40,6 +40,7 @@ class Checked:
     """A request that can be computed.
 
     seed: the requested one, if any. written: its emitted tokens. output_format: has not been compiled.
+    blocks: of the prompt that have names.
     """
 
     prompt: tuple[int, ...]
@@ -48,6 +49,7 @@ class Checked:
     written: tuple[int, ...] = ()
     output_format: OutputFormat | None = None
     priority: int = 0
+    blocks: tuple[Block, ...] = ()
 
     @property
     def scored(self) -> bool:

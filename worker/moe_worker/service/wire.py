@@ -82,7 +82,8 @@ class Stepped:
     """Engine to edge: results since the last such message.
 
     `start_ns` and `end_ns` are of `time.monotonic_ns`, which all processes of a machine share; `submitted`
-    counts all requests that the engine has received so far, including refused ones.
+    counts all requests that the engine has received so far, including refused ones. `stored` and `evicted`:
+    names of blocks of prompts.
     """
 
     start_ns: int
@@ -92,6 +93,8 @@ class Stepped:
     submitted: int
     statistics: Statistics
     events: tuple[Event, ...] = ()
+    stored: tuple[int, ...] = ()
+    evicted: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import asyncio
 
 from moe_api import rich_status
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
+from moe_api.writing import SlowReaderError, Writer
 from moe_worker.engine.requests import Load
 from moe_worker.engine.statistics import Statistics
 from moe_worker.errors import WorkerError
@@ -40,6 +41,29 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             return load_message(Load(), Statistics(), 0.0, requests)
         engine = served.engine
         return load_message(engine.current_load, engine.statistics, engine.step_s, requests, engine.mesh)
+
+    async def WatchCache(  # type: ignore[override]  # noqa: N802 - the stubs know generators only
+        self,
+        request: worker_pb2.WatchCacheRequest,  # noqa: ARG002
+        context: Context,
+    ) -> None:
+        """Streams which blocks of prompts the cache holds."""
+        served = await self._loaded(context)
+        try:
+            with served.engine.cached.receiver() as receiver:
+                writer, number = Writer(context, self._inference.write_timeout_s), 0
+                async for change in receiver.changes():
+                    number += 1
+                    await writer.write(
+                        worker_pb2.CacheChange(
+                            sequence=number, reset=change.reset, stored=change.stored, evicted=change.evicted
+                        )
+                    )
+        except WorkerError as error:
+            await rich_status.abort(context, answers.of_error(error))
+        except SlowReaderError as error:
+            await rich_status.abort(context, error.status)
+        await rich_status.abort(context, answers.unavailable("this worker ends; watch another one"))
 
     async def GetExpertLoad(  # noqa: N802
         self,

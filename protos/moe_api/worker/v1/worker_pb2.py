@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emoe_api/worker/v1/worker.proto\x12\x11moe_api.worker.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x14\n\x12GetProgressRequest\"I\n\rFetchProgress\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x14\n\x0cseconds_left\x18\x03 \x01(\x04\"\x10\n\x0eGetLoadRequest\"\x93\x05\n\x04Load\x12\x0e\n\x06queued\x18\x01 \x01(\r\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x1a\n\x12kv_tokens_capacity\x18\x03 \x01(\x04\x12\x16\n\x0ekv_tokens_used\x18\x04 \x01(\x04\x12\x18\n\x10kv_tokens_cached\x18\x05 \x01(\x04\x12+\n\x07started\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x19\n\x11requests_received\x18\x07 \x01(\x04\x12\x18\n\x10requests_refused\x18\x08 \x01(\x04\x12\x1a\n\x12requests_completed\x18\t \x01(\x04\x12\x18\n\x10requests_expired\x18\n \x01(\x04\x12\x15\n\rprompt_tokens\x18\x0b \x01(\x04\x12\x19\n\x11prefix_hit_tokens\x18\x0c \x01(\x04\x12\x15\n\routput_tokens\x18\r \x01(\x04\x12\x13\n\x0bpreemptions\x18\x0e \x01(\x04\x12\r\n\x05steps\x18\x0f \x01(\x04\x12\x14\n\x0cstep_seconds\x18\x10 \x01(\x01\x12\x1b\n\x13largest_gap_seconds\x18\x11 \x01(\x01\x12\x41\n\x1btime_to_first_token_seconds\x18\x12 \x01(\x0b\x32\x1c.moe_api.worker.v1.Histogram\x12\x43\n\x1dtime_per_output_token_seconds\x18\x13 \x01(\x0b\x32\x1c.moe_api.worker.v1.Histogram\x12\x35\n\x0frequest_seconds\x18\x14 \x01(\x0b\x32\x1c.moe_api.worker.v1.Histogram\x12%\n\x04mesh\x18\x15 \x01(\x0b\x32\x17.moe_api.worker.v1.Mesh\"\xa5\x01\n\x04Mesh\x12\x10\n\x08pipeline\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\r\x12(\n\x06stages\x18\x04 \x03(\x0b\x32\x18.moe_api.worker.v1.Stage\x12\x13\n\x0bready_ranks\x18\x05 \x03(\r\x12\x19\n\x11redundant_experts\x18\x06 \x01(\r\x12\x12\n\nrebalances\x18\x07 \x01(\x04\",\n\x05Stage\x12\x13\n\x0b\x66irst_layer\x18\x01 \x01(\r\x12\x0e\n\x06layers\x18\x02 \x01(\r\"8\n\tHistogram\x12\x0e\n\x06\x62ounds\x18\x01 \x03(\x01\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\x04\x12\x0b\n\x03sum\x18\x03 \x01(\x01\"\x16\n\x14GetExpertLoadRequest\"\x97\x01\n\nExpertLoad\x12\r\n\x05steps\x18\x01 \x01(\x04\x12.\n\x06layers\x18\x02 \x03(\x0b\x32\x1e.moe_api.worker.v1.ExpertLayer\x12\x30\n\x07\x64omains\x18\x03 \x03(\x0b\x32\x1f.moe_api.worker.v1.ExpertDomain\x12\x10\n\x03\x66it\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x06\n\x04_fit\"]\n\x0c\x45xpertDomain\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\x04\x12/\n\x06shares\x18\x03 \x03(\x0b\x32\x1f.moe_api.worker.v1.ExpertShares\"\x1f\n\x0c\x45xpertShares\x12\x0f\n\x07\x65xperts\x18\x01 \x03(\x02\"Q\n\x0b\x45xpertLayer\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\x04\x12\x0e\n\x06\x61\x63tive\x18\x03 \x01(\x04\x12\x13\n\x0brank_tokens\x18\x04 \x03(\x01\"\x0e\n\x0c\x44rainRequest\"\x1b\n\x07\x44rained\x12\x10\n\x08requests\x18\x01 \x01(\r2\xf5\x01\n\rWorkerService\x12\x45\n\x07GetLoad\x12!.moe_api.worker.v1.GetLoadRequest\x1a\x17.moe_api.worker.v1.Load\x12W\n\rGetExpertLoad\x12\'.moe_api.worker.v1.GetExpertLoadRequest\x1a\x1d.moe_api.worker.v1.ExpertLoad\x12\x44\n\x05\x44rain\x12\x1f.moe_api.worker.v1.DrainRequest\x1a\x1a.moe_api.worker.v1.Drained2f\n\x0c\x46\x65tchService\x12V\n\x0bGetProgress\x12%.moe_api.worker.v1.GetProgressRequest\x1a .moe_api.worker.v1.FetchProgressb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1emoe_api/worker/v1/worker.proto\x12\x11moe_api.worker.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x14\n\x12GetProgressRequest\"I\n\rFetchProgress\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x14\n\x0cseconds_left\x18\x03 \x01(\x04\"\x13\n\x11WatchCacheRequest\"O\n\x0b\x43\x61\x63heChange\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\r\n\x05reset\x18\x02 \x01(\x08\x12\x0e\n\x06stored\x18\x03 \x03(\x06\x12\x0f\n\x07\x65victed\x18\x04 \x03(\x06\"\x10\n\x0eGetLoadRequest\"\x93\x05\n\x04Load\x12\x0e\n\x06queued\x18\x01 \x01(\r\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x1a\n\x12kv_tokens_capacity\x18\x03 \x01(\x04\x12\x16\n\x0ekv_tokens_used\x18\x04 \x01(\x04\x12\x18\n\x10kv_tokens_cached\x18\x05 \x01(\x04\x12+\n\x07started\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x19\n\x11requests_received\x18\x07 \x01(\x04\x12\x18\n\x10requests_refused\x18\x08 \x01(\x04\x12\x1a\n\x12requests_completed\x18\t \x01(\x04\x12\x18\n\x10requests_expired\x18\n \x01(\x04\x12\x15\n\rprompt_tokens\x18\x0b \x01(\x04\x12\x19\n\x11prefix_hit_tokens\x18\x0c \x01(\x04\x12\x15\n\routput_tokens\x18\r \x01(\x04\x12\x13\n\x0bpreemptions\x18\x0e \x01(\x04\x12\r\n\x05steps\x18\x0f \x01(\x04\x12\x14\n\x0cstep_seconds\x18\x10 \x01(\x01\x12\x1b\n\x13largest_gap_seconds\x18\x11 \x01(\x01\x12\x41\n\x1btime_to_first_token_seconds\x18\x12 \x01(\x0b\x32\x1c.moe_api.worker.v1.Histogram\x12\x43\n\x1dtime_per_output_token_seconds\x18\x13 \x01(\x0b\x32\x1c.moe_api.worker.v1.Histogram\x12\x35\n\x0frequest_seconds\x18\x14 \x01(\x0b\x32\x1c.moe_api.worker.v1.Histogram\x12%\n\x04mesh\x18\x15 \x01(\x0b\x32\x17.moe_api.worker.v1.Mesh\"\xa5\x01\n\x04Mesh\x12\x10\n\x08pipeline\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\r\x12(\n\x06stages\x18\x04 \x03(\x0b\x32\x18.moe_api.worker.v1.Stage\x12\x13\n\x0bready_ranks\x18\x05 \x03(\r\x12\x19\n\x11redundant_experts\x18\x06 \x01(\r\x12\x12\n\nrebalances\x18\x07 \x01(\x04\",\n\x05Stage\x12\x13\n\x0b\x66irst_layer\x18\x01 \x01(\r\x12\x0e\n\x06layers\x18\x02 \x01(\r\"8\n\tHistogram\x12\x0e\n\x06\x62ounds\x18\x01 \x03(\x01\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\x04\x12\x0b\n\x03sum\x18\x03 \x01(\x01\"\x16\n\x14GetExpertLoadRequest\"\x97\x01\n\nExpertLoad\x12\r\n\x05steps\x18\x01 \x01(\x04\x12.\n\x06layers\x18\x02 \x03(\x0b\x32\x1e.moe_api.worker.v1.ExpertLayer\x12\x30\n\x07\x64omains\x18\x03 \x03(\x0b\x32\x1f.moe_api.worker.v1.ExpertDomain\x12\x10\n\x03\x66it\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x06\n\x04_fit\"]\n\x0c\x45xpertDomain\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x01(\x04\x12/\n\x06shares\x18\x03 \x03(\x0b\x32\x1f.moe_api.worker.v1.ExpertShares\"\x1f\n\x0c\x45xpertShares\x12\x0f\n\x07\x65xperts\x18\x01 \x03(\x02\"Q\n\x0b\x45xpertLayer\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\x04\x12\x0e\n\x06\x61\x63tive\x18\x03 \x01(\x04\x12\x13\n\x0brank_tokens\x18\x04 \x03(\x01\"\x0e\n\x0c\x44rainRequest\"\x1b\n\x07\x44rained\x12\x10\n\x08requests\x18\x01 \x01(\r2\xcb\x02\n\rWorkerService\x12\x45\n\x07GetLoad\x12!.moe_api.worker.v1.GetLoadRequest\x1a\x17.moe_api.worker.v1.Load\x12W\n\rGetExpertLoad\x12\'.moe_api.worker.v1.GetExpertLoadRequest\x1a\x1d.moe_api.worker.v1.ExpertLoad\x12\x44\n\x05\x44rain\x12\x1f.moe_api.worker.v1.DrainRequest\x1a\x1a.moe_api.worker.v1.Drained\x12T\n\nWatchCache\x12$.moe_api.worker.v1.WatchCacheRequest\x1a\x1e.moe_api.worker.v1.CacheChange0\x01\x32\x66\n\x0c\x46\x65tchService\x12V\n\x0bGetProgress\x12%.moe_api.worker.v1.GetProgressRequest\x1a .moe_api.worker.v1.FetchProgressb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,32 +36,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETPROGRESSREQUEST']._serialized_end=106
   _globals['_FETCHPROGRESS']._serialized_start=108
   _globals['_FETCHPROGRESS']._serialized_end=181
-  _globals['_GETLOADREQUEST']._serialized_start=183
-  _globals['_GETLOADREQUEST']._serialized_end=199
-  _globals['_LOAD']._serialized_start=202
-  _globals['_LOAD']._serialized_end=861
-  _globals['_MESH']._serialized_start=864
-  _globals['_MESH']._serialized_end=1029
-  _globals['_STAGE']._serialized_start=1031
-  _globals['_STAGE']._serialized_end=1075
-  _globals['_HISTOGRAM']._serialized_start=1077
-  _globals['_HISTOGRAM']._serialized_end=1133
-  _globals['_GETEXPERTLOADREQUEST']._serialized_start=1135
-  _globals['_GETEXPERTLOADREQUEST']._serialized_end=1157
-  _globals['_EXPERTLOAD']._serialized_start=1160
-  _globals['_EXPERTLOAD']._serialized_end=1311
-  _globals['_EXPERTDOMAIN']._serialized_start=1313
-  _globals['_EXPERTDOMAIN']._serialized_end=1406
-  _globals['_EXPERTSHARES']._serialized_start=1408
-  _globals['_EXPERTSHARES']._serialized_end=1439
-  _globals['_EXPERTLAYER']._serialized_start=1441
-  _globals['_EXPERTLAYER']._serialized_end=1522
-  _globals['_DRAINREQUEST']._serialized_start=1524
-  _globals['_DRAINREQUEST']._serialized_end=1538
-  _globals['_DRAINED']._serialized_start=1540
-  _globals['_DRAINED']._serialized_end=1567
-  _globals['_WORKERSERVICE']._serialized_start=1570
-  _globals['_WORKERSERVICE']._serialized_end=1815
-  _globals['_FETCHSERVICE']._serialized_start=1817
-  _globals['_FETCHSERVICE']._serialized_end=1919
+  _globals['_WATCHCACHEREQUEST']._serialized_start=183
+  _globals['_WATCHCACHEREQUEST']._serialized_end=202
+  _globals['_CACHECHANGE']._serialized_start=204
+  _globals['_CACHECHANGE']._serialized_end=283
+  _globals['_GETLOADREQUEST']._serialized_start=285
+  _globals['_GETLOADREQUEST']._serialized_end=301
+  _globals['_LOAD']._serialized_start=304
+  _globals['_LOAD']._serialized_end=963
+  _globals['_MESH']._serialized_start=966
+  _globals['_MESH']._serialized_end=1131
+  _globals['_STAGE']._serialized_start=1133
+  _globals['_STAGE']._serialized_end=1177
+  _globals['_HISTOGRAM']._serialized_start=1179
+  _globals['_HISTOGRAM']._serialized_end=1235
+  _globals['_GETEXPERTLOADREQUEST']._serialized_start=1237
+  _globals['_GETEXPERTLOADREQUEST']._serialized_end=1259
+  _globals['_EXPERTLOAD']._serialized_start=1262
+  _globals['_EXPERTLOAD']._serialized_end=1413
+  _globals['_EXPERTDOMAIN']._serialized_start=1415
+  _globals['_EXPERTDOMAIN']._serialized_end=1508
+  _globals['_EXPERTSHARES']._serialized_start=1510
+  _globals['_EXPERTSHARES']._serialized_end=1541
+  _globals['_EXPERTLAYER']._serialized_start=1543
+  _globals['_EXPERTLAYER']._serialized_end=1624
+  _globals['_DRAINREQUEST']._serialized_start=1626
+  _globals['_DRAINREQUEST']._serialized_end=1640
+  _globals['_DRAINED']._serialized_start=1642
+  _globals['_DRAINED']._serialized_end=1669
+  _globals['_WORKERSERVICE']._serialized_start=1672
+  _globals['_WORKERSERVICE']._serialized_end=2003
+  _globals['_FETCHSERVICE']._serialized_start=2005
+  _globals['_FETCHSERVICE']._serialized_end=2107
 # @@protoc_insertion_point(module_scope)

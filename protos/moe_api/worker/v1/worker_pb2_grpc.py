@@ -49,6 +49,11 @@ class WorkerServiceStub:
                 request_serializer=moe__api_dot_worker_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
                 response_deserializer=moe__api_dot_worker_dot_v1_dot_worker__pb2.Drained.FromString,
                 _registered_method=True)
+        self.WatchCache = channel.unary_stream(
+                '/moe_api.worker.v1.WorkerService/WatchCache',
+                request_serializer=moe__api_dot_worker_dot_v1_dot_worker__pb2.WatchCacheRequest.SerializeToString,
+                response_deserializer=moe__api_dot_worker_dot_v1_dot_worker__pb2.CacheChange.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer:
@@ -82,6 +87,20 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchCache(self, request, context):
+        """Streams which blocks of prompts the prefix cache holds, or is about to hold because a request with them waits or
+        runs: first a snapshot, then changes as they come, 20 messages a second at most. moe_api/prefixes.py computes
+        the names of blocks, from text and x-moe-salt; only blocks of prompts have one, since the first call of WatchCache.
+        A receiver that reads too slowly gets a new snapshot instead of the changes that it missed. The stream ends with
+        the worker. Idempotent.
+
+        Status codes: UNAVAILABLE (the model is loading, or the worker has ended), RESOURCE_EXHAUSTED (too many receivers),
+        ABORTED (the receiver reads nothing).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -99,6 +118,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=moe__api_dot_worker_dot_v1_dot_worker__pb2.DrainRequest.FromString,
                     response_serializer=moe__api_dot_worker_dot_v1_dot_worker__pb2.Drained.SerializeToString,
+            ),
+            'WatchCache': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchCache,
+                    request_deserializer=moe__api_dot_worker_dot_v1_dot_worker__pb2.WatchCacheRequest.FromString,
+                    response_serializer=moe__api_dot_worker_dot_v1_dot_worker__pb2.CacheChange.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -182,6 +206,33 @@ class WorkerService:
             '/moe_api.worker.v1.WorkerService/Drain',
             moe__api_dot_worker_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
             moe__api_dot_worker_dot_v1_dot_worker__pb2.Drained.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/moe_api.worker.v1.WorkerService/WatchCache',
+            moe__api_dot_worker_dot_v1_dot_worker__pb2.WatchCacheRequest.SerializeToString,
+            moe__api_dot_worker_dot_v1_dot_worker__pb2.CacheChange.FromString,
             options,
             channel_credentials,
             insecure,

@@ -47,6 +47,16 @@ class WorkerServiceStub:
 
     Status codes: UNAVAILABLE (shutting down, or the model is still loading).
     """
+    WatchCache: _grpc.UnaryStreamMultiCallable[_worker_pb2.WatchCacheRequest, _worker_pb2.CacheChange]
+    """Streams which blocks of prompts the prefix cache holds, or is about to hold because a request with them waits or
+    runs: first a snapshot, then changes as they come, 20 messages a second at most. moe_api/prefixes.py computes
+    the names of blocks, from text and x-moe-salt; only blocks of prompts have one, since the first call of WatchCache.
+    A receiver that reads too slowly gets a new snapshot instead of the changes that it missed. The stream ends with
+    the worker. Idempotent.
+
+    Status codes: UNAVAILABLE (the model is loading, or the worker has ended), RESOURCE_EXHAUSTED (too many receivers),
+    ABORTED (the receiver reads nothing).
+    """
 
 @_typing.type_check_only
 class WorkerServiceAsyncStub(WorkerServiceStub):
@@ -66,6 +76,16 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     replicas at once. Active requests finish, then the process ends, as after SIGTERM. Idempotent; cannot be undone.
 
     Status codes: UNAVAILABLE (shutting down, or the model is still loading).
+    """
+    WatchCache: _aio.UnaryStreamMultiCallable[_worker_pb2.WatchCacheRequest, _worker_pb2.CacheChange]  # type: ignore[assignment]
+    """Streams which blocks of prompts the prefix cache holds, or is about to hold because a request with them waits or
+    runs: first a snapshot, then changes as they come, 20 messages a second at most. moe_api/prefixes.py computes
+    the names of blocks, from text and x-moe-salt; only blocks of prompts have one, since the first call of WatchCache.
+    A receiver that reads too slowly gets a new snapshot instead of the changes that it missed. The stream ends with
+    the worker. Idempotent.
+
+    Status codes: UNAVAILABLE (the model is loading, or the worker has ended), RESOURCE_EXHAUSTED (too many receivers),
+    ABORTED (the receiver reads nothing).
     """
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -101,6 +121,22 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         replicas at once. Active requests finish, then the process ends, as after SIGTERM. Idempotent; cannot be undone.
 
         Status codes: UNAVAILABLE (shutting down, or the model is still loading).
+        """
+
+    @_abc_1.abstractmethod
+    def WatchCache(
+        self,
+        request: _worker_pb2.WatchCacheRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_worker_pb2.CacheChange], _abc.AsyncIterator[_worker_pb2.CacheChange]]:
+        """Streams which blocks of prompts the prefix cache holds, or is about to hold because a request with them waits or
+        runs: first a snapshot, then changes as they come, 20 messages a second at most. moe_api/prefixes.py computes
+        the names of blocks, from text and x-moe-salt; only blocks of prompts have one, since the first call of WatchCache.
+        A receiver that reads too slowly gets a new snapshot instead of the changes that it missed. The stream ends with
+        the worker. Idempotent.
+
+        Status codes: UNAVAILABLE (the model is loading, or the worker has ended), RESOURCE_EXHAUSTED (too many receivers),
+        ABORTED (the receiver reads nothing).
         """
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
