@@ -130,7 +130,7 @@ def _outputs(options: Options, supervisor: Supervisor) -> OutputCache[Failure] |
     outputs = OutputCache(
         Store(options.output_cache, options.output_cache_ttl), supervisor, failures.stopped()
     )
-    outputs.measure(metrics.get_meter(_SCOPE))
+    outputs.measures.export(metrics.get_meter(_SCOPE))
     return outputs
 
 
@@ -152,6 +152,7 @@ def _forwarder(
         outputs,
     )
     forwarder.limit(admission)
+    forwarder.prompts.measure(metrics.get_meter(_SCOPE))
     return forwarder, hold
 
 
@@ -209,7 +210,7 @@ async def _following(
 def _sums(forwarder: Forwarder, outputs: OutputCache[Failure] | None) -> dict[str, int]:
     """What caches saved since this frontend started, with the keys of `moe_operator.resources.cache_sums`."""
     found = {"promptTokens": forwarder.prompts.tokens, "cachedPromptTokens": forwarder.prompts.cached}
-    return found if outputs is None else found | outputs.sums()
+    return found if outputs is None else found | outputs.measures.sums()
 
 
 def _publication(

@@ -59,14 +59,14 @@ async def test_each_answer_without_a_worker_says_what_it_saved(cached):
     await answer(cached, request("scored"))
     await answer(cached, request("scored"))
     assert [tokens for tokens, _ in savings(cached)] == [8]
-    assert cached.outputs.saved_tokens == 8
+    assert cached.outputs.measures.saved_tokens == {"anonymous": 8}
     assert (cached.forwarder.prompts.tokens, cached.forwarder.prompts.cached) == (9, 4)
 
 
 async def test_a_shared_computation_saves_its_time_once_for_each_follower(cached):
     asked = request("count 5 0.05")
     await asyncio.gather(*(answer(cached, asked) for _ in range(3)))
-    assert cached.outputs.lookups == {"miss": 1, "shared": 2}
+    assert cached.outputs.measures.results() == {"miss": 1, "shared": 2}
     assert [tokens for tokens, _ in savings(cached)] == [3 + 5] * 2  # words of the prompt, and tokens
     assert all(seconds >= 0.25 for _, seconds in savings(cached))
     resume = inference_pb2.Resume(tokens=[0, 1, 2], revision="r1")
@@ -79,7 +79,7 @@ async def test_a_shared_computation_saves_its_time_once_for_each_follower(cached
 async def test_the_sums_are_those_that_a_status_shows(cached):
     for _ in range(2):
         await answer(cached, request("count 2"))
-    sums = cached.outputs.sums()
+    sums = cached.outputs.measures.sums()
     assert set(sums) == set(cache_sums.OUTPUTS)
     assert (sums["outputHits"], sums["outputMisses"], sums["savedTokens"]) == (1, 1, 3 + 2)
     assert sums["outputBytes"] == cached.store.bytes > 0
@@ -175,7 +175,7 @@ async def test_a_rollout_drops_the_answers_of_the_old_revision(cached):
     cached.workers.clear()
     await cached.publish()
     assert len(cached.store) == 0
-    assert cached.store.evictions["revision"] == 1
+    assert cached.store.evictions == {("anonymous", "revision"): 1}
     assert text(await answer(cached, request("count 2"))) == "new:0 new:1 "
     assert (await answer(cached, request("count 2")))[0].usage.cached
     await old.server.stop(None)

@@ -7,6 +7,8 @@ import json
 
 import grpc
 import pytest
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from moe_api import rich_status
 from moe_api.inference.v1 import inference_pb2
@@ -180,3 +182,37 @@ def test_salts_go_by_tenant_else_by_credentials_and_by_what_the_client_adds():
     assert prefix_salt([], "") == ""
     assert len(prefix_salt([own])) == 32
     assert prefix_salt([("authorization", "a")]) != prefix_salt([], "a")
+
+
+async def test_what_caches_save_is_exported_by_class_of_tenant(bench, guards):
+    """A tenant that the configuration does not name counts as "other": labels are few."""
+    b = await bench(workers=1, guards=guards, tenants=config(crowd={}), output_cache=2**20, revision="r1")
+    reader = InMemoryMetricReader()
+    meter = MeterProvider([reader]).get_meter("test")
+    b.outputs.measures.export(meter)
+    b.forwarder.prompts.measure(meter)
+    for tenant in ("crowd", "crowd", "guest"):
+        await b.text("scored", metadata=by(tenant))
+    (resource,) = reader.get_metrics_data().resource_metrics
+    (scope,) = resource.scope_metrics
+    found = {
+        (metric.name.removeprefix("moe_frontend."), *point.attributes.values()): point.value
+        for metric in scope.metrics
+        for point in metric.data.data_points
+    }
+    assert found.pop(("output_cache.saved_time", "crowd")) > 0
+    size = found.pop(("output_cache.size", "crowd"))
+    assert found == {
+        ("output_cache.lookups", "crowd", "miss"): 1,
+        ("output_cache.lookups", "crowd", "hit"): 1,
+        ("output_cache.lookups", "other", "miss"): 1,
+        ("output_cache.saved_tokens", "crowd"): 8,
+        ("output_cache.size", "other"): size,
+        ("prefix_cache.tokens", "crowd", "hit"): 4,
+        ("prefix_cache.tokens", "crowd", "miss"): 5,
+        ("prefix_cache.tokens", "other", "hit"): 4,
+        ("prefix_cache.tokens", "other", "miss"): 5,
+    }
+    b.outputs.serve(frozenset({"r2"}))
+    assert b.store.evictions == {("crowd", "revision"): 1, ("other", "revision"): 1}
+    assert b.store.sizes == {"crowd": 0, "other": 0}

@@ -71,10 +71,10 @@ def frontend(meter: Meter) -> None:
         measured.route, measured.status, measured.error = "/v1/completions", 503, "client_gone"
     Hold(1.0, "docs").measure(meter)
     store = Store(1000, 60.0)
-    store.evictions["capacity"] += 1
+    store.evictions["other", "capacity"] += 1
     cache = OutputCache(store, Supervisor(), None)
-    cache.measure(meter)
-    cache._note(INVALID_SPAN, "hit")
+    cache.measures.export(meter)
+    cache._note(INVALID_SPAN, "hit", "other")
     LoadPolling(_Fleet()).measure(meter)
 
 

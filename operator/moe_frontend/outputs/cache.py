@@ -2,16 +2,16 @@
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, Generic
 
-from opentelemetry import metrics, trace
+from opentelemetry import trace
 
 from moe_api.supervision import Supervisor
 from moe_api.writing import Writer
 from moe_frontend.outputs.answer import Saving, answer_of
 from moe_frontend.outputs.flight import F, Flight
+from moe_frontend.outputs.measures import Measures
 from moe_frontend.outputs.store import Store
 
 RESULT: Final = "moe.cache.output"
@@ -33,8 +33,7 @@ class OutputCache(Generic[F]):
         stopped: the failure of an answer whose computation ended early.
 
     Attributes:
-        lookups: by result: hit, miss, shared.
-        saved_tokens, saved_seconds: sums of `Saving`.
+        measures: what it did, by class of tenants.
     """
 
     def __init__(self, store: Store, supervisor: Supervisor, stopped: F) -> None:
@@ -42,10 +41,7 @@ class OutputCache(Generic[F]):
         self._store = store
         self._supervisor = supervisor
         self._flights: dict[bytes, tuple[Flight[F], asyncio.Task[None]]] = {}
-        self._counts: metrics.Counter | None = None
-        self.lookups: Counter[str] = Counter()
-        self.saved_tokens = 0
-        self.saved_seconds = 0.0
+        self.measures = Measures(store)
 
     def serve(self, revisions: frozenset[str]) -> None:
         """Sets the served revisions; drops answers of others."""
@@ -59,6 +55,7 @@ class OutputCache(Generic[F]):
         writer: Writer,
         span: trace.Span,
         compute: Compute[F] | None,
+        tenant: str = "",
     ) -> tuple[bool, F | None]:
         """Answers a request; returns whether it did, and why the answer is incomplete, or None.
 
@@ -69,6 +66,7 @@ class OutputCache(Generic[F]):
             writer: to the client.
             span: of the request; records whether it was a hit.
             compute: computes the answer; None: only stored answers are used.
+            tenant: class of the request's tenant, for metrics.
 
         Raises:
             SlowReaderError: the client does not read the answer.
@@ -76,36 +74,36 @@ class OutputCache(Generic[F]):
         stored = self._store.get(key)
         message = None if stored is None else stored.behind(resumed)
         if stored is not None and message is not None:
-            self._note(span, "hit")
-            self._save(span, stored.saving(len(resumed)))
+            self._note(span, "hit", tenant)
+            self._save(span, stored.saving(len(resumed)), tenant)
             await writer.write(message)
             return True, None
         if compute is None:
-            self._note(span, "miss")
+            self._note(span, "miss", tenant)
             return False, None
-        return True, await self._fly(key, caller, writer, span, compute)
+        return True, await self._fly(key, caller, writer, span, compute, tenant)
 
     async def _fly(
-        self, key: bytes, caller: Any, writer: Writer, span: trace.Span, compute: Compute[F]
+        self, key: bytes, caller: Any, writer: Writer, span: trace.Span, compute: Compute[F], tenant: str
     ) -> F | None:
         shared = key in self._flights
-        self._note(span, "shared" if shared else "miss")
+        self._note(span, "shared" if shared else "miss", tenant)
         if key not in self._flights:
             flight: Flight[F] = Flight(caller.invocation_metadata())
-            task = self._supervisor.start("output-flight", lambda: self._run(key, flight, compute))
+            task = self._supervisor.start("output-flight", lambda: self._run(key, flight, compute, tenant))
             self._flights[key] = flight, task
         flight, task = self._flights[key]
         try:
             failure = await flight.follow(caller, writer)
             if shared and flight.saving is not None:
-                self._save(span, flight.saving)
+                self._save(span, flight.saving, tenant)
             return failure
         finally:
             if flight.deserted and not flight.ended:
                 self._forget(key, flight)
                 task.cancel()
 
-    async def _run(self, key: bytes, flight: Flight[F], compute: Compute[F]) -> None:
+    async def _run(self, key: bytes, flight: Flight[F], compute: Compute[F], tenant: str) -> None:
         if flight.ended:  # the supervisor restarts a failed flight, but its readers have their failure
             return
         failure: F | None = self._stopped
@@ -116,7 +114,7 @@ class OutputCache(Generic[F]):
             answer = answer_of(flight.messages, seconds) if failure is None else None
             if answer is not None:
                 flight.saving = answer.saving(0)
-                self._store.put(key, answer, revision)
+                self._store.put(key, answer, revision, tenant)
         finally:
             self._forget(key, flight)
             flight.end(failure)
@@ -125,60 +123,10 @@ class OutputCache(Generic[F]):
         if key in self._flights and self._flights[key][0] is flight:
             del self._flights[key]
 
-    def sums(self) -> dict[str, int]:
-        """Its sums since the start, with the keys of `moe_operator.resources.cache_sums`."""
-        return {
-            "outputHits": self.lookups["hit"],
-            "outputShared": self.lookups["shared"],
-            "outputMisses": self.lookups["miss"],
-            "outputEvictions": self._store.evictions.total(),
-            "outputBytes": self._store.bytes,
-            "savedTokens": self.saved_tokens,
-            "savedMilliseconds": round(1000 * self.saved_seconds),
-        }
-
-    def measure(self, meter: metrics.Meter) -> None:
-        """Creates the instruments."""
-        self._counts = meter.create_counter(
-            "moe_frontend.output_cache.lookups", "{request}", "Cacheable requests, by result"
-        )
-        meter.create_observable_counter(
-            "moe_frontend.output_cache.saved_tokens",
-            [lambda _: [metrics.Observation(self.saved_tokens)]],
-            "{token}",
-            "Prompt and output tokens that hits and shared computations saved the workers",
-        )
-        meter.create_observable_counter(
-            "moe_frontend.output_cache.saved_time",
-            [lambda _: [metrics.Observation(self.saved_seconds)]],
-            "s",
-            "Time that hits and shared computations saved the workers",
-        )
-        meter.create_observable_up_down_counter(
-            "moe_frontend.output_cache.size",
-            [lambda _: [metrics.Observation(self._store.bytes)]],
-            "By",
-            "Bytes of the answers in the output cache",
-        )
-        meter.create_observable_counter(
-            "moe_frontend.output_cache.evictions",
-            [
-                lambda _: [
-                    metrics.Observation(count, {"reason": reason})
-                    for reason, count in self._store.evictions.items()
-                ]
-            ],
-            "{answer}",
-            "Answers removed from the output cache, by reason: capacity, expired, revision",
-        )
-
-    def _note(self, span: trace.Span, result: str) -> None:
+    def _note(self, span: trace.Span, result: str, tenant: str) -> None:
         span.set_attribute(RESULT, result)
-        self.lookups[result] += 1
-        if self._counts is not None:
-            self._counts.add(1, {"result": result})
+        self.measures.lookups[tenant, result] += 1
 
-    def _save(self, span: trace.Span, saving: Saving) -> None:
+    def _save(self, span: trace.Span, saving: Saving, tenant: str) -> None:
         span.set_attributes({SAVED_TOKENS: saving.tokens, SAVED_SECONDS: saving.seconds})
-        self.saved_tokens += saving.tokens
-        self.saved_seconds += saving.seconds
+        self.measures.save(tenant, saving)

@@ -15,6 +15,7 @@ class _Entry:
     answer: Answer
     revision: str
     stored_at: float
+    tenant: str
 
 
 class Store:
@@ -29,7 +30,8 @@ class Store:
 
     Attributes:
         bytes: of all answers.
-        evictions: by reason: capacity, expired, revision.
+        sizes: bytes of the answers, by class of tenants.
+        evictions: by class and reason: capacity, expired, revision.
     """
 
     def __init__(self, memory: int, ttl_s: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -40,7 +42,8 @@ class Store:
         self._policy: Policy[bytes] = LRU(0)
         self._served: frozenset[str] = frozenset()
         self.bytes = 0
-        self.evictions: Counter[str] = Counter()
+        self.sizes: Counter[str] = Counter()
+        self.evictions: Counter[tuple[str, str]] = Counter()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -57,15 +60,19 @@ class Store:
         self._policy.hit(key)
         return entry.answer
 
-    def put(self, key: bytes, answer: Answer, revision: str) -> None:
-        """Stores an answer, unless its revision is not served or it is larger than the memory."""
+    def put(self, key: bytes, answer: Answer, revision: str, tenant: str = "") -> None:
+        """Stores an answer, unless its revision is not served or it is larger than the memory.
+
+        tenant: class of its tenant, for metrics.
+        """
         if revision not in self._served or answer.size > self._memory or key in self._entries:
             return
         while self.bytes + answer.size > self._memory:
             self._drop(self._policy.evict(key), "capacity")
         self._policy.admit(key)
-        self._entries[key] = _Entry(answer, revision, self._clock())
+        self._entries[key] = _Entry(answer, revision, self._clock(), tenant)
         self.bytes += answer.size
+        self.sizes[tenant] += answer.size
 
     def serve(self, revisions: frozenset[str]) -> None:
         """Sets the served revisions; drops answers of others."""
@@ -77,5 +84,7 @@ class Store:
             self._drop(key, "revision")
 
     def _drop(self, key: bytes, reason: str) -> None:
-        self.bytes -= self._entries.pop(key).answer.size
-        self.evictions[reason] += 1
+        entry = self._entries.pop(key)
+        self.bytes -= entry.answer.size
+        self.sizes[entry.tenant] -= entry.answer.size
+        self.evictions[entry.tenant, reason] += 1

@@ -39,6 +39,7 @@ from moe_frontend.transport import bounds, failures, metadata
 from moe_frontend.transport.admission import Admission, Admitted, RefusedRequestError
 from moe_frontend.transport.failures import Failure, Kind
 from moe_frontend.transport.holding import Hold
+from moe_frontend.transport.prompts import Prompts
 from moe_frontend.transport.replicas import Lease, Replicas
 from moe_frontend.transport.turns import Turns
 
@@ -80,14 +81,6 @@ class Recipient(Sink, Timed, Protocol):
 
     def set_trailing_metadata(self, trailing_metadata: Any) -> None:
         """Sets trailing metadata of the response."""
-
-
-@dataclasses.dataclass
-class Prompts:
-    """Prompt tokens of the responses that workers completed, and how many of them a prefix cache held."""
-
-    tokens: int = 0
-    cached: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +224,13 @@ class Forwarder:
 
         resumed = request.resume.tokens
         return await self._outputs.answer(
-            key, resumed, call.context, call.writer, call.span, None if resumed else compute
+            key,
+            resumed,
+            call.context,
+            call.writer,
+            call.span,
+            None if resumed else compute,
+            call.admitted.label,
         )
 
     def _oversize(self, request: Message) -> Failure | None:
@@ -304,7 +303,7 @@ class Forwarder:
             audit.count(0 if usage is None else usage.prompt_tokens, call.progress.tokens - before)
         if failure is None:
             self._replicas.report_success(lease.endpoint)
-            self._count(call.progress.usage)
+            self.prompts.count(call.admitted.label, call.progress.usage)
             return None
         if failure.kind is Kind.BROKE_PROTOCOL:
             _LOG.warning("%s", failure.status.message)
@@ -313,11 +312,6 @@ class Forwarder:
         if failure.code is grpc.StatusCode.UNAVAILABLE:
             self._replicas.report_failure(lease.endpoint)
         return None if call.progress.finished else failure
-
-    def _count(self, usage: inference_pb2.Usage | None) -> None:
-        if usage is not None:
-            self.prompts.tokens += usage.prompt_tokens
-            self.prompts.cached += min(usage.cached_tokens, usage.prompt_tokens)
 
     async def _exchange(self, call: _Call, lease: Lease) -> Failure | None:
         """Sends the request and forwards the response, as far as it arrives.
