@@ -1,4 +1,4 @@
-"""Names of blocks of prompts, which frontends and workers compute alike. Pure.
+"""Names of blocks of prompts, which frontends and workers compute in the same way. Pure.
 
 A block is a part of a prompt together with everything before it. Its name is a chained hash that starts with
 the salt of the client's prefixes, so clients with different salts share no names. A name tells nothing about

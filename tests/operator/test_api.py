@@ -162,6 +162,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "resources": ({"worker": {"resources": {"limits": {"cpu": -1}}}}, "an amount is a number of 0 or more"),
     "frontends": ({"frontend": {"replicas": 0}}, "frontend.replicas is a number from 1 to 100"),
     "own tmp": ({"model": {"uri": "file:///tmp"}}, "the container has a /tmp of its own"),
+    "offload unit": ({"engine": {"kvOffload": "8GB"}}, "kvOffload is an amount of memory of 1Mi or more"),
+    "offload of a gang": (
+        {"engine": {"kvOffload": "8Gi"}, "parallelism": {"pipeline": 2}},
+        "engine.kvOffload is for replicas of one worker: set parallelism.pipeline",
+    ),
     "memory huge": ({"engine": {"kvMemory": "2Pi"}}, "and at most 1Pi"),
     "endpoint's port": (
         {"telemetry": {"otlpEndpoint": "http://otel:99999"}},
@@ -434,9 +439,11 @@ def test_kubectl_scale_is_refused_where_scaling_decides(crd):
 
 def test_half_a_gpu_is_taken(crd):
     worker = {"acceleratorPercentage": 50, "acceleratorResource": "nvidia.com/mig-3g.40gb"}
-    crd.apply(manifest(worker=worker, scaling={"maxReplicas": 4, "gpuLimit": "1500m"}))
+    scaling, engine = {"maxReplicas": 4, "gpuLimit": "1500m"}, {"kvOffload": "8Gi"}
+    crd.apply(manifest(worker=worker, scaling=scaling, engine=engine))
     found = parse(crd.get("moed", "docs")).spec
     assert (found.worker.gpus, found.scaling.gpus_most) == (0.5, 1.5)
+    assert found.engine.kv_offload_bytes == 8 * 2**30
 
 
 def test_everything_that_can_be_set_is_taken_and_kept(crd):

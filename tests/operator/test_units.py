@@ -78,10 +78,11 @@ def test_only_what_changes_the_pods_changes_the_revision():
 
 def test_what_the_spec_leaves_open_is_left_to_the_worker():
     flags = ("--context-length", "--format", "--kv-dtype", "--generation-config", "--config-override")
-    for flag in (*flags, "--routing-mass", "--routing-margin", "--learn-routing"):
+    for flag in (*flags, "--kv-offload", "--routing-mass", "--routing-margin", "--learn-routing"):
         assert flag not in worker.command(deployment())
     chosen = {"contextLength": 512, "kvMemory": "2Gi", "format": "w4a8", "kvDtype": "fp8"}
     chosen |= {
+        "kvOffload": "1.5Gi",
         "generationConfig": "Auto",
         "configOverride": '{"rope_theta": 1e6}',
         "routing": {"mass": "800m", "margin": "50m", "learning": "Online"},
@@ -96,6 +97,7 @@ def test_what_the_spec_leaves_open_is_left_to_the_worker():
     assert command[command.index("--kv-dtype") + 1] == "fp8"
     assert command[command.index("--context-length") + 1] == "512"
     assert command[command.index("--kv-memory") + 1] == str(2 * 1024**3)
+    assert command[command.index("--kv-offload") + 1] == str(3 * 1024**3 // 2)
 
 
 @pytest.mark.parametrize(

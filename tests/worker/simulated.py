@@ -33,11 +33,41 @@ def continuation(arrival):
     return tokens[len(arrival.prompt) :]
 
 
+class SimulatedStorage:
+    """CPU memory for evicted pages; `lose` damages what a slot holds."""
+
+    page_s = 0.0
+
+    def __init__(self, slots, page_size):
+        self.slots, self._size = slots, page_size
+        self._held, self._damaged = {}, set()
+
+    def run(self, moves, rows):
+        for slot, page, saves in moves:
+            places = range(page * self._size, (page + 1) * self._size)
+            if saves:
+                self._held[slot] = [rows.get(place) for place in places]
+                self._damaged.discard(slot)
+            else:
+                rows.update(zip(places, self._held[slot], strict=True))
+
+    def lose(self, slot):
+        self._damaged.add(slot)
+        self._held[slot] = [0] * self._size
+
+    def ready(self, slot):
+        return slot in self._held
+
+    def intact(self, slot):
+        return slot not in self._damaged
+
+
 class SimulatedEngine:
     """Runs steps when they are planned, as a GPU's stream does; the host learns the tokens at `complete`."""
 
-    def __init__(self, limits):
-        self.scheduler = Scheduler(limits)
+    def __init__(self, limits, slots=0):
+        self.storage = SimulatedStorage(slots, limits.page_size) if slots else None
+        self.scheduler = Scheduler(limits, self.storage)
         self.limits = limits
         self.now = 0.0
         self.arrivals, self.outputs, self.ended = {}, {}, {}
@@ -58,20 +88,24 @@ class SimulatedEngine:
 
     def plan(self):
         """Plans a step and runs it; returns the plan."""
-        plan = self.scheduler.plan(self.now)
-        for number in plan.expired:
-            self._end(number, "expired")
+        plan = self._planned()
         if plan.step is not None:
             self._flights.append((plan.step, self._run(plan.step)))
         return plan
 
     def plan_and_fail(self):
         """Plans a step that the device refuses."""
+        plan = self._planned()
+        if plan.step is not None:
+            self.scheduler.retract(plan.step, shrink=False)
+        return plan
+
+    def _planned(self):
         plan = self.scheduler.plan(self.now)
         for number in plan.expired:
             self._end(number, "expired")
-        if plan.step is not None:
-            self.scheduler.retract(plan.step, shrink=False)
+        if self.storage is not None:
+            self.storage.run(self.scheduler.take_moves(), self._rows)
         return plan
 
     def complete(self):

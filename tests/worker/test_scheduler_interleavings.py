@@ -34,10 +34,10 @@ PROMPTS = st.builds(
 class Interleaving(RuleBasedStateMachine):
     """The simulated device checks every step, and every text against the one computed alone."""
 
-    @initialize(limits=LIMITS, tenants=st.sampled_from([1, 2, 4]))
-    def start(self, limits, tenants):
+    @initialize(limits=LIMITS, tenants=st.sampled_from([1, 2, 4]), slots=st.sampled_from([0, 0, 1, 3, 20]))
+    def start(self, limits, tenants, slots):
         self.tenants = tenants
-        self.run = SimulatedEngine(limits)
+        self.run = SimulatedEngine(limits, slots)
         self.next = 0
         self.names, self.told = {}, set()
 
@@ -101,6 +101,12 @@ class Interleaving(RuleBasedStateMachine):
         self.run.cancel(number)
         self.run.scheduler.release(number)
 
+    @precondition(lambda self: self.run.storage is not None)
+    @rule(slot=st.integers(0, 19))
+    def memory_is_damaged(self, slot):
+        if self.run.storage.ready(slot):
+            self.run.storage.lose(slot)
+
     @invariant()
     def pages_are_accounted_for(self):
         if hasattr(self, "run"):
@@ -123,7 +129,7 @@ class Interleaving(RuleBasedStateMachine):
         tree, size = self.run.scheduler._policy.memory.tree, self.run.limits.page_size
         for (namespace, beginning), name in self.names.items():
             if name in self.told - live:
-                assert _is_cached(tree, namespace, beginning, size)
+                assert self.run.storage is not None or _is_cached(tree, namespace, beginning, size)
 
     def teardown(self):
         if hasattr(self, "run"):

@@ -54,6 +54,7 @@ def command(deployment: Deployment) -> list[str]:
     if engine.context_length is not None:
         words += ["--context-length", str(engine.context_length)]
     words += ["--max-batch-size", str(engine.max_batch_size), "--kv-memory", str(engine.kv_memory_bytes)]
+    words += ["--kv-offload", str(engine.kv_offload_bytes)] if engine.kv_offload is not None else []
     words += ["--device", engine.device, "--dtype", engine.dtype]
     # Omitted if they equal the worker's default, so that existing deployments do not change.
     words += ["--format", engine.format] if engine.format != "auto" else []

@@ -79,6 +79,19 @@ class Engine(Model):
             )
         ),
     )
+    kv_offload: Quantity | None = Field(
+        default=None,
+        description="CPU memory of one worker for cached prefixes that its KV cache evicts: a quantity such "
+        "as 16Gi, or a number of bytes; 1Mi to 1Pi. They come back where that is faster than computing them "
+        "again. Add it to worker.resources. Default: none.",
+        json_schema_extra=rules(
+            (
+                "isQuantity(string(self)) && quantity(string(self)).compareTo(quantity('1Mi')) >= 0 && "
+                "quantity(string(self)).compareTo(quantity('1Pi')) <= 0",
+                "kvOffload is an amount of memory of 1Mi or more, e.g. 512Mi or 16Gi, and at most 1Pi",
+            )
+        ),
+    )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         default="auto",
         description="Number format of weights and activations; auto takes bfloat16 on GPUs and float32 on "
@@ -134,6 +147,11 @@ class Engine(Model):
     def kv_memory_bytes(self) -> int:
         """`kv_memory` in bytes."""
         return int(quantity.parse(self.kv_memory))
+
+    @property
+    def kv_offload_bytes(self) -> int:
+        """`kv_offload` in bytes; 0: none."""
+        return 0 if self.kv_offload is None else int(quantity.parse(self.kv_offload))
 
     @property
     def routing_mass(self) -> float | None:

@@ -32,6 +32,10 @@ _ONE_LEARNS = (
     "engine.routing.learning Online is for replicas of one worker: set parallelism.pipeline and "
     "parallelism.expert to 1, or learning to Off"
 )
+_ONE_OFFLOADS = (
+    "engine.kvOffload is for replicas of one worker: set parallelism.pipeline and parallelism.expert to 1, "
+    "or leave it out"
+)
 _LIMIT = "scaling.gpuLimit does not allow scaling.minReplicas: raise the one or lower the other"
 
 
@@ -44,6 +48,7 @@ def _rules_of_replicas(workers: str) -> tuple[tuple[str, str], ...]:
             f"{workers} == 1",
             _ONE_LEARNS,
         ),
+        (f"!has(self.engine.kvOffload) || {workers} == 1", _ONE_OFFLOADS),
         (
             f"!has(self.scaling) || !{share_set('self.worker')} || !{_GPUS_LIMITED} || "
             f"double(self.scaling.minReplicas * {workers}) * ({halves('self.worker')} ? 0.5 : 1.0) <= "
@@ -118,6 +123,8 @@ class Spec(Model):
         ranks, scaling = self.parallelism.ranks, self.scaling
         if ranks > 1 and self.engine.routing.learning == "Online":
             raise ValueError(_ONE_LEARNS)
+        if ranks > 1 and self.engine.kv_offload is not None:
+            raise ValueError(_ONE_OFFLOADS)
         if ranks == 1 or not self.worker.accelerators:
             return self
         if self.worker.gpus < 1:

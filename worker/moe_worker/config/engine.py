@@ -23,6 +23,7 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "max_batch_size": (1, 1 << 16),
     "max_queue": (0, LARGEST_SIZE),
     "kv_memory": (1, 1 << 50),
+    "kv_offload": (0, 1 << 50),
     "prefill_tokens": (1, LARGEST_SIZE),
     "target_step_ms": (1, 3_600_000),
     "page_size": (1, 1 << 16),
@@ -58,6 +59,8 @@ class EngineOptions:
     max_batch_size: sequences computed together at most.
     max_queue: requests that may wait beyond those in the batch.
     kv_memory: bytes for the KV cache; None: as much as max_batch_size contexts take.
+    kv_offload: bytes of CPU memory for pages that the KV cache evicts. They come back where that takes less
+        time than computing them again; on CPUs it hardly ever does. 0: they are lost.
     prefill_tokens: prompt tokens computed in one step at most; longer prompts take several.
     target_step_ms: aim for the time of a step while streams run, so the time between two tokens of a
         stream: prompts are split into chunks that meet it. 50 ms is faster than people read.
@@ -93,6 +96,7 @@ class EngineOptions:
     max_batch_size: int = 16
     max_queue: int = 256
     kv_memory: int | None = None
+    kv_offload: int = 0
     prefill_tokens: int = 2048
     target_step_ms: float = 50.0
     page_size: int = 16
@@ -137,6 +141,10 @@ class EngineOptions:
                 raise SettingsError(f"{name} is {str(value)[:MOST_SHOWN]}; it must be {wanted}")
         if self.page_size & (self.page_size - 1):
             raise SettingsError(f"page_size is {self.page_size}; it must be a power of two")
+        self._check_mesh()
+        _check_override(self.config_override)
+
+    def _check_mesh(self) -> None:
         ranks = self.mesh_shape.ranks
         if self.mesh_rank >= ranks:
             raise SettingsError(
@@ -147,7 +155,11 @@ class EngineOptions:
                 f"redundant_experts is {self.redundant_experts}; a mesh {self.mesh_shape} has one rank a "
                 "stage and no use for them: use 0"
             )
-        _check_override(self.config_override)
+        if self.kv_offload and (ranks > 1 or not self.prefix_cache):
+            raise SettingsError(
+                f"kv_offload is {self.kv_offload}; it keeps pages of the prefix cache, and a mesh of several "
+                "ranks does not support it: use 0"
+            )
 
     @property
     def mesh_shape(self) -> MeshShape:

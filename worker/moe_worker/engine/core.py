@@ -21,6 +21,7 @@ from moe_worker.engine.mesh_report import MeshReporter
 from moe_worker.engine.requests import Delta, FinishReason, Load, Request
 from moe_worker.engine.statistics import Event, ExpertStatistics, Statistics, Tally
 from moe_worker.errors import DeviceMemoryError, RequestError
+from moe_worker.kvcache.host import HostPages
 from moe_worker.mesh.errors import MeshError
 from moe_worker.mesh.runner import MeshRunner
 from moe_worker.sampling.guides import Guide
@@ -48,7 +49,8 @@ class EngineCore:
     ) -> None:
         self._loaded = loaded
         self._clock = clock
-        self._scheduler = Scheduler(_limits(loaded, options))
+        self._host = HostPages(loaded.cache, options.kv_offload) if options.kv_offload else None
+        self._scheduler = Scheduler(_limits(loaded, options), self._host)
         self._launcher = Launcher(loaded)
         self._active: dict[int, ActiveRequest] = {}
         self._tally = Tally()
@@ -92,7 +94,8 @@ class EngineCore:
     @property
     def statistics(self) -> Statistics:
         """The counters so far."""
-        return self._tally.statistics(self._scheduler.counters, self._scheduler.evictions)
+        scheduler = self._scheduler
+        return self._tally.statistics(scheduler.counters, scheduler.evictions, scheduler.offloaded)
 
     @property
     def expert_statistics(self) -> ExpertStatistics:
@@ -176,6 +179,8 @@ class EngineCore:
         """
         self._tend()
         plan = self._scheduler.plan(self._clock())
+        if self._host is not None:
+            self._host.run(self._scheduler.take_moves())
         if plan.preempted or plan.admitted:
             self._tally.note(plan, {id_: self._active[id_].tokens for id_ in plan.preempted})
         deltas = [self._end(request, FinishReason.DEADLINE) for request in plan.expired]

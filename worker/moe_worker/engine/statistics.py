@@ -14,7 +14,8 @@ class Statistics(NamedTuple):
     sequences: summed over steps. prefill_tokens: of prompts, including recomputation after a preemption
     (recomputed_tokens has that part alone). decode_tokens: computed in decode, one for each step and stream.
     output_tokens: sampled. prompt_tokens, prefix_hit_tokens: of requests when they first ran. evictions:
-    pages evicted from idle prefixes.
+    pages evicted from idle prefixes. offloaded, restored: pages kept in CPU memory when they were evicted,
+    and pages that came back.
     """
 
     steps: int = 0
@@ -28,6 +29,8 @@ class Statistics(NamedTuple):
     preemptions: int = 0
     expired: int = 0
     evictions: int = 0
+    offloaded: int = 0
+    restored: int = 0
 
     @property
     def tokens(self) -> int:
@@ -126,7 +129,9 @@ class Tally:
         events, self.events = tuple(self.events), []
         return events
 
-    def statistics(self, counters: Counters, evictions: int) -> Statistics:
+    def statistics(
+        self, counters: Counters, evictions: int, offloaded: tuple[int, int] = (0, 0)
+    ) -> Statistics:
         """All sums, including the scheduler's."""
         return Statistics(
             steps=self._steps,
@@ -140,6 +145,8 @@ class Tally:
             preemptions=counters.preemptions,
             expired=counters.expired,
             evictions=evictions,
+            offloaded=offloaded[0],
+            restored=offloaded[1],
         )
 
 

@@ -84,6 +84,15 @@ class PagedCache:
         return cls(shape, pages, layers.unbind(0))
 
     @property
+    def storage_LRN(self) -> Tensor:  # noqa: N802 - a tensor's name contains its shape
+        """The rows of all layers as bytes, [layers, rows, bytes of a row]; a view."""
+        rows, width = self.layers[0].shape
+        size = (len(self.layers), rows, width)
+        first = self.layers[0]  # `layers` are the parts of one tensor
+        whole = first.as_strided(size, (rows * width, width, 1), first.storage_offset())
+        return whole.view(torch.uint8)
+
+    @property
     def page_size(self) -> int:
         """Tokens of a page."""
         return self.shape.page_size

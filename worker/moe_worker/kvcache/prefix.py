@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from moe_worker.kvcache.blocks import BlockNames
 from moe_worker.kvcache.heap import LazyHeap
+from moe_worker.kvcache.offload import Offload, first_digest, next_digest
 from moe_worker.kvcache.pages import PagePool
 
 MOST_HITS = 3
@@ -29,7 +30,7 @@ _SMOOTHING = 1 / 64
 class Node:
     """A page in the tree, and the prefix that ends with it. Opaque to users."""
 
-    __slots__ = ("children", "hits", "key", "names", "page", "parent", "usefulness")
+    __slots__ = ("children", "digest", "hits", "key", "names", "page", "parent", "usefulness")
 
     def __init__(self, parent: "Node | None", key: tuple[int, ...], page: int, usefulness: int) -> None:
         self.parent = parent
@@ -39,6 +40,7 @@ class Node:
         self.hits = 0
         self.children: dict[tuple[int, ...], Node] = {}
         self.names: tuple[int, ...] = ()  # of blocks that end in it
+        self.digest = b""  # of its prefix; only where evicted pages are kept
 
 
 class _Root(Node):
@@ -49,12 +51,22 @@ class _Root(Node):
     def __init__(self, namespace: str) -> None:
         super().__init__(None, (), -1, 0)
         self.namespace = namespace
+        self.digest = first_digest(namespace)
 
 
 class PrefixTree:
-    """Prefixes whose pages are in `pool`, `page_size` tokens a page. Not thread-safe."""
+    """Prefixes whose pages are in `pool`, `page_size` tokens a page. Not thread-safe.
 
-    def __init__(self, pool: PagePool, page_size: int) -> None:
+    names: told which blocks come and go. offload: gets evicted pages; None: they are lost.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        page_size: int,
+        names: BlockNames | None = None,
+        offload: Offload | None = None,
+    ) -> None:
         self._pool = pool
         self._page_size = page_size
         self._roots: dict[str, _Root] = {}
@@ -62,7 +74,8 @@ class PrefixTree:
         self._lookups = 0
         self._touched = 0
         self._touched_mean = 1.0
-        self.names = BlockNames()
+        self.names = BlockNames() if names is None else names
+        self._offload = offload
         self.lifetime = 0  # lookups that use as many pages as the tree holds
         self.pages = 0
         self.idle = 0
@@ -155,6 +168,8 @@ class PrefixTree:
             return child
         self._pool.retain(page)
         child = node.children[key] = Node(node, key, page, self._lookups)
+        if self._offload is not None:
+            child.digest = next_digest(node.digest, key)
         self.pages += 1
         self._touched += 1
         return child
@@ -165,6 +180,8 @@ class PrefixTree:
             raise ValueError("the root of a namespace holds no page to evict")
         del parent.children[leaf.key]
         leaf.parent = None
+        if self._offload is not None:
+            self._offload.save(leaf.digest, leaf.page, leaf.names)
         for name in leaf.names:
             self.names.release(name)
         self._pool.release(leaf.page)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from moe_worker.errors import QueueFullError
 from moe_worker.kvcache.heap import LazyHeap
+from moe_worker.kvcache.offload import Move, Storage
 from moe_worker.scheduler.budget import TokenBudget
 from moe_worker.scheduler.job import Job, State
 from moe_worker.scheduler.plan import Arrival, Counters, Limits, Plan, Step, check
@@ -15,15 +16,17 @@ from moe_worker.scheduler.rate import EndRate
 class Scheduler:
     """Plans steps. Not thread-safe; the caller supplies the time.
 
+    With `storage`, pages that are evicted are kept there: run `take_moves` after each plan, before its step.
+
     Step n + 1 may be planned before the tokens of step n are known. Steps complete in the order in which
     they were planned, and must run in that order too: the later one may reuse a page that was freed between
     two plans while the earlier one still runs.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, storage: Storage | None = None) -> None:
         self.limits = limits
         self.counters = Counters()
-        self._policy = SchedulingPolicy(limits, self.counters)
+        self._policy = SchedulingPolicy(limits, self.counters, storage)
         self._live: dict[int, Job] = {}
         self._deadlines: LazyHeap[float, Job] = LazyHeap(lambda _, job: job.state is not State.ENDED)
         self._flights: deque[tuple[Step, list[Job]]] = deque()
@@ -69,6 +72,16 @@ class Scheduler:
     def evictions(self) -> int:
         """Pages evicted from the prefix tree since the start."""
         return self._policy.memory.tree.evictions
+
+    @property
+    def offloaded(self) -> tuple[int, int]:
+        """Pages that were kept in CPU memory when they were evicted, and pages that came back, so far."""
+        offload = self._policy.memory.offload
+        return (0, 0) if offload is None else (offload.saved, offload.restored)
+
+    def take_moves(self) -> list[Move]:
+        """Copies of pages for the last plan; they run before its step, also if it has none."""
+        return self._policy.memory.take_moves()
 
     def take_block_changes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Names of blocks that came into the cache, or are about to, and of those that went, since the last

@@ -1,5 +1,9 @@
 """The pages of jobs: from the pool, from the prefix tree, and back."""
 
+from collections.abc import Callable, Iterator
+
+from moe_worker.kvcache.blocks import BlockNames
+from moe_worker.kvcache.offload import Move, Offload, Storage, next_digest
 from moe_worker.kvcache.pages import PagePool
 from moe_worker.kvcache.prefix import PrefixTree
 from moe_worker.scheduler.job import Job
@@ -7,13 +11,22 @@ from moe_worker.scheduler.plan import Limits
 
 
 class Memory:
-    """Gives pages to jobs, shares those of equal prefixes, and evicts idle ones if the pool is empty."""
+    """Gives pages to jobs, shares those of equal prefixes, and evicts idle ones if the pool is empty.
 
-    def __init__(self, limits: Limits) -> None:
+    storage: CPU memory for evicted pages; None: they are lost. worth: whether a page should come back if that
+    takes so many seconds.
+    """
+
+    def __init__(
+        self, limits: Limits, storage: Storage | None = None, worth: Callable[[float], bool] = lambda _: True
+    ) -> None:
         self._limits = limits
         self._size = limits.page_size
+        self._worth = worth
         self.pool = PagePool(limits.pages)
-        self.tree = PrefixTree(self.pool, limits.page_size)
+        names = BlockNames()
+        self.offload = None if storage is None else Offload(storage, names)
+        self.tree = PrefixTree(self.pool, limits.page_size, names, self.offload)
 
     @property
     def available(self) -> int:
@@ -47,9 +60,13 @@ class Memory:
             needed = fresh + before - self.available
             self.free(job)
             return needed
+        kept = self._restorable(job, len(shared), most)
         job.shared = len(shared)
         job.table = shared + self._take(fresh)
-        job.computed = job.written = len(shared) * self._size
+        if self.offload is not None:
+            for digest, page in zip(kept, job.table[job.shared :], strict=False):
+                self.offload.load(digest, page)
+        job.computed = job.written = (len(shared) + len(kept)) * self._size
         self._name(job, 0)
         return 0
 
@@ -81,6 +98,21 @@ class Memory:
             self.tree.release(job.node)
         job.node, job.table = None, []
         job.shared = job.told = job.computed = job.written = 0
+
+    def take_moves(self) -> list[Move]:
+        """Copies of pages that run now, before the next step."""
+        return [] if self.offload is None else self.offload.take()
+
+    def _restorable(self, job: Job, first: int, most: int) -> list[bytes]:
+        """Digests of the pages after the first `first` ones that come back from CPU memory; held there."""
+        if self.offload is None or job.node is None or not self._worth(self.offload.page_s):
+            return []
+        return self.offload.match(self._digests(job, job.node.digest, first, most))
+
+    def _digests(self, job: Job, digest: bytes, first: int, most: int) -> Iterator[bytes]:
+        for page in range(first, most):
+            digest = next_digest(digest, job.tokens[page * self._size : (page + 1) * self._size])
+            yield digest
 
     def _name(self, job: Job, first: int) -> None:
         """Names the blocks that end in the pages from `first` on that the job has in the tree."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from moe_worker.kvcache.heap import LazyHeap
+from moe_worker.kvcache.offload import Storage
 from moe_worker.scheduler.budget import TokenBudget
 from moe_worker.scheduler.job import Job, State
 from moe_worker.scheduler.memory import Memory
@@ -64,9 +65,9 @@ class _Short(NamedTuple):
 class SchedulingPolicy:
     """Jobs in scheduling order, and their pages."""
 
-    def __init__(self, limits: Limits, counters: Counters) -> None:
+    def __init__(self, limits: Limits, counters: Counters, storage: Storage | None = None) -> None:
         self.budget = TokenBudget(limits)
-        self.memory = Memory(limits)
+        self.memory = Memory(limits, storage, self._is_worth)
         self.running: list[Job] = []  # in scheduling order
         self.most_running = limits.sequences
         self._limits = limits
@@ -221,6 +222,11 @@ class SchedulingPolicy:
         draft.preempted.append(job.arrival.id)
         self._counters.preemptions += 1
         return job
+
+    def _is_worth(self, page_s: float) -> bool:
+        """Whether a page comes back sooner than it is computed, as far as steps have been measured."""
+        time = self.budget.time
+        return not time.count or page_s < self._limits.page_size * time.per_token
 
     def _stop(self, job: Job) -> None:
         del self.running[bisect_left(self.running, job.rank, key=_rank)]

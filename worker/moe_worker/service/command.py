@@ -81,6 +81,13 @@ class _Number(click.FloatRange):
     "--max-queue", type=int, default=256, show_default=True, help="Requests that may wait beyond the batch."
 )
 @click.option("--kv-memory", help="Bytes for the KV cache, e.g. 2Gi. Default: room for a full batch.")
+@click.option(
+    "--kv-offload",
+    default="0",
+    show_default=True,
+    help="Bytes of CPU memory, e.g. 16Gi, for cached prefixes that the KV cache evicts; they come back where "
+    "that is faster than computing them again. Pinned on GPUs.",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option(
     "--dtype", default="auto", show_default=True, help=", ".join(DTYPES) + " (auto: float32 on CPUs)."
@@ -319,7 +326,8 @@ def serve(
     names = ("stall_timeout", "write_timeout", "grace")
     times = {f"{name}_s": cast("float", options.pop(name)) for name in names}
     memory = None if kv_memory is None else parse_bytes(kv_memory)
-    engine_options = EngineOptions(kv_memory=memory, **options)  # type: ignore[arg-type]
+    offload = parse_bytes(str(options.pop("kv_offload")))
+    engine_options = EngineOptions(kv_memory=memory, kv_offload=offload, **options)  # type: ignore[arg-type]
     if explained:
         from moe_worker.engine.loading import explain_choice  # noqa: PLC0415 - torch: only the engine's process
 

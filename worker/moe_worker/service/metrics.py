@@ -38,6 +38,8 @@ _COUNTERS: Final[Mapping[str, tuple[str, str, Callable[[Statistics], int]]]] = {
     "preemptions": ("{preemption}", "Requests that were preempted.", lambda it: it.preemptions),
     "requests.expired": ("{request}", "Requests whose deadline passed.", lambda it: it.expired),
     "kv_cache.evictions": ("{page}", "Pages that idle prefixes lost.", lambda it: it.evictions),
+    "kv_offload.saved": ("{page}", "Evicted pages kept in CPU memory.", lambda it: it.offloaded),
+    "kv_offload.restored": ("{page}", "Pages that came back from CPU memory.", lambda it: it.restored),
 }
 
 
