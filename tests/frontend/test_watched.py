@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
-from moe_api.prefixes import CHANGE_MOST
+from moe_api.inference.v1 import inference_pb2
+from moe_api.prefixes import CHANGE_MOST, names_of
 from moe_api.supervision import Backoff, Supervisor
+from moe_api.tenancy import SALT_KEY
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
 from moe_frontend.policy import watched
-from moe_frontend.policy.balancing import Asked, ExactPrefixAffinity, Question
+from moe_frontend.policy.balancing import Asked, ExactPrefixAffinity, Question, question_of
 from moe_frontend.policy.routing import Load, choose
 from moe_frontend.policy.watched import SENT_S, Held, ImplausibleChangeError, WatchedIndex
 from moe_frontend.transport import watching
@@ -240,3 +242,15 @@ async def test_a_replica_that_floods_leaves_the_frontend_time(fleet, monkeypatch
     before = held.sequence
     await asyncio.sleep(0.2)
     assert held.sequence - before <= 5
+
+
+@pytest.mark.parametrize("metadata", [[], [("x-cache-salt", "a")], [("authorization", "Bearer b")]])
+async def test_a_worker_is_told_the_salt_that_the_frontend_names_blocks_with(bench, metadata):
+    b = await bench(workers=1)
+    request = inference_pb2.GenerateRequest(prompt="count 1 0" + " " * 2000)
+    await b.text(request.prompt, metadata=metadata)
+    (worker,) = b.workers
+    (asked,), (told,) = worker.asked, worker.metadata
+    names = names_of(asked, told.get(SALT_KEY, ""))
+    assert names == question_of(request, metadata).blocks
+    assert len(names) == 3
