@@ -6,6 +6,7 @@ the text to those who do not know the salt and all of the text.
 """
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Final
@@ -46,12 +47,10 @@ def ends_of(
     """
     if request.prompt_tokens.ids:
         return tuple(range(BLOCK_TOKENS, _complete(len(tokens), BLOCK_TOKENS) + 1, BLOCK_TOKENS))
+    sizes = list(accumulate(map(len, map(piece, tokens))))
     complete = _complete(len(request.prompt.encode()), BLOCK_BYTES)
-    ends: list[int] = []
-    for count, size in enumerate(accumulate(len(piece(token)) for token in tokens), 1):
-        while size >= BLOCK_BYTES * (len(ends) + 1) <= complete:
-            ends.append(count)
-    return (*ends, *[len(tokens)] * (complete // BLOCK_BYTES - len(ends)))
+    bounds = range(BLOCK_BYTES, complete + 1, BLOCK_BYTES)
+    return tuple(min(bisect_left(sizes, bound) + 1, len(tokens)) for bound in bounds)
 
 
 def _kind(request: inference_pb2.GenerateRequest) -> str:
