@@ -13,10 +13,12 @@ from typing import Any, Final, TypeVar
 import click
 import grpc
 
+from moe_api import tls
 from moe_client import errors
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _FILE: Final = click.Path(exists=True, dir_okay=False, path_type=Path)
+_FOLDER: Final = click.Path(exists=True, file_okay=False, path_type=Path)
 Options = Sequence[tuple[str, Any]]
 
 
@@ -29,6 +31,7 @@ class Endpoint:
     tls: whether the connection is encrypted, and the server proves its name.
     ca_file: certificates of the authorities that may prove it, as PEM; None: the system's.
     server_name: the proved name, if it is not the host of the address.
+    proof: folder with tls.crt and tls.key, by which the caller proves who it is; None: it does not.
     """
 
     address: str
@@ -36,6 +39,7 @@ class Endpoint:
     tls: bool = False
     ca_file: Path | None = None
     server_name: str | None = None
+    proof: Path | None = None
 
     def __str__(self) -> str:
         return self.address
@@ -68,15 +72,26 @@ class Endpoint:
         return (*options, *named)
 
     def _credentials(self) -> grpc.ChannelCredentials:
-        self._context()  # says what is wrong with the file; gRPC would only fail to connect
-        return grpc.ssl_channel_credentials(None if self.ca_file is None else self.ca_file.read_bytes())
+        self._context()  # says what is wrong with the files; gRPC would only fail to connect
+        authorities = None if self.ca_file is None else self.ca_file.read_bytes()
+        if self.proof is None:
+            return grpc.ssl_channel_credentials(authorities)
+        key, certificate = (self.proof / name for name in (tls.KEY, tls.CERTIFICATE))
+        return grpc.ssl_channel_credentials(authorities, key.read_bytes(), certificate.read_bytes())
 
     def _context(self) -> ssl.SSLContext:
         try:
-            return ssl.create_default_context(cafile=self.ca_file)
+            context = ssl.create_default_context(cafile=self.ca_file)
         except (OSError, ssl.SSLError) as error:
             sentence = f"{self.ca_file} has no certificate in PEM ({error}); give the ca.crt of the Secret"
             raise errors.CommandError(sentence, errors.WRONG) from error
+        try:
+            if self.proof is not None:
+                context.load_cert_chain(self.proof / tls.CERTIFICATE, self.proof / tls.KEY, password="")
+        except (OSError, ssl.SSLError) as error:
+            sentence = f"{self.proof} has no tls.crt with its tls.key in PEM ({error})"
+            raise errors.CommandError(f"{sentence}; give the files of the Secret", errors.WRONG) from error
+        return context
 
 
 class _Https(http.client.HTTPSConnection):
@@ -94,21 +109,33 @@ class _Https(http.client.HTTPSConnection):
 
 
 def access_options(command: _Command) -> _Command:
-    """Adds --token, --tls, --ca-file and --tls-server-name; the command gets an `Endpoint` as `endpoint`.
+    """Adds --token, --tls, --ca-file, --tls-server-name and --tls-folder.
 
-    The command's own option --endpoint gives the address.
+    The command gets an `Endpoint` as `endpoint`; its own option --endpoint gives the address.
     """
 
     @functools.wraps(command)
     def called(*, endpoint: str, **given: Any) -> Any:
         token, ca_file = given.pop("token"), given.pop("ca_file")
-        tls, server_name = given.pop("tls"), given.pop("tls_server_name")
+        encrypted, server_name = given.pop("tls"), given.pop("tls_server_name")
+        folder = given.pop("tls_folder")
         if token is not None and not (token and token.isascii() and token.isprintable()):
             raise click.UsageError("--token is no credential; use printable ASCII characters")
-        tls = tls or ca_file is not None or server_name is not None
-        return command(endpoint=Endpoint(endpoint, token, tls, ca_file, server_name), **given)
+        if folder is not None and ca_file is None:
+            ca_file = folder / tls.AUTHORITIES
+        encrypted = encrypted or ca_file is not None or server_name is not None
+        made = Endpoint(endpoint, token, encrypted, ca_file, server_name, folder)
+        return command(endpoint=made, **given)
 
     for option in (
+        click.option(
+            "--tls-folder",
+            type=_FOLDER,
+            envvar="MOE_TLS_FOLDER",
+            show_envvar=True,
+            help="Proves who calls, with tls.crt and tls.key of this folder, and trusts its ca.crt: the "
+            "files of a Secret, for workers with mutual TLS (docs/security.md).",
+        ),
         click.option(
             "--tls-server-name",
             envvar="MOE_TLS_SERVER_NAME",

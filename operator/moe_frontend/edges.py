@@ -10,7 +10,7 @@ from typing import TypeVar
 import grpc
 from opentelemetry import metrics
 
-from moe_api import tls
+from moe_api import mutual, tls
 from moe_api.mounted import Mounted, MountedError
 from moe_api.supervision import Supervisor
 from moe_frontend.identity import keys
@@ -27,6 +27,7 @@ class Guards:
     """What the command line says about it.
 
     tls: folder with tls.crt and tls.key; None: plaintext.
+    internal_tls: folder with tls.crt, tls.key and ca.crt, for workers and the operator; None: plaintext.
     api_keys: folder with an entry for each tenant (identity.keys); None: there are no keys.
     jwks: URL of a key set, or folder with jwks.json; None: tokens are not accepted.
     jwt_issuer, jwt_audience: that tokens must name.
@@ -35,6 +36,7 @@ class Guards:
     """
 
     tls: Path | None = None
+    internal_tls: Path | None = None
     api_keys: Path | None = None
     jwks: str | None = None
     jwt_issuer: str = ""
@@ -75,14 +77,43 @@ class Tls:
     http: ssl.SSLContext
 
 
+class Internal:
+    """Mutual TLS with workers and the operator, which takes renewed certificates.
+
+    Raises:
+        InstallationError: the folder is not valid.
+    """
+
+    def __init__(self, folder: Path, supervisor: Supervisor) -> None:
+        self._renewed: Callable[[], None] = lambda: None
+        self._pair = _mounted(folder, mutual.parse, supervisor, lambda _: self._renewed())
+
+    def pair(self) -> tls.KeyPair:
+        """The certificate of this frontend as it is now."""
+        return self._pair.value
+
+    def on_renewal(self, renewed: Callable[[], None]) -> None:
+        """Calls `renewed` after each change."""
+        self._renewed = renewed
+
+    def server_credentials(self) -> grpc.ServerCredentials:
+        """For the operator's port: clients need a certificate of the same authority."""
+        return tls.server_credentials(self.pair, mutual=True)
+
+
 @dataclass(frozen=True)
 class Edge:
-    """What guards the client ports; tls: None: plaintext. log: of their requests. lines: its writer."""
+    """What guards the ports.
+
+    tls: of clients; None: plaintext. log: of their requests. lines: its writer. internal: of workers and the
+    operator; None: plaintext.
+    """
 
     authenticator: Authenticator
     tls: Tls | None
     log: AuditLog
     lines: LineWriter | None = None
+    internal: Internal | None = None
 
     def measure(self, meter: metrics.Meter) -> None:
         """Creates the instruments."""
@@ -102,11 +133,12 @@ def edge_of(guards: Guards, supervisor: Supervisor) -> Edge:
         InstallationError: a folder is not valid.
     """
     authenticator, encryption = _authenticator(guards, supervisor), _tls(guards, supervisor)
+    internal = None if guards.internal_tls is None else Internal(guards.internal_tls, supervisor)
     if not guards.audit_log:
-        return Edge(authenticator, encryption, NO_LOG)
+        return Edge(authenticator, encryption, NO_LOG, internal=internal)
     # Standard output is for the audit log alone; everything else is logged to standard error.
     lines = LineWriter(supervisor)
-    return Edge(authenticator, encryption, AuditLog(lines.put), lines)
+    return Edge(authenticator, encryption, AuditLog(lines.put), lines, internal)
 
 
 def _tls(guards: Guards, supervisor: Supervisor) -> Tls | None:

@@ -15,16 +15,26 @@ from moe_operator.errors import InstallationError
 _LOG: Final = logging.getLogger("moe-frontend")
 
 
-async def listen(frontend: Frontend, address: str, edge: Edge, admin: tuple[str, ...] | None) -> None:
+async def listen(
+    frontend: Frontend,
+    address: str,
+    edge: Edge,
+    admin: tuple[str, ...] | None,
+    health: tuple[str, ...] | None = None,
+) -> None:
     """Listens for gRPC clients, and for the operator and probes at the same address unless `admin` is
-    another.
+    another. With mutual TLS the operator needs a certificate there, and probes have `health`.
 
     Raises:
         InstallationError: an address cannot be listened on.
     """
     if admin is not None:
-        port = await _listening(frontend.start_admin(admin[0]), admin[0])
+        internal = None if edge.internal is None else edge.internal.server_credentials()
+        port = await _listening(frontend.start_admin(admin[0], internal), admin[0])
         _LOG.info("operator and probes on %s:%d", admin[0].rpartition(":")[0], port)
+    if health is not None:
+        port = await _listening(frontend.start_health(health[0]), health[0])
+        _LOG.info("probes on %s:%d", health[0].rpartition(":")[0], port)
     credentials = None if edge.tls is None else edge.tls.grpc
     port = await _listening(frontend.start(address, credentials, administered=admin is None), address)
     _LOG.info("serving on %s:%d", address.rpartition(":")[0], port)

@@ -138,6 +138,16 @@ from moe_operator.errors import MoEOperatorError
     "Secret); a renewed certificate is used within seconds, for new connections. Default: plaintext.",
 )
 @click.option(
+    "--internal-tls",
+    type=FOLDER,
+    envvar="MOE_INTERNAL_TLS",
+    show_envvar=True,
+    metavar="FOLDER",
+    help="Connects to workers over mutual TLS, with tls.crt, tls.key and ca.crt of this folder (a mounted "
+    "Secret), and serves --admin with it; renewed certificates are used within seconds. In a cluster it "
+    "still reaches workers in plaintext whose port is named grpc. Default: plaintext.",
+)
+@click.option(
     "--api-keys",
     type=FOLDER,
     envvar="MOE_API_KEYS",
@@ -185,7 +195,16 @@ from moe_operator.errors import MoEOperatorError
     envvar="MOE_ADMIN",
     show_envvar=True,
     metavar="HOST:PORT",
-    help="Serves the operator and probes here, in plaintext, instead of on the port of clients.",
+    help="Serves the operator and probes here instead of on the port of clients: in plaintext, or with "
+    "--internal-tls to those with a certificate.",
+)
+@click.option(
+    "--health",
+    type=Addresses(),
+    envvar="MOE_HEALTH",
+    show_envvar=True,
+    metavar="HOST:PORT",
+    help="Serves probes here as well, in plaintext, and nothing else.",
 )
 @click.option(
     "--metrics-port",

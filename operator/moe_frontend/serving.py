@@ -15,6 +15,7 @@ from moe_api.receiving import InProgress
 from moe_api.supervision import Supervisor
 from moe_frontend import edges, listening
 from moe_frontend.chat.renderer import Renderer
+from moe_frontend.discovery.connecting import Connector
 from moe_frontend.discovery.endpoints import Endpoint, static_endpoints
 from moe_frontend.discovery.probing import Prober
 from moe_frontend.edges import Edge, Guards
@@ -56,6 +57,7 @@ class Options:
     tenants: what they may use.
     guards: TLS and authentication of the client ports.
     admin: address for the operator and for probes; None: they use that of gRPC.
+    health: address for probes, where `admin` asks for a certificate; None: they use the others.
     metrics_port: where Prometheus may fetch metrics; 0: at /metrics of the HTTP port.
     """
 
@@ -75,6 +77,7 @@ class Options:
     tenants: TenantsConfig
     guards: Guards
     admin: tuple[str, ...] | None
+    health: tuple[str, ...] | None
     metrics_port: int
 
 
@@ -85,8 +88,12 @@ async def serve(options: Options) -> None:
         InstallationError: there is no cluster, or the address cannot be listened on.
     """
     supervisor = Supervisor(expected=(MoEOperatorError,))
+    edge = edges.edge_of(options.guards, supervisor)
+    connector = Connector(None if edge.internal is None else edge.internal.pair)
     policy = balancing.POLICIES[options.routing]()
-    replicas = Replicas(supervisor=supervisor, policy=policy)
+    replicas = Replicas(supervisor=supervisor, policy=policy, connector=connector)
+    if edge.internal is not None:
+        edge.internal.on_renewal(replicas.reconnect)
     if isinstance(policy, balancing.ExactPrefixAffinity):
         CacheWatching(replicas, policy.index, supervisor).measure(metrics.get_meter(_SCOPE))
     polling = LoadPolling(replicas)
@@ -94,7 +101,6 @@ async def serve(options: Options) -> None:
     supervisor.start("replica-loads", polling.run)
     outputs = _outputs(options, supervisor)
     forwarder, hold = _forwarder(options, replicas, outputs)
-    edge = edges.edge_of(options.guards, supervisor)
     edge.measure(metrics.get_meter(_SCOPE))
     in_progress, renderer = InProgress(), Renderer()
     frontend = Frontend(forwarder, hold, supervisor, edge.authenticator, edge.log, in_progress)
@@ -114,7 +120,7 @@ async def serve(options: Options) -> None:
                 measured=not options.metrics_port,
             )
             http = await _listen_http(options, api, supervisor, edge)
-            await listening.listen(frontend, options.listen[0], edge, options.admin)
+            await listening.listen(frontend, options.listen[0], edge, options.admin, options.health)
             await stop.wait()
             _LOG.info("draining for %g s at most", options.grace)
             await asyncio.gather(frontend.drain(options.grace), *(port.drain(options.grace) for port in http))
@@ -196,7 +202,7 @@ async def _following(
             _LOG.info("replicas: %s", ", ".join(sorted(e.name for e in serving)) or "none")
             await news.wait()
 
-    prober = Prober(route, supervisor)
+    prober = Prober(route, supervisor, replicas.connector)
     route()
     reporting = supervisor.start("probes", report)
     try:
@@ -235,7 +241,8 @@ def _discovery(
 ) -> Iterator[None]:
     """Tells `update` which endpoints there are, in this event loop."""
     if options.deployment is None:
-        update(static_endpoints(options.static or ()))
+        secure = options.guards.internal_tls is not None
+        update(static_endpoints(options.static or (), secure=secure))
         yield
         return
     # Importing the Kubernetes client takes half a second, which a frontend without a cluster saves.

@@ -9,6 +9,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from moe_api import rich_status
+from moe_api.server import create_server
 from moe_api.writing import WRITE_TIMEOUT_S, SlowReaderError, Writer
 
 LIVENESS: Final = "liveness"
@@ -103,3 +104,10 @@ class Health:
         await self.set_ready(ready=False)
         await asyncio.sleep(0.05)  # the watches need a few iterations of the event loop to send it
         self._servicer.closed.set()
+
+
+async def health_server(health: Health) -> grpc.aio.Server:
+    """A server of this health alone, for probes that cannot use the port of clients."""
+    server = create_server()
+    await health.register(server, ())
+    return server

@@ -121,6 +121,11 @@ def test_every_right_that_is_granted_is_used_and_no_other_is_asked_for(docs, hel
     docs.patch("moed", "docs", {"spec": {"networkPolicy": {"mode": "Off"}}})
     eventually(lambda: docs.list("networkpolicies"), lambda found: found == [], "policies deleted")
     pooled(docs)
+    # Certificates are made, and renewed by the operator that the next step starts again.
+    docs.apply(manifest("secure", replicas=0, transport={"mode": "MutualTLS"}))
+    made = "app.kubernetes.io/name in (moe-internal-ca, moe-internal-worker, moe-internal-frontend)"
+    eventually(lambda: docs.list("secrets", made), lambda found: len(found) == 3, "certificates")
+    docs.patch("secret", "moe-internal-worker", {"data": {"ca.crt": None}})
     # What scaling learns is written in every round, instead of every five minutes.
     setting = ("--set", "env[0].name=MOE_OPERATOR_HISTORY_SECONDS", "--set-string", "env[0].value=1")
     helm.upgrade("--reuse-values", *setting)
@@ -139,7 +144,7 @@ def test_every_right_that_is_granted_is_used_and_no_other_is_asked_for(docs, hel
     # A replica of several workers has a secret.
     docs.apply(manifest("gang", parallelism={"pipeline": 2}))
     eventually(lambda: docs.list("statefulsets", f"{GROUP}/name=gang"), bool, "a gang")
-    docs.kubectl("delete", "moed", "gang")
+    docs.kubectl("delete", "moed", "gang", "secure")
     wanted = granted(role(docs)) - set(ASKED_OF_OTHERS) - set(ASKED_FOR_ADOPTION)
     eventually(lambda: sorted(wanted - used(requests(docs))), lambda left: left == [], "every right used", 90)
     assert sorted(used(requests(docs)) - wanted - set(ASKED_FOR_ADOPTION)) == []

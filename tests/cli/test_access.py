@@ -5,11 +5,15 @@ import asyncio
 import pytest
 from click.testing import CliRunner
 
+from moe_api import mutual
+from moe_api.supervision import Supervisor
 from moe_cli.main import main
 from moe_frontend.edges import Guards
 from moe_frontend.identity import keys
 from moe_frontend.identity.caller import Caller
+from moe_worker.service import listening
 from tests.frontend.conftest import bench  # noqa: F401 - a fixture
+from tests.frontend.fake_worker import FakeWorker
 from tests.frontend.http.conftest import http  # noqa: F401 - a fixture
 from tests.pki import Authority, mount
 
@@ -84,3 +88,29 @@ def test_what_is_wrong_with_the_options_is_said(args, sentence, tmp_path):
     result = moe("generate", "--endpoint", "127.0.0.1:9", *given, "a")
     assert result.exit_code == 2
     assert sentence in result.stderr
+
+
+async def test_commands_prove_who_calls_where_workers_ask_for_it(tmp_path):
+    authority, supervisor = Authority(), Supervisor()
+    mount(tmp_path / "worker", authority.pair(mutual.WORKER))
+    mount(tmp_path / "mine", authority.pair(mutual.FRONTEND))
+    worker = FakeWorker("w-0")
+    endpoint = await worker.start(credentials=listening.credentials(tmp_path / "worker", supervisor))
+    there = (
+        "generate",
+        "--endpoint",
+        endpoint.address,
+        "--tls-server-name",
+        mutual.WORKER,
+        "--timeout",
+        "5",
+    )
+    proved = await run(*there, "--tls-folder", str(tmp_path / "mine"), "count 2")
+    assert (proved.exit_code, proved.stdout.strip()) == (0, "w-0:0 w-0:1")
+    refused = await run(*there, "--ca-file", str(tmp_path / "mine/ca.crt"), "count 2")
+    assert refused.exit_code == 3
+    (tmp_path / "mine/tls.key").unlink()
+    broken = await run(*there, "--tls-folder", str(tmp_path / "mine"), "count 2")
+    assert "has no tls.crt with its tls.key in PEM" in broken.stderr
+    await worker.server.stop(None)
+    await supervisor.close()

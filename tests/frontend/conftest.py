@@ -18,6 +18,7 @@ from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
 from moe_api.supervision import Supervisor
 from moe_frontend import edges
 from moe_frontend.chat.renderer import Renderer
+from moe_frontend.discovery.connecting import Connector
 from moe_frontend.discovery.endpoints import Endpoint
 from moe_frontend.identity.audit import AuditLog
 from moe_frontend.outputs.cache import OutputCache
@@ -68,7 +69,10 @@ class Bench:
         provider = TracerProvider()
         provider.add_span_processor(SimpleSpanProcessor(self.spans))
         self.tracer = provider.get_tracer("test")
-        self.replicas = Replicas(policy=policy)
+        internal = self.edge.internal
+        self.replicas = Replicas(policy=policy, connector=Connector(internal and internal.pair))
+        if internal is not None:
+            internal.on_renewal(self.replicas.reconnect)
         self.hold = Hold(hold_s, "demo", from_zero)
         self.forwarder = Forwarder(
             self.replicas, self.tracer, self.hold, patience_s, keys, write_timeout_s, self.outputs
@@ -91,14 +95,15 @@ class Bench:
         self.address = None
         self.channel = None
 
-    async def start(self, workers):
+    async def start(self, workers, credentials=None):
+        """credentials: of the workers' servers, where they serve TLS."""
         tls = self.edge.tls
         port = await self.frontend.start("127.0.0.1:0", tls and tls.grpc)
         self.address = f"127.0.0.1:{port}"
         self.channel = self.connect(self.authority)
         for i in range(workers):
             self.workers.append(FakeWorker(f"w-{i}", self.revision))
-            await self.workers[-1].start()
+            await self.workers[-1].start(credentials=credentials)
         await self.publish()
 
     def connect(self, authority=None):
@@ -162,9 +167,9 @@ async def bench():
     """`await bench(workers=2)` gives a running Bench."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def start(workers=2, hold_s=0.0, patience_s=2.0, from_zero=False, **options):
+        async def start(workers=2, hold_s=0.0, patience_s=2.0, from_zero=False, credentials=None, **options):
             running = Bench(hold_s, patience_s, from_zero, **options)
-            await running.start(workers)
+            await running.start(workers, credentials)
             stack.push_async_callback(running.close)
             return running
 

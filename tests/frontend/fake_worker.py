@@ -79,18 +79,22 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
         self.endpoint = None
         self.changed = asyncio.Condition()
 
-    async def start(self, address="127.0.0.1:0", leaving=None):
+    async def start(self, address="127.0.0.1:0", leaving=None, credentials=None):
         self.server = create_server()
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, self.server)
         if leaving is not None:
             worker_pb2_grpc.add_WorkerServiceServicer_to_server(leaving, self.server)
         self.health = Health(["moe_api.inference.v1.InferenceService"])
         await self.health.register(self.server)
-        port = self.server.add_insecure_port(address)
+        if credentials is None:
+            port = self.server.add_insecure_port(address)
+        else:
+            port = self.server.add_secure_port(address, credentials)
         await self.server.start()
         await self.health.set_ready(ready=True)
+        secure = credentials is not None
         self.endpoint = Endpoint(
-            self.name, f"127.0.0.1:{port}", self.revision, 4096, served=Served("m", 4096)
+            self.name, f"127.0.0.1:{port}", self.revision, 4096, served=Served("m", 4096), secure=secure
         )
         return self.endpoint
 

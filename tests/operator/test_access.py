@@ -11,7 +11,7 @@ from moe_operator.observed.pods import Pod
 from moe_operator.render import frontend, network
 from moe_operator.render.objects import Key, key
 from moe_operator.resources import names
-from moe_operator.rpc.leader import target
+from moe_operator.rpc.dialing import target
 from tests.operator.worlds import World, deployment
 
 JWT = {"issuer": "https://idp.example", "audience": "moe"}

@@ -429,7 +429,7 @@ def test_leaders_are_asked_now_and_then_and_nonsense_is_no_load(monkeypatch):
     server, reports = grpc.server(ThreadPoolExecutor(2)), Reports()
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(reports, server)
     port = server.add_insecure_port("127.0.0.1:0")
-    monkeypatch.setattr("moe_operator.rpc.mesh.target", lambda address: f"{address}:{port}")
+    monkeypatch.setattr("moe_operator.rpc.dialing.target", lambda address: f"{address}:{port}")
     server.start()
     try:
         leader = Pod("docs-0-0", "127.0.0.1", ready=True, terminating=False, revision="", data_rank=0,

@@ -11,9 +11,10 @@ import yaml
 
 from localcluster.build import ensure
 from localcluster.progress import Reporter
-from moe_operator.resources import crd
+from moe_operator.resources import crd, names
 
 ROOT = Path(__file__).parents[2]
+INTERNAL = [names.AUTHORITY_SECRET, names.WORKER_CERTIFICATE_SECRET, names.FRONTEND_CERTIFICATE_SECRET]
 
 
 def test_the_crd_is_the_one_of_the_typed_definition():
@@ -49,7 +50,8 @@ def rendered(*values):
 def test_the_peering_has_one_name_in_the_settings_and_in_the_rights():
     objects = [one for one in yaml.safe_load_all(rendered("peering=blue").stdout) if one]
     (role,) = (one for one in objects if one["kind"] == "ClusterRole")
-    assert [rule["resourceNames"] for rule in role["rules"] if "resourceNames" in rule] == [["blue"]]
+    named = [rule["resourceNames"] for rule in role["rules"] if "resourceNames" in rule]
+    assert named == [INTERNAL, ["blue"]]
     (deployment,) = (one for one in objects if one["kind"] == "Deployment")
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     assert {"name": "MOE_OPERATOR_PEERING", "value": "blue"} in container["env"]
@@ -82,11 +84,12 @@ def test_every_field_of_the_crd_is_described_with_its_default():
         assert nested or said or "valueFrom." in path, f"{path} does not say its default"
 
 
-def test_the_manifest_asks_for_no_right_to_read_secrets_and_none_for_everything():
+def test_the_manifest_asks_for_no_right_to_read_others_secrets_and_none_for_everything():
     documents = list(yaml.safe_load_all((ROOT / "charts/install.yaml").read_text()))
     (role,) = (document for document in documents if document["kind"] == "ClusterRole")
     for rule in role["rules"]:
         assert "*" not in (*rule["verbs"], *rule["resources"], *rule["apiGroups"])
         assert "configmaps" not in rule["resources"]
-        assert "secrets" not in rule["resources"] or rule["verbs"] == ["create"], "made once, never read"
+        if "secrets" in rule["resources"]:
+            assert rule["verbs"] == ["create"] or rule["resourceNames"] == INTERNAL, "others are never read"
         assert "nodes" not in rule["resources"] or rule["verbs"] == ["get"]

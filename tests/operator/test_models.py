@@ -15,6 +15,7 @@ from moe_operator.observed.downloads import Download
 from moe_operator.planner import host_paths
 from moe_operator.planner.plan import plan
 from moe_operator.render import worker
+from moe_operator.resources import names
 from moe_operator.rpc import leader
 from moe_worker.models.chat_template import LARGEST_TEMPLATE
 from tests.operator.worlds import World, deployment
@@ -157,7 +158,7 @@ def saying(monkeypatch, template="", **progress):
     worker_pb2_grpc.add_FetchServiceServicer_to_server(Service(), server)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(Service(), server)
     port = server.add_insecure_port("127.0.0.1:0")
-    monkeypatch.setattr(leader.names, "GRPC_PORT", port)
+    monkeypatch.setattr(names, "GRPC_PORT", port)
     server.start()
     try:
         yield

@@ -173,7 +173,8 @@ OWN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "volume": (
         template(volumes=[{"name": "model", "emptyDir": {}}]),
-        "the volumes model, model-cache, tmp, moe-tls, moe-api-keys, moe-jwks are the operator's",
+        "the volumes model, model-cache, tmp, moe-tls, moe-api-keys, moe-jwks, moe-internal are the "
+        "operator's",
     ),
     "label": (
         {"podTemplate": {"metadata": {"labels": {"serving.moe-operator.dev/role": "frontend"}}}},

@@ -31,7 +31,7 @@ async def liar(monkeypatch):
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(Liar(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    monkeypatch.setattr(leader, "target", lambda _: f"127.0.0.1:{port}")
+    monkeypatch.setattr("moe_operator.rpc.dialing.target", lambda _: f"127.0.0.1:{port}")
     yield
     await server.stop(None)
 

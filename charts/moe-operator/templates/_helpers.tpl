@@ -64,6 +64,11 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 - apiGroups: [""]
   resources: [secrets]
   verbs: [create]
+# The certificates of internal TLS (spec.transport): one set for each namespace, always under these names.
+- apiGroups: [""]
+  resources: [secrets]
+  resourceNames: [moe-internal-ca, moe-internal-worker, moe-internal-frontend]
+  verbs: [get, update]
 # The revision history; the oldest records are deleted.
 - apiGroups: [apps]
   resources: [controllerrevisions]

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 PORT_NAME: Final = "grpc"
+SECURE_PORT_NAME: Final = "grpc-tls"
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -38,6 +39,7 @@ class Endpoint:
         characters_per_token: maximum characters of one token of its model; 0 if unknown.
         served: the model, after the first GetModel.
         max_requests: that it accepts at a time; 0 if unknown.
+        secure: whether it serves mutual TLS.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Endpoint:
     characters_per_token: int = 0
     served: Served = Served()
     max_requests: int = 0
+    secure: bool = False
 
 
 def endpoints(slices: Iterable[Mapping[str, Any]]) -> frozenset[Endpoint]:
@@ -58,29 +61,31 @@ def endpoints(slices: Iterable[Mapping[str, Any]]) -> frozenset[Endpoint]:
     return frozenset(endpoint for piece in slices for endpoint in _of_slice(piece))
 
 
-def static_endpoints(addresses: Iterable[str]) -> frozenset[Endpoint]:
+def static_endpoints(addresses: Iterable[str], *, secure: bool = False) -> frozenset[Endpoint]:
     """Endpoints by address, without a cluster; each is named after its address."""
-    return frozenset(Endpoint(address, address) for address in addresses)
+    return frozenset(Endpoint(address, address, secure=secure) for address in addresses)
 
 
 def _of_slice(piece: Mapping[str, Any]) -> Iterable[Endpoint]:
-    port = _port(piece.get("ports") or ())
+    port, secure = _port(piece.get("ports") or ())
     if port is None or piece.get("addressType") not in ("IPv4", "IPv6"):
         return
     for endpoint in piece.get("endpoints") or ():
         if not (endpoint.get("conditions") or {}).get("terminating"):
-            yield _endpoint(endpoint, port)
+            yield _endpoint(endpoint, port, secure=secure)
 
 
-def _port(ports: Iterable[Mapping[str, Any]]) -> int | None:
-    """The port named ``grpc``, or else the only one."""
+def _port(ports: Iterable[Mapping[str, Any]]) -> tuple[int | None, bool]:
+    """The port of gRPC by its name, or else the only one, and whether its name says that it serves TLS."""
     numbers = {port.get("name"): port.get("port") for port in ports}
+    if SECURE_PORT_NAME in numbers:
+        return numbers[SECURE_PORT_NAME], True
     only = next(iter(numbers.values())) if len(numbers) == 1 else None
-    return numbers.get(PORT_NAME, only)
+    return numbers.get(PORT_NAME, only), False
 
 
-def _endpoint(endpoint: Mapping[str, Any], port: int) -> Endpoint:
+def _endpoint(endpoint: Mapping[str, Any], port: int, *, secure: bool) -> Endpoint:
     host = endpoint["addresses"][0]  # by the API, consumers use the first one
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     name = (endpoint.get("targetRef") or {}).get("name")
-    return Endpoint(name or address, address)
+    return Endpoint(name or address, address, secure=secure)

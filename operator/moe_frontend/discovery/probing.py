@@ -16,9 +16,10 @@ from typing import Final
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from moe_api import lengths, transport
+from moe_api import lengths
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
 from moe_api.supervision import Backoff, Supervisor
+from moe_frontend.discovery.connecting import Connector
 from moe_frontend.discovery.endpoints import Endpoint, Served
 
 _LOG: Final = logging.getLogger(__name__)
@@ -30,7 +31,6 @@ _TOKENS_MOST: Final = 64
 _TOKEN_MOST: Final = 1024
 _BACKOFF: Final = Backoff(first_s=0.1, longest_s=2.0)
 _CHANCE: Final = random.random
-_OPTIONS: Final = (*transport.CLIENT_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
 
 
 class Prober:
@@ -39,9 +39,13 @@ class Prober:
     Args:
         changed: called after each change of `serving`.
         supervisor: runs the watches.
+        connector: opens their channels.
     """
 
-    def __init__(self, changed: Callable[[], None], supervisor: Supervisor) -> None:
+    def __init__(
+        self, changed: Callable[[], None], supervisor: Supervisor, connector: Connector | None = None
+    ) -> None:
+        self._connector = connector or Connector()
         self._changed = changed
         self._supervisor = supervisor
         self._watches: dict[Endpoint, asyncio.Task[None]] = {}
@@ -70,12 +74,13 @@ class Prober:
 
     async def _follow(self, endpoint: Endpoint) -> None:
         failures = 0
-        async with grpc.aio.insecure_channel(endpoint.address, options=_OPTIONS) as channel:
-            while True:
+        while True:
+            # Each with the certificate of its time.
+            async with self._connector.channel(endpoint) as channel:
                 if await self._watch(channel, endpoint):
                     failures = 0
-                failures += 1
-                await asyncio.sleep(_BACKOFF.pause_s(failures, _CHANCE()))
+            failures += 1
+            await asyncio.sleep(_BACKOFF.pause_s(failures, _CHANCE()))
 
     async def _watch(self, channel: grpc.aio.Channel, endpoint: Endpoint) -> bool:
         """Watches one connection until its end; returns whether the worker ever accepted requests."""

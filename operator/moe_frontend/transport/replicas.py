@@ -11,16 +11,14 @@ from typing import Any, Final
 import grpc
 from google.protobuf.message import Message
 
-from moe_api import transport
 from moe_api.supervision import Supervisor
+from moe_frontend.discovery.connecting import Connector
 from moe_frontend.discovery.endpoints import Endpoint, Served
 from moe_frontend.policy import routing
 from moe_frontend.policy.balancing import Asked, Policy, question_of
 from moe_frontend.transport.bounds import Limits
 from moe_frontend.transport.loads import Reported, Target
 
-# Pods reuse addresses: with its own channel a replica does not inherit the backoff of its predecessor.
-_OPTIONS: Final = (*transport.CLIENT_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
 _CONNECTING: Final = (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING)
 _CONNECT_S: Final = 5.0
 """Longer than a channel tries by itself (transport.CLIENT_OPTIONS)."""
@@ -63,6 +61,7 @@ class Replicas:
         clock: seconds, monotonic.
         supervisor: runs the closing of unused channels.
         policy: orders replicas; None: the fewest requests in flight first.
+        connector: opens the channels.
     """
 
     def __init__(
@@ -70,7 +69,9 @@ class Replicas:
         clock: Callable[[], float] = time.monotonic,
         supervisor: Supervisor | None = None,
         policy: Policy | None = None,
+        connector: Connector | None = None,
     ) -> None:
+        self.connector = connector or Connector()
         self._policy = policy
         self._clock = clock
         self._supervisor = supervisor or Supervisor()
@@ -95,15 +96,30 @@ class Replicas:
             self._policy.keep(frozenset(self._ready))
         for name, endpoint in wanted.items():
             if name not in self._ready:
-                channel = grpc.aio.insecure_channel(endpoint.address, options=_OPTIONS)
                 load = routing.Load(name, revision=endpoint.revision)
-                self._ready[name] = _Replica(endpoint, channel, load)
+                self._ready[name] = _Replica(endpoint, self.connector.channel(endpoint), load)
         self._served = next((endpoint.served for endpoint in sorted(endpoints)), self._served)
         self._close_idle()
         self._changed.set()
         self._changed = asyncio.Event()
         for listener in self._listeners:
             listener()
+
+    def reconnect(self) -> None:
+        """Opens the channels to replicas with TLS again: the certificate of this frontend was renewed.
+
+        Requests on the old channels run to their end; until then the replica's own report counts them.
+        """
+        for name, old in list(self._ready.items()):
+            if old.endpoint.secure:
+                load = replace(old.load, in_flight=0)
+                self._ready[name] = _Replica(
+                    old.endpoint, self.connector.channel(old.endpoint), load, old.reported
+                )
+                self._leaving.append(old)
+        for listener in self._listeners:
+            listener()
+        self._close_idle()
 
     def listen(self, listener: Callable[[], None]) -> None:
         """Calls `listener` after each `update`."""

@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 
 from moe_api import rich_status, transport
 from moe_api.frontend.v1 import frontend_pb2_grpc
-from moe_api.health import Health
+from moe_api.health import Health, health_server
 from moe_api.inference.v1 import chat_pb2, inference_pb2
 from moe_api.receiving import InProgress
 from moe_api.server import create_server
@@ -76,7 +76,7 @@ class Frontend:
             (AuthenticatingInterceptor(authenticator, log),),
             in_progress,
         )
-        self._admin: grpc.aio.Server | None = None
+        self._beside: list[grpc.aio.Server] = []
         self._draining = False
         self._ready = False
         self._giving_up: asyncio.Task[None] | None = None
@@ -107,15 +107,38 @@ class Frontend:
         await self._server.start()
         return port
 
-    async def start_admin(self, address: str) -> int:
+    async def start_admin(self, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
         """Listens on ``HOST:PORT`` for the operator and for probes, and returns the port.
+
+        Args:
+            address: for them.
+            credentials: of TLS; None: plaintext. Probes then need an address of their own (`start_health`).
 
         Raises:
             RuntimeError: the address cannot be listened on.
         """
-        self._admin = await admin_server(self._for_operator, self._health)
-        port = self._admin.add_insecure_port(address)
-        await self._admin.start()
+        return await self._start_beside(
+            await admin_server(self._for_operator, self._health), address, credentials
+        )
+
+    async def start_health(self, address: str) -> int:
+        """Listens on ``HOST:PORT`` for probes alone, and returns the port.
+
+        Raises:
+            RuntimeError: the address cannot be listened on.
+        """
+        return await self._start_beside(await health_server(self._health), address, None)
+
+    async def _start_beside(
+        self, server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None
+    ) -> int:
+        """Starts a server that ends with that of clients."""
+        if credentials is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, credentials)
+        await server.start()
+        self._beside.append(server)
         return port
 
     def add(self, register: Callable[[grpc.aio.Server], None]) -> None:
@@ -168,8 +191,8 @@ class Frontend:
         await asyncio.sleep(_SETTLE_S)
         await self._health.close()
         await self._server.stop(grace_s)
-        if self._admin is not None:
-            await self._admin.stop(None)
+        for server in self._beside:
+            await server.stop(None)
 
     def _handler(self, name: str, request_type: type[Message]) -> grpc.RpcMethodHandler[Message, bytes]:
         """All methods answer as streams: on the wire a unary answer is a stream of one message."""

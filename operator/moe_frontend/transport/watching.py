@@ -54,17 +54,18 @@ class CacheWatching:
         self._index = index
         self._supervisor = supervisor
         self._backoff = backoff
-        self._watches: dict[Endpoint, asyncio.Task[None]] = {}
+        self._watches: dict[tuple[Endpoint, grpc.aio.Channel], asyncio.Task[None]] = {}
         fleet.listen(self._update)
         self._update()
 
     def _update(self) -> None:
-        targets = {target.endpoint: target for target in self._fleet.targets()}
-        for endpoint in self._watches.keys() - targets.keys():
-            self._watches.pop(endpoint).cancel()
-        for endpoint in targets.keys() - self._watches.keys():
-            watch = functools.partial(self._follow, targets[endpoint])
-            self._watches[endpoint] = self._supervisor.start("replica-caches", watch, endpoint.name)
+        # A replica gets another channel when this frontend's certificate is renewed.
+        targets = {(target.endpoint, target.channel): target for target in self._fleet.targets()}
+        for key in self._watches.keys() - targets.keys():
+            self._watches.pop(key).cancel()
+        for key in targets.keys() - self._watches.keys():
+            watch = functools.partial(self._follow, targets[key])
+            self._watches[key] = self._supervisor.start("replica-caches", watch, key[0].name)
 
     async def _follow(self, target: Target) -> None:
         """Watches a replica again and again, unless it does not know the call."""

@@ -37,7 +37,7 @@ class Poller:
         """Asks all replicas of a deployment, and its frontends if they may hold requests."""
         asked = [pod for pod in subject.leaders if pod.address]
         held, loads = await asyncio.gather(
-            self.held(subject), asyncio.gather(*(self._client.load(pod.address) for pod in asked))
+            self.held(subject), asyncio.gather(*(self._client.load(pod.grpc_address) for pod in asked))
         )
         answers = dict(zip(asked, loads, strict=True))
         silent = frozenset(pod.name for pod, load in answers.items() if load is None and pod.ready)

@@ -25,7 +25,7 @@ class Subject:
     leaders: tuple[Pod, ...]
     """One of each replica, without terminating ones."""
     frontends: tuple[str, ...]
-    """IP addresses."""
+    """Addresses (moe_operator.resources.peers)."""
     cold_starts: tuple[ColdStart, ...]
     """Of the leaders that are Ready."""
 
@@ -37,7 +37,7 @@ class Subject:
     @property
     def addresses(self) -> frozenset[str]:
         """Whoever may be asked."""
-        return frozenset(pod.address for pod in self.leaders if pod.address).union(self.frontends)
+        return frozenset(pod.grpc_address for pod in self.leaders if pod.address).union(self.frontends)
 
     @property
     def uids(self) -> frozenset[str]:

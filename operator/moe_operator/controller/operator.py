@@ -28,6 +28,7 @@ from moe_operator.controller.queue import ReconcileQueue
 from moe_operator.controller.reconcile import Reconciler
 from moe_operator.controller.work_metrics import WorkMetrics
 from moe_operator.errors import MoEOperatorError
+from moe_operator.executor.certificates import Certificates
 from moe_operator.kube import peering
 from moe_operator.kube.client import Cluster
 from moe_operator.kube.follow import Follower
@@ -35,6 +36,7 @@ from moe_operator.kube.mirror import Mirror
 from moe_operator.render.children import KINDS
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Name, restarted_at
+from moe_operator.rpc.dialing import Dialer
 from moe_operator.rpc.pods import PodClient
 from moe_operator.settings import Settings
 from moe_operator.statuspage.collecting import Collector
@@ -79,7 +81,9 @@ class Operator:
         self._queue = ReconcileQueue(self._reconcile, own, self._supervisor)
         self._watchers: list[Follower] = []
         self._asked: dict[str, tuple[object, str]] = {}
-        self._pods = PodClient(own.rpc_timeout_seconds)
+        certificates = Certificates(cluster)
+        dialer = Dialer(certificates.identity)
+        self._pods = PodClient(own.rpc_timeout_seconds, dialer)
         self._page = page
         if page is not None:
             page.start(
@@ -96,6 +100,8 @@ class Operator:
             watcher=self._autoscaler,
             metrics=WorkMetrics(metrics.get_meter("moe_operator")),
             states=DeploymentMetrics(metrics.get_meter("moe_operator")),
+            certificates=certificates,
+            dialer=dialer,
         )
 
     async def watch(self) -> None:

@@ -28,6 +28,7 @@ from moe_operator.errors import (
     RetryableError,
 )
 from moe_operator.executor import execute
+from moe_operator.executor.certificates import Certificates
 from moe_operator.kube import peering
 from moe_operator.kube.client import Cluster
 from moe_operator.observed.downloads import Download
@@ -42,6 +43,7 @@ from moe_operator.render.worker import recipe, revision
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Identity, Name, identity, parse, parse_status
 from moe_operator.resources.status import Status
+from moe_operator.rpc.dialing import PLAINTEXT, Dialer
 from moe_operator.rpc.frontends import routed
 from moe_operator.rpc.leader import download, drain, get_model
 from moe_operator.rpc.mesh import MeshReader
@@ -80,6 +82,9 @@ class Reconciler:
     """Receives the observations of every reconcile: scaling."""
     metrics: WorkMetrics = field(default_factory=lambda: WorkMetrics(get_meter(__name__)))
     states: DeploymentMetrics = field(default_factory=lambda: DeploymentMetrics(get_meter(__name__)))
+    certificates: Certificates | None = None
+    """Issues certificates for mutual TLS; None in tests without it."""
+    dialer: Dialer = PLAINTEXT
     _meshes: MeshReader = field(default_factory=MeshReader)
     _thought: threading.Lock = field(default_factory=threading.Lock)
     """Only one thread at a time reads the cache and plans. The interpreter runs one thread at a time anyway;
@@ -122,6 +127,7 @@ class Reconciler:
         if wrong := host_paths.refusal(deployment, roots):
             raise InvalidSpecError(wrong)
         observed = self._gathered(deployment)
+        uncertified = self._certify(deployment, observed)
         deployment, observed, todo = self._planned(deployment, observed)
         while others := unlabelled(self.cluster, deployment.identity.namespace, todo.apply):
             observed = replace(observed, children={**observed.children, **others})
@@ -138,7 +144,7 @@ class Reconciler:
         self._drain(deployment, todo.drain)
         end = time.monotonic() + self.settings.reconcile_seconds
         refusals = execute.execute(self.cluster, deployment.identity, todo, lambda: time.monotonic() < end)
-        if refusals:
+        if refusals := [*uncertified, *refusals]:
             return self._refused(deployment, todo, refusals)
         self._write(deployment.identity, deployment.status, todo.status)
         self._announce(deployment.identity, todo.decisions)
@@ -185,6 +191,24 @@ class Reconciler:
             self._report(who, before, refused(before, known, str(error), self.clock(), "ReadForbidden"))
             raise
 
+    def _certify(
+        self, deployment: Deployment, observed: Observed
+    ) -> list[ApplyRefusedError | ApplyForbiddenError]:
+        """Keeps the certificates of the deployment's pods up to date; returns what the API server refused.
+
+        Everything else goes on then: certificates are renewed a month before they expire.
+        """
+        mutual = deployment.spec.transport.mutual or any(pod.secure for pod in observed.pods)
+        if self.certificates is None or not mutual:
+            return []
+        try:
+            self.certificates.ensure(deployment.identity.namespace)
+        except (ApplyRefusedError, ApplyForbiddenError) as error:
+            return [error]
+        except ReadForbiddenError as error:
+            return [ApplyForbiddenError(str(error))]
+        return []
+
     def _refused(
         self, deployment: Deployment, todo: Plan, refusals: Sequence[ApplyRefusedError | ApplyForbiddenError]
     ) -> float:
@@ -229,7 +253,9 @@ class Reconciler:
         return replace(
             observed,
             work=work,
-            routed=routed(observed.frontends, todo.unrouted, limit, observed.routes) if todo.unrouted else {},
+            routed=routed(observed.frontends, todo.unrouted, limit, observed.routes, self.dialer)
+            if todo.unrouted
+            else {},
             downloads=self._downloads(todo.fetching),
         )
 
@@ -241,14 +267,14 @@ class Reconciler:
 
     def _work(self, pods: Iterable[Pod]) -> dict[str, int]:
         """Active requests on each; one that does not respond counts as idle, because it probably hangs."""
-        addresses = {pod.name: pod.address for pod in pods}
+        addresses = {pod.name: pod.grpc_address for pod in pods}
         active = self.active(tuple(addresses.values()))
         return {name: active.get(address, 0) for name, address in addresses.items()}
 
     def _drain(self, deployment: Deployment, addresses: Iterable[str]) -> None:
         """Drains replicas. If the call fails, the deletion of the pod drains the replica."""
         limit = self.settings.rpc_timeout_seconds
-        for address, heard in ask(lambda address: drain(address, limit), addresses):
+        for address, heard in ask(lambda address: drain(address, limit, self.dialer), addresses):
             if not heard:
                 logger.info("%s: the worker at %s did not respond to Drain", deployment.name, address)
 
@@ -257,7 +283,8 @@ class Reconciler:
         if address is None:
             return observed
         try:
-            model = get_model(address, revision(deployment), self.settings.rpc_timeout_seconds)
+            limit = self.settings.rpc_timeout_seconds
+            model = get_model(address, revision(deployment), limit, self.dialer)
         except RetryableError as error:
             # The plan requests another reconcile soon; meanwhile nothing else has to wait for a busy worker.
             logger.info("%s: %s", deployment.name, error)
@@ -269,7 +296,8 @@ class Reconciler:
         gangs = [pod for pod in observed.leaders.values() if pod.shape and pod.ready and pod.address]
         if not gangs:
             return observed
-        return replace(observed, meshes=self._meshes.read(gangs, self.settings.rpc_timeout_seconds))
+        limit = self.settings.rpc_timeout_seconds
+        return replace(observed, meshes=self._meshes.read(gangs, limit, self.dialer))
 
     def _is_current(self, who: Identity) -> bool:
         """Reads the deployment before creating objects: for a deleted one they would be deleted at once."""

@@ -160,6 +160,12 @@ class Cluster:
         path = _path(manifest["kind"], manifest["metadata"]["namespace"])
         self._requests.send("post", path, body=manifest, field_manager=names.FIELD_MANAGER)
 
+    def replace(self, manifest: Manifest) -> None:
+        """Replaces an object that is still at the resourceVersion of the manifest."""
+        metadata = manifest["metadata"]
+        path = _path(manifest["kind"], metadata["namespace"], metadata["name"])
+        self._requests.send("put", path, body=manifest, field_manager=names.FIELD_MANAGER)
+
     def delete(self, kind: str, namespace: str, name: str, uid: str) -> None:
         """Deletes an object if it is still the one with this UID, and what it owns after it."""
         options = {"preconditions": {"uid": uid}, "propagationPolicy": "Background"}

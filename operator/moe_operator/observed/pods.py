@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from moe_operator.observed import pod_status, problems
 from moe_operator.observed.pod_status import PodStatus
 from moe_operator.observed.problems import Problem
-from moe_operator.resources import names
+from moe_operator.resources import names, peers
+
+_SECURE_NAMES: Final = (names.SECURE_GRPC_PORT_NAME, names.SECURE_ADMIN_PORT_NAME)
+_ADMIN_NAMES: Final = (names.ADMIN_PORT_NAME, names.SECURE_ADMIN_PORT_NAME)
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,9 @@ class Pod:
     """Since when it is ready; None if it is not."""
     admin_port: int = names.GRPC_PORT
     """Where it responds to the operator."""
+    secure: bool = False
+    """It serves mutual TLS to the operator and to frontends."""
+    namespace: str = ""
     role: str = ""
     """Worker or frontend (names.ROLE_WORKER, names.ROLE_FRONTEND); empty if it is neither."""
     created: datetime | None = None
@@ -59,8 +65,17 @@ class Pod:
     """What the kubelet and the scheduler report of it."""
 
     @property
+    def grpc_address(self) -> str:
+        """Where it responds as a worker (moe_operator.resources.peers); empty while it has no IP address."""
+        if not self.address or not self.secure:
+            return self.address
+        return peers.secure(names.ROLE_WORKER, self.namespace, self.address, names.GRPC_PORT)
+
+    @property
     def admin_address(self) -> str:
-        """Where it responds to the operator: its IP address, with the port if that is not gRPC's."""
+        """Where it responds as a frontend: its IP address, with the port if that is not gRPC's."""
+        if self.address and self.secure:
+            return peers.secure(names.ROLE_FRONTEND, self.namespace, self.address, self.admin_port)
         if not self.address or self.admin_port == names.GRPC_PORT:
             return self.address
         host = f"[{self.address}]" if ":" in self.address else self.address
@@ -102,7 +117,9 @@ def read(manifest: Mapping[str, Any]) -> Pod:
         shape=labels.get(names.LABEL_MESH, "") if names.ranks_of(labels) > 1 else "",
         restarts=status.restarts,
         ready_since=status.since("Ready", "True") if ready else None,
-        admin_port=_admin_port(manifest),
+        admin_port=_port(manifest, names.ROLE_FRONTEND, _ADMIN_NAMES) or names.GRPC_PORT,
+        secure=bool(_port(manifest, role, _SECURE_NAMES)),
+        namespace=metadata.get("namespace", ""),
         role=role,
         created=_time(metadata.get("creationTimestamp")),
         status=status,
@@ -122,16 +139,15 @@ def _role(metadata: Mapping[str, Any]) -> str:
     return role if replica == names.replica(name, int(data_rank)) and ordinal.isdecimal() else ""
 
 
-def _admin_port(manifest: Mapping[str, Any]) -> int:
-    """The port of this name that the frontend's container declares; that of gRPC if there is none."""
+def _port(manifest: Mapping[str, Any], role: str, accepted: Collection[str]) -> int:
+    """The port of one of these names that the container of this name declares; 0 if there is none."""
     declared = (
         port
         for container in manifest.get("spec", {}).get("containers", ())
-        if container["name"] == names.ROLE_FRONTEND
+        if container["name"] == role
         for port in container.get("ports", ())
     )
-    found = (int(port["containerPort"]) for port in declared if port.get("name") == names.ADMIN_PORT_NAME)
-    return next(found, names.GRPC_PORT)
+    return next((int(port["containerPort"]) for port in declared if port.get("name") in accepted), 0)
 
 
 def _number(text: str) -> int:

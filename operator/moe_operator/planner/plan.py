@@ -50,7 +50,7 @@ class Plan:
     deadline: datetime | None = None
     """When the current rollout counts as stuck, which sends no event either; None if that is past."""
     drain: tuple[str, ...] = ()
-    """IP addresses of workers to drain before anything is deleted."""
+    """Addresses of workers to drain before anything is deleted (moe_operator.resources.peers)."""
     choice: tuple[Pod, ...] = ()
     """Leaders among which some were chosen for deletion without knowing their load."""
     question: Question | None = None
@@ -172,7 +172,7 @@ def _taken(deployment: Deployment, observed: Observed, current: State) -> set[in
 
 def _to_drain(moves: Moves, current: State) -> tuple[str, ...]:
     leaders_leaving = (current.leaders[replica.data_rank] for replica in moves.remove if replica.ready)
-    return tuple(pod.address for pod in leaders_leaving if pod.address)
+    return tuple(pod.grpc_address for pod in leaders_leaving if pod.address)
 
 
 def _choice(moves: Moves, current: State) -> tuple[Pod, ...]:
@@ -208,13 +208,14 @@ def _is_awaited(deployment: Deployment, observed: Observed, current: State) -> b
 
 
 def model_address(deployment: Deployment, observed: Observed) -> str | None:
-    """IP address of a worker to ask for its model; None when there is none or the answer is known."""
+    """Address of a worker to ask for its model; None when there is none or the answer is known."""
     revision = worker.revision(deployment)
     known = deployment.status.model
     if known is not None and known.revision == revision:
         return None
     pods = observed.leaders.values()
-    return next((pod.address for pod in pods if pod.ready and pod.revision == revision and pod.address), None)
+    asked = (pod for pod in pods if pod.ready and pod.revision == revision and pod.address)
+    return next((pod.grpc_address for pod in asked), None)
 
 
 def _foreign(desired: Iterable[Manifest], observed: Observed, owner: Identity) -> list[Key]:

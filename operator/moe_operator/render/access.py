@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
+from moe_operator.render.internal_tls import HEALTH_PORT
 from moe_operator.render.objects import Manifest
 from moe_operator.resources import names
 from moe_operator.resources.access_spec import Jwt
@@ -14,15 +15,29 @@ _FOLDER: Final = "/etc/moe"
 TLS_FOLDER: Final = f"{_FOLDER}/tls"
 KEYS_FOLDER: Final = f"{_FOLDER}/api-keys"
 JWKS_FOLDER: Final = f"{_FOLDER}/jwks"
-_PORTS: Final[list[Manifest]] = [
-    {"name": names.ADMIN_PORT_NAME, "containerPort": names.ADMIN_PORT, "protocol": "TCP"},
-    {"name": names.METRICS_PORT_NAME, "containerPort": names.METRICS_PORT, "protocol": "TCP"},
-]
+_METRICS: Final[Manifest] = {
+    "name": names.METRICS_PORT_NAME,
+    "containerPort": names.METRICS_PORT,
+    "protocol": "TCP",
+}
 
 
-def ports(settings: Frontend) -> list[Manifest]:
-    """Ports in addition to those for clients."""
-    return _PORTS if settings.guarded else []
+def ports(settings: Frontend, *, mutual: bool = False) -> list[Manifest]:
+    """Ports in addition to those for clients. mutual: the operator's serves mutual TLS (spec.transport)."""
+    name = names.SECURE_ADMIN_PORT_NAME if mutual else names.ADMIN_PORT_NAME
+    admin = {"name": name, "containerPort": names.ADMIN_PORT, "protocol": "TCP"}
+    return [
+        *([admin] if mutual or settings.guarded else []),
+        *([HEALTH_PORT] if mutual else []),
+        *([_METRICS] if settings.guarded else []),
+    ]
+
+
+def probed_port(settings: Frontend, *, mutual: bool) -> int:
+    """The port of health probes, which know neither TLS nor credentials."""
+    if mutual:
+        return names.HEALTH_PORT
+    return names.ADMIN_PORT if settings.guarded else names.GRPC_PORT
 
 
 def variables(settings: Frontend) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from moe_operator.render import access, inference_pool, pods
+from moe_operator.render import access, inference_pool, internal_tls, pods
 from moe_operator.render.objects import Manifest, child
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Pin
@@ -62,6 +62,7 @@ def _options(deployment: Deployment) -> dict[str, str]:
         **({"MOE_ROUTING": routing} if routing else {}),
         **_output_cache(deployment),
         **access.variables(deployment.spec.frontend),
+        **internal_tls.frontend_variables(deployment),
         **_tenants(deployment.spec.frontend),
     }
 
@@ -120,7 +121,7 @@ def _service_ports(settings: Frontend) -> list[Manifest]:
 
 def pod_spec(deployment: Deployment) -> Manifest:
     """Pod spec of the frontend."""
-    settings = deployment.spec.frontend
+    settings, mutual = deployment.spec.frontend, deployment.spec.transport.mutual
     container = {
         "name": names.ROLE_FRONTEND,
         "image": settings.image,
@@ -129,12 +130,12 @@ def pod_spec(deployment: Deployment) -> Manifest:
             *pods.environment(deployment, names.ROLE_FRONTEND, settings, {**_HTTP, **_options(deployment)}),
             _POD_UID,
         ],
-        "ports": [*pods.PORTS, _http_port(settings), *access.ports(settings)],
+        "ports": [*pods.PORTS, _http_port(settings), *access.ports(settings, mutual=mutual)],
         "resources": settings.resources.manifest(),
-        **_probes(names.ADMIN_PORT if settings.guarded else names.GRPC_PORT),
+        **_probes(access.probed_port(settings, mutual=mutual)),
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "securityContext": pods.CONTAINER_SECURITY,
-        "volumeMounts": [pods.TMP_MOUNT, *access.mounts(settings)],
+        "volumeMounts": [pods.TMP_MOUNT, *access.mounts(settings), *internal_tls.mounts(deployment)],
     }
     return {
         "serviceAccountName": names.frontend(deployment.name),
@@ -142,7 +143,11 @@ def pod_spec(deployment: Deployment) -> Manifest:
         "terminationGracePeriodSeconds": settings.termination_grace_period_seconds,
         "securityContext": pods.POD_SECURITY,
         "containers": [container],
-        "volumes": [pods.TMP_VOLUME, *access.volumes(settings)],
+        "volumes": [
+            pods.TMP_VOLUME,
+            *access.volumes(settings),
+            *internal_tls.volumes(deployment, names.ROLE_FRONTEND),
+        ],
         **pods.placement(settings),
     }
 

@@ -32,8 +32,10 @@ def _workers(of: Deployment) -> Manifest:
 def _frontends(of: Deployment) -> Manifest:
     """The API for everybody; the operator's port, where there is one, for the operator."""
     ingress = [_rule([], names.GRPC_PORT, names.HTTP_PORT)]
+    if of.spec.frontend.guarded or of.spec.transport.mutual:
+        ingress.append(_rule([_operator(of)], names.ADMIN_PORT))
     if of.spec.frontend.guarded:
-        ingress += [_rule([_operator(of)], names.ADMIN_PORT), _rule([], names.METRICS_PORT)]
+        ingress.append(_rule([], names.METRICS_PORT))
     return _policy(of, names.frontend(of.name), names.ROLE_FRONTEND, frontend.labels(of.name), ingress)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from moe_operator.render import gang, model, pods
+from moe_operator.render import gang, internal_tls, model, pods
 from moe_operator.render.objects import Manifest, child
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Pin
@@ -31,6 +31,14 @@ _METRICS_PORT: Manifest = {
     "name": names.METRICS_PORT_NAME,
     "containerPort": names.METRICS_PORT,
     "protocol": "TCP",
+}
+
+_SECURE_SERVICE_PORT: Manifest = {
+    "name": names.SECURE_GRPC_PORT_NAME,
+    "port": names.SECURE_GRPC_SERVICE_PORT,
+    "targetPort": names.SECURE_GRPC_PORT_NAME,
+    "protocol": "TCP",
+    "appProtocol": "https",
 }
 
 _EXIT_SECONDS = 5
@@ -80,14 +88,16 @@ def pod_spec(deployment: Deployment) -> Manifest:
         "image": settings.image,
         "command": command(deployment),
         "env": [_REVISION, *_grace(settings), *_environment(deployment)],
-        "ports": [*pods.PORTS, _METRICS_PORT, *gang.ports(deployment)],
+        "ports": [
+            *internal_tls.worker_ports(deployment, pods.PORTS),
+            _METRICS_PORT,
+            *gang.ports(deployment),
+        ],
         "resources": _resources(settings),
-        "startupProbe": _STARTUP_PROBE,
-        "readinessProbe": _READINESS_PROBE,
-        "livenessProbe": _LIVENESS_PROBE,
+        **_probes(names.HEALTH_PORT if deployment.spec.transport.mutual else names.GRPC_PORT),
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "securityContext": pods.CONTAINER_SECURITY,
-        "volumeMounts": [*model.mounts(source), pods.TMP_MOUNT],
+        "volumeMounts": [*model.mounts(source), pods.TMP_MOUNT, *internal_tls.mounts(deployment)],
     }
     fetching = model.init_containers(deployment)
     return {
@@ -99,15 +109,29 @@ def pod_spec(deployment: Deployment) -> Manifest:
         "readinessGates": [{"conditionType": names.ROUTED}],
         "containers": [container],
         **({"initContainers": fetching} if fetching else {}),
-        "volumes": [*model.volumes(source), pods.TMP_VOLUME],
+        "volumes": [
+            *model.volumes(source),
+            pods.TMP_VOLUME,
+            *internal_tls.volumes(deployment, names.ROLE_WORKER),
+        ],
         **pods.placement(settings),
         **gang.placement(deployment),
     }
 
 
+def _probes(port: int) -> Manifest:
+    probes = {
+        "startupProbe": _STARTUP_PROBE,
+        "readinessProbe": _READINESS_PROBE,
+        "livenessProbe": _LIVENESS_PROBE,
+    }
+    return {name: {**probe, "grpc": {**probe["grpc"], "port": port}} for name, probe in probes.items()}
+
+
 def _environment(deployment: Deployment) -> list[Manifest]:
     settings, more = deployment.spec.worker, gang.environment(deployment)
-    return pods.environment(deployment, names.ROLE_WORKER, settings, _METRICS, more=more)
+    own = {**_METRICS, **internal_tls.worker_variables(deployment)}
+    return pods.environment(deployment, names.ROLE_WORKER, settings, own, more=more)
 
 
 def _grace(settings: Worker) -> list[Manifest]:
@@ -225,7 +249,9 @@ def disruption_budget(deployment: Deployment) -> Manifest:
 def service(deployment: Deployment) -> Manifest:
     """Headless Service of the leaders, Ready or not; the frontend reads its EndpointSlices.
 
-    Readiness comes after routing: the frontend asks the workers themselves whether they accept requests.
+    Readiness comes after routing: the frontend asks the workers themselves whether they accept requests. A
+    worker has one of the two ports, and the EndpointSlices say which: that is how frontends learn what a
+    worker speaks, also while a rollout changes it.
     """
     name = deployment.name
     manifest = child(deployment.identity, "v1", "Service", names.workers(name), names.ROLE_WORKER)
@@ -233,6 +259,6 @@ def service(deployment: Deployment) -> Manifest:
         "clusterIP": "None",
         "publishNotReadyAddresses": True,
         "selector": names.leader_labels(name),
-        "ports": pods.SERVICE_PORTS,
+        "ports": [*pods.SERVICE_PORTS, _SECURE_SERVICE_PORT],
     }
     return manifest

@@ -68,11 +68,15 @@ ROLE_HISTORY: Final = "history"
 FETCH_CONTAINER: Final = "fetch"
 """Init container of workers that downloads the model."""
 
-REVISED_FIELDS: Final = ("model", "parallelism", "engine", "quality", "worker", "telemetry")
+REVISED_FIELDS: Final = ("model", "parallelism", "engine", "quality", "worker", "telemetry", "transport")
 """Fields of the spec that determine the workers' pods: revisions record them, and undo restores them."""
 
 GRPC_PORT: Final = 8000
 GRPC_PORT_NAME: Final = "grpc"
+SECURE_GRPC_PORT_NAME: Final = "grpc-tls"
+"""The same port of workers that serve mutual TLS; callers go by the name."""
+SECURE_GRPC_SERVICE_PORT: Final = 8443
+"""Of the workers' Service, whose ports have different numbers. It is headless, so nobody connects to it."""
 MESH_PORT: Final = 29500
 MESH_PORT_NAME: Final = "mesh"
 """Where the leader of a gang meets the other ranks."""
@@ -84,11 +88,21 @@ GUARDED_HTTP_PORT_NAME: Final = "api"
 ADMIN_PORT: Final = 8001
 ADMIN_PORT_NAME: Final = "admin"
 """For the operator and probes, of frontends with TLS or authentication."""
+SECURE_ADMIN_PORT_NAME: Final = "admin-tls"
+"""The same port of frontends that serve mutual TLS there, to the operator alone."""
+HEALTH_PORT: Final = 8002
+HEALTH_PORT_NAME: Final = "health"
+"""For probes alone, of pods with mutual TLS: the kubelet's probes know no TLS."""
 METRICS_PORT: Final = 9464
 METRICS_PORT_NAME: Final = "metrics"
 """Prometheus' text format, of workers, and of frontends with TLS or authentication."""
 LIVENESS_SERVICE: Final = "liveness"
 """grpc.health.v1 service that says that the process is alive; the service "" says that it is ready."""
+
+AUTHORITY_SECRET: Final = "moe-internal-ca"  # noqa: S105 - the object's name
+WORKER_CERTIFICATE_SECRET: Final = "moe-internal-worker"  # noqa: S105
+FRONTEND_CERTIFICATE_SECRET: Final = "moe-internal-frontend"  # noqa: S105
+"""Secrets of a namespace for mutual TLS. The chart gives the operator rights on these names."""
 
 DEFAULT_WORKER_IMAGE: Final = "ghcr.io/moe-operator/worker:dev"
 DEFAULT_OPERATOR_IMAGE: Final = "ghcr.io/moe-operator/operator:dev"

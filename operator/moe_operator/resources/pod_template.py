@@ -26,7 +26,7 @@ MARK: Final = "x-pod-template"
 _BYTES_MOST: Final = 32 * 1024
 """Maximum size as JSON. A StatefulSet carries it three times in annotations of together at most 256 KiB."""
 
-OWN_VOLUMES: Final = ("model", "model-cache", "tmp", "moe-tls", "moe-api-keys", "moe-jwks")
+OWN_VOLUMES: Final = ("model", "model-cache", "tmp", "moe-tls", "moe-api-keys", "moe-jwks", "moe-internal")
 """Volumes of the operator; users add others."""
 
 

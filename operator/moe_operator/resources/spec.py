@@ -17,6 +17,7 @@ from moe_operator.resources.quality_spec import Quality
 from moe_operator.resources.rollout_spec import Rollout
 from moe_operator.resources.scaling_spec import REPLICAS_MOST, Scaling
 from moe_operator.resources.telemetry_spec import Telemetry
+from moe_operator.resources.transport_spec import Transport
 from moe_operator.resources.worker_spec import Worker
 
 _GPUS_LIMITED = "(has(self.scaling.gpuLimit) || has(self.scaling.gpuBudget))"
@@ -105,6 +106,9 @@ class Spec(Model):
     network_policy: NetworkPolicies = Field(
         default=NetworkPolicies(),
         description="NetworkPolicies of the pods; they need a network plugin that enforces them.",
+    )
+    transport: Transport = Field(
+        default=Transport(), description="How frontends, workers and the operator connect to each other."
     )
     rollout: Rollout = Field(
         default=Rollout(), description="How a new revision of the workers replaces an old one."

@@ -9,7 +9,7 @@ import grpc
 from moe_api.frontend.v1 import frontend_pb2, frontend_pb2_grpc
 from moe_operator.observed.pods import Pod
 from moe_operator.observed.routes import Routes, host
-from moe_operator.rpc.leader import target
+from moe_operator.rpc.dialing import PLAINTEXT, Dialer
 from moe_operator.rpc.together import ask
 
 
@@ -18,6 +18,7 @@ def routed(
     leaders: Iterable[Pod],
     timeout_seconds: float,
     published: Mapping[str, Routes],
+    dialer: Dialer = PLAINTEXT,
 ) -> dict[str, str]:
     """The leaders to which every frontend routes: IP addresses by name. Empty if there is no frontend.
 
@@ -33,16 +34,16 @@ def routed(
     def routes(pod: Pod) -> Routes | None:
         if pod.uid in published:
             return published[pod.uid]
-        return _routes(pod.admin_address, everything, timeout_seconds)
+        return _routes(dialer, pod.admin_address, everything, timeout_seconds)
 
     reachable = (pod for pod in frontends if pod.address and not pod.terminating)
     known = [found or frozenset() for pod, found in ask(routes, reachable) if pod.ready or found is not None]
     return dict(everything.intersection(*known)) if known else {}
 
 
-def _routes(address: str, everything: Routes, timeout_seconds: float) -> Routes | None:
+def _routes(dialer: Dialer, address: str, everything: Routes, timeout_seconds: float) -> Routes | None:
     """The routes of one frontend, as names and addresses; None if it does not respond."""
-    with grpc.insecure_channel(target(address)) as channel:
+    with dialer.channel(address) as channel:
         try:
             stub = frontend_pb2_grpc.FrontendServiceStub(channel)
             found = stub.GetRoutes(frontend_pb2.GetRoutesRequest(), timeout=timeout_seconds).routes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from typing import Final
 
 import grpc
@@ -13,8 +12,8 @@ from moe_api.visible import one_line
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
 from moe_operator.errors import RetryableError
 from moe_operator.observed.downloads import Download
-from moe_operator.resources import names
 from moe_operator.resources.status import REPORTED_NAME_MOST, ModelInfo
+from moe_operator.rpc.dialing import PLAINTEXT, Dialer
 
 _INT64_MOST = 2**63 - 1
 _LONGEST_S: Final = 30 * 24 * 3600
@@ -34,12 +33,12 @@ _MODEL_OPTIONS: Final = _options(_MODEL_MOST_BYTES)
 """GetModel's response contains the chat template, of up to 256 KiB."""
 
 
-def get_model(address: str, revision: str, timeout_seconds: float) -> ModelInfo:
-    """The model that the worker at an IP address serves, which is known to have this revision.
+def get_model(address: str, revision: str, timeout_seconds: float, dialer: Dialer = PLAINTEXT) -> ModelInfo:
+    """The model that the worker at an address serves, which is known to have this revision.
 
     Raises RetryableError if it does not respond within the timeout.
     """
-    with grpc.insecure_channel(target(address), _MODEL_OPTIONS) as channel:
+    with dialer.channel(address, _MODEL_OPTIONS) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         try:
             model = stub.GetModel(inference_pb2.GetModelRequest(), timeout=timeout_seconds)
@@ -56,8 +55,11 @@ def get_model(address: str, revision: str, timeout_seconds: float) -> ModelInfo:
 
 
 def download(address: str, timeout_seconds: float) -> Download | None:
-    """How far the pod at an IP address has downloaded the model; None when it does not say so in time."""
-    with grpc.insecure_channel(target(address), CHANNEL_OPTIONS) as channel:
+    """How far the pod at an IP address has downloaded the model; None when it does not say so in time.
+
+    The init container that downloads serves nothing else, in plaintext.
+    """
+    with PLAINTEXT.channel(address, CHANNEL_OPTIONS) as channel:
         try:
             stub = worker_pb2_grpc.FetchServiceStub(channel)
             told = stub.GetProgress(worker_pb2.GetProgressRequest(), timeout=timeout_seconds)
@@ -68,20 +70,12 @@ def download(address: str, timeout_seconds: float) -> Download | None:
     return Download(min(told.bytes, told.total_bytes), told.total_bytes, min(told.seconds_left, _LONGEST_S))
 
 
-def drain(address: str, timeout_seconds: float) -> bool:
-    """Tells the worker at an IP address to accept no more requests; returns whether it responded."""
-    with grpc.insecure_channel(target(address), CHANNEL_OPTIONS) as channel:
+def drain(address: str, timeout_seconds: float, dialer: Dialer = PLAINTEXT) -> bool:
+    """Tells the worker at an address to accept no more requests; returns whether it responded."""
+    with dialer.channel(address, CHANNEL_OPTIONS) as channel:
         try:
             stub = worker_pb2_grpc.WorkerServiceStub(channel)
             stub.Drain(worker_pb2.DrainRequest(), timeout=timeout_seconds)
         except grpc.RpcError:
             return False
     return True
-
-
-def target(address: str) -> str:
-    """The gRPC target of a worker or a frontend at an IP address; one with a port stays as it is."""
-    if address.startswith("[") or address.count(":") == 1:
-        return address
-    host = f"[{address}]" if ipaddress.ip_address(address).version == 6 else address
-    return f"{host}:{names.GRPC_PORT}"

@@ -14,7 +14,7 @@ from moe_api import transport
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
 from moe_operator.observed.pods import Pod
 from moe_operator.planner.mesh import Balance, MeshReading, balance
-from moe_operator.rpc.leader import target
+from moe_operator.rpc.dialing import PLAINTEXT, Dialer
 from moe_operator.rpc.together import ask
 
 _FRESH_SECONDS: Final = 20.0
@@ -35,13 +35,17 @@ class MeshReader:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _known: dict[str, tuple[float, MeshReading | None]] = field(default_factory=dict)
 
-    def read(self, leaders: Iterable[Pod], timeout_seconds: float) -> dict[str, MeshReading]:
+    def read(
+        self, leaders: Iterable[Pod], timeout_seconds: float, dialer: Dialer = PLAINTEXT
+    ) -> dict[str, MeshReading]:
         """The report of each leader, by pod name, without leaders that do not respond in time."""
         leaders, now = list(leaders), time.monotonic()
         with self._lock:
             known = {pod.uid: self._known[pod.uid] for pod in leaders if pod.uid in self._known}
         stale = [pod for pod in leaders if pod.uid not in known or now - known[pod.uid][0] > _FRESH_SECONDS]
-        answers = {pod.uid: (now, said) for pod, said in ask(lambda pod: _ask(pod, timeout_seconds), stale)}
+        answers = {
+            pod.uid: (now, said) for pod, said in ask(lambda pod: _ask(dialer, pod, timeout_seconds), stale)
+        }
         with self._lock:
             if len(self._known) > _KEPT:
                 self._known.clear()
@@ -50,8 +54,8 @@ class MeshReader:
         return {name: reading for name, reading in said.items() if reading is not None}
 
 
-def _ask(pod: Pod, timeout_seconds: float) -> MeshReading | None:
-    with grpc.insecure_channel(target(pod.address), _OPTIONS) as channel:
+def _ask(dialer: Dialer, pod: Pod, timeout_seconds: float) -> MeshReading | None:
+    with dialer.channel(pod.grpc_address, _OPTIONS) as channel:
         stub = worker_pb2_grpc.WorkerServiceStub(channel)
         try:
             mesh = stub.GetLoad(worker_pb2.GetLoadRequest(), timeout=timeout_seconds).mesh

@@ -12,6 +12,7 @@ from moe_api.worker.v1 import worker_pb2
 from moe_operator.errors import MoEOperatorError
 from moe_operator.kube.client import Cluster
 from moe_operator.kube.mirror import Mirror
+from moe_operator.observed import pods as observed
 from moe_operator.render.objects import Manifest
 from moe_operator.resources import names
 from moe_operator.statuspage.overview import overview
@@ -60,7 +61,9 @@ class Collector:
         ]
         problems: list[str] = []
         events = self._events(problems)
-        loads = self._loads(_leaders(pods for _, pods, _ in deployments))
+        asked = _leaders(pods for _, pods, _ in deployments)
+        answers = self._loads(tuple(asked))
+        loads = {asked[address]: load for address, load in answers.items()}
         return {**overview(deployments, events, loads, datetime.now(UTC)), "problems": problems}
 
     def _of(self, body: Manifest, kind: str) -> list[Manifest]:
@@ -77,15 +80,17 @@ class Collector:
         return found
 
 
-def _leaders(pods_of_deployments: Iterable[list[Manifest]]) -> list[str]:
-    """Addresses of the workers that can say how busy they are."""
-    found = []
+def _leaders(pods_of_deployments: Iterable[list[Manifest]]) -> dict[str, str]:
+    """Addresses of the workers that can say how busy they are, each with its IP address."""
+    found = {}
     for pods in pods_of_deployments:
         for pod in pods:
             labels, address = pod["metadata"].get("labels", {}), pod.get("status", {}).get("podIP")
             if address and labels.get(names.LABEL_ROLE) == names.ROLE_WORKER and _leads(pod, labels):
-                found.append(address)
-    return found[:ASKED_MOST]
+                found[observed.read(pod).grpc_address] = address
+            if len(found) == ASKED_MOST:
+                return found
+    return found
 
 
 def _leads(pod: Manifest, labels: Mapping[str, str]) -> bool:

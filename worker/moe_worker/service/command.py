@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import click
 
@@ -167,6 +167,20 @@ class _Number(click.FloatRange):
     help="Port where Prometheus fetches metrics (/metrics). Default: none.",
 )
 @click.option(
+    "--tls",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    envvar="MOE_WORKER_TLS",
+    metavar="FOLDER",
+    help="Serves over TLS, with tls.crt and tls.key of this folder; clients need a certificate of its "
+    "ca.crt. Renewed files are used within seconds, for new connections. Default: plaintext.",
+)
+@click.option(
+    "--health",
+    envvar="MOE_WORKER_HEALTH",
+    metavar="HOST:PORT",
+    help="Answers health probes here as well, in plaintext: those of Kubernetes know no TLS.",
+)
+@click.option(
     "--max-bits-per-byte-increase",
     type=_Number(min=0),
     help="Refuse a checkpoint that is worse than its original by more, by its quality.json.",
@@ -305,8 +319,7 @@ def serve(
     kv_memory: str | None,
     revision: str,
     explained: bool,
-    metrics_port: int,
-    **options: float | str | Mapping[str, Any] | None,
+    **options: float | str | Path | Mapping[str, Any] | None,
 ) -> None:
     """Serve a model over gRPC.
 
@@ -324,7 +337,10 @@ def serve(
     if isinstance(most, float):
         check_quality(find_checkpoint(model), most, None if text is None else str(text))
     names = ("stall_timeout", "write_timeout", "grace")
-    times = {f"{name}_s": cast("float", options.pop(name)) for name in names}
+    others: dict[str, Any] = {f"{name}_s": options.pop(name) for name in names}
+    others |= {name: options.pop(name) for name in ("metrics_port", "tls", "health")}
+    if others["health"] is not None:
+        others["health"] = _address(others["health"], "--health")
     memory = None if kv_memory is None else parse_bytes(kv_memory)
     offload = parse_bytes(str(options.pop("kv_offload")))
     engine_options = EngineOptions(kv_memory=memory, kv_offload=offload, **options)  # type: ignore[arg-type]
@@ -342,9 +358,7 @@ def serve(
     if wrong := lengths.of_name(len(name)):
         raise SettingsError(f"the served name {wrong}: no request could ask for it")
     address = _address(listen or LISTEN)
-    settings = ServeSettings(
-        model, name, address, engine_options, revision, **times, metrics_port=metrics_port
-    )
+    settings = ServeSettings(model, name, address, engine_options, revision, **others)
     with held or contextlib.nullcontext():
         if engine_options.mesh_rank:
             follow(settings, None if listen is None else settings.listen)
@@ -365,9 +379,9 @@ def _override(text: str) -> dict[str, Any]:
     return value
 
 
-def _address(text: str) -> str:
+def _address(text: str, flag: str = "--listen") -> str:
     """By default gRPC takes port 443 if there is none, and 99999 modulo 65536."""
     try:
         return check_address(text)
     except ValueError as error:
-        raise SettingsError(f"--listen {error}") from None
+        raise SettingsError(f"{flag} {error}") from None

@@ -11,8 +11,9 @@ from moe_api.metrics_server import MetricsServer
 from moe_api.server import create_server
 from moe_api.supervision import Supervisor
 from moe_worker.config.directory import find_checkpoint
-from moe_worker.errors import EngineDiedError, SettingsError
+from moe_worker.errors import EngineDiedError
 from moe_worker.service.engine_client import EngineClient
+from moe_worker.service.listening import bind
 from moe_worker.service.server import (
     CLOSE_GRACE_S,
     ServeSettings,
@@ -30,9 +31,10 @@ log = logging.getLogger(__name__)
 def follow(settings: ServeSettings, listen: str | None) -> None:
     """Follows until the leader is gone. Raises WorkerError, also then: a rank alone is of no use.
 
-    listen: HOST:PORT where probes are answered; None: nowhere. After SIGTERM, the rank computes on until its
-    leader has drained and left, for `settings.grace_s` at most. Its metrics say whether it computes; those of
-    requests and steps are the leader's.
+    listen: HOST:PORT where probes are answered, unless `settings.health` is set; None: nowhere. A rank that
+    follows serves nothing else, so it needs no TLS. After SIGTERM, the rank computes on until its leader has
+    drained and left, for `settings.grace_s` at most. Its metrics say whether it computes; those of requests
+    and steps are the leader's.
     """
     scraped = metrics_server(settings.metrics_port)
     with telemetry.configure("moe-worker", readers=metric_readers(scraped)):
@@ -47,13 +49,8 @@ async def _follow(settings: ServeSettings, listen: str | None, scraped: MetricsS
         scraped.start(supervisor)
     server = create_server(transport.server_options(LARGEST_REQUEST, MOST_STREAMS))
     await health.register(server)
-    if listen is not None:
-        try:
-            port = server.add_insecure_port(listen)
-        except RuntimeError as error:
-            raise SettingsError(
-                f"cannot listen on {listen}; give a free HOST:PORT of this machine"
-            ) from error
+    if address := settings.health or listen:
+        port = bind(server, address)
         log.info("listening on port %d, joining mesh %s", port, settings.options.mesh)
     await server.start()
     try:

@@ -32,6 +32,7 @@ from moe_worker.models.tokenizer_guard import load_guarded
 from moe_worker.sampling.defaults import sampling_defaults
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.service.engine_client import EngineClient
+from moe_worker.service.listening import bind, credentials, probes
 from moe_worker.service.metrics import EngineMetrics
 from moe_worker.service.servicers import InferenceService, Phase, Served
 from moe_worker.service.validation import largest_request_bytes
@@ -59,7 +60,8 @@ class ServeSettings:
     streams. stall_timeout_s: an engine without a step for this long, with requests to compute, is killed.
     write_timeout_s: a stream whose client reads nothing for this long is stopped. grace_s: how long requests
     may continue after SIGTERM; then their streams end with UNAVAILABLE. metrics_port: where Prometheus
-    fetches metrics; 0 for nowhere.
+    fetches metrics; 0 for nowhere. tls: folder with the certificate, whose authorities clients need one of;
+    None for plaintext. health: HOST:PORT of a port for probes alone; None for none.
     """
 
     model: Path
@@ -71,6 +73,8 @@ class ServeSettings:
     write_timeout_s: float = WRITE_TIMEOUT_S
     grace_s: float = GRACE_S
     metrics_port: int = 0
+    tls: Path | None = None
+    health: str | None = None
 
 
 class StoppedError(WorkerError):
@@ -155,7 +159,9 @@ async def _serve(settings: ServeSettings, scraped: MetricsServer | None, *, meas
     if scraped is not None:
         scraped.start(supervisor)
     most_bytes = largest_request_bytes(model.tokenizer, model.config.vocab_size, model.context_length)
-    server = await _listen(settings.listen, most_bytes, inference, health, stop)
+    secured = credentials(settings.tls, supervisor)
+    server = await _listen(settings.listen, most_bytes, inference, health, stop, secured)
+    beside = await probes(health, settings.health)
     try:
         engine = await EngineClient.start(
             Start(str(model.directory), settings.options), settings.stall_timeout_s
@@ -172,7 +178,8 @@ async def _serve(settings: ServeSettings, scraped: MetricsServer | None, *, meas
             await asyncio.to_thread(scraped.stop)
         await supervisor.close()
         await health.close()
-        await server.stop(CLOSE_GRACE_S)
+        for one in (server, *beside):
+            await one.stop(CLOSE_GRACE_S)
 
 
 def stop_on_signal(grace_s: float) -> Stop:
@@ -194,17 +201,19 @@ def stop_on_signal(grace_s: float) -> Stop:
 
 
 async def _listen(
-    address: str, most_bytes: int, inference: InferenceService, health: Health, stop: Stop
+    address: str,
+    most_bytes: int,
+    inference: InferenceService,
+    health: Health,
+    stop: Stop,
+    secured: grpc.ServerCredentials | None = None,
 ) -> grpc.aio.Server:
     """Responds to probes from here on, and refuses requests with UNAVAILABLE."""
     server = create_server(transport.server_options(most_bytes, MOST_STREAMS))
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerService(inference, stop.drain), server)
     await health.register(server)
-    try:
-        port = server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise SettingsError(f"cannot listen on {address}; give a free HOST:PORT of this machine") from error
+    port = bind(server, address, secured)
     await server.start()
     log.info("listening on port %d, loading the model", port)
     return server

@@ -1,0 +1,113 @@
+"""`spec.transport` reaches pods, ports and policies; without it pods are as they were."""
+
+import pytest
+
+from moe_frontend import main
+from moe_operator.observed.pods import read
+from moe_operator.render import frontend, network, worker
+from moe_operator.render.objects import Key, key
+from moe_operator.resources import names
+from moe_worker.service import command
+from tests.operator.worlds import deployment, settled
+
+MUTUAL = {"transport": {"mode": "MutualTLS"}}
+SPECS = {names.ROLE_WORKER: worker.pod_spec, names.ROLE_FRONTEND: frontend.pod_spec}
+SECRETS = {
+    names.ROLE_WORKER: names.WORKER_CERTIFICATE_SECRET,
+    names.ROLE_FRONTEND: names.FRONTEND_CERTIFICATE_SECRET,
+}
+
+
+def container(spec, name):
+    return next(one for one in spec["containers"] if one["name"] == name)
+
+
+def ports(found):
+    return {port["name"]: port["containerPort"] for port in found["ports"]}
+
+
+@pytest.mark.parametrize("role", SPECS)
+def test_the_certificate_is_mounted_and_probes_have_a_port_without_tls(role):
+    spec = SPECS[role](deployment(**MUTUAL))
+    found = container(spec, role)
+    (volume,) = (one for one in spec["volumes"] if "secret" in one)
+    assert volume["secret"]["secretName"] == SECRETS[role]
+    (mount,) = (one for one in found["volumeMounts"] if one["name"] == volume["name"])
+    environment = {one["name"]: one.get("value") for one in found["env"]}
+    given = environment["MOE_WORKER_TLS" if role == names.ROLE_WORKER else "MOE_INTERNAL_TLS"]
+    assert (mount["mountPath"], mount["readOnly"]) == (given, True)
+    probes = {found[name]["grpc"]["port"] for name in ("startupProbe", "readinessProbe", "livenessProbe")}
+    assert probes == {ports(found)["health"]}
+    known = {option.envvar for option in (*main.main.params, *command.serve.params)}
+    ours = {name for name in environment if name.startswith(("MOE_WORKER_TLS", "MOE_WORKER_HEALTH"))}
+    assert ours | {"MOE_INTERNAL_TLS", "MOE_HEALTH", "MOE_ADMIN"} <= known
+
+
+@pytest.mark.parametrize("role", SPECS)
+def test_in_plaintext_nothing_is_added(role):
+    spec = SPECS[role](deployment())
+    assert not [one for one in spec["volumes"] if "secret" in one]
+    assert not {"health", "admin-tls", "grpc-tls"} & set(ports(container(spec, role)))
+
+
+def test_the_ports_of_the_workers_service_tell_them_apart():
+    targets = {port["targetPort"] for port in worker.service(deployment())["spec"]["ports"]}
+    for settings in ({}, MUTUAL):
+        found = ports(container(worker.pod_spec(deployment(**settings)), names.ROLE_WORKER))
+        assert len(targets & set(found)) == 1
+
+
+def observed(role, **settings):
+    name = "docs-0-0" if role == names.ROLE_WORKER else "docs-frontend-1"
+    labels = {**names.single_labels("docs"), names.LABEL_DATA_RANK: "0"}
+    return read(
+        {
+            "metadata": {
+                "name": name,
+                "namespace": "prod",
+                "labels": labels if role == names.ROLE_WORKER else frontend.labels("docs"),
+            },
+            "spec": SPECS[role](deployment(**settings)),
+            "status": {"podIP": "10.0.0.1"},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "as_worker", "as_frontend"),
+    [
+        ({}, "10.0.0.1", "10.0.0.1"),
+        (MUTUAL, "tls://worker.prod@10.0.0.1:8000", "tls://frontend.prod@10.0.0.1:8001"),
+    ],
+)
+def test_the_operator_asks_each_pod_as_its_ports_say(settings, as_worker, as_frontend):
+    assert observed(names.ROLE_WORKER, **settings).grpc_address == as_worker
+    assert observed(names.ROLE_FRONTEND, **settings).admin_address == as_frontend
+
+
+def test_clients_ports_stay_as_they_were():
+    plain, mutual = (
+        ports(container(frontend.pod_spec(deployment(**settings)), names.ROLE_FRONTEND))
+        for settings in ({}, MUTUAL)
+    )
+    assert mutual == {**plain, "admin-tls": 8001, "health": 8002}
+    assert frontend.service(deployment(**MUTUAL)) == frontend.service(deployment())
+
+
+def test_the_policy_of_frontends_lets_the_operator_in():
+    of = deployment(networkPolicy={"mode": "Restricted"}, **MUTUAL)
+    _, fronts = (policy["spec"]["ingress"] for policy in network.policies(of))
+    assert [port["port"] for rule in fronts for port in rule["ports"]] == [8000, 8080, 8001]
+
+
+def test_one_edit_rolls_workers_and_frontends():
+    """Frontends that came later would reach no worker."""
+    world = settled()
+    world.change(**MUTUAL)
+    applied = {key(manifest).name: manifest for manifest in world.step().apply}
+    template = applied["docs-frontend"]["spec"]["template"]["spec"]
+    assert "admin-tls" in ports(container(template, names.ROLE_FRONTEND))
+    template = applied["docs-2"]["spec"]["template"]["spec"]
+    assert "grpc-tls" in ports(container(template, names.ROLE_WORKER))
+    kept = world.children[Key("StatefulSet", "docs-0")]["spec"]["template"]["spec"]
+    assert "grpc" in ports(container(kept, names.ROLE_WORKER))
