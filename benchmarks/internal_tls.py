@@ -1,0 +1,122 @@
+"""Throughput with mutual TLS between frontend and worker, relative to plaintext; on this machine.
+
+    python -m benchmarks.internal_tls [--streams 64] [--tokens 64] [--rounds 5]
+
+Starts two workers with examples/docs-moe on the CPU, with a frontend before each: one pair in plaintext, one
+with mutual TLS. Each round streams STREAMS greedy texts of TOKENS tokens at the same time over gRPC through
+each pair; the order alternates, and the other pair idles. The columns are those of
+benchmarks.http_beside_grpc; `both` is the CPU time of the frontend and the worker's edge together.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.http_beside_grpc import (
+    MODEL,
+    Port,
+    Round,
+    connected,
+    measure,
+    over_grpc,
+    said,
+    started,
+)
+from moe_api import mutual
+from moe_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
+from tests.pki import Authority, mount
+
+
+class Pair(Port):
+    """A frontend with its worker, whose edge's CPU time counts as well."""
+
+    worker: int = 0
+
+    def cpu_s(self) -> float:
+        """CPU seconds of both so far."""
+        return super().cpu_s() + Port(self.grpc, "", self.worker, None, {}).cpu_s()
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        authority = Authority()
+        for role, name in (("worker", mutual.WORKER), ("frontend", mutual.FRONTEND)):
+            mount(folder / role, authority.pair(name))
+        secured = (["--tls", folder / "worker"], ["--internal-tls", folder / "frontend"])
+        pairs = {
+            "plaintext": stack.enter_context(served(args.streams, [], [])),
+            "mutual TLS": stack.enter_context(served(args.streams, *secured)),
+        }
+        asyncio.run(compare(pairs, args))
+
+
+async def compare(pairs: dict[str, Pair], args: argparse.Namespace) -> None:
+    """Takes the rounds in turns."""
+    async with contextlib.AsyncExitStack() as stack:
+        ways = {}
+        for name, pair in pairs.items():
+            channel = await stack.enter_async_context(connected(pair))
+            ways[name] = over_grpc(InferenceServiceStub(channel), args.tokens, pair), pair
+            await measure(*ways[name], args)
+        rounds: dict[str, list[Round]] = {name: [] for name in ways}
+        for number in range(args.rounds):
+            for name in list(ways)[:: 1 if number % 2 else -1]:
+                rounds[name].append(await measure(*ways[name], args))
+    show(rounds, args)
+
+
+def show(rounds: dict[str, list[Round]], args: argparse.Namespace) -> None:
+    """Prints the table."""
+    print(
+        f"{args.streams} streams of {args.tokens} tokens, {args.rounds} rounds, {os.cpu_count()} cores, "
+        f"load average {os.getloadavg()[0]:.1f}"
+    )
+    print(f"{'':11}{'tokens/s':>10}{'first ms':>10}{'both':>10}{'relative':>10}")
+    for name, found in rounds.items():
+        rate, first_s, cpu_s = (
+            statistics.median(getattr(each, field) for each in found)
+            for field in ("rate", "first_s", "cpu_s")
+        )
+        line = f"{name:11}{rate:>10.0f}{first_s * 1e3:>10.0f}{cpu_s * 1e6:>10.0f}"
+        if name != "plaintext":
+            ratios = [one.rate / plain.rate for one, plain in zip(found, rounds["plaintext"], strict=True)]
+            line += f"{statistics.median(ratios):>10.3f}   {min(ratios):.3f} to {max(ratios):.3f}"
+        print(line)
+
+
+@contextlib.contextmanager
+def served(streams: int, of_worker: list[object], of_frontend: list[object]) -> Iterator[Pair]:
+    """A worker with a frontend before it, and options of each."""
+    binaries = Path(sys.executable).parent
+    serve: list[object] = [binaries / "moe-worker", "serve", "--model", MODEL, "--device", "cpu"]
+    serve += ["--listen", "127.0.0.1:0", "--max-batch-size", streams]
+    with contextlib.ExitStack() as stack:
+        worker = stack.enter_context(started([*serve, *of_worker]))
+        port = said(worker, r"listening on port (\d+)")
+        address = f"127.0.0.1:{port}"
+        route = [binaries / "moe-frontend", "--listen", "127.0.0.1:0", "--static", address, *of_frontend]
+        process = stack.enter_context(started(route))
+        at = said(process, r"serving on (\S+)")
+        said(process, r"(127\S+) accepts requests")
+        pair = Pair(at, "", process.pid, None, {})
+        object.__setattr__(pair, "worker", worker.pid)
+        yield pair
+
+
+if __name__ == "__main__":
+    main()
