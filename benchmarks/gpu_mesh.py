@@ -32,7 +32,8 @@ from moe_worker.kvcache.paged import CacheShape, PagedCache
 from moe_worker.mesh.cuda_stage import CudaStage
 from moe_worker.mesh.member import Member, join
 from moe_worker.mesh.messages import End
-from moe_worker.mesh.part import places_of, stage_of
+from moe_worker.mesh.part import stage_of
+from moe_worker.mesh.places import ExpertPlaces
 from moe_worker.mesh.runner import MeshRunner
 from moe_worker.models import cuda_graph, cuda_runner
 from moe_worker.models.batch import Batch, Segment
@@ -98,7 +99,7 @@ class Case:
         )
         cuts = [round(total * stage / member.shape.pipeline) for stage in range(member.shape.pipeline + 1)]
         layers = range(cuts[member.number], cuts[member.number + 1])
-        places = places_of(self.config, member, redundant, {})
+        places = ExpertPlaces(self.config, member.shape.expert, redundant)
         stage = stage_of(self.config, member, layers, places, device)
 
         def cache(count: int) -> PagedCache:

@@ -12,8 +12,8 @@ from moe_worker.config.routing_report import read_routing_report
 from moe_worker.kvcache.paged import PagedCache
 from moe_worker.mesh.identity import mesh_digest
 from moe_worker.mesh.member import Member, join
-from moe_worker.mesh.part import part_of, places_of, stage_ranges
-from moe_worker.mesh.places import ExpertPlaces, Moved, advised
+from moe_worker.mesh.part import part_of, stage_ranges
+from moe_worker.mesh.places import ExpertPlaces, advised
 from moe_worker.mesh.rank_stage import ModelStage, RankStage
 from moe_worker.mesh.rebalance.execute import Rebalancing
 from moe_worker.mesh.rebalance.hold import HeldExperts
@@ -36,25 +36,30 @@ class Spread:
     placement: Placement
     member: Member
     stored: Mapping[str, StoredTensor]
-    start: Moved
+    places: ExpertPlaces
 
     @classmethod
     def join(
         cls, directory: Path, config: ModelConfig, options: EngineOptions, placement: Placement
     ) -> "Spread":
         """Meets the other ranks. Raises MeshError, SettingsError."""
-        stored, report = stored_tensors(directory), read_routing_report(directory)
-        start = advised(config, options.mesh_shape.expert, options.redundant_experts, report)
-        member = join(options, mesh_digest(directory, stored, options), placement.device)
-        return cls(directory, config, options, placement, member, stored, start)
+        stored = stored_tensors(directory)
+        ranks, redundant = options.mesh_shape.expert, options.redundant_experts
+        places = ExpertPlaces(config, ranks, redundant)
+        # Once, by the leader: it takes time, and processors round differently.
+        leads = options.mesh_rank == 0
+        moved = advised(config, ranks, redundant, read_routing_report(directory)) if leads else {}
+        member = join(options, mesh_digest(directory, stored, options), placement.device, moved)
+        places.adopt(member.moved)
+        return cls(directory, config, options, placement, member, stored, places)
 
     def stage(self) -> Stage:
         """What this rank holds. Raises SettingsError where the model cannot be spread over the mesh."""
-        return part_of(self.config, self.member, self.stored, self._places(), self.placement.device)
+        return part_of(self.config, self.member, self.stored, self.places, self.placement.device)
 
     def runner(self, part: RankStage, cache: PagedCache, feeds: bool = False) -> MeshRunner:
         """Runs `part`; on the leader the whole mesh."""
-        places = self._places()
+        places = self.places
         held = (
             HeldExperts(places, self.member, part, self._read(part)) if isinstance(part, ModelStage) else None
         )
@@ -64,9 +69,6 @@ class Spread:
             counter = runner.expert_counter()
             runner.direct(Rebalancing(self._policy(), places, held, self.member, stages, counter))
         return runner
-
-    def _places(self) -> ExpertPlaces:
-        return places_of(self.config, self.member, self.options.redundant_experts, self.start)
 
     def _policy(self) -> RebalancePolicy:
         options = self.options

@@ -1,26 +1,40 @@
 """Puts experts that the same domains use onto the same ranks, so that a token is sent to fewer of them: pure.
 
-A token of domain n that makes K independent choices, each on rank r with probability q_nr, uses
-sum over r of 1 - (1 - q_nr)^K ranks. Swaps of places between ranks lower the mean of that over the domains,
-one after the other until none does (local search after Kernighan and Lin, 1970); a rank's load over the
-limit costs more than all exchange. The search begins with the places as they are and, a second time, with
-places sorted by the domain that uses them most; the better end counts.
+A token of domain n has an expert among its K choices with probability min(1, K * share). Choices are taken as
+independent: a token needs nothing of a rank with the product of (1 - probability) over the rank's experts.
+That product makes the effect of all swaps of two experts one matrix product. Swaps lower the ranks that a
+token uses, mean over domains, until none does (local search after Kernighan and Lin, 1970); each round
+applies the best ones that share no rank, whose gains add up. A rank's load over the limit costs more than all
+exchange. The search begins with the places as they are, then with places sorted by the domain that uses them
+most, then with the best end so far after some swaps at random; the best end counts.
 
-Legend: N domains, E experts, M places over all ranks, R ranks.
+Legend: N domains, E experts, M places over all ranks, or the copies of experts that stand there, R ranks.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from moe_worker.mesh.placement import rank_loads
 
-_ROUNDS = 6
+# Each round lowers the cost; 256 experts on 32 ranks need about 30.
+_ROUNDS = 100
+# Swaps at random are tried so often, and less often among many places.
+_MOST_KICKS, _KICKED = 32, 1 << 18
+# Memory and time grow with the square; published models have 512 experts at most.
+MOST_PLACES = 1024
 _WORTH = 1e-9
-# For a rank whose load is twice the limit, in ranks used.
-_OVERLOAD = 1000.0
+# Loads are in parts of the limit. A rank with twice the limit costs so many ranks used that no exchange is
+# worth a load that is visibly over it.
+_LIMIT, _OVERLOAD = 1 + 1e-9, 1e6
+# The largest probability of an expert: what is certain would hide all else on its rank.
+_SURE = 0.999
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
 
 
 def gathered(
@@ -35,33 +49,44 @@ def gathered(
 
     shares_NE: of each domain's choices those that each expert has. choices: experts of a token. slack: how
     far a rank's load may lie above the mean; where it lies higher before, it does not grow. Two copies of an
-    expert do not meet on a rank more often than before.
+    expert do not meet on a rank more often than before. More than MOST_PLACES places stay as they are.
     """
-    before_M = torch.tensor(places_M)
+    if len(places_M) > MOST_PLACES:
+        return tuple(places_M)
     search = _Search(places_M, shares_NE, loads_E, ranks, choices, slack)
-    ends = [search.run(before_M), search.run(before_M[search.by_domain(before_M)])]
-    most = search.meetings(before_M)
-    best = min((cost, places.tolist()) for cost, places in ends if search.meetings(places) <= most)
-    return tuple(best[1])
+    start_M = _equal_parts(len(places_M), ranks)
+    best = search.run(start_M)
+    sorted_M = search.by_domain(start_M)
+    if search.meetings(sorted_M) <= search.meetings(start_M):
+        best = min(best, search.run(sorted_M), key=_cost)
+    draw = np.random.default_rng(0)
+    for _ in range(min(_MOST_KICKS, _KICKED // len(places_M) ** 2)):
+        best = min(best, search.run(search.kicked(best.rank_M, draw)), key=_cost)
+    return tuple(np.asarray(places_M)[np.argsort(best.rank_M, kind="stable")].tolist())
 
 
 def ranks_used(
     places_M: Sequence[int], shares_NE: Sequence[Sequence[float]], ranks: int, choices: int
 ) -> float:
     """The ranks that a token's choices lie on, mean over domains; copies share an expert's choices evenly."""
-    part_NM = _parts(torch.tensor(places_M), torch.tensor(shares_NE, dtype=torch.float64))
-    return float(_used(part_NM.unflatten(1, (ranks, -1)).sum(2), choices).sum(1).mean())
+    unused_NM = _unused(np.asarray(places_M), np.asarray(shares_NE), choices)
+    return float((1 - unused_NM.reshape(len(unused_NM), ranks, -1).prod(2)).sum(1).mean())
 
 
-class _Ranks(NamedTuple):
-    """What lies on each rank: shares of the domains' choices, load, and what that costs."""
+class _End(NamedTuple):
+    """Where a search has ended: its cost, and the rank of each copy."""
 
-    share_NR: Tensor
-    load_R: Tensor
-    cost_R: Tensor
+    cost: float
+    rank_M: Integers
+
+
+def _cost(end: _End) -> float:
+    return end.cost
 
 
 class _Search:
+    """Swaps copies of experts between ranks. rank_M: where each copy stands, in the order of `places_M`."""
+
     def __init__(
         self,
         places_M: Sequence[int],
@@ -71,78 +96,106 @@ class _Search:
         choices: int,
         slack: float,
     ) -> None:
-        self._shares_NE = torch.tensor(shares_NE, dtype=torch.float64)
-        self._loads_E = torch.tensor(loads_E, dtype=torch.float64)
-        self._ranks, self._choices = ranks, choices
-        self._rank_M = torch.arange(len(places_M)) * ranks // len(places_M)
+        self._expert_M, self._ranks = np.asarray(places_M), ranks
+        self._share_NM = _parts(self._expert_M, np.asarray(shares_NE, dtype=np.float64))
+        self._unused_NM = _unused(self._expert_M, np.asarray(shares_NE), choices)
+        (load_M,) = _parts(self._expert_M, np.asarray([loads_E], dtype=np.float64))
         sums = rank_loads(loads_E, places_M, ranks)
-        self._most = max(*sums, sum(sums) / ranks * (1 + slack))
+        most = max(*sums, sum(sums) / ranks * (1 + slack))
+        self._load_M: Floats = load_M / most if most else load_M
+        # Fresh memory for each round would take as long as all else.
+        self._gain_MM = np.empty((len(places_M), len(places_M)))
 
-    def by_domain(self, places_M: Tensor) -> Tensor:
-        """The order of places by copy, the domain that uses the expert most, and how much."""
-        share_M, domain_M = _parts(places_M, self._shares_NE).max(0)
-        copy_M = (places_M[:, None] == places_M[None]).tril(-1).sum(1)
-        order = sorted(
-            range(len(places_M)), key=lambda m: (int(copy_M[m]), int(domain_M[m]), -float(share_M[m]))
-        )
-        return torch.tensor(order)
+    def by_domain(self, rank_M: Integers) -> Integers:
+        """Copies over the same ranks in the order of the domain that uses their expert most, and how much."""
+        same_MM = self._expert_M[:, None] == self._expert_M
+        order = np.lexsort((-self._share_NM.max(0), self._share_NM.argmax(0), np.tril(same_MM, -1).sum(1)))
+        sorted_M = np.empty_like(rank_M)
+        sorted_M[order] = rank_M
+        return sorted_M
 
-    def meetings(self, places_M: Tensor) -> int:
+    def meetings(self, rank_M: Integers) -> int:
         """Copies of an expert on a rank that has it already."""
-        return sum(len(own) - len(set(own)) for own in places_M.unflatten(0, (self._ranks, -1)).tolist())
+        return len(rank_M) - len(set(zip(rank_M.tolist(), self._expert_M.tolist(), strict=True)))
 
-    def run(self, places_M: Tensor) -> tuple[float, Tensor]:
-        """Cost and places when no swap helps any more."""
-        places_M = places_M.clone()
-        part_NM = _parts(places_M, self._shares_NE)
-        (load_M,) = _parts(places_M, self._loads_E[None])
-        ranks = self._of_ranks(part_NM, load_M)
+    def kicked(self, rank_M: Integers, draw: np.random.Generator) -> Integers:
+        """`rank_M` with about one copy of each rank swapped at random."""
+        rank_M = rank_M.copy()
+        for pair in draw.integers(len(rank_M), size=(self._ranks // 2, 2)):
+            swapped_M = rank_M.copy()
+            swapped_M[pair] = rank_M[pair[::-1]]
+            if self.meetings(swapped_M) <= self.meetings(rank_M):
+                rank_M = swapped_M
+        return rank_M
+
+    def run(self, rank_M: Integers) -> _End:
+        """Swaps until that does not help any more."""
+        rank_M = rank_M.copy()
         for _ in range(_ROUNDS):
-            swaps = 0
-            for one in range(len(places_M)):
-                other = self._best_swap(one, places_M, part_NM, load_M, ranks)
-                if other is not None:
-                    swaps += 1
-                    for row in (places_M, part_NM, load_M):
-                        row[..., [one, other]] = row[..., [other, one]]
-                    ranks = self._of_ranks(part_NM, load_M)
-            if not swaps:
+            cost_R, gain_MM = self._gains(rank_M)
+            if not self._swap(rank_M, gain_MM):
                 break
-        return float(ranks.cost_R.sum()), places_M
+        return _End(float(cost_R.sum()), rank_M)
 
-    def _of_ranks(self, part_NM: Tensor, load_M: Tensor) -> "_Ranks":
-        share_NR, load_R = self._per_rank(part_NM), self._per_rank(load_M[None])[0]
-        return _Ranks(share_NR, load_R, self._cost(share_NR, load_R))
+    def _gains(self, rank_M: Integers) -> tuple[Floats, Floats]:
+        """The cost of each rank, and what each swap of two copies takes away from it."""
+        on_MR = (rank_M[:, None] == np.arange(self._ranks)).astype(np.float64)
+        unused_NR, load_R = np.exp(_product(np.log(self._unused_NM), on_MR)), self._load_M @ on_MR
+        cost_R = 1 - unused_NR.mean(0) + _penalty(load_R - _LIMIT)
+        rest_NM, rest_M = unused_NR[:, rank_M] / self._unused_NM, load_R[rank_M] - self._load_M
+        half_MM = _product(rest_NM.T, self._unused_NM / len(rest_NM))
+        half_MM -= _penalty(np.add.outer(rest_M - _LIMIT, self._load_M, out=self._gain_MM))
+        half_MM += cost_R[rank_M][:, None] - 1
+        gain_MM = np.add(half_MM, half_MM.T, out=self._gain_MM)
+        meets_MM = self._held(rank_M)[:, rank_M]
+        gain_MM[meets_MM | meets_MM.T] = 0
+        return cost_R, gain_MM
 
-    def _best_swap(
-        self, one: int, places_M: Tensor, part_NM: Tensor, load_M: Tensor, ranks: "_Ranks"
-    ) -> int | None:
-        """The place whose swap with `one` lowers the cost most, or None."""
-        rank = int(self._rank_M[one])
-        share_NR, load_R, cost_R = ranks
-        more_NM, heavier_M = part_NM - part_NM[:, one : one + 1], load_M - load_M[one]
-        here_M = self._cost(share_NR[:, rank : rank + 1] + more_NM, load_R[rank] + heavier_M)
-        there_M = self._cost(share_NR[:, self._rank_M] - more_NM, load_R[self._rank_M] - heavier_M)
-        gain_M = cost_R[rank] + cost_R[self._rank_M] - here_M - there_M
-        ranks_RX = places_M.unflatten(0, (self._ranks, -1))
-        holds_R = (ranks_RX == places_M[one]).any(1)
-        gain_M[holds_R[self._rank_M] | torch.isin(places_M, ranks_RX[rank])] = 0.0
-        best = int(gain_M.argmax())
-        return best if float(gain_M[best]) > _WORTH else None
+    def _held(self, rank_M: Integers) -> NDArray[np.bool_]:
+        """Whether each rank has each copy's expert, [M, R]."""
+        held_ER = np.zeros((int(self._expert_M.max()) + 1, self._ranks), dtype=np.bool_)
+        held_ER[self._expert_M, rank_M] = True
+        held_MR: NDArray[np.bool_] = held_ER[self._expert_M]
+        return held_MR
 
-    def _cost(self, share_NX: Tensor, load_X: Tensor) -> Tensor:
-        over_X = (load_X / self._most - 1 - _WORTH).clamp(min=0) if self._most else torch.zeros_like(load_X)
-        return _used(share_NX, self._choices).mean(0) + _OVERLOAD * over_X
-
-    def _per_rank(self, values_NM: Tensor) -> Tensor:
-        return values_NM.reshape(len(values_NM), self._ranks, -1).sum(2)
+    def _swap(self, rank_M: Integers, gain_MM: Floats) -> bool:
+        """Applies the best swaps that share no rank, and says whether there is any."""
+        best_M = gain_MM.argmax(1)
+        gain_M = gain_MM[np.arange(len(best_M)), best_M]
+        order_X = np.argsort(-gain_M, kind="stable")[: int((gain_M > _WORTH).sum())]
+        pairs = np.stack([order_X, best_M[order_X]], axis=1)
+        taken = set[int]()
+        for pair, (rank, other) in zip(pairs, rank_M[pairs].tolist(), strict=True):
+            if rank not in taken and other not in taken:
+                taken |= {rank, other}
+                rank_M[pair] = other, rank
+        return bool(taken)
 
 
-def _parts(places_M: Tensor, values_NE: Tensor) -> Tensor:
+def _equal_parts(places: int, ranks: int) -> Integers:
+    return np.arange(places, dtype=np.int64) * ranks // places
+
+
+def _parts(places_M: Integers, values_NE: Floats) -> Floats:
     """Each place's part of its expert's value, which copies share evenly, [N, M]."""
-    copies_E = torch.bincount(places_M, minlength=values_NE.shape[1])
-    return values_NE[:, places_M] / copies_E[places_M]
+    copies_E = np.bincount(places_M, minlength=values_NE.shape[1])
+    parts_NM: Floats = values_NE[:, places_M] / copies_E[places_M]
+    return parts_NM
 
 
-def _used(share_NX: Tensor, choices: int) -> Tensor:
-    return 1 - (1 - share_NX).clamp(min=0).pow(choices)
+def _unused(places_M: Integers, shares_NE: Floats, choices: int) -> Floats:
+    """How likely a domain's token does not need what stands at each place, [N, M]."""
+    return 1 - np.minimum(choices * _parts(places_M, shares_NE), _SURE)
+
+
+def _product(one: Floats, other: Floats) -> Floats:
+    """Of matrices, with torch's number of threads; numpy would begin one for each core of the machine."""
+    product: Floats = (torch.from_numpy(one) @ torch.from_numpy(other)).numpy()
+    return product
+
+
+def _penalty(over: Floats) -> Floats:
+    """What loads cost by how far they are over the limit, in place."""
+    np.maximum(over, 0, out=over)
+    over *= _OVERLOAD
+    return over

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
@@ -26,6 +26,7 @@ from moe_worker.mesh.joining import (
     parse_address,
 )
 from moe_worker.mesh.messages import Again, End, Meet, Wait, Welcome
+from moe_worker.mesh.places import Moved
 from moe_worker.mesh.pulse import Pulse
 
 SECRET = "MOE_WORKER_MESH_SECRET"  # noqa: S105 - the variable's name
@@ -40,16 +41,16 @@ class Member:
     """This process in its mesh. channels: to the other ranks in order (the leader's), or to the leader.
 
     group: the present ranks of its stage; None while it waits to meet them. moved: where experts are, as the
-    leader says: by layer, the expert at each place, where it is not that of the start. present: ranks that
-    take part now. formation: how often they have met again. on_change: called when others take part; on_wake,
-    by other threads, when there is something to do between two passes.
+    leader says: by layer, the expert at each place, where that is not the placement for equal loads. present:
+    ranks that take part now. formation: how often they have met again. on_change: called when others take
+    part; on_wake, by other threads, when there is something to do between two passes.
     """
 
     def __init__(self, identity: Identity, rank: int, address: tuple[str, int], device: torch.device) -> None:
         self.shape, self.rank = identity.shape, rank
         self.channels: Sequence[Channel] = []
         self.group: dist.ProcessGroup | None = None
-        self.moved: Mapping[int, tuple[int, ...]] = {}
+        self.moved: Moved = {}
         self.present: tuple[int, ...] = (rank,)
         self.formation = 0
         self.on_change: Callable[[], None] = lambda: None
@@ -252,11 +253,15 @@ class Member:
             self.on_change()
 
 
-def join(options: EngineOptions, digest: str, device: torch.device) -> Member:
-    """Meets the other ranks of `options.mesh`. Raises MeshError, SettingsError."""
+def join(options: EngineOptions, digest: str, device: torch.device, moved: Moved | None = None) -> Member:
+    """Meets the other ranks of `options.mesh`; they place experts by the leader's `moved`.
+
+    Raises MeshError, SettingsError.
+    """
     secret = os.environ.get(SECRET, "").encode()
     identity = Identity(options.mesh_shape, options.mesh_epoch, digest, secret)
     member = Member(identity, options.mesh_rank, parse_address(options.mesh_leader), device)
+    member.moved = moved or {}
     if device.type == "cuda":
         torch.cuda.set_device(device)
     member.form(JOIN_S)

@@ -21,8 +21,8 @@ class Claim:
 
 @dataclass(frozen=True)
 class Welcome:
-    """Leader to rank: it has joined. moved: by layer, the expert at each place, where it is not that of the
-    start.
+    """Leader to rank: it has joined. moved: by layer, the expert at each place, where that is not the
+    placement for equal loads.
     """
 
     moved: dict[int, tuple[int, ...]] = field(default_factory=dict)

@@ -10,7 +10,7 @@ from moe_worker.config.model import ModelConfig
 from moe_worker.mesh.dispatch import AllToAllDispatch, PlaceTable
 from moe_worker.mesh.layers import layer_ranges
 from moe_worker.mesh.member import Member
-from moe_worker.mesh.places import ExpertPlaces, Moved
+from moe_worker.mesh.places import ExpertPlaces
 from moe_worker.models.safetensors import StoredTensor
 from moe_worker.models.stage import Stage
 
@@ -47,13 +47,6 @@ def place_table(places: ExpertPlaces, member: Member, layer: int, device: torch.
     """Where experts of a layer are among the ranks of this process's stage that take part."""
     present = member.places(member.number)
     return PlaceTable(places.among(layer, present), places.experts, len(present), device)
-
-
-def places_of(config: ModelConfig, member: Member, redundant: int, start: Moved) -> ExpertPlaces:
-    """Where experts are now. Raises SettingsError where they cannot be spread over the ranks."""
-    places = ExpertPlaces(config, member.shape.expert, redundant, start)
-    places.adopt(member.moved)
-    return places
 
 
 def stage_ranges(config: ModelConfig, shape: MeshShape, stored: Mapping[str, StoredTensor]) -> list[range]:

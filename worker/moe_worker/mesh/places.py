@@ -46,23 +46,22 @@ def _routed(config: ModelConfig) -> Iterable[int]:
 class ExpertPlaces:
     """Places of a model's routed experts over the `ranks` of a stage.
 
-    layers: those with routed experts; none where a stage has one rank. start: by layer, the expert at each
-    place [M], where that is not the placement for equal loads. moved: as `start`, of layers whose experts
-    have moved since. Raises SettingsError where experts cannot be spread evenly.
+    layers: those with routed experts; none where a stage has one rank. moved: by layer, the expert at each
+    place [M], where that is not the placement for equal loads. Raises SettingsError where experts cannot be
+    spread evenly.
     """
 
-    def __init__(self, config: ModelConfig, ranks: int, redundant: int, start: Moved | None = None) -> None:
+    def __init__(self, config: ModelConfig, ranks: int, redundant: int) -> None:
         self.ranks, self.experts, self.redundant = ranks, config.moe.routed, redundant
         self.topology = _topology(config, ranks)
         self.layers = tuple(_routed(config)) if ranks > 1 else ()
         self.moved: dict[int, tuple[int, ...]] = {}
-        self._start = start or {}
         if self.layers:
             (self._even_M,) = placement([[1.0] * self.experts], self.topology, redundant)
 
     def of(self, layer: int) -> tuple[int, ...]:
         """The expert at each place, [M]."""
-        return self.moved.get(layer) or self._start.get(layer, self._even_M)
+        return self.moved.get(layer, self._even_M)
 
     def held(self, layer: int, own: int) -> tuple[int, ...]:
         """The experts at the places of rank number `own` of the stage."""
