@@ -330,6 +330,21 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"engine": {"routing": {"learning": "Online"}}, "parallelism": {"expert": 2}},
         "engine.routing.learning Online is for replicas of one worker",
     ),
+    "learning on a GPU": (
+        {"engine": {"routing": {"learning": "Online"}}, "worker": {"acceleratorPercentage": 100}},
+        "engine.routing.learning Online is for workers on CPUs: set engine.device to cpu",
+    ),
+    "learning on a limit of GPUs": (
+        {
+            "engine": {"routing": {"learning": "Online"}},
+            "worker": {"resources": {"limits": {"nvidia.com/gpu": 1}}},
+        },
+        "engine.routing.learning Online is for workers on CPUs",
+    ),
+    "learning by CUDA": (
+        {"engine": {"routing": {"learning": "Online"}, "device": "cuda"}},
+        "engine.routing.learning Online is for workers on CPUs",
+    ),
     "halves of a pipeline": (
         {
             "worker": {"acceleratorPercentage": 50, "acceleratorResource": "nvidia.com/gpu.shared"},
@@ -420,6 +435,19 @@ def test_defaults_of_scaling_are_written_into_the_object(crd):
         "maxReplicas": 4,
         "holdSeconds": 600,
     }
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"worker": {"resources": {"limits": {"cpu": 2, "example.org/nic": 1}}}},
+        {"engine": {"device": "cpu"}, "worker": {"acceleratorPercentage": 100}},
+    ],
+)
+def test_workers_on_cpus_learn(crd, spec):
+    engine = {**spec.get("engine", {}), "routing": {"learning": "Online"}}
+    crd.apply(manifest(**{**spec, "engine": engine}))
+    assert crd.get("moed", "docs")["spec"]["engine"]["routing"]["learning"] == "Online"
 
 
 @pytest.mark.parametrize("mode", ["Advisory", "Off"])

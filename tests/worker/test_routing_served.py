@@ -1,6 +1,7 @@
 """What may be changed in a checkpoint's routers when it is served, and what its routing.json allows."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from moe_worker.engine.core import EngineCore
 from moe_worker.engine.loading import load
 from moe_worker.engine.offline import Engine
 from moe_worker.engine.requests import Request
+from moe_worker.engine.routing import domains_to_learn
 from moe_worker.errors import CheckpointError, SettingsError
 from moe_worker.kernels.cpu.build import BuildError
 from moe_worker.kernels.cpu.library import supported_variants
@@ -215,6 +217,13 @@ def test_learning_needs_the_domains_of_a_report(checkpoint, reported, domains):
     reported(least_mass=1.0, domains=domains)
     with pytest.raises(SettingsError, match=r"no routing.json with the domains of its layers"):
         Engine(checkpoint, learn_routing=True)
+
+
+@pytest.mark.parametrize(("device", "mesh"), [("cuda", "1x1"), ("cpu", "1x2")])
+def test_learning_elsewhere_than_in_one_process_on_a_cpu_is_refused_before_weights_are_read(device, mesh):
+    options = EngineOptions(learn_routing=True, mesh=mesh, mesh_leader="127.0.0.1:1")
+    with pytest.raises(SettingsError, match=r"only in one process on a CPU; set --device cpu, without"):
+        domains_to_learn(None, Path("/nowhere"), options, torch.device(device))
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,12 @@ def halves(pod: str) -> str:
     return f"(has({pod}.acceleratorPercentage) ? {pod}.acceleratorPercentage == 50 : {old})"
 
 
+def takes_gpu(pod: str) -> str:
+    """CEL: whether the pod settings at a path ask for a GPU or a part of one."""
+    limits = f"{pod}.resources.limits"
+    return f"({share_set(pod)} || has({limits}) && {limits}.exists(name, name.startsWith('nvidia.com/')))"
+
+
 _RULES = (
     (
         f"!{halves('self')} || has(self.acceleratorResource)",

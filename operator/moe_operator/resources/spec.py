@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import ConfigDict, Field, model_validator
 
 from moe_operator.resources import names
-from moe_operator.resources.accelerator import halves, share_set
+from moe_operator.resources.accelerator import halves, share_set, takes_gpu
 from moe_operator.resources.base import Model, rules
 from moe_operator.resources.cache_spec import Cache
 from moe_operator.resources.engine_spec import Engine
@@ -37,6 +37,11 @@ _ONE_OFFLOADS = (
     "engine.kvOffload is for replicas of one worker: set parallelism.pipeline and parallelism.expert to 1, "
     "or leave it out"
 )
+_CPUS_LEARN = (
+    "engine.routing.learning Online is for workers on CPUs: set engine.device to cpu, or learning to Off"
+)
+_LEARNING = "(has(self.engine.routing.learning) && self.engine.routing.learning == 'Online')"
+_DEVICE = "(has(self.engine.device) ? self.engine.device : 'auto')"
 _LIMIT = "scaling.gpuLimit does not allow scaling.minReplicas: raise the one or lower the other"
 
 
@@ -44,11 +49,7 @@ def _rules_of_replicas(workers: str) -> tuple[tuple[str, str], ...]:
     """Rules of several sections. workers: CEL, pods of a replica, as far as the rules may count them."""
     return (
         (f"!{halves('self.worker')} || {workers} == 1", _WHOLE_GPUS),
-        (
-            "!has(self.engine.routing.learning) || self.engine.routing.learning != 'Online' || "
-            f"{workers} == 1",
-            _ONE_LEARNS,
-        ),
+        (f"!{_LEARNING} || {workers} == 1", _ONE_LEARNS),
         (f"!has(self.engine.kvOffload) || {workers} == 1", _ONE_OFFLOADS),
         (
             f"!has(self.scaling) || !{share_set('self.worker')} || !{_GPUS_LIMITED} || "
@@ -61,6 +62,10 @@ def _rules_of_replicas(workers: str) -> tuple[tuple[str, str], ...]:
 
 _RULES = rules(
     *_rules_of_replicas("self.parallelism.pipeline"),
+    (
+        f"!{_LEARNING} || {_DEVICE} == 'cpu' || {_DEVICE} == 'auto' && !{takes_gpu('self.worker')}",
+        _CPUS_LEARN,
+    ),
     # CEL fails to read the object that earlier versions stored in `expert`.
     at_creation=_rules_of_replicas("self.parallelism.pipeline * self.parallelism.expert"),
 )

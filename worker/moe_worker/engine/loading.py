@@ -16,7 +16,7 @@ from moe_worker.config.mesh import MeshShape
 from moe_worker.config.model import ModelConfig
 from moe_worker.config.quantization import PackedStorage, SparseStorage
 from moe_worker.engine import gpu
-from moe_worker.engine.routing import balance, learner_of, with_mass
+from moe_worker.engine.routing import balance, domains_to_learn, learner_of, with_mass
 from moe_worker.engine.spread import Spread
 from moe_worker.errors import SettingsError
 from moe_worker.kernels.cpu.library import Kernels
@@ -95,6 +95,7 @@ def load(
     context = options.context_for(config.max_position_embeddings)
     tokenizer = load_tokenizer(directory, config)
     device = choose_device(options.device)
+    known = domains_to_learn(config, directory, options, device)
     dtype = choose_dtype(options.dtype, device)
     weights = choose_format(options.format, config)
     placement = Placement(dtype, device, weights, options.check_weights)
@@ -122,7 +123,7 @@ def load(
         member = None if spread is None else spread.member
         cache = _allocate_cache(rows, options, context, device, member)
         runner = _runner(model, cache, options, context, path, progress, spread)
-        learner = learner_of(runner, config, directory, options)
+        learner = learner_of(runner, config, known)
         unfinished.pop_all()
     if device.type == "cpu":
         keep_freed()

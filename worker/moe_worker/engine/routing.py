@@ -11,12 +11,17 @@ import torch
 
 from moe_worker.config.engine import EngineOptions
 from moe_worker.config.model import ModelConfig
-from moe_worker.config.routing_report import ROUTING_FILE, check_mass, read_routing_report
+from moe_worker.config.routing_report import ROUTING_FILE, KnownDomains, check_mass, read_routing_report
 from moe_worker.errors import SettingsError
 from moe_worker.models.deepseek import DeepseekModel, MoeBlock
 from moe_worker.models.runner import Runner, TellsChoices
 from moe_worker.moe.balance import nudge
 from moe_worker.moe.learning import RoutingLearner
+
+_TELL_NOTHING = (
+    "learn_routing: the experts of each request are known only in one process on a CPU; set --device cpu, "
+    "without --mesh, or leave --learn-routing out"
+)
 
 
 def with_mass(config: ModelConfig, directory: Path, options: EngineOptions) -> ModelConfig:
@@ -55,12 +60,17 @@ def balance(model: DeepseekModel, directory: Path, options: EngineOptions) -> No
         bias_E += nudge(torch.tensor(load), 1.0, options.routing_margin).to(bias_E)
 
 
-def learner_of(
-    runner: Runner, config: ModelConfig, directory: Path, options: EngineOptions
-) -> RoutingLearner | None:
-    """Learns from requests where the user wants that. Raises SettingsError where it cannot."""
+def domains_to_learn(
+    config: ModelConfig, directory: Path, options: EngineOptions, device: torch.device
+) -> KnownDomains | None:
+    """What requests move where the user wants that; nothing is loaded yet.
+
+    Raises SettingsError where this worker cannot learn, or has nothing to begin with.
+    """
     if not options.learn_routing:
         return None
+    if device.type != "cpu" or options.mesh_shape.ranks > 1:
+        raise SettingsError(_TELL_NOTHING)
     report = read_routing_report(directory)
     known = None if report is None else report.domains
     layers = [layer for layer in range(config.num_hidden_layers) if layer not in config.dense_layers]
@@ -69,10 +79,14 @@ def learner_of(
             f"learn_routing: the checkpoint has no {ROUTING_FILE} with the domains of its layers; "
             "`moe-worker routing --domains` writes it"
         )
+    return known
+
+
+def learner_of(runner: Runner, config: ModelConfig, known: KnownDomains | None) -> RoutingLearner | None:
+    """Learns from the requests of `runner`, beginning with `known`. Raises SettingsError where it cannot."""
+    if known is None:
+        return None
     if not isinstance(runner, TellsChoices):
-        raise SettingsError(
-            "learn_routing: these kernels do not tell the experts of each request; serve it in one process "
-            "on a CPU, or leave it out"
-        )
+        raise SettingsError(_TELL_NOTHING)
     runner.keep_choices()
     return RoutingLearner(known, config.moe.routed)

@@ -307,7 +307,7 @@ class _Number(click.FloatRange):
     envvar="MOE_WORKER_LEARN_ROUTING",
     show_default=True,
     help="Learn from requests which experts each domain uses, from the checkpoint's routing.json on; "
-    "GetExpertLoad tells it. Answers do not change.",
+    "GetExpertLoad tells it. Answers do not change. Needs one process on a CPU.",
 )
 @click.option(
     "--explain", "explained", is_flag=True, help="Print which kernels would compute what, and exit."
