@@ -75,14 +75,14 @@ def main() -> None:
 def train(corpus: Path, out: Path, names: tuple[str, ...], seed: int) -> None:
     """Train runs, by default all of them."""
     torch.set_num_threads(1)
-    text, labels = _training_text(corpus, out)
+    text, labels = training_text(corpus, out)
     for name in names or RUNS:
         variant, folder = RUNS[name], out / f"{name}-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         config = folder / "shape.json"
         config.write_text(json.dumps({**json.loads(SHAPE.read_text()), "routing": variant.routing}))
         settings = TrainSettings(
-            data=text, out=folder, config=config, tokenizer=_tokenizer(out, text), steps=STEPS, batch=BATCH,
+            data=text, out=folder, config=config, tokenizer=tokenizer_of(out, text), steps=STEPS, batch=BATCH,
             window=WINDOW, dropout=0.0, warmup=20, balance_speed=variant.settings.get("balance_speed", 4e-3),
             domains=labels if variant.hint else None, seed=seed, cache=out, device=DEVICE,
             **{key: value for key, value in variant.settings.items() if key != "balance_speed"},
@@ -90,18 +90,20 @@ def train(corpus: Path, out: Path, names: tuple[str, ...], seed: int) -> None:
         TrainingRun(settings).run()
 
 
-def _training_text(corpus: Path, out: Path) -> tuple[Path, Path]:
+def training_text(corpus: Path, out: Path, every: int = 3) -> tuple[Path, Path]:
+    """Every `every`-th document and labels of their sources; the text that is scored lies next to them."""
     out.mkdir(parents=True, exist_ok=True)
     text, labels = out / "train.txt", out / "labels.txt"
     if not labels.exists():
-        documents = read_documents(corpus / "train.txt.zst")[::3]
+        documents = read_documents(corpus / "train.txt.zst")[::every]
         text.write_text("\0".join(documents))
         (out / "valid.txt").write_text("\0".join(read_documents(corpus / "valid.txt.zst")))
         labels.write_text("\n".join(map(source_of, documents)))
     return text, labels
 
 
-def _tokenizer(out: Path, text: Path) -> Path:
+def tokenizer_of(out: Path, text: Path) -> Path:
+    """Trained on every third document of `text`, once."""
     from moe_worker.train.data import train_tokenizer  # noqa: PLC0415 - only the first run needs it
 
     path = out / "tokenizer.json"
@@ -207,14 +209,14 @@ def _record(mixture: Any, chosen: list[Tensor]) -> None:
     mixture.route = route
 
 
-def scored_documents(out: Path) -> list[tuple[str, str, np.ndarray]]:
-    """Of every source the first 24 kB."""
+def scored_documents(out: Path, most: int = 24_000) -> list[tuple[str, str, np.ndarray]]:
+    """Of every source the first `most` characters."""
     tokenizer, taken, found = read_tokenizer(out / "tokenizer.json"), dict[str, int](), []
     for text in read_documents(out / "valid.txt"):
         domain = source_of(text)
-        if taken.get(domain, 0) >= 24_000:
+        if taken.get(domain, 0) >= most:
             continue
-        part = text[: 24_000 - taken.get(domain, 0)]
+        part = text[: most - taken.get(domain, 0)]
         taken[domain] = taken.get(domain, 0) + len(part)
         tokens = np.asarray(tokenizer.encode(part, add_special_tokens=False).ids, np.int32)
         found.append((domain, part, tokens))

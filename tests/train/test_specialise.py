@@ -14,7 +14,7 @@ from moe_worker.errors import DataError, SettingsError
 from moe_worker.moe.capability import CapabilityMatrix
 from moe_worker.train.corpus import read_domains
 from moe_worker.train.settings import TrainSettings
-from moe_worker.train.specialise import bias_step, cost, domain_loss, groups_of_domains
+from moe_worker.train.specialise import bias_step, cost, cut_at, domain_loss, groups_of_domains
 from moe_worker.train.trainer import TrainingRun, train
 
 
@@ -59,6 +59,32 @@ def test_few_sharp_experts_cost_less_than_many_even_ones():
     assert float(cost(even, 4)) == pytest.approx(1)
     assert float(cost(sharp, 4)) < 0.8
     assert float(cost(even, 1)) == 0
+
+
+@given(st.integers(1, 1000), st.floats(0, 1))
+def test_the_cut_begins_late_and_is_whole_in_the_end(steps, after):
+    shares = [cut_at(step, steps, after) for step in range(steps)]
+    assert shares == sorted(shares)
+    assert all(share == 0 for step, share in enumerate(shares) if after > 0 and step <= after * steps)
+    assert all(share == 1 for step, share in enumerate(shares) if step >= (1 + after) / 2 * steps + 1)
+
+
+def test_experts_are_cut_after_a_share_of_the_steps(run_settings, write_config):
+    """A step of a run with all experts, then one with half of the cut, then all of it."""
+    config = write_config(n_group=1, topk_group=1, routing={"mass": 0.5})
+    settings = dataclasses.replace(run_settings, config=config, steps=9, mass_after=0.4, expert_cost=0.1)
+    run, found = TrainingRun(settings), []
+    (mixture,) = run.learner.model.mixtures
+    x = torch.randn(4, 64, 48)
+    for step in range(settings.steps):
+        run.learner.step(step, run.sampler, None, measure=False)
+        found.append((float(mixture.cut), int((mixture.route(x)[0] >= 0).sum())))
+    assert [share for share, _ in found] == pytest.approx(
+        [0, 0, 0, 0, *(2 * n / 5.4 for n in (0.4, 1.4, 2.4)), 1, 1]
+    )
+    assert found[0][1] == x[..., 0].numel() * mixture.config.moe.top_k
+    assert found[0][1] >= found[5][1] > found[8][1]
+    assert mixture.router_loss > 0
 
 
 def test_balance_moves_experts_and_the_groups_of_each_level():

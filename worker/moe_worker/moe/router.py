@@ -54,10 +54,13 @@ def scores(logits_TE: Tensor, routing: Routing) -> Tensor:
     return logits_TE.softmax(dim=-1) if routing.softmax else logits_TE.sigmoid()
 
 
-def choose(scores_TE: Tensor, bias_E: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
+def choose(
+    scores_TE: Tensor, bias_E: Tensor | None, routing: Routing, mass: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The best experts of each token, int64 [T, top_k], and their weights; gradients flow through these.
 
     Where the routing is dynamic, experts stand best first, and -1 with weight 0 behind those that it takes.
+    mass: a scalar in place of the routing's, for training.
     """
     choice_TE = scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E
     for level in routing.limits:
@@ -65,7 +68,7 @@ def choose(scores_TE: Tensor, bias_E: Tensor | None, routing: Routing) -> tuple[
     experts_TK = choice_TE.topk(routing.top_k, dim=-1, sorted=routing.is_dynamic).indices
     weights_TK = scores_TE.gather(1, experts_TK)
     if routing.is_dynamic:
-        left_TK = ~within_mass(weights_TK.detach(), routing.mass)
+        left_TK = ~within_mass(weights_TK.detach(), routing.mass if mass is None else mass)
         experts_TK, weights_TK = experts_TK.masked_fill(left_TK, -1), weights_TK.masked_fill(left_TK, 0)
     if routing.normalise:
         # 1e-20 as in DeepSeek's code: all scores can underflow to 0.
@@ -73,7 +76,7 @@ def choose(scores_TE: Tensor, bias_E: Tensor | None, routing: Routing) -> tuple[
     return experts_TK, weights_TK * routing.scale
 
 
-def within_mass(scores_TK: Tensor, mass: float) -> Tensor:
+def within_mass(scores_TK: Tensor, mass: float | Tensor) -> Tensor:
     """Which of a token's experts, best first, are needed for a share `mass` of its scores: bool [T, K].
 
     The first one always is. A token whose scores are not numbers keeps all: it fails as it would otherwise.

@@ -143,6 +143,7 @@ class MixtureOfExperts(nn.Module):
     bias_E: torch.Tensor
     load_E: torch.Tensor
     kept_load_E: torch.Tensor
+    cut: torch.Tensor
     sequence_loss: torch.Tensor
     router_loss: torch.Tensor
 
@@ -158,6 +159,7 @@ class MixtureOfExperts(nn.Module):
         self.register_buffer("bias_E", torch.zeros(experts))
         self.register_buffer("load_E", torch.zeros(experts), persistent=False)
         self.register_buffer("kept_load_E", torch.ones(experts), persistent=False)
+        self.register_buffer("cut", torch.ones(()), persistent=False)
         self.register_buffer("sequence_loss", torch.zeros(()), persistent=False)
         self.register_buffer("router_loss", torch.zeros(()), persistent=False)
         self.cost_share, self.hint_share = 0.0, 0.0
@@ -183,7 +185,7 @@ class MixtureOfExperts(nn.Module):
         """The cost of experts, and the distance to the groups of the domains of tokens, if known."""
         loss = scores_BTE.new_zeros(())
         if self.cost_share:
-            loss = loss + self.cost_share * cost(scores_BTE, self.config.moe.top_k)
+            loss = loss + self.cost_share * self.cut * cost(scores_BTE, self.config.moe.top_k)
         if self.hint_share and self.hint is not None:
             loss = loss + self.hint_share * domain_loss(scores_BTE, *self.hint)
         return loss
@@ -196,7 +198,8 @@ class MixtureOfExperts(nn.Module):
         routing = self.config.moe.routing
         with torch.autocast(x_BTD.device.type, enabled=False):
             scores_BTE = scores(F.linear(x_BTD.float(), self.router_ED.float()), routing)
-        chosen_TK, weight_TK = choose(scores_BTE.flatten(0, 1), self.bias_E, routing)
+        mass = 1 - self.cut * (1 - routing.mass)
+        chosen_TK, weight_TK = choose(scores_BTE.flatten(0, 1), self.bias_E, routing, mass)
         shape = (*x_BTD.shape[:2], routing.top_k)
         return chosen_TK.view(shape), weight_TK.view(shape), scores_BTE
 

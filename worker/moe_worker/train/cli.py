@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from moe_worker.train.settings import BALANCES, OPTIMIZERS, SALIENCIES, SPARSITIES, TrainSettings
+from moe_worker.train.settings import BALANCES, OPTIMIZERS, PRECISIONS, SALIENCIES, SPARSITIES, TrainSettings
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -55,6 +55,12 @@ _DEFAULT = TrainSettings
     help="muon: Muon for the matrices inside the layers, AdamW for the rest.",
 )
 @click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default=_DEFAULT.precision,
+    help="Of products; float32 is faster on a CPU without instructions for bfloat16.",
+)
+@click.option(
     "--clip-norm",
     type=click.FloatRange(0),
     default=_DEFAULT.clip_norm,
@@ -99,6 +105,13 @@ _DEFAULT = TrainSettings
     type=click.FloatRange(0),
     default=_DEFAULT.expert_cost,
     help="Weight of the cost of experts, for a config.json with a routing.mass below 1.",
+)
+@click.option(
+    "--mass-after",
+    type=_SHARE,
+    default=_DEFAULT.mass_after,
+    help="Share of the steps that train with all experts; then the mass falls to that of config.json, and "
+    "the cost rises, over half of the rest.",
 )
 @click.option(
     "--domains", type=_FILE, help="Labels of the training documents, one a line: a hint for the routers."

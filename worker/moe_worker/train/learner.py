@@ -18,7 +18,7 @@ from moe_worker.train.model import TrainingModel
 from moe_worker.train.optimizer import learning_rate_factor, make_optimizers
 from moe_worker.train.score import Window
 from moe_worker.train.settings import TrainSettings
-from moe_worker.train.specialise import groups_of_domains
+from moe_worker.train.specialise import cut_at, groups_of_domains
 from moe_worker.train.teacher import Teacher
 
 
@@ -60,6 +60,7 @@ class Learner(nn.Module):
         )
         self._set_rate(factor)
         self.model.train()
+        self.model.cut(cut_at(step, self.settings.steps, self.settings.mass_after))
         self.compression.update(step, self._weights())
         self.last_loss = self._loss(step, sampler, teacher)
         bad = (self._first_bad < 0) & ~self.last_loss.isfinite()
@@ -100,7 +101,7 @@ class Learner(nn.Module):
         inputs, targets = padded(windows)
         self.model.eval()
         self.model.round_activations(self.compression.rounds(self.step_done))
-        with torch.autocast(self.device.type, torch.bfloat16), torch.compiler.set_stance("force_eager"):
+        with self._autocast(), torch.compiler.set_stance("force_eager"):
             mean = self._call(self.effective(), inputs.to(self.device), targets.to(self.device), None)
         return float(mean) * int((targets >= 0).sum())
 
@@ -114,10 +115,14 @@ class Learner(nn.Module):
             self.model.hint(led_NG, domains_N[places_BT].long())
         self.model.round_activations(self.compression.rounds(step))
         weights = self.compression.effective(step, self._weights())
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with self._autocast():
             loss = self._call(weights, inputs, targets, view)
         loss.backward()
         return loss.detach()
+
+    def _autocast(self) -> torch.autocast:
+        half = self.settings.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
 
     def _descend(self, step: int) -> None:
         if self.settings.clip_norm:

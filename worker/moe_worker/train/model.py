@@ -49,6 +49,11 @@ class TrainingModel(nn.Module):
         for mixture in self.mixtures:
             mixture.cost_share, mixture.hint_share = cost_share, hint_share
 
+    def cut(self, share: float) -> None:
+        """Cuts a share, 0 to 1, of what the mass of config.json leaves out; the cost has that weight."""
+        for mixture in self.mixtures:
+            mixture.cut.fill_(share)
+
     def hint(self, groups_NG: torch.Tensor, domains_BT: torch.Tensor) -> None:
         """Tells the routers the domains of the next inputs, int64 (-1: unknown), and their groups, bool."""
         for mixture in self.mixtures:

@@ -11,6 +11,7 @@ OPTIMIZERS = ("muon", "adamw")
 SPARSITIES = ("none", "s14", "s24")
 SALIENCIES = ("magnitude", "gradient")
 BALANCES = ("bias", "coefficient")
+PRECISIONS = ("bfloat16", "float32")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class TrainSettings:
     """Weight decay of matrices; embeddings and norms have none."""
     optimizer: str = "muon"
     """muon for the matrices inside the layers and AdamW for the rest, or adamw for all."""
+    precision: str = "bfloat16"
+    """What products are computed in; float32 is faster on a CPU without instructions for bfloat16."""
     clip_norm: float = 1.0
     """Largest norm of the gradient of all weights; longer ones are scaled down. 0: no limit."""
     dropout: float = 0.2
@@ -61,6 +64,10 @@ class TrainSettings:
     """Of the coefficient: the largest difference that it makes to an expert's score."""
     expert_cost: float = 0.0
     """Weight of the cost of experts, in models whose config.json has a routing.mass below 1."""
+    mass_after: float = 0.0
+    """Share of the steps that train with all experts; then the mass falls to that of config.json, and the
+    cost of experts rises, over half of the remaining steps.
+    """
     domains: Path | None = None
     """Labels of the training documents, one a line: domains that groups of experts are led to."""
     domain_share: float = 0.0
@@ -110,6 +117,7 @@ class TrainSettings:
             ("sparsity", SPARSITIES),
             ("saliency", SALIENCIES),
             ("balance", BALANCES),
+            ("precision", PRECISIONS),
         ):
             value = getattr(self, name)
             if value not in allowed:
@@ -118,7 +126,7 @@ class TrainSettings:
             raise SettingsError(
                 f"domain_share is {self.domain_share:g}, but there are no labels; set domains"
             )
-        for name in ("dense_share", "shrink_share", "w4a8_share", "teacher_share"):
+        for name in ("dense_share", "shrink_share", "w4a8_share", "teacher_share", "mass_after"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingsError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
         if self.dense_share + self.shrink_share > 1:

@@ -67,6 +67,15 @@ def cost(scores_BTE: Tensor, top_k: int) -> Tensor:
     return entropy_BT.mean() / torch.tensor(float(top_k)).log()
 
 
+def cut_at(step: int, steps: int, after: float) -> float:
+    """How much of the cut by mass a step trains with, 0 (all experts) to 1 (the mass of config.json).
+
+    It begins after a share `after` of the steps, and rises evenly over half of the rest.
+    """
+    begin = after * steps
+    return 1.0 if after == 0 else min(1.0, max(0.0, 2 * (step - begin) / max(1.0, steps - begin)))
+
+
 def bias_step(load_E: Tensor, levels: tuple[Level, ...]) -> Tensor:
     """The direction in which each expert's bias moves: towards an even load of experts, and of the groups of
     every level (each group's experts move together).
