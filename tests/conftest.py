@@ -18,17 +18,18 @@ from localcluster import Cluster
 ROOT = Path(__file__).parents[1]
 CLUSTER_FOLDERS = {"chart", "e2e", "frontend", "localcluster", "operator"}
 """Where `make test` looks for tests in clusters; those in tests/soak are all for `make soak`."""
+COMPUTING = (
+    *("compress/", "operator/autoscaling_model/", "recipe/", "train/"),
+    *("packaging/test_dependencies.py", "packaging/test_image.py"),
+    *("worker/test_interpreted.py", "worker/test_invariance.py"),
+)
+"""Whose tests only compute and depend on no clock: `make test` runs them next to those in clusters."""
 LONGEST = (
     *("chart/test_life.py", "chart/test_rights.py"),
     *("e2e/test_line.py", "operator/test_scaling_cluster.py", "operator/test_rollout_live.py"),
     *("operator/test_reconcile.py", "localcluster/test_lifecycle.py", "localcluster/test_workloads.py"),
-    *(
-        "worker/test_interpreted.py",
-        "worker/test_mesh.py",
-        "operator/test_fuzz.py",
-        "packaging/test_image.py",
-    ),
-    *("e2e/test_replay.py", "worker/test_mesh_recovery.py", "worker/test_leaving.py"),
+    *("worker/test_mesh.py", "operator/test_fuzz.py", "e2e/test_replay.py"),
+    *("worker/test_mesh_recovery.py", "worker/test_leaving.py"),
 )
 """They begin first, so that at the end no process waits for another one's long file."""
 
@@ -52,10 +53,13 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what happens in clusters, and puts long files first."""
+    """Marks what happens in clusters and what only computes, and puts long files first."""
     items.sort(key=_rank)
     for item in items:
-        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        file = item.path.relative_to(ROOT / "tests")
+        folder = file.parts[0]
+        if str(file).startswith(COMPUTING):
+            item.add_marker(pytest.mark.computing)
         if "cluster" in getattr(item, "fixturenames", ()) or folder in {"chart", "localcluster"}:
             if folder not in CLUSTER_FOLDERS | {"soak"}:
                 raise pytest.UsageError(
