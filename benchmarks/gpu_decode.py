@@ -3,7 +3,8 @@
     PYTHONPATH=worker:protos:. python -m benchmarks.gpu_decode [--formats bf16 w4a8] [--batch 1 16 64 256]
         [--tokens 128] [--rounds 5] [--temperature 1] [--profile] [--launches] [--json]
 
-Needs torch, triton, numpy, safetensors, tokenizers and tqdm. Weights are random, so only speed is compared. A
+Needs torch, triton, numpy, safetensors, tokenizers and tqdm; with nvidia-ml-py it reports tokens per joule of
+the whole card, too. Weights are random, so only speed is compared. A
 figure is that of the whole engine (scheduler, model and sampling); `graph only` is the device's part of it.
 The baseline is vLLM 0.26 in the same format (w4a8: its bf16), measured on one H200 with prompts that differ;
 on another card the ratio says little.
@@ -11,11 +12,12 @@ on another card the ratio says little.
 
 import argparse
 import json
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -111,15 +113,21 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[dict[str, object]]:
         yield row(f"launches a layer, {name}", launches_per_layer(bench), None, "kernels")
     for batch in args.batch:
         measured = [decode_rate(bench, batch, args) for _ in range(args.rounds)]
-        rate, active = (statistics.median(each) for each in zip(*measured, strict=True))
+        rate, active = (statistics.median(each) for each in list(zip(*measured, strict=True))[:2])
         baseline = None if args.same_prompt else BASELINES[BASELINE_OF[name]].get(batch)
         how = f", temperature {args.temperature:g}" if args.temperature else ""
         yield row(f"decode {name}, batch {batch}, {active:.0f} activated experts{how}", rate, baseline)
+        yield from efficiency(
+            f"decode {name}, batch {batch}", [(each.tokens, each.joules) for each in measured]
+        )
         yield row(f"decode {name}, batch {batch}, graph only", graph_rate(bench, batch, args), None)
     if not args.skip_prefill:
         prefill_rate(bench)
+        before = joules()
         rate = statistics.median(prefill_rate(bench) for _ in range(args.rounds))
+        spent = joules() - before
         yield row(f"prefill {name}", rate, BASELINES[BASELINE_OF[name]][0])
+        yield from efficiency(f"prefill {name}", [(PREFILL_SEQUENCES * CONTEXT * args.rounds, spent)])
         if args.profile:
             print_profile("prefill", lambda: prefill_rate(bench))
 
@@ -148,18 +156,46 @@ def submitted(
     return core
 
 
-def decode_rate(bench: Bench, batch: int, args: argparse.Namespace) -> tuple[float, float]:
-    """Tokens per second after all prompts have their first token; activated routed experts of a layer."""
+class Decoded(NamedTuple):
+    """Tokens per second, activated routed experts of a layer, tokens, joules of the card (NaN: unknown)."""
+
+    rate: float
+    active: float
+    tokens: int
+    joules: float
+
+
+def joules() -> float:
+    """What the card has used since the driver was loaded; NaN without nvidia-ml-py."""
+    try:
+        import pynvml  # noqa: PLC0415 - optional
+    except ImportError:
+        return math.nan
+    pynvml.nvmlInit()
+    card = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+    return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(card)) / 1e3
+
+
+def efficiency(what: str, used: Sequence[tuple[int, float]]) -> Iterator[dict[str, object]]:
+    """A row of tokens per joule, of runs with so many tokens and joules; none where joules are unknown."""
+    tokens, spent = (sum(each) for each in zip(*used, strict=True))
+    if spent > 0:
+        yield row(f"{what}, per joule of the card", tokens / spent, None, "tokens/J")
+
+
+def decode_rate(bench: Bench, batch: int, args: argparse.Namespace) -> Decoded:
+    """Decode after all prompts have their first token."""
     core, seen = submitted(bench, batch, args.tokens, args.same_prompt, args.temperature), set[int]()
     while len(seen) < batch:
         seen |= {delta.id for delta in core.step()}
-    before = core.expert_statistics
+    before, energy = core.expert_statistics, joules()
     begin, produced = time.perf_counter(), 0
     while not core.idle:
         produced += len(core.step())
-    seconds = time.perf_counter() - begin
+    seconds, energy = time.perf_counter() - begin, joules() - energy
     used = core.expert_statistics.since(before)
-    return produced / seconds, statistics.mean(layer.active for layer in used.layers) / used.steps
+    active = statistics.mean(layer.active for layer in used.layers) / used.steps
+    return Decoded(produced / seconds, active, produced, energy)
 
 
 def prefill_rate(bench: Bench) -> float:

@@ -29,7 +29,7 @@ from moe_worker.kernels.triton import (
 from moe_worker.models import cuda
 from moe_worker.models.cuda_build import pack_fp8, pack_int4, split_dense
 from moe_worker.moe.router import choose
-from moe_worker.quant.fp8 import quantize_fp8
+from moe_worker.quant.fp8 import Fp8Weight, quantize_fp8
 from moe_worker.quant.int4 import quantize_int4
 from moe_worker.quant.int8 import piece_of
 from moe_worker.quant.matrix import Dense, stack
@@ -132,6 +132,42 @@ def test_linear(tokens, inputs, outputs, kind):
     linear.linear_packed(x, weight, actual)
     expected = (from_int8(x) if kind == "w4a8" else x.x_TD.double()) @ plain.t()
     assert difference(actual, expected) < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("kind", ["w4a8", "w4a16", "fp8"])
+def test_parts_of_a_product_sum_to_it(tokens, kind):
+    x, (weight, plain) = quantized(randn(tokens, 512)), packed_and_plain(randn(130, 512), kind)
+    parts = linear.linear_parts(tokens, weight)
+    actual = torch.full((tokens * parts, 130), math.nan, device=DEVICE)
+    linear.linear_packed(x, weight, actual, parts)
+    expected = (from_int8(x) if kind == "w4a8" else x.x_TD.double()) @ plain.t()
+    assert parts > 1
+    assert difference(actual.view(tokens, parts, 130).sum(1), expected) < 1e-5
+
+
+def fp8_codes(nan):
+    """All 256 codes in a row of inputs, twice; those of NaN as 0 unless `nan`."""
+    codes = torch.arange(256, device=DEVICE, dtype=torch.int32).repeat(2, 1).to(torch.uint8)
+    return Fp8Weight(
+        codes if nan else codes.where(codes & 127 != 127, 0), torch.ones(2, 2, device=DEVICE), 128
+    )
+
+
+def test_every_fp8_value_is_multiplied_exactly():
+    weight, x, actual = (
+        fp8_codes(nan=False),
+        poisoned(256, 256),
+        torch.full((256, 2), math.nan, device=DEVICE),
+    )
+    x.x_TD.copy_(torch.eye(256, device=DEVICE))
+    linear.linear_packed(x, pack_fp8(weight), actual)
+    assert torch.equal(actual, weight.values().float().t())
+
+
+def test_fp8_weights_that_are_not_numbers_give_none():
+    assert pack_fp8(fp8_codes(nan=True)).scales.isnan().all()
+    assert pack_fp8(fp8_codes(nan=False)).scales.eq(1).all()
 
 
 @pytest.mark.parametrize("turn", [1, 2, 4])

@@ -270,7 +270,11 @@ def pack_fp8(matrix: Fp8Weight) -> PackedFp8:
     """A matrix (or stacked ones) as the kernels read it; values are not copied."""
     if matrix.columns != GROUP:
         raise ValueError(f"the GPU kernels take FP8 in blocks of {GROUP} inputs, not of {matrix.columns}")
-    return PackedFp8(matrix.values().contiguous(), matrix.scales_OC.transpose(-1, -2).contiguous())
+    values, scales_GO = matrix.values().contiguous(), matrix.scales_OC.transpose(-1, -2)
+    # The kernels read NaN as a number: the scales of its group become NaN instead.
+    broken = functional.pad(values.view(torch.uint8) & 127 == 127, (0, -matrix.inputs % GROUP))
+    broken_GO = broken.unflatten(-1, (-1, GROUP)).any(-1).transpose(-1, -2)
+    return PackedFp8(values, scales_GO.masked_fill(broken_GO, torch.nan).contiguous())
 
 
 _PACKERS: dict[type[Matrix], Callable[..., Weight]] = {

@@ -18,7 +18,7 @@ from moe_worker.kernels.triton.attention import TokenTiles, attend, merge_values
 from moe_worker.kernels.triton.expanded import Contexts, attend_expanded, expand
 from moe_worker.kernels.triton.experts import expert_tiles, experts_bf16, experts_packed, sort_by_expert
 from moe_worker.kernels.triton.latent import LatentWeights, write_latents
-from moe_worker.kernels.triton.linear import linear_packed
+from moe_worker.kernels.triton.linear import linear_packed, linear_parts
 from moe_worker.kernels.triton.norm import Activation, Added, Rounding, residual_norm
 from moe_worker.kernels.triton.router import route
 from moe_worker.kernels.triton.wide import Weight, experts_wide, widen
@@ -101,7 +101,9 @@ class CudaLayer:
     exchange: Exchange | None = None
 
     def attention(self, x_TD: Tensor, added: Added | None, shared: Pass, cache_SW: Tensor) -> Tensor:
-        """Adds `added` to the residual `x_TD` in place; the attention's output [T, D], not yet added."""
+        """Adds `added` to the residual `x_TD` in place; the attention's output, not yet added: [T * S, D], of
+        which a token has the sum of S rows.
+        """
         tokens = x_TD.shape[0]
         normed = norm(x_TD, added, self.attention_norm_D, shared.eps, self.input, shared.wide)
         joint_TO = linear(normed, self.input, shared.wide)
@@ -120,7 +122,7 @@ class CudaLayer:
             few.linear_few(values, self.output, out_TD, rounded=False)
             return out_TD
         attend_to(query_TO, latent_TW, shared, cache_SW, values, rounding(self.output, shared.wide))
-        return linear(values, self.output, shared.wide)
+        return linear(values, self.output, shared.wide, summed=True)
 
     def _absorbed(
         self, query_TO: Tensor, latent_TW: Tensor, shared: Pass, cache_SW: Tensor, out: Activation,
@@ -222,11 +224,15 @@ def norm(
     return normed
 
 
-def linear(x: Activation, weight: Weight, wide: bool) -> Tensor:
-    """[T, O] in bf16."""
+def linear(x: Activation, weight: Weight, wide: bool, summed: bool = False) -> Tensor:
+    """[T, O] in bf16. summed: [T * S, O], where the product is cut into S parts that the reader sums."""
     if wide or isinstance(weight, Tensor):
         return functional.linear(x.x_TD, widen(weight))
-    out_TO = torch.empty(x.x_TD.shape[0], weight.outputs, dtype=torch.bfloat16, device=x.x_TD.device)
-    multiply = few.linear_few if few.takes(weight, x) else linear_packed
-    multiply(x, weight, out_TO)
+    tokens, is_few = x.x_TD.shape[0], few.takes(weight, x)
+    parts = linear_parts(tokens, weight) if summed and not is_few else 1
+    out_TO = torch.empty(tokens * parts, weight.outputs, dtype=torch.bfloat16, device=x.x_TD.device)
+    if is_few:
+        few.linear_few(x, weight, out_TO)
+    else:
+        linear_packed(x, weight, out_TO, parts)
     return out_TO

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_worker.kernels.triton.launch import launch, start_next, wait_for_inputs
+from moe_worker.kernels.triton.launch import launch, wait_for_inputs
 from moe_worker.kernels.triton.norm import Activation, Rounding
 from moe_worker.kernels.triton.tiles import add_dot_bf16, dot_bf16, int8_scale, round_even
 
@@ -101,7 +101,6 @@ def _attend(
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = RANK + ROPE
-    start_next()
     tile, part = tl.program_id(0), tl.program_id(1)
     own_pages, first, count = pages + tile * page_stride, tile, 1
     if BLOCK_T > 1:
@@ -200,15 +199,16 @@ def attend(
 @triton.jit(do_not_specialize=["tokens"])
 def _merge(
     parts, lse, value, out, out_q, out_scale, tokens,
-    HEADS: tl.constexpr, RANK: tl.constexpr, VALUE: tl.constexpr, SLICES: tl.constexpr,
+    HEADS: tl.constexpr, RANK: tl.constexpr, VALUE: tl.constexpr, SLICES: tl.constexpr, TAKEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, ROUNDING: tl.constexpr,
 ):  # fmt: skip
-    start_next()
-    token_M = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    """TAKEN: tokens of a program; a product has BLOCK_M rows at least."""
+    m = tl.arange(0, BLOCK_M)
+    token_M = (tl.program_id(0) * TAKEN + m).to(tl.int64)
     head = tl.program_id(1)
     wait_for_inputs()
     v = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
-    mask_M = token_M < tokens
+    mask_M = (m < TAKEN) & (token_M < tokens)
     first_M = (token_M * HEADS + head) * SLICES
     every = tl.arange(0, SLICES)[None, :]
     lse_MS = tl.load(lse + first_M[:, None] + every, mask=mask_M[:, None], other=0.0)
@@ -247,7 +247,6 @@ def _merge_few(
     BLOCK_V: tl.constexpr, ROUNDING: tl.constexpr,
 ):  # fmt: skip
     """As `_merge`, with a token and head a program: all it reads is loaded at once, weights early."""
-    start_next()
     token, head = tl.program_id(0), tl.program_id(1)
     r, s = tl.arange(0, RANK), tl.arange(0, SLICES)
     v = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -278,6 +277,13 @@ def _merge_few(
 # Tokens up to which a program takes one token and head, and the values that it takes if it does not round.
 FEW_TOKENS = 4
 FEW_VALUES = 32
+# Programs that a merge of more tokens has at least: about one for each multiprocessor of an H200.
+MERGES = 128
+
+
+def merged_tokens(tokens: int, heads: int) -> int:
+    """Tokens of one program, a power of two from 2 to 16: so that there are MERGES programs if possible."""
+    return max(2, min(16, triton.next_power_of_2(tokens * heads // MERGES)))
 
 
 def merge_values(
@@ -286,7 +292,7 @@ def merge_values(
     """Merges the KV splits and expands latents to values: [T, H * V], V a multiple of out.piece."""
     tokens, heads, slices, rank = parts_THSR.shape
     value = value_HRV.shape[2]
-    block_m, block_v = 16 if tokens <= 256 else 64, out.piece
+    block_v = out.piece
     if tokens <= FEW_TOKENS:
         # Nothing is shared by the values of a piece that are not rounded: more programs take fewer.
         block_v = FEW_VALUES if rounding is Rounding.NONE else block_v
@@ -296,11 +302,13 @@ def merge_values(
             num_warps=16 if rank * block_v >= 65536 else 4, **launch(tokens),
         )  # fmt: skip
         return
-    _merge[(triton.cdiv(tokens, block_m), heads, value // block_v)](
+    few, many = tokens <= 256, slices > 4
+    taken = merged_tokens(tokens, heads) if few else 64
+    _merge[(triton.cdiv(tokens, taken), heads, value // block_v)](
         parts_THSR, lse_THS, value_HRV, out.x_TD, out.q_TD, out.scales_TX, tokens,
-        HEADS=heads, RANK=rank, VALUE=value, SLICES=slices,
-        BLOCK_M=block_m, BLOCK_R=min(128, rank), BLOCK_V=block_v, ROUNDING=rounding.value,
-        num_warps=8 if slices > 4 else 4,
-        # Pipelining would hold the parts of all splits in shared memory.
-        num_stages=3 if slices == 1 else 1, **launch(tokens),
+        HEADS=heads, RANK=rank, VALUE=value, SLICES=slices, TAKEN=taken,
+        BLOCK_M=16 if few else 64, BLOCK_R=min(64 if few and not many else 128, rank), BLOCK_V=block_v,
+        ROUNDING=rounding.value,
+        # Pipelining holds the parts of all splits in shared memory.
+        num_warps=8 if many else 4, num_stages=1 if many else 3,
     )  # fmt: skip

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_worker.kernels.triton.launch import launch, start_next, wait_for_inputs
+from moe_worker.kernels.triton.launch import launch, wait_for_inputs
 from moe_worker.kernels.triton.norm import Activation
 from moe_worker.kernels.triton.tiles import (
     Packed,
@@ -41,7 +41,6 @@ def _sort(
     experts, counts, rows, block_experts, total, blocks,
     EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    start_next()
     own = tl.program_id(0)
     wait_for_inputs()
     e = tl.arange(0, BLOCK_E)
@@ -90,10 +89,9 @@ def _swiglu(gate, up):
 def _gate_up_packed(
     x, x_scale, packed, scales, rows, block_experts, out, out_scale, total,
     PER_TOKEN: tl.constexpr, INNER: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr,
-    PIECE: tl.constexpr, STRIDE: tl.constexpr, KIND: tl.constexpr, TURN: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    PIECE: tl.constexpr, STRIDE: tl.constexpr, KIND: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    start_next()
     block = tl.program_id(1)
     wait_for_inputs()
     expert = tl.load(block_experts + block).to(tl.int64)
@@ -105,27 +103,26 @@ def _gate_up_packed(
         n = first + tl.arange(0, BLOCK_N)
         weight = packed + expert * STRIDE
         scale = scales + expert * (GROUPS * 2 * INNER)
-        gate_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        up_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         EACH: tl.constexpr = 128 // PIECE
         WIDTH: tl.constexpr = 2 * INNER
-        INT8: tl.constexpr = KIND == "w4a8"
-        gate_N = weight_scales(scale, 0, n, WIDTH, GROUPS, TURN)
-        up_N = weight_scales(scale, 0, INNER + n, WIDTH, GROUPS, TURN)
-        for group in range(0, GROUPS, TURN):
-            next_gate_N = weight_scales(scale, group + TURN, n, WIDTH, GROUPS, TURN)
-            next_up_N = weight_scales(scale, group + TURN, INNER + n, WIDTH, GROUPS, TURN)
-            own_M = token_scales(x_scale, group, token_M, mask_M, INPUTS, PIECE, TURN, INT8)
-            for i in tl.static_range(TURN):
-                gate_NM = dot_group(
-                    gate_NM, weight, x, group + i, n, token_M, mask_M, gate_N[i], own_M[i * EACH],
-                    own_M[i * EACH + EACH - 1], WIDTH, GROUPS, INPUTS, PIECE, KIND, TURN,
-                )  # fmt: skip
-                up_NM = dot_group(
-                    up_NM, weight, x, group + i, INNER + n, token_M, mask_M, up_N[i], own_M[i * EACH],
-                    own_M[i * EACH + EACH - 1], WIDTH, GROUPS, INPUTS, PIECE, KIND, TURN,
-                )  # fmt: skip
+        # Rows R of the gate and behind them those of up, in one product.
+        r = tl.arange(0, 2 * BLOCK_N)
+        row_R = first + r + tl.where(r < BLOCK_N, 0, INNER - BLOCK_N)
+        both_RM = tl.zeros((2 * BLOCK_N, BLOCK_M), tl.float32)
+        gate_N = weight_scales(scale, 0, n, WIDTH, GROUPS, 1)
+        up_N = weight_scales(scale, 0, INNER + n, WIDTH, GROUPS, 1)
+        for group in range(GROUPS):
+            next_gate_N = weight_scales(scale, group + 1, n, WIDTH, GROUPS, 1)
+            next_up_N = weight_scales(scale, group + 1, INNER + n, WIDTH, GROUPS, 1)
+            own_M = token_scales(x_scale, group, token_M, mask_M, INPUTS, PIECE, 1, KIND == "w4a8")
+            scale_R = tl.reshape(tl.permute(tl.join(gate_N[0], up_N[0]), (1, 0)), (2 * BLOCK_N,))
+            both_RM = dot_group(
+                both_RM, weight, x, group, row_R, token_M, mask_M, scale_R, own_M[0], own_M[EACH - 1],
+                WIDTH, GROUPS, INPUTS, PIECE, KIND, 1,
+            )  # fmt: skip
             gate_N, up_N = next_gate_N, next_up_N
+        both_NM2 = tl.permute(tl.reshape(both_RM, (2, BLOCK_N, BLOCK_M)), (1, 2, 0))
+        gate_NM, up_NM = tl.split(both_NM2)
         hidden_NM = _swiglu(gate_NM, up_NM)
         if KIND == "w4a8":
             store_int8_NM(hidden_NM, out, out_scale, row_M.to(tl.int64), first, mask_M, INNER, BLOCK_N)
@@ -141,7 +138,6 @@ def _down_packed(
     STRIDE: tl.constexpr, KIND: tl.constexpr, TURN: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    start_next()
     block = tl.program_id(1)
     wait_for_inputs()
     expert = tl.load(block_experts + block).to(tl.int64)
@@ -166,7 +162,6 @@ def _gate_up_bf16(
     PER_TOKEN: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    start_next()
     block = tl.program_id(1)
     wait_for_inputs()
     expert = tl.load(block_experts + block).to(tl.int64)
@@ -195,7 +190,6 @@ def _down_bf16(
     OUTPUTS: tl.constexpr, INNER: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    start_next()
     block = tl.program_id(1)
     wait_for_inputs()
     expert = tl.load(block_experts + block).to(tl.int64)
@@ -216,6 +210,10 @@ def _down_bf16(
         tl.store(where, (acc_NM * share_M[None, :]).to(tl.bfloat16), mask=mask_M[None, :])
 
 
+# Tokens up to which the programs of the down product are too few to start early.
+MOST_FEW_BLOCKS = 16
+
+
 class ExpertTiles(NamedTuple):
     """How the two products of experts are cut; both take rows in blocks of the same size."""
 
@@ -233,8 +231,11 @@ def expert_tiles(tokens: int, kind: str | None) -> ExpertTiles:
     registers, of no more than 32. kind: that of packed weights; None: bf16.
     """
     if kind is not None:
-        tile = Tile(128, 16 if tokens <= 64 else 32, 4 if kind == "w4a8" else 8, 3)
-        return ExpertTiles(tile, tile._replace(n=64) if kind == "w4a8" and 32 < tokens <= 64 else tile)
+        tile = Tile(128, 16 if tokens <= 64 else 32, 4, 3)
+        narrow = tile._replace(n=64)
+        if kind == "w4a8":
+            return ExpertTiles(tile, narrow if 32 < tokens <= 64 else tile)
+        return ExpertTiles(narrow, tile if tokens <= 64 else tile._replace(warps=8))
     rows = 16 if tokens <= 128 else 32 if tokens <= 512 else 64 if tokens <= 2048 else 128
     if rows < 64:
         return ExpertTiles(Tile(64, rows, 4, 3), Tile(64, rows, 4, 4))
@@ -252,8 +253,8 @@ def gate_up_packed(
         x.q_TD if int8 else x.x_TD, x.scales_TX, gate_up.stored, gate_up.scales, blocks.rows,
         blocks.experts_C, hidden.q_TD if int8 else hidden.x_TD, hidden.scales_TX, rows,
         PER_TOKEN=per_token, INNER=inner, GROUPS=gate_up.groups, INPUTS=gate_up.inputs,
-        PIECE=x.piece, STRIDE=gate_up.stride, KIND=gate_up.kind, TURN=tile.turn,
-        BLOCK_N=block_n, BLOCK_M=blocks.size, **tile.options, **launch(rows // per_token),
+        PIECE=x.piece, STRIDE=gate_up.stride, KIND=gate_up.kind,
+        BLOCK_N=block_n, BLOCK_M=blocks.size, **tile.options,
     )  # fmt: skip
     return hidden
 
@@ -262,12 +263,15 @@ def down_packed(hidden: Activation, down: Packed, blocks: Blocks, weights_TK: Te
     """Weighted outputs of each row, bf16 [M, D]."""
     total, int8, block_n = weights_TK.numel(), down.int8, fitting(tile.n, down.outputs)
     out_MD = torch.empty(total, down.outputs, dtype=torch.bfloat16, device=weights_TK.device)
+    tokens = weights_TK.shape[0]
+    # Its programs fill the multiprocessors several times, unless tokens are few.
+    early = launch(tokens) if tokens > MOST_FEW_BLOCKS else {}
     _down_packed[(down.outputs // block_n, blocks.experts_C.shape[0])](
         hidden.q_TD if int8 else hidden.x_TD, hidden.scales_TX, down.stored, down.scales, blocks.rows,
         blocks.experts_C, weights_TK, out_MD, total,
         OUTPUTS=down.outputs, GROUPS=down.groups, INPUTS=down.inputs, PIECE=hidden.piece,
         STRIDE=down.stride, KIND=down.kind, TURN=tile.turn,
-        BLOCK_N=block_n, BLOCK_M=blocks.size, **tile.options, **launch(weights_TK.shape[0]),
+        BLOCK_N=block_n, BLOCK_M=blocks.size, **tile.options, **early,
     )  # fmt: skip
     return out_MD
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_worker.kernels.triton.launch import launch, start_next, wait_for_inputs
+from moe_worker.kernels.triton.launch import launch, wait_for_inputs
 from moe_worker.kernels.triton.norm import Activation
 from moe_worker.kernels.triton.tiles import COMPILED, Packed, PackedInt4, largest, round_even, scale_of
 from moe_worker.quant.int4 import GROUP
@@ -133,7 +133,6 @@ def _linear_few(
     OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, ROUNDED: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    start_next()
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     word_GNW, scale_GN = _load_weights(words, scales, n, OUTPUTS, GROUPS, BLOCK_G)
     wait_for_inputs()
@@ -147,12 +146,17 @@ def _linear_few(
 
 
 @triton.jit
-def _expert_of(experts, row, PER_TOKEN: tl.constexpr, ROUTED: tl.constexpr, FIRST: tl.constexpr):
-    """The expert of a row; only for one that the router chose the inputs must have been waited for."""
+def _expert_of(
+    experts, row, PER_TOKEN: tl.constexpr, ROUTED: tl.constexpr, FIRST: tl.constexpr, KNOWN: tl.constexpr
+):
+    """The expert of a row. KNOWN: whether the choice was written before the previous kernel; otherwise what
+    the router chose must be waited for.
+    """
     column = row % PER_TOKEN
     expert = FIRST + column - ROUTED
     if column < ROUTED:
-        wait_for_inputs()
+        if not KNOWN:
+            wait_for_inputs()
         expert = tl.load(experts + row)
     return expert.to(tl.int64)
 
@@ -163,11 +167,10 @@ def _gate_up_few(
     PER_TOKEN: tl.constexpr, ROUTED: tl.constexpr, FIRST: tl.constexpr, INNER: tl.constexpr,
     GROUPS: tl.constexpr, STRIDE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    start_next()
     row = tl.program_id(1)
     token = row // PER_TOKEN
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    expert = _expert_of(experts, row, PER_TOKEN, ROUTED, FIRST)
+    expert = _expert_of(experts, row, PER_TOKEN, ROUTED, FIRST, False)
     if expert >= 0:
         own, own_scales = words + expert * STRIDE, scales + expert * (GROUPS * 2 * INNER)
         gate_GNW, gate_scale_GN = _load_weights(own, own_scales, n, 2 * INNER, GROUPS, BLOCK_G)
@@ -185,10 +188,9 @@ def _down_few(
     PER_TOKEN: tl.constexpr, ROUTED: tl.constexpr, FIRST: tl.constexpr, OUTPUTS: tl.constexpr,
     GROUPS: tl.constexpr, STRIDE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    start_next()
     row = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    expert = _expert_of(experts, row, PER_TOKEN, ROUTED, FIRST)
+    expert = _expert_of(experts, row, PER_TOKEN, ROUTED, FIRST, True)
     if expert >= 0:
         own, own_scales = words + expert * STRIDE, scales + expert * (GROUPS * OUTPUTS)
         word_GNW, scale_GN = _load_weights(own, own_scales, n, OUTPUTS, GROUPS, BLOCK_G)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_worker.kernels.triton.launch import launch, start_next, wait_for_inputs
+from moe_worker.kernels.triton.launch import launch, wait_for_inputs
 from moe_worker.kernels.triton.tiles import dot_bf16
 
 
@@ -28,17 +28,20 @@ class LatentWeights(NamedTuple):
 
 
 @triton.jit
+def _pairs(values_MP):
+    """The first and the second values of all pairs: [M, P / 2] each."""
+    return tl.split(tl.reshape(values_MP, (values_MP.shape[0], values_MP.shape[1] // 2, 2)))
+
+
+@triton.jit
 def _turn(source, target, stride_in, stride_out, token_M, mask_M, position_M, table, HALF: tl.constexpr):
     """Rotates interleaved pairs of rows of 2 * HALF elements."""
-    i = tl.arange(0, HALF)[None, :]
-    at = source + token_M[:, None] * stride_in + 2 * i
-    a = tl.load(at, mask=mask_M[:, None], other=0.0).to(tl.float32)
-    b = tl.load(at + 1, mask=mask_M[:, None], other=0.0).to(tl.float32)
-    angle = table + (position_M[:, None] * HALF + i) * 2
-    cos, sin = tl.load(angle), tl.load(angle + 1)
-    to = target + stride_out[:, None] + 2 * i
-    tl.store(to, (a * cos - b * sin).to(target.dtype.element_ty), mask=mask_M[:, None])
-    tl.store(to + 1, (a * sin + b * cos).to(target.dtype.element_ty), mask=mask_M[:, None])
+    p = tl.arange(0, 2 * HALF)[None, :]
+    x = tl.load(source + token_M[:, None] * stride_in + p, mask=mask_M[:, None], other=0.0).to(tl.float32)
+    a, b = _pairs(x)
+    cos, sin = _pairs(tl.load(table + position_M[:, None] * (2 * HALF) + p))
+    turned = tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), x.shape)
+    tl.store(target + stride_out[:, None] + p, turned.to(target.dtype.element_ty), mask=mask_M[:, None])
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -48,7 +51,6 @@ def _latent(
     ABSORBED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = RANK + ROPE
-    start_next()
     part = tl.program_id(1)
     if part == tl.num_programs(1) - 1:
         wait_for_inputs()

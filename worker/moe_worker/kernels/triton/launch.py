@@ -1,9 +1,9 @@
 """Programmatic dependent launch: a kernel starts, and reads weights, while the one before it still runs.
 
-Kernels that are launched with the options of `launch` call `wait_for_inputs` before they read what other
-kernels of the pass write, and before they write. What no kernel of a pass writes (weights, positions, page
-tables) may be read earlier. They call `start_next` first, so that the next kernel's programs are resident
-when this one's end. A kernel that waits for the one before it, which waited too, waits for all of them.
+Kernels that are launched with the options of `launch` call `wait_for_inputs` before they read what the kernel
+before them writes, and before they write. The next kernel's programs may start once all of this one's have
+waited, so that at most two kernels are resident, and what the kernels before the previous one wrote can be
+read at once, as can weights, positions and page tables, which no kernel of a pass writes.
 """
 
 import torch
@@ -19,10 +19,10 @@ def _supported() -> bool:
 
 
 DEPENDENT = tl.constexpr(bool(COMPILED.value) and _supported())
-# Tokens of a pass up to which its kernels start early. Where all kernels did, a layer took longer on an H200
-# than its kernels timed one by one: 7 us at 16 tokens, 19 at 64, 16 at 256. Waiting programs that take the
-# next kernel's places may be why; that is not established, and larger passes were not timed without.
-MOST_TOKENS = 16
+# Tokens of a pass up to which its kernels start early; more were not measured. Products in tiles are not
+# launched this way: their first programs crowd on the multiprocessors that are free early, and a product with
+# about one program for each then takes longer (on an H200, 5 % of a whole step of 64 tokens).
+MOST_TOKENS = 256
 
 
 def launch(tokens: int) -> dict[str, bool]:
@@ -31,14 +31,8 @@ def launch(tokens: int) -> dict[str, bool]:
 
 
 @triton.jit
-def start_next():
-    """Lets the next kernel's programs start as soon as all of this one's have."""
-    if DEPENDENT:
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
 def wait_for_inputs():
-    """Waits until the kernels before are done, and their writes can be read."""
+    """Waits until the kernels before are done, and their writes can be read; then the next one may start."""
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_worker.kernels.triton.launch import launch, start_next, wait_for_inputs
+from moe_worker.kernels.triton.launch import launch, wait_for_inputs
 from moe_worker.kernels.triton.tiles import int8_scale, round_even
 from moe_worker.quant.int8 import piece_of
 
@@ -54,7 +54,6 @@ def _residual_norm(
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, SUMMED: tl.constexpr, ORDERED: tl.constexpr,
     CHOSEN: tl.constexpr, ROUNDING: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    start_next()
     t = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     mask = d < WIDTH

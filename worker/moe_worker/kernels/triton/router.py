@@ -10,7 +10,21 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_worker.config.moe import Level, Routing
-from moe_worker.kernels.triton.launch import launch, start_next, wait_for_inputs
+from moe_worker.kernels.triton.launch import launch, wait_for_inputs
+
+
+@triton.jit
+def _load_inputs(x, token_M, d, mask_M, WIDTH: tl.constexpr):
+    """The inputs `d` of each token in float32: [M, D]."""
+    from_x = x + token_M[:, None].to(tl.int64) * WIDTH + d[None, :]
+    return tl.load(from_x, mask=mask_M[:, None] & (d < WIDTH)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_router(weight, d, e, WIDTH: tl.constexpr, EXPERTS: tl.constexpr):
+    """The router's weights of the inputs `d`: [D, E]."""
+    mask_dE = (d < WIDTH)[:, None] & (e < EXPERTS)[None, :]
+    return tl.load(weight + e[None, :] * WIDTH + d[:, None], mask=mask_dE, other=0.0)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -20,19 +34,17 @@ def _logits(
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     token_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    e = tl.arange(0, BLOCK_E)
+    e, d = tl.arange(0, BLOCK_E), tl.program_id(1) * SLICE + tl.arange(0, BLOCK_D)
     mask_M, mask_e = token_M < tokens, e < EXPERTS
-    logits_ME = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    start_next()
+    # With few tokens a program has no inputs but these.
+    w_dE = _load_router(weight, d, e, WIDTH, EXPERTS)
     wait_for_inputs()
-    for start in range(0, SLICE, BLOCK_D):
-        d = tl.program_id(1) * SLICE + start + tl.arange(0, BLOCK_D)
-        mask_d = d < WIDTH
-        from_x = x + token_M[:, None].to(tl.int64) * WIDTH + d[None, :]
-        x_Md = tl.load(from_x, mask=mask_M[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
-        from_w = weight + e[None, :] * WIDTH + d[:, None]
-        w_dE = tl.load(from_w, mask=mask_d[:, None] & mask_e[None, :], other=0.0)
-        # Three products of 10-bit parts are as exact as float32, and run on tensor cores.
+    x_Md = _load_inputs(x, token_M, d, mask_M, WIDTH)
+    # Three products of 10-bit parts are as exact as float32, and run on tensor cores.
+    logits_ME = tl.dot(x_Md, w_dE, input_precision="tf32x3")
+    for start in range(BLOCK_D, SLICE, BLOCK_D):
+        x_Md = _load_inputs(x, token_M, d + start, mask_M, WIDTH)
+        w_dE = _load_router(weight, d + start, e, WIDTH, EXPERTS)
         logits_ME += tl.dot(x_Md, w_dE, input_precision="tf32x3")
     to = out + (token_M[:, None] * tl.num_programs(1) + tl.program_id(1)) * EXPERTS + e[None, :]
     tl.store(to, logits_ME, mask=mask_M[:, None] & mask_e[None, :])
@@ -75,7 +87,6 @@ def _choose(
     mask_M = token_M < tokens
     e, k = tl.arange(0, BLOCK_E)[None, :], tl.arange(0, BLOCK_K)[None, :]
     mask = mask_M[:, None] & (e < EXPERTS)
-    start_next()
     wait_for_inputs()
     sums_ME = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     for s in tl.static_range(SLICES):

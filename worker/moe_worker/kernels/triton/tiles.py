@@ -154,6 +154,56 @@ def unpack_high(packed):
 
 
 @triton.jit
+def _halves(low_Nj, high_Nj):
+    """Inputs 0 to 63 of a group, and behind them the others: [N, 128]."""
+    both_Nhj = tl.permute(tl.join(low_Nj, high_Nj), (0, 2, 1))
+    return tl.reshape(both_Nhj, (low_Nj.shape[0], 128))
+
+
+@triton.jit
+def _bf16_of_low(packed):
+    """Low nibbles of int8 values, as signed bf16: the bits of 136 + value, less 136."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 a, one, less; mov.b32 one, 0x3F803F80; mov.b32 less, 0xC308C308; "
+            "cvt.u32.u16 a, $1; prmt.b32 a, a, 0, 0x4140; "
+            "lop3.b32 a, a, 0x000F000F, 0x43084308, 0x6A; fma.rn.bf16x2 $0, a, one, less; }",
+            "=r,h", [packed], dtype=tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    return ((packed << 4).to(tl.int8) >> 4).to(tl.float32).to(tl.bfloat16)
+
+
+@triton.jit
+def _bf16_of_high(packed):
+    """As `_bf16_of_low`, of the high nibbles."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 a, one, less; mov.b32 one, 0x3F803F80; mov.b32 less, 0xC308C308; "
+            "cvt.u32.u16 a, $1; shr.b32 a, a, 4; prmt.b32 a, a, 0, 0x4140; "
+            "lop3.b32 a, a, 0x000F000F, 0x43084308, 0x6A; fma.rn.bf16x2 $0, a, one, less; }",
+            "=r,h", [packed], dtype=tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    return (packed >> 4).to(tl.float32).to(tl.bfloat16)
+
+
+@triton.jit
+def _bf16_of_fp8(values):
+    """e4m3 values as bf16, by their bits.
+
+    An exponent has an offset of 7 here and of 127 in bf16: a multiplication by 2**120, which is exact, makes
+    up for it. NaN becomes 480, see `pack_fp8`. Conversion instructions take longer.
+    """
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 a, b, up, none; mov.b32 up, 0x7B807B80; mov.b32 none, 0x80008000; "
+            "cvt.u32.u16 a, $1; prmt.b32 a, a, 0, 0x1404; shr.b32 b, a, 4; and.b32 b, b, 0x07F007F0; "
+            "lop3.b32 a, a, none, b, 0xEA; fma.rn.bf16x2 $0, a, up, none; }",
+            "=r,h", [values], dtype=tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    return values.to(tl.bfloat16)
+
+
+@triton.jit
 def round_even(x):
     """Rounds float32 values below 2**22 to whole numbers, halves to even."""
     return (x + 12582912.0) - 12582912.0
@@ -231,9 +281,10 @@ def token_scales(
     scales = ()
     for i in tl.static_range(TURN * (128 // PIECE)):
         piece = group * (128 // PIECE) + i
-        own_M = mask_M
-        if INT8:
+        own_M, inside_M = mask_M, mask_M
+        if INPUTS // PIECE % (TURN * (128 // PIECE)) != 0:
             inside_M = mask_M & (piece < INPUTS // PIECE)
+        if INT8:
             own_M = tl.load(base + token_M * (INPUTS // PIECE) + piece, mask=inside_M, other=0.0)
         scales = scales + (own_M,)  # type: ignore[assignment]  # noqa: RUF005
     return scales
@@ -250,37 +301,39 @@ def dot_int4_group(
     Weights stand as the left operand, so that few tokens still fill the tensor cores' wide side. scale_M and
     second_M: of both halves of the group, where int8 activations have scales for 64 inputs.
     """
-    j = tl.arange(0, 64)
+    j, k = tl.arange(0, 64), tl.arange(0, 128)
     where_Nj = packed_base + (group * OUTPUTS + rows_N)[:, None] * 64 + j[None, :]
-    mask_low_M = mask_M
+    x_M = x_base + token_M[None, :] * INPUTS + group * 128
     if GROUPS % TURN == 0:
         packed = tl.load(where_Nj)
     else:
         packed = tl.load(where_Nj, mask=(rows_N * 0 + group < GROUPS)[:, None], other=0)
-        mask_low_M = mask_M & (group < GROUPS)
-    mask_high_M = mask_low_M
-    if INPUTS % 128 != 0:
-        mask_high_M = mask_M & (group * 128 + 64 < INPUTS)
-    x_row = x_base + token_M[None, :] * INPUTS + group * 128 + j[:, None]
-    low_jM = tl.load(x_row, mask=mask_low_M[None, :], other=0)
-    high_jM = tl.load(x_row + 64, mask=mask_high_M[None, :], other=0)
-    low_Nj, high_Nj = unpack_low(packed), unpack_high(packed)
-    # Nibbles are dequantized as 16 times their value.
-    scale_N = scale_N * 0.0625
+        mask_M = mask_M & (group < GROUPS)
     # One way out: what stands behind a return is compiled, too.
-    if INT8:
-        low = tl.dot(low_Nj, low_jM, out_dtype=tl.int32)
-        if PIECE == 128:
-            whole = tl.dot(high_Nj, high_jM, acc=low, out_dtype=tl.int32)
-            acc_NM += whole.to(tl.float32) * (scale_N[:, None] * scale_M[None, :])
-        else:
-            high = tl.dot(high_Nj, high_jM, out_dtype=tl.int32)
-            sums = low.to(tl.float32) * scale_M[None, :] + high.to(tl.float32) * second_M[None, :]
-            acc_NM += sums * scale_N[:, None]
+    if INT8 and PIECE == 64:
+        mask_high_M = mask_M
+        if INPUTS % 128 != 0:
+            mask_high_M = mask_M & (group * 128 + 64 < INPUTS)
+        low_jM = tl.load(x_M + j[:, None], mask=mask_M[None, :], other=0)
+        high_jM = tl.load(x_M + 64 + j[:, None], mask=mask_high_M[None, :], other=0)
+        low = tl.dot(unpack_low(packed), low_jM, out_dtype=tl.int32)
+        high = tl.dot(unpack_high(packed), high_jM, out_dtype=tl.int32)
+        sums = low.to(tl.float32) * scale_M[None, :] + high.to(tl.float32) * second_M[None, :]
+        # Nibbles are dequantized as 16 times their value.
+        acc_NM += sums * (scale_N * 0.0625)[:, None]
     else:
-        sums = dot_bf16(low_Nj.to(tl.float32).to(tl.bfloat16), low_jM)
-        sums = add_dot_bf16(sums, high_Nj.to(tl.float32).to(tl.bfloat16), high_jM)
-        acc_NM += sums * scale_N[:, None]
+        # One product of all inputs of the group: Triton waits for each product before it goes on.
+        mask_kM = mask_M[None, :]
+        if INPUTS % 128 != 0:
+            mask_kM = mask_kM & (group * 128 + k < INPUTS)[:, None]
+        x_kM = tl.load(x_M + k[:, None], mask=mask_kM, other=0)
+        if INT8:
+            weight_Nk = _halves(unpack_low(packed), unpack_high(packed))
+            sums = tl.dot(weight_Nk, x_kM, out_dtype=tl.int32).to(tl.float32)
+            acc_NM += sums * ((scale_N * 0.0625)[:, None] * scale_M[None, :])
+        else:
+            weight_Nk = _halves(_bf16_of_low(packed), _bf16_of_high(packed))
+            acc_NM += dot_bf16(weight_Nk, x_kM) * scale_N[:, None]
     return acc_NM
 
 
@@ -302,7 +355,7 @@ def dot_fp8_group(
     else:
         values_Nk = tl.load(where_Nk, mask=(k < INPUTS)[None, :], other=0.0)
         x_kM = tl.load(where_kM, mask=mask_M[None, :] & (k < INPUTS)[:, None], other=0.0)
-    return acc_NM + dot_bf16(values_Nk.to(tl.bfloat16), x_kM) * scale_N[:, None]
+    return acc_NM + dot_bf16(_bf16_of_fp8(values_Nk), x_kM) * scale_N[:, None]
 
 
 @triton.jit
