@@ -1,0 +1,107 @@
+"""How far a layer is fused on a GPU: kernels of one decoded token, against the eager model of transformers.
+
+    PYTHONPATH=worker:protos:. python -m benchmarks.gpu_fusion [--formats bf16 fp8 w4a16 w4a8] [--json]
+
+Both have the shape of gpu_random.LARGE. A layer's count is that of a step of three layers less that of two.
+`operators` are calls of torch operators that compute something (views left out): nodes of the model's graph.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.gpu_decode import FORMATS, row
+from benchmarks.gpu_random import LARGE, random_model
+from moe_worker.kvcache.paged import CacheShape, PagedCache
+from moe_worker.models.cuda_build import prepare
+from moe_worker.models.cuda_graph import DecodeGraphs
+
+CONTEXT, PAGE, LAYERS = 64, 16, (2, 3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    kernels, operators = unfused("cuda", LARGE)
+    for name in args.formats:
+        ours = fused(FORMATS[name])
+        for what, baseline in (("kernels", kernels), ("kernels against operators", operators)):
+            found = row(f"{what} of a layer, {name}", ours, baseline, "launches")
+            found["fused"] = round(1 - ours / baseline, 3)
+            print(json.dumps(found) if args.json else found, flush=True)
+
+
+class _Operators(TorchDispatchMode):
+    """Counts calls of operators, views left out."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aliases = [each.alias_info for each in func._schema.returns]  # noqa: SLF001 - nothing else says it
+        self.count += not any(alias is not None and not alias.is_write for alias in aliases)
+        return func(*args, **(kwargs or {}))
+
+
+def kernels_of(work: Callable[[], object]) -> int:
+    """Kernels that `work` runs on the GPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        work()
+        torch.cuda.synchronize()
+    return sum(each.count for each in seen.key_averages() if each.device_time_total)
+
+
+@torch.inference_mode()
+def unfused(device: str, shape: dict[str, Any]) -> tuple[int, int]:
+    """Kernels (0 on a CPU) and operators of one layer of transformers' eager model."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM  # noqa: PLC0415 - only the baseline
+
+    kernels, operators = [], []
+    for layers in LAYERS:
+        config = DeepseekV3Config(**{k: v for k, v in shape.items() if k != "model_type"})
+        config.num_hidden_layers, config.num_key_value_heads = layers, config.num_attention_heads
+        with torch.device(device):
+            model = DeepseekV3ForCausalLM._from_config(  # noqa: SLF001 - the way to a random model
+                config, attn_implementation="eager", experts_implementation="eager", dtype=torch.bfloat16
+            ).eval()
+        tokens = torch.arange(16, device=device)[None] + 2
+        cache = model(tokens, use_cache=True).past_key_values
+
+        def step(model: Any = model, cache: Any = cache) -> None:
+            model(torch.tensor([[5]], device=device), past_key_values=cache, use_cache=True)
+
+        step()
+        kernels.append(kernels_of(step) if device == "cuda" else 0)
+        with _Operators() as seen:
+            step()
+        operators.append(seen.count)
+        del model, cache
+    return kernels[1] - kernels[0], operators[1] - operators[0]
+
+
+@torch.inference_mode()
+def fused(number_format: str) -> int:
+    """Kernels of one layer of this engine."""
+    device = torch.device("cuda")
+    plain = random_model(LARGE | {"num_hidden_layers": LAYERS[-1]}, number_format, CONTEXT, device)
+    shape = CacheShape(LAYERS[-1], plain.config.attention.cache_width, PAGE, torch.bfloat16)
+    cache, model = PagedCache.allocate(shape, CONTEXT // PAGE, device), prepare(plain)
+    counts = []
+    for layers in LAYERS:
+        part = replace(cache, layers=cache.layers[:layers])
+        graphs = DecodeGraphs(replace(model, layers=model.layers[:layers]), part, 1, CONTEXT)
+        graphs.run(1)
+        counts.append(kernels_of(lambda graphs=graphs: graphs.run(1)))
+    return counts[1] - counts[0]
+
+
+if __name__ == "__main__":
+    main()
