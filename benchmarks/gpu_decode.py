@@ -11,6 +11,7 @@ on another card the ratio says little.
 """
 
 import argparse
+import importlib
 import json
 import math
 import statistics
@@ -168,7 +169,7 @@ class Decoded(NamedTuple):
 def joules() -> float:
     """What the card has used since the driver was loaded; NaN without nvidia-ml-py."""
     try:
-        import pynvml  # noqa: PLC0415 - optional
+        pynvml: Any = importlib.import_module("pynvml")
     except ImportError:
         return math.nan
     pynvml.nvmlInit()

@@ -10,6 +10,7 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +44,9 @@ def main() -> None:
 class _Operators(TorchDispatchMode):
     """Counts calls of operators, views left out."""
 
-    count = 0
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         aliases = [each.alias_info for each in func._schema.returns]  # noqa: SLF001 - nothing else says it
@@ -69,7 +72,8 @@ def unfused(device: str, shape: dict[str, Any]) -> tuple[int, int]:
         config = DeepseekV3Config(**{k: v for k, v in shape.items() if k != "model_type"})
         config.num_hidden_layers, config.num_key_value_heads = layers, config.num_attention_heads
         with torch.device(device):
-            model = DeepseekV3ForCausalLM._from_config(  # noqa: SLF001 - the way to a random model
+            make: Any = DeepseekV3ForCausalLM._from_config  # noqa: SLF001 - the way to a random model
+            model = make(
                 config, attn_implementation="eager", experts_implementation="eager", dtype=torch.bfloat16
             ).eval()
         tokens = torch.arange(16, device=device)[None] + 2
@@ -99,7 +103,7 @@ def fused(number_format: str) -> int:
         part = replace(cache, layers=cache.layers[:layers])
         graphs = DecodeGraphs(replace(model, layers=model.layers[:layers]), part, 1, CONTEXT)
         graphs.run(1)
-        counts.append(kernels_of(lambda graphs=graphs: graphs.run(1)))
+        counts.append(kernels_of(partial(graphs.run, 1)))
     return counts[1] - counts[0]
 
 
