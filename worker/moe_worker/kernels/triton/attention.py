@@ -283,7 +283,8 @@ MERGES = 128
 
 def merged_tokens(tokens: int, heads: int) -> int:
     """Tokens of one program, a power of two from 2 to 16: so that there are MERGES programs if possible."""
-    return max(2, min(16, triton.next_power_of_2(tokens * heads // MERGES)))
+    wanted: int = triton.next_power_of_2(tokens * heads // MERGES)
+    return max(2, min(16, wanted))
 
 
 def merge_values(
