@@ -60,7 +60,7 @@ class EngineOptions:
     max_queue: requests that may wait beyond those in the batch.
     kv_memory: bytes for the KV cache; None: as much as max_batch_size contexts take.
     kv_offload: bytes of CPU memory for pages that the KV cache evicts. They come back where that takes less
-        time than computing them again; on CPUs it hardly ever does. 0: they are lost.
+        time than computing them again. On a CPU the same memory does more as kv_memory. 0: they are lost.
     prefill_tokens: prompt tokens computed in one step at most; longer prompts take several.
     target_step_ms: aim for the time of a step while streams run, so the time between two tokens of a
         stream: prompts are split into chunks that meet it. 50 ms is faster than people read.
