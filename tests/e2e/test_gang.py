@@ -1,4 +1,7 @@
-"""A replica of several workers, by kubectl apply: it gives what one process gives, and heals as a whole."""
+"""A replica of several workers, by kubectl apply: it gives what one process gives, and heals as a whole.
+
+Frontends and the operator reach its leader over mutual TLS.
+"""
 
 import json
 import secrets
@@ -31,6 +34,7 @@ def apply(served, **parallelism):
         worker=SMALL,
         parallelism=parallelism,
         telemetry={},
+        transport={"mode": "MutualTLS"},
     )
 
 

@@ -125,6 +125,8 @@ async def test_a_stream_goes_on_while_certificates_and_the_authority_are_replace
     b = await secured(bench, installation)
     old, new = installation.old, installation.new
     address = b.worker("w-0").endpoint.address
+    reopened = []
+    b.replicas.listen(lambda: reopened.append(b.replicas.targets()[0].channel))
     stream = b.generate("count 60 0.05")
     text = (await stream.read()).text
     client = installation.issue(mutual.FRONTEND, new, [old, new])
@@ -139,6 +141,7 @@ async def test_a_stream_goes_on_while_certificates_and_the_authority_are_replace
         text += more.text
     assert text == "".join(f"w-0:{i} " for i in range(60))
     assert b.worker("w-0").requests == 4, "no stream was replayed"
+    assert len({*reopened}) == 3, "who watches replicas follows their channels"
     async with asyncio.timeout(10):
         while not await accepted(address, client) or await accepted(
             address, installation.issue(mutual.FRONTEND, old, [old, new])

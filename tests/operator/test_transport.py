@@ -3,10 +3,14 @@
 import pytest
 
 from moe_frontend import main
+from moe_operator.controller.reconcile import Reconciler
+from moe_operator.errors import ApplyForbiddenError, ApplyRefusedError, ReadForbiddenError
+from moe_operator.observed.observation import Observed
 from moe_operator.observed.pods import read
 from moe_operator.render import frontend, network, worker
 from moe_operator.render.objects import Key, key
 from moe_operator.resources import names
+from moe_operator.settings import Settings
 from moe_worker.service import command
 from tests.operator.worlds import deployment, settled
 
@@ -111,3 +115,37 @@ def test_one_edit_rolls_workers_and_frontends():
     assert "grpc-tls" in ports(container(template, names.ROLE_WORKER))
     kept = world.children[Key("StatefulSet", "docs-0")]["spec"]["template"]["spec"]
     assert "grpc" in ports(container(kept, names.ROLE_WORKER))
+
+
+class Issuing:
+    """Stands in for Certificates: counts, and fails if told to."""
+
+    def __init__(self, error=None):
+        self.error, self.namespaces = error, []
+
+    def ensure(self, namespace):
+        self.namespaces.append(namespace)
+        if self.error is not None:
+            raise self.error
+
+
+def certified(issuing, of, *pods):
+    reconciler = Reconciler(None, Settings(), None, None, None, certificates=issuing)
+    return reconciler._certify(of, Observed(pods=pods))
+
+
+def test_certificates_are_kept_for_as_long_as_a_pod_uses_them():
+    issuing = Issuing()
+    assert certified(issuing, deployment()) == []
+    assert issuing.namespaces == []
+    certified(issuing, deployment(**MUTUAL))
+    certified(issuing, deployment(), observed(names.ROLE_WORKER, **MUTUAL))
+    assert issuing.namespaces == ["default", "default"]
+
+
+@pytest.mark.parametrize("kind", [ApplyForbiddenError, ReadForbiddenError, ApplyRefusedError])
+def test_a_missing_right_is_reported_and_stops_nothing_else(kind):
+    """Certificates are renewed long before they expire: scaling and rollouts go on."""
+    (refusal,) = certified(Issuing(kind("no right")), deployment(**MUTUAL))
+    assert str(refusal) == "no right"
+    assert isinstance(refusal, (ApplyForbiddenError, ApplyRefusedError))
