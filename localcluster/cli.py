@@ -139,17 +139,39 @@ def forward(directory: Path, target: str, local_port: int) -> None:
     type=click.Path(path_type=Path),
     help="A directory to put before the PATH; may repeat.",
 )
+@click.option(
+    "--content",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A directory that volumes of this image show, such as a model.",
+)
+@click.option(
+    "--user",
+    type=click.IntRange(min=0),
+    default=images.NONROOT,
+    show_default=True,
+    help="The user that the image declares; 0 is refused in pods that must not run as root.",
+)
 @click.option("--env", "environment", multiple=True, metavar="KEY=VALUE", help="A variable; may repeat.")
 @click.option("--entrypoint", default="", help="The command of containers that name none.")
 @click.pass_obj
 def load_image(
-    directory: Path, name: str, paths: tuple[Path, ...], environment: tuple[str, ...], entrypoint: str
+    directory: Path,
+    name: str,
+    paths: tuple[Path, ...],
+    content: Path | None,
+    user: int,
+    environment: tuple[str, ...],
+    entrypoint: str,
 ) -> None:
     """Define what an image NAME stands for: containers run this machine's programs, found along a PATH.
 
     \b
     Example, a second Python environment as an image:
       python -m localcluster load-image ghcr.io/me/worker:test --path ~/other/.venv/bin
+
+    \b
+    A model, for spec.model.uri oci://ghcr.io/me/model:1:
+      python -m localcluster load-image ghcr.io/me/model:1 --content ~/model
     """
     file = Layout(directory).images
     if not file.exists():
@@ -159,7 +181,9 @@ def load_image(
         raise click.UsageError(f"--env {wrong[0]}: expected KEY=VALUE")
     variables = {key: value for key, _, value in pairs}
     folders = tuple(str(path.absolute()) for path in paths)
-    images.load(file, Image(images.normalize(name), folders, variables, (entrypoint,) if entrypoint else ()))
+    words = (entrypoint,) if entrypoint else ()
+    shown = str(content.absolute()) if content else ""
+    images.load(file, Image(images.normalize(name), folders, variables, words, user, shown))
     click.echo(f"{images.normalize(name)} is ready for pods.")
 
 

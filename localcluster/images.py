@@ -14,7 +14,7 @@ from pathlib import Path
 from localcluster.errors import ImageError
 
 _SYSTEM_PATH = ("/usr/local/bin", "/usr/bin", "/bin", "/usr/local/sbin", "/usr/sbin", "/sbin")
-_NONROOT = 65532  # the "nonroot" user of distroless images, which the project's own images use too
+NONROOT = 65532  # the "nonroot" user of distroless images, which the project's own images use too
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Image:
         entrypoint: the command of a container that names none.
         user: the user id that the image declares; recorded, not enforced (containers run as the cluster's
             user).
+        content: the directory that a volume of this image (an OCI artifact such as a model) shows; empty: the
+            image is for containers only.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Image:
     environment: Mapping[str, str] = field(default_factory=dict)
     entrypoint: tuple[str, ...] = ()
     user: int = 0
+    content: str = ""
 
     @property
     def variables(self) -> dict[str, str]:
@@ -61,14 +64,14 @@ def defaults(tools: Mapping[str, Path]) -> list[Image]:
     """
     environment = str(Path(sys.prefix) / "bin")
     project = [
-        Image(f"ghcr.io/moe-operator/{name}:dev", (environment,), user=_NONROOT)
+        Image(f"ghcr.io/moe-operator/{name}:dev", (environment,), user=NONROOT)
         for name in ("worker", "operator")
     ]
     images = [*project, Image("busybox:latest"), Image("python:3", (environment,), entrypoint=("python3",))]
     if "otelcol" in tools:
         folder = str(tools["otelcol"].parent)
         images.append(
-            Image("ghcr.io/moe-operator/otelcol:dev", (folder,), entrypoint=("otelcol",), user=_NONROOT)
+            Image("ghcr.io/moe-operator/otelcol:dev", (folder,), entrypoint=("otelcol",), user=NONROOT)
         )
     return images
 
@@ -105,6 +108,20 @@ def find(images: Mapping[str, Image], name: str) -> Image:
             f"Known: {known}. Add one with `python -m localcluster load-image {name} --path DIRECTORY`"
         )
     return image
+
+
+def content(images: Mapping[str, Image], name: str, sub_path: str = "") -> str:
+    """The directory that a volume of the image shows; raises ImageError if it has none."""
+    image = find(images, name)
+    folder = Path(image.content) / sub_path
+    if not image.content or not folder.is_dir():
+        raise ImageError(
+            f"image {image.name} has no directory /{sub_path} for a volume: "
+            f"add one with `python -m localcluster load-image {name} --content DIRECTORY`"
+        )
+    if not folder.resolve().is_relative_to(Path(image.content).resolve()):
+        raise ImageError(f"image {image.name}: /{sub_path} leads out of it; use a path below its root")
+    return str(folder)
 
 
 def load(file: Path, image: Image) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from localcluster.cri.enter import Volume
 from localcluster.cri.runtime import Container, ContainerConfig, Sandbox, SandboxConfig
 from localcluster.cri.stats import Usage
-from localcluster.images import Image
+from localcluster.images import Image, content
 
 
 def sandbox_config(config: Any) -> SandboxConfig:
@@ -34,8 +34,11 @@ def resolver(dns: Any) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def container_config(config: Any, image: Image) -> ContainerConfig:
-    """From the message ContainerConfig. `command` replaces the image's entrypoint, `args` follows either."""
+def container_config(config: Any, image: Image, known: Mapping[str, Image]) -> ContainerConfig:
+    """From the message ContainerConfig. `command` replaces the image's entrypoint, `args` follows either.
+
+    known: the images that volumes may show. Raises ImageError for one that does not exist.
+    """
     # Kubernetes passes bytes; this way an environment that is not UTF-8 stays unchanged.
     environment = {e.key: os.fsdecode(e.value) for e in config.envs}
     return ContainerConfig(
@@ -43,11 +46,18 @@ def container_config(config: Any, image: Image) -> ContainerConfig:
         command=(*(config.command or image.entrypoint), *config.args),
         environment=environment,
         directory=config.working_dir,
-        volumes=tuple(Volume(m.host_path, m.container_path, m.readonly) for m in config.mounts),
+        volumes=tuple(_volume(mount, known) for mount in config.mounts),
         read_only=config.linux.security_context.readonly_rootfs,
         log_path=config.log_path,
         stop_signal=stop_signal(_stop_signal_name(config)),
     )
+
+
+def _volume(mount: Any, known: Mapping[str, Image]) -> Volume:
+    """From Mount. A volume of an image names the image instead of a directory of the node."""
+    if not mount.image.image:
+        return Volume(mount.host_path, mount.container_path, mount.readonly)
+    return Volume(content(known, mount.image.image, mount.image_sub_path), mount.container_path, True)
 
 
 def stop_signal(name: str) -> signal.Signals:

@@ -136,8 +136,9 @@ class RuntimeService:
     async def create_container(self, request: Any) -> Any:
         """Checks that the container could start."""
         sandbox = self._runtime.get_sandbox(request.pod_sandbox_id)
-        image = images.find(self._runtime.images(), request.config.image.image)
-        container = self._runtime.create(sandbox, convert.container_config(request.config, image))
+        known = self._runtime.images()
+        image = images.find(known, request.config.image.image)
+        container = self._runtime.create(sandbox, convert.container_config(request.config, image, known))
         self._configs[container.id] = request.config
         return self._pb.CreateContainerResponse(container_id=container.id)
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from localcluster import Cluster
+from localcluster import Cluster, images
 from localcluster.errors import CommandError
-from localcluster.layout import CHECKOUT
+from localcluster.images import Image
+from localcluster.layout import CHECKOUT, Layout
 from tests.localcluster.objects import (
     apply,
     container_status,
@@ -262,6 +263,25 @@ def test_a_volume_below_another_volume_is_readable(cluster: Cluster, namespace: 
     volumes = [{"name": "outer", "emptyDir": {}}, {"name": "inner", "hostPath": {"path": str(tmp_path)}}]
     reader = pod("reader", "cat", "/srv/outer/inner/file", container=main, volumes=volumes)
     assert output_of(cluster, namespace, reader) == "from the node\n"
+
+
+def test_a_volume_of_an_image_shows_its_content_read_only(
+    cluster: Cluster, namespace: str, tmp_path: Path
+) -> None:
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights/file").write_text("from the image")
+    model = Image("example.org/model:1", content=str(tmp_path))
+    images.load(Layout(cluster.directory).images, model)
+    mounts = [
+        {"name": "model", "mountPath": "/srv/model"},
+        {"name": "model", "mountPath": "/srv/weights", "subPath": "weights"},
+    ]
+    volumes = [{"name": "model", "image": {"reference": model.name, "pullPolicy": "IfNotPresent"}}]
+    script = "cat /srv/model/weights/file /srv/weights/file; touch /srv/model/x 2>&1 || echo read-only"
+    reader = pod("reader", "sh", "-c", script, container={"volumeMounts": mounts}, volumes=volumes)
+    printed = output_of(cluster, namespace, reader)
+    assert printed.startswith("from the imagefrom the image")
+    assert printed.endswith("read-only\n")
 
 
 def test_a_volume_does_not_hide_the_programs_of_the_image(cluster: Cluster, namespace: str) -> None:
