@@ -91,7 +91,8 @@ def render(template: jinja2.Template, variables: Mapping[str, Any], most: int) -
     except jinja2.TemplateError as error:
         raise TemplateFailureError(f"the chat template refuses the conversation: {_brief(error)}") from error
     except Exception as error:  # templates are programs: any operation of theirs may fail
-        raise TemplateFailureError(f"the chat template fails on the conversation: {_brief(error)}") from error
+        problem = f"the chat template fails on the conversation: {_brief(error)}"
+        raise TemplateFailureError(f"{problem}; correct the messages") from error
     return "".join(parts)
 
 
