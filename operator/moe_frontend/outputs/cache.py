@@ -11,7 +11,7 @@ from moe_api.supervision import Supervisor
 from moe_api.writing import Writer
 from moe_frontend.outputs.answer import Saving, answer_of
 from moe_frontend.outputs.flight import F, Flight
-from moe_frontend.outputs.measures import Measures
+from moe_frontend.outputs.measures import CacheMeasures
 from moe_frontend.outputs.store import Store
 
 RESULT: Final = "moe.cache.output"
@@ -41,7 +41,7 @@ class OutputCache(Generic[F]):
         self._store = store
         self._supervisor = supervisor
         self._flights: dict[bytes, tuple[Flight[F], asyncio.Task[None]]] = {}
-        self.measures = Measures(store)
+        self.measures = CacheMeasures(store)
 
     def serve(self, revisions: frozenset[str]) -> None:
         """Sets the served revisions; drops answers of others."""

@@ -12,7 +12,7 @@ from moe_frontend.outputs.store import Store
 _PREFIX: Final = "moe_frontend.output_cache"
 
 
-class Measures:
+class CacheMeasures:
     """Sums since the start. Classes of tenants are few: those of the spec, and one for all others.
 
     Attributes:

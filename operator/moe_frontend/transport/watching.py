@@ -27,7 +27,7 @@ _BACKOFF: Final = Backoff(first_s=0.5, longest_s=30.0)
 _CHANCE: Final = random.random
 
 
-class Fleet(Protocol):
+class Watchable(Protocol):
     """Whom to watch."""
 
     def targets(self) -> list[Target]:
@@ -48,7 +48,7 @@ class CacheWatching:
     """
 
     def __init__(
-        self, fleet: Fleet, index: WatchedIndex, supervisor: Supervisor, backoff: Backoff = _BACKOFF
+        self, fleet: Watchable, index: WatchedIndex, supervisor: Supervisor, backoff: Backoff = _BACKOFF
     ) -> None:
         self._fleet = fleet
         self._index = index
