@@ -536,6 +536,7 @@ def test_everything_that_can_be_set_is_taken_and_kept(crd):
             "defaultTenant": {**limits, "weight": 1},
         },
         "networkPolicy": {"mode": "Restricted"},
+        "transport": {"mode": "MutualTLS"},
         "cache": {"outputs": {"mode": "Deterministic", "memory": "64Mi", "ttl": "30m"}},
         "telemetry": {"otlpEndpoint": "http://otel.moe-system:4317"},
         "rollout": {
