@@ -8,16 +8,15 @@ Both have the shape of gpu_random.LARGE. A layer's count is that of a step of th
 
 import argparse
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu_decode import FORMATS, row
 from benchmarks.gpu_random import LARGE, random_model
+from moe_worker.bench.fusion import Operators, kernels_of
 from moe_worker.kvcache.paged import CacheShape, PagedCache
 from moe_worker.models.cuda_build import prepare
 from moe_worker.models.cuda_graph import DecodeGraphs
@@ -39,27 +38,6 @@ def main() -> None:
             found = row(f"{what} of a layer, {name}", ours, baseline, "launches")
             found["fused"] = round(1 - ours / baseline, 3)
             print(json.dumps(found) if args.json else found, flush=True)
-
-
-class _Operators(TorchDispatchMode):
-    """Counts calls of operators, views left out."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        aliases = [each.alias_info for each in func._schema.returns]  # noqa: SLF001 - nothing else says it
-        self.count += not any(alias is not None and not alias.is_write for alias in aliases)
-        return func(*args, **(kwargs or {}))
-
-
-def kernels_of(work: Callable[[], object]) -> int:
-    """Kernels that `work` runs on the GPU."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        work()
-        torch.cuda.synchronize()
-    return sum(each.count for each in seen.key_averages() if each.device_time_total)
 
 
 @torch.inference_mode()
@@ -84,7 +62,7 @@ def unfused(device: str, shape: dict[str, Any]) -> tuple[int, int]:
 
         step()
         kernels.append(kernels_of(step) if device == "cuda" else 0)
-        with _Operators() as seen:
+        with Operators() as seen:
             step()
         operators.append(seen.count)
         del model, cache

@@ -15,6 +15,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "train": ("moe_worker.train.cli:train", "Train a model on text."),
     "compress": ("moe_worker.recipe.cli:compress", "Compress a checkpoint by the steps of a recipe."),
     "bench": ("moe_worker.bench.cli:bench", "Measure how fast a model runs on this machine."),
+    "explain": ("moe_worker.bench.explain:explain", "Show which kernels would compute a model, and why."),
     "routing": (
         "moe_worker.train.routing_cli:routing",
         "Measure how few experts a model needs, and allow them to be served.",
