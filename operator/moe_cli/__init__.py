@@ -2,9 +2,11 @@
 
     main                                            the command and its subcommands
     generate, tokenize                              ask a model; sampling and timing belong to them
-    chat                                            talks to a chat model over HTTP
-    status                                          what is deployed: report, rendering and scaling_rows
-    rollout                                         how a change goes on, and how to take it back
+    chat                                            talks to a chat model
+    experts                                         the load of the experts of one worker
+    key                                             makes an API key
+    status                                          what is deployed: rendering, scaling_rows and cache_rows
+    rollout                                         follows a rollout, and undoes it
     kube                                            the kubeconfig, and errors in one sentence
 
 `moe load` and `moe replay` are in `moe_tools`.

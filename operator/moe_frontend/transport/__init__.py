@@ -1,9 +1,14 @@
 """Carries requests and answers over gRPC.
 
 service     InferenceService, as the frontend offers it
+admin       what the operator and the kubelet ask, on a port of its own
+authenticating  who calls, before a request is received
 bounds      refuses requests that are too large to be valid
 metadata    which metadata pass between clients and workers
+admission   limits of tenants
+turns       requests of tenants wait for slots, in fair order
 holding     holds requests while no replica takes any
+loads       asks replicas for their load
 replicas    the channels to replicas, and what runs on them
 forwarding  one request to a replica, and its answer back; replays the stream of a lost replica
 failures    how an attempt can fail, and what the client is told

@@ -8,5 +8,7 @@ gang       replicas of several workers: ranks, leader's address, secret, topolog
 gang_record  what the operator remembers of a gang, as an annotation
 worker     the workers' StatefulSets and their headless Service
 frontend   the frontend's Deployment, Service and rights
+access     what TLS and authentication add to it
+network    NetworkPolicies
 children   all of them, in the order in which they are applied
 """
