@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from moe_api.listwatch import Event, Page
 from moe_api.supervision import Supervisor
-from moe_operator.controller.operator import follow as follow_all
+from moe_operator.controller.watches import follow as follow_all
 from moe_operator.errors import (
     ClusterUnavailableError,
     HistoryExpiredError,

@@ -2,8 +2,11 @@
 
     registration    what kopf calls
     operator        the objects that run in the process
+    watches         a watcher for each kind of object
     queue           one reconcile at a time for each deployment
     reconcile       gather, plan, execute, report
+    planning        makes the plan, with answers of nodes, workers and frontends
+    reporting       status, metrics and Events of a reconcile
     gather          reads the objects of one deployment
     room            checks whether a new pod would fit, for the planner
     work_metrics    metrics of the operator's own work

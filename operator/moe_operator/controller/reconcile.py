@@ -1,9 +1,8 @@
-"""One reconcile: gather, plan, apply, report."""
+"""One reconcile: gather and plan (`planning`), execute, report (`reporting`)."""
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,15 +13,15 @@ from opentelemetry import trace
 from opentelemetry.metrics import get_meter
 
 from moe_operator.controller.deployment_metrics import DeploymentMetrics
-from moe_operator.controller.gather import gather, unlabelled, with_refusal
-from moe_operator.controller.room import room
+from moe_operator.controller.gather import unlabelled
+from moe_operator.controller.planning import Planning
+from moe_operator.controller.reporting import Reporting
 from moe_operator.controller.work_metrics import WorkMetrics
 from moe_operator.errors import (
     ApplyForbiddenError,
     ApplyRefusedError,
     ChangedMeanwhileError,
     InvalidSpecError,
-    MoEOperatorError,
     PermanentError,
     ReadForbiddenError,
     RetryableError,
@@ -31,22 +30,16 @@ from moe_operator.executor import execute
 from moe_operator.executor.certificates import Certificates
 from moe_operator.kube import peering
 from moe_operator.kube.client import Cluster
-from moe_operator.observed.downloads import Download
 from moe_operator.observed.observation import Observed
-from moe_operator.observed.pods import Pod
 from moe_operator.planner import host_paths
-from moe_operator.planner.decision import Decision
-from moe_operator.planner.pinning import with_pins
-from moe_operator.planner.plan import Plan, model_address, plan
-from moe_operator.planner.status_report import invalid, refused, transitions
-from moe_operator.render.worker import recipe, revision
+from moe_operator.planner.plan import Plan
+from moe_operator.planner.status_report import invalid, refused
+from moe_operator.render.worker import recipe
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Identity, Name, identity, parse, parse_status
 from moe_operator.resources.status import Status
 from moe_operator.rpc.dialing import PLAINTEXT, Dialer
-from moe_operator.rpc.frontends import routed
-from moe_operator.rpc.leader import download, drain, get_model
-from moe_operator.rpc.mesh import MeshReader
+from moe_operator.rpc.leader import drain
 from moe_operator.rpc.together import ask
 from moe_operator.settings import Settings
 
@@ -66,7 +59,7 @@ class Watcher(Protocol):
         """Called with a deleted deployment."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Reconciler:
     """Brings deployments closer to their specs. Blocking; may run in several threads at once."""
 
@@ -85,11 +78,10 @@ class Reconciler:
     certificates: Certificates | None = None
     """Issues certificates for mutual TLS; None in tests without it."""
     dialer: Dialer = PLAINTEXT
-    _meshes: MeshReader = field(default_factory=MeshReader)
-    _thought: threading.Lock = field(default_factory=threading.Lock)
-    """Only one thread at a time reads the cache and plans. The interpreter runs one thread at a time anyway;
-    threads that compete for its lock, as every decompression does, take four times as long.
-    """
+
+    def __post_init__(self) -> None:
+        self._planning = Planning(self.cluster, self.settings, self.clock, self.active, self.dialer)
+        self._reporting = Reporting(self.cluster, self.clock, self.metrics, self.states)
 
     def reconcile(self, name: Name) -> float | None:
         """Reconciles one deployment.
@@ -114,7 +106,7 @@ class Reconciler:
                 return self._advance(deployment, span)
             except InvalidSpecError as error:
                 before = parse_status(body)
-                self._report(
+                self._reporting.blocked(
                     identity(body), before, invalid(before, identity(body), str(error), self.clock())
                 )
             except PermanentError as error:
@@ -128,10 +120,10 @@ class Reconciler:
             raise InvalidSpecError(wrong)
         observed = self._gathered(deployment)
         uncertified = self._certify(deployment, observed)
-        deployment, observed, todo = self._planned(deployment, observed)
+        deployment, observed, todo = self._planning.planned(deployment, observed)
         while others := unlabelled(self.cluster, deployment.identity.namespace, todo.apply):
             observed = replace(observed, children={**observed.children, **others})
-            deployment, observed, todo = self._planned(deployment, observed)
+            deployment, observed, todo = self._planning.planned(deployment, observed)
         if todo.sound:
             self.cluster.note((observed.children[name].content for name in todo.sound), recipe(deployment))
         if self.watcher is not None:
@@ -146,8 +138,8 @@ class Reconciler:
         refusals = execute.execute(self.cluster, deployment.identity, todo, lambda: time.monotonic() < end)
         if refusals := [*uncertified, *refusals]:
             return self._refused(deployment, todo, refusals)
-        self._write(deployment.identity, deployment.status, todo.status)
-        self._announce(deployment.identity, todo.decisions)
+        self._reporting.write(deployment.identity, deployment.status, todo.status)
+        self._reporting.announce(deployment.identity, todo.decisions)
         self._record(_with_desired(deployment, todo.status))
         opened = {gate.pod for gate in todo.gates}
         if any(pod.name not in opened for pod in todo.unrouted):
@@ -182,13 +174,13 @@ class Reconciler:
     def _gathered(self, deployment: Deployment) -> Observed:
         """The observed objects. If reading is forbidden, the status says so and keeps its other content."""
         try:
-            with self._thought:
-                observed = gather(self.cluster, deployment)
-            return with_refusal(self.cluster, deployment, observed)
+            return self._planning.gathered(deployment)
         except ReadForbiddenError as error:
             who, before = deployment.identity, deployment.status
             known = before.without_scaling().model_copy(update={"observed_generation": who.generation})
-            self._report(who, before, refused(before, known, str(error), self.clock(), "ReadForbidden"))
+            self._reporting.blocked(
+                who, before, refused(before, known, str(error), self.clock(), "ReadForbidden")
+            )
             raise
 
     def _certify(
@@ -219,57 +211,13 @@ class Reconciler:
         """
         said = "; ".join(dict.fromkeys(map(str, refusals)))
         after = refused(deployment.status, todo.status, said, self.clock())
-        self._report(deployment.identity, deployment.status, after)
-        self._announce(deployment.identity, todo.removals)
+        self._reporting.blocked(deployment.identity, deployment.status, after)
+        self._reporting.announce(deployment.identity, todo.removals)
         if todo.unrouted or todo.recheck:
             logger.warning("%s: %s", deployment.name, said)
             return self.settings.recheck_seconds
         kinds = [type(error) for error in refusals]
         raise next((kind for kind in kinds if issubclass(kind, RetryableError)), kinds[0])(said)
-
-    def _planned(self, deployment: Deployment, observed: Observed) -> tuple[Deployment, Observed, Plan]:
-        """The plan and its inputs: pinned pods, and the responses of workers and frontends."""
-        with self._thought:
-            deployment = with_pins(deployment, observed)
-        observed = self._with_meshes(self._with_model(deployment, observed))
-        todo = self._plan(deployment, observed)
-        if todo.question is not None:
-            found = room(self.cluster, deployment.identity.namespace, todo.question)
-            observed = replace(observed, obstacles=found.obstacles, together=found.together)
-            todo = self._plan(deployment, observed)
-        if todo.choice or todo.unrouted or todo.fetching:
-            observed = self._asked(observed, todo)
-            todo = self._plan(deployment, observed)
-        return deployment, observed, todo
-
-    def _plan(self, deployment: Deployment, observed: Observed) -> Plan:
-        with self._thought:
-            return plan(deployment, observed, self.clock())
-
-    def _asked(self, observed: Observed, todo: Plan) -> Observed:
-        """The observation, extended by what the plan needs from workers and frontends."""
-        limit = self.settings.rpc_timeout_seconds
-        work = self._work(todo.choice) if todo.choice else {}
-        return replace(
-            observed,
-            work=work,
-            routed=routed(observed.frontends, todo.unrouted, limit, observed.routes, self.dialer)
-            if todo.unrouted
-            else {},
-            downloads=self._downloads(todo.fetching),
-        )
-
-    def _downloads(self, pods: Iterable[Pod]) -> dict[str, Download]:
-        """How far the downloads of the model are, of pods that say it."""
-        limit = self.settings.rpc_timeout_seconds
-        found = ask(lambda pod: download(pod.address, limit), pods)
-        return {pod.name: told for pod, told in found if told is not None}
-
-    def _work(self, pods: Iterable[Pod]) -> dict[str, int]:
-        """Active requests on each; one that does not respond counts as idle, because it probably hangs."""
-        addresses = {pod.name: pod.grpc_address for pod in pods}
-        active = self.active(tuple(addresses.values()))
-        return {name: active.get(address, 0) for name, address in addresses.items()}
 
     def _drain(self, deployment: Deployment, addresses: Iterable[str]) -> None:
         """Drains replicas. If the call fails, the deletion of the pod drains the replica."""
@@ -278,53 +226,10 @@ class Reconciler:
             if not heard:
                 logger.info("%s: the worker at %s did not respond to Drain", deployment.name, address)
 
-    def _with_model(self, deployment: Deployment, observed: Observed) -> Observed:
-        address = model_address(deployment, observed)
-        if address is None:
-            return observed
-        try:
-            limit = self.settings.rpc_timeout_seconds
-            model = get_model(address, revision(deployment), limit, self.dialer)
-        except RetryableError as error:
-            # The plan requests another reconcile soon; meanwhile nothing else has to wait for a busy worker.
-            logger.info("%s: %s", deployment.name, error)
-            return observed
-        return replace(observed, model=model)
-
-    def _with_meshes(self, observed: Observed) -> Observed:
-        """Adds what the ready leaders of gangs report of their ranks."""
-        gangs = [pod for pod in observed.leaders.values() if pod.shape and pod.ready and pod.address]
-        if not gangs:
-            return observed
-        limit = self.settings.rpc_timeout_seconds
-        return replace(observed, meshes=self._meshes.read(gangs, limit, self.dialer))
-
     def _is_current(self, who: Identity) -> bool:
         """Reads the deployment before creating objects: for a deleted one they would be deleted at once."""
         body = self.cluster.refresh(names.KIND, who.namespace, who.name)
         return body is not None and identity(body) == who
-
-    def _report(self, who: Identity, before: Status, after: Status) -> None:
-        """Reports what blocks a deployment."""
-        self._write(who, before, after)
-        self._announce(who, transitions(before, after))
-
-    def _write(self, who: Identity, before: Status, after: Status) -> None:
-        """Writes the status to the API server and to the metrics."""
-        self.states.record(Name(who.namespace, who.name), after)
-        execute.write_status(self.cluster, who, before, after)
-
-    def _announce(self, who: Identity, decisions: Iterable[Decision]) -> None:
-        span = trace.get_current_span()
-        for decision in decisions:
-            self.metrics.decided(decision.reason)
-            span.add_event(decision.reason, {"reason": decision.reason, "message": decision.message})
-            logger.info("%s/%s: %s: %s", who.namespace, who.name, decision.reason, decision.message)
-            try:
-                execute.post(self.cluster, who, decision, self.clock())
-            except MoEOperatorError as error:
-                # Events are only for people; the decision is executed even without one.
-                logger.warning("%s/%s: no event was created: %s", who.namespace, who.name, error)
 
 
 def _with_desired(deployment: Deployment, written: Status) -> Deployment:

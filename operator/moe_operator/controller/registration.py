@@ -10,7 +10,8 @@ from typing import Any
 import kopf
 
 from moe_api.metrics_server import MetricsServer, PortTakenError
-from moe_operator.controller.operator import FOLLOWED, Operator
+from moe_operator.controller.operator import Operator
+from moe_operator.controller.watches import FOLLOWED
 from moe_operator.errors import InstallationError, MoEOperatorError
 from moe_operator.kube import peering
 from moe_operator.kube.client import Cluster, connect
