@@ -22,7 +22,7 @@ CHOSEN = {
         " or (router and not 37) or padding or sorted or dense_block or latents"
         " or (few and (200-1 or elsewhere)) or (linear and w4a8-320-130-77)"
         " or (attention and 6-8-counts1-4) or (experts and 64-40 and (narrow or bf16 or w4a8)) or likeliest"
-        " or (expanded and INT8-64)",
+        " or (expanded and INT8-64) or (parts and w4a16-1) or fp8_weights",
     ),
     "engine": (ENGINE, "nobody or counted"),
     "w4a8": (W4A8, "plain_torch and False"),
