@@ -1,191 +1,67 @@
-"""Decode and prefill of a mesh on several GPUs of one machine, with one of them as the baseline.
+"""A mesh on several GPUs of one machine, with one of them as the baseline of the same run.
 
-    PYTHONPATH=worker:protos:. python -m benchmarks.gpu_mesh --mesh 1x2 [--format w4a8] [--batch 1 16 64 256]
-        [--tokens 64] [--rounds 2] [--layers 27]
+    PYTHONPATH=worker:protos:. python -m benchmarks.gpu_mesh [--mesh 1x2 2x1] [--format w4a8 bf16]
+        [--batch 1 16 64 256] [--tokens 64] [--rounds 2] [--layers 27] [--fault]
 
-Starts a process for each rank. Weights are random, prompts differ. The baseline is the same model on one GPU
-of the same run. Decode counts whole engine steps. The time of NCCL's kernels in a step of rank 0 comes from
-the profiler and includes waiting for other ranks. One JSON object a line.
+Starts a process for each rank; meshes that need more GPUs than there are are left out, and named. For each
+mesh and format: whether logits and greedy tokens of a small model are those of one GPU, then decode and
+prefill of a model of the size of DeepSeek-V2-Lite (benchmarks/gpu_random.py), with random weights and
+different prompts. A step is one token of every stream, whole engine included. A pipeline is measured with as
+many micro-batches as stages, and with one. Kernel times of rank 0 are the profiler's; those of NCCL include
+waiting for other ranks. The bubble is the share of a step in which rank 0 runs no other kernel. --fault kills
+a rank under load. One JSON object a line.
 """
 
 import argparse
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import replace
-from typing import Any, cast
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.gpu_random import LARGE, config_of, random_model
+from benchmarks.gpu_mesh_case import PAGE, Alone, Case, compared, random_tokens
+from benchmarks.gpu_random import LARGE, SMALL, random_model
 from moe_worker.config.engine import EngineOptions
+from moe_worker.config.mesh import MeshShape
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.loading import LoadedModel
 from moe_worker.engine.requests import Request
-from moe_worker.kvcache.paged import CacheShape, PagedCache
-from moe_worker.mesh.cuda_stage import CudaStage
-from moe_worker.mesh.member import Member, join
-from moe_worker.mesh.messages import End
-from moe_worker.mesh.part import stage_of
-from moe_worker.mesh.places import ExpertPlaces
-from moe_worker.mesh.runner import MeshRunner
+from moe_worker.mesh.member import join
 from moe_worker.models import cuda_graph, cuda_runner
-from moe_worker.models.batch import Batch, Segment
-from moe_worker.models.cuda_build import Sizes, prepare
-from moe_worker.models.cuda_runner import CudaRunner
-from moe_worker.models.deepseek import DeepseekModel, MoeBlock
-from moe_worker.models.runner import Runner
-from moe_worker.models.stage import Stage
-from moe_worker.models.tokenizer import Tokenizer
-from moe_worker.moe.experts import Experts
 from moe_worker.sampling.parameters import SamplingParameters
 
-CONTEXT, PAGE, PREFILL_SEQUENCES = 512, 16, 64
+CONTEXT, PREFILL_SEQUENCES = 512, 64
 FORMATS = {"bf16": "dense", "fp8": "fp8", "w4a16": "w4a16", "w4a8": "w4a8"}
+ONE = "1x1"
+UNDER_LOAD = "under load"
+# Largest difference of a row of logits, relative to its norm, of the small model.
+TOLERANCE = 0.02
 
 
-class NoText:
-    """Replaces the tokenizer: random weights generate no meaningful text."""
-
-    def token_bytes(self, token: int) -> bytes:
-        del token
-        return b""
-
-
-def part_of(model: DeepseekModel, stage: Stage) -> DeepseekModel:
-    """What `stage` holds of a whole model."""
-    layers = []
-    for number in stage.layers:
-        layer = model.layers[number]
-        if isinstance(layer.block, MoeBlock) and number in stage.experts:
-            experts, routed = layer.block.experts, model.config.moe.routed
-            held = torch.tensor([*stage.experts[number], *range(routed, experts.count)], device=model.device)
-
-            def kept(rows: torch.Tensor, held: torch.Tensor = held) -> torch.Tensor:
-                return rows[held]
-
-            own = Experts(experts.gate_up_AFD.map(kept), experts.down_ADI.map(kept), experts.round_tokens)
-            layer = replace(layer, block=MoeBlock(layer.block.router, own, stage.dispatch(number)))
-        layers.append(layer)
-    none_ND = model.embedding_VD[:0]
-    no_head = replace(model.head, matrix=model.head.matrix.map(lambda rows: rows[:0]))
-    return replace(
-        model,
-        stage=stage,
-        layers=layers,
-        embedding_VD=model.embedding_VD if stage.first else none_ND,
-        norm_D=model.norm_D if stage.last else none_ND[:, 0],
-        head=model.head if stage.last else no_head,
-    )
-
-
-class Case:
-    """A random model, as this rank's part of `member`'s mesh, and on the leader as a whole, too."""
-
-    def __init__(  # noqa: PLR0913, PLR0917 - a record of sizes
-        self, member: Member, values: dict[str, Any], number_format: str, device: torch.device, context: int,
-        largest: int, pages: int, prefill: int, redundant: int = 0,
-    ) -> None:  # fmt: skip
-        self.config, self.member, self.context = config_of(values), member, context
-        width, total = (
-            Sizes.of(self.config.latent).cache_width(self.config.latent),
-            len(range(values["num_hidden_layers"])),
-        )
-        cuts = [round(total * stage / member.shape.pipeline) for stage in range(member.shape.pipeline + 1)]
-        layers = range(cuts[member.number], cuts[member.number + 1])
-        places = ExpertPlaces(self.config, member.shape.expert, redundant)
-        stage = stage_of(self.config, member, layers, places, device)
-
-        def cache(count: int) -> PagedCache:
-            return PagedCache.allocate(CacheShape(count, width, PAGE, torch.bfloat16), pages, device)
-
-        with torch.inference_mode():
-            whole = random_model(values, number_format, context, device)
-            self.cache = cache(len(layers))
-            part = CudaStage(part_of(whole, stage), self.cache, member.stage_group, largest, context, prefill)
-            self.part = part
-            self.runner = MeshRunner(member, part, self.cache, feeds=True)
-            if member.leads:
-                self.whole_cache = cache(total)
-                self.alone = CudaRunner(
-                    prepare(whole, consume=True), self.whole_cache, largest, context, prefill
-                )
-
-    def loaded(self) -> LoadedModel:
-        """The mesh, for the leader's engine."""
-        return self._loaded(self.runner, self.cache, self.member)
-
-    def loaded_alone(self) -> LoadedModel:
-        """The whole model in this process."""
-        return self._loaded(self.alone, self.whole_cache, None)
-
-    def _loaded(self, runner: Runner, cache: PagedCache, member: Member | None) -> LoadedModel:
-        tokenizer = cast("Tokenizer", NoText())
-        return LoadedModel(self.config, runner, tokenizer, cache, self.context, "random", (), member)
-
-    @torch.inference_mode()
-    def both(self, segments: list[Segment]) -> list[torch.Tensor]:
-        """Logits of the last tokens of `segments`, by the mesh and by one process."""
-        batch = Batch.of(segments, self.cache)
-        ours = self.runner.logits(batch, self.cache, batch.last_rows).float().clone()
-        self.runner.feed(ours.argmax(dim=-1))
-        batch = Batch.of(segments, self.whole_cache)
-        return [ours, self.alone.logits(batch, self.whole_cache, batch.last_rows).float().clone()]
-
-    def end(self) -> None:
-        """The other ranks stop following."""
-        self.member.quiet()
-        for channel in self.member.channels:
-            channel.send(End())
-
-
-def difference(actual: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
-    """Of rows, relative: the median and the largest."""
-    errors = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
-    return float(errors.median()), float(errors.max())
-
-
-def random_tokens(count: int, seed: int, most: int) -> list[int]:
-    return torch.randint(most, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def compared(case: Case, prompt: int, steps: int) -> list[tuple[float, float]]:
-    """Differences after prompts, of four sequences, and in each of `steps` decode steps."""
-    shards, pages = case.member.shape.expert, case.cache.shape.pages_for(case.context)
-    vocabulary = case.config.vocab_size
-    texts = [random_tokens(prompt + n + steps, n, vocabulary) for n in range(4)]
-    own = [list(range(n * pages, (n + 1) * pages)) for n in range(4)]
-    found = [
-        difference(*case.both([Segment(t[: prompt + n], 0, own[n], n % shards) for n, t in enumerate(texts)]))
-    ]
-    for step in range(steps):
-        members = range(4) if step % 2 == 0 else range(1)  # the other shards have nothing to do
-        at = [prompt + n + step for n in range(4)]
-        if step % 2:
-            at[0] = prompt + step
-        segments = [Segment(texts[n][at[n] : at[n] + 1], at[n], own[n], n % shards) for n in members]
-        found.append(difference(*case.both(segments)))
-    return found
-
-
-def engine(loaded: LoadedModel, options: EngineOptions, count: int, tokens: int) -> EngineCore:
-    core = EngineCore(loaded, options)
+def engine(
+    loaded: LoadedModel, options: EngineOptions, count: int, tokens: int, micro_batches: int | None = None,
+    prompt: int = CONTEXT,
+) -> EngineCore:  # fmt: skip
+    core = EngineCore(loaded, options, micro_batches=micro_batches)
     sampling = SamplingParameters(max_tokens=tokens, ignore_eos=True)
     for number in range(count):
-        prompt = random_tokens(CONTEXT, number, loaded.config.vocab_size)
-        core.submit(Request(number, tuple(prompt), sampling, seed=0))
+        ids = random_tokens(prompt, number, loaded.config.vocab_size)
+        core.submit(Request(number, tuple(ids), sampling, seed=0))
     return core
 
 
-def decode_ms(loaded: LoadedModel, options: EngineOptions, batch: int, tokens: int) -> float:
-    """Milliseconds of a step, once all prompts have their first token."""
-    core, seen = engine(loaded, options, batch, tokens), set[int]()
+def decode_ms(core: EngineCore, batch: int) -> float:
+    """Milliseconds of a token of every stream, once all prompts have their first one."""
+    seen = set[int]()
     while len(seen) < batch:
         seen |= {delta.id for delta in core.step()}
     torch.cuda.synchronize()
@@ -195,9 +71,8 @@ def decode_ms(loaded: LoadedModel, options: EngineOptions, batch: int, tokens: i
     return (time.perf_counter() - begin) / (produced / batch) * 1e3
 
 
-def prefill_rate(loaded: LoadedModel, options: EngineOptions) -> float:
+def prefill_rate(core: EngineCore) -> float:
     """Prompt tokens a second."""
-    core = engine(loaded, options, PREFILL_SEQUENCES, 1)
     torch.cuda.synchronize()
     begin = time.perf_counter()
     while not core.idle:
@@ -215,16 +90,28 @@ def kernel_ms(work: Callable[[], object]) -> tuple[float, float]:
     return exchange / 1e3, sum(each.device_time_total for each in rows) / 1e3
 
 
-def report(what: str, ours: float, baseline: float | None, unit: str, ratio: float | None = None) -> None:
-    ratio = ratio or (ours / baseline if baseline else None)
-    values = {"what": what, "ours": round(ours, 3), "baseline": baseline and round(baseline, 3),
-              "ratio": ratio and round(ratio, 3), "unit": unit, "device": torch.cuda.get_device_name(),
-              "simulated": False}  # fmt: skip
-    print(json.dumps(values), flush=True)
+def profiled(core: EngineCore, batch: int) -> tuple[float, float]:
+    """`kernel_ms` of a token of every stream."""
+    while core.load.queued or core.load.running < batch:
+        core.step()
+    produced = 0
+    while produced < 4 * batch:
+        produced += len(core.step())
+    produced = 0
+
+    def work() -> None:
+        nonlocal produced
+        while produced < 8 * batch:
+            produced += len(core.step())
+
+    exchange, total = kernel_ms(work)
+    while not core.idle:
+        core.step()
+    return exchange * batch / produced, total * batch / produced
 
 
 def exchange_bytes(case: Case, batch: int) -> int:
-    """That a rank sends to others in a decode step of `batch` sequences."""
+    """That a rank sends to others of its stage in a decode step of `batch` sequences."""
     shape, config, int8 = case.member.shape, case.config, case.part.sends_int8
     per_shard = case.part.graphs.size_for(-(-batch // shape.expert))
     activations = config.hidden_size * (1 if int8 else 2) + (config.hidden_size // 128 * 4 if int8 else 0)
@@ -233,123 +120,256 @@ def exchange_bytes(case: Case, batch: int) -> int:
     return (shape.expert - 1) * case.part.capacity(per_shard) * row * layers
 
 
-def lead(case: Case, name: str, arguments: argparse.Namespace) -> None:
-    """All measurements; rank 0 alone."""
-    mesh = arguments.mesh
-    for number, (median, worst) in enumerate(compared(case, 100, 6)):
-        print(
-            json.dumps(
-                {"what": f"logits, mesh {mesh} {name}, pass {number}", "median": median, "worst": worst}
-            ),
-            flush=True,
-        )
+def tell(what: str, ours: float | None, unit: str, baseline: float | None = None, device: str = "") -> None:
+    """One figure. The process that started this one adds the baseline of one GPU, if it has it."""
+    ratio = None if ours is None or not baseline else ours / baseline
+    device = device or torch.cuda.get_device_name()
+    print(
+        json.dumps({"what": what, "ours": ours, "baseline": baseline, "ratio": ratio, "unit": unit,
+                    "device": device, "simulated": False}),
+        flush=True,
+    )  # fmt: skip
+
+
+def measure(loaded: LoadedModel, arguments: argparse.Namespace, stages: int, case: Case | None) -> None:
+    """Decode and prefill of one model."""
     options = EngineOptions(
         device="cuda", max_batch_size=max(*arguments.batch, PREFILL_SEQUENCES),
         prefill_tokens=arguments.prefill_tokens, prefix_cache=False, target_step_ms=10_000,
     )  # fmt: skip
     for batch in arguments.batch:
-        ours, alone = (
-            min(decode_ms(each, options, batch, arguments.tokens) for _ in range(arguments.rounds))
-            for each in (case.loaded(), case.loaded_alone())
-        )
-        rate, other = batch / ours * 1e3, batch / alone * 1e3
-        report(f"decode {name}, mesh {mesh}, batch {batch}", rate, other, "tokens/s")
-        report(f"step {name}, mesh {mesh}, batch {batch}", ours, alone, "ms")
-        core = engine(case.loaded(), options, batch, 24)
-        while core.load.queued or core.load.running < batch:
-            core.step()
-        for _ in range(4):
-            core.step()
-        exchange, total = kernel_ms(lambda core=core: [core.step() for _ in range(8)])  # type: ignore[misc]
-        report(
-            f"NCCL kernels of rank 0, {name}, mesh {mesh}, batch {batch}",
-            exchange / 8,
-            total / 8,
-            "ms a step",
-        )
-        while not core.idle:
-            core.step()
-        report(
-            f"bytes to other ranks, {name}, mesh {mesh}, batch {batch}",
-            exchange_bytes(case, batch),
-            None,
-            "bytes a step",
-        )
-    if not arguments.skip_prefill:
-        found = [
-            max(prefill_rate(each, options) for _ in range(3))
-            for each in (case.loaded(), case.loaded_alone())
-        ]
-        report(f"prefill {name}, mesh {mesh}", found[0], found[1], "tokens/s")
+        for micro_batches in {stages, 1} if batch > 1 else {1}:
+            name = f"decode, batch {batch}" + (
+                f", {micro_batches} micro-batches" if micro_batches > 1 else ""
+            )
+
+            def run(tokens: int, batch: int = batch, micro: int = micro_batches) -> EngineCore:
+                return engine(loaded, options, batch, tokens, micro)
+
+            step = min(decode_ms(run(arguments.tokens), batch) for _ in range(arguments.rounds))
+            tell(name, batch / step * 1e3, "tokens/s")
+            if case is None or batch not in {arguments.batch[0], *arguments.batch[-2:]}:
+                continue
+            exchange, total = profiled(run(24), batch)
+            tell(f"{name}: step", step, "ms")
+            tell(f"{name}: kernels of NCCL on rank 0 in a step", exchange, "ms")
+            if stages > 1:
+                tell(f"{name}: bubble of rank 0", 1 - (total - exchange) / step, "share of a step")
+            else:
+                tell(f"{name}: bytes to other ranks in a step", exchange_bytes(case, batch), "bytes")
+    rates = [prefill_rate(engine(loaded, options, PREFILL_SEQUENCES, 1)) for _ in range(3)]
+    tell(f"prefill, {arguments.prefill_tokens} tokens a step", max(rates), "tokens/s")
+    small = EngineOptions(
+        device="cuda", max_batch_size=PREFILL_SEQUENCES, prefill_tokens=4096, prefix_cache=False,
+        target_step_ms=10_000,
+    )  # fmt: skip
+    rates = [prefill_rate(engine(loaded, small, PREFILL_SEQUENCES, 1)) for _ in range(3)]
+    tell("prefill, 4096 tokens a step", max(rates), "tokens/s")
 
 
-def run_rank(arguments: argparse.Namespace) -> None:
-    begin = time.perf_counter()
-    device = torch.device("cuda", arguments.rank)
-    options = EngineOptions(
-        device=str(device), mesh=arguments.mesh, mesh_leader=arguments.address, mesh_rank=arguments.rank
-    )
-    member = join(options, "benchmark", device)
+def check(case: Case) -> None:
+    """Whether a small model has the logits and the greedy tokens of one GPU."""
+    worst = max(worst for _, worst in compared(case, 20, 4))
+    tell("largest difference of a row of logits, small model", worst, "of its norm", TOLERANCE)
+    options = EngineOptions(device="cuda", max_batch_size=8, prefill_tokens=64)
+    parts = case.member.shape.pipeline
+    pairs = (case.loaded(), parts), (case.loaded_alone(), 1)
+    found = [greedy(engine(loaded, options, 8, 16, count, prompt=20)) for loaded, count in pairs]
+    same = sum(ours == theirs for ours, theirs in zip(*found, strict=True))
+    tell("texts of 16 greedy tokens that are those of one GPU, small model", same, "texts", len(found[0]))
+
+
+def greedy(core: EngineCore) -> list[list[int | None]]:
+    texts: dict[int, list[int | None]] = {}
+    while not core.idle:
+        for delta in core.step():
+            texts.setdefault(delta.id, []).append(delta.token)
+    return [texts[number] for number in sorted(texts)]
+
+
+def sizes(arguments: argparse.Namespace, shape: MeshShape) -> tuple[int, int, int]:
+    """Sequences at most, context, and pages. Few graphs are recorded, and few sizes of prefill compiled."""
     most = max(*arguments.batch, PREFILL_SEQUENCES)
-    values = LARGE | {"num_hidden_layers": arguments.layers}
-    shards = member.shape.expert
-    wanted = {1, 8, *arguments.batch, *(-(-batch // shards) for batch in arguments.batch), most}
-    cuda_graph.batch_sizes = lambda largest: sorted(size for size in wanted if size <= largest)
+    parts = {-(-batch // part) for batch in arguments.batch for part in (1, shape.expert, shape.pipeline)}
+    parts |= {-(-batch // shape.ranks) for batch in arguments.batch}
+    wanted = {1, 8, *parts, most}
+    cuda_graph.batch_sizes = lambda largest: sorted({size for size in wanted if size <= largest} | {largest})
     few = [size for size in cuda_runner.warm_sizes(4096) if size in {1, 128, 1024, 4096}]
     for module in (cuda_runner, sys.modules["moe_worker.mesh.cuda_stage"]):
         module.warm_sizes = lambda _: few  # type: ignore[attr-defined]
     context = CONTEXT + arguments.tokens + 32
-    pages = most * -(-context // PAGE)
+    return most, context, most * -(-context // PAGE)
+
+
+def run_alone(arguments: argparse.Namespace) -> None:
+    """The baseline."""
+    device = torch.device("cuda", arguments.rank)
+    torch.cuda.set_device(device)
+    most, context, pages = sizes(arguments, MeshShape())
+    values = LARGE | {"num_hidden_layers": arguments.layers}
+    with torch.inference_mode():
+        model = random_model(values, FORMATS[arguments.format[0]], context, device)
+    whole = Alone(model, context, most, pages, arguments.prefill_tokens)
+    measure(whole.loaded(), arguments, 1, None)
+
+
+def run_rank(arguments: argparse.Namespace) -> NoReturn:
+    begin = time.perf_counter()
+    device = torch.device("cuda", arguments.rank)
+    options = EngineOptions(
+        device=str(device), mesh=arguments.mesh[0], mesh_leader=arguments.address, mesh_rank=arguments.rank
+    )
+    member = join(options, "benchmark", device)
+    name = FORMATS[arguments.format[0]]
+    most, context, pages = sizes(arguments, member.shape)
+    if not arguments.fault:
+        small = SMALL | {"num_hidden_layers": 2}
+        case = Case(member, small, name, device, 64, 8, 64, 64)
+        if member.leads:
+            check(case)
+            case.end()
+        else:
+            case.runner.follow()
+        del case
+    values = LARGE | {"num_hidden_layers": arguments.layers}
     case = Case(
-        member, values, FORMATS[arguments.format], device, context, most, pages, arguments.prefill_tokens,
-        arguments.redundant,
+        member, values, name, device, context, most, pages, arguments.prefill_tokens, arguments.redundant,
+        alone=False,
     )  # fmt: skip
     dist.barrier()
-    if member.leads:
-        print(f"ready after {time.perf_counter() - begin:.1f} s", flush=True)
-        lead(case, arguments.format, arguments)
-        case.end()
-    else:
+    if not member.leads:
         case.runner.follow()
+    elif arguments.fault:
+        decode_until_killed(case, most)
+    else:
+        tell("start of all ranks", time.perf_counter() - begin, "s")
+        measure(case.loaded(), arguments, member.shape.pipeline, case)
+        case.end()
     torch.cuda.synchronize()
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # captured exchanges would outlive their communicators
 
 
+def decode_until_killed(case: Case, batch: int) -> NoReturn:
+    options = EngineOptions(device="cuda", max_batch_size=batch, prefill_tokens=4096, prefix_cache=False)
+    while True:
+        core = engine(case.loaded(), options, 16, 64, prompt=64)
+        while not core.idle:
+            core.step()
+        print(UNDER_LOAD, flush=True)
+
+
+def started(arguments: argparse.Namespace, mesh: str, name: str, rank: int, address: str, *more: str) -> Any:
+    """The process of one rank."""
+    command = [sys.executable, "-m", "benchmarks.gpu_mesh", "--mesh", mesh, "--format", name]
+    command += ["--batch", *map(str, arguments.batch), "--tokens", str(arguments.tokens)]
+    command += ["--rounds", str(arguments.rounds), "--layers", str(arguments.layers)]
+    command += ["--prefill-tokens", str(arguments.prefill_tokens), "--redundant", str(arguments.redundant)]
+    command += ["--address", address, "--rank", str(rank), *more]
+    environment = os.environ | {"MOE_WORKER_MESH_SECRET": "of a benchmark"}
+    piped = subprocess.PIPE if rank == 0 or mesh == ONE else None
+    return subprocess.Popen(command, env=environment, stdout=piped, text=True)
+
+
+def ranks_of(arguments: argparse.Namespace, mesh: str, name: str, *more: str) -> list[Any]:
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    ranks = range(MeshShape.parse(mesh).ranks)
+    return [started(arguments, mesh, name, rank, address, *more) for rank in ranks]
+
+
+def figures(process: Any) -> Iterator[dict[str, Any]]:
+    for line in process.stdout:
+        if line.startswith("{"):
+            yield json.loads(line)
+
+
+def ended(processes: list[Any]) -> None:
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def baselines(arguments: argparse.Namespace) -> dict[tuple[str, str], float]:
+    """Figures of one GPU, by format and name; one format on each GPU."""
+    found: dict[tuple[str, str], float] = {}
+    count = torch.cuda.device_count()
+    for first in range(0, len(arguments.format), count):
+        names = arguments.format[first : first + count]
+        running = [started(arguments, ONE, name, place, "none") for place, name in enumerate(names)]
+        try:
+            for name, process in zip(names, running, strict=True):
+                for row in figures(process):
+                    found[name, row["what"]] = row["ours"]
+                    print(json.dumps(row | {"what": f"{name}, one GPU: {row['what']}"}), flush=True)
+        finally:
+            ended(running)
+    return found
+
+
+def compare(arguments: argparse.Namespace, mesh: str, name: str, known: dict[tuple[str, str], float]) -> None:
+    running = ranks_of(arguments, mesh, name)
+    try:
+        for row in figures(running[0]):
+            baseline = row["baseline"] or known.get((name, re.sub(", . micro-batches", "", row["what"])))
+            row |= {"what": f"{name}, mesh {mesh}: {row['what']}", "baseline": baseline}
+            row["ratio"] = row["ours"] / baseline if baseline else None
+            print(json.dumps(row), flush=True)
+    finally:
+        ended(running)
+
+
+def kill_one(arguments: argparse.Namespace, mesh: str) -> None:
+    """Seconds from the death of a rank to the end of the leader, which then starts again with all others."""
+    running = ranks_of(arguments, mesh, arguments.format[0], "--fault")
+    try:
+        for line in running[0].stdout:
+            if line.startswith(UNDER_LOAD):
+                break
+        begin = time.monotonic()
+        running[-1].send_signal(signal.SIGKILL)
+        status = running[0].wait(60)
+        tell(f"mesh {mesh}: a rank killed under load, until rank 0 ends with status {status}",
+             time.monotonic() - begin, "s", device="GPUs")  # fmt: skip
+    finally:
+        ended(running)
+    for what in ("serving on without a lost rank", "meeting again after a rank is lost",
+                 "moving experts while serving"):  # fmt: skip
+        tell(f"{what}: not supported on GPUs", None, "", device="GPUs")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--mesh", default="1x2")
-    parser.add_argument("--format", default="w4a8", choices=list(FORMATS))
+    parser.add_argument("--mesh", nargs="+", default=["1x2", "2x1", "2x2", "1x4"])
+    parser.add_argument("--format", nargs="+", default=["w4a8", "bf16"], choices=list(FORMATS))
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 16, 64, 256])
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--layers", type=int, default=27)
     parser.add_argument("--prefill-tokens", type=int, default=16384)
     parser.add_argument("--redundant", type=int, default=0)
-    parser.add_argument("--skip-prefill", action="store_true")
+    parser.add_argument("--fault", action="store_true")
     parser.add_argument("--rank", type=int, help="for the processes that this one starts")
     parser.add_argument("--address")
     arguments = parser.parse_args()
     if arguments.rank is not None:
-        run_rank(arguments)
+        (run_alone if arguments.mesh == [ONE] else run_rank)(arguments)
         return
-    pipeline, expert = map(int, arguments.mesh.split("x"))
-    with closing(socket.create_server(("127.0.0.1", 0))) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-    command = [sys.executable, "-m", "benchmarks.gpu_mesh", *sys.argv[1:], "--address", address]
-    environment = os.environ | {"MOE_WORKER_MESH_SECRET": "of a benchmark"}
-    ranks = [
-        subprocess.Popen([*command, "--rank", str(rank)], env=environment)
-        for rank in range(pipeline * expert)
-    ]
-    try:
-        sys.exit(max(rank.wait() for rank in ranks))
-    finally:
-        for rank in ranks:
-            rank.kill()
+    count = torch.cuda.device_count()
+    fitting = [mesh for mesh in arguments.mesh if MeshShape.parse(mesh).ranks <= count]
+    for mesh in arguments.mesh:
+        if mesh not in fitting:
+            tell(f"mesh {mesh}: not run, {count} GPUs", None, "", device="GPUs")
+    if arguments.fault:
+        kill_one(arguments, fitting[0])
+        return
+    known = baselines(arguments)
+    for name in arguments.format:
+        for mesh in fitting:
+            compare(arguments, mesh, name, known)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
     python -m benchmarks.mesh [--model examples/docs-moe] [--meshes 1x1,1x2,2x1,2x2] [--json]
 
-Each rank is a process with one thread, so more ranks than cores share them. The baseline of a step is the
-same model in one process (mesh 1x1), measured in the same run; that of the exchange is the step, and the rest
-of the step is the computation. Bytes are those that rank 0 sends to others. With --rebalance, the steps while
+Each rank is a process with one thread, so more ranks than cores share them. A step is one token of every
+sequence. Its baseline is the same model in one process (mesh 1x1), measured in the same run; that of the
+exchange is the step, and the rest of the step is the computation. Bytes are those that rank 0 sends to
+others. A pipeline is measured with one micro-batch, too. The bubble of a rank is the share of a step in
+which its process uses no processor, which includes waiting for a busy one. With --rebalance, the steps while
 experts move are compared with those in between. Simulated lines are of benchmarks/mesh_model.py.
 """
 
@@ -30,7 +32,7 @@ from moe_worker.engine.requests import Request
 from moe_worker.mesh.runner import MeshRunner
 from moe_worker.sampling.parameters import SamplingParameters
 
-BATCH, STEPS, PROMPT, ROUNDS = 8, 40, 64, 8
+BATCH, STEPS, PROMPT, ROUNDS = 8, 100, 64, 8
 
 
 def main() -> None:
@@ -48,6 +50,9 @@ def main() -> None:
         baseline = baseline or found["step_ms"]
         for row in rows(mesh, found, baseline):
             show(row, arguments.json)
+        if MeshShape.parse(mesh).pipeline > 1:
+            for row in pipeline_rows(mesh, found, measure(arguments.model, mesh, micro_batches=1)):
+                show(row, arguments.json)
     if arguments.rebalance:
         for row in rebalancing_rows(*measure_rebalancing(arguments.model)):
             show(row, arguments.json)
@@ -59,7 +64,7 @@ def show(row: dict[str, Any], as_json: bool) -> None:
     print(json.dumps(row) if as_json else f"{row['what']}: {row['ours']:.4g} {row['unit']}", flush=True)
 
 
-def rows(mesh: str, found: dict[str, float], baseline: float) -> list[dict[str, Any]]:
+def rows(mesh: str, found: dict[str, Any], baseline: float) -> list[dict[str, Any]]:
     """One object a figure."""
     step = found["step_ms"]
     common = {"device": "cpu", "simulated": False}
@@ -73,10 +78,25 @@ def rows(mesh: str, found: dict[str, float], baseline: float) -> list[dict[str, 
     ]  # fmt: skip
 
 
-def measure(model: Path, mesh: str) -> dict[str, float]:
-    """Medians over steps of BATCH sequences; the exchange includes the wait for slower ranks."""
-    with running(model, mesh) as (loaded, options):
-        core = EngineCore(loaded, options)
+def pipeline_rows(mesh: str, found: dict[str, Any], whole: dict[str, Any]) -> list[dict[str, Any]]:
+    """One object a figure; the baseline is one micro-batch."""
+    common = {"device": "cpu", "simulated": False}
+    what = f"micro-batches for each of the stages, mesh {mesh}"
+    bubbles = [
+        {"what": f"bubble of rank {rank}, {what}", "ours": ours, "baseline": before,
+         "ratio": ours / before if before else None, "unit": "share of a step", **common}
+        for rank, (ours, before) in enumerate(zip(found["bubbles"], whole["bubbles"], strict=True))
+    ]  # fmt: skip
+    ours, before = found["step_ms"], whole["step_ms"]
+    step = {"what": f"decode step of {BATCH} sequences, {what}", "ours": ours, "baseline": before,
+            "ratio": ours / before, "unit": "ms", **common}  # fmt: skip
+    return [step, *bubbles]
+
+
+def measure(model: Path, mesh: str, micro_batches: int | None = None) -> dict[str, Any]:
+    """Means over steps of BATCH sequences; the exchange includes the wait for slower ranks."""
+    with running(model, mesh) as (loaded, options, others):
+        core = EngineCore(loaded, options, micro_batches=micro_batches)
         sampling = SamplingParameters(max_tokens=STEPS + 20, ignore_eos=True)
         for number in range(BATCH):
             prompt = tuple(5 + (number * 31 + i) % 200 for i in range(PROMPT))
@@ -85,14 +105,25 @@ def measure(model: Path, mesh: str) -> dict[str, float]:
             core.step()
         for _ in range(8):
             core.step()
-        times, before = [], exchanged(loaded)
-        for _ in range(STEPS):
-            begin = time.perf_counter()
-            core.step()
-            times.append(time.perf_counter() - begin)
-        after = exchanged(loaded)
-    nbytes, seconds = ((now - then) / STEPS for now, then in zip(after, before, strict=True))
-    return {"step_ms": statistics.median(times) * 1e3, "exchange_ms": seconds * 1e3, "bytes": nbytes}
+        pids = [os.getpid(), *(process.pid for process in others)]
+        before, used = exchanged(loaded), [processor_s(pid) for pid in pids]
+        begin, produced = time.perf_counter(), 0
+        while produced < STEPS * BATCH:
+            produced += len(core.step())
+        took = time.perf_counter() - begin
+        busy = [processor_s(pid) - then for pid, then in zip(pids, used, strict=True)]
+        steps = produced / BATCH
+        nbytes, seconds = ((now - then) / steps for now, then in zip(exchanged(loaded), before, strict=True))
+    return {
+        "step_ms": took / steps * 1e3, "exchange_ms": seconds * 1e3, "bytes": nbytes,
+        "bubbles": [max(0.0, 1 - own / took) for own in busy],
+    }  # fmt: skip
+
+
+def processor_s(pid: int) -> float:
+    """Seconds that a process has used of processors."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def rebalancing_rows(moving: list[float], still: list[float], moves: int) -> list[dict[str, Any]]:
@@ -124,7 +155,7 @@ def measure_rebalancing(model: Path) -> tuple[list[float], list[float], int]:
     """Seconds of decode steps while experts move, and of those in between; how often they have moved."""
     moving, still = list[float](), list[float]()
     flags = {"redundant_experts": 2, "rebalance_interval": 1.0, "rebalance_threshold": 1.0}
-    with running(model, "1x2", **flags) as (loaded, options):
+    with running(model, "1x2", **flags) as (loaded, options, _):
         core = EngineCore(loaded, options)
         runner = loaded.runner
         if not isinstance(runner, MeshRunner) or runner.rebalancing is None:
@@ -153,8 +184,10 @@ def exchanged(loaded: LoadedModel) -> tuple[float, float]:
 
 
 @contextlib.contextmanager
-def running(model: Path, mesh: str, **more: Any) -> Iterator[tuple[LoadedModel, EngineOptions]]:
-    """The model over a mesh whose other ranks are processes of this machine."""
+def running(
+    model: Path, mesh: str, **more: Any
+) -> Iterator[tuple[LoadedModel, EngineOptions, list[subprocess.Popen[bytes]]]]:
+    """The model over a mesh, and the processes of its other ranks on this machine."""
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
         leader = f"127.0.0.1:{server.getsockname()[1]}"
     common = {"mesh": mesh, "mesh_leader": leader, "threads": 1, "context_length": 256, **more}
@@ -171,7 +204,7 @@ def running(model: Path, mesh: str, **more: Any) -> Iterator[tuple[LoadedModel, 
     ]
     try:
         loaded = load(model, options, progress=False)
-        yield loaded, options
+        yield loaded, options, others
         if loaded.member is not None:
             loaded.member.close()
     finally:

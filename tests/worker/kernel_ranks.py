@@ -16,7 +16,7 @@ os.environ.setdefault("MOE_WORKER_MESH_SECRET", "of these ranks")
 import torch
 import torch.distributed as dist
 
-from benchmarks.gpu_mesh import Case, difference, random_tokens
+from benchmarks.gpu_mesh_case import Case, difference, random_tokens
 from benchmarks.gpu_random import SMALL
 from moe_worker.config.engine import EngineOptions
 from moe_worker.engine.core import EngineCore

@@ -45,11 +45,11 @@ class ActiveRequest:
         """Whether the output format became too complex to go on with."""
         return self.guide is not None and self.guide.failed
 
-    def follow(self, chunk: Chunk, source: int) -> Segment:
-        """The model's input for `chunk`. source: of Segment."""
+    def follow(self, chunk: Chunk, source: int, behind: int) -> Segment:
+        """The model's input for `chunk`. source, behind: of Segment."""
         if chunk.pages:
             self.pages[chunk.pages_from :] = array("i", chunk.pages)
-        return Segment(chunk.tokens, chunk.start, self.pages, self.shard, source)
+        return Segment(chunk.tokens, chunk.start, self.pages, self.shard, source, behind)
 
     def resume(self, token_bytes: Callable[[int], bytes]) -> None:
         """Puts the emitted tokens of a resumed stream before the text; the client has them."""

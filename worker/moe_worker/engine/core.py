@@ -1,13 +1,16 @@
 """The engine's steps: plan, launch, and the tokens of a finished step as text.
 
 On a GPU the next step is planned and launched before the tokens of this one are known: they stay on the
-device and feed the next step there, so the device hides the host's work.
+device and feed the next step there, so the device hides the host's work. In a mesh of several stages, as many
+steps are in flight as there are stages, each with its part of the streams (micro-batches): while one stage
+computes a step, the one before computes the next.
 """
 
 import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -31,13 +34,17 @@ from moe_worker.scheduler.core import Scheduler
 from moe_worker.scheduler.plan import Arrival, Counters, Limits, Step
 
 log = logging.getLogger(__name__)
+# The least streams of a micro-batch on GPUs, by format of the weights. In other formats a stage computes a
+# part in less time than its host needs to launch it (docs/parallelism.md): streams stay together.
+LEAST_STREAMS = {"bf16": 8}
 
 
 class EngineCore:
     """Runs requests on one loaded model. Not thread-safe.
 
-    `clock` returns monotonic seconds; deadlines of requests use it. flights: concurrent steps; None: two on a
-    GPU, one elsewhere.
+    `clock` returns monotonic seconds; deadlines of requests use it. flights: concurrent steps; None: one for
+    each micro-batch, and on a GPU one more. micro_batches: parts of the running streams; None: one for each
+    stage of a mesh, but on GPUs only if it has LEAST_STREAMS.
     """
 
     def __init__(
@@ -46,18 +53,31 @@ class EngineCore:
         options: EngineOptions,
         clock: Callable[[], float] = time.monotonic,
         flights: int | None = None,
+        micro_batches: int | None = None,
     ) -> None:
         self._loaded = loaded
         self._clock = clock
         self._host = HostPages(loaded.cache, options.kv_offload) if options.kv_offload else None
-        self._scheduler = Scheduler(_limits(loaded, options), self._host)
         self._launcher = Launcher(loaded)
+        self._micro_batches = micro_batches or self._launcher.stages
+        least, parts = 1, self._micro_batches
+        if self._launcher.ahead and micro_batches is None:
+            least = LEAST_STREAMS.get(loaded.format, 1)
+            parts = parts if loaded.format in LEAST_STREAMS else 1
+        limits = _limits(loaded, options)
+        self._scheduler = Scheduler(
+            replace(
+                limits, target_s=limits.target_s / parts, micro_batches=parts, least_streams=least,
+                ahead=self._launcher.ahead,
+            ),
+            self._host,
+        )  # fmt: skip
         self._active: dict[int, ActiveRequest] = {}
         self._tally = Tally()
         runner = loaded.runner
         self._mesh = MeshReporter.of(runner, options.mesh_epoch) if isinstance(runner, MeshRunner) else None
         self._flights: deque[Flight[ActiveRequest]] = deque()
-        self._most_flights = flights or (2 if self._launcher.ahead else 1)
+        self._most_flights = flights or self._micro_batches + self._launcher.ahead
 
     @property
     def idle(self) -> bool:
@@ -175,47 +195,84 @@ class EngineCore:
         """Plans and launches a step, then waits for the oldest one; returns a token for each request that
         samples.
 
-        Empty if there is nothing to do, or, on a GPU, if nothing was launched before this step.
+        Empty if there is nothing to do, or if more steps may be in flight than were launched before this one.
         """
-        self._tend()
+        deltas = self._tend()
         plan = self._scheduler.plan(self._clock())
         if self._host is not None:
             self._host.run(self._scheduler.take_moves())
         if plan.preempted or plan.admitted:
             self._tally.note(plan, {id_: self._active[id_].tokens for id_ in plan.preempted})
-        deltas = [self._end(request, FinishReason.DEADLINE) for request in plan.expired]
+        deltas += [self._end(request, FinishReason.DEADLINE) for request in plan.expired]
         if plan.step is not None:
             self._launch(plan.step)
         if self._flights and (plan.step is None or len(self._flights) == self._most_flights):
-            deltas += self._land(self._flights.popleft())
+            deltas += self._land_oldest()
         return deltas
 
-    def _tend(self) -> None:
-        """What a mesh does between two steps."""
-        if isinstance(self._loaded.runner, MeshRunner):
-            try:
-                self._loaded.runner.tend()
-            except MeshError as error:
-                self._recover(error)
+    def _tend(self) -> list[Delta]:
+        """What a mesh does between two steps. Ranks come back while no step is in flight: none is lost."""
+        runner, deltas = self._loaded.runner, list[Delta]()
+        if not isinstance(runner, MeshRunner):
+            return deltas
+        while runner.member.returned and self._flights:
+            deltas += self._land_oldest()
+        try:
+            runner.tend()
+        except MeshError as error:
+            self._recover(error)
+        return deltas
 
     def _launch(self, step: Step) -> None:
         active = [self._active[chunk.id] for chunk in step.chunks]
         try:
-            self._flights.append(self._launcher.launch(step, active, self._flights))
+            flight = self._launcher.launch(step, active, self._flights)
         except torch.OutOfMemoryError as error:
-            if step.tokens == 1 and not self._flights:
-                raise DeviceMemoryError(
-                    f"{self._loaded.device} has no memory left for a step of one token; lower the KV memory, "
-                    "or use a smaller format"
-                ) from error
-            log.warning("out of memory in a step of %d tokens; going on with smaller ones", step.tokens)
-            torch.cuda.empty_cache()
+            self._shrink(step, error)
             self._scheduler.retract(step, shrink=True)
+            self._give_up()
         except MeshError as error:
             self._scheduler.retract(step, shrink=False)
             self._recover(error)
         else:
-            self._tally.count(step, {each.request.id: each.given for each in active})
+            self._flights.append(flight)
+            if self._finish(len(self._flights) - self._micro_batches + 1):
+                self._tally.count(step, {each.request.id: each.given for each in active})
+
+    def _finish(self, count: int) -> bool:
+        """Samples the `count` oldest steps; False where that fails: those not sampled are undone then."""
+        try:
+            for flight in list(self._flights)[: max(0, count)]:
+                flight.finish()
+        except torch.OutOfMemoryError as error:
+            self._shrink(self._flights[-1].step, error)
+            self._give_up()
+        except MeshError as error:
+            self._recover(error)
+        else:
+            return True
+        return False
+
+    def _shrink(self, step: Step, error: torch.OutOfMemoryError) -> None:
+        """Raises DeviceMemoryError where steps cannot become smaller than `step`."""
+        alone = all(flight.step is step for flight in self._flights)
+        if step.tokens == 1 and alone:
+            raise DeviceMemoryError(
+                f"{self._loaded.device} has no memory left for a step of one token; lower the KV memory, "
+                "or use a smaller format"
+            ) from error
+        log.warning("out of memory in a step of %d tokens; going on with smaller ones", step.tokens)
+        torch.cuda.empty_cache()
+
+    def _give_up(self) -> None:
+        """Undoes the steps that are not sampled yet; later ones are smaller."""
+        self._retract(shrink=True)
+        self._launcher.discard()
+
+    def _retract(self, *, shrink: bool) -> None:
+        """Undoes all steps in flight that are not sampled yet."""
+        while self._flights and not self._flights[-1].finished:
+            self._scheduler.retract(self._flights.pop().step, shrink=shrink)
 
     def _recover(self, error: MeshError) -> None:
         """Forms the mesh again; every running request is recomputed from its prompt and its tokens.
@@ -224,9 +281,14 @@ class EngineCore:
         """
         if not isinstance(self._loaded.runner, MeshRunner):
             raise error
+        self._retract(shrink=False)
         self._loaded.runner.reform(error)
         lost = self._scheduler.lose_cache()
         log.warning("the cache of the mesh is lost; %d requests are recomputed", len(lost))
+
+    def _land_oldest(self) -> list[Delta]:
+        """Nothing where the mesh has lost a rank, and the steps in flight."""
+        return self._land(self._flights.popleft()) if self._finish(1) else []
 
     def _land(self, flight: Flight[ActiveRequest]) -> list[Delta]:
         """Processes the tokens of a step; requests that ended since its launch get none of them."""

@@ -1,9 +1,9 @@
-"""A launched step, whose sampled tokens are being copied to the host.
+"""A launched step, and the tokens that it samples, which are copied to the host.
 
 Legend: B rows that sample, T tokens of a step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -16,43 +16,62 @@ from moe_worker.sampling.sampler import Logprobs, Sampled
 from moe_worker.scheduler.plan import Step
 
 S = TypeVar("S")
+Outcome = tuple[Sampled | None, Logprobs | None]
 
 
 class Flight(Generic[S]):
     """`sampling`: the requests that sample, in order, each with its state in the engine.
 
-    guided: whether the guides of its texts have taken its tokens. spans: tokens of prompts that it scores.
+    rows: where each request samples. guided: whether the guides of its texts have taken its tokens. spans:
+    tokens of prompts that it scores.
     """
 
     def __init__(
         self,
         step: Step,
         sampling: Sequence[tuple[int, S]],
-        sampled: Sampled | None,
+        outcome: Callable[[], Outcome],
         spans: Sequence[Span] = (),
-        scores: Logprobs | None = None,
     ) -> None:
-        """Starts to copy the tokens and other results from the device. scores: of all spans."""
+        """outcome: samples, and returns the tokens and the scores of all spans."""
         self.step = step
         self.spans = spans
         self.sampling = sampling
         self.guided = False
-        self._rows = {name: row for row, (name, _) in enumerate(sampling)}
-        self._sampled = sampled
+        self.rows = {name: row for row, (name, _) in enumerate(sampling)}
+        self._outcome: Callable[[], Outcome] | None = outcome
+        self._sampled: Sampled | None = None
+        self._scores: Logprobs | None = None
         self._arrived: torch.cuda.Event | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has been sampled; until then the last stage of a pipeline may still compute it."""
+        return self._outcome is None
+
+    def finish(self) -> None:
+        """Samples, unless it has, and starts to copy the results from the device; steps finish in order.
+
+        Raises torch.OutOfMemoryError, and MeshError if a rank of a mesh is lost.
+        """
+        if self._outcome is None:
+            return
+        sampled, self._scores = self._outcome()
+        self._outcome, self._sampled = None, sampled
         if sampled is not None:
             self._tokens_B = _to_host(sampled.tokens_B)
             self._failed_B = _to_host(sampled.failed_B)
             # Copied now, because a later copy would wait for the step launched since.
             self._logprobs: Logprobs | None = sampled.logprobs and sampled.logprobs.moved(_to_host)
-        self._scores = scores and scores.moved(_to_host)
+        scores = self._scores
         copied = sampled.tokens_B if sampled is not None else None if scores is None else scores.chosen_L
+        self._scores = scores and scores.moved(_to_host)
         if copied is not None and copied.is_cuda:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
     def scores(self) -> list[TokenLogprobs]:
-        """Of the tokens of all spans, one span after the other; waits for the device."""
+        """Of the tokens of all spans, one span after the other; waits for the device. Finished steps only."""
         if self._scores is None:
             return []
         if self._arrived is not None:
@@ -60,17 +79,13 @@ class Flight(Generic[S]):
         return list(self._scores.listed().values())
 
     def wait(self) -> tuple[list[int], list[bool], dict[int, TokenLogprobs]]:
-        """Tokens, failed rows, and log-probabilities by row."""
+        """Tokens, failed rows, and log-probabilities by row, of a finished step."""
         if self._sampled is None:
             return [], [], {}
         if self._arrived is not None:
             self._arrived.synchronize()
         logprobs = {} if self._logprobs is None else self._logprobs.listed()
         return self._tokens_B.tolist(), self._failed_B.tolist(), logprobs
-
-    def row(self, name: int) -> int:
-        """Where request `name` samples."""
-        return self._rows[name]
 
     def copy_tokens(self, rows: Sequence[int], places: Sequence[int], into_T: Tensor) -> None:
         """Writes the tokens of `rows` to `places` of `into_T`, on the device."""

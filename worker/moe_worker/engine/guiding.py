@@ -37,11 +37,13 @@ class StepGuides:
         guided = [(row, it.guide) for row, (_, it) in enumerate(sampling) if it.guide is not None]
         if not guided:
             return lambda: None
-        if not flights:
+        names = {name for name, it in sampling if it.guide is not None}
+        before = [flight for flight in flights if not names.isdisjoint(flight.rows)]
+        if not before:
             return self._guides.begin(guided, self._device)
 
         def after_flights() -> Allowed | None:
-            for flight in flights:
+            for flight in before:
                 self.take(flight)
             return self._guides.begin(guided, self._device)()
 

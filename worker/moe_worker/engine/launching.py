@@ -1,18 +1,22 @@
-"""Launches steps: builds the batch, computes the forward pass, and samples; the host does not wait for it.
+"""Launches steps: builds the batch, computes the forward pass, and samples; on a GPU the host does not wait.
+
+In a mesh of several stages, a launch computes the first one; the step is sampled when it is finished, which
+needs the last stage. Until then the first one can compute other steps.
 
 Legend: N rows that sample, V vocabulary.
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moe_worker.engine.active import ActiveRequest
 from moe_worker.engine.expert_usage import ExpertUsage
-from moe_worker.engine.flight import Flight
+from moe_worker.engine.flight import Flight, Outcome
 from moe_worker.engine.guiding import Flights, StepGuides
 from moe_worker.engine.loading import LoadedModel
 from moe_worker.engine.scoring import Span, score_spans, spans
@@ -28,7 +32,8 @@ class Launcher:
     """The device's side of the engine: model, cache, sampler, and the masks of output formats.
 
     ahead: whether a step can be launched before the tokens of the previous one are known. feeds: whether a
-    mesh gets the sampled tokens from this device, one for each row of logits.
+    mesh gets the sampled tokens from this device, one for each row of logits. stages: of the pipeline, which
+    compute different steps at the same time.
     """
 
     def __init__(self, loaded: LoadedModel) -> None:
@@ -36,39 +41,53 @@ class Launcher:
         self._runner, self._cache = loaded.runner, loaded.cache
         self._sampler = Sampler(loaded.config.vocab_size, loaded.device, loaded.config.eos_token_ids)
         runner = loaded.runner
-        self._fed = runner if isinstance(runner, MeshRunner) and runner.feeds else None
+        self._mesh = runner if isinstance(runner, MeshRunner) else None
+        self._fed = self._mesh if self._mesh is not None and self._mesh.feeds else None
         self.feeds = self._fed is not None
+        self.stages = 1 if self._mesh is None else self._mesh.member.shape.pipeline
         self.ahead = loaded.device.type == "cuda" and (loaded.member is None or self._fed is not None)
 
     def launch(self, step: Step, active: Sequence[ActiveRequest], flights: Flights) -> Flight[ActiveRequest]:
         """Launches `step`, whose chunks belong to `active`; `flights` are the steps before it, oldest first.
 
-        Raises torch.OutOfMemoryError, and MeshError if a rank of a mesh is lost.
+        Call `finish` of the result before the next launch, or in a pipeline before its stages have nothing
+        else to do. Raises torch.OutOfMemoryError, and MeshError if a rank of a mesh is lost.
         """
-        sources = [_source(chunk, flights) for chunk in step.chunks]
+        sources = _sources(step.chunks, flights)
         placed = zip(active, step.chunks, sources, strict=True)
-        batch = Batch.of([each.follow(chunk, source) for each, chunk, source in placed], self._cache)
+        batch = Batch.of(
+            [each.follow(chunk, source.row, source.behind) for each, chunk, source in placed], self._cache
+        )
         if self._fed is None:
-            _fill_in(sources, batch, flights)
+            _fill_in(sources, batch)
         rows = [row for row, chunk in zip(batch.last_rows, step.chunks, strict=True) if chunk.samples]
         pairs = zip(step.chunks, active, strict=True)
         sampling = [(chunk.id, each) for chunk, each in pairs if chunk.samples]
         masks = self.guides.begin(sampling, flights)
         wanted = spans(step.chunks, active)
-        logits = self._logits(batch, rows, wanted)
+        logits = self._begin(batch, rows, wanted)
         self.experts.count(step)
-        sampled = self._sample(logits.sampled_NV, sampling, masks()) if sampling else None
-        return Flight(step, sampling, sampled, wanted, logits.scores)
 
-    def _logits(self, batch: Batch, rows: Sequence[int], wanted: Sequence[Span]) -> "_Logits":
-        """Computes the forward pass. rows: that sample."""
+        def outcome() -> Outcome:
+            found = logits()
+            sampled = self._sample(found.sampled_NV, sampling, masks()) if sampling else None
+            return sampled, found.scores
+
+        return Flight(step, sampling, outcome, wanted)
+
+    def _begin(self, batch: Batch, rows: Sequence[int], wanted: Sequence[Span]) -> "Callable[[], _Logits]":
+        """Begins the forward pass. rows: that sample."""
         scored = sorted({*rows, *(row for span in wanted for row in span.rows)})
-        logits_NV = self._runner.logits(batch, self._cache, scored)
-        if not wanted:
-            return _Logits(logits_NV)
-        places_N = torch.tensor([bisect_left(scored, row) for row in rows], dtype=torch.int64)
-        sampled_NV = logits_NV.index_select(0, to_device(places_N, logits_NV.device))
-        return _Logits(sampled_NV, score_spans(logits_NV, scored, wanted))
+        if self._mesh is None:
+            logits_NV = self._runner.logits(batch, self._cache, scored)
+            return lambda: _logits(logits_NV, rows, scored, wanted)
+        collect = self._mesh.begin(batch, self._cache, scored)
+        return lambda: _logits(collect(), rows, scored, wanted)
+
+    def discard(self) -> None:
+        """Forgets the steps that are not finished; what other ranks computed of them is received."""
+        if self._mesh is not None:
+            self._mesh.discard()
 
     def release(self, request: int) -> None:
         """Frees what the device holds for a request that ended; ignores unknown requests."""
@@ -97,15 +116,58 @@ class _Logits:
     scores: Logprobs | None = None
 
 
-def _source(chunk: Chunk, flights: Flights) -> int:
-    """The row of the previous step that samples the last token of `chunk`; -1 if the host knows it."""
-    return flights[-1].row(chunk.id) if chunk.tokens[-1] == UNKNOWN_TOKEN else -1
+def _logits(logits_NV: Tensor, rows: Sequence[int], scored: Sequence[int], wanted: Sequence[Span]) -> _Logits:
+    if not wanted:
+        return _Logits(logits_NV)
+    places_N = torch.tensor([bisect_left(scored, row) for row in rows], dtype=torch.int64)
+    sampled_NV = logits_NV.index_select(0, to_device(places_N, logits_NV.device))
+    return _Logits(sampled_NV, score_spans(logits_NV, scored, wanted))
 
 
-def _fill_in(sources: Sequence[int], batch: Batch, flights: Flights) -> None:
-    """Inserts the tokens that the host does not know yet, from the previous step, on the device."""
-    unknown = [(row, source) for row, source in zip(batch.last_rows, sources, strict=True) if source >= 0]
-    if unknown:
-        flights[-1].copy_tokens(
-            [source for _, source in unknown], [row for row, _ in unknown], batch.tokens_T
-        )
+class _Source(NamedTuple):
+    """The step in flight that samples the last token of a chunk, and its row there; -1 if the host knows it.
+
+    behind: of Segment.
+    """
+
+    row: int = -1
+    flight: Flight[ActiveRequest] | None = None
+    behind: int = 1
+
+
+_KNOWN = _Source()
+
+
+def _sources(chunks: Sequence[Chunk], flights: Flights) -> list[_Source]:
+    """Where the tokens come from that the host does not know yet; finishes the steps that sample them."""
+    places = [_place(chunk, flights) for chunk in chunks]
+    last = max(places, default=-1)
+    for flight in list(flights)[: last + 1]:
+        flight.finish()
+    newer, behind = 0, {}
+    for place in range(len(flights) - 1, -1, -1):
+        newer += flights[place].finished and bool(flights[place].sampling)
+        behind[place] = newer
+    return [
+        _KNOWN if place < 0 else _Source(flights[place].rows[chunk.id], flights[place], behind[place])
+        for place, chunk in zip(places, chunks, strict=True)
+    ]
+
+
+def _place(chunk: Chunk, flights: Flights) -> int:
+    """The newest of `flights` that samples the last token of `chunk`; -1 if the host knows it."""
+    if chunk.tokens[-1] != UNKNOWN_TOKEN:
+        return -1
+    return next(place for place in range(len(flights) - 1, -1, -1) if chunk.id in flights[place].rows)
+
+
+def _fill_in(sources: Sequence[_Source], batch: Batch) -> None:
+    """Inserts the tokens that the host does not know yet, from earlier steps, on the device."""
+    unknown: dict[int, tuple[Flight[ActiveRequest], list[int], list[int]]] = {}
+    for place, source in zip(batch.last_rows, sources, strict=True):
+        if source.flight is not None:
+            _, rows, places = unknown.setdefault(id(source.flight), (source.flight, [], []))
+            rows.append(source.row)
+            places.append(place)
+    for flight, rows, places in unknown.values():
+        flight.copy_tokens(rows, places, batch.tokens_T)

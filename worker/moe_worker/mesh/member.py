@@ -40,7 +40,8 @@ MayLack = Callable[[frozenset[int], float], bool]
 class Member:
     """This process in its mesh. channels: to the other ranks in order (the leader's), or to the leader.
 
-    group: the present ranks of its stage; None while it waits to meet them. moved: where experts are, as the
+    group: the present ranks of its stage; None while it waits to meet them. back: all present ranks, for what
+    goes from the last stage to the leader; None where there is one stage. moved: where experts are, as the
     leader says: by layer, the expert at each place, where that is not the placement for equal loads. present:
     ranks that take part now. formation: how often they have met again. on_change: called when others take
     part; on_wake, by other threads, when there is something to do between two passes.
@@ -50,6 +51,7 @@ class Member:
         self.shape, self.rank = identity.shape, rank
         self.channels: Sequence[Channel] = []
         self.group: dist.ProcessGroup | None = None
+        self.back: dist.ProcessGroup | None = None
         self.moved: Moved = {}
         self.present: tuple[int, ...] = (rank,)
         self.formation = 0
@@ -163,7 +165,7 @@ class Member:
         self.quiet()
         for channel in self.channels:
             channel.close()
-        self.channels, self.group = [], None
+        self.channels, self.group, self.back = [], None, None
         if dist.is_initialized():
             dist.destroy_process_group()
         self._are_present((self.rank,))
@@ -241,10 +243,12 @@ class Member:
             )
             stages = [[rank for rank in ranks if shape.stage_of(rank) == s] for s in range(shape.pipeline)]
             groups = [dist.new_group([ranks.index(rank) for rank in stage]) for stage in stages]
+            # NCCL runs what two ranks exchange in one group in the order in which each of them calls it.
+            back = dist.new_group() if shape.pipeline > 1 else None
         except (RuntimeError, ValueError, dist.DistError) as error:
             self.leave()
             raise MeshError(f"mesh {shape} cannot be connected: {error}; start all ranks again") from error
-        self.group = groups[self.number]
+        self.group, self.back = groups[self.number], back
         self._are_present(ranks)
 
     def _are_present(self, ranks: tuple[int, ...]) -> None:

@@ -69,7 +69,10 @@ class Allocate:
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens of one sequence, as models.batch.Segment. selected: those whose logits are wanted."""
+    """Tokens of one sequence, as models.batch.Segment. selected: those whose logits are wanted.
+
+    source, behind: of Segment, among the steps whose tokens `Feed` has announced.
+    """
 
     tokens: tuple[int, ...]
     start: int
@@ -77,18 +80,22 @@ class Piece:
     shard: int
     selected: tuple[int, ...]
     source: int = -1
+    behind: int = 1
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Leader to rank: the next pass. scratch: pages of a cache for this pass alone; 0: the engine's cache.
-
-    feeds: whether the leader sends the tokens that it samples, to the ranks of the first stage.
-    """
+    """Leader to rank: the next pass. scratch: pages of a cache for this pass alone; 0: the engine's cache."""
 
     pieces: tuple[Piece, ...]
     scratch: int = 0
-    feeds: bool = False
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Leader to the ranks of the first stage: `count` tokens come, which it has sampled."""
+
+    count: int
 
 
 @dataclass(frozen=True)
@@ -146,6 +153,7 @@ Message = (
     | Ready
     | Allocate
     | Compute
+    | Feed
     | AskCounts
     | Counts
     | Prepare

@@ -2,14 +2,15 @@
 
 A segment belongs to a shard: the rank with that number in each stage computes its attention and keeps its
 pages. Hidden states go from stage to stage between the ranks of one shard, logits from the last stage to the
-leader. All ranks of a stage enter each exchange of experts together, those without tokens too.
+leader. All ranks of a stage enter each exchange of experts together, those without tokens too. Nobody waits
+until another stage has received, so that the stages of a pipeline compute different passes.
 
 Legend: t tokens of a shard, N tokens whose logits are wanted, n those of a shard, D hidden, V vocabulary.
 """
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from moe_worker.kernels.transfer import to_device
 from moe_worker.kvcache.paged import PagedCache
 from moe_worker.mesh.errors import MeetAgainError, MeshError, RankLostError
-from moe_worker.mesh.exchange import receive, send
+from moe_worker.mesh.exchange import Early, Outbox, receive, send
 from moe_worker.mesh.member import Member
 from moe_worker.mesh.messages import (
     Again,
@@ -25,6 +26,7 @@ from moe_worker.mesh.messages import (
     Compute,
     Counts,
     End,
+    Feed,
     Piece,
     Prepare,
     Switch,
@@ -37,6 +39,8 @@ from moe_worker.models.batch import Batch, Segment
 from moe_worker.moe.counting import Counter
 
 log = logging.getLogger(__name__)
+# Samples of steps that may be fed to later ones.
+MOST_FED = 8
 
 
 class MeshRunner:
@@ -57,7 +61,9 @@ class MeshRunner:
         self._last = member.shape.pipeline - 1
         self._counter = part.expert_counter()
         self._counters: list[MeshCounter] = []
-        self._fed_N: Tensor | None = None
+        self._fed: deque[Tensor] = deque(maxlen=MOST_FED)
+        self._early, self._outbox = Early(part.device), Outbox(2 * member.shape.pipeline)
+        self._begun: deque[tuple[Compute, Tensor | None]] = deque()
         # Where the sequences of a shard are: the ranks with this number in each stage.
         self._homes = list(range(member.shape.expert))
         self._recovery = Recovery(member, part, held, cache.pages, self._met_again, reforms)
@@ -65,7 +71,14 @@ class MeshRunner:
 
     def reform(self, error: MeshError) -> None:
         """Meets the other ranks again after `error`. Raises MeshError."""
+        self._forget()
         self._recovery.recover(error)
+
+    def _forget(self) -> None:
+        """What is under way between ranks."""
+        self._outbox.forget()
+        self._fed.clear()
+        self._begun.clear()
 
     @property
     def shards(self) -> Sequence[int]:
@@ -80,6 +93,7 @@ class MeshRunner:
         """All others keep their cache. Raises MeshError where one of them is another process now."""
         before = self.member.processes
         self.member.call_together()
+        self._forget()
         self._recovery.recover(MeetAgainError(f"ranks {returned} are back"))
         after = self.member.processes
         for rank, process in before.items():
@@ -105,17 +119,33 @@ class MeshRunner:
 
     def logits(self, batch: Batch, cache: PagedCache, rows: Sequence[int]) -> Tensor:
         """[N, V], of the whole mesh; only the leader calls it. Raises MeshError."""
+        return self.begin(batch, cache, rows)()
+
+    def begin(self, batch: Batch, cache: PagedCache, rows: Sequence[int]) -> Callable[[], Tensor]:
+        """Computes the leader's part of a pass; the result waits for the logits [N, V], which it returns.
+
+        Logits are collected in the order in which passes began. Both raise MeshError.
+        """
         scratch = 0 if cache is self._cache else cache.pages
-        step = Compute(_pieces(batch, rows, self._homes), scratch, self.feeds and not scratch and bool(rows))
+        step = Compute(_pieces(batch, rows, self._homes), scratch)
         for channel in self.member.channels:
             channel.send(step)
-        return self._collect(step, self._compute(step, cache))
+        self._begun.append((step, self._compute(step, cache)))
+        return self._collect_oldest
+
+    def discard(self) -> None:
+        """Collects what was begun, so that the next pass gets its own logits. Raises MeshError."""
+        while self._begun:
+            self._collect_oldest()
 
     def feed(self, tokens_N: Tensor) -> None:
-        """The tokens sampled from the newest logits; called after each of them where `feeds`."""
-        self._fed_N = tokens_N
-        for rank in self.member.shape.stage_ranks(0)[1:]:
-            send(tokens_N, self.member.index(rank))
+        """The tokens sampled from the logits collected last; called after each of them where `feeds`."""
+        self._fed.append(tokens_N)
+        first = self.member.shape.stage_ranks(0)
+        for channel in self.member.channels:
+            if channel.rank in first:
+                channel.send(Feed(tokens_N.shape[0]))
+                send(tokens_N, self.member.index(channel.rank))
 
     def expert_counter(self) -> "MeshCounter":
         """Of all ranks."""
@@ -143,7 +173,7 @@ class MeshRunner:
     def follow(self) -> None:
         """Computes what the leader says, until it says that this was all. Raises MeshError if it is gone."""
         channel = self.member.channels[0]
-        kinds = Compute, AskCounts, Prepare, Switch, Again, End
+        kinds = Compute, Feed, AskCounts, Prepare, Switch, Again, End
         while not isinstance(message := channel.receive(*kinds), End):
             if isinstance(message, Again):
                 raise MeetAgainError("the leader calls all ranks together")
@@ -156,14 +186,14 @@ class MeshRunner:
                 passes, layers = self._counter.read()
                 channel.send(Counts(passes, tuple((layer, tuple(own), n) for layer, own, n in layers)))
                 continue
+            if isinstance(message, Feed):
+                fed_N = torch.empty(message.count, dtype=torch.int64, device=self._part.device)
+                self._fed.append(receive(fed_N, self.member.index(0)))
+                continue
             cache = self._scratch(message.scratch) if message.scratch else self._cache
             out_nV = self._compute(message, cache)
             if out_nV is not None and out_nV.shape[0]:
-                send(out_nV, self.member.index(0))
-            if message.feeds and self.member.number == 0:
-                count = sum(len(piece.selected) for piece in message.pieces)
-                fed_N = torch.empty(count, dtype=torch.int64, device=self._part.device)
-                self._fed_N = receive(fed_N, 0)
+                self._outbox.send(out_nV, self.member.index(0), self.member.back)
         self.member.quiet()
 
     def _compute(self, step: Compute, cache: PagedCache) -> Tensor | None:
@@ -176,30 +206,34 @@ class MeshRunner:
         tokens, each = batch.tokens_T.shape[0], member.shape.expert
         x_tD = None
         if member.number:
-            x_tD = torch.empty(tokens, part.hidden, dtype=part.dtype, device=part.device)
+            shape = tokens, part.hidden
             if tokens:
-                receive(x_tD, member.index(member.rank - each))
+                x_tD = self._early.receive(shape, part.dtype, member.index(member.rank - each))
+            else:
+                x_tD = torch.empty(shape, dtype=part.dtype, device=part.device)
         out = part.compute(_width(step.pieces, member.shape.expert), batch, cache, _selected(pieces), x_tD)
         if cache is self._cache:
             self._counter.count(tokens)
         if member.number == self._last:
             return out
         if tokens:
-            send(out, member.index(member.rank + each))
+            self._outbox.send(out, member.index(member.rank + each))
         return None
 
     def _fill_in(self, pieces: Sequence[Piece], batch: Batch) -> None:
         """Inserts tokens that the host does not know yet, from the step before, on the device."""
-        unknown = [
-            (row, piece.source)
-            for row, piece in zip(batch.last_rows, pieces, strict=True)
-            if piece.source >= 0
-        ]
-        if unknown and self._fed_N is not None:
+        unknown: dict[int, list[tuple[int, int]]] = {}
+        for row, piece in zip(batch.last_rows, pieces, strict=True):
+            if piece.source >= 0:
+                unknown.setdefault(piece.behind, []).append((row, piece.source))
+        for behind, pairs in unknown.items():
             rows_n, sources_n = (
-                to_device(torch.tensor(each), self._part.device) for each in zip(*unknown, strict=True)
+                to_device(torch.tensor(each), self._part.device) for each in zip(*pairs, strict=True)
             )
-            batch.tokens_T.index_copy_(0, rows_n, self._fed_N[sources_n])
+            batch.tokens_T.index_copy_(0, rows_n, self._fed[-behind][sources_n])
+
+    def _collect_oldest(self) -> Tensor:
+        return self._collect(*self._begun.popleft())
 
     def _collect(self, step: Compute, own_nV: Tensor | None) -> Tensor:
         """All logits, in the order of the pieces."""
@@ -209,13 +243,15 @@ class MeshRunner:
             return own_nV
         shape = len(shards), part.vocabulary
         out_NV = torch.empty(shape, dtype=part.logits_dtype, device=part.device)
+        if len(set(shards)) == 1 and own_nV is None:
+            return receive(out_NV, self.member.index(first + shards[0]), self.member.back)
         for shard in sorted(set(shards)):
             rows = [row for row, each in enumerate(shards) if each == shard]
             rows_n = to_device(torch.tensor(rows, dtype=torch.int64), part.device)
             part_nV = own_nV
             if first + shard != self.member.rank or part_nV is None:
                 part_nV = out_NV.new_empty(len(rows), shape[1])
-                receive(part_nV, self.member.index(first + shard))
+                receive(part_nV, self.member.index(first + shard), self.member.back)
             out_NV.index_copy_(0, rows_n, part_nV)
         return out_NV
 
@@ -274,7 +310,8 @@ def _pieces(batch: Batch, rows: Sequence[int], homes: Sequence[int]) -> tuple[Pi
             selected.append(wanted.popleft() - first)
         own = tuple(max(0, token) for token in segment.tokens)  # one that is not known yet is filled in later
         pages = tuple(segment.pages)
-        pieces.append(Piece(own, segment.start, pages, homes[segment.shard], tuple(selected), segment.source))
+        source = segment.source, segment.behind
+        pieces.append(Piece(own, segment.start, pages, homes[segment.shard], tuple(selected), *source))
         first = end
     return tuple(pieces)
 

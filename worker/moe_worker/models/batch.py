@@ -24,8 +24,8 @@ class Segment:
 
     `pages`: the cache pages of the sequence in order, enough for all its tokens including these (preferably
     an array of ints: a step copies thousands). shard: where the pages are, if sequences are spread over
-    several. source: the row of the previous step that samples the last of `tokens`, if the host does not know
-    it yet; else -1.
+    several. source: the row of an earlier step that samples the last of `tokens`, if the host does not know
+    it yet; else -1. behind: which step, counted back from the newest one that has sampled.
     """
 
     tokens: Sequence[int]
@@ -33,6 +33,7 @@ class Segment:
     pages: Sequence[int]
     shard: int = 0
     source: int = -1
+    behind: int = 1
 
     @property
     def count(self) -> int:

@@ -69,6 +69,10 @@ class Sampled:
     logprobs: Logprobs | None = None
 
 
+# Batches whose tensors are kept: a pipeline's steps have different sequences in turn.
+KEPT_BATCHES = 8
+
+
 class Sampler:
     """Samples tokens for admitted sequences.
 
@@ -81,7 +85,7 @@ class Sampler:
         self._ends = frozenset(ends)
         self._rows: dict[int, Row] = {}
         self._counts = TokenCounts(vocab_size, device)
-        self._batch: SamplingBatch | None = None
+        self._batches: list[SamplingBatch] = []  # of different sequences each, the newest first
 
     @torch.inference_mode()
     def admit(
@@ -101,15 +105,13 @@ class Sampler:
         if parameters.penalizes:
             row.counted = self._counts.open(prompt, output)
         self._rows[name] = row
-        self._batch = None
 
     def release(self, name: int) -> None:
         """Removes a sequence; ignores unknown names."""
         row = self._rows.pop(name, None)
         if row is not None and row.counted is not None:
             self._counts.close(row.counted)
-        if self._batch is not None and name in self._batch.names:
-            self._batch = None
+        self._batches = [batch for batch in self._batches if name not in batch.names]
 
     @torch.inference_mode()
     def sample(self, logits_BV: Tensor, names: Sequence[int], allowed: Allowed | None = None) -> Sampled:
@@ -118,11 +120,18 @@ class Sampler:
         logits_BV: of any floating dtype; is left as it is. allowed: tokens that formats allow; None: all.
         Counts the tokens as generated.
         """
-        if self._batch is None or self._batch.names != tuple(names):
-            self._batch = build(names, [self._rows[name] for name in names], self._counts, self._device)
-        sampled = sample(logits_BV, self._batch, allowed)
-        self._batch.advance(sampled.tokens_B)
+        batch = self._batch_of(tuple(names))
+        sampled = sample(logits_BV, batch, allowed)
+        batch.advance(sampled.tokens_B)
         return sampled
+
+    def _batch_of(self, names: tuple[int, ...]) -> SamplingBatch:
+        found = next((batch for batch in self._batches if batch.names == names), None)
+        if found is None:
+            found = build(names, [self._rows[name] for name in names], self._counts, self._device)
+            others = [batch for batch in self._batches if not set(names).intersection(batch.names)]
+            self._batches = [found, *others[: KEPT_BATCHES - 1]]
+        return found
 
 
 def sample(logits_BV: Tensor, batch: SamplingBatch, allowed: Allowed | None = None) -> Sampled:

@@ -28,7 +28,10 @@ class Limits:
     holds page_size tokens. prefill_tokens: most prompt tokens of one step. least_tokens: prompt
     tokens that a step may always compute, and sequences that may always run, on any machine. target_s: target
     duration of a step, which is the time per output token of a stream. aging_s: waiting time that outweighs
-    one level of priority. prefix_cache: whether prompts share pages.
+    one level of priority. prefix_cache: whether prompts share pages. micro_batches: steps among which the
+    running streams are divided, so that each stage of a pipeline has a step to compute; such a part has
+    least_streams at least. ahead: whether a
+    stream may be in a step before the host knows its last token.
     """
 
     sequences: int
@@ -40,6 +43,9 @@ class Limits:
     target_s: float = 0.05
     aging_s: float = 10.0
     prefix_cache: bool = True
+    micro_batches: int = 1
+    least_streams: int = 1
+    ahead: bool = True
 
     @property
     def requests(self) -> int:
@@ -155,8 +161,8 @@ class Counters:
 
     prompt_tokens, prefix_hit_tokens: of requests when they first ran. recomputed_tokens: computed again after
     a preemption. largest_gap: 1 as long as every running stream gets a token in every step, which holds while
-    one tenant has all requests; largest_preempted_gap is that of streams that were preempted between two
-    tokens.
+    one tenant has all requests, and streams are not divided into micro-batches; largest_preempted_gap is that
+    of streams that were preempted between two tokens.
     """
 
     steps: int = 0

@@ -9,6 +9,10 @@ tree are evicted, the lowest-priority request is preempted.
 All that holds for the requests of one tenant. Several tenants share steps, places in the batch and pages
 (`tenants`): streams of one that has more than its share pause, which costs nothing, and of its requests the
 lowest-priority one is the first to be preempted.
+
+With several micro-batches, a step has an equal part of the streams, those that have waited longest, and
+leaves out streams whose token an earlier step in flight samples: the stages of a pipeline then compute
+different steps at the same time.
 """
 
 from bisect import bisect_left, insort
@@ -33,10 +37,10 @@ OVERTAKEN_STEPS = 1000
 class Draft:
     """The step under construction: chunks of one token and longer ones, each with its job.
 
-    order: running jobs, of which the last one is the first to be preempted. The rest is for several tenants.
-    paused: streams that get no token. spare: those of them that may get one if something is left, in turn.
-    tokens: of the whole step, at most. prompts: tokens of prompts that each tenant may compute. scored:
-    tokens of scored prompts that are left of SCORED_TOKENS.
+    order: running jobs, of which the last one is the first to be preempted. paused: streams that get no
+    token. scored: tokens of scored prompts that are left of SCORED_TOKENS. The rest is for several tenants.
+    spare: paused streams that may get a token if something is left, in turn. tokens: of the whole step, at
+    most. streams: in it, at most. prompts: tokens of prompts that each tenant may compute.
     """
 
     number: int
@@ -44,6 +48,7 @@ class Draft:
     paused: set[Job] = field(default_factory=set)
     spare: list[Job] = field(default_factory=list)
     tokens: int = 0
+    streams: int = 0
     prompts: dict[Tenant, int] = field(default_factory=dict)
     scored: int = SCORED_TOKENS
     single: list[Chunk] = field(default_factory=list)
@@ -115,14 +120,46 @@ class SchedulingPolicy:
             self._preempt(draft)
         if several:
             self._divide(draft)
+        elif self._limits.micro_batches > 1:
+            self._take_turns(draft)
         self._prefill(draft, self._decode(draft))
         self._use_rest(draft)
         self._charge(draft)
         return draft
 
+    def _take_turns(self, draft: Draft) -> None:
+        """Pauses streams beyond this step's part, and those whose last token is under way.
+
+        Where no stream is left, and the host need not know tokens, the step waits for the one before.
+        """
+        limits, before = self._limits, draft.number - self._limits.micro_batches
+        streams, ready = [], []
+        for job in draft.order:
+            length = job.length
+            if length - job.computed == 1 and length < job.ends:
+                streams.append(job)
+                if length == len(job.tokens) or (limits.ahead and 0 < job.sampled <= before):
+                    ready.append(job)
+        if not ready and limits.ahead:
+            ready = streams
+        most = self._part(len(streams))
+        if len(ready) > most:
+            ready = sorted(ready, key=lambda job: (job.sampled, job.rank))[:most]
+        draft.paused = set(streams).difference(ready)
+
+    def _part(self, streams: int) -> int:
+        """How many of the running streams may be in a step."""
+        limits = self._limits
+        if limits.micro_batches == 1:
+            return self.most_running
+        return max(-(-streams // limits.micro_batches), limits.least_streams)
+
     def _divide(self, draft: Draft) -> None:
         """Divides the step among several tenants: pauses streams and limits prompts."""
-        decoding, prompts = self._demands(draft)
+        streams = sum(job.left == 1 for job in draft.order)
+        draft.streams = self._part(streams)
+        together = streams <= draft.streams and self._limits.ahead
+        decoding, prompts = self._demands(draft, 1 if together else self._limits.micro_batches)
         most = self.budget.prompt_tokens(0)
         demands = {
             tenant: len(decoding.get(tenant, ())) + min(prompts.get(tenant, 0), most)
@@ -139,7 +176,7 @@ class SchedulingPolicy:
             jobs.sort(key=lambda job: (job.sampled, job.rank))
             chosen += jobs[: share - for_prompts]
             draft.prompts[tenant] = share - min(len(jobs), share - for_prompts)
-        places = max(1, self.most_running - len(prompts))
+        places = max(1, min(self.most_running - len(prompts), draft.streams))
         if len(chosen) > places:
             chosen = _interleaved(chosen)[:places]
         taken = set(chosen)
@@ -147,10 +184,11 @@ class SchedulingPolicy:
         draft.paused.update(draft.spare)
         draft.tokens = int(tokens)
 
-    def _demands(self, draft: Draft) -> tuple[dict[Tenant, list[Job]], dict[Tenant, int]]:
+    def _demands(self, draft: Draft, apart: int) -> tuple[dict[Tenant, list[Job]], dict[Tenant, int]]:
         """Streams that can get a token, and tokens of prompts, of running requests and the next waiting one.
 
-        A stream that paused while its last token was under way waits until the host knows that token.
+        apart: steps between two tokens of a stream whose last one is under way. One that paused meanwhile
+        waits until the host knows that token.
         """
         decoding: dict[Tenant, list[Job]] = {}
         prompts: dict[Tenant, int] = {}
@@ -158,7 +196,7 @@ class SchedulingPolicy:
             left = job.left
             if left > 1:
                 prompts[job.tenant] = prompts.get(job.tenant, 0) + left
-            elif left and (job.known or job.sampled + 1 == draft.number):
+            elif left and (job.known or job.sampled + apart == draft.number):
                 decoding.setdefault(job.tenant, []).append(job)
             elif left:
                 draft.paused.add(job)
@@ -195,14 +233,16 @@ class SchedulingPolicy:
     def _use_rest(self, draft: Draft) -> None:
         """Gives tokens that a tenant had no pages or places for to streams that pause."""
         left = draft.tokens - len(draft.single) - sum(len(chunk.tokens) for chunk in draft.long)
-        places = self.most_running - len(draft.single) - len(draft.long)
+        places = min(self.most_running - len(draft.long), draft.streams) - len(draft.single)
         for job in draft.spare[: max(0, min(left, places))]:
             empty = not draft.single and not draft.long
             has_page = job.computed < len(job.table) * self._limits.page_size
             # Only in an empty step nobody is planned who could be preempted.
             waits = job.state is State.RUNNING and job.admitted < draft.number
             if waits and (has_page or (self._grow(draft, job) if empty else self.memory.grow(job))):
-                self._place(draft, job, 1)
+                draft.single.append(job.next_token())  # the host may not know it yet
+                draft.single_jobs.append(job)
+                self._count_gap(job, draft.number)
 
     def _grow(self, draft: Draft, job: Job) -> bool:
         """One more page for a job; if none is free, jobs at the end of the order are preempted, finally this
@@ -237,7 +277,8 @@ class SchedulingPolicy:
 
         First each tenant gets its part, then they get in order what is left.
         """
-        budget = self.budget.prompt_tokens(len(draft.single))
+        waiting = self._limits.micro_batches > 1 and bool(draft.paused)  # for a token of another step
+        budget = self.budget.prompt_tokens(max(len(draft.single), waiting))
         if not self._tenants.several:
             for tenant in self._tenants.live.values():
                 self._prefill_tenant(draft, tenant, list(prompts), budget)
@@ -330,7 +371,8 @@ class SchedulingPolicy:
 
         One that has less than its share of a full batch may run nevertheless: then streams of others pause.
         """
-        most, running = min(self.most_running, self.budget.tokens), len(self.running)
+        most = min(self.most_running, self.budget.tokens * self._limits.micro_batches)
+        running = len(self.running)
         if running < most:
             return True
         room = running < 2 * most and tenant.running < most

@@ -1,0 +1,172 @@
+"""A random model over the GPUs of a mesh, and on one of them as a whole, for benchmarks and tests."""
+
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+
+from benchmarks.gpu_random import config_of, random_model
+from moe_worker.config.model import ModelConfig
+from moe_worker.engine.loading import LoadedModel
+from moe_worker.kvcache.paged import CacheShape, PagedCache
+from moe_worker.mesh.cuda_stage import CudaStage
+from moe_worker.mesh.member import Member
+from moe_worker.mesh.messages import End
+from moe_worker.mesh.part import stage_of
+from moe_worker.mesh.places import ExpertPlaces
+from moe_worker.mesh.runner import MeshRunner
+from moe_worker.models.batch import Batch, Segment
+from moe_worker.models.cuda_build import Sizes, prepare
+from moe_worker.models.cuda_runner import CudaRunner
+from moe_worker.models.deepseek import DeepseekModel, MoeBlock
+from moe_worker.models.runner import Runner
+from moe_worker.models.stage import Stage
+from moe_worker.models.tokenizer import Tokenizer
+from moe_worker.moe.experts import Experts
+
+PAGE = 16
+
+
+class NoText:
+    """Replaces the tokenizer: random weights generate no meaningful text."""
+
+    def token_bytes(self, token: int) -> bytes:
+        del token
+        return b""
+
+
+def part_of(model: DeepseekModel, stage: Stage) -> DeepseekModel:
+    """What `stage` holds of a whole model."""
+    layers = []
+    for number in stage.layers:
+        layer = model.layers[number]
+        if isinstance(layer.block, MoeBlock) and number in stage.experts:
+            experts, routed = layer.block.experts, model.config.moe.routed
+            held = torch.tensor([*stage.experts[number], *range(routed, experts.count)], device=model.device)
+
+            def kept(rows: torch.Tensor, held: torch.Tensor = held) -> torch.Tensor:
+                return rows[held]
+
+            own = Experts(experts.gate_up_AFD.map(kept), experts.down_ADI.map(kept), experts.round_tokens)
+            layer = replace(layer, block=MoeBlock(layer.block.router, own, stage.dispatch(number)))
+        layers.append(layer)
+    none_ND = model.embedding_VD[:0]
+    no_head = replace(model.head, matrix=model.head.matrix.map(lambda rows: rows[:0]))
+    return replace(
+        model,
+        stage=stage,
+        layers=layers,
+        embedding_VD=model.embedding_VD if stage.first else none_ND,
+        norm_D=model.norm_D if stage.last else none_ND[:, 0],
+        head=model.head if stage.last else no_head,
+    )
+
+
+class Alone:
+    """A whole model in this process. model: is consumed."""
+
+    def __init__(self, model: DeepseekModel, context: int, largest: int, pages: int, prefill: int) -> None:
+        self.config, self.context = model.config, context
+        with torch.inference_mode():
+            self.cache = cache_of(model.config, model.config.num_hidden_layers, pages, model.device)
+            self.runner = CudaRunner(prepare(model, consume=True), self.cache, largest, context, prefill)
+
+    def loaded(self) -> LoadedModel:
+        """For an engine."""
+        return loaded_model(self.config, self.runner, self.cache, self.context, None)
+
+
+class Case:
+    """A random model, as this rank's part of `member`'s mesh; on the leader as a whole, too, if `alone`."""
+
+    alone: Alone | None
+
+    def __init__(  # noqa: PLR0913, PLR0917 - a record of sizes
+        self, member: Member, values: dict[str, Any], number_format: str, device: torch.device, context: int,
+        largest: int, pages: int, prefill: int, redundant: int = 0, alone: bool = True,
+    ) -> None:  # fmt: skip
+        self.config, self.member, self.context = config_of(values), member, context
+        total = self.config.num_hidden_layers
+        cuts = [round(total * stage / member.shape.pipeline) for stage in range(member.shape.pipeline + 1)]
+        layers = range(cuts[member.number], cuts[member.number + 1])
+        places = ExpertPlaces(self.config, member.shape.expert, redundant)
+        stage = stage_of(self.config, member, layers, places, device)
+        with torch.inference_mode():
+            whole = random_model(values, number_format, context, device)
+            self.cache = cache_of(self.config, len(layers), pages, device)
+            part = part_of(whole, stage)
+            self.alone = None
+            if not (member.leads and alone):
+                del whole
+            self.part = CudaStage(part, self.cache, member.stage_group, largest, context, prefill)
+            self.runner = MeshRunner(member, self.part, self.cache, feeds=True)
+            if member.leads and alone:
+                self.alone = Alone(whole, context, largest, pages, prefill)
+
+    def loaded(self) -> LoadedModel:
+        """The mesh, for the leader's engine."""
+        return loaded_model(self.config, self.runner, self.cache, self.context, self.member)
+
+    def loaded_alone(self) -> LoadedModel:
+        """The whole model in this process."""
+        return self._whole().loaded()
+
+    @torch.inference_mode()
+    def both(self, segments: list[Segment]) -> list[torch.Tensor]:
+        """Logits of the last tokens of `segments`, by the mesh and by one process."""
+        batch, whole = Batch.of(segments, self.cache), self._whole()
+        ours = self.runner.logits(batch, self.cache, batch.last_rows).float().clone()
+        self.runner.feed(ours.argmax(dim=-1))
+        batch = Batch.of(segments, whole.cache)
+        return [ours, whole.runner.logits(batch, whole.cache, batch.last_rows).float().clone()]
+
+    def end(self) -> None:
+        """The other ranks stop following."""
+        self.member.quiet()
+        for channel in self.member.channels:
+            channel.send(End())
+
+    def _whole(self) -> Alone:
+        if self.alone is None:
+            raise ValueError("only the leader of a case with `alone` has the whole model")
+        return self.alone
+
+
+def cache_of(config: ModelConfig, layers: int, pages: int, device: torch.device) -> PagedCache:
+    width = Sizes.of(config.latent).cache_width(config.latent)
+    return PagedCache.allocate(CacheShape(layers, width, PAGE, torch.bfloat16), pages, device)
+
+
+def loaded_model(
+    config: ModelConfig, runner: Runner, cache: PagedCache, context: int, member: Member | None
+) -> LoadedModel:
+    return LoadedModel(config, runner, cast("Tokenizer", NoText()), cache, context, "random", (), member)
+
+
+def difference(actual: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
+    """Of rows, relative: the median and the largest."""
+    errors = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
+    return float(errors.median()), float(errors.max())
+
+
+def random_tokens(count: int, seed: int, most: int) -> list[int]:
+    return torch.randint(most, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def compared(case: Case, prompt: int, steps: int) -> list[tuple[float, float]]:
+    """Differences after prompts, of four sequences, and in each of `steps` decode steps."""
+    shards, pages = case.member.shape.expert, case.cache.shape.pages_for(case.context)
+    vocabulary = case.config.vocab_size
+    texts = [random_tokens(prompt + n + steps, n, vocabulary) for n in range(4)]
+    own = [list(range(n * pages, (n + 1) * pages)) for n in range(4)]
+    found = [
+        difference(*case.both([Segment(t[: prompt + n], 0, own[n], n % shards) for n, t in enumerate(texts)]))
+    ]
+    for step in range(steps):
+        members = range(4) if step % 2 == 0 else range(1)  # the other shards have nothing to do
+        at = [prompt + n + step for n in range(4)]
+        if step % 2:
+            at[0] = prompt + step
+        segments = [Segment(texts[n][at[n] : at[n] + 1], at[n], own[n], n % shards) for n in members]
+        found.append(difference(*case.both(segments)))
+    return found

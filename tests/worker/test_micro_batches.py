@@ -1,0 +1,152 @@
+"""The stages of a pipeline compute different steps at the same time, and tokens stay the same."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from moe_worker.config.engine import EngineOptions
+from moe_worker.config.mesh import MeshShape
+from moe_worker.engine.core import EngineCore
+from moe_worker.engine.offline import Engine
+from moe_worker.engine.requests import Request
+from moe_worker.mesh.errors import RankLostError
+from moe_worker.mesh.runner import MeshRunner
+from moe_worker.sampling.parameters import SamplingParameters
+from moe_worker.scheduler.plan import Limits
+from tests.checkpoints import write_checkpoint
+from tests.worker.simulated import SimulatedEngine
+
+OPTIONS = {"device": "cpu", "dtype": "float32", "threads": 1, "context_length": 256}
+PROMPTS = [[7 + i % 290 for i in range(40)], [5], [300 - i % 250 for i in range(30)], [9, 8, 7], [11] * 20]
+
+
+class Staged(MeshRunner):
+    """Stands for a mesh of `stages` stages; tells when passes begin and when their logits are wanted."""
+
+    def __init__(self, runner, stages, lost=()):
+        self.member = SimpleNamespace(shape=MeshShape(stages, 1), returned=(), channels=())
+        self.feeds, self.rebalancing, self._homes = False, None, [0]
+        self.events, self._runner, self._logits, self._lost = [], runner, [], list(lost)
+        self.reformed = 0
+
+    def begin(self, batch, cache, rows):
+        self.events.append("begin")
+        self._logits.append(self._runner.logits(batch, cache, rows))
+        return self._collect
+
+    def _collect(self):
+        self.events.append("collect")
+        if self.events.count("collect") in self._lost:
+            raise RankLostError("rank 1 is gone")
+        return self._logits.pop(0)
+
+    def reform(self, error):
+        assert isinstance(error, RankLostError)
+        self._logits.clear()
+        self.reformed += 1
+
+    def tend(self):
+        pass
+
+    def expert_counter(self):
+        return self._runner.expert_counter()
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    return Engine(write_checkpoint(tmp_path_factory.mktemp("model"), num_hidden_layers=2), **OPTIONS)._loaded
+
+
+def tokens_of(loaded, **more):
+    """Of greedy and seeded requests, with prompts in chunks; and how many steps were in flight at most."""
+    core, most = EngineCore(loaded, EngineOptions(prefill_tokens=30, **OPTIONS), **more), 0
+    for number, prompt in enumerate(PROMPTS):
+        sampling = SamplingParameters(
+            max_tokens=12 + number, temperature=0.6 * (number % 2), seed=number, ignore_eos=True
+        )
+        core.submit(Request(number, tuple(prompt), sampling, seed=number))
+    found = [[] for _ in PROMPTS]
+    while not core.idle:
+        for delta in core.step():
+            found[delta.id].append(delta.token)
+        most = max(most, len(core._flights))
+    assert core.load.kv_tokens_used == 0
+    return found, most
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+def test_steps_of_a_pipeline_overlap_and_give_the_tokens_of_one_process(loaded, stages):
+    runner = Staged(loaded.runner, stages)
+    found, most = tokens_of(replace(loaded, runner=runner))
+    assert found == tokens_of(loaded)[0]
+    assert most == stages - 1  # after a step has landed
+    assert runner.events[:stages] == ["begin"] * stages
+    assert runner.events[stages : stages + 20] == ["collect", "begin"] * 10
+
+
+def test_one_micro_batch_waits_for_the_last_stage(loaded):
+    runner = Staged(loaded.runner, 2)
+    assert tokens_of(replace(loaded, runner=runner), micro_batches=1)[0] == tokens_of(loaded)[0]
+    assert runner.events == ["begin", "collect"] * (len(runner.events) // 2)
+
+
+def test_a_rank_that_is_lost_with_steps_in_flight_costs_no_token(loaded):
+    runner = Staged(loaded.runner, 3, lost=(3, 9, 20))
+    assert tokens_of(replace(loaded, runner=runner))[0] == tokens_of(loaded)[0]
+    assert runner.reformed == 3
+
+
+def streams(count, **limits):
+    """An engine whose prompts are computed; their last tokens are in flight."""
+    choices = {"sequences": 8, "waiting": 0, "pages": 64, "page_size": 4, "prefill_tokens": 64} | limits
+    engine = SimulatedEngine(Limits(**choices))
+    for number in range(count):
+        engine.submit(number, [number % 3] * 4, 30)
+    engine.step()
+    return engine
+
+
+def planned(engine):
+    step = engine.plan().step
+    return None if step is None else [chunk.id for chunk in step.chunks]
+
+
+def test_micro_batches_take_turns():
+    engine = streams(5, micro_batches=2)
+    assert planned(engine) == [0, 1, 2]
+    for _ in range(3):
+        assert planned(engine) == [3, 4]
+        engine.complete()
+        assert planned(engine) == [0, 1, 2]
+        engine.complete()
+    engine.drain()
+
+
+def test_few_streams_stay_together():
+    engine = streams(3, micro_batches=2, least_streams=2)
+    assert planned(engine) == [0, 1]
+    assert planned(engine) == [2]
+    engine.complete()
+    assert planned(engine) == [0, 1]
+    engine.drain()
+    engine = streams(3, micro_batches=2, least_streams=4)
+    for _ in range(3):
+        assert planned(engine) == [0, 1, 2]
+    engine.drain()
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_lone_stream_waits_for_its_token_only_where_the_host_must_know_it(ahead):
+    engine = streams(1, micro_batches=2, ahead=ahead)
+    assert planned(engine) == [0]
+    assert planned(engine) == ([0] if ahead else None)
+    engine.drain()
+
+
+def test_new_prompts_fill_the_stages_while_all_streams_are_under_way():
+    engine = streams(1, micro_batches=2, ahead=False)
+    assert planned(engine) == [0]
+    engine.submit(1, [1] * 4, 5)
+    assert planned(engine) == [1]
+    engine.drain()
