@@ -27,7 +27,9 @@ def serving(operator: Cluster) -> Iterator[Served]:
     namespace = f"mutual-{secrets.token_hex(4)}"
     operator.kubectl("create", "namespace", namespace)
     deployment = Served(operator, namespace)
-    deployment.apply("docs-moe", "file:///mnt/models/docs-moe", replicas=1, telemetry={})
+    # Small enough for a second worker beside the first one, and those of the other tests of the node.
+    worker = {"resources": {"requests": {"cpu": "50m"}}}
+    deployment.apply("docs-moe", "file:///mnt/models/docs-moe", replicas=1, telemetry={}, worker=worker)
     eventually(lambda: deployment.ready().get("status") == "True", "Ready", 180)
     yield deployment
     operator.kubectl("delete", "namespace", namespace, "--wait=false")
@@ -110,6 +112,7 @@ def secret(served, name):
     return {key: base64.b64decode(text) for key, text in data.items()}
 
 
+@pytest.mark.timeout(360)
 def test_turning_it_on_loses_no_stream_and_lets_frontends_and_the_operator_in_alone(serving):
     with Load(serving) as load:
         eventually(lambda: load.done > 0, "a stream", 60)
