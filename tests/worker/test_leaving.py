@@ -44,7 +44,7 @@ def test_an_engine_that_makes_no_step_ends_its_streams_and_the_worker_says_why(e
         os.kill(worker.engine_pid(), signal.SIGSTOP)
         error = refused(stream)
         assert error.code() is grpc.StatusCode.UNAVAILABLE
-        assert "the engine made no step for 2 s with 1 requests under way" in error.details()
+        assert "the engine made no step for 2 s with 1 requests in progress" in error.details()
         assert worker.process.wait(DEADLINE_S) != 0
         assert any(line.startswith("error: the engine made no step") for line in worker.lines)
 
