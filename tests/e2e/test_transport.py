@@ -78,6 +78,11 @@ def body(served):
     return json.loads(served.kubectl("get", "moed", "docs-moe", "-o", "json"))
 
 
+def model_revision(served):
+    """Of the worker that told the operator its model."""
+    return body(served)["status"]["model"]["revision"]
+
+
 def settled(served):
     found = body(served)
     current = [
@@ -132,8 +137,8 @@ def test_turning_it_on_loses_no_stream_and_lets_frontends_and_the_operator_in_al
     assert not accepted(serving, stranger)
     assert not accepted(serving, worker)
 
-    # The operator read the model over TLS, and its users see it.
-    assert body(serving)["status"]["model"]["architecture"]
+    # The operator read the model of the new revision over TLS, and its users see it.
+    eventually(lambda: model_revision(serving) == body(serving)["status"]["revision"], "the model", 60)
     shown = subprocess.run(
         [Path(sys.executable).with_name("moe"), "status", "docs-moe", "-n", serving.namespace],
         env={"KUBECONFIG": str(serving.cluster.kubeconfig), "PATH": "/usr/bin:/bin"},

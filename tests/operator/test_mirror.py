@@ -22,7 +22,8 @@ from moe_operator.errors import (
 from moe_operator.kube.follow import Follower
 from moe_operator.kube.mirror import Mirror, Place
 from moe_operator.observed import pods
-from moe_operator.render import frontend
+from moe_operator.render import frontend, worker
+from moe_operator.resources import names as resource_names
 from tests.operator import worlds
 
 
@@ -84,6 +85,26 @@ def test_a_cached_frontend_is_asked_at_the_port_that_it_declares(mirror):
     body["metadata"]["labels"] |= frontend.labels("docs")
     mirror.put("Pod", body)
     assert pods.read(mirror.get("Pod", "default", "docs-frontend-1")).admin_address == "10.0.0.1:8001"
+
+
+@pytest.mark.parametrize("role", ["worker", "frontend"])
+def test_a_cached_pod_with_mutual_tls_is_asked_over_tls(mirror, role):
+    of = worlds.deployment(transport={"mode": "MutualTLS"})
+    spec, labels = {
+        "worker": (
+            worker.pod_spec(of),
+            {**resource_names.single_labels("docs"), resource_names.LABEL_DATA_RANK: "0"},
+        ),
+        "frontend": (frontend.pod_spec(of), frontend.labels("docs")),
+    }[role]
+    body = pod(
+        "docs-0-0" if role == "worker" else "docs-frontend-1", 1, spec=spec, status={"podIP": "10.0.0.1"}
+    )
+    body["metadata"]["labels"] |= labels
+    mirror.put("Pod", body)
+    found, fresh = pods.read(mirror.get("Pod", "default", body["metadata"]["name"])), pods.read(body)
+    assert found.secure
+    assert (found.grpc_address, found.admin_address) == (fresh.grpc_address, fresh.admin_address)
 
 
 def test_of_a_pods_spec_only_what_is_read_is_kept(mirror):

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from moe_operator.observed.ownership import is_ours
+from moe_operator.observed.pods import PORT_NAMES
 from moe_operator.render.children import KINDS
 from moe_operator.render.objects import Manifest
 from moe_operator.resources import names
@@ -26,8 +27,8 @@ _FASTEST = 1
 """zlib level: a StatefulSet shrinks to a third in 60 us; higher levels gain little."""
 
 _OF_A_POD = ("nodeName", "readinessGates")
-"""The fields of a pod's spec that are read, in addition to its port for the operator and directories of its
-node. The rest is in its StatefulSet, and there are many pods.
+"""The fields of a pod's spec that are read, in addition to ports that say how to call it and directories of
+its node. The rest is in its StatefulSet, and there are many pods.
 """
 
 
@@ -191,14 +192,14 @@ def _read_of_pod(spec: Manifest) -> Manifest:
     """The part of a pod's spec that `observed.pods.read` reads."""
     lists = {
         "volumes": [volume for volume in spec.get("volumes", ()) if "hostPath" in volume],
-        "containers": [kept for container in spec.get("containers", ()) if (kept := _admin_port(container))],
+        "containers": [kept for container in spec.get("containers", ()) if (kept := _named_ports(container))],
     }
     kept = {name: spec[name] for name in _OF_A_POD if name in spec}
     return {**kept, **{name: items for name, items in lists.items() if items}}
 
 
-def _admin_port(container: Manifest) -> Manifest:
-    ports = [port for port in container.get("ports", ()) if port.get("name") == names.ADMIN_PORT_NAME]
+def _named_ports(container: Manifest) -> Manifest:
+    ports = [port for port in container.get("ports", ()) if port.get("name") in PORT_NAMES]
     return {"name": container["name"], "ports": ports} if ports else {}
 
 

@@ -14,6 +14,8 @@ from moe_operator.resources import names, peers
 
 _SECURE_NAMES: Final = (names.SECURE_GRPC_PORT_NAME, names.SECURE_ADMIN_PORT_NAME)
 _ADMIN_NAMES: Final = (names.ADMIN_PORT_NAME, names.SECURE_ADMIN_PORT_NAME)
+PORT_NAMES: Final = frozenset((*_SECURE_NAMES, *_ADMIN_NAMES))
+"""Names of the ports that `read` looks for."""
 
 
 @dataclass(frozen=True)
