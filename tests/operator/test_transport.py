@@ -5,6 +5,7 @@ import pytest
 from moe_frontend import main
 from moe_operator.controller.reconcile import Reconciler
 from moe_operator.errors import ApplyForbiddenError, ApplyRefusedError, ReadForbiddenError
+from moe_operator.observed import children
 from moe_operator.observed.observation import Observed
 from moe_operator.observed.pods import read
 from moe_operator.render import frontend, network, worker
@@ -115,6 +116,31 @@ def test_one_edit_rolls_workers_and_frontends():
     assert "grpc-tls" in ports(container(template, names.ROLE_WORKER))
     kept = world.children[Key("StatefulSet", "docs-0")]["spec"]["template"]["spec"]
     assert "grpc" in ports(container(kept, names.ROLE_WORKER))
+
+
+def transports(world):
+    """What the applied template of the frontends serves to the operator, and whether a policy lets it in."""
+    template = world.children[Key("Deployment", "docs-frontend")]["spec"]["template"]["spec"]
+    policy = world.children[Key("NetworkPolicy", "docs-frontend")]
+    allowed = {port["port"] for rule in policy["spec"]["ingress"] for port in rule["ports"]}
+    return "admin-tls" in ports(container(template, names.ROLE_FRONTEND)), names.ADMIN_PORT in allowed
+
+
+@pytest.mark.parametrize("also", [{}, {"frontend": {"image": "frontend:next"}}])
+def test_frontends_keep_their_certificate_until_no_worker_asks_for_one(also):
+    """Without one they would reach the first worker in plaintext alone, and all load would be its."""
+    world = settled(networkPolicy={"mode": "Restricted"}, **MUTUAL)
+    world.change(transport={"mode": "Plaintext"}, **also)
+    found = []
+    for _ in range(30):
+        world.step()
+        sets = (children.read(one) for name, one in world.children.items() if name.kind == "StatefulSet")
+        secure = any(one.secure for one in sets)
+        found.append((secure, *transports(world)))
+        world.all_ready()
+    assert found[0] == (True, True, True)
+    assert found[-1] == (False, False, False)
+    assert all(served and allowed for secure, served, allowed in found if secure)
 
 
 class Issuing:

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from moe_operator.observed import ownership
 from moe_operator.observed.ownership import Owned
+from moe_operator.observed.pods import serves_mutual_tls
 from moe_operator.render.gang_record import GangRecord, recorded
 from moe_operator.render.objects import Key, Manifest, key
 from moe_operator.resources import names
@@ -117,6 +118,8 @@ class StatefulSet(Child):
     """Its controller has observed it."""
     record: GangRecord
     """What the operator remembers of a gang."""
+    secure: bool
+    """Its pods serve mutual TLS."""
 
     @classmethod
     def _more(cls, manifest: Manifest) -> dict[str, Any]:
@@ -131,6 +134,7 @@ class StatefulSet(Child):
             "pods": status.get("replicas", 0),
             "observed": bool(status.get("observedGeneration")),
             "record": recorded(manifest),
+            "secure": serves_mutual_tls(spec.get("template", {}), names.ROLE_WORKER),
         }
 
 

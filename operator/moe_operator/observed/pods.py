@@ -120,7 +120,7 @@ def read(manifest: Mapping[str, Any]) -> Pod:
         restarts=status.restarts,
         ready_since=status.since("Ready", "True") if ready else None,
         admin_port=_port(manifest, names.ROLE_FRONTEND, _ADMIN_NAMES) or names.GRPC_PORT,
-        secure=bool(_port(manifest, role, _SECURE_NAMES)),
+        secure=serves_mutual_tls(manifest, role),
         namespace=metadata.get("namespace", ""),
         role=role,
         created=_time(metadata.get("creationTimestamp")),
@@ -139,6 +139,11 @@ def _role(metadata: Mapping[str, Any]) -> str:
         return ""
     replica, _, ordinal = metadata["name"].rpartition("-")
     return role if replica == names.replica(name, int(data_rank)) and ordinal.isdecimal() else ""
+
+
+def serves_mutual_tls(manifest: Mapping[str, Any], role: str) -> bool:
+    """Whether a pod, or those of a pod template, serve mutual TLS in their container of this role."""
+    return bool(_port(manifest, role, _SECURE_NAMES))
 
 
 def _port(manifest: Mapping[str, Any], role: str, accepted: Collection[str]) -> int:

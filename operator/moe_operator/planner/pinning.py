@@ -31,15 +31,25 @@ _CARRIERS: Final[Mapping[str, tuple[type[Child], Callable[[Deployment], Manifest
 
 def with_pins(deployment: Deployment, observed: Observed) -> Deployment:
     """The deployment with the pinned templates that are still valid, otherwise with new ones."""
+    deployment = replace(deployment, has_secure_workers=_has_secure_workers(deployment, observed))
+    views = {names.ROLE_WORKER: deployment, names.ROLE_FRONTEND: deployment.for_frontends}
     pinned = {}
     for role, (kind, render) in _CARRIERS.items():
         carriers = sorted(observed.owned(kind, deployment.identity).items())
         pins = (_pin(carrier) for _, carrier in carriers)
-        fresh = Pin(deployment.spec.manifest(), render(deployment))
+        view = views[role]
+        fresh = Pin(view.spec.manifest(), render(view))
         pinned[role] = next(
-            (pin for pin in pins if pin is not None and _holds(pin, fresh, deployment, render)), fresh
+            (pin for pin in pins if pin is not None and _holds(pin, fresh, view, render)), fresh
         )
     return replace(deployment, pinned=pinned)
+
+
+def _has_secure_workers(deployment: Deployment, observed: Observed) -> bool:
+    """Whether a worker serves mutual TLS, or will when its StatefulSet has created its pod again."""
+    sets = observed.owned(StatefulSet, deployment.identity).values()
+    workers = (pod for pod in observed.pods if pod.role == names.ROLE_WORKER)
+    return any(found.secure for found in sets) or any(pod.secure for pod in workers)
 
 
 def _pin(carrier: Child) -> Pin | None:

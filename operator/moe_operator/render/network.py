@@ -32,7 +32,7 @@ def _workers(of: Deployment) -> Manifest:
 def _frontends(of: Deployment) -> Manifest:
     """The API for everybody; the operator's port, where there is one, for the operator."""
     ingress = [_rule([], names.GRPC_PORT, names.HTTP_PORT)]
-    if of.spec.frontend.guarded or of.spec.transport.mutual:
+    if of.spec.frontend.guarded or of.for_frontends.spec.transport.mutual:
         ingress.append(_rule([_operator(of)], names.ADMIN_PORT))
     if of.spec.frontend.guarded:
         ingress.append(_rule([], names.METRICS_PORT))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from moe_operator.resources.digest import canonical, digest
 from moe_operator.resources.scaling_spec import Mode
 from moe_operator.resources.spec import Spec
 from moe_operator.resources.status import Status
+from moe_operator.resources.transport_spec import Transport
 
 _RESTARTED_MOST = 64
 """Characters of the time of a restart that count: a time has 32 at the most."""
@@ -89,11 +90,21 @@ class Deployment:
     """Pod templates by role: those that were rendered before and are still valid, or new ones."""
     operator_namespace: str = ""
     """Where the operator runs; empty if it does not know."""
+    has_secure_workers: bool = False
+    """A worker serves mutual TLS, whatever the spec asks for by now."""
 
     @property
     def name(self) -> str:
         """metadata.name."""
         return self.identity.name
+
+    @property
+    def for_frontends(self) -> Deployment:
+        """The deployment as frontends are rendered: they keep certificates until no worker asks for one."""
+        if self.spec.transport.mutual or not self.has_secure_workers:
+            return self
+        spec = self.spec.model_copy(update={"transport": Transport(mode="MutualTLS")})
+        return replace(self, spec=spec)
 
     @property
     def served_name(self) -> str:
