@@ -7,7 +7,7 @@ import contextlib
 import os
 import ssl
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import grpc
@@ -28,7 +28,7 @@ class KeyPair:
     """
 
     certificate: bytes
-    key: bytes
+    key: bytes = field(repr=False)
     authorities: bytes = b""
 
 

@@ -152,6 +152,14 @@ def test_the_life_of_a_certificate_ends_with_that_of_its_authority():
         _ = Authority(authority.certificate, new_authority("prod", NOW).key).signer
 
 
+def test_the_text_of_an_object_with_a_key_has_no_key():
+    """It may be a part of an error message."""
+    authority = new_authority("prod", NOW)
+    pair = issue(authority, mutual.OPERATOR, authority.certificate, NOW)
+    for one in (authority, pair):
+        assert "PRIVATE" not in repr(one)
+
+
 class Cluster:
     """Secrets, with the versions of an API server."""
 
@@ -243,6 +251,23 @@ def test_a_deleted_or_spoiled_secret_is_made_again(certificates, cluster, time):
     after = cluster.files(names.FRONTEND_CERTIFICATE_SECRET)
     assert after["ca.crt"] == before["ca.crt"]
     assert after["tls.key"] != before["tls.key"]
+
+
+def test_a_right_clock_replaces_what_a_wrong_one_made(certificates, cluster, time):
+    """Components would refuse it until that time comes."""
+    Certificates(cluster, lambda: NOW + 400 * DAY, time.seconds).ensure("prod")
+    certificates.ensure("prod")
+    for name in ALL[1:]:
+        made = cluster.files(name)
+        chain = [*x509.load_pem_x509_certificates(made["ca.crt"] + made["tls.crt"])]
+        assert len(chain) == 2
+        assert all(one.not_valid_before_utc <= NOW < one.not_valid_after_utc for one in chain)
+
+
+def test_a_certificate_that_is_not_valid_yet_is_due():
+    known = renewal.renewed((), "prod", NOW)
+    early = files(issue(known[0], mutual.WORKER, renewal.bundle(known), NOW + 2 * DAY))
+    assert "renewal" in renewal.due(early, mutual.WORKER, known, NOW)
 
 
 def test_another_process_takes_the_secrets_over_as_they_are(certificates, cluster, time):

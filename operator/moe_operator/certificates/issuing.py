@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cached_property
 from typing import Final
@@ -39,7 +39,7 @@ class Authority:
     """
 
     certificate: bytes
-    key: bytes
+    key: bytes = field(repr=False)
 
     @cached_property
     def parsed(self) -> x509.Certificate:

@@ -50,8 +50,11 @@ def written(authorities: Sequence[Authority]) -> dict[str, bytes]:
 
 
 def renewed(known: Sequence[Authority], namespace: str, now: datetime) -> tuple[Authority, ...]:
-    """The authorities of a namespace from now on; the known ones if nothing is due."""
-    valid = tuple(one for one in known if one.parsed.not_valid_after_utc > now)
+    """The authorities of a namespace from now on; the known ones if nothing is due.
+
+    One that is not valid yet is not kept: a wrong clock has made it, and components refuse it.
+    """
+    valid = tuple(one for one in known if _is_valid(one.parsed, now))
     if valid and not _is_old(valid[-1].parsed, now):
         return valid
     return (*valid, new_authority(namespace, now))
@@ -89,7 +92,9 @@ def due(files: Mapping[str, bytes], component: str, known: Sequence[Authority], 
         return "other authorities are trusted now"
     if not _is_from(certificate, signing(known, now)):
         return "another authority signs now"
-    return f"{tls.CERTIFICATE} is due for renewal" if _is_old(certificate, now) else ""
+    if not _is_valid(certificate, now) or _is_old(certificate, now):
+        return f"{tls.CERTIFICATE} is due for renewal"
+    return ""
 
 
 def _is_from(certificate: x509.Certificate, authority: Authority) -> bool:
@@ -98,6 +103,10 @@ def _is_from(certificate: x509.Certificate, authority: Authority) -> bool:
     except (InvalidSignature, ValueError, TypeError):
         return False
     return True
+
+
+def _is_valid(certificate: x509.Certificate, now: datetime) -> bool:
+    return certificate.not_valid_before_utc <= now < certificate.not_valid_after_utc
 
 
 def _is_old(certificate: x509.Certificate, now: datetime) -> bool:
