@@ -13,7 +13,11 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from moe_api import rich_status
 from moe_api.inference.v1 import inference_pb2
 from moe_frontend.edges import Guards
+from moe_frontend.outputs.answer import Saving
+from moe_frontend.outputs.measures import CacheMeasures
+from moe_frontend.outputs.store import Store
 from moe_frontend.policy.salt import prefix_salt, salt_of
+from moe_frontend.transport.prompts import Prompts
 from tests.frontend.http.conftest import http  # noqa: F401 - a fixture
 
 KEYS = {tenant: f"the key of tenant {tenant}, long enough" for tenant in ("crowd", "guest")}
@@ -182,6 +186,40 @@ def test_salts_go_by_tenant_else_by_credentials_and_by_what_the_client_adds():
     assert prefix_salt([], "") == ""
     assert len(prefix_salt([own])) == 32
     assert prefix_salt([("authorization", "a")]) != prefix_salt([], "a")
+
+
+class Callbacks:
+    """A meter that keeps what exports call, in their threads."""
+
+    def __init__(self):
+        self.all = []
+
+    def create_observable_counter(self, _, callbacks, *more):
+        self.all += callbacks
+
+    create_observable_up_down_counter = create_observable_counter
+
+
+def test_a_tenant_may_come_while_its_metrics_are_exported():
+    store, prompts, meter = Store(2**20, 60.0), Prompts(), Callbacks()
+    measures = CacheMeasures(store)
+    measures.export(meter)
+    prompts.measure(meter)
+
+    def request_of(tenant):
+        prompts.count(tenant, inference_pb2.Usage(prompt_tokens=3))
+        measures.lookups[tenant, "miss"] += 1
+        measures.save(tenant, Saving(3, 1.0))
+        store.sizes[tenant] += 1
+        store.evictions[tenant, "capacity"] += 1
+
+    request_of("a")
+    exports = [iter(callback(None)) for callback in meter.all]
+    first = [next(export).attributes["tenant"] for export in exports]
+    request_of("b")
+    for export in exports:
+        first += [one.attributes["tenant"] for one in export]
+    assert set(first) == {"a"}
 
 
 async def test_what_caches_save_is_exported_by_class_of_tenant(bench, guards):

@@ -91,10 +91,10 @@ _Sums = Mapping[str, float] | Mapping[tuple[str, str], float]
 def _observed(
     read: Callable[[], _Sums], second: str = ""
 ) -> Callable[[metrics.CallbackOptions], Iterable[metrics.Observation]]:
-    """Observes sums by tenant, or by tenant and `second`."""
+    """Observes sums by tenant, or by tenant and `second`. Exports run in threads, so each reads a copy."""
 
     def observe(_: metrics.CallbackOptions) -> Iterable[metrics.Observation]:
-        for key, value in read().items():
+        for key, value in list(read().items()):
             parts = (key,) if isinstance(key, str) else key
             yield metrics.Observation(value, dict(zip(("tenant", second), parts, strict=False)))
 

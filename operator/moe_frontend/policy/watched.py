@@ -68,7 +68,7 @@ class WatchedIndex(PrefixIndex):
     @property
     def blocks(self) -> int:
         """Blocks of all watched replicas; one that two replicas hold counts twice."""
-        return sum(len(held.blocks) for held in self._watched.values())
+        return sum(len(held.blocks) for held in list(self._watched.values()))  # metrics read it in a thread
 
     @property
     def watched(self) -> int:

@@ -126,7 +126,7 @@ class Admission:
         )
 
     def _observe(self, _: metrics.CallbackOptions) -> Sequence[metrics.Observation]:
-        return [metrics.Observation(n, {"tenant": label}) for label, n in self._in_progress.items()]
+        return [metrics.Observation(n, {"tenant": label}) for label, n in list(self._in_progress.items())]
 
     def _note(self, admitted: Admitted, refusal: Refusal | None) -> None:
         if self._requests is not None:

@@ -41,5 +41,6 @@ class Prompts:
         )
 
     def _observe(self, _: metrics.CallbackOptions) -> Iterable[metrics.Observation]:
-        for (tenant, result), count in self._counts.items():
+        # Exports run in threads.
+        for (tenant, result), count in list(self._counts.items()):
             yield metrics.Observation(count, {"tenant": tenant, "result": result})

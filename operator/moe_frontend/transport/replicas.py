@@ -219,7 +219,8 @@ class Replicas:
     @property
     def reported(self) -> list[Reported]:
         """The last reports of the ready replicas."""
-        return [replica.reported for replica in self._ready.values() if replica.reported is not None]
+        there = list(self._ready.values())  # metrics read it in a thread
+        return [replica.reported for replica in there if replica.reported is not None]
 
     def report_failure(self, endpoint: Endpoint) -> None:
         """Notes that the replica died with a request in flight, or was not reached."""
