@@ -194,8 +194,11 @@ def _wanted(
 
 
 def restoring(recorded: dict[str, Any], body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The JSON patch that restores what a revision recorded; null stands for a field that is not set."""
-    for field, value in recorded["spec"].items():
+    """The JSON patch that restores what a revision recorded; null stands for a field that is not set.
+
+    So does a field that is not in the record: the operator that made it did not have the field.
+    """
+    for field, value in {**dict.fromkeys(names.REVISED_FIELDS), **recorded["spec"]}.items():
         yield from _setting(f"/spec/{field}", body["spec"].get(field), value)
     yield from _restarting(body, recorded.get("restartedAt"))
 

@@ -37,7 +37,7 @@ class Planning:
     settings: Settings
     clock: Callable[[], datetime]
     active: Callable[[Collection[str]], Mapping[str, int]]
-    """Returns the active requests of workers by IP address, without workers that do not respond."""
+    """Returns the active requests of workers by address, without workers that do not respond."""
     dialer: Dialer
     _meshes: MeshReader = field(default_factory=MeshReader)
     _thought: threading.Lock = field(default_factory=threading.Lock)

@@ -69,7 +69,7 @@ class Reconciler:
     """The peering of this process."""
     clock: Callable[[], datetime]
     active: Callable[[Collection[str]], Mapping[str, int]]
-    """Returns the active requests of workers by IP address, without workers that do not respond."""
+    """Returns the active requests of workers by address, without workers that do not respond."""
     tracer: trace.Tracer = field(default_factory=lambda: trace.get_tracer(__name__))
     watcher: Watcher | None = None
     """Receives the observations of every reconcile: scaling."""

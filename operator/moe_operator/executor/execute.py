@@ -83,9 +83,7 @@ def _effects(cluster: Cluster, identity: Identity, plan: Plan) -> Iterator[tuple
 
 
 def _ensure_secret(cluster: Cluster, make: Callable[[str], Manifest]) -> None:
-    """Creates the gangs' Secret with a random value, unless there is one: the operator cannot read
-    Secrets.
-    """
+    """Creates the gangs' Secret with a random value, unless there is one: the operator cannot read it."""
     with contextlib.suppress(ChangedMeanwhileError):
         cluster.create(make(secrets.token_hex(32)))
 
