@@ -5,6 +5,7 @@ import base64
 import itertools
 import ssl
 import subprocess
+import threading
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -238,6 +239,30 @@ def test_secrets_are_made_once_and_only_renewed_when_due(certificates, cluster, 
     assert cluster.writes == [*ALL, *ALL[1:]]
     assert certificates.identity("prod") is not own
     assert x509.load_pem_x509_certificate(certificates.identity("prod").certificate)
+
+
+def test_a_slow_namespace_keeps_no_other_waiting(cluster, certificates):
+    asked, released = threading.Event(), threading.Event()
+
+    def read(kind, namespace, name):
+        if namespace == "slow":
+            asked.set()
+            released.wait(10)
+        return Cluster.read(cluster, kind, namespace, name)
+
+    cluster.read = read
+    slow, quick = (threading.Thread(target=certificates.ensure, args=(name,)) for name in ("slow", "prod"))
+    slow.start()
+    assert asked.wait(10)
+    quick.start()
+    quick.join(5)
+    done = certificates.identity("prod"), certificates.identity("slow")
+    released.set()
+    for thread in (slow, quick):
+        thread.join(10)
+    assert done[0] is not None
+    assert done[1] is None
+    assert certificates.identity("slow") is not None
 
 
 def test_a_deleted_or_spoiled_secret_is_made_again(certificates, cluster, time):

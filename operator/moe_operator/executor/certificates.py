@@ -54,6 +54,8 @@ class Certificates:
     ) -> None:
         self._cluster, self._clock, self._monotonic = cluster, clock, monotonic
         self._lock = threading.Lock()
+        self._checking: dict[str, threading.Lock] = {}
+        """One for each namespace: a slow admission webhook of one must not keep others waiting."""
         self._known: dict[str, _Namespace] = {}
 
     def identity(self, namespace: str) -> KeyPair | None:
@@ -69,6 +71,8 @@ class Certificates:
             ApplyRefusedError: the API server refused a Secret, or its name is taken.
         """
         with self._lock:
+            checking = self._checking.setdefault(namespace, threading.Lock())
+        with checking:
             known, now = self._known.get(namespace), self._monotonic()
             if known is None or now - known.checked_at > CHECKED_S:
                 self._known[namespace] = self._ensured(namespace, known, now)
