@@ -27,7 +27,7 @@ def serving(operator: Cluster) -> Iterator[Served]:
     namespace = f"mutual-{secrets.token_hex(4)}"
     operator.kubectl("create", "namespace", namespace)
     deployment = Served(operator, namespace)
-    # Small enough for a second worker beside the first one, and those of the other tests of the node.
+    # Small enough for a second worker next to the first one, and those of the other tests of the node.
     worker = {"resources": {"requests": {"cpu": "50m"}}}
     deployment.apply("docs-moe", "file:///mnt/models/docs-moe", replicas=1, telemetry={}, worker=worker)
     eventually(lambda: deployment.ready().get("status") == "True", "Ready", 180)
