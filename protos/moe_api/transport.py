@@ -18,6 +18,8 @@ _MAX_MESSAGE_BYTES: Final = 16 * 2**20
 # Requests slightly too long for a small model get our own error message instead of gRPC's.
 _MIN_MESSAGE_BYTES: Final = 2**20
 
+_MAX_METADATA_BYTES: Final = 16 * 2**10
+
 _Options = tuple[tuple[str, int], ...]
 
 # One bit for each algorithm; the lowest stands for "identity". gRPC refuses other messages with UNIMPLEMENTED
@@ -68,6 +70,10 @@ _SERVER_OPTIONS: Final[_Options] = (
     # Without this the window of each stream grows with the bandwidth, to megabytes for messages that nobody
     # reads yet. While the server reads one, gRPC opens the window for all of it anyway.
     ("grpc.http2.bdp_probe", 0),
+    # Metadata of a request. Between the two limits (8 and 16 KiB by default) gRPC refuses requests at random:
+    # some of those with a long token.
+    ("grpc.max_metadata_size", _MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", _MAX_METADATA_BYTES),
     # Two processes on one port would share its connections; the second one should fail to start instead.
     ("grpc.so_reuseport", 0),
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),

@@ -103,6 +103,17 @@ async def test_compressed_messages_are_refused(algorithm):
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
+async def test_metadata_of_a_long_token_is_accepted_each_time_and_more_never():
+    async with serving() as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        echo = channel.unary_unary(METHOD)
+        long, longer = ((("authorization", "a" * kib * 1024),) for kib in (15, 17))
+        for _ in range(20):
+            await echo(b"", metadata=long, timeout=30)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await echo(b"", metadata=longer, timeout=30)
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
 async def test_a_connection_has_so_many_calls_at_a_time():
     async with serving() as port:
         with RawClient(port) as client:
