@@ -58,18 +58,30 @@ def loaded(tmp_path_factory):
     return Engine(write_checkpoint(tmp_path_factory.mktemp("model"), num_hidden_layers=2), **OPTIONS)._loaded
 
 
-def tokens_of(loaded, **more):
-    """Of greedy and seeded requests, with prompts in chunks; and how many steps were in flight at most."""
-    core, most = EngineCore(loaded, EngineOptions(prefill_tokens=30, **OPTIONS), **more), 0
+def submit_all(core):
+    """Greedy, seeded and penalized requests."""
     for number, prompt in enumerate(PROMPTS):
         sampling = SamplingParameters(
-            max_tokens=12 + number, temperature=0.6 * (number % 2), seed=number, ignore_eos=True
-        )
+            max_tokens=12 + number, temperature=0.6 * (number % 2), seed=number, ignore_eos=True,
+            frequency_penalty=0.5 * (number == 3),
+        )  # fmt: skip
         core.submit(Request(number, tuple(prompt), sampling, seed=number))
+
+
+def take(core, found):
+    """Adds the tokens of a step to those of each request."""
+    for delta in core.step():
+        if delta.token is not None:
+            found[delta.id].append(delta.token)
+
+
+def tokens_of(loaded, **more):
+    """Of all requests, with prompts in chunks; and how many steps were in flight at most."""
+    core, most = EngineCore(loaded, EngineOptions(prefill_tokens=30, **OPTIONS), **more), 0
+    submit_all(core)
     found = [[] for _ in PROMPTS]
     while not core.idle:
-        for delta in core.step():
-            found[delta.id].append(delta.token)
+        take(core, found)
         most = max(most, len(core._flights))
     assert core.load.kv_tokens_used == 0
     return found, most
@@ -150,3 +162,23 @@ def test_new_prompts_fill_the_stages_while_all_streams_are_under_way():
     engine.submit(1, [1] * 4, 5)
     assert planned(engine) == [1]
     engine.drain()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 6])
+def test_a_request_that_is_cancelled_before_its_step_is_sampled_disturbs_no_other(loaded, steps):
+    alone = tokens_of(loaded)[0]
+    for gone in range(len(PROMPTS)):
+        core = EngineCore(
+            replace(loaded, runner=Staged(loaded.runner, 3)), EngineOptions(prefill_tokens=30, **OPTIONS)
+        )
+        found = [[] for _ in PROMPTS]
+        submit_all(core)
+        for _ in range(steps):
+            take(core, found)
+        core.cancel(gone)
+        while not core.idle:
+            take(core, found)
+        for number, tokens in enumerate(found):
+            assert tokens == alone[number][: len(tokens) if number == gone else None]
+        assert core.load.kv_tokens_used == 0
+        assert not core._launcher._sampler._rows

@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_worker.engine.active import ActiveRequest
 from moe_worker.engine.expert_usage import ExpertUsage
 from moe_worker.engine.flight import Flight, Outcome
-from moe_worker.engine.guiding import Flights, StepGuides
+from moe_worker.engine.guiding import Flights, Sampling, StepGuides
 from moe_worker.engine.loading import LoadedModel
 from moe_worker.engine.scoring import Span, score_spans, spans
 from moe_worker.kernels.transfer import to_device
@@ -63,6 +63,7 @@ class Launcher:
         rows = [row for row, chunk in zip(batch.last_rows, step.chunks, strict=True) if chunk.samples]
         pairs = zip(step.chunks, active, strict=True)
         sampling = [(chunk.id, each) for chunk, each in pairs if chunk.samples]
+        self._admit(sampling)
         masks = self.guides.begin(sampling, flights)
         wanted = spans(step.chunks, active)
         logits = self._begin(batch, rows, wanted)
@@ -94,14 +95,15 @@ class Launcher:
         self.experts.finish(request)
         self._sampler.release(request)
 
-    def _sample(
-        self, logits_NV: Tensor, sampling: Sequence[tuple[int, ActiveRequest]], allowed: Allowed | None
-    ) -> Sampled:
+    def _admit(self, sampling: Sampling) -> None:
+        """Tells the sampler of new requests now: one that ends before the step is sampled is released."""
         for name, active in sampling:
             if not active.admitted:
                 request = active.request
                 self._sampler.admit(name, request.sampling, request.seed, request.prompt, request.written)
                 active.admitted = True
+
+    def _sample(self, logits_NV: Tensor, sampling: Sampling, allowed: Allowed | None) -> Sampled:
         sampled = self._sampler.sample(logits_NV, [name for name, _ in sampling], allowed)
         if self._fed is not None:
             self._fed.feed(sampled.tokens_B)

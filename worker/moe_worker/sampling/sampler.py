@@ -76,8 +76,9 @@ KEPT_BATCHES = 8
 class Sampler:
     """Samples tokens for admitted sequences.
 
-    A sequence is admitted once, when its first token is due, and released when it ends; preemption needs no
-    call. Tokens of a sequence do not depend on the rest of the batch. `ends`: the model's end-of-text tokens.
+    A sequence is admitted once, before its first token is due, and released when it ends; preemption needs no
+    call. A step that was launched before it ended may still sample it; that token means nothing. Tokens of a
+    sequence do not depend on the rest of the batch. `ends`: the model's end-of-text tokens.
     """
 
     def __init__(self, vocab_size: int, device: torch.device, ends: Collection[int]) -> None:
@@ -128,10 +129,16 @@ class Sampler:
     def _batch_of(self, names: tuple[int, ...]) -> SamplingBatch:
         found = next((batch for batch in self._batches if batch.names == names), None)
         if found is None:
-            found = build(names, [self._rows[name] for name in names], self._counts, self._device)
+            rows = [self._rows.get(name) or _released() for name in names]
+            found = build(names, rows, self._counts, self._device)
             others = [batch for batch in self._batches if not set(names).intersection(batch.names)]
             self._batches = [found, *others[: KEPT_BATCHES - 1]]
         return found
+
+
+def _released() -> Row:
+    """Stands for a sequence that has ended."""
+    return Row(SamplingParameters(), seed=0, generated=0, ends=frozenset())
 
 
 def sample(logits_BV: Tensor, batch: SamplingBatch, allowed: Allowed | None = None) -> Sampled:
