@@ -1,5 +1,6 @@
 """The stages of a pipeline compute different steps at the same time, and tokens stay the same."""
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,17 +8,21 @@ import pytest
 
 from moe_worker.config.engine import EngineOptions
 from moe_worker.config.mesh import MeshShape
+from moe_worker.engine import core as core_module
 from moe_worker.engine.core import EngineCore
+from moe_worker.engine.launching import Launcher
 from moe_worker.engine.offline import Engine
 from moe_worker.engine.requests import Request
 from moe_worker.mesh.errors import RankLostError
 from moe_worker.mesh.runner import MeshRunner
+from moe_worker.sampling.output_format import OutputFormat
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.scheduler.plan import Limits
 from tests.checkpoints import write_checkpoint
 from tests.worker.simulated import SimulatedEngine
 
 OPTIONS = {"device": "cpu", "dtype": "float32", "threads": 1, "context_length": 256}
+FORMAT = OutputFormat("regex", "[a-z]{3,9}-[0-9]{2}")
 PROMPTS = [[7 + i % 290 for i in range(40)], [5], [300 - i % 250 for i in range(30)], [9, 8, 7], [11] * 20]
 
 
@@ -51,6 +56,14 @@ class Staged(MeshRunner):
 
     def expert_counter(self):
         return self._runner.expert_counter()
+
+
+class Ahead(Launcher):
+    """Launches steps before the tokens of earlier ones are known, as on GPUs."""
+
+    def __init__(self, loaded):
+        super().__init__(loaded)
+        self.ahead = True
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +120,27 @@ def test_a_rank_that_is_lost_with_steps_in_flight_costs_no_token(loaded):
     runner = Staged(loaded.runner, 3, lost=(3, 9, 20))
     assert tokens_of(replace(loaded, runner=runner))[0] == tokens_of(loaded)[0]
     assert runner.reformed == 3
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_a_text_ends_where_its_format_does_however_many_steps_are_ahead(loaded, stages, monkeypatch, caplog):
+    def texts(loaded, **more):
+        """One after the other: with others, a stream has fewer steps in flight."""
+        core, found = EngineCore(loaded, EngineOptions(**OPTIONS), **more), ["", "", ""]
+        for number in range(len(found)):
+            sampling = SamplingParameters(max_tokens=40, temperature=0.7, seed=number)
+            core.submit(Request(number, (5, 6, 7), sampling, number, output_format=FORMAT))
+            while not core.idle:
+                for delta in core.step():
+                    found[delta.id] += delta.text
+        return found
+
+    alone = texts(loaded)
+    monkeypatch.setattr(core_module, "Launcher", Ahead)
+    ahead = texts(replace(loaded, runner=Staged(loaded.runner, stages)), micro_batches=stages)
+    assert all(re.fullmatch(FORMAT.text, text) for text in alone)
+    assert ahead == alone
+    assert "fails" not in caplog.text
 
 
 def streams(count, **limits):

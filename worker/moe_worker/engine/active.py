@@ -58,16 +58,16 @@ class ActiveRequest:
         self.generated = len(self.request.written)
 
     def take(
-        self, token: int, token_bytes: Callable[[int], bytes], full: bool
+        self, token: int, token_bytes: Callable[[int], bytes], full: bool, complete: bool
     ) -> tuple[str, FinishReason | None]:
         """Adds a sampled token: the text that can be sent now, and why the request ends here, if it does.
 
-        full: whether no more tokens are allowed.
+        full: whether no more tokens are allowed. complete: whether the text has its output format now.
         """
         self.generated += 1
         ended = token in self.ends
         text = "" if ended else self.text.push(token_bytes(token))
-        stopped = ended or self.text.stopped or (self.guide is not None and self.guide.complete)
+        stopped = ended or self.text.stopped or complete
         if not (stopped or full):
             return text, None
         return text + self.text.finish(), FinishReason.STOP if stopped else FinishReason.LENGTH

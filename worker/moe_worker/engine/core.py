@@ -28,7 +28,6 @@ from moe_worker.kvcache.host import HostPages
 from moe_worker.mesh.errors import MeshError
 from moe_worker.mesh.runner import MeshRunner
 from moe_worker.sampling.guides import Guide
-from moe_worker.sampling.logprobs import TokenLogprobs
 from moe_worker.sampling.text import TextStream
 from moe_worker.scheduler.core import Scheduler
 from moe_worker.scheduler.plan import Arrival, Counters, Limits, Step
@@ -304,7 +303,9 @@ class EngineCore:
                     self._end(request, FinishReason.FORMAT if active.too_complex else FinishReason.FAILED)
                 )
             else:
-                deltas.append(self._advance(active, tokens[row], request in full, logprobs.get(row)))
+                complete = row in flight.complete
+                text, reason = self._advance(active, tokens[row], request in full, complete)
+                deltas.append(Delta(request, text, tokens[row], reason, logprobs.get(row)))
         return deltas
 
     def _scored(self, flight: Flight[ActiveRequest]) -> list[Delta]:
@@ -318,13 +319,12 @@ class EngineCore:
         return deltas
 
     def _advance(
-        self, active: ActiveRequest, token: int, full: bool, logprobs: TokenLogprobs | None
-    ) -> Delta:
-        request = active.request.id
-        text, reason = active.take(token, self._loaded.tokenizer.token_bytes, full)
+        self, active: ActiveRequest, token: int, full: bool, complete: bool
+    ) -> tuple[str, FinishReason | None]:
+        text, reason = active.take(token, self._loaded.tokenizer.token_bytes, full, complete)
         if reason is not None:
-            self.cancel(request)
-        return Delta(request, text, token, reason, logprobs)
+            self.cancel(active.request.id)
+        return text, reason
 
     def _end(self, request: int, reason: FinishReason) -> Delta:
         """Ends a request without a token."""

@@ -22,8 +22,8 @@ Outcome = tuple[Sampled | None, Logprobs | None]
 class Flight(Generic[S]):
     """`sampling`: the requests that sample, in order, each with its state in the engine.
 
-    rows: where each request samples. guided: whether the guides of its texts have taken its tokens. spans:
-    tokens of prompts that it scores.
+    rows: where each request samples. guided: whether the guides of its texts have taken its tokens; complete:
+    rows whose texts then have their format, and end. spans: tokens of prompts that it scores.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class Flight(Generic[S]):
         self.spans = spans
         self.sampling = sampling
         self.guided = False
+        self.complete: set[int] = set()
         self.rows = {name: row for row, (name, _) in enumerate(sampling)}
         self._outcome: Callable[[], Outcome] | None = outcome
         self._sampled: Sampled | None = None

@@ -50,11 +50,17 @@ class StepGuides:
         return after_flights
 
     def take(self, flight: Flight[ActiveRequest]) -> None:
-        """Gives the tokens of a step to the guides of their texts, once; waits for the tokens."""
+        """Gives the tokens of a step to the guides of their texts, once; waits for the tokens.
+
+        Later tokens may follow before these are sent, so the flight notes which texts are complete.
+        """
         if flight.guided or all(active.guide is None for _, active in flight.sampling):
             return
         flight.guided = True
         tokens, failed, _ = flight.wait()
-        for (_, active), token, wrong in zip(flight.sampling, tokens, failed, strict=True):
+        rows = zip(flight.sampling, tokens, failed, strict=True)
+        for row, ((_, active), token, wrong) in enumerate(rows):
             if active.guide is not None and not wrong:
                 active.guide.take(token, self._tokenizer.token_bytes(token))
+                if active.guide.complete:
+                    flight.complete.add(row)

@@ -76,10 +76,10 @@ class Guide:
     unguided: _Unguided
 
     def take(self, token: int, text: bytes) -> None:
-        """Notes a token of the text, and the bytes it adds."""
+        """Notes a token of the text, and the bytes it adds; nothing once the text cannot go on."""
         if self.unguided.waits:
             self.unguided.take(text)
-        else:
+        elif not self.matcher.result().is_stopped():
             self.matcher.result().consume_token(token)
 
     @property
