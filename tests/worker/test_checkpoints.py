@@ -275,10 +275,10 @@ def test_impossible_options_are_named(checkpoint, options, sentence):
     ],
 )
 def test_sizes_as_kubernetes_writes_them(text, size):
-    assert parse_bytes(text) == size
+    assert parse_bytes(text, "--kv-memory") == size
 
 
 @pytest.mark.parametrize("text", ["", "2GB", "-1", "Gi", "1e3", "2K", "1ki"])
 def test_sizes_that_are_none(text):
-    with pytest.raises(SettingsError, match="write bytes as 2Gi"):
-        parse_bytes(text)
+    with pytest.raises(SettingsError, match=r"^--kv-memory .* is not a size; write bytes as 2Gi"):
+        parse_bytes(text, "--kv-memory")

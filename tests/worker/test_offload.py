@@ -119,7 +119,6 @@ def test_pages_are_copied_bit_by_bit(dtype, width):
     assert host.intact(1)
     assert not host.ready(2)
     after = cache.storage_LRN
-    assert torch.equal(after[:, 4:8], before[:, 4:8].clone()) == torch.equal(before[:, 4:8], before[:, 12:16])
     assert torch.equal(after[:, 12:16], before[:, 4:8])
     assert torch.equal(after[:, 4:8], before[:, 12:16])
     assert torch.equal(after[:, 16:20], before[:, 16:20])

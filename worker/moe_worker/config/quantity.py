@@ -12,9 +12,9 @@ _UNITS = {"": 1} | {
 _FORM = re.compile(r"(\d+(?:\.\d+)?)([kKMGTP]?i?)")
 
 
-def parse_bytes(text: str) -> int:
-    """Bytes in a quantity such as "2Gi", "1.5G" or "1000000". Raises SettingsError."""
+def parse_bytes(text: str, flag: str) -> int:
+    """Bytes in a quantity such as "2Gi", "1.5G" or "1000000", the value of `flag`. Raises SettingsError."""
     match = _FORM.fullmatch(text.strip())
     if match is None or match[2] not in _UNITS:
-        raise SettingsError(f"{text!r} is not a size; write bytes as 2Gi, 512Mi, 1.5G or 1000000")
+        raise SettingsError(f"{flag} {text!r} is not a size; write bytes as 2Gi, 512Mi, 1.5G or 1000000")
     return int(float(match[1]) * _UNITS[match[2]]) if "." in match[1] else int(match[1]) * _UNITS[match[2]]

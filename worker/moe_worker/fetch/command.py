@@ -56,9 +56,7 @@ def fetch(
     meter = Meter()
     with served(meter, progress):
         source = open_source(parse(uri), endpoint, timeout)
-        entry = bring(
-            source, uri, CheckpointCache(cache, parse_bytes(max_size) if max_size != "0" else 0), meter
-        )
+        entry = bring(source, uri, CheckpointCache(cache, parse_bytes(max_size, "--max-size")), meter)
     make_folder(link.parent)
     link.unlink(missing_ok=True)
     link.symlink_to(entry)

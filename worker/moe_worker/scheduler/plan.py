@@ -30,8 +30,7 @@ class Limits:
     duration of a step, which is the time per output token of a stream. aging_s: waiting time that outweighs
     one level of priority. prefix_cache: whether prompts share pages. micro_batches: steps among which the
     running streams are divided, so that each stage of a pipeline has a step to compute; such a part has
-    least_streams at least. ahead: whether a
-    stream may be in a step before the host knows its last token.
+    least_streams at least. ahead: whether a stream may be in a step before the host knows its last token.
     """
 
     sequences: int

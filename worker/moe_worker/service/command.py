@@ -341,8 +341,8 @@ def serve(
     others |= {name: options.pop(name) for name in ("metrics_port", "tls", "health")}
     if others["health"] is not None:
         others["health"] = _address(others["health"], "--health")
-    memory = None if kv_memory is None else parse_bytes(kv_memory)
-    offload = parse_bytes(str(options.pop("kv_offload")))
+    memory = None if kv_memory is None else parse_bytes(kv_memory, "--kv-memory")
+    offload = parse_bytes(str(options.pop("kv_offload")), "--kv-offload")
     engine_options = EngineOptions(kv_memory=memory, kv_offload=offload, **options)  # type: ignore[arg-type]
     if explained:
         from moe_worker.engine.loading import explain_choice  # noqa: PLC0415 - torch: only the engine's process
