@@ -1,6 +1,7 @@
 """Names of blocks: which of them the cache holds, as the scheduler tells it."""
 
-from moe_worker.kvcache.blocks import BlockNames
+from moe_api.prefixes import HELD_MOST
+from moe_worker.kvcache.blocks import NAMED_MOST, BlockNames
 from moe_worker.scheduler.plan import Block, Limits
 from tests.worker.simulated import SimulatedEngine
 
@@ -35,6 +36,11 @@ def test_names_are_bounded_and_those_without_room_are_not_released_later():
     assert not names.retain(2)
     assert names.retain(1)
     assert names.take() == ((1,), ())
+
+
+def test_a_replica_names_no_more_blocks_than_frontends_keep():
+    """The engine does not import moe_api, so the bound stands in both."""
+    assert NAMED_MOST == HELD_MOST
 
 
 def run(pages=8, page_size=2, **limits):
