@@ -4,13 +4,15 @@ import random
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moe_worker.config.engine import EngineOptions
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.loading import load
 from moe_worker.engine.requests import Request
 from moe_worker.errors import SettingsError
-from moe_worker.kvcache.host import HostPages
+from moe_worker.kvcache.host import HostPages, pinned_slots
 from moe_worker.kvcache.offload import Move
 from moe_worker.kvcache.paged import FP8, CacheShape, PagedCache
 from moe_worker.sampling.parameters import SamplingParameters
@@ -85,7 +87,8 @@ def test_a_damaged_page_is_computed_again(endless):
     expected = tokens(plain, 0, PROMPTS[0])
     tokens(engine, 0, PROMPTS[0])
     tokens(engine, 1, PROMPTS[1])
-    engine._host._slots[:, 5] ^= 64
+    for slot in engine._host._slots:
+        slot[5] ^= 64
     assert tokens(engine, 2, PROMPTS[0]) == expected
     assert engine.statistics.restored == 0
 
@@ -105,6 +108,15 @@ def test_settings_that_make_no_sense_are_refused(endless):
     for changes in ({"mesh": "1x2"}, {"prefix_cache": False}):
         with pytest.raises(SettingsError, match="kv_offload is 5000; it keeps pages of the prefix cache"):
             EngineOptions(kv_offload=5000, **changes)
+
+
+@given(st.integers(1, 1 << 40), st.integers(1, 1 << 24))
+def test_pinned_memory_is_no_more_than_was_asked_for(memory, page):
+    """torch pins a power of two of bytes for each tensor."""
+    counts = pinned_slots(memory, page)
+    assert sum(1 << (count * page - 1).bit_length() for count in counts) <= memory
+    assert all(counts)
+    assert sum(counts) * page > memory - (len(counts) + 2) * page
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8])

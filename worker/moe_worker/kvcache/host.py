@@ -38,14 +38,14 @@ class HostPages:
         self._shape = (layers, self._size, width)
         nbytes = layers * self._size * width
         padded = -(-nbytes // _WORD) * _WORD
-        self.slots = memory // padded
+        self._cuda = cache.device.type == "cuda"
+        counts = pinned_slots(memory, padded) if self._cuda else [memory // padded]
+        self.slots = sum(counts)
         if not self.slots:
             raise SettingsError(
                 f"KV offload memory of {memory} bytes is too small: one page takes {padded}; give more, or 0"
             )
-        self._cuda = cache.device.type == "cuda"
-        self._slots = _allocate(self.slots, padded, self._cuda)
-        self._words = self._slots.numpy().view(np.uint64)
+        self._slots = [slot for count in counts for slot in _allocate(count, padded, self._cuda).unbind()]
         self._nbytes = nbytes
         self._sums: dict[int, tuple[int, int]] = {}
         self._newest: dict[int, int] = {}
@@ -87,7 +87,7 @@ class HostPages:
 
     def _sum(self, slot: int) -> tuple[int, int]:
         """A change of any bit changes both; some 10 GB/s."""
-        words = self._words[slot]
+        words = self._slots[slot].numpy().view(np.uint64)
         return int(np.bitwise_xor.reduce(words)), int(np.add.reduce(words))
 
     def _event(self) -> torch.cuda.Event | None:
@@ -98,7 +98,7 @@ class HostPages:
         return event
 
     def _slot(self, slot: int) -> Tensor:
-        return self._slots[slot, : self._nbytes].view(self._shape)
+        return self._slots[slot][: self._nbytes].view(self._shape)
 
     def _page(self, page: int) -> Tensor:
         return self._rows_LRN[:, page * self._size : (page + 1) * self._size]
@@ -120,7 +120,21 @@ class HostPages:
             torch.cuda.synchronize(self._rows_LRN.device)
 
 
+def pinned_slots(memory: int, nbytes: int) -> list[int]:
+    """Slots of `nbytes` bytes of each allocation, so that all together take `memory` bytes at most.
+
+    torch rounds each allocation of pinned memory up to a power of two.
+    """
+    counts = []
+    while memory >= nbytes:
+        part = 1 << memory.bit_length() - 1
+        counts += [part // nbytes] if part >= nbytes else []
+        memory -= part
+    return counts
+
+
 def _allocate(slots: int, nbytes: int, pinned: bool) -> Tensor:
+    """[slots, nbytes], zeros. Raises SettingsError."""
     try:
         if pinned:
             return torch.zeros(slots, nbytes, dtype=torch.uint8, pin_memory=True)
