@@ -97,6 +97,7 @@ def tokens_of(loaded, **more):
         take(core, found)
         most = max(most, len(core._flights))
     assert core.load.kv_tokens_used == 0
+    assert core.statistics.output_tokens == sum(map(len, found))
     return found, most
 
 

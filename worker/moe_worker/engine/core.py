@@ -236,8 +236,7 @@ class EngineCore:
             self._recover(error)
         else:
             self._flights.append(flight)
-            if self._finish(len(self._flights) - self._micro_batches + 1):
-                self._tally.count(step, {each.request.id: each.given for each in active})
+            self._finish(len(self._flights) - self._micro_batches + 1)
 
     def _finish(self, count: int) -> bool:
         """Samples the `count` oldest steps; False where that fails: those not sampled are undone then."""
@@ -294,6 +293,7 @@ class EngineCore:
         """Processes the tokens of a step; requests that ended since its launch get none of them."""
         self._launcher.guides.take(flight)
         tokens, failed, logprobs = flight.wait()
+        self._tally.count(flight.step, flight.given)
         full = frozenset(self._scheduler.complete(flight.step, tokens, self._clock()))
         deltas = self._scored(flight)
         for row, (request, active) in enumerate(flight.sampling):

@@ -3,7 +3,7 @@
 Legend: B rows that sample, T tokens of a step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -23,7 +23,8 @@ class Flight(Generic[S]):
     """`sampling`: the requests that sample, in order, each with its state in the engine.
 
     rows: where each request samples. guided: whether the guides of its texts have taken its tokens; complete:
-    rows whose texts then have their format, and end. spans: tokens of prompts that it scores.
+    rows whose texts then have their format, and end. spans: tokens of prompts that it scores. given: of each
+    request in the step, tokens of its prompt and of a resumed stream.
     """
 
     def __init__(
@@ -31,11 +32,13 @@ class Flight(Generic[S]):
         step: Step,
         sampling: Sequence[tuple[int, S]],
         outcome: Callable[[], Outcome],
-        spans: Sequence[Span] = (),
+        spans: Sequence[Span],
+        given: Mapping[int, int],
     ) -> None:
         """outcome: samples, and returns the tokens and the scores of all spans."""
         self.step = step
         self.spans = spans
+        self.given = given
         self.sampling = sampling
         self.guided = False
         self.complete: set[int] = set()

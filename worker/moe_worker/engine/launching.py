@@ -74,7 +74,7 @@ class Launcher:
             sampled = self._sample(found.sampled_NV, sampling, masks()) if sampling else None
             return sampled, found.scores
 
-        return Flight(step, sampling, outcome, wanted)
+        return Flight(step, sampling, outcome, wanted, {each.request.id: each.given for each in active})
 
     def _begin(self, batch: Batch, rows: Sequence[int], wanted: Sequence[Span]) -> "Callable[[], _Logits]":
         """Begins the forward pass. rows: that sample."""
