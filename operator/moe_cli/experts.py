@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 
 import click
 import grpc
@@ -10,10 +11,10 @@ import grpc
 from moe_api import transport
 from moe_api.visible import one_line
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
+from moe_cli.expert_rows import LONGEST_NAME, utilisation
 from moe_client.calling import explain, model_options
 from moe_client.endpoint import Endpoint
 
-_LONGEST_NAME = 40
 _DOMAINS_SHOWN = 3
 
 
@@ -34,30 +35,50 @@ def experts(endpoint: Endpoint, model: str, timeout: float | None, top: int) -> 
       kubectl port-forward pod/NAME-0-0 8000 && moe experts
     """
     del model  # a worker serves one
-    with endpoint.channel(transport.CLIENT_OPTIONS) as channel:
-        stub = worker_pb2_grpc.WorkerServiceStub(channel)
-        try:
-            load = stub.GetExpertLoad(worker_pb2.GetExpertLoadRequest(), timeout=timeout or 10)
-        except grpc.RpcError as error:
-            raise explain(error, endpoint) from error
+    (load,) = ask([endpoint], timeout or 10)
+    if isinstance(load, grpc.RpcError):
+        raise explain(load, endpoint) from load
     for line in lines(load, top):
         click.echo(line)
+
+
+def ask(workers: Sequence[Endpoint], timeout_s: float) -> list[worker_pb2.ExpertLoad | grpc.RpcError]:
+    """The expert load of each worker, or why there is none.
+
+    Asks all at once, so `timeout_s` bounds the whole.
+
+    Raises:
+        CommandError: the files of an endpoint are no certificates.
+    """
+    with ExitStack() as opened:
+        channels = [opened.enter_context(each.channel(transport.CLIENT_OPTIONS)) for each in workers]
+        stubs = [worker_pb2_grpc.WorkerServiceStub(channel) for channel in channels]
+        request = worker_pb2.GetExpertLoadRequest()
+        calls = [stub.GetExpertLoad.future(request, timeout=timeout_s) for stub in stubs]
+        return [_outcome(call) for call in calls]
+
+
+def _outcome(call: grpc.Future[worker_pb2.ExpertLoad]) -> worker_pb2.ExpertLoad | grpc.RpcError:
+    try:
+        return call.result()
+    except grpc.RpcError as error:
+        return error
 
 
 def lines(load: worker_pb2.ExpertLoad, top: int) -> Iterator[str]:
     """What is printed. Pure."""
     yield f"{load.steps:,} steps"
     for index, layer in enumerate(load.layers):
-        total, most = sum(layer.tokens), max(layer.tokens, default=0)
-        if not most:
+        total, even = sum(layer.tokens), utilisation(layer.tokens)
+        if even is None:
             continue
-        activated, even = layer.active / max(1, load.steps), total / len(layer.tokens) / most
+        activated = layer.active / max(1, load.steps)
         busiest = sorted(range(len(layer.tokens)), key=lambda expert: -layer.tokens[expert])[:top]
         shown = ", ".join(_expert(load, index, expert, layer.tokens[expert] / total) for expert in busiest)
         yield f"layer {layer.layer}: {activated:.1f} experts a step, utilisation {even:.0%}; busiest {shown}"
     if load.domains:
         names = ", ".join(
-            f"{one_line(domain.name, _LONGEST_NAME)} ({domain.tokens:,} tokens)" for domain in load.domains
+            f"{one_line(domain.name, LONGEST_NAME)} ({domain.tokens:,} tokens)" for domain in load.domains
         )
         fit = f"{load.fit:.0%}" if load.HasField("fit") else "unknown yet"
         yield f"domains: {names}; fit {fit}"
@@ -66,7 +87,7 @@ def lines(load: worker_pb2.ExpertLoad, top: int) -> Iterator[str]:
 def _expert(load: worker_pb2.ExpertLoad, layer: int, expert: int, share: float) -> str:
     """An expert, its share of the tokens, and the domains that use it more than evenly."""
     affinities = [
-        (domain.shares[layer].experts[expert], one_line(domain.name, _LONGEST_NAME))
+        (domain.shares[layer].experts[expert], one_line(domain.name, LONGEST_NAME))
         for domain in load.domains
         if layer < len(domain.shares) and expert < len(domain.shares[layer].experts)
     ]

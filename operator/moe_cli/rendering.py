@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_api.visible import visible_values
-from moe_cli import cache_rows, scaling_rows
+from moe_cli import cache_rows, expert_rows, scaling_rows
 from moe_client import console
 from moe_client.console import Prose
 from moe_operator.resources.deployment import parse_status
@@ -68,7 +68,8 @@ def one(report: Mapping[str, Any]) -> RenderableType:
         facts.add_row("Revision", Text(report["revision"]))
     if report["mesh"]:
         facts.add_row("Mesh", Text(_stages(report["mesh"])))
-    for heading, said in (*scaling_rows.rows(report["scaling"]), *cache_rows.rows(report["caches"])):
+    scaling, caches = scaling_rows.rows(report["scaling"]), cache_rows.rows(report["caches"])
+    for heading, said in (*scaling, *caches, *expert_rows.rows(report.get("experts"))):
         facts.add_row(heading, Text(said))
     if report["observedGeneration"] != report["generation"]:
         facts.add_row("", Text("the operator has not acted on the latest change yet", style="yellow"))

@@ -6,7 +6,10 @@ from typing import Any, Final
 
 import click
 
+from moe_cli.asking_experts import used
 from moe_cli.kube import TIMEOUT_S, reading
+from moe_client.calling import ADDRESS
+from moe_client.endpoint import Endpoint, access_options
 from moe_operator.resources import names
 
 _FORBIDDEN: Final = 403
@@ -20,15 +23,34 @@ _ABSENT: Final = 404
 @click.option(
     "--json", "as_json", is_flag=True, help="Print JSON, for scripts: a report, or a list of objects."
 )
+@click.option(
+    "--endpoint",
+    type=ADDRESS,
+    help="Where a worker of NAME listens, as through a port-forward; only its experts are shown then. "
+    "Default: the addresses of the pods.",
+)
+@access_options
 @click.argument("name", required=False)
 def status(
-    namespace: str | None, context: str | None, name: str | None, *, all_namespaces: bool, as_json: bool
+    endpoint: Endpoint,
+    namespace: str | None,
+    context: str | None,
+    name: str | None,
+    *,
+    all_namespaces: bool,
+    as_json: bool,
 ) -> None:
     """Shows the MoEDeployment NAME, or lists all of a namespace.
 
     Of one deployment: its conditions, what caches saved since its frontends started, every pod with its
     revision and what keeps it from being ready, the load of each, and the last decisions of the operator
-    with their reasons.
+    with their reasons. Replicas that are ready are asked for the use of their experts, for 2 s in all: mean
+    activated experts of a token, utilisation (mean over the largest load, mean and lowest of the layers) and,
+    where they learn domains, the experts (layer/expert) that each domain uses most. `moe experts` shows more.
+
+    \b
+    From where pods cannot be reached:
+      kubectl port-forward pod/NAME-0-0 8000 & moe status NAME --endpoint 127.0.0.1:8000
 
     \b
     The load is known where spec.scaling is set; with `mode: Advisory` it is measured, every minute,
@@ -40,7 +62,11 @@ def status(
         raise click.UsageError(
             "NAME and --all-namespaces exclude each other: a name is looked up in one namespace"
         )
+    if endpoint.address and not name:
+        raise click.UsageError("--endpoint needs NAME: it is a worker of that deployment")
     found = _read(context, namespace, name, everywhere=all_namespaces)
+    if name:
+        found["experts"] = used(found["pods"], endpoint)
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return

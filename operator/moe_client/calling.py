@@ -52,6 +52,7 @@ class _Text(click.ParamType[str]):
             self.fail(f"not UTF-8: byte {error.object[error.start]:#04x} at {error.start}", param, ctx)
 
 
+ADDRESS: Final = _Address()
 TEXT: Final = _Text()
 
 
@@ -65,7 +66,7 @@ def model_options(command: _Command) -> _Command:
         click.option("--model", default="", help="Served name of the model; optional."),
         click.option(
             "--endpoint",
-            type=_Address(),
+            type=ADDRESS,
             envvar="MOE_ENDPOINT",
             default="127.0.0.1:8000",
             show_default=True,

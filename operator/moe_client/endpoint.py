@@ -26,7 +26,7 @@ Options = Sequence[tuple[str, Any]]
 class Endpoint:
     """A port of a frontend (or worker).
 
-    address: ``HOST:PORT``.
+    address: ``HOST:PORT``; empty: not given.
     token: an API key or a token; None: no credential is sent.
     tls: whether the connection is encrypted, and the server proves its name.
     ca_file: certificates of the authorities that may prove it, as PEM; None: the system's.
@@ -115,7 +115,7 @@ def access_options(command: _Command) -> _Command:
     """
 
     @functools.wraps(command)
-    def called(*, endpoint: str, **given: Any) -> Any:
+    def called(*, endpoint: str | None, **given: Any) -> Any:
         token, ca_file = given.pop("token"), given.pop("ca_file")
         encrypted, server_name = given.pop("tls"), given.pop("tls_server_name")
         folder = given.pop("tls_folder")
@@ -124,7 +124,7 @@ def access_options(command: _Command) -> _Command:
         if folder is not None and ca_file is None:
             ca_file = folder / tls.AUTHORITIES
         encrypted = encrypted or ca_file is not None or server_name is not None
-        made = Endpoint(endpoint, token, encrypted, ca_file, server_name, folder)
+        made = Endpoint(endpoint or "", token, encrypted, ca_file, server_name, folder)
         return command(endpoint=made, **given)
 
     for option in (

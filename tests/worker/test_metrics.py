@@ -195,6 +195,7 @@ def test_the_load_of_experts_adds_up(endless):
         experts = worker.load.GetExpertLoad(worker_pb2.GetExpertLoadRequest())
     assert error is None or error.code() is grpc.StatusCode.UNAVAILABLE
     assert experts.steps == 5
+    assert (experts.tokens, experts.experts_per_token) == (33 + 4, 2)
     assert [layer.layer for layer in experts.layers] == [1, 2]
     for layer in experts.layers:
         assert (len(layer.tokens), sum(layer.tokens)) == (8, 2 * (33 + 4))

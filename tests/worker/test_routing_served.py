@@ -206,6 +206,9 @@ def test_requests_teach_the_matrix_and_answers_stay_the_same(checkpoint, reporte
     assert 0 < found.fit <= 1
     message = expert_message(found)
     assert message.fit == found.fit
+    assert message.tokens == len(IDS) + 9 + 2 * 5
+    for layer in message.layers:
+        assert sum(layer.tokens) == message.tokens * message.experts_per_token
     assert list(message.domains[0].shares[0].experts) == pytest.approx(found.domains[0].shares[0])
 
 

@@ -169,7 +169,8 @@ def test_imbalance_is_the_busiest_over_the_mean():
 
 
 def test_what_was_counted_between_two_reports():
-    before = ExpertStatistics(2, (LayerExperts(1, (3, 1), 3),))
-    after = ExpertStatistics(5, (LayerExperts(1, (4, 6), 8),))
-    assert after.since(before) == ExpertStatistics(3, (LayerExperts(1, (1, 5), 5),))
+    before = ExpertStatistics(2, (LayerExperts(1, (3, 1), 3),), tokens=2, experts_per_token=2)
+    after = ExpertStatistics(5, (LayerExperts(1, (4, 6), 8),), tokens=5, experts_per_token=2)
+    difference = ExpertStatistics(3, (LayerExperts(1, (1, 5), 5),), tokens=3, experts_per_token=2)
+    assert after.since(before) == difference
     assert after.since(ExpertStatistics()) == after

@@ -1,7 +1,7 @@
 """Counters of the engine. No torch: the RPC edge reads them, too."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import NamedTuple
 
@@ -82,13 +82,16 @@ class ExpertStatistics:
     """All layers with experts, in order, over `steps` steps.
 
     domains: of the capability matrix, where it is learned. fit: share of the choices that went to the experts
-    that it had named before; None before anything was compared.
+    that it had named before; None before anything was compared. tokens: computed in these steps.
+    experts_per_token: routed experts of a token, at most.
     """
 
     steps: int = 0
     layers: tuple[LayerExperts, ...] = ()
     domains: tuple[DomainExperts, ...] = ()
     fit: float | None = None
+    tokens: int = 0
+    experts_per_token: int = 0
 
     def since(self, before: "ExpertStatistics") -> "ExpertStatistics":
         """The difference to `before`, which is of the same engine, or empty."""
@@ -96,7 +99,8 @@ class ExpertStatistics:
             return self
         pairs = zip(self.layers, before.layers, strict=True)
         layers = tuple(_difference(new, old) for new, old in pairs)
-        return ExpertStatistics(self.steps - before.steps, layers, self.domains, self.fit)
+        steps, tokens = self.steps - before.steps, self.tokens - before.tokens
+        return replace(self, steps=steps, layers=layers, tokens=tokens)
 
 
 @dataclass

@@ -74,7 +74,14 @@ def expert_message(experts: ExpertStatistics) -> worker_pb2.ExpertLoad:
         )
         for domain in experts.domains
     ]
-    return worker_pb2.ExpertLoad(steps=experts.steps, layers=layers, domains=domains, fit=experts.fit)
+    return worker_pb2.ExpertLoad(
+        steps=experts.steps,
+        layers=layers,
+        domains=domains,
+        fit=experts.fit,
+        tokens=experts.tokens,
+        experts_per_token=experts.experts_per_token,
+    )
 
 
 def _histogram(histogram: Histogram) -> worker_pb2.Histogram:

@@ -362,10 +362,18 @@ class ExpertLoad(_message.Message):
     LAYERS_FIELD_NUMBER: _builtins.int
     DOMAINS_FIELD_NUMBER: _builtins.int
     FIT_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    EXPERTS_PER_TOKEN_FIELD_NUMBER: _builtins.int
     steps: _builtins.int
     """Steps since the model was loaded."""
     fit: _builtins.float
     """Share of the choices that went to the experts that the domains had named before; unset before any was compared."""
+    tokens: _builtins.int
+    """Tokens computed in these steps, so the sum of a layer's tokens over this is the mean number of routed experts that
+    a token activates. 0 from workers that do not report it.
+    """
+    experts_per_token: _builtins.int
+    """Routed experts that a token activates at most."""
     @_builtins.property
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExpertLayer]:
         """Layers with experts, in order."""
@@ -381,10 +389,12 @@ class ExpertLoad(_message.Message):
         layers: _abc.Iterable[Global___ExpertLayer] | None = ...,
         domains: _abc.Iterable[Global___ExpertDomain] | None = ...,
         fit: _builtins.float | None = ...,
+        tokens: _builtins.int = ...,
+        experts_per_token: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_fit", b"_fit", "fit", b"fit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_fit", b"_fit", "domains", b"domains", "fit", b"fit", "layers", b"layers", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_fit", b"_fit", "domains", b"domains", "experts_per_token", b"experts_per_token", "fit", b"fit", "layers", b"layers", "steps", b"steps", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__fit: _TypeAlias = _typing.Literal["fit"]  # noqa: Y015
     _WhichOneofArgType__fit: _TypeAlias = _typing.Literal["_fit", b"_fit"]  # noqa: Y015

@@ -1,0 +1,79 @@
+"""Asks the replicas of a deployment for the load of their experts, for `moe status NAME`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import islice
+from typing import Any, Final
+
+import grpc
+
+from moe_api import mutual, rich_status
+from moe_api.visible import one_line
+from moe_api.worker.v1 import worker_pb2
+from moe_cli.expert_rows import figures
+from moe_cli.experts import ask
+from moe_client.endpoint import Endpoint
+from moe_operator.resources import names
+
+TIMEOUT_S: Final = 2.0
+"""For all replicas together."""
+_ASKED_MOST: Final = 16
+_LONGEST_DETAIL: Final = 120
+_REMEDY: Final = (
+    "where pods cannot be reached, `kubectl port-forward pod/{worker} 8000` and add --endpoint "
+    "127.0.0.1:8000; with mutual TLS, add --tls-folder (docs/security.md)"
+)
+
+
+def used(
+    pods: Iterable[Mapping[str, Any]], given: Endpoint, timeout_s: float = TIMEOUT_S
+) -> dict[str, Any] | None:
+    """The use of experts in each replica that is ready; None if no replica has statistics.
+
+    Args:
+        pods: of a report (moe_operator.statuspage.report).
+        given: how to reach workers; with an address, only the worker there is asked.
+        timeout_s: for all of them together.
+
+    Raises:
+        CommandError: the files of `given` are no certificates.
+    """
+    ready = {str(given): given} if given.address else leaders(pods, given)
+    asked = dict(islice(ready.items(), _ASKED_MOST))
+    answers = zip(asked, ask(list(asked.values()), timeout_s), strict=True)
+    replicas = [said for worker, answer in answers if (said := _replica(worker, answer)) is not None]
+    if replicas and all("problem" in said for said in replicas):
+        replicas[-1]["problem"] += f"; {_REMEDY.format(worker=next(iter(asked)))}"
+    return {"ready": len(ready), "replicas": replicas} if replicas else None
+
+
+def leaders(pods: Iterable[Mapping[str, Any]], given: Endpoint) -> dict[str, Endpoint]:
+    """Where the first worker of each replica that is ready listens, by the name of its pod."""
+    return {
+        pod["name"]: _at(pod["address"], given)
+        for pod in pods
+        if pod["role"] == names.ROLE_WORKER and pod["ready"] and not pod["leaving"]
+        if pod["address"] and not pod["rank"]
+    }
+
+
+def _at(ip: str, given: Endpoint) -> Endpoint:
+    """TLS of workers is mutual, so without a certificate of the caller the connection is in plaintext."""
+    address = f"{f'[{ip}]' if ':' in ip else ip}:{names.GRPC_PORT}"
+    if given.proof is None:
+        return Endpoint(address)
+    return replace(given, address=address, server_name=given.server_name or mutual.WORKER)
+
+
+def _replica(worker: str, answer: worker_pb2.ExpertLoad | grpc.RpcError) -> dict[str, Any] | None:
+    if isinstance(answer, worker_pb2.ExpertLoad):
+        found = figures(answer)
+        return None if found is None else {"worker": worker, **found}
+    status = rich_status.from_error(answer)
+    code = rich_status.status_code(status)
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return None
+    detail = one_line(status.message, _LONGEST_DETAIL)
+    return {"worker": worker, "problem": f"worker did not report its experts: {code.name} ({detail})"}
