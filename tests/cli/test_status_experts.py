@@ -190,7 +190,7 @@ def run(monkeypatch):
 
 def test_the_command_asks_the_given_worker_and_prints_text_or_json(run):
     with serving(Service(LOAD)) as address:
-        text = run("demo", "--endpoint", address).output
+        text = " ".join(run("demo", "--endpoint", address).output.split())  # lines wrap
         told = json.loads(run("demo", "--endpoint", address, "--json").output)
     assert f"{address}: {LINE}" in text
     assert told["experts"] == {"ready": 1, "replicas": [{"worker": address, **figures(LOAD)}]}
