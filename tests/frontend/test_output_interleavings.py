@@ -167,5 +167,24 @@ class Interleavings(RuleBasedStateMachine):
             assert self.store.bytes <= 3000
 
 
+def test_who_asks_after_a_rollback_follows_no_answer_of_the_other_revision():
+    state = Interleavings()
+    state.begin()
+    try:
+        state.ask(tenant="a", prompt="p", seed=1)
+        state.roll_out({"r1", "r2"})
+        (work,) = state.running()
+        work.steps.put_nowait("moves")
+        state.settle()
+        state.roll_out({"r1"})
+        work.steps.put_nowait(None)
+        state.settle()
+        state.ask(tenant="a", prompt="p", seed=1)
+        state.every_answer_is_that_of_its_question()
+        assert [one.revision for one in state.running()] == ["r2", "r1"]
+    finally:
+        state.teardown()
+
+
 TestInterleavings = Interleavings.TestCase
 TestInterleavings.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)

@@ -41,10 +41,18 @@ class OutputCache(Generic[F]):
         self._store = store
         self._supervisor = supervisor
         self._flights: dict[bytes, tuple[Flight[F], asyncio.Task[None]]] = {}
+        self._revisions: frozenset[str] = frozenset()
         self.measures = CacheMeasures(store)
 
     def serve(self, revisions: frozenset[str]) -> None:
-        """Sets the served revisions; drops answers of others."""
+        """Sets the served revisions; drops answers of others.
+
+        Who asks after a change follows no computation that began before: it may have moved to a revision
+        that is not served any more. Those who follow it already still get its answer.
+        """
+        if revisions != self._revisions:
+            self._flights.clear()
+        self._revisions = revisions
         self._store.serve(revisions)
 
     async def answer(
