@@ -157,21 +157,23 @@ def over_http(port: "Port", tokens: int) -> Stream:
     return stream
 
 
-def show(rounds: dict[str, list[Round]], args: argparse.Namespace) -> None:
-    """Prints the table."""
+def show(
+    rounds: dict[str, list[Round]], args: argparse.Namespace, baseline: str = "gRPC", cpu: str = "frontend"
+) -> None:
+    """Prints the table; ratios are to `baseline`. cpu: the title of the column of CPU time."""
     print(
         f"{args.streams} streams of {args.tokens} tokens, {args.rounds} rounds, {os.cpu_count()} cores, "
         f"load average {os.getloadavg()[0]:.1f}"
     )
-    print(f"{'':9}{'tokens/s':>10}{'first ms':>10}{'frontend':>10}{'relative':>10}")
+    print(f"{'':11}{'tokens/s':>10}{'first ms':>10}{cpu:>10}{'relative':>10}")
     for name, found in rounds.items():
         rate, first_s, cpu_s = (
             statistics.median(getattr(each, field) for each in found)
             for field in ("rate", "first_s", "cpu_s")
         )
-        line = f"{name:9}{rate:>10.0f}{first_s * 1e3:>10.0f}{cpu_s * 1e6:>10.0f}"
-        if name != "gRPC":
-            ratios = [way.rate / plain.rate for way, plain in zip(found, rounds["gRPC"], strict=True)]
+        line = f"{name:11}{rate:>10.0f}{first_s * 1e3:>10.0f}{cpu_s * 1e6:>10.0f}"
+        if name != baseline:
+            ratios = [one.rate / base.rate for one, base in zip(found, rounds[baseline], strict=True)]
             line += f"{statistics.median(ratios):>10.3f}   {min(ratios):.3f} to {max(ratios):.3f}"
         print(line)
 

@@ -11,8 +11,6 @@ benchmarks.http_beside_grpc; `both` is the CPU time of the frontend and the work
 import argparse
 import asyncio
 import contextlib
-import os
-import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +24,7 @@ from benchmarks.http_beside_grpc import (
     measure,
     over_grpc,
     said,
+    show,
     started,
 )
 from moe_api import mutual
@@ -77,26 +76,7 @@ async def compare(pairs: dict[str, Pair], args: argparse.Namespace) -> None:
         for number in range(args.rounds):
             for name in list(ways)[:: 1 if number % 2 else -1]:
                 rounds[name].append(await measure(*ways[name], args))
-    show(rounds, args)
-
-
-def show(rounds: dict[str, list[Round]], args: argparse.Namespace) -> None:
-    """Prints the table."""
-    print(
-        f"{args.streams} streams of {args.tokens} tokens, {args.rounds} rounds, {os.cpu_count()} cores, "
-        f"load average {os.getloadavg()[0]:.1f}"
-    )
-    print(f"{'':11}{'tokens/s':>10}{'first ms':>10}{'both':>10}{'relative':>10}")
-    for name, found in rounds.items():
-        rate, first_s, cpu_s = (
-            statistics.median(getattr(each, field) for each in found)
-            for field in ("rate", "first_s", "cpu_s")
-        )
-        line = f"{name:11}{rate:>10.0f}{first_s * 1e3:>10.0f}{cpu_s * 1e6:>10.0f}"
-        if name != "plaintext":
-            ratios = [one.rate / plain.rate for one, plain in zip(found, rounds["plaintext"], strict=True)]
-            line += f"{statistics.median(ratios):>10.3f}   {min(ratios):.3f} to {max(ratios):.3f}"
-        print(line)
+    show(rounds, args, baseline="plaintext", cpu="both")
 
 
 @contextlib.contextmanager

@@ -65,7 +65,7 @@ class Outbox:
                 gone.wait()
 
     def forget(self) -> None:
-        """What was sent is not wanted any more."""
+        """Drops the sends in flight without waiting for them."""
         self._sent.clear()
 
 

@@ -126,7 +126,7 @@ class HeldExperts:
 
 
 class _DroppedError(Exception):
-    """The move is not wanted any more."""
+    """The move was abandoned."""
 
 
 class _Pace:
