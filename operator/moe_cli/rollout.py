@@ -57,9 +57,10 @@ def status(name: str, namespace: str | None, context: str | None, timeout: float
         said = ""
         while True:
             reason, message, holds = _progress(api.get(name))
-            if message != said:
-                say(f"{reason}: {message}")
-                said = message
+            line = f"{reason}: {message}"
+            if line != said:
+                say(line)
+                said = line
             if reason in DONE:
                 return
             if reason == _PAUSED:
