@@ -21,9 +21,13 @@ TIMEOUT_S: Final = 2.0
 """For all replicas together."""
 _ASKED_MOST: Final = 16
 _LONGEST_DETAIL: Final = 120
+_MUTUAL: Final = "with mutual TLS, add --tls-folder (docs/security.md)"
 _REMEDY: Final = (
     "where pods cannot be reached, `kubectl port-forward pod/{worker} 8000` and add --endpoint "
-    "127.0.0.1:8000; with mutual TLS, add --tls-folder (docs/security.md)"
+    f"127.0.0.1:8000; {_MUTUAL}"
+)
+_REMEDY_OF_AN_ADDRESS: Final = (
+    f"--endpoint has to be a worker's gRPC port, or one that forwards there; {_MUTUAL}"
 )
 
 
@@ -45,7 +49,8 @@ def used(
     answers = zip(asked, ask(list(asked.values()), timeout_s), strict=True)
     replicas = [said for worker, answer in answers if (said := _replica(worker, answer)) is not None]
     if replicas and all("problem" in said for said in replicas):
-        replicas[-1]["problem"] += f"; {_REMEDY.format(worker=next(iter(asked)))}"
+        remedy = _REMEDY_OF_AN_ADDRESS if given.address else _REMEDY.format(worker=next(iter(asked)))
+        replicas[-1]["problem"] += f"; {remedy}"
     return {"ready": len(ready), "replicas": replicas} if replicas else None
 
 

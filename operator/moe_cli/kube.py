@@ -1,16 +1,17 @@
 """What all commands that ask the cluster share: the kubeconfig, and errors in one sentence."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 from moe_client import errors
 from moe_client.errors import CommandError
-from moe_operator.resources import names
 
 TIMEOUT_S: Final = 10
-_ABSENT: Final = 404
-_BAD: Final = (400, 422)
+TRANSIENT: Final = (errors.ABSENT, errors.BUSY)
+"""Exit codes of errors that a later attempt may not meet."""
+_UNAUTHENTICATED, _FORBIDDEN, _ABSENT, _CONFLICT, _BUSY, _SERVER = 401, 403, 404, 409, 429, 500
 
 
 @contextmanager
@@ -26,22 +27,35 @@ def reading(context: str | None, namespace: str | None, name: str | None = None)
         CommandError: there is no cluster, it does not answer, or it refuses.
     """
     import kubernetes  # noqa: PLC0415 - takes half a second, which other commands should not pay
-    import urllib3  # noqa: PLC0415
     import yaml  # noqa: PLC0415
 
-    chosen = namespace
     try:
         kubernetes.config.load_kube_config(context=context)
         chosen = namespace or _default_namespace(context)
-        yield chosen
     except (kubernetes.config.ConfigException, yaml.YAMLError) as error:
         raise CommandError(
             f"no usable kubeconfig ({_one_line(error)}); "
             "set KUBECONFIG, to .local/kubeconfig after `make up` for one",
             errors.WRONG,
         ) from error
+    with asking(chosen, name):
+        yield chosen
+
+
+@contextmanager
+def asking(namespace: str, name: str | None = None) -> Iterator[None]:
+    """What the API server answers in the block becomes a sentence, if it is an error.
+
+    Raises:
+        CommandError: it does not answer, or it refuses.
+    """
+    import kubernetes  # noqa: PLC0415
+    import urllib3  # noqa: PLC0415
+
+    try:
+        yield
     except kubernetes.client.ApiException as error:
-        raise CommandError(_refusal(error.status, str(error.reason), chosen, name), errors.WRONG) from error
+        raise _refusal(error.status or 0, str(error.reason), error.body, namespace, name) from error
     except urllib3.exceptions.HTTPError as error:
         raise CommandError(
             f"the cluster does not answer ({type(error).__name__}); "
@@ -62,13 +76,34 @@ def _default_namespace(context: str | None) -> str:
     return str(chosen["context"].get("namespace") or "default")
 
 
-def _refusal(status: int | None, reason: str, namespace: str | None, name: str | None) -> str:
-    if status == _ABSENT and name:
-        return f"no MoEDeployment {name} in namespace {namespace}; `moe status -A` lists all there are"
-    if status == _ABSENT:
-        return "this cluster does not know MoEDeployments; install the CRD (kubectl apply -f crds/)"
-    if status in _BAD:
-        return (
-            f"the cluster does not take the change ({status} {reason}); `moe status {name}` shows the object"
-        )
-    return f"the cluster refuses to tell ({status} {reason}); your user needs get and list on {names.PLURAL}"
+def _refusal(
+    code: int, reason: str, body: str | bytes | None, namespace: str, name: str | None
+) -> CommandError:
+    """The error of an error response. It quotes the API server, which names the right or the field."""
+    answer = _status(body)
+    said = f"{code} {answer.get('message') or reason}"
+    if code == _ABSENT and (answer.get("details") or {}).get("name"):
+        sentence = f"no MoEDeployment {name} in namespace {namespace}; `moe status -A` lists all there are"
+    elif code == _ABSENT:
+        sentence = "this cluster does not know MoEDeployments; install the CRD (kubectl apply -f crds/)"
+    elif code == _FORBIDDEN:
+        sentence = f"the cluster refuses the request ({said}); grant your user that right"
+    elif code == _UNAUTHENTICATED:
+        sentence = f"the cluster does not accept your credentials ({said}); log in again"
+    elif code == _CONFLICT:
+        sentence = f"conflict: the object was modified concurrently ({said}); run the command again"
+    elif code == _BUSY or code >= _SERVER:
+        busy = errors.BUSY if code == _BUSY else errors.ABSENT
+        return CommandError(f"the cluster could not serve the request ({said}); try again", busy)
+    else:
+        sentence = f"the cluster does not take the change ({said}); `moe status {name}` shows the object"
+    return CommandError(sentence, errors.FAILED if code == _CONFLICT else errors.WRONG)
+
+
+def _status(body: str | bytes | None) -> dict[str, Any]:
+    """The Status object of a response; empty if it is none."""
+    try:
+        found = json.loads(body or "")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

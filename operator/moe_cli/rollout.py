@@ -8,7 +8,7 @@ from typing import Any, Final, cast
 
 import click
 
-from moe_cli.kube import TIMEOUT_S, reading
+from moe_cli.kube import TIMEOUT_S, TRANSIENT, asking, reading
 from moe_client import errors
 from moe_client.errors import CommandError
 from moe_client.terminal import say
@@ -17,8 +17,14 @@ from moe_operator.resources.deployment import restarted_at
 from moe_operator.resources.status import DONE, PROGRESSING
 
 _PAUSED: Final = "Paused"
+_WAITING: Final = "Waiting"
+_BLOCKED: Final = ("InvalidSpec", "ReadForbidden")
+"""Reasons of Progressing with which the operator has not made a revision of the latest spec."""
 _POLL_S: Final = 0.5
+PATIENCE_S: Final = 60.0
+"""For so long the API server may be away while `moe rollout status` waits; it restarts in less."""
 _JSON_PATCH: Final = "application/json-patch+json"
+_MERGE_PATCH: Final = "application/merge-patch+json"
 
 _Command = Callable[..., Any]
 
@@ -54,9 +60,9 @@ def status(name: str, namespace: str | None, context: str | None, timeout: float
     """Waits until the rollout of NAME is complete (exit code 0), or is stuck or paused (1)."""
     deadline = None if timeout is None else time.monotonic() + timeout
     with _deployments(context, namespace, name) as api:
-        said = ""
+        said, patient = "", _Patient(api, name)
         while True:
-            reason, message, holds = _progress(api.get(name))
+            reason, message, holds = patient.progress()
             line = f"{reason}: {message}"
             if line != said:
                 say(line)
@@ -101,7 +107,8 @@ def undo(name: str, namespace: str | None, context: str | None, to_revision: int
     """Restores the spec of an earlier revision of NAME; the operator rolls it out."""
     with _deployments(context, namespace, name) as api:
         body = api.get(name)
-        record = _wanted(api.records(name), body.get("status", {}).get("revision"), to_revision, name)
+        current = _current_revision(body) if to_revision is None else None
+        record = _wanted(api.records(name), current, to_revision, name)
         operations = list(restoring(record["data"], body))
         if not operations:
             click.echo(f"{name} has the spec of revision {record['revision']} already; nothing is changed")
@@ -121,8 +128,7 @@ def restart(name: str, namespace: str | None, context: str | None) -> None:
     """
     now = datetime.now().astimezone().isoformat(timespec="milliseconds")
     with _deployments(context, namespace, name) as api:
-        body = api.get(name)
-        api.patch(name, list(_restarting(body, now)))
+        body = api.patch(name, {"metadata": {"annotations": {names.ANNOTATION_RESTARTED: now}}})
         rollout = body["spec"].get("rollout", {})
         paused = rollout.get("paused", rollout.get("pause"))
         later = " as soon as it is resumed" if paused else ""
@@ -145,9 +151,7 @@ def resume(name: str, namespace: str | None, context: str | None) -> None:
 
 def _set_pause(name: str, namespace: str | None, context: str | None, *, value: bool) -> None:
     with _deployments(context, namespace, name) as api:
-        body = api.get(name)
-        missing = [] if "rollout" in body["spec"] else [{"op": "add", "path": "/spec/rollout", "value": {}}]
-        api.patch(name, [*missing, {"op": "add", "path": "/spec/rollout/paused", "value": value}])
+        api.patch(name, {"spec": {"rollout": {"paused": value}}})
         click.echo(f"{name} {'is paused' if value else 'is resumed'}")
 
 
@@ -160,7 +164,49 @@ def _progress(body: dict[str, Any]) -> tuple[str, str, str]:
             if seen == (body["metadata"]["generation"], restarted_at(body)):
                 return condition["reason"], condition["message"], condition["status"]
             break
-    return "Waiting", "the operator has not reconciled the latest change yet", "Unknown"
+    return _WAITING, "the operator has not reconciled the latest change yet", "Unknown"
+
+
+class _Patient:
+    """Reads the progress of a deployment again and again, also while the API server restarts."""
+
+    def __init__(self, api: "_Deployments", name: str) -> None:
+        self._api, self._name = api, name
+        self._answered_at: float | None = None
+
+    def progress(self) -> tuple[str, str, str]:
+        """As `_progress`.
+
+        Raises:
+            CommandError: the API server refuses, or has never answered, or not for a minute.
+        """
+        try:
+            with asking(self._api.namespace, self._name):
+                body = self._api.get(self._name)
+        except CommandError as error:
+            away_s = PATIENCE_S if self._answered_at is None else time.monotonic() - self._answered_at
+            if error.exit_code not in TRANSIENT or away_s >= PATIENCE_S:
+                raise
+            return _WAITING, error.message, "Unknown"
+        self._answered_at = time.monotonic()
+        return _progress(body)
+
+
+def _current_revision(body: dict[str, Any]) -> str | None:
+    """The revision of the latest spec, which an undo leaves; None if the operator could make none of it.
+
+    Raises:
+        CommandError: the operator has not reconciled the latest spec yet.
+    """
+    reason, _, _ = _progress(body)
+    if reason == _WAITING:
+        name = body["metadata"]["name"]
+        sentence = (
+            f"the operator has not reconciled the latest change of {name} yet, so the revision before it is "
+            f"not known; try again, or choose one of `moe rollout history {name}` by --to-revision"
+        )
+        raise CommandError(sentence, errors.FAILED)
+    return None if reason in _BLOCKED else body["status"].get("revision")
 
 
 def _revision(record: dict[str, Any]) -> str:
@@ -237,7 +283,7 @@ class _Deployments:
 
         self._objects = kubernetes.client.CustomObjectsApi()
         self._records = kubernetes.client.AppsV1Api()
-        self._namespace = namespace
+        self.namespace = namespace
         self._kind: dict[str, Any] = {
             "group": names.GROUP,
             "version": names.VERSION,
@@ -250,17 +296,19 @@ class _Deployments:
         """One deployment."""
         return cast("dict[str, Any]", self._objects.get_namespaced_custom_object(name=name, **self._kind))
 
-    def patch(self, name: str, operations: list[dict[str, Any]]) -> None:
-        """Changes its spec."""
-        self._objects.patch_namespaced_custom_object(
-            name=name, body=operations, _content_type=_JSON_PATCH, **self._kind
+    def patch(self, name: str, change: list[dict[str, Any]] | dict[str, Any]) -> dict[str, Any]:
+        """Changes it by a JSON patch (RFC 6902) or a merge patch (RFC 7386); returns it as it is then."""
+        kind = _JSON_PATCH if isinstance(change, list) else _MERGE_PATCH
+        changed = self._objects.patch_namespaced_custom_object(
+            name=name, body=change, _content_type=kind, **self._kind
         )
+        return cast("dict[str, Any]", changed)
 
     def records(self, name: str) -> list[dict[str, Any]]:
         """Its revisions, the oldest first."""
         labels = {names.LABEL_NAME: name, names.LABEL_ROLE: names.ROLE_HISTORY}
         found = self._records.list_namespaced_controller_revision(
-            self._namespace, label_selector=names.selector_text(labels), _request_timeout=TIMEOUT_S
+            self.namespace, label_selector=names.selector_text(labels), _request_timeout=TIMEOUT_S
         )
         plain = self._records.api_client.sanitize_for_serialization(found)["items"]
         return sorted(plain, key=lambda record: int(record["revision"]))

@@ -173,6 +173,16 @@ def test_workers_that_do_not_respond_cost_one_timeout_together_and_are_named():
     assert second == f"demo-4-0: {LINE}"
 
 
+def test_an_address_that_is_no_worker_gets_the_remedy_of_an_address():
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        (text,) = said(asking_experts.used([], Endpoint(address), timeout_s=0.4))
+    assert text.startswith(f"{address}: worker did not report its experts: ")
+    assert "--endpoint has to be a worker's gRPC port" in text
+    assert f"pod/{address}" not in text
+
+
 def test_of_many_replicas_some_are_asked():
     pods = [at("127.61.7.6", name=f"demo-{number}-0") for number in range(20)]
     with serving(Service(LOAD), "127.61.7.6:8000"):
