@@ -14,8 +14,8 @@ from cryptography import x509
 from moe_api import mutual, tls
 from moe_operator.certificates import renewal
 from moe_operator.certificates.issuing import AUTHORITY_LIFE, LIFE, Authority, issue, new_authority
-from moe_operator.errors import ApplyRefusedError, ChangedMeanwhileError
-from moe_operator.executor.certificates import CHECKED_S, Certificates, files
+from moe_operator.errors import ApplyRefusedError, ChangedMeanwhileError, ClusterUnavailableError
+from moe_operator.executor.certificates import CHECKED_S, FAILED_S, Certificates, files
 from moe_operator.resources import names
 
 NOW = datetime(2026, 11, 29, 12, tzinfo=UTC)
@@ -276,6 +276,64 @@ def test_a_deleted_or_spoiled_secret_is_made_again(certificates, cluster, time):
     after = cluster.files(names.FRONTEND_CERTIFICATE_SECRET)
     assert after["ca.crt"] == before["ca.crt"]
     assert after["tls.key"] != before["tls.key"]
+
+
+def test_secrets_that_went_with_their_namespace_are_made_as_soon_as_a_pod_needs_them(
+    certificates, cluster, time
+):
+    certificates.ensure("prod")
+    cluster.secrets.clear()
+    time.passed += timedelta(seconds=10)
+    certificates.ensure("prod")
+    assert cluster.secrets == {}
+    certificates.ensure("prod", needed=True)
+    assert {name for _, name in cluster.secrets} == {*ALL}
+    reads = cluster.reads
+    certificates.ensure("prod", needed=True)
+    assert cluster.reads == reads, "at every event of a pod that starts"
+
+
+def test_an_api_server_that_does_not_answer_is_asked_once_in_a_while(certificates, cluster, time):
+    """Each attempt may take the whole limit of a request, in a thread that reconciles."""
+    certificates.ensure("prod")
+    tries = []
+
+    def read(*name):
+        tries.append(name)
+        raise ClusterUnavailableError("the webhook did not answer")
+
+    cluster.read = read
+    for passed in (CHECKED_S + 1, 1, FAILED_S - 2, 2):
+        time.passed += timedelta(seconds=passed)
+        with pytest.raises(ClusterUnavailableError, match="the webhook did not answer"):
+            certificates.ensure("prod")
+    assert len(tries) == 2
+    del cluster.read
+    time.passed += timedelta(seconds=FAILED_S)
+    certificates.ensure("prod")
+
+
+def test_nobody_waits_for_the_check_of_certificates_that_are_known(certificates, cluster, time):
+    certificates.ensure("prod")
+    time.passed += timedelta(seconds=CHECKED_S + 1)
+    asked, released = threading.Event(), threading.Event()
+
+    def read(*name):
+        asked.set()
+        released.wait(10)
+        return Cluster.read(cluster, *name)
+
+    cluster.read = read
+    slow, quick = (threading.Thread(target=certificates.ensure, args=("prod",)) for _ in range(2))
+    slow.start()
+    assert asked.wait(10)
+    quick.start()
+    quick.join(5)
+    waits = quick.is_alive()
+    released.set()
+    for thread in (slow, quick):
+        thread.join(10)
+    assert not waits
 
 
 def test_a_right_clock_replaces_what_a_wrong_one_made(certificates, cluster, time):

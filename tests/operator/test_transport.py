@@ -1,10 +1,18 @@
 """`spec.transport` reaches pods, ports and policies; without it pods are as they were."""
 
+from dataclasses import replace
+
 import pytest
 
 from moe_frontend import main
 from moe_operator.controller.reconcile import Reconciler
-from moe_operator.errors import ApplyForbiddenError, ApplyRefusedError, ReadForbiddenError
+from moe_operator.errors import (
+    ApplyForbiddenError,
+    ApplyRefusedError,
+    ChangedMeanwhileError,
+    ClusterUnavailableError,
+    ReadForbiddenError,
+)
 from moe_operator.observed import children
 from moe_operator.observed.observation import Observed
 from moe_operator.observed.pods import read
@@ -146,13 +154,17 @@ def test_frontends_keep_their_certificate_until_no_worker_asks_for_one(also):
 class Issuing:
     """Stands in for Certificates: counts, and fails if told to."""
 
-    def __init__(self, error=None):
-        self.error, self.namespaces = error, []
+    def __init__(self, error=None, own=None):
+        self.error, self.own, self.namespaces, self.needed = error, own, [], []
 
-    def ensure(self, namespace):
+    def ensure(self, namespace, *, needed):
         self.namespaces.append(namespace)
+        self.needed.append(needed)
         if self.error is not None:
             raise self.error
+
+    def identity(self, namespace):
+        return self.own
 
 
 def certified(issuing, of, *pods):
@@ -175,3 +187,19 @@ def test_a_missing_right_is_reported_and_stops_nothing_else(kind):
     (refusal,) = certified(Issuing(kind("no right")), deployment(**MUTUAL))
     assert str(refusal) == "no right"
     assert isinstance(refusal, (ApplyForbiddenError, ApplyRefusedError))
+
+
+@pytest.mark.parametrize("kind", [ClusterUnavailableError, ChangedMeanwhileError])
+def test_a_check_that_failed_stops_a_reconcile_only_where_there_is_no_certificate_yet(kind):
+    """A webhook for Secrets that does not answer must not stop scaling and rollouts."""
+    assert certified(Issuing(kind("not now"), own=object()), deployment(**MUTUAL)) == []
+    with pytest.raises(kind):
+        certified(Issuing(kind("not now")), deployment(**MUTUAL))
+
+
+def test_a_pod_that_waits_for_its_volumes_asks_for_a_check():
+    issuing = Issuing()
+    runs = observed(names.ROLE_WORKER, **MUTUAL)
+    for pod in (runs, replace(runs, address=""), replace(runs, address="", terminating=True)):
+        certified(issuing, deployment(**MUTUAL), pod)
+    assert issuing.needed == [False, True, False]

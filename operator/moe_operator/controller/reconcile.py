@@ -189,16 +189,23 @@ class Reconciler:
         """Keeps the certificates of the deployment's pods up to date; returns what the API server refused.
 
         Everything else goes on then: certificates are renewed a month before they expire.
+
+        Raises RetryableError if the API server could not be asked, and there is no certificate yet.
         """
-        mutual = deployment.spec.transport.mutual or any(pod.secure for pod in observed.pods)
-        if self.certificates is None or not mutual:
+        secure, namespace = [pod for pod in observed.pods if pod.secure], deployment.identity.namespace
+        if self.certificates is None or not (deployment.spec.transport.mutual or secure):
             return []
+        unmounted = any(not pod.address and not pod.terminating for pod in secure)
         try:
-            self.certificates.ensure(deployment.identity.namespace)
+            self.certificates.ensure(namespace, needed=unmounted)
         except (ApplyRefusedError, ApplyForbiddenError) as error:
             return [error]
         except ReadForbiddenError as error:
             return [ApplyForbiddenError(str(error))]
+        except RetryableError as error:
+            if self.certificates.identity(namespace) is None:
+                raise
+            logger.warning("%s: the certificates were not checked: %s", deployment.name, error)
         return []
 
     def _refused(

@@ -16,7 +16,7 @@ from moe_api import mutual, tls
 from moe_api.tls import KeyPair
 from moe_operator.certificates import renewal
 from moe_operator.certificates.issuing import Authority, issue
-from moe_operator.errors import ApplyRefusedError
+from moe_operator.errors import ApplyRefusedError, ClusterUnavailableError
 from moe_operator.kube.client import Cluster
 from moe_operator.render.objects import Manifest
 from moe_operator.resources import names
@@ -28,6 +28,12 @@ _COMPONENTS: Final = {
 }
 CHECKED_S: Final = 240.0
 """Between two checks of the Secrets of a namespace; a bit less than between two reconciles."""
+NEEDED_S: Final = 2.0
+"""The same while a pod waits to mount them: they may have been deleted, with their namespace for one."""
+FAILED_S: Final = 30.0
+"""For so long after a check that the API server did not answer the next ones fail at once: that one may have
+taken the whole limit of a request.
+"""
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,12 @@ class _Namespace:
     own: KeyPair
     """The operator's."""
     checked_at: float
+
+
+@dataclass(frozen=True)
+class _Failure:
+    error: ClusterUnavailableError
+    at: float
 
 
 class Certificates:
@@ -57,14 +69,19 @@ class Certificates:
         self._checking: dict[str, threading.Lock] = {}
         """One for each namespace: a slow admission webhook of one must not keep others waiting."""
         self._known: dict[str, _Namespace] = {}
+        self._failed: dict[str, _Failure] = {}
 
     def identity(self, namespace: str) -> KeyPair | None:
         """The operator's certificate for the pods of a namespace; None before `ensure`. Does not block."""
         known = self._known.get(namespace)
         return None if known is None else known.own
 
-    def ensure(self, namespace: str) -> None:
+    def ensure(self, namespace: str, *, needed: bool = False) -> None:
         """Brings the Secrets of a namespace up to date, if they were not checked lately.
+
+        Does not wait for another thread that checks them, unless that is the first check.
+
+        needed: a pod waits to mount them.
 
         Raises:
             RetryableError: a Secret cannot be read or written.
@@ -72,10 +89,26 @@ class Certificates:
         """
         with self._lock:
             checking = self._checking.setdefault(namespace, threading.Lock())
-        with checking:
+        if not checking.acquire(blocking=namespace not in self._known):
+            return
+        try:
             known, now = self._known.get(namespace), self._monotonic()
-            if known is None or now - known.checked_at > CHECKED_S:
-                self._known[namespace] = self._ensured(namespace, known, now)
+            if known is None or now - known.checked_at > (NEEDED_S if needed else CHECKED_S):
+                self._known[namespace] = self._checked(namespace, known, now)
+        finally:
+            checking.release()
+
+    def _checked(self, namespace: str, known: _Namespace | None, now: float) -> _Namespace:
+        """As `_ensured`. Soon after the API server did not answer, it is not asked again."""
+        failed = self._failed.pop(namespace, None)
+        if failed is not None and now - failed.at < FAILED_S:
+            self._failed[namespace] = failed
+            raise ClusterUnavailableError(str(failed.error))
+        try:
+            return self._ensured(namespace, known, now)
+        except ClusterUnavailableError as error:
+            self._failed[namespace] = _Failure(error, self._monotonic())
+            raise
 
     def _ensured(self, namespace: str, known: _Namespace | None, checked_at: float) -> _Namespace:
         now = self._clock()
