@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from moe_api.listwatch import Event, Page
 from moe_api.supervision import Supervisor
+from moe_operator.controller.gather import gather
 from moe_operator.controller.watches import follow as follow_all
 from moe_operator.errors import (
     ClusterUnavailableError,
@@ -286,6 +288,46 @@ def test_of_a_kind_that_the_cluster_may_lack_there_is_nothing_until_its_crd_is_i
     assert mirror.complete(kind)
     assert mirror.of_deployment(kind, "default", "docs") == []
     assert not caplog.records
+
+
+def test_without_the_right_to_an_optional_kind_the_operator_works_and_says_so_once(caplog, monkeypatch):
+    """As after an upgrade of the image with the ClusterRole of an earlier version."""
+    monkeypatch.setattr("moe_operator.kube.follow.UNKNOWN_S", 0.01)
+    mirror, kind = Mirror(frozenset({"InferencePool"})), "InferencePool"
+    forbidden = ReadForbiddenError("reading /apis/inferencepools is forbidden; grant the right")
+    follow(mirror, *[forbidden] * 3, kind=kind)
+    (line,) = caplog.messages
+    assert line == f"{forbidden}; only deployments that use a InferencePool need it"
+    assert mirror.doubted(kind, "default")
+    told = follow(mirror, forbidden, ([{**pod("a", 1), "kind": kind}], 10, None), [], kind=kind)
+    assert told == ["docs", "*"]
+    assert mirror.complete(kind)
+    assert not mirror.doubted(kind, "default")
+
+
+@pytest.mark.parametrize("uses", [False, True])
+def test_what_may_not_be_read_is_asked_for_only_where_it_is_used(uses):
+    asked = []
+
+    class Api:
+        def __getattr__(self, name):
+            return lambda *_: ""
+
+        def unreadable(self, kind, namespace):
+            return kind == "InferencePool"
+
+        def list(self, kind, *_):
+            asked.append(kind)
+            if kind == "InferencePool":
+                raise ReadForbiddenError("no")
+            return []
+
+    of = worlds.deployment(
+        **({"frontend": {"inferencePool": {"endpointPicker": {"name": "epp"}}}} if uses else {})
+    )
+    with pytest.raises(ReadForbiddenError) if uses else contextlib.nullcontext():
+        gather(Api(), of)
+    assert ("InferencePool" in asked) == uses
 
 
 def test_any_other_kind_that_is_unknown_is_an_error(mirror, caplog):

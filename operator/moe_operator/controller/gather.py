@@ -23,12 +23,18 @@ def gather(cluster: Cluster, deployment: Deployment) -> Observed:
     namespace = deployment.identity.namespace
 
     def listed(kind: str) -> list[Manifest]:
+        optional = kind in OPTIONAL_KINDS
+        if optional and cluster.unreadable(kind, namespace) and not uses(kind):
+            return []
         try:
             return cluster.list(kind, namespace, deployment.name)
         except ReadForbiddenError:
-            if kind not in OPTIONAL_KINDS or any(name.kind == kind for name in expected(deployment)):
+            if not optional or uses(kind):
                 raise
             return []
+
+    def uses(kind: str) -> bool:
+        return any(name.kind == kind for name in expected(deployment))
 
     found = observe(chain.from_iterable(map(listed, KINDS)), listed("Pod"), listed(names.ROUTES_KIND))
     sets = [child for child in found.children.values() if isinstance(child, StatefulSet)]

@@ -105,6 +105,10 @@ class Cluster:
         found = self._requests.send("get", _path(kind, namespace), label_selector=selector) or {"items": []}
         return [{**item, "apiVersion": _PATHS[kind][0], "kind": kind} for item in found["items"]]
 
+    def unreadable(self, kind: str, namespace: str) -> bool:
+        """Whether the watch of a kind was forbidden at its last attempt."""
+        return self._mirror.doubted(kind, namespace)
+
     def note(self, manifests: Iterable[Manifest], verdict: str) -> None:
         """Stores verdicts about listed objects until they change or this process ends."""
         self._mirror.note(manifests, verdict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -13,9 +14,10 @@ from moe_operator.errors import KindUnknownError, ReadForbiddenError
 from moe_operator.kube.mirror import Mirror, Place, deployment_of
 from moe_operator.render.children import OPTIONAL_KINDS
 
+_LOG: Final = logging.getLogger(__name__)
 _BACKOFF: Final = Backoff(first_s=1.0, longest_s=8.0)
 UNKNOWN_S: Final = 30.0
-"""Pause before the API server is asked again for an optional kind that it does not serve."""
+"""Pause before the API server is asked again for an optional kind that it does not serve, or not to us."""
 
 Changed = Callable[[str, str], None]
 """Called with the namespace and name of a deployment after a change, in the watcher's thread."""
@@ -57,6 +59,8 @@ class Follower:
         """A list succeeded since reading was last forbidden."""
         self._forbidden = False
         """Listing is forbidden."""
+        self._warned = False
+        """That it is forbidden is in the log."""
 
     def start(self, supervisor: Supervisor) -> None:
         """Starts the thread, which ends only after `stop`."""
@@ -82,7 +86,7 @@ class Follower:
                 self._put(manifest)
         for namespace, deployment in self._cache.replace(self._kind, there, int(version), self._namespace):
             self._changed(namespace, deployment)
-        self._listed = True
+        self._listed, self._warned = True, False
         self._settled()
         if self._forbidden:
             self._forbidden = False
@@ -100,17 +104,28 @@ class Follower:
     def _follow(self) -> None:
         """Lists and watches until an error, which the supervisor logs and counts.
 
-        Of an optional kind that the API server does not serve there are no objects, which is no error.
+        An optional kind that cannot be read is no error: of one that the API server does not serve there are
+        no objects, and one that is forbidden concerns only deployments that use it: reconciles report it.
         """
         while not self._stopping.is_set():
             try:
                 self._watch.run()
             except ReadForbiddenError as error:
-                if self._kind not in OPTIONAL_KINDS or not isinstance(error, KindUnknownError):
+                if self._kind not in OPTIONAL_KINDS:
                     self._lose_sight()
                     raise
-                self.replace(iter([Page([], str(sys.maxsize))]))
+                self._do_without(error)
                 self._stopping.wait(UNKNOWN_S)
+
+    def _do_without(self, error: ReadForbiddenError) -> None:
+        """Goes on without an optional kind."""
+        if isinstance(error, KindUnknownError):
+            self.replace(iter([Page([], str(sys.maxsize))]))
+            return
+        if not self._warned:
+            _LOG.warning("%s; only deployments that use a %s need it", error, self._kind)
+        self._warned = True
+        self._lose_sight()
 
     def _lose_sight(self) -> None:
         """Without the right to read a kind, reconciles ask the API server themselves and report it."""

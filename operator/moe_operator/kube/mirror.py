@@ -60,6 +60,8 @@ class Mirror:
     _by_deployment: dict[tuple[str, Place], set[Place]] = field(default_factory=lambda: defaultdict(set))
     _complete: set[tuple[str, str]] = field(default_factory=set)
     """Kinds, each with the namespace that was listed; "" stands for all."""
+    _doubted: set[tuple[str, str]] = field(default_factory=set)
+    """Those that could not be listed at the last attempt."""
 
     def complete(self, kind: str, namespace: str = "") -> bool:
         """Whether all objects of a kind, at least in a namespace, have been listed once.
@@ -68,10 +70,15 @@ class Mirror:
         """
         return not self._complete.isdisjoint({(kind, ""), (kind, namespace)})
 
+    def doubted(self, kind: str, namespace: str = "") -> bool:
+        """Whether a kind could not be listed at the last attempt, so that asking for it again is in vain."""
+        return not self._doubted.isdisjoint({(kind, ""), (kind, namespace)})
+
     def doubt(self, kind: str, namespace: str = "") -> None:
         """Marks a kind as not watched: until the next complete list, absence means nothing."""
         with self._lock:
             self._complete.discard((kind, namespace))
+            self._doubted.add((kind, namespace))
 
     def put(self, kind: str, manifest: Manifest) -> bool:
         """Stores an object unless a newer version is here; returns whether it was new."""
@@ -108,6 +115,7 @@ class Mirror:
             for place in stale:
                 self._drop(kind, place)
             self._complete.add((kind, namespace))
+            self._doubted.discard((kind, namespace))
             return losers
 
     def get(self, kind: str, namespace: str, name: str) -> Manifest | None:
