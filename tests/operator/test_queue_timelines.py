@@ -189,5 +189,72 @@ def test_an_edit_of_one_that_waits_already_moves_it_forward():
     assert order == ["first", "third", "second"]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_edits_do_not_wait_for_reconciles_that_hang(fails):
+    """Neither those of others, nor of deployments that fail themselves: the edit may be what heals them."""
+    hang, waits, healed = 30.0, [], {}
+
+    async def work(name):
+        now = asyncio.get_running_loop().time()
+        if name.name in healed:
+            waits.append(now - healed.pop(name.name))
+            return 3600.0
+        await asyncio.sleep(hang)
+        if fails:
+            raise ClusterUnavailableError("the webhook does not answer")
+        return 5.0
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        queue = ReconcileQueue(work, SETTINGS, Supervisor())
+        for number in range(20):
+            queue.add(Name("broken", str(number)))
+        await asyncio.sleep(200)
+        for number in range(20, 30):
+            healed[str(number)] = loop.time()
+            queue.add(Name("default", str(number)), edited=True)
+            await asyncio.sleep(1)
+        assert max(waits) < 0.1
+        for number in range(20):
+            healed[str(number)] = loop.time()
+            queue.add(Name("broken", str(number)), edited=True)
+            await asyncio.sleep(1)
+        await asyncio.sleep(100)
+        await queue.close()
+
+    virtual.run(main())
+    assert len(waits) == 30
+    waiting = [wait for wait in waits if wait > 0.1]
+    assert len(waiting) <= (2 if fails else 10), "those that hang in their own reconcile alone"
+    assert all(wait <= hang for wait in waiting)
+
+
+def test_an_edit_of_one_that_is_cancelled_in_the_same_moment_frees_no_slot_twice():
+    running, most = 0, 0
+
+    async def work(name):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        try:
+            await asyncio.sleep(1)
+        finally:
+            running -= 1
+        return 0.0 if name.name == "loops" else 3600.0
+
+    async def main():
+        queue = ReconcileQueue(work, dataclasses.replace(SETTINGS, workers=1), Supervisor())
+        for name in ("loops", "a", "b", "c"):
+            queue.add(Name("default", name))
+        await asyncio.sleep(0.5)
+        queue._items[Name("default", "b")].task.cancel()
+        queue.add(Name("default", "a"), edited=True)
+        await asyncio.sleep(20)
+        await queue.close()
+
+    virtual.run(main())
+    assert most == 2
+
+
 def test_an_edit_is_not_delayed_to_gather_more():
     assert starts([None], 1, edited=True) == [0.0]

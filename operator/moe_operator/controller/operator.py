@@ -43,6 +43,8 @@ from moe_operator.statuspage.server import StatusServer
 
 P = ParamSpec("P")
 T = TypeVar("T")
+_SCALING_THREADS = 4
+"""For requests of scaling to the API server."""
 _ALLOCATIONS = 10_000
 """Net allocations of containers before a collection of the youngest generation; Python's default is 700."""
 
@@ -75,7 +77,10 @@ class Operator:
         self._supervisor = Supervisor(expected=(MoEOperatorError, UnavailableError))
         if server is not None:
             server.start(self._supervisor)
-        self._threads = ThreadPoolExecutor(own.workers, thread_name_prefix="reconcile")
+        threads = own.workers + own.workers_for_edits
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="reconcile")
+        # Reconciles must not wait until histories and decisions of scaling are written.
+        self._scaling_threads = ThreadPoolExecutor(_SCALING_THREADS, thread_name_prefix="scaling")
         self._queue = ReconcileQueue(self._reconcile, own, self._supervisor)
         self._watchers: list[Follower] = []
         self._asked: dict[str, tuple[object, str]] = {}
@@ -117,6 +122,7 @@ class Operator:
             last_to_first.push_async_callback(asyncio.to_thread, self._telemetry.shutdown)
             last_to_first.push_async_callback(self._pods.close)
             last_to_first.push_async_callback(asyncio.to_thread, self._threads.shutdown)
+            last_to_first.push_async_callback(asyncio.to_thread, self._scaling_threads.shutdown)
             last_to_first.push_async_callback(self._supervisor.close)
             last_to_first.push_async_callback(self._queue.close)
             last_to_first.push_async_callback(self._autoscaler.close)
@@ -160,7 +166,7 @@ class Operator:
             self._pods,
             Poller(self._pods, own.scaling_speed),
             own,
-            threads=self._threads,
+            threads=self._scaling_threads,
             laboratory=ThreadPoolExecutor(1, thread_name_prefix="forecast"),
             decided=self._queue.add,
             metrics=ScalingMetrics(metrics.get_meter("moe_operator.autoscaler")),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
+from typing import Any, TypeAlias
 
 from moe_operator.controller.gather import gather, with_refusal
 from moe_operator.controller.room import room
@@ -27,6 +29,11 @@ from moe_operator.rpc.together import ask
 from moe_operator.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+Answers: TypeAlias = dict[str, Any]
+"""Fields of an observation."""
+Call: TypeAlias = Callable[[], Answers]
+"""A call to pods."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class Planning:
         """The plan and its inputs: pinned pods, and the responses of workers and frontends."""
         with self._thought:
             deployment = with_pins(deployment, observed)
-        observed = self._with_meshes(self._with_model(deployment, observed))
+        observed = _answered(observed, [*self._of_meshes(observed), *self._of_model(deployment, observed)])
         todo = self._plan(deployment, observed)
         if todo.question is not None:
             found = room(self.cluster, deployment.identity.namespace, todo.question)
@@ -73,15 +80,18 @@ class Planning:
     def _asked(self, observed: Observed, todo: Plan) -> Observed:
         """The observation, extended by what the plan needs from workers and frontends."""
         limit = self.settings.rpc_timeout_seconds
-        work = self._work(todo.choice) if todo.choice else {}
-        return replace(
-            observed,
-            work=work,
-            routed=routed(observed.frontends, todo.unrouted, limit, observed.routes, self.dialer)
-            if todo.unrouted
-            else {},
-            downloads=self._downloads(todo.fetching),
-        )
+
+        def routes() -> Answers:
+            return {"routed": routed(observed.frontends, todo.unrouted, limit, observed.routes, self.dialer)}
+
+        calls: list[Call] = []
+        if todo.choice:
+            calls.append(lambda: {"work": self._work(todo.choice)})
+        if todo.unrouted:
+            calls.append(routes)
+        if todo.fetching:
+            calls.append(lambda: {"downloads": self._downloads(todo.fetching)})
+        return _answered(observed, calls)
 
     def _downloads(self, pods: Iterable[Pod]) -> dict[str, Download]:
         """How far the downloads of the model are, of pods that say it."""
@@ -95,23 +105,34 @@ class Planning:
         active = self.active(tuple(addresses.values()))
         return {name: active.get(address, 0) for name, address in addresses.items()}
 
-    def _with_model(self, deployment: Deployment, observed: Observed) -> Observed:
-        address = model_address(deployment, observed)
-        if address is None:
-            return observed
-        try:
-            limit = self.settings.rpc_timeout_seconds
-            model = get_model(address, revision(deployment), limit, self.dialer)
-        except RetryableError as error:
-            # The plan requests another reconcile soon; meanwhile nothing else has to wait for a busy worker.
-            logger.info("%s: %s", deployment.name, error)
-            return observed
-        return replace(observed, model=model)
+    def _of_model(self, deployment: Deployment, observed: Observed) -> Iterator[Call]:
+        """What a worker serves, if that is not known."""
+        address, limit = model_address(deployment, observed), self.settings.rpc_timeout_seconds
 
-    def _with_meshes(self, observed: Observed) -> Observed:
-        """Adds what the ready leaders of gangs report of their ranks."""
+        def model(address: str) -> Answers:
+            try:
+                return {"model": get_model(address, revision(deployment), limit, self.dialer)}
+            except RetryableError as error:
+                # The plan requests another reconcile soon; nothing else has to wait for a busy worker.
+                logger.info("%s: %s", deployment.name, error)
+                return {}
+
+        if address is not None:
+            yield partial(model, address)
+
+    def _of_meshes(self, observed: Observed) -> Iterator[Call]:
+        """What the ready leaders of gangs report of their ranks."""
         gangs = [pod for pod in observed.leaders.values() if pod.shape and pod.ready and pod.address]
-        if not gangs:
-            return observed
         limit = self.settings.rpc_timeout_seconds
-        return replace(observed, meshes=self._meshes.read(gangs, limit, self.dialer))
+        if gangs:
+            yield lambda: {"meshes": self._meshes.read(gangs, limit, self.dialer)}
+
+
+def _answered(observed: Observed, calls: Iterable[Call]) -> Observed:
+    """The observation with the answers to calls, which are made at the same time.
+
+    A pod that does not respond takes the whole timeout of a call; so do several of them together.
+    """
+    for _, answers in ask(lambda call: call(), calls):
+        observed = replace(observed, **answers)
+    return observed

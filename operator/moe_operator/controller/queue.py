@@ -49,43 +49,48 @@ class _Item:
 
 
 class _Slots:
-    """A semaphore that admits the earliest due item first, even if the due times change while items wait."""
+    """A semaphore that admits the earliest due item first, even if the due times change while items wait.
 
-    def __init__(self, count: int) -> None:
-        self._free = count
+    Args:
+        count: items that hold a slot at the same time.
+        spare: slots in addition to these, for edited items alone.
+    """
+
+    def __init__(self, count: int, spare: int = 0) -> None:
+        self._free = count + spare
+        self._spare = spare
         self._waiting: dict[asyncio.Future[None], _Item] = {}
 
     @contextlib.asynccontextmanager
     async def held(self, item: _Item) -> AsyncIterator[None]:
         """Holds a slot for the time of the block."""
-        if self._free:
-            self._free -= 1
-        else:
-            await self._passed_on_to(item)
-        try:
-            yield
-        finally:
-            self._pass_on()
-
-    async def _passed_on_to(self, item: _Item) -> None:
         loop = asyncio.get_running_loop()
         slot: asyncio.Future[None] = loop.create_future()
         item.since = loop.time()
         self._waiting[slot] = item
+        self.admit()
         try:
             await slot
-        except asyncio.CancelledError:
+            yield
+        finally:
             if self._waiting.pop(slot, None) is None:
-                self._pass_on()  # it got its slot in the same moment
-            raise
+                self._free += 1
+                self.admit()
 
-    def _pass_on(self) -> None:
-        if not self._waiting:
-            self._free += 1
-            return
-        slot = min(self._waiting, key=lambda slot: self._waiting[slot].due)
-        del self._waiting[slot]
-        slot.set_result(None)
+    def admit(self) -> None:
+        """Gives free slots to items that wait; call it when one of them was edited."""
+        while self._free:
+            allowed = [
+                slot
+                for slot, item in self._waiting.items()
+                if not slot.done() and (item.edited.is_set() or self._free > self._spare)
+            ]
+            if not allowed:
+                return
+            first = min(allowed, key=lambda slot: self._waiting[slot].due)
+            del self._waiting[first]
+            self._free -= 1
+            first.set_result(None)
 
 
 class ReconcileQueue:
@@ -104,8 +109,8 @@ class ReconcileQueue:
         self._supervisor = supervisor
         self._chance = chance
         self._items: dict[Name, _Item] = {}
-        self._slots = _Slots(settings.workers)
-        self._slots_for_failing = asyncio.Semaphore(max(1, settings.workers // 4))
+        self._slots = _Slots(settings.workers, settings.workers_for_edits)
+        self._slots_for_failing = _Slots(max(1, settings.workers // 4), settings.workers_for_edits)
 
     def add(self, name: Name, *, edited: bool = False) -> None:
         """Records a change of this deployment's objects, or (`edited`) of the deployment itself by others."""
@@ -116,6 +121,8 @@ class ReconcileQueue:
         item.changed.set()
         if edited:
             item.edited.set()
+            for slots in (self._slots_for_failing, self._slots):
+                slots.admit()
 
     def add_all(self) -> None:
         """Records a change that concerns every deployment."""
@@ -152,7 +159,10 @@ class ReconcileQueue:
         del self._items[name]
 
     async def _reconcile(self, name: Name, item: _Item, *, failing: bool) -> float | None:
-        async with self._slots_for_failing if failing else contextlib.nullcontext(), self._slots.held(item):
+        async with (
+            self._slots_for_failing.held(item) if failing else contextlib.nullcontext(),
+            self._slots.held(item),
+        ):
             # Only now, so that this reconcile covers changes during its wait for a slot.
             item.changed.clear()
             item.edited.clear()

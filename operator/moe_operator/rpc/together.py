@@ -15,7 +15,7 @@ Answer = TypeVar("Answer")
 def ask(question: Callable[[Item], Answer], items: Iterable[Item]) -> list[tuple[Item, Answer]]:
     """Each item with its result, in the order of the items."""
     items = list(items)
-    if not items:
-        return []
+    if len(items) < 2:
+        return [(item, question(item)) for item in items]
     with ThreadPoolExecutor(min(_AT_ONCE, len(items))) as threads:
         return list(zip(items, threads.map(question, items), strict=True))
