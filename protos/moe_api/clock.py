@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 _YEAR_S: Final = 365 * 86_400.0
+_SLEW: Final = 0.05
+"""How much slower a `ForwardClock` runs while it is ahead."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Anchor:
 
 
 class ForwardClock:
-    """The wall clock, which never goes back: it runs on from where it was when the wall clock is set back.
+    """The wall clock, but it never goes back: when the wall clock is set back, it runs on, 5 % slower until
+    the wall clock has caught up (20 h for an hour).
 
     For values that are ordered by their time, and compared with times of other machines. It follows a step
     forward. Seconds since the epoch.
@@ -44,13 +47,14 @@ class ForwardClock:
         self, wall: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic
     ) -> None:
         self._wall, self._monotonic = wall, monotonic
-        self._ahead = float("-inf")
+        self._read = float("-inf"), 0.0
+        """The last result, and when it was read on the monotonic clock."""
 
     def __call__(self) -> float:
         """Now."""
-        # The wall clock is read first: a pause between the two then only makes the difference smaller.
-        self._ahead = max(self._ahead, self._wall() - self._monotonic())
-        return self._ahead + self._monotonic()
+        (last, at), now = self._read, self._monotonic()
+        self._read = max(self._wall(), last + (1 - _SLEW) * (now - at)), now
+        return self._read[0]
 
 
 class Timed(Protocol):

@@ -14,6 +14,22 @@ def test_it_runs_on_when_the_wall_clock_is_set_back_and_follows_it_forward():
         return clock()
 
     assert after(10) == 1010
-    assert after(10, set_by=-3600) == 1020
-    assert after(10) == 1030
+    assert after(10, set_by=-3600) == 1010 + 9.5
+    assert after(10) == 1010 + 2 * 9.5
     assert after(10, set_by=7200) == 1040 + 3600
+
+
+def test_the_wall_clock_catches_up_with_it():
+    wall, monotonic = [1000.0], [5.0]
+    clock = ForwardClock(lambda: wall[0], lambda: monotonic[0])
+    clock()
+    wall[0] -= 60
+    read = []
+    for _ in range(130):
+        monotonic[0] += 10
+        wall[0] += 10
+        read.append(clock())
+    assert read == sorted(read)
+    ahead_s = [at - (1000 - 60 + 10 * turn) for turn, at in enumerate(read, 1)]
+    assert ahead_s[60] > 0
+    assert ahead_s[-1] == 0

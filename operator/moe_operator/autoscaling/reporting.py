@@ -43,9 +43,14 @@ def status(subject: Subject, outcome: Outcome, before: ScalingStatus | None, now
     )
 
 
-def verdict(subject: Subject, outcome: Outcome) -> Verdict:
-    """Whether the number of replicas follows the load, and on which basis."""
+def verdict(subject: Subject, outcome: Outcome, unread: str = "") -> Verdict:
+    """Whether the number of replicas follows the load, and on which basis.
+
+    unread: why the stored history could not be read; empty if it could.
+    """
     said = outcome.sizing.message + _doubts(outcome)
+    if unread:
+        said = f"{said}; the stored history is not used, and none is stored: {unread}"
     if subject.scaling.mode is Mode.ADVISORY:
         there = subject.deployment.wanted_replicas
         return Verdict(False, "Advisory", f"would scale from {there} to {outcome.sizing.replicas}: {said}")

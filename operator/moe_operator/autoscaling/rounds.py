@@ -18,7 +18,7 @@ from moe_operator.autoscaling import reporting, scaling_history, storage
 from moe_operator.autoscaling.metrics import ScalingMetrics
 from moe_operator.autoscaling.model.history import HistoryError
 from moe_operator.autoscaling.polling import Poller
-from moe_operator.autoscaling.scaler import Memory, Outcome, Scaler
+from moe_operator.autoscaling.scaler import MINUTE_S, Memory, Outcome, Scaler
 from moe_operator.autoscaling.subject import Subject
 from moe_operator.errors import MoEOperatorError, PermanentError, ReadForbiddenError
 from moe_operator.executor import execute
@@ -58,26 +58,29 @@ class ScaledFactory:
 
     async def load(self, subject: Subject) -> Scaled:
         """The scaling of a deployment, with its stored state."""
-        memory, unread = None, False
+        memory, unread = None, ""
         try:
-            memory = await self.call(self._stored, subject.deployment.identity)
+            memory = await self.stored(subject.deployment.identity)
         except (HistoryError, PermanentError, ReadForbiddenError) as error:
             logger.warning("%s: %s; scaling starts without history", subject.deployment.name, error)
-            unread = isinstance(error, ReadForbiddenError)
+            unread = f"{error}; correct or delete it" if isinstance(error, HistoryError) else str(error)
         scaler = Scaler(subject.deployment.wanted_replicas, memory, subject.spec.capacity_prior)
         return Scaled(self, subject, scaler, memory.whole_until if memory else 0, unread=unread)
 
-    def _stored(self, identity: Identity) -> Memory | None:
+    async def stored(self, identity: Identity) -> Memory | None:
         """The stored state, as far as it is valid; raises errors of `storage.load` and HistoryError."""
+        return await self.call(self._stored, identity, int(self.poller.now() // MINUTE_S))
+
+    def _stored(self, identity: Identity, minute: int) -> Memory | None:
         kept, recent = storage.load(self.cluster, identity)
         whole = scaling_history.memory(kept, identity)
         if whole is None:
             return None
         try:
-            return scaling_history.with_recent(whole, recent, identity)
+            whole = scaling_history.with_recent(whole, recent, identity)
         except HistoryError as error:
             logger.warning("%s: %s; scaling starts without the latest minutes", identity.name, error)
-            return whole
+        return scaling_history.without_future(whole, minute)
 
     async def retire(self, deployment: Deployment) -> None:
         """Removes scaling information from the status of a deployment that does not scale any more."""
@@ -100,7 +103,7 @@ class Scaled:
         subject: the deployment as last observed.
         scaler: its state.
         whole_until: the minute before which all rates are in the stored ScalingHistory; 0 if there is none.
-        unread: there may be a stored state, which could not be read: nothing replaces it.
+        unread: why a stored state could not be read: nothing replaces it; empty if it was, or there is none.
     """
 
     def __init__(
@@ -110,7 +113,7 @@ class Scaled:
         scaler: Scaler,
         whole_until: int = 0,
         *,
-        unread: bool = False,
+        unread: str = "",
     ) -> None:
         self.outdated = False
         """The stored state, which could not be read before, can be read now: load it."""
@@ -149,8 +152,7 @@ class Scaled:
         """Writes the state into the ScalingHistory; scaling continues if that fails."""
         self._kept_at = time.monotonic()
         identity = subject.deployment.identity
-        if self._unread:
-            self.outdated = await self._is_readable(identity)
+        if self._unread and not await self._may_replace(identity):
             return
         memory = self._scaler.memory()
         due = await self._with.call(scaling_history.due, identity, memory, subject.uids, self._whole_until)
@@ -160,14 +162,15 @@ class Scaled:
         except MoEOperatorError as error:
             logger.warning("%s: cannot store the scaling history: %s", identity.name, error)
 
-    async def _is_readable(self, identity: Identity) -> bool:
-        """Whether the stored state can be read by now."""
+    async def _may_replace(self, identity: Identity) -> bool:
+        """Whether the stored state that could not be read is gone. Once it can be read, it is loaded."""
         try:
-            await self._with.call(storage.load, self._with.cluster, identity)
+            stored = await self._with.stored(identity)
         except MoEOperatorError as error:
             logger.warning("%s: the scaling history is not stored: %s", identity.name, error)
             return False
-        return True
+        self._unread, self.outdated = "", stored is not None
+        return stored is None
 
     def close(self) -> None:
         """Stops fitting models."""
@@ -186,7 +189,7 @@ class Scaled:
         deployment, before, now = subject.deployment, self._status, datetime.now(UTC)
         status = reporting.status(subject, outcome, before, now)
         last = Status(conditions=(self._condition,) if self._condition else ())
-        condition = _condition(deployment, reporting.verdict(subject, outcome), last, now)
+        condition = _condition(deployment, reporting.verdict(subject, outcome, self._unread), last, now)
         if not (_news(before, status, self._condition, condition) or outcome.closed):
             return
         if (status, condition) == (before, self._condition):

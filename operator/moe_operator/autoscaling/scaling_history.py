@@ -110,6 +110,17 @@ def with_recent(whole: Memory, recent: Mapping[str, Any] | None, owner: Identity
     return replace(later, history=whole.history, whole_until=whole.whole_until)
 
 
+def without_future(known: Memory, minute: int) -> Memory:
+    """The state without rates after a minute, the current one: a clock that was ahead has dated them.
+
+    No later rate would be taken before that time comes. The whole history is then written again.
+    """
+    history = known.history
+    if history.end <= minute + 1:
+        return known
+    return replace(known, history=history.until(minute + 1), whole_until=0)
+
+
 def _memory(kept: Mapping[str, Any] | None, owner: Identity) -> Memory | None:
     if kept is None or owner_uid(kept) != owner.uid:
         return None
@@ -120,7 +131,7 @@ def _memory(kept: Mapping[str, Any] | None, owner: Identity) -> Memory | None:
         history = History.load(content.rates)
     except (ValidationError, HistoryError) as error:
         why = _first(error) if isinstance(error, ValidationError) else str(error)
-        raise HistoryError(f"{key(kept)} is invalid: {why}; the operator writes a new one") from error
+        raise HistoryError(f"{key(kept)} is invalid: {why}") from error
     return Memory(
         history,
         ColdStarts(content.cold_start_seconds),

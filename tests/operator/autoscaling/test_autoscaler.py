@@ -58,8 +58,10 @@ class Store:
         self.kept = scaling_history.manifest(OWNER, quiet(), ())
         self.histories = []
         """Names of the ScalingHistories that were written."""
+        self.reads = 0
 
     def get(self, kind, namespace, name):
+        self.reads += 1
         if self.trouble:
             raise self.trouble.pop(0)
         return self.kept
@@ -169,11 +171,31 @@ async def test_scaling_goes_on_after_errors_and_after_a_cancellation_that_was_no
     assert site.store.trouble == []
 
 
-async def test_a_damaged_history_begins_anew(site, world):
+@pytest.mark.parametrize("remedy", ["deleted", "corrected"])
+async def test_a_damaged_history_is_not_used_and_not_replaced(world, remedy):
+    """It may be of a later version of the operator, or a slip of somebody who edited it."""
     (front,) = await world(Front(0))
-    site.store.kept |= {"rates": "damaged"}
-    site.autoscaler.saw(asleep(), frontends(front))
-    await site.store.becomes(1)  # nothing is known, so it is seen whether somebody comes
+    async with contextlib.aclosing(Site(history_seconds=0.05)) as site:
+        sound, messages = site.store.kept, []
+        apply = site.store.apply
+
+        def noted(manifest, *more, **options):
+            messages.extend(c["message"] for c in manifest.get("status", {}).get("conditions", ()))
+            apply(manifest, *more, **options)
+
+        site.store.apply = noted
+        site.store.kept = sound | {"rates": "damaged"}
+        site.autoscaler.saw(asleep(), frontends(front))
+        await site.store.becomes(1)  # nothing is known, so it is seen whether somebody comes
+        assert "ScalingHistory docs is invalid: rates: " in messages[-1]
+        assert "; correct or delete it" in messages[-1]
+        reads = site.store.reads
+        await site.until(lambda: site.store.reads > reads + 6)
+        assert site.store.histories == []
+        site.store.kept = None if remedy == "deleted" else sound
+        await site.until(lambda: site.store.histories)
+        whole, recent = "docs", names.recent_history("docs")
+        assert site.store.histories[0] == (whole if remedy == "deleted" else recent)
 
 
 async def test_the_condition_speaks_of_an_edited_spec_at_once(site, world, monkeypatch):

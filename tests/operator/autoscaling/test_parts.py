@@ -157,11 +157,11 @@ def test_a_recent_history_that_is_older_than_the_whole_one_changes_nothing():
     assert list(with_stale.history.items()) == list(alone.history.items())
 
 
-def stored(whole, recent):
-    """What an operator that starts reads of these objects."""
+def stored(whole, recent, minute=10**9):
+    """What an operator that starts in this minute reads of these objects."""
     objects = {"docs": whole, "docs.recent": recent}
     cluster = SimpleNamespace(get=lambda kind, namespace, name: objects[name])
-    return ScaledFactory._stored(SimpleNamespace(cluster=cluster), OWNER)
+    return ScaledFactory._stored(SimpleNamespace(cluster=cluster), OWNER, minute)
 
 
 def test_without_the_whole_history_a_recent_one_says_nothing():
@@ -179,6 +179,24 @@ def test_an_invalid_recent_history_costs_its_minutes_alone(caplog):
     assert caplog.text.rstrip().endswith("scaling starts without the latest minutes")
     with pytest.raises(HistoryError, match="ScalingHistory docs is invalid"):
         stored({**whole, "rates": "AAAA"}, written[-1])
+
+
+def test_rates_that_a_clock_which_was_ahead_has_dated_stand_in_the_way_of_no_later_ones():
+    """An operator whose clock was two days ahead for a while; then it starts again with the right one."""
+    kept, now = memory(1000), 1000
+    kept.history.add(now + 2 * 24 * 60, 7.0)
+    whole = scaling_history.manifest(OWNER, kept, ())
+    found = stored(whole, None, now)
+    assert found.whole_until == 0, "the whole history is written again"
+    assert list(found.history.items())[:-1] == list(memory(1000).history.items())
+    found.history.add(now + 1, 5.0)
+    assert dict(found.history.items())[now + 1] == pytest.approx(5.0, rel=0.001)
+    assert found.cold_starts == kept.cold_starts
+    same = stored(whole, None, now + 2 * 24 * 60)
+    assert (same.whole_until, len(same.history)) == (kept.history.end, len(kept.history))
+    early = stored(whole, None, 0)
+    early.history.add(1, 5.0)
+    assert [rate for minute, rate in early.history.items() if minute == 1] == [pytest.approx(5.0, rel=0.001)]
 
 
 def test_minutes_while_no_operator_ran_are_unknown():
@@ -214,9 +232,9 @@ def test_the_history_belongs_to_the_deployment_and_to_no_later_one_of_its_name()
         ({"capacity": None}, "capacity: Input should be"),
         (
             {"capacity": {"perReplica": 0.0, "prior": 60.0}},
-            "capacity.perReplica: .* greater than 0;",
+            "capacity.perReplica: .* greater than 0$",
         ),
-        ({"capacity": {"perReplica": "NaN", "prior": 0}}, r"capacity.perReplica: .* \(and 1 more\);"),
+        ({"capacity": {"perReplica": "NaN", "prior": 0}}, r"capacity.perReplica: .* \(and 1 more\)$"),
         ({"coldStartSeconds": ["x"]}, "coldStartSeconds.0: "),
         ({"coldStartSeconds": [-1.0]}, "coldStartSeconds.0: Input should be greater than or equal to 0"),
     ],

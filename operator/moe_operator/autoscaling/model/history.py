@@ -77,6 +77,13 @@ class History:
         later._end = self._end
         return later
 
+    def until(self, minute: int) -> History:
+        """The rates before `minute`."""
+        earlier = History()
+        earlier._codes = self._codes[: max(len(self._codes) - max(self._end - minute, 0), 0)].copy()
+        earlier._end = min(self._end, minute) if len(earlier._codes) else 0
+        return earlier
+
     def extend(self, later: History) -> None:
         """Appends the rates that `later` has of the following minutes."""
         for minute, rate in later.items():
