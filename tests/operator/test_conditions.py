@@ -426,6 +426,16 @@ def test_conditions_of_an_earlier_generation_are_unknown_once_a_new_one_cannot_b
     ], "nothing else is known"
 
 
+def test_an_edit_that_leaves_a_spec_invalid_for_another_reason_is_an_event():
+    world = settled()
+    who = world.deployment.identity
+    first = invalid(world.status, replace(who, generation=2), "spec.x: no", world.now)
+    same = invalid(first, replace(who, generation=3), "spec.x: no", world.now)
+    other = invalid(same, replace(who, generation=4), "spec.y: no", world.now)
+    assert [told.message for told in transitions(first, same)] == []
+    assert [told.message for told in transitions(same, other)] == ["spec.y: no"]
+
+
 def test_the_order_of_conditions_says_nothing():
     status = settled(quality={"maxLoss": "10m"}).status
     turned = status.model_copy(update={"conditions": status.conditions[::-1]})

@@ -42,14 +42,21 @@ def of_plan(deployment: Deployment, current: State, now: datetime) -> Status:
 
 
 def transitions(before: Status, after: Status) -> list[Decision]:
-    """A decision for every condition that changed its status or its reason; equal ones count once."""
-    changed = []
-    for condition in after.conditions:
-        old = before.condition(condition.type)
-        if old is None or (old.status, old.reason) != (condition.status, condition.reason):
-            changed.append(condition)
+    """A decision for every condition whose change is worth an Event; equal ones count once."""
+    changed = (one for one in after.conditions if _is_news(before.condition(one.type), one))
     told = (_announcement(condition) for condition in changed if condition.type in _ANNOUNCED)
     return list(dict.fromkeys(told))
+
+
+def _is_news(old: Condition | None, new: Condition) -> bool:
+    """Whether the status or the reason changed, or the edit of a spec changed what is wrong.
+
+    Messages alone change often, because they count replicas.
+    """
+    if old is None or (old.status, old.reason) != (new.status, new.reason):
+        return True
+    edited = old.observed_generation != new.observed_generation
+    return edited and _is_warning(new) and old.message != new.message
 
 
 _ANNOUNCED = (READY, PROGRESSING, DEPRECATED_FIELDS)
