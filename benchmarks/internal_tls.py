@@ -14,6 +14,7 @@ import contextlib
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.http_beside_grpc import (
@@ -32,10 +33,14 @@ from moe_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from tests.pki import Authority, mount
 
 
+@dataclass(frozen=True)
 class Pair(Port):
-    """A frontend with its worker, whose edge's CPU time counts as well."""
+    """A frontend with its worker, whose edge's CPU time counts as well.
 
-    worker: int = 0
+    worker: its PID.
+    """
+
+    worker: int
 
     def cpu_s(self) -> float:
         """CPU seconds of both so far."""
@@ -93,9 +98,7 @@ def served(streams: int, of_worker: list[object], of_frontend: list[object]) -> 
         process = stack.enter_context(started(route))
         at = said(process, r"serving on (\S+)")
         said(process, r"(127\S+) accepts requests")
-        pair = Pair(at, "", process.pid, None, {})
-        object.__setattr__(pair, "worker", worker.pid)
-        yield pair
+        yield Pair(at, "", process.pid, None, {}, worker.pid)
 
 
 if __name__ == "__main__":
