@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import pytest
@@ -14,12 +15,15 @@ from moe_operator.errors import (
     OutOfTimeError,
 )
 from moe_operator.executor.execute import execute
+from moe_operator.planner.changes import Change, Why
+from moe_operator.planner.decision import Decision
 from moe_operator.planner.gates import Gate
 from moe_operator.planner.plan import Deletion, Plan
 from moe_operator.render.objects import Key
 from moe_operator.resources.deployment import Identity
 from moe_operator.resources.status import Status
 
+REMOVED = Decision("ReplicaRemoved", "deleting StatefulSet docs-0: 0 wanted")
 OWNER = Identity("default", "docs", "uid-docs", 1)
 
 
@@ -46,11 +50,12 @@ class Cluster:
 
 
 def plan(*applied, kind="Role"):
+    changes = (Change({"kind": kind, "metadata": {"name": name}}, Why.CREATED) for name in applied)
     return Plan(
-        apply=tuple({"kind": kind, "metadata": {"name": name}} for name in applied),
-        delete=(Deletion(Key("StatefulSet", "docs-0"), "uid"),),
+        made=tuple(changes),
+        delete=(Deletion(Key("StatefulSet", "docs-0"), "uid", REMOVED),),
         status=Status(),
-        decisions=(),
+        news=(),
         recheck=False,
         gates=(Gate("docs-1-0", "uid", open=True),),
     )
@@ -109,3 +114,19 @@ def test_a_plan_out_of_time_continues_in_the_next_reconcile():
     with pytest.raises(OutOfTimeError, match="3 of 4 changes are applied"):
         execute(cluster, OWNER, plan("a", "b"), lambda: next(steps) < 3)
     assert cluster.done == ["gate docs-1-0", "delete docs-0", "apply a"]
+
+
+@pytest.mark.parametrize(
+    ("failed", "error", "said"),
+    [
+        ("delete docs-0", ApplyForbiddenError("denied"), ["created Role a, Role b"]),
+        ("apply a", ApplyRefusedError("invalid"), ["created Role b", REMOVED.message]),
+        ("apply b", ClusterUnavailableError("away"), ["created Role a", REMOVED.message]),
+        ("delete docs-0", ClusterUnavailableError("away"), []),
+    ],
+)
+def test_only_what_was_done_is_told_also_where_the_rest_failed(failed, error, said):
+    done, todo = set(), plan("a", "b")
+    with contextlib.suppress(ClusterUnavailableError):
+        execute(Cluster({failed: error}), OWNER, todo, in_time, done.add)
+    assert [decision.message for decision in todo.deeds(done)] == said

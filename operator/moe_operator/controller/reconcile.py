@@ -34,6 +34,7 @@ from moe_operator.observed.observation import Observed
 from moe_operator.planner import host_paths
 from moe_operator.planner.plan import Plan
 from moe_operator.planner.status_report import invalid, refused
+from moe_operator.render.objects import Key
 from moe_operator.render.worker import recipe
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Identity, Name, identity, parse, parse_status
@@ -134,17 +135,23 @@ class Reconciler:
                 "conflict: the deployment was modified or deleted concurrently; retrying"
             )
         self._drain(deployment, todo.drain)
-        end = time.monotonic() + self.settings.reconcile_seconds
-        refusals = execute.execute(self.cluster, deployment.identity, todo, lambda: time.monotonic() < end)
-        if refusals := [*uncertified, *refusals]:
+        if refusals := [*uncertified, *self._execute(deployment.identity, todo)]:
             return self._refused(deployment, todo, refusals)
         self._reporting.write(deployment.identity, deployment.status, todo.status)
-        self._reporting.announce(deployment.identity, todo.decisions)
+        self._reporting.announce(deployment.identity, todo.news)
         self._record(_with_desired(deployment, todo.status))
         opened = {gate.pod for gate in todo.gates}
         if any(pod.name not in opened for pod in todo.unrouted):
             return self.settings.routing_seconds
         return self._until_next(todo)
+
+    def _execute(self, who: Identity, todo: Plan) -> list[ApplyRefusedError | ApplyForbiddenError]:
+        """Executes the plan, and reports what was done, also where the rest failed; returns the refusals."""
+        end, done = time.monotonic() + self.settings.reconcile_seconds, set[Key]()
+        try:
+            return execute.execute(self.cluster, who, todo, lambda: time.monotonic() < end, done.add)
+        finally:
+            self._reporting.announce(who, todo.deeds(done))
 
     def _record(self, deployment: Deployment) -> None:
         """Writes the scaling decision into spec.replicas; no other step depends on that.
@@ -219,7 +226,6 @@ class Reconciler:
         said = "; ".join(dict.fromkeys(map(str, refusals)))
         after = refused(deployment.status, todo.status, said, self.clock())
         self._reporting.blocked(deployment.identity, deployment.status, after)
-        self._reporting.announce(deployment.identity, todo.removals)
         if todo.unrouted or todo.recheck:
             logger.warning("%s: %s", deployment.name, said)
             return self.settings.recheck_seconds

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 from moe_api.visible import one_line
 from moe_operator.errors import (
@@ -22,7 +22,7 @@ from moe_operator.kube.client import Cluster
 from moe_operator.planner.decision import Decision, timestamp
 from moe_operator.planner.gates import Gate
 from moe_operator.planner.plan import Plan
-from moe_operator.render.objects import Manifest
+from moe_operator.render.objects import Key, Manifest, key
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Identity
 from moe_operator.resources.status import Status
@@ -35,9 +35,15 @@ _ALIKE: Final = 3
 
 
 def execute(
-    cluster: Cluster, identity: Identity, plan: Plan, in_time: Callable[[], bool]
+    cluster: Cluster,
+    identity: Identity,
+    plan: Plan,
+    in_time: Callable[[], bool],
+    completed: Callable[[Key], None] = lambda _: None,
 ) -> list[ApplyRefusedError | ApplyForbiddenError]:
     """Executes the plan within the time limit; returns what the API server refused.
+
+    completed: called with each object that was applied or deleted.
 
     Readiness gates come first, because requests wait for them; then deletions, which free room for the
     objects created after them. No refusal and no conflict stops the rest. A conflict may result from a
@@ -49,7 +55,7 @@ def execute(
     effects, refusals = list(_effects(cluster, identity, plan)), []
     refused: Counter[str] = Counter()
     conflict: ChangedMeanwhileError | None = None
-    for done, (kind, effect) in enumerate(effects):
+    for done, (kind, effect, about) in enumerate(effects):
         if not in_time():
             raise OutOfTimeError(
                 f"{done} of {len(effects)} changes are applied; the next reconcile continues"
@@ -58,6 +64,8 @@ def execute(
             continue
         try:
             effect()
+            if about is not None:
+                completed(about)
         except (ApplyRefusedError, ApplyForbiddenError) as error:
             refused[kind] += 1
             refusals.append(error)
@@ -68,18 +76,27 @@ def execute(
     return refusals
 
 
-def _effects(cluster: Cluster, identity: Identity, plan: Plan) -> Iterator[tuple[str, Callable[[], None]]]:
-    """The effects of a plan, in order: the kind of the object, and the call that changes it."""
+class _Effect(NamedTuple):
+    kind: str
+    """Of the object; deletions count as another kind."""
+    call: Callable[[], None]
+    about: Key | None = None
+    """The object, if it is applied or deleted."""
+
+
+def _effects(cluster: Cluster, identity: Identity, plan: Plan) -> Iterator[_Effect]:
+    """The effects of a plan, in order."""
     space = identity.namespace
     for gate in plan.gates:
-        yield "Pod", partial(cluster.set_pod_condition, space, gate.pod, gate.uid, _condition(gate))
+        yield _Effect("Pod", partial(cluster.set_pod_condition, space, gate.pod, gate.uid, _condition(gate)))
     for deletion in plan.delete:
         kind, name = deletion.key
-        yield f"deleted {kind}", partial(cluster.delete, kind, space, name, deletion.uid)
+        delete = partial(cluster.delete, kind, space, name, deletion.uid)
+        yield _Effect(f"deleted {kind}", delete, deletion.key)
     if plan.secret is not None:
-        yield "Secret", partial(_ensure_secret, cluster, plan.secret)
+        yield _Effect("Secret", partial(_ensure_secret, cluster, plan.secret))
     for manifest in plan.apply:
-        yield manifest["kind"], partial(cluster.apply, manifest)
+        yield _Effect(manifest["kind"], partial(cluster.apply, manifest), key(manifest))
 
 
 def _ensure_secret(cluster: Cluster, make: Callable[[str], Manifest]) -> None:

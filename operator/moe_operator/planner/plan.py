@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -33,18 +33,21 @@ class Deletion:
 
     key: Key
     uid: str
+    decision: Decision | None = None
+    """Why, if people want to know."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """What to do now."""
 
-    apply: tuple[Manifest, ...]
-    """Objects to apply, in this order, after the deletions."""
+    made: tuple[Change, ...]
+    """Changes of objects to apply, in this order, after the deletions."""
     delete: tuple[Deletion, ...]
     """Objects to delete, in this order."""
     status: Status
-    decisions: tuple[Decision, ...]
+    news: tuple[Decision, ...]
+    """What is true whether or not the plan can be executed: changes of conditions and of gangs."""
     recheck: bool
     """The plan waits for something that sends no event: reconcile again soon."""
     deadline: datetime | None = None
@@ -71,9 +74,20 @@ class Plan:
     """StatefulSets that were found to match the recipe: not compared again before they change."""
 
     @property
-    def removals(self) -> tuple[Decision, ...]:
-        """The decisions to delete replicas."""
-        return tuple(decision for decision in self.decisions if decision.reason == REPLICA_REMOVED)
+    def apply(self) -> tuple[Manifest, ...]:
+        """Objects to apply."""
+        return tuple(change.manifest for change in self.made)
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """All decisions, as if everything were executed."""
+        return (*self.deeds({*map(key, self.apply), *(one.key for one in self.delete)}), *self.news)
+
+    def deeds(self, done: Collection[Key]) -> tuple[Decision, ...]:
+        """The decisions that were executed. done: the objects that were applied or deleted."""
+        changed = (change for change in self.made if key(change.manifest) in done)
+        deleted = (one.decision for one in self.delete if one.key in done)
+        return (*changes.decisions(changed), *(decision for decision in deleted if decision is not None))
 
     @property
     def creates(self) -> bool:
@@ -97,17 +111,15 @@ def plan(deployment: Deployment, observed: Observed, now: datetime) -> Plan:
     status = status_report.of_plan(deployment, current, now)
     in_use = {replica.revision for replica in current.replicas.values()}
     deletions = (
-        *_deletions(deployment, observed, moves),
+        *_deletions(deployment, observed, current),
         *(_deletion(one) for one in _surplus(deployment, observed, shared)),
         *(_deletion(record) for record in revisions.outdated(deployment, observed, in_use)),
     )
     return Plan(
-        apply=tuple(change.manifest for change in made),
+        made=tuple(made),
         delete=deletions,
         status=status,
-        decisions=(
-            *changes.decisions(made),
-            *(_removal(deployment, replica, current) for replica in moves.remove),
+        news=(
             *gangs.decisions(current.gangs.values(), now),
             *status_report.transitions(deployment.status, status),
         ),
@@ -226,9 +238,10 @@ def _foreign(desired: Iterable[Manifest], observed: Observed, owner: Identity) -
     ]
 
 
-def _deletions(deployment: Deployment, observed: Observed, moves: Moves) -> tuple[Deletion, ...]:
-    sets = (names.replica(deployment.name, replica.data_rank) for replica in moves.remove)
-    return tuple(_deletion(observed.children[Key("StatefulSet", name)]) for name in sets)
+def _deletions(deployment: Deployment, observed: Observed, current: State) -> Iterator[Deletion]:
+    for replica in current.moves.remove:
+        found = observed.children[Key("StatefulSet", names.replica(deployment.name, replica.data_rank))]
+        yield Deletion(found.key, found.uid, _removal(deployment, replica, current))
 
 
 def _surplus(
