@@ -1,6 +1,7 @@
 """Pages that the cache evicts go to CPU memory and come back: the same tokens, computed once."""
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -137,8 +138,22 @@ def test_pages_are_copied_bit_by_bit(dtype, width):
     assert host.page_s > 0
 
 
-def run(slots, pages=4):
-    return SimulatedEngine(Limits(sequences=1, waiting=9, pages=pages, page_size=2), slots)
+def test_checksums_are_bounded_in_each_step():
+    """A prompt that evicts many pages at once must not make one step long."""
+    cache = PagedCache.allocate(CacheShape(1, 8, 4, torch.float32), 40, torch.device("cpu"))
+    host = HostPages(cache, 40 * 8 * 4 * 4)
+    assert 1 <= host.sums_most < 1_000_000
+    host.sums_most = 3
+    host.run([Move(slot, slot, True) for slot in range(8)])
+    assert [slot for slot in range(8) if host.ready(slot)] == [0, 1, 2]
+    host.run([Move(3, 9, True), Move(0, 9, True)])
+    assert [slot for slot in range(8) if host.ready(slot)] == [1, 2, 4, 5, 6]
+    host.run([])
+    assert all(host.ready(slot) and host.intact(slot) for slot in range(8))
+
+
+def run(slots, pages=4, **limits):
+    return SimulatedEngine(Limits(sequences=1, waiting=9, pages=pages, page_size=2, **limits), slots)
 
 
 def serve(engine, number, prompt, **more):
@@ -178,3 +193,52 @@ def test_more_cpu_memory_needs_fewer_tokens():
             serve(engine, number, text)
         computed.append(engine.scheduler.counters.prompt_tokens - engine.scheduler.counters.prefix_hit_tokens)
     assert computed[0] > computed[1] > computed[2]
+
+
+def returning(tokens):
+    """An engine in whose CPU memory a prompt of 20 pages is; a step has so many prompt tokens."""
+    engine = run(slots=60, pages=24, prefill_tokens=tokens, least_tokens=tokens)
+    prompt = [number % 3 for number in range(41)]
+    serve(engine, 0, prompt)
+    serve(engine, 1, [2, *prompt[1:]])
+    engine.scheduler.budget.time.per_token = 0.5
+    return engine, prompt
+
+
+def test_pages_come_back_in_several_steps_where_one_would_become_long():
+    engine, prompt = returning(tokens=8)
+    engine.storage.page_s = 0.5  # as long as one token, so 8 pages in a step
+    engine.submit(2, prompt, 1)
+    steps, restored = 0, [engine.scheduler.offloaded[1]]
+    while not engine.scheduler.idle:
+        engine.step()
+        steps += 1
+        restored.append(engine.scheduler.offloaded[1])
+    counts = [after - before for before, after in pairwise(restored)]
+    assert sum(counts) >= 16
+    assert max(counts) == 8
+    assert steps <= 4
+
+
+def test_a_request_that_ends_while_its_pages_come_back_leaves_them_to_others():
+    engine, prompt = returning(tokens=8)
+    engine.storage.page_s = 0.5
+    engine.submit(2, prompt, 1)
+    engine.step()
+    engine.cancel(2)
+    offload = engine.scheduler._policy.memory.offload
+    assert not any(entry.users for entry in offload._entries.values())
+    serve(engine, 3, prompt)
+
+
+def test_a_page_that_is_damaged_while_others_come_back_is_computed():
+    engine, prompt = returning(tokens=8)
+    engine.storage.page_s = 0.5
+    engine.submit(2, prompt, 1)
+    engine.step()
+    for slot in range(60):
+        engine.storage.lose(slot)
+    before = engine.scheduler.offloaded[1]
+    while not engine.scheduler.idle:
+        engine.step()  # checks every row that is read
+    assert engine.scheduler.offloaded[1] == before

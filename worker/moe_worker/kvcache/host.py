@@ -7,7 +7,9 @@ Legend: L layers, R rows of the cache, N bytes of a row, S tokens of a page.
 """
 
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -19,6 +21,8 @@ from moe_worker.kvcache.paged import PagedCache
 
 _WORD = 8
 _TRIALS = 8
+_SUMS_S = 0.005
+"""Checksums of saved pages take so long in one step at most; other pages wait for the next one."""
 
 
 class HostPages:
@@ -27,6 +31,7 @@ class HostPages:
     Attributes:
         slots: their number.
         page_s: seconds that a page takes to come back, with its checksum; the shortest of some trials.
+        sums_most: checksums of saved pages in one step.
 
     Raises SettingsError if not one page fits, or the machine has not so much memory to pin.
     """
@@ -50,12 +55,15 @@ class HostPages:
         self._sums: dict[int, tuple[int, int]] = {}
         self._newest: dict[int, int] = {}
         self._saves = 0
-        self._pending: list[tuple[torch.cuda.Event | None, list[tuple[int, int]]]] = []
-        self.page_s = self._measure(cache.pages)
+        self._pending: deque[tuple[torch.cuda.Event | None, list[tuple[int, int]]]] = deque()
+        self._arrived: dict[int, None] = {}
+        """Slots whose checksum is missing, in order."""
+        self.sums_most = max(1, int(_SUMS_S / self._shortest(lambda: self._sum(0))))
+        self.page_s = self._shortest(lambda: self._back(cache.pages))
 
     @torch.inference_mode()
     def run(self, moves: Sequence[Move]) -> None:
-        """Starts the copies, in order; computes the checksums of those that have arrived."""
+        """Starts the copies, in order; computes some checksums of those that have arrived."""
         saved = []
         for slot, page, saves in moves:
             if saves:
@@ -63,6 +71,7 @@ class HostPages:
                 self._saves += 1
                 self._newest[slot] = self._saves
                 self._sums.pop(slot, None)
+                self._arrived.pop(slot, None)
                 saved.append((slot, self._saves))
             else:
                 self._page(page).copy_(self._slot(slot), non_blocking=True)
@@ -71,7 +80,7 @@ class HostPages:
         self._settle()
 
     def ready(self, slot: int) -> bool:
-        """Whether the last page that was copied to the slot has arrived, as of the last `run`."""
+        """Whether the last page that was copied to the slot has its checksum, as of the last `run`."""
         return slot in self._sums
 
     def intact(self, slot: int) -> bool:
@@ -79,11 +88,13 @@ class HostPages:
         return self._sums.get(slot) == self._sum(slot)
 
     def _settle(self) -> None:
-        """Computes the checksums of pages that have arrived and have not been replaced since."""
+        """Computes checksums of pages that have arrived and have not been replaced since, in order."""
         while self._pending and (self._pending[0][0] is None or self._pending[0][0].query()):
-            for slot, number in self._pending.pop(0)[1]:
-                if self._newest[slot] == number:
-                    self._sums[slot] = self._sum(slot)
+            saved = self._pending.popleft()[1]
+            self._arrived.update((slot, None) for slot, number in saved if self._newest[slot] == number)
+        for slot in list(islice(self._arrived, self.sums_most)):
+            del self._arrived[slot]
+            self._sums[slot] = self._sum(slot)
 
     def _sum(self, slot: int) -> tuple[int, int]:
         """A change of any bit changes both; some 10 GB/s."""
@@ -103,14 +114,18 @@ class HostPages:
     def _page(self, page: int) -> Tensor:
         return self._rows_LRN[:, page * self._size : (page + 1) * self._size]
 
-    def _measure(self, padding: int) -> float:
-        """padding: a page that belongs to no sequence."""
+    def _back(self, page: int) -> None:
+        """A page comes back, with its checksum."""
+        self.run([Move(0, page, saves=False)])
+        self._sum(0)
+
+    def _shortest(self, work: Callable[[], object]) -> float:
+        """Seconds."""
         times = []
         for _ in range(_TRIALS):
             self._synchronize()
             began = time.perf_counter()
-            self.run([Move(0, padding, saves=False)])
-            self._sum(0)
+            work()
             self._synchronize()
             times.append(time.perf_counter() - began)
         return min(times)

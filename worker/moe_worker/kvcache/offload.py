@@ -47,11 +47,19 @@ class Storage(Protocol):
         ...
 
 
-@dataclass
-class _Entry:
+@dataclass(eq=False)
+class Kept:
+    """A page in CPU memory.
+
+    digest: of the prefix that it ends. names: of blocks that end in it. users: requests that it comes back
+    for. dropped: the slot belongs to another page now.
+    """
+
+    digest: bytes
     slot: int
     names: tuple[int, ...] = ()
-    held: bool = False
+    users: int = 0
+    dropped: bool = False
 
 
 class Offload:
@@ -64,7 +72,7 @@ class Offload:
     def __init__(self, storage: Storage, names: BlockNames) -> None:
         self._storage = storage
         self._names = names
-        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
+        self._entries: OrderedDict[bytes, Kept] = OrderedDict()
         self._free = list(range(storage.slots - 1, -1, -1))
         self._moves: list[Move] = []
         self._planned: set[int] = set()
@@ -83,34 +91,40 @@ class Offload:
             slot = self._take_slot()
             if slot is None:
                 return
-            entry = self._entries[digest] = _Entry(slot)
+            entry = self._entries[digest] = Kept(digest, slot)
             self._moves.append(Move(slot, page, saves=True))
             self._planned.add(slot)
             self.saved += 1
         self._entries.move_to_end(digest)
         entry.names += tuple(name for name in names if name not in entry.names and self._names.retain(name))
 
-    def match(self, digests: Iterable[bytes]) -> list[bytes]:
-        """Those of a prefix's next pages that can come back, in order; held until `load`."""
+    def match(self, digests: Iterable[bytes]) -> list[Kept]:
+        """Those of a prefix's next pages that can come back, in order; held until `load` or `release`."""
         found = []
         for digest in digests:
             entry = self._entries.get(digest)
             if entry is None or entry.slot in self._planned or not self._storage.ready(entry.slot):
                 break
-            if not self._storage.intact(entry.slot):
-                self._drop(digest)
-                break
             self._entries.move_to_end(digest)
-            entry.held = True
-            found.append(digest)
+            entry.users += 1
+            found.append(entry)
         return found
 
-    def load(self, digest: bytes, page: int) -> None:
-        """Plans to copy a held page back."""
-        entry = self._entries[digest]
-        entry.held = False
+    def load(self, entry: Kept, page: int) -> bool:
+        """Plans to copy a matched page back; False if it is damaged. Takes `page_s`, for its checksum."""
+        entry.users -= 1
+        if not entry.dropped and not self._storage.intact(entry.slot):
+            self._drop(entry)
+        if entry.dropped:
+            return False
         self._moves.append(Move(entry.slot, page, saves=False))
         self.restored += 1
+        return True
+
+    def release(self, entries: Iterable[Kept]) -> None:
+        """Matched pages are not needed any more."""
+        for entry in entries:
+            entry.users -= 1
 
     def take(self) -> list[Move]:
         """The copies planned since the last call, which run now, before the next step."""
@@ -119,16 +133,17 @@ class Offload:
         return moves
 
     def _take_slot(self) -> int | None:
-        """A free slot, or that of the least recently used page that is not held."""
+        """A free slot, or that of the least recently used page that does not come back."""
         if not self._free:
-            oldest = next((digest for digest, entry in self._entries.items() if not entry.held), None)
+            oldest = next((entry for entry in self._entries.values() if not entry.users), None)
             if oldest is None:
                 return None
             self._drop(oldest)
         return self._free.pop()
 
-    def _drop(self, digest: bytes) -> None:
-        entry = self._entries.pop(digest)
+    def _drop(self, entry: Kept) -> None:
+        del self._entries[entry.digest]
+        entry.dropped = True
         for name in entry.names:
             self._names.release(name)
         self._free.append(entry.slot)

@@ -1,7 +1,9 @@
 """A live request inside the scheduler."""
 
+from collections import deque
 from enum import Enum
 
+from moe_worker.kvcache.offload import Kept
 from moe_worker.kvcache.prefix import Node
 from moe_worker.scheduler.plan import UNKNOWN_TOKEN, Arrival, Chunk
 from moe_worker.scheduler.tenants import Tenant
@@ -20,7 +22,8 @@ class Job:
 
     tokens: known ones, of the prompt and sampled. length: tokens, with those sampled by steps under way.
     computed: tokens in the cache once all planned steps are done; written: once all completed ones are.
-    table: its pages; the first `shared` are the path to `node` in the prefix tree. told: entries of the table
+    table: its pages; the first `shared` are the path to `node` in the prefix tree. kept: pages in CPU memory
+    that come back next, before it computes anything. told: entries of the table
     that earlier planned chunks contain. announced: names of its blocks, held until it ends. admitted,
     sampled: numbers of the steps in which it last started to run and got its newest token (0: never, or that
     step was reverted).
@@ -32,6 +35,7 @@ class Job:
         "arrival",
         "computed",
         "ends",
+        "kept",
         "length",
         "node",
         "preempted",
@@ -58,6 +62,7 @@ class Job:
         self.table: list[int] = []
         self.node: Node | None = None
         self.shared = 0
+        self.kept: deque[Kept] = deque()
         self.told = 0
         self.announced: tuple[int, ...] = ()
         self.admitted = 0

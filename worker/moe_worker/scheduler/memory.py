@@ -1,9 +1,10 @@
 """The pages of jobs: from the pool, from the prefix tree, and back."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 
 from moe_worker.kvcache.blocks import BlockNames
-from moe_worker.kvcache.offload import Move, Offload, Storage, next_digest
+from moe_worker.kvcache.offload import Kept, Move, Offload, Storage, next_digest
 from moe_worker.kvcache.pages import PagePool
 from moe_worker.kvcache.prefix import PrefixTree
 from moe_worker.scheduler.job import Job
@@ -60,15 +61,33 @@ class Memory:
             needed = fresh + before - self.available
             self.free(job)
             return needed
-        kept = self._restorable(job, len(shared), most)
+        job.kept = self._restorable(job, len(shared), most)
         job.shared = len(shared)
         job.table = shared + self._take(fresh)
-        if self.offload is not None:
-            for digest, page in zip(kept, job.table[job.shared :], strict=False):
-                self.offload.load(digest, page)
-        job.computed = job.written = (len(shared) + len(kept)) * self._size
+        job.computed = job.written = len(shared) * self._size
         self._name(job, 0)
         return 0
+
+    @property
+    def page_s(self) -> float:
+        """Seconds that a page takes to come back from CPU memory."""
+        return 0.0 if self.offload is None else self.offload.page_s
+
+    def restore(self, job: Job, most: int) -> int:
+        """Up to `most` pages of a job that has computed nothing yet come back; returns how many.
+
+        If one is damaged, the job has to compute that page and all after it.
+        """
+        if self.offload is None:
+            return 0
+        first = job.computed // self._size
+        pages = min(most, len(job.kept))
+        for count, page in enumerate(job.table[first : first + pages]):
+            if not self.offload.load(job.kept.popleft(), page):
+                self._abandon(job)
+                return count
+            job.computed = job.written = job.computed + self._size
+        return pages
 
     def grow(self, job: Job) -> bool:
         """One more page for a running job; False if there is none."""
@@ -92,6 +111,7 @@ class Memory:
 
     def free(self, job: Job) -> None:
         """Takes all pages from a job; those in the tree stay there for others."""
+        self._abandon(job)
         for page in job.table[job.shared :]:
             self.pool.release(page)
         if job.node is not None:
@@ -103,11 +123,17 @@ class Memory:
         """Copies of pages that run now, before the next step."""
         return [] if self.offload is None else self.offload.take()
 
-    def _restorable(self, job: Job, first: int, most: int) -> list[bytes]:
-        """Digests of the pages after the first `first` ones that come back from CPU memory; held there."""
+    def _restorable(self, job: Job, first: int, most: int) -> deque[Kept]:
+        """The pages after the first `first` ones that come back from CPU memory."""
         if self.offload is None or job.node is None or not self._worth(self.offload.page_s):
-            return []
-        return self.offload.match(self._digests(job, job.node.digest, first, most))
+            return deque()
+        return deque(self.offload.match(self._digests(job, job.node.digest, first, most)))
+
+    def _abandon(self, job: Job) -> None:
+        """No more pages come back for a job."""
+        if self.offload is not None:
+            self.offload.release(job.kept)
+        job.kept.clear()
 
     def _digests(self, job: Job, digest: bytes, first: int, most: int) -> Iterator[bytes]:
         for page in range(first, most):

@@ -133,7 +133,10 @@ class Step:
 
 
 class Admitted(NamedTuple):
-    """A request that started to run (again): `cached` of its tokens were in the prefix tree."""
+    """A request that started to run (again).
+
+    cached: tokens that are in the prefix tree or come back from CPU memory.
+    """
 
     id: int
     cached: int

@@ -15,6 +15,7 @@ leaves out streams whose token an earlier step in flight samples: the stages of 
 different steps at the same time.
 """
 
+import math
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -306,6 +307,10 @@ class SchedulingPolicy:
                 job = prompts.pop()
             else:
                 break
+            if job.kept:
+                left -= self._restore(job, left)
+                if job.kept:
+                    continue
             count = min(left, job.left)
             if job.arrival.scored:
                 count = min(count, draft.scored)
@@ -314,6 +319,18 @@ class SchedulingPolicy:
                 self._place(draft, job, count)
                 left -= count
         return budget - left
+
+    def _restore(self, job: Job, tokens: int) -> int:
+        """Pages of a prompt come back from CPU memory, for as long as `tokens` tokens take at most.
+
+        So a long prompt delays streams no longer than one that is computed. At least one page comes back.
+        Returns the number of tokens that take as long.
+        """
+        each, per_token = float(self._limits.page_size), self.budget.time.per_token
+        if per_token:
+            each = min(each, self.memory.page_s / per_token)
+        most = len(job.kept) if each * len(job.kept) <= tokens else max(1, int(tokens / each))
+        return min(tokens, math.ceil(each * self.memory.restore(job, most)))
 
     def _admit(self, draft: Draft, job: Job) -> bool:
         """Whether the first job of a tenant's queue can start; none of its jobs overtakes it, so that none
@@ -336,7 +353,7 @@ class SchedulingPolicy:
         job.state, job.admitted = State.RUNNING, draft.number
         insort(self.running, job, key=_rank)
         tenant.running += 1
-        draft.admitted.append(Admitted(job.arrival.id, job.computed))
+        draft.admitted.append(Admitted(job.arrival.id, self._cached(job)))
         self._count_admission(job)
         return True
 
@@ -398,10 +415,14 @@ class SchedulingPolicy:
 
     def _count_admission(self, job: Job) -> None:
         if job.preempted:
-            self._counters.recomputed_tokens += job.length - job.computed
+            self._counters.recomputed_tokens += job.length - self._cached(job)
         else:
             self._counters.prompt_tokens += job.length
-            self._counters.prefix_hit_tokens += job.computed
+            self._counters.prefix_hit_tokens += self._cached(job)
+
+    def _cached(self, job: Job) -> int:
+        """Tokens that a job which was just admitted need not compute, unless a page is damaged."""
+        return job.computed + len(job.kept) * self._limits.page_size
 
     def _count_gap(self, job: Job, number: int) -> None:
         gap, counters = number - job.sampled, self._counters
