@@ -12,11 +12,13 @@ As a program (NAME [LISTEN]) it prints its address and serves until it is killed
 """
 
 import asyncio
+import inspect
 import os
 import signal
 import sys
 
 import grpc
+from google.protobuf.empty_pb2 import Empty
 
 from moe_api import rich_status
 from moe_api.health import Health
@@ -57,6 +59,16 @@ SHORT = inference_pb2.GenerateResponse(
 )
 
 
+def says_bytes(method, answers):
+    """A WorkerService that knows one method; its answers are bytes, whatever the .proto file allows.
+
+    answers: an async function (request, context), or an async generator for a stream.
+    """
+    streams = inspect.isasyncgenfunction(answers)
+    handle = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
+    return {method: handle(answers, Empty.FromString)}
+
+
 class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
     """Counts what it sees."""
 
@@ -82,7 +94,9 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
     async def start(self, address="127.0.0.1:0", leaving=None, credentials=None):
         self.server = create_server()
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, self.server)
-        if leaving is not None:
+        if isinstance(leaving, dict):  # of says_bytes
+            self.server.add_registered_method_handlers("moe_api.worker.v1.WorkerService", leaving)
+        elif leaving is not None:
             worker_pb2_grpc.add_WorkerServiceServicer_to_server(leaving, self.server)
         self.health = Health(["moe_api.inference.v1.InferenceService"])
         await self.health.register(self.server)

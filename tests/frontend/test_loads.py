@@ -20,7 +20,7 @@ from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
 from moe_frontend.transport.loads import LoadPolling, reported
 from moe_frontend.transport.replicas import Replicas
 from moe_operator.render import inference_pool
-from tests.frontend.fake_worker import FakeWorker
+from tests.frontend.fake_worker import FakeWorker, says_bytes
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,6 +117,22 @@ async def test_a_replica_without_the_call_is_not_asked_again(fleet):
     await fleet.rounds(1)
     assert fleet.reports[0].asked == asked
     assert {fleet.chosen() for _ in range(2)} == {"w-0", "w-1"}
+
+
+async def test_a_report_that_cannot_be_decoded_counts_as_none_and_others_are_asked():
+    one = Fleet()
+
+    async def junk(request, context):
+        return b"\xff\xff"
+
+    await one.workers[0].start(leaving=says_bytes("GetLoad", junk))
+    await one.workers[1].start(leaving=one.reports[1])
+    one.replicas.update(frozenset(worker.endpoint for worker in one.workers))
+    one.supervisor.start("replica-loads", one.polling.run)
+    await one.report(1, running=5)
+    assert {one.chosen() for _ in range(4)} == {"w-0"}
+    assert [state.failures for state in one.supervisor.states] == [0]
+    await one.close()
 
 
 async def test_the_sums_of_all_replicas_are_exported(fleet):

@@ -1,6 +1,7 @@
 """Frontends that know what replicas hold: pure decisions, and watches over real gRPC on loopback."""
 
 import asyncio
+import random
 
 import grpc
 import pytest
@@ -22,7 +23,7 @@ from moe_frontend.policy.watched import SENT_S, Held, ImplausibleChangeError, Wa
 from moe_frontend.transport import watching
 from moe_frontend.transport.replicas import Replicas
 from moe_frontend.transport.watching import CacheWatching
-from tests.frontend.fake_worker import FakeWorker
+from tests.frontend.fake_worker import FakeWorker, says_bytes
 
 NAMES = st.lists(st.integers(0, 20), max_size=8)
 
@@ -229,6 +230,28 @@ async def test_a_replica_without_the_call_is_not_asked_again(fleet):
     fleet.caches[1].says.put_nowait(change(1, [1]))
     await fleet.until_held([1], w_1=1)
     assert (fleet.caches[0].watched, fleet.caches[1].watched) == (1, 1)
+
+
+async def test_bytes_that_are_no_message_end_the_watch_and_nothing_else(fleet):
+    """Random bytes, and real messages that were cut or changed, over the wire."""
+    chance, good = random.Random(1), change(1, [1, 2]).SerializeToString()
+    said = [chance.randbytes(chance.randint(1, 40)) for _ in range(20)]
+    said += [good[:-1], good + b"\xff", b"\xff\xff", good.replace(good[:1], b"\xff")]
+    watches = 0
+
+    async def junk(request, context):
+        nonlocal watches
+        watches += 1
+        yield said[watches - 1] if watches <= len(said) else good
+        await asyncio.Event().wait()
+
+    worker = FakeWorker("w-2")
+    await worker.start(leaving=says_bytes("WatchCache", junk))
+    fleet.publish(*fleet.workers, worker)
+    fleet.caches[0].says.put_nowait(change(1, [1]))
+    await fleet.until_held([1, 2], w_0=1, w_2=2)
+    assert all(state.failures == 0 for state in fleet.supervisor.states)
+    await worker.server.stop(None)
 
 
 async def test_a_replica_that_floods_leaves_the_frontend_time(fleet, monkeypatch):

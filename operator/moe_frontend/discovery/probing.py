@@ -88,7 +88,8 @@ class Prober:
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
         try:
             async for update in watch:
-                serving = update.status == health_pb2.HealthCheckResponse.SERVING
+                # gRPC gives None for a message that it cannot decode.
+                serving = update is not None and update.status == health_pb2.HealthCheckResponse.SERVING
                 self._set(endpoint, await _with_model(channel, endpoint) if serving else None)
                 served |= serving
         except grpc.aio.AioRpcError as error:
@@ -112,6 +113,9 @@ async def _with_model(channel: grpc.aio.Channel, endpoint: Endpoint) -> Endpoint
     """The endpoint with the model that its worker reports; None if that cannot be one."""
     stub = inference_pb2_grpc.InferenceServiceStub(channel)
     model = await stub.GetModel(inference_pb2.GetModelRequest(), timeout=_ASK_S)
+    if model is None:  # gRPC's word for a message that it cannot decode
+        _LOG.warning("%s is not used: GetModel returns no model; replace it", endpoint.name)
+        return None
     if not _plausible(model):
         _LOG.warning("%s is not used: GetModel returns names that are too long; replace it", endpoint.name)
         return None

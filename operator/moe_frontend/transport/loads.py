@@ -98,7 +98,8 @@ class LoadPolling:
                 raise
             self._fleet.report_load(target, None)  # its channel was closed
         else:
-            self._fleet.report_load(target, reported(load))
+            # gRPC gives None for a message that it cannot decode.
+            self._fleet.report_load(target, None if load is None else reported(load))
 
     def measure(self, meter: metrics.Meter) -> None:
         """Creates gauges of all replicas together; they have no value while no replica reports."""

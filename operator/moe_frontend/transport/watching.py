@@ -95,6 +95,8 @@ class CacheWatching:
         call = stub.WatchCache(worker_pb2.WatchCacheRequest())
         try:
             async for change in call:
+                if change is None:  # gRPC's word for a message that it cannot decode
+                    raise ImplausibleChangeError("a message cannot be decoded; asking for a new snapshot")
                 self._index.apply(target.endpoint.name, held, change)
                 await asyncio.sleep(PACE_S)
         finally:
