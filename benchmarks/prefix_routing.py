@@ -14,6 +14,7 @@ frontend hears 0.1 s later of each block that a replica is to compute or evicts,
 from __future__ import annotations
 
 import argparse
+import functools
 import heapq
 import random
 import statistics
@@ -41,6 +42,8 @@ LOST_S = 60.0
 POLL_S = 1.0
 HEARD_S = 0.1
 MASK = 2**64 - 1
+Event = tuple[float, int, Callable[[], None]]
+"""When it happens, its place among those of the same time, and what happens."""
 
 
 @dataclass
@@ -102,12 +105,15 @@ class Watch:
 
 @dataclass
 class Frontend:
-    """One frontend: its policy, its requests by replica, and those of others as last reported."""
+    """One frontend: its policy, its requests by replica, those of others as last reported, and the work of
+    its prompts that are not computed.
+    """
 
     policy: Policy
     shared: bool
     own: dict[str, int]
     elsewhere: dict[str, int]
+    work: dict[str, float]
     polled_at: float = -POLL_S
     last_chosen: dict[str, int] = field(default_factory=dict)
     watches: dict[str, Watch] = field(default_factory=dict)
@@ -136,8 +142,22 @@ class Frontend:
             self.polled_at = now
             self.elsewhere = {one.name: one.in_flight - self.own[one.name] for one in ready}
         return [
-            Load(one.name, self.own[one.name], elsewhere=self.elsewhere.get(one.name, 0)) for one in ready
+            Load(
+                one.name,
+                self.own[one.name],
+                elsewhere=self.elsewhere.get(one.name, 0),
+                work=self.work[one.name],
+            )
+            for one in ready
         ]
+
+    def answered(self, replica: Replica, work: float) -> None:
+        """The first token of a request has come."""
+        self.work[replica.name] -= work
+
+    def ended(self, replica: Replica) -> None:
+        self.own[replica.name] -= 1
+        replica.in_flight -= 1
 
 
 @dataclass(frozen=True)
@@ -157,18 +177,17 @@ def simulate(
     shared: bool,
 ) -> Result:
     fleet = [Replica(f"replica-{number}", given.holds, rate) for number in range(given.replicas)]
-    frontends = [Frontend(make(), shared, {one.name: 0 for one in fleet}, {}) for _ in range(given.frontends)]
-    ends: list[tuple[float, int, Replica, Frontend]] = []
+    nothing = {one.name: 0 for one in fleet}
+    frontends = [Frontend(make(), shared, dict(nothing), {}, dict(nothing)) for _ in range(given.frontends)]
+    events: list[Event] = []
     waits: list[float] = []
     lost, span = fleet[-1], requests[-1].at_s - requests[0].at_s
     lost_at, most = requests[0].at_s + span / 2, 0
     down = False
     for number, request in enumerate(requests):
         now = request.at_s
-        while ends and ends[0][0] <= now:
-            _, _, replica, sender = heapq.heappop(ends)
-            replica.in_flight -= 1
-            sender.own[replica.name] -= 1
+        while events and events[0][0] <= now:
+            heapq.heappop(events)[2]()
         if len(fleet) > 1 and down != (lost_at <= now < lost_at + LOST_S):
             down = not down
             lost.cache.clear()
@@ -181,15 +200,22 @@ def simulate(
         question = Question(tuple(hash(key) & MASK for key in request.keys))
         costs = frontend.policy.costs(question, frontend.loads(ready, now), now)
         chosen = frontend.choose(ready, costs, number)
-        frontend.policy.sent(question, chosen.name, now)
+        work = frontend.policy.sent(question, chosen.name, now)
         tokens = chosen.compute(request, question.blocks, now)
         chosen.prefilled += tokens
         chosen.free_at = max(chosen.free_at, now) + tokens / rate
         waits.append(chosen.free_at - now)
         chosen.in_flight += 1
         frontend.own[chosen.name] += 1
+        frontend.work[chosen.name] += work
         most = max(most, chosen.in_flight)
-        heapq.heappush(ends, (chosen.free_at + TOKEN_S * request.answer_tokens, number, chosen, frontend))
+        end = chosen.free_at + TOKEN_S * request.answer_tokens
+        due: list[Event] = [
+            (chosen.free_at, 2 * number, functools.partial(frontend.answered, chosen, work)),
+            (end, 2 * number + 1, functools.partial(frontend.ended, chosen)),
+        ]
+        for event in due:
+            heapq.heappush(events, event)
     return Result(sum(one.prefilled for one in fleet), waits, most)
 
 

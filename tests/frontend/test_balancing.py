@@ -1,5 +1,6 @@
 """Routing policies: pure decisions, and requests over a running frontend."""
 
+import asyncio
 import random
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_api.inference.v1 import inference_pb2
+from moe_api.prefixes import BLOCK_BYTES
 from moe_frontend.policy.balancing import (
     POLICIES,
     Asked,
@@ -43,7 +45,34 @@ def test_a_hot_prefix_spreads_when_its_replica_is_busy():
     policy, question = PrefixAffinity(), Question(tuple(range(20)))
     assert chosen(policy, question, loads(0, 0, 0)).replica == "a"
     assert chosen(policy, question, loads(3, 0, 0)).replica == "a"
-    assert chosen(policy, question, loads(40, 0, 0)).replica == "b"
+    assert chosen(policy, question, loads(200, 0, 0)).replica == "b"
+
+
+def test_prompts_that_wait_count_with_their_missing_blocks():
+    policy = PrefixAffinity()
+    assert policy.sent(Question((1, 2, 3)), "a", 0.0) == 3
+    assert policy.sent(Question((1, 2, 3, 4)), "a", 0.0) == 1
+    waits, streams = Load("a", 1, work=20.0), Load("b", 4)
+    assert chosen(policy, Question((1, 2, 3, 4, 5)), [Load("a", 1), streams]).replica == "a"
+    assert chosen(policy, Question((1, 2, 3, 4, 5)), [waits, streams]).replica == "b"
+
+
+async def test_a_prompt_counts_until_its_first_token(bench):
+    """A replica with a long prompt under way gets no requests while another one only writes answers."""
+    running = await bench(workers=2, policy=PrefixAffinity())
+    silent = running.generate("silent" + " " * 8 * BLOCK_BYTES)
+    async with asyncio.timeout(30):
+        while not any(worker.requests for worker in running.workers):
+            await asyncio.sleep(0.005)
+    busy, other = sorted(running.workers, key=lambda worker: -worker.requests)
+    streams = [running.generate("hold") for _ in range(3)]
+    for stream in streams:
+        await stream.read()
+    assert (busy.requests, other.requests) == (1, 3)
+    silent.cancel()
+    await busy.until(lambda worker: not worker.running)
+    await running.text("count 1 0")
+    assert (busy.requests, other.requests) == (2, 3)
 
 
 def test_a_replica_that_comes_back_is_not_taken_to_hold_anything():

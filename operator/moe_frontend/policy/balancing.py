@@ -22,6 +22,10 @@ SESSION_KEY: Final = "x-session-id"
 """Metadata (HTTP header) that names the session of a request."""
 _SMOOTHING: Final = 0.02
 """Weight of the newest request in the mean cost of a request."""
+_OWN: Final = 2.0
+"""Weight of a block that this request brings: whoever comes behind it waits for it, too."""
+_STREAM: Final = 0.5
+"""Part of a mean prompt that a request counts as whose prompt is computed: its tokens take time as well."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,8 @@ class Policy(Protocol):
     def costs(self, question: Question, candidates: Sequence[Load], now: float) -> Sequence[float]:
         """The cost of each candidate; `now` in seconds."""
 
-    def sent(self, question: Question, replica: str, now: float) -> None:
-        """Notes that the request was sent to a replica."""
+    def sent(self, question: Question, replica: str, now: float) -> float:
+        """Notes that the request was sent to a replica; returns the work of its prompt, for `Load.work`."""
 
     def keep(self, replicas: frozenset[str]) -> None:
         """Forgets all replicas but these, which are ready."""
@@ -69,9 +73,9 @@ class Asked:
         """As `Policy.costs`."""
         return self.policy.costs(self.question, candidates, now)
 
-    def sent(self, replica: str, now: float) -> None:
+    def sent(self, replica: str, now: float) -> float:
         """As `Policy.sent`."""
-        self.policy.sent(self.question, replica, now)
+        return self.policy.sent(self.question, replica, now)
 
 
 def question_of(request: Message, metadata: Iterable[Any] | None, tenant: str = "") -> Question:
@@ -92,8 +96,9 @@ class LeastLoaded:
         """As `Policy.costs`."""
         return [load.requests for load in candidates]
 
-    def sent(self, question: Question, replica: str, now: float) -> None:
+    def sent(self, question: Question, replica: str, now: float) -> float:  # noqa: ARG002
         """As `Policy.sent`."""
+        return 1.0
 
     def keep(self, replicas: frozenset[str]) -> None:
         """As `Policy.keep`."""
@@ -132,10 +137,11 @@ class Session(LeastLoaded):
 
 
 class PrefixAffinity:
-    """The replica with the least prefill work: missing blocks of this prompt and of requests in flight.
+    """The replica with the least prefill work: missing blocks of this prompt and of those that wait there.
 
-    A request in flight counts as the recent mean number of missing blocks, so that a replica with a popular
-    prefix does not get requests that another replica would serve sooner.
+    Requests of this frontend that have no token yet count with their own missing blocks. Those that have one,
+    and those of other frontends, of which less is known, count as a part of the recent mean, so that a
+    replica with a popular prefix does not get requests that another replica would serve sooner.
     """
 
     reason = "PrefixAffinity"
@@ -147,14 +153,19 @@ class PrefixAffinity:
     def costs(self, question: Question, candidates: Sequence[Load], now: float) -> Sequence[float]:
         """As `Policy.costs`."""
         held = self._index.held(question.blocks, now)
-        total = len(question.blocks)
-        return [total - held.get(load.name, 0) + load.requests * self._mean for load in candidates]
+        total, stream = len(question.blocks), _STREAM * self._mean
+        return [
+            _OWN * (total - held.get(load.name, 0)) + load.work + load.requests * stream
+            for load in candidates
+        ]
 
-    def sent(self, question: Question, replica: str, now: float) -> None:
-        """As `Policy.sent`."""
+    def sent(self, question: Question, replica: str, now: float) -> float:
+        """As `Policy.sent`; in blocks."""
         missing = len(question.blocks) - self._index.held(question.blocks, now).get(replica, 0)
-        self._mean += _SMOOTHING * (max(1, missing) - self._mean)
+        work = float(max(1, missing))
+        self._mean += _SMOOTHING * (work - self._mean)
         self._index.note(replica, question.blocks, now)
+        return work
 
     def keep(self, replicas: frozenset[str]) -> None:
         """As `Policy.keep`."""

@@ -45,6 +45,7 @@ class Load:
         revision: that it serves.
         distrusted_until: seconds; it broke the protocol and is suspect until then.
         elsewhere: requests of other frontends on it, as it last reported.
+        work: prompts that it has to compute for this frontend's requests, in the unit of the policy.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Load:
     revision: str = ""
     distrusted_until: float = 0.0
     elsewhere: int = 0
+    work: float = 0.0
 
     @property
     def requests(self) -> int:

@@ -324,7 +324,7 @@ class Forwarder:
             return failures.unreached(name, started=progress.started)
         answer = self._send(call, lease)
         try:
-            await _pass_on(answer, call)
+            await _pass_on(answer, call, lease)
             if said := metadata.selected(await answer.trailing_metadata(), self._keys):
                 call.context.set_trailing_metadata(said)
         except ContractError as error:
@@ -348,7 +348,7 @@ class Forwarder:
         return multicallable(request, timeout=clock.remaining_s(call.context), metadata=traced)
 
 
-async def _pass_on(answer: _Answer, call: _Call) -> None:
+async def _pass_on(answer: _Answer, call: _Call, lease: Lease) -> None:
     """Forwards the messages of a response until its end.
 
     Raises:
@@ -360,6 +360,7 @@ async def _pass_on(answer: _Answer, call: _Call) -> None:
     with contextlib.suppress(TimeoutError):  # the client has its complete response
         async with asyncio.timeout(None) as limit:
             async for message in answer:
+                lease.prompt_done()
                 for ready in progress.take(message):
                     await call.writer.write(ready)
                 if progress.finished:

@@ -32,13 +32,22 @@ class _Replica:
     reported: Reported | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Lease:
-    """A replica chosen for one request, with the reason."""
+    """A replica chosen for one request, with the reason. `work`: that its prompt is, as `Load.work`."""
 
     endpoint: Endpoint
     channel: grpc.aio.Channel
     decision: routing.Decision
+    work: float
+    _replica: _Replica
+
+    def prompt_done(self) -> None:
+        """The replica has computed the prompt: it sent a message. Idempotent."""
+        if self.work:
+            load = self._replica.load
+            self._replica.load = replace(load, work=load.work - self.work)
+            self.work = 0.0
 
     async def connected(self) -> bool:
         """Whether there is a connection, or one can be opened now.
@@ -112,7 +121,7 @@ class Replicas:
         """
         for name, old in list(self._ready.items()):
             if old.endpoint.secure:
-                load = replace(old.load, in_flight=0)
+                load = replace(old.load, in_flight=0, work=0.0)
                 self._ready[name] = _Replica(
                     old.endpoint, self.connector.channel(old.endpoint), load, old.reported
                 )
@@ -151,13 +160,17 @@ class Replicas:
             yield None
             return
         replica = self._ready[decision.replica]
-        if asked is not None:
-            asked.sent(decision.replica, self._clock())
+        work = 0.0 if asked is None else asked.sent(decision.replica, self._clock())
         self._requests += 1
-        replica.load = replace(replica.load, in_flight=replica.load.in_flight + 1, last_chosen=self._requests)
+        load = replica.load
+        replica.load = replace(
+            load, in_flight=load.in_flight + 1, last_chosen=self._requests, work=load.work + work
+        )
+        lease = Lease(replica.endpoint, replica.channel, decision, work, replica)
         try:
-            yield Lease(replica.endpoint, replica.channel, decision)
+            yield lease
         finally:
+            lease.prompt_done()
             replica.load = replace(replica.load, in_flight=replica.load.in_flight - 1)
             self._close_idle()
 
