@@ -1,11 +1,13 @@
 """The estimate of step times compared with numpy's weighted fit, and the resulting budget."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_worker.scheduler.budget import MEMORY, StepTime, TokenBudget
+from moe_worker.scheduler.budget import MEMORY, RECENT, StepTime, TokenBudget
 from moe_worker.scheduler.plan import Limits
 from moe_worker.scheduler.rate import FIRST_DELAY_S, MOST_DELAY_S, EndRate
 
@@ -40,6 +42,14 @@ def test_steps_of_one_size_leave_the_cost_of_a_token_as_it_was():
 def test_one_step_that_took_for_ever_hardly_counts():
     calm = [(100, 0.02), (10, 0.011)] * 20
     assert observed([*calm, (100, 100.0)]).estimate(100) < 2 * observed(calm).estimate(100)
+
+
+def test_the_smallest_step_is_known_as_long_as_it_is_recent():
+    assert StepTime().least == math.inf
+    steps = [(16, 0.03)] * 60 + [(1, 0.01)]
+    assert observed(steps).least == 1
+    assert observed(steps + [(16, 0.03)] * RECENT).least == 1
+    assert observed(steps + [(16, 0.03)] * 2 * RECENT).least == 16
 
 
 def test_the_budget_is_what_fits_the_aim():

@@ -1,13 +1,14 @@
 """Fair shares of tenants: the rules alone, then a scheduler whose machine takes the time that it expects."""
 
 import random
+import statistics
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_api.slots import SPARE, Slots
-from moe_worker.scheduler.budget import StepTime
+from moe_worker.scheduler.budget import RECENT, StepTime
 from moe_worker.scheduler.plan import Limits
 from moe_worker.scheduler.tenants import IDLE_MOST, TURN_S, Tenant, Tenants, shares_of, step_tokens
 from tests.worker.simulated import SimulatedEngine
@@ -16,6 +17,14 @@ CPU = StepTime(fixed=0.003, per_token=0.0012, count=100)
 """Each token costs much."""
 GPU = StepTime(fixed=0.005, per_token=0.00001, count=100)
 """A step costs about the same for one token and for a hundred."""
+
+
+class Concave:
+    """Tokens share what a step reads, as on two cores: 12 ms for one token, 28 ms for 16, 46 ms for 42."""
+
+    def estimate(self, tokens):
+        return 0.009 + 0.003 * tokens**0.67
+
 
 TENANTS = st.lists(st.tuples(st.integers(1, 10), st.integers(1, 40), st.booleans()), min_size=1, max_size=6)
 
@@ -195,6 +204,27 @@ def test_short_requests_next_to_560_streams_take_twice_their_time_alone_plus_a_s
     for number in range(1000, 1020):
         assert machine.ask(number) <= 1.3 * alone_s(cost) + longest_step_s
     assert machine.scheduler.counters.preemptions == 0
+
+
+def test_a_request_is_alone_in_steps_smaller_than_all_measured_ones():
+    """Measured steps of 16 tokens and more say too much of small ones, where time is concave in tokens."""
+    machine = Machine(Concave())
+    machine.flood(560, new_tokens=400)
+    took_s = []
+    for number in range(1000, 1020):
+        for _ in range(4):  # the crowd's steps meanwhile
+            machine.take()
+        took_s.append(machine.ask(number, length=26))
+    assert statistics.median(took_s) <= 1.25 * alone_s(Concave(), length=26)
+
+
+def test_a_machine_that_computes_others_for_nothing_pauses_them_for_two_steps_to_find_out():
+    machine = Machine(GPU, target_s=1.0)
+    machine.flood(12, new_tokens=1000)
+    for _ in range(200):
+        machine.take()
+    machine.submit(1000, [1, 2], 100, tenant="guest")
+    assert [len(machine.take().step.chunks) for _ in range(RECENT)] == [1, 1, *[13] * (RECENT - 2)]
 
 
 def test_without_tenants_the_same_requests_wait_for_hundreds_of_streams():

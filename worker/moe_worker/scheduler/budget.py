@@ -7,6 +7,8 @@ from moe_worker.scheduler.plan import Limits
 
 # Decay of a measurement's weight with each later one: about the last 50 steps count.
 MEMORY = 0.98
+# The smallest step of so many is remembered, and of as many before them.
+RECENT = 50
 # A step that takes more than this many times its estimate (a compilation, a machine that was suspended) is
 # clipped to that, once there are enough measurements to trust the estimate.
 SURPRISE = 4.0
@@ -21,7 +23,8 @@ class StepTime:
     """Estimates seconds = fixed + per_token * tokens, by least squares with exponentially fading weights.
 
     Until steps of several sizes were measured, the time is assumed to be proportional to the tokens, which
-    errs towards small steps.
+    errs towards small steps. The true time is concave in the tokens where they share what is read, such as
+    experts: the estimate says too much for steps that are smaller than all measured ones.
     """
 
     fixed: float = 0.0
@@ -33,6 +36,13 @@ class StepTime:
     _variance: float = 0.0
     _covariance: float = 0.0
     _fitted: bool = False
+    _least: float = math.inf
+    _least_before: float = math.inf
+
+    @property
+    def least(self) -> float:
+        """Tokens of the smallest step measured lately; infinite before the first measurement."""
+        return min(self._least, self._least_before)
 
     def estimate(self, tokens: int) -> float:
         """Seconds that a step of `tokens` tokens takes."""
@@ -47,7 +57,10 @@ class StepTime:
         """Adds a measured step."""
         if self.count >= TRUSTED:
             seconds = min(seconds, SURPRISE * self.estimate(tokens))
+        if self.count % RECENT == 0:
+            self._least_before, self._least = self._least, math.inf
         self.count += 1
+        self._least = min(self._least, tokens)
         self._weight = MEMORY * self._weight + 1.0
         part = 1.0 / self._weight
         off_tokens, off_s = tokens - self._mean_tokens, seconds - self._mean_s

@@ -12,10 +12,12 @@ Three rules, none of which matters while one tenant has all requests:
    limit, tokens are divided by weighted max-min fairness.
 3. A tenant that arrives borrows from its own future, as in Duda and Cheriton, "Borrowed-Virtual-Time
    Scheduling" (SOSP 1999): for TURN_S of its service, and as much again for each level of its first request's
-   priority, its steps hold little of the others. Its count shows the debt, so it gains no service in the long
-   run, but its short requests are done soon.
+   priority, its steps hold little of the others. Where no step so small was measured lately, they hold
+   nothing of the others, so that one is measured. Its count shows the debt, so it gains no service in the
+   long run, but its short requests are done soon.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from moe_worker.scheduler.budget import StepTime
 
 TURN_S = 0.05
 """Seconds of service that a tenant which arrives may take at once."""
-SLOWER = 1.25
+SLOWER = 1.1
 """How much longer others' tokens may make the steps of such a tenant."""
 IDLE_MOST = 1024
 """Idle tenants whose counts are kept, the last ones."""
@@ -128,7 +130,10 @@ def step_tokens(demands: Mapping[Tenant, int], time: StepTime) -> float:
         (arriving if tenant.arriving else weight) / tenant.weight * time.estimate(tokens)
         for tenant, tokens in demands.items()
     )
-    return time.within(most_s)
+    tokens = time.within(most_s)
+    arrived = [count for tenant, count in demands.items() if tenant.arriving]
+    # No step so small was measured lately, so its time is not known, and is less than the estimate.
+    return min(tokens, float(sum(arrived))) if min(arrived, default=math.inf) < time.least else tokens
 
 
 def shares_of(tokens: float, demands: Mapping[Tenant, int]) -> dict[Tenant, int]:
