@@ -16,7 +16,7 @@ from moe_worker.mesh.part import part_of, stage_ranges
 from moe_worker.mesh.places import ExpertPlaces, advised
 from moe_worker.mesh.rank_stage import ModelStage, RankStage
 from moe_worker.mesh.rebalance.execute import Rebalancing
-from moe_worker.mesh.rebalance.hold import HeldExperts
+from moe_worker.mesh.rebalance.hold import HeldExperts, ReadExperts
 from moe_worker.mesh.rebalance.plan import RebalancePolicy
 from moe_worker.mesh.runner import MeshRunner
 from moe_worker.models.checkpoint import ExpertReader
@@ -76,13 +76,11 @@ class Spread:
             options.rebalance == "auto", options.rebalance_interval, options.rebalance_threshold
         )
 
-    def _read(
-        self, part: ModelStage
-    ) -> Callable[[int, Sequence[int], Callable[[int], object]], ComputesExperts]:
+    def _read(self, part: ModelStage) -> ReadExperts:
         reader = ExpertReader(self.directory, self.config, self.placement)
 
-        def read(layer: int, held: Sequence[int], advance: Callable[[int], object]) -> ComputesExperts:
+        def read(layer: int, held: Sequence[int], rest: Callable[[], object]) -> ComputesExperts:
             with torch.inference_mode():
-                return part.converted(reader.read(layer, held, advance))
+                return part.converted(reader.read(layer, held, rest), rest)
 
         return read

@@ -3,7 +3,7 @@
 Legend: t tokens of a shard, n those of its tokens whose logits are wanted, D hidden, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -88,17 +88,18 @@ class ModelStage:
             return x_tD
         return self._model.logits(x_tD[torch.tensor(rows, dtype=torch.int64, device=self.device)])
 
-    def converted(self, experts: Experts) -> ComputesExperts:
-        """Experts as this stage computes them."""
-        return self._model.converted(experts)
+    def converted(self, experts: Experts, rest: Callable[[], object]) -> ComputesExperts:
+        """Experts as this stage computes them. rest: called between matrices."""
+        return self._model.converted(experts, rest)
 
-    def hold(self, layer: int, experts: ComputesExperts, table: PlaceTable) -> None:
-        """From the next pass on, this rank computes `experts` of `layer`, and finds all others by `table`."""
-        self._model.set_experts(layer, experts)
+    def hold(self, layer: int, experts: ComputesExperts, table: PlaceTable) -> ComputesExperts:
+        """See HoldsExperts."""
+        before = self._model.set_experts(layer, experts)
         self.place(layer, table)
+        return before
 
     def place(self, layer: int, table: PlaceTable) -> None:
-        """From the next pass on, experts of `layer` are where `table` says."""
+        """See HoldsExperts."""
         dispatch = self._model.stage.dispatch(layer)
         if isinstance(dispatch, AllToAllDispatch):
             dispatch.place(table)

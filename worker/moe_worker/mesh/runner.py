@@ -8,6 +8,7 @@ until another stage has received, so that the stages of a pipeline compute diffe
 Legend: t tokens of a shard, N tokens whose logits are wanted, n those of a shard, D hidden, V vocabulary.
 """
 
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -198,6 +199,10 @@ class MeshRunner:
 
     def _compute(self, step: Compute, cache: PagedCache) -> Tensor | None:
         """This rank's part of a pass; on the last stage, logits [n, V] of its shard."""
+        with self._held.pace.passing() if self._held is not None else contextlib.nullcontext():
+            return self._compute_pieces(step, cache)
+
+    def _compute_pieces(self, step: Compute, cache: PagedCache) -> Tensor | None:
         member, part = self.member, self._part
         pieces = [piece for piece in step.pieces if piece.shard == member.place]
         batch = Batch.of([Segment(p.tokens, p.start, p.pages, p.shard) for p in pieces], cache)

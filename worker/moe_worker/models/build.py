@@ -3,7 +3,7 @@
 Legend: D hidden, H heads, O outputs, I inputs, E routed experts, S shared experts, A all experts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -91,14 +91,20 @@ def _moe(config: ModelConfig, source: TensorSource, prefix: str, stage: Stage, i
     return MoeBlock(router, build_experts(config, source, index, held), stage.dispatch(index))
 
 
-def build_experts(config: ModelConfig, source: TensorSource, layer: int, held: Sequence[int]) -> Experts:
-    """The routed experts `held` of a layer, in this order, and the shared ones."""
+def build_experts(
+    config: ModelConfig, source: TensorSource, layer: int, held: Sequence[int],
+    rest: Callable[[], object] | None = None,
+) -> Experts:  # fmt: skip
+    """The routed experts `held` of a layer, in this order, and the shared ones.
+
+    rest: called after each matrix is copied to its place.
+    """
     prefix = f"model.layers.{layer}.mlp"
     experts = [_expert(config, source, f"{prefix}.experts.{expert}", shared=1) for expert in held]
     if config.moe.shared:
         experts.append(_expert(config, source, f"{prefix}.shared_experts", config.moe.shared))
-    gate_up = stack([matrix for matrices, _ in experts for matrix in matrices])
-    down = stack([matrix for _, matrices in experts for matrix in matrices])
+    gate_up = stack([matrix for matrices, _ in experts for matrix in matrices], rest)
+    down = stack([matrix for _, matrices in experts for matrix in matrices], rest)
     return Experts(gate_up, down, source.round_tokens)
 
 

@@ -60,14 +60,14 @@ class ExpertReader:
         self._directory, self._config, self._placement = directory, config, placement
         self._stored = stored_tensors(directory)
 
-    def read(self, layer: int, held: Sequence[int], advance: Callable[[int], object]) -> Experts:
-        """The routed experts `held` of a layer, and the shared ones. `advance` gets the bytes of each tensor.
+    def read(self, layer: int, held: Sequence[int], rest: Callable[[], object]) -> Experts:
+        """The routed experts `held` of a layer, and the shared ones. `rest` is called between matrices.
 
         Raises CheckpointError.
         """
         reader = _Reader(self._directory, self._stored, self._config.storage, self._placement)
-        reader.attach(advance)
-        return build_experts(self._config, reader, layer, held)
+        reader.attach(lambda _: rest())
+        return build_experts(self._config, reader, layer, held, rest)
 
 
 def _tell_memory(model: DeepseekModel, progress: bool) -> None:

@@ -174,14 +174,17 @@ class StageModel:
             hidden_TD = hidden_TD[torch.tensor(rows, dtype=torch.long, device=hidden_TD.device)]
         return self.logits(hidden_TD)
 
-    def set_experts(self, layer: int, experts: Any) -> None:
-        """Computes `experts` of the model's `layer` from the next pass on."""
+    def set_experts(self, layer: int, experts: Any) -> ComputesExperts:
+        """Computes `experts` of the model's `layer` from the next pass on, and returns those of before."""
         index = layer - self.stage.begin
         own = self.layers[index]
         self.layers[index] = replace(own, block=replace(own.block, experts=experts))
+        before: ComputesExperts = own.block.experts
+        return before
 
-    def converted(self, experts: Experts) -> ComputesExperts:
-        """Experts in this backend."""
+    def converted(self, experts: Experts, rest: Callable[[], object]) -> ComputesExperts:
+        """Experts in this backend. rest: called between matrices."""
+        del rest
         return experts
 
     def expert_counter(self) -> Counter:

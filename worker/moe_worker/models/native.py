@@ -7,7 +7,7 @@ Legend: T tokens of a forward pass, I inputs, O outputs, D hidden, H heads, R la
 without and P with rotary position, Q = N + P, W = R + P cache row, K experts of a token, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -187,9 +187,9 @@ class NativeModel(StageModel):
             fused=not model.stage.dispatches,
         )
 
-    def converted(self, experts: Experts) -> NativeExperts:
+    def converted(self, experts: Experts, rest: Callable[[], object]) -> NativeExperts:
         """See StageModel. Raises SettingsError."""
-        return _experts(experts, self.kernels)
+        return _experts(experts, self.kernels, rest)
 
     def norm(self, x_TD: Tensor, norm_D: Tensor) -> Tensor:
         """See StageModel."""
@@ -268,8 +268,9 @@ def _moe(block: MoeBlock, kernels: Kernels) -> NativeMoeBlock:
     )
 
 
-def _experts(experts: Experts, kernels: Kernels) -> NativeExperts:
-    return NativeExperts(kernels, pack(experts.gate_up_AFD, paired=True), pack(experts.down_ADI))
+def _experts(experts: Experts, kernels: Kernels, rest: Callable[[], object] = lambda: None) -> NativeExperts:
+    gate_up = pack(experts.gate_up_AFD, paired=True, rest=rest)
+    return NativeExperts(kernels, gate_up, pack(experts.down_ADI, rest=rest))
 
 
 def _linear(

@@ -10,6 +10,7 @@ Legend: O outputs (rows), I inputs, A stacked matrices, T tokens, M rows of seve
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
 import torch
@@ -185,9 +186,9 @@ def join_rows(matrices: Sequence[Matrix]) -> Matrix:
     return _combine(matrices, _join)
 
 
-def stack(matrices: Sequence[Matrix]) -> Matrix:
-    """Matrices of one shape with a leading axis; dense if formats differ."""
-    return _combine(matrices, _pile)
+def stack(matrices: Sequence[Matrix], rest: Callable[[], object] | None = None) -> Matrix:
+    """Matrices of one shape with a leading axis; dense if formats differ. rest: called after each copy."""
+    return _combine(matrices, _pile if rest is None else lambda tensors: _pile_slowly(tensors, rest))
 
 
 def _combine(matrices: Sequence[Matrix], join: Callable[[list[Tensor]], Tensor]) -> Matrix:
@@ -213,3 +214,13 @@ def _pile(tensors: list[Tensor]) -> Tensor:
     if tensors[0].is_meta:
         return tensors[0].new_empty(len(tensors), *tensors[0].shape)
     return torch.stack(tensors)
+
+
+def _pile_slowly(tensors: list[Tensor], rest: Callable[[], object]) -> Tensor:
+    """torch.stack, one tensor at a time."""
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    piled = tensors[0].new_empty(len(tensors), *tensors[0].shape, dtype=dtype)
+    for place, tensor in zip(piled, tensors, strict=True):
+        place.copy_(tensor)
+        rest()
+    return piled

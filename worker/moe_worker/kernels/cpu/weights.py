@@ -94,11 +94,16 @@ def pack_heads(weight_HOI: Tensor) -> HeadWeight:
 
 
 def pack_int4(
-    weight: Int4Weight, bias_O: Tensor | None = None, paired: bool = False, piece: int | None = None
+    weight: Int4Weight,
+    bias_O: Tensor | None = None,
+    paired: bool = False,
+    piece: int | None = None,
+    rest: Callable[[], object] = lambda: None,
 ) -> PackedWeight:
     """Packs [O, I] or a stack [A, O, I]; `paired` for gate and up, the halves of O.
 
-    piece: inputs that share the scale of an activation; None: the default of quant.int8 for I.
+    piece: inputs that share the scale of an activation; None: the default of quant.int8 for I. rest: called
+    after each matrix of the stack.
 
     Raises SettingsError if the group is no multiple of 8.
     """
@@ -106,13 +111,17 @@ def pack_int4(
         raise SettingsError(f"the CPU kernels take groups of multiples of 8 inputs, not of {weight.group}")
     zeros = None if weight.zeros_OG is None else (weight.zeros_OG + 8).to(torch.uint8)
     layout = (weight.inputs, weight.group, piece or piece_of(weight.inputs))
-    return _pack(weight.packed_OP, weight.scales_OG, zeros, bias_O, layout, paired)
+    return _pack(weight.packed_OP, weight.scales_OG, zeros, bias_O, layout, paired, rest)
 
 
 def pack_sparse14(
-    weight: Sparse14Weight, bias_O: Tensor | None = None, paired: bool = False, piece: int | None = None
+    weight: Sparse14Weight,
+    bias_O: Tensor | None = None,
+    paired: bool = False,
+    piece: int | None = None,
+    rest: Callable[[], object] = lambda: None,
 ) -> PackedWeight:
-    """Packs [O, I] or a stack [A, O, I] of 1:4 sparse weights; `paired` and `piece` as in `pack_int4`.
+    """Packs [O, I] or a stack [A, O, I] of 1:4 sparse weights; `paired`, `piece`, `rest` as in `pack_int4`.
 
     Raises SettingsError if the group is no multiple of 64.
     """
@@ -137,6 +146,7 @@ def pack_sparse14(
             group,
             int(paired),
         )
+        rest()
     bias = bias_O.float().contiguous() if bias_O is not None else None
     piece = piece or piece_of(inputs)
     return PackedWeight(data, None, bias, stacked.count, outputs, inputs, group, piece, SPARSE14, paired)
@@ -149,6 +159,7 @@ def _pack(
     bias_O: Tensor | None,
     layout: tuple[int, int, int],
     paired: bool,
+    rest: Callable[[], object],
 ) -> PackedWeight:
     inputs, group, piece = layout
     stacked = values if values.dim() == 3 else values.unsqueeze(0)
@@ -173,6 +184,7 @@ def _pack(
             group,
             int(paired),
         )
+        rest()
     bias = bias_O.float().contiguous() if bias_O is not None else None
     return PackedWeight(data, zeros_out, bias, count, outputs, inputs, group, piece, INT4, paired)
 
@@ -184,13 +196,17 @@ _PACKERS: dict[type[Matrix], Callable[..., PackedWeight]] = {
 
 
 def pack(
-    matrix: Matrix, bias_O: Tensor | None = None, paired: bool = False, piece: int | None = None
+    matrix: Matrix,
+    bias_O: Tensor | None = None,
+    paired: bool = False,
+    piece: int | None = None,
+    rest: Callable[[], object] = lambda: None,
 ) -> PackedWeight:
     """Packs a matrix of any format that has kernels: see `pack_int4`. Raises SettingsError for others."""
     packer = _PACKERS.get(type(matrix))
     if packer is None:
         raise SettingsError(f"there are no CPU kernels for weights of type {type(matrix).__name__}")
-    return packer(matrix, bias_O, paired, piece)
+    return packer(matrix, bias_O, paired, piece, rest)
 
 
 def aligned_bytes(size: int) -> Tensor:

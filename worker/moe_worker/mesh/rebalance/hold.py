@@ -1,9 +1,7 @@
 """The experts that a rank holds: others are read in the background, and taken between two passes."""
 
 import logging
-import os
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -15,20 +13,22 @@ from moe_worker.mesh.member import Member
 from moe_worker.mesh.messages import Prepare, Switch
 from moe_worker.mesh.part import place_table
 from moe_worker.mesh.places import ExpertPlaces, Moved
+from moe_worker.mesh.rebalance.pace import DroppedError, Pace
 from moe_worker.models.layers import ComputesExperts
 
 log = logging.getLogger(__name__)
-# A rank that reads experts in the background rests so much longer than it worked, and yields to the passes.
-REST, NICE = 3.0, 10
-# Reads experts of a layer; calls back with the bytes of each tensor.
-ReadExperts = Callable[[int, Sequence[int], Callable[[int], object]], ComputesExperts]
+# Reads experts of a layer, and calls back after each matrix.
+ReadExperts = Callable[[int, Sequence[int], Callable[[], object]], ComputesExperts]
 
 
 class HoldsExperts(Protocol):
     """A rank's stage whose experts may change between two passes."""
 
-    def hold(self, layer: int, experts: ComputesExperts, table: PlaceTable) -> None:
-        """From the next pass on, this rank computes `experts` of `layer`, and finds all others by `table`."""
+    def hold(self, layer: int, experts: ComputesExperts, table: PlaceTable) -> ComputesExperts:
+        """From the next pass on, this rank computes `experts` of `layer`, and finds all others by `table`.
+
+        Returns the experts of before; reads and copies nothing.
+        """
         ...
 
     def place(self, layer: int, table: PlaceTable) -> None:
@@ -37,13 +37,19 @@ class HoldsExperts(Protocol):
 
 
 class HeldExperts:
-    """The experts of this rank. `prepare` reads in a thread; all else belongs to the thread of the passes.
+    """The experts of this rank. What a move brings is read in a thread; all else belongs to the thread of the
+    passes.
 
-    progress: the number of the move that is prepared, negative where it failed; else 0.
+    progress: the number of the move that is prepared, negative where it failed; else 0. pace: is told of all
+    passes.
     """
 
-    def __init__(self, places: ExpertPlaces, member: Member, part: HoldsExperts, read: ReadExperts) -> None:
+    def __init__(
+        self, places: ExpertPlaces, member: Member, part: HoldsExperts, read: ReadExperts,
+        pace: Pace | None = None,
+    ) -> None:  # fmt: skip
         self.places, self.progress = places, 0
+        self.pace = pace or Pace()
         self._member, self._part, self._read = member, part, read
         self._reading = threading.Lock()
         self._holds = {layer: places.held(layer, member.place) for layer in places.layers}
@@ -64,7 +70,7 @@ class HeldExperts:
         """Begins to read what this rank will hold; its beats tell the leader when it is done."""
         with self._changing:
             self._move, self._prepared = move, None
-        threading.Thread(target=self._run, args=(move,), name="mesh experts", daemon=True).start()
+        _in_background(lambda: self._run(move))
 
     def _switch(self, number: int) -> None:
         """Takes what was prepared. Raises MeshError where that is not move `number`."""
@@ -88,25 +94,26 @@ class HeldExperts:
         for layer in (layer for layer in self.places.layers if layer in layers):
             own = self.places.held(layer, self._member.place)
             if own != self._holds[layer]:
-                self._hold(layer, self._read(layer, own, lambda _: None))
+                self._hold(layer, self._read(layer, own, lambda: None))
             else:
                 self._part.place(layer, self._table(layer))
 
     def _hold(self, layer: int, experts: ComputesExperts) -> None:
-        self._part.hold(layer, experts, self._table(layer))
+        before = [self._part.hold(layer, experts, self._table(layer))]
         self._holds[layer] = self.places.held(layer, self._member.place)
+        _in_background(before.clear)  # to free gigabytes takes longer than to switch
 
     def _table(self, layer: int) -> PlaceTable:
         return place_table(self.places, self._member, layer, torch.device("cpu"))
 
     def _run(self, move: Prepare) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         with self._reading:
             try:
                 each = len(move.places) // self.places.ranks
                 held = move.places[self._member.place * each : (self._member.place + 1) * each]
-                experts = self._read(move.layer, held, _Pace(lambda: self._move is move).rest)
-            except _DroppedError:
+                work = self.pace.work(lambda: self._move is move)
+                experts = self._read(move.layer, held, work.rest)
+            except DroppedError:
                 return
             except Exception:
                 log.exception("the experts of layer %d cannot be read; they stay where they are", move.layer)
@@ -125,20 +132,11 @@ class HeldExperts:
             channel.beat()
 
 
-class _DroppedError(Exception):
-    """The move was abandoned."""
+def _in_background(run: Callable[[], object]) -> None:
+    """In a thread of its own, whose operations use no other one: those of torch belong to the passes."""
 
+    def alone() -> None:
+        torch.set_num_threads(1)
+        run()
 
-class _Pace:
-    """Leaves most of the time to forward passes."""
-
-    def __init__(self, wanted: Callable[[], bool]) -> None:
-        self._wanted, self._since = wanted, time.perf_counter()
-
-    def rest(self, nbytes: int) -> None:
-        """After each tensor."""
-        del nbytes
-        if not self._wanted():
-            raise _DroppedError
-        time.sleep(REST * (time.perf_counter() - self._since))
-        self._since = time.perf_counter()
+    threading.Thread(target=alone, name="mesh experts", daemon=True).start()

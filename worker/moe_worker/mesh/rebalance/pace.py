@@ -1,0 +1,105 @@
+"""How much a rank reads beside its passes: `Grants` decides and is pure, `Pace` waits.
+
+A thread that reads experts delays the passes of its rank, and so those of all ranks: by what it takes of the
+processor, the memory, and the interpreter's lock. So it works in pieces, each at most a matrix, and measures
+the processor time of each. A pass grants it a share of its own time; a pass that is late grants nothing.
+Threads have equal priority: one of lower priority would keep the interpreter's lock from the passes for as
+long as other processes run.
+"""
+
+import contextlib
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+
+# The share of a pass's time that the thread may work meanwhile.
+SHARE = 0.25
+# A pass is late if it takes so many times the median of the latest ones.
+LATE, LATEST = 1.5, 32
+# A rank that has not computed for so long has nothing to delay.
+IDLE_S = 0.05
+
+
+class Grants:
+    """Work that passes have granted and that is not done yet. left_s: seconds; below 0 it was too much."""
+
+    def __init__(self) -> None:
+        self.left_s = 0.0
+        self._latest_s: deque[float] = deque(maxlen=LATEST)
+
+    def passed(self, seconds: float) -> None:
+        """A pass took so long. Grants do not add up: they are for the next pass."""
+        usual_s = statistics.median(self._latest_s) if self._latest_s else seconds
+        self._latest_s.append(seconds)
+        if seconds <= LATE * usual_s:
+            granted_s = SHARE * min(seconds, usual_s)
+            self.left_s = min(self.left_s + granted_s, granted_s)
+
+    def worked(self, seconds: float) -> None:
+        """A piece of work took so long."""
+        self.left_s -= seconds
+
+
+class Pace:
+    """Lets one thread work beside the passes of another. clock: monotonic; busy: the processor time of the
+    calling thread; both in seconds.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, busy: Callable[[], float] = time.thread_time
+    ) -> None:
+        self._clock, self._busy = clock, busy
+        self._grants = Grants()
+        self._changed = threading.Condition()
+        self._computes, self._ended = False, clock()
+
+    @contextlib.contextmanager
+    def passing(self) -> Iterator[None]:
+        """During a pass."""
+        began = self._clock()
+        with self._changed:
+            self._computes = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._computes, self._ended = False, self._clock()
+                self._grants.passed(self._ended - began)
+                self._changed.notify_all()
+
+    def work(self, wanted: Callable[[], bool]) -> "Work":
+        """Work of the calling thread, while it is wanted."""
+        return Work(self._wait, self._busy, wanted)
+
+    def _wait(self, worked_s: float, wanted: Callable[[], bool]) -> None:
+        with self._changed:
+            self._grants.worked(worked_s)
+            while self._grants.left_s <= 0 and not self._idle() and wanted():
+                self._changed.wait(IDLE_S)
+
+    def _idle(self) -> bool:
+        return not self._computes and self._clock() - self._ended >= IDLE_S
+
+
+class DroppedError(Exception):
+    """The work is not wanted any more."""
+
+
+class Work:
+    """Of one thread, which calls `rest` after each piece."""
+
+    def __init__(
+        self, wait: Callable[[float, Callable[[], bool]], None], busy: Callable[[], float],
+        wanted: Callable[[], bool],
+    ) -> None:  # fmt: skip
+        self._wait, self._busy, self._wanted = wait, busy, wanted
+        self._since = busy()
+
+    def rest(self) -> None:
+        """Returns when passes have granted what was done since the last call. Raises DroppedError."""
+        self._wait(self._busy() - self._since, self._wanted)
+        if not self._wanted():
+            raise DroppedError
+        self._since = self._busy()
