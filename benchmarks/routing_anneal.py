@@ -55,7 +55,8 @@ def main(corpus: Path, out: Path, steps: int, batch: int, seed: int, as_json: bo
     torch.set_num_threads(1)
     text, _ = training_text(corpus, out, EVERY)
     config = out / "shape.json"
-    config.write_text(json.dumps({**json.loads(SHAPE.read_text()), "routing": {"levels": ONE_LEVEL}}))
+    routing = {"levels": ONE_LEVEL, "mass": MASSES[-1]}  # each run sets its own before the cut begins
+    config.write_text(json.dumps({**json.loads(SHAPE.read_text()), "routing": routing}))
     settings = TrainSettings(
         data=text, out=out / "run", config=config, tokenizer=tokenizer_of(out, text), steps=steps,
         batch=batch, window=WINDOW, dropout=0.0, warmup=20, balance_speed=4e-3, seed=seed, cache=out,

@@ -87,6 +87,14 @@ def test_experts_are_cut_after_a_share_of_the_steps(run_settings, write_config):
     assert mixture.router_loss > 0
 
 
+@pytest.mark.parametrize("flag", ["expert_cost", "mass_after"])
+def test_what_lowers_the_mass_needs_one_below_1(run_settings, write_config, flag):
+    settings = dataclasses.replace(run_settings, config=write_config(routing={"mass": 1.0}), **{flag: 0.1})
+    sentence = rf"--{flag.replace('_', '-')} is 0\.1, but .*config.json has no routing\.mass below 1"
+    with pytest.raises(SettingsError, match=sentence):
+        TrainingRun(settings)
+
+
 def test_balance_moves_experts_and_the_groups_of_each_level():
     load = torch.tensor([4.0, 2.0, 1.0, 1.0])
     assert bias_step(load, ()).tolist() == [-1, 0, 1, 1]

@@ -12,7 +12,7 @@ def check_trainable(config: ModelConfig, settings: TrainSettings) -> None:
     """Refuses configurations that the training model would compute differently from the served one.
 
     Raises ConfigError if a field of the model's configuration cannot be trained here, SettingsError if
-    windows are longer than the model's context.
+    windows are longer than the model's context, or a setting needs a mass that the configuration lacks.
     """
     problems = [
         (config.architecture != "deepseek_v3", "model_type", "deepseek_v3"),
@@ -33,3 +33,9 @@ def check_trainable(config: ModelConfig, settings: TrainSettings) -> None:
             f"--window is {settings.window}; the model's max_position_embeddings allows "
             f"{config.max_position_embeddings} at most"
         )
+    for flag, value in (("--expert-cost", settings.expert_cost), ("--mass-after", settings.mass_after)):
+        if value and config.moe.routing.mass >= 1:
+            raise SettingsError(
+                f"{flag} is {value:g}, but {settings.config} has no routing.mass below 1, so each token "
+                "keeps all of its experts; set a mass there, or leave the flag out"
+            )
