@@ -1,38 +1,44 @@
-"""Cost of a mesh on one machine's CPUs: time of a decode step, and what the exchange of tokens takes of it.
+"""Cost and balance of a mesh: what its exchanges take of a decode step on this machine's CPUs.
 
-    python -m benchmarks.mesh [--model examples/docs-moe] [--meshes 1x1,1x2,2x1,2x2] [--json]
+    python -m benchmarks.mesh [--model examples/docs-moe] [--meshes 1x1,1x2,2x1,2x2] [--json] [--short]
 
 Each rank is a process with one thread, so more ranks than cores share them. A step is one token of every
-sequence. Its baseline is the same model in one process (mesh 1x1), measured in the same run; that of the
-exchange is the step, and the rest of the step is the computation. Bytes are those that rank 0 sends to
-others. A pipeline is measured with one micro-batch, too. The bubble of a rank is the share of a step in
-which its process uses no processor, which includes waiting for a busy one. With --rebalance, the steps while
-experts move are compared with those in between. Simulated lines are of benchmarks/mesh_model.py.
+sequence. Its baseline is the same model in one process (mesh 1x1), measured in the same run; those of the
+exchange of tokens with their experts and of the computation are the step. Bytes are those of rank 0. A
+pipeline is measured with one micro-batch, too. The bubble of a rank is the share of a step in which its
+process uses no processor, which includes waiting for a busy one. With --rebalance, steps while experts move
+are compared with those in between. Rows of balance are of benchmarks/mesh_balance.py, simulated ones of
+benchmarks/mesh_model.py. --short measures few steps: it shows that all of this runs.
 """
 
 import argparse
-import contextlib
 import json
 import os
-import socket
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from benchmarks.mesh_balance import TEXTS, balance_rows
 from benchmarks.mesh_model import simulated_rows
-from moe_worker.config.engine import EngineOptions
+from benchmarks.mesh_running import BATCH, Moves, Steps, measure, measure_moves
 from moe_worker.config.mesh import MeshShape
-from moe_worker.engine.core import EngineCore
-from moe_worker.engine.loading import LoadedModel, load
-from moe_worker.engine.requests import Request
-from moe_worker.mesh.runner import MeshRunner
-from moe_worker.sampling.parameters import SamplingParameters
 
-BATCH, STEPS, PROMPT, ROUNDS = 8, 100, 64, 8
+ONE_PROCESS = "1x1"
+Row = dict[str, Any]
+
+
+class Size(NamedTuple):
+    """How much is measured. interval_s: between two rebalancings. windows: of recorded routing."""
+
+    steps: int
+    rounds: int
+    tokens: int
+    interval_s: float
+    windows: int
+
+
+FULL, SHORT = Size(100, 8, 150, 1.0, 12), Size(8, 2, 40, 0.1, 2)
 
 
 def main() -> None:
@@ -40,177 +46,99 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=Path(__file__).parents[1] / "examples" / "docs-moe")
-    parser.add_argument("--meshes", default="1x1,1x2,2x1,2x2")
+    parser.add_argument("--meshes", default=f"{ONE_PROCESS},1x2,2x1,2x2")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--rebalance", action=argparse.BooleanOptionalAction, default=True)
-    arguments = parser.parse_args()
-    baseline = None
-    for mesh in arguments.meshes.split(","):
-        found = measure(arguments.model, mesh)
-        baseline = baseline or found["step_ms"]
-        for row in rows(mesh, found, baseline):
-            show(row, arguments.json)
-        if MeshShape.parse(mesh).pipeline > 1:
-            for row in pipeline_rows(mesh, found, measure(arguments.model, mesh, micro_batches=1)):
-                show(row, arguments.json)
-    if arguments.rebalance:
-        for row in rebalancing_rows(*measure_rebalancing(arguments.model)):
-            show(row, arguments.json)
-    for row in simulated_rows():
-        show(row, arguments.json)
+    parser.add_argument("--balance", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--short", action="store_true")
+    given = parser.parse_args()
+    size = SHORT if given.short else FULL
+    show(load_row("before"), given.json)
+    for each in measured(given.model, given.meshes.split(","), size.steps):
+        show(each, given.json)
+    if given.rebalance:
+        for each in moves_rows(measure_moves(given.model, size.rounds, size.tokens, size.interval_s)):
+            show(each, given.json)
+    show(load_row("after"), given.json)
+    for each in balance_rows(given.model, TEXTS, size.windows) if given.balance else ():
+        show(each, given.json)
+    for each in simulated_rows():
+        show(each, given.json)
 
 
-def show(row: dict[str, Any], as_json: bool) -> None:
-    print(json.dumps(row) if as_json else f"{row['what']}: {row['ours']:.4g} {row['unit']}", flush=True)
+def show(row: Row, as_json: bool) -> None:
+    baseline = "" if row["baseline"] is None else f" ({row['baseline']:.4g})"
+    text = f"{row['what']}: {row['ours']:.4g}{baseline} {row['unit']}"
+    print(json.dumps(row) if as_json else text, flush=True)
 
 
-def rows(mesh: str, found: dict[str, Any], baseline: float) -> list[dict[str, Any]]:
-    """One object a figure."""
-    step = found["step_ms"]
-    common = {"device": "cpu", "simulated": False}
-    return [
-        {"what": f"decode step of {BATCH} sequences, mesh {mesh}", "ours": step, "baseline": baseline,
-         "ratio": step / baseline, "unit": "ms", **common},
-        {"what": f"exchange of tokens in a step, mesh {mesh}", "ours": found["exchange_ms"],
-         "baseline": step, "ratio": found["exchange_ms"] / step, "unit": "ms", **common},
-        {"what": f"bytes to other ranks in a step, mesh {mesh}", "ours": found["bytes"], "baseline": None,
-         "ratio": None, "unit": "bytes", **common},
-    ]  # fmt: skip
-
-
-def pipeline_rows(mesh: str, found: dict[str, Any], whole: dict[str, Any]) -> list[dict[str, Any]]:
-    """One object a figure; the baseline is one micro-batch."""
-    common = {"device": "cpu", "simulated": False}
-    what = f"micro-batches for each of the stages, mesh {mesh}"
-    bubbles = [
-        {"what": f"bubble of rank {rank}, {what}", "ours": ours, "baseline": before,
-         "ratio": ours / before if before else None, "unit": "share of a step", **common}
-        for rank, (ours, before) in enumerate(zip(found["bubbles"], whole["bubbles"], strict=True))
-    ]  # fmt: skip
-    ours, before = found["step_ms"], whole["step_ms"]
-    step = {"what": f"decode step of {BATCH} sequences, {what}", "ours": ours, "baseline": before,
-            "ratio": ours / before, "unit": "ms", **common}  # fmt: skip
-    return [step, *bubbles]
-
-
-def measure(model: Path, mesh: str, micro_batches: int | None = None) -> dict[str, Any]:
-    """Means over steps of BATCH sequences; the exchange includes the wait for slower ranks."""
-    with running(model, mesh) as (loaded, options, others):
-        core = EngineCore(loaded, options, micro_batches=micro_batches)
-        sampling = SamplingParameters(max_tokens=STEPS + 20, ignore_eos=True)
-        for number in range(BATCH):
-            prompt = tuple(5 + (number * 31 + i) % 200 for i in range(PROMPT))
-            core.submit(Request(number, prompt, sampling, seed=0))
-        while core.load.running < BATCH:
-            core.step()
-        for _ in range(8):
-            core.step()
-        pids = [os.getpid(), *(process.pid for process in others)]
-        before, used = exchanged(loaded), [processor_s(pid) for pid in pids]
-        begin, produced = time.perf_counter(), 0
-        while produced < STEPS * BATCH:
-            produced += len(core.step())
-        took = time.perf_counter() - begin
-        busy = [processor_s(pid) - then for pid, then in zip(pids, used, strict=True)]
-        steps = produced / BATCH
-        nbytes, seconds = ((now - then) / steps for now, then in zip(exchanged(loaded), before, strict=True))
+def row(what: str, ours: float, baseline: float | None, unit: str) -> Row:
+    """A figure of this machine."""
+    ratio = ours / baseline if baseline else None
     return {
-        "step_ms": took / steps * 1e3, "exchange_ms": seconds * 1e3, "bytes": nbytes,
-        "bubbles": [max(0.0, 1 - own / took) for own in busy],
+        "what": what, "ours": ours, "baseline": baseline, "ratio": ratio, "unit": unit, "device": "cpu",
+        "simulated": False,
     }  # fmt: skip
 
 
-def processor_s(pid: int) -> float:
-    """Seconds that a process has used of processors."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def load_row(when: str) -> Row:
+    """What else this machine does."""
+    what = f"load average of the last minute, {when} the measurements of steps; baseline: cores"
+    return row(what, os.getloadavg()[0], os.cpu_count() or 1, "processes")
 
 
-def rebalancing_rows(moving: list[float], still: list[float], moves: int) -> list[dict[str, Any]]:
-    """One object a figure: seconds of steps while experts move, and in between."""
+def measured(model: Path, meshes: list[str], steps: int) -> Iterator[Row]:
+    """Figures of each mesh, as soon as they are there."""
+    baseline = measure(model, ONE_PROCESS, steps)
+    for mesh in meshes:
+        found = baseline if mesh == ONE_PROCESS else measure(model, mesh, steps)
+        yield from step_rows(mesh, found, baseline)
+        if MeshShape.parse(mesh).pipeline > 1:
+            yield from pipeline_rows(mesh, found, measure(model, mesh, steps, micro_batches=1))
+
+
+def step_rows(mesh: str, found: Steps, baseline: Steps) -> Iterator[Row]:
+    """Of one mesh; the baseline of a step is one process."""
+    step, exchange = found.step_s * 1e3, found.exchange_s * 1e3
+    yield row(f"decode step of {BATCH} sequences, mesh {mesh}", step, baseline.step_s * 1e3, "ms")
+    yield row(f"exchange of tokens in a step, mesh {mesh}", exchange, step, "ms")
+    yield row(f"rest of a step (computation), mesh {mesh}", step - exchange, step, "ms")
+    yield row(f"bytes to experts of other ranks in a step, mesh {mesh}", found.sent_bytes, None, "bytes")
+    yield row(f"bytes to the next stage in a step, mesh {mesh}", found.forwarded_bytes, None, "bytes")
+    yield row(f"bytes from the last stage in a step, mesh {mesh}", found.collected_bytes, None, "bytes")
+
+
+def pipeline_rows(mesh: str, found: Steps, whole: Steps) -> Iterator[Row]:
+    """Of one mesh; the baseline is one micro-batch."""
+    what = f"micro-batches for each of the stages, mesh {mesh}"
+    yield row(
+        f"decode step of {BATCH} sequences, {what}; baseline: one micro-batch", found.step_s * 1e3,
+        whole.step_s * 1e3, "ms",
+    )  # fmt: skip
+    for rank, (ours, before) in enumerate(zip(found.bubbles, whole.bubbles, strict=True)):
+        yield row(
+            f"bubble of rank {rank}, {what}; baseline: one micro-batch", ours, before, "share of a step"
+        )
+
+
+def moves_rows(found: Moves) -> Iterator[Row]:
+    """Steps while experts move; the baseline is those in between."""
+    moving, still = ([seconds * 1e3 for seconds in each] for each in (found.moving, found.still))
     what = (
-        f"step of {BATCH} sequences while experts move, mesh 1x2, {moves} rebalancings, {len(moving)} steps"
+        f"step of {BATCH} sequences while experts move, mesh 1x2, {found.rebalancings} rebalancings, "
+        f"{len(moving)} steps; baseline:"
     )
     normal = statistics.median(still)
-    figures = {
-        "median": statistics.median(moving), "99th percentile": percentile(moving), "worst": max(moving),
-    }  # fmt: skip
-    others = {"median": normal, "99th percentile": percentile(still), "worst": max(still)}
-    common = {"unit": "ms", "device": "cpu", "simulated": False}
-    return [
-        {"what": f"{name} {what}; baseline: {name} in between", "ours": value * 1e3,
-         "baseline": others[name] * 1e3, "ratio": value / others[name], **common}
-        for name, value in figures.items()
-    ] + [
-        {"what": f"worst {what}; baseline: median in between", "ours": max(moving) * 1e3,
-         "baseline": normal * 1e3, "ratio": max(moving) / normal, **common}
-    ]  # fmt: skip
+    yield row(f"median {what} median in between", statistics.median(moving), normal, "ms")
+    yield row(
+        f"99th percentile {what} 99th percentile in between", percentile(moving), percentile(still), "ms"
+    )
+    yield row(f"worst {what} worst in between", max(moving), max(still), "ms")
+    yield row(f"worst {what} median in between", max(moving), normal, "ms")
 
 
 def percentile(values: list[float]) -> float:
     return sorted(values)[min(len(values) - 1, len(values) * 99 // 100)]
-
-
-def measure_rebalancing(model: Path) -> tuple[list[float], list[float], int]:
-    """Seconds of decode steps while experts move, and of those in between; how often they have moved."""
-    moving, still = list[float](), list[float]()
-    flags = {"redundant_experts": 2, "rebalance_interval": 1.0, "rebalance_threshold": 1.0}
-    with running(model, "1x2", **flags) as (loaded, options, _):
-        core = EngineCore(loaded, options)
-        runner = loaded.runner
-        if not isinstance(runner, MeshRunner) or runner.rebalancing is None:
-            raise SystemExit("this mesh does not move experts")
-        sampling = SamplingParameters(max_tokens=150, ignore_eos=True)
-        for turn in range(ROUNDS):
-            for number in range(BATCH):  # another text in each round, so that loads change
-                prompt = tuple(5 + (number * 31 + i * (turn + 1)) % 200 for i in range(PROMPT))
-                core.submit(Request(number, prompt, sampling, seed=0))
-            while core.load.running < BATCH or core.load.queued:
-                core.step()
-            core.step()
-            while core.load.running == BATCH:
-                begin, busy = time.perf_counter(), runner.rebalancing.moving
-                core.step()
-                seconds = time.perf_counter() - begin
-                (moving if busy or runner.rebalancing.moving else still).append(seconds)
-            while not core.idle:
-                core.step()
-        return moving, still, runner.rebalancing.count
-
-
-def exchanged(loaded: LoadedModel) -> tuple[float, float]:
-    """Bytes sent and seconds in exchanges since the start."""
-    return loaded.runner.exchanged() if isinstance(loaded.runner, MeshRunner) else (0, 0.0)
-
-
-@contextlib.contextmanager
-def running(
-    model: Path, mesh: str, **more: Any
-) -> Iterator[tuple[LoadedModel, EngineOptions, list[subprocess.Popen[bytes]]]]:
-    """The model over a mesh, and the processes of its other ranks on this machine."""
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
-        leader = f"127.0.0.1:{server.getsockname()[1]}"
-    common = {"mesh": mesh, "mesh_leader": leader, "threads": 1, "context_length": 256, **more}
-    options = EngineOptions(device="cpu", dtype="float32", max_batch_size=BATCH, **common)
-    command = [sys.executable, "-c", "from moe_worker.main import main; main()", "serve"]
-    command += ["--model", str(model), "--device", "cpu", "--dtype", "float32", "--context-length", "256"]
-    command += ["--max-batch-size", str(BATCH), "--threads", "1", "--mesh", mesh, "--mesh-leader", leader]
-    for name, value in more.items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    others = [
-        subprocess.Popen([*command, "--mesh-rank", str(rank)], env=environment, stderr=subprocess.DEVNULL)
-        for rank in range(1, MeshShape.parse(mesh).ranks)
-    ]
-    try:
-        loaded = load(model, options, progress=False)
-        yield loaded, options, others
-        if loaded.member is not None:
-            loaded.member.close()
-    finally:
-        for process in others:
-            process.kill()
-            process.wait()
 
 
 if __name__ == "__main__":

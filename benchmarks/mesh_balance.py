@@ -22,7 +22,8 @@ from typing import Any
 from moe_worker.mesh.placement import Topology, imbalance, placement
 
 ROOT = Path(__file__).parents[1]
-WINDOW, MOST_WINDOWS = 2048, 12
+TEXTS = sorted((ROOT / "docs").glob("*.md"))
+MOST_WINDOWS = 12
 Window = Sequence[Sequence[float]]
 
 
@@ -31,18 +32,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=ROOT / "examples" / "docs-moe")
-    parser.add_argument("--text", type=Path, nargs="*", default=sorted((ROOT / "docs").glob("*.md")))
+    parser.add_argument("--text", type=Path, nargs="*", default=TEXTS)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    synthetic = list(drawn_windows(random.Random(0), layers=16, windows=8, experts=64))
-    rows = [row("synthetic, 64 experts", synthetic, 8, copies) for copies in (0, 8)]
-    recorded = list(recorded_windows(arguments.model, arguments.text))
-    rows += [
-        row(f"recorded routing of {arguments.model.name}", recorded, ranks, copies)
-        for ranks, copies in ((2, 0), (2, 2), (4, 0), (4, 4), (8, 0), (8, 8))
-    ]
-    for each in rows:
+    for each in balance_rows(arguments.model, arguments.text):
         print(json.dumps(each) if arguments.json else f"{each['what']}: {each['ours']} ({each['baseline']})")
+
+
+def balance_rows(
+    model: Path, texts: Sequence[Path], most_windows: int = MOST_WINDOWS
+) -> Iterator[dict[str, Any]]:
+    """All figures; recorded ones of `most_windows` windows."""
+    synthetic = list(drawn_windows(random.Random(0), layers=16, windows=8, experts=64))
+    for copies in (0, 8):
+        yield row("synthetic, 64 experts", synthetic, 8, copies)
+    recorded = list(recorded_windows(model, texts, most_windows))
+    for ranks, copies in ((2, 0), (2, 2), (4, 0), (4, 4), (8, 0), (8, 8)):
+        yield row(f"recorded routing of {model.name}", recorded, ranks, copies)
 
 
 def row(what: str, windows: Sequence[Window], ranks: int, copies: int) -> dict[str, Any]:
@@ -76,26 +82,13 @@ def drawn_windows(draw: random.Random, layers: int, windows: int, experts: int) 
         yield [[float(own.count(expert)) for expert in range(experts)] for own in chosen]
 
 
-def recorded_windows(model: Path, texts: Sequence[Path]) -> Iterator[Window]:
+def recorded_windows(model: Path, texts: Sequence[Path], most_windows: int) -> Iterator[Window]:
     """Counts of choices by layer and expert, of the texts one behind the other."""
-    import torch  # noqa: PLC0415 - only these need a model
+    # Only these need a model.
+    from benchmarks.mesh_recorded import Recorder  # noqa: PLC0415
 
-    from moe_worker.config.engine import EngineOptions  # noqa: PLC0415
-    from moe_worker.engine.loading import load  # noqa: PLC0415
-    from moe_worker.models.batch import Batch, Segment  # noqa: PLC0415
-
-    options = EngineOptions(device="cpu", threads=1, max_batch_size=1)
-    loaded = load(model, options, progress=False)
-    tokens = loaded.tokenizer.encode("\n".join(path.read_text() for path in texts))
-    pages = range(-(-WINDOW // loaded.cache.page_size))
-    for begin in range(0, min(len(tokens), MOST_WINDOWS * WINDOW) - WINDOW + 1, WINDOW):
-        counter, chunk = loaded.runner.expert_counter(), loaded.context // 2
-        with torch.inference_mode():
-            for first in range(begin, begin + WINDOW, chunk):
-                part = tokens[first : min(first + chunk, begin + WINDOW)]
-                loaded.runner.logits(Batch.of([Segment(part, 0, pages)], loaded.cache), loaded.cache, [0])
-                counter.count(len(part))
-        yield [[float(count) for count in counts] for _, counts, _ in counter.read()[1]]
+    recorder = Recorder(model, texts)
+    return (recorder.counts(number) for number in range(min(most_windows, recorder.windows)))
 
 
 if __name__ == "__main__":

@@ -46,15 +46,19 @@ class Early:
 
 
 class Outbox:
-    """Sends without a wait for the receiver, which may compute something else; of at most `most` tensors."""
+    """Sends without a wait for the receiver, which may compute something else; of at most `most` tensors.
+
+    sent_bytes: since the start.
+    """
 
     def __init__(self, most: int) -> None:
-        self._most = most
+        self._most, self.sent_bytes = most, 0
         self._sent: deque[tuple[dist.Work, Tensor, int]] = deque()
 
     def send(self, x: Tensor, rank: int, group: dist.ProcessGroup | None = None) -> None:
         """A copy of `x` to `rank`, which receives. Raises MeshError."""
         copy = x.clone(memory_format=torch.contiguous_format)
+        self.sent_bytes += copy.nbytes
         with _reached(f"rank {rank}"):
             work = dist.isend(copy, rank, group=group)
         if work is not None:

@@ -65,6 +65,7 @@ class MeshRunner:
         self._fed: deque[Tensor] = deque(maxlen=MOST_FED)
         self._early, self._outbox = Early(part.device), Outbox(2 * member.shape.pipeline)
         self._begun: deque[tuple[Compute, Tensor | None]] = deque()
+        self._collected_bytes = 0
         # Where the sequences of a shard are: the ranks with this number in each stage.
         self._homes = list(range(member.shape.expert))
         self._recovery = Recovery(member, part, held, cache.pages, self._met_again, reforms)
@@ -158,6 +159,10 @@ class MeshRunner:
         """Bytes that this rank sent to others for experts, and seconds in exchanges, since the start."""
         return self._part.exchanged()
 
+    def passed_on(self) -> tuple[int, int]:
+        """Bytes that the leader sent to the next stage and received from the last one, since the start."""
+        return self._outbox.sent_bytes, self._collected_bytes
+
     def tend(self) -> None:
         """Between two passes: takes ranks in that have returned, and moves experts. Only the leader calls it.
 
@@ -249,16 +254,20 @@ class MeshRunner:
         shape = len(shards), part.vocabulary
         out_NV = torch.empty(shape, dtype=part.logits_dtype, device=part.device)
         if len(set(shards)) == 1 and own_nV is None:
-            return receive(out_NV, self.member.index(first + shards[0]), self.member.back)
+            return self._receive_from(first + shards[0], out_NV)
         for shard in sorted(set(shards)):
             rows = [row for row, each in enumerate(shards) if each == shard]
             rows_n = to_device(torch.tensor(rows, dtype=torch.int64), part.device)
             part_nV = own_nV
             if first + shard != self.member.rank or part_nV is None:
-                part_nV = out_NV.new_empty(len(rows), shape[1])
-                receive(part_nV, self.member.index(first + shard), self.member.back)
+                part_nV = self._receive_from(first + shard, out_NV.new_empty(len(rows), shape[1]))
             out_NV.index_copy_(0, rows_n, part_nV)
         return out_NV
+
+    def _receive_from(self, rank: int, into: Tensor) -> Tensor:
+        """What `rank` of the last stage sends to the leader."""
+        self._collected_bytes += into.nbytes
+        return receive(into, self.member.index(rank), self.member.back)
 
     def _scratch(self, pages: int) -> PagedCache:
         return PagedCache.allocate(self._cache.shape, pages, self._cache.device)
