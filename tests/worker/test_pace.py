@@ -1,4 +1,4 @@
-"""A rank reads experts beside its passes: as much as they grant, and nothing while they are late."""
+"""A rank reads experts during its passes: as much as they grant, and nothing while they are late."""
 
 import contextlib
 import threading
@@ -96,7 +96,7 @@ class Passes:
 
 
 @pytest.mark.parametrize("piece_s", [0.25, 0.75, 1.0, 2.0])
-def test_work_beside_a_pass_is_at_most_a_piece_over_what_was_granted(piece_s):
+def test_work_during_a_pass_is_at_most_a_piece_over_what_was_granted(piece_s):
     """Passes of 4 s, which grant 1 s each."""
     rank = Passes(piece_s)
     rank.has_done(1)

@@ -1,4 +1,4 @@
-"""How much a rank reads beside its passes: `Grants` decides and is pure, `Pace` waits.
+"""How much a rank reads during its passes: `Grants` decides and is pure, `Pace` waits.
 
 A thread that reads experts delays the passes of its rank, and so those of all ranks: by what it takes of the
 processor, the memory, and the interpreter's lock. So it works in pieces, each at most a matrix, and measures
@@ -43,7 +43,7 @@ class Grants:
 
 
 class Pace:
-    """Lets one thread work beside the passes of another. clock: monotonic; busy: the processor time of the
+    """Lets one thread work during the passes of another. clock: monotonic; busy: the processor time of the
     calling thread; both in seconds.
     """
 
