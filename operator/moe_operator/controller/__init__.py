@@ -2,6 +2,7 @@
 
     registration    what kopf calls
     operator        the objects that run in the process
+    edits           what users change, of all that a watch of deployments shows
     watches         a watcher for each kind of object
     queue           one reconcile at a time for each deployment
     reconcile       gather, plan, execute, report

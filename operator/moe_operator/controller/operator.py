@@ -23,6 +23,7 @@ from moe_operator.autoscaling.metrics import ScalingMetrics
 from moe_operator.autoscaling.polling import Poller
 from moe_operator.autoscaling.rounds import ScaledFactory
 from moe_operator.controller.deployment_metrics import DeploymentMetrics
+from moe_operator.controller.edits import Edits
 from moe_operator.controller.queue import ReconcileQueue
 from moe_operator.controller.reconcile import Reconciler
 from moe_operator.controller.watches import follow
@@ -34,7 +35,7 @@ from moe_operator.kube.client import Cluster
 from moe_operator.kube.follow import Follower
 from moe_operator.kube.mirror import Mirror
 from moe_operator.resources import names
-from moe_operator.resources.deployment import Name, restarted_at
+from moe_operator.resources.deployment import Name
 from moe_operator.rpc.dialing import Dialer
 from moe_operator.rpc.pods import PodClient
 from moe_operator.settings import Settings
@@ -83,7 +84,7 @@ class Operator:
         self._scaling_threads = ThreadPoolExecutor(_SCALING_THREADS, thread_name_prefix="scaling")
         self._queue = ReconcileQueue(self._reconcile, own, self._supervisor)
         self._watchers: list[Follower] = []
-        self._asked: dict[str, tuple[object, str]] = {}
+        self._edits = Edits()
         certificates = Certificates(cluster)
         dialer = Dialer(certificates.identity)
         self._pods = PodClient(own.rpc_timeout_seconds, dialer)
@@ -130,21 +131,17 @@ class Operator:
                 last_to_first.push_async_callback(asyncio.to_thread, self._page.stop)
 
     def deployment_changed(self, kind: str | None, body: Mapping[str, Any]) -> None:
-        """A deployment was created, changed or deleted. The operator's own status writes are ignored.
+        """A deployment was created, changed or deleted.
 
-        kind: of the event, as a watch names it; None for an object of the first list.
+        kind: of the event, as a watch names it; None for an object of a list.
         """
         metadata = body["metadata"]
-        name, uid = Name(metadata["namespace"], metadata["name"]), metadata["uid"]
-        asked = (metadata.get("generation"), restarted_at(body))
+        name = Name(metadata["namespace"], metadata["name"])
         if kind == "DELETED":
-            self._mirror.drop(names.KIND, *name, uid)
-            seen = self._asked.pop(uid, None)
+            self._mirror.drop(names.KIND, *name, metadata["uid"])
         else:
             self._mirror.put(names.KIND, dict(body))
-            seen = self._asked.get(uid)
-            self._asked[uid] = asked
-        if kind in (None, "ADDED", "DELETED") or seen != asked:
+        if self._edits.take(kind, body):
             self._queue.add(name, edited=True)
 
     def background(self) -> dict[str, dict[str, int]]:
