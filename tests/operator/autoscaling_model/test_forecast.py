@@ -1,6 +1,9 @@
 """The forecaster on demand whose nature is known."""
 
 import math
+import os
+import subprocess
+import sys
 import warnings
 from collections import deque
 
@@ -251,3 +254,13 @@ def test_the_candidates_that_users_asked_for_are_there():
     for name in ("last value", "moving average", "Holt-Winters", "harmonic regression with ARIMA errors"):
         assert name in CANDIDATES
     assert any(name.startswith("direct regression") for name in CANDIDATES)
+
+
+def test_forecasts_use_one_thread():
+    """The threads of BLAS wait for one another in a loop: they cost CPU time and save none."""
+    code = "import os, moe_operator.autoscaling.model.forecast; print(len(os.listdir('/proc/self/task')))"
+    environment = {name: value for name, value in os.environ.items() if "THREADS" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "1\n"
