@@ -52,7 +52,7 @@ class Authority:
 
 async def refused_content(caplog):
     """Waits until a mounted folder's new content was refused; later calls wait for the next one."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while "the last valid content stays in force" not in caplog.text:
             await asyncio.sleep(0.01)
     caplog.clear()

@@ -32,7 +32,7 @@ async def test_a_watcher_that_reads_nothing_delays_neither_changes_nor_other_wat
         for service in ("", "a.B"):
             silent.call(health_pb2.HealthCheckRequest(service=service), WATCH)
         await asyncio.to_thread(silent.receive, 0.2)
-        async with asyncio.timeout(10), grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        async with asyncio.timeout(60), grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
             assert (await watch.read()).status == NOT_SERVING
             await health.set_ready(ready=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,16 +59,13 @@ def granted(role: dict[str, Any]) -> set[Right]:
     }
 
 
-def used(requests: list[dict[str, Any]]) -> set[Right]:
-    """The rights that requests needed. A server-side apply of something new needs `create` as well."""
-    found = set()
-    for request in requests:
-        what = request["objectRef"]
-        resource = "/".join(filter(None, (what["resource"], what.get("subresource"))))
-        made = request["verb"] == "patch" and request["responseStatus"]["code"] == 201
-        for verb in (request["verb"], *(["create"] if made else [])):
-            found.add((what.get("apiGroup", ""), resource, verb))
-    return found
+def used(request: dict[str, Any]) -> set[Right]:
+    """The rights that a request needed. A server-side apply of something new needs `create` as well."""
+    what = request["objectRef"]
+    resource = "/".join(filter(None, (what["resource"], what.get("subresource"))))
+    made = request["verb"] == "patch" and request["responseStatus"]["code"] == 201
+    verbs = (request["verb"], *(["create"] if made else []))
+    return {(what.get("apiGroup", ""), resource, verb) for verb in verbs}
 
 
 def restricted(docs: Live) -> None:
@@ -87,11 +85,28 @@ def restricted(docs: Live) -> None:
     strict.kubectl("delete", "moed", "refused")
 
 
-def requests(docs: Live) -> list[dict[str, Any]]:
+class Requests:
     """What the operator asked of the API server so far, refused or not."""
-    events = map(json.loads, docs.cluster.audit_log.read_text().splitlines())
-    ours = (event for event in events if event["user"].get("username") == ACCOUNT)
-    return [event for event in ours if event.get("objectRef", {}).get("resource")]
+
+    def __init__(self, log: Path) -> None:
+        self._file = log.open("rb")
+        self._part = b""
+        self.used: set[Right] = set()
+        self.refused: list[str] = []
+
+    def read(self) -> Requests:
+        """Reads what was logged since the last call; the log has tens of thousands of lines."""
+        *lines, self._part = (self._part + self._file.read()).split(b"\n")
+        for line in lines:
+            if ACCOUNT.encode() in line:
+                self._take(json.loads(line))
+        return self
+
+    def _take(self, event: dict[str, Any]) -> None:
+        if event["user"].get("username") == ACCOUNT and event.get("objectRef", {}).get("resource"):
+            self.used |= used(event)
+            if event["responseStatus"]["code"] == 403:
+                self.refused.append(event["requestURI"])
 
 
 def role(docs: Live) -> dict[str, Any]:
@@ -111,7 +126,8 @@ def pooled(docs: Live) -> None:
 
 @pytest.mark.timeout(400)  # many steps, one after the other
 def test_every_right_that_is_granted_is_used_and_no_other_is_asked_for(docs, helm):
-    before = len(requests(docs))
+    requests = Requests(docs.cluster.audit_log)
+    requests.read().refused.clear()
     docs.kubectl("scale", "moed/docs", "--replicas=1")
     eventually(docs.leaders, lambda pods: len(pods) == 1, "scaled down")
     docs.patch("service", "docs-frontend", {"spec": {"selector": {f"{GROUP}/role": "other"}}})
@@ -146,10 +162,9 @@ def test_every_right_that_is_granted_is_used_and_no_other_is_asked_for(docs, hel
     eventually(lambda: docs.list("statefulsets", f"{GROUP}/name=gang"), bool, "a gang")
     docs.kubectl("delete", "moed", "gang", "secure")
     wanted = granted(role(docs)) - set(ASKED_OF_OTHERS) - set(ASKED_FOR_ADOPTION)
-    eventually(lambda: sorted(wanted - used(requests(docs))), lambda left: left == [], "every right used", 90)
-    assert sorted(used(requests(docs)) - wanted - set(ASKED_FOR_ADOPTION)) == []
-    refused = [r["requestURI"] for r in requests(docs)[before:] if r["responseStatus"]["code"] == 403]
-    assert refused == []
+    eventually(lambda: sorted(wanted - requests.read().used), lambda left: left == [], "every right used")
+    assert sorted(requests.used - wanted - set(ASKED_FOR_ADOPTION)) == []
+    assert requests.refused == []
 
 
 @pytest.fixture

@@ -84,7 +84,7 @@ async def test_a_trace_is_played_and_summed_up(moe, worker, trace):
     summary = json.loads(done.stdout)
     assert summary["requests"] == {"due": 20, "sent": 20, "ok": 20, "failed": {}}
     assert worker.requests == 20
-    assert 0.5 < summary["duration_s"] < 10
+    assert 0.5 < summary["duration_s"] < 60
     table = await moe(
         "load", str(trace), "--endpoint", worker.endpoint.address, "--speed", "60", "--prompt", "count 1"
     )
@@ -107,7 +107,7 @@ async def test_a_slow_server_does_not_slow_the_load_down(moe, worker, trace):
     )
     summary = json.loads(done.stdout)
     assert summary["requests"]["ok"] == 20
-    assert summary["duration_s"] < 12
+    assert summary["duration_s"] < 18
     assert worker.most_running > 5
 
 
@@ -139,7 +139,7 @@ async def test_ctrl_c_ends_with_the_summary(worker, trace, environment):
         stdout=asyncio.subprocess.PIPE,
         env=environment,
     )
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while worker.requests < 2:
             await asyncio.sleep(0.05)
         process.send_signal(signal.SIGINT)

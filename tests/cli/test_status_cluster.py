@@ -9,6 +9,7 @@ import yaml
 
 from moe_operator.resources import names
 from tests.frontend.apiserver import ACCESS, running_api_server
+from tests.operator.live import eventually
 
 CRDS = Path(__file__).parents[2] / "crds"
 
@@ -74,11 +75,22 @@ def install(server):
                 "wait",
                 f"--for={what}",
                 f"crd/{names.PLURAL}.{names.GROUP}",
-                "--timeout=20s",
+                "--timeout=60s",
             ],
             check=True,
             capture_output=True,
         )
+    # It is served a little after it is Established.
+    eventually(lambda: served(client), bool, "the kind is served")
+
+
+def served(client):
+    api = kubernetes.client.CustomObjectsApi(client)
+    try:
+        api.list_cluster_custom_object(names.GROUP, names.VERSION, names.PLURAL)
+    except kubernetes.client.ApiException:
+        return False
+    return True
 
 
 def create(server, name):

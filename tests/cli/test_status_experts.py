@@ -148,7 +148,7 @@ class Silent(Service):
         self.ended = threading.Event()
 
     def GetExpertLoad(self, request, context):
-        self.ended.wait(10)
+        self.ended.wait(60)
         return LOAD
 
 
@@ -164,7 +164,7 @@ def test_workers_that_do_not_respond_cost_one_timeout_together_and_are_named():
         pods = [at(f"127.61.7.{last}", name=f"demo-{last}-0") for last in (3, 4, 5)]
         start = time.monotonic()
         (text,) = said(asking_experts.used(pods, HERE, timeout_s=0.4))
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 30
         silent.ended.set()
     first, second, third = text.splitlines()
     for worker, line in (("demo-3-0", first), ("demo-5-0", third)):

@@ -3,7 +3,6 @@
 Frontends and the operator reach its leader over mutual TLS.
 """
 
-import json
 import secrets
 from collections.abc import Iterator
 
@@ -13,6 +12,7 @@ import pytest
 import moe_worker
 from localcluster import Cluster
 from tests.e2e.serving import EXAMPLE, Served, eventually, kill_processes, request
+from tests.operator.live import Live
 
 PROMPT = "The kernel maps a page of memory"
 SMALL = {"resources": {"requests": {"cpu": "100m", "memory": "256Mi"}}}
@@ -54,12 +54,12 @@ def answers(served):
 
 
 def status(served):
-    return json.loads(served.kubectl("get", "moed", "docs-moe", "-o", "json"))["status"]
+    return Live(served.cluster, served.namespace).get("moed", "docs-moe")["status"]
 
 
 def restarts(served, pod):
-    path = "jsonpath={.status.containerStatuses[0].restartCount}"
-    return int(served.kubectl("get", "pod", pod, "-o", path) or 0)
+    status = Live(served.cluster, served.namespace).get("pod", pod)["status"]
+    return sum(container["restartCount"] for container in status.get("containerStatuses", ()))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from localcluster import Cluster, Forward
 from moe_api import mutual, tls
 from moe_operator.certificates.issuing import issue, new_authority
 from tests.e2e.serving import Served, eventually, request
+from tests.operator.live import Live
 
 PROMPT = "The kernel maps a page of memory"
 
@@ -72,10 +73,11 @@ class Load:
     def __exit__(self, *_):
         self.stop.set()
         self.thread.join(90)
+        assert not self.thread.is_alive()
 
 
 def body(served):
-    return json.loads(served.kubectl("get", "moed", "docs-moe", "-o", "json"))
+    return Live(served.cluster, served.namespace).get("moed", "docs-moe")
 
 
 def model_revision(served):
@@ -106,7 +108,7 @@ def accepted(served, pair=None):
         )
         with opened as channel:
             try:
-                health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+                health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=60)
             except grpc.RpcError:
                 return False
             return True

@@ -58,7 +58,7 @@ class Collector:
             log.seek(since)
             return traces.parse(log.read().decode().rpartition("\n\t{")[0])
 
-    def wait_for(self, condition, timeout_s=10, since=0):
+    def wait_for(self, condition, timeout_s=60, since=0):
         """Polls the received spans until the condition holds for them; gives them."""
         deadline = time.monotonic() + timeout_s
         while not condition(spans := self.spans(since)):
@@ -82,7 +82,7 @@ class Collector:
             found.setdefault(name, []).append(point)
         return found
 
-    def wait_for_metrics(self, condition, timeout_s=10, since=0):
+    def wait_for_metrics(self, condition, timeout_s=60, since=0):
         """Polls the received metrics until the condition holds for them; gives them."""
         deadline = time.monotonic() + timeout_s
         while not condition(found := self.metrics(since)):

@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -122,9 +123,12 @@ class Bench:
             self.outputs.serve(frozenset(endpoint.revision for endpoint in ready))
         await self.frontend.set_ready(ready=len(ready) > 0)
 
-    async def add_process(self, name, revision=""):
-        """A worker in a process of its own, to be killed."""
-        environment = {**os.environ, "MOE_WORKER_REVISION": revision}
+    async def add_process(self, name, revision="", most=math.inf):
+        """A worker in a process of its own, to be killed.
+
+        most: messages of each stream after which it stops: none ends before the worker is killed.
+        """
+        environment = {**os.environ, "MOE_WORKER_REVISION": revision, "FAKE_WORKER_MOST": str(most)}
         command = [sys.executable, FAKE_WORKER, name]
         process = await asyncio.to_thread(
             subprocess.Popen, command, stdout=subprocess.PIPE, text=True, env=environment

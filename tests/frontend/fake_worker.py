@@ -7,12 +7,13 @@
 `scores`: (token, piece, log-probability) of the tokens of a prompt, sent before ``scored``.
 `says`: texts to send, whatever is asked.
 ``full``, ``bad``, ``loading``, ``crash``: the errors that a worker returns.
-A stream of ``count`` is taken up where the request says so.
-As a program (NAME [LISTEN]) it prints its address and serves until it is killed.
+A stream of ``count`` is taken up where the request says so; after `most` messages it stops.
+As a program (NAME [LISTEN]) it prints its address and serves until it is killed; FAKE_WORKER_MOST is `most`.
 """
 
 import asyncio
 import inspect
+import math
 import os
 import signal
 import sys
@@ -72,9 +73,10 @@ def says_bytes(method, answers):
 class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
     """Counts what it sees."""
 
-    def __init__(self, name, revision=""):
+    def __init__(self, name, revision="", most=math.inf):
         self.name = name
         self.revision = revision
+        self.most = most
         self.full = False
         self.requests = 0
         self.running = 0
@@ -112,7 +114,12 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
         )
         return self.endpoint
 
-    async def until(self, condition, most_s=30):
+    async def allow(self, most):
+        """Lets each stream of ``count`` have so many messages."""
+        self.most = most
+        await self._change()
+
+    async def until(self, condition, most_s=60):
         """Waits until the condition holds for this worker."""
         async with asyncio.timeout(most_s), self.changed:
             await self.changed.wait_for(lambda: condition(self))
@@ -173,6 +180,8 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
 
     async def _count(self, steps, pause_s):
         for i in steps:
+            if i - steps.start >= self.most:
+                await self.until(lambda worker, sent=i - steps.start: sent < worker.most, 3600)
             await asyncio.sleep(pause_s)
             resumed = steps.start if i == steps.start else 0
             yield inference_pb2.GenerateResponse(text=f"{self.name}:{i} ", tokens=[i], resumed=resumed)
@@ -224,7 +233,8 @@ class Leaving(worker_pb2_grpc.WorkerServiceServicer):
 
 
 async def serve():
-    worker = FakeWorker(sys.argv[1], os.environ.get("MOE_WORKER_REVISION", ""))
+    most = float(os.environ.get("FAKE_WORKER_MOST", "inf"))
+    worker = FakeWorker(sys.argv[1], os.environ.get("MOE_WORKER_REVISION", ""), most)
     leaving = Leaving(worker)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, leaving.stop.set)
     endpoint = await worker.start(*sys.argv[2:], leaving=leaving)

@@ -28,7 +28,7 @@ def writer(pipe, most=100):
 
 
 def wait_until(condition):
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -45,11 +45,11 @@ def test_a_pipe_that_nobody_reads_stops_no_request_and_lines_that_do_not_fit_are
         done.set()
 
     threading.Thread(target=serve, daemon=True).start()
-    assert done.wait(10), "a request waits for the reader of the log"
+    assert done.wait(60), "a request waits for the reader of the log"
     assert 700 < lines.dropped < 1000
     began = time.monotonic()
     lines.close(0.05)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert "audit log: the last lines are lost" in caplog.text
 
 
@@ -70,7 +70,7 @@ def test_after_a_pause_of_the_reader_lines_are_written_in_order_and_the_loss_is_
     threading.Thread(target=reader, daemon=True).start()
     lines.close(10)
     os.dup2(pipe[0], pipe[1])  # closes the only writing end
-    assert read.wait(10)
+    assert read.wait(60)
     assert found == sorted(found)
     assert len(found) == 400 - dropped
     assert f"audit log: {dropped} lines were dropped" in caplog.text

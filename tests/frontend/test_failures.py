@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import signal
 import socket
 import subprocess
@@ -21,6 +22,8 @@ from moe_frontend.discovery.endpoints import Endpoint
 MOE_FRONTEND = Path(sys.executable).with_name("moe-frontend")
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+LIMIT_S = 45
+"""Ends a test that hangs; on a machine that does other things, too, a process may stand still for seconds."""
 
 
 async def only(bench, *names):
@@ -32,7 +35,7 @@ async def only(bench, *names):
 
 async def test_another_replica_goes_on_where_a_killed_worker_stopped(bench):
     b = await bench(workers=0)
-    victim, _ = await b.add_process("victim"), await b.add_process("heir")
+    victim, _ = await b.add_process("victim", most=50), await b.add_process("heir")
     await only(b, "victim")
     call = b.generate("count 100 0.01")
     assert (await call.read()).text == "victim:0 "
@@ -49,7 +52,7 @@ async def test_another_replica_goes_on_where_a_killed_worker_stopped(bench):
 async def test_a_stream_survives_one_death_after_the_other(bench):
     b = await bench(workers=0)
     for number in range(4):
-        await b.add_process(f"w-{number}")
+        await b.add_process(f"w-{number}", most=60 if number < 3 else math.inf)
     await only(b, "w-0")
     call = b.generate("count 200 0.01")
     received = [(await call.read()).text]
@@ -66,14 +69,14 @@ async def test_a_stream_survives_one_death_after_the_other(bench):
 
 async def test_a_stream_without_an_heir_ends_when_its_patience_is_over(bench):
     b = await bench(workers=0, patience_s=1.5)
-    process = await b.add_process("victim")
+    process = await b.add_process("victim", most=100)
     call = b.generate("count 1000 0.01")
     assert (await call.read()).text == "victim:0 "
     process.kill()
     started = time.monotonic()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         [_ async for _ in _rest(call)]
-    assert 1 < time.monotonic() - started < 10
+    assert 1 < time.monotonic() - started < LIMIT_S
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert caught.value.details().startswith("replica victim was lost in the middle of the answer")
     assert rich_status.retry_delay(rich_status.from_error(caught.value)) is not None
@@ -81,7 +84,7 @@ async def test_a_stream_without_an_heir_ends_when_its_patience_is_over(bench):
 
 async def test_a_stream_waits_for_a_replica_to_come(bench):
     b = await bench(workers=0, patience_s=60)
-    process = await b.add_process("victim")
+    process = await b.add_process("victim", most=20)
     call = b.generate("count 50 0.01")
     await call.read()
     process.kill()
@@ -98,8 +101,8 @@ async def process_gone(process):
 
 async def test_no_stream_goes_on_at_another_revision(bench):
     b = await bench(workers=0, patience_s=60)
-    victim = await b.add_process("victim", "r1")
-    call = b.generate("count 60 0.02")
+    victim = await b.add_process("victim", "r1", most=20)
+    call = b.generate("count 60")
     await call.read()
     victim.kill()
     await process_gone(victim)
@@ -123,9 +126,9 @@ async def test_a_worker_that_turned_out_to_be_of_another_revision_is_passed_over
 
 async def test_a_request_whose_only_worker_is_killed_waits_for_one_to_come(bench):
     b = await bench(workers=0, patience_s=60)
-    process = await b.add_process("victim")
-    call = asyncio.create_task(b.text("count 2 1"))
-    async with asyncio.timeout(20):
+    process = await b.add_process("victim", most=0)
+    call = asyncio.create_task(b.text("count 2"))
+    async with asyncio.timeout(LIMIT_S):
         while not any(running for _, running in b.replicas.routes()):
             await asyncio.sleep(0.01)
     process.kill()
@@ -138,10 +141,10 @@ async def test_a_request_whose_only_worker_is_killed_waits_for_one_to_come(bench
 
 async def test_a_request_whose_worker_is_killed_before_its_first_token_is_answered_by_another(bench):
     b = await bench(workers=0)
-    victim, _ = await b.add_process("victim"), await b.add_process("heir")
+    victim, _ = await b.add_process("victim", most=0), await b.add_process("heir")
     await only(b, "victim")
-    call = asyncio.create_task(b.text("count 2 2"))
-    async with asyncio.timeout(20):
+    call = asyncio.create_task(b.text("count 2"))
+    async with asyncio.timeout(LIMIT_S):
         while not any(running for _, running in b.replicas.routes()):
             await asyncio.sleep(0.01)
     await asyncio.sleep(0.2)  # until it is there
@@ -152,9 +155,9 @@ async def test_a_request_whose_worker_is_killed_before_its_first_token_is_answer
 
 async def test_twenty_streams_all_go_on_when_one_of_two_workers_is_killed(bench):
     b = await bench(workers=0, patience_s=30)
-    victim = await b.add_process("victim")
+    victim = await b.add_process("victim", most=25)
     await b.add_process("survivor")
-    calls = [b.generate("count 50 0.02") for _ in range(20)]
+    calls = [b.generate("count 50 0.01") for _ in range(20)]
     firsts = [(await call.read()).text for call in calls]
     victim.kill()
 
@@ -225,7 +228,7 @@ async def test_a_worker_that_is_cut_off_does_not_leave_the_stream_hanging(bench)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call.read()
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert time.monotonic() - started < 12, "pings are 5 s apart and answered within 5 s"
+    assert time.monotonic() - started < LIMIT_S, "pings are 5 s apart and answered within 5 s"
     await relay.stop()
 
 
@@ -239,27 +242,28 @@ async def health(channel, service):
 
 async def test_sigterm_lets_streams_finish_and_takes_no_more(bench, command):
     b = await bench(workers=1)
-    process, address = await command("--static", b.workers[0].endpoint.address)
+    b.workers[0].most = 1
+    process, address = await command("--static", b.workers[0].endpoint.address, "--grace", "60")
     async with grpc.aio.insecure_channel(address) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
-        call = stub.Generate(inference_pb2.GenerateRequest(prompt="count 10 0.1"))
+        call = stub.Generate(inference_pb2.GenerateRequest(prompt="count 10"))
         await call.read()
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
         assert (await watch.read()).status == SERVING
         process.send_signal(signal.SIGTERM)
         assert (await watch.read()).status == NOT_SERVING
         assert await _refusal(stub) is grpc.StatusCode.UNAVAILABLE
+        await b.workers[0].allow(math.inf)
         rest = [message async for message in _rest(call)]
         assert len(rest) == 10
         assert await call.code() is grpc.StatusCode.OK
-        started = time.monotonic()
-        assert await asyncio.wait_for(process.wait(), 10) == 0
-        assert time.monotonic() - started < 5, "a watch of health must not hold it up"
+        # A watch of health would hold it up for the grace period of 60 s.
+        assert await asyncio.wait_for(process.wait(), LIMIT_S) == 0
 
 
 async def _refusal(stub):
     """The status of the first call that is not taken; health says so a moment before the door is shut."""
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(LIMIT_S):
         while True:
             try:
                 await stub.GetModel(inference_pb2.GetModelRequest())
@@ -280,7 +284,7 @@ async def test_streams_are_ended_when_the_grace_period_is_over(bench, command):
         call = stub.Generate(inference_pb2.GenerateRequest(prompt="hold"))
         await call.read()
         process.send_signal(signal.SIGTERM)
-        _, errors = await asyncio.wait_for(process.communicate(), 5)
+        _, errors = await asyncio.wait_for(process.communicate(), LIMIT_S)
         assert process.returncode == 0, errors.decode()
         assert await call.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
     await b.workers[0].until(lambda w: w.running == 0)
@@ -304,10 +308,10 @@ async def test_the_gap_between_two_workers_turns_nobody_away(bench):
     b = await bench(workers=0, hold_s=1.0)
     watch = health_pb2_grpc.HealthStub(b.channel).Watch(health_pb2.HealthCheckRequest())
     assert (await watch.read()).status == NOT_SERVING  # it never had one
+    began = time.monotonic()
     for there in (True, False, True, False):
         b.extra = frozenset({Endpoint("w", "127.0.0.1:1")} if there else ())
         await b.publish()
-    began = time.monotonic()
     assert (await watch.read()).status == SERVING
     assert (await watch.read()).status == NOT_SERVING
     assert time.monotonic() - began > 0.9
@@ -332,18 +336,18 @@ async def test_an_unreachable_collector_costs_requests_nothing(bench, command):
             call = stub.Generate(inference_pb2.GenerateRequest(prompt="count 1"))
             assert (await call.read()).text == "w-0:0 "
             await _end(call)
-        assert time.monotonic() - started < 10, (
+        assert time.monotonic() - started < LIMIT_S, (
             "50 requests; one wait for the collector each would take 100 s"
         )
     process.send_signal(signal.SIGTERM)
-    _, errors = await asyncio.wait_for(process.communicate(), 10)
+    _, errors = await asyncio.wait_for(process.communicate(), LIMIT_S)
     assert process.returncode == 0
     # One line for the traces, one for the metrics at most, whichever of them failed first.
     assert 1 <= errors.decode().count("do not reach the collector") <= 2
 
 
 def run(*args):
-    return subprocess.run([MOE_FRONTEND, *args], capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run([MOE_FRONTEND, *args], capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_help_teaches():

@@ -24,7 +24,7 @@ async def demand(bench, wait_s=0.0):
 
 async def held(bench, number):
     """Waits until that many requests wait."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while await demand(bench) != number:
             await asyncio.sleep(0.01)
 

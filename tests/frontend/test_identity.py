@@ -132,7 +132,7 @@ async def test_keys_are_added_and_taken_away_without_a_restart(bench, folder):
     running = b.generate("count 30 0.05", metadata=bearer("alpha"))
     await running.read()
     mount(folder, {"team-c": line("gamma")})
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not b.edge.authenticator._keys().caller("gamma"):
             await asyncio.sleep(0.01)
     assert await b.text("count 1", metadata=bearer("gamma"))
@@ -146,7 +146,7 @@ async def test_an_empty_secret_lets_nobody_in_and_a_broken_one_changes_nothing(b
     await refused_content(caplog)
     assert await b.text("count 1", metadata=bearer("alpha"))
     mount(folder, {})
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while len(b.edge.authenticator._keys()):
             await asyncio.sleep(0.01)
     assert await refusal(b.text("count 1", metadata=bearer("alpha")))

@@ -126,7 +126,7 @@ async def test_a_guarded_frontend_is_ready_and_serves_callers_with_a_key(cluster
     credentials = grpc.ssl_channel_credentials(authority.certificate)
     with Forward(cluster.directory, namespace, names.frontend(DEPLOYMENT), 8000) as forward:
         async with grpc.aio.secure_channel(forward.address, credentials) as channel:
-            await asyncio.wait_for(channel.channel_ready(), 30)  # the Service follows the pod a little later
+            await asyncio.wait_for(channel.channel_ready(), 60)  # the Service follows the pod a little later
             stub = inference_pb2_grpc.InferenceServiceStub(channel)
             assert (await one_answer(stub)).startswith("UNAUTHENTICATED: credentials are missing")
             call = stub.Generate(
@@ -149,7 +149,7 @@ async def test_pods_come_and_go_and_requests_follow(cluster, namespace, stub):
     cluster.kubectl("delete", "pod", "-n", namespace, victim, "--grace-period=0", "--force")
     number, name = 0, victim
     while name == victim:
-        name, _, text = (await asyncio.wait_for(call.read(), 30)).text.partition(":")
+        name, _, text = (await asyncio.wait_for(call.read(), 60)).text.partition(":")
         number += 1
         assert int(text) == number, "the stream goes on elsewhere, without a gap"
     call.cancel()

@@ -1,6 +1,7 @@
 """The output cache in a running frontend: real gRPC, a worker that counts what reaches it."""
 
 import asyncio
+import math
 
 import grpc
 import pytest
@@ -63,9 +64,23 @@ async def test_each_answer_without_a_worker_says_what_it_saved(cached):
     assert (cached.forwarder.prompts.tokens, cached.forwarder.prompts.cached) == (9, 4)
 
 
+async def followed(cached, followers):
+    """Waits until so many requests follow the one computation."""
+    async with asyncio.timeout(60):
+        while not cached.outputs._flights:
+            await asyncio.sleep(0.01)
+        (flight, _) = next(iter(cached.outputs._flights.values()))
+        while len(flight._positions) < followers:
+            await asyncio.sleep(0.01)
+
+
 async def test_a_shared_computation_saves_its_time_once_for_each_follower(cached):
     asked = request("count 5 0.05")
-    await asyncio.gather(*(answer(cached, asked) for _ in range(3)))
+    cached.workers[0].most = 1
+    asking = [asyncio.create_task(answer(cached, asked)) for _ in range(3)]
+    await followed(cached, 3)
+    await cached.workers[0].allow(math.inf)
+    await asyncio.gather(*asking)
     assert cached.outputs.measures.results() == {"miss": 1, "shared": 2}
     assert [tokens for tokens, _ in savings(cached)] == [3 + 5] * 2  # words of the prompt, and tokens
     assert all(seconds >= 0.25 for _, seconds in savings(cached))
@@ -119,16 +134,16 @@ async def test_other_tenants_and_those_who_opt_out_get_an_answer_of_their_own(ca
 
 async def test_equal_requests_under_way_are_computed_once(cached):
     """The first one's cancellation does not cut the others off."""
-    asked = request("count 6 0.1")
+    asked = request("count 6")
+    cached.workers[0].most = 1
     first = cached.stub.Generate(asked)
     await first.read()
     second = asyncio.create_task(answer(cached, asked))
     third = asyncio.create_task(answer(cached, asked))
-    async with asyncio.timeout(20):
-        (flight, _) = next(iter(cached.outputs._flights.values()))
-        while len(flight._positions) < 3:
-            await asyncio.sleep(0.01)
+    await followed(cached, 3)
+    async with asyncio.timeout(60):
         first.cancel()
+        await cached.workers[0].allow(math.inf)
         whole = "".join(f"w-0:{i} " for i in range(6))
         assert text(await second) == text(await third) == whole
     assert cached.workers[0].requests == 1
@@ -185,6 +200,6 @@ async def test_a_slow_reader_holds_up_nobody_but_itself(cached):
     asked = request("count 300")
     slow = cached.stub.Generate(asked)
     await slow.read()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         assert len((await answer(cached, asked))[-1].tokens) in (0, 300)
     slow.cancel()

@@ -94,7 +94,7 @@ class Running:
             return None
 
     async def until(self, *routes):
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while True:
                 found = await asyncio.to_thread(self.read_when_served)
                 if found and {to["name"] for to in found["routes"]} == {to.name for to in routes}:
@@ -122,18 +122,20 @@ async def test_routes_are_published_once_each_time_they_change(running):
     assert again["metadata"]["resourceVersion"] == found["metadata"]["resourceVersion"], "nothing was written"
 
     # Many changes are one write, and the last one is there in the end.
+    began = time.monotonic()
     for number in range(100):
         running.set(*[Endpoint(f"demo-{n}-0", "10.0.0.1:8000") for n in range(number)])
         await asyncio.sleep(0.002)
     last = await running.until(*running.routes)
-    assert last["metadata"]["generation"] - found["metadata"]["generation"] <= 4
+    most = 3 + (time.monotonic() - began) / publishing.BETWEEN_WRITES_S
+    assert last["metadata"]["generation"] - found["metadata"]["generation"] <= most
 
 
 async def test_sums_of_caches_follow_without_a_change_of_routes(running):
     await running.until()
     for hits in (1, 2):
         running.sums = {"outputHits": hits}
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while True:
                 found = await asyncio.to_thread(running.read)
                 annotations = found["metadata"].get("annotations", {}) if found else {}
@@ -146,7 +148,7 @@ async def test_an_api_server_that_is_away_gets_the_routes_when_it_is_back(runnin
     await running.until()
     server.kill()
     running.set(ONE)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not any(state.failures for state in running.supervisor.states):
             await asyncio.sleep(0.05)
     await asyncio.to_thread(server.start)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import ssl
 
 import grpc
@@ -41,7 +42,7 @@ async def test_a_plaintext_client_gets_nothing(http, folder, authority):  # noqa
     h = await http(workers=1, guards=Guards(tls=folder), authority=authority)
     async with h.bench.connect() as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=5)
+            await channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=60)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     reader, writer = await asyncio.open_connection("127.0.0.1", h.port)
     writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -62,22 +63,25 @@ async def presented(port, authority):
 async def test_a_stream_goes_on_while_certificate_and_authority_are_replaced(http, folder, authority):  # noqa: F811
     h = await http(workers=1, guards=Guards(tls=folder), authority=authority)
     grpc_port = int(h.bench.address.rpartition(":")[2])
-    stream = h.bench.generate("count 40 0.05")
+    h.bench.workers[0].most = 2
+    stream = h.bench.generate("count 40")
     text = (await stream.read()).text
-    body = asyncio.create_task(h.complete("count 40 0.05", max_tokens=64))
+    body = asyncio.create_task(h.complete("count 40", max_tokens=64))
+    await h.bench.workers[0].until(lambda worker: worker.running == 2)
     other = Authority("another-ca")
     mount(folder, other.pair())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         for port in (grpc_port, h.port):
             while not await presented(port, other):
                 await asyncio.sleep(0.02)
             assert not await presented(port, authority)
+    await h.bench.workers[0].allow(math.inf)
     while (more := await stream.read()) is not grpc.aio.EOF:
         text += more.text
     assert text == "".join(f"w-0:{i} " for i in range(40))
     assert (await body).json()["choices"][0]["text"].endswith("w-0:39 ")
     async with h.bench.connect(other) as channel:
-        await channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=10)
+        await channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=60)
 
 
 async def test_a_secret_that_is_broken_or_deleted_leaves_the_certificate_in_use(
@@ -94,14 +98,14 @@ async def test_a_secret_that_is_broken_or_deleted_leaves_the_certificate_in_use(
     await refused_content(caplog)
     assert await presented(h.port, authority)
     async with h.bench.connect(authority) as channel:
-        await channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=10)
+        await channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=60)
 
 
 async def test_a_client_that_does_not_shake_hands_is_cut_off(http, folder, authority, monkeypatch):  # noqa: F811
     monkeypatch.setattr(server, "HANDSHAKE_S", 0.1)
     h = await http(workers=1, guards=Guards(tls=folder), authority=authority)
     reader, writer = await asyncio.open_connection("127.0.0.1", h.port)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         assert await reader.read() == b""
     writer.close()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 
 import grpc
 import pytest
@@ -162,7 +163,7 @@ class Fleet:
         self.replicas.update(frozenset(worker.endpoint for worker in workers))
 
     async def until(self, condition):
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not condition():
                 await asyncio.sleep(0.005)
 
@@ -262,9 +263,9 @@ async def test_a_replica_that_floods_leaves_the_frontend_time(fleet, monkeypatch
     fleet.caches[1].says.put_nowait(change(1, [1]))
     await fleet.until(lambda: fleet.policy.index.held([1], 0.0).get("w-1") == 1)
     held = fleet.policy.index._watched["w-0"]
-    before = held.sequence
+    before, began = held.sequence, time.monotonic()
     await asyncio.sleep(0.2)
-    assert held.sequence - before <= 5
+    assert held.sequence - before <= 1 + (time.monotonic() - began) / watching.PACE_S
 
 
 @pytest.mark.parametrize("metadata", [[], [("x-cache-salt", "a")], [("authorization", "Bearer b")]])

@@ -94,7 +94,7 @@ def test_two_clusters_run_side_by_side_and_the_command_line_works(cluster: Clust
     assert len(processes_of(directory)) >= 8
     began = time.monotonic()
     assert "The cluster is down" in run("down")
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
     assert_nothing_left(directory)
     assert "No cluster was running" in run("down")
     assert "Ready" in cluster.kubectl("get", "nodes")
@@ -117,7 +117,7 @@ def test_up_interrupted_clears_up_after_itself(directory: Path, number: signal.S
     process = start_up(directory)
     read_until(process, "etcd")
     process.send_signal(number)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors.splitlines()[-1]) == (130, "stopped")
     assert_nothing_left(directory)
 
@@ -168,7 +168,7 @@ def test_only_one_command_works_on_a_directory_at_a_time(directory: Path) -> Non
     with pytest.raises(AlreadyRunningError, match="another `localcluster up` or `down`"):
         Cluster(directory).down()
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
 
 
 def test_where_namespaces_are_forbidden_the_error_says_what_to_do(directory: Path) -> None:
@@ -212,7 +212,7 @@ def test_a_forward_reaches_ready_endpoints_from_the_host(cluster: Cluster, names
     wait_ready(cluster, namespace, "a", "b")
 
     def ask(address: str) -> str:
-        with urllib.request.urlopen(f"http://{address}/", timeout=5) as response:
+        with urllib.request.urlopen(f"http://{address}/", timeout=60) as response:
             return str(response.read().decode())
 
     with Forward(cluster.directory, namespace, "names", 80) as forward:

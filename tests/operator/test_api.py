@@ -590,7 +590,7 @@ def test_scale_is_a_subresource_also_where_nobody_wrote_replicas(crd, spec):
 def test_a_horizontal_pod_autoscaler_adopts_it(crd):
     crd.apply(manifest())
     crd.kubectl("autoscale", "moed/docs", "--min=2", "--max=4", "--cpu=50%")
-    eventually(lambda: scale(crd), lambda replicas: replicas == 2, "what it brings replicas to", 60)
+    eventually(lambda: scale(crd), lambda replicas: replicas == 2, "what it brings replicas to")
 
 
 def test_scale_can_be_set(crd):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import time
-
 from tests.operator.live import CHILD_KINDS, STANDIN_PATH, Live, eventually, manifest
 
-LIMIT_S = 40
-"""A stand-in's first start takes 5 to 15 s on two busy cores; a grace period takes 60."""
+GRACE_S = 900
+"""Longer than any test: who waits for it fails."""
 
 
 def frontend_runs(live: Live, name: str) -> bool:
@@ -18,17 +16,13 @@ def frontend_runs(live: Live, name: str) -> bool:
 
 
 def test_a_deployment_that_is_applied_again_at_once_waits_for_no_grace_period(live):
-    # With the default grace periods of 60 s.
-    body = manifest("again", worker={"env": [{"name": "PATH", "value": STANDIN_PATH}]}, frontend={})
+    worker = {"env": [{"name": "PATH", "value": STANDIN_PATH}], "terminationGracePeriodSeconds": GRACE_S}
+    body = manifest("again", worker=worker, frontend={"terminationGracePeriodSeconds": GRACE_S})
     live.apply(body)
     eventually(lambda: frontend_runs(live, "again"), bool, "the frontend's process starts")
     live.kubectl("delete", "moed", "again", "--wait=false")
     live.apply(body)
-    began = time.monotonic()
-    live.wait("Ready", "AllReplicasReady", "again", 90)
-    took = time.monotonic() - began
-    print(f"Ready {took:.1f} s after it was applied again")
-    assert took < LIMIT_S
+    live.wait("Ready", "AllReplicasReady", "again", 150)
     assert live.events("NameConflict", "again") == [], "objects of its predecessor are nobody's claim"
     live.kubectl("delete", "moed", "again", "--wait=false")
 

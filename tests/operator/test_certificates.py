@@ -247,19 +247,19 @@ def test_a_slow_namespace_keeps_no_other_waiting(cluster, certificates):
     def read(kind, namespace, name):
         if namespace == "slow":
             asked.set()
-            released.wait(10)
+            released.wait(150)
         return Cluster.read(cluster, kind, namespace, name)
 
     cluster.read = read
     slow, quick = (threading.Thread(target=certificates.ensure, args=(name,)) for name in ("slow", "prod"))
     slow.start()
-    assert asked.wait(10)
+    assert asked.wait(60)
     quick.start()
-    quick.join(5)
+    quick.join(60)
     done = certificates.identity("prod"), certificates.identity("slow")
     released.set()
     for thread in (slow, quick):
-        thread.join(10)
+        thread.join(60)
     assert done[0] is not None
     assert done[1] is None
     assert certificates.identity("slow") is not None

@@ -26,7 +26,7 @@ def server():
 def test_metrics_are_served_by_a_supervised_loop(server):
     supervisor = Supervisor()
     server.start(supervisor)
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=60) as answer:
         families = list(text_string_to_metric_families(answer.read().decode()))
     assert "python_info" in {family.name for family in families}
     assert [state.loop for state in supervisor.states] == ["metrics"]
@@ -35,7 +35,7 @@ def test_metrics_are_served_by_a_supervised_loop(server):
 def test_silent_connections_take_neither_threads_nor_the_place_of_prometheus(server):
     server.start(Supervisor())
     silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(3 * CONNECTIONS_MOST)]
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=60) as answer:
         assert answer.status == 200
     silent[0].settimeout(5)  # an idle connection is closed after 10 s
     assert silent[0].recv(1) == b"", "the oldest is closed"

@@ -152,7 +152,7 @@ async def test_an_operator_that_stops_during_its_first_lists_leaves_no_thread_th
     before, script = set(threading.enumerate()), Script()
     cluster = SimpleNamespace(collection=lambda *_: script)
     starting = asyncio.create_task(follow_all(cluster, mirror, None, Supervisor()))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not script.done.is_set():
             await asyncio.sleep(0.01)
     starting.cancel()
@@ -208,7 +208,7 @@ def follow(mirror, *answers, kind="Pod"):
         settled.set,
     )
     follower.start(Supervisor(chance=lambda: 0.99, expected=(ReadForbiddenError,)))
-    assert script.done.wait(20)
+    assert script.done.wait(60)
     assert settled.is_set()
     return told
 

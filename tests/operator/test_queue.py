@@ -39,7 +39,7 @@ class Work:
         return answer
 
     async def next(self):
-        return await asyncio.wait_for(self.calls.get(), 5)
+        return await asyncio.wait_for(self.calls.get(), 60)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import json
 
 import pytest
 
@@ -50,10 +50,15 @@ def test_an_applied_deployment_becomes_its_children_and_ready(docs):
 
 
 def test_describe_tells_the_story_in_order(docs):
-    table = docs.kubectl("describe", "moed", "docs").partition("Events:")[2]
-    reasons = [line.split()[1] for line in table.splitlines() if "moe-operator" in line]
     story = ["Created", "ReplicasNotReady", "Starting", "AllReplicasReady"]
-    assert [reason for reason in reasons if reason in story] == story
+
+    def told():
+        table = docs.kubectl("describe", "moed", "docs").partition("Events:")[2]
+        reasons = [line.split()[1] for line in table.splitlines() if "moe-operator" in line]
+        return [reason for reason in reasons if reason in story]
+
+    # An event comes after the condition that it tells of.
+    eventually(told, lambda found: found == story, "the story")
 
 
 def test_the_status_says_what_a_worker_said_of_its_model(docs):
@@ -69,11 +74,18 @@ def test_the_status_says_what_a_worker_said_of_its_model(docs):
 
 
 def test_a_settled_deployment_is_not_written_to(docs):
-    def versions():
-        objects = [docs.get("moed", "docs"), *docs.list(CHILD_KINDS)]
-        return {(o["kind"], o["metadata"]["name"]): o["metadata"]["resourceVersion"] for o in objects}
+    def written():
+        """What the operator wrote of each child, and when; others write their status."""
+        body = docs.kubectl("get", CHILD_KINDS, "-l", NAME, "-o", "json", "--show-managed-fields")
+        return {
+            (o["kind"], o["metadata"]["name"]): [
+                entry for entry in o["metadata"]["managedFields"] if entry["manager"] == "moe-operator"
+            ]
+            for o in json.loads(body)["items"]
+        }
 
-    before = versions()
+    before = written()
+    assert all(before.values())
     # A change of a child that is no difference makes the operator look, and see that all is well.
     docs.kubectl("annotate", "statefulset", "docs-0", "someone.else/note=1")
     docs.kubectl("annotate", "statefulset", "docs-0", "someone.else/note-")
@@ -83,8 +95,8 @@ def test_a_settled_deployment_is_not_written_to(docs):
         lambda role: role == "worker",
         "drift corrected",
     )
-    changed = {name for name, version in versions().items() if before[name] != version}
-    assert changed - {("MoEDeployment", "docs")} == {("StatefulSet", "docs-0"), ("StatefulSet", "docs-1")}
+    changed = {name for name, entries in written().items() if before[name] != entries}
+    assert changed == {("StatefulSet", "docs-1")}
 
 
 def test_drift_of_a_child_is_corrected(docs):
@@ -120,7 +132,7 @@ def test_a_deleted_child_is_made_again(docs):
         eventually(
             lambda n=name: uid(n), lambda found, n=name: found not in (None, before[n]), f"{name} again"
         )
-    assert docs.events("Recreated")
+    eventually(lambda: docs.events("Recreated"), bool, "an event")
 
 
 def test_another_replica_takes_the_place_of_one_that_was_deleted(docs):
@@ -216,10 +228,8 @@ def test_what_a_quota_forbids_is_said_hurts_nobody_else_and_heals_without_an_edi
     for name in crowd:
         condition = tight.wait("Ready", "ApplyRefused", name)
         assert "exceeded quota: none, requested: count/roles" in condition["message"]
-    asked = time.monotonic()
     live.apply(manifest("other", replicas=0))
-    live.wait("Ready", "ScaledToZero", "other")
-    assert time.monotonic() - asked < 10
+    live.wait("Ready", "ScaledToZero", "other", seconds=30)
     live.kubectl("delete", "moed", "other")
 
     tight.kubectl("delete", "moed", *crowd[1:])
@@ -261,5 +271,4 @@ def test_deletion_leaves_nothing(docs):
         lambda: [f"{o['kind']} {o['metadata']['name']}" for o in docs.list(ALL_KINDS, f"{NAME}=docs")],
         lambda left: left == [],
         "everything of docs is gone",
-        60,
     )

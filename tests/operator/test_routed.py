@@ -76,9 +76,9 @@ def test_a_terminating_frontend_that_still_answers_holds_up_nobody():
 def test_a_frontend_that_published_its_routes_is_not_asked():
     unreachable = Pod(NOBODY, NOBODY, True, False, "", 0, None, uid="u1")
     began = time.monotonic()
-    assert routed([unreachable], LEADERS, 5, {"u1": frozenset(ONE.items())}) == ONE
-    assert routed([unreachable], LEADERS, 5, {"u1": frozenset()}) == {}
-    assert time.monotonic() - began < 5
+    assert routed([unreachable], LEADERS, 60, {"u1": frozenset(ONE.items())}) == ONE
+    assert routed([unreachable], LEADERS, 60, {"u1": frozenset()}) == {}
+    assert time.monotonic() - began < 30
     with serving(FIRST, Routes(TWO)) as first:
         assert routed([first, unreachable], LEADERS, 5, {"u1": frozenset((ONE | TWO).items())}) == TWO
 

@@ -13,6 +13,7 @@ BROKEN = [
     {"name": "PATH", "value": STANDIN_PATH},
     {"name": "STANDIN_ERROR", "value": "the driver is too old"},
 ]
+LIMIT = "--timeout=100s"
 NOWHERE = "nowhere.example/image:1"
 COMPLETE = '--for=jsonpath={.status.conditions[?(@.type=="Progressing")].reason}=Complete'
 
@@ -23,12 +24,12 @@ def computed(live: Live, name: str) -> str:
 
 def test_good_then_stuck(live):
     live.apply(manifest("good", rollout={"progressDeadlineSeconds": 5}))
-    live.kubectl("wait", "moed/good", COMPLETE, "--timeout=120s")
-    live.kubectl("wait", "moed/good", "--for=condition=Ready", "--for=condition=Active", "--timeout=20s")
+    live.kubectl("wait", "moed/good", COMPLETE, LIMIT)
+    live.kubectl("wait", "moed/good", "--for=condition=Ready", "--for=condition=Active", LIMIT)
     assert computed(live, "good") == "Current"
     live.patch("moed", "good", {"spec": {"worker": {"env": BROKEN}}})
-    live.kubectl("wait", "moed/good", "--for=condition=Stalled", "--timeout=60s")
-    live.kubectl("wait", "moed/good", "--for=condition=Progressing=False", "--timeout=5s")
+    live.kubectl("wait", "moed/good", "--for=condition=Stalled", LIMIT)
+    live.kubectl("wait", "moed/good", "--for=condition=Progressing=False", LIMIT)
     assert (computed(live, "good"), live.condition("Ready", "good")["status"]) == ("Failed", "True")
     assert moe(live, "status", "good").returncode == 1
 
@@ -40,7 +41,7 @@ def test_good_then_stuck(live):
 
 def test_a_first_rollout_that_is_stuck(live):
     live.apply(manifest("first", worker={"image": NOWHERE}, rollout={"progressDeadlineSeconds": 5}))
-    live.kubectl("wait", "moed/first", "--for=condition=Stalled", "--timeout=60s")
+    live.kubectl("wait", "moed/first", "--for=condition=Stalled", LIMIT)
     progressing = live.condition("Progressing", "first")
     assert (progressing["status"], progressing["reason"]) == ("False", "ProgressDeadlineExceeded")
     assert NOWHERE in progressing["message"]
@@ -73,7 +74,7 @@ def test_a_quota_that_forbids_frontend_pods_is_the_reason(live, namespace):
 
 def test_idle_by_design(live):
     live.apply(manifest("idle", replicas=0))
-    live.kubectl("wait", "moed/idle", "--for=condition=Ready", "--timeout=60s")
-    live.kubectl("wait", "moed/idle", "--for=condition=Active=False", "--timeout=5s")
+    live.kubectl("wait", "moed/idle", "--for=condition=Ready", LIMIT)
+    live.kubectl("wait", "moed/idle", "--for=condition=Active=False", LIMIT)
     assert (computed(live, "idle"), live.condition("Ready", "idle")["reason"]) == ("Current", "ScaledToZero")
     live.kubectl("delete", "moed", "idle")

@@ -99,7 +99,7 @@ async def _read(meter: Meter) -> str:
         await asyncio.Event().wait()
 
     supervisor.start("reconcile", work)
-    await asyncio.wait_for(running.wait(), 10)
+    await asyncio.wait_for(running.wait(), 60)
     try:
         return prometheus_client.generate_latest().decode()
     finally:

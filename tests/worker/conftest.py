@@ -1,8 +1,10 @@
 import pytest
 
 import moe_worker
+from moe_worker.mesh import pulse
 from tests.checkpoints import write_checkpoint
 from tests.frontend.collector import running_collector
+from tests.worker.mesh_ranks import PATIENT_S
 from tests.worker.serving import Worker
 
 
@@ -30,6 +32,12 @@ def worker(endless):
     with Worker(endless, "--max-batch-size", "2", "--max-queue", "2") as worker:
         worker.wait_ready()
         yield worker
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """Ranks of a mesh that stand still for seconds are not taken for lost; ranks that end are."""
+    monkeypatch.setattr(pulse, "SILENT_S", PATIENT_S)
 
 
 @pytest.fixture(scope="session")

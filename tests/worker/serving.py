@@ -100,8 +100,25 @@ class Worker:
         children = f"/proc/{self.process.pid}/task/{self.process.pid}/children"
         return int(Path(children).read_text().split()[0])
 
+    @contextlib.contextmanager
+    def halted(self):
+        """The engine computes nothing meanwhile: no stream ends, however slow the test is."""
+        engine = self.engine_pid()
+        os.kill(engine, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(engine, signal.SIGCONT)
+
     def terminate(self):
         self.process.send_signal(signal.SIGTERM)
+
+
+def endless_loading(folder):
+    """Environment in which no engine process gets as far as its first import, as if its model were huge."""
+    code = "import sys, time\ntime.sleep(3600 * ('moe_worker.service.engine_process' in sys.orig_argv))\n"
+    (folder / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": str(folder)}
 
 
 def refused(call):

@@ -24,7 +24,7 @@ class Reader:
 
     async def read(self, count):
         for number in range(count):
-            change = await asyncio.wait_for(anext(self._changes), 5)
+            change = await asyncio.wait_for(anext(self._changes), 60)
             message = worker_pb2.CacheChange(
                 sequence=self.held.sequence + 1,
                 reset=change.reset,
@@ -36,7 +36,7 @@ class Reader:
             self.held.apply(message, 1000)
 
     async def until(self, names):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while self.held.blocks != set(names):
                 await self.read(1)
 

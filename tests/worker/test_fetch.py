@@ -274,7 +274,7 @@ def test_progress_is_served_over_grpc():
     port = free_port()
     with served(meter, f"127.0.0.1:{port}"), grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         stub = worker_pb2_grpc.FetchServiceStub(channel)
-        told = stub.GetProgress(worker_pb2.GetProgressRequest(), timeout=5)
+        told = stub.GetProgress(worker_pb2.GetProgressRequest(), timeout=60)
     assert (told.bytes, told.total_bytes, told.seconds_left) == (300, 1000, 36)
 
 

@@ -13,8 +13,8 @@ from moe_api.worker.v1 import worker_pb2
 from tests.http2 import RawClient
 from tests.worker.serving import DEADLINE_S, Worker, refused
 
-# On a busy machine of two cores; the same requests took 13 to 78 s.
-AT_ONCE_S = 1.5
+# 0.1 s on an idle core, and more where processes wait for one; the same requests took 13 to 78 s.
+AT_ONCE_S = 8
 MIB = 2**20
 PLACES = 4
 
@@ -116,4 +116,4 @@ def test_a_terminating_worker_hands_off_what_is_not_read_in_time(endless):
                 assert worker.process.wait(DEADLINE_S) == 0
             except subprocess.TimeoutExpired:
                 pytest.fail("the worker did not end")
-            assert time.monotonic() - begin < 2 + 20
+            assert time.monotonic() - begin < 2 + 60

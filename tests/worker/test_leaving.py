@@ -17,13 +17,14 @@ def test_a_drained_worker_takes_no_requests_finishes_those_under_way_and_ends(en
         error = _refused_drain(worker)
         assert error is None or error.code() is grpc.StatusCode.UNAVAILABLE
         worker.wait_ready()
-        stream = worker.generate(max_tokens=2000)
-        next(stream)
-        drained = worker.load.Drain(worker_pb2.DrainRequest(), timeout=DEADLINE_S)
-        assert drained.requests == 1
-        assert refused(worker.generate(max_tokens=1)).code() is grpc.StatusCode.UNAVAILABLE
-        assert worker.status() == health_pb2.HealthCheckResponse.NOT_SERVING
-        assert sum(len(response.tokens) for response in stream) > 1000
+        with worker.halted():
+            stream = worker.generate(max_tokens=100)
+            worker.wait_load(queued=1)
+            drained = worker.load.Drain(worker_pb2.DrainRequest(), timeout=DEADLINE_S)
+            assert drained.requests == 1
+            assert refused(worker.generate(max_tokens=1)).code() is grpc.StatusCode.UNAVAILABLE
+            assert worker.status() == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert sum(len(response.tokens) for response in stream) == 100
         assert worker.process.wait(DEADLINE_S) == 0
 
 

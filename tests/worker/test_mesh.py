@@ -88,7 +88,7 @@ def tokens_of(loaded, options, sampling):
     [*CASES.values(), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW.values())],
     ids=[*CASES, *SLOW],
 )
-def test_a_mesh_computes_what_one_process_computes(tmp_path, family, shape, options):
+def test_a_mesh_computes_what_one_process_computes(tmp_path, patient, family, shape, options):
     compare_with_one_process(tmp_path, family, shape, options)
 
 
@@ -349,7 +349,7 @@ def test_a_stream_outlives_the_other_rank(tmp_path):
             other.kill()
             start()
             assert text + "".join(response.text for response in stream) == expected[0].text
-            assert "has formed again (1)" in "\n".join(worker.lines)
+            assert "has formed again (" in "\n".join(worker.lines)
 
 
 @contextlib.contextmanager

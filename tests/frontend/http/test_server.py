@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import math
 import re
 import signal
 
@@ -85,7 +86,7 @@ async def test_a_port_that_is_taken_is_said_in_a_sentence(http):
 
 
 async def test_the_command_serves_both_and_drains_on_sigterm(command):
-    worker = FakeWorker("w")
+    worker = FakeWorker("w", most=1)
     endpoint = await worker.start()
     process, _ = await command("--static", endpoint.address, "--http", "127.0.0.1:0")
     url = f"http://{command.http}"
@@ -93,13 +94,14 @@ async def test_the_command_serves_both_and_drains_on_sigterm(command):
         while (await client.get("/health")).status_code != 200:
             await asyncio.sleep(0.05)
         stream = asyncio.create_task(
-            client.post("/v1/completions", json={"prompt": "count 5 0.2", "stream": True})
+            client.post("/v1/completions", json={"prompt": "count 5", "stream": True})
         )
         await worker.until(lambda w: w.sent >= 1)
         scraped = (await client.get("/metrics")).text
         assert re.search(r'http_server_active_requests{http_request_method="POST".* 1\.0\n', scraped)
         assert "moe_frontend_requests_held" in scraped
         process.send_signal(signal.SIGTERM)
+        await worker.allow(math.inf)
         assert len(events((await stream).text)) == 7
     assert await process.wait() == 0
     await worker.server.stop(None)

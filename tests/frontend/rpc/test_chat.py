@@ -197,18 +197,18 @@ async def test_errors_of_the_worker_name_the_field_of_the_conversation(both):
 async def test_a_conversation_survives_the_loss_of_its_worker(bench):
     b = await bench(workers=0)
     for name in ("p-0", "p-1"):
-        await b.add_process(name, "r1")
+        await b.add_process(name, "r1", most=20)
     template = "{{ messages[0].content }}"
     ready = frozenset(
         dataclasses.replace(endpoint, served=Served("m", 4096, template=template)) for endpoint in b.extra
     )
     b.replicas.update(ready)
     stub, said = chat_pb2_grpc.ChatServiceStub(b.channel), []
-    message = chat_pb2.ChatMessage(role="user", content="count 40 0.02")
-    sampling = inference_pb2.SamplingParameters(max_tokens=40)
+    message = chat_pb2.ChatMessage(role="user", content="count 30 0.02")
+    sampling = inference_pb2.SamplingParameters(max_tokens=30)
     async for response in stub.Chat(chat_pb2.ChatRequest(messages=[message], sampling=sampling), timeout=30):
         said += response.content.split()
         if len(said) == 10:
             b.processes[said[0].split(":")[0]].kill()
-    assert [int(part.split(":")[1]) for part in said] == list(range(40))
+    assert [int(part.split(":")[1]) for part in said] == list(range(30))
     assert len({part.split(":")[0] for part in said}) == 2

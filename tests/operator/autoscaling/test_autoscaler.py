@@ -76,7 +76,7 @@ class Store:
         pass
 
     async def becomes(self, replicas):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while await self.wanted.get() != replicas:
                 pass
 
@@ -116,7 +116,7 @@ class Site:
         return {state.loop: state.failures for state in self.supervisor.states}
 
     async def until(self, wanted):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not wanted():
                 await asyncio.sleep(0.01)
 
@@ -156,7 +156,7 @@ async def test_a_rollout_of_the_frontend_at_zero_replicas_strands_nobody(world):
     async with contextlib.aclosing(Site(sample_seconds=1)) as site:
         site.autoscaler.saw(asleep(), frontends(old))
         await site.store.becomes(0)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await old_front.waited_for.wait()
         site.autoscaler.saw(asleep(), frontends(new))
         await site.store.becomes(1)
