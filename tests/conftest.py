@@ -1,10 +1,13 @@
 """Fixtures that every part's tests may use: a running local cluster, and a namespace of one's own in it."""
 
+import functools
 import os
+import re
 import secrets
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,22 +17,23 @@ from hypothesis import settings
 from xdist.scheduler import LoadFileScheduling
 
 from localcluster import Cluster
+from localcluster.errors import CommandError
 
 ROOT = Path(__file__).parents[1]
-CLUSTER_FOLDERS = {"chart", "e2e", "frontend", "localcluster", "operator"}
+CLUSTER_FILES = ("chart/", "e2e/", "frontend/test_in_cluster.py", "localcluster/", "operator/", "soak/")
 """Where `make test` looks for tests in clusters; those in tests/soak are all for `make soak`."""
 COMPUTING = (
     *("compress/", "operator/autoscaling_model/", "recipe/", "train/"),
     *("packaging/test_dependencies.py", "packaging/test_image.py"),
     *("worker/test_interpreted.py", "worker/test_invariance.py"),
 )
-"""Whose tests only compute and depend on no clock: `make test` runs them next to those in clusters."""
+"""Whose tests only compute and depend on no clock: `make test` runs them next to all others."""
 LONGEST = (
     *("chart/test_life.py", "chart/test_rights.py"),
     *("e2e/test_line.py", "operator/test_scaling_cluster.py", "operator/test_rollout_live.py"),
     *("operator/test_reconcile.py", "localcluster/test_lifecycle.py", "localcluster/test_workloads.py"),
-    *("worker/test_mesh.py", "operator/test_fuzz.py", "e2e/test_replay.py"),
-    *("worker/test_mesh_recovery.py", "worker/test_leaving.py"),
+    *("worker/test_mesh.py", "worker/test_service.py", "worker/test_output_formats.py"),
+    *("worker/test_model.py", "operator/test_fuzz.py", "worker/test_mesh_recovery.py"),
 )
 """They begin first, so that at the end no process waits for another one's long file."""
 
@@ -51,20 +55,25 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Imports no file of which `-m "computing and ..."` or `-m "... not computing ..."` takes no test."""
+    chosen = re.search(r"(not )?\bcomputing\b", config.option.markexpr)
+    if collection_path.is_dir() or chosen is None:
+        return None
+    return (_file(collection_path).startswith(COMPUTING) is (chosen[1] is not None)) or None
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks what happens in clusters and what only computes, and puts long files first."""
     items.sort(key=_rank)
     for item in items:
-        file = item.path.relative_to(ROOT / "tests")
-        folder = file.parts[0]
-        if str(file).startswith(COMPUTING):
+        file = _file(item.path)
+        if file.startswith(COMPUTING):
             item.add_marker(pytest.mark.computing)
-        if "cluster" in getattr(item, "fixturenames", ()) or folder in {"chart", "localcluster"}:
-            if folder not in CLUSTER_FOLDERS | {"soak"}:
-                raise pytest.UsageError(
-                    f"{item.nodeid} needs a cluster: name tests/{folder} in the Makefile's `test`"
-                )
+        if "cluster" in getattr(item, "fixturenames", ()) or file.startswith(("chart/", "localcluster/")):
+            if not file.startswith(CLUSTER_FILES):
+                raise pytest.UsageError(f"{item.nodeid} needs a cluster: name its file in the Makefile")
             item.add_marker(pytest.mark.cluster)
 
 
@@ -82,8 +91,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FileScheduli
     return FileScheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
+@functools.cache
+def _file(path: Path) -> str:
+    """Relative to this folder."""
+    return str(path.relative_to(ROOT / "tests"))
+
+
 def _rank(item: pytest.Item) -> int:
-    file = str(item.path.relative_to(ROOT / "tests"))
+    file = _file(item.path)
     return LONGEST.index(file) if file in LONGEST else len(LONGEST)
 
 
@@ -113,7 +128,22 @@ def api(cluster: Cluster) -> Cluster:
     # `kubectl wait` fails on a condition while there are none at all.
     cluster.kubectl("wait", "--for=jsonpath={.status.conditions}", "-f", crds)
     cluster.kubectl("wait", "--for=condition=Established", "-f", crds)
+    _until_served(cluster, "moedeployments,frontendroutes,scalinghistories")
     return cluster
+
+
+def _until_served(cluster: Cluster, kinds: str, seconds: float = 60.0) -> None:
+    """Waits until the API server answers requests for these kinds, which is a little after Established."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            cluster.kubectl("get", kinds)
+        except CommandError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+        else:
+            return
 
 
 @pytest.fixture(scope="session")
