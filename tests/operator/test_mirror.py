@@ -228,6 +228,13 @@ def test_a_list_comes_in_chunks_and_a_watch_goes_on_from_there(mirror):
     assert told == ["docs"] * 4
 
 
+def test_both_are_told_of_an_object_that_somebody_gives_to_another_deployment(mirror):
+    moved = {"type": "MODIFIED", "object": pod("a", 11, "other")}
+    told = follow(mirror, ([pod("a", 1)], 10, None), [moved])
+    assert told[0] == "docs"
+    assert sorted(told[1:]) == ["docs", "other"]
+
+
 def test_what_our_own_write_brought_already_is_no_news(mirror):
     mirror.put("Pod", pod("a", 11))
     assert follow(mirror, ([], 10, None), [{"type": "ADDED", "object": pod("a", 11)}]) == []

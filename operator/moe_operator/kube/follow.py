@@ -136,5 +136,9 @@ class Follower:
 
     def _put(self, manifest: Manifest) -> None:
         """The cache already has the result of an own write."""
+        metadata = manifest["metadata"]
+        after = deployment_of(manifest)
+        before = self._cache.owner(self._kind, metadata["namespace"], metadata["name"]) or after
         if self._cache.put(self._kind, manifest):
-            self._changed(manifest["metadata"]["namespace"], deployment_of(manifest))
+            for deployment in {before, after}:
+                self._changed(metadata["namespace"], deployment)

@@ -124,6 +124,12 @@ class Mirror:
             entry = self._entries[kind].get(Place(namespace, name))
         return None if entry is None else _unpacked(entry)
 
+    def owner(self, kind: str, namespace: str, name: str) -> str | None:
+        """The deployment whose label a cached object carries; None if it is not here."""
+        with self._lock:
+            entry = self._entries[kind].get(Place(namespace, name))
+        return None if entry is None else entry.deployment
+
     def all(self, kind: str) -> list[Manifest]:
         """All objects of a kind that are here."""
         with self._lock:
