@@ -1,7 +1,7 @@
 """Decode and prefill of the engine on a GPU, with vLLM as the baseline; one shape, context 512.
 
     PYTHONPATH=worker:protos:. python -m benchmarks.gpu_decode [--formats bf16 w4a8] [--batch 1 16 64 256]
-        [--tokens 128] [--rounds 5] [--temperature 1] [--profile] [--launches] [--json]
+        [--tokens 128] [--rounds 5] [--temperature 1] [--profile] [--launches] [--host] [--json]
 
 Needs torch, triton, numpy, safetensors, tokenizers and tqdm; with nvidia-ml-py it reports tokens per joule of
 the whole card, too. Weights are random, so only speed is compared. A
@@ -11,11 +11,14 @@ on another card the ratio says little.
 """
 
 import argparse
+import cProfile
 import importlib
 import json
 import math
+import pstats
 import statistics
 import time
+import unittest.mock
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
@@ -28,7 +31,8 @@ from moe_worker.engine.core import EngineCore
 from moe_worker.engine.loading import LoadedModel
 from moe_worker.engine.requests import Request
 from moe_worker.kvcache.paged import CacheShape, PagedCache
-from moe_worker.models.cuda import CudaModel, Rows
+from moe_worker.models.batch import Batch, Segment
+from moe_worker.models.cuda import CudaModel
 from moe_worker.models.cuda_build import prepare
 from moe_worker.models.cuda_graph import DecodeGraphs
 from moe_worker.models.cuda_runner import CudaRunner
@@ -59,6 +63,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prefill-tokens", type=int, default=16384, help="prompt tokens of one step")
     parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
+    parser.add_argument("--host", action="store_true", help="what the host does in a decode step")
     parser.add_argument("--launches", action="store_true", help="kernel launches of one layer and token")
     parser.add_argument("--skip-prefill", action="store_true")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
@@ -122,6 +127,8 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[dict[str, object]]:
             f"decode {name}, batch {batch}", [(each.tokens, each.joules) for each in measured]
         )
         yield row(f"decode {name}, batch {batch}, graph only", graph_rate(bench, batch, args), None)
+        if args.host:
+            yield from host_share(bench, batch, args, f"decode {name}, batch {batch}")
     if not args.skip_prefill:
         prefill_rate(bench)
         before = joules()
@@ -184,11 +191,17 @@ def efficiency(what: str, used: Sequence[tuple[int, float]]) -> Iterator[dict[st
         yield row(f"{what}, per joule of the card", tokens / spent, None, "tokens/J")
 
 
-def decode_rate(bench: Bench, batch: int, args: argparse.Namespace) -> Decoded:
-    """Decode after all prompts have their first token."""
+def decoding(bench: Bench, batch: int, args: argparse.Namespace) -> EngineCore:
+    """An engine whose streams all have their first token."""
     core, seen = submitted(bench, batch, args.tokens, args.same_prompt, args.temperature), set[int]()
     while len(seen) < batch:
         seen |= {delta.id for delta in core.step()}
+    return core
+
+
+def decode_rate(bench: Bench, batch: int, args: argparse.Namespace) -> Decoded:
+    """Decode after all prompts have their first token."""
+    core = decoding(bench, batch, args)
     before, energy = core.expert_statistics, joules()
     begin, produced = time.perf_counter(), 0
     while not core.idle:
@@ -197,6 +210,38 @@ def decode_rate(bench: Bench, batch: int, args: argparse.Namespace) -> Decoded:
     used = core.expert_statistics.since(before)
     active = statistics.mean(layer.active for layer in used.layers) / used.steps
     return Decoded(produced / seconds, active, produced, energy)
+
+
+def host_share(bench: Bench, batch: int, args: argparse.Namespace, what: str) -> Iterator[dict[str, object]]:
+    """Microseconds of a step in which the host computes, and waits for the device; prints a profile.
+
+    A host that hardly waits limits the step.
+    """
+    inner, wait_s = torch.cuda.Event.synchronize, 0.0
+
+    def timed(event: torch.cuda.Event) -> None:
+        nonlocal wait_s
+        begin = time.perf_counter()
+        inner(event)
+        wait_s += time.perf_counter() - begin
+
+    def step(core: EngineCore) -> tuple[float, float]:
+        nonlocal wait_s
+        wait_s, begin = 0.0, time.perf_counter()
+        core.step()
+        return time.perf_counter() - begin - wait_s, wait_s
+
+    steps, core = args.tokens // 2, decoding(bench, batch, args)
+    with unittest.mock.patch.object(torch.cuda.Event, "synchronize", timed):
+        computes, waits = zip(*(step(core) for _ in range(steps)), strict=True)
+    yield row(f"{what}, host computes", 1e6 * statistics.median(computes), None, "us")
+    yield row(f"{what}, host waits", 1e6 * statistics.median(waits), None, "us")
+    core, seen = decoding(bench, batch, args), cProfile.Profile()
+    seen.enable()
+    for _ in range(steps):
+        core.step()
+    seen.disable()
+    pstats.Stats(seen).sort_stats("tottime").print_stats(25)
 
 
 def prefill_rate(bench: Bench) -> float:
@@ -214,11 +259,12 @@ def graph_rate(bench: Bench, batch: int, args: argparse.Namespace) -> float:
     """Tokens per second of the captured step alone, at the context at which decode starts."""
     graphs, cache = bench.graphs, bench.loaded.cache
     per_sequence = cache.shape.pages_for(bench.loaded.context)
-    pages_BP = torch.arange(batch * per_sequence, device="cuda", dtype=torch.int32).view(batch, -1)
-    positions_B = torch.full((batch,), CONTEXT, device="cuda")
-    rows_B = pages_BP[:, CONTEXT // PAGE].long() * PAGE + CONTEXT % PAGE
-    tokens_B = torch.randint(bench.loaded.config.vocab_size, (batch,), device="cuda")
-    size = graphs.fill(tokens_B, Rows(positions_B, rows_B, pages_BP))
+    tokens = torch.randint(bench.loaded.config.vocab_size, (batch,)).tolist()
+    segments = [
+        Segment([token], CONTEXT, range(number * per_sequence, (number + 1) * per_sequence))
+        for number, token in enumerate(tokens)
+    ]
+    size = graphs.fill(Batch.of(segments, cache))
 
     def steps() -> None:
         for _ in range(32):

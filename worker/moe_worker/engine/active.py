@@ -15,9 +15,10 @@ from moe_worker.scheduler.plan import Chunk
 class ActiveRequest:
     """`pages` is the page table. ends: tokens that end the text. shard: where the pages are.
 
-    generated: tokens of the text, including emitted tokens of a resumed stream. admitted: whether the sampler
-    knows the request. guide: of its output format; None: any text is allowed. scored: tokens of the prompt,
-    from its first one on, whose log-probabilities have been sent.
+    given: tokens of the prompt and of a resumed stream. generated: tokens of the text, including emitted
+    tokens of a resumed stream. admitted: whether the sampler knows the request. guide: of its output format;
+    None: any text is allowed. scores: whether the prompt is scored; scored: its tokens, from the first on,
+    whose log-probabilities have been sent.
     """
 
     request: Request
@@ -29,6 +30,12 @@ class ActiveRequest:
     admitted: bool = False
     guide: Guide | None = None
     scored: int = 0
+    given: int = field(init=False)
+    scores: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.given = len(self.request.prompt) + len(self.request.written)
+        self.scores = self.request.scores_prompt
 
     @property
     def tokens(self) -> int:
@@ -36,20 +43,15 @@ class ActiveRequest:
         return len(self.request.prompt) + self.generated
 
     @property
-    def given(self) -> int:
-        """Tokens of the prompt and of a resumed stream."""
-        return len(self.request.prompt) + len(self.request.written)
-
-    @property
     def too_complex(self) -> bool:
         """Whether the output format became too complex to go on with."""
         return self.guide is not None and self.guide.failed
 
-    def follow(self, chunk: Chunk, source: int, behind: int) -> Segment:
-        """The model's input for `chunk`. source, behind: of Segment."""
+    def follow(self, chunk: Chunk) -> Segment:
+        """The model's input for `chunk`."""
         if chunk.pages:
             self.pages[chunk.pages_from :] = array("i", chunk.pages)
-        return Segment(chunk.tokens, chunk.start, self.pages, self.shard, source, behind)
+        return Segment(chunk.tokens, chunk.start, self.pages, self.shard)
 
     def resume(self, token_bytes: Callable[[int], bytes]) -> None:
         """Puts the emitted tokens of a resumed stream before the text; the client has them."""
@@ -57,16 +59,15 @@ class ActiveRequest:
             self.text.push(token_bytes(token))
         self.generated = len(self.request.written)
 
-    def take(
-        self, token: int, token_bytes: Callable[[int], bytes], full: bool, complete: bool
-    ) -> tuple[str, FinishReason | None]:
+    def take(self, token: int, added: bytes, full: bool, complete: bool) -> tuple[str, FinishReason | None]:
         """Adds a sampled token: the text that can be sent now, and why the request ends here, if it does.
 
-        full: whether no more tokens are allowed. complete: whether the text has its output format now.
+        added: its bytes. full: whether no more tokens are allowed. complete: whether the text has its output
+        format now.
         """
         self.generated += 1
         ended = token in self.ends
-        text = "" if ended else self.text.push(token_bytes(token))
+        text = "" if ended else self.text.push(added)
         stopped = ended or self.text.stopped or complete
         if not (stopped or full):
             return text, None

@@ -293,20 +293,22 @@ class EngineCore:
         """Processes the tokens of a step; requests that ended since its launch get none of them."""
         self._launcher.guides.take(flight)
         tokens, failed, logprobs = flight.wait()
-        self._tally.count(flight.step, flight.given)
+        self._tally.count(flight.step, flight.decoded, len(flight.sampling))
         full = frozenset(self._scheduler.complete(flight.step, tokens, self._clock()))
-        deltas = self._scored(flight)
+        deltas, complete = self._scored(flight), flight.complete
+        live, bytes_of = self._active, self._loaded.tokenizer.token_bytes
         for row, (request, active) in enumerate(flight.sampling):
-            if self._active.get(request) is not active:
+            if live.get(request) is not active:
                 continue
             if failed[row]:
-                deltas.append(
-                    self._end(request, FinishReason.FORMAT if active.too_complex else FinishReason.FAILED)
-                )
-            else:
-                complete = row in flight.complete
-                text, reason = self._advance(active, tokens[row], request in full, complete)
-                deltas.append(Delta(request, text, tokens[row], reason, logprobs.get(row)))
+                reason = FinishReason.FORMAT if active.too_complex else FinishReason.FAILED
+                deltas.append(self._end(request, reason))
+                continue
+            token = tokens[row]
+            text, ended = active.take(token, bytes_of(token), request in full, row in complete)
+            if ended is not None:
+                self.cancel(request)
+            deltas.append(Delta(request, text, token, ended, logprobs.get(row)))
         return deltas
 
     def _scored(self, flight: Flight[ActiveRequest]) -> list[Delta]:
@@ -318,14 +320,6 @@ class EngineCore:
             if self._active.get(request) is span.active:
                 deltas.append(Delta(request, "", None, prompt=span.take(own)))
         return deltas
-
-    def _advance(
-        self, active: ActiveRequest, token: int, full: bool, complete: bool
-    ) -> tuple[str, FinishReason | None]:
-        text, reason = active.take(token, self._loaded.tokenizer.token_bytes, full, complete)
-        if reason is not None:
-            self.cancel(active.request.id)
-        return text, reason
 
     def _end(self, request: int, reason: FinishReason) -> Delta:
         """Ends a request without a token."""

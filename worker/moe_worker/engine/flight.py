@@ -3,14 +3,13 @@
 Legend: B rows that sample, T tokens of a step.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from moe_worker.engine.scoring import Span
-from moe_worker.sampling.adjust import to_device
 from moe_worker.sampling.logprobs import TokenLogprobs
 from moe_worker.sampling.sampler import Logprobs, Sampled
 from moe_worker.scheduler.plan import Step
@@ -23,8 +22,8 @@ class Flight(Generic[S]):
     """`sampling`: the requests that sample, in order, each with its state in the engine.
 
     rows: where each request samples. guided: whether the guides of its texts have taken its tokens; complete:
-    rows whose texts then have their format, and end. spans: tokens of prompts that it scores. given: of each
-    request in the step, tokens of its prompt and of a resumed stream.
+    rows whose texts then have their format, and end. spans: tokens of prompts that it scores. decoded: tokens
+    of the step that are not of a prompt or a resumed stream.
     """
 
     def __init__(
@@ -33,12 +32,12 @@ class Flight(Generic[S]):
         sampling: Sequence[tuple[int, S]],
         outcome: Callable[[], Outcome],
         spans: Sequence[Span],
-        given: Mapping[int, int],
+        decoded: int,
     ) -> None:
         """outcome: samples, and returns the tokens and the scores of all spans."""
         self.step = step
         self.spans = spans
-        self.given = given
+        self.decoded = decoded
         self.sampling = sampling
         self.guided = False
         self.complete: set[int] = set()
@@ -63,8 +62,8 @@ class Flight(Generic[S]):
         sampled, self._scores = self._outcome()
         self._outcome, self._sampled = None, sampled
         if sampled is not None:
-            self._tokens_B = _to_host(sampled.tokens_B)
-            self._failed_B = _to_host(sampled.failed_B)
+            self._host_tokens_B = _to_host(sampled.tokens_B)
+            self._host_failed_B = _to_host(sampled.failed_B)
             # Copied now, because a later copy would wait for the step launched since.
             self._logprobs: Logprobs | None = sampled.logprobs and sampled.logprobs.moved(_to_host)
         scores = self._scores
@@ -89,18 +88,14 @@ class Flight(Generic[S]):
         if self._arrived is not None:
             self._arrived.synchronize()
         logprobs = {} if self._logprobs is None else self._logprobs.listed()
-        return self._tokens_B.tolist(), self._failed_B.tolist(), logprobs
+        return self._host_tokens_B.tolist(), self._host_failed_B.tolist(), logprobs
 
-    def copy_tokens(self, rows: Sequence[int], places: Sequence[int], into_T: Tensor) -> None:
-        """Writes the tokens of `rows` to `places` of `into_T`, on the device."""
+    @property
+    def tokens_B(self) -> Tensor:  # noqa: N802 - a tensor's name contains its shape
+        """The sampled tokens on the device, int64. Raises ValueError unless the step has sampled any."""
         if self._sampled is None:
-            raise ValueError("this step samples nothing")
-        tokens_B, device = self._sampled.tokens_B, into_T.device
-        if rows == list(range(tokens_B.shape[0])) and list(places) == rows:
-            into_T[: len(rows)].copy_(tokens_B)
-            return
-        rows_N, places_N = to_device(rows, torch.int64, device), to_device(places, torch.int64, device)
-        into_T.index_copy_(0, places_N, tokens_B[rows_N])
+            raise ValueError("this step has sampled nothing")
+        return self._sampled.tokens_B
 
 
 def _to_host(values: Tensor) -> Tensor:

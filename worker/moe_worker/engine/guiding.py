@@ -54,7 +54,7 @@ class StepGuides:
 
         Later tokens may follow before these are sent, so the flight notes which texts are complete.
         """
-        if flight.guided or all(active.guide is None for _, active in flight.sampling):
+        if flight.guided or not [active for _, active in flight.sampling if active.guide is not None]:
             return
         flight.guided = True
         tokens, failed, _ = flight.wait()

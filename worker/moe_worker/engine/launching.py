@@ -8,7 +8,7 @@ Legend: N rows that sample, V vocabulary.
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -20,9 +20,11 @@ from moe_worker.engine.flight import Flight, Outcome
 from moe_worker.engine.guiding import Flights, Sampling, StepGuides
 from moe_worker.engine.loading import LoadedModel
 from moe_worker.engine.scoring import Span, score_spans, spans
+from moe_worker.kernels.likeliest import Likeliest
 from moe_worker.kernels.transfer import to_device
 from moe_worker.mesh.runner import MeshRunner
-from moe_worker.models.batch import Batch
+from moe_worker.models.batch import Batch, Fed, Segment
+from moe_worker.models.runner import FindsLikeliest
 from moe_worker.sampling.guides import Allowed
 from moe_worker.sampling.sampler import Logprobs, Sampled, Sampler
 from moe_worker.scheduler.plan import UNKNOWN_TOKEN, Chunk, Step
@@ -41,6 +43,7 @@ class Launcher:
         self._runner, self._cache = loaded.runner, loaded.cache
         self._sampler = Sampler(loaded.config.vocab_size, loaded.device, loaded.config.eos_token_ids)
         runner = loaded.runner
+        self._finds = runner if isinstance(runner, FindsLikeliest) else None
         self._mesh = runner if isinstance(runner, MeshRunner) else None
         self._fed = self._mesh if self._mesh is not None and self._mesh.feeds else None
         self.feeds = self._fed is not None
@@ -53,35 +56,46 @@ class Launcher:
         Call `finish` of the result before the next launch, or in a pipeline before its stages have nothing
         else to do. Raises torch.OutOfMemoryError, and MeshError if a rank of a mesh is lost.
         """
-        sources = _sources(step.chunks, flights)
-        placed = zip(active, step.chunks, sources, strict=True)
-        batch = Batch.of(
-            [each.follow(chunk, source.row, source.behind) for each, chunk, source in placed], self._cache
-        )
-        if self._fed is None:
-            _fill_in(sources, batch)
-        rows = [row for row, chunk in zip(batch.last_rows, step.chunks, strict=True) if chunk.samples]
-        pairs = zip(step.chunks, active, strict=True)
-        sampling = [(chunk.id, each) for chunk, each in pairs if chunk.samples]
+        chunks = step.chunks
+        batch = self._batch(chunks, active, flights)
+        rows = [row for row, chunk in zip(batch.last_rows, chunks, strict=True) if chunk.samples]
+        sampling = [(chunk.id, each) for chunk, each in zip(chunks, active, strict=True) if chunk.samples]
         self._admit(sampling)
         masks = self.guides.begin(sampling, flights)
-        wanted = spans(step.chunks, active)
+        wanted = spans(chunks, active)
         logits = self._begin(batch, rows, wanted)
         self.experts.count(step)
 
         def outcome() -> Outcome:
             found = logits()
-            sampled = self._sample(found.sampled_NV, sampling, masks()) if sampling else None
+            sampled = self._sample(found, sampling, masks()) if sampling else None
             return sampled, found.scores
 
-        return Flight(step, sampling, outcome, wanted, {each.request.id: each.given for each in active})
+        return Flight(step, sampling, outcome, wanted, _decoded(chunks, active))
+
+    def _batch(self, chunks: Sequence[Chunk], active: Sequence[ActiveRequest], flights: Flights) -> Batch:
+        """The input of a step; finishes the steps that sample tokens of it."""
+        sources = _sources(chunks, flights)
+        for flight in list(flights)[: sources[0].place + 1 if sources else 0]:
+            flight.finish()
+        segments = [each.follow(chunk) for each, chunk in zip(active, chunks, strict=True)]
+        if self._fed is not None:
+            _name_sources(segments, sources, flights)
+            return Batch.of(segments, self._cache)
+        ends = list(accumulate([len(chunk.tokens) for chunk in chunks]))
+        fed = [
+            Fed(flights[source.place].tokens_B, source.rows, [ends[number] - 1 for number in source.chunks])
+            for source in sources
+        ]
+        return Batch.of(segments, self._cache, fed)
 
     def _begin(self, batch: Batch, rows: Sequence[int], wanted: Sequence[Span]) -> "Callable[[], _Logits]":
         """Begins the forward pass. rows: that sample."""
-        scored = sorted({*rows, *(row for span in wanted for row in span.rows)})
+        scored = sorted({*rows, *(row for span in wanted for row in span.rows)}) if wanted else rows
         if self._mesh is None:
             logits_NV = self._runner.logits(batch, self._cache, scored)
-            return lambda: _logits(logits_NV, rows, scored, wanted)
+            known = None if self._finds is None or wanted else self._finds.likeliest()
+            return lambda: _logits(logits_NV, rows, scored, wanted, known)
         collect = self._mesh.begin(batch, self._cache, scored)
         return lambda: _logits(collect(), rows, scored, wanted)
 
@@ -103,73 +117,72 @@ class Launcher:
                 self._sampler.admit(name, request.sampling, request.seed, request.prompt, request.written)
                 active.admitted = True
 
-    def _sample(self, logits_NV: Tensor, sampling: Sampling, allowed: Allowed | None) -> Sampled:
-        sampled = self._sampler.sample(logits_NV, [name for name, _ in sampling], allowed)
+    def _sample(self, found: "_Logits", sampling: Sampling, allowed: Allowed | None) -> Sampled:
+        names = [name for name, _ in sampling]
+        sampled = self._sampler.sample(found.sampled_NV, names, allowed, found.known)
         if self._fed is not None:
             self._fed.feed(sampled.tokens_B)
         return sampled
 
 
-@dataclass(frozen=True)
-class _Logits:
-    """sampled_NV: of the rows that sample. scores: of the tokens of prompts; None: none are scored."""
+class _Logits(NamedTuple):
+    """sampled_NV: of the rows that sample. scores: of the tokens of prompts; None: none are scored. known:
+    the likeliest tokens of `sampled_NV`, where the runner knows them.
+    """
 
     sampled_NV: Tensor
     scores: Logprobs | None = None
+    known: Likeliest | None = None
 
 
-def _logits(logits_NV: Tensor, rows: Sequence[int], scored: Sequence[int], wanted: Sequence[Span]) -> _Logits:
+def _logits(
+    logits_NV: Tensor, rows: Sequence[int], scored: Sequence[int], wanted: Sequence[Span],
+    known: Likeliest | None = None,
+) -> _Logits:  # fmt: skip
     if not wanted:
-        return _Logits(logits_NV)
+        return _Logits(logits_NV, known=known)
     places_N = torch.tensor([bisect_left(scored, row) for row in rows], dtype=torch.int64)
     sampled_NV = logits_NV.index_select(0, to_device(places_N, logits_NV.device))
     return _Logits(sampled_NV, score_spans(logits_NV, scored, wanted))
 
 
 class _Source(NamedTuple):
-    """The step in flight that samples the last token of a chunk, and its row there; -1 if the host knows it.
+    """A step in flight, by its place, that samples the last tokens of `chunks`, in its rows `rows`."""
 
-    behind: of Segment.
-    """
-
-    row: int = -1
-    flight: Flight[ActiveRequest] | None = None
-    behind: int = 1
-
-
-_KNOWN = _Source()
+    place: int
+    chunks: list[int]
+    rows: list[int]
 
 
 def _sources(chunks: Sequence[Chunk], flights: Flights) -> list[_Source]:
-    """Where the tokens come from that the host does not know yet; finishes the steps that sample them."""
-    places = [_place(chunk, flights) for chunk in chunks]
-    last = max(places, default=-1)
-    for flight in list(flights)[: last + 1]:
-        flight.finish()
-    newer, behind = 0, {}
+    """Where the tokens come from that the host does not know yet: of each chunk the newest step that samples
+    it; the newest step first.
+    """
+    sources = []
+    unknown = [number for number, chunk in enumerate(chunks) if chunk.tokens[-1] == UNKNOWN_TOKEN]
     for place in range(len(flights) - 1, -1, -1):
-        newer += flights[place].finished and bool(flights[place].sampling)
-        behind[place] = newer
-    return [
-        _KNOWN if place < 0 else _Source(flights[place].rows[chunk.id], flights[place], behind[place])
-        for place, chunk in zip(places, chunks, strict=True)
-    ]
+        rows = flights[place].rows
+        found = [number for number in unknown if chunks[number].id in rows]
+        if found:
+            sources.append(_Source(place, found, [rows[chunks[number].id] for number in found]))
+            unknown = [number for number in unknown if chunks[number].id not in rows]
+    if unknown:
+        raise ValueError(f"no step in flight samples the last token of request {chunks[unknown[0]].id}")
+    return sources
 
 
-def _place(chunk: Chunk, flights: Flights) -> int:
-    """The newest of `flights` that samples the last token of `chunk`; -1 if the host knows it."""
-    if chunk.tokens[-1] != UNKNOWN_TOKEN:
-        return -1
-    return next(place for place in range(len(flights) - 1, -1, -1) if chunk.id in flights[place].rows)
+def _name_sources(segments: list[Segment], sources: Sequence[_Source], flights: Flights) -> None:
+    """Tells the ranks of a mesh, which have the sampled tokens of the newest steps, whose they take."""
+    behind = 0
+    for place in range(len(flights) - 1, -1, -1):
+        behind += flights[place].finished and bool(flights[place].sampling)
+        for source in sources:
+            if source.place == place:
+                for number, row in zip(source.chunks, source.rows, strict=True):
+                    segments[number] = segments[number]._replace(source=row, behind=behind)
 
 
-def _fill_in(sources: Sequence[_Source], batch: Batch) -> None:
-    """Inserts the tokens that the host does not know yet, from earlier steps, on the device."""
-    unknown: dict[int, tuple[Flight[ActiveRequest], list[int], list[int]]] = {}
-    for place, source in zip(batch.last_rows, sources, strict=True):
-        if source.flight is not None:
-            _, rows, places = unknown.setdefault(id(source.flight), (source.flight, [], []))
-            rows.append(source.row)
-            places.append(place)
-    for flight, rows, places in unknown.values():
-        flight.copy_tokens(rows, places, batch.tokens_T)
+def _decoded(chunks: Sequence[Chunk], active: Sequence[ActiveRequest]) -> int:
+    """Tokens of decode: behind the prompt, and what a resumed stream had."""
+    pairs = zip(chunks, active, strict=True)
+    return [len(chunk.tokens) == 1 and chunk.start >= each.given for chunk, each in pairs].count(True)

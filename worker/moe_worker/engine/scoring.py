@@ -3,7 +3,7 @@
 Legend: N rows of logits, V vocabulary.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,13 +46,15 @@ class Span:
         return tuple(new)
 
 
-def spans(chunks: Iterable[Chunk], active: Iterable[ActiveRequest]) -> list[Span]:
+def spans(chunks: Sequence[Chunk], active: Sequence[ActiveRequest]) -> list[Span]:
     """What the step of these chunks scores, in their order."""
-    found, row = [], 0
+    found, row = list[Span](), 0
+    if True not in [each.scores for each in active]:
+        return found
     for chunk, each in zip(chunks, active, strict=True):
         first = max(chunk.start + 1, each.scored)
         end = min(chunk.length + 1, len(each.request.prompt))
-        if each.request.scores_prompt and first < end:
+        if each.scores and first < end:
             found.append(Span(each, first, end, row + first - 1 - chunk.start))
         row += len(chunk.tokens)
     return found

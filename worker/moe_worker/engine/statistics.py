@@ -119,14 +119,13 @@ class Tally:
         self.events += (Event(id_, EventKind.PREEMPTED, lengths[id_]) for id_ in plan.preempted)
         self.events += (Event(id_, EventKind.PREFIX_HIT, cached) for id_, cached in plan.admitted if cached)
 
-    def count(self, step: Step, prompts: Mapping[int, int]) -> None:
-        """Records a step that has run; `prompts` has the prompt tokens of each request in it."""
-        decode = sum(len(chunk.tokens) == 1 and chunk.start >= prompts[chunk.id] for chunk in step.chunks)
+    def count(self, step: Step, decoded: int, sampled: int) -> None:
+        """Records a step that has run: its tokens of decode, and those that it sampled."""
         self._steps += 1
         self._sequences += len(step.chunks)
-        self._decode += decode
-        self._prefill += step.tokens - decode
-        self._output += sum(chunk.samples for chunk in step.chunks)
+        self._decode += decoded
+        self._prefill += step.tokens - decoded
+        self._output += sampled
 
     def take_events(self) -> tuple[Event, ...]:
         """Events since the last call."""

@@ -20,9 +20,10 @@ from moe_worker.mesh.rank_stage import Width
 from moe_worker.models.batch import Batch
 from moe_worker.models.cuda import CudaModel, Rows
 from moe_worker.models.cuda_build import prepare
+from moe_worker.models.cuda_counts import CudaExpertCounter
 from moe_worker.models.cuda_graph import DecodeGraphs
 from moe_worker.models.cuda_layer import Pass, rounding
-from moe_worker.models.cuda_runner import CudaExpertCounter, Totals, warm_sizes
+from moe_worker.models.cuda_runner import warm_sizes
 from moe_worker.models.deepseek import DeepseekModel
 from moe_worker.models.stage import Stage
 from moe_worker.progress import bar
@@ -46,7 +47,7 @@ class CudaStage:
         self._exchanges = Exchanges(group, model.device)
         self._model = prepare(model, consume=True, exchange_of=self._exchanges.of)
         self.logits_dtype = self._model.empty_logits(0).dtype
-        self._cache, self._totals = cache, Totals(self._model)
+        self._cache = cache
         self._added: Added | None = None
         self.graphs = StageGraphs(self._model, cache, largest, context, self)
 
@@ -84,12 +85,12 @@ class CudaStage:
         else:
             out = self._eager(width.most, batch, cache, rows, x_tD)
         if cache is self._cache:
-            self._totals.add()
+            self.graphs.totals.add()
         return out
 
     def expert_counter(self) -> CudaExpertCounter:
         """Counts from now on."""
-        return CudaExpertCounter(self._model, self._totals)
+        return CudaExpertCounter(self._model, self.graphs.totals)
 
     def rejoin(self, group: dist.ProcessGroup) -> bool:
         """Captured graphs hold the old connections."""
@@ -118,9 +119,8 @@ class CudaStage:
         self._model.logits(x_TD, added, out_nV)
 
     def _decode(self, most: int, batch: Batch, x_BD: Tensor | None) -> Tensor:
-        graphs, count = self.graphs, batch.tokens_T.shape[0]
-        placed = Rows(batch.positions_T, batch.rows_T, batch.pages_BP)
-        size = graphs.fill(batch.tokens_T, placed, most)
+        graphs, count = self.graphs, len(batch.tokens)
+        size = graphs.fill(batch, most)
         graphs.take_hidden(x_BD, count, size)
         capacity = self.capacity(size)
         graphs.run(size)
@@ -143,7 +143,7 @@ class CudaStage:
         if retry and self._exchanges.overflowed(capacity):
             x_TD = self.forward(tokens_T, replace(shared, capacity=most), cache, given)
         if not self._stage.last:
-            return x_TD[: batch.tokens_T.shape[0]]
+            return x_TD[: len(batch.tokens)]
         out_nV = self._model.empty_logits(len(rows))
         if rows:
             self.finish(x_TD, to_device(torch.tensor(rows, dtype=torch.int64), self.device), out_nV)
@@ -153,7 +153,7 @@ class CudaStage:
         """The pass of a batch; of one token of padding where it is empty."""
         if batch.segments:
             placed = Rows(batch.positions_T, batch.rows_T, batch.pages_BP)
-            counts = [segment.count for segment in batch.segments]
+            counts = [segment.size for segment in batch.segments]
             return self._model.prefill_pass(counts, placed, cache.page_size), batch.tokens_T
         zeros_T = torch.zeros(1, dtype=torch.int64, device=self.device)
         nobody = torch.full((1, 1), cache.pages, dtype=torch.int32, device=self.device)

@@ -12,6 +12,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ from moe_worker.mesh.rank_stage import RankStage, Width
 from moe_worker.mesh.rebalance.execute import Rebalancing
 from moe_worker.mesh.rebalance.hold import HeldExperts
 from moe_worker.mesh.recovery import MOST_REFORMS, Recovery, whole_places
-from moe_worker.models.batch import Batch, Segment
+from moe_worker.models.batch import Batch, Fed, Segment
 from moe_worker.moe.counting import Counter
 
 log = logging.getLogger(__name__)
@@ -210,10 +211,9 @@ class MeshRunner:
     def _compute_pieces(self, step: Compute, cache: PagedCache) -> Tensor | None:
         member, part = self.member, self._part
         pieces = [piece for piece in step.pieces if piece.shard == member.place]
-        batch = Batch.of([Segment(p.tokens, p.start, p.pages, p.shard) for p in pieces], cache)
-        if member.number == 0:
-            self._fill_in(pieces, batch)
-        tokens, each = batch.tokens_T.shape[0], member.shape.expert
+        segments = [Segment(p.tokens, p.start, p.pages, p.shard) for p in pieces]
+        batch = Batch.of(segments, cache, () if member.number else self._feeds(pieces))
+        tokens, each = len(batch.tokens), member.shape.expert
         x_tD = None
         if member.number:
             shape = tokens, part.hidden
@@ -230,17 +230,16 @@ class MeshRunner:
             self._outbox.send(out, member.index(member.rank + each))
         return None
 
-    def _fill_in(self, pieces: Sequence[Piece], batch: Batch) -> None:
-        """Inserts tokens that the host does not know yet, from the step before, on the device."""
+    def _feeds(self, pieces: Sequence[Piece]) -> list[Fed]:
+        """The tokens of `pieces` that the host does not know yet, from steps before."""
         unknown: dict[int, list[tuple[int, int]]] = {}
-        for row, piece in zip(batch.last_rows, pieces, strict=True):
+        for end, piece in zip(accumulate([len(piece.tokens) for piece in pieces]), pieces, strict=True):
             if piece.source >= 0:
-                unknown.setdefault(piece.behind, []).append((row, piece.source))
-        for behind, pairs in unknown.items():
-            rows_n, sources_n = (
-                to_device(torch.tensor(each), self._part.device) for each in zip(*pairs, strict=True)
-            )
-            batch.tokens_T.index_copy_(0, rows_n, self._fed[-behind][sources_n])
+                unknown.setdefault(piece.behind, []).append((piece.source, end - 1))
+        return [
+            Fed(self._fed[-behind], [row for row, _ in pairs], [place for _, place in pairs])
+            for behind, pairs in unknown.items()
+        ]
 
     def _collect_oldest(self) -> Tensor:
         return self._collect(*self._begun.popleft())
@@ -319,7 +318,7 @@ def _pieces(batch: Batch, rows: Sequence[int], homes: Sequence[int]) -> tuple[Pi
     """`rows`, which rise, cut by segments. homes: the place of each shard."""
     pieces, first, wanted = [], 0, deque(rows)
     for segment in batch.segments:
-        end, selected = first + segment.count, []
+        end, selected = first + segment.size, []
         while wanted and wanted[0] < end:
             selected.append(wanted.popleft() - first)
         own = tuple(max(0, token) for token in segment.tokens)  # one that is not known yet is filled in later

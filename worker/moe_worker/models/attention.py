@@ -27,14 +27,14 @@ def attend(query_THK: Tensor, cut: Cut, step: LayerStep, scale: float) -> Tensor
     first = done
     for segment in batch.segments[done:]:
         rows_1SW = cache.sequence(step.layer, segment.pages, segment.end).unsqueeze(0).to(query_THK.dtype)
-        query_tHK = query_THK[first : first + segment.count]
+        query_tHK = query_THK[first : first + segment.size]
         broken_S = None
-        if segment.count > 1:
+        if segment.size > 1:
             broken_S = rows_1SW[0].isfinite().all(dim=-1).logical_not_()
             rows_1SW = rows_1SW.masked_fill(broken_S[None, :, None], 0)
         out_tHV = _segment(query_tHK, *cut(rows_1SW), segment.start, scale)
         outputs.append(out_tHV if broken_S is None else _break(out_tHV, broken_S, segment.start))
-        first += segment.count
+        first += segment.size
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 

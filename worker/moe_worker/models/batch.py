@@ -1,13 +1,15 @@
-"""The input of one forward pass as tensors on the device.
+"""The input of one forward pass: arrays on the host, and the same as tensors on the device.
 
-Legend: T tokens of all sequences, one sequence after the other, B sequences, P pages of the longest one.
+Legend: T tokens of all sequences, one sequence after the other, B sequences, P pages of the longest one, N
+tokens that an earlier step samples.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
-from typing import Any
+from itertools import accumulate, chain
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,12 +20,11 @@ from moe_worker.kernels.transfer import to_device
 from moe_worker.kvcache.paged import PagedCache
 
 
-@dataclass(frozen=True)
-class Segment:
-    """The next tokens of one sequence: `tokens`, the first at position `start`.
+class Segment(NamedTuple):
+    """The next tokens of one sequence: `tokens`, the first at position `start`. A tuple: steps have hundreds.
 
     `pages`: the cache pages of the sequence in order, enough for all its tokens including these (preferably
-    an array of ints: a step copies thousands). shard: where the pages are, if sequences are spread over
+    an array of C ints: a step copies thousands). shard: where the pages are, if sequences are spread over
     several. source: the row of an earlier step that samples the last of `tokens`, if the host does not know
     it yet; else -1. behind: which step, counted back from the newest one that has sampled.
     """
@@ -36,7 +37,7 @@ class Segment:
     behind: int = 1
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         """Tokens in this forward pass."""
         return len(self.tokens)
 
@@ -46,65 +47,107 @@ class Segment:
         return self.start + len(self.tokens)
 
 
+class Fed(NamedTuple):
+    """Tokens that only the device knows: those at `rows` of `tokens_N`, int64, go to `places` in T."""
+
+    tokens_N: Tensor
+    rows: Sequence[int]
+    places: Sequence[int]
+
+    def copy(self, into_T: Tensor) -> None:
+        """Writes them to `into_T`, on the device."""
+        count = len(self.rows)
+        if count == self.tokens_N.shape[0] and self.rows == self.places == list(range(count)):
+            into_T[:count].copy_(self.tokens_N)
+            return
+        index_2N = to_device(torch.tensor((self.rows, self.places)), into_T.device)
+        into_T.index_copy_(0, index_2N[1], self.tokens_N[index_2N[0]])
+
+
 @dataclass(frozen=True)
 class Batch:
     """One forward pass: decode (one token a sequence), prefill (many tokens of one), or both, decodes first.
 
-    tokens_T, positions_T: int64. rows_T: int64, the cache row that each token is written to. lengths_B:
-    int32, tokens of a sequence in the cache after this pass. pages_BP: int32, page numbers, 0 after the last
-    page of a sequence. decodes: number of leading segments with one token.
+    On the host: tokens, positions, and rows, the cache row that each token is written to, int64 [T]; pages,
+    int32 [B, P], page numbers, 0 after the last page of a sequence. fed: tokens that the host does not know.
+    decodes: number of leading segments with one token.
     """
 
-    segments: tuple[Segment, ...]
-    tokens_T: Tensor
-    positions_T: Tensor
-    rows_T: Tensor
-    lengths_B: Tensor
-    pages_BP: Tensor
+    segments: Sequence[Segment]
+    tokens: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    pages: NDArray[np.int32]
+    fed: Sequence[Fed]
     decodes: int
+    device: torch.device
 
     @classmethod
-    def of(cls, segments: Sequence[Segment], cache: PagedCache) -> "Batch":
+    def of(cls, segments: Sequence[Segment], cache: PagedCache, fed: Sequence[Fed] = ()) -> "Batch":
         """The batch of `segments` (perhaps none) over `cache`; segments of one token must come first."""
-        decodes = next((i for i, segment in enumerate(segments) if segment.count > 1), len(segments))
-        pages_BP = _page_tables(segments)
-        starts_B = np.array([segment.start for segment in segments], np.int64)
-        counts_B = np.array([segment.count for segment in segments], np.int64)
-        sequence_T = np.repeat(np.arange(len(segments)), counts_B)
-        first_T = np.repeat(np.cumsum(counts_B) - counts_B, counts_B)
-        places_T: NDArray[np.int64] = starts_B[sequence_T] + np.arange(len(sequence_T)) - first_T
-        size = cache.page_size
-        page_T = pages_BP[sequence_T, places_T // size].astype(np.int64)
-        tokens = np.array([token for segment in segments for token in segment.tokens], np.int64)
-        tokens_T, positions_T, rows_T = aligned_parts(
-            (tokens, places_T, page_T * size + places_T % size), cache.device
-        )
-        lengths_B, pages_N = aligned_parts(
-            ((starts_B + counts_B).astype(np.int32), pages_BP.ravel()), cache.device
-        )
+        tokens = list(chain.from_iterable([segment.tokens for segment in segments]))
+        sequences, pages_BP, size = np.arange(len(segments)), _page_tables(segments), cache.page_size
+        positions = np.array([segment.start for segment in segments], np.int64)
+        decodes = len(segments)
+        if len(tokens) > decodes:
+            counts_B = np.array([len(segment.tokens) for segment in segments])
+            decodes = int(np.argmax(counts_B > 1))
+            sequences = np.repeat(sequences, counts_B)
+            first_B = np.cumsum(counts_B) - counts_B
+            positions = np.arange(len(tokens)) + (positions - first_B)[sequences]
+        page_T = pages_BP[sequences, positions // size].astype(np.int64)
+        rows = page_T * size + positions % size
         return cls(
-            segments=tuple(segments),
-            tokens_T=tokens_T,
-            positions_T=positions_T,
-            rows_T=rows_T,
-            lengths_B=lengths_B,
-            pages_BP=pages_N.view(pages_BP.shape),
-            decodes=decodes,
+            segments, np.array(tokens, np.int64), positions, rows, pages_BP, fed, decodes, cache.device
         )
+
+    @cached_property
+    def tokens_T(self) -> Tensor:  # noqa: N802 - a tensor's name contains its shape
+        """Tokens, int64, with those that only the device knows."""
+        tokens_T = self._on_device(self.tokens)
+        for fed in self.fed:
+            fed.copy(tokens_T)
+        return tokens_T
+
+    @cached_property
+    def positions_T(self) -> Tensor:  # noqa: N802
+        """Positions, int64."""
+        return self._on_device(self.positions)
+
+    @cached_property
+    def rows_T(self) -> Tensor:  # noqa: N802
+        """Rows of the cache, int64."""
+        return self._on_device(self.rows)
+
+    @cached_property
+    def pages_BP(self) -> Tensor:  # noqa: N802
+        """Page numbers, int32."""
+        return self._on_device(self.pages)
+
+    @cached_property
+    def lengths_B(self) -> Tensor:  # noqa: N802
+        """Tokens of each sequence in the cache after this pass, int32."""
+        return self._on_device(np.array([segment.end for segment in self.segments], np.int32))
 
     @cached_property
     def starts(self) -> Tensor:
         """First token of each sequence, and T: int32 [B + 1], on the CPU."""
-        return torch.tensor([0, *accumulate(segment.count for segment in self.segments)], dtype=torch.int32)
+        return torch.tensor([0, *self._ends], dtype=torch.int32)
 
     @property
     def last_rows(self) -> list[int]:
         """Index in T of the last token of each sequence."""
-        rows, total = [], 0
-        for segment in self.segments:
-            total += segment.count
-            rows.append(total - 1)
-        return rows
+        return [end - 1 for end in self._ends]
+
+    @property
+    def _ends(self) -> Sequence[int]:
+        count = len(self.segments)
+        if self.decodes == count:
+            return range(1, count + 1)
+        return list(accumulate([len(segment.tokens) for segment in self.segments]))
+
+    def _on_device(self, values: NDArray[Any]) -> Tensor:
+        return to_device(torch.from_numpy(values), self.device)
 
 
 def aligned_parts(parts: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
@@ -123,9 +166,17 @@ def aligned_parts(parts: Sequence[NDArray[Any]], device: torch.device) -> list[T
 
 def _page_tables(segments: Sequence[Segment]) -> NDArray[np.int32]:
     """One row a segment, 0 after its last page."""
-    pages_BP = np.zeros(
-        (len(segments), max((len(segment.pages) for segment in segments), default=0)), np.int32
-    )
-    for row_P, segment in zip(pages_BP, segments, strict=True):
-        row_P[: len(segment.pages)] = segment.pages
-    return pages_BP
+    tables = [_ints(segment.pages) for segment in segments]
+    longest = max(map(len, tables), default=0)
+    zeros = memoryview(bytes(longest * _INT))
+    parts: list[array[int] | memoryview] = []
+    for table in tables:
+        parts += (table, zeros[len(table) * _INT :])
+    return np.frombuffer(bytearray().join(parts), np.int32).reshape(len(segments), longest)
+
+
+_INT = array("i").itemsize
+
+
+def _ints(pages: Sequence[int]) -> "array[int]":
+    return pages if isinstance(pages, array) else array("i", pages)

@@ -7,11 +7,17 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
+from moe_worker.kernels.likeliest import Likeliest
+from moe_worker.kernels.transfer import Staging, to_device
+from moe_worker.kernels.triton.greedy import best_tokens
 from moe_worker.kvcache.paged import PagedCache
+from moe_worker.models.batch import Batch
 from moe_worker.models.cuda import CudaModel, Rows
+from moe_worker.models.cuda_counts import Totals
 
 
 def batch_sizes(largest: int) -> list[int]:
@@ -26,6 +32,9 @@ def batch_sizes(largest: int) -> list[int]:
 class DecodeGraphs:
     """Decode over one cache. Fill the buffers with `fill`, then `run`; logits are in `logits_BV`.
 
+    A step ends with what follows on the device, since each launch outside a graph takes the host longer than
+    the device: the likeliest tokens, and the sums of `totals`.
+
     Rows behind the batch are padding: they write to the cache's page that belongs to nobody. On a device
     without graphs (interpreted kernels) a step runs as it is.
     """
@@ -36,14 +45,19 @@ class DecodeGraphs:
         device = model.device
         self._model, self._cache = model, cache
         self.sizes = batch_sizes(largest)
-        self._tokens_B = torch.zeros(largest, dtype=torch.int64, device=device)
-        self._positions_B = torch.zeros(largest, dtype=torch.int64, device=device)
-        self._rows_B = torch.full((largest,), cache.pages * cache.page_size, dtype=torch.int64, device=device)
+        # Rows begin at multiples of 16 bytes, as Triton's kernels expect.
+        self._inputs_4B = torch.zeros(4, largest + largest % 2, dtype=torch.int64, device=device)
+        self._tokens_B, self._positions_B, self._rows_B, valid = self._inputs_4B
+        self._valid = valid.view(torch.int32)[:1]
+        self._rows_B.fill_(cache.pages * cache.page_size)
+        self._staging = Staging(self._inputs_4B)
         self._pages_BP = torch.full(
             (largest, cache.shape.pages_for(context)), cache.pages, dtype=torch.int32, device=device
         )
-        self._valid = torch.zeros(1, dtype=torch.int32, device=device)
+        self._sent_BP = np.full(self._pages_BP.shape, cache.pages, np.int32)  # what `_pages_BP` will hold
         self.logits_BV = model.empty_logits(largest)
+        self.totals = Totals(model)
+        self._likeliest: dict[int, Likeliest] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     @property
@@ -71,20 +85,32 @@ class DecodeGraphs:
         """The smallest size for `count` sequences."""
         return self.sizes[bisect_left(self.sizes, count)]
 
-    def fill(self, tokens_B: Tensor, rows: Rows, least: int = 0) -> int:
+    def fill(self, batch: Batch, least: int = 0) -> int:
         """Takes in a batch; the size of the graph for it, which is `least` at least."""
-        count = tokens_B.shape[0]
+        count = len(batch.tokens)
         size = self.size_for(max(count, least))
-        self._tokens_B[:count].copy_(tokens_B)
-        self._positions_B[:count].copy_(rows.positions_T)
-        self._rows_B[:count].copy_(rows.rows_T)
-        self._pages_BP[:count, : rows.pages_BP.shape[1]].copy_(rows.pages_BP)
-        self._valid.fill_(count)
-        if count < size:
-            self._positions_B[count:size].zero_()
-            self._rows_B[count:size].fill_(self._cache.pages * self._cache.page_size)
-            self._pages_BP[count:size, 0].fill_(self._cache.pages)
+        tokens_B, positions_B, rows_B, valid = self._staging.buffer()
+        tokens_B[:count], tokens_B[count:] = batch.tokens, 0
+        positions_B[:count], positions_B[count:] = batch.positions, 0
+        rows_B[:count], rows_B[count:] = batch.rows, self._cache.pages * self._cache.page_size
+        valid[0] = count
+        self._staging.copy()
+        for fed in batch.fed:
+            fed.copy(self._tokens_B)
+        self._fill_pages(batch.pages, size)
         return size
+
+    def _fill_pages(self, pages_BP: NDArray[np.int32], size: int) -> None:
+        """Copies the page table if it has changed, which it has where a sequence begins a page."""
+        count, most = pages_BP.shape
+        sent_BP = self._sent_BP[:count, :most]
+        if not np.array_equal(sent_BP, pages_BP):
+            self._pages_BP[:count, :most].copy_(to_device(torch.from_numpy(pages_BP), self._pages_BP.device))
+            sent_BP[:] = pages_BP
+        padding_B = self._sent_BP[count:size, 0]
+        if (padding_B != self._cache.pages).any():
+            self._pages_BP[count:size, 0].fill_(self._cache.pages)
+            padding_B[:] = self._cache.pages
 
     def run(self, size: int) -> None:
         """One step of a batch of `size`, which `fill` gave."""
@@ -93,6 +119,10 @@ class DecodeGraphs:
             self._step(size)
         else:
             graph.replay()
+
+    def likeliest(self, size: int, count: int) -> Likeliest:
+        """Of the first `count` rows, by the last step of a batch of `size`; valid until the next one."""
+        return Likeliest(*(each_B[:count] for each_B in self._likeliest[size]))
 
     def _record(self, size: int, pool: Any) -> None:
         self._graphs[size] = self._captured(lambda: self._step(size), pool)
@@ -110,3 +140,5 @@ class DecodeGraphs:
         shared = self._model.decode_pass(rows, self._cache.page_size, self._valid)
         x_BD, added = self._model.forward(self._tokens_B[:size], shared, self._cache.layers)
         self._model.logits(x_BD, added, self.logits_BV[:size])
+        self._likeliest[size] = Likeliest(*best_tokens(self.logits_BV[:size]))
+        self.totals.add()

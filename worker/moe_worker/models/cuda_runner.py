@@ -1,6 +1,6 @@
 """Runs the engine's batches on the GPU: decode by graphs, everything else as it comes.
 
-Legend: T tokens of a pass, N tokens whose logits are wanted, L layers, A experts, V vocabulary.
+Legend: T tokens of a pass, N tokens whose logits are wanted, V vocabulary.
 """
 
 from collections.abc import Iterable, Sequence
@@ -8,11 +8,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from moe_worker.kernels.likeliest import Likeliest
 from moe_worker.kernels.transfer import to_device
-from moe_worker.kernels.triton.greedy import add_counts, best_tokens
+from moe_worker.kernels.triton.greedy import best_tokens
 from moe_worker.kvcache.paged import PagedCache
 from moe_worker.models.batch import Batch
 from moe_worker.models.cuda import MOST_EXPANDED_BYTES, CudaModel, Rows
+from moe_worker.models.cuda_counts import CudaExpertCounter
 from moe_worker.models.cuda_graph import DecodeGraphs
 from moe_worker.progress import bar
 
@@ -26,7 +28,7 @@ class CudaRunner:
     ) -> None:  # fmt: skip
         self._model = model
         self.graphs = DecodeGraphs(model, cache, largest, context)
-        self._counts = Totals(model)
+        self._likeliest: Likeliest | None = None
 
         def shown(sizes: Iterable[int]) -> Iterable[int]:
             return bar(sizes, desc="recording CUDA graphs", unit="graph", disable=not progress)
@@ -36,7 +38,7 @@ class CudaRunner:
             sizes = warm_sizes(prefill_tokens + largest)
             for tokens in bar(sizes, desc="compiling prefill", unit="size", disable=not progress):
                 self._warm(tokens)
-            self._counts.add()
+            self.graphs.totals.add()
             best_tokens(self.graphs.logits_BV[:1].float())
             torch.cuda.empty_cache()
 
@@ -44,15 +46,20 @@ class CudaRunner:
         """Runs a pass, writing the cache; [N, V] for the tokens at `rows`. Valid until the next pass."""
         whole = len(rows) == batch.decodes == len(batch.segments)
         if whole and cache is self.graphs.cache and len(rows) <= self.graphs.largest:
-            size = self.graphs.fill(batch.tokens_T, Rows(batch.positions_T, batch.rows_T, batch.pages_BP))
+            size = self.graphs.fill(batch)
             self.graphs.run(size)
-            self._counts.add()
+            self._likeliest = self.graphs.likeliest(size, len(rows))
             return self.graphs.logits_BV[: len(rows)]
+        self._likeliest = None
         return self._eager(batch, cache, rows)
 
-    def expert_counter(self) -> "CudaExpertCounter":
+    def likeliest(self) -> Likeliest | None:
+        """See FindsLikeliest: decode steps do."""
+        return self._likeliest
+
+    def expert_counter(self) -> CudaExpertCounter:
         """Counts from now on."""
-        return CudaExpertCounter(self._model, self._counts)
+        return CudaExpertCounter(self._model, self.graphs.totals)
 
     @torch.inference_mode()
     def _warm(self, tokens: int) -> None:
@@ -79,11 +86,11 @@ class CudaRunner:
     def _eager(self, batch: Batch, cache: PagedCache, rows: Sequence[int]) -> Tensor:
         model = self._model
         placed = Rows(batch.positions_T, batch.rows_T, batch.pages_BP)
-        counts = [segment.count for segment in batch.segments]
+        counts = [segment.size for segment in batch.segments]
         lengths = [segment.end for segment in batch.segments]
         shared = model.prefill_pass(counts, placed, cache.page_size, lengths)
         x_TD, added = model.forward(batch.tokens_T, shared, cache.layers)
-        self._counts.add()
+        self.graphs.totals.add()
         out_NV = model.empty_logits(len(rows))
         if rows:
             rows_N = to_device(torch.tensor(rows, dtype=torch.int64), model.device)
@@ -99,43 +106,3 @@ def warm_sizes(most: int) -> list[int]:
     """
     powers = [1 << n for n in range(most.bit_length())]
     return sorted({most, *(size for power in powers for size in (power, power + 1) if size <= most)})[::-1]
-
-
-class Totals:
-    """Sums of the histograms of all passes, on the device: int64 [L, A], and activated routed experts [L]."""
-
-    def __init__(self, model: CudaModel) -> None:
-        self._model = model
-        self.tokens_LA = torch.zeros_like(model.counts_LA, dtype=torch.int64)
-        self.active_L = torch.zeros(len(model.layers), dtype=torch.int64, device=model.device)
-        routers = [layer.router_ED for layer in model.layers if layer.router_ED is not None]
-        self._routed = max((router_ED.shape[0] for router_ED in routers), default=0)
-
-    def add(self) -> None:
-        """Takes in the newest pass."""
-        add_counts(self._model.counts_LA, self.tokens_LA, self.active_L, self._routed)
-
-
-class CudaExpertCounter:
-    """Tells which routed experts the passes since its start used."""
-
-    def __init__(self, model: CudaModel, totals: Totals) -> None:
-        self._model, self._totals, self._passes = model, totals, 0
-        self._tokens_LA, self._active_L = totals.tokens_LA.clone(), totals.active_L.clone()
-
-    def count(self, _tokens: int) -> None:
-        """Takes in the pass that ran last."""
-        self._passes += 1
-
-    def read(self) -> tuple[int, list[tuple[int, list[int], int]]]:
-        """Passes so far, and for each layer with a router its number, the tokens of each routed expert, and
-        its active experts. Waits for the device.
-        """
-        tokens = (self._totals.tokens_LA - self._tokens_LA).tolist()
-        active = (self._totals.active_L - self._active_L).tolist()
-        rows = []
-        for index, layer in enumerate(self._model.layers):
-            if layer.router_ED is not None:
-                routed = layer.router_ED.shape[0]
-                rows.append((self._model.begin + index, tokens[index][:routed], active[index]))
-        return self._passes, rows

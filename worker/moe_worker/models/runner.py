@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from moe_worker.kernels.likeliest import Likeliest
 from moe_worker.kvcache.paged import PagedCache
 from moe_worker.models.batch import Batch
 from moe_worker.models.layers import StageModel
@@ -41,6 +42,15 @@ class TellsChoices(Protocol):
 
     def choices(self) -> list[Tensor]:
         """The routed experts of each token, [T, K], of each layer with experts in order; -1: none."""
+        ...
+
+
+@runtime_checkable
+class FindsLikeliest(Protocol):
+    """A Runner whose passes may end with the likeliest tokens, which saves launches."""
+
+    def likeliest(self) -> Likeliest | None:
+        """Of the logits of the newest pass, and valid as long; None where that pass did not look for them."""
         ...
 
 

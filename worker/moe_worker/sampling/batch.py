@@ -73,12 +73,12 @@ class Sampling:
 class SamplingBatch:
     """Rows that are sampled together; `step` counts the steps so far.
 
-    indices_B: int64, the index of the next token of each row.
+    first_B: int64, the index of the first token of each row that this batch samples.
     """
 
     names: tuple[int, ...]
     rows: tuple[Row, ...]
-    indices_B: Tensor
+    first_B: Tensor
     biases: Biases | None
     waits: Biases | None
     penalties: Penalties | None
@@ -97,7 +97,7 @@ class SamplingBatch:
         """Applies logit biases, min_tokens and penalties, in this order."""
         for biases in (self.biases, self.waits):
             if biases is not None:
-                biases.apply(scores_BV, self.indices_B)
+                biases.apply(scores_BV, self.first_B + self.step)
         if self.penalties is not None:
             self.penalties.apply(scores_BV)
 
@@ -106,7 +106,6 @@ class SamplingBatch:
         if self.penalties is not None:
             self.penalties.count(tokens_B)
         self.step += 1
-        self.indices_B.add_(1)
         for row in self.rows:
             row.generated += 1
 
@@ -123,7 +122,7 @@ def build(
     return SamplingBatch(
         names=tuple(names),
         rows=tuple(rows),
-        indices_B=to_device((row.generated for row in rows), torch.int64, device),
+        first_B=to_device((row.generated for row in rows), torch.int64, device),
         biases=Biases.of(_biases(rows), device),
         waits=Biases.of(_waits(rows), device),
         penalties=Penalties.of(counts, penalized, device),

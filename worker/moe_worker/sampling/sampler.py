@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from moe_worker.kernels.likeliest import Likeliest, likeliest
 from moe_worker.sampling.adjust import TokenCounts
 from moe_worker.sampling.batch import Row, SamplingBatch, build
 from moe_worker.sampling.draw import draw, masses
@@ -88,7 +89,6 @@ class Sampler:
         self._counts = TokenCounts(vocab_size, device)
         self._batches: list[SamplingBatch] = []  # of different sequences each, the newest first
 
-    @torch.inference_mode()
     def admit(
         self,
         name: int,
@@ -114,15 +114,20 @@ class Sampler:
             self._counts.close(row.counted)
         self._batches = [batch for batch in self._batches if name not in batch.names]
 
-    @torch.inference_mode()
-    def sample(self, logits_BV: Tensor, names: Sequence[int], allowed: Allowed | None = None) -> Sampled:
+    def sample(
+        self,
+        logits_BV: Tensor,
+        names: Sequence[int],
+        allowed: Allowed | None = None,
+        known: Likeliest | None = None,
+    ) -> Sampled:
         """One token for each of the sequences `names`, in their order; the host never waits for the device.
 
         logits_BV: of any floating dtype; is left as it is. allowed: tokens that formats allow; None: all.
-        Counts the tokens as generated.
+        known: the likeliest tokens of `logits_BV`; None: they are not known. Counts the tokens as generated.
         """
         batch = self._batch_of(tuple(names))
-        sampled = sample(logits_BV, batch, allowed)
+        sampled = sample(logits_BV, batch, allowed, known)
         batch.advance(sampled.tokens_B)
         return sampled
 
@@ -141,39 +146,32 @@ def _released() -> Row:
     return Row(SamplingParameters(), seed=0, generated=0, ends=frozenset())
 
 
-def sample(logits_BV: Tensor, batch: SamplingBatch, allowed: Allowed | None = None) -> Sampled:
-    """One token for each row. Temperature 0 takes the first of the most likely tokens."""
+def sample(
+    logits_BV: Tensor, batch: SamplingBatch, allowed: Allowed | None = None, known: Likeliest | None = None
+) -> Sampled:
+    """One token for each row. Temperature 0 takes the first of the most likely tokens.
+
+    known: the likeliest of `logits_BV`, if they are known; the result keeps none of its tokens' memory.
+    """
     scores_BV = logits_BV.float()
     if batch.adjusts or allowed is not None:
         scores_BV = scores_BV.clone() if scores_BV is logits_BV else scores_BV
         batch.adjust(scores_BV)
+        known = None
     if allowed is not None:
         allowed.apply(scores_BV)
-    tokens_B, peaks_B, failed_B = _best_tokens(scores_BV)
+    tokens_B, peaks_B, failed_B = likeliest(scores_BV) if known is None else known
+    if known is not None or batch.sampling:
+        tokens_B = tokens_B.clone()
     for part in batch.sampling:
         rows_S = part.rows_S
         whole = rows_S.shape[0] == scores_BV.shape[0]
         scores_SV = scores_BV if whole else scores_BV.index_select(0, rows_S)
         masses_SC = masses(scores_SV, peaks_B[rows_S].unsqueeze(1), part.temperatures_S1, part.keep)
-        drawn_S = draw(masses_SC, part.noise(batch.step), scores_SV.shape[1])
-        tokens_B = tokens_B.index_copy(0, rows_S, drawn_S)
+        tokens_B.index_copy_(0, rows_S, draw(masses_SC, part.noise(batch.step), scores_SV.shape[1]))
     if batch.sampling:
-        tokens_B = tokens_B.masked_fill(failed_B, 0)
+        tokens_B.masked_fill_(failed_B, 0)
     return Sampled(tokens_B, failed_B, _logprobs(logits_BV, tokens_B, batch))
-
-
-def _best_tokens(scores_BV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The first of each row's likeliest tokens, its score, and whether the row fails; its token is 0 then."""
-    if scores_BV.is_cuda:
-        # Triton exists where torch has CUDA, and takes seconds to import.
-        from moe_worker.kernels.triton.greedy import best_tokens  # noqa: PLC0415
-
-        return best_tokens(scores_BV)
-    # The largest logit is NaN or infinite in just the rows that fail.
-    tokens_B = scores_BV.argmax(dim=-1)
-    peaks_B = scores_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1)
-    failed_B = ~peaks_B.isfinite()
-    return tokens_B.masked_fill(failed_B, 0), peaks_B, failed_B
 
 
 def _logprobs(logits_BV: Tensor, tokens_B: Tensor, batch: SamplingBatch) -> Logprobs | None:

@@ -49,7 +49,8 @@ class TextStream:
 
     def push(self, data: bytes) -> str:
         """Adds the bytes of one token; returns the text that can be sent now."""
-        return self._take(self._decoder.decode(data))
+        text = self._decoder.decode(data)
+        return self._take(text) if self._stops else text
 
     def finish(self) -> str:
         """Returns the text held back, once generation has ended."""

@@ -398,12 +398,12 @@ class SchedulingPolicy:
     def _charge(self, draft: Draft) -> None:
         """Counts the estimated time of the step for the tenants that it computes tokens of."""
         if self._tenants.several:
-            tokens: Counter[Tenant] = Counter(job.tenant for job in draft.single_jobs)
+            tokens: dict[Tenant, int] = Counter(job.tenant for job in draft.single_jobs)
             for chunk, job in zip(draft.long, draft.long_jobs, strict=True):
                 tokens[job.tenant] += len(chunk.tokens)
         else:
             long = sum(len(chunk.tokens) for chunk in draft.long)
-            tokens = Counter({tenant: len(draft.single) + long for tenant in self._tenants.live.values()})
+            tokens = {tenant: len(draft.single) + long for tenant in self._tenants.live.values()}
         charge(tokens, self.budget.time)
 
     def _place(self, draft: Draft, job: Job, count: int) -> None:
