@@ -1,9 +1,11 @@
-"""Writes a checkpoint with random weights in four bits, for benchmarks that need one.
+"""Writes a checkpoint with random weights, for benchmarks that need one.
 
-    PYTHONPATH=worker:protos:. python -m benchmarks.gpu_checkpoint DIRECTORY [--shape cpu] [--device auto]
+    PYTHONPATH=worker:protos:. python -m benchmarks.gpu_checkpoint DIRECTORY [--shape cpu] [--format bf16]
+        [--device auto]
 
-The shape "large" is that of benchmarks/gpu_random.py: 15.7 billion parameters, 9 GB; "small" is one to try it
-with; "cpu" is CPU_SHAPE of ../shared/peers, 0.8 billion. The model generates no meaningful text.
+The shape "large" is that of benchmarks/gpu_random.py: 15.7 billion parameters, 9 GB in four bits and 31 GB in
+bf16; "small" is one to try it with; "cpu" is CPU_SHAPE of ../shared/peers, 0.8 billion. A file has 5 GB at
+most. The model generates no meaningful text.
 """
 
 import argparse
@@ -22,6 +24,8 @@ from moe_worker.models.build import build_model
 from moe_worker.quant.compressed_tensors import quantization_config, to_tensors
 from moe_worker.quant.int4 import GROUP, Int4Weight
 from moe_worker.quant.matrix import Matrix
+
+FILE_BYTES = 5 * 10**9
 
 
 class Recorder(RandomSource):
@@ -50,18 +54,40 @@ def main() -> None:
     )
     parser.add_argument("directory", type=Path)
     parser.add_argument("--shape", choices=("large", "small", "cpu"), default="large")
+    parser.add_argument("--format", choices=("w4a16", "bf16"), default="w4a16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     values = cpu_shape() if args.shape == "cpu" else {"large": LARGE, "small": SMALL}[args.shape]
-    source = Recorder(torch.device(args.device), torch.bfloat16, "w4a16")
+    packed = args.format == "w4a16"
+    source = Recorder(torch.device(args.device), torch.bfloat16, "w4a16" if packed else "dense")
     source.tensors = {}
     with torch.inference_mode():
         build_model(config_of(values), source, 1)
     args.directory.mkdir(parents=True, exist_ok=True)
-    save_file(source.tensors, args.directory / "model.safetensors", metadata={"format": "pt"})
-    config = values | {"quantization_config": quantization_config(GROUP, symmetric=True, ignore=[])}
+    save(source.tensors, args.directory)
+    config = dict(values)
+    if packed:
+        config["quantization_config"] = quantization_config(GROUP, symmetric=True, ignore=[])
     (args.directory / "config.json").write_text(json.dumps(config, indent=1))
     write_tokenizer(args.directory / "tokenizer.json")
+
+
+def save(tensors: dict[str, Tensor], directory: Path, most: int = FILE_BYTES) -> None:
+    """Files of `most` bytes at most (a larger tensor has its own), and their index."""
+    files: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if files[-1] and size + tensor.nbytes > most:
+            files.append({})
+            size = 0
+        files[-1][name] = tensor
+        size += tensor.nbytes
+    names = [f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
+    for name, part in zip(names, files, strict=True):
+        save_file(part, directory / name, metadata={"format": "pt"})
+    weights = {tensor: name for name, part in zip(names, files, strict=True) for tensor in part}
+    index = {"metadata": {"total_size": sum(each.nbytes for each in tensors.values())}, "weight_map": weights}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def cpu_shape() -> dict[str, Any]:

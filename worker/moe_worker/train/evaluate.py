@@ -23,15 +23,18 @@ def score_checkpoint(
     device: str,
     dtype: str,
     number_format: str = "auto",
+    kv_dtype: str = "auto",
 ) -> Score:
     """Returns the score of the model in `checkpoint` on the documents in `data`.
 
-    `number_format`: of the weights, of moe_worker.config.engine.FORMATS.
+    `number_format`: of the weights, of moe_worker.config.engine.FORMATS. `kv_dtype`: of its KV_DTYPES.
 
     Raises:
         WorkerError: the checkpoint or the text cannot be used, or `context` is longer than the model allows.
     """
-    engine = Engine(checkpoint, device=device, dtype=dtype, format=number_format, progress=True)
+    engine = Engine(
+        checkpoint, device=device, dtype=dtype, format=number_format, kv_dtype=kv_dtype, progress=True
+    )
     return score_engine(engine, read_documents(data), context)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from moe_worker.config.engine import FORMATS
+from moe_worker.config.engine import FORMATS, KV_DTYPES
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -35,16 +35,21 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     show_default=True,
     help="Of weights (auto: as the checkpoint has them). Choose w4a8 for what was trained in W4A8.",
 )
+@click.option(
+    "--kv-dtype",
+    type=click.Choice(KV_DTYPES),
+    default="auto",
+    show_default=True,
+    help="Of the KV cache (auto: as the engine has it).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a sentence.")
 def evaluate(
     checkpoint: Path,
     data: Path,
     context: int | None,
-    device: str,
-    dtype: str,
-    number_format: str,
     *,
     as_json: bool,
+    **options: str,
 ) -> None:
     """Score a checkpoint on text, in bits per byte (lower is better).
 
@@ -57,9 +62,7 @@ def evaluate(
     """
     from moe_worker.train.evaluate import score_checkpoint  # noqa: PLC0415 - torch: not for --help
 
-    score = score_checkpoint(
-        checkpoint, data, context=context, device=device, dtype=dtype, number_format=number_format
-    )
+    score = score_checkpoint(checkpoint, data, context=context, **options)
     if as_json:
         click.echo(json.dumps(score.to_json()))
     else:
