@@ -15,7 +15,7 @@ from moe_api import mutual, tls
 from moe_operator.certificates import renewal
 from moe_operator.certificates.issuing import AUTHORITY_LIFE, LIFE, Authority, issue, new_authority
 from moe_operator.errors import ApplyRefusedError, ChangedMeanwhileError, ClusterUnavailableError
-from moe_operator.executor.certificates import CHECKED_S, FAILED_S, Certificates, files
+from moe_operator.executor.certificates import CHECKED_S, FAILED_S, NEEDED_S, Certificates, files
 from moe_operator.resources import names
 
 NOW = datetime(2026, 11, 29, 12, tzinfo=UTC)
@@ -308,7 +308,11 @@ def test_an_api_server_that_does_not_answer_is_asked_once_in_a_while(certificate
         with pytest.raises(ClusterUnavailableError, match="the webhook did not answer"):
             certificates.ensure("prod")
     assert len(tries) == 2
+    with pytest.raises(ClusterUnavailableError):
+        certificates.ensure("new")
     del cluster.read
+    time.passed += timedelta(seconds=NEEDED_S)
+    certificates.ensure("new")
     time.passed += timedelta(seconds=FAILED_S)
     certificates.ensure("prod")
 

@@ -32,7 +32,7 @@ NEEDED_S: Final = 2.0
 """The same while a pod waits to mount them: they may have been deleted, with their namespace for one."""
 FAILED_S: Final = 30.0
 """For so long after a check that the API server did not answer the next ones fail at once: that one may have
-taken the whole limit of a request.
+taken the whole limit of a request. It is NEEDED_S while there is no certificate.
 """
 
 
@@ -101,7 +101,7 @@ class Certificates:
     def _checked(self, namespace: str, known: _Namespace | None, now: float) -> _Namespace:
         """As `_ensured`. Soon after the API server did not answer, it is not asked again."""
         failed = self._failed.pop(namespace, None)
-        if failed is not None and now - failed.at < FAILED_S:
+        if failed is not None and now - failed.at < (NEEDED_S if known is None else FAILED_S):
             self._failed[namespace] = failed
             raise ClusterUnavailableError(str(failed.error))
         try:
