@@ -22,13 +22,11 @@ TIMEOUT_S: Final = 2.0
 _ASKED_MOST: Final = 16
 _LONGEST_DETAIL: Final = 120
 _MUTUAL: Final = "with mutual TLS, add --tls-folder (docs/security.md)"
+_PLAINTEXT: Final = "without mutual TLS, leave out --tls-folder (MOE_TLS_FOLDER)"
 _REMEDY: Final = (
-    "where pods cannot be reached, `kubectl port-forward pod/{worker} 8000` and add --endpoint "
-    f"127.0.0.1:8000; {_MUTUAL}"
+    "where pods cannot be reached, `kubectl port-forward pod/{worker} 8000` and add --endpoint 127.0.0.1:8000"
 )
-_REMEDY_OF_AN_ADDRESS: Final = (
-    f"--endpoint has to be a worker's gRPC port, or one that forwards there; {_MUTUAL}"
-)
+_REMEDY_OF_AN_ADDRESS: Final = "--endpoint has to be a worker's gRPC port, or one that forwards there"
 
 
 def used(
@@ -50,7 +48,7 @@ def used(
     replicas = [said for worker, answer in answers if (said := _replica(worker, answer)) is not None]
     if replicas and all("problem" in said for said in replicas):
         remedy = _REMEDY_OF_AN_ADDRESS if given.address else _REMEDY.format(worker=next(iter(asked)))
-        replicas[-1]["problem"] += f"; {remedy}"
+        replicas[-1]["problem"] += f"; {remedy}; {_MUTUAL if given.proof is None else _PLAINTEXT}"
     return {"ready": len(ready), "replicas": replicas} if replicas else None
 
 

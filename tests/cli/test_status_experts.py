@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from concurrent import futures
+from pathlib import Path
 
 import grpc
 import pytest
@@ -178,6 +179,9 @@ def test_an_address_that_is_no_worker_gets_the_remedy_of_an_address():
         closed.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{closed.getsockname()[1]}"
         (text,) = said(asking_experts.used([], Endpoint(address), timeout_s=0.4))
+        (secured,) = said(asking_experts.used([], Endpoint(address, proof=Path("pki")), timeout_s=0.4))
+    assert text.endswith("; with mutual TLS, add --tls-folder (docs/security.md)")
+    assert secured.endswith("; without mutual TLS, leave out --tls-folder (MOE_TLS_FOLDER)")
     assert text.startswith(f"{address}: worker did not report its experts: ")
     assert "--endpoint has to be a worker's gRPC port" in text
     assert f"pod/{address}" not in text
