@@ -10,7 +10,7 @@ from typing import TypeVar
 import grpc
 from opentelemetry import metrics
 
-from moe_api import mutual, tls
+from moe_api import expiry, mutual, tls
 from moe_api.mounted import Mounted, MountedError
 from moe_api.supervision import Supervisor
 from moe_frontend.identity import keys
@@ -75,6 +75,8 @@ class Tls:
 
     grpc: grpc.ServerCredentials
     http: ssl.SSLContext
+    pair: Callable[[], tls.KeyPair]
+    """The certificate as it is now."""
 
 
 class Internal:
@@ -119,6 +121,10 @@ class Edge:
         """Creates the instruments."""
         if self.lines is not None:
             self.lines.measure(meter)
+        used = {} if self.tls is None else {expiry.CLIENT: self.tls.pair}
+        if self.internal is not None:
+            used[expiry.INTERNAL] = self.internal.pair
+        expiry.measure(meter, used)
 
     async def close(self) -> None:
         """Writes the last lines of the log."""
@@ -148,7 +154,7 @@ def _tls(guards: Guards, supervisor: Supervisor) -> Tls | None:
     context: list[ssl.SSLContext] = []
     pair = _mounted(guards.tls, tls.parse, supervisor, lambda renewed: tls.load(context[0], renewed))
     context.append(tls.server_context(pair.value))
-    return Tls(tls.server_credentials(lambda: pair.value), context[0])
+    return Tls(tls.server_credentials(lambda: pair.value), context[0], lambda: pair.value)
 
 
 def _mounted(

@@ -17,7 +17,7 @@ _CLAUSES = {"by", "without", "on", "ignoring", "group_left", "group_right"}
 _WORDS = {"and", "or", "unless", "bool", "offset", *_CLAUSES}
 _FUNCTIONS = {
     *("sum", "min", "max", "avg", "count", "rate", "increase", "deriv", "changes", "absent", "vector"),
-    *("histogram_quantile", "min_over_time", "label_replace"),
+    *("histogram_quantile", "min_over_time", "label_replace", "time"),
 }
 _OF_COUNTERS = {"rate", "increase"}
 _COUNTERS = ("_total", "_count", "_sum", "_bucket")

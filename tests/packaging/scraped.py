@@ -11,6 +11,7 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.trace import INVALID_SPAN
 from prometheus_client.parser import text_string_to_metric_families
 
+from moe_api import expiry, tls
 from moe_api.supervision import Backoff, Supervisor
 from moe_frontend.http.measures import Measures
 from moe_frontend.outputs.cache import OutputCache
@@ -30,6 +31,7 @@ from moe_worker.service.metrics import EngineMetrics
 from moe_worker.service.request_metrics import RequestMetrics
 from moe_worker.service.streams import Anchor, Timeline
 from tests.operator.autoscaling.simulated import Simulation, minutes
+from tests.pki import Authority
 
 TARGET = {"namespace", "pod", "instance", "job", "container", "endpoint"}
 """Labels that the Prometheus Operator gives every series that it scrapes from a pod."""
@@ -46,6 +48,10 @@ class _Readings:
 
 class _Fleet:
     reported = (Reported(1, 2, 100, 50),)
+
+
+def _pair() -> tls.KeyPair:
+    return tls.parse(Authority().pair())
 
 
 def operator(meter: Meter) -> None:
@@ -76,12 +82,14 @@ def frontend(meter: Meter) -> None:
     cache.measures.export(meter)
     cache._note(INVALID_SPAN, "hit", "other")
     LoadPolling(_Fleet()).measure(meter)
+    expiry.measure(meter, {expiry.CLIENT: _pair, expiry.INTERNAL: _pair})
 
 
 def worker(meter: Meter) -> None:
     engine = EngineMetrics(meter, _Readings())
     engine.step(Statistics(), Statistics(steps=1), 0.1)
     engine.count_experts(ExpertStatistics(steps=1, layers=(LayerExperts(1, (3, 1), 2),)))
+    expiry.measure(meter, {expiry.INTERNAL: _pair})
     requests = RequestMetrics(meter)
     requests.refuse("docs")
     requests.end("docs", 3, Timeline(Anchor.now(), 1, 2, 3, 9, tokens=2), None, 10)

@@ -5,18 +5,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
+from opentelemetry import metrics
 
-from moe_api import mutual, tls
+from moe_api import expiry, mutual, tls
 from moe_api.health import Health, health_server
 from moe_api.mounted import Mounted, MountedError
 from moe_api.supervision import Supervisor
 from moe_worker.errors import SettingsError
 
 
-def credentials(folder: Path | None, supervisor: Supervisor) -> grpc.ServerCredentials | None:
+def credentials(
+    folder: Path | None, supervisor: Supervisor, meter: metrics.Meter | None = None
+) -> grpc.ServerCredentials | None:
     """Of a server whose clients need a certificate of ca.crt; renewed files are used for new connections.
 
-    folder: with tls.crt, tls.key and ca.crt; None: plaintext.
+    folder: with tls.crt, tls.key and ca.crt; None: plaintext. meter: exports when the certificate expires;
+    default: the process-wide one.
 
     Raises:
         SettingsError: the folder is not valid.
@@ -28,6 +32,7 @@ def credentials(folder: Path | None, supervisor: Supervisor) -> grpc.ServerCrede
     except MountedError as error:
         raise SettingsError(f"--tls {error}") from error
     supervisor.start("mounted", pair.watch, str(folder))
+    expiry.measure(meter or metrics.get_meter("moe_worker"), {expiry.INTERNAL: lambda: pair.value})
     return tls.server_credentials(lambda: pair.value, mutual=True)
 
 
