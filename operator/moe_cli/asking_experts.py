@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Final
 
 import grpc
 
 from moe_api import mutual, rich_status
+from moe_api.tls import KeyPair
 from moe_api.visible import one_line
 from moe_api.worker.v1 import worker_pb2
 from moe_cli.expert_rows import figures
-from moe_cli.experts import ask
-from moe_client.endpoint import Endpoint
+from moe_cli.experts import Reachable, ask
+from moe_client.endpoint import Endpoint, Options
 from moe_operator.resources import names
 
 TIMEOUT_S: Final = 2.0
@@ -29,20 +30,37 @@ _REMEDY: Final = (
 _REMEDY_OF_AN_ADDRESS: Final = "--endpoint has to be a worker's gRPC port, or one that forwards there"
 
 
+@dataclass(frozen=True)
+class _Secured:
+    """A worker that asks for a certificate."""
+
+    address: str
+    own: KeyPair
+
+    def channel(self, options: Options) -> grpc.Channel:
+        """A gRPC channel over mutual TLS."""
+        named = (*options, *mutual.expecting(mutual.WORKER))
+        return grpc.secure_channel(self.address, mutual.channel_credentials(self.own), options=named)
+
+
 def used(
-    pods: Iterable[Mapping[str, Any]], given: Endpoint, timeout_s: float = TIMEOUT_S
+    pods: Iterable[Mapping[str, Any]],
+    given: Endpoint,
+    own: KeyPair | None = None,
+    timeout_s: float = TIMEOUT_S,
 ) -> dict[str, Any] | None:
     """The use of experts in each replica that is ready; None if no replica has statistics.
 
     Args:
         pods: of a report (moe_operator.statuspage.report).
         given: how to reach workers; with an address, only the worker there is asked.
+        own: a certificate of the namespace, for workers with mutual TLS if `given` has none.
         timeout_s: for all of them together.
 
     Raises:
         CommandError: the files of `given` are no certificates.
     """
-    ready = {str(given): given} if given.address else leaders(pods, given)
+    ready = {str(given): _with(own, given)} if given.address else leaders(pods, given, own)
     asked = dict(islice(ready.items(), _ASKED_MOST))
     answers = zip(asked, ask(list(asked.values()), timeout_s), strict=True)
     replicas = [said for worker, answer in answers if (said := _replica(worker, answer)) is not None]
@@ -52,14 +70,21 @@ def used(
     return {"ready": len(ready), "replicas": replicas} if replicas else None
 
 
-def leaders(pods: Iterable[Mapping[str, Any]], given: Endpoint) -> dict[str, Endpoint]:
+def leaders(
+    pods: Iterable[Mapping[str, Any]], given: Endpoint, own: KeyPair | None = None
+) -> dict[str, Reachable]:
     """Where the first worker of each replica that is ready listens, by the name of its pod."""
     return {
-        pod["name"]: _at(pod["address"], given)
+        pod["name"]: _with(own if pod["mutualTls"] else None, _at(pod["address"], given))
         for pod in pods
         if pod["role"] == names.ROLE_WORKER and pod["ready"] and not pod["leaving"]
         if pod["address"] and not pod["rank"]
     }
+
+
+def _with(own: KeyPair | None, endpoint: Endpoint) -> Reachable:
+    """The worker at an endpoint; options of the command line come before the namespace's certificate."""
+    return endpoint if own is None or endpoint.tls else _Secured(endpoint.address, own)
 
 
 def _at(ip: str, given: Endpoint) -> Endpoint:

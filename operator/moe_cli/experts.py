@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from typing import Protocol
 
 import click
 import grpc
@@ -13,7 +14,7 @@ from moe_api.visible import one_line
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
 from moe_cli.expert_rows import LONGEST_NAME, utilisation
 from moe_client.calling import explain, model_options
-from moe_client.endpoint import Endpoint
+from moe_client.endpoint import Endpoint, Options
 
 _DOMAINS_SHOWN = 3
 
@@ -42,7 +43,14 @@ def experts(endpoint: Endpoint, model: str, timeout: float | None, top: int) -> 
         click.echo(line)
 
 
-def ask(workers: Sequence[Endpoint], timeout_s: float) -> list[worker_pb2.ExpertLoad | grpc.RpcError]:
+class Reachable(Protocol):
+    """Where a worker listens."""
+
+    def channel(self, options: Options) -> grpc.Channel:
+        """A gRPC channel. Raises CommandError if its certificates are none."""
+
+
+def ask(workers: Sequence[Reachable], timeout_s: float) -> list[worker_pb2.ExpertLoad | grpc.RpcError]:
     """The expert load of each worker, or why there is none.
 
     Asks all at once, so `timeout_s` bounds the whole.

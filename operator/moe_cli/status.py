@@ -1,11 +1,14 @@
 """`moe status`: deployments and their state."""
 
+import base64
 import json
 from collections.abc import Callable
 from typing import Any, Final
 
 import click
 
+from moe_api import mutual
+from moe_api.tls import KeyPair
 from moe_cli.asking_experts import used
 from moe_cli.kube import TIMEOUT_S, reading
 from moe_client.calling import ADDRESS
@@ -66,7 +69,8 @@ def status(
         raise click.UsageError("--endpoint needs NAME: it is a worker of that deployment")
     found = _read(context, namespace, name, everywhere=all_namespaces)
     if name:
-        found["experts"] = used(found["pods"], endpoint)
+        own = None if endpoint.tls else _identity(context, found)
+        found["experts"] = used(found["pods"], endpoint, own)
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
@@ -89,6 +93,25 @@ def _read(
 
         found = _request(kubernetes.client.CustomObjectsApi(), chosen, name, everywhere=everywhere)
         return _reported(kubernetes.client, found) if name else found
+
+
+def _identity(context: str | None, found: dict[str, Any]) -> KeyPair | None:
+    """The certificate of frontends, if a ready worker asks for one and this user may read it."""
+    workers = (pod for pod in found["pods"] if pod["role"] == names.ROLE_WORKER)
+    if not any(pod["mutualTls"] and pod["ready"] for pod in workers):
+        return None
+    secret = names.FRONTEND_CERTIFICATE_SECRET
+    with reading(context, found["namespace"], found["name"]) as namespace:
+        import kubernetes  # noqa: PLC0415
+
+        try:
+            core = kubernetes.client.CoreV1Api()
+            data = core.read_namespaced_secret(secret, namespace, _request_timeout=TIMEOUT_S).data or {}
+            return mutual.parse({name: base64.b64decode(text) for name, text in data.items()})
+        except (kubernetes.client.ApiException, ValueError) as error:
+            why = error.reason if isinstance(error, kubernetes.client.ApiException) else error
+            click.echo(f"note: Secret {secret} cannot be used ({why}); give --tls-folder", err=True)
+            return None
 
 
 def _request(api: Any, namespace: str, name: str | None, *, everywhere: bool) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`moe status NAME` tells how replicas use their experts; real gRPC servers on the loopback interface."""
 
+import base64
 import contextlib
 import io
 import json
@@ -10,11 +11,12 @@ from concurrent import futures
 from pathlib import Path
 
 import grpc
+import kubernetes
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from moe_api import mutual
+from moe_api import mutual, tls
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
 from moe_cli import asking_experts
 from moe_cli import status as command
@@ -126,20 +128,64 @@ def test_ipv6_addresses_have_brackets():
     assert asking_experts.leaders([at("fd00::7")], HERE) == {"demo-0-0": Endpoint("[fd00::7]:8000")}
 
 
-def test_workers_with_mutual_tls_are_asked_with_the_folder(tmp_path):
+@pytest.fixture
+def secured():
+    """The authority of a worker with mutual TLS that serves meanwhile."""
     authority = Authority()
     theirs = authority.pair(mutual.WORKER)
-    mount(tmp_path / "mine", authority.pair(mutual.FRONTEND))
     pairs = [(theirs["tls.key"], theirs["tls.crt"])]
     credentials = grpc.ssl_server_credentials(pairs, theirs["ca.crt"], require_client_auth=True)
-    pods = [at("127.61.7.2")]
-    folder = tmp_path / "mine"
     with serving(Service(LOAD), "127.61.7.2:8000", credentials):
-        proved = asking_experts.used(pods, Endpoint("", None, True, folder / "ca.crt", None, folder))
-        (refused,) = asking_experts.used(pods, HERE)["replicas"]
+        yield authority
+
+
+def test_workers_with_mutual_tls_are_asked_with_the_folder(tmp_path, secured):
+    folder, pods = tmp_path / "mine", [at("127.61.7.2", mutualTls=True)]
+    mount(folder, secured.pair(mutual.FRONTEND))
+    proved = asking_experts.used(pods, Endpoint("", None, True, folder / "ca.crt", None, folder))
+    (refused,) = asking_experts.used(pods, HERE)["replicas"]
     assert said(proved) == [f"demo-0-0: {LINE}"]
     assert "worker did not report its experts: UNAVAILABLE" in refused["problem"]
     assert "with mutual TLS, add --tls-folder" in refused["problem"]
+
+
+def test_workers_with_mutual_tls_are_asked_with_the_certificate_of_the_namespace(secured):
+    pods, own = [at("127.61.7.2", mutualTls=True)], tls.parse(secured.pair(mutual.FRONTEND))
+    assert said(asking_experts.used(pods, HERE, own)) == [f"demo-0-0: {LINE}"]
+    through = Endpoint("127.61.7.2:8000")
+    assert said(asking_experts.used([], through, own)) == [f"127.61.7.2:8000: {LINE}"]
+
+
+def core_api(monkeypatch, answer):
+    """The API server answers so to who reads a Secret."""
+
+    class Core:
+        def read_namespaced_secret(self, name, namespace, **_):
+            assert (name, namespace) == ("moe-internal-frontend", "default")
+            return answer()
+
+    monkeypatch.setattr("kubernetes.config.load_kube_config", lambda **_: None)
+    monkeypatch.setattr("kubernetes.client.CoreV1Api", Core)
+
+
+def refused():
+    raise kubernetes.client.ApiException(403, "Forbidden")
+
+
+def test_the_certificate_is_read_where_workers_ask_for_one_and_the_user_may(monkeypatch, secured, capsys):
+    files = secured.pair(mutual.FRONTEND)
+    data = {name: base64.b64encode(content).decode() for name, content in files.items()}
+    found = {"namespace": "default", "name": "demo", "pods": [at("127.61.7.2", mutualTls=True)]}
+    core_api(monkeypatch, lambda: kubernetes.client.V1Secret(data=data))
+    assert command._identity(None, found).certificate == files["tls.crt"]
+    core_api(monkeypatch, lambda: kubernetes.client.V1Secret(data={"tls.crt": "!"}))
+    assert command._identity(None, found) is None
+    assert "note: Secret moe-internal-frontend cannot be used" in capsys.readouterr().err
+    core_api(monkeypatch, refused)
+    assert command._identity(None, found) is None
+    assert "(Forbidden); give --tls-folder" in capsys.readouterr().err
+    assert command._identity(None, {**found, "pods": [at("127.61.7.2")]}) is None
+    assert not capsys.readouterr().err
 
 
 class Silent(Service):

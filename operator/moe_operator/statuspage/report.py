@@ -10,6 +10,7 @@ from typing import Any
 
 from moe_operator.observed import pod_status
 from moe_operator.observed.pod_status import PodStatus
+from moe_operator.observed.pods import serves_mutual_tls
 from moe_operator.observed.problems import of_pod
 from moe_operator.resources import cache_sums, names
 from moe_operator.resources.deployment import parse_status
@@ -84,6 +85,7 @@ def _pod(pod: Body, current_revision: str, loads: Mapping[str, Body]) -> dict[st
         "phase": status.phase or None,
         "node": status.node or None,
         "address": status.address or None,
+        "mutualTls": serves_mutual_tls(pod, labels.get(names.LABEL_ROLE, "")),
         "restarts": status.restarts,
         "load": _load(loads.get(metadata["name"])),
         "problem": {"reason": problem.reason, "message": problem.message} if problem else None,
