@@ -27,7 +27,11 @@ def frontend_objects(namespace, **settings):
     """What the operator renders, without the owner, which is not there to own it."""
     body = {
         "metadata": {"name": DEPLOYMENT, "namespace": namespace, "uid": "0", "generation": 1},
-        "spec": {"model": {"uri": "file:///mnt/models/none"}, "frontend": settings},
+        "spec": {
+            "model": {"uri": "file:///mnt/models/none"},
+            "frontend": settings,
+            "transport": {"mode": "Plaintext"},  # there is no operator that issues certificates
+        },
     }
     parts = (frontend.account, frontend.role, frontend.role_binding, frontend.service, frontend.deployment)
     for part in parts:

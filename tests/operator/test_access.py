@@ -1,4 +1,4 @@
-"""`spec.frontend.tls`, `spec.frontend.auth`, `spec.networkPolicy` reach the pods; nothing by default."""
+"""`spec.frontend.tls`, `spec.frontend.auth`, `spec.networkPolicy` reach the pods; they are off by default."""
 
 import dataclasses
 
@@ -12,13 +12,19 @@ from moe_operator.render import frontend, network
 from moe_operator.render.objects import Key, key
 from moe_operator.resources import names
 from moe_operator.rpc.dialing import target
-from tests.operator.worlds import World, deployment
+from tests.operator.worlds import World
+from tests.operator.worlds import deployment as with_mutual_tls
 
 JWT = {"issuer": "https://idp.example", "audience": "moe"}
 ALL = {
     "tls": {"secretName": "front-tls"},
     "auth": {"apiKeysSecret": "keys", "jwt": {**JWT, "jwksSecret": "jwks", "tenantClaim": "team"}},
 }
+
+
+def deployment(**spec):
+    """Without TLS between the components, which adds ports of its own (test_transport)."""
+    return with_mutual_tls(transport={"mode": "Plaintext"}, **spec)
 
 
 def container(**settings):

@@ -129,10 +129,10 @@ def test_a_field_that_was_not_set_is_removed():
 
 
 def test_a_field_that_the_recording_operator_did_not_have_is_removed():
-    """Else undo of the edit that turns mutual TLS on would change nothing."""
+    """Else undo of the edit that turns mutual TLS off would change nothing."""
     recorded = revisions.current(deployment(), Observed())["data"]
     del recorded["spec"]["transport"]
-    spec = deployment(transport={"mode": "MutualTLS"}).spec.manifest()
+    spec = deployment(transport={"mode": "Plaintext"}).spec.manifest()
     undone = deployment(**patched(spec, restoring(recorded, {"metadata": {}, "spec": spec})))
     assert worker.revision(undone) == worker.revision(deployment())
 

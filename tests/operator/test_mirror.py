@@ -82,7 +82,8 @@ def test_a_cached_pod_names_the_directory_that_its_node_lacks(mirror):
 
 
 def test_a_cached_frontend_is_asked_at_the_port_that_it_declares(mirror):
-    spec = frontend.pod_spec(worlds.deployment(frontend={"tls": {"secretName": "front-tls"}}))
+    guarded = {"frontend": {"tls": {"secretName": "front-tls"}}, "transport": {"mode": "Plaintext"}}
+    spec = frontend.pod_spec(worlds.deployment(**guarded))
     body = pod("docs-frontend-1", 1, spec=spec, status={"podIP": "10.0.0.1"})
     body["metadata"]["labels"] |= frontend.labels("docs")
     mirror.put("Pod", body)

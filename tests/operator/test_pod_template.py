@@ -9,7 +9,7 @@ import pytest
 
 from moe_operator.errors import InvalidSpecError
 from moe_operator.observed import pod_status, problems
-from moe_operator.render import frontend, worker
+from moe_operator.render import frontend, internal_tls, worker
 from moe_operator.resources import names
 from moe_operator.resources.deployment import parse
 from tests.operator.by_hand import COLLECTION, Api
@@ -67,12 +67,13 @@ def test_what_the_user_sets_is_merged_into_what_the_operator_renders():
         assert spec[name] == EVERYTHING["spec"][name]
     assert [one["key"] for one in spec["tolerations"]] == ["a", "nvidia.com/gpu"]
     assert spec["securityContext"] == {**plain["spec"]["securityContext"], "runAsUser": 1000, "fsGroup": 2000}
-    assert [one["name"] for one in spec["volumes"]] == ["model", "tmp", "shm"]
+    assert [one["name"] for one in spec["volumes"]] == ["model", "tmp", "moe-internal", "shm"]
     assert [one["name"] for one in spec["initContainers"]] == ["tune"]
     for name in ("command", "image", "ports", "readinessProbe", "startupProbe", "livenessProbe"):
         assert serving[name] == before[name]
     assert [e["name"] for e in serving["env"]] == [*(e["name"] for e in before["env"]), "HF_TOKEN"]
-    assert [m["mountPath"] for m in serving["volumeMounts"]] == ["/mnt/models/docs-moe", *TMP, SHM]
+    mounts = ["/mnt/models/docs-moe", *TMP, internal_tls.FOLDER, SHM]
+    assert [m["mountPath"] for m in serving["volumeMounts"]] == mounts
     assert serving["resources"] == {"claims": [{"name": "gpu"}]}
     assert serving["securityContext"]["readOnlyRootFilesystem"] is True
     assert proxy == EVERYTHING["spec"]["containers"][1]

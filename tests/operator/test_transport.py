@@ -1,4 +1,6 @@
-"""`spec.transport` reaches pods, ports and policies; without it pods are as they were."""
+"""`spec.transport` reaches pods, ports and policies; existing pods stay as they are until an edit."""
+
+import json
 
 from dataclasses import replace
 
@@ -19,11 +21,13 @@ from moe_operator.observed.pods import read
 from moe_operator.render import frontend, network, worker
 from moe_operator.render.objects import Key, key
 from moe_operator.resources import names
+from moe_operator.resources.digest import canonical
 from moe_operator.settings import Settings
 from moe_worker.service import command
 from tests.operator.worlds import deployment, settled
 
 MUTUAL = {"transport": {"mode": "MutualTLS"}}
+PLAIN = {"transport": {"mode": "Plaintext"}}
 SPECS = {names.ROLE_WORKER: worker.pod_spec, names.ROLE_FRONTEND: frontend.pod_spec}
 SECRETS = {
     names.ROLE_WORKER: names.WORKER_CERTIFICATE_SECRET,
@@ -57,15 +61,20 @@ def test_the_certificate_is_mounted_and_probes_have_a_port_without_tls(role):
 
 
 @pytest.mark.parametrize("role", SPECS)
+def test_mutual_tls_is_the_default(role):
+    assert SPECS[role](deployment()) == SPECS[role](deployment(**MUTUAL))
+
+
+@pytest.mark.parametrize("role", SPECS)
 def test_in_plaintext_nothing_is_added(role):
-    spec = SPECS[role](deployment())
+    spec = SPECS[role](deployment(**PLAIN))
     assert not [one for one in spec["volumes"] if "secret" in one]
     assert not {"health", "admin-tls", "grpc-tls"} & set(ports(container(spec, role)))
 
 
 def test_the_ports_of_the_workers_service_tell_them_apart():
     targets = {port["targetPort"] for port in worker.service(deployment())["spec"]["ports"]}
-    for settings in ({}, MUTUAL):
+    for settings in (PLAIN, MUTUAL):
         found = ports(container(worker.pod_spec(deployment(**settings)), names.ROLE_WORKER))
         assert len(targets & set(found)) == 1
 
@@ -89,7 +98,7 @@ def observed(role, **settings):
 @pytest.mark.parametrize(
     ("settings", "as_worker", "as_frontend"),
     [
-        ({}, "10.0.0.1", "10.0.0.1"),
+        (PLAIN, "10.0.0.1", "10.0.0.1"),
         (MUTUAL, "tls://worker.prod@10.0.0.1:8000", "tls://frontend.prod@10.0.0.1:8001"),
     ],
 )
@@ -101,10 +110,10 @@ def test_the_operator_asks_each_pod_as_its_ports_say(settings, as_worker, as_fro
 def test_clients_ports_stay_as_they_were():
     plain, mutual = (
         ports(container(frontend.pod_spec(deployment(**settings)), names.ROLE_FRONTEND))
-        for settings in ({}, MUTUAL)
+        for settings in (PLAIN, MUTUAL)
     )
     assert mutual == {**plain, "admin-tls": 8001, "health": 8002}
-    assert frontend.service(deployment(**MUTUAL)) == frontend.service(deployment())
+    assert frontend.service(deployment(**MUTUAL)) == frontend.service(deployment(**PLAIN))
 
 
 def test_the_policy_of_frontends_lets_the_operator_in():
@@ -115,8 +124,13 @@ def test_the_policy_of_frontends_lets_the_operator_in():
 
 def test_one_edit_rolls_workers_and_frontends():
     """Frontends that came later would reach no worker."""
-    world = settled()
+    world = settled(**PLAIN)
     world.change(**MUTUAL)
+    begins_to_roll(world)
+
+
+def begins_to_roll(world):
+    """Frontends and a new worker serve mutual TLS after the next step; old workers do not."""
     applied = {key(manifest).name: manifest for manifest in world.step().apply}
     template = applied["docs-frontend"]["spec"]["template"]["spec"]
     assert "admin-tls" in ports(container(template, names.ROLE_FRONTEND))
@@ -124,6 +138,52 @@ def test_one_edit_rolls_workers_and_frontends():
     assert "grpc-tls" in ports(container(template, names.ROLE_WORKER))
     kept = world.children[Key("StatefulSet", "docs-0")]["spec"]["template"]["spec"]
     assert "grpc" in ports(container(kept, names.ROLE_WORKER))
+
+
+@pytest.fixture
+def upgraded():
+    """A deployment from the time before `spec.transport`: no object knows of it, and nothing serves TLS."""
+    world = settled(**PLAIN)
+    for child in world.children.values():
+        if text := child["metadata"]["annotations"].get(names.ANNOTATION_PINNED):
+            pin = json.loads(text)
+            del pin["spec"]["transport"]
+            child["metadata"]["annotations"][names.ANNOTATION_PINNED] = canonical(pin)
+    world.change(**MUTUAL)  # the new CRD's default
+    return world
+
+
+def templates(world):
+    """Pod templates by object."""
+    return {
+        name: child["spec"]["template"]
+        for name, child in world.children.items()
+        if name.kind in {"StatefulSet", "Deployment"}
+    }
+
+
+def test_an_upgrade_restarts_no_pod(upgraded):
+    before = templates(upgraded)
+    for _ in range(3):
+        assert not upgraded.step().delete
+    assert templates(upgraded) == before
+    upgraded.change(**MUTUAL, replicas=3)
+    upgraded.step()
+    assert len(set(upgraded.revisions().values())) == 1
+
+
+def test_the_first_edit_of_workers_after_an_upgrade_rolls_frontends_as_well(upgraded):
+    """Pinned frontends have no certificate for workers that ask for one."""
+    upgraded.change(engine={"maxBatchSize": 4})
+    begins_to_roll(upgraded)
+
+
+def test_an_edit_of_frontends_after_an_upgrade_restarts_no_worker(upgraded):
+    before = templates(upgraded)
+    upgraded.change(frontend={"image": "example.org/frontend:2"})
+    upgraded.step()
+    after = templates(upgraded)
+    assert {name.name for name in after if after[name] != before[name]} == {"docs-frontend"}
 
 
 def transports(world):
@@ -174,10 +234,10 @@ def certified(issuing, of, *pods):
 
 def test_certificates_are_kept_for_as_long_as_a_pod_uses_them():
     issuing = Issuing()
-    assert certified(issuing, deployment()) == []
+    assert certified(issuing, deployment(**PLAIN)) == []
     assert issuing.namespaces == []
     certified(issuing, deployment(**MUTUAL))
-    certified(issuing, deployment(), observed(names.ROLE_WORKER, **MUTUAL))
+    certified(issuing, deployment(**PLAIN), observed(names.ROLE_WORKER, **MUTUAL))
     assert issuing.namespaces == ["default", "default"]
 
 

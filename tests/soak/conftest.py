@@ -21,7 +21,8 @@ class Counting(Live):
             "env": [{"name": "PATH", "value": PATH}],
             "terminationGracePeriodSeconds": grace_s,
         }
-        self.apply(manifest(name, worker=worker, **spec))
+        # The counting workers speak plaintext.
+        self.apply(manifest(name, worker=worker, transport={"mode": "Plaintext"}, **spec))
 
     def forward(self, name="docs"):
         return Forward(self.cluster.directory, self.namespace, f"{name}-frontend", 8000)

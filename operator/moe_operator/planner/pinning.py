@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from moe_operator.observed.children import Child, FrontendDeployment, StatefulSet
 from moe_operator.observed.observation import Observed
+from moe_operator.observed.pods import serves_mutual_tls
 from moe_operator.render import frontend, worker
 from moe_operator.render.objects import Manifest
 from moe_operator.resources import names
@@ -31,18 +32,30 @@ _CARRIERS: Final[Mapping[str, tuple[type[Child], Callable[[Deployment], Manifest
 
 def with_pins(deployment: Deployment, observed: Observed) -> Deployment:
     """The deployment with the pinned templates that are still valid, otherwise with new ones."""
-    deployment = replace(deployment, has_secure_workers=_has_secure_workers(deployment, observed))
-    views = {names.ROLE_WORKER: deployment, names.ROLE_FRONTEND: deployment.for_frontends}
-    pinned = {}
-    for role, (kind, render) in _CARRIERS.items():
-        carriers = sorted(observed.owned(kind, deployment.identity).items())
-        pins = (_pin(carrier) for _, carrier in carriers)
-        view = views[role]
-        fresh = Pin(view.spec.manifest(), render(view))
-        pinned[role] = next(
-            (pin for pin in pins if pin is not None and _holds(pin, fresh, view, render)), fresh
-        )
-    return replace(deployment, pinned=pinned)
+    workers = _current(names.ROLE_WORKER, deployment, observed)
+    secure = serves_mutual_tls(workers.template, names.ROLE_WORKER)
+    secure = secure or _has_secure_workers(deployment, observed)
+    deployment = replace(deployment, has_secure_workers=secure)
+    frontends = _current(names.ROLE_FRONTEND, deployment.for_frontends, observed)
+    if secure and not serves_mutual_tls(frontends.template, names.ROLE_FRONTEND):
+        # They were rendered when plaintext was the default, and could not call these workers.
+        frontends = _fresh(names.ROLE_FRONTEND, deployment.for_frontends)
+    return replace(deployment, pinned={names.ROLE_WORKER: workers, names.ROLE_FRONTEND: frontends})
+
+
+def _current(role: str, deployment: Deployment, observed: Observed) -> Pin:
+    """The first pinned template of a role that is still valid, otherwise a new one."""
+    kind, render = _CARRIERS[role]
+    carriers = sorted(observed.owned(kind, deployment.identity).items())
+    pins = (_pin(carrier) for _, carrier in carriers)
+    fresh = _fresh(role, deployment)
+    return next((pin for pin in pins if pin is not None and _holds(pin, fresh, deployment, render)), fresh)
+
+
+def _fresh(role: str, deployment: Deployment) -> Pin:
+    """The template as this operator renders it."""
+    _, render = _CARRIERS[role]
+    return Pin(deployment.spec.manifest(), render(deployment))
 
 
 def _has_secure_workers(deployment: Deployment, observed: Observed) -> bool:

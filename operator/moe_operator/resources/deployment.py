@@ -91,7 +91,7 @@ class Deployment:
     operator_namespace: str = ""
     """Where the operator runs; empty if it does not know."""
     has_secure_workers: bool = False
-    """A worker serves mutual TLS, whatever the spec asks for by now."""
+    """A worker serves mutual TLS or is about to, whatever the spec asks for by now."""
 
     @property
     def name(self) -> str:

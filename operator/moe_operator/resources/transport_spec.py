@@ -13,11 +13,11 @@ class Transport(Model):
     """Connections between frontends, workers and the operator; frontend.tls is for those of clients."""
 
     mode: Literal["Plaintext", "MutualTLS"] = Field(
-        default="Plaintext",
+        default="MutualTLS",
         description="MutualTLS: workers accept frontends and the operator only, by certificates that the "
         "operator issues and renews (Secrets moe-internal-*); frontends accept the operator likewise. The "
         "ranks of a replica of several workers exchange tensors in plaintext in either mode. Plaintext: "
-        "connections are neither encrypted nor authenticated. Default: Plaintext.",
+        "connections are neither encrypted nor authenticated. Default: MutualTLS.",
     )
 
     @property

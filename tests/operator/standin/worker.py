@@ -19,13 +19,16 @@ import os  # noqa: E402
 import random  # noqa: E402
 import time  # noqa: E402
 from bisect import bisect_left  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 import grpc  # noqa: E402
 
 from moe_api.health import Health  # noqa: E402
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc  # noqa: E402
 from moe_api.semconv import TIME_TO_FIRST_TOKEN_BOUNDS  # noqa: E402
+from moe_api.supervision import Supervisor  # noqa: E402
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc  # noqa: E402
+from moe_worker.service import listening  # noqa: E402
 
 HOUR_NS = 3600 * 10**9
 
@@ -108,13 +111,18 @@ async def serve(listen: str) -> None:
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(Worker(service), server)
     health = Health(["moe_api.inference.v1.InferenceService"])
     await health.register(server)
-    server.add_insecure_port(listen)
+    supervisor = Supervisor()
+    folder = os.environ.get("MOE_WORKER_TLS")
+    listening.bind(server, listen, listening.credentials(Path(folder) if folder else None, supervisor))
     await server.start()
+    beside = await listening.probes(health, os.environ.get("MOE_WORKER_HEALTH"))
     await health.set_ready(ready=True)
     stopped = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
     await stopped.wait()
-    await server.stop(1)
+    await supervisor.close()
+    for one in (server, *beside):
+        await one.stop(1)
 
 
 def main() -> None:
