@@ -14,7 +14,7 @@ from moe_api.tls import KeyPair
 from moe_api.visible import one_line
 from moe_api.worker.v1 import worker_pb2
 from moe_cli.expert_rows import figures
-from moe_cli.experts import Reachable, ask
+from moe_cli.experts import Reachable, as_worker, ask
 from moe_client.endpoint import Endpoint, Options
 from moe_operator.resources import names
 
@@ -84,7 +84,7 @@ def leaders(
 
 def _with(own: KeyPair | None, endpoint: Endpoint) -> Reachable:
     """The worker at an endpoint; options of the command line come before the namespace's certificate."""
-    return endpoint if own is None or endpoint.tls else _Secured(endpoint.address, own)
+    return as_worker(endpoint) if own is None or endpoint.tls else _Secured(endpoint.address, own)
 
 
 def _at(ip: str, given: Endpoint) -> Endpoint:
@@ -92,7 +92,7 @@ def _at(ip: str, given: Endpoint) -> Endpoint:
     address = f"{f'[{ip}]' if ':' in ip else ip}:{names.GRPC_PORT}"
     if given.proof is None:
         return Endpoint(address)
-    return replace(given, address=address, server_name=given.server_name or mutual.WORKER)
+    return as_worker(replace(given, address=address))
 
 
 def _replica(worker: str, answer: worker_pb2.ExpertLoad | grpc.RpcError) -> dict[str, Any] | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Protocol
 
 import click
 import grpc
 
-from moe_api import transport
+from moe_api import mutual, transport
 from moe_api.visible import one_line
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
 from moe_cli.expert_rows import LONGEST_NAME, utilisation
@@ -33,14 +34,23 @@ def experts(endpoint: Endpoint, model: str, timeout: float | None, top: int) -> 
 
     \b
     Workers have no Service:
-      kubectl port-forward pod/NAME-0-0 8000 && moe experts
+      kubectl port-forward pod/NAME-0-0 8000 && moe experts --tls-folder FOLDER
+    With the files of the namespace's Secret moe-internal-frontend in FOLDER (docs/security.md); a worker
+    without mutual TLS is asked without it.
     """
     del model  # a worker serves one
-    (load,) = ask([endpoint], timeout or 10)
+    (load,) = ask([as_worker(endpoint)], timeout or 10)
     if isinstance(load, grpc.RpcError):
         raise explain(load, endpoint) from load
     for line in lines(load, top):
         click.echo(line)
+
+
+def as_worker(endpoint: Endpoint) -> Endpoint:
+    """The endpoint, whose certificate has to be a worker's where TLS is mutual."""
+    if endpoint.proof is None or endpoint.server_name is not None:
+        return endpoint
+    return replace(endpoint, server_name=mutual.WORKER)
 
 
 class Reachable(Protocol):

@@ -21,6 +21,7 @@ from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
 from moe_cli import asking_experts
 from moe_cli import status as command
 from moe_cli.expert_rows import figures, rows
+from moe_cli.experts import experts
 from moe_cli.rendering import show
 from moe_client.endpoint import Endpoint
 from moe_operator.statuspage.report import report
@@ -154,6 +155,15 @@ def test_workers_with_mutual_tls_are_asked_with_the_certificate_of_the_namespace
     assert said(asking_experts.used(pods, HERE, own)) == [f"demo-0-0: {LINE}"]
     through = Endpoint("127.61.7.2:8000")
     assert said(asking_experts.used([], through, own)) == [f"127.61.7.2:8000: {LINE}"]
+
+
+def test_moe_experts_expects_a_worker_where_tls_is_mutual(tmp_path, secured):
+    mount(tmp_path / "mine", secured.pair(mutual.FRONTEND))
+    options = ["--endpoint", "127.61.7.2:8000", "--tls-folder", str(tmp_path / "mine")]
+    shown = CliRunner().invoke(experts, options)
+    assert "10 steps" in shown.output
+    other = CliRunner().invoke(experts, [*options, "--tls-server-name", mutual.FRONTEND, "--timeout", "2"])
+    assert other.exit_code != 0
 
 
 def core_api(monkeypatch, answer):
