@@ -30,7 +30,8 @@ def serving(operator: Cluster) -> Iterator[Served]:
     deployment = Served(operator, namespace)
     # Small enough for a second worker next to the first one, and those of the other tests of the node.
     worker = {"resources": {"requests": {"cpu": "50m"}}}
-    deployment.apply("docs-moe", "file:///mnt/models/docs-moe", replicas=1, telemetry={}, worker=worker)
+    off = {"telemetry": {}, "transport": {"mode": "Plaintext"}}
+    deployment.apply("docs-moe", "file:///mnt/models/docs-moe", replicas=1, worker=worker, **off)
     eventually(lambda: deployment.ready().get("status") == "True", "Ready", 180)
     yield deployment
     operator.kubectl("delete", "namespace", namespace, "--wait=false")
@@ -97,10 +98,10 @@ def settled(served):
     )
 
 
-def accepted(served, pair=None):
+def accepted(served, pair=None, port="grpc-tls"):
     """Whether the worker responds to a client with this certificate; none stands for plaintext."""
     options = mutual.expecting(mutual.WORKER)
-    with Forward(served.cluster.directory, served.namespace, "docs-moe-workers", "grpc-tls") as forward:
+    with Forward(served.cluster.directory, served.namespace, "docs-moe-workers", port) as forward:
         opened = (
             grpc.insecure_channel(forward.address, options)
             if pair is None
@@ -121,6 +122,7 @@ def secret(served, name):
 
 @pytest.mark.timeout(360)
 def test_turning_it_on_loses_no_stream_and_lets_frontends_and_the_operator_in_alone(serving):
+    assert accepted(serving, port="grpc"), "without TLS, workers let everybody in"
     with Load(serving) as load:
         eventually(lambda: load.done > 0, "a stream", 60)
         patch = json.dumps({"spec": {"transport": {"mode": "MutualTLS"}}})
@@ -149,4 +151,5 @@ def test_turning_it_on_loses_no_stream_and_lets_frontends_and_the_operator_in_al
         check=False,
     )
     assert shown.returncode == 0, shown.stderr
+    assert "Experts  docs-moe-" in shown.stdout, "asked with the namespace's certificate"
     assert tls.AUTHORITIES in secret(serving, "moe-internal-frontend")
