@@ -1,7 +1,6 @@
 """`spec.transport` reaches pods, ports and policies; existing pods stay as they are until an edit."""
 
 import json
-
 from dataclasses import replace
 
 import pytest
