@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import orjson
 
 from moe_operator.observed.ownership import is_ours
-from moe_operator.observed.pods import PORT_NAMES
 from moe_operator.render.children import KINDS
 from moe_operator.render.objects import Manifest
 from moe_operator.resources import names
+from moe_operator.resources.ports import PORT_NAMES
 
 _FASTEST = 1
 """zlib level: a StatefulSet shrinks to a third in 60 us; higher levels gain little."""

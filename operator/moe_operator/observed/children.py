@@ -9,11 +9,11 @@ from typing import Any, Self
 
 from moe_operator.observed import ownership
 from moe_operator.observed.ownership import Owned
-from moe_operator.observed.pods import serves_mutual_tls
 from moe_operator.render.gang_record import GangRecord, recorded
 from moe_operator.render.objects import Key, Manifest, key
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Identity
+from moe_operator.resources.ports import serves_mutual_tls
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Final
+from typing import Any
 
 from moe_operator.observed import pod_status, problems
 from moe_operator.observed.pod_status import PodStatus
 from moe_operator.observed.problems import Problem
-from moe_operator.resources import names, peers
-
-_SECURE_NAMES: Final = (names.SECURE_GRPC_PORT_NAME, names.SECURE_ADMIN_PORT_NAME)
-_ADMIN_NAMES: Final = (names.ADMIN_PORT_NAME, names.SECURE_ADMIN_PORT_NAME)
-PORT_NAMES: Final = frozenset((*_SECURE_NAMES, *_ADMIN_NAMES))
-"""Names of the ports that `read` looks for."""
+from moe_operator.resources import names, peers, ports
 
 
 @dataclass(frozen=True)
@@ -119,8 +114,8 @@ def read(manifest: Mapping[str, Any]) -> Pod:
         shape=labels.get(names.LABEL_MESH, "") if names.ranks_of(labels) > 1 else "",
         restarts=status.restarts,
         ready_since=status.since("Ready", "True") if ready else None,
-        admin_port=_port(manifest, names.ROLE_FRONTEND, _ADMIN_NAMES) or names.GRPC_PORT,
-        secure=serves_mutual_tls(manifest, role),
+        admin_port=ports.admin_port(manifest),
+        secure=ports.serves_mutual_tls(manifest, role),
         namespace=metadata.get("namespace", ""),
         role=role,
         created=_time(metadata.get("creationTimestamp")),
@@ -139,22 +134,6 @@ def _role(metadata: Mapping[str, Any]) -> str:
         return ""
     replica, _, ordinal = metadata["name"].rpartition("-")
     return role if replica == names.replica(name, int(data_rank)) and ordinal.isdecimal() else ""
-
-
-def serves_mutual_tls(manifest: Mapping[str, Any], role: str) -> bool:
-    """Whether a pod, or those of a pod template, serve mutual TLS in their container of this role."""
-    return bool(_port(manifest, role, _SECURE_NAMES))
-
-
-def _port(manifest: Mapping[str, Any], role: str, accepted: Collection[str]) -> int:
-    """The port of one of these names that the container of this name declares; 0 if there is none."""
-    declared = (
-        port
-        for container in manifest.get("spec", {}).get("containers", ())
-        if container["name"] == role
-        for port in container.get("ports", ())
-    )
-    return next((int(port["containerPort"]) for port in declared if port.get("name") in accepted), 0)
 
 
 def _number(text: str) -> int:

@@ -17,11 +17,11 @@ from pydantic import ValidationError
 
 from moe_operator.observed.children import Child, FrontendDeployment, StatefulSet
 from moe_operator.observed.observation import Observed
-from moe_operator.observed.pods import serves_mutual_tls
 from moe_operator.render import frontend, worker
 from moe_operator.render.objects import Manifest
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Pin
+from moe_operator.resources.ports import serves_mutual_tls
 from moe_operator.resources.spec import Spec
 
 _CARRIERS: Final[Mapping[str, tuple[type[Child], Callable[[Deployment], Manifest]]]] = {

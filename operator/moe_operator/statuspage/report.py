@@ -10,10 +10,10 @@ from typing import Any
 
 from moe_operator.observed import pod_status
 from moe_operator.observed.pod_status import PodStatus
-from moe_operator.observed.pods import serves_mutual_tls
 from moe_operator.observed.problems import of_pod
 from moe_operator.resources import cache_sums, names
 from moe_operator.resources.deployment import parse_status
+from moe_operator.resources.ports import serves_mutual_tls
 
 Body = Mapping[str, Any]
 
