@@ -5,7 +5,7 @@
 ``flood N``: N messages of 64 KiB, as fast as they are taken.
 ``scored``: "né", whose "é" is of two tokens, with log-probabilities. ``echo``: the request, as text.
 `scores`: (token, piece, log-probability) of the tokens of a prompt, sent before ``scored``.
-`says`: texts to send, whatever is asked.
+`says`: texts to send, whatever is asked, as far as max_tokens allows.
 ``full``, ``bad``, ``loading``, ``crash``: the errors that a worker returns.
 A stream of ``count`` is taken up where the request says so; after `most` messages it stops.
 As a program (NAME [LISTEN]) it prints its address and serves until it is killed; FAKE_WORKER_MOST is `most`.
@@ -202,10 +202,13 @@ class FakeWorker(inference_pb2_grpc.InferenceServiceServicer):
             "scored": SCORED,
             "echo": inference_pb2.GenerateResponse(text=str(request), finish_reason=STOP),
         }
-        for number, text in enumerate(self.says):
+        most = request.sampling.max_tokens if request.sampling.HasField("max_tokens") else len(self.says)
+        for number, text in enumerate(self.says[:most]):
             yield inference_pb2.GenerateResponse(text=text, tokens=[number])
-        usage = inference_pb2.Usage(prompt_tokens=3, completion_tokens=len(self.says))
-        done = inference_pb2.GenerateResponse(finish_reason=STOP, usage=usage)
+        usage = inference_pb2.Usage(prompt_tokens=3, completion_tokens=min(most, len(self.says)))
+        cut = most < len(self.says)
+        reason = inference_pb2.FINISH_REASON_LENGTH if cut else STOP
+        done = inference_pb2.GenerateResponse(finish_reason=reason, usage=usage)
         yield done if self.says else answers[request.prompt]
 
     async def Tokenize(self, request, context):

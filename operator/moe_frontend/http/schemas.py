@@ -90,9 +90,10 @@ class CompletionRequest(Sampling, frozen=True, kw_only=True, forbid_unknown_fiel
     suffix: str | None = None
 
 
-class TextPart(msgspec.Struct, frozen=True, tag_field="type", tag="text", forbid_unknown_fields=True):
+class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A part of a message's content; models here read text alone."""
 
+    type: Literal["text"]
     text: str
 
 

@@ -166,6 +166,11 @@ async def test_log_probabilities_and_several_texts(http):
             "messages[0].content[0].type",
             "image",
         ),
+        (
+            {"messages": [{"role": "user", "content": [{"text": "Hi"}]}]},
+            "messages[0].content[0]",
+            "missing required field type",
+        ),
         ({"messages": [USER | {"x": 1}]}, "messages[0].x", "is not a field"),
         ({"response_format": {"type": "grammar"}}, "response_format.type", "invalid enum value"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "is missing"),
