@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moe_api.visible import one_line
 from moe_worker.config.directory import find_checkpoint
 from moe_worker.config.engine import EngineOptions
 from moe_worker.engine.loading import LoadedModel, load
@@ -39,11 +40,14 @@ class LaunchCount:
     unfused: int | str
 
     def __str__(self) -> str:
-        own = f"a decode step of one token takes {self.ours} {self.unit}"
+        own = (
+            f"a decode step of one token takes {self.ours} {self.unit if self.ours != 1 else self.unit[:-1]}"
+        )
         if isinstance(self.unfused, str):
             return f"{own}; {self.unfused}"
         rate = 1 - self.ours / self.unfused
-        return f"{own}, {self.unfused} in the eager model of transformers: {rate:.1%} fewer"
+        compared = f"{abs(rate):.1%} {'fewer' if rate >= 0 else 'more'}"
+        return f"{own}, {self.unfused} in the eager model of transformers: {compared}"
 
 
 class Operators(TorchDispatchMode):
@@ -104,22 +108,31 @@ def _own_step(loaded: LoadedModel) -> Callable[[], object]:
     return lambda: loaded.runner.logits(batch, cache, [0])
 
 
+def _eager(directory: Path, device: torch.device) -> Any:
+    """The model of transformers with random weights. Raises what transformers raises if it cannot make it."""
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - optional
+
+    # A program that a checkpoint brings is never run.
+    config: Any = AutoConfig.from_pretrained(find_checkpoint(directory), trust_remote_code=False)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    make: Any = AutoModelForCausalLM.from_config
+    options = {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": torch.bfloat16}
+    with torch.device(device):
+        return make(config, trust_remote_code=False, **options).eval()
+
+
 def _unfused(directory: Path, loaded: LoadedModel) -> int | str:
     """Launches of the same step in transformers; a sentence where there is none."""
     if loaded.config.parameters_total > MOST_PARAMETERS:
         return f"the eager model was not counted: it has {loaded.config.parameters_total:,} parameters"
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - optional
+        model = _eager(directory, loaded.device)
     except ImportError:
         return "the eager model was not counted: transformers is not installed"
-    config: Any = AutoConfig.from_pretrained(find_checkpoint(directory))
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        return f"the eager model was not counted: this transformers cannot make it ({one_line(str(error))})"
     with torch.device(loaded.device):
-        make: Any = AutoModelForCausalLM.from_config
-        model = make(
-            config, attn_implementation="eager", experts_implementation="eager", dtype=torch.bfloat16
-        ).eval()
         tokens = torch.arange(2, 2 + PROMPT)[None]
         cached = model(tokens, use_cache=True).past_key_values
         token = tokens[:, :1]
