@@ -3,6 +3,7 @@
 import asyncio
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import kubernetes
 import pytest
@@ -142,6 +143,28 @@ async def test_sums_of_caches_follow_without_a_change_of_routes(running):
                 if cache_sums.total([annotations.get(names.ANNOTATION_CACHES)]) == {"outputHits": hits}:
                     break
                 await asyncio.sleep(0.05)
+
+
+async def test_what_somebody_may_have_deleted_is_written_again(monkeypatch):
+    monkeypatch.setattr(publishing, "BETWEEN_WRITES_S", 0.0)
+    writes, enough = [], asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def send(*_, body, **__):
+        writes.append(body)
+        if len(writes) == 3:
+            loop.call_soon_threadsafe(enough.set)
+
+    publisher = publishing.Publisher(
+        SimpleNamespace(send=send), POD, lambda: [ONE], sums_s=0.001, repeat_s=0.02
+    )
+    began = time.monotonic()
+    task = asyncio.create_task(publisher.run())
+    async with asyncio.timeout(20):
+        await enough.wait()
+    task.cancel()
+    assert time.monotonic() - began >= 0.04
+    assert writes[0] == writes[1] == writes[2]
 
 
 async def test_an_api_server_that_is_away_gets_the_routes_when_it_is_back(running, server):

@@ -9,6 +9,7 @@ gRPC, but a service mesh or a NetworkPolicy may block that port; both can reach 
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -23,6 +24,10 @@ BETWEEN_WRITES_S: Final = 0.5
 """Minimum time between writes: frequent changes, as in a rollout of many replicas, become one write."""
 SUMS_S: Final = 30.0
 """Time between writes of new sums: each one is a write to the API server and a reconcile."""
+REPEAT_S: Final = 300.0
+"""Time after which the same content is written again, in case that somebody deleted or changed the object.
+If nobody did, the API server stores nothing.
+"""
 _MOST: Final = 2500
 """Of crds/frontendroutes.yaml, maxItems."""
 
@@ -56,6 +61,7 @@ class Publisher:
         routes: returns the current routes.
         sums: returns what caches saved so far, with the keys of `cache_sums`.
         sums_s: time between writes of new sums, in seconds.
+        repeat_s: time after which the same content is written again, in seconds.
     """
 
     def __init__(
@@ -65,13 +71,16 @@ class Publisher:
         routes: Callable[[], Iterable[Endpoint]],
         sums: Callable[[], Mapping[str, int]] = dict,
         sums_s: float = SUMS_S,
+        repeat_s: float = REPEAT_S,
     ) -> None:
         self._api = api
         self._pod = pod
         self._routes = routes
         self._sums = sums
         self._sums_s = sums_s
+        self._repeat_s = repeat_s
         self._written: dict[str, Any] | None = None
+        self._written_at = 0.0
         self._news = asyncio.Event()
 
     def changed(self) -> None:
@@ -79,7 +88,7 @@ class Publisher:
         self._news.set()
 
     async def run(self) -> None:
-        """Writes the routes whenever they differ from the last written ones, and new sums now and then.
+        """Writes the routes whenever they differ from the last written ones, and now and then.
 
         Raises:
             PublishError: the API server did not accept them; the next run writes them again.
@@ -87,9 +96,9 @@ class Publisher:
         while True:
             self._news.clear()
             wanted = manifest(self._pod, self._routes(), self._sums())
-            if wanted != self._written:
+            if wanted != self._written or time.monotonic() - self._written_at >= self._repeat_s:
                 await asyncio.to_thread(self._apply, wanted)
-                self._written = wanted
+                self._written, self._written_at = wanted, time.monotonic()
                 await asyncio.sleep(BETWEEN_WRITES_S)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), self._sums_s)
