@@ -11,7 +11,7 @@ from opentelemetry import trace
 
 from moe_operator.controller.deployment_metrics import DeploymentMetrics
 from moe_operator.controller.work_metrics import WorkMetrics
-from moe_operator.errors import MoEOperatorError
+from moe_operator.errors import ClusterUnavailableError, MoEOperatorError
 from moe_operator.executor import execute
 from moe_operator.kube.client import Cluster
 from moe_operator.planner.decision import Decision
@@ -42,14 +42,20 @@ class Reporting:
         execute.write_status(self.cluster, who, before, after)
 
     def announce(self, who: Identity, decisions: Iterable[Decision]) -> None:
-        """Makes an Event, a log line and a span event of each decision."""
-        span = trace.get_current_span()
+        """Makes an Event, a log line and a span event of each decision.
+
+        No more Events after one that the API server did not answer: each may take the limit of a request.
+        """
+        span, answers = trace.get_current_span(), True
         for decision in decisions:
             self.metrics.decided(decision.reason)
             span.add_event(decision.reason, {"reason": decision.reason, "message": decision.message})
             logger.info("%s/%s: %s: %s", who.namespace, who.name, decision.reason, decision.message)
+            if not answers:
+                continue
             try:
                 execute.post(self.cluster, who, decision, self.clock())
             except MoEOperatorError as error:
                 # Events are only for people; the decision is executed even without one.
+                answers = not isinstance(error, ClusterUnavailableError)
                 logger.warning("%s/%s: no event was created: %s", who.namespace, who.name, error)
