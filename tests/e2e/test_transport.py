@@ -144,14 +144,18 @@ def test_turning_it_on_loses_no_stream_and_lets_frontends_and_the_operator_in_al
 
     # The operator read the model of the new revision over TLS, and its users see it.
     eventually(lambda: model_revision(serving) == body(serving)["status"]["revision"], "the model", 60)
-    shown = subprocess.run(
-        [Path(sys.executable).with_name("moe"), "status", "docs-moe", "-n", serving.namespace],
-        env={"KUBECONFIG": str(serving.cluster.kubeconfig), "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    with Forward(serving.cluster.directory, serving.namespace, "docs-moe-workers", "grpc-tls") as worker_port:
+        shown = subprocess.run(
+            [
+                *(Path(sys.executable).with_name("moe"), "status", "docs-moe", "-n", serving.namespace),
+                *("--endpoint", worker_port.address),
+            ],
+            env={"KUBECONFIG": str(serving.cluster.kubeconfig), "PATH": "/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     assert shown.returncode == 0, shown.stderr
-    asked = re.search(r"^Experts +docs-moe-\d+-0: [\d.]+ of", shown.stdout, re.MULTILINE)
+    asked = re.search(r"^Experts +127\.0\.0\.1:\d+: [\d.]+ of", shown.stdout, re.MULTILINE)
     assert asked, f"with the certificate of the namespace: {shown.stdout}"
     assert tls.AUTHORITIES in secret(serving, "moe-internal-frontend")
