@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import grpc
@@ -34,6 +33,12 @@ def split(regex):
     return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
 
 
+@pytest.fixture
+def brief(monkeypatch):
+    """The same limit, of 1 s instead of 4."""
+    monkeypatch.setattr(tokenizer_guard, "CPU_S", 1)
+
+
 BOMBS = {
     "a normalizer that doubles": {
         "normalizer": {"type": "Sequence", "normalizers": [replace("a", "aa") for _ in range(60)]}
@@ -56,15 +61,13 @@ def change(directory, **parts):
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_a_bomb_is_refused_and_this_process_lives(broken, bomb):
+def test_a_bomb_is_refused_and_this_process_lives(broken, brief, bomb):
     config = read_checkpoint_config(broken)
     change(broken, **BOMBS[bomb])
-    begin = time.monotonic()
     with pytest.raises(TokenizerError) as error:
         load_guarded(broken, config)
     assert str(broken / "tokenizer.json") in str(error.value)
     assert "\n" not in str(error.value)
-    assert time.monotonic() - begin < 30  # 5 s on a processor of its own
 
 
 LOADERS = {
@@ -78,7 +81,7 @@ LOADERS = {
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_every_loader_has_the_same_guard(broken, loader):
+def test_every_loader_has_the_same_guard(broken, brief, loader):
     change(broken, **BOMBS["a normalizer that doubles"])
     with pytest.raises(TokenizerError, match=r"tokenizer\.json needs more than"):
         LOADERS[loader](broken)

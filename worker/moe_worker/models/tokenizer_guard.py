@@ -56,7 +56,7 @@ def try_tokenizer(path: Path) -> None:
 
 
 def _try(path: Path) -> None:
-    command = [sys.executable, "-m", __name__, str(path)]
+    command = [sys.executable, "-m", __name__, str(path), str(CPU_S)]
     try:
         child = subprocess.run(
             command, env=_ENVIRONMENT, stdin=subprocess.DEVNULL, capture_output=True, timeout=WALL_S,
@@ -83,15 +83,16 @@ def _refused(path: Path, what: str) -> TokenizerError:
     )
 
 
-def main(path: Path) -> None:
+def main(path: Path, cpu_s: int) -> None:
     """Reads the file and tokenizes the texts, within limits that end the process.
 
-    Errors in the file itself are not checked here. Raises the errors of the library.
+    cpu_s: seconds of processor time. Errors in the file itself are not checked here. Raises the errors of
+    the library.
     """
     used = resource.getrusage(resource.RUSAGE_SELF)
     used_s = int(used.ru_utime + used.ru_stime)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (used_s + CPU_S, used_s + CPU_S + 1))
+    resource.setrlimit(resource.RLIMIT_CPU, (used_s + cpu_s, used_s + cpu_s + 1))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     content = read_file(path, LARGEST_TOKENIZER)
     try:
@@ -132,7 +133,7 @@ def _strings(value: Any) -> list[str]:
 
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]))
+        main(Path(sys.argv[1]), int(sys.argv[2]))
     except BaseException as error:  # noqa: BLE001 - a panic of the library is no Exception
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         sys.exit(_FAILED)
