@@ -129,6 +129,8 @@ def controller_manager(tools: Mapping[str, Path]) -> Component:
         # takes 4 s.
         kube_api_qps=500,
         kube_api_burst=1000,
+        # Nobody who tries autoscaling here waits 15 s to see it.
+        horizontal_pod_autoscaler_sync_period="3s",
         leader_elect=False,
         allocate_node_cidrs=False,
         bind_address="127.0.0.1",
