@@ -149,9 +149,13 @@ def _until_served(cluster: Cluster, kinds: str, seconds: float = 60.0) -> None:
 @pytest.fixture(scope="session")
 def operator(api: Cluster) -> Cluster:
     """A cluster in which the operator runs, installed as users install it: as a pod under its own account."""
-    # Tests serve models from directories of their own, too.
+    # Tests serve models from directories of their own, too, and do not wait for minutes for a retry.
+    settings = (
+        f'value: "/mnt/models,{tempfile.gettempdir()}"',
+        "- {name: MOE_OPERATOR_RETRY_MOST_SECONDS, value: '2'}",
+    )
     install = (ROOT / "charts/install.yaml").read_text()
-    allowed = install.replace('value: "/mnt/models"', f'value: "/mnt/models,{tempfile.gettempdir()}"')
-    api.kubectl("apply", "-f", "-", input=allowed)
+    changed = install.replace('value: "/mnt/models"', f"\n{' ' * 12}".join(settings))
+    api.kubectl("apply", "-f", "-", input=changed)
     api.kubectl("-n", "moe-system", "rollout", "status", "deployment/moe-operator", "--timeout=90s")
     return api

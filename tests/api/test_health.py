@@ -26,7 +26,8 @@ async def served():
     await server.stop(0)
 
 
-async def test_a_watcher_that_reads_nothing_delays_neither_changes_nor_other_watchers(served):
+async def test_a_watcher_that_reads_nothing_delays_neither_changes_nor_other_watchers(served, monkeypatch):
+    monkeypatch.setattr(module, "WRITE_TIMEOUT_S", 600.0)
     health, port = served
     with RawClient(port, window=0) as silent:
         for service in ("", "a.B"):

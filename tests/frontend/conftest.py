@@ -47,7 +47,7 @@ class Bench:
         patience_s,
         from_zero,
         keys=metadata.DEFAULT_KEYS,
-        write_timeout_s=30.0,
+        write_timeout_s=600.0,  # only the tests of this limit reach it
         output_cache=0,
         revision="",
         policy=None,

@@ -13,7 +13,7 @@ from moe_operator.apiserver.requests import Requests
 from moe_operator.errors import MoEOperatorError
 from tests.frontend.apiserver import running_api_server
 
-PATIENCE_S = 60
+PATIENCE_S = 45
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
 

@@ -186,7 +186,7 @@ async def test_a_worker_that_goes_on_from_elsewhere_is_caught(scripted):
 
 
 async def test_a_worker_that_leaves_the_call_open_does_not_keep_the_client(scripted):
-    b, _ = await scripted(lambda _, __: [message(1, finish_reason=STOP), 60.0])
+    b, _ = await scripted(lambda _, __: [message(1, finish_reason=STOP), 600.0])
     async with asyncio.timeout(60):
         assert await hear(b) == ([1], None)
 

@@ -21,6 +21,7 @@ from tests.pki import Authority
 ROOT = Path(__file__).parents[2]
 FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
 DEPLOYMENT = "demo"
+pytestmark = pytest.mark.timeout(400)
 
 
 def frontend_objects(namespace, **settings):
@@ -76,7 +77,7 @@ def replica(number):
 async def one_answer(stub):
     """Name of the worker that answered, or the status of the failure."""
     try:
-        call = stub.Generate(inference_pb2.GenerateRequest(prompt="count 1"), timeout=20)
+        call = stub.Generate(inference_pb2.GenerateRequest(prompt="count 1"), timeout=60)
         texts = [r.text async for r in call]
         return texts[0].partition(":")[0]
     except grpc.aio.AioRpcError as error:
@@ -93,12 +94,12 @@ async def stub(cluster, namespace):
     apply(cluster, namespace, *frontend_objects(namespace))
     selector = ",".join(f"{k}={v}" for k, v in frontend.labels(DEPLOYMENT).items())
     cluster.kubectl(
-        *("wait", "-n", namespace, "pod", "-l", selector, "--timeout=60s"),
+        *("wait", "-n", namespace, "pod", "-l", selector, "--timeout=90s"),
         "--for=jsonpath={.status.containerStatuses[0].started}=true",
     )
     apply(cluster, namespace, worker_service(), replica(0), replica(1))
     wait_ready(cluster, namespace, "w-0-0", "w-1-0")
-    cluster.kubectl("wait", "-n", namespace, "--for=condition=Ready", "pod", "-l", selector, "--timeout=30s")
+    cluster.kubectl("wait", "-n", namespace, "--for=condition=Ready", "pod", "-l", selector, "--timeout=90s")
     with Forward(cluster.directory, namespace, names.frontend(DEPLOYMENT), 8000) as forward:
         async with grpc.aio.insecure_channel(forward.address) as channel:
             yield inference_pb2_grpc.InferenceServiceStub(channel)
@@ -126,7 +127,7 @@ async def test_a_guarded_frontend_is_ready_and_serves_callers_with_a_key(cluster
     )
     selector = ",".join(f"{k}={v}" for k, v in frontend.labels(DEPLOYMENT).items())
     wait_ready(cluster, namespace, "w-0-0")
-    cluster.kubectl("wait", "-n", namespace, "--for=condition=Ready", "pod", "-l", selector, "--timeout=60s")
+    cluster.kubectl("wait", "-n", namespace, "--for=condition=Ready", "pod", "-l", selector, "--timeout=90s")
     credentials = grpc.ssl_channel_credentials(authority.certificate)
     with Forward(cluster.directory, namespace, names.frontend(DEPLOYMENT), 8000) as forward:
         async with grpc.aio.secure_channel(forward.address, credentials) as channel:
@@ -136,7 +137,7 @@ async def test_a_guarded_frontend_is_ready_and_serves_callers_with_a_key(cluster
             call = stub.Generate(
                 inference_pb2.GenerateRequest(prompt="count 1"),
                 metadata=(("authorization", "Bearer alpha"),),
-                timeout=20,
+                timeout=60,
             )
             assert (await call.read()).text.startswith("w-0-0:")
 
@@ -160,7 +161,7 @@ async def test_pods_come_and_go_and_requests_follow(cluster, namespace, stub):
 
     # No request fails while the pod is gone and made again: others take what it cannot.
     seen = set()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while victim not in seen and time.monotonic() < deadline:
         seen |= await answers(stub)
     assert seen == {"w-0-0", "w-1-0", "w-2-0"}
@@ -168,7 +169,7 @@ async def test_pods_come_and_go_and_requests_follow(cluster, namespace, stub):
 
 async def published(cluster, namespace, wanted):
     """Waits until the one FrontendRoutes has the wanted workers."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while True:
         (found,) = json.loads(cluster.kubectl("get", "frontendroutes", "-n", namespace, "-o", "json"))[
             "items"
@@ -181,7 +182,7 @@ async def published(cluster, namespace, wanted):
 
 
 async def eventually(stub, wanted):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while (seen := await answers(stub, 30)) != wanted:
         assert time.monotonic() < deadline, seen
         await asyncio.sleep(0.1)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from localcluster import Cluster
+from tests.operator.live import COLLECTIONS, read
 
 Object = dict[str, Any]
 
@@ -36,6 +37,9 @@ def apply(cluster: Cluster, namespace: str, *objects: Object) -> None:
 
 
 def get(cluster: Cluster, namespace: str, kind: str, name: str = "") -> Any:
+    if kind in COLLECTIONS:
+        collection = COLLECTIONS[kind].format(namespace)
+        return read(cluster, f"{collection}/{name}" if name else collection)
     arguments = ["get", "-n", namespace, kind, *([name] if name else []), "-o", "json"]
     return json.loads(cluster.kubectl(*arguments))
 

@@ -118,7 +118,7 @@ def test_a_killed_process_is_restarted_with_backoff_and_shows_its_exit_code(
     os.kill(first, signal.SIGKILL)
     second = the_process(marker, 60, "the restarted process", besides=first)
     status = until(
-        lambda: (s := container_status(cluster, namespace, "victim"))["restartCount"] == 1 and s,
+        lambda: (s := container_status(cluster, namespace, "victim")).get("restartCount") == 1 and s,
         60,
         "a restart",
     )

@@ -119,13 +119,18 @@ class Live:
         current = [c for c in found if c.get("observedGeneration") == body["metadata"]["generation"]]
         return next((c for c in current if c["type"] == kind), {})
 
-    def wait(self, kind: str, reason: str, name: str = "docs", seconds: float = 120.0) -> dict[str, Any]:
-        """Waits until a condition has a reason."""
+    def wait(
+        self, kind: str, reason: str, name: str = "docs", seconds: float = 120.0, why: str = ""
+    ) -> dict[str, Any]:
+        """Waits until a condition has a reason, and a message that contains `why`."""
 
         def look() -> dict[str, Any]:
             return self.condition(kind, name)
 
-        return eventually(look, lambda c: c.get("reason") == reason, f"{kind} {reason}", seconds)
+        def wanted(found: dict[str, Any]) -> bool:
+            return found.get("reason") == reason and why in found["message"]
+
+        return eventually(look, wanted, f"{kind} {reason} {why}", seconds)
 
     def settled(self, name: str = "docs") -> None:
         self.wait("Progressing", "Complete", name)

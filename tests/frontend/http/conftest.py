@@ -11,7 +11,7 @@ from moe_api.receiving import InProgress
 from moe_api.supervision import Supervisor
 from moe_frontend.chat.renderer import Renderer
 from moe_frontend.http.app import Api
-from moe_frontend.http.bodies import BODY_S, Bodies
+from moe_frontend.http.bodies import Bodies
 from moe_frontend.http.server import HttpServer
 
 
@@ -64,7 +64,7 @@ async def http(bench):
     """`await http(workers=2)` gives a running Http."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def start(workers=2, in_progress=None, limit_s=BODY_S, **options):
+        async def start(workers=2, in_progress=None, limit_s=600.0, **options):
             in_progress = in_progress or InProgress()
             reader = Bodies(limit_s, in_progress)
             running = Http(await bench(workers, in_progress=in_progress, **options), reader)

@@ -144,6 +144,12 @@ async def test_a_body_that_is_too_large_is_refused_before_it_is_held(http):
     assert (await h.complete("count 1")).status_code == 200
 
 
+@pytest.fixture(autouse=True)
+def unhurried(monkeypatch):
+    """No connection ends for the time that its head takes, but where a test is about that."""
+    monkeypatch.setattr(BoundedProtocol, "head_s", 600.0)
+
+
 async def until(condition, most_s=60):
     async with asyncio.timeout(most_s):
         while not condition():
