@@ -39,6 +39,9 @@ SHAPES = {
     "sizes that are padded": SMALL
     | {"kv_lora_rank": 96, "v_head_dim": 48, "qk_nope_head_dim": 24, "q_lora_rank": None,
        "moe_intermediate_size": 64},
+    "heads of 48 values": SMALL  # as the example has them
+    | {"v_head_dim": 48, "num_attention_heads": 4, "kv_lora_rank": 96, "q_lora_rank": None,
+       "hidden_size": 320, "intermediate_size": 640, "moe_intermediate_size": 64, "n_shared_experts": 1},
 }  # fmt: skip
 TOLERANCE = {name: each.tolerance for name, each in FORMATS.items()}
 # The interpreter takes seconds for a layer: a dense one and one with experts do.
@@ -121,10 +124,19 @@ def test_wide_passes_are_narrow_ones(monkeypatch, number_format):
     assert difference(wide, narrow) < 0.04
 
 
-@pytest.mark.parametrize("number_format", ["dense", "w4a8"])
-def test_contexts_are_expanded_as_queries_are_absorbed(monkeypatch, number_format):
+@pytest.mark.parametrize(
+    ("shape", "number_format", "kv_dtype"),
+    [
+        ("small", "dense", torch.bfloat16),
+        ("small", "w4a8", torch.bfloat16),
+        ("small", "dense", torch.float8_e4m3fn),
+        ("heads of 48 values", "w4a8", torch.bfloat16),
+    ],
+)
+def test_contexts_are_expanded_as_queries_are_absorbed(monkeypatch, shape, number_format, kv_dtype):
     """A prompt, then its second chunk together with a stream."""
-    both, (text, other) = Both(SMALL, number_format), (tokens_of(40, seed=5), tokens_of(12, seed=6))
+    both = Both(SHAPES[shape], number_format, kv_dtype)
+    text, other = tokens_of(40, seed=5), tokens_of(12, seed=6)
 
     def passes():
         first = both.kernels([Segment(text[:25], 0, [5, 9, 2]), Segment(other[:11], 0, [7])], rows=range(36))

@@ -280,6 +280,23 @@ def test_attention_over_pages_and_the_merge_of_slices(slices, counts, heads, pag
         assert difference(actual, expected) < (0.01 if rounding is NONE else 0.015) + BF16
 
 
+@pytest.mark.parametrize("rounding", norm.Rounding)
+@pytest.mark.parametrize("tokens", [2, 9])
+def test_values_of_a_head_that_are_no_whole_pieces_are_padded_and_rounded_over_heads(tokens, rounding):
+    heads, value, padded, rank, slices = 4, 48, 64, 64, 2
+    parts, lse = randn(tokens, heads, slices, rank).float(), randn(tokens, heads, slices).float()
+    weight = randn(heads, rank, value)
+    out = poisoned(tokens, heads * value, piece_of(value))
+    attention.merge_values(
+        parts, lse, torch.nn.functional.pad(weight, (0, padded - value)).contiguous(), out, rounding
+    )
+    shares = (lse.double() * math.log(2)).softmax(-1)
+    latents = torch.einsum("ths,thsr->thr", shares, parts.double())
+    expected = torch.einsum("thr,hrv->thv", latents, weight.double()).flatten(1)
+    actual = from_int8(out) if rounding is INT8 else out.x_TD
+    assert difference(actual, expected) < (0.01 if rounding is NONE else 0.015) + BF16
+
+
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
 def test_a_row_of_not_numbers_reaches_no_token_before_it(wrong):
     """Tiles of 4 tokens, whose last block of rows is one that only some of them see."""
@@ -323,10 +340,10 @@ def expanded_attention(cache, query, weights, counts, ends, page, rounding=NONE)
     return out, contexts, positions
 
 
-@pytest.mark.parametrize("value", [64, 192])
+@pytest.mark.parametrize(("heads", "value"), [(3, 64), (3, 192), (4, 48)])
 @pytest.mark.parametrize("rounding", norm.Rounding)
-def test_attention_over_expanded_contexts(value, rounding):
-    heads, plain, rope, rank, page, counts, ends = 3, 32, 16, 64, 8, [37, 1, 20], [37, 70, 96]
+def test_attention_over_expanded_contexts(heads, value, rounding):
+    plain, rope, rank, page, counts, ends = 32, 16, 64, 8, [37, 1, 20], [37, 70, 96]
     cache, query = randn(3 * 96, rank + rope), randn(sum(counts), heads * (plain + rope) + 8)[:, 8:]
     key, weight = randn(heads, plain, rank) / 8, randn(heads, rank, value) / 8
     out, contexts, positions = expanded_attention(cache, query, (key, weight), counts, ends, page, rounding)

@@ -1,6 +1,7 @@
 """What loading decides about a GPU, without one: whether the kernels take a model, and whether it fits."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.gpu_random import LARGE, SMALL, config_of, random_model
+from moe_worker.config.directory import find_checkpoint, read_checkpoint_config
 from moe_worker.config.quantization import Fp8Storage, PackedStorage
 from moe_worker.engine import gpu
 from moe_worker.errors import SettingsError
@@ -16,6 +18,7 @@ from moe_worker.kernels import registry
 pytest.importorskip("triton")
 from moe_worker.models.cuda_graph import batch_sizes
 
+EXAMPLE = Path(__file__).parents[2] / "examples/docs-moe"
 QWEN = {
     "model_type": "qwen3_moe", "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96,
     "moe_intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -26,8 +29,8 @@ REFUSED = {
     "attention_bias to be false": (SMALL | {"attention_bias": True}, "bf16"),
     "qk_rope_head_dim to be 16, 32": (SMALL | {"qk_rope_head_dim": 8}, "bf16"),
     "hidden_size to be a multiple of 64": (SMALL | {"hidden_size": 96}, "bf16"),
-    "v_head_dim to be a multiple of 64 in w4a8": (SMALL | {"v_head_dim": 48}, "w4a8"),
-    "v_head_dim to be a multiple of 64 in fp8": (SMALL | {"v_head_dim": 48}, "fp8"),
+    "v_head_dim of all heads to be a multiple of 64 in w4a8": (SMALL | {"v_head_dim": 48}, "w4a8"),
+    "v_head_dim of all heads to be a multiple of 64 in fp8": (SMALL | {"v_head_dim": 48}, "fp8"),
     "dtype float32 was asked for": (SMALL, "fp32"),
 }
 
@@ -59,6 +62,13 @@ def test_models_of_published_sizes_run_on_the_kernels(number_format):
     hardware = gpu.probe_gpu(config_of(LARGE), number_format)
     for operation in registry.OPERATIONS:
         assert registry.choose(operation, number_format, hardware).implementation == "triton"
+
+
+@pytest.mark.parametrize("number_format", ["bf16", "fp8", "w4a16", "w4a8"])
+def test_the_example_runs_on_the_kernels(number_format):
+    """Its heads have 48 values, which are no whole pieces of 64."""
+    config = read_checkpoint_config(find_checkpoint(EXAMPLE))
+    assert gpu.probe_gpu(config, number_format).kernels == "triton"
 
 
 def stored_bytes(model):

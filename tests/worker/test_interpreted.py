@@ -22,7 +22,8 @@ CHOSEN = {
         " or (router and not 37) or padding or sorted or dense_block or latents"
         " or (few and (200-1 or elsewhere)) or (linear and w4a8-320-130-77)"
         " or (attention and 6-8-counts1-4) or (experts and 64-40 and (narrow or bf16 or w4a8)) or likeliest"
-        " or (expanded and INT8-64) or (parts and w4a16-1) or fp8_weights",
+        " or (expanded and (INT8-3-64 or INT8-4-48)) or (no_whole_pieces and INT8)"
+        " or (parts and w4a16-1) or fp8_weights",
     ),
     "engine": (ENGINE, "nobody or counted"),
     "w4a8": (W4A8, "plain_torch and False"),
@@ -34,7 +35,7 @@ SLOW = {
         "not_numbers or not_a_number or router or (few and 256-128-1) or (iteration and w4a8-320-2)"
         " or (linear and 320-130-77) or expanded or (experts and 64-40)",
     ),
-    "more of the engine": (ENGINE, "small-w4a8 or padded-dense"),
+    "more of the engine": (ENGINE, "small-w4a8 or padded-dense or values-w4a8 or values-fp8"),
     "few tokens": (ENGINE, "decode and whole"),
     "wide w4a8": (W4A8, "plain_torch and True"),
 }

@@ -27,7 +27,7 @@ from moe_worker.quant.formats import FORMATS
 from moe_worker.quant.fp8 import Fp8Weight
 from moe_worker.quant.int4 import GROUP, Int4Weight
 from moe_worker.quant.int8 import PIECE
-from moe_worker.quant.matrix import Dense, Matrix, join_rows, stack
+from moe_worker.quant.matrix import Matrix, join_rows, stack
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,11 @@ def unsupported(config: ModelConfig, number_format: str) -> str | None:
         ("qk_rope_head_dim", "16, 32, 64 or so on", rope < 16 or rope & (rope - 1)),
         ("hidden_size", f"a multiple of {PIECE}", config.hidden_size % PIECE),
         ("moe_intermediate_size", f"a multiple of {PIECE}", config.moe.intermediate % PIECE),
-        ("v_head_dim", f"a multiple of {PIECE} in {number_format}", packed and attention.v_head_dim % PIECE),
+        (
+            "v_head_dim of all heads",
+            f"a multiple of {PIECE} in {number_format}",
+            packed and attention.num_attention_heads * attention.v_head_dim % PIECE,
+        ),
     ]
     return next(
         (f"the GPU kernels need {name} to be {right}" for name, right, is_wrong in wrong if is_wrong), None
@@ -155,7 +159,7 @@ def _layer(
             config.latent.kv_lora_rank,
         ),
         value_HRV=functional.pad(attention.value_HRV, (0, more_v, 0, more_r)).contiguous(),
-        output=_packed(_pad_values(attention.output.matrix, heads, more_v), _int8(attention.output)),
+        output=_ready(attention.output),
         block_norm_D=layer.block_norm,
         router_ED=None if router is None else router.weight_ED,
         bias_E=None if router is None else router.bias_E,
@@ -228,15 +232,6 @@ def _pad_heads(matrix: Matrix, heads: int, width: int, padded: int, rope: int) -
         ).flatten(0, 1)
 
     return matrix if width == padded else matrix.map(spread)
-
-
-def _pad_values(matrix: Matrix, heads: int, more: int) -> Matrix:
-    """Zeros behind the inputs of each head; packed weights never need them (`unsupported`)."""
-    if more == 0:
-        return matrix
-    if matrix.dense is None:
-        raise ValueError("inputs of a head in packed weights cannot be padded")
-    return Dense(functional.pad(matrix.dense.unflatten(1, (heads, -1)), (0, more)).flatten(1))
 
 
 def _ready(linear: Linear) -> Weight:

@@ -112,8 +112,8 @@ class CudaLayer:
         if self.query is not None and self.query_norm_Q is not None:
             low = norm(query_TO, None, self.query_norm_Q, INNER_NORM_EPS, self.query, shared.wide)
             query_TO = linear(low, self.query, shared.wide)
-        value = self.value_HRV.shape[2]
-        values = Activation.empty(tokens, heads * value, x_TD.device, piece_of(value))
+        inputs = self.output.shape[1] if isinstance(self.output, Tensor) else self.output.inputs
+        values = Activation.empty(tokens, inputs, x_TD.device, piece_of(inputs // heads))
         attend_to = self._absorbed if shared.contexts is None else self._expanded
         # With few tokens the projection rounds, so that a head's values come from several programs.
         if few.takes(self.output, values):
@@ -143,11 +143,10 @@ class CudaLayer:
     ) -> None:  # fmt: skip
         if shared.contexts is None:
             raise ValueError("a pass without contexts has no keys and values to expand")
-        _, plain, rank = self.latent.key_HNR.shape
+        heads, plain, rank = self.latent.key_HNR.shape
         self._write(query_TO, latent_TW, shared, cache_SW, None)
-        expanded_CO, latents_CW = expand(
-            cache_SW, shared.contexts.rows_C, self.latent.key_HNR, self.value_HRV
-        )
+        value_HRV = self.value_HRV[:, :, : out.x_TD.shape[1] // heads]
+        expanded_CO, latents_CW = expand(cache_SW, shared.contexts.rows_C, self.latent.key_HNR, value_HRV)
         attend_expanded(
             query_TO, expanded_CO, latents_CW, shared.positions_T, shared.contexts, plain, rank, shared.scale,
             out, rounded,

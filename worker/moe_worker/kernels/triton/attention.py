@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_worker.kernels.triton.launch import launch, wait_for_inputs
-from moe_worker.kernels.triton.norm import Activation, Rounding
+from moe_worker.kernels.triton.norm import Activation, Rounding, round_pieces
 from moe_worker.kernels.triton.tiles import add_dot_bf16, dot_bf16, int8_scale, round_even
+from moe_worker.quant.int8 import piece_of
 
 
 class TokenTiles(NamedTuple):
@@ -199,10 +200,13 @@ def attend(
 @triton.jit(do_not_specialize=["tokens"])
 def _merge(
     parts, lse, value, out, out_q, out_scale, tokens,
-    HEADS: tl.constexpr, RANK: tl.constexpr, VALUE: tl.constexpr, SLICES: tl.constexpr, TAKEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, ROUNDING: tl.constexpr,
+    HEADS: tl.constexpr, RANK: tl.constexpr, VALUE: tl.constexpr, WIDTH: tl.constexpr, SLICES: tl.constexpr,
+    TAKEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr,
+    ROUNDING: tl.constexpr,
 ):  # fmt: skip
-    """TAKEN: tokens of a program; a product has BLOCK_M rows at least."""
+    """TAKEN: tokens of a program; a product has BLOCK_M rows at least. WIDTH: values of a head that are no
+    padding.
+    """
     m = tl.arange(0, BLOCK_M)
     token_M = (tl.program_id(0) * TAKEN + m).to(tl.int64)
     head = tl.program_id(1)
@@ -224,26 +228,29 @@ def _merge(
             latent_MR += x.to(tl.float32) * share_M[:, None]
         w = tl.load(value + (head * RANK + r[:, None]) * VALUE + v[None, :])
         acc_MV = add_dot_bf16(acc_MV, latent_MR.to(tl.bfloat16), w)
-    to = token_M[:, None] * (HEADS * VALUE) + head * VALUE + v[None, :]
+    to = token_M[:, None] * (HEADS * WIDTH) + head * WIDTH + v[None, :]
+    mask = mask_M[:, None]
+    if WIDTH < VALUE:
+        mask = mask & (v < WIDTH)[None, :]
     y = acc_MV.to(tl.bfloat16)
     if ROUNDING > 0:
         y32 = y.to(tl.float32)
         scale_M = int8_scale(y32, 1)
         steps = round_even(y32 / scale_M[:, None])
         if ROUNDING == 1:
-            tl.store(out_q + to, steps.to(tl.int8), mask=mask_M[:, None])
+            tl.store(out_q + to, steps.to(tl.int8), mask=mask)
             x_piece = (head * VALUE) // BLOCK_V + tl.program_id(2)
             tl.store(out_scale + token_M * (HEADS * VALUE // BLOCK_V) + x_piece, scale_M, mask=mask_M)
         else:
             y = (steps * scale_M[:, None]).to(tl.bfloat16)
     if ROUNDING != 1:
-        tl.store(out + to, y, mask=mask_M[:, None])
+        tl.store(out + to, y, mask=mask)
 
 
 @triton.jit
 def _merge_few(
     parts, lse, value, out, out_q, out_scale,
-    HEADS: tl.constexpr, RANK: tl.constexpr, VALUE: tl.constexpr, SLICES: tl.constexpr,
+    HEADS: tl.constexpr, RANK: tl.constexpr, VALUE: tl.constexpr, WIDTH: tl.constexpr, SLICES: tl.constexpr,
     BLOCK_V: tl.constexpr, ROUNDING: tl.constexpr,
 ):  # fmt: skip
     """As `_merge`, with a token and head a program: all it reads is loaded at once, weights early."""
@@ -259,7 +266,7 @@ def _merge_few(
     latent_R = tl.sum(parts_SR * (share_S / tl.sum(share_S, axis=0))[:, None], axis=0)
     latent_R = latent_R.to(tl.bfloat16).to(tl.float32)
     y = tl.sum(latent_R[:, None] * w_RV.to(tl.float32), axis=0).to(tl.bfloat16)
-    to = token * (HEADS * VALUE) + head * VALUE + v
+    to = token * (HEADS * WIDTH) + head * WIDTH + v
     if ROUNDING > 0:
         y32 = y.to(tl.float32)
         scale = int8_scale(y32, 0)
@@ -270,7 +277,9 @@ def _merge_few(
             tl.store(out_scale + token * (HEADS * VALUE // BLOCK_V) + x_piece, scale)
         else:
             y = (steps * scale).to(tl.bfloat16)
-    if ROUNDING != 1:
+    if WIDTH < VALUE:
+        tl.store(out + to, y, mask=v < WIDTH)
+    elif ROUNDING != 1:
         tl.store(out + to, y)
 
 
@@ -290,16 +299,30 @@ def merged_tokens(tokens: int, heads: int) -> int:
 def merge_values(
     parts_THSR: Tensor, lse_THS: Tensor, value_HRV: Tensor, out: Activation, rounding: Rounding
 ) -> None:
-    """Merges the KV splits and expands latents to values: [T, H * V], V a multiple of out.piece."""
+    """Merges the KV splits and expands latents to values: [T, H * V].
+
+    `value_HRV` may be padded behind V. Where a scale of `out` is of several heads, another launch rounds.
+    """
+    if out.x_TD.shape[1] < value_HRV.shape[0] * value_HRV.shape[2]:
+        _merge_values(parts_THSR, lse_THS, value_HRV, out, Rounding.NONE)
+        round_pieces(out, rounding)
+    else:
+        _merge_values(parts_THSR, lse_THS, value_HRV, out, rounding)
+
+
+def _merge_values(
+    parts_THSR: Tensor, lse_THS: Tensor, value_HRV: Tensor, out: Activation, rounding: Rounding
+) -> None:
     tokens, heads, slices, rank = parts_THSR.shape
-    value = value_HRV.shape[2]
-    block_v = out.piece
+    value, width = value_HRV.shape[2], out.x_TD.shape[1] // heads
+    block_v = piece_of(value)
     if tokens <= FEW_TOKENS:
         # Nothing is shared by the values of a piece that are not rounded: more programs take fewer.
         block_v = FEW_VALUES if rounding is Rounding.NONE else block_v
         _merge_few[(tokens, heads, value // block_v)](
             parts_THSR, lse_THS, value_HRV, out.x_TD, out.q_TD, out.scales_TX,
-            HEADS=heads, RANK=rank, VALUE=value, SLICES=slices, BLOCK_V=block_v, ROUNDING=rounding.value,
+            HEADS=heads, RANK=rank, VALUE=value, WIDTH=width, SLICES=slices, BLOCK_V=block_v,
+            ROUNDING=rounding.value,
             num_warps=16 if rank * block_v >= 65536 else 4, **launch(tokens),
         )  # fmt: skip
         return
@@ -307,7 +330,7 @@ def merge_values(
     taken = merged_tokens(tokens, heads) if few else 64
     _merge[(triton.cdiv(tokens, taken), heads, value // block_v)](
         parts_THSR, lse_THS, value_HRV, out.x_TD, out.q_TD, out.scales_TX, tokens,
-        HEADS=heads, RANK=rank, VALUE=value, SLICES=slices, TAKEN=taken,
+        HEADS=heads, RANK=rank, VALUE=value, WIDTH=width, SLICES=slices, TAKEN=taken,
         BLOCK_M=16 if few else 64, BLOCK_R=min(64 if few and not many else 128, rank), BLOCK_V=block_v,
         ROUNDING=rounding.value,
         # Pipelining holds the parts of all splits in shared memory.

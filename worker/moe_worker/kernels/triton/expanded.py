@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_worker.kernels.triton.attention import TokenTiles
-from moe_worker.kernels.triton.norm import Activation, Rounding
+from moe_worker.kernels.triton.norm import Activation, Rounding, round_pieces
 from moe_worker.kernels.triton.tiles import add_dot_bf16, dot_bf16, int8_scale, round_even
 
 
@@ -147,7 +147,9 @@ TILE = ExpandedTile(64, 4, 2)
 
 def expand(cache_SW: Tensor, rows_C: Tensor, key_HNR: Tensor, value_HRV: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values bf16 [C, O] of the cache's rows, and these rows themselves, bf16 [C, W]."""
-    latents_CW = cache_SW.index_select(0, rows_C).to(torch.bfloat16)
+    # torch may index e4m3 only as bytes.
+    stored_SW = cache_SW.view(torch.uint8) if cache_SW.itemsize == 1 else cache_SW
+    latents_CW = stored_SW.index_select(0, rows_C).view(cache_SW.dtype).to(torch.bfloat16)
     weights_OR = torch.cat((key_HNR.flatten(0, 1), value_HRV.transpose(1, 2).flatten(0, 1)))
     return functional.linear(latents_CW[:, : key_HNR.shape[2]], weights_OR), latents_CW
 
@@ -156,17 +158,20 @@ def attend_expanded(
     query_TO: Tensor, expanded_CO: Tensor, latents_CW: Tensor, positions_T: Tensor, contexts: Contexts,
     plain: int, rank: int, scale: float, out: Activation, rounding: Rounding, cut: ExpandedTile = TILE,
 ) -> None:  # fmt: skip
-    """Writes attention's values, [T, H * V], V a multiple of out.piece.
+    """Writes attention's values, [T, H * V]. Another launch rounds where a scale is of several heads.
 
     query_TO: bf16 [T, H * (N + P)], rotated; rows may have any stride. plain: N.
     """
     rope = latents_CW.shape[1] - rank
     heads = query_TO.shape[1] // (plain + rope)
     value = expanded_CO.shape[1] // heads - plain
+    rounded = Rounding.NONE if value % out.piece else rounding
     _attend_expanded[(heads, contexts.tiles.first_C.shape[0])](
         query_TO, query_TO.stride(0), expanded_CO, latents_CW, positions_T, contexts.tiles.sequence_C,
         contexts.tiles.first_C, contexts.tiles.count_C, contexts.first_B, out.x_TD, out.q_TD, out.scales_TX,
         scale, HEADS=heads, PLAIN=plain, ROPE=rope, RANK=rank, VALUE=value,
         BLOCK_V=triton.next_power_of_2(value), BLOCK_T=contexts.tiles.most, BLOCK_S=cut.s, PIECE=out.piece,
-        ROUNDING=rounding.value, num_warps=cut.warps, num_stages=cut.stages,
+        ROUNDING=rounded.value, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
+    if rounded is not rounding:
+        round_pieces(out, rounding)

@@ -87,6 +87,31 @@ def _residual_norm(
     tl.store(out + t * WIDTH + d, y, mask=mask)
 
 
+@triton.jit
+def _round_pieces(x, out_q, out_scale, WIDTH: tl.constexpr, PIECE: tl.constexpr, ROUNDING: tl.constexpr):
+    token, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    wait_for_inputs()
+    at = token * WIDTH + piece * PIECE + tl.arange(0, PIECE)
+    y = tl.load(x + at).to(tl.float32)
+    scale = int8_scale(y, 0)
+    steps = round_even(y / scale)
+    if ROUNDING == 1:
+        tl.store(out_q + at, steps.to(tl.int8))
+        tl.store(out_scale + token * (WIDTH // PIECE) + piece, scale)
+    else:
+        tl.store(x + at, (steps * scale).to(tl.bfloat16))
+
+
+def round_pieces(x: Activation, rounding: Rounding) -> None:
+    """Rounds `x.x_TD`, where the kernel that wrote it could not: a scale is of values of several programs."""
+    if rounding is not Rounding.NONE:
+        tokens, width = x.x_TD.shape
+        _round_pieces[(tokens, width // x.piece)](
+            x.x_TD, x.q_TD, x.scales_TX, WIDTH=width, PIECE=x.piece, ROUNDING=rounding.value, num_warps=1,
+            **launch(tokens),
+        )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Added:
     """What is to be added to a residual: each token's sum of S rows of `rows_MD`, bf16 [T * S, D].
