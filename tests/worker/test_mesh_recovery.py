@@ -70,7 +70,7 @@ def test_ranks_that_are_killed_or_hang_cost_no_token(tmp_path, caplog):
             stack.callback(running[-1].kill)
 
         def lose(how):
-            running[-1].processes[0].send_signal(how)
+            running[-1].send_signal(how)
             start()
 
         start()
@@ -107,7 +107,7 @@ def test_a_mesh_serves_without_a_rank_whose_experts_others_have_and_takes_it_in_
         stack.callback(engine._loaded.member.close)
         core, present = EngineCore(engine._loaded, EngineOptions(**mesh)), []
         engine._loaded.member.on_change = lambda: present.append(core.mesh_report.ready_ranks)
-        found, took = run(core, {9: lambda: running[0].processes[0].send_signal(how)})
+        found, took = run(core, {9: lambda: running[0].send_signal(how)})
         assert found == expected
         assert (0,) in present
         assert max(took.values()) < FOUND_S
