@@ -16,12 +16,13 @@ from ipaddress import IPv4Address, IPv4Interface
 from types import TracebackType
 
 _NLMSG_ERROR = 2
-_RTM_NEWLINK, _RTM_DELLINK, _RTM_NEWADDR, _RTM_DELADDR, _RTM_NEWROUTE = 16, 17, 20, 21, 24
+_RTM_NEWLINK, _RTM_DELLINK, _RTM_NEWADDR, _RTM_DELADDR, _RTM_NEWROUTE, _RTM_DELROUTE = 16, 17, 20, 21, 24, 25
 _REQUEST, _ACK, _EXCL, _CREATE = 0x1, 0x4, 0x200, 0x400
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_NET_NS_FD = 1, 3, 10, 18, 28
 _IFLA_INFO_KIND, _IFLA_INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
-_RTA_GATEWAY = 5
+_RTA_DST, _RTA_GATEWAY = 1, 5
+_UNICAST, _BLACKHOLE = 1, 6
 _IFF_UP = 1
 _NESTED = 0x8000
 _SIOCGIFINDEX = 0x8933
@@ -147,9 +148,25 @@ class Netlink:
 
     def add_default_route(self, gateway: IPv4Address) -> None:
         """Sends everything that is not on a connected network to `gateway`."""
-        # struct rtmsg: the main table is 254, protocol static 4, scope universe 0, type unicast 1
-        message = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, 254, 4, 0, 1, 0)
-        self._request(_RTM_NEWROUTE, message + attribute(_RTA_GATEWAY, gateway.packed), _CREATE | _EXCL)
+        body = _route(0, _UNICAST) + attribute(_RTA_GATEWAY, gateway.packed)
+        self._request(_RTM_NEWROUTE, body, _CREATE | _EXCL)
+
+    def add_dropping_route(self, address: IPv4Address) -> None:
+        """Drops everything that is sent to `address`, also over connections that exist."""
+        self._request(_RTM_NEWROUTE, _dropping(address), _CREATE | _EXCL)
+
+    def delete_dropping_route(self, address: IPv4Address) -> None:
+        """Lets packets to `address` through again."""
+        self._request(_RTM_DELROUTE, _dropping(address))
+
+
+def _route(prefix: int, kind: int) -> bytes:
+    """struct rtmsg: the main table is 254, protocol static 4, scope universe 0."""
+    return struct.pack("=BBBBBBBBI", socket.AF_INET, prefix, 0, 0, 254, 4, 0, kind, 0)
+
+
+def _dropping(address: IPv4Address) -> bytes:
+    return _route(32, _BLACKHOLE) + attribute(_RTA_DST, address.packed)
 
 
 def _address(index: int, address: IPv4Interface) -> bytes:

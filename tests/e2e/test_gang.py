@@ -11,10 +11,13 @@ import pytest
 
 import moe_worker
 from localcluster import Cluster
+from tests.e2e.partition import partition
 from tests.e2e.serving import EXAMPLE, Served, eventually, kill_processes, request
 from tests.operator.live import Live
 
 PROMPT = "The kernel maps a page of memory"
+CUT_S = 4.0
+"""Longer than a rank may be silent."""
 SMALL = {"resources": {"requests": {"cpu": "100m", "memory": "256Mi"}}}
 
 
@@ -38,11 +41,15 @@ def apply(served, **parallelism):
     )
 
 
-def tokens(served):
+def tokens(served, count=24, at_first=lambda: None):
+    """Of the greedy answer. at_first: called when the first ones have come."""
+    found = []
     with served.frontend() as stub:
-        return [
-            token for response in stub.Generate(request(PROMPT, 24), timeout=120) for token in response.tokens
-        ]
+        for response in stub.Generate(request(PROMPT, count), timeout=120):
+            if not found:
+                at_first()
+            found += response.tokens
+    return found
 
 
 def answers(served):
@@ -62,19 +69,35 @@ def restarts(served, pod):
     return sum(container["restartCount"] for container in status.get("containerStatuses", ()))
 
 
+def addresses(served, *pods):
+    path = "jsonpath={.status.podIP}"
+    return {pod: served.kubectl("get", "pod", pod, "-o", path) for pod in pods}
+
+
 @pytest.mark.parametrize(
     ("pipeline", "expert"),
     [(1, 2), pytest.param(2, 2, marks=pytest.mark.slow), pytest.param(1, 4, marks=pytest.mark.slow)],
 )
 def test_a_gang_gives_the_tokens_of_one_process_and_heals(gang, pipeline, expert):
-    expected = moe_worker.Engine(EXAMPLE).generate([PROMPT], moe_worker.SamplingParameters(max_tokens=24))[0]
+    engine = moe_worker.Engine(EXAMPLE)
+    expected, longer = (
+        engine.generate([PROMPT], moe_worker.SamplingParameters(max_tokens=count))[0].token_ids
+        for count in (24, 300)
+    )
     apply(gang, pipeline=pipeline, expert=expert)
     eventually(lambda: gang.ready().get("status") == "True", "the gang Ready", 240)
-    assert tokens(gang) == expected.token_ids
+    assert tokens(gang) == expected
     assert len(gang.pods("worker")) == pipeline * expert
     assert status(gang)["replicas"] == status(gang)["readyReplicas"] == 1
 
-    last = gang.pods("worker")[-1]
+    first, *_, last = gang.pods("worker")
+    with partition(addresses(gang, first, last), CUT_S) as cut:
+        assert tokens(gang, 300, cut.begin) == longer
+    said = gang.kubectl("logs", first)
+    assert "no heartbeat received" in said
+    assert "has formed again (1)" in said
+    assert restarts(gang, last) == 0
+
     assert kill_processes(f"HOSTNAME={last}")
     eventually(lambda: restarts(gang, last) >= 1, f"{last} restarted")
-    eventually(lambda: answers(gang) == expected.token_ids, "the same tokens again", 90)
+    eventually(lambda: answers(gang) == expected, "the same tokens again", 90)
