@@ -84,7 +84,7 @@ class Gang:
             for rank in range(ranks)
         ]
         self._commands[0] += ["--listen", self.address]
-        self._log = log.open("ab")
+        self._path, self._log = log, log.open("ab")
         self._ended = False
         self._running = [self._start(rank) for rank in range(ranks)]
         self._restarts = threading.Thread(target=self._restart)
@@ -112,6 +112,22 @@ class Gang:
         children = Path(f"/proc/{self.pid(rank)}/task/{self.pid(rank)}/children").read_text().split()
         return int(children[0])
 
+    def terminate(self) -> None:
+        """As the kubelet does when the replica is replaced: it drains, ends, and all its ranks start anew."""
+        for process in list(self._running):
+            process.terminate()
+
+    def moves_experts(self) -> Callable[[], bool]:
+        """Whether the leader has begun to move experts since this call."""
+        offset = self._path.stat().st_size
+
+        def begun() -> bool:
+            with self._path.open("rb") as file:
+                file.seek(offset)
+                return b"moving experts of layer" in file.read()
+
+        return begun
+
     def kill(self, rank: int) -> None:
         self._running[rank].kill()
 
@@ -132,15 +148,24 @@ class Gang:
         self._proxies[rank].cut()
         threading.Timer(LIVENESS_S, self._proxies[rank].join).start()
 
-    def mesh(self) -> worker_pb2.Mesh | None:
+    def load(self) -> worker_pb2.GetLoadResponse | None:
         """What the leader says; None where it says nothing."""
         with grpc.insecure_channel(self.address, options=transport.CLIENT_OPTIONS) as channel:
             stub = worker_pb2_grpc.WorkerServiceStub(channel)
             try:
-                load = stub.GetLoad(worker_pb2.GetLoadRequest(), timeout=2)
+                return stub.GetLoad(worker_pb2.GetLoadRequest(), timeout=2)
             except grpc.RpcError:
                 return None
-            return load.mesh if load.HasField("mesh") else None
+
+    def mesh(self) -> worker_pb2.Mesh | None:
+        """Its part about the ranks."""
+        load = self.load()
+        return load.mesh if load is not None and load.HasField("mesh") else None
+
+    def serves(self) -> bool:
+        """Whether it has requests."""
+        load = self.load()
+        return load is not None and load.running + load.queued > 0
 
     def is_whole(self) -> bool:
         mesh = self.mesh()
