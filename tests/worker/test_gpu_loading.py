@@ -107,6 +107,12 @@ def test_weights_that_do_not_fit_are_refused_with_what_would():
         gpu.check_weights_fit(config, "bf16", device, free=24 * 10**9)
     with pytest.raises(SettingsError, match=r"has 4.0 GB free; use a larger GPU"):
         gpu.check_weights_fit(config, "w4a8", device, free=4 * 10**9)
+    gpu.check_weights_fit(config, "bf16", device, free=24 * 10**9, share=0.5)
+    sentence = (
+        r"the weights of this rank take about 15.7 GB .*; use --format w4a8, .* or use .* or more ranks"
+    )
+    with pytest.raises(SettingsError, match=sentence):
+        gpu.check_weights_fit(config, "bf16", device, free=8 * 10**9, share=0.5)
 
 
 @given(st.integers(1, 1000))

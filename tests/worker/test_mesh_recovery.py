@@ -14,9 +14,10 @@ from moe_worker.engine.core import EngineCore
 from moe_worker.engine.offline import Engine
 from moe_worker.engine.requests import Request
 from moe_worker.mesh import part, recovery
-from moe_worker.mesh.errors import MeshError
+from moe_worker.mesh.errors import MeshError, RankAbsentError, RankLostError
+from moe_worker.mesh.messages import Allocate
 from moe_worker.mesh.places import ExpertPlaces
-from moe_worker.mesh.recovery import may_spare
+from moe_worker.mesh.recovery import REFORM_S, Recovery, may_spare
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.scheduler.core import Scheduler
 from moe_worker.scheduler.plan import Arrival, Limits
@@ -169,6 +170,41 @@ def test_a_rank_that_never_comes_back_is_named(tmp_path, patient, monkeypatch):
         with pytest.raises(MeshError, match=r"ranks \[1\] did not join within 0.2 s"):
             run(core, {3: kill})
         assert time.monotonic() - begin[0] < FOUND_S
+
+
+def recovery_of(reform):
+    """Of rank 1, which meets the others by `reform`."""
+    channel = SimpleNamespace(send=lambda _: None, receive=lambda _: Allocate(4))
+    member = SimpleNamespace(
+        leads=False, rank=1, shape=MeshShape(1, 2), reform=reform, group=None, channels=[channel],
+        absent=(), formation=1,
+    )  # fmt: skip
+    return Recovery(member, SimpleNamespace(device=torch.device("cpu")), None, 4, lambda: None)
+
+
+def test_a_rank_whose_leader_does_not_return_ends():
+    waited = []
+
+    def reform(seconds, _):
+        waited.append(seconds)
+        raise RankAbsentError("the leader is out of reach")
+
+    with pytest.raises(RankAbsentError, match="out of reach"):
+        recovery_of(reform).recover(RankLostError("rank 0 left the mesh"))
+    assert waited == [REFORM_S]
+
+
+def test_a_rank_that_the_leader_refuses_ends_and_one_that_it_calls_does_not(monkeypatch):
+    monkeypatch.setattr(recovery, "REFORM_PAUSE_S", 0.0)
+
+    def refused(*_):
+        raise MeshError("rank 1 is refused")
+
+    with pytest.raises(MeshError, match="is refused"):
+        recovery_of(refused).recover(RankLostError("rank 0 left the mesh"))
+    called = recovery_of(lambda *_: None)
+    for _ in range(3 * recovery.MOST_REFORMS):
+        called.recover(RankLostError("rank 0 left the mesh"))
 
 
 def test_a_lost_cache_is_computed_again():

@@ -23,12 +23,15 @@ class Cramped:
     inner: object
     tokens: int
     sequences: int
+    lack: type = torch.OutOfMemoryError
     refused: int = 0
 
     def logits(self, batch, cache, rows):
         if len(batch.tokens_T) > self.tokens or len(batch.segments) > self.sequences:
             self.refused += 1
-            raise torch.OutOfMemoryError("no memory")
+            if self.lack is RuntimeError:
+                torch.empty(1 << 50, dtype=torch.uint8)  # as the allocator of CPUs says it
+            raise self.lack("no memory")
         return self.inner.logits(batch, cache, rows)
 
     def expert_counter(self):
@@ -68,3 +71,13 @@ def test_a_device_without_room_for_one_token_ends_the_engine(endless):
         DeviceMemoryError, match="no memory left for a step of one token; lower the KV memory"
     ):
         run(replace(loaded, runner=Cramped(loaded.runner, 0, 0)), options, flights=1)
+
+
+@pytest.mark.parametrize("lack", [MemoryError, RuntimeError])
+def test_steps_shrink_on_cpus_too(endless, lack):
+    options = EngineOptions(device="cpu", dtype="float32", context_length=256, threads=1)
+    loaded = load(endless, options, progress=False)
+    expected = run(loaded, options, flights=1)
+    runner = Cramped(loaded.runner, 70, 8, lack)
+    assert run(replace(loaded, runner=runner), options, flights=1) == expected
+    assert 0 < runner.refused < 30

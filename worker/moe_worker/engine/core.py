@@ -7,6 +7,7 @@ computes a step, the one before computes the next.
 """
 
 import logging
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -25,8 +26,9 @@ from moe_worker.engine.requests import Delta, FinishReason, Load, Request
 from moe_worker.engine.statistics import Event, ExpertStatistics, Statistics, Tally
 from moe_worker.errors import DeviceMemoryError, RequestError
 from moe_worker.kvcache.host import HostPages
-from moe_worker.mesh.errors import MeshError
+from moe_worker.mesh.errors import MeshError, RankMemoryError
 from moe_worker.mesh.runner import MeshRunner
+from moe_worker.models.memory import lack_of_memory
 from moe_worker.sampling.guides import Guide
 from moe_worker.sampling.text import TextStream
 from moe_worker.scheduler.core import Scheduler
@@ -226,13 +228,14 @@ class EngineCore:
     def _launch(self, step: Step) -> None:
         active = [self._active[chunk.id] for chunk in step.chunks]
         try:
-            flight = self._launcher.launch(step, active, self._flights)
+            with lack_of_memory():
+                flight = self._launcher.launch(step, active, self._flights)
         except torch.OutOfMemoryError as error:
             self._shrink(step, error)
             self._scheduler.retract(step, shrink=True)
             self._give_up()
         except MeshError as error:
-            self._scheduler.retract(step, shrink=False)
+            self._scheduler.retract(step, shrink=step.tokens >= _too_many(error))
             self._recover(error)
         else:
             self._flights.append(flight)
@@ -241,8 +244,9 @@ class EngineCore:
     def _finish(self, count: int) -> bool:
         """Samples the `count` oldest steps; False where that fails: those not sampled are undone then."""
         try:
-            for flight in list(self._flights)[: max(0, count)]:
-                flight.finish()
+            with lack_of_memory():
+                for flight in list(self._flights)[: max(0, count)]:
+                    flight.finish()
         except torch.OutOfMemoryError as error:
             self._shrink(self._flights[-1].step, error)
             self._give_up()
@@ -256,31 +260,34 @@ class EngineCore:
         """Raises DeviceMemoryError where steps cannot become smaller than `step`."""
         alone = all(flight.step is step for flight in self._flights)
         if step.tokens == 1 and alone:
-            raise DeviceMemoryError(
-                f"{self._loaded.device} has no memory left for a step of one token; lower the KV memory, "
-                "or use a smaller format"
-            ) from error
+            raise _no_memory(str(self._loaded.device)) from error
         log.warning("out of memory in a step of %d tokens; going on with smaller ones", step.tokens)
         torch.cuda.empty_cache()
 
     def _give_up(self) -> None:
         """Undoes the steps that are not sampled yet; later ones are smaller."""
-        self._retract(shrink=True)
+        self._retract(too_many=0)
         self._launcher.discard()
 
-    def _retract(self, *, shrink: bool) -> None:
-        """Undoes all steps in flight that are not sampled yet."""
+    def _retract(self, too_many: float) -> None:
+        """Undoes the steps in flight that are not sampled; those of `too_many` tokens do not fit."""
         while self._flights and not self._flights[-1].finished:
-            self._scheduler.retract(self._flights.pop().step, shrink=shrink)
+            step = self._flights.pop().step
+            self._scheduler.retract(step, shrink=step.tokens >= too_many)
 
     def _recover(self, error: MeshError) -> None:
         """Forms the mesh again; every running request is recomputed from its prompt and its tokens.
 
-        Raises MeshError if that fails.
+        Raises MeshError if that fails, DeviceMemoryError if a rank has no memory for a step of one token.
         """
         if not isinstance(self._loaded.runner, MeshRunner):
             raise error
-        self._retract(shrink=False)
+        self._retract(_too_many(error))
+        if isinstance(error, RankMemoryError):
+            if error.tokens == 1:
+                raise _no_memory(f"rank {error.rank}") from error
+            most = self._scheduler.budget.ceiling
+            log.warning("%s; steps have up to %d tokens from now on", error, most)
         self._loaded.runner.reform(error)
         lost = self._scheduler.lose_cache()
         log.warning("the cache of the mesh is lost; %d requests are recomputed", len(lost))
@@ -325,6 +332,17 @@ class EngineCore:
         """Ends a request without a token."""
         self.cancel(request)
         return Delta(request, "", None, reason)
+
+
+def _too_many(error: MeshError) -> float:
+    """Tokens of a step for which a rank has no memory."""
+    return error.tokens if isinstance(error, RankMemoryError) else math.inf
+
+
+def _no_memory(who: str) -> DeviceMemoryError:
+    return DeviceMemoryError(
+        f"{who} has no memory left for a step of one token; lower the KV memory, or use a smaller format"
+    )
 
 
 def _limits(loaded: LoadedModel, options: EngineOptions) -> Limits:

@@ -78,18 +78,23 @@ def weight_bytes(config: ModelConfig, number_format: str) -> int:
     return int((config.parameters_total - kept) * bits / 8 + kept * dense)
 
 
-def check_weights_fit(config: ModelConfig, number_format: str, device: torch.device, free: int) -> None:
+def check_weights_fit(
+    config: ModelConfig, number_format: str, device: torch.device, free: int, share: float = 1.0
+) -> None:
     """Raises SettingsError if the weights do not fit into `free` bytes of `device`; the message says what
     would fit.
+
+    share: of the weights, which a rank of a mesh holds.
     """
-    needed = weight_bytes(config, number_format)
+    needed = share * weight_bytes(config, number_format)
     if needed <= free:
         return
-    packed = weight_bytes(config, "w4a8")
+    packed = share * weight_bytes(config, "w4a8")
+    part, larger = ("the weights", "") if share == 1 else ("the weights of this rank", " or more ranks")
     smaller = f"use --format w4a8, which takes about {packed / GB:.1f} GB, or " if packed < free else ""
     raise SettingsError(
-        f"the weights take about {needed / GB:.1f} GB as {number_format}, and {device} has "
-        f"{free / GB:.1f} GB free; {smaller}use a larger GPU"
+        f"{part} take about {needed / GB:.1f} GB as {number_format}, and {device} has "
+        f"{free / GB:.1f} GB free; {smaller}use a larger GPU{larger}"
     )
 
 

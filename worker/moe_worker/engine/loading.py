@@ -23,6 +23,7 @@ from moe_worker.kernels.cpu.library import Kernels
 from moe_worker.kernels.registry import Hardware, choose, explain, probe_cpu
 from moe_worker.kvcache.paged import FP8, CacheShape, PagedCache
 from moe_worker.mesh.member import Member
+from moe_worker.mesh.part import share_of
 from moe_worker.mesh.rank_stage import ModelStage
 from moe_worker.mesh.recovery import agree_on_pages
 from moe_worker.mesh.runner import MeshRunner
@@ -115,8 +116,11 @@ def load(
     with contextlib.ExitStack() as unfinished, torch.inference_mode():
         if shape.ranks > 1:
             spread = Spread.join(directory, config, options, placement)
-            unfinished.callback(spread.member.close)
+            unfinished.push(_giving_up(spread.member))
             stage = spread.stage()
+            if device.type == "cuda":
+                free = torch.cuda.mem_get_info(device)[0]
+                gpu.check_weights_fit(config, name, device, free, share_of(stage, spread.stored))
             rows = replace(rows, layers=len(stage.layers))
         model = load_model(directory, config, placement, context, progress, stage)
         balance(model, directory, options)
@@ -129,6 +133,16 @@ def load(
         keep_freed()
     lines = tuple(explain(name, hardware))
     return LoadedModel(config, runner, tokenizer, cache, context, name, lines, member, learner)
+
+
+def _giving_up(member: Member) -> Callable[..., None]:
+    """The end of a block that loads: other ranks are told why it fails."""
+
+    def leave(_kind: object, error: BaseException | None, _trace: object) -> None:
+        if error is not None:
+            member.give_up(error)
+
+    return leave
 
 
 def _cache_shape(config: ModelConfig, options: EngineOptions, dtype: torch.dtype, path: str) -> CacheShape:

@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from moe_worker.framing import LENGTH_BYTES, MalformedMessageError
-from moe_worker.mesh.errors import MeshError, RankLostError
-from moe_worker.mesh.messages import CODEC, Beat, End, Message
+from moe_worker.mesh.errors import MeshError, RankFailedError, RankLostError, RankMemoryError
+from moe_worker.mesh.messages import CODEC, Beat, End, Failed, Message
 
 log = logging.getLogger(__name__)
 LARGEST_FRAME: Final = 1 << 28
 _ONE_VERSION: Final = "use the same worker version on all ranks"
+# The other end has so long to take note of a failure.
+NOTED_S: Final = 5.0
+Lost = Callable[["Channel", MeshError], None]
 
 
 class Channel:
@@ -38,8 +41,8 @@ class Channel:
         self._limit_s = self._ends = math.inf
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def listen(self, lost: Callable[["Channel", str], None]) -> None:
-        """Reads in a thread from now on, which calls `lost` with a sentence when the connection ends."""
+    def listen(self, lost: Lost) -> None:
+        """Reads in a thread from now on, which calls `lost` when the other end fails or is gone."""
         self._inbox = queue.SimpleQueue()
         threading.Thread(
             target=self._listen, args=(self._inbox, lost), name=f"mesh rank {self.rank}", daemon=True
@@ -61,11 +64,24 @@ class Channel:
         with self._sending:
             self._send(frame)
 
+    def fail(self, sentence: str, tokens: int = 0) -> None:
+        """Says why this rank cannot go on; returns when the other end knows, and has ended the connection.
+
+        Only where the channel listens. Until then other ranks wait: they learn it from the leader.
+        """
+        with contextlib.suppress(MeshError):
+            self.send(Failed(sentence, tokens))
+        ends = time.monotonic() + NOTED_S
+        while self._inbox is not None and (left := ends - time.monotonic()) > 0:
+            with contextlib.suppress(queue.Empty):
+                if isinstance(self._inbox.get(timeout=left), MeshError):
+                    return
+
     def receive(self, *kinds: type[Any], most: int = LARGEST_FRAME) -> Any:
         """The next message, which must be one of `kinds`. Raises MeshError."""
         message = self._read_message(most) if self._inbox is None else self._inbox.get()
         if isinstance(message, MeshError):
-            self.end(str(message))
+            self.end(message)
             raise message
         if not isinstance(message, kinds):
             expected = " or ".join(kind.__name__ for kind in kinds)
@@ -75,10 +91,10 @@ class Channel:
             )
         return message
 
-    def end(self, sentence: str) -> None:
-        """Whoever receives is told `sentence`, and whoever sends fails."""
+    def end(self, error: MeshError) -> None:
+        """Whoever receives gets `error`, and whoever sends fails."""
         if self._inbox is not None:
-            self._inbox.put(MeshError(sentence))
+            self._inbox.put(error)
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
 
@@ -95,9 +111,7 @@ class Channel:
         """The connection's descriptor."""
         return self._connection.fileno()
 
-    def _listen(
-        self, inbox: "queue.SimpleQueue[Message | MeshError]", lost: Callable[["Channel", str], None]
-    ) -> None:
+    def _listen(self, inbox: "queue.SimpleQueue[Message | MeshError]", lost: Lost) -> None:
         over = False  # whether the leader's newest message was the last one of a run
         try:
             while True:
@@ -106,12 +120,19 @@ class Channel:
                 if isinstance(message, Beat):
                     self.told = message.progress
                     continue
+                if isinstance(message, Failed):
+                    raise self._failed(message)
                 over = isinstance(message, End)
                 inbox.put(message)
         except MeshError as error:
             inbox.put(error)
             if not over:
-                lost(self, str(error))
+                lost(self, error)
+
+    def _failed(self, message: Failed) -> MeshError:
+        if message.tokens:
+            return RankMemoryError(self.rank, message.tokens)
+        return RankFailedError(f"rank {self.rank} ended: {message.sentence}")
 
     def _read_message(self, most: int) -> Message:
         length = int.from_bytes(self._read(LENGTH_BYTES), "big")

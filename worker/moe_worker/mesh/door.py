@@ -106,18 +106,18 @@ class Door:
                 raise MeshError(f"it has no room for {pages} pages of KV cache; give it more --kv-memory")
             channel.send(Allocate(pages))
         except MeshError as error:
-            self._gone(channel, str(error))
+            self._gone(channel, error)
             return
         with self._lock:
             self._ready.add(channel.rank)
         log.info("rank %d has loaded and waits", channel.rank)
         self._on_ready()
 
-    def _gone(self, channel: Channel, sentence: str) -> None:
+    def _gone(self, channel: Channel, error: MeshError) -> None:
         with self._lock:
             if self._waiting.get(channel.rank) is not channel:
                 return
             del self._waiting[channel.rank]
             self._ready.discard(channel.rank)
-        log.warning("rank %d does not wait any more: %s", channel.rank, sentence)
+        log.warning("rank %d does not wait any more: %s", channel.rank, error)
         channel.close()

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_worker.mesh.errors import RankLostError
+from moe_worker.models.memory import lack_of_memory
 
 
 def send(x: Tensor, rank: int) -> None:
@@ -94,6 +95,9 @@ def highest(x: Tensor, group: dist.ProcessGroup) -> None:
 @contextlib.contextmanager
 def _reached(who: str) -> Iterator[None]:
     try:
-        yield
+        with lack_of_memory():
+            yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise RankLostError(f"{who}: connection lost: {error}; start all ranks again") from error

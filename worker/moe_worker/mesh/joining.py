@@ -18,7 +18,7 @@ from typing import Final, cast
 from moe_worker.config.mesh import MeshShape
 from moe_worker.errors import SettingsError
 from moe_worker.mesh.channel import Channel
-from moe_worker.mesh.errors import MeshError, RankLostError
+from moe_worker.mesh.errors import MeshError, RankAbsentError, RankLostError
 from moe_worker.mesh.messages import CODEC, Claim, Refusal, Welcome
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def gather_ranks(
         if may_lack(missing, waited):
             break
         if waited >= seconds:
-            raise MeshError(
+            raise RankAbsentError(
                 f"mesh {identity.shape} is incomplete: ranks {sorted(missing)} did not join within "
                 f"{seconds:g} s; start them with the same --mesh and --mesh-leader"
             )
@@ -149,10 +149,10 @@ def join_leader(
         try:
             channel.end_within(GREETING_S)
             answer = _introduced(channel, rank, identity)
-        except RankLostError:  # the leader is not ready yet
+        except RankLostError as error:  # the leader is not ready yet
             channel.close()
             if time.monotonic() >= ends:
-                raise
+                raise RankAbsentError(f"{error}; it did not admit this rank within {seconds:g} s") from error
             time.sleep(RETRY_S)
             continue
         if isinstance(answer, Refusal):
@@ -170,13 +170,13 @@ def _connected(address: tuple[str, int], seconds: float, ends: float) -> socket.
             return socket.create_connection(address, timeout=GREETING_S)
         except socket.gaierror as error:
             if time.monotonic() >= resolved_by:
-                raise MeshError(
+                raise RankAbsentError(
                     f"the name {host} of the mesh's leader does not resolve ({error}); check --mesh-leader, "
                     "the headless Service of the workers and the cluster's DNS"
                 ) from error
         except OSError as error:
             if time.monotonic() >= ends:
-                raise MeshError(
+                raise RankAbsentError(
                     f"the leader at {host}:{port} is out of reach ({error}); check --mesh-leader, and that "
                     "rank 0 runs"
                 ) from error

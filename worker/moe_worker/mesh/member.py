@@ -12,7 +12,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from moe_worker.config.engine import EngineOptions
 from moe_worker.config.mesh import MeshShape
-from moe_worker.errors import SettingsError
+from moe_worker.errors import SettingsError, WorkerError
 from moe_worker.mesh.channel import Channel
 from moe_worker.mesh.door import Door
 from moe_worker.mesh.errors import MeshError
@@ -25,7 +25,7 @@ from moe_worker.mesh.joining import (
     listener_at,
     parse_address,
 )
-from moe_worker.mesh.messages import Again, End, Meet, Wait, Welcome
+from moe_worker.mesh.messages import Again, End, Failed, Meet, Wait, Welcome
 from moe_worker.mesh.places import Moved
 from moe_worker.mesh.pulse import Pulse
 
@@ -90,9 +90,9 @@ class Member:
         return frozenset(range(self.shape.ranks)) - frozenset(self.present)
 
     @property
-    def lost(self) -> str:
-        """A sentence, where another rank is lost and has not been met again."""
-        return "" if self._pulse is None else self._pulse.lost
+    def lost(self) -> MeshError | None:
+        """Why another rank is lost, until it has been met again."""
+        return None if self._pulse is None else self._pulse.lost
 
     @property
     def returned(self) -> frozenset[int]:
@@ -144,6 +144,16 @@ class Member:
         self.farewell()
         self.leave()
         self._end_door()
+
+    def give_up(self, error: BaseException) -> None:
+        """Tells the other ranks why this process ends before it has loaded, and leaves."""
+        sentence = str(error) if isinstance(error, WorkerError) else f"{type(error).__name__}: {error}"
+        if not self.leads and self.channels:
+            self.channels[0].fail(sentence)
+        for channel in self.channels if self.leads else ():
+            with contextlib.suppress(MeshError):
+                channel.send(Failed(sentence))
+        self.close()
 
     def farewell(self) -> None:
         """Where it leads, tells the other ranks that there are no more passes. For another thread than its

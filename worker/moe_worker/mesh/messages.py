@@ -139,6 +139,14 @@ class Beat:
 
 
 @dataclass(frozen=True)
+class Failed:
+    """Either way: why the sender ends. tokens: of a step for which a rank has no memory; it meets again."""
+
+    sentence: str
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
 class End:
     """Leader to rank: there are no more passes."""
 
@@ -159,6 +167,7 @@ Message = (
     | Prepare
     | Switch
     | Beat
+    | Failed
     | End
 )
 CODEC: Final = Codec[Message](get_args(Message))

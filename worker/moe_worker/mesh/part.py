@@ -14,7 +14,7 @@ from moe_worker.mesh.places import ExpertPlaces
 from moe_worker.models.safetensors import StoredTensor
 from moe_worker.models.stage import Stage
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.*\.experts\.\d+\.)?")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.*\.experts\.(\d+)\.)?")
 
 
 def part_of(
@@ -53,6 +53,22 @@ def stage_ranges(config: ModelConfig, shape: MeshShape, stored: Mapping[str, Sto
     """Layers of each stage. Raises SettingsError where there are fewer layers than stages."""
     sizes, ends = _nbytes(config, stored, shape.expert)
     return layer_ranges(sizes, shape.pipeline, *ends)
+
+
+def share_of(stage: Stage, stored: Mapping[str, StoredTensor]) -> float:
+    """The share of a checkpoint's bytes that a rank with `stage` holds."""
+    own = sum(tensor.nbytes for tensor in stored.values() if _holds(stage, tensor.name))
+    return own / sum(tensor.nbytes for tensor in stored.values())
+
+
+def _holds(stage: Stage, name: str) -> bool:
+    match = _LAYER.match(name)
+    if match is None:
+        return stage.first if "embed_tokens" in name else stage.last
+    layer, expert = int(match[1]), match[3]
+    if layer not in stage.layers:
+        return False
+    return expert is None or layer not in stage.experts or int(expert) in stage.experts[layer]
 
 
 def _nbytes(

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from moe_worker.mesh.channel import Channel
+from moe_worker.mesh.errors import MeshError, RankLostError
 
 log = logging.getLogger(__name__)
 # Kernels for GPUs are compiled in the middle of the work, which can take seconds without a beat.
@@ -24,7 +25,7 @@ BEAT_S, SILENT_S, SILENT_GPU_S = 0.25, 1.5, 15.0
 class Pulse:
     """Watches `channels` until `stop`. Silence counts once all ranks are armed: before, they load weights.
 
-    lost: a sentence, once a rank is; silent: ranks that are lost because they are silent. on_lost: called
+    lost: why, once a rank is; silent: ranks that are lost because they are silent. on_lost: called
     then by another thread. kept: further channels, which get beats and stay open.
     """
 
@@ -37,7 +38,7 @@ class Pulse:
         self._stopped = threading.Event()
         self._armed = False
         self._on_lost, self._kept = on_lost, kept
-        self.lost = ""
+        self.lost: MeshError | None = None
         self.silent: frozenset[int] = frozenset()
         for channel in channels:
             channel.listen(self._lost)
@@ -67,7 +68,7 @@ class Pulse:
                 channel.heard += max(0.0, late)  # whoever was paused itself blames nobody
                 if self._armed and now - channel.heard > self._silent_s:
                     self.silent = self._silent(now)
-                    self._lost(channel, _sentence(channel, now))
+                    self._lost(channel, _silence(channel, now))
                     return
 
     def _silent(self, now: float) -> frozenset[int]:
@@ -75,23 +76,25 @@ class Pulse:
         limit = self._silent_s - 2 * BEAT_S
         return frozenset(channel.rank for channel in self._channels if now - channel.heard > limit)
 
-    def _lost(self, channel: Channel, sentence: str) -> None:
+    def _lost(self, channel: Channel, error: MeshError) -> None:
         """May be called by several threads."""
         if self._stopped.is_set():
             return
         self._stopped.set()
         if self._gpu:
-            log.critical("%s; this rank ends, since work on its GPU waits for it", sentence)
+            log.critical("%s; this rank ends, since work on its GPU waits for it", error)
             os._exit(1)
-        self.lost = sentence
-        log.warning("%s; shutting %d connections down", sentence, cut([*self._channels, *self._kept()]))
-        channel.end(sentence)
+        self.lost = error
+        log.warning("%s; shutting %d connections down", error, cut([*self._channels, *self._kept()]))
+        channel.end(error)
         self._on_lost()
 
 
-def _sentence(channel: Channel, now: float) -> str:
+def _silence(channel: Channel, now: float) -> RankLostError:
     silent = f"no heartbeat received in {now - channel.heard:.1f} s"
-    return f"rank {channel.rank}: connection lost: {silent}; check that it runs, and the network"
+    return RankLostError(
+        f"rank {channel.rank}: connection lost: {silent}; check that it runs, and the network"
+    )
 
 
 def cut(channels: Iterable[Channel]) -> int:

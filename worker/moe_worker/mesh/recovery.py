@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from moe_worker.config.mesh import MeshShape
-from moe_worker.mesh.errors import MeetAgainError, MeshError
+from moe_worker.mesh.errors import MeetAgainError, MeshError, RankAbsentError, RankMemoryError
 from moe_worker.mesh.member import GRACE_S, Member
 from moe_worker.mesh.messages import Allocate, Ready
 from moe_worker.mesh.places import ExpertPlaces
@@ -68,18 +68,25 @@ class Recovery:
     def recover(self, error: MeshError) -> None:
         """Meets the other ranks again after `error`; all but lost ones keep their weights.
 
-        Raises MeshError where that fails, or has happened `most` times in REFORM_WINDOW_S already.
+        Raises MeshError where a rank does not come within REFORM_S, or where the leader has lost ranks, or
+        meeting has failed, `most` times in REFORM_WINDOW_S already.
         """
         if self._part.device.type == "cuda":
             raise error
         begin = time.monotonic()
+        # Steps become smaller each time that a rank has no memory for one, so that ends by itself. The others
+        # come as often as their leader calls.
+        counts = self._member.leads and not isinstance(error, MeetAgainError | RankMemoryError)
         while True:
-            self._count(error)
+            if counts:
+                self._count(error)
             log.warning("rank %d meets the others again: %s", self._member.rank, error)
             try:
                 self._meet()
+            except RankAbsentError:
+                raise
             except MeshError as again:
-                error = again
+                error, counts = again, True
                 time.sleep(min(REFORM_PAUSE_S * len(self._begun), REFORM_S))
             else:
                 break
@@ -90,9 +97,7 @@ class Recovery:
         )  # fmt: skip
 
     def _count(self, error: MeshError) -> None:
-        """Raises `error` where too many ranks were lost."""
-        if isinstance(error, MeetAgainError):
-            return
+        """Raises `error` where this happens too often."""
         now = time.monotonic()
         self._begun = [*(each for each in self._begun if now - each < REFORM_WINDOW_S), now]
         if len(self._begun) > self._most:

@@ -11,7 +11,7 @@ Legend: t tokens of a shard, N tokens whose logits are wanted, n those of a shar
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moe_worker.kernels.transfer import to_device
 from moe_worker.kvcache.paged import PagedCache
-from moe_worker.mesh.errors import MeetAgainError, MeshError, RankLostError
+from moe_worker.mesh.errors import MeetAgainError, MeshError, RankLostError, RankMemoryError
 from moe_worker.mesh.exchange import Early, Outbox, receive, send
 from moe_worker.mesh.member import Member
 from moe_worker.mesh.messages import (
@@ -38,6 +38,7 @@ from moe_worker.mesh.rebalance.execute import Rebalancing
 from moe_worker.mesh.rebalance.hold import HeldExperts
 from moe_worker.mesh.recovery import MOST_REFORMS, Recovery, whole_places
 from moe_worker.models.batch import Batch, Fed, Segment
+from moe_worker.models.memory import lack_of_memory
 from moe_worker.moe.counting import Counter
 
 log = logging.getLogger(__name__)
@@ -133,7 +134,8 @@ class MeshRunner:
         step = Compute(_pieces(batch, rows, self._homes), scratch)
         for channel in self.member.channels:
             channel.send(step)
-        self._begun.append((step, self._compute(step, cache)))
+        with self._explained(step):
+            self._begun.append((step, self._compute(step, cache)))
         return self._collect_oldest
 
     def discard(self) -> None:
@@ -169,8 +171,8 @@ class MeshRunner:
 
         Raises MeshError, also where a rank is lost.
         """
-        if self.member.lost:
-            raise RankLostError(self.member.lost)
+        if self.member.lost is not None:
+            raise self.member.lost
         if self.member.returned:
             self._take_in(sorted(self.member.returned))
         if self.rebalancing is not None:
@@ -197,11 +199,36 @@ class MeshRunner:
                 fed_N = torch.empty(message.count, dtype=torch.int64, device=self._part.device)
                 self._fed.append(receive(fed_N, self.member.index(0)))
                 continue
-            cache = self._scratch(message.scratch) if message.scratch else self._cache
-            out_nV = self._compute(message, cache)
-            if out_nV is not None and out_nV.shape[0]:
-                self._outbox.send(out_nV, self.member.index(0), self.member.back)
+            self._follow_step(message)
         self.member.quiet()
+
+    def _follow_step(self, step: Compute) -> None:
+        """Raises MeshError, where this rank has no memory for it after the leader has taken note."""
+        try:
+            with self._explained(step):
+                cache = self._scratch(step.scratch) if step.scratch else self._cache
+                out_nV = self._compute(step, cache)
+                if out_nV is not None and out_nV.shape[0]:
+                    self._outbox.send(out_nV, self.member.index(0), self.member.back)
+        except RankMemoryError as error:
+            self.member.channels[0].fail(str(error), error.tokens)
+            raise
+
+    @contextlib.contextmanager
+    def _explained(self, step: Compute) -> Iterator[None]:
+        """Raises RankMemoryError where this rank has no memory for `step`, or another one has said so: then
+        the exchange only says that a connection is lost.
+        """
+        try:
+            with lack_of_memory():
+                yield
+        except torch.OutOfMemoryError as error:
+            tokens = sum(len(piece.tokens) for piece in step.pieces)
+            raise RankMemoryError(self.member.rank, tokens) from error
+        except MeshError as error:
+            if isinstance(self.member.lost, RankMemoryError):
+                raise self.member.lost from error
+            raise
 
     def _compute(self, step: Compute, cache: PagedCache) -> Tensor | None:
         """This rank's part of a pass; on the last stage, logits [n, V] of its shard."""
@@ -242,7 +269,9 @@ class MeshRunner:
         ]
 
     def _collect_oldest(self) -> Tensor:
-        return self._collect(*self._begun.popleft())
+        step, own_nV = self._begun.popleft()
+        with self._explained(step):
+            return self._collect(step, own_nV)
 
     def _collect(self, step: Compute, own_nV: Tensor | None) -> Tensor:
         """All logits, in the order of the pieces."""

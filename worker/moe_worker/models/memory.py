@@ -1,9 +1,12 @@
-"""Memory of a model's weights by kind, and what the C library does with freed memory."""
+"""Memory of a model's weights by kind, what the C library does with freed memory, and its lack."""
 
+import contextlib
 import ctypes
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 
+import torch
 from torch import Tensor
 
 from moe_worker.quant.matrix import DENSE, POSITIONS, SCALES, VALUES, Matrix
@@ -12,6 +15,23 @@ from moe_worker.quant.matrix import DENSE, POSITIONS, SCALES, VALUES, Matrix
 KEPT_BYTES = 256 << 20
 # Parameters of mallopt(3), and the largest threshold for mmap that glibc accepts.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _LARGEST_THRESHOLD = -1, -3, 32 << 20
+# In what torch raises where the CPU has no memory.
+_CPU_ALLOCATOR = "DefaultCPUAllocator"
+
+
+@contextlib.contextmanager
+def lack_of_memory() -> Iterator[None]:
+    """Raises torch.OutOfMemoryError also where the CPU's memory is used up: torch raises RuntimeError then,
+    and the CPU kernels MemoryError.
+    """
+    try:
+        yield
+    except MemoryError as error:
+        raise torch.OutOfMemoryError(str(error)) from error
+    except RuntimeError as error:
+        if _CPU_ALLOCATOR not in str(error):
+            raise
+        raise torch.OutOfMemoryError(str(error)) from error
 
 
 def weight_memory(part: object) -> dict[str, int]:
