@@ -3,15 +3,16 @@
 python -m benchmarks.structured [--model examples/docs-moe] [--batch 1 8 32] [--tokens 96] [--rounds 9]
 
 Texts with the format are arrays of strings that do not end before --tokens. Each round runs both batches, in
-turn; a ratio is the median of those of the rounds. `vocabulary` is the time that llguidance takes to prepare
-the model's vocabulary, once for an engine.
+turn; a ratio is the median of those of the rounds. `cpu` is the same of CPU seconds of all threads, without a
+format by those with one, which other work on the machine changes less. `vocabulary` is the time that
+llguidance takes to prepare the model's vocabulary, once for an engine.
 """
 
 import argparse
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -42,7 +43,7 @@ def main() -> None:
     loaded = load(arguments.model, options, progress=False)
     line = (
         "batch {batch:3}: {formatted:8.1f} tokens/s with a format, {free:8.1f} without, ratio {ratio:.3f}"
-        " ({lowest:.3f} to {highest:.3f}, median of {rounds} rounds)"
+        " ({lowest:.3f} to {highest:.3f}, median of {rounds} rounds), cpu {cpu:.3f}"
     )
     prepared = _prepare(loaded, options)
     print(json.dumps({"vocabulary_ms": prepared}) if arguments.json else f"vocabulary: {prepared:.0f} ms")
@@ -50,22 +51,32 @@ def main() -> None:
         print(json.dumps(row) if arguments.json else line.format(**row), flush=True)
 
 
+@dataclass(frozen=True)
+class Speed:
+    """Of one batch: tokens per second of all texts together, and CPU seconds of all threads for them."""
+
+    rate: float
+    cpu_s: float
+
+
 def rows(
     loaded: LoadedModel, options: EngineOptions, batches: list[int], tokens: int, rounds: int
 ) -> Iterator[dict[str, float]]:
     for batch in batches:
-        formatted: list[float] = []
-        free: list[float] = []
+        formatted: list[Speed] = []
+        free: list[Speed] = []
         for number in range(rounds + 1):  # the first one warms up
             for is_formatted in (True, False) if number % 2 else (False, True):
                 speed = _decode(loaded, options, batch, tokens, FORMAT if is_formatted else None)
                 (formatted if is_formatted else free).append(speed)
-        ratios = [one / other for one, other in zip(formatted[1:], free[1:], strict=True)]
+        pairs = list(zip(formatted[1:], free[1:], strict=True))
+        ratios = [one.rate / other.rate for one, other in pairs]
         yield {
             "batch": batch,
-            "formatted": median(formatted[1:]),
-            "free": median(free[1:]),
+            "formatted": median(one.rate for one, _ in pairs),
+            "free": median(other.rate for _, other in pairs),
             "ratio": median(ratios),
+            "cpu": median(other.cpu_s / one.cpu_s for one, other in pairs),
             "lowest": min(ratios),
             "highest": max(ratios),
             "rounds": rounds,
@@ -84,8 +95,8 @@ def _prepare(loaded: LoadedModel, options: EngineOptions) -> float:
 
 def _decode(
     loaded: LoadedModel, options: EngineOptions, batch: int, tokens: int, wanted: OutputFormat | None
-) -> float:
-    """Tokens per second of all texts together, from the step in which the last of them began."""
+) -> Speed:
+    """The speed from the step in which the last of the texts began."""
     core = EngineCore(loaded, replace(options, max_batch_size=batch))
     prompt = tuple(loaded.tokenizer.encode(PROMPT))
     for number in range(batch):
@@ -94,13 +105,14 @@ def _decode(
         )
         core.submit(Request(number, prompt, sampling, number, output_format=wanted))
     began: set[int] = set()
-    ends: list[float] = []
+    ends: list[tuple[float, float]] = []
     while not core.idle:
         deltas = core.step()
         began.update(delta.id for delta in deltas)
         if len(began) == batch:
-            ends.append(time.perf_counter())
-    return batch * (len(ends) - 1) / (ends[-1] - ends[0])
+            ends.append((time.perf_counter(), time.process_time()))
+    (began_s, cpu_began_s), (ended_s, cpu_ended_s) = ends[0], ends[-1]
+    return Speed(batch * (len(ends) - 1) / (ended_s - began_s), cpu_ended_s - cpu_began_s)
 
 
 if __name__ == "__main__":

@@ -107,6 +107,23 @@ def test_masks_do_not_wait_for_a_format_that_is_being_compiled(engine, monkeypat
     compiling.matcher.result(30)
 
 
+@pytest.mark.parametrize("rows", [[0, 1, 2], [2], [0, 2]])
+def test_masks_leave_the_scores_of_allowed_tokens_alone(rows):
+    vocab_size = 70  # three words, of which the last has bits for no token
+    chance = torch.Generator().manual_seed(0)
+    scores_BV = torch.randn(3, vocab_size, generator=chance)
+    bits_MB = torch.randint(256, (len(rows), 12), dtype=torch.uint8, generator=chance)
+    expected_BV = scores_BV.clone()
+    for place, row in enumerate(rows):
+        for token in range(vocab_size):
+            if not int(bits_MB[place, token // 8]) >> token % 8 & 1:
+                expected_BV[row, token] = -torch.inf
+    before_BV = scores_BV.clone()
+    allowed = guides.Allowed(torch.tensor(rows), bits_MB, vocab_size)
+    assert torch.equal(allowed.masked(scores_BV), expected_BV)
+    assert torch.equal(scores_BV, before_BV)
+
+
 def test_the_format_begins_after_a_text(engine):
     after = OutputFormat("regex", "[0-9]{3}", after="e")
     [text, reason, _] = texts(engine, after, count=1)[0]

@@ -60,7 +60,6 @@ class StepGuides:
         tokens, failed, _ = flight.wait()
         rows = zip(flight.sampling, tokens, failed, strict=True)
         for row, ((_, active), token, wrong) in enumerate(rows):
-            if active.guide is not None and not wrong:
-                active.guide.take(token, self._tokenizer.token_bytes(token))
-                if active.guide.complete:
-                    flight.complete.add(row)
+            guide = None if wrong else active.guide
+            if guide is not None and guide.take(token, self._tokenizer.token_bytes(token)):
+                flight.complete.add(row)

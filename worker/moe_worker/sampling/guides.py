@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,17 +38,27 @@ class Vocabulary(Protocol):
 
 @dataclass(frozen=True)
 class Allowed:
-    """Masks of some rows: rows_M int64; bits_MB uint8 [M, 4 W], bit i of byte j for token 8 j + i."""
+    """Masks of some rows, in order: rows_M int64; bits_MB uint8 [M, 4 W], bit i of byte j: token 8 j + i."""
 
     rows_M: Tensor
     bits_MB: Tensor
+    vocab_size: int
 
-    def apply(self, scores_BV: Tensor) -> None:
-        """Sets the scores of all other tokens to -inf."""
-        places = torch.arange(8, dtype=torch.uint8, device=self.bits_MB.device)
-        allowed_MV = (self.bits_MB.unsqueeze(-1) >> places & 1).flatten(1)[:, : scores_BV.shape[1]].bool()
-        rows_MV = scores_BV.index_select(0, self.rows_M).masked_fill(~allowed_MV, -torch.inf)
-        scores_BV.index_copy_(0, self.rows_M, rows_MV)
+    @cached_property
+    def refused(self) -> Tensor:
+        """bool: the other tokens. On a GPU the bits are spread there, since fewer bytes are copied."""
+        if self.bits_MB.is_cuda:
+            places = torch.arange(8, dtype=torch.uint8, device=self.bits_MB.device)
+            return (self.bits_MB.unsqueeze(-1) >> places & 1).flatten(1)[:, : self.vocab_size] == 0
+        bits_MV = np.unpackbits(self.bits_MB.numpy(), axis=1, count=self.vocab_size, bitorder="little")
+        return torch.from_numpy(bits_MV) == 0
+
+    def masked(self, scores_BV: Tensor) -> Tensor:
+        """A copy in which the scores of all other tokens are -inf."""
+        if self.rows_M.shape[0] == scores_BV.shape[0]:
+            return scores_BV.masked_fill(self.refused, -torch.inf)
+        rows_MV = scores_BV.index_select(0, self.rows_M).masked_fill_(self.refused, -torch.inf)
+        return scores_BV.index_copy(0, self.rows_M, rows_MV)
 
 
 @dataclass
@@ -75,25 +86,24 @@ class Guide:
     matcher: "Future[LLMatcher]"
     unguided: _Unguided
 
-    def take(self, token: int, text: bytes) -> None:
-        """Notes a token of the text, and the bytes it adds; nothing once the text cannot go on."""
+    def take(self, token: int, text: bytes) -> bool:
+        """Notes a token of the text, and the bytes it adds; nothing once the text cannot go on.
+
+        Returns whether the text has its format and cannot go on.
+        """
         if self.unguided.waits:
             self.unguided.take(text)
         elif not self.matcher.result().is_stopped():
             self.matcher.result().consume_token(token)
+        if self.unguided.waits:
+            return False
+        matcher = self.matcher.result()
+        return matcher.is_stopped() and not matcher.is_error()
 
     @property
     def failed(self) -> bool:
         """Whether the format became too complex to compute masks for."""
         return not self.unguided.waits and self.matcher.result().is_error()
-
-    @property
-    def complete(self) -> bool:
-        """Whether the text has its format and cannot go on."""
-        if self.unguided.waits:
-            return False
-        matcher = self.matcher.result()
-        return matcher.is_stopped() and not matcher.is_error()
 
 
 class Guides:
@@ -149,7 +159,11 @@ class Guides:
                 log.warning("a text with an output format fails: %s", matcher.get_error()[:300])
                 bits_MW[place] = _NONE
         rows_M = torch.tensor([row for row, _ in guided], device=device)
-        return Allowed(rows_M, bits_MW.view(torch.uint8).to(device, non_blocking=True))
+        bits_MB = bits_MW.view(torch.uint8).to(device, non_blocking=True)
+        allowed = Allowed(rows_M, bits_MB, self._vocab_size)
+        if device.type == "cpu":
+            _ = allowed.refused  # computed here, beside the forward pass
+        return allowed
 
     def _compile(self, output_format: OutputFormat, written: list[int]) -> "LLMatcher":
         from llguidance import LLMatcher  # noqa: PLC0415 - optional

@@ -154,12 +154,12 @@ def sample(
     known: the likeliest of `logits_BV`, if they are known; the result keeps none of its tokens' memory.
     """
     scores_BV = logits_BV.float()
-    if batch.adjusts or allowed is not None:
+    if batch.adjusts:
         scores_BV = scores_BV.clone() if scores_BV is logits_BV else scores_BV
         batch.adjust(scores_BV)
         known = None
     if allowed is not None:
-        allowed.apply(scores_BV)
+        scores_BV, known = allowed.masked(scores_BV), None
     tokens_B, peaks_B, failed_B = likeliest(scores_BV) if known is None else known
     if known is not None or batch.sampling:
         tokens_B = tokens_B.clone()
