@@ -10,7 +10,7 @@ from scipy import stats
 
 from moe_worker.sampling import batch as batches
 from moe_worker.sampling.adjust import TokenCounts
-from moe_worker.sampling.draw import BLOCK, exponentials, mass_threshold, masses
+from moe_worker.sampling.draw import BLOCK, Truncation, exponentials, mass_threshold, masses
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.sampling.randomness import exponential, mix, signed
 from moe_worker.sampling.sampler import Sampler
@@ -201,6 +201,14 @@ def test_a_huge_temperature_makes_all_alike():
 def test_huge_logits_stay_finite():
     logits = torch.tensor([3e38, -3e38, 2.9e38])
     assert counted(logits, 10, temperature=1.0) == [10, 0, 0]
+
+
+def test_refused_and_very_unlikely_tokens_have_no_mass():
+    scores_SV = torch.tensor([[0.0, -1.0, -27.0, -29.0, -63.9, -64.1, -1e30, -torch.inf]])
+    masses_SC = masses(scores_SV, torch.zeros(1, 1), torch.ones(1, 1), Truncation())
+    exact = [math.floor(math.exp(score) * 2**40) for score in scores_SV[0].tolist()]
+    assert masses_SC[0, :8].tolist() == pytest.approx(exact, rel=1e-6)
+    assert exact[2:4] == [2, 0]
 
 
 def test_equals_at_the_edge_stay_together():

@@ -162,7 +162,7 @@ class Guides:
         bits_MB = bits_MW.view(torch.uint8).to(device, non_blocking=True)
         allowed = Allowed(rows_M, bits_MB, self._vocab_size)
         if device.type == "cpu":
-            _ = allowed.refused  # computed here, beside the forward pass
+            _ = allowed.refused  # computed during the forward pass
         return allowed
 
     def _compile(self, output_format: OutputFormat, written: list[int]) -> "LLMatcher":
