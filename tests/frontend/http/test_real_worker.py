@@ -1,13 +1,17 @@
 """OpenAI's API before a real worker with a tiny random model: tokens as of transformers and the engine."""
 
+import asyncio
 import json
+import urllib.request
 
+import grpc
 import openai
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_worker
+from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
 from tests.checkpoints import write_checkpoint
 from tests.worker.serving import Worker
 
@@ -147,3 +151,41 @@ async def test_prompts_are_scored_as_lm_eval_asks_for_it(client, model):
     assert text.text == "the lazy dog"
     assert "".join(text.logprobs.tokens[1:]) == "the lazy dog"
     assert text.logprobs.token_logprobs[0] is None
+
+
+def watched(http, what):
+    """What the frontend knows of the workers' caches."""
+    with urllib.request.urlopen(f"http://{http}/metrics", timeout=10) as response:
+        lines = response.read().decode().splitlines()
+    found = [line for line in lines if line.startswith(f"moe_frontend_watched_caches_{what}")]
+    return sum(float(line.rpartition(" ")[2]) for line in found)
+
+
+async def until_watched(http, what, wanted):
+    async with asyncio.timeout(60):
+        while watched(http, what) != wanted:
+            await asyncio.sleep(0.02)
+
+
+async def test_a_prompt_goes_to_the_worker_that_holds_it_whoever_sent_it(tiny, checkpoint, command):
+    """Prompts reach two workers directly, so the frontend knows of them by WatchCache alone."""
+    prompts = [[7 + index * (number + 1) % 100 for index in range(270)] for number in range(6)]
+    with Worker(checkpoint, "--device", "cpu", "--dtype", "float32") as other:
+        other.wait_ready()
+        static = ",".join(f"127.0.0.1:{worker.port}" for worker in (tiny, other))
+        routing = ("--routing", "prefix-affinity-exact")
+        _, address = await command("--static", static, "--http", "127.0.0.1:0", *routing)
+        await until_watched(command.http, "replicas", 2)
+        before = watched(command.http, "blocks")
+        for prompt, worker in zip(prompts, (tiny, tiny, other, other, tiny, other), strict=True):
+            list(worker.inference.Generate(asked(prompt), timeout=60))
+        await until_watched(command.http, "blocks", before + 2 * len(prompts))
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            for prompt in prompts:
+                answer = [message async for message in stub.Generate(asked([*prompt, 9]))]
+                assert answer[-1].usage.cached_tokens >= 256
+
+
+def asked(ids):
+    return inference_pb2.GenerateRequest(prompt_tokens={"ids": ids}, sampling={"max_tokens": 1})
