@@ -11,7 +11,7 @@ from moe_worker.config.engine import EngineOptions
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.loading import load
 from moe_worker.engine.requests import Request
-from moe_worker.engine.statistics import EventKind, ExpertStatistics, LayerExperts, Tally
+from moe_worker.engine.statistics import EventKind, ExpertStatistics, LayerExperts, Tally, decode_tokens
 from moe_worker.moe.counting import Choice, ExpertCounter
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.scheduler.core import Scheduler
@@ -94,8 +94,10 @@ def run(scheduler, tally, requests):
         if plan.step is None:
             continue
         now += 0.01
-        scheduler.complete(plan.step, [3] * sum(chunk.samples for chunk in plan.step.chunks), now)
-        tally.count(plan.step, prompts)
+        chunks = plan.step.chunks
+        sampled = sum(chunk.samples for chunk in chunks)
+        scheduler.complete(plan.step, [3] * sampled, now)
+        tally.count(plan.step, decode_tokens(chunks, [prompts[chunk.id] for chunk in chunks]), sampled)
         steps.append(plan.step)
     return steps
 

@@ -20,6 +20,7 @@ from moe_worker.engine.flight import Flight, Outcome
 from moe_worker.engine.guiding import Flights, Sampling, StepGuides
 from moe_worker.engine.loading import LoadedModel
 from moe_worker.engine.scoring import Span, score_spans, spans
+from moe_worker.engine.statistics import decode_tokens
 from moe_worker.kernels.likeliest import Likeliest
 from moe_worker.kernels.transfer import to_device
 from moe_worker.mesh.runner import MeshRunner
@@ -71,7 +72,8 @@ class Launcher:
             sampled = self._sample(found, sampling, masks()) if sampling else None
             return sampled, found.scores
 
-        return Flight(step, sampling, outcome, wanted, _decoded(chunks, active))
+        decoded = decode_tokens(chunks, [each.given for each in active])
+        return Flight(step, sampling, outcome, wanted, decoded)
 
     def _batch(self, chunks: Sequence[Chunk], active: Sequence[ActiveRequest], flights: Flights) -> Batch:
         """The input of a step; finishes the steps that sample tokens of it."""
@@ -180,9 +182,3 @@ def _name_sources(segments: list[Segment], sources: Sequence[_Source], flights: 
             if source.place == place:
                 for number, row in zip(source.chunks, source.rows, strict=True):
                     segments[number] = segments[number]._replace(source=row, behind=behind)
-
-
-def _decoded(chunks: Sequence[Chunk], active: Sequence[ActiveRequest]) -> int:
-    """Tokens of decode: behind the prompt, and what a resumed stream had."""
-    pairs = zip(chunks, active, strict=True)
-    return [len(chunk.tokens) == 1 and chunk.start >= each.given for chunk, each in pairs].count(True)

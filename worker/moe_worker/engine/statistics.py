@@ -1,11 +1,11 @@
 """Counters of the engine. No torch: the RPC edge reads them, too."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import NamedTuple
 
-from moe_worker.scheduler.plan import Counters, Plan, Step
+from moe_worker.scheduler.plan import Chunk, Counters, Plan, Step
 
 
 class Statistics(NamedTuple):
@@ -151,6 +151,12 @@ class Tally:
             offloaded=offloaded[0],
             restored=offloaded[1],
         )
+
+
+def decode_tokens(chunks: Sequence[Chunk], given: Sequence[int]) -> int:
+    """Tokens of decode among those of `chunks`; given: tokens of each one's prompt and resumed stream."""
+    pairs = zip(chunks, given, strict=True)
+    return [len(chunk.tokens) == 1 and chunk.start >= prompt for chunk, prompt in pairs].count(True)
 
 
 def _difference(new: LayerExperts, old: LayerExperts) -> LayerExperts:
