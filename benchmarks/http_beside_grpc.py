@@ -5,7 +5,8 @@
 Starts a worker with examples/docs-moe on the CPU and two frontends before it, each with both ports: one in
 plaintext, and one that serves TLS and asks for an API key. Each round streams STREAMS greedy texts of TOKENS
 tokens at the same time in each way; the order alternates. The clients are thin: grpc.aio with one connection,
-and a socket for each HTTP request, so that each one pays a TLS handshake. The columns:
+and a socket for each HTTP request. Its connection is open before the round, as OpenAI's client keeps 100 of
+them open; with `new`, the round contains the connection and its TLS handshake. The columns:
 
     tokens/s   tokens of all texts, divided by the time until the last one ended; median of the rounds
     first ms   time to the first token of a text; median
@@ -45,6 +46,7 @@ PROMPT = "The kernel maps a page of memory for process number {}"
 START_S = 120.0
 
 Stream = Callable[[int], Awaitable["Text"]]
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,15 @@ class Round:
     cpu_s: float
 
 
+@dataclass(frozen=True)
+class Way:
+    """How texts are streamed from a port. prepare: what comes before a round's clock, for so many streams."""
+
+    stream: Stream
+    port: "Port"
+    prepare: Callable[[int], Awaitable[None]] | None = None
+
+
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(
@@ -80,17 +91,19 @@ def main() -> None:
 async def compare(site: "Site", args: argparse.Namespace) -> None:
     """Takes the rounds in turns."""
     async with contextlib.AsyncExitStack() as stack:
-        ways: dict[str, tuple[Stream, Port]] = {}
+        ways: dict[str, Way] = {}
         for name, port in (("", site.plain), (" TLS", site.guarded)):
             channel = await stack.enter_async_context(connected(port))
-            ways[f"gRPC{name}"] = over_grpc(InferenceServiceStub(channel), args.tokens, port), port
-            ways[f"HTTP{name}"] = over_http(port, args.tokens), port
-        for stream, port in ways.values():
-            await measure(stream, port, args)
+            ways[f"gRPC{name}"] = Way(over_grpc(InferenceServiceStub(channel), args.tokens, port), port)
+            kept = HttpStreams(port, args.tokens)
+            ways[f"HTTP{name}"] = Way(kept.stream, port, kept.open)
+            ways[f"HTTP{name} new"] = Way(HttpStreams(port, args.tokens).stream, port)
+        for way in ways.values():
+            await measure(way, args)
         rounds: dict[str, list[Round]] = {name: [] for name in ways}
         for number in range(args.rounds):
             for name in list(ways)[:: 1 if number % 2 else -1]:
-                rounds[name].append(await measure(*ways[name], args))
+                rounds[name].append(await measure(ways[name], args))
     show(rounds, args)
 
 
@@ -102,16 +115,18 @@ def connected(port: "Port") -> grpc.aio.Channel:
     return grpc.aio.secure_channel(port.grpc, credentials, options=transport.CLIENT_OPTIONS)
 
 
-async def measure(stream: Stream, port: "Port", args: argparse.Namespace) -> Round:
+async def measure(way: Way, args: argparse.Namespace) -> Round:
     """One round of one way."""
-    began, cpu_s = time.monotonic(), port.cpu_s()
-    texts = await asyncio.gather(*(stream(number) for number in range(args.streams)))
+    if way.prepare is not None:
+        await way.prepare(args.streams)
+    began, cpu_s = time.monotonic(), way.port.cpu_s()
+    texts = await asyncio.gather(*(way.stream(number) for number in range(args.streams)))
     took_s = time.monotonic() - began
     wrong = [text.tokens for text in texts if text.tokens != args.tokens]
     if wrong:
         sys.exit(f"{len(wrong)} texts are not whole: {wrong[:5]} tokens instead of {args.tokens}")
     tokens, first_s = sum(text.tokens for text in texts), statistics.median(t.first_s for t in texts)
-    return Round(tokens / took_s, first_s, (port.cpu_s() - cpu_s) / tokens)
+    return Round(tokens / took_s, first_s, (way.port.cpu_s() - cpu_s) / tokens)
 
 
 def over_grpc(stub: InferenceServiceStub, tokens: int, port: "Port") -> Stream:
@@ -130,21 +145,24 @@ def over_grpc(stub: InferenceServiceStub, tokens: int, port: "Port") -> Stream:
     return stream
 
 
-def over_http(port: "Port", tokens: int) -> Stream:
-    """Streams over a connection each."""
-    host, _, number_ = port.http.rpartition(":")
-    headers = "".join(f"{name}: {value}\r\n" for name, value in port.headers.items())
-    context = ssl.create_default_context(cadata=port.authority.decode()) if port.authority else None
+class HttpStreams:
+    """Streams over a connection each, which `open` makes before they begin, or else they themselves."""
 
-    async def stream(number: int) -> Text:
-        fields = {"prompt": PROMPT.format(number), "max_tokens": tokens, "temperature": 0, "stream": True}
-        body = json.dumps(fields | {"ignore_eos": True, "stream_options": {"include_usage": True}}).encode()
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nHost: {port.http}\r\nContent-Length: {len(body)}\r\n{headers}"
-        )
+    def __init__(self, port: "Port", tokens: int) -> None:
+        self._port, self._tokens = port, tokens
+        authority = port.authority
+        self._context = ssl.create_default_context(cadata=authority.decode()) if authority else None
+        self._opened: list[Connection] = []
+
+    async def open(self, count: int) -> None:
+        """Connects `count` times, with TLS handshakes."""
+        self._opened = await asyncio.gather(*(self._connect() for _ in range(count)))
+
+    async def stream(self, number: int) -> Text:
+        """One text."""
         began, first_s, last = time.monotonic(), 0.0, b""
-        reader, writer = await asyncio.open_connection(host, int(number_), ssl=context)
-        writer.write(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+        reader, writer = self._opened.pop() if self._opened else await self._connect()
+        writer.write(self._request(number))
         async for line in reader:
             if line.startswith(b"data: {"):
                 first_s, last = first_s or time.monotonic() - began, line
@@ -154,7 +172,17 @@ def over_http(port: "Port", tokens: int) -> Stream:
         usage = json.loads(last.removeprefix(b"data: "))["usage"] if last else {"completion_tokens": 0}
         return Text(usage["completion_tokens"], first_s)
 
-    return stream
+    async def _connect(self) -> Connection:
+        host, _, number = self._port.http.rpartition(":")
+        return await asyncio.open_connection(host, int(number), ssl=self._context)
+
+    def _request(self, number: int) -> bytes:
+        fields = {"prompt": PROMPT.format(number), "max_tokens": self._tokens, "temperature": 0}
+        more = {"stream": True, "ignore_eos": True, "stream_options": {"include_usage": True}}
+        body = json.dumps(fields | more).encode()
+        headers = {"Host": self._port.http, "Content-Length": len(body), "Content-Type": "application/json"}
+        lines = (f"{name}: {value}\r\n" for name, value in (headers | self._port.headers).items())
+        return f"POST /v1/completions HTTP/1.1\r\n{''.join(lines)}\r\n".encode() + body
 
 
 def show(
@@ -165,13 +193,13 @@ def show(
         f"{args.streams} streams of {args.tokens} tokens, {args.rounds} rounds, {os.cpu_count()} cores, "
         f"load average {os.getloadavg()[0]:.1f}"
     )
-    print(f"{'':11}{'tokens/s':>10}{'first ms':>10}{cpu:>10}{'relative':>10}")
+    print(f"{'':13}{'tokens/s':>10}{'first ms':>10}{cpu:>10}{'relative':>10}")
     for name, found in rounds.items():
         rate, first_s, cpu_s = (
             statistics.median(getattr(each, field) for each in found)
             for field in ("rate", "first_s", "cpu_s")
         )
-        line = f"{name:11}{rate:>10.0f}{first_s * 1e3:>10.0f}{cpu_s * 1e6:>10.0f}"
+        line = f"{name:13}{rate:>10.0f}{first_s * 1e3:>10.0f}{cpu_s * 1e6:>10.0f}"
         if name != baseline:
             ratios = [one.rate / base.rate for one, base in zip(found, rounds[baseline], strict=True)]
             line += f"{statistics.median(ratios):>10.3f}   {min(ratios):.3f} to {max(ratios):.3f}"

@@ -21,6 +21,7 @@ from benchmarks.http_beside_grpc import (
     MODEL,
     Port,
     Round,
+    Way,
     connected,
     measure,
     over_grpc,
@@ -75,12 +76,12 @@ async def compare(pairs: dict[str, Pair], args: argparse.Namespace) -> None:
         ways = {}
         for name, pair in pairs.items():
             channel = await stack.enter_async_context(connected(pair))
-            ways[name] = over_grpc(InferenceServiceStub(channel), args.tokens, pair), pair
-            await measure(*ways[name], args)
+            ways[name] = Way(over_grpc(InferenceServiceStub(channel), args.tokens, pair), pair)
+            await measure(ways[name], args)
         rounds: dict[str, list[Round]] = {name: [] for name in ways}
         for number in range(args.rounds):
             for name in list(ways)[:: 1 if number % 2 else -1]:
-                rounds[name].append(await measure(*ways[name], args))
+                rounds[name].append(await measure(ways[name], args))
     show(rounds, args, baseline="plaintext", cpu="both")
 
 
