@@ -64,6 +64,7 @@ class Streams:
         self.failed, self.wrong, self.whole, self.pause_s = [], [], 0, 0.0
         self._requests, self._expected, self._address = requests, expected, address
         self._received: dict[int, int] = {}
+        self._heard = [0.0] * CLIENTS
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(CLIENTS)]
 
@@ -87,6 +88,11 @@ class Streams:
         with self._lock:
             return sum((count == 0) == (phase == "prefill") for count in self._received.values())
 
+    def all_heard_since(self, moment):
+        """Whether each client has got a token, or begun a request, since then: no pause of before goes on."""
+        with self._lock:
+            return min(self._heard) > moment
+
     def take_pause(self):
         """The longest pause of a stream since the last call."""
         with self._lock:
@@ -107,14 +113,14 @@ class Streams:
     def _once(self, stub, client, which):
         tokens, last = [], time.monotonic()
         with self._lock:
-            self._received[client] = 0
+            self._received[client], self._heard[client] = 0, last
         try:
             for response in stub.Generate(self._requests[which], timeout=300):
                 now = time.monotonic()
                 tokens += response.tokens
                 with self._lock:
                     self.pause_s = max(self.pause_s, now - last)
-                    self._received[client] = len(tokens)
+                    self._received[client], self._heard[client] = len(tokens), now
                 last = now
         except grpc.RpcError as error:
             self.failed.append(f"{error.code().name}: {error.details()}")
@@ -212,9 +218,10 @@ def strike(gang, streams, number):
     gang.wait(lambda: moment != "rollout" or gang.pid(0) != leader)
     gang.wait(lambda: gang.formation() not in {before, None})
     gang.wait(gang.is_whole)
-    whole_s = time.monotonic() - begin
+    whole = time.monotonic()
+    gang.wait(lambda: streams.all_heard_since(whole))
     sums = [now - then for now, then in zip(streams.counts, counted, strict=True)]
-    return Outcome(kind, moment, *sums, streams.take_pause(), whole_s)
+    return Outcome(kind, moment, *sums, streams.take_pause(), whole - begin)
 
 
 def table(title: str, groups: Iterable[tuple[str, list[Outcome]]]) -> str:
