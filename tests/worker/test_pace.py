@@ -20,7 +20,7 @@ DEADLINE_S = 30
 def granted(*passes):
     grants = Grants()
     for seconds in passes:
-        grants.passed(seconds)
+        grants.passed(seconds, seconds)
     return grants.left_s
 
 
@@ -33,37 +33,40 @@ def test_a_pass_grants_a_share_of_its_time_and_grants_do_not_add_up():
 
 def test_too_much_work_is_paid_by_later_passes():
     grants = Grants()
-    grants.passed(4.0)
+    grants.passed(5.0, 4.0)
     grants.worked(3.5)
     owed = []
     while grants.left_s <= 0:
         owed.append(grants.left_s)
-        grants.passed(4.0)
+        grants.passed(5.0, 4.0)
     assert owed == [-2.5, -1.5, -0.5]
 
 
 def test_a_late_pass_grants_nothing_until_most_are_as_late():
     grants = Grants()
     for _ in range(8):
-        grants.passed(1.0)
+        grants.passed(1.0, 1.0)
     grants.worked(grants.left_s)
     late = 1.01 * LATE
     for _ in range(7):
-        grants.passed(late)
+        grants.passed(late, late)
         assert grants.left_s == 0
     while grants.left_s <= 0:  # passes have become longer, so this is no delay
-        grants.passed(late)
+        grants.passed(late, late)
     assert grants.left_s > SHARE
 
 
 class Passes:
-    """A rank whose clock stands still but for its passes; `pieces` are those that its thread has done."""
+    """A rank whose clocks stand still but for its passes, which wait for others half of the time.
+
+    pieces: those that its thread has done.
+    """
 
     def __init__(self, piece_s):
         self.now, self.worked, self.pieces, self.wanted, self.ended = 0.0, 0.0, 0, True, None
-        self.pace = Pace(lambda: self.now, lambda: self.worked)
-        self._piece_s = piece_s
         self._thread = threading.Thread(target=self._run, daemon=True)
+        self.pace = Pace(lambda: self.now, self._busy)
+        self._piece_s = piece_s
         self._thread.start()
 
     def _run(self):
@@ -76,9 +79,12 @@ class Passes:
         except DroppedError as error:
             self.ended = error
 
-    def compute(self, seconds):
+    def _busy(self):
+        return self.worked if threading.current_thread() is self._thread else self.now / 2
+
+    def compute(self, busy_s):
         with self.pace.passing():
-            self.now += seconds
+            self.now += 2 * busy_s
 
     def has_done(self, pieces):
         """Waits for so many; more than these are an error."""
@@ -97,7 +103,7 @@ class Passes:
 
 @pytest.mark.parametrize("piece_s", [0.25, 0.75, 1.0, 2.0])
 def test_work_during_a_pass_is_at_most_a_piece_over_what_was_granted(piece_s):
-    """Passes of 4 s, which grant 1 s each."""
+    """Passes with 4 s of processor time, which grant 1 s each."""
     rank = Passes(piece_s)
     rank.has_done(1)
     left_s, pieces = -piece_s, 1

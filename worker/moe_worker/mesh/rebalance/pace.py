@@ -2,9 +2,9 @@
 
 A thread that reads experts delays the passes of its rank, and so those of all ranks: by what it takes of the
 processor, the memory, and the interpreter's lock. So it works in pieces, each at most a matrix, and measures
-the processor time of each. A pass grants it a share of its own time; a pass that is late grants nothing.
-Threads have equal priority: one of lower priority would keep the interpreter's lock from the passes for as
-long as other processes run.
+the processor time of each. A pass grants it a share of its own processor time, so that a busy machine slows
+both equally; a pass that is late grants nothing. Threads have equal priority: one of lower priority would
+keep the interpreter's lock from the passes for as long as other processes run.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
-# The share of a pass's time that the thread may work meanwhile.
+# The share of a pass's processor time that the thread may use, too.
 SHARE = 0.25
 # A pass is late if it takes so many times the median of the latest ones.
 LATE, LATEST = 1.5, 32
@@ -27,14 +27,15 @@ class Grants:
 
     def __init__(self) -> None:
         self.left_s = 0.0
-        self._latest_s: deque[float] = deque(maxlen=LATEST)
+        self._latest: deque[tuple[float, float]] = deque(maxlen=LATEST)
 
-    def passed(self, seconds: float) -> None:
-        """A pass took so long. Grants do not add up: they are for the next pass."""
-        usual_s = statistics.median(self._latest_s) if self._latest_s else seconds
-        self._latest_s.append(seconds)
+    def passed(self, seconds: float, busy_s: float) -> None:
+        """A pass took so long, and so much processor time. Grants do not add up: each is for one pass."""
+        latest = self._latest or [(seconds, busy_s)]
+        usual_s, usual_busy_s = (statistics.median(each) for each in zip(*latest, strict=True))
+        self._latest.append((seconds, busy_s))
         if seconds <= LATE * usual_s:
-            granted_s = SHARE * min(seconds, usual_s)
+            granted_s = SHARE * min(busy_s, usual_busy_s)
             self.left_s = min(self.left_s + granted_s, granted_s)
 
     def worked(self, seconds: float) -> None:
@@ -58,7 +59,7 @@ class Pace:
     @contextlib.contextmanager
     def passing(self) -> Iterator[None]:
         """During a pass."""
-        began = self._clock()
+        began, before = self._clock(), self._busy()
         with self._changed:
             self._computes = True
         try:
@@ -66,7 +67,7 @@ class Pace:
         finally:
             with self._changed:
                 self._computes, self._ended = False, self._clock()
-                self._grants.passed(self._ended - began)
+                self._grants.passed(self._ended - began, self._busy() - before)
                 self._changed.notify_all()
 
     def work(self, wanted: Callable[[], bool]) -> "Work":
