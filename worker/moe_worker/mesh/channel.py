@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from moe_worker.framing import LENGTH_BYTES, MalformedMessageError
 from moe_worker.mesh.errors import MeshError, RankFailedError, RankLostError, RankMemoryError
-from moe_worker.mesh.messages import CODEC, Beat, End, Failed, Message
+from moe_worker.mesh.messages import CODEC, Beat, End, Message, RankFailed
 
 log = logging.getLogger(__name__)
 LARGEST_FRAME: Final = 1 << 28
@@ -70,7 +70,7 @@ class Channel:
         Only where the channel listens. Until then other ranks wait: they learn it from the leader.
         """
         with contextlib.suppress(MeshError):
-            self.send(Failed(sentence, tokens))
+            self.send(RankFailed(sentence, tokens))
         ends = time.monotonic() + NOTED_S
         while self._inbox is not None and (left := ends - time.monotonic()) > 0:
             with contextlib.suppress(queue.Empty):
@@ -120,7 +120,7 @@ class Channel:
                 if isinstance(message, Beat):
                     self.told = message.progress
                     continue
-                if isinstance(message, Failed):
+                if isinstance(message, RankFailed):
                     raise self._failed(message)
                 over = isinstance(message, End)
                 inbox.put(message)
@@ -129,7 +129,7 @@ class Channel:
             if not over:
                 lost(self, error)
 
-    def _failed(self, message: Failed) -> MeshError:
+    def _failed(self, message: RankFailed) -> MeshError:
         if message.tokens:
             return RankMemoryError(self.rank, message.tokens)
         return RankFailedError(f"rank {self.rank} ended: {message.sentence}")

@@ -25,7 +25,7 @@ from moe_worker.mesh.joining import (
     listener_at,
     parse_address,
 )
-from moe_worker.mesh.messages import Again, End, Failed, Meet, Wait, Welcome
+from moe_worker.mesh.messages import Again, End, Meet, RankFailed, Wait, Welcome
 from moe_worker.mesh.places import Moved
 from moe_worker.mesh.pulse import Pulse
 
@@ -152,7 +152,7 @@ class Member:
             self.channels[0].fail(sentence)
         for channel in self.channels if self.leads else ():
             with contextlib.suppress(MeshError):
-                channel.send(Failed(sentence))
+                channel.send(RankFailed(sentence))
         self.close()
 
     def farewell(self) -> None:

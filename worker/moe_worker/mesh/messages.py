@@ -139,7 +139,7 @@ class Beat:
 
 
 @dataclass(frozen=True)
-class Failed:
+class RankFailed:
     """Either way: why the sender ends. tokens: of a step for which a rank has no memory; it meets again."""
 
     sentence: str
@@ -167,7 +167,7 @@ Message = (
     | Prepare
     | Switch
     | Beat
-    | Failed
+    | RankFailed
     | End
 )
 CODEC: Final = Codec[Message](get_args(Message))

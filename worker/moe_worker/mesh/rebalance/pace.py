@@ -70,9 +70,9 @@ class Pace:
                 self._grants.passed(self._ended - began, self._busy() - before)
                 self._changed.notify_all()
 
-    def work(self, wanted: Callable[[], bool]) -> "Work":
+    def work(self, wanted: Callable[[], bool]) -> "PacedWork":
         """Work of the calling thread, while it is wanted."""
-        return Work(self._wait, self._busy, wanted)
+        return PacedWork(self._wait, self._busy, wanted)
 
     def _wait(self, worked_s: float, wanted: Callable[[], bool]) -> None:
         with self._changed:
@@ -88,7 +88,7 @@ class DroppedError(Exception):
     """The work is not wanted any more."""
 
 
-class Work:
+class PacedWork:
     """Of one thread, which calls `rest` after each piece."""
 
     def __init__(
