@@ -52,8 +52,9 @@ class ForwardClock:
 
     def __call__(self) -> float:
         """Now."""
-        (last, at), now = self._read, self._monotonic()
-        self._read = max(self._wall(), last + (1 - _SLEW) * (now - at)), now
+        # The wall clock is read first: after a pause between the two, this one is behind, never ahead.
+        (last, at), wall, now = self._read, self._wall(), self._monotonic()
+        self._read = max(wall, last + (1 - _SLEW) * (now - at)), now
         return self._read[0]
 
 

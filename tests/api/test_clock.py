@@ -33,3 +33,15 @@ def test_the_wall_clock_catches_up_with_it():
     ahead_s = [at - (1000 - 60 + 10 * turn) for turn, at in enumerate(read, 1)]
     assert ahead_s[60] > 0
     assert ahead_s[-1] == 0
+
+
+def test_a_pause_within_a_reading_does_not_put_it_ahead():
+    elapsed, pauses = [0.0], [0.0, 5.0, 0.0, 0.0, 7.0, 3.0]
+
+    def after_a_pause(start):
+        elapsed[0] += pauses.pop(0) if pauses else 0.0
+        return start + elapsed[0]
+
+    clock = ForwardClock(lambda: after_a_pause(1000.0), lambda: after_a_pause(50.0))
+    for _ in range(4):
+        assert clock() <= 1000 + elapsed[0]
