@@ -23,7 +23,7 @@ from moe_operator.render.objects import Key
 from moe_operator.resources.deployment import Identity
 from moe_operator.resources.status import Status
 
-REMOVED = Decision("ReplicaRemoved", "deleting StatefulSet docs-0: 0 wanted")
+REMOVED = Decision("ReplicaRemoved", "deleted StatefulSet docs-0: 0 wanted")
 OWNER = Identity("default", "docs", "uid-docs", 1)
 
 

@@ -330,7 +330,7 @@ def test_of_replicas_that_may_leave_the_least_busy_does():
     assert [deletion.key.name for deletion in plan.delete] == ["docs-1"]
     assert plan.drain == ("10.244.0.9",)
     (removal,) = (found for found in plan.decisions if found.reason == "ReplicaRemoved")
-    assert removal.message == "deleting StatefulSet docs-1: 2 wanted; it finishes 1 requests"
+    assert removal.message == "deleted StatefulSet docs-1: 2 wanted; it finishes 1 requests"
 
 
 def test_scaling_does_not_restart_the_replicas_that_stay():

@@ -13,7 +13,7 @@ from moe_operator.errors import ApplyForbiddenError, ClusterUnavailableError
 from moe_operator.planner.decision import Decision
 from moe_operator.resources.deployment import Identity
 
-DECISIONS = [Decision("ReplicaRemoved", f"deleting StatefulSet docs-{rank}") for rank in range(3)]
+DECISIONS = [Decision("ReplicaRemoved", f"deleted StatefulSet docs-{rank}") for rank in range(3)]
 
 
 @pytest.mark.parametrize(
@@ -33,4 +33,4 @@ def test_every_decision_is_logged_but_events_end_with_the_first_that_is_not_answ
     caplog.set_level(logging.INFO)
     reporting.announce(Identity("default", "docs", "uid", 1), DECISIONS)
     assert posted == [decision.message for decision in DECISIONS[:tries]]
-    assert sum("ReplicaRemoved: deleting" in line for line in caplog.messages) == 3
+    assert sum("ReplicaRemoved: deleted" in line for line in caplog.messages) == 3

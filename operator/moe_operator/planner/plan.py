@@ -268,4 +268,4 @@ def _removal(deployment: Deployment, replica: Replica, current: State) -> Decisi
     busy = f"; it finishes {replica.work} requests" if replica.work else ""
     idle = "its pod does not end, and its node does not respond" if replica.lost else "it does not serve"
     serving = busy if replica.ready else f"; {idle}"
-    return Decision(REPLICA_REMOVED, f"deleting StatefulSet {name}: {why}{serving}")
+    return Decision(REPLICA_REMOVED, f"deleted StatefulSet {name}: {why}{serving}")
