@@ -39,7 +39,8 @@ def experts(endpoint: Endpoint, model: str, timeout: float | None, top: int) -> 
     without mutual TLS is asked without it.
     """
     del model  # a worker serves one
-    (load,) = ask([as_worker(endpoint)], timeout or 10)
+    endpoint = as_worker(endpoint)
+    (load,) = ask([endpoint], timeout or 10)
     if isinstance(load, grpc.RpcError):
         raise explain(load, endpoint) from load
     for line in lines(load, top):

@@ -8,7 +8,7 @@ from typing import Any, Final, TypeVar
 import click
 import grpc
 
-from moe_api import rich_status, transport
+from moe_api import mutual, rich_status, transport
 from moe_api.address import check_address
 from moe_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from moe_client import errors
@@ -99,6 +99,15 @@ def connected(endpoint: Endpoint) -> Iterator[grpc.Channel]:
             raise explain(error, endpoint) from error
 
 
+def _of_workers(endpoint: Endpoint) -> str:
+    """What a worker with mutual TLS asks for that is not given."""
+    if endpoint.proof is None:
+        return "A worker with mutual TLS needs --tls-folder."
+    if endpoint.server_name is None:
+        return f"A worker with mutual TLS needs --tls-server-name {mutual.WORKER}."
+    return ""
+
+
 def explain(error: grpc.RpcError, endpoint: Endpoint) -> CommandError:
     """The error of a failed call, for users."""
     status = rich_status.from_error(error)
@@ -108,8 +117,8 @@ def explain(error: grpc.RpcError, endpoint: Endpoint) -> CommandError:
         sentence = (
             f"cannot connect to {endpoint} ({sentence}); is the frontend running and reachable from "
             "here, by `kubectl port-forward service/NAME-frontend 8000` for one, and does --ca-file or --tls "
-            "say whether it serves TLS?"
-        )
+            f"say whether it serves TLS? {_of_workers(endpoint)}"
+        ).rstrip()
     elif code is grpc.StatusCode.UNIMPLEMENTED:
         sentence = f"{endpoint} is a gRPC server, but serves no models"
     elif code is grpc.StatusCode.DEADLINE_EXCEEDED:

@@ -72,6 +72,7 @@ async def test_chat_proves_its_caller(site, made, tmp_path):
     distrusted = await run("chat", *there, "--token", made[0], "hello")
     assert distrusted.exit_code == 3
     assert "does --ca-file or --tls say whether it serves TLS?" in distrusted.stderr
+    assert "A worker with mutual TLS needs --tls-folder." in distrusted.stderr
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from moe_cli import asking_experts
 from moe_cli import status as command
 from moe_cli.expert_rows import figures, rows
 from moe_cli.experts import experts
+from moe_cli.generate import generate
 from moe_cli.rendering import show
 from moe_client.endpoint import Endpoint
 from moe_operator.statuspage.report import report
@@ -164,6 +165,15 @@ def test_moe_experts_expects_a_worker_where_tls_is_mutual(tmp_path, secured):
     assert "10 steps" in shown.output
     other = CliRunner().invoke(experts, [*options, "--tls-server-name", mutual.FRONTEND, "--timeout", "2"])
     assert other.exit_code != 0
+
+
+def test_a_command_says_what_a_worker_with_mutual_tls_needs(tmp_path, secured):
+    mount(tmp_path / "mine", secured.pair(mutual.FRONTEND))
+    there = ["--endpoint", "127.61.7.2:8000", "--timeout", "2"]
+    plain = CliRunner().invoke(experts, there)
+    assert "A worker with mutual TLS needs --tls-folder." in plain.output
+    unnamed = CliRunner().invoke(generate, [*there, "--tls-folder", str(tmp_path / "mine"), "a"])
+    assert f"A worker with mutual TLS needs --tls-server-name {mutual.WORKER}." in unnamed.output
 
 
 def core_api(monkeypatch, answer):
