@@ -139,17 +139,21 @@ def begins_to_roll(world):
     assert "grpc" in ports(container(kept, names.ROLE_WORKER))
 
 
-@pytest.fixture
-def upgraded():
+def from_before(**spec):
     """A deployment from the time before `spec.transport`: no object knows of it, and nothing serves TLS."""
-    world = settled(**PLAIN)
+    world = settled(**PLAIN, **spec)
     for child in world.children.values():
         if text := child["metadata"]["annotations"].get(names.ANNOTATION_PINNED):
             pin = json.loads(text)
             del pin["spec"]["transport"]
             child["metadata"]["annotations"][names.ANNOTATION_PINNED] = canonical(pin)
-    world.change(**MUTUAL)  # the new CRD's default
+    world.change(**MUTUAL, **spec)  # the new CRD's default
     return world
+
+
+@pytest.fixture
+def upgraded():
+    return from_before()
 
 
 def templates(world):
@@ -185,12 +189,55 @@ def test_an_edit_of_frontends_after_an_upgrade_restarts_no_worker(upgraded):
     assert {name.name for name in after if after[name] != before[name]} == {"docs-frontend"}
 
 
+def serves_mutual_tls_to_the_operator(world):
+    """Whether the applied template of the frontends does."""
+    template = templates(world)[Key("Deployment", "docs-frontend")]["spec"]
+    return "admin-tls" in ports(container(template, names.ROLE_FRONTEND))
+
+
+def secure_sets(world):
+    """Whether the workers of each StatefulSet serve mutual TLS."""
+    return {
+        name.name: children.read(one).secure
+        for name, one in world.children.items()
+        if name.kind == "StatefulSet"
+    }
+
+
+def test_an_upgrade_changes_no_transport_of_a_deployment_without_replicas():
+    """Its images may be of an earlier version, which serves no TLS: it could not return from zero."""
+    world = from_before(replicas=0)
+    before = templates(world)
+    for _ in range(3):
+        world.step()
+    assert templates(world) == before
+    world.change(**MUTUAL, replicas=1)
+    for _ in range(3):
+        world.step()
+        world.all_ready()
+    assert secure_sets(world) == {"docs-0": False}
+    assert not serves_mutual_tls_to_the_operator(world)
+    world.change(replicas=1, engine={"maxBatchSize": 4})
+    world.step()
+    assert secure_sets(world) == {"docs-0": False, "docs-1": True}
+    assert serves_mutual_tls_to_the_operator(world)
+
+
+def test_a_restart_turns_mutual_tls_on_without_replicas_too():
+    world = from_before(replicas=0)
+    world.deployment = replace(world.deployment, restarted_at="2026-01-01T00:00:00Z")
+    world.step()
+    assert serves_mutual_tls_to_the_operator(world)
+    world.change(**MUTUAL, replicas=1)
+    world.step()
+    assert secure_sets(world) == {"docs-0": True}
+
+
 def transports(world):
     """What the applied template of the frontends serves to the operator, and whether a policy lets it in."""
-    template = world.children[Key("Deployment", "docs-frontend")]["spec"]["template"]["spec"]
     policy = world.children[Key("NetworkPolicy", "docs-frontend")]
     allowed = {port["port"] for rule in policy["spec"]["ingress"] for port in rule["ports"]}
-    return "admin-tls" in ports(container(template, names.ROLE_FRONTEND)), names.ADMIN_PORT in allowed
+    return serves_mutual_tls_to_the_operator(world), names.ADMIN_PORT in allowed
 
 
 @pytest.mark.parametrize("also", [{}, {"frontend": {"image": "frontend:next"}}])
@@ -252,8 +299,12 @@ def test_a_missing_right_is_reported_and_stops_nothing_else(kind):
 def test_a_check_that_failed_stops_a_reconcile_only_where_there_is_no_certificate_yet(kind):
     """A webhook for Secrets that does not answer must not stop scaling and rollouts."""
     assert certified(Issuing(kind("not now"), own=object()), deployment(**MUTUAL)) == []
-    with pytest.raises(kind):
-        certified(Issuing(kind("not now")), deployment(**MUTUAL))
+    without = Issuing(kind("not now"))
+    plain, secure = observed(names.ROLE_WORKER, **PLAIN), observed(names.ROLE_WORKER, **MUTUAL)
+    assert certified(without, deployment(**MUTUAL), plain) == []  # from before mutual TLS was the default
+    for pods in ((), (plain, secure)):
+        with pytest.raises(kind):
+            certified(without, deployment(**MUTUAL), *pods)
 
 
 def test_a_pod_that_waits_for_its_volumes_asks_for_a_check():

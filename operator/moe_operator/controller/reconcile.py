@@ -197,7 +197,8 @@ class Reconciler:
 
         Everything else goes on then: certificates are renewed a month before they expire.
 
-        Raises RetryableError if the API server could not be asked, and there is no certificate yet.
+        Raises RetryableError if the API server could not be asked, and there is no certificate yet, unless
+        all pods are in plaintext.
         """
         secure, namespace = [pod for pod in observed.pods if pod.secure], deployment.identity.namespace
         if self.certificates is None or not (deployment.spec.transport.mutual or secure):
@@ -210,7 +211,7 @@ class Reconciler:
         except ReadForbiddenError as error:
             return [ApplyForbiddenError(str(error))]
         except RetryableError as error:
-            if self.certificates.identity(namespace) is None:
+            if self.certificates.identity(namespace) is None and (secure or not observed.pods):
                 raise
             logger.warning("%s: the certificates were not checked: %s", deployment.name, error)
         return []

@@ -23,6 +23,7 @@ from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Pin
 from moe_operator.resources.ports import serves_mutual_tls
 from moe_operator.resources.spec import Spec
+from moe_operator.resources.transport_spec import Transport
 
 _CARRIERS: Final[Mapping[str, tuple[type[Child], Callable[[Deployment], Manifest]]]] = {
     names.ROLE_WORKER: (StatefulSet, worker.rendered),
@@ -32,7 +33,7 @@ _CARRIERS: Final[Mapping[str, tuple[type[Child], Callable[[Deployment], Manifest
 
 def with_pins(deployment: Deployment, observed: Observed) -> Deployment:
     """The deployment with the pinned templates that are still valid, otherwise with new ones."""
-    workers = _current(names.ROLE_WORKER, deployment, observed)
+    workers = _workers(deployment, observed)
     secure = serves_mutual_tls(workers.template, names.ROLE_WORKER)
     secure = secure or _has_secure_workers(deployment, observed)
     deployment = replace(deployment, has_secure_workers=secure)
@@ -41,6 +42,20 @@ def with_pins(deployment: Deployment, observed: Observed) -> Deployment:
         # They were rendered when plaintext was the default, and could not call these workers.
         frontends = _fresh(names.ROLE_FRONTEND, deployment.for_frontends)
     return replace(deployment, pinned={names.ROLE_WORKER: workers, names.ROLE_FRONTEND: frontends})
+
+
+def _workers(deployment: Deployment, observed: Observed) -> Pin:
+    """The template of workers. Without replicas none is pinned, and those of the frontends tell what it was:
+    in plaintext while theirs are in plaintext, from when that was the default, although it is not any more.
+    """
+    workers = _current(names.ROLE_WORKER, deployment, observed)
+    if not deployment.spec.transport.mutual or observed.owned(StatefulSet, deployment.identity):
+        return workers
+    frontends = _current(names.ROLE_FRONTEND, deployment, observed)
+    if serves_mutual_tls(frontends.template, names.ROLE_FRONTEND):
+        return workers
+    plain = deployment.spec.model_copy(update={"transport": Transport(mode="Plaintext")})
+    return Pin(workers.spec, worker.rendered(replace(deployment, spec=plain)))
 
 
 def _current(role: str, deployment: Deployment, observed: Observed) -> Pin:
