@@ -152,7 +152,7 @@ class Scaled:
         """Writes the state into the ScalingHistory; scaling continues if that fails."""
         self._kept_at = time.monotonic()
         identity = subject.deployment.identity
-        if self._unread and not await self._may_replace(identity):
+        if self.outdated or (self._unread and not await self._may_replace(identity)):
             return
         memory = self._scaler.memory()
         due = await self._with.call(scaling_history.due, identity, memory, subject.uids, self._whole_until)

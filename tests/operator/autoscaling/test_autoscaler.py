@@ -23,6 +23,7 @@ from moe_operator.autoscaling.model.horizon import ColdStarts
 from moe_operator.autoscaling.polling import Poller
 from moe_operator.autoscaling.rounds import ScaledFactory
 from moe_operator.autoscaling.scaler import Memory, Scaler
+from moe_operator.autoscaling.subject import subject
 from moe_operator.errors import ClusterUnavailableError, ReadForbiddenError
 from moe_operator.observed.observation import Observed, observe
 from moe_operator.resources import names
@@ -196,6 +197,17 @@ async def test_a_damaged_history_is_not_used_and_not_replaced(world, remedy):
         await site.until(lambda: site.store.histories)
         whole, recent = "docs", names.recent_history("docs")
         assert site.store.histories[0] == (whole if remedy == "deleted" else recent)
+
+
+async def test_a_corrected_history_is_not_replaced_by_a_stop_before_it_is_used(site):
+    sound, seen = site.store.kept, subject(asleep(), Observed())
+    site.store.kept = sound | {"rates": "damaged"}
+    scaled = await site.factory.load(seen)
+    site.store.kept = sound
+    for _ in range(2):  # the next round, and the stop
+        await scaled.keep(seen)
+    assert scaled.outdated
+    assert site.store.histories == []
 
 
 async def test_the_condition_speaks_of_an_edited_spec_at_once(site, world, monkeypatch):
