@@ -66,7 +66,8 @@ def used(
     replicas = [said for worker, answer in answers if (said := _replica(worker, answer)) is not None]
     if replicas and all("problem" in said for said in replicas):
         remedy = _REMEDY_OF_AN_ADDRESS if given.address else _REMEDY.format(worker=next(iter(asked)))
-        replicas[-1]["problem"] += f"; {remedy}; {_MUTUAL if given.proof is None else _PLAINTEXT}"
+        of_tls = _PLAINTEXT if given.proof is not None else _MUTUAL if own is None else ""
+        replicas[-1]["problem"] += "".join(f"; {one}" for one in (remedy, of_tls) if one)
     return {"ready": len(ready), "replicas": replicas} if replicas else None
 
 

@@ -246,6 +246,9 @@ def test_an_address_that_is_no_worker_gets_the_remedy_of_an_address():
         address = f"127.0.0.1:{closed.getsockname()[1]}"
         (text,) = said(asking_experts.used([], Endpoint(address), timeout_s=0.4))
         (secured,) = said(asking_experts.used([], Endpoint(address, proof=Path("pki")), timeout_s=0.4))
+        own = tls.parse(Authority().pair(mutual.FRONTEND))
+        (proved,) = said(asking_experts.used([], Endpoint(address), own, timeout_s=0.4))
+    assert proved.endswith("or one that forwards there")  # the namespace's certificate was used already
     assert text.endswith("; with mutual TLS, add --tls-folder (docs/security.md)")
     assert secured.endswith("; without mutual TLS, leave out --tls-folder (MOE_TLS_FOLDER)")
     assert text.startswith(f"{address}: worker did not report its experts: ")
