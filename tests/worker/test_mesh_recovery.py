@@ -126,7 +126,7 @@ def test_a_new_rank_of_a_mesh_that_serves_without_another_finds_experts_among_th
     routing = SimpleNamespace(groups=1)
     moe = SimpleNamespace(routed=6, routing=routing)
     config = SimpleNamespace(moe=moe, num_hidden_layers=1, dense_layers=())
-    member = SimpleNamespace(shape=MeshShape(1, 3), place=1, number=0, group=None, places=lambda _: [0, 1])
+    member = SimpleNamespace(shape=MeshShape(1, 3), column=1, number=0, group=None, columns=lambda _: [0, 1])
     places = ExpertPlaces(config, 3, 6)
     stage = part.stage_of(config, member, range(1), places, torch.device("cpu"))
     table = stage.dispatches[0].table

@@ -164,9 +164,9 @@ def test_experts_stay_where_a_rank_does_not_prepare_them(leader, why):
 
 def held_by(read):
     """Of rank 1 of a mesh 1x2."""
-    beats, member = [], SimpleNamespace(rank=1, place=1, number=0, leads=False)
+    beats, member = [], SimpleNamespace(rank=1, column=1, number=0, leads=False)
     channel = SimpleNamespace(progress=0, beat=lambda: beats.append(channel.progress))
-    member.channels, member.places = [channel], lambda _: [0, 1]
+    member.channels, member.columns = [channel], lambda _: [0, 1]
     part = SimpleNamespace(taken=[], place=lambda *_: None)
     part.hold = lambda layer, experts, _: part.taken.append((layer, experts))
     return HeldExperts(places_of(), member, part, read), part, beats

@@ -36,8 +36,8 @@ class MeshShape:
         """The stage that `rank` belongs to."""
         return rank // self.expert
 
-    def place_of(self, rank: int) -> int:
-        """The number of `rank` in its stage."""
+    def column_of(self, rank: int) -> int:
+        """The number of `rank` in its stage: ranks of one column hold one shard of the sequences."""
         return rank % self.expert
 
     def stage_ranks(self, stage: int) -> list[int]:

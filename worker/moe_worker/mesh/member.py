@@ -68,9 +68,9 @@ class Member:
         return self.rank == 0
 
     @property
-    def place(self) -> int:
+    def column(self) -> int:
         """Its number in its stage."""
-        return self.shape.place_of(self.rank)
+        return self.shape.column_of(self.rank)
 
     @property
     def number(self) -> int:
@@ -108,9 +108,9 @@ class Member:
         """The number of `rank` among those present, which torch.distributed knows it by."""
         return self.present.index(rank)
 
-    def places(self, stage: int) -> list[int]:
-        """The numbers of the present ranks of a stage, in it."""
-        return [self.shape.place_of(rank) for rank in self.shape.stage_ranks(stage) if rank in self.present]
+    def columns(self, stage: int) -> list[int]:
+        """Those of the present ranks of a stage."""
+        return [self.shape.column_of(rank) for rank in self.shape.stage_ranks(stage) if rank in self.present]
 
     def arm(self) -> None:
         """All ranks have loaded: from now on one that is silent counts as lost."""

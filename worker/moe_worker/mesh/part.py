@@ -35,7 +35,7 @@ def stage_of(
     """This rank's part of `layers`."""
     routed = config.moe.routed
     own = [layer for layer in places.layers if layer in layers]
-    held = {layer: places.held(layer, member.place) for layer in own}
+    held = {layer: places.held(layer, member.column) for layer in own}
     dispatches = {
         layer: AllToAllDispatch(place_table(places, member, layer, device), routed, member.group)
         for layer in own
@@ -45,7 +45,7 @@ def stage_of(
 
 def place_table(places: ExpertPlaces, member: Member, layer: int, device: torch.device) -> PlaceTable:
     """Where experts of a layer are among the ranks of this process's stage that take part."""
-    present = member.places(member.number)
+    present = member.columns(member.number)
     return PlaceTable(places.among(layer, present), places.experts, len(present), device)
 
 

@@ -33,10 +33,10 @@ def agree_on_pages(member: Member, pages: int) -> int:
     return allotted
 
 
-def whole_places(shape: MeshShape, missing: frozenset[int]) -> list[int]:
+def whole_columns(shape: MeshShape, missing: frozenset[int]) -> list[int]:
     """Shards of which every stage has its rank: pure."""
-    lost = {shape.place_of(rank) for rank in missing}
-    return [place for place in range(shape.expert) if place not in lost]
+    lost = {shape.column_of(rank) for rank in missing}
+    return [column for column in range(shape.expert) if column not in lost]
 
 
 def may_spare(
@@ -45,10 +45,10 @@ def may_spare(
     """Whether the other ranks have all layers and experts, and a shard that is whole: pure."""
 
     def present(stage: int) -> list[int]:
-        return [shape.place_of(rank) for rank in shape.stage_ranks(stage) if rank not in missing]
+        return [shape.column_of(rank) for rank in shape.stage_ranks(stage) if rank not in missing]
 
     complete = all(places.complete(present(stage), layers) for stage, layers in enumerate(stages))
-    return complete and bool(whole_places(shape, missing))
+    return complete and bool(whole_columns(shape, missing))
 
 
 class Recovery:

@@ -36,7 +36,7 @@ from moe_worker.mesh.messages import (
 from moe_worker.mesh.rank_stage import RankStage, Width
 from moe_worker.mesh.rebalance.execute import Rebalancing
 from moe_worker.mesh.rebalance.hold import HeldExperts
-from moe_worker.mesh.recovery import MOST_REFORMS, Recovery, whole_places
+from moe_worker.mesh.recovery import MOST_REFORMS, Recovery, whole_columns
 from moe_worker.models.batch import Batch, Fed, Segment
 from moe_worker.models.memory import lack_of_memory
 from moe_worker.moe.counting import Counter
@@ -87,7 +87,7 @@ class MeshRunner:
     @property
     def shards(self) -> Sequence[int]:
         """Those to which new sequences may go: one for each shard that is whole."""
-        return sorted({place: shard for shard, place in reversed([*enumerate(self._homes)])}.values())
+        return sorted({column: shard for shard, column in reversed([*enumerate(self._homes)])}.values())
 
     def direct(self, rebalancing: Rebalancing) -> None:
         """For the leader, which moves experts, and serves without ranks whose experts others have."""
@@ -115,11 +115,12 @@ class MeshRunner:
 
     def _rehome(self) -> None:
         """Sequences of shards that are not whole any more go to others; those that are again get new ones."""
-        whole = whole_places(self.member.shape, self.member.absent)
+        whole = whole_columns(self.member.shape, self.member.absent)
         self._homes = [
-            place if place in whole else whole[shard % len(whole)] for shard, place in enumerate(self._homes)
+            column if column in whole else whole[shard % len(whole)]
+            for shard, column in enumerate(self._homes)
         ]
-        self._homes += [place for place in whole if place not in self._homes]
+        self._homes += [column for column in whole if column not in self._homes]
 
     def logits(self, batch: Batch, cache: PagedCache, rows: Sequence[int]) -> Tensor:
         """[N, V], of the whole mesh; only the leader calls it. Raises MeshError."""
@@ -237,7 +238,7 @@ class MeshRunner:
 
     def _compute_pieces(self, step: Compute, cache: PagedCache) -> Tensor | None:
         member, part = self.member, self._part
-        pieces = [piece for piece in step.pieces if piece.shard == member.place]
+        pieces = [piece for piece in step.pieces if piece.shard == member.column]
         segments = [Segment(p.tokens, p.start, p.pages, p.shard) for p in pieces]
         batch = Batch.of(segments, cache, () if member.number else self._feeds(pieces))
         tokens, each = len(batch.tokens), member.shape.expert
@@ -344,7 +345,7 @@ class MeshCounter:
 
 
 def _pieces(batch: Batch, rows: Sequence[int], homes: Sequence[int]) -> tuple[Piece, ...]:
-    """`rows`, which rise, cut by segments. homes: the place of each shard."""
+    """`rows`, which rise, cut by segments. homes: the column of each shard."""
     pieces, first, wanted = [], 0, deque(rows)
     for segment in batch.segments:
         end, selected = first + segment.size, []

@@ -52,7 +52,7 @@ class HeldExperts:
         self.pace = pace or Pace()
         self._member, self._part, self._read = member, part, read
         self._reading = threading.Lock()
-        self._holds = {layer: places.held(layer, member.place) for layer in places.layers}
+        self._holds = {layer: places.held(layer, member.column) for layer in places.layers}
         self._changing = threading.Lock()
         self._move: Prepare | None = None
         self._prepared: ComputesExperts | None = None
@@ -92,7 +92,7 @@ class HeldExperts:
         self.drop()
         self.places.adopt(moved)
         for layer in (layer for layer in self.places.layers if layer in layers):
-            own = self.places.held(layer, self._member.place)
+            own = self.places.held(layer, self._member.column)
             if own != self._holds[layer]:
                 self._hold(layer, self._read(layer, own, lambda: None))
             else:
@@ -100,7 +100,7 @@ class HeldExperts:
 
     def _hold(self, layer: int, experts: ComputesExperts) -> None:
         before = [self._part.hold(layer, experts, self._table(layer))]
-        self._holds[layer] = self.places.held(layer, self._member.place)
+        self._holds[layer] = self.places.held(layer, self._member.column)
         _in_background(before.clear)  # to free gigabytes takes longer than to switch
 
     def _table(self, layer: int) -> PlaceTable:
@@ -110,7 +110,7 @@ class HeldExperts:
         with self._reading:
             try:
                 each = len(move.places) // self.places.ranks
-                held = move.places[self._member.place * each : (self._member.place + 1) * each]
+                held = move.places[self._member.column * each : (self._member.column + 1) * each]
                 work = self.pace.work(lambda: self._move is move)
                 experts = self._read(move.layer, held, work.rest)
             except DroppedError:
