@@ -66,11 +66,16 @@ SLOW = {  # tests/soak/test_mesh_grid.py has the shapes
 
 
 def tokens_of(loaded, options, tokens=16, pages=None):
-    """Of each prompt, greedy and seeded in turn, and of each expert. pages: of the KV cache, at most."""
+    """Of each prompt, greedy and seeded in turn, and of each expert. pages: of the KV cache, at most.
+
+    What the last one needs to sample, only the leader has.
+    """
     with limited_to(pages):
         core = EngineCore(loaded, options)
     for number, prompt in enumerate(PROMPTS):
         sampling = replace(SEEDED if number % 2 else GREEDY, max_tokens=tokens)
+        if number == len(PROMPTS) - 1:
+            sampling = replace(sampling, frequency_penalty=0.5)
         core.submit(Request(number, tuple(prompt), sampling, seed=number))
     found = [[] for _ in PROMPTS]
     while not core.idle:
@@ -119,7 +124,13 @@ def compare_with_one_process(tmp_path, family, shape, options):
         found, expected = engine.logits(LONG), single.logits(LONG)
         assert (found - expected).abs().max() < 1e-5
         ours, theirs = (engine._loaded, EngineOptions(**mesh)), (single._loaded, EngineOptions(**alone))
-        assert tokens_of(*ours)[0] == tokens_of(*theirs)[0]
+        before = engine._loaded.runner.passed_on()[1]
+        generated = tokens_of(*ours)[0]
+        assert generated == tokens_of(*theirs)[0]
+        if MeshShape.parse(shape).pipeline > 1:  # the leader gets tokens, and logits of the last prompt
+            *drawn, kept = map(len, generated)
+            sizes = sum(drawn) * 8 + kept * engine.config.vocab_size * 4
+            assert engine._loaded.runner.passed_on()[1] - before == sizes
         assert tokens_of(*ours, 40, FEW_PAGES)[0] == tokens_of(*theirs, 40, FEW_PAGES)[0]
         plain = [EngineOptions(**each, prefix_cache=False) for each in (mesh, alone)]
         assert tokens_of(ours[0], plain[0]) == tokens_of(theirs[0], plain[1])

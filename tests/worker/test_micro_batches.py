@@ -5,6 +5,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from moe_worker.config.engine import EngineOptions
 from moe_worker.config.mesh import MeshShape
@@ -14,7 +15,9 @@ from moe_worker.engine.launching import Launcher
 from moe_worker.engine.offline import Engine
 from moe_worker.engine.requests import Request
 from moe_worker.mesh.errors import RankLostError
-from moe_worker.mesh.runner import MeshRunner
+from moe_worker.mesh.results import drawn
+from moe_worker.mesh.runner import MeshRunner, _pieces
+from moe_worker.sampling.drawer import Drawer
 from moe_worker.sampling.output_format import OutputFormat
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.scheduler.plan import Limits
@@ -33,11 +36,13 @@ class Staged(MeshRunner):
         self.member = SimpleNamespace(shape=MeshShape(stages, 1), returned=(), channels=())
         self.feeds, self.rebalancing, self._homes = False, None, [0]
         self.events, self._runner, self._logits, self._lost = [], runner, [], list(lost)
-        self.reformed = 0
+        self.reformed, self.drawn, self._drawer = 0, 0, Drawer(320, torch.device("cpu"))
 
-    def begin(self, batch, cache, rows):
+    def begin(self, batch, cache, rows, draws):
         self.events.append("begin")
-        self._logits.append(self._runner.logits(batch, cache, rows))
+        logits, pieces = self._runner.logits(batch, cache, rows), _pieces(batch, rows, self._homes, draws)
+        self.drawn += sum(draw is not None for draw in draws)
+        self._logits.append(drawn(logits, pieces, self._drawer))
         return self._collect
 
     def _collect(self):
@@ -72,7 +77,7 @@ def loaded(tmp_path_factory):
 
 
 def submit_all(core):
-    """Greedy, seeded and penalized requests."""
+    """Greedy, seeded and penalized requests; the last stage draws all but the penalized one."""
     for number, prompt in enumerate(PROMPTS):
         sampling = SamplingParameters(
             max_tokens=12 + number, temperature=0.6 * (number % 2), seed=number, ignore_eos=True,
@@ -107,8 +112,53 @@ def test_steps_of_a_pipeline_overlap_and_give_the_tokens_of_one_process(loaded, 
     found, most = tokens_of(replace(loaded, runner=runner))
     assert found == tokens_of(loaded)[0]
     assert most == stages - 1  # after a step has landed
+    assert runner.drawn == sum(map(len, found)) - len(found[3])
     assert runner.events[:stages] == ["begin"] * stages
     assert runner.events[stages : stages + 20] == ["collect", "begin"] * 10
+
+
+MIXED = (
+    ({}, {}),
+    ({"logprobs": 2}, {}),
+    ({"temperature": 0.7}, {"output_format": FORMAT}),
+    ({"prompt_logprobs": 1}, {}),
+    ({"temperature": 1.2, "top_k": 20, "min_p": 0.01}, {}),
+    ({"temperature": 0.7, "stop_token_ids": (9,), "min_tokens": 5}, {}),
+    ({"temperature": 0.7, "logit_bias": ((11, 2.0),)}, {}),
+)  # fmt: skip
+
+
+def mixed(loaded):
+    """Tokens, text, and log-probabilities of text and prompt, where requests need different things."""
+    core = EngineCore(loaded, EngineOptions(prefill_tokens=60, **OPTIONS))
+    for number, (sampling, more) in enumerate(MIXED):
+        parameters = SamplingParameters(max_tokens=12 + number, **sampling)
+        core.submit(
+            Request(number, (*PROMPTS[number % 3], number), parameters, seed=2**64 - 1 - number, **more)
+        )
+    found = [([], [], [], []) for _ in MIXED]
+    while not core.idle:
+        for delta in core.step():
+            tokens, texts, scores, prompts = found[delta.id]
+            tokens += [delta.token] * (delta.token is not None)
+            texts += delta.text
+            scores += [] if delta.logprobs is None else [delta.logprobs.logprob]
+            prompts += [each.logprob for each in delta.prompt]
+    return found
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_drawn_tokens_share_steps_with_all_others(loaded, stages):
+    runner = Staged(loaded.runner, stages)
+    found, alone = mixed(replace(loaded, runner=runner)), mixed(loaded)
+    for ours, theirs in zip(found, alone, strict=True):
+        assert ours[:2] == theirs[:2]
+        for scores, expected in zip(ours[2:], theirs[2:], strict=True):
+            assert scores == pytest.approx(expected, abs=1e-4)
+    assert re.fullmatch(FORMAT.text, "".join(found[2][1]))
+    assert (len(found[1][2]), len(found[3][3])) == (len(found[1][0]), len(PROMPTS[0]))
+    waiting = min(5, len(found[5][0]))
+    assert runner.drawn == sum(len(found[number][0]) for number in (0, 4, 5)) - waiting
 
 
 def test_one_micro_batch_waits_for_the_last_stage(loaded):

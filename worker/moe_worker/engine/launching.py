@@ -7,7 +7,7 @@ Legend: N rows that sample, V vocabulary.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -27,7 +27,8 @@ from moe_worker.mesh.runner import MeshRunner
 from moe_worker.models.batch import Batch, Fed, Segment
 from moe_worker.models.runner import FindsLikeliest
 from moe_worker.sampling.guides import Allowed
-from moe_worker.sampling.sampler import Logprobs, Sampled, Sampler
+from moe_worker.sampling.remote import Draw
+from moe_worker.sampling.sampler import Logprobs, Sampled, Sampler, with_drawn
 from moe_worker.scheduler.plan import UNKNOWN_TOKEN, Chunk, Step
 
 
@@ -62,14 +63,24 @@ class Launcher:
         rows = [row for row, chunk in zip(batch.last_rows, chunks, strict=True) if chunk.samples]
         sampling = [(chunk.id, each) for chunk, each in zip(chunks, active, strict=True) if chunk.samples]
         self._admit(sampling)
-        masks = self.guides.begin(sampling, flights)
+        draws = self._draws(rows, sampling)
+        here = (
+            [each for row, each in zip(rows, sampling, strict=True) if row not in draws]
+            if draws
+            else sampling
+        )
+        masks = self.guides.begin(here, flights)
         wanted = spans(chunks, active)
-        logits = self._begin(batch, rows, wanted)
+        logits = self._begin(batch, rows, draws, wanted)
         self.experts.count(step)
 
         def outcome() -> Outcome:
             found = logits()
-            sampled = self._sample(found, sampling, masks()) if sampling else None
+            sampled = self._sample(found, here, masks()) if here else None
+            if draws and found.drawn_D is not None:
+                drawn = [place for place, row in enumerate(rows) if row in draws]
+                self._sampler.note_drawn(sampling[place][0] for place in drawn)
+                sampled = with_drawn(sampled, found.drawn_D, drawn)
             return sampled, found.scores
 
         decoded = decode_tokens(chunks, [each.given for each in active])
@@ -91,15 +102,33 @@ class Launcher:
         ]
         return Batch.of(segments, self._cache, fed)
 
-    def _begin(self, batch: Batch, rows: Sequence[int], wanted: Sequence[Span]) -> "Callable[[], _Logits]":
-        """Begins the forward pass. rows: that sample."""
+    def _draws(self, rows: Sequence[int], sampling: Sampling) -> dict[int, Draw]:
+        """How the last stage of a mesh draws the tokens of some rows; all others are sampled here."""
+        if self._mesh is None or self.feeds or self.ahead:
+            return {}
+        found = {}
+        for row, (name, active) in zip(rows, sampling, strict=True):
+            if active.guide is None and not active.request.scores_prompt:
+                found[row] = self._sampler.next_draw(name)
+        return {row: draw for row, draw in found.items() if draw is not None}
+
+    def _begin(
+        self, batch: Batch, rows: Sequence[int], draws: Mapping[int, Draw], wanted: Sequence[Span]
+    ) -> "Callable[[], _Logits]":
+        """Begins the forward pass. rows: that sample. draws: of those that the last stage draws."""
         scored = sorted({*rows, *(row for span in wanted for row in span.rows)}) if wanted else rows
         if self._mesh is None:
             logits_NV = self._runner.logits(batch, self._cache, scored)
             known = None if self._finds is None or wanted else self._finds.likeliest()
             return lambda: _logits(logits_NV, rows, scored, wanted, known)
-        collect = self._mesh.begin(batch, self._cache, scored)
-        return lambda: _logits(collect(), rows, scored, wanted)
+        collect = self._mesh.begin(batch, self._cache, scored, [draws.get(row) for row in batch.last_rows])
+        here, kept = ([row for row in each if row not in draws] for each in (rows, scored))
+
+        def collected() -> _Logits:
+            logits_NV, drawn_D = collect()
+            return _logits(logits_NV, here, kept, wanted)._replace(drawn_D=drawn_D)
+
+        return collected
 
     def discard(self) -> None:
         """Forgets the steps that are not finished; what other ranks computed of them is received."""
@@ -128,13 +157,16 @@ class Launcher:
 
 
 class _Logits(NamedTuple):
-    """sampled_NV: of the rows that sample. scores: of the tokens of prompts; None: none are scored. known:
-    the likeliest tokens of `sampled_NV`, where the runner knows them.
+    """sampled_NV: of the rows that are sampled here. scores: of the tokens of prompts; None: none are scored.
+
+    known: the likeliest tokens of `sampled_NV`, where the runner knows them. drawn_D: int64, the tokens that
+    the last stage of a mesh has drawn for the other rows.
     """
 
     sampled_NV: Tensor
     scores: Logprobs | None = None
     known: Likeliest | None = None
+    drawn_D: Tensor | None = None
 
 
 def _logits(

@@ -64,7 +64,7 @@ class Member:
 
     @property
     def leads(self) -> bool:
-        """Whether it schedules, samples and answers."""
+        """Whether it schedules and answers."""
         return self.rank == 0
 
     @property

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Final, get_args
 
 from moe_worker.framing import Codec
+from moe_worker.sampling.remote import Draw
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class Allocate:
 class Piece:
     """Tokens of one sequence, as models.batch.Segment. selected: those whose logits are wanted.
 
-    source, behind: of Segment, among the steps whose tokens `Feed` has announced.
+    source, behind: of Segment, among the steps whose tokens `Feed` has announced. draw: how the last stage
+    draws the token behind the last of `selected`, whose logits then do not travel.
     """
 
     tokens: tuple[int, ...]
@@ -81,6 +83,7 @@ class Piece:
     selected: tuple[int, ...]
     source: int = -1
     behind: int = 1
+    draw: Draw | None = None
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,19 @@
 """Runs passes over a mesh: the leader says what is computed, every rank computes its part.
 
 A segment belongs to a shard: the rank with that number in each stage computes its attention and keeps its
-pages. Hidden states go from stage to stage between the ranks of one shard, logits from the last stage to the
-leader. All ranks of a stage enter each exchange of experts together, those without tokens too. Nobody waits
-until another stage has received, so that the stages of a pipeline compute different passes.
+pages. Hidden states go from stage to stage between the ranks of one shard. The last stage draws tokens, which
+go to the leader; where that takes more than a Draw says, logits do. All ranks of a stage enter each exchange
+of experts together, those without tokens too. Nobody waits until another stage has received, so that the
+stages of a pipeline compute different passes.
 
-Legend: t tokens of a shard, N tokens whose logits are wanted, n those of a shard, D hidden, V vocabulary.
+Legend: t tokens of a shard, N rows of logits, n wanted rows of a shard, D tokens drawn, V vocabulary.
 """
 
 import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 
 import torch
 from torch import Tensor
@@ -37,9 +38,12 @@ from moe_worker.mesh.rank_stage import RankStage, Width
 from moe_worker.mesh.rebalance.execute import Rebalancing
 from moe_worker.mesh.rebalance.hold import HeldExperts
 from moe_worker.mesh.recovery import MOST_REFORMS, Recovery, whole_columns
+from moe_worker.mesh.results import PassResult, Wanted, checked, drawn
 from moe_worker.models.batch import Batch, Fed, Segment
 from moe_worker.models.memory import lack_of_memory
 from moe_worker.moe.counting import Counter
+from moe_worker.sampling.drawer import Drawer
+from moe_worker.sampling.remote import Draw
 
 log = logging.getLogger(__name__)
 # Samples of steps that may be fed to later ones.
@@ -50,8 +54,9 @@ class MeshRunner:
     """One rank's stage. On the leader a Runner; the others `follow` it.
 
     feeds: whether ranks get sampled tokens from the leader's device, so that a step may be launched before
-    the host knows its tokens. held: the experts of this rank, where they may change. reforms: how often
-    in 10 minutes ranks may be lost. rebalancing: the leader's, which `tend` advances.
+    the host knows its tokens; without, the last stage may draw. held: the experts of this rank, where they
+    may change. reforms: how often in 10 minutes ranks may be lost. rebalancing: the leader's, which `tend`
+    advances.
     """
 
     def __init__(
@@ -66,7 +71,8 @@ class MeshRunner:
         self._counters: list[MeshCounter] = []
         self._fed: deque[Tensor] = deque(maxlen=MOST_FED)
         self._early, self._outbox = Early(part.device), Outbox(2 * member.shape.pipeline)
-        self._begun: deque[tuple[Compute, Tensor | None]] = deque()
+        self._begun: deque[tuple[Compute, PassResult | None]] = deque()
+        self._drawer = Drawer(part.vocabulary, part.device)
         self._collected_bytes = 0
         # Where the sequences of a shard are: the ranks with this number in each stage.
         self._homes = list(range(member.shape.expert))
@@ -124,15 +130,18 @@ class MeshRunner:
 
     def logits(self, batch: Batch, cache: PagedCache, rows: Sequence[int]) -> Tensor:
         """[N, V], of the whole mesh; only the leader calls it. Raises MeshError."""
-        return self.begin(batch, cache, rows)()
+        return self.begin(batch, cache, rows)().logits_NV
 
-    def begin(self, batch: Batch, cache: PagedCache, rows: Sequence[int]) -> Callable[[], Tensor]:
-        """Computes the leader's part of a pass; the result waits for the logits [N, V], which it returns.
+    def begin(
+        self, batch: Batch, cache: PagedCache, rows: Sequence[int], draws: Sequence[Draw | None] = ()
+    ) -> Callable[[], PassResult]:
+        """Computes the leader's part of a pass; what it returns waits for the result of the last stage.
 
-        Logits are collected in the order in which passes began. Both raise MeshError.
+        rows: of the batch, that are wanted, rising. draws: of each segment, for the last of its rows; none:
+        all logits are kept. Results are collected in the order in which passes began. Both raise MeshError.
         """
         scratch = 0 if cache is self._cache else cache.pages
-        step = Compute(_pieces(batch, rows, self._homes), scratch)
+        step = Compute(_pieces(batch, rows, self._homes, draws), scratch)
         for channel in self.member.channels:
             channel.send(step)
         with self._explained(step):
@@ -208,9 +217,10 @@ class MeshRunner:
         try:
             with self._explained(step):
                 cache = self._scratch(step.scratch) if step.scratch else self._cache
-                out_nV = self._compute(step, cache)
-                if out_nV is not None and out_nV.shape[0]:
-                    self._outbox.send(out_nV, self.member.index(0), self.member.back)
+                result = self._compute(step, cache)
+                for part in () if result is None else (result.tokens_D, result.logits_NV):
+                    if part.shape[0]:
+                        self._outbox.send(part, self.member.index(0), self.member.back)
         except RankMemoryError as error:
             self.member.channels[0].fail(str(error), error.tokens)
             raise
@@ -231,12 +241,12 @@ class MeshRunner:
                 raise self.member.lost from error
             raise
 
-    def _compute(self, step: Compute, cache: PagedCache) -> Tensor | None:
-        """This rank's part of a pass; on the last stage, logits [n, V] of its shard."""
+    def _compute(self, step: Compute, cache: PagedCache) -> PassResult | None:
+        """This rank's part of a pass; on the last stage, the result of its shard."""
         with self._held.pace.passing() if self._held is not None else contextlib.nullcontext():
             return self._compute_pieces(step, cache)
 
-    def _compute_pieces(self, step: Compute, cache: PagedCache) -> Tensor | None:
+    def _compute_pieces(self, step: Compute, cache: PagedCache) -> PassResult | None:
         member, part = self.member, self._part
         pieces = [piece for piece in step.pieces if piece.shard == member.column]
         segments = [Segment(p.tokens, p.start, p.pages, p.shard) for p in pieces]
@@ -253,7 +263,7 @@ class MeshRunner:
         if cache is self._cache:
             self._counter.count(tokens)
         if member.number == self._last:
-            return out
+            return drawn(out, pieces, self._drawer)
         if tokens:
             self._outbox.send(out, member.index(member.rank + each))
         return None
@@ -269,29 +279,41 @@ class MeshRunner:
             for behind, pairs in unknown.items()
         ]
 
-    def _collect_oldest(self) -> Tensor:
-        step, own_nV = self._begun.popleft()
+    def _collect_oldest(self) -> PassResult:
+        step, own = self._begun.popleft()
         with self._explained(step):
-            return self._collect(step, own_nV)
+            return self._collect(step, own)
 
-    def _collect(self, step: Compute, own_nV: Tensor | None) -> Tensor:
-        """All logits, in the order of the pieces."""
-        part, first = self._part, self._last * self.member.shape.expert
+    def _collect(self, step: Compute, own: PassResult | None) -> PassResult:
+        """Of all shards, in the order of the pieces. own: of the leader's, if it is on the last stage."""
+        part, wanted = self._part, Wanted.of(step.pieces)
         shards = [piece.shard for piece in step.pieces for _ in piece.selected]
-        if own_nV is not None and own_nV.shape[0] == len(shards):
-            return own_nV
-        shape = len(shards), part.vocabulary
-        out_NV = torch.empty(shape, dtype=part.logits_dtype, device=part.device)
-        if len(set(shards)) == 1 and own_nV is None:
-            return self._receive_from(first + shards[0], out_NV)
+        tokens_D = torch.empty(len(wanted.drawn), dtype=torch.int64, device=part.device)
+        if wanted.drawn:
+            own_D = None if own is None else own.tokens_D
+            tokens_D = self._gather([shards[row] for row in wanted.drawn], own_D, tokens_D)
+            tokens_D = checked(tokens_D, part.vocabulary)
+        shape = len(wanted.kept), part.vocabulary
+        logits_NV = torch.empty(shape, dtype=part.logits_dtype, device=part.device)
+        kept = [shards[row] for row in wanted.kept]
+        own_nV = None if own is None else own.logits_NV
+        return PassResult(self._gather(kept, own_nV, logits_NV), tokens_D)
+
+    def _gather(self, shards: Sequence[int], own_n: Tensor | None, into_N: Tensor) -> Tensor:
+        """Rows of `shards`; `own_n` are those of the leader's. `into_N` is filled where they are not all."""
+        first = self._last * self.member.shape.expert
+        if own_n is not None and own_n.shape[0] == len(shards):
+            return own_n
+        if len(set(shards)) == 1 and own_n is None:
+            return self._receive_from(first + shards[0], into_N)
         for shard in sorted(set(shards)):
             rows = [row for row, each in enumerate(shards) if each == shard]
-            rows_n = to_device(torch.tensor(rows, dtype=torch.int64), part.device)
-            part_nV = own_nV
-            if first + shard != self.member.rank or part_nV is None:
-                part_nV = self._receive_from(first + shard, out_NV.new_empty(len(rows), shape[1]))
-            out_NV.index_copy_(0, rows_n, part_nV)
-        return out_NV
+            rows_n = to_device(torch.tensor(rows, dtype=torch.int64), into_N.device)
+            part_n = own_n
+            if first + shard != self.member.rank or part_n is None:
+                part_n = self._receive_from(first + shard, into_N.new_empty(len(rows), *into_N.shape[1:]))
+            into_N.index_copy_(0, rows_n, part_n)
+        return into_N
 
     def _receive_from(self, rank: int, into: Tensor) -> Tensor:
         """What `rank` of the last stage sends to the leader."""
@@ -344,17 +366,20 @@ class MeshCounter:
         return sums
 
 
-def _pieces(batch: Batch, rows: Sequence[int], homes: Sequence[int]) -> tuple[Piece, ...]:
-    """`rows`, which rise, cut by segments. homes: the column of each shard."""
+def _pieces(
+    batch: Batch, rows: Sequence[int], homes: Sequence[int], draws: Sequence[Draw | None]
+) -> tuple[Piece, ...]:
+    """`rows`, which rise, cut by segments. homes: the column of each shard. draws: see MeshRunner.begin."""
     pieces, first, wanted = [], 0, deque(rows)
-    for segment in batch.segments:
+    for segment, draw in zip_longest(batch.segments, draws):
         end, selected = first + segment.size, []
         while wanted and wanted[0] < end:
             selected.append(wanted.popleft() - first)
         own = tuple(max(0, token) for token in segment.tokens)  # one that is not known yet is filled in later
         pages = tuple(segment.pages)
         source = segment.source, segment.behind
-        pieces.append(Piece(own, segment.start, pages, homes[segment.shard], tuple(selected), *source))
+        shard = homes[segment.shard]
+        pieces.append(Piece(own, segment.start, pages, shard, tuple(selected), *source, draw))
         first = end
     return tuple(pieces)
 

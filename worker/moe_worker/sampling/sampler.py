@@ -3,7 +3,7 @@
 Legend: B sequences, V vocabulary, L sequences that want log-probabilities, N the most any of them wants.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,7 @@ from moe_worker.sampling.draw import draw, masses
 from moe_worker.sampling.guides import Allowed
 from moe_worker.sampling.logprobs import TokenLogprobs
 from moe_worker.sampling.parameters import SamplingParameters
+from moe_worker.sampling.remote import FAILED, Draw
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,16 @@ class Sampler:
             self._counts.close(row.counted)
         self._batches = [batch for batch in self._batches if name not in batch.names]
 
+    def next_draw(self, name: int) -> Draw | None:
+        """How the next token of a sequence is drawn; None where only this sampler can."""
+        row = self._rows.get(name)
+        return None if row is None else Draw.of(row)
+
+    def note_drawn(self, names: Iterable[int]) -> None:
+        """Another process has drawn a token of each of these sequences."""
+        for row in (self._rows[name] for name in names if name in self._rows):
+            row.generated += 1
+
     def sample(
         self,
         logits_BV: Tensor,
@@ -172,6 +183,23 @@ def sample(
     if batch.sampling:
         tokens_B.masked_fill_(failed_B, 0)
     return Sampled(tokens_B, failed_B, _logprobs(logits_BV, tokens_B, batch))
+
+
+def with_drawn(sampled: Sampled | None, drawn_D: Tensor, rows: Sequence[int]) -> Sampled:
+    """`sampled`, and the tokens that another process has drawn, as rows `rows` of all (rising)."""
+    count = len(rows) + (0 if sampled is None else sampled.tokens_B.shape[0])
+    others = sorted({*range(count)} - {*rows})
+    tokens_B = drawn_D.new_empty(count)
+    tokens_B[rows] = drawn_D
+    if sampled is None:
+        return Sampled(tokens_B.clamp(min=0), tokens_B == FAILED)
+    tokens_B[others] = sampled.tokens_B
+    failed_B = tokens_B == FAILED
+    failed_B[others] = sampled.failed_B
+    logprobs = sampled.logprobs
+    if logprobs is not None:
+        logprobs = replace(logprobs, rows=tuple(others[row] for row in logprobs.rows))
+    return Sampled(tokens_B.clamp(min=0), failed_B, logprobs)
 
 
 def _logprobs(logits_BV: Tensor, tokens_B: Tensor, batch: SamplingBatch) -> Logprobs | None:
