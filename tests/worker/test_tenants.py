@@ -49,6 +49,14 @@ def test_a_step_slows_no_tenant_down_by_more_than_its_share(rows, time):
         assert took_s <= weight / tenant.weight * time.estimate(tokens) + 1e-9
 
 
+@given(TENANTS, st.floats(0.0, 1e-3))
+def test_a_step_holds_what_the_smallest_demand_is(rows, per_token):
+    # Steps of all sizes took 10 ms: a token costs next to nothing, which rounds to no token at all.
+    demands = demands_of(rows)
+    tokens = step_tokens(demands, StepTime(fixed=0.01, per_token=per_token, count=100))
+    assert tokens >= min(demands.values())
+
+
 @given(TENANTS, st.sampled_from([CPU, GPU]))
 def test_a_step_gives_everything_away_and_nobody_more_than_it_can_use(rows, time):
     demands = demands_of(rows)

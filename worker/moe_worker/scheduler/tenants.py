@@ -130,7 +130,8 @@ def step_tokens(demands: Mapping[Tenant, int], time: StepTime) -> float:
         (arriving if tenant.arriving else weight) / tenant.weight * time.estimate(tokens)
         for tenant, tokens in demands.items()
     )
-    tokens = time.within(most_s)
+    # No tenant's own part is too long. Where a token costs next to nothing, `within` rounds to none at all.
+    tokens = max(time.within(most_s), float(min(demands.values())))
     arrived = [count for tenant, count in demands.items() if tenant.arriving]
     # No step so small was measured lately, so its time is not known, and is less than the estimate.
     return min(tokens, float(sum(arrived))) if min(arrived, default=math.inf) < time.least else tokens
