@@ -235,6 +235,17 @@ def test_a_machine_that_computes_others_for_nothing_pauses_them_for_two_steps_to
     assert [len(machine.take().step.chunks) for _ in range(RECENT)] == [1, 1, *[13] * (RECENT - 2)]
 
 
+def test_tenants_that_arrive_together_pause_others_no_longer_than_one_does():
+    """Each asks for less than the smallest step, which has the tokens of both."""
+    machine = Machine(GPU, target_s=1.0)
+    machine.flood(12, new_tokens=1000)
+    for _ in range(200):
+        machine.take()
+    for number, tenant in ((1000, "guest"), (1001, "visitor")):
+        machine.submit(number, [1, 2], 100, tenant=tenant)
+    assert [len(machine.take().step.chunks) for _ in range(RECENT)] == [2, 2, *[14] * (RECENT - 2)]
+
+
 def test_without_tenants_the_same_requests_wait_for_hundreds_of_streams():
     machine = Machine(CPU)
     machine.flood(100, tenant="", new_tokens=60)

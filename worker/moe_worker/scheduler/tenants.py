@@ -17,7 +17,6 @@ Three rules, none of which matters while one tenant has all requests:
    long run, but its short requests are done soon.
 """
 
-import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -132,9 +131,9 @@ def step_tokens(demands: Mapping[Tenant, int], time: StepTime) -> float:
     )
     # No tenant's own part is too long. Where a token costs next to nothing, `within` rounds to none at all.
     tokens = max(time.within(most_s), float(min(demands.values())))
-    arrived = [count for tenant, count in demands.items() if tenant.arriving]
+    arrived = sum(count for tenant, count in demands.items() if tenant.arriving)
     # No step so small was measured lately, so its time is not known, and is less than the estimate.
-    return min(tokens, float(sum(arrived))) if min(arrived, default=math.inf) < time.least else tokens
+    return min(tokens, float(arrived)) if 0 < arrived < time.least else tokens
 
 
 def shares_of(tokens: float, demands: Mapping[Tenant, int]) -> dict[Tenant, int]:
