@@ -2,9 +2,11 @@
 
 import contextlib
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -189,6 +191,26 @@ def test_a_rank_reads_in_the_background_and_takes_what_it_has_read():
     assert held.places.held(1, 1) == (3, 5, 6, 7)
     with pytest.raises(MeshError, match="rank 1 has not prepared move 8"):
         held.take(Switch(8))
+
+
+def threads_of_a_new_thread():
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(torch.get_num_threads).result()
+
+
+def test_reading_uses_one_thread_and_later_threads_compute_as_before():
+    usual = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        held, part, beats = held_by(lambda *_: torch.get_num_threads())
+        held.take(Prepare(7, 1, (0, 1, 2, 4, 3, 5, 6, 7)))
+        wait_for(lambda: 7 in beats)
+        held.take(Switch(7))
+        assert part.taken == [(1, 1)]
+        assert torch.get_num_threads() == 3
+        wait_for(lambda: threads_of_a_new_thread() == 3)
+    finally:
+        torch.set_num_threads(usual)
 
 
 def test_a_rank_that_cannot_read_says_so_and_serves_on():

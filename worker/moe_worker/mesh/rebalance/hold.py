@@ -134,9 +134,13 @@ class HeldExperts:
 
 def _in_background(run: Callable[[], object]) -> None:
     """In a thread of its own, whose operations use no other one: those of torch belong to the passes."""
+    usual = torch.get_num_threads()
 
     def alone() -> None:
-        torch.set_num_threads(1)
-        run()
+        torch.set_num_threads(1)  # also of threads that begin to compute from now on
+        try:
+            run()
+        finally:
+            torch.set_num_threads(usual)
 
     threading.Thread(target=alone, name="mesh experts", daemon=True).start()
