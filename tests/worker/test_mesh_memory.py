@@ -3,6 +3,7 @@
 import contextlib
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -13,9 +14,10 @@ from moe_worker.engine import loading
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.offline import Engine
 from moe_worker.errors import DeviceMemoryError
-from moe_worker.mesh.errors import RankFailedError
+from moe_worker.mesh.errors import RankFailedError, RankLostError, RankMemoryError
 from moe_worker.mesh.part import share_of
 from moe_worker.mesh.rank_stage import ModelStage
+from moe_worker.mesh.runner import MeshRunner
 from moe_worker.models.safetensors import stored_tensors
 from moe_worker.models.stage import Stage
 from tests.checkpoints import write_checkpoint
@@ -97,6 +99,21 @@ def test_a_rank_without_memory_for_one_token_ends_the_engine_by_its_number(tmp_p
             with pytest.raises(DeviceMemoryError, match="rank 1 has no memory left for a step of one token"):
                 tokens(engine, **mesh)
             assert time.monotonic() - begin < KNOWN_S
+
+
+def test_a_step_that_cannot_be_sent_says_that_a_rank_has_no_memory_for_the_one_before():
+    """In a pipeline, the leader begins a step while a later stage computes the one before."""
+
+    def send(_):
+        raise RankLostError("rank 1: connection lost")
+
+    runner = object.__new__(MeshRunner)
+    lost = RankMemoryError(1, 40)
+    runner.member = SimpleNamespace(rank=0, channels=[SimpleNamespace(send=send)], lost=lost)
+    runner._cache, runner._homes = None, [0]
+    with pytest.raises(RankMemoryError) as found:
+        runner.begin(SimpleNamespace(segments=()), None, [])
+    assert found.value is lost
 
 
 def test_a_rank_that_cannot_load_is_named_by_the_leader_which_ends(tmp_path):

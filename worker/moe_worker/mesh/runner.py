@@ -142,9 +142,9 @@ class MeshRunner:
         """
         scratch = 0 if cache is self._cache else cache.pages
         step = Compute(_pieces(batch, rows, self._homes, draws), scratch)
-        for channel in self.member.channels:
-            channel.send(step)
         with self._explained(step):
+            for channel in self.member.channels:
+                channel.send(step)
             self._begun.append((step, self._compute(step, cache)))
         return self._collect_oldest
 
