@@ -88,7 +88,11 @@ def test_the_cache_takes_memory_only_as_it_is_written():
 
 
 def test_a_step_reuses_the_memory_of_the_step_before(engine):
-    """64 MiB in tensors of 8 MiB are 16,384 pages of 4 KiB."""
+    """64 MiB in tensors of 8 MiB are 16,384 pages of 4 KiB.
+
+    It may be another of several free places of one tensor that a step takes at first, so one of some steps
+    counts. Where glibc returns memory to the system, each step takes thousands of page faults.
+    """
 
     def page_faults_of_a_step():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -96,8 +100,7 @@ def test_a_step_reuses_the_memory_of_the_step_before(engine):
         del tensors
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-    page_faults_of_a_step()
-    assert page_faults_of_a_step() < 1000
+    assert min(page_faults_of_a_step() for _ in range(6)) < 1000
 
 
 def test_a_cache_that_cannot_be_is_refused_before_weights_are_read(checkpoint, monkeypatch):
