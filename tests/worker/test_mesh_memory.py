@@ -13,8 +13,10 @@ from moe_worker.config.engine import EngineOptions
 from moe_worker.engine import loading
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.offline import Engine
-from moe_worker.errors import DeviceMemoryError
+from moe_worker.errors import DeviceMemoryError, WorkerError
 from moe_worker.mesh.errors import RankFailedError, RankLostError, RankMemoryError
+from moe_worker.mesh.member import Member
+from moe_worker.mesh.messages import CODEC, RankFailed
 from moe_worker.mesh.part import share_of
 from moe_worker.mesh.rank_stage import ModelStage
 from moe_worker.mesh.runner import MeshRunner
@@ -124,6 +126,15 @@ def test_a_rank_that_cannot_load_is_named_by_the_leader_which_ends(tmp_path):
             Engine(checkpoint, **mesh)
         assert found.value.exit_code == 3  # the cause is elsewhere
         assert others.wait(KNOWN_S) == [1]
+
+
+def test_a_rank_can_say_why_it_ends_where_names_in_its_checkpoint_are_no_text():
+    said = []
+    channel = SimpleNamespace(fail=said.append)
+    member = SimpleNamespace(leads=False, channels=[channel], close=lambda: said.append("closed"))
+    Member.give_up(member, WorkerError("\ud800.safetensors is missing"))
+    assert said == [r"\ud800.safetensors is missing", "closed"]
+    assert CODEC.encode(RankFailed(said[0]))
 
 
 def test_ranks_do_not_wait_for_a_leader_that_cannot_load(tmp_path):

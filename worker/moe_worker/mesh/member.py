@@ -148,6 +148,8 @@ class Member:
     def give_up(self, error: BaseException) -> None:
         """Tells the other ranks why this process ends before it has loaded, and leaves."""
         sentence = str(error) if isinstance(error, WorkerError) else f"{type(error).__name__}: {error}"
+        # Names in a checkpoint may contain lone surrogates, which no message can contain.
+        sentence = sentence.encode(errors="backslashreplace").decode()
         if not self.leads and self.channels:
             self.channels[0].fail(sentence)
         for channel in self.channels if self.leads else ():
