@@ -249,6 +249,16 @@ def test_new_prompts_fill_the_stages_while_all_streams_are_under_way():
     engine.drain()
 
 
+@pytest.mark.parametrize("pages", range(12, 17))
+def test_a_stream_takes_the_turn_of_one_that_is_preempted(pages):
+    engine = streams(0, micro_batches=2, sequences=2, pages=pages, page_size=2, prefill_tokens=6)
+    for number in range(2):
+        engine.submit(number, [number] * 11, 9)
+    while len(engine.ended) < 2:
+        assert planned(engine) is not None
+        engine.complete()
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 6])
 def test_a_request_that_is_cancelled_before_its_step_is_sampled_disturbs_no_other(loaded, steps):
     alone = tokens_of(loaded)[0]

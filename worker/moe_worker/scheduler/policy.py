@@ -39,9 +39,9 @@ class Draft:
     """The step under construction: chunks of one token and longer ones, each with its job.
 
     order: running jobs, of which the last one is the first to be preempted. paused: streams that get no
-    token. scored: tokens of scored prompts that are left of SCORED_TOKENS. The rest is for several tenants.
-    spare: paused streams that may get a token if something is left, in turn. tokens: of the whole step, at
-    most. streams: in it, at most. prompts: tokens of prompts that each tenant may compute.
+    token. scored: tokens of scored prompts that are left of SCORED_TOKENS. The rest is for several tenants
+    or micro-batches. spare: paused streams that may get a token if something is left, in turn. tokens: of
+    the whole step, at most. streams: in it, at most. prompts: tokens of prompts that each tenant may compute.
     """
 
     number: int
@@ -145,8 +145,9 @@ class SchedulingPolicy:
             ready = streams
         most = self._part(len(streams))
         if len(ready) > most:
-            ready = sorted(ready, key=lambda job: (job.sampled, job.rank))[:most]
-        draft.paused = set(streams).difference(ready)
+            ready = sorted(ready, key=lambda job: (job.sampled, job.rank))
+        draft.paused = set(streams).difference(ready[:most])
+        draft.spare, draft.streams, draft.tokens = ready[most:], most, self.budget.ceiling
 
     def _part(self, streams: int) -> int:
         """How many of the running streams may be in a step."""
