@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from moe_worker.scheduler.budget import StepTime
 
-TURN_S = 0.05
+TURN_S = 0.1
 """Seconds of service that a tenant which arrives may take at once."""
 SLOWER = 1.1
 """How much longer others' tokens may make the steps of such a tenant."""
