@@ -1,18 +1,25 @@
 """Trains small models that route differently on the same text, and compares them.
 
-    python -m benchmarks.routing train --corpus DIR --out runs/routing [--run levels]
-    python -m benchmarks.routing report --out runs/routing --json > rows.jsonl
+    TORCHDYNAMO_DISABLE=1 python -m benchmarks.routing train --corpus DIR --out runs/routing --jobs 14 \\
+        --seed 0 --seed 1 --seed 2 [--run levels]
+    cat runs/routing/*/rows.jsonl > rows.jsonl
     python -m benchmarks.routing plot rows.jsonl --out docs/routing-mass.svg
 
 Protocol: every third document of train.txt.zst, one tokenizer (of every ninth), equal tokens (STEPS x BATCH
-x WINDOW) in the same order for runs of one seed; scored on the first 24 kB of every source in valid.txt.zst.
+x WINDOW) in the same order for runs of one seed; scored on 24 kB of every source in valid.txt.zst, at most
+6 kB of a document. The capability matrix and the loads for the balance while serving are of as much training
+text. Compiling takes longer than these runs, so TORCHDYNAMO_DISABLE=1 leaves it out.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from itertools import groupby
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +30,7 @@ from torch import Tensor
 
 from benchmarks.docs_sources import source_of
 from moe_worker.config import ModelConfig
+from moe_worker.files import write_text
 from moe_worker.moe.balance import nudge, utilisation
 from moe_worker.moe.capability import CapabilityMatrix
 from moe_worker.train.data import BOS_ID, read_documents, read_tokenizer
@@ -37,8 +45,12 @@ STEPS, BATCH, WINDOW = 400, 48, 256
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = Path("examples/docs-routing/config.json")
 ONE_LEVEL = [{"groups": 4, "keep": 3, "best": 2}]
-MASSES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)
+WIDE = [{"groups": 4, "keep": 3, "best": 2}, {"groups": 8, "keep": 4, "best": 2}]
+MASSES = (1.0, 0.9, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
+# Margin of the coefficient while serving, and the rounds of measuring loads that it is spent in.
+MARGINS = ((0.0, 1), (0.02, 1), (0.05, 1), (0.1, 1), (0.2, 1), (0.05, 8), (0.1, 8), (0.2, 8))
 RANKS = 4
+ROWS = "rows.jsonl"
 
 
 @dataclass(frozen=True)
@@ -50,15 +62,29 @@ class Variant:
     hint: bool = False
 
 
-_OWN = json.loads(SHAPE.read_text())["routing"]
+_LEVELS = json.loads(SHAPE.read_text())["routing"]["levels"]
+_LATER = {"mass_after": 0.5}
+# Runs with all experts that are scored at all masses.
+CURVES = ("fixed", "levels", "hint")
 RUNS = {
     "fixed": Variant({"levels": ONE_LEVEL}, {}),
-    "dynamic": Variant({"levels": ONE_LEVEL, "mass": _OWN["mass"]}, {"expert_cost": 0.02}),
-    "dynamic-cost": Variant({"levels": ONE_LEVEL, "mass": _OWN["mass"]}, {"expert_cost": 0.1}),
-    "levels": Variant(_OWN, {"expert_cost": 0.02}),
-    "levels-hint": Variant(_OWN, {"expert_cost": 0.02, "domain_share": 0.05}, hint=True),
+    "annealed": Variant({"levels": ONE_LEVEL, "mass": 0.55}, _LATER),
+    "levels": Variant({"levels": _LEVELS}, {}),
+    "levels-annealed": Variant({"levels": _LEVELS, "mass": 0.55}, _LATER),
+    "hint": Variant({"levels": _LEVELS}, {"domain_share": 0.05}, hint=True),
+    "hint-annealed": Variant({"levels": _LEVELS, "mass": 0.55}, _LATER | {"domain_share": 0.05}, hint=True),
+    "hint-0.2": Variant({"levels": _LEVELS, "mass": 0.55}, _LATER | {"domain_share": 0.2}, hint=True),
+    "balance-3x": Variant({"levels": ONE_LEVEL}, {"balance_speed": 0.012}),
+    "coefficient-0.5": Variant(
+        {"levels": ONE_LEVEL}, {"balance": "coefficient", "balance_strength": 0.5, "sequence_balance": 0.0}
+    ),
     "unbalanced": Variant({"levels": ONE_LEVEL}, {"balance_speed": 0.0, "sequence_balance": 0.0}),
+    "hint-0.5": Variant({"levels": _LEVELS, "mass": 0.55}, _LATER | {"domain_share": 0.5}, hint=True),
+    "hint-wide": Variant({"levels": WIDE, "mass": 0.55}, _LATER | {"domain_share": 0.1}, hint=True),
+    "annealed-early": Variant({"levels": ONE_LEVEL, "mass": 0.55}, {"mass_after": 0.25}),
+    "dynamic": Variant({"levels": ONE_LEVEL, "mass": 0.75}, {"expert_cost": 0.02}),
     "coefficient": Variant({"levels": ONE_LEVEL}, {"balance": "coefficient", "sequence_balance": 0.0}),
+    "balance-10x": Variant({"levels": ONE_LEVEL}, {"balance_speed": 0.04}),
 }
 
 
@@ -71,23 +97,53 @@ def main() -> None:
 @click.option("--corpus", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--run", "names", multiple=True, type=click.Choice(tuple(RUNS)))
-@click.option("--seed", default=0)
-def train(corpus: Path, out: Path, names: tuple[str, ...], seed: int) -> None:
-    """Train runs, by default all of them."""
+@click.option("--seed", "seeds", multiple=True, type=int, default=(0,))
+@click.option("--jobs", type=click.IntRange(1), default=1, help="Runs at once, each a process of one thread.")
+@click.option("--steps", type=click.IntRange(1), default=STEPS)
+@click.option("--batch", type=click.IntRange(1), default=BATCH)
+def train(
+    corpus: Path, out: Path, names: tuple[str, ...], seeds: tuple[int, ...], jobs: int, steps: int, batch: int
+) -> None:
+    """Train runs, by default all of them, and score each at its end into OUT/RUN-SEED/rows.jsonl.
+
+    The first seed of all runs comes first.
+    """
+    began, (text, _) = time.monotonic(), training_text(corpus, out)
+    tokenizer_of(out, text)
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        runs = {
+            pool.submit(train_run, out, name, seed, steps, batch): f"{name}-{seed}"
+            for seed in seeds
+            for name in names or RUNS
+        }
+        for done in as_completed(runs):
+            click.echo(f"{time.monotonic() - began:5.0f} s  {runs[done]}  {done.result()}")
+
+
+def train_run(out: Path, name: str, seed: int, steps: int, batch: int) -> str:
+    """Trains and scores one run; returns what to tell of it."""
     torch.set_num_threads(1)
-    text, labels = training_text(corpus, out)
-    for name in names or RUNS:
-        variant, folder = RUNS[name], out / f"{name}-{seed}"
-        folder.mkdir(parents=True, exist_ok=True)
-        config = folder / "shape.json"
-        config.write_text(json.dumps({**json.loads(SHAPE.read_text()), "routing": variant.routing}))
-        settings = TrainSettings(
-            data=text, out=folder, config=config, tokenizer=tokenizer_of(out, text), steps=STEPS, batch=BATCH,
-            window=WINDOW, dropout=0.0, warmup=20, balance_speed=variant.settings.get("balance_speed", 4e-3),
-            domains=labels if variant.hint else None, seed=seed, cache=out, device=DEVICE,
-            **{key: value for key, value in variant.settings.items() if key != "balance_speed"},
-        )  # fmt: skip
-        TrainingRun(settings).run()
+    began, variant, folder = time.monotonic(), RUNS[name], out / f"{name}-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "shape.json"
+    config.write_text(json.dumps({**json.loads(SHAPE.read_text()), "routing": variant.routing}))
+    values: dict[str, Any] = {"balance_speed": 4e-3, **variant.settings}
+    run = TrainingRun(
+        TrainSettings(
+            data=out / "train.txt", out=folder, config=config, tokenizer=out / "tokenizer.json", steps=steps,
+            batch=batch, window=WINDOW, dropout=0.0, warmup=20, seed=seed, cache=out, device=DEVICE,
+            domains=out / "labels.txt" if variant.hint else None, **values,
+        )
+    )  # fmt: skip
+    ready = time.monotonic()
+    run.run()
+    trained = time.monotonic()
+    found = list(rows(out, folder.name))
+    write_text(folder / ROWS, "".join(json.dumps(row) + "\n" for row in found))
+    return (
+        f"{found[0]['bits_per_byte']:.4f} bits per byte; ready {ready - began:.1f} s, trained "
+        f"{trained - ready:.1f} s, scored {time.monotonic() - trained:.1f} s"
+    )
 
 
 def training_text(corpus: Path, out: Path, every: int = 3) -> tuple[Path, Path]:
@@ -184,10 +240,10 @@ def score(model: TrainingModel, documents: list[tuple[str, str, np.ndarray]]) ->
     found = Scored(0.0, 0, 0, [])
     for domain, text, tokens in documents:
         layers: list[list[Tensor]] = [[] for _ in model.mixtures]
-        for window in cut_windows(tokens, WINDOW, BOS_ID):
+        for _, windows in groupby(cut_windows(tokens, WINDOW, BOS_ID), len):
             chosen.clear()
-            row = torch.from_numpy(window.astype(np.int64)).unsqueeze(0).to(DEVICE)
-            found.nats += float(model(row[:, :-1], row[:, 1:])) * (row.shape[1] - 1)
+            row = torch.from_numpy(np.stack([*windows]).astype(np.int64)).to(DEVICE)
+            found.nats += float(model(row[:, :-1], row[:, 1:])) * row[:, 1:].numel()
             for layer, choice in zip(layers, chosen, strict=True):
                 layer.append(choice.cpu())
         found.utf8_bytes += len(text.encode())
@@ -209,83 +265,91 @@ def _record(mixture: Any, chosen: list[Tensor]) -> None:
     mixture.route = route
 
 
-def scored_documents(out: Path, most: int = 24_000) -> list[tuple[str, str, np.ndarray]]:
-    """Of every source the first `most` characters."""
+def documents_of(
+    text: Path, out: Path, most: int = 24_000, of_one: int = 6_000
+) -> list[tuple[str, str, np.ndarray]]:
+    """Of every source `most` characters of a text, `of_one` of a document: (domain, text, tokens)."""
     tokenizer, taken, found = read_tokenizer(out / "tokenizer.json"), dict[str, int](), []
-    for text in read_documents(out / "valid.txt"):
-        domain = source_of(text)
-        if taken.get(domain, 0) >= most:
-            continue
-        part = text[: most - taken.get(domain, 0)]
-        taken[domain] = taken.get(domain, 0) + len(part)
-        tokens = np.asarray(tokenizer.encode(part, add_special_tokens=False).ids, np.int32)
-        found.append((domain, part, tokens))
+    for document in read_documents(text):
+        domain = source_of(document)
+        part = document[: min(of_one, most - taken.get(domain, 0))]
+        if part:
+            taken[domain] = taken.get(domain, 0) + len(part)
+            tokens = np.asarray(tokenizer.encode(part, add_special_tokens=False).ids, np.int32)
+            found.append((domain, part, tokens))
     return found
 
 
-def fit(scored: Scored, config: ModelConfig) -> dict[str, float]:
-    """Learns the matrix on every other document, and asks it about the rest."""
-    routing = config.moe.routing
-    coarse = routing.levels[0]
-    named = routing.experts // coarse.groups * coarse.keep
+def fit(learned: Scored, scored: Scored, experts: int) -> dict[str, float]:
+    """Learns the matrix on training text, and compares the half of the experts that it names with the choices
+    on held-out documents. `fit_bound`: of a matrix that was learned on these documents themselves.
+    """
     names = sorted({domain for domain, _ in scored.choices})
-    matrix = CapabilityMatrix(len(scored.choices[0][1]), len(names), routing.experts, named)
-    right, hits, seen = [], 0.0, 0.0
-    for index, (domain, layers) in enumerate(scored.choices):
-        counts_LE = torch.stack([torch.bincount(x[x >= 0], minlength=routing.experts) for x in layers])
-        if index % 2 == 0:
-            matrix.observe(names.index(domain), counts_LE, len(layers[0]))
-            continue
-        right.append(matrix.infer(counts_LE) == names.index(domain))
-        named_LN = matrix.named()[:, names.index(domain)]
-        hits += float(counts_LE.gather(1, named_LN).sum())
+    matrix, bound = _matrix(learned, names, experts), _matrix(scored, names, experts)
+    right, hits, best, seen = [], 0.0, 0.0, 0.0
+    for domain, layers in scored.choices:
+        counts_LE, index = _counts(layers, experts), names.index(domain)
+        right.append(matrix.infer(counts_LE) == index)
+        hits += float(counts_LE.gather(1, matrix.named()[:, index]).sum())
+        best += float(counts_LE.gather(1, bound.named()[:, index]).sum())
         seen += float(counts_LE.sum())
-    return {
-        "fit": hits / seen, "chance": named / routing.experts, "named": named,
-        "domains_inferred": float(np.mean(right)),
-    }  # fmt: skip
+    return {"fit": hits / seen, "fit_bound": best / seen, "domains_inferred": float(np.mean(right))}
+
+
+def _matrix(scored: Scored, names: list[str], experts: int) -> CapabilityMatrix:
+    matrix = CapabilityMatrix(len(scored.choices[0][1]), len(names), experts, experts // 2)
+    for domain, layers in scored.choices:
+        matrix.observe(names.index(domain), _counts(layers, experts), len(layers[0]))
+    return matrix
+
+
+def _counts(layers: list[Tensor], experts: int) -> Tensor:
+    return torch.stack([torch.bincount(x[x >= 0], minlength=experts) for x in layers])
 
 
 def rows(out: Path, run: str) -> Iterator[dict[str, Any]]:
     """One for each run and mass, then those of the balance at serving."""
-    documents = scored_documents(out)
+    seen, held_out = documents_of(out / "train.txt", out), documents_of(out / "valid.txt", out)
     for folder in sorted(path.parent for path in out.glob(f"{run}/model.safetensors")):
         model = load(folder)
         config, dynamic = model.config, model.config.moe.routing.is_dynamic
         experts, hidden = config.moe.routed, config.hidden_size
         place_E = torch.arange(experts) * RANKS // experts
         name = folder.name.rsplit("-", 1)[0]
-        masses = MASSES if name in ("fixed", "dynamic", "dynamic-cost", "levels", "levels-hint") else (1.0,)
-        for mass in masses:
+        for mass in MASSES if name in CURVES or dynamic else (1.0,):
             set_mass(model, mass)
-            found = score(model, documents)
-            loads = found.loads(experts)
+            found = score(model, held_out)
+            used = [*map(utilisation, found.loads(experts))]
             yield {
-                "run": folder.name, "mass": mass, "trained_mass": config.moe.routing.mass if dynamic else 1.0,
+                "run": folder.name, "mass": mass, "trained_mass": config.moe.routing.mass,
                 "bits_per_byte": found.bits_per_byte, "activated": found.activated,
                 "exchange_bytes": found.exchange(place_E, hidden),
-                "utilisation": min(map(utilisation, loads)), **fit(found, config),
+                "utilisation": min(used), "utilisation_mean": float(np.mean(used)),
+                **fit(score(model, seen), found, experts),
             }  # fmt: skip
-        set_mass(model, config.moe.routing.mass)
-        if name in ("unbalanced", "fixed"):
-            yield from balanced(model, documents, folder.name)
+        set_mass(model, 1.0)
+        if not dynamic and name not in CURVES[1:]:
+            yield from balanced(model, seen, held_out, folder.name)
 
 
-def balanced(model: TrainingModel, documents: list[Any], name: str) -> Iterator[dict[str, Any]]:
-    """The coefficient at serving: loads are of every other document, the figures of the rest."""
-    window, rest = documents[::2], documents[1::2]
-    loads = score(model, window).loads(model.config.moe.routed)
+def balanced(
+    model: TrainingModel, seen: list[Any], held_out: list[Any], name: str
+) -> Iterator[dict[str, Any]]:
+    """The coefficient at serving: loads are of `seen`, the figures of `held_out`."""
     plain = [mixture.bias_E.clone() for mixture in model.mixtures]
-    for margin in (0.0, 0.01, 0.02, 0.05, 0.1):
-        for mixture, load_E, bias_E in zip(model.mixtures, loads, plain, strict=True):
-            mixture.bias_E.copy_(bias_E + nudge(load_E, 1.0, margin).to(bias_E))
-        found = score(model, rest)
+    for margin, rounds in MARGINS:
+        for _ in range(rounds):
+            loads = score(model, seen).loads(model.config.moe.routed)
+            for mixture, load_E in zip(model.mixtures, loads, strict=True):
+                mixture.bias_E.add_(nudge(load_E, 1.0, margin / rounds).to(mixture.bias_E))
+        found = score(model, held_out)
+        used = [*map(utilisation, found.loads(model.config.moe.routed))]
         yield {
-            "run": name, "margin": margin, "bits_per_byte": found.bits_per_byte,
-            "utilisation": min(map(utilisation, found.loads(model.config.moe.routed))),
+            "run": name, "margin": margin, "rounds": rounds, "bits_per_byte": found.bits_per_byte,
+            "utilisation": min(used), "utilisation_mean": float(np.mean(used)),
         }  # fmt: skip
-    for mixture, bias_E in zip(model.mixtures, plain, strict=True):
-        mixture.bias_E.copy_(bias_E)
+        for mixture, bias_E in zip(model.mixtures, plain, strict=True):
+            mixture.bias_E.copy_(bias_E)
 
 
 @main.command()

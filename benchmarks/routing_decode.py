@@ -29,9 +29,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    found = list(cpu(args) if args.device == "cpu" else cuda(args))
-    for row in found:
-        print(json.dumps(row | {"ratio": round(row["tokens_per_second"] / found[0]["tokens_per_second"], 3)}))
+    first = None
+    for row in cpu(args) if args.device == "cpu" else cuda(args):
+        first = first or row["tokens_per_second"]
+        print(json.dumps(row | {"ratio": round(row["tokens_per_second"] / first, 3)}), flush=True)
 
 
 def cpu(args: argparse.Namespace) -> Iterator[dict[str, Any]]:

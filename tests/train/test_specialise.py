@@ -29,18 +29,35 @@ def run_settings(tmp_path, write_config, text_file):
 LEVELS = {"levels": [{"groups": 2, "keep": 1, "best": 2}, {"groups": 4, "keep": 2}], "mass": 0.7}
 
 
-@given(st.lists(st.integers(1, 1000), min_size=1, max_size=9), st.sampled_from([2, 4, 8]))
-def test_domains_share_the_groups(sizes, groups):
-    found = groups_of_domains(sizes, groups)
-    assert all(found)
+@given(
+    st.lists(st.integers(1, 1000), min_size=1, max_size=9),
+    st.sampled_from([2, 4, 8]),
+    st.sampled_from([1, 2]),
+)
+def test_domains_share_the_groups(sizes, groups, keep):
+    found = groups_of_domains(sizes, groups, keep)
+    assert all(len(set(own)) == len(own) >= keep for own in found)
     assert {group for own in found for group in own} <= set(range(groups))
-    if len(sizes) <= groups:
+    if len(sizes) * keep <= groups:
         assert sorted(group for own in found for group in own) == list(range(groups))
     else:
         loads = [
             sum(n for n, own in zip(sizes, found, strict=True) if group in own) for group in range(groups)
         ]
         assert max(loads) - min(loads) <= max(sizes)
+
+
+def test_a_domain_has_groups_for_all_experts_of_a_token(run_settings, write_config, tmp_path):
+    levels = [{"groups": 4, "keep": 2}]
+    config, labels = (
+        write_config(n_group=1, topk_group=1, routing={"levels": levels}),
+        tmp_path / "labels.txt",
+    )
+    settings = dataclasses.replace(run_settings, config=config, domains=labels, domain_share=0.1)
+    documents = int((TrainingRun(run_settings).corpus.stream_N == 0).sum())
+    labels.write_text("\n".join("abc"[number % 3] for number in range(documents)))
+    led_NG, _ = TrainingRun(settings).learner._hint
+    assert led_NG.sum(dim=1).tolist() == [2, 2, 2]
 
 
 def test_the_hint_rewards_the_domains_own_groups():

@@ -46,10 +46,11 @@ class Learner(nn.Module):
 
     def use_domains(self, domains: Domains) -> None:
         """Hints at the domains of tokens from now on: each is led to groups of the routers' first level."""
-        groups = self.model.config.moe.routing.groups
+        routing = self.model.config.moe.routing
+        groups, keep = routing.groups, routing.levels[0].keep if routing.levels else 1
         sizes = np.bincount(domains.tokens_N, minlength=len(domains.names)).tolist()
         led_NG = torch.zeros(len(sizes), groups, dtype=torch.bool)
-        for domain, own in enumerate(groups_of_domains(sizes, groups)):
+        for domain, own in enumerate(groups_of_domains(sizes, groups, keep)):
             led_NG[domain, list(own)] = True
         self._hint = led_NG.to(self.device), torch.from_numpy(domains.tokens_N).to(self.device)
 

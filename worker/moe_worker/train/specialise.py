@@ -16,24 +16,25 @@ from moe_worker.config.moe import Level
 EPSILON = 1e-20
 
 
-def groups_of_domains(sizes: list[int], groups: int) -> list[tuple[int, ...]]:
+def groups_of_domains(sizes: list[int], groups: int, keep: int = 1) -> list[tuple[int, ...]]:
     """The groups of experts that each domain is led to, so that groups get about equal shares of the text.
 
-    With more domains than groups, the largest come first, each to the group with the least text so far;
-    otherwise the groups that are left over go, one by one, to the domain with the most text a group
-    (D'Hondt).
+    A domain has at least `keep` groups, as many as a token's experts come from: with fewer, the others of a
+    token would be anywhere. Where that is more groups than there are, the largest domains come first, each to
+    the groups with the least text so far; otherwise the groups that are left over go, one by one, to the
+    domain with the most text a group (D'Hondt).
     """
     order = sorted(range(len(sizes)), key=lambda domain: -sizes[domain])
-    if len(sizes) > groups:
+    if len(sizes) * keep > groups:
         loads = [0] * groups
         found: list[tuple[int, ...]] = [()] * len(sizes)
         for domain in order:
-            group = min(range(groups), key=loads.__getitem__)
-            loads[group] += sizes[domain]
-            found[domain] = (group,)
+            found[domain] = tuple(sorted(sorted(range(groups), key=loads.__getitem__)[:keep]))
+            for group in found[domain]:
+                loads[group] += sizes[domain]
         return found
-    counts = [1] * len(sizes)
-    for _ in range(groups - len(sizes)):
+    counts = [keep] * len(sizes)
+    for _ in range(groups - len(sizes) * keep):
         counts[max(order, key=lambda domain: sizes[domain] / (counts[domain] + 1))] += 1
     ends = [sum(counts[: domain + 1]) for domain in range(len(sizes))]
     return [tuple(range(end - count, end)) for end, count in zip(ends, counts, strict=True)]
