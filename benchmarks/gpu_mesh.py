@@ -1,7 +1,7 @@
 """A mesh on several GPUs of one machine, with one of them as the baseline of the same run.
 
     PYTHONPATH=worker:protos:. python -m benchmarks.gpu_mesh [--mesh 1x2 2x1] [--format w4a8 bf16]
-        [--batch 1 16 64 256] [--tokens 64] [--rounds 2] [--layers 27] [--fault]
+        [--batch 1 16 64 256] [--tokens 64] [--rounds 2] [--layers 27] [--fault | --accuracy | --moving 4]
 
 Starts a process for each rank; meshes that need more GPUs than there are are left out, and named. For each
 mesh and format: whether logits and greedy tokens of a small model are those of one GPU, then decode and
@@ -9,7 +9,9 @@ prefill of a model of the size of DeepSeek-V2-Lite (benchmarks/gpu_random.py), w
 different prompts. A step is one token of every stream, whole engine included. A pipeline is measured with as
 many micro-batches as stages, and with one. Kernel times of rank 0 are the profiler's; those of NCCL include
 waiting for other ranks. The bubble is the share of a step in which rank 0 runs no other kernel. --fault kills
-a rank under load. One JSON object a line.
+a rank under load. --accuracy compares logits of the mesh and of one GPU with those of the same weights in
+float32 (benchmarks/gpu_mesh_accuracy.py). --moving moves experts of all layers under load, again after so
+many seconds. One JSON object a line.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import os
 import re
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -28,6 +31,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from benchmarks.gpu_mesh_accuracy import described, row_errors, settle_routes
 from benchmarks.gpu_mesh_case import PAGE, Alone, Case, compared, random_tokens
 from benchmarks.gpu_random import LARGE, SMALL, random_model
 from moe_worker.config.engine import EngineOptions
@@ -35,7 +39,7 @@ from moe_worker.config.mesh import MeshShape
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.loading import LoadedModel
 from moe_worker.engine.requests import Request
-from moe_worker.mesh.member import join
+from moe_worker.mesh.member import Member, join
 from moe_worker.models import cuda_graph, cuda_runner
 from moe_worker.sampling.parameters import SamplingParameters
 
@@ -179,6 +183,57 @@ def check(case: Case) -> None:
     tell("texts of 16 greedy tokens that are those of one GPU, small model", same, "texts", len(found[0]))
 
 
+def accuracy(member: Member, number_format: str, device: torch.device) -> None:
+    """Errors of the mesh, and as the baseline those of one GPU, against float32."""
+    for layers in (3, 9):
+        for change, routes in ((settle_routes, "routes that rounding cannot change"), (None, "all routes")):
+            case = Case(
+                member, SMALL | {"num_hidden_layers": layers}, number_format, device, 64, 8, 64, 64,
+                change=change,
+            )  # fmt: skip
+            if not member.leads:
+                case.runner.follow()
+                continue
+            ours, alone = (described(each) for each in row_errors(case, 48))
+            for name, value in ours.items():
+                unit = "of rows" if "share" in name else "of a row's norm"
+                tell(f"error against float32, {layers} layers, {routes}: {name}", value, unit, alone[name])
+            case.end()
+
+
+def measure_moves(case: Case, batch: int, tokens: int, seconds: float) -> None:
+    """Steps of decode while experts move, and in between."""
+    options = EngineOptions(
+        device="cuda", max_batch_size=batch, prefill_tokens=16384, prefix_cache=False, target_step_ms=10_000
+    )
+    core, rebalancing = engine(case.loaded(), options, batch, tokens), case.runner.rebalancing
+    if rebalancing is None:
+        raise ValueError("experts of this case stay")
+    while core.load.queued or core.load.running < batch:
+        core.step()
+    steps: dict[bool, list[float]] = {True: [], False: []}
+    begin = time.perf_counter()
+    while not core.idle and time.perf_counter() - begin < seconds:
+        before, moving = time.perf_counter(), rebalancing.moving
+        core.step()
+        steps[moving or rebalancing.moving].append((time.perf_counter() - before) * 1e3)
+    for request in range(batch):
+        core.cancel(request)
+    while not core.idle:
+        core.step()
+    between = statistics.median(steps[False])
+    for moving, name in ((False, "in between"), (True, "while experts move")):
+        own = steps[moving]
+        if not own:
+            continue
+        what = f"decode, batch {batch}, {name}"
+        tell(f"{what}: {len(own)} steps, median", statistics.median(own), "ms", between)
+        tell(f"{what}: 99 of 100 steps", sorted(own)[len(own) * 99 // 100], "ms", between)
+        tell(f"{what}: worst step", max(own), "ms", between)
+    tell("times that experts of all layers moved", rebalancing.count, "times")
+    tell("layers whose experts have moved", len(rebalancing.places.moved), "layers")
+
+
 def greedy(core: EngineCore) -> list[list[int | None]]:
     texts: dict[int, list[int | None]] = {}
     while not core.idle:
@@ -222,7 +277,10 @@ def run_rank(arguments: argparse.Namespace) -> NoReturn:
     member = join(options, "benchmark", device)
     name = FORMATS[arguments.format[0]]
     most, context, pages = sizes(arguments, member.shape)
-    if not arguments.fault:
+    if arguments.accuracy:
+        accuracy(member, name, device)
+        leave()
+    if not arguments.fault and not arguments.moving:
         small = SMALL | {"num_hidden_layers": 2}
         case = Case(member, small, name, device, 64, 8, 64, 64)
         if member.leads:
@@ -234,7 +292,7 @@ def run_rank(arguments: argparse.Namespace) -> NoReturn:
     values = LARGE | {"num_hidden_layers": arguments.layers}
     case = Case(
         member, values, name, device, context, most, pages, arguments.prefill_tokens, arguments.redundant,
-        alone=False,
+        alone=False, moving=arguments.moving,
     )  # fmt: skip
     dist.barrier()
     if not member.leads:
@@ -243,8 +301,16 @@ def run_rank(arguments: argparse.Namespace) -> NoReturn:
         decode_until_killed(case, most)
     else:
         tell("start of all ranks", time.perf_counter() - begin, "s")
-        measure(case.loaded(), arguments, member.shape.pipeline, case)
+        if arguments.moving:
+            measure_moves(case, arguments.batch[0], arguments.tokens, arguments.seconds)
+        else:
+            measure(case.loaded(), arguments, member.shape.pipeline, case)
         case.end()
+    leave()
+
+
+def leave() -> NoReturn:
+    """Ends this process together with the other ranks'."""
     torch.cuda.synchronize()
     dist.barrier()
     sys.stdout.flush()
@@ -266,6 +332,8 @@ def started(arguments: argparse.Namespace, mesh: str, name: str, rank: int, addr
     command += ["--batch", *map(str, arguments.batch), "--tokens", str(arguments.tokens)]
     command += ["--rounds", str(arguments.rounds), "--layers", str(arguments.layers)]
     command += ["--prefill-tokens", str(arguments.prefill_tokens), "--redundant", str(arguments.redundant)]
+    command += ["--moving", str(arguments.moving), "--seconds", str(arguments.seconds)]
+    command += ["--accuracy"] if arguments.accuracy else []
     command += ["--address", address, "--rank", str(rank), *more]
     environment = os.environ | {"MOE_WORKER_MESH_SECRET": "of a benchmark"}
     piped = subprocess.PIPE if rank == 0 or mesh == ONE else None
@@ -334,8 +402,7 @@ def kill_one(arguments: argparse.Namespace, mesh: str) -> None:
              time.monotonic() - begin, "s", device="GPUs")  # fmt: skip
     finally:
         ended(running)
-    for what in ("serving on without a lost rank", "meeting again after a rank is lost",
-                 "moving experts while serving"):  # fmt: skip
+    for what in ("serving on without a lost rank", "meeting again after a rank is lost"):
         tell(f"{what}: not supported on GPUs", None, "", device="GPUs")
 
 
@@ -352,6 +419,9 @@ def main() -> None:
     parser.add_argument("--prefill-tokens", type=int, default=16384)
     parser.add_argument("--redundant", type=int, default=0)
     parser.add_argument("--fault", action="store_true")
+    parser.add_argument("--accuracy", action="store_true")
+    parser.add_argument("--moving", type=float, default=0.0, help="seconds from one move to the next")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of the measurement with --moving")
     parser.add_argument("--rank", type=int, help="for the processes that this one starts")
     parser.add_argument("--address")
     arguments = parser.parse_args()
@@ -366,7 +436,7 @@ def main() -> None:
     if arguments.fault:
         kill_one(arguments, fitting[0])
         return
-    known = baselines(arguments)
+    known = {} if arguments.accuracy or arguments.moving else baselines(arguments)
     for name in arguments.format:
         for mesh in fitting:
             compare(arguments, mesh, name, known)

@@ -1,6 +1,8 @@
 """A random model over the GPUs of a mesh, and on one of them as a whole, for benchmarks and tests."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -14,6 +16,9 @@ from moe_worker.mesh.member import Member
 from moe_worker.mesh.messages import End
 from moe_worker.mesh.part import stage_of
 from moe_worker.mesh.places import ExpertPlaces
+from moe_worker.mesh.rebalance.execute import Rebalancing
+from moe_worker.mesh.rebalance.hold import HeldExperts, ReadExperts
+from moe_worker.mesh.rebalance.plan import RebalancePolicy
 from moe_worker.mesh.runner import MeshRunner
 from moe_worker.models.batch import Batch, Segment
 from moe_worker.models.cuda_build import Sizes, prepare
@@ -35,6 +40,62 @@ class NoText:
         return b""
 
 
+def chosen(experts: Experts, numbers: torch.Tensor, device: torch.device | None = None) -> Experts:
+    """Copies of some experts, on `device`."""
+
+    def kept(rows: torch.Tensor) -> torch.Tensor:
+        return rows[numbers].to(device or rows.device)
+
+    return Experts(experts.gate_up_AFD.map(kept), experts.down_ADI.map(kept), experts.round_tokens)
+
+
+class OnHost:
+    """Experts of the layers of a stage, all of them, in the host's memory: as a checkpoint that was read."""
+
+    def __init__(self, model: DeepseekModel, layers: range) -> None:
+        self._routed, self._device = model.config.moe.routed, model.device
+        blocks = {number: model.layers[number].block for number in layers}
+        everyone = torch.arange(self._routed + model.config.moe.shared, device=model.device)
+        self._experts = {
+            number: chosen(block.experts, everyone, torch.device("cpu"))
+            for number, block in blocks.items()
+            if isinstance(block, MoeBlock)
+        }
+
+    def reader_for(self, part: CudaStage) -> ReadExperts:
+        """Converts experts for `part`."""
+
+        def read(layer: int, held: Sequence[int], rest: Callable[[], object]) -> object:
+            experts = self._experts[layer]
+            with torch.inference_mode(), part.aside():
+                numbers = torch.tensor([*held, *range(self._routed, experts.count)])
+                own = chosen(experts, numbers, self._device)
+                rest()
+                return part.converted(own, rest)
+
+        return read
+
+
+class DrawnLoads:
+    """A counter of loads that are drawn anew for each reading, as uneven as `sigma`: so experts move."""
+
+    def __init__(self, config: ModelConfig, sigma: float = 1.0) -> None:
+        self._layers = [n for n in range(config.num_hidden_layers) if n not in config.dense_layers]
+        self._sums = {layer: [0] * config.moe.routed for layer in self._layers}
+        self._generator, self._sigma = torch.Generator().manual_seed(0), sigma
+
+    def count(self, tokens: int) -> None:
+        """Nothing."""
+
+    def read(self) -> tuple[int, list[tuple[int, list[int], int]]]:
+        """See Counter."""
+        for sums in self._sums.values():
+            drawn = torch.randn(len(sums), generator=self._generator) * self._sigma
+            for expert, load in enumerate((drawn.exp() * 10_000).tolist()):
+                sums[expert] += int(load)
+        return 0, [(layer, list(sums), len(sums)) for layer, sums in self._sums.items()]
+
+
 def part_of(model: DeepseekModel, stage: Stage) -> DeepseekModel:
     """What `stage` holds of a whole model."""
     layers = []
@@ -44,10 +105,7 @@ def part_of(model: DeepseekModel, stage: Stage) -> DeepseekModel:
             experts, routed = layer.block.experts, model.config.moe.routed
             held = torch.tensor([*stage.experts[number], *range(routed, experts.count)], device=model.device)
 
-            def kept(rows: torch.Tensor, held: torch.Tensor = held) -> torch.Tensor:
-                return rows[held]
-
-            own = Experts(experts.gate_up_AFD.map(kept), experts.down_ADI.map(kept), experts.round_tokens)
+            own = chosen(experts, held)
             layer = replace(layer, block=MoeBlock(layer.block.router, own, stage.dispatch(number)))
         layers.append(layer)
     none_ND = model.embedding_VD[:0]
@@ -83,8 +141,13 @@ class Case:
 
     def __init__(  # noqa: PLR0913, PLR0917 - a record of sizes
         self, member: Member, values: dict[str, Any], number_format: str, device: torch.device, context: int,
-        largest: int, pages: int, prefill: int, redundant: int = 0, alone: bool = True,
+        largest: int, pages: int, prefill: int, redundant: int = 0, alone: bool = True, moving: float = 0.0,
+        change: Callable[[DeepseekModel], None] | None = None,
     ) -> None:  # fmt: skip
+        """moving: seconds from one move of all layers' experts to the next; 0: they stay. change: of the
+        model that was drawn.
+        """
+        self.values, self.number_format, self.change = values, number_format, change
         self.config, self.member, self.context = config_of(values), member, context
         total = self.config.num_hidden_layers
         cuts = [round(total * stage / member.shape.pipeline) for stage in range(member.shape.pipeline + 1)]
@@ -93,13 +156,23 @@ class Case:
         stage = stage_of(self.config, member, layers, places, device)
         with torch.inference_mode():
             whole = random_model(values, number_format, context, device)
+            if change is not None:
+                change(whole)
             self.cache = cache_of(self.config, len(layers), pages, device)
             part = part_of(whole, stage)
+            on_host = OnHost(whole, layers) if moving else None
             self.alone = None
             if not (member.leads and alone):
                 del whole
             self.part = CudaStage(part, self.cache, member.stage_group, largest, context, prefill)
-            self.runner = MeshRunner(member, self.part, self.cache, feeds=True)
+            held = None
+            if on_host is not None:
+                held = HeldExperts(places, member, self.part, on_host.reader_for(self.part))
+            self.runner = MeshRunner(member, self.part, self.cache, feeds=True, held=held)
+            if member.leads and held is not None:
+                stages = [range(begin, end) for begin, end in pairwise(cuts)]
+                policy, loads = RebalancePolicy(True, moving, 1.0), DrawnLoads(self.config)
+                self.runner.direct(Rebalancing(policy, places, held, member, stages, loads))
             if member.leads and alone:
                 self.alone = Alone(whole, context, largest, pages, prefill)
 
@@ -112,13 +185,14 @@ class Case:
         return self._whole().loaded()
 
     @torch.inference_mode()
-    def both(self, segments: list[Segment]) -> list[torch.Tensor]:
-        """Logits of the last tokens of `segments`, by the mesh and by one process."""
+    def both(self, segments: list[Segment], every: bool = False) -> list[torch.Tensor]:
+        """Logits of the last tokens of `segments`, or of all, by the mesh and by one process."""
         batch, whole = Batch.of(segments, self.cache), self._whole()
-        ours = self.runner.logits(batch, self.cache, batch.last_rows).float().clone()
+        rows = range(len(batch.tokens)) if every else batch.last_rows
+        ours = self.runner.logits(batch, self.cache, rows).float().clone()
         self.runner.feed(ours.argmax(dim=-1))
         batch = Batch.of(segments, whole.cache)
-        return [ours, whole.runner.logits(batch, whole.cache, batch.last_rows).float().clone()]
+        return [ours, whole.runner.logits(batch, whole.cache, rows).float().clone()]
 
     def end(self) -> None:
         """The other ranks stop following."""
@@ -134,7 +208,13 @@ class Case:
 
 def cache_of(config: ModelConfig, layers: int, pages: int, device: torch.device) -> PagedCache:
     width = Sizes.of(config.latent).cache_width(config.latent)
-    return PagedCache.allocate(CacheShape(layers, width, PAGE, torch.bfloat16), pages, device)
+    return cache_of_width(width, layers, pages, device, torch.bfloat16)
+
+
+def cache_of_width(
+    width: int, layers: int, pages: int, device: torch.device, dtype: torch.dtype
+) -> PagedCache:
+    return PagedCache.allocate(CacheShape(layers, width, PAGE, dtype), pages, device)
 
 
 def loaded_model(

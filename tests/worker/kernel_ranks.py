@@ -9,6 +9,7 @@ kernels of one process, and writes what it found to FILE.
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 os.environ.setdefault("MOE_WORKER_MESH_SECRET", "of these ranks")
@@ -16,6 +17,7 @@ os.environ.setdefault("MOE_WORKER_MESH_SECRET", "of these ranks")
 import torch
 import torch.distributed as dist
 
+from benchmarks.gpu_mesh_accuracy import described, row_errors, settle_routes
 from benchmarks.gpu_mesh_case import Case, difference, random_tokens
 from benchmarks.gpu_random import SMALL
 from moe_worker.config.engine import EngineOptions
@@ -28,7 +30,9 @@ from moe_worker.sampling.parameters import SamplingParameters
 from tests.gpu.device import DEVICE
 
 VALUES = SMALL | {"num_hidden_layers": 2}
-CONTEXT = 64
+CONTEXT, MOVE_S = 64, 60
+# The number formats of cases that are named by something else.
+ON = {"overflow": "dense", "settled": "dense", "moved": "w4a8"}
 
 
 def member_device(rank):
@@ -71,18 +75,39 @@ def generated(loaded, flights):
     return found, {layer.layer: sum(layer.tokens) for layer in core.expert_statistics.layers}
 
 
+@torch.inference_mode()
+def move(runner):
+    """Experts of all layers, twice; the numbers of the layers whose places have changed."""
+    rebalancing, end = runner.rebalancing, time.monotonic() + MOVE_S
+    while rebalancing.count < 2:
+        assert time.monotonic() < end, "experts have not moved"
+        runner.tend()
+        time.sleep(0.01)
+    while rebalancing.moving:
+        runner.tend()
+        time.sleep(0.01)
+    return sorted(rebalancing.places.moved)
+
+
 def run_case(member, name):
-    number_format, shards = "dense" if name == "overflow" else name, member.shape.expert
+    number_format, shards = ON.get(name, name), member.shape.expert
     few = (lambda tokens, ranks, top_k: max(1, tokens // 3)) if name == "overflow" else fixed.capacity_for
     cuda_stage.capacity_for = few
-    redundant = shards * 2 if name == "w4a8" and shards > 1 else 0
+    redundant = shards * 2 if number_format == "w4a8" and shards > 1 else 0
+    change = settle_routes if name == "settled" else None
+    device, moving = torch.device(member_device(member.rank)), 0.01 if name == "moved" else 0.0
     case = Case(
-        member, VALUES, number_format, torch.device(member_device(member.rank)), CONTEXT, 4, 20, 64, redundant
+        member, VALUES, number_format, device, CONTEXT, 4, 20, 64, redundant, moving=moving, change=change
     )
     if not member.leads:
         case.runner.follow()
         return None
     report = {"differences": compare(case, shards)}
+    if name == "settled":
+        report["errors"] = [described(each) for each in row_errors(case, 4)]
+    if name == "moved":
+        report["moved"] = move(case.runner)
+        report["differences"] += compare(case, shards)
     if name == "dense":
         ours, ahead, alone = (
             generated(loaded, flights)

@@ -5,14 +5,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.worker.mesh_ranks import free_address
 
 pytest.importorskip("triton")
 
-from moe_worker.mesh.fixed import capacity_for
+from benchmarks.gpu_random import SMALL, RandomSource, config_of
+from moe_worker.mesh.dispatch import PlaceTable
+from moe_worker.mesh.fixed import FixedExchange, capacity_for
+from moe_worker.models.build import build_model
+from moe_worker.models.cuda_build import prepare
+from moe_worker.models.cuda_layer import stored_tensors
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 1200  # interpreted kernels take most of it
@@ -25,10 +32,53 @@ def test_capacity_is_what_balanced_routing_needs_and_a_margin():
     assert all(capacity_for(tokens, 8, 8) <= tokens for tokens in range(1, 300))
 
 
+def addresses(exchange):
+    return [each.data_ptr() for each in (exchange._places.places_AN, exchange._places.copies_A)]
+
+
+def test_experts_that_move_are_found_at_the_addresses_that_graphs_hold():
+    """Also where an expert gets more copies than any had before."""
+    group = SimpleNamespace(rank=lambda: 0, size=lambda: 2)
+    most, here = torch.zeros(1, dtype=torch.int32), torch.device("cpu")
+    exchange = FixedExchange(PlaceTable([0, 1, 2, 2, 1, 0], 3, 2, here), 3, group, most)
+    before = addresses(exchange)
+    for places in ([0, 0, 0, 0, 1, 2], [2, 1, 0, 0, 1, 2]):
+        table = PlaceTable(places, 3, 2, here)
+        exchange.place(table)
+        assert addresses(exchange) == before
+        for expert, count in enumerate(table.copies_A[:-1].tolist()):
+            assert exchange._places.copies_A[expert] == count
+            found = exchange._places.places_AN[expert, :count].tolist()
+            assert found == [place for place, each in enumerate(places) if each == expert]
+
+
+@pytest.mark.parametrize("number_format", ["dense", "fp8", "w4a16", "w4a8"])
+def test_a_layer_takes_other_experts_into_the_memory_of_its_own(number_format):
+    """Graphs read the new ones where the old ones were; experts of another shape are refused."""
+
+    def layer_of(seed, values=SMALL):
+        source = RandomSource(torch.device("cpu"), torch.bfloat16, number_format, seed)
+        return prepare(build_model(config_of(values | {"num_hidden_layers": 2}), source, 16)).layers[1]
+
+    layer, other = layer_of(0), layer_of(1)
+    own = [*stored_tensors(layer.gate_up), *stored_tensors(layer.down)]
+    new = [*stored_tensors(other.gate_up), *stored_tensors(other.down)]
+    before = [each.data_ptr() for each in own]
+    assert not any(torch.equal(one, another) for one, another in zip(own, new, strict=True))
+    layer.take_experts(other.gate_up, other.down)
+    assert [each.data_ptr() for each in own] == before
+    assert all(torch.equal(one, another) for one, another in zip(own, new, strict=True))
+    fewer = layer_of(1, SMALL | {"n_routed_experts": 10})
+    with pytest.raises(ValueError, match="experts of shape"):
+        layer.take_experts(fewer.gate_up, fewer.down)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(SECONDS)
 @pytest.mark.parametrize(
-    ("mesh", "cases"), [("1x2", ["dense", "w4a8", "overflow"]), ("2x1", ["dense", "w4a8"])], ids=str
+    ("mesh", "cases"),
+    [("1x2", ["dense", "w4a8", "overflow", "moved", "settled"]), ("2x1", ["dense", "w4a8"])],
+    ids=str,
 )
 def test_a_mesh_computes_what_one_process_computes(tmp_path, mesh, cases):
     """Prompts, mixed steps, decode steps, and shards without tokens; engines one and two steps ahead."""
@@ -50,6 +100,10 @@ def test_a_mesh_computes_what_one_process_computes(tmp_path, mesh, cases):
     limit = 0.02 if mesh == "1x2" else 0.0
     for case in found.values():
         assert all(worst <= limit for _, worst in case["differences"]), found
+    if "moved" in found:
+        assert found["moved"]["moved"] == [1]
+        mesh, alone = found["settled"]["errors"]  # against float32
+        assert mesh["median"] < 1.25 * alone["median"]
     assert found["dense"]["ours"] == found["dense"]["ahead"]
     assert found["dense"]["ours"][1] == found["dense"]["alone"][1]  # every token is counted once
     if mesh == "2x1":

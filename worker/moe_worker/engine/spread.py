@@ -14,13 +14,12 @@ from moe_worker.mesh.identity import mesh_digest
 from moe_worker.mesh.member import Member, join
 from moe_worker.mesh.part import part_of, stage_ranges
 from moe_worker.mesh.places import ExpertPlaces, advised
-from moe_worker.mesh.rank_stage import ModelStage, RankStage
+from moe_worker.mesh.rank_stage import RankStage
 from moe_worker.mesh.rebalance.execute import Rebalancing
 from moe_worker.mesh.rebalance.hold import HeldExperts, ReadExperts
 from moe_worker.mesh.rebalance.plan import RebalancePolicy
 from moe_worker.mesh.runner import MeshRunner
 from moe_worker.models.checkpoint import ExpertReader
-from moe_worker.models.layers import ComputesExperts
 from moe_worker.models.safetensors import StoredTensor, stored_tensors
 from moe_worker.models.stage import Stage
 from moe_worker.models.stored import Placement
@@ -60,9 +59,7 @@ class Spread:
     def runner(self, part: RankStage, cache: PagedCache, feeds: bool = False) -> MeshRunner:
         """Runs `part`; on the leader the whole mesh."""
         places = self.places
-        held = (
-            HeldExperts(places, self.member, part, self._read(part)) if isinstance(part, ModelStage) else None
-        )
+        held = HeldExperts(places, self.member, part, self._read(part))
         runner = MeshRunner(self.member, part, cache, feeds, held, self.options.mesh_reforms)
         if self.member.leads:
             stages = stage_ranges(self.config, self.member.shape, self.stored)
@@ -76,11 +73,11 @@ class Spread:
             options.rebalance == "auto", options.rebalance_interval, options.rebalance_threshold
         )
 
-    def _read(self, part: ModelStage) -> ReadExperts:
+    def _read(self, part: RankStage) -> ReadExperts:
         reader = ExpertReader(self.directory, self.config, self.placement)
 
-        def read(layer: int, held: Sequence[int], rest: Callable[[], object]) -> ComputesExperts:
-            with torch.inference_mode():
+        def read(layer: int, held: Sequence[int], rest: Callable[[], object]) -> object:
+            with torch.inference_mode(), part.aside():
                 return part.converted(reader.read(layer, held, rest), rest)
 
         return read

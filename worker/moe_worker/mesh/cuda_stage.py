@@ -4,7 +4,8 @@ Legend: B sequences of a decode step, t tokens of a shard, n those of its tokens
 hidden, V vocabulary.
 """
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,18 +15,21 @@ from torch import Tensor
 
 from moe_worker.kernels.transfer import to_device
 from moe_worker.kernels.triton.norm import Added, Rounding
+from moe_worker.kernels.triton.wide import Weight
 from moe_worker.kvcache.paged import PagedCache
-from moe_worker.mesh.fixed import Exchanges, capacity_for
+from moe_worker.mesh.dispatch import PlaceTable
+from moe_worker.mesh.fixed import Exchanges, FixedExchange, capacity_for
 from moe_worker.mesh.rank_stage import Width
 from moe_worker.models.batch import Batch
 from moe_worker.models.cuda import CudaModel, Rows
-from moe_worker.models.cuda_build import prepare
+from moe_worker.models.cuda_build import prepare, prepare_experts
 from moe_worker.models.cuda_counts import CudaExpertCounter
 from moe_worker.models.cuda_graph import DecodeGraphs
-from moe_worker.models.cuda_layer import Pass, rounding
+from moe_worker.models.cuda_layer import Pass, rounding, stored_tensors
 from moe_worker.models.cuda_runner import warm_sizes
 from moe_worker.models.deepseek import DeepseekModel
 from moe_worker.models.stage import Stage
+from moe_worker.moe.experts import Experts
 from moe_worker.progress import bar
 
 
@@ -48,6 +52,7 @@ class CudaStage:
         self._model = prepare(model, consume=True, exchange_of=self._exchanges.of)
         self.logits_dtype = self._model.empty_logits(0).dtype
         self._cache = cache
+        self._aside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._added: Added | None = None
         self.graphs = StageGraphs(self._model, cache, largest, context, self)
 
@@ -91,6 +96,38 @@ class CudaStage:
     def expert_counter(self) -> CudaExpertCounter:
         """Counts from now on."""
         return CudaExpertCounter(self._model, self.graphs.totals)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """A stream of its own, so that passes do not wait for copies from the host."""
+        if self._aside is None:
+            yield
+            return
+        with torch.cuda.stream(self._aside):
+            yield
+        self._aside.synchronize()
+
+    def converted(self, experts: Experts, rest: Callable[[], object]) -> tuple[Weight, Weight]:
+        """See HoldsExperts."""
+        return prepare_experts(experts, rest)
+
+    @torch.inference_mode()
+    def hold(self, layer: int, experts: tuple[Weight, Weight], table: PlaceTable) -> tuple[Weight, Weight]:
+        """See HoldsExperts. Copies on the device, since graphs hold the addresses of the ones of before."""
+        self._model.layers[layer - self._stage.begin].take_experts(*experts)
+        if self._aside is not None:
+            for weight in experts:
+                for each in stored_tensors(weight):
+                    each.record_stream(torch.cuda.current_stream(self.device))
+        self.place(layer, table)
+        return experts
+
+    @torch.inference_mode()
+    def place(self, layer: int, table: PlaceTable) -> None:
+        """See HoldsExperts."""
+        exchange = self._model.layers[layer - self._stage.begin].exchange
+        if isinstance(exchange, FixedExchange):
+            exchange.place(table)
 
     def rejoin(self, group: dist.ProcessGroup) -> bool:
         """Captured graphs hold the old connections."""

@@ -10,6 +10,7 @@ received, D hidden, A routed experts, C copies of an expert at most.
 
 import time
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,12 @@ class PlaceTable:
         rows = [places + [-1] * (most - len(places)) for places in [*at, [-1]]]
         self.places_AC = torch.tensor(rows, device=device)
         self.copies_A = torch.tensor([len(places) for places in [*at, [-1]]], device=device)
+
+    def to(self, device: torch.device) -> "PlaceTable":
+        """The same on `device`."""
+        moved = copy(self)
+        moved.places_AC, moved.copies_A = self.places_AC.to(device), self.copies_A.to(device)
+        return moved
 
     def places(self, experts_TK: Tensor) -> Tensor:
         """A place of each expert, -1 of none, int64 [T, K]; copies take tokens in turn."""

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_worker.kernels.transfer import to_device
 from moe_worker.kernels.triton.exchange import Places, Slots, pack, sum_rows, unpack
 from moe_worker.kernels.triton.norm import Activation, Added
-from moe_worker.mesh.dispatch import AllToAllDispatch
+from moe_worker.mesh.dispatch import AllToAllDispatch, PlaceTable
 from moe_worker.mesh.exchange import all_to_all, highest
 from moe_worker.models.cuda_layer import Exchange, Work
 from moe_worker.moe.dispatch import Dispatch
@@ -45,12 +46,7 @@ class Exchanges:
         """For a layer of which this rank holds `held` experts, the shared ones among them."""
         if not isinstance(dispatch, AllToAllDispatch):
             return None
-        table = dispatch.table
-        places = Places(
-            table.places_AC[:-1].int(), table.copies_A[:-1].int(), table.each, self._group.rank(),
-            self._group.size(),
-        )  # fmt: skip
-        made = FixedExchange(places, held, self._group, self.most)
+        made = FixedExchange(dispatch.table, held, self._group, self.most)
         self._made.append(made)
         return made
 
@@ -66,14 +62,31 @@ class Exchanges:
 
 
 class FixedExchange:
-    """An Exchange of one layer."""
+    """An Exchange of one layer. Its memory stays the same, also where experts move: graphs hold addresses."""
 
-    def __init__(self, places: Places, held: int, group: dist.ProcessGroup, most: Tensor) -> None:
-        self._places, self._group, self._most = places, group, most
+    def __init__(self, table: PlaceTable, held: int, group: dist.ProcessGroup, most: Tensor) -> None:
+        routed = len(table.copies_A) - 1
+        # An expert may get all copies that there are, later.
+        places_AN = torch.zeros(
+            routed, table.each * table.ranks - routed + 1, dtype=torch.int32, device=most.device
+        )
+        copies_A = torch.ones(routed, dtype=torch.int32, device=most.device)
+        self._places = Places(places_AN, copies_A, table.each, group.rank(), group.size())
+        self._group, self._most = group, most
+        self.place(table)
         self._counts_H = torch.zeros(held, dtype=torch.int32, device=most.device)
         self._slots: Slots | None = None
         self._away = 0
         self.sent_bytes = 0
+
+    def place(self, table: PlaceTable) -> None:
+        """From the next pass on experts are where `table` says."""
+        places_AC, copies_A = (
+            each if each.device == self._most.device else to_device(each, self._most.device)
+            for each in (table.places_AC[:-1], table.copies_A[:-1])
+        )
+        self._places.places_AN[:, : places_AC.shape[1]].copy_(places_AC)
+        self._places.copies_A.copy_(copies_A)
 
     def scatter(
         self, x: Activation, int8: bool, experts_TK: Tensor, weights_TK: Tensor, capacity: int

@@ -3,7 +3,9 @@
 Legend: t tokens of a shard, n those of its tokens whose logits are wanted, D hidden, V vocabulary.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from moe_worker.kvcache.paged import PagedCache
 from moe_worker.mesh.dispatch import AllToAllDispatch, PlaceTable
+from moe_worker.mesh.rebalance.hold import HoldsExperts
 from moe_worker.models.batch import Batch
 from moe_worker.models.layers import ComputesExperts, StageModel
 from moe_worker.models.stage import Stage
@@ -28,7 +31,7 @@ class Width(NamedTuple):
     decode: bool
 
 
-class RankStage(Protocol):
+class RankStage(HoldsExperts, Protocol):
     """A rank's stage, prepared to run. hidden: D; logits_dtype: of what the last stage computes."""
 
     device: torch.device
@@ -88,8 +91,12 @@ class ModelStage:
             return x_tD
         return self._model.logits(x_tD[torch.tensor(rows, dtype=torch.int64, device=self.device)])
 
+    def aside(self) -> AbstractContextManager[object]:
+        """See HoldsExperts."""
+        return contextlib.nullcontext()
+
     def converted(self, experts: Experts, rest: Callable[[], object]) -> ComputesExperts:
-        """Experts as this stage computes them. rest: called between matrices."""
+        """See HoldsExperts."""
         return self._model.converted(experts, rest)
 
     def hold(self, layer: int, experts: ComputesExperts, table: PlaceTable) -> ComputesExperts:
@@ -102,7 +109,7 @@ class ModelStage:
         """See HoldsExperts."""
         dispatch = self._model.stage.dispatch(layer)
         if isinstance(dispatch, AllToAllDispatch):
-            dispatch.place(table)
+            dispatch.place(table.to(self.device))
 
     def expert_counter(self) -> Counter:
         """Of the routers."""

@@ -23,6 +23,7 @@ from moe_worker.models.cuda_layer import CudaLayer, Exchange
 from moe_worker.models.deepseek import DeepseekModel, DenseBlock, MoeBlock, TorchLayer
 from moe_worker.models.mla import INNER_NORM_EPS, LatentAttention
 from moe_worker.moe.dispatch import Dispatch
+from moe_worker.moe.experts import Experts
 from moe_worker.quant.formats import FORMATS
 from moe_worker.quant.fp8 import Fp8Weight
 from moe_worker.quant.int4 import GROUP, Int4Weight
@@ -171,10 +172,18 @@ def _layer(
     )
 
 
+def prepare_experts(
+    experts: Experts, rest: Callable[[], object] = lambda: None
+) -> tuple[Weight, Weight]:  # fmt: skip
+    """Gate and up, and down, for the kernels. rest: called between matrices."""
+    gate_up = _packed(experts.gate_up_AFD, experts.round_tokens)
+    rest()
+    return gate_up, _packed(experts.down_ADI, experts.round_tokens)
+
+
 def _experts(config: ModelConfig, block: DenseBlock | MoeBlock) -> tuple[Weight, Weight]:
     if isinstance(block, MoeBlock):
-        int8 = block.experts.round_tokens
-        return _packed(block.experts.gate_up_AFD, int8), _packed(block.experts.down_ADI, int8)
+        return prepare_experts(block.experts)
     gate_up, down = split_dense(block.gate_up.matrix, block.down.matrix, _dense_parts(config))
     return _packed(gate_up, _int8(block.gate_up)), _packed(down, _int8(block.down))
 

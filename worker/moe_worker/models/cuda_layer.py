@@ -197,6 +197,16 @@ class CudaLayer:
         rows_MD = experts_bf16(x.x_TD, gate_up, down, blocks, weights_TK, tiles)
         return Added(rows_MD, experts_M=experts_TK)
 
+    def take_experts(self, gate_up: Weight, down: Weight) -> None:
+        """Computes these experts from the next pass on, in the memory of the ones of before, whose addresses
+        graphs hold. Raises ValueError where they have another shape.
+        """
+        for own, new in ((self.gate_up, gate_up), (self.down, down)):
+            for into, values in zip(stored_tensors(own), stored_tensors(new), strict=True):
+                if into.shape != values.shape or into.dtype != values.dtype:
+                    raise ValueError(f"experts of shape {list(values.shape)} replace {list(into.shape)}")
+                into.copy_(values)
+
     def routes(self, x_TD: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         """Experts int32 [T, K] of each token and their weights float32 [T, K]; adds to `counts_A`."""
         if self.router_ED is not None:
@@ -205,6 +215,11 @@ class CudaLayer:
         self.counts_A.fill_(tokens)
         experts_TK = torch.arange(experts, dtype=torch.int32, device=x_TD.device).repeat(tokens, 1)
         return experts_TK, torch.ones(tokens, experts, device=x_TD.device)
+
+
+def stored_tensors(weight: Weight) -> tuple[Tensor, ...]:
+    """What a weight has in memory."""
+    return (weight,) if isinstance(weight, Tensor) else (weight.stored, weight.scales)
 
 
 def rounding(reader: Weight, wide: bool) -> Rounding:

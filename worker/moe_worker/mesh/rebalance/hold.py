@@ -3,7 +3,8 @@
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 
@@ -14,20 +15,28 @@ from moe_worker.mesh.messages import Prepare, Switch
 from moe_worker.mesh.part import place_table
 from moe_worker.mesh.places import ExpertPlaces, Moved
 from moe_worker.mesh.rebalance.pace import DroppedError, Pace
-from moe_worker.models.layers import ComputesExperts
+from moe_worker.moe.experts import Experts
 
 log = logging.getLogger(__name__)
-# Reads experts of a layer, and calls back after each matrix.
-ReadExperts = Callable[[int, Sequence[int], Callable[[], object]], ComputesExperts]
+# Reads experts of a layer, and calls back after each matrix; the result is for `HoldsExperts.hold`.
+ReadExperts = Callable[[int, Sequence[int], Callable[[], object]], object]
 
 
 class HoldsExperts(Protocol):
     """A rank's stage whose experts may change between two passes."""
 
-    def hold(self, layer: int, experts: ComputesExperts, table: PlaceTable) -> ComputesExperts:
+    def aside(self) -> AbstractContextManager[object]:
+        """For a thread that reads and converts experts while another one computes."""
+        ...
+
+    def converted(self, experts: Experts, rest: Callable[[], object]) -> object:
+        """Experts as this stage computes them. rest: called between matrices."""
+        ...
+
+    def hold(self, layer: int, experts: Any, table: PlaceTable) -> object:
         """From the next pass on, this rank computes `experts` of `layer`, and finds all others by `table`.
 
-        Returns the experts of before; reads and copies nothing.
+        experts: of `converted`. Returns what is needed no more; reads nothing.
         """
         ...
 
@@ -55,7 +64,7 @@ class HeldExperts:
         self._holds = {layer: places.held(layer, member.column) for layer in places.layers}
         self._changing = threading.Lock()
         self._move: Prepare | None = None
-        self._prepared: ComputesExperts | None = None
+        self._prepared: object | None = None
 
     def take(self, message: Prepare | Switch) -> None:
         """Does what the leader says between two passes. Raises MeshError."""
@@ -98,7 +107,7 @@ class HeldExperts:
             else:
                 self._part.place(layer, self._table(layer))
 
-    def _hold(self, layer: int, experts: ComputesExperts) -> None:
+    def _hold(self, layer: int, experts: object) -> None:
         before = [self._part.hold(layer, experts, self._table(layer))]
         self._holds[layer] = self.places.held(layer, self._member.column)
         _in_background(before.clear)  # to free gigabytes takes longer than to switch
