@@ -211,6 +211,7 @@ def measure_moves(case: Case, batch: int, tokens: int, seconds: float) -> None:
         raise ValueError("experts of this case stay")
     while core.load.queued or core.load.running < batch:
         core.step()
+    rebalancing.abandon()  # the next move begins one interval later
     steps: dict[bool, list[float]] = {True: [], False: []}
     begin = time.perf_counter()
     while not core.idle and time.perf_counter() - begin < seconds:
