@@ -26,7 +26,7 @@ def settle_routes(model: DeepseekModel) -> None:
         if isinstance(layer.block, MoeBlock) and layer.block.router.bias_E is not None:
             bias_E = layer.block.router.bias_E
             order_E = torch.randperm(len(bias_E), generator=torch.Generator().manual_seed(number))
-            bias_E.copy_(10.0 * order_E.to(bias_E))
+            bias_E.copy_(torch.pow(2.0, order_E))  # no two groups of experts have equal sums
 
 
 @torch.inference_mode()
