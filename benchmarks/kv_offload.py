@@ -1,6 +1,13 @@
-"""Time to first token of prompts that the KV cache evicts, with and without KV offload to CPU memory.
+"""Pages of the KV cache in CPU memory: what it takes to bring them back, and to compute them again.
 
-`python -m benchmarks.kv_offload CHECKPOINT [--device cpu]`: four prompts in turns; the cache holds one.
+    PYTHONPATH=worker:protos:. python -m benchmarks.kv_offload [--tokens 256 1024 4096 16384] [--small]
+    python -m benchmarks.kv_offload --checkpoint DIRECTORY [--device cpu]
+
+The first form takes a random model in W4A8 on a GPU (--small: a small one, also on a CPU). Each prompt is
+computed, all its pages are evicted, and it is sent again: time to first token with and without offload. Then
+16 streams decode while pages leave. Each time is the median of some rounds, but "longest".
+
+The second form sends four prompts in turns to a checkpoint whose cache holds one.
 """
 
 from __future__ import annotations
@@ -8,22 +15,43 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
+import torch
+
+from benchmarks.gpu_random import LARGE, SMALL, random_model
 from moe_worker.config.engine import EngineOptions
 from moe_worker.engine.core import EngineCore
-from moe_worker.engine.loading import load
+from moe_worker.engine.loading import LoadedModel, load
 from moe_worker.engine.requests import Request
+from moe_worker.kvcache.offload import Move
+from moe_worker.kvcache.paged import CacheShape, PagedCache
+from moe_worker.models.runner import ModelRunner, Runner
+from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.sampling.parameters import SamplingParameters
 
 CONTEXT = 512
 ROUNDS = 4
 PROMPTS = [tuple(7 + (index * step) % 3000 for index in range(480)) for step in (1, 3, 5, 7)]
+PAGE = 16
+STREAMS = 16
+DECODED = 100
+
+
+class NoText:
+    """Replaces the tokenizer: random weights generate no meaningful text."""
+
+    def token_bytes(self, token: int) -> bytes:
+        del token
+        return b""
 
 
 def first_token_s(core: EngineCore, number: int, prompt: tuple[int, ...]) -> float:
     """Seconds to the first token of a request; runs it to its end."""
-    core.submit(Request(number, prompt, SamplingParameters(max_tokens=2), seed=0))
+    core.submit(Request(number, prompt, SamplingParameters(max_tokens=2, ignore_eos=True), seed=0))
     began, first = time.perf_counter(), 0.0
     while not core.idle:
         if core.step() and not first:
@@ -45,13 +73,133 @@ def measure(checkpoint: Path, device: str, offload: int) -> str:
     )
 
 
+def random_loaded(values: dict[str, Any], context: int, options: EngineOptions) -> LoadedModel:
+    """A random model with pages for `context` tokens, and for the streams that decode."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.inference_mode():
+        values = values | {"max_position_embeddings": 2 * context}
+        on_gpu = device.type == "cuda"
+        model = random_model(values, "w4a8", context, device, torch.bfloat16 if on_gpu else torch.float32)
+        config = model.config
+        shape = CacheShape(config.num_hidden_layers, config.attention.cache_width, PAGE, torch.bfloat16)
+        pages = shape.pages_for(context) + STREAMS * shape.pages_for(2 * DECODED)
+        cache = PagedCache.allocate(shape, pages, device)
+        runner: Runner = ModelRunner(model)
+        if on_gpu:
+            from moe_worker.models.cuda_build import prepare  # noqa: PLC0415 - triton is not everywhere
+            from moe_worker.models.cuda_runner import CudaRunner  # noqa: PLC0415
+
+            runner = CudaRunner(
+                prepare(model, consume=True), cache, STREAMS, context, options.prefill_tokens, progress=True
+            )
+    return LoadedModel(config, runner, cast("Tokenizer", NoText()), cache, context, "w4a8", ())
+
+
+def evict(core: EngineCore) -> None:
+    """Everything leaves the cache, and has arrived in CPU memory."""
+    tree = core._scheduler._policy.memory.tree  # noqa: SLF001
+    tree.evict(tree.idle)
+    core.step()
+    synchronize()
+    core.step()
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def returned(core: EngineCore, tokens: int, rounds: int, gone: Callable[[EngineCore], None]) -> float:
+    """Median milliseconds to the first token of prompts that were computed before, and evicted by `gone`."""
+    times, vocabulary = [], core.vocab_size
+    for number in range(rounds):
+        prompt = tuple((7 + tokens * 13 + number + index * 31) % vocabulary for index in range(tokens))
+        first_token_s(core, 2 * number, prompt)
+        gone(core)
+        times.append(first_token_s(core, 2 * number + 1, prompt))
+        gone(core)
+    return 1000 * statistics.median(times)
+
+
+def compare(loaded: LoadedModel, options: EngineOptions, lengths: Sequence[int], memory: int) -> None:
+    """Prints the time to first token by length, and whether the worker itself would bring pages back."""
+    kept = EngineCore(loaded, replace(options, kv_offload=memory))
+    fresh = EngineCore(loaded, options)
+    host = kept._host  # noqa: SLF001
+    assert host is not None  # noqa: S101
+    page_s, worth = host.page_s, kept._scheduler._policy._is_worth  # noqa: SLF001
+    print(f"a page comes back in {1e6 * page_s:.1f} us ({PAGE} tokens), measured at the start", flush=True)
+    for tokens in lengths:
+        host.page_s = 0.0
+        before = kept.statistics
+        back = returned(kept, tokens, ROUNDS, evict)
+        pages = (kept.statistics.restored - before.restored) // ROUNDS
+        host.page_s = page_s
+        computed = returned(fresh, tokens, ROUNDS, evict)
+        slope = 1e6 * PAGE * kept._scheduler.budget.time.per_token  # noqa: SLF001
+        print(
+            f"{tokens:6} tokens: {pages:5} pages come back {back:8.2f} ms   "
+            f"computed again {computed:8.2f} ms   "
+            f"a page of them {slope:7.1f} us   worker: {'fetches' if worth(page_s) else 'computes'}",
+            flush=True,
+        )
+
+
+def decode(loaded: LoadedModel, options: EngineOptions, memory: int) -> None:
+    """Prints the time of a step of STREAMS streams while no, some and many pages leave or come back."""
+    core = EngineCore(loaded, replace(options, kv_offload=memory))
+    host = core._host  # noqa: SLF001
+    assert host is not None  # noqa: S101
+    for name, each, burst in (
+        ("none", 0, 0), ("8 pages leave in each", 8, 0), ("32 pages leave in each", 32, 0),
+        ("1,024 pages leave in one", 0, 1024), ("none", 0, 0),
+    ):  # fmt: skip
+        for number in range(STREAMS):
+            prompt = tuple((number * 97 + index) % core.vocab_size for index in range(32))
+            sampling = SamplingParameters(max_tokens=DECODED, ignore_eos=True)
+            core.submit(Request(number, prompt, sampling, seed=0))
+        times: list[float] = []
+        hosts: list[float] = []
+        saved = 0
+        while not core.idle:
+            leave = burst if len(times) == DECODED // 2 else each
+            began = time.perf_counter()
+            pages = loaded.cache.pages
+            moves = [Move((saved + index) % host.slots, index % pages, saves=True) for index in range(leave)]
+            host.run(moves)
+            hosts.append(time.perf_counter() - began)
+            saved += leave
+            core.step()
+            times.append(time.perf_counter() - began)
+        steady = sorted(times[5:-2])
+        print(
+            f"step of {STREAMS} streams, {name}: median {1000 * statistics.median(steady):.3f} ms, "
+            f"mean {1000 * statistics.mean(steady):.3f} ms, longest {1000 * steady[-1]:.3f} ms; "
+            f"of it the host launches copies for {1000 * statistics.median(hosts):.3f} ms, "
+            f"at most {1000 * max(hosts):.3f} ms",
+            flush=True,
+        )
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--device", default="cpu")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--device", default="cpu", help="of the checkpoint")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[256, 1024, 4096, 16384])
+    parser.add_argument("--small", action="store_true", help="a small random model, also on a CPU")
     given = parser.parse_args()
-    for offload in (0, 256 << 20):
-        print(measure(given.checkpoint, given.device, offload), flush=True)
+    if given.checkpoint is not None:
+        for offload in (0, 256 << 20):
+            print(measure(given.checkpoint, given.device, offload), flush=True)
+        return
+    options = EngineOptions(max_batch_size=STREAMS)
+    context = max(given.tokens) + 64
+    loaded = random_loaded(SMALL if given.small else LARGE, context, options)
+    memory = (64 << 20) if given.small else (2 << 30)
+    compare(loaded, options, given.tokens, memory)
+    decode(loaded, options, memory)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ token, and the next token follows from the digest. So a row that is missing, sta
 another position changes what is read, and is noticed at once.
 """
 
+from itertools import islice
+
 from moe_worker.scheduler.core import Scheduler
 from moe_worker.scheduler.plan import UNKNOWN_TOKEN, Arrival
 
@@ -34,15 +36,32 @@ def continuation(arrival):
 
 
 class SimulatedStorage:
-    """CPU memory for evicted pages; `lose` damages what a slot holds."""
+    """CPU memory for evicted pages; `lose` damages what a slot holds.
+
+    late: calls of `run` until a page that is fetched has arrived. frames: pages that are under way at a time.
+    """
 
     page_s = 0.0
 
     def __init__(self, slots, page_size):
         self.slots, self._size = slots, page_size
-        self._held, self._damaged = {}, set()
+        self.late, self.frames = 0, 4
+        self._held, self._damaged, self._fetched, self._promised = {}, set(), {}, set()
+
+    def fetch(self, slots):
+        wanted = list(islice(slots, self.frames))
+        for slot in set(self._fetched) - {*wanted, *self._promised}:
+            if self._fetched[slot] == 0:
+                del self._fetched[slot]
+        for slot in wanted:
+            if len(self._fetched) < self.frames:
+                self._fetched.setdefault(slot, self.late)
 
     def run(self, moves, rows):
+        back = {slot for slot, _, saves in moves if not saves}
+        assert not self.late or all(self._fetched.pop(slot) == 0 for slot in back)
+        self._promised.clear()
+        self._fetched = {slot: max(0, left - 1) for slot, left in self._fetched.items()}
         for slot, page, saves in moves:
             places = range(page * self._size, (page + 1) * self._size)
             if saves:
@@ -59,6 +78,9 @@ class SimulatedStorage:
         return slot in self._held
 
     def intact(self, slot):
+        if self.late and self._fetched.get(slot) != 0:
+            return None
+        self._promised.add(slot)
         return slot not in self._damaged
 
 

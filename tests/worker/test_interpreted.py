@@ -12,8 +12,9 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
-KERNELS, ENGINE, W4A8, EXCHANGE = (
-    f"tests/gpu/test_{name}.py" for name in ("triton_kernels", "cuda_engine", "one_w4a8", "exchange_kernels")
+KERNELS, ENGINE, W4A8, EXCHANGE, OFFLOAD = (
+    f"tests/gpu/test_{name}.py"
+    for name in ("triton_kernels", "cuda_engine", "one_w4a8", "exchange_kernels", "kv_offload")
 )
 CHOSEN = {
     "kernels": (
@@ -30,6 +31,7 @@ CHOSEN = {
     "exchange": (EXCHANGE, "reaches or told"),
 }
 SLOW = {
+    "offload": (OFFLOAD, "evicted"),
     "more kernels": (
         KERNELS,
         "not_numbers or not_a_number or router or (few and 256-128-1) or (iteration and w4a8-320-2)"

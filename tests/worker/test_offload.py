@@ -16,12 +16,23 @@ from moe_worker.errors import SettingsError
 from moe_worker.kvcache.host import HostPages, pinned_slots
 from moe_worker.kvcache.offload import Move
 from moe_worker.kvcache.paged import FP8, CacheShape, PagedCache
+from moe_worker.kvcache.pinned import PinnedPages
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.scheduler.plan import Block, Limits
 from tests.worker.simulated import SimulatedEngine
 
 PER_PAGE = 16 * 3 * 24 * 4  # bytes of a page of the tiny model
 PROMPTS = [[7 + (i * step) % 200 for i in range(150)] for step in (1, 3, 5)]
+
+
+@pytest.fixture(params=[HostPages, PinnedPages])
+def storage(request, monkeypatch):
+    """The storage of the engine: that of a CPU, and that of a GPU without its streams."""
+    monkeypatch.setattr("moe_worker.engine.core.HostPages", request.param)
+    return request.param
+
+
+both_storages = pytest.mark.usefixtures("storage")
 
 
 def core(checkpoint, **changes):
@@ -43,6 +54,7 @@ def tokens(engine, number, prompt, salt=""):
     return found
 
 
+@both_storages
 def test_a_prompt_that_was_evicted_comes_back_with_the_same_tokens(endless):
     plain, kept = core(endless), core(endless, kv_offload=100 * PER_PAGE)
     for number, prompt in enumerate(PROMPTS * 2):
@@ -55,6 +67,7 @@ def test_a_prompt_that_was_evicted_comes_back_with_the_same_tokens(endless):
     assert plain.statistics.offloaded == plain.statistics.restored == 0
 
 
+@both_storages
 def test_a_preempted_request_gets_its_pages_back(endless):
     sampling = SamplingParameters(max_tokens=90)
     results = []
@@ -73,6 +86,7 @@ def test_a_preempted_request_gets_its_pages_back(endless):
     assert results[1][1].prefill_tokens < results[0][1].prefill_tokens
 
 
+@both_storages
 def test_tenants_share_no_pages_in_cpu_memory(endless):
     engine = core(endless, kv_offload=100 * PER_PAGE)
     tokens(engine, 0, PROMPTS[0], "a")
@@ -83,17 +97,21 @@ def test_tenants_share_no_pages_in_cpu_memory(endless):
     assert engine.statistics.prefix_hit_tokens == 144
 
 
+@both_storages
 def test_a_damaged_page_is_computed_again(endless):
     engine, plain = core(endless, kv_offload=100 * PER_PAGE), core(endless)
     expected = tokens(plain, 0, PROMPTS[0])
     tokens(engine, 0, PROMPTS[0])
     tokens(engine, 1, PROMPTS[1])
-    for slot in engine._host._slots:
-        slot[5] ^= 64
+    host = engine._host
+    for slots in host._blocks if isinstance(host, PinnedPages) else [host._slots]:
+        for slot in slots:
+            slot[5] ^= 64
     assert tokens(engine, 2, PROMPTS[0]) == expected
     assert engine.statistics.restored == 0
 
 
+@both_storages
 def test_pages_do_not_come_back_where_computing_them_is_faster(endless):
     engine = core(endless, kv_offload=100 * PER_PAGE)
     engine._host.page_s = 1e6
@@ -103,6 +121,7 @@ def test_pages_do_not_come_back_where_computing_them_is_faster(endless):
     assert engine.statistics.restored == 0
 
 
+@both_storages
 def test_settings_that_make_no_sense_are_refused(endless):
     with pytest.raises(SettingsError, match=r"one page takes 4608; give more, or 0"):
         core(endless, kv_offload=1000)
@@ -122,15 +141,19 @@ def test_pinned_memory_is_no_more_than_was_asked_for(memory, page):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8])
 @pytest.mark.parametrize("width", [3, 24])
-def test_pages_are_copied_bit_by_bit(dtype, width):
+def test_pages_are_copied_bit_by_bit(storage, dtype, width):
     cache = PagedCache.allocate(CacheShape(2, width, 4, dtype), 5, torch.device("cpu"))
     cache.storage_LRN.copy_(torch.randint(0, 256, cache.storage_LRN.shape, dtype=torch.uint8))
     before = cache.storage_LRN.clone()
-    host = HostPages(cache, 3 * 2 * 4 * width * 4)
-    host.run([Move(0, 1, True), Move(1, 3, True), Move(0, 3, False), Move(1, 1, False)])
+    host = storage(cache, 4 * 2 * 4 * width * 4)
+    host.run([Move(0, 1, True), Move(1, 3, True)])
     assert host.ready(0)
-    assert host.intact(1)
     assert not host.ready(2)
+    for _ in range(2):
+        host.fetch([0, 1])
+    assert host.intact(0)
+    assert host.intact(1)
+    host.run([Move(0, 3, False), Move(1, 1, False)])
     after = cache.storage_LRN
     assert torch.equal(after[:, 12:16], before[:, 4:8])
     assert torch.equal(after[:, 4:8], before[:, 12:16])
@@ -152,8 +175,71 @@ def test_checksums_are_bounded_in_each_step():
     assert all(host.ready(slot) and host.intact(slot) for slot in range(8))
 
 
+def pinned(pages=40, memory=40):
+    cache = PagedCache.allocate(CacheShape(2, 8, 4, torch.float32), pages, torch.device("cpu"))
+    cache.storage_LRN.copy_(torch.randint(0, 256, cache.storage_LRN.shape, dtype=torch.uint8))
+    return cache, PinnedPages(cache, memory * 2 * 8 * 4 * 4)
+
+
+def page_of(cache, page):
+    return cache.storage_LRN[:, page * 4 : page * 4 + 4].clone()
+
+
+def test_pages_pass_through_few_frames(monkeypatch):
+    """Frames are used again and again, for pages in any order, out and back."""
+    monkeypatch.setattr("moe_worker.kvcache.pinned.LEAVING", 7 * 256)
+    monkeypatch.setattr("moe_worker.kvcache.pinned.ARRIVING", 5 * 256)
+    cache, host = pinned()
+    numbers = random.Random(3)
+    held = {}
+    for _ in range(60):
+        slots = numbers.sample(range(host.slots), numbers.randint(1, 20))
+        pages = [numbers.randrange(40) for _ in slots]
+        host.run([Move(slot, page, True) for slot, page in zip(slots, pages, strict=True)])
+        held.update((slot, page_of(cache, page)) for slot, page in zip(slots, pages, strict=True))
+        wanted = numbers.sample(sorted(held), min(len(held), numbers.randint(1, 12)))
+        for slot in wanted:
+            left = wanted[wanted.index(slot) :]
+            host.fetch(left)
+            host.fetch(left)
+            assert host.intact(slot)
+            page = numbers.randrange(40)
+            host.run([Move(slot, page, False)])
+            assert torch.equal(page_of(cache, page), held[slot])
+
+
+def test_a_frame_that_a_request_waits_for_is_not_taken(monkeypatch):
+    monkeypatch.setattr("moe_worker.kvcache.pinned.ARRIVING", 2 * 256)
+    _, host = pinned()
+    host.run([Move(slot, slot, True) for slot in range(6)])
+    for _ in range(2):
+        host.fetch([0, 1, 2])
+    assert host.intact(0)
+    assert host.intact(2) is None  # there are two frames
+    for _ in range(2):
+        host.fetch([4, 5])  # takes the one of slot 1, which nobody was promised
+    assert host.intact(4)
+    assert host.intact(5) is None
+    assert host.intact(1) is None
+    host.run([Move(0, 9, False), Move(4, 10, False)])
+    assert host.intact(0) is None
+
+
+def test_a_slot_that_is_saved_again_does_not_bring_its_old_page_back():
+    cache, host = pinned()
+    host.run([Move(0, 1, True)])
+    host.fetch([0])
+    host.run([Move(0, 2, True)])
+    for _ in range(2):
+        host.fetch([0])
+    assert host.intact(0)
+    host.run([Move(0, 3, False)])
+    assert torch.equal(page_of(cache, 3), page_of(cache, 2))
+
+
 def run(slots, pages=4, **limits):
-    return SimulatedEngine(Limits(sequences=1, waiting=9, pages=pages, page_size=2, **limits), slots)
+    settings = {"sequences": 1, "waiting": 9, "pages": pages, "page_size": 2} | limits
+    return SimulatedEngine(Limits(**settings), slots)
 
 
 def serve(engine, number, prompt, **more):
@@ -195,9 +281,9 @@ def test_more_cpu_memory_needs_fewer_tokens():
     assert computed[0] > computed[1] > computed[2]
 
 
-def returning(tokens):
+def returning(tokens, **limits):
     """An engine in whose CPU memory a prompt of 20 pages is; a step has so many prompt tokens."""
-    engine = run(slots=60, pages=24, prefill_tokens=tokens, least_tokens=tokens)
+    engine = run(slots=60, pages=24, prefill_tokens=tokens, least_tokens=tokens, **limits)
     prompt = [number % 3 for number in range(41)]
     serve(engine, 0, prompt)
     serve(engine, 1, [2, *prompt[1:]])
@@ -242,3 +328,38 @@ def test_a_page_that_is_damaged_while_others_come_back_is_computed():
     while not engine.scheduler.idle:
         engine.step()  # checks every row that is read
     assert engine.scheduler.offloaded[1] == before
+
+
+def test_a_request_waits_for_its_pages_and_others_do_not():
+    engine, prompt = returning(tokens=8, sequences=2)
+    engine.storage.late = 3
+    engine.submit(2, prompt, 1)
+    engine.submit(3, [1, 1, 1, 1], 1)
+    engine.step()
+    assert not engine.outputs[2]
+    assert len(engine.outputs[3]) == 1
+    assert engine.scheduler.offloaded[1] == 0
+    while not engine.scheduler.idle:
+        engine.step()
+    assert engine.scheduler.offloaded[1] >= 16
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_pages_that_come_late_are_the_right_ones(seed):
+    """Requests of several tenants, cancels, damaged pages; the engine checks every row that is read."""
+    numbers = random.Random(seed)
+    engine = SimulatedEngine(Limits(sequences=3, waiting=99, pages=12, page_size=2), 30)
+    engine.storage.late = 2
+    for number in range(120):
+        text = [numbers.randrange(2), *[numbers.randrange(2)] * numbers.randint(3, 9)]
+        engine.submit(number, text, numbers.randint(1, 4), namespace=str(numbers.randrange(2)))
+        for _ in range(numbers.randint(0, 3)):
+            engine.step()
+        live = [each for each in engine.arrivals if each not in engine.ended]
+        if live and numbers.random() < 0.2:
+            engine.cancel(numbers.choice(live))
+        if numbers.random() < 0.2:
+            engine.storage.lose(numbers.randrange(30))
+    engine.drain()
+    engine.check_pages()
+    assert engine.scheduler.offloaded[1] > 20

@@ -26,6 +26,8 @@ from moe_worker.engine.requests import Delta, FinishReason, Load, Request
 from moe_worker.engine.statistics import Event, ExpertStatistics, Statistics, Tally
 from moe_worker.errors import DeviceMemoryError, RequestError
 from moe_worker.kvcache.host import HostPages
+from moe_worker.kvcache.paged import PagedCache
+from moe_worker.kvcache.pinned import PinnedPages
 from moe_worker.mesh.errors import MeshError, RankMemoryError
 from moe_worker.mesh.runner import MeshRunner
 from moe_worker.models.memory import lack_of_memory
@@ -59,7 +61,7 @@ class EngineCore:
     ) -> None:
         self._loaded = loaded
         self._clock = clock
-        self._host = HostPages(loaded.cache, options.kv_offload) if options.kv_offload else None
+        self._host = _host_pages(loaded.cache, options.kv_offload)
         self._launcher = Launcher(loaded)
         self._micro_batches = micro_batches or self._launcher.stages
         least, parts = 1, self._micro_batches
@@ -208,6 +210,8 @@ class EngineCore:
         deltas += [self._end(request, FinishReason.DEADLINE) for request in plan.expired]
         if plan.step is not None:
             self._launch(plan.step)
+        elif self._host is not None and not self._flights:
+            self._host.wait()
         if self._flights and (plan.step is None or len(self._flights) == self._most_flights):
             deltas += self._land_oldest()
         return deltas
@@ -332,6 +336,13 @@ class EngineCore:
         """Ends a request without a token."""
         self.cancel(request)
         return Delta(request, "", None, reason)
+
+
+def _host_pages(cache: PagedCache, memory: int) -> HostPages | PinnedPages | None:
+    """CPU memory for evicted pages; None for 0 bytes."""
+    if not memory:
+        return None
+    return PinnedPages(cache, memory) if cache.device.type == "cuda" else HostPages(cache, memory)
 
 
 def _too_many(error: MeshError) -> float:

@@ -1,14 +1,12 @@
-"""CPU memory for pages of the cache: copies, in stream order on a GPU, and checksums.
+"""More CPU memory for pages of a cache that is in CPU memory itself: copies, at once, and checksums.
 
-Copies run on the stream that computes steps. A page is saved before the next step can overwrite it, and is
-back before the step that reads it, without further synchronization.
+kvcache/pinned.py does the same for GPUs, while steps run.
 
 Legend: L layers, R rows of the cache, N bytes of a row, S tokens of a page.
 """
 
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
 import numpy as np
@@ -33,7 +31,7 @@ class HostPages:
         page_s: seconds that a page takes to come back, with its checksum; the shortest of some trials.
         sums_most: checksums of saved pages in one step.
 
-    Raises SettingsError if not one page fits, or the machine has not so much memory to pin.
+    Raises SettingsError if not one page fits, or the machine has not so much memory.
     """
 
     def __init__(self, cache: PagedCache, memory: int) -> None:
@@ -43,19 +41,12 @@ class HostPages:
         self._shape = (layers, self._size, width)
         nbytes = layers * self._size * width
         padded = -(-nbytes // _WORD) * _WORD
-        self._cuda = cache.device.type == "cuda"
-        counts = pinned_slots(memory, padded) if self._cuda else [memory // padded]
-        self.slots = sum(counts)
+        self.slots = memory // padded
         if not self.slots:
-            raise SettingsError(
-                f"KV offload memory of {memory} bytes is too small: one page takes {padded}; give more, or 0"
-            )
-        self._slots = [slot for count in counts for slot in _allocate(count, padded, self._cuda).unbind()]
+            raise too_small(memory, padded)
+        self._slots = allocate(self.slots, padded, pinned=False).unbind()
         self._nbytes = nbytes
         self._sums: dict[int, tuple[int, int]] = {}
-        self._newest: dict[int, int] = {}
-        self._saves = 0
-        self._pending: deque[tuple[torch.cuda.Event | None, list[tuple[int, int]]]] = deque()
         self._arrived: dict[int, None] = {}
         """Slots whose checksum is missing, in order."""
         self.sums_most = max(1, int(_SUMS_S / self._shortest(lambda: self._sum(0))))
@@ -63,21 +54,24 @@ class HostPages:
 
     @torch.inference_mode()
     def run(self, moves: Sequence[Move]) -> None:
-        """Starts the copies, in order; computes some checksums of those that have arrived."""
-        saved = []
+        """Copies pages, in order; computes some checksums of those that were saved."""
         for slot, page, saves in moves:
             if saves:
-                self._slot(slot).copy_(self._page(page), non_blocking=True)
-                self._saves += 1
-                self._newest[slot] = self._saves
+                self._slot(slot).copy_(self._page(page))
                 self._sums.pop(slot, None)
                 self._arrived.pop(slot, None)
-                saved.append((slot, self._saves))
+                self._arrived[slot] = None
             else:
-                self._page(page).copy_(self._slot(slot), non_blocking=True)
-        if saved:
-            self._pending.append((self._event(), saved))
-        self._settle()
+                self._page(page).copy_(self._slot(slot))
+        for slot in list(islice(self._arrived, self.sums_most)):
+            del self._arrived[slot]
+            self._sums[slot] = self._sum(slot)
+
+    def fetch(self, slots: Iterable[int]) -> None:
+        """Does nothing: pages come back at once."""
+
+    def wait(self) -> None:
+        """Does nothing."""
 
     def ready(self, slot: int) -> bool:
         """Whether the last page that was copied to the slot has its checksum, as of the last `run`."""
@@ -87,26 +81,10 @@ class HostPages:
         """Whether the slot holds what arrived."""
         return self._sums.get(slot) == self._sum(slot)
 
-    def _settle(self) -> None:
-        """Computes checksums of pages that have arrived and have not been replaced since, in order."""
-        while self._pending and (self._pending[0][0] is None or self._pending[0][0].query()):
-            saved = self._pending.popleft()[1]
-            self._arrived.update((slot, None) for slot, number in saved if self._newest[slot] == number)
-        for slot in list(islice(self._arrived, self.sums_most)):
-            del self._arrived[slot]
-            self._sums[slot] = self._sum(slot)
-
     def _sum(self, slot: int) -> tuple[int, int]:
         """A change of any bit changes both; some 10 GB/s."""
         words = self._slots[slot].numpy().view(np.uint64)
         return int(np.bitwise_xor.reduce(words)), int(np.add.reduce(words))
-
-    def _event(self) -> torch.cuda.Event | None:
-        if not self._cuda:
-            return None
-        event = torch.cuda.Event()
-        event.record()
-        return event
 
     def _slot(self, slot: int) -> Tensor:
         return self._slots[slot][: self._nbytes].view(self._shape)
@@ -123,16 +101,30 @@ class HostPages:
         """Seconds."""
         times = []
         for _ in range(_TRIALS):
-            self._synchronize()
             began = time.perf_counter()
             work()
-            self._synchronize()
             times.append(time.perf_counter() - began)
         return min(times)
 
-    def _synchronize(self) -> None:
-        if self._cuda:
-            torch.cuda.synchronize(self._rows_LRN.device)
+
+def allocate(slots: int, nbytes: int, pinned: bool) -> Tensor:
+    """[slots, nbytes], zeros. Raises SettingsError."""
+    try:
+        if pinned:
+            return torch.zeros(slots, nbytes, dtype=torch.uint8, pin_memory=True)
+        # numpy maps zero pages, which the kernel provides on first touch.
+        return torch.from_numpy(np.zeros((slots, nbytes), np.uint8))
+    except (RuntimeError, MemoryError) as error:
+        raise SettingsError(
+            f"KV offload of {slots * nbytes} bytes cannot be allocated in CPU memory; give less"
+        ) from error
+
+
+def too_small(memory: int, page: int) -> SettingsError:
+    """The error for memory in which not one page fits."""
+    return SettingsError(
+        f"KV offload memory of {memory} bytes is too small: one page takes {page}; give more, or 0"
+    )
 
 
 def pinned_slots(memory: int, nbytes: int) -> list[int]:
@@ -146,16 +138,3 @@ def pinned_slots(memory: int, nbytes: int) -> list[int]:
         counts += [part // nbytes] if part >= nbytes else []
         memory -= part
     return counts
-
-
-def _allocate(slots: int, nbytes: int, pinned: bool) -> Tensor:
-    """[slots, nbytes], zeros. Raises SettingsError."""
-    try:
-        if pinned:
-            return torch.zeros(slots, nbytes, dtype=torch.uint8, pin_memory=True)
-        # numpy maps zero pages, which the kernel provides on first touch.
-        return torch.from_numpy(np.zeros((slots, nbytes), np.uint8))
-    except (RuntimeError, MemoryError) as error:
-        raise SettingsError(
-            f"KV offload of {slots * nbytes} bytes cannot be allocated in CPU memory; give less"
-        ) from error

@@ -1,4 +1,4 @@
-"""Which pages CPU memory holds after the cache evicted them. Pure: kvcache/host.py copies and compares.
+"""Which pages CPU memory holds after the cache evicted them. Pure: kvcache/{host,pinned}.py copy and compare.
 
 A page is known by a chained digest of its namespace, which has the tenant's salt, and of all tokens up to its
 end. So a page is only ever found by the prefix that it belongs to. The least recently used pages are dropped
@@ -42,8 +42,12 @@ class Storage(Protocol):
         """Whether the last page that was copied to the slot has arrived."""
         ...
 
-    def intact(self, slot: int) -> bool:
-        """Whether the slot holds what arrived."""
+    def fetch(self, slots: Iterable[int]) -> None:
+        """Starts to bring pages to where `intact` sees them, as many of the first ones as it can."""
+        ...
+
+    def intact(self, slot: int) -> bool | None:
+        """Whether the slot holds what arrived; None: it is on its way, or was not fetched."""
         ...
 
 
@@ -110,10 +114,17 @@ class Offload:
             found.append(entry)
         return found
 
-    def load(self, entry: Kept, page: int) -> bool:
-        """Plans to copy a matched page back; False if it is damaged. Takes `page_s`, for its checksum."""
+    def fetch(self, entries: Iterable[Kept]) -> None:
+        """Matched pages are about to be loaded, in this order."""
+        self._storage.fetch(entry.slot for entry in entries if not entry.dropped)
+
+    def load(self, entry: Kept, page: int) -> bool | None:
+        """Plans to copy a matched page back; False if it is damaged, None if it is still on its way."""
+        intact = not entry.dropped and self._storage.intact(entry.slot)
+        if intact is None:
+            return None
         entry.users -= 1
-        if not entry.dropped and not self._storage.intact(entry.slot):
+        if not entry.dropped and not intact:
             self._drop(entry)
         if entry.dropped:
             return False

@@ -76,14 +76,20 @@ class Memory:
     def restore(self, job: Job, most: int) -> int:
         """Up to `most` pages of a job that has computed nothing yet come back; returns how many.
 
-        If one is damaged, the job has to compute that page and all after it.
+        Pages that are still on their way come back in a later step. If one is damaged, the job has to compute
+        that page and all after it.
         """
         if self.offload is None:
             return 0
+        self.offload.fetch(job.kept)
         first = job.computed // self._size
         pages = min(most, len(job.kept))
         for count, page in enumerate(job.table[first : first + pages]):
-            if not self.offload.load(job.kept.popleft(), page):
+            back = self.offload.load(job.kept[0], page)
+            if back is None:
+                return count
+            job.kept.popleft()
+            if not back:
                 self._abandon(job)
                 return count
             job.computed = job.written = job.computed + self._size
