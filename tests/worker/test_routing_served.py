@@ -22,7 +22,7 @@ from moe_worker.moe.router import choose
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.service.load_messages import expert_message
 from moe_worker.train.routing_cli import routing as routing_command
-from moe_worker.train.routing_report import Measured, report
+from moe_worker.train.routing_report import Measured, measure, report
 from tests.checkpoints import write_checkpoint
 
 IDS = [5 + 7 * i % 300 for i in range(40)]
@@ -97,6 +97,51 @@ def test_a_margin_moves_tokens_to_idle_experts_and_answers_stay_the_same(checkpo
     assert utilisation(torch.tensor(after)) > utilisation(torch.tensor(before))
     assert torch.equal(balanced.logits(IDS), first)
     assert torch.equal(Engine(checkpoint, routing_margin=0.3).logits(IDS), first)
+
+
+def test_a_margin_spent_in_rounds_evens_out_more_than_at_once(checkpoint, reported, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"{number * number % 997} and {number}" for number in range(120)))
+    words = [str(checkpoint), "--data", str(text), "--mass", "1", "--context", "64"]
+
+    def used():
+        return measure(checkpoint, text, 1.0, 64, routing_margin=1.0).utilisation
+
+    CliRunner().invoke(routing_command, words, catch_exceptions=False)
+    at_once = used()
+    result = CliRunner().invoke(routing_command, [*words, "--margin", "1"], catch_exceptions=False)
+    found = json.loads((checkpoint / "routing.json").read_text())
+    assert max(found["balance"]["nudges"]["1"]) <= found["balance"]["margin"] == 1
+    assert used() > at_once
+    assert f"utilisation {used():.0%}" in result.output
+    reported  # noqa: B018 - removes the file
+
+
+def test_nudges_are_scaled_to_the_margin(checkpoint, reported):
+    found = []
+    for scale in (1, 2, 4):
+        nudges = [0.1 * scale, *[0.0] * 7]
+        reported(least_mass=1.0, balance={"margin": 0.1 * scale, "nudges": {"1": nudges}})
+        found.append(Engine(checkpoint, routing_margin=0.2).logits(IDS))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[1], found[2])
+    assert not torch.equal(found[0], Engine(checkpoint).logits(IDS))
+
+
+@pytest.mark.parametrize(
+    "balance",
+    [
+        [],
+        {"margin": 0, "nudges": {}},
+        {"margin": 0.1, "nudges": {"1": [0.2]}},
+        {"margin": 0.1, "nudges": {"1": [-0.1]}},
+        {"margin": 0.1},
+    ],
+)
+def test_nudges_beyond_the_margin_are_refused(checkpoint, reported, balance):
+    reported(least_mass=1, balance=balance)
+    with pytest.raises(CheckpointError, match=r"routing.json: balance is not"):
+        Engine(checkpoint, routing_mass=1.0)
 
 
 @pytest.mark.parametrize(

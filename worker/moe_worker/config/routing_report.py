@@ -1,10 +1,11 @@
 """routing.json: what `moe-worker routing` measured of a checkpoint's routers, and what may be served by it.
 
     {"text": "valid.txt.zst", "least_mass": 0.75, "masses": [{"mass": 1.0, "bits_per_byte": 1.31, ...}, ...],
-     "loads": {"1": [0.03, ...], ...},
+     "loads": {"1": [0.03, ...], ...}, "balance": {"margin": 0.1, "nudges": {"1": [0.04, ...], ...}},
      "domains": {"names": ["git", ...], "named": 16, "shares": {"1": [[0.1, ...], ...], ...}}}
 
 `loads` are shares of the tokens that each expert of a layer took; `shares` are those of each domain's.
+`nudges`, 0 to `margin`, even out the loads when they are added to the scores by which experts are chosen.
 """
 
 from dataclasses import dataclass
@@ -34,12 +35,21 @@ class KnownDomains:
 
 
 @dataclass(frozen=True)
+class Balance:
+    """What evens out the loads within a margin: additions to the scores of each expert, by layer."""
+
+    margin: float
+    nudges: dict[int, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
 class RoutingReport:
     """least_mass: the smallest that the report allows. loads: of each expert, by layer."""
 
     least_mass: float
     loads: dict[int, tuple[float, ...]]
     domains: KnownDomains | None = None
+    balance: Balance | None = None
 
 
 def read_routing_report(checkpoint: Path) -> RoutingReport | None:
@@ -55,7 +65,23 @@ def read_routing_report(checkpoint: Path) -> RoutingReport | None:
     if not isinstance(loads, dict) or not all(map(_is_loads, loads.items())):
         raise CheckpointError(f"{path}: loads is not an object of layers and lists of numbers; write it anew")
     rows = {int(layer): tuple(row) for layer, row in loads.items()}
-    return RoutingReport(float(least), rows, _domains(path, values.get("domains")))
+    return RoutingReport(
+        float(least), rows, _domains(path, values.get("domains")), _balance(path, values.get("balance"))
+    )
+
+
+def _balance(path: Path, value: Any) -> Balance | None:
+    if value is None:
+        return None
+    fields = value if isinstance(value, dict) else {}
+    margin: Any = fields.get("margin")
+    nudges: Any = fields.get("nudges")
+    valid = _is_number(margin) and 0 < margin <= 1 and isinstance(nudges, dict)
+    if not valid or not all(_is_loads(item) and max(item[1], default=0) <= margin for item in nudges.items()):
+        raise CheckpointError(
+            f"{path}: balance is not an object of a margin and of nudges within it by layer; write it anew"
+        )
+    return Balance(float(margin), {int(layer): tuple(row) for layer, row in nudges.items()})
 
 
 def _domains(path: Path, value: Any) -> KnownDomains | None:

@@ -8,10 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from moe_worker.config.engine import EngineOptions
 from moe_worker.config.model import ModelConfig
-from moe_worker.config.routing_report import ROUTING_FILE, KnownDomains, check_mass, read_routing_report
+from moe_worker.config.routing_report import (
+    ROUTING_FILE,
+    KnownDomains,
+    RoutingReport,
+    check_mass,
+    read_routing_report,
+)
 from moe_worker.errors import SettingsError
 from moe_worker.models.deepseek import DeepseekModel, MoeBlock
 from moe_worker.models.runner import Runner, TellsChoices
@@ -37,7 +44,8 @@ def with_mass(config: ModelConfig, directory: Path, options: EngineOptions) -> M
 def balance(model: DeepseekModel, directory: Path, options: EngineOptions) -> None:
     """Lets experts with little load take the place of others whose scores differ by less than the margin.
 
-    Loads are those of the checkpoint's report. Raises SettingsError where it has none, or routers no bias.
+    The checkpoint's report has their loads, or already what evens them out within another margin, which is
+    scaled then. Raises SettingsError where it has neither, or routers no bias.
     """
     if not options.routing_margin:
         return
@@ -46,8 +54,8 @@ def balance(model: DeepseekModel, directory: Path, options: EngineOptions) -> No
         if not isinstance(layer.block, MoeBlock):
             continue
         bias_E = layer.block.router.bias_E
-        load = None if report is None else report.loads.get(index)
-        if load is None or len(load) != layer.block.router.routing.experts:
+        nudge_E = _nudge(report, index, options.routing_margin)
+        if nudge_E is None or len(nudge_E) != layer.block.router.routing.experts:
             raise SettingsError(
                 f"routing_margin is {options.routing_margin:g}, but the checkpoint has no {ROUTING_FILE} "
                 f"with the loads of layer {index}; `moe-worker routing` writes it, or set the margin to 0"
@@ -57,7 +65,16 @@ def balance(model: DeepseekModel, directory: Path, options: EngineOptions) -> No
                 f"routing_margin is {options.routing_margin:g}, but the routers of "
                 f"{model.config.architecture} have no bias to carry it; set the margin to 0"
             )
-        bias_E += nudge(torch.tensor(load), 1.0, options.routing_margin).to(bias_E)
+        bias_E += nudge_E.to(bias_E)
+
+
+def _nudge(report: RoutingReport | None, index: int, margin: float) -> Tensor | None:
+    if report is None:
+        return None
+    if report.balance is not None and (ready := report.balance.nudges.get(index)) is not None:
+        return torch.tensor(ready) * (margin / report.balance.margin)
+    load = report.loads.get(index)
+    return None if load is None else nudge(torch.tensor(load), 1.0, margin)
 
 
 def domains_to_learn(

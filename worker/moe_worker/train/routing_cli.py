@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -34,16 +35,22 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     type=_FILE,
     help="Labels of the documents, one a line: adds which experts each domain uses, for --learn-routing.",
 )
+@click.option(
+    "--margin",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Also measure what evens out the loads of experts within this margin, for --routing-margin: "
+    "eight more scores of the text.",
+)
 @click.option("--context", type=click.IntRange(1), help="Tokens the model is given at most.")
-@click.option("--format", "number_format", type=click.Choice(FORMATS), default="auto", help="Of weights.")
+@click.option("--format", type=click.Choice(FORMATS), default="auto", help="Of weights.")
 def routing(
     checkpoint: Path,
     data: Path,
     masses: tuple[float, ...],
     most_loss: float,
     domains: Path | None,
-    context: int | None,
-    number_format: str,
+    margin: float | None,
+    **options: Any,
 ) -> None:
     """Measure how few experts a checkpoint needs, and write routing.json into it.
 
@@ -56,12 +63,19 @@ def routing(
     """
     # torch takes seconds to load, which --help should not pay.
     from moe_worker.files import write_text  # noqa: PLC0415
-    from moe_worker.train.routing_report import MASSES, learn_domains, measure, report  # noqa: PLC0415
+    from moe_worker.train.routing_report import (  # noqa: PLC0415
+        MASSES,
+        Measured,
+        even_out,
+        learn_domains,
+        measure,
+        report,
+    )
 
     wanted = sorted({1.0, *(masses or MASSES)}, reverse=True)
     measured = []
     for mass in wanted:
-        one = measure(checkpoint, data, mass, context, format=number_format)
+        one = measure(checkpoint, data, mass, **options)
         click.echo(
             f"mass {mass:<5g} {one.bits_per_byte:.4f} bits per byte, {one.activated:.2f} experts a token, "
             f"utilisation {one.utilisation:.0%}"
@@ -69,10 +83,24 @@ def routing(
         measured.append(one)
     found = report(measured, data.name, most_loss)
     if domains is not None:
-        found["domains"] = learn_domains(checkpoint, data, domains, format=number_format)
+        found["domains"] = learn_domains(checkpoint, data, domains, format=options["format"])
         fit = found["domains"]["fit"]
         click.echo(
             f"domains: {len(found['domains']['names'])}, fit {'unknown' if fit is None else f'{fit:.0%}'}"
         )
-    write_text(checkpoint / ROUTING_FILE, json.dumps(found, indent=2) + "\n")
+
+    def write() -> None:
+        write_text(checkpoint / ROUTING_FILE, json.dumps(found, indent=2) + "\n")
+
+    def with_balance(balance: dict[str, Any]) -> Measured:
+        found["balance"] = balance
+        write()
+        return measure(checkpoint, data, 1.0, routing_margin=balance["margin"], **options)
+
+    if margin is not None:
+        _, one = even_out(measured[0].loads, margin, with_balance)
+        click.echo(
+            f"margin {margin:<5g} {one.bits_per_byte:.4f} bits per byte, utilisation {one.utilisation:.0%}"
+        )
+    write()
     click.echo(f"least mass: {found['least_mass']:g}")

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moe_worker.config.directory import CONFIG, find_checkpoint, read_json
 from moe_worker.engine.offline import Engine
 from moe_worker.errors import DataError
+from moe_worker.moe.balance import nudge
 from moe_worker.moe.capability import CapabilityMatrix
 from moe_worker.train.corpus import read_labels
 from moe_worker.train.data import read_documents
 from moe_worker.train.evaluate import score_engine
 
 MASSES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5)
+# In which the margin of the balance is spent.
+ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,27 @@ def measure(checkpoint: Path, data: Path, mass: float, context: int | None, **op
     activated = sum(map(sum, loads.values())) / max(1, len(loads) * tokens)
     used = min((sum(row) / len(row) / max(1, *row) for row in loads.values()), default=1.0)
     return Measured(mass, score.bits_per_byte, activated, used, loads)
+
+
+def even_out(
+    loads: dict[int, list[int]], margin: float, measured: Callable[[dict[str, Any]], Measured]
+) -> tuple[dict[str, Any], Measured]:
+    """Spends the margin in rounds; each asks for what the loads of the one before leave.
+
+    All at once, the busiest experts would lose more than they have too much, and others become the busiest.
+    measured: the model with a part "balance" of routing.json, in which the margin is what was spent so far.
+    Returns that part, and the model with it.
+    """
+    nudges: dict[int, Tensor] = {layer: torch.zeros(len(row)) for layer, row in loads.items()}
+    for number in range(1, ROUNDS + 1):
+        for layer, row in loads.items():
+            nudges[layer] += nudge(torch.tensor(row), 1.0, margin / ROUNDS)
+        spent = round(margin * number / ROUNDS, 6)
+        rows = {str(layer): [round(min(x, spent), 6) for x in row.tolist()] for layer, row in nudges.items()}
+        balance = {"margin": spent, "nudges": rows}
+        found = measured(balance)
+        loads = found.loads
+    return balance, found
 
 
 def learn_domains(checkpoint: Path, data: Path, labels: Path, **options: Any) -> dict[str, Any]:
