@@ -170,6 +170,8 @@ STRANGERS = {
     "its mesh is 2x2, the leader's 1x2": replace(IDENTITY, shape=MeshShape(2, 2)),
     "its epoch is 2, the leader's is 3": replace(IDENTITY, epoch=2),
     "its checkpoint or options are not the leader's": replace(IDENTITY, digest="b2" * 32),
+    "its worker version is 0.9 old, the leader's": replace(IDENTITY, version="0.9 old"),
+    "its worker version is an older one, the leader's": replace(IDENTITY, version="", secret=b"signed"),
     "the mesh's secret is another one": replace(IDENTITY, secret=b"guessed"),
 }
 

@@ -10,16 +10,18 @@ import pytest
 import torch
 
 from moe_worker.config.engine import EngineOptions
+from moe_worker.config.mesh import MeshShape
 from moe_worker.engine import loading
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.offline import Engine
 from moe_worker.errors import DeviceMemoryError, WorkerError
 from moe_worker.mesh.errors import RankFailedError, RankLostError, RankMemoryError
+from moe_worker.mesh.joining import Identity
 from moe_worker.mesh.member import Member
 from moe_worker.mesh.messages import CODEC, RankFailed
 from moe_worker.mesh.part import share_of
 from moe_worker.mesh.rank_stage import ModelStage
-from moe_worker.mesh.runner import MeshRunner
+from moe_worker.mesh.runner import MeshCounter, MeshRunner
 from moe_worker.models.safetensors import stored_tensors
 from moe_worker.models.stage import Stage
 from tests.checkpoints import write_checkpoint
@@ -103,19 +105,48 @@ def test_a_rank_without_memory_for_one_token_ends_the_engine_by_its_number(tmp_p
             assert time.monotonic() - begin < KNOWN_S
 
 
-def test_a_step_that_cannot_be_sent_says_that_a_rank_has_no_memory_for_the_one_before():
-    """In a pipeline, the leader begins a step while a later stage computes the one before."""
+def unsent(_):
+    raise RankLostError("rank 1: connection lost")
 
-    def send(_):
-        raise RankLostError("rank 1: connection lost")
 
+def member_that_lacks_memory():
+    """Of the leader of 1x2, to whose rank nothing can be sent any more."""
+    member = Member(
+        Identity(MeshShape(1, 2), 1, "digest", b"known"), 0, ("127.0.0.1", 1), torch.device("cpu")
+    )
+    member.channels = [SimpleNamespace(send=unsent)]
+    member._pulse = SimpleNamespace(lost=RankMemoryError(1, 40))
+    return member
+
+
+def begin_a_step(member):
     runner = object.__new__(MeshRunner)
-    lost = RankMemoryError(1, 40)
-    runner.member = SimpleNamespace(rank=0, channels=[SimpleNamespace(send=send)], lost=lost)
-    runner._cache, runner._homes = None, [0]
-    with pytest.raises(RankMemoryError) as found:
-        runner.begin(SimpleNamespace(segments=()), None, [])
-    assert found.value is lost
+    runner.member, runner._cache, runner._homes = member, None, [0]
+    runner.begin(SimpleNamespace(segments=()), None, [])
+
+
+def count_experts(member):
+    MeshCounter(member, SimpleNamespace(read=lambda: (0, [])))
+
+
+def move_experts(member):
+    runner = object.__new__(MeshRunner)
+    lost, member._pulse.lost = member._pulse.lost, None
+
+    def tend():
+        member._pulse.lost = lost  # just now
+        unsent(None)
+
+    runner.member, runner.rebalancing = member, SimpleNamespace(tend=tend)
+    runner.tend()
+
+
+@pytest.mark.parametrize("work", [begin_a_step, count_experts, move_experts])
+def test_what_cannot_be_sent_says_that_a_rank_has_no_memory_for_the_step_before(work):
+    """In a pipeline, the leader begins a step while a later stage computes the one before."""
+    member = member_that_lacks_memory()
+    with pytest.raises(RankMemoryError, match="a step of 40 tokens"):
+        work(member)
 
 
 def test_a_rank_that_cannot_load_is_named_by_the_leader_which_ends(tmp_path):

@@ -5,7 +5,9 @@ The reader checks the type of every field. Messages are plain data, so neither s
 code.
 """
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, Final, Generic, TypeVar, cast
 
 import msgspec
@@ -26,6 +28,14 @@ class Codec(Generic[M]):
         self._kinds = kinds
         self._numbers = {kind: bytes([number]) for number, kind in enumerate(kinds)}
         self._decoders = [msgspec.msgpack.Decoder(kind) for kind in kinds]
+
+    @property
+    def digest(self) -> str:
+        """Another one where kinds of messages or their fields differ."""
+        forms = [
+            (kind.__name__, [(each.name, str(each.type)) for each in fields(kind)]) for kind in self._kinds
+        ]
+        return hashlib.sha256(repr(forms).encode()).hexdigest()
 
     def encode(self, message: M) -> bytes:
         """The frame of one message."""

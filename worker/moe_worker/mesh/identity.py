@@ -1,6 +1,7 @@
 """What all ranks of a replica must have in common, as one digest."""
 
 import hashlib
+import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 from moe_worker.config.directory import CONFIG, LARGEST_CONFIG
 from moe_worker.config.engine import EngineOptions
 from moe_worker.config.routing_report import ROUTING_FILE
+from moe_worker.mesh.messages import CODEC
 from moe_worker.models.safetensors import StoredTensor
 from moe_worker.reading import open_file, present, read_file
 
@@ -26,6 +28,7 @@ OWN = (
     "rebalance_interval",
     "rebalance_threshold",
 )
+DISTRIBUTION = "moe-operator"
 SAMPLES, SAMPLE_BYTES = 16, 4096
 
 
@@ -47,6 +50,17 @@ def mesh_digest(directory: Path, stored: Mapping[str, StoredTensor], options: En
     for path in sorted({tensor.file for tensor in stored.values()}):
         digest.update(_samples(path))
     return digest.hexdigest()
+
+
+def worker_version() -> str:
+    """Of this worker, and a digest of the messages between ranks: those of one release may change before the
+    next.
+    """
+    try:
+        release = importlib.metadata.version(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:  # run from its sources
+        release = "unreleased"
+    return f"{release}+{CODEC.digest[:8]}"
 
 
 def _samples(path: Path) -> bytes:

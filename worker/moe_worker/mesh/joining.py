@@ -19,6 +19,7 @@ from moe_worker.config.mesh import MeshShape
 from moe_worker.errors import SettingsError
 from moe_worker.mesh.channel import Channel
 from moe_worker.mesh.errors import MeshError, RankAbsentError, RankLostError
+from moe_worker.mesh.identity import worker_version
 from moe_worker.mesh.messages import CODEC, Claim, Refusal, Welcome
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ RESOLVE_S: Final = 60.0
 class Identity:
     """What the ranks of one mesh agree on. epoch: how often the mesh has formed. secret: theirs alone.
 
-    process: of this process alone.
+    process: of this process alone. version: of the worker.
     """
 
     shape: MeshShape
@@ -43,10 +44,11 @@ class Identity:
     digest: str
     secret: bytes
     process: str = field(default_factory=lambda: secrets.token_hex(8))
+    version: str = field(default_factory=worker_version)
 
     def claim(self, rank: int) -> Claim:
         """What `rank` says of itself."""
-        return Claim(rank, str(self.shape), self.epoch, self.digest, self.process)
+        return Claim(rank, str(self.shape), self.epoch, self.digest, self.process, self.version)
 
     def sign(self, nonce: bytes, claim: Claim) -> bytes:
         """Proof that who makes `claim` knows the secret."""
@@ -54,21 +56,36 @@ class Identity:
 
     def objection(self, claim: Claim, joined: Sequence[int]) -> str | None:
         """Why a rank that makes `claim` may not join; None where it may. Pure."""
-        who = f"rank {claim.rank} is refused"
-        if claim.shape != str(self.shape):
-            return f"{who}: its mesh is {claim.shape[:20]}, the leader's {self.shape}; use one shape"
-        if not 1 <= claim.rank < self.shape.ranks:
-            return f"{who}: a mesh {self.shape} has ranks 0 to {self.shape.ranks - 1}, and 0 leads"
-        if claim.epoch != self.epoch:
-            return f"{who}: its epoch is {claim.epoch}, the leader's is {self.epoch}; start it again"
-        if claim.digest != self.digest:
-            return (
-                f"{who}: its checkpoint or options are not the leader's (digest {claim.digest[:12]}, not "
-                f"{self.digest[:12]}); give all ranks the same"
-            )
-        if claim.rank in joined:
-            return f"{who}: another process has joined as rank {claim.rank}; give each rank its own number"
-        return None
+        ranks, version = self.shape.ranks, claim.version[:40] or "an older one"
+        objections = (
+            (
+                claim.version != self.version,
+                f"its worker version is {version}, the leader's {self.version}; use one image on all ranks",
+            ),
+            (
+                claim.shape != str(self.shape),
+                f"its mesh is {claim.shape[:20]}, the leader's {self.shape}; use one shape",
+            ),
+            (
+                not 1 <= claim.rank < ranks,
+                f"a mesh {self.shape} has ranks 0 to {ranks - 1}, and 0 leads",
+            ),
+            (
+                claim.epoch != self.epoch,
+                f"its epoch is {claim.epoch}, the leader's is {self.epoch}; start it again",
+            ),
+            (
+                claim.digest != self.digest,
+                f"its checkpoint or options are not the leader's (digest {claim.digest[:12]}, not "
+                f"{self.digest[:12]}); give all ranks the same",
+            ),
+            (
+                claim.rank in joined,
+                f"another process has joined as rank {claim.rank}; give each rank its own number",
+            ),
+        )
+        found = next((sentence for applies, sentence in objections if applies), None)
+        return None if found is None else f"rank {claim.rank} is refused: {found}"
 
 
 def all_needed(missing: frozenset[int], waited_s: float) -> bool:
@@ -127,7 +144,11 @@ def admit(
     claim = cast("Claim", channel.receive(Claim, most=LARGEST_CLAIM))
     genuine = hmac.compare_digest(channel.read_proof(), identity.sign(nonce, claim))
     wrong = "the mesh's secret is another one; set the same MOE_WORKER_MESH_SECRET on all ranks"
-    objection = identity.objection(claim, joined) if genuine else f"rank {claim.rank} is refused: {wrong}"
+    # Versions may sign different fields.
+    if genuine or claim.version != identity.version:
+        objection = identity.objection(claim, joined)
+    else:
+        objection = f"rank {claim.rank} is refused: {wrong}"
     if objection is not None:
         channel.send(Refusal(objection))
         raise MeshError(objection)

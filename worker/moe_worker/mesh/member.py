@@ -3,7 +3,7 @@
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 
 import torch
@@ -15,7 +15,7 @@ from moe_worker.config.mesh import MeshShape
 from moe_worker.errors import SettingsError, WorkerError
 from moe_worker.mesh.channel import Channel
 from moe_worker.mesh.door import Door
-from moe_worker.mesh.errors import MeshError
+from moe_worker.mesh.errors import MeshError, RankMemoryError
 from moe_worker.mesh.joining import (
     Identity,
     all_needed,
@@ -111,6 +111,18 @@ class Member:
     def columns(self, stage: int) -> list[int]:
         """Those of the present ranks of a stage."""
         return [self.shape.column_of(rank) for rank in self.shape.stage_ranks(stage) if rank in self.present]
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """What fails here because a rank has no memory for a step says so: the exchange only says that a
+        connection is lost. Raises RankMemoryError.
+        """
+        try:
+            yield
+        except MeshError as error:
+            if isinstance(self.lost, RankMemoryError):
+                raise self.lost from error
+            raise
 
     def arm(self) -> None:
         """All ranks have loaded: from now on one that is silent counts as lost."""

@@ -10,7 +10,7 @@ from moe_worker.sampling.remote import Draw
 @dataclass(frozen=True)
 class Claim:
     """Rank to leader: who it is. digest: of what all ranks must have in common. process: another one for each
-    process.
+    process. version: of the worker, and of what workers tell one another.
     """
 
     rank: int
@@ -18,6 +18,7 @@ class Claim:
     epoch: int
     digest: str
     process: str = ""
+    version: str = ""
 
 
 @dataclass(frozen=True)

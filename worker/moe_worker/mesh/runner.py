@@ -186,7 +186,8 @@ class MeshRunner:
         if self.member.returned:
             self._take_in(sorted(self.member.returned))
         if self.rebalancing is not None:
-            self.rebalancing.tend()
+            with self.member.explained():
+                self.rebalancing.tend()
 
     @torch.inference_mode()
     def follow(self) -> None:
@@ -227,19 +228,13 @@ class MeshRunner:
 
     @contextlib.contextmanager
     def _explained(self, step: Compute) -> Iterator[None]:
-        """Raises RankMemoryError where this rank has no memory for `step`, or another one has said so: then
-        the exchange only says that a connection is lost.
-        """
+        """Raises RankMemoryError where this rank has no memory for `step`, or another one has said so."""
         try:
-            with lack_of_memory():
+            with self.member.explained(), lack_of_memory():
                 yield
         except torch.OutOfMemoryError as error:
             tokens = sum(len(piece.tokens) for piece in step.pieces)
             raise RankMemoryError(self.member.rank, tokens) from error
-        except MeshError as error:
-            if isinstance(self.member.lost, RankMemoryError):
-                raise self.member.lost from error
-            raise
 
     def _compute(self, step: Compute, cache: PagedCache) -> PassResult | None:
         """This rank's part of a pass; on the last stage, the result of its shard."""
@@ -357,8 +352,9 @@ class MeshCounter:
         """By layer over all ranks: the tokens of each expert, and behind them its active experts."""
         layers = [(layer, [*tokens, active]) for layer, tokens, active in self._own.read()[1]]
         for channel in self._member.channels:
-            channel.send(AskCounts())
-            counts = channel.receive(Counts)
+            with self._member.explained():
+                channel.send(AskCounts())
+                counts = channel.receive(Counts)
             layers += [(layer, [*tokens, active]) for layer, tokens, active in counts.layers]
         sums: dict[int, list[int]] = {}
         for layer, row in layers:
