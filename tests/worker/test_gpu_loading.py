@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from benchmarks.gpu_random import LARGE, SMALL, config_of, random_model
 from moe_worker.config.directory import find_checkpoint, read_checkpoint_config
+from moe_worker.config.engine import EngineOptions
 from moe_worker.config.quantization import Fp8Storage, PackedStorage
 from moe_worker.engine import gpu
+from moe_worker.engine.loading import load
 from moe_worker.errors import SettingsError
 from moe_worker.kernels import registry
 
@@ -69,6 +71,22 @@ def test_the_example_runs_on_the_kernels(number_format):
     """Its heads have 48 values, which are no whole pieces of 64."""
     config = read_checkpoint_config(find_checkpoint(EXAMPLE))
     assert gpu.probe_gpu(config, number_format).kernels == "triton"
+
+
+class DeviceIsCurrentError(Exception):
+    pass
+
+
+def test_the_chosen_gpu_is_the_current_one_before_anything_is_put_there(monkeypatch):
+    """Triton launches kernels on the current device, wherever their arguments are."""
+
+    def stop(device):
+        raise DeviceIsCurrentError(str(device))
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", stop)
+    with pytest.raises(DeviceIsCurrentError, match=r"^cuda:1$"):
+        load(EXAMPLE, EngineOptions(device="cuda:1"), progress=False)
 
 
 def stored_bytes(model):

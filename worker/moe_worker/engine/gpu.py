@@ -21,6 +21,14 @@ GB = 10**9
 SPARE_SHARE = 0.1
 
 
+def make_current(device: torch.device) -> None:
+    """Makes a CUDA device the current one of this thread: Triton launches there whatever its arguments are,
+    and so torch captures graphs and records events.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def probe_gpu(config: ModelConfig, number_format: str) -> Hardware:
     """Whether the Triton kernels compute this model in `number_format`, and why."""
     if importlib.util.find_spec("triton") is None:

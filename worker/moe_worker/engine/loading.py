@@ -90,12 +90,16 @@ def load(
     progress: bool,
     load_tokenizer: Callable[[Path, ModelConfig], Tokenizer] = load_guarded,
 ) -> LoadedModel:
-    """Checks everything that is cheap to check, then reads the weights. Raises WorkerError."""
+    """Checks everything that is cheap to check, then reads the weights. Raises WorkerError.
+
+    The device becomes the current one of the calling thread, which is the one that may compute.
+    """
     directory = find_checkpoint(directory)
     config = with_mass(read_checkpoint_config(directory, options.config_override), directory, options)
     context = options.context_for(config.max_position_embeddings)
     tokenizer = load_tokenizer(directory, config)
     device = choose_device(options.device)
+    gpu.make_current(device)
     known = domains_to_learn(config, directory, options, device)
     dtype = choose_dtype(options.dtype, device)
     weights = choose_format(options.format, config)
