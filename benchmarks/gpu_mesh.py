@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -47,6 +47,8 @@ CONTEXT, PREFILL_SEQUENCES = 512, 64
 FORMATS = {"bf16": "dense", "fp8": "fp8", "w4a16": "w4a16", "w4a8": "w4a8"}
 ONE = "1x1"
 UNDER_LOAD = "under load"
+# Kernels of kernels/triton/exchange.py.
+PACKING = {"_assign", "_pack", "_unpack", "_sum"}
 # Largest difference of a row of logits, relative to its norm, of the small model.
 TOLERANCE = 0.02
 
@@ -84,17 +86,26 @@ def prefill_rate(core: EngineCore) -> float:
     return PREFILL_SEQUENCES * CONTEXT / (time.perf_counter() - begin)
 
 
-def kernel_ms(work: Callable[[], object]) -> tuple[float, float]:
-    """Milliseconds in NCCL's kernels, and in all kernels, while `work` runs."""
+class Kernels(NamedTuple):
+    """Milliseconds in kernels: those of NCCL, those that pack and unpack tokens for exchanges, and all."""
+
+    nccl: float
+    packing: float
+    total: float
+
+
+def kernel_ms(work: Callable[[], object]) -> Kernels:
+    """While `work` runs."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
         work()
         torch.cuda.synchronize()
-    rows = seen.key_averages()
-    exchange = sum(each.device_time_total for each in rows if "nccl" in each.key.lower())
-    return exchange / 1e3, sum(each.device_time_total for each in rows) / 1e3
+    rows = [(each.key, each.device_time_total / 1e3) for each in seen.key_averages()]
+    nccl = sum(ms for name, ms in rows if "nccl" in name.lower())
+    packing = sum(ms for name, ms in rows if name in PACKING)
+    return Kernels(nccl, packing, sum(ms for _, ms in rows))
 
 
-def profiled(core: EngineCore, batch: int) -> tuple[float, float]:
+def profiled(core: EngineCore, batch: int) -> Kernels:
     """`kernel_ms` of a token of every stream."""
     while core.load.queued or core.load.running < batch:
         core.step()
@@ -108,10 +119,10 @@ def profiled(core: EngineCore, batch: int) -> tuple[float, float]:
         while produced < 8 * batch:
             produced += len(core.step())
 
-    exchange, total = kernel_ms(work)
+    found = kernel_ms(work)
     while not core.idle:
         core.step()
-    return exchange * batch / produced, total * batch / produced
+    return Kernels(*(ms * batch / produced for ms in found))
 
 
 def exchange_bytes(case: Case, batch: int) -> int:
@@ -152,14 +163,16 @@ def measure(loaded: LoadedModel, arguments: argparse.Namespace, stages: int, cas
 
             step = min(decode_ms(run(arguments.tokens), batch) for _ in range(arguments.rounds))
             tell(name, batch / step * 1e3, "tokens/s")
-            if case is None or batch not in {arguments.batch[0], *arguments.batch[-2:]}:
+            if batch not in {arguments.batch[0], *arguments.batch[-2:]}:
                 continue
-            exchange, total = profiled(run(24), batch)
+            exchange, packing, total = profiled(run(24), batch)
             tell(f"{name}: step", step, "ms")
+            tell(f"{name}: bubble of rank 0", 1 - (total - exchange) / step, "share of a step")
+            if case is None:
+                continue
             tell(f"{name}: kernels of NCCL on rank 0 in a step", exchange, "ms")
-            if stages > 1:
-                tell(f"{name}: bubble of rank 0", 1 - (total - exchange) / step, "share of a step")
-            else:
+            tell(f"{name}: kernels that pack and unpack tokens in a step", packing, "ms")
+            if stages == 1:
                 tell(f"{name}: bytes to other ranks in a step", exchange_bytes(case, batch), "bytes")
     rates = [prefill_rate(engine(loaded, options, PREFILL_SEQUENCES, 1)) for _ in range(3)]
     tell(f"prefill, {arguments.prefill_tokens} tokens a step", max(rates), "tokens/s")
@@ -389,17 +402,29 @@ def compare(arguments: argparse.Namespace, mesh: str, name: str, known: dict[tup
         ended(running)
 
 
+def await_load(leader: Any) -> None:
+    """Returns once the mesh has decoded a batch, or has ended."""
+    for line in leader.stdout:
+        if line.startswith(UNDER_LOAD):
+            return
+
+
 def kill_one(arguments: argparse.Namespace, mesh: str) -> None:
-    """Seconds from the death of a rank to the end of the leader, which then starts again with all others."""
+    """Seconds from the death of a rank to the end of the leader, and until all ranks, started again at once,
+    have decoded a batch.
+    """
     running = ranks_of(arguments, mesh, arguments.format[0], "--fault")
     try:
-        for line in running[0].stdout:
-            if line.startswith(UNDER_LOAD):
-                break
+        await_load(running[0])
         begin = time.monotonic()
         running[-1].send_signal(signal.SIGKILL)
         status = running[0].wait(60)
         tell(f"mesh {mesh}: a rank killed under load, until rank 0 ends with status {status}",
+             time.monotonic() - begin, "s", device="GPUs")  # fmt: skip
+        ended(running)
+        running = ranks_of(arguments, mesh, arguments.format[0], "--fault")
+        await_load(running[0])
+        tell(f"mesh {mesh}: a rank killed under load, until all have started again and decoded a batch",
              time.monotonic() - begin, "s", device="GPUs")  # fmt: skip
     finally:
         ended(running)
