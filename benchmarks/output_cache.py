@@ -77,8 +77,7 @@ async def added_ms(tokens: int, requests: int) -> tuple[float, float]:
     cache: OutputCache[str] = OutputCache(store, supervisor, "stopped")
     cache.serve(frozenset({"r"}))
 
-    async def compute(to: Client | Flight[str]) -> tuple[str | None, str]:
-        writer = Writer(to, 30.0)
+    async def compute(writer: Writer | Flight[str]) -> tuple[str | None, str]:
         for message in messages:
             await writer.write(message)
             await asyncio.sleep(0)  # the next message arrives
@@ -95,7 +94,7 @@ async def added_ms(tokens: int, requests: int) -> tuple[float, float]:
     direct, missed = [], []
     for number in range(requests):
         began = time.thread_time()
-        await compute(Client())
+        await compute(Writer(Client(), 30.0))
         between = time.thread_time()
         await miss(number)
         direct.append(between - began)

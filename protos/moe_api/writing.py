@@ -50,6 +50,13 @@ class Sink(Protocol):
         """Sends a message; returns when there is room for the next one."""
 
 
+class Messages(Protocol):
+    """Where the messages of one call go."""
+
+    async def write(self, message: Any) -> None:
+        """Sends a message; returns when there is room for the next one."""
+
+
 class Writer:
     """Sends the messages of one call.
 

@@ -220,3 +220,25 @@ class Model(RuleBasedStateMachine):
 
 TestStore = Model.TestCase
 TestStore.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_an_answer_is_what_a_client_would_make_of_the_messages():
+    """A message without text repeats none, and what is said of a stream only is left out."""
+    messages = [
+        inference_pb2.GenerateResponse(text="ab", tokens=[1, 2], resumed=3),
+        inference_pb2.GenerateResponse(tokens=[3]),
+        inference_pb2.GenerateResponse(text="c", tokens=[4]),
+        inference_pb2.GenerateResponse(
+            finish_reason=inference_pb2.FINISH_REASON_STOP,
+            usage=inference_pb2.Usage(prompt_tokens=7, completion_tokens=4),
+        ),
+    ]
+    newer = b"\xf8\x3f\x01"  # field 127
+    answer = answer_of([message.SerializeToString() + newer for message in messages])
+    assert inference_pb2.GenerateResponse.FromString(answer.payload) == inference_pb2.GenerateResponse(
+        text="abc",
+        tokens=[1, 2, 3, 4],
+        finish_reason=inference_pb2.FINISH_REASON_STOP,
+        usage=inference_pb2.Usage(prompt_tokens=7, completion_tokens=4, cached=True),
+    )
+    assert list(answer.marks) == [2, 2, 3, 2, 4, 3, 4, 3]

@@ -76,16 +76,18 @@ def answer_of(messages: Iterable[bytes], seconds: float = 0.0) -> Answer | None:
     """
     whole = inference_pb2.GenerateResponse()
     marks, texts, characters = array("I"), [], 0
+    tokens = whole.tokens
     for message in messages:
-        piece = inference_pb2.GenerateResponse.FromString(message)
-        whole.tokens.extend(piece.tokens)
-        whole.logprobs.extend(piece.logprobs)
-        texts.append(piece.text)
-        characters += len(piece.text)
-        marks.extend((len(whole.tokens), characters))
-        whole.finish_reason = piece.finish_reason
-        if piece.HasField("usage"):
-            whole.usage.CopyFrom(piece.usage)
+        whole.text = ""  # merging appends to lists, and leaves a text where the message has none
+        whole.MergeFromString(message)
+        text = whole.text
+        texts.append(text)
+        characters += len(text)
+        marks.append(len(tokens))
+        marks.append(characters)
+    for field in ("resumed", "prompt"):
+        whole.ClearField(field)
+    whole.DiscardUnknownFields()
     if whole.finish_reason == inference_pb2.FINISH_REASON_UNSPECIFIED:
         return None
     whole.text = "".join(texts)

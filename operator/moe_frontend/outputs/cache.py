@@ -8,7 +8,7 @@ from typing import Any, Final, Generic
 from opentelemetry import trace
 
 from moe_api.supervision import Supervisor
-from moe_api.writing import Writer
+from moe_api.writing import Messages
 from moe_frontend.outputs.answer import Saving, answer_of
 from moe_frontend.outputs.flight import F, Flight
 from moe_frontend.outputs.measures import CacheMeasures
@@ -60,7 +60,7 @@ class OutputCache(Generic[F]):
         key: bytes,
         resumed: Sequence[int],
         caller: Any,
-        writer: Writer,
+        writer: Messages,
         span: trace.Span,
         compute: Compute[F] | None,
         tenant: str = "",
@@ -92,7 +92,7 @@ class OutputCache(Generic[F]):
         return True, await self._fly(key, caller, writer, span, compute, tenant)
 
     async def _fly(
-        self, key: bytes, caller: Any, writer: Writer, span: trace.Span, compute: Compute[F], tenant: str
+        self, key: bytes, caller: Any, writer: Messages, span: trace.Span, compute: Compute[F], tenant: str
     ) -> F | None:
         shared = key in self._flights
         self._note(span, "shared" if shared else "miss", tenant)

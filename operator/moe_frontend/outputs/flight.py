@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable
 from typing import Any, Final, Generic, TypeVar
 
-from moe_api.writing import Writer
+from moe_api.writing import Messages
 from moe_frontend.outputs.answer import Saving
 
 F = TypeVar("F")
@@ -64,7 +64,10 @@ class Flight(Generic[F]):
         """As of a client's context."""
 
     async def write(self, message: bytes) -> None:
-        """As of a client's context; waits if all readers are far behind."""
+        """As of a client's context; waits if all readers are far behind.
+
+        It needs no timeout: a reader that reads nothing leaves after that of its own writer.
+        """
         self.messages.append(message)
         _wake(self._news)
         while self._positions and len(self.messages) - max(self._positions.values()) > _AHEAD_MOST:
@@ -77,7 +80,7 @@ class Flight(Generic[F]):
         self._failure, self.ended = failure, True
         _wake(self._news)
 
-    async def follow(self, caller: Any, writer: Writer) -> F | None:
+    async def follow(self, caller: Any, writer: Messages) -> F | None:
         """Sends all messages to a client; returns why the answer is incomplete, or None.
 
         Raises:

@@ -23,7 +23,7 @@ from opentelemetry import trace
 from moe_api import clock, rich_status, spans, telemetry
 from moe_api.clock import Timed
 from moe_api.inference.v1 import inference_pb2
-from moe_api.writing import WRITE_TIMEOUT_S, Sink, SlowReaderError, Writer
+from moe_api.writing import WRITE_TIMEOUT_S, Messages, Sink, SlowReaderError, Writer
 from moe_frontend.discovery.endpoints import Endpoint, Served
 from moe_frontend.identity import audit
 from moe_frontend.identity.caller import current
@@ -90,7 +90,7 @@ class _Call:
     method: str
     context: Recipient
     span: trace.Span
-    writer: Writer
+    writer: Messages
     progress: Progress
     asked: Asked | None
     admitted: Admitted
@@ -217,8 +217,8 @@ class Forwarder:
         async def compute(flight: Flight[Failure]) -> tuple[Failure | None, str]:
             progress = Progress(request)
             with self._tracer.start_as_current_span("compute", trace.set_span_in_context(call.span)) as span:
-                writer = Writer(flight, self._write_timeout_s)
-                shared = _Call(call.method, flight, span, writer, progress, call.asked, call.admitted)
+                # Each reader of a flight has a timeout of its own.
+                shared = _Call(call.method, flight, span, flight, progress, call.asked, call.admitted)
                 failure = await self._compute(shared)
             return failure, progress.revision
 
