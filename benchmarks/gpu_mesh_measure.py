@@ -1,0 +1,232 @@
+"""Figures of a model on one GPU, or on a mesh of several, each printed as a JSON object.
+
+See benchmarks/gpu_mesh.py, which starts the processes.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.gpu_mesh_accuracy import described, row_errors, settle_routes
+from benchmarks.gpu_mesh_case import Case, compared, random_tokens
+from benchmarks.gpu_random import SMALL
+from moe_worker.config.engine import EngineOptions
+from moe_worker.engine.core import EngineCore
+from moe_worker.engine.loading import LoadedModel
+from moe_worker.engine.requests import Request
+from moe_worker.mesh.member import Member
+from moe_worker.sampling.parameters import SamplingParameters
+
+CONTEXT, PREFILL_SEQUENCES = 512, 64
+# Kernels of kernels/triton/exchange.py.
+PACKING = {"_assign", "_pack", "_unpack", "_sum"}
+# Largest difference of a row of logits, relative to its norm, of the small model.
+TOLERANCE = 0.02
+
+
+def engine(
+    loaded: LoadedModel, options: EngineOptions, count: int, tokens: int, micro_batches: int | None = None,
+    prompt: int = CONTEXT,
+) -> EngineCore:  # fmt: skip
+    core = EngineCore(loaded, options, micro_batches=micro_batches)
+    sampling = SamplingParameters(max_tokens=tokens, ignore_eos=True)
+    for number in range(count):
+        ids = random_tokens(prompt, number, loaded.config.vocab_size)
+        core.submit(Request(number, tuple(ids), sampling, seed=0))
+    return core
+
+
+def decode_ms(core: EngineCore, batch: int) -> float:
+    """Milliseconds of a token of every stream, once all prompts have their first one."""
+    seen = set[int]()
+    while len(seen) < batch:
+        seen |= {delta.id for delta in core.step()}
+    torch.cuda.synchronize()
+    begin, produced = time.perf_counter(), 0
+    while not core.idle:
+        produced += len(core.step())
+    return (time.perf_counter() - begin) / (produced / batch) * 1e3
+
+
+def prefill_rate(core: EngineCore) -> float:
+    """Prompt tokens a second."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    while not core.idle:
+        core.step()
+    return PREFILL_SEQUENCES * CONTEXT / (time.perf_counter() - begin)
+
+
+class Kernels(NamedTuple):
+    """Milliseconds in kernels: those of NCCL, those that pack and unpack tokens for exchanges, and all."""
+
+    nccl: float
+    packing: float
+    total: float
+
+
+def kernel_ms(work: Callable[[], object]) -> Kernels:
+    """While `work` runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        work()
+        torch.cuda.synchronize()
+    rows = [(each.key, each.device_time_total / 1e3) for each in seen.key_averages()]
+    nccl = sum(ms for name, ms in rows if "nccl" in name.lower())
+    packing = sum(ms for name, ms in rows if name in PACKING)
+    return Kernels(nccl, packing, sum(ms for _, ms in rows))
+
+
+def profiled(core: EngineCore, batch: int) -> Kernels:
+    """`kernel_ms` of a token of every stream."""
+    while core.load.queued or core.load.running < batch:
+        core.step()
+    produced = 0
+    while produced < 4 * batch:
+        produced += len(core.step())
+    produced = 0
+
+    def work() -> None:
+        nonlocal produced
+        while produced < 8 * batch:
+            produced += len(core.step())
+
+    found = kernel_ms(work)
+    while not core.idle:
+        core.step()
+    return Kernels(*(ms * batch / produced for ms in found))
+
+
+def exchange_bytes(case: Case, batch: int) -> int:
+    """That a rank sends to others of its stage in a decode step of `batch` sequences."""
+    shape, config, int8 = case.member.shape, case.config, case.part.sends_int8
+    per_shard = case.part.graphs.size_for(-(-batch // shape.expert))
+    activations = config.hidden_size * (1 if int8 else 2) + (config.hidden_size // 128 * 4 if int8 else 0)
+    row = activations + 8 * config.moe.routing.per_token + 2 * config.hidden_size
+    layers = len([layer for layer in case.part.stage.layers if layer not in config.dense_layers])
+    return (shape.expert - 1) * case.part.capacity(per_shard) * row * layers
+
+
+def tell(what: str, ours: float | None, unit: str, baseline: float | None = None, device: str = "") -> None:
+    """One figure. The process that started this one adds the baseline of one GPU, if it has it."""
+    ratio = None if ours is None or not baseline else ours / baseline
+    device = device or torch.cuda.get_device_name()
+    print(
+        json.dumps({"what": what, "ours": ours, "baseline": baseline, "ratio": ratio, "unit": unit,
+                    "device": device, "simulated": False}),
+        flush=True,
+    )  # fmt: skip
+
+
+def measure(loaded: LoadedModel, arguments: argparse.Namespace, stages: int, case: Case | None) -> None:
+    """Decode and prefill of one model."""
+    options = EngineOptions(
+        device="cuda", max_batch_size=max(*arguments.batch, PREFILL_SEQUENCES),
+        prefill_tokens=arguments.prefill_tokens, prefix_cache=False, target_step_ms=10_000,
+    )  # fmt: skip
+    for batch in arguments.batch:
+        for micro_batches in {stages, 1} if batch > 1 else {1}:
+            name = f"decode, batch {batch}" + (
+                f", {micro_batches} micro-batches" if micro_batches > 1 else ""
+            )
+
+            def run(tokens: int, batch: int = batch, micro: int = micro_batches) -> EngineCore:
+                return engine(loaded, options, batch, tokens, micro)
+
+            step = min(decode_ms(run(arguments.tokens), batch) for _ in range(arguments.rounds))
+            tell(name, batch / step * 1e3, "tokens/s")
+            if batch not in {arguments.batch[0], *arguments.batch[-2:]}:
+                continue
+            exchange, packing, total = profiled(run(24), batch)
+            tell(f"{name}: step", step, "ms")
+            tell(f"{name}: bubble of rank 0", 1 - (total - exchange) / step, "share of a step")
+            if case is None:
+                continue
+            tell(f"{name}: kernels of NCCL on rank 0 in a step", exchange, "ms")
+            tell(f"{name}: kernels that pack and unpack tokens in a step", packing, "ms")
+            if stages == 1:
+                tell(f"{name}: bytes to other ranks in a step", exchange_bytes(case, batch), "bytes")
+    rates = [prefill_rate(engine(loaded, options, PREFILL_SEQUENCES, 1)) for _ in range(3)]
+    tell(f"prefill, {arguments.prefill_tokens} tokens a step", max(rates), "tokens/s")
+    small = EngineOptions(
+        device="cuda", max_batch_size=PREFILL_SEQUENCES, prefill_tokens=4096, prefix_cache=False,
+        target_step_ms=10_000,
+    )  # fmt: skip
+    rates = [prefill_rate(engine(loaded, small, PREFILL_SEQUENCES, 1)) for _ in range(3)]
+    tell("prefill, 4096 tokens a step", max(rates), "tokens/s")
+
+
+def check(case: Case) -> None:
+    """Whether a small model has the logits and the greedy tokens of one GPU."""
+    worst = max(worst for _, worst in compared(case, 20, 4))
+    tell("largest difference of a row of logits, small model", worst, "of its norm", TOLERANCE)
+    options = EngineOptions(device="cuda", max_batch_size=8, prefill_tokens=64)
+    parts = case.member.shape.pipeline
+    pairs = (case.loaded(), parts), (case.loaded_alone(), 1)
+    found = [greedy(engine(loaded, options, 8, 16, count, prompt=20)) for loaded, count in pairs]
+    same = sum(ours == theirs for ours, theirs in zip(*found, strict=True))
+    tell("texts of 16 greedy tokens that are those of one GPU, small model", same, "texts", len(found[0]))
+
+
+def accuracy(member: Member, number_format: str, device: torch.device) -> None:
+    """Errors of the mesh, and as the baseline those of one GPU, against float32."""
+    for layers in (3, 9):
+        for change, routes in ((settle_routes, "routes that rounding cannot change"), (None, "all routes")):
+            case = Case(
+                member, SMALL | {"num_hidden_layers": layers}, number_format, device, 64, 8, 64, 64,
+                change=change,
+            )  # fmt: skip
+            if not member.leads:
+                case.runner.follow()
+                continue
+            ours, alone = (described(each) for each in row_errors(case, 48))
+            for name, value in ours.items():
+                unit = "of rows" if "share" in name else "of a row's norm"
+                tell(f"error against float32, {layers} layers, {routes}: {name}", value, unit, alone[name])
+            case.end()
+
+
+def measure_moves(case: Case, batch: int, tokens: int, seconds: float) -> None:
+    """Steps of decode while experts move, and in between."""
+    options = EngineOptions(
+        device="cuda", max_batch_size=batch, prefill_tokens=16384, prefix_cache=False, target_step_ms=10_000
+    )
+    core, rebalancing = engine(case.loaded(), options, batch, tokens), case.runner.rebalancing
+    if rebalancing is None:
+        raise ValueError("experts of this case stay")
+    while core.load.queued or core.load.running < batch:
+        core.step()
+    rebalancing.abandon()  # the next move begins one interval later
+    steps: dict[bool, list[float]] = {True: [], False: []}
+    begin = time.perf_counter()
+    while not core.idle and time.perf_counter() - begin < seconds:
+        before, moving = time.perf_counter(), rebalancing.moving
+        core.step()
+        steps[moving or rebalancing.moving].append((time.perf_counter() - before) * 1e3)
+    for request in range(batch):
+        core.cancel(request)
+    while not core.idle:
+        core.step()
+    between = statistics.median(steps[False])
+    for moving, name in ((False, "in between"), (True, "while experts move")):
+        own = steps[moving]
+        if not own:
+            continue
+        what = f"decode, batch {batch}, {name}"
+        tell(f"{what}: {len(own)} steps, median", statistics.median(own), "ms", between)
+        tell(f"{what}: 99 of 100 steps", sorted(own)[len(own) * 99 // 100], "ms", between)
+        tell(f"{what}: worst step", max(own), "ms", between)
+    tell("times that experts of all layers moved", rebalancing.count, "times")
+    tell("layers whose experts have moved", len(rebalancing.places.moved), "layers")
+
+
+def greedy(core: EngineCore) -> list[list[int | None]]:
+    texts: dict[int, list[int | None]] = {}
+    while not core.idle:
+        for delta in core.step():
+            texts.setdefault(delta.id, []).append(delta.token)
+    return [texts[number] for number in sorted(texts)]
