@@ -100,6 +100,6 @@ $(VENV)/.ready: pyproject.toml hatch_build.py requirements/dist.txt requirements
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --requirement requirements/dev.txt
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@# What pods import is compiled here: they cannot write, and would compile it at each start, for seconds.
-	@$(BIN)/python -c "import moe_operator.main, moe_frontend.main, moe_worker.engine.loading, moe_worker.service.command"
+	@$(BIN)/python -c "import moe_operator.main, moe_operator.autoscaling.model.forecast.forecaster, moe_frontend.main, moe_worker.engine.loading, moe_worker.service.command"
 	@touch $@
 	@echo "Python environment: ready"

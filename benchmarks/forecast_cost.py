@@ -16,7 +16,7 @@ import time
 
 import numpy as np
 
-from moe_operator.autoscaling.model.forecast import Forecaster
+from moe_operator.autoscaling.model.forecast.forecaster import Forecaster
 from moe_operator.autoscaling.model.history import History
 
 DAY = 1440

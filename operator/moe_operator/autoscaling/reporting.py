@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 
 from moe_api.visible import one_line
-from moe_operator.autoscaling.model.forecast import Forecast
+from moe_operator.autoscaling.model.forecast.result import Forecast
 from moe_operator.autoscaling.scaler import MINUTE_S, Outcome
 from moe_operator.autoscaling.subject import Subject
 from moe_operator.planner.conditions import Verdict

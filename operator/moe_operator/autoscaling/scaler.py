@@ -7,10 +7,10 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from moe_operator.autoscaling.model.capacity import Capacity
-from moe_operator.autoscaling.model.forecast import Forecast, Forecaster
+from moe_operator.autoscaling.model.forecast.result import Forecast
 from moe_operator.autoscaling.model.history import History
 from moe_operator.autoscaling.model.horizon import ColdStarts, steps_ahead
 from moe_operator.autoscaling.model.samples import MinuteRate, MinuteRates, Report
@@ -19,6 +19,9 @@ from moe_operator.autoscaling.readings import Reading
 from moe_operator.autoscaling.subject import Subject
 from moe_operator.resources.scaling_spec import Mode
 from moe_operator.resources.scaling_status import ReplicaLoadStatus
+
+if TYPE_CHECKING:
+    from moe_operator.autoscaling.model.forecast.forecaster import Forecaster
 
 MINUTE_S = 60.0
 _LATE_MOST = 0.05
@@ -153,7 +156,10 @@ class Scaler:
             snapshot = copy.copy(self._history)
 
             def rebuild() -> Callable[[], None]:
-                made = Forecaster.restored(snapshot, steps)
+                # Slow, so in this thread and not in that of the event loop.
+                from moe_operator.autoscaling.model.forecast import forecaster  # noqa: PLC0415
+
+                made = forecaster.Forecaster.restored(snapshot, steps)
                 return lambda: self._take_over(made, snapshot.end)
 
             return rebuild

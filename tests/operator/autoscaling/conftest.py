@@ -9,7 +9,7 @@ import pytest
 
 from moe_api.frontend.v1 import frontend_pb2_grpc
 from moe_api.worker.v1 import worker_pb2_grpc
-from moe_operator.autoscaling.model.forecast import Forecaster
+from moe_operator.autoscaling.model.forecast.forecaster import Forecaster
 from moe_operator.resources import names
 
 

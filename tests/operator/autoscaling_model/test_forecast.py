@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from statsmodels.tsa.arima.model import ARIMA
 from statsmodels.tsa.exponential_smoothing.ets import ETSModel
 
-from moe_operator.autoscaling.model.forecast import Forecaster, filters
+from moe_operator.autoscaling.model.forecast import filters
 from moe_operator.autoscaling.model.forecast.combination import Combination
 from moe_operator.autoscaling.model.forecast.features import Features, level_steps
-from moe_operator.autoscaling.model.forecast.forecaster import CANDIDATES
+from moe_operator.autoscaling.model.forecast.forecaster import CANDIDATES, Forecaster
 from moe_operator.autoscaling.model.forecast.past import Past
 from moe_operator.autoscaling.model.forecast.residuals import Residuals
 from moe_operator.autoscaling.model.history import History
@@ -258,9 +258,17 @@ def test_the_candidates_that_users_asked_for_are_there():
 
 def test_forecasts_use_one_thread():
     """The threads of BLAS wait for one another in a loop: they cost CPU time and save none."""
-    code = "import os, moe_operator.autoscaling.model.forecast; print(len(os.listdir('/proc/self/task')))"
+    module = "moe_operator.autoscaling.model.forecast.forecaster"
+    code = f"import os, {module}; print(len(os.listdir('/proc/self/task')))"
     environment = {name: value for name, value in os.environ.items() if "THREADS" not in name}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout == "1\n"
+
+
+def test_an_operator_starts_without_the_forecaster():
+    """statsmodels takes twice as long to import as everything else; most operators scale nothing."""
+    code = "import sys, moe_operator.main; print(sys.modules.keys() & {'scipy', 'statsmodels', 'pandas'})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

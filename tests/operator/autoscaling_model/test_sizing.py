@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_operator.autoscaling.model.forecast import Errors, Forecast, Forecaster
+from moe_operator.autoscaling.model.forecast.forecaster import Forecaster
+from moe_operator.autoscaling.model.forecast.result import Errors, Forecast
 from moe_operator.autoscaling.model.sizing import Situation, Want, size
 from moe_operator.autoscaling.model.spec import ScalingSpec
 
