@@ -16,19 +16,17 @@ help: ## Show this help
 demo: setup ## Start a local Kubernetes, serve the example, stream text and show its trace (KEEP=1 keeps it, MESH=2x2: several workers per replica)
 	$(BIN)/python -m examples.demo
 
-# Two processes share the tests in clusters, with a cluster each; then three share the rest, which wait a third of their
-# time. The tests that only compute run next to both, at a lower priority: they use the cores that the others leave idle.
+# Four processes share the tests, which wait half of their time; two of the four run those in clusters, with a cluster
+# each. The tests that only compute run next to them, at a lower priority: they use the cores that others leave idle.
 # A file stays in one process, because its tests may build on each other. 5: no test was chosen.
 PYTEST := $(BIN)/python -m pytest
 SHORT := not soak and not slow
-SHARED := --dist loadfile --no-loadscope-reorder
 test: setup-all ## Run all tests except the long ones (ARGS="-k name" for some)
 	@log=$$(mktemp); \
-	nice -n 10 $(PYTEST) -m "computing and $(SHORT)" --timeout 900 $(ARGS) > $$log 2>&1 & computing=$$!; \
-	$(PYTEST) -m "cluster and $(SHORT)" -n 2 $(SHARED) $(or $(ARGS),$(addprefix tests/,chart e2e frontend/test_in_cluster.py localcluster operator)); cluster=$$?; \
-	$(PYTEST) -m "not cluster and not computing and $(SHORT)" -n 3 $(SHARED) $(ARGS); rest=$$?; \
+	nice -n 5 $(PYTEST) -m "computing and $(SHORT)" --timeout 900 $(ARGS) > $$log 2>&1 & computing=$$!; \
+	$(PYTEST) -m "not computing and $(SHORT)" -n 4 --dist loadfile --no-loadscope-reorder $(ARGS); rest=$$?; \
 	wait $$computing; computing=$$?; cat $$log; rm $$log; \
-	for code in $$cluster $$rest $$computing; do [ $$code = 0 ] || [ $$code = 5 ] || exit $$code; done
+	for code in $$rest $$computing; do [ $$code = 0 ] || [ $$code = 5 ] || exit $$code; done
 
 soak: setup-all ## Run the long tests: scalings, rollouts and faults under load, random manifests (1 to 2 hours)
 	timeout 1800 $(BIN)/python -m pytest -m slow $(ARGS)

@@ -15,13 +15,22 @@ from typing import Any
 import pytest
 from hypothesis import settings
 from xdist.scheduler import LoadFileScheduling
+from xdist.workermanage import WorkerController
 
 from localcluster import Cluster
 from localcluster.errors import CommandError
 
 ROOT = Path(__file__).parents[1]
-CLUSTER_FILES = ("chart/", "e2e/", "frontend/test_in_cluster.py", "localcluster/", "operator/", "soak/")
-"""Where `make test` looks for tests in clusters; those in tests/soak are all for `make soak`."""
+CLUSTER_FILES = (
+    *("chart/", "localcluster/", "soak/", "frontend/test_in_cluster.py"),
+    *("e2e/test_gang.py", "e2e/test_line.py", "e2e/test_transport.py"),
+    *("operator/test_api.py", "operator/test_applied_again.py", "operator/test_certificates.py"),
+    *("operator/test_lost.py", "operator/test_processes.py", "operator/test_reconcile.py"),
+    *("operator/test_restricted_cluster.py", "operator/test_rollout_live.py"),
+    *("operator/test_scaling_cluster.py", "operator/test_waiting.py"),
+)
+"""Where tests in clusters are. Only `CLUSTERS` processes run these files."""
+CLUSTERS = 2
 COMPUTING = (
     *("compress/", "operator/autoscaling_model/", "recipe/", "train/"),
     *("packaging/test_dependencies.py", "packaging/test_image.py"),
@@ -30,8 +39,9 @@ COMPUTING = (
 """Whose tests only compute and depend on no clock: `make test` runs them next to all others."""
 LONGEST = (
     *("chart/test_life.py", "chart/test_rights.py"),
-    *("e2e/test_line.py", "operator/test_scaling_cluster.py", "operator/test_rollout_live.py"),
-    *("operator/test_reconcile.py", "localcluster/test_lifecycle.py", "localcluster/test_workloads.py"),
+    *("e2e/test_line.py", "operator/test_rollout_live.py", "operator/test_reconcile.py"),
+    *("e2e/test_transport.py", "localcluster/test_lifecycle.py", "localcluster/test_workloads.py"),
+    *("operator/test_scaling_cluster.py", "e2e/test_gang.py"),
     *("worker/test_mesh.py", "worker/test_service.py", "worker/test_output_formats.py"),
     *("worker/test_model.py", "operator/test_fuzz.py", "worker/test_mesh_recovery.py"),
 )
@@ -65,7 +75,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what happens in clusters and what only computes, and puts long files first."""
+    """Marks what happens in clusters and what only computes; puts clusters first, then long files."""
     items.sort(key=_rank)
     for item in items:
         file = _file(item.path)
@@ -73,16 +83,39 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.computing)
         if "cluster" in getattr(item, "fixturenames", ()) or file.startswith(("chart/", "localcluster/")):
             if not file.startswith(CLUSTER_FILES):
-                raise pytest.UsageError(f"{item.nodeid} needs a cluster: name its file in the Makefile")
+                raise pytest.UsageError(f"{item.nodeid} needs a cluster: name its file in CLUSTER_FILES")
             item.add_marker(pytest.mark.cluster)
 
 
 class FileScheduling(LoadFileScheduling):
-    """One process runs a file, and one all of tests/chart: its cluster with a release takes 40 s."""
+    """One process runs a file, and one all of tests/chart: its cluster with a release takes 40 s.
+
+    The first processes that get a file in CLUSTER_FILES run all of these, and then others.
+    """
+
+    def __init__(self, config: pytest.Config, log: Any) -> None:
+        super().__init__(config, log)
+        self._with_cluster: set[WorkerController] = set()
 
     def _split_scope(self, nodeid: str) -> str:
         folder = "tests/chart"
         return folder if nodeid.startswith(f"{folder}/") else super()._split_scope(nodeid)
+
+    def _assign_work_unit(self, node: WorkerController) -> None:
+        for scope in self.workqueue:
+            needs_cluster = f"{scope}/".startswith(tuple(f"tests/{file}" for file in CLUSTER_FILES))
+            if needs_cluster and not self._may_have_cluster(node):
+                continue
+            if needs_cluster:
+                self._with_cluster.add(node)
+            self.workqueue.move_to_end(scope, last=False)
+            super()._assign_work_unit(node)
+            return
+        node.shutdown()  # after what it has
+
+    def _may_have_cluster(self, node: WorkerController) -> bool:
+        self._with_cluster.intersection_update(self.nodes)
+        return node in self._with_cluster or len(self._with_cluster) < CLUSTERS
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -97,9 +130,9 @@ def _file(path: Path) -> str:
     return str(path.relative_to(ROOT / "tests"))
 
 
-def _rank(item: pytest.Item) -> int:
+def _rank(item: pytest.Item) -> tuple[bool, int]:
     file = _file(item.path)
-    return LONGEST.index(file) if file in LONGEST else len(LONGEST)
+    return not file.startswith(CLUSTER_FILES), LONGEST.index(file) if file in LONGEST else len(LONGEST)
 
 
 @pytest.fixture(scope="session")
