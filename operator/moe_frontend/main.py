@@ -115,7 +115,7 @@ from moe_operator.errors import MoEOperatorError
     "prefix-affinity: the one with the least to compute, because it has computed the beginning of the "
     "prompt before. prefix-affinity-exact: the same, but replicas report what they have cached; use it with "
     "several frontends. session: the same one for all requests of a session (metadata x-session-id). "
-    "random-of-two: the less loaded of two.",
+    "random-of-two: the less loaded of two. weighted: the fewest requests for its measured speed.",
 )
 @click.option(
     "--tenants",

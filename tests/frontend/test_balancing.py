@@ -1,6 +1,7 @@
 """Routing policies: pure decisions, and requests over a running frontend."""
 
 import asyncio
+import itertools
 import random
 
 import pytest
@@ -16,10 +17,12 @@ from moe_frontend.policy.balancing import (
     Question,
     RandomOfTwo,
     Session,
+    Weighted,
     question_of,
 )
 from moe_frontend.policy.prefixes import PrefixIndex
 from moe_frontend.policy.routing import Load, choose
+from moe_frontend.transport.loads import Reported, recent_token_s
 
 NAMES = ("a", "b", "c")
 
@@ -55,6 +58,45 @@ def test_prompts_that_wait_count_with_their_missing_blocks():
     waits, streams = Load("a", 1, work=20.0), Load("b", 4)
     assert chosen(policy, Question((1, 2, 3, 4, 5)), [Load("a", 1), streams]).replica == "a"
     assert chosen(policy, Question((1, 2, 3, 4, 5)), [waits, streams]).replica == "b"
+
+
+def with_speed(*states):
+    return [Load(name, count, token_s=each) for name, (count, each) in zip(NAMES, states, strict=False)]
+
+
+def test_unequal_replicas_get_requests_by_their_speed():
+    """Filled one by one, a replica that is twice as fast has twice as many."""
+    speeds, counts = {"a": 0.01, "b": 0.02, "c": 0.02}, dict.fromkeys(NAMES, 0)
+    policy = Weighted()
+    for number in range(40):
+        there = [Load(name, counts[name], number, token_s=speeds[name]) for name in NAMES]
+        decision = chosen(policy, Question(), there)
+        counts[decision.replica] += 1
+    assert decision.reason == "Weighted"
+    assert counts == {"a": 20, "b": 10, "c": 10}
+
+
+def test_a_replica_of_unknown_speed_is_one_like_the_others():
+    assert chosen(Weighted(), Question(), with_speed((2, 0.0), (1, 0.0))).replica == "b"
+    assert chosen(Weighted(), Question(), with_speed((0, 0.03), (0, 0.0), (0, 0.01))).replica == "c"
+    assert chosen(Weighted(), Question(), with_speed((1, 0.02), (0, 0.0), (1, 0.02))).replica == "b"
+
+
+def test_one_that_says_that_it_is_fast_does_not_get_everything():
+    assert chosen(Weighted(), Question(), with_speed((8, 1e-6), (1, 0.02), (1, 0.02))).replica == "b"
+
+
+def test_speed_is_that_of_recent_answers():
+    reports = [
+        Reported(0, 0, 1, 0, *totals) for totals in ((5, 0.05), (7, 0.09), (7, 0.09), (2, 0.5), (4, 0.54))
+    ]
+    known, found = 0.0, []
+    for before, after in itertools.pairwise((None, *reports)):
+        known = recent_token_s(known, before, after)
+        found.append(known)
+    assert found == pytest.approx([0.0, 0.02, 0.02, 0.02, 0.02])
+    for wrong in (float("nan"), float("inf"), -1.0, 0.0):
+        assert recent_token_s(0.02, reports[0], Reported(0, 0, 1, 0, 9, wrong)) == 0.02
 
 
 async def test_a_prompt_counts_until_its_first_token(bench):

@@ -5,6 +5,7 @@ A policy gives each candidate a cost; `routing.choose` takes the cheapest one; s
 
 import hashlib
 import random
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -24,6 +25,8 @@ _SMOOTHING: Final = 0.02
 """Weight of the newest request in the mean cost of a request."""
 _OWN: Final = 2.0
 """Weight of a block that this request brings: whoever comes behind it waits for it, too."""
+_UNEQUAL_MOST: Final = 4.0
+"""A replica counts at most so many times as fast, or as slow, as the median."""
 _STREAM: Final = 0.5
 """Part of a mean prompt that a request counts as whose prompt is computed: its tokens take time as well."""
 
@@ -119,6 +122,26 @@ class RandomOfTwo(LeastLoaded):
         return [load if index in picked else float("inf") for index, load in enumerate(loads)]
 
 
+class Weighted(LeastLoaded):
+    """Requests weighted by measured speed: the lowest product of requests, with this one, and time per token.
+
+    Known as shortest expected delay. For replicas on unequal hardware: an idle slow one does not get as many
+    requests as an idle fast one. One whose speed is not known counts as the median of the others.
+    """
+
+    reason = "Weighted"
+
+    def costs(self, question: Question, candidates: Sequence[Load], now: float) -> Sequence[float]:  # noqa: ARG002
+        """As `Policy.costs`."""
+        known = [load.token_s for load in candidates if load.token_s]
+        middle = statistics.median(known) if known else 1.0
+        return [(load.requests + 1) * _weight(load.token_s or middle, middle) for load in candidates]
+
+
+def _weight(token_s: float, middle: float) -> float:
+    return min(max(token_s / middle, 1 / _UNEQUAL_MOST), _UNEQUAL_MOST)
+
+
 class Session(LeastLoaded):
     """All requests of a session go to one replica, by rendezvous hashing; others to the least loaded."""
 
@@ -188,4 +211,5 @@ POLICIES: Final[dict[str, Callable[[], Policy]]] = {
     "prefix-affinity-exact": ExactPrefixAffinity,
     "random-of-two": RandomOfTwo,
     "session": Session,
+    "weighted": Weighted,
 }

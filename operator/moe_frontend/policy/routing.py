@@ -46,6 +46,7 @@ class Load:
         distrusted_until: seconds; it broke the protocol and is suspect until then.
         elsewhere: requests of other frontends on it, as it last reported.
         work: prompts that it has to compute for this frontend's requests, in the unit of the policy.
+        token_s: recent mean time between two tokens of its streams, in seconds; 0: not known.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Load:
     distrusted_until: float = 0.0
     elsewhere: int = 0
     work: float = 0.0
+    token_s: float = 0.0
 
     @property
     def requests(self) -> int:

@@ -23,16 +23,27 @@ ROUND_MOST: Final = 64
 _ANSWER_S: Final = 1.0
 _MOST: Final = 2**20
 """No replica has more requests; a report of more is cut."""
+_BUCKETS_MOST: Final = 100
+_FASTEST_S: Final = 1e-6
+_SLOWEST_S: Final = 100.0
+"""Of a token; a report beyond is ignored."""
+_SMOOTHING: Final = 0.2
+"""Weight of the last report with completed requests in the mean time per token."""
 
 
 @dataclass(frozen=True)
 class Reported:
-    """The load report of a replica, as far as routing and metrics use it."""
+    """The load report of a replica, as far as routing and metrics use it.
+
+    answers, token_s: completed requests, and the sum of their mean times per output token, since it started.
+    """
 
     queued: int
     running: int
     kv_tokens_capacity: int
     kv_tokens_used: int
+    answers: int = 0
+    token_s: float = 0.0
 
     @property
     def requests(self) -> int:
@@ -120,10 +131,31 @@ class LoadPolling:
 
 def reported(load: worker_pb2.Load) -> Reported:
     """The part of a report that is used, within bounds: a replica is not trusted."""
-    capacity = load.kv_tokens_capacity
+    capacity, times = load.kv_tokens_capacity, load.time_per_output_token_seconds
     return Reported(
-        min(load.queued, _MOST), min(load.running, _MOST), capacity, min(load.kv_tokens_used, capacity)
+        min(load.queued, _MOST),
+        min(load.running, _MOST),
+        capacity,
+        min(load.kv_tokens_used, capacity),
+        sum(times.counts[:_BUCKETS_MOST]),
+        times.sum,
     )
+
+
+def recent_token_s(known: float, before: Reported | None, after: Reported) -> float:
+    """The recent mean time per output token, in seconds; 0: not known.
+
+    Args:
+        known: the mean before the last report.
+        before: the report before the last one.
+        after: the last report.
+    """
+    if before is None or after.answers <= before.answers:
+        return known
+    mean = (after.token_s - before.token_s) / (after.answers - before.answers)
+    if not _FASTEST_S <= mean <= _SLOWEST_S:  # not a number, too: a replica is not trusted
+        return known
+    return known + _SMOOTHING * (mean - known) if known else mean
 
 
 def _queued(loads: list[Reported]) -> float:

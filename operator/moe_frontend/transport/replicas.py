@@ -17,7 +17,7 @@ from moe_frontend.discovery.endpoints import Endpoint, Served
 from moe_frontend.policy import routing
 from moe_frontend.policy.balancing import Asked, Policy, question_of
 from moe_frontend.transport.bounds import Limits
-from moe_frontend.transport.loads import Reported, Target
+from moe_frontend.transport.loads import Reported, Target, recent_token_s
 
 _CONNECTING: Final = (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING)
 _CONNECT_S: Final = 5.0
@@ -226,7 +226,10 @@ class Replicas:
         if replica is not None:
             own = max(target.in_flight, replica.load.in_flight)
             elsewhere = 0 if reported is None else max(0, reported.requests - own)
-            replica.load = replace(replica.load, elsewhere=elsewhere)
+            token_s = replica.load.token_s
+            if reported is not None:
+                token_s = recent_token_s(token_s, replica.reported, reported)
+            replica.load = replace(replica.load, elsewhere=elsewhere, token_s=token_s)
             replica.reported = reported
 
     @property

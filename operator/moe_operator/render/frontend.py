@@ -52,6 +52,7 @@ _ROUTING = {
     "PrefixAffinityExact": "prefix-affinity-exact",
     "RandomOfTwo": "random-of-two",
     "Session": "session",
+    "Weighted": "weighted",
 }
 
 

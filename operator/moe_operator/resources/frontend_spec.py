@@ -58,7 +58,9 @@ class Service(Model):
     )
 
 
-Routing = Literal["LeastLoaded", "PrefixAffinity", "PrefixAffinityExact", "RandomOfTwo", "Session"]
+Routing = Literal[
+    "LeastLoaded", "PrefixAffinity", "PrefixAffinityExact", "RandomOfTwo", "Session", "Weighted"
+]
 
 
 class Frontend(PodSettings):
@@ -91,7 +93,8 @@ class Frontend(PodSettings):
         "PrefixAffinity: the one with the least to compute, because it has computed the beginning of the "
         "prompt before. PrefixAffinityExact: the same, but replicas report what they have cached; use it "
         "with several frontends. Session: the same one for all requests of a session (metadata "
-        "x-session-id). RandomOfTwo: the less loaded of two. Default: LeastLoaded.",
+        "x-session-id). RandomOfTwo: the less loaded of two. Weighted: the fewest requests for its measured "
+        "speed, for replicas on unequal hardware. Default: LeastLoaded.",
     )
     tenants: list[Tenant] = Field(
         default=[],
