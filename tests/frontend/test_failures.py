@@ -17,7 +17,11 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from moe_api import rich_status
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
+from moe_api.prefixes import names_of
+from moe_api.worker.v1 import worker_pb2
 from moe_frontend.discovery.endpoints import Endpoint
+from moe_frontend.policy.balancing import ExactPrefixAffinity
+from moe_frontend.policy.watched import Held
 
 MOE_FRONTEND = Path(sys.executable).with_name("moe-frontend")
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -167,6 +171,31 @@ async def test_twenty_streams_all_go_on_when_one_of_two_workers_is_killed(bench)
     ends = await asyncio.gather(*(rest(call) for call in calls))
     assert ends == [list(range(1, 50))] * 20
     assert sum(first.startswith("victim") for first in firsts) == 10
+
+
+async def test_streams_leave_a_killed_worker_that_is_said_to_hold_their_prompts(bench):
+    """Its watch has not ended yet, or what was sent counts as held: it is suspect all the same."""
+    policy = ExactPrefixAffinity()
+    b = await bench(workers=0, patience_s=30, policy=policy)
+    victim = await b.add_process("victim", most=25)
+    await b.add_process("survivor")
+    prompt = f"count 50 0.01{' ' * 5000}"
+    blocks = names_of(inference_pb2.GenerateRequest(prompt=prompt), "")
+    held = {"victim": Held(), "survivor": Held()}
+    policy.index.apply("survivor", held["survivor"], worker_pb2.CacheChange(sequence=1, reset=True))
+    told = worker_pb2.CacheChange(sequence=1, reset=True, stored=blocks)
+    policy.index.apply("victim", held["victim"], told)
+    calls = [b.generate(prompt) for _ in range(20)]
+    firsts = [(await call.read()).text for call in calls]
+    assert sum(first.startswith("victim") for first in firsts) > 10
+    victim.kill()
+
+    async def rest(call):
+        return [token async for message in _rest(call) for token in message.tokens]
+
+    ending = asyncio.gather(*(rest(call) for call in calls))
+    policy.index.forget("victim", held["victim"])
+    assert await ending == [list(range(1, 50))] * 20
 
 
 async def _end(call):
