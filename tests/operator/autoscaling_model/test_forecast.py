@@ -38,7 +38,7 @@ def past_of(rates, day=DAY, horizon=1):
     return past
 
 
-def driven(rates, horizon=1, step_s=TEN_MINUTES, start=0, refit_every=50):
+def driven(rates, horizon=1, step_s=TEN_MINUTES, start=0, refit_every=100):
     """Forecasts by the step that they are for; refits are rare, for they are what costs time."""
     forecaster = Forecaster(horizon, step_s)
     made, patience = {}, 0
@@ -138,7 +138,7 @@ def test_a_daily_season_is_learned_when_there_is_one():
     chance, steps = np.random.default_rng(5), np.arange(7 * DAY)
     rates = 1000 * (1 + 0.8 * np.sin(2 * np.pi * steps / DAY)) * np.exp(chance.normal(0, 0.03, len(steps)))
     horizon = 6
-    made, _ = driven(rates, horizon)
+    made, _ = driven(rates, horizon, refit_every=50)
     scored = range(3 * DAY, 7 * DAY)
     assert wape(rates, made, scored) < 0.3 * wape(rates, made, scored, last_value=horizon)
     upper = np.mean([rates[step] <= made[step].quantile(0.9) for step in scored])
@@ -173,7 +173,7 @@ def test_after_an_outage_demand_is_expected_back_as_soon_as_it_is():
 def test_bursts_from_nowhere_are_expected_as_large_as_they_were():
     chance = np.random.default_rng(13)
     rates = np.where(chance.random(300) < 0.5, 0.0, chance.uniform(0, 600, 300))
-    made, _ = driven(rates, 5, 60.0, refit_every=100)
+    made, _ = driven(rates, 5, 60.0)
     highest = np.quantile(rates, 0.9)
     for step in range(200, 300):
         assert made[step].quantile(0.9) <= 1.4 * highest
