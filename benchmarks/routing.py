@@ -269,15 +269,32 @@ def documents_of(
     text: Path, out: Path, most: int = 24_000, of_one: int = 6_000
 ) -> list[tuple[str, str, np.ndarray]]:
     """Of every source `most` characters of a text, `of_one` of a document: (domain, text, tokens)."""
-    tokenizer, taken, found = read_tokenizer(out / "tokenizer.json"), dict[str, int](), []
+    tokenizer = read_tokenizer(out / "tokenizer.json")
+    return [
+        (domain, part, np.asarray(tokenizer.encode(part, add_special_tokens=False).ids, np.int32))
+        for domain, part in parts_of(text, most, of_one)
+    ]
+
+
+def parts_of(text: Path, most: int, of_one: int) -> Iterator[tuple[str, str]]:
+    """The source of each document and its beginning, until there is enough of each source."""
+    taken = dict[str, int]()
     for document in read_documents(text):
         domain = source_of(document)
         part = document[: min(of_one, most - taken.get(domain, 0))]
         if part:
             taken[domain] = taken.get(domain, 0) + len(part)
-            tokens = np.asarray(tokenizer.encode(part, add_special_tokens=False).ids, np.int32)
-            found.append((domain, part, tokens))
-    return found
+            yield domain, part
+
+
+@main.command()
+@click.argument("text", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--most", default=24_000, help="Characters of each source.")
+@click.option("--of-one", default=6_000, help="Characters of a document.")
+def sample(text: Path, out: Path, most: int, of_one: int) -> None:
+    """Write as much text of each source as runs are scored on, for `moe-worker routing` and `eval`."""
+    write_text(out, "\0".join(part for _, part in parts_of(text, most, of_one)))
 
 
 def fit(learned: Scored, scored: Scored, experts: int) -> dict[str, float]:
