@@ -17,7 +17,7 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
@@ -55,11 +55,12 @@ ROWS = "rows.jsonl"
 
 @dataclass(frozen=True)
 class Variant:
-    """What one run has different: fields of config.json's `routing`, and of the settings."""
+    """What one run has different: fields of config.json's `routing`, of the settings, and of config.json."""
 
     routing: dict[str, Any]
     settings: dict[str, Any]
     hint: bool = False
+    shape: dict[str, Any] = field(default_factory=dict)
 
 
 _LEVELS = json.loads(SHAPE.read_text())["routing"]["levels"]
@@ -69,6 +70,11 @@ CURVES = ("fixed", "levels", "hint")
 RUNS = {
     "fixed": Variant({"levels": ONE_LEVEL}, {}),
     "annealed": Variant({"levels": ONE_LEVEL, "mass": 0.55}, _LATER),
+    "annealed-0.7": Variant({"levels": ONE_LEVEL, "mass": 0.7}, _LATER),
+    "annealed-0.8": Variant({"levels": ONE_LEVEL, "mass": 0.8}, _LATER),
+    "annealed-late": Variant({"levels": ONE_LEVEL, "mass": 0.65}, {"mass_after": 0.75}),
+    "annealed-8": Variant({"levels": ONE_LEVEL, "mass": 0.6}, _LATER, shape={"num_experts_per_tok": 8}),
+    "levels-annealed-0.7": Variant({"levels": _LEVELS, "mass": 0.7}, _LATER),
     "levels": Variant({"levels": _LEVELS}, {}),
     "levels-annealed": Variant({"levels": _LEVELS, "mass": 0.55}, _LATER),
     "hint": Variant({"levels": _LEVELS}, {"domain_share": 0.05}, hint=True),
@@ -101,8 +107,9 @@ def main() -> None:
 @click.option("--jobs", type=click.IntRange(1), default=1, help="Runs at once, each a process of one thread.")
 @click.option("--steps", type=click.IntRange(1), default=STEPS)
 @click.option("--batch", type=click.IntRange(1), default=BATCH)
+@click.option("--margins/--no-margins", default=True, help="Score the margin of runs with all experts, too.")
 def train(
-    corpus: Path, out: Path, names: tuple[str, ...], seeds: tuple[int, ...], jobs: int, steps: int, batch: int
+    corpus: Path, out: Path, names: tuple[str, ...], seeds: tuple[int, ...], jobs: int, **options: Any
 ) -> None:
     """Train runs, by default all of them, and score each at its end into OUT/RUN-SEED/rows.jsonl.
 
@@ -112,7 +119,7 @@ def train(
     tokenizer_of(out, text)
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         runs = {
-            pool.submit(train_run, out, name, seed, steps, batch): f"{name}-{seed}"
+            pool.submit(train_run, out, name, seed, **options): f"{name}-{seed}"
             for seed in seeds
             for name in names or RUNS
         }
@@ -120,13 +127,15 @@ def train(
             click.echo(f"{time.monotonic() - began:5.0f} s  {runs[done]}  {done.result()}")
 
 
-def train_run(out: Path, name: str, seed: int, steps: int, batch: int) -> str:
+def train_run(out: Path, name: str, seed: int, *, steps: int, batch: int, margins: bool) -> str:
     """Trains and scores one run; returns what to tell of it."""
     torch.set_num_threads(1)
     began, variant, folder = time.monotonic(), RUNS[name], out / f"{name}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "shape.json"
-    config.write_text(json.dumps({**json.loads(SHAPE.read_text()), "routing": variant.routing}))
+    config.write_text(
+        json.dumps({**json.loads(SHAPE.read_text()), **variant.shape, "routing": variant.routing})
+    )
     values: dict[str, Any] = {"balance_speed": 4e-3, **variant.settings}
     run = TrainingRun(
         TrainSettings(
@@ -138,7 +147,7 @@ def train_run(out: Path, name: str, seed: int, steps: int, batch: int) -> str:
     ready = time.monotonic()
     run.run()
     trained = time.monotonic()
-    found = list(rows(out, folder.name))
+    found = list(rows(out, folder.name, margins=margins))
     write_text(folder / ROWS, "".join(json.dumps(row) + "\n" for row in found))
     return (
         f"{found[0]['bits_per_byte']:.4f} bits per byte; ready {ready - began:.1f} s, trained "
@@ -324,7 +333,7 @@ def _counts(layers: list[Tensor], experts: int) -> Tensor:
     return torch.stack([torch.bincount(x[x >= 0], minlength=experts) for x in layers])
 
 
-def rows(out: Path, run: str) -> Iterator[dict[str, Any]]:
+def rows(out: Path, run: str, *, margins: bool = True) -> Iterator[dict[str, Any]]:
     """One for each run and mass, then those of the balance at serving."""
     seen, held_out = documents_of(out / "train.txt", out), documents_of(out / "valid.txt", out)
     for folder in sorted(path.parent for path in out.glob(f"{run}/model.safetensors")):
@@ -345,7 +354,7 @@ def rows(out: Path, run: str) -> Iterator[dict[str, Any]]:
                 **fit(score(model, seen), found, experts),
             }  # fmt: skip
         set_mass(model, 1.0)
-        if not dynamic and name not in CURVES[1:]:
+        if margins and not dynamic and name not in CURVES[1:]:
             yield from balanced(model, seen, held_out, folder.name)
 
 
