@@ -89,6 +89,11 @@ def test_the_chosen_gpu_is_the_current_one_before_anything_is_put_there(monkeypa
         load(EXAMPLE, EngineOptions(device="cuda:1"), progress=False)
 
 
+def test_a_gpu_without_a_number_is_the_current_one_already():
+    gpu.make_current(torch.device("cuda"))
+    gpu.make_current(torch.device("cpu"))
+
+
 def stored_bytes(model):
     """Of all weights of a model that was built."""
     seen, todo = {}, [model]

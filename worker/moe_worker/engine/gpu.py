@@ -23,9 +23,9 @@ SPARE_SHARE = 0.1
 
 def make_current(device: torch.device) -> None:
     """Makes a CUDA device the current one of this thread: Triton launches there whatever its arguments are,
-    and so torch captures graphs and records events.
+    and so torch captures graphs and records events. A device without an index is the current one already.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
 
 
