@@ -1,10 +1,10 @@
 """What all commands that ask the cluster share: the kubeconfig, and errors in one sentence."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Final
 
+from moe_api import api_status
 from moe_client import errors
 from moe_client.errors import CommandError
 
@@ -80,7 +80,7 @@ def _refusal(
     code: int, reason: str, body: str | bytes | None, namespace: str, name: str | None
 ) -> CommandError:
     """The error of an error response. It quotes the API server, which names the right or the field."""
-    answer = _status(body)
+    answer = api_status.parse(body)
     said = f"{code} {answer.get('message') or reason}"
     if code == _ABSENT and (answer.get("details") or {}).get("name"):
         sentence = f"no MoEDeployment {name} in namespace {namespace}; `moe status -A` lists all there are"
@@ -98,12 +98,3 @@ def _refusal(
     else:
         sentence = f"the cluster does not take the change ({said}); `moe status {name}` shows the object"
     return CommandError(sentence, errors.FAILED if code == _CONFLICT else errors.WRONG)
-
-
-def _status(body: str | bytes | None) -> dict[str, Any]:
-    """The Status object of a response; empty if it is none."""
-    try:
-        found = json.loads(body or "")
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}

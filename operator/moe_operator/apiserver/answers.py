@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any, Final
 
 from kubernetes.dynamic.exceptions import DynamicApiError
 
+from moe_api import api_status
 from moe_operator.errors import (
     ApplyForbiddenError,
     ApplyRefusedError,
@@ -42,7 +42,7 @@ _SENTENCE_MOST: Final = 2000
 
 def translated(error: DynamicApiError, method: str, path: str) -> MoEOperatorError:
     """The error to raise for an error response to `method` at `path`."""
-    code, said, status = error.status, message(error.body), _status(error.body)
+    code, said, status = error.status, message(error.body), api_status.parse(error.body)
     if _DENIED.search(said):
         return ApplyForbiddenError(f"the API server forbids {path}: {said}{_remedy(said)}")
     if code == _EXPIRED:
@@ -93,17 +93,8 @@ def _wrong_fields(status: Mapping[str, Any]) -> list[str]:
     return [cause["field"] for cause in causes if cause.get("field")]
 
 
-def _status(body: str | bytes | None) -> Mapping[str, Any]:
-    """The Status object of a response; empty if it is none."""
-    try:
-        found = json.loads(body or "")
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def message(body: str | bytes | None) -> str:
     """The message of a Status object, or the body itself if it is none."""
     text = body.decode(errors="replace") if isinstance(body, bytes) else body or ""
-    said = str(_status(body).get("message") or text)
+    said = str(api_status.parse(body).get("message") or text)
     return said if len(said) <= _SENTENCE_MOST else f"{said[:_SENTENCE_MOST]}..."
