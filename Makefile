@@ -32,6 +32,7 @@ soak: setup-all ## Run the long tests: scalings, rollouts and faults under load,
 	timeout 1800 $(BIN)/python -m pytest -m slow $(ARGS)
 	timeout 7800 $(BIN)/python -m pytest -m soak -s tests/soak $(ARGS)
 	timeout 1800 $(BIN)/python -m benchmarks.faults
+	timeout 1800 $(BIN)/python -m benchmarks.dashboards
 	MOE_FUZZ=10000 timeout 3600 $(BIN)/python -m pytest -s tests/operator/test_fuzz.py
 
 up: setup ## Start the local cluster and leave it running

@@ -45,10 +45,16 @@ class Program:
 
 @dataclass(frozen=True)
 class Source:
-    """A Go module and the programs in it."""
+    """A Go module, the programs in it, and the build tags that select files."""
 
     directory: Path
     programs: tuple[Program, ...]
+    tags: tuple[str, ...] = ()
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Flags of `go build`, without those of the linker."""
+        return (*FLAGS, "-tags", ",".join(self.tags)) if self.tags else FLAGS
 
     def choose(self, names: Sequence[str]) -> tuple[Program, ...]:
         """The programs with these names.
@@ -78,7 +84,7 @@ class Source:
 
     def digest(self) -> str:
         """Sixteen hexadecimal digits that change with any input of the build."""
-        settings = (FLAGS, self.linker_flags(), platform.system(), platform.machine())
+        settings = (self.flags, self.linker_flags(), platform.system(), platform.machine())
         state = hashlib.sha256(repr(settings).encode())
         for path in sorted(self._inputs()):
             content = path.read_bytes()
@@ -114,7 +120,7 @@ class Compilation:
             BuildError: with the end of the compiler's output.
         """
         start = self.clock()
-        flags = (*FLAGS, "-ldflags", self.source.linker_flags())
+        flags = (*self.source.flags, "-ldflags", self.source.linker_flags())
         packages = [program.package for program in self.programs]
         # Also fetches the modules. Only stale packages are compiled, and `-v` prints each of them once.
         template = "{{if .Stale}}{{.ImportPath}}{{end}}"

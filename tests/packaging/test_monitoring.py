@@ -15,6 +15,7 @@ import pytest
 import yaml
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from benchmarks import dashboards
 from localcluster.build import ensure
 from tests.packaging import scraped
 from tests.packaging.promql import PromqlError, parse
@@ -224,6 +225,30 @@ def test_pod_monitors_give_the_labels_that_expressions_use(render):
     for body in monitors:
         labels = {re.sub(r"\W", "_", name) for name in body["spec"]["podTargetLabels"]}
         assert labels == scraped.OF_DEPLOYMENT
+
+
+def test_the_benchmark_scrapes_as_the_prometheus_operator_does(render):
+    *pods, operator = dashboards.scrape_configs(render(*dashboards.MONITORS))
+    for scrape in (*pods, operator):
+        made = {rule.get("target_label") for rule in scrape["relabel_configs"]} - {None}
+        of_deployment = set() if scrape is operator else scraped.OF_DEPLOYMENT
+        assert made | {"instance"} == scraped.TARGET | of_deployment
+    kept = [
+        [rule["regex"] for rule in scrape["relabel_configs"] if rule.get("action") == "keep"][1:]
+        for scrape in pods
+    ]
+    assert sorted(kept) == [["frontend", "http"], ["frontend", "metrics"], ["worker", "metrics"]]
+
+
+def test_the_benchmark_evaluates_every_panel_and_alert():
+    found = dashboards.expressions(120)
+    assert len(found) == len(RULES) + sum(len(panel["targets"]) for path in BOARDS for panel in panels(path))
+    assert not any(
+        "$" in item.text for item in found if item.place != "alerts" or "label_replace" not in item.text
+    )
+    known = {item.title for item in found}
+    assert set(dashboards.EXPLAINED) <= known
+    assert dashboards.filled('a{b=~"$deployment"}[$__rate_interval]', 9) == 'a{b=~".*"}[20s]'
 
 
 class Health(http.server.BaseHTTPRequestHandler):
