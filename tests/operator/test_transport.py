@@ -274,8 +274,12 @@ class Issuing:
 
 
 def certified(issuing, of, *pods):
+    return certified_with(issuing, of, Observed(pods=pods))
+
+
+def certified_with(issuing, of, seen):
     reconciler = Reconciler(None, Settings(), None, None, None, certificates=issuing)
-    return reconciler._certify(of, Observed(pods=pods))
+    return reconciler._certify(of, seen)
 
 
 def test_certificates_are_kept_for_as_long_as_a_pod_uses_them():
@@ -285,6 +289,16 @@ def test_certificates_are_kept_for_as_long_as_a_pod_uses_them():
     certified(issuing, deployment(**MUTUAL))
     certified(issuing, deployment(**PLAIN), observed(names.ROLE_WORKER, **MUTUAL))
     assert issuing.namespaces == ["default", "default"]
+
+
+def test_pods_that_stay_in_plaintext_after_an_upgrade_ask_for_no_certificates(upgraded):
+    """An operator without the right to write Secrets must not stall them."""
+    issuing = Issuing(ApplyForbiddenError("no right"))
+    assert certified_with(issuing, upgraded.deployment, upgraded.observed()) == []
+    assert issuing.namespaces == []
+    upgraded.change(engine={"maxBatchSize": 4})
+    assert certified_with(issuing, upgraded.deployment, upgraded.observed())
+    assert issuing.namespaces == [upgraded.deployment.identity.namespace]
 
 
 @pytest.mark.parametrize("kind", [ApplyForbiddenError, ReadForbiddenError, ApplyRefusedError])

@@ -21,6 +21,7 @@ from moe_operator.planner.pinning import with_pins
 from moe_operator.planner.plan import Plan, model_address, plan
 from moe_operator.render.worker import revision
 from moe_operator.resources.deployment import Deployment
+from moe_operator.resources.ports import serves_mutual_tls
 from moe_operator.rpc.dialing import Dialer
 from moe_operator.rpc.frontends import routed
 from moe_operator.rpc.leader import download, get_model
@@ -57,6 +58,14 @@ class Planning:
         with self._thought:
             observed = gather(self.cluster, deployment)
         return with_refusal(self.cluster, deployment, observed)
+
+    def secures_pods(self, deployment: Deployment, observed: Observed) -> bool:
+        """Whether new pods of the deployment serve mutual TLS. Pinned ones from before an upgrade may not."""
+        if not deployment.spec.transport.mutual:
+            return False
+        with self._thought:
+            pins = with_pins(deployment, observed).pinned
+        return any(serves_mutual_tls(pin.template, role) for role, pin in pins.items())
 
     def planned(self, deployment: Deployment, observed: Observed) -> tuple[Deployment, Observed, Plan]:
         """The plan and its inputs: pinned pods, and the responses of workers and frontends."""

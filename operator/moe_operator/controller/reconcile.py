@@ -201,7 +201,7 @@ class Reconciler:
         all pods are in plaintext.
         """
         secure, namespace = [pod for pod in observed.pods if pod.secure], deployment.identity.namespace
-        if self.certificates is None or not (deployment.spec.transport.mutual or secure):
+        if self.certificates is None or not (secure or self._planning.secures_pods(deployment, observed)):
             return []
         unmounted = any(not pod.address and not pod.terminating for pod in secure)
         try:
