@@ -50,6 +50,7 @@ BASELINE_OF = {"bf16": "bf16", "fp8": "fp8", "w4a16": "w4a16", "w4a8": "bf16"}
 PAGE = 16
 CONTEXT = 512
 PREFILL_SEQUENCES = 64
+KV_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 FORMATS = {"bf16": "dense", "fp8": "fp8", "w4a16": "w4a16", "w4a8": "w4a8"}
 
 
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prefill-tokens", type=int, default=16384, help="prompt tokens of one step")
+    parser.add_argument("--kv-dtype", default="bf16", choices=list(KV_DTYPES), help="of the KV cache")
     parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
     parser.add_argument("--host", action="store_true", help="what the host does in a decode step")
     parser.add_argument("--launches", action="store_true", help="kernel launches of one layer and token")
@@ -93,14 +95,17 @@ class Bench:
     graphs: DecodeGraphs
 
     @classmethod
-    def of(cls, number_format: str, batch: int, context: int, prefill_tokens: int) -> "Bench":
+    def of(
+        cls, number_format: str, batch: int, context: int, prefill_tokens: int,
+        kv_dtype: torch.dtype = torch.bfloat16,
+    ) -> "Bench":  # fmt: skip
         device = torch.device("cuda")
         with torch.inference_mode():
             plain = random_model(LARGE, number_format, context, device)
             config, model = plain.config, prepare(plain)
             del plain
             torch.cuda.empty_cache()
-            shape = CacheShape(config.num_hidden_layers, config.attention.cache_width, PAGE, torch.bfloat16)
+            shape = CacheShape(config.num_hidden_layers, config.attention.cache_width, PAGE, kv_dtype)
             cache = PagedCache.allocate(shape, batch * shape.pages_for(context), device)
             runner = CudaRunner(model, cache, batch, context, prefill_tokens, progress=True)
         options = EngineOptions(
@@ -114,7 +119,7 @@ class Bench:
 
 def measure(name: str, args: argparse.Namespace) -> Iterator[dict[str, object]]:
     most, context = max(*args.batch, PREFILL_SEQUENCES), CONTEXT + args.tokens
-    bench = Bench.of(FORMATS[name], most, context, args.prefill_tokens)
+    bench = Bench.of(FORMATS[name], most, context, args.prefill_tokens, KV_DTYPES[args.kv_dtype])
     if args.launches:
         yield row(f"launches a layer, {name}", launches_per_layer(bench), None, "kernels")
     for batch in args.batch:

@@ -24,6 +24,7 @@ from benchmarks.gpu_random import LARGE, random_model
 from moe_worker.kernels.triton import few
 from moe_worker.kernels.triton import linear as linear_kernels
 from moe_worker.kernels.triton.attention import AttentionTile, TokenTiles, attend, merge_values
+from moe_worker.kernels.triton.e4m3 import experts_e4m3
 from moe_worker.kernels.triton.experts import (
     Blocks,
     down_packed,
@@ -34,12 +35,12 @@ from moe_worker.kernels.triton.experts import (
 )
 from moe_worker.kernels.triton.latent import write_latents
 from moe_worker.kernels.triton.linear import linear_packed, linear_tile
-from moe_worker.kernels.triton.norm import Activation, Added, Rounding
+from moe_worker.kernels.triton.norm import Activation, Added, Rounding, round_values
 from moe_worker.kernels.triton.tiles import PackedInt4, Tile
 from moe_worker.kernels.triton.wide import experts_wide, widen
 from moe_worker.models.cuda import Rows
 from moe_worker.models.cuda_build import prepare
-from moe_worker.models.cuda_layer import linear, norm
+from moe_worker.models.cuda_layer import Products, linear, norm
 
 HIDDEN, INNER = LARGE["hidden_size"], LARGE["moe_intermediate_size"]
 EXPERTS, PER_TOKEN = LARGE["n_routed_experts"] + 2, LARGE["num_experts_per_tok"] + 2
@@ -282,8 +283,8 @@ def report_layer(tokens: int) -> None:
         shared = model.decode_pass(Rows(positions, pages[:, -1].long() * PAGE + PAGE - 1, pages), PAGE)
         x = torch.randn(tokens, HIDDEN, device="cuda").bfloat16()
         added, one = (Added(torch.randn(n, HIDDEN, device="cuda").bfloat16()) for n in (rows, tokens))
-        read = norm(x, None, layer.attention_norm_D, 1e-6, layer.input, wide=False)
-        joint = linear(read, layer.input, wide=False)
+        read = norm(x, None, layer.attention_norm_D, 1e-6, layer.input, Products.GROUPS)
+        joint = linear(read, layer.input, Products.GROUPS)
         query = torch.empty(tokens, HEADS, width, device="cuda", dtype=torch.bfloat16)
         out = Activation.empty(tokens, HEADS * VALUE, x.device)
         arguments = (joint[:, :-width], joint[:, -width:], layer.latent, shared.rotations_CP2)
@@ -301,13 +302,13 @@ def report_layer(tokens: int) -> None:
             return layer.block(x, layer.attention(x, added, shared, cache), shared)
 
         parts_of = {
-            "norm of 8": lambda: norm(x, added, layer.attention_norm_D, 1e-6, layer.input, wide=False),
-            "input": lambda: linear(read, layer.input, wide=False),
+            "norm of 8": lambda: norm(x, added, layer.attention_norm_D, 1e-6, layer.input, Products.GROUPS),
+            "input": lambda: linear(read, layer.input, Products.GROUPS),
             "latent": lambda: write_latents(*arguments, positions, shared.rows_T, cache, query),
             "attend": attention,
             "merge": lambda: merge_values(*parts, layer.value_HRV, out, Rounding.INT8),
-            "output": lambda: linear(out, layer.output, wide=False),
-            "norm of 1": lambda: norm(x, one, layer.block_norm_D, 1e-6, layer.gate_up, wide=False),
+            "output": lambda: linear(out, layer.output, Products.GROUPS),
+            "norm of 1": lambda: norm(x, one, layer.block_norm_D, 1e-6, layer.gate_up, Products.GROUPS),
             "sort": lambda: sort_by_expert(chosen, layer.counts_A, 16),
             "route": lambda: layer.routes(read.x_TD, None),
             "layer": whole,
@@ -326,10 +327,16 @@ def report_wide(tokens: int) -> None:
     def sort() -> Blocks:
         return sort_by_expert(chosen, counts, 64)
 
-    times = [microseconds(wide, 2), microseconds(sort, 2)]
-    print(
-        f"experts  {tokens:5} tokens us: wide {times[0]:8.0f}; the sort for tiles {times[1]:.0f}", flush=True
-    )
+    rows = Activation.empty_for(Rounding.E4M3, tokens, HIDDEN, x.x_TD.device)
+    rows.x_TD.copy_(x.x_TD)
+    round_values(rows, Rounding.E4M3)
+
+    def in_e4m3() -> None:
+        experts_e4m3(rows, gate_up, down, chosen, shares, counts)
+
+    times = {"bf16": wide, "e4m3": in_e4m3, "the sort for tiles": sort}
+    text = "  ".join(f"{name} {microseconds(work, 2):.0f}" for name, work in times.items())
+    print(f"experts over dequantized weights, {tokens:5} tokens us: {text}", flush=True)
 
 
 if __name__ == "__main__":

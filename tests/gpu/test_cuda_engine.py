@@ -5,6 +5,7 @@ differ; a token counts as right if plain float32 gives it nearly its best score.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,11 +21,12 @@ from moe_worker.kvcache.paged import CacheShape, PagedCache
 from moe_worker.models import cuda
 from moe_worker.models.batch import Batch, Segment
 from moe_worker.models.cuda_build import Sizes, prepare, unsupported
+from moe_worker.models.cuda_layer import Products
 from moe_worker.models.cuda_runner import CudaRunner
 from moe_worker.models.runner import ModelRunner
 from moe_worker.quant.formats import FORMATS
 from moe_worker.sampling.parameters import SamplingParameters
-from tests.gpu.device import DEVICE, INTERPRETED, needs_device
+from tests.gpu.device import DEVICE, INTERPRETED, multiply_in_e4m3, needs_device
 
 pytestmark = needs_device
 CONTEXT = 128
@@ -119,9 +121,29 @@ def test_wide_passes_are_narrow_ones(monkeypatch, number_format):
     narrow = both.kernels([Segment(tokens, 0, [5, 9, 2])], rows=range(40))
     monkeypatch.setattr(cuda, "WIDE_TOKENS", 1)
     monkeypatch.setattr(cuda, "WIDE_TOKENS_PACKED", 1)
+    both.runner._model = replace(both.runner._model, e4m3=False)
     wide = both.kernels([Segment(tokens, 0, [5, 9, 2])], rows=range(40))
     assert not torch.equal(narrow, wide)
     assert difference(wide, narrow) < 0.04
+
+
+def test_large_passes_in_e4m3_are_nearly_narrow_ones(monkeypatch):
+    multiply_in_e4m3(monkeypatch)
+    both, tokens = Both(FEW_LAYERS, "w4a8"), tokens_of(40, seed=2)
+    narrow = both.kernels([Segment(tokens, 0, [5, 9, 2])], rows=range(40))
+    monkeypatch.setattr(cuda, "WIDE_TOKENS_E4M3", 1)
+    wide = both.kernels([Segment(tokens, 0, [5, 9, 2])], rows=range(40))
+    assert 0.005 < difference(wide, narrow) < 0.1
+
+
+def test_only_int4_for_int8_activations_is_multiplied_in_e4m3(monkeypatch):
+    multiply_in_e4m3(monkeypatch)
+    with torch.inference_mode():
+        prepared = {
+            each: prepare(random_model(FEW_LAYERS, each, CONTEXT, DEVICE)).products(cuda.WIDE_TOKENS_E4M3)
+            for each in ("dense", "fp8", "w4a16", "w4a8")
+        }
+    assert [name for name, products in prepared.items() if products is Products.E4M3] == ["w4a8"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """w4a8 means one thing (tests/loud.py): Triton kernels against plain torch; tests/worker has the CPU's."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -19,7 +21,8 @@ pytestmark = needs_device
 def test_triton_kernels_compute_what_plain_torch_does(wide, monkeypatch):
     monkeypatch.setattr(cuda, "WIDE_TOKENS_PACKED", 1 if wide else 8192)
     latent = config_of(SHAPE).latent
-    prepared = prepare(model(DEVICE, torch.bfloat16), consume=True)
+    # Large passes on FP8 tensor cores round otherwise: test_cuda_engine.py.
+    prepared = replace(prepare(model(DEVICE, torch.bfloat16), consume=True), e4m3=False)
     width = Sizes.of(latent).cache_width(latent)
     actual = run(lambda cache: CudaRunner(prepared, cache, 8, 128, 256), DEVICE, torch.bfloat16, width)
     assert difference(actual, plain_logits()) < TOLERANCE["triton"]

@@ -9,12 +9,14 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional
 
 pytest.importorskip("triton")
 
 from moe_worker.config.moe import Level, Routing
 from moe_worker.kernels.triton import (
     attention,
+    e4m3,
     expanded,
     experts,
     few,
@@ -29,14 +31,17 @@ from moe_worker.kernels.triton import (
 from moe_worker.models import cuda
 from moe_worker.models.cuda_build import pack_fp8, pack_int4, split_dense
 from moe_worker.moe.router import choose
-from moe_worker.quant.fp8 import Fp8Weight, quantize_fp8
+from moe_worker.quant.fp8 import E4M3, Fp8Weight, quantize_fp8
 from moe_worker.quant.int4 import quantize_int4
 from moe_worker.quant.int8 import piece_of
 from moe_worker.quant.matrix import Dense, stack
-from tests.gpu.device import BF16, DEVICE, needs_device
+from tests.gpu.device import BF16, DEVICE, multiply_in_e4m3, needs_device
 
 pytestmark = needs_device
-NONE, INT8, EMULATED = norm.Rounding.NONE, norm.Rounding.INT8, norm.Rounding.EMULATED
+NONE, INT8, EMULATED, IN_E4M3 = norm.Rounding
+# The error of values in e4m3, which keep 4 bits: 1/16 at most, less in the root mean square.
+FP8 = 0.035
+ROUNDED = {NONE: 0.01, INT8: 0.015, EMULATED: 0.015, IN_E4M3: FP8}
 
 
 @pytest.fixture(autouse=True)
@@ -52,15 +57,15 @@ def difference(actual, expected):
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
-def poisoned(tokens, width, piece=0):
-    out = norm.Activation.empty(tokens, width, DEVICE, piece)
+def poisoned(tokens, width, piece=0, rounding=INT8):
+    out = norm.Activation.empty_for(rounding, tokens, width, DEVICE, piece)
     for tensor in (out.x_TD, out.scales_TX):
         tensor.fill_(math.nan)
-    out.q_TD.fill_(77)
+    out.q_TD.view(torch.int8).fill_(77)
     return out
 
 
-def from_int8(x):
+def rounded_side(x):
     return (x.q_TD.double().unflatten(1, (-1, x.piece)) * x.scales_TX.double().unsqueeze(-1)).flatten(1)
 
 
@@ -73,11 +78,11 @@ def packed_and_plain(weight, kind):
     return pack_fp8(rounded), rounded.dequantize().double()
 
 
-def quantized(x_TI):
-    """An activation whose int8 side is made by the norm kernel with a residual of unit rows."""
-    out = poisoned(*x_TI.shape)
+def quantized(x_TI, rounding=INT8):
+    """An activation whose rounded side is made by the norm kernel with a residual of unit rows."""
+    out = poisoned(*x_TI.shape, rounding=rounding)
     ones = torch.ones(x_TI.shape[1], device=DEVICE, dtype=torch.bfloat16)
-    norm.residual_norm(x_TI, None, ones, 1e-6, out, INT8)
+    norm.residual_norm(x_TI, None, ones, 1e-6, out, rounding)
     return out
 
 
@@ -91,7 +96,7 @@ def test_residual_norm(tokens, width, summed):
     assert difference(residual, total) < BF16
     assert difference(out.x_TD, expected) < BF16
     top = out.x_TD.double().unflatten(1, (-1, out.piece)).abs().amax(-1, keepdim=True)
-    error = (from_int8(out) - out.x_TD.double()).abs().unflatten(1, (-1, out.piece))
+    error = (rounded_side(out) - out.x_TD.double()).abs().unflatten(1, (-1, out.piece))
     assert (error <= top / 254 * 1.0001).all()
 
 
@@ -111,7 +116,7 @@ def test_emulated_rounding_is_that_of_int8():
     outs = poisoned(9, 320), poisoned(9, 320)
     for out, rounding in zip(outs, (INT8, EMULATED), strict=True):
         norm.residual_norm(x, None, ones, 1e-6, out, rounding)
-    assert difference(outs[1].x_TD, from_int8(outs[0])) < BF16
+    assert difference(outs[1].x_TD, rounded_side(outs[0])) < BF16
 
 
 def test_packed_weights_are_the_rounded_ones():
@@ -130,7 +135,7 @@ def test_linear(tokens, inputs, outputs, kind):
     x, (weight, plain) = quantized(randn(tokens, inputs)), packed_and_plain(randn(outputs, inputs), kind)
     actual = torch.full((tokens, outputs), math.nan, device=DEVICE)
     linear.linear_packed(x, weight, actual)
-    expected = (from_int8(x) if kind == "w4a8" else x.x_TD.double()) @ plain.t()
+    expected = (rounded_side(x) if kind == "w4a8" else x.x_TD.double()) @ plain.t()
     assert difference(actual, expected) < 1e-5
 
 
@@ -141,7 +146,7 @@ def test_parts_of_a_product_sum_to_it(tokens, kind):
     parts = linear.linear_parts(tokens, weight)
     actual = torch.full((tokens * parts, 130), math.nan, device=DEVICE)
     linear.linear_packed(x, weight, actual, parts)
-    expected = (from_int8(x) if kind == "w4a8" else x.x_TD.double()) @ plain.t()
+    expected = (rounded_side(x) if kind == "w4a8" else x.x_TD.double()) @ plain.t()
     assert parts > 1
     assert difference(actual.view(tokens, parts, 130).sum(1), expected) < 1e-5
 
@@ -178,7 +183,7 @@ def test_an_iteration_may_reach_behind_the_last_group(monkeypatch, turn, inputs,
     x, (weight, plain) = quantized(randn(3, inputs)), packed_and_plain(randn(130, inputs), kind)
     actual = torch.full((3, 130), math.nan, device=DEVICE)
     linear.linear_packed(x, weight, actual)
-    expected = (from_int8(x) if kind == "w4a8" else x.x_TD.double()) @ plain.t()
+    expected = (rounded_side(x) if kind == "w4a8" else x.x_TD.double()) @ plain.t()
     assert difference(actual, expected) < 1e-5
 
 
@@ -189,7 +194,7 @@ def test_linear_of_few_tokens(tokens, inputs, outputs):
     assert few.takes(weight, x)
     actual = torch.full((tokens, outputs), math.nan, device=DEVICE)
     few.linear_few(x, weight, actual)
-    assert difference(actual, from_int8(x) @ plain.t()) < 1e-5
+    assert difference(actual, rounded_side(x) @ plain.t()) < 1e-5
     # What the norm kernel rounds is the bf16 side, too; halves may go to either side.
     itself = torch.full((tokens, outputs), math.nan, device=DEVICE)
     few.linear_few(x, weight, itself, rounded=False)
@@ -274,9 +279,9 @@ def test_attention_over_pages_and_the_merge_of_slices(slices, counts, heads, pag
         expected.append(torch.einsum("hr,hrv->hv", shares @ rows[:, :rank], weight.double()).flatten())
     expected = torch.stack(expected)
     for rounding in norm.Rounding:
-        out = poisoned(tokens, heads * value, piece_of(value))
+        out = poisoned(tokens, heads * value, piece_of(value), rounding)
         attention.merge_values(parts, lse, weight, out, rounding)
-        actual = from_int8(out) if rounding is INT8 else out.x_TD
+        actual = rounded_side(out) if rounding is INT8 else out.x_TD
         assert difference(actual, expected) < (0.01 if rounding is NONE else 0.015) + BF16
 
 
@@ -286,15 +291,15 @@ def test_values_of_a_head_that_are_no_whole_pieces_are_padded_and_rounded_over_h
     heads, value, padded, rank, slices = 4, 48, 64, 64, 2
     parts, lse = randn(tokens, heads, slices, rank).float(), randn(tokens, heads, slices).float()
     weight = randn(heads, rank, value)
-    out = poisoned(tokens, heads * value, piece_of(value))
+    out = poisoned(tokens, heads * value, piece_of(value), rounding)
     attention.merge_values(
-        parts, lse, torch.nn.functional.pad(weight, (0, padded - value)).contiguous(), out, rounding
+        parts, lse, functional.pad(weight, (0, padded - value)).contiguous(), out, rounding
     )
     shares = (lse.double() * math.log(2)).softmax(-1)
     latents = torch.einsum("ths,thsr->thr", shares, parts.double())
     expected = torch.einsum("thr,hrv->thv", latents, weight.double()).flatten(1)
-    actual = from_int8(out) if rounding is INT8 else out.x_TD
-    assert difference(actual, expected) < (0.01 if rounding is NONE else 0.015) + BF16
+    actual = rounded_side(out) if rounding in (INT8, IN_E4M3) else out.x_TD
+    assert difference(actual, expected) < ROUNDED[rounding] + BF16
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
@@ -333,7 +338,7 @@ def expanded_attention(cache, query, weights, counts, ends, page, rounding=NONE)
     rows = cuda.Rows(positions, positions, pages)
     contexts = expanded.Contexts(*cuda._contexts(ends, rows, page), cuda._tiles(counts, 16, DEVICE))
     expanded_CO, latents_CW = expanded.expand(cache, contexts.rows_C, key, value)
-    out = poisoned(len(query), value.shape[0] * value.shape[2], piece_of(value.shape[2]))
+    out = poisoned(len(query), value.shape[0] * value.shape[2], piece_of(value.shape[2]), rounding)
     expanded.attend_expanded(
         query, expanded_CO, latents_CW, positions, contexts, key.shape[1], key.shape[2], 0.1, out, rounding
     )
@@ -356,8 +361,8 @@ def test_attention_over_expanded_contexts(heads, value, rounding):
         scores = torch.einsum("hn,hcn->hc", own[:, :plain], keys) + own[:, plain:] @ seen[:, rank:].t()
         values = torch.einsum("cr,hrv->hcv", seen[:, :rank], weight.double())
         expected.append(torch.einsum("hc,hcv->hv", (scores * 0.1).softmax(-1), values).flatten())
-    actual = from_int8(out) if rounding is INT8 else out.x_TD
-    assert difference(actual, torch.stack(expected)) < 0.015 + BF16
+    actual = rounded_side(out) if rounding in (INT8, IN_E4M3) else out.x_TD
+    assert difference(actual, torch.stack(expected)) < max(0.015, ROUNDED[rounding]) + BF16
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
@@ -492,7 +497,7 @@ def plain_experts(x_TD, gate_up_AFD, down_ADI, chosen_TK, shares_TK):
                 out[t, k] = 0
                 continue
             gate, up = (gate_up_AFD[expert].double() @ x_TD[t].double()).chunk(2)
-            hidden = torch.nn.functional.silu(gate) * up
+            hidden = functional.silu(gate) * up
             out[t, k] = down_ADI[expert].double() @ hidden * shares_TK[t, k].double()
     return out
 
@@ -514,7 +519,7 @@ def test_experts(number_format, tokens, wanted, inner):
         weights, plain = zip(
             *(packed_and_plain(each, number_format) for each in (gate_up, down)), strict=True
         )
-    values = from_int8(x) if int8 else x.x_TD.double()
+    values = rounded_side(x) if int8 else x.x_TD.double()
     cut = experts.expert_tiles(tokens, number_format if packed else None)
     blocks = experts.sort_by_expert(chosen, counts, cut.rows)
     if wanted == "wide":
@@ -541,6 +546,77 @@ def test_experts(number_format, tokens, wanted, inner):
     assert difference(residual, expected.sum(dim=1)) < tolerance
 
 
+def test_values_in_e4m3_are_the_nearest():
+    """The largest is 448, so that the scale is 1; halfway cases, subnormals and zeros are among them."""
+    codes = torch.arange(127, dtype=torch.uint8, device=DEVICE).view(E4M3).float()
+    x_I = torch.cat((codes, (codes[1:] + codes[:-1]) / 2, (codes[1:] * 7 + codes[:-1]) / 8, -codes))
+    x = poisoned(1, 512, rounding=IN_E4M3)
+    x.x_TD[0] = functional.pad(x_I, (0, 512 - len(x_I)))
+    norm.round_values(x, IN_E4M3)
+    assert x.scales_TX.item() == 1
+    assert torch.equal(x.q_TD.float(), x.x_TD.to(E4M3).float())
+
+
+def test_the_norm_rounds_rows_to_e4m3():
+    x_TD = randn(9, 320)
+    x_TD[3] *= 1e4
+    x_TD[5] = 0
+    x_TD[6, 7] = math.nan
+    x = quantized(x_TD, IN_E4M3)
+    finite = torch.tensor([0, 1, 2, 3, 4, 5, 7, 8], device=DEVICE)
+    error = (rounded_side(x) - x.x_TD.double())[finite].abs()
+    assert (error <= x.x_TD[finite].abs() / 15.9 + x.scales_TX[finite] * 2.0**-10).all()
+    assert rounded_side(x)[6].isnan().all()
+
+
+@pytest.mark.parametrize("inputs", [256, 320])
+def test_weights_in_e4m3_are_exact_where_their_scale_is_the_largest(inputs):
+    weight, plain = packed_and_plain(randn(3, 144, inputs), "w4a8")
+    rows = e4m3.widen_rows(weight)
+    actual = rows.values.double() * rows.scales.double().unsqueeze(-1)
+    assert ((actual - plain).abs() <= plain.abs() / 15.9).all()
+    largest = weight.scales == weight.scales.amax(-2, keepdim=True)
+    groups = largest.transpose(-1, -2).repeat_interleave(128, -1)[..., :inputs]
+    assert torch.allclose(actual[groups], plain[groups], rtol=1e-6)
+    assert not torch.allclose(actual[~groups], plain[~groups], rtol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_linear_in_e4m3(tokens):
+    weight, plain = packed_and_plain(randn(208, 320), "w4a8")
+    x = quantized(randn(tokens, 320), IN_E4M3)
+    assert difference(e4m3.linear_e4m3(x, weight), x.x_TD.double() @ plain.t()) < 2 * FP8
+
+
+@pytest.mark.parametrize("inner", [128, 64])
+def test_experts_in_e4m3(inner, monkeypatch):
+    multiply_in_e4m3(monkeypatch)
+    count, width, per_token, tokens = 6, 192, 3, 40
+    x = quantized(randn(tokens, width), IN_E4M3)
+    weights, plain = zip(
+        *(
+            packed_and_plain(randn(count, *size) / 14, "w4a8")
+            for size in ((2 * inner, width), (width, inner))
+        ),
+        strict=True,
+    )
+    chosen = torch.rand(tokens, count, device=DEVICE).topk(per_token).indices.int()
+    chosen.view(-1)[2::5] = -1  # no expert
+    shares = torch.rand(tokens, per_token, device=DEVICE)
+    counts = chosen[chosen >= 0].bincount(minlength=count).int()
+    added = e4m3.experts_e4m3(x, *weights, chosen, shares, counts)
+    expected = plain_experts(x.x_TD, *plain, chosen, shares)
+    assert added.order_M is not None
+    rows = added.rows_MD[added.order_M]
+    there = chosen.flatten() >= 0
+    # Three products of two rounded factors each: gate, up and down.
+    assert difference(rows[there], expected.flatten(0, 1)[there]) < 0.08
+    residual, out = torch.zeros(tokens, width, dtype=torch.bfloat16, device=DEVICE), poisoned(tokens, width)
+    ones = torch.ones(width, dtype=torch.bfloat16, device=DEVICE)
+    norm.residual_norm(residual, added, ones, 1e-6, out, NONE)
+    assert difference(residual, expected.sum(dim=1)) < 0.08
+
+
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize(("width", "inner"), [(256, 128), (512, 384), (1280, 512)])
 @pytest.mark.parametrize("routed", [3, 0])
@@ -556,7 +632,7 @@ def test_experts_of_few_tokens(tokens, width, inner, routed):
     chosen = torch.cat((chosen, taken), dim=1).int().contiguous()
     shares = torch.rand(tokens, per_token, device=DEVICE)
     rows = few.experts_few(x, gate_up, down, few.Taken(chosen, routed, int(taken[0, 0])), shares)
-    expected = plain_experts(from_int8(x), plain_gate_up, plain_down, chosen, shares)
+    expected = plain_experts(rounded_side(x), plain_gate_up, plain_down, chosen, shares)
     for row, wish in zip(rows, expected.flatten(0, 1), strict=True):
         assert difference(row, wish) < 0.02 + 2 * BF16
 
@@ -574,12 +650,12 @@ def test_few_rows_of_padding_are_no_experts():
 def test_a_dense_block_is_the_sum_of_its_experts():
     gate_up, down, x = (torch.randn(*size).double() for size in ((600, 16), (16, 300), (4, 16)))
     gate, up = (x @ gate_up.t()).chunk(2, dim=1)
-    expected = (torch.nn.functional.silu(gate) * up) @ down.t()
+    expected = (functional.silu(gate) * up) @ down.t()
     total = torch.zeros_like(x)
     parts = split_dense(Dense(gate_up), Dense(down), 3)
     for own_gate_up, own_down in zip(*(part.dense for part in parts), strict=True):
         gate, up = (x @ own_gate_up.t()).chunk(2, dim=1)
-        total += (torch.nn.functional.silu(gate) * up) @ own_down.t()
+        total += (functional.silu(gate) * up) @ own_down.t()
     assert torch.allclose(total, expected)
 
 

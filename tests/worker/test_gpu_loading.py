@@ -1,5 +1,6 @@
 """What loading decides about a GPU, without one: whether the kernels take a model, and whether it fits."""
 
+import importlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from moe_worker.engine import gpu
 from moe_worker.engine.loading import load
 from moe_worker.errors import SettingsError
 from moe_worker.kernels import registry
+from moe_worker.kernels.registry import Hardware, explain
 
 pytest.importorskip("triton")
 from moe_worker.models.cuda_graph import batch_sizes
@@ -71,6 +73,30 @@ def test_the_example_runs_on_the_kernels(number_format):
     """Its heads have 48 values, which are no whole pieces of 64."""
     config = read_checkpoint_config(find_checkpoint(EXAMPLE))
     assert gpu.probe_gpu(config, number_format).kernels == "triton"
+
+
+@pytest.mark.parametrize(
+    ("number_format", "e4m3", "ranks", "experts", "reason"),
+    [
+        ("w4a8", True, 1, "kernels.triton.e4m3.experts_e4m3", "has them"),
+        ("w4a8", False, 1, "kernels.triton.wide.experts_wide", "has them"),
+        ("w4a8", True, 2, "kernels.triton.wide.experts_wide", "ranks do not exchange"),
+        ("w4a16", True, 1, "kernels.triton.wide.experts_wide", "products in bf16"),
+    ],
+)
+def test_how_large_passes_multiply_is_explained(number_format, e4m3, ranks, experts, reason):
+    hardware = Hardware("cuda", "triton", "a GPU", ranks, e4m3, "has them")
+    (line,) = (each for each in explain(number_format, hardware) if "experts of large passes" in each)
+    assert line.startswith(f"{number_format} experts of large passes: triton, {experts} (")
+    assert reason in line
+    module, name = experts.rsplit(".", 1)
+    assert callable(getattr(importlib.import_module(f"moe_worker.{module}"), name))
+
+
+def test_a_machine_without_a_gpu_has_no_products_in_e4m3():
+    hardware = gpu.probe_gpu(config_of(LARGE), "w4a8", torch.device("cpu"))
+    assert not hardware.e4m3
+    assert "no CUDA device" in hardware.e4m3_reason
 
 
 class DeviceIsCurrentError(Exception):

@@ -17,6 +17,7 @@ from moe_worker.models.runner import Runner
 from moe_worker.quant.formats import FORMATS
 
 GB = 10**9
+CUDA = torch.device("cuda")
 # Share of a GPU's memory that is left for forward passes.
 SPARE_SHARE = 0.1
 
@@ -29,18 +30,23 @@ def make_current(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def probe_gpu(config: ModelConfig, number_format: str) -> Hardware:
-    """Whether the Triton kernels compute this model in `number_format`, and why."""
+def probe_gpu(config: ModelConfig, number_format: str, device: torch.device = CUDA) -> Hardware:
+    """Whether the Triton kernels compute this model in `number_format` on `device`, and why."""
     if importlib.util.find_spec("triton") is None:
         return Hardware("cuda", None, "triton is not installed")
     if number_format == "fp32":
         return Hardware("cuda", None, "the kernels compute in bf16, and dtype float32 was asked for")
-    from moe_worker.models.cuda_build import unsupported  # noqa: PLC0415 - triton is not everywhere
+    from moe_worker.kernels.triton import e4m3  # noqa: PLC0415 - triton is not everywhere
+    from moe_worker.models.cuda_build import unsupported  # noqa: PLC0415
 
     reason = unsupported(config, number_format)
     if reason is not None:
         return Hardware("cuda", None, reason)
-    return Hardware("cuda", "triton", "this is a CUDA device")
+    lacking = e4m3.lacking(device)
+    return Hardware(
+        "cuda", "triton", "this is a CUDA device",
+        e4m3=lacking is None, e4m3_reason=lacking or "this device has FP8 tensor cores",
+    )  # fmt: skip
 
 
 def cache_width(config: ModelConfig) -> int:

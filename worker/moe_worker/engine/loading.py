@@ -214,7 +214,7 @@ def probe(
 ) -> Hardware:
     """Kernels that `device` has for a model in `number_format` (of registry.FORMATS)."""
     if device.type == "cuda":
-        return replace(gpu.probe_gpu(config, number_format), ranks=shape.expert)
+        return replace(gpu.probe_gpu(config, number_format, device), ranks=shape.expert)
     if not isinstance(config.attention, LatentConfig):
         reason = f"there are no CPU kernels for the attention of {config.architecture} yet"
         return Hardware("cpu", None, reason, shape.expert)

@@ -19,13 +19,16 @@ class Hardware:
     """The hardware: `device` is "cpu" or "cuda".
 
     kernels: "triton", or the fastest CPU kernels for this machine; None if there are none for the machine or
-    the model. `reason` explains it in words. ranks: processes that share the experts of a layer.
+    the model. `reason` explains it in words. ranks: processes that share the experts of a layer. e4m3:
+    whether products of large passes may run on FP8 tensor cores; `e4m3_reason` explains it.
     """
 
     device: str
     kernels: str | None = None
     reason: str = ""
     ranks: int = 1
+    e4m3: bool = False
+    e4m3_reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,12 @@ _TRITON_DENSE = _TRITON | {
     "linear": "torch.nn.functional.linear",
     "experts": "kernels.triton.experts.experts_bf16",
 }
+# Passes of so many tokens that dequantizing all weights costs less (models.cuda.CudaModel.products).
+_LARGE = {"linear": "torch.nn.functional.linear", "experts": "kernels.triton.wide.experts_wide"}
+_LARGE_E4M3 = {
+    "linear": "kernels.triton.e4m3.linear_e4m3",
+    "experts": "kernels.triton.e4m3.experts_e4m3",
+}
 # One call computes all layers (native/forward.h) where all experts are in this process.
 _FUSED = dict.fromkeys(OPERATIONS, "kernels.cpu.library.Kernels.run")
 _NATIVE = {
@@ -106,8 +115,22 @@ def choose(operation: str, number_format: str, hardware: Hardware) -> KernelChoi
 
 
 def explain(number_format: str, hardware: Hardware) -> list[str]:
-    """One line an operation."""
-    return [str(choose(operation, number_format, hardware)) for operation in OPERATIONS]
+    """One line an operation; further ones for operations that large passes compute otherwise."""
+    choices = [choose(operation, number_format, hardware) for operation in OPERATIONS]
+    return [str(choice) for choice in (*choices, *_of_large_passes(number_format, hardware))]
+
+
+def _of_large_passes(number_format: str, hardware: Hardware) -> list[KernelChoice]:
+    if _implementation(number_format, hardware)[0] != TRITON:
+        return []
+    functions, reason = _LARGE, "the library's products in bf16 are faster"
+    if number_format == "w4a8":
+        functions = _LARGE_E4M3 if hardware.e4m3 and hardware.ranks == 1 else _LARGE
+        reason = hardware.e4m3_reason if hardware.ranks == 1 else "ranks do not exchange activations in e4m3"
+    return [
+        KernelChoice(f"{operation} of large passes", number_format, TRITON, function, reason)
+        for operation, function in functions.items()
+    ]
 
 
 def _implementation(number_format: str, hardware: Hardware) -> tuple[str, str]:

@@ -25,7 +25,7 @@ from moe_worker.models.cuda import CudaModel, Rows
 from moe_worker.models.cuda_build import prepare, prepare_experts
 from moe_worker.models.cuda_counts import CudaExpertCounter
 from moe_worker.models.cuda_graph import DecodeGraphs
-from moe_worker.models.cuda_layer import Pass, rounding, stored_tensors
+from moe_worker.models.cuda_layer import Pass, Products, rounding, stored_tensors
 from moe_worker.models.cuda_runner import warm_sizes
 from moe_worker.models.deepseek import DeepseekModel
 from moe_worker.models.stage import Stage
@@ -74,7 +74,7 @@ class CudaStage:
     @property
     def sends_int8(self) -> bool:
         """Whether activations of decode steps go to other ranks as int8 values with scales."""
-        return rounding(self._model.layers[-1].gate_up, wide=False) is Rounding.INT8
+        return rounding(self._model.layers[-1].gate_up, Products.GROUPS) is Rounding.INT8
 
     def capacity(self, tokens: int) -> int:
         """Tokens of `tokens` that a rank may send to each other one, before room is made for all."""
@@ -170,7 +170,7 @@ class CudaStage:
         self, most: int, batch: Batch, cache: PagedCache, rows: Sequence[int], x_tD: Tensor | None
     ) -> Tensor:
         shared, tokens_T = self._prefill_pass(batch, cache)
-        shared = replace(shared, wide=self._model.is_wide(most))
+        shared = replace(shared, products=self._model.products(most))
         if x_tD is not None and not batch.segments:
             x_tD = x_tD.new_zeros(1, self.hidden)
         capacity = self.capacity(most)

@@ -15,6 +15,7 @@ from moe_worker.config.attention import LatentConfig
 from moe_worker.config.model import ModelConfig
 from moe_worker.config.quantization import Fp8Storage, PackedStorage, SparseStorage
 from moe_worker.kernels.linear import Linear
+from moe_worker.kernels.triton import e4m3
 from moe_worker.kernels.triton.latent import LatentWeights
 from moe_worker.kernels.triton.tiles import PackedFp8, PackedInt4, pack_values
 from moe_worker.kernels.triton.wide import Weight
@@ -119,7 +120,18 @@ def prepare(
         scale=scale,
         counts_LA=counts_LA,
         begin=model.stage.begin,
+        e4m3=e4m3.lacking(model.device) is None and all(map(_multiplies_e4m3, layers)),
     )
+
+
+def _multiplies_e4m3(layer: CudaLayer) -> bool:
+    """Whether large passes may multiply in e4m3: its weights are int4, and its activations rounded anyway.
+
+    Ranks exchange activations in int8 or bf16.
+    """
+    weights = (layer.input, layer.query, layer.output, layer.gate_up, layer.down)
+    packed = [isinstance(each, PackedInt4) and each.int8 for each in weights if each is not None]
+    return layer.exchange is None and all(packed)
 
 
 def _layer(

@@ -6,6 +6,7 @@ intermediate of an expert, F = 2 * I, K experts a token, M = T * K rows.
 """
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional
 from moe_worker.config.moe import Routing
 from moe_worker.kernels.triton import few
 from moe_worker.kernels.triton.attention import TokenTiles, attend, merge_values
+from moe_worker.kernels.triton.e4m3 import experts_e4m3, linear_e4m3
 from moe_worker.kernels.triton.expanded import Contexts, attend_expanded, expand
 from moe_worker.kernels.triton.experts import expert_tiles, experts_bf16, experts_packed, sort_by_expert
 from moe_worker.kernels.triton.latent import LatentWeights, write_latents
@@ -26,12 +28,21 @@ from moe_worker.models.mla import INNER_NORM_EPS
 from moe_worker.quant.int8 import piece_of
 
 
+class Products(Enum):
+    """How a pass multiplies by packed weights: with scaled sums of each group of inputs, or, where it has so
+    many tokens that dequantizing costs less, by the library in bf16 or in e4m3.
+    """
+
+    GROUPS = "groups"
+    BF16 = "bf16"
+    E4M3 = "e4m3"
+
+
 @dataclass(frozen=True)
 class Pass:
     """What all layers of a pass share.
 
     rotations_CP2: float32, cosine and sine of each position's pairs. slices: of the context, for attention.
-    wide: whether there are so many tokens that products in bf16 are fastest whatever the weights' format.
     valid: int32 [1], the tokens that are no padding; None: all. capacity: tokens that each rank of a mesh may
     send to each other one. contexts: where attention expands keys and values; None: where queries are
     absorbed.
@@ -46,7 +57,7 @@ class Pass:
     rotations_CP2: Tensor
     eps: float
     scale: float
-    wide: bool = False
+    products: Products = Products.GROUPS
     valid: Tensor | None = None
     capacity: int = 0
     contexts: Contexts | None = None
@@ -105,15 +116,16 @@ class CudaLayer:
         which a token has the sum of S rows.
         """
         tokens = x_TD.shape[0]
-        normed = norm(x_TD, added, self.attention_norm_D, shared.eps, self.input, shared.wide)
-        joint_TO = linear(normed, self.input, shared.wide)
+        normed = norm(x_TD, added, self.attention_norm_D, shared.eps, self.input, shared.products)
+        joint_TO = linear(normed, self.input, shared.products)
         heads, width = self.latent.key_HNR.shape[0], cache_SW.shape[1]
         query_TO, latent_TW = joint_TO[:, :-width], joint_TO[:, -width:]
         if self.query is not None and self.query_norm_Q is not None:
-            low = norm(query_TO, None, self.query_norm_Q, INNER_NORM_EPS, self.query, shared.wide)
-            query_TO = linear(low, self.query, shared.wide)
+            low = norm(query_TO, None, self.query_norm_Q, INNER_NORM_EPS, self.query, shared.products)
+            query_TO = linear(low, self.query, shared.products)
         inputs = self.output.shape[1] if isinstance(self.output, Tensor) else self.output.inputs
-        values = Activation.empty(tokens, inputs, x_TD.device, piece_of(inputs // heads))
+        rounded = rounding(self.output, shared.products)
+        values = Activation.empty_for(rounded, tokens, inputs, x_TD.device, piece_of(inputs // heads))
         attend_to = self._absorbed if shared.contexts is None else self._expanded
         # With few tokens the projection rounds, so that a head's values come from several programs.
         if few.takes(self.output, values):
@@ -121,8 +133,8 @@ class CudaLayer:
             out_TD = torch.empty_like(x_TD)
             few.linear_few(values, self.output, out_TD, rounded=False)
             return out_TD
-        attend_to(query_TO, latent_TW, shared, cache_SW, values, rounding(self.output, shared.wide))
-        return linear(values, self.output, shared.wide, summed=True)
+        attend_to(query_TO, latent_TW, shared, cache_SW, values, rounded)
+        return linear(values, self.output, shared.products, summed=True)
 
     def _absorbed(
         self, query_TO: Tensor, latent_TW: Tensor, shared: Pass, cache_SW: Tensor, out: Activation,
@@ -162,19 +174,23 @@ class CudaLayer:
 
     def block(self, x_TD: Tensor, attended_TD: Tensor, shared: Pass) -> Added:
         """Adds the attention's output to the residual; the experts' weighted outputs, to be added."""
-        normed = norm(x_TD, Added(attended_TD), self.block_norm_D, shared.eps, self.gate_up, shared.wide)
+        normed = norm(x_TD, Added(attended_TD), self.block_norm_D, shared.eps, self.gate_up, shared.products)
         experts_TK, weights_TK = self.routes(normed.x_TD, shared.valid)
         if self.exchange is None:
-            return self.compute(Work(normed, experts_TK, weights_TK, self.counts_A), shared.wide)
-        int8 = rounding(self.gate_up, shared.wide) is Rounding.INT8
+            return self.compute(Work(normed, experts_TK, weights_TK, self.counts_A), shared.products)
+        int8 = rounding(self.gate_up, shared.products) is Rounding.INT8
         work = self.exchange.scatter(normed, int8, experts_TK, weights_TK, shared.capacity)
-        return self.exchange.gather(self.compute(work, shared.wide))
+        return self.exchange.gather(self.compute(work, shared.products))
 
-    def compute(self, work: Work, wide: bool) -> Added:
+    def compute(self, work: Work, products: Products) -> Added:
         """The weighted outputs of this rank's experts."""
         x, experts_TK, weights_TK, counts_A = work
-        if wide:
-            emulated = rounding(self.down, wide) is Rounding.EMULATED
+        if products is Products.E4M3 and not (
+            isinstance(self.gate_up, Tensor) or isinstance(self.down, Tensor)
+        ):
+            return experts_e4m3(x, self.gate_up, self.down, experts_TK, weights_TK, counts_A)
+        if products is not Products.GROUPS:
+            emulated = rounding(self.down, products) is Rounding.EMULATED
             gate_up, down = widen(self.gate_up), widen(self.down)
             return experts_wide(x.x_TD, gate_up, down, experts_TK, weights_TK, counts_A, emulated)
         tokens, per_token = experts_TK.shape
@@ -222,25 +238,36 @@ def stored_tensors(weight: Weight) -> tuple[Tensor, ...]:
     return (weight,) if isinstance(weight, Tensor) else (weight.stored, weight.scales)
 
 
-def rounding(reader: Weight, wide: bool) -> Rounding:
+_ROUNDING = {
+    Products.GROUPS: Rounding.INT8, Products.BF16: Rounding.EMULATED, Products.E4M3: Rounding.E4M3,
+}  # fmt: skip
+
+
+def rounding(reader: Weight, products: Products) -> Rounding:
     """How activations are rounded for products with `reader`."""
-    if isinstance(reader, Tensor) or not reader.int8:
-        return Rounding.NONE
-    return Rounding.EMULATED if wide else Rounding.INT8
+    return Rounding.NONE if isinstance(reader, Tensor) or not reader.int8 else _ROUNDING[products]
 
 
 def norm(
-    x_TD: Tensor, added: Added | None, weight_D: Tensor, eps: float, reader: Weight, wide: bool
+    x_TD: Tensor,
+    added: Added | None,
+    weight_D: Tensor,
+    eps: float,
+    reader: Weight,
+    products: Products,
 ) -> Activation:
     """Adds to the residual in place; its norm, ready for products with `reader`."""
-    normed = Activation.empty(x_TD.shape[0], x_TD.shape[1], x_TD.device)
-    residual_norm(x_TD, added, weight_D, eps, normed, rounding(reader, wide))
+    rounded = rounding(reader, products)
+    normed = Activation.empty_for(rounded, x_TD.shape[0], x_TD.shape[1], x_TD.device)
+    residual_norm(x_TD, added, weight_D, eps, normed, rounded)
     return normed
 
 
-def linear(x: Activation, weight: Weight, wide: bool, summed: bool = False) -> Tensor:
+def linear(x: Activation, weight: Weight, products: Products, summed: bool = False) -> Tensor:
     """[T, O] in bf16. summed: [T * S, O], where the product is cut into S parts that the reader sums."""
-    if wide or isinstance(weight, Tensor):
+    if products is Products.E4M3 and not isinstance(weight, Tensor):
+        return linear_e4m3(x, weight)
+    if products is Products.BF16 or isinstance(weight, Tensor):
         return functional.linear(x.x_TD, widen(weight))
     tokens, is_few = x.x_TD.shape[0], few.takes(weight, x)
     parts = linear_parts(tokens, weight) if summed and not is_few else 1

@@ -361,7 +361,8 @@ class SamplingParameters(_message.Message):
       - format w4a8 on CPUs: always; the logits do not depend on the rest of the batch, bit for bit.
       - float32: logits differ by about 5e-6 between batches, which changes about one token in 100,000.
       - bfloat16 and all formats on GPUs: logits differ by about 1e-2 between batches, which changes about two
-        tokens in 100: most texts diverge within a hundred tokens.
+        tokens in 100: most texts diverge within a hundred tokens. Prompts in w4a8 that a Hopper GPU computes in steps
+        of 4,096 tokens or more differ more (docs/formats.md).
     Another device, kernel or release may give other tokens. Default: a new random seed.
     """
     min_p: _builtins.float

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_worker.kernels.triton.launch import launch, wait_for_inputs
-from moe_worker.kernels.triton.norm import Activation, Rounding, round_pieces
+from moe_worker.kernels.triton.norm import Activation, Rounding, round_values
 from moe_worker.kernels.triton.tiles import add_dot_bf16, dot_bf16, int8_scale, round_even
 from moe_worker.quant.int8 import piece_of
 
@@ -303,9 +303,9 @@ def merge_values(
 
     `value_HRV` may be padded behind V. Where a scale of `out` is of several heads, another launch rounds.
     """
-    if out.x_TD.shape[1] < value_HRV.shape[0] * value_HRV.shape[2]:
+    if rounding is Rounding.E4M3 or out.x_TD.shape[1] < value_HRV.shape[0] * value_HRV.shape[2]:
         _merge_values(parts_THSR, lse_THS, value_HRV, out, Rounding.NONE)
-        round_pieces(out, rounding)
+        round_values(out, rounding)
     else:
         _merge_values(parts_THSR, lse_THS, value_HRV, out, rounding)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_worker.kernels.triton.attention import TokenTiles
-from moe_worker.kernels.triton.norm import Activation, Rounding, round_pieces
+from moe_worker.kernels.triton.norm import Activation, Rounding, round_values
 from moe_worker.kernels.triton.tiles import add_dot_bf16, dot_bf16, int8_scale, round_even
 
 
@@ -165,7 +165,8 @@ def attend_expanded(
     rope = latents_CW.shape[1] - rank
     heads = query_TO.shape[1] // (plain + rope)
     value = expanded_CO.shape[1] // heads - plain
-    rounded = Rounding.NONE if value % out.piece else rounding
+    spread = rounding is Rounding.E4M3 or value % out.piece
+    rounded = Rounding.NONE if spread else rounding
     _attend_expanded[(heads, contexts.tiles.first_C.shape[0])](
         query_TO, query_TO.stride(0), expanded_CO, latents_CW, positions_T, contexts.tiles.sequence_C,
         contexts.tiles.first_C, contexts.tiles.count_C, contexts.first_B, out.x_TD, out.q_TD, out.scales_TX,
@@ -174,4 +175,4 @@ def attend_expanded(
         ROUNDING=rounded.value, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     if rounded is not rounding:
-        round_pieces(out, rounding)
+        round_values(out, rounding)

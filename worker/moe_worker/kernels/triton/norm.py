@@ -12,21 +12,27 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_worker.kernels.triton.launch import launch, wait_for_inputs
-from moe_worker.kernels.triton.tiles import int8_scale, round_even
+from moe_worker.kernels.triton.tiles import e4m3_scale, int8_scale, round_even, to_e4m3
+from moe_worker.quant.fp8 import E4M3
 from moe_worker.quant.int8 import piece_of
 
 
 class Rounding(Enum):
-    """What reads the result: products in bf16, products in int8, or bf16 ones that are to equal int8 ones."""
+    """What reads the result: products in bf16, products in int8, bf16 ones that are to equal int8 ones, or
+    products in e4m3.
+    """
 
     NONE = 0
     INT8 = 1
     EMULATED = 2
+    E4M3 = 3
 
 
 @dataclass(frozen=True)
 class Activation:
-    """A tensor [T, D] in bf16, and where int8 products read it, int8 [T, D] and float32 scales [T, X]."""
+    """A tensor [T, D] in bf16, and where products in int8 or e4m3 read it, such values [T, D] and their
+    float32 scales [T, X].
+    """
 
     x_TD: Tensor
     q_TD: Tensor
@@ -42,9 +48,19 @@ class Activation:
             torch.empty(tokens, width // piece, dtype=torch.float32, device=device),
         )
 
+    @classmethod
+    def empty_for(
+        cls, rounding: Rounding, tokens: int, width: int, device: torch.device, piece: int = 0
+    ) -> "Activation":
+        """Memory for what `rounding` gives: in e4m3 a row has one scale."""
+        if rounding is not Rounding.E4M3:
+            return cls.empty(tokens, width, device, piece)
+        each = cls.empty(tokens, width, device, width)
+        return cls(each.x_TD, each.q_TD.view(E4M3), each.scales_TX)
+
     @property
     def piece(self) -> int:
-        """Inputs that share a scale, 64 or 128."""
+        """Inputs that share a scale: 64, 128, or all of a row."""
         return self.x_TD.shape[1] // self.scales_TX.shape[1]
 
 
@@ -74,7 +90,11 @@ def _residual_norm(
         tl.store(residual + t * stride + d, x.to(tl.bfloat16), mask=mask)
     normed = (x * tl.rsqrt(tl.sum(x * x) / WIDTH + eps)).to(tl.bfloat16).to(tl.float32)
     y = (normed * weight_D).to(tl.bfloat16)
-    if ROUNDING > 0:
+    if ROUNDING == 3:
+        row_scale = e4m3_scale(y.to(tl.float32), 0)
+        tl.store(out_q + t * WIDTH + d, to_e4m3(y.to(tl.float32) / row_scale), mask=mask)
+        tl.store(out_scale + t, row_scale)
+    elif ROUNDING > 0:
         cut = tl.reshape(y.to(tl.float32), (BLOCK // PIECE, PIECE))
         scale = int8_scale(cut, 1)
         steps = round_even(cut / scale[:, None])
@@ -102,10 +122,27 @@ def _round_pieces(x, out_q, out_scale, WIDTH: tl.constexpr, PIECE: tl.constexpr,
         tl.store(x + at, (steps * scale).to(tl.bfloat16))
 
 
-def round_pieces(x: Activation, rounding: Rounding) -> None:
+@triton.jit
+def _round_row(x, out_q, out_scale, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    mask = d < WIDTH
+    wait_for_inputs()
+    y = tl.load(x + token * WIDTH + d, mask=mask, other=0.0).to(tl.float32)
+    scale = e4m3_scale(y, 0)
+    tl.store(out_q + token * WIDTH + d, to_e4m3(y / scale), mask=mask)
+    tl.store(out_scale + token, scale)
+
+
+def round_values(x: Activation, rounding: Rounding) -> None:
     """Rounds `x.x_TD`, where the kernel that wrote it could not: a scale is of values of several programs."""
-    if rounding is not Rounding.NONE:
-        tokens, width = x.x_TD.shape
+    tokens, width = x.x_TD.shape
+    if rounding is Rounding.E4M3:
+        _round_row[(tokens,)](
+            x.x_TD, x.q_TD, x.scales_TX, WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=4,
+            **launch(tokens),
+        )  # fmt: skip
+    elif rounding is not Rounding.NONE:
         _round_pieces[(tokens, width // x.piece)](
             x.x_TD, x.q_TD, x.scales_TX, WIDTH=width, PIECE=x.piece, ROUNDING=rounding.value, num_warps=1,
             **launch(tokens),

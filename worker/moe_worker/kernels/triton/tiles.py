@@ -241,6 +241,25 @@ def int8_scale(values, axis: tl.constexpr):
 
 
 @triton.jit
+def e4m3_scale(values, axis: tl.constexpr):
+    """The scale that makes the largest magnitude along `axis` 448, the largest of e4m3; 1 for zeros, not
+    finite where one is not.
+    """
+    top = largest(values, axis)
+    return tl.where(top == 0.0, 1.0, top / 448.0)
+
+
+@triton.jit
+def to_e4m3(x):
+    """The nearest e4m3 values, half to even, of float32 values up to 448."""
+    if not COMPILED:
+        # The interpreter cuts bits off.
+        step = tl.exp2(tl.floor(tl.log2(tl.maximum(tl.abs(x), 0.015625))) - 3.0)
+        x = round_even(x / step) * step
+    return x.to(tl.float8e4nv)
+
+
+@triton.jit
 def dot_bf16(a_MK, b_KN):
     """a b in float32."""
     return tl.dot(a_MK, b_KN) if COMPILED else tl.dot(a_MK.to(tl.float32), b_KN.to(tl.float32))

@@ -7,6 +7,8 @@ Legend: T tokens, K experts a token, M = T * K rows sorted by expert, D hidden, 
 experts, O outputs, G groups of 128 inputs.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -86,6 +88,32 @@ def _hidden(gate_up, shares, order, out, INNER: tl.constexpr, EMULATED: tl.const
     tl.store(out + row * INNER + i, (hidden * share).to(tl.bfloat16), mask=mask)
 
 
+class Grouped(NamedTuple):
+    """Rows of all tokens' experts, sorted by expert: the number t * K + k of each, int64 [M], the ends of the
+    experts' rows, int32 [A], and the expert of each number, int32 [M].
+    """
+
+    order_M: Tensor
+    ends_A: Tensor
+    keys_M: Tensor
+
+    def added(self, out_MD: Tensor) -> Added:
+        """The sum of each token's rows of `out_MD`."""
+        numbers_M = torch.arange(self.order_M.shape[0], device=self.order_M.device)
+        places_M = torch.empty_like(self.order_M).index_copy_(0, self.order_M, numbers_M)
+        return Added(out_MD, places_M, self.keys_M)
+
+
+def group_rows(experts_TK: Tensor, counts_A: Tensor) -> Grouped:
+    """Rows of no expert (-1) go behind all others, where no product reads them or writes their outputs.
+
+    counts_A: int32 histogram of `experts_TK`.
+    """
+    keys_M = experts_TK.flatten()
+    order_M = torch.where(keys_M < 0, counts_A.shape[0], keys_M).argsort(stable=True)
+    return Grouped(order_M, counts_A.cumsum(0, dtype=torch.int32), keys_M)
+
+
 def experts_wide(
     x_TD: Tensor, gate_up_AFD: Tensor, down_ADI: Tensor, experts_TK: Tensor, weights_TK: Tensor,
     counts_A: Tensor, emulated: bool,
@@ -95,19 +123,13 @@ def experts_wide(
     counts_A: int32 histogram of `experts_TK`. emulated: hidden values are rounded as int8 kernels round them.
     """
     per_token, inner = experts_TK.shape[1], down_ADI.shape[2]
-    keys_M = experts_TK.flatten()
-    # Rows of no expert (-1) go behind all others, where no product reads them or writes their outputs.
-    order_M = torch.where(keys_M < 0, counts_A.shape[0], keys_M).argsort(stable=True)
-    ends_A = counts_A.cumsum(0, dtype=torch.int32)
-    rows_MD = x_TD.index_select(0, order_M // per_token)
-    gate_up_MF = functional.grouped_mm(rows_MD, gate_up_AFD.transpose(1, 2), offs=ends_A)
+    rows = group_rows(experts_TK, counts_A)
+    rows_MD = x_TD.index_select(0, rows.order_M // per_token)
+    gate_up_MF = functional.grouped_mm(rows_MD, gate_up_AFD.transpose(1, 2), offs=rows.ends_A)
     hidden_MI = torch.empty(rows_MD.shape[0], inner, dtype=torch.bfloat16, device=x_TD.device)
     block = 512
     _hidden[(rows_MD.shape[0], triton.cdiv(inner, block))](
-        gate_up_MF, weights_TK, order_M, hidden_MI, INNER=inner, EMULATED=emulated, PIECE=piece_of(inner),
-        BLOCK=block, num_warps=4,
+        gate_up_MF, weights_TK, rows.order_M, hidden_MI, INNER=inner, EMULATED=emulated,
+        PIECE=piece_of(inner), BLOCK=block, num_warps=4,
     )  # fmt: skip
-    out_MD = functional.grouped_mm(hidden_MI, down_ADI.transpose(1, 2), offs=ends_A)
-    numbers_M = torch.arange(order_M.shape[0], device=order_M.device)
-    places_M = torch.empty_like(order_M).index_copy_(0, order_M, numbers_M)
-    return Added(out_MD, places_M, keys_M)
+    return rows.added(functional.grouped_mm(hidden_MI, down_ADI.transpose(1, 2), offs=rows.ends_A))
