@@ -136,7 +136,7 @@ def compare(loaded: LoadedModel, options: EngineOptions, lengths: Sequence[int],
         pages = (kept.statistics.restored - before.restored) // ROUNDS
         host.page_s = page_s
         computed = returned(fresh, tokens, ROUNDS, evict)
-        slope = 1e6 * PAGE * kept._scheduler.budget.time.per_token  # noqa: SLF001
+        slope = 1e6 * PAGE * kept._scheduler.budget.prompts.per_token  # noqa: SLF001
         print(
             f"{tokens:6} tokens: {pages:5} pages come back {back:8.2f} ms   "
             f"computed again {computed:8.2f} ms   "

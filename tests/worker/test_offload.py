@@ -18,6 +18,7 @@ from moe_worker.kvcache.offload import Move
 from moe_worker.kvcache.paged import FP8, CacheShape, PagedCache
 from moe_worker.kvcache.pinned import PinnedPages
 from moe_worker.sampling.parameters import SamplingParameters
+from moe_worker.scheduler.budget import StepTime
 from moe_worker.scheduler.plan import Block, Limits
 from tests.worker.simulated import SimulatedEngine
 
@@ -35,13 +36,21 @@ def storage(request, monkeypatch):
 both_storages = pytest.mark.usefixtures("storage")
 
 
+class SettledTime(StepTime):
+    """Does not learn from steps."""
+
+    def observe(self, tokens, seconds):
+        pass
+
+
 def core(checkpoint, **changes):
     settings = EngineOptions(
         device="cpu", dtype="float32", context_length=256, threads=1, kv_memory=17 * PER_PAGE, **changes
     )
     made = EngineCore(load(checkpoint, settings, progress=False), settings)
-    if made._host is not None:
-        made._host.page_s = 0.0  # so that what the test sees does not depend on this machine
+    if made._host is not None:  # what the test sees must not depend on this machine
+        made._host.page_s = 0.0
+        made._scheduler.budget.prompts = SettledTime(per_token=0.001, count=100)
     return made
 
 
@@ -287,7 +296,7 @@ def returning(tokens, **limits):
     prompt = [number % 3 for number in range(41)]
     serve(engine, 0, prompt)
     serve(engine, 1, [2, *prompt[1:]])
-    engine.scheduler.budget.time.per_token = 0.5
+    engine.scheduler.budget.time(prompts=True).per_token = 0.5
     return engine, prompt
 
 
@@ -350,6 +359,7 @@ def test_pages_that_come_late_are_the_right_ones(seed):
     numbers = random.Random(seed)
     engine = SimulatedEngine(Limits(sequences=3, waiting=99, pages=12, page_size=2), 30)
     engine.storage.late = 2
+    engine.scheduler.budget.prompts = SettledTime(per_token=0.001, count=100)
     for number in range(120):
         text = [numbers.randrange(2), *[numbers.randrange(2)] * numbers.randint(3, 9)]
         engine.submit(number, text, numbers.randint(1, 4), namespace=str(numbers.randrange(2)))

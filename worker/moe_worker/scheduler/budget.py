@@ -9,8 +9,10 @@ from moe_worker.scheduler.plan import Limits
 MEMORY = 0.98
 # The smallest step of so many is remembered, and of as many before them.
 RECENT = 50
-# A step that takes more than this many times its estimate (a compilation, a machine that was suspended) is
-# clipped to that, once there are enough measurements to trust the estimate.
+# A step that takes more than this many times its estimate, and the usual step (a compilation, a machine
+# that was suspended), is clipped to that, once there are enough measurements to trust the estimate. None
+# is fast by accident: what was measured before a step that takes less than this part of its estimate was
+# slowed down, and is forgotten.
 SURPRISE = 4.0
 TRUSTED = 8
 # The slope is fitted while the standard deviation of step sizes is at least this fraction of their mean.
@@ -53,10 +55,22 @@ class StepTime:
         left = max(0.0, seconds - self.fixed)
         return left / self.per_token if self.per_token else math.inf
 
+    @property
+    def varied(self) -> bool:
+        """Whether the sizes of the steps differ enough to tell the cost of a token from that of a step."""
+        return self._variance >= (SPREAD * self._mean_tokens) ** 2
+
+    @property
+    def larger(self) -> int:
+        """Tokens of a step twice as large as usual."""
+        return int(2 * self._mean_tokens)
+
     def observe(self, tokens: int, seconds: float) -> None:
         """Adds a measured step."""
         if self.count >= TRUSTED:
-            seconds = min(seconds, SURPRISE * self.estimate(tokens))
+            seconds = min(seconds, SURPRISE * max(self.estimate(tokens), self._mean_s))
+        if seconds < self.estimate(tokens) / SURPRISE:
+            self._weight, self._fitted = 0.0, False
         if self.count % RECENT == 0:
             self._least_before, self._least = self._least, math.inf
         self.count += 1
@@ -71,7 +85,7 @@ class StepTime:
         self._fit()
 
     def _fit(self) -> None:
-        if self._variance >= (SPREAD * self._mean_tokens) ** 2:
+        if self.varied:
             self._fitted = True
             self.per_token = max(0.0, self._covariance / self._variance)
         elif not self._fitted:
@@ -83,30 +97,38 @@ class StepTime:
 class TokenBudget:
     """Tokens of the next step, from measured step times.
 
+    Steps with and without prompts are measured apart: on a GPU a step that only continues streams is a
+    captured one of 1 to 8 ms, and any other is launched kernel by kernel in 25 ms, however small it is. One
+    line through both would say that tokens are expensive, and keep prompts small where that saves nothing.
+
     The budget is the number of tokens that the estimate allows in target_s. If the fixed cost of a step
     (reading all weights) alone takes more than half of that, the budget is the number that doubles the fixed
     cost: smaller steps would cost throughput and hardly be shorter. It stays between least_tokens and the
-    ceiling.
+    ceiling. Where not even least_tokens meet target_s, and steps of one size do not tell why, larger ones
+    are tried.
     """
 
     limits: Limits
-    time: StepTime = field(default_factory=StepTime)
+    decoding: StepTime = field(default_factory=StepTime)
+    prompts: StepTime = field(default_factory=StepTime)
     ceiling: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.ceiling = self.limits.step_tokens
 
+    def time(self, *, prompts: bool) -> StepTime:
+        """The estimate for steps with or without prompts; as long as there is none, that of the others."""
+        mine, other = (self.prompts, self.decoding) if prompts else (self.decoding, self.prompts)
+        return mine if mine.count else other
+
+    def observe(self, tokens: int, sequences: int, seconds: float) -> None:
+        """Adds a measured step; more tokens than sequences are those of prompts."""
+        (self.prompts if tokens > sequences else self.decoding).observe(tokens, seconds)
+
     @property
-    def tokens(self) -> int:
-        """Tokens of a step while streams wait for their next token; also the number of sequences that may
-        run.
-        """
-        if not self.time.count:
-            return min(self.limits.least_tokens, self.ceiling)
-        room_s = max(self.limits.target_s, 2 * self.time.fixed) - self.time.fixed
-        if room_s >= self.time.per_token * self.ceiling:
-            return self.ceiling
-        return min(max(self.limits.least_tokens, int(room_s / self.time.per_token)), self.ceiling)
+    def sequences(self) -> int:
+        """Sequences that may run."""
+        return self._tokens(self.time(prompts=False))
 
     def prompt_tokens(self, decoding: int) -> int:
         """Prompt tokens that the next step may compute in addition to `decoding` streams; at least one.
@@ -114,9 +136,23 @@ class TokenBudget:
         If no stream waits, a long step delays nobody, and all of prefill_tokens is allowed.
         """
         most = min(self.limits.prefill_tokens, self.ceiling - decoding)
-        wanted = max(self.tokens - decoding, self.limits.least_tokens) if decoding else most
+        tokens = self._tokens(self.time(prompts=True))
+        wanted = max(tokens - decoding, self.limits.least_tokens) if decoding else most
         return max(1, min(wanted, most))
 
     def shrink(self, tokens: int) -> None:
         """Limits later steps to `tokens` tokens (but at least one for each stream, and one more)."""
         self.ceiling = max(1, min(self.ceiling, tokens))
+
+    def _tokens(self, time: StepTime) -> int:
+        """Tokens of a step while streams wait for their next token."""
+        least = min(self.limits.least_tokens, self.ceiling)
+        if not time.count:
+            return least
+        room_s = max(self.limits.target_s, 2 * time.fixed) - time.fixed
+        if room_s >= time.per_token * self.ceiling:
+            return self.ceiling
+        tokens = int(room_s / time.per_token)
+        if tokens < least and not time.varied:
+            tokens = time.larger
+        return min(max(least, tokens), self.ceiling)

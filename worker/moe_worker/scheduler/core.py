@@ -129,7 +129,8 @@ class Scheduler:
             raise ValueError(f"step {step.number} does not sample {len(tokens)} tokens")
         jobs = self._flights.popleft()[1]
         self._now = max(self._now, now)
-        self.budget.time.observe(step.tokens, max(0.0, now - max(step.planned, self._completed)))
+        took = max(0.0, now - max(step.planned, self._completed))
+        self.budget.observe(step.tokens, len(step.chunks), took)
         self._completed = now
         finished = self._advance(step, jobs, tokens)
         for job in finished:

@@ -169,7 +169,9 @@ class SchedulingPolicy:
         }
         if not demands:
             return
-        tokens = min(step_tokens(demands, self.budget.time), float(self.budget.ceiling))
+        tokens = min(
+            step_tokens(demands, self.budget.time(prompts=bool(prompts))), float(self.budget.ceiling)
+        )
         chosen: list[Job] = []
         for tenant, share in shares_of(tokens, demands).items():
             jobs = decoding.get(tenant, [])
@@ -267,7 +269,7 @@ class SchedulingPolicy:
 
     def _is_worth(self, page_s: float) -> bool:
         """Whether a page comes back sooner than it is computed, as far as steps have been measured."""
-        time = self.budget.time
+        time = self.budget.time(prompts=True)
         return not time.count or page_s < self._limits.page_size * time.per_token
 
     def _stop(self, job: Job) -> None:
@@ -327,7 +329,7 @@ class SchedulingPolicy:
         So a long prompt delays streams no longer than one that is computed. At least one page comes back.
         Returns the number of tokens that take as long.
         """
-        each, per_token = float(self._limits.page_size), self.budget.time.per_token
+        each, per_token = float(self._limits.page_size), self.budget.time(prompts=True).per_token
         if per_token:
             each = min(each, self.memory.page_s / per_token)
         most = len(job.kept) if each * len(job.kept) <= tokens else max(1, int(tokens / each))
@@ -389,7 +391,7 @@ class SchedulingPolicy:
 
         One that has less than its share of a full batch may run nevertheless: then streams of others pause.
         """
-        most = min(self.most_running, self.budget.tokens * self._limits.micro_batches)
+        most = min(self.most_running, self.budget.sequences * self._limits.micro_batches)
         running = len(self.running)
         if running < most:
             return True
@@ -405,7 +407,7 @@ class SchedulingPolicy:
         else:
             long = sum(len(chunk.tokens) for chunk in draft.long)
             tokens = {tenant: len(draft.single) + long for tenant in self._tenants.live.values()}
-        charge(tokens, self.budget.time)
+        charge(tokens, self.budget.time(prompts=bool(draft.long)))
 
     def _place(self, draft: Draft, job: Job, count: int) -> None:
         chunk = job.chunk(count)
