@@ -40,7 +40,12 @@ class Point:
 
 
 class Collector:
-    """`endpoint` takes OTLP over gRPC; `spans()` and `metrics()` are what arrived."""
+    """`endpoint` takes OTLP over gRPC; `spans()` and `metrics()` are what arrived.
+
+    run: only metrics of resources with this text are given, since those of an earlier process may come late.
+    """
+
+    run = ""
 
     def __init__(self, port, log):
         self.endpoint = f"http://127.0.0.1:{port}"
@@ -73,14 +78,20 @@ class Collector:
             log.seek(since)
             text = log.read().decode().rpartition("\n\t{")[0]
         series = {}
-        for block in re.split(r"^Metric #\d+\n", text, flags=re.MULTILINE)[1:]:
-            name, points = parse_metric(block.partition("ResourceMetrics #")[0])
+        for block in self._metric_blocks(text):
+            name, points = parse_metric(block)
             for point in points:
                 series[name, tuple(sorted(point.attributes.items()))] = point
         found = {}
         for (name, _), point in series.items():
             found.setdefault(name, []).append(point)
         return found
+
+    def _metric_blocks(self, text):
+        for resource in text.split("ResourceMetrics #"):
+            head, *blocks = re.split(r"^Metric #\d+\n", resource, flags=re.MULTILINE)
+            if self.run in head:
+                yield from blocks
 
     def wait_for_metrics(self, condition, timeout_s=60, since=0):
         """Polls the received metrics until the condition holds for them; gives them."""

@@ -5,6 +5,7 @@ import re
 import signal
 import statistics
 import time
+import uuid
 from pathlib import Path
 
 import grpc
@@ -28,7 +29,9 @@ LOAD = worker_pb2.GetLoadRequest()
 @pytest.fixture
 def measured(endless, collector):
     """A worker that sends metrics every 200 ms, and where its metrics begin in the collector's log."""
+    collector.run = str(uuid.uuid4())
     environment = {
+        "OTEL_RESOURCE_ATTRIBUTES": f"test.run={collector.run}",
         "OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint,
         "OTEL_METRIC_EXPORT_INTERVAL": "200",
         "OTEL_BSP_SCHEDULE_DELAY": "50",
@@ -37,7 +40,8 @@ def measured(endless, collector):
     def start(*flags):
         return Worker(endless, *flags, environment=environment), collector.size()
 
-    return start
+    yield start
+    collector.run = ""
 
 
 def request(tokens, **sampling):
