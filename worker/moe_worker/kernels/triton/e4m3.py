@@ -36,14 +36,14 @@ def lacking(device: torch.device) -> str | None:
     return None
 
 
-class Rows(NamedTuple):
+class ScaledRows(NamedTuple):
     """e4m3 [..., R, C] and float32 scales [..., R], one for each row."""
 
     values: Tensor
     scales: Tensor
 
     @classmethod
-    def empty(cls, *sizes: int, device: torch.device) -> "Rows":
+    def empty(cls, *sizes: int, device: torch.device) -> "ScaledRows":
         """Memory for [..., R, C]."""
         return cls(
             torch.empty(*sizes, dtype=E4M3, device=device),
@@ -75,10 +75,10 @@ def _widen_rows(packed, scales, out, out_scale, OUTPUTS: tl.constexpr, GROUPS: t
         tl.store(to + 64, to_e4m3(high), mask=inside)
 
 
-def widen_rows(weight: PackedInt4) -> Rows:
+def widen_rows(weight: PackedInt4) -> ScaledRows:
     """The matrix (or matrices) in e4m3, [..., O, I]."""
     leading, device = weight.scales.shape[:-2], weight.scales.device
-    out = Rows.empty(*leading, weight.outputs, weight.inputs, device=device)
+    out = ScaledRows.empty(*leading, weight.outputs, weight.inputs, device=device)
     block_o = 32
     _widen_rows[(leading.numel(), triton.cdiv(weight.outputs, block_o))](
         weight.stored, weight.scales, out.values, out.scales, OUTPUTS=weight.outputs, GROUPS=weight.groups,
@@ -108,10 +108,10 @@ def _gather(words, scales, order, out, out_scale, total, PER_TOKEN: tl.constexpr
     tl.store(out + r.to(tl.int64)[:, None] * WORDS + i[None, :], word_rI, mask=mask)
 
 
-def gather(x: Activation, order_M: Tensor, per_token: int) -> Rows:
+def gather(x: Activation, order_M: Tensor, per_token: int) -> ScaledRows:
     """The e4m3 side of the token of each row."""
     width, total, block_r = x.x_TD.shape[1], order_M.shape[0], 4
-    out = Rows.empty(total, width, device=order_M.device)
+    out = ScaledRows.empty(total, width, device=order_M.device)
     words = width // 4
     _gather[(triton.cdiv(total, block_r),)](
         x.q_TD.view(torch.int32), x.scales_TX, order_M, out.values.view(torch.int32), out.scales, total,
@@ -133,10 +133,10 @@ def _hidden_rows(gate_up, shares, order, out, out_scale, INNER: tl.constexpr, BL
     tl.store(out_scale + row, scale * tl.load(shares + tl.load(order + row)))
 
 
-def hidden_rows(gate_up_MF: Tensor, weights_TK: Tensor, order_M: Tensor) -> Rows:
+def hidden_rows(gate_up_MF: Tensor, weights_TK: Tensor, order_M: Tensor) -> ScaledRows:
     """SwiGLU of each row; the weight of its expert is part of its scale."""
     total, inner = gate_up_MF.shape[0], gate_up_MF.shape[1] // 2
-    out = Rows.empty(total, inner, device=gate_up_MF.device)
+    out = ScaledRows.empty(total, inner, device=gate_up_MF.device)
     _hidden_rows[(total,)](
         gate_up_MF, weights_TK, order_M, out.values, out.scales, INNER=inner,
         BLOCK=triton.next_power_of_2(inner), num_warps=2,
@@ -144,7 +144,7 @@ def hidden_rows(gate_up_MF: Tensor, weights_TK: Tensor, order_M: Tensor) -> Rows
     return out
 
 
-def grouped(x: Rows, weight: Rows, ends_A: Tensor) -> Tensor:
+def grouped(x: ScaledRows, weight: ScaledRows, ends_A: Tensor) -> Tensor:
     """x W^T in bf16 [M, O]; rows up to each of `ends_A` meet the matrix of one expert."""
     out_MO: Tensor = functional.scaled_grouped_mm(  # type: ignore[attr-defined]
         x.values, weight.values.transpose(1, 2), x.scales, ScalingType.RowWise, weight.scales,
