@@ -23,7 +23,7 @@ PYTEST := $(BIN)/python -m pytest
 SHORT := not soak and not slow
 test: setup-all ## Run all tests except the long ones (ARGS="-k name" for some)
 	@log=$$(mktemp); \
-	nice -n 5 $(PYTEST) -m "computing and $(SHORT)" --timeout 900 $(ARGS) > $$log 2>&1 & computing=$$!; \
+	nice -n 2 $(PYTEST) -m "computing and $(SHORT)" --timeout 900 $(ARGS) > $$log 2>&1 & computing=$$!; \
 	$(PYTEST) -m "not computing and $(SHORT)" -n 4 --dist loadfile --no-loadscope-reorder $(ARGS); rest=$$?; \
 	wait $$computing; computing=$$?; cat $$log; rm $$log; \
 	for code in $$rest $$computing; do [ $$code = 0 ] || [ $$code = 5 ] || exit $$code; done
