@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
+import grpc
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -117,6 +118,38 @@ async def test_failures_are_counted_by_their_status(moe, worker, trace):
     )
     assert done.returncode == 3
     assert b"0 ok, 20 RESOURCE_EXHAUSTED" in done.stdout
+
+
+@pytest.fixture
+async def garbled():
+    """The address of a server whose every message is one that protobuf cannot decode."""
+
+    async def generate(_, context):
+        await context.write(b"\xff")
+
+    async def get_model(*_):
+        return b"\xff"
+
+    handlers = {
+        "Generate": grpc.unary_stream_rpc_method_handler(generate),
+        "GetModel": grpc.unary_unary_rpc_method_handler(get_model),
+    }
+    server = grpc.aio.server()
+    name = "moe_api.inference.v1.InferenceService"
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(name, handlers)])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield f"127.0.0.1:{port}"
+    await server.stop(None)
+
+
+async def test_requests_with_a_message_that_cannot_be_decoded_have_failed(moe, garbled, trace):
+    done = await moe("load", str(trace), "--endpoint", garbled, "--speed", "60", "--prompt", "count 1")
+    assert done.returncode == 3
+    assert b"0 ok, 20 INTERNAL" in done.stdout
+    done = await moe("load", str(trace), "--endpoint", garbled)
+    assert done.returncode == 1
+    assert b"describes no model: its message cannot be decoded" in done.stderr
 
 
 async def test_what_is_wrong_is_one_sentence(moe, worker, tmp_path):

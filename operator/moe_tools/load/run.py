@@ -20,8 +20,9 @@ from moe_api import transport
 from moe_api.inference.v1 import inference_pb2 as pb
 from moe_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from moe_api.supervision import Supervisor
-from moe_client import calling
+from moe_client import calling, errors
 from moe_client.endpoint import Endpoint
+from moe_client.errors import CommandError
 from moe_tools.load.trace import RequestTrace
 
 if TYPE_CHECKING:
@@ -182,6 +183,9 @@ async def _with_model(requests: Requests, stub: InferenceServiceAsyncStub, endpo
         )
     except grpc.aio.AioRpcError as error:
         raise calling.explain(error, endpoint) from error
+    if model is None:
+        sentence = f"{endpoint} describes no model: its message cannot be decoded; is it a frontend?"
+        raise CommandError(sentence, errors.FAILED)
     return replace(requests, vocabulary=model.vocabulary_size, context=model.context_length)
 
 
@@ -202,6 +206,9 @@ async def _send(
         async for part in stub.Generate(
             requests.message(number, due), timeout=requests.timeout_s, metadata=requests.metadata
         ):
+            if part is None:
+                code = "INTERNAL"  # grpc.aio gives None for a message that it cannot decode
+                continue
             if first is None and (part.tokens or part.text):
                 first = time.monotonic() - at
             tokens += len(part.tokens)
