@@ -1,4 +1,4 @@
-"""Parses addresses of the form ``HOST:PORT``, with an IPv6 host in brackets."""
+"""Writes and checks addresses of the form ``HOST:PORT``, with an IPv6 host in brackets."""
 
 
 def check_address(text: str) -> str:
@@ -14,3 +14,8 @@ def check_address(text: str) -> str:
     if not (bracketed or plain) or not port.isascii() or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"{text!r} is not HOST:PORT, as in 127.0.0.1:8000 or [::1]:8000")
     return address
+
+
+def join(host: str, port: int) -> str:
+    """``HOST:PORT``. host: a name or an IP address without brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

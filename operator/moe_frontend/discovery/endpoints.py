@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
+from moe_api.address import join
+
 PORT_NAME: Final = "grpc"
 SECURE_PORT_NAME: Final = "grpc-tls"
 
@@ -85,7 +87,6 @@ def _port(ports: Iterable[Mapping[str, Any]]) -> tuple[int | None, bool]:
 
 
 def _endpoint(endpoint: Mapping[str, Any], port: int, *, secure: bool) -> Endpoint:
-    host = endpoint["addresses"][0]  # by the API, consumers use the first one
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    address = join(endpoint["addresses"][0], port)  # by the API, consumers use the first one
     name = (endpoint.get("targetRef") or {}).get("name")
     return Endpoint(name or address, address, secure=secure)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from moe_api.address import join
 from moe_operator.observed import pod_status, problems
 from moe_operator.observed.pod_status import PodStatus
 from moe_operator.observed.problems import Problem
@@ -75,8 +76,7 @@ class Pod:
             return peers.secure(names.ROLE_FRONTEND, self.namespace, self.address, self.admin_port)
         if not self.address or self.admin_port == names.GRPC_PORT:
             return self.address
-        host = f"[{self.address}]" if ":" in self.address else self.address
-        return f"{host}:{self.admin_port}"
+        return join(self.address, self.admin_port)
 
     @property
     def title(self) -> str:

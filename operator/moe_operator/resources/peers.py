@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
+from moe_api.address import join
+
 _SCHEME: Final = "tls://"
 
 
@@ -22,8 +24,7 @@ class Peer(NamedTuple):
 
 def secure(role: str, namespace: str, host: str, port: int) -> str:
     """The address of a pod with mutual TLS. host: an IP address."""
-    bracketed = f"[{host}]" if ":" in host else host
-    return f"{_SCHEME}{role}.{namespace}@{bracketed}:{port}"
+    return f"{_SCHEME}{role}.{namespace}@{join(host, port)}"
 
 
 def parse(text: str) -> Peer:

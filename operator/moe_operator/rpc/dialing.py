@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import grpc
 
 from moe_api import mutual
+from moe_api.address import join
 from moe_api.tls import KeyPair
 from moe_operator.resources import names, peers
 
@@ -61,5 +61,4 @@ def target(address: str) -> str:
     """The gRPC target of a worker or a frontend at an IP address; one with a port stays as it is."""
     if address.startswith("[") or address.count(":") == 1:
         return address
-    host = f"[{address}]" if ipaddress.ip_address(address).version == 6 else address
-    return f"{host}:{names.GRPC_PORT}"
+    return join(address, names.GRPC_PORT)
