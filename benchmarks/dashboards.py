@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import http.client
 import itertools
 import json
 import math
@@ -242,7 +243,7 @@ def load(address: str) -> Iterator[None]:
             try:
                 with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
                     answer.read()
-            except OSError:  # counted by Prometheus: that is what the panels are for
+            except (OSError, http.client.HTTPException):  # Prometheus counts it; panels show it
                 done.wait(0.5)
 
     threads = [threading.Thread(target=run) for _ in range(CLIENTS)]
