@@ -15,6 +15,7 @@ from moe_worker.config.mesh import MeshShape
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.offline import Engine
 from moe_worker.engine.requests import Request
+from moe_worker.engine.spread import rebalances
 from moe_worker.mesh.errors import MeshError
 from moe_worker.mesh.messages import Prepare, Switch
 from moe_worker.mesh.placement import Topology, imbalance, nearest, placement
@@ -283,3 +284,12 @@ def test_experts_move_under_load_and_a_new_process_holds_what_has_moved(tmp_path
         assert (report.epoch, report.ready_ranks) == (1, (0, 1))
         for layer in core.expert_statistics.layers:
             assert len(layer.rank_tokens) == 2
+
+
+@pytest.mark.parametrize(
+    ("mode", "device", "moves"),
+    [("auto", "cpu", True), ("auto", "cuda:0", False), ("on", "cpu", True), ("on", "cuda:0", True),
+     ("off", "cpu", False), ("off", "cuda:0", False)],
+)  # fmt: skip
+def test_experts_move_on_gpus_only_where_that_is_asked_for(mode, device, moves):
+    assert rebalances(mode, torch.device(device)) is moves

@@ -14,7 +14,7 @@ DEVICES = re.compile(r"auto|cpu|cuda(:[0-9]{1,2})?")
 DTYPES = ("auto", "float32", "bfloat16")
 FORMATS = ("auto", "dense", "fp8", "w4a16", "w4a8")
 GENERATION_CONFIGS = ("auto", "none")
-REBALANCE = ("auto", "off")
+REBALANCE = ("auto", "on", "off")
 KV_DTYPES = ("auto", "float32", "bfloat16", "fp8")
 # The range of each number. The upper ends are far above what any machine can use, and keep products within 64
 # bits.
@@ -78,7 +78,7 @@ class EngineOptions:
     mesh_reforms: how often in 10 minutes a mesh may lose ranks and meet again before the replica ends.
     rebalance: "auto": experts move to where the load of a stage's ranks is even, at most every
         rebalance_interval seconds, in layers whose busiest rank has more than rebalance_threshold times the
-        mean; "off": they stay. On GPUs they always stay.
+        mean, on CPUs; "on": on GPUs, too, where moves have not been run yet; "off": they stay.
     routing_mass: share of the scores of a token's top_k experts that its experts reach (config/moe.py,
         Routing); None: what the checkpoint says. Less than that only as far as its routing.json allows.
     routing_margin: experts whose scores differ by less may take each other's place, those with less load in

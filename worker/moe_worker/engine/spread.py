@@ -70,7 +70,9 @@ class Spread:
     def _policy(self) -> RebalancePolicy:
         options = self.options
         return RebalancePolicy(
-            options.rebalance == "auto", options.rebalance_interval, options.rebalance_threshold
+            rebalances(options.rebalance, self.placement.device),
+            options.rebalance_interval,
+            options.rebalance_threshold,
         )
 
     def _read(self, part: RankStage) -> ReadExperts:
@@ -81,3 +83,8 @@ class Spread:
                 return part.converted(reader.read(layer, held, rest), rest)
 
         return read
+
+
+def rebalances(mode: str, device: torch.device) -> bool:
+    """Whether experts move while ranks on `device` serve: on GPUs only where the mode asks for it."""
+    return mode == "on" or (mode == "auto" and device.type == "cpu")

@@ -267,7 +267,8 @@ class _Number(click.FloatRange):
     default="auto",
     envvar="MOE_WORKER_REBALANCE",
     show_default=True,
-    help="auto: while it serves, experts move between the ranks of a stage whose load differs (on CPUs).",
+    help="auto: while a mesh on CPUs serves, experts move between the ranks of a stage whose load differs; "
+    "on: on GPUs, too, where this has not been run yet.",
 )
 @click.option(
     "--rebalance-interval",
