@@ -91,6 +91,20 @@ def test_a_slow_machine_runs_fewer_sequences_at_once():
     run.drain()
 
 
+def test_where_no_step_meets_the_aim_a_flood_runs_no_more_than_the_least_sequences():
+    """10 ms a token, 50 ms aimed at: steps of 16 streams take 160 ms, of all 60 they would take 600."""
+    run = engine(sequences=128, pages=9000, page_size=16, prefill_tokens=512, least_tokens=16)
+    for number in range(60):
+        run.submit(number, prompt(64, number), 40)
+    streams = []
+    while not run.scheduler.idle:
+        step = run.plan().step
+        run.now += 0.01 * step.tokens
+        run.complete()
+        streams.append(len(step.chunks))
+    assert max(streams) <= 16
+
+
 def captured(step):
     """Seconds of a step on a GPU (W4A8, 16 billion parameters): without prompts it is a captured one."""
     if step.tokens == len(step.chunks):

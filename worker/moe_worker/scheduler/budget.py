@@ -104,8 +104,8 @@ class TokenBudget:
     The budget is the number of tokens that the estimate allows in target_s. If the fixed cost of a step
     (reading all weights) alone takes more than half of that, the budget is the number that doubles the fixed
     cost: smaller steps would cost throughput and hardly be shorter. It stays between least_tokens and the
-    ceiling. Where not even least_tokens meet target_s, and steps of one size do not tell why, larger ones
-    are tried.
+    ceiling. Where not even least_tokens meet target_s, and steps of one size do not tell why, larger prompts
+    are tried; not more sequences, which would stay for as long as they run.
     """
 
     limits: Limits
@@ -136,7 +136,10 @@ class TokenBudget:
         If no stream waits, a long step delays nobody, and all of prefill_tokens is allowed.
         """
         most = min(self.limits.prefill_tokens, self.ceiling - decoding)
-        tokens = self._tokens(self.time(prompts=True))
+        time = self.time(prompts=True)
+        tokens = self._tokens(time)
+        if tokens <= self.limits.least_tokens and not time.varied:
+            tokens = max(tokens, time.larger)
         wanted = max(tokens - decoding, self.limits.least_tokens) if decoding else most
         return max(1, min(wanted, most))
 
@@ -152,7 +155,4 @@ class TokenBudget:
         room_s = max(self.limits.target_s, 2 * time.fixed) - time.fixed
         if room_s >= time.per_token * self.ceiling:
             return self.ceiling
-        tokens = int(room_s / time.per_token)
-        if tokens < least and not time.varied:
-            tokens = time.larger
-        return min(max(least, tokens), self.ceiling)
+        return min(max(least, int(room_s / time.per_token)), self.ceiling)
