@@ -581,6 +581,15 @@ def test_weights_in_e4m3_are_exact_where_their_scale_is_the_largest(inputs):
     assert not torch.allclose(actual[~groups], plain[~groups], rtol=1e-6)
 
 
+def test_scales_in_e4m3_may_be_negative():
+    """Some formats of checkpoints have such."""
+    weight, plain = packed_and_plain(randn(3, 144, 256), "w4a8")
+    weight.scales.neg_()
+    rows = e4m3.widen_rows(weight)
+    actual = rows.values.double() * rows.scales.double().unsqueeze(-1)
+    assert ((actual + plain).abs() <= plain.abs() / 15.9).all()
+
+
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_linear_in_e4m3(tokens):
     weight, plain = packed_and_plain(randn(208, 320), "w4a8")

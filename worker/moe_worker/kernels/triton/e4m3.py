@@ -60,7 +60,7 @@ def _widen_rows(packed, scales, out, out_scale, OUTPUTS: tl.constexpr, GROUPS: t
     mask_o = o < OUTPUTS
     own = scales + matrix * GROUPS * OUTPUTS + o
     mask_Go = (g < GROUPS)[:, None] & mask_o[None, :]
-    top_o = tl.max(tl.load(own[None, :] + g[:, None] * OUTPUTS, mask=mask_Go, other=0.0), axis=0)
+    top_o = tl.max(tl.abs(tl.load(own[None, :] + g[:, None] * OUTPUTS, mask=mask_Go, other=0.0)), axis=0)
     top_o = tl.where(top_o == 0.0, 1.0, top_o)
     tl.store(out_scale + matrix * OUTPUTS + o, top_o * 0.03125, mask=mask_o)
     for group in range(GROUPS):
