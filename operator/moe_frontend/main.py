@@ -93,7 +93,7 @@ from moe_operator.errors import MoEOperatorError
     show_envvar=True,
     metavar="BYTES",
     help="Memory for complete answers to requests with temperature 0 or a seed; equal requests are answered "
-    "from it (docs/caching.md). 0: no cache.",
+    "from it, if the workers have a --revision (docs/caching.md). 0: no cache.",
 )
 @click.option(
     "--output-cache-ttl",
