@@ -18,6 +18,7 @@ from moe_worker.engine.loading import load
 from moe_worker.errors import SettingsError
 from moe_worker.kernels import registry
 from moe_worker.kernels.registry import Hardware, explain
+from moe_worker.kernels.transfer import make_current
 
 pytest.importorskip("triton")
 from moe_worker.models.cuda_graph import batch_sizes
@@ -116,8 +117,8 @@ def test_the_chosen_gpu_is_the_current_one_before_anything_is_put_there(monkeypa
 
 
 def test_a_gpu_without_a_number_is_the_current_one_already():
-    gpu.make_current(torch.device("cuda"))
-    gpu.make_current(torch.device("cpu"))
+    make_current(torch.device("cuda"))
+    make_current(torch.device("cpu"))
 
 
 def stored_bytes(model):

@@ -32,7 +32,7 @@ from moe_worker.mesh import joining
 from moe_worker.mesh.channel import Channel
 from moe_worker.mesh.errors import MeshError, RankLostError
 from moe_worker.mesh.joining import Identity, gather_ranks, join_leader, listener_at
-from moe_worker.mesh.member import SECRET
+from moe_worker.mesh.member import SECRET, Member, join
 from moe_worker.mesh.messages import CODEC, End, Refusal, Wait, Welcome
 from moe_worker.mesh.places import advised
 from moe_worker.sampling.parameters import SamplingParameters
@@ -196,6 +196,15 @@ class Leader:
     def end(self):
         self._thread.join(DEADLINE_S)
         return self.outcome
+
+
+def test_a_rank_on_a_gpu_without_a_number_meets_the_others(monkeypatch):
+    """`auto` gives such a device; torch refuses to make it the current one, also where there is no GPU."""
+    met = []
+    monkeypatch.setattr(Member, "form", lambda member, _: met.append(member.rank))
+    options = EngineOptions(device="cuda", mesh="1x2", mesh_rank=1, mesh_leader="127.0.0.1:1")
+    join(options, "digest", torch.device("cuda"))
+    assert met == [1]
 
 
 def test_ranks_that_do_not_belong_are_refused_and_the_right_one_still_joins():

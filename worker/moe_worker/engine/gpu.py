@@ -22,14 +22,6 @@ CUDA = torch.device("cuda")
 SPARE_SHARE = 0.1
 
 
-def make_current(device: torch.device) -> None:
-    """Makes a CUDA device the current one of this thread: Triton launches there whatever its arguments are,
-    and so torch captures graphs and records events. A device without an index is the current one already.
-    """
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
-
-
 def probe_gpu(config: ModelConfig, number_format: str, device: torch.device = CUDA) -> Hardware:
     """Whether the Triton kernels compute this model in `number_format` on `device`, and why."""
     if importlib.util.find_spec("triton") is None:

@@ -21,6 +21,7 @@ from moe_worker.engine.spread import Spread
 from moe_worker.errors import SettingsError
 from moe_worker.kernels.cpu.library import Kernels
 from moe_worker.kernels.registry import Hardware, choose, explain, probe_cpu
+from moe_worker.kernels.transfer import make_current
 from moe_worker.kvcache.paged import FP8, CacheShape, PagedCache
 from moe_worker.mesh.member import Member
 from moe_worker.mesh.part import share_of
@@ -99,7 +100,7 @@ def load(
     context = options.context_for(config.max_position_embeddings)
     tokenizer = load_tokenizer(directory, config)
     device = choose_device(options.device)
-    gpu.make_current(device)
+    make_current(device)
     known = domains_to_learn(config, directory, options, device)
     dtype = choose_dtype(options.dtype, device)
     weights = choose_format(options.format, config)

@@ -1,10 +1,18 @@
-"""Copies from the host to the device."""
+"""The device of a thread, and copies from the host to it."""
 
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+
+def make_current(device: torch.device) -> None:
+    """Makes a CUDA device the current one of this thread: Triton launches there whatever its arguments are,
+    and so torch captures graphs and records events. A device without an index is the current one already.
+    """
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

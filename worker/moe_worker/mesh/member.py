@@ -13,6 +13,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from moe_worker.config.engine import EngineOptions
 from moe_worker.config.mesh import MeshShape
 from moe_worker.errors import SettingsError, WorkerError
+from moe_worker.kernels.transfer import make_current
 from moe_worker.mesh.channel import Channel
 from moe_worker.mesh.door import Door
 from moe_worker.mesh.errors import MeshError, RankMemoryError
@@ -290,8 +291,7 @@ def join(options: EngineOptions, digest: str, device: torch.device, moved: Moved
     identity = Identity(options.mesh_shape, options.mesh_epoch, digest, secret)
     member = Member(identity, options.mesh_rank, parse_address(options.mesh_leader), device)
     member.moved = moved or {}
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    make_current(device)
     member.form(JOIN_S)
     return member
 
