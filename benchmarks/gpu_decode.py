@@ -21,11 +21,11 @@ import time
 import unittest.mock
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.gpu_random import LARGE, random_model
+from benchmarks.gpu_random import LARGE, NO_TEXT, random_model
 from moe_worker.config.engine import EngineOptions
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.loading import LoadedModel
@@ -36,7 +36,6 @@ from moe_worker.models.cuda import CudaModel
 from moe_worker.models.cuda_build import prepare
 from moe_worker.models.cuda_graph import DecodeGraphs
 from moe_worker.models.cuda_runner import CudaRunner
-from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.sampling.parameters import SamplingParameters
 
 # vLLM 0.26 on one H200, 2026-11-29 (CUDA graphs, FLASH_ATTN_MLA, Triton MoE; W4A16 by Marlin): tokens a
@@ -77,14 +76,6 @@ def main() -> None:
             report(row, args)
 
 
-class NoText:
-    """Replaces the tokenizer: random weights generate no meaningful text."""
-
-    def token_bytes(self, token: int) -> bytes:
-        del token
-        return b""
-
-
 @dataclass(frozen=True)
 class Bench:
     """A random model with room for the largest batch."""
@@ -112,8 +103,7 @@ class Bench:
             device="cuda", max_batch_size=batch, prefill_tokens=prefill_tokens, prefix_cache=False,
             target_step_ms=10_000,
         )  # fmt: skip
-        tokenizer = cast("Tokenizer", NoText())
-        loaded = LoadedModel(config, runner, tokenizer, cache, context, number_format, ())
+        loaded = LoadedModel(config, runner, NO_TEXT, cache, context, number_format, ())
         return cls(model, loaded, options, runner.graphs)
 
 

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from benchmarks.gpu_random import config_of, random_model
+from benchmarks.gpu_random import NO_TEXT, config_of, random_model
 from moe_worker.config.model import ModelConfig
 from moe_worker.engine.loading import LoadedModel
 from moe_worker.kvcache.paged import CacheShape, PagedCache
@@ -26,18 +26,9 @@ from moe_worker.models.cuda_runner import CudaRunner
 from moe_worker.models.deepseek import DeepseekModel, MoeBlock
 from moe_worker.models.runner import Runner
 from moe_worker.models.stage import Stage
-from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.moe.experts import Experts
 
 PAGE = 16
-
-
-class NoText:
-    """Replaces the tokenizer: random weights generate no meaningful text."""
-
-    def token_bytes(self, token: int) -> bytes:
-        del token
-        return b""
 
 
 def chosen(experts: Experts, numbers: torch.Tensor, device: torch.device | None = None) -> Experts:
@@ -220,7 +211,7 @@ def cache_of_width(
 def loaded_model(
     config: ModelConfig, runner: Runner, cache: PagedCache, context: int, member: Member | None
 ) -> LoadedModel:
-    return LoadedModel(config, runner, cast("Tokenizer", NoText()), cache, context, "random", (), member)
+    return LoadedModel(config, runner, NO_TEXT, cache, context, "random", (), member)
 
 
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """Random models for GPU benchmarks and tests, made without a checkpoint."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from moe_worker.config.model import ModelConfig, parse_model_config
 from moe_worker.models.build import build_model
 from moe_worker.models.deepseek import DeepseekModel
+from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.quant.fp8 import E4M3, from_blocks
 from moe_worker.quant.int4 import Int4Weight
 from moe_worker.quant.matrix import Dense, Matrix
@@ -31,6 +32,17 @@ SMALL: dict[str, Any] = {
     "q_lora_rank": 128, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 64,
     "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
+
+
+class NoText:
+    """Replaces the tokenizer: random weights generate no meaningful text."""
+
+    def token_bytes(self, token: int) -> bytes:
+        del token
+        return b""
+
+
+NO_TEXT = cast("Tokenizer", NoText())
 
 
 @dataclass

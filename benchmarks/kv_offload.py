@@ -18,11 +18,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from benchmarks.gpu_random import LARGE, SMALL, random_model
+from benchmarks.gpu_random import LARGE, NO_TEXT, SMALL, random_model
 from moe_worker.config.engine import EngineOptions
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.loading import LoadedModel, load
@@ -30,7 +30,6 @@ from moe_worker.engine.requests import Request
 from moe_worker.kvcache.offload import Move
 from moe_worker.kvcache.paged import CacheShape, PagedCache
 from moe_worker.models.runner import ModelRunner, Runner
-from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.sampling.parameters import SamplingParameters
 
 CONTEXT = 512
@@ -39,14 +38,6 @@ PROMPTS = [tuple(7 + (index * step) % 3000 for index in range(480)) for step in 
 PAGE = 16
 STREAMS = 16
 DECODED = 100
-
-
-class NoText:
-    """Replaces the tokenizer: random weights generate no meaningful text."""
-
-    def token_bytes(self, token: int) -> bytes:
-        del token
-        return b""
 
 
 def first_token_s(core: EngineCore, number: int, prompt: tuple[int, ...]) -> float:
@@ -92,7 +83,7 @@ def random_loaded(values: dict[str, Any], context: int, options: EngineOptions) 
             runner = CudaRunner(
                 prepare(model, consume=True), cache, STREAMS, context, options.prefill_tokens, progress=True
             )
-    return LoadedModel(config, runner, cast("Tokenizer", NoText()), cache, context, "w4a8", ())
+    return LoadedModel(config, runner, NO_TEXT, cache, context, "w4a8", ())
 
 
 def evict(core: EngineCore) -> None:

@@ -18,18 +18,16 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 
-from benchmarks.gpu_random import SMALL, random_model
+from benchmarks.gpu_random import NO_TEXT, SMALL, random_model
 from moe_worker.config.engine import EngineOptions
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.loading import LoadedModel
 from moe_worker.engine.requests import Request
 from moe_worker.kvcache.paged import CacheShape, PagedCache
 from moe_worker.models.runner import ModelRunner
-from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.sampling.parameters import SamplingParameters
 
 PAGE = 16
@@ -65,14 +63,6 @@ def main() -> None:
                 report(what, value, first[name], "tokens/s" if name == "throughput" else "ms", args)
 
 
-class NoText:
-    """Replaces the tokenizer: random weights generate no meaningful text."""
-
-    def token_bytes(self, token: int) -> bytes:
-        del token
-        return b""
-
-
 def model(args: argparse.Namespace) -> LoadedModel:
     context = args.prompt * 3 // 2 + args.tokens + 1
     if args.device == "cuda":
@@ -86,8 +76,7 @@ def model(args: argparse.Namespace) -> LoadedModel:
         plain.config.num_hidden_layers, plain.config.attention.cache_width, PAGE, torch.float32
     )
     cache = PagedCache.allocate(shape, args.batch * shape.pages_for(context), device)
-    tokenizer = cast("Tokenizer", NoText())
-    return LoadedModel(plain.config, ModelRunner(plain), tokenizer, cache, context, args.format, ())
+    return LoadedModel(plain.config, ModelRunner(plain), NO_TEXT, cache, context, args.format, ())
 
 
 @dataclass

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu_random import SMALL, config_of, random_model
+from benchmarks.gpu_random import NO_TEXT, SMALL, config_of, random_model
 from moe_worker.config.engine import EngineOptions
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.loading import LoadedModel
@@ -63,7 +63,7 @@ class Both:
             self.cache = PagedCache.allocate(shape, pages, DEVICE)
             self.runner = CudaRunner(prepare(model, consume=True), self.cache, sequences, CONTEXT, 256)
             self.plain = ModelRunner(random_model(values, number_format, CONTEXT, DEVICE, torch.float32))
-        self.loaded = LoadedModel(self.config, self.runner, NoText(), self.cache, CONTEXT, number_format, ())
+        self.loaded = LoadedModel(self.config, self.runner, NO_TEXT, self.cache, CONTEXT, number_format, ())
 
     @torch.inference_mode()
     def exact(self, tokens):
@@ -81,11 +81,6 @@ class Both:
         return (
             self.runner.logits(batch, self.cache, batch.last_rows if rows is None else rows).float().clone()
         )
-
-
-class NoText:
-    def token_bytes(self, token):
-        return b""
 
 
 def difference(actual, expected):
