@@ -15,7 +15,7 @@ copied together.
 
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -36,16 +36,11 @@ ARRIVING = 128 << 20
 """Bytes of the GPU's memory for pages that come back."""
 
 
-class _Leaving(NamedTuple):
-    """Pages on their way to slots; slots: each with the number of its save. sums_C2: in pinned memory."""
+class _Copy(NamedTuple):
+    """Pages on their way to slots, or to frames.
 
-    done: torch.cuda.Event | None
-    slots: list[tuple[int, int]]
-    sums_C2: Tensor
-
-
-class _Arriving(NamedTuple):
-    """Pages on their way to frames; slots: each with the number of its fetch."""
+    slots: each with the number of its save, or of its fetch. sums_C2: in pinned memory.
+    """
 
     done: torch.cuda.Event | None
     slots: list[tuple[int, int]]
@@ -81,7 +76,7 @@ class PinnedPages:
         self._sums: dict[int, tuple[int, int]] = {}
         self._newest: dict[int, int] = {}
         self._saves = 0
-        self._departures: deque[_Leaving] = deque()
+        self._departures: deque[_Copy] = deque()
         self._left: deque[tuple[range, torch.cuda.Event | None]] = deque()
         """Frames whose pages leave, oldest first, and when they have left."""
         self._next = 0
@@ -89,7 +84,7 @@ class PinnedPages:
         self._frame_of: dict[int, tuple[int, int]] = {}
         """By slot: the frame, and the number of the fetch."""
         self._fetches = 0
-        self._arrivals: deque[_Arriving] = deque()
+        self._arrivals: deque[_Copy] = deque()
         self._found: dict[int, tuple[int, int]] = {}
         """Checksums of pages that have arrived in their frames."""
         self._promised: set[int] = set()
@@ -176,7 +171,7 @@ class PinnedPages:
                 self._blocks[block][row : row + count].copy_(copied_CB, non_blocking=True)
             done = self._out.mark()
         self._left.append((frames, done))
-        self._departures.append(_Leaving(done, saved, sums_C2))
+        self._departures.append(_Copy(done, saved, sums_C2))
 
     def _take_frames(self, count: int) -> range:
         """The next frames; steps wait until what was in them has left, the host does not."""
@@ -202,7 +197,7 @@ class PinnedPages:
                 copied_CB = self._in.all_FB[frame : frame + count]
                 copied_CB.copy_(self._blocks[block][row : row + count], non_blocking=True)
             sums_C2 = self._in.sums(self._in.all_FB[self._in.index(frames)])
-            self._arrivals.append(_Arriving(self._in.mark(), fetched, sums_C2))
+            self._arrivals.append(_Copy(self._in.mark(), fetched, sums_C2))
 
     def _scatter(self, moves: Sequence[Move]) -> None:
         frames = self._in.index([self._frame_of[slot][0] for slot, _, _ in moves])
@@ -212,16 +207,12 @@ class PinnedPages:
 
     def _settle(self) -> None:
         """Notes what has left or arrived, and has not been replaced since."""
-        while self._departures and is_done(self._departures[0].done):
-            _, saved, sums_C2 = self._departures.popleft()
-            for (slot, number), (plain, weighted) in zip(saved, sums_C2.tolist(), strict=True):
-                if self._newest[slot] == number:
-                    self._sums[slot] = plain, weighted
-        while self._arrivals and is_done(self._arrivals[0].done):
-            _, slots, sums_C2 = self._arrivals.popleft()
-            for (slot, number), (plain, weighted) in zip(slots, sums_C2.tolist(), strict=True):
-                if self._frame_of.get(slot, (0, 0))[1] == number:
-                    self._found[slot] = plain, weighted
+        for slot, number, sums in _finished(self._departures):
+            if self._newest[slot] == number:
+                self._sums[slot] = sums
+        for slot, number, sums in _finished(self._arrivals):
+            if self._frame_of.get(slot, (0, 0))[1] == number:
+                self._found[slot] = sums
 
     def _drop(self, slot: int) -> None:
         """Frees the frame of a slot, if it has one. What still arrives there does so before anything else."""
@@ -247,3 +238,11 @@ class PinnedPages:
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+
+def _finished(copies: deque[_Copy]) -> Iterator[tuple[int, int, tuple[int, int]]]:
+    """Removes the copies that are done, oldest first: each slot with its number and checksum."""
+    while copies and is_done(copies[0].done):
+        _, slots, sums_C2 = copies.popleft()
+        for (slot, number), (plain, weighted) in zip(slots, sums_C2.tolist(), strict=True):
+            yield slot, number, (plain, weighted)
