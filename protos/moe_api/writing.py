@@ -40,21 +40,18 @@ class SlowReaderError(Exception):
         self.status = rich_status.build(grpc.StatusCode.ABORTED, str(self))
 
 
-class Sink(Protocol):
-    """Where the messages of one call go: a grpc.aio.ServicerContext, or what takes its place."""
-
-    async def send_initial_metadata(self, initial_metadata: Any) -> None:
-        """Begins the answer."""
-
-    async def write(self, message: Any) -> None:
-        """Sends a message; returns when there is room for the next one."""
-
-
 class Messages(Protocol):
     """Where the messages of one call go."""
 
     async def write(self, message: Any) -> None:
         """Sends a message; returns when there is room for the next one."""
+
+
+class Sink(Messages, Protocol):
+    """A grpc.aio.ServicerContext, or what takes its place."""
+
+    async def send_initial_metadata(self, initial_metadata: Any) -> None:
+        """Begins the answer."""
 
 
 class Writer:
