@@ -138,8 +138,8 @@ def _scrape(monitor: Body, number: int, endpoint: Body) -> Body:
     ]
     rules.append(_keep(port, endpoint["port"]))
     job = f"{meta['namespace']}/{meta['name']}"
-    rules += [_copy(source, source) for source in ("namespace",)]
-    rules += [_copy("pod_name", "pod"), _copy("pod_container_name", "container")]
+    rules += [_copy("namespace", "namespace"), _copy("pod_name", "pod")]
+    rules.append(_copy("pod_container_name", "container"))
     rules += [
         _copy(f"pod_label_{sanitized(label)}", sanitized(label)) for label in spec.get("podTargetLabels", ())
     ]
