@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_worker.kernels.transfer import to_device
 from moe_worker.mesh.errors import MeshError
 from moe_worker.mesh.exchange import all_to_all
 from moe_worker.moe.dispatch import Received
@@ -40,9 +41,12 @@ class PlaceTable:
         self.copies_A = torch.tensor([len(places) for places in [*at, [-1]]], device=device)
 
     def to(self, device: torch.device) -> "PlaceTable":
-        """The same on `device`."""
+        """The same on `device`; the host does not wait for it."""
         moved = copy(self)
-        moved.places_AC, moved.copies_A = self.places_AC.to(device), self.copies_A.to(device)
+        moved.places_AC, moved.copies_A = (
+            to_device(each, device) if each.device.type == "cpu" else each.to(device)
+            for each in (self.places_AC, self.copies_A)
+        )
         return moved
 
     def places(self, experts_TK: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_worker.kernels.transfer import to_device
 from moe_worker.kernels.triton.exchange import Places, Slots, pack, sum_rows, unpack
 from moe_worker.kernels.triton.norm import Activation, Added
 from moe_worker.mesh.dispatch import AllToAllDispatch, PlaceTable
@@ -81,10 +80,8 @@ class FixedExchange:
 
     def place(self, table: PlaceTable) -> None:
         """From the next pass on experts are where `table` says."""
-        places_AC, copies_A = (
-            each if each.device == self._most.device else to_device(each, self._most.device)
-            for each in (table.places_AC[:-1], table.copies_A[:-1])
-        )
+        table = table.to(self._most.device)
+        places_AC, copies_A = table.places_AC[:-1], table.copies_A[:-1]
         self._places.places_AN[:, : places_AC.shape[1]].copy_(places_AC)
         self._places.copies_A.copy_(copies_A)
 
