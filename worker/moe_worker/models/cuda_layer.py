@@ -185,11 +185,9 @@ class CudaLayer:
     def compute(self, work: Work, products: Products) -> Added:
         """The weighted outputs of this rank's experts."""
         x, experts_TK, weights_TK, counts_A = work
-        if products is Products.E4M3 and not (
-            isinstance(self.gate_up, Tensor) or isinstance(self.down, Tensor)
-        ):
+        if products is Products.E4M3:
             return experts_e4m3(x, self.gate_up, self.down, experts_TK, weights_TK, counts_A)
-        if products is not Products.GROUPS:
+        if products is Products.BF16:
             emulated = rounding(self.down, products) is Rounding.EMULATED
             gate_up, down = widen(self.gate_up), widen(self.down)
             return experts_wide(x.x_TD, gate_up, down, experts_TK, weights_TK, counts_A, emulated)
@@ -265,7 +263,7 @@ def norm(
 
 def linear(x: Activation, weight: Weight, products: Products, summed: bool = False) -> Tensor:
     """[T, O] in bf16. summed: [T * S, O], where the product is cut into S parts that the reader sums."""
-    if products is Products.E4M3 and not isinstance(weight, Tensor):
+    if products is Products.E4M3:
         return linear_e4m3(x, weight)
     if products is Products.BF16 or isinstance(weight, Tensor):
         return functional.linear(x.x_TD, widen(weight))

@@ -18,8 +18,8 @@ from torch.nn import functional
 from torch.nn.functional import ScalingType
 
 from moe_worker.kernels.triton.norm import Activation, Added
-from moe_worker.kernels.triton.tiles import Packed, PackedInt4, e4m3_scale, to_e4m3
-from moe_worker.kernels.triton.wide import group_rows
+from moe_worker.kernels.triton.tiles import PackedInt4, e4m3_scale, to_e4m3
+from moe_worker.kernels.triton.wide import Weight, group_rows
 from moe_worker.quant.fp8 import E4M3
 
 # The compute capability for which the products were tried.
@@ -87,7 +87,7 @@ def widen_rows(weight: PackedInt4) -> ScaledRows:
     return out
 
 
-def linear_e4m3(x: Activation, weight: Packed) -> Tensor:
+def linear_e4m3(x: Activation, weight: Weight) -> Tensor:
     """x W^T in bf16, of the e4m3 side of `x`."""
     values_OI, scales_O = widen_rows(_int4(weight))
     return functional.scaled_mm(
@@ -154,7 +154,7 @@ def grouped(x: ScaledRows, weight: ScaledRows, ends_A: Tensor) -> Tensor:
 
 
 def experts_e4m3(
-    x: Activation, gate_up: Packed, down: Packed, experts_TK: Tensor, weights_TK: Tensor, counts_A: Tensor
+    x: Activation, gate_up: Weight, down: Weight, experts_TK: Tensor, weights_TK: Tensor, counts_A: Tensor
 ) -> Added:
     """Weighted outputs of all experts of all tokens, in the order of the experts.
 
@@ -167,7 +167,7 @@ def experts_e4m3(
     return rows.added(grouped(hidden, widen_rows(_int4(down)), rows.ends_A))
 
 
-def _int4(weight: Packed) -> PackedInt4:
+def _int4(weight: Weight) -> PackedInt4:
     if not isinstance(weight, PackedInt4):
         raise TypeError(f"{type(weight).__name__} are not multiplied in e4m3")
     return weight
