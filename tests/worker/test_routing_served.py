@@ -99,7 +99,8 @@ def test_a_margin_moves_tokens_to_idle_experts_and_answers_stay_the_same(checkpo
     assert torch.equal(Engine(checkpoint, routing_margin=0.3).logits(IDS), first)
 
 
-def test_a_margin_spent_in_rounds_evens_out_more_than_at_once(checkpoint, reported, tmp_path):
+@pytest.mark.usefixtures("reported")  # removes the file
+def test_a_margin_spent_in_rounds_evens_out_more_than_at_once(checkpoint, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"{number * number % 997} and {number}" for number in range(120)))
     words = [str(checkpoint), "--data", str(text), "--mass", "1", "--context", "64"]
@@ -114,7 +115,6 @@ def test_a_margin_spent_in_rounds_evens_out_more_than_at_once(checkpoint, report
     assert max(found["balance"]["nudges"]["1"]) <= found["balance"]["margin"] == 1
     assert used() > at_once
     assert f"utilisation {used():.0%}" in result.output
-    reported  # noqa: B018 - removes the file
 
 
 def test_nudges_are_scaled_to_the_margin(checkpoint, reported):

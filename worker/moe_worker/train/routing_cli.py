@@ -97,10 +97,10 @@ def routing(
         write()
         return measure(checkpoint, data, 1.0, routing_margin=balance["margin"], **options)
 
+    write()
     if margin is not None:
-        _, one = even_out(measured[0].loads, margin, with_balance)
+        one = even_out(measured[0].loads, margin, with_balance)
         click.echo(
             f"margin {margin:<5g} {one.bits_per_byte:.4f} bits per byte, utilisation {one.utilisation:.0%}"
         )
-    write()
     click.echo(f"least mass: {found['least_mass']:g}")

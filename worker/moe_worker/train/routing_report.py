@@ -59,12 +59,12 @@ def measure(checkpoint: Path, data: Path, mass: float, context: int | None, **op
 
 def even_out(
     loads: dict[int, list[int]], margin: float, measured: Callable[[dict[str, Any]], Measured]
-) -> tuple[dict[str, Any], Measured]:
+) -> Measured:
     """Spends the margin in rounds; each asks for what the loads of the one before leave.
 
     All at once, the busiest experts would lose more than they have too much, and others become the busiest.
     measured: the model with a part "balance" of routing.json, in which the margin is what was spent so far.
-    Returns that part, and the model with it.
+    Returns the model with the whole margin.
     """
     nudges: dict[int, Tensor] = {layer: torch.zeros(len(row)) for layer, row in loads.items()}
     for number in range(1, ROUNDS + 1):
@@ -72,10 +72,9 @@ def even_out(
             nudges[layer] += nudge(torch.tensor(row), 1.0, margin / ROUNDS)
         spent = round(margin * number / ROUNDS, 6)
         rows = {str(layer): [round(min(x, spent), 6) for x in row.tolist()] for layer, row in nudges.items()}
-        balance = {"margin": spent, "nudges": rows}
-        found = measured(balance)
+        found = measured({"margin": spent, "nudges": rows})
         loads = found.loads
-    return balance, found
+    return found
 
 
 def learn_domains(checkpoint: Path, data: Path, labels: Path, **options: Any) -> dict[str, Any]:
