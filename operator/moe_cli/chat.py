@@ -8,6 +8,7 @@ import click
 
 from moe_api import telemetry
 from moe_api.inference.v1 import chat_pb2, chat_pb2_grpc, inference_pb2
+from moe_api.ranges import FiniteRange
 from moe_client import calling, errors, terminal
 from moe_client.endpoint import Endpoint
 
@@ -20,7 +21,9 @@ _UNFINISHED: Final = inference_pb2.FINISH_REASON_UNSPECIFIED
 @click.option(
     "--max-tokens", type=click.IntRange(1, 2**32 - 1), help="Maximum number of tokens of an answer."
 )
-@click.option("--temperature", type=float, help="0 selects the most likely token; up to 2. [server: 0]")
+@click.option(
+    "--temperature", type=FiniteRange(), help="0 selects the most likely token; up to 2. [server: 0]"
+)
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Makes answers repeatable.")
 @click.option("--thinking/--no-thinking", default=None, help="Asks the chat template for reasoning, or none.")
 @click.option("--show-reasoning", is_flag=True, help="Print reasoning to stderr.")

@@ -8,6 +8,7 @@ from typing import Any, Final, cast
 
 import click
 
+from moe_api.ranges import FiniteRange
 from moe_cli.kube import TIMEOUT_S, TRANSIENT, asking, reading
 from moe_client import errors
 from moe_client.errors import CommandError
@@ -54,7 +55,7 @@ def rollout() -> None:
 @rollout.command()
 @_cluster_options
 @click.option(
-    "--timeout", type=click.FloatRange(min=0), help="Maximum number of seconds to wait. Default: no limit."
+    "--timeout", type=FiniteRange(min=0), help="Maximum number of seconds to wait. Default: no limit."
 )
 def status(name: str, namespace: str | None, context: str | None, timeout: float | None) -> None:
     """Waits until the rollout of NAME is complete (exit code 0), or is stuck or paused (1)."""

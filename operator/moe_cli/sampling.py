@@ -6,6 +6,7 @@ from typing import Any, Final, TypeVar
 import click
 
 from moe_api.inference.v1 import inference_pb2
+from moe_api.ranges import FiniteRange
 from moe_client import calling
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -25,7 +26,7 @@ class _Bias(click.ParamType[tuple[int, float]]):
             number, added = int(token), float(bias)
         except ValueError:
             self.fail(f"{value!r} is not TOKEN:BIAS, a token id and a number (42:-100)", param, ctx)
-        return int(_UINT32.convert(number, param, ctx)), added
+        return int(_UINT32.convert(number, param, ctx)), FiniteRange().convert(added, param, ctx)
 
 
 _OPTIONS: Final = (
@@ -34,31 +35,35 @@ _OPTIONS: Final = (
         type=click.IntRange(1, 2**32 - 1),
         help="Maximum number of generated tokens. [server: 128]",
     ),
-    click.option("--temperature", type=float, help="0 selects the most likely token; up to 2. [server: 0]"),
     click.option(
-        "--top-p", type=float, help="Keep the most likely tokens up to this total probability. [server: 1]"
+        "--temperature", type=FiniteRange(), help="0 selects the most likely token; up to 2. [server: 0]"
+    ),
+    click.option(
+        "--top-p",
+        type=FiniteRange(),
+        help="Keep the most likely tokens up to this total probability. [server: 1]",
     ),
     click.option(
         "--top-k", type=_UINT32, help="Keep this many of the most likely tokens; 0 keeps all. [server: 0]"
     ),
     click.option(
         "--min-p",
-        type=float,
+        type=FiniteRange(),
         help="Drop tokens below this share of the likeliest one's probability; try 0.05. [server: 0]",
     ),
     click.option(
         "--repetition-penalty",
-        type=float,
+        type=FiniteRange(),
         help="Above 1 makes tokens of prompt and text less likely; try 1.1. [server: 1]",
     ),
     click.option(
         "--presence-penalty",
-        type=float,
+        type=FiniteRange(),
         help="Above 0 makes tokens of the text so far less likely, -2 to 2. [server: 0]",
     ),
     click.option(
         "--frequency-penalty",
-        type=float,
+        type=FiniteRange(),
         help="The same, once for each time a token was used, -2 to 2. [server: 0]",
     ),
     click.option(

@@ -11,6 +11,7 @@ import grpc
 from moe_api import mutual, rich_status, transport
 from moe_api.address import check_address
 from moe_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
+from moe_api.ranges import FiniteRange
 from moe_client import errors
 from moe_client.endpoint import Endpoint, access_options
 from moe_client.errors import CommandError
@@ -60,9 +61,7 @@ def model_options(command: _Command) -> _Command:
     """Adds --endpoint, --model, --timeout and those of `access_options`."""
     command = access_options(command)
     for option in (
-        click.option(
-            "--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds to wait at most."
-        ),
+        click.option("--timeout", type=FiniteRange(min=0, min_open=True), help="Seconds to wait at most."),
         click.option("--model", default="", help="Served name of the model; optional."),
         click.option(
             "--endpoint",

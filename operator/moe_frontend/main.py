@@ -11,6 +11,7 @@ from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.sdk.metrics.export import MetricReader
 
 from moe_api import telemetry
+from moe_api.ranges import FiniteRange
 from moe_api.visible import LOG_MOST, guard_logs, one_line
 from moe_api.writing import WRITE_TIMEOUT_S
 from moe_frontend.edges import Guards
@@ -43,7 +44,7 @@ from moe_operator.errors import MoEOperatorError
 @click.option("--static", type=Addresses(), help="Workers by address instead, without Kubernetes.")
 @click.option(
     "--grace",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     default=25.0,
     show_default=True,
     help="Seconds that running requests get to finish after SIGTERM. Keep it below the pod's "
@@ -51,7 +52,7 @@ from moe_operator.errors import MoEOperatorError
 )
 @click.option(
     "--hold",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     default=0.0,
     show_default=True,
     help="For deployments that scale to zero: seconds that a request waits for a first worker. The operator "
@@ -59,7 +60,7 @@ from moe_operator.errors import MoEOperatorError
 )
 @click.option(
     "--patience",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     default=routing.PATIENCE_S,
     show_default=True,
     help="Seconds that a request waits while no worker is ready, and that a stream which lost its worker "
@@ -67,7 +68,7 @@ from moe_operator.errors import MoEOperatorError
 )
 @click.option(
     "--write-timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     default=WRITE_TIMEOUT_S,
     show_default=True,
     help="Seconds that a message may wait for a client to read it; then the stream is stopped, and its "
@@ -97,7 +98,7 @@ from moe_operator.errors import MoEOperatorError
 )
 @click.option(
     "--output-cache-ttl",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     default=3600.0,
     show_default=True,
     envvar="MOE_OUTPUT_CACHE_TTL",

@@ -67,8 +67,8 @@ def test_people_get_tables(trace):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--horizon", "0"], "--horizon is 0; it must be above 0"),
-        (["--fraction", "nan"], "--fraction is nan; it must be above 0"),
+        (["--horizon", "0"], "0.0 is not in the range x>0."),
+        (["--fraction", "nan"], "nan is not a finite number; give one in the range x>0."),
         (["--tune-until", "soon"], "neither a share like 0.5 nor a time"),
         (["--tune-until", "1"], "leaves nothing before or after it"),
         (["--tune-until", "2030-01-01"], "leaves nothing before or after it"),

@@ -54,6 +54,13 @@ steps:
             HEAD + "steps: [{sparsify: {}}]",
             r"steps\[0\].sparsify: steps is missing; it must be",
         ),
+        *(
+            (
+                HEAD + f"training: {{learning_rate: {number}}}\nsteps: [{{quantize: {{steps: 0}}}}]",
+                r"training: learning_rate is .*; it must be a finite number",
+            )
+            for number in (".nan", "nan", "-.inf", "9" * 400)
+        ),
         (
             HEAD + "steps: [{quantize: {steps: many}}]",
             "steps is 'many'; it must be a whole number",

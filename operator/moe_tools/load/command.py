@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from moe_api.ranges import FiniteRange
 from moe_client import calling, errors
 from moe_client.endpoint import Endpoint
 from moe_client.errors import CommandError
@@ -19,24 +20,22 @@ from moe_client.errors import CommandError
 @calling.model_options
 @click.option(
     "--speed",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     default=1.0,
     show_default=True,
     help="How many times faster than recorded: at 60 an hour takes a minute, with all its requests.",
 )
 @click.option(
     "--share",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     default=1.0,
     show_default=True,
     help="Requests sent for each one of the trace; 0.01 sends one of a hundred.",
 )
-@click.option(
-    "--skip", type=click.FloatRange(min=0), default=0.0, help="Seconds of the trace to leave out first."
-)
+@click.option("--skip", type=FiniteRange(min=0), default=0.0, help="Seconds of the trace to leave out first.")
 @click.option(
     "--duration",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     help="Seconds of the trace to play. Default: all.",
 )
 @click.option(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from moe_api.ranges import FiniteRange
 from moe_client import errors
 from moe_client.errors import CommandError
 from moe_client.terminal import say
@@ -26,6 +27,7 @@ _FEWEST_STEPS: Final = 3
 @click.command()
 @click.option(
     "--horizon",
+    type=FiniteRange(min=0, min_open=True),
     default=300.0,
     show_default=True,
     metavar="SECONDS",
@@ -40,6 +42,7 @@ _FEWEST_STEPS: Final = 3
 )
 @click.option(
     "--fraction",
+    type=FiniteRange(min=0, min_open=True),
     default=0.5,
     show_default=True,
     metavar="GPUS",
@@ -47,7 +50,7 @@ _FEWEST_STEPS: Final = 3
 )
 @click.option(
     "--capacity",
-    type=float,
+    type=FiniteRange(min=0, min_open=True),
     metavar="WORK",
     help="Work per minute that one whole GPU does in time. Default: so that the mean demand before "
     f"--tune-until keeps {_GPUS_AT_MEAN} GPUs busy.",
@@ -103,9 +106,6 @@ def replay(path: Path, horizon: float, tune_until: str, work: str, *, as_json: b
     from moe_tools.replay.trace import Work, read  # noqa: PLC0415
 
     fraction, capacity, plot = choices["fraction"], choices["capacity"], choices["plot"]
-    for option, value in (("--horizon", horizon), ("--fraction", fraction), ("--capacity", capacity)):
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise click.UsageError(f"{option} is {value:g}; it must be above 0")
     try:
         trace = read(path, Work(work))
     except TraceError as error:

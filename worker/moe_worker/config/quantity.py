@@ -9,7 +9,7 @@ _UNITS = {"": 1} | {
     for binary, base in (("", 1000), ("i", 1024))
     for power, letter in enumerate(("k" if not binary else "K", "M", "G", "T", "P"), start=1)
 }
-_FORM = re.compile(r"(\d+(?:\.\d+)?)([kKMGTP]?i?)")
+_FORM = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)([kKMGTP]?i?)")
 
 
 def parse_bytes(text: str, flag: str) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from moe_api.ranges import FiniteRange
 from moe_api.visible import guard_logs
 from moe_worker.config.quantity import parse_bytes
 from moe_worker.fetch.cache import CheckpointCache, size_of
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 )
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=1),
+    type=FiniteRange(min=1),
     default=30.0,
     show_default=True,
     envvar="MOE_FETCH_TIMEOUT",

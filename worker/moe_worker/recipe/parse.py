@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import math
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -174,10 +176,10 @@ def _value(value: Any, wanted: str, where: str, folder: Path) -> Any:
     if "Path" in wanted and isinstance(value, str):
         return (folder / value).resolve()
     if "float" in wanted and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML takes 2e-3 for text
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError, OverflowError):
+            number = float(value)  # YAML takes 2e-3 for text
+            if math.isfinite(number):
+                return number
     if wanted.startswith("int") and type(value) is int and value >= 0:
         return value
     if wanted == "str" and isinstance(value, str):
@@ -186,7 +188,11 @@ def _value(value: Any, wanted: str, where: str, folder: Path) -> Any:
 
 
 def _words(wanted: str) -> str:
-    for kind, words in (("Path", "a path"), ("float", "a number"), ("int", "a whole number of 0 or more")):
+    for kind, words in (
+        ("Path", "a path"),
+        ("float", "a finite number"),
+        ("int", "a whole number of 0 or more"),
+    ):
         if kind in wanted:
             return words
     return "a word"

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import click
 
 from moe_api import lengths
 from moe_api.address import check_address
+from moe_api.ranges import FiniteRange
 from moe_api.visible import guard_logs
 from moe_api.writing import WRITE_TIMEOUT_S
 from moe_worker.config.directory import find_checkpoint
@@ -37,16 +37,6 @@ from moe_worker.service.watchdog import STALL_TIMEOUT_S
 
 LARGEST_OVERRIDE = 1 << 16
 LISTEN = "127.0.0.1:8000"
-
-
-class _Number(click.FloatRange):
-    """A finite number in a range: comparisons alone would accept NaN."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number = float(super().convert(value, param, ctx))
-        if not math.isfinite(number):
-            self.fail(f"{value} is not a finite number.", param, ctx)
-        return number
 
 
 @click.command()
@@ -113,7 +103,7 @@ class _Number(click.FloatRange):
 )
 @click.option(
     "--target-step-ms",
-    type=float,
+    type=FiniteRange(*BOUNDS["target_step_ms"]),
     default=EngineOptions.target_step_ms,
     show_default=True,
     help="Target time between two tokens of a stream: prompts are split into chunks to meet it.",
@@ -135,7 +125,7 @@ class _Number(click.FloatRange):
 )
 @click.option(
     "--stall-timeout",
-    type=_Number(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     default=STALL_TIMEOUT_S,
     envvar="MOE_WORKER_STALL_TIMEOUT",
     show_default=True,
@@ -144,7 +134,7 @@ class _Number(click.FloatRange):
 )
 @click.option(
     "--write-timeout",
-    type=_Number(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     default=WRITE_TIMEOUT_S,
     envvar="MOE_WORKER_WRITE_TIMEOUT",
     show_default=True,
@@ -152,7 +142,7 @@ class _Number(click.FloatRange):
 )
 @click.option(
     "--grace",
-    type=_Number(min=0),
+    type=FiniteRange(min=0),
     default=GRACE_S,
     envvar="MOE_WORKER_GRACE",
     show_default=True,
@@ -182,7 +172,7 @@ class _Number(click.FloatRange):
 )
 @click.option(
     "--max-bits-per-byte-increase",
-    type=_Number(min=0),
+    type=FiniteRange(min=0),
     help="Refuse a checkpoint that is worse than its original by more, by its quality.json.",
 )
 @click.option("--quality-text", help="Name of the text that its quality.json must have scored. Default: any.")
@@ -272,7 +262,7 @@ class _Number(click.FloatRange):
 )
 @click.option(
     "--rebalance-interval",
-    type=_Number(min=0.01),
+    type=FiniteRange(*BOUNDS["rebalance_interval"]),
     default=EngineOptions.rebalance_interval,
     envvar="MOE_WORKER_REBALANCE_INTERVAL",
     show_default=True,
@@ -280,7 +270,7 @@ class _Number(click.FloatRange):
 )
 @click.option(
     "--rebalance-threshold",
-    type=_Number(min=1, max=100),
+    type=FiniteRange(*BOUNDS["rebalance_threshold"]),
     default=EngineOptions.rebalance_threshold,
     envvar="MOE_WORKER_REBALANCE_THRESHOLD",
     show_default=True,
@@ -288,14 +278,14 @@ class _Number(click.FloatRange):
 )
 @click.option(
     "--routing-mass",
-    type=_Number(*BOUNDS["routing_mass"]),
+    type=FiniteRange(*BOUNDS["routing_mass"]),
     envvar="MOE_WORKER_ROUTING_MASS",
     help="Share of the scores of a token's experts at which the rest are left out (1: none are). Default: "
     "the checkpoint's; less only as far as its routing.json allows.",
 )
 @click.option(
     "--routing-margin",
-    type=_Number(min=0, max=1),
+    type=FiniteRange(*BOUNDS["routing_margin"]),
     default=0.0,
     envvar="MOE_WORKER_ROUTING_MARGIN",
     show_default=True,

@@ -7,11 +7,12 @@ from typing import Any
 
 import click
 
+from moe_api.ranges import FiniteRange
 from moe_worker.train.settings import BALANCES, OPTIMIZERS, PRECISIONS, SALIENCIES, SPARSITIES, TrainSettings
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
-_SHARE = click.FloatRange(0, 1)
+_SHARE = FiniteRange(0, 1)
 _DEFAULT = TrainSettings
 
 
@@ -38,13 +39,13 @@ _DEFAULT = TrainSettings
 @click.option("--window", type=click.IntRange(2), default=_DEFAULT.window, help="Tokens in a window.")
 @click.option(
     "--learning-rate",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     default=_DEFAULT.learning_rate,
     help="Peak learning rate.",
 )
 @click.option(
     "--weight-decay",
-    type=click.FloatRange(0),
+    type=FiniteRange(0),
     default=_DEFAULT.weight_decay,
     help="Weight decay of the matrices.",
 )
@@ -62,29 +63,27 @@ _DEFAULT = TrainSettings
 )
 @click.option(
     "--clip-norm",
-    type=click.FloatRange(0),
+    type=FiniteRange(0),
     default=_DEFAULT.clip_norm,
     help="Maximum norm of the gradient; 0: no limit.",
 )
-@click.option(
-    "--dropout", type=click.FloatRange(0, 0.9), default=_DEFAULT.dropout, help="Dropout probability."
-)
+@click.option("--dropout", type=FiniteRange(0, 0.9), default=_DEFAULT.dropout, help="Dropout probability.")
 @click.option("--warmup", type=click.IntRange(0), default=_DEFAULT.warmup, help="Steps of rising rate.")
 @click.option(
     "--decay-share",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     default=_DEFAULT.decay_share,
     help="Share of the steps over which the rate falls to zero.",
 )
 @click.option(
     "--balance-speed",
-    type=click.FloatRange(0),
+    type=FiniteRange(0),
     default=_DEFAULT.balance_speed,
     help="How far one step moves the routers' balancing bias.",
 )
 @click.option(
     "--sequence-balance",
-    type=click.FloatRange(0),
+    type=FiniteRange(0),
     default=_DEFAULT.sequence_balance,
     help="Weight of the loss term that balances the experts within each sequence; 0: none.",
 )
@@ -96,13 +95,13 @@ _DEFAULT = TrainSettings
 )
 @click.option(
     "--balance-strength",
-    type=click.FloatRange(0),
+    type=FiniteRange(0),
     default=_DEFAULT.balance_strength,
     help="The largest difference that the coefficient makes to a score.",
 )
 @click.option(
     "--expert-cost",
-    type=click.FloatRange(0),
+    type=FiniteRange(0),
     default=_DEFAULT.expert_cost,
     help="Weight of the cost of experts, for a config.json with a routing.mass below 1.",
 )
@@ -117,7 +116,7 @@ _DEFAULT = TrainSettings
     "--domains", type=_FILE, help="Labels of the training documents, one a line: a hint for the routers."
 )
 @click.option(
-    "--domain-share", type=click.FloatRange(0), default=_DEFAULT.domain_share, help="Weight of that hint."
+    "--domain-share", type=FiniteRange(0), default=_DEFAULT.domain_share, help="Weight of that hint."
 )
 @click.option(
     "--sparsity",
@@ -163,7 +162,7 @@ _DEFAULT = TrainSettings
 )
 @click.option(
     "--hidden-share",
-    type=click.FloatRange(0),
+    type=FiniteRange(0),
     default=_DEFAULT.hidden_share,
     help="Weight of the distance to its last hidden states; it then runs during training.",
 )
@@ -184,7 +183,7 @@ _DEFAULT = TrainSettings
 )
 @click.option(
     "--stop-after",
-    type=click.FloatRange(0),
+    type=FiniteRange(0),
     help="Seconds after which to save and end early, to resume later.",
 )
 @click.option(

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from moe_api.ranges import FiniteRange
 from moe_worker.config.engine import FORMATS
 from moe_worker.config.routing_report import ROUTING_FILE
 
@@ -21,12 +22,12 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--mass",
     "masses",
     multiple=True,
-    type=click.FloatRange(0.001, 1),
+    type=FiniteRange(0.001, 1),
     help="Masses to try. Default: ten from 1 to 0.5.",
 )
 @click.option(
     "--most-loss",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     default=0.005,
     help="Share of bits per byte that a mass may cost; the smallest such mass is allowed.",
 )
@@ -37,7 +38,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option(
     "--margin",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=FiniteRange(0, 1, min_open=True),
     help="Also measure what evens out the loads of experts within this margin, for --routing-margin: "
     "eight more scores of the text.",
 )
