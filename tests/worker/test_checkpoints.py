@@ -250,6 +250,24 @@ def test_kv_memory_too_small_for_one_context(checkpoint):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
+        ({"kv_offload": 1000}, "one page takes 4608; give more, or 0"),
+        ({"kv_offload": 1 << 49}, "KV offload of 562949953421312 bytes cannot be allocated in CPU memory"),
+        ({"kv_memory": 1000}, "KV memory of 1000 bytes is too small"),
+        ({"routing_margin": 0.1}, "no routing.json with the loads of layer 1"),
+        ({"learn_routing": True}, "no routing.json with the domains of its layers"),
+    ],
+)
+def test_options_are_refused_before_weights_are_read(checkpoint, tmp_path, options, sentence):
+    """They are so large that reading them takes minutes; here they are damaged."""
+    without = shutil.copytree(checkpoint, tmp_path / "model")
+    weights = without / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    refuse(without, sentence, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
         ({"context_length": 5000}, "context length 5000 is too long"),
         ({"context_length": 0}, "context_length is 0; it must be at least 1"),
         ({"max_batch_size": -1}, "max_batch_size is -1"),

@@ -19,6 +19,7 @@ from moe_worker.errors import SettingsError
 from moe_worker.kernels import registry
 from moe_worker.kernels.registry import Hardware, explain
 from moe_worker.kernels.transfer import make_current
+from moe_worker.kvcache.paged import CacheShape
 
 pytest.importorskip("triton")
 from moe_worker.models.cuda_graph import batch_sizes
@@ -163,6 +164,26 @@ def test_weights_that_do_not_fit_are_refused_with_what_would():
     )
     with pytest.raises(SettingsError, match=sentence):
         gpu.check_weights_fit(config, "bf16", device, free=8 * 10**9, share=0.5)
+
+
+def test_the_frames_of_the_offload_are_no_memory_for_the_cache():
+    rows, gib = CacheShape(27, 576, 16, torch.bfloat16), 1 << 30
+    page, one = rows.page_bytes, 1024 * rows.bytes_per_token
+    frames = (256 << 20) // page * page + (128 << 20) // page * page + 2 * page
+
+    def check(left, total=10 * gib, **changes):
+        options = EngineOptions(max_batch_size=1, **changes)
+        gpu.check_cache_fits(rows, options, 1024, torch.device("cuda:1"), left, total)
+
+    for offload, needed in ((0, one), (gib, one + frames)):
+        check(needed + gib, kv_offload=offload)
+        check(needed, kv_offload=offload, kv_memory=one)
+        with pytest.raises(SettingsError, match=r"KV memory of \d+ bytes is too small: one context of 1024 "):
+            check(needed + gib - page, kv_offload=offload)
+        with pytest.raises(SettingsError, match=r"leave about 0.\d GB of cuda:1; lower the KV memory"):
+            check(needed - page, kv_offload=offload, kv_memory=one)
+    with pytest.raises(SettingsError, match=r"and the frames of the KV offload 0.4 GB, and "):
+        check(one, kv_offload=gib, kv_memory=one)
 
 
 @given(st.integers(1, 1000))

@@ -16,7 +16,7 @@ from moe_worker.errors import SettingsError
 from moe_worker.kvcache.host import HostPages, pinned_slots
 from moe_worker.kvcache.offload import Move
 from moe_worker.kvcache.paged import FP8, CacheShape, PagedCache
-from moe_worker.kvcache.pinned import PinnedPages
+from moe_worker.kvcache.pinned import PinnedPages, frame_bytes
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.scheduler.budget import StepTime
 from moe_worker.scheduler.plan import Block, Limits
@@ -188,6 +188,15 @@ def pinned(pages=40, memory=40):
     cache = PagedCache.allocate(CacheShape(2, 8, 4, torch.float32), pages, torch.device("cpu"))
     cache.storage_LRN.copy_(torch.randint(0, 256, cache.storage_LRN.shape, dtype=torch.uint8))
     return cache, PinnedPages(cache, memory * 2 * 8 * 4 * 4)
+
+
+@pytest.mark.parametrize("memory", [1, 6, 40])
+def test_the_estimate_of_frames_is_what_they_take(monkeypatch, memory):
+    monkeypatch.setattr("moe_worker.kvcache.pinned.LEAVING", 7 * 256)
+    monkeypatch.setattr("moe_worker.kvcache.pinned.ARRIVING", 5 * 256)
+    cache, host = pinned(memory=memory)
+    taken = [part.nbytes for each in (host._out, host._in) for part in (each.all_FB, each._weights_W)]
+    assert frame_bytes(memory * 256, cache.shape.page_bytes) == sum(taken)
 
 
 def page_of(cache, page):

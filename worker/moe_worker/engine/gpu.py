@@ -10,7 +10,8 @@ from moe_worker.config.engine import EngineOptions
 from moe_worker.config.model import ModelConfig
 from moe_worker.errors import SettingsError
 from moe_worker.kernels.registry import Hardware
-from moe_worker.kvcache.paged import PagedCache
+from moe_worker.kvcache.paged import CacheShape, PagedCache
+from moe_worker.kvcache.pinned import frame_bytes
 from moe_worker.mesh.rank_stage import RankStage
 from moe_worker.models.deepseek import DeepseekModel
 from moe_worker.models.runner import Runner
@@ -104,7 +105,34 @@ def check_weights_fit(
     )
 
 
-def cache_bytes(device: torch.device) -> int:
+def cache_bytes(device: torch.device, rows: CacheShape, options: EngineOptions) -> int:
     """Bytes that the KV cache may take once the weights are loaded."""
     free, total = torch.cuda.mem_get_info(device)
-    return max(0, int(free - SPARE_SHARE * total))
+    return cache_room(free, total, _frames(rows, options))
+
+
+def cache_room(free: float, total: int, frames: int) -> int:
+    """Bytes for the KV cache: of `free` ones of a GPU with `total`, if the KV offload takes `frames`."""
+    return max(0, int(free - frames - SPARE_SHARE * total))
+
+
+def check_cache_fits(
+    rows: CacheShape, options: EngineOptions, context: int, device: torch.device, left: float, total: int
+) -> None:
+    """Raises SettingsError if the KV cache does not fit into the `left` bytes of `device`, which has `total`,
+    that the weights leave by their estimate.
+    """
+    frames = _frames(rows, options)
+    memory = cache_room(left, total, frames) if options.kv_memory is None else options.kv_memory
+    needed = rows.pages_that_fit(context, memory, options.max_batch_size) * rows.page_bytes
+    if needed + frames > left:
+        also = f" and the frames of the KV offload {frames / GB:.1f} GB" if frames else ""
+        raise SettingsError(
+            f"the KV cache takes {needed / GB:.1f} GB{also}, and the weights leave about {left / GB:.1f} GB "
+            f"of {device}; lower the KV memory, the batch size or the context length"
+        )
+
+
+def _frames(rows: CacheShape, options: EngineOptions) -> int:
+    """Bytes of the GPU through which pages leave and come back."""
+    return frame_bytes(options.kv_offload, rows.page_bytes) if options.kv_offload else 0

@@ -16,12 +16,13 @@ from moe_worker.config.mesh import MeshShape
 from moe_worker.config.model import ModelConfig
 from moe_worker.config.quantization import PackedStorage, SparseStorage
 from moe_worker.engine import gpu
-from moe_worker.engine.routing import balance, domains_to_learn, learner_of, with_mass
+from moe_worker.engine.routing import balance, domains_to_learn, learner_of, nudges_of, with_mass
 from moe_worker.engine.spread import Spread
 from moe_worker.errors import SettingsError
 from moe_worker.kernels.cpu.library import Kernels
 from moe_worker.kernels.registry import Hardware, choose, explain, probe_cpu
 from moe_worker.kernels.transfer import make_current
+from moe_worker.kvcache.host import check_memory
 from moe_worker.kvcache.paged import FP8, CacheShape, PagedCache
 from moe_worker.mesh.member import Member
 from moe_worker.mesh.part import share_of
@@ -102,18 +103,17 @@ def load(
     device = choose_device(options.device)
     make_current(device)
     known = domains_to_learn(config, directory, options, device)
+    nudges = nudges_of(config, directory, options)
     dtype = choose_dtype(options.dtype, device)
     weights = choose_format(options.format, config)
     placement = Placement(dtype, device, weights, options.check_weights)
     name = NAMES[dtype] if weights == "dense" else weights
     shape, spread, stage = options.mesh_shape, None, None
     hardware = probe(device, config, name, shape)
-    if device.type == "cuda" and shape.ranks == 1:
-        gpu.check_weights_fit(config, name, device, torch.cuda.mem_get_info(device)[0])
     path = choose("pass", name, hardware).implementation
     rows = _cache_shape(config, options, dtype, path)
     if shape.ranks == 1:
-        rows.pages_that_fit(context, options.kv_memory, options.max_batch_size)
+        _check_sizes(config, name, rows, options, context, device)
     threads = options.threads or suggested_threads(config, dtype)
     torch.set_num_threads(threads)
     if options.check_digests:
@@ -123,12 +123,10 @@ def load(
             spread = Spread.join(directory, config, options, placement)
             unfinished.push(_giving_up(spread.member))
             stage = spread.stage()
-            if device.type == "cuda":
-                free = torch.cuda.mem_get_info(device)[0]
-                gpu.check_weights_fit(config, name, device, free, share_of(stage, spread.stored))
             rows = replace(rows, layers=len(stage.layers))
+            _check_sizes(config, name, rows, options, context, device, share_of(stage, spread.stored))
         model = load_model(directory, config, placement, context, progress, stage)
-        balance(model, directory, options)
+        balance(model, nudges)
         member = None if spread is None else spread.member
         cache = _allocate_cache(rows, options, context, device, member)
         runner = _runner(model, cache, options, context, path, progress, spread)
@@ -157,6 +155,26 @@ def _cache_shape(config: ModelConfig, options: EngineOptions, dtype: torch.dtype
     return CacheShape(config.num_hidden_layers, width, options.page_size, rows)
 
 
+def _check_sizes(
+    config: ModelConfig, number_format: str, rows: CacheShape, options: EngineOptions, context: int,
+    device: torch.device, share: float = 1.0,
+) -> None:  # fmt: skip
+    """Whether the weights, of which this process has `share`, the cache and what it evicts fit into memory,
+    as far as that is known before the weights are read. Raises SettingsError.
+    """
+    on_gpu = device.type == "cuda"
+    if options.kv_offload:
+        check_memory(options.kv_offload, rows.page_bytes, pinned=on_gpu)
+    if on_gpu:
+        free, total = torch.cuda.mem_get_info(device)
+        gpu.check_weights_fit(config, number_format, device, free, share)
+        left = free - share * gpu.weight_bytes(config, number_format)
+        gpu.check_cache_fits(rows, options, context, device, left, total)
+    else:  # such memory is only mapped, which takes no time
+        pages = rows.pages_that_fit(context, options.kv_memory, options.max_batch_size)
+        PagedCache.allocate(rows, pages, device)
+
+
 def _allocate_cache(
     shape: CacheShape, options: EngineOptions, context: int, device: torch.device, member: Member | None
 ) -> PagedCache:
@@ -165,7 +183,7 @@ def _allocate_cache(
     """
     memory = options.kv_memory
     if memory is None and device.type == "cuda":
-        memory = gpu.cache_bytes(device)
+        memory = gpu.cache_bytes(device, shape, options)
     pages = shape.pages_that_fit(context, memory, options.max_batch_size)
     if member is not None:
         pages = agree_on_pages(member, pages)

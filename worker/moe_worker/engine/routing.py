@@ -4,6 +4,7 @@ Both are fixed when the model is loaded, from files of the checkpoint and option
 not depend on what a worker served before.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,32 +41,44 @@ def with_mass(config: ModelConfig, directory: Path, options: EngineOptions) -> M
     return replace(config, moe=replace(config.moe, routing=routing))
 
 
-@torch.inference_mode()
-def balance(model: DeepseekModel, directory: Path, options: EngineOptions) -> None:
-    """Lets experts with little load take the place of others whose scores differ by less than the margin.
+def nudges_of(config: ModelConfig, directory: Path, options: EngineOptions) -> dict[int, Tensor]:
+    """By layer, what lets experts with little load take the place of others whose scores differ by less than
+    the margin; nothing is loaded yet.
 
     The checkpoint's report has their loads, or already what evens them out within another margin, which is
     scaled then. Raises SettingsError where it has neither, or routers no bias.
     """
     if not options.routing_margin:
-        return
-    report = read_routing_report(directory)
-    for index, layer in zip(model.stage.layers, model.layers, strict=True):
-        if not isinstance(layer.block, MoeBlock):
-            continue
-        bias_E = layer.block.router.bias_E
+        return {}
+    if not config.moe.has_bias:
+        raise SettingsError(
+            f"routing_margin is {options.routing_margin:g}, but the routers of {config.architecture} have no "
+            "bias to carry it; set the margin to 0"
+        )
+    report, nudges = read_routing_report(directory), {}
+    for index in _mixtures(config):
         nudge_E = _nudge(report, index, options.routing_margin)
-        if nudge_E is None or len(nudge_E) != layer.block.router.routing.experts:
+        if nudge_E is None or len(nudge_E) != config.moe.routed:
             raise SettingsError(
                 f"routing_margin is {options.routing_margin:g}, but the checkpoint has no {ROUTING_FILE} "
                 f"with the loads of layer {index}; `moe-worker routing` writes it, or set the margin to 0"
             )
-        if bias_E is None:
-            raise SettingsError(
-                f"routing_margin is {options.routing_margin:g}, but the routers of "
-                f"{model.config.architecture} have no bias to carry it; set the margin to 0"
-            )
-        bias_E += nudge_E.to(bias_E)
+        nudges[index] = nudge_E
+    return nudges
+
+
+@torch.inference_mode()
+def balance(model: DeepseekModel, nudges: Mapping[int, Tensor]) -> None:
+    """Adds them to the biases of the routers."""
+    for index, layer in zip(model.stage.layers, model.layers, strict=True):
+        bias_E = layer.block.router.bias_E if isinstance(layer.block, MoeBlock) else None
+        if bias_E is not None and index in nudges:
+            bias_E += nudges[index].to(bias_E)
+
+
+def _mixtures(config: ModelConfig) -> list[int]:
+    """The layers with experts."""
+    return [layer for layer in range(config.num_hidden_layers) if layer not in config.dense_layers]
 
 
 def _nudge(report: RoutingReport | None, index: int, margin: float) -> Tensor | None:
@@ -90,7 +103,7 @@ def domains_to_learn(
         raise SettingsError(_TELL_NOTHING)
     report = read_routing_report(directory)
     known = None if report is None else report.domains
-    layers = [layer for layer in range(config.num_hidden_layers) if layer not in config.dense_layers]
+    layers = _mixtures(config)
     if known is None or [*known.shares] != layers or len(known.shares[layers[0]][0]) != config.moe.routed:
         raise SettingsError(
             f"learn_routing: the checkpoint has no {ROUTING_FILE} with the domains of its layers; "

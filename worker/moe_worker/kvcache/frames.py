@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-WORD = 8
+from moe_worker.kvcache.host import WORD
+
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
@@ -46,6 +47,11 @@ class Frames:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._weights_W = torch.arange(1, 2 * (size.padded // WORD), 2, device=device)
+
+    @staticmethod
+    def bytes_of(count: int, size: int) -> int:
+        """Bytes of `count` frames of `size` bytes, and of the weights of their words."""
+        return (count + 1) * size
 
     def __len__(self) -> int:
         return len(self.all_FB)

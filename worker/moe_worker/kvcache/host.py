@@ -17,7 +17,7 @@ from moe_worker.errors import SettingsError
 from moe_worker.kvcache.offload import Move
 from moe_worker.kvcache.paged import PagedCache
 
-_WORD = 8
+WORD = 8
 _TRIALS = 8
 _SUMS_S = 0.005
 """Checksums of saved pages take so long in one step at most; other pages wait for the next one."""
@@ -40,10 +40,8 @@ class HostPages:
         layers, _, width = self._rows_LRN.shape
         self._shape = (layers, self._size, width)
         nbytes = layers * self._size * width
-        padded = -(-nbytes // _WORD) * _WORD
-        self.slots = memory // padded
-        if not self.slots:
-            raise too_small(memory, padded)
+        padded = whole_words(nbytes)
+        (self.slots,) = slots_in(memory, nbytes, pinned=False)
         self._slots = allocate(self.slots, padded, pinned=False).unbind()
         self._nbytes = nbytes
         self._sums: dict[int, tuple[int, int]] = {}
@@ -120,11 +118,29 @@ def allocate(slots: int, nbytes: int, pinned: bool) -> Tensor:
         ) from error
 
 
-def too_small(memory: int, page: int) -> SettingsError:
-    """The error for memory in which not one page fits."""
-    return SettingsError(
-        f"KV offload memory of {memory} bytes is too small: one page takes {page}; give more, or 0"
-    )
+def whole_words(nbytes: int) -> int:
+    """Bytes of the slot of a page."""
+    return -(-nbytes // WORD) * WORD
+
+
+def slots_in(memory: int, page: int, pinned: bool) -> list[int]:
+    """Slots of each allocation for pages of `page` bytes. Raises SettingsError if not one fits."""
+    each = whole_words(page)
+    counts = pinned_slots(memory, each) if pinned else [memory // each]
+    if not any(counts):
+        raise SettingsError(
+            f"KV offload memory of {memory} bytes is too small: one page takes {each}; give more, or 0"
+        )
+    return counts
+
+
+def check_memory(memory: int, page: int, pinned: bool) -> None:
+    """Whether pages of `page` bytes can be kept, before there is a cache. Raises SettingsError.
+
+    Mapping memory takes no time, and fails where the machine does not have it.
+    """
+    slots_in(memory, page, pinned)
+    allocate(1, memory, pinned=False)
 
 
 def pinned_slots(memory: int, nbytes: int) -> list[int]:

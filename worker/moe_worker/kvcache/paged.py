@@ -35,6 +35,11 @@ class CacheShape:
         """Bytes of one token over all layers."""
         return self.layers * self.width * self.dtype.itemsize
 
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page."""
+        return self.page_size * self.bytes_per_token
+
     def pages_for(self, tokens: int) -> int:
         """Pages that hold `tokens` tokens of one sequence."""
         return -(-tokens // self.page_size)
@@ -48,9 +53,9 @@ class CacheShape:
         most = sequences * self.pages_for(context)
         if memory is None:
             return most
-        pages = memory // (self.page_size * self.bytes_per_token)
+        pages = memory // self.page_bytes
         if pages < self.pages_for(context):
-            one = self.pages_for(context) * self.page_size * self.bytes_per_token
+            one = self.pages_for(context) * self.page_bytes
             raise SettingsError(
                 f"KV memory of {memory} bytes is too small: one context of {context} tokens takes {one} "
                 f"bytes; give at least that, or a context length of at most {pages * self.page_size}"

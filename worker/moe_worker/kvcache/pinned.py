@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moe_worker.kvcache.frames import WORD, Frames, PageSize, is_done, merged, words
-from moe_worker.kvcache.host import allocate, pinned_slots, too_small
+from moe_worker.kvcache.frames import Frames, PageSize, is_done, merged, words
+from moe_worker.kvcache.host import allocate, slots_in, whole_words
 from moe_worker.kvcache.offload import Move
 from moe_worker.kvcache.paged import PagedCache
 
@@ -61,18 +61,14 @@ class PinnedPages:
         rows_LRN, tokens, device = cache.storage_LRN, cache.page_size, cache.device
         layers, _, width = rows_LRN.shape
         nbytes = layers * tokens * width
-        size = PageSize(layers, nbytes, -(-nbytes // WORD) * WORD)
-        counts = pinned_slots(memory, size.padded)
+        size = PageSize(layers, nbytes, whole_words(nbytes))
+        counts = slots_in(memory, nbytes, pinned=True)
         self.slots = sum(counts)
-        if not self.slots:
-            raise too_small(memory, size.padded)
         self._device = device
         self._blocks = [allocate(count, size.padded, device.type == "cuda") for count in counts]
         self._places = [(block, row) for block, count in enumerate(counts) for row in range(count)]
         self._pages_PLX = words(rows_LRN.view(layers, -1, tokens * width).transpose(0, 1))
-        self._out, self._in = (
-            Frames(max(1, min(most // size.padded, self.slots)), size, device) for most in (LEAVING, ARRIVING)
-        )
+        self._out, self._in = (Frames(count, size, device) for count in _frames(self.slots, size.padded))
         self._sums: dict[int, tuple[int, int]] = {}
         self._newest: dict[int, int] = {}
         self._saves = 0
@@ -238,6 +234,18 @@ class PinnedPages:
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+
+def frame_bytes(memory: int, page: int) -> int:
+    """Bytes of the GPU's memory for `memory` bytes of CPU memory and pages of `page` bytes."""
+    slots, size = sum(slots_in(memory, page, pinned=True)), whole_words(page)
+    return sum(Frames.bytes_of(count, size) for count in _frames(slots, size))
+
+
+def _frames(slots: int, size: int) -> tuple[int, int]:
+    """Frames of `size` bytes for pages that leave, and for those that come back."""
+    leaving, arriving = (max(1, min(most // size, slots)) for most in (LEAVING, ARRIVING))
+    return leaving, arriving
 
 
 def _finished(copies: deque[_Copy]) -> Iterator[tuple[int, int, tuple[int, int]]]:
