@@ -49,13 +49,13 @@ class SimulatedStorage:
         self._held, self._damaged, self._fetched, self._promised = {}, set(), {}, set()
 
     def fetch(self, slots):
-        wanted = list(islice(slots, self.frames))
-        for slot in set(self._fetched) - {*wanted, *self._promised}:
-            if self._fetched[slot] == 0:
-                del self._fetched[slot]
-        for slot in wanted:
+        for slot in islice(slots, self.frames):
             if len(self._fetched) < self.frames:
                 self._fetched.setdefault(slot, self.late)
+
+    def forget(self, slot):
+        if slot not in self._promised:
+            self._fetched.pop(slot, None)
 
     def run(self, moves, rows):
         back = {slot for slot, _, saves in moves if not saves}
@@ -80,8 +80,11 @@ class SimulatedStorage:
     def intact(self, slot):
         if self.late and self._fetched.get(slot) != 0:
             return None
+        if slot in self._damaged:
+            self._fetched.pop(slot, None)
+            return False
         self._promised.add(slot)
-        return slot not in self._damaged
+        return True
 
 
 class SimulatedEngine:

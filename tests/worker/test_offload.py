@@ -23,6 +23,7 @@ from moe_worker.scheduler.plan import Block, Limits
 from tests.worker.simulated import SimulatedEngine
 
 PER_PAGE = 16 * 3 * 24 * 4  # bytes of a page of the tiny model
+SAMPLING = SamplingParameters(max_tokens=12, temperature=1.0, seed=3)
 PROMPTS = [[7 + (i * step) % 200 for i in range(150)] for step in (1, 3, 5)]
 
 
@@ -45,8 +46,9 @@ class SettledTime(StepTime):
 
 def core(checkpoint, **changes):
     settings = EngineOptions(
-        device="cpu", dtype="float32", context_length=256, threads=1, kv_memory=17 * PER_PAGE, **changes
-    )
+        device="cpu", dtype="float32", context_length=256, threads=1,
+        **{"kv_memory": 17 * PER_PAGE} | changes,
+    )  # fmt: skip
     made = EngineCore(load(checkpoint, settings, progress=False), settings)
     if made._host is not None:  # what the test sees must not depend on this machine
         made._host.page_s = 0.0
@@ -55,8 +57,7 @@ def core(checkpoint, **changes):
 
 
 def tokens(engine, number, prompt, salt=""):
-    sampling = SamplingParameters(max_tokens=12, temperature=1.0, seed=3)
-    engine.submit(Request(number, tuple(prompt), sampling, seed=3, salt=salt))
+    engine.submit(Request(number, tuple(prompt), SAMPLING, seed=3, salt=salt))
     found = []
     while not engine.idle:
         found += [delta.token for delta in engine.step()]
@@ -74,6 +75,26 @@ def test_a_prompt_that_was_evicted_comes_back_with_the_same_tokens(endless):
     assert kept.statistics.restored >= 3 * 7
     assert kept.statistics.offloaded >= kept.statistics.restored
     assert plain.statistics.offloaded == plain.statistics.restored == 0
+
+
+@both_storages
+def test_prompts_that_come_back_together_do_not_take_frames_from_each_other(endless, monkeypatch):
+    monkeypatch.setattr("moe_worker.kvcache.pinned.ARRIVING", 2 * PER_PAGE)
+    engine, alone = (core(endless, kv_offload=100 * PER_PAGE, kv_memory=24 * PER_PAGE) for _ in range(2))
+    expected = [tokens(alone, number, prompt) for number, prompt in enumerate(PROMPTS)]
+    for number, prompt in enumerate(PROMPTS):
+        assert tokens(engine, number, prompt) == expected[number]
+    for number in (3, 4):
+        tokens(engine, number, [90 + number, *PROMPTS[2]])
+    for number in (5, 6):
+        engine.submit(Request(number, tuple(PROMPTS[number - 5]), SAMPLING, seed=3))
+    found = {5: [], 6: []}
+    for _ in range(200):
+        for delta in engine.step():
+            found[delta.id].append(delta.token)
+    assert engine.idle
+    assert [found[5], found[6]] == expected[:2]
+    assert engine.statistics.restored >= 16
 
 
 @both_storages
@@ -235,12 +256,17 @@ def test_a_frame_that_a_request_waits_for_is_not_taken(monkeypatch):
     assert host.intact(0)
     assert host.intact(2) is None  # there are two frames
     for _ in range(2):
-        host.fetch([4, 5])  # takes the one of slot 1, which nobody was promised
+        host.fetch([4, 5])
+    assert host.intact(4) is None
+    assert host.intact(1)
+    host.run([Move(0, 9, False), Move(1, 10, False)])
+    assert host.intact(0) is None
+    host.fetch([3, 2])
+    host.forget(3)  # its request has ended
+    for _ in range(2):
+        host.fetch([4, 5])
     assert host.intact(4)
     assert host.intact(5) is None
-    assert host.intact(1) is None
-    host.run([Move(0, 9, False), Move(4, 10, False)])
-    assert host.intact(0) is None
 
 
 def test_a_slot_that_is_saved_again_does_not_bring_its_old_page_back():
@@ -322,6 +348,21 @@ def test_pages_come_back_in_several_steps_where_one_would_become_long():
     assert sum(counts) >= 16
     assert max(counts) == 8
     assert steps <= 4
+
+
+@pytest.mark.parametrize("weight", [1, 2])
+def test_a_tenant_pays_for_the_time_in_which_its_pages_come_back(weight):
+    engine, prompt = returning(tokens=8)
+    engine.storage.page_s = 0.5
+    before = engine.scheduler.offloaded[1]
+    engine.submit(2, prompt, 1, tenant="b", weight=weight)
+    tenant = engine.scheduler._policy._tenants.live["b"]
+    served = tenant.served
+    while not engine.outputs[2]:
+        engine.step()
+    pages = engine.scheduler.offloaded[1] - before
+    assert pages >= 16
+    assert tenant.served - served >= 0.5 * pages / weight  # and for some tokens
 
 
 def test_a_request_that_ends_while_its_pages_come_back_leaves_them_to_others():

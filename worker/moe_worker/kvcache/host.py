@@ -68,6 +68,9 @@ class HostPages:
     def fetch(self, slots: Iterable[int]) -> None:
         """Does nothing: pages come back at once."""
 
+    def forget(self, slot: int) -> None:
+        """Does nothing."""
+
     def wait(self) -> None:
         """Does nothing."""
 

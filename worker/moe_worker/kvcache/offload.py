@@ -50,6 +50,10 @@ class Storage(Protocol):
         """Whether the slot holds what arrived; None: it is on its way, or was not fetched."""
         ...
 
+    def forget(self, slot: int) -> None:
+        """Nobody waits any more for a page that `fetch` was asked for."""
+        ...
+
 
 @dataclass(eq=False)
 class Kept:
@@ -136,6 +140,8 @@ class Offload:
         """Matched pages are not needed any more."""
         for entry in entries:
             entry.users -= 1
+            if not entry.users and not entry.dropped:
+                self._storage.forget(entry.slot)
 
     def take(self) -> list[Move]:
         """The copies planned since the last call, which run now, before the next step."""

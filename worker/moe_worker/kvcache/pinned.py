@@ -104,14 +104,14 @@ class PinnedPages:
 
     @torch.inference_mode()
     def fetch(self, slots: Iterable[int]) -> None:
-        """Starts to bring pages to the GPU, in order, as many as there are frames for."""
+        """Starts to bring pages to the GPU, in order, as many as there are frames for.
+
+        A page keeps its frame until it is used or forgotten: two requests that took each other's frames would
+        wait for ever. Who gets a frame has its first page in one, so somebody goes on.
+        """
         self._settle()
         wanted = dict.fromkeys(islice(slots, len(self._in)))
-        missing = [slot for slot in wanted if slot not in self._frame_of]
-        idle = [slot for slot in self._found if slot not in self._promised and slot not in wanted]
-        for slot in idle[: max(0, len(missing) - len(self._free))]:
-            self._drop(slot)
-        taken = missing[: len(self._free)]
+        taken = [slot for slot in wanted if slot not in self._frame_of][: len(self._free)]
         for first in range(0, len(taken), TOGETHER):
             self._arrive(taken[first : first + TOGETHER])
 
@@ -129,6 +129,11 @@ class PinnedPages:
             return False
         self._promised.add(slot)
         return True
+
+    def forget(self, slot: int) -> None:
+        """The frame of the page is free."""
+        if slot not in self._promised:
+            self._drop(slot)
 
     def wait(self) -> None:
         """Waits for the oldest pages that come back; returns at once if there are none."""

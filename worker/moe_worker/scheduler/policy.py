@@ -326,14 +326,16 @@ class SchedulingPolicy:
     def _restore(self, job: Job, tokens: int) -> int:
         """Pages of a prompt come back from CPU memory, for as long as `tokens` tokens take at most.
 
-        So a long prompt delays streams no longer than one that is computed. At least one page comes back.
-        Returns the number of tokens that take as long.
+        So a long prompt delays streams no longer than one that is computed. At least one page comes back. Its
+        tenant pays for that time. Returns the number of tokens that take as long.
         """
         each, per_token = float(self._limits.page_size), self.budget.time(prompts=True).per_token
         if per_token:
             each = min(each, self.memory.page_s / per_token)
         most = len(job.kept) if each * len(job.kept) <= tokens else max(1, int(tokens / each))
-        return min(tokens, math.ceil(each * self.memory.restore(job, most)))
+        pages = self.memory.restore(job, most)
+        job.tenant.pay(pages * self.memory.page_s)
+        return min(tokens, math.ceil(each * pages))
 
     def _admit(self, draft: Draft, job: Job) -> bool:
         """Whether the first job of a tenant's queue can start; none of its jobs overtakes it, so that none

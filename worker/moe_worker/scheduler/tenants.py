@@ -54,6 +54,10 @@ class Tenant:
         """Whether it may still borrow."""
         return self.served < self.ahead_until
 
+    def pay(self, seconds: float) -> None:
+        """Counts seconds of service."""
+        self.served += seconds / self.weight
+
 
 class Tenants:
     """The tenants with requests, and the counts of those that were there lately."""
@@ -115,7 +119,7 @@ def charge(tokens: Mapping[Tenant, int], time: StepTime) -> None:
     """Counts a step; each tenant pays for its tokens."""
     total = sum(tokens.values())
     for tenant, count in tokens.items():
-        tenant.served += time.estimate(total) * count / max(total, 1) / tenant.weight
+        tenant.pay(time.estimate(total) * count / max(total, 1))
 
 
 def step_tokens(demands: Mapping[Tenant, int], time: StepTime) -> float:
