@@ -8,6 +8,7 @@ import pytest
 
 from moe_api.inference.v1 import inference_pb2
 from moe_frontend.outputs.cache import RESULT, SAVED_SECONDS, SAVED_TOKENS
+from moe_frontend.outputs.flight import _AHEAD_MOST
 from moe_operator.resources import cache_sums
 
 MEMORY = 1 << 20
@@ -196,10 +197,18 @@ async def test_a_rollout_drops_the_answers_of_the_old_revision(cached):
     await old.server.stop(None)
 
 
-async def test_a_slow_reader_holds_up_nobody_but_itself(cached):
-    asked = request("count 300")
-    slow = cached.stub.Generate(asked)
-    await slow.read()
+async def test_a_client_that_reads_nothing_holds_up_nobody_but_itself(cached):
+    """Neither those who follow the computation that it started, nor the computation."""
+    asked = request("flood 200")  # 12.5 MiB, far more than its window
+    stalled = cached.stub.Generate(asked)
+    await stalled.read()
     async with asyncio.timeout(60):
-        assert len((await answer(cached, asked))[-1].tokens) in (0, 300)
-    slow.cancel()
+        await followed(cached, 1)
+        ((flight, _),) = cached.outputs._flights.values()
+        while len(flight.messages) - max(flight._positions.values()) <= _AHEAD_MOST:
+            await asyncio.sleep(0.01)
+        answers = await asyncio.gather(answer(cached, asked), answer(cached, asked))
+    assert [len(text(responses)) for responses in answers] == [200 * 65536] * 2
+    assert cached.workers[0].requests == 1
+    assert not cached.outputs._flights
+    stalled.cancel()

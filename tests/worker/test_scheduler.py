@@ -450,6 +450,21 @@ def test_a_token_taken_back_does_not_count_as_one_that_a_stream_waited_for():
     assert run.scheduler.counters.largest_gap == 1
 
 
+def test_a_large_step_that_is_undone_after_a_small_one_lets_no_more_streams_run():
+    run = SimulatedEngine(Limits(sequences=8, waiting=8, pages=64, page_size=4))
+    for number in range(8):
+        run.submit(number, [1, 2], 9)
+    run.step()
+    large = run.scheduler.plan(run.now).step
+    for number in range(6):
+        run.scheduler.release(number)
+    small = run.scheduler.plan(run.now).step
+    assert [len(large.chunks), len(small.chunks)] == [8, 2]
+    run.scheduler.retract(small, shrink=True)
+    run.scheduler.retract(large, shrink=True)
+    assert len(run.scheduler.plan(run.now).step.chunks) == 1
+
+
 def test_prompts_that_were_too_many_tokens_for_the_device_come_in_smaller_pieces():
     run = engine(pages=400, prefill_tokens=64)
     for number in range(4):

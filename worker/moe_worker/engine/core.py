@@ -290,8 +290,7 @@ class EngineCore:
         if isinstance(error, RankMemoryError):
             if error.tokens == 1:
                 raise _no_memory(f"rank {error.rank}") from error
-            most = self._scheduler.budget.ceiling
-            log.warning("%s; steps have up to %d tokens from now on", error, most)
+            log.warning("%s; going on with smaller steps", error)
         self._loaded.runner.reform(error)
         lost = self._scheduler.lose_cache()
         log.warning("the cache of the mesh is lost; %d requests are recomputed", len(lost))

@@ -153,7 +153,7 @@ class Scheduler:
         if shrink and step.tokens > len(step.chunks):
             self.budget.shrink(step.tokens // 2)
         elif shrink:
-            self._policy.most_running = max(1, len(step.chunks) // 2)
+            self._policy.most_running = max(1, min(self._policy.most_running, len(step.chunks) // 2))
 
     def lose_cache(self) -> tuple[int, ...]:
         """Nothing that was in the cache is there any more: running requests are preempted, and returned.
