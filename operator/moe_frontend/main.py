@@ -29,7 +29,7 @@ from moe_operator.errors import MoEOperatorError
     default="0.0.0.0:8000",
     show_default=True,
     metavar="HOST:PORT",
-    help="Address to serve on; port 0 takes a free one.",
+    help="Address to serve on; port 0 takes a free one. 0.0.0.0 and [::]: all addresses, of IPv4 and IPv6.",
 )
 @click.option(
     "--http",

@@ -16,6 +16,12 @@ def check_address(text: str) -> str:
     return address
 
 
+def split(address: str) -> tuple[str, int]:
+    """Host, without brackets, and port of an address that `check_address` accepts."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
 def join(host: str, port: int) -> str:
     """``HOST:PORT``. host: a name or an IP address without brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

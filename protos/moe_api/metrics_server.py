@@ -12,6 +12,7 @@ from wsgiref.simple_server import WSGIRequestHandler, make_server
 from prometheus_client import make_wsgi_app
 from prometheus_client.exposition import ThreadingWSGIServer
 
+from moe_api import listening
 from moe_api.supervision import Supervisor
 
 _LOG: Final = logging.getLogger(__name__)
@@ -35,6 +36,14 @@ class _Server(ThreadingWSGIServer):
         super().__init__(*arguments, **options)
         self._connections: dict[int, socket.socket] = {}
         self._lock = threading.Lock()
+
+    def server_bind(self) -> None:
+        """Listens on both families; http.server asks for one, and looks the host's name up."""
+        self.socket.close()
+        self.socket = listening.listen(str(self.server_address[0]), self.server_address[1])
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = "", self.server_address[1]
+        self.setup_environ()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Called by the thread that accepts."""
@@ -71,7 +80,7 @@ class MetricsServer:
     def __init__(self, port: int) -> None:
         try:
             self._server = make_server(
-                "0.0.0.0",  # noqa: S104 - Prometheus scrapes from another pod
+                "",  # Prometheus scrapes from another pod
                 port,
                 make_wsgi_app(),
                 _Server,

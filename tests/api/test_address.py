@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_api.address import check_address, join
+from moe_api.address import check_address, join, split
 
 
 @pytest.mark.parametrize(
@@ -11,3 +11,4 @@ from moe_api.address import check_address, join
 )
 def test_a_host_and_a_port_make_an_address(host, written):
     assert join(host, 8000) == check_address(join(host, 8000)) == written
+    assert split(written) == (host, 8000)

@@ -32,6 +32,12 @@ def test_metrics_are_served_by_a_supervised_loop(server):
     assert [state.loop for state in supervisor.states] == ["metrics"]
 
 
+def test_metrics_are_served_over_ipv6(server):
+    server.start(Supervisor())
+    with urllib.request.urlopen(f"http://[::1]:{server.port}/metrics", timeout=60) as answer:
+        assert answer.status == 200
+
+
 def test_silent_connections_take_neither_threads_nor_the_place_of_prometheus(server):
     server.start(Supervisor())
     silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(3 * CONNECTIONS_MOST)]

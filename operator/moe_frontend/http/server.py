@@ -10,13 +10,13 @@ from typing import Final
 
 import uvicorn
 
+from moe_api import address, listening
 from moe_api.supervision import Supervisor
 from moe_api.tls import HANDSHAKE_S
 from moe_frontend.http.gate import Gate
 from moe_frontend.http.protocol import BoundedProtocol
 from moe_operator.errors import InstallationError
 
-_BACKLOG: Final = 1024
 _UNREAD_MS: Final = 30_000
 """How long a client may leave bytes unacknowledged; then the kernel gives its connection up."""
 _END_S: Final = 2.0
@@ -47,7 +47,7 @@ class _Uvicorn(uvicorn.Server):
             await loop.create_server(
                 protocol,
                 sock=listener,
-                backlog=_BACKLOG,
+                backlog=listening.BACKLOG,
                 ssl=tls,
                 ssl_handshake_timeout=handshake_s,
                 ssl_shutdown_timeout=shutdown_s,
@@ -86,13 +86,13 @@ class HttpServer:
         self._server.tls = tls
         self._running: asyncio.Task[None] | None = None
 
-    async def start(self, address: str) -> int:
+    async def start(self, at: str) -> int:
         """Listens on ``HOST:PORT`` (port 0 takes a free one) and returns the port.
 
         Raises:
             InstallationError: the address cannot be listened on.
         """
-        listener = _listen(address)
+        listener = _listen(at)
         port: int = listener.getsockname()[1]
         self._running = self._supervisor.start("http", lambda: self._server.serve([listener]))
         return port
@@ -110,23 +110,16 @@ class HttpServer:
         await asyncio.wait([self._running], timeout=_END_S)
 
 
-def _listen(address: str) -> socket.socket:
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+def _listen(at: str) -> socket.socket:
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Connections inherit these: one whose client vanished, or reads nothing, ends.
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_MS)
-        listener.bind((host, int(port)))
-        listener.listen(_BACKLOG)
-        listener.setblocking(False)
+        listener = listening.listen(*address.split(at))
     except OSError as error:
-        listener.close()
         raise InstallationError(
-            f"cannot listen on {address} for HTTP: {error.strerror}; is the port taken, or the address "
+            f"cannot listen on {at} for HTTP: {error.strerror}; is the port taken, or the address "
             "another machine's?"
         ) from error
+    # Connections inherit these: one whose client vanished, or reads nothing, ends.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_MS)
+    listener.setblocking(False)
     return listener

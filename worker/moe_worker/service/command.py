@@ -50,7 +50,8 @@ LISTEN = "127.0.0.1:8000"
 @click.option(
     "--listen",
     show_default=f"{LISTEN}; a rank that follows: nowhere",
-    help="HOST:PORT of the gRPC server. A rank that follows answers only health probes there.",
+    help="HOST:PORT of the gRPC server; 0.0.0.0 and [::]: all addresses, of IPv4 and IPv6. A rank that "
+    "follows answers only health probes there.",
 )
 @click.option(
     "--context-length",

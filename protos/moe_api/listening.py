@@ -1,0 +1,39 @@
+"""Opens sockets that accept connections."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from typing import Final
+
+_EVERY: Final = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - whoever listens there says so
+BACKLOG: Final = 1024
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A TCP socket that accepts connections at a name or an IP address; port 0 takes a free one.
+
+    "0.0.0.0", "::" and "" mean all addresses of this machine, as they do for gRPC: of both families, or of
+    IPv4 if the machine has no IPv6. So one command line suits every cluster.
+
+    Raises:
+        OSError: the address cannot be listened on.
+        OverflowError: the port is not between 0 and 65535.
+    """
+    if host not in _EVERY:
+        return _first(host, port)
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(
+            ("::", port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True
+        )
+    return socket.create_server(("0.0.0.0", port), backlog=BACKLOG)  # noqa: S104
+
+
+def _first(host: str, port: int) -> socket.socket:
+    """At the first address of a name that belongs to this machine."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    for family, _, _, _, address in found[:-1]:
+        with contextlib.suppress(OSError):
+            return socket.create_server(address, family=family, backlog=BACKLOG)
+    family, _, _, _, address = found[-1]
+    return socket.create_server(address, family=family, backlog=BACKLOG)
