@@ -58,3 +58,11 @@ def test_slices_that_are_empty_as_the_api_server_writes_them():
 
 def test_static_addresses_name_themselves():
     assert static_endpoints(["127.0.0.1:1"]) == {Endpoint("127.0.0.1:1", "127.0.0.1:1")}
+
+
+def test_a_pod_in_slices_of_both_families_is_one_endpoint():
+    four = slice_of(pod("a", "10.0.0.1", **READY), pod("b", "10.0.0.2", terminating=True))
+    entries = [pod("a", "fd00::1", **READY), pod("b", "fd00::2", **READY), pod("c", "fd00::3", **READY)]
+    six = slice_of(*entries, kind="IPv6")
+    found = endpoints([six, four])
+    assert found == {Endpoint("a", "10.0.0.1:8000"), Endpoint("c", "[fd00::3]:8000")}

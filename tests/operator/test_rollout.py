@@ -7,10 +7,13 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_operator.observed import pod_status
 from moe_operator.observed.pods import Pod
+from moe_operator.observed.routes import published
 from moe_operator.planner.gates import Gate, changes, waiting
 from moe_operator.planner.moves import Replica, Terms, free_ranks, moves
 from moe_operator.resources.rollout_spec import Rollout
+from moe_operator.rpc.frontends import routed
 
 REPLICAS = st.lists(
     st.builds(
@@ -154,6 +157,26 @@ def test_a_gate_opens_when_every_frontend_sends_requests_to_this_very_pod():
     assert changes([loaded], {}) == []
     assert changes([loaded], {"docs-0-0": "10.0.0.9"}) == [], "its predecessor had that address"
     assert changes([loaded], {"docs-0-0": "10.0.0.1"}) == [Gate("docs-0-0", "u", True)]
+
+
+def test_a_gate_opens_for_either_address_of_a_dual_stack_pod():
+    """Its own first address is IPv4; the workers' Service may be of IPv6."""
+    status = {"podIP": "10.0.0.1", "podIPs": [{"ip": "10.0.0.1"}, {"ip": "fd00::1"}]}
+    loaded = pod(containers_ready=True, status=pod_status.read({"status": status}))
+    (leader,) = published([route("docs-0-0", "[fd00::1]:8000")]).values()
+    frontend = Pod("f", "10.0.0.2", True, False, "", 0, None, uid="f")
+    found = routed([frontend], [loaded], 5, {"f": leader})
+    assert changes([loaded], found) == [Gate("docs-0-0", "u", True)]
+    assert changes([loaded], {"docs-0-0": "fd00::9"}) == []
+
+
+def route(name, address):
+    """The FrontendRoutes object of the frontend's pod f."""
+    owner = {"kind": "Pod", "name": "f", "uid": "f"}
+    return {
+        "metadata": {"name": "f", "ownerReferences": [owner]},
+        "routes": [{"name": name, "address": address}],
+    }
 
 
 def test_a_gate_closes_when_the_worker_starts_again():

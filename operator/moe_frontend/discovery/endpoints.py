@@ -57,10 +57,17 @@ class Endpoint:
 def endpoints(slices: Iterable[Mapping[str, Any]]) -> frozenset[Endpoint]:
     """The endpoints that are not terminating, whether ready or not: their health is watched directly.
 
+    A pod of a dual-stack Service is in slices of both families; it is one endpoint, with its IPv4 address.
+
     Args:
         slices: discovery.k8s.io/v1 EndpointSlice objects as JSON gives them.
     """
-    return frozenset(endpoint for piece in slices for endpoint in _of_slice(piece))
+    pieces = list(slices)
+    found = [(piece, endpoint) for piece in pieces for endpoint in _of_slice(piece)]
+    four = {name for piece in pieces if piece.get("addressType") == "IPv4" for name in _pods(piece)}
+    return frozenset(
+        endpoint for piece, endpoint in found if piece["addressType"] == "IPv4" or endpoint.name not in four
+    )
 
 
 def static_endpoints(addresses: Iterable[str], *, secure: bool = False) -> frozenset[Endpoint]:
@@ -75,6 +82,11 @@ def _of_slice(piece: Mapping[str, Any]) -> Iterable[Endpoint]:
     for endpoint in piece.get("endpoints") or ():
         if not (endpoint.get("conditions") or {}).get("terminating"):
             yield _endpoint(endpoint, port, secure=secure)
+
+
+def _pods(piece: Mapping[str, Any]) -> Iterable[str]:
+    """Names of all pods of a slice, also of terminating ones."""
+    return ((one.get("targetRef") or {}).get("name") or "" for one in piece.get("endpoints") or ())
 
 
 def _port(ports: Iterable[Mapping[str, Any]]) -> tuple[int | None, bool]:

@@ -61,6 +61,8 @@ class PodStatus:
     phase: str = ""
     address: str = ""
     """Pod IP; empty until it has one."""
+    addresses: tuple[str, ...] = ()
+    """Pod IPs, the same one first; two in a dual-stack cluster."""
     node: str = ""
     """Name of its node; empty until it has one."""
     conditions: Mapping[str, PodCondition] = field(default_factory=dict)
@@ -103,6 +105,7 @@ def read(manifest: Mapping[str, Any]) -> PodStatus:
     return PodStatus(
         phase=status.get("phase", ""),
         address=status.get("podIP", ""),
+        addresses=tuple(one["ip"] for one in status.get("podIPs", ()) if "ip" in one),
         node=spec.get("nodeName", ""),
         conditions={one["type"]: _condition(one) for one in status.get("conditions", ())},
         init_containers=_containers(status.get("initContainerStatuses", ())),

@@ -63,6 +63,11 @@ class Pod:
     """What the kubelet and the scheduler report of it."""
 
     @property
+    def addresses(self) -> frozenset[str]:
+        """All its IP addresses: in a dual-stack cluster one of each family."""
+        return frozenset((self.address, *self.status.addresses)) - {""}
+
+    @property
     def grpc_address(self) -> str:
         """Where it responds as a worker (moe_operator.resources.peers); empty while it has no IP address."""
         if not self.address or not self.secure:

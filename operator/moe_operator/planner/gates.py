@@ -46,6 +46,6 @@ def changes(leaders: Iterable[Pod], routed: Mapping[str, str]) -> list[Gate]:
     routed: addresses, by pod name, of the leaders to which every frontend routes; empty if nobody was asked.
     """
     leaders = list(leaders)
-    opening = [pod for pod in waiting(leaders) if routed.get(pod.name) == pod.address]
+    opening = [pod for pod in waiting(leaders) if routed.get(pod.name) in pod.addresses]
     closing = [pod for pod in leaders if pod.routed and not pod.containers_ready and not pod.terminating]
     return [Gate(pod.name, pod.uid, pod in opening) for pod in (*opening, *closing)]

@@ -29,7 +29,7 @@ def routed(
     published: the published routes of frontends (routes.published). These frontends are not asked, so the
     operator need not reach them.
     """
-    everything = frozenset((leader.name, leader.address) for leader in leaders)
+    everything = frozenset((leader.name, address) for leader in leaders for address in leader.addresses)
 
     def routes(pod: Pod) -> Routes | None:
         if pod.uid in published:
