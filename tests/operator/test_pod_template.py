@@ -229,3 +229,24 @@ def test_what_only_kubernetes_can_check_stops_the_rollout_with_its_sentence(api)
 def test_a_load_balancer_class_needs_a_load_balancer(api):
     said = refusal(api, frontend={"service": {"loadBalancerClass": "example.org/lb"}})
     assert "set type to LoadBalancer" in said
+
+
+def test_a_service_has_the_ip_families_that_the_spec_says(api):
+    """The API server under test has IPv4 only."""
+    families = {"ipFamilyPolicy": "PreferDualStack", "ipFamilies": ["IPv4", "IPv6"]}
+    assert refusal(api, frontend={"service": families}) == ""
+    assert frontend.service(deployment(frontend={"service": families}))["spec"].items() >= families.items()
+    one = {"ipFamilyPolicy": "PreferDualStack", "ipFamilies": ["IPv4"]}
+    service = frontend.service(deployment(frontend={"service": one}))
+    path = "/api/v1/namespaces/default/services?fieldValidation=Strict&dryRun=All"
+    service["metadata"] = {"name": "docs-frontend"}
+    assert api.ask("POST", path, service)[0] == 201
+    service = frontend.service(deployment(frontend={"service": {"ipFamilyPolicy": "RequireDualStack"}}))
+    service["metadata"] = {"name": "docs-frontend"}
+    assert "dual-stack" in api.ask("POST", path, service)[1]["message"]
+    assert not frontend.service(deployment())["spec"].keys() & families.keys()
+    for wrong in ({"ipFamilies": ["IPv6", "IPv4"]}, {**families, "ipFamilyPolicy": "SingleStack"}):
+        said = refusal(api, frontend={"service": wrong})
+        assert "need ipFamilyPolicy PreferDualStack or RequireDualStack" in said
+    said = refusal(api, frontend={"service": {**families, "ipFamilies": ["IPv6", "IPv6"]}})
+    assert "name each family once" in said

@@ -290,6 +290,19 @@ def test_helm_test_asks_the_operator_and_a_frontend(render, served):
     assert f"{served}/health: HTTP Error 503" in said
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "port"),
+    [
+        ("http://otel:4318", 4318), ("https://10.0.0.1", 4317), ("http://otel:4318/", 4318),
+        ("http://[fd00::10]", 4317), ("https://[fd00::1]:4318/", 4318),
+    ],
+)  # fmt: skip
+def test_the_operator_may_reach_the_port_of_the_collector(render, endpoint, port):
+    found = render("networkPolicy.enabled=true", f"telemetry.otlpEndpoint={endpoint}")
+    (policy,) = (body for body in found if body["kind"] == "NetworkPolicy")
+    assert policy["spec"]["egress"][-1] == {"ports": [{"port": port}]}
+
+
 def run_test(program, *urls, ca_file=""):
     """Exit code and output of the test's program."""
     impatient = program.replace("PATIENCE_S = 60.0", "PATIENCE_S = 0.0")

@@ -14,7 +14,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 
 {{- /* Where telemetry.otlpEndpoint listens: the port in it, or OTLP's own. */ -}}
 {{- define "moe-operator.otlpPort" -}}
-{{- regexFind ":[0-9]+" (last (splitList "://" .Values.telemetry.otlpEndpoint)) | trimPrefix ":" | default "4317" -}}
+{{- regexFind ":[0-9]+$" (first (splitList "/" (last (splitList "://" .Values.telemetry.otlpEndpoint)))) | trimPrefix ":" | default "4317" -}}
 {{- end }}
 
 {{- /* What the operator may do: in the cluster, or in each of watchNamespaces. */ -}}

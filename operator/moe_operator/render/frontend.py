@@ -191,6 +191,10 @@ def service(of: Deployment) -> Manifest:
         "selector": labels(of.name),
         "ports": _service_ports(of.spec.frontend),
     }
+    if settings.ip_family_policy is not None:
+        manifest["spec"]["ipFamilyPolicy"] = settings.ip_family_policy
+    if settings.ip_families:
+        manifest["spec"]["ipFamilies"] = list(settings.ip_families)
     if settings.load_balancer_class is not None:
         manifest["spec"]["loadBalancerClass"] = settings.load_balancer_class
     return manifest

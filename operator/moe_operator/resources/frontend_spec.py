@@ -24,7 +24,12 @@ class Service(Model):
             (
                 "!has(self.loadBalancerClass) || self.type == 'LoadBalancer'",
                 "loadBalancerClass has no effect without a load balancer: set type to LoadBalancer",
-            )
+            ),
+            (
+                "!has(self.ipFamilies) || self.ipFamilies.size() < 2 || has(self.ipFamilyPolicy)"
+                " && self.ipFamilyPolicy != 'SingleStack'",
+                "two ipFamilies need ipFamilyPolicy PreferDualStack or RequireDualStack",
+            ),
         )
     )
 
@@ -55,6 +60,23 @@ class Service(Model):
         min_length=1,
         max_length=316,
         pattern=LABEL_KEY,
+    )
+    ip_family_policy: Literal["SingleStack", "PreferDualStack", "RequireDualStack"] | None = Field(
+        default=None,
+        description="Whether the Service has addresses of one IP family or of both, as in Kubernetes. "
+        "Default: SingleStack.",
+    )
+    ip_families: list[Literal["IPv4", "IPv6"]] = Field(
+        default=[],
+        description="IP families of the Service, the primary one first; that one cannot be changed as long "
+        "as the Service exists. Default: the cluster's.",
+        max_length=2,
+        json_schema_extra=rules(
+            (
+                "self.size() < 2 || self[0] != self[1]",
+                "ipFamilies has duplicates: name each family once",
+            )
+        ),
     )
 
 
