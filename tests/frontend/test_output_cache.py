@@ -56,6 +56,17 @@ def savings(bench):
     return [(found[SAVED_TOKENS], found[SAVED_SECONDS]) for found in spans if SAVED_TOKENS in found]
 
 
+async def test_workers_without_a_revision_are_named_once_as_the_reason_why_nothing_is_kept(bench, caplog):
+    without = await bench(workers=1, output_cache=MEMORY)
+    for _ in range(2):
+        await answer(without, request("count 3", temperature=0))
+        await without.publish()
+    assert without.workers[0].requests == 2
+    said = [record.message for record in caplog.records if "output cache" in record.message]
+    assert len(said) == 1
+    assert said[0].endswith("start all workers with --revision NAME")
+
+
 async def test_each_answer_without_a_worker_says_what_it_saved(cached):
     """9 prompt tokens, of which a prefix cache held 4, and 3 of text: a worker computed 8."""
     await answer(cached, request("scored"))

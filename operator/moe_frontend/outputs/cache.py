@@ -1,6 +1,7 @@
 """The output cache of a frontend: equal requests are computed once. Belongs to one event loop."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, Generic
@@ -14,6 +15,7 @@ from moe_frontend.outputs.flight import F, Flight
 from moe_frontend.outputs.measures import CacheMeasures
 from moe_frontend.outputs.store import Store
 
+_LOG: Final = logging.getLogger(__name__)
 RESULT: Final = "moe.cache.output"
 """Span attribute: hit, miss, or shared (followed an equal request under way)."""
 SAVED_TOKENS: Final = "moe.cache.saved_tokens"
@@ -42,6 +44,7 @@ class OutputCache(Generic[F]):
         self._supervisor = supervisor
         self._flights: dict[bytes, tuple[Flight[F], asyncio.Task[None]]] = {}
         self._revisions: frozenset[str] = frozenset()
+        self._warned = False
         self.measures = CacheMeasures(store)
 
     def serve(self, revisions: frozenset[str]) -> None:
@@ -50,6 +53,12 @@ class OutputCache(Generic[F]):
         Who asks after a change follows no computation that began before: it may have moved to a revision
         that is not served any more. Those who follow it already still get its answer.
         """
+        if "" in revisions and not self._warned:
+            self._warned = True
+            _LOG.warning(
+                "the output cache is not used while a worker without a revision is ready: it cannot know "
+                "whether answers are still the same; start all workers with --revision NAME"
+            )
         if revisions != self._revisions:
             self._flights.clear()
         self._revisions = revisions
