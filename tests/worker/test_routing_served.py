@@ -175,6 +175,43 @@ def test_the_command_writes_what_is_served(checkpoint, reported, tmp_path):
     Engine(checkpoint, routing_mass=0.6, routing_margin=0.1)
 
 
+@pytest.mark.usefixtures("reported")  # removes the file
+def test_a_run_keeps_what_an_earlier_one_measured_and_it_did_not(checkpoint, tmp_path):
+    text, labels = tmp_path / "text.txt", tmp_path / "labels.txt"
+    text.write_text("\0".join(["the quick brown fox", "naive dogs jump"] * 3))
+    labels.write_text("\n".join(["fox", "dog"] * 3))
+
+    def run(*words):
+        command = [str(checkpoint), "--data", str(text), "--context", "64", *words]
+        CliRunner().invoke(routing_command, command, catch_exceptions=False)
+        return json.loads((checkpoint / "routing.json").read_text())
+
+    first = run("--mass", "0.6", "--most-loss", "1")
+    run("--mass", "1", "--domains", str(labels))
+    balanced = run("--mass", "1", "--margin", "0.1")
+    assert balanced["masses"] == first["masses"]
+    assert balanced["least_mass"] == 0.6
+    assert balanced["domains"]["names"] == ["dog", "fox"]
+    last = run("--mass", "0.7", "--most-loss", "1")
+    assert (last["least_mass"], last["balance"]) == (0.7, balanced["balance"])
+    (checkpoint / "routing.json").write_text("{}")  # invalid
+    assert set(run("--mass", "1")) == {"text", "most_loss", "least_mass", "masses", "loads"}
+
+
+def test_labels_and_a_margin_are_checked_before_a_text_is_scored(checkpoint, tmp_path):
+    text, labels = tmp_path / "text.txt", tmp_path / "labels.txt"
+    text.write_text("the quick brown fox\0naive dogs jump")
+    labels.write_text("fox")
+    words = [str(checkpoint), "--data", str(text), "--domains", str(labels)]
+    result = CliRunner().invoke(routing_command, words)
+    assert str(result.exception) == f"{labels}: has 1 labels for 2 documents; give one for each"
+    assert "bits per byte" not in result.output
+    qwen = write_checkpoint(tmp_path / "qwen", family="qwen3_moe")
+    result = CliRunner().invoke(routing_command, [str(qwen), "--data", str(text), "--margin", "0.1"])
+    assert "have no bias to carry it; leave it out" in str(result.exception)
+    assert "bits per byte" not in result.output
+
+
 def test_the_report_allows_no_mass_behind_one_that_costs_too_much():
     def measured(mass, bits):
         return Measured(mass, bits, 1.0, 1.0, {1: [3, 1]})

@@ -56,7 +56,8 @@ def routing(
     """Measure how few experts a checkpoint needs, and write routing.json into it.
 
     `moe-worker serve --routing-mass` refuses less than this file allows; --routing-margin takes the loads of
-    experts from it.
+    experts from it. A run replaces what it measures. The domains, the balance (--margin) and, with --mass 1
+    alone, the masses of an earlier run stay; delete routing.json after a change of the weights.
 
     \b
     Example:
@@ -67,12 +68,15 @@ def routing(
     from moe_worker.train.routing_report import (  # noqa: PLC0415
         MASSES,
         Measured,
+        check,
+        earlier,
         even_out,
         learn_domains,
         measure,
         report,
     )
 
+    check(checkpoint, data, domains, margin)
     wanted = sorted({1.0, *(masses or MASSES)}, reverse=True)
     measured = []
     for mass in wanted:
@@ -82,7 +86,8 @@ def routing(
             f"utilisation {one.utilisation:.0%}"
         )
         measured.append(one)
-    found = report(measured, data.name, most_loss)
+    before = earlier(checkpoint, masses=len(wanted) > 1)
+    found = report(measured, data.name, most_loss) | before
     if domains is not None:
         found["domains"] = learn_domains(checkpoint, data, domains, format=options["format"])
         fit = found["domains"]["fit"]

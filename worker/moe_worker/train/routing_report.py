@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_worker.config.directory import CONFIG, find_checkpoint, read_json
+from moe_worker.config.directory import CONFIG, find_checkpoint, read_checkpoint_config, read_json
+from moe_worker.config.routing_report import ROUTING_FILE, read_routing_report
 from moe_worker.engine.offline import Engine
-from moe_worker.errors import DataError
+from moe_worker.errors import CheckpointError, DataError, SettingsError
 from moe_worker.moe.balance import nudge
 from moe_worker.moe.capability import CapabilityMatrix
 from moe_worker.train.corpus import read_labels
@@ -77,23 +78,40 @@ def even_out(
     return found
 
 
+def check(checkpoint: Path, data: Path, labels: Path | None, margin: float | None) -> None:
+    """Refuses what cannot be measured before minutes are spent on it. Raises WorkerError."""
+    config = read_checkpoint_config(find_checkpoint(checkpoint))
+    if margin is not None and not config.moe.has_bias:
+        raise SettingsError(
+            f"--margin is {margin:g}, but the routers of {config.architecture} have no bias to carry it; "
+            "leave it out"
+        )
+    if labels is not None:
+        _labelled(data, labels)
+
+
+def _labelled(data: Path, labels: Path) -> list[tuple[str, str]]:
+    documents, domains = read_documents(data), read_labels(labels)
+    if len(domains) != len(documents):
+        raise DataError(
+            f"{labels}: has {len(domains)} labels for {len(documents)} documents; give one for each"
+        )
+    return list(zip(documents, domains, strict=True))
+
+
 def learn_domains(checkpoint: Path, data: Path, labels: Path, **options: Any) -> dict[str, Any]:
     """Which experts each domain's tokens go to: the part "domains" of routing.json, with its fit.
 
     labels: the domain of each document, one a line. Each document counts with its first context of tokens;
     what a domain needs is half of a layer's experts. Raises WorkerError.
     """
-    documents, domains = read_documents(data), read_labels(labels)
-    if len(domains) != len(documents):
-        raise DataError(
-            f"{labels}: has {len(domains)} labels for {len(documents)} documents; give one for each"
-        )
+    labelled = _labelled(data, labels)
     engine = Engine(checkpoint, progress=True, **options)
-    config, names = engine.config, sorted(set(domains))
+    config, names = engine.config, sorted({domain for _, domain in labelled})
     layers = [layer for layer in range(config.num_hidden_layers) if layer not in config.dense_layers]
     experts = config.moe.routed
     matrix = CapabilityMatrix(len(layers), len(names), experts, max(1, experts // 2))
-    for document, domain in zip(documents, domains, strict=True):
+    for document, domain in labelled:
         ids = engine.tokenizer.encode(document)[: config.max_position_embeddings]
         counts_LE = torch.stack([torch.bincount(x[x >= 0], minlength=experts) for x in engine.choices(ids)])
         matrix.observe(names.index(domain), counts_LE, len(ids))
@@ -104,6 +122,21 @@ def learn_domains(checkpoint: Path, data: Path, labels: Path, **options: Any) ->
         "fit": matrix.fit(),
         "shares": {str(layer): table for layer, table in zip(layers, shares, strict=True)},
     }
+
+
+def earlier(checkpoint: Path, *, masses: bool) -> dict[str, Any]:
+    """What the checkpoint's report says and a run does not measure, and so keeps; nothing if it is invalid.
+
+    masses: whether the run measures less than all of the mass.
+    """
+    try:
+        if read_routing_report(checkpoint) is None:
+            return {}
+    except CheckpointError:
+        return {}
+    found = read_json(checkpoint / ROUTING_FILE)
+    kept = {"domains", "balance"} | (set() if masses else {"text", "most_loss", "least_mass", "masses"})
+    return {name: value for name, value in found.items() if name in kept}
 
 
 def report(measured: list[Measured], text: str, most_loss: float) -> dict[str, Any]:
