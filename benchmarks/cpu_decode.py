@@ -97,25 +97,32 @@ class Ours:
         return context / (middle - begin), STEPS / (time.perf_counter() - middle)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def options(about: str, rounds: int) -> argparse.ArgumentParser:
+    """Those of benchmarks of CPU_SHAPE."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=Path, default=Path(__file__).parents[2] / "shared" / "peers")
-    parser.add_argument("--peers", choices=("all", "none"), default="all")
-    parser.add_argument("--llama-python", default=sys.executable)
-    parser.add_argument("--gguf", type=Path, default=Path("/tmp/moe_cpu_shape_q4_0.gguf"))  # noqa: S108
     parser.add_argument("--variant", help="kernels to use; by default the fastest of this CPU")
-    parser.add_argument("--cache", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--threads", type=int, default=min(2, usable_cores()))
     parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
+    return parser
+
+
+def shape_and_kernels(args: argparse.Namespace) -> tuple[dict[str, Any], Kernels]:
     if not (args.shapes / "shapes.py").exists():
         raise SystemExit(f"{args.shapes}/shapes.py does not exist; give the folder with --shapes")
     torch.set_num_threads(args.threads)
-    kernels = Kernels(args.variant, args.threads)
-    shape = runpy.run_path(str(args.shapes / "shapes.py"))["CPU_SHAPE"]
+    return runpy.run_path(str(args.shapes / "shapes.py"))["CPU_SHAPE"], Kernels(args.variant, args.threads)
+
+
+def main() -> None:
+    parser = options(__doc__ or "", rounds=3)
+    parser.add_argument("--peers", choices=("all", "none"), default="all")
+    parser.add_argument("--llama-python", default=sys.executable)
+    parser.add_argument("--gguf", type=Path, default=Path("/tmp/moe_cpu_shape_q4_0.gguf"))  # noqa: S108
+    parser.add_argument("--cache", choices=("float32", "bfloat16"), default="bfloat16")
+    args = parser.parse_args()
+    shape, kernels = shape_and_kernels(args)
     ours = Ours(shape, kernels, getattr(torch, args.cache), RandomSource())
     peers = peer_commands(args) if args.peers == "all" else {}
     ours.measure(CONTEXTS[0])  # warms up

@@ -37,7 +37,7 @@ PARTS = {
         (f"{PYTEST} tests/gpu tests/worker/test_sampling_gpu.py",),
     ),
     "host": Part(
-        "does the host limit a step at batch 1, and which functions take its time?", 300,
+        "does the host limit a decode step of 1 to 256 streams, and which functions take its time?", 300,
         ("{python} -m benchmarks.gpu_decode --formats w4a8 --skip-prefill --host --json",),
         ("{python} -m benchmarks.engine_step --batch 1 8 --steps 20 --rounds 1 --profile",),
     ),

@@ -18,24 +18,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.gpu_random import LARGE, NO_TEXT, SMALL, random_model
+from benchmarks.gpu_random import LARGE, SMALL
+from benchmarks.random_loaded import PAGE, random_loaded
 from moe_worker.config.engine import EngineOptions
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.loading import LoadedModel, load
 from moe_worker.engine.requests import Request
 from moe_worker.kvcache.offload import Move
-from moe_worker.kvcache.paged import CacheShape, PagedCache
-from moe_worker.models.runner import ModelRunner, Runner
 from moe_worker.sampling.parameters import SamplingParameters
 
 CONTEXT = 512
 ROUNDS = 4
 PROMPTS = [tuple(7 + (index * step) % 3000 for index in range(480)) for step in (1, 3, 5, 7)]
-PAGE = 16
 STREAMS = 16
 DECODED = 100
 
@@ -62,28 +59,6 @@ def measure(checkpoint: Path, device: str, offload: int) -> str:
         f"offload {offload:>12} bytes   time to first token p50 {median_ms:7.1f} ms   "
         f"cached {found.prefix_hit_tokens} of {found.prompt_tokens} tokens   pages back {found.restored}"
     )
-
-
-def random_loaded(values: dict[str, Any], context: int, options: EngineOptions) -> LoadedModel:
-    """A random model with pages for `context` tokens, and for the streams that decode."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with torch.inference_mode():
-        values = values | {"max_position_embeddings": 2 * context}
-        on_gpu = device.type == "cuda"
-        model = random_model(values, "w4a8", context, device, torch.bfloat16 if on_gpu else torch.float32)
-        config = model.config
-        shape = CacheShape(config.num_hidden_layers, config.attention.cache_width, PAGE, torch.bfloat16)
-        pages = shape.pages_for(context) + STREAMS * shape.pages_for(2 * DECODED)
-        cache = PagedCache.allocate(shape, pages, device)
-        runner: Runner = ModelRunner(model)
-        if on_gpu:
-            from moe_worker.models.cuda_build import prepare  # noqa: PLC0415 - triton is not everywhere
-            from moe_worker.models.cuda_runner import CudaRunner  # noqa: PLC0415
-
-            runner = CudaRunner(
-                prepare(model, consume=True), cache, STREAMS, context, options.prefill_tokens, progress=True
-            )
-    return LoadedModel(config, runner, NO_TEXT, cache, context, "w4a8", ())
 
 
 def evict(core: EngineCore) -> None:
@@ -185,9 +160,10 @@ def main() -> None:
         for offload in (0, 256 << 20):
             print(measure(given.checkpoint, given.device, offload), flush=True)
         return
-    options = EngineOptions(max_batch_size=STREAMS)
+    options = EngineOptions("cuda" if torch.cuda.is_available() else "cpu", max_batch_size=STREAMS)
     context = max(given.tokens) + 64
-    loaded = random_loaded(SMALL if given.small else LARGE, context, options)
+    values = (SMALL if given.small else LARGE) | {"max_position_embeddings": 2 * context}
+    loaded = random_loaded(values, "w4a8", options, context, context + STREAMS * 2 * DECODED)
     memory = (64 << 20) if given.small else (2 << 30)
     compare(loaded, options, given.tokens, memory)
     decode(loaded, options, memory)

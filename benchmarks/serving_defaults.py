@@ -21,16 +21,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks.gpu_random import NO_TEXT, SMALL, random_model
+from benchmarks.gpu_random import LARGE, SMALL
+from benchmarks.random_loaded import random_loaded
 from moe_worker.config.engine import EngineOptions
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.loading import LoadedModel
 from moe_worker.engine.requests import Request
-from moe_worker.kvcache.paged import CacheShape, PagedCache
-from moe_worker.models.runner import ModelRunner
 from moe_worker.sampling.parameters import SamplingParameters
-
-PAGE = 16
 
 
 def main() -> None:
@@ -65,18 +62,8 @@ def main() -> None:
 
 def model(args: argparse.Namespace) -> LoadedModel:
     context = args.prompt * 3 // 2 + args.tokens + 1
-    if args.device == "cuda":
-        from benchmarks.gpu_decode import FORMATS, Bench  # noqa: PLC0415 - needs triton
-
-        return Bench.of(FORMATS[args.format], args.batch, context, max(args.prefill_tokens)).loaded
-    device = torch.device("cpu")
-    with torch.inference_mode():
-        plain = random_model(SMALL, args.format, context, device, torch.float32)
-    shape = CacheShape(
-        plain.config.num_hidden_layers, plain.config.attention.cache_width, PAGE, torch.float32
-    )
-    cache = PagedCache.allocate(shape, args.batch * shape.pages_for(context), device)
-    return LoadedModel(plain.config, ModelRunner(plain), NO_TEXT, cache, context, args.format, ())
+    options = EngineOptions(args.device, max_batch_size=args.batch, prefill_tokens=max(args.prefill_tokens))
+    return random_loaded(LARGE if args.device == "cuda" else SMALL, args.format, options, context)
 
 
 @dataclass

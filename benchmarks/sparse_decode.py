@@ -7,17 +7,12 @@ compared. All projections and experts are sparse; the output head, router, norms
 both. The two models alternate; the output is medians over the rounds, and their ratio.
 """
 
-import argparse
 import json
-import runpy
 import statistics
-from pathlib import Path
 
 import torch
 
-from benchmarks.cpu_decode import Ours, RandomSource
-from moe_worker.engine.loading import usable_cores
-from moe_worker.kernels.cpu.library import Kernels
+from benchmarks.cpu_decode import Ours, RandomSource, options, shape_and_kernels
 from moe_worker.quant.matrix import Matrix
 from moe_worker.quant.sparse14 import Sparse14Weight
 
@@ -38,20 +33,8 @@ class SparseSource(RandomSource):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shapes", type=Path, default=Path(__file__).parents[2] / "shared" / "peers")
-    parser.add_argument("--variant", help="kernels to use; by default the fastest of this CPU")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=min(2, usable_cores()))
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
-    if not (args.shapes / "shapes.py").exists():
-        raise SystemExit(f"{args.shapes}/shapes.py does not exist; give the folder with --shapes")
-    torch.set_num_threads(args.threads)
-    kernels = Kernels(args.variant, args.threads)
-    shape = runpy.run_path(str(args.shapes / "shapes.py"))["CPU_SHAPE"]
+    args = options(__doc__ or "", rounds=5).parse_args()
+    shape, kernels = shape_and_kernels(args)
     sources = {"dense": RandomSource(), "s14": SparseSource()}
     models = {name: Ours(shape, kernels, torch.float32, source) for name, source in sources.items()}
     rates: dict[str, list[float]] = {name: [] for name in models}
