@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from benchmarks.gpu_random import LARGE, SMALL, config_of, random_model
 from moe_worker.config.directory import find_checkpoint, read_checkpoint_config
 from moe_worker.config.engine import EngineOptions
-from moe_worker.config.quantization import Fp8Storage, PackedStorage
+from moe_worker.config.quantization import Fp8Storage, PackedStorage, SparseStorage
 from moe_worker.engine import gpu
 from moe_worker.engine.loading import load
 from moe_worker.errors import SettingsError
@@ -22,7 +22,9 @@ from moe_worker.kernels.transfer import make_current
 from moe_worker.kvcache.paged import CacheShape
 
 pytest.importorskip("triton")
+from moe_worker.models import cuda_build
 from moe_worker.models.cuda_graph import batch_sizes
+from tests.compress.sparse import random_sparse
 
 EXAMPLE = Path(__file__).parents[2] / "examples/docs-moe"
 QWEN = {
@@ -55,6 +57,34 @@ def test_four_bits_in_another_layout_are_said(storage):
     hardware = gpu.probe_gpu(replace(config_of(LARGE), storage=storage), "w4a16")
     assert hardware.kernels is None
     assert "symmetric int4 in groups of 128" in hardware.reason
+
+
+@pytest.mark.parametrize(("number_format", "count"), [("w4a8", 2), ("w4a16", 2), ("bf16", 0)])
+def test_what_becomes_of_sparse_weights_is_explained(number_format, count):
+    config = replace(config_of(LARGE), storage=SparseStorage(128))
+    said = explain(number_format, gpu.probe_gpu(config, number_format))
+    assert all(": triton, " in line for line in said)
+    lines = [line for line in said if "of 1:4 sparse weights" in line]
+    assert len(lines) == count
+    assert all("(weights become dense int4 when they load" in line for line in lines)
+    plain = explain(number_format, gpu.probe_gpu(config_of(LARGE), number_format))
+    assert not any("sparse" in line for line in plain)
+
+
+@pytest.mark.parametrize("int8", [True, False])
+def test_sparse_weights_are_those_of_the_same_dense_matrix(int8):
+    sparse = random_sparse(5, 70, 192, group=128)
+    actual = cuda_build._packed(sparse, int8)
+    values = actual.stored.unsqueeze(-1) << torch.tensor([4, 0], dtype=torch.int8) >> 4
+    whole = values.movedim(-1, -2).flatten(-2).float() * actual.scales.unsqueeze(-1)
+    assert torch.equal(whole.transpose(1, 2).flatten(2)[..., :192], sparse.dequantize(torch.float32))
+    assert actual.kind == ("w4a8" if int8 else "w4a16")
+
+
+def test_sparse_weights_in_other_groups_are_said():
+    hardware = gpu.probe_gpu(replace(config_of(LARGE), storage=SparseStorage(64)), "w4a8")
+    assert hardware.kernels is None
+    assert "1:4 sparse weights in groups of 128, not of 64" in hardware.reason
 
 
 def test_fp8_in_other_blocks_is_said_where_it_is_to_be_multiplied_as_it_is():

@@ -1,9 +1,4 @@
-"""The kernels for 1:4 sparse weights against plain torch: C++ on every variant here, Triton interpreted."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""The CPU kernels for 1:4 sparse weights against plain torch, on every variant here."""
 
 import pytest
 import torch
@@ -134,22 +129,3 @@ def test_a_token_alone_has_the_result_it_has_beside_others(variant):
 def test_groups_that_the_kernels_cannot_take_are_refused():
     with pytest.raises(SettingsError, match="groups of multiples of 64 inputs, not of 32"):
         pack_sparse14(random_sparse(4, 64, group=32))
-
-
-def test_the_triton_kernel_in_its_interpreter():
-    """In a process of its own: Triton decides when it is imported whether it compiles."""
-    pytest.importorskip("triton")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "tests/gpu/test_sparse14_kernel.py",
-    ]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parents[2]
-    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-4000:]
-    assert "6 passed" in result.stdout

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from moe_worker.config.attention import LatentConfig
 from moe_worker.config.engine import EngineOptions
 from moe_worker.config.model import ModelConfig
+from moe_worker.config.quantization import SparseStorage
 from moe_worker.errors import SettingsError
 from moe_worker.kernels.registry import Hardware
 from moe_worker.kvcache.paged import CacheShape, PagedCache
@@ -39,6 +40,7 @@ def probe_gpu(config: ModelConfig, number_format: str, device: torch.device = CU
     return Hardware(
         "cuda", "triton", "this is a CUDA device",
         e4m3=lacking is None, e4m3_reason=lacking or "this device has FP8 tensor cores",
+        sparse=isinstance(config.storage, SparseStorage),
     )  # fmt: skip
 
 

@@ -20,7 +20,8 @@ class Hardware:
 
     kernels: "triton", or the fastest CPU kernels for this machine; None if there are none for the machine or
     the model. `reason` explains it in words. ranks: processes that share the experts of a layer. e4m3:
-    whether products of large passes may run on FP8 tensor cores; `e4m3_reason` explains it.
+    whether products of large passes may run on FP8 tensor cores; `e4m3_reason` explains it. sparse: whether
+    the checkpoint's weights are 1:4 sparse.
     """
 
     device: str
@@ -29,6 +30,7 @@ class Hardware:
     ranks: int = 1
     e4m3: bool = False
     e4m3_reason: str = ""
+    sparse: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ def choose(operation: str, number_format: str, hardware: Hardware) -> KernelChoi
 def explain(number_format: str, hardware: Hardware) -> list[str]:
     """One line an operation; further ones for operations that large passes compute otherwise."""
     choices = [choose(operation, number_format, hardware) for operation in OPERATIONS]
-    return [str(choice) for choice in (*choices, *_of_large_passes(number_format, hardware))]
+    choices += [*_of_large_passes(number_format, hardware), *_of_sparse_weights(number_format, hardware)]
+    return [str(choice) for choice in choices]
 
 
 def _of_large_passes(number_format: str, hardware: Hardware) -> list[KernelChoice]:
@@ -130,6 +133,18 @@ def _of_large_passes(number_format: str, hardware: Hardware) -> list[KernelChoic
     return [
         KernelChoice(f"{operation} of large passes", number_format, TRITON, function, reason)
         for operation, function in functions.items()
+    ]
+
+
+def _of_sparse_weights(number_format: str, hardware: Hardware) -> list[KernelChoice]:
+    """What the Triton kernels do with 1:4 sparse weights; other kernels treat all matrices alike."""
+    implementation, _ = _implementation(number_format, hardware)
+    if implementation != TRITON or not hardware.sparse or number_format in _DENSE:
+        return []
+    reason = "weights become dense int4 when they load, which is exact"
+    return [
+        KernelChoice(f"{each} of 1:4 sparse weights", number_format, implementation, _TRITON[each], reason)
+        for each in ("linear", "experts")
     ]
 
 

@@ -30,6 +30,7 @@ from moe_worker.quant.fp8 import Fp8Weight
 from moe_worker.quant.int4 import GROUP, Int4Weight
 from moe_worker.quant.int8 import PIECE
 from moe_worker.quant.matrix import Matrix, join_rows, stack
+from moe_worker.quant.sparse14 import Sparse14Weight
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ def unsupported(config: ModelConfig, number_format: str) -> str | None:
         return f"there are no GPU kernels for the attention of {config.architecture} yet"
     if isinstance(storage, PackedStorage) and not (storage.symmetric and storage.group == GROUP):
         return f"the GPU kernels take symmetric int4 in groups of {GROUP}; the checkpoint's is not"
-    if isinstance(storage, SparseStorage):
-        return "the GPU kernels for 1:4 sparse weights are not part of the forward pass yet"
+    if isinstance(storage, SparseStorage) and packed and storage.group != GROUP:
+        return f"the GPU kernels take 1:4 sparse weights in groups of {GROUP}, not of {storage.group}"
     if number_format == "fp8" and isinstance(storage, Fp8Storage) and storage.block[1] != GROUP:
         return (
             f"the GPU kernels take FP8 in blocks of {GROUP} inputs; the checkpoint's have {storage.block[1]}"
@@ -295,5 +296,6 @@ def pack_fp8(matrix: Fp8Weight) -> PackedFp8:
 
 _PACKERS: dict[type[Matrix], Callable[..., Weight]] = {
     Int4Weight: pack_int4,
+    Sparse14Weight: lambda matrix, int8: pack_int4(matrix.to_int4(), int8),
     Fp8Weight: lambda matrix, _: pack_fp8(matrix),
 }
