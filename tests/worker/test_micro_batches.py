@@ -33,7 +33,7 @@ class Staged(MeshRunner):
     """Stands for a mesh of `stages` stages; tells when passes begin and when their logits are wanted."""
 
     def __init__(self, runner, stages, lost=()):
-        self.member = SimpleNamespace(shape=MeshShape(stages, 1), returned=(), channels=())
+        self.member = SimpleNamespace(shape=MeshShape(stages, 1), lost=None, returned=(), channels=())
         self.feeds, self.rebalancing, self._homes = False, None, [0]
         self.events, self._runner, self._logits, self._lost = [], runner, [], list(lost)
         self.reformed, self.drawn, self._drawer = 0, 0, Drawer(320, torch.device("cpu"))

@@ -16,9 +16,9 @@ class ActiveRequest:
     """`pages` is the page table. ends: tokens that end the text. shard: where the pages are.
 
     given: tokens of the prompt and of a resumed stream. generated: tokens of the text, including emitted
-    tokens of a resumed stream. admitted: whether the sampler knows the request. guide: of its output format;
-    None: any text is allowed. scores: whether the prompt is scored; scored: its tokens, from the first on,
-    whose log-probabilities have been sent.
+    tokens of a resumed stream; sampled: without those. admitted: whether the sampler knows the request.
+    guide: of its output format; None: any text is allowed. scores: whether the prompt is scored; scored: its
+    tokens, from the first on, whose log-probabilities have been sent.
     """
 
     request: Request
@@ -27,6 +27,7 @@ class ActiveRequest:
     shard: int = 0
     pages: "array[int]" = field(default_factory=lambda: array("i"))
     generated: int = 0
+    sampled: "array[int]" = field(default_factory=lambda: array("i"))
     admitted: bool = False
     guide: Guide | None = None
     scored: int = 0
@@ -47,6 +48,11 @@ class ActiveRequest:
         """Whether the output format became too complex to go on with."""
         return self.guide is not None and self.guide.failed
 
+    @property
+    def output(self) -> tuple[int, ...]:
+        """The tokens of the text so far."""
+        return (*self.request.written, *self.sampled)
+
     def follow(self, chunk: Chunk) -> Segment:
         """The model's input for `chunk`."""
         if chunk.pages:
@@ -66,6 +72,7 @@ class ActiveRequest:
         format now.
         """
         self.generated += 1
+        self.sampled.append(token)
         ended = token in self.ends
         text = "" if ended else self.text.push(added)
         stopped = ended or self.text.stopped or complete

@@ -279,6 +279,14 @@ class EngineCore:
             step = self._flights.pop().step
             self._scheduler.retract(step, shrink=step.tokens >= too_many)
 
+    def _undo(self, too_many: float) -> None:
+        """As `_retract`, and sampled steps: what a GPU computes when a rank is lost means nothing."""
+        self._retract(too_many)
+        while self._flights:
+            flight = self._flights.pop()
+            self._scheduler.retract(flight.step, shrink=False)
+            self._launcher.undo(flight)
+
     def _recover(self, error: MeshError) -> None:
         """Forms the mesh again; every running request is recomputed from its prompt and its tokens.
 
@@ -286,7 +294,7 @@ class EngineCore:
         """
         if not isinstance(self._loaded.runner, MeshRunner):
             raise error
-        self._retract(_too_many(error))
+        self._undo(_too_many(error))
         if isinstance(error, RankMemoryError):
             if error.tokens == 1:
                 raise _no_memory(f"rank {error.rank}") from error
@@ -297,7 +305,14 @@ class EngineCore:
 
     def _land_oldest(self) -> list[Delta]:
         """Nothing where the mesh has lost a rank, and the steps in flight."""
-        return self._land(self._flights.popleft()) if self._finish(1) else []
+        if not self._finish(1):
+            return []
+        self._flights[0].arrive()
+        runner = self._loaded.runner
+        if isinstance(runner, MeshRunner) and runner.member.lost is not None:
+            self._recover(runner.member.lost)
+            return []
+        return self._land(self._flights.popleft())
 
     def _land(self, flight: Flight[ActiveRequest]) -> list[Delta]:
         """Processes the tokens of a step; requests that ended since its launch get none of them."""

@@ -73,20 +73,23 @@ class Flight(Generic[S]):
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
+    def arrive(self) -> None:
+        """Waits until the results of a finished step are on the host."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+
     def scores(self) -> list[TokenLogprobs]:
         """Of the tokens of all spans, one span after the other; waits for the device. Finished steps only."""
         if self._scores is None:
             return []
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        self.arrive()
         return list(self._scores.listed().values())
 
     def wait(self) -> tuple[list[int], list[bool], dict[int, TokenLogprobs]]:
         """Tokens, failed rows, and log-probabilities by row, of a finished step."""
         if self._sampled is None:
             return [], [], {}
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        self.arrive()
         logprobs = {} if self._logprobs is None else self._logprobs.listed()
         return self._host_tokens_B.tolist(), self._host_failed_B.tolist(), logprobs
 

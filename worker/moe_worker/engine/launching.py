@@ -135,6 +135,13 @@ class Launcher:
         if self._mesh is not None:
             self._mesh.discard()
 
+    def undo(self, flight: Flight[ActiveRequest]) -> None:
+        """A step that was launched does not count, though it may have been sampled."""
+        if flight.finished:
+            for _, active in flight.sampling:
+                active.admitted = False
+        self.guides.undo(flight)
+
     def release(self, request: int) -> None:
         """Frees what the device holds for a request that ended; ignores unknown requests."""
         self.experts.finish(request)
@@ -145,7 +152,7 @@ class Launcher:
         for name, active in sampling:
             if not active.admitted:
                 request = active.request
-                self._sampler.admit(name, request.sampling, request.seed, request.prompt, request.written)
+                self._sampler.admit(name, request.sampling, request.seed, request.prompt, active.output)
                 active.admitted = True
 
     def _sample(self, found: "_Logits", sampling: Sampling, allowed: Allowed | None) -> Sampled:
