@@ -62,10 +62,10 @@ class Passes:
     pieces: those that its thread has done.
     """
 
-    def __init__(self, piece_s):
+    def __init__(self, piece_s, launches=False):
         self.now, self.worked, self.pieces, self.wanted, self.ended = 0.0, 0.0, 0, True, None
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self.pace = Pace(lambda: self.now, self._busy)
+        self.pace = Pace(lambda: self.now, self._busy, launches)
         self._piece_s = piece_s
         self._thread.start()
 
@@ -114,6 +114,18 @@ def test_work_during_a_pass_is_at_most_a_piece_over_what_was_granted(piece_s):
         rank.compute(4.0)
         rank.has_done(pieces)
     assert 4 <= (pieces - 1) * piece_s <= 6
+    rank.drop()
+
+
+def test_a_pass_that_launches_grants_by_the_time_since_the_one_before():
+    """On a GPU it is over for the processor at once."""
+    period_s = 2.0**-6  # less than IDLE_S; sums are exact
+    rank = Passes(SHARE * period_s / 2, launches=True)
+    rank.has_done(1)
+    for number in range(4):
+        rank.now += period_s
+        rank.compute(0.0)
+        rank.has_done(2 * number + 2)
     rank.drop()
 
 

@@ -17,6 +17,7 @@ from moe_worker.mesh.places import ExpertPlaces, advised
 from moe_worker.mesh.rank_stage import RankStage
 from moe_worker.mesh.rebalance.execute import Rebalancing
 from moe_worker.mesh.rebalance.hold import HeldExperts, ReadExperts
+from moe_worker.mesh.rebalance.pace import Pace
 from moe_worker.mesh.rebalance.plan import RebalancePolicy
 from moe_worker.mesh.runner import MeshRunner
 from moe_worker.models.checkpoint import ExpertReader
@@ -59,7 +60,8 @@ class Spread:
     def runner(self, part: RankStage, cache: PagedCache, feeds: bool = False) -> MeshRunner:
         """Runs `part`; on the leader the whole mesh."""
         places = self.places
-        held = HeldExperts(places, self.member, part, self._read(part))
+        pace = Pace(launches=part.device.type == "cuda")
+        held = HeldExperts(places, self.member, part, self._read(part), pace)
         runner = MeshRunner(self.member, part, cache, feeds, held, self.options.mesh_reforms)
         if self.member.leads:
             stages = stage_ranges(self.config, self.member.shape, self.stored)

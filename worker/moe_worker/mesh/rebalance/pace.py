@@ -4,7 +4,8 @@ A thread that reads experts delays the passes of its rank, and so those of all r
 processor, the memory, and the interpreter's lock. So it works in pieces, each at most a matrix, and measures
 the processor time of each. A pass grants it a share of its own processor time, so that a busy machine slows
 both equally; a pass that is late grants nothing. Threads have equal priority: one of lower priority would
-keep the interpreter's lock from the passes for as long as other processes run.
+keep the interpreter's lock from the passes for as long as other processes run. On a GPU, passes only launch
+kernels: there the time from one pass to the next counts, of which the processor is busy for a small part.
 """
 
 import contextlib
@@ -45,13 +46,14 @@ class Grants:
 
 class Pace:
     """Lets one thread work during the passes of another. clock: monotonic; busy: the processor time of the
-    calling thread; both in seconds.
+    calling thread; both in seconds. launches: whether passes end before a device has computed them.
     """
 
     def __init__(
-        self, clock: Callable[[], float] = time.monotonic, busy: Callable[[], float] = time.thread_time
-    ) -> None:
-        self._clock, self._busy = clock, busy
+        self, clock: Callable[[], float] = time.monotonic, busy: Callable[[], float] = time.thread_time,
+        launches: bool = False,
+    ) -> None:  # fmt: skip
+        self._clock, self._busy, self._launches = clock, busy, launches
         self._grants = Grants()
         self._changed = threading.Condition()
         self._computes, self._ended = False, clock()
@@ -66,8 +68,12 @@ class Pace:
             yield
         finally:
             with self._changed:
-                self._computes, self._ended = False, self._clock()
-                self._grants.passed(self._ended - began, self._busy() - before)
+                last, self._computes, self._ended = self._ended, False, self._clock()
+                took = self._ended - began, self._busy() - before
+                if self._launches:
+                    since_last = min(self._ended - last, IDLE_S)
+                    took = since_last, since_last
+                self._grants.passed(*took)
                 self._changed.notify_all()
 
     def work(self, wanted: Callable[[], bool]) -> "PacedWork":
