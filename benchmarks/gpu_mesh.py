@@ -9,17 +9,21 @@ prefill of a model of the size of DeepSeek-V2-Lite (benchmarks/gpu_random.py), w
 different prompts. A step is one token of every stream, whole engine included. A pipeline is measured with as
 many micro-batches as stages, and with one. Kernel times of rank 0 are the profiler's; those of NCCL include
 waiting for other ranks. The bubble is the share of a step in which rank 0 runs no other kernel. --fault kills
-a rank under load. --accuracy compares logits of the mesh and of one GPU with those of the same weights in
+a rank under load and starts it again at once; with --redundant 64, the other has all experts and goes on.
+--accuracy compares logits of the mesh and of one GPU with those of the same weights in
 float32 (benchmarks/gpu_mesh_accuracy.py). --moving moves experts of all layers under load, again after so
 many seconds. One JSON object a line.
 """
 
 import argparse
+import faulthandler
 import json
+import logging
 import os
 import re
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -44,12 +48,17 @@ from benchmarks.gpu_mesh_measure import (
 from benchmarks.gpu_random import LARGE, SMALL, random_model
 from moe_worker.config.engine import EngineOptions
 from moe_worker.config.mesh import MeshShape
+from moe_worker.engine.requests import FinishReason
+from moe_worker.mesh.errors import MeshError
 from moe_worker.mesh.member import join
+from moe_worker.mesh.runner import MeshRunner
 from moe_worker.models import cuda_graph, cuda_runner
 
 FORMATS = {"bf16": "dense", "fp8": "fp8", "w4a16": "w4a16", "w4a8": "w4a8"}
 ONE = "1x1"
-UNDER_LOAD = "under load"
+UNDER_LOAD, ALL_BACK = "under load", "all ranks are back at"
+# Steps before a rank is killed, and after all ranks are back.
+SETTLED = 50
 
 
 def sizes(arguments: argparse.Namespace, shape: MeshShape) -> tuple[int, int, int]:
@@ -80,11 +89,17 @@ def run_alone(arguments: argparse.Namespace) -> None:
 
 def run_rank(arguments: argparse.Namespace) -> NoReturn:
     begin = time.perf_counter()
+    logging.basicConfig(format=f"%(asctime)s rank {arguments.rank}: %(message)s", level=logging.INFO)
+
+    def reached(what: str) -> None:
+        print(f"rank {arguments.rank}: {what} after {time.perf_counter() - begin:.1f} s", file=sys.stderr)
+
     device = torch.device("cuda", arguments.rank)
     options = EngineOptions(
         device=str(device), mesh=arguments.mesh[0], mesh_leader=arguments.address, mesh_rank=arguments.rank
     )
     member = join(options, "benchmark", device)
+    reached("joined")
     name = FORMATS[arguments.format[0]]
     most, context, pages = sizes(arguments, member.shape)
     if arguments.accuracy:
@@ -102,13 +117,15 @@ def run_rank(arguments: argparse.Namespace) -> NoReturn:
     values = LARGE | {"num_hidden_layers": arguments.layers}
     case = Case(
         member, values, name, device, context, most, pages, arguments.prefill_tokens, arguments.redundant,
-        alone=False, moving=arguments.moving,
+        alone=False, moving=arguments.moving, faults=arguments.fault,
     )  # fmt: skip
-    dist.barrier()
+    reached("model and graphs made")
+    if not arguments.fault:
+        dist.barrier()
     if not member.leads:
-        case.runner.follow()
+        follow(case.runner)
     elif arguments.fault:
-        decode_until_killed(case, most)
+        decode_through_a_loss(case, arguments.batch[0], arguments.tokens)
     else:
         tell("start of all ranks", time.perf_counter() - begin, "s")
         if arguments.moving:
@@ -116,6 +133,7 @@ def run_rank(arguments: argparse.Namespace) -> NoReturn:
         else:
             measure(case.loaded(), arguments, member.shape.pipeline, case)
         case.end()
+    reached("done")
     leave()
 
 
@@ -127,13 +145,52 @@ def leave() -> NoReturn:
     os._exit(0)  # captured exchanges would outlive their communicators
 
 
-def decode_until_killed(case: Case, batch: int) -> NoReturn:
-    options = EngineOptions(device="cuda", max_batch_size=batch, prefill_tokens=4096, prefix_cache=False)
+def follow(runner: MeshRunner) -> None:
+    """Until the leader ends the mesh; meets the others again where a rank is lost."""
     while True:
-        core = engine(case.loaded(), options, 16, 64, prompt=64)
-        while not core.idle:
-            core.step()
-        print(UNDER_LOAD, flush=True)
+        try:
+            runner.follow()
+        except MeshError as error:
+            runner.reform(error)
+        else:
+            return
+
+
+def decode_through_a_loss(case: Case, batch: int, tokens: int) -> NoReturn:
+    """Decodes, while a rank is killed and comes back, and ends this process."""
+    options = EngineOptions(
+        device="cuda", max_batch_size=batch, prefill_tokens=16384, prefix_cache=False, target_step_ms=10_000
+    )
+    core, member = engine(case.loaded(), options, batch, tokens), case.member
+    steps: dict[tuple[int, int], list[float]] = {}
+    last, counts, failed = time.monotonic(), [0] * batch, 0
+    while not core.idle:
+        deltas = core.step()
+        for delta in deltas:
+            counts[delta.id] += delta.token is not None
+            failed += delta.finish_reason is FinishReason.FAILED
+        if len(deltas) < batch:  # prompts, first ones and those after a loss
+            continue
+        now = time.monotonic()
+        own = steps.setdefault((member.formation, len(member.present)), [])
+        own.append(now - last)
+        last = now
+        if len(own) == SETTLED and member.formation == 0:
+            print(UNDER_LOAD, flush=True)
+        if member.formation and not member.absent:
+            if len(own) == 1:
+                print(ALL_BACK, now, flush=True)
+            if len(own) == SETTLED:
+                break
+    for (formation, present), own in steps.items():
+        what = f"decode, batch {batch}, formation {formation} of {present} ranks"
+        if formation:
+            tell(f"{what}: pause before its first step, recomputation included", own[0], "s")
+        tell(f"{what}: median of {len(own) - 1} steps", statistics.median(own[1:] or own) * 1e3, "ms")
+    tell("streams that failed", failed, "streams")
+    tell("streams with fewer tokens than others", sum(each < max(counts) for each in counts), "streams")
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def started(arguments: argparse.Namespace, mesh: str, name: str, rank: int, address: str, *more: str) -> Any:
@@ -143,16 +200,19 @@ def started(arguments: argparse.Namespace, mesh: str, name: str, rank: int, addr
     command += ["--rounds", str(arguments.rounds), "--layers", str(arguments.layers)]
     command += ["--prefill-tokens", str(arguments.prefill_tokens), "--redundant", str(arguments.redundant)]
     command += ["--moving", str(arguments.moving), "--seconds", str(arguments.seconds)]
-    command += ["--accuracy"] if arguments.accuracy else []
+    command += ["--limit", str(arguments.limit), *(["--accuracy"] if arguments.accuracy else [])]
     command += ["--address", address, "--rank", str(rank), *more]
     environment = os.environ | {"MOE_WORKER_MESH_SECRET": "of a benchmark"}
     piped = subprocess.PIPE if rank == 0 or mesh == ONE else None
     return subprocess.Popen(command, env=environment, stdout=piped, text=True)
 
 
-def ranks_of(arguments: argparse.Namespace, mesh: str, name: str, *more: str) -> list[Any]:
+def free_address() -> str:
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
+        return f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def ranks_of(arguments: argparse.Namespace, mesh: str, name: str, address: str, *more: str) -> list[Any]:
     ranks = range(MeshShape.parse(mesh).ranks)
     return [started(arguments, mesh, name, rank, address, *more) for rank in ranks]
 
@@ -187,7 +247,7 @@ def baselines(arguments: argparse.Namespace) -> dict[tuple[str, str], float]:
 
 
 def compare(arguments: argparse.Namespace, mesh: str, name: str, known: dict[tuple[str, str], float]) -> None:
-    running = ranks_of(arguments, mesh, name)
+    running = ranks_of(arguments, mesh, name, free_address())
     try:
         for row in figures(running[0]):
             baseline = row["baseline"] or known.get((name, re.sub(", . micro-batches", "", row["what"])))
@@ -198,34 +258,27 @@ def compare(arguments: argparse.Namespace, mesh: str, name: str, known: dict[tup
         ended(running)
 
 
-def await_load(leader: Any) -> None:
-    """Returns once the mesh has decoded a batch, or has ended."""
-    for line in leader.stdout:
-        if line.startswith(UNDER_LOAD):
-            return
-
-
-def kill_one(arguments: argparse.Namespace, mesh: str) -> None:
-    """Seconds from the death of a rank to the end of the leader, and until all ranks, started again at once,
-    have decoded a batch.
-    """
-    running = ranks_of(arguments, mesh, arguments.format[0], "--fault")
+def lose_one(arguments: argparse.Namespace, mesh: str) -> None:
+    """Kills the last rank under load, and starts it again at once."""
+    name, address = arguments.format[0], free_address()
+    running = ranks_of(arguments, mesh, name, address, "--fault")
+    begin = None
     try:
-        await_load(running[0])
-        begin = time.monotonic()
-        running[-1].send_signal(signal.SIGKILL)
-        status = running[0].wait(60)
-        tell(f"mesh {mesh}: a rank killed under load, until rank 0 ends with status {status}",
-             time.monotonic() - begin, "s", device="GPUs")  # fmt: skip
-        ended(running)
-        running = ranks_of(arguments, mesh, arguments.format[0], "--fault")
-        await_load(running[0])
-        tell(f"mesh {mesh}: a rank killed under load, until all have started again and decoded a batch",
-             time.monotonic() - begin, "s", device="GPUs")  # fmt: skip
+        for line in running[0].stdout:
+            if line.startswith(UNDER_LOAD):
+                begin = time.monotonic()
+                running[-1].send_signal(signal.SIGKILL)
+                running[-1].wait()
+                running.append(started(arguments, mesh, name, len(running) - 1, address, "--fault"))
+            elif line.startswith(ALL_BACK) and begin is not None:
+                took = float(line.removeprefix(ALL_BACK)) - begin
+                tell(f"mesh {mesh}: a rank killed, until all serve again", took, "s", device="GPUs")
+            elif line.startswith("{"):
+                row = json.loads(line)
+                print(json.dumps(row | {"what": f"mesh {mesh}: {row['what']}"}), flush=True)
+        tell(f"mesh {mesh}: exit status of rank 0", running[0].wait(), "", device="GPUs")
     finally:
         ended(running)
-    for what in ("serving on without a lost rank", "meeting again after a rank is lost"):
-        tell(f"{what}: not supported on GPUs", None, "", device="GPUs")
 
 
 def main() -> None:
@@ -244,10 +297,12 @@ def main() -> None:
     parser.add_argument("--accuracy", action="store_true")
     parser.add_argument("--moving", type=float, default=0.0, help="seconds from one move to the next")
     parser.add_argument("--seconds", type=float, default=20.0, help="of the measurement with --moving")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds until a rank prints its stacks")
     parser.add_argument("--rank", type=int, help="for the processes that this one starts")
     parser.add_argument("--address")
     arguments = parser.parse_args()
     if arguments.rank is not None:
+        faulthandler.dump_traceback_later(arguments.limit, exit=True)
         (run_alone if arguments.mesh == [ONE] else run_rank)(arguments)
         return
     count = torch.cuda.device_count()
@@ -256,7 +311,8 @@ def main() -> None:
         if mesh not in fitting:
             tell(f"mesh {mesh}: not run, {count} GPUs", None, "", device="GPUs")
     if arguments.fault:
-        kill_one(arguments, fitting[0])
+        for mesh in fitting:
+            lose_one(arguments, mesh)
         return
     known = {} if arguments.accuracy or arguments.moving else baselines(arguments)
     for name in arguments.format:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -12,13 +12,16 @@ from moe_worker.config.model import ModelConfig
 from moe_worker.engine.loading import LoadedModel
 from moe_worker.kvcache.paged import CacheShape, PagedCache
 from moe_worker.mesh.cuda_stage import CudaStage
+from moe_worker.mesh.errors import MeshError
 from moe_worker.mesh.member import Member
 from moe_worker.mesh.messages import End
 from moe_worker.mesh.part import stage_of
 from moe_worker.mesh.places import ExpertPlaces
 from moe_worker.mesh.rebalance.execute import Rebalancing
 from moe_worker.mesh.rebalance.hold import HeldExperts, ReadExperts
+from moe_worker.mesh.rebalance.pace import Pace
 from moe_worker.mesh.rebalance.plan import RebalancePolicy
+from moe_worker.mesh.recovery import agree_on_pages
 from moe_worker.mesh.runner import MeshRunner
 from moe_worker.models.batch import Batch, Segment
 from moe_worker.models.cuda_build import Sizes, prepare
@@ -31,13 +34,23 @@ from moe_worker.moe.experts import Experts
 PAGE = 16
 
 
-def chosen(experts: Experts, numbers: torch.Tensor, device: torch.device | None = None) -> Experts:
-    """Copies of some experts, on `device`."""
+def chosen(
+    experts: Experts, numbers: torch.Tensor, device: torch.device | None = None,
+    rest: Callable[[], object] = lambda: None,
+) -> Experts:  # fmt: skip
+    """Copies of some experts, on `device`. rest: called between tensors."""
 
     def kept(rows: torch.Tensor) -> torch.Tensor:
-        return rows[numbers].to(device or rows.device)
+        found = rows[numbers].to(device or rows.device)
+        rest()
+        return found
 
     return Experts(experts.gate_up_AFD.map(kept), experts.down_ADI.map(kept), experts.round_tokens)
+
+
+def stay(layer: int, _held: Sequence[int], _rest: Callable[[], object]) -> NoReturn:
+    """Reads no experts: those of this case stay where they are."""
+    raise MeshError(f"experts of layer {layer} were to move")
 
 
 class OnHost:
@@ -60,8 +73,7 @@ class OnHost:
             experts = self._experts[layer]
             with torch.inference_mode(), part.aside():
                 numbers = torch.tensor([*held, *range(self._routed, experts.count)])
-                own = chosen(experts, numbers, self._device)
-                rest()
+                own = chosen(experts, numbers, self._device, rest)
                 return part.converted(own, rest)
 
         return read
@@ -133,10 +145,10 @@ class Case:
     def __init__(  # noqa: PLR0913, PLR0917 - a record of sizes
         self, member: Member, values: dict[str, Any], number_format: str, device: torch.device, context: int,
         largest: int, pages: int, prefill: int, redundant: int = 0, alone: bool = True, moving: float = 0.0,
-        change: Callable[[DeepseekModel], None] | None = None,
+        change: Callable[[DeepseekModel], None] | None = None, faults: bool = False,
     ) -> None:  # fmt: skip
         """moving: seconds from one move of all layers' experts to the next; 0: they stay. change: of the
-        model that was drawn.
+        model that was drawn. faults: ranks may be lost.
         """
         self.values, self.number_format, self.change = values, number_format, change
         self.config, self.member, self.context = config_of(values), member, context
@@ -155,14 +167,18 @@ class Case:
             self.alone = None
             if not (member.leads and alone):
                 del whole
-            self.part = CudaStage(part, self.cache, member.stage_group, largest, context, prefill)
+            self.part = CudaStage(part, self.cache, member.group, largest, context, prefill)
             held = None
-            if on_host is not None:
-                held = HeldExperts(places, member, self.part, on_host.reader_for(self.part))
+            if moving or faults:
+                pace = Pace(launches=device.type == "cuda")
+                read = stay if on_host is None else on_host.reader_for(self.part)
+                held = HeldExperts(places, member, self.part, read, pace)
+            if faults:
+                agree_on_pages(member, pages)
             self.runner = MeshRunner(member, self.part, self.cache, feeds=True, held=held)
             if member.leads and held is not None:
                 stages = [range(begin, end) for begin, end in pairwise(cuts)]
-                policy, loads = RebalancePolicy(True, moving, 1.0), DrawnLoads(self.config)
+                policy, loads = RebalancePolicy(moving > 0, moving, 1.0), DrawnLoads(self.config)
                 self.runner.direct(Rebalancing(policy, places, held, member, stages, loads))
             if member.leads and alone:
                 self.alone = Alone(whole, context, largest, pages, prefill)

@@ -6,8 +6,9 @@ See benchmarks/gpu_mesh.py, which starts the processes.
 import argparse
 import json
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -63,11 +64,15 @@ def prefill_rate(core: EngineCore) -> float:
 
 
 class Kernels(NamedTuple):
-    """Milliseconds in kernels: those of NCCL, those that pack and unpack tokens for exchanges, and all."""
+    """Milliseconds in kernels: those of NCCL, and those that pack and unpack tokens for exchanges.
+
+    busy: in which any kernel but those of NCCL ran, several at the same time counted once; whole: of all.
+    """
 
     nccl: float
     packing: float
-    total: float
+    busy: float
+    whole: float
 
 
 def kernel_ms(work: Callable[[], object]) -> Kernels:
@@ -75,10 +80,22 @@ def kernel_ms(work: Callable[[], object]) -> Kernels:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
         work()
         torch.cuda.synchronize()
-    rows = [(each.key, each.device_time_total / 1e3) for each in seen.key_averages()]
-    nccl = sum(ms for name, ms in rows if "nccl" in name.lower())
-    packing = sum(ms for name, ms in rows if name in PACKING)
-    return Kernels(nccl, packing, sum(ms for _, ms in rows))
+    ran = [each for each in seen.events() if each.device_type.name == "CUDA"]
+    spans = sorted((each.time_range.start, each.time_range.end, each.name) for each in ran)
+    nccl = sum(end - start for start, end, name in spans if "nccl" in name.lower())
+    packing = sum(end - start for start, end, name in spans if name in PACKING)
+    busy = covered((start, end) for start, end, name in spans if "nccl" not in name.lower())
+    whole = max(end for _, end, _ in spans) - spans[0][0] if spans else 0.0
+    return Kernels(*(us / 1e3 for us in (nccl, packing, busy, whole)))
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of spans, which begin in rising order."""
+    total, reached = 0.0, float("-inf")
+    for start, end in spans:
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
 
 
 def profiled(core: EngineCore, batch: int) -> Kernels:
@@ -141,13 +158,14 @@ def measure(loaded: LoadedModel, arguments: argparse.Namespace, stages: int, cas
             tell(name, batch / step * 1e3, "tokens/s")
             if batch not in {arguments.batch[0], *arguments.batch[-2:]}:
                 continue
-            exchange, packing, total = profiled(run(24), batch)
+            kernels = profiled(run(24), batch)
             tell(f"{name}: step", step, "ms")
-            tell(f"{name}: bubble of rank 0", 1 - (total - exchange) / step, "share of a step")
+            bubble = 1 - kernels.busy / kernels.whole
+            tell(f"{name}: bubble of rank 0", bubble, "share of a profiled step")
             if case is None:
                 continue
-            tell(f"{name}: kernels of NCCL on rank 0 in a step", exchange, "ms")
-            tell(f"{name}: kernels that pack and unpack tokens in a step", packing, "ms")
+            tell(f"{name}: kernels of NCCL on rank 0 in a step", kernels.nccl, "ms")
+            tell(f"{name}: kernels that pack and unpack tokens in a step", kernels.packing, "ms")
             if stages == 1:
                 tell(f"{name}: bytes to other ranks in a step", exchange_bytes(case, batch), "bytes")
     rates = [prefill_rate(engine(loaded, options, PREFILL_SEQUENCES, 1)) for _ in range(3)]
@@ -201,12 +219,19 @@ def measure_moves(case: Case, batch: int, tokens: int, seconds: float) -> None:
     while core.load.queued or core.load.running < batch:
         core.step()
     rebalancing.abandon()  # the next move begins one interval later
-    steps: dict[bool, list[float]] = {True: [], False: []}
     begin = time.perf_counter()
+    steps: dict[bool, list[float]] = {True: [], False: []}
+    placed, slowest = begin, list[tuple[float, str]]()
     while not core.idle and time.perf_counter() - begin < seconds:
         before, moving = time.perf_counter(), rebalancing.moving
         core.step()
-        steps[moving or rebalancing.moving].append((time.perf_counter() - before) * 1e3)
+        after = time.perf_counter()
+        placed = after if moving != rebalancing.moving else placed
+        steps[moving or rebalancing.moving].append((after - before) * 1e3)
+        where = f"{before - begin:.3f} s, {before - placed:.3f} s behind a beginning or end of a move"
+        slowest = sorted([*slowest, (steps[moving or rebalancing.moving][-1], where)])[-8:]
+    for took, where in slowest:
+        print(f"a step of {took:.1f} ms at {where}", file=sys.stderr)
     for request in range(batch):
         core.cancel(request)
     while not core.idle:

@@ -9,6 +9,8 @@ pytest.importorskip("triton")
 
 from moe_worker.kernels.triton.exchange import Places, pack, row_words, sum_rows, unpack
 from moe_worker.kernels.triton.norm import Activation, Added
+from moe_worker.mesh.dispatch import PlaceTable
+from moe_worker.mesh.fixed import Exchanges, FixedExchange
 from moe_worker.mesh.placement import Topology, placement
 from tests.gpu.device import DEVICE, INTERPRETED, needs_device
 
@@ -108,6 +110,27 @@ def test_every_token_reaches_its_experts_and_comes_back(seed, int8):
 def at(rank, other):
     """The block of `rank` in what `other` sends or gets."""
     return rank if rank < other else rank - 1
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["bf16", "int8"])
+def test_a_rank_that_is_alone_keeps_its_tokens(int8):
+    """As one that waits to meet the others, or serves without them."""
+    rank = Rank(random.Random(2), 5, 4, 1, 2)
+    most = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    places = [3, 1, 0, 2]
+    exchange = FixedExchange(PlaceTable(places, 4, 1, DEVICE), 5, None, most)
+    work = exchange.scatter(rank.x, int8, rank.experts, rank.weights, 0)
+    numbers = torch.tensor([*[places.index(expert) for expert in range(4)], 4, -1], device=DEVICE)
+    assert work.experts_RK.tolist() == numbers[rank.experts.long()].tolist()
+    there = rank.experts >= 0
+    assert torch.equal(work.weights_RK[there], rank.weights[there])
+    read, given = (work.x.q_TD, rank.x.q_TD) if int8 else (work.x.x_TD, rank.x.x_TD)
+    assert torch.equal(read, given)
+    rows = torch.randn(*rank.experts.shape, WIDTH, device=DEVICE).bfloat16()
+    back = exchange.gather(Added(rows.flatten(0, 1), experts_M=work.experts_RK))
+    expected = torch.where(there.unsqueeze(-1), rows.float(), 0.0).sum(1)
+    assert torch.allclose(back.rows_MD[back.order_M].float(), expected, atol=0.05)
+    assert not Exchanges(None, DEVICE).overflowed(0)
 
 
 def test_tokens_without_room_are_told():

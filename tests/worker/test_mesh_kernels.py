@@ -53,6 +53,27 @@ def test_experts_that_move_are_found_at_the_addresses_that_graphs_hold():
             assert found == [place for place, each in enumerate(places) if each == expert]
 
 
+def test_an_exchange_goes_on_between_the_ranks_that_are_left():
+    """Rank 1 of three is lost; rank 2 becomes the second of two, and then all are back."""
+
+    def group(own, size):
+        return SimpleNamespace(rank=lambda: own, size=lambda: size)
+
+    most, here = torch.zeros(1, dtype=torch.int32), torch.device("cpu")
+    everyone, left = [0, 1, 2, 3, 1, 0], [0, 1, 1, 0]
+    exchange = FixedExchange(PlaceTable(everyone, 4, 3, here), 2, group(2, 3), most)
+    for places, own, size in ((left, 1, 2), (everyone, 2, 3)):
+        table = PlaceTable(places, 4, size, here)
+        exchange.rejoin(group(own, size))
+        exchange.place(table)
+        found = exchange._places
+        assert (found.own, found.ranks, found.each) == (own, size, 2)
+        assert found.places_AN.shape[1] >= table.places_AC.shape[1]
+        for expert in set(places):
+            at = found.places_AN[expert, : found.copies_A[expert]].tolist()
+            assert at == [place for place, each in enumerate(places) if each == expert]
+
+
 @pytest.mark.parametrize("number_format", ["dense", "fp8", "w4a16", "w4a8"])
 def test_a_layer_takes_other_experts_into_the_memory_of_its_own(number_format):
     """Graphs read the new ones where the old ones were; experts of another shape are refused."""

@@ -179,7 +179,7 @@ def recovery_of(reform):
         leads=False, rank=1, shape=MeshShape(1, 2), reform=reform, group=None, channels=[channel],
         absent=(), formation=1,
     )  # fmt: skip
-    return Recovery(member, SimpleNamespace(device=torch.device("cpu")), None, 4, lambda: None)
+    return Recovery(member, SimpleNamespace(release=lambda: None), None, 4, lambda: None)
 
 
 def test_a_rank_whose_leader_does_not_return_ends():

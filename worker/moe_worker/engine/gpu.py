@@ -64,8 +64,8 @@ def make_runner(
 
 
 def make_stage(
-    model: DeepseekModel, cache: PagedCache, group: dist.ProcessGroup, options: EngineOptions, context: int,
-    progress: bool,
+    model: DeepseekModel, cache: PagedCache, group: dist.ProcessGroup | None, options: EngineOptions,
+    context: int, progress: bool,
 ) -> RankStage:  # fmt: skip
     """A mesh rank's stage on the Triton kernels, with captured decode steps; all ranks of the stage call."""
     from moe_worker.mesh.cuda_stage import CudaStage  # noqa: PLC0415 - triton is not everywhere

@@ -209,7 +209,7 @@ def _runner(
     if path == "triton":
         if spread is None:
             return gpu.make_runner(model, cache, options, context, progress)
-        group = spread.member.stage_group
+        group = spread.member.group
         part = gpu.make_stage(model, cache, group, options, context, progress)
         return spread.runner(part, cache, feeds=True)
     stage: StageModel = model

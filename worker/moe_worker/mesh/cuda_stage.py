@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_worker.kernels.transfer import to_device
+from moe_worker.kernels.transfer import make_current, to_device
 from moe_worker.kernels.triton.norm import Added, Rounding
 from moe_worker.kernels.triton.wide import Weight
 from moe_worker.kvcache.paged import PagedCache
@@ -37,18 +37,19 @@ class CudaStage:
     """A stage on the kernels over `cache`, for shards of up to `largest` sequences of up to `context` tokens.
 
     model: is consumed. All ranks of the stage make theirs together, since they exchange tokens meanwhile.
+    group: None where this rank waits to meet the others; until then it exchanges nothing.
     """
 
     def __init__(
-        self, model: DeepseekModel, cache: PagedCache, group: dist.ProcessGroup, largest: int, context: int,
-        prefill_tokens: int, progress: bool = False,
+        self, model: DeepseekModel, cache: PagedCache, group: dist.ProcessGroup | None, largest: int,
+        context: int, prefill_tokens: int, progress: bool = False,
     ) -> None:  # fmt: skip
         self._stage, config = model.stage, model.config
         self._top_k = config.moe.top_k
-        self._ranks = group.size()
         self.hidden, self.vocabulary = config.hidden_size, config.vocab_size
         self.device, self.dtype = model.device, torch.bfloat16
         self._exchanges = Exchanges(group, model.device)
+        self._ranks = self._exchanges.ranks
         self._model = prepare(model, consume=True, exchange_of=self._exchanges.of)
         self.logits_dtype = self._model.empty_logits(0).dtype
         self._cache = cache
@@ -103,6 +104,7 @@ class CudaStage:
         if self._aside is None:
             yield
             return
+        make_current(self.device)  # a new thread is on the first device, and would make a context there
         with torch.cuda.stream(self._aside):
             yield
         self._aside.synchronize()
@@ -129,10 +131,22 @@ class CudaStage:
         if isinstance(exchange, FixedExchange):
             exchange.place(table)
 
-    def rejoin(self, group: dist.ProcessGroup) -> bool:
-        """Captured graphs hold the old connections."""
-        del group
-        return False
+    @torch.inference_mode()
+    def release(self) -> None:
+        """See RankStage. Drops the graphs: NCCL keeps a connection for as long as one refers to it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.graphs.forget()
+
+    def rejoin(self, group: dist.ProcessGroup) -> None:
+        """See RankStage."""
+        self._exchanges.rejoin(group)
+        self._ranks = self._exchanges.ranks
+
+    @torch.inference_mode()
+    def resume(self) -> None:
+        """See RankStage. Records the graphs again."""
+        self.graphs.record()
 
     def exchanged(self) -> tuple[int, float]:
         """Bytes of passes outside graphs; no time is measured."""
@@ -231,6 +245,11 @@ class StageGraphs(DecodeGraphs):
         self._part = part
         self.x_BD = torch.zeros(largest, part.hidden, dtype=part.dtype, device=part.device)
         self._with_room: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def forget(self) -> None:
+        """Drops all graphs; `record` follows."""
+        super().forget()
+        self._with_room.clear()
 
     def take_hidden(self, x_BD: Tensor | None, count: int, size: int) -> None:
         """Takes in the `count` rows that the stage before computed, of a batch of `size`."""

@@ -34,9 +34,12 @@ def capacity_for(tokens: int, ranks: int, top_k: int) -> int:
 
 
 class Exchanges:
-    """The exchanges of a rank's layers over `group`. most: of Slots, over all layers of a pass, int32 [1]."""
+    """The exchanges of a rank's layers over `group`; None: it is alone until it rejoins.
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+    most: of Slots, over all layers of a pass, int32 [1].
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
         self._group = group
         self._made: list[FixedExchange] = []
         self.most = torch.zeros(1, dtype=torch.int32, device=device)
@@ -49,8 +52,21 @@ class Exchanges:
         self._made.append(made)
         return made
 
+    @property
+    def ranks(self) -> int:
+        """That take part."""
+        return 1 if self._group is None else self._group.size()
+
+    def rejoin(self, group: dist.ProcessGroup) -> None:
+        """Goes on over `group`; `place` of all layers follows."""
+        self._group = group
+        for each in self._made:
+            each.rejoin(group)
+
     def overflowed(self, capacity: int) -> bool:
         """Whether a rank had more than `capacity` tokens for another in the newest pass; all ranks know."""
+        if self._group is None or self.ranks == 1:
+            return False
         highest(self.most, self._group)
         return int(self.most) > capacity
 
@@ -61,25 +77,38 @@ class Exchanges:
 
 
 class FixedExchange:
-    """An Exchange of one layer. Its memory stays the same, also where experts move: graphs hold addresses."""
+    """An Exchange of one layer. Its memory stays the same, also where experts move: graphs hold addresses.
 
-    def __init__(self, table: PlaceTable, held: int, group: dist.ProcessGroup, most: Tensor) -> None:
-        routed = len(table.copies_A) - 1
-        # An expert may get all copies that there are, later.
-        places_AN = torch.zeros(
-            routed, table.each * table.ranks - routed + 1, dtype=torch.int32, device=most.device
-        )
-        copies_A = torch.ones(routed, dtype=torch.int32, device=most.device)
-        self._places = Places(places_AN, copies_A, table.each, group.rank(), group.size())
-        self._group, self._most = group, most
+    group: None: of this rank alone.
+    """
+
+    def __init__(self, table: PlaceTable, held: int, group: dist.ProcessGroup | None, most: Tensor) -> None:
+        self._group, self._most, self._rejoined = group, most, False
+        self._places = self._room(table)
         self.place(table)
         self._counts_H = torch.zeros(held, dtype=torch.int32, device=most.device)
         self._slots: Slots | None = None
         self._away = 0
         self.sent_bytes = 0
 
+    def _room(self, table: PlaceTable) -> Places:
+        """For the places of experts among the ranks of the group, as many as `table` has places for."""
+        routed, device = len(table.copies_A) - 1, self._most.device
+        # An expert may get all copies that there are, later.
+        most = max(table.places_AC.shape[1], table.each * table.ranks - routed + 1)
+        places_AN = torch.zeros(routed, most, dtype=torch.int32, device=device)
+        copies_A = torch.ones(routed, dtype=torch.int32, device=device)
+        own, ranks = (0, 1) if self._group is None else (self._group.rank(), self._group.size())
+        return Places(places_AN, copies_A, table.each, own, ranks)
+
+    def rejoin(self, group: dist.ProcessGroup) -> None:
+        """Goes on over other connections, perhaps between other ranks; `place` follows."""
+        self._group, self._rejoined = group, True
+
     def place(self, table: PlaceTable) -> None:
         """From the next pass on experts are where `table` says."""
+        if self._rejoined:
+            self._places, self._rejoined = self._room(table), False
         table = table.to(self._most.device)
         places_AC, copies_A = table.places_AC[:-1], table.copies_A[:-1]
         self._places.places_AN[:, : places_AC.shape[1]].copy_(places_AC)
@@ -92,7 +121,9 @@ class FixedExchange:
         counts_H, places = self._counts_H, self._places
         payload, self._slots = pack(x, int8, experts_TK, weights_TK, places, capacity, counts_H, self._most)
         self._away = (places.ranks - 1) * capacity
-        received = self._exchanged(payload[: self._away], torch.empty_like(payload[: self._away]), capacity)
+        received = payload[: self._away]
+        if self._away:
+            received = self._exchanged(received, torch.empty_like(received), capacity)
         x, experts_SK, weights_SK = unpack(
             received, payload, self._away, x, int8, experts_TK.shape[1], counts_H
         )
@@ -107,8 +138,9 @@ class FixedExchange:
         back = torch.empty(size, width, dtype=added.rows_MD.dtype, device=added.rows_MD.device)
         sent = torch.empty_like(back[: self._away])
         sum_rows(added, self._away, sent, back)
-        capacity = self._away // (self._places.ranks - 1)
-        self._exchanged(sent.view(torch.int32), back[: self._away].view(torch.int32), capacity)
+        if self._away:
+            capacity = self._away // (self._places.ranks - 1)
+            self._exchanged(sent.view(torch.int32), back[: self._away].view(torch.int32), capacity)
         return Added(back, slots.row_TE.flatten(), slots.chosen_TE.flatten())
 
     def _exchanged(self, rows: Tensor, into: Tensor, capacity: int) -> Tensor:

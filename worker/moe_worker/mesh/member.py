@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 
@@ -14,6 +15,7 @@ from moe_worker.config.engine import EngineOptions
 from moe_worker.config.mesh import MeshShape
 from moe_worker.errors import SettingsError, WorkerError
 from moe_worker.kernels.transfer import make_current
+from moe_worker.mesh.abort import Abort, end_process
 from moe_worker.mesh.channel import Channel
 from moe_worker.mesh.door import Door
 from moe_worker.mesh.errors import MeshError, RankMemoryError
@@ -59,6 +61,9 @@ class Member:
         self.on_change: Callable[[], None] = lambda: None
         self.on_wake: Callable[[], None] = lambda: None
         self._identity, self._address, self._device = identity, address, device
+        self._groups: list[dist.ProcessGroup] = []  # of GPUs
+        self._abort: Abort | None = None
+        self._aborting = threading.Lock()
         self._pulse: Pulse | None = None
         self._door: Door | None = None
         self._away: frozenset[int] = frozenset()
@@ -77,13 +82,6 @@ class Member:
     def number(self) -> int:
         """The number of its stage."""
         return self.shape.stage_of(self.rank)
-
-    @property
-    def stage_group(self) -> dist.ProcessGroup:
-        """`group`. Raises MeshError while it waits."""
-        if self.group is None:
-            raise MeshError(f"rank {self.rank} has not met the others; start all ranks again")
-        return self.group
 
     @property
     def absent(self) -> frozenset[int]:
@@ -186,14 +184,33 @@ class Member:
             self._pulse = None
 
     def leave(self) -> None:
-        """Ends all connections; the other ranks notice."""
+        """Ends all connections; the other ranks notice. On a GPU no graph may refer to them any more."""
         self.quiet()
         for channel in self.channels:
             channel.close()
         self.channels, self.group, self.back = [], None, None
-        if dist.is_initialized():
+        if self._groups:
+            self._end_groups()
+        elif dist.is_initialized():
             dist.destroy_process_group()
         self._are_present((self.rank,))
+
+    def _wake_from_exchanges(self) -> None:
+        """Wakes what waits for other ranks' GPUs. Ends this process if that does not help."""
+        self._begin_abort().guard()
+
+    def _begin_abort(self) -> Abort:
+        """Of the groups that there are; other threads may call it, too."""
+        with self._aborting:
+            if self._abort is None or self._abort.groups is not self._groups:
+                self._abort = Abort(self._groups)
+            return self._abort
+
+    def _end_groups(self) -> None:
+        if not self._begin_abort().wait():
+            end_process("connections between GPUs did not end")
+        self._groups = []
+        dist.destroy_process_group()
 
     def call_together(self) -> None:
         """Tells the other ranks to meet again."""
@@ -254,13 +271,14 @@ class Member:
         def kept() -> list[Channel]:
             return [] if self._door is None else self._door.channels()
 
-        self._pulse = Pulse(self.channels, self._device.type == "cuda", self._wake, kept)
+        abort = self._wake_from_exchanges if self._device.type == "cuda" else None
+        self._pulse = Pulse(self.channels, abort, self._wake, kept)
 
     def _connect(self, ranks: tuple[int, ...], store: TCPStore) -> None:
-        shape = self.shape
+        shape, gpu = self.shape, self._device.type == "cuda"
         try:
             dist.init_process_group(
-                "nccl" if self._device.type == "cuda" else "gloo",
+                "nccl" if gpu else "gloo",
                 store=PrefixStore(f"epoch {self._identity.epoch}", store),
                 rank=ranks.index(self.rank),
                 world_size=len(ranks),
@@ -270,6 +288,9 @@ class Member:
             groups = [dist.new_group([ranks.index(rank) for rank in stage]) for stage in stages]
             # NCCL runs what two ranks exchange in one group in the order in which each of them calls it.
             back = dist.new_group() if shape.pipeline > 1 else None
+            if gpu:
+                used = dist.group.WORLD, groups[self.number], back
+                self._groups = [group for group in used if group is not None]
         except (RuntimeError, ValueError, dist.DistError) as error:
             self.leave()
             raise MeshError(f"mesh {shape} cannot be connected: {error}; start all ranks again") from error

@@ -1,8 +1,8 @@
 """Notices ranks that die, hang or are cut off: each end of a channel sends a beat every BEAT_S seconds.
 
 Where a channel ends, or is silent for too long, this process shuts its connections to other ranks down.
-Whatever waits for them, deep inside gloo, then fails at once, and so do the ranks at their other ends. What
-waits for a GPU cannot be woken: there the process ends.
+Whatever waits for them, deep inside gloo, then fails at once, and so do the ranks at their other ends. On
+GPUs it aborts its exchanges and ends its channels, so that the other ranks abort theirs.
 """
 
 import contextlib
@@ -25,16 +25,17 @@ BEAT_S, SILENT_S, SILENT_GPU_S = 0.25, 1.5, 15.0
 class Pulse:
     """Watches `channels` until `stop`. Silence counts once all ranks are armed: before, they load weights.
 
-    lost: why, once a rank is; silent: ranks that are lost because they are silent. on_lost: called
-    then by another thread. kept: further channels, which get beats and stay open.
+    lost: why, once a rank is; silent: ranks that are lost because they are silent. abort: aborts the
+    exchanges of a GPU; None: there is none. on_lost: called then by another thread. kept: further channels,
+    which get beats and stay open.
     """
 
     def __init__(
-        self, channels: Sequence[Channel], gpu: bool, on_lost: Callable[[], None] = lambda: None,
-        kept: Callable[[], Iterable[Channel]] = tuple,
+        self, channels: Sequence[Channel], abort: Callable[[], None] | None = None,
+        on_lost: Callable[[], None] = lambda: None, kept: Callable[[], Iterable[Channel]] = tuple,
     ) -> None:  # fmt: skip
-        self._channels, self._gpu = channels, gpu
-        self._silent_s = SILENT_GPU_S if gpu else SILENT_S
+        self._channels, self._abort = channels, abort
+        self._silent_s = SILENT_S if abort is None else SILENT_GPU_S
         self._stopped = threading.Event()
         self._armed = False
         self._on_lost, self._kept = on_lost, kept
@@ -81,12 +82,15 @@ class Pulse:
         if self._stopped.is_set():
             return
         self._stopped.set()
-        if self._gpu:
-            log.critical("%s; this rank ends, since work on its GPU waits for it", error)
-            os._exit(1)
-        self.lost = error
-        log.warning("%s; shutting %d connections down", error, cut([*self._channels, *self._kept()]))
-        channel.end(error)
+        self.lost = error  # before the abort: what kernels give from then on means nothing
+        if self._abort is None:
+            log.warning("%s; shutting %d connections down", error, cut([*self._channels, *self._kept()]))
+            channel.end(error)
+        else:
+            log.warning("%s; aborting the exchanges of this rank's GPU", error)
+            self._abort()
+            for each in self._channels:
+                each.end(error)
         self._on_lost()
 
 

@@ -59,8 +59,18 @@ class RankStage(HoldsExperts, Protocol):
         """Counts the experts of this rank's tokens."""
         ...
 
-    def rejoin(self, group: dist.ProcessGroup) -> bool:
-        """Goes on over other connections, perhaps between other ranks of the stage; False where it cannot."""
+    def release(self) -> None:
+        """Lets go of the connections to other ranks, before they end."""
+        ...
+
+    def rejoin(self, group: dist.ProcessGroup) -> None:
+        """Goes on over other connections, perhaps between other ranks of the stage. `place` of all layers
+        follows, then `resume`.
+        """
+        ...
+
+    def resume(self) -> None:
+        """Prepares passes over the new connections; all ranks of the stage call it."""
         ...
 
     def exchanged(self) -> tuple[int, float]:
@@ -115,11 +125,16 @@ class ModelStage:
         """Of the routers."""
         return self._model.expert_counter()
 
-    def rejoin(self, group: dist.ProcessGroup) -> bool:
+    def release(self) -> None:
+        """See RankStage."""
+
+    def rejoin(self, group: dist.ProcessGroup) -> None:
         """See RankStage."""
         for dispatch in self._dispatches():
             dispatch.rejoin(group)
-        return True
+
+    def resume(self) -> None:
+        """See RankStage."""
 
     def _dispatches(self) -> list[AllToAllDispatch]:
         return [each for each in self._model.stage.dispatches.values() if isinstance(each, AllToAllDispatch)]

@@ -71,8 +71,6 @@ class Recovery:
         Raises MeshError where a rank does not come within REFORM_S, or where the leader has lost ranks, or
         meeting has failed, `most` times in REFORM_WINDOW_S already.
         """
-        if self._part.device.type == "cuda":
-            raise error
         begin = time.monotonic()
         # Steps become smaller each time that a rank has no memory for one, so that ends by itself. The others
         # come as often as their leader calls.
@@ -107,6 +105,7 @@ class Recovery:
         member, held = self._member, self._held
         if member.leads and held is not None:
             member.moved = held.places.moved
+        self._part.release()
         member.reform(REFORM_S, self._may_lack)
         # A rank that is new must have room for as many pages as the others have allocated.
         if agree_on_pages(member, self._pages) != self._pages:
@@ -118,6 +117,7 @@ class Recovery:
         self._part.rejoin(member.group)
         if held is not None:
             held.adopt(member.moved, self._part.stage.layers)
+        self._part.resume()
         member.arm()
         if member.leads:
             member.wait_for_absent(self._pages)

@@ -81,6 +81,14 @@ class DecodeGraphs:
         for size in each(self.sizes[::-1]):
             self._record(size, pool)
 
+    def forget(self) -> None:
+        """Drops all graphs; `record` makes new ones, which write to nobody's page alone meanwhile."""
+        self._graphs.clear()
+        self._inputs_4B.zero_()
+        self._rows_B.fill_(self._cache.pages * self._cache.page_size)
+        self._pages_BP.fill_(self._cache.pages)
+        self._sent_BP.fill(self._cache.pages)
+
     def size_for(self, count: int) -> int:
         """The smallest size for `count` sequences."""
         return self.sizes[bisect_left(self.sizes, count)]
