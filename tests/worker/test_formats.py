@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import moe_worker
+from moe_worker.config.engine import EngineOptions
+from moe_worker.engine.loading import explain_choice
 from moe_worker.errors import InputError
 from moe_worker.quant import compressed_tensors as layout
 from moe_worker.quant.fp8 import from_blocks, quantize_fp8
@@ -103,11 +105,13 @@ def test_a_dense_checkpoint_in_fp8_is_the_one_it_is_rounded_to(dense, tmp_path):
 @pytest.fixture(scope="module", params=[True, False], ids=["symmetric", "asymmetric"])
 def packed(request, dense, tmp_path_factory):
     """A pack-quantized checkpoint, and transformers' model with the weights that it stands for."""
-    group = 32
+    return write_packed(dense, tmp_path_factory.mktemp("packed"), 32, request.param)
 
+
+def write_packed(dense, root, group, symmetric):
     def matrix(weight):
         rounded = quantize_int4(weight, group)
-        if request.param:
+        if symmetric:
             return rounded
         zeros = torch.randint(-3, 4, rounded.scales_OG.shape, generator=torch.Generator().manual_seed(1))
         return replace(rounded, zeros_OG=zeros.to(torch.int8))
@@ -119,8 +123,7 @@ def packed(request, dense, tmp_path_factory):
     def plain(name, weight):
         return {name: matrix(weight).dequantize()}
 
-    root = tmp_path_factory.mktemp("packed")
-    config = layout.quantization_config(group, request.param, ["lm_head"])
+    config = layout.quantization_config(group, symmetric, ["lm_head"])
     directory = rewrite(dense, root / "packed", stored, config)
     reference = AutoModelForCausalLM.from_pretrained(rewrite(dense, root / "plain", plain, None)).eval()
     with torch.no_grad():
@@ -133,6 +136,15 @@ def test_packed_weights_are_what_they_stand_for(packed, weights, caplog):
     actual = moe_worker.Engine(directory, format=weights, threads=1).logits(IDS)
     assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
     assert "ignoring" not in caplog.text
+
+
+def test_groups_that_the_cpu_kernels_do_not_take_are_multiplied_by_the_reference(dense, tmp_path):
+    directory, expected = write_packed(dense, tmp_path, 4, symmetric=True)
+    actual = moe_worker.Engine(directory, format="w4a8", threads=1).logits(IDS)
+    both = torch.stack((actual.flatten(), expected.flatten()))  # which rounds no activations
+    assert torch.corrcoef(both)[0, 1] > 0.97
+    lines = explain_choice(directory, EngineOptions(device="cpu", format="w4a8"))
+    assert "the CPU kernels take groups of multiples of 8 inputs, not of 4" in "\n".join(lines)
 
 
 @given(st.integers(0, 2**31 - 1), st.integers(1, 5), st.integers(1, 300))

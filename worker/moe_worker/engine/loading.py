@@ -20,6 +20,7 @@ from moe_worker.engine.routing import balance, domains_to_learn, learner_of, nud
 from moe_worker.engine.spread import Spread
 from moe_worker.errors import SettingsError
 from moe_worker.kernels.cpu.library import Kernels
+from moe_worker.kernels.cpu.weights import GROUPS, SPARSE_GROUPS
 from moe_worker.kernels.registry import Hardware, choose, explain, probe_cpu
 from moe_worker.kernels.transfer import make_current
 from moe_worker.kvcache.host import check_memory
@@ -234,10 +235,21 @@ def probe(
     """Kernels that `device` has for a model in `number_format` (of registry.FORMATS)."""
     if device.type == "cuda":
         return replace(gpu.probe_gpu(config, number_format, device), ranks=shape.expert)
+    reason = _unsupported_on_cpus(config, number_format)
+    found = probe_cpu() if reason is None else Hardware("cpu", None, reason)
+    return replace(found, ranks=shape.expert)
+
+
+def _unsupported_on_cpus(config: ModelConfig, number_format: str) -> str | None:
+    """Why the CPU kernels cannot compute the model in `number_format`; None if they can."""
     if not isinstance(config.attention, LatentConfig):
-        reason = f"there are no CPU kernels for the attention of {config.architecture} yet"
-        return Hardware("cpu", None, reason, shape.expert)
-    return replace(probe_cpu(), ranks=shape.expert)
+        return f"there are no CPU kernels for the attention of {config.architecture} yet"
+    storage = config.storage
+    if number_format == "w4a8" and isinstance(storage, PackedStorage | SparseStorage):
+        whole = GROUPS if isinstance(storage, PackedStorage) else SPARSE_GROUPS
+        if storage.group is not None and storage.group % whole:
+            return f"the CPU kernels take groups of multiples of {whole} inputs, not of {storage.group}"
+    return None
 
 
 def choose_device(name: str) -> torch.device:

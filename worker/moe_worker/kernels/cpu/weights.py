@@ -21,6 +21,8 @@ from moe_worker.quant.matrix import Matrix
 from moe_worker.quant.sparse14 import Sparse14Weight
 
 INT4, SPARSE14 = 4, 14  # `bits` in native/interface.h
+GROUPS, SPARSE_GROUPS = 8, 64
+"""Groups of inputs have a multiple of so many; those of 1:4 sparse weights of the second."""
 _BLOCK = 16
 _ALIGNMENT = 64
 _HUGE_PAGE = 1 << 21
@@ -107,8 +109,10 @@ def pack_int4(
 
     Raises SettingsError if the group is no multiple of 8.
     """
-    if weight.group % 8:
-        raise SettingsError(f"the CPU kernels take groups of multiples of 8 inputs, not of {weight.group}")
+    if weight.group % GROUPS:
+        raise SettingsError(
+            f"the CPU kernels take groups of multiples of {GROUPS} inputs, not of {weight.group}"
+        )
     zeros = None if weight.zeros_OG is None else (weight.zeros_OG + 8).to(torch.uint8)
     layout = (weight.inputs, weight.group, piece or piece_of(weight.inputs))
     return _pack(weight.packed_OP, weight.scales_OG, zeros, bias_O, layout, paired, rest)
@@ -125,9 +129,10 @@ def pack_sparse14(
 
     Raises SettingsError if the group is no multiple of 64.
     """
-    if weight.group % 64:
+    if weight.group % SPARSE_GROUPS:
         raise SettingsError(
-            f"the CPU kernels for s14 take groups of multiples of 64 inputs, not of {weight.group}"
+            f"the CPU kernels for s14 take groups of multiples of {SPARSE_GROUPS} inputs, "
+            f"not of {weight.group}"
         )
     stacked = weight if weight.values_OP.dim() == 3 else weight.map(lambda tensor: tensor.unsqueeze(0))
     outputs, inputs, group = weight.outputs, weight.inputs, weight.group
