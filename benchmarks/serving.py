@@ -121,13 +121,14 @@ def serving(args: argparse.Namespace) -> Iterator[str]:
         try:
             if process.stderr is None:
                 raise SystemExit("the worker has no log")
-            port = ""
+            port, last = "", ""
             for line in process.stderr:
+                last = line.strip() or last
                 port = found[1] if (found := re.search(r"listening on port (\d+)", line)) else port
                 if "INFO serving " in line:
                     break
             else:
-                raise SystemExit("the worker ended before it served")
+                raise SystemExit(f"the worker ended before it served: {last}")
             yield f"127.0.0.1:{port}"
         finally:
             process.kill()
