@@ -36,9 +36,10 @@ def test_where_cpu_kernels_are_for_one_kind_of_machine_others_build_without_them
 @pytest.fixture
 def checkout(tmp_path):
     """The files that a release reads and changes."""
-    for name in (".ci", "operator", "charts", "pyproject.toml", "CHANGELOG.md"):
+    unread = shutil.ignore_patterns("__pycache__")
+    for name in (".ci", "operator", "charts", "crds", "pyproject.toml", "CHANGELOG.md"):
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=unread)
         else:
             shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
@@ -58,8 +59,9 @@ def test_a_release_names_its_own_images(checkout):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     chart = checkout / "charts/moe-operator"
     assert f"image: ghcr.io/moe-operator/operator:{version}\n" in (chart / "values.yaml").read_text()
-    crds = [file for file in chart.rglob("*.yaml") if "default: ghcr.io/moe-operator/" in file.read_text()]
-    assert crds
+    files = [*(chart / "definitions").glob("*.yaml"), checkout / "charts/install.yaml"]
+    crds = [file for file in files if "default: ghcr.io/moe-operator/" in file.read_text()]
+    assert len(crds) == 2
     for file in [*crds, checkout / "operator/moe_operator/resources/names.py"]:
         assert f"ghcr.io/moe-operator/worker:{version}" in file.read_text()
         assert not re.search(r"moe-operator/(operator|worker):dev", file.read_text())
