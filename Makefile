@@ -6,7 +6,7 @@ export PYTHONUNBUFFERED := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak up down lint proto manifests lock dist clean setup setup-all tools all-tools environment
+.PHONY: help demo test soak up down lint proto manifests lock dist bundle clean setup setup-all tools all-tools environment
 
 help: ## Show this help
 	@echo "moe-operator: serves Mixture-of-Experts language models on Kubernetes"
@@ -68,6 +68,10 @@ dist: $(VENV)/.ready ## Build the wheel, the sdist and an SBOM of each image (Cy
 	rm -rf dist
 	MOE_CPU_KERNELS=require $(BIN)/python -m build --no-isolation --outdir dist
 	PATH=$(BIN):$$PATH requirements/sbom.sh dist
+
+bundle: $(VENV)/.ready ## Write the bundle for the Operator Lifecycle Manager into dist/bundle
+	rm -rf dist/bundle
+	HELM=$$($(BIN)/python -m localcluster.build helm | cut -d' ' -f2) && HELM=$$HELM $(BIN)/python charts/bundle.py dist/bundle
 
 clean: down ## Stop the cluster and delete everything generated here (not the cache of built tools)
 	rm -rf $(VENV) .local .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist

@@ -1,4 +1,4 @@
-"""The operator: `python -m moe_operator --all-namespaces`, with the options of `kopf run`."""
+"""The operator: `python -m moe_operator`, with the options of `kopf run`."""
 
 import sys
 
@@ -10,7 +10,10 @@ def main() -> None:
     prepare()
     from kopf.cli import main as kopf  # noqa: PLC0415 - after prepare()
 
-    kopf(["run", "--module=moe_operator.main", *sys.argv[1:]])
+    from moe_operator.settings import from_environment  # noqa: PLC0415
+
+    scope = [f"--namespace={name}" for name in from_environment().namespaces] or ["--all-namespaces"]
+    kopf(["run", "--module=moe_operator.main", *scope, *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -74,9 +74,7 @@ class Settings:
     """Port of the status page, on the loopback interface for `kubectl port-forward`; 0 for none."""
 
     watch_namespaces: str = ""
-    """Namespaces whose deployments are served, separated by commas, as in the options --namespace of kopf; by
-    default all (--all-namespaces).
-    """
+    """Namespaces whose deployments are served, separated by commas; by default all."""
 
     model_roots: str = ""
     """Directories of nodes that deployments may mount, with everything below them, separated by commas; none

@@ -26,12 +26,10 @@ class Operator:
         settings = {"model_roots": "/", **settings}
         variables = {f"MOE_OPERATOR_{name.upper()}": value for name, value in settings.items()}
         environment = {**os.environ, "KUBECONFIG": str(kubeconfig), "PYTHONPATH": sources, **variables}
-        watched = settings.get("watch_namespaces", "").split(",")
-        scope = [f"--namespace={name}" for name in watched if name] or ["--all-namespaces"]
-        command = [sys.executable, "-m", "moe_operator", *scope]
+        command = [sys.executable, "-m", "moe_operator", "--quiet"]
         self.started = time.monotonic()
         self.process = subprocess.Popen(
-            [*command, "--quiet"], env=environment, cwd=directory, stdout=self._log, stderr=self._log
+            command, env=environment, cwd=directory, stdout=self._log, stderr=self._log
         )
 
     def cpu_seconds(self) -> float:

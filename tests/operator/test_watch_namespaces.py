@@ -27,8 +27,8 @@ def test_the_chart_gives_roles_in_the_namespaces_and_none_in_the_cluster():
     roles = [one for one in found if one["kind"] == "Role"]
     assert [one["metadata"]["namespace"] for one in roles] == list(SPACES)
     (deployment,) = (one for one in found if one["kind"] == "Deployment")
-    command = deployment["spec"]["template"]["spec"]["containers"][0]["command"]
-    assert {"--namespace=watched", "--namespace=seen"} < {*command}
+    variables = deployment["spec"]["template"]["spec"]["containers"][0]["env"]
+    assert {"name": "MOE_OPERATOR_WATCH_NAMESPACES", "value": "watched,seen"} in variables
     (everywhere,) = (one for one in objects() if one["kind"] == "ClusterRole")
     rest = [rule for rule in everywhere["rules"] if rule["resources"] != ["nodes"]]
     local = [
