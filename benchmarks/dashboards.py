@@ -6,6 +6,7 @@ Starts a local cluster, installs the chart, serves the example with scaling unde
 (rollout) and deletes a worker. Prometheus runs in the cluster with the chart's alerts; its scrape
 configuration follows from the PodMonitors and the ServiceMonitor that helm renders. Prints the number of
 series and the range of values of each expression, and exits with 1 if one without an explanation has no data.
+--record writes the data to a file, from which `python -m benchmarks.dashboard_pictures` draws the dashboards.
 The first run builds Prometheus in about 5 minutes.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import http.client
 import itertools
 import json
@@ -28,7 +30,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,7 @@ EXPLAINED = {
     "Failed requests by status": "nothing while no request fails",
     "MoERequestsFailing": "nothing while no request fails",
     "MoEHttpRequestsFailing": "nothing while no answer has 5xx",
-    "Restarts of background loops": "nothing while no loop fails",
+    "Restarts of background loops per hour": "nothing while no loop fails",
     "MoEBackgroundLoopRestarts": "nothing while no loop fails",
     "MoEForecasterFailing": "nothing while no loop fails",
     "Reconciles": "no error while no reconcile fails",
@@ -85,6 +87,15 @@ class Found:
     series: int
     least: float = math.nan
     greatest: float = math.nan
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What Prometheus had of each expression from `start` to `end`, in seconds since the epoch."""
+
+    start: float
+    end: float
+    series: dict[str, list[Body]] = field(default_factory=dict)
 
 
 def expressions(seconds: int) -> list[Expression]:
@@ -278,26 +289,29 @@ def ask(address: str, path: str, **query: str | float) -> Any:
         raise RuntimeError(f"Prometheus refuses {url}: {error.read().decode()}") from error
 
 
-def evaluate(address: str, text: str, start: float, end: float) -> Found:
-    result = ask(address, "query_range", query=text, start=start, end=end, step=SCRAPE_S)["result"]
+def found_in(result: list[Body]) -> Found:
     values = [[float(value) for _, value in series["values"]] for series in result]
     finite = [[value for value in series if math.isfinite(value)] for series in values]
     numbers = [value for series in finite for value in series]
     return Found(sum(map(bool, finite)), min(numbers), max(numbers)) if numbers else Found(0)
 
 
-def report(address: str, start: float) -> int:
+def report(address: str, start: float, record: Path | None) -> int:
     """Prints a line for each expression; the number of those that lack data without an explanation."""
-    end, unexplained = time.time(), 0
+    end, unexplained, recorded = time.time(), 0, Recording(start, time.time())
     print(
         "| dashboard | panel or alert | series | least | greatest | |\n| --- | --- | --- | --- | --- | --- |"
     )
     for item in expressions(int(end - start)):
-        found = evaluate(address, item.text, start, end)
+        answer = ask(address, "query_range", query=item.text, start=start, end=end, step=SCRAPE_S)
+        recorded.series[item.text] = answer["result"]
+        found = found_in(answer["result"])
         why = "" if found.series else EXPLAINED.get(item.title, f"**no data**: `{item.text}`")
         unexplained += why.startswith("**")
         figures = f"{found.series} | {found.least:.4g} | {found.greatest:.4g}"
         print(f"| {item.place} | {item.title} | {figures} | {why} |")
+    if record is not None:
+        record.write_text(json.dumps(dataclasses.asdict(recorded)))
     failed = "sum by (error_type) (max_over_time(moe_operator_reconcile_duration_seconds_count[1h]))"
     for series in ask(address, "query", query=failed)["result"]:
         print(f"reconciles: {series['metric'] or 'no error'}: {series['value'][1]}")
@@ -315,7 +329,9 @@ def report(address: str, start: float) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else "")
     parser.add_argument("--minutes", type=float, default=4.0, help="of load")
-    seconds = parser.parse_args().minutes * 60
+    parser.add_argument("--record", type=Path, metavar="FILE", help="for benchmarks.dashboard_pictures")
+    arguments = parser.parse_args()
+    seconds = arguments.minutes * 60
     with tempfile.TemporaryDirectory(prefix="moe-dashboards-") as scratch:
         cluster, home = Cluster(Path(scratch) / "cluster", extra_tools=["helm"]), Path(scratch) / "helm"
         cluster.up(detached=False)
@@ -347,7 +363,7 @@ def main() -> int:
             ):
                 with load(frontend.address):
                     disturb(cluster, seconds)
-                return min(report(prometheus.address, start), 1)
+                return min(report(prometheus.address, start, arguments.record), 1)
         finally:
             cluster.down()
 

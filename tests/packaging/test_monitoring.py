@@ -15,7 +15,7 @@ import pytest
 import yaml
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from benchmarks import dashboards
+from benchmarks import dashboard_pictures, dashboards
 from localcluster.build import ensure
 from tests.packaging import scraped
 from tests.packaging.promql import PromqlError, parse
@@ -121,6 +121,41 @@ def test_panels_have_units_legends_and_the_chosen_data_source(path):
         assert used <= variables
         seconds = ["_seconds_bucket" in target["expr"] for target in panel["targets"]]
         assert not any(seconds) or panel["fieldConfig"]["defaults"]["unit"] == "s"
+
+
+@pytest.mark.parametrize("path", BOARDS, ids=lambda path: path.stem)
+def test_a_single_value_has_its_own_colours(path):
+    """Without them, Grafana shows each value of 80 and more in red."""
+    for panel in panels(path):
+        if panel["type"] == "stat":
+            defaults = panel["fieldConfig"]["defaults"]
+            assert defaults["color"]["mode"] == ("thresholds" if "thresholds" in defaults else "fixed")
+
+
+@pytest.mark.parametrize("path", BOARDS, ids=lambda path: path.stem)
+def test_shares_of_failures_have_no_fixed_scale(path):
+    """On one to 100 %, a failure of 1 % looks like none."""
+    for panel in panels(path):
+        if "error" in panel["description"] or "500" in panel["description"]:
+            assert "max" not in panel["fieldConfig"]["defaults"]
+
+
+@pytest.mark.parametrize("path", BOARDS, ids=lambda path: path.stem)
+def test_each_series_of_a_panel_has_a_legend_of_its_own(path):
+    """Metrics of a recreated pod differ in labels that no legend shows: they are aggregated."""
+    for panel in panels(path):
+        for target in panel["targets"]:
+            shown = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
+            assert parse(target["expr"]).grouped >= shown, panel["title"]
+
+
+@pytest.mark.parametrize("path", BOARDS, ids=lambda path: path.stem)
+def test_the_first_event_of_a_kind_is_counted(path):
+    """Such a counter begins at 1, which is no increase for Prometheus."""
+    for panel in panels(path):
+        for target in panel["targets"]:
+            for name in re.findall(r"increase\((\w+_total)\b", target["expr"]):
+                assert f"({name} unless {name} offset 1h) or increase({name}[1h])" in target["expr"]
 
 
 @pytest.mark.parametrize("path", BOARDS, ids=lambda path: path.stem)
@@ -251,6 +286,21 @@ def test_the_benchmark_evaluates_every_panel_and_alert():
     assert dashboards.filled('a{b=~"$deployment"}[$__rate_interval]', 9) == 'a{b=~".*"}[20s]'
 
 
+def test_the_benchmark_draws_each_panel_with_its_legends():
+    named = ("namespace", "pod", "k8s_namespace_name", "serving_moe_operator_dev_name")
+    metric = dict.fromkeys(named, "users") | {"le": "1"}
+    series = [{"metric": metric, "values": [[0, "0"], [5, "1"], [20, "1"]]}]
+    texts = [item.text for item in dashboards.expressions(20)]
+    recording = dashboards.Recording(0, 20, dict.fromkeys(texts, series) | {texts[0]: []})
+    for name in ("experts", "overview"):
+        figure = dashboard_pictures.draw(board(CHART / f"dashboards/{name}.json"), recording)
+        written = [text.get_text() for text in figure.texts]
+        assert {panel["title"] for panel in panels(CHART / f"dashboards/{name}.json")} <= {*written}
+        assert ("No data" in written) is (name == "experts")  # of the first expression
+    assert "desired users/users" in written
+    assert "1 req/s" in written
+
+
 class Health(http.server.BaseHTTPRequestHandler):
     """Says that it is well at /healthz, and nowhere else."""
 
@@ -359,6 +409,7 @@ def test_helm_test_speaks_grpc_and_verifies_certificates(render, grpc_served):
 
 
 def test_the_charts_metadata_names_the_kinds_and_an_example_that_is_valid():
+    from moe_operator.resources import names  # noqa: PLC0415
     from moe_operator.resources.deployment import parse as parse_deployment  # noqa: PLC0415
 
     notes = yaml.safe_load((CHART / "Chart.yaml").read_text())["annotations"]
@@ -369,6 +420,8 @@ def test_the_charts_metadata_names_the_kinds_and_an_example_that_is_valid():
     (example,) = yaml.safe_load(notes["artifacthub.io/crdsExamples"])
     example["metadata"] |= {"namespace": "default", "uid": "u", "generation": 1}
     assert parse_deployment(example).name
+    images = {item["image"] for item in yaml.safe_load(notes["artifacthub.io/images"])}
+    assert images == {names.DEFAULT_OPERATOR_IMAGE, names.DEFAULT_WORKER_IMAGE}
 
 
 def test_endpoint_pickers_find_the_gauges_that_the_docs_name(exported):
