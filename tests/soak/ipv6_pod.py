@@ -24,7 +24,7 @@ PYTHON = Path(sys.executable)
 JSON = {"Content-Type": "application/json"}
 DEADLINE_S = 120.0
 FRONTEND, HTTP, HEALTH = 8001, 8083, 8080
-METRICS = {"frontend": 9463, "worker": 9464, "follower": 9465}
+METRICS = {"frontend": 9463, "worker": 9464, "second worker": 9465}
 
 
 def listening(command: list[str], port: int) -> str:
@@ -91,7 +91,7 @@ def main(checkpoint: str) -> None:
     config.write_text(json.dumps(known))
     with contextlib.ExitStack() as stack:
         stack.enter_context(rank(checkpoint, 0, METRICS["worker"]))
-        stack.enter_context(rank(checkpoint, 1, METRICS["follower"]))
+        stack.enter_context(rank(checkpoint, 1, METRICS["second worker"]))
         stack.enter_context(running(*serve))
         stack.enter_context(running(*watch, KUBECONFIG=str(config)))
         asked = {"model": "tiny", "prompt": "the quick", "max_tokens": 8}

@@ -38,5 +38,5 @@ def test_everything_responds_where_there_is_no_ipv4(tmp_path):
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.pop("tokens") == 8
     assert set(found.values()) == {200}, found
-    metrics = {f"{one} metrics" for one in ("worker", "follower", "frontend")}
+    metrics = {f"{one} metrics" for one in ("worker", "second worker", "frontend")}
     assert set(found) == {"completion", "operator health", *metrics}
