@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import threading
+import time
 from contextlib import closing
 from dataclasses import replace
 from unittest import mock
@@ -16,6 +17,7 @@ from unittest import mock
 import pytest
 import torch
 
+from moe_api import mutual
 from moe_api.inference.v1 import inference_pb2
 from moe_api.worker.v1 import worker_pb2
 from moe_worker.config import read_model_config
@@ -30,14 +32,16 @@ from moe_worker.engine.requests import Request
 from moe_worker.errors import SettingsError
 from moe_worker.mesh import joining
 from moe_worker.mesh.channel import Channel
-from moe_worker.mesh.errors import MeshError, RankLostError
+from moe_worker.mesh.errors import MeshError, RankAbsentError, RankLostError
 from moe_worker.mesh.joining import Identity, gather_ranks, join_leader, listener_at
 from moe_worker.mesh.member import SECRET, Member, join
-from moe_worker.mesh.messages import CODEC, End, Refusal, Wait, Welcome
+from moe_worker.mesh.messages import CODEC, Compute, End, Piece, Refusal, Wait, Welcome
 from moe_worker.mesh.places import advised
 from moe_worker.sampling.parameters import SamplingParameters
+from moe_worker.service import command
 from tests.checkpoints import write_checkpoint
 from tests.frontend.apiserver import free_port
+from tests.pki import Authority, mount
 from tests.worker.mesh_ranks import Processes, dispatch, followers, free_address
 from tests.worker.serving import COMMAND, DEADLINE_S, Worker
 from tests.worker.test_scraped import scrape
@@ -221,6 +225,121 @@ def test_ranks_that_do_not_belong_are_refused_and_the_right_one_still_joins():
     assert welcome.moved == {3: (0, 1)}
     assert [other.rank for other in leader.end()] == [1]
     channel.close()
+
+
+@pytest.fixture
+def authority():
+    return Authority()
+
+
+@pytest.fixture
+def folder(tmp_path, authority):
+    mount(tmp_path / "tls", authority.pair(mutual.WORKER))
+    return str(tmp_path / "tls")
+
+
+def test_ranks_meet_over_tls_and_nothing_of_it_can_be_read(folder):
+    """A wiretap between them sees handshakes and ciphertext; the longest frames take many records."""
+    identity = replace(IDENTITY, tls=folder)
+    leader, seen = Leader(identity), bytearray()
+    with wiretapped(leader.address, seen) as address:
+        channel, welcome = join_leader(address, 1, identity, 5)
+        assert welcome.moved == {3: (0, 1)}
+        (other,) = leader.end()
+        lost, echoed = [], Compute((Piece(tuple(range(200_000)), 0, (), 0, ()),))
+        channel.listen(lambda _, why: lost.append(why))
+        senders = [threading.Thread(target=other.send, args=(echoed,)) for _ in range(4)]
+        for sender in senders:
+            sender.start()
+        for _ in senders:
+            channel.send(Wait())  # while its other thread waits for data
+            assert channel.receive(Compute) == echoed
+            assert isinstance(other.receive(Wait), Wait)
+        for sender in senders:
+            sender.join()
+        assert not other.ended()
+        channel.close()
+        while not other.ended():
+            time.sleep(0.01)
+        other.close()
+    assert len(seen) > 1e6
+    readable, leader = bytearray(), Leader()
+    with wiretapped(leader.address, readable) as address:
+        channel, _ = join_leader(address, 1, IDENTITY, 5)
+        (other,) = leader.end()
+        channel.close()
+        other.close()
+    for secret in (IDENTITY.digest.encode(), IDENTITY.version.encode()):
+        assert secret in readable
+        assert secret not in seen
+
+
+def test_ranks_without_the_leaders_authority_or_without_tls_do_not_join(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(joining, "GREETING_S", 0.5)
+    mount(tmp_path / "other", Authority().pair(mutual.WORKER))
+    leader, plain = Leader(replace(IDENTITY, tls=folder)), Leader()
+    for at, tls, sentence in (
+        (leader, str(tmp_path / "other"), "certificate verify failed"),
+        (leader, "", "its messages did not arrive|left the mesh"),
+        (leader, str(tmp_path / "none"), "No such file"),
+        (plain, folder, "rank 0: no TLS connection .*; give all ranks one image, and --tls"),
+    ):
+        with pytest.raises(RankAbsentError, match=sentence):
+            join_leader(at.address, 1, replace(IDENTITY, tls=tls), 0.1)
+    channel, _ = join_leader(leader.address, 1, replace(IDENTITY, tls=folder), 5)
+    assert [other.rank for other in leader.end()] == [1]
+    channel.close()
+    channel, _ = join_leader(plain.address, 1, IDENTITY, 5)
+    plain.end()
+    channel.close()
+
+
+def test_a_leader_with_another_components_certificate_is_refused(tmp_path, authority):
+    mount(tmp_path / "frontend", authority.pair(mutual.FRONTEND))
+    mount(tmp_path / "worker", authority.pair(mutual.WORKER))
+    leader = Leader(replace(IDENTITY, tls=str(tmp_path / "frontend")), seconds=0.5)
+    with pytest.raises(RankAbsentError, match=r"not valid for 'worker\.moe-operator\.internal'"):
+        join_leader(leader.address, 1, replace(IDENTITY, tls=str(tmp_path / "worker")), 0.1)
+    assert isinstance(leader.end(), MeshError)
+
+
+def test_ranks_use_the_certificate_that_the_worker_serves_with(folder, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(command, "follow", lambda settings, _: started.append(settings))
+    monkeypatch.setattr(command, "run", started.append)
+    mesh = ("--mesh", "1x2", "--mesh-leader", "127.0.0.1:1", "--tls", folder)
+    for rank in ("0", "1"):
+        words = ["--model", str(tmp_path), *mesh, "--mesh-rank", rank]
+        command.serve.main(words, standalone_mode=False)
+    assert [(each.options.mesh_rank, each.options.mesh_tls) for each in started] == [(0, folder), (1, folder)]
+
+
+@contextlib.contextmanager
+def wiretapped(target, seen):
+    """An address that leads to `target`; `seen` gets the bytes of one connection, in both directions."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+
+        def copy(source, sink):
+            with contextlib.suppress(OSError):
+                while data := source.recv(1 << 16):
+                    seen.extend(data)
+                    sink.sendall(data)
+                sink.shutdown(socket.SHUT_WR)
+
+        def accept():
+            ours, _ = listener.accept()
+            theirs = socket.create_connection(target)
+            back = threading.Thread(target=copy, args=(theirs, ours))
+            back.start()
+            copy(ours, theirs)
+            back.join()
+            ours.close()
+            theirs.close()
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        yield listener.getsockname()
+        thread.join()
 
 
 def test_a_leader_whose_name_does_not_resolve_is_named():

@@ -74,7 +74,8 @@ class EngineOptions:
     config_override: fields that replace those of config.json, as {"rope_scaling": {...}} for YaRN.
     mesh: processes of this replica, PIPELINExEXPERT. mesh_rank: which of them this is; 0 leads. mesh_leader:
         HOST:PORT where rank 0 listens. mesh_epoch: how often the mesh has formed; ranks of another epoch are
-        refused. redundant_experts: copies of experts in each layer, spread over a stage's ranks.
+        refused. mesh_tls: folder with the certificate that encrypts the connections to the leader; empty:
+        plaintext. redundant_experts: copies of experts in each layer, spread over a stage's ranks.
     mesh_reforms: how often in 10 minutes a mesh may lose ranks and meet again before the replica ends.
     rebalance: "auto": experts move to where the load of a stage's ranks is even, at most every
         rebalance_interval seconds, in layers whose busiest rank has more than rebalance_threshold times the
@@ -109,6 +110,7 @@ class EngineOptions:
     mesh_rank: int = 0
     mesh_leader: str = ""
     mesh_epoch: int = 0
+    mesh_tls: str = ""
     redundant_experts: int = 0
     mesh_reforms: int = 5
     rebalance: str = "auto"

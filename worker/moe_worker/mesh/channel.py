@@ -15,6 +15,7 @@ from typing import Any, Final
 from moe_worker.framing import LENGTH_BYTES, MalformedMessageError
 from moe_worker.mesh.errors import MeshError, RankFailedError, RankLostError, RankMemoryError
 from moe_worker.mesh.messages import CODEC, Beat, End, Message, RankFailed
+from moe_worker.mesh.secure import SecureConnection
 
 log = logging.getLogger(__name__)
 LARGEST_FRAME: Final = 1 << 28
@@ -31,7 +32,7 @@ class Channel:
     what its beats tell. process: the one at the other end.
     """
 
-    def __init__(self, connection: socket.socket, rank: int) -> None:
+    def __init__(self, connection: socket.socket | SecureConnection, rank: int) -> None:
         self._connection, self.rank = connection, rank
         self._sending = threading.Lock()
         self._inbox: queue.SimpleQueue[Message | MeshError] | None = None

@@ -17,6 +17,7 @@ from moe_worker.reading import open_file, present, read_file
 OWN = (
     "mesh_rank",
     "mesh_leader",
+    "mesh_tls",
     "device",
     "threads",
     "check_weights",

@@ -1,7 +1,7 @@
 """How ranks meet: each proves to the leader that it knows the mesh's secret, and says who it is.
 
 The proof is an HMAC-SHA256 of a fresh challenge and the claim. The leader admits the rank, or refuses it with
-a sentence.
+a sentence. With --tls all of it, and what follows, is encrypted, and the leader proves to be a worker.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from moe_worker.mesh.channel import Channel
 from moe_worker.mesh.errors import MeshError, RankAbsentError, RankLostError
 from moe_worker.mesh.identity import worker_version
 from moe_worker.mesh.messages import CODEC, Claim, Refusal, Welcome
+from moe_worker.mesh.secure import SecureConnection, secured
 
 log = logging.getLogger(__name__)
 LARGEST_CLAIM: Final = 4096
@@ -36,7 +37,8 @@ RESOLVE_S: Final = 60.0
 class Identity:
     """What the ranks of one mesh agree on. epoch: how often the mesh has formed. secret: theirs alone.
 
-    process: of this process alone. version: of the worker.
+    process: of this process alone. version: of the worker. tls: folder with the certificate; empty:
+    plaintext.
     """
 
     shape: MeshShape
@@ -45,6 +47,7 @@ class Identity:
     secret: bytes
     process: str = field(default_factory=lambda: secrets.token_hex(8))
     version: str = field(default_factory=worker_version)
+    tls: str = ""
 
     def claim(self, rank: int) -> Claim:
         """What `rank` says of itself."""
@@ -138,7 +141,7 @@ def admit(
 
     later: ranks that are told nothing, and so will try again.
     """
-    channel = Channel(connection, -1)
+    channel = Channel(_over_tls(connection, identity, -1), -1)
     channel.end_within(GREETING_S)
     nonce = channel.challenge()
     claim = cast("Claim", channel.receive(Claim, most=LARGEST_CLAIM))
@@ -166,12 +169,13 @@ def join_leader(
     """Another rank's part: a channel to the leader, tried for `seconds`. Raises MeshError."""
     ends = time.monotonic() + seconds
     while True:
-        channel = Channel(_connected(address, seconds, ends), 0)
+        connection = _connected(address, seconds, ends)
         try:
+            channel = Channel(_over_tls(connection, identity, 0), 0)
             channel.end_within(GREETING_S)
             answer = _introduced(channel, rank, identity)
         except RankLostError as error:  # the leader is not ready yet
-            channel.close()
+            connection.close()
             if time.monotonic() >= ends:
                 raise RankAbsentError(f"{error}; it did not admit this rank within {seconds:g} s") from error
             time.sleep(RETRY_S)
@@ -181,6 +185,20 @@ def join_leader(
             raise MeshError(answer.sentence)
         channel.end_within(None)
         return channel, answer
+
+
+def _over_tls(connection: socket.socket, identity: Identity, rank: int) -> socket.socket | SecureConnection:
+    """rank: of the other end; -1: it joins."""
+    if not identity.tls:
+        return connection
+    try:
+        return secured(connection, identity.tls, GREETING_S, leads=rank != 0)
+    except OSError as error:
+        other = "rank 0" if rank == 0 else "a rank that joins"
+        raise RankLostError(
+            f"{other}: no TLS connection with the files of {identity.tls}: {error}; give all ranks one "
+            "image, and --tls with certificates of one authority"
+        ) from error
 
 
 def _connected(address: tuple[str, int], seconds: float, ends: float) -> socket.socket:

@@ -309,7 +309,7 @@ def join(options: EngineOptions, digest: str, device: torch.device, moved: Moved
     Raises MeshError, SettingsError.
     """
     secret = os.environ.get(SECRET, "").encode()
-    identity = Identity(options.mesh_shape, options.mesh_epoch, digest, secret)
+    identity = Identity(options.mesh_shape, options.mesh_epoch, digest, secret, tls=options.mesh_tls)
     member = Member(identity, options.mesh_rank, parse_address(options.mesh_leader), device)
     member.moved = moved or {}
     make_current(device)

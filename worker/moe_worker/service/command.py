@@ -163,7 +163,8 @@ LISTEN = "127.0.0.1:8000"
     envvar="MOE_WORKER_TLS",
     metavar="FOLDER",
     help="Serves over TLS, with tls.crt and tls.key of this folder; clients need a certificate of its "
-    "ca.crt. Renewed files are used within seconds, for new connections. Default: plaintext.",
+    "ca.crt. Ranks of a mesh reach their leader over TLS, too; tensors stay in plaintext. Renewed files are "
+    "used within seconds, for new connections. Default: plaintext.",
 )
 @click.option(
     "--health",
@@ -331,6 +332,7 @@ def serve(
     names = ("stall_timeout", "write_timeout", "grace")
     others: dict[str, Any] = {f"{name}_s": options.pop(name) for name in names}
     others |= {name: options.pop(name) for name in ("metrics_port", "tls", "health")}
+    options["mesh_tls"] = str(others["tls"] or "")
     if others["health"] is not None:
         others["health"] = _address(others["health"], "--health")
     memory = None if kv_memory is None else parse_bytes(kv_memory, "--kv-memory")
