@@ -16,6 +16,8 @@ from moe_client import errors
 from moe_client.endpoint import Endpoint, access_options
 from moe_client.errors import CommandError
 
+_LONGEST_S: Final = 1e9
+"""gRPC counts nanoseconds in 64 bits: a deadline in a thousand years has passed already."""
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 EXIT_CODES: Final = {
@@ -61,7 +63,9 @@ def model_options(command: _Command) -> _Command:
     """Adds --endpoint, --model, --timeout and those of `access_options`."""
     command = access_options(command)
     for option in (
-        click.option("--timeout", type=FiniteRange(min=0, min_open=True), help="Seconds to wait at most."),
+        click.option(
+            "--timeout", type=FiniteRange(0, _LONGEST_S, min_open=True), help="Seconds to wait at most."
+        ),
         click.option("--model", default="", help="Served name of the model; optional."),
         click.option(
             "--endpoint",

@@ -45,6 +45,11 @@ def test_so_does_an_environment_variable():
     assert "nan is not a finite number; give one in the range x>0." in result.output
 
 
+def test_a_timeout_is_no_longer_than_grpc_can_count():
+    result = CliRunner().invoke(moe, ["generate", "--timeout", "1e12", "text"])
+    assert "1000000000000.0 is not in the range 0<x<=1000000000.0." in result.output
+
+
 def test_so_does_a_bias_of_a_token():
     result = CliRunner().invoke(moe, ["generate", "--logit-bias=42:nan", "text"])
     assert "nan is not a finite number; give one." in result.output
