@@ -48,10 +48,9 @@ from benchmarks.gpu_mesh_measure import (
 from benchmarks.gpu_random import LARGE, SMALL, random_model
 from moe_worker.config.engine import EngineOptions
 from moe_worker.config.mesh import MeshShape
+from moe_worker.engine.following import follow_leader
 from moe_worker.engine.requests import FinishReason
-from moe_worker.mesh.errors import MeshError
 from moe_worker.mesh.member import join
-from moe_worker.mesh.runner import MeshRunner
 from moe_worker.models import cuda_graph, cuda_runner
 
 FORMATS = {"bf16": "dense", "fp8": "fp8", "w4a16": "w4a16", "w4a8": "w4a8"}
@@ -123,7 +122,7 @@ def run_rank(arguments: argparse.Namespace) -> NoReturn:
     if not arguments.fault:
         dist.barrier()
     if not member.leads:
-        follow(case.runner)
+        follow_leader(case.runner)
     elif arguments.fault:
         decode_through_a_loss(case, arguments.batch[0], arguments.tokens)
     else:
@@ -143,17 +142,6 @@ def leave() -> NoReturn:
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # captured exchanges would outlive their communicators
-
-
-def follow(runner: MeshRunner) -> None:
-    """Until the leader ends the mesh; meets the others again where a rank is lost."""
-    while True:
-        try:
-            runner.follow()
-        except MeshError as error:
-            runner.reform(error)
-        else:
-            return
 
 
 def decode_through_a_loss(case: Case, batch: int, tokens: int) -> NoReturn:

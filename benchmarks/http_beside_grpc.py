@@ -75,15 +75,18 @@ class Way:
     prepare: Callable[[int], Awaitable[None]] | None = None
 
 
-def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse(about: str | None) -> argparse.Namespace:
+    """The options of a comparison of ways."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Prints the table."""
+    args = parse(__doc__)
     with served(args.streams) as site:
         asyncio.run(compare(site, args))
 

@@ -25,6 +25,7 @@ from benchmarks.http_beside_grpc import (
     connected,
     measure,
     over_grpc,
+    parse,
     said,
     show,
     started,
@@ -50,13 +51,7 @@ class Pair(Port):
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--streams", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+    args = parse(__doc__)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         authority = Authority()

@@ -29,6 +29,14 @@ def follow(
         raise SettingsError(f"a mesh {options.mesh} has no ranks to follow; give a larger --mesh")
     log.info("rank %d of mesh %s is ready", options.mesh_rank, options.mesh)
     ready(loaded.format)
+    follow_leader(runner)
+
+
+def follow_leader(runner: MeshRunner) -> None:
+    """Computes until the leader ends the mesh; meets the others again where a rank is lost.
+
+    Raises MeshError where the leader is lost and does not come back.
+    """
     while True:
         try:
             runner.follow()
