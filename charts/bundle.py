@@ -53,7 +53,7 @@ def main() -> int:
     parser.add_argument("directory", type=Path, help="is created")
     directory: Path = parser.parse_args().directory
     try:
-        write(directory, os.environ.get("HELM", "helm"))
+        write(directory, os.environ.get("HELM") or "helm")
     except (BundleError, OSError) as error:
         print(f"error: bundle was not written: {error}", file=sys.stderr)
         return 1
@@ -72,7 +72,9 @@ def write(directory: Path, helm: str) -> None:
     for folder in ("manifests", "metadata"):
         (directory / folder).mkdir(parents=True, exist_ok=True)
     for name, body in files.items():
-        (directory / "manifests" / name).write_text(yaml.safe_dump(body, sort_keys=False, width=120))
+        (directory / "manifests" / name).write_text(
+            yaml.dump(body, Dumper=yaml.CSafeDumper, sort_keys=False, width=120)
+        )
     (directory / "metadata/annotations.yaml").write_text(yaml.safe_dump({"annotations": labels()}))
     lines = ["FROM scratch", *(f"LABEL {key}={value}" for key, value in labels().items())]
     lines += [f"COPY {folder} /{folder}/" for folder in ("manifests", "metadata")]
@@ -95,7 +97,10 @@ def labels() -> dict[str, str]:
 def rendered(helm: str, *settings: str) -> dict[str, Body]:
     """The chart's objects by kind, without the CRDs and the test."""
     words = [helm, "template", NAME, str(CHART), "--skip-tests", "--set", "crds.install=false", *settings]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise BundleError(f"{helm} cannot be started: {error.strerror}; name helm in HELM") from error
     if done.returncode:
         raise BundleError(f"helm template failed: {done.stderr.strip()}")
     bodies = [body for body in yaml.safe_load_all(done.stdout) if body]
