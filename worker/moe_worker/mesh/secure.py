@@ -53,7 +53,7 @@ class SecureConnection:
                 raise ConnectionError("the other end has closed the connection")
 
     def recv(self, most: int, flags: int = 0) -> bytes:
-        """Raises OSError. flags: for a look at what has come and is not decrypted yet."""
+        """Raises OSError. flags: to peek at bytes that are still encrypted."""
         if flags:
             return self._plain.recv(most, flags)
         while True:

@@ -32,9 +32,9 @@ def follow(settings: ServeSettings, listen: str | None) -> None:
     """Follows until the leader is gone. Raises WorkerError, also then: a rank alone is of no use.
 
     listen: HOST:PORT where probes are answered, unless `settings.health` is set; None: nowhere. A rank that
-    follows serves nothing else, so it needs no TLS. After SIGTERM, the rank computes on until its leader has
-    drained and left, for `settings.grace_s` at most. Its metrics say whether it computes; those of requests
-    and steps are the leader's.
+    follows serves nothing else, so it needs TLS for its leader only. After SIGTERM, the rank computes on
+    until its leader has drained and left, for `settings.grace_s` at most. Its metrics say whether it
+    computes; those of requests and steps are the leader's.
     """
     scraped = metrics_server(settings.metrics_port)
     with telemetry.configure("moe-worker", readers=metric_readers(scraped)):
