@@ -13,9 +13,11 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from moe_api import mutual
 from moe_operator.render import frontend, worker
 from moe_operator.resources import names
 from tests.operator.worlds import deployment
+from tests.pki import Authority, mount
 from tests.soak.gang import SECRET
 from tests.worker.serving import COMMAND
 
@@ -71,19 +73,24 @@ def rank(checkpoint: str, number: int, metrics: int) -> contextlib.AbstractConte
     command = [*COMMAND, "serve", "--model", checkpoint, "--served-name", "tiny", "--listen", at]
     command += ["--device", "cpu", "--dtype", "float32", "--metrics-port", metrics]
     command += ["--mesh", "1x2", "--mesh-leader", f"pod:{names.MESH_PORT}", "--mesh-rank", number]
+    command += ["--tls", Path(checkpoint) / names.ROLE_WORKER]
     return running(*command, **SECRET)
 
 
 def main(checkpoint: str) -> None:
+    authority, folder = Authority(), Path(checkpoint)
+    mount(folder / names.ROLE_WORKER, authority.pair(mutual.WORKER))
+    mount(folder / names.ROLE_FRONTEND, authority.pair(mutual.FRONTEND))
     at = listening(frontend.command(deployment()), FRONTEND)
     http = f"{at.rpartition(':')[0]}:{HTTP}"
     serve = [PYTHON.with_name("moe-frontend"), "--listen", at, "--http", http]
     serve += ["--static", f"[{ADDRESS}]:{names.GRPC_PORT}", "--metrics-port", METRICS["frontend"]]
+    serve += ["--internal-tls", folder / names.ROLE_FRONTEND]
     # The operator itself serves health when it has found an API server; kopf serves it for the operator.
-    handlers = Path(checkpoint) / "handlers.py"
+    handlers = folder / "handlers.py"
     handlers.write_text("")
     watch = [PYTHON, "-m", "kopf", "run", "--standalone", "--all-namespaces", liveness(), handlers]
-    config = Path(checkpoint) / "kubeconfig"
+    config = folder / "kubeconfig"
     cluster = {"name": "c", "cluster": {"server": f"https://[{ADDRESS}]:6443"}}
     context = {"name": "c", "context": {"cluster": "c", "user": "c"}}
     user = {"name": "c", "user": {"token": "t"}}

@@ -1,5 +1,5 @@
 """The processes of a cluster with IPv6 only, in a network namespace without IPv4: with the addresses that the
-operator renders, a mesh of two workers, a frontend and the operator respond to what a cluster sends them.
+operator renders and mutual TLS, a mesh of two workers, a frontend and the operator respond as in a cluster.
 """
 
 import json
