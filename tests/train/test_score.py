@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moe_worker.errors import SettingsError
+from moe_worker.errors import InputError
 from moe_worker.train.data import read_documents
 from moe_worker.train.evaluate import score_checkpoint
 from moe_worker.train.evaluate_cli import evaluate
@@ -67,11 +68,19 @@ def test_the_score_of_the_example_is_what_transformers_computes(tmp_path):
     assert score["documents"] == 2
 
 
-def test_a_context_beyond_the_model_is_refused(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("text")
-    with pytest.raises(SettingsError, match="--context is 5000; the model allows 1024"):
-        score_checkpoint(EXAMPLE, path, context=5000, device="cpu", dtype="float32")
+@pytest.mark.parametrize(
+    ("text", "context", "sentence"),
+    [
+        ("text", 5000, "--context is 5000; the model allows 1024"),
+        ("\n\n", None, "holds no text; give a file with at least one document"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_before_weights_are_read(tmp_path, text, context, sentence):
+    path, model = tmp_path / "text.txt", shutil.copytree(EXAMPLE, tmp_path / "model")
+    path.write_text(text)
+    (model / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputError, match=sentence):
+        score_checkpoint(model, path, context=context, device="cpu", dtype="float32")
 
 
 def test_the_example_reads_unseen_documentation_well(tmp_path):

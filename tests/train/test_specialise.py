@@ -130,6 +130,21 @@ def test_labels_stand_for_the_tokens_of_their_documents(tmp_path):
         read_domains(path, stream)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [("domains", b"git", "has 1 labels for"), ("valid", b"\xff", "byte 0 is not UTF-8")],
+)
+def test_texts_that_do_not_fit_are_refused_before_a_tokenizer_is_trained(
+    run_settings, tmp_path, name, content, sentence
+):
+    path = tmp_path / "wrong.txt"
+    path.write_bytes(content)
+    settings = dataclasses.replace(run_settings, out=tmp_path / "out", **{name: path})
+    with pytest.raises(DataError, match=sentence):
+        TrainingRun(settings)
+    assert list(settings.out.iterdir()) == []
+
+
 def test_a_model_of_levels_learns_its_domains(run_settings, write_config, tmp_path):
     config = write_config(n_group=1, topk_group=1, routing=LEVELS)
     plain = TrainingRun(dataclasses.replace(run_settings, config=config))

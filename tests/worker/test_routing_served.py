@@ -198,14 +198,16 @@ def test_a_run_keeps_what_an_earlier_one_measured_and_it_did_not(checkpoint, tmp
     assert set(run("--mass", "1")) == {"text", "most_loss", "least_mass", "masses", "loads"}
 
 
-def test_labels_and_a_margin_are_checked_before_a_text_is_scored(checkpoint, tmp_path):
+def test_what_cannot_be_measured_is_refused_before_a_text_is_scored(checkpoint, tmp_path):
     text, labels = tmp_path / "text.txt", tmp_path / "labels.txt"
     text.write_text("the quick brown fox\0naive dogs jump")
     labels.write_text("fox")
     words = [str(checkpoint), "--data", str(text), "--domains", str(labels)]
     result = CliRunner().invoke(routing_command, words)
-    assert str(result.exception) == f"{labels}: has 1 labels for 2 documents; give one for each"
+    assert str(result.exception).startswith(f"{labels}: has 1 labels for 2 documents; give one a line")
     assert "bits per byte" not in result.output
+    result = CliRunner().invoke(routing_command, [*words[:3], "--mass", "1", "--context", "257"])
+    assert str(result.exception) == "--context is 257; the model allows 256 tokens at most"
     qwen = write_checkpoint(tmp_path / "qwen", family="qwen3_moe")
     result = CliRunner().invoke(routing_command, [str(qwen), "--data", str(text), "--margin", "0.1"])
     assert "have no bias to carry it; leave it out" in str(result.exception)

@@ -51,33 +51,36 @@ class Corpus:
 
 
 def read_corpus(settings: TrainSettings, vocabulary: int) -> Corpus:
-    """Reads and encodes the text. Raises DataError or TokenizerError."""
+    """Reads and encodes the text, which takes minutes for a large one. Raises DataError or TokenizerError."""
+    if settings.valid is not None:
+        data.read_documents(settings.valid)
+    if settings.domains is not None:
+        read_labels(settings.domains, len(data.read_documents(settings.data)))
     tokenizer = _tokenizer(settings, vocabulary)
     stream_N = _stream(settings, tokenizer)
     domains = None if settings.domains is None else read_domains(settings.domains, stream_N)
     return Corpus(tokenizer, stream_N, _valid(settings, tokenizer), domains)
 
 
-def read_labels(path: Path) -> list[str]:
-    """The domain of each document, one a line. Raises DataError."""
+def read_labels(path: Path, documents: int) -> list[str]:
+    """The domain of each of so many documents, one a line. Raises DataError."""
     labels = data.read_bytes(path).decode("utf-8", errors="replace").splitlines()
     if len(set(labels)) > MOST_DOMAINS or max(map(len, labels), default=0) > LONGEST_DOMAIN:
         raise DataError(
             f"{path}: has {len(set(labels))} different labels; use at most {MOST_DOMAINS}, of up to "
             f"{LONGEST_DOMAIN} characters"
         )
+    if len(labels) != documents:
+        raise DataError(
+            f"{path}: has {len(labels)} labels for {documents} documents; give one a line for each document"
+        )
     return labels
 
 
 def read_domains(path: Path, stream_N: NDArray[np.int32]) -> Domains:
     """Domains of a stream's documents by their labels, one a line. Raises DataError."""
-    labels = read_labels(path)
     begins_N = stream_N == data.BOS_ID
-    documents = int(begins_N.sum())
-    if len(labels) != documents:
-        raise DataError(
-            f"{path}: has {len(labels)} labels for {documents} documents; give one a line for each document"
-        )
+    labels = read_labels(path, int(begins_N.sum()))
     names = sorted(set(labels))
     numbers = np.array([names.index(label) for label in labels], np.int8)
     return Domains(tuple(names), numbers[np.cumsum(begins_N) - 1])

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from moe_worker.config.directory import find_checkpoint, read_checkpoint_config
+from moe_worker.config.model import ModelConfig
 from moe_worker.engine.offline import Engine
 from moe_worker.errors import SettingsError
 from moe_worker.progress import bar
@@ -32,10 +34,25 @@ def score_checkpoint(
     Raises:
         WorkerError: the checkpoint or the text cannot be used, or `context` is longer than the model allows.
     """
+    documents = read_documents(data)
+    window_of(read_checkpoint_config(find_checkpoint(checkpoint)), context)
     engine = Engine(
         checkpoint, device=device, dtype=dtype, format=number_format, kv_dtype=kv_dtype, progress=True
     )
-    return score_engine(engine, read_documents(data), context)
+    return score_engine(engine, documents, context)
+
+
+def window_of(config: ModelConfig, context: int | None) -> tuple[int, int]:
+    """Tokens of a window, `context` or as many as the model allows, and the one that documents begin with.
+
+    Raises SettingsError.
+    """
+    longest, bos_id = config.max_position_embeddings, config.bos_token_id
+    if bos_id is None:
+        raise SettingsError("the checkpoint's config.json names no bos_token_id, which documents begin with")
+    if context is not None and context > longest:
+        raise SettingsError(f"--context is {context}; the model allows {longest} tokens at most")
+    return context or longest, bos_id
 
 
 def score_engine(
@@ -44,11 +61,7 @@ def score_engine(
     """The score of a loaded model; `passed` is told the tokens of each forward pass after it. Raises
     SettingsError.
     """
-    longest, bos_id = engine.config.max_position_embeddings, engine.config.bos_token_id
-    if bos_id is None:
-        raise SettingsError("the checkpoint's config.json names no bos_token_id, which documents begin with")
-    if context is not None and context > longest:
-        raise SettingsError(f"--context is {context}; the model allows {longest} tokens at most")
+    window, bos_id = window_of(engine.config, context)
     tokens = [
         np.asarray(engine.tokenizer.encode(document, add_special_tokens=False), np.int32)
         for document in bar(documents, desc="tokenize", unit="document")
@@ -66,4 +79,4 @@ def score_engine(
         def progress(predicted: int) -> None:
             scored.update(predicted)
 
-        return score_documents(documents, tokens, context or longest, bos_id, nats, progress)
+        return score_documents(documents, tokens, window, bos_id, nats, progress)

@@ -76,7 +76,7 @@ def routing(
         report,
     )
 
-    check(checkpoint, data, domains, margin)
+    check(checkpoint, data, domains, margin, options["context"])
     wanted = sorted({1.0, *(masses or MASSES)}, reverse=True)
     measured = []
     for mass in wanted:

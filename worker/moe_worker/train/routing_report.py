@@ -13,12 +13,12 @@ from torch import Tensor
 from moe_worker.config.directory import CONFIG, find_checkpoint, read_checkpoint_config, read_json
 from moe_worker.config.routing_report import ROUTING_FILE, read_routing_report
 from moe_worker.engine.offline import Engine
-from moe_worker.errors import CheckpointError, DataError, SettingsError
+from moe_worker.errors import CheckpointError, SettingsError
 from moe_worker.moe.balance import nudge
 from moe_worker.moe.capability import CapabilityMatrix
 from moe_worker.train.corpus import read_labels
 from moe_worker.train.data import read_documents
-from moe_worker.train.evaluate import score_engine
+from moe_worker.train.evaluate import score_engine, window_of
 
 MASSES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5)
 # In which the margin of the balance is spent.
@@ -78,7 +78,9 @@ def even_out(
     return found
 
 
-def check(checkpoint: Path, data: Path, labels: Path | None, margin: float | None) -> None:
+def check(
+    checkpoint: Path, data: Path, labels: Path | None, margin: float | None, context: int | None
+) -> None:
     """Refuses what cannot be measured before minutes are spent on it. Raises WorkerError."""
     config = read_checkpoint_config(find_checkpoint(checkpoint))
     if margin is not None and not config.moe.has_bias:
@@ -86,17 +88,10 @@ def check(checkpoint: Path, data: Path, labels: Path | None, margin: float | Non
             f"--margin is {margin:g}, but the routers of {config.architecture} have no bias to carry it; "
             "leave it out"
         )
+    window_of(config, context)
+    documents = read_documents(data)
     if labels is not None:
-        _labelled(data, labels)
-
-
-def _labelled(data: Path, labels: Path) -> list[tuple[str, str]]:
-    documents, domains = read_documents(data), read_labels(labels)
-    if len(domains) != len(documents):
-        raise DataError(
-            f"{labels}: has {len(domains)} labels for {len(documents)} documents; give one for each"
-        )
-    return list(zip(documents, domains, strict=True))
+        read_labels(labels, len(documents))
 
 
 def learn_domains(checkpoint: Path, data: Path, labels: Path, **options: Any) -> dict[str, Any]:
@@ -105,13 +100,14 @@ def learn_domains(checkpoint: Path, data: Path, labels: Path, **options: Any) ->
     labels: the domain of each document, one a line. Each document counts with its first context of tokens;
     what a domain needs is half of a layer's experts. Raises WorkerError.
     """
-    labelled = _labelled(data, labels)
+    documents = read_documents(data)
+    domains = read_labels(labels, len(documents))
     engine = Engine(checkpoint, progress=True, **options)
-    config, names = engine.config, sorted({domain for _, domain in labelled})
+    config, names = engine.config, sorted(set(domains))
     layers = [layer for layer in range(config.num_hidden_layers) if layer not in config.dense_layers]
     experts = config.moe.routed
     matrix = CapabilityMatrix(len(layers), len(names), experts, max(1, experts // 2))
-    for document, domain in labelled:
+    for document, domain in zip(documents, domains, strict=True):
         ids = engine.tokenizer.encode(document)[: config.max_position_embeddings]
         counts_LE = torch.stack([torch.bincount(x[x >= 0], minlength=experts) for x in engine.choices(ids)])
         matrix.observe(names.index(domain), counts_LE, len(ids))
