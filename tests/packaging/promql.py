@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 _TOKEN = re.compile(
     r"""(?P<string>"(?:[^"\\]|\\.)*")
     |(?P<range>\[[^\]"]*\])
-    |(?P<duration>\d+(?:ms|[smhdwy])\b)
+    |(?P<duration>\d+(?:ms|[smhdwy])\b|(?<=offset\ )\$__(?:range|rate_interval)\b)
     |(?P<number>\d+(?:\.\d+)?(?:e[+-]?\d+)?)
     |(?P<word>[a-zA-Z_:][a-zA-Z0-9_:]*)
     |(?P<operator>=~|!~|!=|==|>=|<=|[-+*/%^<>=])
