@@ -37,6 +37,7 @@ from moe_worker.mesh.joining import Identity, gather_ranks, join_leader, listene
 from moe_worker.mesh.member import SECRET, Member, join
 from moe_worker.mesh.messages import CODEC, Compute, End, Piece, Refusal, Wait, Welcome
 from moe_worker.mesh.places import advised
+from moe_worker.sampling.output_format import OutputFormat
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.service import command
 from tests.checkpoints import write_checkpoint
@@ -53,6 +54,7 @@ LAYERS = 4
 OPTIONS = {"device": "cpu", "dtype": "float32", "threads": 1, "context_length": 256}
 GREEDY = SamplingParameters(max_tokens=16, ignore_eos=True)
 SEEDED = replace(GREEDY, temperature=1.2, top_p=0.95, top_k=80, seed=5)
+LETTERS = OutputFormat("regex", "[a-z ]{1000}")
 # Of two or three sequences: some are preempted.
 FEW_PAGES = 10
 CASES = {
@@ -77,10 +79,10 @@ def tokens_of(loaded, options, tokens=16, pages=None):
     with limited_to(pages):
         core = EngineCore(loaded, options)
     for number, prompt in enumerate(PROMPTS):
-        sampling = replace(SEEDED if number % 2 else GREEDY, max_tokens=tokens)
+        sampling, wanted = replace(SEEDED if number % 2 else GREEDY, max_tokens=tokens), None
         if number == len(PROMPTS) - 1:
-            sampling = replace(sampling, frequency_penalty=0.5)
-        core.submit(Request(number, tuple(prompt), sampling, seed=number))
+            sampling, wanted = replace(sampling, frequency_penalty=0.5), LETTERS
+        core.submit(Request(number, tuple(prompt), sampling, seed=number, output_format=wanted))
     found = [[] for _ in PROMPTS]
     while not core.idle:
         for delta in core.step():

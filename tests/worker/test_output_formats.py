@@ -1,6 +1,7 @@
 """Texts have the format that a request asks for, in any batch, from any step on; hostile ones are refused."""
 
 import json
+import random
 import re
 import threading
 
@@ -100,11 +101,55 @@ def test_masks_do_not_wait_for_a_format_that_is_being_compiled(engine, monkeypat
 
     monkeypatch.setattr(guides, "grammar_of", slow)
     compiling = masks.open(EXPRESSION, ())
-    allowed = masks.begin([(0, ready)], torch.device("cpu"))()
-    assert allowed is not None
+    masks.masks([(0, ready)], torch.device("cpu"))
     assert not compiling.matcher.done()
     goes_on.set()
     compiling.matcher.result(30)
+
+
+def opened(engine, count, monkeypatch, salts=("",)):
+    """Guides of `count` texts of one format with each of `salts`, and how often it was compiled."""
+    found, compiled = engine._loaded, []
+    monkeypatch.setattr(guides, "grammar_of", lambda wanted: compiled.append(wanted) or grammar_of(wanted))
+    masks = guides.Guides(found.tokenizer, found.config.vocab_size, found.config.eos_token_ids, threads=1)
+    texts = [masks.open(SCHEMA, (), salt) for _ in range(count) for salt in salts]
+    for text in texts:
+        text.matcher.result()
+    return masks, texts, compiled
+
+
+def test_texts_of_a_format_share_its_lexer_with_few_others_of_their_salt(engine, monkeypatch):
+    count = 2 * guides.TEXTS_OF_A_LEXER + 1
+    masks, texts, compiled = opened(engine, count, monkeypatch, salts=("one", "two"))
+    assert len(compiled) == 2 * 3
+    del texts
+    masks.open(SCHEMA, (), "one").matcher.result()
+    assert len(compiled) == 2 * 3 + 1
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_shared_lexer_gives_the_masks_of_one_of_its_own(engine, threads):
+    found, chance = engine._loaded, random.Random(0)
+    masks = guides.Guides(found.tokenizer, found.config.vocab_size, found.config.eos_token_ids, threads)
+    texts = [masks.open(SCHEMA, ()) for _ in range(12)]
+    alone = [masks.open(SCHEMA, (), str(number)) for number in range(12)]
+    for _ in range(20):
+        shared = masks.masks(list(enumerate(texts)), torch.device("cpu"))
+        for place, text in enumerate(alone):
+            own = masks.masks([(place, text)], torch.device("cpu"))
+            assert torch.equal(own.refused[0], shared.refused[place])
+            token = chance.choice((~own.refused[0]).nonzero().flatten().tolist() or [0])
+            ends = [each.take(token, found.tokenizer.token_bytes(token)) for each in (text, texts[place])]
+            assert ends[0] == ends[1]
+
+
+def test_no_text_begins_with_a_lexer_that_became_too_complex(engine, monkeypatch):
+    masks, [text], compiled = opened(engine, 1, monkeypatch)
+    text.own.consume_token(PROMPT[0])  # no JSON begins so
+    assert not masks.masks([(0, text)], torch.device("cpu")).bits_MB.any()
+    other = masks.open(SCHEMA, ())
+    assert masks.masks([(0, other)], torch.device("cpu")).bits_MB.any()
+    assert len(compiled) == 2
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 2], [2], [0, 2]])
@@ -119,7 +164,7 @@ def test_masks_leave_the_scores_of_allowed_tokens_alone(rows):
             if not int(bits_MB[place, token // 8]) >> token % 8 & 1:
                 expected_BV[row, token] = -torch.inf
     before_BV = scores_BV.clone()
-    allowed = guides.Allowed(torch.tensor(rows), bits_MB, vocab_size)
+    allowed = guides.Allowed(rows, bits_MB, vocab_size)
     assert torch.equal(allowed.masked(scores_BV), expected_BV)
     assert torch.equal(scores_BV, before_BV)
 

@@ -1,7 +1,7 @@
 """Output formats in the order of steps: tokens reach the guides, and masks the steps that sample.
 
-The mask of a step depends on the tokens before it. If they are known, masks are computed during the forward
-pass; if their step is still in flight, the new step is launched first, so that the device does not wait.
+The mask of a step depends on the tokens before it. If their step is still in flight, the new one is launched
+first, so that the device does not wait.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ class StepGuides:
         """The guide of a new request; None if it has no output format."""
         if request.output_format is None:
             return None
-        return self._guides.open(request.output_format, request.written)
+        return self._guides.open(request.output_format, request.written, request.salt)
 
     def undo(self, flight: Flight[ActiveRequest]) -> None:
         """Guides that took tokens of a step that does not count begin again, behind the text so far."""
@@ -35,25 +35,23 @@ class StepGuides:
                 active.guide = self._guides.open(active.request.output_format, active.output)
 
     def begin(self, sampling: Sampling, flights: Flights) -> Callable[[], Allowed | None]:
-        """Prepares the masks for requests that sample in a new step, behind the steps in `flights`.
+        """How to compute the masks for requests that sample in a new step, behind the steps in `flights`.
 
-        Call the result when the forward pass is launched: it returns the masks, or None if no request has a
-        format.
+        Call the result when the forward pass is launched: it waits for the tokens of those steps, and returns
+        the masks, or None if no request has a format.
         """
         guided = [(row, it.guide) for row, (_, it) in enumerate(sampling) if it.guide is not None]
         if not guided:
             return lambda: None
         names = {name for name, it in sampling if it.guide is not None}
         before = [flight for flight in flights if not names.isdisjoint(flight.rows)]
-        if not before:
-            return self._guides.begin(guided, self._device)
 
-        def after_flights() -> Allowed | None:
+        def masks() -> Allowed:
             for flight in before:
                 self.take(flight)
-            return self._guides.begin(guided, self._device)()
+            return self._guides.masks(guided, self._device)
 
-        return after_flights
+        return masks
 
     def take(self, flight: Flight[ActiveRequest]) -> None:
         """Gives the tokens of a step to the guides of their texts, once; waits for the tokens.

@@ -75,8 +75,11 @@ class Launcher:
         self.experts.count(step)
 
         def outcome() -> Outcome:
+            allowed = None if self.ahead else masks()  # the last stage of a mesh computes meanwhile
             found = logits()
-            sampled = self._sample(found, here, masks()) if here else None
+            if self.ahead:
+                allowed = masks()
+            sampled = self._sample(found, here, allowed) if here else None
             if draws and found.drawn_D is not None:
                 drawn = [place for place, row in enumerate(rows) if row in draws]
                 self._sampler.note_drawn(sampling[place][0] for place in drawn)

@@ -1,20 +1,22 @@
-"""Masks of the tokens that texts with an output format may go on with, computed during the forward pass.
+"""Masks of the tokens that texts with an output format may go on with.
 
 Legend: B rows that sample, M rows with a format, V vocabulary, W words of 32 bits for it.
 """
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, cast
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from moe_worker.kernels.transfer import to_device
 from moe_worker.sampling.grammar import grammar_of, limits
 from moe_worker.sampling.output_format import OutputFormat
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _WORD_BITS = 32
 _ALL, _NONE = -1, 0
+TEXTS_OF_A_LEXER: Final = 8
+"""Texts of one format that share a lexer: its states, their bound, and a lock."""
 
 
 class Vocabulary(Protocol):
@@ -38,27 +42,29 @@ class Vocabulary(Protocol):
 
 @dataclass(frozen=True)
 class Allowed:
-    """Masks of some rows, in order: rows_M int64; bits_MB uint8 [M, 4 W], bit i of byte j: token 8 j + i."""
+    """Masks of some rows, rising; bits_MB: uint8 [M, 4 W], bit i of byte j: token 8 j + i."""
 
-    rows_M: Tensor
+    rows: Sequence[int]
     bits_MB: Tensor
     vocab_size: int
 
-    @cached_property
+    @property
     def refused(self) -> Tensor:
         """bool: the other tokens. On a GPU the bits are spread there, since fewer bytes are copied."""
         if self.bits_MB.is_cuda:
             places = torch.arange(8, dtype=torch.uint8, device=self.bits_MB.device)
             return (self.bits_MB.unsqueeze(-1) >> places & 1).flatten(1)[:, : self.vocab_size] == 0
-        bits_MV = np.unpackbits(self.bits_MB.numpy(), axis=1, count=self.vocab_size, bitorder="little")
-        return torch.from_numpy(bits_MV) == 0
+        others_MB = ~self.bits_MB.numpy()
+        others_MV = np.unpackbits(others_MB, axis=1, count=self.vocab_size, bitorder="little")
+        return torch.from_numpy(others_MV.view(np.bool_))
 
     def masked(self, scores_BV: Tensor) -> Tensor:
         """A copy in which the scores of all other tokens are -inf."""
-        if self.rows_M.shape[0] == scores_BV.shape[0]:
+        if len(self.rows) == scores_BV.shape[0]:
             return scores_BV.masked_fill(self.refused, -torch.inf)
-        rows_MV = scores_BV.index_select(0, self.rows_M).masked_fill_(self.refused, -torch.inf)
-        return scores_BV.index_copy(0, self.rows_M, rows_MV)
+        rows_M = to_device(torch.tensor(self.rows), scores_BV.device)
+        rows_MV = scores_BV.index_select(0, rows_M).masked_fill_(self.refused, -torch.inf)
+        return scores_BV.index_copy(0, rows_M, rows_MV)
 
 
 @dataclass
@@ -79,11 +85,34 @@ class _Unguided:
         self._tail = self._tail[-len(self.after) :]
 
 
+@dataclass(eq=False)
+class _Compiled:
+    """A format; `pristine` has no text, and its copies share its lexer.
+
+    copies: so far. failed: whether one of them became too complex; there are no more copies then.
+    """
+
+    pristine: "LLMatcher"
+    copies: int = 0
+    failed: bool = False
+
+    @property
+    def spent(self) -> bool:
+        return self.failed or self.copies == TEXTS_OF_A_LEXER
+
+
+class TextMatcher(NamedTuple):
+    """own: of one text. compiled: what it is a copy of, which is kept as long as the text has its guide."""
+
+    own: "LLMatcher"
+    compiled: _Compiled
+
+
 @dataclass
 class Guide:
     """The state of one text in its format. matcher: of the tokens so far; is being compiled."""
 
-    matcher: "Future[LLMatcher]"
+    matcher: Future[TextMatcher]
     unguided: _Unguided
 
     def take(self, token: int, text: bytes) -> bool:
@@ -93,21 +122,23 @@ class Guide:
         """
         if self.unguided.waits:
             self.unguided.take(text)
-        elif not self.matcher.result().is_stopped():
-            self.matcher.result().consume_token(token)
-        if self.unguided.waits:
-            return False
-        matcher = self.matcher.result()
-        return matcher.is_stopped() and not matcher.is_error()
+        elif not self.own.is_stopped():
+            self.own.consume_token(token)
+        return not self.unguided.waits and self.own.is_stopped() and not self.own.is_error()
+
+    @cached_property
+    def own(self) -> "LLMatcher":
+        """The matcher; waits until it is compiled."""
+        return self.matcher.result().own
 
     @property
     def failed(self) -> bool:
         """Whether the format became too complex to compute masks for."""
-        return not self.unguided.waits and self.matcher.result().is_error()
+        return not self.unguided.waits and self.own.is_error()
 
 
 class Guides:
-    """Compiles formats in one thread and computes masks in another (llguidance releases the GIL).
+    """Compiles formats in a thread of its own, and computes masks in the thread that asks for them.
 
     Compiling takes up to seconds for a hostile format, and masks of other texts do not wait for it.
 
@@ -123,62 +154,65 @@ class Guides:
         self._vocab_size = vocab_size
         self._ends = ends
         self._threads = threads
+        self._compiled: WeakValueDictionary[tuple[str, OutputFormat], _Compiled] = WeakValueDictionary()
 
-    def open(self, output_format: OutputFormat, written: Sequence[int]) -> Guide:
+    def open(self, output_format: OutputFormat, written: Sequence[int], salt: str = "") -> Guide:
         """The guide of a text, which begins with the tokens `written`; compiles in the background.
 
-        `Guide.matcher` is done then. A step that samples this text waits for it. For any thread.
+        `Guide.matcher` is done then. A step that samples this text waits for it. For any thread. salt: texts
+        with different ones share nothing.
         """
         unguided = _Unguided(output_format.after.encode())
         guided = deque(written)
         while guided and unguided.waits:
             unguided.take(self._vocabulary.token_bytes(guided.popleft()))
-        return Guide(self._compiling.submit(self._compile, output_format, list(guided)), unguided)
+        return Guide(self._compiling.submit(self._compile, output_format, list(guided), salt), unguided)
 
-    def begin(
-        self, guided: Sequence[tuple[int, Guide]], device: torch.device
-    ) -> Callable[[], Allowed | None]:
-        """Starts to compute the masks of some rows; the result waits for them. None: there are no rows."""
-        if not guided:
-            return lambda: None
-        return self._masking.submit(self._masks, guided, device).result
-
-    def _masks(self, guided: Sequence[tuple[int, Guide]], device: torch.device) -> Allowed:
+    def masks(self, guided: Sequence[tuple[int, Guide]], device: torch.device) -> Allowed:
+        """The masks of some rows, by the calling thread; waits until their formats are compiled."""
         words = -(-self._vocab_size // _WORD_BITS)
         bits_MW = torch.full((len(guided), words), _ALL, dtype=torch.int32, pin_memory=device.type == "cuda")
-        matchers = [
-            (guide.matcher.result(), place)
-            for place, (_, guide) in enumerate(guided)
-            if not guide.unguided.waits
-        ]
-        live = [(matcher, place) for matcher, place in matchers if not matcher.is_stopped()]
-        if live:
-            self._executor.unsafe_compute_mask_ptr(live, bits_MW.data_ptr(), words * 4, len(guided))
-        for matcher, place in matchers:
-            if matcher.is_error():
-                log.warning("a text with an output format fails: %s", matcher.get_error()[:300])
+        constrained = [(place, guide) for place, (_, guide) in enumerate(guided) if not guide.unguided.waits]
+        live = [(guide.own, place) for place, guide in constrained if not guide.own.is_stopped()]
+        self._compute(live, bits_MW)
+        for place, guide in constrained:
+            if guide.failed:
+                log.warning("a text with an output format fails: %s", guide.own.get_error()[:300])
+                guide.matcher.result().compiled.failed = True
                 bits_MW[place] = _NONE
-        rows_M = torch.tensor([row for row, _ in guided], device=device)
         bits_MB = bits_MW.view(torch.uint8).to(device, non_blocking=True)
-        allowed = Allowed(rows_M, bits_MB, self._vocab_size)
-        if device.type == "cpu":
-            _ = allowed.refused  # computed during the forward pass
-        return allowed
+        return Allowed([row for row, _ in guided], bits_MB, self._vocab_size)
 
-    def _compile(self, output_format: OutputFormat, written: list[int]) -> "LLMatcher":
+    def _compute(self, matchers: "list[tuple[LLMatcher, int]]", bits_MW: Tensor) -> None:
+        """The masks of `matchers`, each at its place; llguidance releases the GIL meanwhile."""
+        start, stride = bits_MW.data_ptr(), bits_MW.shape[1] * bits_MW.element_size()
+        if self._threads > 1 and len(matchers) > 1:
+            self._executor.unsafe_compute_mask_ptr(matchers, start, stride, bits_MW.shape[0])
+            return
+        for matcher, place in matchers:  # another thread would cost more than one mask
+            matcher.unsafe_compute_mask_ptr(start + place * stride, stride)
+
+    def _compile(self, output_format: OutputFormat, written: list[int], salt: str) -> TextMatcher:
+        """A copy of the format's matcher that has taken `written`; one thread alone may call this.
+
+        A copy takes 8 us where a format takes 0.3 ms or more, and a lexer in use is fast: its states exist,
+        and few lines of the processor's caches hold it.
+        """
         from llguidance import LLMatcher  # noqa: PLC0415 - optional
 
-        matcher = LLMatcher(self._tokenizer, grammar_of(output_format), log_level=0, limits=limits())
-        matcher.consume_tokens(written)
-        return matcher
+        compiled = self._compiled.get((salt, output_format))
+        if compiled is None or compiled.spent:
+            grammar = grammar_of(output_format)
+            compiled = _Compiled(LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits()))
+            self._compiled[salt, output_format] = compiled
+        compiled.copies += 1
+        own = compiled.pristine.deep_copy()
+        own.consume_tokens(written)
+        return TextMatcher(own, compiled)
 
     @cached_property
     def _compiling(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(1, "formats")
-
-    @cached_property
-    def _masking(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(1, "masks")
 
     @cached_property
     def _executor(self) -> "LLExecutor":
