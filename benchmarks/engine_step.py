@@ -94,16 +94,21 @@ def no_graphs(batch: int, vocabulary: int, cache: PagedCache, context: int) -> R
     """CudaRunner whose captured steps compute nothing, and whose prompts need no kernels."""
     from moe_worker.kernels.likeliest import likeliest  # noqa: PLC0415 - triton is not everywhere
     from moe_worker.models.cuda_graph import DecodeGraphs  # noqa: PLC0415
+    from moe_worker.models.cuda_prompts import PromptGraphs, Size  # noqa: PLC0415
     from moe_worker.models.cuda_runner import CudaRunner  # noqa: PLC0415
 
     counts_LA = torch.zeros(1, 1, dtype=torch.int32)
     model: Any = SimpleNamespace(
         device=torch.device("cpu"), counts_LA=counts_LA, layers=(SimpleNamespace(router_ED=None),),
-        empty_logits=lambda tokens: torch.randn(tokens, vocabulary),
+        empty_logits=lambda tokens: torch.randn(tokens, vocabulary), expands=lambda *_: True,
     )  # fmt: skip
 
     class Captured(DecodeGraphs):
         def run(self, size: int) -> None:
+            del size
+
+    class CapturedPrompts(PromptGraphs):
+        def run(self, size: Size) -> None:
             del size
 
     class Runs(CudaRunner):
@@ -113,6 +118,7 @@ def no_graphs(batch: int, vocabulary: int, cache: PagedCache, context: int) -> R
 
     runner = Runs(model, cache, batch, context, 1)
     runner.graphs = Captured(model, cache, batch, context)
+    runner.prompts = CapturedPrompts(model, runner.graphs, context, 1)
     for size in runner.graphs.sizes:
         runner.graphs._likeliest[size] = likeliest(runner.graphs.logits_BV[:size])  # noqa: SLF001
     return runner

@@ -194,6 +194,43 @@ def test_decode_goes_on_where_prompts_ended(shape, number_format):
         assert difference(rows, expected) < TOLERANCE[number_format]
 
 
+@pytest.mark.parametrize(
+    ("shape", "number_format", "expands"),
+    [("small", "w4a8", False), ("small", "w4a8", True), ("small", "dense", True),
+     ("heads of 48 values", "w4a8", True)],
+)  # fmt: skip
+def test_captured_passes_with_prompts_are_those_launched_one_by_one(
+    monkeypatch, shape, number_format, expands
+):
+    """Prompts, then a chunk of one and another one together with a stream; each size runs three times."""
+    monkeypatch.setattr(cuda, "EXPANDED_LAUNCHES", -math.inf if expands else math.inf)
+    # The interpreter takes seconds for the 16 tokens of the smallest pass.
+    few = {"num_hidden_layers": 1, "first_k_dense_replace": 0} if INTERPRETED else {}
+    some, most, last = (6, 12, 7) if INTERPRETED else (33, 40, 40)
+    both, texts = Both(SHAPES[shape] | few, number_format), [tokens_of(most, seed=n) for n in range(3)]
+    pages = [5, 9, 2], [7, 1, 3], [4, 8, 11]
+
+    def passes():
+        first = [Segment(texts[0][:some], 0, pages[0]), Segment(texts[1][:5], 0, pages[1])]
+        mixed = [Segment(texts[1][5:6], 5, pages[1]), Segment(texts[0][some:], some, pages[0])]
+        mixed += [Segment(texts[2][:last], 0, pages[2])]
+        return torch.cat([both.kernels(first), both.kernels(mixed)])
+
+    prompts, sizes = both.runner.prompts, []
+    run = prompts.run
+    monkeypatch.setattr(prompts, "run", lambda size: (sizes.append(size), run(size)))
+    captured = [passes() for _ in range(1 if INTERPRETED else 3)]
+    assert {(bool(size.positions), bool(size.singles)) for size in sizes[:2]} == (
+        {(True, False), (True, True)} if expands else {(False, False)}
+    )
+    monkeypatch.setattr(prompts, "size", lambda batch, rows: None)
+    apart = passes()
+    for each in captured:
+        assert difference(each, apart) < 0.02
+        assert ((each - apart).norm(dim=-1) < apart.norm(dim=-1) / 2).all()  # those of another token are not
+        assert torch.equal(each, captured[-1])
+
+
 def test_experts_are_counted_without_padding_and_shared_ones():
     both = Both(FEW_LAYERS, "dense")
     steps = 1 if INTERPRETED else 2  # the second one replays a graph
@@ -213,10 +250,11 @@ def test_experts_are_counted_without_padding_and_shared_ones():
 
 
 def test_memory_that_nobody_wrote_reaches_no_logits():
-    """torch fills what it allocates with NaN here; a batch of three is padded to four."""
+    """torch fills what it allocates with NaN here; a prompt of 5 is padded to 16, three streams to 4."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         both = Both(FEW_LAYERS, "w4a8")
+        assert both.kernels([Segment(tokens_of(5, seed=0), 0, [3])]).isfinite().all()
         both.kernels([Segment([7], 0, [0]), Segment([9], 0, [1]), Segment([8], 0, [2])])
     finally:
         torch.use_deterministic_algorithms(False)

@@ -7,6 +7,7 @@ Without a GPU Triton interprets the kernels (TRITON_INTERPRET=1): tests/worker/t
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
@@ -35,7 +36,7 @@ from moe_worker.quant.fp8 import E4M3, Fp8Weight, quantize_fp8
 from moe_worker.quant.int4 import quantize_int4
 from moe_worker.quant.int8 import piece_of
 from moe_worker.quant.matrix import Dense, stack
-from tests.gpu.device import BF16, DEVICE, multiply_in_e4m3, needs_device
+from tests.gpu.device import BF16, DEVICE, INTERPRETED, multiply_in_e4m3, needs_device
 
 pytestmark = needs_device
 NONE, INT8, EMULATED, IN_E4M3 = norm.Rounding
@@ -308,7 +309,7 @@ def test_a_row_of_not_numbers_reaches_no_token_before_it(wrong):
     rank, rope, heads, page, start, count = 64, 16, 4, 16, 29, 9
     pages = torch.arange(3, device=DEVICE, dtype=torch.int32)[None]
     cache, query = randn(3 * page, rank + rope), randn(count, heads, rank + rope)
-    entries = [(0, first, min(4, count - first)) for first in range(0, count, 4)]
+    entries = [(0, first, min(4, count - first)) for first in range(0, count, 4)] + [(0, 0, 0)]
     cut_3C = torch.tensor(entries, device=DEVICE, dtype=torch.int32).t().contiguous()
     token_tiles = attention.TokenTiles(cut_3C[0], cut_3C[1], cut_3C[2], 4)
     positions = torch.arange(start, start + count, device=DEVICE)
@@ -335,9 +336,13 @@ def expanded_attention(cache, query, weights, counts, ends, page, rounding=NONE)
     each = cache.shape[0] // page // len(counts)
     pages = torch.arange(len(counts) * each, device=DEVICE, dtype=torch.int32).view(len(counts), each).flip(1)
     positions = torch.cat([torch.arange(e - c, e, device=DEVICE) for c, e in zip(counts, ends, strict=True)])
-    rows = cuda.Rows(positions, positions, pages)
-    contexts = expanded.Contexts(*cuda._contexts(ends, rows, page), cuda._tiles(counts, 16, DEVICE))
-    expanded_CO, latents_CW = expanded.expand(cache, contexts.rows_C, key, value)
+    first_B = torch.from_numpy(cuda.context_firsts(ends)).to(DEVICE)
+    rows_C = expanded.context_rows(pages, first_B, sum(ends) + 5, page, 7)
+    assert rows_C[sum(ends) :].tolist() == [7] * 5
+    cut_3C = np.concatenate((cuda.token_tiles(counts, 16), np.zeros((3, 2), np.int32)), axis=1)
+    tiles = attention.TokenTiles(*torch.from_numpy(cut_3C).to(DEVICE).contiguous(), 16)
+    contexts = expanded.Contexts(rows_C, first_B, tiles)
+    expanded_CO, latents_CW = expanded.expand(cache, contexts.rows_C, expanded.expanding_weights(key, value))
     out = poisoned(len(query), value.shape[0] * value.shape[2], piece_of(value.shape[2]), rounding)
     expanded.attend_expanded(
         query, expanded_CO, latents_CW, positions, contexts, key.shape[1], key.shape[2], 0.1, out, rounding
@@ -354,8 +359,12 @@ def test_attention_over_expanded_contexts(heads, value, rounding):
     out, contexts, positions = expanded_attention(cache, query, (key, weight), counts, ends, page, rounding)
     expected, sequence_T = [], torch.repeat_interleave(torch.tensor(counts)).tolist()
     for t, sequence in enumerate(sequence_T):
+        # Pages of a sequence stand in falling order.
+        numbers = range((sequence + 1) * len(cache) // page // len(counts) - 1, -1, -1)
+        rows = [numbers[at // page] * page + at % page for at in range(int(positions[t]) + 1)]
         first = int(contexts.first_B[sequence])
-        seen = cache[contexts.rows_C[first : first + int(positions[t]) + 1]].double()
+        assert contexts.rows_C[first : first + len(rows)].tolist() == rows
+        seen = cache[rows].double()
         own = query[t].double().view(heads, -1)
         keys = torch.einsum("cr,hnr->hcn", seen[:, :rank], key.double())
         scores = torch.einsum("hn,hcn->hc", own[:, :plain], keys) + own[:, plain:] @ seen[:, rank:].t()
@@ -402,7 +411,9 @@ def plain_route(logits_TE, bias_E, choice):
 
 
 @pytest.mark.parametrize(("count", "choice"), CHOICES.values(), ids=CHOICES.keys())
-@pytest.mark.parametrize("tokens", [1, 37])
+@pytest.mark.parametrize(
+    "tokens", [1, 37, pytest.param(300, marks=pytest.mark.skipif(INTERPRETED, reason="takes a minute"))]
+)
 def test_router(count, choice, tokens):
     x, weight = randn(tokens, 320), randn(count, 320, dtype=torch.float32) / 18
     bias = torch.randn(count, device=DEVICE) / 20

@@ -37,6 +37,7 @@ SLOW = {
         " or experts_in_e4m3",
     },
     "more of the engine": {ENGINE: "small-w4a8 or padded-dense or values-w4a8 or values-fp8 or in_e4m3"},
+    "captured passes": {ENGINE: "captured_passes"},
     "few tokens": {ENGINE: "decode and whole"},
     "wide w4a8": {W4A8: "plain_torch and True"},
 }

@@ -1,12 +1,13 @@
 """What a step of the engine gives to the device: its arrays, and how few operators they take."""
 
 import argparse
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.engine_step import engine, operators
@@ -107,6 +108,68 @@ def test_a_captured_step_gets_its_batch_and_padding_that_belongs_to_nobody():
         assert (graphs._positions_B[count:] == 0).all()
         assert (graphs._pages_BP[count:size, 0] == PAGES).all()
         assert np.array_equal(graphs._sent_BP, graphs._pages_BP.numpy())
+
+
+@settings(max_examples=25)
+@given(st.lists(SINGLE, max_size=4), st.lists(LONG, max_size=3), st.booleans(), st.data())
+def test_a_captured_pass_gets_its_prompts_and_padding_that_belongs_to_nobody(single, long, expands, data):
+    graphs = graphs_of(9, 96)
+    from moe_worker.models.cuda_prompts import PromptGraphs  # noqa: PLC0415 - triton is not everywhere
+
+    graphs._model.expands = lambda counts, *_: expands and len(counts) > 0
+    prompts, segments = PromptGraphs(graphs._model, graphs, 96, 60), single + long
+    for batch in (Batch.of([segment([7] * 20, 3, 1)] * 2, CACHE), Batch.of(segments, CACHE)):
+        count, begins = len(batch.tokens), [0, *(row + 1 for row in batch.last_rows)]
+        rows = sorted(data.draw(st.sets(st.sampled_from(range(max(1, count))), max_size=9)))
+        size = prompts.size(batch, rows)
+        assert size.tokens == min(each for each in prompts.sizes if each >= count)
+        prompts.fill(batch, rows, size)
+    tokens_T, positions_T, rows_T, wanted_N, single_positions_B, single_rows_B = prompts._inputs_6T
+    for filled, expected, padding in (
+        (tokens_T, batch.tokens, 0), (positions_T, batch.positions, 0), (rows_T, batch.rows, PAGES * PAGE),
+        (wanted_N, rows, 0),
+    ):  # fmt: skip
+        assert filled.tolist() == [*expected, *[padding] * (len(filled) - len(expected))]
+    apart = len(single) if size.positions else 0
+    assert apart <= size.singles <= size.tokens if size.positions else not size.singles
+    assert single_positions_B.tolist()[: size.singles] == [
+        *(each.start for each in single[:apart]), *[0] * (size.singles - apart)
+    ]  # fmt: skip
+    assert (single_rows_B[apart : size.singles] == PAGES * PAGE).all()
+    sequence_C, first_C, count_C, firsts, valid = prompts._layout_5C
+    tiles = min(size.tokens, size.tokens // prompts._tile(size) + 10)
+    assert not count_C[tiles:].any()
+    covered = []
+    for sequence, first, own in zip(sequence_C.tolist(), first_C.tolist(), count_C.tolist(), strict=True):
+        covered += range(first, first + own)
+        assert own <= prompts._tile(size)
+        assert not own or first >= count or begins[sequence] <= first <= first + own <= begins[sequence + 1]
+    assert sorted(covered) == list(range(begins[apart], size.tokens))
+    lengths = [0] * apart + [each.end for each in segments[apart:]]
+    assert np.diff(firsts[:10]).tolist() == lengths + [0] * (9 - len(lengths))
+    assert not size.positions or max(sum(lengths), size.tokens) <= size.positions
+    assert valid[0] == count
+    assert torch.equal(prompts._pages_BP[: len(segments), : batch.pages.shape[1]], batch.pages_BP)
+
+
+def test_passes_have_few_sizes_and_none_where_they_are_large():
+    graphs = graphs_of(9, 96)
+    from moe_worker.models.cuda_prompts import PromptGraphs, Size  # noqa: PLC0415 - triton is not everywhere
+
+    graphs._model.expands = lambda counts, *_: sum(counts) >= 256
+    prompts = PromptGraphs(graphs._model, graphs, 96, 16_384)
+    assert prompts.sizes[-1] == 2048 + 9
+    assert all(b <= 2 * a for a, b in itertools.pairwise(prompts.sizes))
+    assert len(set(prompts.usual_sizes())) == len(prompts.usual_sizes()) <= 40
+    few, many = Batch.of([segment([7] * 20, 3, 1)], CACHE), Batch.of([segment([7], 3, 1)] * 10, CACHE)
+    assert prompts.size(few, [19]) is not None
+    assert prompts.size(few, range(10)) is prompts.size(many, [0]) is None
+    assert prompts.size(Batch.of([Segment([7] * 2058, 0, [0] * 258)], CACHE), [0]) is None
+    prompts._close(torch.OutOfMemoryError("too little"))
+    assert prompts.size(few, [19]) is None
+    long = Batch.of([segment([7] * 300, 3, 1)._replace(pages=range(40))], CACHE)
+    prompts._graphs[Size(384)] = None
+    assert prompts.size(long, [299]) == Size(384)  # without a graph for expanded contexts
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

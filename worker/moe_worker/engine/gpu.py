@@ -54,7 +54,7 @@ def cache_width(config: ModelConfig) -> int:
 def make_runner(
     model: DeepseekModel, cache: PagedCache, options: EngineOptions, context: int, progress: bool
 ) -> Runner:
-    """The model on the Triton kernels, with captured decode steps."""
+    """The model on the Triton kernels, with captured steps."""
     from moe_worker.models.cuda_build import prepare  # noqa: PLC0415 - triton is not everywhere
     from moe_worker.models.cuda_runner import CudaRunner  # noqa: PLC0415
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from moe_worker.kernels.triton import few
 from moe_worker.kernels.triton.attention import TokenTiles
-from moe_worker.kernels.triton.expanded import BLOCK_T, Contexts
+from moe_worker.kernels.triton.expanded import BLOCK_T, Contexts, context_rows
 from moe_worker.kernels.triton.linear import linear_packed
 from moe_worker.kernels.triton.norm import Added
 from moe_worker.kernels.triton.wide import Weight
@@ -36,8 +37,11 @@ WIDE_TOKENS_E4M3 = 4096
 # Bytes of the keys and values that a pass may expand.
 MOST_EXPANDED_BYTES = 1 << 30
 # Nanoseconds of a layer on an H200, with 16 heads: what absorbed queries cost more for a token, and for a
-# token and a position that it sees; what expanding costs for a position, and for its launches.
+# token and a position that it sees; what expanding costs for a position, and for its launches; what each of
+# them takes for a position of the longest context, which one program reads; and the launches for streams
+# whose queries stay absorbed while prompts are expanded.
 ABSORBED_TOKEN, ABSORBED_PAIR, EXPANDED_POSITION, EXPANDED_LAUNCHES = 40.0, 0.25, 11.0, 10_000.0
+ABSORBED_LONGEST, EXPANDED_LONGEST, SINGLES_LAUNCHES = 120.0, 26.0, 15_000.0
 
 
 @dataclass(frozen=True)
@@ -130,12 +134,28 @@ class CudaModel:
 
         lengths: those of the sequences with them; None: attention expands no contexts.
         """
-        products = self.products(sum(counts))
-        if lengths is not None and self._expands(counts, lengths):
-            tiles, contexts = _tiles(counts, BLOCK_T, self.device), _contexts(lengths, rows, page)
-            shared = self._pass(rows, tiles, 1, page, products)
-            return replace(shared, contexts=Contexts(*contexts, tiles))
-        return self._pass(rows, _tiles(counts, PREFILL_TOKENS, self.device), 1, page, products)
+        if lengths is None or not self.expands(counts, lengths):
+            return self.absorbed_pass(rows, _tiles(counts, PREFILL_TOKENS, self.device), page)
+        [first_B] = aligned_parts([context_firsts(lengths)], self.device)
+        rows_C = context_rows(rows.pages_BP, first_B, sum(lengths), page, 0)
+        return self.expanded_pass(rows, Contexts(rows_C, first_B, _tiles(counts, BLOCK_T, self.device)), page)
+
+    def absorbed_pass(self, rows: Rows, tiles: TokenTiles, page: int, valid: Tensor | None = None) -> Pass:
+        """A pass of prompts whose queries are all absorbed; `tiles` are of PREFILL_TOKENS."""
+        return self._pass(rows, tiles, 1, page, self.products(rows.positions_T.shape[0]), valid)
+
+    def expanded_pass(
+        self,
+        rows: Rows,
+        contexts: Contexts,
+        page: int,
+        valid: Tensor | None = None,
+        singles: Pass | None = None,
+    ) -> Pass:
+        """A pass of prompts whose contexts are expanded, but for those of `singles`."""
+        products = self.products(rows.positions_T.shape[0])
+        shared = self._pass(rows, contexts.tiles, 1, page, products, valid)
+        return replace(shared, contexts=contexts, singles=singles)
 
     def products(self, tokens: int) -> Products:
         """How a pass of so many tokens multiplies."""
@@ -145,8 +165,13 @@ class CudaModel:
         wide = tokens >= (WIDE_TOKENS if dense else WIDE_TOKENS_PACKED)
         return Products.BF16 if wide else Products.GROUPS
 
-    def _expands(self, counts: Sequence[int], lengths: Sequence[int]) -> bool:
-        """Whether attention costs less with keys and values expanded than with queries absorbed."""
+    def expands(self, counts: Sequence[int], lengths: Sequence[int], singles: Sequence[int] = ()) -> bool:
+        """Whether attention costs less with keys and values expanded than with queries absorbed.
+
+        singles: lengths of streams with one token each, whose contexts would not be expanded.
+        """
+        if not counts:
+            return False
         latent, value = self.layers[0].latent, self.layers[0].value_HRV.shape[2]
         heads, plain, _ = latent.key_HNR.shape
         positions = sum(lengths)
@@ -154,7 +179,9 @@ class CudaModel:
             return False
         pairs = sum(count * (length - count / 2) for count, length in zip(counts, lengths, strict=True))
         absorbed = ABSORBED_TOKEN * sum(counts) + ABSORBED_PAIR * pairs
-        return absorbed > EXPANDED_POSITION * positions + EXPANDED_LAUNCHES
+        absorbed = max(absorbed, ABSORBED_LONGEST * max(*lengths, *singles, 0))
+        expanded = EXPANDED_POSITION * positions + EXPANDED_LONGEST * max(lengths) + EXPANDED_LAUNCHES
+        return absorbed > expanded + (SINGLES_LAUNCHES if singles else 0)
 
     def _pass(
         self,
@@ -171,22 +198,31 @@ class CudaModel:
         )  # fmt: skip
 
 
+def token_tiles(counts: Sequence[int], most: int, skipped: int = 0) -> NDArray[np.int32]:
+    """Sequence, first token and number of tokens of tiles of up to `most` tokens: [3, C].
+
+    skipped: sequences at the front that get none.
+    """
+    counts_B = np.array(counts, np.int32)
+    tiles_B = -(-counts_B // most)
+    tiles_B[:skipped] = 0
+    sequence_C = np.repeat(np.arange(len(counts_B), dtype=np.int32), tiles_B)
+    place_C = np.arange(len(sequence_C), dtype=np.int32) - (np.cumsum(tiles_B) - tiles_B)[sequence_C]
+    first_C = (np.cumsum(counts_B) - counts_B)[sequence_C] + place_C * most
+    count_C = np.minimum(most, counts_B[sequence_C] - place_C * most)
+    return np.stack((sequence_C, first_C, count_C)).astype(np.int32)
+
+
+def context_firsts(lengths: Sequence[int], skipped: int = 0) -> NDArray[np.int32]:
+    """Where the context of each sequence begins if they lie one behind the other, and where they end.
+
+    skipped: sequences at the front whose contexts are left out.
+    """
+    firsts = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths[skipped:], out=firsts[skipped + 1 :])
+    return firsts
+
+
 def _tiles(counts: Sequence[int], most: int, device: torch.device) -> TokenTiles:
-    tiles: list[tuple[int, int, int]] = []
-    first = 0
-    for sequence, count in enumerate(counts):
-        tiles += [(sequence, first + cut, min(most, count - cut)) for cut in range(0, count, most)]
-        first += count
-    sequence_C, first_C, count_C = aligned_parts(list(np.array(tiles, np.int32).T), device)
+    sequence_C, first_C, count_C = aligned_parts(list(token_tiles(counts, most)), device)
     return TokenTiles(sequence_C, first_C, count_C, most)
-
-
-def _contexts(lengths: Sequence[int], rows: Rows, page: int) -> tuple[Tensor, Tensor]:
-    """Rows of the cache of all positions, sequence by sequence, and where each one's begin."""
-    lengths_B = np.array(lengths, np.int32)
-    first_B = np.cumsum(lengths_B, dtype=np.int32) - lengths_B
-    sequence = np.repeat(np.arange(len(lengths_B), dtype=np.int32), lengths_B)
-    position = np.arange(len(sequence), dtype=np.int32) - first_B[sequence]
-    sequence_C, position_C, firsts_B = aligned_parts((sequence, position, first_B), rows.pages_BP.device)
-    page_C = rows.pages_BP[sequence_C, position_C // page].long()
-    return page_C * page + position_C % page, firsts_B

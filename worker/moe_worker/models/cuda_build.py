@@ -16,6 +16,7 @@ from moe_worker.config.model import ModelConfig
 from moe_worker.config.quantization import Fp8Storage, PackedStorage, SparseStorage
 from moe_worker.kernels.linear import Linear
 from moe_worker.kernels.triton import e4m3
+from moe_worker.kernels.triton.expanded import expanding_weights
 from moe_worker.kernels.triton.latent import LatentWeights
 from moe_worker.kernels.triton.tiles import PackedFp8, PackedInt4, pack_values
 from moe_worker.kernels.triton.wide import Weight
@@ -158,6 +159,8 @@ def _layer(
     latent = _pad_heads(latent, 1, config.latent.kv_lora_rank, sizes.rank, rope)
     more_r, more_n = sizes.rank - config.latent.kv_lora_rank, plain - config.latent.qk_nope_head_dim
     more_v = sizes.value - config.latent.v_head_dim
+    key_HNR = functional.pad(attention.key_HNR, (0, more_r, 0, more_n))
+    expanding_OR = expanding_weights(key_HNR, functional.pad(attention.value_HRV, (0, 0, 0, more_r)))
     gate_up, down = _experts(config, block)
     router = None if isinstance(block, DenseBlock) else block.router
     exchange = None if isinstance(block, DenseBlock) else exchange_of(block.dispatch, block.experts.count)
@@ -168,11 +171,12 @@ def _layer(
         query=query,
         latent=LatentWeights(
             functional.pad(attention.latent_norm_R, (0, more_r)),
-            functional.pad(attention.key_HNR, (0, more_r, 0, more_n)).contiguous(),
+            expanding_OR[: heads * plain].view(key_HNR.shape),
             INNER_NORM_EPS,
             config.latent.kv_lora_rank,
         ),
         value_HRV=functional.pad(attention.value_HRV, (0, more_v, 0, more_r)).contiguous(),
+        expanding_OR=expanding_OR,
         output=_ready(attention.output),
         block_norm_D=layer.block_norm,
         router_ED=None if router is None else router.weight_ED,

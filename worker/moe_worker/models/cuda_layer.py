@@ -17,7 +17,7 @@ from moe_worker.config.moe import Routing
 from moe_worker.kernels.triton import few
 from moe_worker.kernels.triton.attention import TokenTiles, attend, merge_values
 from moe_worker.kernels.triton.e4m3 import experts_e4m3, linear_e4m3
-from moe_worker.kernels.triton.expanded import Contexts, attend_expanded, expand
+from moe_worker.kernels.triton.expanded import Contexts, attend_expanded, expand, spreads
 from moe_worker.kernels.triton.experts import expert_tiles, experts_bf16, experts_packed, sort_by_expert
 from moe_worker.kernels.triton.latent import LatentWeights, write_latents
 from moe_worker.kernels.triton.linear import linear_packed, linear_parts
@@ -45,7 +45,8 @@ class Pass:
     rotations_CP2: float32, cosine and sine of each position's pairs. slices: of the context, for attention.
     valid: int32 [1], the tokens that are no padding; None: all. capacity: tokens that each rank of a mesh may
     send to each other one. contexts: where attention expands keys and values; None: where queries are
-    absorbed.
+    absorbed. singles: the first tokens, each the only one of its sequence, whose queries are absorbed
+    nevertheless; some of them may stand for others that `contexts` has, and lie in nobody's page.
     """
 
     positions_T: Tensor
@@ -61,6 +62,7 @@ class Pass:
     valid: Tensor | None = None
     capacity: int = 0
     contexts: Contexts | None = None
+    singles: "Pass | None" = None
 
 
 class Work(NamedTuple):
@@ -92,6 +94,7 @@ class Exchange(Protocol):
 class CudaLayer:
     """Prepared weights of a layer, bf16 or packed. A dense block is experts that all tokens take.
 
+    value_HRV may be padded behind V; expanding_OR: the same and `latent`'s keys as `expand` reads them.
     counts_A: int32, the tokens of each expert in the newest pass. exchange: None where all experts are here.
     """
 
@@ -101,6 +104,7 @@ class CudaLayer:
     query: Weight | None
     latent: LatentWeights
     value_HRV: Tensor
+    expanding_OR: Tensor
     output: Weight
     block_norm_D: Tensor
     router_ED: Tensor | None
@@ -126,7 +130,7 @@ class CudaLayer:
         inputs = self.output.shape[1] if isinstance(self.output, Tensor) else self.output.inputs
         rounded = rounding(self.output, shared.products)
         values = Activation.empty_for(rounded, tokens, inputs, x_TD.device, piece_of(inputs // heads))
-        attend_to = self._absorbed if shared.contexts is None else self._expanded
+        attend_to = self._absorbed if shared.contexts is None else self._both
         # With few tokens the projection rounds, so that a head's values come from several programs.
         if few.takes(self.output, values):
             attend_to(query_TO, latent_TW, shared, cache_SW, values, Rounding.NONE)
@@ -149,16 +153,28 @@ class CudaLayer:
         )  # fmt: skip
         merge_values(parts_THSR, lse_THS, self.value_HRV, out, rounded)
 
+    def _both(
+        self, query_TO: Tensor, latent_TW: Tensor, shared: Pass, cache_SW: Tensor, out: Activation,
+        rounded: Rounding,
+    ) -> None:  # fmt: skip
+        if shared.singles is not None:
+            # Written first: some of their rows are those of tokens that `_expanded` writes.
+            count = shared.singles.positions_T.shape[0]
+            own = Activation(*(each[:count] for each in (out.x_TD, out.q_TD, out.scales_TX)))
+            heads = self.latent.key_HNR.shape[0]
+            merged = Rounding.NONE if spreads(out, heads, rounded) else rounded
+            self._absorbed(query_TO[:count], latent_TW[:count], shared.singles, cache_SW, own, merged)
+        self._expanded(query_TO, latent_TW, shared, cache_SW, out, rounded)
+
     def _expanded(
         self, query_TO: Tensor, latent_TW: Tensor, shared: Pass, cache_SW: Tensor, out: Activation,
         rounded: Rounding,
     ) -> None:  # fmt: skip
         if shared.contexts is None:
             raise ValueError("a pass without contexts has no keys and values to expand")
-        heads, plain, rank = self.latent.key_HNR.shape
+        _, plain, rank = self.latent.key_HNR.shape
         self._write(query_TO, latent_TW, shared, cache_SW, None)
-        value_HRV = self.value_HRV[:, :, : out.x_TD.shape[1] // heads]
-        expanded_CO, latents_CW = expand(cache_SW, shared.contexts.rows_C, self.latent.key_HNR, value_HRV)
+        expanded_CO, latents_CW = expand(cache_SW, shared.contexts.rows_C, self.expanding_OR)
         attend_expanded(
             query_TO, expanded_CO, latents_CW, shared.positions_T, shared.contexts, plain, rank, shared.scale,
             out, rounded,

@@ -1,4 +1,4 @@
-"""Runs the engine's batches on the GPU: decode by graphs, everything else as it comes.
+"""Runs the engine's batches on the GPU: by graphs, but for passes that are too large for one.
 
 Legend: T tokens of a pass, N tokens whose logits are wanted, V vocabulary.
 """
@@ -16,6 +16,7 @@ from moe_worker.models.batch import Batch
 from moe_worker.models.cuda import MOST_EXPANDED_BYTES, CudaModel, Rows
 from moe_worker.models.cuda_counts import CudaExpertCounter
 from moe_worker.models.cuda_graph import DecodeGraphs
+from moe_worker.models.cuda_prompts import PromptGraphs, Size
 from moe_worker.progress import bar
 
 
@@ -28,12 +29,17 @@ class CudaRunner:
     ) -> None:  # fmt: skip
         self._model = model
         self.graphs = DecodeGraphs(model, cache, largest, context)
+        self.prompts = PromptGraphs(model, self.graphs, context, prefill_tokens)
         self._likeliest: Likeliest | None = None
 
         def shown(sizes: Iterable[int]) -> Iterable[int]:
             return bar(sizes, desc="recording CUDA graphs", unit="graph", disable=not progress)
 
+        def shown_prompts(sizes: Iterable[Size]) -> Iterable[Size]:
+            return bar(sizes, desc="recording CUDA graphs of prompts", unit="graph", disable=not progress)
+
         self.graphs.record(shown)
+        self.prompts.record(shown_prompts)
         if model.device.type == "cuda":
             sizes = warm_sizes(prefill_tokens + largest)
             for tokens in bar(sizes, desc="compiling prefill", unit="size", disable=not progress):
@@ -50,11 +56,17 @@ class CudaRunner:
             self.graphs.run(size)
             self._likeliest = self.graphs.likeliest(size, len(rows))
             return self.graphs.logits_BV[: len(rows)]
+        prompts_size = self.prompts.size(batch, rows) if cache is self.graphs.cache else None
+        if prompts_size is not None:
+            self.prompts.fill(batch, rows, prompts_size)
+            self.prompts.run(prompts_size)
+            self._likeliest = self.prompts.likeliest(len(rows))
+            return self.graphs.logits_BV[: len(rows)]
         self._likeliest = None
         return self._eager(batch, cache, rows)
 
     def likeliest(self) -> Likeliest | None:
-        """See FindsLikeliest: decode steps do."""
+        """See FindsLikeliest: captured passes do."""
         return self._likeliest
 
     def expert_counter(self) -> CudaExpertCounter:
@@ -69,11 +81,12 @@ class CudaRunner:
         """
         cache, device = self.graphs.cache, self._model.device
         zeros_T = torch.zeros(tokens, dtype=torch.int64, device=device)
-        nobody_BP = torch.full((1, 4), cache.pages, dtype=torch.int32, device=device)
+        pages = cache.shape.pages_for(tokens)
+        nobody_BP = torch.full((1, pages), cache.pages, dtype=torch.int32, device=device)
         rows = Rows(zeros_T, torch.full_like(zeros_T, cache.pages * cache.page_size), nobody_BP)
         try:
-            # Attention expands keys and values of one position, and of too many it does not.
-            for length in (1, MOST_EXPANDED_BYTES):
+            # Attention expands the context of many tokens, and one that is too long it does not.
+            for length in (tokens, MOST_EXPANDED_BYTES):
                 shared = self._model.prefill_pass([tokens], rows, cache.page_size, [length])
                 x_TD, added = self._model.forward(zeros_T, shared, cache.layers)
             rows_N = zeros_T[: self.graphs.largest]

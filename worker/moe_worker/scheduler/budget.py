@@ -97,9 +97,9 @@ class StepTime:
 class TokenBudget:
     """Tokens of the next step, from measured step times.
 
-    Steps with and without prompts are measured apart: on a GPU a step that only continues streams is a
-    captured one of 1 to 8 ms, and any other is launched kernel by kernel in 25 ms, however small it is. One
-    line through both would say that tokens are expensive, and keep prompts small where that saves nothing.
+    Steps with and without prompts are measured apart: on a GPU they run other kernels, and those with large
+    prompts are launched kernel by kernel in 25 ms, whereas the others are captured. One line through both
+    would say that tokens are expensive, and keep prompts small where that saves nothing.
 
     The budget is the number of tokens that the estimate allows in target_s. If the fixed cost of a step
     (reading all weights) alone takes more than half of that, the budget is the number that doubles the fixed

@@ -23,7 +23,7 @@ from moe_worker.quant.int8 import piece_of
 class TokenTiles(NamedTuple):
     """Which tokens go together: int32 sequence, first token and number of tokens of each tile; its most.
 
-    Where the most is 1, tile i is token i, the only one of sequence i.
+    Where the most is 1, tile i is token i, the only one of sequence i; else a tile may have no tokens.
     """
 
     sequence_C: Tensor
@@ -112,7 +112,11 @@ def _attend(
     mask_q = (token_q < count) & (head_q < HEADS)
     row_q = ((first + token_q) * HEADS + head_q).to(tl.int64)
     position_q = tl.load(positions + first + token_q, mask=mask_q, other=0)
-    length = tl.load(positions + first + count - 1) + 1
+    last = positions + first + count - 1
+    if BLOCK_T > 1:  # noqa: SIM108 - as in other kernels
+        length = tl.load(last, mask=count > 0, other=-1) + 1
+    else:
+        length = tl.load(last) + 1
     p = tl.arange(0, ROPE)
     # KV splits take blocks in rotation, so that the place of the first one does not depend on the length.
     STEP: tl.constexpr = SLICES * BLOCK_S

@@ -24,7 +24,8 @@ from moe_worker.kernels.triton.tiles import add_dot_bf16, dot_bf16, int8_scale, 
 class Contexts(NamedTuple):
     """Contexts of a pass, and its tokens in tiles of BLOCK_T.
 
-    rows_C: int64, rows of the cache. first_B: int32, where in C a sequence's context begins.
+    rows_C: int64, rows of the cache. first_B: int32, where in C a sequence's context begins, and behind the
+    last one where they all end.
     """
 
     rows_C: Tensor
@@ -90,7 +91,7 @@ def _attend_expanded(
     mask_t = t < count
     token_t = (first + t).to(tl.int64)
     position_t = tl.load(positions + token_t, mask=mask_t, other=0)
-    length = tl.load(positions + first + count - 1) + 1
+    length = tl.load(positions + first + count - 1, mask=count > 0, other=-1) + 1
     own = query + token_t[:, None] * query_stride + head * (PLAIN + ROPE)
     q_plain = tl.load(own + n[None, :], mask=mask_t[:, None], other=0.0)
     q_rope = tl.load(own + PLAIN + p[None, :], mask=mask_t[:, None], other=0.0)
@@ -145,13 +146,53 @@ BLOCK_T = 64
 TILE = ExpandedTile(64, 4, 2)
 
 
-def expand(cache_SW: Tensor, rows_C: Tensor, key_HNR: Tensor, value_HRV: Tensor) -> tuple[Tensor, Tensor]:
+@triton.jit(do_not_specialize=["page_stride", "sequences", "most", "nobody"])
+def _context_rows(
+    pages, page_stride, firsts, out, sequences, most, nobody,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sequence_c = tl.full((BLOCK,), -1, tl.int32)
+    for start in range(0, sequences, BLOCK_B):
+        b = start + tl.arange(0, BLOCK_B)
+        first_B = tl.load(firsts + b, mask=b < sequences, other=2147483647)
+        sequence_c += tl.sum((first_B[None, :] <= c[:, None]).to(tl.int32), axis=1)
+    inside_c = c < tl.load(firsts + sequences)
+    position_c = c - tl.load(firsts + sequence_c, mask=inside_c, other=0)
+    from_c = pages + sequence_c.to(tl.int64) * page_stride + position_c // PAGE
+    page_c = tl.load(from_c, mask=inside_c, other=0).to(tl.int64)
+    tl.store(out + c, tl.where(inside_c, page_c * PAGE + position_c % PAGE, nobody), mask=c < most)
+
+
+def context_rows(pages_BP: Tensor, first_B: Tensor, most: int, page: int, nobody: int) -> Tensor:
+    """Rows of the cache of all contexts, int64 [most]; behind them the row `nobody`.
+
+    first_B: see Contexts; its last entry is no sequence.
+    """
+    rows_C, block = torch.empty(most, dtype=torch.int64, device=pages_BP.device), 128
+    _context_rows[(triton.cdiv(most, block),)](
+        pages_BP, pages_BP.stride(0), first_B, rows_C, first_B.shape[0] - 1, most, nobody,
+        PAGE=page, BLOCK=block, BLOCK_B=16, num_warps=4,
+    )  # fmt: skip
+    return rows_C
+
+
+def spreads(out: Activation, heads: int, rounding: Rounding) -> bool:
+    """Whether a scale of `out` is of the values of several heads, so that another launch rounds them."""
+    return rounding is Rounding.E4M3 or out.x_TD.shape[1] // heads % out.piece != 0
+
+
+def expanding_weights(key_HNR: Tensor, value_HRV: Tensor) -> Tensor:
+    """What `expand` multiplies latents by, [O, R]; its first rows are those of `key_HNR`."""
+    return torch.cat((key_HNR.flatten(0, 1), value_HRV.transpose(1, 2).flatten(0, 1)))
+
+
+def expand(cache_SW: Tensor, rows_C: Tensor, weights_OR: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values bf16 [C, O] of the cache's rows, and these rows themselves, bf16 [C, W]."""
     # torch may index e4m3 only as bytes.
     stored_SW = cache_SW.view(torch.uint8) if cache_SW.itemsize == 1 else cache_SW
     latents_CW = stored_SW.index_select(0, rows_C).view(cache_SW.dtype).to(torch.bfloat16)
-    weights_OR = torch.cat((key_HNR.flatten(0, 1), value_HRV.transpose(1, 2).flatten(0, 1)))
-    return functional.linear(latents_CW[:, : key_HNR.shape[2]], weights_OR), latents_CW
+    return functional.linear(latents_CW[:, : weights_OR.shape[1]], weights_OR), latents_CW
 
 
 def attend_expanded(
@@ -165,8 +206,7 @@ def attend_expanded(
     rope = latents_CW.shape[1] - rank
     heads = query_TO.shape[1] // (plain + rope)
     value = expanded_CO.shape[1] // heads - plain
-    spread = rounding is Rounding.E4M3 or value % out.piece
-    rounded = Rounding.NONE if spread else rounding
+    rounded = Rounding.NONE if spreads(out, heads, rounding) else rounding
     _attend_expanded[(heads, contexts.tiles.first_C.shape[0])](
         query_TO, query_TO.stride(0), expanded_CO, latents_CW, positions_T, contexts.tiles.sequence_C,
         contexts.tiles.first_C, contexts.tiles.count_C, contexts.first_B, out.x_TD, out.q_TD, out.scales_TX,

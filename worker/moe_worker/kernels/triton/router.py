@@ -138,8 +138,8 @@ def _choose(
     tl.atomic_add(counts + ids_MK, 1, mask=counted)
 
 
-# Programs of the scores: about two for each multiprocessor of an H200. Where each took all inputs, 300 to 4,000
-# tokens took 50 us.
+# Programs of the scores: about two for each multiprocessor of an H200. Where each took all inputs, 300 to
+# 4,000 tokens took 50 us.
 PROGRAMS = 256
 
 

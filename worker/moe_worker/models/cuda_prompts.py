@@ -1,0 +1,219 @@
+"""Steps with prompts as CUDA graphs, one for each of a few sizes; smaller passes are padded.
+
+Launched kernel by kernel such a pass takes the host 25 ms, the device 1 to 20. Tokens of padding go to no
+expert, and are written to the cache's page that belongs to nobody; they read position 0 of a prompt.
+
+Legend: T tokens, B sequences, P pages of a sequence, C tiles of tokens, N tokens whose logits are wanted.
+"""
+
+import logging
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from moe_worker.kernels.likeliest import Likeliest
+from moe_worker.kernels.transfer import Staging, to_device
+from moe_worker.kernels.triton.attention import TokenTiles
+from moe_worker.kernels.triton.expanded import BLOCK_T, Contexts, context_rows
+from moe_worker.kernels.triton.greedy import best_tokens
+from moe_worker.models.batch import Batch
+from moe_worker.models.cuda import PREFILL_TOKENS, CudaModel, Rows, context_firsts, token_tiles
+from moe_worker.models.cuda_graph import DecodeGraphs
+from moe_worker.models.cuda_layer import Pass
+
+LOG = logging.getLogger(__name__)
+# Prompt tokens up to which a pass is captured: the device computes larger ones for as long as the host
+# launches them.
+MOST_PROMPT_TOKENS = 2048
+# Positions of expanded contexts in a captured pass: 0.27 GB of keys and values with 16 heads of 256 values.
+MOST_POSITIONS = 1 << 15
+# Graphs, of about 2 MB each besides the memory that they share.
+MOST_GRAPHS = 128
+
+
+class Size(NamedTuple):
+    """Of a captured pass: tokens; positions of contexts that are expanded, 0 where all queries are absorbed;
+    tokens at the front, each of a sequence of its own, whose queries are absorbed nevertheless.
+    """
+
+    tokens: int
+    positions: int = 0
+    singles: int = 0
+
+
+def token_sizes(most: int) -> list[int]:
+    """16 and its doubles up to 256, steps of 128 up to 512 and of 256 above, and `most`."""
+    sizes = {most, 16, 32, 64, 128, 256, 384, *range(512, most, 256)}
+    return sorted(size for size in sizes if size <= most)
+
+
+def positions_for(positions: int, tokens: int) -> int:
+    """A power of two, of `positions` at least, and of as many as there are tokens."""
+    return 1 << (max(positions, tokens) - 1).bit_length()
+
+
+def singles_for(singles: int, largest: int) -> int:
+    """One of few sizes up to `largest`."""
+    return next((size for size in (0, 64, 256) if singles <= size <= largest), largest)
+
+
+class PromptGraphs:
+    """Passes over the cache of `graphs`, with as many sequences as it has at most. Ask for the `size` of a
+    batch, `fill` the buffers, then `run`; logits are in `logits_BV` of `graphs`, which also ends such passes.
+
+    A graph is recorded at the start, or after the first pass of its size.
+    """
+
+    def __init__(self, model: CudaModel, graphs: DecodeGraphs, context: int, prompt_tokens: int) -> None:
+        device, cache, largest = model.device, graphs.cache, graphs.largest
+        self._model, self._ends, self._cache, self._largest = model, graphs, cache, largest
+        self.sizes = token_sizes(min(prompt_tokens, MOST_PROMPT_TOKENS) + largest)
+        most = self.sizes[-1]
+        # Rows begin at multiples of 16 bytes, as Triton's kernels expect.
+        whole = max(most, largest + 1)
+        self._inputs_6T = torch.zeros(6, whole + whole % 2, dtype=torch.int64, device=device)
+        self._layout_5C = torch.zeros(5, whole + -whole % 4, dtype=torch.int32, device=device)
+        self._inputs, self._layout = Staging(self._inputs_6T), Staging(self._layout_5C)
+        shape = largest, cache.shape.pages_for(context)
+        self._pages_BP = torch.full(shape, cache.pages, dtype=torch.int32, device=device)
+        self._nobody = cache.pages * cache.page_size
+        self._graphs: dict[Size, torch.cuda.CUDAGraph] = {}
+        self._found: dict[Size, Likeliest] = {}
+        self._newest: Likeliest | None = None
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._open = True  # to more sizes
+
+    def usual_sizes(self) -> list[Size]:
+        """Those of prompts without context, alone and with streams; the largest first."""
+        found = []
+        for tokens in self.sizes[::-1]:
+            found.append(Size(tokens))
+            if self._model.expands([tokens], [tokens]):
+                most = min(tokens, singles_for(1, self._largest))
+                found += [Size(tokens, positions_for(0, tokens), singles) for singles in (0, most)]
+        return found
+
+    @torch.inference_mode()
+    def record(self, each: Callable[[Iterable[Size]], Iterable[Size]] = lambda sizes: sizes) -> None:
+        """Compiles the kernels of the usual sizes and records their graphs, as far as memory allows.
+
+        each: wraps the sizes, for a progress bar.
+        """
+        if self._pool is None:
+            return
+        nothing = Batch.of([], self._cache)
+        for size in each(self.usual_sizes()):
+            self.fill(nothing, [], size)
+            try:
+                self.run(size)
+            except torch.OutOfMemoryError as error:
+                self._close(error)
+            if not self._open:
+                break
+
+    def size(self, batch: Batch, rows: Sequence[int]) -> Size | None:
+        """That of a pass over `batch` with logits of `rows`; None if there is no graph for it."""
+        tokens, segments, singles = len(batch.tokens), batch.segments, batch.decodes
+        if tokens > self.sizes[-1] or max(len(segments), len(rows)) > self._largest:
+            return None
+        absorbed = size = Size(self.sizes[bisect_left(self.sizes, tokens)])
+        counts, lengths = [each.size for each in segments], [each.end for each in segments]
+        if self._model.expands(counts[singles:], lengths[singles:], lengths[:singles]):
+            positions = positions_for(sum(lengths[singles:]), size.tokens)
+            size = Size(size.tokens, positions, min(size.tokens, singles_for(singles, self._largest)))
+            if positions > MOST_POSITIONS:
+                return None
+        if self._open or size in self._graphs:
+            return size
+        return absorbed if absorbed in self._graphs else None
+
+    def fill(self, batch: Batch, rows: Sequence[int], size: Size) -> None:
+        """Takes in a batch."""
+        count, sequences = len(batch.tokens), len(batch.segments)
+        tokens_T, positions_T, rows_T, wanted_N, single_positions_B, single_rows_B = self._inputs.buffer()
+        tokens_T[:count], tokens_T[count:] = batch.tokens, 0
+        positions_T[:count], positions_T[count:] = batch.positions, 0
+        rows_T[:count], rows_T[count:] = batch.rows, self._nobody
+        wanted_N[: len(rows)], wanted_N[len(rows) :] = rows, 0
+        skipped = batch.decodes if size.positions else 0
+        single_positions_B[:skipped], single_positions_B[skipped:] = batch.positions[:skipped], 0
+        single_rows_B[:skipped], single_rows_B[skipped:] = batch.rows[:skipped], self._nobody
+        self._inputs.copy()
+        for fed in batch.fed:
+            fed.copy(self._inputs_6T[0])
+        counts = [segment.size for segment in batch.segments]
+        lengths = [segment.end for segment in batch.segments]
+        tiles_3C = token_tiles([*counts, size.tokens - count], self._tile(size), skipped)
+        tiles_3C[0, tiles_3C[0] == sequences] = skipped
+        layout_5C = self._layout.buffer()
+        layout_5C[:3] = 0
+        layout_5C[:3, : tiles_3C.shape[1]] = tiles_3C
+        firsts = context_firsts(lengths, skipped)
+        layout_5C[3, : len(firsts)], layout_5C[3, len(firsts) :] = firsts, firsts[-1]
+        layout_5C[4, 0] = count
+        self._layout.copy()
+        if sequences:
+            pages_BP = to_device(torch.from_numpy(batch.pages), self._pages_BP.device)
+            self._pages_BP[:sequences, : pages_BP.shape[1]].copy_(pages_BP)
+
+    def run(self, size: Size) -> None:
+        """The pass that `fill` has taken in."""
+        graph = self._graphs.get(size)
+        if graph is not None:
+            graph.replay()
+            self._newest = self._found[size]
+            return
+        self._newest = self._step(size)
+        if self._pool is not None and self._open:
+            self._capture(size)
+
+    def likeliest(self, count: int) -> Likeliest | None:
+        """Of the first `count` rows, by the newest pass; valid until the next one."""
+        return self._newest and Likeliest(*(each_B[:count] for each_B in self._newest))
+
+    def _capture(self, size: Size) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads may use the device meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                found = self._step(size)
+        except RuntimeError as error:  # also that of a capture that ends because memory is too short
+            self._close(error)
+            return
+        self._graphs[size], self._found[size] = graph, found
+        self._open = len(self._graphs) < MOST_GRAPHS
+
+    def _close(self, error: Exception) -> None:
+        self._open = False
+        LOG.warning("steps with prompts have no more than %d graphs: %s", len(self._graphs), error)
+
+    def _tile(self, size: Size) -> int:
+        return BLOCK_T if size.positions else PREFILL_TOKENS
+
+    def _step(self, size: Size) -> Likeliest:
+        model, cache, tokens, most = self._model, self._cache, size.tokens, self._tile(size)
+        ids_T, positions_T, rows_T = (each[:tokens] for each in self._inputs_6T[:3])
+        tiles = min(tokens, tokens // most + self._largest + 1)
+        sequence_C, first_C, count_C = (each[:tiles] for each in self._layout_5C[:3])
+        rows, valid = Rows(positions_T, rows_T, self._pages_BP), self._layout_5C[4, :1]
+        cut, page = TokenTiles(sequence_C, first_C, count_C, most), cache.page_size
+        if size.positions:
+            first_B = self._layout_5C[3, : self._largest + 1]
+            rows_C = context_rows(rows.pages_BP, first_B, size.positions, page, self._nobody)
+            contexts = Contexts(rows_C, first_B, cut)
+            shared = model.expanded_pass(rows, contexts, page, valid, self._singles(size.singles))
+        else:
+            shared = model.absorbed_pass(rows, cut, page, valid)
+        x_TD, added = model.forward(ids_T, shared, cache.layers)
+        wanted_N, logits_BV = self._inputs_6T[3, : self._largest], self._ends.logits_BV
+        model.logits(x_TD[wanted_N], added.of_tokens(wanted_N, tokens), logits_BV)
+        self._ends.totals.add()
+        return Likeliest(*best_tokens(logits_BV))
+
+    def _singles(self, count: int) -> Pass | None:
+        if not count:
+            return None
+        rows = Rows(self._inputs_6T[4, :count], self._inputs_6T[5, :count], self._pages_BP[:count])
+        return self._model.decode_pass(rows, self._cache.page_size)
