@@ -137,7 +137,7 @@ def _of_large_passes(number_format: str, hardware: Hardware) -> list[KernelChoic
 
 
 def _of_sparse_weights(number_format: str, hardware: Hardware) -> list[KernelChoice]:
-    """What the Triton kernels do with 1:4 sparse weights; other kernels treat all matrices alike."""
+    """What the Triton kernels do with 1:4 sparse weights; other kernels treat all matrices the same."""
     implementation, _ = _implementation(number_format, hardware)
     if implementation != TRITON or not hardware.sparse or number_format in _DENSE:
         return []
