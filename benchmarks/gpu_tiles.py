@@ -96,6 +96,9 @@ def candidates(case: Case) -> Iterator[Tile]:
     ahead = [(3, 1), (5, 1), (2, 2), (3, 2)] if tokens <= 64 else [(3, 1), (4, 1)]
     for (n, warps), m, (stages, turn) in itertools.product([(64, 4), (128, 4), (128, 8)], rows, ahead):
         yield Tile(n, m, warps, stages, turn)
+        # So few registers that a multiprocessor holds three programs, or four.
+        if warps == 4:
+            yield Tile(n, m, warps, stages, turn, 168 if n * m > 2048 else 128)
 
 
 def random_int4(*sizes: int) -> PackedInt4:

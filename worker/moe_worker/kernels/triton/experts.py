@@ -23,8 +23,6 @@ from moe_worker.kernels.triton.tiles import (
     add_product,
     dot_group,
     store_int8_NM,
-    token_scales,
-    weight_scales,
 )
 
 
@@ -89,53 +87,7 @@ def _swiglu(gate, up):
 def _gate_up_packed(
     x, x_scale, packed, scales, rows, block_experts, out, out_scale, total,
     PER_TOKEN: tl.constexpr, INNER: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr,
-    PIECE: tl.constexpr, STRIDE: tl.constexpr, KIND: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    block = tl.program_id(1)
-    wait_for_inputs()
-    expert = tl.load(block_experts + block).to(tl.int64)
-    if expert >= 0:
-        row_M = tl.load(rows + block * BLOCK_M + tl.arange(0, BLOCK_M))
-        mask_M = row_M < total
-        token_M = row_M // PER_TOKEN
-        first = tl.program_id(0) * BLOCK_N
-        n = first + tl.arange(0, BLOCK_N)
-        weight = packed + expert * STRIDE
-        scale = scales + expert * (GROUPS * 2 * INNER)
-        EACH: tl.constexpr = 128 // PIECE
-        WIDTH: tl.constexpr = 2 * INNER
-        # Rows R of the gate and behind them those of up, in one product.
-        r = tl.arange(0, 2 * BLOCK_N)
-        row_R = first + r + tl.where(r < BLOCK_N, 0, INNER - BLOCK_N)
-        both_RM = tl.zeros((2 * BLOCK_N, BLOCK_M), tl.float32)
-        gate_N = weight_scales(scale, 0, n, WIDTH, GROUPS, 1)
-        up_N = weight_scales(scale, 0, INNER + n, WIDTH, GROUPS, 1)
-        for group in range(GROUPS):
-            next_gate_N = weight_scales(scale, group + 1, n, WIDTH, GROUPS, 1)
-            next_up_N = weight_scales(scale, group + 1, INNER + n, WIDTH, GROUPS, 1)
-            own_M = token_scales(x_scale, group, token_M, mask_M, INPUTS, PIECE, 1, KIND == "w4a8")
-            scale_R = tl.reshape(tl.permute(tl.join(gate_N[0], up_N[0]), (1, 0)), (2 * BLOCK_N,))
-            both_RM = dot_group(
-                both_RM, weight, x, group, row_R, token_M, mask_M, scale_R, own_M[0], own_M[EACH - 1],
-                WIDTH, GROUPS, INPUTS, PIECE, KIND, 1,
-            )  # fmt: skip
-            gate_N, up_N = next_gate_N, next_up_N
-        both_NM2 = tl.permute(tl.reshape(both_RM, (2, BLOCK_N, BLOCK_M)), (1, 2, 0))
-        gate_NM, up_NM = tl.split(both_NM2)
-        hidden_NM = _swiglu(gate_NM, up_NM)
-        if KIND == "w4a8":
-            store_int8_NM(hidden_NM, out, out_scale, row_M.to(tl.int64), first, mask_M, INNER, BLOCK_N)
-        else:
-            where = out + row_M[None, :].to(tl.int64) * INNER + n[:, None]
-            tl.store(where, hidden_NM.to(tl.bfloat16), mask=mask_M[None, :])
-
-
-@triton.jit(do_not_specialize=["total"])
-def _down_packed(
-    x, x_scale, packed, scales, rows, block_experts, weights, out, total,
-    OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, PIECE: tl.constexpr,
-    STRIDE: tl.constexpr, KIND: tl.constexpr, TURN: tl.constexpr,
+    PIECE: tl.constexpr, STRIDE: tl.constexpr, KIND: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(1)
@@ -144,15 +96,57 @@ def _down_packed(
     if expert >= 0:
         row_M = tl.load(rows + block * BLOCK_M + tl.arange(0, BLOCK_M))
         mask_M = row_M < total
-        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        weight = packed + expert * STRIDE
-        scale = scales + expert * (GROUPS * OUTPUTS)
+        token_M = tl.minimum(row_M, total - 1) // PER_TOKEN
+        first = tl.program_id(0) * BLOCK_N
+        n = tl.arange(0, BLOCK_N)
+        # Elements from one row of weights to the next, within a group.
+        ROW: tl.constexpr = INPUTS if KIND == "fp8" else 64
+        weight = packed + expert * STRIDE + first * ROW
+        scale = scales + expert * (GROUPS * 2 * INNER) + first
+        gate_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        up_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        # Two products of BLOCK_N rows: one of twice as many takes more registers.
+        for group in tl.range(GROUPS, num_stages=STAGES):
+            gate_NM = dot_group(
+                gate_NM, weight, scale, x, x_scale, group, n, token_M, mask_M,
+                2 * INNER, GROUPS, INPUTS, PIECE, KIND, 1,
+            )  # fmt: skip
+            up_NM = dot_group(
+                up_NM, weight + INNER * ROW, scale + INNER, x, x_scale, group, n, token_M, mask_M,
+                2 * INNER, GROUPS, INPUTS, PIECE, KIND, 1,
+            )  # fmt: skip
+        hidden_NM = _swiglu(gate_NM, up_NM)
+        if KIND == "w4a8":
+            store_int8_NM(hidden_NM, out, out_scale, row_M.to(tl.int64), first, mask_M, INNER, BLOCK_N)
+        else:
+            where = out + row_M[None, :].to(tl.int64) * INNER + first + n[:, None]
+            tl.store(where, hidden_NM.to(tl.bfloat16), mask=mask_M[None, :])
+
+
+@triton.jit(do_not_specialize=["total"])
+def _down_packed(
+    x, x_scale, packed, scales, rows, block_experts, weights, out, total,
+    OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, PIECE: tl.constexpr,
+    STRIDE: tl.constexpr, KIND: tl.constexpr, TURN: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(1)
+    wait_for_inputs()
+    expert = tl.load(block_experts + block).to(tl.int64)
+    if expert >= 0:
+        row_M = tl.load(rows + block * BLOCK_M + tl.arange(0, BLOCK_M))
+        mask_M = row_M < total
+        first = tl.program_id(0) * BLOCK_N
+        n = tl.arange(0, BLOCK_N)
+        weight = packed + expert * STRIDE + first * (INPUTS if KIND == "fp8" else 64)
+        scale = scales + expert * (GROUPS * OUTPUTS) + first
         acc_NM = add_product(
-            tl.zeros((BLOCK_N, BLOCK_M), tl.float32), weight, scale, x, x_scale, n, row_M, mask_M,
-            OUTPUTS, GROUPS, INPUTS, PIECE, KIND, TURN,
+            tl.zeros((BLOCK_N, BLOCK_M), tl.float32), weight, scale, x, x_scale, n,
+            tl.minimum(row_M, total - 1), mask_M,
+            OUTPUTS, GROUPS, INPUTS, PIECE, KIND, TURN, STAGES,
         )  # fmt: skip
         share_M = tl.load(weights + row_M, mask=mask_M, other=0.0)
-        where = out + row_M[None, :].to(tl.int64) * OUTPUTS + n[:, None]
+        where = out + row_M[None, :].to(tl.int64) * OUTPUTS + first + n[:, None]
         tl.store(where, (acc_NM * share_M[None, :]).to(tl.bfloat16), mask=mask_M[None, :])
 
 
@@ -234,7 +228,10 @@ def expert_tiles(tokens: int, kind: str | None) -> ExpertTiles:
         tile = Tile(128, 16 if tokens <= 64 else 32, 4, 3)
         narrow = tile._replace(n=64)
         if kind == "w4a8":
-            return ExpertTiles(tile, narrow if 32 < tokens <= 64 else tile)
+            # A multiprocessor holds four programs of the first product up to 16 tokens, else three; of
+            # `narrow` six, which more would divide into waves less evenly.
+            first = tile if tokens <= 16 else tile._replace(registers=160 if tokens <= 64 else 168)
+            return ExpertTiles(first, narrow._replace(registers=80) if 32 < tokens <= 64 else tile)
         return ExpertTiles(narrow, tile if tokens <= 64 else tile._replace(warps=8))
     rows = 16 if tokens <= 128 else 32 if tokens <= 512 else 64 if tokens <= 2048 else 128
     if rows < 64:
@@ -253,7 +250,7 @@ def gate_up_packed(
         x.q_TD if int8 else x.x_TD, x.scales_TX, gate_up.stored, gate_up.scales, blocks.rows,
         blocks.experts_C, hidden.q_TD if int8 else hidden.x_TD, hidden.scales_TX, rows,
         PER_TOKEN=per_token, INNER=inner, GROUPS=gate_up.groups, INPUTS=gate_up.inputs,
-        PIECE=x.piece, STRIDE=gate_up.stride, KIND=gate_up.kind,
+        PIECE=x.piece, STRIDE=gate_up.stride, KIND=gate_up.kind, STAGES=tile.stages,
         BLOCK_N=block_n, BLOCK_M=blocks.size, **tile.options,
     )  # fmt: skip
     return hidden
@@ -270,7 +267,7 @@ def down_packed(hidden: Activation, down: Packed, blocks: Blocks, weights_TK: Te
         hidden.q_TD if int8 else hidden.x_TD, hidden.scales_TX, down.stored, down.scales, blocks.rows,
         blocks.experts_C, weights_TK, out_MD, total,
         OUTPUTS=down.outputs, GROUPS=down.groups, INPUTS=down.inputs, PIECE=hidden.piece,
-        STRIDE=down.stride, KIND=down.kind, TURN=tile.turn,
+        STRIDE=down.stride, KIND=down.kind, TURN=tile.turn, STAGES=tile.stages,
         BLOCK_N=block_n, BLOCK_M=blocks.size, **tile.options, **early,
     )  # fmt: skip
     return out_MD

@@ -17,8 +17,8 @@ from moe_worker.quant.int4 import GROUP
 def _linear_packed(
     x, x_scale, packed, scales, out, tokens,
     OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, PIECE: tl.constexpr,
-    KIND: tl.constexpr, TURN: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    KIND: tl.constexpr, TURN: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(2)
     OWN: tl.constexpr = GROUPS // PARTS
@@ -33,8 +33,9 @@ def _linear_packed(
     mask_M = token_M < tokens
     wait_for_inputs()
     acc_NM = add_product(
-        tl.zeros((BLOCK_N, BLOCK_M), tl.float32), packed, scales, x, x_scale, rows_N, token_M, mask_M,
-        OUTPUTS, OWN, INPUTS, PIECE, KIND, TURN,
+        tl.zeros((BLOCK_N, BLOCK_M), tl.float32), packed, scales, x, x_scale, rows_N,
+        tl.minimum(token_M, tokens - 1), mask_M,
+        OUTPUTS, OWN, INPUTS, PIECE, KIND, TURN, STAGES,
     )  # fmt: skip
     where = out + (token_M[None, :].to(tl.int64) * PARTS + part) * OUTPUTS + n[:, None]
     tl.store(where, acc_NM.to(out.dtype.element_ty), mask=mask_M[None, :] & (n < OUTPUTS)[:, None])
@@ -46,7 +47,7 @@ def linear_tile(tokens: int, outputs: int, kind: str = "w4a8") -> Tile:
         if tokens <= 64:
             return Tile(64, 16, 4, 3) if tokens <= 16 else Tile(128, 32 if tokens <= 32 else 64, 4, 3)
         return Tile(64, 128, 4, 3)
-    if tokens > 512 or (kind == "w4a8" and tokens > 128 and outputs > 3072):
+    if tokens > 512 or (kind == "w4a8" and tokens > 256 and outputs > 3072):
         return Tile(64, 128, 4, 3)
     if tokens <= 16:
         return Tile(32, 16, 2, 3, 4)
@@ -76,6 +77,6 @@ def linear_packed(x: Activation, weight: Packed, out_TO: Tensor, parts: int = 1)
     _linear_packed[grid](
         x.q_TD if weight.int8 else x.x_TD, x.scales_TX, weight.stored, weight.scales, out_TO, tokens,
         OUTPUTS=weight.outputs, GROUPS=weight.groups, INPUTS=weight.inputs, PIECE=x.piece,
-        KIND=weight.kind, TURN=min(tile.turn, weight.groups // parts), PARTS=parts,
+        KIND=weight.kind, TURN=min(tile.turn, weight.groups // parts), STAGES=tile.stages, PARTS=parts,
         BLOCK_N=tile.n, BLOCK_M=tile.m, **tile.options,
     )  # fmt: skip

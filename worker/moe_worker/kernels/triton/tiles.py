@@ -115,7 +115,7 @@ def pack_values(values: Tensor, scales: Tensor, inputs: int, int8: bool = True) 
 
 class Tile(NamedTuple):
     """How a product is cut: outputs and rows of one program, its warps, iterations of its loop that are
-    loaded ahead, and groups of inputs in an iteration.
+    loaded ahead, and groups of inputs in an iteration. registers: the most of a thread; 0: as compiled.
 
     The choices for each product were measured by benchmarks/gpu_tiles.py on Hopper GPUs.
     """
@@ -125,11 +125,13 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     turn: int = 1
+    registers: int = 0
 
     @property
     def options(self) -> dict[str, int]:
         """Those of a launch."""
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options | {"maxnreg": self.registers} if self.registers else options
 
 
 @triton.jit
@@ -276,53 +278,19 @@ def add_dot_bf16(acc_MN, a_MK, b_KN):
 
 
 @triton.jit
-def weight_scales(base, group, rows_N, OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, TURN: tl.constexpr):
-    """The scales [N] of TURN groups; zeros behind the last group.
-
-    Kernels load those of the next iteration before the products of this one: Triton pipelines only what a
-    product reads, and an iteration that waits for memory takes longer than its products. The scales of
-    tokens are in the cache, and two sets of them would take registers.
-    """
-    scales = ()
-    for i in tl.static_range(TURN):
-        inside_N = rows_N * 0 + (group + i) < GROUPS
-        own_N = tl.load(base + (group + i) * OUTPUTS + rows_N, mask=inside_N, other=0.0)
-        scales = scales + (own_N,)  # type: ignore[assignment]  # noqa: RUF005
-    return scales
-
-
-@triton.jit
-def token_scales(
-    base, group, token_M, mask_M, INPUTS: tl.constexpr, PIECE: tl.constexpr, TURN: tl.constexpr,
-    INT8: tl.constexpr,
-):  # fmt: skip
-    """The scales [M] of TURN groups of int8 activations, PIECE inputs each; of others their masks."""
-    scales = ()
-    for i in tl.static_range(TURN * (128 // PIECE)):
-        piece = group * (128 // PIECE) + i
-        own_M, inside_M = mask_M, mask_M
-        if INPUTS // PIECE % (TURN * (128 // PIECE)) != 0:
-            inside_M = mask_M & (piece < INPUTS // PIECE)
-        if INT8:
-            own_M = tl.load(base + token_M * (INPUTS // PIECE) + piece, mask=inside_M, other=0.0)
-        scales = scales + (own_M,)  # type: ignore[assignment]  # noqa: RUF005
-    return scales
-
-
-@triton.jit
 def dot_int4_group(
-    acc_NM, packed_base, x_base, group, rows_N, token_M, mask_M, scale_N, scale_M, second_M,
+    acc_NM, packed_base, x_base, x_scale_base, group, at, rows_N, token_M, mask_M, scale_N,
     OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, PIECE: tl.constexpr,
     INT8: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     """Adds the products of one group of 128 inputs; x has INPUTS columns, of int8 or bf16.
 
-    Weights stand as the left operand, so that few tokens still fill the tensor cores' wide side. scale_M and
-    second_M: of both halves of the group, where int8 activations have scales for 64 inputs.
+    Weights stand as the left operand, so that few tokens still fill the tensor cores' wide side.
     """
     j, k = tl.arange(0, 64), tl.arange(0, 128)
-    where_Nj = packed_base + (group * OUTPUTS + rows_N)[:, None] * 64 + j[None, :]
-    x_M = x_base + token_M[None, :] * INPUTS + group * 128
+    # What an iteration adds to an address is a scalar, and the rest is the same in all: fewer instructions.
+    where_Nj = packed_base + group * (OUTPUTS * 64) + (rows_N[:, None] * 64 + j[None, :])
+    x = x_base + group * 128
     if GROUPS % TURN == 0:
         packed = tl.load(where_Nj)
     else:
@@ -333,8 +301,13 @@ def dot_int4_group(
         mask_high_M = mask_M
         if INPUTS % 128 != 0:
             mask_high_M = mask_M & (group * 128 + 64 < INPUTS)
-        low_jM = tl.load(x_M + j[:, None], mask=mask_M[None, :], other=0)
-        high_jM = tl.load(x_M + 64 + j[:, None], mask=mask_high_M[None, :], other=0)
+        low_jM = tl.load(x + (token_M[None, :] * INPUTS + j[:, None]), mask=mask_M[None, :], other=0)
+        high_jM = tl.load(
+            x + 64 + (token_M[None, :] * INPUTS + j[:, None]), mask=mask_high_M[None, :], other=0
+        )
+        x_scale = x_scale_base + token_M * (INPUTS // 64)
+        scale_M = tl.load(x_scale + at * 2)
+        second_M = tl.load(x_scale + tl.minimum(at * 2 + 1, INPUTS // 64 - 1))
         low = tl.dot(unpack_low(packed), low_jM, out_dtype=tl.int32)
         high = tl.dot(unpack_high(packed), high_jM, out_dtype=tl.int32)
         sums = low.to(tl.float32) * scale_M[None, :] + high.to(tl.float32) * second_M[None, :]
@@ -345,8 +318,9 @@ def dot_int4_group(
         mask_kM = mask_M[None, :]
         if INPUTS % 128 != 0:
             mask_kM = mask_kM & (group * 128 + k < INPUTS)[:, None]
-        x_kM = tl.load(x_M + k[:, None], mask=mask_kM, other=0)
+        x_kM = tl.load(x + (token_M[None, :] * INPUTS + k[:, None]), mask=mask_kM, other=0)
         if INT8:
+            scale_M = tl.load(x_scale_base + at + token_M * (INPUTS // 128))
             weight_Nk = _halves(unpack_low(packed), unpack_high(packed))
             sums = tl.dot(weight_Nk, x_kM, out_dtype=tl.int32).to(tl.float32)
             acc_NM += sums * ((scale_N * 0.0625)[:, None] * scale_M[None, :])
@@ -379,21 +353,24 @@ def dot_fp8_group(
 
 @triton.jit
 def dot_group(
-    acc_NM, weight_base, x_base, group, rows_N, token_M, mask_M, scale_N, scale_M, second_M,
+    acc_NM, weight_base, scale_base, x_base, x_scale_base, group, rows_N, token_M, mask_M,
     OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, PIECE: tl.constexpr,
     KIND: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     """Adds the products of one group of 128 inputs; x has INPUTS columns, of int8 or bf16.
 
-    Groups behind the last, which an iteration of TURN groups may reach, add nothing.
+    Groups behind the last, which an iteration of TURN groups may reach, add nothing. All tokens must exist,
+    also those that mask_M leaves out: a mask on the loads of scales would take instructions each time.
     """
+    at = group if GROUPS % TURN == 0 else tl.minimum(group, GROUPS - 1)
+    scale_N = tl.load(scale_base + at * OUTPUTS + rows_N)
     if KIND == "fp8":
         acc_NM = dot_fp8_group(
             acc_NM, weight_base, x_base, group, rows_N, token_M, mask_M, scale_N, GROUPS, INPUTS, TURN
         )
     else:
         acc_NM = dot_int4_group(
-            acc_NM, weight_base, x_base, group, rows_N, token_M, mask_M, scale_N, scale_M, second_M,
+            acc_NM, weight_base, x_base, x_scale_base, group, at, rows_N, token_M, mask_M, scale_N,
             OUTPUTS, GROUPS, INPUTS, PIECE, KIND == "w4a8", TURN,
         )  # fmt: skip
     return acc_NM
@@ -403,21 +380,18 @@ def dot_group(
 def add_product(
     acc_NM, weight_base, scale_base, x_base, x_scale_base, rows_N, token_M, mask_M,
     OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, PIECE: tl.constexpr,
-    KIND: tl.constexpr, TURN: tl.constexpr,
+    KIND: tl.constexpr, TURN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """acc + the products of all groups, TURN of them in an iteration."""
-    EACH: tl.constexpr = 128 // PIECE
-    INT8: tl.constexpr = KIND == "w4a8"
-    own_N = weight_scales(scale_base, 0, rows_N, OUTPUTS, GROUPS, TURN)
-    for group in range(0, GROUPS, TURN):
-        next_N = weight_scales(scale_base, group + TURN, rows_N, OUTPUTS, GROUPS, TURN)
-        own_M = token_scales(x_scale_base, group, token_M, mask_M, INPUTS, PIECE, TURN, INT8)
+    """acc + the products of all groups, TURN of them in an iteration.
+
+    A loop that names its number of stages pipelines scales, too, and not only what a product reads.
+    """
+    for group in tl.range(0, GROUPS, TURN, num_stages=STAGES):
         for i in tl.static_range(TURN):
             acc_NM = dot_group(
-                acc_NM, weight_base, x_base, group + i, rows_N, token_M, mask_M, own_N[i], own_M[i * EACH],
-                own_M[i * EACH + EACH - 1], OUTPUTS, GROUPS, INPUTS, PIECE, KIND, TURN,
+                acc_NM, weight_base, scale_base, x_base, x_scale_base, group + i, rows_N, token_M, mask_M,
+                OUTPUTS, GROUPS, INPUTS, PIECE, KIND, TURN,
             )  # fmt: skip
-        own_N = next_N
     return acc_NM
 
 
@@ -427,7 +401,8 @@ def store_int8_NM(
 ):
     """Rounds [ROWS, M] to int8, with one scale for each of the M, and stores them at row_M."""
     scale_M = int8_scale(values_NM, 0)
-    q_NM = round_even(values_NM / scale_M[None, :]).to(tl.int8)
+    # The low byte of the float 1.5 * 2**23 + q is q: two instructions for a value, division takes nine.
+    q_NM = (values_NM * (1.0 / scale_M)[None, :] + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
     n = first + tl.arange(0, ROWS)
     tl.store(q_base + row_M[None, :] * WIDTH + n[:, None], q_NM, mask=mask_M[None, :])
     tl.store(scale_base + row_M * (WIDTH // ROWS) + first // ROWS, scale_M, mask=mask_M)
