@@ -160,7 +160,10 @@ def test_passes_have_few_sizes_and_none_where_they_are_large():
     prompts = PromptGraphs(graphs._model, graphs, 96, 16_384)
     assert prompts.sizes[-1] == 2048 + 9
     assert all(b <= 2 * a for a, b in itertools.pairwise(prompts.sizes))
-    assert len(set(prompts.usual_sizes())) == len(prompts.usual_sizes()) <= 40
+    assert all(b <= 2 * a for a, b in itertools.pairwise(prompts.sizes))
+    long = PromptGraphs(graphs._model, graphs, 100_000, 16_384)
+    for each, most in ((prompts, 40), (long, 70)):
+        assert len(set(each.usual_sizes())) == len(each.usual_sizes()) <= most
     few, many = Batch.of([segment([7] * 20, 3, 1)], CACHE), Batch.of([segment([7], 3, 1)] * 10, CACHE)
     assert prompts.size(few, [19]) is not None
     assert prompts.size(few, range(10)) is prompts.size(many, [0]) is None
@@ -168,8 +171,11 @@ def test_passes_have_few_sizes_and_none_where_they_are_large():
     prompts._close(torch.OutOfMemoryError("too little"))
     assert prompts.size(few, [19]) is None
     long = Batch.of([segment([7] * 300, 3, 1)._replace(pages=range(40))], CACHE)
-    prompts._graphs[Size(384)] = None
-    assert prompts.size(long, [299]) == Size(384)  # without a graph for expanded contexts
+    for recorded in (Size(384), Size(384, 2048, 9), Size(384, 2048), Size(512, 512), Size(384, 4096)):
+        prompts._graphs[recorded] = None
+    assert prompts.size(long, [299]) == Size(384, 2048)  # the cheapest that has room
+    del prompts._graphs[Size(384, 2048)], prompts._graphs[Size(384, 2048, 9)]
+    assert prompts.size(long, [299]) == Size(384)  # without a graph for expanded contexts of this size
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -29,8 +29,12 @@ LOG = logging.getLogger(__name__)
 MOST_PROMPT_TOKENS = 2048
 # Positions of expanded contexts in a captured pass: 0.27 GB of keys and values with 16 heads of 256 values.
 MOST_POSITIONS = 1 << 15
-# Graphs, of about 2 MB each besides the memory that they share.
+# Graphs, of about 3 MB each besides the memory that they share.
 MOST_GRAPHS = 128
+# Contexts up to which graphs are recorded at the start; how many times as many positions as are needed a
+# graph may expand before one of its own is recorded, which takes 50 ms.
+USUAL_CONTEXT = 4096
+MOST_SPARE = 4
 
 
 class Size(NamedTuple):
@@ -59,16 +63,23 @@ def singles_for(singles: int, largest: int) -> int:
     return next((size for size in (0, 64, 256) if singles <= size <= largest), largest)
 
 
+def _covers(graph: Size, wanted: Size) -> bool:
+    tokens, positions, singles = wanted
+    spare = positions <= graph.positions <= positions * MOST_SPARE
+    return graph.tokens == tokens and spare and singles <= graph.singles
+
+
 class PromptGraphs:
     """Passes over the cache of `graphs`, with as many sequences as it has at most. Ask for the `size` of a
     batch, `fill` the buffers, then `run`; logits are in `logits_BV` of `graphs`, which also ends such passes.
 
-    A graph is recorded at the start, or after the first pass of its size.
+    A graph is recorded at the start, or after the first pass that no recorded one fits.
     """
 
     def __init__(self, model: CudaModel, graphs: DecodeGraphs, context: int, prompt_tokens: int) -> None:
         device, cache, largest = model.device, graphs.cache, graphs.largest
         self._model, self._ends, self._cache, self._largest = model, graphs, cache, largest
+        self._context = context
         self.sizes = token_sizes(min(prompt_tokens, MOST_PROMPT_TOKENS) + largest)
         most = self.sizes[-1]
         # Rows begin at multiples of 16 bytes, as Triton's kernels expect.
@@ -86,14 +97,16 @@ class PromptGraphs:
         self._open = True  # to more sizes
 
     def usual_sizes(self) -> list[Size]:
-        """Those of prompts without context, alone and with streams; the largest first."""
-        found = []
+        """Those of prompts without and with much context, alone and with streams; the largest first."""
+        found: dict[Size, None] = {}
         for tokens in self.sizes[::-1]:
-            found.append(Size(tokens))
-            if self._model.expands([tokens], [tokens]):
-                most = min(tokens, singles_for(1, self._largest))
-                found += [Size(tokens, positions_for(0, tokens), singles) for singles in (0, most)]
-        return found
+            found[Size(tokens)] = None
+            most = min(tokens, singles_for(1, self._largest))
+            for context in (max(tokens, min(USUAL_CONTEXT, self._context)), tokens):
+                if self._model.expands([tokens], [context]):
+                    positions = positions_for(context, tokens)
+                    found |= dict.fromkeys((Size(tokens, positions, most), Size(tokens, positions)))
+        return list(found)
 
     @torch.inference_mode()
     def record(self, each: Callable[[Iterable[Size]], Iterable[Size]] = lambda sizes: sizes) -> None:
@@ -125,8 +138,9 @@ class PromptGraphs:
             size = Size(size.tokens, positions, min(size.tokens, singles_for(singles, self._largest)))
             if positions > MOST_POSITIONS:
                 return None
-        if self._open or size in self._graphs:
-            return size
+        fits = [each for each in self._graphs if _covers(each, size)]
+        if fits or self._open:
+            return min(fits, default=size)
         return absorbed if absorbed in self._graphs else None
 
     def fill(self, batch: Batch, rows: Sequence[int], size: Size) -> None:
