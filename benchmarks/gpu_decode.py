@@ -6,8 +6,8 @@
 Needs torch, triton, numpy, safetensors, tokenizers and tqdm; with nvidia-ml-py it reports tokens per joule of
 the whole card, too. Weights are random, so only speed is compared. A
 figure is that of the whole engine (scheduler, model and sampling); `graph only` is the device's part of it.
-The baseline is vLLM 0.26 in the same format (w4a8: its bf16), measured on one H200 with prompts that differ;
-on another card the ratio says little.
+The baseline is vLLM 0.26 in the same format (its bf16 for w4a8, and for s14, which is w4a8 with 1:4 sparse
+layers), measured on one H200 with prompts that differ; on another card the ratio says little.
 """
 
 import argparse
@@ -45,12 +45,12 @@ BASELINES = {
     "fp8": {1: 315.2, 16: 2_712, 64: 8_776, 256: 23_477, 0: 118_000},
     "w4a16": {1: 256.0, 16: 2_719, 64: 8_679, 0: 63_000},
 }
-BASELINE_OF = {"bf16": "bf16", "fp8": "fp8", "w4a16": "w4a16", "w4a8": "bf16"}
+BASELINE_OF = {"bf16": "bf16", "fp8": "fp8", "w4a16": "w4a16", "w4a8": "bf16", "s14": "bf16"}
 PAGE = 16
 CONTEXT = 512
 PREFILL_SEQUENCES = 64
 KV_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
-FORMATS = {"bf16": "dense", "fp8": "fp8", "w4a16": "w4a16", "w4a8": "w4a8"}
+FORMATS = {"bf16": "dense", "fp8": "fp8", "w4a16": "w4a16", "w4a8": "w4a8", "s14": "s14"}
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.quant.fp8 import E4M3, from_blocks
 from moe_worker.quant.int4 import Int4Weight
 from moe_worker.quant.matrix import Dense, Matrix
+from moe_worker.quant.sparse14 import Sparse14Weight
 
 # DeepSeek-V2-Lite with DeepSeek-V3's router: 15.7 billion parameters, about 2.4 billion active.
 LARGE: dict[str, Any] = {
@@ -49,8 +50,8 @@ NO_TEXT = cast("Tokenizer", NoText())
 class RandomSource:
     """Weights as large as trained ones, the same for the same seed and device, whatever the dtype.
 
-    number_format: "dense", "fp8", "w4a16" or "w4a8". Packed weights are drawn as they are, since rounding
-    billions of weights takes minutes.
+    number_format: "dense", "fp8", "w4a16", "w4a8" or "s14" (as w4a8, layers 1:4 sparse). Packed weights
+    are drawn as they are, since rounding billions of weights takes minutes.
     """
 
     device: torch.device
@@ -62,7 +63,7 @@ class RandomSource:
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator(self.device).manual_seed(self.seed)
-        self.round_tokens = self.number_format == "w4a8"
+        self.round_tokens = self.number_format in ("w4a8", "s14")
 
     def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         values = torch.randn(shape, generator=self.generator, device=self.device, dtype=torch.bfloat16)
@@ -84,11 +85,18 @@ class RandomSource:
                 torch.rand(-(-outputs // 128), -(-inputs // 128), generator=generator, device=device) + 0.5
             )
             return from_blocks(bits, spread * inputs**-0.5, (128, 128))
+        sparse = self.number_format == "s14" and "layers." in name
+        if sparse:
+            size = (outputs, inputs // 4)
         # From -7 to 7: with -8 the mean would not be zero, and all hidden states and routes would become
         # similar.
         values = torch.randint(1, 16, size, dtype=torch.uint8, generator=generator, device=device)
         packed = values[:, 0::2] | values[:, 1::2] << 4
         spread = torch.rand(outputs, -(-inputs // 128), generator=generator, device=device) + 0.5
+        if sparse:
+            places = (outputs, -(-inputs // 16))
+            positions = torch.randint(0, 256, places, dtype=torch.uint8, generator=generator, device=device)
+            return Sparse14Weight(packed, positions, spread * (inputs / 4) ** -0.5 / 4.6, inputs)
         return Int4Weight(packed, spread * inputs**-0.5 / 4.6, None, inputs)
 
 

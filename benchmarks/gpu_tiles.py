@@ -1,7 +1,7 @@
 """Times tilings of the int4 products of a model on this GPU; the tiling that the kernels select is first.
 
     PYTHONPATH=worker:protos:. python -m benchmarks.gpu_tiles [--tokens 1 16 64 256] [--cases input down ...]
-        [--top 4] [--layer] [--few] [--attention] [--wide]
+        [--top 4] [--layer] [--few] [--sparse] [--attention] [--wide]
 
 The products are those of one layer of the shape in benchmarks/gpu_random.py, in W4A8, and its attention by KV
 splits. Several processes compile the kernels first. A time is that of one launch among 20 in a CUDA graph,
@@ -36,7 +36,7 @@ from moe_worker.kernels.triton.experts import (
 from moe_worker.kernels.triton.latent import write_latents
 from moe_worker.kernels.triton.linear import linear_packed, linear_tile
 from moe_worker.kernels.triton.norm import Activation, Added, Rounding, round_values
-from moe_worker.kernels.triton.tiles import PackedInt4, Tile
+from moe_worker.kernels.triton.tiles import Packed, PackedInt4, PackedSparse14, Tile
 from moe_worker.kernels.triton.wide import experts_wide, widen
 from moe_worker.models.cuda import Rows
 from moe_worker.models.cuda_build import prepare
@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 64, 256])
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES)
     parser.add_argument("--few", action="store_true", help="kernels without tensor cores and the others")
+    parser.add_argument("--sparse", action="store_true", help="experts with 1:4 sparse weights, too")
     parser.add_argument("--wide", action="store_true", help="experts over dequantized weights, too")
     parser.add_argument("--layer", action="store_true", help="each kernel of a layer")
     parser.add_argument("--attention", action="store_true", help="attention by its number of KV splits")
@@ -78,6 +79,8 @@ def main() -> None:
         report_few(tokens)
     for tokens in args.tokens if args.attention else ():
         report_attention(tokens)
+    for tokens in args.tokens if args.sparse else ():
+        report_sparse(tokens)
     for tokens in args.tokens if args.wide else ():
         report_wide(tokens)
 
@@ -106,6 +109,14 @@ def random_int4(*sizes: int) -> PackedInt4:
     groups = inputs // 128
     packed = torch.randint(0, 256, (*leading, groups, outputs, 64), dtype=torch.uint8, device="cuda")
     return PackedInt4(packed, torch.rand(*leading, groups, outputs, device="cuda") * 0.01, inputs)
+
+
+def random_sparse14(*sizes: int) -> PackedSparse14:
+    *leading, outputs, inputs = sizes
+    groups = inputs // 128
+    pairs = (*leading, -(-groups // 2), 3, outputs, 16)
+    packed = torch.randint(0, 256, pairs, dtype=torch.uint8, device="cuda")
+    return PackedSparse14(packed, torch.rand(*leading, groups, outputs, device="cuda") * 0.01, inputs)
 
 
 def activation(tokens: int, width: int) -> Activation:
@@ -148,20 +159,23 @@ def make_linear(name: str, tokens: int, copies: int) -> Launch:
     return product
 
 
-def make_experts(name: str, tokens: int, copies: int) -> Launch:
+def make_experts(
+    name: str, tokens: int, copies: int, draw: Callable[..., Packed] = random_int4
+) -> Launch:  # fmt: skip
     sizes = (EXPERTS, 2 * INNER, HIDDEN) if name == "gate_up" else (EXPERTS, HIDDEN, INNER)
-    weights = itertools.cycle([random_int4(*sizes) for _ in range(copies)])
+    drawn = [draw(*sizes) for _ in range(copies)]
+    weights, kind = itertools.cycle(drawn), drawn[0].kind
     x, (chosen, shares, counts) = activation(tokens, HIDDEN), chosen_experts(tokens)
     hidden, sorted_blocks = activation(tokens * PER_TOKEN, INNER), dict[int, Blocks]()
 
     def experts(tile: Tile | None) -> None:
         if tile is None:
-            tile = getattr(expert_tiles(tokens, kind="w4a8"), name)
+            tile = getattr(expert_tiles(tokens, kind), name)
         if tile.m not in sorted_blocks:
             sorted_blocks[tile.m] = sort_by_expert(chosen, counts, tile.m)
         blocks = sorted_blocks[tile.m]
         if name == "gate_up":
-            gate_up_packed(x, next(weights), blocks, tokens * PER_TOKEN, PER_TOKEN, tile)
+            gate_up_packed(x, next(weights), blocks, tokens * PER_TOKEN, PER_TOKEN, tile, kind)
         else:
             down_packed(hidden, next(weights), blocks, shares, tile)
 
@@ -208,6 +222,18 @@ def report(case: Case, top: int) -> None:
     best = sorted(found[1:])[:top]
     text = "  ".join(f"{each:7.1f} {tile}" for each, tile in (found[0], *best))
     print(f"{case[0]:8} {case[1]:5} tokens us: {text}", flush=True)
+
+
+def report_sparse(tokens: int) -> None:
+    """Products of experts, dense and 1:4 sparse; of these more sets, so that no cache holds them."""
+    for name in ("gate_up", "down"):
+        dense, sparse = make_experts(name, tokens, 5), make_experts(name, tokens, 12, random_sparse14)
+        launches = LAUNCHES if tokens <= 1024 else 4
+        times = [microseconds(partial(work, None), launches) for work in (dense, sparse)]
+        print(
+            f"{name:8} {tokens:5} tokens us: dense {times[0]:.1f}  1:4 {times[1]:.1f}"
+            f"  {times[0] / times[1]:.2f} times as fast", flush=True,
+        )  # fmt: skip
 
 
 def report_few(tokens: int) -> None:

@@ -17,6 +17,7 @@ from moe_worker.config.engine import EngineOptions
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.loading import LoadedModel
 from moe_worker.engine.requests import Request
+from moe_worker.kernels.triton.tiles import PackedSparse14
 from moe_worker.kvcache.paged import CacheShape, PagedCache
 from moe_worker.models import cuda
 from moe_worker.models.batch import Batch, Segment
@@ -101,6 +102,18 @@ def test_logits_are_those_of_the_plain_model(values, number_format):
     both, tokens = Both(values, number_format), tokens_of(40, seed=1)
     actual = both.kernels([Segment(tokens, 0, [5, 9, 2])], rows=range(40))
     assert difference(actual, both.exact(tokens)) < TOLERANCE[number_format]
+
+
+@pytest.mark.parametrize("products", [Products.GROUPS, Products.DENSE_GROUPS, Products.BF16])
+def test_logits_of_sparse_layers_are_those_of_the_plain_model(products, monkeypatch):
+    monkeypatch.setattr(cuda, "DENSE_TOKENS", 1 if products is Products.DENSE_GROUPS else 8192)
+    monkeypatch.setattr(cuda, "WIDE_TOKENS_PACKED", 1 if products is Products.BF16 else 8192)
+    both, tokens = Both(FEW_LAYERS | {"hidden_size": 256}, "s14"), tokens_of(20, seed=1)
+    both.runner._model = replace(both.runner._model, e4m3=False)
+    assert all(isinstance(layer.gate_up, PackedSparse14) for layer in both.runner._model.layers)
+    assert both.runner._model.products(20) is products
+    actual = both.kernels([Segment(tokens, 0, [5, 9])], rows=range(20))
+    assert difference(actual, both.exact(tokens)) < TOLERANCE["w4a8"]
 
 
 def test_scores_over_a_cache_in_fp8_stay_alike():

@@ -21,25 +21,28 @@ from moe_worker.kernels.triton import (
     expanded,
     experts,
     few,
+    few_sparse14,
     greedy,
     latent,
     linear,
     norm,
     router,
+    sparse14,
     tiles,
     wide,
 )
 from moe_worker.models import cuda
-from moe_worker.models.cuda_build import pack_fp8, pack_int4, split_dense
+from moe_worker.models.cuda_build import pack_fp8, pack_int4, pack_sparse, split_dense
 from moe_worker.moe.router import choose
 from moe_worker.quant.fp8 import E4M3, Fp8Weight, quantize_fp8
 from moe_worker.quant.int4 import quantize_int4
 from moe_worker.quant.int8 import piece_of
 from moe_worker.quant.matrix import Dense, stack
+from tests.compress.sparse import random_sparse
 from tests.gpu.device import BF16, DEVICE, INTERPRETED, multiply_in_e4m3, needs_device
 
 pytestmark = needs_device
-NONE, INT8, EMULATED, IN_E4M3 = norm.Rounding
+NONE, INT8, EMULATED, IN_E4M3, BY_POSITION = norm.Rounding
 # The error of values in e4m3, which keep 4 bits: 1/16 at most, less in the root mean square.
 FP8 = 0.035
 ROUNDED = {NONE: 0.01, INT8: 0.015, EMULATED: 0.015, IN_E4M3: FP8}
@@ -118,6 +121,28 @@ def test_emulated_rounding_is_that_of_int8():
     for out, rounding in zip(outs, (INT8, EMULATED), strict=True):
         norm.residual_norm(x, None, ones, 1e-6, out, rounding)
     assert difference(outs[1].x_TD, rounded_side(outs[0])) < BF16
+
+
+def sparse(*sizes, seed=0):
+    return random_sparse(*sizes, group=128, seed=seed).map(lambda tensor: tensor.to(DEVICE))
+
+
+@pytest.mark.parametrize("inputs", [128, 256, 384])
+def test_packed_sparse_weights_with_zeros_are_the_dense_ones(inputs):
+    weight = sparse(3, 70, inputs, seed=int(torch.randint(1000, ())))
+    spread, dense = sparse14.to_int4(pack_sparse(weight)), pack_int4(weight.to_int4(), int8=True)
+    assert torch.equal(spread.packed, dense.packed)
+    assert torch.equal(spread.scales, dense.scales)
+
+
+def test_values_for_sparse_weights_are_those_for_dense_ones_in_their_order():
+    x, ones = randn(5, 384), torch.ones(384, device=DEVICE, dtype=torch.bfloat16)
+    outs = poisoned(5, 384), poisoned(5, 384)
+    for out, rounding in zip(outs, (INT8, BY_POSITION), strict=True):
+        norm.residual_norm(x, None, ones, 1e-6, out, rounding)
+    quads = outs[0].q_TD.unflatten(1, (-1, 16, 4))
+    assert torch.equal(outs[1].q_TD, quads.transpose(2, 3).flatten(1))
+    assert torch.equal(outs[1].scales_TX, outs[0].scales_TX)
 
 
 def test_packed_weights_are_the_rounded_ones():
@@ -279,14 +304,14 @@ def test_attention_over_pages_and_the_merge_of_slices(slices, counts, heads, pag
         shares = (query[t].double() @ rows.t() * 0.1).softmax(-1)
         expected.append(torch.einsum("hr,hrv->hv", shares @ rows[:, :rank], weight.double()).flatten())
     expected = torch.stack(expected)
-    for rounding in norm.Rounding:
+    for rounding in ROUNDED:
         out = poisoned(tokens, heads * value, piece_of(value), rounding)
         attention.merge_values(parts, lse, weight, out, rounding)
         actual = rounded_side(out) if rounding is INT8 else out.x_TD
         assert difference(actual, expected) < (0.01 if rounding is NONE else 0.015) + BF16
 
 
-@pytest.mark.parametrize("rounding", norm.Rounding)
+@pytest.mark.parametrize("rounding", ROUNDED)
 @pytest.mark.parametrize("tokens", [2, 9])
 def test_values_of_a_head_that_are_no_whole_pieces_are_padded_and_rounded_over_heads(tokens, rounding):
     heads, value, padded, rank, slices = 4, 48, 64, 64, 2
@@ -351,7 +376,7 @@ def expanded_attention(cache, query, weights, counts, ends, page, rounding=NONE)
 
 
 @pytest.mark.parametrize(("heads", "value"), [(3, 64), (3, 192), (4, 48)])
-@pytest.mark.parametrize("rounding", norm.Rounding)
+@pytest.mark.parametrize("rounding", ROUNDED)
 def test_attention_over_expanded_contexts(heads, value, rounding):
     plain, rope, rank, page, counts, ends = 32, 16, 64, 8, [37, 1, 20], [37, 70, 96]
     cache, query = randn(3 * 96, rank + rope), randn(sum(counts), heads * (plain + rope) + 8)[:, 8:]
@@ -513,6 +538,27 @@ def plain_experts(x_TD, gate_up_AFD, down_ADI, chosen_TK, shares_TK):
     return out
 
 
+@pytest.mark.parametrize(("tokens", "width", "inner"), [(1, 384, 128), (40, 128, 384), (100, 256, 128)])
+@pytest.mark.parametrize("both", [True, False])
+def test_sparse_experts_are_the_dense_ones(tokens, width, inner, both):
+    """both: gate and up are sparse, too, and not only down."""
+    count, per_token, values = 4, 2, randn(tokens, width)
+    gate_up, down = sparse(count, 2 * inner, width), sparse(count, width, inner, seed=1)
+    dense = [pack_int4(each.to_int4(), int8=True) for each in (gate_up, down)]
+    chosen = torch.rand(tokens, count, device=DEVICE).topk(per_token).indices.int()
+    shares = torch.rand(tokens, per_token, device=DEVICE)
+    counts = chosen.flatten().bincount(minlength=count).int()
+    weights = [pack_sparse(gate_up) if both else dense[0], pack_sparse(down)]
+
+    def rows(x, gate_up, down):
+        cut = experts.expert_tiles(tokens, gate_up.kind)
+        blocks = experts.sort_by_expert(chosen, counts, cut.rows)
+        return experts.experts_packed(x, gate_up, down, blocks, shares, cut)
+
+    actual = rows(quantized(values, BY_POSITION if both else INT8), *weights)
+    assert difference(actual, rows(quantized(values), *dense)) < BF16
+
+
 @pytest.mark.parametrize("number_format", ["bf16", "fp8", "w4a16", "w4a8"])
 @pytest.mark.parametrize(("tokens", "wanted"), [(1, "narrow"), (40, "narrow"), (40, "wide")])
 @pytest.mark.parametrize("inner", [128, 64])
@@ -653,6 +699,20 @@ def test_experts_of_few_tokens(tokens, width, inner, routed):
     shares = torch.rand(tokens, per_token, device=DEVICE)
     rows = few.experts_few(x, gate_up, down, few.Taken(chosen, routed, int(taken[0, 0])), shares)
     expected = plain_experts(rounded_side(x), plain_gate_up, plain_down, chosen, shares)
+    for row, wish in zip(rows, expected.flatten(0, 1), strict=True):
+        assert difference(row, wish) < 0.02 + 2 * BF16
+
+
+@pytest.mark.parametrize(("tokens", "width", "inner"), [(1, 256, 128), (2, 640, 128), (2, 384, 640)])
+def test_sparse_experts_of_few_tokens(tokens, width, inner):
+    x = randn(tokens, width)
+    gate_up, down = sparse(5, 2 * inner, width), sparse(5, width, inner, seed=1)
+    chosen = torch.tensor([[4, 3], [1, 3]], device=DEVICE, dtype=torch.int32)[:tokens]
+    taken, shares = few.Taken(chosen, 1, 3), torch.rand(tokens, 2, device=DEVICE)
+    packed = pack_sparse(gate_up), pack_sparse(down)
+    rows = few_sparse14.experts_few(quantized(x, BY_POSITION), *packed, taken, shares)
+    dense = [each.dequantize().double() for each in (gate_up, down)]
+    expected = plain_experts(rounded_side(quantized(x)), *dense, chosen, shares)
     for row, wish in zip(rows, expected.flatten(0, 1), strict=True):
         assert difference(row, wish) < 0.02 + 2 * BF16
 

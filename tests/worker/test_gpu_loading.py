@@ -23,6 +23,7 @@ from moe_worker.kvcache.paged import CacheShape
 
 pytest.importorskip("triton")
 from moe_worker.models import cuda_build
+from moe_worker.models.cuda_build import prepare
 from moe_worker.models.cuda_graph import batch_sizes
 from tests.compress.sparse import random_sparse
 
@@ -59,14 +60,27 @@ def test_four_bits_in_another_layout_are_said(storage):
     assert "symmetric int4 in groups of 128" in hardware.reason
 
 
-@pytest.mark.parametrize(("number_format", "count"), [("w4a8", 2), ("w4a16", 2), ("bf16", 0)])
-def test_what_becomes_of_sparse_weights_is_explained(number_format, count):
+@pytest.mark.parametrize(
+    ("number_format", "experts"),
+    [
+        ("w4a8", "stay sparse; large passes make dense ones"),
+        ("w4a16", "become dense when they load"),
+        ("bf16", None),
+    ],
+)
+def test_what_becomes_of_sparse_weights_is_explained(number_format, experts):
     config = replace(config_of(LARGE), storage=SparseStorage(128))
     said = explain(number_format, gpu.probe_gpu(config, number_format))
-    assert all(": triton, " in line for line in said)
     lines = [line for line in said if "of 1:4 sparse weights" in line]
-    assert len(lines) == count
-    assert all("(weights become dense int4 when they load" in line for line in lines)
+    assert all(": triton, " in line for line in said)
+    if experts is None:
+        assert not lines
+    else:
+        linear, of_experts = lines
+        assert "linear_packed (weights become dense when they load)" in linear
+        assert f"experts_packed (weights {experts})" in of_experts
+    ranks = explain(number_format, replace(gpu.probe_gpu(config, number_format), ranks=2))
+    assert not any("stay sparse" in line for line in ranks)
     plain = explain(number_format, gpu.probe_gpu(config_of(LARGE), number_format))
     assert not any("sparse" in line for line in plain)
 
@@ -79,6 +93,20 @@ def test_sparse_weights_are_those_of_the_same_dense_matrix(int8):
     whole = values.movedim(-1, -2).flatten(-2).float() * actual.scales.unsqueeze(-1)
     assert torch.equal(whole.transpose(1, 2).flatten(2)[..., :192], sparse.dequantize(torch.float32))
     assert actual.kind == ("w4a8" if int8 else "w4a16")
+
+
+def test_ranks_that_share_experts_have_dense_ones():
+    """They read each other's activations, in one order."""
+    with torch.inference_mode():
+        model = random_model(SMALL | {"hidden_size": 256}, "s14", 16, torch.device("cpu"))
+        shared = prepare(model, exchange_of=lambda *_: object())
+        alone = prepare(model)
+    assert [type(layer.down).__name__ for layer in shared.layers] == [
+        "PackedSparse14",
+        "PackedInt4",
+        "PackedInt4",
+    ]
+    assert {type(layer.down).__name__ for layer in alone.layers} == {"PackedSparse14"}
 
 
 def test_sparse_weights_in_other_groups_are_said():
@@ -177,6 +205,15 @@ def test_the_estimate_of_weights_is_near_what_they_take(number_format):
     taken = stored_bytes(random_model(values, number_format, 16, torch.device("cpu")))
     name = "bf16" if number_format == "dense" else number_format
     assert gpu.weight_bytes(config_of(values), name) == pytest.approx(taken, rel=0.05)
+
+
+def test_the_estimate_of_sparse_weights_is_near_what_they_take():
+    values = SMALL | {"hidden_size": 512, "moe_intermediate_size": 512, "vocab_size": 4000}
+    with torch.inference_mode():
+        taken = stored_bytes(prepare(random_model(values, "s14", 16, torch.device("cpu"))))
+    config = replace(config_of(values), storage=SparseStorage(128))
+    assert gpu.weight_bytes(config, "w4a8") == pytest.approx(taken, rel=0.05)
+    assert gpu.weight_bytes(config, "w4a16") > 1.5 * taken
 
 
 def test_weights_that_do_not_fit_are_refused_with_what_would():

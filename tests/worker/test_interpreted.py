@@ -21,7 +21,8 @@ CHOSEN = {
         " or (few and (200-1 or elsewhere)) or (linear and w4a8-320-130-77)"
         " or (attention and 6-8-counts1-4) or (experts and 64-40 and (narrow or bf16 or w4a8)) or likeliest"
         " or (expanded and (INT8-3-64 or INT8-4-48)) or (no_whole_pieces and INT8)"
-        " or (parts and w4a16-1) or fp8_weights"
+        " or (parts and w4a16-1) or fp8_weights or packed_sparse or their_order"
+        " or (sparse and (1-384 or 1-256))"
         " or nearest or (weights_in_e4m3 and 256) or linear_in_e4m3"
     ),
     ENGINE: "nobody or counted",
@@ -33,11 +34,12 @@ SLOW = {
     "offload": {OFFLOAD: "evicted"},
     "more kernels": {
         KERNELS: "not_numbers or not_a_number or router or (few and 256-128-1) or (iteration and w4a8-320-2)"
-        " or (linear and 320-130-77) or expanded or (experts and 64-40)"
+        " or (linear and 320-130-77) or expanded or (experts and 64-40) or (sparse and (40-128 or 2-640))"
         " or experts_in_e4m3",
     },
     "more of the engine": {ENGINE: "small-w4a8 or padded-dense or values-w4a8 or values-fp8 or in_e4m3"},
     "captured passes": {ENGINE: "captured_passes"},
+    "sparse layers": {ENGINE: "sparse_layers"},
     "few tokens": {ENGINE: "decode and whole"},
     "wide w4a8": {W4A8: "plain_torch and True"},
 }

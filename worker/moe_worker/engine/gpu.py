@@ -22,6 +22,8 @@ GB = 10**9
 CUDA = torch.device("cuda")
 # Share of a GPU's memory that is left for forward passes.
 SPARE_SHARE = 0.1
+# Bits that 1:4 sparse experts save for each weight: one value of four stays, with a position of two bits.
+SPARSE_SAVES = 4 - 1.5
 
 
 def probe_gpu(config: ModelConfig, number_format: str, device: torch.device = CUDA) -> Hardware:
@@ -84,7 +86,12 @@ def weight_bytes(config: ModelConfig, number_format: str) -> int:
         latent = config.attention
         expanded = latent.num_attention_heads * (latent.qk_nope_head_dim + latent.v_head_dim)
         kept += config.num_hidden_layers * expanded * latent.kv_lora_rank
-    return int((config.parameters_total - kept) * bits / 8 + kept * dense)
+    packed = (config.parameters_total - kept) * bits
+    if number_format == "w4a8" and isinstance(config.storage, SparseStorage):
+        moe, wide = config.moe, len(config.dense_layers) * config.intermediate_size
+        wide += config.num_moe_layers * (moe.routed + moe.shared) * moe.intermediate
+        packed -= 3 * config.hidden_size * wide * SPARSE_SAVES
+    return int(packed / 8 + kept * dense)
 
 
 def check_weights_fit(

@@ -141,10 +141,12 @@ def _of_sparse_weights(number_format: str, hardware: Hardware) -> list[KernelCho
     implementation, _ = _implementation(number_format, hardware)
     if implementation != TRITON or not hardware.sparse or number_format in _DENSE:
         return []
-    reason = "weights become dense int4 when they load, which is exact"
+    dense = "weights become dense when they load"
+    stay = number_format == "w4a8" and hardware.ranks == 1
+    experts = "weights stay sparse; large passes make dense ones" if stay else dense
     return [
         KernelChoice(f"{each} of 1:4 sparse weights", number_format, implementation, _TRITON[each], reason)
-        for each in ("linear", "experts")
+        for each, reason in (("linear", dense), ("experts", experts))
     ]
 
 

@@ -18,6 +18,7 @@ from moe_worker.kernels.triton.attention import TokenTiles
 from moe_worker.kernels.triton.expanded import BLOCK_T, Contexts, context_rows
 from moe_worker.kernels.triton.linear import linear_packed
 from moe_worker.kernels.triton.norm import Added
+from moe_worker.kernels.triton.tiles import PackedSparse14
 from moe_worker.kernels.triton.wide import Weight
 from moe_worker.models.batch import aligned_parts
 from moe_worker.models.cuda_layer import CudaLayer, Pass, Products, norm
@@ -34,6 +35,9 @@ WIDE_TOKENS_PACKED = 8192
 # On an H200 prefill makes 99,213 tokens per second in steps of 4,096 in e4m3, and 87,198 over the packed
 # weights; in steps of 2,048 60,233 and 78,989.
 WIDE_TOKENS_E4M3 = 4096
+# From this many tokens on, sparse experts become dense int4 ones in each layer. On an H200 that takes 105 us,
+# and their products 820 us at 2,048 tokens (dense ones 658) and 440 at 1,024 (dense ones 358).
+DENSE_TOKENS = 2048
 # Bytes of the keys and values that a pass may expand.
 MOST_EXPANDED_BYTES = 1 << 30
 # Nanoseconds of a layer on an H200, with 16 heads: what absorbed queries cost more for a token, and for a
@@ -159,11 +163,14 @@ class CudaModel:
 
     def products(self, tokens: int) -> Products:
         """How a pass of so many tokens multiplies."""
-        if self.e4m3:
-            return Products.E4M3 if tokens >= WIDE_TOKENS_E4M3 else Products.GROUPS
         dense = all(isinstance(layer.gate_up, Tensor) for layer in self.layers)
-        wide = tokens >= (WIDE_TOKENS if dense else WIDE_TOKENS_PACKED)
-        return Products.BF16 if wide else Products.GROUPS
+        wide, least = Products.BF16, WIDE_TOKENS if dense else WIDE_TOKENS_PACKED
+        if self.e4m3:
+            wide, least = Products.E4M3, WIDE_TOKENS_E4M3
+        if tokens >= least:
+            return wide
+        sparse = any(isinstance(layer.gate_up, PackedSparse14) for layer in self.layers)
+        return Products.DENSE_GROUPS if sparse and tokens >= DENSE_TOKENS else Products.GROUPS
 
     def expands(self, counts: Sequence[int], lengths: Sequence[int], singles: Sequence[int] = ()) -> bool:
         """Whether attention costs less with keys and values expanded than with queries absorbed.

@@ -18,7 +18,7 @@ from moe_worker.kernels.linear import Linear
 from moe_worker.kernels.triton import e4m3
 from moe_worker.kernels.triton.expanded import expanding_weights
 from moe_worker.kernels.triton.latent import LatentWeights
-from moe_worker.kernels.triton.tiles import PackedFp8, PackedInt4, pack_values
+from moe_worker.kernels.triton.tiles import PackedFp8, PackedInt4, PackedSparse14, pack_sparse14, pack_values
 from moe_worker.kernels.triton.wide import Weight
 from moe_worker.models.cuda import CudaModel
 from moe_worker.models.cuda_layer import CudaLayer, Exchange
@@ -132,7 +132,9 @@ def _multiplies_e4m3(layer: CudaLayer) -> bool:
     Ranks exchange activations in int8 or bf16.
     """
     weights = (layer.input, layer.query, layer.output, layer.gate_up, layer.down)
-    packed = [isinstance(each, PackedInt4) and each.int8 for each in weights if each is not None]
+    packed = [
+        isinstance(each, PackedInt4 | PackedSparse14) and each.int8 for each in weights if each is not None
+    ]
     return layer.exchange is None and all(packed)
 
 
@@ -161,9 +163,9 @@ def _layer(
     more_v = sizes.value - config.latent.v_head_dim
     key_HNR = functional.pad(attention.key_HNR, (0, more_r, 0, more_n))
     expanding_OR = expanding_weights(key_HNR, functional.pad(attention.value_HRV, (0, 0, 0, more_r)))
-    gate_up, down = _experts(config, block)
     router = None if isinstance(block, DenseBlock) else block.router
     exchange = None if isinstance(block, DenseBlock) else exchange_of(block.dispatch, block.experts.count)
+    gate_up, down = _experts(config, block, exchange is not None)
     return CudaLayer(
         attention_norm_D=layer.attention_norm,
         input=_packed(join_rows((first, latent)), _int8(attention.input)),
@@ -192,17 +194,24 @@ def _layer(
 def prepare_experts(
     experts: Experts, rest: Callable[[], object] = lambda: None
 ) -> tuple[Weight, Weight]:  # fmt: skip
-    """Gate and up, and down, for the kernels. rest: called between matrices."""
+    """Gate and up, and down, for the kernels of a mesh, whose ranks must all read activations in the same
+    order: dense. rest: called between matrices.
+    """
     gate_up = _packed(experts.gate_up_AFD, experts.round_tokens)
     rest()
     return gate_up, _packed(experts.down_ADI, experts.round_tokens)
 
 
-def _experts(config: ModelConfig, block: DenseBlock | MoeBlock) -> tuple[Weight, Weight]:
+def _experts(config: ModelConfig, block: DenseBlock | MoeBlock, spread: bool) -> tuple[Weight, Weight]:
+    """spread: whether other ranks have experts of the layer, too."""
     if isinstance(block, MoeBlock):
-        return prepare_experts(block.experts)
+        experts = block.experts
+        if spread:
+            return prepare_experts(experts)
+        int8 = experts.round_tokens
+        return _packed_experts(experts.gate_up_AFD, int8), _packed_experts(experts.down_ADI, int8)
     gate_up, down = split_dense(block.gate_up.matrix, block.down.matrix, _dense_parts(config))
-    return _packed(gate_up, _int8(block.gate_up)), _packed(down, _int8(block.down))
+    return _packed_experts(gate_up, _int8(block.gate_up)), _packed_experts(down, _int8(block.down))
 
 
 def _dense_parts(config: ModelConfig) -> int:
@@ -264,6 +273,13 @@ def _ready(linear: Linear) -> Weight:
     return _packed(linear.matrix, _int8(linear))
 
 
+def _packed_experts(matrix: Matrix, int8: bool) -> Weight:
+    """As `_packed`, but sparse where the kernels take it so."""
+    if isinstance(matrix, Sparse14Weight) and int8 and matrix.inputs % GROUP == 0:
+        return pack_sparse(matrix)
+    return _packed(matrix, int8)
+
+
 def _packed(matrix: Matrix, int8: bool) -> Weight:
     """A matrix (or stacked ones) in the kernels' layout. Raises ValueError where they take none like it."""
     if matrix.dense is not None:
@@ -285,6 +301,15 @@ def pack_int4(matrix: Int4Weight, int8: bool) -> PackedInt4:
     values = functional.pad(matrix.values(), (0, -matrix.inputs % GROUP))
     grouped = values.unflatten(-1, (-1, GROUP)).transpose(-2, -3)
     return pack_values(grouped, matrix.scales_OG.transpose(-1, -2), matrix.inputs, int8)
+
+
+def pack_sparse(matrix: Sparse14Weight) -> PackedSparse14:
+    """Stacked matrices as the kernels of experts read them; activations are rounded."""
+    if matrix.group != GROUP:
+        raise ValueError(
+            f"the GPU kernels take 1:4 sparse weights in groups of {GROUP}, not of {matrix.group}"
+        )
+    return pack_sparse14(matrix.values(), matrix.positions(), matrix.scales_OG)
 
 
 def pack_fp8(matrix: Fp8Weight) -> PackedFp8:

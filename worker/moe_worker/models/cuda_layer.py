@@ -5,8 +5,10 @@ rotary position, R latent rank, W = R + P, V value elements, Q query rank, E rou
 intermediate of an expert, F = 2 * I, K experts a token, M = T * K rows.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_worker.config.moe import Routing
-from moe_worker.kernels.triton import few
+from moe_worker.kernels.triton import few, few_sparse14
 from moe_worker.kernels.triton.attention import TokenTiles, attend, merge_values
 from moe_worker.kernels.triton.e4m3 import experts_e4m3, linear_e4m3
 from moe_worker.kernels.triton.expanded import Contexts, attend_expanded, expand, spreads
@@ -23,6 +25,8 @@ from moe_worker.kernels.triton.latent import LatentWeights, write_latents
 from moe_worker.kernels.triton.linear import linear_packed, linear_parts
 from moe_worker.kernels.triton.norm import Activation, Added, Rounding, residual_norm
 from moe_worker.kernels.triton.router import route
+from moe_worker.kernels.triton.sparse14 import to_int4
+from moe_worker.kernels.triton.tiles import PackedSparse14
 from moe_worker.kernels.triton.wide import Weight, experts_wide, widen
 from moe_worker.models.mla import INNER_NORM_EPS
 from moe_worker.quant.int8 import piece_of
@@ -30,10 +34,12 @@ from moe_worker.quant.int8 import piece_of
 
 class Products(Enum):
     """How a pass multiplies by packed weights: with scaled sums of each group of inputs, or, where it has so
-    many tokens that dequantizing costs less, by the library in bf16 or in e4m3.
+    many tokens that dequantizing costs less, by the library in bf16 or in e4m3. Between them, sparse experts
+    become dense.
     """
 
     GROUPS = "groups"
+    DENSE_GROUPS = "groups, dense"
     BF16 = "bf16"
     E4M3 = "e4m3"
 
@@ -205,27 +211,41 @@ class CudaLayer:
             return experts_e4m3(x, self.gate_up, self.down, experts_TK, weights_TK, counts_A)
         if products is Products.BF16:
             emulated = rounding(self.down, products) is Rounding.EMULATED
-            gate_up, down = widen(self.gate_up), widen(self.down)
-            return experts_wide(x.x_TD, gate_up, down, experts_TK, weights_TK, counts_A, emulated)
+            wide = widen(self.gate_up), widen(self.down)
+            return experts_wide(x.x_TD, *wide, experts_TK, weights_TK, counts_A, emulated)
         tokens, per_token = experts_TK.shape
-        most = few.FEW_TOKENS_OF_EXPERTS
-        if few.takes(self.gate_up, x, most) and few.takes(self.down, x, most):
+        experts_few = self._experts_few(x)
+        if experts_few is not None:
             if self.exchange is not None:
                 taken = few.Taken(experts_TK, per_token, 0)
             elif self.router_ED is not None:
                 taken = few.Taken(experts_TK, self.routing.top_k, self.router_ED.shape[0])
             else:
                 taken = few.Taken(experts_TK, 0, 0)
-            rows_MD = few.experts_few(x, self.gate_up, self.down, taken, weights_TK)
-            return Added(rows_MD, experts_M=experts_TK)
-        tiles = expert_tiles(tokens, None if isinstance(self.gate_up, Tensor) else self.gate_up.kind)
+            return Added(experts_few(taken, weights_TK), experts_M=experts_TK)
+        gate_up, down = self.gate_up, self.down
+        if products is Products.DENSE_GROUPS:
+            gate_up, down = (
+                to_int4(each) if isinstance(each, PackedSparse14) else each for each in (gate_up, down)
+            )
+        tiles = expert_tiles(tokens, None if isinstance(gate_up, Tensor) else gate_up.kind)
         blocks = sort_by_expert(experts_TK, counts_A, tiles.rows)
-        if not (isinstance(self.gate_up, Tensor) or isinstance(self.down, Tensor)):
-            rows_MD = experts_packed(x, self.gate_up, self.down, blocks, weights_TK, tiles)
+        if not (isinstance(gate_up, Tensor) or isinstance(down, Tensor)):
+            rows_MD = experts_packed(x, gate_up, down, blocks, weights_TK, tiles)
             return Added(rows_MD, experts_M=experts_TK)
-        gate_up, down = widen(self.gate_up), widen(self.down)
-        rows_MD = experts_bf16(x.x_TD, gate_up, down, blocks, weights_TK, tiles)
+        rows_MD = experts_bf16(x.x_TD, widen(gate_up), widen(down), blocks, weights_TK, tiles)
         return Added(rows_MD, experts_M=experts_TK)
+
+    def _experts_few(self, x: Activation) -> Callable[[few.Taken, Tensor], Tensor] | None:
+        """The experts' rows without tensor cores, of taken experts and weights; None if `x` has more tokens
+        than these kernels take, or the experts another format.
+        """
+        most = few.FEW_TOKENS_OF_EXPERTS
+        if few.takes(self.gate_up, x, most) and few.takes(self.down, x, most):
+            return partial(few.experts_few, x, self.gate_up, self.down)
+        if few_sparse14.takes(self.gate_up, x, most) and few_sparse14.takes(self.down, x, most):
+            return partial(few_sparse14.experts_few, x, self.gate_up, self.down)
+        return None
 
     def take_experts(self, gate_up: Weight, down: Weight) -> None:
         """Computes these experts from the next pass on, in the memory of the ones of before, whose addresses
@@ -253,13 +273,17 @@ def stored_tensors(weight: Weight) -> tuple[Tensor, ...]:
 
 
 _ROUNDING = {
-    Products.GROUPS: Rounding.INT8, Products.BF16: Rounding.EMULATED, Products.E4M3: Rounding.E4M3,
+    Products.GROUPS: Rounding.INT8, Products.DENSE_GROUPS: Rounding.INT8, Products.BF16: Rounding.EMULATED,
+    Products.E4M3: Rounding.E4M3,
 }  # fmt: skip
 
 
 def rounding(reader: Weight, products: Products) -> Rounding:
     """How activations are rounded for products with `reader`."""
-    return Rounding.NONE if isinstance(reader, Tensor) or not reader.int8 else _ROUNDING[products]
+    if isinstance(reader, Tensor) or not reader.int8:
+        return Rounding.NONE
+    sparse = isinstance(reader, PackedSparse14) and products is Products.GROUPS
+    return Rounding.BY_POSITION if sparse else _ROUNDING[products]
 
 
 def norm(

@@ -18,7 +18,8 @@ from torch.nn import functional
 from torch.nn.functional import ScalingType
 
 from moe_worker.kernels.triton.norm import Activation, Added
-from moe_worker.kernels.triton.tiles import PackedInt4, e4m3_scale, to_e4m3
+from moe_worker.kernels.triton.sparse14 import to_int4
+from moe_worker.kernels.triton.tiles import PackedInt4, PackedSparse14, e4m3_scale, to_e4m3
 from moe_worker.kernels.triton.wide import Weight, group_rows
 from moe_worker.quant.fp8 import E4M3
 
@@ -168,6 +169,8 @@ def experts_e4m3(
 
 
 def _int4(weight: Weight) -> PackedInt4:
+    if isinstance(weight, PackedSparse14):
+        return to_int4(weight)
     if not isinstance(weight, PackedInt4):
         raise TypeError(f"{type(weight).__name__} are not multiplied in e4m3")
     return weight

@@ -18,9 +18,11 @@ from moe_worker.kernels.triton.launch import launch, wait_for_inputs
 from moe_worker.kernels.triton.norm import Activation
 from moe_worker.kernels.triton.tiles import (
     Packed,
+    PackedSparse14,
     Tile,
     add_dot_bf16,
     add_product,
+    by_position,
     dot_group,
     store_int8_NM,
 )
@@ -87,9 +89,10 @@ def _swiglu(gate, up):
 def _gate_up_packed(
     x, x_scale, packed, scales, rows, block_experts, out, out_scale, total,
     PER_TOKEN: tl.constexpr, INNER: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr,
-    PIECE: tl.constexpr, STRIDE: tl.constexpr, KIND: tl.constexpr, STAGES: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    PIECE: tl.constexpr, STRIDE: tl.constexpr, KIND: tl.constexpr, TURN: tl.constexpr,
+    STAGES: tl.constexpr, READER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
+    """READER: the KIND of what multiplies the hidden values."""
     block = tl.program_id(1)
     wait_for_inputs()
     expert = tl.load(block_experts + block).to(tl.int64)
@@ -100,23 +103,26 @@ def _gate_up_packed(
         first = tl.program_id(0) * BLOCK_N
         n = tl.arange(0, BLOCK_N)
         # Elements from one row of weights to the next, within a group.
-        ROW: tl.constexpr = INPUTS if KIND == "fp8" else 64
+        ROW: tl.constexpr = INPUTS if KIND == "fp8" else 16 if KIND == "s14" else 64
         weight = packed + expert * STRIDE + first * ROW
         scale = scales + expert * (GROUPS * 2 * INNER) + first
         gate_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         up_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         # Two products of BLOCK_N rows: one of twice as many takes more registers.
-        for group in tl.range(GROUPS, num_stages=STAGES):
-            gate_NM = dot_group(
-                gate_NM, weight, scale, x, x_scale, group, n, token_M, mask_M,
-                2 * INNER, GROUPS, INPUTS, PIECE, KIND, 1,
-            )  # fmt: skip
-            up_NM = dot_group(
-                up_NM, weight + INNER * ROW, scale + INNER, x, x_scale, group, n, token_M, mask_M,
-                2 * INNER, GROUPS, INPUTS, PIECE, KIND, 1,
-            )  # fmt: skip
+        for group in tl.range(0, GROUPS, TURN, num_stages=STAGES):
+            for i in tl.static_range(TURN):
+                gate_NM = dot_group(
+                    gate_NM, weight, scale, x, x_scale, group, n, token_M, mask_M,
+                    2 * INNER, GROUPS, INPUTS, PIECE, KIND, TURN, i,
+                )  # fmt: skip
+                up_NM = dot_group(
+                    up_NM, weight + INNER * ROW, scale + INNER, x, x_scale, group, n, token_M, mask_M,
+                    2 * INNER, GROUPS, INPUTS, PIECE, KIND, TURN, i,
+                )  # fmt: skip
         hidden_NM = _swiglu(gate_NM, up_NM)
-        if KIND == "w4a8":
+        if KIND == "w4a8" or KIND == "s14":  # noqa: PLR1714 - Triton has no sets
+            if READER == "s14":
+                hidden_NM = by_position(hidden_NM)
             store_int8_NM(hidden_NM, out, out_scale, row_M.to(tl.int64), first, mask_M, INNER, BLOCK_N)
         else:
             where = out + row_M[None, :].to(tl.int64) * INNER + first + n[:, None]
@@ -138,7 +144,7 @@ def _down_packed(
         mask_M = row_M < total
         first = tl.program_id(0) * BLOCK_N
         n = tl.arange(0, BLOCK_N)
-        weight = packed + expert * STRIDE + first * (INPUTS if KIND == "fp8" else 64)
+        weight = packed + expert * STRIDE + first * (INPUTS if KIND == "fp8" else 16 if KIND == "s14" else 64)
         scale = scales + expert * (GROUPS * OUTPUTS) + first
         acc_NM = add_product(
             tl.zeros((BLOCK_N, BLOCK_M), tl.float32), weight, scale, x, x_scale, n,
@@ -232,6 +238,8 @@ def expert_tiles(tokens: int, kind: str | None) -> ExpertTiles:
             # `narrow` six, which more would divide into waves less evenly.
             first = tile if tokens <= 16 else tile._replace(registers=160 if tokens <= 64 else 168)
             return ExpertTiles(first, narrow._replace(registers=80) if 32 < tokens <= 64 else tile)
+        if kind == "s14":
+            return ExpertTiles(tile, tile)
         return ExpertTiles(narrow, tile if tokens <= 64 else tile._replace(warps=8))
     rows = 16 if tokens <= 128 else 32 if tokens <= 512 else 64 if tokens <= 2048 else 128
     if rows < 64:
@@ -240,9 +248,18 @@ def expert_tiles(tokens: int, kind: str | None) -> ExpertTiles:
 
 
 def gate_up_packed(
-    x: Activation, gate_up: Packed, blocks: Blocks, rows: int, per_token: int, tile: Tile
+    x: Activation,
+    gate_up: Packed,
+    blocks: Blocks,
+    rows: int,
+    per_token: int,
+    tile: Tile,
+    reader: str = "w4a8",
 ) -> Activation:
-    """Hidden values of `rows` rows; W4A8 rounds them to int8, with a scale for each piece of tile.n."""
+    """Hidden values of `rows` rows; W4A8 rounds them to int8, with a scale for each piece of tile.n.
+
+    reader: the kind of the weights that they are multiplied with, whose order they have.
+    """
     inner, int8 = gate_up.outputs // 2, gate_up.int8
     block_n = fitting(tile.n, inner)
     hidden = Activation.empty(rows, inner, x.x_TD.device, block_n)
@@ -250,8 +267,8 @@ def gate_up_packed(
         x.q_TD if int8 else x.x_TD, x.scales_TX, gate_up.stored, gate_up.scales, blocks.rows,
         blocks.experts_C, hidden.q_TD if int8 else hidden.x_TD, hidden.scales_TX, rows,
         PER_TOKEN=per_token, INNER=inner, GROUPS=gate_up.groups, INPUTS=gate_up.inputs,
-        PIECE=x.piece, STRIDE=gate_up.stride, KIND=gate_up.kind, STAGES=tile.stages,
-        BLOCK_N=block_n, BLOCK_M=blocks.size, **tile.options,
+        PIECE=x.piece, STRIDE=gate_up.stride, KIND=gate_up.kind, TURN=_turn(gate_up, tile),
+        STAGES=tile.stages, READER=reader, BLOCK_N=block_n, BLOCK_M=blocks.size, **tile.options,
     )  # fmt: skip
     return hidden
 
@@ -267,7 +284,7 @@ def down_packed(hidden: Activation, down: Packed, blocks: Blocks, weights_TK: Te
         hidden.q_TD if int8 else hidden.x_TD, hidden.scales_TX, down.stored, down.scales, blocks.rows,
         blocks.experts_C, weights_TK, out_MD, total,
         OUTPUTS=down.outputs, GROUPS=down.groups, INPUTS=down.inputs, PIECE=hidden.piece,
-        STRIDE=down.stride, KIND=down.kind, TURN=tile.turn, STAGES=tile.stages,
+        STRIDE=down.stride, KIND=down.kind, TURN=_turn(down, tile), STAGES=tile.stages,
         BLOCK_N=block_n, BLOCK_M=blocks.size, **tile.options, **early,
     )  # fmt: skip
     return out_MD
@@ -285,8 +302,14 @@ def experts_packed(
 
     Rows that stand in no block (of expert -1, which is none) are not written.
     """
-    hidden = gate_up_packed(x, gate_up, blocks, weights_TK.numel(), weights_TK.shape[1], tiles.gate_up)
+    rows, per_token = weights_TK.numel(), weights_TK.shape[1]
+    hidden = gate_up_packed(x, gate_up, blocks, rows, per_token, tiles.gate_up, down.kind)
     return down_packed(hidden, down, blocks, weights_TK, tiles.down)
+
+
+def _turn(weight: Packed, tile: Tile) -> int:
+    """Groups of an iteration: sparse ones are stored in pairs."""
+    return 2 if isinstance(weight, PackedSparse14) else tile.turn
 
 
 def fitting(wanted: int, outputs: int) -> int:

@@ -75,11 +75,11 @@ def _multiply(word_GNW, scale_GN, low_GW, high_GW, scale_G):
 
 
 @triton.jit
-def _load_four(values, mask_GW):
-    """Four neighbours of each of `values` [G, W], as a tuple."""
+def load_four(values, mask_GW, STEP: tl.constexpr):
+    """Each of `values` [G, W], and three that follow STEP apart, as a tuple."""
     four = ()
     for i in tl.static_range(4):
-        four = four + (tl.load(values + i, mask=mask_GW, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+        four = four + (tl.load(values + i * STEP, mask=mask_GW, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
     return four
 
 
@@ -89,17 +89,17 @@ def _larger(a, b):
 
 
 @triton.jit
-def _top_of_four(four):
+def top_of_four(four):
     """The largest magnitudes [G, W]; NaN where a value is."""
     return _larger(_larger(tl.abs(four[0]), tl.abs(four[1])), _larger(tl.abs(four[2]), tl.abs(four[3])))
 
 
 @triton.jit
-def _round_words(four, scale_G):
+def round_words(four, scale_GW):
     """Words [G, W] of four values each, rounded to int8."""
     word_GW = tl.zeros(four[0].shape, tl.int32)
     for i in tl.static_range(4):
-        word_GW |= (round_even(four[i] / scale_G[:, None]).to(tl.int32) & 255) << (8 * i)
+        word_GW |= (round_even(four[i] / scale_GW).to(tl.int32) & 255) << (8 * i)
     return word_GW
 
 
@@ -109,8 +109,8 @@ def _round_token(x, token, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr):
     g, w = tl.arange(0, BLOCK_G), tl.arange(0, 16)
     from_GW, mask_GW = x + (token * GROUPS + g)[:, None] * 64 + w[None, :] * 2, (g < GROUPS)[:, None]
     low, high = _load_pairs(from_GW, mask_GW), _load_pairs(from_GW + 32, mask_GW)
-    scale_G = scale_of(largest(_larger(_top_of_four(low), _top_of_four(high)), 1))
-    return _round_words(low, scale_G), _round_words(high, scale_G), scale_G
+    scale_G = scale_of(largest(_larger(top_of_four(low), top_of_four(high)), 1))
+    return round_words(low, scale_G[:, None]), round_words(high, scale_G[:, None]), scale_G
 
 
 @triton.jit
@@ -146,7 +146,7 @@ def _linear_few(
 
 
 @triton.jit
-def _expert_of(
+def expert_of(
     experts, row, PER_TOKEN: tl.constexpr, ROUTED: tl.constexpr, FIRST: tl.constexpr, KNOWN: tl.constexpr
 ):
     """The expert of a row. KNOWN: whether the choice was written before the previous kernel; otherwise what
@@ -170,7 +170,7 @@ def _gate_up_few(
     row = tl.program_id(1)
     token = row // PER_TOKEN
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    expert = _expert_of(experts, row, PER_TOKEN, ROUTED, FIRST, False)
+    expert = expert_of(experts, row, PER_TOKEN, ROUTED, FIRST, False)
     if expert >= 0:
         own, own_scales = words + expert * STRIDE, scales + expert * (GROUPS * 2 * INNER)
         gate_GNW, gate_scale_GN = _load_weights(own, own_scales, n, 2 * INNER, GROUPS, BLOCK_G)
@@ -190,16 +190,16 @@ def _down_few(
 ):  # fmt: skip
     row = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    expert = _expert_of(experts, row, PER_TOKEN, ROUTED, FIRST, True)
+    expert = expert_of(experts, row, PER_TOKEN, ROUTED, FIRST, True)
     if expert >= 0:
         own, own_scales = words + expert * STRIDE, scales + expert * (GROUPS * OUTPUTS)
         word_GNW, scale_GN = _load_weights(own, own_scales, n, OUTPUTS, GROUPS, BLOCK_G)
         wait_for_inputs()
         g, w = tl.arange(0, BLOCK_G), tl.arange(0, 16)
         from_GW, mask_GW = hidden + (row * GROUPS + g)[:, None] * 128 + w[None, :] * 4, (g < GROUPS)[:, None]
-        low, high = _load_four(from_GW, mask_GW), _load_four(from_GW + 64, mask_GW)
-        scale_G = scale_of(largest(_larger(_top_of_four(low), _top_of_four(high)), 1))
-        low_GW, high_GW = _round_words(low, scale_G), _round_words(high, scale_G)
+        low, high = load_four(from_GW, mask_GW, 1), load_four(from_GW + 64, mask_GW, 1)
+        scale_G = scale_of(largest(_larger(top_of_four(low), top_of_four(high)), 1))
+        low_GW, high_GW = round_words(low, scale_G[:, None]), round_words(high, scale_G[:, None])
         y_N = _multiply(word_GNW, scale_GN, low_GW, high_GW, scale_G)
         y_N *= tl.load(shares + row)
         tl.store(out + row * OUTPUTS + n, y_N.to(tl.bfloat16), mask=n < OUTPUTS)

@@ -12,20 +12,21 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_worker.kernels.triton.launch import launch, wait_for_inputs
-from moe_worker.kernels.triton.tiles import e4m3_scale, int8_scale, round_even, to_e4m3
+from moe_worker.kernels.triton.tiles import by_position, e4m3_scale, int8_scale, round_even, to_e4m3
 from moe_worker.quant.fp8 import E4M3
 from moe_worker.quant.int8 import piece_of
 
 
 class Rounding(Enum):
-    """What reads the result: products in bf16, products in int8, bf16 ones that are to equal int8 ones, or
-    products in e4m3.
+    """What reads the result: products in bf16, products in int8, bf16 ones that are to equal int8 ones,
+    products in e4m3, or int8 ones with 1:4 sparse weights.
     """
 
     NONE = 0
     INT8 = 1
     EMULATED = 2
     E4M3 = 3
+    BY_POSITION = 4
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,14 @@ def _residual_norm(
         cut = tl.reshape(y.to(tl.float32), (BLOCK // PIECE, PIECE))
         scale = int8_scale(cut, 1)
         steps = round_even(cut / scale[:, None])
-        if ROUNDING == 1:
+        if ROUNDING == 2:
+            y = tl.reshape(steps * scale[:, None], (BLOCK,)).to(tl.bfloat16)
+        else:
+            if ROUNDING == 4:
+                steps = by_position(tl.reshape(steps, (BLOCK, 1)))
             tl.store(out_q + t * WIDTH + d, tl.reshape(steps.to(tl.int8), (BLOCK,)), mask=mask)
             x_piece = tl.arange(0, BLOCK // PIECE)
             tl.store(out_scale + t * (WIDTH // PIECE) + x_piece, scale, mask=x_piece < WIDTH // PIECE)
-        else:
-            y = tl.reshape(steps * scale[:, None], (BLOCK,)).to(tl.bfloat16)
     tl.store(out + t * WIDTH + d, y, mask=mask)
 
 

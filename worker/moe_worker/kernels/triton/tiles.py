@@ -5,7 +5,8 @@ group in its low and input 64 + j in its high nibble, both as signed values. A t
 then one contiguous piece of memory, and two dot products over 64 inputs need no shuffling of nibbles. FP8
 weights are stored [O, I], as checkpoints have them.
 
-KIND of a kernel is how weights meet activations: "w4a8", "w4a16" or "fp8" (both of these with bf16 ones).
+KIND of a kernel is how weights meet activations: "w4a8", "s14" (as w4a8, but 1:4 sparse weights), "w4a16" or
+"fp8" (both of these with bf16 activations).
 
 Legend: O outputs, I inputs, G groups of 128 inputs, A experts, T tokens, X pieces of inputs.
 """
@@ -17,9 +18,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional
 
 from moe_worker.quant.int8 import PIECE
 
+# Quads of 64 inputs: those that a byte of values holds are so far apart.
+QUADS = 16
 # Numbers of tokens, rows and blocks are not specialized in any kernel: a server meets all of them, and each
 # variant takes a second to compile.
 
@@ -99,7 +103,35 @@ class PackedFp8(_Scaled):
         return self.outputs * self.inputs
 
 
-Packed = PackedInt4 | PackedFp8
+@dataclass(frozen=True)
+class PackedSparse14(_Scaled):
+    """1:4 sparse int4 weights of experts as the kernels read them: uint8 [..., P, 3, O, 16] for P pairs of
+    groups, and float32 scales [..., G, O]; activations are rounded to int8 (W4A8).
+
+    The rows of bytes are the values of the first and of the second group of a pair, and the positions of
+    both. Byte q of values holds that of quad q of the group in its low and of quad 16 + q in its high nibble,
+    as signed values; byte q of positions those of quads q, 16 + q, and q and 16 + q of the second group, the
+    first in its highest bits. inputs: I, a multiple of 128.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    inputs: int
+    int8 = True
+    kind = "s14"
+
+    @property
+    def stored(self) -> Tensor:
+        """The bytes as the kernels take them, int8."""
+        return self.packed.view(torch.int8)
+
+    @property
+    def stride(self) -> int:
+        """Elements of `stored` from one stacked matrix to the next."""
+        return -(-self.groups // 2) * 3 * self.outputs * QUADS
+
+
+Packed = PackedInt4 | PackedFp8 | PackedSparse14
 
 
 def pack_values(values: Tensor, scales: Tensor, inputs: int, int8: bool = True) -> PackedInt4:
@@ -111,6 +143,26 @@ def pack_values(values: Tensor, scales: Tensor, inputs: int, int8: bool = True) 
         raise ValueError(f"{inputs} inputs are not a multiple of {PIECE}")
     low, high = (values & 15).to(torch.uint8).split(PIECE, dim=-1)
     return PackedInt4((low | high << 4).contiguous(), scales.float().contiguous(), inputs, int8)
+
+
+def pack_sparse14(values: Tensor, positions: Tensor, scales: Tensor) -> PackedSparse14:
+    """Packs values -8..7 and positions 0..3 [..., O, Q] of Q quads, which make whole groups of 128 inputs.
+
+    scales: [..., O, G]. Raises ValueError where groups are not whole.
+    """
+    quads = values.shape[-1]
+    if quads % (2 * QUADS):
+        raise ValueError(f"{quads} quads are no whole groups of {2 * QUADS}")
+    missing = -quads % (4 * QUADS)
+    # [..., O, P, group of the pair, half of the group, quad]
+    cut = [
+        functional.pad(each, (0, missing)).unflatten(-1, (-1, 2, 2, QUADS)) for each in (values, positions)
+    ]
+    low, high = (cut[0] & 15).to(torch.uint8).unbind(-2)
+    shifts = torch.tensor([[6, 4], [2, 0]], dtype=torch.uint8, device=values.device)
+    places = (cut[1].to(torch.uint8) << shifts[..., None]).sum((-3, -2), dtype=torch.uint8)
+    packed = torch.cat((low | high << 4, places.unsqueeze(-2)), dim=-2).movedim(-4, -2)
+    return PackedSparse14(packed.contiguous(), scales.transpose(-1, -2).float().contiguous(), 4 * quads)
 
 
 class Tile(NamedTuple):
@@ -155,11 +207,65 @@ def unpack_high(packed):
     return (packed & -16).to(tl.int8)
 
 
+def placing(number: int) -> str:
+    """Assembly that makes four values of one position, $1 in a word of eight values and $2 in a word of
+    positions (see PackedSparse14), a word `v` of signed int8 times 16; bytes of other positions are zero.
+
+    number: the position, the half of the group, and the group of the pair, from its low bits on.
+    """
+    position, half, shift = number % 4, number // 4 % 2, 2 * (number // 4)
+    values = "and.b32 v, $1, 0xF0F0F0F0;" if half else "shl.b32 v, $1, 4; and.b32 v, v, 0xF0F0F0F0;"
+    # Masks of the bytes whose position has its high bit, and its low bit.
+    masks = "".join(
+        f"shl.b32 {mask}, $2, {shift + bit}; prmt.b32 {mask}, {mask}, 0, 0xBA98;"
+        for bit, mask in enumerate("ab")
+    )
+    return f".reg .b32 v, a, b; {values} {masks} lop3.b32 v, v, a, b, {16 << position};"
+
+
+_PLACING = tl.constexpr(tuple(f"{{ {placing(number)} mov.b32 $0, v; }}" for number in range(16)))
+
+
 @triton.jit
-def _halves(low_Nj, high_Nj):
-    """Inputs 0 to 63 of a group, and behind them the others: [N, 128]."""
+def _placed(values, positions, NUMBER: tl.constexpr):
+    """The values of one half of a group that have one position, as signed int8 times 16; zeros elsewhere."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            _PLACING[NUMBER], "=r,r,r", [values, positions], dtype=tl.int8, is_pure=True, pack=4
+        )
+    own = unpack_low(values) if NUMBER // 4 % 2 == 0 else unpack_high(values)
+    return tl.where((positions >> (6 - NUMBER // 4 * 2)) & 3 == NUMBER % 4, own, 0).to(tl.int8)
+
+
+@triton.jit
+def _side_by_side(low_Nj, high_Nj):
+    """[N, 2 J] of two [N, J]."""
     both_Nhj = tl.permute(tl.join(low_Nj, high_Nj), (0, 2, 1))
-    return tl.reshape(both_Nhj, (low_Nj.shape[0], 128))
+    return tl.reshape(both_Nhj, (low_Nj.shape[0], 2 * low_Nj.shape[1]))
+
+
+@triton.jit
+def _placed_half(values, positions, FIRST: tl.constexpr):
+    low = _side_by_side(_placed(values, positions, FIRST), _placed(values, positions, FIRST + 1))
+    high = _side_by_side(_placed(values, positions, FIRST + 2), _placed(values, positions, FIRST + 3))
+    return _side_by_side(low, high)
+
+
+@triton.jit
+def unpack_sparse14(values, positions, SECOND: tl.constexpr):
+    """A group of a pair as signed int8 times 16 [N, 128], inputs `by_position`."""
+    low = _placed_half(values, positions, SECOND * 8)
+    return _side_by_side(low, _placed_half(values, positions, SECOND * 8 + 4))
+
+
+@triton.jit
+def by_position(values_RM):
+    """[R, M] whose rows, in each 64, are in the order in which 1:4 sparse weights take their inputs: those
+    with position 0 of all quads, then those with position 1, and so on.
+    """
+    ROWS: tl.constexpr = values_RM.shape[0]
+    cut = tl.reshape(values_RM, (ROWS // 64, 16, 4, values_RM.shape[1]))
+    return tl.reshape(tl.permute(cut, (0, 2, 1, 3)), (ROWS, values_RM.shape[1]))
 
 
 @triton.jit
@@ -321,13 +427,37 @@ def dot_int4_group(
         x_kM = tl.load(x + (token_M[None, :] * INPUTS + k[:, None]), mask=mask_kM, other=0)
         if INT8:
             scale_M = tl.load(x_scale_base + at + token_M * (INPUTS // 128))
-            weight_Nk = _halves(unpack_low(packed), unpack_high(packed))
+            weight_Nk = _side_by_side(unpack_low(packed), unpack_high(packed))
             sums = tl.dot(weight_Nk, x_kM, out_dtype=tl.int32).to(tl.float32)
             acc_NM += sums * ((scale_N * 0.0625)[:, None] * scale_M[None, :])
         else:
-            weight_Nk = _halves(_bf16_of_low(packed), _bf16_of_high(packed))
+            weight_Nk = _side_by_side(_bf16_of_low(packed), _bf16_of_high(packed))
             acc_NM += dot_bf16(weight_Nk, x_kM) * scale_N[:, None]
     return acc_NM
+
+
+@triton.jit
+def dot_sparse14_group(
+    acc_NM, packed_base, x_base, x_scale_base, first, at, rows_N, token_M, mask_M, scale_N,
+    OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, SECOND: tl.constexpr,
+):  # fmt: skip
+    """Adds the products of a group of the pair that begins with group `first`; x is int8 `by_position`."""
+    j, k = tl.arange(0, 16), tl.arange(0, 128)
+    own = packed_base + first // 2 * (3 * OUTPUTS * 16)
+    from_Nj = rows_N[:, None] * 16 + j[None, :]
+    positions = tl.load(own + 2 * OUTPUTS * 16 + from_Nj)
+    if SECOND and GROUPS % 2 != 0:
+        values = tl.load(
+            own + OUTPUTS * 16 + from_Nj, mask=(rows_N * 0 + first + 1 < GROUPS)[:, None], other=0
+        )
+        mask_M = mask_M & (first + 1 < GROUPS)
+    else:
+        values = tl.load(own + SECOND * OUTPUTS * 16 + from_Nj)
+    x = x_base + (first + SECOND) * 128
+    x_kM = tl.load(x + (token_M[None, :] * INPUTS + k[:, None]), mask=mask_M[None, :], other=0)
+    scale_M = tl.load(x_scale_base + at + token_M * (INPUTS // 128))
+    sums = tl.dot(unpack_sparse14(values, positions, SECOND), x_kM, out_dtype=tl.int32).to(tl.float32)
+    return acc_NM + sums * ((scale_N * 0.0625)[:, None] * scale_M[None, :])
 
 
 @triton.jit
@@ -353,18 +483,25 @@ def dot_fp8_group(
 
 @triton.jit
 def dot_group(
-    acc_NM, weight_base, scale_base, x_base, x_scale_base, group, rows_N, token_M, mask_M,
+    acc_NM, weight_base, scale_base, x_base, x_scale_base, first, rows_N, token_M, mask_M,
     OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, PIECE: tl.constexpr,
-    KIND: tl.constexpr, TURN: tl.constexpr,
+    KIND: tl.constexpr, TURN: tl.constexpr, AT: tl.constexpr,
 ):  # fmt: skip
-    """Adds the products of one group of 128 inputs; x has INPUTS columns, of int8 or bf16.
+    """Adds the products of one group of 128 inputs, group AT of an iteration that begins with group `first`;
+    x has INPUTS columns, of int8 or bf16.
 
     Groups behind the last, which an iteration of TURN groups may reach, add nothing. All tokens must exist,
     also those that mask_M leaves out: a mask on the loads of scales would take instructions each time.
     """
+    group = first + AT
     at = group if GROUPS % TURN == 0 else tl.minimum(group, GROUPS - 1)
     scale_N = tl.load(scale_base + at * OUTPUTS + rows_N)
-    if KIND == "fp8":
+    if KIND == "s14":
+        acc_NM = dot_sparse14_group(
+            acc_NM, weight_base, x_base, x_scale_base, first, at, rows_N, token_M, mask_M, scale_N,
+            OUTPUTS, GROUPS, INPUTS, AT,
+        )  # fmt: skip
+    elif KIND == "fp8":
         acc_NM = dot_fp8_group(
             acc_NM, weight_base, x_base, group, rows_N, token_M, mask_M, scale_N, GROUPS, INPUTS, TURN
         )
@@ -389,8 +526,8 @@ def add_product(
     for group in tl.range(0, GROUPS, TURN, num_stages=STAGES):
         for i in tl.static_range(TURN):
             acc_NM = dot_group(
-                acc_NM, weight_base, scale_base, x_base, x_scale_base, group + i, rows_N, token_M, mask_M,
-                OUTPUTS, GROUPS, INPUTS, PIECE, KIND, TURN,
+                acc_NM, weight_base, scale_base, x_base, x_scale_base, group, rows_N, token_M, mask_M,
+                OUTPUTS, GROUPS, INPUTS, PIECE, KIND, TURN, i,
             )  # fmt: skip
     return acc_NM
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_worker.kernels.triton.norm import Added
-from moe_worker.kernels.triton.tiles import Packed, PackedFp8, int8_scale, round_even
+from moe_worker.kernels.triton.sparse14 import to_int4
+from moe_worker.kernels.triton.tiles import Packed, PackedFp8, PackedSparse14, int8_scale, round_even
 from moe_worker.quant.int8 import piece_of
 
 Weight = Tensor | Packed
@@ -57,6 +58,8 @@ def widen(weight: Weight) -> Tensor:
     """The matrix (or matrices) in bf16, [..., O, I]; a dense one as it is."""
     if isinstance(weight, Tensor):
         return weight
+    if isinstance(weight, PackedSparse14):
+        weight = to_int4(weight)
     leading = weight.scales.shape[:-2]
     out = torch.empty(
         *leading, weight.outputs, weight.inputs, dtype=torch.bfloat16, device=weight.scales.device
