@@ -1,6 +1,7 @@
 """What a step of the engine gives to the device: its arrays, and how few operators they take."""
 
 import argparse
+import contextlib
 import itertools
 from types import SimpleNamespace
 
@@ -176,6 +177,42 @@ def test_passes_have_few_sizes_and_none_where_they_are_large():
     assert prompts.size(long, [299]) == Size(384, 2048)  # the cheapest that has room
     del prompts._graphs[Size(384, 2048)], prompts._graphs[Size(384, 2048, 9)]
     assert prompts.size(long, [299]) == Size(384)  # without a graph for expanded contexts of this size
+
+
+def test_a_capture_that_cannot_end_raises_the_error_of_its_step_on_the_stream_of_before(monkeypatch):
+    """torch's context manager then raises another error, and leaves its own stream current."""
+    pytest.importorskip("triton")
+    from moe_worker.models.cuda_graph import captured  # noqa: PLC0415 - triton is not everywhere
+
+    streams = ["usual"]
+
+    @contextlib.contextmanager
+    def stream(named):
+        before, streams[0] = streams[0], named
+        try:
+            yield
+        finally:
+            streams[0] = before
+
+    @contextlib.contextmanager
+    def graph(*_, **__):
+        streams[0] = "of the capture"
+        try:
+            yield
+        except ValueError:
+            raise RuntimeError("operation failed due to a previous error during capture") from None
+        streams[0] = "usual"
+
+    fakes = {"CUDAGraph": object, "current_stream": lambda: streams[0], "stream": stream, "graph": graph}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    def step():
+        raise ValueError("a rank is lost")
+
+    with pytest.raises(ValueError, match="a rank is lost"):
+        captured(step, None, "global")
+    assert streams == ["usual"]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

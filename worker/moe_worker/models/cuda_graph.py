@@ -29,6 +29,27 @@ def batch_sizes(largest: int) -> list[int]:
     return sorted(size for size in sizes if size <= largest)
 
 
+def captured(step: Callable[[], object], pool: Any, mode: str) -> torch.cuda.CUDAGraph:
+    """What `step` launches, as a graph. Raises what `step` raises.
+
+    A capture that cannot end hides that error, and its stream stays the current one: not so here.
+    """
+    graph, failed = torch.cuda.CUDAGraph(), None
+    before = torch.cuda.stream(torch.cuda.current_stream())
+    try:
+        with before, torch.cuda.graph(graph, pool=pool, capture_error_mode=mode):
+            try:
+                step()
+            except Exception as error:
+                failed = error
+                raise
+    except RuntimeError as error:
+        if failed is None or error is failed:
+            raise
+        raise failed from error
+    return graph
+
+
 class DecodeGraphs:
     """Decode over one cache. Fill the buffers with `fill`, then `run`; logits are in `logits_BV`.
 
@@ -138,10 +159,7 @@ class DecodeGraphs:
     def _captured(self, step: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
         step()
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode=self.capture_mode):
-            step()
-        return graph
+        return captured(step, pool, self.capture_mode)
 
     def _step(self, size: int) -> None:
         rows = Rows(self._positions_B[:size], self._rows_B[:size], self._pages_BP[:size])

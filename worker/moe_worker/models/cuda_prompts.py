@@ -20,7 +20,7 @@ from moe_worker.kernels.triton.expanded import BLOCK_T, Contexts, context_rows
 from moe_worker.kernels.triton.greedy import best_tokens
 from moe_worker.models.batch import Batch
 from moe_worker.models.cuda import PREFILL_TOKENS, CudaModel, Rows, context_firsts, token_tiles
-from moe_worker.models.cuda_graph import DecodeGraphs
+from moe_worker.models.cuda_graph import DecodeGraphs, captured
 from moe_worker.models.cuda_layer import Pass
 
 LOG = logging.getLogger(__name__)
@@ -188,15 +188,14 @@ class PromptGraphs:
         return self._newest and Likeliest(*(each_B[:count] for each_B in self._newest))
 
     def _capture(self, size: Size) -> None:
-        graph = torch.cuda.CUDAGraph()
+        found: list[Likeliest] = []
         try:
             # Other threads may use the device meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                found = self._step(size)
-        except RuntimeError as error:  # also that of a capture that ends because memory is too short
+            graph = captured(lambda: found.append(self._step(size)), self._pool, "thread_local")
+        except RuntimeError as error:  # also where memory is too short
             self._close(error)
             return
-        self._graphs[size], self._found[size] = graph, found
+        self._graphs[size], self._found[size] = graph, found[0]
         self._open = len(self._graphs) < MOST_GRAPHS
 
     def _close(self, error: Exception) -> None:
