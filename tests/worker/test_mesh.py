@@ -30,13 +30,14 @@ from moe_worker.engine.loading import load
 from moe_worker.engine.offline import Engine
 from moe_worker.engine.requests import Request
 from moe_worker.errors import SettingsError
-from moe_worker.mesh import joining
+from moe_worker.mesh import joining, reception
 from moe_worker.mesh.channel import Channel
 from moe_worker.mesh.errors import MeshError, RankAbsentError, RankLostError
-from moe_worker.mesh.joining import Identity, gather_ranks, join_leader, listener_at
+from moe_worker.mesh.joining import Identity, join_leader, listener_at
 from moe_worker.mesh.member import SECRET, Member, join
 from moe_worker.mesh.messages import CODEC, Compute, End, Piece, Refusal, Wait, Welcome
 from moe_worker.mesh.places import advised
+from moe_worker.mesh.reception import gather_ranks
 from moe_worker.sampling.output_format import OutputFormat
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.service import command
@@ -394,6 +395,25 @@ def test_a_stranger_that_sends_a_byte_now_and_then_keeps_no_rank_from_joining(mo
         finally:
             stop.set()
             thread.join()
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_strangers_that_say_nothing_keep_no_rank_from_joining(folder, encrypted):
+    """More than the leader greets at a time, and each of them may take its time."""
+    identity = replace(IDENTITY, tls=folder if encrypted else "")
+    leader = Leader(identity)
+    with contextlib.ExitStack() as stack:
+        for _ in range(reception.STRANGERS + 20):
+            stack.enter_context(closing(socket.create_connection(leader.address)))
+        began = time.monotonic()
+        channel, _ = join_leader(leader.address, 1, identity, 60)
+        assert time.monotonic() - began < joining.GREETING_S
+        assert [other.rank for other in leader.end()] == [1]
+        channel.close()
+    for thread in threading.enumerate():
+        if thread.name == "mesh greeting":
+            thread.join(DEADLINE_S)
+            assert not thread.is_alive()
 
 
 def test_a_channel_tells_what_it_lacks_within_which_time():

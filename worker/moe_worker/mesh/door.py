@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 from moe_worker.mesh.channel import Channel
 from moe_worker.mesh.errors import MeshError
-from moe_worker.mesh.joining import POLL_S, Identity, admit
+from moe_worker.mesh.joining import POLL_S, Identity
 from moe_worker.mesh.messages import Again, Allocate, Ready, Wait, Welcome
+from moe_worker.mesh.reception import Reception
 
 log = logging.getLogger(__name__)
 
@@ -74,26 +75,22 @@ class Door:
             channel.close()
 
     def _run(self, welcome: Welcome, present: tuple[int, ...], pages: int) -> None:
-        self.listener.settimeout(POLL_S)
-        while not self._closed.is_set():
-            try:
-                connection, address = self.listener.accept()
-            except TimeoutError:
-                continue
-            except OSError:
-                log.exception("no rank can join at the moment")
-                self._closed.wait(1.0)
-                continue
-            waiting = [channel.rank for channel in self.channels()]
-            try:
-                channel = admit(connection, self._identity, welcome, waiting, later=present)
-            except MeshError as error:
-                log.warning("a connection from %s did not join: %s", address[0], error)
-                connection.close()
-            else:
-                threading.Thread(
-                    target=self._follow, args=(channel, pages), name="mesh guest", daemon=True
-                ).start()
+        with Reception(self.listener, self._identity) as reception:
+            while not self._closed.is_set():
+                try:
+                    guest = reception.next(POLL_S)
+                except OSError:
+                    log.exception("no rank can join at the moment")
+                    self._closed.wait(1.0)
+                    continue
+                if guest is None:
+                    continue
+                waiting = [channel.rank for channel in self.channels()]
+                channel = reception.admitted(guest, welcome, waiting, later=present)
+                if channel is not None:
+                    threading.Thread(
+                        target=self._follow, args=(channel, pages), name="mesh guest", daemon=True
+                    ).start()
 
     def _follow(self, channel: Channel, pages: int) -> None:
         """Until the rank has loaded."""

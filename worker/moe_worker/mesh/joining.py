@@ -7,11 +7,10 @@ a sentence. With --tls all of it, and what follows, is encrypted, and the leader
 import hashlib
 import hmac
 import ipaddress
-import logging
 import secrets
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, cast
 
@@ -23,7 +22,6 @@ from moe_worker.mesh.identity import worker_version
 from moe_worker.mesh.messages import CODEC, Claim, Refusal, Welcome
 from moe_worker.mesh.secure import SecureConnection, secured
 
-log = logging.getLogger(__name__)
 LARGEST_CLAIM: Final = 4096
 GREETING_S: Final = 5.0
 POLL_S: Final = 0.05
@@ -97,58 +95,37 @@ def all_needed(missing: frozenset[int], waited_s: float) -> bool:
     return False
 
 
-def gather_ranks(
-    listener: socket.socket, identity: Identity, welcome: Welcome, seconds: float,
-    may_lack: Callable[[frozenset[int], float], bool] = all_needed,
-) -> list[Channel]:  # fmt: skip
-    """The leader's part of joining: a channel to each other rank, in order.
+@dataclass
+class Guest:
+    """Who has connected to the leader and made a claim. genuine: whether it knows the secret."""
 
-    may_lack: whether the mesh may form without these ranks, after so many seconds. Raises MeshError where
-    some that it needs have not come after `seconds`.
-    """
-    joined: dict[int, Channel] = {}
-    begin = time.monotonic()
-    while missing := frozenset(range(1, identity.shape.ranks)) - joined.keys():
-        waited = time.monotonic() - begin
-        if may_lack(missing, waited):
-            break
-        if waited >= seconds:
-            raise RankAbsentError(
-                f"mesh {identity.shape} is incomplete: ranks {sorted(missing)} did not join within "
-                f"{seconds:g} s; start them with the same --mesh and --mesh-leader"
-            )
-        listener.settimeout(min(POLL_S, seconds))
-        try:
-            connection, address = listener.accept()
-        except TimeoutError:
-            continue
-        try:
-            joined = {rank: channel for rank, channel in joined.items() if not channel.ended()}
-            channel = admit(connection, identity, welcome, sorted(joined))
-        except MeshError as error:
-            log.warning("a connection from %s did not join: %s", address[0], error)
-            connection.close()
-        else:
-            joined[channel.rank] = channel
-    return [joined[rank] for rank in sorted(joined)]
+    channel: Channel
+    came_from: str
+    claim: Claim
+    genuine: bool
 
 
-def admit(
-    connection: socket.socket, identity: Identity, welcome: Welcome, joined: Sequence[int],
-    later: Sequence[int] = (),
-) -> Channel:  # fmt: skip
-    """A channel to a rank that may join `joined`. Raises MeshError after it has told the rank why not.
-
-    later: ranks that are told nothing, and so will try again.
-    """
+def greet(connection: socket.socket, came_from: str, identity: Identity) -> Guest:
+    """The leader's part up to the proof, within twice GREETING_S. Raises MeshError."""
     channel = Channel(_over_tls(connection, identity, -1), -1)
     channel.end_within(GREETING_S)
     nonce = channel.challenge()
     claim = cast("Claim", channel.receive(Claim, most=LARGEST_CLAIM))
     genuine = hmac.compare_digest(channel.read_proof(), identity.sign(nonce, claim))
+    return Guest(channel, came_from, claim, genuine)
+
+
+def admit(
+    guest: Guest, identity: Identity, welcome: Welcome, joined: Sequence[int], later: Sequence[int] = ()
+) -> Channel:
+    """A channel to a rank that may join `joined`. Raises MeshError after it has told the rank why not.
+
+    later: ranks that are told nothing, and so will try again.
+    """
+    channel, claim = guest.channel, guest.claim
     wrong = "the mesh's secret is another one; set the same MOE_WORKER_MESH_SECRET on all ranks"
     # Versions may sign different fields.
-    if genuine or claim.version != identity.version:
+    if guest.genuine or claim.version != identity.version:
         objection = identity.objection(claim, joined)
     else:
         objection = f"rank {claim.rank} is refused: {wrong}"

@@ -22,7 +22,6 @@ from moe_worker.mesh.errors import MeshError, RankMemoryError
 from moe_worker.mesh.joining import (
     Identity,
     all_needed,
-    gather_ranks,
     is_address,
     join_leader,
     listener_at,
@@ -31,6 +30,7 @@ from moe_worker.mesh.joining import (
 from moe_worker.mesh.messages import Again, End, Meet, RankFailed, Wait, Welcome
 from moe_worker.mesh.places import Moved
 from moe_worker.mesh.pulse import Pulse
+from moe_worker.mesh.reception import gather_ranks
 
 SECRET = "MOE_WORKER_MESH_SECRET"  # noqa: S105 - the variable's name
 # Ranks start when their pods do; a step's exchanges begin together.
