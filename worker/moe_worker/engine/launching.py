@@ -69,7 +69,7 @@ class Launcher:
             if draws
             else sampling
         )
-        masks = self.guides.begin(here, flights)
+        masks = self.guides.begin(here, flights, now=self._mesh is None and not self.ahead)
         wanted = spans(chunks, active)
         logits = self._begin(batch, rows, draws, wanted)
         self.experts.count(step)

@@ -1,6 +1,6 @@
 """Masks of the tokens that texts with an output format may go on with.
 
-Legend: B rows that sample, M rows with a format, V vocabulary, W words of 32 bits for it.
+Legend: B rows that sample, or bytes of a mask; M rows with a format, V vocabulary.
 """
 
 import logging
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _WORD_BITS = 32
-_ALL, _NONE = -1, 0
+_ALL, _NONE = 255, 0
 TEXTS_OF_A_LEXER: Final = 8
 """Texts of one format that share a lexer: its states, their bound, and a lock."""
 
@@ -42,7 +42,7 @@ class Vocabulary(Protocol):
 
 @dataclass(frozen=True)
 class Allowed:
-    """Masks of some rows, rising; bits_MB: uint8 [M, 4 W], bit i of byte j: token 8 j + i."""
+    """Masks of some rows, rising; bits_MB: uint8, bit i of byte j is of token 8 j + i."""
 
     rows: Sequence[int]
     bits_MB: Tensor
@@ -61,7 +61,7 @@ class Allowed:
     def masked(self, scores_BV: Tensor) -> Tensor:
         """A copy in which the scores of all other tokens are -inf."""
         if len(self.rows) == scores_BV.shape[0]:
-            return scores_BV.masked_fill(self.refused, -torch.inf)
+            return torch.where(self.refused, scores_BV.new_full((), -torch.inf), scores_BV)
         rows_M = to_device(torch.tensor(self.rows), scores_BV.device)
         rows_MV = scores_BV.index_select(0, rows_M).masked_fill_(self.refused, -torch.inf)
         return scores_BV.index_copy(0, rows_M, rows_MV)
@@ -170,27 +170,33 @@ class Guides:
 
     def masks(self, guided: Sequence[tuple[int, Guide]], device: torch.device) -> Allowed:
         """The masks of some rows, by the calling thread; waits until their formats are compiled."""
-        words = -(-self._vocab_size // _WORD_BITS)
-        bits_MW = torch.full((len(guided), words), _ALL, dtype=torch.int32, pin_memory=device.type == "cuda")
-        constrained = [(place, guide) for place, (_, guide) in enumerate(guided) if not guide.unguided.waits]
-        live = [(guide.own, place) for place, guide in constrained if not guide.own.is_stopped()]
-        self._compute(live, bits_MW)
-        for place, guide in constrained:
+        size = -(-self._vocab_size // _WORD_BITS) * _WORD_BITS // 8
+        bits_MB = torch.empty(len(guided), size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        rows = bits_MB.numpy()
+        live = []
+        for place, (_, guide) in enumerate(guided):
+            if guide.unguided.waits or guide.own.is_stopped():
+                rows[place] = _ALL
+            else:
+                live.append((guide.own, place))
+        self._compute(live, bits_MB)
+        for place, (_, guide) in enumerate(guided):
             if guide.failed:
                 log.warning("a text with an output format fails: %s", guide.own.get_error()[:300])
                 guide.matcher.result().compiled.failed = True
-                bits_MW[place] = _NONE
-        bits_MB = bits_MW.view(torch.uint8).to(device, non_blocking=True)
+                rows[place] = _NONE
+        if device.type == "cuda":
+            bits_MB = bits_MB.to(device, non_blocking=True)
         return Allowed([row for row, _ in guided], bits_MB, self._vocab_size)
 
-    def _compute(self, matchers: "list[tuple[LLMatcher, int]]", bits_MW: Tensor) -> None:
+    def _compute(self, matchers: "list[tuple[LLMatcher, int]]", bits_MB: Tensor) -> None:
         """The masks of `matchers`, each at its place; llguidance releases the GIL meanwhile."""
-        start, stride = bits_MW.data_ptr(), bits_MW.shape[1] * bits_MW.element_size()
+        start, (places, size) = bits_MB.data_ptr(), bits_MB.shape
         if self._threads > 1 and len(matchers) > 1:
-            self._executor.unsafe_compute_mask_ptr(matchers, start, stride, bits_MW.shape[0])
+            self._executor.unsafe_compute_mask_ptr(matchers, start, size, places)
             return
         for matcher, place in matchers:  # another thread would cost more than one mask
-            matcher.unsafe_compute_mask_ptr(start + place * stride, stride)
+            matcher.unsafe_compute_mask_ptr(start + place * size, size)
 
     def _compile(self, output_format: OutputFormat, written: list[int], salt: str) -> TextMatcher:
         """A copy of the format's matcher that has taken `written`; one thread alone may call this.
