@@ -215,6 +215,26 @@ def test_a_capture_that_cannot_end_raises_the_error_of_its_step_on_the_stream_of
     assert streams == ["usual"]
 
 
+def test_a_step_without_memory_for_its_graph_is_launched_and_ends_recording(monkeypatch, caplog):
+    graphs = graphs_of(9, 96)
+    from moe_worker.models.cuda_prompts import PromptGraphs, Size  # noqa: PLC0415 - triton is not everywhere
+
+    def fails(*_, **__):
+        raise torch.OutOfMemoryError("too little for a graph")
+
+    for name, fake in (("CUDAGraph", object), ("current_stream", object), ("graph", fails)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    prompts, steps = PromptGraphs(graphs._model, graphs, 96, 60), []
+    prompts._pool = object()
+    monkeypatch.setattr(prompts, "_step", lambda size: (steps.append(size), likeliest(torch.eye(9)))[1])
+    for _ in range(2):
+        prompts.run(Size(32))
+    assert steps == [Size(32)] * 2
+    assert prompts.likeliest(3).tokens_B.tolist() == [0, 1, 2]
+    assert ["too little" in record.message for record in caplog.records] == [True]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_known_tokens_are_taken_where_nothing_changes_the_scores(temperature):
     torch.manual_seed(0)
