@@ -100,7 +100,7 @@ def no_graphs(batch: int, vocabulary: int, cache: PagedCache, context: int) -> R
     counts_LA = torch.zeros(1, 1, dtype=torch.int32)
     model: Any = SimpleNamespace(
         device=torch.device("cpu"), counts_LA=counts_LA, layers=(SimpleNamespace(router_ED=None),),
-        empty_logits=lambda tokens: torch.randn(tokens, vocabulary), expands=lambda *_: True,
+        empty_logits=lambda tokens: torch.randn(tokens, vocabulary), saved_by_expanding=lambda *_: 1.0,
     )  # fmt: skip
 
     class Captured(DecodeGraphs):

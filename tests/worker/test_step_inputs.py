@@ -117,7 +117,7 @@ def test_a_captured_pass_gets_its_prompts_and_padding_that_belongs_to_nobody(sin
     graphs = graphs_of(9, 96)
     from moe_worker.models.cuda_prompts import PromptGraphs  # noqa: PLC0415 - triton is not everywhere
 
-    graphs._model.expands = lambda counts, *_: expands and len(counts) > 0
+    graphs._model.saved_by_expanding = lambda counts, *_: float(expands and len(counts) > 0)
     prompts, segments = PromptGraphs(graphs._model, graphs, 96, 60), single + long
     for batch in (Batch.of([segment([7] * 20, 3, 1)] * 2, CACHE), Batch.of(segments, CACHE)):
         count, begins = len(batch.tokens), [0, *(row + 1 for row in batch.last_rows)]
@@ -157,7 +157,9 @@ def test_passes_have_few_sizes_and_none_where_they_are_large():
     graphs = graphs_of(9, 96)
     from moe_worker.models.cuda_prompts import PromptGraphs, Size  # noqa: PLC0415 - triton is not everywhere
 
-    graphs._model.expands = lambda counts, *_: sum(counts) >= 256
+    saved_ns = [1.0]
+    graphs._model.saved_by_expanding = lambda counts, *_: saved_ns[0] if sum(counts) >= 256 else -1.0
+    graphs._model.expands = lambda counts, _: sum(counts) >= 256
     prompts = PromptGraphs(graphs._model, graphs, 96, 16_384)
     assert prompts.sizes[-1] == 2048 + 9
     assert all(b <= 2 * a for a, b in itertools.pairwise(prompts.sizes))
@@ -177,6 +179,8 @@ def test_passes_have_few_sizes_and_none_where_they_are_large():
     assert prompts.size(long, [299]) == Size(384, 2048)  # the cheapest that has room
     del prompts._graphs[Size(384, 2048)], prompts._graphs[Size(384, 2048, 9)]
     assert prompts.size(long, [299]) == Size(384)  # without a graph for expanded contexts of this size
+    saved_ns[0] = 1e9
+    assert prompts.size(long, [299]) is None
 
 
 def test_a_capture_that_cannot_end_raises_the_error_of_its_step_on_the_stream_of_before(monkeypatch):

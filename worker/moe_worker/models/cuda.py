@@ -172,23 +172,29 @@ class CudaModel:
         sparse = any(isinstance(layer.gate_up, PackedSparse14) for layer in self.layers)
         return Products.DENSE_GROUPS if sparse and tokens >= DENSE_TOKENS else Products.GROUPS
 
-    def expands(self, counts: Sequence[int], lengths: Sequence[int], singles: Sequence[int] = ()) -> bool:
-        """Whether attention costs less with keys and values expanded than with queries absorbed.
+    def expands(self, counts: Sequence[int], lengths: Sequence[int]) -> bool:
+        """Whether attention costs less with keys and values expanded than with queries absorbed."""
+        return self.saved_by_expanding(counts, lengths) > 0
+
+    def saved_by_expanding(
+        self, counts: Sequence[int], lengths: Sequence[int], singles: Sequence[int] = ()
+    ) -> float:
+        """Nanoseconds of a pass that attention needs less with keys and values expanded.
 
         singles: lengths of streams with one token each, whose contexts would not be expanded.
         """
         if not counts:
-            return False
+            return 0.0
         latent, value = self.layers[0].latent, self.layers[0].value_HRV.shape[2]
         heads, plain, _ = latent.key_HNR.shape
         positions = sum(lengths)
         if positions * heads * (plain + value) * 2 > MOST_EXPANDED_BYTES:
-            return False
+            return 0.0
         pairs = sum(count * (length - count / 2) for count, length in zip(counts, lengths, strict=True))
         absorbed = ABSORBED_TOKEN * sum(counts) + ABSORBED_PAIR * pairs
         absorbed = max(absorbed, ABSORBED_LONGEST * max(*lengths, *singles, 0))
         expanded = EXPANDED_POSITION * positions + EXPANDED_LONGEST * max(lengths) + EXPANDED_LAUNCHES
-        return absorbed > expanded + (SINGLES_LAUNCHES if singles else 0)
+        return len(self.layers) * (absorbed - expanded - (SINGLES_LAUNCHES if singles else 0))
 
     def _pass(
         self,

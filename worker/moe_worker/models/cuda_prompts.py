@@ -7,6 +7,7 @@ Legend: T tokens, B sequences, P pages of a sequence, C tiles of tokens, N token
 """
 
 import logging
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -31,6 +32,8 @@ MOST_PROMPT_TOKENS = 2048
 MOST_POSITIONS = 1 << 15
 # Graphs, of about 3 MB each besides the memory that they share.
 MOST_GRAPHS = 128
+# Nanoseconds that launching a pass kernel by kernel takes longer than a graph.
+LAUNCHES_NS = 20e6
 # Contexts up to which graphs are recorded at the start; how many times as many positions as are needed a
 # graph may expand before one of its own is recorded, which takes 50 ms.
 USUAL_CONTEXT = 4096
@@ -48,8 +51,8 @@ class Size(NamedTuple):
 
 
 def token_sizes(most: int) -> list[int]:
-    """16 and its doubles up to 256, steps of 128 up to 512 and of 256 above, and `most`."""
-    sizes = {most, 16, 32, 64, 128, 256, 384, *range(512, most, 256)}
+    """16 and its doubles up to 256, steps of 128 up to 512, of 256 up to 2,048 and of 1,024 above; `most`."""
+    sizes = {most, 16, 32, 64, 128, 256, 384, *range(512, 2048, 256), *range(2048, most, 1024)}
     return sorted(size for size in sizes if size <= most)
 
 
@@ -116,15 +119,18 @@ class PromptGraphs:
         """
         if self._pool is None:
             return
-        nothing = Batch.of([], self._cache)
+        nothing, begin, free = Batch.of([], self._cache), time.monotonic(), torch.cuda.mem_get_info()[0]
         for size in each(self.usual_sizes()):
+            self._open = len(self._graphs) < MOST_GRAPHS  # smaller ones fit where one did not
             self.fill(nothing, [], size)
             try:
                 self.run(size)
             except torch.OutOfMemoryError as error:
                 self._close(error)
-            if not self._open:
-                break
+        taken, seconds = free - torch.cuda.mem_get_info()[0], time.monotonic() - begin
+        LOG.info(
+            "%d CUDA graphs of prompts take %.2f GB, after %.1f s", len(self._graphs), taken / 1e9, seconds
+        )
 
     def size(self, batch: Batch, rows: Sequence[int]) -> Size | None:
         """That of a pass over `batch` with logits of `rows`; None if there is no graph for it."""
@@ -133,7 +139,8 @@ class PromptGraphs:
             return None
         absorbed = size = Size(self.sizes[bisect_left(self.sizes, tokens)])
         counts, lengths = [each.size for each in segments], [each.end for each in segments]
-        if self._model.expands(counts[singles:], lengths[singles:], lengths[:singles]):
+        saved_ns = self._model.saved_by_expanding(counts[singles:], lengths[singles:], lengths[:singles])
+        if saved_ns > 0:
             positions = positions_for(sum(lengths[singles:]), size.tokens)
             size = Size(size.tokens, positions, min(size.tokens, singles_for(singles, self._largest)))
             if positions > MOST_POSITIONS:
@@ -141,7 +148,7 @@ class PromptGraphs:
         fits = [each for each in self._graphs if _covers(each, size)]
         if fits or self._open:
             return min(fits, default=size)
-        return absorbed if absorbed in self._graphs else None
+        return absorbed if absorbed in self._graphs and saved_ns < LAUNCHES_NS else None
 
     def fill(self, batch: Batch, rows: Sequence[int], size: Size) -> None:
         """Takes in a batch."""
