@@ -10,9 +10,14 @@ def main() -> None:
     prepare()
     from kopf.cli import main as kopf  # noqa: PLC0415 - after prepare()
 
+    from moe_operator.errors import InstallationError  # noqa: PLC0415
     from moe_operator.settings import from_environment  # noqa: PLC0415
 
-    scope = [f"--namespace={name}" for name in from_environment().namespaces] or ["--all-namespaces"]
+    try:
+        names = from_environment().namespaces
+    except InstallationError as error:
+        sys.exit(f"Error: {error}")
+    scope = [f"--namespace={name}" for name in names] or ["--all-namespaces"]
     kopf(["run", "--module=moe_operator.main", *scope, *sys.argv[1:]])
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Final
 
 from moe_operator.errors import InstallationError
 
 ENVIRONMENT_PREFIX = "MOE_OPERATOR_"
+_NAMESPACE: Final = re.compile("[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Settings:
     """Port of the status page, on the loopback interface for `kubectl port-forward`; 0 for none."""
 
     watch_namespaces: str = ""
-    """Namespaces whose deployments are served, separated by commas; by default all."""
+    """Names of the namespaces whose deployments are served, separated by commas; by default all."""
 
     model_roots: str = ""
     """Directories of nodes that deployments may mount, with everything below them, separated by commas; none
@@ -98,8 +100,22 @@ class Settings:
 
     @property
     def namespaces(self) -> tuple[str, ...]:
-        """`watch_namespaces`, one by one."""
-        return tuple(name for name in self.watch_namespaces.split(",") if name)
+        """`watch_namespaces`, one by one, each once; none stands for all."""
+        names = (name.strip() for name in self.watch_namespaces.split(","))
+        return tuple(dict.fromkeys(name for name in names if name))
+
+    def __post_init__(self) -> None:
+        """Raises InstallationError where `watch_namespaces` is not names: kopf would take patterns, and
+        nothing else here does.
+        """
+        given, names = self.watch_namespaces.strip(), self.namespaces
+        wrong = [name for name in names if not _NAMESPACE.fullmatch(name)]
+        if wrong or (given and not names):
+            first = next(iter(wrong), given)[:64]
+            raise InstallationError(
+                f"{ENVIRONMENT_PREFIX}WATCH_NAMESPACES is {given[:200]!r}, and {first!r} is not the name of "
+                "a namespace; separate names with commas, or leave it empty for all namespaces"
+            )
 
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
@@ -174,6 +177,34 @@ def test_settings_come_from_the_environment_and_are_checked():
         InstallationError, match="MOE_OPERATOR_DEBOUNCE_SECONDS is 'soon'; it must be a number"
     ):
         from_environment({"MOE_OPERATOR_DEBOUNCE_SECONDS": "soon"})
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [("", ()), (" ", ()), ("a", ("a",)), (" b , a,,b\n", ("b", "a")), ("0-9," + "x" * 63, ("0-9", "x" * 63))],
+)
+def test_namespaces_are_read_one_by_one_and_each_once(text, names):
+    assert from_environment({"MOE_OPERATOR_WATCH_NAMESPACES": text}).namespaces == names
+
+
+@pytest.mark.parametrize(
+    "text", ["*", "a,team-*", "!a", ",", " , ", "a b", "A", "-a", "a.b", "x" * 64, "é", "a,/b"]
+)
+def test_what_names_no_namespace_does_not_become_a_scope(text):
+    """kopf would take a pattern, which nothing else does; separators alone would mean all namespaces."""
+    with pytest.raises(
+        InstallationError, match=r"NAMESPACES is .* not the name of a namespace; separate names"
+    ):
+        from_environment({"MOE_OPERATOR_WATCH_NAMESPACES": text})
+
+
+def test_the_operator_says_in_one_sentence_which_setting_is_wrong():
+    command = [sys.executable, "-m", "moe_operator"]
+    environment = {**os.environ, "MOE_OPERATOR_WATCH_NAMESPACES": "*"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("Error: MOE_OPERATOR_WATCH_NAMESPACES is '*', and '*' is not the name")
+    assert ended.stderr.count("\n") == 1
 
 
 def test_0_turns_the_ports_of_the_operator_off_and_other_settings_refuse_it():
