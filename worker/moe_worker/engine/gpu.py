@@ -20,7 +20,7 @@ from moe_worker.quant.formats import FORMATS
 
 GB = 10**9
 CUDA = torch.device("cuda")
-# Share of a GPU's memory that is left for forward passes.
+# Share of a GPU's memory that is left for forward passes and their CUDA graphs.
 SPARE_SHARE = 0.1
 # Bits that 1:4 sparse experts save for each weight: one value of four stays, with a position of two bits.
 SPARSE_SAVES = 4 - 1.5
@@ -75,37 +75,53 @@ def make_stage(
     return CudaStage(model, cache, group, options.max_batch_size, context, options.prefill_tokens, progress)
 
 
-def weight_bytes(config: ModelConfig, number_format: str) -> int:
-    """Estimated bytes of the weights: all are packed but the embedding, W_UK and W_UV."""
+def weight_bytes(config: ModelConfig, number_format: str, spread: bool = False) -> int:
+    """Estimated bytes of the weights on the kernels: all are packed but the embedding, W_UK and W_UV, of
+    which W_UV is kept in two layouts.
+
+    spread: whether the ranks of a mesh share the experts, so that sparse ones become dense.
+    """
     dense = 4 if number_format == "fp32" else 2
     bits = FORMATS[number_format].bits if number_format in FORMATS else None
-    if bits is None:
-        return config.parameters_total * dense
-    kept = config.vocab_size * config.hidden_size
+    kept, twice = config.vocab_size * config.hidden_size, 0
     if isinstance(config.attention, LatentConfig):
         latent = config.attention
-        expanded = latent.num_attention_heads * (latent.qk_nope_head_dim + latent.v_head_dim)
-        kept += config.num_hidden_layers * expanded * latent.kv_lora_rank
-    packed = (config.parameters_total - kept) * bits
-    if number_format == "w4a8" and isinstance(config.storage, SparseStorage):
+        each = config.num_hidden_layers * latent.num_attention_heads * latent.kv_lora_rank
+        kept += each * (latent.qk_nope_head_dim + latent.v_head_dim)
+        twice = each * latent.v_head_dim
+    packed = (config.parameters_total - kept) * (8 * dense if bits is None else bits)
+    if number_format == "w4a8" and isinstance(config.storage, SparseStorage) and not spread:
         moe, wide = config.moe, len(config.dense_layers) * config.intermediate_size
         wide += config.num_moe_layers * (moe.routed + moe.shared) * moe.intermediate
         packed -= 3 * config.hidden_size * wide * SPARSE_SAVES
-    return int(packed / 8 + kept * dense)
+    return int(packed / 8 + (kept + twice) * dense)
+
+
+def growth(
+    config: ModelConfig, number_format: str, device: torch.device, share: float = 1.0, spread: bool = False
+) -> int:
+    """Bytes by which loaded weights grow when they are prepared for the kernels: 1:4 sparse ones that become
+    dense. share, spread: see check_weights_fit.
+    """
+    if not isinstance(config.storage, SparseStorage):
+        return 0
+    needed = int(share * weight_bytes(config, number_format, spread))
+    return max(0, needed - torch.cuda.memory_allocated(device))
 
 
 def check_weights_fit(
-    config: ModelConfig, number_format: str, device: torch.device, free: int, share: float = 1.0
-) -> None:
+    config: ModelConfig, number_format: str, device: torch.device, free: int, share: float = 1.0,
+    spread: bool = False,
+) -> None:  # fmt: skip
     """Raises SettingsError if the weights do not fit into `free` bytes of `device`; the message says what
     would fit.
 
-    share: of the weights, which a rank of a mesh holds.
+    share: of the weights, which a rank of a mesh holds. spread: whether its ranks share the experts.
     """
-    needed = share * weight_bytes(config, number_format)
+    needed = share * weight_bytes(config, number_format, spread)
     if needed <= free:
         return
-    packed = share * weight_bytes(config, "w4a8")
+    packed = share * weight_bytes(config, "w4a8", spread)
     part, larger = ("the weights", "") if share == 1 else ("the weights of this rank", " or more ranks")
     smaller = f"use --format w4a8, which takes about {packed / GB:.1f} GB, or " if packed < free else ""
     raise SettingsError(
@@ -114,10 +130,10 @@ def check_weights_fit(
     )
 
 
-def cache_bytes(device: torch.device, rows: CacheShape, options: EngineOptions) -> int:
-    """Bytes that the KV cache may take once the weights are loaded."""
+def cache_bytes(device: torch.device, rows: CacheShape, options: EngineOptions, grows: int) -> int:
+    """Bytes that the KV cache may take once the weights are loaded, which will need `grows` more."""
     free, total = torch.cuda.mem_get_info(device)
-    return cache_room(free, total, _frames(rows, options))
+    return cache_room(free - grows, total, _frames(rows, options))
 
 
 def cache_room(free: float, total: int, frames: int) -> int:

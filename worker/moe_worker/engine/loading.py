@@ -109,7 +109,7 @@ def load(
     weights = choose_format(options.format, config)
     placement = Placement(dtype, device, weights, options.check_weights)
     name = NAMES[dtype] if weights == "dense" else weights
-    shape, spread, stage = options.mesh_shape, None, None
+    shape, spread, stage, share = options.mesh_shape, None, None, 1.0
     hardware = probe(device, config, name, shape)
     path = choose("pass", name, hardware).implementation
     rows = _cache_shape(config, options, dtype, path)
@@ -125,11 +125,13 @@ def load(
             unfinished.push(_giving_up(spread.member))
             stage = spread.stage()
             rows = replace(rows, layers=len(stage.layers))
-            _check_sizes(config, name, rows, options, context, device, share_of(stage, spread.stored))
+            share = share_of(stage, spread.stored)
+            _check_sizes(config, name, rows, options, context, device, share)
         model = load_model(directory, config, placement, context, progress, stage)
         balance(model, nudges)
         member = None if spread is None else spread.member
-        cache = _allocate_cache(rows, options, context, device, member)
+        grows = gpu.growth(config, name, device, share, shape.expert > 1) if path == "triton" else 0
+        cache = _allocate_cache(rows, options, context, device, member, grows)
         runner = _runner(model, cache, options, context, path, progress, spread)
         learner = learner_of(runner, config, known)
         unfinished.pop_all()
@@ -168,8 +170,9 @@ def _check_sizes(
         check_memory(options.kv_offload, rows.page_bytes, pinned=on_gpu)
     if on_gpu:
         free, total = torch.cuda.mem_get_info(device)
-        gpu.check_weights_fit(config, number_format, device, free, share)
-        left = free - share * gpu.weight_bytes(config, number_format)
+        spread = options.mesh_shape.expert > 1
+        gpu.check_weights_fit(config, number_format, device, free, share, spread)
+        left = free - share * gpu.weight_bytes(config, number_format, spread)
         gpu.check_cache_fits(rows, options, context, device, left, total)
     else:  # such memory is only mapped, which takes no time
         pages = rows.pages_that_fit(context, options.kv_memory, options.max_batch_size)
@@ -177,14 +180,15 @@ def _check_sizes(
 
 
 def _allocate_cache(
-    shape: CacheShape, options: EngineOptions, context: int, device: torch.device, member: Member | None
-) -> PagedCache:
-    """Allocates the memory that the user set, or on a GPU what the weights leave. Raises SettingsError if it
-    is too small.
+    shape: CacheShape, options: EngineOptions, context: int, device: torch.device, member: Member | None,
+    grows: int,
+) -> PagedCache:  # fmt: skip
+    """Allocates the memory that the user set, or on a GPU what the weights leave, which need `grows` more
+    bytes than now. Raises SettingsError if it is too small.
     """
     memory = options.kv_memory
     if memory is None and device.type == "cuda":
-        memory = gpu.cache_bytes(device, shape, options)
+        memory = gpu.cache_bytes(device, shape, options, grows)
     pages = shape.pages_that_fit(context, memory, options.max_batch_size)
     if member is not None:
         pages = agree_on_pages(member, pages)
