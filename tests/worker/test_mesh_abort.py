@@ -2,8 +2,14 @@
 
 import threading
 
+import torch
+
+from moe_worker.config.mesh import MeshShape
+from moe_worker.errors import WorkerError
+from moe_worker.mesh import member
 from moe_worker.mesh.abort import Abort
 from moe_worker.mesh.errors import RankLostError
+from moe_worker.mesh.joining import Identity
 from moe_worker.mesh.pulse import Pulse
 
 LONG_S = 60.0
@@ -41,6 +47,21 @@ def test_a_process_whose_exchanges_do_not_end_says_so_and_ends():
     assert said == ["exchanges between GPUs were not aborted within 0.05 s"]
     assert not abort.wait()
     free.set()
+
+
+def test_a_rank_that_cannot_load_says_why_before_its_connections_keep_it(monkeypatch, caplog):
+    """Its error holds the stage, whose graphs refer to the connections: they end with the process alone."""
+    free, said = threading.Event(), []
+    place = Identity(MeshShape(1, 2), 1, "digest", b"known"), 0, ("127.0.0.1", 1)
+    rank = member.Member(*place, torch.device("cuda"))
+    rank._groups = [Group(threading.Barrier(1), free)]
+    monkeypatch.setattr(member, "Abort", lambda groups: Abort(groups, 0.05))
+    monkeypatch.setattr(member, "end_process", lambda _: said.append(caplog.text))
+    monkeypatch.setattr(member.dist, "destroy_process_group", lambda: None)
+    rank.give_up(WorkerError("out of memory"))
+    free.set()
+    assert len(said) == 1
+    assert "rank 0 cannot load: out of memory" in said[0]
 
 
 def test_a_group_that_is_gone_already_is_no_failure(caplog):

@@ -1,6 +1,7 @@
 """This process in its mesh: its connections to the other ranks."""
 
 import contextlib
+import logging
 import os
 import socket
 import threading
@@ -32,6 +33,7 @@ from moe_worker.mesh.places import Moved
 from moe_worker.mesh.pulse import Pulse
 from moe_worker.mesh.reception import gather_ranks
 
+log = logging.getLogger(__name__)
 SECRET = "MOE_WORKER_MESH_SECRET"  # noqa: S105 - the variable's name
 # Ranks start when their pods do; a step's exchanges begin together.
 JOIN_S, STEP_S = 600.0, 60.0
@@ -166,6 +168,8 @@ class Member:
         for channel in self.channels if self.leads else ():
             with contextlib.suppress(MeshError):
                 channel.send(RankFailed(sentence))
+        if self._groups:  # whose end may end this process before anybody tells the error
+            log.critical("rank %d cannot load: %s", self.rank, sentence)
         self.close()
 
     def farewell(self) -> None:
