@@ -497,7 +497,7 @@ def test_everything_that_can_be_set_is_taken_and_kept(crd):
             "pipeline": 2,
             "expert": 4,
             "redundantExperts": 8,
-            "rebalance": {"mode": "Auto", "interval": "10m", "threshold": "1.1"},
+            "rebalance": {"mode": "On", "interval": "10m", "threshold": "1.1"},
             "topology": {"key": "example.org/rack", "policy": "Required", "exclusive": True},
             "schedulingDeadlineSeconds": 60,
             "restartBudget": 3,

@@ -6,6 +6,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
+from typing import get_args
 
 import grpc
 import pytest
@@ -24,9 +25,11 @@ from moe_operator.render.gang_record import GangRecord, recorded
 from moe_operator.render.objects import Key
 from moe_operator.resources import names
 from moe_operator.resources.deployment import sentence
+from moe_operator.resources.parallelism_spec import Rebalance
 from moe_operator.resources.spec import Spec
 from moe_operator.resources.status import EXPERTS_BALANCED, PROGRESSING, READY, STALLED
 from moe_operator.rpc.mesh import MeshReader
+from moe_worker.config.engine import EngineOptions
 from tests.operator.worlds import World, deployment
 
 MESH = {"pipeline": 2, "expert": 2}
@@ -104,6 +107,19 @@ def test_a_replica_of_two_by_two_is_one_stateful_set_of_four_pods():
     for name, variable in env.items():  # the kubelet replaces only what stands before
         for used in re.findall(r"\$\((\w+)\)", variable.get("value", "")):
             assert order.index(used) < order.index(name)
+
+
+@pytest.mark.parametrize("mode", get_args(Rebalance.model_fields["mode"].annotation))
+def test_workers_know_every_mode_of_moving_experts(mode):
+    rebalance = {"mode": mode, "interval": "10m", "threshold": "1.5"}
+    found = world(parallelism={"expert": 2, "rebalance": rebalance})
+    env = variables(found.children[SET]["spec"]["template"])
+    options = EngineOptions(
+        rebalance=env["MOE_WORKER_REBALANCE"]["value"],
+        rebalance_interval=float(env["MOE_WORKER_REBALANCE_INTERVAL"]["value"]),
+        rebalance_threshold=float(env["MOE_WORKER_REBALANCE_THRESHOLD"]["value"]),
+    )
+    assert options.rebalance == mode.lower()
 
 
 def test_a_replica_of_one_worker_is_rendered_as_before():

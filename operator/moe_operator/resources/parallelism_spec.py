@@ -49,10 +49,10 @@ ExpertRanks = Annotated[
 class Rebalance(Model):
     """When copies of experts move between the ranks of a stage."""
 
-    mode: Literal["Auto", "Off"] = Field(
+    mode: Literal["Auto", "On", "Off"] = Field(
         default="Auto",
-        description="Auto: the engine moves experts while it serves, when the load of ranks differs. Off: "
-        "experts stay where they were at the start. Default: Auto.",
+        description="On: the engine moves experts while it serves, when the load of ranks differs. Auto: it "
+        "does on CPUs. Off: experts stay where they were at the start. Default: Auto.",
     )
     interval: str = Field(
         default="5m",
