@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from moe_worker.kernels.triton.exchange import Places, pack, row_words, sum_rows, unpack
-from moe_worker.kernels.triton.norm import Activation, Added
+from moe_worker.kernels.triton.norm import Activation, Added, Rounding
 from moe_worker.mesh.dispatch import PlaceTable
 from moe_worker.mesh.fixed import Exchanges, FixedExchange
 from moe_worker.mesh.placement import Topology, placement
@@ -16,6 +16,8 @@ from tests.gpu.device import DEVICE, INTERPRETED, needs_device
 
 pytestmark = needs_device
 WIDTH = 128
+# What reads the values that are sent.
+SENT = [Rounding.NONE, Rounding.INT8, Rounding.E4M3]
 
 
 def of_rank(places, rank, ranks, routed):
@@ -29,7 +31,7 @@ def of_rank(places, rank, ranks, routed):
 class Rank:
     """One rank's tokens: random routes, some of them to no expert, shared experts behind the chosen."""
 
-    def __init__(self, draw, tokens, routed, shared, per_token):
+    def __init__(self, draw, tokens, routed, shared, per_token, rounding=Rounding.INT8):
         generator = torch.Generator().manual_seed(draw.randrange(1 << 30))
         experts = torch.rand(tokens, routed, generator=generator).topk(per_token).indices
         if draw.random() < 0.3:
@@ -38,30 +40,32 @@ class Rank:
         behind = torch.arange(routed, routed + shared).expand(tokens, -1)
         self.experts = torch.cat((experts.masked_fill(dropped, -1), behind), 1).int().to(DEVICE)
         self.weights = torch.rand(self.experts.shape, generator=generator).to(DEVICE)
-        self.x = Activation.empty(tokens, WIDTH, DEVICE)
+        self.x = Activation.empty_for(rounding, tokens, WIDTH, DEVICE)
         self.x.x_TD.copy_(torch.randn(tokens, WIDTH, generator=generator))
-        self.x.q_TD.copy_(torch.randint(-127, 128, (tokens, WIDTH), generator=generator))
+        self.x.q_TD.copy_(
+            torch.randint(-127, 128, (tokens, WIDTH), generator=generator).to(self.x.q_TD.dtype)
+        )
         self.x.scales_TX.copy_(torch.rand(self.x.scales_TX.shape, generator=generator))
 
 
-@pytest.mark.parametrize("int8", [False, True], ids=["bf16", "int8"])
+@pytest.mark.parametrize("rounding", SENT, ids=["bf16", "int8", "e4m3"])
 @pytest.mark.parametrize("seed", range(3 if INTERPRETED else 40))
-def test_every_token_reaches_its_experts_and_comes_back(seed, int8):
-    draw = random.Random(seed)
+def test_every_token_reaches_its_experts_and_comes_back(seed, rounding):
+    draw, rounded = random.Random(seed), rounding is not Rounding.NONE
     ranks, shared = draw.randint(2, 3), draw.randint(0, 2)
     routed = ranks * draw.randint(1, 3)
     (places,) = placement(
         [[draw.random() for _ in range(routed)]], Topology(ranks), ranks * draw.randint(0, 2)
     )
     per_token, each = draw.randint(1, routed), len(places) // ranks
-    own = [Rank(draw, draw.choice([1, 2, 5]), routed, shared, per_token) for _ in range(ranks)]
+    own = [Rank(draw, draw.choice([1, 2, 5]), routed, shared, per_token, rounding) for _ in range(ranks)]
     capacity, columns = max(rank.experts.shape[0] for rank in own), per_token + shared
     counts = [torch.full((each + shared,), 7, dtype=torch.int32, device=DEVICE) for _ in own]
     most = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     sent = [
         pack(
             rank.x,
-            int8,
+            rounded,
             rank.experts,
             rank.weights,
             of_rank(places, n, ranks, routed),
@@ -71,7 +75,7 @@ def test_every_token_reaches_its_experts_and_comes_back(seed, int8):
         )
         for n, rank in enumerate(own)
     ]
-    assert sent[0][0].shape[1] == row_words(own[0].x, int8, columns)
+    assert sent[0][0].shape[1] == row_words(own[0].x, rounded, columns)
     assert int(most) <= capacity
     away = (ranks - 1) * capacity
     sizes = [(away + rank.experts.shape[0], WIDTH) for rank in own]
@@ -79,14 +83,14 @@ def test_every_token_reaches_its_experts_and_comes_back(seed, int8):
     sums = []
     for n, rank in enumerate(own):
         received = torch.cat([sent[o][0][at(n, o) * capacity :][:capacity] for o in range(ranks) if o != n])
-        x, experts, weights = unpack(received, sent[n][0], away, rank.x, int8, columns, counts[n])
+        x, experts, weights = unpack(received, sent[n][0], away, rank.x, rounded, columns, counts[n])
         found = torch.bincount(experts[experts >= 0].long(), minlength=each + shared)
         assert counts[n].tolist() == found.tolist()
         # Each expert gives its number times the token's weight in the first value, and a sum of what it read.
         names = torch.tensor(
             [*places[n * each : (n + 1) * each], *range(routed, routed + shared)], device=DEVICE
         )
-        values = (x.q_TD * x.scales_TX.repeat_interleave(x.piece, 1) if int8 else x.x_TD).float()
+        values = values_of(x, rounded)
         rows = torch.full((*experts.shape, WIDTH), float("nan"), device=DEVICE)
         there = experts >= 0
         scaled = values.unsqueeze(1) * (names[experts.long().clamp(min=0)] + 1.0).unsqueeze(-1)
@@ -100,11 +104,13 @@ def test_every_token_reaches_its_experts_and_comes_back(seed, int8):
         slots = sent[n][1]
         parts = back[n][slots.row_TE.clamp(max=back[n].shape[0] - 1)].float()
         total = torch.where(slots.chosen_TE.unsqueeze(-1) >= 0, parts, 0.0).sum(1)
-        values = (
-            rank.x.q_TD * rank.x.scales_TX.repeat_interleave(rank.x.piece, 1) if int8 else rank.x.x_TD
-        ).float()
+        values = values_of(rank.x, rounded)
         share = torch.where(rank.experts >= 0, (rank.experts + 1) * rank.weights, 0.0).sum(1, keepdim=True)
-        assert torch.allclose(total, values * share, rtol=0.03, atol=0.3 if int8 else 0.1)
+        assert torch.allclose(total, values * share, rtol=0.03, atol=0.3 if rounded else 0.1)
+
+
+def values_of(x, rounded):
+    return x.q_TD.float() * x.scales_TX.repeat_interleave(x.piece, 1) if rounded else x.x_TD.float()
 
 
 def at(rank, other):
@@ -112,20 +118,20 @@ def at(rank, other):
     return rank if rank < other else rank - 1
 
 
-@pytest.mark.parametrize("int8", [False, True], ids=["bf16", "int8"])
-def test_a_rank_that_is_alone_keeps_its_tokens(int8):
+@pytest.mark.parametrize("rounding", SENT, ids=["bf16", "int8", "e4m3"])
+def test_a_rank_that_is_alone_keeps_its_tokens(rounding):
     """As one that waits to meet the others, or serves without them."""
-    rank = Rank(random.Random(2), 5, 4, 1, 2)
+    rank, rounded = Rank(random.Random(2), 5, 4, 1, 2, rounding), rounding is not Rounding.NONE
     most = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     places = [3, 1, 0, 2]
     exchange = FixedExchange(PlaceTable(places, 4, 1, DEVICE), 5, None, most)
-    work = exchange.scatter(rank.x, int8, rank.experts, rank.weights, 0)
+    work = exchange.scatter(rank.x, rounded, rank.experts, rank.weights, 0)
     numbers = torch.tensor([*[places.index(expert) for expert in range(4)], 4, -1], device=DEVICE)
     assert work.experts_RK.tolist() == numbers[rank.experts.long()].tolist()
     there = rank.experts >= 0
     assert torch.equal(work.weights_RK[there], rank.weights[there])
-    read, given = (work.x.q_TD, rank.x.q_TD) if int8 else (work.x.x_TD, rank.x.x_TD)
-    assert torch.equal(read, given)
+    read, given = (work.x.q_TD, rank.x.q_TD) if rounded else (work.x.x_TD, rank.x.x_TD)
+    assert torch.equal(read.float(), given.float())
     rows = torch.randn(*rank.experts.shape, WIDTH, device=DEVICE).bfloat16()
     back = exchange.gather(Added(rows.flatten(0, 1), experts_M=work.experts_RK))
     expected = torch.where(there.unsqueeze(-1), rows.float(), 0.0).sum(1)

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("MOE_WORKER_MESH_SECRET", "of these ranks")
 
@@ -25,14 +26,15 @@ from moe_worker.engine.core import EngineCore
 from moe_worker.engine.requests import Request
 from moe_worker.mesh import cuda_stage, fixed
 from moe_worker.mesh.member import join
+from moe_worker.models import cuda
 from moe_worker.models.batch import Segment
 from moe_worker.sampling.parameters import SamplingParameters
-from tests.gpu.device import DEVICE
+from tests.gpu.device import DEVICE, multiply_in_e4m3
 
 VALUES = SMALL | {"num_hidden_layers": 2}
 CONTEXT, MOVE_S = 64, 60
 # The number formats of cases that are named by something else.
-ON = {"overflow": "dense", "settled": "dense", "moved": "w4a8"}
+ON = {"overflow": "dense", "settled": "dense", "moved": "w4a8", "e4m3": "w4a8"}
 
 
 def member_device(rank):
@@ -94,7 +96,10 @@ def run_case(member, name):
     few = (lambda tokens, ranks, top_k: max(1, tokens // 3)) if name == "overflow" else fixed.capacity_for
     cuda_stage.capacity_for = few
     redundant = shards * 2 if number_format == "w4a8" and shards > 1 else 0
-    change = settle_routes if name == "settled" else None
+    change = settle_routes if name in {"settled", "e4m3"} else None
+    if name == "e4m3":
+        multiply_in_e4m3(SimpleNamespace(setattr=setattr))
+        cuda.WIDE_TOKENS_E4M3 = 1
     device, moving = torch.device(member_device(member.rank)), 0.01 if name == "moved" else 0.0
     case = Case(
         member, VALUES, number_format, device, CONTEXT, 4, 20, 64, redundant, moving=moving, change=change

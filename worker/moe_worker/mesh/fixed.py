@@ -115,17 +115,19 @@ class FixedExchange:
         self._places.copies_A.copy_(copies_A)
 
     def scatter(
-        self, x: Activation, int8: bool, experts_TK: Tensor, weights_TK: Tensor, capacity: int
+        self, x: Activation, rounded: bool, experts_TK: Tensor, weights_TK: Tensor, capacity: int
     ) -> Work:
         """Sends tokens to their experts, and takes in those for this rank's."""
         counts_H, places = self._counts_H, self._places
-        payload, self._slots = pack(x, int8, experts_TK, weights_TK, places, capacity, counts_H, self._most)
+        payload, self._slots = pack(
+            x, rounded, experts_TK, weights_TK, places, capacity, counts_H, self._most
+        )
         self._away = (places.ranks - 1) * capacity
         received = payload[: self._away]
         if self._away:
             received = self._exchanged(received, torch.empty_like(received), capacity)
         x, experts_SK, weights_SK = unpack(
-            received, payload, self._away, x, int8, experts_TK.shape[1], counts_H
+            received, payload, self._away, x, rounded, experts_TK.shape[1], counts_H
         )
         return Work(x, experts_SK, weights_SK, counts_H)
 

@@ -127,15 +127,12 @@ def prepare(
 
 
 def _multiplies_e4m3(layer: CudaLayer) -> bool:
-    """Whether large passes may multiply in e4m3: its weights are int4, and its activations rounded anyway.
-
-    Ranks exchange activations in int8 or bf16.
-    """
+    """Whether large passes may multiply in e4m3: its weights are int4, and its activations rounded anyway."""
     weights = (layer.input, layer.query, layer.output, layer.gate_up, layer.down)
     packed = [
         isinstance(each, PackedInt4 | PackedSparse14) and each.int8 for each in weights if each is not None
     ]
-    return layer.exchange is None and all(packed)
+    return all(packed)
 
 
 def _layer(

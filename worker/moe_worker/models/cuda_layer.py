@@ -86,9 +86,12 @@ class Exchange(Protocol):
     """Moves the tokens of one layer between the ranks that share its experts; as moe.dispatch.Dispatch."""
 
     def scatter(
-        self, x: Activation, int8: bool, experts_TK: Tensor, weights_TK: Tensor, capacity: int
+        self, x: Activation, rounded: bool, experts_TK: Tensor, weights_TK: Tensor, capacity: int
     ) -> Work:
-        """The tokens for this rank's experts, with at most `capacity` of each other rank."""
+        """The tokens for this rank's experts, with at most `capacity` of each other rank.
+
+        rounded: whether experts read the int8 or e4m3 side of `x`; else the one in bf16.
+        """
         ...
 
     def gather(self, added: Added) -> Added:
@@ -200,8 +203,8 @@ class CudaLayer:
         experts_TK, weights_TK = self.routes(normed.x_TD, shared.valid)
         if self.exchange is None:
             return self.compute(Work(normed, experts_TK, weights_TK, self.counts_A), shared.products)
-        int8 = rounding(self.gate_up, shared.products) is Rounding.INT8
-        work = self.exchange.scatter(normed, int8, experts_TK, weights_TK, shared.capacity)
+        rounded = rounding(self.gate_up, shared.products) in {Rounding.INT8, Rounding.E4M3}
+        work = self.exchange.scatter(normed, rounded, experts_TK, weights_TK, shared.capacity)
         return self.exchange.gather(self.compute(work, shared.products))
 
     def compute(self, work: Work, products: Products) -> Added:

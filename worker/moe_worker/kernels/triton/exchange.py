@@ -177,29 +177,30 @@ def _sum(
     tl.store(out + d, sums.to(tl.bfloat16), mask=mask)
 
 
-def _words(x: Activation, int8: bool) -> tuple[Tensor, Tensor, int, int]:
-    """A token's activations as int32 [T, words]: int8 values and scales, or bf16 values and none."""
-    values = (x.q_TD if int8 else x.x_TD).view(torch.int32)
+def _words(x: Activation, rounded: bool) -> tuple[Tensor, Tensor, int, int]:
+    """A token's activations as int32 [T, words]: values of a byte and scales, or bf16 values and none."""
+    values = (x.q_TD if rounded else x.x_TD).view(torch.int32)
     scales = x.scales_TX.view(torch.int32)
-    return values, scales, values.shape[1], scales.shape[1] if int8 else 0
+    return values, scales, values.shape[1], scales.shape[1] if rounded else 0
 
 
-def row_words(x: Activation, int8: bool, per_token: int) -> int:
+def row_words(x: Activation, rounded: bool, per_token: int) -> int:
     """W: activations, then the numbers of K experts, then their weights."""
-    _, _, first, second = _words(x, int8)
+    _, _, first, second = _words(x, rounded)
     return first + second + 2 * per_token
 
 
 def pack(
-    x: Activation, int8: bool, experts_TK: Tensor, weights_TK: Tensor, places: Places, capacity: int,
+    x: Activation, rounded: bool, experts_TK: Tensor, weights_TK: Tensor, places: Places, capacity: int,
     counts_H: Tensor, most: Tensor,
 ) -> tuple[Tensor, Slots]:  # fmt: skip
     """int32 [S, W], what goes to each rank, `capacity` rows each; sets `counts_H` to zero.
 
+    rounded: whether the int8 or e4m3 side of `x` goes there, with its scales, or the one in bf16.
     experts_TK: int32, -1 for none, shared experts behind the routed ones. most: int32 [1] of Slots; raised.
     """
     (tokens, per_token), device = experts_TK.shape, experts_TK.device
-    values, scales, first, second = _words(x, int8)
+    values, scales, first, second = _words(x, rounded)
     width, size = first + second + 2 * per_token, (places.ranks - 1) * capacity + tokens
     payload = torch.empty(size, width, dtype=torch.int32, device=device)
     source_S = torch.empty(size, dtype=torch.int32, device=device)
@@ -220,16 +221,17 @@ def pack(
 
 
 def unpack(
-    received: Tensor, kept: Tensor, away: int, like: Activation, int8: bool, per_token: int, counts_H: Tensor
-) -> tuple[Activation, Tensor, Tensor]:
+    received: Tensor, kept: Tensor, away: int, like: Activation, rounded: bool, per_token: int,
+    counts_H: Tensor,
+) -> tuple[Activation, Tensor, Tensor]:  # fmt: skip
     """Activations of S rows, their experts int32 [S, K] and weights float32 [S, K]; adds to `counts_H`.
 
     The first `away` rows are those of other ranks, in `received`; the rest is in `kept`, at the same rows.
     Activations of a row without experts are not written.
     """
     size, width = kept.shape
-    x = Activation.empty(size, like.x_TD.shape[1], kept.device, like.piece)
-    values, scales, first, second = _words(x, int8)
+    x = like.empty_like(size)
+    values, scales, first, second = _words(x, rounded)
     experts_SK = torch.empty(size, per_token, dtype=torch.int32, device=kept.device)
     weights_SK = torch.empty(size, per_token, dtype=torch.float32, device=kept.device)
     _unpack[(size,)](

@@ -59,6 +59,11 @@ class Activation:
         each = cls.empty(tokens, width, device, width)
         return cls(each.x_TD, each.q_TD.view(E4M3), each.scales_TX)
 
+    def empty_like(self, tokens: int) -> "Activation":
+        """Memory for `tokens` rows of the same kind."""
+        each = Activation.empty(tokens, self.x_TD.shape[1], self.x_TD.device, self.piece)
+        return Activation(each.x_TD, each.q_TD.view(self.q_TD.dtype), each.scales_TX)
+
     @property
     def piece(self) -> int:
         """Inputs that share a scale: 64, 128, or all of a row."""
