@@ -66,10 +66,12 @@ def prefill_rate(core: EngineCore) -> float:
 class Kernels(NamedTuple):
     """Milliseconds in kernels: those of NCCL, and those that pack and unpack tokens for exchanges.
 
-    busy: in which any kernel but those of NCCL ran, several at the same time counted once; whole: of all.
+    exposed: in which none but those of NCCL ran; busy: in which another one did, several at the same time
+    counted once; whole: from the first to the last.
     """
 
     nccl: float
+    exposed: float
     packing: float
     busy: float
     whole: float
@@ -85,8 +87,9 @@ def kernel_ms(work: Callable[[], object]) -> Kernels:
     nccl = sum(end - start for start, end, name in spans if "nccl" in name.lower())
     packing = sum(end - start for start, end, name in spans if name in PACKING)
     busy = covered((start, end) for start, end, name in spans if "nccl" not in name.lower())
+    exposed = covered((start, end) for start, end, _ in spans) - busy
     whole = max(end for _, end, _ in spans) - spans[0][0] if spans else 0.0
-    return Kernels(*(us / 1e3 for us in (nccl, packing, busy, whole)))
+    return Kernels(*(us / 1e3 for us in (nccl, exposed, packing, busy, whole)))
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
@@ -165,6 +168,8 @@ def measure(loaded: LoadedModel, arguments: argparse.Namespace, stages: int, cas
             if case is None:
                 continue
             tell(f"{name}: kernels of NCCL on rank 0 in a step", kernels.nccl, "ms")
+            hidden = 1 - kernels.exposed / kernels.nccl
+            tell(f"{name}: overlap of NCCL with other kernels of rank 0", hidden, "share of its time")
             tell(f"{name}: kernels that pack and unpack tokens in a step", kernels.packing, "ms")
             if stages == 1:
                 tell(f"{name}: bytes to other ranks in a step", exchange_bytes(case, batch), "bytes")

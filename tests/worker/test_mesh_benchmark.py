@@ -39,6 +39,14 @@ def test_copies_even_out_drawn_loads():
     assert found["baseline"] < 0.8
 
 
+def test_kernels_that_run_at_the_same_time_count_once():
+    pytest.importorskip("triton")
+    from benchmarks.gpu_mesh_measure import covered  # noqa: PLC0415 - triton is not everywhere
+
+    assert covered([(0, 2), (1, 3), (1, 2), (5, 6)]) == 4
+    assert covered([]) == 0
+
+
 @pytest.mark.soak
 def test_the_command_runs_to_its_end():
     result = subprocess.run(
