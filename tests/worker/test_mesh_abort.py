@@ -1,15 +1,16 @@
 """Connections between GPUs end together, while graphs are dropped, or the process ends."""
 
 import threading
+from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 
 from moe_worker.config.mesh import MeshShape
-from moe_worker.errors import WorkerError
-from moe_worker.mesh import member
 from moe_worker.mesh.abort import Abort
 from moe_worker.mesh.errors import RankLostError
 from moe_worker.mesh.joining import Identity
+from moe_worker.mesh.member import Member
 from moe_worker.mesh.pulse import Pulse
 
 LONG_S = 60.0
@@ -49,21 +50,6 @@ def test_a_process_whose_exchanges_do_not_end_says_so_and_ends():
     free.set()
 
 
-def test_a_rank_that_cannot_load_says_why_before_its_connections_keep_it(monkeypatch, caplog):
-    """Its error holds the stage, whose graphs refer to the connections: they end with the process alone."""
-    free, said = threading.Event(), []
-    place = Identity(MeshShape(1, 2), 1, "digest", b"known"), 0, ("127.0.0.1", 1)
-    rank = member.Member(*place, torch.device("cuda"))
-    rank._groups = [Group(threading.Barrier(1), free)]
-    monkeypatch.setattr(member, "Abort", lambda groups: Abort(groups, 0.05))
-    monkeypatch.setattr(member, "end_process", lambda _: said.append(caplog.text))
-    monkeypatch.setattr(member.dist, "destroy_process_group", lambda: None)
-    rank.give_up(WorkerError("out of memory"))
-    free.set()
-    assert len(said) == 1
-    assert "rank 0 cannot load: out of memory" in said[0]
-
-
 def test_a_group_that_is_gone_already_is_no_failure(caplog):
     class Gone:
         def abort(self):
@@ -71,6 +57,28 @@ def test_a_group_that_is_gone_already_is_no_failure(caplog):
 
     assert Abort([Gone()], LONG_S).wait()
     assert "did not end in order: no communicator" in caplog.text
+
+
+def test_a_gpu_rank_that_ends_leaves_its_connections_to_the_end_of_its_process(monkeypatch):
+    """Graphs may refer to them, so that they would never end."""
+    identity = Identity(MeshShape(1, 2), 1, "digest", b"known")
+    member, aborted = Member(identity, 1, ("127.0.0.1", 1), torch.device("cuda", 0)), threading.Event()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    member._groups = [SimpleNamespace(abort=aborted.set)]
+    member.close()
+    assert not aborted.is_set()
+
+
+def test_ranks_that_meet_again_end_their_connections_first(monkeypatch):
+    identity = Identity(MeshShape(1, 2), 1, "digest", b"known")
+    member, events = Member(identity, 1, ("127.0.0.1", 1), torch.device("cuda", 0)), []
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: events.append("destroyed"))
+    member._groups = [SimpleNamespace(abort=lambda: events.append("aborted"))]
+    member._wake_from_exchanges()
+    member.leave()
+    member._groups = [SimpleNamespace(abort=lambda: events.append("aborted again"))]
+    member.leave()
+    assert events == ["aborted", "destroyed", "aborted again", "destroyed"]
 
 
 class Ends:

@@ -1,7 +1,6 @@
 """This process in its mesh: its connections to the other ranks."""
 
 import contextlib
-import logging
 import os
 import socket
 import threading
@@ -33,7 +32,6 @@ from moe_worker.mesh.places import Moved
 from moe_worker.mesh.pulse import Pulse
 from moe_worker.mesh.reception import gather_ranks
 
-log = logging.getLogger(__name__)
 SECRET = "MOE_WORKER_MESH_SECRET"  # noqa: S105 - the variable's name
 # Ranks start when their pods do; a step's exchanges begin together.
 JOIN_S, STEP_S = 600.0, 60.0
@@ -152,9 +150,12 @@ class Member:
             self._door.open(Welcome(dict(self.moved)), self.present, pages)
 
     def close(self) -> None:
-        """Leaves the mesh for good; where it leads, the other ranks end."""
+        """Leaves the mesh for good; where it leads, the other ranks end. Connections between GPUs end with
+        this process: graphs may refer to them.
+        """
         self.quiet()
         self.farewell()
+        self._groups = []
         self.leave()
         self._end_door()
 
@@ -168,8 +169,6 @@ class Member:
         for channel in self.channels if self.leads else ():
             with contextlib.suppress(MeshError):
                 channel.send(RankFailed(sentence))
-        if self._groups:  # whose end may end this process before anybody tells the error
-            log.critical("rank %d cannot load: %s", self.rank, sentence)
         self.close()
 
     def farewell(self) -> None:
@@ -195,7 +194,7 @@ class Member:
         self.channels, self.group, self.back = [], None, None
         if self._groups:
             self._end_groups()
-        elif dist.is_initialized():
+        elif dist.is_initialized() and self._device.type == "cpu":
             dist.destroy_process_group()
         self._are_present((self.rank,))
 
@@ -288,6 +287,7 @@ class Member:
                 world_size=len(ranks),
                 timeout=timedelta(seconds=STEP_S),
             )
+            self._groups = [dist.group.WORLD] if gpu and dist.group.WORLD is not None else []
             stages = [[rank for rank in ranks if shape.stage_of(rank) == s] for s in range(shape.pipeline)]
             groups = [dist.new_group([ranks.index(rank) for rank in stage]) for stage in stages]
             # NCCL runs what two ranks exchange in one group in the order in which each of them calls it.
