@@ -7,6 +7,7 @@ kernels of one process, and writes what it found to FILE.
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -34,7 +35,7 @@ from tests.gpu.device import DEVICE, multiply_in_e4m3
 VALUES = SMALL | {"num_hidden_layers": 2}
 CONTEXT, MOVE_S = 64, 60
 # The number formats of cases that are named by something else.
-ON = {"overflow": "dense", "settled": "dense", "moved": "w4a8", "e4m3": "w4a8"}
+ON = {"overflow": "dense", "settled": "dense", "moved": "w4a8", "large": "w4a8"}
 
 
 def member_device(rank):
@@ -96,10 +97,10 @@ def run_case(member, name):
     few = (lambda tokens, ranks, top_k: max(1, tokens // 3)) if name == "overflow" else fixed.capacity_for
     cuda_stage.capacity_for = few
     redundant = shards * 2 if number_format == "w4a8" and shards > 1 else 0
-    change = settle_routes if name in {"settled", "e4m3"} else None
-    if name == "e4m3":
+    change = settle_routes if name in {"settled", "large"} else None
+    if name == "large":
         multiply_in_e4m3(SimpleNamespace(setattr=setattr))
-        cuda.WIDE_TOKENS_E4M3 = 1
+        cuda.WIDE_TOKENS_E4M3, cuda.EXPANDED_LAUNCHES = 1, -math.inf
     device, moving = torch.device(member_device(member.rank)), 0.01 if name == "moved" else 0.0
     case = Case(
         member, VALUES, number_format, device, CONTEXT, 4, 20, 64, redundant, moving=moving, change=change

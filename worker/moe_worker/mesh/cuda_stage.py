@@ -21,7 +21,7 @@ from moe_worker.mesh.dispatch import PlaceTable
 from moe_worker.mesh.fixed import Exchanges, FixedExchange, capacity_for
 from moe_worker.mesh.rank_stage import Width
 from moe_worker.models.batch import Batch
-from moe_worker.models.cuda import CudaModel, Rows
+from moe_worker.models.cuda import MOST_EXPANDED_BYTES, CudaModel, Rows
 from moe_worker.models.cuda_build import prepare, prepare_experts
 from moe_worker.models.cuda_counts import CudaExpertCounter
 from moe_worker.models.cuda_graph import DecodeGraphs
@@ -205,7 +205,8 @@ class CudaStage:
         if batch.segments:
             placed = Rows(batch.positions_T, batch.rows_T, batch.pages_BP)
             counts = [segment.size for segment in batch.segments]
-            return self._model.prefill_pass(counts, placed, cache.page_size), batch.tokens_T
+            lengths = [segment.end for segment in batch.segments]
+            return self._model.prefill_pass(counts, placed, cache.page_size, lengths), batch.tokens_T
         zeros_T = torch.zeros(1, dtype=torch.int64, device=self.device)
         nobody = torch.full((1, 1), cache.pages, dtype=torch.int32, device=self.device)
         placed = Rows(zeros_T, torch.full_like(zeros_T, cache.pages * cache.page_size), nobody)
@@ -219,11 +220,14 @@ class CudaStage:
         zeros_T = torch.zeros(tokens, dtype=torch.int64, device=self.device)
         nobody_BP = torch.full((1, 4), cache.pages, dtype=torch.int32, device=self.device)
         placed = Rows(zeros_T, torch.full_like(zeros_T, cache.pages * cache.page_size), nobody_BP)
-        shared = self._model.prefill_pass([tokens], placed, cache.page_size)
         x_TD = None
         if not self._stage.first:
             x_TD = torch.zeros(tokens, self.hidden, dtype=self.dtype, device=self.device)
-        x_TD = self.forward(zeros_T, replace(shared, capacity=self.capacity(tokens)), cache, x_TD)
+        # Attention expands keys and values of one position, and of too many it does not.
+        for length in (1, MOST_EXPANDED_BYTES):
+            shared = self._model.prefill_pass([tokens], placed, cache.page_size, [length])
+            out_TD = self.forward(zeros_T, replace(shared, capacity=self.capacity(tokens)), cache, x_TD)
+        x_TD = out_TD
         if self._stage.last:
             rows_n = zeros_T[: self.graphs.largest]
             self.finish(x_TD, rows_n, self._model.empty_logits(rows_n.shape[0]))
