@@ -6,7 +6,11 @@ a layer all GPUs exchange tokens. Assumptions, each varied alone by `simulated_r
 
 - reading: the share of the copy bandwidth (4.26 TB/s, measured) that a step of batch 256 reaches, 0.78
   (docs/benchmarks.md);
-- latency of an exchange: 5.8 us, measured between two H200 at batch 1 (0.30 ms for 26 layers, two each);
+- an exchange between two H200: 6.0 us and 34 GB/s to one other GPU, which fits NCCL's 6.1, 9.0 and 17.9 us
+  for 3, 100 and 401 kB (batch 1, 64 and 256 of `benchmarks.gpu_mesh` in W4A8 on 1x2; waiting for the other
+  rank included);
+- packing: 21 us a layer for the four kernels that pack and unpack tokens, measured there at 128 tokens a GPU
+  (13 us at one token);
 - links: 450 GB/s a direction and GPU inside a host of 8 (NVLink 4, published by NVIDIA), 50 GB/s between
   hosts (400 Gb/s ConnectX-7), of which 0.7 are reached: an assumption;
 - imbalance: the busiest GPU has 1 / 0.961 of the mean load, as `benchmarks.mesh_balance` finds for 8
@@ -17,6 +21,7 @@ a layer all GPUs exchange tokens. Assumptions, each varied alone by `simulated_r
   have many sequences, which is varied alone.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,14 +38,16 @@ SENT_BYTES, RETURNED_BYTES = HIDDEN + HIDDEN // 128 * 4 + 8 * TOP_K, 2 * HIDDEN
 
 @dataclass(frozen=True)
 class Assumptions:
-    """bandwidth, inside and between hosts: bytes a second. weight_bytes: of W4A8, scales included. host_s: of
-    the leader for each sequence.
+    """bandwidth, inside and between hosts, to one other GPU (pair): bytes a second. weight_bytes: of W4A8,
+    scales included. packing_s: of a layer. host_s: of the leader for each sequence.
     """
 
     bandwidth: float = 4.26e12
     reading: float = 0.78
     weight_bytes: float = 0.53
-    latency_s: float = 5.8e-6
+    latency_s: float = 6.0e-6
+    pair: float = 34e9
+    packing_s: float = 21e-6
     inside: float = 450e9
     between: float = 50e9
     reached: float = 0.7
@@ -64,8 +71,8 @@ def exchange_s(gpus: int, batch: int, given: Assumptions) -> float:
     each = batch * (1 - (1 - 1 / gpus) ** TOP_K) * given.imbalance  # tokens to each other GPU
     near, far = min(gpus, HOST) - 1, max(0, gpus - HOST)
     nbytes = each * (SENT_BYTES + RETURNED_BYTES)
-    slowest = max(near * nbytes / given.inside, far * nbytes / given.between)
-    return 2 * given.latency_s + slowest / given.reached
+    links = max(near * nbytes / given.inside, far * nbytes / given.between) / given.reached
+    return 2 * given.latency_s + given.packing_s + max(links, nbytes / given.pair)
 
 
 BASE = Assumptions()
@@ -73,6 +80,7 @@ VARIED = {
     "as assumed": BASE,
     "links half as fast": replace(BASE, inside=BASE.inside / 2, between=BASE.between / 2),
     "exchanges with four times the latency": replace(BASE, latency_s=4 * BASE.latency_s),
+    "nothing is packed, and links alone bound a pair": replace(BASE, packing_s=0.0, pair=math.inf),
     "reading at 0.55 of the bandwidth": replace(BASE, reading=0.55),
     "experts in the checkpoint's order": replace(BASE, imbalance=1 / 0.649),
     "perfectly even loads": replace(BASE, imbalance=1.0),
