@@ -51,7 +51,7 @@ from moe_worker.config.mesh import MeshShape
 from moe_worker.engine.following import follow_leader
 from moe_worker.engine.requests import FinishReason
 from moe_worker.mesh.member import join
-from moe_worker.models import cuda_graph, cuda_runner
+from moe_worker.models import cuda_graph, cuda_prompts, cuda_runner
 
 FORMATS = {"bf16": "dense", "fp8": "fp8", "w4a16": "w4a16", "w4a8": "w4a8"}
 ONE = "1x1"
@@ -67,6 +67,7 @@ def sizes(arguments: argparse.Namespace, shape: MeshShape) -> tuple[int, int, in
     parts |= {-(-batch // shape.ranks) for batch in arguments.batch}
     wanted = {1, 8, *parts, most}
     cuda_graph.batch_sizes = lambda largest: sorted({size for size in wanted if size <= largest} | {largest})
+    cuda_prompts.token_sizes = lambda most: [most]
     few = [size for size in cuda_runner.warm_sizes(4096) if size in {1, 128, 1024, 4096}]
     for module in (cuda_runner, sys.modules["moe_worker.mesh.cuda_stage"]):
         module.warm_sizes = lambda _: few  # type: ignore[attr-defined]

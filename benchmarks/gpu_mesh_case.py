@@ -21,7 +21,7 @@ from moe_worker.mesh.rebalance.execute import Rebalancing
 from moe_worker.mesh.rebalance.hold import HeldExperts, ReadExperts
 from moe_worker.mesh.rebalance.pace import Pace
 from moe_worker.mesh.rebalance.plan import RebalancePolicy
-from moe_worker.mesh.recovery import agree_on_pages
+from moe_worker.mesh.recovery import agree_on_pages, start_together
 from moe_worker.mesh.runner import MeshRunner
 from moe_worker.models.batch import Batch, Segment
 from moe_worker.models.cuda_build import Sizes, prepare
@@ -167,14 +167,18 @@ class Case:
             self.alone = None
             if not (member.leads and alone):
                 del whole
+            if faults:
+                agree_on_pages(member, pages)
             self.part = CudaStage(part, self.cache, member.group, largest, context, prefill)
+            if faults:
+                start_together(member, self.part, pages)
+            else:
+                self.part.resume()
             held = None
             if moving or faults:
                 pace = Pace(launches=device.type == "cuda")
                 read = stay if on_host is None else on_host.reader_for(self.part)
                 held = HeldExperts(places, member, self.part, read, pace)
-            if faults:
-                agree_on_pages(member, pages)
             self.runner = MeshRunner(member, self.part, self.cache, feeds=True, held=held)
             if member.leads and held is not None:
                 stages = [range(begin, end) for begin, end in pairwise(cuts)]

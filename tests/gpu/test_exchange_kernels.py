@@ -1,6 +1,7 @@
 """Exchanges of fixed size: what every rank takes out is what the others put in, whatever the routing."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ pytest.importorskip("triton")
 
 from moe_worker.kernels.triton.exchange import Places, pack, row_words, sum_rows, unpack
 from moe_worker.kernels.triton.norm import Activation, Added, Rounding
-from moe_worker.mesh.dispatch import PlaceTable
+from moe_worker.mesh import fixed
+from moe_worker.mesh.dispatch import AllToAllDispatch, PlaceTable
 from moe_worker.mesh.fixed import Exchanges, FixedExchange
 from moe_worker.mesh.placement import Topology, placement
 from tests.gpu.device import DEVICE, INTERPRETED, needs_device
@@ -137,6 +139,26 @@ def test_a_rank_that_is_alone_keeps_its_tokens(rounding):
     expected = torch.where(there.unsqueeze(-1), rows.float(), 0.0).sum(1)
     assert torch.allclose(back.rows_MD[back.order_M].float(), expected, atol=0.05)
     assert not Exchanges(None, DEVICE).overflowed(0)
+
+
+def test_muted_exchanges_need_no_other_rank(monkeypatch):
+    """Other ranks have no tokens then, and the experts of this one take its own."""
+    rank, group = Rank(random.Random(2), 5, 4, 1, 2), SimpleNamespace(rank=lambda: 0, size=lambda: 2)
+    exchanges = Exchanges(group, DEVICE)
+    exchange = exchanges.of(AllToAllDispatch(PlaceTable([3, 1, 0, 2], 4, 2, DEVICE), 4, group), 3)
+    calls = []
+    monkeypatch.setattr(fixed, "all_to_all", lambda into, *_: calls.append(into.fill_(-1)))
+    with exchanges.muted():
+        work = exchange.scatter(rank.x, True, rank.experts, rank.weights, 5)
+        rows = torch.ones(*work.experts_RK.shape, WIDTH, device=DEVICE).bfloat16()
+        back = exchange.gather(Added(rows.flatten(0, 1), experts_M=work.experts_RK))
+    assert work.experts_RK[:5].tolist() == [[-1] * 3] * 5
+    own = ((rank.experts == 3) | (rank.experts == 1) | (rank.experts == 4)).sum(1)
+    assert torch.equal((work.experts_RK[5:] >= 0).sum(1), own[own > 0])
+    assert back.rows_MD[:5].abs().sum() == 0
+    assert not calls
+    exchange.scatter(rank.x, True, rank.experts, rank.weights, 5)
+    assert calls
 
 
 def test_tokens_without_room_are_told():

@@ -17,7 +17,7 @@ from moe_worker.mesh import part, recovery
 from moe_worker.mesh.errors import MeshError, RankAbsentError, RankLostError
 from moe_worker.mesh.messages import Allocate
 from moe_worker.mesh.places import ExpertPlaces
-from moe_worker.mesh.recovery import REFORM_S, Recovery, may_spare
+from moe_worker.mesh.recovery import REFORM_S, Recovery, may_spare, start_together
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.scheduler.core import Scheduler
 from moe_worker.scheduler.plan import Arrival, Limits
@@ -205,6 +205,24 @@ def test_a_rank_that_the_leader_refuses_ends_and_one_that_it_calls_does_not(monk
     called = recovery_of(lambda *_: None)
     for _ in range(3 * recovery.MOST_REFORMS):
         called.recover(RankLostError("rank 0 left the mesh"))
+
+
+@pytest.mark.parametrize(
+    ("group", "expected"),
+    [
+        pytest.param("others", ["compiled", "all have", "resumed"], id="together"),
+        pytest.param(None, ["resumed", "compiled", "all have"], id="one that waits, alone"),
+    ],
+)
+def test_exchanges_are_prepared_when_all_ranks_have_compiled(group, expected):
+    """An exchange has a limit, and a new rank may compile for minutes."""
+    events = []
+    channel = SimpleNamespace(
+        send=lambda _: events.append("compiled"), receive=lambda _: events.append("all have") or Allocate(4)
+    )
+    member = SimpleNamespace(leads=False, group=group, channels=[channel])
+    start_together(member, SimpleNamespace(resume=lambda: events.append("resumed")), 4)
+    assert events == expected
 
 
 def test_a_lost_cache_is_computed_again():

@@ -19,6 +19,7 @@ from moe_worker.mesh.rebalance.execute import Rebalancing
 from moe_worker.mesh.rebalance.hold import HeldExperts, ReadExperts
 from moe_worker.mesh.rebalance.pace import Pace
 from moe_worker.mesh.rebalance.plan import RebalancePolicy
+from moe_worker.mesh.recovery import start_together
 from moe_worker.mesh.runner import MeshRunner
 from moe_worker.models.checkpoint import ExpertReader
 from moe_worker.models.safetensors import StoredTensor, stored_tensors
@@ -58,8 +59,9 @@ class Spread:
         return part_of(self.config, self.member, self.stored, self.places, self.placement.device)
 
     def runner(self, part: RankStage, cache: PagedCache, feeds: bool = False) -> MeshRunner:
-        """Runs `part`; on the leader the whole mesh."""
+        """Runs `part`; on the leader the whole mesh. All ranks call it. Raises MeshError."""
         places = self.places
+        start_together(self.member, part, cache.pages)
         pace = Pace(launches=part.device.type == "cuda")
         held = HeldExperts(places, self.member, part, self._read(part), pace)
         runner = MeshRunner(self.member, part, cache, feeds, held, self.options.mesh_reforms)

@@ -36,8 +36,8 @@ from moe_worker.progress import bar
 class CudaStage:
     """A stage on the kernels over `cache`, for shards of up to `largest` sequences of up to `context` tokens.
 
-    model: is consumed. All ranks of the stage make theirs together, since they exchange tokens meanwhile.
-    group: None where this rank waits to meet the others; until then it exchanges nothing.
+    model: is consumed. group: None where this rank waits to meet the others; until then it exchanges nothing.
+    `resume` follows.
     """
 
     def __init__(
@@ -60,12 +60,15 @@ class CudaStage:
         def shown(sizes: Iterable[int]) -> Iterable[int]:
             return bar(sizes, desc="recording CUDA graphs", unit="graph", disable=not progress)
 
-        self.graphs.record(shown)
+        # Without other ranks: they may compile for longer, or not at all where this one comes back to them.
         if self.device.type == "cuda":
             sizes = warm_sizes(prefill_tokens + largest)
-            for tokens in bar(sizes, desc="compiling prefill", unit="size", disable=not progress):
-                self._warm(tokens)
+            with self._exchanges.muted():
+                for tokens in bar(sizes, desc="compiling prefill", unit="size", disable=not progress):
+                    self._warm(tokens)
+                self.graphs.compile()
             torch.cuda.empty_cache()
+        self._shown = shown
 
     @property
     def stage(self) -> Stage:
@@ -145,8 +148,8 @@ class CudaStage:
 
     @torch.inference_mode()
     def resume(self) -> None:
-        """See RankStage. Records the graphs again."""
-        self.graphs.record()
+        """See RankStage. Records the graphs."""
+        self.graphs.record(self._shown)
 
     def exchanged(self) -> tuple[int, float]:
         """Bytes of passes outside graphs; no time is measured."""
@@ -218,13 +221,14 @@ class CudaStage:
         """A pass that writes to nobody's page alone, so that its kernels are compiled."""
         cache = self._cache
         zeros_T = torch.zeros(tokens, dtype=torch.int64, device=self.device)
-        nobody_BP = torch.full((1, 4), cache.pages, dtype=torch.int32, device=self.device)
+        pages = cache.shape.pages_for(tokens)
+        nobody_BP = torch.full((1, pages), cache.pages, dtype=torch.int32, device=self.device)
         placed = Rows(zeros_T, torch.full_like(zeros_T, cache.pages * cache.page_size), nobody_BP)
         x_TD = None
         if not self._stage.first:
             x_TD = torch.zeros(tokens, self.hidden, dtype=self.dtype, device=self.device)
-        # Attention expands keys and values of one position, and of too many it does not.
-        for length in (1, MOST_EXPANDED_BYTES):
+        # Attention expands the context of many tokens, and one that is too long it does not.
+        for length in (MOST_EXPANDED_BYTES, tokens):
             shared = self._model.prefill_pass([tokens], placed, cache.page_size, [length])
             out_TD = self.forward(zeros_T, replace(shared, capacity=self.capacity(tokens)), cache, x_TD)
         x_TD = out_TD
@@ -249,6 +253,12 @@ class StageGraphs(DecodeGraphs):
         self._part = part
         self.x_BD = torch.zeros(largest, part.hidden, dtype=part.dtype, device=part.device)
         self._with_room: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def compile(self) -> None:
+        """Computes each step once, so that `record` finds its kernels compiled."""
+        for size in self.sizes[::-1]:
+            self._step(size)
+        torch.cuda.synchronize()
 
     def forget(self) -> None:
         """Drops all graphs; `record` follows."""

@@ -99,9 +99,10 @@ class Door:
             channel.listen(self._gone)
             with self._lock:
                 self._waiting[channel.rank] = channel
-            if channel.receive(Ready).pages < pages:
-                raise MeshError(f"it has no room for {pages} pages of KV cache; give it more --kv-memory")
-            channel.send(Allocate(pages))
+            for _ in ("it has loaded its weights", "it has compiled its passes"):
+                if channel.receive(Ready).pages < pages:
+                    raise MeshError(f"it has no room for {pages} pages of KV cache; give it more --kv-memory")
+                channel.send(Allocate(pages))
         except MeshError as error:
             self._gone(channel, error)
             return

@@ -8,6 +8,9 @@ again with room for all (`Exchanges.overflowed`): no token is ever dropped.
 Legend: T own tokens, K experts of a token, E ranks, S rows in all, D hidden.
 """
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -42,13 +45,14 @@ class Exchanges:
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
         self._group = group
         self._made: list[FixedExchange] = []
+        self._muted = False
         self.most = torch.zeros(1, dtype=torch.int32, device=device)
 
     def of(self, dispatch: Dispatch, held: int) -> Exchange | None:
         """For a layer of which this rank holds `held` experts, the shared ones among them."""
         if not isinstance(dispatch, AllToAllDispatch):
             return None
-        made = FixedExchange(dispatch.table, held, self._group, self.most)
+        made = FixedExchange(dispatch.table, held, self._group, self.most, lambda: self._muted)
         self._made.append(made)
         return made
 
@@ -62,6 +66,15 @@ class Exchanges:
         self._group = group
         for each in self._made:
             each.rejoin(group)
+
+    @contextlib.contextmanager
+    def muted(self) -> Iterator[None]:
+        """Meanwhile nothing is exchanged, and others have no tokens: passes need no other rank."""
+        self._muted = True
+        try:
+            yield
+        finally:
+            self._muted = False
 
     def overflowed(self, capacity: int) -> bool:
         """Whether a rank had more than `capacity` tokens for another in the newest pass; all ranks know."""
@@ -79,11 +92,14 @@ class Exchanges:
 class FixedExchange:
     """An Exchange of one layer. Its memory stays the same, also where experts move: graphs hold addresses.
 
-    group: None: of this rank alone.
+    group: None: of this rank alone. muted: whether nothing is exchanged now.
     """
 
-    def __init__(self, table: PlaceTable, held: int, group: dist.ProcessGroup | None, most: Tensor) -> None:
-        self._group, self._most, self._rejoined = group, most, False
+    def __init__(
+        self, table: PlaceTable, held: int, group: dist.ProcessGroup | None, most: Tensor,
+        muted: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
+        self._group, self._most, self._muted, self._rejoined = group, most, muted, False
         self._places = self._room(table)
         self.place(table)
         self._counts_H = torch.zeros(held, dtype=torch.int32, device=most.device)
@@ -125,7 +141,7 @@ class FixedExchange:
         self._away = (places.ranks - 1) * capacity
         received = payload[: self._away]
         if self._away:
-            received = self._exchanged(received, torch.empty_like(received), capacity)
+            received = self._exchanged(received, torch.empty_like(received), capacity, nothing=-1)
         x, experts_SK, weights_SK = unpack(
             received, payload, self._away, x, rounded, experts_TK.shape[1], counts_H
         )
@@ -142,10 +158,14 @@ class FixedExchange:
         sum_rows(added, self._away, sent, back)
         if self._away:
             capacity = self._away // (self._places.ranks - 1)
-            self._exchanged(sent.view(torch.int32), back[: self._away].view(torch.int32), capacity)
+            into = back[: self._away].view(torch.int32)
+            self._exchanged(sent.view(torch.int32), into, capacity, nothing=0)
         return Added(back, slots.row_TE.flatten(), slots.chosen_TE.flatten())
 
-    def _exchanged(self, rows: Tensor, into: Tensor, capacity: int) -> Tensor:
+    def _exchanged(self, rows: Tensor, into: Tensor, capacity: int, nothing: int) -> Tensor:
+        """nothing: what `into` is filled with while exchanges are muted."""
+        if self._muted():
+            return into.fill_(nothing)
         own, ranks = self._places.own, self._places.ranks
         splits = [0 if rank == own else capacity for rank in range(ranks)]
         all_to_all(into, rows, self._group, splits, splits)

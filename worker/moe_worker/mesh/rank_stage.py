@@ -70,7 +70,9 @@ class RankStage(HoldsExperts, Protocol):
         ...
 
     def resume(self) -> None:
-        """Prepares passes over the new connections; all ranks of the stage call it."""
+        """Prepares passes over the connections, before the first one: together with all ranks of the stage,
+        or alone while this one waits to meet them.
+        """
         ...
 
     def exchanged(self) -> tuple[int, float]:

@@ -22,7 +22,7 @@ MOST_REFORMS, REFORM_WINDOW_S = 5, 600.0
 
 
 def agree_on_pages(member: Member, pages: int) -> int:
-    """The pages that every rank has room for; returns when all ranks have loaded their weights."""
+    """The pages that every rank has room for; returns when all ranks have come so far."""
     if member.leads:
         most: int = min([pages, *(channel.receive(Ready).pages for channel in member.channels)])
         for channel in member.channels:
@@ -31,6 +31,18 @@ def agree_on_pages(member: Member, pages: int) -> int:
     member.channels[0].send(Ready(pages))
     allotted: int = member.channels[0].receive(Allocate).pages
     return allotted
+
+
+def start_together(member: Member, part: RankStage, pages: int) -> None:
+    """Waits until all ranks have compiled their passes, which takes minutes where nothing is cached: nobody
+    waits for that in an exchange, which has a limit. Then all prepare exchanges together; one that the others
+    serve without prepares alone, before it is ready. Raises MeshError.
+    """
+    if member.group is None:
+        part.resume()
+    agree_on_pages(member, pages)
+    if member.group is not None:
+        part.resume()
 
 
 def whole_columns(shape: MeshShape, missing: frozenset[int]) -> list[int]:
@@ -117,7 +129,7 @@ class Recovery:
         self._part.rejoin(member.group)
         if held is not None:
             held.adopt(member.moved, self._part.stage.layers)
-        self._part.resume()
+        start_together(member, self._part, self._pages)
         member.arm()
         if member.leads:
             member.wait_for_absent(self._pages)
