@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Final, TypeVar
 
 import msgspec
+import msgspec.inspect
 from starlette.requests import Request
 
 from moe_api.receiving import InProgress, NotReceivedError, Place
@@ -23,6 +25,8 @@ DEPTH_MOST: Final = 64
 _AT: Final = re.compile(r" - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`$")
 _UNKNOWN: Final = re.compile(r"Object contains unknown field `(?P<name>.*?)`(?: - at `[^`]*`)?$", re.DOTALL)
 _UNSUPPORTED: Final = re.compile("expected null, got ")
+_ENUM: Final = re.compile("invalid enum value ")
+_STEP: Final = re.compile(r"\[[^\]]*\]|[^.\[\]]+")
 _SHOWN: Final = 100
 T = TypeVar("T")
 
@@ -101,7 +105,7 @@ def decode(body: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        raise of_validation(str(error)) from None
+        raise of_validation(str(error), kind) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         problem = _lower(str(error).removeprefix("JSON is malformed: "))
         raise ApiError(400, f"the body is not valid JSON: {problem}; send one object") from None
@@ -148,8 +152,8 @@ def _too_large(most: int) -> ApiError:
     )
 
 
-def of_validation(text: str) -> ApiError:
-    """What is wrong with a request.
+def of_validation(text: str, kind: type[object]) -> ApiError:
+    """What is wrong with a request of some kind.
 
     text: of msgspec, such as "Expected `int`, got `str` - at `$.max_tokens`".
     """
@@ -164,7 +168,34 @@ def of_validation(text: str) -> ApiError:
         return ApiError(400, f"the body is not such a request: {problem}; send one JSON object")
     if _UNSUPPORTED.match(problem):
         return invalid(param[:_SHOWN], "is not supported; leave it out")
-    return invalid(param[:_SHOWN], f"is not valid: {problem}")
+    values = ", ".join(_values(kind, param)) if _ENUM.match(problem) else ""
+    return invalid(param[:_SHOWN], f"is not valid: {problem}" + (f"; use {values}" if values else ""))
+
+
+def _values(kind: Hashable, path: str) -> list[str]:
+    """The words that a field may have, by its path in a request, such as `messages[0].role`."""
+    kinds = _members(_inspected(kind))
+    for step in _STEP.findall(path):
+        kinds = [one for outer in kinds for inner in _within(outer, step) for one in _members(inner)]
+    return [str(word) for one in kinds if isinstance(one, msgspec.inspect.LiteralType) for word in one.values]
+
+
+@functools.cache
+def _inspected(kind: Hashable) -> msgspec.inspect.Type:
+    return msgspec.inspect.type_info(kind)
+
+
+def _members(kind: msgspec.inspect.Type) -> list[msgspec.inspect.Type]:
+    return list(kind.types) if isinstance(kind, msgspec.inspect.UnionType) else [kind]
+
+
+def _within(kind: msgspec.inspect.Type, step: str) -> list[msgspec.inspect.Type]:
+    """The type of a field of an object, or of the items of a list (a step in brackets)."""
+    if isinstance(kind, msgspec.inspect.ListType) and step.startswith("["):
+        return [kind.item_type]
+    if isinstance(kind, msgspec.inspect.StructType):
+        return [field.type for field in kind.fields if field.encode_name == step]
+    return []
 
 
 def _shown(name: str) -> str:

@@ -42,7 +42,7 @@ def chat_request(request: chat_pb2.ChatRequest) -> ChatRequest:
     try:
         return msgspec.convert(fields | _choice(request.tool_choice), ChatRequest)
     except msgspec.ValidationError as error:
-        raise of_validation(str(error)) from None
+        raise of_validation(str(error), ChatRequest) from None
 
 
 def _message(message: chat_pb2.ChatMessage) -> dict[str, Any]:

@@ -160,11 +160,15 @@ async def test_log_probabilities_and_several_texts(http):
     ("fields", "param", "sentence"),
     [
         ({"messages": []}, "messages", "is missing or empty"),
-        ({"messages": [{"role": "king"}]}, "messages[0].role", "invalid enum value 'king'"),
+        (
+            {"messages": [{"role": "king"}]},
+            "messages[0].role",
+            "use assistant, developer, system, tool, user",
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             "messages[0].content[0].type",
-            "image",
+            "invalid enum value 'image_url'; use text",
         ),
         (
             {"messages": [{"role": "user", "content": [{"text": "Hi"}]}]},
@@ -172,7 +176,12 @@ async def test_log_probabilities_and_several_texts(http):
             "missing required field type",
         ),
         ({"messages": [USER | {"x": 1}]}, "messages[0].x", "is not a field"),
-        ({"response_format": {"type": "grammar"}}, "response_format.type", "invalid enum value"),
+        (
+            {"response_format": {"type": "grammar"}},
+            "response_format.type",
+            "'grammar'; use json_object, json_schema, text",
+        ),
+        ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice", "'any'; use auto, none, required"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "is missing"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {}}},
