@@ -11,6 +11,8 @@ from moe_client.errors import CommandError
 TIMEOUT_S: Final = 10
 TRANSIENT: Final = (errors.ABSENT, errors.BUSY)
 """Exit codes of errors that a later attempt may not meet."""
+_MALFORMED: Final = (OSError, ValueError, LookupError, TypeError, AttributeError)
+"""What the client raises for a kubeconfig that is a directory, may not be read, or has another structure."""
 _UNAUTHENTICATED, _FORBIDDEN, _ABSENT, _CONFLICT, _BUSY, _SERVER = 401, 403, 404, 409, 429, 500
 
 
@@ -32,7 +34,7 @@ def reading(context: str | None, namespace: str | None, name: str | None = None)
     try:
         kubernetes.config.load_kube_config(context=context)
         chosen = namespace or _default_namespace(context)
-    except (kubernetes.config.ConfigException, yaml.YAMLError) as error:
+    except (kubernetes.config.ConfigException, yaml.YAMLError, *_MALFORMED) as error:
         raise CommandError(
             f"no usable kubeconfig ({_one_line(error)}); "
             "set KUBECONFIG, to .local/kubeconfig after `make up` for one",
@@ -65,7 +67,7 @@ def asking(namespace: str, name: str | None = None) -> Iterator[None]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _default_namespace(context: str | None) -> str:

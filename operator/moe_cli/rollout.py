@@ -1,5 +1,6 @@
 """`moe rollout`: watches, pauses and undoes rollouts."""
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -273,7 +274,12 @@ def _differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
         for key in sorted(before.keys() | after.keys()):
             yield from _differences(before.get(key), after.get(key), f"{path}.{key}" if path else key)
     elif before != after:
-        yield f"{path} unset" if after is None else f"{path}={after}"
+        yield f"{path} unset" if after is None else f"{path}={_as_written(after)}"
+
+
+def _as_written(value: Any) -> str:
+    """A value as manifests and `kubectl patch` take it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 class _Deployments:

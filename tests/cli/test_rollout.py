@@ -98,6 +98,18 @@ def record(number, revision, size):
     return {"metadata": metadata, "revision": number, "data": {"spec": spec}}
 
 
+def test_history_writes_values_as_manifests_do(server):
+    server.deployment = [body("Complete")]
+    changed = record(2, "bb", 4)
+    changed["data"]["spec"] |= {"networkPolicy": {"mode": "Restricted"}, "worker": {"hostNetwork": True}}
+    server.records = [record(1, "aa", 4), changed]
+    done = moe("history", "docs")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[1].split(maxsplit=3)[3] == (
+        'networkPolicy={"mode": "Restricted"}, worker={"hostNetwork": true}'
+    )
+
+
 def test_status_prints_each_change_of_the_reason_or_the_message_once(server):
     server.deployment = [
         body("Complete", seen=1),

@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from moe_cli.kube import reading
 from moe_cli.rendering import count, show
+from moe_client.errors import CommandError
 from moe_operator.resources import cache_sums, names
 from moe_operator.statuspage.report import report
 
@@ -359,6 +361,22 @@ async def test_a_kubeconfig_that_is_no_yaml(moe, tmp_path):
     assert result.returncode == 2
     (line,) = result.stderr.decode().splitlines()
     assert line.startswith("error: no usable kubeconfig")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"hello\n", b"- a\n", b"\xff\xfe\x00", b"contexts: 7\n", None],
+    ids=["a text", "a list", "no UTF-8", "a number for a list", "a directory"],
+)
+def test_a_file_that_is_no_kubeconfig(tmp_path, monkeypatch, content):
+    path = tmp_path / "config"
+    path.mkdir() if content is None else path.write_bytes(content)
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(path))
+    with (
+        pytest.raises(CommandError, match=r"no usable kubeconfig \(.+\); set KUBECONFIG"),
+        reading(None, None),
+    ):
+        pytest.fail("it was read")
 
 
 async def test_a_cluster_that_does_not_answer(moe, tmp_path):
