@@ -6,7 +6,7 @@ import functools
 import json
 import re
 from collections.abc import Hashable, Iterator
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import msgspec
 import msgspec.inspect
@@ -152,7 +152,7 @@ def _too_large(most: int) -> ApiError:
     )
 
 
-def of_validation(text: str, kind: type[object]) -> ApiError:
+def of_validation(text: str, kind: type[Any]) -> ApiError:
     """What is wrong with a request of some kind.
 
     text: of msgspec, such as "Expected `int`, got `str` - at `$.max_tokens`".
@@ -172,9 +172,9 @@ def of_validation(text: str, kind: type[object]) -> ApiError:
     return invalid(param[:_SHOWN], f"is not valid: {problem}" + (f"; use {values}" if values else ""))
 
 
-def _values(kind: Hashable, path: str) -> list[str]:
+def _values(kind: type[Any], path: str) -> list[str]:
     """The words that a field may have, by its path in a request, such as `messages[0].role`."""
-    kinds = _members(_inspected(kind))
+    kinds = _members(_inspected(cast("Hashable", kind)))
     for step in _STEP.findall(path):
         kinds = [one for outer in kinds for inner in _within(outer, step) for one in _members(inner)]
     return [str(word) for one in kinds if isinstance(one, msgspec.inspect.LiteralType) for word in one.values]
