@@ -15,14 +15,15 @@ from moe_worker.config.engine import EngineOptions
 from moe_worker.config.quantization import Fp8Storage, PackedStorage, SparseStorage
 from moe_worker.engine import gpu
 from moe_worker.engine.loading import load
-from moe_worker.errors import SettingsError
+from moe_worker.errors import DeviceMemoryError, SettingsError
 from moe_worker.kernels import registry
 from moe_worker.kernels.registry import Hardware, explain
 from moe_worker.kernels.transfer import make_current
 from moe_worker.kvcache.paged import CacheShape
 
 pytest.importorskip("triton")
-from moe_worker.models import cuda_build
+from moe_worker.mesh import cuda_stage
+from moe_worker.models import cuda_build, cuda_runner
 from moe_worker.models.cuda_build import prepare
 from moe_worker.models.cuda_graph import batch_sizes
 from tests.compress.sparse import random_sparse
@@ -250,6 +251,23 @@ def test_sparse_weights_leave_room_for_the_dense_ones_that_they_become(monkeypat
     assert read < dense
     assert room(SparseStorage(128), read) == room(None, dense)
     assert room(SparseStorage(128), dense + 10**9) == room(None, dense + 10**9)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "make"),
+    [
+        (cuda_runner, "CudaRunner", gpu.make_runner),
+        (cuda_stage, "CudaStage", lambda model, cache, *rest: gpu.make_stage(model, cache, None, *rest)),
+    ],
+)
+def test_a_device_without_room_for_forward_passes_is_told_in_a_sentence(monkeypatch, module, name, make):
+    def no_room(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(module, name, no_room)
+    model = random_model(SMALL, "dense", 16, torch.device("cpu"))
+    with pytest.raises(DeviceMemoryError, match=r"cpu has no memory for forward passes .*; lower the KV mem"):
+        make(model, None, EngineOptions(), 16, False)
 
 
 def test_the_frames_of_the_offload_are_no_memory_for_the_cache():

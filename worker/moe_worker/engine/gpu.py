@@ -1,6 +1,8 @@
 """GPU parts of loading: whether the kernels support a model, whether it fits, and its runner."""
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -9,7 +11,7 @@ from moe_worker.config.attention import LatentConfig
 from moe_worker.config.engine import EngineOptions
 from moe_worker.config.model import ModelConfig
 from moe_worker.config.quantization import SparseStorage
-from moe_worker.errors import SettingsError
+from moe_worker.errors import DeviceMemoryError, SettingsError
 from moe_worker.kernels.registry import Hardware
 from moe_worker.kvcache.paged import CacheShape, PagedCache
 from moe_worker.kvcache.pinned import frame_bytes
@@ -60,9 +62,9 @@ def make_runner(
     from moe_worker.models.cuda_build import prepare  # noqa: PLC0415 - triton is not everywhere
     from moe_worker.models.cuda_runner import CudaRunner  # noqa: PLC0415
 
-    return CudaRunner(
-        prepare(model, consume=True), cache, options.max_batch_size, context, options.prefill_tokens, progress
-    )
+    most, tokens = options.max_batch_size, options.prefill_tokens
+    with _room_for_passes(model.device):
+        return CudaRunner(prepare(model, consume=True), cache, most, context, tokens, progress)
 
 
 def make_stage(
@@ -72,7 +74,21 @@ def make_stage(
     """A mesh rank's stage on the Triton kernels, with captured decode steps; all ranks of the stage call."""
     from moe_worker.mesh.cuda_stage import CudaStage  # noqa: PLC0415 - triton is not everywhere
 
-    return CudaStage(model, cache, group, options.max_batch_size, context, options.prefill_tokens, progress)
+    most, tokens = options.max_batch_size, options.prefill_tokens
+    with _room_for_passes(model.device):
+        return CudaStage(model, cache, group, most, context, tokens, progress)
+
+
+@contextlib.contextmanager
+def _room_for_passes(device: torch.device) -> Iterator[None]:
+    """Raises DeviceMemoryError where the first forward passes and their CUDA graphs find no memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            f"{device} has no memory for forward passes next to the weights and the KV cache; lower the KV "
+            "memory, the batch size or the context length"
+        ) from error
 
 
 def weight_bytes(config: ModelConfig, number_format: str, spread: bool = False) -> int:
