@@ -9,11 +9,19 @@ def check_address(text: str) -> str:
     """
     address = text.strip()
     host, _, port = address.rpartition(":")
-    bracketed = host.startswith("[") and host.endswith("]") and len(host) > 2
-    plain = bool(host) and not set(host) & set("[]:/ ")
+    bracketed = host.startswith("[") and host.endswith("]") and _is_name(host[1:-1])
+    plain = _is_name(host) and not set(host) & set("[]:/ ")
     if not (bracketed or plain) or not port.isascii() or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"{text!r} is not HOST:PORT, as in 127.0.0.1:8000 or [::1]:8000")
     return address
+
+
+def _is_name(host: str) -> bool:
+    """Whether it can be looked up: Python's functions for sockets raise UnicodeError for other texts."""
+    try:
+        return bool(host.encode("idna"))
+    except UnicodeError:
+        return False
 
 
 def split(address: str) -> tuple[str, int]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import socket
 from typing import Final
 
-_EVERY: Final = frozenset({"", "0.0.0.0", "::"})  # noqa: S104 - whoever listens there says so
 BACKLOG: Final = 1024
 
 
@@ -20,13 +20,23 @@ def listen(host: str, port: int) -> socket.socket:
         OSError: the address cannot be listened on.
         OverflowError: the port is not between 0 and 65535.
     """
-    if host not in _EVERY:
+    if not 0 <= port < 1 << 16:  # getaddrinfo would take 70000 for 4464
+        raise OverflowError("port must be 0-65535")
+    if not _is_every(host):
         return _first(host, port)
     if socket.has_dualstack_ipv6():
         return socket.create_server(
             ("::", port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True
         )
     return socket.create_server(("0.0.0.0", port), backlog=BACKLOG)  # noqa: S104
+
+
+def _is_every(host: str) -> bool:
+    """Also of another spelling, such as ::0."""
+    try:
+        return not host or ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
 
 
 def _first(host: str, port: int) -> socket.socket:

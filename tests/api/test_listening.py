@@ -10,7 +10,7 @@ import pytest
 
 from moe_api.listening import listen
 
-EVERY = ("", "0.0.0.0", "::")  # noqa: S104 - what this is about
+EVERY = ("", "0.0.0.0", "::", "::0")  # noqa: S104 - what this is about
 WITHOUT_IPV6 = "sysctl -qw net.ipv6.conf.all.disable_ipv6=1"
 WITHOUT_IPV4 = "ip address delete 127.0.0.1/8 dev lo"
 # A few moments of a namespace of its own; the addresses at which each of sys.argv[1:] is reached.
@@ -43,15 +43,15 @@ def in_namespace(first, *hosts):
 
 
 def test_all_addresses_are_of_both_families():
-    assert in_namespace("true", *EVERY, "localhost") == [*[["127.0.0.1", "::1"]] * 3, ["127.0.0.1"]]
+    assert in_namespace("true", *EVERY, "localhost") == [*[["127.0.0.1", "::1"]] * 4, ["127.0.0.1"]]
 
 
 def test_a_machine_without_ipv6_listens_on_ipv4():
-    assert in_namespace(WITHOUT_IPV6, *EVERY, "127.0.0.1") == [["127.0.0.1"]] * 4
+    assert in_namespace(WITHOUT_IPV6, *EVERY, "127.0.0.1") == [["127.0.0.1"]] * 5
 
 
 def test_a_machine_without_ipv4_listens_on_ipv6():
-    assert in_namespace(WITHOUT_IPV4, *EVERY, "::1") == [["::1"]] * 4
+    assert in_namespace(WITHOUT_IPV4, *EVERY, "::1") == [["::1"]] * 5
 
 
 @pytest.mark.parametrize("host", EVERY)
@@ -73,3 +73,10 @@ def test_a_kernel_without_ipv6_sockets_listens_on_ipv4(monkeypatch, host):
 def test_a_port_that_one_family_uses_is_taken():
     with socket.create_server(("127.0.0.1", 0)) as used, pytest.raises(OSError, match="in use"):
         listen("::", used.getsockname()[1])
+
+
+@pytest.mark.parametrize("host", ["::", "127.0.0.1", "localhost"])
+@pytest.mark.parametrize("port", [-1, 65536, 70000])
+def test_a_port_that_is_none_is_refused(host, port):
+    with pytest.raises(OverflowError, match="port must be 0-65535"):
+        listen(host, port)

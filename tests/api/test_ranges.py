@@ -50,6 +50,11 @@ def test_a_timeout_is_no_longer_than_grpc_can_count():
     assert "1000000000000.0 is not in the range 0<x<=1000000000.0." in result.output
 
 
+def test_a_download_waits_for_a_day_at_most():
+    result = CliRunner().invoke(worker, ["fetch", "--timeout", "1e300", "hf://a/b"])
+    assert "is not in the range 1<=x<=86400." in result.output
+
+
 def test_so_does_a_bias_of_a_token():
     result = CliRunner().invoke(moe, ["generate", "--logit-bias=42:nan", "text"])
     assert "nan is not a finite number; give one." in result.output

@@ -33,7 +33,7 @@ from moe_worker.errors import SettingsError
 from moe_worker.mesh import joining, reception
 from moe_worker.mesh.channel import Channel
 from moe_worker.mesh.errors import MeshError, RankAbsentError, RankLostError
-from moe_worker.mesh.joining import Identity, join_leader, listener_at
+from moe_worker.mesh.joining import Identity, join_leader, listener_at, parse_address
 from moe_worker.mesh.member import SECRET, Member, join
 from moe_worker.mesh.messages import CODEC, Compute, End, Piece, Refusal, Wait, Welcome
 from moe_worker.mesh.places import advised
@@ -488,6 +488,12 @@ def tcp_pair():
 def test_impossible_meshes_are_refused(options, sentence):
     with pytest.raises(SettingsError, match=sentence):
         EngineOptions(**options)
+
+
+@pytest.mark.parametrize("text", ["host", ":1", "host:0", "host:65536", "host:1٣", "a..b:1", "x" * 64 + ":1"])
+def test_what_is_no_address_of_a_leader_is_refused(text):
+    with pytest.raises(SettingsError, match="is no address; write HOST:PORT of rank 0"):
+        parse_address(text)
 
 
 def test_a_leader_needs_an_address(tmp_path):

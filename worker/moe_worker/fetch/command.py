@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 )
 @click.option(
     "--timeout",
-    type=FiniteRange(min=1),
+    type=FiniteRange(1, 86_400),
     default=30.0,
     show_default=True,
     envvar="MOE_FETCH_TIMEOUT",

@@ -232,6 +232,10 @@ def is_address(host: str) -> bool:
 def parse_address(text: str) -> tuple[str, int]:
     """Host and port of the leader. Raises SettingsError."""
     host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+    try:
+        name = host.encode("idna")
+    except UnicodeError:  # which no lookup would take
+        name = b""
+    if not name or not port.isascii() or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         raise SettingsError(f"--mesh-leader {text[:60]!r} is no address; write HOST:PORT of rank 0")
     return host.strip("[]"), int(port)
