@@ -1,9 +1,12 @@
 """Texts have the format that a request asks for, in any batch, from any step on; hostile ones are refused."""
 
 import json
+import queue
 import random
 import re
 import threading
+from types import SimpleNamespace
+from unittest import mock
 
 import grpc
 import pytest
@@ -15,12 +18,15 @@ from moe_api import rich_status
 from moe_api.inference.v1 import inference_pb2
 from moe_worker.config.engine import EngineOptions
 from moe_worker.engine.core import EngineCore
+from moe_worker.engine.guiding import StepGuides
 from moe_worker.engine.requests import FinishReason, Request
 from moe_worker.errors import RequestError
 from moe_worker.sampling import guides
 from moe_worker.sampling.grammar import grammar_of
 from moe_worker.sampling.output_format import OutputFormat
 from moe_worker.sampling.parameters import SamplingParameters
+from moe_worker.service import engine_process
+from moe_worker.service.wire import Start
 from tests.worker.serving import Worker
 
 PERSON = {
@@ -153,6 +159,49 @@ def test_no_text_begins_with_a_lexer_that_became_too_complex(engine, monkeypatch
     other = masks.open(SCHEMA, ())
     assert masks.masks([(0, other)], torch.device("cpu")).bits_MB.any()
     assert len(compiled) == 2
+
+
+def test_a_text_whose_step_is_undone_keeps_to_the_lexers_of_its_salt():
+    opened = mock.Mock()
+    loaded = SimpleNamespace(tokenizer=None, device=None, guides=SimpleNamespace(open=opened))
+    request = Request(1, PROMPT, SamplingParameters(), 0, output_format=SCHEMA, salt="tenant")
+    active = SimpleNamespace(request=request, guide=object(), output=(8, 9))
+    StepGuides(loaded).undo(SimpleNamespace(guided=True, sampling=[(0, active)]))
+    opened.assert_called_once_with(SCHEMA, (8, 9), "tenant")
+    assert active.guide is opened.return_value
+
+
+def test_the_first_format_of_a_prepared_vocabulary_does_not_read_it(engine, monkeypatch):
+    found = engine._loaded
+    masks = guides.Guides(found.tokenizer, found.config.vocab_size, found.config.eos_token_ids, threads=1)
+    masks.prepare()
+    monkeypatch.setattr(guides, "_Tokens", None)
+    assert masks.open(SCHEMA, ()).own
+
+
+def test_a_model_without_an_end_of_text_token_has_no_vocabulary_to_prepare(engine):
+    guides.Guides(engine._loaded.tokenizer, 10, (), threads=1).prepare()
+
+
+def test_a_vocabulary_that_cannot_be_prepared_is_told(engine, caplog):
+    guides.Guides(engine._loaded.tokenizer, -1, (2,), threads=1).prepare()
+    assert "output formats cannot be used with this vocabulary" in caplog.text
+
+
+def test_a_worker_prepares_the_vocabulary_before_it_is_ready(monkeypatch):
+    """Its engine tells that it is ready by what it sends after that."""
+    done = mock.Mock()
+    done.sender.send.side_effect = InterruptedError
+    monkeypatch.setattr(engine_process, "load", lambda *_, **__: done.loaded)
+    monkeypatch.setattr(engine_process, "EngineCore", mock.Mock())
+    monkeypatch.setattr(engine_process, "Loaded", mock.Mock())
+    inbox = queue.SimpleQueue()
+    inbox.put(Start("model", EngineOptions()))
+    monkeypatch.setattr(engine_process.queue, "SimpleQueue", lambda: inbox)
+    monkeypatch.setattr(engine_process, "_receive", lambda *_: None)
+    with pytest.raises(InterruptedError):
+        engine_process._serve(None, done.sender)
+    assert [name for name, _, _ in done.mock_calls] == ["loaded.guides.prepare", "sender.send"]
 
 
 @pytest.mark.parametrize("device", DEVICES)

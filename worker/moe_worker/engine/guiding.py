@@ -31,8 +31,9 @@ class StepGuides:
     def undo(self, flight: Flight[ActiveRequest]) -> None:
         """Guides that took tokens of a step that does not count begin again, behind the text so far."""
         for _, active in flight.sampling if flight.guided else ():
-            if active.guide is not None and active.request.output_format is not None:
-                active.guide = self._guides.open(active.request.output_format, active.output)
+            request = active.request
+            if active.guide is not None and request.output_format is not None:
+                active.guide = self._guides.open(request.output_format, active.output, request.salt)
 
     def begin(self, sampling: Sampling, flights: Flights, now: bool) -> Callable[[], Allowed | None]:
         """How to compute the masks for requests that sample in a new step, behind the steps in `flights`.

@@ -132,6 +132,7 @@ def _serve(connection: socket.socket, sender: _Sender) -> None:
     # The edge, which started this process, has tried the tokenizer.
     loaded = load(Path(start.model), start.options, progress=True, load_tokenizer=Tokenizer.load)
     core = EngineCore(loaded, start.options)
+    loaded.guides.prepare()
     sender.send(Loaded(loaded.format, core.load, core.most_requests, core.mesh_report))
     mesh = _MeshTeller(core, sender)
     if loaded.member is not None:
