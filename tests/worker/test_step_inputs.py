@@ -163,7 +163,6 @@ def test_passes_have_few_sizes_and_none_where_they_are_large():
     prompts = PromptGraphs(graphs._model, graphs, 96, 16_384)
     assert prompts.sizes[-1] == 2048 + 9
     assert all(b <= 2 * a for a, b in itertools.pairwise(prompts.sizes))
-    assert all(b <= 2 * a for a, b in itertools.pairwise(prompts.sizes))
     long = PromptGraphs(graphs._model, graphs, 100_000, 16_384)
     for each, most in ((prompts, 40), (long, 70)):
         assert len(set(each.usual_sizes())) == len(each.usual_sizes()) <= most
@@ -181,6 +180,20 @@ def test_passes_have_few_sizes_and_none_where_they_are_large():
     assert prompts.size(long, [299]) == Size(384)  # without a graph for expanded contexts of this size
     saved_ns[0] = 1e9
     assert prompts.size(long, [299]) is None
+
+
+def test_graphs_that_find_no_memory_are_told_once(caplog):
+    """At the start each size is tried, although memory is too short for dozens of them."""
+    graphs = graphs_of(9, 96)
+    from moe_worker.models.cuda_prompts import PromptGraphs  # noqa: PLC0415 - triton is not everywhere
+
+    prompts = PromptGraphs(graphs._model, graphs, 96, 60)
+    for size in (512, 384, 256):
+        prompts._open = True
+        prompts._close(torch.OutOfMemoryError(f"no memory for {size}"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "some steps with prompts are launched kernel by kernel, without a graph: no memory for 512"
+    ]
 
 
 def test_a_capture_that_cannot_end_raises_the_error_of_its_step_on_the_stream_of_before(monkeypatch):

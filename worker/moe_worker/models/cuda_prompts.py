@@ -97,7 +97,7 @@ class PromptGraphs:
         self._found: dict[Size, Likeliest] = {}
         self._newest: Likeliest | None = None
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self._open = True  # to more sizes
+        self._open, self._warned = True, False  # to more sizes; of those that have no graph
 
     def usual_sizes(self) -> list[Size]:
         """Those of prompts without and with much context, alone and with streams; the largest first."""
@@ -206,8 +206,9 @@ class PromptGraphs:
         self._open = len(self._graphs) < MOST_GRAPHS
 
     def _close(self, error: Exception) -> None:
-        self._open = False
-        LOG.warning("steps with prompts have no more than %d graphs: %s", len(self._graphs), error)
+        if not self._warned:
+            LOG.warning("some steps with prompts are launched kernel by kernel, without a graph: %s", error)
+        self._open, self._warned = False, True
 
     def _tile(self, size: Size) -> int:
         return BLOCK_T if size.positions else PREFILL_TOKENS
