@@ -522,6 +522,7 @@ def test_tokens_are_sorted_by_expert(tokens, size):
         assert all(int(chosen.flatten()[row]) == owner for row in own)
         seen += own
     assert sorted(seen) == list(range(chosen.numel()))
+    assert not blocks.done_C[blocks.experts_C >= 0].any()
 
 
 def plain_experts(x_TD, gate_up_AFD, down_ADI, chosen_TK, shares_TK):
@@ -601,6 +602,30 @@ def test_experts(number_format, tokens, wanted, inner):
     ones = torch.ones(width, dtype=torch.bfloat16, device=DEVICE)
     norm.residual_norm(residual, norm.Added(rows_MD, added.order_M, added.experts_M), ones, 1e-6, out, NONE)
     assert difference(residual, expected.sum(dim=1)) < tolerance
+
+
+def test_the_second_product_waits_for_the_first():
+    """On a GPU it starts early; the memory of the hidden values holds those of other tokens before."""
+    count, width, inner, tokens = (4, 256, 128, 20) if INTERPRETED else (24, 2048, 1408, 256)
+    gate_up, down = (
+        tiles.pack_values(
+            torch.randint(-8, 8, (count, inputs // 128, outputs, 128), dtype=torch.int8, device=DEVICE),
+            torch.rand(count, inputs // 128, outputs, device=DEVICE) / inputs,
+            inputs,
+        )
+        for outputs, inputs in ((2 * inner, width), (width, inner))
+    )
+    chosen = torch.rand(tokens, count, device=DEVICE).topk(3).indices.int()
+    counts, shares = chosen.flatten().bincount(minlength=count).int(), torch.rand(tokens, 3, device=DEVICE)
+    cut = experts.expert_tiles(tokens, "w4a8")
+    for _ in range(1 if INTERPRETED else 10):
+        x = quantized(randn(tokens, width))
+        blocks = experts.sort_by_expert(chosen, counts, cut.rows)
+        hidden = experts.gate_up_packed(x, gate_up, blocks, tokens * 3, 3, cut.gate_up)
+        expected = experts.down_packed(hidden, down, blocks, shares, cut.down)
+        fresh = experts.sort_by_expert(chosen, counts, cut.rows)
+        assert torch.equal(experts.experts_packed(x, gate_up, down, fresh, shares, cut), expected)
+        assert torch.equal(fresh.done_C[fresh.experts_C >= 0].unique(), blocks.done_C[:1])
 
 
 def test_values_in_e4m3_are_the_nearest():

@@ -35,7 +35,7 @@ SLOW = {
     "more kernels": {
         KERNELS: "not_numbers or not_a_number or router or (few and 256-128-1) or (iteration and w4a8-320-2)"
         " or (linear and 320-130-77) or expanded or (experts and 64-40) or (sparse and (40-128 or 2-640))"
-        " or experts_in_e4m3",
+        " or experts_in_e4m3 or waits_for_the_first",
     },
     "more of the engine": {ENGINE: "small-w4a8 or padded-dense or values-w4a8 or values-fp8 or in_e4m3"},
     "captured passes": {ENGINE: "captured_passes"},

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_worker.kernels.triton.launch import launch, wait_for_inputs
+from moe_worker.kernels.triton.launch import launch, let_next_start, wait_for_inputs
 from moe_worker.kernels.triton.norm import Activation
 from moe_worker.kernels.triton.tiles import (
     Packed,
@@ -29,16 +29,21 @@ from moe_worker.kernels.triton.tiles import (
 
 
 class Blocks(NamedTuple):
-    """Rows in blocks of one expert each: int32 [C * size] rows (M: none) and int32 [C] experts (-1: none)."""
+    """Rows in blocks of one expert each: int32 [C * size] rows (M: none) and int32 [C] experts (-1: none).
+
+    done_C: int32, how many programs of the first product have written hidden values of each block; zeros at
+    first. Blocks therefore serve one pass.
+    """
 
     rows: Tensor
     experts_C: Tensor
     size: int
+    done_C: Tensor
 
 
 @triton.jit(do_not_specialize=["total", "blocks"])
 def _sort(
-    experts, counts, rows, block_experts, total, blocks,
+    experts, counts, rows, block_experts, done, total, blocks,
     EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     own = tl.program_id(0)
@@ -59,6 +64,7 @@ def _sort(
     for start in range(0, mine, 64):
         b = start + tl.arange(0, 64)
         tl.store(block_experts + first + b, own, mask=b < mine)
+        tl.store(done + first + b, 0, mask=b < mine)
     if own == EXPERTS - 1:
         for start in range(first + mine, blocks, 64):
             b = start + tl.arange(0, 64)
@@ -71,13 +77,13 @@ def sort_by_expert(experts_TK: Tensor, counts_A: Tensor, size: int) -> Blocks:
     blocks = total // size + min(experts, total)
     device = experts_TK.device
     rows = torch.empty(blocks * size, dtype=torch.int32, device=device)
-    experts_C = torch.empty(blocks, dtype=torch.int32, device=device)
+    experts_C, done_C = (torch.empty(blocks, dtype=torch.int32, device=device) for _ in range(2))
     _sort[(experts,)](
-        experts_TK, counts_A, rows, experts_C, total, blocks,
+        experts_TK, counts_A, rows, experts_C, done_C, total, blocks,
         EXPERTS=experts, BLOCK_E=triton.next_power_of_2(experts), BLOCK_M=size,
         CHUNK=256 if total <= 256 else 2048, num_warps=4, **launch(experts_TK.shape[0]),
     )  # fmt: skip
-    return Blocks(rows, experts_C, size)
+    return Blocks(rows, experts_C, size, done_C)
 
 
 @triton.jit
@@ -87,7 +93,7 @@ def _swiglu(gate, up):
 
 @triton.jit(do_not_specialize=["total"])
 def _gate_up_packed(
-    x, x_scale, packed, scales, rows, block_experts, out, out_scale, total,
+    x, x_scale, packed, scales, rows, block_experts, done, out, out_scale, total,
     PER_TOKEN: tl.constexpr, INNER: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr,
     PIECE: tl.constexpr, STRIDE: tl.constexpr, KIND: tl.constexpr, TURN: tl.constexpr,
     STAGES: tl.constexpr, READER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -127,20 +133,31 @@ def _gate_up_packed(
         else:
             where = out + row_M[None, :].to(tl.int64) * INNER + first + n[:, None]
             tl.store(where, hidden_NM.to(tl.bfloat16), mask=mask_M[None, :])
+        tl.debug_barrier()
+        tl.atomic_add(done + block, 1, sem="release")
 
 
 @triton.jit(do_not_specialize=["total"])
 def _down_packed(
-    x, x_scale, packed, scales, rows, block_experts, weights, out, total,
+    x, x_scale, packed, scales, rows, block_experts, done, weights, out, total,
     OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, PIECE: tl.constexpr,
     STRIDE: tl.constexpr, KIND: tl.constexpr, TURN: tl.constexpr, STAGES: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    AWAITED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(1)
-    wait_for_inputs()
+    if AWAITED == 0:
+        wait_for_inputs()
+    else:
+        # This kernel starts once all programs of the first product have started, on the multiprocessors that
+        # the last of them leave free. The first product itself starts when all kernels before it have ended.
+        let_next_start()
     expert = tl.load(block_experts + block).to(tl.int64)
     if expert >= 0:
         row_M = tl.load(rows + block * BLOCK_M + tl.arange(0, BLOCK_M))
+        if AWAITED > 0:
+            while tl.atomic_add(done + block, 0, sem="acquire") < AWAITED:
+                pass
+            tl.debug_barrier()
         mask_M = row_M < total
         first = tl.program_id(0) * BLOCK_N
         n = tl.arange(0, BLOCK_N)
@@ -258,14 +275,15 @@ def gate_up_packed(
 ) -> Activation:
     """Hidden values of `rows` rows; W4A8 rounds them to int8, with a scale for each piece of tile.n.
 
-    reader: the kind of the weights that they are multiplied with, whose order they have.
+    reader: the kind of the weights that they are multiplied with, whose order they have. Not launched early,
+    since `down_packed` relies on the end of the kernels before this one.
     """
     inner, int8 = gate_up.outputs // 2, gate_up.int8
     block_n = fitting(tile.n, inner)
     hidden = Activation.empty(rows, inner, x.x_TD.device, block_n)
     _gate_up_packed[(inner // block_n, blocks.experts_C.shape[0])](
         x.q_TD if int8 else x.x_TD, x.scales_TX, gate_up.stored, gate_up.scales, blocks.rows,
-        blocks.experts_C, hidden.q_TD if int8 else hidden.x_TD, hidden.scales_TX, rows,
+        blocks.experts_C, blocks.done_C, hidden.q_TD if int8 else hidden.x_TD, hidden.scales_TX, rows,
         PER_TOKEN=per_token, INNER=inner, GROUPS=gate_up.groups, INPUTS=gate_up.inputs,
         PIECE=x.piece, STRIDE=gate_up.stride, KIND=gate_up.kind, TURN=_turn(gate_up, tile),
         STAGES=tile.stages, READER=reader, BLOCK_N=block_n, BLOCK_M=blocks.size, **tile.options,
@@ -273,8 +291,13 @@ def gate_up_packed(
     return hidden
 
 
-def down_packed(hidden: Activation, down: Packed, blocks: Blocks, weights_TK: Tensor, tile: Tile) -> Tensor:
-    """Weighted outputs of each row, bf16 [M, D]."""
+def down_packed(
+    hidden: Activation, down: Packed, blocks: Blocks, weights_TK: Tensor, tile: Tile, awaited: int = 0
+) -> Tensor:
+    """Weighted outputs of each row, bf16 [M, D].
+
+    awaited: programs of `gate_up_packed`, the kernel before, for each block, if it does not wait for all.
+    """
     total, int8, block_n = weights_TK.numel(), down.int8, fitting(tile.n, down.outputs)
     out_MD = torch.empty(total, down.outputs, dtype=torch.bfloat16, device=weights_TK.device)
     tokens = weights_TK.shape[0]
@@ -282,9 +305,10 @@ def down_packed(hidden: Activation, down: Packed, blocks: Blocks, weights_TK: Te
     early = launch(tokens) if tokens > MOST_FEW_BLOCKS else {}
     _down_packed[(down.outputs // block_n, blocks.experts_C.shape[0])](
         hidden.q_TD if int8 else hidden.x_TD, hidden.scales_TX, down.stored, down.scales, blocks.rows,
-        blocks.experts_C, weights_TK, out_MD, total,
+        blocks.experts_C, blocks.done_C, weights_TK, out_MD, total,
         OUTPUTS=down.outputs, GROUPS=down.groups, INPUTS=down.inputs, PIECE=hidden.piece,
         STRIDE=down.stride, KIND=down.kind, TURN=_turn(down, tile), STAGES=tile.stages,
+        AWAITED=awaited if early else 0,
         BLOCK_N=block_n, BLOCK_M=blocks.size, **tile.options, **early,
     )  # fmt: skip
     return out_MD
@@ -304,7 +328,8 @@ def experts_packed(
     """
     rows, per_token = weights_TK.numel(), weights_TK.shape[1]
     hidden = gate_up_packed(x, gate_up, blocks, rows, per_token, tiles.gate_up, down.kind)
-    return down_packed(hidden, down, blocks, weights_TK, tiles.down)
+    awaited = hidden.x_TD.shape[1] // hidden.piece
+    return down_packed(hidden, down, blocks, weights_TK, tiles.down, awaited)
 
 
 def _turn(weight: Packed, tile: Tile) -> int:

@@ -36,3 +36,10 @@ def wait_for_inputs():
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def let_next_start():
+    """The next kernel may start; for one that waits for what it needs in another way."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
