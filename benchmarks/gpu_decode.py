@@ -175,7 +175,9 @@ def joules() -> float:
     except ImportError:
         return math.nan
     pynvml.nvmlInit()
-    card = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+    # CUDA numbers only the visible cards, NVML all of them.
+    uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+    card = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
     return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(card)) / 1e3
 
 
