@@ -228,7 +228,7 @@ def _down_bf16(
 
 
 # Tokens up to which the programs of the down product are too few to start early.
-MOST_FEW_BLOCKS = 16
+MOST_FEW_BLOCKS = 8
 
 
 class ExpertTiles(NamedTuple):
@@ -251,10 +251,8 @@ def expert_tiles(tokens: int, kind: str | None) -> ExpertTiles:
         tile = Tile(128, 16 if tokens <= 64 else 32, 4, 3)
         narrow = tile._replace(n=64)
         if kind == "w4a8":
-            # A multiprocessor holds four programs of the first product up to 16 tokens, else three; of
-            # `narrow` six, which more would divide into waves less evenly.
-            first = tile if tokens <= 16 else tile._replace(registers=160 if tokens <= 64 else 168)
-            return ExpertTiles(first, narrow._replace(registers=80) if 32 < tokens <= 64 else tile)
+            # Three programs of the first product share a multiprocessor, four with fewer rows.
+            return ExpertTiles(tile if tokens <= 64 else tile._replace(registers=168), tile)
         if kind == "s14":
             return ExpertTiles(tile, tile)
         return ExpertTiles(narrow, tile if tokens <= 64 else tile._replace(warps=8))
