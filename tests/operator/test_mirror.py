@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +80,16 @@ def test_a_cached_pod_names_the_directory_that_its_node_lacks(mirror):
     found = pods.read(mirror.get("Pod", "default", "a")).problem
     assert found is not None
     assert found.message.startswith("node n has no directory /mnt/m; correct spec.model.uri")
+
+
+def test_a_cached_frontend_names_the_secrets_that_it_waits_for(mirror):
+    settings = {"tls": {"secretName": "front-tls"}, "auth": {"apiKeysSecret": "keys"}}
+    spec = frontend.pod_spec(worlds.deployment(frontend=settings)) | {"nodeName": "n"}
+    scheduled = {"type": "PodScheduled", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}
+    mirror.put("Pod", pod("a", 1, spec=spec, status={"phase": "Pending", "conditions": [scheduled]}))
+    found = pods.read(mirror.get("Pod", "default", "a")).obstacle(datetime(2026, 1, 1, 0, 0, 30, tzinfo=UTC))
+    assert found is not None
+    assert "check that these Secrets exist: front-tls, keys;" in found.message
 
 
 def test_a_cached_frontend_is_asked_at_the_port_that_it_declares(mirror):

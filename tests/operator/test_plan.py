@@ -601,6 +601,71 @@ def test_a_new_frontend_that_cannot_start_is_said_while_the_old_one_serves():
     assert "docs-frontend-y: no such image" in condition(world, PROGRESSING).message
 
 
+def mounting(world: World, secret: str) -> dict[str, Any]:
+    """A pod whose node looks for a Secret, as the kubelet reports it."""
+    since = world.now.isoformat()
+    return {
+        "spec": {
+            "nodeName": "node",
+            "volumes": [
+                {"name": "moe-tls", "secret": {"secretName": secret}},
+                {"name": "more", "secret": {"secretName": "not-needed", "optional": True}},
+                {"name": "own", "secret": {"secretName": "moe-internal-worker"}},
+            ],
+        },
+        "status": {
+            "phase": "Pending",
+            "conditions": [
+                {"type": "PodReadyToStartContainers", "status": "False", "lastTransitionTime": since},
+                {"type": "PodScheduled", "status": "True", "lastTransitionTime": since},
+            ],
+            "containerStatuses": [
+                {"name": "any", "ready": False, "state": {"waiting": {"reason": "ContainerCreating"}}}
+            ],
+        },
+    }
+
+
+UNMOUNTED = (
+    "node node cannot mount its volumes; check that these Secrets exist: nope; "
+    "its events name the volume (kubectl describe pod)"
+)
+
+
+def test_a_frontend_whose_secret_is_missing_says_so_in_time():
+    world = settled()
+    world.change(frontend={"tls": {"secretName": "nope"}})
+    world.step()
+    counts = {"replicas": 2, "updatedReplicas": 1, "readyReplicas": 1}
+    world.children[Key("Deployment", "docs-frontend")]["status"] = counts
+    labels = {"serving.moe-operator.dev/name": "docs", "serving.moe-operator.dev/role": "frontend"}
+    world.pods["docs-frontend-y"] = {
+        "metadata": {"name": "docs-frontend-y", "labels": labels},
+        **mounting(world, "nope"),
+    }
+    rolling = "1/1 frontends ready; the frontend rolls out"
+    due = world.now + timedelta(seconds=30)
+    assert world.step().due == due
+    assert condition(world, PROGRESSING).message == rolling
+    world.now = due
+    assert world.step().due is None
+    assert condition(world, PROGRESSING).message == f"{rolling}; docs-frontend-y: {UNMOUNTED}"
+    assert condition(world, READY).status == "True"
+
+
+def test_a_worker_whose_secret_is_missing_is_the_reason():
+    world = World(deployment())
+    world.step()
+    world.pods["docs-0-0"] |= mounting(world, "nope")
+    world.now += timedelta(seconds=29)
+    world.step()
+    assert condition(world, READY).reason == "ReplicasNotReady"
+    world.now += timedelta(seconds=1)
+    world.step()
+    assert condition(world, READY).reason == "VolumesNotMounted"
+    assert condition(world, READY).message == f"0/1 replicas ready; docs-0-0: {UNMOUNTED}"
+
+
 def test_what_two_conditions_say_alike_is_one_event():
     before = Status()
     after = invalid(before, deployment().identity, "no", START)

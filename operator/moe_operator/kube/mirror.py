@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from moe_operator.observed.ownership import is_ours
+from moe_operator.observed.pod_status import secret_of
 from moe_operator.render.children import KINDS
 from moe_operator.render.objects import Manifest
 from moe_operator.resources import names
@@ -27,8 +28,8 @@ _FASTEST = 1
 """zlib level: a StatefulSet shrinks to a third in 60 us; higher levels gain little."""
 
 _OF_A_POD = ("nodeName", "readinessGates")
-"""The fields of a pod's spec that are read, in addition to ports that say how to call it and directories of
-its node. The rest is in its StatefulSet, and there are many pods.
+"""The fields of a pod's spec that are read, in addition to ports that say how to call it, directories of
+its node and Secrets. The rest is in its StatefulSet, and there are many pods.
 """
 
 
@@ -205,11 +206,15 @@ def _entry(manifest: Manifest) -> tuple[Place, _Entry]:
 def _read_of_pod(spec: Manifest) -> Manifest:
     """The part of a pod's spec that `observed.pods.read` reads."""
     lists = {
-        "volumes": [volume for volume in spec.get("volumes", ()) if "hostPath" in volume],
+        "volumes": [volume for volume in spec.get("volumes", ()) if _is_read(volume)],
         "containers": [kept for container in spec.get("containers", ()) if (kept := _named_ports(container))],
     }
     kept = {name: spec[name] for name in _OF_A_POD if name in spec}
     return {**kept, **{name: items for name, items in lists.items() if items}}
+
+
+def _is_read(volume: Manifest) -> bool:
+    return "hostPath" in volume or bool(secret_of(volume))
 
 
 def _named_ports(container: Manifest) -> Manifest:

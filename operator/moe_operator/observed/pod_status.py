@@ -70,6 +70,8 @@ class PodStatus:
     init_containers: tuple[Container, ...] = ()
     containers: tuple[Container, ...] = ()
     host_paths: tuple[str, ...] = ()
+    secrets: tuple[str, ...] = ()
+    """Names of Secrets that volumes need, without those of mutual TLS."""
     """Directories of its node that it mounts."""
 
     @property
@@ -81,6 +83,15 @@ class PodStatus:
     def fetches(self) -> bool:
         """Whether it downloads the model now."""
         return any(one.name == names.FETCH_CONTAINER and one.running for one in self.init_containers)
+
+    @property
+    def mounting_since(self) -> datetime | None:
+        """Since when its node mounts its volumes; None if it has no node yet, or has mounted them."""
+        if not self.node or any(one.waiting != "ContainerCreating" for one in self.containers):
+            return None
+        if self.holds("PodReadyToStartContainers") or self.phase != "Pending":
+            return None
+        return self.since("PodReadyToStartContainers") or self.since("PodScheduled", "True")
 
     @property
     def waits_because(self) -> str:
@@ -111,7 +122,15 @@ def read(manifest: Mapping[str, Any]) -> PodStatus:
         init_containers=_containers(status.get("initContainerStatuses", ())),
         containers=_containers(status.get("containerStatuses", ())),
         host_paths=tuple(one["hostPath"]["path"] for one in spec.get("volumes", ()) if "hostPath" in one),
+        secrets=tuple(filter(None, map(secret_of, spec.get("volumes", ())))),
     )
+
+
+def secret_of(volume: Mapping[str, Any]) -> str:
+    """Name of the Secret that a volume needs; empty if it needs none, or one of mutual TLS."""
+    secret = volume.get("secret") or {}
+    name = str(secret.get("secretName", ""))
+    return "" if secret.get("optional") or name.startswith(names.INTERNAL_SECRETS) else name
 
 
 def _condition(item: Mapping[str, Any]) -> PodCondition:

@@ -62,6 +62,12 @@ class Pod:
     status: PodStatus = field(default_factory=PodStatus, compare=False)
     """What the kubelet and the scheduler report of it."""
 
+    def obstacle(self, now: datetime) -> Problem | None:
+        """Its problem, or the volumes that its node could not mount in time."""
+        if self.problem is not None or self.ready or self.terminating:
+            return self.problem
+        return problems.of_volumes(self.status, now)
+
     @property
     def addresses(self) -> frozenset[str]:
         """All its IP addresses: in a dual-stack cluster one of each family."""

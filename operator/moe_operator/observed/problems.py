@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
 from typing import Final
 
 from moe_api.visible import one_line
@@ -58,6 +59,9 @@ _NO_DIRECTORY: Final = re.compile(r"does not exist|no such file or directory", r
 _SIGNALLED = 128
 """Exit codes above it encode the signal that ended the process, as in a shell."""
 
+MOUNTING_TIME: Final = timedelta(seconds=30)
+"""A pod whose volumes are not mounted for this long counts as lacking one of them."""
+
 _NEEDS_EDIT = ("InvalidImageName",)
 _UNINFORMATIVE = ("ImagePullBackOff",)
 """Reasons whose message only repeats that there was an error."""
@@ -96,6 +100,21 @@ def of_pod(status: PodStatus) -> Problem | None:
     """Why a pod does not become Ready; None if it runs or only needs time."""
     found = _of_pod(status)
     return None if found is None else _bounded(found)
+
+
+def of_volumes(status: PodStatus, now: datetime) -> Problem | None:
+    """Why a pod's containers are not even created: a volume is missing; None as long as it only needs time.
+
+    The kubelet says which one in events alone.
+    """
+    since = status.mounting_since
+    if since is None or now < since + MOUNTING_TIME:
+        return None
+    sentence = f"node {status.node} cannot mount its volumes"
+    if status.secrets:
+        sentence += f"; check that these Secrets exist: {', '.join(status.secrets)}"
+    message = f"{sentence}; its events name the volume (kubectl describe pod)"
+    return _bounded(Problem("VolumesNotMounted", message, remedied=True))
 
 
 def _bounded(problem: Problem) -> Problem:

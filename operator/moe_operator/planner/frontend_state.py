@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 
 from moe_operator.observed import problems
 from moe_operator.observed.children import FrontendDeployment
@@ -25,7 +26,7 @@ class FrontendState:
     """The first pod that cannot start, or the Deployment that cannot create pods, and why."""
 
 
-def frontend_state(observed: Observed, name: str, wanted: int) -> FrontendState:
+def frontend_state(observed: Observed, name: str, wanted: int, now: datetime) -> FrontendState:
     """The state of a deployment's frontend, from its Deployment and its pods."""
     found = observed.children.get(Key("Deployment", names.frontend(name)))
     if not isinstance(found, FrontendDeployment):
@@ -34,12 +35,12 @@ def frontend_state(observed: Observed, name: str, wanted: int) -> FrontendState:
         wanted,
         min(found.ready_pods, wanted),
         found.current and found.pods == found.updated_pods == wanted,
-        _problem(observed, found),
+        _problem(observed, found, now),
     )
 
 
-def _problem(observed: Observed, found: FrontendDeployment) -> tuple[str, Problem] | None:
+def _problem(observed: Observed, found: FrontendDeployment, now: datetime) -> tuple[str, Problem] | None:
     for pod in observed.frontends:
-        if pod.problem is not None:
-            return pod.name, pod.problem
+        if (problem := pod.obstacle(now)) is not None:
+            return pod.name, problem
     return None if found.refusal is None else (str(found.key), problems.of_workload(found.refusal))

@@ -109,6 +109,7 @@ def plan(deployment: Deployment, observed: Observed, now: datetime) -> Plan:
     desired = [*shared, *replicas]
     made = changes.changes((one for one in desired if key(one) not in foreign), observed, deployment)
     status = status_report.of_plan(deployment, current, now)
+    gangs_due = gangs.next_change(current.gangs.values(), deployment.spec.parallelism, now)
     in_use = {replica.revision for replica in current.replicas.values()}
     deletions = (
         *_deletions(deployment, observed, current),
@@ -137,7 +138,7 @@ def plan(deployment: Deployment, observed: Observed, now: datetime) -> Plan:
         secret=partial(gang.secret, deployment)
         if gangs.secret_is_needed(current.gangs.values(), (change.manifest for change in made))
         else None,
-        due=gangs.next_change(current.gangs.values(), deployment.spec.parallelism, now),
+        due=min(filter(None, (gangs_due, current.mounts_due)), default=None),
         sound=_sound(replicas, made),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Final
@@ -11,7 +11,7 @@ from moe_operator.observed.children import StatefulSet
 from moe_operator.observed.downloads import Download
 from moe_operator.observed.observation import Observed
 from moe_operator.observed.pods import Pod
-from moe_operator.observed.problems import Problem, refused_pod
+from moe_operator.observed.problems import MOUNTING_TIME, Problem, refused_pod
 from moe_operator.planner import gangs, mesh, rollout_progress
 from moe_operator.planner.frontend_state import FrontendState, frontend_state
 from moe_operator.planner.gangs import Gang
@@ -76,6 +76,10 @@ class State:
     """What the status says of the gangs; None if there are none."""
     imbalance_most: int | None = None
     """The imbalance in percent above which experts are not balanced; None if they are not spread."""
+    unmounted: Mapping[str, Problem] = field(default_factory=dict)
+    """Why the volumes of workers are not mounted in time, by pod name."""
+    mounts_due: datetime | None = None
+    """When the next volumes of a worker or frontend have to be mounted."""
     held: Mapping[int, Pod] = field(default_factory=dict)
     """Stands for those of them that have no pods on purpose, with the reason."""
 
@@ -150,9 +154,14 @@ class State:
         if held is not None and held.problem is not None:
             return held, held.problem
         gang, leader = self.gangs.get(rank), self.leaders.get(rank)
-        if gang is not None:
-            return None if leader is not None and leader.ready else gang.problem
-        return (leader, leader.problem) if leader is not None and leader.problem is not None else None
+        if leader is not None and leader.ready:
+            return None
+        if gang is not None and gang.problem is not None:
+            return gang.problem
+        for pod in () if leader is None else (leader,) if gang is None else gang.pods:
+            if (why := pod.problem or self.unmounted.get(pod.name)) is not None:
+                return pod, why
+        return None
 
     def unplaced_pod(self, rank: int) -> Pod:
         """A worker of a replica that no node takes."""
@@ -180,7 +189,8 @@ def read(
     everyone = observed.workers
     found = gangs.read(deployment, observed, now)
     replicas = _replicas(deployment, observed, found, now)
-    frontend = frontend_state(observed, deployment.name, deployment.spec.frontend.replicas)
+    frontend = frontend_state(observed, deployment.name, deployment.spec.frontend.replicas, now)
+    workers = [pod for own in everyone.values() for pod in own]
     progress = rollout_progress.progress(deployment, replicas, frontend, revision, now)
     deadline = None if progress is None else rollout_progress.deadline(deployment, progress)
     return State(
@@ -204,10 +214,18 @@ def read(
         lost=frozenset(rank for rank, own in everyone.items() if any(_is_lost(pod, now) for pod in own)),
         pods=everyone,
         gangs=found,
+        unmounted={pod.name: why for pod in workers if not pod.problem and (why := pod.obstacle(now))},
+        mounts_due=_mounts_due((*workers, *observed.frontends), now),
         mesh=mesh.status(found, observed.meshes, shape(deployment.spec.parallelism)),
         imbalance_most=_imbalance_most(deployment),
         held={rank: pod for rank, gang in found.items() if (pod := gangs.held_pod(gang, now)) is not None},
     )
+
+
+def _mounts_due(pods: Iterable[Pod], now: datetime) -> datetime | None:
+    begun = (pod.status.mounting_since for pod in pods if not pod.terminating)
+    due = (since + MOUNTING_TIME for since in begun if since is not None)
+    return min((moment for moment in due if moment > now), default=None)
 
 
 def _imbalance_most(deployment: Deployment) -> int | None:

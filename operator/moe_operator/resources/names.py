@@ -99,6 +99,8 @@ METRICS_PORT_NAME: Final = "metrics"
 LIVENESS_SERVICE: Final = "liveness"
 """grpc.health.v1 service that says that the process is alive; the service "" says that it is ready."""
 
+INTERNAL_SECRETS: Final = "moe-internal-"
+"""Begin of the names of the Secrets that the operator makes for mutual TLS."""
 AUTHORITY_SECRET: Final = "moe-internal-ca"  # noqa: S105 - the object's name
 WORKER_CERTIFICATE_SECRET: Final = "moe-internal-worker"  # noqa: S105
 FRONTEND_CERTIFICATE_SECRET: Final = "moe-internal-frontend"  # noqa: S105

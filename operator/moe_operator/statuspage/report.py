@@ -1,4 +1,4 @@
-"""The report of `moe status NAME` about one deployment, as JSON values. Pure.
+"""The report of `moe status NAME` about one deployment, as JSON values. Pure but for the time.
 
 The keys are an interface: scripts read them. They are added to, not renamed.
 """
@@ -6,11 +6,12 @@ The keys are an interface: scripts read them. They are added to, not renamed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from moe_operator.observed import pod_status
 from moe_operator.observed.pod_status import PodStatus
-from moe_operator.observed.problems import of_pod
+from moe_operator.observed.problems import of_pod, of_volumes
 from moe_operator.resources import cache_sums, names
 from moe_operator.resources.deployment import parse_status
 from moe_operator.resources.ports import serves_mutual_tls
@@ -72,7 +73,7 @@ def _pod(pod: Body, current_revision: str, loads: Mapping[str, Body]) -> dict[st
     labels = metadata.get("labels", {})
     revision = labels.get(names.LABEL_REVISION)
     ready = status.holds("Ready")
-    problem = None if ready else of_pod(status)
+    problem = None if ready else of_pod(status) or of_volumes(status, datetime.now(UTC))
     return {
         "name": metadata["name"],
         "role": labels.get(names.LABEL_ROLE),
