@@ -35,14 +35,18 @@ PAGE = 16
 
 
 def chosen(
-    experts: Experts, numbers: torch.Tensor, device: torch.device | None = None,
+    experts: Experts,
+    numbers: torch.Tensor,
+    device: torch.device | None = None,
     rest: Callable[[], object] = lambda: None,
-) -> Experts:  # fmt: skip
-    """Copies of some experts, on `device`. rest: called between tensors."""
+) -> Experts:
+    """Copies of some experts, on `device`, one after the other. rest: called after each matrix."""
 
     def kept(rows: torch.Tensor) -> torch.Tensor:
-        found = rows[numbers].to(device or rows.device)
-        rest()
+        found = torch.empty(len(numbers), *rows.shape[1:], dtype=rows.dtype, device=device or rows.device)
+        for row, number in zip(found, numbers.tolist(), strict=True):
+            row.copy_(rows[number])
+            rest()
         return found
 
     return Experts(experts.gate_up_AFD.map(kept), experts.down_ADI.map(kept), experts.round_tokens)

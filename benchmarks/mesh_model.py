@@ -6,9 +6,8 @@ a layer all GPUs exchange tokens. Assumptions, each varied alone by `simulated_r
 
 - reading: the share of the copy bandwidth (4.26 TB/s, measured) that a step of batch 256 reaches, 0.78
   (docs/benchmarks.md);
-- an exchange between two H200: 6.0 us and 34 GB/s to one other GPU, which fits NCCL's 6.1, 9.0 and 17.9 us
-  for 3, 100 and 401 kB (batch 1, 64 and 256 of `benchmarks.gpu_mesh` in W4A8 on 1x2; waiting for the other
-  rank included);
+- an exchange between two H200: 6.0 us and 63 GB/s to one other GPU, from NCCL's 6.2 us for 3 kB (batch 1 of
+  `benchmarks.gpu_mesh` in W4A8 on 1x2) and 8.7 and 14.4 us for 132 and 528 kB (batch 64 and 256 in bf16);
 - packing: 21 us a layer for the four kernels that pack and unpack tokens, measured there at 128 tokens a GPU
   (13 us at one token);
 - links: 450 GB/s a direction and GPU inside a host of 8 (NVLink 4, published by NVIDIA), 50 GB/s between
@@ -46,7 +45,7 @@ class Assumptions:
     reading: float = 0.78
     weight_bytes: float = 0.53
     latency_s: float = 6.0e-6
-    pair: float = 34e9
+    pair: float = 63e9
     packing_s: float = 21e-6
     inside: float = 450e9
     between: float = 50e9
