@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import ipaddress
 import socket
 from typing import Final
 
 BACKLOG: Final = 1024
+_ELSEWHERE: Final = errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -43,7 +44,10 @@ def _first(host: str, port: int) -> socket.socket:
     """At the first address of a name that belongs to this machine."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     for family, _, _, _, address in found[:-1]:
-        with contextlib.suppress(OSError):
+        try:
             return socket.create_server(address, family=family, backlog=BACKLOG)
+        except OSError as error:  # clients would reach whoever has the port at this address
+            if error.errno not in _ELSEWHERE:
+                raise
     family, _, _, _, address = found[-1]
     return socket.create_server(address, family=family, backlog=BACKLOG)

@@ -5,6 +5,7 @@ import errno
 import socket
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 
@@ -25,7 +26,7 @@ for host in sys.argv[1:]:
 def reached(host):
     """At which loopback addresses a socket that listens at `host` accepts."""
     found = []
-    with contextlib.closing(listen(host, 0)) as listener:
+    with closing(listen(host, 0)) as listener:
         for each in ("127.0.0.1", "::1"):
             with contextlib.suppress(OSError):
                 socket.create_connection((each, listener.getsockname()[1]), timeout=5).close()
@@ -66,7 +67,7 @@ def test_a_kernel_without_ipv6_sockets_listens_on_ipv4(monkeypatch, host):
             super().__init__(family, *arguments, **options)
 
     monkeypatch.setattr(socket, "socket", OfIpv4)
-    with contextlib.closing(listen(host, 0)) as listener:
+    with closing(listen(host, 0)) as listener:
         assert listener.family == socket.AF_INET
 
 
@@ -80,3 +81,29 @@ def test_a_port_that_one_family_uses_is_taken():
 def test_a_port_that_is_none_is_refused(host, port):
     with pytest.raises(OverflowError, match="port must be 0-65535"):
         listen(host, port)
+
+
+@pytest.fixture
+def twice(monkeypatch):
+    """Gives "both" two addresses, in this order."""
+
+    def give(first, second):
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in (first, second)]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+
+    return give
+
+
+def test_a_name_whose_first_address_has_the_port_in_use_is_refused(twice):
+    """Clients would reach the other process."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as used:
+        port = used.getsockname()[1]
+        twice(("127.0.0.1", port), ("127.0.0.2", port))
+        with pytest.raises(OSError, match="in use"):
+            listen("both", port)
+
+
+def test_a_name_whose_first_address_is_another_machines_uses_the_next_one(twice):
+    twice(("192.0.2.1", 0), ("127.0.0.2", 0))
+    with closing(listen("both", 0)) as listener:
+        assert listener.getsockname()[0] == "127.0.0.2"
