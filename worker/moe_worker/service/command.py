@@ -260,7 +260,7 @@ LISTEN = "127.0.0.1:8000"
     envvar="MOE_WORKER_REBALANCE",
     show_default=True,
     help="auto: while a mesh on CPUs serves, experts move between the ranks of a stage whose load differs; "
-    "on: on GPUs, too, where this has not been run yet.",
+    "on: on GPUs, too, where some steps take several times as long meanwhile.",
 )
 @click.option(
     "--rebalance-interval",
