@@ -54,7 +54,8 @@ def conversation(request: ChatRequest, served: Served) -> Conversation:
     if not served.template:
         raise ApiError(
             400,
-            f"model {served.name!r} has no chat template; use /v1/completions, or serve a chat model",
+            f"model {served.name!r} has no chat template; use /v1/completions (`moe generate`), or serve a "
+            "chat model",
             param="model",
         )
     tools = _tools(request)
