@@ -12,6 +12,10 @@ from typing import Any, Final
 from moe_operator.errors import InstallationError
 
 ENVIRONMENT_PREFIX = "MOE_OPERATOR_"
+_MOST_WHOLE: Final = 65_535
+"""Threads and ports."""
+_MOST_SECONDS: Final = 1_000_000_000
+"""A lock waits for no more than 292 years."""
 _NAMESPACE: Final = re.compile("[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 
@@ -121,8 +125,8 @@ class Settings:
 def from_environment(environment: Mapping[str, str] = os.environ) -> Settings:
     """Reads the settings from environment variables; those not set keep their default.
 
-    Raises InstallationError when a value is not a positive number where one is needed; 0 is allowed where
-    it is the default.
+    Raises InstallationError when a value is not a positive number where one is needed, or is too large; 0 is
+    allowed where it is the default.
     """
     defaults = Settings()
     values: dict[str, Any] = {}
@@ -140,8 +144,9 @@ def _parse(variable: str, text: str, default: str | float) -> object:
         number = type(default)(text)
     except ValueError:
         number = math.nan
-    if 0 < number < math.inf or number == default:
+    whole = isinstance(default, int)
+    most = _MOST_WHOLE if whole else _MOST_SECONDS
+    if 0 < number <= most or number == default:
         return number
-    least = 1 if default else 0
-    expected = f"a whole number of {least} or more" if isinstance(default, int) else "a number above 0"
-    raise InstallationError(f"{variable} is {text!r}; it must be {expected}")
+    least = f"a whole number of {1 if default else 0} or more" if whole else "a number above 0"
+    raise InstallationError(f"{variable} is {text[:200]!r}; it must be {least}, {most} at most")

@@ -217,6 +217,8 @@ def test_0_turns_the_ports_of_the_operator_off_and_other_settings_refuse_it():
         ("RESYNC_SECONDS", "0", "a number above 0"),
         ("RESYNC_SECONDS", "nan", "a number above 0"),
         ("RESYNC_SECONDS", "inf", "a number above 0"),
+        ("RESYNC_SECONDS", "1e10", "a number above 0, 1000000000 at most"),
+        ("METRICS_PORT", "65536", "a whole number of 0 or more, 65535 at most"),
     ):
         with pytest.raises(InstallationError, match=f"_{variable} is '{text}'; it must be {expected}"):
             from_environment({f"MOE_OPERATOR_{variable}": text})
