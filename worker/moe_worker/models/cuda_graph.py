@@ -32,7 +32,7 @@ def batch_sizes(largest: int) -> list[int]:
 def captured(step: Callable[[], object], pool: Any, mode: str) -> torch.cuda.CUDAGraph:
     """What `step` launches, as a graph. Raises what `step` raises.
 
-    A capture that cannot end hides that error, and its stream stays the current one: not so here.
+    torch.cuda.graph alone would raise that of a capture that cannot end, and leave its stream current.
     """
     graph, failed = torch.cuda.CUDAGraph(), None
     before = torch.cuda.stream(torch.cuda.current_stream())

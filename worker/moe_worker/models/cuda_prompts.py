@@ -97,7 +97,8 @@ class PromptGraphs:
         self._found: dict[Size, Likeliest] = {}
         self._newest: Likeliest | None = None
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self._open, self._warned = True, False  # to more sizes; of those that have no graph
+        self._open = True  # to more sizes
+        self._warned = False  # of sizes that find no memory
 
     def usual_sizes(self) -> list[Size]:
         """Those of prompts without and with much context, alone and with streams; the largest first."""
