@@ -88,11 +88,18 @@ def test_a_file_that_is_no_trace_is_refused_with_a_sentence(tmp_path, content, s
     assert sentence in " ".join(result.output.split())
 
 
-@pytest.mark.parametrize("capacity", ["0", "2.5", "nan"])
-def test_a_capacity_is_a_whole_number(blocks, capacity):
+@pytest.mark.parametrize(
+    ("capacity", "sentence"),
+    [
+        ("0", "not in the range x>0"),
+        ("2.5", "whole number of 1 or more"),
+        ("nan", "not a finite number"),
+    ],
+)
+def test_a_capacity_is_a_whole_number(blocks, capacity, sentence):
     result = run(blocks, "--capacity", capacity)
     assert result.exit_code == 2
-    assert "whole number of 1 or more" in " ".join(result.output.split())
+    assert sentence in " ".join(result.output.split())
 
 
 def test_a_cache_saves_the_replicas_that_its_hits_would_have_kept_busy(tmp_path):
