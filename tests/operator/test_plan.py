@@ -601,9 +601,10 @@ def test_a_new_frontend_that_cannot_start_is_said_while_the_old_one_serves():
     assert "docs-frontend-y: no such image" in condition(world, PROGRESSING).message
 
 
-def mounting(world: World, secret: str) -> dict[str, Any]:
+def mounting(world: World, secret: str, reason: str = "ContainerCreating") -> dict[str, Any]:
     """A pod whose node looks for a Secret, as the kubelet reports it."""
     since = world.now.isoformat()
+    containers = [{"name": "any", "ready": False, "state": {"waiting": {"reason": reason}}}]
     return {
         "spec": {
             "nodeName": "node",
@@ -619,16 +620,15 @@ def mounting(world: World, secret: str) -> dict[str, Any]:
                 {"type": "PodReadyToStartContainers", "status": "False", "lastTransitionTime": since},
                 {"type": "PodScheduled", "status": "True", "lastTransitionTime": since},
             ],
-            "containerStatuses": [
-                {"name": "any", "ready": False, "state": {"waiting": {"reason": "ContainerCreating"}}}
-            ],
+            "containerStatuses": containers,
+            **({"initContainerStatuses": containers} if reason == "PodInitializing" else {}),
         },
     }
 
 
 UNMOUNTED = (
-    "node node cannot mount its volumes; check that these Secrets exist: nope; "
-    "its events name the volume (kubectl describe pod)"
+    "node node has not mounted its volumes or not set up its network; check that these Secrets exist: nope; "
+    "its events say why (kubectl describe pod)"
 )
 
 
@@ -653,10 +653,12 @@ def test_a_frontend_whose_secret_is_missing_says_so_in_time():
     assert condition(world, READY).status == "True"
 
 
-def test_a_worker_whose_secret_is_missing_is_the_reason():
+@pytest.mark.parametrize("reason", ["ContainerCreating", "PodInitializing"])
+def test_a_worker_whose_secret_is_missing_is_the_reason(reason):
+    """The kubelet's reason is the second one for a pod with init containers, such as one that downloads."""
     world = World(deployment())
     world.step()
-    world.pods["docs-0-0"] |= mounting(world, "nope")
+    world.pods["docs-0-0"] |= mounting(world, "nope", reason)
     world.now += timedelta(seconds=29)
     world.step()
     assert condition(world, READY).reason == "ReplicasNotReady"

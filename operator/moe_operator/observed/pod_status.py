@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from moe_operator.resources import names
+
+_NOT_CREATED: Final = ("ContainerCreating", "PodInitializing")
+"""Why a container waits until its pod's volumes are mounted; the second one if there are init containers."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,9 @@ class PodStatus:
     init_containers: tuple[Container, ...] = ()
     containers: tuple[Container, ...] = ()
     host_paths: tuple[str, ...] = ()
+    """Directories of its node that it mounts."""
     secrets: tuple[str, ...] = ()
     """Names of Secrets that volumes need, without those of mutual TLS."""
-    """Directories of its node that it mounts."""
 
     @property
     def restarts(self) -> int:
@@ -86,10 +89,12 @@ class PodStatus:
 
     @property
     def mounting_since(self) -> datetime | None:
-        """Since when its node mounts its volumes; None if it has no node yet, or has mounted them."""
-        if not self.node or any(one.waiting != "ContainerCreating" for one in self.containers):
+        """Since when its node mounts its volumes and sets up its network, before it creates any container;
+        None if it has no node yet, or has done so.
+        """
+        if not self.node or self.phase != "Pending" or self.holds("PodReadyToStartContainers"):
             return None
-        if self.holds("PodReadyToStartContainers") or self.phase != "Pending":
+        if any(one.waiting not in _NOT_CREATED for one in (*self.init_containers, *self.containers)):
             return None
         return self.since("PodReadyToStartContainers") or self.since("PodScheduled", "True")
 

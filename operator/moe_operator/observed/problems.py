@@ -103,17 +103,18 @@ def of_pod(status: PodStatus) -> Problem | None:
 
 
 def of_volumes(status: PodStatus, now: datetime) -> Problem | None:
-    """Why a pod's containers are not even created: a volume is missing; None as long as it only needs time.
+    """Why a pod's containers are not even created: a volume is missing, or the network of the pod is not set
+    up; None as long as it only needs time.
 
-    The kubelet says which one in events alone.
+    The kubelet says which of them in events alone.
     """
     since = status.mounting_since
     if since is None or now < since + MOUNTING_TIME:
         return None
-    sentence = f"node {status.node} cannot mount its volumes"
+    sentence = f"node {status.node} has not mounted its volumes or not set up its network"
     if status.secrets:
         sentence += f"; check that these Secrets exist: {', '.join(status.secrets)}"
-    message = f"{sentence}; its events name the volume (kubectl describe pod)"
+    message = f"{sentence}; its events say why (kubectl describe pod)"
     return _bounded(Problem("VolumesNotMounted", message, remedied=True))
 
 

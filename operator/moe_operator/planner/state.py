@@ -72,6 +72,8 @@ class State:
     """All workers by data rank, in order of their ranks; including those of deleted replicas."""
     gangs: Mapping[int, Gang] = field(default_factory=dict)
     """Replicas of several workers, by data rank."""
+    held: Mapping[int, Pod] = field(default_factory=dict)
+    """Stands for those of them that have no pods on purpose, with the reason."""
     mesh: MeshStatus | None = None
     """What the status says of the gangs; None if there are none."""
     imbalance_most: int | None = None
@@ -80,8 +82,6 @@ class State:
     """Why the volumes of workers are not mounted in time, by pod name."""
     mounts_due: datetime | None = None
     """When the next volumes of a worker or frontend have to be mounted."""
-    held: Mapping[int, Pod] = field(default_factory=dict)
-    """Stands for those of them that have no pods on purpose, with the reason."""
 
     @property
     def terms(self) -> Terms:
@@ -158,7 +158,7 @@ class State:
             return None
         if gang is not None and gang.problem is not None:
             return gang.problem
-        for pod in () if leader is None else (leader,) if gang is None else gang.pods:
+        for pod in filter(None, (leader,)) if gang is None else gang.pods:
             if (why := pod.problem or self.unmounted.get(pod.name)) is not None:
                 return pod, why
         return None
@@ -214,11 +214,11 @@ def read(
         lost=frozenset(rank for rank, own in everyone.items() if any(_is_lost(pod, now) for pod in own)),
         pods=everyone,
         gangs=found,
-        unmounted={pod.name: why for pod in workers if not pod.problem and (why := pod.obstacle(now))},
-        mounts_due=_mounts_due((*workers, *observed.frontends), now),
+        held={rank: pod for rank, gang in found.items() if (pod := gangs.held_pod(gang, now)) is not None},
         mesh=mesh.status(found, observed.meshes, shape(deployment.spec.parallelism)),
         imbalance_most=_imbalance_most(deployment),
-        held={rank: pod for rank, gang in found.items() if (pod := gangs.held_pod(gang, now)) is not None},
+        unmounted={pod.name: why for pod in workers if not pod.problem and (why := pod.obstacle(now))},
+        mounts_due=_mounts_due((*workers, *observed.frontends), now),
     )
 
 
