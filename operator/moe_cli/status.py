@@ -3,6 +3,7 @@
 import base64
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any, Final
 
 import click
@@ -150,7 +151,7 @@ def _reported(client: Any, body: dict[str, Any]) -> dict[str, Any]:
         plural=names.ROUTES_PLURAL,
         label_selector=f"{names.LABEL_NAME}={name}",
     )
-    return report(body, pods, events, routes)
+    return report(body, pods, events, routes, datetime.now(UTC))
 
 
 def _items(kind: str, read: Callable[..., Any], namespace: str, **options: str) -> list[dict[str, Any]]:

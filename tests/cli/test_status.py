@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,9 @@ from moe_cli.kube import reading
 from moe_cli.rendering import count, show
 from moe_client.errors import CommandError
 from moe_operator.resources import cache_sums, names
-from moe_operator.statuspage.report import report
+from moe_operator.statuspage import report as reports
+
+NOW = datetime(2026, 1, 31, 12, 1, tzinfo=UTC)
 
 
 def deployment(name="demo", **status):
@@ -38,6 +41,11 @@ MODEL = {
     "format": "bf16",
     "contextLength": 1024,
 }
+
+
+def report(body, pods=(), events=(), routes=(), now=NOW):
+    """What the command reads of a deployment."""
+    return reports.report(body, pods, events, routes, now)
 
 
 def shown(body, width=120, pods=(), events=(), routes=()):
@@ -235,6 +243,20 @@ def test_each_pod_says_what_keeps_it_from_being_ready():
     assert first == ["demo-0-0", "yes", "old", "0"]
     assert second[:4] == ["demo-1-0", "no", "new", "4"]
     assert "ModelLoadFailed: model.safetensors is truncated" in " ".join(second)
+
+
+def test_a_pod_whose_volumes_are_not_mounted_in_time_says_so():
+    waiting = pod(0, ready=False, state={"waiting": {"reason": "ContainerCreating"}})
+    waiting["spec"] = {"nodeName": "n", "volumes": [{"secret": {"secretName": "token"}}]}
+    scheduled = {"type": "PodScheduled", "status": "True", "lastTransitionTime": "2026-01-31T12:01:00Z"}
+    waiting["status"] |= {"phase": "Pending", "conditions": [scheduled]}
+    at_first, later = (
+        report(deployment(), [waiting], now=NOW + timedelta(seconds=seconds))["pods"][0]["problem"]
+        for seconds in (29, 30)
+    )
+    assert at_first is None
+    assert later["reason"] == "VolumesNotMounted"
+    assert "check that these Secrets exist: token;" in later["message"]
 
 
 def test_what_was_decided_is_told_in_order_also_within_a_second():

@@ -25,9 +25,8 @@ from moe_cli.experts import experts
 from moe_cli.generate import generate
 from moe_cli.rendering import show
 from moe_client.endpoint import Endpoint
-from moe_operator.statuspage.report import report
 from tests.cli.test_experts import domain
-from tests.cli.test_status import deployment, pod
+from tests.cli.test_status import deployment, pod, report
 from tests.pki import Authority, mount
 
 HERE = Endpoint("")

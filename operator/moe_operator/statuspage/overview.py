@@ -32,7 +32,7 @@ def overview(
     for event in events:
         about.setdefault(event.get("involvedObject", {}).get("uid", ""), []).append(event)
     found = [
-        _one(report(body, pods, about.get(body["metadata"]["uid"], []), routes), loads)
+        _one(report(body, pods, about.get(body["metadata"]["uid"], []), routes, now), loads)
         for body, pods, routes in deployments
     ]
     return {

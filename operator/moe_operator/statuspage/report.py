@@ -1,4 +1,4 @@
-"""The report of `moe status NAME` about one deployment, as JSON values. Pure but for the time.
+"""The report of `moe status NAME` about one deployment, as JSON values. Pure.
 
 The keys are an interface: scripts read them. They are added to, not renamed.
 """
@@ -6,7 +6,7 @@ The keys are an interface: scripts read them. They are added to, not renamed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from moe_operator.observed import pod_status
@@ -20,7 +20,7 @@ Body = Mapping[str, Any]
 
 
 def report(
-    body: Body, pods: Iterable[Body], events: Iterable[Body], routes: Iterable[Body] = ()
+    body: Body, pods: Iterable[Body], events: Iterable[Body], routes: Iterable[Body], now: datetime
 ) -> dict[str, Any]:
     """One deployment with its pods and decisions, oldest first.
 
@@ -29,6 +29,7 @@ def report(
         pods: its pods, workers and frontends.
         events: Events about it.
         routes: FrontendRoutes of its frontends.
+        now: when these were read.
     """
     status, metadata, spec = parse_status(body), body["metadata"], body.get("spec", {})
     loads = {load["pod"]: load for load in (body.get("status", {}).get("scaling") or {}).get("load", ())}
@@ -53,7 +54,7 @@ def report(
         "scaling": body.get("status", {}).get("scaling"),
         "caches": cache_sums.total(_caches(one) for one in routes),
         "conditions": [condition.manifest() for condition in status.conditions],
-        "pods": sorted((_pod(pod, status.revision, loads) for pod in pods), key=_pod_order),
+        "pods": sorted((_pod(pod, status.revision, loads, now) for pod in pods), key=_pod_order),
         "decisions": sorted((_decision(event) for event in events), key=lambda told: str(told["time"])),
     }
 
@@ -68,12 +69,12 @@ def desired(body: Body) -> int:
     return int(body.get("spec", {}).get("replicas", 1)) if said is None else said
 
 
-def _pod(pod: Body, current_revision: str, loads: Mapping[str, Body]) -> dict[str, Any]:
+def _pod(pod: Body, current_revision: str, loads: Mapping[str, Body], now: datetime) -> dict[str, Any]:
     metadata, status = pod["metadata"], pod_status.read(pod)
     labels = metadata.get("labels", {})
     revision = labels.get(names.LABEL_REVISION)
     ready = status.holds("Ready")
-    problem = None if ready else of_pod(status) or of_volumes(status, datetime.now(UTC))
+    problem = None if ready else of_pod(status) or of_volumes(status, now)
     return {
         "name": metadata["name"],
         "role": labels.get(names.LABEL_ROLE),
