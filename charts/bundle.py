@@ -13,6 +13,7 @@ import argparse
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -209,10 +210,9 @@ def descriptor(crd: Body, part: str, path: str, how: str) -> Body:
     for name in path.split("."):
         field = field["properties"][name]
     display = f"{UI}:{how}" if how else "urn:alm:descriptor:io.kubernetes.conditions"
-    title = path.replace(".", " ").replace("readyR", "ready r").capitalize()
     return {
         "path": path,
-        "displayName": title,
+        "displayName": " ".join(re.findall("[A-Z]?[a-z]+", path)).capitalize(),
         "description": field["description"],
         "x-descriptors": [display],
     }
