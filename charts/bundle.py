@@ -132,8 +132,6 @@ def service_version(
     (main_crd,) = (crd for crd in crds if crd["spec"]["names"]["kind"] == "MoEDeployment")
     worker = fields(main_crd, "spec")["worker"]["properties"]["image"]["default"]
     internal = [crd["metadata"]["name"] for crd in crds if crd is not main_crd]
-    wider = [rule for rule in everywhere["ClusterRole"]["rules"] if rule not in role["rules"]]
-    account = {"serviceAccountName": pod["serviceAccountName"]}
     notes = chart["annotations"]
     annotations = {
         "alm-examples": json.dumps(yaml.safe_load(notes["artifacthub.io/crdsExamples"]), indent=2),
@@ -144,17 +142,7 @@ def service_version(
         "olm.skipRange": f"<{version}",
         "operators.operatorframework.io/internal-objects": json.dumps(internal),
     }
-    install = {
-        "clusterPermissions": [{**account, "rules": wider}],
-        "permissions": [{**account, "rules": role["rules"]}],
-        "deployments": [
-            {
-                "name": deployment["metadata"]["name"],
-                "label": deployment["metadata"]["labels"],
-                "spec": deployment["spec"],
-            }
-        ],
-    }
+    install = strategy(deployment, everywhere["ClusterRole"]["rules"], role["rules"])
     return {
         "apiVersion": "operators.coreos.com/v1alpha1",
         "kind": "ClusterServiceVersion",
@@ -172,6 +160,21 @@ def service_version(
             "install": {"strategy": "deployment", "spec": install},
             "relatedImages": [{"name": "operator", "image": image}, {"name": "worker", "image": worker}],
         },
+    }
+
+
+def strategy(deployment: Body, rules: list[Body], local: list[Body]) -> Body:
+    """What OLM creates.
+
+    rules: those that the operator needs for all namespaces.
+    local: those of them that it needs in each namespace that it serves; the rest it needs in the cluster.
+    """
+    account = {"serviceAccountName": deployment["spec"]["template"]["spec"]["serviceAccountName"]}
+    metadata = deployment["metadata"]
+    return {
+        "clusterPermissions": [{**account, "rules": [rule for rule in rules if rule not in local]}],
+        "permissions": [{**account, "rules": local}],
+        "deployments": [{"name": metadata["name"], "label": metadata["labels"], "spec": deployment["spec"]}],
     }
 
 
