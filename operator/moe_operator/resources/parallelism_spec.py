@@ -51,8 +51,8 @@ class Rebalance(Model):
 
     mode: Literal["Auto", "On", "Off"] = Field(
         default="Auto",
-        description="On: the engine moves experts while it serves, when the load of ranks differs. Auto: it "
-        "does on CPUs. Off: experts stay where they were at the start. Default: Auto.",
+        description="On: the engine moves experts while it serves, when the load of ranks differs. Off: "
+        "experts stay where they were at the start. Auto: On for CPUs, Off for GPUs. Default: Auto.",
     )
     interval: str = Field(
         default="5m",
