@@ -15,7 +15,7 @@ from moe_operator.render import children
 from moe_operator.render.objects import Manifest
 from moe_operator.resources.deployment import parse
 from tests.chart.conftest import NAMESPACE
-from tests.operator.inferencepool_crd import CRD
+from tests.operator import httproute_crd, inferencepool_crd
 from tests.operator.live import Live, eventually, manifest
 
 ACCOUNT = f"system:serviceaccount:{NAMESPACE}:moe-operator"
@@ -113,15 +113,26 @@ def role(docs: Live) -> dict[str, Any]:
     return docs.get("clusterrole", "moe-operator")
 
 
-def pooled(docs: Live) -> None:
-    """A pool for an inference gateway comes and goes; the CRD comes after the operator."""
-    docs.cluster.kubectl("apply", "-f", "-", input=json.dumps(CRD))
-    docs.cluster.kubectl("wait", "--for=condition=Established", f"crd/{CRD['metadata']['name']}")
-    picker = {"endpointPicker": {"name": "picker"}}
-    docs.patch("moed", "docs", {"spec": {"frontend": {"inferencePool": picker}}})
-    eventually(lambda: docs.list("inferencepools"), lambda found: len(found) == 1, "the pool is made")
-    docs.patch("moed", "docs", {"spec": {"frontend": {"inferencePool": None}}})
-    eventually(lambda: docs.list("inferencepools"), lambda found: found == [], "the pool is deleted")
+EXPOSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "inferencePool": ("inferencepools", {"endpointPicker": {"name": "picker"}}),
+    "httpRoute": ("httproutes", {"parentRefs": [{"name": "public"}]}),
+    "ingress": ("ingresses", {"hosts": ["models.example"]}),
+}
+
+
+def exposed(docs: Live) -> None:
+    """Routes from outside and a pool for an inference gateway come and go; CRDs come after the operator."""
+    for crd in (inferencepool_crd.CRD, httproute_crd.CRD):
+        docs.cluster.kubectl("apply", "-f", "-", input=json.dumps(crd))
+        docs.cluster.kubectl("wait", "--for=condition=Established", f"crd/{crd['metadata']['name']}")
+    docs.patch(
+        "moed", "docs", {"spec": {"frontend": {field: asked for field, (_, asked) in EXPOSED.items()}}}
+    )
+    for kind, _ in EXPOSED.values():
+        eventually(lambda kind=kind: docs.list(kind), lambda found: len(found) == 1, f"{kind} made")
+    docs.patch("moed", "docs", {"spec": {"frontend": dict.fromkeys(EXPOSED)}})
+    for kind, _ in EXPOSED.values():
+        eventually(lambda kind=kind: docs.list(kind), lambda found: found == [], f"{kind} deleted")
 
 
 @pytest.mark.timeout(400)  # many steps, one after the other
@@ -136,7 +147,7 @@ def test_every_right_that_is_granted_is_used_and_no_other_is_asked_for(docs, hel
     eventually(lambda: docs.list("networkpolicies"), lambda found: len(found) == 2, "policies made")
     docs.patch("moed", "docs", {"spec": {"networkPolicy": {"mode": "Off"}}})
     eventually(lambda: docs.list("networkpolicies"), lambda found: found == [], "policies deleted")
-    pooled(docs)
+    exposed(docs)
     # Certificates are made, and renewed by the operator that the next step starts again.
     docs.apply(manifest("secure", replicas=0, transport={"mode": "MutualTLS"}))
     made = "app.kubernetes.io/name in (moe-internal-ca, moe-internal-worker, moe-internal-frontend)"

@@ -316,7 +316,7 @@ def test_without_the_right_to_an_optional_kind_the_operator_works_and_says_so_on
     forbidden = ReadForbiddenError("reading /apis/inferencepools is forbidden; grant the right")
     follow(mirror, *[forbidden] * 3, kind=kind)
     (line,) = caplog.messages
-    assert line == f"{forbidden}; only deployments that use a InferencePool need it"
+    assert line == f"{forbidden}; only deployments with objects of this kind (InferencePool) need it"
     assert mirror.doubted(kind, "default")
     told = follow(mirror, forbidden, ([{**pod("a", 1), "kind": kind}], 10, None), [], kind=kind)
     assert told == ["docs", "*"]

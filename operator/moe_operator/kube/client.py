@@ -32,6 +32,8 @@ _PATHS: Final = {
     "PodDisruptionBudget": ("policy/v1", "poddisruptionbudgets"),
     "NetworkPolicy": ("networking.k8s.io/v1", "networkpolicies"),
     names.INFERENCE_POOL_KIND: (names.INFERENCE_POOL_API_VERSION, "inferencepools"),
+    names.HTTP_ROUTE_KIND: (names.HTTP_ROUTE_API_VERSION, "httproutes"),
+    names.INGRESS_KIND: (names.INGRESS_API_VERSION, "ingresses"),
     "KopfPeering": ("kopf.dev/v1", "kopfpeerings"),
     "ClusterKopfPeering": ("kopf.dev/v1", "clusterkopfpeerings"),
 }

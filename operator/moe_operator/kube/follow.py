@@ -123,7 +123,7 @@ class Follower:
             self.replace(iter([Page([], str(sys.maxsize))]))
             return
         if not self._warned:
-            _LOG.warning("%s; only deployments that use a %s need it", error, self._kind)
+            _LOG.warning("%s; only deployments with objects of this kind (%s) need it", error, self._kind)
         self._warned = True
         self._lose_sight()
 

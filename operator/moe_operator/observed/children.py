@@ -198,6 +198,8 @@ _CLASSES: Mapping[str, type[Child]] = {
     "ControllerRevision": RevisionRecord,
     "NetworkPolicy": OptionalChild,
     names.INFERENCE_POOL_KIND: OptionalChild,
+    names.HTTP_ROUTE_KIND: OptionalChild,
+    names.INGRESS_KIND: OptionalChild,
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from moe_operator.render import frontend, inference_pool, network, worker
+from moe_operator.render import exposure, frontend, inference_pool, network, worker
 from moe_operator.render.gang_record import GangRecord, with_record
 from moe_operator.render.objects import Key, Manifest, child, key, sealed
 from moe_operator.resources import names
@@ -21,10 +21,13 @@ KINDS = {
     "PodDisruptionBudget": "policy/v1",
     "NetworkPolicy": "networking.k8s.io/v1",
     names.INFERENCE_POOL_KIND: names.INFERENCE_POOL_API_VERSION,
+    names.HTTP_ROUTE_KIND: names.HTTP_ROUTE_API_VERSION,
+    names.INGRESS_KIND: names.INGRESS_API_VERSION,
 }
 """Kinds of children, each with its apiVersion."""
-OPTIONAL_KINDS = frozenset({names.INFERENCE_POOL_KIND})
-"""Those that a cluster may lack, because their CRDs belong to another project."""
+OPTIONAL_KINDS = frozenset({names.INFERENCE_POOL_KIND, names.HTTP_ROUTE_KIND, names.INGRESS_KIND})
+"""Those that a cluster may lack, because their CRDs belong to another project, or that the operator may not
+read, because its role is that of an earlier version."""
 
 
 def shared(deployment: Deployment) -> list[Manifest]:
@@ -42,6 +45,7 @@ def shared(deployment: Deployment) -> list[Manifest]:
         frontend.service(deployment),
         *network.policies(deployment),
         *inference_pool.pools(deployment),
+        *exposure.routes(deployment),
         frontend.deployment(deployment),
     ]
     return [sealed(manifest) for manifest in objects]

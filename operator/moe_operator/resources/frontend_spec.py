@@ -9,7 +9,9 @@ from pydantic import ConfigDict, Field
 from moe_operator.resources import names
 from moe_operator.resources.access_spec import Auth, Tls
 from moe_operator.resources.base import LIST_KEYS, LIST_TYPE, Model, rules
+from moe_operator.resources.exposure_spec import HttpRoute, Ingress
 from moe_operator.resources.inference_pool_spec import InferencePool
+from moe_operator.resources.metadata_spec import annotation_field
 from moe_operator.resources.pod_template import FrontendTemplate
 from moe_operator.resources.pods import LABEL_KEY, PodSettings
 from moe_operator.resources.role_fields import GRACE_RULE, IMAGE_RULE, template_text
@@ -38,20 +40,8 @@ class Service(Model):
         description="How the Service is reached. Without frontend.tls and frontend.auth the ports speak "
         "plaintext and accept everybody: NodePort and LoadBalancer need a firewall. Default: ClusterIP.",
     )
-    annotations: dict[str, str] = Field(
-        default={},
-        description="Annotations of the Service, e.g. for the load balancer. Default: none.",
-        max_length=64,
-        json_schema_extra=rules(
-            (
-                f"self.all(k, !k.startsWith('{names.GROUP}/'))",
-                f"annotations {names.GROUP}/... are the operator's: remove them",
-            ),
-            (
-                f"self.all(k, k.size() <= 316 && k.matches('{LABEL_KEY}'))",
-                "the keys of annotations are names with an optional domain, e.g. example.org/name",
-            ),
-        ),
+    annotations: dict[str, str] = annotation_field(
+        "Annotations of the Service, e.g. for the load balancer. Default: none."
     )
     load_balancer_class: str | None = Field(
         default=None,
@@ -140,6 +130,17 @@ class Frontend(PodSettings):
         default=None,
         description="An InferencePool named NAME-frontend, through which a gateway sends HTTP requests to "
         "the frontends (docs/pods.md); the cluster needs the Gateway API Inference Extension. Default: none.",
+    )
+    http_route: HttpRoute | None = Field(
+        default=None,
+        description="An HTTPRoute named NAME-frontend, through which Gateways send HTTP requests to the "
+        "Service NAME-frontend, or to the InferencePool if there is one (docs/pods.md); the cluster needs "
+        "the Gateway API. Default: none.",
+    )
+    ingress: Ingress | None = Field(
+        default=None,
+        description="An Ingress named NAME-frontend for HTTP requests to the Service NAME-frontend "
+        "(docs/pods.md). Default: none.",
     )
     tls: Tls | None = Field(
         default=None, description="The certificate of the ports for clients. Default: none, so plaintext."

@@ -56,8 +56,14 @@ ROUTED: Final = f"{GROUP}/routed"
 """Readiness gate of leaders: every frontend sends them requests."""
 
 INFERENCE_POOL_KIND: Final = "InferencePool"
-INFERENCE_POOL_API_VERSION: Final = "inference.networking.k8s.io/v1"
+INFERENCE_POOL_GROUP: Final = "inference.networking.k8s.io"
+INFERENCE_POOL_API_VERSION: Final = f"{INFERENCE_POOL_GROUP}/v1"
 """Of the Gateway API Inference Extension."""
+HTTP_ROUTE_KIND: Final = "HTTPRoute"
+HTTP_ROUTE_API_VERSION: Final = "gateway.networking.k8s.io/v1"
+"""Of the Gateway API."""
+INGRESS_KIND: Final = "Ingress"
+INGRESS_API_VERSION: Final = "networking.k8s.io/v1"
 ENGINE_LABELS: Final = ("inference.networking.k8s.io/engine-type", "llm-d.ai/engine-type")
 """Labels of pods by which endpoint pickers (the extension's, llm-d's) select the names of metrics to read."""
 
@@ -145,7 +151,7 @@ def worker_account(name: str) -> str:
 
 
 def frontend(name: str) -> str:
-    """Deployment, Service, ServiceAccount, Role, RoleBinding and InferencePool of the frontend."""
+    """All objects of the frontend that exist once: Deployment, Service, Role, InferencePool, HTTPRoute ..."""
     return f"{name}-frontend"
 
 

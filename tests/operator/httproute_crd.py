@@ -1,0 +1,135 @@
+"""The CRD HTTPRoute (gateway.networking.k8s.io/v1), as far as the operator sets its fields.
+
+It has the constraints of the published one (sigs.k8s.io/gateway-api v1.4.1, standard channel) for these
+fields and knows no others, so the API server reports any other field that the operator sets.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_LABEL = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+_NAME = rf"^{_LABEL}(\.{_LABEL})*$"
+_KIND = "^[a-zA-Z]([-a-zA-Z0-9]*[a-zA-Z0-9])?$"
+_PORT = {"type": "integer", "format": "int32", "minimum": 1, "maximum": 65535}
+_SAME_PARENT = (
+    "p1.name == p2.name && has(p1.__namespace__) == has(p2.__namespace__)"
+    " && (!has(p1.__namespace__) || p1.__namespace__ == p2.__namespace__)"
+)
+_SAME_SECTION = (
+    "has(p1.sectionName) == has(p2.sectionName) && (!has(p1.sectionName) || p1.sectionName == p2.sectionName)"
+)
+
+
+def _text(most: int, pattern: str, **more: Any) -> dict[str, Any]:
+    return {"type": "string", "minLength": 1, "maxLength": most, "pattern": pattern, **more}
+
+
+def _object(required: list[str], **properties: Any) -> dict[str, Any]:
+    return {"type": "object", "required": required, "properties": properties}
+
+
+def _list(most: int, items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "maxItems": most, "x-kubernetes-list-type": "atomic", "items": items}
+
+
+_PARENTS = {
+    **_list(
+        32,
+        _object(
+            ["name"],
+            group={"type": "string", "default": "gateway.networking.k8s.io", "maxLength": 253},
+            kind=_text(63, _KIND, default="Gateway"),
+            name={"type": "string", "minLength": 1, "maxLength": 253},
+            namespace=_text(63, f"^{_LABEL}$"),
+            sectionName=_text(253, _NAME),
+            port=_PORT,
+        ),
+    ),
+    "x-kubernetes-validations": [
+        {
+            "rule": "self.all(p1, self.all(p2, "
+            f"!({_SAME_PARENT}) || has(p1.sectionName) == has(p2.sectionName)))",
+            "message": "all references to a parent have a sectionName, or none",
+        },
+        {
+            "rule": f"self.all(p1, self.exists_one(p2, {_SAME_PARENT} && {_SAME_SECTION}))",
+            "message": "sectionName is unique among the references to a parent",
+        },
+    ],
+}
+_BACKEND = {
+    **_object(
+        ["name"],
+        group={"type": "string", "default": "", "maxLength": 253},
+        kind=_text(63, _KIND, default="Service"),
+        name={"type": "string", "minLength": 1, "maxLength": 253},
+        port=_PORT,
+        weight={"type": "integer", "format": "int32", "default": 1, "minimum": 0, "maximum": 1000000},
+    ),
+    "x-kubernetes-validations": [
+        {
+            "rule": "self.group != '' || self.kind != 'Service' || has(self.port)",
+            "message": "a Service needs a port",
+        }
+    ],
+}
+_PATH = _object(
+    [],
+    type={
+        "type": "string",
+        "default": "PathPrefix",
+        "enum": ["Exact", "PathPrefix", "RegularExpression"],
+    },
+    value={"type": "string", "default": "/", "maxLength": 1024, "pattern": "^/"},
+)
+_RULE = _object(
+    [],
+    matches=_list(64, _object([], path=_PATH)),
+    timeouts=_object([], request={"type": "string", "pattern": "^([0-9]{1,5}(h|m|s|ms)){1,4}$"}),
+    backendRefs=_list(16, _BACKEND),
+)
+CRD: dict[str, Any] = {
+    "apiVersion": "apiextensions.k8s.io/v1",
+    "kind": "CustomResourceDefinition",
+    "metadata": {
+        "name": "httproutes.gateway.networking.k8s.io",
+        # Groups under k8s.io need it; it names where the API was approved.
+        "annotations": {
+            "api-approved.kubernetes.io": "https://github.com/kubernetes-sigs/gateway-api/pull/3328"
+        },
+    },
+    "spec": {
+        "group": "gateway.networking.k8s.io",
+        "names": {
+            "kind": "HTTPRoute",
+            "listKind": "HTTPRouteList",
+            "plural": "httproutes",
+            "singular": "httproute",
+        },
+        "scope": "Namespaced",
+        "versions": [
+            {
+                "name": "v1",
+                "served": True,
+                "storage": True,
+                "subresources": {"status": {}},
+                "schema": {
+                    "openAPIV3Schema": _object(
+                        ["spec"],
+                        apiVersion={"type": "string"},
+                        kind={"type": "string"},
+                        metadata={"type": "object"},
+                        spec=_object(
+                            [],
+                            parentRefs=_PARENTS,
+                            hostnames=_list(16, _text(253, rf"^(\*\.)?{_LABEL}(\.{_LABEL})*$")),
+                            rules=_list(16, _RULE),
+                        ),
+                        status={"type": "object", "x-kubernetes-preserve-unknown-fields": True},
+                    )
+                },
+            }
+        ],
+    },
+}

@@ -1,0 +1,191 @@
+"""`spec.frontend.httpRoute` and `ingress` lead from outside to the frontends. The API server is real."""
+
+from __future__ import annotations
+
+import pytest
+
+from moe_operator.planner.drift import first_difference
+from moe_operator.render import exposure, frontend
+from moe_operator.render.objects import Key, key
+from tests.operator.by_hand import COLLECTION, CRDS, Api
+from tests.operator.httproute_crd import CRD
+from tests.operator.live import eventually, manifest
+from tests.operator.worlds import World, deployment
+
+pytestmark = pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
+ROUTES = "/apis/gateway.networking.k8s.io/v1/namespaces/default/httproutes"
+INGRESSES = "/apis/networking.k8s.io/v1/namespaces/default/ingresses"
+PARENT = {"name": "public", "namespace": "gateways", "sectionName": "https", "port": 443}
+HTTP_ROUTE = {
+    "parentRefs": [PARENT, {"name": "inside"}],
+    "hostnames": ["models.example", "*.models.example"],
+    "annotations": {"example.org/owner": "docs"},
+    "labels": {"team": "docs"},
+}
+INGRESS = {
+    "className": "nginx",
+    "hosts": ["models.example", "models.other.example"],
+    "tlsSecretName": "models-tls",
+    "annotations": {"nginx.ingress.kubernetes.io/proxy-read-timeout": "600"},
+    "labels": {"team": "docs"},
+}
+BOTH = {"httpRoute": HTTP_ROUTE, "ingress": INGRESS}
+KEYS = [Key("HTTPRoute", "docs-frontend"), Key("Ingress", "docs-frontend")]
+
+
+def rendered(**front):
+    return {one["kind"]: one for one in exposure.routes(deployment(frontend=front))}
+
+
+def test_by_default_nothing_is_exposed():
+    assert exposure.routes(deployment()) == []
+
+
+def test_the_route_leads_from_the_gateway_to_the_service_without_a_time_limit():
+    route = rendered(httpRoute=HTTP_ROUTE)["HTTPRoute"]
+    assert route["spec"]["parentRefs"] == HTTP_ROUTE["parentRefs"]
+    assert route["spec"]["hostnames"] == HTTP_ROUTE["hostnames"]
+    (rule,) = route["spec"]["rules"]
+    service = frontend.service(deployment())
+    ports = {port["name"]: port["port"] for port in service["spec"]["ports"]}
+    assert rule["backendRefs"] == [{"name": service["metadata"]["name"], "port": ports["http"]}]
+    assert rule["timeouts"] == {"request": "0s"}
+    assert rule["matches"][0]["path"]["value"] == "/v1/", "/metrics is not for clients"
+
+
+def test_with_a_pool_the_route_leads_to_it_because_its_picker_chooses_the_frontend():
+    asked = {"httpRoute": HTTP_ROUTE, "inferencePool": {"endpointPicker": {"name": "picker"}}}
+    (backend,) = rendered(**asked)["HTTPRoute"]["spec"]["rules"][0]["backendRefs"]
+    assert backend == {
+        "group": "inference.networking.k8s.io",
+        "kind": "InferencePool",
+        "name": "docs-frontend",
+    }
+
+
+def test_the_ingress_leads_each_host_to_the_service_with_the_certificate():
+    spec = rendered(ingress=INGRESS)["Ingress"]["spec"]
+    assert [rule["host"] for rule in spec["rules"]] == INGRESS["hosts"]
+    service = frontend.service(deployment())
+    assert {port["name"] for port in service["spec"]["ports"]} >= {"http"}
+    for rule in spec["rules"]:
+        (path,) = rule["http"]["paths"]
+        named = {"name": service["metadata"]["name"], "port": {"name": "http"}}
+        assert (path["path"], path["backend"]) == ("/v1/", {"service": named})
+    assert spec["tls"] == [{"secretName": "models-tls", "hosts": INGRESS["hosts"]}]
+    assert spec["ingressClassName"] == "nginx"
+
+
+def test_labels_and_annotations_come_in_addition_to_those_of_the_operator():
+    for one, asked in zip(rendered(**BOTH).values(), BOTH.values(), strict=True):
+        labels = one["metadata"]["labels"]
+        assert (labels["team"], labels["app.kubernetes.io/managed-by"]) == ("docs", "moe-operator")
+        assert one["metadata"]["annotations"] == asked["annotations"]
+
+
+def test_routes_come_and_go_as_the_spec_says():
+    world = World(deployment(frontend=BOTH))
+    assert set(KEYS) <= {key(one) for one in world.step().apply}
+    world.change(frontend={"ingress": INGRESS})
+    assert [deletion.key for deletion in world.step().delete] == KEYS[:1]
+    world.change(frontend={})
+    assert [deletion.key for deletion in world.step().delete] == KEYS[1:]
+    assert not world.step().delete
+
+
+@pytest.fixture(scope="module")
+def api(api_server):
+    made = Api(api_server)
+    yield made
+    made.ask("DELETE", f"{CRDS}/{CRD['metadata']['name']}")
+
+
+@pytest.fixture
+def gateways(api):
+    """The CRD is installed."""
+    assert api.ask("POST", CRDS, CRD)[0] in (201, 409)
+    eventually(lambda: api.ask("GET", ROUTES)[0], lambda code: code == 200, "the CRD is served")
+    return api
+
+
+def test_a_cluster_without_the_gateway_api_is_named_and_the_rest_is_applied(api):
+    assert api.ask("POST", COLLECTION, manifest("routed", replicas=1, frontend=BOTH))[0] == 201
+    api.reconcile("routed")
+    said = api.condition("routed", "Progressing")
+    assert said["reason"] == "ApplyRefused"
+    assert "httproutes/routed-frontend; install the CRD of its kind" in said["message"]
+    assert api.cluster.get("Deployment", "default", "routed-frontend")
+    assert api.cluster.get("Ingress", "default", "routed-frontend")
+    api.clear("routed")
+
+
+def test_the_api_server_takes_the_routes_as_they_are_and_the_operator_keeps_them(gateways):
+    assert gateways.ask("POST", COLLECTION, manifest("docs", replicas=1, frontend=BOTH))[0] == 201
+    gateways.reconcile("docs")
+    for collection, wanted in zip((ROUTES, INGRESSES), rendered(**BOTH).values(), strict=True):
+        code, stored = gateways.ask("GET", f"{collection}/docs-frontend")
+        assert code == 200
+        assert first_difference(wanted["spec"], stored["spec"]) is None
+        assert stored["metadata"]["ownerReferences"][0]["kind"] == "MoEDeployment"
+    gateways.reconcile("docs")
+    assert gateways.reconcile("docs")[0] == 0, "it comes to rest"
+    moved = {"spec": {"frontend": {"httpRoute": {"hostnames": ["new.example"]}}}}
+    gateways.ask("PATCH", f"{COLLECTION}/docs", moved)
+    gateways.ask("PATCH", f"{INGRESSES}/docs-frontend", {"spec": {"ingressClassName": "other"}})
+    gateways.reconcile("docs")
+    assert gateways.ask("GET", f"{ROUTES}/docs-frontend")[1]["spec"]["hostnames"] == ["new.example"]
+    assert gateways.ask("GET", f"{INGRESSES}/docs-frontend")[1]["spec"]["ingressClassName"] == "nginx"
+    gone = {"spec": {"frontend": {"httpRoute": None, "ingress": None}}}
+    gateways.ask("PATCH", f"{COLLECTION}/docs", gone)
+    gateways.reconcile("docs")
+    for collection in (ROUTES, INGRESSES):
+        assert gateways.ask("GET", f"{collection}/docs-frontend")[0] == 404
+    gateways.clear("docs")
+
+
+@pytest.mark.parametrize("front", [BOTH, {"httpRoute": {"parentRefs": [{"name": "a"}]}, "ingress": {}}])
+def test_the_schemas_know_every_field_that_is_rendered(gateways, front):
+    for collection, body in zip((ROUTES, INGRESSES), rendered(**front).values(), strict=True):
+        del body["metadata"]["ownerReferences"]
+        code, said = gateways.ask("POST", f"{collection}?dryRun=All&fieldValidation=Strict", body)
+        assert code == 201, said
+
+
+def route(*parents, **more):
+    return {"httpRoute": {"parentRefs": list(parents) or [{"name": "public"}], **more}}
+
+
+@pytest.mark.parametrize(
+    ("front", "sentence"),
+    [
+        ({"httpRoute": {}}, "spec.frontend.httpRoute.parentRefs: Required value"),
+        ({"httpRoute": {"parentRefs": []}}, "should have at least 1 items"),
+        (route({"name": "My_Gateway"}), "name is that of a Gateway"),
+        (route({**PARENT, "namespace": "a.b"}), "namespace is the name of a namespace"),
+        (route({**PARENT, "sectionName": "Https"}), "sectionName is the name of a listener"),
+        (route({**PARENT, "port": 65536}), "port is a number from 1 to 65535"),
+        (route(PARENT, {**PARENT, "port": 80}), "parentRefs to the same Gateway each need a sectionName"),
+        (route({"name": "a"}, {"name": "a", "sectionName": "b"}), "each need a sectionName of their own"),
+        (route(hostnames=["Models.example"]), "a host is a DNS name"),
+        (route(hostnames=["10.0.0.1"]), "a host is a DNS name"),
+        (route(hostnames=["a.example", "a.example"]), "Duplicate value"),
+        (route(hostnames=[f"{index}.example" for index in range(17)]), "must have at most 16 items"),
+        (route(labels={"app.kubernetes.io/name": "x"}), "are the operator's: remove them"),
+        (route(labels={"a": "b c"}), "spec.frontend.httpRoute.labels.a"),
+        (route(annotations={"serving.moe-operator.dev/digest": "x"}), "are the operator's: remove them"),
+        ({"ingress": {"className": "a b"}}, "className is the name of an IngressClass"),
+        ({"ingress": {"hosts": ["*"]}}, "a host is a DNS name"),
+        ({"ingress": {"tlsSecretName": "A"}}, "tlsSecretName is the name of a Secret"),
+        ({"ingress": {"annotations": {"a b": "c"}}}, "the keys of annotations are names"),
+    ],
+)
+def test_a_wrong_route_is_refused_at_apply(api, front, sentence):
+    code, said = api.ask("POST", COLLECTION, manifest("wrong", frontend=front))
+    assert code == 422, said
+    assert sentence in said["message"]
+
+
+def test_the_same_gateway_may_be_named_once_for_each_listener(api):
+    listeners = route(PARENT, {**PARENT, "sectionName": "http"}, {"name": "public"})
+    code, said = api.ask("POST", f"{COLLECTION}?dryRun=All", manifest("right", frontend=listeners))
+    assert code == 201, said
