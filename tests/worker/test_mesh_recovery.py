@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import threading
 import time
 from types import SimpleNamespace
 
@@ -14,8 +15,11 @@ from moe_worker.engine.core import EngineCore
 from moe_worker.engine.offline import Engine
 from moe_worker.engine.requests import Request
 from moe_worker.mesh import part, recovery
+from moe_worker.mesh.door import Door
 from moe_worker.mesh.errors import MeshError, RankAbsentError, RankLostError
-from moe_worker.mesh.messages import Allocate
+from moe_worker.mesh.joining import Identity, listener_at
+from moe_worker.mesh.member import Member
+from moe_worker.mesh.messages import Allocate, Welcome
 from moe_worker.mesh.places import ExpertPlaces
 from moe_worker.mesh.recovery import REFORM_S, Recovery, may_spare, start_together
 from moe_worker.sampling.parameters import SamplingParameters
@@ -223,6 +227,23 @@ def test_exchanges_are_prepared_when_all_ranks_have_compiled(group, expected):
     member = SimpleNamespace(leads=False, group=group, channels=[channel])
     start_together(member, SimpleNamespace(resume=lambda: events.append("resumed")), 4)
     assert events == expected
+
+
+def test_a_process_that_was_cut_off_and_kept_its_weights_is_ready_to_be_taken_in_again():
+    """It has nothing to load, but answers as often as a new one."""
+    identity, ready = Identity(MeshShape(1, 2), 1, "digest", b"known"), threading.Event()
+    door = Door(listener_at("127.0.0.1", 0), identity, ready.set)
+    member = Member(identity, 1, door.listener.getsockname(), torch.device("cpu"))
+    door.open(Welcome({}), (0,), 4)
+    try:
+        cut_off = Recovery(member, SimpleNamespace(release=lambda: None), None, 4, lambda: None)
+        cut_off.recover(RankLostError("no heartbeat received"))
+        assert member.group is None
+        assert ready.wait(FOUND_S)
+        assert door.ready == {1}
+    finally:
+        member.close()
+        door.end()
 
 
 def test_a_lost_cache_is_computed_again():

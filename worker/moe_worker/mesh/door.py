@@ -99,7 +99,7 @@ class Door:
             channel.listen(self._gone)
             with self._lock:
                 self._waiting[channel.rank] = channel
-            for _ in ("it has loaded its weights", "it has compiled its passes"):
+            for _ in range(2):  # it has loaded its weights, and then compiled its passes (recovery)
                 if channel.receive(Ready).pages < pages:
                     raise MeshError(f"it has no room for {pages} pages of KV cache; give it more --kv-memory")
                 channel.send(Allocate(pages))

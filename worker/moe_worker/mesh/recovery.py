@@ -125,6 +125,8 @@ class Recovery:
                 f"a new rank has no room for {self._pages} pages of KV cache; start all ranks again"
             )
         if member.group is None:
+            # The leader's door waits for two answers: loaded and compiled. This rank did both before.
+            agree_on_pages(member, self._pages)
             return
         self._part.rejoin(member.group)
         if held is not None:
