@@ -79,7 +79,8 @@ class EngineOptions:
     mesh_reforms: how often in 10 minutes a mesh may lose ranks and meet again before the replica ends.
     rebalance: "auto": experts move to where the load of a stage's ranks is even, at most every
         rebalance_interval seconds, in layers whose busiest rank has more than rebalance_threshold times the
-        mean, on CPUs; "on": on GPUs, too, where moves have not been run yet; "off": they stay.
+        mean, on CPUs; "on": on GPUs, too, where some steps take several times as long meanwhile; "off": they
+        stay.
     routing_mass: share of the scores of a token's top_k experts that its experts reach (config/moe.py,
         Routing); None: what the checkpoint says. Less than that only as far as its routing.json allows.
     routing_margin: experts whose scores differ by less may take each other's place, those with less load in
