@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from moe_worker.kernels.triton.exchange import Places, pack, row_words, sum_rows, unpack
+from moe_worker.kernels.triton.exchange import Places, pack, sum_rows, unpack
 from moe_worker.kernels.triton.norm import Activation, Added, Rounding
 from moe_worker.mesh import fixed
 from moe_worker.mesh.dispatch import AllToAllDispatch, PlaceTable
@@ -77,7 +77,8 @@ def test_every_token_reaches_its_experts_and_comes_back(seed, rounding):
         )
         for n, rank in enumerate(own)
     ]
-    assert sent[0][0].shape[1] == row_words(own[0].x, rounded, columns)
+    words = WIDTH // 4 + own[0].x.scales_TX.shape[1] if rounded else WIDTH // 2
+    assert sent[0][0].shape[1] == words + 2 * columns  # numbers of experts, and their weights
     assert int(most) <= capacity
     away = (ranks - 1) * capacity
     sizes = [(away + rank.experts.shape[0], WIDTH) for rank in own]

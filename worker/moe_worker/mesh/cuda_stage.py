@@ -231,10 +231,9 @@ class CudaStage:
         for length in (MOST_EXPANDED_BYTES, tokens):
             shared = self._model.prefill_pass([tokens], placed, cache.page_size, [length])
             out_TD = self.forward(zeros_T, replace(shared, capacity=self.capacity(tokens)), cache, x_TD)
-        x_TD = out_TD
         if self._stage.last:
             rows_n = zeros_T[: self.graphs.largest]
-            self.finish(x_TD, rows_n, self._model.empty_logits(rows_n.shape[0]))
+            self.finish(out_TD, rows_n, self._model.empty_logits(rows_n.shape[0]))
         torch.cuda.synchronize()
 
 

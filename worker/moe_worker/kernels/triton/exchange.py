@@ -184,12 +184,6 @@ def _words(x: Activation, rounded: bool) -> tuple[Tensor, Tensor, int, int]:
     return values, scales, values.shape[1], scales.shape[1] if rounded else 0
 
 
-def row_words(x: Activation, rounded: bool, per_token: int) -> int:
-    """W: activations, then the numbers of K experts, then their weights."""
-    _, _, first, second = _words(x, rounded)
-    return first + second + 2 * per_token
-
-
 def pack(
     x: Activation, rounded: bool, experts_TK: Tensor, weights_TK: Tensor, places: Places, capacity: int,
     counts_H: Tensor, most: Tensor,

@@ -227,8 +227,8 @@ def _down_bf16(
         tl.store(where, (acc_NM * share_M[None, :]).to(tl.bfloat16), mask=mask_M[None, :])
 
 
-# Tokens up to which the programs of the down product are too few to start early.
-MOST_FEW_BLOCKS = 8
+# Up to so many tokens the down product has too few programs to start before the first one has ended.
+WAITING_TOKENS = 8
 
 
 class ExpertTiles(NamedTuple):
@@ -299,8 +299,7 @@ def down_packed(
     total, int8, block_n = weights_TK.numel(), down.int8, fitting(tile.n, down.outputs)
     out_MD = torch.empty(total, down.outputs, dtype=torch.bfloat16, device=weights_TK.device)
     tokens = weights_TK.shape[0]
-    # Its programs fill the multiprocessors several times, unless tokens are few.
-    early = launch(tokens) if tokens > MOST_FEW_BLOCKS else {}
+    early = launch(tokens) if tokens > WAITING_TOKENS else {}
     _down_packed[(down.outputs // block_n, blocks.experts_C.shape[0])](
         hidden.q_TD if int8 else hidden.x_TD, hidden.scales_TX, down.stored, down.scales, blocks.rows,
         blocks.experts_C, blocks.done_C, weights_TK, out_MD, total,
