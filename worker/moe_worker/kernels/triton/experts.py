@@ -95,10 +95,10 @@ def _swiglu(gate, up):
 def _gate_up_packed(
     x, x_scale, packed, scales, rows, block_experts, done, out, out_scale, total,
     PER_TOKEN: tl.constexpr, INNER: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr,
-    PIECE: tl.constexpr, STRIDE: tl.constexpr, KIND: tl.constexpr, TURN: tl.constexpr,
+    PIECE: tl.constexpr, STRIDE: tl.constexpr, ROW: tl.constexpr, KIND: tl.constexpr, TURN: tl.constexpr,
     STAGES: tl.constexpr, READER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """READER: the KIND of what multiplies the hidden values."""
+    """ROW: elements from one row of weights to the next. READER: KIND of what multiplies hidden values."""
     block = tl.program_id(1)
     wait_for_inputs()
     expert = tl.load(block_experts + block).to(tl.int64)
@@ -108,8 +108,6 @@ def _gate_up_packed(
         token_M = tl.minimum(row_M, total - 1) // PER_TOKEN
         first = tl.program_id(0) * BLOCK_N
         n = tl.arange(0, BLOCK_N)
-        # Elements from one row of weights to the next, within a group.
-        ROW: tl.constexpr = INPUTS if KIND == "fp8" else 16 if KIND == "s14" else 64
         weight = packed + expert * STRIDE + first * ROW
         scale = scales + expert * (GROUPS * 2 * INNER) + first
         gate_NM = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -141,7 +139,7 @@ def _gate_up_packed(
 def _down_packed(
     x, x_scale, packed, scales, rows, block_experts, done, weights, out, total,
     OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, PIECE: tl.constexpr,
-    STRIDE: tl.constexpr, KIND: tl.constexpr, TURN: tl.constexpr, STAGES: tl.constexpr,
+    STRIDE: tl.constexpr, ROW: tl.constexpr, KIND: tl.constexpr, TURN: tl.constexpr, STAGES: tl.constexpr,
     AWAITED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(1)
@@ -161,7 +159,7 @@ def _down_packed(
         mask_M = row_M < total
         first = tl.program_id(0) * BLOCK_N
         n = tl.arange(0, BLOCK_N)
-        weight = packed + expert * STRIDE + first * (INPUTS if KIND == "fp8" else 16 if KIND == "s14" else 64)
+        weight = packed + expert * STRIDE + first * ROW
         scale = scales + expert * (GROUPS * OUTPUTS) + first
         acc_NM = add_product(
             tl.zeros((BLOCK_N, BLOCK_M), tl.float32), weight, scale, x, x_scale, n,
@@ -273,8 +271,8 @@ def gate_up_packed(
 ) -> Activation:
     """Hidden values of `rows` rows; W4A8 rounds them to int8, with a scale for each piece of tile.n.
 
-    reader: the kind of the weights that they are multiplied with, whose order they have. Not launched early,
-    since `down_packed` relies on the end of the kernels before this one.
+    Not launched early, since `down_packed` relies on the end of the kernels before this one. reader: the kind
+    of the weights that multiply the values, whose order they get.
     """
     inner, int8 = gate_up.outputs // 2, gate_up.int8
     block_n = fitting(tile.n, inner)
@@ -283,8 +281,9 @@ def gate_up_packed(
         x.q_TD if int8 else x.x_TD, x.scales_TX, gate_up.stored, gate_up.scales, blocks.rows,
         blocks.experts_C, blocks.done_C, hidden.q_TD if int8 else hidden.x_TD, hidden.scales_TX, rows,
         PER_TOKEN=per_token, INNER=inner, GROUPS=gate_up.groups, INPUTS=gate_up.inputs,
-        PIECE=x.piece, STRIDE=gate_up.stride, KIND=gate_up.kind, TURN=_turn(gate_up, tile),
-        STAGES=tile.stages, READER=reader, BLOCK_N=block_n, BLOCK_M=blocks.size, **tile.options,
+        PIECE=x.piece, STRIDE=gate_up.stride, ROW=gate_up.row_stride, KIND=gate_up.kind,
+        TURN=_turn(gate_up, tile), STAGES=tile.stages, READER=reader, BLOCK_N=block_n, BLOCK_M=blocks.size,
+        **tile.options,
     )  # fmt: skip
     return hidden
 
@@ -304,7 +303,7 @@ def down_packed(
         hidden.q_TD if int8 else hidden.x_TD, hidden.scales_TX, down.stored, down.scales, blocks.rows,
         blocks.experts_C, blocks.done_C, weights_TK, out_MD, total,
         OUTPUTS=down.outputs, GROUPS=down.groups, INPUTS=down.inputs, PIECE=hidden.piece,
-        STRIDE=down.stride, KIND=down.kind, TURN=_turn(down, tile), STAGES=tile.stages,
+        STRIDE=down.stride, ROW=down.row_stride, KIND=down.kind, TURN=_turn(down, tile), STAGES=tile.stages,
         AWAITED=awaited if early else 0,
         BLOCK_N=block_n, BLOCK_M=blocks.size, **tile.options, **early,
     )  # fmt: skip

@@ -34,13 +34,9 @@ def _add_placed(total, values, places, x, NUMBER: tl.constexpr):
     """Adds 16 times the sums of four products: values with one position with the int8 values of `x`."""
     if COMPILED:
         return tl.inline_asm_elementwise(
-            _MULTIPLYING[NUMBER],
-            "=r,r,r,r,r",
-            [values, places, x, total],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
+            _MULTIPLYING[NUMBER], "=r,r,r,r,r", [values, places, x, total],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
     for i in tl.static_range(4):
         own = (values << (28 - 8 * i if NUMBER // 4 % 2 == 0 else 24 - 8 * i)) >> 28
         there = (places >> (8 * i + 6 - NUMBER // 4 * 2)) & 3 == NUMBER % 4
@@ -56,16 +52,16 @@ def _load_pairs(words, scales, n, OUTPUTS: tl.constexpr, GROUPS: tl.constexpr, B
     p, w = tl.arange(0, BLOCK_P), tl.arange(0, 4)
     from_PN = p[:, None] * (3 * OUTPUTS) + n[None, :]
     own_PNW = words + from_PN[:, :, None] * 4 + w[None, None, :]
-    inside_PN = (p * 2 < GROUPS)[:, None] & (n < OUTPUTS)[None, :]
-    second_PN = (p * 2 + 1 < GROUPS)[:, None] & (n < OUTPUTS)[None, :]
-    first_PNW = tl.load(own_PNW, mask=inside_PN[:, :, None], other=0)
-    second_PNW = tl.load(own_PNW + OUTPUTS * 4, mask=second_PN[:, :, None], other=0)
-    places_PNW = tl.load(own_PNW + 2 * OUTPUTS * 4, mask=inside_PN[:, :, None], other=0)
-    scale_PN = scales + p[:, None] * (2 * OUTPUTS) + n[None, :]
+    mask_PN = (p * 2 < GROUPS)[:, None] & (n < OUTPUTS)[None, :]
+    mask_second_PN = (p * 2 + 1 < GROUPS)[:, None] & (n < OUTPUTS)[None, :]
+    first_PNW = tl.load(own_PNW, mask=mask_PN[:, :, None], other=0)
+    second_PNW = tl.load(own_PNW + OUTPUTS * 4, mask=mask_second_PN[:, :, None], other=0)
+    places_PNW = tl.load(own_PNW + 2 * OUTPUTS * 4, mask=mask_PN[:, :, None], other=0)
+    from_scale_PN = scales + p[:, None] * (2 * OUTPUTS) + n[None, :]
     # Values are placed as 16 times what they are.
-    first_PN = tl.load(scale_PN, mask=inside_PN, other=0.0) * 0.0625
-    later_PN = tl.load(scale_PN + OUTPUTS, mask=second_PN, other=0.0) * 0.0625
-    return first_PNW, second_PNW, places_PNW, first_PN, later_PN
+    first_scale_PN = tl.load(from_scale_PN, mask=mask_PN, other=0.0) * 0.0625
+    second_scale_PN = tl.load(from_scale_PN + OUTPUTS, mask=mask_second_PN, other=0.0) * 0.0625
+    return first_PNW, second_PNW, places_PNW, first_scale_PN, second_scale_PN
 
 
 @triton.jit
@@ -88,9 +84,8 @@ def _multiply(pairs, x_PB, first_P, second_P):
     for group in tl.static_range(2):
         dots_PNW = tl.zeros(pairs[0].shape, tl.int32)
         for i in tl.static_range(8):
-            dots_PNW = _add_placed(
-                dots_PNW, pairs[group], pairs[2], x[group * 8 + i][:, None, :], group * 8 + i
-            )  # fmt: skip
+            x_PW = x[group * 8 + i]
+            dots_PNW = _add_placed(dots_PNW, pairs[group], pairs[2], x_PW[:, None, :], group * 8 + i)
         scale_PN = pairs[3 + group] * (first_P if group == 0 else second_P)[:, None]
         y_N += tl.sum(tl.sum(dots_PNW, axis=2).to(tl.float32) * scale_PN, axis=0)
     return y_N

@@ -74,6 +74,11 @@ class PackedInt4(_Scaled):
         """Elements of `stored` from one stacked matrix to the next."""
         return self.groups * self.outputs * PIECE
 
+    @property
+    def row_stride(self) -> int:
+        """Elements of `stored` from one output to the next, within a group."""
+        return PIECE
+
 
 @dataclass(frozen=True)
 class PackedFp8(_Scaled):
@@ -102,6 +107,11 @@ class PackedFp8(_Scaled):
         """Elements of `stored` from one stacked matrix to the next."""
         return self.outputs * self.inputs
 
+    @property
+    def row_stride(self) -> int:
+        """Elements of `stored` from one output to the next."""
+        return self.inputs
+
 
 @dataclass(frozen=True)
 class PackedSparse14(_Scaled):
@@ -129,6 +139,11 @@ class PackedSparse14(_Scaled):
     def stride(self) -> int:
         """Elements of `stored` from one stacked matrix to the next."""
         return -(-self.groups // 2) * 3 * self.outputs * QUADS
+
+    @property
+    def row_stride(self) -> int:
+        """Elements of `stored` from one output to the next, within a row of bytes of a pair."""
+        return QUADS
 
 
 Packed = PackedInt4 | PackedFp8 | PackedSparse14
