@@ -105,12 +105,12 @@ def weight_bytes(config: ModelConfig, number_format: str, spread: bool = False) 
         each = config.num_hidden_layers * latent.num_attention_heads * latent.kv_lora_rank
         kept += each * (latent.qk_nope_head_dim + latent.v_head_dim)
         twice = each * latent.v_head_dim
-    packed = (config.parameters_total - kept) * (8 * dense if bits is None else bits)
+    packed_bits = (config.parameters_total - kept) * (8 * dense if bits is None else bits)
     if number_format == "w4a8" and isinstance(config.storage, SparseStorage) and not spread:
         moe, wide = config.moe, len(config.dense_layers) * config.intermediate_size
         wide += config.num_moe_layers * (moe.routed + moe.shared) * moe.intermediate
-        packed -= 3 * config.hidden_size * wide * SPARSE_SAVES
-    return int(packed / 8 + (kept + twice) * dense)
+        packed_bits -= 3 * config.hidden_size * wide * SPARSE_SAVES
+    return int(packed_bits / 8 + (kept + twice) * dense)
 
 
 def growth(

@@ -162,8 +162,8 @@ def _check_sizes(
     config: ModelConfig, number_format: str, rows: CacheShape, options: EngineOptions, context: int,
     device: torch.device, share: float = 1.0,
 ) -> None:  # fmt: skip
-    """Whether the weights, of which this process has `share`, the cache and what it evicts fit into memory,
-    as far as that is known before the weights are read. Raises SettingsError.
+    """Raises SettingsError if the weights, of which this process has `share`, the cache and what it evicts do
+    not fit into memory, as far as that is known before the weights are read.
     """
     on_gpu = device.type == "cuda"
     if options.kv_offload:

@@ -138,7 +138,7 @@ def slots_in(memory: int, page: int, pinned: bool) -> list[int]:
 
 
 def check_memory(memory: int, page: int, pinned: bool) -> None:
-    """Whether pages of `page` bytes can be kept, before there is a cache. Raises SettingsError.
+    """Raises SettingsError if pages of `page` bytes cannot be kept; for use before there is a cache.
 
     Mapping memory takes no time, and fails where the machine does not have it.
     """

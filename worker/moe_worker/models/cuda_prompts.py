@@ -24,7 +24,7 @@ from moe_worker.models.cuda import PREFILL_TOKENS, CudaModel, Rows, context_firs
 from moe_worker.models.cuda_graph import DecodeGraphs, captured
 from moe_worker.models.cuda_layer import Pass
 
-LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 # Prompt tokens up to which a pass is captured: the device computes larger ones for as long as the host
 # launches them.
 MOST_PROMPT_TOKENS = 2048
@@ -129,7 +129,7 @@ class PromptGraphs:
             except torch.OutOfMemoryError as error:
                 self._close(error)
         taken, seconds = free - torch.cuda.mem_get_info()[0], time.monotonic() - begin
-        LOG.info(
+        log.info(
             "%d CUDA graphs of prompts take %.2f GB, after %.1f s", len(self._graphs), taken / 1e9, seconds
         )
 
@@ -208,7 +208,7 @@ class PromptGraphs:
 
     def _close(self, error: Exception) -> None:
         if not self._warned:
-            LOG.warning("some steps with prompts are launched kernel by kernel, without a graph: %s", error)
+            log.warning("some steps with prompts are launched kernel by kernel, without a graph: %s", error)
         self._open, self._warned = False, True
 
     def _tile(self, size: Size) -> int:
