@@ -7,7 +7,7 @@ Legend: T tokens, K experts a token, M = T * K rows, G groups of 128 inputs, N o
 words of a group, which hold its low nibbles (inputs 0 to 63) and its high ones (64 to 127).
 """
 
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import triton
@@ -264,10 +264,17 @@ class Taken(NamedTuple):
 
 def gate_up_few(x: Activation, gate_up: Packed, taken: Taken) -> Tensor:
     """Hidden values of each row, float32 [M, I]; rows of expert -1 are not written."""
+    return launch_gate_up(_gate_up_few, x, gate_up, taken, GATE_UP.options(gate_up))
+
+
+def launch_gate_up(
+    kernel: Any, x: Activation, gate_up: Packed, taken: Taken, options: dict[str, int]
+) -> Tensor:
+    """See gate_up_few. kernel: that of the format of `gate_up`; options: of its launch."""
     (tokens, per_token), inner = taken.experts_TK.shape, gate_up.outputs // 2
-    rows, options = tokens * per_token, GATE_UP.options(gate_up)
+    rows = tokens * per_token
     hidden_MI = torch.empty(rows, inner, dtype=torch.float32, device=x.x_TD.device)
-    _gate_up_few[(inner // options["BLOCK_N"], rows)](
+    kernel[(inner // options["BLOCK_N"], rows)](
         x.q_TD.view(torch.int32), x.scales_TX, gate_up.stored.view(torch.int32), gate_up.scales,
         taken.experts_TK, hidden_MI, PER_TOKEN=per_token, ROUTED=taken.routed,
         FIRST=taken.first, INNER=inner, STRIDE=gate_up.stride // 4, **options, **launch(tokens),
@@ -277,10 +284,17 @@ def gate_up_few(x: Activation, gate_up: Packed, taken: Taken) -> Tensor:
 
 def down_few(hidden_MI: Tensor, down: Packed, taken: Taken, weights_TK: Tensor) -> Tensor:
     """Weighted outputs of each row, bf16 [M, D], of hidden values rounded to int8 in groups."""
-    (tokens, per_token), options = taken.experts_TK.shape, DOWN.options(down)
+    return launch_down(_down_few, hidden_MI, down, taken, weights_TK, DOWN.options(down))
+
+
+def launch_down(
+    kernel: Any, hidden_MI: Tensor, down: Packed, taken: Taken, weights_TK: Tensor, options: dict[str, int]
+) -> Tensor:
+    """See down_few. kernel: that of the format of `down`; options: of its launch."""
+    tokens, per_token = taken.experts_TK.shape
     rows = tokens * per_token
     out_MD = torch.empty(rows, down.outputs, dtype=torch.bfloat16, device=hidden_MI.device)
-    _down_few[(triton.cdiv(down.outputs, options["BLOCK_N"]), rows)](
+    kernel[(triton.cdiv(down.outputs, options["BLOCK_N"]), rows)](
         hidden_MI, down.stored.view(torch.int32), down.scales, taken.experts_TK, weights_TK, out_MD,
         PER_TOKEN=per_token, ROUTED=taken.routed, FIRST=taken.first, OUTPUTS=down.outputs,
         STRIDE=down.stride // 4, **options, **launch(tokens),

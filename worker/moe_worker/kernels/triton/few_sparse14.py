@@ -6,7 +6,6 @@ W = 4 words of a row of bytes of a pair (see PackedSparse14), B = 64 words of in
 
 from typing import TypeGuard
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,11 +15,13 @@ from moe_worker.kernels.triton.few import (
     Cut,
     Taken,
     expert_of,
+    launch_down,
+    launch_gate_up,
     load_four,
     round_words,
     top_of_four,
 )
-from moe_worker.kernels.triton.launch import launch, wait_for_inputs
+from moe_worker.kernels.triton.launch import wait_for_inputs
 from moe_worker.kernels.triton.norm import Activation
 from moe_worker.kernels.triton.tiles import COMPILED, Packed, PackedSparse14, largest, placing, scale_of
 
@@ -159,34 +160,9 @@ def _options(cut: Cut, weight: PackedSparse14) -> dict[str, int]:
 GATE_UP, DOWN = Cut(256, 4), Cut(512, 4)
 
 
-def gate_up_few(x: Activation, gate_up: PackedSparse14, taken: Taken) -> Tensor:
-    """As few.gate_up_few; `x` is `by_position`."""
-    (tokens, per_token), inner = taken.experts_TK.shape, gate_up.outputs // 2
-    rows, options = tokens * per_token, _options(GATE_UP, gate_up)
-    hidden_MI = torch.empty(rows, inner, dtype=torch.float32, device=x.x_TD.device)
-    _gate_up_few[(inner // options["BLOCK_N"], rows)](
-        x.q_TD.view(torch.int32), x.scales_TX, gate_up.stored.view(torch.int32), gate_up.scales,
-        taken.experts_TK, hidden_MI, PER_TOKEN=per_token, ROUTED=taken.routed,
-        FIRST=taken.first, INNER=inner, STRIDE=gate_up.stride // 4, **options, **launch(tokens),
-    )  # fmt: skip
-    return hidden_MI
-
-
-def down_few(hidden_MI: Tensor, down: PackedSparse14, taken: Taken, weights_TK: Tensor) -> Tensor:
-    """As few.down_few."""
-    (tokens, per_token), options = taken.experts_TK.shape, _options(DOWN, down)
-    rows = tokens * per_token
-    out_MD = torch.empty(rows, down.outputs, dtype=torch.bfloat16, device=hidden_MI.device)
-    _down_few[(triton.cdiv(down.outputs, options["BLOCK_N"]), rows)](
-        hidden_MI, down.stored.view(torch.int32), down.scales, taken.experts_TK, weights_TK, out_MD,
-        PER_TOKEN=per_token, ROUTED=taken.routed, FIRST=taken.first, OUTPUTS=down.outputs,
-        STRIDE=down.stride // 4, **options, **launch(tokens),
-    )  # fmt: skip
-    return out_MD
-
-
 def experts_few(
     x: Activation, gate_up: PackedSparse14, down: PackedSparse14, taken: Taken, weights_TK: Tensor
 ) -> Tensor:
     """As few.experts_few; `x` is `by_position`."""
-    return down_few(gate_up_few(x, gate_up, taken), down, taken, weights_TK)
+    hidden_MI = launch_gate_up(_gate_up_few, x, gate_up, taken, _options(GATE_UP, gate_up))
+    return launch_down(_down_few, hidden_MI, down, taken, weights_TK, _options(DOWN, down))
