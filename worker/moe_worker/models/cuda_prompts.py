@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 # launches them.
 MOST_PROMPT_TOKENS = 2048
 # Positions of expanded contexts in a captured pass: 0.27 GB of keys and values with 16 heads of 256 values.
-MOST_POSITIONS = 1 << 15
+MOST_EXPANDED_POSITIONS = 1 << 15
 # Graphs, of about 3 MB each besides the memory that they share.
 MOST_GRAPHS = 128
 # Nanoseconds that launching a pass kernel by kernel takes longer than a graph.
@@ -144,7 +144,7 @@ class PromptGraphs:
         if saved_ns > 0:
             positions = positions_for(sum(lengths[singles:]), size.tokens)
             size = Size(size.tokens, positions, min(size.tokens, singles_for(singles, self._largest)))
-            if positions > MOST_POSITIONS:
+            if positions > MOST_EXPANDED_POSITIONS:
                 return None
         fits = [each for each in self._graphs if _covers(each, size)]
         if fits or self._open:
