@@ -261,6 +261,7 @@ def test_ranks_meet_over_tls_and_nothing_of_it_can_be_read(folder):
         for sender in senders:
             sender.join()
         assert not other.ended()
+        assert not lost
         channel.close()
         while not other.ended():
             time.sleep(0.01)
