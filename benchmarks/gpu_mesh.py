@@ -50,7 +50,7 @@ from moe_worker.config.engine import EngineOptions
 from moe_worker.config.mesh import MeshShape
 from moe_worker.engine.following import follow_leader
 from moe_worker.engine.requests import FinishReason
-from moe_worker.mesh.member import join
+from moe_worker.mesh.member import Member, join
 from moe_worker.models import cuda_graph, cuda_prompts, cuda_runner
 
 FORMATS = {"bf16": "dense", "fp8": "fp8", "w4a16": "w4a16", "w4a8": "w4a8"}
@@ -106,14 +106,7 @@ def run_rank(arguments: argparse.Namespace) -> NoReturn:
         accuracy(member, name, device)
         leave()
     if not arguments.fault and not arguments.moving:
-        small = SMALL | {"num_hidden_layers": 2}
-        case = Case(member, small, name, device, 64, 8, 64, 64)
-        if member.leads:
-            check(case)
-            case.end()
-        else:
-            case.runner.follow()
-        del case
+        check_small(member, name, device)
     values = LARGE | {"num_hidden_layers": arguments.layers}
     case = Case(
         member, values, name, device, context, most, pages, arguments.prefill_tokens, arguments.redundant,
@@ -135,6 +128,16 @@ def run_rank(arguments: argparse.Namespace) -> NoReturn:
         case.end()
     reached("done")
     leave()
+
+
+def check_small(member: Member, name: str, device: torch.device) -> None:
+    """Compares a small model in the mesh with the same on one GPU."""
+    case = Case(member, SMALL | {"num_hidden_layers": 2}, name, device, 64, 8, 64, 64)
+    if member.leads:
+        check(case)
+        case.end()
+    else:
+        case.runner.follow()
 
 
 def leave() -> NoReturn:
