@@ -1,6 +1,7 @@
 """A replica of several processes gives what one process gives; strangers are refused with a sentence."""
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -415,6 +416,24 @@ def test_strangers_that_say_nothing_keep_no_rank_from_joining(folder, encrypted)
         if thread.name == "mesh greeting":
             thread.join(DEADLINE_S)
             assert not thread.is_alive()
+
+
+def test_a_leader_that_can_take_no_connection_for_a_while_takes_ranks_afterwards(monkeypatch, caplog):
+    """As with too many files open."""
+    monkeypatch.setattr(reception, "PAUSE_S", 0.0)
+    accept, failures = socket.socket.accept, [OSError(errno.EMFILE, "Too many open files")]
+
+    def full(listener):
+        if failures:
+            raise failures.pop()
+        return accept(listener)
+
+    monkeypatch.setattr(socket.socket, "accept", full)
+    leader = Leader()
+    channel, _ = join_leader(leader.address, 1, IDENTITY, 5)
+    assert [other.rank for other in leader.end()] == [1]
+    assert "no rank can join at the moment" in caplog.text
+    channel.close()
 
 
 def test_a_channel_tells_what_it_lacks_within_which_time():

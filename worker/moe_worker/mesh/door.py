@@ -77,12 +77,7 @@ class Door:
     def _run(self, welcome: Welcome, present: tuple[int, ...], pages: int) -> None:
         with Reception(self.listener, self._identity) as reception:
             while not self._closed.is_set():
-                try:
-                    guest = reception.next(POLL_S)
-                except OSError:
-                    log.exception("no rank can join at the moment")
-                    self._closed.wait(1.0)
-                    continue
+                guest = reception.next(POLL_S)
                 if guest is None:
                     continue
                 waiting = [channel.rank for channel in self.channels()]

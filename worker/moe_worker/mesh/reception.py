@@ -21,6 +21,7 @@ from moe_worker.mesh.joining import POLL_S, Guest, Identity, admit, all_needed, 
 from moe_worker.mesh.messages import Welcome
 
 log = logging.getLogger(__name__)
+PAUSE_S: Final = 1.0
 STRANGERS: Final = 64
 """As many connections besides those of all ranks may prove themselves at a time; the oldest one ends then."""
 
@@ -61,11 +62,7 @@ class Reception:
             self._proven.get().channel.close()
 
     def next(self, seconds: float) -> Guest | None:
-        """Who has proved itself next; None if that is nobody within `seconds`.
-
-        Raises:
-            OSError: no connection can be accepted, because the process has too many files open.
-        """
+        """Who has proved itself next; None if that is nobody within `seconds`, or nobody can connect now."""
         ends = time.monotonic() + seconds
         while True:
             with contextlib.suppress(queue.Empty):
@@ -74,11 +71,11 @@ class Reception:
             if left <= 0:
                 return None
             for key, _ in self._selector.select(left):
-                with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
-                    if key.fileobj is self._woken:
+                if key.fileobj is self._woken:
+                    with contextlib.suppress(BlockingIOError):
                         self._woken.recv(1 << 12)
-                    else:
-                        self._greet(*self._listener.accept())
+                elif not self._accept():
+                    return None
 
     def admitted(
         self, guest: Guest, welcome: Welcome, joined: Sequence[int], later: Sequence[int] = ()
@@ -90,6 +87,17 @@ class Reception:
             log.warning("a connection from %s did not join: %s", guest.came_from, error)
             guest.channel.close()
             return None
+
+    def _accept(self) -> bool:
+        """Whether connections can be accepted; if not (too many open files, the network), waits PAUSE_S."""
+        try:
+            with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
+                self._greet(*self._listener.accept())
+        except OSError:
+            log.exception("no rank can join at the moment")
+            time.sleep(PAUSE_S)
+            return False
+        return True
 
     def _greet(self, connection: socket.socket, address: tuple[str, int]) -> None:
         connection.setblocking(True)
