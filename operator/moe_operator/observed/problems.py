@@ -60,7 +60,7 @@ _SIGNALLED = 128
 """Exit codes above it encode the signal that ended the process, as in a shell."""
 
 MOUNTING_TIME: Final = timedelta(seconds=30)
-"""A pod whose volumes are not mounted for this long counts as lacking one of them."""
+"""A pod whose containers are not created for this long counts as lacking a volume or its network."""
 
 _NEEDS_EDIT = ("InvalidImageName",)
 _UNINFORMATIVE = ("ImagePullBackOff",)
