@@ -25,8 +25,8 @@ CLUSTER_FILES = (
     *("chart/", "localcluster/", "soak/", "frontend/test_in_cluster.py"),
     *("e2e/test_gang.py", "e2e/test_line.py", "e2e/test_transport.py"),
     *("operator/test_api.py", "operator/test_applied_again.py", "operator/test_certificates.py"),
-    *("operator/test_lost.py", "operator/test_processes.py", "operator/test_reconcile.py"),
-    *("operator/test_restricted_cluster.py", "operator/test_rollout_live.py"),
+    *("operator/test_lost.py", "operator/test_mounting.py", "operator/test_processes.py"),
+    *("operator/test_reconcile.py", "operator/test_restricted_cluster.py", "operator/test_rollout_live.py"),
     *("operator/test_scaling_cluster.py", "operator/test_waiting.py"),
 )
 """Where tests in clusters are. Only `CLUSTERS` processes run these files."""
