@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from pydantic import ConfigDict, Field
 
-from moe_operator.resources.base import Model, rules
-from moe_operator.resources.environment import OBJECT_NAME
+from moe_operator.resources.base import Model, object_name, rules
 
-_SECRET_RULE = (
-    f"self.matches('{OBJECT_NAME}')",
-    "this is the name of a Secret in the same namespace: lower-case letters, digits, - and .",
-)
+_SECRET_RULE = object_name("this is the name of a Secret in the same namespace")
 
 
 class Tls(Model):

@@ -12,6 +12,7 @@ RULES: Final = "x-kubernetes-validations"
 LIST_TYPE: Final = "x-kubernetes-list-type"
 LIST_KEYS: Final = "x-kubernetes-list-map-keys"
 INT_OR_STRING: Final = "x-kubernetes-int-or-string"
+_OBJECT_NAME: Final = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
 
 
 class Model(BaseModel):
@@ -28,6 +29,11 @@ class Model(BaseModel):
     def manifest(self) -> dict[str, Any]:
         """The JSON form, with camelCase keys and without fields that are not set."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def object_name(clause: str) -> tuple[str, str]:
+    """The rule that a string is the name of an object (a DNS subdomain); clause: of which one."""
+    return f"self.matches('{_OBJECT_NAME}')", f"{clause}: lower-case letters, digits, - and ."
 
 
 def rules(*pairs: tuple[str, str], at_creation: Iterable[tuple[str, str]] = ()) -> dict[str, Any]:

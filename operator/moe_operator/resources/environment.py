@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pydantic import ConfigDict, Field
 
-from moe_operator.resources.base import Model, rules
-
-OBJECT_NAME = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
+from moe_operator.resources.base import Model, object_name, rules
 
 
 class KeySelector(Model):
@@ -16,12 +14,7 @@ class KeySelector(Model):
         description="Name of the object. Required.",
         min_length=1,
         max_length=253,
-        json_schema_extra=rules(
-            (
-                f"self.matches('{OBJECT_NAME}')",
-                "name is that of an object: lower-case letters, digits, - and .",
-            )
-        ),
+        json_schema_extra=rules(object_name("name is that of an object")),
     )
     key: str = Field(
         description="Key in the object's data. Required.",

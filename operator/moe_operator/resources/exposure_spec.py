@@ -6,8 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from moe_operator.resources.base import LIST_TYPE, Model, rules
-from moe_operator.resources.environment import OBJECT_NAME
+from moe_operator.resources.base import LIST_TYPE, Model, object_name, rules
 from moe_operator.resources.metadata_spec import annotation_field, label_field
 from moe_operator.resources.pods import LabelValue
 
@@ -35,12 +34,7 @@ class ParentRef(Model):
         description="Name of the Gateway. Required.",
         min_length=1,
         max_length=253,
-        json_schema_extra=rules(
-            (
-                f"self.matches('{OBJECT_NAME}')",
-                "name is that of a Gateway: lower-case letters, digits, - and .",
-            )
-        ),
+        json_schema_extra=rules(object_name("name is that of a Gateway")),
     )
     namespace: str | None = Field(
         default=None,
@@ -60,12 +54,7 @@ class ParentRef(Model):
         description="Name of the Gateway's listener. Default: all listeners that allow the route.",
         min_length=1,
         max_length=253,
-        json_schema_extra=rules(
-            (
-                f"self.matches('{OBJECT_NAME}')",
-                "sectionName is the name of a listener: lower-case letters, digits, - and .",
-            )
-        ),
+        json_schema_extra=rules(object_name("sectionName is the name of a listener")),
     )
     port: int | None = Field(
         default=None,
@@ -103,12 +92,7 @@ class Ingress(Model):
         description="The IngressClass. Default: the cluster's default class.",
         min_length=1,
         max_length=253,
-        json_schema_extra=rules(
-            (
-                f"self.matches('{OBJECT_NAME}')",
-                "className is the name of an IngressClass: lower-case letters, digits, - and .",
-            )
-        ),
+        json_schema_extra=rules(object_name("className is the name of an IngressClass")),
     )
     hosts: list[Host] = Field(
         default=[],
@@ -122,12 +106,7 @@ class Ingress(Model):
         "plaintext or the certificate of the Ingress controller.",
         min_length=1,
         max_length=253,
-        json_schema_extra=rules(
-            (
-                f"self.matches('{OBJECT_NAME}')",
-                "tlsSecretName is the name of a Secret: lower-case letters, digits, - and .",
-            )
-        ),
+        json_schema_extra=rules(object_name("tlsSecretName is the name of a Secret")),
     )
     annotations: dict[str, str] = annotation_field(
         "Annotations of the Ingress, e.g. timeouts of its controller (docs/pods.md). Default: none."

@@ -6,8 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from moe_operator.resources.base import Model, rules
-from moe_operator.resources.environment import OBJECT_NAME
+from moe_operator.resources.base import Model, object_name, rules
 
 
 class EndpointPicker(Model):
@@ -17,12 +16,7 @@ class EndpointPicker(Model):
         description="Service of the endpoint picker, in the same namespace. Required.",
         min_length=1,
         max_length=253,
-        json_schema_extra=rules(
-            (
-                f"self.matches('{OBJECT_NAME}')",
-                "this is the name of a Service in the same namespace: lower-case letters, digits, - and .",
-            )
-        ),
+        json_schema_extra=rules(object_name("this is the name of a Service in the same namespace")),
     )
     port: int = Field(
         default=9002,
