@@ -87,7 +87,7 @@ class DrawnLoads:
     """A counter of loads that are drawn anew for each reading, as uneven as `sigma`: so experts move."""
 
     def __init__(self, config: ModelConfig, sigma: float = 1.0) -> None:
-        self._layers = [n for n in range(config.num_hidden_layers) if n not in config.dense_layers]
+        self._layers = config.moe_layers
         self._sums = {layer: [0] * config.moe.routed for layer in self._layers}
         self._generator, self._sigma = torch.Generator().manual_seed(0), sigma
 

@@ -127,7 +127,7 @@ def exchange_bytes(case: Case, batch: int) -> int:
     per_shard = case.part.graphs.size_for(-(-batch // shape.expert))
     activations = config.hidden_size * (1 if int8 else 2) + (config.hidden_size // 128 * 4 if int8 else 0)
     row = activations + 8 * config.moe.routing.per_token + 2 * config.hidden_size
-    layers = len([layer for layer in case.part.stage.layers if layer not in config.dense_layers])
+    layers = sum(layer in config.moe_layers for layer in case.part.stage.layers)
     return (shape.expert - 1) * case.part.capacity(per_shard) * row * layers
 
 

@@ -49,7 +49,7 @@ def observe(
             taken[source] = taken.get(source, 0) + len(part)
             parts.append((source, part))
     names, config = sorted(taken), engine.config
-    layers = [layer for layer in range(config.num_hidden_layers) if layer not in config.dense_layers]
+    layers = config.moe_layers
     experts = config.moe.routed
     matrix = CapabilityMatrix(len(layers), len(names), experts, experts // 2)
     sums, seen = np.zeros(config.max_position_embeddings), np.zeros(config.max_position_embeddings)

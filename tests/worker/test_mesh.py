@@ -149,7 +149,7 @@ def compare_with_one_process(tmp_path, family, shape, options):
 def write_routing_report(checkpoint):
     """Loads and domains by which the mesh places experts otherwise than in their order."""
     config, draw = read_model_config(checkpoint / "config.json"), random.Random(1)
-    layers = [str(layer) for layer in range(LAYERS) if layer not in config.dense_layers]
+    layers = [str(layer) for layer in config.moe_layers]
 
     def shares():
         drawn = [draw.random() ** 3 for _ in range(config.moe.routed)]

@@ -49,9 +49,9 @@ class ModelConfig:
         return self.attention
 
     @property
-    def num_moe_layers(self) -> int:
-        """Layers with experts."""
-        return self.num_hidden_layers - len(self.dense_layers)
+    def moe_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers with experts, in order."""
+        return tuple(layer for layer in range(self.num_hidden_layers) if layer not in self.dense_layers)
 
     @property
     def parameters_total(self) -> int:
@@ -70,7 +70,7 @@ class ModelConfig:
         moe = (experts + self.moe.shared) * expert + self.moe.routed * d
         layers = self.num_hidden_layers * (self.attention.parameters(d) + 2 * d)
         embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * d
-        return embeddings + layers + len(self.dense_layers) * dense + self.num_moe_layers * moe + d
+        return embeddings + layers + len(self.dense_layers) * dense + len(self.moe_layers) * moe + d
 
 
 def parse_model_config(

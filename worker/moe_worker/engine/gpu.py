@@ -108,7 +108,7 @@ def weight_bytes(config: ModelConfig, number_format: str, spread: bool = False) 
     packed_bits = (config.parameters_total - kept) * (8 * dense if bits is None else bits)
     if number_format == "w4a8" and isinstance(config.storage, SparseStorage) and not spread:
         moe, wide = config.moe, len(config.dense_layers) * config.intermediate_size
-        wide += config.num_moe_layers * (moe.routed + moe.shared) * moe.intermediate
+        wide += len(config.moe_layers) * (moe.routed + moe.shared) * moe.intermediate
         packed_bits -= 3 * config.hidden_size * wide * SPARSE_SAVES
     return int(packed_bits / 8 + (kept + twice) * dense)
 

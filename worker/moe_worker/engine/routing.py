@@ -56,7 +56,7 @@ def nudges_of(config: ModelConfig, directory: Path, options: EngineOptions) -> d
             "bias to carry it; set the margin to 0"
         )
     report, nudges = read_routing_report(directory), {}
-    for index in _mixtures(config):
+    for index in config.moe_layers:
         nudge_E = _nudge(report, index, options.routing_margin)
         if nudge_E is None or len(nudge_E) != config.moe.routed:
             raise SettingsError(
@@ -74,11 +74,6 @@ def balance(model: DeepseekModel, nudges: Mapping[int, Tensor]) -> None:
         bias_E = layer.block.router.bias_E if isinstance(layer.block, MoeBlock) else None
         if bias_E is not None and index in nudges:
             bias_E += nudges[index].to(bias_E)
-
-
-def _mixtures(config: ModelConfig) -> list[int]:
-    """The layers with experts."""
-    return [layer for layer in range(config.num_hidden_layers) if layer not in config.dense_layers]
 
 
 def _nudge(report: RoutingReport | None, index: int, margin: float) -> Tensor | None:
@@ -103,8 +98,8 @@ def domains_to_learn(
         raise SettingsError(_TELL_NOTHING)
     report = read_routing_report(directory)
     known = None if report is None else report.domains
-    layers = _mixtures(config)
-    if known is None or [*known.shares] != layers or len(known.shares[layers[0]][0]) != config.moe.routed:
+    layers = config.moe_layers
+    if known is None or tuple(known.shares) != layers or len(known.shares[layers[0]][0]) != config.moe.routed:
         raise SettingsError(
             f"learn_routing: the checkpoint has no {ROUTING_FILE} with the domains of its layers; "
             "`moe-worker routing --domains` writes it"

@@ -104,7 +104,7 @@ def learn_domains(checkpoint: Path, data: Path, labels: Path, **options: Any) ->
     domains = read_labels(labels, len(documents))
     engine = Engine(checkpoint, progress=True, **options)
     config, names = engine.config, sorted(set(domains))
-    layers = [layer for layer in range(config.num_hidden_layers) if layer not in config.dense_layers]
+    layers = config.moe_layers
     experts = config.moe.routed
     matrix = CapabilityMatrix(len(layers), len(names), experts, max(1, experts // 2))
     for document, domain in zip(documents, domains, strict=True):
