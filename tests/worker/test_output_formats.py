@@ -5,6 +5,7 @@ import queue
 import random
 import re
 import threading
+import time
 from types import SimpleNamespace
 from unittest import mock
 
@@ -220,6 +221,48 @@ def test_masks_leave_the_scores_of_allowed_tokens_alone(rows, device):
     allowed = guides.Allowed(rows, bits_MB.to(device), vocab_size)
     assert torch.equal(allowed.masked(given_BV).cpu(), expected_BV)
     assert torch.equal(given_BV.cpu(), scores_BV)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_scheduler_learns_what_masks_of_each_tenant_took(engine, monkeypatch, threads):
+    found = engine._loaded
+    masks = guides.Guides(found.tokenizer, found.config.vocab_size, found.config.eos_token_ids, threads)
+    monkeypatch.setitem(vars(found), "guides", masks)
+    core = EngineCore(found, EngineOptions(threads=1, max_batch_size=8))
+    for number, tenant in enumerate(("one", "two", "none")):
+        wanted = EXPRESSION if tenant != "none" else None
+        core.submit(
+            Request(number, PROMPT, SamplingParameters(max_tokens=9), 0, tenant=tenant, output_format=wanted)
+        )
+    while not all(core._active[number].generated for number in range(3)):
+        core.step()
+    tenants = core._scheduler._policy._tenants.live
+    assert tenants["one"].mask_s > 0
+    assert tenants["two"].mask_s > 0
+    assert tenants["none"].mask_s is None
+
+
+def test_slow_masks_of_an_owner_are_measured_apart(engine, monkeypatch):
+    found = engine._loaded
+    masks = guides.Guides(found.tokenizer, found.config.vocab_size, found.config.eos_token_ids, threads=2)
+    calls = []
+
+    def slow(matchers, *_):
+        calls.append(matchers)
+        time.sleep(0.02 if any(matcher in hostile for matcher, _ in matchers) else 0.0)
+
+    texts = [masks.open(SCHEMA, (), owner) for owner in ("hostile", "guest", "hostile", "guest")]
+    for text, owner in zip(texts, ("hostile", "guest", "hostile", "guest"), strict=True):
+        text.owner = owner
+    hostile = [texts[0].own, texts[2].own]
+    monkeypatch.setattr(masks, "_executor", SimpleNamespace(unsafe_compute_mask_ptr=slow), raising=False)
+    for _ in range(2):
+        seconds = [text.take_seconds() for text in texts]
+        masks.masks(list(enumerate(texts)), torch.device("cpu"))
+    assert len(calls) == 3
+    assert min(seconds) > 0.0
+    guest, *_ = seconds = [text.take_seconds() for text in (texts[1], texts[3], texts[0], texts[2])]
+    assert guest < 0.01 <= seconds[2] == seconds[3]
 
 
 def test_the_format_begins_after_a_text(engine):

@@ -169,6 +169,7 @@ class EngineCore:
             weight=request.weight,
             scored=request.scores_prompt,
             blocks=request.blocks,
+            guided=request.output_format is not None,
         )
         if arrival.scored and self._launcher.feeds:
             raise RequestError(
@@ -317,6 +318,7 @@ class EngineCore:
     def _land(self, flight: Flight[ActiveRequest]) -> list[Delta]:
         """Processes the tokens of a step; requests that ended since its launch get none of them."""
         self._launcher.guides.take(flight)
+        self._scheduler.note_masks(self._launcher.guides.mask_seconds(flight))
         tokens, failed, logprobs = flight.wait()
         self._tally.count(flight.step, flight.decoded, len(flight.sampling))
         full = frozenset(self._scheduler.complete(flight.step, tokens, self._clock()))

@@ -26,7 +26,9 @@ class StepGuides:
         """The guide of a new request; None if it has no output format."""
         if request.output_format is None:
             return None
-        return self._guides.open(request.output_format, request.written, request.salt)
+        guide = self._guides.open(request.output_format, request.written, request.salt)
+        guide.owner = request.tenant
+        return guide
 
     def undo(self, flight: Flight[ActiveRequest]) -> None:
         """Guides that took tokens of a step that does not count begin again, behind the text so far."""
@@ -34,6 +36,7 @@ class StepGuides:
             request = active.request
             if active.guide is not None and request.output_format is not None:
                 active.guide = self._guides.open(request.output_format, active.output, request.salt)
+                active.guide.owner = request.tenant
 
     def begin(self, sampling: Sampling, flights: Flights, now: bool) -> Callable[[], Allowed | None]:
         """How to compute the masks for requests that sample in a new step, behind the steps in `flights`.
@@ -57,6 +60,10 @@ class StepGuides:
             allowed = masks()
             return lambda: allowed
         return masks
+
+    def mask_seconds(self, flight: Flight[ActiveRequest]) -> dict[int, float]:
+        """What masks of the requests of a step took since the last call, by request."""
+        return {name: it.guide.take_seconds() for name, it in flight.sampling if it.guide is not None}
 
     def take(self, flight: Flight[ActiveRequest]) -> None:
         """Gives the tokens of a step to the guides of their texts, once; waits for the tokens.

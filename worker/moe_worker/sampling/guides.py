@@ -4,6 +4,7 @@ Legend: B rows that sample, or bytes of a mask; M rows with a format, V vocabula
 """
 
 import logging
+import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _WORD_BITS = 32
 _ALL, _NONE = 255, 0
+APART_S: Final = 0.001
+"""Masks of one step that take longer are measured for each owner."""
 TEXTS_OF_A_LEXER: Final = 8
 """Texts of one format that share a lexer: its states, their bound, and a lock."""
 
@@ -110,10 +113,20 @@ class TextMatcher(NamedTuple):
 
 @dataclass
 class Guide:
-    """The state of one text in its format. matcher: of the tokens so far; is being compiled."""
+    """The state of one text in its format. matcher: of the tokens so far; is being compiled.
+
+    owner: the tenant whose text it is. seconds: that its masks took and nobody has taken note of.
+    """
 
     matcher: Future[TextMatcher]
     unguided: _Unguided
+    owner: str = ""
+    seconds: float = 0.0
+
+    def take_seconds(self) -> float:
+        """What its masks took since the last call."""
+        found, self.seconds = self.seconds, 0.0
+        return found
 
     def take(self, token: int, text: bytes) -> bool:
         """Notes a token of the text, and the bytes it adds; nothing once the text cannot go on.
@@ -154,6 +167,7 @@ class Guides:
         self._vocab_size = vocab_size
         self._ends = ends
         self._threads = threads
+        self._last_s = 0.0
         self._compiled: WeakValueDictionary[tuple[str, OutputFormat], _Compiled] = WeakValueDictionary()
 
     def open(self, output_format: OutputFormat, written: Sequence[int], salt: str = "") -> Guide:
@@ -190,7 +204,7 @@ class Guides:
             if guide.unguided.waits or guide.own.is_stopped():
                 rows[place] = _ALL
             else:
-                live.append((guide.own, place))
+                live.append((guide, place))
         self._compute(live, bits_MB)
         for place, (_, guide) in enumerate(guided):
             if guide.failed:
@@ -201,14 +215,29 @@ class Guides:
             bits_MB = bits_MB.to(device, non_blocking=True)
         return Allowed([row for row, _ in guided], bits_MB, self._vocab_size)
 
-    def _compute(self, matchers: "list[tuple[LLMatcher, int]]", bits_MB: Tensor) -> None:
-        """The masks of `matchers`, each at its place; llguidance releases the GIL meanwhile."""
+    def _compute(self, guides: list[tuple[Guide, int]], bits_MB: Tensor) -> None:
+        """The masks of `guides`, each at its place; llguidance releases the GIL meanwhile.
+
+        The texts of one call share its time evenly: texts of different owners get calls of their own as soon
+        as that makes a difference.
+        """
         start, (places, size) = bits_MB.data_ptr(), bits_MB.shape
-        if self._threads > 1 and len(matchers) > 1:
-            self._executor.unsafe_compute_mask_ptr(matchers, start, size, places)
+        if self._threads > 1 and len(guides) > 1:
+            calls = _by_owner(guides) if self._last_s > APART_S else [guides]
+            self._last_s = 0.0
+            for texts in calls:
+                began = time.monotonic()
+                matchers = [(guide.own, place) for guide, place in texts]
+                self._executor.unsafe_compute_mask_ptr(matchers, start, size, places)
+                took = time.monotonic() - began
+                self._last_s += took
+                for guide, _ in texts:
+                    guide.seconds += took / len(texts)
             return
-        for matcher, place in matchers:  # another thread would cost more than one mask
-            matcher.unsafe_compute_mask_ptr(start + place * size, size)
+        for guide, place in guides:  # another thread would cost more than one mask
+            began = time.thread_time()  # without what other threads take of the processor and the GIL
+            guide.own.unsafe_compute_mask_ptr(start + place * size, size)
+            guide.seconds += time.thread_time() - began
 
     def _compile(self, output_format: OutputFormat, written: list[int], salt: str) -> TextMatcher:
         """A copy of the format's matcher that has taken `written`; one thread alone may call this.
@@ -247,6 +276,13 @@ class Guides:
             n_vocab=self._vocab_size,
             eos_token=list(self._ends),
         )
+
+
+def _by_owner(guides: list[tuple[Guide, int]]) -> list[list[tuple[Guide, int]]]:
+    found: dict[str, list[tuple[Guide, int]]] = {}
+    for each in guides:
+        found.setdefault(each[0].owner, []).append(each)
+    return list(found.values())
 
 
 @dataclass

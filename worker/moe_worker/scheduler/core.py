@@ -1,7 +1,7 @@
 """Continuous batching over a paged cache: plans and completes the steps of all requests."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from moe_worker.errors import QueueFullError
 from moe_worker.kvcache.heap import LazyHeap
@@ -115,6 +115,13 @@ class Scheduler:
         expired = self._expire()
         draft = self._policy.draft(self.counters.steps + 1)
         return Plan(self._launch(draft), expired, tuple(draft.preempted), tuple(draft.admitted))
+
+    def note_masks(self, seconds: Mapping[int, float]) -> None:
+        """What masks of requests took since the last call; steps hold fewer of those that delay others."""
+        for request, took in seconds.items():
+            job = self._live.get(request)
+            if job is not None:
+                self._policy.note_mask(job, took)
 
     def complete(self, step: Step, tokens: Sequence[int], now: float) -> tuple[int, ...]:
         """Completes a step with its sampled tokens: one for each chunk that samples, in order.

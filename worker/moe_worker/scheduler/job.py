@@ -24,9 +24,9 @@ class Job:
     computed: tokens in the cache once all planned steps are done; written: once all completed ones are.
     table: its pages; the first `shared` are the path to `node` in the prefix tree. kept: pages in CPU memory
     that come back next, before it computes anything. told: entries of the table
-    that earlier planned chunks contain. announced: names of its blocks, held until it ends. admitted,
-    sampled: numbers of the steps in which it last started to run and got its newest token (0: never, or that
-    step was reverted).
+    that earlier planned chunks contain. announced: names of its blocks, held until it ends. mask_s: seconds
+    of its masks, on average; None: not known yet. admitted, sampled: numbers of the steps in which it last
+    started to run and got its newest token (0: never, or that step was reverted).
     """
 
     __slots__ = (
@@ -37,6 +37,7 @@ class Job:
         "ends",
         "kept",
         "length",
+        "mask_s",
         "node",
         "preempted",
         "rank",
@@ -65,6 +66,7 @@ class Job:
         self.kept: deque[Kept] = deque()
         self.told = 0
         self.announced: tuple[int, ...] = ()
+        self.mask_s: float | None = None
         self.admitted = 0
         self.sampled = 0
         self.preempted = False

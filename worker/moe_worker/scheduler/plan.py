@@ -82,6 +82,7 @@ class Arrival:
     namespace: prompts of two namespaces never share pages. tenant, weight: whose request it is, and its share
     of the machine relative to other tenants. scored: whether the logits of all tokens of the prompt are
     needed, so that it takes no pages from the prefix cache. blocks: of the prompt that have names, in order.
+    guided: whether its tokens need masks, which take time.
     """
 
     id: int
@@ -95,6 +96,7 @@ class Arrival:
     weight: int = 1
     scored: bool = False
     blocks: Sequence[Block] = ()
+    guided: bool = False
 
 
 class Chunk(NamedTuple):

@@ -26,6 +26,7 @@ from moe_worker.kvcache.heap import LazyHeap
 from moe_worker.kvcache.offload import Storage
 from moe_worker.scheduler.budget import TokenBudget
 from moe_worker.scheduler.job import Job, State
+from moe_worker.scheduler.mask_time import SLACK, MaskTime, expected_s
 from moe_worker.scheduler.memory import Memory
 from moe_worker.scheduler.plan import SCORED_TOKENS, Admitted, Arrival, Chunk, Counters, Limits
 from moe_worker.scheduler.tenants import Tenant, Tenants, charge, shares_of, step_tokens
@@ -42,6 +43,7 @@ class Draft:
     token. scored: tokens of scored prompts that are left of SCORED_TOKENS. The rest is for several tenants
     or micro-batches. spare: paused streams that may get a token if something is left, in turn. tokens: of
     the whole step, at most. streams: in it, at most. prompts: tokens of prompts that each tenant may compute.
+    masks: seconds that each tenant may spend on masks of requests that start.
     """
 
     number: int
@@ -51,6 +53,7 @@ class Draft:
     tokens: int = 0
     streams: int = 0
     prompts: dict[Tenant, int] = field(default_factory=dict)
+    masks: dict[Tenant, float] = field(default_factory=dict)
     scored: int = SCORED_TOKENS
     single: list[Chunk] = field(default_factory=list)
     single_jobs: list[Job] = field(default_factory=list)
@@ -79,6 +82,7 @@ class SchedulingPolicy:
         self._limits = limits
         self._counters = counters
         self._tenants = Tenants()
+        self._mask_time = MaskTime(SLACK * limits.target_s)
         self._queues: dict[Tenant, LazyHeap[tuple[float, int], Job]] = {}
         self._short: dict[Tenant, _Short] = {}
         self._arrivals = 0
@@ -92,6 +96,10 @@ class SchedulingPolicy:
         self.memory.announce(job)
         self._queues.setdefault(tenant, LazyHeap(_waits)).push(job.rank, job)
         return job
+
+    def note_mask(self, job: Job, seconds: float) -> None:
+        """Counts what the mask of a request took."""
+        self._mask_time.note(job, seconds, several=self._tenants.several)
 
     def end(self, job: Job) -> None:
         """Ends a job in any state; its pages are free."""
@@ -162,6 +170,13 @@ class SchedulingPolicy:
         draft.streams = self._part(streams)
         together = streams <= draft.streams and self._limits.ahead
         decoding, prompts = self._demands(draft, 1 if together else self._limits.micro_batches)
+        paused, draft.masks = self._mask_time.divide(draft.order, decoding, self._tenants.live.values())
+        draft.paused.update(paused)
+        if paused:
+            remaining = {
+                tenant: [job for job in jobs if job not in paused] for tenant, jobs in decoding.items()
+            }
+            decoding = {tenant: jobs for tenant, jobs in remaining.items() if jobs}
         most = self.budget.prompt_tokens(0)
         demands = {
             tenant: len(decoding.get(tenant, ())) + min(prompts.get(tenant, 0), most)
@@ -344,6 +359,8 @@ class SchedulingPolicy:
         running, memory, tenant = len(self.running), self.memory, job.tenant
         if not self._may_start(job) or self._another_waits_long(draft, tenant):
             return False
+        if job.arrival.guided and draft.masks.get(tenant, 0.0) < 0.0:
+            return False
         # Each running job may soon need a page; without a reserve the new one would soon be preempted.
         needed = memory.missing(job, reserve=running)
         while needed and self._take_page_from_others(draft, tenant, needed):
@@ -360,6 +377,8 @@ class SchedulingPolicy:
         tenant.running += 1
         draft.admitted.append(Admitted(job.arrival.id, self._cached(job)))
         self._count_admission(job)
+        if job.arrival.guided and tenant in draft.masks:
+            draft.masks[tenant] -= expected_s(job)
         return True
 
     def _may_start(self, job: Job) -> bool:

@@ -38,7 +38,8 @@ class Tenant:
 
     weight: its share, relative to others. served: virtual time, seconds of service divided by weight.
     ahead_until: it has just arrived as long as `served` is below this. live, running: requests. carry: the
-    part of a token that is due to it.
+    part of a token that is due to it. mask_s: seconds of a mask of its texts, on average; None: not
+    known yet. mask_credit_s: that it may spend on masks; negative: it has spent more (`mask_time`).
     """
 
     name: str
@@ -48,6 +49,8 @@ class Tenant:
     live: int = 0
     running: int = 0
     carry: float = 0.0
+    mask_s: float | None = None
+    mask_credit_s: float = 0.0
 
     @property
     def arriving(self) -> bool:
@@ -144,8 +147,8 @@ def shares_of(tokens: float, demands: Mapping[Tenant, int]) -> dict[Tenant, int]
     """Whole tokens for each tenant; who arrives comes first. Parts of tokens are carried to its next step."""
     arriving = {tenant: float(count) for tenant, count in demands.items() if tenant.arriving}
     others = {tenant: float(count) for tenant, count in demands.items() if not tenant.arriving}
-    due = _max_min(tokens, arriving)
-    due |= _max_min(tokens - sum(due.values()), others)
+    due = max_min(tokens, arriving)
+    due |= max_min(tokens - sum(due.values()), others)
     shares = {}
     for tenant, part in due.items():
         due_now = part + tenant.carry + _ROUNDING
@@ -154,7 +157,7 @@ def shares_of(tokens: float, demands: Mapping[Tenant, int]) -> dict[Tenant, int]
     return shares
 
 
-def _max_min(amount: float, demands: Mapping[Tenant, float]) -> dict[Tenant, float]:
+def max_min(amount: float, demands: Mapping[Tenant, float]) -> dict[Tenant, float]:
     """Weighted max-min fairness: small demands are met, and what they leave is divided by weight."""
     weight, parts = sum(tenant.weight for tenant in demands), {}
     for tenant in sorted(demands, key=lambda it: demands[it] / it.weight):
