@@ -19,6 +19,7 @@ from moe_operator.resources import names
 from moe_operator.resources.deployment import Name, parse
 from moe_operator.settings import Settings
 from tests.frontend.apiserver import ACCESS
+from tests.operator.live import eventually
 
 COLLECTION = f"/apis/{names.API_VERSION}/namespaces/default/{names.PLURAL}"
 CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
@@ -68,6 +69,17 @@ class Api:
         answer = self._pool.request(method, url, body=json.dumps(body), headers=headers)
         known = answer.headers.get("Content-Type", "").startswith("application/json")
         return answer.status, json.loads(answer.data) if known else {"message": answer.data.decode()}
+
+    def install(self, crd):
+        """Returns when the API server serves objects of the CRD's kind."""
+        assert self.ask("POST", CRDS, crd)[0] in (201, 409)
+        group, plural = crd["spec"]["group"], crd["spec"]["names"]["plural"]
+        path = f"/apis/{group}/v1/namespaces/default/{plural}"
+        eventually(lambda: self.ask("GET", path)[0], lambda code: code == 200, "the CRD is served")
+
+    def remove(self, crd):
+        """Deletes the CRD, and all objects of its kind."""
+        self.ask("DELETE", f"{CRDS}/{crd['metadata']['name']}")
 
     def look(self, name):
         """Seconds after which one reconcile wants the next one."""

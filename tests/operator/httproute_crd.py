@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.operator.published_crds import published
+
 _LABEL = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 _NAME = rf"^{_LABEL}(\.{_LABEL})*$"
 _KIND = "^[a-zA-Z]([-a-zA-Z0-9]*[a-zA-Z0-9])?$"
@@ -89,47 +91,14 @@ _RULE = _object(
     timeouts=_object([], request={"type": "string", "pattern": "^([0-9]{1,5}(h|m|s|ms)){1,4}$"}),
     backendRefs=_list(16, _BACKEND),
 )
-CRD: dict[str, Any] = {
-    "apiVersion": "apiextensions.k8s.io/v1",
-    "kind": "CustomResourceDefinition",
-    "metadata": {
-        "name": "httproutes.gateway.networking.k8s.io",
-        # Groups under k8s.io need it; it names where the API was approved.
-        "annotations": {
-            "api-approved.kubernetes.io": "https://github.com/kubernetes-sigs/gateway-api/pull/3328"
-        },
-    },
-    "spec": {
-        "group": "gateway.networking.k8s.io",
-        "names": {
-            "kind": "HTTPRoute",
-            "listKind": "HTTPRouteList",
-            "plural": "httproutes",
-            "singular": "httproute",
-        },
-        "scope": "Namespaced",
-        "versions": [
-            {
-                "name": "v1",
-                "served": True,
-                "storage": True,
-                "subresources": {"status": {}},
-                "schema": {
-                    "openAPIV3Schema": _object(
-                        ["spec"],
-                        apiVersion={"type": "string"},
-                        kind={"type": "string"},
-                        metadata={"type": "object"},
-                        spec=_object(
-                            [],
-                            parentRefs=_PARENTS,
-                            hostnames=_list(16, _text(253, rf"^(\*\.)?{_LABEL}(\.{_LABEL})*$")),
-                            rules=_list(16, _RULE),
-                        ),
-                        status={"type": "object", "x-kubernetes-preserve-unknown-fields": True},
-                    )
-                },
-            }
-        ],
-    },
-}
+CRD = published(
+    "HTTPRoute",
+    "gateway.networking.k8s.io",
+    "gateway-api/pull/3328",
+    _object(
+        [],
+        parentRefs=_PARENTS,
+        hostnames=_list(16, _text(253, rf"^(\*\.)?{_LABEL}(\.{_LABEL})*$")),
+        rules=_list(16, _RULE),
+    ),
+)

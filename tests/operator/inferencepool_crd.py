@@ -2,12 +2,14 @@
 
 The published manifest could not be obtained here, so this schema was written from its Go types
 (sigs.k8s.io/gateway-api-inference-extension, api/v1/inferencepool_types.go, as of v1.5): the same fields,
-defaults, bounds and CEL rules of the spec. Its status is left open, because the operator never writes it.
+defaults, bounds and CEL rules of the spec.
 """
 
 from __future__ import annotations
 
 from typing import Any
+
+from tests.operator.published_crds import published
 
 _DOMAIN = r"^$|^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
 _LABEL_VALUE = {
@@ -73,46 +75,10 @@ _SPEC: dict[str, Any] = {
         },
     },
 }
-CRD: dict[str, Any] = {
-    "apiVersion": "apiextensions.k8s.io/v1",
-    "kind": "CustomResourceDefinition",
-    "metadata": {
-        "name": "inferencepools.inference.networking.k8s.io",
-        # Groups under k8s.io need it; it names where the API was approved.
-        "annotations": {
-            "api-approved.kubernetes.io": "https://github.com/kubernetes-sigs/gateway-api-inference-extension/pull/1173"
-        },
-    },
-    "spec": {
-        "group": "inference.networking.k8s.io",
-        "names": {
-            "kind": "InferencePool",
-            "listKind": "InferencePoolList",
-            "plural": "inferencepools",
-            "singular": "inferencepool",
-            "shortNames": ["infpool"],
-        },
-        "scope": "Namespaced",
-        "versions": [
-            {
-                "name": "v1",
-                "served": True,
-                "storage": True,
-                "subresources": {"status": {}},
-                "schema": {
-                    "openAPIV3Schema": {
-                        "type": "object",
-                        "required": ["spec"],
-                        "properties": {
-                            "apiVersion": {"type": "string"},
-                            "kind": {"type": "string"},
-                            "metadata": {"type": "object"},
-                            "spec": _SPEC,
-                            "status": {"type": "object", "x-kubernetes-preserve-unknown-fields": True},
-                        },
-                    }
-                },
-            }
-        ],
-    },
-}
+CRD = published(
+    "InferencePool",
+    "inference.networking.k8s.io",
+    "gateway-api-inference-extension/pull/1173",
+    _SPEC,
+    short_names=("infpool",),
+)

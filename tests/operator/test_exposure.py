@@ -7,9 +7,9 @@ import pytest
 from moe_operator.planner.drift import first_difference
 from moe_operator.render import exposure, frontend
 from moe_operator.render.objects import Key, key
-from tests.operator.by_hand import COLLECTION, CRDS, Api
+from tests.operator.by_hand import COLLECTION, Api
 from tests.operator.httproute_crd import CRD
-from tests.operator.live import eventually, manifest
+from tests.operator.live import manifest
 from tests.operator.worlds import World, deployment
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
@@ -97,14 +97,13 @@ def test_routes_come_and_go_as_the_spec_says():
 def api(api_server):
     made = Api(api_server)
     yield made
-    made.ask("DELETE", f"{CRDS}/{CRD['metadata']['name']}")
+    made.remove(CRD)
 
 
 @pytest.fixture
 def gateways(api):
     """The CRD is installed."""
-    assert api.ask("POST", CRDS, CRD)[0] in (201, 409)
-    eventually(lambda: api.ask("GET", ROUTES)[0], lambda code: code == 200, "the CRD is served")
+    api.install(CRD)
     return api
 
 

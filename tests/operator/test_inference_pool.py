@@ -10,9 +10,9 @@ from moe_operator.planner.drift import first_difference
 from moe_operator.render import frontend, inference_pool
 from moe_operator.render.objects import Key, key
 from moe_operator.resources import names
-from tests.operator.by_hand import COLLECTION, CRDS, Api
+from tests.operator.by_hand import COLLECTION, Api
 from tests.operator.inferencepool_crd import CRD
-from tests.operator.live import eventually, manifest
+from tests.operator.live import manifest
 from tests.operator.worlds import World, deployment
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
@@ -63,14 +63,13 @@ def test_the_pool_comes_and_goes_as_the_spec_says_and_the_policies_stay():
 def api(api_server):
     made = Api(api_server)
     yield made
-    made.ask("DELETE", f"{CRDS}/{CRD['metadata']['name']}")
+    made.remove(CRD)
 
 
 @pytest.fixture
 def pools(api):
     """The CRD is installed."""
-    assert api.ask("POST", CRDS, CRD)[0] in (201, 409)
-    eventually(lambda: api.ask("GET", POOLS)[0], lambda code: code == 200, "the CRD is served")
+    api.install(CRD)
     return api
 
 
