@@ -69,53 +69,39 @@ def trace(tmp_path):
     return path
 
 
-async def test_a_trace_is_played_and_summed_up(moe, worker, trace):
-    done = await moe(
-        "load",
-        str(trace),
-        "--endpoint",
-        worker.endpoint.address,
-        "--speed",
-        "30",
-        "--prompt",
-        "count 2",
-        "--json",
-    )
+@pytest.fixture
+def play(moe, worker):
+    """`moe load` of a trace against the worker."""
+
+    async def played(path, *options):
+        return await moe("load", str(path), "--endpoint", worker.endpoint.address, *options)
+
+    return played
+
+
+async def test_a_trace_is_played_and_summed_up(play, worker, trace):
+    done = await play(trace, "--speed", "30", "--prompt", "count 2", "--json")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary["requests"] == {"due": 20, "sent": 20, "ok": 20, "failed": {}}
     assert worker.requests == 20
     assert 0.5 < summary["duration_s"] < 60
-    table = await moe(
-        "load", str(trace), "--endpoint", worker.endpoint.address, "--speed", "60", "--prompt", "count 1"
-    )
+    table = await play(trace, "--speed", "60", "--prompt", "count 1")
     assert b"20 of 20 requests" in table.stdout
     assert b"first token" in table.stdout
 
 
-async def test_a_slow_server_does_not_slow_the_load_down(moe, worker, trace):
+async def test_a_slow_server_does_not_slow_the_load_down(play, worker, trace):
     """Each answer takes a second; in a closed loop twenty of them would take twenty."""
-    done = await moe(
-        "load",
-        str(trace),
-        "--endpoint",
-        worker.endpoint.address,
-        "--speed",
-        "30",
-        "--prompt",
-        "count 1 1",
-        "--json",
-    )
+    done = await play(trace, "--speed", "30", "--prompt", "count 1 1", "--json")
     summary = json.loads(done.stdout)
     assert summary["requests"]["ok"] == 20
     assert summary["duration_s"] < 18
     assert worker.most_running > 5
 
 
-async def test_failures_are_counted_by_their_status(moe, worker, trace):
-    done = await moe(
-        "load", str(trace), "--endpoint", worker.endpoint.address, "--speed", "60", "--prompt", "full"
-    )
+async def test_failures_are_counted_by_their_status(play, trace):
+    done = await play(trace, "--speed", "60", "--prompt", "full")
     assert done.returncode == 3
     assert b"0 ok, 20 RESOURCE_EXHAUSTED" in done.stdout
 
@@ -152,17 +138,17 @@ async def test_requests_with_a_message_that_cannot_be_decoded_have_failed(moe, g
     assert b"describes no model: its message cannot be decoded" in done.stderr
 
 
-async def test_what_is_wrong_is_one_sentence(moe, worker, tmp_path):
+async def test_what_is_wrong_is_one_sentence(moe, play, tmp_path):
     bad = tmp_path / "bad.csv"
     bad.write_text("when,who\n1,2\n")
-    done = await moe("load", str(bad), "--endpoint", worker.endpoint.address)
+    done = await play(bad)
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr.startswith(b"error: " + os.fsencode(bad) + b": its first line is 'when,who'")
     done = await moe("load", str(bad.with_name("none.csv")))
     assert done.returncode == 2
     quiet = tmp_path / "quiet.csv"
     quiet.write_text("time,requests\n0,0\n10,0\n")
-    done = await moe("load", str(quiet), "--endpoint", worker.endpoint.address)
+    done = await play(quiet)
     assert b"no request to send" in done.stderr
 
 

@@ -15,12 +15,11 @@ from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
-from moe_api.supervision import Supervisor
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
 from moe_frontend.transport.loads import LoadPolling, reported
-from moe_frontend.transport.replicas import Replicas
 from moe_operator.render import inference_pool
-from tests.frontend.fake_worker import FakeWorker, says_bytes
+from tests.frontend.fake_worker import says_bytes
+from tests.frontend.fleet import Fleet
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,20 +37,16 @@ class Reports(worker_pb2_grpc.WorkerServiceServicer):
         return self.load
 
 
-class Fleet:
-    """Two workers, and the replicas of one frontend that polls them."""
+class PolledFleet(Fleet):
+    """The frontend polls the workers."""
 
     def __init__(self):
         self.reports = [Reports(), Reports()]
-        self.workers = [FakeWorker("w-0"), FakeWorker("w-1")]
-        self.replicas = Replicas()
+        super().__init__(self.reports)
         self.polling = LoadPolling(self.replicas, 0.01)
-        self.supervisor = Supervisor()
 
     async def start(self):
-        for worker, reports in zip(self.workers, self.reports, strict=True):
-            await worker.start(leaving=reports)
-        self.replicas.update(frozenset(worker.endpoint for worker in self.workers))
+        await super().start()
         self.supervisor.start("replica-loads", self.polling.run)
 
     async def report(self, number, **load):
@@ -61,24 +56,16 @@ class Fleet:
 
     async def rounds(self, number):
         before = self.reports[number].asked
-        async with asyncio.timeout(60):
-            while self.reports[number].asked < before + 3:
-                await asyncio.sleep(0.005)
+        await self.until(lambda: self.reports[number].asked >= before + 3)
 
     def chosen(self):
         with self.replicas.lease(frozenset()) as lease:
             return lease.endpoint.name
 
-    async def close(self):
-        await self.supervisor.close()
-        await self.replicas.close()
-        for worker in self.workers:
-            await worker.server.stop(None)
-
 
 @pytest.fixture
 async def fleet():
-    one = Fleet()
+    one = PolledFleet()
     await one.start()
     yield one
     await one.close()
@@ -120,7 +107,7 @@ async def test_a_replica_without_the_call_is_not_asked_again(fleet):
 
 
 async def test_a_report_that_cannot_be_decoded_counts_as_none_and_others_are_asked():
-    one = Fleet()
+    one = PolledFleet()
 
     async def junk(request, context):
         return b"\xff\xff"

@@ -14,7 +14,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from moe_api.inference.v1 import inference_pb2
 from moe_api.prefixes import CHANGE_MOST, names_of
-from moe_api.supervision import Backoff, Supervisor
+from moe_api.supervision import Backoff
 from moe_api.tenancy import SALT_KEY
 from moe_api.worker.v1 import worker_pb2, worker_pb2_grpc
 from moe_frontend.policy import watched
@@ -22,9 +22,9 @@ from moe_frontend.policy.balancing import Asked, ExactPrefixAffinity, Question, 
 from moe_frontend.policy.routing import Load, choose
 from moe_frontend.policy.watched import SENT_S, Held, ImplausibleChangeError, WatchedIndex
 from moe_frontend.transport import watching
-from moe_frontend.transport.replicas import Replicas
 from moe_frontend.transport.watching import CacheWatching
 from tests.frontend.fake_worker import FakeWorker, says_bytes
+from tests.frontend.fleet import Fleet
 
 NAMES = st.lists(st.integers(0, 20), max_size=8)
 
@@ -141,46 +141,25 @@ class Caches(worker_pb2_grpc.WorkerServiceServicer):
             self.running -= 1
 
 
-class Fleet:
-    """Workers, and the replicas of one frontend that watches their caches."""
+class WatchedFleet(Fleet):
+    """The frontend watches the workers' caches."""
 
     def __init__(self):
         self.caches = [Caches(), Caches()]
-        self.workers = [FakeWorker("w-0"), FakeWorker("w-1")]
         self.policy = ExactPrefixAffinity()
-        self.replicas = Replicas(policy=self.policy)
-        self.supervisor = Supervisor()
+        super().__init__(self.caches, self.policy)
         self.watching = CacheWatching(
             self.replicas, self.policy.index, self.supervisor, Backoff(first_s=0.01, longest_s=0.01)
         )
-
-    async def start(self):
-        for worker, caches in zip(self.workers, self.caches, strict=True):
-            await worker.start(leaving=caches)
-        self.publish(*self.workers)
-
-    def publish(self, *workers):
-        self.replicas.update(frozenset(worker.endpoint for worker in workers))
-
-    async def until(self, condition):
-        async with asyncio.timeout(60):
-            while not condition():
-                await asyncio.sleep(0.005)
 
     async def until_held(self, blocks, **counts):
         found = {name.replace("_", "-"): count for name, count in counts.items()}
         await self.until(lambda: self.policy.index.held(blocks, 0.0) == found)
 
-    async def close(self):
-        await self.supervisor.close()
-        await self.replicas.close()
-        for worker in self.workers:
-            await worker.server.stop(None)
-
 
 @pytest.fixture
 async def fleet():
-    one = Fleet()
+    one = WatchedFleet()
     await one.start()
     yield one
     await one.close()

@@ -1,7 +1,10 @@
 import json
 
 import pytest
-import torch
+
+from tests.threads import one_thread
+
+__all__ = ["CONFIG", "WORDS", "one_thread", "text_file"]
 
 CONFIG = {
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -34,15 +37,6 @@ CONFIG = {
     "eos_token_id": 1,
 }
 WORDS = ("the kernel maps a page of memory before the driver writes to it and the scheduler runs").split()  # noqa: SIM905 - reads better than a list
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Models this small only wait for one another's threads, for minutes where the cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
