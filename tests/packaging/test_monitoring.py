@@ -429,9 +429,7 @@ def test_the_charts_metadata_names_the_kinds_and_an_example_that_is_valid():
 
 
 def test_endpoint_pickers_find_the_gauges_that_the_docs_name(exported):
-    page = (ROOT / "docs/observability.md").read_text()
-    rows = re.findall(
-        r"^\| `(TotalQueuedRequests|TotalRunningRequests|KVCacheUtilization)` \| `(\w+)`", page, re.M
-    )
+    page = (ROOT / "docs/pods.md").read_text()
+    rows = re.findall(r"^\| `(queuedRequestsSpec|runningRequestsSpec|kvUsageSpec)` \| `(\w+)`", page, re.M)
     assert len(rows) == 3
     assert {name for _, name in rows} <= exported.keys()
