@@ -194,6 +194,8 @@ class Supervisor:
     @contextlib.contextmanager
     def _tracked(self, loop: str, name: str) -> Iterator[object]:
         key = object()
+        # Prometheus counts what a counter gains, so the first restart only counts where it was 0 before.
+        self._restarts.add(0, {"moe.loop": loop})
         self._states[key] = LoopState(loop, name, self._clock())
         try:
             yield key

@@ -107,6 +107,29 @@ def test_a_thread_goes_on_after_an_error_and_ends_when_told():
     assert not thread.is_alive()
 
 
+def exported(reader):
+    return {
+        metric.name: [(dict(point.attributes), point.value) for point in metric.data.data_points]
+        for resource in reader.get_metrics_data().resource_metrics
+        for scope in resource.scope_metrics
+        for metric in scope.metrics
+    }
+
+
+async def test_restarts_are_counted_from_zero():
+    """`increase` of Prometheus takes no account of the value with which a series begins."""
+    reader = InMemoryMetricReader()
+    supervisor = Supervisor(MeterProvider(metric_readers=[reader]).get_meter("test"), FAST)
+    stopping, running = threading.Event(), threading.Event()
+    supervisor.start("probe", asyncio.Event().wait)
+    supervisor.start_thread("watch", lambda: (running.set(), stopping.wait()), stopping)
+    await asyncio.to_thread(running.wait, 60)
+    values = sorted(exported(reader)["moe.background.restarts"], key=str)
+    stopping.set()
+    await supervisor.close()
+    assert values == [({"moe.loop": "probe"}, 0), ({"moe.loop": "watch"}, 0)]
+
+
 async def test_failures_are_logged_and_exported(caplog):
     reader = InMemoryMetricReader()
     meter = MeterProvider(metric_readers=[reader]).get_meter("test")
@@ -115,12 +138,7 @@ async def test_failures_are_logged_and_exported(caplog):
     with caplog.at_level(logging.ERROR):
         supervisor.start("probe", work, "default/m")
         await asyncio.wait_for(work.steady.wait(), 60)
-    values = {
-        metric.name: [(dict(point.attributes), point.value) for point in metric.data.data_points]
-        for resource in reader.get_metrics_data().resource_metrics
-        for scope in resource.scope_metrics
-        for metric in scope.metrics
-    }
+    values = exported(reader)
     await supervisor.close()
     assert values["moe.background.restarts"] == [({"moe.loop": "probe"}, 1)]
     assert values["moe.background.loops"] == [({"moe.loop": "probe", "moe.state": "running"}, 1)]

@@ -279,6 +279,34 @@ def test_the_benchmark_scrapes_as_the_prometheus_operator_does(render):
     assert sorted(kept) == [["frontend", "http"], ["frontend", "metrics"], ["worker", "metrics"]]
 
 
+def kept(rules, labels):
+    """Whether Prometheus scrapes a target with these labels, by its documentation of relabel_config."""
+    return all(
+        re.fullmatch(rule["regex"], ";".join(labels.get(name, "") for name in rule["source_labels"]))
+        for rule in rules
+        if rule.get("action") == "keep"
+    )
+
+
+@pytest.mark.parametrize("role", ["worker", "frontend", "other"])
+@pytest.mark.parametrize("port", ["grpc", "http", "metrics", "mesh"])
+def test_the_documented_configuration_scrapes_what_the_pod_monitors_do(render, role, port):
+    text = (ROOT / "docs/observability.md").read_text()
+    [documented] = yaml.safe_load(re.search(r"```yaml\n(scrape_configs:.*?)```", text, re.DOTALL)[1])[
+        "scrape_configs"
+    ]
+    monitors = dashboards.scrape_configs(render("metrics.podMonitor.enabled=true"))
+    labels = {
+        "__meta_kubernetes_pod_label_app_kubernetes_io_part_of": "moe-operator",
+        "__meta_kubernetes_pod_label_serving_moe_operator_dev_role": role,
+        "__meta_kubernetes_pod_container_port_name": port,
+    }
+    wanted = any(kept(scrape["relabel_configs"], labels) for scrape in monitors)
+    assert kept(documented["relabel_configs"], labels) == wanted
+    made = {rule["target_label"] for rule in documented["relabel_configs"] if "target_label" in rule}
+    assert made == {"namespace", "pod"} | scraped.OF_DEPLOYMENT
+
+
 def test_the_benchmark_evaluates_every_panel_and_alert():
     found = dashboards.expressions(120)
     assert len(found) == len(RULES) + sum(len(panel["targets"]) for path in BOARDS for panel in panels(path))
