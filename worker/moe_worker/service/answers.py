@@ -63,11 +63,11 @@ def _violation(violation: Violation) -> FieldViolation:
 
 
 def of_chunk(
-    chunk: TextChunk, usage: inference_pb2.Usage, piece: Callable[[int], bytes]
+    chunk: TextChunk, usage: inference_pb2.Usage | None, piece: Callable[[int], bytes]
 ) -> inference_pb2.GenerateResponse:
     """The next message of a stream.
 
-    usage: for the last message. piece: the bytes that a token stands for.
+    usage: of the last message. piece: the bytes that a token stands for.
     """
     response = inference_pb2.GenerateResponse(text=chunk.text, tokens=chunk.tokens)
     for token, logprobs in zip(
@@ -76,6 +76,7 @@ def of_chunk(
         response.logprobs.append(_logprobs(token, logprobs, piece))
     if chunk.finish_reason is not None:
         response.finish_reason = FINISH_REASONS[chunk.finish_reason]
+    if usage is not None:
         response.usage.CopyFrom(usage)
     return response
 

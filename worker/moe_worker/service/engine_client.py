@@ -20,6 +20,7 @@ from moe_worker.engine.statistics import ExpertStatistics, Statistics
 from moe_worker.errors import EngineDiedError, QueueFullError, RequestError, WorkerError
 from moe_worker.framing import LENGTH_BYTES, MalformedMessageError
 from moe_worker.service.cache_feed import CacheFeed
+from moe_worker.service.pacing import Pacing
 from moe_worker.service.streams import Stream, Timeline
 from moe_worker.service.watchdog import STALL_TIMEOUT_S, Watchdog
 from moe_worker.service.wire import (
@@ -48,6 +49,7 @@ END_TIMEOUT_S = 2.0
 ENGINE_ENVIRONMENT = {"GOMP_SPINCOUNT": "0"}
 # Called after each step with the engine's sums before and after it, and the step's seconds.
 StepListener = Callable[[Statistics, Statistics, float], None]
+ENGINE = "moe_worker.service.engine_process"
 log = logging.getLogger(__name__)
 
 
@@ -74,6 +76,7 @@ class EngineClient:
     step_s: float = 0.0  # of all steps
     on_step: StepListener | None = None
     cached: CacheFeed = field(default_factory=CacheFeed)
+    _pacing: Pacing = field(default_factory=Pacing)
     _slots: Slots = field(default_factory=Slots)
     _streams: dict[int, Stream] = field(default_factory=dict)
     _ids: "count[int]" = field(default_factory=count)
@@ -95,7 +98,7 @@ class EngineClient:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "moe_worker.service.engine_process",
+                ENGINE,
                 str(theirs.fileno()),
                 pass_fds=[theirs.fileno()],
                 env=ENGINE_ENVIRONMENT | os.environ,
@@ -155,7 +158,7 @@ class EngineClient:
         """
         self._raise_if_ended()
         timeline = Timeline(anchor or Anchor.now(), submitted_ns=time.monotonic_ns())
-        stream = self._streams[request.id] = Stream(timeline)
+        stream = self._streams[request.id] = Stream(timeline, self._pacing)
         self.writer.write(encode(Submit(request)))
         self._submitted += 1
         return stream

@@ -252,7 +252,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             chunk = await stream.take()
             if chunk.finish_reason in answers.FAILURES:
                 break
-            response = answers.of_chunk(chunk, _usage(checked, stream), tokenizer.piece)
+            usage = None if chunk.finish_reason is None else _usage(checked, stream)
+            response = answers.of_chunk(chunk, usage, tokenizer.piece)
             response.resumed, resumed = resumed, 0  # on the first message only
             if scored is not None:
                 response.prompt.extend(scored.take(chunk.prompt))

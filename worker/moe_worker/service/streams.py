@@ -9,6 +9,7 @@ from moe_api.clock import Anchor
 from moe_worker.engine.requests import Delta, FinishReason
 from moe_worker.engine.statistics import Event, EventKind
 from moe_worker.sampling.logprobs import TokenLogprobs
+from moe_worker.service.pacing import Pacing
 
 PROMPT_MOST: Final = 1024
 """Tokens of a prompt in one message: about 400 KiB with 20 likely ones for each."""
@@ -65,13 +66,18 @@ class Timeline:
 
 @dataclass
 class Stream:
-    """Collects deltas until the client reads them: a slow reader gets fewer, larger messages.
+    """Collects deltas until the client reads them and `pacing` allows a message.
+
+    So slow readers, and all readers of a busy worker, get fewer, larger messages. The first token and the end
+    do not wait.
 
     It holds at most the remaining tokens of the request, so the context length bounds it, and the scores of
     its prompt, which `SamplingParameters.prompt_violations` bounds.
     """
 
     timeline: Timeline
+    pacing: Pacing = field(default_factory=Pacing)
+    _waits: bool = False  # for its turn
     _text: list[str] = field(default_factory=list)
     _tokens: list[int] = field(default_factory=list)
     _logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -98,7 +104,19 @@ class Stream:
         if delta.logprobs is not None:
             self._logprobs.append(delta.logprobs)
         self._prompt.extend(delta.prompt)
-        self._ready.set()
+        if self._ready.is_set():
+            return
+        if self.timeline.tokens <= 1 or delta.finish_reason is not None:
+            self.send()
+        elif not self._waits:
+            self._waits = True
+            self.pacing.add(self)
+
+    def send(self) -> None:
+        """Lets `take` return what has come."""
+        self._waits = False
+        if self.pending or self.timeline.finish_reason is not None:
+            self._ready.set()
 
     def fail(self, error: Exception) -> None:
         """Ends the stream: after the client has read everything before, `take` raises `error`."""
