@@ -12,7 +12,7 @@ import click
 
 from localcluster import images
 from localcluster.cluster import DEFAULT_DIRECTORY, DEFAULT_MOUNTS, Cluster, Ready
-from localcluster.errors import LocalClusterError, NotRunningError
+from localcluster.errors import ForwardError, LocalClusterError, NotRunningError
 from localcluster.forward import Forward
 from localcluster.images import Image
 from localcluster.layout import Layout
@@ -116,7 +116,8 @@ def status(directory: Path) -> None:
 def forward(directory: Path, target: str, local_port: int) -> None:
     """Make a service reachable at a port of 127.0.0.1, until Ctrl-C.
 
-    Each new connection goes to the next ready endpoint, so the forward survives restarts of pods.
+    Each new connection goes to the next ready endpoint, so the forward survives restarts of pods. While no
+    pod is ready, connections are reset, and the command says why.
     """
     service, _, port = target.rpartition(":")
     namespace, slash, name = service.partition("/")
@@ -127,7 +128,12 @@ def forward(directory: Path, target: str, local_port: int) -> None:
     with Forward(directory, namespace, name, port, local_port) as opened:
         click.echo(f"{opened.address} leads to {target}; Ctrl-C ends it", err=True)
         click.echo(opened.address)
-        signal.pause()
+        for notice in opened.notices():
+            click.echo(notice, err=True)
+    raise ForwardError(
+        "the cluster's network agent ended, and the forward with it; `python -m localcluster status` shows "
+        "whether it is back"
+    )
 
 
 @cli.command("load-image")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 from localcluster.errors import ForwardError, NotRunningError
 from localcluster.layout import Layout
@@ -44,13 +45,15 @@ class Forward:
             ForwardError: there is no such service or port, or the local port is taken.
         """
         self._close = ExitStack()
+        self._lines: IO[bytes]
         with ExitStack() as stack:
             control = _open_control(stack, Layout(Path(directory).absolute()))
             with socket.socket() as listener:
                 self.address = _listen(listener, local_port)
                 request = json.dumps({"namespace": namespace, "service": service, "port": str(port)}).encode()
                 socket.send_fds(control, [request], [listener.fileno()])
-                answer = control.recv(65536)
+                self._lines = stack.enter_context(control.makefile("rb"))
+                answer = self._lines.readline()
             if not answer:
                 raise ForwardError(
                     "the cluster's network agent ended; `python -m localcluster status` "
@@ -58,8 +61,13 @@ class Forward:
                 )
             if error := json.loads(answer)["error"]:
                 raise ForwardError(error)
-            stack.callback(_say_goodbye, control)
+            stack.callback(_say_goodbye, control, self._lines)
             self._close = stack.pop_all()
+
+    def notices(self) -> Iterator[str]:
+        """Waits for reasons why connections are reset; ends when the network agent ends."""
+        for line in self._lines:
+            yield json.loads(line)["notice"]
 
     def __enter__(self) -> Forward:
         return self
@@ -74,11 +82,11 @@ class Forward:
         self._close.close()
 
 
-def _say_goodbye(control: socket.socket) -> None:
+def _say_goodbye(control: socket.socket, lines: IO[bytes]) -> None:
     """Ends the forward, and returns when the agent no longer listens."""
     with suppress(OSError):  # the agent, or all of the cluster, may be gone already
         control.shutdown(socket.SHUT_WR)
-        control.recv(1)
+        lines.read()
 
 
 def _open_control(stack: ExitStack, layout: Layout) -> socket.socket:

@@ -30,6 +30,8 @@ _API_LISTENER_FD = 3
 _SERVICES = "/api/v1/services"
 _SLICES = "/apis/discovery.k8s.io/v1/endpointslices"
 _PERMANENT = {str(API_SERVICE_ADDRESS), str(DNS_ADDRESS)}
+_NOTICE_S = 10.0
+"""The reason why connections are reset is told this often at most."""
 _BACKOFF = Backoff(first_s=0.5, longest_s=5.0)
 _log = logging.getLogger(__name__)
 
@@ -105,7 +107,8 @@ class Agent:
         `control` is open.
 
         The request is JSON, {"namespace", "service", "port"}, and comes together with the socket's descriptor
-        (SCM_RIGHTS); the answer is JSON, {"error": TEXT}, empty for success.
+        (SCM_RIGHTS). The answer is a line of JSON, {"error": TEXT}, empty for success. Lines {"notice": TEXT}
+        follow while there is no pod to relay to.
         """
         control.setblocking(True)
         request, descriptors, _, _ = await asyncio.to_thread(socket.recv_fds, control, 65536, 1)
@@ -118,11 +121,22 @@ class Agent:
             port = self.catalog.find(**json.loads(request))
         except ForwardError as error:
             listener.close()
-            await loop.sock_sendall(control, json.dumps({"error": str(error)}).encode())
+            await loop.sock_sendall(control, _line(error=str(error)))
             return
         choose = relay.RoundRobin(lambda: self.catalog.behind(port))
-        server = await asyncio.start_server(relay.handler(choose), sock=listener)
-        await loop.sock_sendall(control, b'{"error": ""}')
+        told = float("-inf")
+
+        def tell() -> None:
+            nonlocal told
+            if loop.time() - told >= _NOTICE_S:
+                told = loop.time()
+                with contextlib.suppress(OSError):  # nobody reads, or the forward has ended
+                    control.send(_line(notice=self.catalog.lacks(port)))
+
+        server = await asyncio.start_server(relay.handler(choose, tell), sock=listener)
+        await loop.sock_sendall(control, _line(error=""))
+        if not self.catalog.behind(port):
+            tell()
         with contextlib.suppress(ConnectionError):
             await loop.sock_recv(control, 1)
         server.close()
@@ -153,6 +167,10 @@ class Agent:
             self._supervisor.start("services", self.keep_listening),
             self._supervisor.start("forwards", self.serve_forwards),
         )
+
+
+def _line(**members: str) -> bytes:
+    return json.dumps(members).encode() + b"\n"
 
 
 async def main() -> None:

@@ -48,11 +48,12 @@ class ServicePort:
 
 @dataclass(frozen=True)
 class Catalog:
-    """Everything at one moment: ports by service, ready backends by (service, port name), DNS records by
-    lower-case name.
+    """Everything at one moment: ports and selectors of pods by service, ready backends by (service, port
+    name), DNS records by lower-case name.
     """
 
     ports: Mapping[str, tuple[ServicePort, ...]]
+    selectors: Mapping[str, str]
     backends: Mapping[tuple[str, str], tuple[Address, ...]]
     records: Mapping[str, tuple[IPv4Address, ...]]
 
@@ -64,6 +65,20 @@ class Catalog:
     def behind(self, port: ServicePort) -> tuple[Address, ...]:
         """The ready backends of a service port."""
         return self.backends.get((port.service, port.name), ())
+
+    def lacks(self, port: ServicePort) -> str:
+        """Why connections to a service port are reset, and who knows more."""
+        namespace, _, _ = port.service.partition("/")
+        selector = self.selectors.get(port.service)
+        pods = f"kubectl get pods -n {namespace}" + (f" -l {selector}" if selector else "")
+        if port.service not in self.ports:
+            return f"service {port.service} was deleted, so connections are reset; end this forward"
+        if self.behind(port):
+            return f"no ready pod of service {port.service} accepts connections; read their logs (`{pods}`)"
+        return (
+            f"service {port.service} has no ready pod for port {port.port}, so connections are reset until "
+            f"it has one; `{pods}` shows its pods"
+        )
 
     def find(self, namespace: str, service: str, port: str) -> ServicePort:
         """A service's port by name or number; raises ForwardError saying what there is instead."""
@@ -82,9 +97,14 @@ def build(services: Mapping[str, Object], slices: Mapping[str, Object]) -> Catal
     """The catalog of these Services and EndpointSlices, each by "namespace/name"."""
     return Catalog(
         ports={key: tuple(_ports(key, service)) for key, service in services.items()},
+        selectors={key: _selector(service) for key, service in services.items()},
         backends=_backends(slices.values()),
         records=_records(services, slices.values()),
     )
+
+
+def _selector(service: Object) -> str:
+    return ",".join(f"{name}={value}" for name, value in (service["spec"].get("selector") or {}).items())
 
 
 def _ports(key: str, service: Object) -> Iterator[ServicePort]:

@@ -54,15 +54,16 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 def handler(
-    choose: Choose,
+    choose: Choose, refused: Callable[[], None] = lambda: None
 ) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]:
     """A callback for asyncio.start_server; without a ready backend it resets the connection, as kube-proxy
-    rejects it.
+    rejects it, and calls `refused`.
     """
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream = await _connect(choose())
         if upstream is None:
+            refused()
             writer.transport.abort()
             return
         for each in (writer, upstream[1]):

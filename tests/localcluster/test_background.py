@@ -10,7 +10,9 @@ from types import SimpleNamespace
 
 from localcluster.cri import process, runtime
 from localcluster.cri.logs import LogFile
-from localcluster.network import agent
+from localcluster.forward import Forward
+from localcluster.layout import Layout
+from localcluster.network import agent, catalog
 from localcluster.node import supervisor
 from localcluster.node.components import Component
 from moe_api.listwatch import ExpiredError
@@ -45,6 +47,54 @@ async def test_an_error_that_nobody_foresaw_makes_the_watch_list_again(monkeypat
     node.watch()
     await asyncio.wait_for(listed_again.wait(), 60)
     node._stopping.set()
+
+
+async def test_a_forward_says_why_it_resets_connections(monkeypatch, tmp_path):
+    layout = Layout(tmp_path)
+    layout.network_socket.parent.mkdir(parents=True, exist_ok=True)
+    monkeypatch.setattr(agent, "INSIDE", SimpleNamespace(network_socket=layout.network_socket))
+    service = {"metadata": {}, "spec": {"selector": {"app": "a"}, "ports": [{"port": 80}]}}
+    node = agent.Agent()
+    node.catalog = catalog.build({"users/a": service}, {})
+    serving = asyncio.create_task(node.serve_forwards())
+    while not layout.network_socket.exists():
+        await asyncio.sleep(0)
+
+    def ask():
+        """What a client gets, and the reason that is told."""
+        with Forward(tmp_path, "users", "a", 80) as opened:
+            host, port = opened.address.split(":")
+            notice = next(opened.notices())
+            with socket.create_connection((host, int(port)), 60) as client:
+                try:
+                    answer = client.recv(1)
+                except ConnectionResetError:
+                    answer = b""
+        return answer, notice
+
+    answer, notice = await asyncio.wait_for(asyncio.to_thread(ask), 60)
+    serving.cancel()
+    await node._supervisor.close()
+    assert answer == b""
+    assert notice == (
+        "service users/a has no ready pod for port 80, so connections are reset until it has one; "
+        "`kubectl get pods -n users -l app=a` shows its pods"
+    )
+
+
+def test_a_forward_names_services_that_went_and_pods_that_do_not_listen():
+    service = {"metadata": {}, "spec": {"ports": [{"port": 80}]}}
+    [port] = catalog.build({"users/a": service}, {}).ports["users/a"]
+    ends = {
+        "metadata": {"namespace": "users", "labels": {"kubernetes.io/service-name": "a"}},
+        "addressType": "IPv4",
+        "ports": [{"port": 8000}],
+        "endpoints": [{"addresses": ["10.0.0.9"]}],
+    }
+    assert "users/a was deleted" in catalog.build({}, {}).lacks(port)
+    assert "no ready pod of service users/a accepts" in catalog.build(
+        {"users/a": service}, {"x": ends}
+    ).lacks(port)
 
 
 def echo(text, output):
