@@ -25,7 +25,6 @@ from moe_operator.resources.status import (
     READY,
     RECONCILING,
     STALLED,
-    Condition,
     Status,
 )
 from tests.operator.kstatus import kstatus
@@ -35,14 +34,8 @@ FRONTEND = Key("Deployment", "docs-frontend")
 QUOTA = 'pods "docs-frontend-7d9" is forbidden: exceeded quota: small, requested: pods=1, used: pods=4'
 
 
-def condition(world: World, kind: str) -> Condition:
-    found = world.status.condition(kind)
-    assert found is not None, kind
-    return found
-
-
 def said(world: World, kind: str) -> tuple[str, str]:
-    found = condition(world, kind)
+    found = world.condition(kind)
     return found.status, found.reason
 
 
@@ -107,7 +100,7 @@ def test_a_frontend_that_cannot_start_is_the_reason_and_not_the_model(status, re
     loaded(world, 0)
     frontend_pod(world, "docs-frontend-x", status)
     world.step()
-    ready = condition(world, READY)
+    ready = world.condition(READY)
     assert (ready.status, ready.reason) == ("False", reason)
     assert ready.message.startswith("0/1 replicas ready; 0/1 frontends ready; docs-frontend-x: ")
     assert sentence in ready.message
@@ -122,7 +115,7 @@ def test_a_quota_that_forbids_the_frontends_pods_is_the_reason():
     failure = {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreate", "message": QUOTA}
     world.children[FRONTEND]["status"] = {"conditions": [failure]}
     world.step()
-    ready = condition(world, READY)
+    ready = world.condition(READY)
     assert ready.reason == "PodRefused"
     assert ready.message == (
         "0/1 replicas ready; 0/1 frontends ready; Deployment docs-frontend: a quota has no room for the pod; "
@@ -135,7 +128,7 @@ def test_a_loaded_worker_that_no_frontend_routes_to_says_so():
     world.step()
     loaded(world, 0)
     world.step()
-    assert condition(world, READY).message == (
+    assert world.condition(READY).message == (
         "0/1 replicas ready; 0/1 frontends ready; waiting for the frontends to route to docs-0-0"
     )
 
@@ -145,11 +138,11 @@ def test_ready_wants_every_frontend():
     world.children[FRONTEND]["status"] = {"replicas": 3, "updatedReplicas": 3, "readyReplicas": 1}
     world.step()
     assert said(world, READY) == ("False", "FrontendNotReady")
-    assert condition(world, READY).message.startswith("2/2 replicas ready; 1/3 frontends ready; ")
+    assert world.condition(READY).message.startswith("2/2 replicas ready; 1/3 frontends ready; ")
     assert (said(world, PROGRESSING)[0], computed(world)) == ("True", "InProgress")
     world.children[FRONTEND]["status"]["readyReplicas"] = 3
     world.step()
-    assert condition(world, READY).message == "2/2 replicas ready, 3/3 frontends ready"
+    assert world.condition(READY).message == "2/2 replicas ready, 3/3 frontends ready"
     assert (said(world, PROGRESSING), computed(world)) == (("True", "Complete"), "Current")
 
 
@@ -178,7 +171,7 @@ def test_a_first_rollout_that_never_gets_ready_fails_at_its_deadline_and_heals()
     assert todo.deadline is not None, "no event says that time has passed"
     world.now = todo.deadline + timedelta(seconds=1)
     assert world.step().deadline is None
-    progressing = condition(world, PROGRESSING)
+    progressing = world.condition(PROGRESSING)
     assert (progressing.status, progressing.reason) == ("False", "ProgressDeadlineExceeded")
     assert progressing.message.endswith(
         "nothing further was ready for 60 s; docs-0-0: no such image; "
@@ -215,7 +208,7 @@ def test_kstatus_fails_a_second_rollout_that_is_stuck_while_ready_stays_true():
     world.now += timedelta(seconds=62)
     world.step()
     assert (said(world, READY)[0], computed(world)) == ("True", "Failed")
-    assert "undo the rollout" in condition(world, PROGRESSING).message
+    assert "undo the rollout" in world.condition(PROGRESSING).message
 
 
 def test_a_replica_that_is_ready_on_and_off_does_not_move_the_deadline():
@@ -288,7 +281,7 @@ def test_the_remedy_at_the_deadline_fits_the_cause():
         world.now += timedelta(seconds=61)
         world.step()
         assert said(world, PROGRESSING) == ("False", "ProgressDeadlineExceeded")
-        return condition(world, PROGRESSING).message
+        return world.condition(PROGRESSING).message
 
     limits = {"rollout": {"progressDeadlineSeconds": 60}}
     world = World(deployment(**limits))
@@ -313,7 +306,7 @@ def test_a_rollout_names_what_keeps_the_new_pod_down_while_old_ones_serve():
     world.step()
     world.pods["docs-2-0"]["status"] = waiting("ErrImagePull", "no such image")
     world.step()
-    found = condition(world, PROGRESSING)
+    found = world.condition(PROGRESSING)
     assert (said(world, READY)[0], found.status, found.reason) == ("True", "True", "RollingOut")
     assert found.message.startswith("docs-2-0: no such image; 0/2 replicas ready at revision ")
 
@@ -323,7 +316,7 @@ def test_the_cause_of_an_unplaced_pod_stands_before_the_schedulers_words():
     world.step()
     world.pods["docs-0-0"]["status"] = UNSCHEDULABLE
     world.step()
-    assert condition(world, READY).message == (
+    assert world.condition(READY).message == (
         "0/1 replicas ready; docs-0-0: no node matches; correct the node selector or the tolerations, or add "
         "a node; the scheduler says: 0/3 nodes are available: 3 node(s) didn't match Pod's node "
         "affinity/selector"
@@ -377,7 +370,7 @@ def test_updated_counts_ready_replicas_only():
     world.step()
     world.step()
     assert world.status.updated_replicas == 0
-    assert condition(world, PROGRESSING).message.startswith("0/2 replicas ready at revision ")
+    assert world.condition(PROGRESSING).message.startswith("0/2 replicas ready at revision ")
     world.ready(2)
     world.step()
     assert world.status.updated_replicas == 1

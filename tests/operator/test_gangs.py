@@ -44,12 +44,6 @@ def world(**spec):
     return found
 
 
-def condition(world, kind=READY):
-    found = world.status.condition(kind)
-    assert found is not None
-    return found
-
-
 def pods(world):
     return sorted(name for name in world.pods if name.startswith("docs-0-"))
 
@@ -168,11 +162,11 @@ def test_a_gang_is_ready_when_its_leader_is_and_says_meanwhile_how_many_workers_
     found = world()
     found.pods["docs-0-1"]["status"]["conditions"] = [{"type": "Ready", "status": "True"}]
     found.step()
-    assert "waiting for docs-0-0 (1/4 workers ready) to load the model" in condition(found).message
+    assert "waiting for docs-0-0 (1/4 workers ready) to load the model" in found.condition(READY).message
     found.ready(0)
     found.frontend_ready()
     found.step()
-    assert (found.status.ready_replicas, condition(found).status) == (1, "True")
+    assert (found.status.ready_replicas, found.condition(READY).status) == (1, "True")
 
 
 def test_followers_gates_open_with_their_containers():
@@ -202,7 +196,7 @@ def test_a_half_placed_gang_gives_its_nodes_back_and_tries_again_later():
     plan = found.step()
     assert (size(found), pods(found)) == (0, [])
     assert "GangUnschedulable" in [decision.reason for decision in plan.decisions]
-    said = condition(found)
+    said = found.condition(READY)
     assert said.reason == "GangUnschedulable"
     assert "docs-0-3 (rank 3, stage 1) found no node within 60 s, and 3 of 4 workers had one" in said.message
     assert "3 Insufficient nvidia.com/gpu" in said.message
@@ -231,7 +225,7 @@ def test_a_gang_of_which_no_worker_has_a_node_holds_nothing_and_waits():
     found.now += timedelta(hours=1)
     found.step()
     assert size(found) == 4
-    assert condition(found).reason == "Unschedulable"
+    assert found.condition(READY).reason == "Unschedulable"
 
 
 def test_pauses_grow_and_differ_between_gangs():
@@ -248,7 +242,7 @@ def test_the_first_cause_is_named_not_the_workers_that_ended_with_it():
         crash(found, rank, code=3, log=left, ended="2026-01-01T00:00:04Z")
     crash(found, 2, code=137, ended="2026-01-01T00:00:05Z")
     found.step()
-    said = condition(found)
+    said = found.condition(READY)
     assert said.reason == "ContainerCrashed"
     assert "docs-0-2 (rank 2, stage 1): worker ended with exit code 137 (SIGKILL)" in said.message
 
@@ -262,10 +256,10 @@ def test_a_gang_that_does_not_form_is_stopped_when_its_budget_is_spent():
     crash(found, 1, log="error: out of memory on this rank; use --kv-memory 1Gi", restarts=4)
     found.step()
     assert (size(found), pods(found)) == (0, [])
-    said = condition(found, STALLED)
+    said = found.condition(STALLED)
     assert said.reason == "RestartBudgetExhausted"
     assert "4 restarts; docs-0-1 (rank 1, stage 0): out of memory on this rank" in said.message
-    assert condition(found, PROGRESSING).status == "False"
+    assert found.condition(PROGRESSING).status == "False"
     found.now += timedelta(days=1)
     found.step()
     assert size(found) == 0
@@ -399,7 +393,7 @@ def test_the_worst_layer_of_all_gangs_is_the_imbalance():
 @pytest.mark.parametrize(("threshold", "reason"), [("1.2", "Imbalanced"), ("1.6", "Balanced")])
 def test_the_status_shows_ranks_stages_and_imbalance(threshold, reason):
     found = world(replicas=2, parallelism={"rebalance": {"threshold": threshold}})
-    assert condition(found, EXPERTS_BALANCED).reason == "NotMeasured"
+    assert found.condition(EXPERTS_BALANCED).reason == "NotMeasured"
     for rank in range(3):
         found.pods[f"docs-1-{rank}"]["status"]["conditions"] = [{"type": "Ready", "status": "True"}]
     readings = {"docs-1-0": MeshReading(3, ((0, 4), (4, 3)), 4, Balance(5, 1, 150))}

@@ -18,7 +18,7 @@ from moe_operator.render.objects import Key, key
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment, Identity
 from moe_operator.resources.spec import Spec
-from moe_operator.resources.status import ModelInfo, Status
+from moe_operator.resources.status import Condition, ModelInfo, Status
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -171,6 +171,12 @@ class World:
         for rank in ranks:
             end = timestamp(self.now + timedelta(seconds=grace_s))
             self.pods[f"docs-{rank}-0"]["metadata"]["deletionTimestamp"] = end
+
+    def condition(self, kind: str) -> Condition:
+        """A condition of the status, which has it."""
+        found = self.status.condition(kind)
+        assert found is not None, kind
+        return found
 
     def revisions(self) -> dict[int, str]:
         """Revision of each replica's StatefulSet."""
