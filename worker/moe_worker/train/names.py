@@ -17,11 +17,6 @@ def named_tensors(state: dict[str, torch.Tensor], experts: int) -> dict[str, tor
     return tensors
 
 
-def checkpoint_tensors(model: TrainingModel) -> dict[str, torch.Tensor]:
-    """All weights of a model under their published names."""
-    return named_tensors(untied_state(model), model.config.moe.routed)
-
-
 def load_checkpoint_tensors(model: TrainingModel, tensors: dict[str, torch.Tensor]) -> None:
     """Loads the weights of a checkpoint of the same shape.
 
