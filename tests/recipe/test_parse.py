@@ -70,6 +70,43 @@ steps:
         (HEAD + "training: {bach: 1}\nsteps: [{quantize: {steps: 1}}]", "did you mean 'batch'?"),
         (HEAD + "steps: [{quantize: {steps: 1}}, {finetune: {steps: 1}}]", r"steps\[0\] makes four bits"),
         (HEAD + "steps: [{prune: {steps: 1}, finetune: {steps: 1}}]", "must have one key"),
+        *(
+            (
+                HEAD + f"training: {{{key}: {value}}}\nsteps: [{{quantize: {{steps: 0}}}}]",
+                f"training: {key} is .*; it must be",
+            )
+            for key, value in (
+                ("learning_rate", -1),
+                ("learning_rate", 0),
+                ("batch", 0),
+                ("batch", 9 * 10**30),
+                ("window", 1),
+                ("dropout", 0.95),
+                ("weight_decay", -0.1),
+                ("decay_share", 1.1),
+                ("checkpoint_every", 0),
+                ("optimizer", "sgd"),
+            )
+        ),
+        *(
+            (
+                HEAD + f"steps: [{{{kind}: {{steps: 1, {key}: {value}}}}}]",
+                rf"steps\[0\].{kind}: {key} is .*; it must be",
+            )
+            for kind, key, value in (
+                ("prune", "rounds", 0),
+                ("prune", "experts", 0),
+                ("sparsify", "dense_share", -0.1),
+                ("sparsify", "pattern", "s15"),
+                ("sparsify", "learning_rate", -2),
+                ("quantize", "group", 4),
+                ("finetune", "teacher_share", 2),
+                ("finetune", "teacher_top", 0),
+                ("finetune", "hidden_share", -1),
+            )
+        ),
+        ("seed: -1\n" + HEAD + "steps: [{quantize: {steps: 1}}]", "seed is -1; it must be"),
+        (f"seed: {1 << 63}\n" + HEAD + "steps: [{quantize: {steps: 1}}]", "seed is .*; it must be"),
         ("model: [", "is not YAML"),
         ("- a", "must be keys with values, not list"),
     ],

@@ -13,8 +13,13 @@ import yaml
 
 from moe_worker.errors import CheckpointError, SettingsError
 from moe_worker.reading import read_file
+from moe_worker.train.settings import OPTIMIZERS, RANGES, SALIENCIES, SPARSITIES, Range
 
 LARGEST_RECIPE = 1 << 20
+_RANGES = RANGES | dict.fromkeys(
+    ("rounds", "batches", "layers", "heads", "experts", "channels", "dense_channels"), Range(1, 1 << 24)
+)
+_CHOICES = {"optimizer": OPTIMIZERS, "pattern": SPARSITIES, "saliency": SALIENCIES}
 
 
 @dataclass(frozen=True)
@@ -167,6 +172,12 @@ def _build(
     values = {
         key: _value(value, str(allowed[key].type), f"{where}: {key}", folder) for key, value in given.items()
     }
+    for key, value in values.items():
+        numbers, words = _RANGES.get(key), _CHOICES.get(key)
+        if numbers is not None and value is not None and value not in numbers:
+            raise SettingsError(f"{where}: {key} is {value!r}; it must be {numbers}")
+        if words is not None and value not in words:
+            raise SettingsError(f"{where}: {key} is {value!r}; it must be one of {', '.join(words)}")
     return kind(**values, **made)
 
 

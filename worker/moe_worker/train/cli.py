@@ -8,12 +8,29 @@ from typing import Any
 import click
 
 from moe_api.ranges import FiniteRange
-from moe_worker.train.settings import BALANCES, OPTIMIZERS, PRECISIONS, SALIENCIES, SPARSITIES, TrainSettings
+from moe_worker.train.settings import (
+    BALANCES,
+    OPTIMIZERS,
+    PRECISIONS,
+    RANGES,
+    SALIENCIES,
+    SPARSITIES,
+    TOLD,
+    TrainSettings,
+)
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
-_SHARE = FiniteRange(0, 1)
 _DEFAULT = TrainSettings
+
+
+def _number(name: str) -> click.IntRange | FiniteRange:
+    """The type of a number's option. The setting itself refuses what is so large that help need not say."""
+    least, most, above = RANGES[name]
+    told = most if most <= TOLD else None
+    if TrainSettings.__annotations__[name] == "int":
+        return click.IntRange(int(least), None if told is None else int(told))
+    return FiniteRange(least, told, min_open=above)
 
 
 @click.command(context_settings={"show_default": True})
@@ -34,18 +51,18 @@ _DEFAULT = TrainSettings
     help="Checkpoint directory of the same shape to start from. Default: random weights.",
 )
 @click.option("--tokenizer", type=_FILE, help="tokenizer.json to use. Default: train one on the text.")
-@click.option("--steps", type=click.IntRange(0), default=_DEFAULT.steps, help="Optimizer steps.")
-@click.option("--batch", type=click.IntRange(1), default=_DEFAULT.batch, help="Windows in a step.")
-@click.option("--window", type=click.IntRange(2), default=_DEFAULT.window, help="Tokens in a window.")
+@click.option("--steps", type=_number("steps"), default=_DEFAULT.steps, help="Optimizer steps.")
+@click.option("--batch", type=_number("batch"), default=_DEFAULT.batch, help="Windows in a step.")
+@click.option("--window", type=_number("window"), default=_DEFAULT.window, help="Tokens in a window.")
 @click.option(
     "--learning-rate",
-    type=FiniteRange(0, min_open=True),
+    type=_number("learning_rate"),
     default=_DEFAULT.learning_rate,
     help="Peak learning rate.",
 )
 @click.option(
     "--weight-decay",
-    type=FiniteRange(0),
+    type=_number("weight_decay"),
     default=_DEFAULT.weight_decay,
     help="Weight decay of the matrices.",
 )
@@ -63,27 +80,27 @@ _DEFAULT = TrainSettings
 )
 @click.option(
     "--clip-norm",
-    type=FiniteRange(0),
+    type=_number("clip_norm"),
     default=_DEFAULT.clip_norm,
     help="Maximum norm of the gradient; 0: no limit.",
 )
-@click.option("--dropout", type=FiniteRange(0, 0.9), default=_DEFAULT.dropout, help="Dropout probability.")
-@click.option("--warmup", type=click.IntRange(0), default=_DEFAULT.warmup, help="Steps of rising rate.")
+@click.option("--dropout", type=_number("dropout"), default=_DEFAULT.dropout, help="Dropout probability.")
+@click.option("--warmup", type=_number("warmup"), default=_DEFAULT.warmup, help="Steps of rising rate.")
 @click.option(
     "--decay-share",
-    type=FiniteRange(0, 1),
+    type=_number("decay_share"),
     default=_DEFAULT.decay_share,
     help="Share of the steps over which the rate falls to zero.",
 )
 @click.option(
     "--balance-speed",
-    type=FiniteRange(0),
+    type=_number("balance_speed"),
     default=_DEFAULT.balance_speed,
     help="How far one step moves the routers' balancing bias.",
 )
 @click.option(
     "--sequence-balance",
-    type=FiniteRange(0),
+    type=_number("sequence_balance"),
     default=_DEFAULT.sequence_balance,
     help="Weight of the loss term that balances the experts within each sequence; 0: none.",
 )
@@ -95,19 +112,19 @@ _DEFAULT = TrainSettings
 )
 @click.option(
     "--balance-strength",
-    type=FiniteRange(0),
+    type=_number("balance_strength"),
     default=_DEFAULT.balance_strength,
     help="The largest difference that the coefficient makes to a score.",
 )
 @click.option(
     "--expert-cost",
-    type=FiniteRange(0),
+    type=_number("expert_cost"),
     default=_DEFAULT.expert_cost,
     help="Weight of the cost of experts, for a config.json with a routing.mass below 1.",
 )
 @click.option(
     "--mass-after",
-    type=_SHARE,
+    type=_number("mass_after"),
     default=_DEFAULT.mass_after,
     help="Share of the steps that train with all experts; then the mass falls to that of config.json, and "
     "the cost rises, over half of the rest.",
@@ -116,7 +133,7 @@ _DEFAULT = TrainSettings
     "--domains", type=_FILE, help="Labels of the training documents, one a line: a hint for the routers."
 )
 @click.option(
-    "--domain-share", type=FiniteRange(0), default=_DEFAULT.domain_share, help="Weight of that hint."
+    "--domain-share", type=_number("domain_share"), default=_DEFAULT.domain_share, help="Weight of that hint."
 )
 @click.option(
     "--sparsity",
@@ -126,13 +143,13 @@ _DEFAULT = TrainSettings
 )
 @click.option(
     "--dense-share",
-    type=_SHARE,
+    type=_number("dense_share"),
     default=_DEFAULT.dense_share,
     help="Share of the steps at the start that are dense.",
 )
 @click.option(
     "--shrink-share",
-    type=_SHARE,
+    type=_number("shrink_share"),
     default=_DEFAULT.shrink_share,
     help="Share of the steps after that in which masks tighten and weights may return; then masks are fixed.",
 )
@@ -144,25 +161,28 @@ _DEFAULT = TrainSettings
 )
 @click.option(
     "--w4a8-share",
-    type=_SHARE,
+    type=_number("w4a8_share"),
     default=_DEFAULT.w4a8_share,
     help="Share of the steps at the end that compute with int4 weights and int8 activations; the checkpoint "
     "is then packed.",
 )
-@click.option("--group", type=click.IntRange(8), default=_DEFAULT.group, help="Inputs that share a scale.")
+@click.option("--group", type=_number("group"), default=_DEFAULT.group, help="Inputs that share a scale.")
 @click.option("--teacher", type=_FOLDER, help="Checkpoint directory of a model to learn from (bf16).")
 @click.option(
-    "--teacher-share", type=_SHARE, default=_DEFAULT.teacher_share, help="Share of the teacher in the loss."
+    "--teacher-share",
+    type=_number("teacher_share"),
+    default=_DEFAULT.teacher_share,
+    help="Share of the teacher in the loss.",
 )
 @click.option(
     "--teacher-top",
-    type=click.IntRange(1, 256),
+    type=_number("teacher_top"),
     default=_DEFAULT.teacher_top,
     help="Most likely tokens of the teacher kept on disk, 4 bytes each for every token of the text.",
 )
 @click.option(
     "--hidden-share",
-    type=FiniteRange(0),
+    type=_number("hidden_share"),
     default=_DEFAULT.hidden_share,
     help="Weight of the distance to its last hidden states; it then runs during training.",
 )
@@ -171,19 +191,22 @@ _DEFAULT = TrainSettings
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder for the encoded text and teachers' tokens, which runs share. Default: that around --out.",
 )
-@click.option("--seed", type=click.IntRange(0), default=_DEFAULT.seed, help="Same seed, same run.")
+@click.option("--seed", type=_number("seed"), default=_DEFAULT.seed, help="Same seed, same run.")
 @click.option(
-    "--evaluate-every", type=click.IntRange(1), default=_DEFAULT.evaluate_every, help="Steps between scores."
+    "--evaluate-every",
+    type=_number("evaluate_every"),
+    default=_DEFAULT.evaluate_every,
+    help="Steps between scores.",
 )
 @click.option(
     "--checkpoint-every",
-    type=click.IntRange(1),
+    type=_number("checkpoint_every"),
     default=_DEFAULT.checkpoint_every,
     help="Steps between states to resume from.",
 )
 @click.option(
     "--stop-after",
-    type=FiniteRange(0),
+    type=_number("stop_after"),
     help="Seconds after which to save and end early, to resume later.",
 )
 @click.option(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final, NamedTuple
 
 from moe_worker.errors import SettingsError
 
@@ -12,6 +14,65 @@ SPARSITIES = ("none", "s14", "s24")
 SALIENCIES = ("magnitude", "gradient")
 BALANCES = ("bias", "coefficient")
 PRECISIONS = ("bfloat16", "float32")
+
+
+TOLD: Final = 1000
+"""Larger upper bounds only keep numbers from overflowing."""
+
+
+class Range(NamedTuple):
+    """Bounds of a number, both inclusive unless `above`: then it must be greater than `least`."""
+
+    least: float
+    most: float = math.inf
+    above: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            return False
+        return (self.least < value if self.above else self.least <= value) and value <= self.most
+
+    def __str__(self) -> str:
+        least = f"above {self.least:g}" if self.above else f"{self.least:g} or more"
+        if math.isinf(self.most):
+            return f"finite and {least}"
+        return (
+            f"from {self.least:g} to {self.most:g}" if self.most <= TOLD else f"{least}, below {self.most:g}"
+        )
+
+
+_COUNT: Final = 1 << 40
+_SIZE: Final = 1 << 24
+_SHARE: Final = Range(0, 1)
+RANGES: Final = {
+    "steps": Range(0, _COUNT),
+    "batch": Range(1, _SIZE),
+    "window": Range(2, _SIZE),
+    "learning_rate": Range(0, above=True),
+    "weight_decay": Range(0),
+    "clip_norm": Range(0),
+    "dropout": Range(0, 0.9),
+    "warmup": Range(0, _COUNT),
+    "decay_share": _SHARE,
+    "balance_speed": Range(0),
+    "sequence_balance": Range(0),
+    "balance_strength": Range(0),
+    "expert_cost": Range(0),
+    "mass_after": _SHARE,
+    "domain_share": Range(0),
+    "dense_share": _SHARE,
+    "shrink_share": _SHARE,
+    "w4a8_share": _SHARE,
+    "group": Range(8, _SIZE),
+    "teacher_share": _SHARE,
+    "teacher_top": Range(1, 256),
+    "hidden_share": Range(0),
+    "seed": Range(0, (1 << 63) - 1),
+    "evaluate_every": Range(1, _COUNT),
+    "checkpoint_every": Range(1, _COUNT),
+    "stop_after": Range(0),
+}
+"""Of all numbers: the options of `moe-worker train`, recipes and the library refuse others."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +172,7 @@ class TrainSettings:
         return self.cache or self.out.parent
 
     def __post_init__(self) -> None:
-        """Raises SettingsError for an unknown choice, or for shares that do not add up."""
+        """Raises SettingsError for an unknown choice, a number out of range, or shares that do not add up."""
         for name, allowed in (
             ("optimizer", OPTIMIZERS),
             ("sparsity", SPARSITIES),
@@ -126,9 +187,10 @@ class TrainSettings:
             raise SettingsError(
                 f"domain_share is {self.domain_share:g}, but there are no labels; set domains"
             )
-        for name in ("dense_share", "shrink_share", "w4a8_share", "teacher_share", "mass_after"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise SettingsError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
+        for name, numbers in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and value not in numbers:
+                raise SettingsError(f"{name} is {value}; it must be {numbers}")
         if self.dense_share + self.shrink_share > 1:
             raise SettingsError(
                 f"dense_share and shrink_share make {self.dense_share + self.shrink_share:g} of the steps; "
