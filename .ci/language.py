@@ -87,7 +87,6 @@ class Allowed:
 
 
 ALLOWED = (
-    Allowed("operator/moe_operator/kube/client.py", "`mirror`", "the name of an argument"),
     Allowed("operator/moe_frontend/outputs/*", "followers", "requests that share one computation"),
     Allowed("localcluster/netlink.py", "peer", "the kernel's name for the other end of a veth pair"),
     Allowed("benchmarks/*", "shared/peers|--peers|peers none", "the folder and the option have this name"),

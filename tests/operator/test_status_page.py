@@ -15,7 +15,7 @@ import pytest
 from moe_api.supervision import Supervisor
 from moe_api.worker.v1 import worker_pb2
 from moe_operator.errors import ClusterUnavailableError, InstallationError
-from moe_operator.kube.mirror import Mirror
+from moe_operator.kube.cache import ObjectCache
 from moe_operator.resources import names
 from moe_operator.statuspage import collecting
 from moe_operator.statuspage.collecting import Collector
@@ -123,7 +123,7 @@ class Cluster:
 
 
 def collector(cluster, asked):
-    cache = Mirror(frozenset({names.KIND, "Pod"}))
+    cache = ObjectCache(frozenset({names.KIND, "Pod"}))
     cache.put(names.KIND, BODY)
     for one in PODS:
         cache.put("Pod", one)

@@ -31,9 +31,9 @@ from moe_operator.controller.work_metrics import WorkMetrics
 from moe_operator.errors import MoEOperatorError
 from moe_operator.executor.certificates import Certificates
 from moe_operator.kube import peering
+from moe_operator.kube.cache import ObjectCache
 from moe_operator.kube.client import Cluster
-from moe_operator.kube.follow import Follower
-from moe_operator.kube.mirror import Mirror
+from moe_operator.kube.watcher import KindWatcher
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Name
 from moe_operator.rpc.dialing import Dialer
@@ -65,13 +65,13 @@ class Operator:
     def __init__(
         self,
         cluster: Cluster,
-        cache: Mirror,
+        cache: ObjectCache,
         own: Settings,
         priority: int,
         server: MetricsServer | None,
         page: StatusServer | None = None,
     ) -> None:
-        self._cluster, self._mirror, self._settings = cluster, cache, own
+        self._cluster, self._cache, self._settings = cluster, cache, own
         self._telemetry = telemetry.configure(
             "moe-operator", readers=[PrometheusMetricReader()] if server else []
         )
@@ -83,7 +83,7 @@ class Operator:
         # Reconciles must not wait until histories and decisions of scaling are written.
         self._scaling_threads = ThreadPoolExecutor(_SCALING_THREADS, thread_name_prefix="scaling")
         self._queue = ReconcileQueue(self._reconcile, own, self._supervisor)
-        self._watchers: list[Follower] = []
+        self._watchers: list[KindWatcher] = []
         self._edits = Edits()
         certificates = Certificates(cluster)
         dialer = Dialer(certificates.identity)
@@ -111,7 +111,7 @@ class Operator:
     async def watch(self) -> None:
         """Starts the watches; returns when every existing object has been observed once."""
         self._watchers = await follow(
-            self._cluster, self._mirror, self._queue, self._supervisor, self._settings.namespaces
+            self._cluster, self._cache, self._queue, self._supervisor, self._settings.namespaces
         )
         spare_the_collector()
 
@@ -138,9 +138,9 @@ class Operator:
         metadata = body["metadata"]
         name = Name(metadata["namespace"], metadata["name"])
         if kind == "DELETED":
-            self._mirror.drop(names.KIND, *name, metadata["uid"])
+            self._cache.drop(names.KIND, *name, metadata["uid"])
         else:
-            self._mirror.put(names.KIND, dict(body))
+            self._cache.put(names.KIND, dict(body))
         if self._edits.take(kind, body):
             self._queue.add(name, edited=True)
 

@@ -11,11 +11,11 @@ import kopf
 
 from moe_api.metrics_server import MetricsServer, PortTakenError
 from moe_operator.controller.operator import Operator
-from moe_operator.controller.watches import FOLLOWED
+from moe_operator.controller.watches import WATCHED
 from moe_operator.errors import InstallationError, MoEOperatorError
 from moe_operator.kube import peering
+from moe_operator.kube.cache import ObjectCache
 from moe_operator.kube.client import Cluster, connect
-from moe_operator.kube.mirror import Mirror
 from moe_operator.resources import names
 from moe_operator.settings import Settings
 from moe_operator.statuspage.server import StatusServer
@@ -44,15 +44,15 @@ class Handlers:
         own = self._own
         configure(settings, own, datetime.now(UTC))
         try:
-            mirror = Mirror(frozenset({names.KIND, *FOLLOWED}))
-            cluster = await asyncio.to_thread(connect, own.api_timeout_seconds, mirror)
+            cache = ObjectCache(frozenset({names.KIND, *WATCHED}))
+            cluster = await asyncio.to_thread(connect, own.api_timeout_seconds, cache)
             await asyncio.to_thread(prepare_installation, cluster, own)
             server = _metrics_server(own)
             page = StatusServer(own.status_port) if own.status_port else None
         except MoEOperatorError as error:
             # One `kubectl apply` may create the CRDs and the operator, so the CRDs may exist soon.
             raise kopf.TemporaryError(str(error), delay=own.retry_first_seconds) from error
-        self._operator = Operator(cluster, mirror, own, settings.peering.priority, server, page)
+        self._operator = Operator(cluster, cache, own, settings.peering.priority, server, page)
         await self._operator.watch()
 
     async def stop(self, **_: Any) -> None:

@@ -9,24 +9,24 @@ from typing import Final
 
 from moe_api.supervision import Supervisor
 from moe_operator.controller.queue import ReconcileQueue
+from moe_operator.kube.cache import ObjectCache
 from moe_operator.kube.client import Cluster
-from moe_operator.kube.follow import Follower
-from moe_operator.kube.mirror import Mirror
+from moe_operator.kube.watcher import KindWatcher
 from moe_operator.render.children import KINDS
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Name
 
-FOLLOWED: Final = (*KINDS, "Pod", names.ROUTES_KIND)
+WATCHED: Final = (*KINDS, "Pod", names.ROUTES_KIND)
 """Kinds of objects that are watched, besides the deployments themselves."""
 
 
 async def follow(
     cluster: Cluster,
-    mirror: Mirror,
+    cache: ObjectCache,
     queue: ReconcileQueue,
     supervisor: Supervisor,
     namespaces: Sequence[str] = (),
-) -> list[Follower]:
+) -> list[KindWatcher]:
     """Starts a watcher for each kind of object of deployments; returns when all have listed their objects.
 
     namespaces: those that are watched; empty for all.
@@ -50,19 +50,19 @@ async def follow(
     def readable() -> None:
         tell(queue.add_all)
 
-    def follower(kind: str, space: str) -> tuple[Follower, asyncio.Event]:
+    def watcher(kind: str, space: str) -> tuple[KindWatcher, asyncio.Event]:
         # No thread waits for it: a thread could not be woken if the operator has to stop before that.
         settled = asyncio.Event()
         source = cluster.collection(kind, names.LABEL_NAME, space)
         settle = partial(_in_loop, loop, settled.set)
-        return Follower(source, mirror, kind, changed, readable, settle, space), settled
+        return KindWatcher(source, cache, kind, changed, readable, settle, space), settled
 
-    followers = [follower(kind, space) for space in namespaces or ("",) for kind in FOLLOWED]
-    started = [one for one, _ in followers]
+    watchers = [watcher(kind, space) for space in namespaces or ("",) for kind in WATCHED]
+    started = [one for one, _ in watchers]
     try:
         for one in started:
             one.start(supervisor)
-        for _, settled in followers:
+        for _, settled in watchers:
             await settled.wait()
     except asyncio.CancelledError:
         for one in started:

@@ -10,7 +10,7 @@ from kubernetes import client
 from moe_api.listwatch import Collection
 from moe_operator.apiserver import requests
 from moe_operator.apiserver.requests import Requests
-from moe_operator.kube.mirror import Mirror
+from moe_operator.kube.cache import ObjectCache
 from moe_operator.render.objects import Manifest
 from moe_operator.resources import names
 
@@ -48,16 +48,18 @@ class Cluster:
     only a change of the object helps.
     """
 
-    def __init__(self, api: client.ApiClient, timeout_seconds: float, mirror: Mirror | None = None) -> None:
-        """timeout_seconds: limit of one request. `mirror`: the cache, read instead of the API server where it
+    def __init__(
+        self, api: client.ApiClient, timeout_seconds: float, cache: ObjectCache | None = None
+    ) -> None:
+        """timeout_seconds: limit of one request. cache: read instead of the API server where it
         is complete.
         """
         self._requests = Requests(api, timeout_seconds)
-        self._mirror = mirror or Mirror(frozenset())
+        self._cache = cache or ObjectCache(frozenset())
 
     def get(self, kind: str, namespace: str | None, name: str) -> Manifest | None:
         """One object, or None when there is none."""
-        known = self._mirror.get(kind, namespace, name) if namespace else None
+        known = self._cache.get(kind, namespace, name) if namespace else None
         return known or self.read(kind, namespace, name)
 
     def read(self, kind: str, namespace: str | None, name: str) -> Manifest | None:
@@ -67,11 +69,11 @@ class Cluster:
     def refresh(self, kind: str, namespace: str, name: str) -> Manifest | None:
         """One object as it is now, which also updates the cache; None if there is none."""
         found = self.read(kind, namespace, name)
-        known = self._mirror.get(kind, namespace, name)
+        known = self._cache.get(kind, namespace, name)
         if known is not None and (found is None or found["metadata"]["uid"] != known["metadata"]["uid"]):
-            self._mirror.drop(kind, namespace, name, known["metadata"]["uid"])
+            self._cache.drop(kind, namespace, name, known["metadata"]["uid"])
         if found is not None:
-            self._mirror.put(kind, found)
+            self._cache.put(kind, found)
         return found
 
     def last_event(self, kind: str, namespace: str, name: str, reason: str) -> str | None:
@@ -101,23 +103,23 @@ class Cluster:
 
     def list(self, kind: str, namespace: str, deployment: str) -> list[Manifest]:
         """The objects that carry a deployment's label."""
-        if self._mirror.complete(kind, namespace):
-            return self._mirror.of_deployment(kind, namespace, deployment)
+        if self._cache.complete(kind, namespace):
+            return self._cache.of_deployment(kind, namespace, deployment)
         selector = names.selector_text({names.LABEL_NAME: deployment})
         found = self._requests.send("get", _path(kind, namespace), label_selector=selector) or {"items": []}
         return [{**item, "apiVersion": _PATHS[kind][0], "kind": kind} for item in found["items"]]
 
     def unreadable(self, kind: str, namespace: str) -> bool:
         """Whether the watch of a kind was forbidden at its last attempt."""
-        return self._mirror.doubted(kind, namespace)
+        return self._cache.doubted(kind, namespace)
 
     def note(self, manifests: Iterable[Manifest], verdict: str) -> None:
         """Stores verdicts about listed objects until they change or this process ends."""
-        self._mirror.note(manifests, verdict)
+        self._cache.note(manifests, verdict)
 
     def verdict(self, manifest: Manifest) -> str:
         """The verdict about this version of a listed object; empty if there is none."""
-        return self._mirror.verdict(manifest)
+        return self._cache.verdict(manifest)
 
     def collection(self, kind: str, label: str, namespace: str = "") -> Collection:
         """The objects of a namespace, or of all, that carry a label, to be listed and watched."""
@@ -137,7 +139,7 @@ class Cluster:
             force_conflicts=True,
         )
         if applied is not None:
-            self._mirror.put(manifest["kind"], applied)
+            self._cache.put(manifest["kind"], applied)
 
     def set_pod_condition(self, namespace: str, name: str, uid: str, condition: Mapping[str, str]) -> None:
         """Sets one condition of a pod, if it is still the one with this UID; the others stay."""
@@ -149,7 +151,7 @@ class Cluster:
             field_manager=names.FIELD_MANAGER,
         )
         if changed is not None:
-            self._mirror.put("Pod", changed)
+            self._cache.put("Pod", changed)
 
     def scale(self, namespace: str, name: str, replicas: int, version: str) -> None:
         """Sets spec.replicas of a deployment that is still at this resourceVersion."""
@@ -176,7 +178,7 @@ class Cluster:
         """Deletes an object if it is still the one with this UID, and what it owns after it."""
         options = {"preconditions": {"uid": uid}, "propagationPolicy": "Background"}
         self._requests.send("delete", _path(kind, namespace, name), body=options)
-        self._mirror.drop(kind, namespace, name, uid)
+        self._cache.drop(kind, namespace, name, uid)
 
 
 def _path(kind: str, namespace: str | None, name: str | None = None) -> str:
@@ -186,9 +188,9 @@ def _path(kind: str, namespace: str | None, name: str | None = None) -> str:
     return "/".join([*parts, name] if name else parts)
 
 
-def connect(timeout_seconds: float, mirror: Mirror | None = None) -> Cluster:
+def connect(timeout_seconds: float, cache: ObjectCache | None = None) -> Cluster:
     """Connects as the pod's ServiceAccount, or outside a pod as the kubeconfig says.
 
     Raises InstallationError when there is neither.
     """
-    return Cluster(requests.connect(_CONNECTIONS), timeout_seconds, mirror)
+    return Cluster(requests.connect(_CONNECTIONS), timeout_seconds, cache)

@@ -10,8 +10,8 @@ from typing import Any, Final
 
 from moe_api.worker.v1 import worker_pb2
 from moe_operator.errors import MoEOperatorError
+from moe_operator.kube.cache import ObjectCache
 from moe_operator.kube.client import Cluster
-from moe_operator.kube.mirror import Mirror
 from moe_operator.observed import pods as observed
 from moe_operator.render.objects import Manifest
 from moe_operator.resources import names
@@ -36,7 +36,7 @@ class Collector:
     def __init__(
         self,
         cluster: Cluster,
-        cache: Mirror,
+        cache: ObjectCache,
         namespaces: Sequence[str],
         loads: Callable[[Collection[str]], Mapping[str, worker_pb2.Load]],
     ) -> None:

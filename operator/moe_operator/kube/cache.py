@@ -51,7 +51,7 @@ class _Entry:
 
 
 @dataclass
-class Mirror:
+class ObjectCache:
     """Cached objects of some kinds. Thread-safe."""
 
     kinds: frozenset[str]

@@ -11,7 +11,7 @@ from typing import Final
 from moe_api.listwatch import Event, ListWatch, Manifest, Page, Source
 from moe_api.supervision import Backoff, Supervisor
 from moe_operator.errors import KindUnknownError, ReadForbiddenError
-from moe_operator.kube.mirror import Mirror, Place, deployment_of
+from moe_operator.kube.cache import ObjectCache, Place, deployment_of
 from moe_operator.render.children import OPTIONAL_KINDS
 
 _LOG: Final = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ Changed = Callable[[str, str], None]
 """Called with the namespace and name of a deployment after a change, in the watcher's thread."""
 
 
-class Follower:
+class KindWatcher:
     """Watches the objects of one kind that have a deployment's label, and keeps the cache equal to them.
 
     Args:
@@ -40,7 +40,7 @@ class Follower:
     def __init__(
         self,
         source: Source,
-        cache: Mirror,
+        cache: ObjectCache,
         kind: str,
         changed: Changed,
         readable: Callable[[], None] = lambda: None,
@@ -64,7 +64,7 @@ class Follower:
 
     def start(self, supervisor: Supervisor) -> None:
         """Starts the thread, which ends only after `stop`."""
-        supervisor.start_thread("watch", self._follow, self._stopping, self._title, _BACKOFF)
+        supervisor.start_thread("watch", self._watch_on, self._stopping, self._title, _BACKOFF)
 
     @property
     def _title(self) -> str:
@@ -101,7 +101,7 @@ class Follower:
         self._cache.drop(self._kind, metadata["namespace"], metadata["name"], metadata["uid"])
         self._changed(metadata["namespace"], deployment_of(event.item))
 
-    def _follow(self) -> None:
+    def _watch_on(self) -> None:
         """Lists and watches until an error, which the supervisor logs and counts.
 
         An optional kind that cannot be read is no error: of one that the API server does not serve there are
