@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, NoReturn
 
@@ -52,7 +53,7 @@ def chosen(
     return Experts(experts.gate_up_AFD.map(kept), experts.down_ADI.map(kept), experts.round_tokens)
 
 
-def stay(layer: int, _held: Sequence[int], _rest: Callable[[], object]) -> NoReturn:
+def stay(layer: int, _before: Sequence[int], _held: Sequence[int], _rest: Callable[[], object]) -> NoReturn:
     """Reads no experts: those of this case stay where they are."""
     raise MeshError(f"experts of layer {layer} were to move")
 
@@ -73,12 +74,16 @@ class OnHost:
     def reader_for(self, part: CudaStage) -> ReadExperts:
         """Converts experts for `part`."""
 
-        def read(layer: int, held: Sequence[int], rest: Callable[[], object]) -> object:
+        def own(layer: int, held: Sequence[int], rest: Callable[[], object], shared: bool) -> Experts:
             experts = self._experts[layer]
+            numbers = torch.tensor([*held, *(range(self._routed, experts.count) if shared else ())])
+            return chosen(experts, numbers, self._device, rest)
+
+        def read(
+            layer: int, before: Sequence[int], held: Sequence[int], rest: Callable[[], object]
+        ) -> object:
             with torch.inference_mode(), part.aside():
-                numbers = torch.tensor([*held, *range(self._routed, experts.count)])
-                own = chosen(experts, numbers, self._device, rest)
-                return part.converted(own, rest)
+                return part.prepared(layer, before, held, partial(own, layer), rest)
 
         return read
 

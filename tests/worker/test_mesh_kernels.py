@@ -83,16 +83,19 @@ def test_a_layer_takes_other_experts_into_the_memory_of_its_own(number_format):
         return prepare(build_model(config_of(values | {"num_hidden_layers": 2}), source, 16)).layers[1]
 
     layer, other = layer_of(0), layer_of(1)
-    own = [*stored_tensors(layer.gate_up), *stored_tensors(layer.down)]
-    new = [*stored_tensors(other.gate_up), *stored_tensors(other.down)]
-    before = [each.data_ptr() for each in own]
-    assert not any(torch.equal(one, another) for one, another in zip(own, new, strict=True))
-    layer.take_experts(other.gate_up, other.down)
+    own, new = ([*stored_tensors(each.gate_up), *stored_tensors(each.down)] for each in (layer, other))
+    before, kept = [each.data_ptr() for each in own], [each.clone() for each in own]
+    layer.take_experts({3: other.expert_at(5)})
     assert [each.data_ptr() for each in own] == before
-    assert all(torch.equal(one, another) for one, another in zip(own, new, strict=True))
-    fewer = layer_of(1, SMALL | {"n_routed_experts": 10})
-    with pytest.raises(ValueError, match="experts of shape"):
-        layer.take_experts(fewer.gate_up, fewer.down)
+    for each, old, source in zip(own, kept, new, strict=True):
+        assert torch.equal(each[3], source[5])
+        assert not torch.equal(each[3], old[3])
+        assert torch.equal(each[[0, 1, 2, *range(4, len(each))]], old[[0, 1, 2, *range(4, len(old))]])
+    pairs = zip(layer.fitting_expert(other.gate_up, other.down), other.expert_at(0), strict=True)
+    assert all(one.data_ptr() == another.data_ptr() for one, another in pairs)
+    wider = layer_of(1, SMALL | {"moe_intermediate_size": 256})
+    with pytest.raises(ValueError, match="an expert of shape"):
+        layer.fitting_expert(wider.gate_up, wider.down)
 
 
 def found_by_ranks(folder, mesh, cases, environment):

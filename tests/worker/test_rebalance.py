@@ -183,12 +183,12 @@ def wait_for(condition):
 
 
 def test_a_rank_reads_in_the_background_and_takes_what_it_has_read():
-    held, part, beats = held_by(lambda layer, own, _: (layer, own))
+    held, part, beats = held_by(lambda layer, before, own, _: (layer, before, own))
     held.take(Prepare(7, 1, (0, 1, 2, 4, 3, 5, 6, 7)))
     wait_for(lambda: 7 in beats)
     assert part.taken == []
     held.take(Switch(7))
-    assert part.taken == [(1, (1, (3, 5, 6, 7)))]
+    assert part.taken == [(1, (1, (1, 3, 5, 7), (3, 5, 6, 7)))]
     assert held.places.held(1, 1) == (3, 5, 6, 7)
     with pytest.raises(MeshError, match="rank 1 has not prepared move 8"):
         held.take(Switch(8))
@@ -226,12 +226,12 @@ def test_a_rank_that_cannot_read_says_so_and_serves_on():
 
 
 def test_a_rank_holds_what_its_new_leader_says():
-    held, part, _ = held_by(lambda layer, own, _: (layer, own))
+    held, part, _ = held_by(lambda layer, before, own, _: (layer, before, own))
     moved = (0, 1, 2, 4, 3, 5, 6, 7)
     held.adopt({2: moved}, range(3))
-    assert part.taken == [(2, (2, (3, 5, 6, 7)))]
+    assert part.taken == [(2, (2, (1, 3, 5, 7), (3, 5, 6, 7)))]
     held.adopt({}, range(3))
-    assert part.taken[1:] == [(2, (2, (1, 3, 5, 7)))]
+    assert part.taken[1:] == [(2, (2, (3, 5, 6, 7), (1, 3, 5, 7)))]
     for wrong in ({0: moved}, {1: moved[1:]}, {1: (0,) * 8}):
         with pytest.raises(MeshError, match="start all ranks again"):
             held.adopt(wrong, range(3))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -82,9 +83,11 @@ class Spread:
     def _read(self, part: RankStage) -> ReadExperts:
         reader = ExpertReader(self.directory, self.config, self.placement)
 
-        def read(layer: int, held: Sequence[int], rest: Callable[[], object]) -> object:
+        def read(
+            layer: int, before: Sequence[int], held: Sequence[int], rest: Callable[[], object]
+        ) -> object:
             with torch.inference_mode(), part.aside():
-                return part.converted(reader.read(layer, held, rest), rest)
+                return part.prepared(layer, before, held, partial(reader.read, layer), rest)
 
         return read
 

@@ -15,22 +15,25 @@ from torch import Tensor
 
 from moe_worker.kernels.transfer import make_current, to_device
 from moe_worker.kernels.triton.norm import Added, Rounding
-from moe_worker.kernels.triton.wide import Weight
 from moe_worker.kvcache.paged import PagedCache
 from moe_worker.mesh.dispatch import PlaceTable
 from moe_worker.mesh.fixed import Exchanges, FixedExchange, capacity_for
 from moe_worker.mesh.rank_stage import Width
+from moe_worker.mesh.rebalance.hold import ReadsExperts
 from moe_worker.models.batch import Batch
 from moe_worker.models.cuda import MOST_EXPANDED_BYTES, CudaModel, Rows
 from moe_worker.models.cuda_build import prepare, prepare_experts
 from moe_worker.models.cuda_counts import CudaExpertCounter
 from moe_worker.models.cuda_graph import DecodeGraphs
-from moe_worker.models.cuda_layer import Pass, Products, rounding, stored_tensors
+from moe_worker.models.cuda_layer import Pass, Products, rounding
 from moe_worker.models.cuda_runner import warm_sizes
 from moe_worker.models.deepseek import DeepseekModel
 from moe_worker.models.stage import Stage
-from moe_worker.moe.experts import Experts
 from moe_worker.progress import bar
+
+
+class NewExperts(dict[int, tuple[Tensor, ...]]):
+    """What experts of a layer have in memory (CudaLayer.expert_at), by the place that they come to."""
 
 
 class CudaStage:
@@ -112,18 +115,33 @@ class CudaStage:
             yield
         self._aside.synchronize()
 
-    def converted(self, experts: Experts, rest: Callable[[], object]) -> tuple[Weight, Weight]:
-        """See HoldsExperts."""
-        return prepare_experts(experts, rest)
+    def prepared(
+        self, layer: int, before: Sequence[int], held: Sequence[int], read: ReadsExperts,
+        rest: Callable[[], object],
+    ) -> NewExperts:  # fmt: skip
+        """See HoldsExperts. One expert after the other, and only those that come to a place: what the device
+        has to copy and convert between two passes, and what it allocates, does not grow with the layer.
+        """
+        own, found = self._model.layers[layer - self._stage.begin], NewExperts()
+        for place, (old, new) in enumerate(zip(before, held, strict=True)):
+            if old == new:
+                continue
+            if new in before:
+                found[place] = tuple(each.clone() for each in own.expert_at(before.index(new)))
+            else:
+                found[place] = own.fitting_expert(*prepare_experts(read([new], rest, shared=False), rest))
+            if self._aside is not None:
+                self._aside.synchronize()
+            rest()
+        return found
 
     @torch.inference_mode()
-    def hold(self, layer: int, experts: tuple[Weight, Weight], table: PlaceTable) -> tuple[Weight, Weight]:
+    def hold(self, layer: int, experts: NewExperts, table: PlaceTable) -> NewExperts:
         """See HoldsExperts. Copies on the device, since graphs hold the addresses of the ones of before."""
-        self._model.layers[layer - self._stage.begin].take_experts(*experts)
+        self._model.layers[layer - self._stage.begin].take_experts(experts)
         if self._aside is not None:
-            for weight in experts:
-                for each in stored_tensors(weight):
-                    each.record_stream(torch.cuda.current_stream(self.device))
+            # What reads these places, or uses the memory of what was copied, does so after it.
+            self._aside.wait_stream(torch.cuda.current_stream(self.device))
         self.place(layer, table)
         return experts
 

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from moe_worker.kvcache.paged import PagedCache
 from moe_worker.mesh.dispatch import AllToAllDispatch, PlaceTable
-from moe_worker.mesh.rebalance.hold import HoldsExperts
+from moe_worker.mesh.rebalance.hold import HoldsExperts, ReadsExperts
 from moe_worker.models.batch import Batch
 from moe_worker.models.layers import ComputesExperts, StageModel
 from moe_worker.models.stage import Stage
 from moe_worker.moe.counting import Counter
-from moe_worker.moe.experts import Experts
 
 
 class Width(NamedTuple):
@@ -107,9 +106,13 @@ class ModelStage:
         """See HoldsExperts."""
         return contextlib.nullcontext()
 
-    def converted(self, experts: Experts, rest: Callable[[], object]) -> ComputesExperts:
-        """See HoldsExperts."""
-        return self._model.converted(experts, rest)
+    def prepared(
+        self, layer: int, before: Sequence[int], held: Sequence[int], read: ReadsExperts,
+        rest: Callable[[], object],
+    ) -> ComputesExperts:  # fmt: skip
+        """See HoldsExperts. Reads all experts anew: the switch then copies nothing."""
+        del layer, before
+        return self._model.converted(read(held, rest, shared=True), rest)
 
     def hold(self, layer: int, experts: ComputesExperts, table: PlaceTable) -> ComputesExperts:
         """See HoldsExperts."""

@@ -93,15 +93,15 @@ def _moe(config: ModelConfig, source: TensorSource, prefix: str, stage: Stage, i
 
 def build_experts(
     config: ModelConfig, source: TensorSource, layer: int, held: Sequence[int],
-    rest: Callable[[], object] | None = None,
+    rest: Callable[[], object] | None = None, shared: bool = True,
 ) -> Experts:  # fmt: skip
-    """The routed experts `held` of a layer, in this order, and the shared ones.
+    """The routed experts `held` of a layer, in this order, and the shared ones if `shared`.
 
     rest: called after each matrix is copied to its place.
     """
     prefix = f"model.layers.{layer}.mlp"
     experts = [_expert(config, source, f"{prefix}.experts.{expert}", shared=1) for expert in held]
-    if config.moe.shared:
+    if shared and config.moe.shared:
         experts.append(_expert(config, source, f"{prefix}.shared_experts", config.moe.shared))
     gate_up = stack([matrix for matrices, _ in experts for matrix in matrices], rest)
     down = stack([matrix for _, matrices in experts for matrix in matrices], rest)

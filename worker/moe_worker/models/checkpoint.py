@@ -60,14 +60,17 @@ class ExpertReader:
         self._directory, self._config, self._placement = directory, config, placement
         self._stored = stored_tensors(directory)
 
-    def read(self, layer: int, held: Sequence[int], rest: Callable[[], object]) -> Experts:
-        """The routed experts `held` of a layer, and the shared ones. `rest` is called between matrices.
+    def read(
+        self, layer: int, held: Sequence[int], rest: Callable[[], object], shared: bool = True
+    ) -> Experts:
+        """The routed experts `held` of a layer, and the shared ones if `shared`. `rest` is called between
+        matrices.
 
         Raises CheckpointError.
         """
         reader = _Reader(self._directory, self._stored, self._config.storage, self._placement)
         reader.attach(lambda _: rest())
-        return build_experts(self._config, reader, layer, held, rest)
+        return build_experts(self._config, reader, layer, held, rest, shared)
 
 
 def _tell_memory(model: DeepseekModel, progress: bool) -> None:

@@ -5,7 +5,7 @@ rotary position, R latent rank, W = R + P, V value elements, Q query rank, E rou
 intermediate of an expert, F = 2 * I, K experts a token, M = T * K rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -250,14 +250,26 @@ class CudaLayer:
             return partial(few_sparse14.experts_few, x, self.gate_up, self.down)
         return None
 
-    def take_experts(self, gate_up: Weight, down: Weight) -> None:
-        """Computes these experts from the next pass on, in the memory of the ones of before, whose addresses
-        graphs hold. Raises ValueError where they have another shape.
+    def expert_at(self, place: int) -> tuple[Tensor, ...]:
+        """What the expert at `place` has in memory, not copied."""
+        return tuple(each[place] for each in (*stored_tensors(self.gate_up), *stored_tensors(self.down)))
+
+    def fitting_expert(self, gate_up: Weight, down: Weight) -> tuple[Tensor, ...]:
+        """What one expert has in memory, for `take_experts`. Raises ValueError where the others have another
+        shape.
         """
-        for own, new in ((self.gate_up, gate_up), (self.down, down)):
-            for into, values in zip(stored_tensors(own), stored_tensors(new), strict=True):
-                if into.shape != values.shape or into.dtype != values.dtype:
-                    raise ValueError(f"experts of shape {list(values.shape)} replace {list(into.shape)}")
+        found = tuple(each[0] for each in (*stored_tensors(gate_up), *stored_tensors(down)))
+        for into, values in zip(self.expert_at(0), found, strict=True):
+            if into.shape != values.shape or into.dtype != values.dtype:
+                raise ValueError(f"an expert of shape {list(values.shape)} replaces {list(into.shape)}")
+        return found
+
+    def take_experts(self, experts: Mapping[int, Sequence[Tensor]]) -> None:
+        """Computes these experts by their place from the next pass on, in the memory of the ones of before,
+        whose addresses graphs hold.
+        """
+        for place, new in experts.items():
+            for into, values in zip(self.expert_at(place), new, strict=True):
                 into.copy_(values)
 
     def routes(self, x_TD: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,19 @@ from moe_worker.mesh.rebalance.pace import DroppedError, Pace
 from moe_worker.moe.experts import Experts
 
 log = logging.getLogger(__name__)
-# Reads experts of a layer, and calls back after each matrix; the result is for `HoldsExperts.hold`.
-ReadExperts = Callable[[int, Sequence[int], Callable[[], object]], object]
+# Prepares experts of a layer instead of those held before, and calls back after each matrix; the result is
+# for `HoldsExperts.hold`.
+ReadExperts = Callable[[int, Sequence[int], Sequence[int], Callable[[], object]], object]
+
+
+class ReadsExperts(Protocol):
+    """Reads experts of one layer."""
+
+    def __call__(self, held: Sequence[int], rest: Callable[[], object], shared: bool) -> Experts:
+        """The routed experts `held`, and behind them the shared ones if `shared`. rest: called between
+        matrices.
+        """
+        ...
 
 
 class HoldsExperts(Protocol):
@@ -29,14 +40,19 @@ class HoldsExperts(Protocol):
         """For a thread that reads and converts experts while another one computes."""
         ...
 
-    def converted(self, experts: Experts, rest: Callable[[], object]) -> object:
-        """Experts as this stage computes them. rest: called between matrices."""
+    def prepared(
+        self, layer: int, before: Sequence[int], held: Sequence[int], read: ReadsExperts,
+        rest: Callable[[], object],
+    ) -> object:  # fmt: skip
+        """What `hold` takes, so that the stage computes the experts `held` of `layer` where it computes those
+        of `before`. rest: called between matrices.
+        """
         ...
 
     def hold(self, layer: int, experts: Any, table: PlaceTable) -> object:
         """From the next pass on, this rank computes `experts` of `layer`, and finds all others by `table`.
 
-        experts: of `converted`. Returns what is needed no more; reads nothing.
+        experts: of `prepared`. Returns what is needed no more; reads nothing.
         """
         ...
 
@@ -77,9 +93,10 @@ class HeldExperts:
 
     def _prepare(self, move: Prepare) -> None:
         """Begins to read what this rank will hold; its beats tell the leader when it is done."""
+        before = self._holds[move.layer]
         with self._changing:
             self._move, self._prepared = move, None
-        _in_background(lambda: self._run(move))
+        _in_background(lambda: self._run(move, before))
 
     def _switch(self, number: int) -> None:
         """Takes what was prepared. Raises MeshError where that is not move `number`."""
@@ -103,7 +120,7 @@ class HeldExperts:
         for layer in (layer for layer in self.places.layers if layer in layers):
             own = self.places.held(layer, self._member.column)
             if own != self._holds[layer]:
-                self._hold(layer, self._read(layer, own, lambda: None))
+                self._hold(layer, self._read(layer, self._holds[layer], own, lambda: None))
             else:
                 self._part.place(layer, self._table(layer))
 
@@ -115,13 +132,13 @@ class HeldExperts:
     def _table(self, layer: int) -> PlaceTable:
         return place_table(self.places, self._member, layer, torch.device("cpu"))
 
-    def _run(self, move: Prepare) -> None:
+    def _run(self, move: Prepare, before: Sequence[int]) -> None:
         with self._reading:
             try:
                 each = len(move.places) // self.places.ranks
                 held = move.places[self._member.column * each : (self._member.column + 1) * each]
                 work = self.pace.work(lambda: self._move is move)
-                experts = self._read(move.layer, held, work.rest)
+                experts = self._read(move.layer, before, held, work.rest)
             except DroppedError:
                 return
             except Exception:
