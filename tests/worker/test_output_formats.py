@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from moe_api import rich_status
 from moe_api.inference.v1 import inference_pb2
 from moe_worker.config.engine import EngineOptions
+from moe_worker.engine import loading
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.guiding import StepGuides
 from moe_worker.engine.requests import FinishReason, Request
@@ -28,6 +29,7 @@ from moe_worker.sampling.output_format import OutputFormat
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.service import engine_process
 from moe_worker.service.wire import Start
+from tests.checkpoints import write_checkpoint
 from tests.worker.serving import Worker
 
 PERSON = {
@@ -189,20 +191,21 @@ def test_a_vocabulary_that_cannot_be_prepared_is_told(engine, caplog):
     assert "output formats cannot be used with this vocabulary" in caplog.text
 
 
-def test_a_worker_prepares_the_vocabulary_before_it_is_ready(monkeypatch):
-    """Its engine tells that it is ready by what it sends after that."""
+@pytest.mark.parametrize("mesh", ["1x1", "1x2"])
+def test_a_worker_prepares_the_vocabulary_before_it_meets_ranks_and_is_ready(tmp_path, monkeypatch, mesh):
+    """It can send no heartbeat meanwhile. Its engine tells that it is ready by what it sends."""
     done = mock.Mock()
-    done.sender.send.side_effect = InterruptedError
-    monkeypatch.setattr(engine_process, "load", lambda *_, **__: done.loaded)
-    monkeypatch.setattr(engine_process, "EngineCore", mock.Mock())
-    monkeypatch.setattr(engine_process, "Loaded", mock.Mock())
+    done.join.side_effect = done.sender.send.side_effect = InterruptedError
+    monkeypatch.setattr(loading.Spread, "join", done.join)
+    monkeypatch.setattr(guides.Guides, "prepare", done.prepare)
+    options = EngineOptions(device="cpu", mesh=mesh, mesh_leader="127.0.0.1:1" if mesh != "1x1" else "")
     inbox = queue.SimpleQueue()
-    inbox.put(Start("model", EngineOptions()))
+    inbox.put(Start(str(write_checkpoint(tmp_path)), options))
     monkeypatch.setattr(engine_process.queue, "SimpleQueue", lambda: inbox)
     monkeypatch.setattr(engine_process, "_receive", lambda *_: None)
     with pytest.raises(InterruptedError):
         engine_process._serve(None, done.sender)
-    assert [name for name, _, _ in done.mock_calls] == ["loaded.guides.prepare", "sender.send"]
+    assert [name for name, _, _ in done.mock_calls] == ["prepare", "join" if mesh == "1x2" else "sender.send"]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -57,7 +57,7 @@ class LoadedModel:
     """The constant state of the engine, and its cache.
 
     kernels: the implementation of each operation and the reason, one line each. member: this process in its
-    mesh; None: it is the whole replica.
+    mesh; None: it is the whole replica. prepared: see `guides`.
     """
 
     config: ModelConfig
@@ -69,12 +69,12 @@ class LoadedModel:
     kernels: tuple[str, ...]
     member: Member | None = None
     learner: RoutingLearner | None = None
+    prepared: Guides | None = None
 
     @cached_property
     def guides(self) -> Guides:
-        """Compiles output formats; prepares the vocabulary once, which takes seconds for a large one."""
-        config = self.config
-        return Guides(self.tokenizer, config.vocab_size, config.eos_token_ids, torch.get_num_threads())
+        """Compiles output formats. `prepared` ones have read the vocabulary; others do for the first format."""
+        return self.prepared or _guides_of(self.tokenizer, self.config)
 
     @property
     def shards(self) -> Sequence[int]:
@@ -92,10 +92,13 @@ def load(
     options: EngineOptions,
     progress: bool,
     load_tokenizer: Callable[[Path, ModelConfig], Tokenizer] = load_guarded,
+    prepare_formats: bool = False,
 ) -> LoadedModel:
     """Checks everything that is cheap to check, then reads the weights. Raises WorkerError.
 
-    The device becomes the current one of the calling thread, which is the one that may compute.
+    prepare_formats: reads the vocabulary for output formats, before this process meets other ranks: it sends
+    no heartbeat meanwhile. The device becomes the current one of the calling thread, which is the one that
+    may compute.
     """
     directory = find_checkpoint(directory)
     config = with_mass(read_checkpoint_config(directory, options.config_override), directory, options)
@@ -119,6 +122,9 @@ def load(
     torch.set_num_threads(threads)
     if options.check_digests:
         check_digests(directory, usable_cores(), progress)
+    guides = _guides_of(tokenizer, config)
+    if prepare_formats:
+        guides.prepare()
     with contextlib.ExitStack() as unfinished, torch.inference_mode():
         if shape.ranks > 1:
             spread = Spread.join(directory, config, options, placement)
@@ -138,7 +144,11 @@ def load(
     if device.type == "cpu":
         keep_freed()
     lines = tuple(explain(name, hardware))
-    return LoadedModel(config, runner, tokenizer, cache, context, name, lines, member, learner)
+    return LoadedModel(config, runner, tokenizer, cache, context, name, lines, member, learner, guides)
+
+
+def _guides_of(tokenizer: Tokenizer, config: ModelConfig) -> Guides:
+    return Guides(tokenizer, config.vocab_size, config.eos_token_ids, torch.get_num_threads())
 
 
 def _giving_up(member: Member) -> Callable[..., None]:

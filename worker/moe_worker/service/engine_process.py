@@ -130,9 +130,10 @@ def _serve(connection: socket.socket, sender: _Sender) -> None:
         follow(Path(start.model), start.options, lambda name: sender.send(Loaded(name, Load(), 0)))
         return
     # The edge, which started this process, has tried the tokenizer.
-    loaded = load(Path(start.model), start.options, progress=True, load_tokenizer=Tokenizer.load)
+    loaded = load(
+        Path(start.model), start.options, progress=True, load_tokenizer=Tokenizer.load, prepare_formats=True
+    )
     core = EngineCore(loaded, start.options)
-    loaded.guides.prepare()
     sender.send(Loaded(loaded.format, core.load, core.most_requests, core.mesh_report))
     mesh = _MeshTeller(core, sender)
     if loaded.member is not None:
