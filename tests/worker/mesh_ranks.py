@@ -1,7 +1,7 @@
 """The ranks of a mesh as processes of this machine, and what they run.
 
-follow: one rank that follows. dispatch: one of several ranks that exchange tokens by many random routings,
-and compare with all experts in one process.
+follow: one rank that follows. follow_and_read_slowly: likewise. dispatch: one of several ranks that exchange
+tokens by many random routings, and compare with all experts in one process.
 
 Processes are forked from one that has imported torch: the import takes 2.5 s of a core for each otherwise.
 """
@@ -13,11 +13,13 @@ import random
 import signal
 import socket
 import tempfile
+import time
 from pathlib import Path
 
 ROUNDS = 25
 PATIENT_S = 60.0
 """Silence after which a rank is lost in tests: on a busy machine a process may stand still for seconds."""
+SHORT_STEP_S = 6.0
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["moe_worker.engine.following"])
 
@@ -82,6 +84,21 @@ def follow(checkpoint, options):
 
     pulse.SILENT_S = PATIENT_S
     follow(Path(checkpoint), EngineOptions(**options))
+
+
+def follow_and_read_slowly(checkpoint, options):
+    """Exchanges may wait for SHORT_STEP_S, and experts are read for longer where ranks meet again."""
+    from moe_worker.mesh import member  # noqa: PLC0415
+    from moe_worker.mesh.rebalance.hold import HeldExperts  # noqa: PLC0415
+
+    usual, member.STEP_S = HeldExperts.adopt, SHORT_STEP_S
+
+    def slowly(held, moved, layers):
+        time.sleep(1.5 * SHORT_STEP_S)
+        usual(held, moved, layers)
+
+    HeldExperts.adopt = slowly
+    follow(checkpoint, options)
 
 
 def dispatch(rank, ranks, file):

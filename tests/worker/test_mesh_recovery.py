@@ -1,6 +1,7 @@
 """A mesh that loses a rank goes on: streams lose no token, and none comes twice."""
 
 import contextlib
+import re
 import signal
 import threading
 import time
@@ -14,6 +15,7 @@ from moe_worker.config.mesh import MeshShape
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.offline import Engine
 from moe_worker.engine.requests import Request
+from moe_worker.mesh import member as member_module
 from moe_worker.mesh import part, recovery
 from moe_worker.mesh.door import Door
 from moe_worker.mesh.errors import MeshError, RankAbsentError, RankLostError
@@ -26,6 +28,7 @@ from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.scheduler.core import Scheduler
 from moe_worker.scheduler.plan import Arrival, Limits
 from tests.checkpoints import write_checkpoint
+from tests.worker import mesh_ranks
 from tests.worker.mesh_ranks import followers, free_address
 from tests.worker.test_rebalance import places_of
 
@@ -124,6 +127,63 @@ def test_a_mesh_serves_without_a_rank_whose_experts_others_have_and_takes_it_in_
         assert core.mesh_report.epoch >= 2
         assert list(engine._loaded.shards) == [0, 2]
         assert run(core, {})[0] == expected
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("redundant", [0, 8])
+def test_a_rank_that_stops_and_goes_on_takes_part_again_as_the_same_process(tmp_path, redundant):
+    """Without copies of its experts the others wait for it."""
+    checkpoint = write_checkpoint(tmp_path, num_hidden_layers=2)
+    mesh = {"mesh": "1x2", "mesh_leader": free_address(), "redundant_experts": redundant, **OPTIONS}
+    expected, _ = run(EngineCore(Engine(checkpoint, **OPTIONS)._loaded, EngineOptions(**OPTIONS)), {})
+    with contextlib.ExitStack() as stack:
+        running = followers(checkpoint, 2, **mesh)
+        stack.callback(running.kill)
+        engine = Engine(checkpoint, **mesh)
+        member = engine._loaded.member
+        stack.callback(member.close)
+        core, before = EngineCore(engine._loaded, EngineOptions(**mesh)), member.processes
+        lost = threading.Event()
+
+        def stop():
+            running.send_signal(signal.SIGSTOP)
+            threading.Thread(target=go_on, daemon=True).start()
+
+        def go_on():
+            while member.lost is None and not member.formation:
+                time.sleep(0.01)
+            lost.set()
+            running.send_signal(signal.SIGCONT)
+
+        found, _ = run(core, {9: stop})
+        assert found == expected
+        assert lost.is_set()
+        end = time.monotonic() + FOUND_S
+        while core.mesh_report.ready_ranks != (0, 1):
+            assert time.monotonic() < end
+            assert run(core, {})[0] == expected
+        assert member.processes == before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_rank_may_read_experts_for_longer_than_an_exchange_may_wait(tmp_path, monkeypatch):
+    """The others wait for it over their control connections, not in an exchange."""
+    monkeypatch.setattr(member_module, "STEP_S", mesh_ranks.SHORT_STEP_S)
+    checkpoint = write_checkpoint(tmp_path, num_hidden_layers=2)
+    mesh = {"mesh": "1x2", "mesh_leader": free_address(), **OPTIONS}
+    expected, _ = run(EngineCore(Engine(checkpoint, **OPTIONS)._loaded, EngineOptions(**OPTIONS)), {})
+    with contextlib.ExitStack() as stack:
+        running = followers(checkpoint, 2, target=mesh_ranks.follow_and_read_slowly, **mesh)
+        stack.callback(running.kill)
+        engine = Engine(checkpoint, **mesh)
+        stack.callback(engine._loaded.member.close)
+        core = EngineCore(engine._loaded, EngineOptions(**mesh))
+        found, took = run(core, {9: engine._loaded.member.channels[0].close})
+        assert found == expected
+        assert engine._loaded.member.formation == 1
+        assert max(took.values()) > mesh_ranks.SHORT_STEP_S
 
 
 def test_a_new_rank_of_a_mesh_that_serves_without_another_finds_experts_among_those_present():
@@ -229,7 +289,7 @@ def test_exchanges_are_prepared_when_all_ranks_have_compiled(group, expected):
     assert events == expected
 
 
-def test_a_process_that_was_cut_off_and_kept_its_weights_is_ready_to_be_taken_in_again():
+def test_a_process_that_was_cut_off_and_kept_its_weights_is_ready_to_be_taken_in_again(caplog):
     """It has nothing to load, but answers as often as a new one."""
     identity, ready = Identity(MeshShape(1, 2), 1, "digest", b"known"), threading.Event()
     door = Door(listener_at("127.0.0.1", 0), identity, ready.set)
@@ -241,6 +301,7 @@ def test_a_process_that_was_cut_off_and_kept_its_weights_is_ready_to_be_taken_in
         assert member.group is None
         assert ready.wait(FOUND_S)
         assert door.ready == {1}
+        assert re.search(r"rank 1 is ready .* mesh 1x2 serves without it", caplog.messages[-1])
     finally:
         member.close()
         door.end()

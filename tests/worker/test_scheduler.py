@@ -493,6 +493,27 @@ def test_streams_that_were_too_many_for_the_device_become_fewer():
     assert set(run.ended.values()) == {"finished"}
 
 
+@pytest.mark.parametrize("least", [1, 4])
+def test_streams_of_a_micro_batch_that_were_too_many_become_half_as_many(least):
+    """Also where a micro-batch may not have so few: then all that run are in one step."""
+    limits = Limits(
+        sequences=8, waiting=8, pages=64, page_size=4, micro_batches=2, least_streams=least, prefill_tokens=64
+    )
+    run = SimulatedEngine(limits)
+    for number in range(8):
+        run.submit(number, prompt(4, number), 10)
+    run.step()
+    step = run.scheduler.plan(run.now).step
+    assert len(step.chunks) == 4
+    run.scheduler.retract(step, shrink=True)
+    run.step()
+    assert run.scheduler.running == (4 if least == 1 else 2)
+    assert [len(run.step().step.chunks) for _ in range(4)] == [2] * 4
+    while not run.scheduler.idle:
+        run.step()
+    assert set(run.ended.values()) == {"finished"}
+
+
 def test_two_steps_may_be_taken_back_though_a_request_gave_way_between_them():
     scheduler = engine().scheduler
     for number in (1, 2):

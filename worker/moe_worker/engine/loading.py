@@ -73,7 +73,7 @@ class LoadedModel:
 
     @cached_property
     def guides(self) -> Guides:
-        """Compiles output formats. `prepared` ones have read the vocabulary; others do for the first format."""
+        """Compiles output formats. `prepared` ones have read the vocabulary; others do for a first format."""
         return self.prepared or _guides_of(self.tokenizer, self.config)
 
     @property

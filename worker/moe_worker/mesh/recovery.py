@@ -100,10 +100,17 @@ class Recovery:
                 time.sleep(min(REFORM_PAUSE_S * len(self._begun), REFORM_S))
             else:
                 break
-        absent = sorted(self._member.absent)
+        member, took = self._member, time.monotonic() - begin
+        if member.group is None:
+            log.warning(
+                "rank %d is ready after %.2f s; mesh %s serves without it, and takes it in between two steps",
+                member.rank, took, member.shape,
+            )  # fmt: skip
+            return
+        absent = sorted(member.absent)
         log.warning(
-            "mesh %s has formed again (%d) in %.2f s%s", self._member.shape, self._member.formation,
-            time.monotonic() - begin, f"; it serves without ranks {absent}" if absent else "",
+            "mesh %s has formed again (%d) in %.2f s%s", member.shape, member.formation, took,
+            f"; it serves without ranks {absent}" if absent else "",
         )  # fmt: skip
 
     def _count(self, error: MeshError) -> None:

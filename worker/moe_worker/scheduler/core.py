@@ -149,7 +149,8 @@ class Scheduler:
         """Reverts the newest step, which did not run. `shrink`: it was too large for the device's memory.
 
         Later steps then have at most half as many prompt tokens, or, if this one had none, half as many
-        streams. Raises ValueError if it is not the newest step in flight.
+        streams: of each micro-batch, where streams are divided. Raises ValueError if it is not the newest
+        step in flight.
         """
         if not self._flights or self._flights[-1][0] is not step:
             raise ValueError(f"step {step.number} is not the newest one in flight")
@@ -160,7 +161,7 @@ class Scheduler:
         if shrink and step.tokens > len(step.chunks):
             self.budget.shrink(step.tokens // 2)
         elif shrink:
-            self._policy.most_running = max(1, min(self._policy.most_running, len(step.chunks) // 2))
+            self._policy.lower(len(step.chunks) // 2)
 
     def lose_cache(self) -> tuple[int, ...]:
         """Nothing that was in the cache is there any more: running requests are preempted, and returned.

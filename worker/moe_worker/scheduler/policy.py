@@ -113,6 +113,11 @@ class SchedulingPolicy:
             del self._queues[job.tenant]
             self._short.pop(job.tenant, None)
 
+    def lower(self, streams: int) -> None:
+        """From now on so few streams run that a step has at most `streams` of them, but one."""
+        parts = self._limits.micro_batches if streams >= self._limits.least_streams else 1
+        self.most_running = max(1, min(self.most_running, streams * parts))
+
     def lose_cache(self) -> tuple[int, ...]:
         """Preempts every running job, and forgets all prefixes."""
         draft = Draft(0, list(self.running))
