@@ -1,7 +1,8 @@
 """A mesh on several GPUs of one machine, with one of them as the baseline of the same run.
 
     PYTHONPATH=worker:protos:. python -m benchmarks.gpu_mesh [--mesh 1x2 2x1] [--format w4a8 bf16]
-        [--batch 1 16 64 256] [--tokens 64] [--rounds 2] [--layers 27] [--fault | --accuracy | --moving 4]
+        [--batch 1 16 64 256] [--tokens 64] [--rounds 2] [--layers 27] [--tls FOLDER]
+        [--fault killed|hung|leader [--cold] | --accuracy | --moving 4]
 
 Starts a process for each rank; meshes that need more GPUs than there are are left out, and named. For each
 mesh and format: whether logits and greedy tokens of a small model are those of one GPU, then decode and
@@ -9,7 +10,9 @@ prefill of a model of the size of DeepSeek-V2-Lite (benchmarks/gpu_random.py), w
 different prompts. A step is one token of every stream, whole engine included. A pipeline is measured with as
 many micro-batches as stages, and with one. Kernel times of rank 0 are the profiler's; those of NCCL include
 waiting for other ranks. The bubble is the share of a step in which rank 0 runs no other kernel. --fault kills
-a rank under load and starts it again at once; with --redundant 64, the other has all experts and goes on.
+a rank, or the leader, under load and starts it again at once, or stops a rank for HUNG_S seconds; with
+--redundant 64, the other has all experts and goes on. --cold: a rank that is started again finds no compiled
+kernels. --tls: encrypts the control connections by tls.crt, tls.key and ca.crt in this folder.
 --accuracy compares logits of the mesh and of one GPU with those of the same weights in
 float32 (benchmarks/gpu_mesh_accuracy.py). --moving moves experts of all layers under load, again after so
 many seconds. One JSON object a line.
@@ -26,6 +29,8 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -55,9 +60,12 @@ from moe_worker.models import cuda_graph, cuda_prompts, cuda_runner
 
 FORMATS = {"bf16": "dense", "fp8": "fp8", "w4a16": "w4a16", "w4a8": "w4a8"}
 ONE = "1x1"
-UNDER_LOAD, ALL_BACK = "under load", "all ranks are back at"
+UNDER_LOAD, ALL_BACK, STEPPED = "under load", "all ranks are back at", "the first step of all streams at"
 # Steps before a rank is killed, and after all ranks are back.
 SETTLED = 50
+# Longer than a rank may be silent (mesh/pulse.py).
+HUNG_S = 18.0
+KILLED, HUNG, LEADER = "killed", "hung", "leader"
 
 
 def sizes(arguments: argparse.Namespace, shape: MeshShape) -> tuple[int, int, int]:
@@ -96,8 +104,9 @@ def run_rank(arguments: argparse.Namespace) -> NoReturn:
 
     device = torch.device("cuda", arguments.rank)
     options = EngineOptions(
-        device=str(device), mesh=arguments.mesh[0], mesh_leader=arguments.address, mesh_rank=arguments.rank
-    )
+        device=str(device), mesh=arguments.mesh[0], mesh_leader=arguments.address, mesh_rank=arguments.rank,
+        mesh_tls=arguments.tls,
+    )  # fmt: skip
     member = join(options, "benchmark", device)
     reached("joined")
     name = FORMATS[arguments.format[0]]
@@ -110,7 +119,7 @@ def run_rank(arguments: argparse.Namespace) -> NoReturn:
     values = LARGE | {"num_hidden_layers": arguments.layers}
     case = Case(
         member, values, name, device, context, most, pages, arguments.prefill_tokens, arguments.redundant,
-        alone=False, moving=arguments.moving, faults=arguments.fault,
+        alone=False, moving=arguments.moving, faults=arguments.fault is not None,
     )  # fmt: skip
     reached("model and graphs made")
     if not arguments.fault:
@@ -164,6 +173,8 @@ def decode_through_a_loss(case: Case, batch: int, tokens: int) -> NoReturn:
         now = time.monotonic()
         own = steps.setdefault((member.formation, len(member.present)), [])
         own.append(now - last)
+        if len(own) == 1:
+            print(STEPPED, now, flush=True)
         last = now
         if len(own) == SETTLED and member.formation == 0:
             print(UNDER_LOAD, flush=True)
@@ -182,16 +193,19 @@ def decode_through_a_loss(case: Case, batch: int, tokens: int) -> NoReturn:
     os._exit(0)
 
 
-def started(arguments: argparse.Namespace, mesh: str, name: str, rank: int, address: str, *more: str) -> Any:
-    """The process of one rank."""
+def started(
+    arguments: argparse.Namespace, mesh: str, name: str, rank: int, address: str, **changed: str
+) -> Any:
+    """The process of one rank. changed: of its environment."""
     command = [sys.executable, "-m", "benchmarks.gpu_mesh", "--mesh", mesh, "--format", name]
     command += ["--batch", *map(str, arguments.batch), "--tokens", str(arguments.tokens)]
     command += ["--rounds", str(arguments.rounds), "--layers", str(arguments.layers)]
     command += ["--prefill-tokens", str(arguments.prefill_tokens), "--redundant", str(arguments.redundant)]
     command += ["--moving", str(arguments.moving), "--seconds", str(arguments.seconds)]
     command += ["--limit", str(arguments.limit), *(["--accuracy"] if arguments.accuracy else [])]
-    command += ["--address", address, "--rank", str(rank), *more]
-    environment = os.environ | {"MOE_WORKER_MESH_SECRET": "of a benchmark"}
+    command += ["--fault", arguments.fault] if arguments.fault else []
+    command += ["--tls", arguments.tls, "--address", address, "--rank", str(rank)]
+    environment = os.environ | {"MOE_WORKER_MESH_SECRET": "of a benchmark"} | changed
     piped = subprocess.PIPE if rank == 0 or mesh == ONE else None
     return subprocess.Popen(command, env=environment, stdout=piped, text=True)
 
@@ -201,9 +215,8 @@ def free_address() -> str:
         return f"127.0.0.1:{server.getsockname()[1]}"
 
 
-def ranks_of(arguments: argparse.Namespace, mesh: str, name: str, address: str, *more: str) -> list[Any]:
-    ranks = range(MeshShape.parse(mesh).ranks)
-    return [started(arguments, mesh, name, rank, address, *more) for rank in ranks]
+def ranks_of(arguments: argparse.Namespace, mesh: str, name: str, address: str) -> list[Any]:
+    return [started(arguments, mesh, name, rank, address) for rank in range(MeshShape.parse(mesh).ranks)]
 
 
 def figures(process: Any) -> Iterator[dict[str, Any]]:
@@ -248,26 +261,49 @@ def compare(arguments: argparse.Namespace, mesh: str, name: str, known: dict[tup
 
 
 def lose_one(arguments: argparse.Namespace, mesh: str) -> None:
-    """Kills the last rank under load, and starts it again at once."""
-    name, address = arguments.format[0], free_address()
-    running = ranks_of(arguments, mesh, name, address, "--fault")
+    """Kills the last rank, or the leader, under load and starts it again at once; or stops the last for a
+    while.
+    """
+    name, address, fault = arguments.format[0], free_address(), arguments.fault
+    running = ranks_of(arguments, mesh, name, address)
+    lost = 0 if fault == LEADER else len(running) - 1
     begin = None
-    try:
-        for line in running[0].stdout:
-            if line.startswith(UNDER_LOAD):
-                begin = time.monotonic()
-                running[-1].send_signal(signal.SIGKILL)
-                running[-1].wait()
-                running.append(started(arguments, mesh, name, len(running) - 1, address, "--fault"))
-            elif line.startswith(ALL_BACK) and begin is not None:
-                took = float(line.removeprefix(ALL_BACK)) - begin
-                tell(f"mesh {mesh}: a rank killed, until all serve again", took, "s", device="GPUs")
-            elif line.startswith("{"):
-                row = json.loads(line)
-                print(json.dumps(row | {"what": f"mesh {mesh}: {row['what']}"}), flush=True)
-        tell(f"mesh {mesh}: exit status of rank 0", running[0].wait(), "", device="GPUs")
-    finally:
-        ended(running)
+    with tempfile.TemporaryDirectory() as empty:
+        try:
+            for line in running[0].stdout:
+                if line.startswith(UNDER_LOAD):
+                    break
+                tell_row(mesh, line)
+            begin = time.monotonic()
+            if fault == HUNG:
+                running[lost].send_signal(signal.SIGSTOP)
+                threading.Timer(HUNG_S, running[lost].send_signal, [signal.SIGCONT]).start()
+            else:
+                running[lost].kill()
+                running[lost].wait()
+                changed = {"TRITON_CACHE_DIR": empty} if arguments.cold else {}
+                running[lost] = started(arguments, mesh, name, lost, address, **changed)
+            for line in running[0].stdout:
+                if line.startswith(ALL_BACK):
+                    took = float(line.removeprefix(ALL_BACK)) - begin
+                    tell(f"mesh {mesh}: {fault}, until all serve again", took, "s", device="GPUs")
+                elif line.startswith(STEPPED):
+                    took = float(line.removeprefix(STEPPED)) - begin
+                    tell(f"mesh {mesh}: {fault}, until all streams get a token", took, "s", device="GPUs")
+                elif line.startswith(UNDER_LOAD):  # a new leader's
+                    break
+                tell_row(mesh, line)
+            else:
+                tell(f"mesh {mesh}: exit status of rank 0", running[0].wait(), "", device="GPUs")
+        finally:
+            ended(running)
+
+
+def tell_row(mesh: str, line: str) -> None:
+    """What a rank has measured; other lines are for the harness."""
+    if line.startswith("{"):
+        row = json.loads(line)
+        print(json.dumps(row | {"what": f"mesh {mesh}: {row['what']}"}), flush=True)
 
 
 def main() -> None:
@@ -282,7 +318,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=27)
     parser.add_argument("--prefill-tokens", type=int, default=16384)
     parser.add_argument("--redundant", type=int, default=0)
-    parser.add_argument("--fault", action="store_true")
+    parser.add_argument("--fault", nargs="?", const=KILLED, choices=[KILLED, HUNG, LEADER])
+    parser.add_argument("--cold", action="store_true", help="no compiled kernels, with --fault")
+    parser.add_argument("--tls", default="", help="folder of a certificate for the control connections")
     parser.add_argument("--accuracy", action="store_true")
     parser.add_argument("--moving", type=float, default=0.0, help="seconds from one move to the next")
     parser.add_argument("--seconds", type=float, default=20.0, help="of the measurement with --moving")
