@@ -55,6 +55,7 @@ from moe_worker.config.engine import EngineOptions
 from moe_worker.config.mesh import MeshShape
 from moe_worker.engine.following import follow_leader
 from moe_worker.engine.requests import FinishReason
+from moe_worker.garbage import spare_loaded
 from moe_worker.mesh.member import Member, join
 from moe_worker.models import cuda_graph, cuda_prompts, cuda_runner
 
@@ -92,6 +93,7 @@ def run_alone(arguments: argparse.Namespace) -> None:
     with torch.inference_mode():
         model = random_model(values, FORMATS[arguments.format[0]], context, device)
     whole = Alone(model, context, most, pages, arguments.prefill_tokens)
+    spare_loaded()
     measure(whole.loaded(), arguments, 1, None)
 
 
@@ -121,6 +123,7 @@ def run_rank(arguments: argparse.Namespace) -> NoReturn:
         member, values, name, device, context, most, pages, arguments.prefill_tokens, arguments.redundant,
         alone=False, moving=arguments.moving, faults=arguments.fault is not None,
     )  # fmt: skip
+    spare_loaded()
     reached("model and graphs made")
     if not arguments.fault:
         dist.barrier()

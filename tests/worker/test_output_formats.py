@@ -1,5 +1,6 @@
 """Texts have the format that a request asks for, in any batch, from any step on; hostile ones are refused."""
 
+import gc
 import json
 import queue
 import random
@@ -198,6 +199,7 @@ def test_a_worker_prepares_the_vocabulary_before_it_meets_ranks_and_is_ready(tmp
     done.join.side_effect = done.sender.send.side_effect = InterruptedError
     monkeypatch.setattr(loading.Spread, "join", done.join)
     monkeypatch.setattr(guides.Guides, "prepare", done.prepare)
+    monkeypatch.setattr(gc, "freeze", done.freeze)
     options = EngineOptions(device="cpu", mesh=mesh, mesh_leader="127.0.0.1:1" if mesh != "1x1" else "")
     inbox = queue.SimpleQueue()
     inbox.put(Start(str(write_checkpoint(tmp_path)), options))
@@ -205,7 +207,8 @@ def test_a_worker_prepares_the_vocabulary_before_it_meets_ranks_and_is_ready(tmp
     monkeypatch.setattr(engine_process, "_receive", lambda *_: None)
     with pytest.raises(InterruptedError):
         engine_process._serve(None, done.sender)
-    assert [name for name, _, _ in done.mock_calls] == ["prepare", "join" if mesh == "1x2" else "sender.send"]
+    after = ["join"] if mesh == "1x2" else ["freeze", "sender.send"]
+    assert [name for name, _, _ in done.mock_calls] == ["prepare", *after]
 
 
 @pytest.mark.parametrize("device", DEVICES)
