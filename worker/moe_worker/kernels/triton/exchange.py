@@ -63,14 +63,30 @@ def _owner(experts, places, copies, token, at, mask, OWN, EACH, ROUTED: tl.const
     return owner, tl.where(routed, place % EACH, expert - ROUTED + EACH)
 
 
+@triton.jit
+def _needed(
+    experts, places, copies, token, tokens, rank, OWN, EACH, ROUTED: tl.constexpr, COPIES: tl.constexpr,
+    PER_TOKEN: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """1 for each token that has an expert at `rank`, else 0."""
+    needed = tl.zeros((CHUNK,), tl.int32)
+    for k in tl.static_range(PER_TOKEN):
+        owner, _ = _owner(
+            experts, places, copies, token, token * PER_TOKEN + k, token < tokens, OWN, EACH, ROUTED, COPIES
+        )
+        needed = tl.where(owner == rank, 1, needed)
+    return needed
+
+
 @triton.jit(do_not_specialize=["tokens", "capacity", "width"])
 def _assign(
     experts, weights, places, copies, payload, source, rows, chosen, most, counts, tokens, capacity, width,
     OWN: tl.constexpr, RANKS: tl.constexpr, EACH: tl.constexpr, ROUTED: tl.constexpr, COPIES: tl.constexpr,
     PER_TOKEN: tl.constexpr, HELD: tl.constexpr, BLOCK_H: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    rank = tl.program_id(0)
-    if rank == 0:
+    """Each program takes a chunk of tokens for one rank, behind the rows of those in the chunks before."""
+    rank, chunk = tl.program_id(0), tl.program_id(1)
+    if rank == 0 and chunk == 0:
         h = tl.arange(0, BLOCK_H)
         tl.store(counts + h, 0, mask=h < HELD)
     first = tl.where(rank == OWN, RANKS - 1, tl.where(rank < OWN, rank, rank - 1)) * capacity
@@ -78,37 +94,40 @@ def _assign(
     i = tl.arange(0, CHUNK)
     ids = width - 2 * PER_TOKEN
     found = 0
-    for start in range(0, tokens, CHUNK):
-        token = start + i
-        there = token < tokens
-        needed = tl.zeros((CHUNK,), tl.int32)
-        for k in tl.static_range(PER_TOKEN):
-            owner, _ = _owner(
-                experts, places, copies, token, token * PER_TOKEN + k, there, OWN, EACH, ROUTED, COPIES
+    for start in range(0, chunk * CHUNK, CHUNK):
+        found += tl.sum(
+            _needed(
+                experts, places, copies, start + i, tokens, rank, OWN, EACH, ROUTED, COPIES, PER_TOKEN, CHUNK
             )
-            needed = tl.where(owner == rank, 1, needed)
-        slot = found + tl.cumsum(needed, axis=0) - 1
-        kept = (needed > 0) & (slot < room)
-        tl.store(rows + token * RANKS + rank, (first + slot).to(tl.int64), mask=there)
-        tl.store(chosen + token * RANKS + rank, tl.where(kept, 0, -1), mask=there)
-        tl.store(source + first + slot, token, mask=kept)
-        to = (first + slot).to(tl.int64) * width + ids
-        for k in tl.static_range(PER_TOKEN):
-            at = token * PER_TOKEN + k
-            owner, local = _owner(experts, places, copies, token, at, there, OWN, EACH, ROUTED, COPIES)
-            tl.store(payload + to + k, tl.where(owner == rank, local, -1), mask=kept)
-            weight = tl.load(weights + at, mask=kept, other=0.0)
-            tl.store(payload + to + PER_TOKEN + k, weight.to(tl.int32, bitcast=True), mask=kept)
+        )
+    token = chunk * CHUNK + i
+    there = token < tokens
+    needed = _needed(
+        experts, places, copies, token, tokens, rank, OWN, EACH, ROUTED, COPIES, PER_TOKEN, CHUNK
+    )
+    slot = found + tl.cumsum(needed, axis=0) - 1
+    kept = (needed > 0) & (slot < room)
+    tl.store(rows + token * RANKS + rank, (first + slot).to(tl.int64), mask=there)
+    tl.store(chosen + token * RANKS + rank, tl.where(kept, 0, -1), mask=there)
+    tl.store(source + first + slot, token, mask=kept)
+    to = (first + slot).to(tl.int64) * width + ids
+    for k in tl.static_range(PER_TOKEN):
+        at = token * PER_TOKEN + k
+        owner, local = _owner(experts, places, copies, token, at, there, OWN, EACH, ROUTED, COPIES)
+        tl.store(payload + to + k, tl.where(owner == rank, local, -1), mask=kept)
+        weight = tl.load(weights + at, mask=kept, other=0.0)
+        tl.store(payload + to + PER_TOKEN + k, weight.to(tl.int32, bitcast=True), mask=kept)
+    if chunk == tl.num_programs(1) - 1:
         found += tl.sum(needed)
-    for start in range(found, room, CHUNK):
-        slot = start + i
-        empty = slot < room
-        tl.store(source + first + slot, -1, mask=empty)
-        to = (first + slot).to(tl.int64) * width + ids
-        for k in tl.static_range(PER_TOKEN):
-            tl.store(payload + to + k, -1, mask=empty)
-    if rank != OWN:
-        tl.atomic_max(most, found)
+        for start in range(found, room, CHUNK):
+            slot = start + i
+            empty = slot < room
+            tl.store(source + first + slot, -1, mask=empty)
+            to = (first + slot).to(tl.int64) * width + ids
+            for k in tl.static_range(PER_TOKEN):
+                tl.store(payload + to + k, -1, mask=empty)
+        if rank != OWN:
+            tl.atomic_max(most, found)
 
 
 @triton.jit
@@ -184,6 +203,11 @@ def _words(x: Activation, rounded: bool) -> tuple[Tensor, Tensor, int, int]:
     return values, scales, values.shape[1], scales.shape[1] if rounded else 0
 
 
+def chunk_of(tokens: int) -> int:
+    """Tokens of a program that assigns rows."""
+    return 64 if tokens <= 64 else 512
+
+
 def pack(
     x: Activation, rounded: bool, experts_TK: Tensor, weights_TK: Tensor, places: Places, capacity: int,
     counts_H: Tensor, most: Tensor,
@@ -200,12 +224,13 @@ def pack(
     source_S = torch.empty(size, dtype=torch.int32, device=device)
     row_TE = torch.empty(tokens, places.ranks, dtype=torch.int64, device=device)
     chosen_TE = torch.empty(tokens, places.ranks, dtype=torch.int32, device=device)
-    _assign[(places.ranks,)](
+    chunk = chunk_of(tokens)
+    _assign[(places.ranks, triton.cdiv(tokens, chunk))](
         experts_TK, weights_TK, places.places_AN, places.copies_A, payload, source_S, row_TE, chosen_TE, most,
         counts_H, tokens, capacity, width,
         OWN=places.own, RANKS=places.ranks, EACH=places.each, ROUTED=places.routed,
         COPIES=places.places_AN.shape[1], PER_TOKEN=per_token, HELD=counts_H.shape[0],
-        BLOCK_H=triton.next_power_of_2(counts_H.shape[0]), CHUNK=64 if tokens <= 64 else 512, num_warps=4,
+        BLOCK_H=triton.next_power_of_2(counts_H.shape[0]), CHUNK=chunk, num_warps=4,
     )  # fmt: skip
     _pack[(size,)](
         values, scales, payload, source_S, width, FIRST=first, SECOND=second,
