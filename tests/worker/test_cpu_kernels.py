@@ -3,6 +3,8 @@
 import ctypes
 import dataclasses
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from moe_worker.config.moe import Level, Routing
 from moe_worker.errors import SettingsError
 from moe_worker.kernels.cpu import build, library, operations, structs
 from moe_worker.kernels.cpu.operations import PagedRows
-from moe_worker.kernels.cpu.weights import pack_heads, pack_int4
+from moe_worker.kernels.cpu.weights import aligned_bytes, pack_heads, pack_int4
 from moe_worker.kernels.reference import rms_norm, swiglu
 from moe_worker.kernels.reference_w4a8 import experts_w4a8, heads_bf16, linear_w4a8
 from moe_worker.quant.int4 import Int4Weight, pack, quantize_int4
@@ -55,6 +57,32 @@ def random_int4(*shape, group=128, asymmetric=False, seed=0):
 def test_structs_have_the_sizes_that_the_library_expects():
     for index, arguments in enumerate(structs.OPERATIONS):
         assert ctypes.sizeof(arguments) == library.load().moe_argument_bytes(index), arguments.__name__
+
+
+def huge_pages_wanted(address):
+    """Whether the mapping at `address` has MADV_HUGEPAGE (VmFlags of proc_pid_smaps(5))."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        if found := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    raise AssertionError(f"no mapping has {address:#x}")
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages here")
+def test_weights_of_all_sizes_lie_in_huge_pages_that_small_ones_share():
+    aligned_bytes((1 << 21) - 1)  # the rest of a page is too small for what follows
+    parts = [aligned_bytes(size) for size in (700_000, 1_000, 1_300_000, 2_100_000, 700_000)]
+    for index, part in enumerate(parts):
+        assert part.data_ptr() % 64 == 0
+        assert huge_pages_wanted(part.data_ptr())
+        assert huge_pages_wanted(part.data_ptr() + len(part) - 1)
+        part.fill_(index)
+    assert all((part == index).all() for index, part in enumerate(parts))
+    pages = [part.data_ptr() >> 21 for part in parts]
+    assert pages[0] == pages[1] == pages[2]
+    assert len(set(pages)) == 3
 
 
 def test_a_variant_that_this_cpu_cannot_run_is_refused_by_name():
