@@ -34,44 +34,39 @@ void latent(const Context& c, const MoeLatentArgs& a, float* scratch) {
         }
 }
 
-// NB blocks of a head for TB tokens that lie `x_stride` and `out_stride` apart. Even and odd inputs are summed apart and
-// added at the end, whatever TB and NB.
-template <int TB, int NB>
+// A block of a head for TB tokens that lie `x_stride` and `out_stride` apart. Even and odd inputs are summed apart and
+// added at the end, whatever TB. One block at a time reads weights in their order, at the rate of memory.
+template <int TB>
 inline __attribute__((always_inline)) void head_tile(const MoeHeadWeight& w, const uint8_t* data, int block, const float* x, int64_t x_stride, float* out, int64_t out_stride) {
     constexpr int VECTORS = BLOCK / LANES;
-    const int64_t size = block_bytes(w);
-    vf even[TB][NB * VECTORS], odd[TB][NB * VECTORS];
+    vf even[TB][VECTORS], odd[TB][VECTORS];
     for (int t = 0; t < TB; t++)
-        for (int v = 0; v < NB * VECTORS; v++) even[t][v] = odd[t][v] = zero();
+        for (int v = 0; v < VECTORS; v++) even[t][v] = odd[t][v] = zero();
     int i = 0;
     for (; i + 2 <= w.cols; i += 2)
-        for (int v = 0; v < NB * VECTORS; v++) {
-            vi pairs = load_int(data + v / VECTORS * size + i * 32 + v % VECTORS * LANES * 4);
+        for (int v = 0; v < VECTORS; v++) {
+            vi pairs = load_int(data + i * 32 + v * LANES * 4);
             for (int t = 0; t < TB; t++) {
                 const float* at = x + t * x_stride + i;
                 even[t][v] = fma(set(at[0]), even_bf16(pairs), even[t][v]);
                 odd[t][v] = fma(set(at[1]), odd_bf16(pairs), odd[t][v]);
             }
         }
-    for (int v = 0; i < w.cols && v < NB * VECTORS; v++) {
-        vi pairs = load_int(data + v / VECTORS * size + i * 32 + v % VECTORS * LANES * 4);
+    for (int v = 0; i < w.cols && v < VECTORS; v++) {
+        vi pairs = load_int(data + i * 32 + v * LANES * 4);
         for (int t = 0; t < TB; t++) even[t][v] = fma(set(x[t * x_stride + i]), even_bf16(pairs), even[t][v]);
     }
     for (int t = 0; t < TB; t++)
-        for (int v = 0; v < NB * VECTORS; v++) {
+        for (int v = 0; v < VECTORS; v++) {
             int begin = block * BLOCK + v * LANES, n = w.rows - begin;
             if (n > 0) store_n(out + t * out_stride + begin, add(even[t][v], odd[t][v]), n < LANES ? n : LANES);
         }
 }
 
-// Few tokens: several blocks at once, whose sums hide each other's latency.
-template <int TB, int NB>
+template <int TB>
 inline void head_blocks(const MoeHeadWeight& w, const uint8_t* data, const float* x, int64_t x_stride, float* out, int64_t out_stride) {
-    const int blocks = ceil_div(w.rows, BLOCK);
     const int64_t size = block_bytes(w);
-    int b = 0;
-    for (; b + NB <= blocks; b += NB) head_tile<TB, NB>(w, data + b * size, b, x, x_stride, out, out_stride);
-    for (; b < blocks; b++) head_tile<TB, 1>(w, data + b * size, b, x, x_stride, out, out_stride);
+    for (int b = 0; b < ceil_div(w.rows, BLOCK); b++) head_tile<TB>(w, data + b * size, b, x, x_stride, out, out_stride);
 }
 
 void heads(const Context& c, const MoeHeadsArgs& a) {
@@ -86,9 +81,9 @@ void heads(const Context& c, const MoeHeadsArgs& a) {
                  out + int64_t(t) * a.out_token + a.weight.rows, a.rope);
         int t = 0;
         for (; t + MOST <= a.tokens; t += MOST)
-            head_blocks<MOST, 1>(a.weight, data, x + int64_t(t) * a.x_token, a.x_token, out + int64_t(t) * a.out_token, a.out_token);
+            head_blocks<MOST>(a.weight, data, x + int64_t(t) * a.x_token, a.x_token, out + int64_t(t) * a.out_token, a.out_token);
         for (; t < a.tokens; t++)
-            head_blocks<1, LANES == 16 ? 4 : 2>(a.weight, data, x + int64_t(t) * a.x_token, a.x_token, out + int64_t(t) * a.out_token, a.out_token);
+            head_blocks<1>(a.weight, data, x + int64_t(t) * a.x_token, a.x_token, out + int64_t(t) * a.out_token, a.out_token);
     }
 }
 
