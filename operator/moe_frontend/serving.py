@@ -134,7 +134,10 @@ def _outputs(options: Options, supervisor: Supervisor) -> OutputCache[Failure] |
     if not options.output_cache:
         return None
     outputs = OutputCache(
-        Store(options.output_cache, options.output_cache_ttl), supervisor, failures.stopped()
+        Store(options.output_cache, options.output_cache_ttl),
+        supervisor,
+        failures.stopped(),
+        options.write_timeout,
     )
     outputs.measures.export(metrics.get_meter(_SCOPE))
     return outputs

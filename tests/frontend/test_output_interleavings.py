@@ -1,6 +1,7 @@
 """The output cache against a model: any interleaving of requests, cancellations, deaths and rollouts."""
 
 import asyncio
+import contextlib
 from dataclasses import dataclass, field
 
 from hypothesis import settings
@@ -10,7 +11,7 @@ from opentelemetry.trace import INVALID_SPAN
 
 from moe_api.inference.v1 import inference_pb2
 from moe_api.supervision import Backoff, Supervisor
-from moe_api.writing import Writer
+from moe_api.writing import SlowReaderError, Writer
 from moe_frontend.outputs.cache import OutputCache
 from moe_frontend.outputs.key import key_of
 from moe_frontend.outputs.store import Store
@@ -165,6 +166,45 @@ class Interleavings(RuleBasedStateMachine):
             assert {work.question for work in self.running()} <= waiting
             assert len(self.cache._flights) <= len(self.running())
             assert self.store.bytes <= 3000
+
+
+class Deaf(Client):
+    """Reads nothing, until its writer gives up."""
+
+    async def write(self, message):
+        await asyncio.Event().wait()
+
+
+async def test_clients_that_take_turns_in_reading_nothing_do_not_hold_a_computation():
+    """One that comes in time before the last one has given up would keep it open for ever."""
+    supervisor, patience_s = Supervisor(), 0.3
+    cache = OutputCache(Store(3000, 10.0), supervisor, "stopped", patience_s)
+    cache.serve(frozenset({"r1"}))
+    begun, ended = [], []
+
+    async def compute(flight):
+        begun.append(flight)
+        try:
+            while True:
+                await flight.write(b"token")
+        finally:
+            ended.append(flight)
+
+    async def deaf():
+        caller = Deaf("q", {"r1"})
+        with contextlib.suppress(SlowReaderError):
+            await cache.answer(b"key", (), caller, Writer(caller, patience_s), INVALID_SPAN, compute)
+
+    clients = [asyncio.create_task(deaf())]
+    async with asyncio.timeout(60):
+        while not ended:
+            await asyncio.sleep(patience_s / 3)
+            clients.append(asyncio.create_task(deaf()))
+    assert ended[0] is begun[0]
+    await asyncio.gather(*clients)
+    assert begun == ended
+    assert not cache._flights
+    await supervisor.close()
 
 
 def test_who_asks_after_a_rollback_follows_no_answer_of_the_other_revision():

@@ -9,7 +9,7 @@ from typing import Any, Final, Generic
 from opentelemetry import trace
 
 from moe_api.supervision import Supervisor
-from moe_api.writing import Messages
+from moe_api.writing import WRITE_TIMEOUT_S, Messages
 from moe_frontend.outputs.answer import Saving, answer_of
 from moe_frontend.outputs.flight import F, Flight
 from moe_frontend.outputs.measures import CacheMeasures
@@ -33,13 +33,18 @@ class OutputCache(Generic[F]):
         store: holds the answers.
         supervisor: runs the computations.
         stopped: the failure of an answer whose computation ended early.
+        patience_s: nobody joins a computation that has waited as long for its readers: they read nothing,
+            and would hold it for ever if others that read nothing came in time.
 
     Attributes:
         measures: what it did, by class of tenants.
     """
 
-    def __init__(self, store: Store, supervisor: Supervisor, stopped: F) -> None:
+    def __init__(
+        self, store: Store, supervisor: Supervisor, stopped: F, patience_s: float = WRITE_TIMEOUT_S
+    ) -> None:
         self._stopped = stopped
+        self._patience_s = patience_s
         self._store = store
         self._supervisor = supervisor
         self._flights: dict[bytes, tuple[Flight[F], asyncio.Task[None]]] = {}
@@ -103,9 +108,9 @@ class OutputCache(Generic[F]):
     async def _fly(
         self, key: bytes, caller: Any, writer: Messages, span: trace.Span, compute: Compute[F], tenant: str
     ) -> F | None:
-        shared = key in self._flights
+        shared = key in self._flights and not self._is_stalled(self._flights[key][0])
         self._note(span, "shared" if shared else "miss", tenant)
-        if key not in self._flights:
+        if not shared:
             flight: Flight[F] = Flight(caller.invocation_metadata())
             task = self._supervisor.start("output-flight", lambda: self._run(key, flight, compute, tenant))
             self._flights[key] = flight, task
@@ -135,6 +140,10 @@ class OutputCache(Generic[F]):
         finally:
             self._forget(key, flight)
             flight.end(failure)
+
+    def _is_stalled(self, flight: Flight[F]) -> bool:
+        since = flight.blocked_since
+        return since is not None and time.monotonic() - since >= self._patience_s
 
     def _forget(self, key: bytes, flight: Flight[F]) -> None:
         if key in self._flights and self._flights[key][0] is flight:

@@ -28,6 +28,7 @@ class Flight(Generic[F]):
         ended: whether the answer has ended.
         waited_s: time for which the computation waited for readers.
         saving: what each reader but the first saved; None until the answer is complete.
+        blocked_since: when it began to wait for its readers; None: it does not.
     """
 
     def __init__(self, metadata: Iterable[Any] | None) -> None:
@@ -42,6 +43,7 @@ class Flight(Generic[F]):
         self.ended = False
         self.waited_s = 0.0
         self.saving: Saving | None = None
+        self.blocked_since: float | None = None
 
     @property
     def deserted(self) -> bool:
@@ -66,14 +68,20 @@ class Flight(Generic[F]):
     async def write(self, message: bytes) -> None:
         """As of a client's context; waits if all readers are far behind.
 
-        It needs no timeout: a reader that reads nothing leaves after that of its own writer.
+        It needs no timeout: a reader that reads nothing leaves after that of its own writer, and nobody joins
+        a computation that has waited as long.
         """
         self.messages.append(message)
         _wake(self._news)
-        while self._positions and len(self.messages) - max(self._positions.values()) > _AHEAD_MOST:
-            began = time.monotonic()
-            await self._taken.wait()
-            self.waited_s += time.monotonic() - began
+        began = time.monotonic()
+        try:
+            while self._positions and len(self.messages) - max(self._positions.values()) > _AHEAD_MOST:
+                self.blocked_since = began
+                await self._taken.wait()
+        finally:
+            if self.blocked_since is not None:
+                self.waited_s += time.monotonic() - began
+            self.blocked_since = None
 
     def end(self, failure: F | None) -> None:
         """Ends the answer; `failure`: why it is incomplete."""
