@@ -143,7 +143,7 @@ class Site:
     def kubectl(self, *words: str, text: str | None = None) -> str:
         return self.cluster.kubectl("-n", self.namespace, *words, input=text)
 
-    def look(self) -> tuple[bool, bool]:
+    def state(self) -> tuple[bool, bool]:
         """Whether Ready is True, and whether it is True for the latest spec with no rollout in progress."""
         body = json.loads(self.kubectl("get", "moed", NAME, "-o", "json"))
         found = {one["type"]: one for one in body.get("status", {}).get("conditions", ())}
@@ -152,7 +152,7 @@ class Site:
         return ready, ready and current and found["Progressing"]["reason"] == "Complete"
 
     def is_whole(self) -> bool:
-        return self.look()[1]
+        return self.state()[1]
 
     def pods(self, role: str) -> list[str]:
         pods = self._pods(role)
@@ -274,9 +274,9 @@ def until_well(site: Site, outcome: Outcome, started: float, has_hit: Callable[[
 
 
 def looked(site: Site) -> tuple[bool, bool]:
-    """The result of `Site.look`; while the API server does not respond, Ready cannot be seen as False."""
+    """The result of `Site.state`; while the API server does not respond, Ready cannot be seen as False."""
     try:
-        return site.look()
+        return site.state()
     except CommandError:
         return True, False
 
@@ -385,7 +385,7 @@ def api_server_away(site: Site) -> None:
 def node_silent(site: Site) -> None:
     """The kubelet hangs until Kubernetes calls the node NotReady; containers run on."""
     with site.cluster.paused("kubelet"):
-        wait(lambda: not site.look()[0], "the node is missed")
+        wait(lambda: not site.state()[0], "the node is missed")
 
 
 FAULTS: dict[str, tuple[Callable[[Site], None], str | None]] = {

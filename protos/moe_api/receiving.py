@@ -158,7 +158,7 @@ class Receiver:
         # A task that goes on: of a read that is cancelled, gRPC does not free what arrives nevertheless. It
         # ends with the call.
         reading = asyncio.ensure_future(read())
-        reading.add_done_callback(_look_at)
+        reading.add_done_callback(_retrieve)
         limit = asyncio.timeout(self._limit_s)
         try:
             async with limit:
@@ -188,7 +188,7 @@ def _every(seconds: float, act: Callable[[], None]) -> Iterator[None]:
         timer.cancel()
 
 
-def _look_at(reading: asyncio.Future[Any]) -> None:
+def _retrieve(reading: asyncio.Future[Any]) -> None:
     """An error that nobody looks at would be logged."""
     if not reading.cancelled():
         reading.exception()

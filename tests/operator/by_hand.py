@@ -81,8 +81,8 @@ class Api:
         """Deletes the CRD, and all objects of its kind."""
         self.ask("DELETE", f"{CRDS}/{crd['metadata']['name']}")
 
-    def look(self, name):
-        """Seconds after which one reconcile wants the next one."""
+    def reconcile_or_raise(self, name):
+        """Reconciles once; returns the seconds after which it wants the next one."""
         return self._reconciler.reconcile(Name("default", name))
 
     def condition(self, name, kind):
@@ -109,7 +109,7 @@ class Api:
             self._writes_to_live = None
 
     def before_next_write(self, interruption):
-        """Somebody else does something between the operator's look and its next write."""
+        """Somebody else does something between the operator's read and its next write."""
         self._interruption = interruption
 
     def collect_garbage(self, name):

@@ -379,7 +379,7 @@ def test_updated_counts_ready_replicas_only():
 def test_what_is_refused_or_invalid_is_stalled():
     world = settled()
     for found in (
-        refused(world.status, world.look().status, "forbidden: exceeded quota", world.now),
+        refused(world.status, world.planned().status, "forbidden: exceeded quota", world.now),
         invalid(world.status, world.deployment.identity, "spec.x: no", world.now),
     ):
         assert computed(world, found) == "Failed"
@@ -388,7 +388,7 @@ def test_what_is_refused_or_invalid_is_stalled():
         assert stalled.observed_generation == world.deployment.identity.generation
     world.change(engine={"maxBatchSize": 4})
     world.step()
-    found = refused(world.status, world.look().status, "forbidden: exceeded quota", world.now)
+    found = refused(world.status, world.planned().status, "forbidden: exceeded quota", world.now)
     assert found.condition(RECONCILING) is None
 
 
@@ -463,7 +463,7 @@ def test_what_the_api_server_passes_on_acts_on_no_terminal_and_is_bounded():
     world = settled()
     hostile = f"denied by webhook: \x1b[2J\n{'x' * 100_000}"
     for found in (
-        refused(world.status, world.look().status, hostile, world.now),
+        refused(world.status, world.planned().status, hostile, world.now),
         invalid(world.status, world.deployment.identity, hostile, world.now),
     ):
         assert all(one.message.isprintable() and len(one.message) <= 4096 for one in found.conditions)

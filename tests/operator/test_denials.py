@@ -153,7 +153,7 @@ def is_denied_and_goes_on(api, sentence):
     """A deployment whose Role is denied has everything else, says why, and is tried again."""
     make(api, "denied", replicas=1)
     with pytest.raises(ApplyForbiddenError, match=sentence):
-        api.look("denied")
+        api.reconcile_or_raise("denied")
     for kind in ("Ready", "Progressing"):
         found = api.condition("denied", kind)
         assert (found["status"], found["reason"]) == ("False", "ApplyRefused")
@@ -163,7 +163,7 @@ def is_denied_and_goes_on(api, sentence):
     # One refused shared object keeps no replica from leaving.
     api.ask("PATCH", f"{COLLECTION}/denied", {"spec": {"replicas": 0}})
     with pytest.raises(ApplyForbiddenError, match=sentence):
-        api.look("denied")
+        api.reconcile_or_raise("denied")
     assert api.cluster.list("StatefulSet", "default", "denied") == []
     events = api.ask("GET", "/api/v1/namespaces/default/events")[1]["items"]
     told = [one["reason"] for one in events if one["involvedObject"]["name"] == "denied"]
@@ -203,7 +203,7 @@ def test_a_webhook_that_denies_with_any_code_is_said_and_heals(api, denying, cod
 def test_an_object_that_is_wrong_in_itself_is_looked_at_again_at_the_resync(api):
     make(api, "odd", replicas=1, worker={"resources": {"limits": {"hugepages-2Mi": "4Mi"}}})
     for _ in range(2):
-        assert api.look("odd") == Settings().resync_seconds
+        assert api.reconcile_or_raise("odd") == Settings().resync_seconds
     found = api.condition("odd", "Progressing")
     assert (found["reason"], "HugePages require cpu or memory" in found["message"]) == ("ApplyRefused", True)
 
@@ -229,7 +229,7 @@ def test_under_a_tight_quota_what_goes_makes_room_for_what_comes(api):
     try:
         # It does not serve, so a new revision takes its place at once.
         api.ask("PATCH", f"{COLLECTION}/tight", {"spec": {"engine": {"maxBatchSize": 2}}})
-        api.look("tight")
+        api.reconcile_or_raise("tight")
         (new,) = api.cluster.list("StatefulSet", "default", "tight")
         assert new["metadata"]["uid"] != old["uid"]
         assert api.condition("tight", "Progressing")["reason"] != "ApplyRefused"

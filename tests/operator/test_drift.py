@@ -86,28 +86,30 @@ def test_a_child_that_another_object_controls_is_left_alone():
     assert world.condition(READY).reason == "NameConflict"
 
 
-def looks(world: World, verdicts: dict[Key, str]) -> Plan:
+def planned_with(world: World, verdicts: dict[Key, str]) -> Plan:
     observed = world.observed(model=world.model, verdicts=verdicts)
     return plan(with_pins(world.deployment, observed), observed, world.now)
 
 
 def test_what_an_earlier_look_found_changes_no_plan_until_something_else_is_wanted():
     world = settled(replicas=3)
-    first = looks(world, {})
+    first = planned_with(world, {})
     assert first.sound == tuple(Key("StatefulSet", f"docs-{rank}") for rank in range(3))
     verdicts = dict.fromkeys(first.sound, recipe(with_pins(world.deployment, world.observed())))
-    again = looks(world, verdicts)
+    again = planned_with(world, verdicts)
     assert (again.sound, again.apply, again.status) == ((), first.apply, first.status)
     for edit in ({"engine": {"maxBatchSize": 7}}, {"replicas": 1}, {"worker": {"resources": {}}}):
         world.change(**edit)
-        fresh = looks(world, {})
-        assert dataclasses.replace(looks(world, verdicts), sound=()) == dataclasses.replace(fresh, sound=())
+        fresh = planned_with(world, {})
+        assert dataclasses.replace(planned_with(world, verdicts), sound=()) == dataclasses.replace(
+            fresh, sound=()
+        )
 
 
 def test_a_stateful_set_that_is_not_as_it_should_be_is_not_called_sound():
     world = settled(replicas=2)
     world.children[Key("StatefulSet", "docs-1")]["spec"]["serviceName"] = "another"
-    found = looks(world, {})
+    found = planned_with(world, {})
     assert found.sound == (Key("StatefulSet", "docs-0"),)
     assert [key(manifest) for manifest in found.apply] == [Key("StatefulSet", "docs-1")]
 
@@ -149,7 +151,7 @@ def test_objects_of_a_deleted_deployment_of_the_same_name_are_waited_for_and_no_
     world = settled(replicas=1)
     again = World(dataclasses.replace(deployment(replicas=1), identity=Identity("default", "docs", "new", 1)))
     again.children, again.pods = copy.deepcopy(world.children), copy.deepcopy(world.pods)
-    todo = again.look()
+    todo = again.planned()
     assert {key(manifest).name for manifest in todo.apply} <= {"docs-1", *(n.name for n in again.children)}
     assert not [manifest for manifest in todo.apply if "uid" in manifest["metadata"]], "none is changed"
     reasons = {one.reason for one in todo.status.conditions}

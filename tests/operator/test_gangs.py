@@ -154,7 +154,7 @@ def test_the_secret_is_made_while_a_gang_starts_and_never_read():
     assert used == {"name": "docs-gang", "key": "secret"}
     for name in pods(found):
         found.pods[name]["status"]["conditions"] = [{"type": "Ready", "status": "True"}]
-    assert found.look().secret is None
+    assert found.planned().secret is None
     assert World(deployment()).step().secret is None
 
 
@@ -174,20 +174,20 @@ def test_followers_gates_open_with_their_containers():
     pod = found.pods["docs-0-2"]
     pod["spec"] = {"readinessGates": [{"conditionType": names.ROUTED}]}
     pod["status"]["conditions"] = [{"type": "ContainersReady", "status": "True"}]
-    (gate,) = found.look().gates
+    (gate,) = found.planned().gates
     assert (gate.pod, gate.open) == ("docs-0-2", True)
     pod["status"]["conditions"] = [
         {"type": "ContainersReady", "status": "False"},
         {"type": names.ROUTED, "status": "True"},
     ]
-    (gate,) = found.look().gates
+    (gate,) = found.planned().gates
     assert (gate.pod, gate.open) == ("docs-0-2", False)
 
 
 def test_a_half_placed_gang_gives_its_nodes_back_and_tries_again_later():
     found = world(parallelism={"schedulingDeadlineSeconds": 60})
     seat(found, 0, 1, 2)
-    due = found.look().due
+    due = found.planned().due
     assert due == found.now + timedelta(seconds=60)
     found.now += timedelta(seconds=59)
     found.step()
@@ -202,21 +202,21 @@ def test_a_half_placed_gang_gives_its_nodes_back_and_tries_again_later():
     assert "3 Insufficient nvidia.com/gpu" in said.message
     assert found.status.condition(STALLED) is None, "it heals by itself"
 
-    assert found.look().due is not None
-    found.now = found.look().due
+    assert found.planned().due is not None
+    found.now = found.planned().due
     found.step()
     assert (size(found), len(pods(found))) == (4, 4)
     seat(found, 0, 1, 2)
     found.now += timedelta(seconds=61)
     found.step()
     assert recorded(found.children[SET]).attempts == 2
-    found.now = found.look().due
+    found.now = found.planned().due
     found.step()
     seat(found, 0, 1, 2, 3)
     found.step()
     assert recorded(found.children[SET]) == GangRecord()
     found.step()
-    assert found.look().apply == ()
+    assert found.planned().apply == ()
 
 
 def test_a_gang_of_which_no_worker_has_a_node_holds_nothing_and_waits():

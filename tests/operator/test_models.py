@@ -113,7 +113,7 @@ def test_the_conditions_say_how_far_the_download_is():
     world = World(deployment(model={"uri": "hf://a/b"}))
     world.step()
     fetching(world, 0)
-    todo = world.look()
+    todo = world.planned()
     assert [pod.name for pod in todo.fetching] == ["docs-0-0"]
     assert todo.recheck
     told = {"docs-0-0": Download(int(7.7 * 2**30), int(18.2 * 2**30), 175)}

@@ -311,7 +311,7 @@ def test_scaling_down_deletes_the_highest_ranks_first():
 def test_of_replicas_that_may_leave_the_least_busy_does():
     world = settled(replicas=3)
     world.change(replicas=2)
-    assert {pod.name for pod in world.look().choice} == {"docs-0-0", "docs-1-0", "docs-2-0"}
+    assert {pod.name for pod in world.planned().choice} == {"docs-0-0", "docs-1-0", "docs-2-0"}
     world.work = {"docs-0-0": 3, "docs-1-0": 1, "docs-2-0": 2}
     plan = world.step()
     assert [deletion.key.name for deletion in plan.delete] == ["docs-1"]
@@ -338,11 +338,11 @@ def test_no_replicas_is_a_state_of_its_own():
 def test_the_model_is_asked_for_once_a_revision():
     world = World(deployment())
     world.step()
-    assert not world.look().recheck
+    assert not world.planned().recheck
     world.ready(0)
-    assert world.look().recheck
+    assert world.planned().recheck
     settled_world = settled()
-    assert not settled_world.look().recheck
+    assert not settled_world.planned().recheck
     assert (
         "11.2M parameters of which a token uses 4.1M, in fp32"
         in settled_world.condition(MODEL_LOADED).message
@@ -359,7 +359,7 @@ def test_a_refused_change_stops_the_progress_and_takes_nothing_away_from_replica
     world = settled()
     serving = world.status
     world.change(worker={"resources": {"requests": {"cpu": 2}, "limits": {"cpu": 1}}})
-    planned = world.look().status
+    planned = world.planned().status
     after = refused(serving, planned, "cpu: must be less than or equal to cpu limit of 1", world.now)
     ready, progressing = after.condition(READY), after.condition(PROGRESSING)
     assert (ready.status, ready.reason) == ("True", "AllReplicasReady")
@@ -371,7 +371,7 @@ def test_a_refused_change_stops_the_progress_and_takes_nothing_away_from_replica
 
 def test_a_refusal_is_why_a_new_deployment_is_not_ready():
     world = World(deployment())
-    after = refused(world.status, world.look().status, "forbidden: exceeded quota", world.now)
+    after = refused(world.status, world.planned().status, "forbidden: exceeded quota", world.now)
     assert {c.type: c.reason for c in after.conditions if c.type in (READY, PROGRESSING)} == {
         READY: "ApplyRefused",
         PROGRESSING: "ApplyRefused",

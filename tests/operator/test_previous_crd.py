@@ -152,7 +152,7 @@ def test_objects_of_earlier_crds_are_read_reconciled_and_keep_what_they_say(api)
     assert meaning(new) == meaning(old)
     assert not list(advice(new))
     api.ask("PATCH", f"{COLLECTION}/floats", {"spec": without_deprecated(specs["floats"])})
-    api.look("floats")
+    api.reconcile_or_raise("floats")
     assert api.condition("floats", DEPRECATED_FIELDS) == {}
 
 

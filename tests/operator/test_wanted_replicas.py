@@ -80,8 +80,8 @@ def test_a_reconcile_neither_writes_nor_removes_what_the_scaler_reports():
     world.deployment = replace(
         world.deployment, status=world.status.model_copy(update={"scaling": ScalingStatus()})
     )
-    assert world.look().status.scaling is None
-    assert world.look().status == world.status.without_scaling()
+    assert world.planned().status.scaling is None
+    assert world.planned().status == world.status.without_scaling()
 
 
 def test_zero_replicas_by_scaling_promise_that_a_request_brings_one():

@@ -51,7 +51,8 @@ class World:
     def observed(self, **more: Any) -> Observed:
         return replace(observe(self.children.values(), self.pods.values()), **more)
 
-    def look(self) -> Plan:
+    def planned(self) -> Plan:
+        """What one reconcile plans now."""
         observed = self.observed(model=self.model, work=self.work)
         deployment = with_pins(self.deployment, observed)
         todo = plan(deployment, observed, self.now)
@@ -64,7 +65,7 @@ class World:
 
     def step(self) -> Plan:
         """One reconcile: plan, apply, write the status; a second passes."""
-        todo = self.look()
+        todo = self.planned()
         for manifest in todo.apply:
             self._apply(copy.deepcopy(manifest))
         for deletion in todo.delete:

@@ -62,7 +62,7 @@ _ELSEWHERE: Final = frozenset(
         grpc.StatusCode.RESOURCE_EXHAUSTED,
     }
 )
-_LOOK_AGAIN_S: Final = 1.0
+_RECHECK_S: Final = 1.0
 # A worker ends a call directly after the last message of its response.
 _END_S: Final = 5.0
 
@@ -277,7 +277,7 @@ class Forwarder:
         if failure is None and len(self._replicas):  # none was tried, so none has the required revision
             return failures.other_revision(self._hold.deployment)
         full = failure is not None and failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-        wait = min(trials.left_s(time.monotonic()), _LOOK_AGAIN_S)
+        wait = min(trials.left_s(time.monotonic()), _RECHECK_S)
         if not progress.resumable or (full and not progress.started) or not wait:
             return self._unanswered(failure, progress)
         with self._hold.place(progress.size) as refusal:

@@ -76,7 +76,7 @@ class Frontend:
             (AuthenticatingInterceptor(authenticator, log),),
             in_progress,
         )
-        self._beside: list[grpc.aio.Server] = []
+        self._internal: list[grpc.aio.Server] = []
         self._draining = False
         self._ready = False
         self._giving_up: asyncio.Task[None] | None = None
@@ -117,7 +117,7 @@ class Frontend:
         Raises:
             RuntimeError: the address cannot be listened on.
         """
-        return await self._start_beside(
+        return await self._start_internal(
             await admin_server(self._for_operator, self._health), address, credentials
         )
 
@@ -127,9 +127,9 @@ class Frontend:
         Raises:
             RuntimeError: the address cannot be listened on.
         """
-        return await self._start_beside(await health_server(self._health), address, None)
+        return await self._start_internal(await health_server(self._health), address, None)
 
-    async def _start_beside(
+    async def _start_internal(
         self, server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None
     ) -> int:
         """Starts a server that ends with that of clients."""
@@ -138,7 +138,7 @@ class Frontend:
         else:
             port = server.add_secure_port(address, credentials)
         await server.start()
-        self._beside.append(server)
+        self._internal.append(server)
         return port
 
     def add(self, register: Callable[[grpc.aio.Server], None]) -> None:
@@ -191,7 +191,7 @@ class Frontend:
         await asyncio.sleep(_SETTLE_S)
         await self._health.close()
         await self._server.stop(grace_s)
-        for server in self._beside:
+        for server in self._internal:
             await server.stop(None)
 
     def _handler(self, name: str, request_type: type[Message]) -> grpc.RpcMethodHandler[Message, bytes]:

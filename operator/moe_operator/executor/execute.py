@@ -29,7 +29,7 @@ from moe_operator.resources.status import Status
 
 _EVENT_MOST = 1024
 """Maximum characters of an Event's message."""
-_ALIKE: Final = 3
+_MOST_REFUSALS: Final = 3
 """After this many refusals of one kind its other objects wait for the next plan: replicas are all the same.
 """
 
@@ -60,7 +60,7 @@ def execute(
             raise OutOfTimeError(
                 f"{done} of {len(effects)} changes are applied; the next reconcile continues"
             )
-        if refused[kind] >= _ALIKE:
+        if refused[kind] >= _MOST_REFUSALS:
             continue
         try:
             effect()

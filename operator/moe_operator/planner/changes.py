@@ -71,9 +71,9 @@ def decisions(made: Iterable[Change]) -> list[Decision]:
     """Decisions about the changes: one for all ordinary ones, one for each unexpected one."""
     made = list(made)
     told = [
-        Decision(why.value, f"{verb} {', '.join(str(key(change.manifest)) for change in alike)}")
+        Decision(why.value, f"{verb} {', '.join(str(key(change.manifest)) for change in same)}")
         for why, verb in ((Why.CREATED, "created"), (Why.UPDATED, "updated"))
-        if (alike := [change for change in made if change.why is why])
+        if (same := [change for change in made if change.why is why])
     ]
     return [
         *told,
