@@ -36,7 +36,8 @@ from moe_worker.kernels.triton.experts import (
 from moe_worker.kernels.triton.latent import write_latents
 from moe_worker.kernels.triton.linear import linear_packed, linear_tile
 from moe_worker.kernels.triton.norm import Activation, Added, Rounding, round_values
-from moe_worker.kernels.triton.tiles import Packed, PackedInt4, PackedSparse14, Tile
+from moe_worker.kernels.triton.packed import Packed, PackedInt4, PackedSparse14
+from moe_worker.kernels.triton.products import Tile
 from moe_worker.kernels.triton.wide import experts_wide, widen
 from moe_worker.models.cuda import Rows
 from moe_worker.models.cuda_build import prepare

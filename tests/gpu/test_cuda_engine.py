@@ -17,7 +17,7 @@ from moe_worker.config.engine import EngineOptions
 from moe_worker.engine.core import EngineCore
 from moe_worker.engine.loading import LoadedModel
 from moe_worker.engine.requests import Request
-from moe_worker.kernels.triton.tiles import PackedSparse14
+from moe_worker.kernels.triton.packed import PackedSparse14
 from moe_worker.kvcache.paged import CacheShape, PagedCache
 from moe_worker.models import cuda
 from moe_worker.models.batch import Batch, Segment

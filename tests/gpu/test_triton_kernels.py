@@ -21,14 +21,14 @@ from moe_worker.kernels.triton import (
     expanded,
     experts,
     few,
-    few_sparse14,
     greedy,
     latent,
     linear,
     norm,
+    packed,
+    products,
     router,
     sparse14,
-    tiles,
     wide,
 )
 from moe_worker.models import cuda
@@ -205,7 +205,7 @@ def test_fp8_weights_that_are_not_numbers_give_none():
 @pytest.mark.parametrize("inputs", [320, 640])
 @pytest.mark.parametrize("kind", ["w4a8", "fp8"])
 def test_an_iteration_may_reach_behind_the_last_group(monkeypatch, turn, inputs, kind):
-    monkeypatch.setattr(linear, "linear_tile", lambda *_: tiles.Tile(64, 16, 4, 3, turn))
+    monkeypatch.setattr(linear, "linear_tile", lambda *_: products.Tile(64, 16, 4, 3, turn))
     x, (weight, plain) = quantized(randn(3, inputs)), packed_and_plain(randn(130, inputs), kind)
     actual = torch.full((3, 130), math.nan, device=DEVICE)
     linear.linear_packed(x, weight, actual)
@@ -608,7 +608,7 @@ def test_the_second_product_waits_for_the_first():
     """On a GPU it starts early; the memory of the hidden values holds those of other tokens before."""
     count, width, inner, tokens = (4, 256, 128, 20) if INTERPRETED else (24, 2048, 1408, 256)
     gate_up, down = (
-        tiles.pack_values(
+        packed.pack_values(
             torch.randint(-8, 8, (count, inputs // 128, outputs, 128), dtype=torch.int8, device=DEVICE),
             torch.rand(count, inputs // 128, outputs, device=DEVICE) / inputs,
             inputs,
@@ -735,7 +735,7 @@ def test_sparse_experts_of_few_tokens(tokens, width, inner):
     chosen = torch.tensor([[4, 3], [1, 3]], device=DEVICE, dtype=torch.int32)[:tokens]
     taken, shares = few.Taken(chosen, 1, 3), torch.rand(tokens, 2, device=DEVICE)
     packed = pack_sparse(gate_up), pack_sparse(down)
-    rows = few_sparse14.experts_few(quantized(x, BY_POSITION), *packed, taken, shares)
+    rows = few.experts_few(quantized(x, BY_POSITION), *packed, taken, shares)
     dense = [each.dequantize().double() for each in (gate_up, down)]
     expected = plain_experts(rounded_side(quantized(x)), *dense, chosen, shares)
     for row, wish in zip(rows, expected.flatten(0, 1), strict=True):

@@ -18,7 +18,7 @@ from moe_worker.kernels.triton.attention import TokenTiles
 from moe_worker.kernels.triton.expanded import BLOCK_T, Contexts, context_rows
 from moe_worker.kernels.triton.linear import linear_packed
 from moe_worker.kernels.triton.norm import Added
-from moe_worker.kernels.triton.tiles import PackedSparse14
+from moe_worker.kernels.triton.packed import PackedSparse14
 from moe_worker.kernels.triton.wide import Weight
 from moe_worker.models.batch import aligned_parts
 from moe_worker.models.cuda_layer import CudaLayer, Pass, Products, norm

@@ -18,7 +18,7 @@ from moe_worker.kernels.linear import Linear
 from moe_worker.kernels.triton import e4m3
 from moe_worker.kernels.triton.expanded import expanding_weights
 from moe_worker.kernels.triton.latent import LatentWeights
-from moe_worker.kernels.triton.tiles import PackedFp8, PackedInt4, PackedSparse14, pack_sparse14, pack_values
+from moe_worker.kernels.triton.packed import PackedFp8, PackedInt4, PackedSparse14, pack_sparse14, pack_values
 from moe_worker.kernels.triton.wide import Weight
 from moe_worker.models.cuda import CudaModel
 from moe_worker.models.cuda_layer import CudaLayer, Exchange

@@ -5,10 +5,9 @@ rotary position, R latent rank, W = R + P, V value elements, Q query rank, E rou
 intermediate of an expert, F = 2 * I, K experts a token, M = T * K rows.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_worker.config.moe import Routing
-from moe_worker.kernels.triton import few, few_sparse14
+from moe_worker.kernels.triton import few
 from moe_worker.kernels.triton.attention import TokenTiles, attend, merge_values
 from moe_worker.kernels.triton.e4m3 import experts_e4m3, linear_e4m3
 from moe_worker.kernels.triton.expanded import Contexts, attend_expanded, expand, spreads
@@ -24,9 +23,9 @@ from moe_worker.kernels.triton.experts import expert_tiles, experts_bf16, expert
 from moe_worker.kernels.triton.latent import LatentWeights, write_latents
 from moe_worker.kernels.triton.linear import linear_packed, linear_parts
 from moe_worker.kernels.triton.norm import Activation, Added, Rounding, residual_norm
+from moe_worker.kernels.triton.packed import PackedSparse14
 from moe_worker.kernels.triton.router import route
 from moe_worker.kernels.triton.sparse14 import to_int4
-from moe_worker.kernels.triton.tiles import PackedSparse14
 from moe_worker.kernels.triton.wide import Weight, experts_wide, widen
 from moe_worker.models.mla import INNER_NORM_EPS
 from moe_worker.quant.int8 import piece_of
@@ -217,16 +216,15 @@ class CudaLayer:
             wide = widen(self.gate_up), widen(self.down)
             return experts_wide(x.x_TD, *wide, experts_TK, weights_TK, counts_A, emulated)
         tokens, per_token = experts_TK.shape
-        experts_few = self._experts_few(x)
-        if experts_few is not None:
+        gate_up, down = self.gate_up, self.down
+        if few.takes_experts(gate_up, x) and few.takes_experts(down, x):
             if self.exchange is not None:
                 taken = few.Taken(experts_TK, per_token, 0)
             elif self.router_ED is not None:
                 taken = few.Taken(experts_TK, self.routing.top_k, self.router_ED.shape[0])
             else:
                 taken = few.Taken(experts_TK, 0, 0)
-            return Added(experts_few(taken, weights_TK), experts_M=experts_TK)
-        gate_up, down = self.gate_up, self.down
+            return Added(few.experts_few(x, gate_up, down, taken, weights_TK), experts_M=experts_TK)
         if products is Products.DENSE_GROUPS:
             gate_up, down = (
                 to_int4(each) if isinstance(each, PackedSparse14) else each for each in (gate_up, down)
@@ -238,17 +236,6 @@ class CudaLayer:
             return Added(rows_MD, experts_M=experts_TK)
         rows_MD = experts_bf16(x.x_TD, widen(gate_up), widen(down), blocks, weights_TK, tiles)
         return Added(rows_MD, experts_M=experts_TK)
-
-    def _experts_few(self, x: Activation) -> Callable[[few.Taken, Tensor], Tensor] | None:
-        """The experts' rows without tensor cores, of taken experts and weights; None if `x` has more tokens
-        than these kernels take, or the experts another format.
-        """
-        most = few.FEW_TOKENS_OF_EXPERTS
-        if few.takes(self.gate_up, x, most) and few.takes(self.down, x, most):
-            return partial(few.experts_few, x, self.gate_up, self.down)
-        if few_sparse14.takes(self.gate_up, x, most) and few_sparse14.takes(self.down, x, most):
-            return partial(few_sparse14.experts_few, x, self.gate_up, self.down)
-        return None
 
     def expert_at(self, place: int) -> tuple[Tensor, ...]:
         """What the expert at `place` has in memory, not copied."""

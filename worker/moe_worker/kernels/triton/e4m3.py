@@ -18,8 +18,9 @@ from torch.nn import functional
 from torch.nn.functional import ScalingType
 
 from moe_worker.kernels.triton.norm import Activation, Added
+from moe_worker.kernels.triton.packed import PackedInt4, PackedSparse14
 from moe_worker.kernels.triton.sparse14 import to_int4
-from moe_worker.kernels.triton.tiles import PackedInt4, PackedSparse14, e4m3_scale, to_e4m3
+from moe_worker.kernels.triton.tiles import e4m3_scale, to_e4m3
 from moe_worker.kernels.triton.wide import Weight, group_rows
 from moe_worker.quant.fp8 import E4M3
 

@@ -16,16 +16,9 @@ from torch import Tensor
 
 from moe_worker.kernels.triton.launch import launch, let_next_start, wait_for_inputs
 from moe_worker.kernels.triton.norm import Activation
-from moe_worker.kernels.triton.tiles import (
-    Packed,
-    PackedSparse14,
-    Tile,
-    add_dot_bf16,
-    add_product,
-    by_position,
-    dot_group,
-    store_int8_NM,
-)
+from moe_worker.kernels.triton.packed import Packed, PackedSparse14
+from moe_worker.kernels.triton.products import Tile, add_product, dot_group
+from moe_worker.kernels.triton.tiles import add_dot_bf16, by_position, store_int8_NM
 
 
 class Blocks(NamedTuple):

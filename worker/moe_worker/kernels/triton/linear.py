@@ -9,7 +9,8 @@ from torch import Tensor
 
 from moe_worker.kernels.triton.launch import wait_for_inputs
 from moe_worker.kernels.triton.norm import Activation
-from moe_worker.kernels.triton.tiles import Packed, Tile, add_product
+from moe_worker.kernels.triton.packed import Packed
+from moe_worker.kernels.triton.products import Tile, add_product
 from moe_worker.quant.int4 import GROUP
 
 

@@ -1,6 +1,6 @@
 """1:4 sparse int4 weights for large passes: dense int4 ones with explicit zeros, which is exact.
 
-Small passes, which are bound by the bytes of the weights, multiply by the sparse ones (`tiles.dot_group`).
+Small passes, which are bound by the bytes of the weights, multiply by the sparse ones (`products.dot_group`).
 
 Legend: O outputs, G groups of 128 inputs, P pairs of groups, Q = 16 quads.
 """
@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_worker.kernels.triton.tiles import PackedInt4, PackedSparse14
+from moe_worker.kernels.triton.packed import PackedInt4, PackedSparse14
 from moe_worker.quant.int8 import PIECE
 
 

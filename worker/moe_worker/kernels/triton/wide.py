@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_worker.kernels.triton.norm import Added
+from moe_worker.kernels.triton.packed import Packed, PackedFp8, PackedSparse14
 from moe_worker.kernels.triton.sparse14 import to_int4
-from moe_worker.kernels.triton.tiles import Packed, PackedFp8, PackedSparse14, int8_scale, round_even
+from moe_worker.kernels.triton.tiles import int8_scale, round_even
 from moe_worker.quant.int8 import piece_of
 
 Weight = Tensor | Packed
