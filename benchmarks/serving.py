@@ -1,6 +1,6 @@
 """The cost of serving compared with the engine alone, and the gain of a cached prompt.
 
-    python -m benchmarks.serving CHECKPOINT [--streams 64 256] [--clients 1] [--prompt 64] [--tokens 64]
+    python -m benchmarks.serving CHECKPOINT [--streams 64 256] [--tokens 128 512] [--clients 1] [--prompt 64]
         [--rounds 3] [--long 4096] [--device auto] [--format auto] [--threads N] [--simulated] [--json]
 
 "through gRPC": tokens per second of all streams through `moe-worker serve` over loopback; the baseline is the
@@ -65,8 +65,8 @@ def main() -> None:
     device = f"{loaded.device}, {platform.machine()}, {loaded.format}"
     device += ", simulated steps" if args.simulated else ""
     with serving(args) as worker:
-        for streams in args.streams:
-            compare(loaded, options, worker, streams, device, args)
+        for tokens, streams in itertools.product(args.tokens, args.streams):
+            compare(loaded, options, worker, streams, tokens, device, args)
     if args.simulated:
         return
     cached, fresh = first_token_times(loaded, args.long, args.rounds)
@@ -75,27 +75,27 @@ def main() -> None:
 
 
 def compare(
-    loaded: LoadedModel, options: EngineOptions, worker: Worker, streams: int, device: str,
+    loaded: LoadedModel, options: EngineOptions, worker: Worker, streams: int, tokens: int, device: str,
     args: argparse.Namespace,
 ) -> None:  # fmt: skip
     """Rounds through gRPC and without, in turn; the first is left out."""
     bare, rounds = [], []
     for number in range(args.rounds + 1):
         prompts = make_prompts(loaded, streams, args.prompt, seed=number)
-        bare.append(bare_rate(loaded, options, prompts, args.tokens))
-        rounds.append(served(worker, prompts, args.tokens, args.clients))
-    behind, tokens = f", {streams} streams", sum(each.tokens for each in rounds[1:])
-    messages = sum(each.messages for each in rounds[1:])
+        bare.append(bare_rate(loaded, options, prompts, tokens))
+        rounds.append(served(worker, prompts, tokens, args.clients))
+    behind, messages = f", {streams} streams of {tokens} tokens", sum(each.messages for each in rounds[1:])
+    produced = sum(each.tokens for each in rounds[1:])
 
     def say_of(what: str, ours: float, unit: str, baseline: float | None = None) -> None:
         report(what + behind, ours, baseline, unit, device, args.json)
 
     rate = statistics.median(each.rate for each in rounds[1:])
     say_of("through gRPC against the bare engine", rate, "tok/s", statistics.median(bare[1:]))
-    say_of("tokens of a message", tokens / messages, "tokens")
+    say_of("tokens of a message", produced / messages, "tokens")
     edge, client = (sum(getattr(each, name) for each in rounds[1:]) for name in ("edge_cpu", "client_cpu"))
     say_of("CPU time of the edge for a message", 1e6 * edge / messages, "us")
-    say_of("CPU time of the edge for a token", 1e6 * edge / tokens, "us")
+    say_of("CPU time of the edge for a token", 1e6 * edge / produced, "us")
     say_of("CPU time of the clients for a message", 1e6 * client / messages, "us")
     for name in ("firsts", "gaps"):
         cuts = statistics.quantiles([x for each in rounds[1:] for x in getattr(each, name)], n=100)
@@ -112,7 +112,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--streams", type=int, nargs="+", default=[64])
     parser.add_argument("--clients", type=int, default=1, help="client processes, a connection each")
     parser.add_argument("--prompt", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[64], help="of a stream")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--long", type=int, default=4096)
     parser.add_argument("--device", default="auto")
