@@ -1,4 +1,4 @@
-"""The source of each document of shared/data/docs-corpus, by its form: the records carry no label.
+"""The source of each document of docs-corpus (examples/docs-moe/README.md) by its form: it has no labels.
 
 python -m benchmarks.docs_sources TEXT > labels.txt     # one a line, for `moe-worker train --domains`
 """

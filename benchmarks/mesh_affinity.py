@@ -1,6 +1,6 @@
 """What it saves to place the experts that a domain uses on the same ranks of a mesh.
 
-    python -m benchmarks.mesh_affinity ../shared/data/docs-corpus/valid.txt.zst [--model DIR] [--json]
+    python -m benchmarks.mesh_affinity valid.txt.zst [--model DIR] [--json]
 
 Domains are the sources of the documents, of each up to 16. Affinities and loads are learned from every other
 document and measured on the rest: ranks that a token is sent to, mean over tokens and layers, without its

@@ -1,6 +1,6 @@
 """What a prior for dynamic top-k could save at most: the capability matrix as a bias, with the domain known.
 
-    python -m benchmarks.routing_prior ../shared/data/docs-corpus/valid.txt.zst [--model DIR] [--json]
+    python -m benchmarks.routing_prior valid.txt.zst [--model DIR] [--json]
 
 The bias of an expert is `strength` times its share in a domain's choices over the largest share, so it takes
 the place of another one only if their scores differ by less than `strength`; weights stay those of its own
