@@ -26,6 +26,7 @@ from moe_worker.config.directory import find_checkpoint, read_checkpoint_config
 from moe_worker.config.engine import EngineOptions
 from moe_worker.config.model import ModelConfig
 from moe_worker.errors import EngineDiedError, SettingsError, WorkerError
+from moe_worker.garbage import spare_loaded
 from moe_worker.models.chat_template import ChatTemplate, chat_template
 from moe_worker.models.tokenizer import Tokenizer
 from moe_worker.models.tokenizer_guard import load_guarded
@@ -229,6 +230,7 @@ async def _run(
     measured: bool,
 ) -> None:
     """Serves from here on. Raises EngineDiedError."""
+    spare_loaded()
     inference.phase = Phase.SERVING
     await health.set_ready(ready=True)
     log.info("serving %s (%s)", served.name, served.engine.format)
