@@ -10,7 +10,7 @@ import pytest
 
 from moe_api.inference.v1 import inference_pb2 as pb
 from moe_frontend.discovery.endpoints import Endpoint
-from moe_frontend.transport.forwarding import ROUTING_REPLAYED
+from moe_frontend.transport.attempts import ROUTING_REPLAYED
 from tests.e2e.serving import EXAMPLE
 from tests.frontend.conftest import bench  # noqa: F401 - a fixture
 from tests.worker.serving import Worker

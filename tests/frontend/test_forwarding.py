@@ -13,7 +13,7 @@ from moe_api import rich_status, semconv, telemetry
 from moe_api.inference.v1 import inference_pb2, inference_pb2_grpc
 from moe_frontend.discovery.endpoints import Endpoint
 from moe_frontend.policy import routing
-from moe_frontend.transport import bounds, forwarding, metadata
+from moe_frontend.transport import attempts, bounds, metadata
 from tests.frontend.fake_worker import FakeWorker
 from tests.http2 import RawClient, answers
 
@@ -291,10 +291,10 @@ async def test_the_trace_says_where_the_request_went_and_why(bench):
     assert span.parent.span_id == client.get_span_context().span_id
     assert span.attributes[semconv.RPC_METHOD] == span.name
     assert span.attributes[semconv.RPC_RESPONSE_STATUS_CODE] == "OK"
-    assert [e.attributes[forwarding.ROUTING_REPLICA] for e in span.events] == ["gone-0", "w-0"]
-    assert span.attributes[forwarding.ROUTING_REPLICA] == "w-0"
-    assert span.attributes[forwarding.ROUTING_ATTEMPT] == 2
-    assert span.events[0].attributes[forwarding.ROUTING_CANDIDATES] == 2
+    assert [e.attributes[attempts.ROUTING_REPLICA] for e in span.events] == ["gone-0", "w-0"]
+    assert span.attributes[attempts.ROUTING_REPLICA] == "w-0"
+    assert span.attributes[attempts.ROUTING_ATTEMPT] == 2
+    assert span.events[0].attributes[attempts.ROUTING_CANDIDATES] == 2
     sent = b.workers[0].metadata[-1]["traceparent"]
     assert sent.startswith(f"00-{span.context.trace_id:032x}-{span.context.span_id:016x}-")
 

@@ -19,8 +19,8 @@ from starlette.types import Receive, Scope, Send
 
 from moe_api.inference.v1 import inference_pb2
 from moe_frontend.http.errors import ApiError, of_status, shutting_down
+from moe_frontend.transport.attempts import Recipient
 from moe_frontend.transport.failures import Failure
-from moe_frontend.transport.forwarding import Recipient
 
 SERVICE: Final = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 TIMEOUT_HEADER: Final = "x-request-timeout"

@@ -10,6 +10,9 @@ turns       requests of tenants wait for slots, in fair order
 holding     holds requests while no replica takes any
 loads       asks replicas for their load
 replicas    the channels to replicas, and what runs on them
-forwarding  one request to a replica, and its answer back; replays the stream of a lost replica
+watching    what prefix caches of replicas hold
+prompts     counts what prefix caches of replicas saved
+attempts    one attempt at one replica: the request there, the response back
+forwarding  one request, by several attempts; replays the stream of a lost replica
 failures    how an attempt can fail, and what the client is told
 """

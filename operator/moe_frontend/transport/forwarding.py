@@ -1,42 +1,34 @@
-"""Forwards a request to a replica and its response, message by message; replays streams of lost replicas.
+"""Serves a request by replicas, or by the output cache; replays streams of lost replicas.
 
-Messages are bytes and are not buffered here: the next one is read only after the client's connection has
-accepted the last one, so HTTP/2 flow control works from the client to the worker. For Generate, `progress`
-records the emitted tokens: if a replica is lost, another one of the same revision continues after them, and
-the client only sees a pause.
+For Generate, `progress` records the emitted tokens: if a replica is lost, another one of the same revision
+continues after them, and the client only sees a pause. `attempts` has one attempt at one replica.
 """
 
 import asyncio
-import contextlib
-import dataclasses
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import grpc
 from google.protobuf.message import Message
 from google.rpc import status_pb2
 from opentelemetry import trace
 
-from moe_api import clock, rich_status, spans, telemetry
-from moe_api.clock import Timed
+from moe_api import clock, rich_status, spans
 from moe_api.inference.v1 import inference_pb2
-from moe_api.writing import WRITE_TIMEOUT_S, Messages, Sink, SlowReaderError, Writer
+from moe_api.writing import WRITE_TIMEOUT_S, SlowReaderError, Writer
 from moe_frontend.discovery.endpoints import Endpoint, Served
-from moe_frontend.identity import audit
 from moe_frontend.identity.caller import current
 from moe_frontend.outputs.cache import OutputCache
 from moe_frontend.outputs.flight import Flight
 from moe_frontend.outputs.key import key_of
 from moe_frontend.policy import routing
-from moe_frontend.policy.balancing import Asked
-from moe_frontend.policy.echo import ContractError
 from moe_frontend.policy.progress import Progress
 from moe_frontend.policy.salt import prefix_salt
 from moe_frontend.transport import bounds, failures, metadata
-from moe_frontend.transport.admission import Admission, Admitted, RefusedRequestError
+from moe_frontend.transport.admission import Admission, RefusedRequestError
+from moe_frontend.transport.attempts import Attempts, Call, Recipient, record
 from moe_frontend.transport.failures import Failure, Kind
 from moe_frontend.transport.holding import Hold
 from moe_frontend.transport.prompts import Prompts
@@ -47,13 +39,6 @@ Context = grpc.aio.ServicerContext[Any, bytes]
 _LOG: Final = logging.getLogger(__name__)
 _CHANCE: Final = random.random
 
-ROUTING_REPLICA: Final = "moe.routing.replica"
-ROUTING_ADDRESS: Final = "moe.routing.address"
-ROUTING_CANDIDATES: Final = "moe.routing.candidates"
-ROUTING_ATTEMPT: Final = "moe.routing.attempt"
-ROUTING_REASON: Final = "moe.routing.reason"
-ROUTING_REPLAYED: Final = "moe.routing.replayed_tokens"
-
 # Another replica may succeed after these: a replica is lost, has no room, or has changed its revision.
 _ELSEWHERE: Final = frozenset(
     {
@@ -63,37 +48,8 @@ _ELSEWHERE: Final = frozenset(
     }
 )
 _RECHECK_S: Final = 1.0
-# A worker ends a call directly after the last message of its response.
-_END_S: Final = 5.0
-
 # GetModel does not start a replica.
 _NOT_WORTH_A_REPLICA: Final = "/GetModel"
-
-
-_Answer = grpc.aio.UnaryStreamCall[Message, bytes]
-
-
-class Recipient(Sink, Timed, Protocol):
-    """The receiver of a response: the context of a gRPC call, or its equivalent of another protocol."""
-
-    def invocation_metadata(self) -> Iterable[Any] | None:
-        """Metadata of the request, keys in lower case."""
-
-    def set_trailing_metadata(self, trailing_metadata: Any) -> None:
-        """Sets trailing metadata of the response."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """One call of a client, across all attempts."""
-
-    method: str
-    context: Recipient
-    span: trace.Span
-    writer: Messages
-    progress: Progress
-    asked: Asked | None
-    admitted: Admitted
 
 
 class Forwarder:
@@ -127,11 +83,11 @@ class Forwarder:
         self._turns = Turns(lambda: replicas.slots, patience_s)
         replicas.listen(self._turns.changed)
         self.prompts = Prompts()
+        self._attempt = Attempts(replicas, self.prompts, keys)
         self._replicas = replicas
         self._tracer = tracer
         self._hold = hold
         self._patience_s = patience_s
-        self._keys = keys
         self._write_timeout_s = write_timeout_s
 
     def limit(self, admission: Admission) -> None:
@@ -176,14 +132,14 @@ class Forwarder:
             with self._admission.admit(tenant, prefix_salt(pairs, tenant), request) as admitted:
                 asked = self._replicas.ask(request, pairs, tenant)
                 writer = Writer(caller, self._write_timeout_s)
-                call = _Call(method, caller, span, writer, Progress(request), asked, admitted)
+                call = Call(method, caller, span, writer, Progress(request), asked, admitted)
                 return await self._admitted(call, request)
         except RefusedRequestError as error:
             return Failure(Kind.ANSWERED, error.status)
         except SlowReaderError as error:
             return Failure(Kind.ANSWERED, error.status)
 
-    async def _admitted(self, call: _Call, request: Message) -> Failure | None:
+    async def _admitted(self, call: Call, request: Message) -> Failure | None:
         """Raises SlowReaderError."""
         if failure := await self._held(call):
             return failure
@@ -192,7 +148,7 @@ class Forwarder:
         answered, failure = await self._from_outputs(call, request)
         return failure if answered else await self._compute(call)
 
-    async def _compute(self, call: _Call) -> Failure | None:
+    async def _compute(self, call: Call) -> Failure | None:
         """Has the request computed, when it is its tenant's turn. Raises SlowReaderError."""
         admitted = call.admitted
         if not admitted.tokens:
@@ -204,7 +160,7 @@ class Forwarder:
         finally:
             self._admission.spend(admitted, call.progress.used)
 
-    async def _from_outputs(self, call: _Call, request: Message) -> tuple[bool, Failure | None]:
+    async def _from_outputs(self, call: Call, request: Message) -> tuple[bool, Failure | None]:
         """Serves a call by the output cache; returns whether it did, and why the response is incomplete."""
         if self._outputs is None or not isinstance(request, inference_pb2.GenerateRequest):
             return False, None
@@ -218,7 +174,7 @@ class Forwarder:
             progress = Progress(request)
             with self._tracer.start_as_current_span("compute", trace.set_span_in_context(call.span)) as span:
                 # Each reader of a flight has a timeout of its own.
-                shared = _Call(call.method, flight, span, flight, progress, call.asked, call.admitted)
+                shared = Call(call.method, flight, span, flight, progress, call.asked, call.admitted)
                 failure = await self._compute(shared)
             return failure, progress.revision
 
@@ -238,7 +194,7 @@ class Forwarder:
         too_long = bounds.violations(request, self._replicas.limits)
         return Failure(Kind.ANSWERED, rich_status.invalid_argument(too_long)) if too_long else None
 
-    async def _held(self, call: _Call) -> Failure | None:
+    async def _held(self, call: Call) -> Failure | None:
         """Waits for a replica, except for GetModel; returns why the call ends without one, or None."""
         if len(self._replicas) or call.method.endswith(_NOT_WORTH_A_REPLICA):
             return None
@@ -246,15 +202,15 @@ class Forwarder:
         status = await self._hold.until_replica(call.progress.size)
         return None if status is None else Failure(Kind.UNREACHED, status)
 
-    async def _attempts(self, call: _Call) -> Failure | None:
+    async def _attempts(self, call: Call) -> Failure | None:
         progress, failure = call.progress, None
         trials = routing.Trials(time.monotonic(), patience_s=self._patience_s)
         while True:
             before = progress.tokens
             with self._replicas.lease(trials.tried, progress.bound_to, call.asked) as lease:
                 if lease is not None:
-                    _record(call.span, lease, trials.attempts + 1, progress)
-                    failure = await self._attempt(call, lease)
+                    record(call.span, lease, trials.attempts + 1, progress)
+                    failure = await self._attempt.make(call, lease)
             if lease is None:
                 if ended := await self._wait_for_another(failure, trials, progress):
                     return ended
@@ -293,80 +249,6 @@ class Forwarder:
             return failures.nobody(self._hold.deployment)
         return failure
 
-    async def _attempt(self, call: _Call, lease: Lease) -> Failure | None:
-        """One attempt; None if the client has its response."""
-        before = call.progress.tokens
-        try:
-            failure = await self._exchange(call, lease)
-        finally:
-            usage = call.progress.usage
-            audit.count(0 if usage is None else usage.prompt_tokens, call.progress.tokens - before)
-        if failure is None:
-            self._replicas.report_success(lease.endpoint)
-            self.prompts.count(call.admitted.label, call.progress.usage)
-            return None
-        if failure.kind is Kind.BROKE_PROTOCOL:
-            _LOG.warning("%s", failure.status.message)
-            self._replicas.distrust(lease.endpoint)
-            return failure
-        if failure.code is grpc.StatusCode.UNAVAILABLE:
-            self._replicas.report_failure(lease.endpoint)
-        return None if call.progress.finished else failure
-
-    async def _exchange(self, call: _Call, lease: Lease) -> Failure | None:
-        """Sends the request and forwards the response, as far as it arrives.
-
-        Raises:
-            SlowReaderError: the client does not read it.
-        """
-        name, progress = lease.endpoint.name, call.progress
-        if not await lease.connected():
-            return failures.unreached(name, started=progress.started)
-        answer = self._send(call, lease)
-        try:
-            await _pass_on(answer, call, lease)
-            if said := metadata.selected(await answer.trailing_metadata(), self._keys):
-                call.context.set_trailing_metadata(said)
-        except ContractError as error:
-            return failures.broke_protocol(name, str(error))
-        except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:
-            return failures.of_call(error, name, self._keys, started=progress.started)
-        finally:
-            answer.cancel()  # does nothing to a call that has ended
-        return None
-
-    def _send(self, call: _Call, lease: Lease) -> _Answer:
-        """On the wire a unary response is a stream of one message, so one kind of call serves both."""
-        request = call.progress.request(lease.endpoint.revision)
-        serialize: Callable[[Message], bytes] = type(request).SerializeToString
-        multicallable: grpc.aio.UnaryStreamMultiCallable[Message, bytes] = lease.channel.unary_stream(
-            f"/{call.method}", request_serializer=serialize
-        )
-        forwarded = metadata.selected(call.context.invocation_metadata(), self._keys)
-        told = (*forwarded, *call.admitted.tenancy.metadata())
-        traced = telemetry.inject(told, trace.set_span_in_context(call.span))
-        return multicallable(request, timeout=clock.remaining_s(call.context), metadata=traced)
-
-
-async def _pass_on(answer: _Answer, call: _Call, lease: Lease) -> None:
-    """Forwards the messages of a response until its end.
-
-    Raises:
-        ContractError: the replica violates the .proto file.
-        SlowReaderError: the client does not read it.
-        grpc.aio.AioRpcError: the replica, or the connection to it, failed.
-    """
-    progress = call.progress
-    with contextlib.suppress(TimeoutError):  # the client has its complete response
-        async with asyncio.timeout(None) as limit:
-            async for message in answer:
-                lease.prompt_done()
-                for ready in progress.take(message):
-                    await call.writer.write(ready)
-                if progress.finished:
-                    limit.reschedule(asyncio.get_running_loop().time() + _END_S)
-    progress.end()
-
 
 def _counted(trials: routing.Trials, lease: Lease, failure: Failure, tokens: int) -> routing.Trials:
     return trials.after(
@@ -387,20 +269,6 @@ def _wait_before_next(
     if not progress.started:
         return routing.backoff_s(trials.attempts, remaining_s, _CHANCE())
     return routing.replay_after_s(trials, time.monotonic(), _CHANCE()) if progress.resumable else None
-
-
-def _record(span: trace.Span, lease: Lease, attempt: int, progress: Progress) -> None:
-    attributes: dict[str, str | int] = {
-        ROUTING_REPLICA: lease.decision.replica,
-        ROUTING_ADDRESS: lease.endpoint.address,
-        ROUTING_CANDIDATES: lease.decision.candidates,
-        ROUTING_ATTEMPT: attempt,
-        ROUTING_REASON: lease.decision.reason,
-    }
-    if progress.started:
-        attributes[ROUTING_REPLAYED] = progress.tokens
-    span.set_attributes(attributes)
-    span.add_event("route", {**attributes, "message": lease.decision.message})
 
 
 async def give_up(failure: Failure, context: Context) -> None:
