@@ -7,7 +7,7 @@ it is shorter than the step.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -17,12 +17,12 @@ from torch import Tensor
 from moe_worker.config.directory import read_checkpoint_config
 from moe_worker.config.engine import EngineOptions
 from moe_worker.config.model import ModelConfig
+from moe_worker.engine import loading
 from moe_worker.engine.loading import LoadedModel
 from moe_worker.kvcache.paged import CacheShape, PagedCache
 from moe_worker.models.batch import Batch
 from moe_worker.models.runner import Runner
 from moe_worker.models.tokenizer import Tokenizer
-from moe_worker.service import engine_process
 
 # Seconds of a step, and of each token in it: 3.83 ms for 64 tokens, 6.03 for 256, 26 for 2,048.
 STEP_S, TOKEN_S = 3.1e-3, 11.5e-6
@@ -55,20 +55,30 @@ class Paced:
 
 
 def load(
-    directory: Path, options: EngineOptions, progress: bool, load_tokenizer: object = None
+    directory: Path,
+    options: EngineOptions,
+    progress: bool,
+    load_tokenizer: Callable[[Path, ModelConfig], Tokenizer] = Tokenizer.load,
+    prepare_formats: bool = False,
 ) -> LoadedModel:
-    """In place of engine.loading.load."""
-    del progress, load_tokenizer
+    """In place of `loading.load`."""
+    del progress, prepare_formats
     torch.set_num_threads(1)
-    config: ModelConfig = read_checkpoint_config(directory, options.config_override)
+    config = read_checkpoint_config(directory, options.config_override)
     context = options.context_for(config.max_position_embeddings)
     shape = CacheShape(1, 1, options.page_size, torch.float32)
     pages = options.max_batch_size * shape.pages_for(context)
     cache = PagedCache.allocate(shape, pages, torch.device("cpu"))
     runner = cast("Runner", Paced(options.max_batch_size, config.vocab_size))
-    return LoadedModel(config, runner, Tokenizer.load(directory, config), cache, context, "w4a8", ())
+    return LoadedModel(config, runner, load_tokenizer(directory, config), cache, context, "w4a8", ())
+
+
+def main() -> None:
+    loading.load = load
+    from moe_worker.service import engine_process  # noqa: PLC0415 - it imports `load`
+
+    engine_process.main()
 
 
 if __name__ == "__main__":
-    vars(engine_process)["load"] = load
-    engine_process.main()
+    main()
