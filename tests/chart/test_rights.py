@@ -116,13 +116,14 @@ def role(docs: Live) -> dict[str, Any]:
 EXPOSED: dict[str, tuple[str, dict[str, Any]]] = {
     "inferencePool": ("inferencepools", {"endpointPicker": {"name": "picker"}}),
     "httpRoute": ("httproutes", {"parentRefs": [{"name": "public"}]}),
+    "grpcRoute": ("grpcroutes", {"parentRefs": [{"name": "inside"}]}),
     "ingress": ("ingresses", {"hosts": ["models.example"]}),
 }
 
 
 def exposed(docs: Live) -> None:
     """Routes from outside and a pool for an inference gateway come and go; CRDs come after the operator."""
-    for crd in (inferencepool_crd.CRD, httproute_crd.CRD):
+    for crd in (inferencepool_crd.CRD, httproute_crd.CRD, httproute_crd.GRPC_CRD):
         docs.cluster.kubectl("apply", "-f", "-", input=json.dumps(crd))
         docs.cluster.kubectl("wait", "--for=condition=Established", f"crd/{crd['metadata']['name']}")
     docs.patch(

@@ -33,7 +33,7 @@ def api_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
         ]
         for body in bodies:
             code, answer = api.ask("POST", CRDS, body)
-            assert code == 201, answer
+            assert code == 201, answer["message"]
         for body in bodies:  # each begins to be stored at a time of its own
             spec = body["spec"]
             collection = f"/apis/{spec['group']}/{spec['versions'][0]['name']}/{spec['names']['plural']}"

@@ -1,7 +1,7 @@
-"""The CRD HTTPRoute (gateway.networking.k8s.io/v1), as far as the operator sets its fields.
+"""The CRDs HTTPRoute and GRPCRoute (gateway.networking.k8s.io/v1), as far as the operator sets their fields.
 
-It has the constraints of the published one (sigs.k8s.io/gateway-api v1.4.1, standard channel) for these
-fields and knows no others, so the API server reports any other field that the operator sets.
+They have the constraints of the published ones (sigs.k8s.io/gateway-api v1.4.1 and v1.3.0, standard
+channel) for these fields and know no others, so the API server reports any other field that is set.
 """
 
 from __future__ import annotations
@@ -91,14 +91,42 @@ _RULE = _object(
     timeouts=_object([], request={"type": "string", "pattern": "^([0-9]{1,5}(h|m|s|ms)){1,4}$"}),
     backendRefs=_list(16, _BACKEND),
 )
+_HOSTNAMES = _list(16, _text(253, rf"^(\*\.)?{_LABEL}(\.{_LABEL})*$"))
 CRD = published(
     "HTTPRoute",
     "gateway.networking.k8s.io",
     "gateway-api/pull/3328",
-    _object(
+    _object([], parentRefs=_PARENTS, hostnames=_HOSTNAMES, rules=_list(16, _RULE)),
+)
+_NAMED = {"type": "string", "maxLength": 1024}
+_METHOD = {
+    **_object(
         [],
-        parentRefs=_PARENTS,
-        hostnames=_list(16, _text(253, rf"^(\*\.)?{_LABEL}(\.{_LABEL})*$")),
-        rules=_list(16, _RULE),
+        type={"type": "string", "default": "Exact", "enum": ["Exact", "RegularExpression"]},
+        service=_NAMED,
+        method=_NAMED,
     ),
+    "x-kubernetes-validations": [
+        {
+            "rule": "has(self.type) ? has(self.service) || has(self.method) : true",
+            "message": "a service, a method or both",
+        },
+        {
+            "rule": "(!has(self.type) || self.type == 'Exact') && has(self.service)"
+            r' ? self.service.matches(r"""^(?i)\.?[a-z_][a-z_0-9]*(\.[a-z_][a-z_0-9]*)*$""") : true',
+            "message": "a name of a service",
+        },
+        {
+            "rule": "(!has(self.type) || self.type == 'Exact') && has(self.method)"
+            ' ? self.method.matches(r"""^[A-Za-z_][A-Za-z_0-9]*$""") : true',
+            "message": "a name of a method",
+        },
+    ],
+}
+_GRPC_RULE = _object([], matches=_list(64, _object([], method=_METHOD)), backendRefs=_list(16, _BACKEND))
+GRPC_CRD = published(
+    "GRPCRoute",
+    "gateway.networking.k8s.io",
+    "gateway-api/pull/3328",
+    _object([], parentRefs=_PARENTS, hostnames=_HOSTNAMES, rules=_list(16, _GRPC_RULE)),
 )

@@ -1,19 +1,23 @@
-"""`spec.frontend.httpRoute` and `ingress` lead from outside to the frontends. The API server is real."""
+"""`httpRoute`, `grpcRoute` and `ingress` of `spec.frontend` lead to the frontends. The API server is real."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from moe_api.inference.v1 import chat_pb2, inference_pb2
 from moe_operator.planner.drift import first_difference
 from moe_operator.render import exposure, frontend
 from moe_operator.render.objects import Key, key
 from tests.operator.by_hand import COLLECTION, Api
-from tests.operator.httproute_crd import CRD
+from tests.operator.httproute_crd import CRD, GRPC_CRD
 from tests.operator.live import manifest
 from tests.operator.worlds import World, deployment
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
 ROUTES = "/apis/gateway.networking.k8s.io/v1/namespaces/default/httproutes"
+GRPC_ROUTES = "/apis/gateway.networking.k8s.io/v1/namespaces/default/grpcroutes"
 INGRESSES = "/apis/networking.k8s.io/v1/namespaces/default/ingresses"
 PARENT = {"name": "public", "namespace": "gateways", "sectionName": "https", "port": 443}
 HTTP_ROUTE = {
@@ -29,8 +33,10 @@ INGRESS = {
     "annotations": {"nginx.ingress.kubernetes.io/proxy-read-timeout": "600"},
     "labels": {"team": "docs"},
 }
-BOTH = {"httpRoute": HTTP_ROUTE, "ingress": INGRESS}
-KEYS = [Key("HTTPRoute", "docs-frontend"), Key("Ingress", "docs-frontend")]
+GRPC_ROUTE = HTTP_ROUTE | {"hostnames": ["grpc.models.example"]}
+ALL = {"httpRoute": HTTP_ROUTE, "grpcRoute": GRPC_ROUTE, "ingress": INGRESS}
+KEYS = [Key(kind, "docs-frontend") for kind in ("HTTPRoute", "GRPCRoute", "Ingress")]
+COLLECTIONS = (ROUTES, GRPC_ROUTES, INGRESSES)
 
 
 def rendered(**front):
@@ -63,6 +69,24 @@ def test_with_a_pool_the_route_leads_to_it_because_its_picker_chooses_the_fronte
     }
 
 
+def test_the_grpc_route_leads_the_methods_of_clients_to_the_service_also_with_a_pool():
+    spec = rendered(grpcRoute=GRPC_ROUTE, inferencePool={"endpointPicker": {"name": "picker"}})["GRPCRoute"][
+        "spec"
+    ]
+    assert (spec["parentRefs"], spec["hostnames"]) == (GRPC_ROUTE["parentRefs"], GRPC_ROUTE["hostnames"])
+    (rule,) = spec["rules"]
+    service = frontend.service(deployment())
+    ports = {port["name"]: port["port"] for port in service["spec"]["ports"]}
+    assert rule["backendRefs"] == [{"name": service["metadata"]["name"], "port": ports["grpc"]}]
+    offered = {
+        (service.full_name, method.name)
+        for file in (inference_pb2.DESCRIPTOR, chat_pb2.DESCRIPTOR)
+        for service in file.services_by_name.values()
+        for method in service.methods
+    }
+    assert {(each["method"]["service"], each["method"]["method"]) for each in rule["matches"]} == offered
+
+
 def test_the_ingress_leads_each_host_to_the_service_with_the_certificate():
     spec = rendered(ingress=INGRESS)["Ingress"]["spec"]
     assert [rule["host"] for rule in spec["rules"]] == INGRESS["hosts"]
@@ -77,19 +101,19 @@ def test_the_ingress_leads_each_host_to_the_service_with_the_certificate():
 
 
 def test_labels_and_annotations_come_in_addition_to_those_of_the_operator():
-    for one, asked in zip(rendered(**BOTH).values(), BOTH.values(), strict=True):
+    for one, asked in zip(rendered(**ALL).values(), ALL.values(), strict=True):
         labels = one["metadata"]["labels"]
         assert (labels["team"], labels["app.kubernetes.io/managed-by"]) == ("docs", "moe-operator")
         assert one["metadata"]["annotations"] == asked["annotations"]
 
 
 def test_routes_come_and_go_as_the_spec_says():
-    world = World(deployment(frontend=BOTH))
+    world = World(deployment(frontend=ALL))
     assert set(KEYS) <= {key(one) for one in world.step().apply}
     world.change(frontend={"ingress": INGRESS})
-    assert [deletion.key for deletion in world.step().delete] == KEYS[:1]
+    assert [deletion.key for deletion in world.step().delete] == KEYS[:2]
     world.change(frontend={})
-    assert [deletion.key for deletion in world.step().delete] == KEYS[1:]
+    assert [deletion.key for deletion in world.step().delete] == KEYS[2:]
     assert not world.step().delete
 
 
@@ -98,30 +122,32 @@ def api(api_server):
     made = Api(api_server)
     yield made
     made.remove(CRD)
+    made.remove(GRPC_CRD)
 
 
 @pytest.fixture
 def gateways(api):
-    """The CRD is installed."""
+    """The CRDs are installed."""
     api.install(CRD)
+    api.install(GRPC_CRD)
     return api
 
 
 def test_a_cluster_without_the_gateway_api_is_named_and_the_rest_is_applied(api):
-    assert api.ask("POST", COLLECTION, manifest("routed", replicas=1, frontend=BOTH))[0] == 201
+    assert api.ask("POST", COLLECTION, manifest("routed", replicas=1, frontend=ALL))[0] == 201
     api.reconcile("routed")
     said = api.condition("routed", "Progressing")
     assert said["reason"] == "ApplyRefused"
-    assert "httproutes/routed-frontend; install the CRD of its kind" in said["message"]
+    assert re.search("(http|grpc)routes/routed-frontend; install the CRD of its kind", said["message"])
     assert api.cluster.get("Deployment", "default", "routed-frontend")
     assert api.cluster.get("Ingress", "default", "routed-frontend")
     api.clear("routed")
 
 
 def test_the_api_server_takes_the_routes_as_they_are_and_the_operator_keeps_them(gateways):
-    assert gateways.ask("POST", COLLECTION, manifest("docs", replicas=1, frontend=BOTH))[0] == 201
+    assert gateways.ask("POST", COLLECTION, manifest("docs", replicas=1, frontend=ALL))[0] == 201
     gateways.reconcile("docs")
-    for collection, wanted in zip((ROUTES, INGRESSES), rendered(**BOTH).values(), strict=True):
+    for collection, wanted in zip(COLLECTIONS, rendered(**ALL).values(), strict=True):
         code, stored = gateways.ask("GET", f"{collection}/docs-frontend")
         assert code == 200
         assert first_difference(wanted["spec"], stored["spec"]) is None
@@ -134,17 +160,24 @@ def test_the_api_server_takes_the_routes_as_they_are_and_the_operator_keeps_them
     gateways.reconcile("docs")
     assert gateways.ask("GET", f"{ROUTES}/docs-frontend")[1]["spec"]["hostnames"] == ["new.example"]
     assert gateways.ask("GET", f"{INGRESSES}/docs-frontend")[1]["spec"]["ingressClassName"] == "nginx"
-    gone = {"spec": {"frontend": {"httpRoute": None, "ingress": None}}}
+    gone = {"spec": {"frontend": dict.fromkeys(ALL)}}
     gateways.ask("PATCH", f"{COLLECTION}/docs", gone)
     gateways.reconcile("docs")
-    for collection in (ROUTES, INGRESSES):
+    for collection in COLLECTIONS:
         assert gateways.ask("GET", f"{collection}/docs-frontend")[0] == 404
     gateways.clear("docs")
 
 
-@pytest.mark.parametrize("front", [BOTH, {"httpRoute": {"parentRefs": [{"name": "a"}]}, "ingress": {}}])
+LEAST = {
+    "httpRoute": {"parentRefs": [{"name": "a"}]},
+    "grpcRoute": {"parentRefs": [{"name": "b"}]},
+    "ingress": {},
+}
+
+
+@pytest.mark.parametrize("front", [ALL, LEAST])
 def test_the_schemas_know_every_field_that_is_rendered(gateways, front):
-    for collection, body in zip((ROUTES, INGRESSES), rendered(**front).values(), strict=True):
+    for collection, body in zip(COLLECTIONS, rendered(**front).values(), strict=True):
         del body["metadata"]["ownerReferences"]
         code, said = gateways.ask("POST", f"{collection}?dryRun=All&fieldValidation=Strict", body)
         assert code == 201, said
@@ -172,6 +205,20 @@ def route(*parents, **more):
         (route(labels={"app.kubernetes.io/name": "x"}), "are the operator's: remove them"),
         (route(labels={"a": "b c"}), "spec.frontend.httpRoute.labels.a"),
         (route(annotations={"serving.moe-operator.dev/digest": "x"}), "are the operator's: remove them"),
+        ({"grpcRoute": {}}, "spec.frontend.grpcRoute.parentRefs: Required value"),
+        ({"grpcRoute": GRPC_ROUTE | {"hostnames": ["*.*.example"]}}, "a host is a DNS name"),
+        ({**route(PARENT), "grpcRoute": {"parentRefs": [PARENT]}}, "need different hostnames or listeners"),
+        (
+            {**route(PARENT, hostnames=["a.b"]), "grpcRoute": {"parentRefs": [PARENT]}},
+            "need different hostnames or listeners",
+        ),
+        (
+            {
+                **route(PARENT, hostnames=["a.b"]),
+                "grpcRoute": {"parentRefs": [PARENT], "hostnames": ["c.d", "a.b"]},
+            },
+            "need different hostnames or listeners",
+        ),
         ({"ingress": {"className": "a b"}}, "className is the name of an IngressClass"),
         ({"ingress": {"hosts": ["*"]}}, "a host is a DNS name"),
         ({"ingress": {"tlsSecretName": "A"}}, "tlsSecretName is the name of a Secret"),
@@ -187,4 +234,18 @@ def test_a_wrong_route_is_refused_at_apply(api, front, sentence):
 def test_the_same_gateway_may_be_named_once_for_each_listener(api):
     listeners = route(PARENT, {**PARENT, "sectionName": "http"}, {"name": "public"})
     code, said = api.ask("POST", f"{COLLECTION}?dryRun=All", manifest("right", frontend=listeners))
+    assert code == 201, said
+
+
+@pytest.mark.parametrize("host", ["grpc.models.example", "models.example"])
+def test_both_kinds_of_routes_may_have_one_listener_or_one_host(api, host):
+    grpc = {
+        "parentRefs": [PARENT if host.startswith("grpc") else {**PARENT, "sectionName": "grpc"}],
+        "hostnames": [host],
+    }
+    code, said = api.ask(
+        "POST",
+        f"{COLLECTION}?dryRun=All",
+        manifest("right", frontend={"httpRoute": HTTP_ROUTE, "grpcRoute": grpc}),
+    )
     assert code == 201, said

@@ -33,6 +33,7 @@ _PATHS: Final = {
     "NetworkPolicy": ("networking.k8s.io/v1", "networkpolicies"),
     names.INFERENCE_POOL_KIND: (names.INFERENCE_POOL_API_VERSION, "inferencepools"),
     names.HTTP_ROUTE_KIND: (names.HTTP_ROUTE_API_VERSION, "httproutes"),
+    names.GRPC_ROUTE_KIND: (names.GRPC_ROUTE_API_VERSION, "grpcroutes"),
     names.INGRESS_KIND: (names.INGRESS_API_VERSION, "ingresses"),
     "KopfPeering": ("kopf.dev/v1", "kopfpeerings"),
     "ClusterKopfPeering": ("kopf.dev/v1", "clusterkopfpeerings"),

@@ -199,6 +199,7 @@ _CLASSES: Mapping[str, type[Child]] = {
     "NetworkPolicy": OptionalChild,
     names.INFERENCE_POOL_KIND: OptionalChild,
     names.HTTP_ROUTE_KIND: OptionalChild,
+    names.GRPC_ROUTE_KIND: OptionalChild,
     names.INGRESS_KIND: OptionalChild,
 }
 

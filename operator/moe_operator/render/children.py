@@ -22,10 +22,13 @@ KINDS = {
     "NetworkPolicy": "networking.k8s.io/v1",
     names.INFERENCE_POOL_KIND: names.INFERENCE_POOL_API_VERSION,
     names.HTTP_ROUTE_KIND: names.HTTP_ROUTE_API_VERSION,
+    names.GRPC_ROUTE_KIND: names.GRPC_ROUTE_API_VERSION,
     names.INGRESS_KIND: names.INGRESS_API_VERSION,
 }
 """Kinds of children, each with its apiVersion."""
-OPTIONAL_KINDS = frozenset({names.INFERENCE_POOL_KIND, names.HTTP_ROUTE_KIND, names.INGRESS_KIND})
+OPTIONAL_KINDS = frozenset(
+    {names.INFERENCE_POOL_KIND, names.HTTP_ROUTE_KIND, names.GRPC_ROUTE_KIND, names.INGRESS_KIND}
+)
 """Those that a cluster may lack, because their CRDs belong to another project, or that the operator may not
 read, because its role is that of an earlier version."""
 

@@ -1,6 +1,7 @@
-"""HTTPRoute and Ingress: routes from outside to the OpenAI API of the frontends.
+"""Routes from outside to the frontends: HTTPRoute and Ingress to the OpenAI API, GRPCRoute to the gRPC API.
 
-Both lead to /v1/ only, because /metrics of the same port is for Prometheus.
+HTTPRoute and Ingress lead to /v1/ only, because /metrics of the same port is for Prometheus. The GRPCRoute
+leads to the methods of clients only, because the operator's service may have the same port.
 """
 
 from __future__ import annotations
@@ -8,24 +9,32 @@ from __future__ import annotations
 from moe_operator.render.objects import Manifest, child
 from moe_operator.resources import names
 from moe_operator.resources.deployment import Deployment
-from moe_operator.resources.exposure_spec import HttpRoute, Ingress
+from moe_operator.resources.exposure_spec import GrpcRoute, HttpRoute, Ingress
 
 _PREFIX = "/v1/"
+_METHODS = (
+    ("moe_api.inference.v1.InferenceService", ("Generate", "Tokenize", "GetModel")),
+    ("moe_api.inference.v1.ChatService", ("Chat",)),
+)
+"""With services and methods, as all gateways can match them."""
 _NO_LIMIT = "0s"
 """Gateways have time limits of their own otherwise (Envoy's is 15 s), and a stream may take longer."""
 
 
 def routes(of: Deployment) -> list[Manifest]:
-    """The HTTPRoute and the Ingress of a deployment, as far as it asks for them."""
-    route, ingress = of.spec.frontend.http_route, of.spec.frontend.ingress
+    """The routes of a deployment, as far as it asks for them."""
+    route, grpc, ingress = (
+        getattr(of.spec.frontend, name) for name in ("http_route", "grpc_route", "ingress")
+    )
     asked = [
         None if route is None else _http_route(of, route),
+        None if grpc is None else _grpc_route(of, grpc),
         None if ingress is None else _ingress(of, ingress),
     ]
     return [manifest for manifest in asked if manifest is not None]
 
 
-def _child(of: Deployment, api_version: str, kind: str, asked: HttpRoute | Ingress) -> Manifest:
+def _child(of: Deployment, api_version: str, kind: str, asked: HttpRoute | GrpcRoute | Ingress) -> Manifest:
     name = names.frontend(of.name)
     manifest = child(of.identity, api_version, kind, name, names.ROLE_FRONTEND, asked.labels)
     if asked.annotations:
@@ -40,10 +49,26 @@ def _http_route(of: Deployment, asked: HttpRoute) -> Manifest:
         "timeouts": {"request": _NO_LIMIT},
         "backendRefs": [_backend(of)],
     }
-    manifest["spec"] = {"parentRefs": [parent.manifest() for parent in asked.parent_refs], "rules": [rule]}
-    if asked.hostnames:
-        manifest["spec"]["hostnames"] = list(asked.hostnames)
+    manifest["spec"] = _route(asked, rule)
     return manifest
+
+
+def _grpc_route(of: Deployment, asked: GrpcRoute) -> Manifest:
+    """It has no time limit to set: the gateway's own applies, and an InferencePool leads to HTTP only."""
+    manifest = _child(of, names.GRPC_ROUTE_API_VERSION, names.GRPC_ROUTE_KIND, asked)
+    matches = [
+        {"method": {"type": "Exact", "service": service, "method": method}}
+        for service, methods in _METHODS
+        for method in methods
+    ]
+    backend = {"name": names.frontend(of.name), "port": names.GRPC_PORT}
+    manifest["spec"] = _route(asked, {"matches": matches, "backendRefs": [backend]})
+    return manifest
+
+
+def _route(asked: HttpRoute | GrpcRoute, rule: Manifest) -> Manifest:
+    spec = {"parentRefs": [parent.manifest() for parent in asked.parent_refs], "rules": [rule]}
+    return {**spec, **({"hostnames": list(asked.hostnames)} if asked.hostnames else {})}
 
 
 def _backend(of: Deployment) -> Manifest:

@@ -1,4 +1,4 @@
-"""User input: routes from outside to the frontends (spec.frontend.httpRoute, spec.frontend.ingress)."""
+"""User input: routes from outside to the frontends (httpRoute, grpcRoute and ingress of spec.frontend)."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ class ParentRef(Model):
     )
 
 
-class HttpRoute(Model):
-    """An HTTPRoute (gateway.networking.k8s.io/v1) for the OpenAI API."""
+class _Route(Model):
+    """What routes of the Gateway API have in common."""
 
     parent_refs: list[ParentRef] = Field(
         description="Gateways to which the route attaches. Required.",
@@ -78,10 +78,39 @@ class HttpRoute(Model):
         max_length=16,
         json_schema_extra={**rules(_HOSTS_RULE), LIST_TYPE: "set"},
     )
+
+
+class HttpRoute(_Route):
+    """An HTTPRoute (gateway.networking.k8s.io/v1) for the OpenAI API."""
+
     annotations: dict[str, str] = annotation_field("Annotations of the HTTPRoute. Default: none.")
     labels: dict[str, LabelValue] = label_field(
         "Labels of the HTTPRoute, in addition to the operator's. Default: none."
     )
+
+
+class GrpcRoute(_Route):
+    """A GRPCRoute (gateway.networking.k8s.io/v1) for the gRPC API."""
+
+    annotations: dict[str, str] = annotation_field("Annotations of the GRPCRoute. Default: none.")
+    labels: dict[str, LabelValue] = label_field(
+        "Labels of the GRPCRoute, in addition to the operator's. Default: none."
+    )
+
+
+_SAME_LISTENER = (
+    f"{_SAME} && has(p.sectionName) == has(q.sectionName)"
+    " && (!has(p.sectionName) || p.sectionName == q.sectionName)"
+)
+HOSTS_APART_RULE = (
+    "!has(self.httpRoute) || !has(self.grpcRoute)"
+    f" || self.httpRoute.parentRefs.all(p, !self.grpcRoute.parentRefs.exists(q, {_SAME_LISTENER}))"
+    " || has(self.httpRoute.hostnames) && size(self.httpRoute.hostnames) > 0"
+    " && has(self.grpcRoute.hostnames) && size(self.grpcRoute.hostnames) > 0"
+    " && self.httpRoute.hostnames.all(h, !(h in self.grpcRoute.hostnames))",
+    "httpRoute and grpcRoute need different hostnames or listeners (sectionName), because a listener accepts "
+    "one of the two for a host",
+)
 
 
 class Ingress(Model):

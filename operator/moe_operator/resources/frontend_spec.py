@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field
 from moe_operator.resources import names
 from moe_operator.resources.access_spec import Auth, Tls
 from moe_operator.resources.base import LIST_KEYS, LIST_TYPE, Model, rules
-from moe_operator.resources.exposure_spec import HttpRoute, Ingress
+from moe_operator.resources.exposure_spec import HOSTS_APART_RULE, GrpcRoute, HttpRoute, Ingress
 from moe_operator.resources.inference_pool_spec import InferencePool
 from moe_operator.resources.metadata_spec import annotation_field
 from moe_operator.resources.pod_template import FrontendTemplate
@@ -83,7 +83,8 @@ class Frontend(PodSettings):
             (
                 "!has(self.inferencePool) || !has(self.tls)",
                 "an InferencePool knows no TLS to its pods: remove frontend.tls, or frontend.inferencePool",
-            )
+            ),
+            HOSTS_APART_RULE,
         )
     )
 
@@ -136,6 +137,11 @@ class Frontend(PodSettings):
         description="An HTTPRoute named NAME-frontend, through which Gateways send HTTP requests to the "
         "Service NAME-frontend, or to the InferencePool if there is one (docs/pods.md); the cluster needs "
         "the Gateway API. Default: none.",
+    )
+    grpc_route: GrpcRoute | None = Field(
+        default=None,
+        description="A GRPCRoute named NAME-frontend, through which Gateways send gRPC requests to the "
+        "Service NAME-frontend (docs/pods.md); the cluster needs the Gateway API. Default: none.",
     )
     ingress: Ingress | None = Field(
         default=None,

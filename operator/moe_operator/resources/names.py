@@ -61,6 +61,8 @@ INFERENCE_POOL_API_VERSION: Final = f"{INFERENCE_POOL_GROUP}/v1"
 """Of the Gateway API Inference Extension."""
 HTTP_ROUTE_KIND: Final = "HTTPRoute"
 HTTP_ROUTE_API_VERSION: Final = "gateway.networking.k8s.io/v1"
+GRPC_ROUTE_KIND: Final = "GRPCRoute"
+GRPC_ROUTE_API_VERSION: Final = HTTP_ROUTE_API_VERSION
 """Of the Gateway API."""
 INGRESS_KIND: Final = "Ingress"
 INGRESS_API_VERSION: Final = "networking.k8s.io/v1"
