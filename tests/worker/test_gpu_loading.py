@@ -277,7 +277,7 @@ def test_the_frames_of_the_offload_are_no_memory_for_the_cache():
 
     def check(left, total=10 * gib, **changes):
         options = EngineOptions(max_batch_size=1, **changes)
-        gpu.check_cache_fits(rows, options, 1024, torch.device("cuda:1"), left, total)
+        gpu.check_cache_fits(rows, options, 1024, torch.device("cuda:1"), left, total, passes=0)
 
     for offload, needed in ((0, one), (gib, one + frames)):
         check(needed + gib, kv_offload=offload)
@@ -288,6 +288,30 @@ def test_the_frames_of_the_offload_are_no_memory_for_the_cache():
             check(needed - page, kv_offload=offload, kv_memory=one)
     with pytest.raises(SettingsError, match=r"and the frames of the KV offload 0.4 GB, and "):
         check(one, kv_offload=gib, kv_memory=one)
+
+
+def test_a_kv_memory_that_leaves_no_room_for_passes_is_refused_and_little_room_is_told(caplog):
+    """Before the weights are read, which takes minutes. Without a KV memory a tenth of the GPU is left."""
+    config, device = config_of(LARGE), torch.device("cuda:1")
+    rows, total, memory = CacheShape(27, 576, 16, torch.bfloat16), 80 * 10**9, 40 * 10**9
+    options = EngineOptions(max_batch_size=256, kv_memory=memory)
+    passes = gpu.pass_bytes(config, options)
+    assert passes > 256 * config.vocab_size * 4
+
+    def check(left, options=options):
+        gpu.check_cache_fits(rows, options, 16_384, device, left, total, passes)
+
+    with pytest.raises(
+        SettingsError, match=r"leaves about 0.0 GB of cuda:1 for forward passes, which take more"
+    ):
+        check(memory)
+    assert not caplog.records
+    check(memory + passes)
+    assert "GB of cuda:1 for forward passes and their CUDA graphs; leave the KV memory out" in caplog.text
+    caplog.clear()
+    check(memory + total // 10 + rows.page_bytes)
+    check(memory, EngineOptions(max_batch_size=256))
+    assert not caplog.records
 
 
 @given(st.integers(1, 1000))

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -20,6 +21,7 @@ from moe_worker.models.deepseek import DeepseekModel
 from moe_worker.models.runner import Runner
 from moe_worker.quant.formats import FORMATS
 
+log = logging.getLogger(__name__)
 GB = 10**9
 CUDA = torch.device("cuda")
 # Share of a GPU's memory that is left for forward passes and their CUDA graphs.
@@ -157,11 +159,21 @@ def cache_room(free: float, total: int, frames: int) -> int:
     return max(0, int(free - frames - SPARE_SHARE * total))
 
 
+def pass_bytes(config: ModelConfig, options: EngineOptions) -> int:
+    """Bytes that the largest step takes at least: the logits of a full batch, and a hidden state and its sum
+    with what a layer adds for each token.
+    """
+    batch = options.max_batch_size
+    tokens = batch + options.prefill_tokens
+    return 4 * batch * config.vocab_size + 2 * 2 * tokens * config.hidden_size
+
+
 def check_cache_fits(
-    rows: CacheShape, options: EngineOptions, context: int, device: torch.device, left: float, total: int
-) -> None:
+    rows: CacheShape, options: EngineOptions, context: int, device: torch.device, left: float, total: int,
+    passes: int,
+) -> None:  # fmt: skip
     """Raises SettingsError if the KV cache does not fit into the `left` bytes of `device`, which has `total`,
-    that the weights leave by their estimate.
+    that the weights leave by their estimate, next to `passes` bytes for forward passes.
     """
     frames = _frames(rows, options)
     memory = cache_room(left, total, frames) if options.kv_memory is None else options.kv_memory
@@ -172,6 +184,18 @@ def check_cache_fits(
             f"the KV cache takes {needed / GB:.1f} GB{also}, and the weights leave about {left / GB:.1f} GB "
             f"of {device}; lower the KV memory, the batch size or the context length"
         )
+    spare = left - needed - frames
+    if spare < passes:
+        raise SettingsError(
+            f"the KV cache of {needed / GB:.1f} GB leaves about {spare / GB:.1f} GB of {device} for forward "
+            f"passes, which take more than {passes / GB:.1f} GB; lower the KV memory or the batch size"
+        )
+    if spare < SPARE_SHARE * total and options.kv_memory is not None:
+        log.warning(
+            "the KV cache of %.1f GB leaves about %.1f GB of %s for forward passes and their CUDA graphs; "
+            "leave the KV memory out to keep %.1f GB, or lower it if memory runs out",
+            needed / GB, spare / GB, device, SPARE_SHARE * total / GB,
+        )  # fmt: skip
 
 
 def _frames(rows: CacheShape, options: EngineOptions) -> int:

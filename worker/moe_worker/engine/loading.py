@@ -183,7 +183,8 @@ def _check_sizes(
         spread = options.mesh_shape.expert > 1
         gpu.check_weights_fit(config, number_format, device, free, share, spread)
         left = free - share * gpu.weight_bytes(config, number_format, spread)
-        gpu.check_cache_fits(rows, options, context, device, left, total)
+        passes = gpu.pass_bytes(config, options)
+        gpu.check_cache_fits(rows, options, context, device, left, total, passes)
     else:  # such memory is only mapped, which takes no time
         pages = rows.pages_that_fit(context, options.kv_memory, options.max_batch_size)
         PagedCache.allocate(rows, pages, device)
