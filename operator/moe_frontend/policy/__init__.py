@@ -3,6 +3,7 @@
 routing   which replica takes the next request, and whether one that failed is tried again
 balancing the routing policies: what each replica costs for a request
 prefixes  which replica was sent which beginnings of prompts
+watched   which replica says that it holds which beginnings of prompts
 progress  what a client has of its stream, and the request with which another replica continues it
 echo      notices a worker that begins a stream anew
 salt      separates clients in caches that they share

@@ -1,1 +1,7 @@
-"""The API server: a client, the watch cache, and the peering of operators. Makes no decisions."""
+"""The API server. Makes no decisions.
+
+client   reads and writes objects
+cache    the copy of observed objects that reads use
+watcher  keeps it up to date
+peering  which of several operators acts
+"""

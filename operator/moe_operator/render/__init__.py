@@ -9,6 +9,9 @@ gang_record  what the operator remembers of a gang, as an annotation
 worker     the workers' StatefulSets and their headless Service
 frontend   the frontend's Deployment, Service and rights
 access     what TLS and authentication add to it
+internal_tls  what mutual TLS between components adds to pods
 network    NetworkPolicies
+exposure   the HTTPRoute and the Ingress
+inference_pool  the InferencePool
 children   all of them, in the order in which they are applied
 """
