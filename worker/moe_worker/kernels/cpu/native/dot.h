@@ -50,6 +50,7 @@ struct Dot<4, TB, NV> {
         for (int t = 0; t < TB; t++)
             for (int v = 0; v < NV; v++) more[t][v] = zero_int();
         for (int s = 0; s < steps; s++) {
+            fetch_ahead<TB>(w + s * 64);
             vi low[NV], high[NV];
             for (int v = 0; v < NV; v++) {
                 vi raw = load_int(w + s * 64 + v * LANES * 4);
@@ -80,7 +81,8 @@ struct Dot<4, TB, NV> {
             vi narrow[TB][NV];
             for (int t = 0; t < TB; t++)
                 for (int v = 0; v < NV; v++) narrow[t][v] = zero_int();
-            for (int s = begin; s < end; s++)
+            for (int s = begin; s < end; s++) {
+                fetch_ahead<TB>(w + s * 64);
                 for (int v = 0; v < NV; v++) {
                     vi raw = load_int(w + s * 64 + v * LANES * 4);
                     vi low = low_nibbles(raw), high = high_nibbles(raw);
@@ -89,6 +91,7 @@ struct Dot<4, TB, NV> {
                         narrow[t][v] = add16(narrow[t][v], add16(pairs(low, four(at)), pairs(high, four(at + 4))));
                     }
                 }
+            }
             for (int t = 0; t < TB; t++)
                 for (int v = 0; v < NV; v++) sums[t][v] = add_int(sums[t][v], widen(narrow[t][v]));
         }

@@ -43,7 +43,8 @@ inline __attribute__((always_inline)) void head_tile(const MoeHeadWeight& w, con
     for (int t = 0; t < TB; t++)
         for (int v = 0; v < VECTORS; v++) even[t][v] = odd[t][v] = zero();
     int i = 0;
-    for (; i + 2 <= w.cols; i += 2)
+    for (; i + 2 <= w.cols; i += 2) {
+        fetch_ahead<TB>(data + i * 32);
         for (int v = 0; v < VECTORS; v++) {
             vi pairs = load_int(data + i * 32 + v * LANES * 4);
             for (int t = 0; t < TB; t++) {
@@ -52,6 +53,7 @@ inline __attribute__((always_inline)) void head_tile(const MoeHeadWeight& w, con
                 odd[t][v] = fma(set(at[1]), odd_bf16(pairs), odd[t][v]);
             }
         }
+    }
     for (int v = 0; i < w.cols && v < VECTORS; v++) {
         vi pairs = load_int(data + i * 32 + v * LANES * 4);
         for (int t = 0; t < TB; t++) even[t][v] = fma(set(x[t * x_stride + i]), even_bf16(pairs), even[t][v]);

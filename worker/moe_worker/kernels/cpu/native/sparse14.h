@@ -35,7 +35,8 @@ struct Dot<SPARSE14, TB, NV> {
         for (int t = 0; t < TB; t++)
             for (int v = 0; v < NV; v++) excess[t][v] = zero_int();
 #endif
-        for (int s = 0; s < steps; s += 3, offset += 64)
+        for (int s = 0; s < steps; s += 3, offset += 64) {
+            for (int line = 0; line < 3; line++) fetch_ahead<TB>(w + (s + line) * 64);
             for (int v = 0; v < NV; v++) {
                 const uint8_t* at = w + s * 64 + v * LANES * 4;
                 const vi positions = load_int(at), first = load_int(at + 64), last = load_int(at + 128);
@@ -60,6 +61,7 @@ struct Dot<SPARSE14, TB, NV> {
                 for (int t = 0; t < TB; t++) sums[t][v] = add_int(sums[t][v], widen(narrow[t]));
 #endif
             }
+        }
 #if HAVE_VNNI
         for (int t = 0; t < TB; t++)
             for (int v = 0; v < NV; v++) sums[t][v] = sub_int(sums[t][v], excess[t][v]);
