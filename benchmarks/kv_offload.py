@@ -93,7 +93,7 @@ def compare(loaded: LoadedModel, options: EngineOptions, lengths: Sequence[int],
     fresh = EngineCore(loaded, options)
     host = kept._host  # noqa: SLF001
     assert host is not None  # noqa: S101
-    page_s, worth = host.page_s, kept._scheduler._policy._is_worth  # noqa: SLF001
+    page_s, is_worth = host.page_s, kept._scheduler._policy._is_worth  # noqa: SLF001
     # Steps that take the same for all sizes say that computing costs nothing: here pages come back anyway.
     kept._scheduler._policy.memory._worth = lambda _: True  # noqa: SLF001
     print(f"a page comes back in {1e6 * page_s:.1f} us ({PAGE} tokens), measured at the start", flush=True)
@@ -104,11 +104,12 @@ def compare(loaded: LoadedModel, options: EngineOptions, lengths: Sequence[int],
         pages = (kept.statistics.restored - before.restored) // ROUNDS
         host.page_s = page_s
         computed = returned(fresh, tokens, ROUNDS, evict)
+        worker = "fetches" if is_worth((tokens - 1) // PAGE) else "computes"
         slope = 1e6 * PAGE * kept._scheduler.budget.prompts.per_token  # noqa: SLF001
         print(
             f"{tokens:6} tokens: {pages:5} pages come back {back:8.2f} ms   "
             f"computed again {computed:8.2f} ms   "
-            f"a page of them {slope:7.1f} us   worker: {'fetches' if worth(page_s) else 'computes'}",
+            f"a page of them {slope:7.1f} us   worker: {worker}",
             flush=True,
         )
 

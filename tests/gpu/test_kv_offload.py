@@ -34,7 +34,7 @@ def engine(both, **options):
         core._scheduler._policy.memory.offload._storage = storage
     if core._host is not None:
         # What the test sees depends on no measured time: small captured steps take the same for all sizes.
-        core._scheduler._policy.memory._worth = lambda page_s: True
+        core._scheduler._policy.memory._worth = lambda pages: True
         core._host.page_s = 0.0
     return core
 

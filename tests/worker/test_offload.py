@@ -350,6 +350,16 @@ def test_pages_come_back_in_several_steps_where_one_would_become_long():
     assert steps <= 4
 
 
+def test_pages_that_save_whole_steps_come_back_although_tokens_seem_to_cost_nothing():
+    for length, come in ((41, True), (7, False)):
+        engine, prompt = returning(tokens=8)
+        time = engine.scheduler.budget.time(prompts=True)
+        time.per_token, time.fixed, engine.storage.page_s = 0.0, 10.0, 0.5
+        before = engine.scheduler.offloaded[1]
+        serve(engine, 2, prompt[:length])
+        assert (engine.scheduler.offloaded[1] - before >= 16) == come
+
+
 @pytest.mark.parametrize("weight", [1, 2])
 def test_a_tenant_pays_for_the_time_in_which_its_pages_come_back(weight):
     engine, prompt = returning(tokens=8)

@@ -14,12 +14,12 @@ from moe_worker.scheduler.plan import Limits
 class Memory:
     """Gives pages to jobs, shares those of equal prefixes, and evicts idle ones if the pool is empty.
 
-    storage: CPU memory for evicted pages; None: they are lost. worth: whether a page should come back if that
-    takes so many seconds.
+    storage: CPU memory for evicted pages; None: they are lost. worth: whether so many pages
+    should come back.
     """
 
     def __init__(
-        self, limits: Limits, storage: Storage | None = None, worth: Callable[[float], bool] = lambda _: True
+        self, limits: Limits, storage: Storage | None = None, worth: Callable[[int], bool] = lambda _: True
     ) -> None:
         self._limits = limits
         self._size = limits.page_size
@@ -131,7 +131,7 @@ class Memory:
 
     def _restorable(self, job: Job, first: int, most: int) -> deque[Kept]:
         """The pages after the first `first` ones that come back from CPU memory."""
-        if self.offload is None or job.node is None or not self._worth(self.offload.page_s):
+        if self.offload is None or job.node is None or not self._worth(most - first):
             return deque()
         return deque(self.offload.match(self._digests(job, job.node.digest, first, most)))
 

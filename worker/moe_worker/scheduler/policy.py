@@ -287,10 +287,14 @@ class SchedulingPolicy:
         self._counters.preemptions += 1
         return job
 
-    def _is_worth(self, page_s: float) -> bool:
-        """Whether a page comes back sooner than it is computed, as far as steps have been measured."""
-        time = self.budget.time(prompts=True)
-        return not time.count or page_s < self._limits.page_size * time.per_token
+    def _is_worth(self, pages: int) -> bool:
+        """Whether pages come back sooner than they are computed, as far as steps have been measured.
+
+        A long prompt also saves whole steps: where all steps have one size, they tell no cost of a token.
+        """
+        time, tokens = self.budget.time(prompts=True), pages * self._limits.page_size
+        saved_s = time.per_token * tokens + time.fixed * (tokens // self._limits.prefill_tokens)
+        return not time.count or pages * self.memory.page_s < saved_s
 
     def _stop(self, job: Job) -> None:
         del self.running[bisect_left(self.running, job.rank, key=_rank)]
