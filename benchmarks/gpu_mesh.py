@@ -76,7 +76,7 @@ def sizes(arguments: argparse.Namespace, shape: MeshShape) -> tuple[int, int, in
     parts |= {-(-batch // shape.ranks) for batch in arguments.batch}
     wanted = {1, 8, *parts, most}
     cuda_graph.batch_sizes = lambda largest: sorted({size for size in wanted if size <= largest} | {largest})
-    cuda_prompts.token_sizes = lambda most: [most]
+    cuda_prompts.token_sizes = lambda most: sorted({min(1024, most), min(2048, most), most})
     few = [size for size in cuda_runner.warm_sizes(4096) if size in {1, 128, 1024, 4096}]
     for module in (cuda_runner, sys.modules["moe_worker.mesh.cuda_stage"]):
         module.warm_sizes = lambda _: few  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import itertools
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -151,6 +152,42 @@ def test_a_captured_pass_gets_its_prompts_and_padding_that_belongs_to_nobody(sin
     assert not size.positions or max(sum(lengths), size.tokens) <= size.positions
     assert valid[0] == count
     assert torch.equal(prompts._pages_BP[: len(segments), : batch.pages.shape[1]], batch.pages_BP)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Of a pass; see Pass."""
+
+    valid: torch.Tensor
+    capacity: int = 0
+
+
+def test_ranks_exchange_equally_many_tokens_whatever_their_shards_have():
+    """Those of the largest shard decide; hidden states behind a rank's own are zeros."""
+    graphs, seen = graphs_of(9, 96), []
+    from moe_worker.mesh.stage_prompts import StagePrompts  # noqa: PLC0415 - triton is not everywhere
+
+    graphs._model.saved_by_expanding = lambda *_: 0.0
+    graphs._model.absorbed_pass = lambda rows, cut, page, valid: Shared(valid)
+
+    def forward(ids_T, shared, cache, x_TD):
+        seen.append((len(ids_T), int(shared.valid), shared.capacity, x_TD.sum().item()))
+        return x_TD
+
+    part = SimpleNamespace(
+        hidden=4, dtype=torch.float32, capacity=lambda tokens: tokens // 2, forward=forward,
+        finish=lambda *_: None,
+    )  # fmt: skip
+    for tokens in (11, 3, 0):
+        prompts = StagePrompts(graphs._model, graphs, 96, 60, part, first=False, last=True)
+        prompts.x_TD.fill_(7)
+        batch = Batch.of([segment([1] * tokens, 0, 1)] if tokens else [], CACHE)
+        size = prompts.size(batch, [], prompts.tokens_for(11))
+        prompts.take(batch, [], size, torch.ones(max(tokens, 1), 4) if tokens else torch.zeros(0, 4))
+        prompts.run(size)
+        prompts.run_with_room(size)
+        assert seen[-2:] == [(16, tokens, 8, tokens * 4), (16, tokens, 16, tokens * 4)]
+    assert prompts.tokens_for(1000) == 1000
 
 
 def test_passes_have_few_sizes_and_none_where_they_are_large():

@@ -20,12 +20,14 @@ from moe_worker.mesh.dispatch import PlaceTable
 from moe_worker.mesh.fixed import Exchanges, FixedExchange, capacity_for
 from moe_worker.mesh.rank_stage import Width
 from moe_worker.mesh.rebalance.hold import ReadsExperts
+from moe_worker.mesh.stage_prompts import StagePrompts
 from moe_worker.models.batch import Batch
 from moe_worker.models.cuda import MOST_EXPANDED_BYTES, CudaModel, Rows
 from moe_worker.models.cuda_build import prepare, prepare_experts
 from moe_worker.models.cuda_counts import CudaExpertCounter
 from moe_worker.models.cuda_graph import DecodeGraphs
 from moe_worker.models.cuda_layer import Pass, Products, rounding
+from moe_worker.models.cuda_prompts import Size
 from moe_worker.models.cuda_runner import warm_sizes
 from moe_worker.models.deepseek import DeepseekModel
 from moe_worker.models.stage import Stage
@@ -59,6 +61,9 @@ class CudaStage:
         self._aside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._added: Added | None = None
         self.graphs = StageGraphs(self._model, cache, largest, context, self)
+        self.prompts = StagePrompts(
+            self._model, self.graphs, context, prefill_tokens, self, self._stage.first, self._stage.last
+        )
 
         def shown(sizes: Iterable[int]) -> Iterable[int]:
             return bar(sizes, desc="recording CUDA graphs", unit="graph", disable=not progress)
@@ -92,12 +97,18 @@ class CudaStage:
         self, width: Width, batch: Batch, cache: PagedCache, rows: Sequence[int], x_tD: Tensor | None
     ) -> Tensor:
         """See RankStage."""
-        if width.decode and cache is self._cache and width.most <= self.graphs.largest:
+        if cache is not self._cache:
+            return self._eager(width.most, batch, cache, rows, x_tD)
+        if width.decode and width.most <= self.graphs.largest:
             out = self._decode(width.most, batch, x_tD)
         else:
-            out = self._eager(width.most, batch, cache, rows, x_tD)
-        if cache is self._cache:
-            self.graphs.totals.add()
+            most = self.prompts.tokens_for(width.most)
+            size = self.prompts.size(batch, rows, most) if most <= self.prompts.sizes[-1] else None
+            if size is None:
+                out = self._eager(most, batch, cache, rows, x_tD)
+            else:
+                out = self._prompt(size, batch, rows, x_tD)
+        self.graphs.totals.add()
         return out
 
     def expert_counter(self) -> CudaExpertCounter:
@@ -158,6 +169,7 @@ class CudaStage:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.graphs.forget()
+        self.prompts.forget()
 
     def rejoin(self, group: dist.ProcessGroup) -> None:
         """See RankStage."""
@@ -200,6 +212,16 @@ class CudaStage:
             graphs.take_hidden(x_BD, count, size)
             graphs.run_with_room(size)
         return graphs.logits_BV[:count] if self._stage.last else graphs.x_BD[:count]
+
+    def _prompt(self, size: Size, batch: Batch, rows: Sequence[int], x_tD: Tensor | None) -> Tensor:
+        prompts, count = self.prompts, len(batch.tokens)
+        prompts.take(batch, rows, size, x_tD)
+        capacity = self.capacity(size.tokens)
+        prompts.run(size)
+        if capacity < size.tokens and self._ranks > 1 and self._exchanges.overflowed(capacity):
+            prompts.take_hidden(x_tD, count, size)
+            prompts.run_with_room(size)
+        return self.graphs.logits_BV[: len(rows)] if self._stage.last else prompts.x_TD[:count]
 
     def _eager(
         self, most: int, batch: Batch, cache: PagedCache, rows: Sequence[int], x_tD: Tensor | None

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from moe_worker.kernels.likeliest import Likeliest
 from moe_worker.kernels.transfer import Staging, to_device
@@ -94,7 +95,7 @@ class PromptGraphs:
         self._pages_BP = torch.full(shape, cache.pages, dtype=torch.int32, device=device)
         self._nobody = cache.pages * cache.page_size
         self._graphs: dict[Size, torch.cuda.CUDAGraph] = {}
-        self._found: dict[Size, Likeliest] = {}
+        self._found: dict[Size, Likeliest | None] = {}
         self._newest: Likeliest | None = None
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._open = True  # to more sizes
@@ -133,9 +134,11 @@ class PromptGraphs:
             "%d CUDA graphs of prompts take %.2f GB, after %.1f s", len(self._graphs), taken / 1e9, seconds
         )
 
-    def size(self, batch: Batch, rows: Sequence[int]) -> Size | None:
-        """That of a pass over `batch` with logits of `rows`; None if there is no graph for it."""
-        tokens, segments, singles = len(batch.tokens), batch.segments, batch.decodes
+    def size(self, batch: Batch, rows: Sequence[int], least: int = 0) -> Size | None:
+        """That of a pass over `batch`, of `least` tokens at least, with logits of `rows`; None if there is no
+        graph for it.
+        """
+        tokens, segments, singles = max(len(batch.tokens), least), batch.segments, batch.decodes
         if tokens > self.sizes[-1] or max(len(segments), len(rows)) > self._largest:
             return None
         absorbed = size = Size(self.sizes[bisect_left(self.sizes, tokens)])
@@ -196,7 +199,7 @@ class PromptGraphs:
         return self._newest and Likeliest(*(each_B[:count] for each_B in self._newest))
 
     def _capture(self, size: Size) -> None:
-        found: list[Likeliest] = []
+        found: list[Likeliest | None] = []
         try:
             # Other threads may use the device meanwhile.
             graph = captured(lambda: found.append(self._step(size)), self._pool, "thread_local")
@@ -214,7 +217,7 @@ class PromptGraphs:
     def _tile(self, size: Size) -> int:
         return BLOCK_T if size.positions else PREFILL_TOKENS
 
-    def _step(self, size: Size) -> Likeliest:
+    def _step(self, size: Size) -> Likeliest | None:
         model, cache, tokens, most = self._model, self._cache, size.tokens, self._tile(size)
         ids_T, positions_T, rows_T = (each[:tokens] for each in self._inputs_6T[:3])
         tiles = min(tokens, tokens // most + self._largest + 1)
@@ -228,11 +231,22 @@ class PromptGraphs:
             shared = model.expanded_pass(rows, contexts, page, valid, self._singles(size.singles))
         else:
             shared = model.absorbed_pass(rows, cut, page, valid)
-        x_TD, added = model.forward(ids_T, shared, cache.layers)
-        wanted_N, logits_BV = self._inputs_6T[3, : self._largest], self._ends.logits_BV
-        model.logits(x_TD[wanted_N], added.of_tokens(wanted_N, tokens), logits_BV)
+        self._compute(ids_T, shared, size)
+        return self._end()
+
+    @property
+    def _wanted_N(self) -> Tensor:  # noqa: N802 - a tensor's name contains its shape
+        return self._inputs_6T[3, : self._largest]
+
+    def _compute(self, ids_T: Tensor, shared: Pass, size: Size) -> None:
+        """Leaves logits of the wanted tokens."""
+        x_TD, added = self._model.forward(ids_T, shared, self._cache.layers)
+        wanted_N = self._wanted_N
+        self._model.logits(x_TD[wanted_N], added.of_tokens(wanted_N, size.tokens), self._ends.logits_BV)
+
+    def _end(self) -> Likeliest | None:
         self._ends.totals.add()
-        return Likeliest(*best_tokens(logits_BV))
+        return Likeliest(*best_tokens(self._ends.logits_BV))
 
     def _singles(self, count: int) -> Pass | None:
         if not count:
