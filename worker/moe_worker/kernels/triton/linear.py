@@ -44,17 +44,14 @@ def _linear_packed(
 
 def linear_tile(tokens: int, outputs: int, kind: str = "w4a8") -> Tile:
     """How the product of `tokens` rows with a matrix of `outputs` and `kind` is cut."""
-    if outputs > 32768:
-        if tokens <= 64:
-            return Tile(64, 16, 4, 3) if tokens <= 16 else Tile(128, 32 if tokens <= 32 else 64, 4, 3)
-        return Tile(64, 128, 4, 3)
-    if tokens > 512 or (kind == "w4a8" and tokens > 256 and outputs > 3072):
-        return Tile(64, 128, 4, 3)
-    if tokens <= 16:
-        return Tile(32, 16, 2, 3, 4)
+    head = outputs > 32768
     if tokens <= 64:
-        return Tile(64, 32, 4, 3, 4 if kind == "w4a8" else 2)
-    return Tile(64, 64, 4, 3, 2 if kind == "w4a8" else 1)
+        if head:
+            return Tile(64, 16, 4, 3) if tokens <= 16 else Tile(128, 32 if tokens <= 32 else 64, 4, 3)
+        return Tile(32, 16, 2, 3, 4) if tokens <= 16 else Tile(64, 32, 4, 3, 4 if kind == "w4a8" else 2)
+    if kind == "w4a8":
+        return Tile(128, 64, 4, 3) if head or tokens > 256 else Tile(128, 32, 4, 3, 2)
+    return Tile(64, 128, 4, 3) if head or tokens > 512 else Tile(64, 64, 4, 3)
 
 
 # Parts that a product is cut into along its inputs, so that an H200's multiprocessors all have a program.
