@@ -154,7 +154,7 @@ def test_packed_weights_are_the_rounded_ones():
     assert torch.equal(whole.float(), rounded.dequantize(torch.float32))
 
 
-@pytest.mark.parametrize("tokens", [1, 77, 150])
+@pytest.mark.parametrize("tokens", [1, 77, 300])
 @pytest.mark.parametrize(("inputs", "outputs"), [(256, 200), (320, 130), (1024, 640)])
 @pytest.mark.parametrize("kind", ["w4a8", "w4a16", "fp8"])
 def test_linear(tokens, inputs, outputs, kind):
@@ -506,7 +506,7 @@ def test_padding_goes_to_no_expert():
     assert shares.isfinite().all()
 
 
-@pytest.mark.parametrize(("tokens", "size"), [(1, 16), (40, 16), (300, 32)])
+@pytest.mark.parametrize(("tokens", "size"), [(1, 16), (40, 16), (300, 32), (1000, 16)])
 def test_tokens_are_sorted_by_expert(tokens, size):
     chosen = torch.randint(12, (tokens, 3), device=DEVICE, dtype=torch.int32)
     chosen[chosen == 5] = 6  # an expert that nobody takes
@@ -523,6 +523,8 @@ def test_tokens_are_sorted_by_expert(tokens, size):
         seen += own
     assert sorted(seen) == list(range(chosen.numel()))
     assert not blocks.done_C[blocks.experts_C >= 0].any()
+    owners = blocks.experts_C[blocks.experts_C >= 0].tolist()
+    assert owners == sorted(owners, key=lambda owner: (-owners.count(owner), owner))
 
 
 def plain_experts(x_TD, gate_up_AFD, down_ADI, chosen_TK, shares_TK):

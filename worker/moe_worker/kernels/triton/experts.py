@@ -40,26 +40,30 @@ def _sort(
     EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     own = tl.program_id(0)
+    i, e = tl.arange(0, CHUNK), tl.arange(0, BLOCK_E)
     wait_for_inputs()
-    e = tl.arange(0, BLOCK_E)
+    # Loaded before anything is summed.
+    chosen = tl.load(experts + i, mask=i < total, other=-1) == own
     blocks_E = (tl.load(counts + e, mask=e < EXPERTS, other=0) + BLOCK_M - 1) // BLOCK_M
-    first = tl.sum(tl.where(e < own, blocks_E, 0))
     mine = tl.sum(tl.where(e == own, blocks_E, 0))
-    i = tl.arange(0, CHUNK)
+    # Experts with the most blocks first: after the first block their weights come from the cache, so that
+    # their programs run well together with those that read weights from memory.
+    before_E = (blocks_E > mine) | ((blocks_E == mine) & (e < own))
+    first = tl.sum(tl.where(before_E, blocks_E, 0))
     found = 0
     for start in range(0, total, CHUNK):
-        chosen = tl.load(experts + start + i, mask=start + i < total, other=-1) == own
         at = first * BLOCK_M + found + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
         tl.store(rows + at, start + i, mask=chosen)
         found += tl.sum(chosen.to(tl.int32))
+        chosen = tl.load(experts + start + CHUNK + i, mask=start + CHUNK + i < total, other=-1) == own
     m = tl.arange(0, BLOCK_M)
     tl.store(rows + first * BLOCK_M + found + m, total, mask=found + m < mine * BLOCK_M)
     for start in range(0, mine, 64):
         b = start + tl.arange(0, 64)
         tl.store(block_experts + first + b, own, mask=b < mine)
         tl.store(done + first + b, 0, mask=b < mine)
-    if own == EXPERTS - 1:
-        for start in range(first + mine, blocks, 64):
+    if own == 0:
+        for start in range(tl.sum(blocks_E), blocks, 64):
             b = start + tl.arange(0, 64)
             tl.store(block_experts + b, -1, mask=b < blocks)
 
@@ -139,8 +143,8 @@ def _down_packed(
     if AWAITED == 0:
         wait_for_inputs()
     else:
-        # This kernel starts once all programs of the first product have started, on the multiprocessors that
-        # the last of them leave free. The first product itself starts when all kernels before it have ended.
+        # This kernel starts once all programs of the first product have waited for the kernels before, on the
+        # multiprocessors that the last of them leave free.
         let_next_start()
     expert = tl.load(block_experts + block).to(tl.int64)
     if expert >= 0:
@@ -242,8 +246,11 @@ def expert_tiles(tokens: int, kind: str | None) -> ExpertTiles:
         tile = Tile(128, 16 if tokens <= 64 else 32, 4, 3)
         narrow = tile._replace(n=64)
         if kind == "w4a8":
-            # Three programs of the first product share a multiprocessor, four with fewer rows.
-            return ExpertTiles(tile if tokens <= 64 else tile._replace(registers=168), tile)
+            # Four programs of the first product share a multiprocessor from 17 to 64 tokens; else three, with
+            # more loaded ahead up to 16 tokens.
+            if tokens > 64:
+                return ExpertTiles(tile._replace(registers=168), tile)
+            return ExpertTiles(tile._replace(stages=4) if tokens <= 16 else tile, tile)
         if kind == "s14":
             return ExpertTiles(tile, tile)
         return ExpertTiles(narrow, tile if tokens <= 64 else tile._replace(warps=8))
@@ -264,8 +271,7 @@ def gate_up_packed(
 ) -> Activation:
     """Hidden values of `rows` rows; W4A8 rounds them to int8, with a scale for each piece of tile.n.
 
-    Not launched early, since `down_packed` relies on the end of the kernels before this one. reader: the kind
-    of the weights that multiply the values, whose order they get.
+    reader: the kind of the weights that multiply the values, whose order they get.
     """
     inner, int8 = gate_up.outputs // 2, gate_up.int8
     block_n = fitting(tile.n, inner)
@@ -276,7 +282,7 @@ def gate_up_packed(
         PER_TOKEN=per_token, INNER=inner, GROUPS=gate_up.groups, INPUTS=gate_up.inputs,
         PIECE=x.piece, STRIDE=gate_up.stride, ROW=gate_up.row_stride, KIND=gate_up.kind,
         TURN=_turn(gate_up, tile), STAGES=tile.stages, READER=reader, BLOCK_N=block_n, BLOCK_M=blocks.size,
-        **tile.options,
+        **tile.options, **launch(rows // per_token),
     )  # fmt: skip
     return hidden
 
