@@ -1,6 +1,7 @@
 """Experts move while a mesh serves: to where loads are even, and without changing a token."""
 
 import contextlib
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -212,6 +213,15 @@ def test_reading_uses_one_thread_and_later_threads_compute_as_before():
         wait_for(lambda: threads_of_a_new_thread() == 3)
     finally:
         torch.set_num_threads(usual)
+
+
+def test_reading_gives_way_to_passes_sooner_than_threads_usually_do():
+    usual, seen = sys.getswitchinterval(), []
+    held, _, beats = held_by(lambda *_: seen.append(sys.getswitchinterval()) or "read")
+    held.take(Prepare(7, 1, (0, 1, 2, 4, 3, 5, 6, 7)))
+    wait_for(lambda: 7 in beats)
+    assert seen[0] < usual / 10
+    wait_for(lambda: sys.getswitchinterval() == usual)
 
 
 def test_a_rank_that_cannot_read_says_so_and_serves_on():

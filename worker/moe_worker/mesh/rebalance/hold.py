@@ -1,8 +1,10 @@
 """The experts that a rank holds: others are read in the background, and taken between two passes."""
 
+import contextlib
 import logging
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -18,6 +20,8 @@ from moe_worker.mesh.rebalance.pace import DroppedError, Pace
 from moe_worker.moe.experts import Experts
 
 log = logging.getLogger(__name__)
+# The usual 5 ms are two steps of a GPU.
+SWITCH_S = 2e-4
 # Prepares experts of a layer instead of those held before, and calls back after each matrix; the result is
 # for `HoldsExperts.hold`.
 ReadExperts = Callable[[int, Sequence[int], Sequence[int], Callable[[], object]], object]
@@ -133,7 +137,7 @@ class HeldExperts:
         return place_table(self.places, self._member, layer, torch.device("cpu"))
 
     def _run(self, move: Prepare, before: Sequence[int]) -> None:
-        with self._reading:
+        with self._reading, _giving_way():
             try:
                 each = len(move.places) // self.places.ranks
                 held = move.places[self._member.column * each : (self._member.column + 1) * each]
@@ -156,6 +160,17 @@ class HeldExperts:
         for channel in () if self._member.leads else self._member.channels:
             channel.progress = progress
             channel.beat()
+
+
+@contextlib.contextmanager
+def _giving_way() -> Iterator[None]:
+    """Meanwhile no thread keeps the interpreter's lock for longer than SWITCH_S from others that want it."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)
 
 
 def _in_background(run: Callable[[], object]) -> None:
