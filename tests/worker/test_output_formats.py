@@ -248,6 +248,32 @@ def test_the_scheduler_learns_what_masks_of_each_tenant_took(engine, monkeypatch
     assert tenants["none"].mask_s is None
 
 
+@pytest.mark.parametrize("flights", [1, 2])
+def test_texts_that_pause_for_other_tenants_stay_the_same(engine, monkeypatch, flights):
+    """Their masks seem to take a second each, so the other tenant's stream is alone in most steps."""
+
+    def run(tenant):
+        core = EngineCore(engine._loaded, EngineOptions(threads=1, max_batch_size=8), flights=flights)
+        for number in range(4):
+            sampling = SamplingParameters(max_tokens=12, temperature=1.5, seed=number)
+            core.submit(Request(number, PROMPT, sampling, number, tenant=tenant, output_format=SCHEMA))
+        core.submit(Request(9, PROMPT, SamplingParameters(max_tokens=60, ignore_eos=True), 9, tenant="guest"))
+        made, pauses = {number: [] for number in (*range(4), 9)}, 0
+        while not core.idle:
+            deltas = core.step()
+            for delta in deltas:
+                made[delta.id] += [] if delta.token is None else [delta.token]
+            pauses += [delta.id for delta in deltas] == [9] and len(core._active) > 1
+        return made, pauses
+
+    alone, pauses = run("guest")
+    assert pauses == 0
+    monkeypatch.setattr(guides.Guide, "take_seconds", lambda _: 1.0)
+    beside, pauses = run("slow")
+    assert beside == alone
+    assert pauses > 30
+
+
 def test_slow_masks_of_an_owner_are_measured_apart(engine, monkeypatch):
     found = engine._loaded
     masks = guides.Guides(found.tokenizer, found.config.vocab_size, found.config.eos_token_ids, threads=2)
