@@ -355,7 +355,7 @@ def test_a_row_of_not_numbers_reaches_no_token_before_it(wrong):
         assert not actual[broken:].isfinite().any()
 
 
-def expanded_attention(cache, query, weights, counts, ends, page, rounding=NONE):
+def expanded_attention(cache, query, weights, counts, ends, page, rounding=NONE, splits=1):
     """Values of queries [T, H * (N + P)] over pages in order of their sequences; tiles of 16 tokens."""
     key, value = weights
     each = cache.shape[0] // page // len(counts)
@@ -370,18 +370,21 @@ def expanded_attention(cache, query, weights, counts, ends, page, rounding=NONE)
     expanded_CO, latents_CW = expanded.expand(cache, contexts.rows_C, expanded.expanding_weights(key, value))
     out = poisoned(len(query), value.shape[0] * value.shape[2], piece_of(value.shape[2]), rounding)
     expanded.attend_expanded(
-        query, expanded_CO, latents_CW, positions, contexts, key.shape[1], key.shape[2], 0.1, out, rounding
-    )
+        query, expanded_CO, latents_CW, positions, contexts, key.shape[1], key.shape[2], 0.1, out, rounding,
+        splits=splits,
+    )  # fmt: skip
     return out, contexts, positions
 
 
-@pytest.mark.parametrize(("heads", "value"), [(3, 64), (3, 192), (4, 48)])
+@pytest.mark.parametrize(("heads", "value", "splits"), [(3, 64, 1), (3, 192, 4), (4, 48, 2)])
 @pytest.mark.parametrize("rounding", ROUNDED)
-def test_attention_over_expanded_contexts(heads, value, rounding):
+def test_attention_over_expanded_contexts(heads, value, splits, rounding):
     plain, rope, rank, page, counts, ends = 32, 16, 64, 8, [37, 1, 20], [37, 70, 96]
     cache, query = randn(3 * 96, rank + rope), randn(sum(counts), heads * (plain + rope) + 8)[:, 8:]
     key, weight = randn(heads, plain, rank) / 8, randn(heads, rank, value) / 8
-    out, contexts, positions = expanded_attention(cache, query, (key, weight), counts, ends, page, rounding)
+    out, contexts, positions = expanded_attention(
+        cache, query, (key, weight), counts, ends, page, rounding, splits
+    )
     expected, sequence_T = [], torch.repeat_interleave(torch.tensor(counts)).tolist()
     for t, sequence in enumerate(sequence_T):
         # Pages of a sequence stand in falling order.
@@ -399,16 +402,21 @@ def test_attention_over_expanded_contexts(heads, value, rounding):
     assert difference(actual, torch.stack(expected)) < max(0.015, ROUNDED[rounding]) + BF16
 
 
-@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-def test_an_expanded_row_of_not_numbers_reaches_no_token_before_it(wrong):
+@pytest.mark.parametrize(("wrong", "splits"), [(math.nan, 1), (math.nan, 2), (math.inf, 4), (-math.inf, 1)])
+def test_an_expanded_row_of_not_numbers_reaches_no_token_before_it(wrong, splits):
     heads, plain, rope, rank, page, start, count = 2, 32, 16, 64, 16, 29, 19
     cache, query = randn(48, rank + rope), randn(count, heads * (plain + rope))
     weights = randn(heads, plain, rank), randn(heads, rank, 64)
-    whole = expanded_attention(cache, query, weights, [count], [start + count], page)[0].x_TD
+
+    def attended(cache):
+        own = expanded_attention(cache, query, weights, [count], [start + count], page, splits=splits)
+        return own[0].x_TD
+
+    whole = attended(cache)
     for broken in (0, 2, 15, 18):
         wrong_cache, at = cache.clone(), start + broken
         wrong_cache[(2 - at // page) * page + at % page, 5] = wrong
-        actual = expanded_attention(wrong_cache, query, weights, [count], [start + count], page)[0].x_TD
+        actual = attended(wrong_cache)
         assert torch.equal(actual[:broken], whole[:broken])
         assert not actual[broken:].isfinite().any()
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_worker.kernels.transfer import make_current, to_device
+from moe_worker.kernels.triton.expanded import SPLIT_CONTEXT
 from moe_worker.kernels.triton.norm import Added, Rounding
 from moe_worker.kvcache.paged import PagedCache
 from moe_worker.mesh.dispatch import PlaceTable
@@ -261,14 +262,15 @@ class CudaStage:
         """A pass that writes to nobody's page alone, so that its kernels are compiled."""
         cache = self._cache
         zeros_T = torch.zeros(tokens, dtype=torch.int64, device=self.device)
-        pages = cache.shape.pages_for(tokens)
+        pages = cache.shape.pages_for(max(tokens, SPLIT_CONTEXT))
         nobody_BP = torch.full((1, pages), cache.pages, dtype=torch.int32, device=self.device)
         placed = Rows(zeros_T, torch.full_like(zeros_T, cache.pages * cache.page_size), nobody_BP)
         x_TD = None
         if not self._stage.first:
             x_TD = torch.zeros(tokens, self.hidden, dtype=self.dtype, device=self.device)
-        # Attention expands the context of many tokens, and one that is too long it does not.
-        for length in (MOST_EXPANDED_BYTES, tokens):
+        # Attention expands the context of many tokens, in KV splits if it is long, and one that is too long
+        # it does not.
+        for length in (MOST_EXPANDED_BYTES, max(tokens, SPLIT_CONTEXT), tokens):
             shared = self._model.prefill_pass([tokens], placed, cache.page_size, [length])
             out_TD = self.forward(zeros_T, replace(shared, capacity=self.capacity(tokens)), cache, x_TD)
         if self._stage.last:

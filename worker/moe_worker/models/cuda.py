@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from moe_worker.kernels.triton import few
 from moe_worker.kernels.triton.attention import TokenTiles
-from moe_worker.kernels.triton.expanded import BLOCK_T, Contexts, context_rows
+from moe_worker.kernels.triton.expanded import Contexts, context_rows, expanded_tokens
 from moe_worker.kernels.triton.linear import linear_packed
 from moe_worker.kernels.triton.norm import Added
 from moe_worker.kernels.triton.packed import PackedSparse14
@@ -45,7 +45,7 @@ MOST_EXPANDED_BYTES = 1 << 30
 # them takes for a position of the longest context, which one program reads; and the launches for streams
 # whose queries stay absorbed while prompts are expanded.
 ABSORBED_TOKEN, ABSORBED_PAIR, EXPANDED_POSITION, EXPANDED_LAUNCHES = 40.0, 0.25, 11.0, 10_000.0
-ABSORBED_LONGEST, EXPANDED_LONGEST, SINGLES_LAUNCHES = 120.0, 26.0, 15_000.0
+ABSORBED_LONGEST, EXPANDED_LONGEST, SINGLES_LAUNCHES = 120.0, 15.0, 15_000.0
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,8 @@ class CudaModel:
             return self.absorbed_pass(rows, _tiles(counts, PREFILL_TOKENS, self.device), page)
         [first_B] = aligned_parts([context_firsts(lengths)], self.device)
         rows_C = context_rows(rows.pages_BP, first_B, sum(lengths), page, 0)
-        return self.expanded_pass(rows, Contexts(rows_C, first_B, _tiles(counts, BLOCK_T, self.device)), page)
+        tiles = _tiles(counts, expanded_tokens(counts, lengths), self.device)
+        return self.expanded_pass(rows, Contexts(rows_C, first_B, tiles), page)
 
     def absorbed_pass(self, rows: Rows, tiles: TokenTiles, page: int, valid: Tensor | None = None) -> Pass:
         """A pass of prompts whose queries are all absorbed; `tiles` are of PREFILL_TOKENS."""

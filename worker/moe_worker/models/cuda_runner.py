@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_worker.kernels.likeliest import Likeliest
 from moe_worker.kernels.transfer import to_device
+from moe_worker.kernels.triton.expanded import SPLIT_CONTEXT
 from moe_worker.kernels.triton.greedy import best_tokens
 from moe_worker.kvcache.paged import PagedCache
 from moe_worker.models.batch import Batch
@@ -81,12 +82,13 @@ class CudaRunner:
         """
         cache, device = self.graphs.cache, self._model.device
         zeros_T = torch.zeros(tokens, dtype=torch.int64, device=device)
-        pages = cache.shape.pages_for(tokens)
+        pages = cache.shape.pages_for(max(tokens, SPLIT_CONTEXT))
         nobody_BP = torch.full((1, pages), cache.pages, dtype=torch.int32, device=device)
         rows = Rows(zeros_T, torch.full_like(zeros_T, cache.pages * cache.page_size), nobody_BP)
         try:
-            # Attention expands the context of many tokens, and one that is too long it does not.
-            for length in (tokens, MOST_EXPANDED_BYTES):
+            # Attention expands the context of many tokens, in KV splits if it is long, and one that is too
+            # long it does not.
+            for length in (tokens, max(tokens, SPLIT_CONTEXT), MOST_EXPANDED_BYTES):
                 shared = self._model.prefill_pass([tokens], rows, cache.page_size, [length])
                 x_TD, added = self._model.forward(zeros_T, shared, cache.layers)
             rows_N = zeros_T[: self.graphs.largest]

@@ -225,11 +225,15 @@ def _merge(
     acc_MV = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     for begin in range(0, RANK, BLOCK_R):
         r = begin + tl.arange(0, BLOCK_R)
-        latent_MR = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        for s in tl.static_range(SLICES):
-            share_M = tl.exp2(tl.load(lse + first_M + s, mask=mask_M, other=0.0) - top_M) / total_M
-            x = tl.load(parts + (first_M + s)[:, None] * RANK + r[None, :], mask=mask_M[:, None], other=0.0)
-            latent_MR += x.to(tl.float32) * share_M[:, None]
+        if SLICES == 1:
+            # As they are, so that Triton loads them ahead.
+            latent_MR = tl.load(parts + first_M[:, None] * RANK + r[None, :], mask=mask_M[:, None], other=0.0)
+        else:
+            latent_MR = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+            for s in tl.static_range(SLICES):
+                share_M = tl.exp2(tl.load(lse + first_M + s, mask=mask_M, other=0.0) - top_M) / total_M
+                from_R = parts + (first_M + s)[:, None] * RANK + r[None, :]
+                latent_MR += tl.load(from_R, mask=mask_M[:, None], other=0.0) * share_M[:, None]
         w = tl.load(value + (head * RANK + r[:, None]) * VALUE + v[None, :])
         acc_MV = add_dot_bf16(acc_MV, latent_MR.to(tl.bfloat16), w)
     to = token_M[:, None] * (HEADS * WIDTH) + head * WIDTH + v[None, :]

@@ -8,6 +8,7 @@ elements without and with rotary position, R latent rank, W = R + P, V value ele
 the expanded rows: keys [H, N], then values [H, V].
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -74,24 +75,55 @@ def _add_expanded(
     return total, new_top, acc
 
 
+@triton.jit
+def _store_values(
+    y_MV, out, out_q, out_scale, token_M, mask_M, head,
+    HEADS: tl.constexpr, VALUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+    PIECE: tl.constexpr, ROUNDING: tl.constexpr,
+):  # fmt: skip
+    """Rounds a head's values, which are bf16, and stores them."""
+    v = tl.arange(0, BLOCK_V)
+    mask = mask_M[:, None] & (v < VALUE)[None, :]
+    to = token_M[:, None] * (HEADS * VALUE) + head * VALUE + v[None, :]
+    y = y_MV
+    if ROUNDING > 0:
+        PIECES: tl.constexpr = BLOCK_V // PIECE
+        cut = tl.reshape(y.to(tl.float32), (BLOCK_M, PIECES, PIECE))
+        scale_MX = int8_scale(cut, 2)
+        steps = round_even(cut / scale_MX[:, :, None])
+        if ROUNDING == 1:
+            tl.store(out_q + to, tl.reshape(steps, (BLOCK_M, BLOCK_V)).to(tl.int8), mask=mask)
+            x = tl.arange(0, PIECES)
+            to_x = token_M[:, None] * (HEADS * VALUE // PIECE) + head * (VALUE // PIECE) + x[None, :]
+            tl.store(out_scale + to_x, scale_MX, mask=mask_M[:, None] & (x < VALUE // PIECE)[None, :])
+        else:
+            y = tl.reshape(steps * scale_MX[:, :, None], (BLOCK_M, BLOCK_V)).to(tl.bfloat16)
+    if ROUNDING != 1:
+        tl.store(out + to, y, mask=mask)
+
+
 @triton.jit(do_not_specialize=["query_stride"])
 def _attend_expanded(
     query, query_stride, expanded, latents, positions, tile_sequence, tile_first, tile_count, firsts,
-    out, out_q, out_scale, scale,
+    out, out_q, out_scale, parts, lse, scale,
     HEADS: tl.constexpr, PLAIN: tl.constexpr, ROPE: tl.constexpr, RANK: tl.constexpr, VALUE: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, PIECE: tl.constexpr,
-    ROUNDING: tl.constexpr,
+    ROUNDING: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = RANK + ROPE
     ROW: tl.constexpr = HEADS * (PLAIN + VALUE)
-    tile, head = tl.program_id(1), tl.program_id(0)
+    STEP: tl.constexpr = SPLITS * BLOCK_S
+    # The last tiles of a prompt see most: they begin first.
+    head, split, tile = tl.program_id(0), tl.program_id(1), tl.num_programs(2) - 1 - tl.program_id(2)
     first, count = tl.load(tile_first + tile), tl.load(tile_count + tile)
+    if count == 0:
+        return
     begin = tl.load(firsts + tl.load(tile_sequence + tile)).to(tl.int64)
     t, n, p = tl.arange(0, BLOCK_T), tl.arange(0, PLAIN), tl.arange(0, ROPE)
     mask_t = t < count
     token_t = (first + t).to(tl.int64)
     position_t = tl.load(positions + token_t, mask=mask_t, other=0)
-    length = tl.load(positions + first + count - 1, mask=count > 0, other=-1) + 1
+    length = tl.load(positions + first + count - 1) + 1
     own = query + token_t[:, None] * query_stride + head * (PLAIN + ROPE)
     q_plain = tl.load(own + n[None, :], mask=mask_t[:, None], other=0.0)
     q_rope = tl.load(own + PLAIN + p[None, :], mask=mask_t[:, None], other=0.0)
@@ -103,34 +135,63 @@ def _attend_expanded(
     acc = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
     # The first token of the tile sees all blocks before this one, and so do the others.
     diagonal = tl.minimum(length, (tl.load(positions + first) + 1) // BLOCK_S * BLOCK_S)
-    for at in range(0, diagonal, BLOCK_S):
+    # KV splits take blocks in rotation, so that the place of the first one does not depend on the length.
+    start = split * BLOCK_S
+    for at in range(start, diagonal, STEP):
         total, top, acc = _add_expanded(
             total, top, acc, q_plain, q_rope, position_t, keys, cache_rope, own_values, at, length, scale,
             PLAIN, ROPE, VALUE, WIDTH, ROW, BLOCK_V, BLOCK_S, False,
         )  # fmt: skip
-    for at in range(diagonal, length, BLOCK_S):
+    behind = start + tl.cdiv(tl.maximum(diagonal - start, 0), STEP) * STEP
+    for at in range(behind, length, STEP):
         total, top, acc = _add_expanded(
             total, top, acc, q_plain, q_rope, position_t, keys, cache_rope, own_values, at, length, scale,
             PLAIN, ROPE, VALUE, WIDTH, ROW, BLOCK_V, BLOCK_S, True,
         )  # fmt: skip
-    y = (acc / total[:, None]).to(tl.bfloat16)
-    v = tl.arange(0, BLOCK_V)
-    mask = mask_t[:, None] & (v < VALUE)[None, :]
-    to = token_t[:, None] * (HEADS * VALUE) + head * VALUE + v[None, :]
-    if ROUNDING > 0:
-        PIECES: tl.constexpr = BLOCK_V // PIECE
-        cut = tl.reshape(y.to(tl.float32), (BLOCK_T, PIECES, PIECE))
-        scale_TX = int8_scale(cut, 2)
-        steps = round_even(cut / scale_TX[:, :, None])
-        if ROUNDING == 1:
-            tl.store(out_q + to, tl.reshape(steps, (BLOCK_T, BLOCK_V)).to(tl.int8), mask=mask)
-            x = tl.arange(0, PIECES)
-            to_x = token_t[:, None] * (HEADS * VALUE // PIECE) + head * (VALUE // PIECE) + x[None, :]
-            tl.store(out_scale + to_x, scale_TX, mask=mask_t[:, None] & (x < VALUE // PIECE)[None, :])
-        else:
-            y = tl.reshape(steps * scale_TX[:, :, None], (BLOCK_T, BLOCK_V)).to(tl.bfloat16)
-    if ROUNDING != 1:
-        tl.store(out + to, y, mask=mask)
+    if SPLITS == 1:
+        _store_values(
+            (acc / total[:, None]).to(tl.bfloat16), out, out_q, out_scale, token_t, mask_t, head,
+            HEADS, VALUE, BLOCK_T, BLOCK_V, PIECE, ROUNDING,
+        )  # fmt: skip
+    else:
+        # A split may see nothing of the context.
+        safe = tl.where(total == 0.0, 1.0, total)
+        to = (token_t * HEADS + head) * SPLITS + split
+        v = tl.arange(0, BLOCK_V)
+        mask = mask_t[:, None] & (v < VALUE)[None, :]
+        tl.store(parts + to[:, None] * VALUE + v[None, :], acc / safe[:, None], mask=mask)
+        tl.store(lse + to, tl.where(total == 0.0, -1e30, top + tl.log2(safe)), mask=mask_t)
+
+
+@triton.jit
+def _merge_expanded(
+    parts, lse, tile_first, tile_count, out, out_q, out_scale,
+    HEADS: tl.constexpr, VALUE: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_M: tl.constexpr, PIECE: tl.constexpr, ROUNDING: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M of a tile's BLOCK_T tokens in a program."""
+    PARTS: tl.constexpr = BLOCK_T // BLOCK_M
+    head, tile = tl.program_id(0), tl.program_id(1) // PARTS
+    m = tl.program_id(1) % PARTS * BLOCK_M + tl.arange(0, BLOCK_M)
+    first, count = tl.load(tile_first + tile), tl.load(tile_count + tile)
+    if tl.program_id(1) % PARTS * BLOCK_M >= count:
+        return
+    mask_M, token_M = m < count, (first + m).to(tl.int64)
+    v, every = tl.arange(0, BLOCK_V), tl.arange(0, SPLITS)[None, :]
+    first_M = (token_M * HEADS + head) * SPLITS
+    lse_MS = tl.load(lse + first_M[:, None] + every, mask=mask_M[:, None], other=0.0)
+    top_M = tl.max(lse_MS, axis=1)
+    total_M = tl.sum(tl.exp2(lse_MS - top_M[:, None]), axis=1)
+    y_MV = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    mask = mask_M[:, None] & (v < VALUE)[None, :]
+    for s in tl.static_range(SPLITS):
+        share_M = tl.exp2(tl.load(lse + first_M + s, mask=mask_M, other=0.0) - top_M) / total_M
+        part_MV = tl.load(parts + (first_M + s)[:, None] * VALUE + v[None, :], mask=mask, other=0.0)
+        y_MV += part_MV * share_M[:, None]
+    _store_values(
+        y_MV.to(tl.bfloat16), out, out_q, out_scale, token_M, mask_M, head,
+        HEADS, VALUE, BLOCK_M, BLOCK_V, PIECE, ROUNDING,
+    )  # fmt: skip
 
 
 class ExpandedTile(NamedTuple):
@@ -141,9 +202,28 @@ class ExpandedTile(NamedTuple):
     stages: int
 
 
-# Tokens of one program; measured on an H200 with prompts of 512: 221 us, with 128 tokens and 8 warps 260.
-BLOCK_T = 64
-TILE = ExpandedTile(64, 4, 2)
+# Tokens of one program, and of one where prompts are long; how each is cut. On an H200 32 prompts of 512
+# tokens take 247 and 267 us, one of 2,048 69 and 63, one of 16,384 3,624 and 2,734.
+BLOCK_T, LONG_BLOCK_T, LONG = 64, 128, 2048
+TILE, LONG_TILE = ExpandedTile(32, 4, 3), ExpandedTile(64, 8, 3)
+# Tokens of one program of the merge.
+MERGED_TOKENS = 16
+# Programs that KV splits may make, about two for each multiprocessor of an H200; the most splits; positions
+# that each has at least; and the shortest context with the most.
+MOST_PROGRAMS, MOST_SPLITS, SPLIT_POSITIONS = 256, 8, 128
+SPLIT_CONTEXT = MOST_SPLITS * SPLIT_POSITIONS
+
+
+def expanded_tokens(counts: Sequence[int], lengths: Sequence[int]) -> int:
+    """Tokens of one program of a pass with so many tokens of sequences with contexts of these lengths."""
+    return LONG_BLOCK_T if sum(counts) >= LONG and sum(lengths) >= LONG * len(lengths) else BLOCK_T
+
+
+def expanded_splits(tokens: int, heads: int, positions: int) -> int:
+    """KV splits of a pass that expands so many positions: more than one where its programs are few."""
+    programs = heads * triton.cdiv(tokens, BLOCK_T)
+    splits = min(MOST_SPLITS, MOST_PROGRAMS // programs, positions // SPLIT_POSITIONS)
+    return 1 << (splits.bit_length() - 1) if splits else 1
 
 
 @triton.jit(do_not_specialize=["page_stride", "sequences", "most", "nobody"])
@@ -197,22 +277,40 @@ def expand(cache_SW: Tensor, rows_C: Tensor, weights_OR: Tensor) -> tuple[Tensor
 
 def attend_expanded(
     query_TO: Tensor, expanded_CO: Tensor, latents_CW: Tensor, positions_T: Tensor, contexts: Contexts,
-    plain: int, rank: int, scale: float, out: Activation, rounding: Rounding, cut: ExpandedTile = TILE,
+    plain: int, rank: int, scale: float, out: Activation, rounding: Rounding, splits: int | None = None,
+    cut: ExpandedTile | None = None,
 ) -> None:  # fmt: skip
     """Writes attention's values, [T, H * V]. Another launch rounds where a scale is of several heads.
 
-    query_TO: bf16 [T, H * (N + P)], rotated; rows may have any stride. plain: N.
+    query_TO: bf16 [T, H * (N + P)], rotated; rows may have any stride. plain: N. splits: of the contexts, as
+    many as suit the pass for None.
     """
     rope = latents_CW.shape[1] - rank
     heads = query_TO.shape[1] // (plain + rope)
     value = expanded_CO.shape[1] // heads - plain
     rounded = Rounding.NONE if spreads(out, heads, rounding) else rounding
-    _attend_expanded[(heads, contexts.tiles.first_C.shape[0])](
-        query_TO, query_TO.stride(0), expanded_CO, latents_CW, positions_T, contexts.tiles.sequence_C,
-        contexts.tiles.first_C, contexts.tiles.count_C, contexts.first_B, out.x_TD, out.q_TD, out.scales_TX,
+    tokens, tiles, block_v = query_TO.shape[0], contexts.tiles, triton.next_power_of_2(value)
+    parts = lse = None
+    long = tiles.most > BLOCK_T
+    cut = cut or (LONG_TILE if long else TILE)
+    if splits is None:
+        splits = 1 if long else expanded_splits(tokens, heads, expanded_CO.shape[0])
+    if splits > 1:
+        parts = torch.empty(tokens, heads, splits, value, dtype=torch.float32, device=query_TO.device)
+        lse = torch.empty(tokens, heads, splits, dtype=torch.float32, device=query_TO.device)
+    _attend_expanded[(heads, splits, tiles.first_C.shape[0])](
+        query_TO, query_TO.stride(0), expanded_CO, latents_CW, positions_T, tiles.sequence_C,
+        tiles.first_C, tiles.count_C, contexts.first_B, out.x_TD, out.q_TD, out.scales_TX, parts, lse,
         scale, HEADS=heads, PLAIN=plain, ROPE=rope, RANK=rank, VALUE=value,
-        BLOCK_V=triton.next_power_of_2(value), BLOCK_T=contexts.tiles.most, BLOCK_S=cut.s, PIECE=out.piece,
-        ROUNDING=rounded.value, num_warps=cut.warps, num_stages=cut.stages,
+        BLOCK_V=block_v, BLOCK_T=tiles.most, BLOCK_S=cut.s, PIECE=out.piece,
+        ROUNDING=rounded.value, SPLITS=splits, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
+    if splits > 1:
+        block_m = min(MERGED_TOKENS, tiles.most)
+        _merge_expanded[(heads, tiles.first_C.shape[0] * (tiles.most // block_m))](
+            parts, lse, tiles.first_C, tiles.count_C, out.x_TD, out.q_TD, out.scales_TX,
+            HEADS=heads, VALUE=value, BLOCK_V=block_v, BLOCK_T=tiles.most, BLOCK_M=block_m,
+            PIECE=out.piece, ROUNDING=rounded.value, SPLITS=splits, num_warps=4,
+        )  # fmt: skip
     if rounded is not rounding:
         round_values(out, rounding)

@@ -51,39 +51,41 @@ def _latent(
     ABSORBED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = RANK + ROPE
-    part = tl.program_id(1)
-    if part == tl.num_programs(1) - 1:
+    # Rows of the cache come first, since they take longest: whole rows are needed for their norm, few at a
+    # time, since registers hold them.
+    row_blocks = tl.cdiv(tokens, 16)
+    own_block = tl.program_id(0)
+    if own_block < row_blocks:
+        token_m = own_block * 16 + tl.arange(0, 16)
+        mask_m = token_m < tokens
+        token_m = token_m.to(tl.int64)
+        r = tl.arange(0, RANK)
+        weight_r = tl.load(norm + r).to(tl.float32)
+        position_m = tl.load(positions + token_m, mask=mask_m, other=0)
+        row_m = tl.load(rows + token_m, mask=mask_m, other=0) * WIDTH
         wait_for_inputs()
-        # A whole row is needed for its norm: few at a time, since registers hold them.
-        for start in tl.static_range(0, BLOCK_M, 16):
-            token_m = tl.program_id(0) * BLOCK_M + start + tl.arange(0, 16)
-            mask_m = token_m < tokens
-            token_m = token_m.to(tl.int64)
-            position_m = tl.load(positions + token_m, mask=mask_m, other=0)
-            row_m = tl.load(rows + token_m, mask=mask_m, other=0) * WIDTH
-            r = tl.arange(0, RANK)
-            from_m = latent + token_m[:, None] * latent_stride
-            x = tl.load(from_m + r[None, :], mask=mask_m[:, None], other=0.0).to(tl.float32)
-            normed = (x * tl.rsqrt(tl.sum(x * x, axis=1) / COUNTED + eps)[:, None]).to(tl.bfloat16)
-            y = (normed.to(tl.float32) * tl.load(norm + r).to(tl.float32)[None, :]).to(tl.bfloat16)
-            tl.store(cache + row_m[:, None] + r[None, :], y.to(cache.dtype.element_ty), mask=mask_m[:, None])
-            _turn(
-                latent + RANK, cache + RANK, latent_stride, row_m, token_m, mask_m, position_m, table,
-                ROPE // 2,
-            )  # fmt: skip
-    elif not ABSORBED:
+        from_m = latent + token_m[:, None] * latent_stride
+        x = tl.load(from_m + r[None, :], mask=mask_m[:, None], other=0.0).to(tl.float32)
+        normed = (x * tl.rsqrt(tl.sum(x * x, axis=1) / COUNTED + eps)[:, None]).to(tl.bfloat16)
+        y = (normed.to(tl.float32) * weight_r[None, :]).to(tl.bfloat16)
+        tl.store(cache + row_m[:, None] + r[None, :], y.to(cache.dtype.element_ty), mask=mask_m[:, None])
+        _turn(
+            latent + RANK, cache + RANK, latent_stride, row_m, token_m, mask_m, position_m, table,
+            ROPE // 2,
+        )  # fmt: skip
+        return
+    PARTS: tl.constexpr = HEADS * (RANK // BLOCK_R) if ABSORBED else HEADS
+    part = (own_block - row_blocks) % PARTS
+    token_M = (own_block - row_blocks) // PARTS * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_M = token_M < tokens
+    token_M = token_M.to(tl.int64)
+    if not ABSORBED:
         # Pairs of one head turn where they are.
-        token_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-        mask_M = token_M < tokens
-        token_M = token_M.to(tl.int64)
         own = query + part * (PLAIN + ROPE) + PLAIN
         wait_for_inputs()
         position_M = tl.load(positions + token_M, mask=mask_M, other=0)
         _turn(own, own, query_stride, token_M * query_stride, token_M, mask_M, position_M, table, ROPE // 2)
     else:
-        token_M = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-        mask_M = token_M < tokens
-        token_M = token_M.to(tl.int64)
         head, block = part // (RANK // BLOCK_R), part % (RANK // BLOCK_R)
         n, own_r = tl.arange(0, PLAIN), block * BLOCK_R + tl.arange(0, BLOCK_R)
         own = query + head * (PLAIN + ROPE)
@@ -109,15 +111,16 @@ def write_latents(
     """
     heads, plain, rank = weights.key_HNR.shape
     tokens, rope = latent_TW.shape[0], latent_TW.shape[1] - rank
-    # Rows of the cache take whole rows of registers: small blocks, where nothing is multiplied by weights.
-    small = tokens <= 256 or out_THW is None
-    block_m, block_r = 16 if small else 128, min(128, rank)
+    # Of rows that are only rotated, 16 fit a program.
+    block_m, block_r = 16, min(128, rank)
+    if out_THW is not None and tokens > 16:
+        block_m = 32 if tokens <= 256 else 128
     parts = heads if out_THW is None else heads * (rank // block_r)
-    grid = (triton.cdiv(tokens, block_m), parts + 1)
+    grid = (triton.cdiv(tokens, 16) + triton.cdiv(tokens, block_m) * parts,)
     _latent[grid](
         query_TO, query_TO.stride(0), latent_TW, latent_TW.stride(0), weights.norm_R, weights.key_HNR,
         table_CP2, positions_T, rows_T, cache_SW, out_THW, tokens, weights.eps,
         HEADS=heads, PLAIN=plain, ROPE=rope, RANK=rank, COUNTED=weights.rank,
         ABSORBED=out_THW is not None, BLOCK_M=block_m, BLOCK_R=block_r,
-        num_warps=4 if block_m == 16 else 8, **launch(tokens),
+        num_warps=8 if block_m == 128 else 4, **launch(tokens),
     )  # fmt: skip

@@ -175,7 +175,7 @@ def route(
     experts_TK = torch.empty(tokens, columns, dtype=torch.int32, device=x_TD.device)
     weights_TK = torch.empty(tokens, columns, dtype=torch.float32, device=x_TD.device)
     levels = tuple(number for level in routing.limits for number in _numbers(level))
-    block_m = 2
+    block_m = 1 if tokens <= 256 else 2
     _choose[(triton.cdiv(tokens, block_m),)](
         logits_TSE, bias_E, experts_TK, weights_TK, counts_A, valid, tokens, routing.scale, routing.mass,
         EXPERTS=experts, BLOCK_E=block_e, SLICES=slices, TOP_K=routing.top_k, SHARED=routing.shared,
