@@ -235,6 +235,28 @@ def test_a_machine_that_computes_others_for_nothing_pauses_them_for_five_steps_t
     assert [len(machine.take().step.chunks) for _ in range(RECENT)] == [*[1] * 5, *[13] * (RECENT - 5)]
 
 
+@pytest.mark.parametrize("length", [2, 60])
+def test_two_tenants_from_the_first_step_on_find_out_that_tokens_cost_nothing(length):
+    """Steps of one size had kept 59 of 60 requests waiting for as long as the other tenant had a stream."""
+    machine = Machine(GPU, sequences=64)
+    for number in range(60):
+        machine.submit(number, random.Random(number).choices(range(3), k=length), 90, tenant="crowd")
+    machine.submit(1000, [1, 2], 90, tenant="guest")
+    for _ in range(80):
+        machine.take()
+    assert [len(machine.take().step.chunks) for _ in range(5)] == [61] * 5
+
+
+def test_two_tenants_from_the_first_step_on_find_out_that_tokens_cost_much():
+    machine = Machine(CPU, sequences=64)
+    for number in range(60):
+        machine.submit(number, [1, number % 3], 200, tenant="crowd")
+    machine.submit(1000, [1, 2], 200, tenant="guest")
+    sizes = [len(machine.take().step.chunks) for _ in range(120)]
+    assert max(sizes) <= 8
+    assert statistics.mean(sizes[20:]) == pytest.approx(CPU.within(2 * CPU.estimate(1)), abs=1)
+
+
 def test_tenants_that_arrive_together_pause_others_no_longer_than_one_does():
     """Each asks for less than the smallest step, which has the tokens of both."""
     machine = Machine(GPU, target_s=1.0)

@@ -61,6 +61,11 @@ class StepTime:
         return self._variance >= (SPREAD * self._mean_tokens) ** 2
 
     @property
+    def assumed(self) -> bool:
+        """Whether time is only assumed to be proportional to tokens: all steps had about one size so far."""
+        return self.count > 0 and not self._fitted and not self.fixed
+
+    @property
     def larger(self) -> int:
         """Tokens of a step twice as large as usual."""
         return int(2 * self._mean_tokens)

@@ -31,6 +31,9 @@ from moe_worker.scheduler.memory import Memory
 from moe_worker.scheduler.plan import SCORED_TOKENS, Admitted, Arrival, Chunk, Counters, Limits
 from moe_worker.scheduler.tenants import Tenant, Tenants, charge, shares_of, step_tokens
 
+EXPLORED_STEPS = 8
+"""While the time of a token is not known, one of so many steps of several tenants has twice as many: steps of
+one size, however small, would never tell that others' tokens cost next to nothing."""
 OVERTAKEN_STEPS = 1000
 """A request that lacks pages is overtaken by other tenants' requests for so many steps."""
 
@@ -86,6 +89,7 @@ class SchedulingPolicy:
         self._queues: dict[Tenant, LazyHeap[tuple[float, int], Job]] = {}
         self._short: dict[Tenant, _Short] = {}
         self._arrivals = 0
+        self._assumed_steps = 0
 
     def add(self, arrival: Arrival) -> Job:
         """Inserts a new request into the queue of its tenant."""
@@ -189,9 +193,12 @@ class SchedulingPolicy:
         }
         if not demands:
             return
-        tokens = min(
-            step_tokens(demands, self.budget.time(prompts=bool(prompts))), float(self.budget.ceiling)
-        )
+        time = self.budget.time(prompts=bool(prompts))
+        tokens = step_tokens(demands, time)
+        self._assumed_steps = self._assumed_steps + 1 if time.assumed else 0
+        if self._assumed_steps and self._assumed_steps % EXPLORED_STEPS == 0:
+            tokens *= 2
+        tokens = min(tokens, float(self.budget.ceiling))
         chosen: list[Job] = []
         for tenant, share in shares_of(tokens, demands).items():
             jobs = decoding.get(tenant, [])
