@@ -2,10 +2,11 @@
 
     python -m benchmarks.cpu_decode [--llama-python PYTHON] [--rounds 3] [--json]
 
-The model is CPU_SHAPE of ../shared/peers with random weights: only speed is compared. The baselines are the
-scripts in the folder of that shape. Each runs in its own process between two measurements of ours, with 2
-threads; medians over the rounds are reported. llama.cpp runs if llama_cpp can be imported, here or by the
-interpreter that --llama-python names; `--peers none` measures only our engine.
+The model is CPU_SHAPE of the file shapes.py in the folder --shapes, with random weights: only speed is
+compared. The baselines are scripts in that folder (docs/benchmarks.md). Each runs in its own process between
+two measurements of ours, with 2 threads; medians over the rounds are reported. llama.cpp runs if llama_cpp
+can be imported, here or by the interpreter that --llama-python names; `--peers none` measures only our
+engine.
 """
 
 import argparse

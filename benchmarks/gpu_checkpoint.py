@@ -4,8 +4,8 @@
         [--device auto]
 
 The shape "large" is that of benchmarks/gpu_random.py: 15.7 billion parameters, 9 GB in four bits and 31 GB in
-bf16; "small" is one to try it with; "cpu" is CPU_SHAPE of ../shared/peers, 0.8 billion. A file has 5 GB at
-most. The model generates no meaningful text.
+bf16; "small" is one to try it with; "cpu" is CPU_SHAPE of benchmarks.cpu_decode, 0.8 billion. A file has 5 GB
+at most. The model generates no meaningful text.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """What fewer experts are worth: decode at batch 1 with all of the mass and with less, random weights in W4A8.
 
-    python -m benchmarks.routing_decode --device cpu [--shapes ../shared/peers] [--threads 2]
+    python -m benchmarks.routing_decode --device cpu [--shapes DIR] [--threads 2]
     python -m benchmarks.routing_decode --device cuda
 
 Random weights score nearly equally, so half of the mass is about half of the experts: that compares the work

@@ -2,7 +2,7 @@
 
     python -m benchmarks.sparse_decode [--rounds 5] [--threads 2] [--json]
 
-The model is CPU_SHAPE of ../shared/peers with random weights, as in benchmarks.cpu_decode: only speed is
+The model is CPU_SHAPE with random weights, as in benchmarks.cpu_decode: only speed is
 compared. All projections and experts are sparse; the output head, router, norms and embedding are the same in
 both. The two models alternate; the output is medians over the rounds, and their ratio.
 """
