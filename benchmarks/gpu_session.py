@@ -73,6 +73,24 @@ PARTS = {
             " --prompt 16 --tokens 4 --prefill-tokens 64 8 --target-ms 50 --batch 4 --json",
         ),
     ),
+    "serving": Part(
+        "what does gRPC cost, and how soon does the first token of a cached prompt come?", 300,
+        (
+            "{python} -m benchmarks.gpu_checkpoint {out}/packed",
+            "{python} -m benchmarks.serving {out}/packed --device cuda --format w4a8 --tokens 128 512"
+            " --streams 64 256 --clients 4 --json",
+        ),
+        (
+            "{python} -m benchmarks.gpu_checkpoint {out}/packed-small --shape small --device cpu",
+            "{python} -m benchmarks.serving {out}/packed-small --device cpu --format w4a8 --tokens 8"
+            " --streams 4 --prompt 8 --rounds 1 --long 128 --json",
+        ),
+    ),
+    "offload": Part(
+        "when do pages come back sooner from CPU memory than they are computed?", 120,
+        ("{python} -m benchmarks.kv_offload",),
+        ("{python} -m benchmarks.kv_offload --small --tokens 32",),
+    ),
     "load": Part(
         "how long does a large checkpoint take to load as W4A8, and which memory?", 590,
         (

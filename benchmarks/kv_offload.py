@@ -163,6 +163,8 @@ def main() -> None:
         for offload in (0, 256 << 20):
             print(measure(given.checkpoint, given.device, offload), flush=True)
         return
+    if given.small:
+        torch.set_num_threads(1)  # as the engine does for small models
     options = EngineOptions("cuda" if torch.cuda.is_available() else "cpu", max_batch_size=STREAMS)
     context = max(given.tokens) + 64
     values = (SMALL if given.small else LARGE) | {"max_position_embeddings": 2 * context}
