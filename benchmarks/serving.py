@@ -42,8 +42,6 @@ Prompts = list[tuple[int, ...]]
 SIMULATED = """
 from moe_worker.service import engine_client
 engine_client.ENGINE = "benchmarks.simulated"
-
-
 from moe_worker.__main__ import main
 main()
 """

@@ -49,6 +49,7 @@ END_TIMEOUT_S = 2.0
 ENGINE_ENVIRONMENT = {"GOMP_SPINCOUNT": "0"}
 # Called after each step with the engine's sums before and after it, and the step's seconds.
 StepListener = Callable[[Statistics, Statistics, float], None]
+# The module that runs as the engine process; a benchmark runs another one.
 ENGINE = "moe_worker.service.engine_process"
 log = logging.getLogger(__name__)
 
