@@ -46,7 +46,8 @@ struct Dot;
 template <int TB, int NV>
 struct Dot<4, TB, NV> {
     static inline __attribute__((always_inline)) void run(vi (&sums)[TB][NV], const uint8_t* w, const int8_t* const* x, int offset, int steps) {
-        vi more[TB][NV];  // a second chain hides the latency of the first
+        constexpr bool TWO = TB * NV <= 4;  // chains: the second hides the latency of the first
+        vi more[TB][NV];
         for (int t = 0; t < TB; t++)
             for (int v = 0; v < NV; v++) more[t][v] = zero_int();
         for (int s = 0; s < steps; s++) {
@@ -60,13 +61,13 @@ struct Dot<4, TB, NV> {
             for (int t = 0; t < TB; t++) {
                 vi a = four(x[t] + offset + s * 8), b = four(x[t] + offset + s * 8 + 4);
                 for (int v = 0; v < NV; v++) {
-                    vi& second = TB * NV > 2 ? sums[t][v] : more[t][v];
+                    vi& second = TWO ? more[t][v] : sums[t][v];
                     sums[t][v] = dot4(sums[t][v], low[v], a);
                     second = dot4(second, high[v], b);
                 }
             }
         }
-        if (TB * NV <= 2)
+        if (TWO)
             for (int t = 0; t < TB; t++)
                 for (int v = 0; v < NV; v++) sums[t][v] = add_int(sums[t][v], more[t][v]);
     }

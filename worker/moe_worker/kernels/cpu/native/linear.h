@@ -85,13 +85,14 @@ inline void block_tile(const Matrix& m, int block, const Rows& rows, int row, fl
     }
 }
 
-template <int BITS>
+constexpr int MOST_ROWS = LANES == 16 ? 8 : 4;  // of a tile
+
+// Computes the largest tile that `left` rows fill; gives its rows.
+template <int BITS, int TB = MOST_ROWS>
 inline int tile_rows(const Matrix& m, int block, const Rows& rows, int row, int left, float* out) {
-    constexpr int MOST = LANES == 16 ? 8 : 4;
-    if (left >= MOST) return block_tile<BITS, MOST>(m, block, rows, row, out), MOST;
-    if (left >= 4) return block_tile<BITS, 4>(m, block, rows, row, out), 4;
-    if (left >= 2) return block_tile<BITS, 2>(m, block, rows, row, out), 2;
-    return block_tile<BITS, 1>(m, block, rows, row, out), 1;
+    if (TB > 1 && left < TB) return tile_rows<BITS, (TB > 1 ? TB - 1 : 1)>(m, block, rows, row, left, out);
+    block_tile<BITS, TB>(m, block, rows, row, out);
+    return TB;
 }
 
 inline int tile_any(const Matrix& m, int block, const Rows& rows, int row, int left, float* out) {
@@ -126,7 +127,7 @@ inline void write_swiglu(const MoeWeight& w, const Output& o, const float* gate,
 
 // Blocks (or pairs of blocks) begin to end of a matrix, for `count` rows that start at `first`.
 inline void multiply(const Matrix& m, const Rows& rows, int first, int count, int begin, int end, const Output& o) {
-    alignas(64) float gate[8 * BLOCK], up[8 * BLOCK];
+    alignas(64) float gate[MOST_ROWS * BLOCK], up[MOST_ROWS * BLOCK];
     for (int b = begin; b < end; b++)
         for (int row = first, done; row < first + count; row += done) {
             int left = first + count - row;

@@ -131,12 +131,13 @@ inline vi low_nibbles(vi a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); 
 inline vi high_nibbles(vi a) { return _mm256_and_si256(_mm256_srli_epi16(a, 4), _mm256_set1_epi8(15)); }
 #endif
 
-// Fetches the weights that follow in four lines. A single token reads each weight once: weights then pass by the L2 and L3
-// caches, which keep what the next step reads again (non-temporal). Several tokens may read them again. GCC removes calls that
-// only prefetch, so it must be inlined.
+// Fetches weights that a product with so many tokens reads soon. A single token reads each weight once: weights then pass by
+// the L2 and L3 caches, which keep what the next step reads again (non-temporal). With more tokens, the next block comes while
+// a block is read again for further tokens. GCC removes calls that only prefetch, so it must be inlined.
 template <int TOKENS>
 inline __attribute__((always_inline)) void fetch_ahead(const uint8_t* weights) {
     if (TOKENS == 1) _mm_prefetch((const char*)weights + 256, _MM_HINT_NTA);
+    else _mm_prefetch((const char*)weights + 2048, _MM_HINT_T0);
 }
 
 inline float from_bf16(uint16_t bits) {
