@@ -11,7 +11,7 @@ frontend   the frontend's Deployment, Service and rights
 access     what TLS and authentication add to it
 internal_tls  what mutual TLS between components adds to pods
 network    NetworkPolicies
-exposure   the HTTPRoute and the Ingress
+exposure   the HTTPRoute, the GRPCRoute and the Ingress
 inference_pool  the InferencePool
 children   all of them, in the order in which they are applied
 """
