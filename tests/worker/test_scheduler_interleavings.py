@@ -59,13 +59,14 @@ class Interleaving(RuleBasedStateMachine):
         namespace=st.sampled_from(["", "", "other"]),
         tenant=st.integers(0, 3),
         weight=st.sampled_from([1, 1, 5]),
+        guided=st.booleans(),
     )
-    def submit(self, prompt, new_tokens, priority, patience, namespace, tenant, weight):
+    def submit(self, prompt, new_tokens, priority, patience, namespace, tenant, weight, guided):
         limits, full = self.run.limits, len(self.live) >= self.run.limits.requests
         fits = len(prompt) + new_tokens - 1 <= limits.tokens
         deadline = None if patience is None else self.run.now + patience
         more = {"priority": priority, "deadline": deadline, "namespace": namespace}
-        more |= {"tenant": str(min(tenant, self.tenants - 1)), "weight": weight}
+        more |= {"tenant": str(min(tenant, self.tenants - 1)), "weight": weight, "guided": guided}
         more["blocks"] = [Block(self._name(namespace, prompt[:end]), end) for end in range(3, len(prompt), 3)]
         if fits and not full:
             self.run.submit(self.next, prompt, new_tokens, **more)
@@ -92,6 +93,11 @@ class Interleaving(RuleBasedStateMachine):
     def complete(self):
         self.run.now += 0.01
         self.run.complete()
+
+    @rule(seconds=st.sampled_from([0.0, 1e-5, 0.002, 10.0]), data=st.data())
+    def masks_take_time(self, seconds, data):
+        numbers = data.draw(st.lists(st.integers(0, self.next), max_size=4))
+        self.run.scheduler.note_masks(dict.fromkeys(numbers, seconds))
 
     @rule()
     def the_device_refuses(self):

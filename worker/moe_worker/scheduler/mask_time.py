@@ -16,6 +16,8 @@ from moe_worker.scheduler.tenants import Tenant, max_min
 
 SLACK: Final = 0.1
 """Masks of other tenants may take this part of a step's target duration."""
+LEAST_SLACK_S: Final = 0.001
+"""Whatever the target is: no text waits for ever."""
 FADING: Final = 0.2
 """Weight of the newest mask in the mean of a text or a tenant."""
 MOST_DEBT: Final = 20

@@ -26,7 +26,7 @@ from moe_worker.kvcache.heap import LazyHeap
 from moe_worker.kvcache.offload import Storage
 from moe_worker.scheduler.budget import TokenBudget
 from moe_worker.scheduler.job import Job, State
-from moe_worker.scheduler.mask_time import SLACK, MaskTime, expected_s
+from moe_worker.scheduler.mask_time import LEAST_SLACK_S, SLACK, MaskTime, expected_s
 from moe_worker.scheduler.memory import Memory
 from moe_worker.scheduler.plan import SCORED_TOKENS, Admitted, Arrival, Chunk, Counters, Limits
 from moe_worker.scheduler.tenants import Tenant, Tenants, charge, shares_of, step_tokens
@@ -46,7 +46,8 @@ class Draft:
     token. scored: tokens of scored prompts that are left of SCORED_TOKENS. The rest is for several tenants
     or micro-batches. spare: paused streams that may get a token if something is left, in turn. tokens: of
     the whole step, at most. streams: in it, at most. prompts: tokens of prompts that each tenant may compute.
-    masks: seconds that each tenant may spend on masks of requests that start.
+    masks: seconds that each tenant may spend on masks of requests that start. masked: streams that pause
+    for their masks, in turn.
     """
 
     number: int
@@ -57,6 +58,7 @@ class Draft:
     streams: int = 0
     prompts: dict[Tenant, int] = field(default_factory=dict)
     masks: dict[Tenant, float] = field(default_factory=dict)
+    masked: list[Job] = field(default_factory=list)
     scored: int = SCORED_TOKENS
     single: list[Chunk] = field(default_factory=list)
     single_jobs: list[Job] = field(default_factory=list)
@@ -85,10 +87,11 @@ class SchedulingPolicy:
         self._limits = limits
         self._counters = counters
         self._tenants = Tenants()
-        self._mask_time = MaskTime(SLACK * limits.target_s)
+        self._mask_time = MaskTime(max(LEAST_SLACK_S, SLACK * limits.target_s))
         self._queues: dict[Tenant, LazyHeap[tuple[float, int], Job]] = {}
         self._short: dict[Tenant, _Short] = {}
         self._arrivals = 0
+        self._guided = 0  # live requests
         self._assumed_steps = 0
 
     def add(self, arrival: Arrival) -> Job:
@@ -97,6 +100,7 @@ class SchedulingPolicy:
         rank = (arrival.arrived - self._limits.aging_s * arrival.priority, self._arrivals)
         tenant = self._tenants.join(arrival.tenant, arrival.weight, arrival.priority)
         job = Job(arrival, rank, tenant)
+        self._guided += arrival.guided
         self.memory.announce(job)
         self._queues.setdefault(tenant, LazyHeap(_waits)).push(job.rank, job)
         return job
@@ -112,6 +116,7 @@ class SchedulingPolicy:
         self.memory.free(job)
         self.memory.retract(job)
         job.state = State.ENDED
+        self._guided -= job.arrival.guided
         self._tenants.leave(job.tenant)
         if not job.tenant.live:
             del self._queues[job.tenant]
@@ -179,8 +184,11 @@ class SchedulingPolicy:
         draft.streams = self._part(streams)
         together = streams <= draft.streams and self._limits.ahead
         decoding, prompts = self._demands(draft, 1 if together else self._limits.micro_batches)
-        paused, draft.masks = self._mask_time.divide(draft.order, decoding, self._tenants.live.values())
-        draft.paused.update(paused)
+        paused: set[Job] = set()
+        if self._guided:
+            paused, draft.masks = self._mask_time.divide(draft.order, decoding, self._tenants.live.values())
+            draft.paused.update(paused)
+            draft.masked = sorted(paused, key=lambda job: (job.sampled, job.rank))
         if paused:
             remaining = {
                 tenant: [job for job in jobs if job not in paused] for tenant, jobs in decoding.items()
@@ -265,7 +273,10 @@ class SchedulingPolicy:
         """Gives tokens that a tenant had no pages or places for to streams that pause."""
         left = draft.tokens - len(draft.single) - sum(len(chunk.tokens) for chunk in draft.long)
         places = min(self.most_running - len(draft.long), draft.streams) - len(draft.single)
-        for job in draft.spare[: max(0, min(left, places))]:
+        spare = draft.spare[: max(0, min(left, places))]
+        if not spare and not draft.single and not draft.long:
+            spare = draft.masked[:1]  # then nobody waits for its mask
+        for job in spare:
             empty = not draft.single and not draft.long
             has_page = job.computed < len(job.table) * self._limits.page_size
             # Only in an empty step nobody is planned who could be preempted.
@@ -375,7 +386,8 @@ class SchedulingPolicy:
         running, memory, tenant = len(self.running), self.memory, job.tenant
         if not self._may_start(job) or self._another_waits_long(draft, tenant):
             return False
-        if job.arrival.guided and draft.masks.get(tenant, 0.0) < 0.0:
+        empty = not draft.single and not draft.long
+        if job.arrival.guided and draft.masks.get(tenant, 0.0) < 0.0 and not empty:
             return False
         # Each running job may soon need a page; without a reserve the new one would soon be preempted.
         needed = memory.missing(job, reserve=running)
