@@ -141,7 +141,7 @@ def test_an_interrupted_step_of_other_settings_is_refused(folder, text_file, mon
             "\n  - prune: {steps: 1, experts: 3}",
             r"steps\[0\].prune: experts is 3; it must be a multiple",
         ),
-        ("\n  - sparsify: {steps: 1, pattern: s15}", r"steps\[0\].sparsify: sparsity is 's15'"),
+        ("\n  - sparsify: {steps: 1, pattern: s15}", r"steps\[0\].sparsify: pattern is 's15'"),
         (
             "\n  - finetune: {steps: 1}\n  - finetune: {steps: 1, teacher: nowhere}",
             r"steps\[1\].finetune: .*nowhere/tokenizer.json",
