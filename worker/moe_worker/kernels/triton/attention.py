@@ -57,6 +57,34 @@ def _load_parts(base, row_m, mask_m, RANK: tl.constexpr, WIDTH: tl.constexpr, CH
 
 
 @triton.jit
+def _no_weights(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """What `_add_weights` adds to. With columns, one for each position of a block, warps need not exchange
+    their sums, which takes barriers, before `_all_weights`.
+    """
+    if COLUMNS > 0:  # noqa: SIM108 - as in other kernels
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    else:
+        total = tl.zeros((ROWS,), tl.float32)
+    return total
+
+
+@triton.jit
+def _add_weights(total, shrink, weights):
+    if len(total.shape) == 2:
+        total = total * shrink[:, None] + weights
+    else:
+        total = total * shrink + tl.sum(weights, axis=1)
+    return total
+
+
+@triton.jit
+def _all_weights(total):
+    if len(total.shape) == 2:
+        total = tl.sum(total, axis=1)
+    return total
+
+
+@triton.jit
 def _add_block(
     total, top, acc, q_parts, q_rope, position_q, cache, row_s, at, end, scale,
     RANK: tl.constexpr, ROPE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -84,7 +112,7 @@ def _add_block(
     new_top = tl.maximum(top, tl.max(scores, axis=1))
     weights = tl.where(visible, tl.exp2(scores - new_top[:, None]), 0.0)
     shrink = tl.exp2(top - new_top)
-    total = total * shrink + tl.sum(weights, axis=1)
+    total = _add_weights(total, shrink, weights)
     out = ()
     for i in tl.static_range(RANK // CHUNK):
         k = k_parts[i]
@@ -130,7 +158,8 @@ def _attend(
     q_parts = _load_parts(query, row_q, mask_q, RANK, WIDTH, CHUNK)
     q_rope = tl.load(query + row_q[:, None] * WIDTH + RANK + p[None, :], mask=mask_q[:, None], other=0.0)
     top = tl.full((BLOCK_T * BLOCK_H,), -1e30, tl.float32)
-    total = tl.zeros((BLOCK_T * BLOCK_H,), tl.float32)
+    # With several KV splits, columns made a decode step 0.2 to 0.9 % slower.
+    total = _no_weights(BLOCK_T * BLOCK_H, BLOCK_S if SLICES == 1 and BLOCK_T * BLOCK_H <= 16 else 0)
     acc = ()
     for _ in tl.static_range(RANK // CHUNK):
         acc = acc + (tl.zeros((BLOCK_T * BLOCK_H, CHUNK), tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
@@ -149,6 +178,7 @@ def _attend(
                 total, top, acc, q_parts, q_rope, position_q, cache, row_s, at, length, scale,
                 RANK, ROPE, CHUNK, BLOCK_S, True,
             )  # fmt: skip
+    total = _all_weights(total)
     safe = tl.where(total > 0.0, total, 1.0)
     lse = tl.where(total > 0.0, top + tl.log2(safe), -1e30)
     to = row_q * SLICES + part
