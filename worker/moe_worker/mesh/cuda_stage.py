@@ -76,6 +76,7 @@ class CudaStage:
                 for tokens in bar(sizes, desc="compiling prefill", unit="size", disable=not progress):
                     self._warm(tokens)
                 self.graphs.compile()
+            self._load_switch()
             torch.cuda.empty_cache()
         self._shown = shown
 
@@ -156,6 +157,12 @@ class CudaStage:
             self._aside.wait_stream(torch.cuda.current_stream(self.device))
         self.place(layer, table)
         return experts
+
+    @torch.inference_mode()
+    def _load_switch(self) -> None:
+        """Loads the kernels that `hold` launches, which the first switch would take 10 ms for."""
+        for layer in self._model.layers[-1:]:
+            layer.take_experts({0: tuple(each.clone() for each in layer.expert_at(0))})
 
     @torch.inference_mode()
     def place(self, layer: int, table: PlaceTable) -> None:
