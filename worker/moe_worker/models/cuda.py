@@ -42,8 +42,8 @@ DENSE_TOKENS = 2048
 MOST_EXPANDED_BYTES = 1 << 30
 # Nanoseconds of a layer on an H200, with 16 heads: what absorbed queries cost more for a token, and for a
 # token and a position that it sees; what expanding costs for a position, and for its launches; what each of
-# them takes for a position of the longest context, which one program reads; and the launches for streams
-# whose queries stay absorbed while prompts are expanded.
+# them takes for a position of the longest context, which one program reads, or, expanded, each KV split in
+# part; and the launches for streams whose queries stay absorbed while prompts are expanded.
 ABSORBED_TOKEN, ABSORBED_PAIR, EXPANDED_POSITION, EXPANDED_LAUNCHES = 40.0, 0.25, 11.0, 10_000.0
 ABSORBED_LONGEST, EXPANDED_LONGEST, SINGLES_LAUNCHES = 120.0, 15.0, 15_000.0
 

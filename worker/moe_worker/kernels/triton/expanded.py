@@ -1,7 +1,8 @@
 """Attention of prompts over keys and values that are expanded from latents, instead of absorbed queries.
 
 A token of a prompt shares its context with many others. Expanding the context once then costs less than
-comparing each token with latents, which are three times as wide as a head's keys.
+comparing each token with latents, which are three times as wide as a head's keys. Where few programs read
+long contexts, these are cut into KV splits, which another kernel merges.
 
 Legend: T tokens, B sequences, C positions of all contexts one behind the other, H heads, N and P query
 elements without and with rotary position, R latent rank, W = R + P, V value elements, K = H * N, O columns of
@@ -81,7 +82,7 @@ def _store_values(
     HEADS: tl.constexpr, VALUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
     PIECE: tl.constexpr, ROUNDING: tl.constexpr,
 ):  # fmt: skip
-    """Rounds a head's values, which are bf16, and stores them."""
+    """Rounds a head's values, which are bf16, and stores them: [M, V]."""
     v = tl.arange(0, BLOCK_V)
     mask = mask_M[:, None] & (v < VALUE)[None, :]
     to = token_M[:, None] * (HEADS * VALUE) + head * VALUE + v[None, :]
