@@ -33,7 +33,7 @@ INGRESS = {
     "annotations": {"nginx.ingress.kubernetes.io/proxy-read-timeout": "600"},
     "labels": {"team": "docs"},
 }
-GRPC_ROUTE = HTTP_ROUTE | {"hostnames": ["grpc.models.example"]}
+GRPC_ROUTE = HTTP_ROUTE | {"hostnames": ["grpc.example"]}
 ALL = {"httpRoute": HTTP_ROUTE, "grpcRoute": GRPC_ROUTE, "ingress": INGRESS}
 KEYS = [Key(kind, "docs-frontend") for kind in ("HTTPRoute", "GRPCRoute", "Ingress")]
 COLLECTIONS = (ROUTES, GRPC_ROUTES, INGRESSES)
@@ -207,18 +207,6 @@ def route(*parents, **more):
         (route(annotations={"serving.moe-operator.dev/digest": "x"}), "are the operator's: remove them"),
         ({"grpcRoute": {}}, "spec.frontend.grpcRoute.parentRefs: Required value"),
         ({"grpcRoute": GRPC_ROUTE | {"hostnames": ["*.*.example"]}}, "a host is a DNS name"),
-        ({**route(PARENT), "grpcRoute": {"parentRefs": [PARENT]}}, "need different hostnames or listeners"),
-        (
-            {**route(PARENT, hostnames=["a.b"]), "grpcRoute": {"parentRefs": [PARENT]}},
-            "need different hostnames or listeners",
-        ),
-        (
-            {
-                **route(PARENT, hostnames=["a.b"]),
-                "grpcRoute": {"parentRefs": [PARENT], "hostnames": ["c.d", "a.b"]},
-            },
-            "need different hostnames or listeners",
-        ),
         ({"ingress": {"className": "a b"}}, "className is the name of an IngressClass"),
         ({"ingress": {"hosts": ["*"]}}, "a host is a DNS name"),
         ({"ingress": {"tlsSecretName": "A"}}, "tlsSecretName is the name of a Secret"),
@@ -237,15 +225,33 @@ def test_the_same_gateway_may_be_named_once_for_each_listener(api):
     assert code == 201, said
 
 
-@pytest.mark.parametrize("host", ["grpc.models.example", "models.example"])
-def test_both_kinds_of_routes_may_have_one_listener_or_one_host(api, host):
-    grpc = {
-        "parentRefs": [PARENT if host.startswith("grpc") else {**PARENT, "sectionName": "grpc"}],
-        "hostnames": [host],
-    }
-    code, said = api.ask(
-        "POST",
-        f"{COLLECTION}?dryRun=All",
-        manifest("right", frontend={"httpRoute": HTTP_ROUTE, "grpcRoute": grpc}),
-    )
-    assert code == 201, said
+PUBLIC = {"name": "public"}
+HTTPS = {**PUBLIC, "sectionName": "https"}
+
+
+@pytest.mark.parametrize(
+    ("http", "grpc", "apart"),
+    [
+        ((HTTPS, []), (HTTPS, []), False),
+        ((HTTPS, ["a.example"]), (HTTPS, []), False),
+        ((HTTPS, ["a.example"]), (HTTPS, ["b.example", "a.example"]), False),
+        ((HTTPS, ["a.example"]), (HTTPS, ["grpc.a.example"]), True),
+        ((HTTPS, ["*.a.example"]), (HTTPS, ["grpc.a.example"]), False),
+        ((HTTPS, ["grpc.a.example"]), (HTTPS, ["*.example"]), False),
+        ((HTTPS, ["*.a.example"]), (HTTPS, ["*.example"]), False),
+        ((HTTPS, ["*.a.example"]), (HTTPS, ["a.example"]), True),
+        ((HTTPS, ["a.example"]), ({**PUBLIC, "sectionName": "grpc"}, ["a.example"]), True),
+        ((HTTPS, []), (PUBLIC, []), False),
+        ((PUBLIC, []), (HTTPS, []), False),
+        (({**PUBLIC, "port": 443}, []), ({**PUBLIC, "port": 8443}, []), True),
+        (({**PUBLIC, "port": 443}, []), (HTTPS, []), False),
+        ((PUBLIC, []), ({**PUBLIC, "namespace": "gateways"}, []), True),
+    ],
+)
+def test_a_listener_gets_one_of_the_two_kinds_for_a_host(api, http, grpc, apart):
+    """The Gateway API says so where a listener's routes of both kinds have an intersection of hostnames."""
+    kinds = {"httpRoute": http, "grpcRoute": grpc}
+    front = {kind: {"parentRefs": [parent], "hostnames": hosts} for kind, (parent, hosts) in kinds.items()}
+    code, said = api.ask("POST", f"{COLLECTION}?dryRun=All", manifest("both", frontend=front))
+    assert code == (201 if apart else 422), said
+    assert apart or "need different hostnames or listeners" in said["message"]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from moe_api.listwatch import Event, Page
 from moe_api.supervision import Supervisor
 from moe_operator.controller.gather import gather
-from moe_operator.controller.watches import follow as follow_all
+from moe_operator.controller.watches import start_watchers
 from moe_operator.errors import (
     ClusterUnavailableError,
     HistoryExpiredError,
@@ -165,7 +165,7 @@ async def test_an_operator_that_stops_during_its_first_lists_leaves_no_thread_th
     """Python waits for such threads at exit: the process would not end."""
     before, script = set(threading.enumerate()), Script()
     cluster = SimpleNamespace(collection=lambda *_: script)
-    starting = asyncio.create_task(follow_all(cluster, objects, None, Supervisor()))
+    starting = asyncio.create_task(start_watchers(cluster, objects, None, Supervisor()))
     async with asyncio.timeout(60):
         while not script.done.is_set():
             await asyncio.sleep(0.01)
@@ -213,7 +213,7 @@ def follow(objects, *answers, kind="Pod"):
     """Follows a script to its end; returns the deployments that were told of."""
     script, told = Script(*answers), []
     settled = threading.Event()
-    follower = KindWatcher(
+    watcher = KindWatcher(
         script,
         objects,
         kind,
@@ -221,7 +221,7 @@ def follow(objects, *answers, kind="Pod"):
         lambda: told.append("*"),
         settled.set,
     )
-    follower.start(Supervisor(chance=lambda: 0.99, expected=(ReadForbiddenError,)))
+    watcher.start(Supervisor(chance=lambda: 0.99, expected=(ReadForbiddenError,)))
     assert script.done.wait(60)
     assert settled.is_set()
     return told

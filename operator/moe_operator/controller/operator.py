@@ -26,7 +26,7 @@ from moe_operator.controller.deployment_metrics import DeploymentMetrics
 from moe_operator.controller.edits import Edits
 from moe_operator.controller.queue import ReconcileQueue
 from moe_operator.controller.reconcile import Reconciler
-from moe_operator.controller.watches import follow
+from moe_operator.controller.watches import start_watchers
 from moe_operator.controller.work_metrics import WorkMetrics
 from moe_operator.errors import MoEOperatorError
 from moe_operator.executor.certificates import Certificates
@@ -110,7 +110,7 @@ class Operator:
 
     async def watch(self) -> None:
         """Starts the watches; returns when every existing object has been observed once."""
-        self._watchers = await follow(
+        self._watchers = await start_watchers(
             self._cluster, self._cache, self._queue, self._supervisor, self._settings.namespaces
         )
         spare_the_collector()

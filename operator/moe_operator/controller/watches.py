@@ -20,7 +20,7 @@ WATCHED: Final = (*KINDS, "Pod", names.ROUTES_KIND)
 """Kinds of objects that are watched, besides the deployments themselves."""
 
 
-async def follow(
+async def start_watchers(
     cluster: Cluster,
     cache: ObjectCache,
     queue: ReconcileQueue,

@@ -23,13 +23,11 @@ _NO_LIMIT = "0s"
 
 def routes(of: Deployment) -> list[Manifest]:
     """The routes of a deployment, as far as it asks for them."""
-    route, grpc, ingress = (
-        getattr(of.spec.frontend, name) for name in ("http_route", "grpc_route", "ingress")
-    )
+    frontend = of.spec.frontend
     asked = [
-        None if route is None else _http_route(of, route),
-        None if grpc is None else _grpc_route(of, grpc),
-        None if ingress is None else _ingress(of, ingress),
+        None if frontend.http_route is None else _http_route(of, frontend.http_route),
+        None if frontend.grpc_route is None else _grpc_route(of, frontend.grpc_route),
+        None if frontend.ingress is None else _ingress(of, frontend.ingress),
     ]
     return [manifest for manifest in asked if manifest is not None]
 

@@ -98,18 +98,22 @@ class GrpcRoute(_Route):
     )
 
 
-_SAME_LISTENER = (
-    f"{_SAME} && has(p.sectionName) == has(q.sectionName)"
-    " && (!has(p.sectionName) || p.sectionName == q.sectionName)"
+_MAY_SHARE_A_LISTENER = (
+    f"{_SAME} && !(has(p.sectionName) && has(q.sectionName) && p.sectionName != q.sectionName)"
+    " && !(has(p.port) && has(q.port) && p.port != q.port)"
+)
+_COMMON_HOST = (
+    "g == h || h.startsWith('*') && g.endsWith(h.substring(1))"
+    " || g.startsWith('*') && h.endsWith(g.substring(1))"
 )
 HOSTS_APART_RULE = (
     "!has(self.httpRoute) || !has(self.grpcRoute)"
-    f" || self.httpRoute.parentRefs.all(p, !self.grpcRoute.parentRefs.exists(q, {_SAME_LISTENER}))"
+    f" || self.httpRoute.parentRefs.all(p, !self.grpcRoute.parentRefs.exists(q, {_MAY_SHARE_A_LISTENER}))"
     " || has(self.httpRoute.hostnames) && size(self.httpRoute.hostnames) > 0"
     " && has(self.grpcRoute.hostnames) && size(self.grpcRoute.hostnames) > 0"
-    " && self.httpRoute.hostnames.all(h, !(h in self.grpcRoute.hostnames))",
-    "httpRoute and grpcRoute need different hostnames or listeners (sectionName), because a listener accepts "
-    "one of the two for a host",
+    f" && self.httpRoute.hostnames.all(h, !self.grpcRoute.hostnames.exists(g, {_COMMON_HOST}))",
+    "httpRoute and grpcRoute need different hostnames or listeners (sectionName or port in both), because a "
+    "listener accepts one of the two for a host, and *.a.example includes b.a.example",
 )
 
 
