@@ -6,7 +6,6 @@ import queue
 import random
 import re
 import threading
-import time
 from types import SimpleNamespace
 from unittest import mock
 
@@ -274,27 +273,58 @@ def test_texts_that_pause_for_other_tenants_stay_the_same(engine, monkeypatch, f
     assert pauses > 30
 
 
-def test_slow_masks_of_an_owner_are_measured_apart(engine, monkeypatch):
-    found = engine._loaded
-    masks = guides.Guides(found.tokenizer, found.config.vocab_size, found.config.eos_token_ids, threads=2)
-    calls = []
+class TimedMasks:
+    """Masks of two texts of a hostile tenant and two of a guest, in two threads, by a pretended clock: those
+    of the first take `slow_s`. calls: texts of each call. seconds: of each text; both by step.
+    """
 
-    def slow(matchers, *_):
-        calls.append(matchers)
-        time.sleep(0.02 if any(matcher in hostile for matcher, _ in matchers) else 0.0)
+    def __init__(self, engine, monkeypatch):
+        found = engine._loaded
+        ends = found.config.eos_token_ids
+        self._guides = guides.Guides(found.tokenizer, found.config.vocab_size, ends, threads=2)
+        self.slow_s, self.calls, self.seconds = 0.02, [], []
+        self._texts = [self._guides.open(SCHEMA, (), owner) for owner in ("hostile", "guest") * 2]
+        for text, owner in zip(self._texts, ("hostile", "guest") * 2, strict=True):
+            text.owner = owner
+        self._hostile = [self._texts[0].own, self._texts[2].own]
+        executor = SimpleNamespace(unsafe_compute_mask_ptr=self._compute)
+        monkeypatch.setattr(self._guides, "_executor", executor, raising=False)
+        self._now = 0.0
+        monkeypatch.setattr(guides, "time", SimpleNamespace(monotonic=lambda: self._now))
 
-    texts = [masks.open(SCHEMA, (), owner) for owner in ("hostile", "guest", "hostile", "guest")]
-    for text, owner in zip(texts, ("hostile", "guest", "hostile", "guest"), strict=True):
-        text.owner = owner
-    hostile = [texts[0].own, texts[2].own]
-    monkeypatch.setattr(masks, "_executor", SimpleNamespace(unsafe_compute_mask_ptr=slow), raising=False)
-    for _ in range(2):
-        seconds = [text.take_seconds() for text in texts]
-        masks.masks(list(enumerate(texts)), torch.device("cpu"))
-    assert len(calls) == 3
-    assert min(seconds) > 0.0
-    guest, *_ = seconds = [text.take_seconds() for text in (texts[1], texts[3], texts[0], texts[2])]
-    assert guest < 0.01 <= seconds[2] == seconds[3]
+    def _compute(self, matchers, *_):
+        self.calls[-1].append(len(matchers))
+        self._now += self.slow_s if any(matcher in self._hostile for matcher, _ in matchers) else 1e-4
+
+    def step(self, owners=("hostile", "guest")):
+        self.calls.append([])
+        texts = [text for text in self._texts if text.owner in owners]
+        self._guides.masks(list(enumerate(texts)), torch.device("cpu"))
+        self.seconds.append([text.take_seconds() for text in self._texts])
+
+
+def test_slow_masks_of_an_owner_are_measured_apart_now_and_then(engine, monkeypatch):
+    """In other steps all texts share the threads, and the time is divided as it was measured."""
+    masks, between = TimedMasks(engine, monkeypatch), guides.MEASURED_STEPS - 1
+    for _ in range(3 + between):
+        masks.step()
+    assert masks.calls == [[4], [2, 2], *[[4]] * between, [2, 2]]
+    assert len(set(masks.seconds[0])) == 1  # not known yet
+    for first, guest, second, _ in masks.seconds[1:]:
+        assert guest < 0.0001
+        assert first == second == pytest.approx(0.01, rel=0.01)
+    masks.slow_s = 0.0
+    for _ in range(2 * between):
+        masks.step()
+    assert masks.calls[-2 * between :] == [[4]] * 2 * between
+
+
+def test_slow_masks_in_few_steps_are_measured_apart_too(engine, monkeypatch):
+    """As those of a tenant that pauses in most."""
+    masks = TimedMasks(engine, monkeypatch)
+    for number in range(20):
+        masks.step(("hostile", "guest") if number % 4 == 0 else ("guest",))
+    assert max(guest for _, guest, *_ in masks.seconds[1:]) < 0.0002
 
 
 def test_the_format_begins_after_a_text(engine):

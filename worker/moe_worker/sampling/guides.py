@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _WORD_BITS = 32
 _ALL, _NONE = 255, 0
-APART_S: Final = 0.001
-"""Masks of one step that take longer are measured for each owner."""
+SLOW_S: Final = 0.001
+"""Where masks of one call take longer, those of each owner are measured, in one of MEASURED_STEPS steps."""
+MEASURED_STEPS: Final = 8
+"""Calls for each owner take longer where owners are many: one text uses one thread."""
+MOST_OWNERS: Final = 1024
 TEXTS_OF_A_LEXER: Final = 8
 """Texts of one format that share a lexer: its states, their bound, and a lock."""
 
@@ -167,7 +170,8 @@ class Guides:
         self._vocab_size = vocab_size
         self._ends = ends
         self._threads = threads
-        self._last_s = 0.0
+        self._step, self._slow_until = 0, 0
+        self._measured: dict[str, _Measured] = {}
         self._compiled: WeakValueDictionary[tuple[str, OutputFormat], _Compiled] = WeakValueDictionary()
 
     def open(self, output_format: OutputFormat, written: Sequence[int], salt: str = "") -> Guide:
@@ -216,28 +220,53 @@ class Guides:
         return Allowed([row for row, _ in guided], bits_MB, self._vocab_size)
 
     def _compute(self, guides: list[tuple[Guide, int]], bits_MB: Tensor) -> None:
-        """The masks of `guides`, each at its place; llguidance releases the GIL meanwhile.
-
-        The texts of one call share its time evenly: texts of different owners get calls of their own as soon
-        as that makes a difference.
-        """
-        start, (places, size) = bits_MB.data_ptr(), bits_MB.shape
+        """The masks of `guides`, each at its place; llguidance releases the GIL meanwhile."""
         if self._threads > 1 and len(guides) > 1:
-            calls = _by_owner(guides) if self._last_s > APART_S else [guides]
-            self._last_s = 0.0
-            for texts in calls:
-                began = time.monotonic()
-                matchers = [(guide.own, place) for guide, place in texts]
-                self._executor.unsafe_compute_mask_ptr(matchers, start, size, places)
-                took = time.monotonic() - began
-                self._last_s += took
-                for guide, _ in texts:
-                    guide.seconds += took / len(texts)
+            self._compute_in_threads(guides, bits_MB)
             return
+        start, size = bits_MB.data_ptr(), bits_MB.shape[1]
         for guide, place in guides:  # another thread would cost more than one mask
             began = time.thread_time()  # without what other threads take of the processor and the GIL
             guide.own.unsafe_compute_mask_ptr(start + place * size, size)
             guide.seconds += time.thread_time() - began
+
+    def _compute_in_threads(self, guides: list[tuple[Guide, int]], bits_MB: Tensor) -> None:
+        """One call, whose time texts share as those of their owners were measured; calls of their own for
+        owners that are to be measured.
+        """
+        self._step += 1
+        slow, rest = self._step < self._slow_until, []
+        for owner, texts in _by_owner(guides).items():
+            known = self._measured.get(owner)
+            if not slow or (known is not None and self._step < known.step + MEASURED_STEPS):
+                rest += texts
+                continue
+            each_s = self._call(texts, bits_MB) / len(texts)
+            self._measured.pop(owner, None)
+            self._measured[owner] = _Measured(max(1e-9, each_s), self._step)
+            for guide, _ in texts:
+                guide.seconds += each_s
+        while len(self._measured) > MOST_OWNERS:
+            del self._measured[next(iter(self._measured))]
+        if not rest:
+            return
+        known_s = [known.each_s for known in self._measured.values()]
+        unknown = _Measured(sum(known_s) / len(known_s) if known_s else 1.0, 0)
+        shares = [self._measured.get(guide.owner, unknown).each_s for guide, _ in rest]
+        rate = self._call(rest, bits_MB) / sum(shares)
+        for (guide, _), share in zip(rest, shares, strict=True):
+            guide.seconds += rate * share
+
+    def _call(self, guides: list[tuple[Guide, int]], bits_MB: Tensor) -> float:
+        """Computes masks in threads; the seconds that it takes."""
+        start, (places, size) = bits_MB.data_ptr(), bits_MB.shape
+        matchers = [(guide.own, place) for guide, place in guides]
+        began = time.monotonic()
+        self._executor.unsafe_compute_mask_ptr(matchers, start, size, places)
+        took = time.monotonic() - began
+        if took > SLOW_S:
+            self._slow_until = self._step + MEASURED_STEPS
+        return took
 
     def _compile(self, output_format: OutputFormat, written: list[int], salt: str) -> TextMatcher:
         """A copy of the format's matcher that has taken `written`; one thread alone may call this.
@@ -278,11 +307,18 @@ class Guides:
         )
 
 
-def _by_owner(guides: list[tuple[Guide, int]]) -> list[list[tuple[Guide, int]]]:
+class _Measured(NamedTuple):
+    """Seconds of a mask of one owner, in call `step` of `_compute_in_threads`."""
+
+    each_s: float
+    step: int
+
+
+def _by_owner(guides: list[tuple[Guide, int]]) -> dict[str, list[tuple[Guide, int]]]:
     found: dict[str, list[tuple[Guide, int]]] = {}
     for each in guides:
         found.setdefault(each[0].owner, []).append(each)
-    return list(found.values())
+    return found
 
 
 @dataclass
