@@ -1,5 +1,7 @@
 import asyncio
 
+import pytest
+
 from moe_api.clock import Anchor
 from moe_worker.engine.requests import Delta, FinishReason
 from moe_worker.service.pacing import EACH, Pacing
@@ -62,6 +64,23 @@ async def test_the_end_of_a_stream_does_not_wait():
     assert all_.got[-1] == [(0,)]
     await all_.push(2, all_.streams[-1:], FinishReason.STOP)
     assert all_.got[-1] == [(0,), (1, 2)]
+    for task in all_.tasks[:-1]:
+        task.cancel()
+
+
+async def test_an_error_does_not_wait_and_comes_behind_what_came_before():
+    all_ = Streams(EACH + 1)
+    await all_.push(0)
+    await all_.push(1)
+    all_.streams[-1].fail(RuntimeError("gone"))
+    await settled()
+    assert all_.got[-1] == [(0,), (1,)]
+    with pytest.raises(RuntimeError, match="gone"):
+        await all_.tasks[-1]
+    await all_.end_pause()
+    await all_.push(2, all_.streams[:EACH])
+    await all_.end_pause()
+    assert all_.got[0] == [(0,), (1,), (2,)]  # others go on
     for task in all_.tasks[:-1]:
         task.cancel()
 

@@ -122,8 +122,8 @@ def load(
     torch.set_num_threads(threads)
     if options.check_digests:
         check_digests(directory, usable_cores(), progress)
-    guides = _guides_of(tokenizer, config)
-    if prepare_formats:
+    guides = _guides_of(tokenizer, config) if prepare_formats else None
+    if guides is not None:
         guides.prepare()
     with contextlib.ExitStack() as unfinished, torch.inference_mode():
         if shape.ranks > 1:

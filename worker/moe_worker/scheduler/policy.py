@@ -123,7 +123,7 @@ class SchedulingPolicy:
             self._short.pop(job.tenant, None)
 
     def lower(self, streams: int) -> None:
-        """From now on so few streams run that a step has at most `streams` of them, but one."""
+        """From now on so few streams run that a step has at most `streams` of them, or one."""
         parts = self._limits.micro_batches if streams >= self._limits.least_streams else 1
         self.most_running = max(1, min(self.most_running, streams * parts))
 
