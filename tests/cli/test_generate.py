@@ -87,7 +87,7 @@ async def test_only_what_was_asked_is_sent(moe):
     )
 
 
-async def test_log_probabilities_are_printed_beside_the_text(moe):
+async def test_log_probabilities_are_printed_next_to_the_text(moe):
     class Knowing(FakeWorker):
         async def Generate(self, request, context):
             top = [inference_pb2.TopLogprob(token=5, logprob=-0.25)]

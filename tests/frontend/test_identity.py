@@ -72,7 +72,7 @@ async def test_nobody_is_asked_by_default_and_a_clients_own_tenant_is_dropped(be
         ([("authorization", "Bearer a.b.c")], "API key is not valid"),
     ],
 )
-async def test_a_request_that_proves_no_caller_is_refused_alike(bench, http, folder, headers, sentence):  # noqa: F811
+async def test_a_request_without_a_caller_is_refused_by_grpc_and_http(bench, http, folder, headers, sentence):  # noqa: F811
     h = await http(workers=1, guards=Guards(api_keys=folder))
     assert (await refusal(h.bench.text("count 1", metadata=tuple(headers)))).startswith(sentence)
     answer = await h.client.post("/v1/completions", json={"prompt": "count 1"}, headers=headers)

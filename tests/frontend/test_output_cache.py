@@ -86,7 +86,7 @@ async def followed(cached, followers):
             await asyncio.sleep(0.01)
 
 
-async def test_a_shared_computation_saves_its_time_once_for_each_follower(cached):
+async def test_a_shared_computation_saves_its_time_once_for_each_further_reader(cached):
     asked = request("count 5 0.05")
     cached.workers[0].most = 1
     asking = [asyncio.create_task(answer(cached, asked)) for _ in range(3)]

@@ -451,7 +451,7 @@ def test_workers_on_cpus_learn(crd, spec):
 
 
 @pytest.mark.parametrize("mode", ["Advisory", "Off"])
-def test_replicas_may_stand_beside_scaling_that_does_not_set_them(crd, mode):
+def test_replicas_may_stand_next_to_scaling_that_does_not_set_them(crd, mode):
     crd.apply(manifest(replicas=3, scaling={"mode": mode, "maxReplicas": 4}))
     crd.kubectl("scale", "moed/docs", "--replicas=2")
     assert crd.get("moed", "docs")["spec"]["replicas"] == 2

@@ -200,7 +200,7 @@ def test_a_webhook_that_denies_with_any_code_is_said_and_heals(api, denying, cod
     heals_without_an_edit(api)
 
 
-def test_an_object_that_is_wrong_in_itself_is_looked_at_again_at_the_resync(api):
+def test_an_object_that_is_wrong_in_itself_is_reconciled_again_at_the_resync(api):
     make(api, "odd", replicas=1, worker={"resources": {"limits": {"hugepages-2Mi": "4Mi"}}})
     for _ in range(2):
         assert api.reconcile_or_raise("odd") == Settings().resync_seconds

@@ -91,7 +91,7 @@ def planned_with(world: World, verdicts: dict[Key, str]) -> Plan:
     return plan(with_pins(world.deployment, observed), observed, world.now)
 
 
-def test_what_an_earlier_look_found_changes_no_plan_until_something_else_is_wanted():
+def test_what_an_earlier_reconcile_found_changes_no_plan_until_something_else_is_wanted():
     world = settled(replicas=3)
     first = planned_with(world, {})
     assert first.sound == tuple(Key("StatefulSet", f"docs-{rank}") for rank in range(3))

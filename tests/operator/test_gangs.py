@@ -169,7 +169,7 @@ def test_a_gang_is_ready_when_its_leader_is_and_says_meanwhile_how_many_workers_
     assert (found.status.ready_replicas, found.condition(READY).status) == (1, "True")
 
 
-def test_followers_gates_open_with_their_containers():
+def test_gates_of_ranks_that_follow_open_with_their_containers():
     found = world()
     pod = found.pods["docs-0-2"]
     pod["spec"] = {"readinessGates": [{"conditionType": names.ROUTED}]}

@@ -175,7 +175,7 @@ async def test_an_operator_that_stops_during_its_first_lists_leaves_no_thread_th
     assert [one for one in set(threading.enumerate()) - before if not one.daemon] == []
 
 
-def test_kinds_that_nobody_follows_are_not_kept(objects):
+def test_kinds_that_nobody_watches_are_not_kept(objects):
     assert not objects.put("Secret", pod("a", 1))
     assert objects.get("Secret", "default", "a") is None
 

@@ -248,7 +248,7 @@ def test_a_worker_whose_secret_is_missing_is_the_reason(reason):
     assert world.condition(READY).message == f"0/1 replicas ready; docs-0-0: {UNMOUNTED}"
 
 
-def test_a_pod_that_somebody_refuses_is_the_reason_and_is_looked_at_again():
+def test_a_pod_that_somebody_refuses_is_the_reason_and_is_checked_again():
     world = World(deployment())
     world.step()
     world.pods.clear()

@@ -349,7 +349,7 @@ def test_the_model_is_asked_for_once_a_revision():
     )
 
 
-def test_what_two_conditions_say_alike_is_one_event():
+def test_what_two_conditions_say_is_one_event():
     before = Status()
     after = invalid(before, deployment().identity, "no", START)
     assert [decision.message for decision in transitions(before, after)] == ["no"]

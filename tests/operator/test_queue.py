@@ -96,7 +96,7 @@ async def test_a_failure_is_tried_again(start, error):
         assert await work.next() == DOCS
 
 
-async def test_it_looks_again_unasked_after_the_time_it_was_told(start):
+async def test_it_reconciles_again_unasked_after_the_time_it_was_told(start):
     work = Work(0.01)
     start(work).add(DOCS)
     await work.next()

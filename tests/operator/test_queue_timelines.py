@@ -83,7 +83,7 @@ def test_chance_takes_up_to_half_of_a_pause_so_that_a_herd_scatters():
     assert gaps(starts([ClusterUnavailableError("down")], 10, chance=0.5))[:3] == [0.75, 1.5, 3.0]
 
 
-def test_one_that_is_gone_is_not_looked_at_before_it_is_back():
+def test_one_that_is_gone_is_not_reconciled_before_it_is_back():
     calls = []
 
     async def work(name):
@@ -161,7 +161,7 @@ def waits_in_a_backlog():
     return edits, looks
 
 
-def test_edits_go_before_looks_that_have_waited_for_less_than_ten_seconds():
+def test_edits_go_before_reconciles_that_have_waited_for_less_than_ten_seconds():
     edits, looks = waits_in_a_backlog()
     assert (len(edits), len(looks)) == (300, 300)
     early = edits[: 25 * 5]  # 2 of 10 a second are too many: after 40 s the oldest has waited for 10 s

@@ -135,7 +135,7 @@ def collector(cluster, asked):
     return Collector(cluster, cache, (), loads)
 
 
-def test_many_viewers_cost_one_look(monkeypatch):
+def test_many_viewers_cost_one_read(monkeypatch):
     cluster, asked = Cluster(), []
     reading = collector(cluster, asked)
     found = [reading.read() for _ in range(5)]
