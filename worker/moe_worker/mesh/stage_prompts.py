@@ -2,7 +2,8 @@
 
 What exchanges need to be the same on all ranks of a stage depends on the tokens of the largest shard alone
 (`tokens_for`). So each rank decides by itself whether its pass is a graph, and which one, and records it
-after the first pass of that size: others need not wait for it.
+after the first pass of that size: others need not wait for it. NCCL's documentation asks for more: that an
+operation is captured on all ranks, in graphs that all of them launch, or on none.
 
 Legend: t tokens of a shard, D hidden.
 """
