@@ -22,12 +22,14 @@ class Streams:
         pacing = Pacing(self.paused.append)
         self.streams = [Stream(Timeline(Anchor(0, 0), submitted_ns=0), pacing) for _ in range(count)]
         self.got = [[] for _ in range(count)]
+        self.reasons = [[] for _ in range(count)]
         self.tasks = [asyncio.create_task(self._read(number)) for number in range(count)]
 
     async def _read(self, number):
         while True:
             chunk = await self.streams[number].take()
             self.got[number].append(chunk.tokens)
+            self.reasons[number].append(chunk.finish_reason)
             if chunk.finish_reason is not None:
                 return
 
@@ -81,6 +83,20 @@ async def test_an_error_does_not_wait_and_comes_behind_what_came_before():
     await all_.push(2, all_.streams[:EACH])
     await all_.end_pause()
     assert all_.got[0] == [(0,), (1,), (2,)]  # others go on
+    for task in all_.tasks[:-1]:
+        task.cancel()
+
+
+@pytest.mark.parametrize("reason", [FinishReason.FORMAT, FinishReason.FAILED])
+async def test_tokens_that_wait_are_sent_before_a_failure(reason):
+    """The status of the call tells the failure, and a status has no tokens."""
+    all_ = Streams(EACH + 1)
+    await all_.push(0)
+    await all_.push(1)
+    assert all_.got[-1] == [(0,)]
+    await all_.push(None, all_.streams[-1:], reason)
+    assert all_.got[-1] == [(0,), (1,), ()]
+    assert all_.reasons[-1] == [None, None, reason]
     for task in all_.tasks[:-1]:
         task.cancel()
 

@@ -13,6 +13,8 @@ from moe_worker.service.pacing import Pacing
 
 PROMPT_MOST: Final = 1024
 """Tokens of a prompt in one message: about 400 KiB with 20 likely ones for each."""
+_ENDED_BY_STATUS: Final = frozenset({FinishReason.FORMAT, FinishReason.FAILED})
+"""No message can have these reasons, and the client still waits for what came before."""
 
 
 @dataclass(frozen=True)
@@ -124,15 +126,21 @@ class Stream:
         self._ready.set()
 
     async def take(self) -> TextChunk:
-        """Everything since the last call; waits for a token or the end. Raises the error given to `fail`."""
+        """Everything since the last call; waits for a token or the end. Raises the error given to `fail`.
+
+        What came before a failure is a chunk of its own.
+        """
         await self._ready.wait()
         if self._error is not None and not self.pending:
             raise self._error
         if len(self._prompt) > PROMPT_MOST:
             return TextChunk("", (), None, prompt=self._scores())
-        if self._error is None:
+        reason = self.timeline.finish_reason
+        if reason in _ENDED_BY_STATUS and self.pending:
+            reason = None
+        elif self._error is None:
             self._ready.clear()
-        reason, scores = self.timeline.finish_reason, self._scores()
+        scores = self._scores()
         chunk = TextChunk("".join(self._text), tuple(self._tokens), reason, tuple(self._logprobs), scores)
         for gathered in (self._text, self._tokens, self._logprobs):
             gathered.clear()
