@@ -252,6 +252,8 @@ def test_prediction_layers_are_skipped_with_a_line_in_the_log(broken, caplog):
 def test_kv_memory_too_small_for_one_context(checkpoint):
     one = 512 * 3 * 24 * 4
     refuse(checkpoint, f"takes {one} bytes", "at most 496", context_length=512, kv_memory=one - 1)
+    with pytest.raises(InputError, match=r"give at least that$"):
+        moe_worker.Engine(checkpoint, context_length=512, kv_memory=1)
 
 
 @pytest.mark.parametrize(

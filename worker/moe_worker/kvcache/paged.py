@@ -56,9 +56,10 @@ class CacheShape:
         pages = memory // self.page_bytes
         if pages < self.pages_for(context):
             one = self.pages_for(context) * self.page_bytes
+            shorter = f", or a context length of at most {pages * self.page_size}" if pages else ""
             raise SettingsError(
                 f"KV memory of {memory} bytes is too small: one context of {context} tokens takes {one} "
-                f"bytes; give at least that, or a context length of at most {pages * self.page_size}"
+                f"bytes; give at least that{shorter}"
             )
         return min(most, pages)
 
