@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch import Tensor
 from moe_worker.config.model import parse_model_config
 from moe_worker.engine.loading import usable_cores
 from moe_worker.kernels.cpu.library import Kernels
+from moe_worker.kernels.likeliest import likeliest
 from moe_worker.kvcache.paged import CacheShape, PagedCache
 from moe_worker.models.batch import Batch, Segment
 from moe_worker.models.build import build_model
@@ -80,10 +82,12 @@ class Ours:
         self.model = NativeModel.of(model, kernels)
         rows = CacheShape(config.num_hidden_layers, config.attention.cache_width, PAGE, cache)
         self.cache = PagedCache.allocate(rows, -(-longest // PAGE), torch.device("cpu"))
+        self.pages = array("i", range(self.cache.pages))
 
     def step(self, tokens: list[int], start: int) -> int:
-        batch = Batch.of([Segment(tokens, start, range(self.cache.pages))], self.cache)
-        return int(self.model.next_logits(batch, self.cache, [len(tokens) - 1])[0].argmax())
+        batch = Batch.of([Segment(tokens, start, self.pages)], self.cache)
+        logits_1V = self.model.next_logits(batch, self.cache, [len(tokens) - 1])
+        return int(likeliest(logits_1V).tokens_B)
 
     def measure(self, context: int) -> tuple[float, float]:
         """Tokens a second of prefill and of greedy decode."""

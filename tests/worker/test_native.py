@@ -107,6 +107,17 @@ def test_tokens_do_not_depend_on_chunks_company_or_threads(model, variant, dtype
         assert torch.equal(alone[0], expected[position])
 
 
+def test_each_of_several_caches_has_its_own_sequences(model):
+    native, prompts = NativeModel.of(model, library.Kernels()), (text(20, 1), text(20, 2))
+    caches, expected = (new_cache(model), new_cache(model)), []
+    for prompt in prompts:
+        expected.append(ours(native, [Segment(prompt, 0, PAGES)], new_cache(model))[-1:])
+    for part in (slice(19), slice(19, 20)):
+        parts = [Segment(prompt[part], part.start or 0, PAGES) for prompt in prompts]
+        found = [ours(native, [each], cache)[-1:] for each, cache in zip(parts, caches, strict=True)]
+    assert all(map(torch.equal, found, expected))
+
+
 def test_experts_are_counted_as_the_reference_counts_them(model):
     """Every token passes every layer once; now and then rounding makes one choose another expert."""
     runner = ModelRunner(NativeModel.of(model, library.Kernels(threads=2)))

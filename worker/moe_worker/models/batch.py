@@ -86,20 +86,23 @@ class Batch:
     def of(cls, segments: Sequence[Segment], cache: PagedCache, fed: Sequence[Fed] = ()) -> "Batch":
         """The batch of `segments` (perhaps none) over `cache`; segments of one token must come first."""
         tokens = list(chain.from_iterable([segment.tokens for segment in segments]))
-        sequences, pages_BP, size = np.arange(len(segments)), _page_tables(segments), cache.page_size
-        positions = np.array([segment.start for segment in segments], np.int64)
-        decodes = len(segments)
-        if len(tokens) > decodes:
+        starts = [segment.start for segment in segments]
+        pages_BP, size, decodes = _page_tables(segments), cache.page_size, len(segments)
+        if len(tokens) == decodes:
+            # One call of numpy: after a step on the CPU, the code of each other one has left the caches.
+            places = zip(segments, starts, strict=True)
+            rows = [segment.pages[start // size] * size + start % size for segment, start in places]
+            inputs = np.array((tokens, starts, rows), np.int64)
+        else:
             counts_B = np.array([len(segment.tokens) for segment in segments])
             decodes = int(np.argmax(counts_B > 1))
-            sequences = np.repeat(sequences, counts_B)
+            sequences = np.repeat(np.arange(len(segments)), counts_B)
             first_B = np.cumsum(counts_B) - counts_B
-            positions = np.arange(len(tokens)) + (positions - first_B)[sequences]
-        page_T = pages_BP[sequences, positions // size].astype(np.int64)
-        rows = page_T * size + positions % size
-        return cls(
-            segments, np.array(tokens, np.int64), positions, rows, pages_BP, fed, decodes, cache.device
-        )
+            inputs = np.empty((3, len(tokens)), np.int64)
+            inputs[0] = tokens
+            inputs[1] = np.arange(len(tokens)) + (np.array(starts) - first_B)[sequences]
+            inputs[2] = pages_BP[sequences, inputs[1] // size].astype(np.int64) * size + inputs[1] % size
+        return cls(segments, inputs[0], inputs[1], inputs[2], pages_BP, fed, decodes, cache.device)
 
     @cached_property
     def tokens_T(self) -> Tensor:  # noqa: N802 - a tensor's name contains its shape
@@ -132,7 +135,7 @@ class Batch:
     @cached_property
     def starts(self) -> Tensor:
         """First token of each sequence, and T: int32 [B + 1], on the CPU."""
-        return torch.tensor([0, *self._ends], dtype=torch.int32)
+        return torch.from_numpy(np.array([0, *self._ends], np.int32))
 
     @property
     def last_rows(self) -> list[int]:
@@ -166,17 +169,8 @@ def aligned_parts(parts: Sequence[NDArray[Any]], device: torch.device) -> list[T
 
 def _page_tables(segments: Sequence[Segment]) -> NDArray[np.int32]:
     """One row a segment, 0 after its last page."""
-    tables = [_ints(segment.pages) for segment in segments]
-    longest = max(map(len, tables), default=0)
-    zeros = memoryview(bytes(longest * _INT))
-    parts: list[array[int] | memoryview] = []
-    for table in tables:
-        parts += (table, zeros[len(table) * _INT :])
-    return np.frombuffer(bytearray().join(parts), np.int32).reshape(len(segments), longest)
-
-
-_INT = array("i").itemsize
-
-
-def _ints(pages: Sequence[int]) -> "array[int]":
-    return pages if isinstance(pages, array) else array("i", pages)
+    tables = [segment.pages for segment in segments]
+    rows = [(table if isinstance(table, array) else array("i", table)).tobytes() for table in tables]
+    width = max(map(len, rows), default=0)
+    whole = bytearray().join([row.ljust(width, b"\0") for row in rows])
+    return np.frombuffer(whole, np.int32).reshape(len(rows), width // 4)

@@ -8,14 +8,15 @@ experts.
 """
 
 import ctypes
-from collections.abc import Iterator, Sequence
+import weakref
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moe_worker.kernels.cpu import structs
-from moe_worker.kernels.cpu.operations import PagedRows
 from moe_worker.kvcache.paged import PagedCache
 from moe_worker.models.batch import Batch
 from moe_worker.models.layers import RoutedBlock
@@ -37,6 +38,7 @@ class Fusion:
         for index, used in self._used.items():
             self._layers[index].experts_used = used.data_ptr()
         self._arguments = self._fixed()
+        self._cache: Callable[[], PagedCache | None] = lambda: None  # that the structs point to
         self._keeps_choices, self._chosen = False, dict[int, Tensor]()
 
     def run(
@@ -48,25 +50,34 @@ class Fusion:
         scratch memory is short.
         """
         model, arguments = self._model, self._arguments
-        tokens = len(batch.tokens_T)
+        tokens, selected = len(batch.tokens), array("i", rows)
         embedding = model.embedding_VD.data_ptr() if x_TD is None else None
         x_TD = torch.empty(tokens, model.config.hidden_size) if x_TD is None else x_TD.clone()
-        for struct, rows_CW in zip(self._layers, cache.layers, strict=True):
-            struct.cache_rows = rows_CW.data_ptr()
-        arguments.cache = PagedRows(
-            cache.layers[0], cache.page_size, batch.pages_BP, batch.starts, batch.lengths_B
-        ).struct
-        selected_N = torch.tensor(rows, dtype=torch.int32)
+        if self._cache() is not cache:
+            self._read(cache)
+        paged = arguments.cache
+        paged.pages, paged.starts = batch.pages_BP.data_ptr(), batch.starts.data_ptr()
+        paged.lengths = batch.lengths_B.data_ptr()
+        paged.batch, paged.page_stride = batch.pages.shape
         logits_NV = torch.empty(len(rows), model.config.vocab_size)
         arguments.embedding, arguments.x = embedding, x_TD.data_ptr()
         arguments.tokens, arguments.positions = batch.tokens_T.data_ptr(), batch.positions_T.data_ptr()
-        arguments.rows, arguments.selected = batch.rows_T.data_ptr(), selected_N.data_ptr()
+        arguments.rows, arguments.selected = batch.rows_T.data_ptr(), selected.buffer_info()[0]
         arguments.logits = logits_NV.data_ptr()
         arguments.count, arguments.selected_count = tokens, len(rows)
         if self._keeps_choices:
             self._receive_choices(tokens)
         model.kernels.run(arguments)
         return x_TD, logits_NV
+
+    def _read(self, cache: PagedCache) -> None:
+        """Points the structs to `cache`, for all batches in it."""
+        for struct, rows_CW in zip(self._layers, cache.layers, strict=True):
+            struct.cache_rows = rows_CW.data_ptr()
+        self._arguments.cache = structs.Cache(
+            bf16=int(cache.shape.dtype == torch.bfloat16), page_shift=cache.page_size.bit_length() - 1
+        )
+        self._cache = weakref.ref(cache)
 
     def keep_choices(self) -> None:
         """Lets `choices` tell the experts of passes from now on."""
