@@ -7,19 +7,23 @@ on the wire this is the same.
 
 from __future__ import annotations  # grpc.RpcMethodHandler takes no parameters at run time
 
+import asyncio
 import contextlib
 import dataclasses
 import functools
 import inspect
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any, Final, TypeAlias
 
 import grpc
+from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 from moe_api import malformed, rich_status
 from moe_api.malformed import Deserializer, MalformedError
 from moe_api.receiving import BYTES_MOST, InProgress, NotReceivedError, Receiver
 
+_LOG: Final = logging.getLogger(__name__)
 _Context = grpc.aio.ServicerContext[Any, Any]
 _Read = Callable[[_Context], contextlib.AbstractAsyncContextManager[Any]]
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -126,6 +130,9 @@ def _guard(behaviour: Any, read: _Read) -> Any:
     gRPC keeps the error of an aborted call for as long as the call's context, which the frames of the error's
     traceback hold. This is a cycle, which would keep the request until the garbage collector runs. So the
     error leaves here without frames.
+
+    A client that reads nothing and then closes its connection makes the core refuse the status that waits for
+    it. gRPC would log this as an error of the method's code, with a traceback, as often as clients like.
     """
 
     async def guarded_generator(_: Any, context: _Context) -> AsyncIterator[Any]:
@@ -139,6 +146,8 @@ def _guard(behaviour: Any, read: _Read) -> Any:
                     yield response
         except grpc.aio.AbortError as error:
             raise _bare(error) from None
+        except cygrpc.ExecuteBatchError as error:
+            raise _cancelled(error) from None
         finally:
             del _, context, request, responses, response
 
@@ -149,6 +158,8 @@ def _guard(behaviour: Any, read: _Read) -> Any:
                 return await behaviour(request, context)
         except grpc.aio.AbortError as error:
             raise _bare(error) from None
+        except cygrpc.ExecuteBatchError as error:
+            raise _cancelled(error) from None
         finally:
             del _, context, request
 
@@ -158,3 +169,8 @@ def _guard(behaviour: Any, read: _Read) -> Any:
 def _bare(error: grpc.aio.AbortError) -> grpc.aio.AbortError:
     error.__context__ = None
     return error.with_traceback(None)
+
+
+def _cancelled(error: Exception) -> asyncio.CancelledError:
+    _LOG.debug("a call ended before its answer: %s", error)
+    return asyncio.CancelledError()

@@ -8,6 +8,7 @@ import pytest
 from google.protobuf import wrappers_pb2
 
 from moe_api import rich_status
+from moe_api.server import create_server
 from moe_api.writing import SlowReaderError, Writer
 from tests.http2 import RawClient, answers
 
@@ -34,10 +35,8 @@ async def served():
     handler = grpc.unary_stream_rpc_method_handler(
         count, wrappers_pb2.StringValue.FromString, wrappers_pb2.StringValue.SerializeToString
     )
-    server = grpc.aio.server()
-    server.add_generic_rpc_handlers(
-        [grpc.method_handlers_generic_handler("test.Streams", {"Count": handler})]
-    )
+    server = create_server()
+    server.add_registered_method_handlers("test.Streams", {"Count": handler})
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     yield port, ended
@@ -56,6 +55,17 @@ async def test_a_client_that_opens_no_window_is_given_up_and_told_so_once_it_rea
     (last,) = [answer for answer in answers(events) if answer[1] is not None]
     assert last[:2] == (stream, str(grpc.StatusCode.ABORTED.value[0]))
     assert "read nothing for 0.5 s" in last[2]
+
+
+async def test_a_client_that_is_given_up_and_disconnects_leaves_no_traceback(served, caplog):
+    port, ended = served
+    with RawClient(port, window=0) as client:
+        client.call(wrappers_pb2.StringValue(), METHOD)
+        assert await asyncio.wait_for(ended.get(), 60) == "slow"
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        call = channel.unary_stream(METHOD, wrappers_pb2.StringValue.SerializeToString, len)
+        assert len([size async for size in call(wrappers_pb2.StringValue())]) == MESSAGES
+    assert caplog.record_tuples == []
 
 
 async def test_a_client_that_reads_no_bytes_at_all_is_given_up(served):
