@@ -16,7 +16,9 @@ from benchmarks.engine_step import engine, operators
 from moe_worker.kernels.likeliest import likeliest
 from moe_worker.kernels.transfer import Staging
 from moe_worker.kvcache.paged import CacheShape, PagedCache
-from moe_worker.models.batch import Batch, Fed, Segment
+from moe_worker.mesh.messages import Piece
+from moe_worker.mesh.runner import _width
+from moe_worker.models.batch import Batch, Extent, Fed, Segment
 from moe_worker.sampling.parameters import SamplingParameters
 from moe_worker.sampling.sampler import Sampler
 
@@ -182,12 +184,39 @@ def test_ranks_exchange_equally_many_tokens_whatever_their_shards_have():
         prompts = StagePrompts(graphs._model, graphs, 96, 60, part, first=False, last=True)
         prompts.x_TD.fill_(7)
         batch = Batch.of([segment([1] * tokens, 0, 1)] if tokens else [], CACHE)
-        size = prompts.size(batch, [], prompts.tokens_for(11))
+        size = prompts.size_for([Extent.of([11], [11], 1), Extent.of([tokens] if tokens else [], [1], 0)])
         prompts.take(batch, [], size, torch.ones(max(tokens, 1), 4) if tokens else torch.zeros(0, 4))
         prompts.run(size)
         prompts.run_with_room(size)
         assert seen[-2:] == [(16, tokens, 8, tokens * 4), (16, tokens, 16, tokens * 4)]
     assert prompts.tokens_for(1000) == 1000
+
+
+@settings(max_examples=25)
+@given(st.lists(st.tuples(st.lists(SINGLE, max_size=4), st.lists(LONG, max_size=3)), min_size=2, max_size=3))
+def test_ranks_run_the_same_graph_which_has_room_for_each(shards):
+    """NCCL wants an operation in one graph of all ranks, or in none."""
+    graphs = graphs_of(9, 96)
+    from moe_worker.models.cuda_prompts import PromptGraphs  # noqa: PLC0415 - triton is not everywhere
+
+    graphs._model.saved_by_expanding = lambda counts, lengths, _: sum(lengths) - 60.0
+    prompts = PromptGraphs(graphs._model, graphs, 96, 60)
+    pieces = [
+        Piece(tuple(each.tokens), each.start, tuple(each.pages), shard, (0,))
+        for shard, (single, long) in enumerate(shards)
+        for each in single + long
+    ]
+    extents = _width(pieces, len(shards)).extents
+    size = prompts.size_for(extents)
+    for (single, long), extent in zip(shards, extents, strict=True):
+        batch = Batch.of(single + long, CACHE)
+        own = prompts.size_for([extent])
+        assert own == prompts.size(batch, range(len(batch.segments)))
+        assert all(wanted <= room for wanted, room in zip(own, size, strict=True))
+        if size.positions:
+            assert sum(each.end for each in batch.segments[batch.decodes :]) <= size.positions
+            assert batch.decodes <= size.singles
+        prompts.fill(batch, [], size)
 
 
 def test_passes_have_few_sizes_and_none_where_they_are_large():

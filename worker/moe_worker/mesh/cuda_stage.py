@@ -105,7 +105,7 @@ class CudaStage:
             out = self._decode(width.most, batch, x_tD)
         else:
             most = self.prompts.tokens_for(width.most)
-            size = self.prompts.size(batch, rows, most) if most <= self.prompts.sizes[-1] else None
+            size = self.prompts.size_for(width.extents)
             if size is None:
                 out = self._eager(most, batch, cache, rows, x_tD)
             else:

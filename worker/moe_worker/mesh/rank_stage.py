@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_worker.kvcache.paged import PagedCache
 from moe_worker.mesh.dispatch import AllToAllDispatch, PlaceTable
 from moe_worker.mesh.rebalance.hold import HoldsExperts, ReadsExperts
-from moe_worker.models.batch import Batch
+from moe_worker.models.batch import Batch, Extent
 from moe_worker.models.layers import ComputesExperts, StageModel
 from moe_worker.models.stage import Stage
 from moe_worker.moe.counting import Counter
@@ -23,11 +23,12 @@ from moe_worker.moe.counting import Counter
 
 class Width(NamedTuple):
     """What all ranks know of a pass. most: tokens of the shard that has the most. decode: whether each
-    sequence has one token, whose logits are wanted.
+    sequence has one token, whose logits are wanted. extents: of all shards.
     """
 
     most: int
     decode: bool
+    extents: Sequence[Extent]
 
 
 class RankStage(HoldsExperts, Protocol):

@@ -39,7 +39,7 @@ from moe_worker.mesh.rebalance.execute import Rebalancing
 from moe_worker.mesh.rebalance.hold import HeldExperts
 from moe_worker.mesh.recovery import MOST_REFORMS, Recovery, whole_columns
 from moe_worker.mesh.results import PassResult, Wanted, checked, drawn
-from moe_worker.models.batch import Batch, Fed, Segment
+from moe_worker.models.batch import Batch, Extent, Fed, Segment
 from moe_worker.models.memory import lack_of_memory
 from moe_worker.moe.counting import Counter
 from moe_worker.sampling.drawer import Drawer
@@ -381,11 +381,16 @@ def _pieces(
 
 
 def _width(pieces: Sequence[Piece], shards: int) -> Width:
-    tokens = [0] * shards
+    own: list[list[Piece]] = [[] for _ in range(shards)]
     for piece in pieces:
-        tokens[piece.shard] += len(piece.tokens)
+        own[piece.shard].append(piece)
+    extents = []
+    for each in own:
+        counts = [len(piece.tokens) for piece in each]
+        lengths = [piece.start + len(piece.tokens) for piece in each]
+        extents.append(Extent.of(counts, lengths, sum(len(piece.selected) for piece in each)))
     decode = all(len(piece.tokens) == len(piece.selected) == 1 for piece in pieces)
-    return Width(max(tokens), decode)
+    return Width(max(sum(extent.counts) for extent in extents), decode, extents)
 
 
 def _selected(pieces: Sequence[Piece]) -> list[int]:

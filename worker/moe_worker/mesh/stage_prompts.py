@@ -1,9 +1,8 @@
 """Steps with prompts of a rank as CUDA graphs, exchanges of experts included.
 
-What exchanges need to be the same on all ranks of a stage depends on the tokens of the largest shard alone
-(`tokens_for`). So each rank decides by itself whether its pass is a graph, and which one, and records it
-after the first pass of that size: others need not wait for it. NCCL's documentation asks for more: that an
-operation is captured on all ranks, in graphs that all of them launch, or on none.
+NCCL wants an operation captured on all ranks, in graphs that all of them launch, or on none. So all ranks
+choose the size of a pass by the batches of all shards, which each knows, and record its graph after the first
+pass of that size.
 
 Legend: t tokens of a shard, D hidden.
 """

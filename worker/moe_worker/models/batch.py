@@ -64,6 +64,23 @@ class Fed(NamedTuple):
         into_T.index_copy_(0, index_2N[1], self.tokens_N[index_2N[0]])
 
 
+class Extent(NamedTuple):
+    """How large a batch is: tokens of its segments, of which the first `singles` have one; the tokens up to
+    which each attends; and how many logits are wanted.
+    """
+
+    counts: Sequence[int]
+    lengths: Sequence[int]
+    singles: int
+    rows: int
+
+    @classmethod
+    def of(cls, counts: Sequence[int], lengths: Sequence[int], rows: int) -> "Extent":
+        """Of segments in the order of a Batch."""
+        singles = next((place for place, count in enumerate(counts) if count > 1), len(counts))
+        return cls(counts, lengths, singles, rows)
+
+
 @dataclass(frozen=True)
 class Batch:
     """One forward pass: decode (one token a sequence), prefill (many tokens of one), or both, decodes first.

@@ -20,7 +20,7 @@ from moe_worker.kernels.transfer import Staging, to_device
 from moe_worker.kernels.triton.attention import TokenTiles
 from moe_worker.kernels.triton.expanded import BLOCK_T, Contexts, context_rows
 from moe_worker.kernels.triton.greedy import best_tokens
-from moe_worker.models.batch import Batch
+from moe_worker.models.batch import Batch, Extent
 from moe_worker.models.cuda import PREFILL_TOKENS, CudaModel, Rows, context_firsts, token_tiles
 from moe_worker.models.cuda_graph import DecodeGraphs, captured
 from moe_worker.models.cuda_layer import Pass
@@ -134,18 +134,27 @@ class PromptGraphs:
             "%d CUDA graphs of prompts take %.2f GB, after %.1f s", len(self._graphs), taken / 1e9, seconds
         )
 
-    def size(self, batch: Batch, rows: Sequence[int], least: int = 0) -> Size | None:
-        """That of a pass over `batch`, of `least` tokens at least, with logits of `rows`; None if there is no
-        graph for it.
-        """
-        tokens, segments, singles = max(len(batch.tokens), least), batch.segments, batch.decodes
-        if tokens > self.sizes[-1] or max(len(segments), len(rows)) > self._largest:
+    def size(self, batch: Batch, rows: Sequence[int]) -> Size | None:
+        """That of a pass over `batch` with logits of `rows`; None if there is no graph for it."""
+        segments = batch.segments
+        counts, lengths = [each.size for each in segments], [each.end for each in segments]
+        return self.size_for([Extent.of(counts, lengths, len(rows))])
+
+    def size_for(self, extents: Sequence[Extent]) -> Size | None:
+        """One that fits each of these batches; None if there is no graph for them."""
+        tokens = max(sum(each.counts) for each in extents)
+        sequences = max(max(len(each.counts), each.rows) for each in extents)
+        if tokens > self.sizes[-1] or sequences > self._largest:
             return None
         absorbed = size = Size(self.sizes[bisect_left(self.sizes, tokens)])
-        counts, lengths = [each.size for each in segments], [each.end for each in segments]
-        saved_ns = self._model.saved_by_expanding(counts[singles:], lengths[singles:], lengths[:singles])
+        saved_ns = max(
+            self._model.saved_by_expanding(counts[singles:], lengths[singles:], lengths[:singles])
+            for counts, lengths, singles, _ in extents
+        )
         if saved_ns > 0:
-            positions = positions_for(sum(lengths[singles:]), size.tokens)
+            positions = max(sum(each.lengths[each.singles :]) for each in extents)
+            positions = positions_for(positions, size.tokens)
+            singles = max(each.singles for each in extents)
             size = Size(size.tokens, positions, min(size.tokens, singles_for(singles, self._largest)))
             if positions > MOST_EXPANDED_POSITIONS:
                 return None
