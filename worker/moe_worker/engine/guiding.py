@@ -24,19 +24,13 @@ class StepGuides:
 
     def open(self, request: Request) -> Guide | None:
         """The guide of a new request; None if it has no output format."""
-        if request.output_format is None:
-            return None
-        guide = self._guides.open(request.output_format, request.written, request.salt)
-        guide.owner = request.tenant
-        return guide
+        return self._opened(request, request.written)
 
     def undo(self, flight: Flight[ActiveRequest]) -> None:
         """Guides that took tokens of a step that does not count begin again, behind the text so far."""
         for _, active in flight.sampling if flight.guided else ():
-            request = active.request
-            if active.guide is not None and request.output_format is not None:
-                active.guide = self._guides.open(request.output_format, active.output, request.salt)
-                active.guide.owner = request.tenant
+            if active.guide is not None:
+                active.guide = self._opened(active.request, active.output)
 
     def begin(self, sampling: Sampling, flights: Flights, now: bool) -> Callable[[], Allowed | None]:
         """How to compute the masks for requests that sample in a new step, behind the steps in `flights`.
@@ -79,3 +73,11 @@ class StepGuides:
             guide = None if wrong else active.guide
             if guide is not None and guide.take(token, self._tokenizer.token_bytes(token)):
                 flight.complete.add(row)
+
+    def _opened(self, request: Request, text: Sequence[int]) -> Guide | None:
+        """The guide of a request whose text so far has these tokens; None if it has no output format."""
+        if request.output_format is None:
+            return None
+        guide = self._guides.open(request.output_format, text, request.salt)
+        guide.owner = request.tenant
+        return guide

@@ -113,3 +113,8 @@ class Job:
         if self.state is State.RUNNING and self.admitted <= step:
             self.computed = chunk.start
             self.told = min(self.told, chunk.pages_from)
+
+
+def turn(job: Job) -> tuple[int, tuple[float, int]]:
+    """Sorts requests so that who has waited longest for a token comes first."""
+    return job.sampled, job.rank

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from moe_worker.scheduler.job import Job
+from moe_worker.scheduler.job import Job, turn
 from moe_worker.scheduler.tenants import Tenant, max_min
 
 SLACK: Final = 0.1
@@ -85,4 +85,4 @@ def _faded(mean: float | None, seconds: float) -> float:
 
 def _in_turn(jobs: Sequence[Job]) -> list[Job]:
     """Those with an output format; who has waited longest comes first."""
-    return sorted((job for job in jobs if job.arrival.guided), key=lambda job: (job.sampled, job.rank))
+    return sorted((job for job in jobs if job.arrival.guided), key=turn)

@@ -25,7 +25,7 @@ from typing import NamedTuple
 from moe_worker.kvcache.heap import LazyHeap
 from moe_worker.kvcache.offload import Storage
 from moe_worker.scheduler.budget import TokenBudget
-from moe_worker.scheduler.job import Job, State
+from moe_worker.scheduler.job import Job, State, turn
 from moe_worker.scheduler.mask_time import LEAST_SLACK_S, SLACK, MaskTime, expected_s
 from moe_worker.scheduler.memory import Memory
 from moe_worker.scheduler.plan import SCORED_TOKENS, Admitted, Arrival, Chunk, Counters, Limits
@@ -167,7 +167,7 @@ class SchedulingPolicy:
             ready = streams
         most = self._part(len(streams))
         if len(ready) > most:
-            ready = sorted(ready, key=lambda job: (job.sampled, job.rank))
+            ready = sorted(ready, key=turn)
         draft.paused = set(streams).difference(ready[:most])
         draft.spare, draft.streams, draft.tokens = ready[most:], most, self.budget.ceiling
 
@@ -188,7 +188,7 @@ class SchedulingPolicy:
         if self._guided:
             paused, draft.masks = self._mask_time.divide(draft.order, decoding, self._tenants.live.values())
             draft.paused.update(paused)
-            draft.masked = sorted(paused, key=lambda job: (job.sampled, job.rank))
+            draft.masked = sorted(paused, key=turn)
         if paused:
             remaining = {
                 tenant: [job for job in jobs if job not in paused] for tenant, jobs in decoding.items()
@@ -212,7 +212,7 @@ class SchedulingPolicy:
             jobs = decoding.get(tenant, [])
             # Its own prompts advance, too, however many streams it has.
             for_prompts = min(prompts.get(tenant, 0), max(1, share // 4), share) if jobs else share
-            jobs.sort(key=lambda job: (job.sampled, job.rank))
+            jobs.sort(key=turn)
             chosen += jobs[: share - for_prompts]
             draft.prompts[tenant] = share - min(len(jobs), share - for_prompts)
         places = max(1, min(self.most_running - len(prompts), draft.streams))
