@@ -239,13 +239,13 @@ class CudaLayer:
 
     def expert_at(self, place: int) -> tuple[Tensor, ...]:
         """What the expert at `place` has in memory, not copied."""
-        return tuple(each[place] for each in (*stored_tensors(self.gate_up), *stored_tensors(self.down)))
+        return _expert(self.gate_up, self.down, place)
 
     def fitting_expert(self, gate_up: Weight, down: Weight) -> tuple[Tensor, ...]:
         """What one expert has in memory, for `take_experts`. Raises ValueError where the others have another
         shape.
         """
-        found = tuple(each[0] for each in (*stored_tensors(gate_up), *stored_tensors(down)))
+        found = _expert(gate_up, down, 0)
         for into, values in zip(self.expert_at(0), found, strict=True):
             if into.shape != values.shape or into.dtype != values.dtype:
                 raise ValueError(f"an expert of shape {list(values.shape)} replaces {list(into.shape)}")
@@ -267,6 +267,10 @@ class CudaLayer:
         self.counts_A.fill_(tokens)
         experts_TK = torch.arange(experts, dtype=torch.int32, device=x_TD.device).repeat(tokens, 1)
         return experts_TK, torch.ones(tokens, experts, device=x_TD.device)
+
+
+def _expert(gate_up: Weight, down: Weight, place: int) -> tuple[Tensor, ...]:
+    return tuple(each[place] for each in (*stored_tensors(gate_up), *stored_tensors(down)))
 
 
 def _words(values: Tensor) -> Tensor:

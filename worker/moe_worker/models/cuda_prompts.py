@@ -138,7 +138,7 @@ class PromptGraphs:
         """That of a pass over `batch` with logits of `rows`; None if there is no graph for it."""
         segments = batch.segments
         counts, lengths = [each.size for each in segments], [each.end for each in segments]
-        return self.size_for([Extent.of(counts, lengths, len(rows))])
+        return self.size_for([Extent(counts, lengths, batch.decodes, len(rows))])
 
     def size_for(self, extents: Sequence[Extent]) -> Size | None:
         """One that fits each of these batches; None if there is no graph for them."""
