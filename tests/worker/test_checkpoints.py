@@ -262,6 +262,7 @@ def test_kv_memory_too_small_for_one_context(checkpoint):
         ({"kv_offload": 1000}, "one page takes 4608; give more, or 0"),
         ({"kv_offload": 1 << 49}, "KV offload of 562949953421312 bytes cannot be allocated in CPU memory"),
         ({"kv_memory": 1000}, "KV memory of 1000 bytes is too small"),
+        ({"kv_memory": 1 << 50}, "bytes, more than cpu has free; lower the KV memory"),
         ({"routing_margin": 0.1}, "no routing.json with the loads of layer 1"),
         ({"learn_routing": True}, "no routing.json with the domains of its layers"),
     ],

@@ -290,6 +290,17 @@ def test_the_frames_of_the_offload_are_no_memory_for_the_cache():
         check(one, kv_offload=gib, kv_memory=one)
 
 
+def test_a_gpu_without_the_kv_memory_is_refused_though_a_full_batch_takes_less():
+    rows, options = (
+        CacheShape(27, 576, 16, torch.bfloat16),
+        EngineOptions(max_batch_size=1, kv_memory=1 << 50),
+    )
+    with pytest.raises(
+        SettingsError, match=r"takes 1125899.9 GB, and the weights leave about 40.0 GB of cuda:1"
+    ):
+        gpu.check_cache_fits(rows, options, 1024, torch.device("cuda:1"), 40e9, 80 * 10**9, passes=0)
+
+
 def test_a_kv_memory_that_leaves_no_room_for_passes_is_refused_and_little_room_is_told(caplog):
     """Before the weights are read, which takes minutes. Without a KV memory a tenth of the GPU is left."""
     config, device = config_of(LARGE), torch.device("cuda:1")

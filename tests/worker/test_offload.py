@@ -77,6 +77,14 @@ def test_a_prompt_that_was_evicted_comes_back_with_the_same_tokens(endless):
     assert plain.statistics.offloaded == plain.statistics.restored == 0
 
 
+def test_memory_beyond_a_full_batch_keeps_prefixes(endless):
+    """As docs/caching.md says: on a CPU the same memory does more as KV memory than as offload."""
+    engine = core(endless, kv_memory=50 * PER_PAGE, max_batch_size=1)
+    first, again = ([tokens(engine, number, prompt) for prompt in PROMPTS] for number in range(2))
+    assert again == first
+    assert engine.statistics.prefix_hit_tokens == 3 * 144
+
+
 @both_storages
 def test_prompts_that_come_back_together_do_not_take_frames_from_each_other(endless, monkeypatch):
     monkeypatch.setattr("moe_worker.kvcache.pinned.ARRIVING", 2 * PER_PAGE)

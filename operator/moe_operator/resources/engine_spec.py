@@ -70,7 +70,8 @@ class Engine(Model):
     kv_memory: Quantity = Field(
         default="512Mi",
         description="Memory of one worker for the KV cache, on its device: a quantity such as 512Mi or "
-        "40Gi, or a number of bytes; 1Mi to 1Pi. Default: 512Mi.",
+        "40Gi, or a number of bytes; 1Mi to 1Pi. What running requests do not need keeps prefixes of "
+        "prompts. Default: 512Mi.",
         json_schema_extra=rules(
             (
                 "isQuantity(string(self)) && quantity(string(self)).compareTo(quantity('1Mi')) >= 0 && "

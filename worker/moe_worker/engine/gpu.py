@@ -176,8 +176,8 @@ def check_cache_fits(
     that the weights leave by their estimate, next to `passes` bytes for forward passes.
     """
     frames = _frames(rows, options)
-    memory = cache_room(left, total, frames) if options.kv_memory is None else options.kv_memory
-    needed = rows.pages_that_fit(context, memory, options.max_batch_size) * rows.page_bytes
+    room = cache_room(left, total, frames)
+    needed = rows.pages_of(context, options.kv_memory, options.max_batch_size, room) * rows.page_bytes
     if needed + frames > left:
         also = f" and the frames of the KV offload {frames / GB:.1f} GB" if frames else ""
         raise SettingsError(

@@ -186,7 +186,7 @@ def _check_sizes(
         passes = gpu.pass_bytes(config, options)
         gpu.check_cache_fits(rows, options, context, device, left, total, passes)
     else:  # such memory is only mapped, which takes no time
-        pages = rows.pages_that_fit(context, options.kv_memory, options.max_batch_size)
+        pages = rows.pages_of(context, options.kv_memory, options.max_batch_size)
         PagedCache.allocate(rows, pages, device)
 
 
@@ -197,10 +197,8 @@ def _allocate_cache(
     """Allocates the memory that the user set, or on a GPU what the weights leave, which need `grows` more
     bytes than now. Raises SettingsError if it is too small.
     """
-    memory = options.kv_memory
-    if memory is None and device.type == "cuda":
-        memory = gpu.cache_bytes(device, shape, options, grows)
-    pages = shape.pages_that_fit(context, memory, options.max_batch_size)
+    room = gpu.cache_bytes(device, shape, options, grows) if device.type == "cuda" else None
+    pages = shape.pages_of(context, options.kv_memory, options.max_batch_size, room)
     if member is not None:
         pages = agree_on_pages(member, pages)
     return PagedCache.allocate(shape, pages, device)

@@ -44,24 +44,24 @@ class CacheShape:
         """Pages that hold `tokens` tokens of one sequence."""
         return -(-tokens // self.page_size)
 
-    def pages_that_fit(self, context: int, memory: int | None, sequences: int) -> int:
-        """Pages for `sequences` sequences of `context` tokens, or those that fit into `memory` bytes if
-        fewer.
+    def pages_of(self, context: int, memory: int | None, sequences: int, room: int | None = None) -> int:
+        """Pages in `memory` bytes; None: those of `sequences` sequences of `context` tokens, or as many of
+        them as `room` bytes hold. Pages that sequences do not need keep prefixes.
 
         Raises SettingsError if not even one such sequence fits.
         """
-        most = sequences * self.pages_for(context)
+        one = self.pages_for(context)
         if memory is None:
-            return most
+            batch = sequences * one * self.page_bytes
+            memory = batch if room is None else min(batch, room)
         pages = memory // self.page_bytes
-        if pages < self.pages_for(context):
-            one = self.pages_for(context) * self.page_bytes
+        if pages < one:
             shorter = f", or a context length of at most {pages * self.page_size}" if pages else ""
             raise SettingsError(
-                f"KV memory of {memory} bytes is too small: one context of {context} tokens takes {one} "
-                f"bytes; give at least that{shorter}"
+                f"KV memory of {memory} bytes is too small: one context of {context} tokens takes "
+                f"{one * self.page_bytes} bytes; give at least that{shorter}"
             )
-        return min(most, pages)
+        return pages
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,11 @@ LISTEN = "127.0.0.1:8000"
 @click.option(
     "--max-queue", type=int, default=256, show_default=True, help="Requests that may wait beyond the batch."
 )
-@click.option("--kv-memory", help="Bytes for the KV cache, e.g. 2Gi. Default: room for a full batch.")
+@click.option(
+    "--kv-memory",
+    help="Bytes for the KV cache, e.g. 2Gi; more than a full batch needs keeps more prefixes. Default: room "
+    "for a full batch.",
+)
 @click.option(
     "--kv-offload",
     default="0",
