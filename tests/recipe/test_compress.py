@@ -141,6 +141,10 @@ def test_an_interrupted_step_of_other_settings_is_refused(folder, text_file, mon
             "\n  - prune: {steps: 1, experts: 3}",
             r"steps\[0\].prune: experts is 3; it must be a multiple",
         ),
+        (
+            f"\n  - prune: {{steps: 1, experts: {CONFIG['n_routed_experts']}}}",
+            r"steps\[0\].prune: no size is smaller than the model's; give one, or use a finetune step",
+        ),
         ("\n  - sparsify: {steps: 1, pattern: s15}", r"steps\[0\].sparsify: pattern is 's15'"),
         (
             "\n  - finetune: {steps: 1}\n  - finetune: {steps: 1, teacher: nowhere}",

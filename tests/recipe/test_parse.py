@@ -51,6 +51,19 @@ steps:
             "'patern' is unknown; did you mean 'pattern'?",
         ),
         (
+            HEAD + "steps: [{sparsify: {steps: 3, pattern: none}}]",
+            "pattern is 'none'; it must be one of s14, s24, or a finetune step to train without one",
+        ),
+        (HEAD + "steps: [{finetune: {steps: 0}}]", "finetune: steps is 0, which changes nothing; give 1"),
+        *(
+            (
+                HEAD + f"steps: [{{{kind}: {{steps: 1, {key}: 1}}}}]",
+                rf"steps\[0\].{kind}: {key} has no effect without a teacher; set teacher",
+            )
+            for kind in ("finetune", "sparsify", "quantize", "prune")
+            for key in ("teacher_share", "teacher_top", "hidden_share")
+        ),
+        (
             HEAD + "steps: [{sparsify: {}}]",
             r"steps\[0\].sparsify: steps is missing; it must be",
         ),

@@ -101,6 +101,7 @@ def test_sparse_four_bits_are_packed_as_s14(run_settings):
         ({"group": 48}, "inputs, which groups of 48 do not fill; choose group 64"),
         ({"sparsity": "s11"}, "sparsity is 's11'; it must be one of none, s14, s24"),
         ({"dense_share": 0.7}, "dense_share and shrink_share make 1.3 of the steps"),
+        ({"hidden_share": 0.1}, "hidden_share is 0.1, but there is no teacher; set teacher"),
     ],
 )
 def test_what_cannot_be_compressed_so_is_told_before_a_step(run_settings, changes, sentence):

@@ -19,7 +19,9 @@ LARGEST_RECIPE = 1 << 20
 _RANGES = RANGES | dict.fromkeys(
     ("rounds", "batches", "layers", "heads", "experts", "channels", "dense_channels"), Range(1, 1 << 24)
 )
-_CHOICES = {"optimizer": OPTIMIZERS, "pattern": SPARSITIES, "saliency": SALIENCIES}
+PATTERNS = tuple(name for name in SPARSITIES if name != "none")
+_CHOICES = {"optimizer": OPTIMIZERS, "pattern": PATTERNS, "saliency": SALIENCIES}
+_OF_TEACHER = ("teacher_share", "teacher_top", "hidden_share")
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,20 @@ def _step(values: Any, where: str, folder: Path, shared: Training) -> RecipeStep
     own = {key: given.pop(key) for key in list(given) if key in _names(Training)}
     merged = {name: getattr(shared, name) for name in _names(Training)} | own
     what = _build(KINDS[kind], given, f"{where}.{kind}", folder, also=_names(Training))
+    _check_effect(what, given, f"{where}.{kind}")
     return RecipeStep(kind, what, _build(Training, merged, f"{where}.{kind}", folder))
+
+
+def _check_effect(what: Finetune, given: dict[str, Any], where: str) -> None:
+    """Refuses settings without effect."""
+    if type(what) is Finetune and not what.steps:
+        raise SettingsError(
+            f"{where}: steps is 0, which changes nothing; give 1 or more, or leave the step out"
+        )
+    if what.teacher is None and (unused := [key for key in _OF_TEACHER if key in given]):
+        raise SettingsError(
+            f"{where}: {unused[0]} has no effect without a teacher; set teacher, or leave it out"
+        )
 
 
 def _check_order(recipe: Recipe, path: Path) -> None:
@@ -177,7 +192,8 @@ def _build(
         if numbers is not None and value is not None and value not in numbers:
             raise SettingsError(f"{where}: {key} is {value!r}; it must be {numbers}")
         if words is not None and value not in words:
-            raise SettingsError(f"{where}: {key} is {value!r}; it must be one of {', '.join(words)}")
+            instead = ", or a finetune step to train without one" if key == "pattern" else ""
+            raise SettingsError(f"{where}: {key} is {value!r}; it must be one of {', '.join(words)}{instead}")
     return kind(**values, **made)
 
 

@@ -65,6 +65,10 @@ def check_recipe(recipe: Recipe) -> None:
             goal = _goal(config, step.what)
             with _naming(where):
                 ModelSizes.of(config).check(goal, config)
+                if goal == ModelSizes.of(config):
+                    raise SettingsError(
+                        "no size is smaller than the model's; give one, or use a finetune step"
+                    )
             config = goal.write(config)
         with _naming(where):
             _check_shape(recipe, step, config)

@@ -187,6 +187,10 @@ class TrainSettings:
             raise SettingsError(
                 f"domain_share is {self.domain_share:g}, but there are no labels; set domains"
             )
+        if self.hidden_share > 0 and self.teacher is None:
+            raise SettingsError(
+                f"hidden_share is {self.hidden_share:g}, but there is no teacher; set teacher"
+            )
         for name, numbers in RANGES.items():
             value = getattr(self, name)
             if value is not None and value not in numbers:
